@@ -1,0 +1,51 @@
+"""Other implementations' adapters."""
+
+from mora_jax.operators import Operator, Rotation, Sharing
+from mora_jax.operators._base import positive_integer
+from mora_jax.operators.sharing import Grouping
+
+REFERENCE_GROUPS: dict[int, tuple[Grouping, Grouping]] = {
+    1: ("strided", "strided"),
+    2: ("contiguous", "contiguous"),
+    3: ("contiguous", "strided"),
+    4: ("strided", "contiguous"),
+}
+"""How the reference's sharing types group inputs and outputs."""
+
+
+def reference_operator(
+    mora_type: int, in_features: int, out_features: int, rank: int
+) -> Operator:
+    """The operator that the authors' code (peft-mora) computes with.
+
+    Types 1 to 4 are sharing, 6 is rotation that leaves out inputs in a narrowing
+    layer. Its square rank is rounded to the nearest, which may exceed LoRA's budget;
+    ours never does. Its `lora_A` is M transposed, and its alpha has no effect: keep
+    ours at 1.
+
+    Args:
+      mora_type: 1, 2, 3, 4 or 6.
+      in_features: of the layer.
+      out_features: of the layer.
+      rank: `r` of the reference's config.
+
+    Raises:
+      ValueError: another type, or numbers below 1.
+
+    Example::
+
+      >>> from mora_jax import io
+      >>> io.reference_operator(6, 64, 64, 4)
+      Rotation(in_features=64, out_features=64, square_rank=22, truncate=True)
+    """
+    positive_integer("rank", rank)
+    positive_integer("in_features", in_features)
+    positive_integer("out_features", out_features)
+    q = int(((in_features + out_features) * rank) ** 0.5 + 0.5)
+    if mora_type == 6:
+        q = q // 2 * 2
+        return Rotation(in_features, out_features, q, truncate=True)
+    if mora_type in REFERENCE_GROUPS:
+        groups = REFERENCE_GROUPS[mora_type]
+        return Sharing(in_features, out_features, q, *groups, normalised=False)
+    raise ValueError(f"mora_type must be 1, 2, 3, 4 or 6, got {mora_type!r}")

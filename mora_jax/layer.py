@@ -1,0 +1,384 @@
+r"""One dense layer with its adapter: the equation.
+
+.. math:: y = x W + b + \alpha\, D(C(x) M), \qquad W' = W + \alpha\, C M D
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Float, PRNGKeyArray, Shaped
+
+from mora_jax._types import ArrayLike, Shape
+from mora_jax.config import (
+    INITS,
+    MoRAConfig,
+    check_number,
+    check_rate,
+    floating_dtype,
+)
+from mora_jax.contraction import Contraction, check_axes, kernel_from_rows, sizes
+from mora_jax.operators import Operator, make_operator, square_rank
+
+SUFFIX = "_mora"
+"""M is stored beside its kernel, under the kernel's name and this."""
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterSpec:
+    """How one kernel is adapted: all but the arrays; hashable.
+
+    Attributes:
+      operator: the maps C and D.
+      kernel_shape: the kernel's shape, stack axes included.
+      axes: the meaning of the kernel's axes, a letter each: "i", "o" or "s".
+      alpha: factor of the update.
+      dropout: rate on the adapter's input.
+      init: "zeros" or "gaussian".
+      param_dtype: of M.
+      path: the kernel's place in its params tree, a tuple of keys.
+    """
+
+    operator: Operator
+    kernel_shape: Shape
+    axes: str = "io"
+    alpha: float = 1.0
+    dropout: float = 0.0
+    init: str = "zeros"
+    param_dtype: DTypeLike = jnp.float32
+    path: tuple[str, ...] = ("kernel",)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.operator, Operator):
+            raise TypeError(f"operator must be an Operator, got {self.operator!r}")
+        check_axes(self.axes, len(self.kernel_shape))
+        widths = self.operator.in_features, self.operator.out_features
+        if widths != (self.in_features, self.out_features):
+            raise ValueError(
+                f"operator for {widths[0]} -> {widths[1]} features does not fit a "
+                f"kernel of shape {self.kernel_shape} with axes {self.axes!r}: "
+                f"{self.in_features} -> {self.out_features}"
+            )
+        check_number("alpha", self.alpha)
+        check_rate(self.dropout)
+        if self.init not in INITS:
+            raise ValueError(f"init must be one of {INITS}, got {self.init!r}")
+        object.__setattr__(self, "param_dtype", floating_dtype(self.param_dtype))
+
+    @classmethod
+    def from_config(
+        cls,
+        config: MoRAConfig,
+        kernel_shape: Shape,
+        axes: str = "io",
+        path: tuple[str, ...] = ("kernel",),
+    ) -> "AdapterSpec":
+        """The adapter that `config` asks for on a kernel of `kernel_shape`."""
+        check_axes(axes, len(kernel_shape))
+        in_features = math.prod(sizes(kernel_shape, axes, "i"))
+        out_features = math.prod(sizes(kernel_shape, axes, "o"))
+        q = config.square_rank
+        if q is None:
+            q = square_rank(config.rank, in_features, out_features, config.operator)
+        elif q > min(in_features, out_features):
+            raise ValueError(
+                f"square_rank must be at most min(in_features, out_features) = "
+                f"{min(in_features, out_features)}, got {q}"
+            )
+        operator = make_operator(
+            config.operator, in_features, out_features, q, seed=config.seed
+        )
+        return cls(
+            operator=operator,
+            kernel_shape=kernel_shape,
+            axes=axes,
+            alpha=config.alpha,
+            dropout=config.dropout,
+            init=config.init,
+            param_dtype=config.param_dtype,
+            path=path,
+        )
+
+    @property
+    def name(self) -> str:
+        """The kernel's path, slash-joined."""
+        return "/".join(self.path)
+
+    @property
+    def in_features(self) -> int:
+        """Product of the kernel's input axes."""
+        return math.prod(sizes(self.kernel_shape, self.axes, "i"))
+
+    @property
+    def out_features(self) -> int:
+        """Product of the kernel's output axes."""
+        return math.prod(sizes(self.kernel_shape, self.axes, "o"))
+
+    @property
+    def shape(self) -> Shape:
+        """Shape of M: (*stack, q, q)."""
+        q = self.operator.square_rank
+        return (*sizes(self.kernel_shape, self.axes, "s"), q, q)
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers M holds."""
+        return math.prod(self.shape)
+
+    @property
+    def lora_rank(self) -> float:
+        """The rank of a LoRA with as many parameters: q^2 / (in + out)."""
+        q = self.operator.square_rank
+        return q * q / (self.in_features + self.out_features)
+
+
+@dataclasses.dataclass(frozen=True)
+class FrozenDense:
+    """All of a dense layer that is not trained.
+
+    A pytree: kernel, bias and the operator's arrays are leaves, the rest is static.
+
+    Attributes:
+      kernel: (in, out), or any number of axes that `axes` explains.
+      bias: the shape of the output features, behind any stack axes; or None.
+      operator: C and D for the kernel's flattened widths.
+      axes: the kernel's axes, a letter each: "i" input, "o" output, "s" stacked.
+      alpha: factor of the update.
+      dropout: rate on the adapter's input.
+      init: of M, "zeros" or "gaussian".
+      param_dtype: of M.
+      precision: of both products, as in `jax.lax.dot_general`.
+
+    Example::
+
+      >>> from mora_jax import FrozenDense, MoRAConfig, init, mora_apply
+      >>> config = MoRAConfig(square_rank=2, operator="rotation")
+      >>> frozen = FrozenDense.from_config(jnp.ones((4, 6)), config=config)
+      >>> params = init(frozen)
+      >>> mora_apply(params, frozen, jnp.ones((3, 4))).shape
+      (3, 6)
+    """
+
+    kernel: ArrayLike
+    bias: ArrayLike | None
+    operator: Operator
+    axes: str = "io"
+    alpha: float = 1.0
+    dropout: float = 0.0
+    init: str = "zeros"
+    param_dtype: DTypeLike = jnp.float32
+    precision: jax.lax.PrecisionLike = None
+
+    @classmethod
+    def from_config(
+        cls,
+        kernel: ArrayLike,
+        bias: ArrayLike | None = None,
+        *,
+        config: MoRAConfig | None = None,
+        axes: str = "io",
+    ) -> "FrozenDense":
+        """A layer with the adapter that `config` asks for."""
+        check_kernel(kernel, "kernel")
+        spec = AdapterSpec.from_config(config or MoRAConfig(), kernel.shape, axes)
+        settings = {f: getattr(spec, f) for f in cls._shared}
+        return cls(kernel, bias, **settings)
+
+    _shared = ("operator", "axes", "alpha", "dropout", "init", "param_dtype")
+
+    @property
+    def spec(self) -> AdapterSpec:
+        """The description of its adapter."""
+        check_kernel(self.kernel, "kernel")
+        settings = {f: getattr(self, f) for f in self._shared}
+        return AdapterSpec(kernel_shape=tuple(self.kernel.shape), **settings)
+
+
+jax.tree_util.register_dataclass(
+    FrozenDense,
+    data_fields=["kernel", "bias", "operator"],
+    meta_fields=["axes", "alpha", "dropout", "init", "param_dtype", "precision"],
+)
+
+
+def check_kernel(kernel: Any, name: str) -> None:
+    """Raise unless `kernel` has a shape and a floating-point dtype that MoRA adapts."""
+    if not hasattr(kernel, "shape") or not hasattr(kernel, "dtype"):
+        raise TypeError(f"{name} must be an array, got {type(kernel).__name__}")
+    if not jnp.issubdtype(kernel.dtype, jnp.floating):
+        raise TypeError(
+            f"{name} must have a floating-point dtype, got {kernel.dtype}; "
+            "dequantise it first, or leave it out with exclude"
+        )
+    if len(kernel.shape) < 2 or 0 in kernel.shape:
+        raise ValueError(
+            f"{name} must have at least two axes, none of them empty, "
+            f"got shape {tuple(kernel.shape)}"
+        )
+
+
+def check_adapter(m: Any, spec: AdapterSpec) -> None:
+    """Raise unless `m` can be the M of `spec`."""
+    name = f"{spec.name}{SUFFIX}"
+    if not hasattr(m, "shape") or not hasattr(m, "dtype"):
+        raise TypeError(f"{name} must be an array, got {type(m).__name__}")
+    if tuple(m.shape) != spec.shape:
+        raise ValueError(f"{name} must have shape {spec.shape}, got {tuple(m.shape)}")
+    if not jnp.issubdtype(m.dtype, jnp.floating):
+        raise TypeError(f"{name} must have a floating-point dtype, got {m.dtype}")
+
+
+def init_adapter(spec: AdapterSpec, key: PRNGKeyArray | None = None) -> jax.Array:
+    """M as `spec.init` wants it, shape (*stack, q, q)."""
+    dtype = spec.param_dtype
+    if spec.init == "zeros":
+        return jnp.zeros(spec.shape, dtype)
+    if key is None:
+        raise ValueError("init='gaussian' needs a key, got None")
+    std = 1 / math.sqrt(spec.operator.square_rank)
+    return std * jax.random.normal(key, spec.shape, dtype)
+
+
+def update(
+    spec: AdapterSpec,
+    m: ArrayLike,
+    x: ArrayLike,
+    contraction: Contraction,
+    *,
+    dtype: DTypeLike,
+    dropout_key: PRNGKeyArray | None = None,
+    precision: jax.lax.PrecisionLike = None,
+) -> jax.Array:
+    r"""What the adapter adds to a layer's output: :math:`\alpha\, D(C(x) M)`.
+
+    The one place where it is computed, for every layer and both Flax APIs.
+
+    Args:
+      spec: the adapter.
+      m: M, (*stack, q, q) with the stack axes of `contraction`.
+      x: the layer's input.
+      contraction: which axes are features.
+      dtype: of the computation and of the result: that of the layer's output.
+      dropout_key: drops some of `x` if given.
+      precision: of the product with M.
+
+    Returns:
+      The shape of the layer's output.
+    """
+    x = jnp.asarray(x).astype(dtype)
+    if dropout_key is not None and spec.dropout > 0:
+        keep = jax.random.bernoulli(dropout_key, 1 - spec.dropout, x.shape)
+        x = jnp.where(keep, x / (1 - spec.dropout), 0)
+
+    def product(m: jax.Array, rows: jax.Array) -> jax.Array:
+        return spec.operator.apply(m, rows, precision=precision)
+
+    for _ in range(contraction.axes.count("s")):
+        product = jax.vmap(product)
+    rows = product(jnp.asarray(m).astype(dtype), contraction.to_rows(x))
+    rows = rows * jnp.asarray(spec.alpha, dtype)
+    return contraction.from_rows(rows, sizes(spec.kernel_shape, spec.axes, "o"))
+
+
+def kernel_update(spec: AdapterSpec, m: ArrayLike) -> jax.Array:
+    r"""The update as a kernel, :math:`\alpha\, C M D`, of the kernel's shape."""
+    weight: Callable[[jax.Array], Any] = spec.operator.delta_weight
+    for _ in range(spec.axes.count("s")):
+        weight = jax.vmap(weight)
+    rows = weight(jnp.asarray(m)) * jnp.asarray(spec.alpha, m.dtype)
+    return kernel_from_rows(rows, spec.kernel_shape, spec.axes)
+
+
+def choose_dropout_key(
+    spec: AdapterSpec, key: PRNGKeyArray | None, deterministic: bool
+) -> PRNGKeyArray | None:
+    """The key to drop with, or None; a missing one is an error."""
+    if spec.dropout == 0 or deterministic:
+        return None
+    if key is None:
+        raise ValueError(
+            f"dropout={spec.dropout} needs a key, got None; "
+            "pass one, or deterministic=True"
+        )
+    return key
+
+
+def mora_apply(
+    params: Mapping[str, ArrayLike],
+    frozen: FrozenDense,
+    x: Shaped[ArrayLike, "..."],
+    *,
+    key: PRNGKeyArray | None = None,
+    deterministic: bool = False,
+) -> Float[jax.Array, "..."]:
+    r"""One adapted dense layer (paper equation 3).
+
+    .. math:: y = x W + b + \alpha\, D(C(x) M)
+
+    Args:
+      params: `{"kernel_mora": M}`, M of shape (*stack, q, q).
+      frozen: kernel, bias and operator.
+      x: (*stack, *batch, *in).
+      key: for dropout, where `frozen.dropout` is above zero.
+      deterministic: no dropout.
+
+    Returns:
+      (*stack, *batch, *out) in the dtype that x, kernel and bias promote to.
+
+    Raises:
+      TypeError: something is no array, or M or the kernel is not floating-point.
+      ValueError: shapes that do not fit, or dropout without a key.
+    """
+    spec, m = frozen.spec, params_adapter(params, frozen)
+    for name, value in (("x", x), ("kernel", frozen.kernel)):
+        if isinstance(value, jax.ShapeDtypeStruct) or not hasattr(value, "ndim"):
+            raise TypeError(
+                f"{name} must be an array, got {type(value).__name__}; "
+                "for shapes alone call it under jax.eval_shape"
+            )
+    contraction = Contraction.from_axes(spec.axes, x.ndim)
+    contraction.check_input(tuple(x.shape), spec.kernel_shape)
+    operands = [x, frozen.kernel] + ([] if frozen.bias is None else [frozen.bias])
+    dtype = jnp.result_type(*operands)
+    y = jnp.einsum(
+        contraction.equation,
+        jnp.asarray(x).astype(dtype),
+        jnp.asarray(frozen.kernel).astype(dtype),
+        precision=frozen.precision,
+    )
+    if frozen.bias is not None:
+        y = y + _spread_bias(frozen.bias, spec, y.ndim).astype(dtype)
+    key = choose_dropout_key(spec, key, deterministic)
+    return y + update(
+        spec,
+        m,
+        x,
+        contraction,
+        dtype=y.dtype,
+        dropout_key=key,
+        precision=frozen.precision,
+    )
+
+
+def params_adapter(params: Mapping[str, ArrayLike], frozen: FrozenDense) -> ArrayLike:
+    """M out of `{"kernel_mora": M}`, checked."""
+    expected = f"kernel{SUFFIX}"
+    if not isinstance(params, Mapping) or set(params) != {expected}:
+        got = sorted(params) if isinstance(params, Mapping) else type(params).__name__
+        raise ValueError(f"params must hold {expected!r} and nothing else, got {got}")
+    check_adapter(params[expected], frozen.spec)
+    return params[expected]
+
+
+def _spread_bias(bias: ArrayLike, spec: AdapterSpec, ndim: int) -> jax.Array:
+    """The bias with axes of length 1 where the output has batch axes."""
+    stack = sizes(spec.kernel_shape, spec.axes, "s")
+    outs = sizes(spec.kernel_shape, spec.axes, "o")
+    if tuple(bias.shape) != stack + outs:
+        raise ValueError(f"bias must have shape {stack + outs}, got {bias.shape}")
+    ones = (1,) * (ndim - len(stack) - len(outs))
+    return jnp.reshape(bias, stack + ones + outs)

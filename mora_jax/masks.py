@@ -1,0 +1,111 @@
+"""optax on a combined tree: train the M's, leave the base bitwise as it is."""
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from mora_jax.layer import SUFFIX
+from mora_jax.planning import key_name, nearest
+
+
+def trainable_mask(params: Any, base: str | Iterable[str] = ()) -> Any:
+    """True for each M of a combined tree, False for the frozen leaves.
+
+    Beware of `optax.masked` alone: it lets the gradients of masked leaves *through*.
+    Use `optimizer`.
+
+    Args:
+      params: a tree as `combine` makes it.
+      base: patterns of base leaves to train as well, such as `.*/norm/scale`; ".*" for
+        all (AiDotNet's freezeBaseLayer=false).
+
+    Returns:
+      A tree of bools.
+
+    Raises:
+      ValueError: no M in the tree, or a pattern that matches nothing.
+
+    Example::
+
+      >>> from mora_jax import trainable_mask
+      >>> params = {"kernel": jnp.ones((8, 8)), "kernel_mora": jnp.ones((4, 4))}
+      >>> trainable_mask(params)
+      {'kernel': False, 'kernel_mora': True}
+    """
+    patterns = (base,) if isinstance(base, str) else tuple(base)
+    flat, structure = jax.tree_util.tree_flatten_with_path(params)
+    names = ["/".join(key_name(key) for key in keys) for keys, _ in flat]
+    adapters = {name for name in names if name.endswith(SUFFIX)}
+    if not adapters:
+        raise ValueError(
+            f"params hold no '*{SUFFIX}' leaf: pass combine(params, adapters)"
+        )
+    trained = set(adapters)
+    for pattern in patterns:
+        matched = {name for name in names if re.fullmatch(pattern, name)} - adapters
+        if not matched:
+            raise ValueError(
+                f"base: {pattern!r} matches no base leaf" + nearest(pattern, names)
+            )
+        trained |= matched
+    return jax.tree.unflatten(structure, [name in trained for name in names])
+
+
+def trainable_labels(params: Any, base: str | Iterable[str] = ()) -> Any:
+    """`trainable_mask` as labels "trainable" and "frozen", for `optax.partition`.
+
+    Example::
+
+      >>> from mora_jax import trainable_labels
+      >>> params = {"kernel": jnp.ones((8, 8)), "kernel_mora": jnp.ones((4, 4))}
+      >>> trainable_labels(params)
+      {'kernel': 'frozen', 'kernel_mora': 'trainable'}
+    """
+    mask = trainable_mask(params, base)
+    return jax.tree.map(lambda train: "trainable" if train else "frozen", mask)
+
+
+def optimizer(
+    tx: optax.GradientTransformation, params: Any, base: str | Iterable[str] = ()
+) -> optax.GradientTransformation:
+    """`tx` on the M's of a combined tree; every other leaf stays bitwise what it is.
+
+    The state holds arrays for the trained leaves only, and what `tx` computes over the
+    whole tree, such as the norm to clip by, sees those alone. Adapters that are a tree
+    of their own need none of this: there `tx` itself will do, and no gradient of the
+    base is computed at all.
+
+    Args:
+      tx: any optax transformation.
+      params: a tree as `combine` makes it.
+      base: patterns of base leaves to train as well.
+
+    Raises:
+      ValueError: as `trainable_mask`.
+
+    Example::
+
+      >>> import optax
+      >>> from mora_jax import optimizer
+      >>> params = {"kernel": jnp.ones((8, 8)), "kernel_mora": jnp.ones((4, 4))}
+      >>> tx = optimizer(optax.adamw(1e-3), params)
+      >>> updates, state = tx.update(params, tx.init(params), params)
+      >>> moved = optax.apply_updates(params, updates)
+      >>> bool((moved["kernel"] == params["kernel"]).all())
+      True
+    """
+    labels = trainable_labels(params, base)
+    return optax.partition({"trainable": tx, "frozen": _freeze()}, labels)
+
+
+def _freeze() -> optax.GradientTransformation:
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        # -0.0 and not 0.0: x + -0.0 is x for every x, while -0.0 + 0.0 is 0.0.
+        zeros = jax.tree.map(lambda g: -jnp.zeros_like(g), updates)
+        return zeros, state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)

@@ -1,0 +1,13 @@
+"""The operators: the fixed maps C and D around M, one noun per file."""
+
+from mora_jax.operators._base import Operator as Operator
+from mora_jax.operators._registry import OPERATORS as OPERATORS
+from mora_jax.operators._registry import make_operator as make_operator
+from mora_jax.operators._registry import square_rank as square_rank
+from mora_jax.operators.decoupling import Decoupling as Decoupling
+from mora_jax.operators.hadamard import Hadamard as Hadamard
+from mora_jax.operators.orthogonal import Orthogonal as Orthogonal
+from mora_jax.operators.permutation import Permutation as Permutation
+from mora_jax.operators.rotation import Rotation as Rotation
+from mora_jax.operators.sharing import Sharing as Sharing
+from mora_jax.operators.truncation import Truncation as Truncation

@@ -1,0 +1,225 @@
+"""What an operator is: the fixed pair around M."""
+
+import abc
+import dataclasses
+import math
+from typing import Any, ClassVar, Literal, SupportsIndex, TypeVar, dataclass_transform
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
+
+from mora_jax._types import ArrayLike, Shape
+
+
+@dataclasses.dataclass(frozen=True)
+class Operator(abc.ABC):
+    r"""The two fixed linear maps around the trained square matrix M.
+
+    .. math:: x \mapsto D(C(x) M), \qquad C: in \to (n, q), \quad D: (n, q) \to out
+
+    A subclass adds its settings, `_compress`, `_decompress` and what it claims; the
+    forward product and the merged kernel both follow from the two maps. Equality and
+    hash are those of the settings. Arrays that a seed determines are pytree leaves, so
+    that a jitted function that is handed an operator takes them as arguments.
+
+    Attributes:
+      in_features: length of the vectors that `compress` takes.
+      out_features: length of the vectors that `decompress` returns.
+      square_rank: q, the width of M (r-hat in the paper).
+    """
+
+    in_features: int
+    out_features: int
+    square_rank: int
+
+    name: ClassVar[str]
+    """The word for it in `MoRAConfig(operator=...)`."""
+    arrays: ClassVar[tuple[str, ...]] = ()
+    """Names of the fields that hold arrays."""
+    bounded: ClassVar[bool] = True
+    """Whether q may not exceed `min(in_features, out_features)`."""
+    multiple_of: ClassVar[int] = 1
+    """What q must be divisible by."""
+
+    def __post_init__(self) -> None:
+        for field in ("in_features", "out_features", "square_rank"):
+            positive_integer(field, getattr(self, field))
+        q, limit = self.square_rank, min(self.in_features, self.out_features)
+        if self.bounded and q > limit:
+            raise ValueError(
+                f"square_rank of {self.name} must be at most "
+                f"min(in_features, out_features) = {limit}, got {q}"
+            )
+        if q % self.multiple_of:
+            raise ValueError(
+                f"square_rank of {self.name} must be a multiple of {self.multiple_of}, "
+                f"got {q}; the nearest is {q + self.multiple_of - q % self.multiple_of}"
+            )
+
+    @property
+    def compressed_shape(self) -> Shape:
+        """Shape of one compressed vector: (q,), or (n, q) for a block operator."""
+        return (self.square_rank,)
+
+    @property
+    def block(self) -> bool:
+        """Whether M acts on several blocks of the input, one after another."""
+        return len(self.compressed_shape) > 1
+
+    @property
+    @abc.abstractmethod
+    def partition(self) -> bool:
+        """Whether each input feature enters exactly one compressed coordinate."""
+
+    @property
+    @abc.abstractmethod
+    def isometry(self) -> bool:
+        """Whether C and D are orthonormal: C^T C = I and D D^T = I on (n, q).
+
+        The update then has the Frobenius norm of M, times sqrt(n) with n blocks, at
+        every width.
+        """
+
+    @abc.abstractmethod
+    def _compress(self, x: jax.Array) -> jax.Array:
+        """C. `x`: (..., in_features) -> (..., *compressed_shape)."""
+
+    @abc.abstractmethod
+    def _decompress(self, h: jax.Array) -> jax.Array:
+        """D. `h`: (..., *compressed_shape) -> (..., out_features)."""
+
+    def compress(
+        self, x: Float[ArrayLike, "*batch features"]
+    ) -> Float[jax.Array, "..."]:
+        """C(x).
+
+        Args:
+          x: (..., in_features).
+
+        Returns:
+          (..., q), or (..., n, q) for a block operator.
+
+        Raises:
+          TypeError: `x` is not a floating-point array.
+          ValueError: its last axis is not `in_features` long.
+        """
+        _check_array("x", x, (self.in_features,))
+        return self._compress(jnp.asarray(x))
+
+    def decompress(self, h: Float[ArrayLike, "..."]) -> Float[jax.Array, "*batch out"]:
+        """D(h).
+
+        Args:
+          h: (..., q), or (..., n, q) for a block operator.
+
+        Returns:
+          (..., out_features).
+
+        Raises:
+          TypeError: `h` is not a floating-point array.
+          ValueError: its last axes are not `compressed_shape`.
+        """
+        _check_array("h", h, self.compressed_shape)
+        return self._decompress(jnp.asarray(h))
+
+    def apply(
+        self,
+        m: Float[ArrayLike, "q q"],
+        x: Float[ArrayLike, "*batch features"],
+        *,
+        precision: jax.lax.PrecisionLike = None,
+    ) -> Float[jax.Array, "*batch out"]:
+        """D(C(x) M), the paper's equation 3.
+
+        Args:
+          m: (q, q).
+          x: (..., in_features).
+          precision: of the product with `m`, as in `jax.numpy.matmul`.
+
+        Returns:
+          (..., out_features).
+        """
+        self._check_m(m)
+        return self.decompress(jnp.matmul(self.compress(x), m, precision=precision))
+
+    def delta_weight(
+        self, m: Float[ArrayLike, "q q"]
+    ) -> Float[jax.Array, "features out"]:
+        r"""The update as a kernel: a product of `x` with it is `apply(m, x)`.
+
+        .. math:: C (I_n \otimes M) D
+
+        The rows of :math:`I_n \otimes M` go through `decompress`, the columns of what
+        results through the transpose of `compress`.
+
+        Args:
+          m: (q, q).
+
+        Returns:
+          (in_features, out_features).
+        """
+        self._check_m(m)
+        shape = self.compressed_shape
+        size = math.prod(shape)
+        rows = jnp.kron(jnp.eye(size // self.square_rank, dtype=m.dtype), m)
+        rows = self.decompress(rows.reshape(size, *shape))
+        vector = jax.ShapeDtypeStruct((self.in_features,), rows.dtype)
+        transpose = jax.linear_transpose(self._compress, vector)
+        columns = rows.reshape(*shape, self.out_features)
+        (weight,) = jax.vmap(transpose, in_axes=-1, out_axes=-1)(columns)
+        return weight
+
+    def _check_m(self, m: ArrayLike) -> None:
+        _check_array("m", m, (self.square_rank,) * 2)
+        if m.ndim != 2:
+            raise ValueError(f"m must have two axes, got shape {m.shape}; use jax.vmap")
+
+
+OperatorT = TypeVar("OperatorT", bound=Operator)
+
+
+def array_field(*, init: Literal[False] = False) -> Any:
+    """A field that `__post_init__` fills from the seed: no part of eq, hash or repr."""
+    return dataclasses.field(init=init, compare=False, repr=False)
+
+
+@dataclass_transform(frozen_default=True, field_specifiers=(array_field,))
+def operator(cls: type[OperatorT]) -> type[OperatorT]:
+    """Make `cls` a frozen dataclass and a pytree whose leaves are its `arrays`."""
+    cls = dataclasses.dataclass(frozen=True)(cls)
+    static = [f.name for f in dataclasses.fields(cls) if f.name not in cls.arrays]
+
+    def flatten_with_keys(op: Operator) -> tuple[list[Any], tuple[Any, ...]]:
+        children = [(jax.tree_util.GetAttrKey(n), getattr(op, n)) for n in cls.arrays]
+        return children, tuple(getattr(op, name) for name in static)
+
+    def unflatten(aux: tuple[Any, ...], children: Any) -> Operator:
+        # Not through __init__: the leaves of a tree_map may be anything.
+        op = object.__new__(cls)
+        for name, value in zip([*static, *cls.arrays], [*aux, *children], strict=True):
+            object.__setattr__(op, name, value)
+        return op
+
+    jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten)
+    return cls
+
+
+def _check_array(name: str, array: Any, end: Shape) -> None:
+    """Raise unless `array` is floating-point and its shape ends in `end`."""
+    if not isinstance(array, jax.Array | np.ndarray):
+        raise TypeError(f"{name} must be an array, got {type(array).__name__}")
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise TypeError(f"{name} must be floating-point, got {array.dtype}")
+    if array.shape[-len(end) :] != end:
+        expected = ", ".join(map(str, end))
+        raise ValueError(f"{name} must have shape (..., {expected}), got {array.shape}")
+
+
+def positive_integer(name: str, value: object) -> None:
+    """Raise unless `value` is an integer (not a bool) of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, SupportsIndex):
+        raise TypeError(f"{name} must be a positive integer, got {value!r}")
+    if value.__index__() < 1:
+        raise ValueError(f"{name} must be a positive integer, got {value!r}")

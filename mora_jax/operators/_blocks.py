@@ -1,0 +1,39 @@
+"""Vectors as rows of q features, and back."""
+
+import jax
+import jax.numpy as jnp
+
+
+def blocks(features: int, square_rank: int) -> int:
+    """How many blocks of q cover `features`: ceil(features / q)."""
+    return -(-features // square_rank)
+
+
+def to_blocks(x: jax.Array, square_rank: int) -> jax.Array:
+    """(..., features) -> (..., n, q); past the end, features start over at index 0."""
+    *batch, features = x.shape
+    n = blocks(features, square_rank)
+    missing = n * square_rank - features
+    padded = jnp.pad(x, [(0, 0)] * len(batch) + [(0, missing)], mode="wrap")
+    return padded.reshape(*batch, n, square_rank)
+
+
+def from_blocks(h: jax.Array, features: int) -> jax.Array:
+    """(..., n, q) -> (..., features): the blocks in a row, cut off at `features`."""
+    *batch, n, square_rank = h.shape
+    return h.reshape(*batch, n * square_rank)[..., :features]
+
+
+def route(h: jax.Array, count: int) -> jax.Array:
+    """(..., n, q) -> (..., count, q): block k goes to block k mod `count`.
+
+    With more blocks than places the blocks that meet are added; with fewer, they are
+    repeated, so that output block j holds block j mod n.
+    """
+    *batch, n, square_rank = h.shape
+    if n <= count:
+        repeats = [1] * len(batch) + [-(-count // n), 1]
+        return jnp.tile(h, repeats)[..., :count, :]
+    rounds = -(-n // count)
+    missing = [(0, 0)] * len(batch) + [(0, rounds * count - n), (0, 0)]
+    return jnp.pad(h, missing).reshape(*batch, rounds, count, square_rank).sum(-3)

@@ -1,0 +1,53 @@
+"""Random arrays that a seed fixes once and for all.
+
+numpy promises that the streams of `RandomState` never change; those of `Generator` and
+of `jax.random` may, and have. Arrays are computed in float64 and rounded to float32,
+which is part of their definition: a layer in any dtype uses the same numbers.
+"""
+
+import functools
+from typing import SupportsIndex
+
+import numpy as np
+
+
+def _state(kind: int, features: int, seed: int) -> np.random.RandomState:
+    """One stream for each kind of array and width: equal widths get equal arrays."""
+    return np.random.RandomState([seed, features, kind])
+
+
+def _frozen(array: np.ndarray, dtype: type) -> np.ndarray:
+    array = np.ascontiguousarray(array, dtype)
+    array.setflags(write=False)  # it is cached, and shared by all layers of its shape
+    return array
+
+
+@functools.cache
+def orthonormal(features: int, columns: int, seed: int) -> np.ndarray:
+    """(features, columns) with orthonormal columns, uniform over all such matrices."""
+    gaussian = _state(0, features, seed).standard_normal((features, columns))
+    basis, triangle = np.linalg.qr(gaussian)
+    # LAPACK leaves the signs open; a positive diagonal makes the factorisation unique.
+    return _frozen(basis * np.sign(np.diag(triangle)), np.float32)
+
+
+@functools.cache
+def permutation(features: int, seed: int) -> np.ndarray:
+    """(features,) a permutation of the indices."""
+    keys = _state(1, features, seed).random_sample(features)
+    return _frozen(np.argsort(keys, kind="stable"), np.int32)
+
+
+@functools.cache
+def signs(features: int, seed: int) -> np.ndarray:
+    """(features,) of -1 and 1."""
+    coins = _state(2, features, seed).random_sample(features) < 0.5
+    return _frozen(np.where(coins, -1, 1), np.float32)
+
+
+def check_seed(seed: object) -> None:
+    """Raise unless `seed` is an integer that `RandomState` takes."""
+    if isinstance(seed, bool) or not isinstance(seed, SupportsIndex):
+        raise TypeError(f"seed must be an integer, got {seed!r}")
+    if not 0 <= seed.__index__() < 2**32:
+        raise ValueError(f"seed must be in [0, 2**32), got {seed}")

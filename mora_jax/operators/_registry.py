@@ -1,0 +1,143 @@
+"""Operators by name, and the square rank that a budget buys."""
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from mora_jax.operators._base import Operator, positive_integer
+from mora_jax.operators.decoupling import Decoupling
+from mora_jax.operators.hadamard import Hadamard
+from mora_jax.operators.orthogonal import Orthogonal
+from mora_jax.operators.permutation import Permutation
+from mora_jax.operators.rotation import Rotation
+from mora_jax.operators.sharing import Sharing
+from mora_jax.operators.truncation import Truncation
+
+OPERATORS: dict[str, type[Operator]] = {
+    cls.name: cls
+    for cls in (
+        Truncation,
+        Sharing,
+        Decoupling,
+        Rotation,
+        Orthogonal,
+        Hadamard,
+        Permutation,
+    )
+}
+"""Every operator class by its name."""
+
+SHARING_FROM_RANK = 128
+"""Where "auto" turns from rotation to sharing: the paper's best at r=8 and r=256."""
+
+OperatorSpec = str | Mapping[str, Any]
+"""A name, or a mapping with "name" and settings: {"name": "sharing", ...}."""
+
+
+def parse_spec(spec: OperatorSpec) -> tuple[str, dict[str, Any]]:
+    """The name and the settings of `spec`, checked."""
+    if not isinstance(spec, str | Mapping):
+        raise TypeError(f"operator must be a name or a mapping, got {spec!r}")
+    settings = {"name": spec} if isinstance(spec, str) else dict(spec)
+    name = settings.pop("name", None)
+    if name == "auto" and not settings:
+        return name, settings
+    if name not in OPERATORS:
+        raise ValueError(
+            f"operator must be one of {['auto', *OPERATORS]}, got {name!r}"
+            + _nearest(str(name), ["auto", *OPERATORS])
+        )
+    taken = {"in_features", "out_features", "square_rank", "seed"}
+    fields = {f.name for f in dataclasses.fields(OPERATORS[name]) if f.init} - taken
+    for setting in settings:
+        if setting not in fields:
+            raise ValueError(
+                f"operator {name!r} has settings {sorted(fields)}, got {setting!r}"
+                + _nearest(setting, sorted(fields))
+            )
+    return name, settings
+
+
+def _nearest(word: str, words: list[str]) -> str:
+    close = difflib.get_close_matches(word, words, n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _class(name: str, rank: float) -> type[Operator]:
+    if name == "auto":
+        name = "rotation" if rank < SHARING_FROM_RANK else "sharing"
+    return OPERATORS[name]
+
+
+def square_rank(
+    rank: int, in_features: int, out_features: int, operator: OperatorSpec = "auto"
+) -> int:
+    r"""The largest q that trains no more than LoRA of rank `rank` would.
+
+    .. math:: \hat r = \lfloor \sqrt{(in + out)\, r} \rfloor
+
+    at most min(in, out), and even for rotation (paper section 3.2). The reference
+    rounds to the nearest instead, which may exceed the budget.
+
+    Raises:
+      ValueError: a number below 1, or a budget too small for the operator.
+
+    Example::
+
+      >>> from mora_jax import square_rank
+      >>> square_rank(8, 1024, 1024)
+      128
+    """
+    positive_integer("rank", rank)
+    positive_integer("in_features", in_features)
+    positive_integer("out_features", out_features)
+    cls = _class(parse_spec(operator)[0], rank)
+    q = math.isqrt((in_features + out_features) * rank)
+    q = min(q, in_features, out_features)
+    q -= q % cls.multiple_of
+    if q == 0:
+        raise ValueError(
+            f"rank {rank} on a kernel of {in_features} x {out_features} leaves no room "
+            f"for {cls.name}, whose square_rank is at least {cls.multiple_of}"
+        )
+    return q
+
+
+def make_operator(
+    spec: OperatorSpec,
+    in_features: int,
+    out_features: int,
+    square_rank: int,
+    *,
+    seed: int = 0,
+) -> Operator:
+    """The operator that `spec` names, for one kernel.
+
+    Args:
+      spec: a name ("rotation"), or a mapping with further settings
+        ({"name": "sharing", "compress_groups": "contiguous"}). "auto" is rotation for
+        small budgets and sharing from about LoRA rank 128 on.
+      in_features: of the kernel.
+      out_features: of the kernel.
+      square_rank: q.
+      seed: for the operators that are random; the others have none.
+
+    Raises:
+      ValueError: no such operator or setting, or a size that it cannot have.
+
+    Example::
+
+      >>> from mora_jax import make_operator
+      >>> make_operator("rotation", 8, 8, 4)
+      Rotation(in_features=8, out_features=8, square_rank=4, truncate=False)
+    """
+    name, settings = parse_spec(spec)
+    positive_integer("in_features", in_features)
+    positive_integer("out_features", out_features)
+    positive_integer("square_rank", square_rank)
+    cls = _class(name, square_rank**2 / (in_features + out_features))
+    if any(f.name == "seed" for f in dataclasses.fields(cls)):
+        settings["seed"] = seed
+    return cls(in_features, out_features, square_rank, **settings)
