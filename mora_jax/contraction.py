@@ -67,7 +67,8 @@ class Contraction:
             once = sorted(c for c, n in Counter(named).items() if n == 1)
             outputs = "..." * ("..." in inputs) + "".join(once)
         unused = [c for c in string.ascii_letters if c not in named]
-        hidden = "".join(unused[: inputs_ndim - len(inputs.replace("...", ""))])
+        missing = max(0, inputs_ndim - len(inputs.replace("...", "")))
+        hidden = "".join(unused[:missing])
         contraction = cls(
             inputs.replace("...", hidden), kernel, outputs.replace("...", hidden)
         )

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Float, PRNGKeyArray, Shaped
 
@@ -163,8 +164,8 @@ class FrozenDense:
       (3, 6)
     """
 
-    kernel: ArrayLike
-    bias: ArrayLike | None
+    kernel: ArrayLike | jax.ShapeDtypeStruct
+    bias: ArrayLike | jax.ShapeDtypeStruct | None
     operator: Operator
     axes: str = "io"
     alpha: float = 1.0
@@ -176,8 +177,8 @@ class FrozenDense:
     @classmethod
     def from_config(
         cls,
-        kernel: ArrayLike,
-        bias: ArrayLike | None = None,
+        kernel: ArrayLike | jax.ShapeDtypeStruct,
+        bias: ArrayLike | jax.ShapeDtypeStruct | None = None,
         *,
         config: MoRAConfig | None = None,
         axes: str = "io",
@@ -334,24 +335,20 @@ def mora_apply(
       ValueError: shapes that do not fit, or dropout without a key.
     """
     spec, m = frozen.spec, params_adapter(params, frozen)
-    for name, value in (("x", x), ("kernel", frozen.kernel)):
-        if isinstance(value, jax.ShapeDtypeStruct) or not hasattr(value, "ndim"):
-            raise TypeError(
-                f"{name} must be an array, got {type(value).__name__}; "
-                "for shapes alone call it under jax.eval_shape"
-            )
+    x = concrete("x", x)
+    kernel = concrete("kernel", frozen.kernel)
+    bias = None if frozen.bias is None else concrete("bias", frozen.bias)
     contraction = Contraction.from_axes(spec.axes, x.ndim)
     contraction.check_input(tuple(x.shape), spec.kernel_shape)
-    operands = [x, frozen.kernel] + ([] if frozen.bias is None else [frozen.bias])
-    dtype = jnp.result_type(*operands)
+    dtype = jnp.result_type(x, kernel, *([] if bias is None else [bias]))
     y = jnp.einsum(
         contraction.equation,
-        jnp.asarray(x).astype(dtype),
-        jnp.asarray(frozen.kernel).astype(dtype),
+        x.astype(dtype),
+        kernel.astype(dtype),
         precision=frozen.precision,
     )
-    if frozen.bias is not None:
-        y = y + _spread_bias(frozen.bias, spec, y.ndim).astype(dtype)
+    if bias is not None:
+        y = y + _spread_bias(bias, spec, y.ndim).astype(dtype)
     key = choose_dropout_key(spec, key, deterministic)
     return y + update(
         spec,
@@ -364,6 +361,17 @@ def mora_apply(
     )
 
 
+def concrete(name: str, value: Any) -> jax.Array:
+    """`value` as a JAX array, tracers included, if it is an array."""
+    if not isinstance(value, jax.Array | np.ndarray | np.generic):
+        raise TypeError(
+            f"{name} must be an array, got {type(value).__name__}"
+            + "; for shapes alone call it under jax.eval_shape"
+            * isinstance(value, jax.ShapeDtypeStruct)
+        )
+    return jnp.asarray(value)
+
+
 def params_adapter(params: Mapping[str, ArrayLike], frozen: FrozenDense) -> ArrayLike:
     """M out of `{"kernel_mora": M}`, checked."""
     expected = f"kernel{SUFFIX}"
@@ -374,11 +382,11 @@ def params_adapter(params: Mapping[str, ArrayLike], frozen: FrozenDense) -> Arra
     return params[expected]
 
 
-def _spread_bias(bias: ArrayLike, spec: AdapterSpec, ndim: int) -> jax.Array:
+def _spread_bias(bias: jax.Array, spec: AdapterSpec, ndim: int) -> jax.Array:
     """The bias with axes of length 1 where the output has batch axes."""
     stack = sizes(spec.kernel_shape, spec.axes, "s")
     outs = sizes(spec.kernel_shape, spec.axes, "o")
     if tuple(bias.shape) != stack + outs:
         raise ValueError(f"bias must have shape {stack + outs}, got {bias.shape}")
     ones = (1,) * (ndim - len(stack) - len(outs))
-    return jnp.reshape(bias, stack + ones + outs)
+    return bias.reshape(stack + ones + outs)

@@ -18,6 +18,7 @@ from mora_jax.layer import (
     AdapterSpec,
     FrozenDense,
     check_adapter,
+    concrete,
     init_adapter,
     kernel_update,
     params_adapter,
@@ -199,7 +200,7 @@ def delta_weight(
 
     Returns:
       An array of the kernel's shape; for a model a tree of them, under their kernels'
-      names. In float32, or float64 where M is.
+      names. In float32, or float64 where M or the layer's kernel is.
 
     Example::
 
@@ -211,15 +212,16 @@ def delta_weight(
              [0., 0.]], dtype=float32)
     """
     if isinstance(frozen, FrozenDense):
-        return kernel_update(frozen.spec, _wide(params_adapter(params, frozen)))
+        m = _wide(params_adapter(params, frozen), frozen.kernel.dtype)
+        return kernel_update(frozen.spec, m)
     items = adapter_items(params, frozen)
     return nest({spec.path: kernel_update(spec, _wide(m)) for spec, m in items})
 
 
-def _wide(array: ArrayLike) -> jax.Array:
-    """`array` in float32, or in float64 where it is."""
+def _wide(array: ArrayLike, *dtypes: DTypeLike) -> jax.Array:
+    """`array` in float32, or in float64 where it or any of `dtypes` is."""
     array = jnp.asarray(array)
-    return array.astype(jnp.promote_types(jnp.float32, array.dtype))
+    return array.astype(jnp.result_type(jnp.float32, array.dtype, *dtypes))
 
 
 def merge(
@@ -286,11 +288,7 @@ def _kernel(leaves: Mapping[str, tuple[Path, Any]], spec: AdapterSpec) -> Any:
         raise ValueError(
             f"{spec.name} must have shape {spec.kernel_shape}, got {kernel.shape}"
         )
-    if isinstance(kernel, jax.ShapeDtypeStruct):
-        raise TypeError(
-            f"{spec.name} must be an array, got ShapeDtypeStruct; "
-            "for shapes alone call it under jax.eval_shape"
-        )
+    concrete(spec.name, kernel)
     return path, kernel
 
 
@@ -303,7 +301,7 @@ def _add(
         path, kernel = _kernel(leaves, spec)
         if not isinstance(m, Tracer) and not np.isfinite(m).all():
             raise ValueError(f"{spec.name}{SUFFIX} holds NaN or infinity")
-        delta = sign * kernel_update(spec, _wide(m))
+        delta = sign * kernel_update(spec, _wide(m, kernel.dtype))
         updated[path] = (_wide(kernel) + delta).astype(dtype or kernel.dtype)
 
     def replace(keys: Any, leaf: Any) -> Any:

@@ -65,7 +65,7 @@ def _nearest(word: str, words: list[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
-def _class(name: str, rank: float) -> type[Operator]:
+def _class(name: str, rank: int | float) -> type[Operator]:
     if name == "auto":
         name = "rotation" if rank < SHARING_FROM_RANK else "sharing"
     return OPERATORS[name]

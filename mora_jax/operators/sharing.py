@@ -67,8 +67,8 @@ class Sharing(Operator):
 
     @property
     def isometry(self) -> bool:
-        q = self.square_rank
-        return self.normalised and self.in_features % q == self.out_features % q == 0
+        q, ins, outs = self.square_rank, self.in_features, self.out_features
+        return (self.normalised or ins == outs == q) and ins % q == outs % q == 0
 
     def _compress(self, x: jax.Array) -> jax.Array:
         if self.compress_groups == "strided":

@@ -1,0 +1,78 @@
+"""The operators under test. A new one is one line here, and inherits every law."""
+
+import dataclasses
+from collections.abc import Callable
+
+import numpy as np
+import oracle
+
+from mora_jax import make_operator
+from mora_jax.operators import Operator
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One operator variant.
+
+    `matrices(op)` are C (in, n, q) and D (n, q, out) in float64 by the oracle.
+    """
+
+    label: str
+    spec: dict
+    matrices: Callable[[Operator], tuple[np.ndarray, np.ndarray]]
+    even: bool = False
+    bounded: bool = False
+
+    def make(self, in_features: int, out_features: int, q: int, seed: int = 0):
+        return make_operator(self.spec, in_features, out_features, q, seed=seed)
+
+
+def _sharing(compress: str, decompress: str, normalised: bool) -> Case:
+    spec = {
+        "name": "sharing",
+        "compress_groups": compress,
+        "decompress_groups": decompress,
+        "normalised": normalised,
+    }
+    label = f"sharing-{compress}-{decompress}" + "-normalised" * normalised
+    # Contiguous groups need at least one feature each.
+    bounded = "contiguous" in (compress, decompress)
+    return Case(label, spec, oracle.sharing, bounded=bounded)
+
+
+GROUPS = ("strided", "contiguous")
+
+CASES = [
+    Case("truncation", {"name": "truncation"}, oracle.truncation, bounded=True),
+    *(_sharing(c, d, n) for c in GROUPS for d in GROUPS for n in (False, True)),
+    Case("decoupling", {"name": "decoupling"}, oracle.decoupling),
+    Case(
+        "decoupling-truncate",
+        {"name": "decoupling", "truncate": True},
+        oracle.decoupling,
+    ),
+    Case("rotation", {"name": "rotation"}, oracle.rotation, even=True),
+    Case(
+        "rotation-truncate",
+        {"name": "rotation", "truncate": True},
+        oracle.rotation,
+        even=True,
+    ),
+    Case("permutation", {"name": "permutation"}, oracle.permutation),
+    Case("orthogonal", {"name": "orthogonal"}, oracle.orthogonal, bounded=True),
+    Case("hadamard", {"name": "hadamard"}, oracle.hadamard, bounded=True),
+]
+
+SIZES = [
+    (16, 16, 4),
+    (16, 16, 16),
+    (12, 20, 6),
+    (20, 12, 6),
+    (13, 7, 4),
+    (7, 13, 4),
+    (48, 8, 2),
+    (8, 48, 2),
+    (9, 9, 8),
+    (24, 36, 10),
+]
+"""Square and not, divisible and not, narrowing and widening, one block and many."""

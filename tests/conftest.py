@@ -1,0 +1,40 @@
+"""What all tests share."""
+
+import importlib.util
+import pkgutil
+
+import jax
+import jaxtyping
+import pytest
+
+# Annotations are checked while tests run. Not in linen.py: MoRADense inherits fields of
+# nn.Dense whose annotations beartype cannot check.
+_spec = importlib.util.find_spec("mora_jax")
+assert _spec is not None and _spec.submodule_search_locations is not None
+jaxtyping.install_import_hook(
+    [
+        f"mora_jax.{module.name}"
+        for module in pkgutil.iter_modules(_spec.submodule_search_locations)
+        if module.name != "linen"
+    ],
+    "beartype.beartype",
+)
+
+
+@pytest.fixture
+def float64():
+    """64-bit types for one test."""
+    jax.config.update("jax_enable_x64", True)
+    yield
+    jax.config.update("jax_enable_x64", False)
+
+
+@pytest.fixture
+def unchecked():
+    """The library as users run it: without the type checks that pytest adds.
+
+    Tests of bad input need it, or they would see those checks and not our errors.
+    """
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

@@ -1,0 +1,118 @@
+"""The operators as plain float64 matrices, element by element, from DESIGN's table.
+
+Written from the definitions and independent of the library, but for the numbers that a
+seed fixes, which are read off the operator. C is (in, n, q), D is (n, q, out).
+"""
+
+import math
+
+import numpy as np
+
+
+def _sizes(op):
+    return op.in_features, op.out_features, op.square_rank
+
+
+def update(c, d, m):
+    """C (I_n (x) M) D in float64."""
+    return np.einsum("inq,qr,nro->io", c, np.asarray(m, np.float64), d)
+
+
+def truncation(op):
+    ins, outs, q = _sizes(op)
+    return np.eye(ins, q)[:, None, :], np.eye(q, outs)[None]
+
+
+def _group_of(features, q, contiguous):
+    """The group of each place; strided places go on past the end, to a multiple of q."""
+    if not contiguous:
+        return [place % q for place in range(math.ceil(features / q) * q)]
+    small = features // q
+    longer = features - q * small
+    groups = []
+    for group in range(q):
+        groups += [group] * (small + (group < longer))
+    return groups
+
+
+def sharing(op):
+    ins, outs, q = _sizes(op)
+    c, d = np.zeros((ins, 1, q)), np.zeros((1, q, outs))
+    for place, group in enumerate(_group_of(ins, q, op.compress_groups[0] == "c")):
+        c[place % ins, 0, group] += 1
+    for place, group in enumerate(_group_of(outs, q, op.decompress_groups[0] == "c")):
+        if place < outs:
+            d[0, group, place] = 1
+    if op.normalised:
+        c /= math.sqrt(ins / q)
+        d /= math.sqrt(outs / q)
+    return c, d
+
+
+def decoupling(op):
+    ins, outs, q = _sizes(op)
+    n, p = math.ceil(ins / q), math.ceil(outs / q)
+    c, d = np.zeros((ins, n, q)), np.zeros((n, q, outs))
+    for place in range(n * q):
+        c[place % ins, place // q, place % q] += 1
+    for out in range(outs):
+        target = out // q
+        for block in range(n):
+            if op.truncate:
+                feeds = block == target % n
+            elif n >= p:
+                feeds = block % p == target
+            else:
+                feeds = block == target % n
+            if feeds:
+                d[block, out % q, out] = 1
+    return c, d
+
+
+def rotation(op):
+    c, d = decoupling(op)
+    q = op.square_rank
+    turned = c.copy()
+    for block in range(c.shape[1]):
+        for j in range(q // 2):
+            angle = block * 10000 ** (-2 * j / q)
+            low, high = c[:, block, j], c[:, block, j + q // 2]
+            turned[:, block, j] = low * math.cos(angle) - high * math.sin(angle)
+            turned[:, block, j + q // 2] = high * math.cos(angle) + low * math.sin(
+                angle
+            )
+    return turned, d
+
+
+def permutation(op):
+    c, d = decoupling(op)
+    moved_c, moved_d = np.zeros_like(c), np.zeros_like(d)
+    for place, feature in enumerate(np.asarray(op.in_order)):
+        moved_c[feature] = c[place]
+    for place, feature in enumerate(np.asarray(op.out_order)):
+        moved_d[..., feature] = d[..., place]
+    return moved_c, moved_d
+
+
+def orthogonal(op):
+    c = np.asarray(op.in_basis, np.float64)
+    d = np.asarray(op.out_basis, np.float64).T
+    return c[:, None, :], d[None]
+
+
+def _walsh(size):
+    if size == 1:
+        return np.ones((1, 1))
+    half = _walsh(size // 2)
+    return np.kron([[1, 1], [1, -1]], half) / math.sqrt(2)
+
+
+def _hadamard_side(signs, odd, coordinates):
+    b = len(odd)
+    mixing = np.kron(_walsh(len(signs) // b), np.asarray(odd, np.float64))
+    return (np.asarray(signs, np.float64)[:, None] * mixing)[:, np.asarray(coordinates)]
+
+
+def hadamard(op):
+    c, d = _hadamard_side(*op.in_arrays), _hadamard_side(*op.out_arrays).T
+    return c[:, None, :], d[None]

@@ -1,0 +1,345 @@
+"""One dense layer as a pure function."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from cases import CASES
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mora_jax import FrozenDense, MoRAConfig, delta_weight, init, mora_apply
+from mora_jax.layer import AdapterSpec
+
+by_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.label)
+ALPHA = 0.7
+
+# axes of the kernel, its shape, and the shape of an input
+LAYOUTS = [
+    ("io", (12, 10), (2, 3, 12)),
+    ("io", (12, 10), (12,)),
+    ("oi", (10, 12), (3, 12)),
+    ("ioo", (12, 2, 5), (2, 3, 12)),
+    ("iio", (4, 3, 10), (2, 3, 4, 3)),
+    ("oio", (2, 12, 5), (3, 12)),
+    ("sio", (3, 12, 10), (3, 2, 12)),
+    ("ssioo", (3, 2, 12, 5, 2), (3, 2, 4, 12)),
+    ("iso", (12, 3, 10), (3, 12)),
+]
+
+
+def random(seed, *shape):
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def make(case, axes="io", shape=(12, 10), **settings):
+    sizes = dict(zip(("in", "out"), (12, 10), strict=True))
+    op = case.make(sizes["in"], sizes["out"], 4)
+    return FrozenDense(random(9, *shape), None, op, axes=axes, alpha=ALPHA, **settings)
+
+
+def adapter(frozen, seed=1):
+    return {"kernel_mora": random(seed, *frozen.spec.shape)}
+
+
+def merged(frozen, params):
+    """The layer without an adapter, its update in the kernel."""
+    kernel = frozen.kernel + delta_weight(params, frozen)
+    base = FrozenDense(
+        kernel, frozen.bias, frozen.operator, axes=frozen.axes, alpha=ALPHA
+    )
+    return base, jax.tree.map(jnp.zeros_like, params)
+
+
+@by_case
+@pytest.mark.parametrize(("axes", "shape", "x_shape"), LAYOUTS)
+def test_forward_is_the_merged_kernel(case, axes, shape, x_shape):
+    frozen = make(case, axes, shape)
+    params, x = adapter(frozen), random(2, *x_shape)
+    y = mora_apply(params, frozen, x)
+    expected = mora_apply(*reversed(merged(frozen, params)), x)
+    np.testing.assert_allclose(y, expected, rtol=0, atol=1e-4)
+    base = mora_apply(jax.tree.map(np.zeros_like, params), frozen, x)
+    assert np.abs(y - base).max() > 1e-3
+    chex.assert_trees_all_equal(base, mora_apply(init(frozen), frozen, x))
+
+
+@by_case
+def test_oracle(case):
+    """y = x W + b + alpha D(C(x) M) in numpy, for a plain kernel."""
+    frozen = make(case)
+    frozen = FrozenDense(frozen.kernel, random(5, 10), frozen.operator, alpha=ALPHA)
+    params, x = adapter(frozen), random(2, 6, 12)
+    c, d = case.matrices(frozen.operator)
+    update = ALPHA * oracle.update(c, d, params["kernel_mora"])
+    y = x.astype(np.float64) @ (frozen.kernel + update) + frozen.bias
+    np.testing.assert_allclose(mora_apply(params, frozen, x), y, rtol=0, atol=2e-5)
+    np.testing.assert_allclose(delta_weight(params, frozen), update, rtol=0, atol=1e-5)
+
+
+@settings(max_examples=10, deadline=None, derandomize=True)
+@given(
+    operator=st.sampled_from(["rotation", "sharing", "hadamard", "permutation"]),
+    ins=st.integers(2, 30),
+    outs=st.integers(2, 30),
+    rank=st.integers(1, 40),
+)
+def test_any_size_and_budget(operator, ins, outs, rank):
+    config = MoRAConfig(rank=rank, operator=operator, alpha=ALPHA)
+    frozen = FrozenDense.from_config(random(0, ins, outs), config=config)
+    q = frozen.operator.square_rank
+    assert q * q <= rank * (ins + outs) and q <= min(ins, outs)
+    params, x = adapter(frozen), random(2, 3, ins)
+    kernel = frozen.kernel + delta_weight(params, frozen)
+    expected = np.asarray(x, np.float64) @ np.asarray(kernel, np.float64)
+    np.testing.assert_allclose(
+        mora_apply(params, frozen, x), expected, atol=1e-4 * np.abs(expected).max()
+    )
+
+
+@by_case
+def test_gradients(case):
+    """Against the merged layer's, for M, x and the kernel."""
+    frozen = make(case, "ioo", (12, 2, 5))
+    params, x = adapter(frozen), random(2, 3, 12)
+
+    def loss(params, kernel, x):
+        layer = FrozenDense(kernel, None, frozen.operator, "ioo", alpha=ALPHA)
+        return jnp.sum(jnp.sin(mora_apply(params, layer, x)))
+
+    def merged_loss(params, kernel, x):
+        update = delta_weight(params, frozen)
+        return jnp.sum(jnp.sin(jnp.einsum("bi,iho->bho", x, kernel + update)))
+
+    got = jax.grad(loss, (0, 1, 2))(params, frozen.kernel, x)
+    expected = jax.grad(merged_loss, (0, 1, 2))(params, frozen.kernel, x)
+    chex.assert_trees_all_close(got, expected, atol=1e-4)
+
+
+@by_case
+def test_transforms(case):
+    """jit, vmap, scan and remat give what eager gives; one compilation serves."""
+    frozen = make(case)
+    params, x = adapter(frozen), random(2, 4, 12)
+    eager = mora_apply(params, frozen, x)
+    chex.clear_trace_counter()
+    jitted = jax.jit(chex.assert_max_traces(mora_apply, n=1))
+    chex.assert_trees_all_close(jitted(params, frozen, x), eager, atol=1e-5)
+    again = make(case)  # another, equal layer
+    chex.assert_trees_all_close(jitted(adapter(again), again, x), eager, atol=1e-5)
+    over_x = jax.vmap(mora_apply, (None, None, 0))
+    chex.assert_trees_all_close(over_x(params, frozen, x), eager, atol=1e-5)
+    many = jax.tree.map(lambda m: np.stack([m, 2 * m]), params)
+    both = jax.vmap(mora_apply, (0, None, None))(many, frozen, x)
+    twice = mora_apply(jax.tree.map(lambda m: 2 * m, params), frozen, x)
+    chex.assert_trees_all_close(both, jnp.stack([eager, twice]), atol=1e-5)
+    _, rows = jax.lax.scan(lambda _, x: (None, mora_apply(params, frozen, x)), None, x)
+    chex.assert_trees_all_close(rows, eager, atol=1e-5)
+
+    def loss(params):
+        return jnp.sum(mora_apply(params, frozen, x) ** 2)
+
+    chex.assert_trees_all_close(
+        jax.grad(jax.checkpoint(loss))(params), jax.grad(loss)(params), rtol=1e-5
+    )
+
+
+@by_case
+def test_arguments_are_not_constants(case):
+    """A jitted layer takes kernel and random arrays as arguments: none is baked in."""
+    frozen = make(case)
+    jaxpr = jax.make_jaxpr(mora_apply)(adapter(frozen), frozen, random(2, 4, 12))
+    baked = [const for const in jaxpr.consts if np.size(const) >= 12]
+    assert len(baked) == 0
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64"])
+@pytest.mark.parametrize("m_dtype", ["float32", "bfloat16", "float64"])
+def test_dtypes(dtype, m_dtype, float64):
+    """The sum keeps the base output's dtype, whatever M's."""
+    config = MoRAConfig(rank=2, operator="rotation", param_dtype=m_dtype)
+    kernel, x = (
+        jnp.asarray(random(k, *s), dtype) for k, s in [(0, (12, 10)), (1, (3, 12))]
+    )
+    frozen = FrozenDense.from_config(kernel, config=config)
+    params = init(frozen)
+    assert params["kernel_mora"].dtype == m_dtype
+    params = jax.tree.map(lambda m: jnp.asarray(random(2, *m.shape), m.dtype), params)
+    y = mora_apply(params, frozen, x)
+    assert y.dtype == dtype
+    exact = kernel.astype(float) + delta_weight(params, frozen).astype(float)
+    error = np.abs(np.asarray(y, float) - np.asarray(x.astype(float) @ exact))
+    assert error.max() < 100 * float(jnp.finfo(dtype).eps)
+
+
+def test_bias_and_promotion():
+    config = MoRAConfig(rank=2)
+    kernel = jnp.asarray(random(0, 3, 12, 2, 5), jnp.bfloat16)
+    bias = random(1, 3, 2, 5)
+    frozen = FrozenDense.from_config(kernel, bias, config=config, axes="sioo")
+    y = mora_apply(init(frozen), frozen, jnp.zeros((3, 7, 12), jnp.bfloat16))
+    assert y.dtype == jnp.float32 and y.shape == (3, 7, 2, 5)
+    np.testing.assert_array_equal(y, np.broadcast_to(bias[:, None], y.shape))
+    whole = mora_apply(init(frozen), frozen, jnp.ones((3, 7, 12), int))
+    assert whole.dtype == jnp.float32
+
+
+def test_abstract_shapes():
+    """init, forward and update of shapes alone, under eval_shape."""
+    kernel = jax.ShapeDtypeStruct((4, 64, 32), jnp.bfloat16)
+    frozen = FrozenDense.from_config(kernel, axes="sio")
+    params = jax.eval_shape(init, frozen)
+    x = jax.ShapeDtypeStruct((4, 5, 64), jnp.bfloat16)
+    y = jax.eval_shape(mora_apply, params, frozen, x)
+    assert (y.shape, y.dtype) == ((4, 5, 32), jnp.bfloat16)
+    assert jax.eval_shape(delta_weight, params, frozen).shape == kernel.shape
+    assert init(frozen)["kernel_mora"].shape == params["kernel_mora"].shape
+
+
+def test_dropout():
+    config = MoRAConfig(operator="truncation", square_rank=8, dropout=0.25)
+    frozen = FrozenDense.from_config(np.zeros((8, 8), np.float32), config=config)
+    params = {"kernel_mora": np.eye(8, dtype=np.float32)}
+    x = np.ones((4000, 8), np.float32)
+    key = jax.random.key(0)
+    y = mora_apply(params, frozen, x, key=key)
+    # Each input is dropped or scaled up, on its own; the mean stays.
+    assert set(np.unique(y).round(5)) == {0.0, np.float32(1 / 0.75).round(5)}
+    assert abs(float((y == 0).mean()) - 0.25) < 0.01
+    np.testing.assert_array_equal(y, mora_apply(params, frozen, x, key=key))
+    other = mora_apply(params, frozen, x, key=jax.random.key(1))
+    assert not np.array_equal(y, other)
+    np.testing.assert_array_equal(mora_apply(params, frozen, x, deterministic=True), x)
+    with pytest.raises(ValueError, match="dropout=0.25 needs a key"):
+        mora_apply(params, frozen, x)
+
+
+def test_dropout_leaves_the_frozen_path():
+    config = MoRAConfig(operator="truncation", square_rank=8, dropout=0.9)
+    kernel = random(0, 8, 8)
+    frozen = FrozenDense.from_config(kernel, config=config)
+    x = random(1, 5, 8)
+    y = mora_apply(init(frozen), frozen, x, key=jax.random.key(0))
+    np.testing.assert_allclose(y, x @ kernel, rtol=1e-5)
+
+
+def test_init():
+    frozen = FrozenDense.from_config(
+        np.zeros((64, 64), np.float32), config=MoRAConfig(rank=32, init="gaussian")
+    )
+    m = init(frozen, jax.random.key(0))["kernel_mora"]
+    assert m.shape == (64, 64)
+    np.testing.assert_allclose(m.std(), 1 / 8, rtol=0.1)
+    with pytest.raises(ValueError, match="init='gaussian' needs a key, got None"):
+        init(frozen)
+
+
+def test_m_gets_a_gradient_at_zero():
+    frozen = FrozenDense.from_config(random(0, 16, 16))
+    x = random(1, 4, 16)
+    grads = jax.grad(lambda p: mora_apply(p, frozen, x).sum())(init(frozen))
+    assert np.abs(grads["kernel_mora"]).max() > 0
+
+
+def test_spec_counts():
+    frozen = FrozenDense.from_config(np.zeros((3, 64, 32), np.float32), axes="sio")
+    spec = frozen.spec
+    q = frozen.operator.square_rank
+    assert spec.parameters == 3 * q * q == frozen.spec.shape[0] * q * q
+    np.testing.assert_allclose(spec.lora_rank, q * q / 96)
+    assert isinstance(hash(spec), int) and spec == frozen.spec
+
+
+K = np.ones((8, 6), np.float32)
+PARAMS = {"kernel_mora": np.zeros((4, 4), np.float32)}
+
+
+def frozen_of(kernel=K, bias=None, axes="io", **config):
+    config = MoRAConfig(**({"square_rank": 4, "operator": "rotation"} | config))
+    return FrozenDense.from_config(kernel, bias, config=config, axes=axes)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: frozen_of(K.astype(int)), TypeError, "floating-point dtype, got int"),
+        (lambda: frozen_of([[1.0]]), TypeError, "kernel must be an array, got list"),
+        (lambda: frozen_of(K[0]), ValueError, "at least two axes"),
+        (lambda: frozen_of(K[:0]), ValueError, "none of them empty"),
+        (lambda: frozen_of(axes="ii"), ValueError, "at least one i and one o"),
+        (lambda: frozen_of(axes="ioo"), ValueError, "one letter for each"),
+        (lambda: frozen_of(axes="xo"), ValueError, "letters s, i and o, got 'xo'"),
+        (lambda: frozen_of(square_rank=7), ValueError, "square_rank must be at most"),
+        (
+            lambda: mora_apply({}, frozen_of(), K.T),
+            ValueError,
+            "must hold 'kernel_mora'",
+        ),
+        (
+            lambda: mora_apply(PARAMS | {"bias": K}, frozen_of(), K.T),
+            ValueError,
+            "nothing else, got .*bias",
+        ),
+        (
+            lambda: mora_apply({"kernel_mora": K}, frozen_of(), K.T),
+            ValueError,
+            r"kernel_mora must have shape \(4, 4\), got \(8, 6\)",
+        ),
+        (
+            lambda: mora_apply({"kernel_mora": np.eye(4, dtype=int)}, frozen_of(), K.T),
+            TypeError,
+            "kernel_mora must have a floating-point dtype, got int",
+        ),
+        (
+            lambda: mora_apply({"kernel_mora": 0.0}, frozen_of(), K.T),
+            TypeError,
+            "kernel_mora must be an array, got float",
+        ),
+        (lambda: mora_apply(PARAMS, frozen_of(), K), ValueError, r"expected \(8, 8\)"),
+        (lambda: mora_apply(PARAMS, frozen_of(), [1.0]), TypeError, "got list"),
+        (
+            lambda: mora_apply(PARAMS, frozen_of(), np.float32(1)),
+            ValueError,
+            "at least 1 axes, got 0",
+        ),
+        (
+            lambda: mora_apply(
+                PARAMS, frozen_of(), jax.ShapeDtypeStruct((8,), "float32")
+            ),
+            TypeError,
+            "under jax.eval_shape",
+        ),
+        (
+            lambda: mora_apply(PARAMS, frozen_of(bias=np.ones(8, np.float32)), K.T),
+            ValueError,
+            r"bias must have shape \(6,\), got \(8,\)",
+        ),
+        (
+            lambda: FrozenDense(K, None, frozen_of(np.ones((6, 8))).operator).spec,
+            ValueError,
+            "6 -> 8 features does not fit",
+        ),
+        (
+            lambda: FrozenDense(K, None, "rotation").spec,
+            TypeError,
+            "must be an Operator",
+        ),
+        (
+            lambda: AdapterSpec(frozen_of().operator, (8, 6), alpha=float("nan")),
+            ValueError,
+            "alpha must be finite",
+        ),
+        (lambda: init({"kernel": K}), TypeError, "init takes a Plan or a FrozenDense"),
+    ],
+)
+def test_bad_input(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_nan_input_stays_visible():
+    y = mora_apply(PARAMS, frozen_of(), np.full((2, 8), np.nan, np.float32))
+    assert np.isnan(y).all()
