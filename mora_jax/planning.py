@@ -5,7 +5,7 @@ import difflib
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -184,11 +184,18 @@ def _select(
     return selected
 
 
-def nearest(pattern: str, names: Any) -> str:
+def nearest(pattern: str, names: Iterable[str]) -> str:
     """The names most like `pattern`, as the end of a message."""
-    words = re.sub(r"\\?[.*+?()|\[\]^$\\]+", " ", pattern).strip()
-    close = difflib.get_close_matches(words, names, n=3, cutoff=0.0)
-    return f"; the nearest are {', '.join(map(repr, close))}" if close else ""
+    words = re.sub(r"\\?[.*+?()|\[\]^$\\]+", " ", pattern).strip(" /")
+    depth = words.count("/") + 1
+    # Compared from their ends, as deep as the pattern goes: layers of the same kind are
+    # one candidate, and a wrong name counts for more than a long way to it.
+    ends: dict[str, str] = {}
+    for name in names:
+        ends.setdefault("/".join(name.split("/")[-depth:]), name)
+    close = difflib.get_close_matches(words, ends, n=3, cutoff=0.0)
+    shown = ", ".join(repr(ends[end]) for end in close)
+    return f"; the nearest are {shown}" if close else ""
 
 
 def _axes(name: str, leaf: Any, known: Mapping[str, str] | None) -> str:

@@ -94,7 +94,7 @@ def adapter_items(adapters: Any, plan: Plan) -> list[tuple[AdapterSpec, Any]]:
     return items
 
 
-def combine(params: Any, adapters: Any) -> Tree:
+def combine(params: Any, adapters: Any) -> Any:
     """One params tree, with each M beside its kernel as `<kernel>_mora`.
 
     Args:
