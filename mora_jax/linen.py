@@ -126,6 +126,11 @@ class _Bound:
     m: Any
     spec: Any
 
+    @classmethod
+    def of(cls, spec: AdapterSpec, m: Any) -> "_Bound":
+        # Without the path, so that equal layers under nn.jit share one program.
+        return cls(m, dataclasses.replace(spec, path=spec.path[-1:]))
+
     def tree_flatten(self) -> tuple[tuple[Any], Any]:
         return (self.m,), self.spec
 
@@ -188,7 +193,7 @@ def wrap(model: nn.Module, plan: Plan) -> Callable[..., Any]:
                 "got None"
             )
         items = adapter_items(adapters, plan)
-        bound = nest({adapter_path(spec): _Bound(m, spec) for spec, m in items})
+        bound = nest({adapter_path(spec): _Bound.of(spec, m) for spec, m in items})
         params = combine(_params(variables), bound)
         with nn.intercept_methods(_Interceptor(bool(adapter_deterministic))):
             result = model.apply({**variables, "params": params}, *args, **kwargs)
@@ -254,11 +259,12 @@ def plan(
         model.apply(variables, *args, **kwargs)
 
     arrays = [leaf for leaf, is_array in zip(leaves, traced, strict=True) if is_array]
-    # Beside each kernel a mark that no earlier call had, or nn.jit would take a trace
-    # that it remembers, and the recorder would see nothing of it.
+    # Beside each kernel a mark of its own that no earlier call had, or nn.jit would take
+    # a trace that it remembers, and the recorder would see nothing of it.
     kernels = [path for path, leaf in named_leaves(params).values() if leaf.ndim > 1]
     marks = {
-        (*path[:-1], path[-1] + SUFFIX): _Bound(None, recorder) for path in kernels
+        (*path[:-1], path[-1] + SUFFIX): _Bound(None, (recorder, path))
+        for path in kernels
     }
     marked = {**variables, "params": combine(params, nest(marks))}
     with nn.intercept_methods(recorder):
@@ -325,10 +331,11 @@ class _Interceptor:
         if not spec.axes.endswith(contraction.axes) or set(
             spec.axes.removesuffix(contraction.axes)
         ) - {"s"}:
+            name = "/".join((*module.path, spec.name))
             raise ValueError(
-                f"{spec.name}: the plan reads its axes as {spec.axes!r}, the layer "
-                f"computes {contraction.axes!r}; plan with mora_jax.linen.plan, or say "
-                f"overrides={{{spec.name!r}: {{'axes': {contraction.axes!r}}}}}"
+                f"{name}: the plan reads its axes as {spec.axes!r}, the layer computes "
+                f"{contraction.axes!r}; plan with mora_jax.linen.plan, or say "
+                f"overrides={{{name!r}: {{'axes': {contraction.axes!r}}}}}"
             )
         key = None
         if spec.dropout > 0 and not self.deterministic:
@@ -349,13 +356,13 @@ def _check_rule(
     rule: LayerRule | None, bound: Mapping[str, _Bound], module: nn.Module, method: str
 ) -> None:
     """Raise if an adapter in `module` would have no effect."""
-    for kernel, adapter in bound.items():
+    for kernel in bound:
         if rule is None or rule.kernel != kernel or rule.method != method:
             known = f"{rule.kernel!r} in {rule.method!r}" if rule else "nothing"
             raise TypeError(
-                f"{adapter.spec.name}: {type(module).__name__}.{method} may use this "
-                f"adapted kernel, but of that class {known} is known; see "
-                "mora_jax.register_layer"
+                f"{'/'.join((*module.path, kernel))}: {type(module).__name__}.{method} "
+                f"may use this adapted kernel, but of that class {known} is known; "
+                "see mora_jax.register_layer"
             )
 
 
@@ -374,9 +381,10 @@ class _Recorder:
             equation, x = rule.read(module, args, kwargs)
             contraction = Contraction.parse(equation, x.ndim)
             kernel = module.get_variable("params", rule.kernel)
-            path = (*module.scope.path, rule.kernel)
-            kernel = nn.unbox(kernel)
-            self.seen[path] = (contraction.axes, tuple(kernel.shape))
+            mark = module.get_variable("params", rule.kernel + SUFFIX)
+            if isinstance(mark, _Bound):
+                _, path = mark.spec
+                self.seen[path] = contraction.axes, tuple(nn.unbox(kernel).shape)
         return y
 
     def axes(self, params: Any) -> dict[str, str]:

@@ -173,7 +173,8 @@ def _select(
             default = pattern in (*DEFAULT_TARGETS, default_targets("[^/]+"))
             shown = "the default" if default else repr(pattern)
             wanted = {
-                "targets": " of two or more axes",
+                "targets": " of a kernel that can be adapted (two or more axes, in a "
+                "layer of a known class)",
                 "overrides": " that is adapted",
             }
             raise ValueError(

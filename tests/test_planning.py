@@ -189,7 +189,12 @@ K = jnp.ones((8, 8))
             ValueError,
             r"targets: '.*/qproj/kernel' matches no path .*nearest are 'layers/0/self_attn/q_proj/kernel'",
         ),
-        (transformer(), {"targets": ".*/bias"}, ValueError, "two or more axes"),
+        (
+            transformer(),
+            {"targets": ".*/bias"},
+            ValueError,
+            "can be adapted .two or more axes",
+        ),
         (transformer(), {"targets": "q_proj"}, ValueError, "'q_proj' matches no path"),
         (
             transformer(),
