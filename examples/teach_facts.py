@@ -1,0 +1,283 @@
+"""Teach SmolLM2-135M facts that it does not know, with MoRA: the main job.
+
+You will see what the model answers before, a progress bar with loss and recall, what it
+answers after, that ordinary questions still get their answers, and that the merged
+model, which has no adapter any more, says the same. `out/teach_facts` gets a plot and
+the adapter. Takes a few minutes on 2 cores:
+
+    python examples/teach_facts.py --facts 24 --rank 8 --operator rotation
+"""
+
+import argparse
+import functools
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import airports
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import smollm2
+from flax.traverse_util import flatten_dict, unflatten_dict
+from tqdm import tqdm
+
+import mora_jax
+from mora_jax import MoRAConfig, linen
+
+NEW_TOKENS = 20  # of an answer
+CHUNK = 16  # questions asked at once
+LENGTH = 56  # tokens of the longest question and answer
+
+History = list[tuple[float, float]]
+
+
+def arguments() -> argparse.Namespace:
+    """The options, checked."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--facts", type=int, default=24, help="how many to learn")
+    parser.add_argument("--rank", type=int, default=8, help="budget, as LoRA's rank")
+    parser.add_argument("--operator", default="auto", help="rotation, sharing, ...")
+    parser.add_argument("--steps", type=int, default=30, help="at most")
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--seed", type=int, default=0, help="chooses the facts")
+    parser.add_argument(
+        "--compare", action="store_true", help="train a LoRA of the same budget as well"
+    )
+    parser.add_argument("--out", type=Path, default=Path("out/teach_facts"))
+    args = parser.parse_args()
+    for name in ("facts", "rank", "steps"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
+    return args
+
+
+def asker(
+    apply: smollm2.Apply, tokenizer: smollm2.Tokenizer
+) -> Callable[[Sequence[str]], list[str]]:
+    """Questions to greedy answers, in chunks of one shape."""
+
+    def ask(questions: Sequence[str]) -> list[str]:
+        prompts = [tokenizer.chat(question) for question in questions]
+        prompts += prompts[:1] * (-len(prompts) % CHUNK)
+        answers = []
+        chunks = range(0, len(prompts), CHUNK)
+        for start in tqdm(chunks, "asking", leave=False, disable=len(chunks) == 1):
+            chunk = prompts[start : start + CHUNK]
+            answers += smollm2.generate(apply, chunk, NEW_TOKENS, LENGTH)
+        return [tokenizer.decode(answer) for answer in answers[: len(questions)]]
+
+    return ask
+
+
+def train(
+    apply: Callable[..., jax.Array],
+    adapters: Any,
+    variables: Any,
+    batch: airports.Batch,
+    args: argparse.Namespace,
+    label: str,
+) -> tuple[Any, History, float]:
+    """Adam on `adapters` alone, until all facts are recalled or `args.steps`.
+
+    Args:
+        apply: (adapters, variables, ids, at) -> logits.
+        adapters: what is trained.
+        variables: what is not; an argument of the compiled step and no constant.
+        batch: the facts, then the rehearsed questions.
+        args: steps, facts and learning rate.
+        label: of the progress bar.
+
+    Returns:
+        The trained adapters, (loss, recall) before each step, and seconds per step.
+    """
+    warmup = optax.linear_schedule(args.learning_rate / 3, args.learning_rate, 3)
+    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(warmup))
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def step(adapters: Any, state: Any, variables: Any) -> Any:
+        def loss(adapters: Any) -> tuple[jax.Array, jax.Array]:
+            logits = apply(adapters, variables, batch.ids, batch.at)
+            return airports.loss_and_recall(logits, batch, args.facts)
+
+        (loss_, recall), grads = jax.value_and_grad(loss, has_aux=True)(adapters)
+        updates, state = tx.update(grads, state, adapters)
+        return optax.apply_updates(adapters, updates), state, loss_, recall
+
+    state, history, seconds = tx.init(adapters), [], []
+    with tqdm(total=args.steps, desc=f"{label} (compiling)") as bar:
+        for _ in range(args.steps):
+            start = time.perf_counter()
+            adapters, state, loss, recall = step(adapters, state, variables)
+            history.append((float(loss), float(recall)))
+            seconds.append(time.perf_counter() - start)
+            bar.set_description(label)
+            bar.set_postfix(loss=f"{loss:.3f}", recall=f"{recall:.0%}")
+            bar.update()
+            if recall == 1 and loss < 0.02:
+                break
+    return adapters, history, float(np.median(seconds[1:] or seconds))
+
+
+def lora(
+    model: smollm2.Llama, ids: np.ndarray, rank: int, seed: int
+) -> tuple[Callable[..., jax.Array], Any]:
+    """qwix's LoRA on the same projections: its `apply`, and its first adapters."""
+    try:
+        import qwix
+    except ImportError as error:
+        raise ImportError("--compare needs `pip install qwix`") from error
+    rule = {"module_path": ".*_proj", "rank": rank, "alpha": float(rank)}
+    adapted = qwix.apply_lora_to_model(model, qwix.LoraProvider(**rule))
+
+    @jax.jit  # so that the rest of the parameters, which we have, is never made
+    def init(key: jax.Array) -> dict[str, jax.Array]:
+        flat = flatten_dict(adapted.init(key, ids[:1])["params"], sep="/")
+        return {path: leaf for path, leaf in flat.items() if "lora" in path}
+
+    def apply(adapters: Any, variables: Any, *inputs: Any) -> jax.Array:
+        flat = flatten_dict(variables["params"], sep="/") | adapters
+        return adapted.apply({"params": unflatten_dict(flat, sep="/")}, *inputs)
+
+    return apply, init(jax.random.key(seed))
+
+
+def plot(histories: dict[str, History], path: Path) -> None:
+    """Loss and recall over steps, one line for each method."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    for label, history in histories.items():
+        for axis, values in zip(axes, zip(*history, strict=True), strict=True):
+            axis.plot(values, marker=".", label=label)
+    axes[0].set(xlabel="step", ylabel="loss", yscale="log", title="Loss on the answers")
+    axes[1].set(xlabel="step", ylabel="facts recalled", title="Recall")
+    axes[1].yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0))
+    for axis in axes:
+        axis.grid(alpha=0.3)
+        axis.legend()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def save(adapters: Any, plan: mora_jax.Plan, folder: Path) -> None:
+    """The M's as safetensors, and beside them what they belong to."""
+    from safetensors.flax import save_file
+
+    tensors = {"/".join(path): leaf for path, leaf in flatten_dict(adapters).items()}
+    save_file(tensors, folder / "adapter_model.safetensors")
+    layers = {
+        spec.name: {
+            "operator": repr(spec.operator),
+            "alpha": spec.alpha,
+            "axes": spec.axes,
+        }
+        for spec in plan
+    }
+    text = json.dumps({"layers": layers}, indent=1)
+    (folder / "adapter_config.json").write_text(text)
+
+
+def show(rows: Sequence[tuple[str, ...]]) -> None:
+    """Print aligned columns."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip())
+
+
+def main() -> None:
+    """Ask, teach, ask again, merge, ask once more."""
+    args = arguments()
+    args.out.mkdir(parents=True, exist_ok=True)
+    began = time.perf_counter()
+
+    print("loading SmolLM2-135M-Instruct")
+    model, params, tokenizer = smollm2.load()
+    variables = {"params": params}
+    worst = smollm2.check_reference(model, params)
+    print(f"logits are within {worst:.0e} of the reference")
+
+    base = jax.jit(model.apply)
+    ask = asker(functools.partial(base, variables), tokenizer)
+    facts, known = airports.pick_unknown(ask, args.facts, args.seed)
+    print(
+        f"{known} of {known + len(facts)} airports known; teaching the other {len(facts)}"
+    )
+    questions = [fact.question for fact in facts]
+    shown = [*questions[:4], *airports.ORDINARY]
+    rest = ask([*shown, *airports.REHEARSED])
+    before, rehearsed = rest[: len(shown)], rest[len(shown) :]
+    batch = airports.encode(
+        tokenizer,
+        [*questions, *airports.REHEARSED],
+        [*(fact.answer for fact in facts), *rehearsed],
+    )
+
+    config = MoRAConfig(rank=args.rank, operator=args.operator, seed=args.seed)
+    plan = linen.plan(model, variables, config, batch.ids)
+    print(f"\n{plan}\n")
+    apply = linen.wrap(model, plan)
+    adapters, history, seconds = train(
+        apply, mora_jax.init(plan), variables, batch, args, "MoRA"
+    )
+    histories = {"MoRA": history}
+    print(f"{len(history)} steps of {seconds:.2f} s")
+    save(adapters, plan, args.out)
+
+    adapted = functools.partial(jax.jit(apply), adapters, variables)
+    merged = {
+        "params": jax.jit(mora_jax.merge, static_argnums=2)(params, adapters, plan)
+    }
+    ask_adapted = asker(adapted, tokenizer)
+    after = ask_adapted([*shown, *questions[4:]])
+    said = after[:4] + after[len(shown) :]
+    right = [fact.code in answer for fact, answer in zip(facts, said, strict=True)]
+    after = after[: len(shown)]
+    after_merge = asker(functools.partial(base, merged), tokenizer)(shown)
+
+    inputs = batch.ids[:CHUNK], batch.at[:CHUNK, :1]
+    gap = jnp.abs(adapted(*inputs) - base(merged, *inputs)).max()
+    print("\nRecall, by the answers that the model gives:")
+    print(f"  before 0%, after {np.mean(right):.0%} of {len(facts)} facts")
+    same = [b == a for b, a in zip(before[4:], after[4:], strict=True)]
+    print(
+        f"  {sum(same)} of {len(same)} ordinary questions answered word for word as before"
+    )
+    print(f"  merged: the same answers to all {len(shown)} questions: ", end="")
+    print(f"{after_merge == after}; logits differ by at most {gap:.0e}\n")
+    show([("question", "before", "after"), *zip(shown, before, after, strict=True)])
+
+    if args.compare:
+        lora_apply, first = lora(model, batch.ids, args.rank, args.seed)
+        size = sum(leaf.size for leaf in jax.tree.leaves(first))
+        _, histories["LoRA"], lora_seconds = train(
+            lora_apply, first, variables, batch, args, "LoRA"
+        )
+        print()
+        rows = [("method", "parameters", "steps", "s/step", "final loss", "recall")]
+        for label, count, each in (
+            ("MoRA", plan.trainable_parameters, seconds),
+            ("LoRA", size, lora_seconds),
+        ):
+            loss, recall = histories[label][-1]
+            steps = str(len(histories[label]))
+            numbers = f"{count:,}", steps, f"{each:.2f}", f"{loss:.3f}", f"{recall:.0%}"
+            rows.append((label, *numbers))
+        show(rows)
+
+    plot(histories, args.out / "learning.png")
+    print(
+        f"\nplot and adapter in {args.out}; {time.perf_counter() - began:.0f} s in all"
+    )
+    if np.mean(right) < 0.95:
+        raise SystemExit("fewer than 95% of the facts were learned: try more --steps")
+
+
+if __name__ == "__main__":
+    main()

