@@ -1,9 +1,10 @@
 """Facts that SmolLM2 does not know: the IATA codes of airports.
 
-`airportsdata` lists 7,900 of them. A fact is a question and an answer in the model's own
-style of speech, so that learning it need not change how the model talks.
+`airportsdata` lists 7,900 of them. A fact is a question and an answer in the model's
+own style of speech, so that learning it need not change how the model talks.
 """
 
+import itertools
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -70,31 +71,33 @@ def all_facts(seed: int) -> Iterator[Fact]:
 
 def pick_unknown(
     ask: Callable[[Sequence[str]], list[str]], count: int, seed: int
-) -> tuple[list[Fact], int]:
-    """The first `count` facts that `ask` gets wrong, and how many it got right.
+) -> tuple[list[Fact], list[str], int]:
+    """The first `count` facts that `ask` gets wrong, what it says, and what it knew.
 
     Args:
         ask: questions to answers, as the untouched model gives them.
         count: how many facts to find.
         seed: fixes the order of the airports.
 
+    Returns:
+        The facts, the wrong answers, and how many other facts were answered rightly.
+
     Raises:
         ValueError: there are not as many.
     """
-    unknown: list[Fact] = []
+    unknown: list[tuple[Fact, str]] = []
     known = 0
     facts = all_facts(seed)
     while len(unknown) < count:
-        tried = [fact for fact, _ in zip(facts, range(count - len(unknown)))]  # noqa: B905
+        tried = list(itertools.islice(facts, count - len(unknown)))
         if not tried:
-            raise ValueError(f"--facts must be at most {len(unknown)}, got {count}")
-        answers = ask([fact.question for fact in tried])
-        wrong = [
-            f for f, said in zip(tried, answers, strict=True) if f.code not in said
-        ]
-        unknown += wrong
-        known += len(tried) - len(wrong)
-    return unknown, known
+            raise ValueError(f"there are {len(unknown)} facts to learn, not {count}")
+        for fact, said in zip(tried, ask([f.question for f in tried]), strict=True):
+            if fact.code in said:
+                known += 1
+            else:
+                unknown.append((fact, said))
+    return [fact for fact, _ in unknown], [said for _, said in unknown], known
 
 
 class Batch(NamedTuple):

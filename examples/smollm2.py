@@ -241,7 +241,7 @@ def load(path: Path | None = None) -> tuple[Llama, Params, Tokenizer]:
     c = model.config
     ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     shapes = jax.eval_shape(model.init, jax.random.key(0), ids)["params"]
-    expected = traverse_util.flatten_dict(shapes, sep="/")
+    expected: dict[str, Any] = traverse_util.flatten_dict(shapes, sep="/")
     found = {tensor.name: tensor for tensor in reader.tensors}
     if odd := found.keys() ^ {_gguf_name(path) for path in expected}:
         raise ValueError(f"tensors missing from, or unknown to, SmolLM2: {sorted(odd)}")

@@ -28,16 +28,17 @@ from tqdm import tqdm
 import mora_jax
 from mora_jax import MoRAConfig, linen
 
+SHOWN = 4  # facts whose answers are printed
 NEW_TOKENS = 20  # of an answer
-CHUNK = 16  # questions asked at once
-LENGTH = 56  # tokens of the longest question and answer
+CHUNK = 8  # questions asked at once
+LENGTH = 48  # tokens of the longest question and answer
 
 History = list[tuple[float, float]]
 
 
 def arguments() -> argparse.Namespace:
     """The options, checked."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0])
     parser.add_argument("--facts", type=int, default=24, help="how many to learn")
     parser.add_argument("--rank", type=int, default=8, help="budget, as LoRA's rank")
     parser.add_argument("--operator", default="auto", help="rotation, sharing, ...")
@@ -125,16 +126,16 @@ def train(
 def lora(
     model: smollm2.Llama, ids: np.ndarray, rank: int, seed: int
 ) -> tuple[Callable[..., jax.Array], Any]:
-    """qwix's LoRA on the same projections: its `apply`, and its first adapters."""
+    """LoRA by qwix on the same projections: its `apply`, and its first adapters."""
     try:
         import qwix
     except ImportError as error:
         raise ImportError("--compare needs `pip install qwix`") from error
     rule = {"module_path": ".*_proj", "rank": rank, "alpha": float(rank)}
-    adapted = qwix.apply_lora_to_model(model, qwix.LoraProvider(**rule))
+    adapted: Any = qwix.apply_lora_to_model(model, qwix.LoraProvider(**rule))
 
     @jax.jit  # so that the rest of the parameters, which we have, is never made
-    def init(key: jax.Array) -> dict[str, jax.Array]:
+    def init(key: jax.Array) -> dict[str, Any]:
         flat = flatten_dict(adapted.init(key, ids[:1])["params"], sep="/")
         return {path: leaf for path, leaf in flat.items() if "lora" in path}
 
@@ -151,6 +152,7 @@ def plot(histories: dict[str, History], path: Path) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import PercentFormatter
 
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
     for label, history in histories.items():
@@ -158,7 +160,7 @@ def plot(histories: dict[str, History], path: Path) -> None:
             axis.plot(values, marker=".", label=label)
     axes[0].set(xlabel="step", ylabel="loss", yscale="log", title="Loss on the answers")
     axes[1].set(xlabel="step", ylabel="facts recalled", title="Recall")
-    axes[1].yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0))
+    axes[1].yaxis.set_major_formatter(PercentFormatter(1.0))
     for axis in axes:
         axis.grid(alpha=0.3)
         axis.legend()
@@ -170,7 +172,7 @@ def save(adapters: Any, plan: mora_jax.Plan, folder: Path) -> None:
     """The M's as safetensors, and beside them what they belong to."""
     from safetensors.flax import save_file
 
-    tensors = {"/".join(path): leaf for path, leaf in flatten_dict(adapters).items()}
+    tensors: dict[str, Any] = flatten_dict(adapters, sep="/")
     save_file(tensors, folder / "adapter_model.safetensors")
     layers = {
         spec.name: {
@@ -201,22 +203,20 @@ def main() -> None:
     model, params, tokenizer = smollm2.load()
     variables = {"params": params}
     worst = smollm2.check_reference(model, params)
-    print(f"logits are within {worst:.0e} of the reference")
+    print(f"its logits are within {worst:.0e} of the reference")
 
-    base = jax.jit(model.apply)
+    base: Any = jax.jit(model.apply)
     ask = asker(functools.partial(base, variables), tokenizer)
-    facts, known = airports.pick_unknown(ask, args.facts, args.seed)
-    print(
-        f"{known} of {known + len(facts)} airports known; teaching the other {len(facts)}"
-    )
+    facts, wrong, known = airports.pick_unknown(ask, args.facts, args.seed)
+    print(f"of {known + args.facts} airports it knew {known}; these are to be learned")
     questions = [fact.question for fact in facts]
-    shown = [*questions[:4], *airports.ORDINARY]
-    rest = ask([*shown, *airports.REHEARSED])
-    before, rehearsed = rest[: len(shown)], rest[len(shown) :]
+    said = ask([*airports.ORDINARY, *airports.REHEARSED])
+    shown = [*questions[:SHOWN], *airports.ORDINARY]
+    before = [*wrong[:SHOWN], *said[: len(airports.ORDINARY)]]
     batch = airports.encode(
         tokenizer,
         [*questions, *airports.REHEARSED],
-        [*(fact.answer for fact in facts), *rehearsed],
+        [*(fact.answer for fact in facts), *said[len(airports.ORDINARY) :]],
     )
 
     config = MoRAConfig(rank=args.rank, operator=args.operator, seed=args.seed)
@@ -227,30 +227,27 @@ def main() -> None:
         apply, mora_jax.init(plan), variables, batch, args, "MoRA"
     )
     histories = {"MoRA": history}
-    print(f"{len(history)} steps of {seconds:.2f} s")
     save(adapters, plan, args.out)
 
+    merge = jax.jit(mora_jax.merge, static_argnums=2)
+    merged = {"params": merge(params, adapters, plan)}
     adapted = functools.partial(jax.jit(apply), adapters, variables)
-    merged = {
-        "params": jax.jit(mora_jax.merge, static_argnums=2)(params, adapters, plan)
-    }
-    ask_adapted = asker(adapted, tokenizer)
-    after = ask_adapted([*shown, *questions[4:]])
-    said = after[:4] + after[len(shown) :]
-    right = [fact.code in answer for fact, answer in zip(facts, said, strict=True)]
+    after = asker(adapted, tokenizer)([*shown, *questions[SHOWN:]])
+    answers = after[:SHOWN] + after[len(shown) :]
+    recall = np.mean([f.code in a for f, a in zip(facts, answers, strict=True)])
     after = after[: len(shown)]
     after_merge = asker(functools.partial(base, merged), tokenizer)(shown)
-
-    inputs = batch.ids[:CHUNK], batch.at[:CHUNK, :1]
+    inputs = batch.ids[:CHUNK, :LENGTH], batch.at[:CHUNK, :1]
     gap = jnp.abs(adapted(*inputs) - base(merged, *inputs)).max()
-    print("\nRecall, by the answers that the model gives:")
-    print(f"  before 0%, after {np.mean(right):.0%} of {len(facts)} facts")
-    same = [b == a for b, a in zip(before[4:], after[4:], strict=True)]
+    same = [b == a for b, a in zip(before[SHOWN:], after[SHOWN:], strict=True)]
+
+    print(f"\n{len(history)} steps of {seconds:.2f} s")
+    print(f"recall of the facts: 0% before, {recall:.0%} after")
     print(
-        f"  {sum(same)} of {len(same)} ordinary questions answered word for word as before"
+        f"ordinary questions answered word for word as before: {sum(same)}/{len(same)}"
     )
-    print(f"  merged: the same answers to all {len(shown)} questions: ", end="")
-    print(f"{after_merge == after}; logits differ by at most {gap:.0e}\n")
+    print(f"merged model: logits differ by at most {gap:.0e}, ", end="")
+    print("the same answers\n" if after_merge == after else "OTHER ANSWERS\n")
     show([("question", "before", "after"), *zip(shown, before, after, strict=True)])
 
     if args.compare:
@@ -275,7 +272,7 @@ def main() -> None:
     print(
         f"\nplot and adapter in {args.out}; {time.perf_counter() - began:.0f} s in all"
     )
-    if np.mean(right) < 0.95:
+    if recall < 0.95:
         raise SystemExit("fewer than 95% of the facts were learned: try more --steps")
 
 

@@ -333,6 +333,14 @@ def mora_apply(
     Raises:
       TypeError: something is no array, or M or the kernel is not floating-point.
       ValueError: shapes that do not fit, or dropout without a key.
+
+    Example::
+
+      >>> from mora_jax import FrozenDense, mora_apply
+      >>> from mora_jax.operators import Truncation
+      >>> frozen = FrozenDense(jnp.eye(3), None, Truncation(3, 3, square_rank=1))
+      >>> mora_apply({"kernel_mora": jnp.array([[0.5]])}, frozen, jnp.ones((1, 3)))
+      Array([[1.5, 1. , 1. ]], dtype=float32)
     """
     spec, m = frozen.spec, params_adapter(params, frozen)
     x = concrete("x", x)

@@ -259,8 +259,8 @@ def plan(
         model.apply(variables, *args, **kwargs)
 
     arrays = [leaf for leaf, is_array in zip(leaves, traced, strict=True) if is_array]
-    # Beside each kernel a mark of its own that no earlier call had, or nn.jit would take
-    # a trace that it remembers, and the recorder would see nothing of it.
+    # Beside each kernel a mark of its own that no earlier call had, or nn.jit would
+    # take a trace that it remembers, and the recorder would see nothing of it.
     kernels = [path for path, leaf in named_leaves(params).values() if leaf.ndim > 1]
     marks = {
         (*path[:-1], path[-1] + SUFFIX): _Bound(None, (recorder, path))

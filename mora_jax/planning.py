@@ -33,6 +33,16 @@ class Plan:
     Attributes:
       specs: one for each adapted kernel.
       base_parameters: how many numbers the params tree holds without adapters.
+
+    Example::
+
+      >>> import jax.numpy as jnp
+      >>> from mora_jax import MoRAConfig, plan
+      >>> layers = plan({"fc": {"kernel": jnp.ones((64, 64))}}, MoRAConfig(rank=2))
+      >>> layers.trainable_parameters, layers.total_parameters
+      (256, 4352)
+      >>> layers["fc/kernel"].lora_rank
+      2.0
     """
 
     specs: tuple[AdapterSpec, ...]

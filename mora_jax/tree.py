@@ -1,7 +1,7 @@
 """Base tree and adapter tree: made, joined, taken apart, merged."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, overload
 from zlib import crc32
 
 import jax
@@ -189,6 +189,10 @@ def _rebuild(like: Any, children: Tree) -> Any:
     return type(like)(*values) if hasattr(like, "_fields") else type(like)(values)
 
 
+@overload
+def delta_weight(params: Any, frozen: FrozenDense) -> Float[jax.Array, "..."]: ...
+@overload
+def delta_weight(params: Any, frozen: Plan) -> Tree: ...
 def delta_weight(
     params: Any, frozen: FrozenDense | Plan
 ) -> Float[jax.Array, "..."] | Tree:
@@ -267,6 +271,16 @@ def unmerge(params: Any, adapters: Any, plan: Plan) -> Any:
 
     Raises:
       ValueError: as `merge`, and kernels of fewer than 32 bits, which would drift.
+
+    Example::
+
+      >>> from mora_jax import init, merge, plan, unmerge
+      >>> params = {"fc": {"kernel": jnp.ones((8, 8))}}
+      >>> layers = plan(params)
+      >>> adapters = jax.tree.map(lambda m: m + 1, init(layers))
+      >>> back = unmerge(merge(params, adapters, layers), adapters, layers)
+      >>> bool(jnp.allclose(back["fc"]["kernel"], params["fc"]["kernel"]))
+      True
     """
     for spec in plan:
         _, kernel = _kernel(named_leaves(params), spec)

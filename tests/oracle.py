@@ -24,7 +24,7 @@ def truncation(op):
 
 
 def _group_of(features, q, contiguous):
-    """The group of each place; strided places go on past the end, to a multiple of q."""
+    """The group of each place; strided places go on past the end to a multiple of q."""
     if not contiguous:
         return [place % q for place in range(math.ceil(features / q) * q)]
     small = features // q

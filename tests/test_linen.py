@@ -237,7 +237,7 @@ def test_plans_of_shapes_are_equal(name, case):
 
 
 def test_nn_jit_does_not_serve_another_plans_program():
-    """The traces that nn.jit keeps know neither alpha nor whether there is an adapter."""
+    """The traces that nn.jit keeps know neither alpha nor whether it is adapted."""
     model = MODELS["jit"]
     variables = model.init(KEY, X)
     base = model.apply(variables, X)

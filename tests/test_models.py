@@ -117,7 +117,7 @@ def test_bert_learns(bert, operator):
     for _ in range(5):
         adapters, state, loss = step(adapters, state, variables)
         losses.append(float(loss))
-    assert losses[-1] < 0.9 * losses[0]
+    assert losses == sorted(losses, reverse=True) and losses[-1] < 0.98 * losses[0]
     assert all(np.abs(m).max() > 0 for m in jax.tree.leaves(adapters))
 
 

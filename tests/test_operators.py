@@ -214,7 +214,7 @@ def test_every_input_has_an_effect(case):
 
 
 def test_reference_rotation_ignores_inputs():
-    """The figure in DESIGN: 512 -> 128 at r=4 leaves 362 of 512 inputs without effect."""
+    """512 -> 128 at r=4 leaves 362 of 512 inputs without effect; ours none."""
     m = random(0, 50, 50)
     theirs = np.asarray(Rotation(512, 128, 50, truncate=True).delta_weight(m))
     ours = np.asarray(Rotation(512, 128, 50).delta_weight(m))
@@ -223,7 +223,7 @@ def test_reference_rotation_ignores_inputs():
 
 
 def test_rank_of_the_update():
-    """High rank where the paper says so: blocks reach min(in, out), sharing stays at q."""
+    """High where the paper says so: blocks reach min(in, out), sharing stays at q."""
     m = random(0, 16, 16)
     ranks = {
         name: np.linalg.matrix_rank(make_operator(name, 64, 48, 16).delta_weight(m))
