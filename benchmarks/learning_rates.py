@@ -2,8 +2,8 @@
 
 For each width an MLP is trained on one task, then adapted to another with every
 operator and a ladder of learning rates (adam, float32, a fixed number of steps). You
-will see a table of final losses relative to the loss without adapters, the best rate of
-each row marked. Where a row's numbers do not move with the width, neither need the rate.
+will see a table of final losses relative to the loss without adapters, the best rate
+of each row marked. Where a row does not move with the width, neither need the rate.
 
     python benchmarks/learning_rates.py
 """

@@ -257,6 +257,16 @@ def summary(plan: Plan, *, collapse: bool = True) -> str:
 
     Returns:
       The table as text; r is the rank of the LoRA with as many parameters.
+
+    Example::
+
+      >>> import jax.numpy as jnp
+      >>> from mora_jax import plan, summary
+      >>> params = {f"l{k}": {"kernel": jnp.ones((64, 64)) + k} for k in range(3)}
+      >>> print(summary(plan(params)))
+      path           in -> out  operator    r   q  parameters  of base
+      l*/kernel (3)   64 -> 64  rotation  8.0  32       3,072   25.00%
+      3 adapters: 3,072 trainable parameters, 25.00% of 12,288
     """
     groups: dict[tuple[Any, ...], list[AdapterSpec]] = defaultdict(list)
     for spec in plan:

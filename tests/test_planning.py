@@ -187,7 +187,7 @@ K = jnp.ones((8, 8))
             transformer(),
             {"targets": ".*/qproj/kernel"},
             ValueError,
-            "'.*/qproj/kernel' matches no path .*are 'layers/0/self_attn/q_proj/kernel'",
+            "'.*/qproj/kernel' matches no path .* 'layers/0/self_attn/q_proj/kernel'",
         ),
         (
             transformer(),
