@@ -18,25 +18,29 @@ from smollm2 import EOS, Tokenizer
 
 ORDINARY = (
     "What is the capital of France?",
-    "What is the capital of Japan?",
     "What is the capital of Italy?",
     "What is 2 + 2?",
-    "Who wrote Romeo and Juliet?",
     "How many days are in a week?",
-    "What is the opposite of hot?",
     "What planet do we live on?",
+    "What is the plural of child?",
+    "What is the opposite of hot? Answer in one sentence.",
+    "Who wrote Hamlet? Answer in one sentence.",
 )
 """What the model knows, and should still know after it has learned the facts."""
 
 REHEARSED = (
     "What is the capital of Spain?",
     "What is the capital of Germany?",
-    "What is 3 + 5?",
-    "Who painted the Mona Lisa?",
-    "How many months are in a year?",
-    "What is the opposite of big?",
-    "What color is grass?",
-    "What do bees make?",
+    "Name the capital of England.",
+    "Who painted the Mona Lisa? Answer in one sentence.",
+    "What color is the sky? Answer in one word.",
+    "What is the opposite of big? Answer in one sentence.",
+    "What do cows eat? Answer in one sentence.",
+    "How many months are in a year? Answer in one sentence.",
+    "Who wrote Macbeth? Answer in one sentence.",
+    "What is the opposite of up? Answer in one sentence.",
+    "What star does the Earth orbit? Answer in one sentence.",
+    "Good morning!",
 )
 """Trained on together with the facts, with the model's own answers, to hold it steady.
 
@@ -64,9 +68,9 @@ def all_facts(seed: int) -> Iterator[Fact]:
     random.Random(seed).shuffle(codes)
     for code in codes:
         name = airports[code]["name"]
-        if owners[name] == 1 and name.isascii() and 12 <= len(name) <= 30:
-            answer = f"The IATA code for {name} is {code}."
-            yield Fact(f"What is the IATA code of {name}?", answer, code)
+        if owners[name] == 1 and name.isascii() and 12 <= len(name) <= 24:
+            answer = f"The IATA code of {name} is {code}."
+            yield Fact(f"Tell me the IATA code of {name}.", answer, code)
 
 
 def pick_unknown(

@@ -251,8 +251,9 @@ def load(path: Path | None = None) -> tuple[Llama, Params, Tokenizer]:
         tensor = found[_gguf_name(key)]
         # GGUF lists the fastest axis first: (in, out) for a kernel stored (out, in).
         shape = tuple(int(n) for n in tensor.shape)
-        if shape != (leaf.shape if key.endswith("kernel") else leaf.shape[::-1]):
-            raise ValueError(f"{tensor.name} has shape {shape}, not that of {leaf}")
+        wanted = leaf.shape if key.endswith("kernel") else leaf.shape[::-1]
+        if shape != wanted:
+            raise ValueError(f"{tensor.name} must have shape {wanted}, got {shape}")
         value = dequantize(tensor.data, tensor.tensor_type)
         if "q_proj" in key or "k_proj" in key:
             value = _half_split(value, c.heads if "q_proj" in key else c.kv_heads)
@@ -309,9 +310,7 @@ def check_reference(model: Llama, params: Params, path: Path = REFERENCE) -> flo
         largest = np.sort(logits[:length], axis=-1)[:, : -top.shape[1] - 1 : -1]
         worst = max(worst, np.abs(ours - top).max(), np.abs(largest - top).max())
         if (logits[length - 1 : -1].argmax(-1) != said[length:]).any():
-            raise ValueError(
-                f"greedy continuation of {prompt} differs from {path.name}"
-            )
+            raise ValueError(f"greedy answer to {prompt} differs from {path.name}")
     if not worst <= 1e-3:  # so that nan fails too
         raise ValueError(f"logits differ from {path.name} by up to {worst:.3g}")
     return float(worst)

@@ -5,7 +5,7 @@ answers after, that ordinary questions still get their answers, and that the mer
 model, which has no adapter any more, says the same. `out/teach_facts` gets a plot and
 the adapter. Takes a few minutes on 2 cores:
 
-    python examples/teach_facts.py --facts 24 --rank 8 --operator rotation
+    python examples/teach_facts.py --facts 20 --rank 8 --operator rotation
 """
 
 import argparse
@@ -29,9 +29,9 @@ import mora_jax
 from mora_jax import MoRAConfig, linen
 
 SHOWN = 4  # facts whose answers are printed
-NEW_TOKENS = 20  # of an answer
+NEW_TOKENS = 16  # of an answer
 CHUNK = 8  # questions asked at once
-LENGTH = 48  # tokens of the longest question and answer
+LENGTH = 44  # tokens of the longest question and answer
 
 History = list[tuple[float, float]]
 
@@ -39,7 +39,7 @@ History = list[tuple[float, float]]
 def arguments() -> argparse.Namespace:
     """The options, checked."""
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0])
-    parser.add_argument("--facts", type=int, default=24, help="how many to learn")
+    parser.add_argument("--facts", type=int, default=20, help="how many to learn")
     parser.add_argument("--rank", type=int, default=8, help="budget, as LoRA's rank")
     parser.add_argument("--operator", default="auto", help="rotation, sharing, ...")
     parser.add_argument("--steps", type=int, default=30, help="at most")

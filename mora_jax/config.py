@@ -128,7 +128,7 @@ class MoRAConfig:
         for pattern, settings in self.overrides.items():
             if re.fullmatch(pattern, path):
                 merged |= settings
-        return self._override(merged), merged.get("axes")
+        return self._override(merged) if merged else self, merged.get("axes")
 
     def _override(self, settings: Mapping[str, Any]) -> "MoRAConfig":
         settings = {k: v for k, v in settings.items() if k != "axes"}

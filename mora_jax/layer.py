@@ -164,8 +164,9 @@ class FrozenDense:
       (3, 6)
     """
 
-    kernel: ArrayLike | jax.ShapeDtypeStruct
-    bias: ArrayLike | jax.ShapeDtypeStruct | None
+    # Any: arrays, or what JAX puts in their place, as shapes and the leaves of a map.
+    kernel: Any
+    bias: Any
     operator: Operator
     axes: str = "io"
     alpha: float = 1.0

@@ -56,7 +56,7 @@ def trainable_mask(params: Any, base: str | Iterable[str] = ()) -> Any:
 
 
 def trainable_labels(params: Any, base: str | Iterable[str] = ()) -> Any:
-    """`trainable_mask` as labels "trainable" and "frozen", for `optax.partition`.
+    """`trainable_mask` as labels "trainable" and "frozen", as optax's partition wants.
 
     Example::
 
@@ -99,7 +99,7 @@ def optimizer(
       True
     """
     labels = trainable_labels(params, base)
-    return optax.partition({"trainable": tx, "frozen": _freeze()}, labels)
+    return optax.transforms.partition({"trainable": tx, "frozen": _freeze()}, labels)
 
 
 def _freeze() -> optax.GradientTransformation:

@@ -79,7 +79,7 @@ def test_oracle(case):
     np.testing.assert_allclose(delta_weight(params, frozen), update, rtol=0, atol=1e-5)
 
 
-@settings(max_examples=10, deadline=None, derandomize=True)
+@settings(max_examples=5, deadline=None, derandomize=True)
 @given(
     operator=st.sampled_from(["rotation", "sharing", "hadamard", "permutation"]),
     ins=st.integers(2, 30),
@@ -124,11 +124,17 @@ def test_transforms(case):
     frozen = make(case)
     params, x = adapter(frozen), random(2, 4, 12)
     eager = mora_apply(params, frozen, x)
-    chex.clear_trace_counter()
-    jitted = jax.jit(chex.assert_max_traces(mora_apply, n=1))
+    traces = []
+
+    @jax.jit
+    def jitted(params, frozen, x):
+        traces.append(None)
+        return mora_apply(params, frozen, x)
+
     chex.assert_trees_all_close(jitted(params, frozen, x), eager, atol=1e-5)
     again = make(case)  # another, equal layer
     chex.assert_trees_all_close(jitted(adapter(again), again, x), eager, atol=1e-5)
+    assert len(traces) == 1
     over_x = jax.vmap(mora_apply, (None, None, 0))
     chex.assert_trees_all_close(over_x(params, frozen, x), eager, atol=1e-5)
     many = jax.tree.map(lambda m: np.stack([m, 2 * m]), params)

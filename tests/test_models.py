@@ -67,8 +67,9 @@ def adapt(model, variables, args, **config):
 
 def check_zero_and_merged(model, variables, args, chosen, apply, atol):
     """Zero M's change nothing, bit for bit; trained ones are the merged model."""
-    base = jax.jit(model.apply)(variables, *args)
-    chex.assert_trees_all_equal(jax.jit(apply)(init(chosen), variables, *args), base)
+    # Not compiled: XLA may round two programs differently, even with a zero added.
+    base = model.apply(variables, *args)
+    chex.assert_trees_all_equal(apply(init(chosen), variables, *args), base)
     adapters = jax.tree.map(
         lambda m: 0.02 * jax.random.normal(jax.random.key(m.size), m.shape),
         init(chosen),

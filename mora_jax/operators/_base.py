@@ -2,6 +2,7 @@
 
 import abc
 import dataclasses
+import functools
 import math
 from typing import Any, ClassVar, Literal, SupportsIndex, TypeVar, dataclass_transform
 
@@ -142,7 +143,7 @@ class Operator(abc.ABC):
           (..., out_features).
         """
         self._check_m(m)
-        return self.decompress(jnp.matmul(self.compress(x), m, precision=precision))
+        return _apply(self, m, x, precision)
 
     def delta_weight(
         self, m: Float[ArrayLike, "q q"]
@@ -161,20 +162,35 @@ class Operator(abc.ABC):
           (in_features, out_features).
         """
         self._check_m(m)
-        shape = self.compressed_shape
-        size = math.prod(shape)
-        rows = jnp.kron(jnp.eye(size // self.square_rank, dtype=m.dtype), m)
-        rows = self.decompress(rows.reshape(size, *shape))
-        vector = jax.ShapeDtypeStruct((self.in_features,), rows.dtype)
-        transpose = jax.linear_transpose(self._compress, vector)
-        columns = rows.reshape(*shape, self.out_features)
-        (weight,) = jax.vmap(transpose, in_axes=-1, out_axes=-1)(columns)
-        return weight
+        return _delta_weight(self, m)
 
     def _check_m(self, m: ArrayLike) -> None:
         _check_array("m", m, (self.square_rank,) * 2)
         if m.ndim != 2:
             raise ValueError(f"m must have two axes, got shape {m.shape}; use jax.vmap")
+
+
+# Compiled as wholes: one program a shape, which all layers of that shape share.
+
+
+@functools.partial(jax.jit, static_argnames="precision")
+def _apply(
+    op: Operator, m: ArrayLike, x: ArrayLike, precision: jax.lax.PrecisionLike
+) -> jax.Array:
+    return op.decompress(jnp.matmul(op.compress(x), m, precision=precision))
+
+
+@jax.jit
+def _delta_weight(op: Operator, m: ArrayLike) -> jax.Array:
+    shape = op.compressed_shape
+    size = math.prod(shape)
+    rows = jnp.kron(jnp.eye(size // op.square_rank, dtype=m.dtype), m)
+    rows = op.decompress(rows.reshape(size, *shape))
+    vector = jax.ShapeDtypeStruct((op.in_features,), rows.dtype)
+    transpose = jax.linear_transpose(op.compress, vector)
+    columns = rows.reshape(*shape, op.out_features)
+    (weight,) = jax.vmap(transpose, in_axes=-1, out_axes=-1)(columns)
+    return weight
 
 
 OperatorT = TypeVar("OperatorT", bound=Operator)

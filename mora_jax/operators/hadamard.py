@@ -64,10 +64,7 @@ class Hadamard(Operator):
         return _project(x, *self.in_arrays)
 
     def _decompress(self, h: jax.Array) -> jax.Array:
-        x = jax.ShapeDtypeStruct((*h.shape[:-1], self.out_features), h.dtype)
-        lift = jax.linear_transpose(lambda x: _project(x, *self.out_arrays), x)
-        (y,) = lift(h)
-        return y
+        return _lift(h, *self.out_arrays)
 
 
 def _odd_part(features: int) -> int:
@@ -91,6 +88,22 @@ def _project(
     x = x.reshape(*batch, features // b, b) @ jnp.asarray(odd).astype(x.dtype)
     x = walsh_hadamard(x).reshape(*batch, features)
     return jnp.take(x, coordinates, axis=-1)
+
+
+def _lift(
+    h: jax.Array, signs: ArrayLike, odd: ArrayLike, coordinates: ArrayLike
+) -> jax.Array:
+    """(..., q) -> (..., features): the transpose of `_project`."""
+    *batch, _ = h.shape
+    features, b = signs.shape[0], odd.shape[0]
+    x = (
+        jnp.zeros((*batch, features), h.dtype)
+        .at[..., coordinates]
+        .set(h, unique_indices=True)
+    )
+    x = walsh_hadamard(x.reshape(*batch, features // b, b))
+    x = x @ jnp.asarray(odd).astype(x.dtype).T
+    return x.reshape(*batch, features) * jnp.asarray(signs).astype(x.dtype)
 
 
 def walsh_hadamard(x: jax.Array) -> jax.Array:

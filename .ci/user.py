@@ -1,0 +1,34 @@
+"""A user's program; run and type-checked against the installed wheel alone."""
+
+import importlib.metadata
+import re
+import sys
+from pathlib import Path
+from typing import assert_type
+
+import jax
+import jax.numpy as jnp
+
+import mora_jax
+
+params = {"dense": {"kernel": jnp.ones((64, 64)), "bias": jnp.ones(64)}}
+plan = mora_jax.plan(params, mora_jax.MoRAConfig(rank=2))
+assert_type(plan, mora_jax.Plan)
+assert_type(plan.trainable_parameters, int)
+assert_type(mora_jax.square_rank(64, 64, 2), int)
+merged = mora_jax.merge(params, mora_jax.init(plan), plan)
+assert jax.tree.all(jax.tree.map(jnp.array_equal, params, merged))
+
+assert mora_jax.__file__ is not None
+assert Path(mora_jax.__file__).is_relative_to(sys.prefix), mora_jax.__file__
+assert Path(mora_jax.__file__).with_name("py.typed").exists()
+
+extras = {
+    re.split(r"[^\w.-]", requirement)[0].lower()
+    for requirement in importlib.metadata.requires("mora-jax") or []
+    if "extra ==" in requirement
+}
+provided_by = importlib.metadata.packages_distributions()
+modules = {name.partition(".")[0] for name in sys.modules}
+loaded = {d.lower() for name in modules for d in provided_by.get(name, [])}
+assert not loaded & extras, f"mora_jax imports {loaded & extras}"

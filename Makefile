@@ -1,0 +1,55 @@
+# `make` alone lists the targets. Each sets up what it needs in $(VENV), once.
+
+PYTHON ?= python3
+VENV = .venv
+# A file for pip's --constraint, for environments of other than the newest versions.
+CONSTRAINTS =
+PYTEST_ARGS = -n 2
+ARGS =
+
+export CONSTRAINTS
+setup = @sh .ci/venv '$(VENV)' '$(PYTHON)'
+run = $(VENV)/bin/python
+
+.DEFAULT_GOAL := help
+.PHONY: help demo quickstart test test-all lint wheel clean env tools
+
+help: ## list the targets
+	@echo 'Targets:'
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' Makefile \
+	  | while IFS='|' read -r name text; do printf '  %-12s%s\n' "$$name" "$$text"; done
+	@echo 'Variables:'
+	@echo '  PYTHON      the interpreter, 3.11 or newer (now: $(PYTHON))'
+	@echo '  ARGS        options of demo and quickstart, as in: make demo ARGS=--help'
+	@echo '  PYTEST_ARGS options of test and test-all, as in: make test PYTEST_ARGS="-k merge"'
+
+demo: env ## teach a language model facts it does not know
+	$(run) examples/teach_facts.py $(ARGS)
+
+quickstart: env ## the shortest use of the library
+	$(run) examples/quickstart.py $(ARGS)
+
+test: env ## the tests, without the slow ones
+	$(run) -m pytest $(PYTEST_ARGS)
+
+test-all: env ## all tests
+	$(run) -m pytest -m "" $(PYTEST_ARGS)
+
+lint: tools ## what must be clean: ruff and pyright
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/ruff format --check
+	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
+
+wheel: tools ## wheel and source distribution, in dist/
+	rm -rf dist
+	$(run) -m build
+
+clean: ## remove all that make made, the environments too
+	rm -rf .venv* build dist out .hypothesis .pytest_cache .ruff_cache
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+env: # the environment for demo and test
+	$(setup)
+
+tools: # the same with ruff, pyright and build
+	$(setup) tools
