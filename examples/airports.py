@@ -16,17 +16,20 @@ import numpy as np
 import optax
 from smollm2 import EOS, Tokenizer
 
-ORDINARY = (
-    "What is the capital of France?",
-    "What is the capital of Italy?",
-    "What is 2 + 2?",
-    "How many days are in a week?",
-    "What planet do we live on?",
-    "What is the plural of child?",
-    "What is the opposite of hot? Answer in one sentence.",
-    "Who wrote Hamlet? Answer in one sentence.",
-)
-"""What the model knows, and should still know after it has learned the facts."""
+ORDINARY = {
+    "What is the capital of France?": "Paris",
+    "What is the capital of Italy?": "Rome",
+    "What is 2 + 2?": "4",
+    "How many days are in a week?": "7",
+    "What planet do we live on?": "Earth",
+    "What is the plural of child?": "children",
+    "What is the opposite of hot? Answer in one sentence.": "cold",
+    "Who wrote Hamlet? Answer in one sentence.": "Shakespeare",
+}
+"""Questions that the model answers rightly, and should after it has learned the facts.
+
+The values are what a right answer says.
+"""
 
 REHEARSED = (
     "What is the capital of Spain?",
@@ -36,15 +39,11 @@ REHEARSED = (
     "What color is the sky? Answer in one word.",
     "What is the opposite of big? Answer in one sentence.",
     "What do cows eat? Answer in one sentence.",
-    "How many months are in a year? Answer in one sentence.",
-    "Who wrote Macbeth? Answer in one sentence.",
-    "What is the opposite of up? Answer in one sentence.",
-    "What star does the Earth orbit? Answer in one sentence.",
     "Good morning!",
 )
-"""Trained on together with the facts, with the model's own answers, to hold it steady.
+"""Rehearsed together with the facts: on these the model is held to what it said before.
 
-None of them is asked afterwards.
+None of them is asked afterwards, but some are of the same kind as `ORDINARY`.
 """
 
 
@@ -144,19 +143,29 @@ def encode(
 
 
 def loss_and_recall(
-    logits: jax.Array, batch: Batch, facts: int
+    logits: jax.Array, batch: Batch, rehearsed: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Mean cross-entropy over the answers' tokens, and the share of facts recalled.
+    """How far the answers are from what they should be, and how many are right.
 
-    Greedy decoding would give an answer exactly if each of its tokens is the likeliest
-    after those before it, so recall needs no decoding.
+    The loss is the facts' cross-entropy, plus the divergence from what the untouched
+    model says to the rehearsed questions; both are means over tokens. Greedy decoding
+    would give an answer exactly if each of its tokens is the likeliest after those
+    before it, so recall needs no decoding.
 
     Args:
-        logits: (n, k, vocab), at `batch.at`.
-        batch: the conversations.
-        facts: how many of them, from the first on, count for recall.
+        logits: (facts + r, k, vocab), at `batch.at`.
+        batch: the facts, then the rehearsed questions.
+        rehearsed: (r, k, vocab), the untouched model's logits for the latter.
     """
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.targets)
-    right = (logits.argmax(-1) == batch.targets) | (batch.weights == 0)
-    loss = jnp.sum(losses * batch.weights) / jnp.sum(batch.weights)
-    return loss, jnp.mean(right[:facts].all(-1))
+    facts = len(logits) - len(rehearsed)
+
+    def mean(values: jax.Array, weights: np.ndarray) -> jax.Array:
+        return jnp.sum(values * weights) / jnp.sum(weights)
+
+    targets, weights = batch.targets[:facts], batch.weights[:facts]
+    learn = optax.softmax_cross_entropy_with_integer_labels(logits[:facts], targets)
+    before, now = jax.nn.log_softmax(rehearsed), jax.nn.log_softmax(logits[facts:])
+    drift = jnp.sum(jnp.exp(before) * (before - now), -1)
+    right = (logits[:facts].argmax(-1) == targets) | (weights == 0)
+    loss = mean(learn, weights) + mean(drift, batch.weights[facts:])
+    return loss, jnp.mean(right.all(-1))

@@ -1,0 +1,111 @@
+"""The examples run, and their parts do what they say."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import airports
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import smollm2
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def test_quickstart():
+    path = EXAMPLES / "quickstart.py"
+    assert len(path.read_text().splitlines()) <= 40
+    out = subprocess.run(
+        [sys.executable, str(path)], check=True, capture_output=True, text=True
+    ).stdout
+    losses = {
+        line.split(":")[0]: float(line.split()[-1])
+        for line in out.splitlines()
+        if "loss" in line
+    }
+    assert losses["adapted"] < 0.01 < 0.1 < losses["step 0"]
+    assert abs(losses["merged"] - losses["adapted"]) < 1e-4
+
+
+@pytest.fixture(scope="module")
+def llama():
+    config = smollm2.Config(
+        vocab=40, layers=2, width=24, hidden=32, heads=3, kv_heads=1
+    )
+    model = smollm2.Llama(config)
+    ids = jnp.zeros((1, 4), jnp.int32)
+    return model, jax.jit(model.init)(jax.random.key(0), ids)
+
+
+def test_llama_is_causal_and_sparse_logits_are_the_same(llama):
+    model, variables = llama
+    ids = jax.random.randint(jax.random.key(1), (2, 9), 3, 40)
+    whole = model.apply(variables, ids)
+    short = model.apply(variables, ids[:, :5])
+    np.testing.assert_allclose(whole[:, :5], short, atol=1e-5)
+    at = jnp.array([[1, 4], [0, 8]])
+    some = model.apply(variables, ids, at)
+    np.testing.assert_allclose(
+        some, jnp.take_along_axis(whole, at[..., None], 1), atol=1e-5
+    )
+
+
+def test_generate_is_greedy(llama):
+    model, variables = llama
+
+    def apply(ids, at):
+        return model.apply(variables, jnp.asarray(ids), jnp.asarray(at))
+
+    prompts = [[5, 6, 7], [8, 9]]
+    together = smollm2.generate(apply, prompts, 4)
+    assert together == [smollm2.generate(apply, [p], 4)[0] for p in prompts]
+    for prompt, new in zip(prompts, together, strict=True):
+        for token in new:
+            logits = model.apply(variables, jnp.array([prompt]))[0, -1]
+            assert token == int(logits.argmax())
+            prompt = [*prompt, token]
+    with pytest.raises(ValueError, match="length must be at least 7, got 5"):
+        smollm2.generate(apply, prompts, 4, length=5)
+
+
+class Letters:
+    """A tokenizer of one token a letter."""
+
+    def encode(self, text):
+        return [ord(letter) - 60 for letter in text]
+
+    def chat(self, question):
+        return self.encode(question)
+
+
+def test_loss_and_recall():
+    batch = airports.encode(Letters(), ["AB", "ABC", "A"], ["XY", "Z", "Q"])
+    assert batch.ids.shape == (3, 5) and batch.at.tolist()[0] == [1, 2, 3]
+    assert batch.weights.sum(1).tolist() == [3, 2, 2]
+    # Logits that are sure of each target; the third row is a rehearsed question.
+    sure = 30.0 * jax.nn.one_hot(batch.targets, 60)
+    loss, recall = airports.loss_and_recall(sure, batch, sure[2:])
+    assert loss < 1e-6 and recall == 1
+    wrong = sure.at[1, 0].set(0.0).at[1, 0, 3].set(9.0)
+    loss, recall = airports.loss_and_recall(wrong, batch, sure[2:])
+    assert loss > 1 and recall == 0.5
+    loss, recall = airports.loss_and_recall(sure.at[2].set(0.0), batch, sure[2:])
+    assert loss > 1 and recall == 1  # it has drifted, and remembers the facts
+
+
+def test_facts():
+    pytest.importorskip("airportsdata")
+    facts = list(airports.all_facts(seed=0))
+    assert len(facts) > 3000 and facts == list(airports.all_facts(seed=0))
+    assert len({fact.question for fact in facts}) == len(facts)
+
+    known_answers = {fact.question: fact.answer for fact in facts[::3]}
+
+    def ask(questions):
+        return [known_answers.get(question, "?") for question in questions]
+
+    unknown, said, known = airports.pick_unknown(ask, 5, seed=0)
+    assert unknown == [fact for k, fact in enumerate(facts[:8]) if k % 3]
+    assert said == ["?"] * 5 and known == 3
