@@ -12,12 +12,11 @@ x = jax.random.normal(jax.random.key(0), (512, 64))
 target = jnp.sin(3 * x[:, :8])
 variables = model.init(jax.random.key(1), x)  # or a checkpoint: the base stays frozen
 
-plan = mora_jax.linen.plan(model, variables, mora_jax.MoRAConfig(rank=8), x)
+print(plan := mora_jax.linen.plan(model, variables, mora_jax.MoRAConfig(rank=8), x))
 apply = mora_jax.linen.wrap(model, plan)  # model.apply, adapters as first argument
 adapters = mora_jax.init(plan)
 tx = optax.adamw(1e-2)
 state = tx.init(adapters)
-print(plan)
 
 
 def loss(adapters, variables):
