@@ -5,8 +5,8 @@ from typing import Any
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from mora_jax.merging import delta_weight, merge
 from mora_jax.planning import Plan, named_leaves
-from mora_jax.tree import delta_weight, merge
 
 
 def merge_loss(

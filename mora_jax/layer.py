@@ -4,7 +4,6 @@ r"""One dense layer with its adapter: the equation.
 """
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,127 +13,11 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Float, PRNGKeyArray, Shaped
 
-from mora_jax._types import ArrayLike, Shape
-from mora_jax.config import (
-    INITS,
-    MoRAConfig,
-    check_number,
-    check_rate,
-    floating_dtype,
-)
-from mora_jax.contraction import Contraction, check_axes, kernel_from_rows, sizes
-from mora_jax.operators import Operator, make_operator, square_rank
-
-SUFFIX = "_mora"
-"""M is stored beside its kernel, under the kernel's name and this."""
-
-
-@dataclasses.dataclass(frozen=True)
-class AdapterSpec:
-    """How one kernel is adapted: all but the arrays; hashable.
-
-    Attributes:
-      operator: the maps C and D.
-      kernel_shape: the kernel's shape, stack axes included.
-      axes: the meaning of the kernel's axes, a letter each: "i", "o" or "s".
-      alpha: factor of the update.
-      dropout: rate on the adapter's input.
-      init: "zeros" or "gaussian".
-      param_dtype: of M.
-      path: the kernel's place in its params tree, a tuple of keys.
-    """
-
-    operator: Operator
-    kernel_shape: Shape
-    axes: str = "io"
-    alpha: float = 1.0
-    dropout: float = 0.0
-    init: str = "zeros"
-    param_dtype: DTypeLike = jnp.float32
-    path: tuple[str, ...] = ("kernel",)
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.operator, Operator):
-            raise TypeError(f"operator must be an Operator, got {self.operator!r}")
-        check_axes(self.axes, len(self.kernel_shape))
-        widths = self.operator.in_features, self.operator.out_features
-        if widths != (self.in_features, self.out_features):
-            raise ValueError(
-                f"operator for {widths[0]} -> {widths[1]} features does not fit a "
-                f"kernel of shape {self.kernel_shape} with axes {self.axes!r}: "
-                f"{self.in_features} -> {self.out_features}"
-            )
-        check_number("alpha", self.alpha)
-        check_rate(self.dropout)
-        if self.init not in INITS:
-            raise ValueError(f"init must be one of {INITS}, got {self.init!r}")
-        object.__setattr__(self, "param_dtype", floating_dtype(self.param_dtype))
-
-    @classmethod
-    def from_config(
-        cls,
-        config: MoRAConfig,
-        kernel_shape: Shape,
-        axes: str = "io",
-        path: tuple[str, ...] = ("kernel",),
-    ) -> "AdapterSpec":
-        """The adapter that `config` asks for on a kernel of `kernel_shape`."""
-        check_axes(axes, len(kernel_shape))
-        in_features = math.prod(sizes(kernel_shape, axes, "i"))
-        out_features = math.prod(sizes(kernel_shape, axes, "o"))
-        q = config.square_rank
-        if q is None:
-            q = square_rank(config.rank, in_features, out_features, config.operator)
-        elif q > min(in_features, out_features):
-            raise ValueError(
-                f"square_rank must be at most min(in_features, out_features) = "
-                f"{min(in_features, out_features)}, got {q}"
-            )
-        operator = make_operator(
-            config.operator, in_features, out_features, q, seed=config.seed
-        )
-        return cls(
-            operator=operator,
-            kernel_shape=kernel_shape,
-            axes=axes,
-            alpha=config.alpha,
-            dropout=config.dropout,
-            init=config.init,
-            param_dtype=config.param_dtype,
-            path=path,
-        )
-
-    @property
-    def name(self) -> str:
-        """The kernel's path, slash-joined."""
-        return "/".join(self.path)
-
-    @property
-    def in_features(self) -> int:
-        """Product of the kernel's input axes."""
-        return math.prod(sizes(self.kernel_shape, self.axes, "i"))
-
-    @property
-    def out_features(self) -> int:
-        """Product of the kernel's output axes."""
-        return math.prod(sizes(self.kernel_shape, self.axes, "o"))
-
-    @property
-    def shape(self) -> Shape:
-        """Shape of M: (*stack, q, q)."""
-        q = self.operator.square_rank
-        return (*sizes(self.kernel_shape, self.axes, "s"), q, q)
-
-    @property
-    def parameters(self) -> int:
-        """How many numbers M holds."""
-        return math.prod(self.shape)
-
-    @property
-    def lora_rank(self) -> float:
-        """The rank of a LoRA with as many parameters: q^2 / (in + out)."""
-        q = self.operator.square_rank
-        return q * q / (self.in_features + self.out_features)
+from mora_jax._types import ArrayLike
+from mora_jax.config import MoRAConfig
+from mora_jax.contraction import Contraction, kernel_from_rows, sizes
+from mora_jax.operators import Operator
+from mora_jax.spec import SUFFIX, AdapterSpec, check_adapter, check_kernel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,44 +88,6 @@ jax.tree_util.register_dataclass(
     data_fields=["kernel", "bias", "operator"],
     meta_fields=["axes", "alpha", "dropout", "init", "param_dtype", "precision"],
 )
-
-
-def check_kernel(kernel: Any, name: str) -> None:
-    """Raise unless `kernel` has a shape and a floating-point dtype that MoRA adapts."""
-    if not hasattr(kernel, "shape") or not hasattr(kernel, "dtype"):
-        raise TypeError(f"{name} must be an array, got {type(kernel).__name__}")
-    if not jnp.issubdtype(kernel.dtype, jnp.floating):
-        raise TypeError(
-            f"{name} must have a floating-point dtype, got {kernel.dtype}; "
-            "dequantise it first, or leave it out with exclude"
-        )
-    if len(kernel.shape) < 2 or 0 in kernel.shape:
-        raise ValueError(
-            f"{name} must have at least two axes, none of them empty, "
-            f"got shape {tuple(kernel.shape)}"
-        )
-
-
-def check_adapter(m: Any, spec: AdapterSpec) -> None:
-    """Raise unless `m` can be the M of `spec`."""
-    name = f"{spec.name}{SUFFIX}"
-    if not hasattr(m, "shape") or not hasattr(m, "dtype"):
-        raise TypeError(f"{name} must be an array, got {type(m).__name__}")
-    if tuple(m.shape) != spec.shape:
-        raise ValueError(f"{name} must have shape {spec.shape}, got {tuple(m.shape)}")
-    if not jnp.issubdtype(m.dtype, jnp.floating):
-        raise TypeError(f"{name} must have a floating-point dtype, got {m.dtype}")
-
-
-def init_adapter(spec: AdapterSpec, key: PRNGKeyArray | None = None) -> jax.Array:
-    """M as `spec.init` wants it, shape (*stack, q, q)."""
-    dtype = spec.param_dtype
-    if spec.init == "zeros":
-        return jnp.zeros(spec.shape, dtype)
-    if key is None:
-        raise ValueError("init='gaussian' needs a key, got None")
-    std = 1 / math.sqrt(spec.operator.square_rank)
-    return std * jax.random.normal(key, spec.shape, dtype)
 
 
 def update(

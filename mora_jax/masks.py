@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mora_jax.layer import SUFFIX
 from mora_jax.planning import key_name, nearest
+from mora_jax.spec import SUFFIX
 
 
 def trainable_mask(params: Any, base: str | Iterable[str] = ()) -> Any:

@@ -12,7 +12,7 @@ import jax
 from flax.core.meta import AxisMetadata
 
 from mora_jax.config import DEFAULT_TARGETS, MoRAConfig, default_targets
-from mora_jax.layer import SUFFIX, AdapterSpec, check_kernel
+from mora_jax.spec import SUFFIX, AdapterSpec, check_kernel
 
 Path = tuple[str, ...]
 

@@ -7,7 +7,7 @@ import jax
 import jaxtyping
 import pytest
 
-# Annotations are checked while tests run. Not in linen.py: MoRADense inherits fields of
+# Annotations are checked while tests run. Not in linen: MoRADense inherits fields of
 # nn.Dense whose annotations beartype cannot check.
 _spec = importlib.util.find_spec("mora_jax")
 assert _spec is not None and _spec.submodule_search_locations is not None

@@ -1,5 +1,6 @@
 """The examples run, and their parts do what they say."""
 
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -55,15 +56,15 @@ def test_llama_is_causal_and_sparse_logits_are_the_same(llama):
 def test_generate_is_greedy(llama):
     model, variables = llama
 
-    def apply(ids, at):
-        return model.apply(variables, jnp.asarray(ids), jnp.asarray(at))
-
+    apply = functools.partial(jax.jit(model.apply), variables)
     prompts = [[5, 6, 7], [8, 9]]
     together = smollm2.generate(apply, prompts, 4)
-    assert together == [smollm2.generate(apply, [p], 4)[0] for p in prompts]
+    alone = [smollm2.generate(apply, [p], 4, length=7)[0] for p in prompts]
+    assert together == alone
     for prompt, new in zip(prompts, together, strict=True):
         for token in new:
-            logits = model.apply(variables, jnp.array([prompt]))[0, -1]
+            ids = np.array([prompt + [0] * (7 - len(prompt))])
+            logits = apply(ids, np.array([[len(prompt) - 1]]))
             assert token == int(logits.argmax())
             prompt = [*prompt, token]
     with pytest.raises(ValueError, match="length must be at least 7, got 5"):

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mora_jax import FrozenDense, MoRAConfig, delta_weight, init, mora_apply
-from mora_jax.layer import AdapterSpec
+from mora_jax.spec import AdapterSpec
 
 by_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.label)
 ALPHA = 0.7

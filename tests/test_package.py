@@ -81,8 +81,8 @@ def test_core_knows_no_shell():
     graph = imports()
     shells = {"mora_jax.linen", "mora_jax.nnx"}
     for module, found in graph.items():
-        if module not in shells | {"mora_jax"}:
-            assert not found & shells, module
+        if module != "mora_jax" and not module.startswith(tuple(shells)):
+            assert not any(other.startswith(tuple(shells)) for other in found), module
     for module in graph:
         if module.startswith("mora_jax.operators"):
             assert all(
@@ -109,4 +109,4 @@ def test_typed():
 
 @pytest.mark.parametrize("path", sorted(ROOT.rglob("*.py")), ids=lambda p: p.name)
 def test_modules_stay_small(path):
-    assert len(path.read_text().splitlines()) <= 420
+    assert len(path.read_text().splitlines()) <= 310

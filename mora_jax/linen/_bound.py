@@ -1,0 +1,52 @@
+"""Adapters inside the params of a running model."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+
+from mora_jax.spec import AdapterSpec
+
+
+@jax.tree_util.register_pytree_node_class
+@dataclasses.dataclass(frozen=True)
+class Bound:
+    """An M in the params of a running model, with its spec as static metadata.
+
+    So the spec travels wherever Flax carries the parameters: into scanned and vmapped
+    layers, and into the cache keys of `nn.jit`, which would else serve a program that
+    was traced for another plan.
+    """
+
+    m: Any
+    spec: Any
+
+    @classmethod
+    def of(cls, spec: AdapterSpec, m: Any) -> "Bound":
+        # Without the path, so that equal layers under nn.jit share one program.
+        return cls(m, dataclasses.replace(spec, path=spec.path[-1:]))
+
+    def tree_flatten(self) -> tuple[tuple[Any], Any]:
+        return (self.m,), self.spec
+
+    @classmethod
+    def tree_unflatten(cls, spec: Any, children: tuple[Any]) -> "Bound":
+        return cls(*children, spec)
+
+
+def check_model(model: Any) -> None:
+    """Raise unless `model` is a Linen module."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"model must be a flax.linen.Module, got {type(model).__name__}"
+        )
+
+
+def params_of(variables: Any) -> Any:
+    """The params collection, which must be there."""
+    if not isinstance(variables, Mapping) or "params" not in variables:
+        got = sorted(variables) if isinstance(variables, Mapping) else type(variables)
+        raise ValueError(f"variables must be a mapping with 'params', got {got}")
+    return variables["params"]

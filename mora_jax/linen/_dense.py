@@ -1,0 +1,72 @@
+"""A dense layer with its adapter."""
+
+import flax.linen as nn
+import jax
+from jaxtyping import Float, Shaped
+
+from mora_jax._types import ArrayLike
+from mora_jax.config import MoRAConfig
+from mora_jax.contraction import Contraction
+from mora_jax.layer import update
+from mora_jax.linen._rules import DENSE
+from mora_jax.spec import SUFFIX, AdapterSpec, init_adapter
+
+
+class MoRADense(nn.Dense):
+    """`nn.Dense` with an adapter: the same fields and parameters, and `kernel_mora`.
+
+    It loads the parameters of an `nn.Dense`. Train it with `optimizer`, or keep the M's
+    apart with `split`.
+
+    Attributes:
+      config: the adapter's settings; `targets`, `exclude` and `overrides` have no
+        meaning here.
+      deterministic: no adapter dropout; needed, here or in the call, where
+        `config.dropout` is above zero. The key comes from the "dropout" stream.
+
+    Example::
+
+      >>> import jax, jax.numpy as jnp
+      >>> from mora_jax import MoRAConfig, MoRADense
+      >>> layer = MoRADense(features=16, config=MoRAConfig(rank=2))
+      >>> variables = layer.init(jax.random.key(0), jnp.ones((1, 16)))
+      >>> jax.tree.map(jnp.shape, variables["params"])
+      {'bias': (16,), 'kernel': (16, 16), 'kernel_mora': (8, 8)}
+    """
+
+    config: MoRAConfig = MoRAConfig()
+    deterministic: bool | None = None
+
+    @nn.compact
+    def __call__(
+        self,
+        inputs: Shaped[ArrayLike, "*batch features"],
+        deterministic: bool | None = None,
+    ) -> Float[jax.Array, "*batch out"]:
+        """`nn.Dense`, plus the adapter's update.
+
+        Args:
+          inputs: (..., in_features).
+          deterministic: no adapter dropout.
+
+        Returns:
+          (..., features).
+        """
+        y = super().__call__(inputs)
+        shape = (inputs.shape[-1], self.features)
+        spec = AdapterSpec.from_config(self.config, shape, path=(*self.path, "kernel"))
+        m = self.param(f"kernel{SUFFIX}", lambda key: init_adapter(spec, key))
+        key = None
+        if spec.dropout > 0 and not nn.merge_param(
+            "deterministic", self.deterministic, deterministic
+        ):
+            key = self.make_rng("dropout")
+        return y + update(
+            spec,
+            m,
+            inputs,
+            Contraction.parse(DENSE, inputs.ndim),
+            dtype=y.dtype,
+            dropout_key=key,
+            precision=self.precision,
+        )

@@ -1,0 +1,158 @@
+"""The update in the kernel, and out of it again."""
+
+from collections.abc import Mapping
+from typing import Any, overload
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.core.meta import AxisMetadata
+from jax.core import Tracer
+from jax.typing import DTypeLike
+from jaxtyping import Float
+
+from mora_jax._types import ArrayLike
+from mora_jax.layer import FrozenDense, concrete, kernel_update, params_adapter
+from mora_jax.planning import Path, Plan, key_name, named_leaves, nearest
+from mora_jax.spec import SUFFIX, AdapterSpec
+from mora_jax.tree import Tree, adapter_items, nest
+
+
+@overload
+def delta_weight(params: Any, frozen: FrozenDense) -> Float[jax.Array, "..."]: ...
+@overload
+def delta_weight(params: Any, frozen: Plan) -> Tree: ...
+def delta_weight(
+    params: Any, frozen: FrozenDense | Plan
+) -> Float[jax.Array, "..."] | Tree:
+    r"""The update as a kernel, :math:`\alpha\, C M D` (paper equation 3).
+
+    Args:
+      params: `{"kernel_mora": M}` of one layer, or the adapters of a model.
+      frozen: the layer, or the plan.
+
+    Returns:
+      An array of the kernel's shape; for a model a tree of them, under their kernels'
+      names. In float32, or float64 where M or the layer's kernel is.
+
+    Example::
+
+      >>> from mora_jax import FrozenDense, MoRAConfig, delta_weight
+      >>> config = MoRAConfig(square_rank=1, operator="truncation", alpha=2.0)
+      >>> frozen = FrozenDense.from_config(jnp.ones((2, 2)), config=config)
+      >>> delta_weight({"kernel_mora": jnp.ones((1, 1))}, frozen)
+      Array([[2., 0.],
+             [0., 0.]], dtype=float32)
+    """
+    if isinstance(frozen, FrozenDense):
+        m = _wide(params_adapter(params, frozen), frozen.kernel.dtype)
+        return kernel_update(frozen.spec, m)
+    items = adapter_items(params, frozen)
+    return nest({spec.path: kernel_update(spec, _wide(m)) for spec, m in items})
+
+
+def _wide(array: ArrayLike, *dtypes: DTypeLike) -> jax.Array:
+    """`array` in float32, or in float64 where it or any of `dtypes` is."""
+    array = jnp.asarray(array)
+    return array.astype(jnp.result_type(jnp.float32, array.dtype, *dtypes))
+
+
+def merge(
+    params: Any, adapters: Any, plan: Plan, dtype: DTypeLike | None = None
+) -> Any:
+    r"""The base with its adapters folded in: :math:`W' = W + \alpha\, C M D`.
+
+    The merged model computes the same function and costs what the base does. The sum
+    is taken in float32 (float64 where the kernel is) and rounded once;
+    `diagnostics.merge_loss` says what that loses in a 16-bit kernel.
+
+    Args:
+      params: the base's params; any pytree.
+      adapters: as `init` makes them.
+      plan: the plan that they follow.
+      dtype: of the merged kernels; by default that of each kernel.
+
+    Returns:
+      A new tree of the same structure; unadapted leaves are the same arrays.
+
+    Raises:
+      TypeError: leaves that are no arrays.
+      ValueError: adapters or params that do not fit the plan, or M's that hold NaN or
+        infinity.
+
+    Example::
+
+      >>> from mora_jax import init, merge, plan
+      >>> params = {"fc": {"kernel": jnp.ones((8, 8))}}
+      >>> layers = plan(params)
+      >>> merged = merge(params, init(layers), layers)
+      >>> bool((merged["fc"]["kernel"] == params["fc"]["kernel"]).all())
+      True
+    """
+    return _add(params, adapters, plan, 1, dtype)
+
+
+def unmerge(params: Any, adapters: Any, plan: Plan) -> Any:
+    r"""Subtract the update from merged kernels: :math:`W = W' - \alpha\, C M D`.
+
+    Approximate: each kernel comes back to within the rounding of its dtype. To have the
+    base exactly, keep it; `merge` leaves it as it was.
+
+    Raises:
+      ValueError: as `merge`, and kernels of fewer than 32 bits, which would drift.
+
+    Example::
+
+      >>> from mora_jax import init, merge, plan, unmerge
+      >>> params = {"fc": {"kernel": jnp.ones((8, 8))}}
+      >>> layers = plan(params)
+      >>> adapters = jax.tree.map(lambda m: m + 1, init(layers))
+      >>> back = unmerge(merge(params, adapters, layers), adapters, layers)
+      >>> bool(jnp.allclose(back["fc"]["kernel"], params["fc"]["kernel"]))
+      True
+    """
+    for spec in plan:
+        _, kernel = _kernel(named_leaves(params), spec)
+        if jnp.finfo(kernel.dtype).bits < 32:
+            raise ValueError(
+                f"unmerge needs float32 kernels, got {kernel.dtype} at {spec.name!r}; "
+                "keep the base instead"
+            )
+    return _add(params, adapters, plan, -1, None)
+
+
+def _kernel(leaves: Mapping[str, tuple[Path, Any]], spec: AdapterSpec) -> Any:
+    if spec.name not in leaves:
+        raise ValueError(
+            f"params lack the kernel {spec.name!r}{nearest(spec.name, leaves)}"
+        )
+    path, kernel = leaves[spec.name]
+    if tuple(kernel.shape) != spec.kernel_shape:
+        raise ValueError(
+            f"{spec.name} must have shape {spec.kernel_shape}, got {kernel.shape}"
+        )
+    concrete(spec.name, kernel)
+    return path, kernel
+
+
+def _add(
+    params: Any, adapters: Any, plan: Plan, sign: int, dtype: DTypeLike | None
+) -> Any:
+    leaves = named_leaves(params)
+    updated: dict[Path, jax.Array] = {}
+    for spec, m in adapter_items(adapters, plan):
+        path, kernel = _kernel(leaves, spec)
+        if not isinstance(m, Tracer) and not np.isfinite(m).all():
+            raise ValueError(f"{spec.name}{SUFFIX} holds NaN or infinity")
+        delta = sign * kernel_update(spec, _wide(m, kernel.dtype))
+        updated[path] = (_wide(kernel) + delta).astype(dtype or kernel.dtype)
+
+    def replace(keys: Any, leaf: Any) -> Any:
+        new = updated.get(tuple(key_name(key) for key in keys))
+        if new is None:
+            return leaf
+        return leaf.replace_boxed(new) if isinstance(leaf, AxisMetadata) else new
+
+    return jax.tree_util.tree_map_with_path(
+        replace, params, is_leaf=lambda leaf: isinstance(leaf, AxisMetadata)
+    )
