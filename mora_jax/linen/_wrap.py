@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 
 from mora_jax.contraction import Contraction
-from mora_jax.layer import choose_dropout_key, update
+from mora_jax.layer import update
 from mora_jax.layers import LayerRule, find_rule
 from mora_jax.linen._bound import Bound, check_model, params_of
 from mora_jax.planning import Plan, adapter_path
@@ -137,7 +137,6 @@ class _Interceptor:
         key = None
         if spec.dropout > 0 and not self.deterministic:
             key = module.make_rng("dropout")
-        key = choose_dropout_key(spec, key, self.deterministic)
         return y + update(
             spec,
             bound.m,
