@@ -151,9 +151,9 @@ def loss_and_recall(
     """How far the answers are from what they should be, and how many are right.
 
     The loss is the facts' cross-entropy, plus `HOLD` times the divergence from what the
-    untouched model says to the rehearsed questions; both are means over tokens. Greedy decoding
-    would give an answer exactly if each of its tokens is the likeliest after those
-    before it, so recall needs no decoding.
+    untouched model says to the rehearsed questions; both are means over tokens. Greedy
+    decoding would give an answer exactly if each of its tokens is the likeliest after
+    those before it, so recall needs no decoding.
 
     Args:
         logits: (facts + r, k, vocab), at `batch.at`.
