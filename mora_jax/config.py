@@ -19,7 +19,7 @@ def default_targets(leaf: str) -> str:
     return (
         r"(?i)"
         r"(?!(.*/)?(([^/]*_)?head|classifier|logits|score|cls|router)(_\d+)?/)"
-        r"(?!.*(embed|conv)[^/]*/)"
+        r"(?!.*(embed|conv)[^/]*/)(?!(.*/)?embedding$)"
         rf"(.*/)?{leaf}"
     )
 

@@ -6,7 +6,8 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from mora_jax.merging import delta_weight, merge
-from mora_jax.planning import Plan, named_leaves
+from mora_jax.paths import named_leaves
+from mora_jax.planning import Plan
 
 
 def merge_loss(

@@ -4,7 +4,7 @@ r"""One dense layer with its adapter: the equation.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -13,10 +13,11 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Float, PRNGKeyArray, Shaped
 
-from mora_jax._types import ArrayLike
+from mora_jax._types import ArrayLike, Shape
+from mora_jax.axes import sizes
 from mora_jax.config import MoRAConfig
-from mora_jax.contraction import Contraction, kernel_from_rows, sizes
 from mora_jax.operators import Operator
+from mora_jax.products import Contraction, KernelUpdate, Lookup, Product
 from mora_jax.spec import SUFFIX, AdapterSpec, check_adapter, check_kernel
 
 
@@ -94,7 +95,7 @@ def update(
     spec: AdapterSpec,
     m: ArrayLike,
     x: ArrayLike,
-    contraction: Contraction,
+    product: Product,
     *,
     dtype: DTypeLike,
     dropout_key: PRNGKeyArray | None = None,
@@ -106,38 +107,53 @@ def update(
 
     Args:
       spec: the adapter.
-      m: M, (*stack, q, q) with the stack axes of `contraction`.
+      m: M, (*stack, q, q) with the stack axes of `product`.
       x: the layer's input.
-      contraction: which axes are features.
+      product: how the layer multiplies it with its kernel.
       dtype: of the computation and of the result: that of the layer's output.
       dropout_key: drops some of `x` if given.
       precision: of the product with M.
 
     Returns:
       The shape of the layer's output.
+
+    Raises:
+      ValueError: the plan reads the kernel's axes otherwise than the layer.
     """
-    x = jnp.asarray(x).astype(dtype)
-    if dropout_key is not None and spec.dropout > 0:
-        keep = jax.random.bernoulli(dropout_key, 1 - spec.dropout, x.shape)
-        x = jnp.where(keep, x / (1 - spec.dropout), 0)
+    # Axes that a lifted transformation took off are not the layer's to see.
+    inner = slice(len(spec.axes) - len(product.axes), None)
+    if set(spec.axes[: inner.start]) - {"s"} or not product.fits(spec.axes[inner]):
+        raise ValueError(
+            f"{spec.name}: the plan reads its axes as {spec.axes!r}, the layer computes "
+            f"{product.axes!r}; plan with mora_jax.linen.plan or mora_jax.nnx.plan, or "
+            f"say overrides={{{spec.name!r}: {{'axes': {product.axes!r}}}}}"
+        )
+    m, x = jnp.asarray(m).astype(dtype), jnp.asarray(x)
+    kernel = KernelUpdate(
+        spec.operator, m, spec.kernel_shape[inner], spec.axes[inner], precision
+    )
+    if isinstance(product, Lookup):  # an index is dropped with its row
+        y = product.update(kernel, x)
+        y = _dropout(y, (*x.shape, 1), dropout_key, spec.dropout)
+    else:
+        x = _dropout(x.astype(dtype), x.shape, dropout_key, spec.dropout)
+        y = product.update(kernel, x)
+    return y * jnp.asarray(spec.alpha, dtype)
 
-    def product(m: jax.Array, rows: jax.Array) -> jax.Array:
-        return spec.operator.apply(m, rows, precision=precision)
 
-    for _ in range(contraction.axes.count("s")):
-        product = jax.vmap(product)
-    rows = product(jnp.asarray(m).astype(dtype), contraction.to_rows(x))
-    rows = rows * jnp.asarray(spec.alpha, dtype)
-    return contraction.from_rows(rows, sizes(spec.kernel_shape, spec.axes, "o"))
+def _dropout(
+    x: jax.Array, shape: Shape, key: PRNGKeyArray | None, rate: float
+) -> jax.Array:
+    if key is None or rate == 0:
+        return x
+    return jnp.where(jax.random.bernoulli(key, 1 - rate, shape), x / (1 - rate), 0)
 
 
 def kernel_update(spec: AdapterSpec, m: ArrayLike) -> jax.Array:
     r"""The update as a kernel, :math:`\alpha\, C M D`, of the kernel's shape."""
-    weight: Callable[[jax.Array], Any] = spec.operator.delta_weight
-    for _ in range(spec.axes.count("s")):
-        weight = jax.vmap(weight)
-    rows = weight(jnp.asarray(m)) * jnp.asarray(spec.alpha, m.dtype)
-    return kernel_from_rows(rows, spec.kernel_shape, spec.axes)
+    m = jnp.asarray(m)
+    kernel = KernelUpdate(spec.operator, m, spec.kernel_shape, spec.axes).kernel()
+    return kernel * jnp.asarray(spec.alpha, m.dtype)
 
 
 def choose_dropout_key(

@@ -1,16 +1,21 @@
-"""Layer classes that `linen.wrap` knows how to adapt."""
+"""Layer classes that `linen.wrap` and `nnx.wrap` know how to adapt."""
 
 import dataclasses
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
-Equation = str | Callable[..., str]
+import jax
+import jax.numpy as jnp
+
+from mora_jax.products import Contraction, Product
+
+Equation = str | Product | Callable[..., str | Product]
 
 
 @dataclasses.dataclass(frozen=True)
 class LayerRule:
-    """What a layer class computes: an einsum of its input and one kernel, and a bias.
+    """What one method of a layer class computes: a product with a kernel, and a bias.
 
     Attributes:
       equation: of input and kernel, or a function of the call that returns it.
@@ -22,17 +27,31 @@ class LayerRule:
     kernel: str
     method: str
 
-    def read(self, module: Any, args: Any, kwargs: Any) -> tuple[str, Any]:
-        """The equation of one call, and its input: the first argument."""
-        equation = self.equation
-        if not isinstance(equation, str):
-            equation = equation(module, *args, **kwargs)
+    def read(self, module: Any, args: Any, kwargs: Any) -> tuple[Product, Any]:
+        """The product of one call, and its input: the first argument."""
         signature = inspect.signature(getattr(type(module), self.method))
         _, x, *_ = signature.bind(module, *args, **kwargs).arguments.values()
-        return equation, x
+        return self._product(jnp.ndim(x), module, *args, **kwargs), x
+
+    def product(self, module: Any) -> Product | None:
+        """The product as far as the module alone tells; None if it takes a call."""
+        # The kernel's axes do not depend on how many batch axes an input has.
+        x = jax.ShapeDtypeStruct((1,) * 8, jnp.float32)
+        try:
+            return self._product(None, module, x)
+        except Exception:  # of a user's function, which may want a real input
+            return None
+
+    def _product(self, ndim: int | None, module: Any, *args: Any, **kw: Any) -> Product:
+        equation = self.equation
+        if callable(equation):
+            equation = equation(module, *args, **kw)
+        if isinstance(equation, Product):
+            return equation
+        return Contraction.parse(equation, ndim)
 
 
-_RULES: dict[type, LayerRule] = {}
+_RULES: dict[type, dict[str, LayerRule]] = {}
 
 
 def register_layer(
@@ -42,16 +61,18 @@ def register_layer(
     kernel: str = "kernel",
     method: str = "__call__",
 ) -> None:
-    """Teach `linen.wrap` and `linen.plan` a layer class.
+    """Teach `linen.wrap` and `nnx.wrap` a layer class.
 
-    The class must multiply its first argument by one kernel, as in an einsum, and may
-    add a bias; it is used as it is. A subclass that defines `method` anew is another
-    class.
+    The method must multiply its first argument by one kernel, and may add a bias; the
+    class is used as it is. A kernel that several methods use has a rule for each, the
+    first one registered being the one that plans go by. A subclass that defines
+    `method` anew is another class.
 
     Args:
-      cls: the class.
-      equation: einsum of input and kernel: "...i,io->...o" for a dense layer, or a
-        function of (module, *args, **kwargs) that returns it.
+      cls: the class, of either Flax API.
+      equation: einsum of input and kernel, "...i,io->...o" for a dense layer; one of
+        `mora_jax.products`, such as `Lookup()` for an embedding; or a function of
+        (module, *args, **kwargs) that returns one of these.
       kernel: name of the kernel's parameter.
       method: the method that computes the product.
 
@@ -75,21 +96,43 @@ def register_layer(
         raise TypeError(f"cls must be a class, got {cls!r}")
     if not callable(getattr(cls, method, None)):
         raise TypeError(f"method must name a method of {cls.__name__}, got {method!r}")
-    if not (isinstance(equation, str) or callable(equation)):
-        raise TypeError(f"equation must be a string or a function, got {equation!r}")
+    if not (isinstance(equation, str | Product) or callable(equation)):
+        raise TypeError(
+            f"equation must be a string, a Product or a function, got {equation!r}"
+        )
     if not isinstance(kernel, str):
         raise TypeError(f"kernel must be a parameter's name, got {kernel!r}")
-    _RULES[cls] = LayerRule(equation, kernel, method)
+    rule = LayerRule(equation, kernel, method)
+    _RULES[cls] = {**_RULES.get(cls, {}), method: rule}
 
 
-def find_rule(cls: type) -> LayerRule | None:
-    """The rule of `cls`; that of a base class only if `cls` computes as it does."""
+def find_rules(cls: type) -> Mapping[str, LayerRule]:
+    """{method: rule} of `cls`; those of a base class if `cls` computes as it does."""
     for base in cls.__mro__:
-        rule = _RULES.get(base)
-        if rule:
-            same = _owner(cls, rule.method) is _owner(base, rule.method)
-            return rule if same else None
-    return None
+        if base in _RULES:
+            return {
+                method: rule
+                for method, rule in _RULES[base].items()
+                if _owner(cls, method) is _owner(base, method)
+            }
+    return {}
+
+
+def registered() -> Mapping[type, Mapping[str, LayerRule]]:
+    """All classes that are known, with their rules."""
+    return dict(_RULES)
+
+
+def unknown_use(name: str, cls: type, method: str, kernel: str) -> TypeError:
+    """The error for an adapted kernel that a method may use in a way not known."""
+    known = [
+        f"{rule.kernel!r} in {rule.method!r}" for rule in find_rules(cls).values()
+    ]
+    return TypeError(
+        f"{name}: {cls.__name__}.{method} may use this adapted kernel, but of that "
+        f"class {' and '.join(known) or 'nothing'} is known; "
+        "see mora_jax.register_layer"
+    )
 
 
 def _owner(cls: type, method: str) -> type:

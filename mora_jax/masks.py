@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mora_jax.planning import key_name, nearest
+from mora_jax.paths import key_name, nearest
 from mora_jax.spec import SUFFIX
 
 

@@ -6,14 +6,14 @@ from typing import Any, overload
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.core.meta import AxisMetadata
 from jax.core import Tracer
 from jax.typing import DTypeLike
 from jaxtyping import Float
 
 from mora_jax._types import ArrayLike
 from mora_jax.layer import FrozenDense, concrete, kernel_update, params_adapter
-from mora_jax.planning import Path, Plan, key_name, named_leaves, nearest
+from mora_jax.paths import Path, is_boxed, key_name, named_leaves, nearest
+from mora_jax.planning import Plan
 from mora_jax.spec import SUFFIX, AdapterSpec
 from mora_jax.tree import Tree, adapter_items, nest
 
@@ -151,8 +151,6 @@ def _add(
         new = updated.get(tuple(key_name(key) for key in keys))
         if new is None:
             return leaf
-        return leaf.replace_boxed(new) if isinstance(leaf, AxisMetadata) else new
+        return leaf.replace_boxed(new) if is_boxed(leaf) else new
 
-    return jax.tree_util.tree_map_with_path(
-        replace, params, is_leaf=lambda leaf: isinstance(leaf, AxisMetadata)
-    )
+    return jax.tree_util.tree_map_with_path(replace, params, is_leaf=is_boxed)

@@ -1,20 +1,18 @@
 """Which kernels get an adapter, and which."""
 
 import dataclasses
-import difflib
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
-from flax.core.meta import AxisMetadata
 
 from mora_jax.config import DEFAULT_TARGETS, MoRAConfig, default_targets
-from mora_jax.spec import SUFFIX, AdapterSpec, check_kernel
-
-Path = tuple[str, ...]
+from mora_jax.paths import Path, named_leaves, nearest
+from mora_jax.products import Product
+from mora_jax.spec import AdapterSpec, check_kernel
 
 ATTENTION_AXES = (
     (r"(.*/)?(query|key|value)/kernel", "ioo"),
@@ -76,21 +74,17 @@ class Plan:
         return self.base_parameters + self.trainable_parameters
 
 
-def plan(
-    params_or_shapes: Any,
-    config: MoRAConfig | None = None,
-    *,
-    axes: Mapping[str, str] | None = None,
-) -> Plan:
+def plan(params_or_shapes: Any, config: MoRAConfig | None = None) -> Plan:
     """Choose the kernels to adapt, and an operator and square rank for each.
+
+    This goes by names and shapes alone: a kernel of two axes is (in, out), and Flax's
+    attention kernels of three are known by name. `linen.plan` and `nnx.plan` ask the
+    model itself.
 
     Args:
       params_or_shapes: the model's params, any pytree of arrays, or its
         `jax.eval_shape`. Paths are the slash-joined keys.
       config: what to adapt, and how.
-      axes: {path: axes} of all kernels that can be adapted, as `linen.plan` finds them;
-        an override still wins. Without, a kernel of two axes is (in, out), and Flax's
-        attention kernels of three are known by name.
 
     Raises:
       TypeError: a leaf that is no array, or a target that is not floating-point.
@@ -107,12 +101,31 @@ def plan(
       fc/kernel   64 -> 64  rotation   2.0  16         256     6.15%
       1 adapter: 256 trainable parameters, 6.15% of 4,160
     """
-    config = config or MoRAConfig()
-    leaves = named_leaves(params_or_shapes)
+    return _plan(params_or_shapes, config or MoRAConfig(), None)
+
+
+def plan_products(
+    params: Any, config: MoRAConfig | None, products: Mapping[str, Product]
+) -> Plan:
+    """`plan` where it is known what the layers compute.
+
+    Args:
+      params: as in `plan`.
+      config: what to adapt; its default targets are the dense layers.
+      products: {path: the product} of all kernels that can be adapted.
+    """
+    return _plan(params, config or MoRAConfig(), products)
+
+
+def _plan(
+    params: Any, config: MoRAConfig, products: Mapping[str, Product] | None
+) -> Plan:
+    leaves = named_leaves(params)
     kernels = {n: leaf for n, (_, leaf) in leaves.items() if len(leaf.shape) >= 2}
     patterns = config.targets
-    if axes is not None and patterns == DEFAULT_TARGETS:
-        kernels = {name: leaf for name, leaf in kernels.items() if name in axes}
+    if products is not None and patterns == DEFAULT_TARGETS:
+        dense = {name for name, product in products.items() if product.dense}
+        kernels = {name: leaf for name, leaf in kernels.items() if name in dense}
         patterns = (default_targets("[^/]+"),)
     targets = _select("targets", patterns, kernels, leaves)
     excluded = _select("exclude", config.exclude, leaves, leaves)
@@ -127,48 +140,13 @@ def plan(
         check_kernel(leaf, name)
         settings, override = config.settings(name)
         try:
-            kernel_axes = override or _axes(name, leaf, axes)
-            specs.append(
-                AdapterSpec.from_config(
-                    settings, tuple(leaf.shape), kernel_axes, path=path
-                )
-            )
+            axes = override or _axes(name, leaf, products)
+            spec = AdapterSpec.from_config(settings, tuple(leaf.shape), axes, path=path)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
+        specs.append(spec)
     size = sum(math.prod(leaf.shape) for _, leaf in leaves.values())
     return Plan(tuple(specs), size)
-
-
-def named_leaves(params: Any) -> dict[str, tuple[Path, Any]]:
-    """{slash-joined path: (path, leaf)} of a tree of arrays or shapes, unboxed."""
-    flat, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=_boxed)
-    leaves: dict[str, tuple[Path, Any]] = {}
-    for keys, leaf in flat:
-        path = tuple(key_name(key) for key in keys)
-        name = "/".join(path)
-        leaf = leaf.unbox() if _boxed(leaf) else leaf
-        if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
-            raise TypeError(
-                f"params must hold arrays only, got {type(leaf).__name__} at {name!r}"
-            )
-        if name in leaves:
-            raise ValueError(f"params has two leaves of the path {name!r}")
-        leaves[name] = path, leaf
-    if not leaves:
-        raise ValueError("params holds no array")
-    return leaves
-
-
-def key_name(key: Any) -> str:
-    """What a pytree key is called in a path."""
-    for attribute in ("key", "idx", "name"):
-        if hasattr(key, attribute):
-            return str(getattr(key, attribute))
-    return str(key)
-
-
-def _boxed(leaf: Any) -> bool:
-    return isinstance(leaf, AxisMetadata)
 
 
 def _select(
@@ -195,38 +173,25 @@ def _select(
     return selected
 
 
-def nearest(pattern: str, names: Iterable[str]) -> str:
-    """The names most like `pattern`, as the end of a message."""
-    words = re.sub(r"\\?[.*+?()|\[\]^$\\]+", " ", pattern).strip(" /")
-    depth = words.count("/") + 1
-    # Compared from their ends, as deep as the pattern goes: layers of the same kind are
-    # one candidate, and a wrong name counts for more than a long way to it.
-    ends: dict[str, str] = {}
-    for name in names:
-        ends.setdefault("/".join(name.split("/")[-depth:]), name)
-    close = difflib.get_close_matches(words, ends, n=3, cutoff=0.0)
-    shown = ", ".join(repr(ends[end]) for end in close)
-    return f"; the nearest are {shown}" if close else ""
-
-
-def _axes(name: str, leaf: Any, known: Mapping[str, str] | None) -> str:
-    """The axes of a kernel: as known, or by its name and shape."""
+def _axes(name: str, leaf: Any, products: Mapping[str, Product] | None) -> str:
+    """The axes of a kernel: by what its layer computes, or by its name and shape."""
     ndim = len(leaf.shape)
-    if known is not None:
-        if name not in known:
+    if products is not None:
+        if name not in products:
             raise ValueError(
-                "no layer of a known class uses it in this call; "
-                "see mora_jax.register_layer"
+                "it is not known how a layer uses it; see mora_jax.register_layer"
             )
-        return known[name]
+        axes = products[name].axes
+        return "s" * (ndim - len(axes)) + axes
     if ndim == 2:
         return "io"
     for pattern, axes in ATTENTION_AXES:
         if ndim == 3 and re.fullmatch(pattern, name):
             return axes
     raise ValueError(
-        f"which of its axes {tuple(leaf.shape)} are features is not known; say it with "
-        f"overrides={{{name!r}: {{'axes': ...}}}}, or plan with mora_jax.linen.plan"
+        f"which of its axes {tuple(leaf.shape)} are features is not known; plan with "
+        "mora_jax.linen.plan or mora_jax.nnx.plan, or say "
+        f"overrides={{{name!r}: {{'axes': ...}}}}"
     )
 
 
@@ -241,11 +206,6 @@ def _refuse_shared(leaves: Mapping[str, tuple[Path, Any]], targets: Any) -> None
                 f"the kernel at {names[0]!r} is shared with {names[1]!r}: an adapter "
                 "on one would not reach the other; exclude both, or copy the kernel"
             )
-
-
-def adapter_path(spec: AdapterSpec) -> Path:
-    """Where M lives, in the adapters and in a combined tree."""
-    return (*spec.path[:-1], spec.path[-1] + SUFFIX)
 
 
 def summary(plan: Plan, *, collapse: bool = True) -> str:

@@ -10,6 +10,7 @@ from jax.typing import DTypeLike
 from jaxtyping import PRNGKeyArray
 
 from mora_jax._types import Shape
+from mora_jax.axes import check_axes, sizes
 from mora_jax.config import (
     INITS,
     MoRAConfig,
@@ -17,7 +18,6 @@ from mora_jax.config import (
     check_rate,
     floating_dtype,
 )
-from mora_jax.contraction import check_axes, sizes
 from mora_jax.operators import Operator, make_operator, square_rank
 
 SUFFIX = "_mora"

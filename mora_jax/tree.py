@@ -11,7 +11,8 @@ from jaxtyping import Float, PRNGKeyArray
 
 from mora_jax._types import ArrayLike
 from mora_jax.layer import FrozenDense
-from mora_jax.planning import Path, Plan, adapter_path, key_name, nearest
+from mora_jax.paths import Path, adapter_path, key_name, nearest
+from mora_jax.planning import Plan
 from mora_jax.spec import SUFFIX, AdapterSpec, check_adapter, init_adapter
 
 Tree = dict[str, Any]

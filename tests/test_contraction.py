@@ -4,7 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mora_jax.contraction import Contraction, kernel_from_rows, sizes
+from mora_jax.axes import kernel_from_rows, sizes
+from mora_jax.products import Contraction
 
 EQUATIONS = [
     ("...i,io->...o", (2, 3, 5), (5, 4), "io"),

@@ -477,22 +477,25 @@ def test_unknown_layers_are_refused():
     model = Unknown((12, 6), "bti,io->bto")
     variables = model.init(KEY, X)
     config = MoRAConfig(rank=2, targets="w")
-    with pytest.raises(ValueError, match="w: no layer of a known class uses it"):
+    with pytest.raises(ValueError, match="w: it is not known how a layer uses it"):
         linen.plan(model, variables, config, X)
     chosen = plan(variables["params"], config)
     message = r"w: Unknown.__call__ may use this adapted kernel.*register_layer"
     with pytest.raises(TypeError, match=message):
         linen.wrap(model, chosen)(init(chosen), variables, X)
 
-    class Embedded(nn.Module):
+    class Local(nn.Module):
         @nn.compact
         def __call__(self, x):
-            return nn.Embed(12, 12)(x.astype(int))
+            return nn.ConvLocal(12, (3,))(x)
 
-    variables = Embedded().init(KEY, X)
-    chosen = plan(variables["params"], MoRAConfig(rank=2, targets=".*"))
-    with pytest.raises(TypeError, match=r"Embed.__call__ may use"):
-        linen.wrap(Embedded(), chosen)(init(chosen), variables, X)
+    variables = Local().init(KEY, X)
+    config = MoRAConfig(
+        rank=2, targets=".*kernel", overrides={".*": {"axes": "sio"}}
+    )
+    chosen = plan(variables["params"], config)
+    with pytest.raises(TypeError, match=r"ConvLocal.__call__ may use"):
+        linen.wrap(Local(), chosen)(init(chosen), variables, X)
 
 
 def test_other_methods_of_a_known_layer_are_refused():
@@ -514,12 +517,25 @@ def test_other_methods_of_a_known_layer_are_refused():
 
 
 def test_axes_that_the_layer_does_not_have_are_refused():
-    model = Projection((12, 12), "bti,oi->bto")
+    model = Projection((12, 2, 6), "bti,ihd->bthd")
     variables = model.init(KEY, X)
-    chosen = plan(variables["params"], MoRAConfig(rank=2, targets="w"))
-    message = re.escape("w: the plan reads its axes as 'io', the layer computes 'oi'")
+    config = MoRAConfig(rank=2, targets="w", overrides={"w": {"axes": "iio"}})
+    chosen = plan(variables["params"], config)
+    message = re.escape("w: the plan reads its axes as 'iio', the layer computes 'ioo'")
     with pytest.raises(ValueError, match=message):
         linen.wrap(model, chosen)(init(chosen), variables, X)
+
+
+def test_a_kernel_planned_the_other_way_round_is_used_transposed():
+    """C then acts on what the layer calls outputs; adapted is still merged."""
+    model = Projection((20, 12), "bti,oi->bto")
+    variables = model.init(KEY, X)
+    chosen = plan(variables["params"], MoRAConfig(rank=2, targets="w", alpha=0.5))
+    assert chosen["w"].axes == "io"
+    adapters = trained(chosen)
+    y = linen.wrap(model, chosen)(adapters, variables, X)
+    merged = {"params": merge(variables["params"], adapters, chosen)}
+    np.testing.assert_allclose(y, model.apply(merged, X), atol=1e-4)
 
 
 @pytest.mark.usefixtures("unchecked")
@@ -548,7 +564,7 @@ def test_bad_input():
         register_layer(3, equation="...i,io->...o")
     with pytest.raises(TypeError, match="method must name a method of Dense, got 'no'"):
         register_layer(nn.Dense, equation="...i,io->...o", method="no")
-    with pytest.raises(TypeError, match="equation must be a string or a function"):
+    with pytest.raises(TypeError, match="equation must be a string, a Product or a function"):
         register_layer(nn.Dense, equation=3)
     with pytest.raises(TypeError, match="kernel must be a parameter's name"):
         register_layer(nn.Dense, equation="...i,io->...o", kernel=0)

@@ -5,13 +5,15 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
+from jax.interpreters import partial_eval
 
 from mora_jax.config import MoRAConfig
-from mora_jax.contraction import Contraction
-from mora_jax.layers import find_rule
+from mora_jax.layers import find_rules
 from mora_jax.linen._bound import Bound, check_model, params_of
-from mora_jax.planning import Plan, named_leaves
-from mora_jax.planning import plan as plan_params
+from mora_jax.paths import named_leaves
+from mora_jax.planning import Plan, plan_products
+from mora_jax.products import Lookup, Product
 from mora_jax.spec import SUFFIX
 from mora_jax.tree import combine, nest
 
@@ -37,8 +39,8 @@ def plan(
       **kwargs: the same.
 
     Raises:
-      TypeError, ValueError: as `mora_jax.plan`; and a target whose layer class is not
-        known (see `register_layer`).
+      TypeError, ValueError: as `mora_jax.plan`; a target whose layer class is not known
+        (see `register_layer`); an embedding that is read outside of its layer.
 
     Example::
 
@@ -54,67 +56,79 @@ def plan(
     """
     check_model(model)
     params = params_of(variables)
+    leaves = named_leaves(params)
     recorder = _Recorder()
-    leaves, structure = jax.tree.flatten((args, kwargs))
-    traced = [hasattr(leaf, "shape") and hasattr(leaf, "dtype") for leaf in leaves]
-
-    def call(variables: Any, arrays: list[Any]) -> Any:
-        rest = iter(arrays)
-        merged = [
-            next(rest) if is_array else leaf
-            for leaf, is_array in zip(leaves, traced, strict=True)
-        ]
-        args, kwargs = jax.tree.unflatten(structure, merged)
-        model.apply(variables, *args, **kwargs)
-
-    arrays = [leaf for leaf, is_array in zip(leaves, traced, strict=True) if is_array]
     # Beside each kernel a mark of its own that no earlier call had, or nn.jit would
     # take a trace that it remembers, and the recorder would see nothing of it.
-    kernels = [path for path, leaf in named_leaves(params).values() if leaf.ndim > 1]
     marks = {
-        (*path[:-1], path[-1] + SUFFIX): Bound(None, (recorder, path))
-        for path in kernels
+        (*path[:-1], path[-1] + SUFFIX): Bound(None, (recorder, name))
+        for name, (path, leaf) in leaves.items()
+        if leaf.ndim > 1
     }
-    marked = {**variables, "params": combine(params, nest(marks))}
-    with nn.intercept_methods(recorder):
-        jax.eval_shape(call, marked, arrays)
-    return plan_params(params, config, axes=recorder.axes(params))
+    rest = {**variables, "params": None}
+    inputs, structure = jax.tree.flatten((rest, args, kwargs))
+    traced = [hasattr(leaf, "shape") and hasattr(leaf, "dtype") for leaf in inputs]
+
+    def call(params: Any, arrays: list[Any]) -> Any:
+        left = iter(arrays)
+        merged = [
+            next(left) if is_array else leaf
+            for leaf, is_array in zip(inputs, traced, strict=True)
+        ]
+        rest, args, kwargs = jax.tree.unflatten(structure, merged)
+        with nn.intercept_methods(recorder):
+            variables = {**rest, "params": combine(params, nest(marks))}
+            return jax.tree.leaves(model.apply(variables, *args, **kwargs))
+
+    arrays = [leaf for leaf, is_array in zip(inputs, traced, strict=True) if is_array]
+    jaxpr = jax.make_jaxpr(call)(params, arrays).jaxpr
+    for name, shape in recorder.shapes.items():
+        whole = tuple(leaves[name][1].shape)
+        if whole[len(whole) - len(shape) :] != shape:
+            raise ValueError(
+                f"{name} of shape {whole} is used as {shape}: stacked axes must come "
+                "first (variable_axes={'params': 0})"
+            )
+    chosen = plan_products(params, config, recorder.products)
+    _, used = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+    read_elsewhere = {name for name, use in zip(leaves, used, strict=False) if use}
+    for spec in chosen:
+        product = recorder.products.get(spec.name)
+        if isinstance(product, Lookup) and spec.name in read_elsewhere:
+            raise ValueError(
+                f"{spec.name}: the model also reads this embedding outside of its "
+                "layer's methods (a tied head?), where the adapter would have no "
+                "effect; exclude it"
+            )
+    return chosen
 
 
 class _Recorder:
-    """Notes the kernel's axes in each layer of a known class."""
+    """Notes what each layer of a known class computes.
+
+    Their outputs are replaced by others that depend on the input alone; so what the
+    model's output still depends on is read somewhere else.
+    """
 
     def __init__(self) -> None:
-        self.seen: dict[tuple[str, ...], tuple[str, tuple[int, ...]]] = {}
+        self.products: dict[str, Product] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
 
     def __call__(
         self, method: Callable[..., Any], args: Any, kwargs: Any, context: Any
     ) -> Any:
-        module, rule = context.module, find_rule(type(context.module))
-        y = method(*args, **kwargs)
-        if rule and context.method_name == rule.method and module.scope is not None:
-            equation, x = rule.read(module, args, kwargs)
-            contraction = Contraction.parse(equation, x.ndim)
-            kernel = module.get_variable("params", rule.kernel)
-            mark = module.get_variable("params", rule.kernel + SUFFIX)
-            if isinstance(mark, Bound):
-                _, path = mark.spec
-                self.seen[path] = contraction.axes, tuple(nn.unbox(kernel).shape)
-        return y
-
-    def axes(self, params: Any) -> dict[str, str]:
-        """{path: axes} with the stack axes that lifted transforms take off."""
-        axes = {}
-        for path, (inner, shape) in self.seen.items():
-            kernel: Any = params
-            for key in path:
-                kernel = kernel[key]
-            whole = tuple(nn.unbox(kernel).shape)
-            lead = len(whole) - len(shape)
-            if whole[lead:] != shape:
-                raise ValueError(
-                    f"{'/'.join(path)} of shape {whole} is used as {shape}: stacked "
-                    "axes must come first (variable_axes={'params': 0})"
-                )
-            axes["/".join(path)] = "s" * lead + inner
-        return axes
+        module, y = context.module, method(*args, **kwargs)
+        rules = find_rules(type(module))
+        rule = rules.get(context.method_name)
+        if rule is None or module.scope is None:
+            return y
+        mark = module.get_variable("params", rule.kernel + SUFFIX)
+        if not isinstance(mark, Bound):
+            return y
+        _, name = mark.spec
+        product, x = rule.read(module, args, kwargs)
+        if rule is next(iter(rules.values())) or name not in self.products:
+            self.products[name] = product
+        kernel = nn.unbox(module.get_variable("params", rule.kernel))
+        self.shapes[name] = tuple(kernel.shape)
+        return jnp.zeros_like(y) + 0 * jnp.sum(x).astype(y.dtype)

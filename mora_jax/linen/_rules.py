@@ -7,8 +7,10 @@ import flax.linen as nn
 
 from mora_jax._types import ArrayLike
 from mora_jax.layers import register_layer
+from mora_jax.products import Convolution, Lookup
 
 DENSE = "...i,io->...o"
+ATTEND = "...d,vd->...v"
 
 
 def _dense_general(module: nn.DenseGeneral, inputs: ArrayLike) -> str:
@@ -33,3 +35,7 @@ def _einsum(module: nn.Einsum, inputs: ArrayLike, einsum_str: str | None = None)
 register_layer(nn.Dense, equation=DENSE)
 register_layer(nn.DenseGeneral, equation=_dense_general)
 register_layer(nn.Einsum, equation=_einsum)
+register_layer(nn.Conv, equation=Convolution.of)
+register_layer(nn.ConvTranspose, equation=Convolution.transposed)
+register_layer(nn.Embed, equation=Lookup(), kernel="embedding")
+register_layer(nn.Embed, equation=ATTEND, kernel="embedding", method="attend")

@@ -1,16 +1,16 @@
 """Adapters for unmodified models."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
-import jax
 
-from mora_jax.contraction import Contraction
 from mora_jax.layer import update
-from mora_jax.layers import LayerRule, find_rule
+from mora_jax.layers import find_rules, unknown_use
 from mora_jax.linen._bound import Bound, check_model, params_of
-from mora_jax.planning import Plan, adapter_path
+from mora_jax.paths import adapter_path
+from mora_jax.planning import Plan
 from mora_jax.spec import SUFFIX
 from mora_jax.tree import adapter_items, combine, nest, split
 
@@ -102,7 +102,6 @@ class _Interceptor:
         module, name = context.module, context.method_name
         if name == "setup":
             return method(*args, **kwargs)
-        rule = find_rule(type(module))
         bound = {
             key.removesuffix(SUFFIX): value
             for key, value in _own_params(module).items()
@@ -110,53 +109,28 @@ class _Interceptor:
         }
         if not bound or any(module is other for other in self.running):
             return method(*args, **kwargs)
-        _check_rule(rule, bound, module, name)
+        rule = find_rules(type(module)).get(name)
+        for kernel in bound:
+            if rule is None or rule.kernel != kernel:
+                path = "/".join((*module.path, kernel))
+                raise unknown_use(path, type(module), name, kernel)
         self.running.append(module)
         try:
             y = method(*args, **kwargs)
         finally:
             self.running.pop()
         assert rule is not None
-        equation, x = rule.read(module, args, kwargs)
-        return self._add(y, x, module, bound[rule.kernel], equation)
-
-    def _add(
-        self, y: jax.Array, x: Any, module: nn.Module, bound: Bound, equation: str
-    ) -> jax.Array:
-        contraction = Contraction.parse(equation, x.ndim)
-        spec = bound.spec
-        if not spec.axes.endswith(contraction.axes) or set(
-            spec.axes.removesuffix(contraction.axes)
-        ) - {"s"}:
-            name = "/".join((*module.path, spec.name))
-            raise ValueError(
-                f"{name}: the plan reads its axes as {spec.axes!r}, the layer computes "
-                f"{contraction.axes!r}; plan with mora_jax.linen.plan, or say "
-                f"overrides={{{name!r}: {{'axes': {contraction.axes!r}}}}}"
-            )
+        product, x = rule.read(module, args, kwargs)
+        spec = bound[rule.kernel].spec
         key = None
         if spec.dropout > 0 and not self.deterministic:
             key = module.make_rng("dropout")
         return y + update(
-            spec,
-            bound.m,
+            dataclasses.replace(spec, path=(*module.path, *spec.path)),
+            bound[rule.kernel].m,
             x,
-            contraction,
+            product,
             dtype=y.dtype,
             dropout_key=key,
             precision=getattr(module, "precision", None),
         )
-
-
-def _check_rule(
-    rule: LayerRule | None, bound: Mapping[str, Bound], module: nn.Module, method: str
-) -> None:
-    """Raise if an adapter in `module` would have no effect."""
-    for kernel in bound:
-        if rule is None or rule.kernel != kernel or rule.method != method:
-            known = f"{rule.kernel!r} in {rule.method!r}" if rule else "nothing"
-            raise TypeError(
-                f"{'/'.join((*module.path, kernel))}: {type(module).__name__}.{method} "
-                f"may use this adapted kernel, but of that class {known} is known; "
-                "see mora_jax.register_layer"
-            )

@@ -9,7 +9,8 @@ from typing import Any, ClassVar, Literal, SupportsIndex, TypeVar, dataclass_tra
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jax.typing import DTypeLike
+from jaxtyping import Float, Integer
 
 from mora_jax._types import ArrayLike, Shape
 
@@ -91,6 +92,12 @@ class Operator(abc.ABC):
     def _decompress(self, h: jax.Array) -> jax.Array:
         """D. `h`: (..., *compressed_shape) -> (..., out_features)."""
 
+    @abc.abstractmethod
+    def _lookup(
+        self, m: jax.Array, indices: jax.Array, precision: jax.lax.PrecisionLike
+    ) -> jax.Array:
+        """D(C(e_i) M) for unit vectors e_i. `indices`: (...) -> (..., out_features)."""
+
     def compress(
         self, x: Float[ArrayLike, "*batch features"]
     ) -> Float[jax.Array, "..."]:
@@ -145,6 +152,59 @@ class Operator(abc.ABC):
         self._check_m(m)
         return _apply(self, m, x, precision)
 
+    def apply_transpose(
+        self,
+        m: Float[ArrayLike, "q q"],
+        y: Float[ArrayLike, "*batch out"],
+        *,
+        precision: jax.lax.PrecisionLike = None,
+    ) -> Float[jax.Array, "*batch features"]:
+        r"""The transpose of `apply`, for a kernel that is used both ways.
+
+        .. math:: ((y\, D^T)\, M^T)\, C^T
+
+        Args:
+          m: (q, q).
+          y: (..., out_features).
+          precision: of the product with `m`.
+
+        Returns:
+          (..., in_features): the product of `y` with the transpose of
+          `delta_weight(m)`, which is not formed.
+        """
+        _check_array("y", y, (self.out_features,))
+        x = jax.ShapeDtypeStruct((*y.shape[:-1], self.in_features), y.dtype)
+        forward = functools.partial(self.apply, m, precision=precision)
+        (transposed,) = jax.linear_transpose(forward, x)(jnp.asarray(y))
+        return transposed
+
+    def lookup(
+        self,
+        m: Float[ArrayLike, "q q"],
+        indices: Integer[ArrayLike, "*batch"],
+        *,
+        precision: jax.lax.PrecisionLike = None,
+    ) -> Float[jax.Array, "*batch out"]:
+        """Rows of `delta_weight(m)`, without the others: what an embedding wants.
+
+        Args:
+          m: (q, q).
+          indices: (...), in [0, in_features); others give no meaningful row.
+          precision: of the product with `m`.
+
+        Returns:
+          (..., out_features).
+
+        Raises:
+          TypeError: `indices` are no integers.
+        """
+        self._check_m(m)
+        if not isinstance(indices, jax.Array | np.ndarray):
+            raise TypeError(f"indices must be an array, got {type(indices).__name__}")
+        if not jnp.issubdtype(indices.dtype, jnp.integer):
+            raise TypeError(f"indices must be integers, got {indices.dtype}")
+        return self._lookup(jnp.asarray(m), jnp.asarray(indices), precision)
+
     def delta_weight(
         self, m: Float[ArrayLike, "q q"]
     ) -> Float[jax.Array, "features out"]:
@@ -152,8 +212,8 @@ class Operator(abc.ABC):
 
         .. math:: C (I_n \otimes M) D
 
-        The rows of :math:`I_n \otimes M` go through `decompress`, the columns of what
-        results through the transpose of `compress`.
+        The rows of :math:`I_n \otimes M` go through `decompress`, block by block, the
+        columns of what results through the transpose of `compress`.
 
         Args:
           m: (q, q).
@@ -163,6 +223,12 @@ class Operator(abc.ABC):
         """
         self._check_m(m)
         return _delta_weight(self, m)
+
+    def compress_matrix(self, dtype: DTypeLike = jnp.float32) -> jax.Array:
+        """C itself: (in_features, q), or (in_features, n * q) for a block operator."""
+        shape = self.compressed_shape
+        units = jnp.eye(math.prod(shape), dtype=dtype)
+        return _transpose_compress(self, units.reshape(*shape, -1))
 
     def _check_m(self, m: ArrayLike) -> None:
         _check_array("m", m, (self.square_rank,) * 2)
@@ -182,13 +248,22 @@ def _apply(
 
 @jax.jit
 def _delta_weight(op: Operator, m: ArrayLike) -> jax.Array:
-    shape = op.compressed_shape
-    size = math.prod(shape)
-    rows = jnp.kron(jnp.eye(size // op.square_rank, dtype=m.dtype), m)
-    rows = op.decompress(rows.reshape(size, *shape))
-    vector = jax.ShapeDtypeStruct((op.in_features,), rows.dtype)
+    m = jnp.asarray(m)
+
+    def block_rows(k: jax.Array) -> jax.Array:
+        alone = jnp.zeros((op.square_rank, *op.compressed_shape), m.dtype)
+        return op.decompress(alone.at[:, k].set(m))
+
+    # One block at a time: all n together would take n * q by n * q numbers.
+    n = op.compressed_shape[0]
+    rows = jax.lax.map(block_rows, jnp.arange(n)) if op.block else op.decompress(m)
+    return _transpose_compress(op, rows)
+
+
+def _transpose_compress(op: Operator, columns: jax.Array) -> jax.Array:
+    """C as a matrix, times `columns`: (*compressed_shape, k) -> (in_features, k)."""
+    vector = jax.ShapeDtypeStruct((op.in_features,), columns.dtype)
     transpose = jax.linear_transpose(op.compress, vector)
-    columns = rows.reshape(*shape, op.out_features)
     (weight,) = jax.vmap(transpose, in_axes=-1, out_axes=-1)(columns)
     return weight
 

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 def blocks(features: int, square_rank: int) -> int:
@@ -16,6 +17,18 @@ def to_blocks(x: jax.Array, square_rank: int) -> jax.Array:
     missing = n * square_rank - features
     padded = jnp.pad(x, [(0, 0)] * len(batch) + [(0, missing)], mode="wrap")
     return padded.reshape(*batch, n, square_rank)
+
+
+def places(
+    indices: jax.Array, features: int, square_rank: int
+) -> tuple[jax.Array, jax.Array]:
+    """Where `to_blocks` puts single features: blocks and offsets, both (..., t).
+
+    A feature that starts over has up to t places; an offset of -1 stands for none.
+    """
+    size = blocks(features, square_rank) * square_rank
+    at = indices[..., None] + features * np.arange(-(-size // features))
+    return at // square_rank, jnp.where(at < size, at % square_rank, -1)
 
 
 def from_blocks(h: jax.Array, features: int) -> jax.Array:

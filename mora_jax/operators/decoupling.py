@@ -1,10 +1,11 @@
 """Decoupling: M on every block of q features."""
 
 import jax
+import jax.numpy as jnp
 
 from mora_jax._types import Shape
 from mora_jax.operators._base import Operator, operator
-from mora_jax.operators._blocks import blocks, from_blocks, route, to_blocks
+from mora_jax.operators._blocks import blocks, from_blocks, places, route, to_blocks
 
 
 @operator
@@ -55,3 +56,23 @@ class Decoupling(Operator):
         if self.truncate:
             h = h[..., :count, :]
         return from_blocks(route(h, count), self.out_features)
+
+    def _lookup(
+        self, m: jax.Array, indices: jax.Array, precision: jax.lax.PrecisionLike
+    ) -> jax.Array:
+        n, q = self.compressed_shape
+        count = blocks(self.out_features, q)
+        block, offset = places(indices, self.in_features, q)
+        h = self._turn(jax.nn.one_hot(offset, q, dtype=m.dtype), block)
+        h = jnp.matmul(h, m, precision=precision)
+        # `route` in reverse: output block j is fed by the blocks k = j mod this.
+        period = min(n, count)
+        feeds = (block[..., None] - jnp.arange(count)) % period == 0
+        if self.truncate:
+            feeds &= block[..., None] < count
+        y = jnp.where(feeds[..., None], h[..., None, :], 0).sum(-3)
+        return from_blocks(y, self.out_features)
+
+    def _turn(self, h: jax.Array, block: jax.Array) -> jax.Array:
+        """What `_compress` does to (..., q) numbers of the blocks (...)."""
+        return h

@@ -66,6 +66,12 @@ class Hadamard(Operator):
     def _decompress(self, h: jax.Array) -> jax.Array:
         return _lift(h, *self.out_arrays)
 
+    def _lookup(
+        self, m: jax.Array, indices: jax.Array, precision: jax.lax.PrecisionLike
+    ) -> jax.Array:
+        rows = _rows(indices, *self.in_arrays).astype(m.dtype)
+        return self._decompress(jnp.matmul(rows, m, precision=precision))
+
 
 def _odd_part(features: int) -> int:
     return features // (features & -features)
@@ -88,6 +94,20 @@ def _project(
     x = x.reshape(*batch, features // b, b) @ jnp.asarray(odd).astype(x.dtype)
     x = walsh_hadamard(x).reshape(*batch, features)
     return jnp.take(x, coordinates, axis=-1)
+
+
+def _rows(
+    indices: jax.Array, signs: ArrayLike, odd: ArrayLike, coordinates: ArrayLike
+) -> jax.Array:
+    """What `_project` makes of unit vectors, (...) -> (..., q), entry by entry."""
+    b = odd.shape[0]
+    high, low = indices[..., None] // b, indices[..., None] % b
+    coordinates = jnp.asarray(coordinates)
+    # The Walsh-Hadamard matrix holds -1 where its indices share an odd number of bits.
+    shared = jax.lax.population_count(high & (coordinates // b))
+    walsh = (1 - 2 * (shared % 2)) / math.sqrt(signs.shape[0] // b)
+    sign = jnp.asarray(signs)[indices][..., None]
+    return sign * walsh * jnp.asarray(odd)[low, coordinates % b]
 
 
 def _lift(

@@ -55,3 +55,9 @@ class Orthogonal(Operator):
 
     def _decompress(self, h: jax.Array) -> jax.Array:
         return h @ jnp.asarray(self.out_basis).astype(h.dtype).T
+
+    def _lookup(
+        self, m: jax.Array, indices: jax.Array, precision: jax.lax.PrecisionLike
+    ) -> jax.Array:
+        rows = jnp.asarray(self.in_basis)[indices].astype(m.dtype)
+        return self._decompress(jnp.matmul(rows, m, precision=precision))

@@ -44,4 +44,13 @@ class Permutation(Decoupling):
         return super()._compress(jnp.take(x, self.in_order, axis=-1))
 
     def _decompress(self, h: jax.Array) -> jax.Array:
-        return jnp.take(super()._decompress(h), jnp.argsort(self.out_order), axis=-1)
+        return self._in_order(super()._decompress(h))
+
+    def _lookup(
+        self, m: jax.Array, indices: jax.Array, precision: jax.lax.PrecisionLike
+    ) -> jax.Array:
+        shuffled = jnp.argsort(self.in_order)[indices]
+        return self._in_order(super()._lookup(m, shuffled, precision))
+
+    def _in_order(self, y: jax.Array) -> jax.Array:
+        return jnp.take(y, jnp.argsort(self.out_order), axis=-1)

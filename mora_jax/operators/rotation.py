@@ -43,8 +43,23 @@ class Rotation(Decoupling):
 
     def _compress(self, x: jax.Array) -> jax.Array:
         h = super()._compress(x)
+        cos, sin = self._turns
+        return _rotate(h, cos.astype(h.dtype), sin.astype(h.dtype))
+
+    def _turn(self, h: jax.Array, block: jax.Array) -> jax.Array:
+        cos, sin = (jnp.asarray(table, h.dtype)[block] for table in self._turns)
+        return _rotate(h, cos, sin)
+
+    @property
+    def _turns(self) -> tuple[np.ndarray, np.ndarray]:
+        """Cosine and sine of the angles of each block, (n, q / 2), in float64."""
         n, q = self.compressed_shape
         angle = np.outer(np.arange(n), BASE ** (-2 * np.arange(q // 2) / q))
-        cos, sin = np.cos(angle).astype(h.dtype), np.sin(angle).astype(h.dtype)
-        low, high = jnp.split(h, 2, axis=-1)
-        return jnp.concatenate([low * cos - high * sin, high * cos + low * sin], -1)
+        return np.cos(angle), np.sin(angle)
+
+
+def _rotate(
+    h: jax.Array, cos: jax.Array | np.ndarray, sin: jax.Array | np.ndarray
+) -> jax.Array:
+    low, high = jnp.split(h, 2, axis=-1)
+    return jnp.concatenate([low * cos - high * sin, high * cos + low * sin], -1)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mora_jax.operators._base import Operator, operator
-from mora_jax.operators._blocks import blocks, from_blocks, route, to_blocks
+from mora_jax.operators._blocks import blocks, from_blocks, places, route, to_blocks
 
 Grouping = Literal["strided", "contiguous"]
 
@@ -85,6 +85,19 @@ class Sharing(Operator):
             y = _repeat_runs(h, self.out_features)
         return y * self._scale(self.out_features, y)
 
+    def _lookup(
+        self, m: jax.Array, indices: jax.Array, precision: jax.lax.PrecisionLike
+    ) -> jax.Array:
+        q = self.square_rank
+        if self.compress_groups == "strided":
+            _, group = places(indices, self.in_features, q)
+            h = jax.nn.one_hot(group, q, dtype=m.dtype).sum(-2)
+        else:
+            group = _run_of(indices, self.in_features, q)
+            h = jax.nn.one_hot(group, q, dtype=m.dtype)
+        h = h * self._scale(self.in_features, h)
+        return self._decompress(jnp.matmul(h, m, precision=precision))
+
     def _scale(self, features: int, like: jax.Array) -> np.ndarray:
         scale = math.sqrt(self.square_rank / features) if self.normalised else 1.0
         return np.asarray(scale, like.dtype)
@@ -103,6 +116,13 @@ def _sum_runs(x: jax.Array, square_rank: int) -> jax.Array:
     head = head.reshape(*batch, longer, length + 1).sum(-1)
     tail = tail.reshape(*batch, square_rank - longer, length).sum(-1)
     return jnp.concatenate([head, tail], axis=-1)
+
+
+def _run_of(indices: jax.Array, features: int, square_rank: int) -> jax.Array:
+    """Which run each feature is in: (...) -> (...)."""
+    length, longer = _runs(features, square_rank)
+    tail = indices - longer * (length + 1)
+    return jnp.where(tail < 0, indices // (length + 1), longer + tail // length)
 
 
 def _repeat_runs(h: jax.Array, features: int) -> jax.Array:

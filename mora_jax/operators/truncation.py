@@ -37,3 +37,9 @@ class Truncation(Operator):
     def _decompress(self, h: jax.Array) -> jax.Array:
         missing = self.out_features - self.square_rank
         return jnp.pad(h, [(0, 0)] * (h.ndim - 1) + [(0, missing)])
+
+    def _lookup(
+        self, m: jax.Array, indices: jax.Array, precision: jax.lax.PrecisionLike
+    ) -> jax.Array:
+        unit = jax.nn.one_hot(indices, self.square_rank, dtype=m.dtype)
+        return self._decompress(jnp.matmul(unit, m, precision=precision))

@@ -1,4 +1,4 @@
-"""Which axes of a layer's input, kernel and output are features."""
+"""Dense layers: an einsum of input and kernel."""
 
 import dataclasses
 import math
@@ -9,39 +9,17 @@ import jax
 import jax.numpy as jnp
 
 from mora_jax._types import Shape
-
-
-def check_axes(axes: str, ndim: int) -> str:
-    """Return `axes` if it describes a kernel of `ndim` axes, one letter for each.
-
-    "i" is an input feature axis, "o" an output feature axis, "s" a stack axis with an M
-    for each index (the layers of `nn.scan`, the experts of a mixture). So "io" is a
-    dense layer, "oi" the same stored transposed, "sio" a scanned one, and "ioo" the
-    heads of attention. Several axes of a kind flatten in the kernel's order.
-    """
-    if not isinstance(axes, str) or set(axes) - set("sio"):
-        raise ValueError(f"axes must be made of the letters s, i and o, got {axes!r}")
-    if len(axes) != ndim:
-        raise ValueError(
-            f"axes must have one letter for each of the kernel's {ndim} axes, "
-            f"got {axes!r}"
-        )
-    if not {"i", "o"} <= set(axes):
-        raise ValueError(f"axes must hold at least one i and one o, got {axes!r}")
-    return axes
-
-
-def sizes(shape: Shape, axes: str, letter: str) -> Shape:
-    """The sizes of the axes of `shape` that `axes` marks with `letter`."""
-    return tuple(n for n, kind in zip(shape, axes, strict=True) if kind == letter)
+from mora_jax.axes import sizes
+from mora_jax.products._base import KernelUpdate, Product
 
 
 @dataclasses.dataclass(frozen=True)
-class Contraction:
+class Contraction(Product):
     """An einsum equation of input, kernel and output, one letter an axis.
 
     It brings any dense-like layer to the one form that operators know: rows of
-    `in_features` numbers to rows of `out_features` numbers.
+    `in_features` numbers to rows of `out_features` numbers. A kernel that the plan
+    reads the other way round (the tied head of an embedding) is used transposed.
     """
 
     inputs: str
@@ -49,8 +27,12 @@ class Contraction:
     outputs: str
 
     @classmethod
-    def parse(cls, equation: str, inputs_ndim: int) -> "Contraction":
+    def parse(cls, equation: str, inputs_ndim: int | None = None) -> "Contraction":
         """Read an equation such as `"...i,io->...o"`.
+
+        Args:
+          equation: as for `jax.numpy.einsum`.
+          inputs_ndim: how many axes the input has; as few as can be if it is not known.
 
         Raises:
           ValueError: the equation is not a product of an input and a kernel that is
@@ -67,7 +49,10 @@ class Contraction:
             once = sorted(c for c, n in Counter(named).items() if n == 1)
             outputs = "..." * ("..." in inputs) + "".join(once)
         unused = [c for c in string.ascii_letters if c not in named]
-        missing = max(0, inputs_ndim - len(inputs.replace("...", "")))
+        least = len(inputs.replace("...", ""))
+        if inputs_ndim is None:
+            inputs_ndim = least
+        missing = max(0, inputs_ndim - least)
         hidden = "".join(unused[:missing])
         contraction = cls(
             inputs.replace("...", hidden), kernel, outputs.replace("...", hidden)
@@ -106,7 +91,6 @@ class Contraction:
 
     @property
     def axes(self) -> str:
-        """The kernel's axes as letters s, i and o (see `check_axes`)."""
         kinds = {c: "o" if c not in self.inputs else "i" for c in self.kernel}
         kinds |= {c: "s" for c in self.kernel if c in self.inputs and c in self.outputs}
         return "".join(kinds[c] for c in self.kernel)
@@ -115,6 +99,18 @@ class Contraction:
     def equation(self) -> str:
         """The equation for `jax.numpy.einsum`."""
         return f"{self.inputs},{self.kernel}->{self.outputs}"
+
+    @property
+    def dense(self) -> bool:
+        return True
+
+    def fits(self, axes: str) -> bool:
+        return axes in (self.axes, _swap(self.axes))
+
+    def update(self, kernel: KernelUpdate, x: jax.Array) -> jax.Array:
+        rows = self.to_rows(x)
+        for_rows = kernel.rows if kernel.axes == self.axes else kernel.transposed_rows
+        return self.from_rows(for_rows(rows), sizes(kernel.shape, self.axes, "o"))
 
     def check_input(self, x_shape: Shape, kernel_shape: Shape) -> None:
         """Raise unless `x_shape` fits a kernel of `kernel_shape`."""
@@ -154,8 +150,5 @@ class Contraction:
         return "".join(c for c in self.inputs if c not in self.kernel)
 
 
-def kernel_from_rows(weight: jax.Array, shape: Shape, axes: str) -> jax.Array:
-    """(*stack, in_features, out_features) as a kernel of `shape`."""
-    order = [k for letter in "sio" for k, kind in enumerate(axes) if kind == letter]
-    weight = weight.reshape([shape[k] for k in order])
-    return jnp.transpose(weight, [order.index(k) for k in range(len(shape))])
+def _swap(axes: str) -> str:
+    return axes.translate(str.maketrans("io", "oi"))

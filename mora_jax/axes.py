@@ -1,0 +1,38 @@
+"""A kernel's axes as letters: which are features, and which are stacked."""
+
+import jax
+import jax.numpy as jnp
+
+from mora_jax._types import Shape
+
+
+def check_axes(axes: str, ndim: int) -> str:
+    """Return `axes` if it describes a kernel of `ndim` axes, one letter for each.
+
+    "i" is an input feature axis, "o" an output feature axis, "s" a stack axis with an M
+    for each index (the layers of `nn.scan`, the experts of a mixture). So "io" is a
+    dense layer, "oi" the same stored transposed, "sio" a scanned one, and "ioo" the
+    heads of attention. Several axes of a kind flatten in the kernel's order.
+    """
+    if not isinstance(axes, str) or set(axes) - set("sio"):
+        raise ValueError(f"axes must be made of the letters s, i and o, got {axes!r}")
+    if len(axes) != ndim:
+        raise ValueError(
+            f"axes must have one letter for each of the kernel's {ndim} axes, "
+            f"got {axes!r}"
+        )
+    if not {"i", "o"} <= set(axes):
+        raise ValueError(f"axes must hold at least one i and one o, got {axes!r}")
+    return axes
+
+
+def sizes(shape: Shape, axes: str, letter: str) -> Shape:
+    """The sizes of the axes of `shape` that `axes` marks with `letter`."""
+    return tuple(n for n, kind in zip(shape, axes, strict=True) if kind == letter)
+
+
+def kernel_from_rows(weight: jax.Array, shape: Shape, axes: str) -> jax.Array:
+    """(*stack, in_features, out_features) as a kernel of `shape`."""
+    order = [k for letter in "sio" for k, kind in enumerate(axes) if kind == letter]
+    weight = weight.reshape([shape[k] for k in order])
+    return jnp.transpose(weight, [order.index(k) for k in range(len(shape))])

@@ -1,0 +1,64 @@
+"""Where things are in a tree: slash-joined paths."""
+
+import difflib
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+from flax.core.meta import AxisMetadata
+
+from mora_jax.spec import SUFFIX, AdapterSpec
+
+Path = tuple[str, ...]
+
+
+def named_leaves(params: Any) -> dict[str, tuple[Path, Any]]:
+    """{slash-joined path: (path, leaf)} of a tree of arrays or shapes, unboxed."""
+    flat, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_boxed)
+    leaves: dict[str, tuple[Path, Any]] = {}
+    for keys, leaf in flat:
+        path = tuple(key_name(key) for key in keys)
+        name = "/".join(path)
+        leaf = leaf.unbox() if is_boxed(leaf) else leaf
+        if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
+            raise TypeError(
+                f"params must hold arrays only, got {type(leaf).__name__} at {name!r}"
+            )
+        if name in leaves:
+            raise ValueError(f"params has two leaves of the path {name!r}")
+        leaves[name] = path, leaf
+    if not leaves:
+        raise ValueError("params holds no array")
+    return leaves
+
+
+def key_name(key: Any) -> str:
+    """What a pytree key is called in a path."""
+    for attribute in ("key", "idx", "name"):
+        if hasattr(key, attribute):
+            return str(getattr(key, attribute))
+    return str(key)
+
+
+def is_boxed(leaf: Any) -> bool:
+    return isinstance(leaf, AxisMetadata)
+
+
+def nearest(pattern: str, names: Iterable[str]) -> str:
+    """The names most like `pattern`, as the end of a message."""
+    words = re.sub(r"\\?[.*+?()|\[\]^$\\]+", " ", pattern).strip(" /")
+    depth = words.count("/") + 1
+    # Compared from their ends, as deep as the pattern goes: layers of the same kind are
+    # one candidate, and a wrong name counts for more than a long way to it.
+    ends: dict[str, str] = {}
+    for name in names:
+        ends.setdefault("/".join(name.split("/")[-depth:]), name)
+    close = difflib.get_close_matches(words, ends, n=3, cutoff=0.0)
+    shown = ", ".join(repr(ends[end]) for end in close)
+    return f"; the nearest are {shown}" if close else ""
+
+
+def adapter_path(spec: AdapterSpec) -> Path:
+    """Where M lives, in the adapters and in a combined tree."""
+    return (*spec.path[:-1], spec.path[-1] + SUFFIX)

@@ -1,0 +1,7 @@
+"""How layers multiply their input with their kernel: one file for each kind."""
+
+from mora_jax.products._base import KernelUpdate as KernelUpdate
+from mora_jax.products._base import Product as Product
+from mora_jax.products.contraction import Contraction as Contraction
+from mora_jax.products.convolution import Convolution as Convolution
+from mora_jax.products.lookup import Lookup as Lookup

@@ -1,0 +1,43 @@
+"""Embeddings: rows of the kernel by index."""
+
+import dataclasses
+
+import jax
+
+from mora_jax.products._base import KernelUpdate, Product
+
+
+@dataclasses.dataclass(frozen=True)
+class Lookup(Product):
+    """An embedding: the kernel's rows at integer inputs.
+
+    The kernel is (in, out) with the vocabulary for input features. The update's rows
+    are computed for the given indices alone.
+
+    Example: an embedding class of your own, and its tied head::
+
+      >>> from flax import nnx
+      >>> from mora_jax import products, register_layer
+      >>> class Table(nnx.Module):
+      ...     def encode(self, ids): return self.table[...][ids]
+      ...     def decode(self, x): return x @ self.table[...].T
+      >>> lookup = products.Lookup()
+      >>> register_layer(Table, equation=lookup, kernel="table", method="encode")
+      >>> tied = "...d,vd->...v"
+      >>> register_layer(Table, equation=tied, kernel="table", method="decode")
+    """
+
+    @property
+    def axes(self) -> str:
+        return "io"
+
+    @property
+    def dense(self) -> bool:
+        return False
+
+    def fits(self, axes: str) -> bool:
+        return axes == self.axes
+
+    def update(self, kernel: KernelUpdate, x: jax.Array) -> jax.Array:
+        # Negative indices count from the end, and beyond it the base has no row.
+        return kernel.lookup(x % kernel.shape[0])
