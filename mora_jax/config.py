@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax.core import FrozenDict
 from jax.typing import DTypeLike
 
-from mora_jax.operators._base import positive_integer
+from mora_jax.operators._checks import positive_integer
 from mora_jax.operators._random import check_seed
 from mora_jax.operators._registry import OperatorSpec, parse_spec
 

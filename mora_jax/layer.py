@@ -120,14 +120,8 @@ def update(
     Raises:
       ValueError: the plan reads the kernel's axes otherwise than the layer.
     """
-    # Axes that a lifted transformation took off are not the layer's to see.
+    check_product(spec, product)
     inner = slice(len(spec.axes) - len(product.axes), None)
-    if set(spec.axes[: inner.start]) - {"s"} or not product.fits(spec.axes[inner]):
-        raise ValueError(
-            f"{spec.name}: the plan reads its axes as {spec.axes!r}, the layer computes "
-            f"{product.axes!r}; plan with mora_jax.linen.plan or mora_jax.nnx.plan, or "
-            f"say overrides={{{spec.name!r}: {{'axes': {product.axes!r}}}}}"
-        )
     m, x = jnp.asarray(m).astype(dtype), jnp.asarray(x)
     kernel = KernelUpdate(
         spec.operator, m, spec.kernel_shape[inner], spec.axes[inner], precision
@@ -139,6 +133,21 @@ def update(
         x = _dropout(x.astype(dtype), x.shape, dropout_key, spec.dropout)
         y = product.update(kernel, x)
     return y * jnp.asarray(spec.alpha, dtype)
+
+
+def check_product(spec: AdapterSpec, product: Product) -> None:
+    """Raise unless the layer reads the kernel's axes as the plan does.
+
+    Leading stack axes of the plan may be ones that a lifted transformation takes off.
+    """
+    lead = len(spec.axes) - len(product.axes)
+    if set(spec.axes[:lead]) - {"s"} or not product.fits(spec.axes[lead:]):
+        raise ValueError(
+            f"{spec.name}: the plan reads its axes as {spec.axes!r}, the layer "
+            f"computes {product.axes!r}; plan with mora_jax.linen.plan or "
+            f"mora_jax.nnx.plan, or say overrides={{{spec.name!r}: "
+            f"{{'axes': {product.axes!r}}}}}"
+        )
 
 
 def _dropout(

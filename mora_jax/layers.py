@@ -123,11 +123,9 @@ def registered() -> Mapping[type, Mapping[str, LayerRule]]:
     return dict(_RULES)
 
 
-def unknown_use(name: str, cls: type, method: str, kernel: str) -> TypeError:
+def unknown_use(name: str, cls: type, method: str) -> TypeError:
     """The error for an adapted kernel that a method may use in a way not known."""
-    known = [
-        f"{rule.kernel!r} in {rule.method!r}" for rule in find_rules(cls).values()
-    ]
+    known = [f"{rule.kernel!r} in {rule.method!r}" for rule in find_rules(cls).values()]
     return TypeError(
         f"{name}: {cls.__name__}.{method} may use this adapted kernel, but of that "
         f"class {' and '.join(known) or 'nothing'} is known; "

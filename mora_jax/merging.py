@@ -89,6 +89,43 @@ def merge(
       >>> bool((merged["fc"]["kernel"] == params["fc"]["kernel"]).all())
       True
     """
+    _check_finite(adapters, plan)
+    return fold(params, adapters, plan, dtype)
+
+
+def fold(params: Any, adapters: Any, plan: Plan, dtype: DTypeLike | None = None) -> Any:
+    r"""Effective params, for a model that is any function of its params.
+
+    As `merge`, but made to be differentiated: `loss(fold(params, a, plan))` inside jit
+    trains the adapters of a Haiku, Equinox or hand-written model. This is the general
+    way, and the dearer one: each step forms every update and its gradient at the full
+    size of its kernel, which `linen.wrap` and `nnx.wrap` do not.
+
+    Args:
+      params: the base's params; any pytree of arrays.
+      adapters: as `init` makes them.
+      plan: the plan that they follow. Where a kernel's axes are not (in, out), an
+        override of the config says so: `{".*weight": {"axes": "oi"}}`.
+      dtype: of the folded kernels; by default that of each kernel.
+
+    Returns:
+      A new tree of the same structure; unadapted leaves are the same arrays.
+
+    Raises:
+      TypeError: leaves that are no arrays.
+      ValueError: adapters or params that do not fit the plan.
+
+    Example::
+
+      >>> from mora_jax import fold, init, plan
+      >>> params = {"kernel": jnp.ones((8, 8))}
+      >>> layers = plan(params)
+      >>> def loss(adapters, params, x):
+      ...     return jnp.mean((x @ fold(params, adapters, layers)["kernel"]) ** 2)
+      >>> grads = jax.jit(jax.grad(loss))(init(layers), params, jnp.ones((1, 8)))
+      >>> grads["kernel_mora"].shape
+      (8, 8)
+    """
     return _add(params, adapters, plan, 1, dtype)
 
 
@@ -118,7 +155,14 @@ def unmerge(params: Any, adapters: Any, plan: Plan) -> Any:
                 f"unmerge needs float32 kernels, got {kernel.dtype} at {spec.name!r}; "
                 "keep the base instead"
             )
+    _check_finite(adapters, plan)
     return _add(params, adapters, plan, -1, None)
+
+
+def _check_finite(adapters: Any, plan: Plan) -> None:
+    for spec, m in adapter_items(adapters, plan):
+        if not isinstance(m, Tracer) and not np.isfinite(m).all():
+            raise ValueError(f"{spec.name}{SUFFIX} holds NaN or infinity")
 
 
 def _kernel(leaves: Mapping[str, tuple[Path, Any]], spec: AdapterSpec) -> Any:
@@ -142,8 +186,6 @@ def _add(
     updated: dict[Path, jax.Array] = {}
     for spec, m in adapter_items(adapters, plan):
         path, kernel = _kernel(leaves, spec)
-        if not isinstance(m, Tracer) and not np.isfinite(m).all():
-            raise ValueError(f"{spec.name}{SUFFIX} holds NaN or infinity")
         delta = sign * kernel_update(spec, _wide(m, kernel.dtype))
         updated[path] = (_wide(kernel) + delta).astype(dtype or kernel.dtype)
 

@@ -42,6 +42,7 @@ def key_name(key: Any) -> str:
 
 
 def is_boxed(leaf: Any) -> bool:
+    """Whether `leaf` is an array in one of Flax's boxes for metadata."""
     return isinstance(leaf, AxisMetadata)
 
 

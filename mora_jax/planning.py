@@ -4,7 +4,7 @@ import dataclasses
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -129,7 +129,7 @@ def _plan(
         patterns = (default_targets("[^/]+"),)
     targets = _select("targets", patterns, kernels, leaves)
     excluded = _select("exclude", config.exclude, leaves, leaves)
-    targets = {n: None for n in kernels if n in targets and n not in excluded}
+    targets = sorted(targets - excluded, key=lambda name: leaves[name][0])
     if not targets:
         raise ValueError("exclude leaves no kernel to adapt")
     _select("overrides", config.overrides, targets, targets)
@@ -150,7 +150,7 @@ def _plan(
 
 
 def _select(
-    field: str, patterns: Any, candidates: Mapping[str, Any], known: Mapping[str, Any]
+    field: str, patterns: Any, candidates: Iterable[str], known: Iterable[str]
 ) -> set[str]:
     """Names that any pattern matches; a pattern that matches none is an error."""
     selected: set[str] = set()

@@ -7,8 +7,7 @@ from jaxtyping import Float, Shaped
 from mora_jax._types import ArrayLike
 from mora_jax.config import MoRAConfig
 from mora_jax.layer import update
-from mora_jax.linen._rules import DENSE
-from mora_jax.products import Contraction
+from mora_jax.products import DENSE, Contraction
 from mora_jax.spec import SUFFIX, AdapterSpec, init_adapter
 
 

@@ -4,17 +4,15 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
-import jax
-import jax.numpy as jnp
-from jax.interpreters import partial_eval
 
 from mora_jax.config import MoRAConfig
 from mora_jax.layers import find_rules
 from mora_jax.linen._bound import Bound, check_model, params_of
 from mora_jax.paths import named_leaves
 from mora_jax.planning import Plan, plan_products
-from mora_jax.products import Lookup, Product
+from mora_jax.products import Product
 from mora_jax.spec import SUFFIX
+from mora_jax.tracing import blank, dependencies, refuse_half_adapted
 from mora_jax.tree import combine, nest
 
 
@@ -65,23 +63,14 @@ def plan(
         for name, (path, leaf) in leaves.items()
         if leaf.ndim > 1
     }
-    rest = {**variables, "params": None}
-    inputs, structure = jax.tree.flatten((rest, args, kwargs))
-    traced = [hasattr(leaf, "shape") and hasattr(leaf, "dtype") for leaf in inputs]
+    rest = {name: value for name, value in variables.items() if name != "params"}
 
-    def call(params: Any, arrays: list[Any]) -> Any:
-        left = iter(arrays)
-        merged = [
-            next(left) if is_array else leaf
-            for leaf, is_array in zip(inputs, traced, strict=True)
-        ]
-        rest, args, kwargs = jax.tree.unflatten(structure, merged)
+    def call(params: Any, rest: Any, args: Any, kwargs: Any) -> Any:
+        variables = {**rest, "params": combine(params, nest(marks))}
         with nn.intercept_methods(recorder):
-            variables = {**rest, "params": combine(params, nest(marks))}
-            return jax.tree.leaves(model.apply(variables, *args, **kwargs))
+            return model.apply(variables, *args, **kwargs)
 
-    arrays = [leaf for leaf, is_array in zip(inputs, traced, strict=True) if is_array]
-    jaxpr = jax.make_jaxpr(call)(params, arrays).jaxpr
+    elsewhere = dependencies(call, leaves, params, rest, args, kwargs)
     for name, shape in recorder.shapes.items():
         whole = tuple(leaves[name][1].shape)
         if whole[len(whole) - len(shape) :] != shape:
@@ -90,25 +79,12 @@ def plan(
                 "first (variable_axes={'params': 0})"
             )
     chosen = plan_products(params, config, recorder.products)
-    _, used = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
-    read_elsewhere = {name for name, use in zip(leaves, used, strict=False) if use}
-    for spec in chosen:
-        product = recorder.products.get(spec.name)
-        if isinstance(product, Lookup) and spec.name in read_elsewhere:
-            raise ValueError(
-                f"{spec.name}: the model also reads this embedding outside of its "
-                "layer's methods (a tied head?), where the adapter would have no "
-                "effect; exclude it"
-            )
+    refuse_half_adapted(chosen, recorder.products, elsewhere)
     return chosen
 
 
 class _Recorder:
-    """Notes what each layer of a known class computes.
-
-    Their outputs are replaced by others that depend on the input alone; so what the
-    model's output still depends on is read somewhere else.
-    """
+    """Notes what each layer of a known class computes, and blanks its output."""
 
     def __init__(self) -> None:
         self.products: dict[str, Product] = {}
@@ -131,4 +107,4 @@ class _Recorder:
             self.products[name] = product
         kernel = nn.unbox(module.get_variable("params", rule.kernel))
         self.shapes[name] = tuple(kernel.shape)
-        return jnp.zeros_like(y) + 0 * jnp.sum(x).astype(y.dtype)
+        return blank(y, x)

@@ -1,31 +1,21 @@
 """What Flax's own layers compute; importing this registers them."""
 
-import string
 from typing import Any
 
 import flax.linen as nn
 
 from mora_jax._types import ArrayLike
 from mora_jax.layers import register_layer
-from mora_jax.products import Convolution, Lookup
-
-DENSE = "...i,io->...o"
-ATTEND = "...d,vd->...v"
+from mora_jax.products import ATTEND, DENSE, Contraction, Convolution, Lookup
 
 
-def _dense_general(module: nn.DenseGeneral, inputs: ArrayLike) -> str:
-    def normalise(axes: Any) -> list[int]:
-        axes = [axes] if isinstance(axes, int) else axes
-        return sorted(axis % inputs.ndim for axis in axes)
+def _general(module: nn.DenseGeneral, inputs: ArrayLike) -> Contraction:
+    def axes(value: Any) -> tuple[int, ...]:
+        return (value,) if isinstance(value, int) else tuple(value)
 
-    features = module.features
-    count = len(features) if not isinstance(features, int) else 1
-    labels = string.ascii_letters[: inputs.ndim]
-    stack = "".join(labels[axis] for axis in normalise(module.batch_dims))
-    ins = "".join(labels[axis] for axis in normalise(module.axis))
-    outs = string.ascii_letters[inputs.ndim : inputs.ndim + count]
-    batch = "".join(c for c in labels if c not in stack + ins)
-    return f"{labels},{stack}{ins}{outs}->{stack}{batch}{outs}"
+    outs = len(axes(module.features))
+    batch = axes(module.batch_dims)
+    return Contraction.general(inputs.ndim, axes(module.axis), batch, outs)
 
 
 def _einsum(module: nn.Einsum, inputs: ArrayLike, einsum_str: str | None = None) -> str:
@@ -33,7 +23,7 @@ def _einsum(module: nn.Einsum, inputs: ArrayLike, einsum_str: str | None = None)
 
 
 register_layer(nn.Dense, equation=DENSE)
-register_layer(nn.DenseGeneral, equation=_dense_general)
+register_layer(nn.DenseGeneral, equation=_general)
 register_layer(nn.Einsum, equation=_einsum)
 register_layer(nn.Conv, equation=Convolution.of)
 register_layer(nn.ConvTranspose, equation=Convolution.transposed)

@@ -113,7 +113,7 @@ class _Interceptor:
         for kernel in bound:
             if rule is None or rule.kernel != kernel:
                 path = "/".join((*module.path, kernel))
-                raise unknown_use(path, type(module), name, kernel)
+                raise unknown_use(path, type(module), name)
         self.running.append(module)
         try:
             y = method(*args, **kwargs)

@@ -4,7 +4,7 @@ import abc
 import dataclasses
 import functools
 import math
-from typing import Any, ClassVar, Literal, SupportsIndex, TypeVar, dataclass_transform
+from typing import Any, ClassVar, Literal, TypeVar, dataclass_transform
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Float, Integer
 
 from mora_jax._types import ArrayLike, Shape
+from mora_jax.operators._checks import check_array, positive_integer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +114,7 @@ class Operator(abc.ABC):
           TypeError: `x` is not a floating-point array.
           ValueError: its last axis is not `in_features` long.
         """
-        _check_array("x", x, (self.in_features,))
+        check_array("x", x, (self.in_features,))
         return self._compress(jnp.asarray(x))
 
     def decompress(self, h: Float[ArrayLike, "..."]) -> Float[jax.Array, "*batch out"]:
@@ -129,7 +130,7 @@ class Operator(abc.ABC):
           TypeError: `h` is not a floating-point array.
           ValueError: its last axes are not `compressed_shape`.
         """
-        _check_array("h", h, self.compressed_shape)
+        check_array("h", h, self.compressed_shape)
         return self._decompress(jnp.asarray(h))
 
     def apply(
@@ -172,7 +173,7 @@ class Operator(abc.ABC):
           (..., in_features): the product of `y` with the transpose of
           `delta_weight(m)`, which is not formed.
         """
-        _check_array("y", y, (self.out_features,))
+        check_array("y", y, (self.out_features,))
         x = jax.ShapeDtypeStruct((*y.shape[:-1], self.in_features), y.dtype)
         forward = functools.partial(self.apply, m, precision=precision)
         (transposed,) = jax.linear_transpose(forward, x)(jnp.asarray(y))
@@ -231,7 +232,7 @@ class Operator(abc.ABC):
         return _transpose_compress(self, units.reshape(*shape, -1))
 
     def _check_m(self, m: ArrayLike) -> None:
-        _check_array("m", m, (self.square_rank,) * 2)
+        check_array("m", m, (self.square_rank,) * 2)
         if m.ndim != 2:
             raise ValueError(f"m must have two axes, got shape {m.shape}; use jax.vmap")
 
@@ -295,22 +296,3 @@ def operator(cls: type[OperatorT]) -> type[OperatorT]:
 
     jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten)
     return cls
-
-
-def _check_array(name: str, array: Any, end: Shape) -> None:
-    """Raise unless `array` is floating-point and its shape ends in `end`."""
-    if not isinstance(array, jax.Array | np.ndarray):
-        raise TypeError(f"{name} must be an array, got {type(array).__name__}")
-    if not jnp.issubdtype(array.dtype, jnp.floating):
-        raise TypeError(f"{name} must be floating-point, got {array.dtype}")
-    if array.shape[-len(end) :] != end:
-        expected = ", ".join(map(str, end))
-        raise ValueError(f"{name} must have shape (..., {expected}), got {array.shape}")
-
-
-def positive_integer(name: str, value: object) -> None:
-    """Raise unless `value` is an integer (not a bool) of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, SupportsIndex):
-        raise TypeError(f"{name} must be a positive integer, got {value!r}")
-    if value.__index__() < 1:
-        raise ValueError(f"{name} must be a positive integer, got {value!r}")

@@ -6,7 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from mora_jax.operators._base import Operator, positive_integer
+from mora_jax.operators._base import Operator
+from mora_jax.operators._checks import positive_integer
 from mora_jax.operators.decoupling import Decoupling
 from mora_jax.operators.hadamard import Hadamard
 from mora_jax.operators.orthogonal import Orthogonal

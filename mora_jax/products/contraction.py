@@ -4,6 +4,7 @@ import dataclasses
 import math
 import string
 from collections import Counter
+from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,10 @@ import jax.numpy as jnp
 from mora_jax._types import Shape
 from mora_jax.axes import sizes
 from mora_jax.products._base import KernelUpdate, Product
+
+DENSE = "...i,io->...o"
+ATTEND = "...d,vd->...v"
+"""The head that an embedding of a vocabulary v is tied to."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +64,20 @@ class Contraction(Product):
         )
         contraction._check(equation, inputs_ndim)
         return contraction
+
+    @classmethod
+    def general(
+        cls, inputs_ndim: int, axis: Iterable[int], batch: Iterable[int], outs: int
+    ) -> "Contraction":
+        """Flax's general dense layer: sums over `axis`, is stacked over `batch`."""
+        labels = string.ascii_letters[:inputs_ndim]
+        stack, ins = (
+            "".join(labels[k] for k in sorted(k % inputs_ndim for k in axes))
+            for axes in (batch, axis)
+        )
+        out = string.ascii_letters[inputs_ndim : inputs_ndim + outs]
+        free = "".join(c for c in labels if c not in stack + ins)
+        return cls(labels, stack + ins + out, stack + free + out)
 
     @classmethod
     def from_axes(cls, axes: str, inputs_ndim: int) -> "Contraction":

@@ -1,0 +1,140 @@
+"""Layer classes with an adapter, made from those without."""
+
+import functools
+import inspect
+from collections.abc import Callable
+from contextvars import ContextVar
+from typing import Any
+
+from flax import nnx
+
+from mora_jax.layer import check_product, update
+from mora_jax.layers import LayerRule, find_rules, unknown_use
+from mora_jax.nnx._dropout import make_dropout
+from mora_jax.nnx._param import MoRAParam
+from mora_jax.spec import SUFFIX, AdapterSpec
+
+Around = Callable[[LayerRule, nnx.Module, Any, Any, Any], Any]
+"""(rule, module, args, kwargs, the layer's output) to what is returned instead."""
+
+DROPOUT = "dropout_mora"
+
+_running: ContextVar[tuple[int, ...]] = ContextVar("running", default=())
+
+
+def subclass(cls: type, around: Around, *, strict: bool) -> type:
+    """`cls` with `around` put around each method that a rule describes.
+
+    Its name and its attributes stay as they were, and with them the parameters' paths.
+
+    Args:
+      cls: the class of a layer.
+      around: see `Around`.
+      strict: refuse any other method that is called from without: it might use the
+        kernel in a way that is not known.
+    """
+    rules = find_rules(cls)
+    namespace: dict[str, Any] = {
+        "__module__": cls.__module__,
+        "__qualname__": cls.__qualname__,
+        "__doc__": cls.__doc__,
+        "plain_class": cls,
+    }
+    for name, method in inspect.getmembers(cls, inspect.isfunction):
+        inherited = getattr(nnx.Module, name, None) is method
+        if name in rules:
+            namespace[name] = _surround(method, rules[name], around)
+        elif strict and not inherited and (name[0] != "_" or name == "__call__"):
+            namespace[name] = _refuse(cls, method)
+    return type(cls)(cls.__name__, (cls,), namespace)
+
+
+def adapted_class(cls: type) -> type:
+    """The class of adapted layers of class `cls`."""
+    return _adapted_class(cls, tuple(find_rules(cls).values()))
+
+
+@functools.cache  # two classes for the same would be two programs for nnx.jit
+def _adapted_class(cls: type, rules: tuple[LayerRule, ...]) -> type:
+    return subclass(cls, add_update, strict=True)
+
+
+def plain_class(module: nnx.Module) -> type:
+    """The class that `module` had before it was adapted."""
+    return getattr(module, "plain_class", type(module))
+
+
+def add_update(
+    rule: LayerRule, module: nnx.Module, args: Any, kwargs: Any, y: Any
+) -> Any:
+    """The layer's output `y`, and what its adapter adds to it."""
+    product, x = rule.read(module, args, kwargs)
+    m: MoRAParam = getattr(module, rule.kernel + SUFFIX)
+    dropout: Any = getattr(module, DROPOUT, None)
+    key = None
+    if dropout is not None and not dropout.deterministic:
+        key = dropout.rngs()
+    return y + update(
+        m.spec,
+        m[...],
+        x,
+        product,
+        dtype=y.dtype,
+        dropout_key=key,
+        precision=getattr(module, "precision", None),
+    )
+
+
+def attach(
+    module: nnx.Module, spec: AdapterSpec, m: Any, rngs: nnx.Rngs | None
+) -> None:
+    """Give `module` its adapter; one that would have no effect is refused."""
+    cls, kernel = type(module), spec.path[-1]
+    rules = [rule for rule in find_rules(cls).values() if rule.kernel == kernel]
+    if not rules:
+        raise unknown_use(spec.name, cls, "__call__")
+    lifted: tuple[int, ...] = ()
+    product = rules[0].product(module)
+    if product is not None:
+        check_product(spec, product)
+        lifted = spec.kernel_shape[: len(spec.axes) - len(product.axes)]
+    object.__setattr__(module, "__class__", adapted_class(cls))
+    setattr(module, kernel + SUFFIX, MoRAParam.of(spec, m))
+    if spec.dropout > 0:
+        setattr(module, DROPOUT, make_dropout(spec, rngs, lifted))
+
+
+def detach(module: nnx.Module) -> None:
+    """Undo `attach`."""
+    names = [name for name, v in vars(module).items() if isinstance(v, MoRAParam)]
+    for name in [*names, DROPOUT]:
+        if name in vars(module):
+            delattr(module, name)
+    object.__setattr__(module, "__class__", plain_class(module))
+
+
+def _surround(
+    method: Callable[..., Any], rule: LayerRule, around: Around
+) -> Callable[..., Any]:
+    @functools.wraps(method)
+    def call(self: nnx.Module, *args: Any, **kwargs: Any) -> Any:
+        if id(self) in _running.get():  # one rule tells all about what it calls
+            return method(self, *args, **kwargs)
+        token = _running.set((*_running.get(), id(self)))
+        try:
+            y = method(self, *args, **kwargs)
+        finally:
+            _running.reset(token)
+        return around(rule, self, args, kwargs, y)
+
+    return call
+
+
+def _refuse(cls: type, method: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(method)
+    def call(self: nnx.Module, *args: Any, **kwargs: Any) -> Any:
+        if id(self) in _running.get():
+            return method(self, *args, **kwargs)
+        raise unknown_use("kernel", cls, method.__name__)
+
+    return call

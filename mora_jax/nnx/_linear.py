@@ -1,0 +1,54 @@
+"""A linear layer with its adapter."""
+
+from typing import Any
+
+from flax import nnx
+
+from mora_jax.config import MoRAConfig
+from mora_jax.nnx._classes import DROPOUT, adapted_class
+from mora_jax.nnx._dropout import make_dropout
+from mora_jax.nnx._param import MoRAParam
+from mora_jax.spec import SUFFIX, AdapterSpec, init_adapter
+
+
+class MoRALinear(nnx.Linear):
+    """`nnx.Linear` with an adapter: the same attributes, and `kernel_mora`.
+
+    Args:
+      in_features: length of the input vectors.
+      out_features: length of the output vectors.
+      config: the adapter's settings; `targets`, `exclude` and `overrides` have no
+        meaning here.
+      rngs: for the parameters, and the adapter's dropout if there is any.
+      **kwargs: as for `nnx.Linear`.
+
+    Example::
+
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> from mora_jax import MoRAConfig
+      >>> from mora_jax.nnx import MoRALinear
+      >>> layer = MoRALinear(16, 8, config=MoRAConfig(rank=2), rngs=nnx.Rngs(0))
+      >>> layer(jnp.ones((3, 16))).shape, layer.kernel_mora.shape
+      ((3, 8), (6, 6))
+    """
+
+    plain_class = nnx.Linear
+    __call__ = adapted_class(nnx.Linear).__call__
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        config: MoRAConfig | None = None,
+        rngs: nnx.Rngs,
+        **kwargs: Any,
+    ):
+        super().__init__(in_features, out_features, rngs=rngs, **kwargs)
+        shape = (in_features, out_features)
+        spec = AdapterSpec.from_config(config or MoRAConfig(), shape)
+        key = rngs.params() if spec.init == "gaussian" else None
+        setattr(self, f"kernel{SUFFIX}", MoRAParam.of(spec, init_adapter(spec, key)))
+        if spec.dropout > 0:
+            setattr(self, DROPOUT, make_dropout(spec, rngs))

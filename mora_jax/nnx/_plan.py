@@ -1,0 +1,134 @@
+"""A plan from what a model's layers are, and from what they do."""
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+from flax import nnx
+
+from mora_jax.config import MoRAConfig
+from mora_jax.layers import LayerRule, find_rules
+from mora_jax.nnx._adapters import layers
+from mora_jax.nnx._classes import subclass
+from mora_jax.nnx._param import MoRAParam
+from mora_jax.paths import named_leaves
+from mora_jax.planning import Plan, plan_products
+from mora_jax.products import Lookup, Product
+from mora_jax.tracing import blank, dependencies, refuse_half_adapted
+
+
+def plan(
+    model: nnx.Module, config: MoRAConfig | None = None, *args: Any, **kwargs: Any
+) -> Plan:
+    """`mora_jax.plan` for an NNX model, of which it asks what each layer computes.
+
+    So kernels of any number of axes are understood, stacked ones too (`nnx.vmap`,
+    `nnx.scan`), and the default targets are the kernels of all dense layers but for
+    those whose names say head, classifier, embedding and the like.
+
+    Args:
+      model: any NNX module, of arrays or (by `nnx.eval_shape`) of shapes.
+      config: what to adapt, and how.
+      *args: arguments of a call, arrays or shapes. Only needed where the modules do not
+        tell enough: an `nnx.Einsum` that gets its equation in the call, and embeddings,
+        which a model might read elsewhere (a tied head).
+      **kwargs: the same.
+
+    Raises:
+      TypeError, ValueError: as `mora_jax.plan`; a target whose layer class is not known
+        (see `register_layer`); a module or a kernel that the model holds twice; a model
+        with adapters; an embedding that is read outside of its layer, or might be.
+
+    Example::
+
+      >>> from flax import nnx
+      >>> from mora_jax import MoRAConfig
+      >>> from mora_jax.nnx import plan
+      >>> attention = nnx.MultiHeadAttention(4, 64, decode=False, rngs=nnx.Rngs(0))
+      >>> {spec.name: spec.axes for spec in plan(attention, MoRAConfig(rank=2))}
+      {'key/kernel': 'ioo', 'out/kernel': 'iio', 'query/kernel': 'ioo',
+       'value/kernel': 'ioo'}
+    """
+    check_model(model)
+    params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    products: dict[str, Product] = {}
+    for name, layer, rule in _known(model):
+        product = rule.product(layer)
+        if product is not None:
+            products[name] = product
+    elsewhere: set[str] | None = None
+    if args or kwargs:
+        elsewhere = _trace(model, products, args, kwargs)
+    chosen = plan_products(params, config, products)
+    _refuse_shared(model, chosen)
+    if elsewhere is not None:
+        refuse_half_adapted(chosen, products, elsewhere)
+    for spec in chosen if elsewhere is None else ():
+        if isinstance(products.get(spec.name), Lookup):
+            raise ValueError(
+                f"{spec.name}: only a call shows whether the model also reads this "
+                "embedding elsewhere (a tied head); plan with "
+                "mora_jax.nnx.plan(model, config, *inputs)"
+            )
+    return chosen
+
+
+def check_model(model: Any) -> None:
+    """Raise unless `model` is an NNX module without adapters."""
+    if not isinstance(model, nnx.Module):
+        raise TypeError(
+            f"model must be a flax.nnx.Module, got {type(model).__name__}"
+            + " (a class)" * isinstance(model, type)
+        )
+    for path, node in nnx.iter_graph(model):
+        if isinstance(node, MoRAParam):
+            name = "/".join(map(str, path))
+            raise ValueError(f"model has adapters already, the first at {name!r}")
+
+
+def _known(model: nnx.Module) -> Iterator[tuple[str, nnx.Module, LayerRule]]:
+    """Layers of known classes: their kernel's path, they, the first of their rules."""
+    for path, module in layers(model):
+        for rule in list(find_rules(type(module)).values())[:1]:
+            if isinstance(getattr(module, rule.kernel, None), nnx.Variable):
+                yield "/".join((*path, rule.kernel)), module, rule
+
+
+def _trace(
+    model: nnx.Module, products: dict[str, Product], args: Any, kwargs: Any
+) -> set[str]:
+    """Add what a call tells to `products`; return which arrays it reads elsewhere."""
+    blanked = nnx.clone(model)
+
+    def record(
+        name: str, rule: LayerRule, module: nnx.Module, args: Any, kwargs: Any, y: Any
+    ) -> Any:
+        product, x = rule.read(module, args, kwargs)
+        products.setdefault(name, product)
+        return blank(y, x)
+
+    for name, layer, _ in list(_known(blanked)):
+        cls = subclass(type(layer), functools.partial(record, name), strict=False)
+        object.__setattr__(layer, "__class__", cls)
+    graph, state = nnx.split(blanked)
+    arrays = nnx.to_pure_dict(state)
+
+    def call(arrays: Any, args: Any, kwargs: Any) -> Any:
+        traced = nnx.merge(graph, state)
+        nnx.update(traced, arrays)
+        return traced(*args, **kwargs)  # type: ignore[operator]
+
+    return dependencies(call, named_leaves(arrays), arrays, args, kwargs)
+
+
+def _refuse_shared(model: nnx.Module, plan: Plan) -> None:
+    """Raise if the model holds an adapted kernel, or what holds it, in two places."""
+    adapted = [spec.name for spec in plan]
+    for paths in nnx.find_duplicates(model):
+        first, second, *_ = names = ["/".join(map(str, path)) for path in paths]
+        for spec in adapted:
+            if any(spec == name or spec.startswith(f"{name}/") for name in names):
+                raise ValueError(
+                    f"{spec} is shared: the model holds {first!r} also as {second!r}; "
+                    "exclude it, or copy it"
+                )

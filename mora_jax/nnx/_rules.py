@@ -1,0 +1,32 @@
+"""What Flax's own layers compute; importing this registers them."""
+
+from typing import Any
+
+from flax import nnx
+
+from mora_jax.layers import register_layer
+from mora_jax.products import ATTEND, DENSE, Contraction, Convolution, Lookup
+
+
+def _general(module: nnx.LinearGeneral, inputs: Any, *_: Any, **__: Any) -> Any:
+    outs = len(module.out_features)
+    return Contraction.general(inputs.ndim, module.axis, module.batch_axis, outs)
+
+
+def _einsum(
+    module: nnx.Einsum,
+    inputs: Any,
+    einsum_str: str | None = None,
+    *_: Any,
+    **__: Any,
+) -> str:
+    return einsum_str or module.einsum_str
+
+
+register_layer(nnx.Linear, equation=DENSE)
+register_layer(nnx.LinearGeneral, equation=_general)
+register_layer(nnx.Einsum, equation=_einsum)
+register_layer(nnx.Conv, equation=Convolution.of)
+register_layer(nnx.ConvTranspose, equation=Convolution.transposed)
+register_layer(nnx.Embed, equation=Lookup(), kernel="embedding")
+register_layer(nnx.Embed, equation=ATTEND, kernel="embedding", method="attend")

@@ -1,0 +1,125 @@
+"""Adapters in unmodified models, and out of them again."""
+
+from typing import TypeVar
+
+from flax import nnx
+from jax.typing import DTypeLike
+
+from mora_jax.config import MoRAConfig
+from mora_jax.merging import merge
+from mora_jax.nnx._adapters import adapters, layers, parameters, plan_of
+from mora_jax.nnx._classes import attach, detach
+from mora_jax.nnx._param import MoRAParam
+from mora_jax.nnx._plan import check_model
+from mora_jax.nnx._plan import plan as plan_model
+from mora_jax.planning import Plan
+from mora_jax.tree import adapter_items, init
+
+Model = TypeVar("Model", bound=nnx.Module)
+
+
+def wrap(
+    model: Model,
+    config: MoRAConfig | Plan | None = None,
+    *,
+    rngs: nnx.Rngs | None = None,
+) -> Model:
+    """An unmodified model with adapters.
+
+    Each planned layer gets a `MoRAParam` beside its kernel, and a class that adds the
+    update to what its methods return. All else is as it was: names, types and the
+    paths of the parameters, so that a checkpoint of the base loads into it.
+
+    Args:
+      model: any NNX module. It stays as it is, and shares its arrays with the result.
+      config: what to adapt, and how; or a plan, as `nnx.plan` makes it.
+      rngs: for dropout, and for `init="gaussian"`.
+
+    Returns:
+      A new model. Its trainable state is `nnx.state(model, MoRAParam)`; `model.train()`
+      and `model.eval()` switch its dropout.
+
+    Raises:
+      TypeError, ValueError: as `nnx.plan`; dropout or a Gaussian start without `rngs`;
+        a plan that does not fit the model.
+
+    Example::
+
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> from mora_jax import MoRAConfig
+      >>> from mora_jax.nnx import wrap
+      >>> layers = [nnx.Linear(16, 16, rngs=nnx.Rngs(k)) for k in range(2)]
+      >>> model, x = nnx.Sequential(*layers), jnp.ones((1, 16))
+      >>> adapted = wrap(model, MoRAConfig(rank=2))
+      >>> bool((adapted(x) == model(x)).all())
+      True
+    """
+    check_model(model)
+    chosen = config if isinstance(config, Plan) else plan_model(model, config)
+    key = None
+    if rngs is not None and any(spec.init == "gaussian" for spec in chosen):
+        key = rngs.params()
+    model = nnx.clone(model)
+    modules = dict(layers(model))
+    for spec, m in adapter_items(init(chosen, key), chosen):
+        module = modules.get(spec.path[:-1])
+        kernel = getattr(module, spec.path[-1], None)
+        shape = tuple(kernel.shape) if isinstance(kernel, nnx.Variable) else None
+        if module is None or shape != spec.kernel_shape:
+            raise ValueError(
+                f"the plan has a kernel of shape {spec.kernel_shape} at {spec.name!r}, "
+                f"the model has {shape}"
+            )
+        attach(module, spec, m, rngs)
+    return model
+
+
+def unwrap(model: Model) -> Model:
+    """The model without its adapters, as it was before `wrap`.
+
+    Raises:
+      ValueError: `model` has no adapters.
+
+    Example::
+
+      >>> from flax import nnx
+      >>> from mora_jax.nnx import unwrap, wrap
+      >>> model = nnx.Sequential(nnx.Linear(16, 16, rngs=nnx.Rngs(0)))
+      >>> type(unwrap(wrap(model)).layers[0]) is nnx.Linear
+      True
+    """
+    plan_of(model)
+    model = nnx.clone(model)
+    for _, module in list(layers(model)):
+        if any(isinstance(value, MoRAParam) for value in vars(module).values()):
+            detach(module)
+    return model
+
+
+def merge_adapters(model: Model, dtype: DTypeLike | None = None) -> Model:
+    r"""The model with its adapters folded in: :math:`W' = W + \alpha\, C M D`.
+
+    Args:
+      model: as `wrap` makes it. It stays as it is.
+      dtype: of the merged kernels; by default that of each kernel.
+
+    Returns:
+      A new model of the plain classes, which computes the same.
+
+    Raises:
+      ValueError: `model` has no adapters; M's that hold NaN or infinity.
+
+    Example::
+
+      >>> from flax import nnx
+      >>> from mora_jax.nnx import merge_adapters, wrap
+      >>> model = nnx.Sequential(nnx.Linear(16, 16, rngs=nnx.Rngs(0)))
+      >>> merged = merge_adapters(wrap(model))
+      >>> bool((merged.layers[0].kernel[...] == model.layers[0].kernel[...]).all())
+      True
+    """
+    plain = unwrap(model)
+    merged = merge(parameters(plain), adapters(model), plan_of(model), dtype)
+    nnx.update(plain, merged)
+    return plain

@@ -1,0 +1,28 @@
+"""What arguments must be."""
+
+from typing import Any, SupportsIndex
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mora_jax._types import Shape
+
+
+def check_array(name: str, array: Any, end: Shape) -> None:
+    """Raise unless `array` is floating-point and its shape ends in `end`."""
+    if not isinstance(array, jax.Array | np.ndarray):
+        raise TypeError(f"{name} must be an array, got {type(array).__name__}")
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise TypeError(f"{name} must be floating-point, got {array.dtype}")
+    if array.shape[-len(end) :] != end:
+        expected = ", ".join(map(str, end))
+        raise ValueError(f"{name} must have shape (..., {expected}), got {array.shape}")
+
+
+def positive_integer(name: str, value: object) -> None:
+    """Raise unless `value` is an integer (not a bool) of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, SupportsIndex):
+        raise TypeError(f"{name} must be a positive integer, got {value!r}")
+    if value.__index__() < 1:
+        raise ValueError(f"{name} must be a positive integer, got {value!r}")
