@@ -12,7 +12,8 @@ setup = @sh .ci/venv '$(VENV)' '$(PYTHON)'
 run = $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help demo quickstart test test-all lint wheel clean env tools
+.PHONY: help demo demo-nnx quickstart test test-all test-tunix lint wheel clean env \
+  tools
 
 help: ## list the targets
 	@echo 'Targets:'
@@ -20,11 +21,14 @@ help: ## list the targets
 	  | while IFS='|' read -r name text; do printf '  %-12s%s\n' "$$name" "$$text"; done
 	@echo 'Variables:'
 	@echo '  PYTHON      the interpreter, 3.11 or newer (now: $(PYTHON))'
-	@echo '  ARGS        options of demo and quickstart, as in: make demo ARGS=--help'
+	@echo '  ARGS        options of the demos and quickstart, as in: make demo ARGS=--help'
 	@echo '  PYTEST_ARGS options of test and test-all, as in: make test PYTEST_ARGS="-k merge"'
 
 demo: env ## teach a language model facts it does not know
 	$(run) examples/teach_facts.py $(ARGS)
+
+demo-nnx: env ## the same with the model's twin in Flax NNX
+	$(run) examples/teach_facts_nnx.py $(ARGS)
 
 quickstart: env ## the shortest use of the library
 	$(run) examples/quickstart.py $(ARGS)
@@ -34,6 +38,11 @@ test: env ## the tests, without the slow ones
 
 test-all: env ## all tests
 	$(run) -m pytest -m "" $(PYTEST_ARGS)
+
+test-tunix: VENV = .venv-tunix
+test-tunix: ## Tunix's Qwen2 with adapters, in an environment of its own
+	$(setup) tunix
+	$(run) -m pytest tests/with_tunix
 
 lint: tools ## what must be clean: ruff and pyright
 	$(VENV)/bin/ruff check

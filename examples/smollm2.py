@@ -279,12 +279,16 @@ def _wheel_file() -> Path:
     return Path(spec.origin).with_name("SmolLM2-135M-Instruct.Q4_1.gguf")
 
 
-def check_reference(model: Llama, params: Params, path: Path = REFERENCE) -> float:
+def check_reference(apply: Apply, path: Path = REFERENCE) -> float:
     """Compare with logits that torch's `LlamaForCausalLM` gave for the same weights.
 
     Per prompt the file holds the 32 largest logits at every position and the greedy
     continuation, which must be what this model says too: under teacher forcing its
     likeliest token at each position is the next one.
+
+    Args:
+        apply: (ids (batch, length), at (batch, k)) -> logits (batch, k, vocab).
+        path: the file.
 
     Returns:
         The largest difference of a logit.
@@ -297,7 +301,6 @@ def check_reference(model: Llama, params: Params, path: Path = REFERENCE) -> flo
     except ImportError as error:
         raise ImportError(_INSTALL) from error
     reference = load_file(path)
-    forward = jax.jit(model.apply)
     worst = 0.0
     for prompt in ("prompt1", "prompt3"):
         said = reference[f"{prompt}.greedy_ids"]
@@ -305,7 +308,7 @@ def check_reference(model: Llama, params: Params, path: Path = REFERENCE) -> flo
         top = reference[f"{prompt}.top_logits"]
         length = len(top)
         with jax.default_matmul_precision("highest"):
-            logits = np.asarray(forward({"params": params}, said[None]))[0]
+            logits = np.asarray(apply(said[None], np.arange(len(said))[None]))[0]
         ours = np.take_along_axis(logits[:length], top_ids, axis=-1)
         largest = np.sort(logits[:length], axis=-1)[:, : -top.shape[1] - 1 : -1]
         worst = max(worst, np.abs(ours - top).max(), np.abs(largest - top).max())
@@ -361,10 +364,8 @@ def generate(
 def main() -> None:
     """Load, check, and ask a question."""
     model, params, tokenizer = load()
-    print(
-        f"largest difference from the reference: {check_reference(model, params):.1e}"
-    )
     apply = functools.partial(jax.jit(model.apply), {"params": params})
+    print(f"largest difference from the reference: {check_reference(apply):.1e}")
     question = "What is the capital of Japan? Answer in one sentence."
     [answer] = generate(apply, [tokenizer.chat(question)], 12)
     print(f"{question}\n{tokenizer.decode(answer)}")

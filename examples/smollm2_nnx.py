@@ -9,7 +9,6 @@ from reference logits, then the model's answer to a question.
 """
 
 import functools
-from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -111,23 +110,13 @@ def load() -> tuple[Llama, Tokenizer]:
     return model, tokenizer
 
 
-def check_reference(model: Llama) -> float:
-    """`smollm2.check_reference` of this model: the largest difference of a logit."""
-    graph, state = nnx.split(model)
-
-    def apply(variables: dict[str, Any], ids: jax.Array) -> jax.Array:
-        return nnx.merge(graph, variables["params"])(ids)
-
-    linen: Any = SimpleNamespace(apply=apply)
-    return smollm2.check_reference(linen, dict(state))
-
-
 def main() -> None:
     """Load, check, and ask a question."""
     model, tokenizer = load()
-    print(f"largest difference from the reference: {check_reference(model):.1e}")
     forward: Any = nnx.jit(Llama.__call__)  # takes numpy arrays, too
     apply = functools.partial(forward, model)
+    worst = smollm2.check_reference(apply)
+    print(f"largest difference from the reference: {worst:.1e}")
     question = "What is the capital of Japan? Answer in one sentence."
     [answer] = smollm2.generate(apply, [tokenizer.chat(question)], 12)
     print(f"{question}\n{tokenizer.decode(answer)}")

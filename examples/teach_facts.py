@@ -14,7 +14,7 @@ import json
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import airports
 import jax
@@ -36,20 +36,52 @@ LENGTH = 44  # tokens of the longest question and answer
 History = list[tuple[float, float]]
 
 
-def arguments() -> argparse.Namespace:
+class Student(NamedTuple):
+    """A model that is to learn, in whichever Flax API it is written.
+
+    Attributes:
+        base: (variables, ids, at) -> logits, of the model as it is.
+        apply: (adapters, variables, ids, at) -> logits, of the model with adapters.
+        merge: (adapters, variables) -> variables, for `base`.
+        variables: all that is not trained.
+        plan: the adapters.
+    """
+
+    base: Callable[..., Any]
+    apply: Callable[..., Any]
+    merge: Callable[..., Any]
+    variables: Any
+    plan: mora_jax.Plan
+
+
+def load(config: MoRAConfig) -> tuple[Student, smollm2.Tokenizer]:
+    """SmolLM2 in Linen."""
+    model, params, tokenizer = smollm2.load()
+    variables = {"params": params}
+    plan = linen.plan(model, variables, config, np.zeros((1, 8), np.int32))
+
+    def merge(adapters: Any, variables: Any) -> Any:
+        return {"params": mora_jax.merge(variables["params"], adapters, plan)}
+
+    apply = linen.wrap(model, plan)
+    return Student(model.apply, apply, merge, variables, plan), tokenizer
+
+
+def arguments(description: str, compare: bool) -> argparse.Namespace:
     """The options, checked."""
-    parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0])
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--facts", type=int, default=20, help="how many to learn")
     parser.add_argument("--rank", type=int, default=8, help="budget, as LoRA's rank")
     parser.add_argument("--operator", default="auto", help="rotation, sharing, ...")
     parser.add_argument("--steps", type=int, default=30, help="at most")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0, help="chooses the facts")
-    parser.add_argument(
-        "--compare", action="store_true", help="train a LoRA of the same budget as well"
-    )
+    if compare:
+        text = "train a LoRA of the same budget as well"
+        parser.add_argument("--compare", action="store_true", help=text)
     parser.add_argument("--out", type=Path, default=Path("out/teach_facts"))
     args = parser.parse_args()
+    args.compare = compare and args.compare
     for name in ("facts", "rank", "steps"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
@@ -126,16 +158,15 @@ def train(
     return adapters, history, float(np.median(seconds[1:] or seconds))
 
 
-def lora(
-    model: smollm2.Llama, ids: np.ndarray, rank: int, seed: int
-) -> tuple[Callable[..., jax.Array], Any]:
+def lora(ids: np.ndarray, rank: int, seed: int) -> tuple[Callable[..., jax.Array], Any]:
     """LoRA by qwix on the same projections: its `apply`, and its first adapters."""
     try:
         import qwix
     except ImportError as error:
         raise ImportError("--compare needs `pip install qwix`") from error
     rule = {"module_path": ".*_proj", "rank": rank, "alpha": float(rank)}
-    adapted: Any = qwix.apply_lora_to_model(model, qwix.LoraProvider(**rule))
+    provider = qwix.LoraProvider(**rule)
+    adapted: Any = qwix.apply_lora_to_model(smollm2.Llama(), provider)
 
     @jax.jit  # so that the rest of the parameters, which we have, is never made
     def init(key: jax.Array) -> dict[str, Any]:
@@ -155,12 +186,14 @@ def plot(histories: dict[str, History], path: Path) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    from matplotlib.ticker import PercentFormatter
+    from matplotlib.ticker import MaxNLocator, PercentFormatter
 
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
     for label, history in histories.items():
         for axis, values in zip(axes, zip(*history, strict=True), strict=True):
             axis.plot(values, marker=".", label=label)
+    for axis in axes:
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes[0].set(xlabel="step", ylabel="loss", yscale="log", title="Loss on the answers")
     axes[1].set(xlabel="step", ylabel="facts recalled", title="Recall")
     axes[1].yaxis.set_major_formatter(PercentFormatter(1.0))
@@ -207,19 +240,24 @@ def compare(mora: tuple[int, History, float], lora: tuple[int, History, float]) 
     show(rows)
 
 
-def main() -> None:
+def main(
+    load: Callable[[MoRAConfig], tuple[Student, smollm2.Tokenizer]] = load,
+    lora: Callable[..., Any] | None = lora,
+    description: str = str(__doc__).split("\n")[0],
+) -> None:
     """Ask, teach, ask again, merge, ask once more."""
-    args = arguments()
+    args = arguments(description, compare=lora is not None)
     args.out.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()
 
     print("loading SmolLM2-135M-Instruct")
-    model, params, tokenizer = smollm2.load()
-    variables = {"params": params}
-    worst = smollm2.check_reference(model, params)
+    config = MoRAConfig(rank=args.rank, operator=args.operator, seed=args.seed)
+    student, tokenizer = load(config)
+    plan, variables = student.plan, student.variables
+    base, apply = jax.jit(student.base), jax.jit(student.apply)
+    worst = smollm2.check_reference(functools.partial(base, variables))
     print(f"its logits are within {worst:.0e} of the reference")
 
-    base: Any = jax.jit(model.apply)
     ask = asker(functools.partial(base, variables), tokenizer)
     facts, wrong, known = airports.pick_unknown(ask, args.facts, args.seed)
     print(
@@ -235,18 +273,15 @@ def main() -> None:
     )
     rehearsed = base(variables, batch.ids[len(facts) :], batch.at[len(facts) :])
 
-    config = MoRAConfig(rank=args.rank, operator=args.operator, seed=args.seed)
-    plan = linen.plan(model, variables, config, batch.ids)
     print(f"\n{plan}\n")
-    apply, first = linen.wrap(model, plan), mora_jax.init(plan)
     data = variables, batch, rehearsed, args
-    adapters, history, seconds = train(apply, first, *data, "MoRA")
+    first = mora_jax.init(plan)
+    adapters, history, seconds = train(student.apply, first, *data, "MoRA")
     histories = {"MoRA": history}
     save(adapters, plan, args.out)
 
-    merge = jax.jit(mora_jax.merge, static_argnums=2)
-    merged = {"params": merge(params, adapters, plan)}
-    adapted = functools.partial(jax.jit(apply), adapters, variables)
+    merged = jax.jit(student.merge)(adapters, variables)
+    adapted = functools.partial(apply, adapters, variables)
     answers = asker(adapted, tokenizer)([*airports.ORDINARY, *questions])
     after, recalled = answers[:ordinary], answers[ordinary:]
     recall = np.mean([f.code in a for f, a in zip(facts, recalled, strict=True)])
@@ -269,13 +304,14 @@ def main() -> None:
     shown += zip(airports.ORDINARY, said, after, strict=False)
     show([("question", "before", "after"), *shown])
 
-    if args.compare:
-        lora_apply, first = lora(model, batch.ids, args.rank, args.seed)
+    if lora is not None and args.compare:
+        lora_apply, first = lora(batch.ids, args.rank, args.seed)
         size = sum(leaf.size for leaf in jax.tree.leaves(first))
         _, histories["LoRA"], each = train(lora_apply, first, *data, "LoRA")
         mora = plan.trainable_parameters, history, seconds
         compare(mora, (size, histories["LoRA"], each))
 
+    (args.out / "learning.json").write_text(json.dumps(histories))
     plot(histories, args.out / "learning.png")
     print(f"\nplot and adapter in {args.out}; {time.perf_counter() - began:.0f} s")
     if recall < 0.95:

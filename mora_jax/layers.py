@@ -21,16 +21,19 @@ class LayerRule:
       equation: of input and kernel, or a function of the call that returns it.
       kernel: name of the parameter.
       method: the method that computes it.
+      argument: name of the input among the method's arguments; None for the first.
     """
 
     equation: Equation
     kernel: str
     method: str
+    argument: str | None = None
 
     def read(self, module: Any, args: Any, kwargs: Any) -> tuple[Product, Any]:
-        """The product of one call, and its input: the first argument."""
+        """The product of one call, and its input."""
         signature = inspect.signature(getattr(type(module), self.method))
-        _, x, *_ = signature.bind(module, *args, **kwargs).arguments.values()
+        given = signature.bind(module, *args, **kwargs).arguments
+        x = given[self.argument or list(given)[1]]
         return self._product(jnp.ndim(x), module, *args, **kwargs), x
 
     def product(self, module: Any) -> Product | None:
@@ -60,11 +63,12 @@ def register_layer(
     equation: Equation,
     kernel: str = "kernel",
     method: str = "__call__",
+    argument: str | None = None,
 ) -> None:
     """Teach `linen.wrap` and `nnx.wrap` a layer class.
 
-    The method must multiply its first argument by one kernel, and may add a bias; the
-    class is used as it is. A kernel that several methods use has a rule for each, the
+    The method must multiply its input by one kernel, and may add a bias; the class is
+    used as it is. A kernel that several methods use has a rule for each, the
     first one registered being the one that plans go by. A subclass that defines
     `method` anew is another class.
 
@@ -75,9 +79,10 @@ def register_layer(
         (module, *args, **kwargs) that returns one of these.
       kernel: name of the kernel's parameter.
       method: the method that computes the product.
+      argument: name of the method's argument that is the input; by default its first.
 
     Raises:
-      TypeError: `cls` is no class, or lacks the method.
+      TypeError: `cls` is no class, or lacks the method, or that the argument.
 
     Example: a layer that stores its kernel as (out, in)::
 
@@ -102,7 +107,13 @@ def register_layer(
         )
     if not isinstance(kernel, str):
         raise TypeError(f"kernel must be a parameter's name, got {kernel!r}")
-    rule = LayerRule(equation, kernel, method)
+    names = list(inspect.signature(getattr(cls, method)).parameters)
+    if argument is not None and argument not in names[1:]:
+        raise TypeError(
+            f"argument must be one of {names[1:]} of {cls.__name__}.{method}, "
+            f"got {argument!r}"
+        )
+    rule = LayerRule(equation, kernel, method, argument)
     _RULES[cls] = {**_RULES.get(cls, {}), method: rule}
 
 

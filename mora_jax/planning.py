@@ -179,7 +179,8 @@ def _axes(name: str, leaf: Any, products: Mapping[str, Product] | None) -> str:
     if products is not None:
         if name not in products:
             raise ValueError(
-                "it is not known how a layer uses it; see mora_jax.register_layer"
+                "it is not known how a layer uses it: teach its class with "
+                "mora_jax.register_layer, and plan with inputs of a call"
             )
         axes = products[name].axes
         return "s" * (ndim - len(axes)) + axes

@@ -1,16 +1,25 @@
 """The examples run, and their parts do what they say."""
 
+import argparse
 import functools
 import subprocess
 import sys
 from pathlib import Path
 
 import airports
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import smollm2
+import smollm2_nnx
+import teach_facts
+import teach_facts_nnx
+from flax import nnx
+
+import mora_jax
+from mora_jax import MoRAConfig, linen
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -69,6 +78,72 @@ def test_generate_is_greedy(llama):
             prompt = [*prompt, token]
     with pytest.raises(ValueError, match="length must be at least 7, got 5"):
         smollm2.generate(apply, prompts, 4, length=5)
+
+
+@pytest.fixture(scope="module")
+def twin(llama):
+    """The NNX model with the Linen model's parameters."""
+    model, variables = llama
+    twin = nnx.eval_shape(lambda: smollm2_nnx.Llama(model.config, rngs=nnx.Rngs(0)))
+    shapes = nnx.to_pure_dict(nnx.state(twin))
+    params = variables["params"]
+    chex.assert_trees_all_equal_shapes_and_dtypes(shapes, params)  # equal paths, too
+    nnx.update(twin, params)
+    return twin
+
+
+@pytest.mark.parametrize("operator", ["rotation", "sharing"])
+def test_twins_are_one_model(llama, twin, operator):
+    """The same adapters give the same logits and gradients, and the same plan."""
+    model, variables = llama
+    config = MoRAConfig(rank=2, operator=operator, alpha=0.5)
+    ids = jax.random.randint(jax.random.key(1), (2, 9), 3, 40)
+    student = teach_facts_nnx.student(twin, config)
+    plan = linen.plan(model, variables, config, ids)
+    assert student.plan == plan
+    adapters = jax.tree.map(
+        lambda m: 0.3 * jax.random.normal(jax.random.key(m.size), m.shape),
+        mora_jax.init(plan),
+    )
+    apply = linen.wrap(model, plan)
+
+    def gradients(apply, variables):
+        def loss(adapters):
+            logits = apply(adapters, variables, ids)
+            return jnp.mean(jnp.sin(logits)), logits
+
+        return jax.jit(jax.grad(loss, has_aux=True))(adapters)
+
+    ours = gradients(student.apply, student.variables)
+    chex.assert_trees_all_close(ours, gradients(apply, variables), atol=1e-5)
+    merged = jax.jit(student.merge)(adapters, student.variables)
+    np.testing.assert_allclose(student.base(merged, ids), ours[1], atol=1e-4)
+    base = student.base(student.variables, ids)
+    np.testing.assert_allclose(base, model.apply(variables, ids), atol=1e-5)
+
+
+def test_twins_learn_alike(llama, twin):
+    """The losses of a few steps of adam, as teach_facts.py trains."""
+    model, variables = llama
+    config = MoRAConfig(rank=2)
+    student = teach_facts_nnx.student(twin, config)
+    apply = linen.wrap(model, student.plan)
+    ids = np.asarray(jax.random.randint(jax.random.key(1), (3, 9), 3, 40))
+    at = np.tile(np.arange(4, 8), (3, 1))
+    batch = airports.Batch(ids, at, np.take_along_axis(ids, at + 1, 1), at / at)
+    rehearsed = model.apply(variables, ids[2:], at[2:])
+    args = argparse.Namespace(steps=6, learning_rate=1e-2)
+
+    def losses(apply, variables):
+        first = mora_jax.init(student.plan)
+        _, history, _ = teach_facts.train(
+            apply, first, variables, batch, rehearsed, args, "test"
+        )
+        return history
+
+    linens, nnxs = losses(apply, variables), losses(student.apply, student.variables)
+    np.testing.assert_allclose(linens, nnxs, rtol=1e-4)
+    assert linens[-1][0] < 0.9 * linens[0][0]
 
 
 class Letters:

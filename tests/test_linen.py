@@ -564,10 +564,13 @@ def test_bad_input():
         register_layer(3, equation="...i,io->...o")
     with pytest.raises(TypeError, match="method must name a method of Dense, got 'no'"):
         register_layer(nn.Dense, equation="...i,io->...o", method="no")
-    with pytest.raises(TypeError, match="equation must be a string, a Product or a function"):
+    with pytest.raises(TypeError, match="equation must be a string, a Product or a"):
         register_layer(nn.Dense, equation=3)
     with pytest.raises(TypeError, match="kernel must be a parameter's name"):
         register_layer(nn.Dense, equation="...i,io->...o", kernel=0)
+    message = r"argument must be one of \['inputs'\] of Dense.__call__, got 'x'"
+    with pytest.raises(TypeError, match=message):
+        register_layer(nn.Dense, equation="...i,io->...o", argument="x")
 
 
 # --- MoRADense ---

@@ -161,7 +161,7 @@ def test_gpt2():
         linen.wrap(model, chosen)(init(chosen), variables, *args)
 
     register_layer(FlaxConv1D, equation="...i,oi->...o")
-    # A plan of names and shapes takes the kernels for (in, out): as exact, all the same.
+    # A plan of names and shapes takes the kernels for (in, out): exact all the same.
     apply = linen.wrap(model, chosen)
     check_zero_and_merged(model, variables, args, chosen, apply, atol=1e-4)
 

@@ -1,5 +1,8 @@
 """Flax's own dropout, for its keys and its train and eval modes."""
 
+from typing import Any
+
+import jax
 from flax import nnx
 
 from mora_jax.spec import AdapterSpec
@@ -18,9 +21,9 @@ def make_dropout(
     if rngs is None:
         raise ValueError(f"dropout={spec.dropout} needs rngs, got None")
 
-    def make(rngs: nnx.Rngs) -> nnx.Dropout:
-        return nnx.Dropout(spec.dropout, rngs=rngs)
-
-    for size in reversed(lifted):
-        make = nnx.split_rngs(splits=size)(nnx.vmap(make))
-    return make(rngs)
+    dropout = nnx.Dropout(spec.dropout, rngs=rngs)
+    if lifted:
+        stream: Any = dropout.rngs
+        keys = jax.random.split(stream(), lifted)
+        dropout.rngs = nnx.RngStream(keys, tag=stream.tag)
+    return dropout

@@ -76,10 +76,9 @@ def plan(
 def check_model(model: Any) -> None:
     """Raise unless `model` is an NNX module without adapters."""
     if not isinstance(model, nnx.Module):
-        raise TypeError(
-            f"model must be a flax.nnx.Module, got {type(model).__name__}"
-            + " (a class)" * isinstance(model, type)
-        )
+        is_class = isinstance(model, type)
+        got = f"the class {model.__name__}" if is_class else type(model).__name__
+        raise TypeError(f"model must be a flax.nnx.Module, got {got}")
     for path, node in nnx.iter_graph(model):
         if isinstance(node, MoRAParam):
             name = "/".join(map(str, path))
@@ -111,14 +110,12 @@ def _trace(
         cls = subclass(type(layer), functools.partial(record, name), strict=False)
         object.__setattr__(layer, "__class__", cls)
     graph, state = nnx.split(blanked)
-    arrays = nnx.to_pure_dict(state)
 
-    def call(arrays: Any, args: Any, kwargs: Any) -> Any:
-        traced = nnx.merge(graph, state)
-        nnx.update(traced, arrays)
-        return traced(*args, **kwargs)  # type: ignore[operator]
+    def call(state: Any, args: Any, kwargs: Any) -> Any:
+        return nnx.merge(graph, state)(*args, **kwargs)  # type: ignore[operator]
 
-    return dependencies(call, named_leaves(arrays), arrays, args, kwargs)
+    names = named_leaves(nnx.to_pure_dict(state))
+    return dependencies(call, names, state, args, kwargs)
 
 
 def _refuse_shared(model: nnx.Module, plan: Plan) -> None:

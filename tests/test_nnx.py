@@ -1,0 +1,667 @@
+"""Flax NNX: unmodified models with adapters, through all that NNX does to them."""
+
+import copy
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from mora_jax import MoRAConfig, init, register_layer
+from mora_jax import nnx as mora
+from mora_jax.nnx import MoRALinear, MoRAParam
+
+CONFIG = MoRAConfig(rank=2, operator="rotation", alpha=0.5)
+BASE = nnx.All(nnx.Param, nnx.Not(MoRAParam))
+
+
+def random(seed, *shape):
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+X = random(3, 2, 5, 12)
+
+
+def trained(model, scale=0.3):
+    """`model` with adapters as after training: far from zero."""
+    adapters = mora.adapters(model)
+    new = jax.tree.map(lambda m: scale * random(m.size, *m.shape), adapters)
+    mora.set_adapters(model, new)
+    return model
+
+
+def leaves(state):
+    """{slash-joined path: array} of a state."""
+    return {"/".join(map(str, path)): v[...] for path, v in nnx.to_flat_state(state)}
+
+
+# --- Models: each a layer kind or a transformation, in an unmodified model ---
+
+
+class Block(nnx.Module):
+    """Attention (LinearGeneral) and an MLP (Linear)."""
+
+    def __init__(self, rngs):
+        self.attention = nnx.MultiHeadAttention(2, 12, decode=False, rngs=rngs)
+        self.layers = nnx.List([nnx.Linear(12, 20, rngs=rngs)])
+        self.layers.append(nnx.Linear(20, 12, rngs=rngs))
+
+    def __call__(self, x):
+        x = x + self.attention(x)
+        return x + self.layers[1](nnx.gelu(self.layers[0](x)))
+
+
+class Stack(nnx.Module):
+    """Blocks with their parameters stacked, under a transformation."""
+
+    def __init__(self, lift, rngs):
+        self.lift = lift
+        if lift in ("remat", "jit"):
+            self.blocks = Block(rngs)
+        else:
+            make = nnx.split_rngs(splits=3)(nnx.vmap(Block))
+            self.blocks = make(rngs)
+
+    def __call__(self, x):
+        if self.lift == "remat":
+            return nnx.remat(Block.__call__)(self.blocks, x)
+        if self.lift == "jit":
+            return nnx.jit(Block.__call__)(self.blocks, x)
+        if self.lift == "vmap":
+            return nnx.vmap(Block.__call__, in_axes=(0, None))(self.blocks, x)
+        step = Block.__call__ if self.lift == "scan" else nnx.remat(Block.__call__)
+        scan = nnx.scan(in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
+        return scan(lambda x, block: step(block, x))(x, self.blocks)
+
+
+class Methods(nnx.Module):
+    """Called by other methods than `__call__`; one layer is used twice."""
+
+    def __init__(self, rngs):
+        self.encoder = nnx.Linear(12, 12, rngs=rngs)
+        self.decoder = nnx.Sequential(nnx.Linear(12, 20, rngs=rngs), nnx.relu)
+
+    def __call__(self, x):
+        return self.decode(self.encode(self.encode(x)))
+
+    def encode(self, x):
+        return jnp.tanh(self.encoder(x))
+
+    def decode(self, x):
+        return self.decoder(x)
+
+
+class Einsums(nnx.Module):
+    """Equations of several kinds; experts."""
+
+    def __init__(self, rngs):
+        self.heads = nnx.Einsum("bti,ihd->bthd", (12, 2, 6), (2, 6), rngs=rngs)
+        self.out = nnx.Einsum("bthd,hdi->bti", (2, 6, 12), rngs=rngs)
+        self.experts = nnx.Einsum("...i,eio->e...o", (3, 12, 8), rngs=rngs)
+
+    def __call__(self, x):
+        return self.experts(self.out(self.heads(x)))
+
+
+class Generals(nnx.Module):
+    """LinearGeneral over several, batched and leading axes."""
+
+    def __init__(self, rngs):
+        general = functools.partial(nnx.LinearGeneral, rngs=rngs)
+        self.split = general(12, (3, 4))
+        self.mixed = general((5, 4), (2, 5), axis=(1, -1))
+        self.batched = general(5, 6, axis=-1, batch_axis={0: 2})
+
+    def __call__(self, x):
+        return self.batched(self.mixed(self.split(x)))
+
+
+class Normalised(nnx.Module):
+    """Statistics, and dropout of its own."""
+
+    def __init__(self, rngs):
+        self.fc = nnx.Linear(12, 16, rngs=rngs)
+        self.norm = nnx.BatchNorm(16, rngs=rngs)
+        self.drop = nnx.Dropout(0.5, rngs=rngs)
+
+    def __call__(self, x):
+        return self.drop(self.norm(self.fc(x)))
+
+
+def convolutions(rngs):
+    layers = [nnx.Conv(12, 8, (3,), strides=2, rngs=rngs)]
+    return nnx.Sequential(*layers, nnx.ConvTranspose(8, 6, (2,), strides=2, rngs=rngs))
+
+
+def make(name):
+    """(model, config), in eval mode."""
+    rngs, config = nnx.Rngs(0), CONFIG
+    if name in ("scan", "scan-remat", "vmap", "remat", "jit"):
+        model = Stack(name, rngs)
+    elif name == "linear-bfloat16":
+        model = nnx.Linear(12, 10, dtype=jnp.bfloat16, rngs=rngs)
+    elif name == "gru":
+        model = nnx.RNN(nnx.GRUCell(12, 12, rngs=rngs), rngs=rngs)
+    elif name == "convolutions":
+        model = convolutions(rngs)
+        config = MoRAConfig(rank=2, operator="sharing", targets=".*kernel", alpha=0.5)
+    else:
+        model = {
+            "linear": lambda rngs: nnx.Linear(12, 10, rngs=rngs),
+            "methods": Methods,
+            "einsums": Einsums,
+            "generals": Generals,
+            "normalised": Normalised,
+        }[name](rngs)
+    model.eval()
+    return model, config
+
+
+MODELS = """
+linear linear-bfloat16 methods einsums generals normalised gru convolutions
+scan scan-remat vmap remat jit
+""".split()
+by_model = pytest.mark.parametrize("name", MODELS)
+
+
+@nnx.jit
+def run(model, x):
+    return model(x)
+
+
+@by_model
+def test_every_kernel_is_found(name):
+    model, config = make(name)
+    kernels = [path for path in leaves(nnx.state(model)) if path.endswith("kernel")]
+    assert sorted(spec.name for spec in mora.plan(model, config)) == sorted(kernels)
+    assert mora.plan(model, config, X) == mora.plan(model, config)
+
+
+@by_model
+def test_zero_changes_nothing(name):
+    model, config = make(name)
+    adapted = mora.wrap(model, config)
+    chex.assert_trees_all_equal(adapted(X), model(X))
+    chex.assert_trees_all_equal(run(adapted, X), run(model, X))
+
+
+@by_model
+def test_merged_is_adapted(name):
+    model, config = make(name)
+    adapted = trained(mora.wrap(model, config))
+    y, base = run(adapted, X), run(model, X)
+    assert y.dtype == base.dtype and np.abs(y - base).max() > 1e-2
+    merged = mora.merge_adapters(adapted)
+    types = [type(node) for _, node in nnx.iter_graph(merged)]
+    assert types == [type(node) for _, node in nnx.iter_graph(model)]
+    expected = np.asarray(run(merged, X), np.float32)
+    atol = (0.05 if y.dtype == jnp.bfloat16 else 1e-4) * np.abs(expected).max()
+    np.testing.assert_allclose(np.asarray(y, np.float32), expected, atol=atol, rtol=0)
+
+
+@by_model
+def test_unwrapped_is_the_model(name):
+    model, config = make(name)
+    back = mora.unwrap(trained(mora.wrap(model, config)))
+    chex.assert_trees_all_equal(leaves(nnx.state(back)), leaves(nnx.state(model)))
+    chex.assert_trees_all_equal(back(X), model(X))
+    assert [type(node) for _, node in nnx.iter_graph(back)] == [
+        type(node) for _, node in nnx.iter_graph(model)
+    ]
+
+
+@by_model
+def test_the_bases_state_is_where_it_was(name):
+    """A checkpoint of the base loads into the adapted model, and the other way."""
+    model, config = make(name)
+    adapted = trained(mora.wrap(model, config))
+    before = leaves(nnx.state(model))
+    after = leaves(nnx.state(adapted, nnx.Not(MoRAParam)))
+    chex.assert_trees_all_equal(after, before)
+    other, _ = make(name)
+    nnx.update(other, jax.tree.map(lambda leaf: 2 * leaf, nnx.state(other, nnx.Param)))
+    nnx.update(adapted, nnx.state(other))
+    mora.set_adapters(adapted, jax.tree.map(jnp.zeros_like, mora.adapters(adapted)))
+    chex.assert_trees_all_equal(adapted(X), other(X))
+
+
+@by_model
+def test_every_adapter_learns_and_nothing_else(name):
+    model, config = make(name)
+    adapted = trained(mora.wrap(model, config))
+    grad = mora.value_and_grad(lambda m, x: jnp.sum(m(x).astype(jnp.float32) ** 2))
+    loss, grads = nnx.jit(grad)(adapted, X)
+    found = {path: v for path, v in nnx.to_flat_state(grads)}
+    assert len(found) == len(mora.plan_of(adapted)) and np.isfinite(loss)
+    for variable in found.values():
+        assert isinstance(variable, MoRAParam)
+        assert np.isfinite(variable[...]).all() and np.abs(variable[...]).max() > 0
+
+
+@by_model
+def test_one_compilation(name):
+    model, config = make(name)
+    traces = []
+
+    @nnx.jit
+    def jitted(model, x):
+        traces.append(None)
+        return model(x)
+
+    adapted = mora.wrap(model, config)
+    y = jitted(adapted, X)
+    jitted(trained(adapted), X)
+    jitted(trained(mora.wrap(model, config)), X)  # wrapped anew: the same classes
+    chex.assert_trees_all_equal(jitted(mora.wrap(model, config), X), y)
+    assert len(traces) == 1
+
+
+@by_model
+def test_split_merge_clone_and_copy(name):
+    model, config = make(name)
+    adapted = trained(mora.wrap(model, config))
+    y = adapted(X)
+    graph, adapters, rest = nnx.split(adapted, MoRAParam, ...)
+    chex.assert_trees_all_equal(nnx.merge(graph, adapters, rest)(X), y)
+    chex.assert_trees_all_equal(nnx.clone(adapted)(X), y)
+    chex.assert_trees_all_equal(copy.deepcopy(adapted)(X), y)
+
+    @jax.jit
+    def functional(adapters, rest, x):
+        return nnx.merge(graph, adapters, rest)(x)
+
+    y32 = np.asarray(y, np.float32)
+    got = np.asarray(functional(adapters, rest, X), np.float32)
+    np.testing.assert_allclose(got, y32, atol=0.02 * np.abs(y32).max())
+
+
+@by_model
+def test_plans_of_shapes_are_equal(name):
+    model, config = make(name)
+    shapes = nnx.eval_shape(lambda: make(name)[0])
+    assert mora.plan(shapes, config) == mora.plan(model, config)
+    x = jax.ShapeDtypeStruct(X.shape, X.dtype)
+    assert mora.plan(shapes, config, x) == mora.plan(model, config)
+
+
+@by_model
+def test_plan_of_and_adapters(name):
+    model, config = make(name)
+    chosen = mora.plan(model, config)
+    adapted = mora.wrap(model, chosen)
+    assert mora.plan_of(adapted) == chosen
+    tree = mora.adapters(adapted)
+    chex.assert_trees_all_equal(tree, init(chosen))
+    new = jax.tree.map(lambda m: m + 1, tree)
+    mora.set_adapters(adapted, new)
+    chex.assert_trees_all_equal(mora.adapters(adapted), new)
+
+
+def test_the_model_itself_is_left_alone():
+    model, config = make("methods")
+    before = leaves(nnx.state(model))
+    adapted = trained(mora.wrap(model, config))
+    mora.merge_adapters(adapted)
+    chex.assert_trees_all_equal(leaves(nnx.state(model)), before)
+    assert type(model.encoder) is nnx.Linear
+    assert adapted.encoder.kernel[...] is model.encoder.kernel[...]  # and no copy
+
+
+def test_names_stay():
+    adapted = mora.wrap(*make("methods"))
+    assert isinstance(adapted.encoder, nnx.Linear)
+    assert repr(type(adapted.encoder)) == repr(nnx.Linear)
+    assert "kernel_mora=MoRAParam" in repr(adapted)
+
+
+def test_methods():
+    model, config = make("methods")
+    adapted = trained(mora.wrap(model, config))
+    merged = mora.merge_adapters(adapted)
+    np.testing.assert_allclose(adapted.encode(X), merged.encode(X), atol=1e-5)
+    np.testing.assert_allclose(adapted.decode(X), merged.decode(X), atol=1e-5)
+
+
+def test_layers_adapted_alone_can_be_stacked():
+    """Equal layers differ in no metadata; then they run under nnx.scan."""
+    layers = [nnx.Linear(12, 12, rngs=nnx.Rngs(k)) for k in range(3)]
+    adapted = [
+        trained(mora.wrap(layer, CONFIG), 0.1 * k) for k, layer in enumerate(layers)
+    ]
+    graphs, states = zip(*map(nnx.split, adapted), strict=True)
+    assert len(set(graphs)) == 1
+    stack = nnx.merge(graphs[0], jax.tree.map(lambda *a: jnp.stack(a), *states))
+    scan = nnx.scan(in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
+    y = scan(lambda x, layer: layer(x))(X, stack)
+    expected = functools.reduce(lambda x, layer: layer(x), adapted, X)
+    np.testing.assert_allclose(y, expected, atol=1e-5)
+    assert [spec.axes for spec in mora.plan_of(stack)] == ["sio"]
+    merged = mora.merge_adapters(stack)
+    y = scan(lambda x, layer: layer(x))(X, merged)
+    np.testing.assert_allclose(y, expected, atol=1e-4)
+
+
+def test_vmap_over_adapters():
+    """Many adapters on one base, in one call."""
+    model, config = make("methods")
+    adapted = mora.wrap(model, config)
+    several = [trained(nnx.clone(adapted), scale) for scale in (0.1, 0.2, 0.3)]
+    graph, _, rest = nnx.split(adapted, MoRAParam, ...)
+    states = [nnx.state(m, MoRAParam) for m in several]
+    stacked = jax.tree.map(lambda *ms: jnp.stack(ms), *states)
+    y = jax.vmap(lambda a: nnx.merge(graph, a, rest)(X))(stacked)
+    np.testing.assert_allclose(y, jnp.stack([m(X) for m in several]), atol=1e-5)
+
+
+# --- Training ---
+
+
+@pytest.mark.parametrize("name", ["methods", "normalised", "scan-remat"])
+def test_training_moves_adapters_alone(name):
+    model, config = make(name)
+    adapted = mora.wrap(model, config)
+    before = leaves(nnx.state(adapted, BASE))
+    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(3e-2))
+    optimizer = mora.optimizer(adapted, tx)
+    loss = mora.value_and_grad(lambda model, x: jnp.mean(model(x) ** 2))
+
+    @nnx.jit
+    def step(model, optimizer, x):
+        value, grads = loss(model, x)
+        optimizer.update(model, grads)
+        return value
+
+    losses = [float(step(adapted, optimizer, X)) for _ in range(10)]
+    assert losses[-1] < 0.9 * losses[0]
+    after = leaves(nnx.state(adapted, BASE))
+    chex.assert_trees_all_equal(after, before)
+    size = mora.plan_of(adapted).trainable_parameters
+    state = nnx.state(optimizer, nnx.Not(MoRAParam))
+    held = sum(leaf.size for leaf in jax.tree.leaves(state))
+    assert 2 * size <= held < 2 * size + 10  # adam's two moments, and counters
+
+
+def test_training_by_the_filter_of_lora():
+    """Code written for nnx.LoRAParam trains the M's as it is."""
+    adapted = mora.wrap(*make("methods"))
+    assert (
+        leaves(nnx.state(adapted, nnx.LoRAParam)).keys()
+        == leaves(nnx.state(adapted, MoRAParam)).keys()
+    )
+    wrt = nnx.DiffState(0, nnx.LoRAParam)
+    grads = nnx.grad(lambda model: jnp.sum(model(X) ** 2), argnums=wrt)(adapted)
+    optimizer = nnx.Optimizer(adapted, optax.sgd(0.1), wrt=nnx.LoRAParam)
+    optimizer.update(adapted, grads)
+    assert all(np.abs(m).max() > 0 for m in jax.tree.leaves(mora.adapters(adapted)))
+
+
+def test_value_and_grad_of_another_argument_with_aux():
+    adapted = trained(mora.wrap(*make("linear")))
+
+    def loss(x, model):
+        y = model(x)
+        return jnp.sum(y**2), y
+
+    grad = mora.value_and_grad(loss, argnums=1, has_aux=True)
+    (value, y), grads = grad(X, adapted)
+    np.testing.assert_allclose(value, jnp.sum(y**2), rtol=1e-6)
+    assert list(grads) == ["kernel_mora"]
+
+
+# --- Dropout ---
+
+
+def test_dropout_follows_train_and_eval():
+    config = MoRAConfig(rank=2, dropout=0.5)
+    model = nnx.Linear(12, 12, rngs=nnx.Rngs(0))
+    adapted = trained(mora.wrap(model, config, rngs=nnx.Rngs(dropout=1)))
+    adapted.eval()
+    still = adapted(X)
+    np.testing.assert_allclose(still, mora.merge_adapters(adapted)(X), atol=1e-5)
+    adapted.train()
+    first, second = adapted(X), adapted(X)
+    assert np.abs(first - second).max() > 1e-2  # a new key each time
+    mean = np.mean([run(adapted, X) for _ in range(400)], axis=0)
+    assert np.abs(mean - still).max() < 0.25 * np.abs(still - model(X)).max()
+    assert type(mora.unwrap(adapted)) is nnx.Linear
+    assert not leaves(nnx.state(mora.unwrap(adapted), nnx.RngState))
+
+
+@pytest.mark.parametrize("name", ["scan", "vmap", "einsums", "normalised"])
+def test_dropout_in_stacks(name):
+    model, _ = make(name)
+    config = MoRAConfig(rank=2, dropout=0.5)
+    adapted = trained(mora.wrap(model, config, rngs=nnx.Rngs(0)))
+    adapted.train()
+    assert np.abs(run(adapted, X) - run(adapted, X)).max() > 1e-3
+    adapted.eval()
+    chex.assert_trees_all_equal(run(adapted, X), run(adapted, X))
+
+
+def test_missing_rngs():
+    model, _ = make("methods")
+    with pytest.raises(ValueError, match="dropout=0.5 needs rngs, got None"):
+        mora.wrap(model, MoRAConfig(rank=2, dropout=0.5))
+    config = MoRAConfig(rank=2, init="gaussian")
+    with pytest.raises(ValueError, match="init='gaussian' needs a key, got None"):
+        mora.wrap(model, config)
+    adapted = mora.wrap(model, config, rngs=nnx.Rngs(0))
+    assert all(np.abs(m).max() > 0 for m in jax.tree.leaves(mora.adapters(adapted)))
+
+
+# --- MoRALinear ---
+
+
+def test_moralinear_is_linear_and_more():
+    layer = MoRALinear(12, 10, config=CONFIG, rngs=nnx.Rngs(0))
+    base = nnx.Linear(12, 10, rngs=nnx.Rngs(0))
+    chex.assert_trees_all_equal(layer(X), base(X))
+    assert set(vars(base)) <= set(vars(layer))
+    merged = mora.merge_adapters(trained(layer))
+    assert type(merged) is nnx.Linear and type(mora.unwrap(layer)) is nnx.Linear
+    np.testing.assert_allclose(merged(X), layer(X), atol=1e-5)
+    wrapped = trained(mora.wrap(base, CONFIG))
+    chex.assert_trees_all_equal(wrapped(X), layer(X))
+
+
+def test_moralinear_settings():
+    config = MoRAConfig(rank=2, init="gaussian", dropout=0.5, param_dtype=jnp.float16)
+    layer = MoRALinear(
+        12, 10, config=config, use_bias=False, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)
+    )
+    assert layer.kernel_mora.dtype == jnp.float16 and layer.bias is None
+    assert layer(X).dtype == jnp.bfloat16
+    assert (layer(X) != layer(X)).any()
+    layer.eval()
+    assert (layer(X) == layer(X)).all()
+
+
+def test_moralinears_in_a_model_by_hand():
+    class Net(nnx.Module):
+        def __init__(self, rngs):
+            make = nnx.vmap(lambda rngs: MoRALinear(12, 12, config=CONFIG, rngs=rngs))
+            self.stack = nnx.split_rngs(splits=3)(make)(rngs)
+            self.head = MoRALinear(12, 4, config=CONFIG, rngs=rngs)
+
+        def __call__(self, x):
+            scan = nnx.scan(in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
+            return self.head(scan(lambda x, layer: layer(x))(x, self.stack))
+
+    model = trained(Net(nnx.Rngs(0)))
+    names = {spec.name: spec.axes for spec in mora.plan_of(model)}
+    assert names == {"head/kernel": "io", "stack/kernel": "sio"}
+    merged = mora.merge_adapters(model)
+    np.testing.assert_allclose(merged(X), model(X), atol=1e-4)
+
+
+# --- Checkpoints ---
+
+
+def test_orbax_restores_a_base_before_and_after_wrapping(tmp_path):
+    checkpoint = pytest.importorskip("orbax.checkpoint")
+    model, config = make("methods")
+    base = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    with checkpoint.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "base", base)
+    other = nnx.clone(model)
+    nnx.update(other, jax.tree.map(jnp.zeros_like, nnx.state(other, nnx.Param)))
+    adapted = mora.wrap(other, config)
+    target = nnx.to_pure_dict(nnx.state(adapted, BASE))
+    with checkpoint.StandardCheckpointer() as checkpointer:
+        restored = checkpointer.restore(tmp_path / "base", target)
+    nnx.update(adapted, restored)
+    chex.assert_trees_all_equal(adapted(X), model(X))
+
+
+# --- Errors ---
+
+
+class Named(nnx.Module):
+    """A layer of a class of its own, with other methods that use its kernel."""
+
+    def __init__(self, rngs):
+        self.w = nnx.Param(rngs.params.normal((12, 8)))
+
+    def __call__(self, x):
+        return self.project(x)
+
+    def project(self, x):
+        return x @ self.w[...]
+
+    def norm(self):
+        return jnp.sum(self.w[...] ** 2)
+
+
+class Registered(Named):
+    """The same, known; as a class of its own, or `Named` would not stay unknown."""
+
+    def __call__(self, x):
+        return self.project(x)
+
+
+class ByEquation(nnx.Module):
+    """Its equation is known in the call only."""
+
+    def __init__(self, rngs):
+        self.w = nnx.Param(rngs.params.normal((12, 8)))
+
+    def __call__(self, equation, x):
+        return jnp.einsum(equation, x, self.w[...])
+
+
+def test_registered_layers():
+    register_layer(Registered, equation="...i,io->...o", kernel="w")
+    model = Registered(nnx.Rngs(0))
+    adapted = trained(mora.wrap(model, CONFIG))
+    np.testing.assert_allclose(adapted(X), mora.merge_adapters(adapted)(X), atol=1e-5)
+    assert np.abs(adapted(X) - model(X)).max() > 1e-2
+    message = r"Registered.norm may use .* 'w' in '__call__' is known"
+    with pytest.raises(TypeError, match=message):
+        adapted.norm()
+
+
+def test_equations_known_in_the_call():
+    register_layer(
+        ByEquation,
+        equation=lambda layer, equation, x: equation,
+        kernel="w",
+        argument="x",
+    )
+
+    class Net(nnx.Module):
+        def __init__(self):
+            self.layer = ByEquation(nnx.Rngs(0))
+
+        def __call__(self, x):
+            return self.layer("...i,io->...o", x)
+
+    model, config = Net(), MoRAConfig(rank=2, targets=".*/w", alpha=0.5)
+    with pytest.raises(ValueError, match="layer/w: it is not known .* inputs of"):
+        mora.plan(model, config)
+    chosen = mora.plan(model, config, X)
+    adapted = trained(mora.wrap(model, chosen))
+    np.testing.assert_allclose(adapted(X), mora.merge_adapters(adapted)(X), atol=1e-5)
+    axes = MoRAConfig(rank=2, targets=".*/w", overrides={".*": {"axes": "io"}})
+    assert mora.plan_of(mora.wrap(model, axes)).specs[0].axes == "io"
+
+
+def test_unknown_layers_are_refused():
+    model = Named(nnx.Rngs(0))
+    config = MoRAConfig(rank=2, targets="w")
+    with pytest.raises(ValueError, match="w: it is not known how a layer uses it"):
+        mora.wrap(model, config)
+    config = MoRAConfig(rank=2, targets="w", overrides={"w": {"axes": "io"}})
+    with pytest.raises(TypeError, match="w: Named.__call__ may use.*nothing is known"):
+        mora.wrap(model, config)
+
+
+def test_wrong_axes_are_refused():
+    model, _ = make("einsums")
+    path = "heads/kernel"
+    config = MoRAConfig(rank=2, targets=path, overrides={path: {"axes": "iio"}})
+    with pytest.raises(ValueError, match="heads/kernel: .*'iio', the layer computes"):
+        mora.wrap(model, config)
+
+
+def test_wrapping_twice():
+    adapted = mora.wrap(*make("methods"))
+    message = "model has adapters already, the first at 'decoder/layers/0/kernel_mora'"
+    for function in (mora.wrap, mora.plan):
+        with pytest.raises(ValueError, match=message):
+            function(adapted, CONFIG)
+
+
+def test_shared_modules_and_kernels():
+    model, _ = make("methods")
+    model.again = model.encoder
+    message = "again/kernel is shared: the model holds 'again' also as 'encoder'"
+    with pytest.raises(ValueError, match=message):
+        mora.wrap(model, CONFIG)
+    mora.wrap(model, MoRAConfig(rank=2, exclude="(encoder|again)/.*"))
+    del model.again
+    model.tied = nnx.Linear(12, 12, rngs=nnx.Rngs(1))
+    model.tied.kernel = model.encoder.kernel
+    with pytest.raises(ValueError, match="'encoder/kernel' also as 'tied/kernel'"):
+        mora.wrap(model, CONFIG)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_bad_input():
+    model, config = make("methods")
+    with pytest.raises(TypeError, match="must be a flax.nnx.Module, got function"):
+        mora.wrap(lambda x: x)
+    with pytest.raises(TypeError, match="flax.nnx.Module, got the class Linear"):
+        mora.plan(nnx.Linear)
+    with pytest.raises(ValueError, match="targets: '.*q_proj.*' matches no path"):
+        mora.wrap(model, MoRAConfig(targets=".*q_proj/kernel"))
+    with pytest.raises(ValueError, match="params holds no array"):
+        mora.wrap(nnx.Dropout(0.1))
+    for function in (mora.unwrap, mora.merge_adapters, mora.adapters, mora.plan_of):
+        with pytest.raises(ValueError, match="model has no adapters"):
+            function(model)
+    with pytest.raises(ValueError, match="model has no adapters"):
+        mora.optimizer(model, optax.sgd(1.0))
+    with pytest.raises(TypeError, match="model must be a flax.nnx.Module, got int"):
+        mora.adapters(3)
+    other = mora.plan(nnx.Sequential(nnx.Linear(12, 12, rngs=nnx.Rngs(0))))
+    with pytest.raises(ValueError, match=r"at 'layers/0/kernel', the model has None"):
+        mora.wrap(model, other)
+    adapted = mora.wrap(model, config)
+    with pytest.raises(ValueError, match="adapters lack 'decoder/layers/0/kernel_mora"):
+        mora.set_adapters(adapted, {})
+    tree = jax.tree.map(lambda m: m[:2], mora.adapters(adapted))
+    with pytest.raises(ValueError, match="kernel_mora must have shape"):
+        mora.set_adapters(adapted, tree)
+    mora.set_adapters(
+        adapted, jax.tree.map(lambda m: m + np.nan, mora.adapters(adapted))
+    )
+    with pytest.raises(ValueError, match="holds NaN or infinity"):
+        mora.merge_adapters(adapted)
+    quantised = nnx.Linear(12, 12, rngs=nnx.Rngs(0))
+    quantised.kernel = nnx.Param(jnp.ones((12, 12), jnp.int8))
+    with pytest.raises(TypeError, match="kernel must have a floating-point dtype"):
+        mora.wrap(quantised)
