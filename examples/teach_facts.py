@@ -11,6 +11,7 @@ the adapter. Takes a few minutes on 2 cores:
 import argparse
 import functools
 import json
+import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -79,7 +80,8 @@ def arguments(description: str, compare: bool) -> argparse.Namespace:
     if compare:
         text = "train a LoRA of the same budget as well"
         parser.add_argument("--compare", action="store_true", help=text)
-    parser.add_argument("--out", type=Path, default=Path("out/teach_facts"))
+    out = Path("out") / Path(sys.argv[0]).stem
+    parser.add_argument("--out", type=Path, default=out)
     args = parser.parse_args()
     args.compare = compare and args.compare
     for name in ("facts", "rank", "steps"):

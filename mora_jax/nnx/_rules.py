@@ -8,7 +8,7 @@ from mora_jax.layers import register_layer
 from mora_jax.products import ATTEND, DENSE, Contraction, Convolution, Lookup
 
 
-def _general(module: nnx.LinearGeneral, inputs: Any, *_: Any, **__: Any) -> Any:
+def _general(module: nnx.LinearGeneral, inputs: Any, *_: Any, **__: Any) -> Contraction:
     outs = len(module.out_features)
     return Contraction.general(inputs.ndim, module.axis, module.batch_axis, outs)
 

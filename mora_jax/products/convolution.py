@@ -89,7 +89,7 @@ def _convolve(layer: Any, x: jax.Array, kernel: jax.Array) -> jax.Array:
         padding = [(w, 0) for w in width]
     y = jax.lax.conv_general_dilated(
         x,
-        kernel if layer.mask is None else kernel * layer.mask,
+        _masked(kernel, layer.mask),
         _each(layer.strides, spatial),
         _pairs(padding, spatial),
         lhs_dilation=_each(layer.input_dilation, spatial),
@@ -106,7 +106,7 @@ def _convolve_transposed(layer: Any, x: jax.Array, kernel: jax.Array) -> jax.Arr
     x, batch = _flat_batch(x, spatial)
     y = jax.lax.conv_transpose(
         x,
-        kernel if layer.mask is None else kernel * layer.mask,
+        _masked(kernel, layer.mask),
         _each(layer.strides, spatial),
         _pairs(layer.padding, spatial),
         rhs_dilation=_each(layer.kernel_dilation, spatial),
@@ -115,6 +115,10 @@ def _convolve_transposed(layer: Any, x: jax.Array, kernel: jax.Array) -> jax.Arr
         precision=layer.precision,
     )
     return y.reshape(batch + y.shape[1:])
+
+
+def _masked(kernel: jax.Array, mask: Any) -> jax.Array:
+    return kernel if mask is None else kernel * jnp.asarray(mask, kernel.dtype)
 
 
 def _each(value: Any, spatial: int) -> tuple[int, ...]:

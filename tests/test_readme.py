@@ -1,0 +1,117 @@
+"""The README says what is so."""
+
+import re
+from pathlib import Path
+from typing import get_type_hints
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import mora_jax
+from mora_jax.config import MoRAConfig
+from mora_jax.layers import registered
+from mora_jax.products import Contraction, Convolution, Lookup, Product
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+KINDS = {
+    "dense": (Contraction, "yes, but no head, router, embedding"),
+    "convolution": (Convolution, "if `targets` name it"),
+    "embedding": (Lookup, "if `targets` name it"),
+}
+
+
+def kind(equation):
+    """The class of product that a rule gives."""
+    if callable(equation) and not isinstance(equation, Product):
+        equation = get_type_hints(equation)["return"]
+    if isinstance(equation, Product):
+        return type(equation)
+    return equation if equation in (Convolution, Lookup) else Contraction
+
+
+def classes(api):
+    """{product: its layers among Flax's own that are known}."""
+    found = {product: [] for product, _ in KINDS.values()}
+    for cls, rules in registered().items():
+        if getattr(api, cls.__name__, None) is not cls:
+            continue
+        first, *others = rules.values()
+        names = [cls.__name__, *(f"{cls.__name__}.{rule.method}" for rule in others)]
+        assert first.method == "__call__"
+        found[kind(first.equation)] += [f"`{name}`" for name in names]
+    return found
+
+
+def test_table_of_layers_is_the_registry():
+    linen, other = classes(nn), classes(nnx)
+    rows = ["| | Linen | NNX | by default |", "|---|---|---|---|"]
+    for name, (product, default) in KINDS.items():
+        cells = ", ".join(linen[product]), ", ".join(other[product])
+        rows.append(f"| {name} | {cells[0]} | {cells[1]} | {default} |")
+    table = "\n".join(rows)
+    assert table in README, f"README.md should hold this table:\n{table}"
+
+
+def test_defaults_are_as_the_table_says():
+    class Net(nnx.Module):
+        def __init__(self):
+            rngs = nnx.Rngs(0)
+            self.dense = nnx.Linear(8, 8, rngs=rngs)
+            self.stem = nnx.Conv(8, 8, (3,), rngs=rngs)
+            self.table = nnx.Embed(8, 8, rngs=rngs)
+            self.head = nnx.Linear(8, 8, rngs=rngs)
+
+    chosen = mora_jax.nnx.plan(Net(), MoRAConfig(rank=2))
+    assert [spec.name for spec in chosen] == ["dense/kernel"]
+
+
+def example(title):
+    """The first block of code under a heading."""
+    section = README.split(f"## {title}\n")[1].split("\n## ")[0]
+    code = re.findall(r"```python\n(.*?)```", section, re.DOTALL)[0]
+    assert len([line for line in code.splitlines() if line.strip()]) <= 10
+    return code
+
+
+X = jax.random.normal(jax.random.key(0), (4, 16))
+
+
+def test_linen_example():
+    model = nn.Sequential([nn.Dense(16), nn.relu, nn.Dense(16)])
+    variables = model.init(jax.random.key(1), X)
+    scope = dict(model=model, variables=variables, batch=X, steps=3)
+    scope["loss_fn"] = lambda y: jnp.mean(y**2)
+    exec(example("Linen"), scope)
+    y = scope["apply"](scope["adapters"], variables, X)
+    np.testing.assert_allclose(
+        model.apply({"params": scope["merged"]}, X), y, atol=1e-5
+    )
+    assert jnp.mean(y**2) < jnp.mean(model.apply(variables, X) ** 2)
+
+
+def test_nnx_example():
+    layers = [nnx.Linear(16, 16, rngs=nnx.Rngs(k)) for k in range(2)]
+    model = nnx.Sequential(layers[0], nnx.relu, layers[1])
+    scope = dict(model=model, batches=[X] * 3)
+    scope["loss_fn"] = lambda model, batch: jnp.mean(model(batch) ** 2)
+    exec(example("NNX"), scope)
+    assert type(scope["merged"].layers[0]) is nnx.Linear
+    np.testing.assert_allclose(scope["merged"](X), scope["model"](X), atol=1e-5)
+    assert scope["loss"] < jnp.mean(model(X) ** 2)
+
+
+def test_other_code_compiles():
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len(blocks) == 3
+    for block in blocks:
+        compile(re.sub("^  ", "", block, flags=re.MULTILINE), "README", "exec")
+
+
+@pytest.mark.parametrize("path", re.findall(r"\]\(([^)#]+)\)", README))
+def test_links_to_files(path):
+    if not path.startswith("http"):
+        assert (Path(__file__).parents[1] / path).exists()
