@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from mora_jax.products import Contraction, Product
 
 Equation = str | Product | Callable[..., str | Product]
+Name = str | Callable[[Any], str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,13 +20,13 @@ class LayerRule:
 
     Attributes:
       equation: of input and kernel, or a function of the call that returns it.
-      kernel: name of the parameter.
+      kernel: name of the parameter, or a function of the module that returns it.
       method: the method that computes it.
       argument: name of the input among the method's arguments; None for the first.
     """
 
     equation: Equation
-    kernel: str
+    kernel: Name
     method: str
     argument: str | None = None
 
@@ -33,8 +34,18 @@ class LayerRule:
         """The product of one call, and its input."""
         signature = inspect.signature(getattr(type(module), self.method))
         given = signature.bind(module, *args, **kwargs).arguments
-        x = given[self.argument or list(given)[1]]
+        argument = self.argument or list(given)[1]
+        x = given[argument]
+        if not hasattr(x, "shape"):
+            raise TypeError(
+                f"{argument!r} of {type(module).__name__}.{self.method} must be the "
+                f"input, an array, got {x!r}; see argument= of mora_jax.register_layer"
+            )
         return self._product(jnp.ndim(x), module, *args, **kwargs), x
+
+    def name(self, module: Any) -> str:
+        """The name of the kernel's parameter."""
+        return self.kernel if isinstance(self.kernel, str) else self.kernel(module)
 
     def product(self, module: Any) -> Product | None:
         """The product as far as the module alone tells; None if it takes a call."""
@@ -61,7 +72,7 @@ def register_layer(
     cls: type,
     *,
     equation: Equation,
-    kernel: str = "kernel",
+    kernel: Name = "kernel",
     method: str = "__call__",
     argument: str | None = None,
 ) -> None:
@@ -77,7 +88,8 @@ def register_layer(
       equation: einsum of input and kernel, "...i,io->...o" for a dense layer; one of
         `mora_jax.products`, such as `Lookup()` for an embedding; or a function of
         (module, *args, **kwargs) that returns one of these.
-      kernel: name of the kernel's parameter.
+      kernel: name of the kernel's parameter, or a function of the module that returns
+        it.
       method: the method that computes the product.
       argument: name of the method's argument that is the input; by default its first.
 
@@ -105,8 +117,10 @@ def register_layer(
         raise TypeError(
             f"equation must be a string, a Product or a function, got {equation!r}"
         )
-    if not isinstance(kernel, str):
-        raise TypeError(f"kernel must be a parameter's name, got {kernel!r}")
+    if not (isinstance(kernel, str) or callable(kernel)):
+        raise TypeError(
+            f"kernel must be a parameter's name or a function, got {kernel!r}"
+        )
     names = list(inspect.signature(getattr(cls, method)).parameters)
     if argument is not None and argument not in names[1:]:
         raise TypeError(
@@ -136,7 +150,7 @@ def registered() -> Mapping[type, Mapping[str, LayerRule]]:
 
 def unknown_use(name: str, cls: type, method: str) -> TypeError:
     """The error for an adapted kernel that a method may use in a way not known."""
-    known = [f"{rule.kernel!r} in {rule.method!r}" for rule in find_rules(cls).values()]
+    known = [f"{r.kernel!r} in {r.method!r}" for r in find_rules(cls).values()]
     return TypeError(
         f"{name}: {cls.__name__}.{method} may use this adapted kernel, but of that "
         f"class {' and '.join(known) or 'nothing'} is known; "

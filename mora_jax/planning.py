@@ -162,7 +162,7 @@ def _select(
             shown = "the default" if default else repr(pattern)
             wanted = {
                 "targets": " of a kernel that can be adapted (two or more axes, in a "
-                "layer of a known class)",
+                "layer of which it is known what it computes)",
                 "overrides": " that is adapted",
             }
             raise ValueError(

@@ -490,12 +490,61 @@ def test_unknown_layers_are_refused():
             return nn.ConvLocal(12, (3,))(x)
 
     variables = Local().init(KEY, X)
-    config = MoRAConfig(
-        rank=2, targets=".*kernel", overrides={".*": {"axes": "sio"}}
-    )
+    config = MoRAConfig(rank=2, targets=".*kernel", overrides={".*": {"axes": "sio"}})
     chosen = plan(variables["params"], config)
     with pytest.raises(TypeError, match=r"ConvLocal.__call__ may use"):
         linen.wrap(Local(), chosen)(init(chosen), variables, X)
+
+
+class SharedScope(nn.Module):
+    """Two layers of a class whose kernel is named by a field, in one scope: Gemma's."""
+
+    @nn.compact
+    def __call__(self, x):
+        gate = Named((2, 20, 12), "gating_einsum")
+        linear = Named((20, 12), "linear")
+        for layer in (gate, linear):
+            nn.share_scope(self, layer)
+        gates = gate("...f,nhf->...nh", x)
+        return linear("...h,hf->...f", nn.gelu(gates[..., 0, :]) * gates[..., 1, :])
+
+
+class Named(nn.Module):
+    shape: tuple[int, ...]
+    weight_name: str
+
+    @nn.compact
+    def __call__(self, equation, x):
+        w = self.param(self.weight_name, nn.initializers.normal(), self.shape)
+        return jnp.einsum(equation, x, w)
+
+
+def test_shared_scopes():
+    model = SharedScope()
+    variables = model.init(KEY, X)
+    config = MoRAConfig(rank=2, targets="linear", overrides={".*": {"axes": "io"}})
+    chosen = plan(variables["params"], config)
+    with pytest.raises(TypeError, match="linear: SharedScope.__call__ may use this"):
+        linen.wrap(model, chosen)(init(chosen), variables, X)
+
+    def equation(layer, equation, x):
+        return equation
+
+    def kernel(layer):
+        return layer.weight_name
+
+    register_layer(Named, equation=equation, kernel=kernel)
+    message = "'equation' of Named.__call__ must be the input, an array, got '...f,nhf"
+    with pytest.raises(TypeError, match=re.escape(message)):
+        linen.plan(model, variables, CONFIG, X)
+    register_layer(Named, equation=equation, kernel=kernel, argument="x")
+    chosen = linen.plan(model, variables, CONFIG, X)
+    axes = {spec.name: spec.axes for spec in chosen}
+    assert axes == {"gating_einsum": "ooi", "linear": "io"}
+    adapters = trained(chosen)
+    y = linen.wrap(model, chosen)(adapters, variables, X)
+    merged = {"params": merge(variables["params"], adapters, chosen)}
+    np.testing.assert_allclose(y, model.apply(merged, X), atol=1e-4)
 
 
 def test_other_methods_of_a_known_layer_are_refused():
@@ -566,7 +615,7 @@ def test_bad_input():
         register_layer(nn.Dense, equation="...i,io->...o", method="no")
     with pytest.raises(TypeError, match="equation must be a string, a Product or a"):
         register_layer(nn.Dense, equation=3)
-    with pytest.raises(TypeError, match="kernel must be a parameter's name"):
+    with pytest.raises(TypeError, match="kernel must be a parameter's name or a"):
         register_layer(nn.Dense, equation="...i,io->...o", kernel=0)
     message = r"argument must be one of \['inputs'\] of Dense.__call__, got 'x'"
     with pytest.raises(TypeError, match=message):

@@ -587,6 +587,11 @@ def test_equations_known_in_the_call():
     np.testing.assert_allclose(adapted(X), mora.merge_adapters(adapted)(X), atol=1e-5)
     axes = MoRAConfig(rank=2, targets=".*/w", overrides={".*": {"axes": "io"}})
     assert mora.plan_of(mora.wrap(model, axes)).specs[0].axes == "io"
+    # A stack of them: whether "s" is lifted is not known, nor are dropout's keys.
+    model.layer.w = nnx.Param(random(0, 3, 12, 8))
+    config = MoRAConfig(targets=".*/w", overrides={".*": {"axes": "sio"}}, dropout=0.5)
+    with pytest.raises(ValueError, match="layer/w: dropout on a stacked layer needs"):
+        mora.wrap(model, config, rngs=nnx.Rngs(0))
 
 
 def test_unknown_layers_are_refused():

@@ -98,13 +98,14 @@ class _Recorder:
         rule = rules.get(context.method_name)
         if rule is None or module.scope is None:
             return y
-        mark = module.get_variable("params", rule.kernel + SUFFIX)
+        own = rule.name(module)
+        mark = module.get_variable("params", own + SUFFIX)
         if not isinstance(mark, Bound):
             return y
         _, name = mark.spec
         product, x = rule.read(module, args, kwargs)
         if rule is next(iter(rules.values())) or name not in self.products:
             self.products[name] = product
-        kernel = nn.unbox(module.get_variable("params", rule.kernel))
+        kernel = nn.unbox(module.get_variable("params", own))
         self.shapes[name] = tuple(kernel.shape)
         return blank(y, x)

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
+import jax
 
 from mora_jax.layer import update
 from mora_jax.layers import find_rules, unknown_use
@@ -83,54 +84,79 @@ def wrap(model: nn.Module, plan: Plan) -> Callable[..., Any]:
     return apply
 
 
-def _own_params(module: nn.Module) -> Mapping[str, Any]:
-    if module.scope is None:
-        return {}
-    return module.scope.variables().get("params", {})
-
-
 class _Interceptor:
-    """Adds to the output of each layer what the adapter in its params adds."""
+    """Adds to the output of each layer what the adapter in its params adds.
+
+    Modules that share a scope (`nn.share_scope`) see each other's adapters. So whether
+    one was used is asked when the outermost of them is done.
+    """
 
     def __init__(self, deterministic: bool) -> None:
         self.deterministic = deterministic
-        self.running: list[nn.Module] = []
+        self.running: list[tuple[nn.Module, Any]] = []
+        self.used: set[tuple[Any, str]] = set()
 
     def __call__(
         self, method: Callable[..., Any], args: Any, kwargs: Any, context: Any
     ) -> Any:
         module, name = context.module, context.method_name
-        if name == "setup":
+        bound = _bound(module)
+        again = any(module is other for other, _ in self.running)
+        if name == "setup" or module.scope is None or not bound or again:
             return method(*args, **kwargs)
-        bound = {
-            key.removesuffix(SUFFIX): value
-            for key, value in _own_params(module).items()
-            if isinstance(value, Bound)
-        }
-        if not bound or any(module is other for other in self.running):
-            return method(*args, **kwargs)
-        rule = find_rules(type(module)).get(name)
-        for kernel in bound:
-            if rule is None or rule.kernel != kernel:
-                path = "/".join((*module.path, kernel))
-                raise unknown_use(path, type(module), name)
-        self.running.append(module)
+        scope = module.scope.path
+        outermost = all(other != scope for _, other in self.running)
+        self.running.append((module, scope))
         try:
             y = method(*args, **kwargs)
         finally:
             self.running.pop()
-        assert rule is not None
-        product, x = rule.read(module, args, kwargs)
-        spec = bound[rule.kernel].spec
-        key = None
+        y = self._adapt(y, module, name, args, kwargs, bound)
+        for kernel in bound if outermost else ():
+            if (scope, kernel) not in self.used:
+                raise unknown_use("/".join((*scope, kernel)), type(module), name)
+        return y
+
+    def _adapt(
+        self,
+        y: jax.Array,
+        module: nn.Module,
+        name: str,
+        args: Any,
+        kwargs: Any,
+        bound: Mapping[str, Bound],
+    ) -> jax.Array:
+        assert module.scope is not None
+        scope, rules = module.scope.path, find_rules(type(module))
+        if name not in rules:
+            for rule in rules.values():
+                if (kernel := rule.name(module)) in bound:
+                    raise unknown_use("/".join((*scope, kernel)), type(module), name)
+            return y
+        kernel = rules[name].name(module)
+        if kernel not in bound:
+            return y
+        self.used.add((scope, kernel))
+        product, x = rules[name].read(module, args, kwargs)
+        spec, key = bound[kernel].spec, None
         if spec.dropout > 0 and not self.deterministic:
             key = module.make_rng("dropout")
         return y + update(
-            dataclasses.replace(spec, path=(*module.path, *spec.path)),
-            bound[rule.kernel].m,
+            dataclasses.replace(spec, path=(*scope, *spec.path)),
+            bound[kernel].m,
             x,
             product,
             dtype=y.dtype,
             dropout_key=key,
             precision=getattr(module, "precision", None),
         )
+
+
+def _bound(module: nn.Module) -> dict[str, Bound]:
+    """The adapters in a module's scope, by the names of their kernels."""
+    params = {} if module.scope is None else module.scope.variables().get("params", {})
+    return {
+        key.removesuffix(SUFFIX): value
+        for key, value in params.items()
+        if isinstance(value, Bound)
+    }

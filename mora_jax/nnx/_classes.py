@@ -69,7 +69,9 @@ def add_update(
 ) -> Any:
     """The layer's output `y`, and what its adapter adds to it."""
     product, x = rule.read(module, args, kwargs)
-    m: MoRAParam = getattr(module, rule.kernel + SUFFIX)
+    m: Any = getattr(module, rule.name(module) + SUFFIX, None)
+    if m is None:  # another kernel of the layer is adapted
+        return y
     dropout: Any = getattr(module, DROPOUT, None)
     key = None
     if dropout is not None and not dropout.deterministic:
@@ -89,8 +91,8 @@ def attach(
     module: nnx.Module, spec: AdapterSpec, m: Any, rngs: nnx.Rngs | None
 ) -> None:
     """Give `module` its adapter; one that would have no effect is refused."""
-    cls, kernel = type(module), spec.path[-1]
-    rules = [rule for rule in find_rules(cls).values() if rule.kernel == kernel]
+    cls, kernel = plain_class(module), spec.path[-1]
+    rules = [r for r in find_rules(cls).values() if r.name(module) == kernel]
     if not rules:
         raise unknown_use(spec.name, cls, "__call__")
     lifted: tuple[int, ...] = ()
@@ -98,6 +100,11 @@ def attach(
     if product is not None:
         check_product(spec, product)
         lifted = spec.kernel_shape[: len(spec.axes) - len(product.axes)]
+    elif spec.dropout > 0 and "s" in spec.axes:
+        raise ValueError(
+            f"{spec.name}: dropout on a stacked layer needs an equation that the layer "
+            "knows before it is called; say dropout=0 in overrides for it"
+        )
     object.__setattr__(module, "__class__", adapted_class(cls))
     setattr(module, kernel + SUFFIX, MoRAParam.of(spec, m))
     if spec.dropout > 0:

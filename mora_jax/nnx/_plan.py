@@ -86,11 +86,16 @@ def check_model(model: Any) -> None:
 
 
 def _known(model: nnx.Module) -> Iterator[tuple[str, nnx.Module, LayerRule]]:
-    """Layers of known classes: their kernel's path, they, the first of their rules."""
+    """Layers of known classes: their kernel's path, they, the first rule of it."""
     for path, module in layers(model):
-        for rule in list(find_rules(type(module)).values())[:1]:
-            if isinstance(getattr(module, rule.kernel, None), nnx.Variable):
-                yield "/".join((*path, rule.kernel)), module, rule
+        seen: set[str] = set()
+        for rule in find_rules(type(module)).values():
+            kernel = rule.name(module)
+            if kernel not in seen and isinstance(
+                getattr(module, kernel, None), nnx.Variable
+            ):
+                seen.add(kernel)
+                yield "/".join((*path, kernel)), module, rule
 
 
 def _trace(
@@ -98,16 +103,18 @@ def _trace(
 ) -> set[str]:
     """Add what a call tells to `products`; return which arrays it reads elsewhere."""
     blanked = nnx.clone(model)
+    found = list(_known(blanked))
 
     def record(
-        name: str, rule: LayerRule, module: nnx.Module, args: Any, kwargs: Any, y: Any
+        path: str, rule: LayerRule, module: nnx.Module, args: Any, kwargs: Any, y: Any
     ) -> Any:
         product, x = rule.read(module, args, kwargs)
-        products.setdefault(name, product)
+        products.setdefault(path + rule.name(module), product)
         return blank(y, x)
 
-    for name, layer, _ in list(_known(blanked)):
-        cls = subclass(type(layer), functools.partial(record, name), strict=False)
+    for path, layer in {name.rpartition("/")[0]: m for name, m, _ in found}.items():
+        around = functools.partial(record, f"{path}/" if path else "")
+        cls = subclass(type(layer), around, strict=False)
         object.__setattr__(layer, "__class__", cls)
     graph, state = nnx.split(blanked)
 
