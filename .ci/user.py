@@ -8,6 +8,7 @@ from typing import assert_type
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 import mora_jax
 
@@ -18,6 +19,10 @@ assert_type(plan.trainable_parameters, int)
 assert_type(mora_jax.square_rank(64, 64, 2), int)
 merged = mora_jax.merge(params, mora_jax.init(plan), plan)
 assert jax.tree.all(jax.tree.map(jnp.array_equal, params, merged))
+
+layer = nnx.Linear(64, 64, rngs=nnx.Rngs(0))
+assert_type(mora_jax.nnx.wrap(layer), nnx.Linear)
+assert type(mora_jax.nnx.merge_adapters(mora_jax.nnx.wrap(layer))) is nnx.Linear
 
 assert mora_jax.__file__ is not None
 assert Path(mora_jax.__file__).is_relative_to(sys.prefix), mora_jax.__file__

@@ -133,6 +133,7 @@ def register_layer(
 
 def find_rules(cls: type) -> Mapping[str, LayerRule]:
     """{method: rule} of `cls`; those of a base class if `cls` computes as it does."""
+    cls = vars(cls).get("plain_class", cls)  # what it was made from, see mora_jax.nnx
     for base in cls.__mro__:
         if base in _RULES:
             return {
@@ -141,6 +142,14 @@ def find_rules(cls: type) -> Mapping[str, LayerRule]:
                 if _owner(cls, method) is _owner(base, method)
             }
     return {}
+
+
+def first_rules(module: Any) -> Mapping[str, LayerRule]:
+    """{kernel: the rule that plans go by} of a module."""
+    first: dict[str, LayerRule] = {}
+    for rule in find_rules(type(module)).values():
+        first.setdefault(rule.name(module), rule)
+    return first
 
 
 def registered() -> Mapping[type, Mapping[str, LayerRule]]:

@@ -31,6 +31,8 @@ class Plan:
     Attributes:
       specs: one for each adapted kernel.
       base_parameters: how many numbers the params tree holds without adapters.
+      traced: whether a trace has shown who reads the kernels; embeddings need it. Two
+        plans that differ in this alone are equal.
 
     Example::
 
@@ -45,6 +47,7 @@ class Plan:
 
     specs: tuple[AdapterSpec, ...]
     base_parameters: int
+    traced: bool = dataclasses.field(default=False, compare=False)
 
     def __iter__(self) -> Iterator[AdapterSpec]:
         return iter(self.specs)

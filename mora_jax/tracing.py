@@ -5,6 +5,7 @@ Both Flax shells trace the model with the outputs of all known layers replaced b
 where an adapter would have no effect.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -12,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.interpreters import partial_eval
 
+from mora_jax.layers import LayerRule, first_rules
 from mora_jax.planning import Plan
 from mora_jax.products import Lookup, Product
 
@@ -19,6 +21,25 @@ from mora_jax.products import Lookup, Product
 def blank(y: jax.Array, x: Any) -> jax.Array:
     """Zeros like the layer's output `y`, which depend on its input `x` and no more."""
     return jnp.zeros_like(y) + 0 * jnp.sum(jnp.asarray(x)).astype(y.dtype)
+
+
+def note(
+    products: dict[str, Product],
+    name: str,
+    rule: LayerRule,
+    module: Any,
+    args: Any,
+    kwargs: Any,
+) -> Any:
+    """Add to `products` what a call tells of the kernel at `name`; return its input."""
+    product, x = rule.read(module, args, kwargs)
+    first = first_rules(module)[rule.name(module)]
+    planned = product if rule is first else first.product(module)
+    if planned is None:
+        products.setdefault(name, product)
+    else:
+        products[name] = planned
+    return x
 
 
 def dependencies(
@@ -47,8 +68,8 @@ def dependencies(
 
 def refuse_half_adapted(
     plan: Plan, products: Mapping[str, Product], read_elsewhere: set[str]
-) -> None:
-    """Raise if an adapted embedding is also read outside of its layer's methods."""
+) -> Plan:
+    """`plan`, if no adapted embedding is also read outside of its layer's methods."""
     for spec in plan:
         product = products.get(spec.name)
         if isinstance(product, Lookup) and spec.name in read_elsewhere:
@@ -57,3 +78,14 @@ def refuse_half_adapted(
                 "layer's methods (a tied head?), where the adapter would have no "
                 "effect; exclude it"
             )
+    return dataclasses.replace(plan, traced=True)
+
+
+def refuse_untraced(name: str, product: Product | None) -> None:
+    """Raise for an embedding in a plan that no trace has checked."""
+    if isinstance(product, Lookup):
+        raise ValueError(
+            f"{name}: only a call shows whether the model also reads this embedding "
+            "elsewhere (a tied head); plan with mora_jax.linen.plan or "
+            "mora_jax.nnx.plan(model, config, *inputs)"
+        )

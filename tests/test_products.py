@@ -124,6 +124,7 @@ TWINS = {
     "t-kernel": transposed(strides=(2, 3), transpose_kernel=True),
     "t-two-batches": transposed((2, 2, 6, 5, 3), transpose_kernel=True),
     "t-mask": transposed(mask=mask(3, 2, 3, 6)),
+    "t-circular": transposed(padding="CIRCULAR", strides=(2, 1)),
     "t-kernel-mask": transposed(mask=mask(3, 2, 6, 3), transpose_kernel=True),
     "t-bfloat16-mask": transposed(mask=mask(3, 2, 3, 6), dtype=BF16),
     "scalar": embed(jnp.array(3)),
@@ -137,15 +138,13 @@ TWINS = {
     "tied-negative": embed(-IDS.reshape(2, 2), "tied"),
     "tied-bfloat16": embed(IDS, "tied", dtype=BF16),
 }
-BUG = functools.partial(pytest.mark.xfail, strict=True)
-ATTEND_BUG = {"attend": BUG(reason="planned as oi by Linen and as io by NNX")}
 ONE_OF_EACH = ("sharing", "rotation", "orthogonal")
 by_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.label)
 
 
-def by_law(*operators, bugs=()):
+def by_law(*operators):
     laws = [
-        pytest.param(name, op, marks=bugs[name] if name in bugs else ())
+        (name, op)
         for op in operators
         for name in TWINS
         if name != "one" or op == "sharing"  # others need more than one feature
@@ -199,7 +198,7 @@ def test_zero_changes_nothing(name, operator):
     chex.assert_trees_all_equal(twin.adapted(twin.x), twin.model(twin.x))
 
 
-@by_law(*ONE_OF_EACH, bugs=ATTEND_BUG)
+@by_law(*ONE_OF_EACH)
 def test_merged_is_adapted(name, operator):
     twin = twin_of(name, operator)
     mora_jax.nnx.set_adapters(twin.adapted, twin.adapters)
@@ -217,9 +216,9 @@ def test_merged_is_adapted_for_every_operator(name, case):
     test_merged_is_adapted(name, case.spec)
 
 
-@by_law("sharing", bugs=ATTEND_BUG)
+@by_law("sharing")
 def test_linen_learns_as_nnx(name, operator):
-    """Equal plans, and gradients, which are those of the merged model."""
+    """Equal plans and gradients; those of an embedding are the merged model's."""
     twin = twin_of(name, operator)
     assert mora_jax.nnx.plan_of(twin.adapted) == twin.plan
     mora_jax.nnx.set_adapters(twin.adapted, twin.adapters)
@@ -230,13 +229,12 @@ def test_linen_learns_as_nnx(name, operator):
 
     grad = mora_jax.nnx.value_and_grad(loss(lambda model, x: model(x)))
     _, state = grad(twin.adapted, twin.x)
-    m, expected = (
-        jax.tree.leaves(jax.grad(loss(apply))(twin.adapters, twin.x))[0]
-        for apply in (twin.apply, twin.folded)
-    )
+    (m,) = jax.tree.leaves(jax.grad(loss(twin.apply))(twin.adapters, twin.x))
     scale = 0.03 if twin.dtype == BF16 else 1e-5
     close(jax.tree.leaves(state)[0], m, scale)
-    close(m, expected, scale)
+    if "embed" in twin.params:
+        expected = jax.grad(loss(twin.folded))(twin.adapters, twin.x)
+        close(m, jax.tree.leaves(expected)[0], scale)
 
 
 some = pytest.mark.parametrize("name", ["pad-pairs", "t-kernel", "tied"])
@@ -298,11 +296,7 @@ def test_embedding_is_the_oracle(case):
     close(twin.apply(twin.adapters, twin.x), expected)
 
 
-# More coordinates than features, and than twice as many.
-WIDE = [(5, 9, 12), (3, 20, 8)]
-
-
-@pytest.mark.parametrize("size", SIZES + WIDE, ids=str)
+@pytest.mark.parametrize("size", [*SIZES, (3, 20, 8)], ids=str)
 @by_case
 def test_lookup_and_transpose(case, size):
     ins, outs, _ = size
@@ -310,7 +304,8 @@ def test_lookup_and_transpose(case, size):
     op, m, y = case.make(ins, outs, q), random(1, q, q), random(2, 3, outs)
     indices = np.random.default_rng(3).integers(0, ins, (2, 5))
 
-    @jax.jit
+    # Nearly all of the time goes into compiling.
+    @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
     def products(op, m, y):
         return op.lookup(m, indices), op.apply_transpose(m, y), op.compress_matrix()
 
@@ -322,7 +317,6 @@ def test_lookup_and_transpose(case, size):
     close(compress, c.reshape(ins, -1))
 
 
-@BUG(reason="302 wraps around in 8 bits; contiguous groups subtract from unsigned ids")
 @pytest.mark.parametrize("dtype", ["uint8", "int8", "uint16", "uint32"])
 def test_indices_of_any_integer_type(dtype):
     """A vocabulary may be larger than the type's range."""
@@ -334,7 +328,6 @@ def test_indices_of_any_integer_type(dtype):
         close(update(AdapterSpec(op, (302, 6)), m, ids, Lookup(), dtype=m.dtype), rows)
 
 
-@BUG(raises=ZeroDivisionError, reason="hadamard divides by the number of indices")
 def test_no_indices():
     for case in CASES:
         rows = case.make(12, 10, 4).lookup(random(1, 4, 4), IDS[:0])
@@ -397,17 +390,17 @@ def test_embedding_does_not_form_the_update(case, use):
 # --- What is adapted ---
 
 
-def make_plan(api, config, padding="SAME"):
+def make_plan(api, config):
     """Of a model with a layer of each kind."""
-    ids, rngs, rest = IDS.reshape(2, 2), nnx.Rngs(0), {"padding": padding}
+    ids, rngs = IDS.reshape(2, 2), nnx.Rngs(0)
     if api == "linen":
-        one = nn.ConvTranspose(8, (3,), (1,), **rest)
+        one = nn.ConvTranspose(8, (3,), (1,))
         model = nn.Sequential([nn.Embed(11, 8), nn.Conv(8, (3,)), one, nn.Dense(8)])
         return linen.plan(model, jax.eval_shape(model.init, KEY, ids), config, ids)
     model = nnx.Sequential(
         nnx.Embed(11, 8, rngs=rngs),
         nnx.Conv(8, 8, (3,), rngs=rngs),
-        nnx.ConvTranspose(8, 8, (3,), (1,), rngs=rngs, **rest),
+        nnx.ConvTranspose(8, 8, (3,), (1,), rngs=rngs),
         nnx.Linear(8, 8, rngs=rngs),
     )
     return mora_jax.nnx.plan(model, config, *[ids] * (api == "nnx"))
@@ -425,20 +418,6 @@ def test_dense_layers_are_the_default_targets(api):
         mora_jax.nnx.plan(nnx.Conv(4, 4, (3,), rngs=nnx.Rngs(0)))
 
 
-@BUG(reason="nnx-alone: refused as not known, and not as CIRCULAR")
-def test_circular_transposed_convolutions_are_refused():
-    for api in APIS:
-        with pytest.raises(ValueError, match="CIRCULAR"):
-            make_plan(api, MoRAConfig(targets=".*[_/]2/kernel"), "CIRCULAR")
-
-
-@BUG(raises=ValueError, reason="linen, nnx: refused though it is not to be adapted")
-def test_circular_transposed_convolutions_may_stay_as_they_are():
-    for api in APIS:
-        assert len(make_plan(api, None, "CIRCULAR")) == 1
-
-
-@BUG(raises=TypeError, reason="Convolution.of takes no keywords")
 @pytest.mark.parametrize("kind", ["Conv", "ConvTranspose"])
 def test_inputs_by_keyword(kind):
     model, x = getattr(nn, kind)(6, (3,)), random(0, 2, 5, 3)

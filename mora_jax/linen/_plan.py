@@ -12,7 +12,7 @@ from mora_jax.paths import named_leaves
 from mora_jax.planning import Plan, plan_products
 from mora_jax.products import Product
 from mora_jax.spec import SUFFIX
-from mora_jax.tracing import blank, dependencies, refuse_half_adapted
+from mora_jax.tracing import blank, dependencies, note, refuse_half_adapted
 from mora_jax.tree import combine, nest
 
 
@@ -79,8 +79,7 @@ def plan(
                 "first (variable_axes={'params': 0})"
             )
     chosen = plan_products(params, config, recorder.products)
-    refuse_half_adapted(chosen, recorder.products, elsewhere)
-    return chosen
+    return refuse_half_adapted(chosen, recorder.products, elsewhere)
 
 
 class _Recorder:
@@ -94,8 +93,7 @@ class _Recorder:
         self, method: Callable[..., Any], args: Any, kwargs: Any, context: Any
     ) -> Any:
         module, y = context.module, method(*args, **kwargs)
-        rules = find_rules(type(module))
-        rule = rules.get(context.method_name)
+        rule = find_rules(type(module)).get(context.method_name)
         if rule is None or module.scope is None:
             return y
         own = rule.name(module)
@@ -103,9 +101,7 @@ class _Recorder:
         if not isinstance(mark, Bound):
             return y
         _, name = mark.spec
-        product, x = rule.read(module, args, kwargs)
-        if rule is next(iter(rules.values())) or name not in self.products:
-            self.products[name] = product
+        x = note(self.products, name, rule, module, args, kwargs)
         kernel = nn.unbox(module.get_variable("params", own))
         self.shapes[name] = tuple(kernel.shape)
         return blank(y, x)

@@ -13,6 +13,7 @@ from mora_jax.linen._bound import Bound, check_model, params_of
 from mora_jax.paths import adapter_path
 from mora_jax.planning import Plan
 from mora_jax.spec import SUFFIX
+from mora_jax.tracing import refuse_untraced
 from mora_jax.tree import adapter_items, combine, nest, split
 
 
@@ -72,7 +73,8 @@ def wrap(model: nn.Module, plan: Plan) -> Callable[..., Any]:
         items = adapter_items(adapters, plan)
         bound = nest({adapter_path(spec): Bound.of(spec, m) for spec, m in items})
         params = combine(params_of(variables), bound)
-        with nn.intercept_methods(_Interceptor(bool(adapter_deterministic))):
+        interceptor = _Interceptor(plan, bool(adapter_deterministic))
+        with nn.intercept_methods(interceptor):
             result = model.apply({**variables, "params": params}, *args, **kwargs)
         if not kwargs.get("mutable"):
             return result
@@ -91,7 +93,8 @@ class _Interceptor:
     one was used is asked when the outermost of them is done.
     """
 
-    def __init__(self, deterministic: bool) -> None:
+    def __init__(self, plan: Plan, deterministic: bool) -> None:
+        self.traced = plan.traced
         self.deterministic = deterministic
         self.running: list[tuple[nn.Module, Any]] = []
         self.used: set[tuple[Any, str]] = set()
@@ -138,6 +141,8 @@ class _Interceptor:
             return y
         self.used.add((scope, kernel))
         product, x = rules[name].read(module, args, kwargs)
+        if not self.traced:
+            refuse_untraced("/".join((*scope, kernel)), product)
         spec, key = bound[kernel].spec, None
         if spec.dropout > 0 and not self.deterministic:
             key = module.make_rng("dropout")

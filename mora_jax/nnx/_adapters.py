@@ -66,7 +66,7 @@ def plan_of(model: nnx.Module) -> Plan:
     """
     specs = tuple(spec for spec, _ in variables(model))
     size = sum(leaf.size for leaf in jax.tree.leaves(parameters(model)))
-    return Plan(specs, size)
+    return Plan(specs, size, traced=True)  # or it would not have been attached
 
 
 def adapters(model: nnx.Module) -> Tree:

@@ -9,10 +9,11 @@ from typing import Any
 from flax import nnx
 
 from mora_jax.layer import check_product, update
-from mora_jax.layers import LayerRule, find_rules, unknown_use
+from mora_jax.layers import LayerRule, find_rules, first_rules, unknown_use
 from mora_jax.nnx._dropout import make_dropout
 from mora_jax.nnx._param import MoRAParam
 from mora_jax.spec import SUFFIX, AdapterSpec
+from mora_jax.tracing import refuse_untraced
 
 Around = Callable[[LayerRule, nnx.Module, Any, Any, Any], Any]
 """(rule, module, args, kwargs, the layer's output) to what is returned instead."""
@@ -88,15 +89,22 @@ def add_update(
 
 
 def attach(
-    module: nnx.Module, spec: AdapterSpec, m: Any, rngs: nnx.Rngs | None
+    module: nnx.Module,
+    spec: AdapterSpec,
+    m: Any,
+    rngs: nnx.Rngs | None,
+    *,
+    traced: bool,
 ) -> None:
     """Give `module` its adapter; one that would have no effect is refused."""
     cls, kernel = plain_class(module), spec.path[-1]
-    rules = [r for r in find_rules(cls).values() if r.name(module) == kernel]
-    if not rules:
+    rule = first_rules(module).get(kernel)
+    if rule is None:
         raise unknown_use(spec.name, cls, "__call__")
     lifted: tuple[int, ...] = ()
-    product = rules[0].product(module)
+    product = rule.product(module)
+    if not traced:
+        refuse_untraced(spec.name, product)
     if product is not None:
         check_product(spec, product)
         lifted = spec.kernel_shape[: len(spec.axes) - len(product.axes)]

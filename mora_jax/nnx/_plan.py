@@ -7,14 +7,20 @@ from typing import Any
 from flax import nnx
 
 from mora_jax.config import MoRAConfig
-from mora_jax.layers import LayerRule, find_rules
+from mora_jax.layers import LayerRule, first_rules
 from mora_jax.nnx._adapters import layers
 from mora_jax.nnx._classes import subclass
 from mora_jax.nnx._param import MoRAParam
 from mora_jax.paths import named_leaves
 from mora_jax.planning import Plan, plan_products
-from mora_jax.products import Lookup, Product
-from mora_jax.tracing import blank, dependencies, refuse_half_adapted
+from mora_jax.products import Product
+from mora_jax.tracing import (
+    blank,
+    dependencies,
+    note,
+    refuse_half_adapted,
+    refuse_untraced,
+)
 
 
 def plan(
@@ -56,20 +62,14 @@ def plan(
         product = rule.product(layer)
         if product is not None:
             products[name] = product
-    elsewhere: set[str] | None = None
-    if args or kwargs:
-        elsewhere = _trace(model, products, args, kwargs)
+    inputs = bool(args or kwargs)
+    elsewhere = _trace(model, products, args, kwargs) if inputs else set()
     chosen = plan_products(params, config, products)
     _refuse_shared(model, chosen)
-    if elsewhere is not None:
-        refuse_half_adapted(chosen, products, elsewhere)
-    for spec in chosen if elsewhere is None else ():
-        if isinstance(products.get(spec.name), Lookup):
-            raise ValueError(
-                f"{spec.name}: only a call shows whether the model also reads this "
-                "embedding elsewhere (a tied head); plan with "
-                "mora_jax.nnx.plan(model, config, *inputs)"
-            )
+    if inputs:
+        return refuse_half_adapted(chosen, products, elsewhere)
+    for spec in chosen:
+        refuse_untraced(spec.name, products.get(spec.name))
     return chosen
 
 
@@ -88,13 +88,8 @@ def check_model(model: Any) -> None:
 def _known(model: nnx.Module) -> Iterator[tuple[str, nnx.Module, LayerRule]]:
     """Layers of known classes: their kernel's path, they, the first rule of it."""
     for path, module in layers(model):
-        seen: set[str] = set()
-        for rule in find_rules(type(module)).values():
-            kernel = rule.name(module)
-            if kernel not in seen and isinstance(
-                getattr(module, kernel, None), nnx.Variable
-            ):
-                seen.add(kernel)
+        for kernel, rule in first_rules(module).items():
+            if isinstance(getattr(module, kernel, None), nnx.Variable):
                 yield "/".join((*path, kernel)), module, rule
 
 
@@ -108,9 +103,8 @@ def _trace(
     def record(
         path: str, rule: LayerRule, module: nnx.Module, args: Any, kwargs: Any, y: Any
     ) -> Any:
-        product, x = rule.read(module, args, kwargs)
-        products.setdefault(path + rule.name(module), product)
-        return blank(y, x)
+        name = path + rule.name(module)
+        return blank(y, note(products, name, rule, module, args, kwargs))
 
     for path, layer in {name.rpartition("/")[0]: m for name, m, _ in found}.items():
         around = functools.partial(record, f"{path}/" if path else "")

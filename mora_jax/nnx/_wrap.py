@@ -71,7 +71,7 @@ def wrap(
                 f"the plan has a kernel of shape {spec.kernel_shape} at {spec.name!r}, "
                 f"the model has {shape}"
             )
-        attach(module, spec, m, rngs)
+        attach(module, spec, m, rngs, traced=chosen.traced)
     return model
 
 

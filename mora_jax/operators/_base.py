@@ -190,7 +190,8 @@ class Operator(abc.ABC):
 
         Args:
           m: (q, q).
-          indices: (...), in [0, in_features); others give no meaningful row.
+          indices: (...); negative ones count from the end, and beyond either end there
+            is no meaningful row.
           precision: of the product with `m`.
 
         Returns:
@@ -204,7 +205,10 @@ class Operator(abc.ABC):
             raise TypeError(f"indices must be an array, got {type(indices).__name__}")
         if not jnp.issubdtype(indices.dtype, jnp.integer):
             raise TypeError(f"indices must be integers, got {indices.dtype}")
-        return self._lookup(jnp.asarray(m), jnp.asarray(indices), precision)
+        # Wide, or a vocabulary beyond the range of a small type would wrap around.
+        indices = jnp.asarray(indices)
+        indices = indices.astype(jnp.promote_types(indices.dtype, jnp.int32))
+        return self._lookup(jnp.asarray(m), indices % self.in_features, precision)
 
     def delta_weight(
         self, m: Float[ArrayLike, "q q"]

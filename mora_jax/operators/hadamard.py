@@ -140,7 +140,7 @@ def walsh_hadamard(x: jax.Array) -> jax.Array:
     x = x * np.asarray(1 / math.sqrt(size), x.dtype)
     half = b
     while half < size * b:
-        pairs = x.reshape(*batch, -1, 2, half)
+        pairs = x.reshape(*batch, size * b // (2 * half), 2, half)
         even, odd = pairs[..., 0, :], pairs[..., 1, :]
         x = jnp.stack([even + odd, even - odd], axis=-2)
         half *= 2

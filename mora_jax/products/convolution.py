@@ -4,8 +4,8 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
 from mora_jax.products._base import KernelUpdate, Product
 
@@ -48,104 +48,38 @@ class Convolution(Product):
         return kernel.decompress(self.convolve(x, kernel.compress_kernel()))
 
     @classmethod
-    def of(cls, layer: Any, *_: Any) -> "Convolution":
+    def of(cls, layer: Any, *_: Any, **__: Any) -> "Convolution":
         """The product of Flax's `Conv`, Linen's or NNX's."""
-
-        def convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
-            return _convolve(layer, x, kernel)
-
         plain = layer.feature_group_count == 1 and layer.mask is None
-        return cls("i" * _spatial(layer) + "io", convolve, plain)
+        settings = "input_dilation", "feature_group_count"
+        return cls._of(layer, nn.Conv, settings, "io", plain)
 
     @classmethod
-    def transposed(cls, layer: Any, *_: Any) -> "Convolution":
+    def transposed(cls, layer: Any, *_: Any, **__: Any) -> "Convolution":
         """The product of Flax's `ConvTranspose`, Linen's or NNX's."""
-        if layer.padding == "CIRCULAR":
-            raise ValueError("a ConvTranspose with CIRCULAR padding cannot be adapted")
+        features = "oi" if layer.transpose_kernel else "io"
+        settings = ("transpose_kernel",)
+        return cls._of(layer, nn.ConvTranspose, settings, features, layer.mask is None)
+
+    @classmethod
+    def _of(
+        cls,
+        layer: Any,
+        kind: Any,
+        fields: tuple[str, ...],
+        features: str,
+        any_outputs: bool,
+    ) -> "Convolution":
+        size = layer.kernel_size
+        window = (size,) if isinstance(size, int) else tuple(size)
+        shared = "strides", "padding", "kernel_dilation", "mask", "precision"
+        copied = {name: getattr(layer, name) for name in (*shared, *fields)}
 
         def convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
-            return _convolve_transposed(layer, x, kernel)
+            outputs = kernel.shape[len(window) + features.index("o")]
+            # A module of its own, not a part of the one that is running.
+            settings = {**copied, "use_bias": False, "dtype": kernel.dtype}
+            own = kind(outputs, window, parent=None, **settings)
+            return own.apply({"params": {"kernel": kernel}}, x)
 
-        features = "oi" if layer.transpose_kernel else "io"
-        return cls("i" * _spatial(layer) + features, convolve, layer.mask is None)
-
-
-def _spatial(layer: Any) -> int:
-    size = layer.kernel_size
-    return 1 if isinstance(size, int) else len(size)
-
-
-def _convolve(layer: Any, x: jax.Array, kernel: jax.Array) -> jax.Array:
-    spatial = _spatial(layer)
-    dilation = _each(layer.kernel_dilation, spatial)
-    x, batch = _flat_batch(x, spatial)
-    padding = layer.padding
-    width = [(n - 1) * d for n, d in zip(kernel.shape, dilation, strict=False)]
-    if padding in ("CIRCULAR", "REFLECT"):
-        pads = [(0, 0), *((w // 2, (w + 1) // 2) for w in width), (0, 0)]
-        x = jnp.pad(x, pads, "wrap" if padding == "CIRCULAR" else "reflect")
-        padding = "VALID"
-    elif padding == "CAUSAL":
-        padding = [(w, 0) for w in width]
-    y = jax.lax.conv_general_dilated(
-        x,
-        _masked(kernel, layer.mask),
-        _each(layer.strides, spatial),
-        _pairs(padding, spatial),
-        lhs_dilation=_each(layer.input_dilation, spatial),
-        rhs_dilation=dilation,
-        dimension_numbers=_channels_last(spatial),
-        feature_group_count=layer.feature_group_count,
-        precision=layer.precision,
-    )
-    return y.reshape(batch + y.shape[1:])
-
-
-def _convolve_transposed(layer: Any, x: jax.Array, kernel: jax.Array) -> jax.Array:
-    spatial = _spatial(layer)
-    x, batch = _flat_batch(x, spatial)
-    y = jax.lax.conv_transpose(
-        x,
-        _masked(kernel, layer.mask),
-        _each(layer.strides, spatial),
-        _pairs(layer.padding, spatial),
-        rhs_dilation=_each(layer.kernel_dilation, spatial),
-        dimension_numbers=_channels_last(spatial),
-        transpose_kernel=layer.transpose_kernel,
-        precision=layer.precision,
-    )
-    return y.reshape(batch + y.shape[1:])
-
-
-def _masked(kernel: jax.Array, mask: Any) -> jax.Array:
-    return kernel if mask is None else kernel * jnp.asarray(mask, kernel.dtype)
-
-
-def _each(value: Any, spatial: int) -> tuple[int, ...]:
-    """A setting for every spatial axis; Flax takes one number for all, or None."""
-    value = 1 if value is None else value
-    return (value,) * spatial if isinstance(value, int) else tuple(value)
-
-
-def _pairs(padding: Any, spatial: int) -> Any:
-    """Padding as `jax.lax` wants it; Flax also takes a number for all or for each."""
-    if isinstance(padding, str):
-        return padding
-    sides = (padding,) * spatial if isinstance(padding, int) else padding
-    return [(side, side) if isinstance(side, int) else tuple(side) for side in sides]
-
-
-def _flat_batch(x: jax.Array, spatial: int) -> tuple[jax.Array, tuple[int, ...]]:
-    """All batch axes as one, and what they were."""
-    batch = x.shape[: x.ndim - spatial - 1]
-    return x.reshape(-1, *x.shape[len(batch) :]), batch
-
-
-def _channels_last(spatial: int) -> jax.lax.ConvDimensionNumbers:
-    axes = tuple(range(1, spatial + 1))
-    window = tuple(range(spatial))
-    return jax.lax.ConvDimensionNumbers(
-        lhs_spec=(0, spatial + 1, *axes),
-        rhs_spec=(spatial + 1, spatial, *window),
-        out_spec=(0, spatial + 1, *axes),
-    )
+        return cls("i" * len(window) + features, convolve, any_outputs)

@@ -39,5 +39,4 @@ class Lookup(Product):
         return axes == self.axes
 
     def update(self, kernel: KernelUpdate, x: jax.Array) -> jax.Array:
-        # Negative indices count from the end, and beyond it the base has no row.
-        return kernel.lookup(x % kernel.shape[0])
+        return kernel.lookup(x)
