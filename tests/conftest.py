@@ -1,11 +1,16 @@
 """What all tests share."""
 
 import importlib.util
+import os
 import pkgutil
 
 import jax
 import jaxtyping
 import pytest
+
+# Most of the time goes into compiling, so XLA need not optimise. An empty XLA_FLAGS
+# tests what users run.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 # Annotations are checked while tests run. Not in linen: MoRADense inherits fields of
 # nn.Dense whose annotations beartype cannot check.
@@ -19,6 +24,13 @@ jaxtyping.install_import_hook(
     ],
     "beartype.beartype",
 )
+
+
+def pytest_configure(config):
+    """Programs that were compiled once are kept."""
+    jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("jax")))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 @pytest.fixture

@@ -142,9 +142,9 @@ ONE_OF_EACH = ("sharing", "rotation", "orthogonal")
 by_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.label)
 
 
-def by_law(*operators):
+def by_law(*operators, slow=()):
     laws = [
-        (name, op)
+        pytest.param(name, op, marks=[pytest.mark.slow] * (op in slow))
         for op in operators
         for name in TWINS
         if name != "one" or op == "sharing"  # others need more than one feature
@@ -189,7 +189,7 @@ def _twin_of(name, config):
 # --- Laws of both kinds ---
 
 
-@by_law("sharing", "rotation")
+@by_law("sharing", "rotation", slow=["rotation"])
 def test_zero_changes_nothing(name, operator):
     twin = twin_of(name, operator)
     zeros = init(twin.plan)
@@ -198,7 +198,7 @@ def test_zero_changes_nothing(name, operator):
     chex.assert_trees_all_equal(twin.adapted(twin.x), twin.model(twin.x))
 
 
-@by_law(*ONE_OF_EACH)
+@by_law(*ONE_OF_EACH, slow=["orthogonal"])
 def test_merged_is_adapted(name, operator):
     twin = twin_of(name, operator)
     mora_jax.nnx.set_adapters(twin.adapted, twin.adapters)
