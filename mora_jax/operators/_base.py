@@ -207,7 +207,7 @@ class Operator(abc.ABC):
             raise TypeError(f"indices must be integers, got {indices.dtype}")
         # Wide, or a vocabulary beyond the range of a small type would wrap around.
         indices = jnp.asarray(indices)
-        indices = indices.astype(jnp.promote_types(indices.dtype, jnp.int32))
+        indices = indices.astype(jnp.result_type(indices.dtype, jnp.int32))
         return self._lookup(jnp.asarray(m), indices % self.in_features, precision)
 
     def delta_weight(
