@@ -160,7 +160,9 @@ def train(
     return adapters, history, float(np.median(seconds[1:] or seconds))
 
 
-def lora(ids: np.ndarray, rank: int, seed: int) -> tuple[Callable[..., jax.Array], Any]:
+def lora(
+    ids: np.ndarray, rank: int, seed: int, model: smollm2.Llama | None = None
+) -> tuple[Callable[..., jax.Array], Any]:
     """LoRA by qwix on the same projections: its `apply`, and its first adapters."""
     try:
         import qwix
@@ -168,7 +170,7 @@ def lora(ids: np.ndarray, rank: int, seed: int) -> tuple[Callable[..., jax.Array
         raise ImportError("--compare needs `pip install qwix`") from error
     rule = {"module_path": ".*_proj", "rank": rank, "alpha": float(rank)}
     provider = qwix.LoraProvider(**rule)
-    adapted: Any = qwix.apply_lora_to_model(smollm2.Llama(), provider)
+    adapted: Any = qwix.apply_lora_to_model(model or smollm2.Llama(), provider)
 
     @jax.jit  # so that the rest of the parameters, which we have, is never made
     def init(key: jax.Array) -> dict[str, Any]:

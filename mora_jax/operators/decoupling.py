@@ -49,19 +49,46 @@ class Decoupling(Operator):
         return self.in_features == self.out_features and self.partition
 
     def _compress(self, x: jax.Array) -> jax.Array:
-        return to_blocks(x, self.square_rank)
+        return self._split(x)
 
     def _decompress(self, h: jax.Array) -> jax.Array:
-        count = blocks(self.out_features, self.square_rank)
-        if self.truncate:
-            h = h[..., :count, :]
-        return from_blocks(route(h, count), self.out_features)
+        return self._join(route(self._used(h), self._places))
+
+    def _apply(
+        self, m: jax.Array, x: jax.Array, precision: jax.lax.PrecisionLike
+    ) -> jax.Array:
+        h = self._multiply(self._used(self._split(x)), m, precision)
+        return self._join(route(h, self._places))
+
+    def _split(self, x: jax.Array) -> jax.Array:
+        """(..., in_features) -> (..., n, q)."""
+        return to_blocks(x, self.square_rank)
+
+    def _join(self, h: jax.Array) -> jax.Array:
+        """(..., p, q) -> (..., out_features)."""
+        return from_blocks(h, self.out_features)
+
+    def _multiply(
+        self, h: jax.Array, m: jax.Array, precision: jax.lax.PrecisionLike
+    ) -> jax.Array:
+        """C(x) M of the blocks of x; those that meet may be added already."""
+        if h.shape[-2] > self._places:  # one product for all blocks that meet
+            h = route(h, self._places)
+        return jnp.matmul(h, m, precision=precision)
+
+    @property
+    def _places(self) -> int:
+        """How many blocks cover the outputs: p."""
+        return blocks(self.out_features, self.square_rank)
+
+    def _used(self, h: jax.Array) -> jax.Array:
+        """The blocks that have an effect."""
+        return h[..., : self._places, :] if self.truncate else h
 
     def _lookup(
         self, m: jax.Array, indices: jax.Array, precision: jax.lax.PrecisionLike
     ) -> jax.Array:
-        n, q = self.compressed_shape
-        count = blocks(self.out_features, q)
+        (n, q), count = self.compressed_shape, self._places
         block, offset = places(indices, self.in_features, q)
         h = self._turn(jax.nn.one_hot(offset, q, dtype=m.dtype), block)
         h = jnp.matmul(h, m, precision=precision)
@@ -71,7 +98,7 @@ class Decoupling(Operator):
         if self.truncate:
             feeds &= block[..., None] < count
         y = jnp.where(feeds[..., None], h[..., None, :], 0).sum(-3)
-        return from_blocks(y, self.out_features)
+        return self._join(y)
 
     def _turn(self, h: jax.Array, block: jax.Array) -> jax.Array:
         """What `_compress` does to (..., q) numbers of the blocks (...)."""

@@ -40,17 +40,14 @@ class Permutation(Decoupling):
         order = permutation(self.out_features, self.seed)
         object.__setattr__(self, "out_order", order)
 
-    def _compress(self, x: jax.Array) -> jax.Array:
-        return super()._compress(jnp.take(x, self.in_order, axis=-1))
+    def _split(self, x: jax.Array) -> jax.Array:
+        return super()._split(jnp.take(x, self.in_order, axis=-1))
 
-    def _decompress(self, h: jax.Array) -> jax.Array:
-        return self._in_order(super()._decompress(h))
+    def _join(self, h: jax.Array) -> jax.Array:
+        return jnp.take(super()._join(h), jnp.argsort(self.out_order), axis=-1)
 
     def _lookup(
         self, m: jax.Array, indices: jax.Array, precision: jax.lax.PrecisionLike
     ) -> jax.Array:
         shuffled = jnp.argsort(self.in_order)[indices]
-        return self._in_order(super()._lookup(m, shuffled, precision))
-
-    def _in_order(self, y: jax.Array) -> jax.Array:
-        return jnp.take(y, jnp.argsort(self.out_order), axis=-1)
+        return super()._lookup(m, shuffled, precision)

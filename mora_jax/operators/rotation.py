@@ -42,23 +42,35 @@ class Rotation(Decoupling):
         return self.in_features == self.out_features and self.in_features % q == 0
 
     def _compress(self, x: jax.Array) -> jax.Array:
-        h = super()._compress(x)
-        cos, sin = self._turns
-        return _rotate(h, cos.astype(h.dtype), sin.astype(h.dtype))
+        h = self._split(x)
+        return _turn(h, *self._tables(h))
+
+    def _multiply(
+        self, h: jax.Array, m: jax.Array, precision: jax.lax.PrecisionLike
+    ) -> jax.Array:
+        # x_k R_k M: M is smaller than all x_k together, so R_k turns its rows.
+        n, q = h.shape[-2:]
+        cos, sin = (table[:n, :, None] for table in self._tables(m))
+        low, high = jnp.split(m, 2)
+        turned = [low * cos + high * sin, high * cos - low * sin]
+        turned = jnp.concatenate(turned, axis=1)
+        # Blocks first and features last, or XLA transposes whole arrays on the CPU.
+        rows = jnp.swapaxes(h.reshape(-1, n, q), 0, 1)
+        rows = jnp.matmul(rows, turned, precision=precision)
+        return jnp.swapaxes(rows, 0, 1).reshape(h.shape)
 
     def _turn(self, h: jax.Array, block: jax.Array) -> jax.Array:
-        cos, sin = (jnp.asarray(table, h.dtype)[block] for table in self._turns)
-        return _rotate(h, cos, sin)
+        cos, sin = (jnp.asarray(table)[block] for table in self._tables(h))
+        return _turn(h, cos, sin)
 
-    @property
-    def _turns(self) -> tuple[np.ndarray, np.ndarray]:
-        """Cosine and sine of the angles of each block, (n, q / 2), in float64."""
+    def _tables(self, like: jax.Array) -> tuple[np.ndarray, np.ndarray]:
+        """Cosine and sine of the angles of each block, (n, q / 2)."""
         n, q = self.compressed_shape
         angle = np.outer(np.arange(n), BASE ** (-2 * np.arange(q // 2) / q))
-        return np.cos(angle), np.sin(angle)
+        return np.cos(angle).astype(like.dtype), np.sin(angle).astype(like.dtype)
 
 
-def _rotate(
+def _turn(
     h: jax.Array, cos: jax.Array | np.ndarray, sin: jax.Array | np.ndarray
 ) -> jax.Array:
     low, high = jnp.split(h, 2, axis=-1)
