@@ -12,8 +12,8 @@ setup = @sh .ci/venv '$(VENV)' '$(PYTHON)'
 run = $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-nnx quickstart test test-all test-tunix lint wheel clean env \
-  tools
+.PHONY: help demo demo-nnx quickstart bench test test-all test-tunix lint wheel clean \
+  env tools
 
 help: ## list the targets
 	@echo 'Targets:'
@@ -21,7 +21,7 @@ help: ## list the targets
 	  | while IFS='|' read -r name text; do printf '  %-12s%s\n' "$$name" "$$text"; done
 	@echo 'Variables:'
 	@echo '  PYTHON      the interpreter, 3.11 or newer (now: $(PYTHON))'
-	@echo '  ARGS        options of the demos and quickstart, as in: make demo ARGS=--help'
+	@echo '  ARGS        options of the demos, quickstart and bench, as in: make demo ARGS=--help'
 	@echo '  PYTEST_ARGS options of test and test-all, as in: make test PYTEST_ARGS="-k merge"'
 
 demo: env ## teach a language model facts it does not know
@@ -32,6 +32,9 @@ demo-nnx: env ## the same with the model's twin in Flax NNX
 
 quickstart: env ## the shortest use of the library
 	$(run) examples/quickstart.py $(ARGS)
+
+bench: env ## a training step against the frozen model and LoRA, in turns
+	$(run) benchmarks/train_step.py $(ARGS)
 
 test: env ## the tests, without the slow ones
 	$(run) -m pytest $(PYTEST_ARGS)

@@ -14,7 +14,7 @@ import argparse
 import dataclasses
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ import optax
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 from harness import Contender, race, results, save, show
+from tqdm import tqdm
 
 import mora_jax
 from mora_jax import MoRAConfig, linen
@@ -133,7 +134,7 @@ def check(apply: Callable[..., Any], merged: Callable[..., Any], *args: Any) -> 
         raise SystemExit(f"adapted and merged logits differ by {error:.1e}, relatively")
 
 
-def contenders(args: argparse.Namespace) -> dict[str, Contender]:
+def contenders(args: argparse.Namespace) -> Iterator[tuple[str, Contender]]:
     """All methods, compiled and checked; the frozen model first."""
     config = smollm2.Config(layers=args.layers)
     model = smollm2.Llama(config)
@@ -143,12 +144,11 @@ def contenders(args: argparse.Namespace) -> dict[str, Contender]:
     params = random_like(shapes, 0.03)
     embedded = jnp.zeros((*shape, config.width))
     baseline = step(functools.partial(frozen, model), embedded, params, ids)
-    found = {"frozen model": dataclasses.replace(baseline, trained=0)}
+    yield "frozen model", dataclasses.replace(baseline, trained=0)
     for operator in args.operators:
-        found[f"MoRA, {operator}"] = mora(model, params, ids, operator, args.rank)
+        yield f"MoRA, {operator}", mora(model, params, ids, operator, args.rank)
     if args.peers:
-        found |= peers(model, params, ids, args.rank)
-    return found
+        yield from peers(model, params, ids, args.rank)
 
 
 def mora(
@@ -173,7 +173,7 @@ def mora(
 
 def peers(
     model: smollm2.Llama, params: Params, ids: np.ndarray, rank: int
-) -> dict[str, Contender]:
+) -> Iterator[tuple[str, Contender]]:
     """What MoRA is compared with."""
     config = MoRAConfig(rank=rank, operator={"name": "rotation", "truncate": True})
     plan = linen.plan(model, {"params": params}, config, ids)
@@ -203,13 +203,11 @@ def peers(
 
     published = adapted_by_hand(model, plan, rotation_as_published)
     by_hand = adapted_by_hand(model, plan, lora_by_hand)
-    return {
-        "MoRA, rotation as published": step(published, ms, params, ids),
-        "LoRA, by hand": step(by_hand, lora, params, ids),
-        "LoRA, qwix": step(qwix, qwix_adapters, {"params": params}, ids),
-        "LoRA, flax.nnx": step(flax, flax_adapters, flax_rest, ids),
-        "every kernel": step(every_kernel, kernels, flat, ids),
-    }
+    yield "rotation as published", step(published, ms, params, ids)
+    yield "LoRA, by hand", step(by_hand, lora, params, ids)
+    yield "LoRA, qwix", step(qwix, qwix_adapters, {"params": params}, ids)
+    yield "LoRA, flax.nnx", step(flax, flax_adapters, flax_rest, ids)
+    yield "every kernel", step(every_kernel, kernels, flat, ids)
 
 
 def lora_of_flax(
@@ -273,9 +271,10 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     """Compile and check all, run them in turns, and report."""
     args = arguments()
-    all_contenders = contenders(args)
-    race(all_contenders, args.rounds)
-    rows = results(all_contenders)
+    total = 1 + len(args.operators) + 5 * args.peers
+    entered = dict(tqdm(contenders(args), "compiling, checking", total))
+    race(entered, args.rounds)
+    rows = results(entered)
     show(rows)
     settings = {k: v for k, v in vars(args).items() if k not in ("out", "quick")}
     save(rows, settings, args.out)

@@ -1,5 +1,6 @@
 """The README says what is so."""
 
+import json
 import re
 from pathlib import Path
 from typing import get_type_hints
@@ -16,7 +17,8 @@ from mora_jax.config import MoRAConfig
 from mora_jax.layers import registered
 from mora_jax.products import Contraction, Convolution, Lookup, Product
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
 KINDS = {
     "dense": (Contraction, "yes, but no head, router, embedding"),
     "convolution": (Convolution, "if `targets` name it"),
@@ -69,6 +71,16 @@ def test_defaults_are_as_the_table_says():
     assert [spec.name for spec in chosen] == ["dense/kernel"]
 
 
+def test_table_of_costs_is_as_measured():
+    report = json.loads((ROOT / "benchmarks/train_step.json").read_text())
+    for row in report["results"]:
+        assert (
+            "| {method} | {time:.2f} | {temporary_MB:,.0f} MB | {arithmetic:.2f} | "
+            "{compile_seconds:.0f} s |".format(**row)
+        ) in README
+    assert report["machine"]["device"] == "cpu" and report["settings"]["tokens"] == 64
+
+
 def example(title):
     """The first block of code under a heading."""
     section = README.split(f"## {title}\n")[1].split("\n## ")[0]
@@ -114,4 +126,4 @@ def test_other_code_compiles():
 @pytest.mark.parametrize("path", re.findall(r"\]\(([^)#]+)\)", README))
 def test_links_to_files(path):
     if not path.startswith("http"):
-        assert (Path(__file__).parents[1] / path).exists()
+        assert (ROOT / path).exists()

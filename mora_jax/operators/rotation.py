@@ -42,26 +42,19 @@ class Rotation(Decoupling):
         return self.in_features == self.out_features and self.in_features % q == 0
 
     def _compress(self, x: jax.Array) -> jax.Array:
-        h = self._split(x)
-        return _turn(h, *self._tables(h))
+        return self._turn_all(self._split(x))
 
     def _multiply(
         self, h: jax.Array, m: jax.Array, precision: jax.lax.PrecisionLike
     ) -> jax.Array:
-        # x_k R_k M: M is smaller than all x_k together, so R_k turns its rows.
-        n, q = h.shape[-2:]
-        cos, sin = (table[:n, :, None] for table in self._tables(m))
-        low, high = jnp.split(m, 2)
-        turned = [low * cos + high * sin, high * cos - low * sin]
-        turned = jnp.concatenate(turned, axis=1)
-        # Blocks first and features last, or XLA transposes whole arrays on the CPU.
-        rows = jnp.swapaxes(h.reshape(-1, n, q), 0, 1)
-        rows = jnp.matmul(rows, turned, precision=precision)
-        return jnp.swapaxes(rows, 0, 1).reshape(h.shape)
+        return jnp.matmul(self._turn_all(h), m, precision=precision)
+
+    def _turn_all(self, h: jax.Array) -> jax.Array:
+        """The first blocks of x, (..., n, q), each turned by its own angles."""
+        return _rotate(h, *(table[: h.shape[-2]] for table in self._tables(h)))
 
     def _turn(self, h: jax.Array, block: jax.Array) -> jax.Array:
-        cos, sin = (jnp.asarray(table)[block] for table in self._tables(h))
-        return _turn(h, cos, sin)
+        return _rotate(h, *(jnp.asarray(table)[block] for table in self._tables(h)))
 
     def _tables(self, like: jax.Array) -> tuple[np.ndarray, np.ndarray]:
         """Cosine and sine of the angles of each block, (n, q / 2)."""
@@ -70,7 +63,7 @@ class Rotation(Decoupling):
         return np.cos(angle).astype(like.dtype), np.sin(angle).astype(like.dtype)
 
 
-def _turn(
+def _rotate(
     h: jax.Array, cos: jax.Array | np.ndarray, sin: jax.Array | np.ndarray
 ) -> jax.Array:
     low, high = jnp.split(h, 2, axis=-1)
