@@ -27,6 +27,7 @@ def default_targets(leaf: str) -> str:
 DEFAULT_TARGETS = (default_targets("kernel"),)
 
 INITS = ("zeros", "gaussian")
+EXECUTIONS = ("auto", "activation", "fold")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +46,11 @@ class MoRAConfig:
         1/sqrt(q), is AiDotNet's; it changes the model's outputs before the first step.
       dropout: rate on the adapter's input; the frozen path sees all of it.
       param_dtype: of M.
+      execution: how a dense layer computes. "activation" adds D(C(x) M) to its output,
+        "fold" multiplies by W + C M D, made anew in each step; "auto" takes the one
+        that was faster in measurements, by the layer's shape, its rows and its dtype.
+        Both give the same numbers but for rounding. Other layers, stacks of kernels in
+        one product, and layers under dropout never fold.
       targets: regular expressions that match the whole path of a kernel, such as
         `.*/(q_proj|v_proj)/kernel`. By default the kernels of dense layers.
       exclude: paths to leave out, in the same way.
@@ -71,6 +77,7 @@ class MoRAConfig:
     init: str = "zeros"
     dropout: float = 0.0
     param_dtype: DTypeLike = jnp.float32
+    execution: str = "auto"
     targets: str | Iterable[str] = DEFAULT_TARGETS
     exclude: str | Iterable[str] = ()
     overrides: Mapping[str, Mapping[str, Any]] = dataclasses.field(
@@ -87,8 +94,8 @@ class MoRAConfig:
             object.__setattr__(self, "operator", FrozenDict(self.operator))
         check_number("alpha", self.alpha)
         check_rate(self.dropout)
-        if self.init not in INITS:
-            raise ValueError(f"init must be one of {INITS}, got {self.init!r}")
+        check_choice("init", self.init, INITS)
+        check_choice("execution", self.execution, EXECUTIONS)
         object.__setattr__(self, "param_dtype", floating_dtype(self.param_dtype))
         check_seed(self.seed)
         for field in ("targets", "exclude"):
@@ -135,6 +142,12 @@ class MoRAConfig:
         if "rank" in settings:  # it must win over a square_rank for all
             settings = {"square_rank": None, **settings}
         return dataclasses.replace(self, **settings, overrides=FrozenDict())
+
+
+def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    """Raise unless `value` is one of `choices`."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {choices}, got {value!r}")
 
 
 def check_number(name: str, value: object) -> None:

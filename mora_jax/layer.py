@@ -13,11 +13,12 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Float, PRNGKeyArray, Shaped
 
-from mora_jax._types import ArrayLike, Shape
+from mora_jax._types import ArrayLike
 from mora_jax.axes import sizes
 from mora_jax.config import MoRAConfig
+from mora_jax.execution import adapted_product
 from mora_jax.operators import Operator
-from mora_jax.products import Contraction, KernelUpdate, Lookup, Product
+from mora_jax.products import Contraction
 from mora_jax.spec import SUFFIX, AdapterSpec, check_adapter, check_kernel
 
 
@@ -36,6 +37,7 @@ class FrozenDense:
       dropout: rate on the adapter's input.
       init: of M, "zeros" or "gaussian".
       param_dtype: of M.
+      execution: "auto", "activation" or "fold", as in `MoRAConfig`.
       precision: of both products, as in `jax.lax.dot_general`.
 
     Example::
@@ -57,6 +59,7 @@ class FrozenDense:
     dropout: float = 0.0
     init: str = "zeros"
     param_dtype: DTypeLike = jnp.float32
+    execution: str = "auto"
     precision: jax.lax.PrecisionLike = None
 
     @classmethod
@@ -74,7 +77,15 @@ class FrozenDense:
         settings = {f: getattr(spec, f) for f in cls._shared}
         return cls(kernel, bias, **settings)
 
-    _shared = ("operator", "axes", "alpha", "dropout", "init", "param_dtype")
+    _shared = (
+        "operator",
+        "axes",
+        "alpha",
+        "dropout",
+        "init",
+        "param_dtype",
+        "execution",
+    )
 
     @property
     def spec(self) -> AdapterSpec:
@@ -87,82 +98,11 @@ class FrozenDense:
 jax.tree_util.register_dataclass(
     FrozenDense,
     data_fields=["kernel", "bias", "operator"],
-    meta_fields=["axes", "alpha", "dropout", "init", "param_dtype", "precision"],
+    meta_fields=[
+        *(name for name in FrozenDense._shared if name != "operator"),
+        "precision",
+    ],
 )
-
-
-def update(
-    spec: AdapterSpec,
-    m: ArrayLike,
-    x: ArrayLike,
-    product: Product,
-    *,
-    dtype: DTypeLike,
-    dropout_key: PRNGKeyArray | None = None,
-    precision: jax.lax.PrecisionLike = None,
-) -> jax.Array:
-    r"""What the adapter adds to a layer's output: :math:`\alpha\, D(C(x) M)`.
-
-    The one place where it is computed, for every layer and both Flax APIs.
-
-    Args:
-      spec: the adapter.
-      m: M, (*stack, q, q) with the stack axes of `product`.
-      x: the layer's input.
-      product: how the layer multiplies it with its kernel.
-      dtype: of the computation and of the result: that of the layer's output.
-      dropout_key: drops some of `x` if given.
-      precision: of the product with M.
-
-    Returns:
-      The shape of the layer's output.
-
-    Raises:
-      ValueError: the plan reads the kernel's axes otherwise than the layer.
-    """
-    check_product(spec, product)
-    inner = slice(len(spec.axes) - len(product.axes), None)
-    m, x = jnp.asarray(m).astype(dtype), jnp.asarray(x)
-    kernel = KernelUpdate(
-        spec.operator, m, spec.kernel_shape[inner], spec.axes[inner], precision
-    )
-    if isinstance(product, Lookup):  # an index is dropped with its row
-        y = product.update(kernel, x)
-        y = _dropout(y, (*x.shape, 1), dropout_key, spec.dropout)
-    else:
-        x = _dropout(x.astype(dtype), x.shape, dropout_key, spec.dropout)
-        y = product.update(kernel, x)
-    return y * jnp.asarray(spec.alpha, dtype)
-
-
-def check_product(spec: AdapterSpec, product: Product) -> None:
-    """Raise unless the layer reads the kernel's axes as the plan does.
-
-    Leading stack axes of the plan may be ones that a lifted transformation takes off.
-    """
-    lead = len(spec.axes) - len(product.axes)
-    if set(spec.axes[:lead]) - {"s"} or not product.fits(spec.axes[lead:]):
-        raise ValueError(
-            f"{spec.name}: the plan reads its axes as {spec.axes!r}, the layer "
-            f"computes {product.axes!r}; plan with mora_jax.linen.plan or "
-            f"mora_jax.nnx.plan, or say overrides={{{spec.name!r}: "
-            f"{{'axes': {product.axes!r}}}}}"
-        )
-
-
-def _dropout(
-    x: jax.Array, shape: Shape, key: PRNGKeyArray | None, rate: float
-) -> jax.Array:
-    if key is None or rate == 0:
-        return x
-    return jnp.where(jax.random.bernoulli(key, 1 - rate, shape), x / (1 - rate), 0)
-
-
-def kernel_update(spec: AdapterSpec, m: ArrayLike) -> jax.Array:
-    r"""The update as a kernel, :math:`\alpha\, C M D`, of the kernel's shape."""
-    m = jnp.asarray(m)
-    kernel = KernelUpdate(spec.operator, m, spec.kernel_shape, spec.axes).kernel()
-    return kernel * jnp.asarray(spec.alpha, m.dtype)
 
 
 def choose_dropout_key(
@@ -220,24 +160,28 @@ def mora_apply(
     contraction = Contraction.from_axes(spec.axes, x.ndim)
     contraction.check_input(tuple(x.shape), spec.kernel_shape)
     dtype = jnp.result_type(x, kernel, *([] if bias is None else [bias]))
-    y = jnp.einsum(
-        contraction.equation,
-        x.astype(dtype),
-        kernel.astype(dtype),
-        precision=frozen.precision,
-    )
-    if bias is not None:
-        y = y + _spread_bias(bias, spec, y.ndim).astype(dtype)
-    key = choose_dropout_key(spec, key, deterministic)
-    return y + update(
+    y = adapted_product(
         spec,
         m,
-        x,
+        x.astype(dtype),
+        kernel.astype(dtype),
         contraction,
-        dtype=y.dtype,
-        dropout_key=key,
+        _Einsum(contraction.equation, frozen.precision),
+        dropout_key=choose_dropout_key(spec, key, deterministic),
         precision=frozen.precision,
     )
+    return y if bias is None else y + _spread_bias(bias, spec, y.ndim).astype(dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Einsum:
+    """`jax.numpy.einsum` with its settings."""
+
+    equation: str
+    precision: jax.lax.PrecisionLike
+
+    def __call__(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
+        return jnp.einsum(self.equation, x, kernel, precision=self.precision)
 
 
 def concrete(name: str, value: Any) -> jax.Array:

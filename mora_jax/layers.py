@@ -23,12 +23,15 @@ class LayerRule:
       kernel: name of the parameter, or a function of the module that returns it.
       method: the method that computes it.
       argument: name of the input among the method's arguments; None for the first.
+      dot_general: whether the method multiplies by what its attribute `dot_general`
+        holds, as Flax's dense layers do.
     """
 
     equation: Equation
     kernel: Name
     method: str
     argument: str | None = None
+    dot_general: bool = False
 
     def read(self, module: Any, args: Any, kwargs: Any) -> tuple[Product, Any]:
         """The product of one call, and its input."""
@@ -46,6 +49,12 @@ class LayerRule:
     def name(self, module: Any) -> str:
         """The name of the kernel's parameter."""
         return self.kernel if isinstance(self.kernel, str) else self.kernel(module)
+
+    def multiplies_by_dot_general(self, module: Any) -> bool:
+        """Whether the product is JAX's own, and the module's attribute decides it."""
+        if not self.dot_general or getattr(module, "dot_general_cls", None) is not None:
+            return False
+        return getattr(module, "dot_general", None) in (None, jax.lax.dot_general)
 
     def product(self, module: Any) -> Product | None:
         """The product as far as the module alone tells; None if it takes a call."""
@@ -75,6 +84,7 @@ def register_layer(
     kernel: Name = "kernel",
     method: str = "__call__",
     argument: str | None = None,
+    dot_general: bool = False,
 ) -> None:
     """Teach `linen.wrap` and `nnx.wrap` a layer class.
 
@@ -92,6 +102,10 @@ def register_layer(
         it.
       method: the method that computes the product.
       argument: name of the method's argument that is the input; by default its first.
+      dot_general: the method multiplies input and kernel, both of the same dtype, by
+        `self.dot_general(input, kernel, dimension_numbers, ...)`, so that the update
+        can be folded into the kernel. The attribute holds `jax.lax.dot_general` or
+        None, else nothing is folded.
 
     Raises:
       TypeError: `cls` is no class, or lacks the method, or that the argument.
@@ -127,7 +141,7 @@ def register_layer(
             f"argument must be one of {names[1:]} of {cls.__name__}.{method}, "
             f"got {argument!r}"
         )
-    rule = LayerRule(equation, kernel, method, argument)
+    rule = LayerRule(equation, kernel, method, argument, dot_general)
     _RULES[cls] = {**_RULES.get(cls, {}), method: rule}
 
 

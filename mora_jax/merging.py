@@ -11,7 +11,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Float
 
 from mora_jax._types import ArrayLike
-from mora_jax.layer import FrozenDense, concrete, kernel_update, params_adapter
+from mora_jax.execution import kernel_update
+from mora_jax.layer import FrozenDense, concrete, params_adapter
 from mora_jax.paths import Path, is_boxed, key_name, named_leaves, nearest
 from mora_jax.planning import Plan
 from mora_jax.spec import SUFFIX, AdapterSpec

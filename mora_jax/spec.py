@@ -12,8 +12,10 @@ from jaxtyping import PRNGKeyArray
 from mora_jax._types import Shape
 from mora_jax.axes import check_axes, sizes
 from mora_jax.config import (
+    EXECUTIONS,
     INITS,
     MoRAConfig,
+    check_choice,
     check_number,
     check_rate,
     floating_dtype,
@@ -36,6 +38,7 @@ class AdapterSpec:
       dropout: rate on the adapter's input.
       init: "zeros" or "gaussian".
       param_dtype: of M.
+      execution: "auto", "activation" or "fold", as in `MoRAConfig`.
       path: the kernel's place in its params tree, a tuple of keys.
     """
 
@@ -46,6 +49,7 @@ class AdapterSpec:
     dropout: float = 0.0
     init: str = "zeros"
     param_dtype: DTypeLike = jnp.float32
+    execution: str = "auto"
     path: tuple[str, ...] = ("kernel",)
 
     def __post_init__(self) -> None:
@@ -61,8 +65,8 @@ class AdapterSpec:
             )
         check_number("alpha", self.alpha)
         check_rate(self.dropout)
-        if self.init not in INITS:
-            raise ValueError(f"init must be one of {INITS}, got {self.init!r}")
+        check_choice("init", self.init, INITS)
+        check_choice("execution", self.execution, EXECUTIONS)
         object.__setattr__(self, "param_dtype", floating_dtype(self.param_dtype))
 
     @classmethod
@@ -96,6 +100,7 @@ class AdapterSpec:
             dropout=config.dropout,
             init=config.init,
             param_dtype=config.param_dtype,
+            execution=config.execution,
             path=path,
         )
 

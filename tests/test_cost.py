@@ -9,7 +9,7 @@ from cases import CASES
 from flax import linen as nn
 
 from mora_jax import MoRAConfig, init, linen
-from mora_jax.layer import update
+from mora_jax.execution import update
 from mora_jax.products import DENSE, Contraction
 from mora_jax.spec import AdapterSpec
 

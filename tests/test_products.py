@@ -18,7 +18,7 @@ from jax.test_util import check_grads
 
 import mora_jax
 from mora_jax import MoRAConfig, fold, init, linen, make_operator, merge
-from mora_jax.layer import update
+from mora_jax.execution import update
 from mora_jax.products import ATTEND, Contraction, Convolution, Lookup
 from mora_jax.spec import AdapterSpec
 

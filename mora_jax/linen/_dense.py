@@ -1,12 +1,15 @@
 """A dense layer with its adapter."""
 
+from functools import partial
+
 import flax.linen as nn
 import jax
 from jaxtyping import Float, Shaped
 
 from mora_jax._types import ArrayLike
 from mora_jax.config import MoRAConfig
-from mora_jax.layer import update
+from mora_jax.execution import adapt_call
+from mora_jax.layers import find_rules
 from mora_jax.products import DENSE, Contraction
 from mora_jax.spec import SUFFIX, AdapterSpec, init_adapter
 
@@ -51,21 +54,20 @@ class MoRADense(nn.Dense):
         Returns:
           (..., features).
         """
-        y = super().__call__(inputs)
         shape = (inputs.shape[-1], self.features)
         spec = AdapterSpec.from_config(self.config, shape, path=(*self.path, "kernel"))
-        m = self.param(f"kernel{SUFFIX}", lambda key: init_adapter(spec, key))
         key = None
         if spec.dropout > 0 and not nn.merge_param(
             "deterministic", self.deterministic, deterministic
         ):
             key = self.make_rng("dropout")
-        return y + update(
+        return adapt_call(
+            lambda: super(MoRADense, self).__call__(inputs),
+            self,
+            find_rules(nn.Dense)["__call__"],
             spec,
-            m,
+            lambda: self.param(f"kernel{SUFFIX}", partial(init_adapter, spec)),
             inputs,
             Contraction.parse(DENSE, inputs.ndim),
-            dtype=y.dtype,
-            dropout_key=key,
-            precision=self.precision,
+            key,
         )

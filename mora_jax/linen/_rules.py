@@ -22,8 +22,8 @@ def _einsum(module: nn.Einsum, inputs: ArrayLike, einsum_str: str | None = None)
     return nn.merge_param("einsum_str", module.einsum_str, einsum_str)
 
 
-register_layer(nn.Dense, equation=DENSE)
-register_layer(nn.DenseGeneral, equation=_general)
+register_layer(nn.Dense, equation=DENSE, dot_general=True)
+register_layer(nn.DenseGeneral, equation=_general, dot_general=True)
 register_layer(nn.Einsum, equation=_einsum)
 register_layer(nn.Conv, equation=Convolution.of)
 register_layer(nn.ConvTranspose, equation=Convolution.transposed)

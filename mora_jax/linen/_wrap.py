@@ -5,9 +5,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
-import jax
 
-from mora_jax.layer import update
+from mora_jax.execution import adapt_call
 from mora_jax.layers import find_rules, unknown_use
 from mora_jax.linen._bound import Bound, check_model, params_of
 from mora_jax.paths import adapter_path
@@ -111,10 +110,9 @@ class _Interceptor:
         outermost = all(other != scope for _, other in self.running)
         self.running.append((module, scope))
         try:
-            y = method(*args, **kwargs)
+            y = self._adapt(method, module, name, args, kwargs, bound)
         finally:
             self.running.pop()
-        y = self._adapt(y, module, name, args, kwargs, bound)
         for kernel in bound if outermost else ():
             if (scope, kernel) not in self.used:
                 raise unknown_use("/".join((*scope, kernel)), type(module), name)
@@ -122,38 +120,41 @@ class _Interceptor:
 
     def _adapt(
         self,
-        y: jax.Array,
+        method: Callable[..., Any],
         module: nn.Module,
         name: str,
         args: Any,
         kwargs: Any,
         bound: Mapping[str, Bound],
-    ) -> jax.Array:
+    ) -> Any:
         assert module.scope is not None
         scope, rules = module.scope.path, find_rules(type(module))
         if name not in rules:
+            y = method(*args, **kwargs)
             for rule in rules.values():
                 if (kernel := rule.name(module)) in bound:
                     raise unknown_use("/".join((*scope, kernel)), type(module), name)
             return y
-        kernel = rules[name].name(module)
+        rule = rules[name]
+        kernel = rule.name(module)
         if kernel not in bound:
-            return y
+            return method(*args, **kwargs)
         self.used.add((scope, kernel))
-        product, x = rules[name].read(module, args, kwargs)
+        product, x = rule.read(module, args, kwargs)
         if not self.traced:
             refuse_untraced("/".join((*scope, kernel)), product)
         spec, key = bound[kernel].spec, None
         if spec.dropout > 0 and not self.deterministic:
             key = module.make_rng("dropout")
-        return y + update(
+        return adapt_call(
+            lambda: method(*args, **kwargs),
+            module,
+            rule,
             dataclasses.replace(spec, path=(*scope, *spec.path)),
-            bound[kernel].m,
+            lambda: bound[kernel].m,
             x,
             product,
-            dtype=y.dtype,
-            dropout_key=key,
-            precision=getattr(module, "precision", None),
+            key,
         )
 
 

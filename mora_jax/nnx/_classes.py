@@ -8,7 +8,7 @@ from typing import Any
 
 from flax import nnx
 
-from mora_jax.layer import check_product, update
+from mora_jax.execution import adapt_call, check_product
 from mora_jax.layers import LayerRule, find_rules, first_rules, unknown_use
 from mora_jax.nnx._dropout import make_dropout
 from mora_jax.nnx._param import MoRAParam
@@ -16,7 +16,7 @@ from mora_jax.spec import SUFFIX, AdapterSpec
 from mora_jax.tracing import refuse_untraced
 
 Around = Callable[[LayerRule, nnx.Module, Any, Any, Any], Any]
-"""(rule, module, args, kwargs, the layer's output) to what is returned instead."""
+"""(rule, module, args, kwargs, the call itself) to what is returned instead."""
 
 DROPOUT = "dropout_mora"
 
@@ -57,7 +57,7 @@ def adapted_class(cls: type) -> type:
 
 @functools.cache  # two classes for the same would be two programs for nnx.jit
 def _adapted_class(cls: type, rules: tuple[LayerRule, ...]) -> type:
-    return subclass(cls, add_update, strict=True)
+    return subclass(cls, call_adapted, strict=True)
 
 
 def plain_class(module: nnx.Module) -> type:
@@ -65,27 +65,19 @@ def plain_class(module: nnx.Module) -> type:
     return getattr(module, "plain_class", type(module))
 
 
-def add_update(
-    rule: LayerRule, module: nnx.Module, args: Any, kwargs: Any, y: Any
+def call_adapted(
+    rule: LayerRule, module: nnx.Module, args: Any, kwargs: Any, call: Any
 ) -> Any:
-    """The layer's output `y`, and what its adapter adds to it."""
+    """What `call()`, the layer's method, gives with its adapter."""
     product, x = rule.read(module, args, kwargs)
     m: Any = getattr(module, rule.name(module) + SUFFIX, None)
     if m is None:  # another kernel of the layer is adapted
-        return y
+        return call()
     dropout: Any = getattr(module, DROPOUT, None)
     key = None
     if dropout is not None and not dropout.deterministic:
         key = dropout.rngs()
-    return y + update(
-        m.spec,
-        m[...],
-        x,
-        product,
-        dtype=y.dtype,
-        dropout_key=key,
-        precision=getattr(module, "precision", None),
-    )
+    return adapt_call(call, module, rule, m.spec, lambda: m[...], x, product, key)
 
 
 def attach(
@@ -137,10 +129,10 @@ def _surround(
             return method(self, *args, **kwargs)
         token = _running.set((*_running.get(), id(self)))
         try:
-            y = method(self, *args, **kwargs)
+            run = functools.partial(method, self, *args, **kwargs)
+            return around(rule, self, args, kwargs, run)
         finally:
             _running.reset(token)
-        return around(rule, self, args, kwargs, y)
 
     return call
 

@@ -101,10 +101,10 @@ def _trace(
     found = list(_known(blanked))
 
     def record(
-        path: str, rule: LayerRule, module: nnx.Module, args: Any, kwargs: Any, y: Any
+        path: str, rule: LayerRule, module: Any, args: Any, kwargs: Any, call: Any
     ) -> Any:
         name = path + rule.name(module)
-        return blank(y, note(products, name, rule, module, args, kwargs))
+        return blank(call(), note(products, name, rule, module, args, kwargs))
 
     for path, layer in {name.rpartition("/")[0]: m for name, m, _ in found}.items():
         around = functools.partial(record, f"{path}/" if path else "")

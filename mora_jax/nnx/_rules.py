@@ -23,8 +23,8 @@ def _einsum(
     return einsum_str or module.einsum_str
 
 
-register_layer(nnx.Linear, equation=DENSE)
-register_layer(nnx.LinearGeneral, equation=_general)
+register_layer(nnx.Linear, equation=DENSE, dot_general=True)
+register_layer(nnx.LinearGeneral, equation=_general, dot_general=True)
 register_layer(nnx.Einsum, equation=_einsum)
 register_layer(nnx.Conv, equation=Convolution.of)
 register_layer(nnx.ConvTranspose, equation=Convolution.transposed)

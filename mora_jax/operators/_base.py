@@ -4,7 +4,7 @@ import abc
 import dataclasses
 import functools
 import math
-from typing import Any, ClassVar, Literal, TypeVar, dataclass_transform
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ from jaxtyping import Float, Integer
 
 from mora_jax._types import ArrayLike, Shape
 from mora_jax.operators._checks import check_array, positive_integer
+from mora_jax.operators._product import product
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +46,9 @@ class Operator(abc.ABC):
     """Whether q may not exceed `min(in_features, out_features)`."""
     multiple_of: ClassVar[int] = 1
     """What q must be divisible by."""
+    fold_from: ClassVar[float] = 2.0
+    """From how many rows on it pays to fold the update into the kernel, in units of
+    in * out / (in + out)."""
 
     def __post_init__(self) -> None:
         for field in ("in_features", "out_features", "square_rank"):
@@ -93,12 +97,26 @@ class Operator(abc.ABC):
     def _decompress(self, h: jax.Array) -> jax.Array:
         """D. `h`: (..., *compressed_shape) -> (..., out_features)."""
 
-    def _apply(
-        self, m: jax.Array, x: jax.Array, precision: jax.lax.PrecisionLike
-    ) -> jax.Array:
-        """D(C(x) M), for operators that have a faster way than the three in a row."""
-        h = jnp.matmul(self._compress(x), m, precision=precision)
+    def _meet(self, x: jax.Array) -> jax.Array:
+        """C(x) for the product with M, (..., in_features) -> (..., *any, q).
+
+        A block operator adds blocks that meet at an output, and leaves out those that
+        have no effect: then M multiplies as few rows as it can.
+        """
+        return self._compress(x)
+
+    def _spread(self, h: jax.Array) -> jax.Array:
+        """D of what `_meet` left, (..., *any, q) -> (..., out_features)."""
         return self._decompress(h)
+
+    def _delta(self, m: jax.Array) -> jax.Array:
+        """C (I_n x M) D. `m`: (q, q) -> (in_features, out_features).
+
+        Made anew in each step where kernels are folded, so block operators have a fast
+        way of their own. This one takes the rows of M through D, the columns of what
+        results through the transpose of C.
+        """
+        return _transpose_compress(self, self._decompress(m))
 
     @abc.abstractmethod
     def _lookup(
@@ -225,9 +243,6 @@ class Operator(abc.ABC):
 
         .. math:: C (I_n \otimes M) D
 
-        The rows of :math:`I_n \otimes M` go through `decompress`, block by block, the
-        columns of what results through the transpose of `compress`.
-
         Args:
           m: (q, q).
 
@@ -256,21 +271,12 @@ class Operator(abc.ABC):
 def _apply(
     op: Operator, m: ArrayLike, x: ArrayLike, precision: jax.lax.PrecisionLike
 ) -> jax.Array:
-    return op._apply(jnp.asarray(m), jnp.asarray(x), precision)
+    return product(op.block, precision)(op, jnp.asarray(m), jnp.asarray(x))
 
 
 @jax.jit
 def _delta_weight(op: Operator, m: ArrayLike) -> jax.Array:
-    m = jnp.asarray(m)
-
-    def block_rows(k: jax.Array) -> jax.Array:
-        alone = jnp.zeros((op.square_rank, *op.compressed_shape), m.dtype)
-        return op.decompress(alone.at[:, k].set(m))
-
-    # One block at a time: all n together would take n * q by n * q numbers.
-    n = op.compressed_shape[0]
-    rows = jax.lax.map(block_rows, jnp.arange(n)) if op.block else op.decompress(m)
-    return _transpose_compress(op, rows)
+    return op._delta(jnp.asarray(m))
 
 
 def _transpose_compress(op: Operator, columns: jax.Array) -> jax.Array:
@@ -279,32 +285,3 @@ def _transpose_compress(op: Operator, columns: jax.Array) -> jax.Array:
     transpose = jax.linear_transpose(op.compress, vector)
     (weight,) = jax.vmap(transpose, in_axes=-1, out_axes=-1)(columns)
     return weight
-
-
-OperatorT = TypeVar("OperatorT", bound=Operator)
-
-
-def array_field(*, init: Literal[False] = False) -> Any:
-    """A field that `__post_init__` fills from the seed: no part of eq, hash or repr."""
-    return dataclasses.field(init=init, compare=False, repr=False)
-
-
-@dataclass_transform(frozen_default=True, field_specifiers=(array_field,))
-def operator(cls: type[OperatorT]) -> type[OperatorT]:
-    """Make `cls` a frozen dataclass and a pytree whose leaves are its `arrays`."""
-    cls = dataclasses.dataclass(frozen=True)(cls)
-    static = [f.name for f in dataclasses.fields(cls) if f.name not in cls.arrays]
-
-    def flatten_with_keys(op: Operator) -> tuple[list[Any], tuple[Any, ...]]:
-        children = [(jax.tree_util.GetAttrKey(n), getattr(op, n)) for n in cls.arrays]
-        return children, tuple(getattr(op, name) for name in static)
-
-    def unflatten(aux: tuple[Any, ...], children: Any) -> Operator:
-        # Not through __init__: the leaves of a tree_map may be anything.
-        op = object.__new__(cls)
-        for name, value in zip([*static, *cls.arrays], [*aux, *children], strict=True):
-            object.__setattr__(op, name, value)
-        return op
-
-    jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten)
-    return cls

@@ -1,5 +1,7 @@
 """Vectors as rows of q features, and back."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +19,14 @@ def to_blocks(x: jax.Array, square_rank: int) -> jax.Array:
     missing = n * square_rank - features
     padded = jnp.pad(x, [(0, 0)] * len(batch) + [(0, missing)], mode="wrap")
     return padded.reshape(*batch, n, square_rank)
+
+
+def wrap_rows(weight: jax.Array, features: int) -> jax.Array:
+    """(n * q, out) -> (features, out): rows past the end are added to the first."""
+    rounds = blocks(weight.shape[0], features)
+    missing = rounds * features - weight.shape[0]
+    parts = jnp.split(jnp.pad(weight, [(0, missing), (0, 0)]), rounds)
+    return functools.reduce(jnp.add, parts)
 
 
 def places(

@@ -2,10 +2,19 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mora_jax._types import Shape
-from mora_jax.operators._base import Operator, operator
-from mora_jax.operators._blocks import blocks, from_blocks, places, route, to_blocks
+from mora_jax.operators._base import Operator
+from mora_jax.operators._blocks import (
+    blocks,
+    from_blocks,
+    places,
+    route,
+    to_blocks,
+    wrap_rows,
+)
+from mora_jax.operators._pytree import operator
 
 
 @operator
@@ -35,6 +44,7 @@ class Decoupling(Operator):
 
     name = "decoupling"
     bounded = False
+    fold_from = 0.5
 
     @property
     def compressed_shape(self) -> Shape:
@@ -49,56 +59,58 @@ class Decoupling(Operator):
         return self.in_features == self.out_features and self.partition
 
     def _compress(self, x: jax.Array) -> jax.Array:
-        return self._split(x)
-
-    def _decompress(self, h: jax.Array) -> jax.Array:
-        return self._join(route(self._used(h), self._places))
-
-    def _apply(
-        self, m: jax.Array, x: jax.Array, precision: jax.lax.PrecisionLike
-    ) -> jax.Array:
-        h = self._multiply(self._used(self._split(x)), m, precision)
-        return self._join(route(h, self._places))
-
-    def _split(self, x: jax.Array) -> jax.Array:
-        """(..., in_features) -> (..., n, q)."""
         return to_blocks(x, self.square_rank)
 
-    def _join(self, h: jax.Array) -> jax.Array:
-        """(..., p, q) -> (..., out_features)."""
-        return from_blocks(h, self.out_features)
+    def _decompress(self, h: jax.Array) -> jax.Array:
+        return self._spread(self._route(h))
 
-    def _multiply(
-        self, h: jax.Array, m: jax.Array, precision: jax.lax.PrecisionLike
-    ) -> jax.Array:
-        """C(x) M of the blocks of x; those that meet may be added already."""
-        if h.shape[-2] > self._places:  # one product for all blocks that meet
-            h = route(h, self._places)
-        return jnp.matmul(h, m, precision=precision)
+    def _meet(self, x: jax.Array) -> jax.Array:
+        return self._route(self._compress(x))
+
+    def _spread(self, h: jax.Array) -> jax.Array:
+        return from_blocks(route(h, self._places), self.out_features)
+
+    def _route(self, h: jax.Array) -> jax.Array:
+        """(..., n, q) -> (..., min(n, p), q): blocks that meet are added."""
+        if self.truncate:
+            return h[..., : self._places, :]
+        return route(h, min(h.shape[-2], self._places))
+
+    def _delta(self, m: jax.Array) -> jax.Array:
+        (n, q), outs = self.compressed_shape, self.out_features
+        columns = self._turned(m)[:, :, None, :]
+        tiles = jnp.where(self._feeds[:, None, :, None], columns, 0)
+        weight = tiles.reshape(n * q, self._places * q)[:, :outs]
+        return wrap_rows(weight, self.in_features)
+
+    @property
+    def _feeds(self) -> np.ndarray:
+        """Whether input block k has an effect on output block j, (n, p)."""
+        n, count = self.compressed_shape[0], self._places
+        feeds = np.subtract.outer(np.arange(n), np.arange(count)) % min(n, count) == 0
+        if self.truncate:
+            feeds &= np.arange(n)[:, None] < count
+        return feeds
+
+    def _turned(self, m: jax.Array) -> jax.Array:
+        """What block k of x is multiplied with: (q, q) -> (n, q, q), or (1, q, q)."""
+        return m[None]
 
     @property
     def _places(self) -> int:
         """How many blocks cover the outputs: p."""
         return blocks(self.out_features, self.square_rank)
 
-    def _used(self, h: jax.Array) -> jax.Array:
-        """The blocks that have an effect."""
-        return h[..., : self._places, :] if self.truncate else h
-
     def _lookup(
         self, m: jax.Array, indices: jax.Array, precision: jax.lax.PrecisionLike
     ) -> jax.Array:
-        (n, q), count = self.compressed_shape, self._places
+        q = self.square_rank
         block, offset = places(indices, self.in_features, q)
         h = self._turn(jax.nn.one_hot(offset, q, dtype=m.dtype), block)
         h = jnp.matmul(h, m, precision=precision)
-        # `route` in reverse: output block j is fed by the blocks k = j mod this.
-        period = min(n, count)
-        feeds = (block[..., None] - jnp.arange(count)) % period == 0
-        if self.truncate:
-            feeds &= block[..., None] < count
+        feeds = jnp.asarray(self._feeds)[block]
         y = jnp.where(feeds[..., None], h[..., None, :], 0).sum(-3)
-        return self._join(y)
+        return from_blocks(y, self.out_features)
 
     def _turn(self, h: jax.Array, block: jax.Array) -> jax.Array:
         """What `_compress` does to (..., q) numbers of the blocks (...)."""

@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mora_jax.operators._base import Operator, array_field, operator
+from mora_jax.operators._base import Operator
+from mora_jax.operators._pytree import array_field, operator
 from mora_jax.operators._random import check_seed, orthonormal
 
 

@@ -1,11 +1,17 @@
 """Permutation: decoupling over shuffled features."""
 
+import dataclasses
+import functools
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mora_jax.operators._base import array_field, operator
-from mora_jax.operators._random import check_seed, permutation
+from mora_jax._linear import LinearMap
+from mora_jax.operators._blocks import places
+from mora_jax.operators._pytree import array_field, operator
+from mora_jax.operators._random import check_seed, inverse, permutation
 from mora_jax.operators.decoupling import Decoupling
 
 
@@ -27,27 +33,59 @@ class Permutation(Decoupling):
 
     seed: int = 0
     in_order: jax.Array | np.ndarray = array_field()
+    in_places: jax.Array | np.ndarray = array_field()
     out_order: jax.Array | np.ndarray = array_field()
+    out_places: jax.Array | np.ndarray = array_field()
 
     name = "permutation"
-    arrays = ("in_order", "out_order")
+    arrays = ("in_order", "in_places", "out_order", "out_places")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_seed(self.seed)
-        order = permutation(self.in_features, self.seed)
-        object.__setattr__(self, "in_order", order)
-        order = permutation(self.out_features, self.seed)
-        object.__setattr__(self, "out_order", order)
+        for side in ("in", "out"):
+            order = permutation(getattr(self, f"{side}_features"), self.seed)
+            object.__setattr__(self, f"{side}_order", order)
+            object.__setattr__(self, f"{side}_places", inverse(order))
 
-    def _split(self, x: jax.Array) -> jax.Array:
-        return super()._split(jnp.take(x, self.in_order, axis=-1))
+    def _compress(self, x: jax.Array) -> jax.Array:
+        return super()._compress(_Reorder()((self.in_order, self.in_places), x))
 
-    def _join(self, h: jax.Array) -> jax.Array:
-        return jnp.take(super()._join(h), jnp.argsort(self.out_order), axis=-1)
+    def _spread(self, h: jax.Array) -> jax.Array:
+        return _Reorder()((self.out_places, self.out_order), super()._spread(h))
+
+    def _delta(self, m: jax.Array) -> jax.Array:
+        q, period = self.square_rank, min(self.compressed_shape[0], self._places)
+        out_block, out_offset = jnp.divmod(jnp.asarray(self.out_places), q)
+        columns = jnp.take(m, out_offset, axis=1)
+        block, offset = places(jnp.asarray(self.in_places), self.in_features, q)
+        feeds = offset >= 0
+        if self.truncate:
+            feeds &= block < self._places
+        group, out_group = jnp.where(feeds, block % period, -1), out_block % period
+
+        def of_places(k: int) -> jax.Array:
+            rows = jnp.take(columns, offset[:, k], axis=0, mode="clip")
+            return jnp.where(group[:, k, None] == out_group, rows, 0)
+
+        return functools.reduce(jnp.add, map(of_places, range(offset.shape[-1])))
 
     def _lookup(
         self, m: jax.Array, indices: jax.Array, precision: jax.lax.PrecisionLike
     ) -> jax.Array:
-        shuffled = jnp.argsort(self.in_order)[indices]
-        return super()._lookup(m, shuffled, precision)
+        place = jnp.asarray(self.in_places)[indices]
+        y = super()._lookup(m, place, precision)
+        return jnp.take(y, jnp.asarray(self.out_places), axis=-1)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Reorder(LinearMap):
+    """x[..., order]; JAX would transpose it to a scatter, and the inverse is known."""
+
+    def forward(self, residuals: Any, x: jax.Array) -> jax.Array:
+        order, _ = residuals
+        return jnp.take(x, order, axis=-1, unique_indices=True, mode="clip")
+
+    def backward(self, residuals: Any, y: jax.Array) -> jax.Array:
+        _, places = residuals
+        return jnp.take(y, places, axis=-1, unique_indices=True, mode="clip")

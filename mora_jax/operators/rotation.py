@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mora_jax.operators._base import operator
+from mora_jax.operators._pytree import operator
 from mora_jax.operators.decoupling import Decoupling
 
 BASE = 10000.0
@@ -42,29 +42,32 @@ class Rotation(Decoupling):
         return self.in_features == self.out_features and self.in_features % q == 0
 
     def _compress(self, x: jax.Array) -> jax.Array:
-        return self._turn_all(self._split(x))
+        return _rotate(super()._compress(x), *self._tables(x))
 
-    def _multiply(
-        self, h: jax.Array, m: jax.Array, precision: jax.lax.PrecisionLike
-    ) -> jax.Array:
-        return jnp.matmul(self._turn_all(h), m, precision=precision)
-
-    def _turn_all(self, h: jax.Array) -> jax.Array:
-        """The first blocks of x, (..., n, q), each turned by its own angles."""
-        return _rotate(h, *(table[: h.shape[-2]] for table in self._tables(h)))
+    def _turned(self, m: jax.Array) -> jax.Array:
+        cos, sin = (table[..., None] for table in self._tables(m))
+        return m * cos - _swap_halves(m, axis=-2) * sin
 
     def _turn(self, h: jax.Array, block: jax.Array) -> jax.Array:
         return _rotate(h, *(jnp.asarray(table)[block] for table in self._tables(h)))
 
     def _tables(self, like: jax.Array) -> tuple[np.ndarray, np.ndarray]:
-        """Cosine and sine of the angles of each block, (n, q / 2)."""
+        """Cosine and signed sine of the angle of each block and feature, (n, q)."""
         n, q = self.compressed_shape
         angle = np.outer(np.arange(n), BASE ** (-2 * np.arange(q // 2) / q))
-        return np.cos(angle).astype(like.dtype), np.sin(angle).astype(like.dtype)
+        cos, sin = np.cos(angle), np.sin(angle)
+        tables = np.concatenate([cos, cos], -1), np.concatenate([-sin, sin], -1)
+        return tables[0].astype(like.dtype), tables[1].astype(like.dtype)
 
 
 def _rotate(
     h: jax.Array, cos: jax.Array | np.ndarray, sin: jax.Array | np.ndarray
 ) -> jax.Array:
-    low, high = jnp.split(h, 2, axis=-1)
-    return jnp.concatenate([low * cos - high * sin, high * cos + low * sin], -1)
+    return h * cos + _swap_halves(h, axis=-1) * sin
+
+
+def _swap_halves(h: jax.Array, axis: int) -> jax.Array:
+    # Two halves in a reversed order, which needs no copy as a concatenation would.
+    axis %= h.ndim
+    halves = (*h.shape[:axis], 2, h.shape[axis] // 2, *h.shape[axis + 1 :])
+    return jnp.flip(h.reshape(halves), axis).reshape(h.shape)

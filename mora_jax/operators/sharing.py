@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mora_jax.operators._base import Operator, operator
+from mora_jax.operators._base import Operator
 from mora_jax.operators._blocks import blocks, from_blocks, places, route, to_blocks
+from mora_jax.operators._pytree import operator
 
 Grouping = Literal["strided", "contiguous"]
 

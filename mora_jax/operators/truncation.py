@@ -3,7 +3,8 @@
 import jax
 import jax.numpy as jnp
 
-from mora_jax.operators._base import Operator, operator
+from mora_jax.operators._base import Operator
+from mora_jax.operators._pytree import operator
 
 
 @operator
