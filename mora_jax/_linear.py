@@ -19,6 +19,8 @@ from jax.custom_derivatives import SymbolicZero
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
+from mora_jax._types import ArrayLike
+
 
 class LinearMap(abc.ABC):
     """y = A(r) x, linear in x; the residuals r are any pytree of arrays.
@@ -34,7 +36,7 @@ class LinearMap(abc.ABC):
     def backward(self, residuals: Any, y: jax.Array) -> jax.Array:
         """A(r)^T y, of the shape and dtype of x."""
 
-    def __call__(self, residuals: Any, x: jax.Array) -> jax.Array:
+    def __call__(self, residuals: Any, x: ArrayLike) -> jax.Array:
         """A(r) x, with `backward` for its transpose."""
         leaves, treedef = jax.tree.flatten(residuals)
         return linear_p.bind(*leaves, x, call=_Call(self, treedef))
@@ -48,7 +50,7 @@ class _Call:
     treedef: Any
     transposed: bool = False
 
-    def __call__(self, *args: jax.Array) -> jax.Array:
+    def __call__(self, *args: Any) -> jax.Array:
         *leaves, x = args
         apply = self.map.backward if self.transposed else self.map.forward
         return apply(jax.tree.unflatten(self.treedef, leaves), x)
@@ -65,7 +67,7 @@ class _Batched:
     call: Any
     axes: tuple[int | None, ...]
 
-    def __call__(self, *args: jax.Array) -> jax.Array:
+    def __call__(self, *args: Any) -> jax.Array:
         return jax.vmap(self.call, self.axes)(*args)
 
     @property

@@ -128,8 +128,8 @@ def folds(spec: AdapterSpec, product: Product, x: Any, dtype: DTypeLike) -> bool
 def adapted_product(
     spec: AdapterSpec,
     m: ArrayLike,
-    x: jax.Array,
-    kernel: jax.Array,
+    x: ArrayLike,
+    kernel: ArrayLike,
     product: Product,
     multiply: Multiply,
     *,
@@ -149,6 +149,7 @@ def adapted_product(
       precision: of the product with M.
     """
     check_product(spec, product)
+    x, kernel = jnp.asarray(x), jnp.asarray(kernel)
     if dropout_key is None and folds(spec, product, x, kernel.dtype):
         return folded_product(spec, m, x, kernel, product, multiply, precision)
     y = multiply(x, kernel)
@@ -194,7 +195,7 @@ def adapt_call(
     ):
 
         def dot_general(
-            x: jax.Array, kernel: jax.Array, dimension_numbers: Any, **settings: Any
+            x: ArrayLike, kernel: ArrayLike, dimension_numbers: Any, **settings: Any
         ) -> jax.Array:
             multiply = _DotGeneral(dimension_numbers, tuple(settings.items()))
             return adapted_product(

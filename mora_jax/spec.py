@@ -21,6 +21,7 @@ from mora_jax.config import (
     floating_dtype,
 )
 from mora_jax.operators import Operator, make_operator, square_rank
+from mora_jax.operators._registry import resolve_auto
 
 SUFFIX = "_mora"
 """M is stored beside its kernel, under the kernel's name and this."""
@@ -81,19 +82,21 @@ class AdapterSpec:
         check_axes(axes, len(kernel_shape))
         in_features = math.prod(sizes(kernel_shape, axes, "i"))
         out_features = math.prod(sizes(kernel_shape, axes, "o"))
-        q = config.square_rank
+        q, operator = config.square_rank, config.operator
         if q is None:
-            q = square_rank(config.rank, in_features, out_features, config.operator)
+            operator = resolve_auto(operator, config.rank)
+            q = square_rank(
+                config.rank, in_features, out_features, operator, config.multiple_of
+            )
         elif q > min(in_features, out_features):
             raise ValueError(
                 f"square_rank must be at most min(in_features, out_features) = "
                 f"{min(in_features, out_features)}, got {q}"
             )
-        operator = make_operator(
-            config.operator, in_features, out_features, q, seed=config.seed
-        )
         return cls(
-            operator=operator,
+            operator=make_operator(
+                operator, in_features, out_features, q, seed=config.seed
+            ),
             kernel_shape=kernel_shape,
             axes=axes,
             alpha=config.alpha,

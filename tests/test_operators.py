@@ -14,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.test_util import check_grads
 
-from mora_jax import make_operator, square_rank
+from mora_jax import MoRAConfig, make_operator, square_rank
 from mora_jax.operators import OPERATORS, Operator, Rotation
+from mora_jax.spec import AdapterSpec
 
 by_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.label)
 
@@ -292,6 +293,33 @@ def test_square_rank(rank, ins, outs, operator, expected):
     assert q * q <= rank * (ins + outs)
 
 
+@pytest.mark.parametrize(
+    ("multiple_of", "rank", "ins", "operator", "expected"),
+    [
+        (None, 8, 504, "sharing", 88),  # of 89: eight divides what is large enough
+        (None, 8, 120, "sharing", 43),
+        (1, 8, 504, "sharing", 89),
+        (32, 8, 504, "sharing", 64),
+        (32, 8, 50, "sharing", 28),  # below it the budget counts
+        (3, 8, 504, "rotation", 84),  # and even
+        (5, 1, 6, "rotation", 2),
+    ],
+)
+def test_multiple_of(multiple_of, rank, ins, operator, expected):
+    q = square_rank(rank, ins, ins, operator, multiple_of)
+    assert q == expected
+    config = MoRAConfig(rank=rank, operator=operator, multiple_of=multiple_of)
+    spec = AdapterSpec.from_config(config, (ins, ins))
+    assert spec.operator.square_rank == expected
+
+
+@pytest.mark.parametrize("rank", [127, 128])
+def test_auto_goes_by_the_budget(rank):
+    """And not by what q leaves of it."""
+    spec = AdapterSpec.from_config(MoRAConfig(rank=rank), (1000, 1000))
+    assert spec.operator.name == ("sharing" if rank == 128 else "rotation")
+
+
 def test_auto():
     """Rotation for small budgets, sharing for large, as in the paper's experiments."""
     q = square_rank(8, 4096, 4096)
@@ -346,6 +374,8 @@ def test_auto():
         ),
         (lambda: square_rank(0, 8, 8), ValueError, "rank must be .* got 0"),
         (lambda: square_rank(1, 1, 1, "rotation"), ValueError, "leaves no room"),
+        (lambda: square_rank(1, 8, 8, multiple_of=0), ValueError, "multiple_of .* 0"),
+        (lambda: MoRAConfig(multiple_of=2.0), TypeError, "multiple_of .* 2.0"),
     ],
 )
 def test_bad_settings(call, error, message):

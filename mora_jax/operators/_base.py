@@ -46,7 +46,7 @@ class Operator(abc.ABC):
     """Whether q may not exceed `min(in_features, out_features)`."""
     multiple_of: ClassVar[int] = 1
     """What q must be divisible by."""
-    fold_from: ClassVar[float] = 2.0
+    fold_from: ClassVar[float] = 1.0
     """From how many rows on it pays to fold the update into the kernel, in units of
     in * out / (in + out)."""
 

@@ -66,14 +66,19 @@ def _nearest(word: str, words: list[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
-def _class(name: str, rank: int | float) -> type[Operator]:
-    if name == "auto":
-        name = "rotation" if rank < SHARING_FROM_RANK else "sharing"
-    return OPERATORS[name]
+def resolve_auto(spec: OperatorSpec, rank: int | float) -> OperatorSpec:
+    """`spec`, or what "auto" stands for with a budget of `rank`."""
+    if spec != "auto":
+        return spec
+    return "rotation" if rank < SHARING_FROM_RANK else "sharing"
 
 
 def square_rank(
-    rank: int, in_features: int, out_features: int, operator: OperatorSpec = "auto"
+    rank: int,
+    in_features: int,
+    out_features: int,
+    operator: OperatorSpec = "auto",
+    multiple_of: int | None = None,
 ) -> int:
     r"""The largest q that trains no more than LoRA of rank `rank` would.
 
@@ -81,6 +86,14 @@ def square_rank(
 
     at most min(in, out), and even for rotation (paper section 3.2). The reference
     rounds to the nearest instead, which may exceed the budget.
+
+    Args:
+      rank: the budget r.
+      in_features: of the kernel.
+      out_features: of the kernel.
+      operator: the operator that q is for.
+      multiple_of: q is rounded down to a multiple of this, if it is not below it. None
+        stands for 8 where q is at least 64, so that it costs at most a tenth of q.
 
     Raises:
       ValueError: a number below 1, or a budget too small for the operator.
@@ -94,10 +107,15 @@ def square_rank(
     positive_integer("rank", rank)
     positive_integer("in_features", in_features)
     positive_integer("out_features", out_features)
-    cls = _class(parse_spec(operator)[0], rank)
+    if multiple_of is not None:
+        positive_integer("multiple_of", multiple_of)
+    cls = OPERATORS[parse_spec(resolve_auto(operator, rank))[0]]
     q = math.isqrt((in_features + out_features) * rank)
     q = min(q, in_features, out_features)
-    q -= q % cls.multiple_of
+    if multiple_of is None:  # what hardware likes, where it costs little
+        multiple_of = 8 if q >= 64 else 1
+    step = math.lcm(cls.multiple_of, multiple_of)
+    q -= q % (step if q >= step else cls.multiple_of)
     if q == 0:
         raise ValueError(
             f"rank {rank} on a kernel of {in_features} x {out_features} leaves no room "
@@ -134,11 +152,13 @@ def make_operator(
       >>> make_operator("rotation", 8, 8, 4)
       Rotation(in_features=8, out_features=8, square_rank=4, truncate=False)
     """
-    name, settings = parse_spec(spec)
+    parse_spec(spec)
     positive_integer("in_features", in_features)
     positive_integer("out_features", out_features)
     positive_integer("square_rank", square_rank)
-    cls = _class(name, square_rank**2 / (in_features + out_features))
+    rank = square_rank**2 / (in_features + out_features)
+    name, settings = parse_spec(resolve_auto(spec, rank))
+    cls = OPERATORS[name]
     if any(f.name == "seed" for f in dataclasses.fields(cls)):
         settings["seed"] = seed
     return cls(in_features, out_features, square_rank, **settings)

@@ -44,7 +44,6 @@ class Decoupling(Operator):
 
     name = "decoupling"
     bounded = False
-    fold_from = 0.5
 
     @property
     def compressed_shape(self) -> Shape:

@@ -46,6 +46,7 @@ class Hadamard(Operator):
     out_arrays: tuple[jax.Array | np.ndarray, ...] = array_field()
 
     name = "hadamard"
+    fold_from = 2.0
     arrays = ("in_arrays", "out_arrays")
 
     def __post_init__(self) -> None:

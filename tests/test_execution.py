@@ -1,0 +1,380 @@
+"""Both ways to compute an adapted product: activation and fold."""
+
+import contextlib
+import dataclasses
+import functools
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from cases import CASES
+from flax import nnx
+from jax.test_util import check_grads
+
+from mora_jax import FrozenDense, MoRAConfig, init, linen, mora_apply, register_layer
+from mora_jax import nnx as mora_nnx
+from mora_jax.execution import adapted_product, folds
+from mora_jax.linen import MoRADense
+from mora_jax.products import DENSE, Contraction, Lookup
+from mora_jax.spec import AdapterSpec
+
+ALPHA = 0.7
+WAYS = ("activation", "fold")
+by_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.label)
+by_way = pytest.mark.parametrize("way", WAYS)
+# Widths, q and rows: narrowing, widening, square; wrapping around, more than once too;
+# with fewer rows than q and with more.
+by_size = pytest.mark.parametrize(
+    "size", [(13, 7, 4, 3), (7, 13, 4, 9), (12, 12, 6, 9), (24, 10, 10, 3)], ids=str
+)
+
+
+def random(seed, *shape):
+    return np.random.default_rng(seed).standard_normal(shape)
+
+
+def make(case, ins, outs, q, way):
+    op = case.make(ins, outs, q)
+    return FrozenDense(random(0, ins, outs), None, op, alpha=ALPHA, execution=way)
+
+
+def loss(m, kernel, x, frozen):
+    frozen = dataclasses.replace(frozen, kernel=kernel)
+    return jnp.sum(jnp.sin(mora_apply({"kernel_mora": m}, frozen, x)))
+
+
+@by_case
+@by_way
+@by_size
+def test_oracle(case, way, size, float64):
+    """The output and its derivatives by M, kernel and input, in numpy."""
+    ins, outs, q, rows = size
+    frozen = make(case, ins, outs, q - q % (2 if case.even else 1), way)
+    m, x = random(1, *frozen.spec.shape), random(2, rows, ins)
+    c, d = case.matrices(frozen.operator)
+    kernel = frozen.kernel + ALPHA * oracle.update(c, d, m)
+    y = x @ kernel
+    by_y = np.cos(y)
+    by_m = ALPHA * np.einsum("inq,ti,to,nro->qr", c, x, by_y, d, optimize=True)
+    close = functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-5)
+    close(mora_apply({"kernel_mora": m}, frozen, x), y)
+    got = jax.jit(jax.grad(loss, (0, 1, 2)))(m, frozen.kernel, x, frozen)
+    for value, expected in zip(got, (by_m, x.T @ by_y, by_y @ kernel.T), strict=True):
+        close(value, expected)
+
+
+@by_case
+@by_way
+def test_derivatives_of_both_orders(case, way, float64):
+    frozen = make(case, 10, 6, 4, way)
+    args = random(1, *frozen.spec.shape), frozen.kernel, random(2, 5, 10)
+    check_grads(lambda *args: loss(*args, frozen), args, order=2, rtol=1e-4)
+
+
+@by_case
+def test_transformations(case):
+    """Of the folded product: as of the other, or as a loop over the batch."""
+    frozen = make(case, 12, 10, 4, "fold")
+    other = dataclasses.replace(frozen, execution="activation")
+    m, x = random(1, *frozen.spec.shape), random(2, 3, 5, 12)
+    ms = np.stack([m, 2 * m, 3 * m])
+    by_m = jax.grad(loss)
+
+    def check(transform):
+        got, expected = transform(frozen), transform(other)
+        chex.assert_trees_all_close(got, expected, atol=1e-4, rtol=1e-4)
+
+    for axes in [(0, None), (None, 0), (0, 0)]:
+        check(
+            lambda layer, axes=axes: jax.vmap(
+                lambda m, x: by_m(m, layer.kernel, x, layer), axes
+            )(ms if axes[0] == 0 else m, x if axes[1] == 0 else x[0])
+        )
+    check(lambda layer: jax.checkpoint(by_m)(m, layer.kernel, x, layer))
+    check(lambda layer: jax.jvp(lambda m: by_m(m, layer.kernel, x, layer), (m,), (m,)))
+    check(lambda layer: jax.hessian(loss)(m, layer.kernel, x, layer))
+    check(lambda layer: jax.linearize(lambda x: loss(m, layer.kernel, x, layer), x)[0])
+
+    def scanned(layer):
+        def body(total, m):
+            return total + by_m(m, layer.kernel, x, layer), None
+
+        return jax.jit(lambda ms: jax.lax.scan(body, jnp.zeros_like(m), ms)[0])(ms)
+
+    check(scanned)
+
+
+@contextlib.contextmanager
+def counting(monkeypatch):
+    """A list that grows with each product that is folded."""
+    calls = []
+    from mora_jax import execution
+
+    original = execution.folded_product
+
+    def counted(*args, **kwargs):
+        calls.append(args)
+        return original(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(execution, "folded_product", counted)
+        yield calls
+
+
+class Mixed(nn.Module):
+    """Layers that fold: five of them."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Dense(12, name="plain")(x)
+        x = nn.remat(nn.Dense)(12, use_bias=False, name="remat")(x)
+        x = nn.DenseGeneral((3, 4), name="split")(x)
+        x = nn.DenseGeneral(12, axis=(-2, -1), name="join")(x)
+        return nn.DenseGeneral(6, axis=1, name="rows")(x)
+
+
+def wrapped(model, way, *inputs, **settings):
+    """Outputs, and gradients by the adapters, of a Linen model."""
+    variables = model.init(jax.random.key(0), *inputs)
+    settings = {"operator": "rotation", "square_rank": 4, "alpha": ALPHA} | settings
+    config = MoRAConfig(execution=way, **settings)
+    plan = linen.plan(model, variables, config, *inputs)
+    adapters = jax.tree.map(lambda m: m + random(1, *m.shape) / 4, init(plan))
+    apply = linen.wrap(model, plan)
+
+    def loss(adapters):
+        y = apply(adapters, variables, *inputs)
+        return jnp.sum(jnp.sin(y)), y
+
+    (_, y), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(adapters)
+    return y, grads
+
+
+def test_linen_layers_fold(monkeypatch):
+    x = random(0, 5, 12)
+    with counting(monkeypatch) as calls:
+        folded = wrapped(Mixed(), "fold", x)
+    assert len(calls) >= 5
+    with counting(monkeypatch) as calls:
+        plain = wrapped(Mixed(), "activation", x)
+    assert not calls
+    chex.assert_trees_all_close(folded, plain, atol=1e-4)
+
+
+def test_scanned_linen_layers_fold(monkeypatch):
+    class Block(nn.Module):
+        @nn.compact
+        def __call__(self, x, _):
+            return jnp.tanh(nn.Dense(12)(x)), None
+
+    class Scanned(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            stack = nn.scan(
+                nn.remat(Block),
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                length=3,
+            )
+            return stack()(x, None)[0]
+
+    with counting(monkeypatch) as calls:
+        folded = wrapped(Scanned(), "fold", random(0, 5, 12))
+    assert calls
+    plain = wrapped(Scanned(), "activation", random(0, 5, 12))
+    chex.assert_trees_all_close(folded, plain, atol=1e-4)
+
+
+class Twin(nnx.Module):
+    def __init__(self, rngs):
+        self.plain = nnx.Linear(12, 12, rngs=rngs)
+        self.split = nnx.LinearGeneral(12, (3, 4), rngs=rngs)
+        self.join = nnx.LinearGeneral((3, 4), 12, axis=(-2, -1), rngs=rngs)
+
+    def __call__(self, x):
+        return self.join(self.split(self.plain(x)))
+
+
+def test_nnx_layers_fold(monkeypatch):
+    x, results = random(0, 5, 12).astype(np.float32), []
+    for way, expected in (("fold", 3), ("activation", 0)):
+        config = MoRAConfig(square_rank=4, execution=way, operator="permutation")
+        model = mora_nnx.wrap(Twin(nnx.Rngs(0)), config)
+        mora_nnx.set_adapters(
+            model, jax.tree.map(lambda m: m + 0.1, mora_nnx.adapters(model))
+        )
+
+        @nnx.jit
+        def step(model, x):
+            def loss(model):
+                return jnp.sum(jnp.sin(model(x)))
+
+            return mora_nnx.value_and_grad(loss)(model)
+
+        with counting(monkeypatch) as calls:
+            results.append(step(model, x))
+        assert len(calls) == expected
+        assert model.plain.dot_general is jax.lax.dot_general
+    chex.assert_trees_all_close(*map(jax.tree.leaves, results), atol=1e-4)
+
+
+def test_moradense_folds(monkeypatch):
+    x = random(0, 5, 12)
+    config = MoRAConfig(square_rank=4, init="gaussian", execution="fold")
+    variables = MoRADense(8, config=config).init(jax.random.key(0), x)
+    with counting(monkeypatch) as calls:
+        folded = MoRADense(8, config=config).apply(variables, x)
+    assert len(calls) == 1
+    config = dataclasses.replace(config, execution="activation")
+    plain = MoRADense(8, config=config).apply(variables, x)
+    chex.assert_trees_all_close(folded, plain, atol=1e-5)
+
+
+def own_dot_general(x, kernel, dimension_numbers, **settings):
+    return 2 * jax.lax.dot_general(x, kernel, dimension_numbers, **settings)
+
+
+@pytest.mark.parametrize(
+    ("model", "x"),
+    [
+        (nn.Einsum((12, 6), "bi,io->bo"), random(0, 5, 12)),
+        (nn.Conv(6, (3,)), random(0, 2, 5, 12)),
+        (nn.Embed(12, 6), np.arange(5)),
+        (nn.Dense(6, dot_general=own_dot_general), random(0, 5, 12)),
+        (nn.Dense(6, dot_general_cls=lambda: own_dot_general), random(0, 5, 12)),
+        (nn.DenseGeneral(6, batch_dims=0), random(0, 3, 5, 12)),
+    ],
+    ids=["einsum", "conv", "embed", "dot_general", "dot_general_cls", "stacked"],
+)
+def test_what_never_folds(model, x, monkeypatch):
+    targets = ".*(kernel|embedding)"
+    with counting(monkeypatch) as calls:
+        folded = wrapped(model, "fold", x, targets=targets)
+    assert not calls
+    plain = wrapped(model, "activation", x, targets=targets)
+    chex.assert_trees_all_close(folded, plain)
+
+
+def test_nothing_folds_under_dropout(monkeypatch):
+    config = MoRAConfig(square_rank=4, dropout=0.5, execution="fold")
+    frozen = FrozenDense.from_config(random(0, 12, 8), config=config)
+    params, x = {"kernel_mora": np.ones((4, 4))}, random(1, 3, 12)
+    with counting(monkeypatch) as calls:
+        mora_apply(params, frozen, x, key=jax.random.key(0))
+        assert not calls
+        mora_apply(params, frozen, x, deterministic=True)
+    assert len(calls) == 1
+
+
+def test_a_layer_that_fails_gets_its_product_back(monkeypatch):
+    config = MoRAConfig(square_rank=4, execution="fold")
+    model = mora_nnx.wrap(nnx.Linear(12, 8, rngs=nnx.Rngs(0)), config)
+    with pytest.raises(TypeError):
+        model(jnp.ones((3, 11)))
+    assert model.dot_general is jax.lax.dot_general
+
+
+def test_a_kernel_of_another_shape_is_refused():
+    class Transposed(nn.Module):
+        dot_general: object = None
+
+        @nn.compact
+        def __call__(self, x):
+            kernel = self.param("kernel", nn.initializers.ones, (12, 8))
+            return (self.dot_general or jax.lax.dot_general)(
+                x, kernel.T, (((1,), (1,)), ((), ()))
+            )
+
+    register_layer(Transposed, equation=DENSE, dot_general=True)
+    with pytest.raises(ValueError, match=r"shape \(8, 12\), the plan's has \(12, 8\)"):
+        wrapped(Transposed(), "fold", random(0, 5, 12))
+
+
+@pytest.mark.parametrize(
+    ("operator", "shape", "rows", "dtype", "expected"),
+    [
+        ("sharing", (512, 512), 256, "float32", True),
+        ("sharing", (512, 512), 255, "float32", False),
+        ("orthogonal", (512, 512), 512, "float32", True),
+        ("orthogonal", (512, 512), 256, "float32", False),
+        ("rotation", (512, 512), 512, "float32", True),
+        ("rotation", (512, 512), 1, "float32", False),
+        ("rotation", (512, 512), 512, "float64", True),
+        ("rotation", (512, 512), 512, "bfloat16", False),
+        ("rotation", (512, 512), 512, "float16", False),
+    ],
+)
+def test_auto(operator, shape, rows, dtype, expected):
+    """By operator, shape, rows and dtype; what is asked for wins."""
+    product = Contraction.from_axes("io", 2)
+    x = jax.ShapeDtypeStruct((rows, shape[0]), dtype)
+    for way, chosen in {"auto": expected, "fold": True, "activation": False}.items():
+        config = MoRAConfig(operator=operator, execution=way)
+        spec = AdapterSpec.from_config(config, shape)
+        assert folds(spec, product, x, dtype) == chosen
+
+
+def test_auto_folds_only_what_is_read_as_planned():
+    spec = AdapterSpec.from_config(MoRAConfig(execution="fold"), (32, 16))
+    x = jax.ShapeDtypeStruct((4, 16), jnp.float32)
+    assert not folds(spec, Contraction.parse("bo,io->bi", 2), x, x.dtype)
+    assert not folds(spec, Lookup(), x, x.dtype)
+
+
+@by_way
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_narrow_dtypes(way, dtype):
+    """The output has the layer's dtype, M's gradient that of M."""
+    config = MoRAConfig(square_rank=4, execution=way)
+    frozen = FrozenDense.from_config(
+        jnp.asarray(random(0, 12, 8), dtype), config=config
+    )
+    m, x = (
+        jnp.asarray(random(1, 4, 4), jnp.float32),
+        jnp.asarray(random(2, 5, 12), dtype),
+    )
+    y = mora_apply({"kernel_mora": m}, frozen, x)
+    wide = dataclasses.replace(frozen, kernel=frozen.kernel.astype(jnp.float32))
+    expected = mora_apply({"kernel_mora": m}, wide, x.astype(jnp.float32))
+    assert y.dtype == dtype
+    np.testing.assert_allclose(y.astype(jnp.float32), expected, atol=0.1, rtol=0.02)
+    assert jax.grad(loss)(m, frozen.kernel, x, frozen).dtype == jnp.float32
+
+
+def test_no_rows():
+    frozen = make(CASES[0], 12, 10, 4, "fold")
+    params = {"kernel_mora": random(1, 4, 4)}
+    assert mora_apply(params, frozen, np.zeros((0, 12))).shape == (0, 10)
+
+
+def test_bad_execution():
+    with pytest.raises(ValueError, match="execution must be one of .* got 'fast'"):
+        MoRAConfig(execution="fast")
+    spec = AdapterSpec.from_config(MoRAConfig(), (12, 8))
+    with pytest.raises(ValueError, match="execution must be one of .* got 'fast'"):
+        dataclasses.replace(spec, execution="fast")
+
+
+def test_lowering_for_other_platforms():
+    """Where XLA keeps optimization barriers, the order of folds is said with one."""
+    frozen = make(CASES[0], 12, 10, 4, "fold")
+    m, x = random(1, 4, 4).astype(np.float32), random(2, 3, 12).astype(np.float32)
+    grad = jax.jit(jax.grad(loss))
+    for platform, barrier in (("cpu", False), ("cuda", True), ("tpu", True)):
+        lowered = grad.trace(m, frozen.kernel, x, frozen).lower(
+            lowering_platforms=(platform,)
+        )
+        assert ("optimization_barrier" in lowered.as_text()) == barrier
+
+
+def test_adapted_product_without_a_fold_is_product_and_update():
+    spec = AdapterSpec.from_config(MoRAConfig(square_rank=4), (12, 8))
+    kernel, x = random(0, 12, 8), random(1, 3, 12)
+    y = adapted_product(
+        spec, np.zeros((4, 4)), x, kernel, Contraction.from_axes("io", 2), jnp.matmul
+    )
+    np.testing.assert_allclose(y, x @ kernel, rtol=1e-5)

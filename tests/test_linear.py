@@ -1,0 +1,128 @@
+"""Linear maps with a transpose of their own, under every transformation."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.test_util import check_grads
+
+from mora_jax._linear import LinearMap, with_derivatives
+
+
+@dataclasses.dataclass(frozen=True)
+class Product(LinearMap):
+    """x @ w, which tells whether its own transpose was used: by a factor."""
+
+    mark: float = 1.0
+
+    def forward(self, residuals, x):
+        return x @ residuals["w"]
+
+    def backward(self, residuals, y):
+        return self.mark * (y @ residuals["w"].T)
+
+
+def random(seed, *shape):
+    return np.random.default_rng(seed).standard_normal(shape, np.float32)
+
+
+W, X = random(0, 2, 3), random(1, 4, 2)
+
+
+def apply(w, x, mark=1.0):
+    return Product(mark)({"w": w}, x)
+
+
+def test_derivatives_of_every_order(float64):
+    def value(w, x):
+        return jnp.sin(apply(w, x))
+
+    args = np.float64(W), np.float64(X)
+    check_grads(value, args, order=3, atol=1e-4, rtol=1e-4)
+
+
+def test_its_own_transpose_is_used():
+    def loss(x, mark):
+        return jnp.sum(apply(W, x, mark))
+
+    once = jax.grad(loss)(X, 1.0)
+    for transform in (jax.jit, jax.checkpoint):
+        np.testing.assert_allclose(
+            transform(lambda x: jax.grad(loss)(x, 3.0))(X), 3 * once, rtol=1e-6
+        )
+    batched = jax.vmap(jax.grad(lambda x, w: jnp.sum(apply(w, x, 3.0))), (None, 0))
+    got = batched(X, np.stack([W, 2 * W]))
+    np.testing.assert_allclose(got, [3 * once, 6 * once], rtol=1e-6)
+    (back,) = jax.linear_transpose(lambda x: apply(W, x, 3.0), X)(jnp.ones((4, 3)))
+    np.testing.assert_allclose(back, 3 * once, rtol=1e-6)
+
+
+@pytest.mark.parametrize("axes", [(None, 0), (0, None), (0, 2), (1, 0)], ids=str)
+def test_vmap(axes):
+    """Over the residual, the argument or both, along any axis."""
+    w = W if axes[0] is None else np.stack([W, 2 * W, 3 * W], axes[0])
+    x = X if axes[1] is None else np.stack([X, 4 * X, 5 * X], axes[1])
+    got = jax.vmap(apply, axes, 1)(w, x)
+    expected = jax.vmap(jnp.matmul, (axes[1], axes[0]), 1)(x, w)
+    np.testing.assert_allclose(got, expected, rtol=1e-5)
+
+    def by_x(product):
+        loss = jax.vmap(lambda w, x: jnp.sum(jnp.sin(product(w, x))), axes)
+        return jax.grad(lambda x: loss(w, x).sum())(x)
+
+    expected = by_x(lambda w, x: x @ w)
+    np.testing.assert_allclose(by_x(apply), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_scan_and_linearize():
+    square = random(2, 2, 2)
+    y, _ = jax.lax.scan(lambda x, _: (apply(square, x), None), jnp.asarray(X), length=3)
+    np.testing.assert_allclose(y, X @ square @ square @ square, rtol=1e-4)
+    y, linear = jax.linearize(lambda x: apply(W, x), X)
+    np.testing.assert_allclose(linear(2 * X), 2 * y, rtol=1e-5)
+
+
+def test_the_residual_is_kept_alone():
+    """The gradient's program holds w and nothing that was computed from it."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Dear(LinearMap):
+        def forward(self, residuals, x):
+            return x @ jnp.exp(residuals)
+
+        def backward(self, residuals, y):
+            return y @ jnp.exp(residuals).T
+
+    _, vjp = jax.vjp(lambda x: Dear()(W, x), jnp.asarray(X))
+    kept = [leaf for leaf in jax.tree.leaves(vjp) if jnp.shape(leaf) == W.shape]
+    assert kept
+    for leaf in kept:
+        np.testing.assert_allclose(leaf, W, rtol=1e-6)
+
+
+def test_a_map_may_be_a_derivative():
+    """Of one argument; by the others JAX differentiates, by several at once too."""
+
+    def affine(b, w, x):
+        return b["b"] + x @ w
+
+    @dataclasses.dataclass(frozen=True)
+    class ByX(LinearMap):
+        def forward(self, residuals, x):
+            return x @ residuals[1]
+
+        def backward(self, residuals, y):
+            return 3.0 * (y @ residuals[1].T)
+
+    function = with_derivatives(affine, {2: ByX()})
+    args = {"b": np.ones(3)}, W, X
+    by_all = jax.grad(lambda *args: jnp.sum(function(*args)), (0, 1, 2))(*args)
+    plain = jax.grad(lambda *args: jnp.sum(affine(*args)), (0, 1, 2))(*args)
+    np.testing.assert_allclose(by_all[0]["b"], plain[0]["b"])
+    np.testing.assert_allclose(by_all[1], plain[1], rtol=1e-6)
+    np.testing.assert_allclose(by_all[2], 3 * plain[2], rtol=1e-6)
+    tangents = {"b": np.full(3, 0.1)}, 2 * W, 3 * X
+    got, expected = (jax.jvp(f, args, tangents)[1] for f in (function, affine))
+    np.testing.assert_allclose(got, expected, rtol=1e-5)
