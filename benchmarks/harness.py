@@ -54,12 +54,12 @@ class Contender:
         return jax.block_until_ready(self.run(*self.args))
 
     @property
-    def temporary_megabytes(self) -> float:
+    def temporary_megabytes(self) -> float | None:
         """Memory beside arguments and results, as XLA plans it."""
         return self.run.memory_analysis().temp_size_in_bytes / 1e6
 
     @property
-    def gigaflops(self) -> float:
+    def gigaflops(self) -> float | None:
         """Arithmetic, as XLA counts it."""
         cost = self.run.cost_analysis()
         cost = cost[0] if isinstance(cost, list) else cost
@@ -104,7 +104,7 @@ def results(contenders: Mapping[str, Contender]) -> list[dict[str, Any]]:
             "parameters": one.trained,
             "seconds": float(np.median(one.seconds)),
             "time": ratio(one, baseline),
-            "arithmetic": one.gigaflops / baseline.gigaflops,
+            "arithmetic": one.gigaflops and one.gigaflops / (baseline.gigaflops or 1),
             "temporary_MB": one.temporary_megabytes,
             "compile_seconds": one.compile_seconds,
         }
@@ -124,16 +124,27 @@ def machine() -> dict[str, Any]:
     }
 
 
-def show(rows: Sequence[Mapping[str, Any]]) -> None:
+def show(rows: Sequence[Mapping[str, Any]], title: str) -> None:
     """Print the rows of `results` as a Markdown table."""
-    print("| method | parameters | s/step | time | arithmetic | temporary | compile |")
+    print(f"\n{title}\n")
+    print("| method | parameters | seconds | time | arithmetic | temporary | compile |")
     print("|---|---|---|---|---|---|---|")
     for row in rows:
-        print(
-            "| {method} | {parameters:,} | {seconds:.3f} | {time:.2f} | "
-            "{arithmetic:.2f} | {temporary_MB:,.0f} MB | {compile_seconds:.0f} s |"
-            "".format(**row)
+        cells = (
+            row["method"],
+            f"{row['parameters']:,}",
+            f"{row['seconds']:.3f}",
+            f"{row['time']:.2f}",
+            _number(row["arithmetic"], ".2f"),
+            _number(row["temporary_MB"], ",.0f", " MB"),
+            f"{row['compile_seconds']:.0f} s",
         )
+        print(f"| {' | '.join(cells)} |")
+
+
+def _number(value: float | None, form: str, unit: str = "") -> str:
+    """Formatted; nothing for what a contender does not tell."""
+    return "" if value is None else format(value, form) + unit
 
 
 def save(
@@ -147,11 +158,7 @@ def save(
 
 def plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Time relative to the baseline, one bar for each method."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = _pyplot()
     names, times = zip(*((row["method"], row["time"]) for row in rows), strict=True)
     colours = [
         "tab:gray"
@@ -172,3 +179,48 @@ def plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     )
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+def plot_lines(
+    rows: Sequence[Mapping[str, Any]], columns: Sequence[str], path: Path
+) -> None:
+    """Time relative to the baseline against each column that varies, as panels.
+
+    In each panel the other columns have their values of the first row.
+    """
+    plt = _pyplot()
+    varying = [c for c in columns if len({row[c] for row in rows}) > 1]
+    figure, axes = plt.subplots(
+        1,
+        len(varying),
+        figsize=(5 * len(varying) + 1.5, 4),
+        layout="constrained",
+        sharey=True,
+        squeeze=False,
+    )
+    for axis, column in zip(axes[0], varying, strict=True):
+        others = {c: rows[0][c] for c in columns if c != column}
+        here = [row for row in rows if all(row[c] == v for c, v in others.items())]
+        for k, name in enumerate(dict.fromkeys(row["method"] for row in here)):
+            line = sorted((r[column], r["time"]) for r in here if r["method"] == name)
+            style = "o-" if name.startswith("MoRA") else "s--"
+            axis.plot(*zip(*line, strict=True), style, color=f"C{k % 10}", label=name)
+        ticks = sorted({row[column] for row in here})
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(ticks, map(str, ticks))
+        fixed = ", ".join(f"{c} {v}" for c, v in others.items())
+        axis.set(xlabel=column, title=fixed)
+    axes[0, 0].set_ylabel(f"time relative to: {rows[0]['method']}")
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center")
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def _pyplot() -> Any:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt

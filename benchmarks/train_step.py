@@ -4,15 +4,19 @@ The model is SmolLM2-135M's (random weights; time does not depend on them), all 
 projections of each layer adapted. The baseline, which no method can beat, is the frozen
 model alone: forward, and backward to its input embeddings. First every adapter is
 checked against the merged model, then all run in turns. You will see a table of times
-relative to the baseline, arithmetic, memory and compile time; a JSON file and a plot
-are written too.
+relative to the baseline, arithmetic, memory and compile time, for each number of tokens
+and each rank; then the same for the model's forward pass alone, where a merged model
+should cost what the base does. A JSON file and a plot are written too.
 
     python benchmarks/train_step.py --quick
+    python benchmarks/train_step.py --tokens 16 64 256 --operators sharing rotation
 """
 
 import argparse
 import dataclasses
 import functools
+import itertools
+import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,7 +29,16 @@ import numpy as np
 import optax
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
-from harness import Contender, check_close, plot, race, results, save, show
+from harness import (
+    Contender,
+    check_close,
+    plot,
+    plot_lines,
+    race,
+    results,
+    save,
+    show,
+)
 from tqdm import tqdm
 
 import mora_jax
@@ -60,11 +73,11 @@ def step(apply: Callable[..., jax.Array], trained: Any, *rest: Any) -> Contender
     return Contender.compile(grad, trained, *rest, trained=trained)
 
 
-def random_like(tree: Any, scale: float) -> Any:
+def random_like(tree: Any, scale: float, dtype: str = "float32") -> Any:
     """Small random numbers of the shapes of `tree`."""
     rng = np.random.default_rng(0)
     return jax.tree.map(
-        lambda s: jnp.asarray(scale * rng.standard_normal(s.shape), jnp.float32), tree
+        lambda s: jnp.asarray(scale * rng.standard_normal(s.shape), dtype), tree
     )
 
 
@@ -105,7 +118,7 @@ def lora_by_hand(
     spec: AdapterSpec, adapter: tuple[jax.Array, jax.Array], x: jax.Array
 ) -> jax.Array:
     """LoRA, without its factor: x A B."""
-    a, b = adapter
+    a, b = (one.astype(x.dtype) for one in adapter)
     return (x @ a) @ b
 
 
@@ -115,11 +128,12 @@ def rotation_as_published(spec: AdapterSpec, m: jax.Array, x: jax.Array) -> jax.
     The same map as `Rotation(truncate=True)`.
     """
     *batch, ins = x.shape
+    m = m.astype(x.dtype)
     outs, q = spec.out_features, m.shape[0]
     n = -(-ins // q)
     x = jnp.concatenate([x, x[..., : n * q - ins]], axis=-1).reshape(*batch, n, q)
     angle = np.outer(np.arange(n), 10000 ** (-np.arange(0, q, 2) / q))
-    angle = np.concatenate([angle, angle], axis=-1).astype(np.float32)
+    angle = np.concatenate([angle, angle], axis=-1).astype(x.dtype)
     half = jnp.concatenate([-x[..., q // 2 :], x[..., : q // 2]], axis=-1)
     y = (x * jnp.cos(angle) + half * jnp.sin(angle)) @ m
     y = y.reshape(*batch, n * q)
@@ -131,41 +145,81 @@ def check(apply: Callable[..., Any], merged: Callable[..., Any], *args: Any) -> 
     check_close(jax.jit(apply)(*args), jax.jit(merged)(*args))
 
 
-def contenders(args: argparse.Namespace) -> Iterator[tuple[str, Contender]]:
+@dataclasses.dataclass(frozen=True)
+class Base:
+    """A model, its parameters and a batch."""
+
+    model: smollm2.Llama
+    params: Params
+    ids: np.ndarray
+
+    @classmethod
+    def make(cls, layers: int, batch: int, tokens: int, dtype: str) -> "Base":
+        """Of random numbers."""
+        config = smollm2.Config(layers=layers)
+        model, shape = smollm2.Llama(config), (batch, tokens)
+        ids = np.random.default_rng(0).integers(0, config.vocab, shape)
+        ids = ids.astype(np.int32)
+        shapes = jax.eval_shape(model.init, jax.random.key(0), ids[:1])["params"]
+        return cls(model, random_like(shapes, 0.03, dtype), ids)
+
+
+def contenders(
+    base: Base, operators: list[str], rank: int, with_peers: bool
+) -> Iterator[tuple[str, Contender]]:
     """All methods, compiled and checked; the frozen model first."""
-    config = smollm2.Config(layers=args.layers)
-    model = smollm2.Llama(config)
-    shape = args.batch, args.tokens
-    ids = np.random.default_rng(0).integers(0, config.vocab, shape).astype(np.int32)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), ids[:1])["params"]
-    params = random_like(shapes, 0.03)
-    embedded = jnp.zeros((*shape, config.width))
-    baseline = step(functools.partial(frozen, model), embedded, params, ids)
+    dtype = jax.tree.leaves(base.params)[0].dtype
+    embedded = jnp.zeros((*base.ids.shape, base.model.config.width), dtype)
+    alone = functools.partial(frozen, base.model)
+    baseline = step(alone, embedded, base.params, base.ids)
     yield "frozen model", dataclasses.replace(baseline, trained=0)
-    for operator in args.operators:
-        yield f"MoRA, {operator}", mora(model, params, ids, operator, args.rank)
-    if args.peers:
-        yield from peers(model, params, ids, args.rank)
+    for operator in operators:
+        apply, merged, adapters = mora(base, operator, rank)
+        check(apply, merged, adapters, base.params, base.ids)
+        yield f"MoRA, {operator}", step(apply, adapters, base.params, base.ids)
+    if with_peers:
+        yield from peers(base.model, base.params, base.ids, rank)
 
 
 def mora(
-    model: nn.Module, params: Params, ids: np.ndarray, operator: Any, rank: int
-) -> Contender:
-    """The model as `linen.wrap` adapts it."""
+    base: Base, operator: Any, rank: int
+) -> tuple[Callable[..., Any], Callable[..., Any], Any]:
+    """The model as `linen.wrap` adapts it, the same merged, and adapters."""
     config = MoRAConfig(rank=rank, operator=operator)
-    plan = linen.plan(model, {"params": params}, config, ids)
+    plan = linen.plan(base.model, {"params": base.params}, config, base.ids)
     adapters = random_like(mora_jax.init(plan), 0.01)
-    wrapped = linen.wrap(model, plan)
+    wrapped = linen.wrap(base.model, plan)
 
     def apply(adapters: Any, params: Params, ids: Any) -> Any:
         return wrapped(adapters, {"params": params}, ids)
 
     def merged(adapters: Any, params: Params, ids: Any) -> Any:
         params = mora_jax.merge(params, adapters, plan)
-        return model.apply({"params": params}, ids)
+        return base.model.apply({"params": params}, ids)
 
-    check(apply, merged, adapters, params, ids)
-    return step(apply, adapters, params, ids)
+    return apply, merged, adapters
+
+
+def forward(
+    base: Base, operators: list[str], rank: int
+) -> Iterator[tuple[str, Contender]]:
+    """Logits alone: of the base, of a merged model, and with adapters."""
+
+    def logits(params: Params, ids: Any) -> Any:
+        return base.model.apply({"params": params}, ids)
+
+    yield "base model", Contender.compile(logits, base.params, base.ids)
+    plan = linen.plan(base.model, {"params": base.params}, None, base.ids)
+    adapters = random_like(mora_jax.init(plan), 0.01)
+    merge = jax.jit(lambda params, adapters: mora_jax.merge(params, adapters, plan))
+    merged = merge(base.params, adapters)
+    yield "merged model", Contender.compile(logits, merged, base.ids)
+    for operator in operators:
+        apply, _, adapters = mora(base, operator, rank)
+        one = Contender.compile(
+            apply, adapters, base.params, base.ids, trained=adapters
+        )
+        yield f"MoRA, {operator}", one
 
 
 def peers(
@@ -247,18 +301,29 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="4 layers, some minutes")
     parser.add_argument("--layers", type=int, default=30)
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--tokens", type=int, default=64, help="of each sequence")
-    parser.add_argument("--rank", type=int, default=8, help="budget, as LoRA's rank")
+    parser.add_argument(
+        "--tokens", type=int, nargs="+", default=[64], help="of each sequence"
+    )
+    parser.add_argument(
+        "--ranks", type=int, nargs="+", default=[8], help="budgets, as LoRA's rank"
+    )
+    parser.add_argument(
+        "--dtype", choices=["float32", "bfloat16"], default="float32", help="base's"
+    )
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--operators", nargs="*", default=list(OPERATORS))
     parser.add_argument("--no-peers", dest="peers", action="store_false")
     parser.add_argument("--out", type=Path, default=Path("out/train_step.json"))
+    parser.add_argument(
+        "--add-to", type=Path, help="a file of an earlier run, to go into --out as well"
+    )
     args = parser.parse_args()
     if args.quick:
         args.layers, args.rounds = 4, 5
-    for name in ("layers", "batch", "tokens", "rank", "rounds"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
+    for name in ("layers", "batch", "tokens", "ranks", "rounds"):
+        for value in np.atleast_1d(getattr(args, name)):
+            if value < 1:
+                parser.error(f"--{name} must be at least 1, got {value}")
     for operator in args.operators:
         if operator not in OPERATORS:
             parser.error(f"--operators must be of {list(OPERATORS)}, got {operator!r}")
@@ -266,16 +331,35 @@ def arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Compile and check all, run them in turns, and report."""
+    """Compile and check all, run them in turns, and report: one table after another."""
     args = arguments()
-    total = 1 + len(args.operators) + 5 * args.peers
-    entered = dict(tqdm(contenders(args), "compiling, checking", total))
-    race(entered, args.rounds)
-    rows = results(entered)
-    show(rows)
-    settings = {k: v for k, v in vars(args).items() if k not in ("out", "quick")}
+    rows: list[dict[str, Any]] = []
+    if args.add_to:
+        rows = json.loads(args.add_to.read_text())["results"]
+    for tokens, rank in itertools.product(args.tokens, args.ranks):
+        base = Base.make(args.layers, args.batch, tokens, args.dtype)
+        sizes = {"tokens": args.batch * tokens, "rank": rank}
+        made = {
+            "step": contenders(base, args.operators, rank, args.peers),
+            "forward": forward(base, args.operators, rank),
+        }
+        totals = {"step": 1 + len(args.operators) + 5 * args.peers}
+        for kind, entered in made.items():
+            title = f"{kind}, {args.batch} x {tokens} tokens, r = {rank}"
+            total = totals.get(kind, 2 + len(args.operators))
+            entered = dict(tqdm(entered, f"compiling: {title}", total))
+            race(entered, args.rounds)
+            table = results(entered)
+            show(table, title)
+            rows += [{"kind": kind, **sizes, **row} for row in table]
+    skipped = "out", "quick", "add_to"
+    settings = {k: v for k, v in vars(args).items() if k not in skipped}
     save(rows, settings, args.out)
-    plot(rows, args.out.with_suffix(".png"))
+    steps = [row for row in rows if row["kind"] == "step"]
+    if len({(row["tokens"], row["rank"]) for row in steps}) == 1:
+        plot(steps, args.out.with_suffix(".png"))
+    else:
+        plot_lines(steps, ("tokens", "rank"), args.out.with_suffix(".png"))
     print(f"\nfigures and plot beside {args.out}")
 
 

@@ -64,7 +64,7 @@ def rotary(x: jax.Array, base: float) -> jax.Array:
     half = x.shape[-1] // 2
     frequency = base ** (-jnp.arange(half) / half)
     theta = jnp.arange(x.shape[1])[:, None, None] * frequency
-    cos, sin = jnp.cos(theta), jnp.sin(theta)
+    cos, sin = jnp.cos(theta).astype(x.dtype), jnp.sin(theta).astype(x.dtype)
     a, b = jnp.split(x, 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
 
