@@ -12,8 +12,8 @@ setup = @sh .ci/venv '$(VENV)' '$(PYTHON)'
 run = $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-nnx quickstart bench test test-all test-tunix lint wheel clean \
-  env tools
+.PHONY: help demo demo-nnx quickstart bench bench-layer bench-torch test test-all \
+  test-tunix lint wheel clean env tools
 
 help: ## list the targets
 	@echo 'Targets:'
@@ -21,7 +21,7 @@ help: ## list the targets
 	  | while IFS='|' read -r name text; do printf '  %-12s%s\n' "$$name" "$$text"; done
 	@echo 'Variables:'
 	@echo '  PYTHON      the interpreter, 3.11 or newer (now: $(PYTHON))'
-	@echo '  ARGS        options of the demos, quickstart and bench, as in: make demo ARGS=--help'
+	@echo '  ARGS        options of the demos, quickstart and benchmarks, as in: make demo ARGS=--help'
 	@echo '  PYTEST_ARGS options of test and test-all, as in: make test PYTEST_ARGS="-k merge"'
 
 demo: env ## teach a language model facts it does not know
@@ -35,6 +35,14 @@ quickstart: env ## the shortest use of the library
 
 bench: env ## a training step against the frozen model and LoRA, in turns
 	$(run) benchmarks/train_step.py $(ARGS)
+
+bench-layer: env ## one layer, both ways to compute it, beside a model of the cost
+	$(run) benchmarks/one_layer.py $(ARGS)
+
+bench-torch: VENV = .venv-torch
+bench-torch: ## a training step beside PyTorch's with PEFT, in an environment of its own
+	$(setup) torch
+	$(run) benchmarks/torch_step.py $(ARGS)
 
 test: env ## the tests, without the slow ones
 	$(run) -m pytest $(PYTEST_ARGS)

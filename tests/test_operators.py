@@ -121,6 +121,15 @@ def test_claims(case, size):
 
 
 @by_case
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_the_general_way_to_the_update(case, size):
+    """Which an operator has that gives `_compress` and `_decompress` alone."""
+    op = case.make(*size[:2], fit(case, *size))
+    m = random(3, op.square_rank, op.square_rank)
+    close(op.delta_weight(m), jax.jit(Operator._delta)(op, jnp.asarray(m)))
+
+
+@by_case
 def test_adjoint(case):
     """The transposes that JAX derives are adjoint: <C x, h> = <x, C^T h>."""
     op = case.make(13, 9, fit(case, 13, 9, 4))

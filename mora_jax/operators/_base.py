@@ -46,7 +46,7 @@ class Operator(abc.ABC):
     """Whether q may not exceed `min(in_features, out_features)`."""
     multiple_of: ClassVar[int] = 1
     """What q must be divisible by."""
-    fold_from: ClassVar[float] = 1.0
+    fold_from: ClassVar[float] = 2.0
     """From how many rows on it pays to fold the update into the kernel, in units of
     in * out / (in + out)."""
 
@@ -112,11 +112,21 @@ class Operator(abc.ABC):
     def _delta(self, m: jax.Array) -> jax.Array:
         """C (I_n x M) D. `m`: (q, q) -> (in_features, out_features).
 
-        Made anew in each step where kernels are folded, so block operators have a fast
-        way of their own. This one takes the rows of M through D, the columns of what
-        results through the transpose of C.
+        The rows of I_n x M go through D, block by block, the columns of what results
+        through the transpose of C. Where kernels are folded it is made anew in each
+        step, so block operators have a faster way of their own.
         """
-        return _transpose_compress(self, self._decompress(m))
+
+        def block_rows(k: jax.Array) -> jax.Array:
+            alone = jnp.zeros((self.square_rank, *self.compressed_shape), m.dtype)
+            return self._decompress(alone.at[:, k].set(m))
+
+        # One at a time: all n together would take n * q by n * q numbers.
+        if self.block:
+            rows = jax.lax.map(block_rows, jnp.arange(self.compressed_shape[0]))
+        else:
+            rows = self._decompress(m)
+        return _transpose_compress(self, rows)
 
     @abc.abstractmethod
     def _lookup(

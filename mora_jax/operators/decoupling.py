@@ -44,6 +44,7 @@ class Decoupling(Operator):
 
     name = "decoupling"
     bounded = False
+    fold_from = 1.0
 
     @property
     def compressed_shape(self) -> Shape:

@@ -46,7 +46,6 @@ class Hadamard(Operator):
     out_arrays: tuple[jax.Array | np.ndarray, ...] = array_field()
 
     name = "hadamard"
-    fold_from = 2.0
     arrays = ("in_arrays", "out_arrays")
 
     def __post_init__(self) -> None:

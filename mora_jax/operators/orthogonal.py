@@ -33,7 +33,6 @@ class Orthogonal(Operator):
     out_basis: jax.Array | np.ndarray = array_field()
 
     name = "orthogonal"
-    fold_from = 2.0
     arrays = ("in_basis", "out_basis")
 
     def __post_init__(self) -> None:
