@@ -90,6 +90,11 @@ def _impl(*args: Any, call: Any) -> jax.Array:
 
 @linear_p.def_abstract_eval
 def _abstract(*args: Any, call: Any) -> Any:
+    return _result(call, *args)
+
+
+@functools.lru_cache(maxsize=1024)  # a model's layers ask the same again and again
+def _result(call: Any, *args: Any) -> Any:
     jaxpr = jax.make_jaxpr(lambda *args: call(*args))(*args)
     (result,) = jaxpr.out_avals
     return result

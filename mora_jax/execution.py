@@ -197,7 +197,9 @@ def adapt_call(
         def dot_general(
             x: ArrayLike, kernel: ArrayLike, dimension_numbers: Any, **settings: Any
         ) -> jax.Array:
-            multiply = _DotGeneral(dimension_numbers, tuple(settings.items()))
+            contracted, batch = dimension_numbers  # of lists, perhaps
+            axes = tuple(map(tuple, contracted)), tuple(map(tuple, batch))
+            multiply = _DotGeneral(axes, tuple(settings.items()))
             return adapted_product(
                 spec, m(), x, kernel, product, multiply, precision=precision
             )

@@ -5,6 +5,7 @@ the gradient of M is taken from x and y: none of a kernel's shape is ever formed
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -56,11 +57,28 @@ def folded_product(
         )
     # Without the operator, whose arrays may be traced: it is an argument.
     settings = _Settings(
-        multiply, product, shape, axes, spec.alpha, precision, x.shape, x.dtype
+        multiply,
+        product,
+        shape,
+        axes,
+        spec.alpha,
+        precision,
+        x.shape,
+        x.dtype,
+        _result_dtype(multiply, x.shape, x.dtype, kernel.shape, kernel.dtype),
     )
     maps = {1: _ByM(settings), 3: _ByX(settings)}
     folded = with_derivatives(_Folded(settings), maps)
     return folded(spec.operator, jnp.asarray(m), kernel, x)
+
+
+@functools.lru_cache(maxsize=1024)
+def _result_dtype(
+    multiply: Multiply, x_shape: Shape, x_dtype: Any, shape: Shape, dtype: Any
+) -> Any:
+    x = jax.ShapeDtypeStruct(x_shape, x_dtype)
+    kernel = jax.ShapeDtypeStruct(shape, dtype)
+    return jax.eval_shape(multiply, x, kernel).dtype
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +93,7 @@ class _Settings:
     precision: jax.lax.PrecisionLike
     x_shape: Shape
     x_dtype: Any
+    y_dtype: Any
 
     def update(self, operator: Operator, m: jax.Array) -> KernelUpdate:
         return KernelUpdate(operator, m, self.shape, self.axes, self.precision)
@@ -125,8 +144,8 @@ class _ByM:
     settings: _Settings
 
     def __call__(self, residuals: Any, m: jax.Array) -> jax.Array:
-        (operator, kernel, x), one = residuals, self.settings
-        dtype = jax.eval_shape(one.multiply, x, kernel).dtype
+        (operator, _, x), one = residuals, self.settings
+        dtype = one.y_dtype
         y = one.product.update(one.update(operator, m.astype(dtype)), x.astype(dtype))
         return y * jnp.asarray(one.alpha, dtype)
 
