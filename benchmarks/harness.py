@@ -8,6 +8,7 @@ import dataclasses
 import json
 import os
 import platform
+import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
@@ -78,11 +79,16 @@ def check_close(value: jax.Array, expected: jax.Array) -> None:
 def race(
     contenders: Mapping[str, Contender], rounds: int, *, show_progress: bool = True
 ) -> None:
-    """Run all in turns, after one round that is not counted."""
+    """Run all in turns, after one round that is not counted.
+
+    Each round has an order of its own, so that none always follows the same one.
+    """
+    order, shuffle = list(contenders.values()), random.Random(0).shuffle
     total = (rounds + 1) * len(contenders)
     with tqdm(total=total, desc="running", disable=not show_progress) as bar:
         for number in range(rounds + 1):
-            for contender in contenders.values():
+            shuffle(order)
+            for contender in order:
                 start = time.perf_counter()
                 contender()
                 if number:

@@ -313,6 +313,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--operators", nargs="*", default=list(OPERATORS))
     parser.add_argument("--no-peers", dest="peers", action="store_false")
+    parser.add_argument("--no-forward", dest="forward", action="store_false")
     parser.add_argument("--out", type=Path, default=Path("out/train_step.json"))
     parser.add_argument(
         "--add-to", type=Path, help="a file of an earlier run, to go into --out as well"
@@ -339,10 +340,9 @@ def main() -> None:
     for tokens, rank in itertools.product(args.tokens, args.ranks):
         base = Base.make(args.layers, args.batch, tokens, args.dtype)
         sizes = {"tokens": args.batch * tokens, "rank": rank}
-        made = {
-            "step": contenders(base, args.operators, rank, args.peers),
-            "forward": forward(base, args.operators, rank),
-        }
+        made = {"step": contenders(base, args.operators, rank, args.peers)}
+        if args.forward:
+            made["forward"] = forward(base, args.operators, rank)
         totals = {"step": 1 + len(args.operators) + 5 * args.peers}
         for kind, entered in made.items():
             title = f"{kind}, {args.batch} x {tokens} tokens, r = {rank}"

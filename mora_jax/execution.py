@@ -110,8 +110,8 @@ def folds(spec: AdapterSpec, product: Product, x: Any, dtype: DTypeLike) -> bool
     """Whether `adapted_product` folds; decided by shapes and dtype alone.
 
     Only dense layers fold, and not where one call multiplies a stack of kernels. "auto"
-    folds from as many rows on as made it faster in `benchmarks/execution.py`, and in no
-    16-bit dtype, in which each fold would round a small update away.
+    folds from as many rows on as made it faster in `benchmarks/one_layer.py`, and in no
+    16-bit dtype: a fold rounds to it, which `benchmarks/bfloat16.py` saw slow learning.
     """
     if not isinstance(product, Contraction) or "s" in product.axes:
         return False

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from mora_jax.operators import OPERATORS
+
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
@@ -22,7 +24,7 @@ def test_train_step(tmp_path):
     done = run("train_step.py", *sizes.split(), "--out", str(out))
     assert done.returncode == 0, done.stderr
     report = json.loads(out.read_text())
-    rows = {row["method"]: row for row in report["results"]}
+    rows = {r["method"]: r for r in report["results"] if r["kind"] == "step"}
     first = next(iter(rows.values()))
     assert first["method"] == "frozen model" and first["time"] == 1
     assert all(row["seconds"] > 0 and row["time"] > 0 for row in rows.values())
@@ -32,16 +34,52 @@ def test_train_step(tmp_path):
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     for name in rows:
         assert f"| {name} |" in done.stdout
+    forward = {r["method"]: r for r in report["results"] if r["kind"] == "forward"}
+    assert {"base model", "merged model", "MoRA, rotation"} <= set(forward)
+
+
+@pytest.mark.slow
+def test_several_sizes_in_one_file(tmp_path):
+    first, out = tmp_path / "first.json", tmp_path / "all.json"
+    sizes = "--layers 1 --batch 1 --rounds 1 --operators sharing --no-peers".split()
+    done = run("train_step.py", *sizes, "--tokens", "4", "--out", str(first))
+    assert done.returncode == 0, done.stderr
+    more = ["--tokens", "4", "8", "--ranks", "2", "--add-to", str(first)]
+    done = run("train_step.py", *sizes, *more, "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(out.read_text())["results"]
+    assert {(r["tokens"], r["rank"]) for r in rows} == {(4, 8), (4, 2), (8, 2)}
+    assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_one_layer(tmp_path):
+    """Each operator both ways, one of which is what "auto" takes."""
+    out = tmp_path / "one_layer.json"
+    sizes = "--kernels 64x96 --rows 8 --rounds 1 --dtype bfloat16".split()
+    done = run("one_layer.py", *sizes, "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    rows = {r["method"]: r for r in json.loads(out.read_text())["results"]}
+    for operator in OPERATORS:
+        ways = [rows[f"{operator}, {way}"] for way in ("activation", "fold")]
+        assert [row["auto"] for row in ways] == ["auto", ""]
+        assert all(row["time"] > 0 and row["model"] > 1 for row in ways)
+    assert rows["no adapter"]["time"] == rows["no adapter"]["model"] == 1
+    assert "| LoRA 8 |" in done.stdout
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("args", "message"),
+    ("script", "args", "message"),
     [
-        (["--layers", "0"], "--layers must be at least 1, got 0"),
-        (["--operators", "rotate"], "got 'rotate'"),
+        ("train_step.py", ["--layers", "0"], "--layers must be at least 1, got 0"),
+        ("train_step.py", ["--tokens", "8", "0"], "--tokens must be at least 1, got 0"),
+        ("train_step.py", ["--operators", "rotate"], "got 'rotate'"),
+        ("one_layer.py", ["--kernels", "64"], "must be like 1024x4096, got '64'"),
+        ("one_layer.py", ["--rows", "0"], "--rows must be at least 1, got 0"),
+        ("one_layer.py", ["--operators", "rotate"], "invalid choice: 'rotate'"),
     ],
 )
-def test_bad_options(args, message):
-    done = run("train_step.py", *args)
+def test_bad_options(script, args, message):
+    done = run(script, *args)
     assert done.returncode == 2 and message in done.stderr

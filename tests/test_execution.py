@@ -108,6 +108,23 @@ def test_transformations(case):
     check(scanned)
 
 
+@by_case
+def test_one_compilation(case):
+    """Serves all layers of one shape."""
+    traces = []
+
+    @jax.jit
+    def step(m, x, frozen):
+        traces.append(None)
+        return jax.grad(loss)(m, frozen.kernel, x, frozen)
+
+    x = random(2, 3, 12)
+    for seed in range(2):
+        frozen = make(case, 12, 10, 4, "fold")
+        step(random(seed, *frozen.spec.shape), x, frozen)
+    assert len(traces) == 1
+
+
 @contextlib.contextmanager
 def counting(monkeypatch):
     """A list that grows with each product that is folded."""
