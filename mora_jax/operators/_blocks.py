@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mora_jax._types import ArrayLike
+
 
 def blocks(features: int, square_rank: int) -> int:
     """How many blocks of q cover `features`: ceil(features / q)."""
@@ -30,15 +32,26 @@ def wrap_rows(weight: jax.Array, features: int) -> jax.Array:
 
 
 def places(
-    indices: jax.Array, features: int, square_rank: int
+    indices: ArrayLike, features: int, square_rank: int
 ) -> tuple[jax.Array, jax.Array]:
     """Where `to_blocks` puts single features: blocks and offsets, both (..., t).
 
-    A feature that starts over has up to t places; an offset of -1 stands for none.
+    A feature that starts over has up to t places; an offset of q stands for none.
     """
     size = blocks(features, square_rank) * square_rank
-    at = indices[..., None] + features * np.arange(-(-size // features))
-    return at // square_rank, jnp.where(at < size, at % square_rank, -1)
+    starts = features * np.arange(-(-size // features), dtype=np.uint32)
+    at = jnp.asarray(indices, np.uint32)[..., None] + starts
+    block, offset = divide(at, square_rank)
+    return block, jnp.where(at < size, offset, np.uint32(square_rank))
+
+
+def divide(indices: ArrayLike, by: int) -> tuple[jax.Array, jax.Array]:
+    """Quotients and remainders of indices, which are not negative.
+
+    Unsigned, or signs would be looked at in a dozen more operations for XLA to compile.
+    """
+    indices = jnp.asarray(indices, np.uint32)
+    return indices // np.uint32(by), indices % np.uint32(by)
 
 
 def from_blocks(h: jax.Array, features: int) -> jax.Array:

@@ -7,10 +7,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from mora_jax._linear import LinearMap
 from mora_jax._types import ArrayLike
 from mora_jax.operators._base import Operator
+from mora_jax.operators._blocks import divide
 from mora_jax.operators._pytree import array_field, operator
 from mora_jax.operators._random import check_seed, orthonormal, permutation, signs
 
@@ -72,12 +74,12 @@ class Hadamard(Operator):
 
     def _meet(self, x: jax.Array) -> jax.Array:
         if self._prefers_matrix(x, self.in_features):
-            return x @ _matrix(self.in_arrays).astype(x.dtype)
+            return x @ _matrix(self.in_arrays, x.dtype)
         return self._compress(x)
 
     def _spread(self, h: jax.Array) -> jax.Array:
         if self._prefers_matrix(h, self.out_features):
-            return h @ _matrix(self.out_arrays).astype(h.dtype).T
+            return h @ _matrix(self.out_arrays, h.dtype).T
         return self._decompress(h)
 
     def _prefers_matrix(self, x: jax.Array, features: int) -> bool:
@@ -91,13 +93,13 @@ class Hadamard(Operator):
         return math.prod(x.shape[:-1]) > q and q <= 16 * steps
 
     def _delta(self, m: jax.Array) -> jax.Array:
-        c, d = (_matrix(a).astype(m.dtype) for a in (self.in_arrays, self.out_arrays))
+        c, d = (_matrix(a, m.dtype) for a in (self.in_arrays, self.out_arrays))
         return c @ (m @ d.T)
 
     def _lookup(
         self, m: jax.Array, indices: jax.Array, precision: jax.lax.PrecisionLike
     ) -> jax.Array:
-        rows = _rows(indices, *self.in_arrays).astype(m.dtype)
+        rows = _rows(indices, self.in_arrays, m.dtype)
         return self._decompress(jnp.matmul(rows, m, precision=precision))
 
 
@@ -162,22 +164,33 @@ class _Lift(LinearMap):
 
 
 def _rows(
-    indices: jax.Array, signs: ArrayLike, odd: ArrayLike, coordinates: ArrayLike
+    indices: jax.Array, arrays: tuple[ArrayLike, ...], dtype: DTypeLike
 ) -> jax.Array:
     """What `_project` makes of unit vectors, (...) -> (..., q), entry by entry."""
-    b = odd.shape[0]
-    high, low = indices[..., None] // b, indices[..., None] % b
-    coordinates = jnp.asarray(coordinates)
-    # The Walsh-Hadamard matrix holds -1 where its indices share an odd number of bits.
-    shared = jax.lax.population_count(high & (coordinates // b))
-    walsh = (1 - 2 * (shared % 2)) / math.sqrt(signs.shape[0] // b)
-    sign = jnp.asarray(signs)[indices][..., None]
-    return sign * walsh * jnp.asarray(odd)[low, coordinates % b]
+    signs, odd, coordinates = (jnp.asarray(a) for a in arrays)
+    high, low = divide(indices[..., None], len(odd))
+    column, entry = divide(coordinates, len(odd))
+    walsh = _walsh(high, column, len(signs) // len(odd), dtype)
+    return (signs[indices][..., None] * walsh * odd[low, entry]).astype(dtype)
 
 
-def _matrix(arrays: tuple[ArrayLike, ...]) -> jax.Array:
+def _matrix(arrays: tuple[ArrayLike, ...], dtype: DTypeLike) -> jax.Array:
     """C, or the transpose of D: (features, q)."""
-    return _rows(jnp.arange(arrays[0].shape[0]), *arrays)
+    signs, odd, coordinates = (jnp.asarray(a) for a in arrays)
+    size = len(signs) // len(odd)
+    column, entry = divide(coordinates, len(odd))
+    walsh = _walsh(np.arange(size, dtype=np.uint32)[:, None], column, size, dtype)
+    picked = odd.at[:, entry].get(mode="promise_in_bounds")
+    matrix = (walsh[:, None, :] * picked).reshape(len(signs), -1)
+    return (signs[:, None] * matrix).astype(dtype)
+
+
+def _walsh(row: ArrayLike, column: jax.Array, size: int, dtype: DTypeLike) -> jax.Array:
+    """Entries of the scaled Walsh-Hadamard matrix, no narrower than float32."""
+    scale = np.asarray(1 / math.sqrt(size), jnp.promote_types(dtype, np.float32))
+    # It is negative where its indices share an odd number of bits.
+    shared = jax.lax.population_count(row & column)
+    return jnp.where(shared % 2 == 1, -scale, scale)
 
 
 def walsh_hadamard(x: jax.Array) -> jax.Array:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mora_jax._linear import LinearMap
-from mora_jax.operators._blocks import places
+from mora_jax.operators._blocks import divide, places
 from mora_jax.operators._pytree import array_field, operator
 from mora_jax.operators._random import check_seed, inverse, permutation
 from mora_jax.operators.decoupling import Decoupling
@@ -56,16 +56,17 @@ class Permutation(Decoupling):
 
     def _delta(self, m: jax.Array) -> jax.Array:
         q, period = self.square_rank, min(self.compressed_shape[0], self._places)
-        out_block, out_offset = jnp.divmod(jnp.asarray(self.out_places), q)
-        columns = jnp.take(m, out_offset, axis=1)
-        block, offset = places(jnp.asarray(self.in_places), self.in_features, q)
-        feeds = offset >= 0
+        out_block, out_offset = divide(self.out_places, q)
+        _, out_group = divide(out_block, period)
+        block, offset = places(self.in_places, self.in_features, q)
         if self.truncate:
-            feeds &= block < self._places
-        group, out_group = jnp.where(feeds, block % period, -1), out_block % period
+            offset = jnp.where(block < self._places, offset, np.uint32(q))
+        _, group = divide(block, period)
+        columns = m.at[:, out_offset].get(mode="promise_in_bounds")
+        columns = jnp.pad(columns, [(0, 1), (0, 0)])  # where a feature has no place
 
         def of_places(k: int) -> jax.Array:
-            rows = jnp.take(columns, offset[:, k], axis=0, mode="clip")
+            rows = columns.at[offset[:, k]].get(mode="promise_in_bounds")
             return jnp.where(group[:, k, None] == out_group, rows, 0)
 
         return functools.reduce(jnp.add, map(of_places, range(offset.shape[-1])))
@@ -84,8 +85,13 @@ class _Reorder(LinearMap):
 
     def forward(self, residuals: Any, x: jax.Array) -> jax.Array:
         order, _ = residuals
-        return jnp.take(x, order, axis=-1, unique_indices=True, mode="clip")
+        return _take(x, order)
 
     def backward(self, residuals: Any, y: jax.Array) -> jax.Array:
         _, places = residuals
-        return jnp.take(y, places, axis=-1, unique_indices=True, mode="clip")
+        return _take(y, places)
+
+
+def _take(x: jax.Array, order: jax.Array) -> jax.Array:
+    # A permutation has no index out of bounds, and none twice.
+    return x.at[..., order].get(mode="promise_in_bounds", unique_indices=True)
