@@ -41,6 +41,11 @@ class LinearMap(abc.ABC):
         leaves, treedef = jax.tree.flatten(residuals)
         return linear_p.bind(*leaves, x, call=_Call(self, treedef))
 
+    def transpose(self, residuals: Any, y: ArrayLike) -> jax.Array:
+        """A(r)^T y, with `forward` for its transpose."""
+        leaves, treedef = jax.tree.flatten(residuals)
+        return linear_p.bind(*leaves, y, call=_Call(self, treedef, transposed=True))
+
 
 @dataclasses.dataclass(frozen=True)
 class _Call:
@@ -107,21 +112,39 @@ def _jvp(primals: Any, tangents: Any, *, call: Any) -> Any:
     parts = []
     if not isinstance(by_x, ad.Zero):
         parts.append(linear_p.bind(*residuals, by_x, call=call))
-    if not all(isinstance(t, ad.Zero) for t in by_residuals):
-        by_residuals = [ad.instantiate_zeros(t) for t in by_residuals]
-        _, part = jax.jvp(lambda *r: call(*r, x), residuals, by_residuals)
+    moving = [k for k, t in enumerate(by_residuals) if not isinstance(t, ad.Zero)]
+    if moving:
+        at, by = ([one[k] for k in moving] for one in (residuals, by_residuals))
+        _, part = jax.jvp(_of(moving, primals, call), at, by)
         parts.append(part)
     return y, functools.reduce(jnp.add, parts)
 
 
+def _of(positions: list[int], args: Any, call: Any) -> Callable[..., jax.Array]:
+    """`call` as a function of its arguments at `positions` alone."""
+
+    def of_some(*some: Any) -> jax.Array:
+        given = dict(zip(positions, some, strict=True))
+        return call(*(given.get(k, a) for k, a in enumerate(args)))
+
+    return of_some
+
+
 def _transpose(y: Any, *args: Any, call: Any) -> Any:
-    *residuals, x = args
-    if any(ad.is_undefined_primal(r) for r in residuals):
-        raise NotImplementedError("a linear map is transposed by its argument alone")
+    back: list[Any] = [None] * len(args)
+    linear = [k for k, a in enumerate(args) if ad.is_undefined_primal(a)]
     if isinstance(y, ad.Zero):
-        return [*[None] * len(residuals), ad.Zero(x.aval)]
-    back = linear_p.bind(*residuals, y, call=call.transpose)
-    return [*[None] * len(residuals), back]
+        for k in linear:
+            back[k] = ad.Zero(args[k].aval)
+    elif linear == [len(args) - 1]:
+        back[-1] = linear_p.bind(*args[:-1], y, call=call.transpose)
+    else:  # by what the map is linear in as well: as JAX would
+        by = jax.linear_transpose(
+            _of(linear, args, call), *(args[k].aval for k in linear)
+        )
+        for k, one in zip(linear, by(y), strict=True):
+            back[k] = one
+    return back
 
 
 def _batch(args: Any, axes: Any, *, call: Any) -> Any:

@@ -281,7 +281,7 @@ class Operator(abc.ABC):
 def _apply(
     op: Operator, m: ArrayLike, x: ArrayLike, precision: jax.lax.PrecisionLike
 ) -> jax.Array:
-    return product(op.block, precision)(op, jnp.asarray(m), jnp.asarray(x))
+    return product(op, jnp.asarray(m), jnp.asarray(x), precision)
 
 
 @jax.jit

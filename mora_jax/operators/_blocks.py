@@ -1,11 +1,14 @@
 """Vectors as rows of q features, and back."""
 
+import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mora_jax._linear import LinearMap
 from mora_jax._types import ArrayLike
 
 
@@ -16,11 +19,8 @@ def blocks(features: int, square_rank: int) -> int:
 
 def to_blocks(x: jax.Array, square_rank: int) -> jax.Array:
     """(..., features) -> (..., n, q); past the end, features start over at index 0."""
-    *batch, features = x.shape
-    n = blocks(features, square_rank)
-    missing = n * square_rank - features
-    padded = jnp.pad(x, [(0, 0)] * len(batch) + [(0, missing)], mode="wrap")
-    return padded.reshape(*batch, n, square_rank)
+    n = blocks(x.shape[-1], square_rank)
+    return cycle(x, n * square_rank).reshape(*x.shape[:-1], n, square_rank)
 
 
 def wrap_rows(weight: jax.Array, features: int) -> jax.Array:
@@ -55,21 +55,52 @@ def divide(indices: ArrayLike, by: int) -> tuple[jax.Array, jax.Array]:
 
 
 def from_blocks(h: jax.Array, features: int) -> jax.Array:
-    """(..., n, q) -> (..., features): the blocks in a row, cut off at `features`."""
+    """(..., n, q) -> (..., features): the blocks in a row, over and over."""
     *batch, n, square_rank = h.shape
-    return h.reshape(*batch, n * square_rank)[..., :features]
+    return cycle(h.reshape(*batch, n * square_rank), features)
 
 
-def route(h: jax.Array, count: int) -> jax.Array:
-    """(..., n, q) -> (..., count, q): block k goes to block k mod `count`.
+def cycle(x: jax.Array, features: int) -> jax.Array:
+    """(..., width) -> (..., features): entry j is entry j mod width of `x`."""
+    return _Cycle(x.shape[-1], features)((), x)
 
-    With more blocks than places the blocks that meet are added; with fewer, they are
-    repeated, so that output block j holds block j mod n.
-    """
-    *batch, n, square_rank = h.shape
-    if n <= count:
-        repeats = [1] * len(batch) + [-(-count // n), 1]
-        return jnp.tile(h, repeats)[..., :count, :]
-    rounds = -(-n // count)
-    missing = [(0, 0)] * len(batch) + [(0, rounds * count - n), (0, 0)]
-    return jnp.pad(h, missing).reshape(*batch, rounds, count, square_rank).sum(-3)
+
+def add_cycles(x: jax.Array, width: int) -> jax.Array:
+    """(..., features) -> (..., width): the transpose of `cycle`."""
+    return _Cycle(width, x.shape[-1]).transpose((), x)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Cycle(LinearMap):
+    """`cycle`, whose transpose JAX would compute by padding to whole cycles."""
+
+    width: int
+    features: int
+
+    def forward(self, residuals: Any, x: jax.Array) -> jax.Array:
+        whole, rest = divmod(self.features, self.width)
+        if not whole:
+            return x[..., :rest]
+        if whole == 1:
+            return jnp.concatenate([x, x[..., :rest]], axis=-1) if rest else x
+        tiled = jnp.tile(x, [1] * (x.ndim - 1) + [whole + bool(rest)])
+        return tiled[..., : self.features]
+
+    def backward(self, residuals: Any, y: jax.Array) -> jax.Array:
+        total, width = y[..., : self.width], self.width
+        total = _pad(total, width)
+        if self.features > MANY * width:
+            y = _pad(y, -(-self.features // width) * width)
+            return y.reshape(*y.shape[:-1], -1, width).sum(-2)
+        # Slices that are added in one pass; a sum over an axis took thrice the time.
+        starts = range(width, self.features, width)
+        return sum((_pad(y[..., k : k + width], width) for k in starts), total)
+
+
+MANY = 64
+"""More slices than this are not written out."""
+
+
+def _pad(x: jax.Array, features: int) -> jax.Array:
+    missing = features - x.shape[-1]
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, missing)]) if missing else x

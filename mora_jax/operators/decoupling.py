@@ -7,10 +7,10 @@ import numpy as np
 from mora_jax._types import Shape
 from mora_jax.operators._base import Operator
 from mora_jax.operators._blocks import (
+    add_cycles,
     blocks,
     from_blocks,
     places,
-    route,
     to_blocks,
     wrap_rows,
 )
@@ -62,19 +62,23 @@ class Decoupling(Operator):
         return to_blocks(x, self.square_rank)
 
     def _decompress(self, h: jax.Array) -> jax.Array:
-        return self._spread(self._route(h))
+        return self._spread(self._add_up(h))
 
     def _meet(self, x: jax.Array) -> jax.Array:
-        return self._route(self._compress(x))
+        return self._add_up(self._compress(x))
 
     def _spread(self, h: jax.Array) -> jax.Array:
-        return from_blocks(route(h, self._places), self.out_features)
+        return from_blocks(h, self.out_features)
 
-    def _route(self, h: jax.Array) -> jax.Array:
+    def _add_up(self, h: jax.Array) -> jax.Array:
         """(..., n, q) -> (..., min(n, p), q): blocks that meet are added."""
+        if h.shape[-2] <= self._places:
+            return h
         if self.truncate:
             return h[..., : self._places, :]
-        return route(h, min(h.shape[-2], self._places))
+        *batch, n, q = h.shape
+        h = add_cycles(h.reshape(*batch, n * q), self._places * q)
+        return h.reshape(*batch, self._places, q)
 
     def _delta(self, m: jax.Array) -> jax.Array:
         (n, q), outs = self.compressed_shape, self.out_features

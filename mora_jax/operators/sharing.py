@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mora_jax.operators._base import Operator
-from mora_jax.operators._blocks import blocks, from_blocks, places, route, to_blocks
+from mora_jax.operators._blocks import add_cycles, cycle, places
 from mora_jax.operators._pytree import operator
 
 Grouping = Literal["strided", "contiguous"]
@@ -73,15 +73,25 @@ class Sharing(Operator):
 
     def _compress(self, x: jax.Array) -> jax.Array:
         if self.compress_groups == "strided":
-            h = to_blocks(x, self.square_rank).sum(-2)
+            h = self._add_groups(x)
         else:
             h = _sum_runs(x, self.square_rank)
         return h * self._scale(self.in_features, h)
 
+    def _add_groups(self, x: jax.Array) -> jax.Array:
+        """Sums of strided groups, the last ones completed by the first features."""
+        q = self.square_rank
+        if q >= self.in_features:
+            return cycle(x, q)
+        missing = -self.in_features % q
+        if not missing:
+            return add_cycles(x, q)
+        before = [(0, 0)] * (x.ndim - 1) + [(q - missing, 0)]
+        return add_cycles(x, q) + jnp.pad(x[..., :missing], before)
+
     def _decompress(self, h: jax.Array) -> jax.Array:
         if self.decompress_groups == "strided":
-            count = blocks(self.out_features, self.square_rank)
-            y = from_blocks(route(h[..., None, :], count), self.out_features)
+            y = cycle(h, self.out_features)
         else:
             y = _repeat_runs(h, self.out_features)
         return y * self._scale(self.out_features, y)
