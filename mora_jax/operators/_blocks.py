@@ -1,7 +1,6 @@
 """Vectors as rows of q features, and back."""
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -9,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from mora_jax._linear import LinearMap
-from mora_jax._types import ArrayLike
 
 
 def blocks(features: int, square_rank: int) -> int:
@@ -23,34 +21,27 @@ def to_blocks(x: jax.Array, square_rank: int) -> jax.Array:
     return cycle(x, n * square_rank).reshape(*x.shape[:-1], n, square_rank)
 
 
-def wrap_rows(weight: jax.Array, features: int) -> jax.Array:
-    """(n * q, out) -> (features, out): rows past the end are added to the first."""
-    rounds = blocks(weight.shape[0], features)
-    missing = rounds * features - weight.shape[0]
-    parts = jnp.split(jnp.pad(weight, [(0, missing), (0, 0)]), rounds)
-    return functools.reduce(jnp.add, parts)
-
-
 def places(
-    indices: ArrayLike, features: int, square_rank: int
-) -> tuple[jax.Array, jax.Array]:
+    indices: np.ndarray | jax.Array, features: int, square_rank: int
+) -> tuple[Any, Any]:
     """Where `to_blocks` puts single features: blocks and offsets, both (..., t).
 
-    A feature that starts over has up to t places; an offset of q stands for none.
+    A feature that starts over has up to t places; an offset of q or more stands for
+    none. Of numpy arrays these are numpy arrays, constants of a program.
     """
     size = blocks(features, square_rank) * square_rank
     starts = features * np.arange(-(-size // features), dtype=np.uint32)
-    at = jnp.asarray(indices, np.uint32)[..., None] + starts
+    at = indices.astype(np.uint32)[..., None] + starts
     block, offset = divide(at, square_rank)
-    return block, jnp.where(at < size, offset, np.uint32(square_rank))
+    return block, offset + np.uint32(square_rank) * (at >= size)
 
 
-def divide(indices: ArrayLike, by: int) -> tuple[jax.Array, jax.Array]:
+def divide(indices: np.ndarray | jax.Array, by: int) -> tuple[Any, Any]:
     """Quotients and remainders of indices, which are not negative.
 
     Unsigned, or signs would be looked at in a dozen more operations for XLA to compile.
     """
-    indices = jnp.asarray(indices, np.uint32)
+    indices = indices.astype(np.uint32)
     return indices // np.uint32(by), indices % np.uint32(by)
 
 
@@ -68,6 +59,14 @@ def cycle(x: jax.Array, features: int) -> jax.Array:
 def add_cycles(x: jax.Array, width: int) -> jax.Array:
     """(..., features) -> (..., width): the transpose of `cycle`."""
     return _Cycle(width, x.shape[-1]).transpose((), x)
+
+
+def wrap_rows(weight: jax.Array, features: int) -> jax.Array:
+    """(n * q, out) -> (features, out): rows past the end are added to the first."""
+    total = _pad(weight[:features], features, axis=0)
+    starts = range(features, weight.shape[0], features)
+    parts = (_pad(weight[k : k + features], features, axis=0) for k in starts)
+    return sum(parts, total)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,6 +100,7 @@ MANY = 64
 """More slices than this are not written out."""
 
 
-def _pad(x: jax.Array, features: int) -> jax.Array:
-    missing = features - x.shape[-1]
-    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, missing)]) if missing else x
+def _pad(x: jax.Array, features: int, axis: int = -1) -> jax.Array:
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (0, features - x.shape[axis])
+    return jnp.pad(x, widths) if widths[axis][1] else x

@@ -55,21 +55,23 @@ class Permutation(Decoupling):
         return _Reorder()((self.out_places, self.out_order), super()._spread(h))
 
     def _delta(self, m: jax.Array) -> jax.Array:
-        q, period = self.square_rank, min(self.compressed_shape[0], self._places)
+        q = self.square_rank
         out_block, out_offset = divide(self.out_places, q)
-        _, out_group = divide(out_block, period)
-        block, offset = places(self.in_places, self.in_features, q)
-        if self.truncate:
-            offset = jnp.where(block < self._places, offset, np.uint32(q))
-        _, group = divide(block, period)
         columns = m.at[:, out_offset].get(mode="promise_in_bounds")
-        columns = jnp.pad(columns, [(0, 1), (0, 0)])  # where a feature has no place
+        # With a row more, since XLA does not redo a concatenation for each row.
+        columns = jnp.concatenate([columns, jnp.zeros_like(columns[:1])])
+        block, offset = places(self.in_places, self.in_features, q)
 
-        def of_places(k: int) -> jax.Array:
-            rows = columns.at[offset[:, k]].get(mode="promise_in_bounds")
-            return jnp.where(group[:, k, None] == out_group, rows, 0)
-
-        return functools.reduce(jnp.add, map(of_places, range(offset.shape[-1])))
+        group, out_group = self._in_group(block), self._out_group(out_block)
+        parts = (
+            jnp.where(
+                group[:, t, None] == out_group,
+                columns.at[offset[:, t]].get(mode="clip"),
+                0,
+            )
+            for t in range(group.shape[1])
+        )
+        return functools.reduce(jnp.add, parts)
 
     def _lookup(
         self, m: jax.Array, indices: jax.Array, precision: jax.lax.PrecisionLike
