@@ -46,7 +46,7 @@ class Decoupling(Operator):
 
     name = "decoupling"
     bounded = False
-    fold_from = 1.0
+    fold_from = 0.6
 
     @property
     def compressed_shape(self) -> Shape:
