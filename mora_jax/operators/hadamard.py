@@ -70,7 +70,7 @@ class Hadamard(Operator):
         return _Projection()(self.in_arrays, x)
 
     def _decompress(self, h: jax.Array) -> jax.Array:
-        return _Lift()(self.out_arrays, h)
+        return _Projection().transpose(self.out_arrays, h)
 
     def _meet(self, x: jax.Array) -> jax.Array:
         if self._prefers_matrix(x, self.in_features):
@@ -86,11 +86,11 @@ class Hadamard(Operator):
         """Whether a product with C or D as a matrix is faster for these rows.
 
         It does q operations a feature where the transform does a + b, each of them
-        about 16 times as fast; making the matrix costs as much as q rows.
+        about 16 times as fast; making the matrix costs as much as some rows.
         """
         q, b = self.square_rank, _odd_part(features)
         steps = (features // b).bit_length() - 1 + b
-        return math.prod(x.shape[:-1]) > q and q <= 16 * steps
+        return math.prod(x.shape[:-1]) > 32 and q <= 16 * steps
 
     def _delta(self, m: jax.Array) -> jax.Array:
         c, d = (_matrix(a, m.dtype) for a in (self.in_arrays, self.out_arrays))
@@ -150,17 +150,6 @@ class _Projection(LinearMap):
 
     def backward(self, residuals: Any, y: jax.Array) -> jax.Array:
         return _lift(y, *residuals)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Lift(LinearMap):
-    """The transpose of `_Projection`."""
-
-    def forward(self, residuals: Any, x: jax.Array) -> jax.Array:
-        return _lift(x, *residuals)
-
-    def backward(self, residuals: Any, y: jax.Array) -> jax.Array:
-        return _project(y, *residuals)
 
 
 def _rows(
