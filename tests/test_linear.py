@@ -126,3 +126,19 @@ def test_a_map_may_be_a_derivative():
     tangents = {"b": np.full(3, 0.1)}, 2 * W, 3 * X
     got, expected = (jax.jvp(f, args, tangents)[1] for f in (function, affine))
     np.testing.assert_allclose(got, expected, rtol=1e-5)
+
+
+def test_transposed_by_residuals_where_linear_in_them():
+    """As JAX would; and by both, one at a time."""
+    (by_w,) = jax.linear_transpose(lambda w: apply(w, X, mark=2.0), W)(X @ W)
+    np.testing.assert_allclose(by_w, X.T @ (X @ W), rtol=1e-5)
+    (by_x,) = jax.linear_transpose(lambda x: apply(W, x, mark=2.0), X)(X @ W)
+    np.testing.assert_allclose(by_x, 2 * X @ W @ W.T, rtol=1e-5)
+
+
+def test_transposed_map():
+    """Forward is the transpose's transpose."""
+    y = X @ W
+    np.testing.assert_allclose(Product(2.0).transpose({"w": W}, y), 2 * y @ W.T)
+    back = jax.linear_transpose(lambda y: Product(2.0).transpose({"w": W}, y), y)
+    np.testing.assert_allclose(back(X)[0], y, rtol=1e-6)

@@ -90,7 +90,7 @@ class Hadamard(Operator):
         """
         q, b = self.square_rank, _odd_part(features)
         steps = (features // b).bit_length() - 1 + b
-        return math.prod(x.shape[:-1]) > 32 and q <= 16 * steps
+        return math.prod(x.shape[:-1]) > 8 and q <= 16 * steps
 
     def _delta(self, m: jax.Array) -> jax.Array:
         c, d = (_matrix(a, m.dtype) for a in (self.in_arrays, self.out_arrays))

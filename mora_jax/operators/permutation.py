@@ -52,7 +52,9 @@ class Permutation(Decoupling):
         return super()._compress(_Reorder()((self.in_order, self.in_places), x))
 
     def _spread(self, h: jax.Array) -> jax.Array:
-        return _Reorder().transpose((self.out_order, self.out_places), super()._spread(h))
+        return _Reorder().transpose(
+            (self.out_order, self.out_places), super()._spread(h)
+        )
 
     def _delta(self, m: jax.Array) -> jax.Array:
         q = self.square_rank
