@@ -19,7 +19,6 @@ from mora_jax.products import Contraction, Convolution, Lookup, Product
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-BENCHMARKS = (ROOT / "benchmarks/README.md").read_text()
 KINDS = {
     "dense": (Contraction, "yes, but no head, router, embedding"),
     "convolution": (Convolution, "if `targets` name it"),
@@ -82,45 +81,6 @@ def test_table_of_costs_is_as_measured():
         ) in README
     assert report["machine"]["device"] == "cpu"
     assert {(row["tokens"], row["rank"]) for row in steps} == {(512, 8)}
-
-
-def rows_of_benchmark(name, row, column, cell):
-    """Lines of a Markdown table from a benchmark's JSON, columns in its order."""
-    results = json.loads((ROOT / "benchmarks" / name).read_text())["results"]
-    results = [one for one in results if cell(one)]
-    columns, cells = dict.fromkeys(map(column, results)), {}
-    for one in results:
-        cells.setdefault(row(one), {})[column(one)] = cell(one)
-    return [
-        "| " + " | ".join([name, *(found.get(c, "") for c in columns)]) + " |"
-        for name, found in cells.items()
-    ]
-
-
-def test_table_of_tokens_and_ranks_is_as_measured():
-    lines = rows_of_benchmark(
-        "sweep.json",
-        row=lambda one: one["method"],
-        column=lambda one: (one["tokens"], one["rank"]),
-        cell=lambda one: f"{one['time']:.2f}" if one["kind"] == "step" else None,
-    )
-    for line in lines:
-        assert line in BENCHMARKS, f"benchmarks/README.md should hold\n{line}"
-
-
-def test_table_of_layers_is_as_measured():
-    lines = rows_of_benchmark(
-        "one_layer.json",
-        row=lambda one: f"{one['kernel']}, {one['rows']} rows",
-        column=lambda one: one["method"].partition(",")[0],
-        cell=lambda one: (
-            f"{one['time']:.2f} ({one['model']:.2f})"
-            if one["auto"] or one["method"].startswith("LoRA")
-            else None
-        ),
-    )
-    for line in lines:
-        assert line in BENCHMARKS, f"benchmarks/README.md should hold\n{line}"
 
 
 def test_table_beside_pytorch_is_as_measured():
