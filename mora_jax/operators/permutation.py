@@ -63,7 +63,6 @@ class Permutation(Decoupling):
         # With a row more, since XLA does not redo a concatenation for each row.
         columns = jnp.concatenate([columns, jnp.zeros_like(columns[:1])])
         block, offset = places(self.in_places, self.in_features, q)
-
         group, out_group = self._in_group(block), self._out_group(out_block)
         parts = (
             jnp.where(
