@@ -48,3 +48,15 @@ def test_places_are_where_blocks_have_features(square_rank, features):
     feature, place = np.nonzero(offset < square_rank)
     found[block[feature, place], offset[feature, place]] = feature + 1
     np.testing.assert_array_equal(found, held)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_sums_of_16_bits_are_rounded_once(dtype):
+    """In bfloat16 256 + 1 is 256, so 62 ones added one by one would be lost."""
+    big = 256 if dtype == "bfloat16" else 2048
+    y = jnp.ones(63, dtype).at[0].set(big)
+    assert add_cycles(y, 1)[0] == big + 62
+    steps = jax.make_jaxpr(lambda y: add_cycles(y, 1))(y).jaxpr.eqns[0].params["call"]
+    adds = jax.make_jaxpr(steps)(y).jaxpr.eqns
+    added = [e.outvars[0].aval.dtype for e in adds if e.primitive.name == "add"]
+    assert set(added) == {jnp.dtype("float32")}

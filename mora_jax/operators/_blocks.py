@@ -9,6 +9,9 @@ import numpy as np
 
 from mora_jax._linear import LinearMap
 
+MANY = 64
+"""More slices than this are not written out."""
+
 
 def blocks(features: int, square_rank: int) -> int:
     """How many blocks of q cover `features`: ceil(features / q)."""
@@ -86,18 +89,15 @@ class _Cycle(LinearMap):
         return tiled[..., : self.features]
 
     def backward(self, residuals: Any, y: jax.Array) -> jax.Array:
-        total, width = y[..., : self.width], self.width
-        total = _pad(total, width)
-        if self.features > MANY * width:
-            y = _pad(y, -(-self.features // width) * width)
+        width, features = self.width, self.features
+        if features > MANY * width:
+            y = _pad(y, blocks(features, width) * width)
             return y.reshape(*y.shape[:-1], -1, width).sum(-2)
         # Slices that are added in one pass; a sum over an axis took thrice the time.
-        starts = range(width, self.features, width)
-        return sum((_pad(y[..., k : k + width], width) for k in starts), total)
-
-
-MANY = 64
-"""More slices than this are not written out."""
+        wide = y.astype(jnp.promote_types(y.dtype, jnp.float32))
+        first, *others = (wide[..., k : k + width] for k in range(0, features, width))
+        total = sum((_pad(one, width) for one in others), _pad(first, width))
+        return total.astype(y.dtype)
 
 
 def _pad(x: jax.Array, features: int, axis: int = -1) -> jax.Array:
