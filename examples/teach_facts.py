@@ -208,24 +208,6 @@ def plot(histories: dict[str, History], path: Path) -> None:
     plt.close(figure)
 
 
-def save(adapters: Any, plan: mora_jax.Plan, folder: Path) -> None:
-    """The M's as safetensors, and beside them what they belong to."""
-    from safetensors.flax import save_file
-
-    tensors: dict[str, Any] = flatten_dict(adapters, sep="/")
-    save_file(tensors, folder / "adapter_model.safetensors")
-    layers = {
-        spec.name: {
-            "operator": repr(spec.operator),
-            "alpha": spec.alpha,
-            "axes": spec.axes,
-        }
-        for spec in plan
-    }
-    text = json.dumps({"layers": layers}, indent=1)
-    (folder / "adapter_config.json").write_text(text)
-
-
 def show(rows: Sequence[tuple[str, ...]]) -> None:
     """Print aligned columns."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -282,7 +264,7 @@ def main(
     first = mora_jax.init(plan)
     adapters, history, seconds = train(student.apply, first, *data, "MoRA")
     histories = {"MoRA": history}
-    save(adapters, plan, args.out)
+    mora_jax.save(args.out, adapters, plan)
 
     merged = jax.jit(student.merge)(adapters, variables)
     adapted = functools.partial(apply, adapters, variables)

@@ -6,6 +6,8 @@ from mora_jax import linen as linen
 from mora_jax import nnx as nnx
 from mora_jax import products as products
 from mora_jax.config import MoRAConfig as MoRAConfig
+from mora_jax.io import load as load
+from mora_jax.io import save as save
 from mora_jax.layer import FrozenDense as FrozenDense
 from mora_jax.layer import mora_apply as mora_apply
 from mora_jax.layers import register_layer as register_layer

@@ -3,11 +3,15 @@
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
+from jaxtyping import Float
 
 from mora_jax.merging import delta_weight, merge
 from mora_jax.paths import named_leaves
 from mora_jax.planning import Plan
+from mora_jax.spec import AdapterSpec
+from mora_jax.tree import adapter_items
 
 
 def merge_loss(
@@ -47,3 +51,155 @@ def merge_loss(
         lost = float(jnp.linalg.norm(after - before - delta))
         loss[spec.name] = lost / norm if norm else 0.0
     return loss
+
+
+def spectrum(adapters: Any, plan: Plan) -> dict[str, np.ndarray]:
+    """Singular values of every update, the largest first.
+
+    Where the operator allows it, they come from matrices of q rows and not from the
+    update at full size: C and D of an isometric block operator leave M's own, once for
+    each block, and other operators without blocks are a product of two thin factors.
+
+    Args:
+      adapters: as `init` makes them.
+      plan: the plan that they follow.
+
+    Returns:
+      {path: (*stack, min(in, out))}, in float64.
+
+    Example::
+
+      >>> from mora_jax import MoRAConfig, diagnostics, plan
+      >>> layers = plan({"kernel": jnp.ones((4, 4))}, MoRAConfig(square_rank=2))
+      >>> diagnostics.spectrum({"kernel_mora": 3 * jnp.eye(2)}, layers)
+      {'kernel': array([3., 3., 3., 3.])}
+    """
+    values = {}
+    for spec, m in adapter_items(adapters, plan):
+        m = np.asarray(m, np.float64)
+        each = [_spectrum(spec, one) for one in m.reshape(-1, *m.shape[-2:])]
+        values[spec.name] = np.reshape(each, (*m.shape[:-2], -1))
+    return values
+
+
+def _spectrum(spec: AdapterSpec, m: np.ndarray) -> np.ndarray:
+    """(q, q) -> (min(in, out),)."""
+    op = spec.operator
+    if op.block and op.isometry:
+        own = np.linalg.svd(m, compute_uv=False)
+        values = np.repeat(own, op.compressed_shape[0])
+    elif op.block:
+        delta = np.asarray(op.delta_weight(m), np.float64)
+        values = np.linalg.svd(delta, compute_uv=False)
+    else:
+        triangle = np.linalg.qr(np.asarray(op.compress_matrix(), np.float64), "r")
+        rows = np.asarray(op.decompress(m), np.float64)
+        values = np.linalg.svd(triangle @ rows, compute_uv=False)
+    full = np.zeros(min(op.in_features, op.out_features))
+    full[: len(values)] = values
+    return abs(spec.alpha) * full
+
+
+def effective_rank(values: Float[np.ndarray, "*stack k"]) -> Float[np.ndarray, "*stack"]:
+    r"""How many directions an update spreads over, as a real number.
+
+    .. math:: \exp\Big(-\sum_i p_i \log p_i\Big), \qquad p_i = \sigma_i / \sum_j \sigma_j
+
+    (Roy and Vetterli, "The effective rank", 2007.) It is k where k singular values are
+    equal and the rest zero, and 0 where all are zero.
+
+    Args:
+      values: (..., k) singular values.
+
+    Returns:
+      (...).
+
+    Example::
+
+      >>> from mora_jax import diagnostics
+      >>> diagnostics.effective_rank(np.array([2.0, 2.0, 0.0])).round(6)
+      np.float64(2.0)
+    """
+    total = values.sum(-1, keepdims=True)
+    p = np.divide(values, total, out=np.zeros_like(values), where=total > 0)
+    entropy = -np.sum(p * np.log(p, out=np.zeros_like(p), where=p > 0), -1)
+    return np.where(total[..., 0] > 0, np.exp(entropy), 0.0)[()]
+
+
+def count_above(
+    values: Float[np.ndarray, "*stack k"], threshold: float = 0.1
+) -> Float[np.ndarray, "*stack"]:
+    """How many singular values exceed `threshold`: the paper's figure 4, at 0.1."""
+    return (values > threshold).sum(-1)
+
+
+def relative_norm(params: Any, adapters: Any, plan: Plan) -> dict[str, float]:
+    """The Frobenius norm of each update, relative to its kernel's.
+
+    Args:
+      params: the base's params.
+      adapters: as `init` makes them.
+      plan: the plan that they follow.
+
+    Returns:
+      {path: norm(update) / norm(kernel)}.
+
+    Example::
+
+      >>> from mora_jax import MoRAConfig, diagnostics, plan
+      >>> params = {"kernel": jnp.ones((4, 4))}
+      >>> layers = plan(params, MoRAConfig(operator="truncation", square_rank=4))
+      >>> adapters = {"kernel_mora": jnp.full((4, 4), 0.5)}
+      >>> diagnostics.relative_norm(params, adapters, layers)
+      {'kernel': 0.5}
+    """
+    leaves = named_leaves(params)
+    return {
+        name: float(np.linalg.norm(values) / jnp.linalg.norm(leaves[name][1]))
+        for name, values in spectrum(adapters, plan).items()
+    }
+
+
+def plot_spectrum(adapters: Any, plan: Plan) -> Any:
+    """A figure: singular values of every update, and how many of them exceed 0.1.
+
+    Args:
+      adapters: as `init` makes them.
+      plan: the plan that they follow.
+
+    Returns:
+      A `matplotlib.figure.Figure`, to save with `.savefig(path)`.
+
+    Raises:
+      ImportError: without matplotlib.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(
+            "plots need matplotlib: pip install mora-jax[plot]"
+        ) from error
+    layers = [
+        (name, one)
+        for name, values in spectrum(adapters, plan).items()
+        for one in values.reshape(-1, values.shape[-1])
+    ]
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    lines, bars = figure.subplots(1, 2)
+    kinds = list(dict.fromkeys(_kind(name) for name, _ in layers))
+    for name, values in layers:
+        colour = f"C{kinds.index(_kind(name)) % 10}"
+        lines.plot(values, color=colour, linewidth=0.8, alpha=0.6)
+    for kind in kinds:
+        counts = [count_above(values) for name, values in layers if _kind(name) == kind]
+        bars.plot(counts, "o-", color=f"C{kinds.index(kind) % 10}", label=kind)
+    lines.set(yscale="log", xlabel="index", ylabel="singular value of the update")
+    bars.set(xlabel="layer", ylabel="singular values above 0.1", ylim=(0, None))
+    figure.legend(*bars.get_legend_handles_labels(), loc="outside right center")
+    return figure
+
+
+def _kind(name: str) -> str:
+    """What layers of one kind are called: the path without numbers, at its end."""
+    words = [word for word in name.split("/") if not any(map(str.isdigit, word))]
+    return "/".join(words[-2:])

@@ -1,0 +1,16 @@
+"""The command line: `mora-jax`."""
+
+import sys
+
+
+def main() -> None:
+    """Run `mora-jax`."""
+    try:
+        from mora_jax.cli._app import app
+    except ImportError as error:
+        print(
+            f"error: {error}; the command line needs: pip install mora-jax[cli]",
+            file=sys.stderr,
+        )
+        raise SystemExit(1) from None
+    app()

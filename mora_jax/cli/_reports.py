@@ -1,0 +1,86 @@
+"""What the command line tells of adapters."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mora_jax import diagnostics, io
+from mora_jax.io import Names
+from mora_jax.merging import delta_weight
+from mora_jax.paths import named_leaves
+from mora_jax.planning import Plan
+from mora_jax.spec import AdapterSpec
+from mora_jax.tree import Tree
+
+
+def describe(adapter: Path, base: Path | None, names: Names) -> dict[str, Any]:
+    """What one adapter is, and a row for each of its layers."""
+    adapters, plan = _open(adapter, base, names)
+    values = diagnostics.spectrum(adapters, plan)
+    layers = [
+        {
+            "path": spec.name,
+            "in": spec.in_features,
+            "out": spec.out_features,
+            "operator": spec.operator.name,
+            "q": spec.operator.square_rank,
+            "parameters": spec.parameters,
+            "norm": float(np.linalg.norm(values[spec.name])),
+            "effective_rank": float(
+                np.mean(diagnostics.effective_rank(values[spec.name]))
+            ),
+            "above_0.1": int(np.sum(values[spec.name] > 0.1)),
+        }
+        for spec in plan
+    ]
+    kind = io.format_of(adapter)
+    return {
+        "format": kind,
+        "metadata": io.read_metadata(adapter) if kind == "mora" else {},
+        "adapters": len(plan),
+        "parameters": plan.trainable_parameters,
+        "layers": layers,
+    }
+
+
+def compare(
+    first: Path, second: Path, base: Path | None, names: Names
+) -> list[dict[str, Any]]:
+    """A row for each layer of either adapter."""
+    (a, plan_a), (b, plan_b) = (_open(one, base, names) for one in (first, second))
+    left, right = ({spec.name: spec for spec in plan} for plan in (plan_a, plan_b))
+    updates = [
+        {name: np.asarray(leaf) for name, (_, leaf) in named_leaves(tree).items()}
+        for tree in (delta_weight(a, plan_a), delta_weight(b, plan_b))
+    ]
+    rows = []
+    for name in sorted(left.keys() | right.keys()):
+        row = {"path": name, "settings": "", "difference": ""}
+        if name not in left or name not in right:
+            row["settings"] = f"only in {first if name in left else second}"
+        else:
+            row["settings"] = _differing(left[name], right[name]) or "same"
+            one, other = (update[name] for update in updates)
+            if one.shape == other.shape:
+                norm = float(np.linalg.norm(one))
+                apart = float(np.linalg.norm(one - other))
+                row["difference"] = apart / norm if norm else float(apart > 0)
+        rows.append(row)
+    return rows
+
+
+def _differing(one: AdapterSpec, other: AdapterSpec) -> str:
+    """The settings in which two adapters of a kernel differ."""
+    fields = [field.name for field in dataclasses.fields(AdapterSpec)]
+    return ", ".join(
+        f"{name}: {getattr(one, name)} -> {getattr(other, name)}"
+        for name in fields
+        if getattr(one, name) != getattr(other, name)
+    )
+
+
+def _open(adapter: Path, base: Path | None, names: Names) -> tuple[Tree, Plan]:
+    shapes = io.Checkpoint(base).shapes(names) if base else None
+    return io.read_adapter(adapter, shapes, names)

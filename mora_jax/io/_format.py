@@ -1,0 +1,185 @@
+"""An adapter's settings as JSON, and back."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from mora_jax.axes import check_axes, sizes
+from mora_jax.io._errors import AdapterFileError
+from mora_jax.io._json import dump, short
+from mora_jax.operators import Operator, make_operator
+from mora_jax.paths import Path, nearest
+from mora_jax.spec import AdapterSpec, check_kernel
+
+SIZES = {"in_features", "out_features", "square_rank"}
+LARGEST_ARRAY = 2**28
+"""How many numbers a random operator may hold that comes from a file alone."""
+
+
+def describe(spec: AdapterSpec, dtype: Any) -> dict[str, Any]:
+    """All of `spec`, and what is wanted to check it, for an M of `dtype`."""
+    return {
+        "path": list(spec.path),
+        "kernel_shape": list(spec.kernel_shape),
+        "axes": spec.axes,
+        "operator": settings(spec.operator),
+        "operator_check": list(fingerprint(spec.operator)),
+        "square_rank": spec.operator.square_rank,
+        "rank": budget(spec),
+        "alpha": float(spec.alpha),
+        "dropout": float(spec.dropout),
+        "init": spec.init,
+        "execution": spec.execution,
+        "param_dtype": jnp.dtype(spec.param_dtype).name,
+        "dtype": jnp.dtype(dtype).name,
+    }
+
+
+def settings(operator: Operator) -> dict[str, Any]:
+    """Name and settings, the seed too, but no sizes."""
+    fields = {f.name for f in dataclasses.fields(operator) if f.init} - SIZES
+    values = {name: getattr(operator, name) for name in sorted(fields)}
+    return {"name": operator.name, **values}
+
+
+def budget(spec: AdapterSpec) -> int:
+    """The rank of the smallest LoRA with at least as many parameters."""
+    q = spec.operator.square_rank
+    return math.ceil(q * q / (spec.in_features + spec.out_features))
+
+
+@functools.lru_cache(maxsize=256)
+def fingerprint(operator: Operator) -> tuple[float, ...]:
+    """Four numbers that tell operators apart: what fixed arrays become.
+
+    A platform, or a later version, whose random numbers or definition differ gives
+    others.
+    """
+    random = np.random.RandomState(0).standard_normal
+    q, width = operator.square_rank, operator.out_features
+    m, x = random((q, q)) / math.sqrt(q), random(operator.in_features)
+    y = operator.apply(m.astype(np.float32), x.astype(np.float32))
+    numbers = np.asarray(y, np.float64) @ random((width, 4)) / math.sqrt(width)
+    return tuple(float(f"{number:.5g}") for number in numbers)
+
+
+KEYS = frozenset(
+    {
+        "path",
+        "kernel_shape",
+        "axes",
+        "operator",
+        "operator_check",
+        "square_rank",
+        "rank",
+        "alpha",
+        "dropout",
+        "init",
+        "execution",
+        "param_dtype",
+        "dtype",
+    }
+)
+
+
+def layer_path(layer: Any, where: str) -> Path:
+    """The path of a described layer that has all fields; `where` is for messages.
+
+    Raises:
+      AdapterFileError: fields that are missing or too many, or no path.
+    """
+    if not isinstance(layer, dict) or layer.keys() != KEYS:
+        got = sorted(layer) if isinstance(layer, dict) else layer
+        raise AdapterFileError(
+            f"{where} must hold {sorted(KEYS)}, got {short(got)}"
+        )
+    path = layer["path"]
+    if not isinstance(path, list) or not path or not all(map(_plain, path)):
+        raise AdapterFileError(
+            f"{where} must have a path of names without '/', got {short(path)}"
+        )
+    return tuple(path)
+
+
+def _plain(key: Any) -> bool:
+    return isinstance(key, str) and key not in ("", ".", "..") and "/" not in key
+
+
+def restore(layer: Any, m: np.ndarray, base: Mapping[str, Any] | None) -> AdapterSpec:
+    """Undo `describe`: check everything, fill in nothing.
+
+    Args:
+      layer: as parsed.
+      m: the array that the file has for it.
+      base: {path: kernel} of the model that it must fit.
+
+    Raises:
+      TypeError, ValueError: whatever is wrong.
+    """
+    shape, axes, q = layer["kernel_shape"], layer["axes"], layer["square_rank"]
+    if not isinstance(shape, list) or not isinstance(axes, str):
+        raise TypeError("kernel_shape must be a list, and axes letters")
+    shape = tuple(shape)
+    if not all(type(size) is int and size > 0 for size in (*shape, q)):
+        raise ValueError(
+            "kernel_shape and square_rank must be positive integers, "
+            f"got {short(shape)} and {short(q)}"
+        )
+    check_axes(axes, len(shape))
+    expected = (*sizes(shape, axes, "s"), q, q)
+    if m.shape != expected:
+        raise ValueError(f"M must have shape {expected}, got {m.shape}")
+    if base is not None:
+        _check_base(layer, base)
+    ins, outs = (math.prod(sizes(shape, axes, letter)) for letter in "io")
+    if not isinstance(layer["operator"], dict):
+        raise TypeError(f"operator must be an object, got {short(layer['operator'])}")
+    chosen = dict(layer["operator"])
+    seed = chosen.pop("seed", None)
+    if base is None and seed is not None and q * max(ins, outs) > LARGEST_ARRAY:
+        raise ValueError(
+            f"a {short(chosen.get('name'))} of {ins} -> {outs} features takes too much "
+            "memory for a file alone to ask for; give params_or_shapes as well"
+        )
+    spec = AdapterSpec(
+        make_operator(chosen, ins, outs, q, seed=seed or 0),
+        kernel_shape=shape,
+        axes=axes,
+        alpha=layer["alpha"],
+        dropout=layer["dropout"],
+        init=layer["init"],
+        param_dtype=layer["param_dtype"],
+        execution=layer["execution"],
+        path=tuple(layer["path"]),
+    )
+    for key, value in describe(spec, m.dtype).items():
+        # As text, since True == 1 == 1.0.
+        if key != "operator_check" and dump(value) != dump(layer[key]):
+            raise ValueError(f"{key} must be {value!r}, got {short(layer[key])}")
+    _check_fingerprint(spec.operator, layer["operator_check"])
+    return spec
+
+
+def _check_base(layer: dict[str, Any], base: Mapping[str, Any]) -> None:
+    name, shape = "/".join(layer["path"]), tuple(layer["kernel_shape"])
+    if name not in base:
+        raise ValueError(f"the model has no such kernel{nearest(name, base)}")
+    if tuple(base[name].shape) != shape:
+        raise ValueError(
+            f"the model's kernel must have shape {shape}, got {tuple(base[name].shape)}"
+        )
+    check_kernel(base[name], name)
+
+
+def _check_fingerprint(operator: Operator, stored: Any) -> None:
+    here = np.array(fingerprint(operator))
+    if not np.allclose(here, np.array(stored, np.float64), rtol=1e-3, atol=1e-3):
+        raise ValueError(
+            f"{operator.name} with these settings is another operator here than where "
+            f"the file was made: its check gives {here.tolist()}, got {short(stored)}"
+        )

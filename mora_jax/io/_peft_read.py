@@ -1,0 +1,226 @@
+"""The reference's files, read: PEFT directories of MoRA adapters."""
+
+import dataclasses
+import os
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mora_jax._types import Shape
+from mora_jax.config import MoRAConfig
+from mora_jax.io._arrays import device
+from mora_jax.io._errors import AdapterFileError
+from mora_jax.io._files import CONFIG, TENSORS, read_bytes
+from mora_jax.io._json import read, short
+from mora_jax.io._names import Names, pairs, split_index, to_kernel
+from mora_jax.io._reference import reference_operator
+from mora_jax.io._tensors import decode
+from mora_jax.operators import Operator
+from mora_jax.paths import adapter_path, nearest
+from mora_jax.planning import Plan, plan
+from mora_jax.spec import AdapterSpec
+from mora_jax.tree import Tree, nest
+
+PREFIX = "base_model.model."
+"""How PEFT's names of tensors begin."""
+
+
+def read_peft_mora(
+    directory: str | os.PathLike[str], model: Plan | Any, names: Names = None
+) -> tuple[Tree, Plan]:
+    """Adapters that the paper's authors' code (peft-mora) saved.
+
+    Args:
+      directory: with adapter_config.json and adapter_model.safetensors.
+      model: who gets them: its params or their shapes; or, where kernels have other
+        axes than (in, out), any plan of it, as `linen.plan` and `nnx.plan` make, which
+        must name all kernels that the file adapts.
+      names: which module is which kernel: "llama", "gemma", "qwen", "gpt2", "bert" for
+        models that are named as transformers' Flax models are; or templates, as
+        `{"model.layers.{layer}.mlp.{name}": "layer_{layer}/{name}/kernel"}`, with
+        `"mlp/{name}/kernel[{layer}]"` for a stacked kernel. None tries all families.
+
+    Returns:
+      (adapters, plan), as `load`. The operators are `reference_operator`'s, and alpha
+      is 1, since the reference ignores it.
+
+    Raises:
+      AdapterFileError: files that are damaged, not MoRA's, or do not fit the model.
+    """
+    directory = Path(directory)
+    config = _Config.parse(read(directory / CONFIG))
+    arrays = decode(read_bytes(directory / TENSORS), TENSORS)
+    found: dict[str, dict[Shape, tuple[str, np.ndarray]]] = defaultdict(dict)
+    known = pairs(names)
+    for module, m in _matrices(arrays):
+        kernel = to_kernel(module, known)
+        if kernel is None:
+            raise AdapterFileError(
+                f"names say of no kernel that it is {short(module)}, which {TENSORS} "
+                "adapts"
+            )
+        path, index = split_index(kernel[0])
+        if index in found[path]:
+            raise AdapterFileError(f"{TENSORS} has two modules for {kernel[0]}")
+        found[path][index] = module, m
+    template = _template(model, found)
+    specs, adapters = [], {}
+    for spec in template:
+        if spec.name not in found:
+            continue
+        try:
+            operator, m = _adapter(spec, found.pop(spec.name), config)
+        except ValueError as error:
+            raise AdapterFileError(f"{spec.name} in {TENSORS}: {error}") from error
+        spec = dataclasses.replace(
+            spec,
+            operator=operator,
+            alpha=1.0,
+            dropout=config.dropout,
+            init="zeros",
+            param_dtype=m.dtype,
+            execution="auto",
+        )
+        specs.append(spec)
+        adapters[adapter_path(spec)] = device(spec.name, m)
+    if found:
+        name = next(iter(found))
+        raise AdapterFileError(
+            f"the plan has no kernel {name!r}, which {TENSORS} adapts"
+            + nearest(name, [spec.name for spec in template])
+        )
+    return nest(adapters), Plan(tuple(specs), template.base_parameters, template.traced)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Config:
+    """What the reference's config says that matters."""
+
+    mora_type: int
+    rank: int
+    rank_pattern: Mapping[str, int]
+    dropout: float
+
+    @classmethod
+    def parse(cls, content: Any) -> "_Config":
+        """Check and choose."""
+        if not isinstance(content, dict) or content.get("peft_type") != "LORA":
+            raise AdapterFileError(f"peft_type in {CONFIG} must be 'LORA'")
+        if content.get("use_mora") is not True:
+            raise AdapterFileError(
+                f"{CONFIG} is of a plain LoRA: use_mora must be true, "
+                f"got {short(content.get('use_mora'))}"
+            )
+        for key, plain in (("bias", "none"), ("use_dora", False)):
+            if content.get(key, plain) != plain:
+                raise AdapterFileError(
+                    f"{key} in {CONFIG} must be {plain!r}, got {short(content[key])}"
+                )
+        patterns = content.get("rank_pattern") or {}
+        ranks = {"r": content.get("r"), **_mapping("rank_pattern", patterns)}
+        for key, rank in ranks.items():
+            if type(rank) is not int or not 0 < rank < 2**31:
+                raise AdapterFileError(
+                    f"{short(key)} in {CONFIG} must be a positive integer, "
+                    f"got {short(rank)}"
+                )
+        dropout = content.get("lora_dropout", 0.0)
+        if type(dropout) not in (int, float) or not 0 <= dropout < 1:
+            raise AdapterFileError(
+                f"lora_dropout in {CONFIG} must be in [0, 1), got {short(dropout)}"
+            )
+        return cls(content.get("mora_type"), ranks["r"], patterns, float(dropout))
+
+    def rank_of(self, module: str) -> int:
+        """As PEFT looks it up: a key is a module's name, or the end of one."""
+        for key, rank in self.rank_pattern.items():
+            if module == key or module.endswith(f".{key}"):
+                return rank
+        return self.rank
+
+
+def _mapping(name: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise AdapterFileError(
+            f"{name} in {CONFIG} must be an object, got {short(value)}"
+        )
+    for key in value:  # PEFT takes regular expressions; those of strangers may not end
+        if not re.fullmatch(r"[\w.-]+", key):
+            raise AdapterFileError(
+                f"{name} in {CONFIG} must have names of modules, got {short(key)}"
+            )
+    return value
+
+
+def _matrices(arrays: Mapping[str, np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
+    """Each module with its M. The reference stores it twice, transposed."""
+    for key in arrays:
+        if not re.fullmatch(rf"{re.escape(PREFIX)}.+\.lora_[AB]\.weight", key):
+            raise AdapterFileError(
+                f"tensors in {TENSORS} must be like {PREFIX}*.lora_A.weight, "
+                f"got {short(key)}"
+            )
+    modules = dict.fromkeys(key.rsplit(".", 2)[0] for key in arrays)
+    for module in modules:
+        name = module.removeprefix(PREFIX)
+        a, b = (arrays.get(f"{module}.lora_{letter}.weight") for letter in "AB")
+        if a is None or b is None:
+            raise AdapterFileError(f"{TENSORS} must have lora_A and lora_B of {name}")
+        if a.shape != b.shape or not np.array_equal(a, b):
+            raise AdapterFileError(
+                f"lora_A and lora_B of {name} in {TENSORS} must be the same matrix"
+            )
+        if not np.isfinite(a).all():
+            raise AdapterFileError(f"{name} in {TENSORS} holds NaN or infinity")
+        yield name, a.T
+
+
+def _template(model: Any, found: Mapping[str, Any]) -> Plan:
+    """A plan that has the found kernels, whatever their operators."""
+    if isinstance(model, Plan):
+        return model
+    if not found:
+        raise AdapterFileError(f"{TENSORS} holds no adapter")
+    config = MoRAConfig(
+        operator="truncation",
+        square_rank=1,
+        targets=[re.escape(name) for name in found],
+    )
+    try:
+        return plan(model, config)
+    except ValueError as error:
+        raise AdapterFileError(f"{TENSORS} does not fit the model: {error}") from error
+
+
+def _adapter(
+    spec: AdapterSpec, by_index: Mapping[Shape, tuple[str, np.ndarray]], config: _Config
+) -> tuple[Operator, np.ndarray]:
+    """Operator and M of one kernel, (*stack, q, q)."""
+    stack = spec.shape[:-2]
+    if missing := set(np.ndindex(stack)) ^ set(by_index):
+        raise ValueError(f"the kernel is stacked {stack}, and does not fit {missing}")
+    operators = {
+        reference_operator(
+            config.mora_type,
+            spec.in_features,
+            spec.out_features,
+            config.rank_of(module),
+        )
+        for module, _ in by_index.values()
+    }
+    if len(operators) > 1:
+        raise ValueError("a stacked kernel must have one rank in all its layers")
+    (operator,) = operators
+    q = operator.square_rank
+    for module, m in by_index.values():
+        if m.shape != (q, q):
+            raise ValueError(
+                f"{module} must be of shape {(q, q)} for a kernel of "
+                f"{spec.in_features} -> {spec.out_features} features, got {m.shape}"
+            )
+    rows = [by_index[index][1] for index in np.ndindex(stack)]
+    return operator, np.stack(rows).reshape(*stack, q, q)

@@ -1,0 +1,148 @@
+"""PEFT directories, written: the reference's, and what all of them share."""
+
+import math
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mora_jax.io._arrays import host
+from mora_jax.io._files import CONFIG, TENSORS, new_directory, write_file
+from mora_jax.io._json import dump
+from mora_jax.io._names import Names, Pair, join_index, pairs, to_module
+from mora_jax.io._peft_read import PREFIX
+from mora_jax.io._reference import REFERENCE_GROUPS, reference_operator
+from mora_jax.io._tensors import encode
+from mora_jax.operators import Rotation, Sharing
+from mora_jax.planning import Plan
+from mora_jax.spec import AdapterSpec
+from mora_jax.tree import adapter_items
+
+
+def save_peft_mora(
+    directory: str | os.PathLike[str],
+    adapters: Any,
+    plan: Plan,
+    names: Names = None,
+    *,
+    base_model: str = "",
+    task_type: str | None = "CAUSAL_LM",
+) -> None:
+    """Write adapters so that the paper's authors' code (peft-mora) loads them.
+
+    That code computes q from a rank, knows sharing and rotation alone and ignores
+    alpha; so alpha and normalisation go into M, and what it has no word for is refused.
+
+    Args:
+      directory: made if it is not there; both files are replaced.
+      adapters: as `init` makes them.
+      plan: the plan that they follow.
+      names: as in `read_peft_mora`.
+      base_model: what the config gives as `base_model_name_or_path`.
+      task_type: the same in PEFT.
+
+    Raises:
+      ValueError: an operator or square rank that the reference has not, or a kernel
+        that `names` have no module for.
+    """
+    tensors: dict[str, np.ndarray] = {}
+    ranks: dict[str, int] = {}
+    settings = set()
+    for module, layout, spec, m in modules(adapters, plan, pairs(names)):
+        mora_type, ranks[module], scale = _reference(spec)
+        settings.add((mora_type, spec.dropout, layout))
+        for letter in "AB":
+            tensors[f"{PREFIX}{module}.lora_{letter}.weight"] = (scale * m).T
+    if len(settings) > 1:
+        raise ValueError(
+            "the reference has one mora_type, dropout and fan_in_fan_out for all "
+            f"layers, got {sorted(settings)}"
+        )
+    ((mora_type, dropout, layout),) = settings
+    config = peft_config(ranks, dropout, layout, base_model, task_type)
+    config |= {"use_mora": True, "mora_type": mora_type}
+    write(Path(directory), config, tensors)
+
+
+def _reference(spec: AdapterSpec) -> tuple[int, int, float]:
+    """mora_type, rank, and what M is multiplied by."""
+    op, scale = spec.operator, float(spec.alpha)
+    ins, outs, q = op.in_features, op.out_features, op.square_rank
+    if isinstance(op, Rotation) and (op.truncate or -(-ins // q) <= -(-outs // q)):
+        mora_type = 6
+    elif isinstance(op, Sharing):
+        groups = op.compress_groups, op.decompress_groups
+        mora_type = {v: k for k, v in REFERENCE_GROUPS.items()}[groups]
+        scale *= math.sqrt(q / ins * q / outs) if op.normalised else 1.0
+    else:
+        raise ValueError(
+            f"{spec.name}: the reference has sharing and rotation with truncate=True, "
+            f"got {op}"
+        )
+    near = q * q // (ins + outs)
+    for rank in range(max(1, near - 1), near + 3):
+        if reference_operator(mora_type, ins, outs, rank).square_rank == q:
+            return mora_type, rank, scale
+    choices = [
+        reference_operator(mora_type, ins, outs, rank).square_rank
+        for rank in range(max(1, near), near + 2)
+    ]
+    raise ValueError(
+        f"{spec.name}: no rank gives the reference a square_rank of {q}; "
+        f"the nearest are {choices}"
+    )
+
+
+def peft_config(
+    ranks: Mapping[str, int],
+    dropout: float,
+    layout: str,
+    base_model: str,
+    task_type: str | None,
+) -> dict[str, Any]:
+    """A LoraConfig that names each module, and scales nothing."""
+    (rank, _), *_ = Counter(ranks.values()).most_common(1)
+    others = {module: r for module, r in ranks.items() if r != rank}
+    return {
+        "peft_type": "LORA",
+        "task_type": task_type,
+        "base_model_name_or_path": base_model,
+        "inference_mode": True,
+        "target_modules": sorted(ranks),
+        "r": rank,
+        "rank_pattern": others,
+        "lora_alpha": rank,  # PEFT multiplies by lora_alpha / r
+        "alpha_pattern": others,
+        "lora_dropout": dropout,
+        "bias": "none",
+        "fan_in_fan_out": layout == "io",
+    }
+
+
+def modules(
+    adapters: Any, plan: Plan, known: tuple[Pair, ...]
+) -> Iterator[tuple[str, str, AdapterSpec, np.ndarray]]:
+    """PyTorch's module, layout of its weight, spec and (q, q) M of each."""
+    for spec, m in adapter_items(adapters, plan):
+        m = host(spec.name, m).astype(np.float32)
+        stack = spec.shape[:-2]
+        for index in np.ndindex(stack):
+            kernel = join_index(spec.name, index)
+            module = to_module(kernel, known)
+            if module is None:
+                raise ValueError(f"names have no module for the kernel {kernel!r}")
+            yield *module, spec, m[index]
+
+
+def write(
+    directory: Path, config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]
+) -> None:
+    """A PEFT directory, whole or not at all."""
+    if directory.exists() and any(directory.iterdir()):
+        raise FileExistsError(f"directory must be new or empty, got {directory}")
+    with new_directory(directory) as unfinished:
+        write_file(unfinished / CONFIG, [dump(config)])
+        write_file(unfinished / TENSORS, [encode(tensors, {"format": "pt"})])

@@ -1,0 +1,59 @@
+"""An adapter of whichever format."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from mora_jax.io._errors import AdapterFileError
+from mora_jax.io._files import CONFIG
+from mora_jax.io._json import read
+from mora_jax.io._names import Names
+from mora_jax.io._native import FORMAT, load
+from mora_jax.io._peft_read import read_peft_mora
+from mora_jax.planning import Plan
+from mora_jax.tree import Tree
+
+
+def format_of(directory: str | os.PathLike[str]) -> str:
+    """ "mora", "peft-mora" or "peft-lora", by what the config says.
+
+    Raises:
+      AdapterFileError: none of these.
+    """
+    config = read(Path(directory) / CONFIG)
+    if isinstance(config, dict):
+        if config.get("format") == FORMAT:
+            return "mora"
+        if config.get("peft_type") == "LORA":
+            return "peft-mora" if config.get("use_mora") else "peft-lora"
+    raise AdapterFileError(f"{CONFIG} in {directory} is of no adapter that we know")
+
+
+def read_adapter(
+    directory: str | os.PathLike[str], model: Any = None, names: Names = None
+) -> tuple[Tree, Plan]:
+    """Adapters in our own format or the reference's.
+
+    Args:
+      directory: where they are.
+      model: as in `read_peft_mora`, which needs it; `load` does without.
+      names: as in `read_peft_mora`.
+
+    Returns:
+      (adapters, plan).
+
+    Raises:
+      AdapterFileError: as `load` and `read_peft_mora`; and a plain LoRA, which is no
+        MoRA adapter.
+    """
+    kind = format_of(directory)
+    if kind == "mora":
+        return load(directory)
+    if kind == "peft-lora":
+        raise AdapterFileError(f"{directory} is a plain LoRA, which no M can stand for")
+    if model is None:
+        raise AdapterFileError(
+            f"{directory} is the reference's, and does not say how large kernels are: "
+            "the base is needed too"
+        )
+    return read_peft_mora(directory, model, names)

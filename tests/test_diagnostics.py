@@ -1,0 +1,71 @@
+"""Spectra are those of the update itself."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import CASES, SIZES
+from test_save import PARAMS, PLAN, made
+
+import mora_jax
+from mora_jax import diagnostics
+from mora_jax.planning import Plan
+from mora_jax.spec import AdapterSpec
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.label)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_spectrum(case, size):
+    ins, outs, q = size
+    spec = AdapterSpec(case.make(ins, outs, q), (2, ins, outs), "sio", alpha=-0.5)
+    plan = Plan((spec,), 0)
+    adapters = made(plan)
+    delta = mora_jax.delta_weight(adapters, plan)["kernel"]
+    expected = np.linalg.svd(np.asarray(delta, np.float64), compute_uv=False)
+    (values,) = diagnostics.spectrum(adapters, plan).values()
+    assert values.shape == (2, min(ins, outs))
+    np.testing.assert_allclose(values, expected, rtol=1e-4, atol=2e-5)
+
+
+def test_spectrum_forms_no_kernel(monkeypatch):
+    """Of isometric blocks and of operators without blocks, at widths that would tell."""
+    from mora_jax.operators import Operator
+
+    def refuse(self, m):
+        raise AssertionError("the update was formed")
+
+    monkeypatch.setattr(Operator, "delta_weight", refuse)
+    for name in ("rotation", "permutation", "sharing", "hadamard", "truncation"):
+        operator = mora_jax.make_operator(name, 4096, 4096, 64)
+        plan = Plan((AdapterSpec(operator, (4096, 4096)),), 0)
+        values = diagnostics.spectrum(made(plan), plan)["kernel"]
+        rank = 4096 if operator.block else 64
+        assert diagnostics.count_above(values, 1e-9) == rank
+
+
+def test_effective_rank():
+    values = np.array([[3.0, 3.0, 3.0, 0.0], [5.0, 0.0, 0.0, 0.0], [0.0] * 4])
+    np.testing.assert_allclose(diagnostics.effective_rank(values), [3, 1, 0])
+    assert diagnostics.count_above(values).tolist() == [3, 1, 0]
+
+
+def test_relative_norm():
+    adapters = made(PLAN)
+    found = diagnostics.relative_norm(PARAMS, adapters, PLAN)
+    deltas = mora_jax.delta_weight(adapters, PLAN)
+    assert found.keys() == {spec.name for spec in PLAN}
+    expected = jnp.linalg.norm(deltas["enc"]["kernel"]) / np.sqrt(16 * 24)
+    np.testing.assert_allclose(found["enc/kernel"], expected, rtol=1e-5)
+
+
+def test_plot(tmp_path):
+    figure = diagnostics.plot_spectrum(made(PLAN), PLAN)
+    lines, bars = figure.axes
+    assert len(lines.lines) == 1 + 3 + 1  # each layer of the stacked kernel too
+    assert {line.get_label() for line in bars.lines} == {
+        "enc/kernel",
+        "dec/kernel",
+        "out/kernel",
+    }
+    figure.savefig(tmp_path / "spectrum.png")
+    assert (tmp_path / "spectrum.png").stat().st_size > 1000

@@ -1,0 +1,333 @@
+"""The reference's adapters are read as they were meant, and written so that it reads."""
+
+import json
+import re
+
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import smollm2
+from pathlib import Path
+from safetensors.numpy import load_file, save_file
+from cases import CASES, SIZES
+
+import mora_jax
+from mora_jax import MoRAConfig, io, linen
+from mora_jax.io import AdapterFileError
+from mora_jax.operators import Rotation, Sharing
+from mora_jax.planning import Plan
+from mora_jax.spec import AdapterSpec
+from test_save import CONFIG, TENSORS, assert_same, made
+
+DATA = Path(__file__).parent / "data" / "adapters"
+TYPES = (1, 2, 6)
+NAMES = {"model.layers.{n}.{block}.{name}": "layers_{n}/{block}/{name}/kernel"}
+"""Of the Llama in `smollm2`."""
+
+
+def base(mora_type=1):
+    """The params of an adapter's tiny Llama, under `smollm2`'s names."""
+    flat = {}
+    path = DATA / f"type{mora_type}" / "base_model.safetensors"
+    for name, array in load_file(path).items():
+        path = name.removeprefix("model.").removesuffix(".weight")
+        path = re.sub(r"layers\.(\d+)", r"layers_\1", path).replace(".", "/")
+        if array.ndim == 2 and path != "embed_tokens":
+            flat[f"{path}/kernel"] = array.T
+        else:
+            flat[f"{path}/{'embedding' if array.ndim == 2 else 'scale'}"] = array
+    return flax.traverse_util.unflatten_dict(flat, sep="/")
+
+
+MODEL = smollm2.Llama(
+    smollm2.Config(
+        vocab=97,
+        layers=2,
+        width=64,
+        hidden=160,
+        heads=4,
+        kv_heads=2,
+        rope_base=10000.0,
+        epsilon=1e-6,
+    )
+)
+
+
+@pytest.mark.parametrize("mora_type", TYPES)
+def test_logits_are_the_references(mora_type):
+    params, directory = base(mora_type), DATA / f"type{mora_type}"
+    adapters, plan = io.read_peft_mora(directory, params, NAMES)
+    assert len(plan) == 14
+    expected = load_file(directory / "logits.safetensors")
+    ids = expected["input_ids"].astype(np.int32)
+    variables = {"params": params}
+    y = linen.wrap(MODEL, plan)(adapters, variables, ids)
+    np.testing.assert_allclose(MODEL.apply(variables, ids), expected["base_logits"], atol=1e-4)
+    np.testing.assert_allclose(y, expected["adapter_logits"], atol=1e-4)
+    merged = mora_jax.merge(params, adapters, plan)
+    y = MODEL.apply({"params": merged}, ids)
+    np.testing.assert_allclose(y, expected["merged_logits"], atol=1e-4)
+
+
+@pytest.mark.parametrize("mora_type", TYPES)
+def test_merged_weights_are_the_references(mora_type):
+    params, directory = base(mora_type), DATA / f"type{mora_type}"
+    adapters, plan = io.read_peft_mora(directory, params, NAMES)
+    merged = flax.traverse_util.flatten_dict(
+        mora_jax.merge(params, adapters, plan), sep="/"
+    )
+    expected = load_file(directory / "merged_weights.safetensors")
+    assert len(expected) == len(plan)
+    for name, weight in expected.items():
+        path = re.sub(r"model\.layers\.(\d+)", r"layers_\1", name).replace(".", "/")
+        kernel = merged[path.replace("/weight", "/kernel")]
+        np.testing.assert_allclose(kernel.T, weight, atol=1e-5)
+
+
+@pytest.mark.parametrize("mora_type", TYPES)
+def test_written_as_it_was_read(tmp_path, mora_type):
+    """The same tensors, and a config that says the same of each layer."""
+    source = DATA / f"type{mora_type}"
+    adapters, plan = io.read_peft_mora(source, base(), NAMES)
+    io.save_peft_mora(tmp_path / "a", adapters, plan, NAMES)
+    one, other = (load_file(d / TENSORS) for d in (source, tmp_path / "a"))
+    assert one.keys() == other.keys()
+    for name in one:
+        np.testing.assert_array_equal(one[name], other[name])
+    one, other = (
+        json.loads((d / CONFIG).read_text()) for d in (source, tmp_path / "a")
+    )
+    for key in ("peft_type", "r", "mora_type", "use_mora", "bias", "fan_in_fan_out"):
+        assert one[key] == other[key]
+    assert not other["rank_pattern"]
+    again, same = io.read_peft_mora(tmp_path / "a", base(), NAMES)
+    assert_same(again, adapters)
+    assert same == plan
+
+
+def single(operator, **settings):
+    shape = operator.in_features, operator.out_features
+    path = ("model", "layers", "0", "mlp", "up_proj", "kernel")
+    return Plan((AdapterSpec(operator, shape, path=path, **settings),), 0)
+
+
+@pytest.mark.parametrize("mora_type", [1, 2, 3, 4, 6])
+@pytest.mark.parametrize("rank", [1, 4])
+def test_all_types_and_layouts(tmp_path, mora_type, rank):
+    """Three layers of other sizes and ranks, so that rank_pattern is needed."""
+    sizes = {"q_proj": (24, 24, rank), "up_proj": (24, 40, 2), "down_proj": (40, 24, 3)}
+    specs = tuple(
+        AdapterSpec(
+            io.reference_operator(mora_type, ins, outs, r),
+            (ins, outs),
+            path=("layers", "0", "mlp", name, "kernel"),
+        )
+        for name, (ins, outs, r) in sizes.items()
+    )
+    plan = Plan(specs, 0)
+    adapters = made(plan)
+    io.save_peft_mora(tmp_path / "a", adapters, plan, "qwen")
+    config = json.loads((tmp_path / "a" / CONFIG).read_text())
+    assert config["mora_type"] == mora_type
+    back, same = io.read_peft_mora(tmp_path / "a", plan, "llama")
+    assert_same(back, adapters)
+    assert same.specs == plan.specs
+
+
+def test_alpha_and_normalisation_go_into_m(tmp_path):
+    operator = Sharing(24, 40, io.reference_operator(1, 24, 40, 2).square_rank)
+    plan = single(operator, alpha=-3.0)
+    adapters = made(plan)
+    io.save_peft_mora(tmp_path / "a", adapters, plan)
+    back, other = io.read_peft_mora(tmp_path / "a", plan)
+    one, other = (
+        jax.tree.leaves(mora_jax.delta_weight(a, p))[0]
+        for a, p in ((adapters, plan), (back, other))
+    )
+    np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.label)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_export_is_exact_or_refused(tmp_path, case, size):
+    """Whatever the reference's code would load computes what ours does."""
+    ins, outs, q = size
+    operator = case.make(ins, outs, q)
+    plan = single(operator)
+    adapters = made(plan)
+    try:
+        io.save_peft_mora(tmp_path / "a", adapters, plan)
+    except ValueError as error:
+        assert "reference" in str(error) or "no rank" in str(error)
+        assert not (tmp_path / "a").exists()
+        return
+    assert operator.name in ("sharing", "rotation")
+    back, other = io.read_peft_mora(tmp_path / "a", plan)
+    one, other = (
+        jax.tree.leaves(mora_jax.delta_weight(a, p))[0]
+        for a, p in ((adapters, plan), (back, other))
+    )
+    np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.label)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_lora_is_the_update(tmp_path, case, size):
+    """Exactly, where the update has rank q; else what singular values leave."""
+    ins, outs, q = size
+    operator = case.make(ins, outs, q)
+    plan = single(operator, alpha=0.5)
+    adapters = made(plan)
+    delta = np.asarray(jax.tree.leaves(mora_jax.delta_weight(adapters, plan))[0])
+    if operator.block:
+        with pytest.raises(ValueError, match="rank"):
+            io.save_peft_lora(tmp_path / "a", adapters, plan)
+    for rank in (None, 2, 1000):
+        if operator.block and rank is None:
+            continue
+        target = tmp_path / str(rank)
+        (lost,) = io.save_peft_lora(target, adapters, plan, rank=rank).values()
+        tensors = load_file(target / TENSORS)
+        config = json.loads((target / CONFIG).read_text())
+        name = "base_model.model.model.layers.0.mlp.up_proj"
+        a, b = (tensors.pop(f"{name}.lora_{x}.weight").astype(np.float64) for x in "AB")
+        assert not tensors and len(a) == config["r"] == config["lora_alpha"]
+        error = np.linalg.norm((b @ a).T - delta) / np.linalg.norm(delta)
+        assert abs(error - lost) < 1e-5
+        if rank == 2:
+            values = np.linalg.svd(delta, compute_uv=False)
+            best = np.linalg.norm(values[2:]) / np.linalg.norm(values)
+            assert abs(lost - best) < 1e-5
+        else:
+            assert lost < 1e-5
+
+
+def test_stacked_kernels(tmp_path):
+    """One module for each place in a stack."""
+    params = {"layers": {"up": {"kernel": jnp.ones((3, 24, 40))}}}
+    config = MoRAConfig(
+        operator={"name": "sharing", "normalised": False},
+        square_rank=io.reference_operator(1, 24, 40, 2).square_rank,
+        overrides={".*": {"axes": "sio"}},
+    )
+    plan = mora_jax.plan(params, config)
+    names = {"model.layers.{n}.mlp.{name}_proj": "layers/{name}/kernel[{n}]"}
+    adapters = made(plan)
+    io.save_peft_mora(tmp_path / "a", adapters, plan, names)
+    assert len(load_file(tmp_path / "a" / TENSORS)) == 6
+    back, same = io.read_peft_mora(tmp_path / "a", plan, names)
+    assert_same(back, adapters)
+    assert same.specs == plan.specs
+    lost = io.save_peft_lora(tmp_path / "b", adapters, plan, names)
+    assert len(lost) == 3 and max(lost.values()) == 0
+    tensors = load_file(tmp_path / "a" / TENSORS)
+    save_file(
+        {k: v for k, v in tensors.items() if "layers.1" not in k},
+        tmp_path / "a" / TENSORS,
+    )
+    with pytest.raises(AdapterFileError, match="stacked"):
+        io.read_peft_mora(tmp_path / "a", plan, names)
+
+
+FAMILIES = {
+    "llama": ["model.layers.3.self_attn.q_proj", "layers.3.mlp.up_proj"],
+    "gpt2": ["transformer.h.10.attn.c_attn", "h.0.mlp.c_fc"],
+    "bert": [
+        "bert.encoder.layer.0.attention.self.query",
+        "bert.encoder.layer.0.attention.output.dense",
+        "encoder.layer.11.intermediate.dense",
+        "encoder.layer.11.output.dense",
+    ],
+}
+FAMILIES["gemma"] = FAMILIES["qwen"] = FAMILIES["llama"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families(family):
+    from mora_jax.io._names import pairs, to_kernel, to_module
+
+    assert set(FAMILIES) == set(io.FAMILIES)
+    for names in (family, None):
+        for module in FAMILIES[family]:
+            kernel, layout = to_kernel(module, pairs(names))
+            assert kernel == module.replace(".", "/") + "/kernel"
+            assert to_module(kernel, pairs(names)) == (module, layout)
+            assert layout == ("io" if family == "gpt2" else "oi")
+        assert to_kernel("lm_head", pairs(names)) is None
+
+
+def test_bad_names():
+    for names, match in (
+        ("lama", "must be one of"),
+        ({"a.{n}": "a/{m}"}, "same {fields}"),
+        ({"a.{n}.{n}": "a/{n}/{n}"}, "once each"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            io.read_peft_mora(DATA / "type1", base(), names)
+
+
+def test_names_that_do_not_fit(tmp_path):
+    with pytest.raises(AdapterFileError, match="names say of no kernel"):
+        io.read_peft_mora(DATA / "type1", base(), "bert")
+    with pytest.raises(AdapterFileError, match="does not fit the model"):
+        io.read_peft_mora(DATA / "type1", base(), "llama")
+    plan = mora_jax.plan({"fc": {"kernel": jnp.ones((8, 8))}}, MoRAConfig(rank=1))
+    for write in (io.save_peft_mora, io.save_peft_lora):
+        with pytest.raises(ValueError, match="no module for the kernel 'fc/kernel'"):
+            write(tmp_path / "a", made(plan), plan)
+    assert not (tmp_path / "a").exists()
+
+
+BAD_CONFIGS = {
+    "peft_type": ({"peft_type": "IA3"}, "must be 'LORA'"),
+    "use_mora": ({"use_mora": False}, "plain LoRA"),
+    "mora_type": ({"mora_type": 5}, "mora_type must be"),
+    "mora_type-str": ({"mora_type": "1"}, "mora_type must be"),
+    "r": ({"r": 0}, "positive integer"),
+    "r-huge": ({"r": 10**9}, "layers_0"),
+    "r-other": ({"r": 5}, "must be of shape"),
+    "rank_pattern": ({"rank_pattern": {"(a+)+$": 3}}, "names of modules"),
+    "dropout": ({"lora_dropout": 1}, "lora_dropout"),
+    "dora": ({"use_dora": True}, "use_dora"),
+    "bias": ({"bias": "all"}, "bias"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_CONFIGS)
+def test_refuses_configs(tmp_path, name):
+    changes, match = BAD_CONFIGS[name]
+    config = json.loads((DATA / "type6" / CONFIG).read_text())
+    (tmp_path / CONFIG).write_text(json.dumps(config | changes))
+    (tmp_path / TENSORS).write_bytes((DATA / "type6" / TENSORS).read_bytes())
+    with pytest.raises(AdapterFileError, match=match):
+        io.read_peft_mora(tmp_path, base(), NAMES)
+
+
+def test_refuses_tensors(tmp_path):
+    (tmp_path / CONFIG).write_bytes((DATA / "type6" / CONFIG).read_bytes())
+    tensors = load_file(DATA / "type6" / TENSORS)
+    a = next(name for name in tensors if "lora_A" in name)
+    b = a.replace("lora_A", "lora_B")
+    for changes, match in (
+        ({b: tensors[b] + 1}, "the same matrix"),
+        ({a: tensors[a] * np.nan, b: tensors[b] * np.nan}, "same matrix|NaN"),
+        ({"model.x": tensors[a]}, "must be like"),
+        ({a.replace("layers.0", "layers.7"): tensors[a]}, "lora_A and lora_B"),
+        (
+            {k.replace("layers.0", "layers.7"): tensors[k] for k in (a, b)},
+            "does not fit the model",
+        ),
+    ):
+        save_file({**tensors, **changes}, tmp_path / TENSORS)
+        with pytest.raises(AdapterFileError, match=match):
+            io.read_peft_mora(tmp_path, base(), NAMES)
+
+
+def test_writes_into_nothing_that_is_there(tmp_path):
+    adapters, plan = io.read_peft_mora(DATA / "type1", base(), NAMES)
+    (tmp_path / "x").write_text("")
+    for write in (io.save_peft_mora, io.save_peft_lora):
+        with pytest.raises(FileExistsError, match="new or empty"):
+            write(tmp_path, adapters, plan, NAMES)

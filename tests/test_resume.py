@@ -1,0 +1,99 @@
+"""A run resumes from a checkpoint bit for bit, by Orbax and by flax.serialization."""
+
+import flax.linen as nn
+import flax.serialization
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from test_save import assert_same
+
+import mora_jax
+from mora_jax import MoRAConfig, linen, load, save
+
+MODEL = nn.Sequential([nn.Dense(24), nn.relu, nn.Dense(16)])
+X = jax.random.normal(jax.random.key(0), (8, 16))
+VARIABLES = MODEL.init(jax.random.key(1), X)
+PLAN = linen.plan(MODEL, VARIABLES, MoRAConfig(rank=2, dropout=0.2), X)
+TX = optax.adamw(1e-2)
+
+
+@jax.jit
+def step(state):
+    """One step of training; all that changes is in `state`."""
+    apply = linen.wrap(MODEL, PLAN)
+    key = jax.random.fold_in(jax.random.wrap_key_data(state["key"]), state["step"])
+
+    def loss(adapters):
+        rngs = {"dropout": key}
+        y = apply(adapters, VARIABLES, X, adapter_deterministic=False, rngs=rngs)
+        return jnp.mean((y - 1) ** 2)
+
+    grads = jax.grad(loss)(state["adapters"])
+    updates, opt = TX.update(grads, state["optimizer"], state["adapters"])
+    adapters = optax.apply_updates(state["adapters"], updates)
+    return {**state, "adapters": adapters, "optimizer": opt, "step": state["step"] + 1}
+
+
+def start():
+    adapters = mora_jax.init(PLAN)
+    key = jax.random.key_data(jax.random.key(2))
+    opt = TX.init(adapters)
+    return {"adapters": adapters, "optimizer": opt, "step": jnp.zeros((), int), "key": key}
+
+
+def by_orbax(state, path):
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(path / "state", state)
+        checkpointer.wait_until_finished()
+        return checkpointer.restore(path / "state", jax.eval_shape(lambda: state))
+
+
+def by_flax(state, path):
+    data = flax.serialization.to_bytes(state)
+    return flax.serialization.from_bytes(start(), data)
+
+
+def by_save(state, path):
+    """Ours for the adapters, flax's for the rest."""
+    save(path, state["adapters"], PLAN)
+    adapters, plan = load(path, VARIABLES["params"])
+    assert plan == PLAN
+    rest = {k: v for k, v in state.items() if k != "adapters"}
+    empty = {k: v for k, v in start().items() if k != "adapters"}
+    data = flax.serialization.to_bytes(rest)
+    return {**flax.serialization.from_bytes(empty, data), "adapters": adapters}
+
+
+@pytest.mark.parametrize("way", [by_orbax, by_flax, by_save])
+def test_resumes(tmp_path, way):
+    state = start()
+    for _ in range(3):
+        state = step(state)
+    resumed = way(state, tmp_path)
+    for _ in range(3):
+        state, resumed = step(state), step(resumed)
+    assert_same(jax.tree.map(jnp.asarray, resumed), state)
+    assert float(jnp.abs(state["adapters"]["layers_0"]["kernel_mora"]).max()) > 0
+
+
+def test_adapters_alone_into_a_sharding(tmp_path):
+    """What was saved from one device goes to where the target says."""
+    mesh = Mesh(np.array(jax.devices()[:1]), ("data",))
+    adapters = step(start())["adapters"]
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "adapters", adapters)
+        checkpointer.wait_until_finished()
+        target = jax.tree.map(
+            lambda m: jax.ShapeDtypeStruct(
+                m.shape, m.dtype, sharding=NamedSharding(mesh, PartitionSpec())
+            ),
+            adapters,
+        )
+        back = checkpointer.restore(tmp_path / "adapters", target)
+    assert_same(back, adapters)
+    for leaf in jax.tree.leaves(back):
+        assert leaf.sharding == NamedSharding(mesh, PartitionSpec())

@@ -1,0 +1,380 @@
+"""Adapters come back from files bit for bit, or an error says why not."""
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+from cases import CASES
+
+import mora_jax
+from mora_jax import MoRAConfig, io, load, save
+from mora_jax.io import AdapterFileError
+from mora_jax.io import _files as files
+from mora_jax.io._json import dump
+from mora_jax.planning import Plan
+from mora_jax.spec import AdapterSpec
+from mora_jax.tree import adapter_items
+
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+
+
+def made(plan, seed=0, dtype=None, scale=1.0):
+    """Adapters that are not zero."""
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(
+        lambda m: jnp.asarray(scale * rng.standard_normal(m.shape), dtype or m.dtype),
+        mora_jax.init(plan),
+    )
+
+
+def single(case, ins=12, outs=20, q=6, **settings):
+    """A plan of one kernel."""
+    operator = case.make(ins, outs, q, seed=3)
+    spec = AdapterSpec(operator, (ins, outs), path=("a", "kernel"), **settings)
+    return Plan((spec,), ins * outs)
+
+
+PARAMS = {
+    "enc": {"kernel": jnp.ones((16, 24)), "bias": jnp.ones(24)},
+    "dec": {"kernel": jnp.ones((3, 24, 16)), "out": {"kernel": jnp.ones((16, 16))}},
+}
+CONFIGURED = MoRAConfig(
+    rank=3,
+    overrides={
+        "enc/kernel": {"operator": "orthogonal", "seed": 7, "alpha": 0.5},
+        "dec/kernel": {"axes": "sio", "dropout": 0.25, "execution": "fold"},
+        "dec/out/kernel": {"operator": "permutation", "param_dtype": "bfloat16"},
+    },
+)
+PLAN = mora_jax.plan(PARAMS, CONFIGURED)
+
+
+def assert_same(left, right):
+    """Equal trees of equal dtypes, bit for bit."""
+    assert jax.tree.structure(left) == jax.tree.structure(right)
+    for one, other in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True):
+        assert one.dtype == other.dtype
+        np.testing.assert_array_equal(
+            np.asarray(one).view(np.uint8), np.asarray(other).view(np.uint8)
+        )
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.label)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_round_trip(tmp_path, case, dtype):
+    plan = single(case, alpha=-0.75, init="gaussian", param_dtype=dtype)
+    adapters = made_random(plan, dtype)
+    save(tmp_path, adapters, plan)
+    back, same = load(tmp_path)
+    assert_same(back, adapters)
+    assert same == plan and hash(same) == hash(plan)
+    (spec,), (other,) = plan, same
+    np.testing.assert_array_equal(
+        mora_jax.delta_weight(adapters, plan)["a"]["kernel"],
+        mora_jax.delta_weight(back, same)["a"]["kernel"],
+    )
+    assert spec.operator == other.operator
+
+
+def made_random(plan, dtype):
+    return made(plan, dtype=dtype)
+
+
+def test_round_trip_of_a_tree(tmp_path):
+    adapters = made(PLAN)
+    save(tmp_path, adapters, PLAN, metadata={"task": "x", "steps": [1, 2.5, None]})
+    for model in (None, PARAMS, jax.eval_shape(lambda: PARAMS)):
+        back, plan = load(tmp_path, model)
+        assert_same(back, adapters)
+        assert plan == PLAN and str(plan) == str(PLAN)
+    assert io.read_metadata(tmp_path) == {"task": "x", "steps": [1, 2.5, None]}
+    assert sorted(os.listdir(tmp_path)) == [CONFIG, TENSORS]
+
+
+def test_float64(tmp_path, float64):
+    case = CASES[0]
+    plan = single(case, param_dtype="float64")
+    adapters = made(plan)
+    save(tmp_path, adapters, plan)
+    assert_same(load(tmp_path)[0], adapters)
+    jax.config.update("jax_enable_x64", False)
+    with pytest.raises(AdapterFileError, match="jax_enable_x64"):
+        load(tmp_path)
+
+
+def test_others_read_the_tensors(tmp_path):
+    """Each M once, in row-major order, under its path."""
+    adapters = made(PLAN, dtype="float32")
+    save(tmp_path, adapters, PLAN)
+    found = safetensors.numpy.load_file(tmp_path / TENSORS)
+    expected = {f"{s.name}_mora": np.asarray(m) for s, m in adapter_items(adapters, PLAN)}
+    assert found.keys() == expected.keys()
+    for name, m in expected.items():
+        np.testing.assert_array_equal(found[name], m)
+    config = json.loads((tmp_path / CONFIG).read_text())
+    assert [layer["path"] for layer in config["layers"]] == [list(s.path) for s in PLAN]
+    assert config["layers"][-1]["operator"] == {"name": "orthogonal", "seed": 7}
+    digest = hashlib.sha256((tmp_path / TENSORS).read_bytes()).hexdigest()
+    assert config["tensors_sha256"] == digest
+
+
+def test_equal_adapters_give_equal_files(tmp_path):
+    for name in "ab":
+        save(tmp_path / name, made(PLAN), PLAN)
+    for name in (CONFIG, TENSORS):
+        one, other = ((tmp_path / k / name).read_bytes() for k in "ab")
+        assert one == other
+
+
+def test_replaces_and_leaves_others_alone(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / f"{files.TEMPORARY}left").write_text("by a killed process")
+    for seed in range(2):
+        save(tmp_path, made(PLAN, seed), PLAN)
+        assert_same(load(tmp_path)[0], made(PLAN, seed))
+    assert sorted(os.listdir(tmp_path)) == [CONFIG, TENSORS, "notes.txt"]
+
+
+# What is written must be right.
+
+
+def test_refuses_to_write():
+    adapters = made(PLAN)
+    nan = jax.tree.map(lambda m: m.at[..., 0].set(jnp.nan), adapters)
+    cases = [
+        (nan, PLAN, None, ValueError, "NaN or infinity"),
+        ({}, PLAN, None, ValueError, "adapters lack"),
+        (jax.eval_shape(lambda: adapters), PLAN, None, TypeError, "must be an array"),
+        (adapters, PLAN, {"a": float("nan")}, ValueError, "JSON"),
+        (adapters, PLAN, {"a": object()}, TypeError, "JSON"),
+    ]
+    for adapters, plan, metadata, error, match in cases:
+        with pytest.raises(error, match=match):
+            save("/nonexistent/x", adapters, plan, metadata)
+    assert not Path("/nonexistent").exists()
+
+
+def test_refuses_tracers(tmp_path):
+    def inside(adapters):
+        save(tmp_path, adapters, PLAN)
+        return adapters
+
+    with pytest.raises(TypeError, match="tracer"):
+        jax.jit(inside)(made(PLAN))
+    assert not os.listdir(tmp_path)
+
+
+# What is read is believed only after it has been checked.
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A directory with the adapters of `PLAN`."""
+    save(tmp_path, made(PLAN), PLAN)
+    return tmp_path
+
+
+def rewrite(directory, change, tensors=None):
+    """Change the parsed config, and sign it anew as an attacker would."""
+    config = json.loads((directory / CONFIG).read_bytes())
+    if tensors is not None:
+        (directory / TENSORS).write_bytes(tensors)
+        config["tensors_bytes"] = len(tensors)
+        config["tensors_sha256"] = hashlib.sha256(tensors).hexdigest()
+    change(config)
+    config.pop("sha256", None)
+    digest = hashlib.sha256(dump(config)).hexdigest()
+    (directory / CONFIG).write_bytes(dump(config | {"sha256": digest}))
+
+
+def layer(**changes):
+    """A change of the orthogonal layer, `enc/kernel`."""
+    return lambda config: config["layers"][2].update(changes)
+
+
+REFUSED = {
+    "newer": (lambda c: c.update(format_version=2), "newer"),
+    "version": (lambda c: c.update(format_version=True), "positive integer"),
+    "format": (lambda c: c.update(format="other"), "read_peft_mora"),
+    "lacks": (lambda c: c.pop("metadata"), "lacks .*metadata"),
+    "too-much": (lambda c: c.update(more=1), "more"),
+    "type": (lambda c: c.update(layers={}), "of type list"),
+    "digest": (lambda c: c.update(tensors_sha256="../../x"), "64 hex"),
+    "no-layer": (lambda c: c["layers"].pop(), "enc/kernel_mora"),
+    "twice": (lambda c: c["layers"].append(c["layers"][0]), "lacks dec/kernel_mora"),
+    "layer-lacks": (lambda c: c["layers"][2].pop("alpha"), "layers.2.*alpha"),
+    "layer-type": (lambda c: c["layers"].append(3), "layers.3"),
+    "operator": (layer(operator={"name": "unheard"}), "enc/kernel.*must be one of"),
+    "auto": (layer(operator={"name": "auto"}), "enc/kernel"),
+    "no-settings": (layer(operator={"name": "sharing"}), "enc/kernel.*operator must be"),
+    "no-seed": (layer(operator={"name": "orthogonal"}), "enc/kernel.*operator must be"),
+    "seed": (layer(operator={"name": "orthogonal", "seed": 8}), "another operator here"),
+    "seed-type": (layer(operator={"name": "orthogonal", "seed": 7.0}), "seed"),
+    "operator-type": (layer(operator=[1]), "must be an object"),
+    "check": (layer(operator_check=["x"] * 4), "enc/kernel"),
+    "q": (layer(square_rank=10**9), r"must have shape \(1000000000, 1000000000\)"),
+    "q-type": (layer(square_rank=True), "positive integers"),
+    "shape": (layer(kernel_shape=[10**9, 10**9]), "too much memory"),
+    "shape-0": (layer(kernel_shape=[0, 24]), "positive integers"),
+    "shape-type": (layer(kernel_shape="ab"), "must be a list"),
+    "other-shape": (layer(kernel_shape=[24, 16]), "another operator here"),
+    "axes": (layer(axes="xx"), "axes"),
+    "alpha": (layer(alpha="1"), "alpha"),
+    "alpha-int": (layer(alpha=1), "alpha must be"),
+    "dropout": (layer(dropout=1.5), "dropout"),
+    "init": (layer(init="ones"), "init"),
+    "execution": (layer(execution="fast"), "execution"),
+    "dtype": (layer(dtype="bfloat16"), "dtype"),
+    "param_dtype": (layer(param_dtype="int8"), "param_dtype"),
+    "rank": (layer(rank=99), "rank must be"),
+    "path-up": (layer(path=["..", "kernel"]), "path of names"),
+    "path-slash": (layer(path=["enc/kernel"]), "path of names"),
+    "path-empty": (layer(path=[]), "path of names"),
+    "path-other": (layer(path=["x", "kernel"]), "lacks x/kernel_mora"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refuses_configs(saved, name):
+    change, match = REFUSED[name]
+    rewrite(saved, change)
+    with pytest.raises(AdapterFileError, match=match):
+        load(saved)
+
+
+def encoded(directory, **changes):
+    """The tensors with some replaced, as bytes."""
+    tensors = safetensors.numpy.load_file(directory / TENSORS)
+    return safetensors.numpy.save({**tensors, **changes}, {})
+
+
+@pytest.fixture
+def plain(tmp_path):
+    """As `saved`, all in float32, which numpy can read."""
+    adapters = made(PLAN, dtype="float32")
+    save(tmp_path, adapters, PLAN)
+    return tmp_path
+
+
+BAD_TENSORS = {
+    "nan": (np.full((10, 10), np.nan, np.float32), "enc/kernel_mora.*NaN"),
+    "shape": (np.ones((9, 10), np.float32), r"enc/kernel .*shape \(10, 10\)"),
+    "integers": (np.ones((10, 10), np.int32), "enc/kernel_mora.*I32"),
+    "dtype": (np.ones((10, 10), np.float16), "enc/kernel .*dtype"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_TENSORS)
+def test_refuses_tensors(plain, name):
+    tensor, match = BAD_TENSORS[name]
+    assert PLAN["enc/kernel"].shape == (10, 10)
+    data = encoded(plain, **{"enc/kernel_mora": tensor})
+    rewrite(plain, lambda config: None, data)
+    with pytest.raises(AdapterFileError, match=match):
+        load(plain)
+
+
+def test_refuses_extra_tensors(plain):
+    data = encoded(plain, **{"../../etc/passwd": np.ones(1, np.float32)})
+    rewrite(plain, lambda config: None, data)
+    with pytest.raises(AdapterFileError, match="knows nothing"):
+        load(plain)
+
+
+def raw(header, size=None, data=b"\0" * 4):
+    """A safetensors file by hand."""
+    header = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(header) if size is None else size) + header + data
+
+
+ENTRY = b'"enc/kernel_mora":{"dtype":"F32","shape":[1,1],"data_offsets":[0,4]}'
+BAD_FILES = {
+    "empty": b"",
+    "short": b"\1\0",
+    "huge-header": raw(b"{}", 2**62),
+    "long-header": raw(b"{}", 2**26),
+    "no-json": raw(b"{]"),
+    "twice": raw(b"{" + ENTRY + b"," + ENTRY + b"}"),
+    "offsets": raw(ENTRY.replace(b"[0,4]", b"[0,400]").join([b"{", b"}"])),
+    "huge-shape": raw(ENTRY.replace(b"[1,1]", b"[4294967296,4294967296]").join([b"{", b"}"])),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_refuses_tensor_files(saved, name):
+    rewrite(saved, lambda config: None, BAD_FILES[name])
+    with pytest.raises(AdapterFileError, match=TENSORS):
+        load(saved)
+
+
+BAD_JSON = {
+    "empty": b"",
+    "twice": b'{"format": 1, "format": 2}',
+    "nan": b'{"format": NaN}',
+    "deep": b"[" * 100_000,
+    "binary": b"\xff\xfe\x00",
+    "list": b"[]",
+    "pickle": b"\x80\x04K\x01.",
+}
+
+
+@pytest.mark.parametrize("name", BAD_JSON)
+def test_refuses_json(saved, name):
+    (saved / CONFIG).write_bytes(BAD_JSON[name])
+    with pytest.raises(AdapterFileError, match=CONFIG):
+        load(saved)
+
+
+def test_notices_damage(saved):
+    """Any byte of either file."""
+    for name in (CONFIG, TENSORS):
+        whole = (saved / name).read_bytes()
+        for place in range(0, len(whole), max(1, len(whole) // 50)):
+            broken = bytearray(whole)
+            broken[place] ^= 4
+            (saved / name).write_bytes(broken)
+            with pytest.raises(AdapterFileError):
+                load(saved)
+        (saved / name).write_bytes(whole)
+    load(saved)
+
+
+def test_missing_files(saved, tmp_path_factory):
+    (saved / TENSORS).unlink()
+    with pytest.raises(AdapterFileError, match=f"no {TENSORS}"):
+        load(saved)
+    with pytest.raises(AdapterFileError, match=f"no {CONFIG}"):
+        load(tmp_path_factory.mktemp("empty"))
+    with pytest.raises(AdapterFileError, match=f"no {CONFIG}"):
+        load("/nonexistent")
+    with pytest.raises(AdapterFileError, match="no directory"):
+        load(saved / CONFIG)
+
+
+def test_another_base(saved):
+    wrong = {
+        "the model has no such kernel.*dec": {**PARAMS, "dec": {"x": jnp.ones((2, 2))}},
+        r"enc/kernel .*\(16, 24\), got \(24, 16\)": {
+            **PARAMS,
+            "enc": {"kernel": jnp.ones((24, 16))},
+        },
+        "enc/kernel.*floating": {
+            **PARAMS,
+            "enc": {"kernel": jnp.ones((16, 24), jnp.int8)},
+        },
+    }
+    for match, params in wrong.items():
+        with pytest.raises(AdapterFileError, match=match):
+            load(saved, params)

@@ -1,0 +1,300 @@
+"""Whatever happens while files are written or read, no directory lies."""
+
+import json
+import os
+import random
+import resource
+import shutil
+import subprocess
+import sys
+import time
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors
+import safetensors.numpy
+from test_save import CONFIG, PLAN, TENSORS, assert_same, made, rewrite
+
+import mora_jax
+from mora_jax import io, load, save
+from mora_jax.io import AdapterFileError
+
+FILES = ("_files.py", "_native.py")
+
+
+def states(directory, action, scratch):
+    """Copies of `directory` as it was before each line of ours that `action` ran."""
+    copies, last = [], None
+
+    def content():
+        if not directory.exists():
+            return None
+        return {p.name: p.read_bytes() for p in directory.iterdir() if p.is_file()}
+
+    def trace(frame, event, arg):
+        nonlocal last
+        if not frame.f_code.co_filename.endswith(FILES):
+            return None
+        now = content()
+        if now is not None and now != last:
+            copy = scratch / str(len(copies))
+            shutil.copytree(directory, copy)
+            copies.append(copy)
+            last = now
+        return trace
+
+    sys.settrace(trace)
+    try:
+        action()
+    finally:
+        sys.settrace(None)
+    return copies
+
+
+def test_killed_at_any_line(tmp_path):
+    """The first save: nothing or all. The second: the old adapter or the new one."""
+    directory, old, new = tmp_path / "a", made(PLAN, 0), made(PLAN, 1)
+    first = states(directory, lambda: save(directory, old, PLAN), scratch(tmp_path, 1))
+    assert len(first) > 3
+    for copy in first:
+        try:
+            adapters, plan = load(copy)
+        except AdapterFileError as error:
+            assert f"no {CONFIG}" in str(error)
+        else:
+            assert_same(adapters, old)
+    second = states(directory, lambda: save(directory, new, PLAN), scratch(tmp_path, 2))
+    found = []
+    for copy in second:
+        adapters, plan = load(copy)
+        assert plan == PLAN
+        is_new = bool((adapters["enc"]["kernel_mora"] == new["enc"]["kernel_mora"]).all())
+        assert_same(adapters, new if is_new else old)
+        found.append(is_new)
+        save(copy, old, PLAN)  # what the killed process left is no hindrance
+        assert_same(load(copy)[0], old)
+        assert sorted(os.listdir(copy)) == [CONFIG, TENSORS]
+    assert found == sorted(found) and set(found) == {False, True}
+
+
+def scratch(tmp_path, number):
+    path = tmp_path / f"scratch-{number}"
+    path.mkdir()
+    return path
+
+
+KILLER = """
+import os, random, signal, sys, time
+from pathlib import Path
+
+import jax.numpy as jnp
+import mora_jax
+from mora_jax.io import _files as files
+from mora_jax.io import _native as native
+
+directory = Path(sys.argv[1])
+plan = mora_jax.plan({"fc": {"kernel": jnp.ones((64, 64))}})
+adapters = [
+    {"fc": {"kernel_mora": jnp.full(plan.specs[0].shape, value)}} for value in (1.0, 2.0)
+]
+contents = []
+for one in adapters:
+    mora_jax.save(directory, one, plan)
+    contents.append([(directory / n).read_bytes() for n in (files.CONFIG, files.TENSORS)])
+
+
+def slow(function):
+    def run(*args, **kwargs):
+        time.sleep(0.001)
+        return function(*args, **kwargs)
+
+    return run
+
+
+chance, killed, seen = random.Random(0), 0, {1.0: 0, 2.0: 0}
+while killed < 200:
+    child = os.fork()
+    if child == 0:
+        for name in ("fsync", "replace", "open", "close"):
+            setattr(files.os, name, slow(getattr(files.os, name)))
+        for number in range(100):
+            native._replace(directory, *contents[number % 2])  # JAX is not for forks
+        os._exit(0)
+    time.sleep(chance.uniform(0, 0.03))
+    os.kill(child, signal.SIGKILL)
+    killed += os.WIFSIGNALED(os.waitpid(child, 0)[1])
+    back, same = mora_jax.load(directory)
+    m = back["fc"]["kernel_mora"]
+    assert same == plan and (m == m[0, 0]).all(), m
+    seen[float(m[0, 0])] += 1
+print(killed, sorted(seen.values()))
+assert min(seen.values()) > 20, seen
+"""
+
+
+@pytest.mark.slow
+def test_killed_200_times(tmp_path):
+    """By SIGKILL, in a process that does nothing but save, on a slow file system."""
+    run = subprocess.run(
+        [sys.executable, "-c", KILLER, tmp_path / "a"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.startswith("200 ")
+
+
+def test_disk_full(tmp_path):
+    """The kernel refuses to write on: the old adapter stays, and no litter."""
+    save(tmp_path, made(PLAN), PLAN)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    try:
+        with pytest.raises(OSError):
+            save(tmp_path, made(PLAN, 1), PLAN)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert_same(load(tmp_path)[0], made(PLAN))
+    assert sorted(os.listdir(tmp_path)) == [CONFIG, TENSORS]
+
+
+def test_target_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    for target in ("/proc/adapter", tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(OSError):
+            save(target, made(PLAN), PLAN)
+
+
+# Directories from strangers.
+
+PLAIN = mora_jax.plan(
+    {"a": {"kernel": jnp.ones((8, 8))}, "b": {"kernel": jnp.ones((8, 12))}},
+    mora_jax.MoRAConfig(
+        rank=2, overrides={"a/kernel": {"operator": "hadamard", "seed": 1}}
+    ),
+)
+
+
+def flip(chance, data):
+    place = chance.randrange(len(data))
+    return data[:place] + bytes([data[place] ^ 1 << chance.randrange(8)]) + data[place + 1 :]
+
+
+def cut(chance, data):
+    return data[: chance.randrange(len(data))]
+
+
+def swap(chance, data):
+    """Two pieces of text change places, as two shapes or names would."""
+    words = [b"a/kernel_mora", b"b/kernel_mora", b"[4,4]", b"[6,6]", b"F32", b"F16"]
+    one, other = chance.sample(words, 2)
+    return data.replace(one, b"?").replace(other, one).replace(b"?", other)
+
+
+def header(chance, data):
+    size = chance.choice([0, 2**63, 2**32, 10**8, chance.randrange(2**16)])
+    return size.to_bytes(8, "little") + data[8:]
+
+
+def rename(chance, data):
+    new = chance.choice([b"../kernel_mor", b"/etc/passwd..", b"b/kernel_mora", b"\0" * 13])
+    return data.replace(b"a/kernel_mora", new)
+
+
+def nan(chance, data):
+    place = len(data) - 4 * chance.randrange(1, 16)
+    return data[: place - 4] + np.float32("nan").tobytes() + data[place:]
+
+
+def numbers(chance, data):
+    """Absurd values in JSON."""
+    value = chance.choice([10**9, -1, 0, 1e308, None, True, "x", [], {}, 2**70, 0.5])
+    config = json.loads(data)
+    target = chance.choice([config, *config["layers"]])
+    key = chance.choice(sorted(target))
+    if isinstance(target[key], list) and target[key] and chance.random() < 0.5:
+        target[key][chance.randrange(len(target[key]))] = value
+    else:
+        target[key] = value
+    return json.dumps(config).encode()
+
+
+OF_TENSORS = (flip, cut, swap, header, rename, nan)
+OF_CONFIG = (flip, cut, numbers, numbers, numbers)
+
+
+def says(directory, adapters, plan):
+    """Whether both are what the files say, read by others."""
+    tensors = safetensors.numpy.load_file(directory / TENSORS)
+    layers = json.loads((directory / CONFIG).read_text())["layers"]
+    flat = {spec.name: spec for spec in plan}
+    assert len(flat) == len(layers) == len(tensors)
+    for entry in layers:
+        spec = flat["/".join(entry["path"])]
+        node = adapters
+        for key in spec.path[:-1]:
+            node = node[key]
+        np.testing.assert_array_equal(
+            node[spec.path[-1] + "_mora"], tensors[f"{spec.name}_mora"]
+        )
+        assert list(spec.kernel_shape) == entry["kernel_shape"]
+        assert spec.operator.square_rank == entry["square_rank"]
+        assert spec.operator.name == entry["operator"]["name"]
+        assert (spec.alpha, spec.dropout) == (entry["alpha"], entry["dropout"])
+    return True
+
+
+def mutate_and_load(directory, count):
+    """How many mutants were loaded; all others were refused in time."""
+    save(directory, made(PLAIN), PLAIN)
+    tensors, config = ((directory / name).read_bytes() for name in (TENSORS, CONFIG))
+    chance, loaded, slowest = random.Random(0), 0, 0.0
+    for _ in range(count):
+        (directory / TENSORS).write_bytes(tensors)
+        (directory / CONFIG).write_bytes(config)
+        signed = chance.random() < 0.7  # by someone who knows the format
+        if chance.random() < 0.5:
+            new = chance.choice(OF_TENSORS)(chance, tensors)
+            if signed:
+                rewrite(directory, lambda config: None, new)
+            else:
+                (directory / TENSORS).write_bytes(new)
+        else:
+            new = chance.choice(OF_CONFIG)(chance, config)
+            (directory / CONFIG).write_bytes(new)
+            if signed:
+                try:
+                    rewrite(directory, lambda config: None)
+                except (ValueError, AttributeError):
+                    pass  # it is no JSON object any more
+        start = time.perf_counter()
+        try:
+            adapters, plan = load(directory)
+        except AdapterFileError:
+            pass
+        else:
+            loaded += says(directory, adapters, plan)
+        slowest = max(slowest, time.perf_counter() - start)
+    assert slowest < 1
+    return loaded
+
+
+@pytest.mark.parametrize("count", [300, pytest.param(5000, marks=pytest.mark.slow)])
+def test_mutants(tmp_path, count):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    loaded = mutate_and_load(tmp_path, count)
+    assert 0 < loaded < count / 2
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert grown < 300_000  # kilobytes
+
+
+def test_no_pickle():
+    """None of our modules can even name it."""
+    root = os.path.dirname(mora_jax.__file__)
+    for folder, _, names in os.walk(root):
+        for name in names:
+            if name.endswith(".py"):
+                text = open(os.path.join(folder, name)).read()
+                assert "import pickle" not in text and "allow_pickle" not in text
