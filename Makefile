@@ -12,8 +12,8 @@ setup = @sh .ci/venv '$(VENV)' '$(PYTHON)'
 run = $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-nnx quickstart bench bench-layer bench-torch test test-all \
-  test-tunix lint wheel clean env tools
+.PHONY: help demo demo-nnx quickstart bench bench-layer bench-torch test \
+  test-slow test-all test-tunix lint wheel clean env tools
 
 help: ## list the targets
 	@echo 'Targets:'
@@ -22,7 +22,7 @@ help: ## list the targets
 	@echo 'Variables:'
 	@echo '  PYTHON      the interpreter, 3.11 or newer (now: $(PYTHON))'
 	@echo '  ARGS        options of the demos, quickstart and benchmarks, as in: make demo ARGS=--help'
-	@echo '  PYTEST_ARGS options of test and test-all, as in: make test PYTEST_ARGS="-k merge"'
+	@echo '  PYTEST_ARGS options of the tests, as in: make test PYTEST_ARGS="-k merge"'
 
 demo: env ## teach a language model facts it does not know
 	$(run) examples/teach_facts.py $(ARGS)
@@ -46,6 +46,9 @@ bench-torch: ## a training step beside PyTorch's with PEFT, in an environment of
 
 test: env ## the tests, without the slow ones
 	$(run) -m pytest $(PYTEST_ARGS)
+
+test-slow: env ## the slow tests alone
+	$(run) -m pytest -m slow $(PYTEST_ARGS)
 
 test-all: env ## all tests
 	$(run) -m pytest -m "" $(PYTEST_ARGS)

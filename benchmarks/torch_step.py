@@ -1,4 +1,4 @@
-"""Claim: a training step with MoRA in JAX takes less time than with LoRA in PyTorch.
+"""Claim: MoRA in JAX adds less time to a training step than LoRA does in PyTorch.
 
 The same model on the same processor in one process, in turns: SmolLM2-135M's shape with
 random weights, all seven projections of each layer adapted; ours, qwix's LoRA, and

@@ -19,6 +19,7 @@ from mora_jax.products import Contraction, Convolution, Lookup, Product
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+BENCHMARKS = (ROOT / "benchmarks/README.md").read_text()
 KINDS = {
     "dense": (Contraction, "yes, but no head, router, embedding"),
     "convolution": (Convolution, "if `targets` name it"),
@@ -87,6 +88,46 @@ def test_table_beside_pytorch_is_as_measured():
     report = json.loads((ROOT / "benchmarks/torch_step.json").read_text())
     for row in report["results"]:
         assert "| {method} | {seconds:.2f} | {time:.2f} |".format(**row) in README
+
+
+def results(name):
+    """Of a benchmark whose figures are kept."""
+    return json.loads((ROOT / "benchmarks" / name).read_text())["results"]
+
+
+def table_of(results, corner, row, column, cell):
+    """Results as Markdown, with a row and a column for each of two names."""
+    cells = {(row(r), column(r)): cell(r) for r in results if cell(r)}
+    rows, columns = (list(dict.fromkeys(keys)) for keys in zip(*cells, strict=True))
+    lines = [[corner, *columns], ["---"] * (1 + len(columns))]
+    lines += [[r, *(cells[r, c] for c in columns)] for r in rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def test_table_of_tokens_and_ranks_is_as_measured():
+    table = table_of(
+        sorted(results("sweep.json"), key=lambda r: (r["tokens"], r["rank"])),
+        "method",
+        lambda r: r["method"],
+        lambda r: f"8 x {r['tokens'] // 8}, r={r['rank']}",
+        lambda r: r["kind"] == "step" and f"{r['time']:.2f}",
+    )
+    assert table in BENCHMARKS, f"benchmarks/README.md should hold:\n{table}"
+
+
+def test_table_of_single_layers_is_as_measured():
+    table = table_of(
+        results("one_layer.json"),
+        "kernel",
+        lambda r: f"{r['kernel']}, {r['rows']} rows".replace("x", " x "),
+        lambda r: r["method"].removesuffix(", activation").removesuffix(", fold"),
+        lambda r: (
+            f"{r['time']:.2f} ({r['model']:.2f})"
+            if r["auto"] or r["method"].startswith("LoRA")
+            else ""
+        ),
+    )
+    assert table in BENCHMARKS, f"benchmarks/README.md should hold:\n{table}"
 
 
 def example(title):

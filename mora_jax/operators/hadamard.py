@@ -86,11 +86,11 @@ class Hadamard(Operator):
         """Whether a product with C or D as a matrix is faster for these rows.
 
         It does q operations a feature where the transform does a + b, each of them
-        about 16 times as fast; making the matrix costs as much as some rows.
+        about 48 times as fast; making the matrix costs as much as some rows.
         """
         q, b = self.square_rank, _odd_part(features)
         steps = (features // b).bit_length() - 1 + b
-        return math.prod(x.shape[:-1]) > 8 and q <= 16 * steps
+        return math.prod(x.shape[:-1]) > 8 and q <= 48 * steps
 
     def _delta(self, m: jax.Array) -> jax.Array:
         c, d = (_matrix(a, m.dtype) for a in (self.in_arrays, self.out_arrays))
