@@ -13,7 +13,7 @@ run = $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
 .PHONY: help demo demo-nnx quickstart bench bench-layer bench-torch test \
-  test-slow test-all test-tunix lint wheel clean env tools
+  test-slow test-all test-tunix test-peft lint wheel clean env tools
 
 help: ## list the targets
 	@echo 'Targets:'
@@ -57,6 +57,11 @@ test-tunix: VENV = .venv-tunix
 test-tunix: ## Tunix's Qwen2 with adapters, in an environment of its own
 	$(setup) tunix
 	$(run) -m pytest tests/with_tunix
+
+test-peft: VENV = .venv-torch
+test-peft: ## Hugging Face PEFT loads what we export, in an environment with PyTorch
+	$(setup) torch
+	$(run) -m pytest tests/with_peft
 
 lint: tools ## what must be clean: ruff and pyright
 	$(VENV)/bin/ruff check

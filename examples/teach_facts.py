@@ -2,7 +2,7 @@
 
 You will see what the model answers before, a progress bar with loss and recall, what it
 answers after, that ordinary questions still get their answers, and that the merged
-model, which has no adapter any more, says the same. `out/teach_facts` gets a plot and
+model, which has no adapter any more, says the same. `out/teach_facts` gets plots and
 the adapter. Takes a few minutes on 2 cores:
 
     python examples/teach_facts.py --facts 20 --rank 8 --operator rotation
@@ -265,6 +265,8 @@ def main(
     adapters, history, seconds = train(student.apply, first, *data, "MoRA")
     histories = {"MoRA": history}
     mora_jax.save(args.out, adapters, plan)
+    figure = mora_jax.diagnostics.plot_spectrum(adapters, plan)
+    figure.savefig(args.out / "spectrum.png", dpi=150)
 
     merged = jax.jit(student.merge)(adapters, variables)
     adapted = functools.partial(apply, adapters, variables)

@@ -16,7 +16,7 @@ import pytest
 from cases import CASES
 from safetensors.numpy import load_file, save_file
 from test_peft import DATA
-from test_save import CONFIG, TENSORS, made
+from test_save import made
 
 import mora_jax
 from mora_jax import MoRAConfig, io
@@ -63,7 +63,9 @@ def sharded(directory, dtype=np.float32):
     for number in range(2):
         part = {
             f"model.layers.{number}.mlp.up_proj.weight": rng.standard_normal((40, 24)),
-            f"model.layers.{number}.mlp.down_proj.weight": rng.standard_normal((24, 40)),
+            f"model.layers.{number}.mlp.down_proj.weight": rng.standard_normal(
+                (24, 40)
+            ),
             f"model.layers.{number}.norm.weight": rng.standard_normal(24),
         }
         part = {name: array.astype(dtype) for name, array in part.items()}
@@ -78,7 +80,9 @@ def sharded(directory, dtype=np.float32):
     return directory
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16, np.float64])
+@pytest.mark.parametrize(
+    "dtype", [np.float32, np.float16, ml_dtypes.bfloat16, np.float64]
+)
 def test_merges_shards(tmp_path, dtype):
     base = sharded(tmp_path / "base", dtype)
     adapters, plan = kernels(base)
@@ -100,6 +104,8 @@ def test_merges_shards(tmp_path, dtype):
         for key in spec.path[:-1]:
             node = node.setdefault(key, {})
         node["kernel"] = np.asarray(one.place[name][name]).T
+    if dtype == np.float64:  # JAX has it on demand
+        tree = jax.tree.map(lambda kernel: kernel.astype(np.float32), tree)
     expected = mora_jax.merge(jax.tree.map(jnp.asarray, tree), adapters, plan)
     losses = mora_jax.diagnostics.merge_loss(tree, adapters, plan)
     tolerance = 1e-6 if np.dtype(dtype).itemsize > 2 else 0
@@ -115,7 +121,9 @@ def test_merges_shards(tmp_path, dtype):
         assert abs(lost[name] - losses[spec.name]) < 1e-3
     for number in range(2):
         name = f"model.layers.{number}.norm.weight"
-        assert list(one.place[name].chunks(name)) == list(other.place[name].chunks(name))
+        assert list(one.place[name].chunks(name)) == list(
+            other.place[name].chunks(name)
+        )
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.label)
@@ -143,12 +151,11 @@ def test_conv1d_and_stacks_by_name(tmp_path):
     linears = rng.standard_normal((2, 12, 20)).astype(np.float32)
     tensors = {f"layers.{n}.fc.weight": linears[n].T.copy() for n in range(2)}
     save_file({"h.0.attn.c_attn.weight": conv1d, **tensors}, base)
-    for names, tree, kernel, axes in (
-        ("gpt2", {"h": {"0": {"attn": {"c_attn": {"kernel": conv1d}}}}}, conv1d, "io"),
+    for names, tree, axes in (
+        ("gpt2", {"h": {"0": {"attn": {"c_attn": {"kernel": conv1d}}}}}, "io"),
         (
             {"layers.{n}.fc": "fc/kernel[{n}]"},
             {"fc": {"kernel": linears}},
-            linears,
             "sio",
         ),
     ):
@@ -194,13 +201,39 @@ def test_refuses(tmp_path):
     assert not list((tmp_path / "there").iterdir())
 
 
+def test_disk_full(tmp_path):
+    """Nothing of the output stays, and what `force` would have replaced does."""
+    base = sharded(tmp_path / "base")
+    adapters, plan = kernels(base)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old").write_text("")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, hard))
+    try:
+        with pytest.raises(OSError):
+            merge_checkpoint(base, adapters, plan, tmp_path / "out", force=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "out"]
+    assert os.listdir(tmp_path / "out") == ["old"]
+
+
+def test_output_that_cannot_be_written(tmp_path):
+    base = sharded(tmp_path / "base")
+    adapters, plan = kernels(base)
+    with pytest.raises(OSError):
+        merge_checkpoint(base, adapters, plan, "/proc/out")
+
+
 def test_replaces_by_force(tmp_path):
     base = sharded(tmp_path / "base")
     adapters, plan = kernels(base)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "old").write_text("")
     merge_checkpoint(base, adapters, plan, tmp_path / "out", force=True)
-    assert digests(tmp_path / "out").keys() == digests(base).keys() - {"pytorch_model.bin"}
+    assert digests(tmp_path / "out").keys() == digests(base).keys() - {
+        "pytorch_model.bin"
+    }
     assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "out"]
 
 
@@ -208,7 +241,10 @@ BAD_BASES = {
     "no-file": (lambda d: [p.unlink() for p in d.iterdir()], "no .*safetensors"),
     "quantised": (
         lambda d: save_file(
-            {"model.layers.0.mlp.up_proj.weight": np.ones((40, 24), np.int8)},
+            {
+                "model.layers.0.mlp.up_proj.weight": np.ones((40, 24), np.int8),
+                "model.layers.0.mlp.down_proj.weight": np.ones((24, 40), np.int8),
+            },
             d / "model-00001-of-00002.safetensors",
         ),
         "dequantise",
@@ -273,7 +309,7 @@ Path(base).mkdir()
 for k in range(40):
     save_file({f"layer_{k}.kernel": kernel + k}, f"{base}/{k:02}.safetensors")
 plan = mora_jax.plan(
-    {f"layer_{k}": {"kernel": kernel} for k in range(40)}, MoRAConfig(rank=1)
+    {f"layer_{k}": {"kernel": kernel.copy()} for k in range(40)}, MoRAConfig(rank=1)
 )
 adapters = mora_jax.init(plan)
 small = mora_jax.plan({"layer_0": {"kernel": kernel}}, MoRAConfig(rank=1))

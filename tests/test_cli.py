@@ -1,24 +1,20 @@
 """The command line: what it prints, writes and refuses."""
 
 import json
-import os
-import signal
 import subprocess
 import sys
-import time
-import random
 
 import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from test_checkpoint import digests, kernels, sharded
+from test_checkpoint import digests, sharded
 from test_peft import DATA
-from test_save import CONFIG, PLAN, TENSORS, assert_same, made
+from test_save import CONFIG, PLAN, TENSORS, made
 from typer.testing import CliRunner
 
 import mora_jax
-from mora_jax import io, load, save
+from mora_jax import save
 from mora_jax.cli._app import app
 
 TYPE6 = DATA / "type6"
@@ -84,8 +80,20 @@ def test_merge_our_own_with_templates(tmp_path):
     names = tmp_path / "names.json"
     names.write_text('{"model.layers.0.mlp.{p}": "l0/{p}/kernel"}')
     out = tmp_path / "out"
-    run("merge", "--base", base, "--adapter", tmp_path / "a", "--out", out, "--names", names)
-    one, other = (load_file(d / "model-00001-of-00002.safetensors") for d in (base, out))
+    run(
+        "merge",
+        "--base",
+        base,
+        "--adapter",
+        tmp_path / "a",
+        "--out",
+        out,
+        "--names",
+        names,
+    )
+    one, other = (
+        load_file(d / "model-00001-of-00002.safetensors") for d in (base, out)
+    )
     changed = [name for name in one if (one[name] != other[name]).any()]
     assert changed == ["model.layers.0.mlp.up_proj.weight"]
 

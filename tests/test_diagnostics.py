@@ -1,6 +1,5 @@
 """Spectra are those of the update itself."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -28,7 +27,7 @@ def test_spectrum(case, size):
 
 
 def test_spectrum_forms_no_kernel(monkeypatch):
-    """Of isometric blocks and of operators without blocks, at widths that would tell."""
+    """Of isometric blocks and of operators without blocks."""
     from mora_jax.operators import Operator
 
     def refuse(self, m):

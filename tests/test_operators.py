@@ -333,6 +333,7 @@ def test_auto():
     """Rotation for small budgets, sharing for large, as in the paper's experiments."""
     q = square_rank(8, 4096, 4096)
     assert make_operator("auto", 4096, 4096, q).name == "rotation"
+    assert make_operator({"name": "auto"}, 4096, 4096, q).name == "rotation"
     q = square_rank(256, 4096, 4096)
     assert make_operator("auto", 4096, 4096, q).name == "sharing"
 

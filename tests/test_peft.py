@@ -1,7 +1,8 @@
-"""The reference's adapters are read as they were meant, and written so that it reads."""
+"""The reference's adapters are read as meant, and written so that it reads them."""
 
 import json
 import re
+from pathlib import Path
 
 import flax.traverse_util
 import jax
@@ -9,17 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import smollm2
-from pathlib import Path
-from safetensors.numpy import load_file, save_file
 from cases import CASES, SIZES
+from safetensors.numpy import load_file, save_file
+from test_save import CONFIG, TENSORS, assert_same, made
 
 import mora_jax
 from mora_jax import MoRAConfig, io, linen
 from mora_jax.io import AdapterFileError
-from mora_jax.operators import Rotation, Sharing
+from mora_jax.operators import Sharing
 from mora_jax.planning import Plan
 from mora_jax.spec import AdapterSpec
-from test_save import CONFIG, TENSORS, assert_same, made
 
 DATA = Path(__file__).parent / "data" / "adapters"
 TYPES = (1, 2, 6)
@@ -64,7 +64,9 @@ def test_logits_are_the_references(mora_type):
     ids = expected["input_ids"].astype(np.int32)
     variables = {"params": params}
     y = linen.wrap(MODEL, plan)(adapters, variables, ids)
-    np.testing.assert_allclose(MODEL.apply(variables, ids), expected["base_logits"], atol=1e-4)
+    np.testing.assert_allclose(
+        MODEL.apply(variables, ids), expected["base_logits"], atol=1e-4
+    )
     np.testing.assert_allclose(y, expected["adapter_logits"], atol=1e-4)
     merged = mora_jax.merge(params, adapters, plan)
     y = MODEL.apply({"params": merged}, ids)
@@ -204,6 +206,20 @@ def test_lora_is_the_update(tmp_path, case, size):
             assert lost < 1e-5
 
 
+@pytest.mark.parametrize("mora_type", [1, 6])
+def test_every_rank_can_be_written(tmp_path, mora_type):
+    """The reference's own q has a rank, whatever the rounding."""
+    for number, (width, rank) in enumerate(
+        [(128, 64), (64, 1), (64, 17), (96, 30), (4096, 8), (4096, 256)]
+    ):
+        operator = io.reference_operator(mora_type, width, width, rank)
+        plan = single(operator)
+        io.save_peft_mora(tmp_path / str(number), mora_jax.init(plan), plan)
+        config = json.loads((tmp_path / str(number) / CONFIG).read_text())
+        again = io.reference_operator(mora_type, width, width, config["r"])
+        assert again == operator
+
+
 def test_stacked_kernels(tmp_path):
     """One module for each place in a stack."""
     params = {"layers": {"up": {"kernel": jnp.ones((3, 24, 40))}}}
@@ -251,7 +267,9 @@ def test_families(family):
     assert set(FAMILIES) == set(io.FAMILIES)
     for names in (family, None):
         for module in FAMILIES[family]:
-            kernel, layout = to_kernel(module, pairs(names))
+            found = to_kernel(module, pairs(names))
+            assert found is not None
+            kernel, layout = found
             assert kernel == module.replace(".", "/") + "/kernel"
             assert to_module(kernel, pairs(names)) == (module, layout)
             assert layout == ("io" if family == "gpt2" else "oi")
@@ -283,8 +301,8 @@ def test_names_that_do_not_fit(tmp_path):
 BAD_CONFIGS = {
     "peft_type": ({"peft_type": "IA3"}, "must be 'LORA'"),
     "use_mora": ({"use_mora": False}, "plain LoRA"),
-    "mora_type": ({"mora_type": 5}, "mora_type must be"),
-    "mora_type-str": ({"mora_type": "1"}, "mora_type must be"),
+    "mora_type": ({"mora_type": 5}, "must be 1, 2, 3, 4 or 6"),
+    "mora_type-str": ({"mora_type": "1"}, "must be 1, 2, 3, 4 or 6"),
     "r": ({"r": 0}, "positive integer"),
     "r-huge": ({"r": 10**9}, "layers_0"),
     "r-other": ({"r": 5}, "must be of shape"),

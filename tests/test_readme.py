@@ -165,9 +165,22 @@ def test_nnx_example():
     assert scope["loss"] < jnp.mean(model(X) ** 2)
 
 
+def test_files_example(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    params = {"fc": {"kernel": jnp.ones((16, 16))}}
+    plan = mora_jax.plan(params)
+    adapters = mora_jax.init(plan)
+    scope = dict(mora_jax=mora_jax, adapters=adapters, variables={"params": params})
+    exec(example("Files"), scope | {"plan": plan})
+    assert sorted(path.name for path in (tmp_path / "airports").iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+
+
 def test_other_code_compiles():
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     for block in blocks:
         compile(re.sub("^  ", "", block, flags=re.MULTILINE), "README", "exec")
 

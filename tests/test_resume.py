@@ -42,7 +42,12 @@ def start():
     adapters = mora_jax.init(PLAN)
     key = jax.random.key_data(jax.random.key(2))
     opt = TX.init(adapters)
-    return {"adapters": adapters, "optimizer": opt, "step": jnp.zeros((), int), "key": key}
+    return {
+        "adapters": adapters,
+        "optimizer": opt,
+        "step": jnp.zeros((), int),
+        "key": key,
+    }
 
 
 def by_orbax(state, path):

@@ -48,7 +48,7 @@ Family = Annotated[
     typer.Option(
         "--names",
         help="Which PyTorch module is which kernel: llama, gemma, qwen, gpt2, bert, or "
-        'a JSON file of templates, {"model.layers.{n}.mlp.{p}": "layer_{n}/{p}/kernel"}. '
+        'a JSON file of templates, {"model.layers.{n}.mlp.{p}": "h_{n}/{p}/kernel"}. '
         "By default whatever family fits.",
     ),
 ]

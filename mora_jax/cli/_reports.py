@@ -57,7 +57,7 @@ def compare(
     ]
     rows = []
     for name in sorted(left.keys() | right.keys()):
-        row = {"path": name, "settings": "", "difference": ""}
+        row: dict[str, Any] = {"path": name, "settings": "", "difference": ""}
         if name not in left or name not in right:
             row["settings"] = f"only in {first if name in left else second}"
         else:

@@ -15,14 +15,14 @@ from mora_jax._types import Shape
 from mora_jax.execution import kernel_update
 from mora_jax.io._arrays import host
 from mora_jax.io._errors import AdapterFileError
+from mora_jax.io._files import new_directory, write_file
 from mora_jax.io._json import read, short
 from mora_jax.io._names import Names, join_index, pairs, to_kernel, to_module
-from mora_jax.io._files import new_directory, write_file
 from mora_jax.io._tensors import CHUNK, DTYPES, TensorFile
 from mora_jax.paths import nearest
 from mora_jax.planning import Plan
 from mora_jax.spec import AdapterSpec
-from mora_jax.tree import adapter_items
+from mora_jax.tree import Tree, adapter_items, nest
 
 BESIDE = (".json", ".txt", ".model", ".jinja", ".md")
 """What else of a base is copied: configs, tokenizers, templates; never pickles."""
@@ -65,8 +65,8 @@ class Checkpoint:
         """Bytes of all files with tensors."""
         return sum(file.path.stat().st_size for file in self.files)
 
-    def shapes(self, names: Names = None) -> dict[str, jax.ShapeDtypeStruct]:
-        """The kernels, (in, out), that `names` have a path for."""
+    def shapes(self, names: Names = None) -> Tree:
+        """The kernels, (in, out), that `names` have a path for, as a params tree."""
         known, found = pairs(names), {}
         for name, file in self.place.items():
             entry = file.entries[name]
@@ -75,8 +75,9 @@ class Checkpoint:
                 if entry.dtype in DTYPES and "[" not in kernel[0]:
                     path, layout = kernel
                     shape = entry.shape if layout == "io" else entry.shape[::-1]
-                    found[path] = jax.ShapeDtypeStruct(shape, DTYPES[entry.dtype])
-        return found
+                    dtype = DTYPES[entry.dtype]
+                    found[tuple(path.split("/"))] = jax.ShapeDtypeStruct(shape, dtype)
+        return nest(found)
 
 
 def _tensor_files(path: Path) -> Sequence[Path]:
@@ -234,7 +235,8 @@ def _add(kernel: np.ndarray, update: np.ndarray, name: str) -> tuple[np.ndarray,
     """As `merge`: in float32, or float64 where the kernel is, rounded once."""
     wide = jnp.promote_types(kernel.dtype, jnp.float32)
     before, update = kernel.astype(wide), update.astype(wide)
-    merged = (before + update).astype(kernel.dtype)
+    with np.errstate(over="ignore"):
+        merged = (before + update).astype(kernel.dtype)
     after = merged.astype(wide)
     if not np.isfinite(after).all() and np.isfinite(before).all():
         raise AdapterFileError(f"{name!r} overflows {kernel.dtype} with its update")

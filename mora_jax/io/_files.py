@@ -88,6 +88,8 @@ def _unfinished(path: Path) -> Path:
 
 def sync(directory: Path) -> None:
     """Have the names in `directory` written to the disk."""
+    if os.name == "nt":  # it has no way to ask for that
+        return
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -112,7 +114,8 @@ def locked(directory: Path) -> Iterator[None]:
         return
     descriptor = os.open(directory, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        with contextlib.suppress(OSError):  # some network file systems
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
         os.close(descriptor)

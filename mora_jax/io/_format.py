@@ -17,6 +17,9 @@ from mora_jax.paths import Path, nearest
 from mora_jax.spec import AdapterSpec, check_kernel
 
 SIZES = {"in_features", "out_features", "square_rank"}
+LARGEST_WIDTH = 2**22
+"""How many features a kernel may have that a file describes, on either side."""
+
 LARGEST_ARRAY = 2**28
 """How many numbers a random operator may hold that comes from a file alone."""
 
@@ -64,8 +67,8 @@ def fingerprint(operator: Operator) -> tuple[float, ...]:
     q, width = operator.square_rank, operator.out_features
     m, x = random((q, q)) / math.sqrt(q), random(operator.in_features)
     y = operator.apply(m.astype(np.float32), x.astype(np.float32))
-    numbers = np.asarray(y, np.float64) @ random((width, 4)) / math.sqrt(width)
-    return tuple(float(f"{number:.5g}") for number in numbers)
+    terms = np.asarray(y, np.float64) * random(width) / math.sqrt(width)
+    return tuple(float(f"{terms[k::4].sum():.5g}") for k in range(4))
 
 
 KEYS = frozenset(
@@ -95,19 +98,15 @@ def layer_path(layer: Any, where: str) -> Path:
     """
     if not isinstance(layer, dict) or layer.keys() != KEYS:
         got = sorted(layer) if isinstance(layer, dict) else layer
-        raise AdapterFileError(
-            f"{where} must hold {sorted(KEYS)}, got {short(got)}"
-        )
+        raise AdapterFileError(f"{where} must hold {sorted(KEYS)}, got {short(got)}")
     path = layer["path"]
     if not isinstance(path, list) or not path or not all(map(_plain, path)):
-        raise AdapterFileError(
-            f"{where} must have a path of names without '/', got {short(path)}"
-        )
+        raise AdapterFileError(f"{where} must have a path of names, got {short(path)}")
     return tuple(path)
 
 
 def _plain(key: Any) -> bool:
-    return isinstance(key, str) and key not in ("", ".", "..") and "/" not in key
+    return isinstance(key, str) and key not in ("", ".", "..")
 
 
 def restore(layer: Any, m: np.ndarray, base: Mapping[str, Any] | None) -> AdapterSpec:
@@ -137,6 +136,11 @@ def restore(layer: Any, m: np.ndarray, base: Mapping[str, Any] | None) -> Adapte
     if base is not None:
         _check_base(layer, base)
     ins, outs = (math.prod(sizes(shape, axes, letter)) for letter in "io")
+    if max(ins, outs) > LARGEST_WIDTH:
+        raise ValueError(
+            f"a kernel must have at most {LARGEST_WIDTH:,} features on either side, "
+            f"got {ins:,} and {outs:,}"
+        )
     if not isinstance(layer["operator"], dict):
         raise TypeError(f"operator must be an object, got {short(layer['operator'])}")
     chosen = dict(layer["operator"])

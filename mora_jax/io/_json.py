@@ -47,7 +47,9 @@ def _no_constant(text: str) -> Any:
 
 def dump(value: Any) -> bytes:
     """As readable text; equal values give equal bytes."""
-    return (json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()
+    return (
+        json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n"
+    ).encode()
 
 
 def read(path: Path) -> Any:
@@ -55,5 +57,10 @@ def read(path: Path) -> Any:
     return parse(read_bytes(path, MAX_BYTES), path.name)
 
 
-short = reprlib.Repr(maxstring=80, maxother=80).repr
-"""`repr`, cut off: a message should not repeat a megabyte."""
+def short(value: object) -> str:
+    """`repr`, cut off: a message should not repeat a megabyte."""
+    return _SHORT.repr(value)
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 80

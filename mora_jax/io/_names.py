@@ -1,8 +1,7 @@
 """Names of PyTorch modules beside paths of kernels."""
 
-import dataclasses
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from mora_jax._types import Shape

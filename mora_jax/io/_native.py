@@ -14,8 +14,6 @@ import numpy as np
 
 from mora_jax.io._arrays import device, host
 from mora_jax.io._errors import AdapterFileError
-from mora_jax.io._format import describe, layer_path, restore
-from mora_jax.io._json import MAX_BYTES, dump, parse, short
 from mora_jax.io._files import (
     CONFIG,
     TEMPORARY,
@@ -26,6 +24,8 @@ from mora_jax.io._files import (
     sync,
     write_file,
 )
+from mora_jax.io._format import describe, layer_path, restore
+from mora_jax.io._json import MAX_BYTES, dump, parse, short
 from mora_jax.io._tensors import decode, encode
 from mora_jax.paths import adapter_path, named_leaves
 from mora_jax.planning import Plan
@@ -129,7 +129,20 @@ def load(
         platform computes otherwise. The message names the layer.
       ImportError: without `mora-jax[io]`.
 
-    Example: see `save`.
+    Example::
+
+      >>> import tempfile
+      >>> from mora_jax import init, load, plan, save
+      >>> params = {"fc": {"kernel": jnp.ones((8, 8))}}
+      >>> layers = plan(params)
+      >>> with tempfile.TemporaryDirectory() as directory:
+      ...     save(directory, init(layers), layers)
+      ...     adapters, same = load(directory, params)
+      >>> float(adapters["fc"]["kernel_mora"].sum())
+      0.0
+      >>> load("nowhere")
+      Traceback (most recent call last):
+      mora_jax.io.AdapterFileError: there is no adapter_config.json in nowhere
     """
     leaves = None
     if params_or_shapes is not None:

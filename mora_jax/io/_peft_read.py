@@ -17,7 +17,7 @@ from mora_jax.io._errors import AdapterFileError
 from mora_jax.io._files import CONFIG, TENSORS, read_bytes
 from mora_jax.io._json import read, short
 from mora_jax.io._names import Names, pairs, split_index, to_kernel
-from mora_jax.io._reference import reference_operator
+from mora_jax.io._reference import REFERENCE_GROUPS, reference_operator
 from mora_jax.io._tensors import decode
 from mora_jax.operators import Operator
 from mora_jax.paths import adapter_path, nearest
@@ -120,6 +120,11 @@ class _Config:
                 raise AdapterFileError(
                     f"{key} in {CONFIG} must be {plain!r}, got {short(content[key])}"
                 )
+        mora_type = content.get("mora_type")
+        if type(mora_type) is not int or mora_type not in (*REFERENCE_GROUPS, 6):
+            raise AdapterFileError(
+                f"mora_type in {CONFIG} must be 1, 2, 3, 4 or 6, got {short(mora_type)}"
+            )
         patterns = content.get("rank_pattern") or {}
         ranks = {"r": content.get("r"), **_mapping("rank_pattern", patterns)}
         for key, rank in ranks.items():
@@ -133,7 +138,7 @@ class _Config:
             raise AdapterFileError(
                 f"lora_dropout in {CONFIG} must be in [0, 1), got {short(dropout)}"
             )
-        return cls(content.get("mora_type"), ranks["r"], patterns, float(dropout))
+        return cls(mora_type, ranks["r"], patterns, float(dropout))
 
     def rank_of(self, module: str) -> int:
         """As PEFT looks it up: a key is a module's name, or the end of one."""

@@ -14,7 +14,7 @@ from mora_jax.io._files import CONFIG, TENSORS, new_directory, write_file
 from mora_jax.io._json import dump
 from mora_jax.io._names import Names, Pair, join_index, pairs, to_module
 from mora_jax.io._peft_read import PREFIX
-from mora_jax.io._reference import REFERENCE_GROUPS, reference_operator
+from mora_jax.io._reference import REFERENCE_GROUPS, reference_square_rank
 from mora_jax.io._tensors import encode
 from mora_jax.operators import Rotation, Sharing
 from mora_jax.planning import Plan
@@ -82,18 +82,17 @@ def _reference(spec: AdapterSpec) -> tuple[int, int, float]:
             f"{spec.name}: the reference has sharing and rotation with truncate=True, "
             f"got {op}"
         )
-    near = q * q // (ins + outs)
-    for rank in range(max(1, near - 1), near + 3):
-        if reference_operator(mora_type, ins, outs, rank).square_rank == q:
-            return mora_type, rank, scale
-    choices = [
-        reference_operator(mora_type, ins, outs, rank).square_rank
-        for rank in range(max(1, near), near + 2)
-    ]
-    raise ValueError(
-        f"{spec.name}: no rank gives the reference a square_rank of {q}; "
-        f"the nearest are {choices}"
-    )
+    near = max(1, q * q // (ins + outs))
+    choices = {
+        reference_square_rank(mora_type, ins, outs, rank): rank
+        for rank in range(near + 3, near - 1, -1)  # the least that gives a q stays
+    }
+    if q not in choices:
+        raise ValueError(
+            f"{spec.name}: no rank gives the reference a square_rank of {q}; "
+            f"the nearest are {sorted(choices)}"
+        )
+    return mora_type, choices[q], scale
 
 
 def peft_config(

@@ -15,7 +15,7 @@ from mora_jax.tree import Tree
 
 
 def format_of(directory: str | os.PathLike[str]) -> str:
-    """ "mora", "peft-mora" or "peft-lora", by what the config says.
+    """Which format the config is of: "mora", "peft-mora" or "peft-lora".
 
     Raises:
       AdapterFileError: none of these.

@@ -13,6 +13,14 @@ REFERENCE_GROUPS: dict[int, tuple[Grouping, Grouping]] = {
 """How the reference's sharing types group inputs and outputs."""
 
 
+def reference_square_rank(
+    mora_type: int, in_features: int, out_features: int, rank: int
+) -> int:
+    """The q that the authors' code computes: rounded to the nearest, or even."""
+    q = int(((in_features + out_features) * rank) ** 0.5 + 0.5)
+    return q // 2 * 2 if mora_type == 6 else q
+
+
 def reference_operator(
     mora_type: int, in_features: int, out_features: int, rank: int
 ) -> Operator:
@@ -41,9 +49,8 @@ def reference_operator(
     positive_integer("rank", rank)
     positive_integer("in_features", in_features)
     positive_integer("out_features", out_features)
-    q = int(((in_features + out_features) * rank) ** 0.5 + 0.5)
+    q = reference_square_rank(mora_type, in_features, out_features, rank)
     if mora_type == 6:
-        q = q // 2 * 2
         return Rotation(in_features, out_features, q, truncate=True)
     if mora_type in REFERENCE_GROUPS:
         groups = REFERENCE_GROUPS[mora_type]

@@ -68,7 +68,7 @@ def _nearest(word: str, words: list[str]) -> str:
 
 def resolve_auto(spec: OperatorSpec, rank: int | float) -> OperatorSpec:
     """`spec`, or what "auto" stands for with a budget of `rank`."""
-    if spec != "auto":
+    if parse_spec(spec)[0] != "auto":
         return spec
     return "rotation" if rank < SHARING_FROM_RANK else "sharing"
 

@@ -4,22 +4,24 @@ import json
 
 import jax.numpy as jnp
 import numpy as np
-import peft
 import pytest
-import torch
 from test_peft import DATA, MODEL, NAMES, base
 from test_save import made
-from transformers import LlamaConfig, LlamaForCausalLM
-from safetensors.torch import load_file
 
-import mora_jax
 from mora_jax import MoRAConfig, io, linen
+from mora_jax.operators import OPERATORS
+
+peft = pytest.importorskip("peft")
+torch = pytest.importorskip("torch")
 
 IDS = np.random.default_rng(0).integers(0, 97, (2, 9), np.int32)
 
 
 def llama():
     """The tiny Llama in PyTorch."""
+    from safetensors.torch import load_file
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     settings = json.loads((DATA / "llama.json").read_text())
     model = LlamaForCausalLM(LlamaConfig(**settings))
     state = load_file(DATA / "type1" / "base_model.safetensors")
@@ -37,14 +39,12 @@ PARAMS = base(1)
 BLOCKS = {"rotation", "decoupling", "permutation"}
 
 
-@pytest.mark.parametrize("operator", mora_jax.operators.OPERATORS)
+@pytest.mark.parametrize("operator", OPERATORS)
 def test_logits(tmp_path, operator):
     config = MoRAConfig(rank=4, operator=operator, alpha=0.5)
     variables = {"params": PARAMS}
     plan = linen.plan(MODEL, variables, config, IDS)
-    adapters = {
-        key: value for key, value in made(plan, scale=0.1).items()
-    }
+    adapters = made(plan, scale=0.1)
     expected = linen.wrap(MODEL, plan)(adapters, variables, IDS)
     rank = 64 if operator in BLOCKS else None  # all of it
     lost = io.save_peft_lora(tmp_path / "a", adapters, plan, NAMES, rank=rank)
