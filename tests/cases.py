@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import numpy as np
 import oracle
+import pytest
 
 from mora_jax import make_operator
 from mora_jax.operators import Operator
@@ -76,3 +77,13 @@ SIZES = [
     (24, 36, 10),
 ]
 """Square and not, divisible and not, narrowing and widening, one block and many."""
+
+_FEW = {(16, 16, 4), (13, 7, 4), (7, 13, 4), (9, 9, 8), (24, 36, 10)}
+
+FEW_SIZES = [
+    pytest.param(size, marks=[pytest.mark.slow] * (size not in _FEW)) for size in SIZES
+]
+"""For laws that rest on others; all sizes are among the slow tests."""
+
+by_size = pytest.mark.parametrize("size", SIZES, ids=str)
+by_few_sizes = pytest.mark.parametrize("size", FEW_SIZES, ids=str)

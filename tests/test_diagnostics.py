@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import CASES, SIZES
+from cases import CASES, by_few_sizes
 from test_save import PARAMS, PLAN, made
 
 import mora_jax
@@ -13,7 +13,7 @@ from mora_jax.spec import AdapterSpec
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.label)
-@pytest.mark.parametrize("size", SIZES, ids=str)
+@by_few_sizes
 def test_spectrum(case, size):
     ins, outs, q = size
     spec = AdapterSpec(case.make(ins, outs, q), (2, ins, outs), "sio", alpha=-0.5)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from cases import CASES, SIZES
+from cases import CASES, by_few_sizes, by_size
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.test_util import check_grads
@@ -63,7 +63,7 @@ def check_laws(case, op: Operator):
 
 
 @by_case
-@pytest.mark.parametrize("size", SIZES, ids=str)
+@by_size
 def test_laws(case, size):
     ins, outs, q = size
     check_laws(case, case.make(ins, outs, fit(case, ins, outs, q)))
@@ -93,7 +93,7 @@ def test_laws_at_very_many_sizes(case, ins, outs, q, seed):
 
 
 @by_case
-@pytest.mark.parametrize("size", SIZES, ids=str)
+@by_few_sizes
 def test_claims(case, size):
     """Partition, isometry and block are true exactly where they are claimed."""
     ins, outs, q = size
@@ -121,7 +121,7 @@ def test_claims(case, size):
 
 
 @by_case
-@pytest.mark.parametrize("size", SIZES, ids=str)
+@by_few_sizes
 def test_the_general_way_to_the_update(case, size):
     """Which an operator has that gives `_compress` and `_decompress` alone."""
     op = case.make(*size[:2], fit(case, *size))
