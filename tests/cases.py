@@ -78,12 +78,33 @@ SIZES = [
 ]
 """Square and not, divisible and not, narrowing and widening, one block and many."""
 
-_FEW = {(16, 16, 4), (13, 7, 4), (7, 13, 4), (9, 9, 8), (24, 36, 10)}
+_FEW_SIZES = {(16, 16, 4), (13, 7, 4), (7, 13, 4), (9, 9, 8), (24, 36, 10)}
+_FEW_SHARING = (
+    "strided-strided-normalised",
+    "strided-contiguous",
+    "contiguous-contiguous",
+)
 
-FEW_SIZES = [
-    pytest.param(size, marks=[pytest.mark.slow] * (size not in _FEW)) for size in SIZES
-]
-"""For laws that rest on others; all sizes are among the slow tests."""
 
+def _slow(unless: bool) -> list[pytest.MarkDecorator]:
+    return [] if unless else [pytest.mark.slow]
+
+
+def _is_of_few(case: Case) -> bool:
+    kind, _, variant = case.label.partition("-")
+    return kind != "sharing" or variant in _FEW_SHARING
+
+
+# For laws that rest on others; all cases and sizes are among the slow tests.
+FEW_CASES = [pytest.param(case, marks=_slow(_is_of_few(case))) for case in CASES]
+FEW_SIZES = [pytest.param(size, marks=_slow(size in _FEW_SIZES)) for size in SIZES]
+
+
+def _label(case: Case) -> str:
+    return case.label
+
+
+by_case = pytest.mark.parametrize("case", CASES, ids=_label)
 by_size = pytest.mark.parametrize("size", SIZES, ids=str)
+by_few_cases = pytest.mark.parametrize("case", FEW_CASES, ids=_label)
 by_few_sizes = pytest.mark.parametrize("size", FEW_SIZES, ids=str)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from cases import CASES
+from cases import by_few_cases
 from safetensors.numpy import load_file, save_file
 from test_peft import DATA
 from test_save import made
@@ -126,7 +126,7 @@ def test_merges_shards(tmp_path, dtype):
         )
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.label)
+@by_few_cases
 @pytest.mark.parametrize("separator", ["/", "."])
 def test_our_own_names_and_stacks(tmp_path, case, separator):
     """A Flax tree that was stored flat: kernels in their own layout."""

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
-from cases import CASES
+from cases import CASES, by_few_cases
 from flax import linen as nn
 
 from mora_jax import FrozenDense, MoRAConfig, init, linen, mora_apply
@@ -15,7 +15,6 @@ from mora_jax.products import DENSE, Contraction
 from mora_jax.spec import AdapterSpec
 
 ROWS = 64
-by_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.label)
 by_way = pytest.mark.parametrize("way", ["activation", "fold"])
 # Widening, narrowing and square; in blocks that fill the layer, and that do not.
 by_size = pytest.mark.parametrize(
@@ -55,7 +54,7 @@ def arithmetic(op):
 
 
 @by_size
-@by_case
+@by_few_cases
 def test_arithmetic(case, size):
     """Forward and both gradients: each is a product as large as the forward one."""
     op = case.make(*size)
@@ -74,7 +73,7 @@ def test_arithmetic(case, size):
 
 
 @by_size
-@by_case
+@by_few_cases
 def test_arithmetic_of_a_fold(case, size):
     """Forward and both gradients: the layer's own products, and one for M."""
     op = case.make(*size)
@@ -125,7 +124,7 @@ def stack(case, way, width=200, rows=8):
 
 
 @by_way
-@by_case
+@by_few_cases
 def test_no_gradient_of_a_kernel(case, way):
     """To differentiate by the kernels as well takes a product more for each."""
     (adapted, args), _ = stack(case, way)
@@ -135,7 +134,7 @@ def test_no_gradient_of_a_kernel(case, way):
     assert 0.99 * products <= by_all - by_adapters <= 1.5 * products
 
 
-@by_case
+@by_few_cases
 def test_no_product_of_a_kernels_shape(case):
     (adapted, args), _ = stack(case, "activation")
     by_adapters, by_all = (
@@ -163,7 +162,7 @@ def test_memory(way):
     assert adapted <= frozen + kept + 3 * layer  # a few in passing, not one a layer
 
 
-@by_case
+@by_few_cases
 def test_memory_of_folds(case):
     """No folded kernel outlives its product, forward or backward."""
     rows, width = 8, 512

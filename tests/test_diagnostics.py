@@ -2,8 +2,7 @@
 
 import jax.numpy as jnp
 import numpy as np
-import pytest
-from cases import CASES, by_few_sizes
+from cases import by_few_cases, by_few_sizes
 from test_save import PARAMS, PLAN, made
 
 import mora_jax
@@ -12,7 +11,7 @@ from mora_jax.planning import Plan
 from mora_jax.spec import AdapterSpec
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.label)
+@by_few_cases
 @by_few_sizes
 def test_spectrum(case, size):
     ins, outs, q = size

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from cases import CASES
+from cases import CASES, by_few_cases
 from flax import nnx
 from jax.test_util import check_grads
 
@@ -24,7 +24,6 @@ from mora_jax.spec import AdapterSpec
 
 ALPHA = 0.7
 WAYS = ("activation", "fold")
-by_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.label)
 by_way = pytest.mark.parametrize("way", WAYS)
 # Widths, q and rows: narrowing, widening, square; wrapping around, more than once too;
 # with fewer rows than q and with more.
@@ -47,7 +46,7 @@ def loss(m, kernel, x, frozen):
     return jnp.sum(jnp.sin(mora_apply({"kernel_mora": m}, frozen, x)))
 
 
-@by_case
+@by_few_cases
 @by_way
 @by_size
 def test_oracle(case, way, size, float64):
@@ -67,7 +66,7 @@ def test_oracle(case, way, size, float64):
         close(value, expected)
 
 
-@by_case
+@by_few_cases
 @by_way
 def test_derivatives_of_both_orders(case, way, float64):
     frozen = make(case, 10, 6, 4, way)
@@ -75,7 +74,7 @@ def test_derivatives_of_both_orders(case, way, float64):
     check_grads(lambda *args: loss(*args, frozen), args, order=2, rtol=1e-4)
 
 
-@by_case
+@by_few_cases
 def test_transformations(case):
     """Of the folded product: as of the other, or as a loop over the batch."""
     frozen = make(case, 12, 10, 4, "fold")
@@ -108,7 +107,7 @@ def test_transformations(case):
     check(scanned)
 
 
-@by_case
+@by_few_cases
 def test_one_compilation(case):
     """Serves all layers of one shape."""
     traces = []

@@ -7,7 +7,7 @@ import jax.test_util
 import numpy as np
 import optax
 import pytest
-from cases import CASES
+from cases import by_few_cases
 
 from mora_jax import MoRAConfig, fold, init, merge, plan
 
@@ -102,7 +102,7 @@ def test_zero_changes_nothing_and_folded_is_merged(name):
     assert np.abs(folded - y).max() > 1e-2
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.label)
+@by_few_cases
 def test_gradients_are_those_of_the_layer(case):
     """One dense layer: the gradient through `fold` against a float64 formula."""
     kernel = jax.random.normal(jax.random.key(2), (12, 20))

@@ -6,14 +6,13 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from cases import CASES
+from cases import by_few_cases
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mora_jax import FrozenDense, MoRAConfig, delta_weight, init, mora_apply
 from mora_jax.spec import AdapterSpec
 
-by_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.label)
 ALPHA = 0.7
 
 # axes of the kernel, its shape, and the shape of an input
@@ -53,7 +52,7 @@ def merged(frozen, params):
     return base, jax.tree.map(jnp.zeros_like, params)
 
 
-@by_case
+@by_few_cases
 @pytest.mark.parametrize(("axes", "shape", "x_shape"), LAYOUTS)
 def test_forward_is_the_merged_kernel(case, axes, shape, x_shape):
     frozen = make(case, axes, shape)
@@ -66,7 +65,7 @@ def test_forward_is_the_merged_kernel(case, axes, shape, x_shape):
     chex.assert_trees_all_equal(base, mora_apply(init(frozen), frozen, x))
 
 
-@by_case
+@by_few_cases
 def test_oracle(case):
     """y = x W + b + alpha D(C(x) M) in numpy, for a plain kernel."""
     frozen = make(case)
@@ -99,7 +98,7 @@ def test_any_size_and_budget(operator, ins, outs, rank):
     )
 
 
-@by_case
+@by_few_cases
 def test_gradients(case):
     """Against the merged layer's, for M, x and the kernel."""
     frozen = make(case, "ioo", (12, 2, 5))
@@ -118,7 +117,7 @@ def test_gradients(case):
     chex.assert_trees_all_close(got, expected, atol=1e-4)
 
 
-@by_case
+@by_few_cases
 def test_transforms(case):
     """jit, vmap, scan and remat give what eager gives; one compilation serves."""
     frozen = make(case)
@@ -152,7 +151,7 @@ def test_transforms(case):
     )
 
 
-@by_case
+@by_few_cases
 def test_arguments_are_not_constants(case):
     """A jitted layer takes kernel and random arrays as arguments: none is baked in."""
     frozen = make(case)

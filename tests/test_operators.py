@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from cases import CASES, by_few_sizes, by_size
+from cases import by_case, by_few_sizes, by_size
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.test_util import check_grads
@@ -17,8 +17,6 @@ from jax.test_util import check_grads
 from mora_jax import MoRAConfig, make_operator, square_rank
 from mora_jax.operators import OPERATORS, Operator, Rotation
 from mora_jax.spec import AdapterSpec
-
-by_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.label)
 
 
 def random(seed, *shape, dtype=np.float32):

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import smollm2
-from cases import CASES, by_few_sizes
+from cases import by_few_cases, by_few_sizes
 from safetensors.numpy import load_file, save_file
 from test_save import CONFIG, TENSORS, assert_same, made
 
@@ -151,7 +151,7 @@ def test_alpha_and_normalisation_go_into_m(tmp_path):
     np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.label)
+@by_few_cases
 @by_few_sizes
 def test_export_is_exact_or_refused(tmp_path, case, size):
     """Whatever the reference's code would load computes what ours does."""
@@ -174,7 +174,7 @@ def test_export_is_exact_or_refused(tmp_path, case, size):
     np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.label)
+@by_few_cases
 @by_few_sizes
 def test_lora_is_the_update(tmp_path, case, size):
     """Exactly, where the update has rank q; else what singular values leave."""

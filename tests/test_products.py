@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from cases import CASES, FEW_SIZES
+from cases import CASES, FEW_SIZES, by_few_cases
 from flax import nnx
 from jax.test_util import check_grads
 
@@ -139,7 +139,6 @@ TWINS = {
     "tied-bfloat16": embed(IDS, "tied", dtype=BF16),
 }
 ONE_OF_EACH = ("sharing", "rotation", "orthogonal")
-by_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.label)
 
 
 def by_law(*operators, slow=()):
@@ -211,7 +210,7 @@ def test_merged_is_adapted(name, operator):
 
 
 @pytest.mark.parametrize("name", ["groups", "t-kernel"])
-@by_case
+@by_few_cases
 def test_merged_is_adapted_for_every_operator(name, case):
     test_merged_is_adapted(name, case.spec)
 
@@ -276,7 +275,7 @@ def exact(case, twin):
     return np.asarray(kernel, np.float64).reshape(delta.shape) + ALPHA * delta
 
 
-@by_case
+@by_few_cases
 def test_convolution_is_the_oracle(case):
     twin = twin_of("pad-pairs", case.spec)
     x = np.pad(np.asarray(twin.x, np.float64), [(0, 0), (0, 2), (3, 1), (0, 0)])
@@ -288,7 +287,7 @@ def test_convolution_is_the_oracle(case):
     close(twin.apply(twin.adapters, twin.x), y + twin.params["bias"])
 
 
-@by_case
+@by_few_cases
 def test_embedding_is_the_oracle(case):
     twin = twin_of("tied-negative", case.spec)
     table = exact(case, twin)
@@ -297,7 +296,7 @@ def test_embedding_is_the_oracle(case):
 
 
 @pytest.mark.parametrize("size", [*FEW_SIZES, (3, 20, 8)], ids=str)
-@by_case
+@by_few_cases
 def test_lookup_and_transpose(case, size):
     ins, outs, _ = size
     q = min(size) if case.bounded else size[-1]
@@ -369,7 +368,7 @@ def biggest(spec, product, x):
     return max([*map(np.size, closed.consts), *arrays(closed.jaxpr)])
 
 
-@by_case
+@by_few_cases
 def test_convolution_does_not_form_the_update(case):
     op = case.make(27, 32, 4)
     product = Convolution.of(nn.Conv(32, (3, 3)))
@@ -379,7 +378,7 @@ def test_convolution_does_not_form_the_update(case):
 
 
 @pytest.mark.parametrize("use", ["call", "attend"])
-@by_case
+@by_few_cases
 def test_embedding_does_not_form_the_update(case, use):
     spec = AdapterSpec(case.make(512, 24, 8), (512, 24))
     product = Lookup() if use == "call" else Contraction.parse(ATTEND, 2)

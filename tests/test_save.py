@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
-from cases import CASES
+from cases import CASES, by_case
 
 import mora_jax
 from mora_jax import MoRAConfig, io, load, save
@@ -64,7 +64,7 @@ def assert_same(left, right):
         assert np.asarray(one).tobytes() == np.asarray(other).tobytes()
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.label)
+@by_case
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_round_trip(tmp_path, case, dtype):
     plan = single(case, alpha=-0.75, init="gaussian", param_dtype=dtype)
