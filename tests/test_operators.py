@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from cases import by_case, by_few_sizes, by_size
+from cases import by_case, by_few_cases, by_few_sizes, by_size
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.test_util import check_grads
@@ -60,7 +60,7 @@ def check_laws(case, op: Operator):
     close(op.apply(np.zeros((q, q), np.float32), x), np.zeros((3, outs)))
 
 
-@by_case
+@by_few_cases
 @by_size
 def test_laws(case, size):
     ins, outs, q = size
@@ -75,7 +75,7 @@ any_size = given(
 )
 
 
-@by_case
+@by_few_cases
 @settings(max_examples=4, deadline=None, derandomize=True)
 @any_size
 def test_laws_at_any_size(case, ins, outs, q, seed):
@@ -142,7 +142,7 @@ def test_adjoint(case):
         )
 
 
-@by_case
+@by_few_cases
 def test_transforms(case):
     """jit = eager, vmap = loop, gradients are right, and one compilation serves."""
     op = case.make(12, 10, fit(case, 12, 10, 4))
@@ -190,7 +190,7 @@ def test_pytree(case):
         op.square_rank = 3
 
 
-@by_case
+@by_few_cases
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64"])
 def test_dtypes(case, dtype, float64):
     """The dtype of the input is that of the result, to that dtype's accuracy."""
