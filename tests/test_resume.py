@@ -1,14 +1,16 @@
 """A run resumes from a checkpoint bit for bit, by Orbax and by flax.serialization."""
 
+import os
+import subprocess
+import sys
+
 import flax.linen as nn
 import flax.serialization
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from test_save import assert_same
 
 import mora_jax
@@ -85,20 +87,51 @@ def test_resumes(tmp_path, way):
     assert float(jnp.abs(state["adapters"]["layers_0"]["kernel_mora"]).max()) > 0
 
 
-def test_adapters_alone_into_a_sharding(tmp_path):
-    """What was saved from one device goes to where the target says."""
-    mesh = Mesh(np.array(jax.devices()[:1]), ("data",))
-    adapters = step(start())["adapters"]
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(tmp_path / "adapters", adapters)
-        checkpointer.wait_until_finished()
+SHARDED = """
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.sharding import NamedSharding, PartitionSpec
+
+import mora_jax
+
+params = {"fc": {"kernel": jnp.ones((4, 32, 32))}}
+config = mora_jax.MoRAConfig(square_rank=8, overrides={".*": {"axes": "sio"}})
+plan = mora_jax.plan(params, config)
+adapters = mora_jax.init(plan)
+adapters = jax.tree.map(lambda m: m + jnp.arange(8.0), adapters)
+mesh = jax.make_mesh((4, 2), ("layers", "model"))
+shardings = [
+    NamedSharding(mesh, PartitionSpec("layers")),
+    NamedSharding(mesh, PartitionSpec(None, "model")),
+]
+with ocp.StandardCheckpointer() as checkpointer:
+    checkpointer.save(sys.argv[1], adapters)
+    checkpointer.wait_until_finished()
+    for sharding in shardings:
         target = jax.tree.map(
-            lambda m: jax.ShapeDtypeStruct(
-                m.shape, m.dtype, sharding=NamedSharding(mesh, PartitionSpec())
-            ),
+            lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=sharding),
             adapters,
         )
-        back = checkpointer.restore(tmp_path / "adapters", target)
-    assert_same(back, adapters)
-    for leaf in jax.tree.leaves(back):
-        assert leaf.sharding == NamedSharding(mesh, PartitionSpec())
+        back = checkpointer.restore(sys.argv[1], target)["fc"]["kernel_mora"]
+        assert back.sharding == sharding and len(back.addressable_shards) == 8
+        assert back.addressable_shards[0].data.size < back.size
+        np.testing.assert_array_equal(back, adapters["fc"]["kernel_mora"])
+        mora_jax.save(sys.argv[1] + "-ours", {"fc": {"kernel_mora": back}}, plan)
+        again, _ = mora_jax.load(sys.argv[1] + "-ours")
+        np.testing.assert_array_equal(back, again["fc"]["kernel_mora"])
+"""
+
+
+def test_adapters_alone_into_a_sharding(tmp_path):
+    """What was saved from one device goes to eight, as the target says."""
+    done = subprocess.run(
+        [sys.executable, "-c", SHARDED, tmp_path / "adapters"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"},
+    )
+    assert done.returncode == 0, done.stderr

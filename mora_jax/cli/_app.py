@@ -22,6 +22,7 @@ from rich.table import Table
 from mora_jax import io
 from mora_jax.cli._reports import compare, describe
 from mora_jax.io import Names
+from mora_jax.io._json import read
 
 app = typer.Typer(
     name="mora-jax",
@@ -82,7 +83,7 @@ def names_of(text: str | None) -> Names:
     """A family, or the templates in a file."""
     if text is None or not text.endswith(".json"):
         return text
-    return json.loads(Path(text).read_bytes())
+    return read(Path(text))
 
 
 @app.command()
@@ -164,12 +165,8 @@ def convert(
         io.save_peft_mora(target, adapters, plan, known)
     else:
         lost = io.save_peft_lora(target, adapters, plan, known, rank=rank)
-        worst = max(lost, key=lost.__getitem__)
-        out.print(
-            f"Cut off: {lost[worst]:.2%} of an update at most, in {worst}.",
-            markup=False,
-            highlight=False,
-        )
+        if any(lost.values()):
+            out.print(_table([{"module": m, "cut off": x} for m, x in lost.items()]))
     out.print(f"{target}: {len(plan)} adapters as {to}", markup=False, highlight=False)
 
 
@@ -191,7 +188,9 @@ def diff(
 
 
 def _table(rows: list[dict[str, Any]]) -> Table:
-    table = Table(*(key.replace("_", " ") for key in rows[0]), box=None)
+    table = Table(box=None)
+    for key in rows[0]:  # names are broken into lines rather than cut off
+        table.add_column(key.replace("_", " "), overflow="fold")
     for row in rows:
         cells = (
             f"{value:.4g}" if isinstance(value, float) else str(value)

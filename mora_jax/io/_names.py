@@ -59,6 +59,7 @@ def pairs(names: Names) -> tuple[Pair, ...]:
     """What `names` stands for.
 
     Raises:
+      TypeError: neither a family nor a mapping of texts.
       ValueError: no such family, or templates whose fields differ.
     """
     if names is None:
@@ -69,6 +70,9 @@ def pairs(names: Names) -> tuple[Pair, ...]:
                 f"names must be one of {list(FAMILIES)} or a mapping, got {names!r}"
             )
         return FAMILIES[names]
+    texts = [*names, *names.values()] if isinstance(names, Mapping) else [None]
+    if not all(isinstance(text, str) for text in texts):
+        raise TypeError(f"names must be a family or map texts to texts, got {names!r}")
     found = tuple(Pair(module, kernel) for module, kernel in names.items())
     for pair in found:
         fields = [sorted(_FIELD.findall(text)) for text in (pair.module, pair.kernel)]
