@@ -28,11 +28,21 @@ assert mora_jax.__file__ is not None
 assert Path(mora_jax.__file__).is_relative_to(sys.prefix), mora_jax.__file__
 assert Path(mora_jax.__file__).with_name("py.typed").exists()
 
-extras = {
-    re.split(r"[^\w.-]", requirement)[0].lower()
-    for requirement in importlib.metadata.requires("mora-jax") or []
-    if "extra ==" in requirement
-}
+
+def required(distribution: str, *, extra: bool) -> set[str]:
+    """The names of what a distribution requires, of its extras or else always."""
+    return {
+        re.split(r"[^\w.-]", requirement)[0].lower()
+        for requirement in importlib.metadata.requires(distribution) or []
+        if ("extra ==" in requirement) == extra
+    }
+
+
+core = required("mora-jax", extra=False)
+brought = {
+    name for one in core for name in required(one, extra=False)
+}  # as rich by flax
+extras = required("mora-jax", extra=True) - {"mora-jax"} - core - brought
 provided_by = importlib.metadata.packages_distributions()
 modules = {name.partition(".")[0] for name in sys.modules}
 loaded = {d.lower() for name in modules for d in provided_by.get(name, [])}

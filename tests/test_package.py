@@ -96,7 +96,7 @@ def test_importing_needs_the_core_alone():
     """No optional dependency comes in, no array is made, no warning is given."""
     code = """
 import sys, mora_jax
-optional = {"safetensors", "transformers", "tqdm", "matplotlib", "torch", "qwix"}
+optional = {"safetensors", "transformers", "tqdm", "matplotlib", "torch", "typer"}
 assert not optional & set(sys.modules), optional & set(sys.modules)
 import jax
 assert not jax.live_arrays()
