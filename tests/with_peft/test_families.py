@@ -75,7 +75,9 @@ def test_names_are_those_of_the_flax_model(family):
     }
     found = {}
     for module, shape in weights(torch_model(family)).items():
-        kernel, layout = to_kernel(module, pairs(family))
+        named = to_kernel(module, pairs(family))
+        assert named is not None, module
+        kernel, layout = named
         assert to_module(kernel, pairs(family)) == (module, layout)
         assert sorted(expected[kernel]) == sorted(shape)
         found[kernel] = layout
