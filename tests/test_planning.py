@@ -168,9 +168,9 @@ def test_planning_is_fast():
     import time
 
     params = {f"l{k}": {"kernel": shape(4096, 4096 + k % 5)} for k in range(10_000)}
-    start = time.perf_counter()
+    start = time.process_time()  # which other processes do not lengthen much
     assert len(plan(params)) == 10_000
-    assert time.perf_counter() - start < 5  # about one second on a free core
+    assert time.process_time() - start < 5  # about one second
 
 
 K = jnp.ones((8, 8))
