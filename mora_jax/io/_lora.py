@@ -44,8 +44,9 @@ def save_peft_lora(
       {module: norm(update - LoRA) / norm(update)}; 0 where nothing is cut.
 
     Raises:
-      ValueError: a kernel that `names` have no module for, or a full-rank update
-        without `rank`.
+      FileExistsError: a directory that holds something.
+      ValueError: a kernel that `names` have no module for, a full-rank update without
+        `rank`, or a plan without adapters.
     """
     tensors: dict[str, np.ndarray] = {}
     ranks: dict[str, int] = {}

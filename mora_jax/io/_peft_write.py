@@ -37,7 +37,7 @@ def save_peft_mora(
     alpha; so alpha and normalisation go into M, and what it has no word for is refused.
 
     Args:
-      directory: made if it is not there; both files are replaced.
+      directory: new or empty.
       adapters: as `init` makes them.
       plan: the plan that they follow.
       names: as in `read_peft_mora`.
@@ -45,8 +45,9 @@ def save_peft_mora(
       task_type: the same in PEFT.
 
     Raises:
-      ValueError: an operator or square rank that the reference has not, or a kernel
-        that `names` have no module for.
+      FileExistsError: a directory that holds something.
+      ValueError: an operator or square rank that the reference has not, a kernel that
+        `names` have no module for, or a plan without adapters.
     """
     tensors: dict[str, np.ndarray] = {}
     ranks: dict[str, int] = {}
@@ -125,6 +126,8 @@ def modules(
     adapters: Any, plan: Plan, known: tuple[Pair, ...]
 ) -> Iterator[tuple[str, str, AdapterSpec, np.ndarray]]:
     """PyTorch's module, layout of its weight, spec and (q, q) M of each."""
+    if not len(plan):
+        raise ValueError("plan must have an adapter to write, got none")
     for spec, m in adapter_items(adapters, plan):
         m = host(spec.name, m).astype(np.float32)
         stack = spec.shape[:-2]
