@@ -42,7 +42,7 @@ def kernels(base, names=None):
 def test_merges_the_references_adapters(tmp_path, mora_type):
     base = DATA / f"type{mora_type}" / "base_model.safetensors"
     shapes = Checkpoint(base).shapes()
-    adapters, plan = io.read_peft_mora(DATA / f"type{mora_type}", shapes)
+    adapters, plan = io.load_peft_mora(DATA / f"type{mora_type}", shapes)
     lost = merge_checkpoint(base, adapters, plan, tmp_path / "out")
     assert len(lost) == 14 and max(lost.values()) < 1e-4
     merged = load_file(tmp_path / "out" / "base_model.safetensors")

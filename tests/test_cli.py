@@ -115,6 +115,9 @@ def test_convert(tmp_path):
     assert "must not exist" in run(*args, "--rank", 8, code=1)
     again = "convert", tmp_path / "lora", tmp_path / "x", "--to", "mora", *base
     assert "plain LoRA" in run(*again, code=1)
+    save(tmp_path / "a", made(PLAN), PLAN, {"task": "x"})
+    run("convert", tmp_path / "a", tmp_path / "copy", "--to", "mora")
+    assert digests(tmp_path / "copy") == digests(tmp_path / "a")
 
 
 def test_diff(tmp_path):
@@ -128,6 +131,10 @@ def test_diff(tmp_path):
         np.testing.assert_allclose(row["difference"], 1, rtol=1e-2)
     rows = json.loads(run("diff", tmp_path / "a", tmp_path / "a", "--json"))
     assert all(row["difference"] == 0 for row in rows)
+    half = jax.tree.map(lambda m: m.astype("bfloat16"), adapters)
+    save(tmp_path / "half", half, PLAN)
+    rows = json.loads(run("diff", tmp_path / "a", tmp_path / "half", "--json"))
+    assert 0 < max(row["difference"] for row in rows) < 0.01
     run("convert", TYPE6, tmp_path / "c", "--to", "mora", "--base", BASE)
     table = run("diff", tmp_path / "a", tmp_path / "c")
     assert "only in" in table
@@ -184,7 +191,7 @@ from mora_jax import io
 from mora_jax.io import _checkpoint, _files
 
 base, out = Path(sys.argv[1]), Path(sys.argv[2])
-adapters, plan = io.read_peft_mora(base.parent, io.Checkpoint(base).shapes())
+adapters, plan = io.load_peft_mora(base.parent, io.Checkpoint(base).shapes())
 io.merge_checkpoint(base, adapters, plan, out)
 expected = {p.name: p.read_bytes() for p in out.iterdir()}
 for path in out.iterdir():

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mora_jax.operators._blocks import MANY, add_cycles, cycle, places, to_blocks
@@ -30,6 +30,7 @@ def check(width, features):
     close(jax.linear_transpose(lambda y: add_cycles(y, width), y)(x)[0], repeated)
 
 
+@settings(max_examples=25, deadline=None)
 @given(*SIZES)
 def test_cycles(width, features):
     check(width, features)
@@ -40,6 +41,7 @@ def test_more_cycles_than_are_written_out(rest):
     check(3, 3 * (MANY + 1) + rest)
 
 
+@settings(max_examples=25, deadline=None)
 @given(*SIZES)
 def test_places_are_where_blocks_have_features(square_rank, features):
     held = to_blocks(jnp.arange(1.0, features + 1), square_rank)

@@ -122,6 +122,7 @@ def test_twins_are_one_model(llama, twin, operator):
     np.testing.assert_allclose(base, model.apply(variables, ids), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_twins_learn_alike(llama, twin):
     """The losses of a few steps of adam, as teach_facts.py trains."""
     model, variables = llama

@@ -96,7 +96,9 @@ def test_bert(bert):
     check_zero_and_merged(model, variables, args, chosen, apply, atol=1e-4)
 
 
-@pytest.mark.parametrize("operator", ["rotation", "sharing"])
+@pytest.mark.parametrize(
+    "operator", ["sharing", pytest.param("rotation", marks=pytest.mark.slow)]
+)
 def test_bert_learns(bert, operator):
     """A few steps of adam lower a loss on real weights."""
     model, variables, args = bert
@@ -150,6 +152,7 @@ def test_llama():
     check_zero_and_merged(model, variables, args, chosen, apply, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_gpt2():
     """Its Conv1D is no nn.Dense, and its kernel is (out, in)."""
     from transformers.models.gpt2.modeling_flax_gpt2 import FlaxConv1D

@@ -58,7 +58,7 @@ MODEL = smollm2.Llama(
 @pytest.mark.parametrize("mora_type", TYPES)
 def test_logits_are_the_references(mora_type):
     params, directory = base(mora_type), DATA / f"type{mora_type}"
-    adapters, plan = io.read_peft_mora(directory, params, NAMES)
+    adapters, plan = io.load_peft_mora(directory, params, NAMES)
     assert len(plan) == 14
     expected = load_file(directory / "logits.safetensors")
     ids = expected["input_ids"].astype(np.int32)
@@ -76,7 +76,7 @@ def test_logits_are_the_references(mora_type):
 @pytest.mark.parametrize("mora_type", TYPES)
 def test_merged_weights_are_the_references(mora_type):
     params, directory = base(mora_type), DATA / f"type{mora_type}"
-    adapters, plan = io.read_peft_mora(directory, params, NAMES)
+    adapters, plan = io.load_peft_mora(directory, params, NAMES)
     merged = flax.traverse_util.flatten_dict(
         mora_jax.merge(params, adapters, plan), sep="/"
     )
@@ -92,7 +92,7 @@ def test_merged_weights_are_the_references(mora_type):
 def test_written_as_it_was_read(tmp_path, mora_type):
     """The same tensors, and a config that says the same of each layer."""
     source = DATA / f"type{mora_type}"
-    adapters, plan = io.read_peft_mora(source, base(), NAMES)
+    adapters, plan = io.load_peft_mora(source, base(), NAMES)
     io.save_peft_mora(tmp_path / "a", adapters, plan, NAMES)
     one, other = (load_file(d / TENSORS) for d in (source, tmp_path / "a"))
     assert one.keys() == other.keys()
@@ -104,7 +104,7 @@ def test_written_as_it_was_read(tmp_path, mora_type):
     for key in ("peft_type", "r", "mora_type", "use_mora", "bias", "fan_in_fan_out"):
         assert one[key] == other[key]
     assert not other["rank_pattern"]
-    again, same = io.read_peft_mora(tmp_path / "a", base(), NAMES)
+    again, same = io.load_peft_mora(tmp_path / "a", base(), NAMES)
     assert_same(again, adapters)
     assert same == plan
 
@@ -133,7 +133,7 @@ def test_all_types_and_layouts(tmp_path, mora_type, rank):
     io.save_peft_mora(tmp_path / "a", adapters, plan, "qwen")
     config = json.loads((tmp_path / "a" / CONFIG).read_text())
     assert config["mora_type"] == mora_type
-    back, same = io.read_peft_mora(tmp_path / "a", plan, "llama")
+    back, same = io.load_peft_mora(tmp_path / "a", plan, "llama")
     assert_same(back, adapters)
     assert same.specs == plan.specs
 
@@ -149,7 +149,7 @@ def test_alpha_and_normalisation_go_into_m(tmp_path):
     plan = single(operator, alpha=-3.0)
     adapters = made(plan)
     io.save_peft_mora(tmp_path / "a", adapters, plan)
-    back, other = io.read_peft_mora(tmp_path / "a", plan)
+    back, other = io.load_peft_mora(tmp_path / "a", plan)
     np.testing.assert_allclose(
         update(back, other), update(adapters, plan), rtol=1e-5, atol=1e-6
     )
@@ -170,7 +170,7 @@ def test_export_is_exact_or_refused(tmp_path, case, size):
         assert not (tmp_path / "a").exists()
         return
     assert operator.name in ("sharing", "rotation")
-    back, other = io.read_peft_mora(tmp_path / "a", plan)
+    back, other = io.load_peft_mora(tmp_path / "a", plan)
     np.testing.assert_allclose(
         update(back, other), update(adapters, plan), rtol=1e-5, atol=1e-5
     )
@@ -235,7 +235,7 @@ def test_stacked_kernels(tmp_path):
     adapters = made(plan)
     io.save_peft_mora(tmp_path / "a", adapters, plan, names)
     assert len(load_file(tmp_path / "a" / TENSORS)) == 6
-    back, same = io.read_peft_mora(tmp_path / "a", plan, names)
+    back, same = io.load_peft_mora(tmp_path / "a", plan, names)
     assert_same(back, adapters)
     assert same.specs == plan.specs
     lost = io.save_peft_lora(tmp_path / "b", adapters, plan, names)
@@ -246,7 +246,7 @@ def test_stacked_kernels(tmp_path):
         tmp_path / "a" / TENSORS,
     )
     with pytest.raises(AdapterFileError, match="stacked"):
-        io.read_peft_mora(tmp_path / "a", plan, names)
+        io.load_peft_mora(tmp_path / "a", plan, names)
 
 
 FAMILIES = {
@@ -285,14 +285,14 @@ def test_bad_names():
         ({"a.{n}.{n}": "a/{n}/{n}"}, "once each"),
     ):
         with pytest.raises(ValueError, match=match):
-            io.read_peft_mora(DATA / "type1", base(), names)
+            io.load_peft_mora(DATA / "type1", base(), names)
 
 
 def test_names_that_do_not_fit(tmp_path):
     with pytest.raises(AdapterFileError, match="names say of no kernel"):
-        io.read_peft_mora(DATA / "type1", base(), "bert")
+        io.load_peft_mora(DATA / "type1", base(), "bert")
     with pytest.raises(AdapterFileError, match="does not fit the model"):
-        io.read_peft_mora(DATA / "type1", base(), "llama")
+        io.load_peft_mora(DATA / "type1", base(), "llama")
     plan = mora_jax.plan({"fc": {"kernel": jnp.ones((8, 8))}}, MoRAConfig(rank=1))
     for write in (io.save_peft_mora, io.save_peft_lora):
         with pytest.raises(ValueError, match="no module for the kernel 'fc/kernel'"):
@@ -322,7 +322,7 @@ def test_refuses_configs(tmp_path, name):
     (tmp_path / CONFIG).write_text(json.dumps(config | changes))
     (tmp_path / TENSORS).write_bytes((DATA / "type6" / TENSORS).read_bytes())
     with pytest.raises(AdapterFileError, match=match):
-        io.read_peft_mora(tmp_path, base(), NAMES)
+        io.load_peft_mora(tmp_path, base(), NAMES)
 
 
 def test_refuses_tensors(tmp_path):
@@ -342,18 +342,18 @@ def test_refuses_tensors(tmp_path):
     ):
         save_file({**tensors, **changes}, tmp_path / TENSORS)
         with pytest.raises(AdapterFileError, match=match):
-            io.read_peft_mora(tmp_path, base(), NAMES)
+            io.load_peft_mora(tmp_path, base(), NAMES)
 
 
 def test_nothing_to_write(tmp_path):
-    for write in (io.save_peft_mora, io.save_peft_lora):
+    for write in (mora_jax.save, io.save_peft_mora, io.save_peft_lora):
         with pytest.raises(ValueError, match="must have an adapter"):
             write(tmp_path / "a", {}, Plan((), 0))
     assert not (tmp_path / "a").exists()
 
 
 def test_writes_into_nothing_that_is_there(tmp_path):
-    adapters, plan = io.read_peft_mora(DATA / "type1", base(), NAMES)
+    adapters, plan = io.load_peft_mora(DATA / "type1", base(), NAMES)
     (tmp_path / "x").write_text("")
     for write in (io.save_peft_mora, io.save_peft_lora):
         with pytest.raises(FileExistsError, match="new or empty"):

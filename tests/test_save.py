@@ -209,7 +209,7 @@ def layer(**changes):
 REFUSED = {
     "newer": (lambda c: c.update(format_version=2), "newer"),
     "version": (lambda c: c.update(format_version=True), "positive integer"),
-    "format": (lambda c: c.update(format="other"), "read_peft_mora"),
+    "format": (lambda c: c.update(format="other"), "load_peft_mora"),
     "lacks": (lambda c: c.pop("metadata"), "lacks .*metadata"),
     "too-much": (lambda c: c.update(more=1), "more"),
     "type": (lambda c: c.update(layers={}), "of type list"),

@@ -160,7 +160,8 @@ def convert(
     if target.exists():
         raise FileExistsError(f"target must not exist, got {target}")
     if to is Format.MORA:
-        io.save(target, adapters, plan)
+        kept = io.read_metadata(source) if io.format_of(source) == to else {}
+        io.save(target, adapters, plan, kept)
     elif to is Format.PEFT_MORA:
         io.save_peft_mora(target, adapters, plan, known)
     else:

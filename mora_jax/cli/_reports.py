@@ -4,15 +4,15 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from mora_jax import diagnostics, io
+from mora_jax.execution import kernel_update
 from mora_jax.io import Names
-from mora_jax.merging import delta_weight
-from mora_jax.paths import named_leaves
 from mora_jax.planning import Plan
 from mora_jax.spec import AdapterSpec
-from mora_jax.tree import Tree
+from mora_jax.tree import Tree, adapter_items
 
 
 def describe(adapter: Path, base: Path | None, names: Names) -> dict[str, Any]:
@@ -50,25 +50,30 @@ def compare(
 ) -> list[dict[str, Any]]:
     """A row for each layer of either adapter."""
     (a, plan_a), (b, plan_b) = (_open(one, base, names) for one in (first, second))
-    left, right = ({spec.name: spec for spec in plan} for plan in (plan_a, plan_b))
-    updates = [
-        {name: np.asarray(leaf) for name, (_, leaf) in named_leaves(tree).items()}
-        for tree in (delta_weight(a, plan_a), delta_weight(b, plan_b))
-    ]
+    left, right = (
+        {spec.name: (spec, m) for spec, m in adapter_items(*both)}
+        for both in ((a, plan_a), (b, plan_b))
+    )
     rows = []
     for name in sorted(left.keys() | right.keys()):
         row: dict[str, Any] = {"path": name, "settings": "", "difference": ""}
         if name not in left or name not in right:
             row["settings"] = f"only in {first if name in left else second}"
         else:
-            row["settings"] = _differing(left[name], right[name]) or "same"
-            one, other = (update[name] for update in updates)
+            row["settings"] = _differing(left[name][0], right[name][0]) or "same"
+            # Layer by layer: a model's updates together are as large as the model.
+            one, other = (_update(*found[name]) for found in (left, right))
             if one.shape == other.shape:
                 norm = float(np.linalg.norm(one))
                 apart = float(np.linalg.norm(one - other))
                 row["difference"] = apart / norm if norm else float(apart > 0)
         rows.append(row)
     return rows
+
+
+def _update(spec: AdapterSpec, m: Any) -> np.ndarray:
+    dtype = jnp.promote_types(m.dtype, jnp.float32)
+    return np.asarray(kernel_update(spec, m.astype(dtype)))
 
 
 def _differing(one: AdapterSpec, other: AdapterSpec) -> str:

@@ -9,7 +9,7 @@ from mora_jax.io._names import Names as Names
 from mora_jax.io._native import load as load
 from mora_jax.io._native import read_metadata as read_metadata
 from mora_jax.io._native import save as save
-from mora_jax.io._peft_read import read_peft_mora as read_peft_mora
+from mora_jax.io._peft_read import load_peft_mora as load_peft_mora
 from mora_jax.io._peft_write import save_peft_mora as save_peft_mora
 from mora_jax.io._read import format_of as format_of
 from mora_jax.io._read import read_adapter as read_adapter

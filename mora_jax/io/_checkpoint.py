@@ -121,8 +121,10 @@ class _Site:
         """The update in the tensor's layout, in float32 or wider."""
         if not self.layout:
             return np.asarray(kernel_update(self.spec, self.m))
-        delta = self.spec.alpha * np.asarray(self.spec.operator.delta_weight(self.m))
-        return delta.T if self.layout == "oi" else delta
+        delta = self.spec.operator.delta_weight(self.m)
+        # In the tensor's own order: numpy is slow to add arrays of two orders.
+        ordered = np.asarray(delta.T if self.layout == "oi" else delta)
+        return self.spec.alpha * ordered
 
 
 def merge_checkpoint(
@@ -149,7 +151,7 @@ def merge_checkpoint(
       adapters: as `init` makes them.
       plan: the plan that they follow.
       out: the directory to make.
-      names: as in `read_peft_mora`.
+      names: as in `load_peft_mora`.
       force: replace `out` if it is there.
       progress: called with the number of bytes after each piece that is written.
 

@@ -34,7 +34,7 @@ def save_peft_lora(
       directory: new or empty.
       adapters: as `init` makes them.
       plan: the plan that they follow.
-      names: as in `read_peft_mora`.
+      names: as in `load_peft_mora`.
       rank: at most this many singular values of each layer are kept. None keeps
         all, which a full-rank update refuses.
       base_model: what the config gives as `base_model_name_or_path`.

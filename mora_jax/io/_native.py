@@ -69,7 +69,8 @@ def save(
 
     Raises:
       TypeError: metadata that JSON cannot hold.
-      ValueError: adapters that do not fit the plan, or that hold NaN or infinity.
+      ValueError: adapters that do not fit the plan, or that hold NaN or infinity; a
+        plan without adapters.
       OSError: what the file system says; then the directory is as it was.
       ImportError: without `mora-jax[io]`.
 
@@ -221,17 +222,17 @@ def _config(data: bytes) -> dict[str, Any]:
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise AdapterFileError(
             f"{CONFIG} is not of mora_jax: its format must be {FORMAT!r}; "
-            "io.read_peft_mora reads the reference's"
+            "io.load_peft_mora reads the reference's"
         )
-    version = content.get("format_version")
-    if type(version) is not int or version < 1:
+    written = content.get("format_version")
+    if type(written) is not int or written < 1:
         raise AdapterFileError(
             f"format_version in {CONFIG} must be a positive integer, "
-            f"got {short(version)}"
+            f"got {short(written)}"
         )
-    if version > VERSION:
+    if written > VERSION:
         raise AdapterFileError(
-            f"{CONFIG} is of format version {version}, and this mora_jax reads up to "
+            f"{CONFIG} is of format version {written}, and this mora_jax reads up to "
             f"{VERSION}: a newer one is needed"
         )
     if content.keys() != KEYS:
@@ -267,6 +268,8 @@ def _decode(
     config: bytes, tensors: bytes, base: Mapping[str, Any] | None
 ) -> tuple[Tree, Plan]:
     content, arrays = _config(config), decode(tensors, TENSORS)
+    if not content["layers"]:
+        raise AdapterFileError(f"{CONFIG} must have an adapter, got none")
     specs, adapters = [], {}
     for number, layer in enumerate(content["layers"]):
         path = layer_path(layer, f"layers[{number}] in {CONFIG}")

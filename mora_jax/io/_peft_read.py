@@ -29,7 +29,7 @@ PREFIX = "base_model.model."
 """How PEFT's names of tensors begin."""
 
 
-def read_peft_mora(
+def load_peft_mora(
     directory: str | os.PathLike[str], model: Plan | Any, names: Names = None
 ) -> tuple[Tree, Plan]:
     """Adapters that the paper's authors' code (peft-mora) saved.
@@ -186,10 +186,10 @@ def _matrices(arrays: Mapping[str, np.ndarray]) -> Iterator[tuple[str, np.ndarra
 
 def _template(model: Any, found: Mapping[str, Any]) -> Plan:
     """A plan that has the found kernels, whatever their operators."""
-    if isinstance(model, Plan):
-        return model
     if not found:
         raise AdapterFileError(f"{TENSORS} holds no adapter")
+    if isinstance(model, Plan):
+        return model
     config = MoRAConfig(
         operator="truncation",
         square_rank=1,

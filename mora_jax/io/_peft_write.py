@@ -40,7 +40,7 @@ def save_peft_mora(
       directory: new or empty.
       adapters: as `init` makes them.
       plan: the plan that they follow.
-      names: as in `read_peft_mora`.
+      names: as in `load_peft_mora`.
       base_model: what the config gives as `base_model_name_or_path`.
       task_type: the same in PEFT.
 

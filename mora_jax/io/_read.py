@@ -9,7 +9,7 @@ from mora_jax.io._files import CONFIG
 from mora_jax.io._json import read
 from mora_jax.io._names import Names
 from mora_jax.io._native import FORMAT, load
-from mora_jax.io._peft_read import read_peft_mora
+from mora_jax.io._peft_read import load_peft_mora
 from mora_jax.planning import Plan
 from mora_jax.tree import Tree
 
@@ -36,14 +36,14 @@ def read_adapter(
 
     Args:
       directory: where they are.
-      model: as in `read_peft_mora`, which needs it; `load` does without.
-      names: as in `read_peft_mora`.
+      model: as in `load_peft_mora`, which needs it; `load` does without.
+      names: as in `load_peft_mora`.
 
     Returns:
       (adapters, plan).
 
     Raises:
-      AdapterFileError: as `load` and `read_peft_mora`; and a plain LoRA, which is no
+      AdapterFileError: as `load` and `load_peft_mora`; and a plain LoRA, which is no
         MoRA adapter.
     """
     kind = format_of(directory)
@@ -56,4 +56,4 @@ def read_adapter(
             f"{directory} is the reference's, and does not say how large kernels are: "
             "the base is needed too"
         )
-    return read_peft_mora(directory, model, names)
+    return load_peft_mora(directory, model, names)
