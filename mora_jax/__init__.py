@@ -5,6 +5,7 @@ from mora_jax import io as io
 from mora_jax import linen as linen
 from mora_jax import nnx as nnx
 from mora_jax import products as products
+from mora_jax import sharding as sharding
 from mora_jax.config import MoRAConfig as MoRAConfig
 from mora_jax.io import load as load
 from mora_jax.io import save as save

@@ -95,11 +95,11 @@ def _impl(*args: Any, call: Any) -> jax.Array:
 
 @linear_p.def_abstract_eval
 def _abstract(*args: Any, call: Any) -> Any:
-    return _result(call, *args)
+    return _result(jax.sharding.get_abstract_mesh(), call, *args)
 
 
 @functools.lru_cache(maxsize=1024)  # a model's layers ask the same again and again
-def _result(call: Any, *args: Any) -> Any:
+def _result(context: Any, call: Any, *args: Any) -> Any:
     jaxpr = jax.make_jaxpr(lambda *args: call(*args))(*args)
     (result,) = jaxpr.out_avals
     return result

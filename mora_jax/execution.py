@@ -21,7 +21,9 @@ from jaxtyping import PRNGKeyArray
 
 from mora_jax._types import ArrayLike, Shape
 from mora_jax.folding import Multiply, folded_product
+from mora_jax.fusing import fused_product, fuses
 from mora_jax.layers import LayerRule
+from mora_jax.layout import on_kernel, on_rows
 from mora_jax.products import Contraction, KernelUpdate, Lookup, Product
 from mora_jax.spec import AdapterSpec
 
@@ -83,7 +85,9 @@ def check_product(spec: AdapterSpec, product: Product) -> None:
 def kernel_update(spec: AdapterSpec, m: ArrayLike) -> jax.Array:
     r"""The update as a kernel, :math:`\alpha\, C M D`, of the kernel's shape."""
     m = jnp.asarray(m)
-    kernel = KernelUpdate(spec.operator, m, spec.kernel_shape, spec.axes).kernel()
+    shape, axes = spec.kernel_shape, spec.axes
+    operator = on_kernel(spec.operator, spec.layout, axes, shape)
+    kernel = KernelUpdate(operator, m, shape, axes).kernel()
     return kernel * jnp.asarray(spec.alpha, m.dtype)
 
 
@@ -95,7 +99,8 @@ def _kernel_update(
 ) -> KernelUpdate:
     inner = slice(len(spec.axes) - len(product.axes), None)
     shape, axes = spec.kernel_shape[inner], spec.axes[inner]
-    return KernelUpdate(spec.operator, m, shape, axes, precision)
+    operator = on_rows(spec.operator, spec.layout, axes, shape)
+    return KernelUpdate(operator, m, shape, axes, precision)
 
 
 def _dropout(
@@ -112,6 +117,7 @@ def folds(spec: AdapterSpec, product: Product, x: Any, dtype: DTypeLike) -> bool
     Only dense layers fold, and not where one call multiplies a stack of kernels. "auto"
     folds from as many rows on as made it faster in `benchmarks/one_layer.py`, and in no
     16-bit dtype: a fold rounds to it, which `benchmarks/bfloat16.py` saw slow learning.
+    Nor where a kernel is gathered, which a fold in the backward pass would do again.
     """
     if not isinstance(product, Contraction) or "s" in product.axes:
         return False
@@ -119,6 +125,8 @@ def folds(spec: AdapterSpec, product: Product, x: Any, dtype: DTypeLike) -> bool
         return False
     if spec.execution != "auto":
         return spec.execution == "fold"
+    if spec.layout is not None and spec.layout.gathers:
+        return False
     ins, outs = spec.in_features, spec.out_features
     rows = math.prod(x.shape) / ins
     fast = rows >= spec.operator.fold_from * ins * outs / (ins + outs)
@@ -152,6 +160,9 @@ def adapted_product(
     x, kernel = jnp.asarray(x), jnp.asarray(kernel)
     if dropout_key is None and folds(spec, product, x, kernel.dtype):
         return folded_product(spec, m, x, kernel, product, multiply, precision)
+    if dropout_key is None and fuses(spec, product):
+        assert isinstance(product, Contraction)
+        return fused_product(spec, m, x, kernel, product, multiply, precision)
     y = multiply(x, kernel)
     return y + update(
         spec,
@@ -191,7 +202,7 @@ def adapt_call(
     if (
         dropout_key is None
         and rule.multiplies_by_dot_general(module)
-        and folds(spec, product, x, jnp.float32)
+        and (folds(spec, product, x, jnp.float32) or fuses(spec, product))
     ):
 
         def dot_general(

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from mora_jax._linear import LinearMap, with_derivatives
 from mora_jax._types import ArrayLike, Shape
+from mora_jax.layout import Layout, on_kernel, on_rows
 from mora_jax.operators import Operator
 from mora_jax.products import KernelUpdate, Product
 from mora_jax.spec import AdapterSpec
@@ -48,26 +49,8 @@ def folded_product(
     Raises:
       ValueError: the layer multiplies by another shape than the plan's.
     """
-    inner = slice(len(spec.axes) - len(product.axes), None)
-    shape, axes = spec.kernel_shape[inner], spec.axes[inner]
-    if kernel.shape != shape:
-        raise ValueError(
-            f"{spec.name}: the layer multiplies by a kernel of shape {kernel.shape}, "
-            f"the plan's has {shape}; say execution='activation' in overrides for it"
-        )
-    # Without the operator, whose arrays may be traced: it is an argument.
-    settings = _Settings(
-        multiply,
-        product,
-        shape,
-        axes,
-        spec.alpha,
-        precision,
-        x.shape,
-        x.dtype,
-        _result_dtype(multiply, x.shape, x.dtype, kernel.shape, kernel.dtype),
-    )
-    maps = {1: _ByM(settings), 3: _ByX(settings)}
+    settings = Settings.of(spec, x, kernel, product, multiply, precision)
+    maps = {1: UpdateByM(settings), 3: _ByX(settings)}
     folded = with_derivatives(_Folded(settings), maps)
     return folded(spec.operator, jnp.asarray(m), kernel, x)
 
@@ -82,26 +65,65 @@ def _result_dtype(
 
 
 @dataclasses.dataclass(frozen=True)
-class _Settings:
-    """All of a folded product but its arrays."""
+class Settings:
+    """All of an adapted product but its arrays.
+
+    Without the operator, which may hold some: it is an argument.
+    """
 
     multiply: Multiply
     product: Product
     shape: Shape
     axes: str
     alpha: float
+    layout: Layout | None
     precision: jax.lax.PrecisionLike
     x_shape: Shape
     x_dtype: Any
     y_dtype: Any
 
+    @classmethod
+    def of(
+        cls,
+        spec: AdapterSpec,
+        x: jax.Array,
+        kernel: jax.Array,
+        product: Product,
+        multiply: Multiply,
+        precision: jax.lax.PrecisionLike,
+    ) -> "Settings":
+        """What a call settles."""
+        inner = slice(len(spec.axes) - len(product.axes), None)
+        shape, axes = spec.kernel_shape[inner], spec.axes[inner]
+        if kernel.shape != shape:
+            raise ValueError(
+                f"{spec.name}: the layer multiplies by a kernel of shape "
+                f"{kernel.shape}, the plan's has {shape}; "
+                "say execution='activation' in overrides for it"
+            )
+        return cls(
+            multiply,
+            product,
+            shape,
+            axes,
+            spec.alpha,
+            spec.layout,
+            precision,
+            x.shape,
+            x.dtype,
+            _result_dtype(multiply, x.shape, x.dtype, kernel.shape, kernel.dtype),
+        )
+
     def update(self, operator: Operator, m: jax.Array) -> KernelUpdate:
+        """The update as a map of rows."""
+        operator = on_rows(operator, self.layout, self.axes, self.shape)
         return KernelUpdate(operator, m, self.shape, self.axes, self.precision)
 
     def fold(self, operator: Operator, m: jax.Array, kernel: jax.Array) -> jax.Array:
         """W + alpha C M D, summed in the wider dtype of M and W, rounded to W's."""
         dtype = jnp.result_type(m, kernel)
-        delta = self.update(operator, m.astype(dtype)).kernel()
+        operator = on_kernel(operator, self.layout, self.axes, self.shape)
+        delta = KernelUpdate(operator, m.astype(dtype), self.shape, self.axes).kernel()
         delta = delta * jnp.asarray(self.alpha, dtype)
         return (kernel.astype(dtype) + delta).astype(kernel.dtype)
 
@@ -110,7 +132,7 @@ class _Settings:
 class _Folded:
     """x (W + alpha C M D)."""
 
-    settings: _Settings
+    settings: Settings
 
     def __call__(
         self, operator: Operator, m: jax.Array, kernel: jax.Array, x: jax.Array
@@ -123,7 +145,7 @@ class _Folded:
 class _ByX(LinearMap):
     """x (W + alpha C M D) as a map of x, which folds again in its transpose."""
 
-    settings: _Settings
+    settings: Settings
 
     def forward(self, residuals: Any, x: jax.Array) -> jax.Array:
         operator, m, kernel = residuals
@@ -138,10 +160,10 @@ class _ByX(LinearMap):
 
 
 @dataclasses.dataclass(frozen=True)
-class _ByM:
+class UpdateByM:
     """The update as a map of M."""
 
-    settings: _Settings
+    settings: Settings
 
     def __call__(self, residuals: Any, m: jax.Array) -> jax.Array:
         (operator, _, x), one = residuals, self.settings

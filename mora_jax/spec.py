@@ -20,6 +20,7 @@ from mora_jax.config import (
     check_rate,
     floating_dtype,
 )
+from mora_jax.layout import Layout
 from mora_jax.operators import Operator, make_operator, square_rank
 from mora_jax.operators._registry import resolve_auto
 
@@ -41,6 +42,8 @@ class AdapterSpec:
       param_dtype: of M.
       execution: "auto", "activation" or "fold", as in `MoRAConfig`.
       path: the kernel's place in its params tree, a tuple of keys.
+      layout: where its features are on a mesh, as `sharding.shard` finds it; None for
+        one device.
     """
 
     operator: Operator
@@ -52,6 +55,7 @@ class AdapterSpec:
     param_dtype: DTypeLike = jnp.float32
     execution: str = "auto"
     path: tuple[str, ...] = ("kernel",)
+    layout: Layout | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.operator, Operator):

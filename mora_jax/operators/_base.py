@@ -109,6 +109,12 @@ class Operator(abc.ABC):
         """D of what `_meet` left, (..., *any, q) -> (..., out_features)."""
         return self._decompress(h)
 
+    def _product(
+        self, m: jax.Array, x: jax.Array, precision: jax.lax.PrecisionLike
+    ) -> jax.Array:
+        """D(C(x) M). `x`: (..., in_features) -> (..., out_features)."""
+        return product(self, m, x, precision)
+
     def _delta(self, m: jax.Array) -> jax.Array:
         """C (I_n x M) D. `m`: (q, q) -> (in_features, out_features).
 
@@ -281,7 +287,7 @@ class Operator(abc.ABC):
 def _apply(
     op: Operator, m: ArrayLike, x: ArrayLike, precision: jax.lax.PrecisionLike
 ) -> jax.Array:
-    return product(op, jnp.asarray(m), jnp.asarray(x), precision)
+    return op._product(jnp.asarray(m), jnp.asarray(x), precision)
 
 
 @jax.jit

@@ -15,7 +15,14 @@ def product(
     """D(C(x) M)."""
     if op.block:
         return _Blocks(precision)((op, x), m)
-    return op._spread(_Rows(precision)(op._meet(x), m))
+    return op._spread(rows_product(op._meet(x), m, precision))
+
+
+def rows_product(
+    h: jax.Array, m: jax.Array, precision: jax.lax.PrecisionLike
+) -> jax.Array:
+    """H M, (..., q), as a map of M; linear in h, too."""
+    return _Rows(precision)(h, m)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,68 @@
+"""Where a kernel's features are on a mesh."""
+
+import dataclasses
+
+from jax.sharding import Mesh
+
+from mora_jax._mesh import Axes, FeatureMesh
+from mora_jax._types import Shape
+from mora_jax.operators import Operator
+from mora_jax.operators._distributed import Distributed
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How a mesh splits a kernel, and what of that its layer's inputs share.
+
+    Attributes:
+      mesh: the devices.
+      axes: mesh axes that split the kernel's axes, from its last one backwards; a
+        lifted transformation takes off axes in front.
+      batch_axes: mesh axes that split the rows of inputs. Where they split a kernel, it
+        is gathered before it is used (FSDP); by other axes features stay split.
+    """
+
+    mesh: Mesh
+    axes: tuple[Axes, ...]
+    batch_axes: Axes = ()
+
+    @property
+    def gathers(self) -> bool:
+        """Whether the kernel is gathered before it is used."""
+        return any(axis in self.batch_axes for axes in self.axes for axis in axes)
+
+    def of_rows(self, axes: str, shape: Shape) -> FeatureMesh:
+        """How inputs and outputs are split, by the features of a kernel."""
+        return self._features(axes, shape, self.batch_axes)
+
+    def of_kernel(self, axes: str, shape: Shape) -> FeatureMesh:
+        """How the kernel itself is split, as (in_features, out_features)."""
+        return self._features(axes, shape, ())
+
+    def _features(self, axes: str, shape: Shape, without: Axes) -> FeatureMesh:
+        ins, outs = (self._run(axes, shape, letter, without) for letter in "io")
+        return FeatureMesh(self.mesh, ins, outs)
+
+    def _run(self, axes: str, shape: Shape, letter: str, without: Axes) -> Axes:
+        """Mesh axes that split all features of one kind into runs, if any do.
+
+        Of several axes of a kind (heads and their features) the first must be the one
+        that is split. Else nothing is said, and XLA's partitioner finds a way.
+        """
+        found: list[Axes] = []
+        for k in range(1, len(axes) + 1):
+            if axes[-k] == letter and shape[-k] > 1:
+                split = self.axes[k - 1] if k <= len(self.axes) else ()
+                found.append(tuple(a for a in split if a not in without))
+        *inner, first = found or [()]
+        return () if any(inner) else first
+
+
+def on_rows(op: Operator, layout: Layout | None, axes: str, shape: Shape) -> Operator:
+    """`op` for rows of inputs to a layer whose kernel has `axes` and `shape`."""
+    return Distributed.of(op, layout.of_rows(axes, shape)) if layout else op
+
+
+def on_kernel(op: Operator, layout: Layout | None, axes: str, shape: Shape) -> Operator:
+    """`op` for updates of such a kernel itself."""
+    return Distributed.of(op, layout.of_kernel(axes, shape)) if layout else op

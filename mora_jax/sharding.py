@@ -1,0 +1,210 @@
+"""Adapters on a mesh of devices: their shardings follow from the base's."""
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Any
+
+import flax.linen as nn
+import jax
+from flax import nnx
+from flax.core import spmd
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from mora_jax._mesh import axes_of
+from mora_jax.layout import Layout
+from mora_jax.paths import adapter_path, is_boxed, key_name, nearest
+from mora_jax.planning import Plan
+from mora_jax.spec import AdapterSpec
+from mora_jax.tree import Tree, nest
+
+
+def adapter_shardings(
+    plan: Plan,
+    params_or_shardings: Any,
+    *,
+    mesh: Mesh | None = None,
+    square: tuple[str | None, str | None] = (None, None),
+) -> Tree:
+    """How to lay out the adapters of a model whose kernels are laid out so.
+
+    Each device holds all of an M, but for the layers and experts of a stacked kernel:
+    those are where their kernels are.
+
+    Args:
+      plan: the adapters.
+      params_or_shardings: the base's params, or the same tree of shardings: arrays or
+        shapes with a `NamedSharding`, `NamedSharding`s, `PartitionSpec`s, or Flax's
+        metadata: boxes of Linen with mesh axes or logical names, whose rules are those
+        of `nn.logical_axis_rules`, or the state of an NNX model.
+      mesh: the devices, where leaves do not say.
+      square: mesh axes that split the two axes of M; none by default, since M is small.
+
+    Returns:
+      A tree of `NamedSharding`s as `init` makes one of M's, for `jax.device_put`, the
+      `out_shardings` of `jax.jit`, or a checkpoint's target.
+
+    Raises:
+      TypeError: a leaf that says nothing of a sharding.
+      ValueError: no leaf for a kernel, metadata without a mesh, or `square` with axes
+        that do not divide q.
+
+    Example::
+
+      >>> import jax, jax.numpy as jnp
+      >>> from jax.sharding import NamedSharding, PartitionSpec
+      >>> from mora_jax import init, plan, sharding
+      >>> params = {"fc": {"kernel": jnp.ones((8, 8))}}
+      >>> mesh = jax.make_mesh((1,), ("model",))
+      >>> shardings = {"fc": {"kernel": PartitionSpec(None, "model")}}
+      >>> layers = plan(params)
+      >>> found = sharding.adapter_shardings(layers, shardings, mesh=mesh)
+      >>> found["fc"]["kernel_mora"].is_fully_replicated
+      True
+      >>> adapters = jax.device_put(init(layers), found)
+    """
+    found: Tree = {}
+    for spec, base in _kernel_shardings(plan, params_or_shardings, mesh):
+        axes = zip(spec.axes, _entries(base, spec), strict=True)
+        stack = [entry or None for letter, entry in axes if letter == "s"]
+        own = NamedSharding(base.mesh, PartitionSpec(*stack, *square))
+        try:
+            own.shard_shape(spec.shape)
+        except ValueError as error:
+            raise ValueError(
+                f"square must split a q of {spec.operator.square_rank} at "
+                f"{spec.name!r} evenly, got {square}"
+            ) from error
+        found[adapter_path(spec)] = own
+    return nest(found)
+
+
+def shard(
+    plan: Plan,
+    params_or_shardings: Any,
+    *,
+    batch_axes: str | Iterable[str],
+    mesh: Mesh | None = None,
+) -> Plan:
+    """A plan that knows where the features of each kernel are.
+
+    Without it results are the same; but where devices share features (tensor
+    parallelism), or an update is folded into a kernel that they share (FSDP), XLA's
+    partitioner would move activations or kernels about for the adapters. With it, an
+    adapter adds sums of (q, q) for M's gradient and, except for block operators, of
+    (rows, q).
+
+    Args:
+      plan: the adapters, as `plan`, `linen.plan` or `nnx.plan` make it.
+      params_or_shardings: as of `adapter_shardings`.
+      batch_axes: mesh axes that split the rows of inputs, () for none. A kernel that
+        these split is gathered before it is used; where others do, features stay split.
+      mesh: as of `adapter_shardings`.
+
+    Returns:
+      A plan for `linen.wrap`, `nnx.wrap` and `merge`. Files know nothing of it: what
+      `load` gives is for one device until it is sharded again.
+
+    Raises:
+      TypeError, ValueError: as `adapter_shardings`; batch axes that the mesh has not.
+
+    Example::
+
+      >>> import jax, jax.numpy as jnp
+      >>> from jax.sharding import PartitionSpec
+      >>> from mora_jax import plan, sharding
+      >>> params = {"fc": {"kernel": jnp.ones((8, 8))}}
+      >>> mesh = jax.make_mesh((1, 1), ("data", "model"))
+      >>> shardings = {"fc": {"kernel": PartitionSpec("data", "model")}}
+      >>> layers = sharding.shard(
+      ...     plan(params), shardings, batch_axes="data", mesh=mesh)
+      >>> layers["fc/kernel"].layout.axes
+      (('model',), ('data',))
+    """
+    batch = (batch_axes,) if isinstance(batch_axes, str) else tuple(batch_axes)
+    specs = []
+    for spec, base in _kernel_shardings(plan, params_or_shardings, mesh):
+        for axis in batch:
+            if axis not in base.mesh.shape:
+                raise ValueError(
+                    f"batch_axes must be of the mesh's {tuple(base.mesh.shape)}, "
+                    f"got {axis!r}"
+                )
+        axes = tuple(reversed(_entries(base, spec)))
+        layout = Layout(base.mesh, axes, batch)
+        specs.append(dataclasses.replace(spec, layout=layout))
+    return dataclasses.replace(plan, specs=tuple(specs))
+
+
+def _entries(base: NamedSharding, spec: AdapterSpec) -> list[tuple[str, ...]]:
+    """The mesh axes that split each axis of the kernel."""
+    entries = [axes_of(entry) for entry in base.spec]
+    return [*entries, *[()] * (len(spec.axes) - len(entries))]
+
+
+def _kernel_shardings(
+    plan: Plan, tree: Any, mesh: Mesh | None
+) -> list[tuple[AdapterSpec, NamedSharding]]:
+    """Each spec of `plan` with its kernel's sharding."""
+    if not isinstance(plan, Plan):
+        raise TypeError(f"plan must be a Plan, got {type(plan).__name__}")
+    flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_leaf)
+    leaves = {"/".join(map(key_name, keys)): leaf for keys, leaf in flat}
+    found = []
+    for spec in plan:
+        if spec.name not in leaves:
+            raise ValueError(
+                f"params_or_shardings lack the kernel {spec.name!r}"
+                + nearest(spec.name, leaves)
+            )
+        sharding = _sharding(leaves[spec.name], mesh, spec.name)
+        try:
+            sharding.shard_shape(spec.kernel_shape)
+        except ValueError as error:
+            raise ValueError(f"{spec.name}: {error}") from error
+        found.append((spec, sharding))
+    return found
+
+
+def _is_leaf(node: Any) -> bool:
+    return is_boxed(node) or isinstance(node, PartitionSpec | nnx.Variable)
+
+
+def _sharding(leaf: Any, mesh: Mesh | None, name: str) -> NamedSharding:
+    """What a leaf says of its sharding: where it is, or where its names want it."""
+    value, names = leaf, None
+    if isinstance(leaf, nnx.Variable):
+        value, names = leaf.get_value(), nnx.spmd.get_var_pspec(leaf)
+        mesh = leaf.get_metadata().get("mesh") or mesh
+    elif is_boxed(leaf):
+        value, names, mesh = _unbox(leaf, mesh)
+    placed = value if isinstance(value, NamedSharding) else _placed(value)
+    if placed is not None:
+        return placed
+    if isinstance(value, PartitionSpec):
+        names = value
+    if names is None:
+        raise TypeError(
+            f"{name} must have a NamedSharding or say which mesh axes split it, "
+            f"got {type(leaf).__name__}"
+        )
+    if mesh is None:
+        raise ValueError(f"{name} has names of axes but no mesh: mesh must be given")
+    return NamedSharding(mesh, names)
+
+
+def _placed(value: Any) -> NamedSharding | None:
+    sharding = getattr(value, "sharding", None)
+    return sharding if isinstance(sharding, NamedSharding) else None
+
+
+def _unbox(
+    box: Any, mesh: Mesh | None
+) -> tuple[Any, PartitionSpec | None, Mesh | None]:
+    """Value, mesh axes and mesh of one of Linen's boxes."""
+    if not isinstance(box, nn.Partitioned):
+        return box.unbox(), None, mesh
+    names = box.get_partition_spec()
+    if isinstance(box, nn.LogicallyPartitioned):
+        rules = box.rules or spmd.get_logical_axis_rules()
+        names = nn.logical_to_mesh_axes(tuple(names), rules)
+    return box.value, names, box.mesh or mesh
