@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mora_jax._linear import LinearMap
 from mora_jax._types import Shape
@@ -75,7 +75,7 @@ class FeatureMesh:
 
         def local(k_in: jax.Array, k_out: jax.Array, *args: Any) -> jax.Array:
             result = part(k_in[0], k_out[0], *args)
-            return jax.lax.psum(result, added) if added else result
+            return self._sum(result, added) if added else result
 
         # Where a device is, as data: the partitioner has no index along some axes only.
         places = [jnp.arange(self.pieces(axes)) for axes in (self.ins, self.outs)]
@@ -90,6 +90,18 @@ class FeatureMesh:
         )
         # Compiled, or some axes alone could not be mapped.
         return jax.jit(mapped)(*places, *args)
+
+    def _sum(self, x: jax.Array, axes: Axes) -> jax.Array:
+        # XLA's CPU compiler crashes on sums of 16-bit numbers over some axes alone.
+        cpu = self.mesh.devices.flat[0].platform == "cpu"
+        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32)) if cpu else x
+        return jax.lax.psum(wide, axes).astype(x.dtype)
+
+
+def whole_on_other_axes(x: jax.Array) -> jax.Array:
+    """`x`, all of it on all axes but those that `FeatureMesh.run` maps; within it."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, WHOLE))
 
 
 def axes_of(entry: Any) -> Axes:

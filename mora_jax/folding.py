@@ -166,6 +166,7 @@ class UpdateByM:
     settings: Settings
 
     def __call__(self, residuals: Any, m: jax.Array) -> jax.Array:
+        """The derivative of the product, of M's tangent."""
         (operator, _, x), one = residuals, self.settings
         dtype = one.y_dtype
         y = one.product.update(one.update(operator, m.astype(dtype)), x.astype(dtype))

@@ -13,8 +13,8 @@ ROOT = Path(mora_jax.__file__).parent
 NAMES = """
 FrozenDense MoRAConfig MoRADense Plan combine delta_weight diagnostics fold init io
 linen load make_operator merge mora_apply nnx optimizer plan products ravel_adapters
-register_layer save sharding split square_rank summary trainable_labels trainable_mask unmerge
-unravel_adapters
+register_layer save sharding split square_rank summary trainable_labels trainable_mask
+unmerge unravel_adapters
 """.split()
 
 

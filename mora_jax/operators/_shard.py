@@ -77,7 +77,7 @@ class Shard(Operator):
 
 
 def shard(op: Operator, mesh: FeatureMesh, k_in: jax.Array, k_out: jax.Array) -> Shard:
-    """The part of `op` for the `k_in`-th run of inputs and the `k_out`-th of outputs."""
+    """The part of `op` for one run of inputs and one of outputs, by their numbers."""
     ins = op.in_features // mesh.pieces(mesh.ins)
     outs = op.out_features // mesh.pieces(mesh.outs)
     return Shard(ins, outs, op.square_rank, op, k_in * ins, k_out * outs)
