@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from mora_jax._linear import LinearMap
 from mora_jax._types import Shape
@@ -28,7 +28,7 @@ class FeatureMesh:
       outs: axes that split output features.
     """
 
-    mesh: Mesh
+    mesh: Mesh | AbstractMesh
     ins: Axes = ()
     outs: Axes = ()
 
@@ -93,9 +93,12 @@ class FeatureMesh:
 
     def _sum(self, x: jax.Array, axes: Axes) -> jax.Array:
         # XLA's CPU compiler crashes on sums of 16-bit numbers over some axes alone.
-        cpu = self.mesh.devices.flat[0].platform == "cpu"
-        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32)) if cpu else x
-        return jax.lax.psum(wide, axes).astype(x.dtype)
+        mesh = self.mesh
+        here = mesh.devices.flat[0].platform if isinstance(mesh, Mesh) else None
+        if (here or jax.default_backend()) == "cpu":
+            wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+            return jax.lax.psum(wide, axes).astype(x.dtype)
+        return jax.lax.psum(x, axes)
 
 
 def whole_on_other_axes(x: jax.Array) -> jax.Array:

@@ -20,6 +20,7 @@ from jax.typing import DTypeLike
 from jaxtyping import PRNGKeyArray
 
 from mora_jax._types import ArrayLike, Shape
+from mora_jax.explicit import explicit_sharding, layout_of, left_to_xla
 from mora_jax.folding import Multiply, folded_product
 from mora_jax.fusing import fused_product, fuses
 from mora_jax.layers import LayerRule
@@ -65,6 +66,30 @@ def update(
         x = _dropout(x.astype(dtype), x.shape, dropout_key, spec.dropout)
         y = product.update(kernel, x)
     return y * jnp.asarray(spec.alpha, dtype)
+
+
+def _add_update(
+    y: jax.Array,
+    spec: AdapterSpec,
+    m: ArrayLike,
+    x: ArrayLike,
+    product: Product,
+    dropout_key: PRNGKeyArray | None,
+    precision: jax.lax.PrecisionLike,
+) -> jax.Array:
+    """A layer's output with its update."""
+    sharding = explicit_sharding(y)
+    if sharding is not None:
+        layout = layout_of(product, x, sharding)
+        spec = dataclasses.replace(spec, layout=layout)
+
+    def one(m: ArrayLike, x: ArrayLike, key: PRNGKeyArray | None) -> jax.Array:
+        settings = {"dtype": y.dtype, "dropout_key": key, "precision": precision}
+        return update(spec, m, x, product, **settings)
+
+    if sharding is None:
+        return y + one(m, x, dropout_key)
+    return y + left_to_xla(one, sharding, m, x, dropout_key)
 
 
 def check_product(spec: AdapterSpec, product: Product) -> None:
@@ -121,6 +146,8 @@ def folds(spec: AdapterSpec, product: Product, x: Any, dtype: DTypeLike) -> bool
     """
     if not isinstance(product, Contraction) or "s" in product.axes:
         return False
+    if explicit_sharding(x) is not None:  # a fold's steps are of no such type
+        return False
     if product.axes != spec.axes[len(spec.axes) - len(product.axes) :]:
         return False
     if spec.execution != "auto":
@@ -160,19 +187,11 @@ def adapted_product(
     x, kernel = jnp.asarray(x), jnp.asarray(kernel)
     if dropout_key is None and folds(spec, product, x, kernel.dtype):
         return folded_product(spec, m, x, kernel, product, multiply, precision)
-    if dropout_key is None and fuses(spec, product):
+    if dropout_key is None and fuses(spec, product, x):
         assert isinstance(product, Contraction)
         return fused_product(spec, m, x, kernel, product, multiply, precision)
     y = multiply(x, kernel)
-    return y + update(
-        spec,
-        m,
-        x,
-        product,
-        dtype=y.dtype,
-        dropout_key=dropout_key,
-        precision=precision,
-    )
+    return _add_update(y, spec, m, x, product, dropout_key, precision)
 
 
 def adapt_call(
@@ -202,7 +221,7 @@ def adapt_call(
     if (
         dropout_key is None
         and rule.multiplies_by_dot_general(module)
-        and (folds(spec, product, x, jnp.float32) or fuses(spec, product))
+        and (folds(spec, product, x, jnp.float32) or fuses(spec, product, x))
     ):
 
         def dot_general(
@@ -218,15 +237,7 @@ def adapt_call(
         with _replaced(module, "dot_general", dot_general):
             return call()
     y = call()
-    return y + update(
-        spec,
-        m(),
-        x,
-        product,
-        dtype=y.dtype,
-        dropout_key=dropout_key,
-        precision=precision,
-    )
+    return _add_update(y, spec, m(), x, product, dropout_key, precision)
 
 
 @contextlib.contextmanager

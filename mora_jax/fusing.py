@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec
 from mora_jax._linear import with_derivatives
 from mora_jax._mesh import WHOLE, Axes, FeatureMesh, OnShards, whole_on_other_axes
 from mora_jax._types import ArrayLike
+from mora_jax.explicit import explicit_sharding
 from mora_jax.folding import Multiply, Settings, UpdateByM
 from mora_jax.operators import Operator
 from mora_jax.operators._shard import shard
@@ -21,7 +22,7 @@ from mora_jax.products import Contraction, KernelUpdate, Product
 from mora_jax.spec import AdapterSpec
 
 
-def fuses(spec: AdapterSpec, product: Product) -> bool:
+def fuses(spec: AdapterSpec, product: Product, x: Any) -> bool:
     """Whether whole results would else be added up twice, the layer's and the update's.
 
     So it is of block operators; what others compress to is small, and added up alone.
@@ -29,6 +30,8 @@ def fuses(spec: AdapterSpec, product: Product) -> bool:
     if spec.layout is None or not spec.operator.block:
         return False
     if not isinstance(product, Contraction) or "s" in product.axes:
+        return False
+    if explicit_sharding(x) is not None:  # one device's part is of no such type
         return False
     inner = slice(len(spec.axes) - len(product.axes), None)
     mesh = spec.layout.of_rows(spec.axes[inner], spec.kernel_shape[inner])

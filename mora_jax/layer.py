@@ -17,6 +17,7 @@ from mora_jax._types import ArrayLike
 from mora_jax.axes import sizes
 from mora_jax.config import MoRAConfig
 from mora_jax.execution import adapted_product
+from mora_jax.layout import Layout
 from mora_jax.operators import Operator
 from mora_jax.products import Contraction
 from mora_jax.spec import SUFFIX, AdapterSpec, check_adapter, check_kernel
@@ -39,6 +40,7 @@ class FrozenDense:
       param_dtype: of M.
       execution: "auto", "activation" or "fold", as in `MoRAConfig`.
       precision: of both products, as in `jax.lax.dot_general`.
+      layout: where the kernel's features are on a mesh, as `sharding.shard` finds it.
 
     Example::
 
@@ -61,6 +63,7 @@ class FrozenDense:
     param_dtype: DTypeLike = jnp.float32
     execution: str = "auto"
     precision: jax.lax.PrecisionLike = None
+    layout: Layout | None = None
 
     @classmethod
     def from_config(
@@ -85,6 +88,7 @@ class FrozenDense:
         "init",
         "param_dtype",
         "execution",
+        "layout",
     )
 
     @property

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from mora_jax._mesh import Axes, FeatureMesh
 from mora_jax._types import Shape
@@ -22,7 +22,7 @@ class Layout:
         is gathered before it is used (FSDP); by other axes features stay split.
     """
 
-    mesh: Mesh
+    mesh: Mesh | AbstractMesh
     axes: tuple[Axes, ...]
     batch_axes: Axes = ()
 

@@ -8,9 +8,10 @@ import flax.linen as nn
 import jax
 from flax import nnx
 from flax.core import spmd
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from mora_jax._mesh import axes_of
+from mora_jax._types import Shape
 from mora_jax.layout import Layout
 from mora_jax.paths import adapter_path, is_boxed, key_name, nearest
 from mora_jax.planning import Plan
@@ -66,14 +67,8 @@ def adapter_shardings(
     for spec, base in _kernel_shardings(plan, params_or_shardings, mesh):
         axes = zip(spec.axes, _entries(base, spec), strict=True)
         stack = [entry or None for letter, entry in axes if letter == "s"]
-        own = NamedSharding(base.mesh, PartitionSpec(*stack, *square))
-        try:
-            own.shard_shape(spec.shape)
-        except ValueError as error:
-            raise ValueError(
-                f"square must split a q of {spec.operator.square_rank} at "
-                f"{spec.name!r} evenly, got {square}"
-            ) from error
+        name = f"square, with q of {spec.operator.square_rank},"
+        own = _named_sharding(base.mesh, [*stack, *square], spec.shape, name)
         found[adapter_path(spec)] = own
     return nest(found)
 
@@ -156,11 +151,10 @@ def _kernel_shardings(
                 f"params_or_shardings lack the kernel {spec.name!r}"
                 + nearest(spec.name, leaves)
             )
-        sharding = _sharding(leaves[spec.name], mesh, spec.name)
-        try:
-            sharding.shard_shape(spec.kernel_shape)
-        except ValueError as error:
-            raise ValueError(f"{spec.name}: {error}") from error
+        devices, axes = _said(leaves[spec.name], mesh, spec.name)
+        if devices is None:
+            raise ValueError(f"mesh must be given: {spec.name} has names of axes alone")
+        sharding = _named_sharding(devices, axes, spec.kernel_shape, spec.name)
         found.append((spec, sharding))
     return found
 
@@ -169,32 +163,39 @@ def _is_leaf(node: Any) -> bool:
     return is_boxed(node) or isinstance(node, PartitionSpec | nnx.Variable)
 
 
-def _sharding(leaf: Any, mesh: Mesh | None, name: str) -> NamedSharding:
-    """What a leaf says of its sharding: where it is, or where its names want it."""
+def _said(
+    leaf: Any, mesh: Mesh | None, name: str
+) -> tuple[Mesh | AbstractMesh | None, PartitionSpec]:
+    """The mesh and the axes of it that a leaf tells: where it is, or is wanted."""
     value, names = leaf, None
     if isinstance(leaf, nnx.Variable):
         value, names = leaf.get_value(), nnx.spmd.get_var_pspec(leaf)
         mesh = leaf.get_metadata().get("mesh") or mesh
     elif is_boxed(leaf):
         value, names, mesh = _unbox(leaf, mesh)
-    placed = value if isinstance(value, NamedSharding) else _placed(value)
-    if placed is not None:
-        return placed
+    placed = getattr(value, "sharding", value)
+    if isinstance(placed, NamedSharding):
+        return placed.mesh, placed.spec
     if isinstance(value, PartitionSpec):
         names = value
     if names is None:
         raise TypeError(
             f"{name} must have a NamedSharding or say which mesh axes split it, "
-            f"got {type(leaf).__name__}"
+            f"got {type(leaf).__name__} without"
         )
-    if mesh is None:
-        raise ValueError(f"{name} has names of axes but no mesh: mesh must be given")
-    return NamedSharding(mesh, names)
+    return mesh, names
 
 
-def _placed(value: Any) -> NamedSharding | None:
-    sharding = getattr(value, "sharding", None)
-    return sharding if isinstance(sharding, NamedSharding) else None
+def _named_sharding(mesh: Any, axes: Any, shape: Shape, name: str) -> NamedSharding:
+    """A sharding of an array of `shape`; `name` is for messages."""
+    try:
+        sharding = NamedSharding(mesh, PartitionSpec(*axes))
+        sharding.shard_shape(shape)
+    except Exception as error:  # not all of JAX's are ValueErrors
+        raise ValueError(
+            f"{name} must be split evenly by axes of the mesh, each used once: {error}"
+        ) from error
+    return sharding
 
 
 def _unbox(

@@ -27,7 +27,8 @@ jaxtyping.install_import_hook(
 
 
 def pytest_configure(config):
-    """Programs that were compiled once are kept."""
+    """Programs that were compiled once are kept; tests of meshes have eight devices."""
+    jax.config.update("jax_num_cpu_devices", 8)
     jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("jax")))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

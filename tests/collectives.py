@@ -1,0 +1,28 @@
+"""What a compiled program sends from device to device."""
+
+import collections
+import re
+
+KINDS = (
+    "all-reduce",
+    "all-gather",
+    "reduce-scatter",
+    "collective-permute",
+    "all-to-all",
+    "collective-broadcast",
+)
+_CALL = re.compile(rf"= (.*?) ({'|'.join(KINDS)})(?:-start)?\(")
+_ARRAY = re.compile(r"\w+\[([\d,]*)\]")
+
+
+def collectives(compiled):
+    """{(kind, shape): how often it is in the program}; scalars are left out."""
+    found = collections.Counter()
+    for line in compiled.as_text().splitlines():
+        if match := _CALL.search(line):
+            arrays, kind = match.groups()
+            for dims in _ARRAY.findall(arrays):
+                shape = tuple(int(n) for n in dims.split(",") if n)
+                if set(shape) - {1}:
+                    found[kind, shape] += 1
+    return found

@@ -1,0 +1,215 @@
+"""Whole models on a mesh: scanned layers, heads, experts; Linen and NNX."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+import mora_jax
+from mora_jax import MoRAConfig, linen, sharding
+from mora_jax.nnx import MoRAParam, wrap
+from mora_jax.operators import OPERATORS
+
+P = PartitionSpec
+NAMES = ("data", "expert", "model")
+MESH = jax.make_mesh((2, 2, 2), NAMES, axis_types=(AxisType.Auto,) * 3)
+RULES = (
+    ("batch", "data"),
+    ("embed", "data"),  # as in FSDP
+    ("heads", "model"),
+    ("mlp", "model"),
+    ("experts", "expert"),
+    ("layers", None),
+)
+X = jax.random.normal(jax.random.key(0), (4, 3, 16))
+
+
+def named(*axes):
+    return nn.with_logical_partitioning(nn.initializers.lecun_normal(), axes)
+
+
+def dense(features, *axes, name):
+    return nn.Dense(features, kernel_init=named(*axes), name=name)
+
+
+class Expert(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        h = nn.relu(dense(24, "embed", "mlp", name="up")(x))
+        return dense(16, "mlp", "embed", name="down")(h)
+
+
+class Layer(nn.Module):
+    """Both of Megatron's splits, attention's heads, and a layer of experts."""
+
+    @nn.compact
+    def __call__(self, x, _):
+        attention = {
+            "kernel_init": named("embed", "heads", None),
+            "out_kernel_init": named("heads", None, "embed"),
+        }
+        x = x + nn.MultiHeadDotProductAttention(4, **attention, name="attention")(x)
+        x = x + dense(16, "mlp", "embed", name="down")(
+            nn.relu(dense(48, "embed", "mlp", name="up")(x))
+        )
+        experts = nn.vmap(
+            Expert,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=None,
+            axis_size=2,
+            metadata_params={nn.PARTITION_NAME: "experts"},
+        )
+        return x + experts(name="experts")(x).mean(0), None
+
+
+class Model(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        layers = nn.scan(
+            nn.remat(Layer, prevent_cse=False),
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            length=2,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )
+        return layers(name="layers")(x, None)[0]
+
+
+BOXED = jax.eval_shape(Model().init, jax.random.key(1), X)
+
+
+@pytest.fixture(scope="module")
+def variables():
+    return nn.unbox(Model().init(jax.random.key(1), X))
+
+
+def base_shardings():
+    specs = nn.get_partition_spec(BOXED)
+    return nn.logical_to_mesh_sharding(specs, MESH, RULES)
+
+
+def some(plan):
+    """Adapters that are not zero."""
+    rng = np.random.default_rng(0)
+    return jax.tree.map(
+        lambda m: jnp.asarray(rng.standard_normal(m.shape) / 8, m.dtype),
+        mora_jax.init(plan),
+    )
+
+
+def losses(plan):
+    apply = linen.wrap(Model(), plan)
+
+    def loss(adapters, variables, x):
+        return jnp.mean(apply(adapters, variables, x) ** 2)
+
+    return jax.jit(jax.value_and_grad(loss))
+
+
+def on_mesh(plan, boxed=BOXED):
+    """The plan and the shardings of its adapters."""
+    with nn.logical_axis_rules(RULES):
+        shardings = sharding.adapter_shardings(plan, boxed["params"], mesh=MESH)
+        plan = sharding.shard(plan, boxed["params"], batch_axes="data", mesh=MESH)
+    return plan, shardings
+
+
+FEW = ("sharing", "rotation")
+
+
+@pytest.mark.parametrize(
+    "operator",
+    [
+        pytest.param(name, marks=[] if name in FEW else [pytest.mark.slow])
+        for name in OPERATORS
+    ],
+)
+@pytest.mark.parametrize(
+    "execution", ["auto", pytest.param("fold", marks=pytest.mark.slow)]
+)
+def test_linen_learns_as_on_one_device(variables, operator, execution):
+    config = MoRAConfig(square_rank=8, operator=operator, execution=execution)
+    plan = linen.plan(Model(), variables, config, X)
+    assert len(plan) == 8
+    adapters = some(plan)
+    loss, grads = losses(plan)(adapters, variables, X)
+    plan, shardings = on_mesh(plan)
+    arrays = (
+        jax.device_put(adapters, shardings),
+        jax.device_put(variables, base_shardings()),
+        jax.device_put(X, NamedSharding(MESH, P("data"))),
+    )
+    step = losses(plan)
+    got, got_grads = step(*arrays)
+    np.testing.assert_allclose(got, loss, rtol=1e-5)
+    for one, other in zip(
+        jax.tree.leaves(got_grads), jax.tree.leaves(grads), strict=True
+    ):
+        np.testing.assert_allclose(one, other, atol=1e-5 * np.abs(other).max())
+    step(*arrays)
+    assert step._cache_size() == 1
+
+
+def make_nnx():
+    """Two layers whose kernels have names of mesh axes, on that mesh."""
+    init = nnx.initializers.lecun_normal()
+
+    def linear(ins, outs, *axes, seed):
+        named = nnx.with_partitioning(init, axes)
+        return nnx.Linear(ins, outs, kernel_init=named, rngs=nnx.Rngs(seed))
+
+    return nnx.Sequential(
+        linear(16, 48, "data", "model", seed=0),
+        nnx.relu,
+        linear(48, 16, "model", "data", seed=1),
+    )
+
+
+@pytest.mark.parametrize("operator", FEW)
+def test_nnx_learns_as_on_one_device(operator):
+    config = MoRAConfig(square_rank=8, operator=operator)
+    with jax.set_mesh(MESH):
+        model = make_nnx()
+        assert model.layers[0].kernel[...].sharding.spec == P("data", "model")
+        plan = mora_jax.nnx.plan(model, config)
+        state = nnx.state(model, nnx.Param)
+        shardings = sharding.adapter_shardings(plan, state, mesh=MESH)
+        plan = sharding.shard(plan, state, batch_axes="data", mesh=MESH)
+        adapters = some(plan)
+        model = wrap(model, plan)
+        mora_jax.nnx.set_adapters(model, jax.device_put(adapters, shardings))
+        x = jax.device_put(X, NamedSharding(MESH, P("data")))
+        loss, grads = nnx_loss(model, x)
+    plain = make_plain()
+    for k in (0, 2):
+        plain.layers[k].kernel[...] = jnp.asarray(np.asarray(model.layers[k].kernel))
+    alone = wrap(plain, config)
+    mora_jax.nnx.set_adapters(alone, adapters)
+    expected, expected_grads = nnx_loss(alone, X)
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+    for got, other in zip(
+        jax.tree.leaves(grads), jax.tree.leaves(expected_grads), strict=True
+    ):
+        np.testing.assert_allclose(got, other, atol=1e-5 * np.abs(other).max())
+
+
+def make_plain():
+    return nnx.Sequential(
+        nnx.Linear(16, 48, rngs=nnx.Rngs(0)),
+        nnx.relu,
+        nnx.Linear(48, 16, rngs=nnx.Rngs(1)),
+    )
+
+
+def nnx_loss(model, x):
+    wrt = nnx.DiffState(0, MoRAParam)
+
+    @nnx.jit
+    def run(model, x):
+        return nnx.value_and_grad(lambda m: jnp.mean(m(x) ** 2), argnums=wrt)(model)
+
+    return run(model, x)
