@@ -16,7 +16,7 @@ from mora_jax._linear import with_derivatives
 from mora_jax._mesh import WHOLE, FeatureMesh, OnShards, last
 from mora_jax._types import Shape
 from mora_jax.operators._base import Operator
-from mora_jax.operators._product import product, rows_product
+from mora_jax.operators._product import rows_product
 from mora_jax.operators._shard import shard
 
 
@@ -143,14 +143,14 @@ class _ProductByX(_Part):
     def __call__(
         self, k_in: Any, k_out: Any, x: jax.Array, op: Operator, m: jax.Array
     ) -> jax.Array:
-        return product(shard(op, self.mesh, k_in, k_out), m, x, self.precision)
+        return shard(op, self.mesh, k_in, k_out)._product(m, x, self.precision)
 
 
 class _ProductByM(_Part):
     def __call__(
         self, k_in: Any, k_out: Any, m: jax.Array, op: Operator, x: jax.Array
     ) -> jax.Array:
-        return product(shard(op, self.mesh, k_in, k_out), m, x, self.precision)
+        return shard(op, self.mesh, k_in, k_out)._product(m, x, self.precision)
 
 
 class _Lookup(_Part):

@@ -15,7 +15,8 @@ class Shard(Operator):
     """What an operator makes of a run of its inputs, for a run of its outputs.
 
     Whatever the operator: inputs that are elsewhere are zeros here, and outputs that
-    are elsewhere are left out. The sum over all runs of inputs is the whole.
+    are elsewhere are left out. The sum over all runs of inputs is the whole. A subclass
+    does with less work what it can for its operator.
 
     Attributes:
       whole: the operator.
@@ -29,6 +30,9 @@ class Shard(Operator):
 
     def __post_init__(self) -> None:
         pass  # `whole` has been checked
+
+    def __init_subclass__(cls) -> None:
+        register(cls)
 
     @property
     def compressed_shape(self) -> Shape:
@@ -76,15 +80,23 @@ class Shard(Operator):
         return jax.lax.dynamic_slice_in_dim(y, self.out_start, size, axis=-1)
 
 
-def shard(op: Operator, mesh: FeatureMesh, k_in: jax.Array, k_out: jax.Array) -> Shard:
+def register(cls: type) -> None:
+    """Make a class of shards a pytree; where it is, is data."""
+    jax.tree_util.register_dataclass(
+        cls,
+        data_fields=["whole", "in_start", "out_start"],
+        meta_fields=["in_features", "out_features", "square_rank"],
+    )
+
+
+register(Shard)
+
+
+def shard(
+    op: Operator, mesh: FeatureMesh, k_in: jax.Array, k_out: jax.Array
+) -> Operator:
     """The part of `op` for one run of inputs and one of outputs, by their numbers."""
     ins = op.in_features // mesh.pieces(mesh.ins)
     outs = op.out_features // mesh.pieces(mesh.outs)
-    return Shard(ins, outs, op.square_rank, op, k_in * ins, k_out * outs)
-
-
-jax.tree_util.register_dataclass(
-    Shard,
-    data_fields=["whole", "in_start", "out_start"],
-    meta_fields=["in_features", "out_features", "square_rank"],
-)
+    cls = op.shard_type or Shard
+    return cls(ins, outs, op.square_rank, op, k_in * ins, k_out * outs)

@@ -8,6 +8,7 @@ import numpy as np
 
 from mora_jax._types import Shape
 from mora_jax.operators._base import Operator
+from mora_jax.operators._block_shard import BlockShard
 from mora_jax.operators._blocks import (
     add_cycles,
     blocks,
@@ -46,6 +47,7 @@ class Decoupling(Operator):
 
     name = "decoupling"
     bounded = False
+    shard_type = BlockShard
     fold_from = 0.6
 
     @property

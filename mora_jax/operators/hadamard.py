@@ -12,6 +12,7 @@ from jax.typing import DTypeLike
 from mora_jax._linear import LinearMap
 from mora_jax._types import ArrayLike
 from mora_jax.operators._base import Operator
+from mora_jax.operators._basis_shard import BasisShard
 from mora_jax.operators._blocks import divide
 from mora_jax.operators._pytree import array_field, operator
 from mora_jax.operators._random import check_seed, orthonormal, permutation, signs
@@ -49,6 +50,7 @@ class Hadamard(Operator):
 
     name = "hadamard"
     arrays = ("in_arrays", "out_arrays")
+    shard_type = BasisShard
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -95,6 +97,10 @@ class Hadamard(Operator):
     def _delta(self, m: jax.Array) -> jax.Array:
         c, d = (_matrix(a, m.dtype) for a in (self.in_arrays, self.out_arrays))
         return c @ (m @ d.T)
+
+    def _basis(self, side: str, start: Any, size: int, dtype: Any) -> jax.Array:
+        features = start + jnp.arange(size)
+        return _rows(features, getattr(self, f"{side}_arrays"), dtype)
 
     def _lookup(
         self, m: jax.Array, indices: jax.Array, precision: jax.lax.PrecisionLike

@@ -1,10 +1,13 @@
 """Orthogonal: a fixed random subspace."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from mora_jax.operators._base import Operator
+from mora_jax.operators._basis_shard import BasisShard
 from mora_jax.operators._pytree import array_field, operator
 from mora_jax.operators._random import check_seed, orthonormal
 
@@ -34,6 +37,7 @@ class Orthogonal(Operator):
 
     name = "orthogonal"
     arrays = ("in_basis", "out_basis")
+    shard_type = BasisShard
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -56,6 +60,10 @@ class Orthogonal(Operator):
 
     def _decompress(self, h: jax.Array) -> jax.Array:
         return h @ jnp.asarray(self.out_basis).astype(h.dtype).T
+
+    def _basis(self, side: str, start: Any, size: int, dtype: Any) -> jax.Array:
+        basis = jnp.asarray(getattr(self, f"{side}_basis"))
+        return jax.lax.dynamic_slice_in_dim(basis, start, size).astype(dtype)
 
     def _lookup(
         self, m: jax.Array, indices: jax.Array, precision: jax.lax.PrecisionLike

@@ -9,10 +9,28 @@ import jax.numpy as jnp
 import numpy as np
 
 from mora_jax._linear import LinearMap
+from mora_jax._types import ArrayLike
 from mora_jax.operators._blocks import divide, places
 from mora_jax.operators._pytree import array_field, operator
 from mora_jax.operators._random import check_seed, inverse, permutation
+from mora_jax.operators._shard import Shard
 from mora_jax.operators.decoupling import Decoupling
+
+
+class _PermutationShard(Shard):
+    """Rows and columns that are here; each block has features from everywhere."""
+
+    def _delta(self, m: jax.Array) -> jax.Array:
+        whole: Any = self.whole
+        here = (
+            jax.lax.dynamic_slice_in_dim(
+                jnp.asarray(getattr(whole, f"{side}_places")),
+                getattr(self, f"{side}_start"),
+                getattr(self, f"{side}_features"),
+            )
+            for side in ("in", "out")
+        )
+        return whole._delta_at(m, *here)
 
 
 @operator
@@ -38,6 +56,7 @@ class Permutation(Decoupling):
     out_places: jax.Array | np.ndarray = array_field()
 
     name = "permutation"
+    shard_type = _PermutationShard
     arrays = ("in_order", "in_places", "out_order", "out_places")
 
     def __post_init__(self) -> None:
@@ -57,12 +76,18 @@ class Permutation(Decoupling):
         )
 
     def _delta(self, m: jax.Array) -> jax.Array:
+        return self._delta_at(m, self.in_places, self.out_places)
+
+    def _delta_at(
+        self, m: jax.Array, in_places: ArrayLike, out_places: ArrayLike
+    ) -> jax.Array:
+        """Rows and columns of the update that have these places in the two orders."""
         q = self.square_rank
-        out_block, out_offset = divide(self.out_places, q)
+        out_block, out_offset = divide(out_places, q)
         columns = m.at[:, out_offset].get(mode="promise_in_bounds")
         # With a row more, since XLA does not redo a concatenation for each row.
         columns = jnp.concatenate([columns, jnp.zeros_like(columns[:1])])
-        block, offset = places(self.in_places, self.in_features, q)
+        block, offset = places(in_places, self.in_features, q)
         group, out_group = self._in_group(block), self._out_group(out_block)
         parts = (
             jnp.where(
