@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import mora_jax
 from mora_jax.config import MoRAConfig
@@ -178,9 +179,23 @@ def test_files_example(tmp_path, monkeypatch):
     ]
 
 
+def test_devices_example():
+    sizes, names = (2, 2, 2), ("data", "fsdp", "model")
+    mesh = jax.make_mesh(sizes, names, axis_types=(AxisType.Auto,) * 3)
+    where = NamedSharding(mesh, PartitionSpec("fsdp", "model"))
+    params = {"fc": {"kernel": jax.device_put(jnp.ones((16, 16)), where)}}
+    scope = dict(mora_jax=mora_jax, jax=jax, params=params)
+    scope["plan"] = mora_jax.plan(params)
+    exec(example("On many devices"), scope)
+    (m,) = jax.tree.leaves(scope["adapters"])
+    assert m.sharding.is_fully_replicated and m.sharding.mesh == mesh
+    merged = mora_jax.merge(params, scope["adapters"], scope["plan"])
+    assert merged["fc"]["kernel"].sharding.is_equivalent_to(where, 2)
+
+
 def test_other_code_compiles():
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     for block in blocks:
         compile(re.sub("^  ", "", block, flags=re.MULTILINE), "README", "exec")
 

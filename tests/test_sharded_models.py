@@ -213,3 +213,78 @@ def nnx_loss(model, x):
         return nnx.value_and_grad(lambda m: jnp.mean(m(x) ** 2), argnums=wrt)(model)
 
     return run(model, x)
+
+
+TARGETS = ".*/(kernel|embedding)"
+
+
+class Others(nn.Module):
+    """Layers that are no plain product: an embedding, its tied head, an einsum."""
+
+    vocabulary: tuple = ("model", None)
+    einsum: tuple = (None, "model", None)
+
+    @nn.compact
+    def __call__(self, ids):
+        init = nn.with_partitioning(nn.initializers.normal(1.0), self.vocabulary)
+        table = nn.Embed(12, 16, embedding_init=init, name="table")
+        x = table(ids)
+        init = nn.with_partitioning(nn.initializers.normal(0.3), self.einsum)
+        x = nn.Einsum((16, 4, 6), "btd,dhk->bthk", kernel_init=init, name="up")(x)
+        init = nn.with_partitioning(nn.initializers.normal(0.3), ("model", None, None))
+        x = nn.Einsum((4, 6, 16), "bthk,hkd->btd", kernel_init=init, name="down")(x)
+        return table.attend(x)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        {},
+        pytest.param(
+            {"vocabulary": (None, "model"), "einsum": ("model", None, None)},
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(  # no run of features: left to XLA
+            {"einsum": (None, None, "model")}, marks=pytest.mark.slow
+        ),
+    ],
+)
+@pytest.mark.parametrize("operator", FEW)
+def test_other_layers_learn_as_on_one_device(names, operator):
+    model = Others(**names)
+    ids = jnp.arange(24).reshape(4, 6) % 12
+    boxed = model.init(jax.random.key(0), ids)
+    variables = nn.unbox(boxed)
+    config = MoRAConfig(square_rank=6, operator=operator, dropout=0.25, targets=TARGETS)
+    plan = linen.plan(model, variables, config, ids)
+    assert len(plan) == 3
+    adapters = some(plan)
+
+    def losses(plan):
+        apply = linen.wrap(model, plan)
+
+        def loss(adapters, variables, ids):
+            rngs = {"dropout": jax.random.key(5)}
+            settings = {"adapter_deterministic": False, "rngs": rngs}
+            return jnp.mean(apply(adapters, variables, ids, **settings) ** 2)
+
+        return jax.jit(jax.value_and_grad(loss))
+
+    loss, grads = losses(plan)(adapters, variables, ids)
+    plan, shardings = on_mesh(plan, boxed)
+    specs = nn.get_partition_spec(boxed)
+    placed = jax.tree.map(
+        lambda spec: NamedSharding(MESH, spec),
+        specs,
+        is_leaf=lambda s: isinstance(s, P),
+    )
+    got, got_grads = losses(plan)(
+        jax.device_put(adapters, shardings),
+        jax.device_put(variables, placed),
+        jax.device_put(ids, NamedSharding(MESH, P("data"))),
+    )
+    np.testing.assert_allclose(got, loss, rtol=1e-5)
+    for one, other in zip(
+        jax.tree.leaves(got_grads), jax.tree.leaves(grads), strict=True
+    ):
+        np.testing.assert_allclose(one, other, atol=1e-5 * np.abs(other).max())

@@ -381,3 +381,38 @@ def test_explicit_merge():
     for one, other in zip(*map(jax.tree.leaves, (merged, expected)), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-6)
         assert one.sharding.spec[0] == "data"
+
+
+@pytest.mark.parametrize("label", ["rotation", "hadamard"])
+@pytest.mark.parametrize("split", ["rows", "columns"])
+def test_transformations(label, split):
+    """Forward mode, second derivatives, a batch of M's, remat; and without jit."""
+    (case,) = (case for case in CASES if case.label == label)
+    frozen, arrays, on_mesh = layer(case, split, "activation")
+    known = dataclasses.replace(frozen, layout=layout(split))
+
+    def results(frozen, arrays):
+        m, x = arrays["m"], arrays["x"]
+        frozen = dataclasses.replace(frozen, kernel=arrays["kernel"])
+
+        def loss(m, x):
+            y = jax.checkpoint(mora_apply)({"kernel_mora": m}, frozen, x)
+            return jnp.mean(jnp.sin(y))
+
+        both, tangents = (m, x), (jnp.cos(m), jnp.cos(x))
+        _, along = jax.jvp(loss, both, tangents)
+        _, curved = jax.jvp(jax.grad(loss, argnums=(0, 1)), both, tangents)
+        batch = jax.vmap(loss, (0, None))(jnp.stack([m, 2 * m]), x)
+        return along, curved, batch
+
+    expected = jax.jit(results)(frozen, arrays)
+    got = jax.jit(results)(known, on_mesh)
+    for one, other in zip(*map(jax.tree.leaves, (got, expected)), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5 * np.abs(other).max())
+    known = dataclasses.replace(known, kernel=on_mesh["kernel"])
+    frozen = dataclasses.replace(frozen, kernel=arrays["kernel"])
+    np.testing.assert_allclose(
+        mora_apply({"kernel_mora": on_mesh["m"]}, known, on_mesh["x"]),
+        mora_apply({"kernel_mora": arrays["m"]}, frozen, arrays["x"]),
+        atol=1e-4,
+    )
