@@ -91,6 +91,10 @@ class FeatureMesh:
         # Compiled, or some axes alone could not be mapped.
         return jax.jit(mapped)(*places, *args)
 
+    def gathered(self, x: jax.Array) -> jax.Array:
+        """Within `run`: a part of an array, all of it that other axes split."""
+        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, WHOLE))
+
     def _sum(self, x: jax.Array, axes: Axes) -> jax.Array:
         # XLA's CPU compiler crashes on sums of 16-bit numbers over some axes alone.
         mesh = self.mesh
@@ -99,12 +103,6 @@ class FeatureMesh:
             wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
             return jax.lax.psum(wide, axes).astype(x.dtype)
         return jax.lax.psum(x, axes)
-
-
-def whole_on_other_axes(x: jax.Array) -> jax.Array:
-    """`x`, all of it on all axes but those that `FeatureMesh.run` maps; within it."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, WHOLE))
 
 
 def axes_of(entry: Any) -> Axes:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from mora_jax._linear import with_derivatives
-from mora_jax._mesh import WHOLE, Axes, FeatureMesh, OnShards, whole_on_other_axes
+from mora_jax._mesh import WHOLE, Axes, FeatureMesh, OnShards
 from mora_jax._types import ArrayLike
 from mora_jax.explicit import explicit_sharding
 from mora_jax.folding import Multiply, Settings, UpdateByM
@@ -93,7 +93,7 @@ class _Both:
         one, here = self.settings, shard(op, self.mesh, k_in, k_out)
         assert one.layout is not None
         if one.layout.gathers:  # or XLA might gather inputs for the kernel's sake
-            kernel = whole_on_other_axes(kernel)
+            kernel = self.mesh.gathered(kernel)
         y = one.multiply(x, kernel)
         m, x = m.astype(y.dtype), x.astype(y.dtype)
         update = KernelUpdate(here, m, kernel.shape, one.axes, one.precision)

@@ -157,7 +157,9 @@ by_operator = pytest.mark.parametrize("case", NORMAL, ids=lambda case: case.labe
 
 
 @by_operator
-@pytest.mark.parametrize("execution", ["activation", "fold"])
+@pytest.mark.parametrize(
+    "execution", ["activation", pytest.param("fold", marks=pytest.mark.slow)]
+)
 @by_split
 def test_no_hidden_traffic(case, split, execution):
     """M's gradient is added up, and C(x) where features are split; all else stays.
