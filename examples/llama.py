@@ -109,7 +109,7 @@ class Llama(nn.Module):
         layers = nn.scan(
             nn.remat(Layer, prevent_cse=False),
             variable_axes={"params": 0},
-            split_rngs={"params": True},
+            split_rngs={"params": True, "dropout": True},
             length=size.layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )

@@ -169,7 +169,8 @@ def _said(
     """The mesh and the axes of it that a leaf tells: where it is, or is wanted."""
     value, names = leaf, None
     if isinstance(leaf, nnx.Variable):
-        value, names = _value(leaf), nnx.spmd.get_var_pspec(leaf)
+        (value,) = jax.tree.leaves(leaf)
+        names = nnx.spmd.get_var_pspec(leaf)
         mesh = leaf.get_metadata().get("mesh") or mesh
     elif is_boxed(leaf):
         value, names, mesh = _unbox(leaf, mesh)
@@ -184,12 +185,6 @@ def _said(
             f"got {type(leaf).__name__} without"
         )
     return mesh, names
-
-
-def _value(variable: Any) -> Any:
-    if hasattr(type(variable), "get_value"):  # flax 0.12.0 has none
-        return variable.get_value()
-    return variable.raw_value
 
 
 def _named_sharding(mesh: Any, axes: Any, shape: Shape, name: str) -> NamedSharding:

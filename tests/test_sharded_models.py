@@ -178,6 +178,10 @@ def test_nnx_learns_as_on_one_device(operator):
         plan = mora_jax.nnx.plan(model, config)
         state = nnx.state(model, nnx.Param)
         shardings = sharding.adapter_shardings(plan, state, mesh=MESH)
+        named = nnx.get_named_sharding(state, MESH)
+        assert sharding.adapter_shardings(plan, named) == shardings
+        specs = nnx.get_partition_spec(state)
+        assert sharding.adapter_shardings(plan, specs, mesh=MESH) == shardings
         plan = sharding.shard(plan, state, batch_axes="data", mesh=MESH)
         adapters = some(plan)
         model = wrap(model, plan)
