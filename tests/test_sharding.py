@@ -96,8 +96,9 @@ def base_step(x_spec, y_spec):
 by_split = pytest.mark.parametrize("split", SPLITS)
 
 
-def check_layer(case, split, execution, dtype=jnp.float32, **sizes):
+def check_layer(case, split, execution, dtype=jnp.float32, m_spec=P(), **sizes):
     frozen, arrays, on_mesh = layer(case, split, execution, dtype=dtype, **sizes)
+    on_mesh["m"] = put(arrays["m"], m_spec)
     _, x_spec, y_spec = SPLITS[split]
     expected = step(frozen, P(), P())(**arrays)
     frozen = dataclasses.replace(frozen, layout=layout(split))
@@ -128,6 +129,12 @@ def test_layer_is_as_on_one_device_whatever_the_split(case, split, execution):
 def test_folds_are_as_on_one_device(split):
     (case,) = (case for case in CASES if case.label == "rotation")
     check_layer(case, split, "fold")
+
+
+@pytest.mark.parametrize("split", ["columns", "fsdp-rows"])
+def test_m_may_be_split(split):
+    (case,) = (case for case in CASES if case.label == "rotation")
+    check_layer(case, split, "activation", m_spec=P("data", "model"))
 
 
 @pytest.mark.parametrize("label", ["rotation", "sharing-contiguous-strided"])

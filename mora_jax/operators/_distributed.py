@@ -70,11 +70,11 @@ class Distributed(Operator):
             by_m = OnShards.of(mesh, parts[0], m, WHOLE, outs, (WHOLE, ins))
             by_x = OnShards.of(mesh, parts[1], x, ins, outs, (WHOLE, WHOLE))
             return with_derivatives(_ByM(by_m), {1: by_m, 2: by_x})(op, m, x)
-        h = op._meet(x)
         if mesh.ins:
             meet = OnShards.of(mesh.by_ins, _Meet(mesh.by_ins), x, ins, WHOLE)
-            h = meet((op,), x)
-        h = rows_product(h, m, precision)
+            h = rows_product(meet((op,), x), m, precision)
+        else:
+            h = rows_product(op._meet(x), m, precision)
         if not mesh.outs:
             return op._spread(h)
         spread = OnShards.of(mesh.by_outs, _Spread(mesh.by_outs), h, WHOLE, outs)
