@@ -35,4 +35,5 @@ def left_to_xla(
     function: Callable[..., jax.Array], y: NamedSharding, *args: Any
 ) -> jax.Array:
     """`function(*args)`, of the sharding `y`, whatever that of its steps is."""
-    return jax.sharding.auto_axes(function, out_sharding=y)(*args)
+    free: Any = jax.sharding.auto_axes(function, out_sharding=y)
+    return free(*args)

@@ -8,12 +8,13 @@ import flax.linen as nn
 import jax
 from flax import nnx
 from flax.core import spmd
+from flax.linen.spmd import logical_to_mesh_axes
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from mora_jax._mesh import axes_of
 from mora_jax._types import Shape
 from mora_jax.layout import Layout
-from mora_jax.paths import adapter_path, is_boxed, key_name, nearest
+from mora_jax.paths import Path, adapter_path, is_boxed, key_name, nearest
 from mora_jax.planning import Plan
 from mora_jax.spec import AdapterSpec
 from mora_jax.tree import Tree, nest
@@ -63,7 +64,7 @@ def adapter_shardings(
       True
       >>> adapters = jax.device_put(init(layers), found)
     """
-    found: Tree = {}
+    found: dict[Path, NamedSharding] = {}
     for spec, base in _kernel_shardings(plan, params_or_shardings, mesh):
         axes = zip(spec.axes, _entries(base, spec), strict=True)
         stack = [entry or None for letter, entry in axes if letter == "s"]
@@ -208,5 +209,5 @@ def _unbox(
     names = box.get_partition_spec()
     if isinstance(box, nn.LogicallyPartitioned):
         rules = box.rules or spmd.get_logical_axis_rules()
-        names = nn.logical_to_mesh_axes(tuple(names), rules)
+        names = logical_to_mesh_axes(tuple(names), rules)
     return box.value, names, box.mesh or mesh

@@ -1,11 +1,14 @@
 """Whole models on a mesh: scanned layers, heads, experts; Linen and NNX."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from flax.linen.spmd import logical_to_mesh_sharding
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import mora_jax
@@ -89,7 +92,7 @@ def variables():
 
 def base_shardings():
     specs = nn.get_partition_spec(BOXED)
-    return nn.logical_to_mesh_sharding(specs, MESH, RULES)
+    return logical_to_mesh_sharding(specs, MESH, RULES)
 
 
 def some(plan):
@@ -174,7 +177,8 @@ def test_nnx_learns_as_on_one_device(operator):
     config = MoRAConfig(square_rank=8, operator=operator)
     with jax.set_mesh(MESH):
         model = make_nnx()
-        assert model.layers[0].kernel[...].sharding.spec == P("data", "model")
+        first: Any = model.layers[0]
+        assert first.kernel[...].sharding.spec == P("data", "model")
         plan = mora_jax.nnx.plan(model, config)
         state = nnx.state(model, nnx.Param)
         shardings = sharding.adapter_shardings(plan, state, mesh=MESH)
@@ -189,8 +193,8 @@ def test_nnx_learns_as_on_one_device(operator):
         x = jax.device_put(X, NamedSharding(MESH, P("data")))
         loss, grads = nnx_loss(model, x)
     plain = make_plain()
-    for k in (0, 2):
-        plain.layers[k].kernel[...] = jnp.asarray(np.asarray(model.layers[k].kernel))
+    for one, other in ((plain.layers[k], model.layers[k]) for k in (0, 2)):
+        copy_kernel(one, other)
     alone = wrap(plain, config)
     mora_jax.nnx.set_adapters(alone, adapters)
     expected, expected_grads = nnx_loss(alone, X)
@@ -207,6 +211,10 @@ def make_plain():
         nnx.relu,
         nnx.Linear(48, 16, rngs=nnx.Rngs(1)),
     )
+
+
+def copy_kernel(to: Any, source: Any):
+    to.kernel[...] = jnp.asarray(np.asarray(source.kernel))
 
 
 def nnx_loss(model, x):

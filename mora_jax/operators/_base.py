@@ -4,7 +4,7 @@ import abc
 import dataclasses
 import functools
 import math
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +46,7 @@ class Operator(abc.ABC):
     """Whether q may not exceed `min(in_features, out_features)`."""
     multiple_of: ClassVar[int] = 1
     """What q must be divisible by."""
-    shard_type: ClassVar[type["Operator"] | None] = None
+    shard_type: ClassVar[type[Any] | None] = None
     """The class of its parts on a mesh, if not `_shard.Shard`, which serves all."""
     fold_from: ClassVar[float] = 2.0
     """From how many rows on it pays to fold the update into the kernel, in units of

@@ -49,7 +49,7 @@ class BlockShard(Shard):
         h = _among_zeros(x, reach * q, self.in_start % q)
         h = h.reshape(*x.shape[:-1], reach, q)
         h = whole._turn(h, first + jnp.arange(reach))
-        parts = [(whole._add_up(h), first)]
+        parts: list[tuple[jax.Array, Any]] = [(whole._add_up(h), first)]
         n = blocks(whole.in_features, q)
         if over := n * q - whole.in_features:  # the first features complete the last
             start = jnp.minimum(self.in_start, over)
