@@ -1,0 +1,73 @@
+"""How costs grow is measured, and planning is as fast as it should be."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+def run(*command):
+    """As users run it: XLA optimises, and nothing checks annotations."""
+    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    done = subprocess.run(
+        [sys.executable, *command],
+        capture_output=True,
+        text=True,
+        env=env,
+        cwd=BENCHMARKS,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_ten_thousand_kernels_take_no_second():
+    """The least of some times, since others may use the machine."""
+    script = """
+import growth
+shapes = growth.kernels(10_000)
+print(min(growth.plan_seconds(shapes)[2] for _ in range(4)))
+"""
+    assert float(run("-c", script)) < 1
+
+
+@pytest.mark.slow
+def test_growth(tmp_path):
+    out = tmp_path / "figures" / "growth.json"
+    printed = run("growth.py", "--quick", "--out", str(out))
+    rows = json.loads(out.read_text())["results"]
+    assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    steps = [row for row in rows if row["quantity"] in ("time", "memory")]
+    axes = {row["axis"] for row in steps}
+    assert axes == {"layers", "width", "rank", "tokens", "kernels"}
+    assert {row["method"] for row in steps} == {"frozen model", "sharing", "rotation"}
+    for row in rows:
+        assert len(row["x"]) == len(row["y"]) >= 3
+        low, high = row["arithmetic"]
+        if row["exponent"] is None:  # a busy machine: noise hides what an adapter adds
+            assert row["quantity"] == "time" and row["method"] != "frozen model"
+            assert "noise" in printed
+            continue
+        assert math.isfinite(row["exponent"])
+        if row["quantity"] == "memory":  # is planned, not measured
+            assert low - 0.3 < row["exponent"] < high + 0.3, row
+        if row["quantity"] in ("plan", "init", "plan and init"):
+            assert 0.7 < row["exponent"] < 1.3, row
+        if "scanned" in row["quantity"]:
+            assert row["exponent"] < 0.3, row
+        if row["quantity"] == "trace, unrolled" and row["method"] != "frozen model":
+            assert row["exponent"] > 0.3, row
+    for title in ("planning", "steps", "compilation"):
+        assert f"\n| {title} | |" in printed
+
+
+@pytest.mark.slow
+def test_bad_rounds():
+    command = [sys.executable, BENCHMARKS / "growth.py", "--rounds", "0"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and "--rounds must be at least 1" in done.stderr
