@@ -171,8 +171,9 @@ def check_adapter(m: Any, spec: AdapterSpec) -> None:
         raise TypeError(f"{name} must have a floating-point dtype, got {m.dtype}")
 
 
-# One program for each shape: it takes a tenth of what `jnp.zeros` itself does.
+# One program for each shape: a tenth of what JAX's own functions take when called so.
 _zeros = jax.jit(jnp.zeros, static_argnums=(0, 1))
+_normal = jax.jit(jax.random.normal, static_argnums=(1, 2))
 
 
 def init_adapter(spec: AdapterSpec, key: PRNGKeyArray | None = None) -> jax.Array:
@@ -183,4 +184,4 @@ def init_adapter(spec: AdapterSpec, key: PRNGKeyArray | None = None) -> jax.Arra
     if key is None:
         raise ValueError("init='gaussian' needs a key, got None")
     std = 1 / math.sqrt(spec.operator.square_rank)
-    return std * jax.random.normal(key, spec.shape, dtype)
+    return std * _normal(key, spec.shape, dtype)

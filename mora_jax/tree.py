@@ -17,6 +17,8 @@ from mora_jax.spec import SUFFIX, AdapterSpec, check_adapter, init_adapter
 
 Tree = dict[str, Any]
 
+_fold_in = jax.jit(jax.random.fold_in)
+
 
 def init(plan_or_frozen: Plan | FrozenDense, key: PRNGKeyArray | None = None) -> Tree:
     """New adapters: a tree that holds the M's and nothing else.
@@ -47,10 +49,8 @@ def init(plan_or_frozen: Plan | FrozenDense, key: PRNGKeyArray | None = None) ->
         )
 
     def one(spec: AdapterSpec) -> jax.Array:
-        own = (
-            None if key is None else jax.random.fold_in(key, crc32(spec.name.encode()))
-        )
-        return init_adapter(spec, own)
+        number = np.uint32(crc32(spec.name.encode()))
+        return init_adapter(spec, None if key is None else _fold_in(key, number))
 
     return nest({adapter_path(spec): one(spec) for spec in plan_or_frozen})
 

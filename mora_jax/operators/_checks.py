@@ -22,7 +22,7 @@ def check_array(name: str, array: Any, end: Shape) -> None:
 
 def positive_integer(name: str, value: object) -> None:
     """Raise unless `value` is an integer (not a bool) of at least 1."""
-    # int first: to ask for a protocol is slow, and plans ask for each of 10,000 kernels.
+    # int first: to ask for a protocol is slow, and plans ask for every kernel.
     if isinstance(value, bool) or not isinstance(value, int | SupportsIndex):
         raise TypeError(f"{name} must be a positive integer, got {value!r}")
     if value.__index__() < 1:
