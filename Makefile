@@ -12,7 +12,7 @@ setup = @sh .ci/venv '$(VENV)' '$(PYTHON)'
 run = $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-nnx quickstart bench bench-layer bench-torch test \
+.PHONY: help demo demo-nnx demo-sharded quickstart bench bench-layer bench-torch test \
   test-slow test-all test-tunix test-peft lint wheel clean env tools
 
 help: ## list the targets
@@ -29,6 +29,9 @@ demo: env ## teach a language model facts it does not know
 
 demo-nnx: env ## the same with the model's twin in Flax NNX
 	$(run) examples/teach_facts_nnx.py $(ARGS)
+
+demo-sharded: env ## train on a mesh of eight devices, all of them this CPU
+	$(run) examples/train_sharded.py --host-devices 8 --data 2 --fsdp 2 --model 2 $(ARGS)
 
 quickstart: env ## the shortest use of the library
 	$(run) examples/quickstart.py $(ARGS)

@@ -97,7 +97,7 @@ class Llama(nn.Module):
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """The logits, in float32."""
         size = self.shape
-        table = self.param(
+        table: Any = self.param(
             "embed_tokens",
             nn.with_logical_partitioning(
                 nn.initializers.normal(0.02), ("vocabulary", None)

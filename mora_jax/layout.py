@@ -53,7 +53,10 @@ class Layout:
         for k in range(1, len(axes) + 1):
             if axes[-k] == letter and shape[-k] > 1:
                 split = self.axes[k - 1] if k <= len(self.axes) else ()
-                found.append(tuple(a for a in split if a not in without))
+                # An axis of one device splits nothing, and XLA fails to add up over it.
+                axis_sizes = self.mesh.shape
+                some = (a for a in split if a not in without and axis_sizes[a] > 1)
+                found.append(tuple(some))
         *inner, first = found or [()]
         return () if any(inner) else first
 

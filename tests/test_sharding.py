@@ -303,6 +303,14 @@ def test_refused_settings(unchecked):
         sharding.adapter_shardings(PARAMS, SPECS, mesh=MESH)
 
 
+def test_axes_of_one_device_split_nothing():
+    """XLA's partitioner fails to add up over them, in a scan."""
+    mesh = jax.make_mesh((8, 1), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    one = Layout(mesh, (("data",), ("model",)), ())
+    assert one.of_rows("io", (8, 8)).ins == ()
+    assert one.of_rows("io", (8, 8)).outs == ("data",)
+
+
 def test_merges_where_the_kernel_is():
     """As on one device, and nothing is gathered."""
     named = jax.tree.map(lambda spec: NamedSharding(MESH, spec), SPECS, **is_spec)

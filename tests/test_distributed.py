@@ -1,0 +1,255 @@
+"""A run on a mesh survives what befalls long runs: SIGTERM, SIGKILL, another mesh."""
+
+import contextlib
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import llama
+import numpy as np
+import pytest
+import train_sharded
+from jax.sharding import NamedSharding, PartitionSpec
+
+import mora_jax
+from mora_jax import MoRAConfig
+
+EXAMPLE = Path(__file__).parents[1] / "examples/train_sharded.py"
+STEPS, EVERY, SECONDS = 12, 3, 240
+# With dropout and an update every other batch, all parts of a state matter. In float32,
+# so that meshes differ by less than a batch matters.
+SETTINGS = "--dtype float32 --batch 8 --tokens 16 --rank 2 --learning-rate 1e-2"
+SETTINGS += f" --dropout 0.1 --accumulate 2 --save-every {EVERY}"
+
+
+@contextlib.contextmanager
+def running(log, directory, options, steps=STEPS):
+    """The example as a process, which is killed if it has not ended by then."""
+    command = [sys.executable, EXAMPLE, *SETTINGS.split(), *options.split()]
+    command += ["--steps", str(steps), "--checkpoint", directory]
+    env = {
+        **os.environ,
+        "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+    with log.open("wb") as out:
+        process = subprocess.Popen(command, stdout=out, stderr=out, env=env)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+@contextlib.contextmanager
+def running_pair(tmp_path, directory, steps=STEPS):
+    """Two processes of two devices each."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    options = f"--host-devices 2 --model 2 --coordinator 127.0.0.1:{port} --processes 2"
+    with contextlib.ExitStack() as stack:
+        yield [
+            stack.enter_context(
+                running(tmp_path / f"{k}", directory, f"{options} --process {k}", steps)
+            )
+            for k in range(2)
+        ]
+
+
+def finish(log, directory, options="--host-devices 2"):
+    """What a run prints, which ends well."""
+    with running(log, directory, options) as process:
+        assert process.wait(SECONDS) == 0, log.read_text()
+    return log.read_text()
+
+
+def wait_until(condition, process, log):
+    """Poll `condition`, of a process that must be running until it holds."""
+    end = time.monotonic() + SECONDS
+    while not condition():
+        assert process.poll() is None, log.read_text()
+        assert time.monotonic() < end, log.read_text()
+        time.sleep(0.005)
+
+
+def saved(directory):
+    """The positions of all checkpoints that are whole."""
+    states = directory / "states"
+    names = [path.name for path in states.iterdir()] if states.exists() else []
+    return sorted(int(name) for name in names if name.isdecimal())
+
+
+def adapters(directory):
+    return mora_jax.load(directory / "adapter")[0]
+
+
+def assert_resumes(tmp_path, directory, whole, exactly):
+    """The rest of the run is what it would have been."""
+    start = saved(directory)[-1]
+    assert 0 < start < STEPS and not (directory / "adapter").exists()
+    out = finish(tmp_path / "resumed", directory)
+    assert f"{start}/{STEPS}" in out and f" {start - 1}/{STEPS}" not in out
+    assert saved(directory)[-1] == STEPS
+
+    def same(got, expected):
+        # A batch moves an M by up to 1e-2.
+        np.testing.assert_allclose(got, expected, rtol=0, atol=0 if exactly else 1e-4)
+        assert np.abs(expected).max() > 0.01
+
+    jax.tree.map(same, adapters(directory), adapters(whole))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run from begin to end, on two devices."""
+    path = tmp_path_factory.mktemp("whole")
+    (path / "log").write_text(finish(path / "log", path / "run"))
+    return path / "run"
+
+
+@pytest.mark.slow
+def test_loss_falls(whole):
+    out = (whole.parent / "log").read_text()
+    losses = [float(loss) for loss in re.findall(r"loss=([0-9.]+)", out)]
+    assert losses[-1] < losses[0] - 0.3 and "skipped=0" in out
+    assert saved(whole) == list(range(EVERY, STEPS + 1, EVERY))[-train_sharded.KEPT :]
+    metadata = mora_jax.io.read_metadata(whole / "adapter")
+    assert metadata["rank"] == 2 and metadata["accumulate"] == 2
+
+
+@pytest.mark.slow
+def test_sigterm_saves_and_the_rest_is_the_same_bit_for_bit(tmp_path, whole):
+    log, directory = tmp_path / "log", tmp_path / "run"
+    with running(log, directory, "--host-devices 2 --save-every 100") as process:
+        wait_until(lambda: re.search(r" [3-9]/12", log.read_text()), process, log)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(SECONDS) == 0, log.read_text()
+    [last] = saved(directory)
+    assert f"SIGTERM: saved after batch {last}," in log.read_text()
+    assert_resumes(tmp_path, directory, whole, exactly=True)
+
+
+@pytest.mark.slow
+def test_killed_while_saving(tmp_path, whole):
+    """What is half written is passed over."""
+    log, directory = tmp_path / "log", tmp_path / "run"
+    with running(log, directory, "--host-devices 2") as process:
+        wait_until(lambda: saved(directory), process, log)
+        wait_until(lambda: any((directory / "states").glob("6*")), process, log)
+        process.kill()
+    assert_resumes(tmp_path, directory, whole, exactly=True)
+
+
+@pytest.mark.slow
+def test_one_of_two_processes_is_killed_and_another_mesh_goes_on(tmp_path, whole):
+    directory = tmp_path / "run"
+    with running_pair(tmp_path, directory) as (first, second):
+        wait_until(lambda: saved(directory), first, tmp_path / "0")
+        second.kill()
+        second.wait()
+        # The other waits for it, or fails; but it cannot end well.
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            assert first.wait(2) != 0
+    assert_resumes(tmp_path, directory, whole, exactly=False)
+
+
+@pytest.mark.slow
+def test_sigterm_to_one_of_two_processes_stops_both(tmp_path):
+    directory = tmp_path / "run"
+    with running_pair(tmp_path, directory, steps=10_000) as (first, second):
+        wait_until(lambda: saved(directory), first, tmp_path / "0")
+        second.send_signal(signal.SIGTERM)
+        for process in (first, second):
+            assert process.wait(SECONDS) == 0, (tmp_path / "0").read_text()
+    message = f"SIGTERM: saved after batch {saved(directory)[-1]},"
+    assert message in (tmp_path / "0").read_text()
+    assert message not in (tmp_path / "1").read_text()
+
+
+def test_batches_are_the_same_on_any_mesh_and_from_any_position():
+    def batches(sizes, position=0):
+        return train_sharded.Batches(8, 20, llama.make_mesh(*sizes), 3, position)
+
+    first = batches((1, 1, 1))
+    taken = [np.asarray(next(first)) for _ in range(4)]
+    assert len({batch.tobytes() for batch in taken}) == 4
+    assert len({row.tobytes() for row in taken[0]}) == 8
+    for sizes in ((1, 8, 1), (2, 2, 2), (1, 1, 8)):
+        again = batches(sizes, position=2)
+        np.testing.assert_array_equal(next(again), taken[2])
+        np.testing.assert_array_equal(batch := next(again), taken[3])
+        assert again.position == 4 and batch.sharding.mesh.devices.shape == sizes
+        rows = 8 // (sizes[0] * sizes[1])
+        assert {shard.data.shape for shard in batch.addressable_shards} == {(rows, 20)}
+
+
+@pytest.fixture
+def state():
+    """A state of adapters for stacked kernels, which the mesh splits."""
+    kernel = jax.ShapeDtypeStruct((4, 16, 16), jnp.float32)
+    config = MoRAConfig(rank=2, overrides={".*": {"axes": "sio"}})
+    plan = mora_jax.plan({"fc": {"kernel": kernel}}, config)
+    tx = train_sharded.make_optimizer(train_sharded.arguments([]))
+
+    def make(mesh, *axes):
+        places = {"fc": {"kernel": NamedSharding(mesh, PartitionSpec(*axes))}}
+        adapter_places = mora_jax.sharding.adapter_shardings(plan, places)
+        state = train_sharded.first_state(plan, tx, 0)
+        whole = NamedSharding(mesh, PartitionSpec())
+        places = train_sharded.place_state(state, tx, adapter_places, whole)
+        state = jax.tree.map(lambda leaf: leaf + jnp.ones_like(leaf), state)
+        return jax.device_put(state, places)
+
+    return make
+
+
+def test_newest_whole_checkpoint_goes_into_another_mesh(tmp_path, state):
+    def checkpoints(*options):
+        options = ["--checkpoint", str(tmp_path / "run"), *options]
+        return train_sharded.Checkpoints(train_sharded.arguments(options))
+
+    before = state(llama.make_mesh(1, 4, 2), "fsdp")
+    moments = jax.tree.leaves(before["optimizer"])
+    split = [m.sharding.spec for m in moments if m.ndim == 3]
+    assert split == [PartitionSpec("fsdp", None, None)] * 3  # two, and the sum
+    like = jax.eval_shape(lambda: before)
+    assert checkpoints().newest(like) is None
+    for position in (3, 6):
+        checkpoints().save(position, before)
+    # As a process leaves it that is killed while it saves.
+    (tmp_path / "run/states/9.orbax-checkpoint-tmp-1").mkdir()
+
+    after = state(llama.make_mesh(1, 1, 2), None, "model")
+    like = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype, sharding=leaf.sharding
+        ),
+        after,
+    )
+    got = checkpoints("--steps", "999", "--model", "2").newest(like)
+
+    def same(got, wanted, expected):
+        assert got.sharding == wanted.sharding and got.dtype == wanted.dtype
+        np.testing.assert_array_equal(got, expected)
+
+    jax.tree.map(same, got, after, before)
+    with pytest.raises(SystemExit, match="rank must be 8 as in .*states, got 4"):
+        checkpoints("--rank", "4").newest(like)
+
+
+def test_bad_options():
+    for options, message in (
+        (["--data", "3"], "data x fsdp x model must be 8, .* got 3 x 2 x 1"),
+        (["--batch", "12"], "--batch must be a multiple of data x fsdp = 8, got 12"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            train_sharded.make_mesh(train_sharded.arguments(options))

@@ -1,0 +1,170 @@
+"""Big models on paper: what is said of them is counted rightly."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+PROGRAM = """
+import json
+
+import scale
+
+scale.start(4)
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType, PartitionSpec as P
+
+mesh = jax.make_mesh((2, 2), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
+
+
+def local(x):  # (8, 16) float32, 512 bytes
+    def outer(x, _):
+        x = jnp.sin(jax.lax.psum(x, ("a", "b")))  # 5 x 2 x 512 x 3/4
+        return jax.lax.scan(inner, x, None, length=3)[0], None
+
+    def inner(x, _):
+        swapped = jax.lax.ppermute(x, "a", ((0, 1), (1, 0)))  # 15 x 512
+        return jnp.cos(swapped) * x, None
+
+    x, _ = jax.lax.scan(outer, x, None, length=5)
+    y = jax.lax.all_gather(x, "b", tiled=True)  # (16, 16): 1024 x 1/2
+    z = jax.lax.psum_scatter(x, "b", tiled=True)  # (4, 16): 256 x 1
+    w = jax.lax.all_to_all(x, ("a", "b"), 0, 0, tiled=True)  # 512 x 3/4
+    return x * jnp.sum(y) * jnp.sum(z) * w
+
+
+both = P(("a", "b"))
+f = jax.shard_map(local, mesh=mesh, in_specs=both, out_specs=both, check_vma=False)
+text = jax.jit(f).lower(jnp.ones((32, 16))).compile().as_text()
+print(json.dumps(scale.traffic(text)))
+"""
+
+
+def test_traffic_of_a_known_program():
+    env = {**os.environ, "PYTHONPATH": str(BENCHMARKS)}
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM], capture_output=True, text=True, env=env
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == {
+        "all-reduce": 5 * 2 * 512 * 3 / 4,
+        "collective-permute": 15 * 512,
+        "all-gather": 512,
+        "reduce-scatter": 256,
+        "all-to-all": 384,
+    }
+
+
+@pytest.fixture
+def scale(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import scale
+
+    return scale
+
+
+def hlo(loop="", groups="[2,4]<=[8]"):
+    return f"""HloModule step, num_partitions=8
+
+%body.1 (p: (s32[], f32[4,2])) -> (s32[], f32[4,2]) {{
+  %sum = (f32[4,2]{{1,0}}, /*index=1*/bf16[8]{{0}}) all-reduce(%x, %y), \
+channel_id=1, replica_groups={groups}, to_apply=%add
+}}
+
+%cond.1 (p: (s32[], f32[4,2])) -> pred[] {{
+  ROOT %less = pred[] compare(%i, %n), direction=LT
+}}
+
+%add (a: f32[], b: f32[]) -> f32[] {{
+  ROOT %c = f32[] add(%a, %b)
+}}
+
+ENTRY %main (x: f32[4,2]) -> f32[4,2] {{
+  %loop = (s32[], f32[4,2]) while(%t), condition=%cond.1, body=%body.1{loop}
+  ROOT %out = f32[4,2] get-tuple-element(%loop), index=1
+}}
+"""
+
+
+TRIPS = ', backend_config={"known_trip_count":{"n":"7"}}'
+
+
+@pytest.mark.parametrize(
+    ("groups", "size"),
+    [
+        ("{{0,1},{2,3},{4,5},{6,7}}", 2),
+        ("[2,4]<=[4,2]T(1,0)", 4),
+        ("mesh['axis_0'=4,'axis_1'=2] {'axis_0'}", 4),
+        ("mesh['a'=4,'b'=2], device_ids=([4,2]T(1,0)) {'b','a'}", 8),
+        ("mesh['a'=4,'b'=2] {'a':(1)2,'b'}", 4),
+    ],
+)
+def test_groups_and_loops(scale, groups, size):
+    expected = {"all-reduce": 7 * (32 + 16) * 2 * (size - 1) / size}
+    assert scale.traffic(hlo(TRIPS, groups)) == expected
+    halved = scale.traffic(hlo(TRIPS, groups), {**scale.SIZES, "f32": 2})
+    assert halved["all-reduce"] == pytest.approx(expected["all-reduce"] * 2 / 3)
+
+
+def test_what_cannot_be_counted_is_refused(scale):
+    with pytest.raises(ValueError, match="how often"):
+        scale.traffic(hlo())
+    with pytest.raises(ValueError, match="must have groups"):
+        scale.traffic(hlo(TRIPS, "?"))
+    with pytest.raises(ValueError, match="asynchronous"):
+        scale.traffic(hlo(TRIPS).replace("all-reduce(", "all-reduce-start("))
+
+
+def run(*args):
+    command = [sys.executable, BENCHMARKS / "scale.py", *args]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+@pytest.mark.slow
+def test_quick(tmp_path):
+    out = tmp_path / "figures" / "scale.json"
+    done = run("--quick", "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    report = json.loads(out.read_text())
+    rows = {r["method"]: r for r in report["results"] if r["kind"] == "step"}
+    every, lora = rows["every parameter"], rows["LoRA"]
+    for name in ("MoRA, rotation", "MoRA, rotation, M split", "MoRA, sharing", "LoRA"):
+        row = rows[name]
+        assert 0 < row["trained"] <= lora["trained"] < every["trained"]
+        assert row["gradients"] < row["optimizer state"] < every["optimizer state"]
+        assert row["traffic"] == sum(row["collectives"].values()) < every["traffic"]
+        assert f"| {name} |" in done.stdout
+    for row in rows.values():  # two moments of the trained's dtype, and a counter
+        assert row["optimizer state"] == 2 * row["gradients"] + 4
+    assert every["parameters"] == every["gradients"]  # bfloat16, split over 8 devices
+    assert every["trained"] * 2 / 8 < every["parameters"] < every["trained"] * 2 / 3
+    whole, split = rows["MoRA, rotation"], rows["MoRA, rotation, M split"]
+    assert whole["gradients"] == 4 * whole["trained"] == 2 * split["gradients"]
+    depth = [r for r in report["results"] if r["kind"] == "depth"]
+    assert [r["layers"] for r in depth] == [2, 8, 32] and depth[-1]["relative"] < 1.5
+    real = [r for r in report["results"] if r["kind"] == "real"]
+    assert [r["devices"] for r in real] == [1, 8]
+    assert all(0.8 < r["ratio"] < 1.3 for r in real)
+    assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--tokens", "1"], "--tokens must be at least 2, got 1"),
+        (["--models", "7b"], "invalid choice: '7b'"),
+        (["--devices", "5"], "invalid choice: 5"),
+        (["--methods", "rotate"], "invalid choice: 'rotate'"),
+    ],
+)
+def test_bad_options(args, message):
+    done = run(*args)
+    assert done.returncode == 2 and message in done.stderr
