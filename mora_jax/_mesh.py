@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from mora_jax._linear import LinearMap
 from mora_jax._types import Shape
@@ -90,10 +90,6 @@ class FeatureMesh:
         )
         # Compiled, or some axes alone could not be mapped.
         return jax.jit(mapped)(*places, *args)
-
-    def gathered(self, x: jax.Array) -> jax.Array:
-        """Within `run`: a part of an array, all of it that other axes split."""
-        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, WHOLE))
 
     def _sum(self, x: jax.Array, axes: Axes) -> jax.Array:
         # XLA's CPU compiler crashes on sums of 16-bit numbers over some axes alone.

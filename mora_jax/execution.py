@@ -58,6 +58,8 @@ def update(
     """
     check_product(spec, product)
     m, x = jnp.asarray(m).astype(dtype), jnp.asarray(x)
+    if spec.layout is not None:
+        m = spec.layout.gather_m(m)
     kernel = _kernel_update(spec, product, m, precision)
     if isinstance(product, Lookup):  # an index is dropped with its row
         y = product.update(kernel, x)

@@ -52,7 +52,10 @@ def folded_product(
     settings = Settings.of(spec, x, kernel, product, multiply, precision)
     maps = {1: UpdateByM(settings), 3: _ByX(settings)}
     folded = with_derivatives(_Folded(settings), maps)
-    return folded(spec.operator, jnp.asarray(m), kernel, x)
+    m = jnp.asarray(m)
+    if spec.layout is not None:
+        m = spec.layout.gather_m(m)
+    return folded(spec.operator, m, kernel, x)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from mora_jax._linear import with_derivatives
 from mora_jax._mesh import WHOLE, Axes, FeatureMesh, OnShards
@@ -53,9 +53,10 @@ def fused_product(
     mesh = settings.layout.of_rows(settings.axes, settings.shape)
     x_spec, kernel_spec, y_spec = _specs(product, settings, mesh)
     specs = WHOLE, WHOLE, kernel_spec
-    by_x = OnShards.of(mesh, _Both(mesh, settings), x, x_spec, y_spec, specs)
+    by_x = _ByX.of(mesh, _Both(mesh, settings), x, x_spec, y_spec, specs)
     function = with_derivatives(_Fused(by_x), {1: UpdateByM(settings), 3: by_x})
-    return function(spec.operator, jnp.asarray(m), kernel, x)
+    m = settings.layout.gather_m(jnp.asarray(m))
+    return function(spec.operator, m, kernel, x)
 
 
 def _specs(
@@ -91,13 +92,29 @@ class _Both:
         kernel: jax.Array,
     ) -> jax.Array:
         one, here = self.settings, shard(op, self.mesh, k_in, k_out)
-        assert one.layout is not None
-        if one.layout.gathers:  # or XLA might gather inputs for the kernel's sake
-            kernel = self.mesh.gathered(kernel)
         y = one.multiply(x, kernel)
         m, x = m.astype(y.dtype), x.astype(y.dtype)
         update = KernelUpdate(here, m, kernel.shape, one.axes, one.precision)
         return y + one.product.update(update, x) * jnp.asarray(one.alpha, y.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class _ByX(OnShards):
+    """A map with a kernel among its residuals, which axes of the batch may split.
+
+    Such a kernel is gathered, or XLA might gather inputs for its sake: from its parts
+    in each direction, so that no gathered one is kept.
+    """
+
+    def forward(self, residuals: Any, x: jax.Array) -> jax.Array:
+        return super().forward(self._gather(*residuals), x)
+
+    def backward(self, residuals: Any, y: jax.Array) -> jax.Array:
+        return super().backward(self._gather(*residuals), y)
+
+    def _gather(self, op: Operator, m: jax.Array, kernel: jax.Array) -> Any:
+        whole = NamedSharding(self.mesh.mesh, self.specs[-1])
+        return op, m, jax.lax.with_sharding_constraint(kernel, whole)
 
 
 @dataclasses.dataclass(frozen=True)

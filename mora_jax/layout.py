@@ -2,7 +2,8 @@
 
 import dataclasses
 
-from jax.sharding import AbstractMesh, Mesh
+import jax
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from mora_jax._mesh import Axes, FeatureMesh
 from mora_jax._types import Shape
@@ -30,6 +31,14 @@ class Layout:
     def gathers(self) -> bool:
         """Whether the kernel is gathered before it is used."""
         return any(axis in self.batch_axes for axes in self.axes for axis in axes)
+
+    def gather_m(self, m: jax.Array) -> jax.Array:
+        """All of each M, wherever it is kept, or its split would spread to others."""
+        if isinstance(self.mesh, AbstractMesh):  # explicit: its type says the same
+            return m
+        stack = [PartitionSpec.UNCONSTRAINED] * (m.ndim - 2)
+        whole = NamedSharding(self.mesh, PartitionSpec(*stack, None, None))
+        return jax.lax.with_sharding_constraint(m, whole)
 
     def of_rows(self, axes: str, shape: Shape) -> FeatureMesh:
         """How inputs and outputs are split, by the features of a kernel."""
