@@ -39,7 +39,8 @@ def adapter_shardings(
         metadata: boxes of Linen with mesh axes or logical names, whose rules are those
         of `nn.logical_axis_rules`, or the state of an NNX model.
       mesh: the devices, where leaves do not say.
-      square: mesh axes that split the two axes of M; none by default, since M is small.
+      square: mesh axes that split the two axes of M, which then is gathered in each
+        step; none by default, since M is small.
 
     Returns:
       A tree of `NamedSharding`s as `init` makes one of M's, for `jax.device_put`, the

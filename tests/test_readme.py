@@ -131,6 +131,19 @@ def test_table_of_single_layers_is_as_measured():
     assert table in BENCHMARKS, f"benchmarks/README.md should hold:\n{table}"
 
 
+def test_table_of_big_models_is_as_measured():
+    rows = [row for row in results("scale.json") if row["kind"] == "step"]
+    columns = "parameters", "optimizer state", "temporaries", "traffic"
+    shown = {("8b", 8), ("70b", 64), ("405b", 256)}
+    for row in rows:
+        mesh = row["mesh"].removeprefix("data 1 x fsdp ").replace("model ", "")
+        cells = [f"{row['model'].upper()}, {row['devices']} ({mesh})", row["method"]]
+        cells += [f"{row[column] / 1e9:.2f}" for column in columns]
+        if (row["model"], row["devices"]) in shown:
+            assert f"| {' | '.join(cells)} |" in BENCHMARKS
+    assert shown <= {(row["model"], row["devices"]) for row in rows}
+
+
 def example(title):
     """The first block of code under a heading."""
     section = README.split(f"## {title}\n")[1].split("\n## ")[0]
