@@ -95,8 +95,12 @@ def _is_of_few(case: Case) -> bool:
     return kind != "sharing" or variant in _FEW_SHARING
 
 
-# For laws that rest on others; all cases and sizes are among the slow tests.
+_KINDS = ("sharing-strided-strided-normalised", "rotation", "permutation", "hadamard")
+
+# For laws that rest on others; all cases and sizes are among the slow tests. Kinds are
+# for what JAX's transformations do to an operator: one of each way to compute.
 FEW_CASES = [pytest.param(case, marks=_slow(_is_of_few(case))) for case in CASES]
+KINDS = [pytest.param(case, marks=_slow(case.label in _KINDS)) for case in CASES]
 FEW_SIZES = [pytest.param(size, marks=_slow(size in _FEW_SIZES)) for size in SIZES]
 
 
@@ -107,4 +111,5 @@ def _label(case: Case) -> str:
 by_case = pytest.mark.parametrize("case", CASES, ids=_label)
 by_size = pytest.mark.parametrize("size", SIZES, ids=str)
 by_few_cases = pytest.mark.parametrize("case", FEW_CASES, ids=_label)
+by_kind = pytest.mark.parametrize("case", KINDS, ids=_label)
 by_few_sizes = pytest.mark.parametrize("size", FEW_SIZES, ids=str)

@@ -92,7 +92,9 @@ def twin(llama):
     return twin
 
 
-@pytest.mark.parametrize("operator", ["rotation", "sharing"])
+@pytest.mark.parametrize(
+    "operator", [pytest.param("rotation", marks=pytest.mark.slow), "sharing"]
+)
 def test_twins_are_one_model(llama, twin, operator):
     """The same adapters give the same logits and gradients, and the same plan."""
     model, variables = llama

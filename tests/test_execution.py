@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from cases import CASES, by_few_cases
+from cases import CASES, by_few_cases, by_kind
 from flax import nnx
 from jax.test_util import check_grads
 
@@ -66,7 +66,7 @@ def test_oracle(case, way, size, float64):
         close(value, expected)
 
 
-@by_few_cases
+@by_kind
 @by_way
 def test_derivatives_of_both_orders(case, way, float64):
     frozen = make(case, 10, 6, 4, way)
@@ -74,7 +74,7 @@ def test_derivatives_of_both_orders(case, way, float64):
     check_grads(lambda *args: loss(*args, frozen), args, order=2, rtol=1e-4)
 
 
-@by_few_cases
+@by_kind
 def test_transformations(case):
     """Of the folded product: as of the other, or as a loop over the batch."""
     frozen = make(case, 12, 10, 4, "fold")

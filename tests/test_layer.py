@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from cases import by_few_cases
+from cases import by_few_cases, by_kind
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -117,7 +117,7 @@ def test_gradients(case):
     chex.assert_trees_all_close(got, expected, atol=1e-4)
 
 
-@by_few_cases
+@by_kind
 def test_transforms(case):
     """jit, vmap, scan and remat give what eager gives; one compilation serves."""
     frozen = make(case)

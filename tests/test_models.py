@@ -82,6 +82,7 @@ def check_zero_and_merged(model, variables, args, chosen, apply, atol):
     assert jnp.abs(jax.tree.leaves(adapted)[0] - jax.tree.leaves(base)[0]).max() > 1e-2
 
 
+@pytest.mark.slow
 def test_bert(bert):
     model, variables, args = bert
     chosen, apply = adapt(model, variables, args, rank=4)
@@ -96,9 +97,8 @@ def test_bert(bert):
     check_zero_and_merged(model, variables, args, chosen, apply, atol=1e-4)
 
 
-@pytest.mark.parametrize(
-    "operator", ["sharing", pytest.param("rotation", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("operator", ["rotation", "sharing"])
 def test_bert_learns(bert, operator):
     """A few steps of adam lower a loss on real weights."""
     model, variables, args = bert

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from cases import by_case, by_few_cases, by_few_sizes, by_size
+from cases import by_case, by_few_cases, by_few_sizes, by_kind
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.test_util import check_grads
@@ -61,7 +61,7 @@ def check_laws(case, op: Operator):
 
 
 @by_few_cases
-@by_size
+@by_few_sizes
 def test_laws(case, size):
     ins, outs, q = size
     check_laws(case, case.make(ins, outs, fit(case, ins, outs, q)))
@@ -142,7 +142,7 @@ def test_adjoint(case):
         )
 
 
-@by_few_cases
+@by_kind
 def test_transforms(case):
     """jit = eager, vmap = loop, gradients are right, and one compilation serves."""
     op = case.make(12, 10, fit(case, 12, 10, 4))

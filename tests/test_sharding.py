@@ -119,7 +119,7 @@ def test_layer_is_as_on_one_device(case, split):
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.label)
 @pytest.mark.parametrize("execution", ["activation", "fold"])
-@by_split
+@pytest.mark.parametrize("split", ["fsdp-columns", "fsdp-rows", "both"])
 def test_layer_is_as_on_one_device_whatever_the_split(case, split, execution):
     check_layer(case, split, execution)
     check_layer(case, split, execution, ins=48, outs=16, q=8)  # blocks on one shard
