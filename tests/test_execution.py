@@ -46,7 +46,7 @@ def loss(m, kernel, x, frozen):
     return jnp.sum(jnp.sin(mora_apply({"kernel_mora": m}, frozen, x)))
 
 
-@by_few_cases
+@by_kind
 @by_way
 @by_size
 def test_oracle(case, way, size, float64):

@@ -215,7 +215,7 @@ def test_merged_is_adapted_for_every_operator(name, case):
     test_merged_is_adapted(name, case.spec)
 
 
-@by_law("sharing")
+@by_law("sharing", slow=["sharing"])
 def test_linen_learns_as_nnx(name, operator):
     """Equal plans and gradients; those of an embedding are the merged model's."""
     twin = twin_of(name, operator)
