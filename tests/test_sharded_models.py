@@ -125,14 +125,16 @@ FEW = ("sharing", "rotation")
 
 
 @pytest.mark.parametrize(
-    "operator",
+    ("operator", "execution"),
     [
-        pytest.param(name, marks=[] if name in FEW else [pytest.mark.slow])
-        for name in OPERATORS
+        *((name, "auto") for name in FEW),
+        *(
+            pytest.param(name, "auto", marks=pytest.mark.slow)
+            for name in OPERATORS
+            if name not in FEW
+        ),
+        *(pytest.param(name, "fold", marks=pytest.mark.slow) for name in FEW),
     ],
-)
-@pytest.mark.parametrize(
-    "execution", ["auto", pytest.param("fold", marks=pytest.mark.slow)]
 )
 def test_linen_learns_as_on_one_device(variables, operator, execution):
     config = MoRAConfig(square_rank=8, operator=operator, execution=execution)

@@ -93,6 +93,11 @@ def base_step(x_spec, y_spec):
     return jax.jit(run)
 
 
+NORMAL = [
+    case
+    for case in CASES
+    if case.label in ("sharing-strided-strided-normalised", *OPERATORS)
+]
 by_split = pytest.mark.parametrize("split", SPLITS)
 
 
@@ -117,7 +122,7 @@ def test_layer_is_as_on_one_device(case, split):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.label)
+@pytest.mark.parametrize("case", NORMAL, ids=lambda case: case.label)
 @pytest.mark.parametrize("execution", ["activation", "fold"])
 @pytest.mark.parametrize("split", ["fsdp-columns", "fsdp-rows", "both"])
 def test_layer_is_as_on_one_device_whatever_the_split(case, split, execution):
@@ -156,11 +161,6 @@ def traffic(case, split, execution, known):
     return base, collectives(program) - base
 
 
-NORMAL = [
-    case
-    for case in CASES
-    if case.label in ("sharing-strided-strided-normalised", *OPERATORS)
-]
 by_operator = pytest.mark.parametrize("case", NORMAL, ids=lambda case: case.label)
 
 
