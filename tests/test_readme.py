@@ -131,6 +131,12 @@ def test_table_of_single_layers_is_as_measured():
     assert table in BENCHMARKS, f"benchmarks/README.md should hold:\n{table}"
 
 
+def test_exponents_are_as_measured():
+    for row in results("growth.json"):
+        if row["axis"] != "kernels" or row["quantity"] in ("time", "memory"):
+            assert f" {row['exponent']:.2f} ({row['arithmetic'][0]:.3g}" in BENCHMARKS
+
+
 def test_table_of_big_models_is_as_measured():
     rows = [row for row in results("scale.json") if row["kind"] == "step"]
     columns = "parameters", "optimizer state", "temporaries", "traffic"
