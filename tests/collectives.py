@@ -16,13 +16,13 @@ _ARRAY = re.compile(r"\w+\[([\d,]*)\]")
 
 
 def collectives(compiled):
-    """{(kind, shape): how often it is in the program}; scalars are left out."""
+    """{(kind, shape without ones): how often it is there}; scalars are left out."""
     found = collections.Counter()
     for line in compiled.as_text().splitlines():
         if match := _CALL.search(line):
             arrays, kind = match.groups()
             for dims in _ARRAY.findall(arrays):
-                shape = tuple(int(n) for n in dims.split(",") if n)
-                if set(shape) - {1}:
+                shape = tuple(int(n) for n in dims.split(",") if n not in ("", "1"))
+                if shape:
                     found[kind, shape] += 1
     return found

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from collectives import collectives
 from flax import nnx
 from flax.linen.spmd import logical_to_mesh_sharding
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
@@ -90,9 +91,9 @@ def variables():
     return nn.unbox(Model().init(jax.random.key(1), X))
 
 
-def base_shardings():
+def base_shardings(rules=RULES):
     specs = nn.get_partition_spec(BOXED)
-    return logical_to_mesh_sharding(specs, MESH, RULES)
+    return logical_to_mesh_sharding(specs, MESH, rules)
 
 
 def some(plan):
@@ -113,9 +114,9 @@ def losses(plan):
     return jax.jit(jax.value_and_grad(loss))
 
 
-def on_mesh(plan, boxed=BOXED):
+def on_mesh(plan, boxed=BOXED, rules=RULES):
     """The plan and the shardings of its adapters."""
-    with nn.logical_axis_rules(RULES):
+    with nn.logical_axis_rules(rules):
         shardings = sharding.adapter_shardings(plan, boxed["params"], mesh=MESH)
         plan = sharding.shard(plan, boxed["params"], batch_axes="data", mesh=MESH)
     return plan, shardings
@@ -157,6 +158,46 @@ def test_linen_learns_as_on_one_device(variables, operator, execution):
         np.testing.assert_allclose(one, other, atol=1e-5 * np.abs(other).max())
     step(*arrays)
     assert step._cache_size() == 1
+
+
+@pytest.mark.parametrize("operator", FEW)
+def test_no_hidden_traffic(operator):
+    """Of a whole model: gradients of M's are added up, and what C gives; no more.
+
+    Without FSDP, whose gathers XLA splits up in other ways than the base's.
+    """
+    plan = linen.plan(Model(), BOXED, MoRAConfig(square_rank=8, operator=operator), X)
+    rules = tuple(rule for rule in RULES if rule[0] != "embed")
+    plan, shardings = on_mesh(plan, rules=rules)
+    apply = linen.wrap(Model(), plan)
+    by_x = NamedSharding(MESH, P("data"))
+
+    def loss(adapters, x, variables):
+        return jnp.mean(apply(adapters, variables, x) ** 2)
+
+    def base_loss(x, variables):
+        return jnp.mean(Model().apply(variables, x) ** 2)
+
+    def program(function, *args):
+        argnums = tuple(range(len(args) - 1))
+        gradient = jax.jit(jax.value_and_grad(function, argnums))
+        return collectives(gradient.lower(*args).compile())
+
+    def shapes(tree, places):
+        return jax.tree.map(
+            lambda a, place: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place),
+            tree,
+            places,
+        )
+
+    variables = shapes(nn.unbox(BOXED), base_shardings(rules))
+    x = jax.ShapeDtypeStruct(X.shape, X.dtype, sharding=by_x)
+    adapters = shapes(mora_jax.init(plan), shardings)
+    extra = program(loss, adapters, x, variables) - program(base_loss, x, variables)
+    expected = {("all-reduce", (8, 8))}
+    if operator == "sharing":
+        expected.add(("all-reduce", (2, 3, 8)))
+    assert set(extra) == expected
 
 
 def make_nnx():
