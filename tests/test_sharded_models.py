@@ -5,6 +5,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import llama
 import numpy as np
 import pytest
 from collectives import collectives
@@ -183,21 +184,61 @@ def test_no_hidden_traffic(operator):
         gradient = jax.jit(jax.value_and_grad(function, argnums))
         return collectives(gradient.lower(*args).compile())
 
-    def shapes(tree, places):
-        return jax.tree.map(
-            lambda a, place: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place),
-            tree,
-            places,
-        )
-
-    variables = shapes(nn.unbox(BOXED), base_shardings(rules))
+    variables = as_placed(nn.unbox(BOXED), base_shardings(rules))
     x = jax.ShapeDtypeStruct(X.shape, X.dtype, sharding=by_x)
-    adapters = shapes(mora_jax.init(plan), shardings)
+    adapters = as_placed(mora_jax.init(plan), shardings)
     extra = program(loss, adapters, x, variables) - program(base_loss, x, variables)
     expected = {("all-reduce", (8, 8))}
     if operator == "sharing":
         expected.add(("all-reduce", (2, 3, 8)))
     assert set(extra) == expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("operator", FEW)
+def test_no_hidden_traffic_in_a_llama(operator):
+    """With FSDP, tensor parallelism and remat: as above, and no more is gathered."""
+    mesh = llama.make_mesh(2, 2, 2)
+    model = llama.Llama(llama.SHAPES["tiny"], mesh)
+    tokens = jax.ShapeDtypeStruct(
+        (8, 16), jnp.int32, sharding=NamedSharding(mesh, P(llama.BATCH_AXES))
+    )
+    boxed = jax.eval_shape(model.init, jax.random.key(0), tokens)
+    specs = nn.get_partition_spec(boxed)
+    places = logical_to_mesh_sharding(specs, mesh, llama.RULES)
+    variables = as_placed(nn.unbox(boxed), places)
+    table = variables["params"].pop("embed_tokens")
+    plan = linen.plan(
+        model, boxed, MoRAConfig(square_rank=40, operator=operator), tokens
+    )
+    plan = sharding.shard(plan, places["params"], batch_axes=llama.BATCH_AXES)
+    shardings = sharding.adapter_shardings(plan, places["params"])
+    adapters = as_placed(mora_jax.init(plan), shardings)
+    apply = linen.wrap(model, plan)
+
+    def whole(variables, table):
+        return {"params": {**variables["params"], "embed_tokens": table}}
+
+    def loss(adapters, table, variables, tokens):
+        return jnp.mean(apply(adapters, whole(variables, table), tokens) ** 2)
+
+    def base_loss(table, variables, tokens):
+        return jnp.mean(model.apply(whole(variables, table), tokens) ** 2)
+
+    step = jax.jit(jax.value_and_grad(loss, (0, 1)))
+    program = collectives(step.lower(adapters, table, variables, tokens).compile())
+    step = jax.jit(jax.value_and_grad(base_loss))
+    base = collectives(step.lower(table, variables, tokens).compile())
+    rows = {("all-reduce", (2, 16, 40))} if operator == "sharing" else set()
+    assert set(program - base) == {("all-reduce", (40, 40))} | rows
+
+
+def as_placed(tree, places):
+    return jax.tree.map(
+        lambda a, place: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place),
+        tree,
+        places,
+    )
 
 
 def make_nnx():
