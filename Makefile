@@ -12,17 +12,18 @@ setup = @sh .ci/venv '$(VENV)' '$(PYTHON)'
 run = $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-nnx demo-sharded quickstart bench bench-layer bench-torch test \
+.PHONY: help demo demo-nnx demo-sharded quickstart bench bench-layer bench-growth \
+  bench-scale bench-torch test \
   test-slow test-all test-tunix test-peft lint wheel clean env tools
 
 help: ## list the targets
 	@echo 'Targets:'
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' Makefile \
-	  | while IFS='|' read -r name text; do printf '  %-12s%s\n' "$$name" "$$text"; done
+	  | while IFS='|' read -r name text; do printf '  %-14s%s\n' "$$name" "$$text"; done
 	@echo 'Variables:'
-	@echo '  PYTHON      the interpreter, 3.11 or newer (now: $(PYTHON))'
-	@echo '  ARGS        options of the demos, quickstart and benchmarks, as in: make demo ARGS=--help'
-	@echo '  PYTEST_ARGS options of the tests, as in: make test PYTEST_ARGS="-k merge"'
+	@echo '  PYTHON        the interpreter, 3.11 or newer (now: $(PYTHON))'
+	@echo '  ARGS          options of the demos, quickstart and benchmarks, as in: make demo ARGS=--help'
+	@echo '  PYTEST_ARGS   options of the tests, as in: make test PYTEST_ARGS="-k merge"'
 
 demo: env ## teach a language model facts it does not know
 	$(run) examples/teach_facts.py $(ARGS)
@@ -41,6 +42,12 @@ bench: env ## a training step against the frozen model and LoRA, in turns
 
 bench-layer: env ## one layer, both ways to compute it, beside a model of the cost
 	$(run) benchmarks/one_layer.py $(ARGS)
+
+bench-growth: env ## how an adapter's cost grows with each size of a model
+	$(run) benchmarks/growth.py $(ARGS)
+
+bench-scale: env ## models of 8B to 405B on 8 to 256 devices, compiled only
+	$(run) benchmarks/scale.py $(ARGS)
 
 bench-torch: VENV = .venv-torch
 bench-torch: ## a training step beside PyTorch's with PEFT, in an environment of its own
