@@ -408,10 +408,21 @@ def test_explicit_merge():
     expected = mora_jax.merge(PARAMS, adapters, PLAN)
     with jax.set_mesh(mesh):
         placed = jax.tree.map(lambda p: put(p, P("data"), mesh), PARAMS)
-        merged = mora_jax.merge(placed, adapters, PLAN)
-    for one, other in zip(*map(jax.tree.leaves, (merged, expected)), strict=True):
-        np.testing.assert_allclose(one, other, rtol=1e-6)
-        assert one.sharding.spec[0] == "data"
+        plan = sharding.shard(PLAN, placed, batch_axes="data")
+        trees = [mora_jax.merge(placed, adapters, known) for known in (PLAN, plan)]
+    for merged in trees:
+        for one, other in zip(*map(jax.tree.leaves, (merged, expected)), strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-6)
+            assert one.sharding.spec[0] == "data"
+
+
+def test_other_devices_are_refused():
+    (case,) = (case for case in CASES if case.label == "rotation")
+    frozen, arrays, _ = layer(case, "columns", "activation")
+    frozen = dataclasses.replace(frozen, layout=layout("columns"))
+    args = {"kernel_mora": arrays["m"]}, frozen, arrays["x"]
+    with pytest.raises(ValueError, match="incompatible devices"):
+        jax.jit(mora_apply)(*jax.device_put(args, jax.devices()[0]))
 
 
 @pytest.mark.parametrize("label", ["rotation", "hadamard"])
