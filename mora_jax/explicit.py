@@ -13,6 +13,8 @@ from mora_jax.products import Contraction, Product
 
 def explicit_sharding(x: Any) -> NamedSharding | None:
     """The sharding in the type of `x`, if JAX holds programs to it."""
+    if not isinstance(x, jax.Array):
+        return None
     sharding = jax.typeof(x).sharding
     return sharding if AxisType.Explicit in sharding.mesh.axis_types else None
 
