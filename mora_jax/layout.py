@@ -3,7 +3,7 @@
 import dataclasses
 
 import jax
-from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from mora_jax._mesh import Axes, FeatureMesh
 from mora_jax._types import Shape
@@ -77,4 +77,7 @@ def on_rows(op: Operator, layout: Layout | None, axes: str, shape: Shape) -> Ope
 
 def on_kernel(op: Operator, layout: Layout | None, axes: str, shape: Shape) -> Operator:
     """`op` for updates of such a kernel itself."""
-    return Distributed.of(op, layout.of_kernel(axes, shape)) if layout else op
+    # Of explicit axes types say where an update is, and a sum takes it where it goes.
+    if layout is None or AxisType.Explicit in layout.mesh.axis_types:
+        return op
+    return Distributed.of(op, layout.of_kernel(axes, shape))
