@@ -77,7 +77,7 @@ def on_rows(op: Operator, layout: Layout | None, axes: str, shape: Shape) -> Ope
 
 def on_kernel(op: Operator, layout: Layout | None, axes: str, shape: Shape) -> Operator:
     """`op` for updates of such a kernel itself."""
-    # Of explicit axes types say where an update is, and a sum takes it where it goes.
+    # Types say where things are on explicit axes, and the sum with the kernel decides.
     if layout is None or AxisType.Explicit in layout.mesh.axis_types:
         return op
     return Distributed.of(op, layout.of_kernel(axes, shape))

@@ -42,9 +42,10 @@ class BlockShard(Shard):
         The next ones are of the next groups; after the last comes the first again.
         """
         whole: Any = self.whole
-        if whole.truncate or not self._runs("in"):
-            return [(self._meet(x), 0)]
         q, size = self.square_rank, self.in_features
+        again_and_again = q > whole.in_features
+        if whole.truncate or again_and_again or not self._runs("in"):
+            return [(self._meet(x), 0)]
         first, reach = self.in_start // q, _reach(size, q)
         h = _among_zeros(x, reach * q, self.in_start % q)
         h = h.reshape(*x.shape[:-1], reach, q)
