@@ -159,9 +159,9 @@ def test_quick(tmp_path):
     ("args", "message"),
     [
         (["--tokens", "1"], "--tokens must be at least 2, got 1"),
-        (["--models", "7b"], "invalid choice: '7b'"),
-        (["--devices", "5"], "invalid choice: 5"),
-        (["--methods", "rotate"], "invalid choice: 'rotate'"),
+        (["--models", "7b"], "--models: invalid choice: '7b'"),
+        (["--devices", "5"], "--devices: invalid choice: "),
+        (["--methods", "rotate"], "--methods: invalid choice: 'rotate'"),
     ],
 )
 def test_bad_options(args, message):
