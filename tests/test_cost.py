@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
-from cases import CASES, by_few_cases
+from cases import CASES, by_few_cases, by_kind
 from flax import linen as nn
 
 from mora_jax import FrozenDense, MoRAConfig, init, linen, mora_apply
@@ -124,7 +124,7 @@ def stack(case, way, width=200, rows=8):
 
 
 @by_way
-@by_few_cases
+@by_kind
 def test_no_gradient_of_a_kernel(case, way):
     """To differentiate by the kernels as well takes a product more for each."""
     (adapted, args), _ = stack(case, way)

@@ -75,7 +75,7 @@ any_size = given(
 )
 
 
-@by_few_cases
+@by_kind
 @settings(max_examples=4, deadline=None, derandomize=True)
 @any_size
 def test_laws_at_any_size(case, ins, outs, q, seed):
@@ -118,7 +118,7 @@ def test_claims(case, size):
     assert op.block == (len(op.compressed_shape) == 2)
 
 
-@by_case
+@by_few_cases
 @by_few_sizes
 def test_the_general_way_to_the_update(case, size):
     """Which an operator has that gives `_compress` and `_decompress` alone."""

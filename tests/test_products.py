@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from cases import CASES, FEW_SIZES, by_few_cases
+from cases import CASES, FEW_SIZES, by_few_cases, by_kind
 from flax import nnx
 from jax.test_util import check_grads
 
@@ -296,7 +296,7 @@ def test_embedding_is_the_oracle(case):
 
 
 @pytest.mark.parametrize("size", [*FEW_SIZES, (3, 20, 8)], ids=str)
-@by_few_cases
+@by_kind
 def test_lookup_and_transpose(case, size):
     ins, outs, _ = size
     q = min(size) if case.bounded else size[-1]
