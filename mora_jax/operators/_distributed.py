@@ -14,14 +14,14 @@ from jax.sharding import PartitionSpec
 
 from mora_jax._linear import with_derivatives
 from mora_jax._mesh import WHOLE, FeatureMesh, OnShards, last
-from mora_jax._types import Shape
+from mora_jax.operators._around import Around
 from mora_jax.operators._base import Operator
 from mora_jax.operators._product import rows_product
 from mora_jax.operators._shard import shard
 
 
 @dataclasses.dataclass(frozen=True)
-class Distributed(Operator):
+class Distributed(Around):
     """An operator, with products that leave features where they are.
 
     Attributes:
@@ -29,11 +29,7 @@ class Distributed(Operator):
       mesh: who has which features.
     """
 
-    whole: Operator
     mesh: FeatureMesh
-
-    def __post_init__(self) -> None:
-        pass  # `whole` has been checked
 
     @classmethod
     def of(cls, op: Operator, mesh: FeatureMesh) -> Operator:
@@ -41,14 +37,6 @@ class Distributed(Operator):
         if not mesh.ins and not mesh.outs:
             return op
         return cls(op.in_features, op.out_features, op.square_rank, op, mesh)
-
-    @property
-    def compressed_shape(self) -> Shape:
-        return self.whole.compressed_shape
-
-    @property
-    def partition(self) -> bool:
-        return self.whole.partition
 
     @property
     def isometry(self) -> bool:

@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 
 from mora_jax._mesh import FeatureMesh
-from mora_jax._types import Shape
+from mora_jax.operators._around import Around
 from mora_jax.operators._base import Operator
 
 
 @dataclasses.dataclass(frozen=True)
-class Shard(Operator):
+class Shard(Around):
     """What an operator makes of a run of its inputs, for a run of its outputs.
 
     Whatever the operator: inputs that are elsewhere are zeros here, and outputs that
@@ -24,23 +24,11 @@ class Shard(Operator):
       out_start: the first output that is here, ().
     """
 
-    whole: Operator
     in_start: jax.Array
     out_start: jax.Array
 
-    def __post_init__(self) -> None:
-        pass  # `whole` has been checked
-
     def __init_subclass__(cls) -> None:
         register(cls)
-
-    @property
-    def compressed_shape(self) -> Shape:
-        return self.whole.compressed_shape
-
-    @property
-    def partition(self) -> bool:
-        return self.whole.partition
 
     @property
     def isometry(self) -> bool:
