@@ -97,7 +97,7 @@ def adapted_by_hand(
     model: nn.Module, plan: mora_jax.Plan, update: Update
 ) -> Callable[..., jax.Array]:
     """(adapters, params, ids) -> logits, with `update(spec, adapter, x)` added."""
-    specs = {spec.path[:-1]: spec for spec in plan}
+    specs = {spec.path[:-1]: spec for spec in plan.specs}
 
     def apply(adapters: Any, params: Params, ids: Any) -> Any:
         def add(
@@ -232,8 +232,8 @@ def peers(
     def random(*shape: int) -> jax.Array:
         return random_like(jax.ShapeDtypeStruct(shape, jnp.float32), 0.01)
 
-    ms = {spec.name: random(*spec.shape) for spec in plan}
-    for spec in plan:  # what is timed as published is our operator
+    ms = {spec.name: random(*spec.shape) for spec in plan.specs}
+    for spec in plan.specs:  # what is timed as published is our operator
         x, m = random(4, spec.in_features), ms[spec.name]
         expected = spec.operator.apply(m, x)
         np.testing.assert_allclose(
@@ -241,12 +241,12 @@ def peers(
         )
     lora = {
         spec.name: (random(spec.in_features, rank), random(rank, spec.out_features))
-        for spec in plan
+        for spec in plan.specs
     }
     qwix, qwix_adapters = teach_facts.lora(ids, rank, 0, model)
     flax, flax_adapters, flax_rest = lora_of_flax(model.config, rank, params)
     flat = flatten_dict(params, sep="/")
-    kernels = {spec.name: flat.pop(spec.name) for spec in plan}
+    kernels = {spec.name: flat.pop(spec.name) for spec in plan.specs}
 
     def every_kernel(kernels: Params, others: Params, ids: Any) -> Any:
         params = unflatten_dict(kernels | others, sep="/")

@@ -43,7 +43,7 @@ def merge_loss(
     merged = named_leaves(merge(params, adapters, plan, dtype))
     base, deltas = named_leaves(params), named_leaves(delta_weight(adapters, plan))
     loss = {}
-    for spec in plan:
+    for spec in plan.specs:
         before, after, delta = (
             jnp.asarray(leaves[spec.name][1], deltas[spec.name][1].dtype)
             for leaves in (base, merged, deltas)

@@ -149,7 +149,7 @@ def unmerge(params: Any, adapters: Any, plan: Plan) -> Any:
       >>> bool(jnp.allclose(back["fc"]["kernel"], params["fc"]["kernel"]))
       True
     """
-    for spec in plan:
+    for spec in plan.specs:
         _, kernel = _kernel(named_leaves(params), spec)
         if jnp.finfo(kernel.dtype).bits < 32:
             raise ValueError(

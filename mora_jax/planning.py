@@ -1,6 +1,7 @@
 """Which kernels get an adapter, and which."""
 
 import dataclasses
+import functools
 import math
 import re
 from collections import defaultdict
@@ -22,11 +23,11 @@ ATTENTION_AXES = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
-    """The adapters of a model: static, hashable, printable.
+class Plan(Mapping[str, AdapterSpec]):
+    """The adapters of a model, by the paths of their kernels; static and hashable.
 
-    Iterating gives the `AdapterSpec`s in the order of their paths; `plan[path]` is one
-    of them.
+    A mapping of paths to `AdapterSpec`s, in the order of the paths. `print(plan)` shows
+    it as a table.
 
     Attributes:
       specs: one for each adapted kernel.
@@ -41,27 +42,31 @@ class Plan:
       >>> layers = plan({"fc": {"kernel": jnp.ones((64, 64))}}, MoRAConfig(rank=2))
       >>> layers.trainable_parameters, layers.total_parameters
       (256, 4352)
-      >>> layers["fc/kernel"].lora_rank
-      2.0
+      >>> "fc/kernel" in layers, list(layers), layers["fc/kernel"].lora_rank
+      (True, ['fc/kernel'], 2.0)
     """
 
     specs: tuple[AdapterSpec, ...]
     base_parameters: int
     traced: bool = dataclasses.field(default=False, compare=False)
 
-    def __iter__(self) -> Iterator[AdapterSpec]:
-        return iter(self.specs)
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._by_path)
 
     def __len__(self) -> int:
         return len(self.specs)
 
+    def __contains__(self, path: object) -> bool:
+        return path in self._by_path
+
     def __getitem__(self, path: str) -> AdapterSpec:
-        for spec in self.specs:
-            if spec.name == path:
-                return spec
-        raise KeyError(
-            f"no adapter at {path!r}{nearest(path, [s.name for s in self.specs])}"
-        )
+        if path not in self._by_path:
+            raise KeyError(f"no adapter at {path!r}{nearest(str(path), self)}")
+        return self._by_path[path]
+
+    @functools.cached_property
+    def _by_path(self) -> Mapping[str, AdapterSpec]:
+        return {spec.name: spec for spec in self.specs}
 
     def __str__(self) -> str:
         return summary(self)
@@ -233,7 +238,7 @@ def summary(plan: Plan, *, collapse: bool = True) -> str:
       3 adapters: 3,072 trainable parameters, 25.00% of 12,288
     """
     groups: dict[tuple[Any, ...], list[AdapterSpec]] = defaultdict(list)
-    for spec in plan:
+    for spec in plan.specs:
         key = re.sub(r"\d+", "*", spec.name) if collapse else spec.name
         groups[key, spec.shape, spec.kernel_shape, spec.operator].append(spec)
     rows = [("path", "in -> out", "operator", "r", "q", "parameters", "of base")]

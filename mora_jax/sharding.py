@@ -147,7 +147,7 @@ def _kernel_shardings(
     flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_leaf)
     leaves = {"/".join(map(key_name, keys)): leaf for keys, leaf in flat}
     found = []
-    for spec in plan:
+    for spec in plan.specs:
         if spec.name not in leaves:
             raise ValueError(
                 f"params_or_shardings lack the kernel {spec.name!r}"

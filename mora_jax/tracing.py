@@ -70,7 +70,7 @@ def refuse_half_adapted(
     plan: Plan, products: Mapping[str, Product], read_elsewhere: set[str]
 ) -> Plan:
     """`plan`, if no adapted embedding is also read outside of its layer's methods."""
-    for spec in plan:
+    for spec in plan.specs:
         product = products.get(spec.name)
         if isinstance(product, Lookup) and spec.name in read_elsewhere:
             raise ValueError(

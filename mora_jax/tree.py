@@ -52,7 +52,7 @@ def init(plan_or_frozen: Plan | FrozenDense, key: PRNGKeyArray | None = None) ->
         number = np.uint32(crc32(spec.name.encode()))
         return init_adapter(spec, None if key is None else _fold_in(key, number))
 
-    return nest({adapter_path(spec): one(spec) for spec in plan_or_frozen})
+    return nest({adapter_path(spec): one(spec) for spec in plan_or_frozen.specs})
 
 
 def nest(items: Mapping[Path, Any]) -> Tree:
@@ -71,7 +71,7 @@ def adapter_items(adapters: Any, plan: Plan) -> list[tuple[AdapterSpec, Any]]:
     flat, _ = jax.tree_util.tree_flatten_with_path(adapters)
     found = {tuple(key_name(key) for key in keys): leaf for keys, leaf in flat}
     items = []
-    for spec in plan:
+    for spec in plan.specs:
         path = adapter_path(spec)
         if path not in found:
             raise ValueError(f"adapters lack {'/'.join(path)!r}, which the plan has")
@@ -225,7 +225,7 @@ def unravel_adapters(
         like = nest(
             {
                 adapter_path(spec): jax.ShapeDtypeStruct(spec.shape, spec.param_dtype)
-                for spec in like
+                for spec in like.specs
             }
         )
     leaves, structure = jax.tree.flatten(like)

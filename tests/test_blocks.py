@@ -288,7 +288,7 @@ def test_adapted_is_merged(name):
     """In Linen, and in its twin in NNX, of the same parameters and adapters."""
     params, plan, *of_linen = linen_functions(name)
     same, same_plan, *of_nnx = nnx_functions(name)
-    assert {spec.name: spec.axes for spec in plan} == axes_of(name)
+    assert {spec.name: spec.axes for spec in plan.specs} == axes_of(name)
     assert plan == same_plan
     chex.assert_trees_all_equal(params, same)
     expected = of_linen[1](params, trained(plan))
@@ -306,7 +306,7 @@ def test_experts_do_not_share(functions, name):
     """Each has an M of its own, and one that no token goes to gets no gradient."""
     params, plan, _, adapted, _ = functions(name)
     _, before = adapted(params, trained(plan))
-    for k, spec in enumerate(plan):
+    for k, spec in enumerate(plan.specs):
         q = spec.operator.square_rank
         assert spec.shape == (EXPERTS, q, q)
         for expert in range(EXPERTS):
@@ -426,8 +426,8 @@ def transformer(**config):
 )
 def test_transformer_adapted_is_merged(targets, more, settings):
     model, variables, plan = transformer(targets=targets)
-    assert {spec.name: spec.axes for spec in plan} == STACK | more
-    assert all(spec.shape[0] == LAYERS for spec in plan if spec.axes[0] == "s")
+    assert {spec.name: spec.axes for spec in plan.specs} == STACK | more
+    assert all(spec.shape[0] == LAYERS for spec in plan.specs if spec.axes[0] == "s")
     base, apply = (
         jax.jit(f, static_argnames="deterministic")
         for f in (model.apply, linen.wrap(model, plan))

@@ -98,7 +98,7 @@ def test_merges_shards(tmp_path, dtype):
     one, other = Checkpoint(base), Checkpoint(tmp_path / "out")
     assert [f.header for f in one.files] == [f.header for f in other.files]
     tree = {}
-    for spec in plan:
+    for spec in plan.specs:
         name = spec.name.replace("/kernel", "/weight").replace("/", ".")
         node = tree
         for key in spec.path[:-1]:
@@ -109,7 +109,7 @@ def test_merges_shards(tmp_path, dtype):
     expected = mora_jax.merge(jax.tree.map(jnp.asarray, tree), adapters, plan)
     losses = mora_jax.diagnostics.merge_loss(tree, adapters, plan)
     tolerance = 1e-6 if np.dtype(dtype).itemsize > 2 else 0
-    for spec in plan:
+    for spec in plan.specs:
         name = spec.name.replace("/kernel", "/weight").replace("/", ".")
         node = expected
         for key in spec.path:

@@ -72,7 +72,8 @@ by_model = pytest.mark.parametrize("name", ["dict", "equinox"])
 def test_axes_and_paths(name):
     params, _, chosen = make(name)
     axes = {
-        spec.name: (spec.axes, spec.in_features, spec.out_features) for spec in chosen
+        spec.name: (spec.axes, spec.in_features, spec.out_features)
+        for spec in chosen.specs
     }
     assert (
         axes

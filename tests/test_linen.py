@@ -177,7 +177,7 @@ def test_every_kernel_is_found(name, case):
     flat, _ = jax.tree_util.tree_flatten_with_path(variables["params"])
     kernels = ["/".join(k.key for k in path) for path, leaf in flat if leaf.ndim > 1]
     kernels = [name for name in kernels if name.endswith("kernel")]
-    assert [spec.name for spec in chosen] == kernels
+    assert [spec.name for spec in chosen.specs] == kernels
 
 
 @by_model
@@ -264,7 +264,7 @@ def test_scanned_layers_have_an_m_each():
     model = MODELS["scan-scan"]
     variables = model.init(KEY, X)
     chosen = linen.plan(model, variables, CONFIG, X)
-    axes = {spec.name.split("/", 1)[1]: spec.axes for spec in chosen}
+    axes = {spec.name.split("/", 1)[1]: spec.axes for spec in chosen.specs}
     assert axes == {
         "Dense_0/kernel": "ssio",
         "Dense_1/kernel": "ssio",
@@ -465,7 +465,7 @@ def test_register_layer(cls):
     )
     variables = model.init(KEY, X)
     chosen = linen.plan(model, variables, CONFIG, X)
-    assert [spec.axes for spec in chosen] == ["oio", "iio"]
+    assert [spec.axes for spec in chosen.specs] == ["oio", "iio"]
     adapters = trained(chosen)
     y = linen.wrap(model, chosen)(adapters, variables, X)
     merged = {"params": merge(variables["params"], adapters, chosen)}
@@ -539,7 +539,7 @@ def test_shared_scopes():
         linen.plan(model, variables, CONFIG, X)
     register_layer(Named, equation=equation, kernel=kernel, argument="x")
     chosen = linen.plan(model, variables, CONFIG, X)
-    axes = {spec.name: spec.axes for spec in chosen}
+    axes = {spec.name: spec.axes for spec in chosen.specs}
     assert axes == {"gating_einsum": "ooi", "linear": "io"}
     adapters = trained(chosen)
     y = linen.wrap(model, chosen)(adapters, variables, X)

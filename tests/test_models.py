@@ -91,7 +91,9 @@ def test_bert(bert):
         for path, leaf in traverse_util.flatten_dict(variables["params"]).items()
         if path[-1] == "kernel"
     ]
-    assert [spec.path for spec in chosen] == sorted(dense)  # every Dense, pooler too
+    assert [spec.path for spec in chosen.specs] == sorted(
+        dense
+    )  # every Dense, pooler too
     assert len(chosen) == 6 * 6 + 1
     assert plan(variables["params"], MoRAConfig(rank=4)) == chosen
     check_zero_and_merged(model, variables, args, chosen, apply, atol=1e-4)
@@ -169,7 +171,7 @@ def test_gpt2():
     check_zero_and_merged(model, variables, args, chosen, apply, atol=1e-4)
 
     chosen, apply = adapt(model, variables, args, rank=2)
-    assert len(chosen) == 2 * 4 and {spec.axes for spec in chosen} == {"oi"}
+    assert len(chosen) == 2 * 4 and {spec.axes for spec in chosen.specs} == {"oi"}
     spec = chosen["transformer/h/0/attn/c_attn/kernel"]
     assert (spec.in_features, spec.out_features) == (24, 72)
     check_zero_and_merged(model, variables, args, chosen, apply, atol=1e-4)

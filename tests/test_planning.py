@@ -1,6 +1,7 @@
 """Which kernels are chosen, and what is refused."""
 
 import re
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -36,12 +37,12 @@ def transformer():
 def test_default_targets_are_dense_kernels():
     chosen = plan(transformer())
     assert len(chosen) == 12 * 5
-    assert {spec.name.split("/")[-2] for spec in chosen} == {
+    assert {spec.name.split("/")[-2] for spec in chosen.specs} == {
         *("q_proj", "k_proj", "v_proj", "up_proj", "down_proj"),
     }
     total = sum(np.prod(leaf.shape) for leaf in jax.tree.leaves(transformer()))
     assert chosen.base_parameters == total
-    assert chosen.trainable_parameters == sum(s.parameters for s in chosen)
+    assert chosen.trainable_parameters == sum(s.parameters for s in chosen.specs)
     assert chosen.total_parameters == total + chosen.trainable_parameters
 
 
@@ -105,6 +106,17 @@ def test_targets_exclude_and_overrides():
         chosen["layers/3/self_attn/k_proj/kernel"]
 
 
+def test_a_plan_is_a_mapping_of_paths():
+    params = {"enc": {"kernel": shape(8, 8)}, "dec": {"kernel": shape(8, 8)}}
+    chosen = plan(params)
+    assert isinstance(chosen, Mapping)
+    assert "enc/kernel" in chosen and "nowhere" not in chosen and 3 not in chosen
+    assert list(chosen) == list(chosen.keys()) == ["dec/kernel", "enc/kernel"]
+    assert tuple(chosen.values()) == chosen.specs
+    assert dict(chosen)["enc/kernel"] is chosen["enc/kernel"]
+    assert chosen.get("nowhere") is None and len(chosen) == 2
+
+
 def test_axes():
     params = {
         "attn": {
@@ -117,7 +129,7 @@ def test_axes():
     }
     config = MoRAConfig(rank=2, overrides={"scanned/kernel": {"axes": "sio"}})
     chosen = plan(params, config)
-    assert {spec.name: spec.axes for spec in chosen} == {
+    assert {spec.name: spec.axes for spec in chosen.specs} == {
         "attn/key/kernel": "ioo",
         "attn/out/kernel": "iio",
         "attn/query/kernel": "ioo",
@@ -243,7 +255,7 @@ def test_tied_but_not_adapted_is_fine():
     table = jnp.ones((8, 8))
     params = {"embed": {"embedding": table}, "lm_head": {"kernel": table}}
     params["dense"] = {"kernel": K}
-    assert [spec.name for spec in plan(params)] == ["dense/kernel"]
+    assert list(plan(params)) == ["dense/kernel"]
 
 
 @pytest.mark.usefixtures("unchecked")

@@ -412,7 +412,7 @@ APIS = ("linen", "nnx", "nnx-alone")
 def test_dense_layers_are_the_default_targets(api):
     assert [spec.axes for spec in make_plan(api, None)] == ["io"]
     plan = make_plan(api, MoRAConfig(rank=1, targets=".*/kernel"))
-    assert [spec.axes for spec in plan] == ["iio", "iio", "io"]
+    assert [spec.axes for spec in plan.specs] == ["iio", "iio", "io"]
     with pytest.raises(ValueError, match="targets: the default matches no path"):
         mora_jax.nnx.plan(nnx.Conv(4, 4, (3,), rngs=nnx.Rngs(0)))
 

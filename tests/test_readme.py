@@ -70,7 +70,7 @@ def test_defaults_are_as_the_table_says():
             self.head = nnx.Linear(8, 8, rngs=rngs)
 
     chosen = mora_jax.nnx.plan(Net(), MoRAConfig(rank=2))
-    assert [spec.name for spec in chosen] == ["dense/kernel"]
+    assert [spec.name for spec in chosen.specs] == ["dense/kernel"]
 
 
 def test_table_of_costs_is_as_measured():

@@ -239,7 +239,7 @@ def says(directory, adapters, plan):
     """Whether both are what the files say, read by others."""
     tensors = safetensors.numpy.load_file(directory / TENSORS)
     layers = json.loads((directory / CONFIG).read_text())["layers"]
-    flat = {spec.name: spec for spec in plan}
+    flat = {spec.name: spec for spec in plan.specs}
     assert len(flat) == len(layers) == len(tensors)
     for entry in layers:
         spec = flat["/".join(entry["path"])]

@@ -240,7 +240,7 @@ def test_shardings_of_adapters():
         found = sharding.adapter_shardings(PLAN, tree, mesh=MESH)
         assert found == EXPECTED
         plan = sharding.shard(PLAN, tree, batch_axes=BATCH, mesh=MESH)
-        layouts = [spec.layout for spec in plan]
+        layouts = [spec.layout for spec in plan.specs]
         assert [one and one.axes for one in layouts] == [
             (("model",), (), ("fsdp",)),
             ((), BATCH),

@@ -90,7 +90,7 @@ def test_merge(model):
     chex.assert_trees_all_equal_shapes_and_dtypes(merged, params)
     assert merged["norm"]["scale"] is params["norm"]["scale"]
     deltas = delta_weight(adapters, layers)
-    for spec in layers:
+    for spec in layers.specs:
         kernel, delta, after = params, deltas, merged
         for key in spec.path:
             kernel, delta, after = kernel[key], delta[key], after[key]
@@ -136,7 +136,7 @@ def test_unmerge(model):
 def test_merge_loss(model):
     params, adapters, layers = model
     loss = diagnostics.merge_loss(params, adapters, layers)
-    assert set(loss) == {spec.name for spec in layers}
+    assert set(loss) == {spec.name for spec in layers.specs}
     assert loss["fc/kernel"] < 1e-6 < 1e-4 < loss["half/kernel"] < 0.1
     wide = diagnostics.merge_loss(params, adapters, layers, dtype=jnp.float32)
     assert wide["half/kernel"] < 1e-6

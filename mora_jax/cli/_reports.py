@@ -33,7 +33,7 @@ def describe(adapter: Path, base: Path | None, names: Names) -> dict[str, Any]:
             ),
             "above_0.1": int(np.sum(values[spec.name] > 0.1)),
         }
-        for spec in plan
+        for spec in plan.specs
     ]
     kind = io.format_of(adapter)
     return {

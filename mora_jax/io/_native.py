@@ -104,7 +104,9 @@ def save(
         "tensors_sha256": _digest(tensors),
     }
     config = dump(config | {"sha256": _digest(dump(config))})
-    shapes = {s.name: jax.ShapeDtypeStruct(s.kernel_shape, jnp.float32) for s in plan}
+    shapes = {
+        s.name: jax.ShapeDtypeStruct(s.kernel_shape, jnp.float32) for s in plan.specs
+    }
     _decode(config, tensors, shapes)  # what is written can be read
     _replace(Path(directory), config, tensors)
 

@@ -69,7 +69,7 @@ def load_peft_mora(
         found[path][index] = module, m
     template = _template(model, found)
     specs, adapters = [], {}
-    for spec in template:
+    for spec in template.specs:
         if spec.name not in found:
             continue
         try:
@@ -91,7 +91,7 @@ def load_peft_mora(
         name = next(iter(found))
         raise AdapterFileError(
             f"the plan has no kernel {name!r}, which {TENSORS} adapts"
-            + nearest(name, [spec.name for spec in template])
+            + nearest(name, [spec.name for spec in template.specs])
         )
     return nest(adapters), Plan(tuple(specs), template.base_parameters, template.traced)
 

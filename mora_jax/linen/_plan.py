@@ -48,7 +48,7 @@ def plan(
       >>> model, x = nn.MultiHeadDotProductAttention(num_heads=4), jnp.ones((1, 3, 64))
       >>> variables = jax.eval_shape(model.init, jax.random.key(0), x)
       >>> plan = linen.plan(model, variables, MoRAConfig(rank=2), x)
-      >>> {spec.name: spec.axes for spec in plan}  # doctest: +NORMALIZE_WHITESPACE
+      >>> {spec.name: spec.axes for spec in plan.specs}  # doctest: +NORMALIZE_WHITESPACE
       {'key/kernel': 'ioo', 'out/kernel': 'iio', 'query/kernel': 'ioo',
        'value/kernel': 'ioo'}
     """

@@ -55,7 +55,7 @@ def wrap(model: nn.Module, plan: Plan) -> Callable[..., Any]:
     check_model(model)
     if not isinstance(plan, Plan):
         raise TypeError(f"plan must be a Plan, got {type(plan).__name__}")
-    needs_flag = any(spec.dropout > 0 for spec in plan)
+    needs_flag = any(spec.dropout > 0 for spec in plan.specs)
 
     def apply(
         adapters: Any,

@@ -51,7 +51,7 @@ def plan(
       >>> from mora_jax import MoRAConfig
       >>> from mora_jax.nnx import plan
       >>> attention = nnx.MultiHeadAttention(4, 64, decode=False, rngs=nnx.Rngs(0))
-      >>> {spec.name: spec.axes for spec in plan(attention, MoRAConfig(rank=2))}
+      >>> {spec.name: spec.axes for spec in plan(attention, MoRAConfig(rank=2)).specs}
       {'key/kernel': 'ioo', 'out/kernel': 'iio', 'query/kernel': 'ioo',
        'value/kernel': 'ioo'}
     """
@@ -68,7 +68,7 @@ def plan(
     _refuse_shared(model, chosen)
     if inputs:
         return refuse_half_adapted(chosen, products, elsewhere)
-    for spec in chosen:
+    for spec in chosen.specs:
         refuse_untraced(spec.name, products.get(spec.name))
     return chosen
 
@@ -121,7 +121,7 @@ def _trace(
 
 def _refuse_shared(model: nnx.Module, plan: Plan) -> None:
     """Raise if the model holds an adapted kernel, or what holds it, in two places."""
-    adapted = [spec.name for spec in plan]
+    adapted = [spec.name for spec in plan.specs]
     for paths in nnx.find_duplicates(model):
         first, second, *_ = names = ["/".join(map(str, path)) for path in paths]
         for spec in adapted:

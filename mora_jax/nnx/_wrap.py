@@ -58,7 +58,7 @@ def wrap(
     check_model(model)
     chosen = config if isinstance(config, Plan) else plan_model(model, config)
     key = None
-    if rngs is not None and any(spec.init == "gaussian" for spec in chosen):
+    if rngs is not None and any(spec.init == "gaussian" for spec in chosen.specs):
         key = rngs.params()
     model = nnx.clone(model)
     modules = dict(layers(model))

@@ -74,7 +74,7 @@ def test_adapted_logits_equal_the_reference_at_zero(adapted):
 
 def test_all_projections_are_adapted(adapted):
     plan = mora.plan_of(adapted)
-    axes = {spec.path[-2]: spec.axes for spec in plan}
+    axes = {spec.path[-2]: spec.axes for spec in plan.specs}
     assert axes == {
         **{"q_proj": "ioo", "k_proj": "ioo", "v_proj": "ioo", "o_proj": "iio"},
         **{"gate_proj": "io", "up_proj": "io", "down_proj": "io"},
