@@ -25,6 +25,8 @@ class LayerRule:
       argument: name of the input among the method's arguments; None for the first.
       dot_general: whether the method multiplies by what its attribute `dot_general`
         holds, as Flax's dense layers do.
+      scale: what the method multiplies the kernel by: the name of a parameter, or a
+        function of the module that returns an array.
     """
 
     equation: Equation
@@ -32,19 +34,34 @@ class LayerRule:
     method: str
     argument: str | None = None
     dot_general: bool = False
+    scale: Name | None = None
 
     def read(self, module: Any, args: Any, kwargs: Any) -> tuple[Product, Any]:
         """The product of one call, and its input."""
-        signature = inspect.signature(getattr(type(module), self.method))
-        given = signature.bind(module, *args, **kwargs).arguments
-        argument = self.argument or list(given)[1]
-        x = given[argument]
+        given, argument = self._bound(module, args, kwargs)
+        x = given.arguments[argument]
         if not hasattr(x, "shape"):
             raise TypeError(
                 f"{argument!r} of {type(module).__name__}.{self.method} must be the "
                 f"input, an array, got {x!r}; see argument= of mora_jax.register_layer"
             )
         return self._product(jnp.ndim(x), module, *args, **kwargs), x
+
+    def with_input(
+        self, x: Any, module: Any, args: Any, kwargs: Any
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of a call with `x` for its input."""
+        given, argument = self._bound(module, args, kwargs)
+        given.arguments[argument] = x
+        return given.args[1:], given.kwargs
+
+    def _bound(
+        self, module: Any, args: Any, kwargs: Any
+    ) -> tuple[inspect.BoundArguments, str]:
+        """The arguments of a call by name, and the name of the input."""
+        signature = inspect.signature(getattr(type(module), self.method))
+        given = signature.bind(module, *args, **kwargs)
+        return given, self.argument or list(given.arguments)[1]
 
     def name(self, module: Any) -> str:
         """The name of the kernel's parameter."""
@@ -85,6 +102,7 @@ def register_layer(
     method: str = "__call__",
     argument: str | None = None,
     dot_general: bool = False,
+    scale: Name | None = None,
 ) -> None:
     """Teach `linen.wrap` and `nnx.wrap` a layer class.
 
@@ -106,6 +124,11 @@ def register_layer(
         `self.dot_general(input, kernel, dimension_numbers, ...)`, so that the update
         can be folded into the kernel. The attribute holds `jax.lax.dot_general` or
         None, else nothing is folded.
+      scale: what the method multiplies the kernel by before the product: the name of
+        a parameter, or a function of the module that returns an array. It broadcasts
+        against the kernel and varies along its input features or its output features,
+        not along both. The update is multiplied by the same, so that it is still the
+        kernel that is merged.
 
     Raises:
       TypeError: `cls` is no class, or lacks the method, or that the argument.
@@ -141,7 +164,11 @@ def register_layer(
             f"argument must be one of {names[1:]} of {cls.__name__}.{method}, "
             f"got {argument!r}"
         )
-    rule = LayerRule(equation, kernel, method, argument, dot_general)
+    if not (scale is None or isinstance(scale, str) or callable(scale)):
+        raise TypeError(
+            f"scale must be a parameter's name or a function, got {scale!r}"
+        )
+    rule = LayerRule(equation, kernel, method, argument, dot_general, scale)
     _RULES[cls] = {**_RULES.get(cls, {}), method: rule}
 
 

@@ -46,17 +46,38 @@ def is_boxed(leaf: Any) -> bool:
     return isinstance(leaf, AxisMetadata)
 
 
-def nearest(pattern: str, names: Iterable[str]) -> str:
-    """The names most like `pattern`, as the end of a message."""
-    words = re.sub(r"\\?[.*+?()|\[\]^$\\]+", " ", pattern).strip(" /")
+def suggestion(pattern: str, names: Iterable[str]) -> str:
+    """What a pattern that matches nothing may have meant, as the end of a message."""
+    names = list(names)
+    group = f"(?:{pattern})" if "|" in pattern else pattern
+    wider = rf"(.*/)?{group}/kernel", rf"(.*/)?{group}(/.*)?", rf".*{group}.*"
+    for candidate in wider:
+        try:
+            matched = [name for name in names if re.fullmatch(candidate, name)]
+        except re.error:  # the pattern has flags, which must come first
+            break
+        if matched:
+            more = f" and {len(matched) - 1} more" if len(matched) > 1 else ""
+            return (
+                f"; patterns match whole paths: {candidate!r} would match "
+                f"{matched[0]!r}{more}"
+            )
+    return nearest(pattern, names)
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """The names most like `name`, as the end of a message."""
+    words = re.sub(r"\\?[.*+?()|\[\]^$\\]+", " ", name).strip(" /")
     depth = words.count("/") + 1
-    # Compared from their ends, as deep as the pattern goes: layers of the same kind are
-    # one candidate, and a wrong name counts for more than a long way to it.
-    ends: dict[str, str] = {}
-    for name in names:
-        ends.setdefault("/".join(name.split("/")[-depth:]), name)
-    close = difflib.get_close_matches(words, ends, n=3, cutoff=0.0)
-    shown = ", ".join(repr(ends[end]) for end in close)
+    # Runs of as many words as the name has: layers of the same kind are one candidate,
+    # and a wrong word counts for more than a long way to it.
+    runs: dict[str, str] = {}
+    for known in names:
+        parts = known.split("/")
+        for end in range(len(parts), min(depth, len(parts)) - 1, -1):
+            runs.setdefault("/".join(parts[max(0, end - depth) : end]), known)
+    close = difflib.get_close_matches(words, runs, n=3, cutoff=0.0)
+    shown = ", ".join(map(repr, dict.fromkeys(runs[run] for run in close)))
     return f"; the nearest are {shown}" if close else ""
 
 

@@ -5,15 +5,17 @@ import functools
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 
+from mora_jax._left_out import LeftOut, left_out_of
 from mora_jax.config import DEFAULT_TARGETS, MoRAConfig, default_targets
-from mora_jax.paths import Path, named_leaves, nearest
-from mora_jax.products import Product
+from mora_jax.paths import Path, named_leaves, nearest, suggestion
+from mora_jax.products import Lookup
 from mora_jax.spec import AdapterSpec, check_kernel
+from mora_jax.tracing import Survey
 
 ATTENTION_AXES = (
     (r"(.*/)?(query|key|value)/kernel", "ioo"),
@@ -32,8 +34,12 @@ class Plan(Mapping[str, AdapterSpec]):
     Attributes:
       specs: one for each adapted kernel.
       base_parameters: how many numbers the params tree holds without adapters.
-      traced: whether a trace has shown who reads the kernels; embeddings need it. Two
-        plans that differ in this alone are equal.
+      traced: whether a trace has shown that each kernel reaches the model's output
+        only through the product of its layer; embeddings need it. Plans that differ
+        in this, or in what follows, are equal.
+      left_out: what else of two or more axes the model holds, and why it is left out.
+      unseen: (path, primitive) for each kernel that goes through a primitive into
+        which no trace can look, so that nothing is proven of it.
 
     Example::
 
@@ -49,6 +55,8 @@ class Plan(Mapping[str, AdapterSpec]):
     specs: tuple[AdapterSpec, ...]
     base_parameters: int
     traced: bool = dataclasses.field(default=False, compare=False)
+    left_out: tuple[LeftOut, ...] = dataclasses.field(default=(), compare=False)
+    unseen: tuple[tuple[str, str], ...] = dataclasses.field(default=(), compare=False)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._by_path)
@@ -69,7 +77,7 @@ class Plan(Mapping[str, AdapterSpec]):
         return {spec.name: spec for spec in self.specs}
 
     def __str__(self) -> str:
-        return summary(self)
+        return "\n".join([summary(self), *_remarks(self)])
 
     @property
     def trainable_parameters(self) -> int:
@@ -112,29 +120,27 @@ def plan(params_or_shapes: Any, config: MoRAConfig | None = None) -> Plan:
     return _plan(params_or_shapes, config or MoRAConfig(), None)
 
 
-def plan_products(
-    params: Any, config: MoRAConfig | None, products: Mapping[str, Product]
-) -> Plan:
+def plan_surveyed(params: Any, config: MoRAConfig | None, survey: Survey) -> Plan:
     """`plan` where it is known what the layers compute.
 
     Args:
       params: as in `plan`.
       config: what to adapt; its default targets are the dense layers.
-      products: {path: the product} of all kernels that can be adapted.
+      survey: what is known of the arrays.
     """
-    return _plan(params, config or MoRAConfig(), products)
+    return _plan(params, config or MoRAConfig(), survey)
 
 
-def _plan(
-    params: Any, config: MoRAConfig, products: Mapping[str, Product] | None
-) -> Plan:
+def _plan(params: Any, config: MoRAConfig, survey: Survey | None) -> Plan:
     leaves = named_leaves(params)
-    kernels = {n: leaf for n, (_, leaf) in leaves.items() if len(leaf.shape) >= 2}
-    patterns = config.targets
-    if products is not None and patterns == DEFAULT_TARGETS:
-        dense = {name for name, product in products.items() if product.dense}
-        kernels = {name: leaf for name, leaf in kernels.items() if name in dense}
-        patterns = (default_targets("[^/]+"),)
+    arrays = {n: leaf for n, (_, leaf) in leaves.items() if len(leaf.shape) >= 2}
+    patterns, kernels = config.targets, list(arrays)
+    if survey is not None:
+        products, none = survey.products, survey.no_kernels(arrays)
+        kernels = [name for name in arrays if name not in none]
+        if patterns == DEFAULT_TARGETS:
+            kernels = [n for n in kernels if n in products and products[n].dense]
+            patterns = (default_targets("[^/]+"),)
     targets = _select("targets", patterns, kernels, leaves)
     excluded = _select("exclude", config.exclude, leaves, leaves)
     targets = sorted(targets - excluded, key=lambda name: leaves[name][0])
@@ -148,13 +154,23 @@ def _plan(
         check_kernel(leaf, name)
         settings, override = config.settings(name)
         try:
-            axes = override or _axes(name, leaf, products)
+            axes = override or _axes(name, leaf, survey)
             spec = AdapterSpec.from_config(settings, tuple(leaf.shape), axes, path=path)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
         specs.append(spec)
+    if survey is not None and survey.uses is not None:
+        _refuse_unproven(targets, survey)
     size = sum(math.prod(leaf.shape) for _, leaf in leaves.values())
-    return Plan(tuple(specs), size)
+    rest = {name: leaf for name, leaf in arrays.items() if name not in targets}
+    left_out = left_out_of(rest, excluded, config, survey)
+    return Plan(
+        tuple(specs),
+        size,
+        traced=survey is not None and survey.uses is not None,
+        left_out=left_out,
+        unseen=survey.unseen(targets) if survey is not None else (),
+    )
 
 
 def _select(
@@ -175,22 +191,19 @@ def _select(
             }
             raise ValueError(
                 f"{field}: {shown} matches no path{wanted.get(field, '')}"
-                + nearest(pattern, known)
+                + suggestion(pattern, candidates or known)
             )
         selected |= matched
     return selected
 
 
-def _axes(name: str, leaf: Any, products: Mapping[str, Product] | None) -> str:
+def _axes(name: str, leaf: Any, survey: Survey | None) -> str:
     """The axes of a kernel: by what its layer computes, or by its name and shape."""
     ndim = len(leaf.shape)
-    if products is not None:
-        if name not in products:
-            raise ValueError(
-                "it is not known how a layer uses it: teach its class with "
-                "mora_jax.register_layer, and plan with inputs of a call"
-            )
-        axes = products[name].axes
+    if survey is not None:
+        if name not in survey.products:
+            raise ValueError(survey.why_unknown(name))
+        axes = survey.products[name].axes
         return "s" * (ndim - len(axes)) + axes
     if ndim == 2:
         return "io"
@@ -202,6 +215,29 @@ def _axes(name: str, leaf: Any, products: Mapping[str, Product] | None) -> str:
         "mora_jax.linen.plan or mora_jax.nnx.plan, or say "
         f"overrides={{{name!r}: {{'axes': ...}}}}"
     )
+
+
+def _refuse_unproven(targets: Sequence[str], survey: Survey) -> None:
+    """Raise for kernels that are used in a way that adapters would not follow."""
+    uses = survey.uses
+    assert uses is not None
+    for name in targets:
+        if name in uses.outside:
+            kind, tied = "kernel", ""
+            if isinstance(survey.products[name], Lookup):
+                kind, tied = "embedding", " (a tied head?)"
+            how = f", by {uses.outside[name]}" if uses.outside[name] else ""
+            raise ValueError(
+                f"{name}: the model also reads this {kind} outside of its layer's "
+                f"known methods{tied}{how}, where the adapter would have no effect; "
+                "exclude it"
+            )
+        if name in uses.faults:
+            raise ValueError(
+                f"{name}: {uses.faults[name]}, so that the adapted and the merged "
+                "model would differ; exclude it, or teach its class with "
+                "mora_jax.register_layer (scale= where a layer scales its kernel)"
+            )
 
 
 def _refuse_shared(leaves: Mapping[str, tuple[Path, Any]], targets: Any) -> None:
@@ -270,3 +306,16 @@ def summary(plan: Plan, *, collapse: bool = True) -> str:
         f"{size / plan.base_parameters:.2%} of {plan.base_parameters:,}"
     )
     return "\n".join(lines)
+
+
+def _remarks(plan: Plan) -> list[str]:
+    """What has no adapter and what is not proven, a line for each kind."""
+    lines = []
+    if plan.left_out:
+        lines.append("left out:")
+        lines += [f"  {kind}" for kind in plan.left_out]
+    if plan.unseen:
+        lines.append("not proven, since a trace cannot look into these primitives:")
+        lines += [f"  {path}: `{primitive}`" for path, primitive in plan.unseen]
+        lines.append("  mora_jax.diagnostics.check compares numbers instead")
+    return lines

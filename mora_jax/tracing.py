@@ -1,84 +1,121 @@
-"""What a model's output depends on, seen from a trace of one call.
+"""What is known of a model before it is planned: its layers, and what a call does.
 
-Both Flax shells trace the model with the outputs of all known layers replaced by what
-`blank` gives. A kernel that the model's output still depends on is read somewhere else,
-where an adapter would have no effect.
+Both Flax shells fill in a `Survey`: of each layer of a known class which product it
+computes with which kernel, and of one traced call what it does with every array.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from jax.interpreters import partial_eval
 
+from mora_jax._proof import Call, Uses, follow
 from mora_jax.layers import LayerRule, first_rules
-from mora_jax.planning import Plan
 from mora_jax.products import Lookup, Product
 
 
-def blank(y: jax.Array, x: Any) -> jax.Array:
-    """Zeros like the layer's output `y`, which depend on its input `x` and no more."""
-    return jnp.zeros_like(y) + 0 * jnp.sum(jnp.asarray(x)).astype(y.dtype)
+@dataclasses.dataclass
+class Survey:
+    """What is known of the arrays of a model, by their paths.
 
-
-def note(
-    products: dict[str, Product],
-    name: str,
-    rule: LayerRule,
-    module: Any,
-    args: Any,
-    kwargs: Any,
-) -> Any:
-    """Add to `products` what a call tells of the kernel at `name`; return its input."""
-    product, x = rule.read(module, args, kwargs)
-    first = first_rules(module)[rule.name(module)]
-    planned = product if rule is first else first.product(module)
-    if planned is None:
-        products.setdefault(name, product)
-    else:
-        products[name] = planned
-    return x
-
-
-def dependencies(
-    function: Callable[..., Any], names: Iterable[str], tree: Any, *args: Any
-) -> set[str]:
-    """Which leaves of `tree`, called `names` in order, `function(tree, *args)` needs.
-
-    Only the arrays and shapes in `args` are traced; whatever else is there is static.
+    Attributes:
+      products: {path of a kernel: what its layer computes with it}.
+      others: paths of what known layers have beside their kernels, as biases.
+      classes: {path of a module: the name of its class}.
+      uses: what a call of the model does with its arrays; None if none was traced.
     """
-    inputs, structure = jax.tree.flatten(args)
-    traced = [hasattr(leaf, "shape") and hasattr(leaf, "dtype") for leaf in inputs]
 
-    def call(tree: Any, arrays: list[Any]) -> list[Any]:
-        left = iter(arrays)
-        merged = [
-            next(left) if is_array else leaf
-            for leaf, is_array in zip(inputs, traced, strict=True)
-        ]
-        return jax.tree.leaves(function(tree, *jax.tree.unflatten(structure, merged)))
+    products: dict[str, Product] = dataclasses.field(default_factory=dict)
+    others: set[str] = dataclasses.field(default_factory=set)
+    classes: dict[str, str] = dataclasses.field(default_factory=dict)
+    uses: Uses | None = None
 
-    arrays = [leaf for leaf, is_array in zip(inputs, traced, strict=True) if is_array]
-    jaxpr = jax.make_jaxpr(call)(tree, arrays).jaxpr
-    _, used = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
-    return {name for name, use in zip(names, used, strict=False) if use}
+    def note(
+        self, name: str, rule: LayerRule, module: Any, args: Any, kwargs: Any
+    ) -> tuple[Call, Any]:
+        """Keep what a call tells about the kernel at `name`: the call, its input."""
+        product, x = rule.read(module, args, kwargs)
+        first = first_rules(module)[rule.name(module)]
+        planned = product if rule is first else first.product(module)
+        if planned is None:
+            self.products.setdefault(name, product)
+        else:
+            self.products[name] = planned
+        method = f"{type(module).__name__}.{rule.method}"
+        return Call(name, product, rule.scale is not None, method), x
 
+    def trace(
+        self, function: Callable[..., Any], leaves: Any, tree: Any, *args: Any
+    ) -> None:
+        """Follow the leaves of `tree` through `function(tree, *args)`.
 
-def refuse_half_adapted(
-    plan: Plan, products: Mapping[str, Product], read_elsewhere: set[str]
-) -> Plan:
-    """`plan`, if no adapted embedding is also read outside of its layer's methods."""
-    for spec in plan.specs:
-        product = products.get(spec.name)
-        if isinstance(product, Lookup) and spec.name in read_elsewhere:
-            raise ValueError(
-                f"{spec.name}: the model also reads this embedding outside of its "
-                "layer's methods (a tied head?), where the adapter would have no "
-                "effect; exclude it"
+        Only the arrays and shapes in `args` are traced; whatever else is there is
+        static.
+
+        Args:
+          function: the call, which marks its layers.
+          leaves: {path: leaf} of `tree`, in its order.
+          tree: the arrays to follow.
+          *args: further arguments.
+        """
+        inputs, structure = jax.tree.flatten(args)
+        traced = [hasattr(leaf, "shape") and hasattr(leaf, "dtype") for leaf in inputs]
+
+        def call(tree: Any, arrays: list[Any]) -> list[Any]:
+            left = iter(arrays)
+            merged = [
+                next(left) if is_array else leaf
+                for leaf, is_array in zip(inputs, traced, strict=True)
+            ]
+            result = function(tree, *jax.tree.unflatten(structure, merged))
+            return jax.tree.leaves(result)
+
+        arrays = [x for x, is_array in zip(inputs, traced, strict=True) if is_array]
+        jaxpr = jax.make_jaxpr(call)(tree, arrays).jaxpr
+        stacked = {
+            name: leaf.ndim - len(self.products[name].axes)
+            for name, leaf in leaves.items()
+            if name in self.products
+        }
+        self.uses = follow(jaxpr, list(leaves), stacked)
+
+    def no_kernels(self, names: Iterable[str]) -> set[str]:
+        """Those of `names` that are known to be added or read, not multiplied."""
+        found = set(self.others)
+        if self.uses is not None:
+            kernels = (
+                self.uses.multiplied | self.products.keys() | self.uses.unseen.keys()
             )
-    return dataclasses.replace(plan, traced=True)
+            found |= self.uses.run - kernels
+        return found & set(names)
+
+    def unseen(self, names: Iterable[str]) -> tuple[tuple[str, str], ...]:
+        """Those of `names` of which a trace proves nothing, and by which primitive."""
+        unseen = {} if self.uses is None else self.uses.unseen
+        return tuple((name, unseen[name]) for name in names if name in unseen)
+
+    def why_unknown(self, name: str) -> str:
+        """Why it is not known what a layer computes with the array at `name`."""
+        if self.uses is not None and name not in self.uses.run:
+            return (
+                "the call that was traced does not use it: plan with inputs for which "
+                "its layer runs, or exclude it"
+            )
+        calls = "" if self.uses is not None else ", and plan with inputs of a call"
+        return (
+            "it is not known how a layer uses it: teach its class"
+            f"{self.class_of(name)} with mora_jax.register_layer{calls}"
+        )
+
+    def class_of(self, name: str) -> str:
+        """The class of the module that has the array at `name`, as " Dense"; or ""."""
+        path = name
+        while path:
+            path = path.rpartition("/")[0]
+            if path in self.classes:
+                return f" {self.classes[path]}"
+        return ""
 
 
 def refuse_untraced(name: str, product: Product | None) -> None:

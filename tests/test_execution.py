@@ -15,6 +15,7 @@ from cases import CASES, by_few_cases, by_kind
 from flax import nnx
 from jax.test_util import check_grads
 
+import mora_jax
 from mora_jax import FrozenDense, MoRAConfig, init, linen, mora_apply, register_layer
 from mora_jax import nnx as mora_nnx
 from mora_jax.execution import adapted_product, folds
@@ -153,12 +154,15 @@ class Mixed(nn.Module):
         return nn.DenseGeneral(6, axis=1, name="rows")(x)
 
 
-def wrapped(model, way, *inputs, **settings):
+def wrapped(model, way, *inputs, traced=True, **settings):
     """Outputs, and gradients by the adapters, of a Linen model."""
     variables = model.init(jax.random.key(0), *inputs)
     settings = {"operator": "rotation", "square_rank": 4, "alpha": ALPHA} | settings
     config = MoRAConfig(execution=way, **settings)
-    plan = linen.plan(model, variables, config, *inputs)
+    if traced:
+        plan = linen.plan(model, variables, config, *inputs)
+    else:
+        plan = mora_jax.plan(variables["params"], config)
     adapters = jax.tree.map(lambda m: m + random(1, *m.shape) / 4, init(plan))
     apply = linen.wrap(model, plan)
 
@@ -260,11 +264,9 @@ def own_dot_general(x, kernel, dimension_numbers, **settings):
         (nn.Einsum((12, 6), "bi,io->bo"), random(0, 5, 12)),
         (nn.Conv(6, (3,)), random(0, 2, 5, 12)),
         (nn.Embed(12, 6), np.arange(5)),
-        (nn.Dense(6, dot_general=own_dot_general), random(0, 5, 12)),
-        (nn.Dense(6, dot_general_cls=lambda: own_dot_general), random(0, 5, 12)),
         (nn.DenseGeneral(6, batch_dims=0), random(0, 3, 5, 12)),
     ],
-    ids=["einsum", "conv", "embed", "dot_general", "dot_general_cls", "stacked"],
+    ids=["einsum", "conv", "embed", "stacked"],
 )
 def test_what_never_folds(model, x, monkeypatch):
     targets = ".*(kernel|embedding)"
@@ -272,6 +274,26 @@ def test_what_never_folds(model, x, monkeypatch):
         folded = wrapped(model, "fold", x, targets=targets)
     assert not calls
     plain = wrapped(model, "activation", x, targets=targets)
+    chex.assert_trees_all_close(folded, plain)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"dot_general": own_dot_general},
+        {"dot_general_cls": lambda: own_dot_general},
+    ],
+    ids=["dot_general", "dot_general_cls"],
+)
+def test_a_product_of_the_users_own_never_folds(settings, monkeypatch):
+    """And a trace shows that it is another than the rule's."""
+    model, x = nn.Dense(6, **settings), random(0, 5, 12)
+    with pytest.raises(ValueError, match="kernel: Dense.__call__ .* by `mul`"):
+        wrapped(model, "fold", x)
+    with counting(monkeypatch) as calls:
+        folded = wrapped(model, "fold", x, traced=False)
+    assert not calls
+    plain = wrapped(model, "activation", x, traced=False)
     chex.assert_trees_all_close(folded, plain)
 
 

@@ -560,7 +560,9 @@ def test_other_methods_of_a_known_layer_are_refused():
             return self.tied.attend(self.tied(x))
 
     variables = Net().init(KEY, X)
-    chosen = linen.plan(Net(), variables, CONFIG, X)
+    with pytest.raises(ValueError, match="tied/kernel: .* by `dot_general`, where"):
+        linen.plan(Net(), variables, CONFIG, X)
+    chosen = plan(variables["params"], CONFIG)  # no trace has seen the model
     with pytest.raises(TypeError, match=r"Tied.attend may use this adapted kernel"):
         linen.wrap(Net(), chosen)(init(chosen), variables, X)
 

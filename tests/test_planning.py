@@ -172,7 +172,7 @@ def test_summary():
         *("3.6", "34", "13,872", "2.05%"),
     ]
     assert rows[-1].startswith("60 adapters: ")
-    assert str(plan(transformer())) == summary(plan(transformer()))
+    assert str(plan(transformer())).startswith(summary(plan(transformer())))
     assert len(summary(plan(transformer()), collapse=False).splitlines()) == 62
 
 

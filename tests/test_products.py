@@ -269,7 +269,7 @@ def test_transforms(name, operator):
 
 def exact(case, twin):
     """The adapted kernel, as (in, out)."""
-    (spec,), (m,) = twin.plan, jax.tree.leaves(twin.adapters)
+    (spec,), (m,) = twin.plan.specs, jax.tree.leaves(twin.adapters)
     kernel = next(leaf for leaf in jax.tree.leaves(twin.params) if leaf.ndim > 1)
     delta = oracle.update(*case.matrices(spec.operator), m)
     return np.asarray(kernel, np.float64).reshape(delta.shape) + ALPHA * delta
@@ -410,7 +410,7 @@ APIS = ("linen", "nnx", "nnx-alone")
 
 @pytest.mark.parametrize("api", APIS)
 def test_dense_layers_are_the_default_targets(api):
-    assert [spec.axes for spec in make_plan(api, None)] == ["io"]
+    assert [spec.axes for spec in make_plan(api, None).specs] == ["io"]
     plan = make_plan(api, MoRAConfig(rank=1, targets=".*/kernel"))
     assert [spec.axes for spec in plan.specs] == ["iio", "iio", "io"]
     with pytest.raises(ValueError, match="targets: the default matches no path"):

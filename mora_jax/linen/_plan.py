@@ -5,14 +5,14 @@ from typing import Any
 
 import flax.linen as nn
 
+from mora_jax._proof import mark
 from mora_jax.config import MoRAConfig
 from mora_jax.layers import find_rules
 from mora_jax.linen._bound import Bound, check_model, params_of
 from mora_jax.paths import named_leaves
-from mora_jax.planning import Plan, plan_products
-from mora_jax.products import Product
+from mora_jax.planning import Plan, plan_surveyed
 from mora_jax.spec import SUFFIX
-from mora_jax.tracing import blank, dependencies, note, refuse_half_adapted
+from mora_jax.tracing import Survey
 from mora_jax.tree import combine, nest
 
 
@@ -48,7 +48,7 @@ def plan(
       >>> model, x = nn.MultiHeadDotProductAttention(num_heads=4), jnp.ones((1, 3, 64))
       >>> variables = jax.eval_shape(model.init, jax.random.key(0), x)
       >>> plan = linen.plan(model, variables, MoRAConfig(rank=2), x)
-      >>> {spec.name: spec.axes for spec in plan.specs}  # doctest: +NORMALIZE_WHITESPACE
+      >>> {path: spec.axes for path, spec in plan.items()}
       {'key/kernel': 'ioo', 'out/kernel': 'iio', 'query/kernel': 'ioo',
        'value/kernel': 'ioo'}
     """
@@ -70,7 +70,8 @@ def plan(
         with nn.intercept_methods(recorder):
             return model.apply(variables, *args, **kwargs)
 
-    elsewhere = dependencies(call, leaves, params, rest, args, kwargs)
+    arrays = {name: leaf for name, (_, leaf) in leaves.items()}
+    recorder.survey.trace(call, arrays, params, rest, args, kwargs)
     for name, shape in recorder.shapes.items():
         whole = tuple(leaves[name][1].shape)
         if whole[len(whole) - len(shape) :] != shape:
@@ -78,30 +79,41 @@ def plan(
                 f"{name} of shape {whole} is used as {shape}: stacked axes must come "
                 "first (variable_axes={'params': 0})"
             )
-    chosen = plan_products(params, config, recorder.products)
-    return refuse_half_adapted(chosen, recorder.products, elsewhere)
+    return plan_surveyed(params, config, recorder.survey)
 
 
 class _Recorder:
-    """Notes what each layer of a known class computes, and blanks its output."""
+    """Notes what each layer of a known class computes, and marks where it does."""
 
     def __init__(self) -> None:
-        self.products: dict[str, Product] = {}
+        self.survey = Survey()
         self.shapes: dict[str, tuple[int, ...]] = {}
+        self.running: list[nn.Module] = []
 
     def __call__(
         self, method: Callable[..., Any], args: Any, kwargs: Any, context: Any
     ) -> Any:
-        module, y = context.module, method(*args, **kwargs)
+        module = context.module
+        if module.scope is None:
+            return method(*args, **kwargs)
+        path = "/".join(module.scope.path)
+        self.survey.classes.setdefault(path, type(module).__name__)
         rule = find_rules(type(module)).get(context.method_name)
-        if rule is None or module.scope is None:
-            return y
+        # One rule tells all about what its method calls of the same layer.
+        if rule is None or any(module is other for other in self.running):
+            return method(*args, **kwargs)
         own = rule.name(module)
-        mark = module.get_variable("params", own + SUFFIX)
-        if not isinstance(mark, Bound):
-            return y
-        _, name = mark.spec
-        x = note(self.products, name, rule, module, args, kwargs)
+        bound = module.get_variable("params", own + SUFFIX)
+        if not isinstance(bound, Bound):
+            return method(*args, **kwargs)
+        _, name = bound.spec
+        call, x = self.survey.note(name, rule, module, args, kwargs)
+        args, kwargs = rule.with_input(mark(x, call, end=False), module, args, kwargs)
+        self.running.append(module)
+        try:
+            y = method(*args, **kwargs)
+        finally:
+            self.running.pop()
         kernel = nn.unbox(module.get_variable("params", own))
         self.shapes[name] = tuple(kernel.shape)
-        return blank(y, x)
+        return mark(y, call, end=True)

@@ -16,7 +16,7 @@ from mora_jax.spec import SUFFIX, AdapterSpec
 from mora_jax.tracing import refuse_untraced
 
 Around = Callable[[LayerRule, nnx.Module, Any, Any, Any], Any]
-"""(rule, module, args, kwargs, the call itself) to what is returned instead."""
+"""(rule, module, args, kwargs, the bound method) to what is returned instead."""
 
 DROPOUT = "dropout_mora"
 
@@ -68,7 +68,8 @@ def plain_class(module: nnx.Module) -> type:
 def call_adapted(
     rule: LayerRule, module: nnx.Module, args: Any, kwargs: Any, call: Any
 ) -> Any:
-    """What `call()`, the layer's method, gives with its adapter."""
+    """What `call`, the layer's method, gives with its adapter."""
+    call = functools.partial(call, *args, **kwargs)
     product, x = rule.read(module, args, kwargs)
     m: Any = getattr(module, rule.name(module) + SUFFIX, None)
     if m is None:  # another kernel of the layer is adapted
@@ -129,7 +130,7 @@ def _surround(
             return method(self, *args, **kwargs)
         token = _running.set((*_running.get(), id(self)))
         try:
-            run = functools.partial(method, self, *args, **kwargs)
+            run = functools.partial(method, self)
             return around(rule, self, args, kwargs, run)
         finally:
             _running.reset(token)

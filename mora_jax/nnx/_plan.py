@@ -6,21 +6,15 @@ from typing import Any
 
 from flax import nnx
 
+from mora_jax._proof import mark
 from mora_jax.config import MoRAConfig
 from mora_jax.layers import LayerRule, first_rules
 from mora_jax.nnx._adapters import layers
 from mora_jax.nnx._classes import subclass
 from mora_jax.nnx._param import MoRAParam
 from mora_jax.paths import named_leaves
-from mora_jax.planning import Plan, plan_products
-from mora_jax.products import Product
-from mora_jax.tracing import (
-    blank,
-    dependencies,
-    note,
-    refuse_half_adapted,
-    refuse_untraced,
-)
+from mora_jax.planning import Plan, plan_surveyed
+from mora_jax.tracing import Survey, refuse_untraced
 
 
 def plan(
@@ -51,25 +45,30 @@ def plan(
       >>> from mora_jax import MoRAConfig
       >>> from mora_jax.nnx import plan
       >>> attention = nnx.MultiHeadAttention(4, 64, decode=False, rngs=nnx.Rngs(0))
-      >>> {spec.name: spec.axes for spec in plan(attention, MoRAConfig(rank=2)).specs}
+      >>> chosen = plan(attention, MoRAConfig(rank=2))
+      >>> {path: spec.axes for path, spec in chosen.items()}
       {'key/kernel': 'ioo', 'out/kernel': 'iio', 'query/kernel': 'ioo',
        'value/kernel': 'ioo'}
     """
     check_model(model)
     params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
-    products: dict[str, Product] = {}
+    survey = Survey()
+    for path, module in layers(model):
+        survey.classes["/".join(path)] = type(module).__name__
+        rules = first_rules(module)
+        for name, value in vars(module).items() if rules else ():
+            if isinstance(value, nnx.Variable) and name not in rules:
+                survey.others.add("/".join((*path, name)))
     for name, layer, rule in _known(model):
         product = rule.product(layer)
         if product is not None:
-            products[name] = product
-    inputs = bool(args or kwargs)
-    elsewhere = _trace(model, products, args, kwargs) if inputs else set()
-    chosen = plan_products(params, config, products)
+            survey.products[name] = product
+    if args or kwargs:
+        _trace(model, survey, args, kwargs)
+    chosen = plan_surveyed(params, config, survey)
     _refuse_shared(model, chosen)
-    if inputs:
-        return refuse_half_adapted(chosen, products, elsewhere)
-    for spec in chosen.specs:
-        refuse_untraced(spec.name, products.get(spec.name))
+    for spec in () if chosen.traced else chosen.specs:
+        refuse_untraced(spec.name, survey.products.get(spec.name))
     return chosen
 
 
@@ -93,30 +92,32 @@ def _known(model: nnx.Module) -> Iterator[tuple[str, nnx.Module, LayerRule]]:
                 yield "/".join((*path, kernel)), module, rule
 
 
-def _trace(
-    model: nnx.Module, products: dict[str, Product], args: Any, kwargs: Any
-) -> set[str]:
-    """Add what a call tells to `products`; return which arrays it reads elsewhere."""
-    blanked = nnx.clone(model)
-    found = list(_known(blanked))
+def _trace(model: nnx.Module, survey: Survey, args: Any, kwargs: Any) -> None:
+    """Add to `survey` what a call tells."""
+    marked = nnx.clone(model)
+    found = list(_known(marked))
 
     def record(
         path: str, rule: LayerRule, module: Any, args: Any, kwargs: Any, call: Any
     ) -> Any:
         name = path + rule.name(module)
-        return blank(call(), note(products, name, rule, module, args, kwargs))
+        noted, x = survey.note(name, rule, module, args, kwargs)
+        x = mark(x, noted, end=False)
+        args, kwargs = rule.with_input(x, module, args, kwargs)
+        return mark(call(*args, **kwargs), noted, end=True)
 
     for path, layer in {name.rpartition("/")[0]: m for name, m, _ in found}.items():
         around = functools.partial(record, f"{path}/" if path else "")
         cls = subclass(type(layer), around, strict=False)
         object.__setattr__(layer, "__class__", cls)
-    graph, state = nnx.split(blanked)
+    graph, state = nnx.split(marked)
 
     def call(state: Any, args: Any, kwargs: Any) -> Any:
         return nnx.merge(graph, state)(*args, **kwargs)  # type: ignore[operator]
 
-    names = named_leaves(nnx.to_pure_dict(state))
-    return dependencies(call, names, state, args, kwargs)
+    leaves = named_leaves(nnx.to_pure_dict(state))
+    arrays = {name: leaf for name, (_, leaf) in leaves.items()}
+    survey.trace(call, arrays, state, args, kwargs)
 
 
 def _refuse_shared(model: nnx.Module, plan: Plan) -> None:

@@ -3,7 +3,7 @@
 import abc
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -73,7 +73,20 @@ class KernelUpdate:
 
 
 class Product(abc.ABC):
-    """How a layer multiplies its input with its kernel; linear in both."""
+    """How a layer multiplies its input with its kernel; linear in both.
+
+    Attributes:
+      primitive: the primitive of JAX that multiplies, by which a trace recognises the
+        product; "" for any.
+      passes: other primitives that kernel or product may pass, as linear as the product
+        itself, where `update` passes the same.
+    """
+
+    primitive: ClassVar[str] = ""
+
+    @property
+    def passes(self) -> frozenset[str]:
+        return frozenset()
 
     @property
     @abc.abstractmethod

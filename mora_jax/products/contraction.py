@@ -31,6 +31,8 @@ class Contraction(Product):
     kernel: str
     outputs: str
 
+    primitive = "dot_general"
+
     @classmethod
     def parse(cls, equation: str, inputs_ndim: int | None = None) -> "Contraction":
         """Read an equation such as `"...i,io->...o"`.

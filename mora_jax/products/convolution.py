@@ -25,11 +25,15 @@ class Convolution(Product):
       convolve: (x, kernel) to the layer's output without bias.
       any_outputs: whether `convolve` takes kernels of other output features than the
         layer's: not with groups of features or a mask.
+      masked: whether `convolve` multiplies the kernel by a mask.
     """
 
     kernel_axes: str
     convolve: Convolve
     any_outputs: bool = True
+    masked: bool = False
+
+    primitive = "conv_general_dilated"
 
     @property
     def axes(self) -> str:
@@ -38,6 +42,12 @@ class Convolution(Product):
     @property
     def dense(self) -> bool:
         return False
+
+    @property
+    def passes(self) -> frozenset[str]:
+        # How paddings are made of the kernel and the output; `convolve` does the same.
+        steps = {"concatenate", "pad", "reduce_sum", "rev", "slice"}
+        return frozenset(steps | {"mul"} if self.masked else steps)
 
     def fits(self, axes: str) -> bool:
         return axes == self.axes
@@ -82,4 +92,5 @@ class Convolution(Product):
             own = kind(outputs, window, parent=None, **settings)
             return own.apply({"params": {"kernel": kernel}}, x)
 
-        return cls("i" * len(window) + features, convolve, any_outputs)
+        masked = layer.mask is not None
+        return cls("i" * len(window) + features, convolve, any_outputs, masked)

@@ -27,6 +27,8 @@ class Lookup(Product):
       >>> register_layer(Table, equation=tied, kernel="table", method="decode")
     """
 
+    primitive = "gather"
+
     @property
     def axes(self) -> str:
         return "io"
@@ -34,6 +36,10 @@ class Lookup(Product):
     @property
     def dense(self) -> bool:
         return False
+
+    @property
+    def passes(self) -> frozenset[str]:
+        return frozenset({"select_n"})  # of NaN where an index is out of bounds
 
     def fits(self, axes: str) -> bool:
         return axes == self.axes

@@ -1,0 +1,108 @@
+"""What of a model gets no adapter, and why."""
+
+import dataclasses
+import re
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+
+from mora_jax._warnings import LeftOutWarning, warn
+from mora_jax.config import DEFAULT_TARGETS, MoRAConfig
+from mora_jax.products import Convolution, Lookup, Product
+from mora_jax.tracing import Survey
+
+NO_KERNEL = re.compile(r"(?i).*(bias|scale|norm|pos|embed|token|mean|var|cache)[^/]*$")
+"""Names of arrays that hardly multiply inputs, for models that were not traced."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LeftOut:
+    """Arrays of one kind that get no adapter.
+
+    Attributes:
+      pattern: their path, with "*" for numbers.
+      count: how many they are.
+      why: the reason.
+      multiplied: whether they multiply inputs, as far as is known.
+    """
+
+    pattern: str
+    count: int
+    why: str
+    multiplied: bool
+
+    def __str__(self) -> str:
+        count = f" ({self.count})" if self.count > 1 else ""
+        return f"{self.pattern}{count}: {self.why}"
+
+
+def left_out_of(
+    arrays: Mapping[str, Any],
+    excluded: Collection[str],
+    config: MoRAConfig,
+    survey: Survey | None,
+) -> tuple[LeftOut, ...]:
+    """A line for each kind of arrays that get no adapter.
+
+    It warns if the default targets leave out arrays that multiply inputs, of which the
+    user may know nothing.
+
+    Args:
+      arrays: {path: array}, those of two or more axes that have no adapter.
+      excluded: paths that `config.exclude` names.
+      config: what was asked for.
+      survey: what is known of the arrays.
+    """
+    default = config.targets == DEFAULT_TARGETS
+    quantized = {
+        name.rpartition("/")[0]
+        for name, leaf in arrays.items()
+        if jnp.issubdtype(leaf.dtype, jnp.integer)
+    }
+    kinds: dict[tuple[str, str, bool], list[str]] = {}
+    for name in arrays:
+        if name in excluded:
+            why, multiplied = "excluded", False
+        elif name.rpartition("/")[0] in quantized:
+            why, multiplied = "quantized, and not floating-point", True
+        elif not default or survey is None:
+            why, multiplied = "no target", False
+        else:
+            why, multiplied = _by_survey(name, survey)
+        pattern = re.sub(r"\d+", "*", name)
+        kinds.setdefault((pattern, why, multiplied), []).append(name)
+    found = tuple(
+        LeftOut(names[0] if len(names) == 1 else pattern, len(names), why, multiplied)
+        for (pattern, why, multiplied), names in kinds.items()
+    )
+    surprising = [str(kind) for kind in found if kind.multiplied]
+    if default and surprising:
+        warn(
+            "arrays that multiply inputs get no adapter: "
+            + "; ".join(surprising)
+            + ". Name them in exclude if that is meant",
+            LeftOutWarning,
+        )
+    return found
+
+
+def _by_survey(name: str, survey: Survey) -> tuple[str, bool]:
+    """Why the default targets leave an array out, and whether it multiplies inputs."""
+    uses = survey.uses
+    if name in survey.products:
+        return f"{_kind(survey.products[name])}; targets may name it", False
+    if survey.no_kernels([name]):
+        return "never multiplied with an input", False
+    if uses is not None and name not in uses.run:
+        return "the call that was traced does not use it", True
+    guess = uses is not None or not NO_KERNEL.fullmatch(name)
+    return survey.why_unknown(name), guess
+
+
+def _kind(product: Product) -> str:
+    if isinstance(product, Convolution):
+        return "a convolution"
+    if isinstance(product, Lookup):
+        return "an embedding"
+    return "a head, router or embedding by its name"

@@ -1,0 +1,62 @@
+"""Notes in a program: where calls of known layers begin and end."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+
+from mora_jax.products import Contraction, Product
+
+
+class Call:
+    """One call of a method of a known layer; two calls are never equal.
+
+    Attributes:
+      name: the path of the kernel.
+      product: what the method computes, according to the layer's rule.
+      scaled: whether the rule says that the layer scales its kernel.
+      method: the method, as "Dense.__call__".
+    """
+
+    def __init__(self, name: str, product: Product, scaled: bool, method: str) -> None:
+        self.name, self.product = name, product
+        self.scaled, self.method = scaled, method
+
+    @functools.cached_property
+    def transposed(self) -> "Call":
+        """The call in a gradient that the model itself takes: from output to input."""
+        product = self.product
+        if isinstance(product, Contraction):
+            product = Contraction(product.outputs, product.kernel, product.inputs)
+        other = Call(self.name, product, self.scaled, self.method)
+        other.__dict__["transposed"] = self
+        return other
+
+
+mark_p = Primitive("mora_mark")
+
+
+def mark(x: Any, call: Call, *, end: bool) -> jax.Array:
+    """`x`, with a note in the program that it is the input or the output of `call`."""
+    return mark_p.bind(jnp.asarray(x), call=call, end=end, lead=0)
+
+
+def _batch_mark(args: Any, axes: Any, *, lead: int, **settings: Any) -> Any:
+    (x,), (axis,) = args, axes
+    return mark_p.bind(jnp.moveaxis(x, axis, 0), lead=lead + 1, **settings), 0
+
+
+def _transpose_mark(y: Any, x: Any, *, call: Call, end: bool, lead: int) -> Any:
+    if isinstance(y, ad.Zero):
+        return [y]
+    return [mark_p.bind(y, call=call.transposed, end=not end, lead=lead)]
+
+
+mark_p.def_impl(lambda x, **_: x)
+mark_p.def_abstract_eval(lambda x, **_: x)
+ad.deflinear2(mark_p, _transpose_mark)
+batching.primitive_batchers[mark_p] = _batch_mark
+mlir.register_lowering(mark_p, lambda context, x, **_: [x])

@@ -1,0 +1,98 @@
+"""Whether a kernel's product is the one that the rule of its layer describes."""
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Any
+
+from mora_jax._proof import views
+from mora_jax._proof.marks import Call
+from mora_jax._proof.trails import Trail, Value
+from mora_jax._proof.views import View
+from mora_jax.products import Contraction, Lookup
+
+
+def multiplied(eqn: Any, kernel: str, trail: Trail, other: Value, first: bool) -> Trail:
+    """A kernel times an array; `first` if the kernel is the first of the two."""
+    by, view = eqn.primitive.name, None
+    call = next((call for call in other.inputs if call.name == kernel), None)
+    if by == "dot_general" and call is not None and trail.view is not None:
+        x = other.inputs[call]
+        if x is not None and isinstance(call.product, Contraction):
+            w = _lettered(trail.view, trail.ndim, call.product)
+            view = _dot(eqn.params["dimension_numbers"], w, x, first)
+    if by == "gather":
+        # Whole rows of the kernel as it is, and not its numbers as indices.
+        shape = eqn.invars[0].aval.shape
+        rows = tuple(eqn.params["slice_sizes"]) == (1, *shape[1:])
+        if not (first and rows and trail.view == views.named(range(2), shape)):
+            trail = trail.passed("gather of other than rows")
+    return dataclasses.replace(trail, by=by, call=call, view=view)
+
+
+def _lettered(view: View, ndim: int, product: Contraction) -> View:
+    """The view of a kernel with its axes called as in the equation of `product`."""
+    stacked = ndim - len(product.kernel)
+    names = [*(("stack", k) for k in range(stacked)), *product.kernel]
+    return tuple(
+        tuple(dataclasses.replace(piece, axis=names[piece.axis]) for piece in axis)  # type: ignore[call-overload]
+        for axis in view
+    )
+
+
+def _dot(dimension_numbers: Any, w: View, x: View, first: bool) -> View | None:
+    """The view of the product of a kernel `w` with `x`, if both sum over the same."""
+    contracted, batch = dimension_numbers
+    views = (w, x) if first else (x, w)
+    for one, other in zip(*contracted, strict=True):
+        if views[0][one] != views[1][other]:
+            return None
+    shared = []
+    for pair in zip(*batch, strict=True):
+        by_w, by_x = (views[k][axis] for k, axis in enumerate(pair))
+        by_w, by_x = (by_w, by_x) if first else (by_x, by_w)
+        # Under vmap, one layer of a stack for each of many inputs.
+        lifted = [piece.axis[0] for piece in by_w if isinstance(piece.axis, tuple)]
+        if by_w != by_x and not lifted:
+            return None
+        shared.append(by_x)
+    free = [
+        axis
+        for view, *gone in zip(views, contracted, batch, strict=True)
+        for k, axis in enumerate(view)
+        if not any(k in axes for axes in gone)
+    ]
+    return (*shared, *free)
+
+
+def fault(call: Call, trail: Trail, lead: int) -> str:
+    """Why an output of `call` is not the product that its rule describes, or ""."""
+    product = call.product
+    steps = trail.through - product.passes
+    if not trail.by and isinstance(product, Lookup) and steps == {"broadcast_in_dim"}:
+        return ""  # an embedding of one row, which Flax does not look up
+    if not trail.by:
+        return "returns it without a product"
+    if trail.call is not call:
+        return "multiplies it with another array than the input that its rule names"
+    if call.scaled and not steps & {"mul", "div"}:
+        return "does not scale it, though its rule says so"
+    if call.scaled:
+        steps -= {"mul", "div"}
+    if steps:
+        return f"changes it, or its product, by {listed(sorted(steps))}"
+    if product.primitive and trail.by != product.primitive:
+        return f"multiplies it by `{trail.by}` and not by `{product.primitive}`"
+    if isinstance(product, Contraction):
+        outputs = trail.view[lead:] if trail.view is not None else ()
+        whole = [
+            axis in ((), (views.Piece(letter, views.length(axis)),))
+            for letter, axis in zip(product.outputs, outputs, strict=False)
+        ]
+        if len(outputs) != len(product.outputs) or not all(whole):
+            return f"does not compute {product.equation!r}, as its rule says"
+    return ""
+
+
+def listed(names: Iterable[str]) -> str:
+    """Names of primitives as a part of a sentence."""
+    return " and ".join(f"`{name}`" for name in names)

@@ -1,0 +1,105 @@
+"""Where the axes of an array are after reshapes and transposes.
+
+`jnp.einsum` and Flax's layers move axes before and after they multiply. To compare
+what a program does with an equation, each axis of an array is followed by name: an axis
+of a view is a row of pieces of named axes, as in einops' "(h d)".
+"""
+
+import dataclasses
+import math
+from collections.abc import Hashable, Iterable, Sequence
+
+from mora_jax._types import Shape
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """A part of a named axis: every `stride`-th index, `size` of them.
+
+    Attributes:
+      axis: the name of the axis.
+      size: how many indices the piece has.
+      stride: how far apart they are; 1 for the fastest part of an axis.
+    """
+
+    axis: Hashable
+    size: int
+    stride: int = 1
+
+
+Axis = tuple[Piece, ...]
+View = tuple[Axis, ...]
+"""One entry for each axis of an array; an axis of length 1 is ()."""
+
+
+def named(axes: Iterable[Hashable], shape: Shape) -> View:
+    """The view of an array of `shape` whose axes are called `axes`.
+
+    Example::
+
+      >>> named("io", (4, 1))
+      ((Piece(axis='i', size=4, stride=1),), ())
+    """
+    pairs = zip(axes, shape, strict=True)
+    return tuple((Piece(axis, size),) if size != 1 else () for axis, size in pairs)
+
+
+def length(axis: Axis) -> int:
+    """How many indices an axis of a view has."""
+    return math.prod(piece.size for piece in axis)
+
+
+def reshape(view: View, shape: Shape) -> View | None:
+    """The view after a reshape; None where an axis is cut at no multiple of its size.
+
+    Example::
+
+      >>> view = named("bhd", (2, 3, 4))
+      >>> reshape(view, (2, 12)) == (view[0], view[1] + view[2])
+      True
+      >>> reshape(reshape(view, (2, 12)), (2, 3, 4)) == view
+      True
+      >>> reshape(view, (4, 6)) is None
+      True
+    """
+    rest = [piece for axis in view for piece in axis]
+    if math.prod(piece.size for piece in rest) != math.prod(shape):
+        return None
+    axes = []
+    for size in shape:
+        axis: list[Piece] = []
+        while size > 1:
+            piece = rest.pop(0)
+            if size % piece.size == 0:
+                axis.append(piece)
+                size //= piece.size
+            elif piece.size % size == 0:  # its slower part here, the rest in the next
+                inner = piece.size // size
+                axis.append(Piece(piece.axis, size, piece.stride * inner))
+                rest.insert(0, Piece(piece.axis, inner, piece.stride))
+                size = 1
+            else:
+                return None
+        axes.append(_joined(axis))
+    return tuple(axes)
+
+
+def transpose(view: View, order: Sequence[int]) -> View:
+    """The view after a transpose."""
+    return tuple(view[k] for k in order)
+
+
+def _joined(axis: Sequence[Piece]) -> Axis:
+    """Neighbouring pieces of one axis, which belong together, as one."""
+    joined: list[Piece] = []
+    for piece in axis:
+        last = joined[-1] if joined else None
+        if (
+            last is not None
+            and last.axis == piece.axis
+            and last.stride == piece.stride * piece.size
+        ):
+            joined[-1] = Piece(piece.axis, last.size * piece.size, piece.stride)
+        else:
+            joined.append(piece)
+    return tuple(joined)
