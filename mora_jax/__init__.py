@@ -6,6 +6,8 @@ from mora_jax import linen as linen
 from mora_jax import nnx as nnx
 from mora_jax import products as products
 from mora_jax import sharding as sharding
+from mora_jax._warnings import LeftOutWarning as LeftOutWarning
+from mora_jax._warnings import MoRAWarning as MoRAWarning
 from mora_jax.config import MoRAConfig as MoRAConfig
 from mora_jax.io import load as load
 from mora_jax.io import save as save

@@ -3,21 +3,43 @@
 import sys
 import warnings
 from pathlib import Path
+from types import FrameType
 
 _HERE = str(Path(__file__).parent)
 
 
 class MoRAWarning(UserWarning):
-    """Something that was asked for is not done in full, or is seldom meant."""
+    """Something that was asked for is not done in full, or is seldom meant.
+
+    Example: turn them all into errors, as a test suite may want::
+
+      >>> import warnings
+      >>> from mora_jax import MoRAWarning
+      >>> warnings.simplefilter("error", MoRAWarning)
+    """
 
 
 class LeftOutWarning(MoRAWarning):
-    """Arrays that multiply inputs get no adapter, since nobody named them."""
+    """Arrays that multiply inputs get no adapter, and nobody said that they should not.
+
+    The default targets are the dense layers of known classes. `print(plan)` lists what
+    they leave out. An array that `exclude` names is left out without a warning.
+
+    Example::
+
+      >>> import warnings
+      >>> from mora_jax import LeftOutWarning
+      >>> warnings.simplefilter("ignore", LeftOutWarning)
+    """
 
 
 def warn(message: str, category: type[MoRAWarning] = MoRAWarning) -> None:
-    """Warn at the line outside of this library that called it."""
-    frame, level = sys._getframe(1), 2
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(_HERE):
-        frame, level = frame.f_back, level + 1
-    warnings.warn(message, category, stacklevel=level - 1)
+    """Warn at the line that called this library."""
+    frame: FrameType | None = sys._getframe()
+    level = outermost = 0
+    while frame is not None:
+        level += 1
+        if frame.f_code.co_filename.startswith(_HERE):
+            outermost = level
+        frame = frame.f_back
+    warnings.warn(message, category, stacklevel=outermost + 1)

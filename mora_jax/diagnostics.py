@@ -8,6 +8,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Float
 
+from mora_jax.checking import check as check
 from mora_jax.merging import delta_weight, merge
 from mora_jax.paths import named_leaves
 from mora_jax.planning import Plan

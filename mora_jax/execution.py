@@ -78,8 +78,9 @@ def _add_update(
     product: Product,
     dropout_key: PRNGKeyArray | None,
     precision: jax.lax.PrecisionLike,
+    factor: jax.Array | None = None,
 ) -> jax.Array:
-    """A layer's output with its update."""
+    """A layer's output with its update, times `factor` if there is one."""
     sharding = explicit_sharding(y)
     if sharding is not None:
         layout = layout_of(product, x, sharding)
@@ -87,7 +88,8 @@ def _add_update(
 
     def one(m: ArrayLike, x: ArrayLike, key: PRNGKeyArray | None) -> jax.Array:
         settings = {"dtype": y.dtype, "dropout_key": key, "precision": precision}
-        return update(spec, m, x, product, **settings)
+        delta = update(spec, m, x, product, **settings)
+        return delta if factor is None else delta * factor.astype(y.dtype)
 
     if sharding is None:
         return y + one(m, x, dropout_key)
@@ -238,8 +240,16 @@ def adapt_call(
 
         with _replaced(module, "dot_general", dot_general):
             return call()
-    y = call()
-    return _add_update(y, spec, m(), x, product, dropout_key, precision)
+    y, after = call(), None
+    if (scale := rule.scale_of(module)) is not None:
+        if not isinstance(product, Contraction):
+            raise ValueError(
+                f"{spec.name}: scale= of register_layer is for layers that compute an "
+                f"einsum, got {type(product).__name__}"
+            )
+        before, after = product.factors(scale)
+        x = jnp.asarray(x).astype(y.dtype) * before.astype(y.dtype)
+    return _add_update(y, spec, m(), x, product, dropout_key, precision, after)
 
 
 @contextlib.contextmanager

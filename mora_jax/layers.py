@@ -5,6 +5,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
@@ -67,9 +68,19 @@ class LayerRule:
         """The name of the kernel's parameter."""
         return self.kernel if isinstance(self.kernel, str) else self.kernel(module)
 
+    def scale_of(self, module: Any) -> Any:
+        """What the module multiplies its kernel by; None for nothing."""
+        if not isinstance(self.scale, str):
+            return None if self.scale is None else self.scale(module)
+        if isinstance(module, nn.Module):
+            return nn.unbox(module.get_variable("params", self.scale))
+        return getattr(module, self.scale)[...]
+
     def multiplies_by_dot_general(self, module: Any) -> bool:
         """Whether the product is JAX's own, and the module's attribute decides it."""
-        if not self.dot_general or getattr(module, "dot_general_cls", None) is not None:
+        if not self.dot_general or self.scale is not None:
+            return False
+        if getattr(module, "dot_general_cls", None) is not None:
             return False
         return getattr(module, "dot_general", None) in (None, jax.lax.dot_general)
 
@@ -124,11 +135,11 @@ def register_layer(
         `self.dot_general(input, kernel, dimension_numbers, ...)`, so that the update
         can be folded into the kernel. The attribute holds `jax.lax.dot_general` or
         None, else nothing is folded.
-      scale: what the method multiplies the kernel by before the product: the name of
-        a parameter, or a function of the module that returns an array. It broadcasts
-        against the kernel and varies along its input features or its output features,
-        not along both. The update is multiplied by the same, so that it is still the
-        kernel that is merged.
+      scale: what the method multiplies the kernel by before an einsum: the name of a
+        parameter, or a function of the module that returns an array, a number or None.
+        It broadcasts against the kernel and varies along its input features or its
+        output features, not along both. The update is multiplied by the same, so that
+        it is still the kernel into which it is merged.
 
     Raises:
       TypeError: `cls` is no class, or lacks the method, or that the argument.

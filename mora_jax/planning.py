@@ -11,6 +11,7 @@ from typing import Any
 import jax
 
 from mora_jax._left_out import LeftOut, left_out_of
+from mora_jax._proof import Uses
 from mora_jax.config import DEFAULT_TARGETS, MoRAConfig, default_targets
 from mora_jax.paths import Path, named_leaves, nearest, suggestion
 from mora_jax.products import Lookup
@@ -159,7 +160,7 @@ def _plan(params: Any, config: MoRAConfig, survey: Survey | None) -> Plan:
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
         specs.append(spec)
-    if survey is not None and survey.uses is not None:
+    if survey is not None:
         _refuse_unproven(targets, survey)
     size = sum(math.prod(leaf.shape) for _, leaf in leaves.values())
     rest = {name: leaf for name, leaf in arrays.items() if name not in targets}
@@ -219,8 +220,8 @@ def _axes(name: str, leaf: Any, survey: Survey | None) -> str:
 
 def _refuse_unproven(targets: Sequence[str], survey: Survey) -> None:
     """Raise for kernels that are used in a way that adapters would not follow."""
-    uses = survey.uses
-    assert uses is not None
+    uses = survey.uses or Uses()
+    faults = {**survey.faults, **uses.faults}
     for name in targets:
         if name in uses.outside:
             kind, tied = "kernel", ""
@@ -232,9 +233,9 @@ def _refuse_unproven(targets: Sequence[str], survey: Survey) -> None:
                 f"known methods{tied}{how}, where the adapter would have no effect; "
                 "exclude it"
             )
-        if name in uses.faults:
+        if name in faults:
             raise ValueError(
-                f"{name}: {uses.faults[name]}, so that the adapted and the merged "
+                f"{name}: {faults[name]}, so that the adapted and the merged "
                 "model would differ; exclude it, or teach its class with "
                 "mora_jax.register_layer (scale= where a layer scales its kernel)"
             )

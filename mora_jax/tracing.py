@@ -23,12 +23,14 @@ class Survey:
       products: {path of a kernel: what its layer computes with it}.
       others: paths of what known layers have beside their kernels, as biases.
       classes: {path of a module: the name of its class}.
+      faults: {path of a kernel: what other modules are known to do with it}.
       uses: what a call of the model does with its arrays; None if none was traced.
     """
 
     products: dict[str, Product] = dataclasses.field(default_factory=dict)
     others: set[str] = dataclasses.field(default_factory=set)
     classes: dict[str, str] = dataclasses.field(default_factory=dict)
+    faults: dict[str, str] = dataclasses.field(default_factory=dict)
     uses: Uses | None = None
 
     def note(
@@ -43,7 +45,7 @@ class Survey:
         else:
             self.products[name] = planned
         method = f"{type(module).__name__}.{rule.method}"
-        return Call(name, product, rule.scale is not None, method), x
+        return Call(name, product, rule.scale_of(module) is not None, method), x
 
     def trace(
         self, function: Callable[..., Any], leaves: Any, tree: Any, *args: Any

@@ -3,8 +3,8 @@
 import dataclasses
 from collections.abc import Callable, Mapping
 
-from mora_jax._proof import views
 from mora_jax._proof.marks import Call
+from mora_jax._proof.views import Axis, View
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,15 +21,15 @@ class Trail:
       outer: axes that scans around have taken off.
     """
 
-    view: views.View | None
+    view: View | None
     ndim: int
     by: str = ""
     call: Call | None = None
     through: frozenset[str] = frozenset()
     unseen: str = ""
-    outer: tuple[views.Axis, ...] = ()
+    outer: tuple[Axis, ...] = ()
 
-    def passed(self, name: str, view: views.View | None = None) -> "Trail":
+    def passed(self, name: str, view: View | None = None) -> "Trail":
         """The trail after the primitive called `name`."""
         return dataclasses.replace(self, through=self.through | {name}, view=view)
 
@@ -51,12 +51,12 @@ class Value:
     """
 
     trails: Mapping[str, Trail] = dataclasses.field(default_factory=dict)
-    inputs: Mapping[Call, views.View | None] = dataclasses.field(default_factory=dict)
+    inputs: Mapping[Call, View | None] = dataclasses.field(default_factory=dict)
 
-    def moved(self, function: Callable[[views.View], views.View | None]) -> "Value":
+    def moved(self, function: Callable[[View], View | None]) -> "Value":
         """The value with its axes moved by `function`."""
 
-        def move(view: views.View | None) -> views.View | None:
+        def move(view: View | None) -> View | None:
             return None if view is None else function(view)
 
         trails = {

@@ -4,10 +4,9 @@ import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
-from mora_jax._proof import views
 from mora_jax._proof.marks import Call
 from mora_jax._proof.trails import Trail, Value
-from mora_jax._proof.views import View
+from mora_jax._proof.views import Piece, View, length, named
 from mora_jax.products import Contraction, Lookup
 
 
@@ -17,14 +16,16 @@ def multiplied(eqn: Any, kernel: str, trail: Trail, other: Value, first: bool) -
     call = next((call for call in other.inputs if call.name == kernel), None)
     if by == "dot_general" and call is not None and trail.view is not None:
         x = other.inputs[call]
-        if x is not None and isinstance(call.product, Contraction):
+        if isinstance(call.product, Contraction):
             w = _lettered(trail.view, trail.ndim, call.product)
-            view = _dot(eqn.params["dimension_numbers"], w, x, first)
+            numbers = eqn.params["dimension_numbers"]
+            view = None if x is None else _dot(numbers, w, x, first)
+            call = None if x is None else call  # the input, but changed
     if by == "gather":
         # Whole rows of the kernel as it is, and not its numbers as indices.
         shape = eqn.invars[0].aval.shape
         rows = tuple(eqn.params["slice_sizes"]) == (1, *shape[1:])
-        if not (first and rows and trail.view == views.named(range(2), shape)):
+        if not (first and rows and trail.view == named(range(2), shape)):
             trail = trail.passed("gather of other than rows")
     return dataclasses.replace(trail, by=by, call=call, view=view)
 
@@ -85,7 +86,7 @@ def fault(call: Call, trail: Trail, lead: int) -> str:
     if isinstance(product, Contraction):
         outputs = trail.view[lead:] if trail.view is not None else ()
         whole = [
-            axis in ((), (views.Piece(letter, views.length(axis)),))
+            axis in ((), (Piece(letter, length(axis)),))
             for letter, axis in zip(product.outputs, outputs, strict=False)
         ]
         if len(outputs) != len(product.outputs) or not all(whole):
@@ -95,4 +96,8 @@ def fault(call: Call, trail: Trail, lead: int) -> str:
 
 def listed(names: Iterable[str]) -> str:
     """Names of primitives as a part of a sentence."""
-    return " and ".join(f"`{name}`" for name in names)
+    shown = [f"`{name}`" for name in names]
+    if len(shown) > 3:
+        shown[2:] = [f"{len(shown) - 2} more primitives"]
+    *most, last = shown or [""]
+    return f"{', '.join(most)} and {last}" if most else last

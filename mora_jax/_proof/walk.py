@@ -9,38 +9,12 @@ import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 from jax.interpreters import partial_eval
 
-from mora_jax._proof import views
 from mora_jax._proof.marks import Call, mark_p
+from mora_jax._proof.primitives import PART, PRODUCTS, SAME, UNSEEN
 from mora_jax._proof.trails import Trail, Uses, Value, joined, with_changed_inputs
 from mora_jax._proof.verdict import fault, listed, multiplied
-from mora_jax._proof.views import View
+from mora_jax._proof.views import View, length, named, reshape, transpose
 from mora_jax.products import Contraction
-
-SAME = {
-    "convert_element_type",
-    "copy",
-    "copy_p",
-    "device_put",
-    "layout_constraint",
-    "mesh_cast",
-    "optimization_barrier",
-    "pbroadcast",
-    "pvary",
-    "reduce_precision",
-    "reshard",
-    "sharding_constraint",
-    "stop_gradient",
-}
-"""Primitives that leave numbers as they are, except for rounding."""
-
-PRODUCTS = {"dot_general", "conv_general_dilated", "gather", "ragged_dot_general"}
-"""Primitives by which layers multiply an input with a kernel."""
-
-PART = {"concatenate", "div", "dynamic_slice", "gather", "mul", "slice"}
-"""What leaves an array one that is multiplied with inputs: parts of it, its scale."""
-
-UNSEEN = {"pure_callback", "io_callback", "shard_map", "custom_partitioning"}
-"""Primitives whose inside says nothing about whole arrays, beside all `*_call`."""
 
 
 def follow(jaxpr: Jaxpr, names: Sequence[str], stacked: Mapping[str, int]) -> Uses:
@@ -58,7 +32,7 @@ def follow(jaxpr: Jaxpr, names: Sequence[str], stacked: Mapping[str, int]) -> Us
     for k, (name, var) in enumerate(zip(paths, jaxpr.invars, strict=False)):
         shape: Any = var.aval.shape  # type: ignore[attr-defined]
         if len(shape) > 1:
-            view = views.named(range(len(shape)), shape)
+            view = named(range(len(shape)), shape)
             values[k] = Value({name: Trail(view, len(shape))})
     for value in _Walk(uses, stacked).run(jaxpr, values):
         for name, trail in value.trails.items():
@@ -148,7 +122,7 @@ class _Walk:
 
     def _reshape(self, eqn: Any, values: list[Value]) -> list[Value]:
         shape = eqn.outvars[0].aval.shape
-        return [values[0].moved(lambda view: views.reshape(view, shape))]
+        return [values[0].moved(lambda view: reshape(view, shape))]
 
     def _broadcast(self, eqn: Any, values: list[Value]) -> list[Value]:
         """New axes of length 1 move the others; longer ones hold copies."""
@@ -158,7 +132,7 @@ class _Walk:
 
     def _transpose(self, eqn: Any, values: list[Value]) -> list[Value]:
         order = eqn.params["permutation"]
-        return [values[0].moved(lambda view: views.transpose(view, order))]
+        return [values[0].moved(lambda view: transpose(view, order))]
 
     def _slice(self, eqn: Any, values: list[Value]) -> list[Value]:
         """One layer of a stack, each of which has its own M, is a kernel again."""
@@ -180,7 +154,7 @@ class _Walk:
                 isinstance(p.axis, int) and p.axis < stacked for p in axis
             ):
                 axes.append(())
-            elif views.length(axis) == size:
+            elif length(axis) == size:
                 axes.append(axis)
             else:
                 return None
@@ -221,7 +195,7 @@ class _Walk:
         letters: Sequence[Any] = range(len(shape) - lead)
         if isinstance(product, Contraction):
             letters = product.inputs
-        view = views.named([*(("vmap", k) for k in range(lead)), *letters], shape)
+        view = named([*(("vmap", k) for k in range(lead)), *letters], shape)
         return [Value(value.trails, {**value.inputs, call: view})]
 
     def _check(self, call: Call, trail: Trail, lead: int) -> None:
@@ -247,7 +221,9 @@ class _Walk:
         """What a scan stacks up: a kernel is again what it was taken from."""
         trails = {}
         for name, trail in value.trails.items():
-            if trail.view is None or trail.by or len(trail.outer) <= self.depth:
+            if trail.by:  # products of rows; which of them went where is not followed
+                trails[name] = dataclasses.replace(trail, unseen="scan")
+            elif trail.view is None or len(trail.outer) <= self.depth:
                 trails[name] = trail.passed("scan")
             else:
                 *outer, axis = trail.outer

@@ -52,9 +52,12 @@ def plan(
     """
     check_model(model)
     params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
-    survey = Survey()
+    survey, normalised = Survey(), list[tuple[str, str]]()
     for path, module in layers(model):
         survey.classes["/".join(path)] = type(module).__name__
+        if isinstance(module, TRANSFORMS):
+            inside = f"{'/'.join((*path, 'layer_instance'))}/"
+            normalised.append((inside, type(module).__name__))
         rules = first_rules(module)
         for name, value in vars(module).items() if rules else ():
             if isinstance(value, nnx.Variable) and name not in rules:
@@ -63,6 +66,10 @@ def plan(
         product = rule.product(layer)
         if product is not None:
             survey.products[name] = product
+    for name in survey.products:
+        for inside, cls in normalised:
+            if name.startswith(inside):
+                survey.faults[name] = f"{cls} changes it before its layer multiplies"
     if args or kwargs:
         _trace(model, survey, args, kwargs)
     chosen = plan_surveyed(params, config, survey)
@@ -70,6 +77,10 @@ def plan(
     for spec in () if chosen.traced else chosen.specs:
         refuse_untraced(spec.name, survey.products.get(spec.name))
     return chosen
+
+
+TRANSFORMS = (nnx.WeightNorm, nnx.SpectralNorm)
+"""Flax's modules that change the kernels of the layer that they hold."""
 
 
 def check_model(model: Any) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 import jax
 import jax.numpy as jnp
 
-from mora_jax._types import Shape
+from mora_jax._types import ArrayLike, Shape
 from mora_jax.axes import sizes
 from mora_jax.products._base import KernelUpdate, Product
 
@@ -132,6 +132,39 @@ class Contraction(Product):
         rows = self.to_rows(x)
         for_rows = kernel.rows if kernel.axes == self.axes else kernel.transposed_rows
         return self.from_rows(for_rows(rows), sizes(kernel.shape, self.axes, "o"))
+
+    def factors(self, scale: ArrayLike | float) -> tuple[jax.Array, jax.Array]:
+        """What to multiply input and output by, in place of the kernel by `scale`.
+
+        Args:
+          scale: broadcasts against the kernel.
+
+        Returns:
+          Arrays that broadcast against input and output, one of which is 1.
+
+        Raises:
+          ValueError: `scale` has too many axes, or varies along input and output
+            features.
+        """
+        scale, one = jnp.asarray(scale), jnp.ones(())
+        shape = (1,) * (len(self.kernel) - scale.ndim) + scale.shape
+        if len(shape) > len(self.kernel):
+            raise ValueError(
+                f"scale of shape {shape} must broadcast against a kernel of "
+                f"{len(self.kernel)} axes"
+            )
+        varies = [c for c, n in zip(self.kernel, shape, strict=True) if n > 1]
+        for letters in (self.outputs, self.inputs):
+            if set(varies) <= set(letters):
+                order = sorted(varies, key=letters.index)
+                axes = jnp.transpose(scale.squeeze(), [varies.index(c) for c in order])
+                sizes = {c: n for c, n in zip(self.kernel, shape, strict=True) if n > 1}
+                factor = axes.reshape([sizes.get(c, 1) for c in letters])
+                return (one, factor) if letters is self.outputs else (factor, one)
+        raise ValueError(
+            f"scale of shape {scale.shape} must vary along the input features or the "
+            f"output features of a kernel with axes {self.axes!r}, not along both"
+        )
 
     def check_input(self, x_shape: Shape, kernel_shape: Shape) -> None:
         """Raise unless `x_shape` fits a kernel of `kernel_shape`."""

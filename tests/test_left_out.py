@@ -1,0 +1,223 @@
+"""What gets no adapter is said, and what a pattern that matches nothing meant."""
+
+import re
+import subprocess
+import sys
+import warnings
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+import mora_jax
+from mora_jax import LeftOutWarning, MoRAConfig, MoRAWarning, linen
+from mora_jax import nnx as mora_nnx
+
+KEY = jax.random.key(0)
+IDS = jnp.zeros((2, 3), jnp.int32)
+
+
+class Einsum(nnx.Module):
+    """Another library's layer, which nobody registered."""
+
+    def __init__(self, equation, shape, rngs):
+        self.equation = equation
+        self.w = nnx.Param(jax.random.normal(rngs.params(), shape))
+
+    def __call__(self, x):
+        return jnp.einsum(self.equation, x, self.w[...])
+
+
+class Block(nnx.Module):
+    def __init__(self, rngs):
+        self.attn = Einsum("btd,dhk->bthk", (8, 2, 4), rngs)
+        self.mlp = nnx.Linear(8, 8, rngs=rngs)
+        self.heads = nnx.LinearGeneral(8, (2, 4), rngs=rngs)  # has a bias of two axes
+
+    def __call__(self, x):
+        y = self.heads(x) + self.attn(x)
+        return self.mlp(y.reshape(x.shape))
+
+
+class GPT(nnx.Module):
+    """Its attention is of a class that is not known."""
+
+    def __init__(self):
+        rngs = nnx.Rngs(0)
+        self.embed = nnx.Embed(11, 8, rngs=rngs)
+        self.pos_table = nnx.Param(jnp.ones((3, 8)))
+        self.blocks = nnx.List([Block(rngs) for _ in range(2)])
+        self.experts = nnx.Param(jnp.ones((3, 8, 8)))
+        self.unused = nnx.Linear(8, 8, rngs=rngs)
+        self.lm_head = nnx.Linear(8, 11, rngs=rngs)
+
+    def __call__(self, ids):
+        x = self.embed(ids) + self.pos_table[...]
+        for block in self.blocks:
+            x = block(x)
+        x = jnp.einsum("btd,edf->betf", x, self.experts[...])
+        return self.lm_head(x.mean(1))
+
+
+SAID = {
+    "blocks/*/attn/w (2)": "teach its class Einsum with mora_jax.register_layer",
+    "blocks/*/heads/bias (2)": "never multiplied with an input",
+    "embed/embedding": "an embedding; targets may name it",
+    "experts": "teach its class GPT with mora_jax.register_layer",
+    "lm_head/kernel": "a head, router or embedding by its name",
+    "pos_table": "never multiplied with an input",
+}
+
+
+@pytest.mark.parametrize("inputs", [(), (IDS,)], ids=["untraced", "traced"])
+def test_an_nnx_model_of_unknown_layers(inputs):
+    match = (
+        r"arrays that multiply inputs get no adapter: blocks/\*/attn/w \(2\): .*Einsum"
+        r".*; experts: .*GPT.*Name them in exclude"
+    )
+    with pytest.warns(LeftOutWarning, match=match):
+        plan = mora_nnx.plan(GPT(), None, *inputs)
+    assert "blocks/0/mlp/kernel" in plan and "blocks/0/attn/w" not in plan
+    text = str(plan)
+    assert "\nleft out:\n" in text
+    rows = dict(
+        line.strip().split(": ", 1)
+        for line in text.split("left out:\n")[1:][0].splitlines()
+    )
+    for path, why in SAID.items():
+        if inputs or path != "pos_table":
+            assert why in rows[path], path
+    if inputs:
+        assert rows["unused/kernel"] == "the call that was traced does not use it"
+    else:
+        assert "unused/kernel" in plan
+
+
+def test_what_is_excluded_or_registered_is_no_surprise():
+    exclude = [".*/attn/w", "experts", "unused/.*"]
+    plan = mora_nnx.plan(GPT(), MoRAConfig(exclude=exclude), IDS)
+    assert "experts: excluded" in str(plan)
+    config = MoRAConfig(targets=".*/mlp/kernel")
+    assert "experts: no target" in str(mora_nnx.plan(GPT(), config, IDS))
+    assert issubclass(LeftOutWarning, MoRAWarning)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", LeftOutWarning)
+        mora_nnx.wrap(GPT())
+
+
+def test_a_linen_model_of_unknown_layers():
+    class Own(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            w = self.param("w", nn.initializers.ones, (8, 8))
+            bias = self.param("bias", nn.initializers.ones, (3, 8))
+            return x @ w + bias
+
+    model = nn.Sequential([nn.Embed(11, 8), Own(), nn.Dense(8)])
+    variables = model.init(KEY, IDS)
+    with pytest.warns(LeftOutWarning, match="layers_1/w: .* its class Own with"):
+        plan = linen.plan(model, variables, None, IDS)
+    assert "layers_1/bias: never multiplied with an input" in str(plan)
+    assert list(plan) == ["layers_2/kernel"]
+
+
+def test_plans_of_shapes_say_what_no_target_named():
+    shape = jax.ShapeDtypeStruct((8, 8), jnp.float32)
+    params = {f"l{k}": {"kernel": shape, "w": shape} for k in range(3)}
+    assert str(mora_jax.plan(params)).endswith("\nleft out:\n  l*/w (3): no target")
+
+
+def test_quantized_kernels_are_named():
+    shape = jax.ShapeDtypeStruct((8, 8), jnp.float32)
+    packed = {
+        "qvalue": jax.ShapeDtypeStruct((8, 8), jnp.int8),
+        "scale": jax.ShapeDtypeStruct((1, 8), jnp.float32),
+    }
+    params = {"a": {"kernel": {"array": packed}}, "b": {"kernel": shape}}
+    with pytest.warns(LeftOutWarning, match="a/kernel/array/qvalue: quantized"):
+        plan = mora_jax.plan(params)
+    assert "a/kernel/array/scale: quantized" in str(plan)
+
+
+# --- Patterns that match nothing ---
+
+
+def message(action):
+    with pytest.raises(ValueError) as caught:
+        action()
+    return str(caught.value)
+
+
+def test_a_pattern_may_match_biases_beside_kernels():
+    """Of two axes or one: what is never multiplied is no kernel."""
+    config = MoRAConfig(targets=".*(heads|mlp).*")
+    assert sorted(mora_nnx.plan(GPT(), config, IDS)) == [
+        f"blocks/{k}/{layer}/kernel" for k in range(2) for layer in ("heads", "mlp")
+    ]
+    assert len(mora_nnx.plan(GPT(), config)) == 4
+    attention = nn.MultiHeadDotProductAttention(2)
+    x = jnp.ones((1, 3, 8))
+    variables = attention.init(KEY, x)
+    config = MoRAConfig(targets="(query|key).*", rank=2)
+    assert len(linen.plan(attention, variables, config, x)) == 2
+
+
+def test_layers_that_do_not_run_are_told_from_those_that_are_not_known():
+    model = GPT()
+    text = message(lambda: mora_nnx.plan(model, MoRAConfig(targets="experts"), IDS))
+    assert text.startswith("experts: it is not known") and "class GPT with" in text
+
+    class Idle(nn.Module):
+        @nn.compact
+        def __call__(self, x, other=False):
+            used, idle = nn.Dense(8, name="used"), nn.Dense(8, name="idle")
+            return used(x) if not (other or self.is_initializing()) else idle(used(x))
+
+    x = jnp.ones((1, 8))
+    variables = Idle().init(KEY, x)
+    config = MoRAConfig(targets=".*kernel")
+    text = message(lambda: linen.plan(Idle(), variables, config, x))
+    assert text.startswith("idle/kernel: the call that was traced does not use it")
+    assert "register_layer" not in text
+    assert len(linen.plan(Idle(), variables, config, x, other=True)) == 2
+
+
+def test_patterns_match_whole_paths():
+    shape = jax.ShapeDtypeStruct((8, 8), jnp.float32)
+    names = ("query", "key", "value")
+    params = {f"layer_{k}": {n: {"kernel": shape} for n in names} for k in range(2)}
+    for pattern, proposed in {
+        "query": "(.*/)?query/kernel",
+        "query|key": "(.*/)?(?:query|key)/kernel",
+        "layer_1": "(.*/)?layer_1(/.*)?",
+        "_1/va": ".*_1/va.*",
+    }.items():
+        config = MoRAConfig(targets=pattern)
+        text = message(lambda config=config: mora_jax.plan(params, config))
+        assert f"patterns match whole paths: {proposed!r} would match" in text
+        fixed = MoRAConfig(targets=proposed)
+        first = re.search(r"would match '(.*?)'", text)[1]
+        assert first in mora_jax.plan(params, fixed)
+    text = message(lambda: mora_jax.plan(params, MoRAConfig(targets="qery")))
+    assert "the nearest are 'layer_0/query/kernel'" in text
+
+
+def test_a_warning_is_given_once_at_the_users_line(tmp_path):
+    """In a process without the type checks that pytest puts around functions."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import jax.numpy as jnp, mora_jax\n"
+        "from flax import nnx\n"
+        "class Own(nnx.Module):\n"
+        "  def __init__(self):\n"
+        "    self.w = nnx.Param(jnp.ones((8, 8)))\n"
+        "    self.known = nnx.Linear(8, 8, rngs=nnx.Rngs(0))\n"
+        "model = Own()\n"
+        "mora_jax.nnx.wrap(model)\n"
+    )
+    command = [sys.executable, "-W", "always", program]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    assert said.count("LeftOutWarning") == 1
+    assert f"{program}:8: LeftOutWarning: arrays that multiply inputs" in said
