@@ -39,8 +39,8 @@ class Plan(Mapping[str, AdapterSpec]):
         only through the product of its layer; embeddings need it. Plans that differ
         in this, or in what follows, are equal.
       left_out: what else of two or more axes the model holds, and why it is left out.
-      unseen: (path, primitive) for each kernel that goes through a primitive into
-        which no trace can look, so that nothing is proven of it.
+      unproven: (path, reason) for each adapted kernel of which the trace proves
+        nothing.
 
     Example::
 
@@ -57,7 +57,7 @@ class Plan(Mapping[str, AdapterSpec]):
     base_parameters: int
     traced: bool = dataclasses.field(default=False, compare=False)
     left_out: tuple[LeftOut, ...] = dataclasses.field(default=(), compare=False)
-    unseen: tuple[tuple[str, str], ...] = dataclasses.field(default=(), compare=False)
+    unproven: tuple[tuple[str, str], ...] = dataclasses.field(default=(), compare=False)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._by_path)
@@ -170,7 +170,7 @@ def _plan(params: Any, config: MoRAConfig, survey: Survey | None) -> Plan:
         size,
         traced=survey is not None and survey.uses is not None,
         left_out=left_out,
-        unseen=survey.unseen(targets) if survey is not None else (),
+        unproven=survey.unproven(targets) if survey is not None else (),
     )
 
 
@@ -315,8 +315,9 @@ def _remarks(plan: Plan) -> list[str]:
     if plan.left_out:
         lines.append("left out:")
         lines += [f"  {kind}" for kind in plan.left_out]
-    if plan.unseen:
-        lines.append("not proven, since a trace cannot look into these primitives:")
-        lines += [f"  {path}: `{primitive}`" for path, primitive in plan.unseen]
-        lines.append("  mora_jax.diagnostics.check compares numbers instead")
+    if plan.unproven:
+        lines.append(
+            "not proven (mora_jax.diagnostics.check compares numbers instead):"
+        )
+        lines += [f"  {path}: {why}" for path, why in plan.unproven]
     return lines

@@ -92,10 +92,18 @@ class Survey:
             found |= self.uses.run - kernels
         return found & set(names)
 
-    def unseen(self, names: Iterable[str]) -> tuple[tuple[str, str], ...]:
-        """Those of `names` of which a trace proves nothing, and by which primitive."""
-        unseen = {} if self.uses is None else self.uses.unseen
-        return tuple((name, unseen[name]) for name in names if name in unseen)
+    def unproven(self, names: Iterable[str]) -> tuple[tuple[str, str], ...]:
+        """Those of `names` of which the trace of a call proves nothing, and why."""
+        if self.uses is None:
+            return ()
+        found = {}
+        for name in names:
+            if name in self.uses.unseen:
+                primitive = self.uses.unseen[name]
+                found[name] = f"a trace cannot look into `{primitive}`"
+            elif name not in self.uses.run:
+                found[name] = "the call that was traced does not use it"
+        return tuple(found.items())
 
     def why_unknown(self, name: str) -> str:
         """Why it is not known what a layer computes with the array at `name`."""
