@@ -225,6 +225,32 @@ def test_scales_that_do_not_factor_are_refused(unchecked):
         register_layer(Layer, equation="...i,io->...o", kernel="w", scale=2.0)
 
 
+@pytest.mark.parametrize("kind", ["WeightNorm", "SpectralNorm"])
+def test_normalised_layers_are_refused_with_plans_of_shapes_too(kind):
+    settings = {"update_stats": False} if kind == "SpectralNorm" else {}
+
+    class Layer(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            inner = nn.Dense(WIDTH, name="d")
+            return getattr(nn, kind)(inner)(x, **settings)
+
+    variables = Layer().init(KEY, X)
+    message = f"d/kernel: {kind} changes this kernel before its layer multiplies"
+    config = MoRAConfig(rank=2)
+    with pytest.raises(ValueError, match="d/kernel: Dense.__call__ changes it"):
+        linen.plan(Layer(), variables, config, X)
+    shapes = mora_jax.plan({"d": variables["params"]["d"]}, config)
+    with pytest.raises(ValueError, match=message):
+        linen.wrap(Layer(), shapes)(mora_jax.init(shapes), variables, X)
+    linear = nnx.Linear(WIDTH, WIDTH, rngs=nnx.Rngs(0))
+    twin = getattr(nnx, kind)(linear, rngs=nnx.Rngs(1))
+    shapes = mora_jax.plan({"layer_instance": {"kernel": X[0].T @ X[0]}}, config)
+    for chosen in (config, shapes):
+        with pytest.raises(ValueError, match=f"layer_instance/kernel: {kind} changes"):
+            mora_nnx.wrap(twin, chosen)
+
+
 def test_the_check_says_which_layer_has_no_effect(unchecked):
     class Half(nnx.Module):
         def __init__(self):

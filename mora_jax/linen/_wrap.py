@@ -85,6 +85,10 @@ def wrap(model: nn.Module, plan: Plan) -> Callable[..., Any]:
     return apply
 
 
+NORMALISING = (nn.WeightNorm, nn.SpectralNorm)
+"""Flax's modules that change the kernels of the layer that they hold."""
+
+
 class _Interceptor:
     """Adds to the output of each layer what the adapter in its params adds.
 
@@ -102,6 +106,8 @@ class _Interceptor:
         self, method: Callable[..., Any], args: Any, kwargs: Any, context: Any
     ) -> Any:
         module, name = context.module, context.method_name
+        if isinstance(module, NORMALISING):
+            _refuse_normalised(module)
         bound = _bound(module)
         again = any(module is other for other, _ in self.running)
         if name == "setup" or module.scope is None or not bound or again:
@@ -155,6 +161,18 @@ class _Interceptor:
             x,
             product,
             key,
+        )
+
+
+def _refuse_normalised(module: Any) -> None:
+    """Raise if the layer inside has an adapter, which would be normalised as well."""
+    inside = module.layer_instance
+    for kernel in _bound(inside):
+        name = "/".join((*inside.scope.path, kernel))
+        raise ValueError(
+            f"{name}: {type(module).__name__} changes this kernel before its layer "
+            "multiplies, so that the adapted and the merged model would differ; "
+            "exclude it"
         )
 
 

@@ -1,7 +1,7 @@
 """A plan from what a model's layers are, and from what they do."""
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from flax import nnx
@@ -52,12 +52,9 @@ def plan(
     """
     check_model(model)
     params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
-    survey, normalised = Survey(), list[tuple[str, str]]()
+    survey = Survey()
     for path, module in layers(model):
         survey.classes["/".join(path)] = type(module).__name__
-        if isinstance(module, TRANSFORMS):
-            inside = f"{'/'.join((*path, 'layer_instance'))}/"
-            normalised.append((inside, type(module).__name__))
         rules = first_rules(module)
         for name, value in vars(module).items() if rules else ():
             if isinstance(value, nnx.Variable) and name not in rules:
@@ -66,10 +63,7 @@ def plan(
         product = rule.product(layer)
         if product is not None:
             survey.products[name] = product
-    for name in survey.products:
-        for inside, cls in normalised:
-            if name.startswith(inside):
-                survey.faults[name] = f"{cls} changes it before its layer multiplies"
+    survey.faults |= normalised(model, survey.products)
     if args or kwargs:
         _trace(model, survey, args, kwargs)
     chosen = plan_surveyed(params, config, survey)
@@ -79,8 +73,23 @@ def plan(
     return chosen
 
 
-TRANSFORMS = (nnx.WeightNorm, nnx.SpectralNorm)
+NORMALISING = (nnx.WeightNorm, nnx.SpectralNorm)
 """Flax's modules that change the kernels of the layer that they hold."""
+
+
+def normalised(model: nnx.Module, kernels: Iterable[str]) -> dict[str, str]:
+    """{path: what is done to it} for those of `kernels` that are changed before use."""
+    inside = {
+        "/".join((*path, "layer_instance", "")): type(module).__name__
+        for path, module in layers(model)
+        if isinstance(module, NORMALISING)
+    }
+    return {
+        kernel: f"{cls} changes it before its layer multiplies"
+        for kernel in kernels
+        for start, cls in inside.items()
+        if kernel.startswith(start)
+    }
 
 
 def check_model(model: Any) -> None:

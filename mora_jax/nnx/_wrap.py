@@ -10,7 +10,7 @@ from mora_jax.merging import merge
 from mora_jax.nnx._adapters import adapters, layers, parameters, plan_of
 from mora_jax.nnx._classes import attach, detach
 from mora_jax.nnx._param import MoRAParam
-from mora_jax.nnx._plan import check_model
+from mora_jax.nnx._plan import check_model, normalised
 from mora_jax.nnx._plan import plan as plan_model
 from mora_jax.planning import Plan
 from mora_jax.tree import adapter_items, init
@@ -57,6 +57,8 @@ def wrap(
     """
     check_model(model)
     chosen = config if isinstance(config, Plan) else plan_model(model, config)
+    for name, how in normalised(model, chosen).items():  # a plan of shapes may hold it
+        raise ValueError(f"{name}: {how}; exclude it")
     key = None
     if rngs is not None and any(spec.init == "gaussian" for spec in chosen.specs):
         key = rngs.params()
