@@ -163,7 +163,8 @@ def _plan(params: Any, config: MoRAConfig, survey: Survey | None) -> Plan:
     if survey is not None:
         _refuse_unproven(targets, survey)
     size = sum(math.prod(leaf.shape) for _, leaf in leaves.values())
-    rest = {name: leaf for name, leaf in arrays.items() if name not in targets}
+    adapted = set(targets)
+    rest = {name: leaf for name, leaf in arrays.items() if name not in adapted}
     left_out = left_out_of(rest, excluded, config, survey)
     return Plan(
         tuple(specs),
