@@ -73,7 +73,7 @@ def test_round_trip(tmp_path, case, dtype):
     back, same = load(tmp_path)
     assert_same(back, adapters)
     assert same == plan and hash(same) == hash(plan)
-    (spec,), (other,) = plan, same
+    (spec,), (other,) = plan.specs, same.specs
     np.testing.assert_array_equal(
         mora_jax.delta_weight(adapters, plan)["a"]["kernel"],
         mora_jax.delta_weight(back, same)["a"]["kernel"],
@@ -126,7 +126,8 @@ def test_others_read_the_tensors(tmp_path):
     for name, m in expected.items():
         np.testing.assert_array_equal(found[name], m)
     config = json.loads((tmp_path / CONFIG).read_text())
-    assert [layer["path"] for layer in config["layers"]] == [list(s.path) for s in PLAN]
+    paths = [layer["path"] for layer in config["layers"]]
+    assert paths == [list(s.path) for s in PLAN.specs]
     assert config["layers"][-1]["operator"] == {"name": "orthogonal", "seed": 7}
     digest = hashlib.sha256((tmp_path / TENSORS).read_bytes()).hexdigest()
     assert config["tensors_sha256"] == digest
@@ -207,7 +208,7 @@ def layer(**changes):
 
 
 REFUSED = {
-    "newer": (lambda c: c.update(format_version=2), "newer"),
+    "newer": (lambda c: c.update(format_version=3), "newer"),
     "version": (lambda c: c.update(format_version=True), "positive integer"),
     "format": (lambda c: c.update(format="other"), "load_peft_mora"),
     "lacks": (lambda c: c.pop("metadata"), "lacks .*metadata"),
