@@ -129,8 +129,8 @@ def _enough(kept: Mapping[str, _Kept], max_error: float) -> str:
     """Which arguments would do."""
     rank = max(one.enough(max_error) for one in kept.values())
     return (
-        f"rank={rank} loses no more than {max_error:.3g} of any module, and "
-        "max_error=1 accepts whatever is cut off"
+        f"rank={rank} keeps every module within {max_error:.1%}, and max_error=1 "
+        "accepts any loss"
     )
 
 

@@ -90,7 +90,7 @@ def _is_epaths(value: os.PathLike[Any]) -> bool:
         from etils import epath
     except ImportError:
         return False
-    if epath.Path(value) is not value:
+    if type(epath.Path(value)) is not type(value):
         return False
     return "://" in os.fspath(value) or type(value) is not type(epath.Path("."))
 
