@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 from safetensors.numpy import save_file
 from test_checkpoint import digests
@@ -98,6 +99,23 @@ def test_without_params_files_say_what_the_plan_knows(tmp_path, saved):
     load(tmp_path / "b", OTHER)
     save(tmp_path / "c", *load(saved))
     assert digests(tmp_path / "c") == digests(saved)
+
+
+def test_an_nnx_model_of_another_base_does_not_merge_unless_told(tmp_path):
+    model = nnx.Sequential(nnx.Linear(16, 16, rngs=nnx.Rngs(0)))
+    kernel = model.layers[0].kernel
+    params = {"layers": {"0": {"kernel": kernel[...]}}}
+    plan = mora_jax.plan(params)
+    save(tmp_path / "a", made(plan), plan, params=params)
+    adapters, plan = load(tmp_path / "a", params)
+    for value, fits in ((kernel[...], True), (kernel[...] + 1, False)):
+        kernel[...] = value
+        wrapped = mora_jax.nnx.wrap(model, plan)
+        mora_jax.nnx.set_adapters(wrapped, adapters)
+        if not fits:
+            with pytest.raises(ValueError, match="layers/0/kernel.*any_base=True"):
+                mora_jax.nnx.merge_adapters(wrapped)
+        mora_jax.nnx.merge_adapters(wrapped, any_base=not fits)
 
 
 BAD_DIGESTS = ["x", [], ["x"], ["0" * 64] * 2, [1], 3, ["G" * 64]]
