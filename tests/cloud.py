@@ -5,6 +5,7 @@ the beginnings of names, and nothing is renamed but by a copy. `states` gives wh
 there after each change, which is what a process that is killed in between leaves.
 """
 
+# pyright: reportAssignmentType=false, reportIncompatibleMethodOverride=false
 import contextlib
 import io
 import os

@@ -162,6 +162,23 @@ def test_exit_codes(tmp_path, unchecked):
     for args, code, told in (
         (["inspect", tmp_path], 1, "there is no adapter_config.json"),
         (["inspect", TYPE6, "--base", tmp_path / "x"], 1, "there is no x"),
+        (["inspect", TYPE6, "--base", ""], 1, "base must be a path"),
+        (["inspect", TYPE6, "--base", BASE, "--names", "{"], 1, "--names is no valid"),
+        (
+            ["inspect", TYPE6, "--base", BASE, "--names", "bert"],
+            1,
+            '--names \'{"model.layers.{n}.{block}.{name}": ',
+        ),
+        (
+            ["merge", "--base", BASE, "--adapter", TYPE6, "--out", no_map, "--force"],
+            1,
+            "out must be a directory, got the file",
+        ),
+        (
+            ["merge", "--base", BASE, "--adapter", TYPE6, "--out", no_map / "x"],
+            1,
+            "list.json",
+        ),
         (["inspect", TYPE6, "--base", BASE, "--names", "lama"], 1, "must be one of"),
         (["inspect", TYPE6, "--base", BASE, "--names", "a.json"], 1, "a.json"),
         (

@@ -17,7 +17,7 @@ from rich.progress import (
 
 from mora_jax import io
 from mora_jax.cli._output import err, refusing, say, say_table
-from mora_jax.cli._reports import compare, describe, folded
+from mora_jax.cli._reports import compare, describe, folded, open_adapter
 from mora_jax.io import Names
 from mora_jax.io._json import parse, read
 from mora_jax.io._paths import as_path
@@ -204,8 +204,7 @@ def convert(
 ) -> None:
     """Write an adapter in another format: ours, the reference's, or as plain LoRA."""
     known = names_of(names)
-    shapes = io.Checkpoint(as_path("base", base)).shapes(known) if base else None
-    adapters, plan = io.read_adapter(as_path("source", source), shapes, known)
+    adapters, plan = open_adapter("source", source, base, known)
     path = as_path("target", target)
     if path.exists() and not force:
         raise FileExistsError(
@@ -250,4 +249,6 @@ def _progress() -> Progress:
         TransferSpeedColumn(),
         TimeRemainingColumn(),
         console=err,
+        transient=True,
+        disable=not err.is_terminal,
     )

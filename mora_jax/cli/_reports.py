@@ -20,7 +20,7 @@ from mora_jax.tree import Tree, adapter_items
 
 def describe(adapter: str, base: str | None, names: Names) -> dict[str, Any]:
     """What one adapter is, and a row for each of its layers."""
-    adapters, plan = _open("adapter", adapter, base, names)
+    adapters, plan = open_adapter("adapter", adapter, base, names)
     values = diagnostics.spectrum(adapters, plan)
     layers = [
         {
@@ -74,8 +74,8 @@ def compare(
     first: str, second: str, base: str | None, names: Names
 ) -> list[dict[str, Any]]:
     """A row for each layer of either adapter."""
-    a, plan_a = _open("first", first, base, names)
-    b, plan_b = _open("second", second, base, names)
+    a, plan_a = open_adapter("first", first, base, names)
+    b, plan_b = open_adapter("second", second, base, names)
     left, right = (
         {spec.name: (spec, m) for spec, m in adapter_items(*both)}
         for both in ((a, plan_a), (b, plan_b))
@@ -115,8 +115,11 @@ def _differing(one: AdapterSpec, other: AdapterSpec) -> str:
     return ", ".join(differing)
 
 
-def _open(
+def open_adapter(
     argument: str, adapter: str, base: str | None, names: Names
 ) -> tuple[Tree, Plan]:
-    shapes = io.Checkpoint(as_path("base", base)).shapes(names) if base else None
+    """An adapter of whichever format; `argument` is what messages call its path."""
+    shapes = None
+    if base is not None:
+        shapes = io.Checkpoint(as_path("base", base)).shapes(names)
     return io.read_adapter(as_path(argument, adapter), shapes, names)

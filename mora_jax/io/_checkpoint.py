@@ -107,6 +107,7 @@ def merge_checkpoint(
       AdapterFileError: a base that is damaged, or that adapters do not fit; without
         `any_base` also one of other weights, where the plan knows them.
       FileExistsError: `out` is there, and not `force`.
+      NotADirectoryError: `out` is a file.
       ValueError: `out` is the base.
     """
     source, target = as_path("base", base), as_path("out", out)
@@ -114,6 +115,8 @@ def merge_checkpoint(
     home = parts(source if source.is_dir() else source.parent)
     if parts(target) == home[: len(parts(target))]:
         raise ValueError(f"out must not be the base or hold it, got {target}")
+    if target.exists() and not target.is_dir():
+        raise NotADirectoryError(f"out must be a directory, got the file {target}")
     if target.exists() and not force:
         raise FileExistsError(
             f"out must not exist, got {target}; force=True replaces it"

@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import jax
 import numpy as np
 
 from mora_jax._types import Shape
@@ -192,7 +193,7 @@ def _kernels(model: Any) -> list[str]:
     """The paths of all that can be a kernel."""
     if isinstance(model, Plan):
         return list(model)
-    leaves = named_leaves(model)
+    leaves = named_leaves(model) if jax.tree.leaves(model) else {}
     return [name for name, (_, leaf) in leaves.items() if len(leaf.shape) >= 2]
 
 

@@ -29,9 +29,11 @@ def suggestion(kernels: Iterable[str], modules: Collection[str]) -> str:
     return f"templates name it, as in names={shown}{doubt}"
 
 
-def suggestion_for(modules: Iterable[str], kernels: Iterable[str]) -> str:
+def suggestion_for(modules: Collection[str], kernels: Iterable[str]) -> str:
     """The same for modules that no template fits, and paths of a model's kernels."""
     ours = {kernel.rpartition("/")[0].replace("/", "."): kernel for kernel in kernels}
+    if not ours:  # as of a checkpoint that was read by the same names
+        ours = {name: name.replace(".", "/") + "/kernel" for name in modules}
     found: dict[str, str] = {}
     for module in modules:
         name = _likeliest(module.replace(".", "/") + "/kernel", ours)
