@@ -122,7 +122,7 @@ def merge_checkpoint(
             f"out must not exist, got {target}; force=True replaces it"
         )
     sites = _sites(checkpoint, adapters, plan, names)
-    if not any_base:  # another base is seen at its first kernel, with nothing written
+    if sites and not any_base:  # most other bases are seen with nothing written yet
         name, site = next(iter(sites.items()))
         site.check_base(checkpoint.place[name][name])
     lost: dict[str, float] = {}
