@@ -67,7 +67,8 @@ def check_base(specs: Iterable[AdapterSpec], kernels: Mapping[str, Any]) -> None
     """Raise if a kernel is not the one that its adapter was trained on.
 
     Adapters whose file holds no digests, and kernels whose values this process does not
-    have, are left unchecked, as are kernels of another shape, which callers refuse.
+    have, are left unchecked. So are kernels of another shape, which callers refuse, and
+    those of modules that were stacked after their plan was made.
 
     Args:
       specs: The adapters.
@@ -80,7 +81,9 @@ def check_base(specs: Iterable[AdapterSpec], kernels: Mapping[str, Any]) -> None
         kernel: Any = kernels.get(spec.name)
         if spec.base_digest is None or not readable(kernel):
             continue
-        if tuple(kernel.shape) == spec.kernel_shape:
+        stack = sizes(spec.kernel_shape, spec.axes, "s")
+        fits = len(spec.base_digest) == math.prod(stack)  # not so once it was stacked
+        if fits and tuple(kernel.shape) == spec.kernel_shape:
             check_digests(spec, kernel_digests(spec, kernel))
 
 
