@@ -31,18 +31,28 @@ assert Path(mora_jax.__file__).with_name("py.typed").exists()
 
 def required(distribution: str, *, extra: bool) -> set[str]:
     """The names of what a distribution requires, of its extras or else always."""
+    try:
+        requirements = importlib.metadata.requires(distribution) or []
+    except importlib.metadata.PackageNotFoundError:  # for another platform
+        return set()
     return {
         re.split(r"[^\w.-]", requirement)[0].lower()
-        for requirement in importlib.metadata.requires(distribution) or []
+        for requirement in requirements
         if ("extra ==" in requirement) == extra
     }
 
 
-core = required("mora-jax", extra=False)
-brought = {
-    name for one in core for name in required(one, extra=False)
-}  # as rich by flax
-extras = required("mora-jax", extra=True) - {"mora-jax"} - core - brought
+def brought(names: set[str]) -> set[str]:
+    """What comes with distributions, as rich does with flax, and etils with orbax."""
+    found: set[str] = set()
+    while names:
+        found |= names
+        names = {new for one in names for new in required(one, extra=False)} - found
+    return found
+
+
+extras = required("mora-jax", extra=True) - {"mora-jax"}
+extras -= brought(required("mora-jax", extra=False))
 provided_by = importlib.metadata.packages_distributions()
 modules = {name.partition(".")[0] for name in sys.modules}
 loaded = {d.lower() for name in modules for d in provided_by.get(name, [])}

@@ -41,7 +41,7 @@ def merge_loss(
       >>> diagnostics.merge_loss(params, adapters, layers)
       {'kernel': 1.0}
     """
-    merged = named_leaves(merge(params, adapters, plan, dtype))
+    merged = named_leaves(merge(params, adapters, plan, dtype, any_base=True))
     base, deltas = named_leaves(params), named_leaves(delta_weight(adapters, plan))
     loss = {}
     for spec in plan.specs:

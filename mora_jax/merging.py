@@ -11,6 +11,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Float
 
 from mora_jax._types import ArrayLike
+from mora_jax.bases import check_base
 from mora_jax.execution import kernel_update
 from mora_jax.layer import FrozenDense, concrete, params_adapter
 from mora_jax.paths import Path, is_boxed, key_name, named_leaves, nearest
@@ -59,7 +60,12 @@ def _wide(array: ArrayLike, *dtypes: DTypeLike) -> jax.Array:
 
 
 def merge(
-    params: Any, adapters: Any, plan: Plan, dtype: DTypeLike | None = None
+    params: Any,
+    adapters: Any,
+    plan: Plan,
+    dtype: DTypeLike | None = None,
+    *,
+    any_base: bool = False,
 ) -> Any:
     r"""The base with its adapters folded in: :math:`W' = W + \alpha\, C M D`.
 
@@ -72,6 +78,8 @@ def merge(
       adapters: as `init` makes them.
       plan: the plan that they follow.
       dtype: of the merged kernels; by default that of each kernel.
+      any_base: Merge into other weights than those that the adapter was trained on,
+        too. The plan knows them if `save` was given `params`.
 
     Returns:
       A new tree of the same structure; unadapted leaves are the same arrays.
@@ -79,7 +87,7 @@ def merge(
     Raises:
       TypeError: leaves that are no arrays.
       ValueError: adapters or params that do not fit the plan, or M's that hold NaN or
-        infinity.
+        infinity; kernels of another base, without `any_base`.
 
     Example::
 
@@ -91,6 +99,9 @@ def merge(
       True
     """
     _check_finite(adapters, plan)
+    if not any_base:
+        kernels = {name: leaf for name, (_, leaf) in named_leaves(params).items()}
+        check_base(plan.specs, kernels)
     return fold(params, adapters, plan, dtype)
 
 

@@ -44,6 +44,9 @@ class AdapterSpec:
       path: the kernel's place in its params tree, a tuple of keys.
       layout: where its features are on a mesh, as `sharding.shard` finds it; None for
         one device.
+      base_digest: what tells the kernel apart that the adapter was trained on, one
+        digest for each index of its stack axes; None where no file has said. Two specs
+        that differ in this alone are equal.
     """
 
     operator: Operator
@@ -56,6 +59,7 @@ class AdapterSpec:
     execution: str = "auto"
     path: tuple[str, ...] = ("kernel",)
     layout: Layout | None = None
+    base_digest: tuple[str, ...] | None = dataclasses.field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.operator, Operator):

@@ -1,12 +1,15 @@
 """The command line: what it prints, writes and refuses."""
 
 import json
+import re
 import subprocess
 import sys
 
+import cloud
 import jax
 import numpy as np
 import pytest
+from flax import traverse_util
 from safetensors.numpy import load_file
 from test_checkpoint import digests, sharded
 from test_peft import DATA
@@ -15,7 +18,9 @@ from typer.testing import CliRunner
 
 import mora_jax
 from mora_jax import save
+from mora_jax.cli import _output
 from mora_jax.cli._app import app
+from mora_jax.io import _files as files
 
 TYPE6 = DATA / "type6"
 BASE = TYPE6 / "base_model.safetensors"
@@ -41,13 +46,13 @@ def test_inspect(tmp_path):
     assert report["format"] == "mora"
     assert report["parameters"] == PLAN.trainable_parameters
     assert report["metadata"] == {"task": "x"}
-    assert [layer["path"] for layer in report["layers"]] == [s.name for s in PLAN]
+    assert [layer["path"] for layer in report["layers"]] == list(PLAN)
     values = mora_jax.diagnostics.spectrum(made(PLAN), PLAN)
     for layer in report["layers"]:
         norm = np.linalg.norm(values[layer["path"]])
         np.testing.assert_allclose(layer["norm"], norm, rtol=1e-5)
     table = run("inspect", tmp_path)
-    for spec in PLAN:
+    for spec in PLAN.specs:
         assert spec.operator.name in table
 
 
@@ -67,7 +72,8 @@ def test_merge(tmp_path):
         np.testing.assert_allclose(merged[name], expected, atol=1e-5)
     before = digests(out)
     args = "merge", "--base", BASE, "--adapter", TYPE6, "--out", out
-    assert "force" in run(*args, code=1)
+    told = run(*args, code=1)
+    assert "--force" in told and "True" not in told
     assert digests(out) == before
     run(*args, "--force")
     assert digests(out) == before
@@ -108,11 +114,20 @@ def test_convert(tmp_path):
     assert all((one[name] == other[name]).all() for name in one)
     args = "convert", tmp_path / "ours", tmp_path / "lora", "--to", "peft-lora"
     assert "full rank" in run(*args, code=1)
+    told = run(*args, "--rank", 8, code=1)
+    assert "--max-error 0.1" in told and re.search(r"--rank \d\d", told)
+    assert "max_error" not in told and not (tmp_path / "lora").exists()
+    args = *args, "--max-error", 1
     told = run(*args, "--rank", 8)
     assert "cut off" in told and len(told.splitlines()) > 14  # a line for each layer
     config = json.loads((tmp_path / "lora" / CONFIG).read_text())
     assert (config["r"], config["peft_type"]) == (8, "LORA")
-    assert "must not exist" in run(*args, "--rank", 8, code=1)
+    told = run(*args, "--rank", 8, code=1)
+    assert "must not exist" in told and "--force" in told and "True" not in told
+    run(*args, "--rank", 9, "--force")
+    config = json.loads((tmp_path / "lora" / CONFIG).read_text())
+    assert config["r"] == 9
+    run("convert", tmp_path / "ours", tmp_path / "ours", "--to", "mora", "--force")
     again = "convert", tmp_path / "lora", tmp_path / "x", "--to", "mora", *base
     assert "plain LoRA" in run(*again, code=1)
     save(tmp_path / "a", made(PLAN), PLAN, {"task": "x"})
@@ -125,7 +140,7 @@ def test_diff(tmp_path):
     save(tmp_path / "a", adapters, PLAN)
     save(tmp_path / "b", jax.tree.map(lambda m: 2 * m, adapters), PLAN)
     rows = json.loads(run("diff", tmp_path / "a", tmp_path / "b", "--json"))
-    assert [row["path"] for row in rows] == sorted(s.name for s in PLAN)
+    assert [row["path"] for row in rows] == sorted(PLAN)
     for row in rows:
         assert row["settings"] == "same"
         np.testing.assert_allclose(row["difference"], 1, rtol=1e-2)
@@ -147,6 +162,23 @@ def test_exit_codes(tmp_path, unchecked):
     for args, code, told in (
         (["inspect", tmp_path], 1, "there is no adapter_config.json"),
         (["inspect", TYPE6, "--base", tmp_path / "x"], 1, "there is no x"),
+        (["inspect", TYPE6, "--base", ""], 1, "base must be a path"),
+        (["inspect", TYPE6, "--base", BASE, "--names", "{"], 1, "--names is no valid"),
+        (
+            ["inspect", TYPE6, "--base", BASE, "--names", "bert"],
+            1,
+            '--names \'{"model.layers.{n}.{block}.{name}": ',
+        ),
+        (
+            ["merge", "--base", BASE, "--adapter", TYPE6, "--out", no_map, "--force"],
+            1,
+            "out must be a directory, got the file",
+        ),
+        (
+            ["merge", "--base", BASE, "--adapter", TYPE6, "--out", no_map / "x"],
+            1,
+            "list.json",
+        ),
         (["inspect", TYPE6, "--base", BASE, "--names", "lama"], 1, "must be one of"),
         (["inspect", TYPE6, "--base", BASE, "--names", "a.json"], 1, "a.json"),
         (
@@ -177,6 +209,145 @@ def test_installed_command():
     code = "import sys; sys.modules['typer'] = None; import mora_jax.cli as c; c.main()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 1 and "pip install mora-jax[cli]" in done.stderr
+
+
+# The demo's adapter, whose paths are those of `smollm2` and no family's.
+
+
+def demo(layers=11, operator="sharing"):
+    """Its plan, with narrow kernels."""
+    wide = {"gate_proj", "up_proj", "down_proj"}
+    params = {
+        f"layers_{n}": {
+            "self_attn": {
+                f"{p}_proj": {"kernel": np.full((24, 24), n, np.float32)}
+                for p in "qkvo"
+            },
+            "mlp": {p: {"kernel": np.full((24, 40), n, np.float32)} for p in wide},
+        }
+        for n in range(layers)
+    }
+    config = mora_jax.MoRAConfig(rank=2, operator=operator)
+    return mora_jax.plan(params, config)
+
+
+TEMPLATES = '{"model.layers.{n}.{block}.{name}": "layers_{n}/{block}/{name}/kernel"}'
+
+
+def test_the_demos_adapter_converts_with_the_line_that_the_error_gives(tmp_path):
+    plan = demo()
+    save(tmp_path / "a", made(plan), plan)
+    args = "convert", tmp_path / "a", tmp_path / "lora", "--to", "peft-lora"
+    told = run(*args, code=1)
+    assert f"--names '{TEMPLATES}'" in told
+    run(*args, "--names", TEMPLATES)
+    tensors = load_file(tmp_path / "lora" / TENSORS)
+    assert len(tensors) == 2 * len(plan)
+    name = "base_model.model.model.layers.10.self_attn.q_proj.lora_A.weight"
+    assert name in tensors
+
+
+def test_a_merge_that_finds_no_tensor_gives_the_templates(tmp_path):
+    base = sharded(tmp_path / "base")
+    kernel = np.ones((24, 40), np.float32)
+    for own, template in (
+        ("l{n}/up_proj", '{"model.layers.{n}.mlp.{name}": "l{n}/{name}/kernel"}'),
+        (
+            "blocks_{n}/mlp/up",
+            '{"model.layers.{n}.{name}.up_proj": "blocks_{n}/{name}/up/kernel"}',
+        ),
+    ):
+        tree = {f"{own}/kernel".format(n=n): kernel + n for n in range(2)}
+        plan = mora_jax.plan(traverse_util.unflatten_dict(tree, sep="/"))
+        save(tmp_path / "a", made(plan), plan)
+        args = ["merge", "--base", base, "--adapter", tmp_path / "a"]
+        args += ["--out", tmp_path / "out", "--force"]
+        assert f"--names '{template}'" in run(*args, code=1)
+        assert "2 kernels merged" in run(*args, "--names", template)
+
+
+def test_inspect_has_a_row_for_layers_that_differ_in_numbers_alone(tmp_path):
+    plan = demo()
+    save(tmp_path / "a", made(plan), plan)
+    told = run("inspect", tmp_path / "a")
+    rows = [line for line in told.splitlines() if line.startswith("layers_")]
+    assert len(rows) == 7
+    assert any(row.startswith("layers_*/self_attn/q_proj/kernel (11)") for row in rows)
+    assert all(re.search(r"\d to \d", row) for row in rows)
+    assert "smallest and largest" in told and "--all" in told
+    told = run("inspect", tmp_path / "a", "--all")
+    rows = [line for line in told.splitlines() if line.startswith("layers_")]
+    assert len(rows) == len(plan) and "--all" not in told
+    report = json.loads(run("inspect", tmp_path / "a", "--json"))
+    assert [layer["path"] for layer in report["layers"]] == list(plan)
+    q = [layer for layer in report["layers"] if "q_proj" in layer["path"]]
+    row = next(r for r in run("inspect", tmp_path / "a").splitlines() if "q_proj" in r)
+    norms = [layer["norm"] for layer in q]
+    assert f"{min(norms):.4g} to {max(norms):.4g}" in row
+    assert f"  {sum(layer['parameters'] for layer in q)}  " in row
+
+
+def test_paths_stay_in_one_piece(tmp_path, monkeypatch):
+    """On however narrow a terminal: it may wrap lines, we do not."""
+    monkeypatch.setattr(_output.out, "width", 30)
+    monkeypatch.setattr(_output.err, "width", 30)
+    plan = demo(2)
+    where = tmp_path / ("a-long-name-" * 8)
+    save(where, made(plan), plan, {"about": "many words " * 20})
+    for told in (
+        run("inspect", where, "--all"),
+        run("diff", where, where),
+    ):
+        assert all(any(path in line for line in told.splitlines()) for path in plan)
+    told = run("convert", where, f"{where}-lora", "--to", "peft-lora", code=1)
+    assert len(told.splitlines()) == 1
+    told = run(
+        "convert", where, f"{where}-lora", "--to", "peft-lora", "--names", TEMPLATES
+    )
+    assert f"{where}-lora" in told
+
+
+def test_version():
+    assert run("--version") == "mora-jax 0.1.0\n"
+
+
+def test_urls_are_no_folders(tmp_path, monkeypatch):
+    cloud.restore({})
+    monkeypatch.chdir(tmp_path)
+    plan = demo(1)
+    save("mem://bucket/a", made(plan), plan)
+    run("inspect", "mem://bucket/a")
+    run("convert", "mem://bucket/a", "mem://bucket/b", "--to", "mora")
+    assert cloud.content("mem://bucket/a") == cloud.content("mem://bucket/b")
+    run("diff", "mem://bucket/a", "mem://bucket/b")
+    args = ["--to", "peft-lora", "--names", TEMPLATES]
+    run("convert", "mem://bucket/a", "mem://bucket/lora", *args)
+    merging = ["merge", "--adapter", "mem://bucket/a", "--out", "http://host/x"]
+    for args, told in (
+        (["inspect", "http://host/x"], "adapter must be a local path or a URL"),
+        (["inspect", "mem://bucket/none"], "there is no adapter_config.json"),
+        (["inspect", "mem://bucket/a", "--base", "hf://a/b"], "base must be"),
+        (["convert", "mem://bucket/a", "ftp://x/y", "--to", "mora"], "target must be"),
+        ([*merging, "--base", "mem://bucket/none"], "there is no none"),
+        ([*merging, "--base", tmp_path], "there is no *.safetensors"),
+    ):
+        error = run(*args, code=1)
+        assert told in error and len(error.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_errors_of_every_kind_are_one_line(tmp_path, monkeypatch):
+    def fail(*args):
+        raise RuntimeError("the\nstore is\nclosed")
+
+    monkeypatch.setattr("mora_jax.io.format_of", fail)
+    save(tmp_path / "a", made(PLAN), PLAN)
+    error = run("inspect", tmp_path / "a", code=1)
+    assert error == "error: RuntimeError: the store is closed\n"
+    monkeypatch.undo()
+    where = "/proc/adapter"
+    error = run("convert", tmp_path / "a", where, "--to", "mora", "--force", code=1)
+    assert where in error and files.TEMPORARY not in error
 
 
 KILLER = """

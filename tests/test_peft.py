@@ -192,7 +192,8 @@ def test_lora_is_the_update(tmp_path, case, size):
         if operator.block and rank is None:
             continue
         target = tmp_path / str(rank)
-        (lost,) = io.save_peft_lora(target, adapters, plan, rank=rank).values()
+        lost = io.save_peft_lora(target, adapters, plan, rank=rank, max_error=1)
+        (lost,) = lost.values()
         tensors = load_file(target / TENSORS)
         config = json.loads((target / CONFIG).read_text())
         name = "base_model.model.model.layers.0.mlp.up_proj"
@@ -206,6 +207,70 @@ def test_lora_is_the_update(tmp_path, case, size):
             assert abs(lost - best) < 1e-5
         else:
             assert lost < 1e-5
+
+
+def several(*settings):
+    """A plan of kernels of (in, out, q, operator), one layer each."""
+    specs = [
+        AdapterSpec(
+            mora_jax.operators.make_operator(operator, ins, outs, q),
+            (ins, outs),
+            path=("model", "layers", str(k), "mlp", "up_proj", "kernel"),
+        )
+        for k, (ins, outs, q, operator) in enumerate(settings)
+    ]
+    return Plan(tuple(specs), 0)
+
+
+def test_a_lora_that_loses_too_much_is_refused(tmp_path):
+    """The message names the worst module, and the least rank that does for all."""
+    plan = several((24, 24, 8, "rotation"), (24, 40, 8, "rotation"))
+    adapters, target = made(plan), tmp_path / "a"
+    with pytest.raises(ValueError, match="full rank") as told:
+        io.save_peft_lora(target, adapters, plan)
+    (rank,) = re.findall(r"rank=(\d+)", str(told.value))
+    with pytest.raises(ValueError, match="max_error=0.1;") as told:
+        io.save_peft_lora(target, adapters, plan, rank=4)
+    assert re.findall(r"rank=(\d+)", str(told.value)) == [rank]
+    lost = io.save_peft_lora(tmp_path / "4", adapters, plan, rank=4, max_error=1)
+    worst = max(lost, key=lost.__getitem__)
+    assert f"{worst} would lose {lost[worst]:.1%}" in str(told.value)
+    with pytest.raises(ValueError, match="would lose"):
+        io.save_peft_lora(target, adapters, plan, rank=int(rank) - 1)
+    assert not target.exists()
+    lost = io.save_peft_lora(target, adapters, plan, rank=int(rank))
+    assert 0 < max(lost.values()) <= 0.1
+    for value, error in ((-0.1, ValueError), (1.5, ValueError), (True, TypeError)):
+        with pytest.raises(error, match="max_error"):
+            io.save_peft_lora(tmp_path / "x", adapters, plan, rank=4, max_error=value)
+    exact = several((24, 24, 8, "sharing"))
+    assert not any(
+        io.save_peft_lora(tmp_path / "s", made(exact), exact, max_error=0).values()
+    )
+
+
+def test_r_is_the_largest_rank(tmp_path):
+    """Servers make room for that many; each module still is scaled by 1."""
+    plan = several(*[(24, 24, 4, "sharing")] * 3, (24, 40, 12, "sharing"))
+    io.save_peft_lora(tmp_path / "a", made(plan), plan)
+    config = json.loads((tmp_path / "a" / CONFIG).read_text())
+    assert config["r"] == config["lora_alpha"] == 12
+    small = {f"model.layers.{k}.mlp.up_proj": 4 for k in range(3)}
+    assert config["rank_pattern"] == config["alpha_pattern"] == small
+
+
+@pytest.mark.parametrize("write", [io.save_peft_mora, io.save_peft_lora])
+def test_force_replaces_nothing_but_an_adapter(tmp_path, write):
+    args = (*io.load_peft_mora(DATA / "type1", base(), NAMES), NAMES)
+    for _ in range(2):
+        write(tmp_path / "a", *args, force=True)
+    (tmp_path / "a" / "notes.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="notes.txt"):
+        write(tmp_path / "a", *args, force=True)
+    assert len(list((tmp_path / "a").iterdir())) == 3
+    (tmp_path / "a" / CONFIG).unlink()
+    with pytest.raises(FileExistsError, match="nothing but an adapter"):
+        write(tmp_path / "a", *args, force=True)
 
 
 @pytest.mark.parametrize("mora_type", [1, 6])
@@ -289,8 +354,11 @@ def test_bad_names():
 
 
 def test_names_that_do_not_fit(tmp_path):
-    with pytest.raises(AdapterFileError, match="names say of no kernel"):
+    with pytest.raises(AdapterFileError, match="names say of no kernel") as told:
         io.load_peft_mora(DATA / "type1", base(), "bert")
+    names = json.loads(re.search(r"names=(\{.*\})", str(told.value))[1])
+    adapters, _ = io.load_peft_mora(DATA / "type1", base(), names)
+    assert_same(adapters, io.load_peft_mora(DATA / "type1", base(), NAMES)[0])
     with pytest.raises(AdapterFileError, match="does not fit the model"):
         io.load_peft_mora(DATA / "type1", base(), "llama")
     plan = mora_jax.plan({"fc": {"kernel": jnp.ones((8, 8))}}, MoRAConfig(rank=1))

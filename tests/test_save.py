@@ -73,7 +73,7 @@ def test_round_trip(tmp_path, case, dtype):
     back, same = load(tmp_path)
     assert_same(back, adapters)
     assert same == plan and hash(same) == hash(plan)
-    (spec,), (other,) = plan, same
+    (spec,), (other,) = plan.specs, same.specs
     np.testing.assert_array_equal(
         mora_jax.delta_weight(adapters, plan)["a"]["kernel"],
         mora_jax.delta_weight(back, same)["a"]["kernel"],
@@ -126,7 +126,8 @@ def test_others_read_the_tensors(tmp_path):
     for name, m in expected.items():
         np.testing.assert_array_equal(found[name], m)
     config = json.loads((tmp_path / CONFIG).read_text())
-    assert [layer["path"] for layer in config["layers"]] == [list(s.path) for s in PLAN]
+    paths = [layer["path"] for layer in config["layers"]]
+    assert paths == [list(s.path) for s in PLAN.specs]
     assert config["layers"][-1]["operator"] == {"name": "orthogonal", "seed": 7}
     digest = hashlib.sha256((tmp_path / TENSORS).read_bytes()).hexdigest()
     assert config["tensors_sha256"] == digest
@@ -168,6 +169,41 @@ def test_refuses_to_write():
     assert not Path("/nonexistent").exists()
 
 
+BAD_METADATA = [
+    ({"loss": jnp.float32(1)}, r"metadata\['loss'\].*got a jax.Array: say float"),
+    ({"step": jnp.int32(1)}, r"metadata\['step'\].*got a jax.Array: say int"),
+    ({"a": [{"b": np.float32(1)}]}, r"\['a'\]\[0\]\['b'\].*numpy.float32: say float"),
+    ({"ok": np.bool_(True)}, r"metadata\['ok'\].*numpy.bool.*: say bool"),
+    ({"a": (1, np.ones(3))}, r"metadata\['a'\]\[1\].*numpy.ndarray: say .tolist\(\)"),
+    ({"a": {3: "x"}}, r"metadata\['a'\].*keys must be texts, got 3"),
+    ({"a": {1, 2}}, r"metadata\['a'\].*type set"),
+    ({"a": b"x"}, r"metadata\['a'\].*type bytes"),
+]
+
+
+@pytest.mark.parametrize("metadata, match", BAD_METADATA)
+def test_metadata_that_json_cannot_hold_is_named(tmp_path, metadata, match):
+    with pytest.raises(TypeError, match=match):
+        save(tmp_path / "a", made(PLAN), PLAN, metadata)
+    assert not (tmp_path / "a").exists()
+
+
+def test_metadata_that_holds_itself_is_refused(tmp_path, unchecked):
+    nested = {}
+    nested["self"] = [nested]
+    with pytest.raises(ValueError, match="metadata .*nested too deeply"):
+        save(tmp_path / "a", made(PLAN), PLAN, nested)
+    with pytest.raises(TypeError, match=r"metadata must map.*\['a'\]"):
+        save(tmp_path / "a", made(PLAN), PLAN, ["a"])
+    assert not (tmp_path / "a").exists()
+
+
+def test_metadata_comes_back(tmp_path):
+    kept = {"a": None, "b": [True, 1, 2.5, "x"], "c": {"d": {}}, "e": np.float64(0.5)}
+    save(tmp_path, made(PLAN), PLAN, kept)
+    assert io.read_metadata(tmp_path) == kept
+
+
 def test_refuses_tracers(tmp_path):
     def inside(adapters):
         save(tmp_path, adapters, PLAN)
@@ -207,7 +243,7 @@ def layer(**changes):
 
 
 REFUSED = {
-    "newer": (lambda c: c.update(format_version=2), "newer"),
+    "newer": (lambda c: c.update(format_version=3), "newer"),
     "version": (lambda c: c.update(format_version=True), "positive integer"),
     "format": (lambda c: c.update(format="other"), "load_peft_mora"),
     "lacks": (lambda c: c.pop("metadata"), "lacks .*metadata"),

@@ -1,5 +1,6 @@
 """Whatever happens while files are written or read, no directory lies."""
 
+import hashlib
 import json
 import os
 import random
@@ -7,7 +8,9 @@ import resource
 import shutil
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -20,6 +23,7 @@ from test_save import CONFIG, PLAN, TENSORS, assert_same, made, rewrite
 import mora_jax
 from mora_jax import load, save
 from mora_jax.io import AdapterFileError
+from mora_jax.io import _native as native
 
 FILES = ("_files.py", "_native.py")
 
@@ -79,6 +83,108 @@ def test_killed_at_any_line(tmp_path):
         assert_same(load(copy)[0], old)
         assert sorted(os.listdir(copy)) == [CONFIG, TENSORS]
     assert found == sorted(found) and set(found) == {False, True}
+
+
+# Loading while others save.
+
+
+def contents(tmp_path, count):
+    """Adapters that differ in their numbers alone, and their files' bytes."""
+    adapters = [made(PLAN, seed) for seed in range(count)]
+    for number, one in enumerate(adapters):
+        save(tmp_path / str(number), one, PLAN)
+    names = CONFIG, TENSORS
+    return adapters, [
+        [(tmp_path / str(number) / name).read_bytes() for name in names]
+        for number in range(count)
+    ]
+
+
+def test_load_tries_again_while_the_config_is_replaced(tmp_path, monkeypatch):
+    """Each of the first six times that the config is read another save follows."""
+    adapters, files = contents(tmp_path, 2)
+    directory, read, left = tmp_path / "a", Path.read_bytes, [*range(6)]
+    native._replace(directory, *files[0])
+
+    def read_bytes(path):
+        data = read(path)
+        if path == directory / CONFIG and left:
+            native._replace(directory, *files[left.pop() % 2])
+        return data
+
+    monkeypatch.setattr(Path, "read_bytes", read_bytes)
+    assert_same(load(directory)[0], adapters[0])
+    assert not left
+
+
+def test_load_finds_tensors_that_move_while_it_looks(tmp_path, monkeypatch):
+    """From their waiting place, right after they were seen there."""
+    adapters, files = contents(tmp_path, 2)
+    directory, stat = tmp_path / "a", Path.stat
+    native._replace(directory, *files[0])
+    waiting = directory / native._waiting(hashlib.sha256(files[1][1]).hexdigest())
+    waiting.write_bytes(files[1][1])
+    (directory / CONFIG).write_bytes(files[1][0])
+
+    def look(path, **kwargs):
+        found = stat(path, **kwargs)
+        if path == waiting:
+            os.replace(waiting, directory / TENSORS)
+        return found
+
+    monkeypatch.setattr(Path, "stat", look)
+    assert_same(load(directory)[0], adapters[1])
+
+
+def test_damage_is_no_reason_to_try_for_ever(tmp_path, monkeypatch):
+    """Nobody saves, so the config stays what it is."""
+    _, files = contents(tmp_path, 2)
+    (tmp_path / "0" / TENSORS).write_bytes(files[1][1])
+    read, reads = Path.read_bytes, []
+
+    def read_bytes(path):
+        reads.append(path.name)
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", read_bytes)
+    with pytest.raises(AdapterFileError, match="damaged"):
+        load(tmp_path / "0")
+    assert reads.count(CONFIG) <= 3
+
+
+def test_load_beside_three_writers(tmp_path):
+    """What is loaded is always one of the adapters, whole."""
+    adapters, files = contents(tmp_path, 3)
+    directory = tmp_path / "a"
+    native._replace(directory, *files[0])
+    done = threading.Event()
+
+    def write(number):
+        for turn in range(60):
+            native._replace(directory, *files[(number + turn) % 3])
+
+    def check():
+        count = 0
+        while not done.is_set():
+            config, tensors = native._files(directory)
+            assert [config, tensors] in files
+            count += 1
+        return count
+
+    with ThreadPoolExecutor(5) as pool:
+        readers = [pool.submit(check) for _ in range(2)]
+        writers = [pool.submit(write, number) for number in range(3)]
+        try:
+            for writer in writers:
+                writer.result()
+        finally:
+            done.set()
+        assert all(reader.result() > 0 for reader in readers)
+    found = load(directory)[0]
+    assert any(
+        (found["enc"]["kernel_mora"] == one["enc"]["kernel_mora"]).all()
+        for one in adapters
+    )
 
 
 def scratch(tmp_path, number):

@@ -1,14 +1,11 @@
 """What `mora-jax` can do, command by command."""
 
-import functools
+import importlib.metadata
 import json
-from collections.abc import Callable
 from enum import StrEnum
-from pathlib import Path
-from typing import Annotated, Any, ParamSpec, TypeVar
+from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -17,12 +14,13 @@ from rich.progress import (
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
-from rich.table import Table
 
 from mora_jax import io
-from mora_jax.cli._reports import compare, describe
+from mora_jax.cli._output import err, refusing, say, say_table
+from mora_jax.cli._reports import compare, describe, folded, open_adapter
 from mora_jax.io import Names
-from mora_jax.io._json import read
+from mora_jax.io._json import parse, read
+from mora_jax.io._paths import as_path
 
 app = typer.Typer(
     name="mora-jax",
@@ -31,17 +29,16 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-out, err = Console(), Console(stderr=True)
 
-P = ParamSpec("P")
-T = TypeVar("T")
-
-Adapter = Annotated[Path, typer.Argument(help="Directory of an adapter.")]
+Adapter = Annotated[
+    str, typer.Argument(metavar="DIR", help="Directory of an adapter, or its URL.")
+]
 Base = Annotated[
-    Path | None,
+    str | None,
     typer.Option(
-        help="The base's safetensors, a file or a directory. The reference's adapters "
-        "need it, since they do not say how large kernels are."
+        metavar="PATH",
+        help="The base's safetensors, a file or a directory, or its URL. The "
+        "reference's adapters need it, since they do not say how large kernels are.",
     ),
 ]
 Family = Annotated[
@@ -49,8 +46,8 @@ Family = Annotated[
     typer.Option(
         "--names",
         help="Which PyTorch module is which kernel: llama, gemma, qwen, gpt2, bert, or "
-        'a JSON file of templates, {"model.layers.{n}.mlp.{p}": "h_{n}/{p}/kernel"}. '
-        "By default whatever family fits.",
+        'templates as JSON, {"model.layers.{n}.mlp.{p}": "h_{n}/{p}/kernel"}, or a '
+        "file of that whose name ends in .json. By default whatever family fits.",
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, not a table.")]
@@ -64,26 +61,35 @@ class Format(StrEnum):
     PEFT_LORA = "peft-lora"
 
 
-def refusing(command: Callable[P, T]) -> Callable[P, T]:
-    """Exit with 1 and one line where input is refused."""
-
-    @functools.wraps(command)
-    def run(*args: P.args, **kwargs: P.kwargs) -> T:
-        try:
-            return command(*args, **kwargs)
-        except (ImportError, OSError, TypeError, ValueError) as error:
-            reason = " ".join(str(error).split())
-            err.print(f"error: {reason}", style="red", markup=False, soft_wrap=True)
-            raise typer.Exit(1) from error
-
-    return run
-
-
 def names_of(text: str | None) -> Names:
-    """A family, or the templates in a file."""
+    """A family, or templates: themselves, or in a file."""
+    if text is not None and text.lstrip().startswith("{"):
+        return parse(text.encode(), "--names")
     if text is None or not text.endswith(".json"):
         return text
-    return read(Path(text))
+    return read(as_path("--names", text))
+
+
+def _print_version(wanted: bool) -> bool:
+    if wanted:
+        say(f"mora-jax {importlib.metadata.version('mora-jax')}")
+        raise typer.Exit()
+    return wanted
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version",
+            callback=_print_version,
+            is_eager=True,
+            help="Print the version and exit.",
+        ),
+    ] = False,
+) -> None:
+    """Look at MoRA adapters, merge them into a base, convert and compare them."""
 
 
 @app.command()
@@ -92,6 +98,14 @@ def inspect(
     adapter: Adapter,
     base: Base = None,
     names: Family = None,
+    all_layers: Annotated[
+        bool,
+        typer.Option(
+            "--all",
+            help="A row for each layer. By default layers that differ only in the "
+            "numbers of their paths share one.",
+        ),
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Show what an adapter is: layers, sizes, norms and ranks of its updates."""
@@ -101,25 +115,47 @@ def inspect(
         return
     layers = report.pop("layers")
     for key, value in report.items():
-        out.print(f"{key.replace('_', ' ')}: {value}", markup=False, highlight=False)
-    out.print(_table(layers))
+        say(f"{key.replace('_', ' ')}: {value}")
+    rows = layers if all_layers else folded(layers)
+    say_table(rows)
+    if len(rows) < len(layers):
+        say(
+            "A row of several layers has the sum of their parameters, and the smallest "
+            "and largest of other numbers; --all shows each."
+        )
 
 
 @app.command()
 @refusing
 def merge(
     base: Annotated[
-        Path, typer.Option(help="The base's safetensors, a file or a directory.")
+        str,
+        typer.Option(
+            metavar="PATH",
+            help="The base's safetensors, a file or a directory, or its URL.",
+        ),
     ],
-    adapter: Annotated[Path, typer.Option(help="Directory of an adapter.")],
-    to: Annotated[Path, typer.Option("--out", help="Directory to make.")],
+    adapter: Annotated[
+        str, typer.Option(metavar="DIR", help="Directory of an adapter, or its URL.")
+    ],
+    to: Annotated[
+        str, typer.Option("--out", metavar="DIR", help="Directory to make, or its URL.")
+    ],
     names: Family = None,
     force: Annotated[bool, typer.Option(help="Replace OUT if it is there.")] = False,
+    any_base: Annotated[
+        bool,
+        typer.Option(
+            help="Merge into other weights than those the adapter was trained on, too."
+        ),
+    ] = False,
 ) -> None:
     """Merge an adapter into a base checkpoint, tensor by tensor, keeping its dtypes."""
     known = names_of(names)
-    checkpoint = io.Checkpoint(base)
-    adapters, plan = io.read_adapter(adapter, checkpoint.shapes(known), known)
+    checkpoint = io.Checkpoint(as_path("base", base))
+    adapters, plan = io.read_adapter(
+        as_path("adapter", adapter), checkpoint.shapes(known), known
+    )
     with _progress() as bar:
         task = bar.add_task("merging", total=checkpoint.size)
         lost = io.merge_checkpoint(
@@ -129,22 +165,23 @@ def merge(
             to,
             known,
             force=force,
+            any_base=any_base,
             progress=lambda size: bar.advance(task, size),
         )
     worst = max(lost, key=lost.__getitem__)
-    out.print(
+    say(
         f"{to}: {len(lost)} kernels merged. Rounding lost {lost[worst]:.2%} of an "
-        f"update at most, in {worst}.",
-        markup=False,
-        highlight=False,
+        f"update at most, in {worst}."
     )
 
 
 @app.command()
 @refusing
 def convert(
-    source: Annotated[Path, typer.Argument(help="Directory of an adapter.")],
-    target: Annotated[Path, typer.Argument(help="Directory to make.")],
+    source: Annotated[
+        str, typer.Argument(metavar="SOURCE", help="Directory of an adapter.")
+    ],
+    target: Annotated[str, typer.Argument(metavar="TARGET", help="Directory to make.")],
     to: Annotated[Format, typer.Option(help="The format to write.")],
     base: Base = None,
     names: Family = None,
@@ -152,23 +189,39 @@ def convert(
         int | None,
         typer.Option(help="How much of a full-rank update a LoRA keeps.", min=1),
     ] = None,
+    max_error: Annotated[
+        float,
+        typer.Option(
+            help="The largest share of its update that a layer may lose in a LoRA; 1 "
+            "accepts any.",
+            min=0,
+            max=1,
+        ),
+    ] = 0.1,
+    force: Annotated[
+        bool, typer.Option(help="Replace an adapter that is in TARGET.")
+    ] = False,
 ) -> None:
     """Write an adapter in another format: ours, the reference's, or as plain LoRA."""
     known = names_of(names)
-    shapes = io.Checkpoint(base).shapes(known) if base else None
-    adapters, plan = io.read_adapter(source, shapes, known)
-    if target.exists():
-        raise FileExistsError(f"target must not exist, got {target}")
+    adapters, plan = open_adapter("source", source, base, known)
+    path = as_path("target", target)
+    if path.exists() and not force:
+        raise FileExistsError(
+            f"target must not exist, got {target}; force=True replaces an adapter there"
+        )
     if to is Format.MORA:
         kept = io.read_metadata(source) if io.format_of(source) == to else {}
-        io.save(target, adapters, plan, kept)
+        io.save(path, adapters, plan, kept)
     elif to is Format.PEFT_MORA:
-        io.save_peft_mora(target, adapters, plan, known)
+        io.save_peft_mora(path, adapters, plan, known, force=force)
     else:
-        lost = io.save_peft_lora(target, adapters, plan, known, rank=rank)
+        lost = io.save_peft_lora(
+            path, adapters, plan, known, rank=rank, max_error=max_error, force=force
+        )
         if any(lost.values()):
-            out.print(_table([{"module": m, "cut off": x} for m, x in lost.items()]))
-    out.print(f"{target}: {len(plan)} adapters as {to}", markup=False, highlight=False)
+            say_table([{"module": m, "cut off": x} for m, x in lost.items()])
+    say(f"{target}: {len(plan)} adapters as {to}")
 
 
 @app.command()
@@ -185,20 +238,7 @@ def diff(
     if as_json:
         typer.echo(json.dumps(rows, indent=1))
     else:
-        out.print(_table(rows))
-
-
-def _table(rows: list[dict[str, Any]]) -> Table:
-    table = Table(box=None)
-    for key in rows[0]:  # names are broken into lines rather than cut off
-        table.add_column(key.replace("_", " "), overflow="fold")
-    for row in rows:
-        cells = (
-            f"{value:.4g}" if isinstance(value, float) else str(value)
-            for value in row.values()
-        )
-        table.add_row(*cells)
-    return table
+        say_table(rows)
 
 
 def _progress() -> Progress:
@@ -209,4 +249,6 @@ def _progress() -> Progress:
         TransferSpeedColumn(),
         TimeRemainingColumn(),
         console=err,
+        transient=True,
+        disable=not err.is_terminal,
     )

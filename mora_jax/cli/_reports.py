@@ -1,7 +1,9 @@
 """What the command line tells of adapters."""
 
 import dataclasses
-from pathlib import Path
+import re
+from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -10,14 +12,15 @@ import numpy as np
 from mora_jax import diagnostics, io
 from mora_jax.execution import kernel_update
 from mora_jax.io import Names
+from mora_jax.io._paths import as_path
 from mora_jax.planning import Plan
 from mora_jax.spec import AdapterSpec
 from mora_jax.tree import Tree, adapter_items
 
 
-def describe(adapter: Path, base: Path | None, names: Names) -> dict[str, Any]:
+def describe(adapter: str, base: str | None, names: Names) -> dict[str, Any]:
     """What one adapter is, and a row for each of its layers."""
-    adapters, plan = _open(adapter, base, names)
+    adapters, plan = open_adapter("adapter", adapter, base, names)
     values = diagnostics.spectrum(adapters, plan)
     layers = [
         {
@@ -45,11 +48,34 @@ def describe(adapter: Path, base: Path | None, names: Names) -> dict[str, Any]:
     }
 
 
+def folded(layers: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row for all layers that differ only in the numbers of their paths.
+
+    Parameters are added up. Of other numbers a row has (the smallest, the largest).
+    """
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)
+    for layer in layers:
+        kind = [layer[key] for key in ("in", "out", "operator", "q")]
+        groups[re.sub(r"\d+", "*", layer["path"]), *kind].append(layer)
+    rows = []
+    for (path, *_), group in groups.items():
+        row = dict(group[0])
+        if len(group) > 1:
+            row["path"] = f"{path} ({len(group)})"
+            row["parameters"] = sum(layer["parameters"] for layer in group)
+            for key in ("norm", "effective_rank", "above_0.1"):
+                values = [layer[key] for layer in group]
+                row[key] = min(values), max(values)
+        rows.append(row)
+    return rows
+
+
 def compare(
-    first: Path, second: Path, base: Path | None, names: Names
+    first: str, second: str, base: str | None, names: Names
 ) -> list[dict[str, Any]]:
     """A row for each layer of either adapter."""
-    (a, plan_a), (b, plan_b) = (_open(one, base, names) for one in (first, second))
+    a, plan_a = open_adapter("first", first, base, names)
+    b, plan_b = open_adapter("second", second, base, names)
     left, right = (
         {spec.name: (spec, m) for spec, m in adapter_items(*both)}
         for both in ((a, plan_a), (b, plan_b))
@@ -78,14 +104,22 @@ def _update(spec: AdapterSpec, m: Any) -> np.ndarray:
 
 def _differing(one: AdapterSpec, other: AdapterSpec) -> str:
     """The settings in which two adapters of a kernel differ."""
-    fields = [field.name for field in dataclasses.fields(AdapterSpec)]
-    return ", ".join(
+    fields = [field.name for field in dataclasses.fields(AdapterSpec) if field.compare]
+    differing = [
         f"{name}: {getattr(one, name)} -> {getattr(other, name)}"
         for name in fields
         if getattr(one, name) != getattr(other, name)
-    )
+    ]
+    if None not in (digests := (one.base_digest, other.base_digest)):
+        differing += ["other weights of the base"] * (digests[0] != digests[1])
+    return ", ".join(differing)
 
 
-def _open(adapter: Path, base: Path | None, names: Names) -> tuple[Tree, Plan]:
-    shapes = io.Checkpoint(base).shapes(names) if base else None
-    return io.read_adapter(adapter, shapes, names)
+def open_adapter(
+    argument: str, adapter: str, base: str | None, names: Names
+) -> tuple[Tree, Plan]:
+    """An adapter of whichever format; `argument` is what messages call its path."""
+    shapes = None
+    if base is not None:
+        shapes = io.Checkpoint(as_path("base", base)).shapes(names)
+    return io.read_adapter(as_path(argument, adapter), shapes, names)

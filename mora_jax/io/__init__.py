@@ -1,6 +1,6 @@
 """Adapters as files: ours, the reference's, as plain LoRA, and merged into a base."""
 
-from mora_jax.io._checkpoint import Checkpoint as Checkpoint
+from mora_jax.io._base import Checkpoint as Checkpoint
 from mora_jax.io._checkpoint import merge_checkpoint as merge_checkpoint
 from mora_jax.io._errors import AdapterFileError as AdapterFileError
 from mora_jax.io._lora import save_peft_lora as save_peft_lora

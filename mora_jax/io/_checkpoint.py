@@ -2,104 +2,27 @@
 
 import dataclasses
 import os
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from mora_jax._types import Shape
+from mora_jax.bases import check_digests, kernel_digests, row_numbers, rows_digest
 from mora_jax.execution import kernel_update
 from mora_jax.io._arrays import host
+from mora_jax.io._base import INDEX, Checkpoint
 from mora_jax.io._errors import AdapterFileError
-from mora_jax.io._files import new_directory, write_file
-from mora_jax.io._json import read, short
-from mora_jax.io._names import Names, join_index, pairs, to_kernel, to_module
+from mora_jax.io._files import new_directory
+from mora_jax.io._names import Names, join_index, pairs, to_module
+from mora_jax.io._paths import Location, as_path, parts
+from mora_jax.io._suggest import suggestion
 from mora_jax.io._tensors import CHUNK, DTYPES, TensorFile
 from mora_jax.paths import nearest
 from mora_jax.planning import Plan
 from mora_jax.spec import AdapterSpec
-from mora_jax.tree import Tree, adapter_items, nest
-
-BESIDE = (".json", ".txt", ".model", ".jinja", ".md")
-"""What else of a base is copied: configs, tokenizers, templates; never pickles."""
-
-
-class Checkpoint:
-    """A base in safetensors, one file or several, of which headers are in memory.
-
-    Attributes:
-      files: those with tensors.
-      beside: other files to copy.
-      place: {tensor: its file}.
-    """
-
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        """Read the headers of a file, or of all files that a directory's index names.
-
-        Raises:
-          AdapterFileError: no safetensors, files that the index names and that are
-            missing, or a tensor in two files.
-        """
-        path = Path(path)
-        self.files = [TensorFile(file) for file in _tensor_files(path)]
-        self.beside: list[Path] = []
-        if path.is_dir():
-            others = sorted(path.iterdir())
-            self.beside = [p for p in others if p.suffix in BESIDE and p.is_file()]
-        self.place: dict[str, TensorFile] = {}
-        for file in self.files:
-            for name in file.entries:
-                if name in self.place:
-                    raise AdapterFileError(
-                        f"{short(name)} is in {self.place[name].path.name} and in "
-                        f"{file.path.name}"
-                    )
-                self.place[name] = file
-
-    @property
-    def size(self) -> int:
-        """Bytes of all files with tensors."""
-        return sum(file.path.stat().st_size for file in self.files)
-
-    def shapes(self, names: Names = None) -> Tree:
-        """The kernels, (in, out), that `names` have a path for, as a params tree."""
-        known, found = pairs(names), {}
-        for name, file in self.place.items():
-            entry = file.entries[name]
-            kernel = to_kernel(name.removesuffix(".weight"), known)
-            if name.endswith(".weight") and kernel and len(entry.shape) == 2:
-                if entry.dtype in DTYPES and "[" not in kernel[0]:
-                    path, layout = kernel
-                    shape = entry.shape if layout == "io" else entry.shape[::-1]
-                    dtype = DTYPES[entry.dtype]
-                    found[tuple(path.split("/"))] = jax.ShapeDtypeStruct(shape, dtype)
-        return nest(found)
-
-
-def _tensor_files(path: Path) -> Sequence[Path]:
-    if not path.is_dir():
-        return [path]
-    indices = sorted(path.glob("*.safetensors.index.json"))
-    if not indices:
-        found = sorted(path.glob("*.safetensors"))
-        if not found:
-            raise AdapterFileError(f"there is no *.safetensors in {path}")
-        return found
-    index = read(indices[0])
-    names = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(names, dict) or not names:
-        raise AdapterFileError(f"{indices[0].name} must have a weight_map")
-    files = sorted({str(name) for name in names.values()})
-    for name in files:
-        if not re.fullmatch(r"[\w.-]+\.safetensors", name):
-            raise AdapterFileError(
-                f"{indices[0].name} must name files beside it, got {short(name)}"
-            )
-    return [path / name for name in files]
+from mora_jax.tree import adapter_items
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,6 +33,8 @@ class _Site:
     m: np.ndarray
     layout: str
     """ "oi" or "io"; "" for a tensor of the kernel's own shape."""
+    place: int = 0
+    """Which of the kernel's stacked layers the tensor is, counted in their order."""
 
     @property
     def shape(self) -> Shape:
@@ -126,6 +51,20 @@ class _Site:
         ordered = np.asarray(delta.T if self.layout == "oi" else delta)
         return self.spec.alpha * ordered
 
+    def check_base(self, kernel: np.ndarray) -> None:
+        """Raise if `kernel` is known not to be what the adapter was trained on."""
+        if self.spec.base_digest is None:
+            return
+        if self.layout:
+            rows = kernel.T if self.layout == "oi" else kernel
+            digests = (rows_digest(rows[row_numbers(self.spec.in_features)]),)
+        else:
+            digests = kernel_digests(self.spec, kernel)
+        try:
+            check_digests(self.spec, digests, self.place)
+        except ValueError as error:
+            raise AdapterFileError(str(error)) from None
+
 
 def merge_checkpoint(
     base: str | os.PathLike[str],
@@ -135,24 +74,29 @@ def merge_checkpoint(
     names: Names = None,
     *,
     force: bool = False,
+    any_base: bool = False,
     progress: Callable[[int], object] = lambda size: None,
 ) -> dict[str, float]:
     """Merge adapters into a checkpoint that need not fit in memory.
 
     Tensor by tensor from file to file: memory holds one kernel and its update. All
     names, dtypes and other tensors stay bit for bit; what else a directory has beside
-    its weights, config and tokenizer, is copied, pickles are not. `out` is there whole
-    or not at all.
+    its weights, config and tokenizer, is copied, pickles are not. A local `out` is
+    there whole or not at all. On an object store the index and then config.json are
+    written last, so what a killed process leaves has neither.
 
     Args:
-      base: a safetensors file, or a directory of them, with an index or without.
-        Kernels are found by their own paths, joined by "/" or ".", or else by `names`
-        as PyTorch's `<module>.weight`.
+      base: a safetensors file, or a directory of them, with an index or without; a
+        path or a URL that `etils.epath` opens. Kernels are found by their own paths,
+        joined by "/" or ".", or else by `names` as PyTorch's `<module>.weight`.
       adapters: as `init` makes them.
       plan: the plan that they follow.
-      out: the directory to make.
+      out: the directory to make, a path or a URL.
       names: as in `load_peft_mora`.
-      force: replace `out` if it is there.
+      force: replace `out` if it is there. On an object store the files that it holds
+        are removed before anything is written.
+      any_base: Merge into other weights than those that the adapter was trained on,
+        too.
       progress: called with the number of bytes after each piece that is written.
 
     Returns:
@@ -160,33 +104,51 @@ def merge_checkpoint(
       `diagnostics.merge_loss`.
 
     Raises:
-      AdapterFileError: a base that is damaged, or that adapters do not fit.
+      AdapterFileError: a base that is damaged, or that adapters do not fit; without
+        `any_base` also one of other weights, where the plan knows them.
       FileExistsError: `out` is there, and not `force`.
+      NotADirectoryError: `out` is a file.
       ValueError: `out` is the base.
     """
-    out, base = Path(out), Path(base)
-    checkpoint = Checkpoint(base)
-    home = base if base.is_dir() else base.parent
-    if out.resolve() in (home.resolve(), *home.resolve().parents):
-        raise ValueError(f"out must not be the base or hold it, got {out}")
-    if out.exists() and not force:
-        raise FileExistsError(f"out must not exist, unless force is set, got {out}")
+    source, target = as_path("base", base), as_path("out", out)
+    checkpoint = Checkpoint(source)
+    home = parts(source if source.is_dir() else source.parent)
+    if parts(target) == home[: len(parts(target))]:
+        raise ValueError(f"out must not be the base or hold it, got {target}")
+    if target.exists() and not target.is_dir():
+        raise NotADirectoryError(f"out must be a directory, got the file {target}")
+    if target.exists() and not force:
+        raise FileExistsError(
+            f"out must not exist, got {target}; force=True replaces it"
+        )
     sites = _sites(checkpoint, adapters, plan, names)
+    if sites and not any_base:  # most other bases are seen with nothing written yet
+        name, site = next(iter(sites.items()))
+        site.check_base(checkpoint.place[name][name])
     lost: dict[str, float] = {}
-    with new_directory(out) as unfinished:
+    last = [path for path in checkpoint.beside if _is_read_first(path.name)]
+    with new_directory(target) as write:
         for path in checkpoint.beside:
-            write_file(unfinished / path.name, _chunks(path))
+            if path not in last:
+                write(path.name, _chunks(path))
         for file in checkpoint.files:
-            content = _merged(file, sites, lost)
-            write_file(unfinished / file.path.name, _counted(content, progress))
+            content = _merged(file, sites, lost, any_base)
+            write(file.path.name, _counted(content, progress))
+        for path in sorted(last, key=lambda path: path.name == "config.json"):
+            write(path.name, _chunks(path))
     return lost
+
+
+def _is_read_first(name: str) -> bool:
+    """Whether readers of a checkpoint begin with the file of that name."""
+    return name == "config.json" or name.endswith(INDEX)
 
 
 def _sites(
     checkpoint: Checkpoint, adapters: Any, plan: Plan, names: Names
 ) -> dict[str, _Site]:
     """{tensor: what goes into it}, all of it checked."""
-    known, sites = pairs(names), {}
+    known, sites, missing = pairs(names), {}, {}
     for spec, m in adapter_items(adapters, plan):
         m = host(spec.name, m)
         m = m.astype(jnp.promote_types(m.dtype, jnp.float32))
@@ -194,18 +156,27 @@ def _sites(
         if found := [name for name in own if name in checkpoint.place]:
             sites[found[0]] = _Site(spec, m, "")
             continue
-        for index in np.ndindex(spec.shape[:-2]):
+        for place, index in enumerate(np.ndindex(spec.shape[:-2])):
             kernel = join_index(spec.name, index)
             module = to_module(kernel, known)
             name = f"{module[0]}.weight" if module else own[0]
             if module is None or name not in checkpoint.place:
-                raise AdapterFileError(
-                    f"the base has no tensor for the kernel {kernel!r}"
-                    + nearest(name, checkpoint.place)
-                )
+                missing[kernel] = name
+                continue
             if name in sites:
                 raise AdapterFileError(f"two adapters go into {name!r}")
-            sites[name] = _Site(spec, m[index], module[1])
+            sites[name] = _Site(spec, m[index], module[1], place)
+    if missing:
+        kernel, name = next(iter(missing.items()))
+        modules = [
+            name.removesuffix(".weight")
+            for name in checkpoint.place
+            if name.endswith(".weight")
+        ]
+        raise AdapterFileError(
+            f"the base has no tensor for the kernel {kernel!r}"
+            f"{nearest(name, checkpoint.place)}; {suggestion(missing, modules)}"
+        )
     for name, site in sites.items():
         entry = checkpoint.place[name].entries[name]
         if entry.shape != site.shape:
@@ -221,13 +192,19 @@ def _sites(
 
 
 def _merged(
-    file: TensorFile, sites: Mapping[str, _Site], lost: dict[str, float]
+    file: TensorFile,
+    sites: Mapping[str, _Site],
+    lost: dict[str, float],
+    any_base: bool,
 ) -> Iterator[bytes]:
     """The file's bytes, with updates. Losses are noted in `lost`."""
     yield file.header
     for name in sorted(file.entries, key=lambda name: file.entries[name].start):
         if name in sites:
-            merged, lost[name] = _add(file[name], sites[name].update(), name)
+            kernel = file[name]
+            if not any_base:
+                sites[name].check_base(kernel)
+            merged, lost[name] = _add(kernel, sites[name].update(), name)
             yield merged.tobytes()
         else:
             yield from file.chunks(name)
@@ -255,7 +232,7 @@ def _counted(
         progress(len(chunk))
 
 
-def _chunks(path: Path) -> Iterator[bytes]:
+def _chunks(path: Location) -> Iterator[bytes]:
     with path.open("rb") as file:
         while chunk := file.read(CHUNK):
             yield chunk

@@ -1,12 +1,17 @@
 """JSON from strangers: bounded, each key once, each number finite."""
 
 import json
+import math
 import reprlib
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
+
+import jax
+import numpy as np
 
 from mora_jax.io._errors import AdapterFileError
 from mora_jax.io._files import read_bytes
+from mora_jax.io._paths import Location
 
 MAX_BYTES = 2**26
 
@@ -52,7 +57,62 @@ def dump(value: Any) -> bytes:
     ).encode()
 
 
-def read(path: Path) -> Any:
+def plain(value: Any, name: str) -> Any:
+    """`value` as JSON holds it; what it would not give back is refused.
+
+    Args:
+      value: Whatever a user wants to keep.
+      name: What messages call it, such as "metadata"; the keys on the way follow.
+
+    Raises:
+      TypeError: A value that JSON has no word for, or a key that is no text.
+      ValueError: A number that is not finite, or a value that holds itself.
+    """
+    try:
+        return _plain(value, name)
+    except RecursionError:
+        raise ValueError(
+            f"{name} must be something that JSON can hold, and is nested too deeply"
+        ) from None
+
+
+def _plain(value: Any, name: str) -> Any:
+    rule = f"{name} must be something that JSON can hold"
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            raise ValueError(f"{rule}, got {value!r}")
+        return value
+    if isinstance(value, Mapping):
+        for key in value:
+            if not isinstance(key, str):
+                raise TypeError(f"{rule}: its keys must be texts, got {key!r}")
+        return {key: _plain(each, f"{name}[{key!r}]") for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(each, f"{name}[{k}]") for k, each in enumerate(value)]
+    raise TypeError(f"{rule}, got {_kind(value)}{_advice(value)}")
+
+
+def _kind(value: object) -> str:
+    if isinstance(value, jax.Array):
+        return "a jax.Array"
+    if isinstance(value, np.ndarray | np.generic):
+        return f"a numpy.{type(value).__name__}"
+    return f"an object of type {type(value).__name__}"
+
+
+def _advice(value: Any) -> str:
+    """How to make JSON of an array."""
+    if not isinstance(value, jax.Array | np.ndarray | np.generic):
+        return ""
+    if value.shape:
+        return ": say .tolist()"
+    kinds = {"b": "bool", "i": "int", "u": "int"}
+    return f": say {kinds.get(value.dtype.kind, 'float')}(...)"
+
+
+def read(path: Location) -> Any:
     """The value of a JSON file."""
     return parse(read_bytes(path, MAX_BYTES), path.name)
 

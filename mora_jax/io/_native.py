@@ -1,52 +1,47 @@
 """Adapters as files: a directory of safetensors and JSON."""
 
-import hashlib
+import contextlib
 import os
-import re
 from collections.abc import Mapping
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
-from mora_jax.io._arrays import device, host
+from mora_jax.bases import check_base, kernel_digests
+from mora_jax.io._arrays import host
+from mora_jax.io._content import (
+    FORMAT,
+    VERSION,
+    decode_adapter,
+    digest_of,
+    parse_config,
+)
 from mora_jax.io._errors import AdapterFileError
 from mora_jax.io._files import (
     CONFIG,
     TEMPORARY,
     TENSORS,
     locked,
+    make_directory,
+    naming,
     read_bytes,
-    remove_unfinished,
+    read_if_of_size,
     sync,
+    unfinished_files,
     write_file,
 )
-from mora_jax.io._format import describe, layer_path, restore
-from mora_jax.io._json import MAX_BYTES, dump, parse, short
-from mora_jax.io._tensors import decode, encode
-from mora_jax.paths import adapter_path, named_leaves
+from mora_jax.io._format import describe
+from mora_jax.io._json import MAX_BYTES, dump, plain, short
+from mora_jax.io._paths import Location, as_path
+from mora_jax.io._tensors import encode
+from mora_jax.paths import adapter_path, named_leaves, nearest
 from mora_jax.planning import Plan
-from mora_jax.spec import SUFFIX
-from mora_jax.tree import Tree, adapter_items, nest
-
-FORMAT, VERSION = "mora_jax adapter", 1
-KEYS = frozenset(
-    {
-        "format",
-        "format_version",
-        "library_version",
-        "base_parameters",
-        "traced",
-        "layers",
-        "metadata",
-        "tensors_bytes",
-        "tensors_sha256",
-        "sha256",
-    }
-)
+from mora_jax.spec import AdapterSpec
+from mora_jax.tree import Tree, adapter_items
 
 
 def save(
@@ -54,6 +49,8 @@ def save(
     adapters: Any,
     plan: Plan,
     metadata: Mapping[str, Any] | None = None,
+    *,
+    params: Any = None,
 ) -> None:
     """Write adapters as files that `load` gives back bit for bit.
 
@@ -61,18 +58,25 @@ def save(
     digests of both files. Whenever the process is killed, the directory holds the
     adapter that was there or the new one; other files in it are left alone.
 
+    That holds on a local disk, where processes that save into one directory wait for
+    each other, and on object stores (`gs://`, `s3://`), where only one process at a
+    time may save into a directory.
+
     Args:
-      directory: made if it is not there.
+      directory: A path or a URL that `etils.epath` opens; made if it is not there.
       adapters: as `init` makes them.
       plan: the plan that they follow.
       metadata: whatever JSON can hold, for `io.read_metadata`.
+      params: The base's params. The file then holds a digest of a few rows of each
+        kernel that is adapted, and `load` and `merge` refuse another base. By default
+        what the plan knows of the base is kept.
 
     Raises:
-      TypeError: metadata that JSON cannot hold.
-      ValueError: adapters that do not fit the plan, or that hold NaN or infinity; a
-        plan without adapters.
+      TypeError: metadata that JSON cannot hold, or params that are no arrays.
+      ValueError: adapters or params that do not fit the plan, or adapters that hold NaN
+        or infinity; a plan without adapters; a URL of an unknown scheme.
       OSError: what the file system says; then the directory is as it was.
-      ImportError: without `mora-jax[io]`.
+      ImportError: without `mora-jax[io]`, or without what opens such a URL.
 
     Example::
 
@@ -85,12 +89,18 @@ def save(
       >>> adapters["fc"]["kernel_mora"].shape, same == layers
       ((8, 8), True)
     """
+    path, metadata = as_path("directory", directory), _metadata(metadata)
     arrays: dict[str, np.ndarray] = {}
     layers = []
+    kernels = None if params is None else _leaves(params)
     for spec, m in adapter_items(adapters, plan):
         name = "/".join(adapter_path(spec))
         arrays[name] = host(name, m)
-        layers.append(describe(spec, m.dtype))
+        digests = spec.base_digest
+        if kernels is not None:
+            digests = kernel_digests(spec, _kernel(spec, kernels))
+        known = None if digests is None else list(digests)
+        layers.append(describe(spec, m.dtype) | {"base_digest": known})
     tensors = encode(arrays, {"format": FORMAT})
     config = {
         "format": FORMAT,
@@ -99,29 +109,69 @@ def save(
         "base_parameters": plan.base_parameters,
         "traced": plan.traced,
         "layers": layers,
-        "metadata": dict(metadata or {}),
+        "metadata": metadata,
         "tensors_bytes": len(tensors),
-        "tensors_sha256": _digest(tensors),
+        "tensors_sha256": digest_of(tensors),
     }
-    config = dump(config | {"sha256": _digest(dump(config))})
+    config = dump(config | {"sha256": digest_of(dump(config))})
     shapes = {
         s.name: jax.ShapeDtypeStruct(s.kernel_shape, jnp.float32) for s in plan.specs
     }
-    _decode(config, tensors, shapes)  # what is written can be read
-    _replace(Path(directory), config, tensors)
+    decode_adapter(config, tensors, shapes)  # what is written can be read
+    _replace(path, config, tensors)
+
+
+def _metadata(metadata: Any) -> dict[str, Any]:
+    if metadata is not None and not isinstance(metadata, Mapping):
+        raise TypeError(
+            f"metadata must map names to what JSON can hold, got {short(metadata)}"
+        )
+    return plain(metadata or {}, "metadata")
+
+
+def _leaves(params: Any) -> dict[str, Any]:
+    """{path: array or shape} of a params tree."""
+    return {name: leaf for name, (_, leaf) in named_leaves(params).items()}
+
+
+def _kernel(spec: AdapterSpec, kernels: Mapping[str, Any]) -> Any:
+    """The array of `spec` among the base's params."""
+    kernel = kernels.get(spec.name)
+    if kernel is None:
+        raise ValueError(
+            f"params lack the kernel {spec.name!r}{nearest(spec.name, kernels)}"
+        )
+    if not isinstance(kernel, jax.Array | np.ndarray) or isinstance(kernel, Tracer):
+        raise TypeError(
+            f"params must hold concrete arrays, got {type(kernel).__name__} at "
+            f"{spec.name!r}"
+        )
+    if tuple(kernel.shape) != spec.kernel_shape:
+        raise ValueError(
+            f"{spec.name} in params must have shape {spec.kernel_shape}, got "
+            f"{tuple(kernel.shape)}"
+        )
+    return kernel
 
 
 def load(
-    directory: str | os.PathLike[str], params_or_shapes: Any = None
+    directory: str | os.PathLike[str],
+    params_or_shapes: Any = None,
+    *,
+    any_base: bool = False,
 ) -> tuple[Tree, Plan]:
     """Adapters and their plan, as `save` wrote them.
 
-    Everything is checked before anything is returned, and nothing is filled in.
+    Everything is checked before anything is returned, and nothing is filled in. While
+    other processes save into the directory, the adapters are those of one of them.
 
     Args:
-      directory: where they are.
+      directory: A path or a URL that `etils.epath` opens.
       params_or_shapes: the model's params or their shapes, which then must have each
-        kernel in the shape that the adapter was made for.
+        kernel in the shape that the adapter was made for. Where `save` was given the
+        base's params, arrays must also hold that base's weights, in float32 or
+        bfloat16; parts of them on other processes are not looked at.
+      any_base: Take other weights than those that the adapter was trained on, too.
 
     Returns:
       (adapters, plan). The plan alone says which operator made what.
@@ -129,8 +179,10 @@ def load(
     Raises:
       io.AdapterFileError: anything that is missing, too much, damaged, misshapen, not
         finite, of a newer format, of an operator that is not known, or one that this
-        platform computes otherwise. The message names the layer.
-      ImportError: without `mora-jax[io]`.
+        platform computes otherwise; weights of another base, without `any_base`. The
+        message names the layer.
+      TypeError, ValueError: `directory` is neither a path nor a URL of a known scheme.
+      ImportError: without `mora-jax[io]`, or without what opens such a URL.
 
     Example::
 
@@ -147,11 +199,15 @@ def load(
       Traceback (most recent call last):
       mora_jax.io.AdapterFileError: there is no adapter_config.json in nowhere
     """
-    leaves = None
-    if params_or_shapes is not None:
-        leaves = {n: leaf for n, (_, leaf) in named_leaves(params_or_shapes).items()}
-    config, tensors = _files(Path(directory))
-    return _decode(config, tensors, leaves)
+    path = as_path("directory", directory)
+    kernels = None if params_or_shapes is None else _leaves(params_or_shapes)
+    adapters, plan = decode_adapter(*_files(path), kernels)
+    if kernels is not None and not any_base:
+        try:
+            check_base(plan.specs, kernels)
+        except ValueError as error:
+            raise AdapterFileError(f"{CONFIG} in {path}: {error}") from None
+    return adapters, plan
 
 
 def read_metadata(directory: str | os.PathLike[str]) -> dict[str, Any]:
@@ -170,26 +226,29 @@ def read_metadata(directory: str | os.PathLike[str]) -> dict[str, Any]:
       ...     io.read_metadata(directory)
       {'task': 'none'}
     """
-    return _config(read_bytes(Path(directory) / CONFIG, MAX_BYTES))["metadata"]
+    path = as_path("directory", directory) / CONFIG
+    return parse_config(read_bytes(path, MAX_BYTES))["metadata"]
 
 
-def _digest(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
-
-
-def _replace(directory: Path, config: bytes, tensors: bytes) -> None:
+def _replace(directory: Location, config: bytes, tensors: bytes) -> None:
     """Both files at once: the config decides, and names its tensors by their digest.
 
     A directory cannot be renamed over another, and may hold files of the user's. So the
     tensors wait under a name of their own until the config is there.
     """
-    directory.mkdir(parents=True, exist_ok=True)
-    with locked(directory):
-        waiting = directory / _waiting(_digest(tensors))
+    make_directory(directory)
+    with naming(directory), locked(directory):
+        # Before anything is written: clients of object stores remember what they listed
+        # until they write.
+        left = unfinished_files(directory)
+        waiting = directory / _waiting(digest_of(tensors))
         write_file(waiting, [tensors])
         write_file(directory / CONFIG, [config])  # from here on it is the new one
-        os.replace(waiting, directory / TENSORS)
-        remove_unfinished(directory)
+        waiting.replace(directory / TENSORS)
+        for path in left:
+            if path.name != waiting.name:
+                with contextlib.suppress(OSError):
+                    path.unlink(missing_ok=True)
         sync(directory)
 
 
@@ -198,100 +257,35 @@ def _waiting(digest: str) -> str:
     return f"{TEMPORARY}{digest}.safetensors"
 
 
-def _files(directory: Path) -> tuple[bytes, bytes]:
+def _files(directory: Location) -> tuple[bytes, bytes]:
     """Config and tensors that belong together."""
-    for _ in range(3):  # another process may be replacing them just now
+    seen = None
+    while (config := read_bytes(directory / CONFIG, MAX_BYTES)) != seen:
+        if tensors := _tensors(directory, config):
+            return config, tensors
+        seen = config  # another process may be replacing both just now
+    with locked(directory):  # it may have been replaced twice, by an equal one at last
         config = read_bytes(directory / CONFIG, MAX_BYTES)
-        content = _config(config)
-        digest, size = content["tensors_sha256"], content["tensors_bytes"]
-        for name in (TENSORS, _waiting(digest)):
-            path = directory / name
-            if path.is_file() and path.stat().st_size == size:
-                tensors = read_bytes(path)
-                if _digest(tensors) == digest:
-                    return config, tensors
+        if tensors := _tensors(directory, config):
+            return config, tensors
     if not (directory / TENSORS).exists():
         raise AdapterFileError(f"there is no {TENSORS} in {directory}")
     raise AdapterFileError(
-        f"{TENSORS} is damaged, or not of this {CONFIG}: its size or SHA-256 differs "
-        f"from what that says"
+        f"{TENSORS} in {directory} is damaged, or not of this {CONFIG}: its size or "
+        "SHA-256 differs from what that says"
     )
 
 
-def _config(data: bytes) -> dict[str, Any]:
-    """The parsed config: of our format and version, undamaged, of the right types."""
-    content = parse(data, CONFIG)
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise AdapterFileError(
-            f"{CONFIG} is not of mora_jax: its format must be {FORMAT!r}; "
-            "io.load_peft_mora reads the reference's"
-        )
-    written = content.get("format_version")
-    if type(written) is not int or written < 1:
-        raise AdapterFileError(
-            f"format_version in {CONFIG} must be a positive integer, "
-            f"got {short(written)}"
-        )
-    if written > VERSION:
-        raise AdapterFileError(
-            f"{CONFIG} is of format version {written}, and this mora_jax reads up to "
-            f"{VERSION}: a newer one is needed"
-        )
-    if content.keys() != KEYS:
-        raise AdapterFileError(
-            f"{CONFIG} must hold {sorted(KEYS)}; "
-            f"it lacks {sorted(KEYS - content.keys())}, "
-            f"and has beside them {short(sorted(content.keys() - KEYS))}"
-        )
-    rest = {key: value for key, value in content.items() if key != "sha256"}
-    if content["sha256"] != _digest(dump(rest)):
-        raise AdapterFileError(f"{CONFIG} is damaged or edited: its SHA-256 differs")
-    kinds = {
-        "library_version": str,
-        "base_parameters": int,
-        "traced": bool,
-        "layers": list,
-        "metadata": dict,
-        "tensors_bytes": int,
-        "tensors_sha256": str,
-    }
-    for key, kind in kinds.items():
-        if type(content[key]) is not kind:
-            raise AdapterFileError(
-                f"{key} in {CONFIG} must be of type {kind.__name__}, "
-                f"got {short(content[key])}"
-            )
-    if not re.fullmatch("[0-9a-f]{64}", content["tensors_sha256"]):
-        raise AdapterFileError(f"tensors_sha256 in {CONFIG} must be 64 hex digits")
-    return content
+def _tensors(directory: Location, config: bytes) -> bytes | None:
+    """The tensors that a config names, if they are there.
 
-
-def _decode(
-    config: bytes, tensors: bytes, base: Mapping[str, Any] | None
-) -> tuple[Tree, Plan]:
-    content, arrays = _config(config), decode(tensors, TENSORS)
-    if not content["layers"]:
-        raise AdapterFileError(f"{CONFIG} must have an adapter, got none")
-    specs, adapters = [], {}
-    for number, layer in enumerate(content["layers"]):
-        path = layer_path(layer, f"layers[{number}] in {CONFIG}")
-        name = "/".join(path)
-        m = arrays.pop(f"{name}{SUFFIX}", None)
-        if m is None:
-            raise AdapterFileError(f"{TENSORS} lacks {name}{SUFFIX}")
-        if not np.isfinite(m).all():
-            raise AdapterFileError(f"{name}{SUFFIX} in {TENSORS} holds NaN or infinity")
-        try:
-            spec = restore(layer, m, base)
-        except (TypeError, ValueError, OverflowError) as error:
-            raise AdapterFileError(f"{name} in {CONFIG}: {error}") from error
-        specs.append(spec)
-        adapters[adapter_path(spec)] = device(name, m)
-    if len(specs) > len(adapters):
-        raise AdapterFileError(f"{CONFIG} has a layer twice")
-    if arrays:
-        raise AdapterFileError(
-            f"{TENSORS} holds {short(sorted(arrays))}, of which {CONFIG} knows nothing"
-        )
-    plan = Plan(tuple(specs), content["base_parameters"], content["traced"])
-    return nest(adapters), plan
+    A writer may move them from their waiting place between two looks, so the place
+    where they go is looked at once more.
+    """
+    content = parse_config(config)
+    digest, size = content["tensors_sha256"], content["tensors_bytes"]
+    for name in (TENSORS, _waiting(digest), TENSORS):
+        tensors = read_if_of_size(directory / name, size)
+        if tensors is not None and digest_of(tensors) == digest:
+            return tensors
+    return None

@@ -5,9 +5,9 @@ import os
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from mora_jax._types import Shape
@@ -17,10 +17,12 @@ from mora_jax.io._errors import AdapterFileError
 from mora_jax.io._files import CONFIG, TENSORS, read_bytes
 from mora_jax.io._json import read, short
 from mora_jax.io._names import Names, pairs, split_index, to_kernel
+from mora_jax.io._paths import as_path
 from mora_jax.io._reference import REFERENCE_GROUPS, reference_operator
+from mora_jax.io._suggest import suggestion_for
 from mora_jax.io._tensors import decode
 from mora_jax.operators import Operator
-from mora_jax.paths import adapter_path, nearest
+from mora_jax.paths import adapter_path, named_leaves, nearest
 from mora_jax.planning import Plan, plan
 from mora_jax.spec import AdapterSpec
 from mora_jax.tree import Tree, nest
@@ -35,7 +37,8 @@ def load_peft_mora(
     """Adapters that the paper's authors' code (peft-mora) saved.
 
     Args:
-      directory: with adapter_config.json and adapter_model.safetensors.
+      directory: A path or a URL that `etils.epath` opens, of a directory with
+        adapter_config.json and adapter_model.safetensors.
       model: who gets them: its params or their shapes; or, where kernels have other
         axes than (in, out), any plan of it, as `linen.plan` and `nnx.plan` make, which
         must name all kernels that the file adapts.
@@ -51,18 +54,20 @@ def load_peft_mora(
     Raises:
       AdapterFileError: files that are damaged, not MoRA's, or do not fit the model.
     """
-    directory = Path(directory)
-    config = _Config.parse(read(directory / CONFIG))
-    arrays = decode(read_bytes(directory / TENSORS), TENSORS)
+    path = as_path("directory", directory)
+    config = _Config.parse(read(path / CONFIG))
+    arrays = decode(read_bytes(path / TENSORS), TENSORS)
     found: dict[str, dict[Shape, tuple[str, np.ndarray]]] = defaultdict(dict)
-    known = pairs(names)
-    for module, m in _matrices(arrays):
+    known, matrices = pairs(names), dict(_matrices(arrays))
+    unknown = [module for module in matrices if to_kernel(module, known) is None]
+    if unknown:
+        raise AdapterFileError(
+            f"names say of no kernel that it is {short(unknown[0])}, which {TENSORS} "
+            f"adapts; {suggestion_for(unknown, _kernels(model))}"
+        )
+    for module, m in matrices.items():
         kernel = to_kernel(module, known)
-        if kernel is None:
-            raise AdapterFileError(
-                f"names say of no kernel that it is {short(module)}, which {TENSORS} "
-                "adapts"
-            )
+        assert kernel is not None
         path, index = split_index(kernel[0])
         if index in found[path]:
             raise AdapterFileError(f"{TENSORS} has two modules for {kernel[0]}")
@@ -182,6 +187,14 @@ def _matrices(arrays: Mapping[str, np.ndarray]) -> Iterator[tuple[str, np.ndarra
         if not np.isfinite(a).all():
             raise AdapterFileError(f"{name} in {TENSORS} holds NaN or infinity")
         yield name, a.T
+
+
+def _kernels(model: Any) -> list[str]:
+    """The paths of all that can be a kernel."""
+    if isinstance(model, Plan):
+        return list(model)
+    leaves = named_leaves(model) if jax.tree.leaves(model) else {}
+    return [name for name, (_, leaf) in leaves.items() if len(leaf.shape) >= 2]
 
 
 def _template(model: Any, found: Mapping[str, Any]) -> Plan:

@@ -2,19 +2,19 @@
 
 import math
 import os
-from collections import Counter
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mora_jax.io._arrays import host
-from mora_jax.io._files import CONFIG, TENSORS, new_directory, write_file
+from mora_jax.io._files import CONFIG, TENSORS, entries, new_directory
 from mora_jax.io._json import dump
 from mora_jax.io._names import Names, Pair, join_index, pairs, to_module
+from mora_jax.io._paths import Location, as_path
 from mora_jax.io._peft_read import PREFIX
 from mora_jax.io._reference import REFERENCE_GROUPS, reference_square_rank
+from mora_jax.io._suggest import suggestion
 from mora_jax.io._tensors import encode
 from mora_jax.operators import Rotation, Sharing
 from mora_jax.planning import Plan
@@ -30,6 +30,7 @@ def save_peft_mora(
     *,
     base_model: str = "",
     task_type: str | None = "CAUSAL_LM",
+    force: bool = False,
 ) -> None:
     """Write adapters so that the paper's authors' code (peft-mora) loads them.
 
@@ -37,18 +38,23 @@ def save_peft_mora(
     alpha; so alpha and normalisation go into M, and what it has no word for is refused.
 
     Args:
-      directory: new or empty.
+      directory: A path or a URL that `etils.epath` opens, new or empty. A local one is
+        there whole or not at all. On an object store the config is written last, so a
+        killed process leaves a directory without one.
       adapters: as `init` makes them.
       plan: the plan that they follow.
       names: as in `load_peft_mora`.
       base_model: what the config gives as `base_model_name_or_path`.
       task_type: the same in PEFT.
+      force: Replace an adapter that is in the directory.
 
     Raises:
-      FileExistsError: a directory that holds something.
+      FileExistsError: a directory that holds something, or with `force` anything but
+        an adapter.
       ValueError: an operator or square rank that the reference has not, a kernel that
         `names` have no module for, or a plan without adapters.
     """
+    path = free(directory, force)
     tensors: dict[str, np.ndarray] = {}
     ranks: dict[str, int] = {}
     settings = set()
@@ -65,7 +71,7 @@ def save_peft_mora(
     ((mora_type, dropout, layout),) = settings
     config = peft_config(ranks, dropout, layout, base_model, task_type)
     config |= {"use_mora": True, "mora_type": mora_type}
-    write(Path(directory), config, tensors)
+    write(path, config, tensors)
 
 
 def _reference(spec: AdapterSpec) -> tuple[int, int, float]:
@@ -103,8 +109,11 @@ def peft_config(
     base_model: str,
     task_type: str | None,
 ) -> dict[str, Any]:
-    """A LoraConfig that names each module, and scales nothing."""
-    (rank, _), *_ = Counter(ranks.values()).most_common(1)
+    """A LoraConfig that names each module, and scales nothing.
+
+    `r` is the largest rank, since servers make room for that many.
+    """
+    rank = max(ranks.values())
     others = {module: r for module, r in ranks.items() if r != rank}
     return {
         "peft_type": "LORA",
@@ -128,23 +137,47 @@ def modules(
     """PyTorch's module, layout of its weight, spec and (q, q) M of each."""
     if not len(plan):
         raise ValueError("plan must have an adapter to write, got none")
-    for spec, m in adapter_items(adapters, plan):
-        m = host(spec.name, m).astype(np.float32)
-        stack = spec.shape[:-2]
-        for index in np.ndindex(stack):
-            kernel = join_index(spec.name, index)
-            module = to_module(kernel, known)
-            if module is None:
-                raise ValueError(f"names have no module for the kernel {kernel!r}")
-            yield *module, spec, m[index]
+    items = [
+        (spec, host(spec.name, m).astype(np.float32), index)
+        for spec, m in adapter_items(adapters, plan)
+        for index in np.ndindex(spec.shape[:-2])
+    ]
+    kernels = [join_index(spec.name, index) for spec, _, index in items]
+    unknown = [kernel for kernel in kernels if to_module(kernel, known) is None]
+    if unknown:
+        raise ValueError(
+            f"names have no module for the kernel {unknown[0]!r}; "
+            + suggestion(unknown, ())
+        )
+    for kernel, (spec, m, index) in zip(kernels, items, strict=True):
+        module = to_module(kernel, known)
+        assert module is not None
+        yield *module, spec, m[index]
+
+
+def free(directory: str | os.PathLike[str], force: bool) -> Location:
+    """Where an adapter can be written, and with `force` in place of another."""
+    path = as_path("directory", directory)
+    if path.exists() and not path.is_dir():
+        raise FileExistsError(f"directory must be new or empty, got the file {path}")
+    found = {entry.name for entry in entries(path)}
+    if found and not force:
+        raise FileExistsError(
+            f"directory must be new or empty, got {path}; force=True replaces an "
+            "adapter there"
+        )
+    if found and (CONFIG not in found or found - {CONFIG, TENSORS}):
+        raise FileExistsError(
+            f"force=True replaces a directory that holds nothing but an adapter, got "
+            f"{path} with {sorted(found - {CONFIG, TENSORS})[:3]}"
+        )
+    return path
 
 
 def write(
-    directory: Path, config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]
+    path: Location, config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]
 ) -> None:
-    """A PEFT directory, whole or not at all."""
-    if directory.exists() and any(directory.iterdir()):
-        raise FileExistsError(f"directory must be new or empty, got {directory}")
-    with new_directory(directory) as unfinished:
-        write_file(unfinished / CONFIG, [dump(config)])
-        write_file(unfinished / TENSORS, [encode(tensors, {"format": "pt"})])
+    """A PEFT directory, its config last."""
+    with new_directory(path) as write_file:
+        write_file(TENSORS, [encode(tensors, {"format": "pt"})])
+        write_file(CONFIG, [dump(config)])

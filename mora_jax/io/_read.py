@@ -1,7 +1,6 @@
 """An adapter of whichever format."""
 
 import os
-from pathlib import Path
 from typing import Any
 
 from mora_jax.io._errors import AdapterFileError
@@ -9,6 +8,7 @@ from mora_jax.io._files import CONFIG
 from mora_jax.io._json import read
 from mora_jax.io._names import Names
 from mora_jax.io._native import FORMAT, load
+from mora_jax.io._paths import as_path
 from mora_jax.io._peft_read import load_peft_mora
 from mora_jax.planning import Plan
 from mora_jax.tree import Tree
@@ -20,7 +20,7 @@ def format_of(directory: str | os.PathLike[str]) -> str:
     Raises:
       AdapterFileError: none of these.
     """
-    config = read(Path(directory) / CONFIG)
+    config = read(as_path("directory", directory) / CONFIG)
     if isinstance(config, dict):
         if config.get("format") == FORMAT:
             return "mora"
@@ -35,7 +35,7 @@ def read_adapter(
     """Adapters in our own format or the reference's.
 
     Args:
-      directory: where they are.
+      directory: A path or a URL that `etils.epath` opens.
       model: as in `load_peft_mora`, which needs it; `load` does without.
       names: as in `load_peft_mora`.
 

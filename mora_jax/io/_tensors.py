@@ -4,7 +4,9 @@ The safetensors library checks and writes. It accepts a key that occurs twice, a
 numpy no bfloat16; so the header is read once more here.
 """
 
+import contextlib
 import dataclasses
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ import numpy as np
 from mora_jax._types import Shape
 from mora_jax.io._errors import AdapterFileError
 from mora_jax.io._json import parse, short
+from mora_jax.io._paths import Location, is_local, size
 
 DTYPES = {
     "F64": np.dtype(np.float64),
@@ -53,19 +56,18 @@ class TensorFile:
       entries: {name: where it is}, in the order of the header.
       metadata: text that was stored beside the tensors.
       header: the file's first bytes, up to the first tensor.
+      size: How many bytes the file has.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Location) -> None:
         """Read the header of `path`.
 
         Raises:
           AdapterFileError: no safetensors file.
         """
         self.path = path
-        _validate(path)
-        with path.open("rb") as file:
-            size = file.read(8)
-            self.header = size + file.read(int.from_bytes(size, "little"))
+        self.header, self.size = _header(path)
+        _validate(path, self.header, self.size)
         content = parse(self.header[8:], path.name)
         self.metadata: dict[str, str] = content.pop("__metadata__", None) or {}
         start = len(self.header)
@@ -103,24 +105,46 @@ class TensorFile:
                 yield chunk
 
 
-def _validate(path: Path) -> None:
-    """Raise unless `path` is a safetensors file, of a header that fits in memory."""
-    safetensors = library()
+def _header(path: Location) -> tuple[bytes, int]:
+    """The bytes before the first tensor, and the number of all bytes of a file."""
+    library()
     try:
         with path.open("rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-        if size > MAX_HEADER:
-            raise AdapterFileError(_too_long(path.name, size))
-        with safetensors.safe_open(path, framework="numpy"):
-            pass
-    except safetensors.SafetensorError as error:
-        raise AdapterFileError(
-            f"{path.name} is no safetensors file: {error}"
-        ) from error
+            length = file.read(8)
+            number = int.from_bytes(length, "little")
+            if number > MAX_HEADER:
+                raise AdapterFileError(_too_long(path.name, number))
+            return length + file.read(number), size(path)
     except FileNotFoundError:
         raise AdapterFileError(f"there is no {path.name} in {path.parent}") from None
+    except NotADirectoryError:
+        raise AdapterFileError(f"{path.parent} is no directory") from None
     except IsADirectoryError:
         raise AdapterFileError(f"{path} is a directory, not a file") from None
+
+
+def _validate(path: Location, header: bytes, size: int) -> None:
+    """Raise unless `path` is a safetensors file.
+
+    The library reads local files alone. It looks at the header and the size, so for
+    others it gets a local file of these, whose tensors are a hole.
+    """
+    safetensors = library()
+    with contextlib.ExitStack() as stack:
+        local = path
+        if not is_local(path):
+            folder = stack.enter_context(tempfile.TemporaryDirectory())
+            local = Path(folder) / "header.safetensors"
+            with local.open("wb") as file:
+                file.write(header)
+                file.truncate(size)
+        try:
+            with safetensors.safe_open(local, framework="numpy"):
+                pass
+        except safetensors.SafetensorError as error:
+            raise AdapterFileError(
+                f"{path.name} is no safetensors file: {error}"
+            ) from error
 
 
 def _too_long(name: str, size: int) -> str:

@@ -99,18 +99,23 @@ def unwrap(model: Model) -> Model:
     return model
 
 
-def merge_adapters(model: Model, dtype: DTypeLike | None = None) -> Model:
+def merge_adapters(
+    model: Model, dtype: DTypeLike | None = None, *, any_base: bool = False
+) -> Model:
     r"""The model with its adapters folded in: :math:`W' = W + \alpha\, C M D`.
 
     Args:
       model: as `wrap` makes it. It stays as it is.
       dtype: of the merged kernels; by default that of each kernel.
+      any_base: Merge into other weights than those that the adapters were trained on,
+        too. Adapters know them if `save` was given `params`.
 
     Returns:
       A new model of the plain classes, which computes the same.
 
     Raises:
-      ValueError: `model` has no adapters; M's that hold NaN or infinity.
+      ValueError: `model` has no adapters; M's that hold NaN or infinity; kernels of
+        another base, without `any_base`.
 
     Example::
 
@@ -122,6 +127,8 @@ def merge_adapters(model: Model, dtype: DTypeLike | None = None) -> Model:
       True
     """
     plain = unwrap(model)
-    merged = merge(parameters(plain), adapters(model), plan_of(model), dtype)
+    plan = plan_of(model)
+    params = parameters(plain)
+    merged = merge(params, adapters(model), plan, dtype, any_base=any_base)
     nnx.update(plain, merged)
     return plain

@@ -1,0 +1,74 @@
+"""How the command line says things: lines, tables, and one line for an error."""
+
+import functools
+import inspect
+import re
+import shlex
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, ParamSpec, TypeVar
+
+import typer
+from rich.console import Console
+
+out, err = Console(), Console(stderr=True)
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def refusing(command: Callable[P, T]) -> Callable[P, T]:
+    """Exit with 1 and one line where input is refused."""
+    options = inspect.signature(command).parameters
+
+    @functools.wraps(command)
+    def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return command(*args, **kwargs)
+        except Exception as error:
+            reason = " ".join(str(error).split())
+            if not isinstance(error, ImportError | OSError | TypeError | ValueError):
+                reason = f"{type(error).__name__}: {reason}"
+            say(f"error: {as_options(reason, options)}", err, style="red")
+            raise typer.Exit(1) from error
+
+    return run
+
+
+def as_options(text: str, options: Collection[str]) -> str:
+    """A message of the library in the words of the command line.
+
+    `force=True` becomes `--force`, and `names={...}` `--names '{...}'`, for arguments
+    that are options of the command.
+    """
+
+    def option(match: re.Match[str]) -> str:
+        name, value = match.groups()
+        if name not in options:
+            return match[0]
+        flag = "--" + name.replace("_", "-")
+        return flag if value == "True" else f"{flag} {shlex.quote(value)}"
+
+    return re.sub(r"\b([a-z_]+)=(\{.*\}|[\w.]*\w)", option, text)
+
+
+def say(text: str, console: Console = out, style: str | None = None) -> None:
+    """One line, which the terminal may wrap and we do not."""
+    console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+
+
+def say_table(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Rows under the names of their keys, each on a line of its own."""
+    names = list(rows[0])
+    cells = [[name.replace("_", " ") for name in names]]
+    cells += [[_cell(row[name]) for name in names] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    for line in cells:
+        padded = (cell.ljust(width) for cell, width in zip(line, widths, strict=True))
+        say("  ".join(padded).rstrip())
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, tuple):
+        low, high = map(_cell, value)
+        return low if low == high else f"{low} to {high}"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

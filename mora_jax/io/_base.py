@@ -1,0 +1,98 @@
+"""A base checkpoint, of which headers alone are in memory."""
+
+import os
+import re
+from collections.abc import Sequence
+
+import jax
+
+from mora_jax.io._errors import AdapterFileError
+from mora_jax.io._json import read, short
+from mora_jax.io._names import Names, pairs, to_kernel
+from mora_jax.io._paths import Location, as_path
+from mora_jax.io._tensors import DTYPES, TensorFile
+from mora_jax.tree import Tree, nest
+
+BESIDE = (".json", ".txt", ".model", ".jinja", ".md")
+"""What else of a base is copied: configs, tokenizers, templates; never pickles."""
+
+INDEX = ".safetensors.index.json"
+"""How the name of the file ends that says which file has which tensor."""
+
+
+class Checkpoint:
+    """A base in safetensors, one file or several, of which headers are in memory.
+
+    Attributes:
+      files: those with tensors.
+      beside: other files to copy.
+      place: {tensor: its file}.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        """Read the headers of a file, or of all files that a directory's index names.
+
+        Args:
+          path: A path or a URL that `etils.epath` opens.
+
+        Raises:
+          AdapterFileError: no safetensors, files that the index names and that are
+            missing, or a tensor in two files.
+        """
+        path = as_path("path", path)
+        self.files = [TensorFile(file) for file in _tensor_files(path)]
+        self.beside: list[Location] = []
+        if path.is_dir():
+            others = sorted(path.iterdir())
+            self.beside = [p for p in others if p.suffix in BESIDE and p.is_file()]
+        self.place: dict[str, TensorFile] = {}
+        for file in self.files:
+            for name in file.entries:
+                if name in self.place:
+                    raise AdapterFileError(
+                        f"{short(name)} is in {self.place[name].path.name} and in "
+                        f"{file.path.name}"
+                    )
+                self.place[name] = file
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files with tensors."""
+        return sum(file.size for file in self.files)
+
+    def shapes(self, names: Names = None) -> Tree:
+        """The kernels, (in, out), that `names` have a path for, as a params tree."""
+        known, found = pairs(names), {}
+        for name, file in self.place.items():
+            entry = file.entries[name]
+            kernel = to_kernel(name.removesuffix(".weight"), known)
+            if name.endswith(".weight") and kernel and len(entry.shape) == 2:
+                if entry.dtype in DTYPES and "[" not in kernel[0]:
+                    path, layout = kernel
+                    shape = entry.shape if layout == "io" else entry.shape[::-1]
+                    dtype = DTYPES[entry.dtype]
+                    found[tuple(path.split("/"))] = jax.ShapeDtypeStruct(shape, dtype)
+        return nest(found)
+
+
+def _tensor_files(path: Location) -> Sequence[Location]:
+    if not path.is_dir():
+        return [path]
+    entries = sorted(path.iterdir())
+    indices = [entry for entry in entries if entry.name.endswith(INDEX)]
+    if not indices:
+        found = [entry for entry in entries if entry.name.endswith(".safetensors")]
+        if not found:
+            raise AdapterFileError(f"there is no *.safetensors in {path}")
+        return found
+    index = read(indices[0])
+    names = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(names, dict) or not names:
+        raise AdapterFileError(f"{indices[0].name} must have a weight_map")
+    files = sorted({str(name) for name in names.values()})
+    for name in files:
+        if not re.fullmatch(r"[\w.-]+\.safetensors", name):
+            raise AdapterFileError(
+                f"{indices[0].name} must name files beside it, got {short(name)}"
+            )
+    return [path / name for name in files]

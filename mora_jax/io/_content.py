@@ -1,0 +1,166 @@
+"""What the two files of an adapter say."""
+
+import dataclasses
+import hashlib
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from mora_jax.io._arrays import device
+from mora_jax.io._errors import AdapterFileError
+from mora_jax.io._files import CONFIG, TENSORS
+from mora_jax.io._format import layer_path, restore
+from mora_jax.io._json import dump, parse, short
+from mora_jax.io._tensors import decode
+from mora_jax.paths import adapter_path
+from mora_jax.planning import Plan
+from mora_jax.spec import SUFFIX, AdapterSpec
+from mora_jax.tree import Tree, nest
+
+FORMAT, VERSION = "mora_jax adapter", 2
+"""Version 2 added `base_digest` to each layer; version 1 is still read."""
+
+KEYS = frozenset(
+    {
+        "format",
+        "format_version",
+        "library_version",
+        "base_parameters",
+        "traced",
+        "layers",
+        "metadata",
+        "tensors_bytes",
+        "tensors_sha256",
+        "sha256",
+    }
+)
+
+
+def digest_of(data: bytes) -> str:
+    """SHA-256, in hex."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def parse_config(data: bytes) -> dict[str, Any]:
+    """The parsed config: of our format and version, undamaged, of the right types."""
+    content = parse(data, CONFIG)
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise AdapterFileError(
+            f"{CONFIG} is not of mora_jax: its format must be {FORMAT!r}; "
+            "io.load_peft_mora reads the reference's"
+        )
+    written = content.get("format_version")
+    if type(written) is not int or written < 1:
+        raise AdapterFileError(
+            f"format_version in {CONFIG} must be a positive integer, "
+            f"got {short(written)}"
+        )
+    if written > VERSION:
+        raise AdapterFileError(
+            f"{CONFIG} is of format version {written}, and this mora_jax reads up to "
+            f"{VERSION}: a newer one is needed"
+        )
+    if content.keys() != KEYS:
+        raise AdapterFileError(
+            f"{CONFIG} must hold {sorted(KEYS)}; "
+            f"it lacks {sorted(KEYS - content.keys())}, "
+            f"and has beside them {short(sorted(content.keys() - KEYS))}"
+        )
+    rest = {key: value for key, value in content.items() if key != "sha256"}
+    if content["sha256"] != digest_of(dump(rest)):
+        raise AdapterFileError(f"{CONFIG} is damaged or edited: its SHA-256 differs")
+    kinds = {
+        "library_version": str,
+        "base_parameters": int,
+        "traced": bool,
+        "layers": list,
+        "metadata": dict,
+        "tensors_bytes": int,
+        "tensors_sha256": str,
+    }
+    for key, kind in kinds.items():
+        if type(content[key]) is not kind:
+            raise AdapterFileError(
+                f"{key} in {CONFIG} must be of type {kind.__name__}, "
+                f"got {short(content[key])}"
+            )
+    if not _is_digest(content["tensors_sha256"]):
+        raise AdapterFileError(f"tensors_sha256 in {CONFIG} must be 64 hex digits")
+    return content
+
+
+def decode_adapter(
+    config: bytes, tensors: bytes, base: Mapping[str, Any] | None
+) -> tuple[Tree, Plan]:
+    """Adapters and plan, all of it checked.
+
+    Args:
+      config: The content of the config.
+      tensors: The content of the file of tensors.
+      base: {path of a kernel: array or shape} of the model that it must fit.
+
+    Raises:
+      AdapterFileError: Whatever is wrong.
+    """
+    content, arrays = parse_config(config), decode(tensors, TENSORS)
+    if not content["layers"]:
+        raise AdapterFileError(f"{CONFIG} must have an adapter, got none")
+    specs, adapters = [], {}
+    for number, layer in enumerate(content["layers"]):
+        where = f"layers[{number}] in {CONFIG}"
+        digests = None
+        if content["format_version"] > 1:
+            layer, digests = _without_digest(layer, where)
+        path = layer_path(layer, where)
+        name = "/".join(path)
+        m = arrays.pop(f"{name}{SUFFIX}", None)
+        if m is None:
+            raise AdapterFileError(f"{TENSORS} lacks {name}{SUFFIX}")
+        if not np.isfinite(m).all():
+            raise AdapterFileError(f"{name}{SUFFIX} in {TENSORS} holds NaN or infinity")
+        try:
+            spec = _known_base(restore(layer, m, base), digests)
+        except (TypeError, ValueError, OverflowError) as error:
+            raise AdapterFileError(f"{name} in {CONFIG}: {error}") from error
+        specs.append(spec)
+        adapters[adapter_path(spec)] = device(name, m)
+    if len(specs) > len(adapters):
+        raise AdapterFileError(f"{CONFIG} has a layer twice")
+    if arrays:
+        raise AdapterFileError(
+            f"{TENSORS} holds {short(sorted(arrays))}, of which {CONFIG} knows nothing"
+        )
+    plan = Plan(tuple(specs), content["base_parameters"], content["traced"])
+    return nest(adapters), plan
+
+
+def _without_digest(layer: Any, where: str) -> tuple[Any, Any]:
+    """A layer as version 1 has it, and what version 2 knows of its base."""
+    if not isinstance(layer, dict) or "base_digest" not in layer:
+        raise AdapterFileError(f"{where} must hold base_digest, got {short(layer)}")
+    rest = {key: value for key, value in layer.items() if key != "base_digest"}
+    return rest, layer["base_digest"]
+
+
+def _known_base(spec: AdapterSpec, digests: Any) -> AdapterSpec:
+    """`spec` with the digests of its base."""
+    if digests is None:
+        return spec
+    count = math.prod(spec.shape[:-2])
+    if (
+        not isinstance(digests, list)
+        or len(digests) != count
+        or not all(_is_digest(digest) for digest in digests)
+    ):
+        raise ValueError(
+            f"base_digest must be null or {count} times 64 hex digits, "
+            f"got {short(digests)}"
+        )
+    return dataclasses.replace(spec, base_digest=tuple(digests))
+
+
+def _is_digest(text: Any) -> bool:
+    return isinstance(text, str) and re.fullmatch("[0-9a-f]{64}", text) is not None

@@ -1,0 +1,136 @@
+"""Where files are: local paths, and the URLs that `etils.epath` opens."""
+
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeGuard
+from urllib.request import url2pathname
+
+if TYPE_CHECKING:
+    from etils import epath
+
+    Location = Path | epath.Path
+else:
+    Location = Any
+
+PACKAGES = {"gs": "gcsfs", "s3": "s3fs", "az": "adlfs"}
+"""What epath opens the URLs of each scheme with."""
+
+
+def as_path(argument: str, value: object) -> Location:
+    """The place that a user's argument names.
+
+    `~` is the home directory, and `file://` a local path. Other URLs belong to epath:
+    `gs://`, `s3://`, `az://`, and what `epath.register_path_cls` has registered.
+
+    Args:
+      argument: The name of the argument, for messages.
+      value: A path or a URL, or a path object of pathlib or of epath.
+
+    Returns:
+      A `pathlib.Path` for what is local, since saving needs its locks and renames;
+      otherwise an `epath.Path`.
+
+    Raises:
+      TypeError: The value is neither text nor a path.
+      ValueError: The scheme of a URL is unknown, or the value names no place.
+      ImportError: The package that opens such URLs is not installed.
+    """
+    if not isinstance(value, str | os.PathLike):
+        raise TypeError(
+            f"{argument} must be a path or a URL, got {value!r:.80} "
+            f"of type {type(value).__name__}"
+        )
+    if not isinstance(value, str | Path) and _is_epaths(value):
+        return value  # type: ignore[return-value]
+    text = os.fspath(value)
+    if not isinstance(text, str) or not text:
+        raise ValueError(f"{argument} must be a path or a URL, got {text!r}")
+    url = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):(/+)", text)
+    if url is None:
+        return _local(argument, text)
+    scheme, slashes = url.groups()
+    if scheme == "file":
+        place = re.fullmatch("file:(?://(?:localhost)?)?(/[^/].*)", text)
+        if place is None:
+            raise ValueError(
+                f"{argument} must be like 'file:///folder/name' for a file of this "
+                f"machine, got {text!r}"
+            )
+        return Path(url2pathname(place[1]))
+    if len(slashes) == 1:
+        raise ValueError(
+            f"{argument} must be a URL with '//', given as text because pathlib takes "
+            f"one '/' out of URLs, got {text!r}"
+        )
+    return _remote(argument, text, scheme)
+
+
+def is_local(path: Location) -> TypeGuard[Path]:
+    """Whether files of `path` can be locked and renamed."""
+    return type(path) is type(Path())
+
+
+def size(path: Location) -> int:
+    """How many bytes a file has."""
+    found: Any = path.stat()
+    return found.st_size if hasattr(found, "st_size") else found.length
+
+
+def parts(path: Location) -> tuple[str, ...]:
+    """What tells two places apart: the names on the way to them."""
+    if is_local(path):
+        return path.resolve().parts
+    return tuple(name for name in os.fspath(path).split("/") if name)
+
+
+def _is_epaths(value: os.PathLike[Any]) -> bool:
+    """Whether `value` is of a class of epath's, and not local."""
+    try:
+        from etils import epath
+    except ImportError:
+        return False
+    if type(epath.Path(value)) is not type(value):
+        return False
+    return "://" in os.fspath(value) or type(value) is not type(epath.Path("."))
+
+
+def _local(argument: str, text: str) -> Path:
+    expanded = os.path.expanduser(text)
+    if expanded == text and text.startswith("~"):
+        raise ValueError(
+            f"{argument} begins with '~', and there is no such home directory, "
+            f"got {text!r}; write './{text}' for a file of that name"
+        )
+    return Path(expanded)
+
+
+def _remote(argument: str, text: str, scheme: str) -> Location:
+    try:
+        from etils import epath
+    except ImportError as error:
+        raise ImportError(
+            f"{argument} is the URL {text!r}, which needs etils: "
+            "pip install mora-jax[io]"
+        ) from error
+    try:
+        if scheme == "hf":  # its files are commits, which no object store's are
+            raise KeyError(scheme)
+        path = epath.Path(text)
+    except KeyError:
+        known = ", ".join(f"{name}://" for name in PACKAGES)
+        raise ValueError(
+            f"{argument} must be a local path or a URL of {known} or of a scheme that "
+            f"is registered with epath, got {text!r}"
+            + "; download it first"
+            * (scheme in ("http", "https", "hf"))
+        ) from None
+    try:
+        path.exists()
+    except ImportError as error:
+        package = PACKAGES.get(scheme)
+        raise ImportError(
+            f"{argument} is the URL {text!r}, which cannot be opened: {error}"
+            + f"; pip install {package}" * (package is not None)
+        ) from error
+    return path
