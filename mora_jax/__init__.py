@@ -6,6 +6,7 @@ from mora_jax import linen as linen
 from mora_jax import nnx as nnx
 from mora_jax import products as products
 from mora_jax import sharding as sharding
+from mora_jax._warnings import MoRAWarning as MoRAWarning
 from mora_jax.config import MoRAConfig as MoRAConfig
 from mora_jax.io import load as load
 from mora_jax.io import save as save
@@ -22,9 +23,9 @@ from mora_jax.merging import merge as merge
 from mora_jax.merging import unmerge as unmerge
 from mora_jax.operators import make_operator as make_operator
 from mora_jax.operators import square_rank as square_rank
-from mora_jax.planning import Plan as Plan
 from mora_jax.planning import plan as plan
-from mora_jax.planning import summary as summary
+from mora_jax.plans import Plan as Plan
+from mora_jax.plans import summary as summary
 from mora_jax.tree import combine as combine
 from mora_jax.tree import init as init
 from mora_jax.tree import ravel_adapters as ravel_adapters

@@ -9,8 +9,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Float
 
 from mora_jax.merging import delta_weight, merge
-from mora_jax.paths import named_leaves
-from mora_jax.planning import Plan
+from mora_jax.paths import find_kernel, named_leaves
+from mora_jax.plans import Plan
 from mora_jax.spec import AdapterSpec
 from mora_jax.tree import adapter_items
 
@@ -159,10 +159,11 @@ def relative_norm(params: Any, adapters: Any, plan: Plan) -> dict[str, float]:
       >>> diagnostics.relative_norm(params, adapters, layers)
       {'kernel': 0.5}
     """
-    leaves = named_leaves(params)
+    leaves, values = named_leaves(params), spectrum(adapters, plan)
+    kernels = {spec.name: find_kernel(leaves, spec)[1] for spec in plan.specs}
     return {
-        name: float(np.linalg.norm(values) / jnp.linalg.norm(leaves[name][1]))
-        for name, values in spectrum(adapters, plan).items()
+        name: float(np.linalg.norm(values[name]) / jnp.linalg.norm(kernel))
+        for name, kernel in kernels.items()
     }
 
 

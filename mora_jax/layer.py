@@ -20,7 +20,7 @@ from mora_jax.execution import adapted_product
 from mora_jax.layout import Layout
 from mora_jax.operators import Operator
 from mora_jax.products import Contraction
-from mora_jax.spec import SUFFIX, AdapterSpec, check_adapter, check_kernel
+from mora_jax.spec import SUFFIX, AdapterSpec, check_adapter, check_kernel, check_key
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +76,7 @@ class FrozenDense:
     ) -> "FrozenDense":
         """A layer with the adapter that `config` asks for."""
         check_kernel(kernel, "kernel")
-        spec = AdapterSpec.from_config(config or MoRAConfig(), kernel.shape, axes)
+        spec = AdapterSpec.from_config(config, tuple(kernel.shape), axes)
         settings = {f: getattr(spec, f) for f in cls._shared}
         return cls(kernel, bias, **settings)
 
@@ -113,6 +113,7 @@ def choose_dropout_key(
     spec: AdapterSpec, key: PRNGKeyArray | None, deterministic: bool
 ) -> PRNGKeyArray | None:
     """The key to drop with, or None; a missing one is an error."""
+    check_key(key)
     if spec.dropout == 0 or deterministic:
         return None
     if key is None:

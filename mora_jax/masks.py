@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mora_jax.paths import key_name, nearest
+from mora_jax._settings import patterns_of
+from mora_jax.paths import is_boxed, located_leaves, nearest
 from mora_jax.spec import SUFFIX
 
 
@@ -19,14 +20,15 @@ def trainable_mask(params: Any, base: str | Iterable[str] = ()) -> Any:
     Use `optimizer`.
 
     Args:
-      params: a tree as `combine` makes it.
+      params: a tree as `combine` makes it, or the state of a model with adapters.
       base: patterns of base leaves to train as well, such as `.*/norm/scale`; ".*" for
         all (AiDotNet's freezeBaseLayer=false).
 
     Returns:
-      A tree of bools.
+      A tree of bools, one for each array; metadata around arrays has one, too.
 
     Raises:
+      TypeError: a model in place of its params.
       ValueError: no M in the tree, or a pattern that matches nothing.
 
     Example::
@@ -36,9 +38,9 @@ def trainable_mask(params: Any, base: str | Iterable[str] = ()) -> Any:
       >>> trainable_mask(params)
       {'kernel': False, 'kernel_mora': True}
     """
-    patterns = (base,) if isinstance(base, str) else tuple(base)
-    flat, structure = jax.tree_util.tree_flatten_with_path(params)
-    names = ["/".join(key_name(key) for key in keys) for keys, _ in flat]
+    patterns = patterns_of("base", base)
+    names = ["/".join(path) for path in located_leaves(params)]
+    structure = jax.tree.structure(params, is_leaf=is_boxed)
     adapters = {name for name in names if name.endswith(SUFFIX)}
     if not adapters:
         raise ValueError(

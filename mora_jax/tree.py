@@ -1,5 +1,6 @@
 """Base tree and adapter tree: made, joined, taken apart, and as one vector."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 from zlib import crc32
@@ -7,13 +8,29 @@ from zlib import crc32
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jaxtyping import Float, PRNGKeyArray
 
 from mora_jax._types import ArrayLike
 from mora_jax.layer import FrozenDense
-from mora_jax.paths import Path, adapter_path, key_name, nearest
-from mora_jax.planning import Plan
-from mora_jax.spec import SUFFIX, AdapterSpec, check_adapter, init_adapter
+from mora_jax.paths import (
+    Path,
+    adapter_path,
+    located_leaves,
+    nearest,
+    refuse_model,
+    replace_leaves,
+    unboxed,
+)
+from mora_jax.plans import Plan, check_plan
+from mora_jax.spec import (
+    SUFFIX,
+    AdapterSpec,
+    check_adapter,
+    check_key,
+    check_same,
+    init_adapter,
+)
 
 Tree = dict[str, Any]
 
@@ -32,6 +49,7 @@ def init(plan_or_frozen: Plan | FrozenDense, key: PRNGKeyArray | None = None) ->
       `{"kernel_mora": M}`.
 
     Raises:
+      TypeError: neither a plan nor a layer; something that is no key.
       ValueError: a Gaussian start without a key.
 
     Example::
@@ -41,12 +59,10 @@ def init(plan_or_frozen: Plan | FrozenDense, key: PRNGKeyArray | None = None) ->
       >>> jax.tree.map(jnp.shape, init(plan(params)))
       {'fc': {'kernel_mora': (8, 8)}}
     """
+    check_key(key)
     if isinstance(plan_or_frozen, FrozenDense):
         return {f"kernel{SUFFIX}": init_adapter(plan_or_frozen.spec, key)}
-    if not isinstance(plan_or_frozen, Plan):
-        raise TypeError(
-            f"init takes a Plan or a FrozenDense, got {type(plan_or_frozen).__name__}"
-        )
+    check_plan(plan_or_frozen, "plan_or_frozen")
 
     def one(spec: AdapterSpec) -> jax.Array:
         number = np.uint32(crc32(spec.name.encode()))
@@ -67,20 +83,28 @@ def nest(items: Mapping[Path, Any]) -> Tree:
 
 
 def adapter_items(adapters: Any, plan: Plan) -> list[tuple[AdapterSpec, Any]]:
-    """Each spec of `plan` with its M out of `adapters`, of which none may be left."""
-    flat, _ = jax.tree_util.tree_flatten_with_path(adapters)
-    found = {tuple(key_name(key) for key in keys): leaf for keys, leaf in flat}
+    """Each spec of `plan` with its M out of `adapters`, of which none may be left.
+
+    An M in a variable of an NNX model says what it was made for, which must be the same
+    as what the plan says.
+    """
+    check_plan(plan)
+    found = located_leaves(adapters, "adapters")
     items = []
     for spec in plan.specs:
         path = adapter_path(spec)
         if path not in found:
             raise ValueError(f"adapters lack {'/'.join(path)!r}, which the plan has")
-        m = found.pop(path)
+        box = found.pop(path)
+        m = unboxed(box)
         check_adapter(m, spec)
+        if isinstance(made_for := getattr(box, "spec", None), AdapterSpec):
+            stack = tuple(m.shape[: m.ndim - len(made_for.shape)])
+            check_same(made_for.stacked(stack, spec.path), spec)
         items.append((spec, m))
     if found:
         path = "/".join(next(iter(found)))
-        raise ValueError(f"adapters hold {path!r}, which the plan has not")
+        raise ValueError(f"adapters hold {path!r}, which the plan lacks")
     return items
 
 
@@ -92,6 +116,7 @@ def combine(params: Any, adapters: Any) -> Any:
       adapters: as `init` makes them.
 
     Raises:
+      TypeError: something that is no such tree, as a model or an array.
       ValueError: an adapter without its kernel, or a tree that is combined already.
 
     Example::
@@ -103,14 +128,14 @@ def combine(params: Any, adapters: Any) -> Any:
     """
 
     def insert(base: Any, extra: Any, path: Path) -> Any:
-        if not isinstance(extra, Mapping):
+        added, node = _children(extra), _children(base)
+        if added is None:
             raise ValueError(f"adapters hold {'/'.join(path)!r}, which is no M")
-        node = _children(base)
         if node is None:
             raise ValueError(f"params have no module at {'/'.join(path)!r}")
-        for key, value in extra.items():
+        for key, value in added.items():
             here = (*path, key)
-            if key.endswith(SUFFIX) and not isinstance(value, Mapping):
+            if key.endswith(SUFFIX) and _children(value) is None:
                 if key.removesuffix(SUFFIX) not in node:
                     raise ValueError(
                         f"params have no kernel for the adapter {'/'.join(here)!r}"
@@ -122,7 +147,9 @@ def combine(params: Any, adapters: Any) -> Any:
                         f"the parent of {'/'.join(here)!r} must be a mapping, "
                         f"got {type(base).__name__}"
                     )
-                node[key] = value
+                # A variable of NNX stays one only beside others of its kind.
+                mixed = isinstance(value, nnx.Variable) and type(base) is not nnx.State
+                node[key] = unboxed(value) if mixed else value
             elif key not in node:
                 raise ValueError(
                     f"params have nothing at {'/'.join(here)!r}"
@@ -132,11 +159,16 @@ def combine(params: Any, adapters: Any) -> Any:
                 node[key] = insert(node[key], value, here)
         return _rebuild(base, node)
 
+    for what, tree in (("params", params), ("adapters", adapters)):
+        _check_nested(tree, what)
     return insert(params, adapters, ())
 
 
 def split(tree: Any) -> tuple[Any, Tree]:
     """Undo `combine`: the base's params, and the adapters.
+
+    Raises:
+      TypeError: no nested mappings, lists or tuples.
 
     Example::
 
@@ -146,6 +178,11 @@ def split(tree: Any) -> tuple[Any, Tree]:
       >>> sorted(base["fc"]), sorted(adapters["fc"])
       (['kernel'], ['kernel_mora'])
     """
+    _check_nested(tree, "tree")
+    return _split(tree)
+
+
+def _split(tree: Any) -> tuple[Any, Tree]:
     base, adapters = {}, {}
     node = _children(tree)
     if node is None:
@@ -154,10 +191,20 @@ def split(tree: Any) -> tuple[Any, Tree]:
         if key.endswith(SUFFIX) and _children(value) is None:
             adapters[key] = value
             continue
-        base[key], inner = split(value)
+        base[key], inner = _split(value)
         if inner:
             adapters[key] = inner
     return _rebuild(tree, base), adapters
+
+
+def _check_nested(tree: Any, what: str) -> None:
+    """Raise unless `tree` is a container of the kinds that are taken apart here."""
+    refuse_model(tree, what)
+    if _children(tree) is None:
+        raise TypeError(
+            f"{what} must be nested mappings, lists and tuples, "
+            f"got {type(tree).__name__}"
+        )
 
 
 def _children(node: Any) -> Tree | None:
@@ -183,6 +230,7 @@ def ravel_adapters(adapters: Any) -> Float[jax.Array, " parameters"]:
     """All M's as one vector: in the order of their paths, each one row by row.
 
     Raises:
+      TypeError: no tree of arrays.
       ValueError: no adapters.
 
     Example::
@@ -191,10 +239,16 @@ def ravel_adapters(adapters: Any) -> Float[jax.Array, " parameters"]:
       >>> ravel_adapters({"fc": {"kernel_mora": jnp.array([[1.0, 2.0], [3.0, 4.0]])}})
       Array([1., 2., 3., 4.], dtype=float32)
     """
-    leaves = jax.tree.leaves(adapters)
+    leaves = _in_order(adapters)
     if not leaves:
         raise ValueError("adapters hold no M")
-    return jnp.concatenate([jnp.ravel(leaf) for leaf in leaves])
+    return jnp.concatenate([jnp.ravel(leaf) for leaf in leaves.values()])
+
+
+def _in_order(adapters: Any) -> dict[Path, Any]:
+    """{path: M}, in the order that nested dicts have, whatever the tree is made of."""
+    leaves = located_leaves(adapters, "adapters")
+    return {path: unboxed(leaves[path]) for path in sorted(leaves)}
 
 
 def unravel_adapters(
@@ -207,6 +261,7 @@ def unravel_adapters(
       plan_or_adapters: the plan, or adapters of the wanted shapes and dtypes.
 
     Raises:
+      TypeError: neither a plan nor a tree of arrays or shapes.
       ValueError: a vector of another length.
 
     Example::
@@ -228,14 +283,21 @@ def unravel_adapters(
                 for spec in like.specs
             }
         )
-    leaves, structure = jax.tree.flatten(like)
-    size = sum(leaf.size for leaf in leaves)
-    if tuple(vector.shape) != (size,):
-        raise ValueError(f"vector must have shape ({size},), got {vector.shape}")
-    ends = np.cumsum([leaf.size for leaf in leaves])[:-1]
-    parts = jnp.split(vector, ends)
-    restored = [
-        part.reshape(leaf.shape).astype(leaf.dtype)
-        for part, leaf in zip(parts, leaves, strict=True)
-    ]
-    return jax.tree.unflatten(structure, restored)
+    leaves = _in_order(like)
+    for path, leaf in leaves.items():
+        if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
+            raise TypeError(
+                f"plan_or_adapters must hold arrays or shapes, got "
+                f"{type(leaf).__name__} at {'/'.join(path)!r}"
+            )
+    ends = np.cumsum([math.prod(leaf.shape) for leaf in leaves.values()], dtype=int)
+    size = int(ends[-1]) if leaves else 0
+    if getattr(vector, "shape", None) != (size,):
+        got = getattr(vector, "shape", type(vector).__name__)
+        raise ValueError(f"vector must have shape ({size},), got {got}")
+    parts = jnp.split(jnp.asarray(vector), ends[:-1])
+    restored = {
+        path: part.reshape(leaf.shape).astype(leaf.dtype)
+        for (path, leaf), part in zip(leaves.items(), parts, strict=True)
+    }
+    return replace_leaves(like, restored)

@@ -1,6 +1,5 @@
 """An adapter's settings as JSON, and back."""
 
-import dataclasses
 import functools
 import math
 from collections.abc import Mapping
@@ -15,9 +14,8 @@ from mora_jax.io._errors import AdapterFileError
 from mora_jax.io._json import dump, short
 from mora_jax.operators import Operator, make_operator
 from mora_jax.paths import Path, nearest
-from mora_jax.spec import AdapterSpec, check_kernel
+from mora_jax.spec import AdapterSpec, check_kernel, operator_settings
 
-SIZES = {"in_features", "out_features", "square_rank"}
 LARGEST_WIDTH = 2**22
 """How many features a kernel may have that a file describes, on either side."""
 
@@ -31,7 +29,7 @@ def describe(spec: AdapterSpec, dtype: Any) -> dict[str, Any]:
         "path": list(spec.path),
         "kernel_shape": list(spec.kernel_shape),
         "axes": spec.axes,
-        "operator": settings(spec.operator),
+        "operator": operator_settings(spec.operator),
         "operator_check": list(fingerprint(spec.operator)),
         "square_rank": spec.operator.square_rank,
         "rank": budget(spec),
@@ -42,13 +40,6 @@ def describe(spec: AdapterSpec, dtype: Any) -> dict[str, Any]:
         "param_dtype": jnp.dtype(spec.param_dtype).name,
         "dtype": jnp.dtype(dtype).name,
     }
-
-
-def settings(operator: Operator) -> dict[str, Any]:
-    """Name and settings, the seed too, but no sizes."""
-    fields = {f.name for f in dataclasses.fields(operator) if f.init} - SIZES
-    values = {name: getattr(operator, name) for name in sorted(fields)}
-    return {"name": operator.name, **values}
 
 
 def budget(spec: AdapterSpec) -> int:

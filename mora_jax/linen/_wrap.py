@@ -10,7 +10,7 @@ from mora_jax.execution import adapt_call
 from mora_jax.layers import find_rules, unknown_use
 from mora_jax.linen._bound import Bound, check_model, params_of
 from mora_jax.paths import adapter_path
-from mora_jax.planning import Plan
+from mora_jax.plans import Plan
 from mora_jax.spec import SUFFIX
 from mora_jax.tracing import refuse_untraced
 from mora_jax.tree import adapter_items, combine, nest, split

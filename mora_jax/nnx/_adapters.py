@@ -11,7 +11,7 @@ from flax import nnx
 from mora_jax._types import Shape
 from mora_jax.nnx._param import MoRAParam
 from mora_jax.paths import Path, adapter_path
-from mora_jax.planning import Plan
+from mora_jax.plans import Plan
 from mora_jax.spec import SUFFIX, AdapterSpec
 from mora_jax.tree import Tree, adapter_items, nest
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from flax import nnx
 
-from mora_jax.config import MoRAConfig
+from mora_jax.config import MoRAConfig, check_config
 from mora_jax.layers import LayerRule, first_rules
 from mora_jax.nnx._adapters import layers
 from mora_jax.nnx._classes import subclass
@@ -56,6 +56,7 @@ def plan(
        'value/kernel': 'ioo'}
     """
     check_model(model)
+    config = check_config(config, "plan(model, config, *inputs)")
     params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
     products: dict[str, Product] = {}
     for name, layer, rule in _known(model):
