@@ -10,7 +10,7 @@ import jax
 from flax import nnx
 from flax.core.meta import AxisMetadata
 
-from mora_jax.spec import SUFFIX, AdapterSpec, check_kernel
+from mora_jax.spec import DEQUANTISE, SUFFIX, AdapterSpec, check_kernel
 
 Path = tuple[str, ...]
 
@@ -65,8 +65,9 @@ def find_kernel(
       spec: the adapter.
 
     Raises:
-      TypeError: a kernel that is no floating-point array, such as a quantized one.
-      ValueError: no such kernel, or one of another shape.
+      TypeError: a kernel that is no floating-point array.
+      ValueError: no such kernel, as where it is quantized and has parts, or one of
+        another shape.
     """
     name = spec.name
     if name in leaves:
@@ -77,18 +78,17 @@ def find_kernel(
                 f"{name} must have shape {spec.kernel_shape}, got {kernel.shape}"
             )
         return path, kernel
-    parts = [other for other in leaves if other.startswith(f"{name}/")]
+    raise ValueError(f"params lack the kernel {name!r}{lacking(name, leaves)}")
+
+
+def lacking(name: str, names: Iterable[str]) -> str:
+    """Why `name` may not be among the names of a model, as the end of a message."""
+    parts = [other for other in names if other.startswith(f"{name}/")]
     if parts:
-        raise TypeError(
-            f"{name} must be an array, got a structure that holds {parts[0]!r}; "
-            "dequantise it first, or leave it out with exclude"
-        )
-    if f"params/{name}" in leaves:
-        raise ValueError(
-            f"params lack the kernel {name!r}: pass variables['params'], "
-            "not all variables"
-        )
-    raise ValueError(f"params lack the kernel {name!r}{nearest(name, leaves)}")
+        return f"; they have its parts, as {parts[0]!r}: {DEQUANTISE}"
+    if f"params/{name}" in names:
+        return "; pass variables['params'], not all variables"
+    return nearest(name, names)
 
 
 def refuse_variables(params: Any) -> None:
@@ -154,18 +154,23 @@ def _is_end(node: Any) -> bool:
 def refuse_model(leaf: Any, what: str) -> None:
     """Raise if `leaf` is a whole model: NNX's are pytrees, too."""
     if isinstance(leaf, nnx.Module):
-        raise TypeError(
-            f"{what} must be a tree of arrays, got the NNX model "
-            f"{type(leaf).__name__}: that tree is nnx.state(model, nnx.Param), or "
-            "mora_jax.nnx.adapters(model) for its adapters; mora_jax.nnx.plan, "
-            "mora_jax.nnx.wrap and mora_jax.nnx.merge_adapters take models"
+        api, own = (
+            "nnx",
+            {
+                "params": "its params are nnx.state(model, nnx.Param)",
+                "adapters": "its adapters are nnx.state(model, MoRAParam)",
+            },
         )
-    if isinstance(leaf, nn.Module):
-        raise TypeError(
-            f"{what} must be a tree of arrays, got the Linen model "
-            f"{type(leaf).__name__}: that tree is model.init(...)['params']; "
-            "mora_jax.linen.plan and mora_jax.linen.wrap take models"
-        )
+        takers = "plan, wrap and merge_adapters"
+    elif isinstance(leaf, nn.Module):
+        api, own = "linen", {"params": "its params are model.init(...)['params']"}
+        takers = "plan and wrap"
+    else:
+        return
+    raise TypeError(
+        f"{what} must be a tree of arrays, got the model {type(leaf).__name__}: "
+        f"{own.get(what, own['params'])}; mora_jax.{api}'s {takers} take models"
+    )
 
 
 def _kind(leaf: Any) -> str:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -27,6 +28,9 @@ from mora_jax.operators._registry import resolve_auto
 
 SUFFIX = "_mora"
 """M is stored beside its kernel, under the kernel's name and this."""
+
+DEQUANTISE = "dequantise it first, or leave it out with exclude"
+"""What messages advise where a kernel is not floating-point."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,6 +177,17 @@ class AdapterSpec:
             "alpha": self.alpha,
         }
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The meaning, and how M is trained and computed."""
+        return {
+            **self.meaning,
+            "dropout": self.dropout,
+            "init": self.init,
+            "execution": self.execution,
+            "param_dtype": jnp.dtype(self.param_dtype).name,
+        }
+
     def stacked(self, sizes: Shape, path: tuple[str, ...]) -> "AdapterSpec":
         """The same adapter for a stack of such kernels, its axes in front."""
         return dataclasses.replace(
@@ -193,22 +208,23 @@ def operator_settings(operator: Operator) -> dict[str, Any]:
     return {"name": operator.name, **values}
 
 
-def differences(one: AdapterSpec, other: AdapterSpec) -> dict[str, tuple[Any, Any]]:
-    """{setting: its two values} where two adapters of a kernel mean different updates.
+def differences(
+    one: Mapping[str, Any], other: Mapping[str, Any]
+) -> dict[str, tuple[Any, Any]]:
+    """{name: its two values} where the settings of two adapters of a kernel differ.
 
     A setting that only one of two operators has is left out: their names differ.
     """
-    first, second = one.meaning, other.meaning
     return {
-        name: (first[name], second[name])
-        for name in first
-        if name in second and first[name] != second[name]
+        name: (one[name], other[name])
+        for name in one
+        if name in other and one[name] != other[name]
     }
 
 
 def check_same(made_for: AdapterSpec, used_with: AdapterSpec) -> None:
     """Raise unless an M that was made for one adapter is right for the other."""
-    if differing := differences(made_for, used_with):
+    if differing := differences(made_for.meaning, used_with.meaning):
         settings = " and ".join(
             f"{name} {one!r}, not {other!r}" for name, (one, other) in differing.items()
         )
@@ -217,14 +233,15 @@ def check_same(made_for: AdapterSpec, used_with: AdapterSpec) -> None:
 
 def check_kernel(kernel: Any, name: str) -> None:
     """Raise unless `kernel` has a shape and a floating-point dtype that MoRA adapts."""
-    hint = "dequantise it first, or leave it out with exclude"
     # A quantised kernel may have a shape and a dtype, but it is a pytree of its parts.
     whole = jax.tree_util.all_leaves([kernel])
     if not whole or not hasattr(kernel, "shape") or not hasattr(kernel, "dtype"):
-        raise TypeError(f"{name} must be an array, got {type(kernel).__name__}; {hint}")
+        raise TypeError(
+            f"{name} must be an array, got {type(kernel).__name__}; {DEQUANTISE}"
+        )
     if not jnp.issubdtype(kernel.dtype, jnp.floating):
         raise TypeError(
-            f"{name} must have a floating-point dtype, got {kernel.dtype}; {hint}"
+            f"{name} must have a floating-point dtype, got {kernel.dtype}; {DEQUANTISE}"
         )
     if len(kernel.shape) < 2 or 0 in kernel.shape:
         raise ValueError(

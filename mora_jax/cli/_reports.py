@@ -1,6 +1,5 @@
 """What the command line tells of adapters."""
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from mora_jax import diagnostics, io
 from mora_jax.execution import kernel_update
 from mora_jax.io import Names
 from mora_jax.planning import Plan
-from mora_jax.spec import AdapterSpec
+from mora_jax.spec import AdapterSpec, differences
 from mora_jax.tree import Tree, adapter_items
 
 
@@ -78,12 +77,8 @@ def _update(spec: AdapterSpec, m: Any) -> np.ndarray:
 
 def _differing(one: AdapterSpec, other: AdapterSpec) -> str:
     """The settings in which two adapters of a kernel differ."""
-    fields = [field.name for field in dataclasses.fields(AdapterSpec)]
-    return ", ".join(
-        f"{name}: {getattr(one, name)} -> {getattr(other, name)}"
-        for name in fields
-        if getattr(one, name) != getattr(other, name)
-    )
+    found = differences(one.settings, other.settings)
+    return ", ".join(f"{name}: {a} -> {b}" for name, (a, b) in found.items())
 
 
 def _open(adapter: Path, base: Path | None, names: Names) -> tuple[Tree, Plan]:

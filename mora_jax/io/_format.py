@@ -13,7 +13,7 @@ from mora_jax.axes import check_axes, sizes
 from mora_jax.io._errors import AdapterFileError
 from mora_jax.io._json import dump, short
 from mora_jax.operators import Operator, make_operator
-from mora_jax.paths import Path, nearest
+from mora_jax.paths import Path, lacking
 from mora_jax.spec import AdapterSpec, check_kernel, operator_settings
 
 LARGEST_WIDTH = 2**22
@@ -102,12 +102,14 @@ def _plain(key: Any) -> bool:
     return isinstance(key, str) and key not in ("", ".", "..")
 
 
-def restore(layer: Any, m: np.ndarray, base: Mapping[str, Any] | None) -> AdapterSpec:
+def restore(
+    layer: Any, m: np.ndarray | None, base: Mapping[str, Any] | None
+) -> AdapterSpec:
     """Undo `describe`: check everything, fill in nothing.
 
     Args:
       layer: as parsed.
-      m: the array that the file has for it.
+      m: the array that the file has for it; None in a file without arrays.
       base: {path: kernel} of the model that it must fit.
 
     Raises:
@@ -124,7 +126,7 @@ def restore(layer: Any, m: np.ndarray, base: Mapping[str, Any] | None) -> Adapte
         )
     check_axes(axes, len(shape))
     expected = (*sizes(shape, axes, "s"), q, q)
-    if m.shape != expected:
+    if m is not None and m.shape != expected:
         raise ValueError(f"M must have shape {expected}, got {m.shape}")
     if base is not None:
         _check_base(layer, base)
@@ -154,7 +156,8 @@ def restore(layer: Any, m: np.ndarray, base: Mapping[str, Any] | None) -> Adapte
         execution=layer["execution"],
         path=tuple(layer["path"]),
     )
-    for key, value in describe(spec, m.dtype).items():
+    dtype = spec.param_dtype if m is None else m.dtype
+    for key, value in describe(spec, dtype).items():
         # As text, since True == 1 == 1.0.
         if key != "operator_check" and dump(value) != dump(layer[key]):
             raise ValueError(f"{key} must be {value!r}, got {short(layer[key])}")
@@ -165,7 +168,7 @@ def restore(layer: Any, m: np.ndarray, base: Mapping[str, Any] | None) -> Adapte
 def _check_base(layer: dict[str, Any], base: Mapping[str, Any]) -> None:
     name, shape = "/".join(layer["path"]), tuple(layer["kernel_shape"])
     if name not in base:
-        raise ValueError(f"the model has no such kernel{nearest(name, base)}")
+        raise ValueError(f"the model has no such kernel{lacking(name, base)}")
     if tuple(base[name].shape) != shape:
         raise ValueError(
             f"the model's kernel must have shape {shape}, got {tuple(base[name].shape)}"

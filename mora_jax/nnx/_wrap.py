@@ -31,7 +31,9 @@ def wrap(
     paths of the parameters, so that a checkpoint of the base loads into it.
 
     Args:
-      model: any NNX module. It stays as it is, and shares its arrays with the result.
+      model: any NNX module. It stays as it is, and shares its arrays with the result:
+        to donate the whole state of the result to a jitted step deletes the base, too.
+        Donate the adapters alone, `nnx.split(model, MoRAParam, ...)[1]`.
       config: what to adapt, and how; or a plan, as `nnx.plan` makes it.
       rngs: for dropout, and for `init="gaussian"`.
 
