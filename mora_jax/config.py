@@ -268,9 +268,10 @@ def check_number(name: str, value: Any) -> float:
         )
     if isinstance(value, bool | np.bool_) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, got {value!r}")
-    if not float("-inf") < value < float("inf"):
+    number = float(value)
+    if not float("-inf") < number < float("inf"):
         raise ValueError(f"{name} must be finite, got {value}")
-    return float(value)
+    return number
 
 
 def check_rate(value: Any) -> float:

@@ -32,8 +32,9 @@ def wrap(
 
     Args:
       model: any NNX module. It stays as it is, and shares its arrays with the result:
-        to donate the whole state of the result to a jitted step deletes the base, too.
-        Donate the adapters alone, `nnx.split(model, MoRAParam, ...)[1]`.
+        a step to which the whole state of the result is donated deletes the base, too.
+        Donate the adapters alone, the first part of `nnx.split(model, MoRAParam, ...)`;
+        see docs/training-nnx.md.
       config: what to adapt, and how; or a plan, as `nnx.plan` makes it.
       rngs: for dropout, and for `init="gaussian"`.
 
