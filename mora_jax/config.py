@@ -118,8 +118,8 @@ class MoRAConfig:
         for alpha in (self.alpha, *_values(self.overrides, "alpha")):
             if abs(alpha) > LARGEST_USUAL_ALPHA:
                 warnings.warn(
-                    f"alpha={alpha:g} multiplies the update itself, so that 1 is "
-                    f"usual: LoRA's lora_alpha={alpha:g} is alpha=lora_alpha / r here",
+                    f"alpha={alpha:g} multiplies the update itself, and 1 is usual: "
+                    "what LoRA calls lora_alpha is alpha=lora_alpha / r here",
                     MoRAWarning,
                     stacklevel=3,
                 )

@@ -185,6 +185,11 @@ def _add(
         dtype = floating_dtype(dtype, "dtype")
     updated: dict[Path, jax.Array] = {}
     for spec, m in items:
+        if f"{spec.name}{SUFFIX}" in leaves:  # which would be added twice
+            raise ValueError(
+                f"params hold the adapter {spec.name}{SUFFIX}: give the base alone, "
+                "as split(params)[0]"
+            )
         path, kernel = find_kernel(leaves, spec)
         concrete(spec.name, kernel)
         delta = sign * kernel_update(spec, _wide(m, kernel.dtype))

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import PRNGKeyArray
 
@@ -270,9 +271,10 @@ def check_key(key: Any) -> None:
     """Raise unless `key` is one of JAX's keys, or None."""
     if key is None:
         return
-    dtype = getattr(key, "dtype", None)
-    typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
-    raw = dtype == jnp.uint32 and len(key.shape) == 1  # of jax.random.PRNGKey
+    typed = raw = False
+    if isinstance(key, jax.Array | np.ndarray):
+        typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+        raw = key.dtype == jnp.uint32 and key.ndim == 1  # of jax.random.PRNGKey
     if not typed and not raw:
         raise TypeError(
             "key must be a JAX PRNG key, such as jax.random.key(42), "

@@ -127,6 +127,8 @@ def combine(params: Any, adapters: Any) -> Any:
       ['kernel', 'kernel_mora']
     """
 
+    in_state = isinstance(params, nnx.State)
+
     def insert(base: Any, extra: Any, path: Path) -> Any:
         added, node = _children(extra), _children(base)
         if added is None:
@@ -148,8 +150,8 @@ def combine(params: Any, adapters: Any) -> Any:
                         f"got {type(base).__name__}"
                     )
                 # A variable of NNX stays one only beside others of its kind.
-                mixed = isinstance(value, nnx.Variable) and type(base) is not nnx.State
-                node[key] = unboxed(value) if mixed else value
+                alone = isinstance(value, nnx.Variable) and not in_state
+                node[key] = unboxed(value) if alone else value
             elif key not in node:
                 raise ValueError(
                     f"params have nothing at {'/'.join(here)!r}"
@@ -209,6 +211,8 @@ def _check_nested(tree: Any, what: str) -> None:
 
 def _children(node: Any) -> Tree | None:
     """The children of a container by name; None for a leaf."""
+    if isinstance(node, nnx.State):
+        node = node.raw_mapping  # its items are wrapped, and of another structure
     if isinstance(node, Mapping):
         return {str(key): value for key, value in node.items()}
     if isinstance(node, list | tuple):
@@ -253,12 +257,15 @@ def _in_order(adapters: Any) -> dict[Path, Any]:
 
 def unravel_adapters(
     vector: Float[ArrayLike, " parameters"], plan_or_adapters: Any
-) -> Tree:
+) -> Any:
     """Undo `ravel_adapters`.
 
     Args:
       vector: (parameters,).
       plan_or_adapters: the plan, or adapters of the wanted shapes and dtypes.
+
+    Returns:
+      Adapters: nested dicts for a plan, otherwise a tree like the one given.
 
     Raises:
       TypeError: neither a plan nor a tree of arrays or shapes.

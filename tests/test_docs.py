@@ -34,7 +34,7 @@ def run(tmp_path):
 def test_checkpoints(run):
     pytest.importorskip("orbax.checkpoint")
     with pytest.warns(MoRAWarning, match="the call updates batch_stats") as seen:
-        scope = run("checkpoints.md")
+        run("checkpoints.md")
     assert len(seen) == 1
 
 
