@@ -28,6 +28,6 @@ from mora_jax.plans import Plan as Plan
 from mora_jax.plans import summary as summary
 from mora_jax.tree import combine as combine
 from mora_jax.tree import init as init
-from mora_jax.tree import ravel_adapters as ravel_adapters
 from mora_jax.tree import split as split
-from mora_jax.tree import unravel_adapters as unravel_adapters
+from mora_jax.vectors import ravel_adapters as ravel_adapters
+from mora_jax.vectors import unravel_adapters as unravel_adapters

@@ -140,10 +140,13 @@ def restore(
         raise TypeError(f"operator must be an object, got {short(layer['operator'])}")
     chosen = dict(layer["operator"])
     seed = chosen.pop("seed", None)
-    if base is None and seed is not None and q * max(ins, outs) > LARGEST_ARRAY:
+    numbers = q * max(ins, outs) if seed is not None else 0
+    if m is None:  # whose size would have been bounded by that of its file
+        numbers = max(numbers, 4 * q * q)
+    if base is None and numbers > LARGEST_ARRAY:
         raise ValueError(
             f"a {short(chosen.get('name'))} of {ins} -> {outs} features takes too much "
-            "memory for a file alone to ask for; give params_or_shapes as well"
+            "memory for a file alone to ask for; give the model's params or plan as well"
         )
     spec = AdapterSpec(
         make_operator(chosen, ins, outs, q, seed=seed or 0),
