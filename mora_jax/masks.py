@@ -87,7 +87,7 @@ def optimizer(
       base: patterns of base leaves to train as well.
 
     Raises:
-      ValueError: as `trainable_mask`.
+      TypeError, ValueError: as `trainable_mask`; `tx` is no transformation.
 
     Example::
 
@@ -100,8 +100,18 @@ def optimizer(
       >>> bool((moved["kernel"] == params["kernel"]).all())
       True
     """
+    check_transformation(tx)
     labels = trainable_labels(params, base)
     return optax.transforms.partition({"trainable": tx, "frozen": _freeze()}, labels)
+
+
+def check_transformation(tx: Any) -> None:
+    """Raise unless `tx` is a transformation of optax."""
+    if not isinstance(tx, optax.GradientTransformation):
+        raise TypeError(
+            "tx must be an optax transformation, such as optax.adamw(1e-3), "
+            f"got {type(tx).__name__}"
+        )
 
 
 def _freeze() -> optax.GradientTransformation:

@@ -48,7 +48,7 @@ def delta_weight(
     if isinstance(frozen, FrozenDense):
         m = _wide(params_adapter(params, frozen), frozen.kernel.dtype)
         return kernel_update(frozen.spec, m)
-    items = _items(params, frozen)
+    items = _items(params, check_plan(frozen, "frozen"))
     return nest({spec.path: kernel_update(spec, _wide(m)) for spec, m in items})
 
 
@@ -99,7 +99,7 @@ def merge(
       >>> bool((merged["fc"]["kernel"] == params["fc"]["kernel"]).all())
       True
     """
-    _check_finite(adapters, plan)
+    finite_items(adapters, plan)
     return fold(params, adapters, plan, dtype)
 
 
@@ -167,14 +167,17 @@ def unmerge(params: Any, adapters: Any, plan: Plan) -> Any:
                 f"unmerge needs float32 kernels, got {kernel.dtype} at {spec.name!r}; "
                 "keep the base instead"
             )
-    _check_finite(adapters, plan)
+    finite_items(adapters, plan)
     return _add(params, adapters, plan, -1, None)
 
 
-def _check_finite(adapters: Any, plan: Plan) -> None:
-    for spec, m in _items(adapters, plan):
+def finite_items(adapters: Any, plan: Plan) -> list[tuple[AdapterSpec, jax.Array]]:
+    """Each spec with its M, which must be finite as far as that can be seen."""
+    items = _items(adapters, plan)
+    for spec, m in items:
         if not isinstance(m, Tracer) and not np.isfinite(m).all():
             raise ValueError(f"{spec.name}{SUFFIX} holds NaN or infinity")
+    return items
 
 
 def _add(

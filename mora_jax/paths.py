@@ -10,7 +10,14 @@ import jax
 from flax import nnx
 from flax.core.meta import AxisMetadata
 
-from mora_jax.spec import DEQUANTISE, SUFFIX, AdapterSpec, check_kernel
+from mora_jax.spec import (
+    DEQUANTISE,
+    SUFFIX,
+    AdapterSpec,
+    check_adapter,
+    check_kernel,
+    check_same,
+)
 
 Path = tuple[str, ...]
 
@@ -145,6 +152,21 @@ def reboxed(box: Any, value: Any) -> Any:
         return value
     is_variable = isinstance(box, nnx.Variable)
     return box.replace(value) if is_variable else box.replace_boxed(value)
+
+
+def adapter_of(box: Any, spec: AdapterSpec) -> Any:
+    """The M that `box` holds or is, checked against `spec`.
+
+    A variable of an NNX model says what its M was made for, which must be the same
+    update as that of `spec`.
+    """
+    m = unboxed(box)
+    check_adapter(m, spec)
+    made_for = getattr(box, "spec", None)
+    if isinstance(made_for, AdapterSpec):
+        stack = tuple(m.shape[: m.ndim - len(made_for.shape)])
+        check_same(made_for.stacked(stack, spec.path), spec)
+    return m
 
 
 def _is_end(node: Any) -> bool:

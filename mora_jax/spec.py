@@ -234,11 +234,12 @@ def check_same(made_for: AdapterSpec, used_with: AdapterSpec) -> None:
 
 def check_kernel(kernel: Any, name: str) -> None:
     """Raise unless `kernel` has a shape and a floating-point dtype that MoRA adapts."""
-    # A quantised kernel may have a shape and a dtype, but it is a pytree of its parts.
-    whole = jax.tree_util.all_leaves([kernel])
-    if not whole or not hasattr(kernel, "shape") or not hasattr(kernel, "dtype"):
+    if not hasattr(kernel, "shape") or not hasattr(kernel, "dtype"):
+        raise TypeError(f"{name} must be an array, got {type(kernel).__name__}")
+    if not jax.tree_util.all_leaves([kernel]):  # as qwix's, which have both
         raise TypeError(
-            f"{name} must be an array, got {type(kernel).__name__}; {DEQUANTISE}"
+            f"{name} must be an array, got the structure {type(kernel).__name__}; "
+            f"{DEQUANTISE}"
         )
     if not jnp.issubdtype(kernel.dtype, jnp.floating):
         raise TypeError(

@@ -5,7 +5,6 @@ from typing import Any
 from zlib import crc32
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import PRNGKeyArray
@@ -13,6 +12,7 @@ from jaxtyping import PRNGKeyArray
 from mora_jax.layer import FrozenDense
 from mora_jax.paths import (
     Path,
+    adapter_of,
     adapter_path,
     located_leaves,
     nearest,
@@ -23,9 +23,7 @@ from mora_jax.plans import Plan, check_plan
 from mora_jax.spec import (
     SUFFIX,
     AdapterSpec,
-    check_adapter,
     check_key,
-    check_same,
     init_adapter,
 )
 
@@ -80,11 +78,7 @@ def nest(items: Mapping[Path, Any]) -> Tree:
 
 
 def adapter_items(adapters: Any, plan: Plan) -> list[tuple[AdapterSpec, Any]]:
-    """Each spec of `plan` with its M out of `adapters`, of which none may be left.
-
-    An M in a variable of an NNX model says what it was made for, which must be the same
-    as what the plan says.
-    """
+    """Each spec of `plan` with its M out of `adapters`, of which none may be left."""
     check_plan(plan)
     found = located_leaves(adapters, "adapters")
     items = []
@@ -92,13 +86,7 @@ def adapter_items(adapters: Any, plan: Plan) -> list[tuple[AdapterSpec, Any]]:
         path = adapter_path(spec)
         if path not in found:
             raise ValueError(f"adapters lack {'/'.join(path)!r}, which the plan has")
-        box = found.pop(path)
-        m = unboxed(box)
-        check_adapter(m, spec)
-        if isinstance(made_for := getattr(box, "spec", None), AdapterSpec):
-            stack = tuple(m.shape[: m.ndim - len(made_for.shape)])
-            check_same(made_for.stacked(stack, spec.path), spec)
-        items.append((spec, m))
+        items.append((spec, adapter_of(found.pop(path), spec)))
     if found:
         path = "/".join(next(iter(found)))
         raise ValueError(f"adapters hold {path!r}, which the plan lacks")
@@ -123,7 +111,6 @@ def combine(params: Any, adapters: Any) -> Any:
       >>> sorted(combine(params, init(plan(params)))["fc"])
       ['kernel', 'kernel_mora']
     """
-
     in_state = isinstance(params, nnx.State)
 
     def insert(base: Any, extra: Any, path: Path) -> Any:

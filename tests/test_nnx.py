@@ -747,6 +747,8 @@ def test_bad_input():
             function(model)
     with pytest.raises(ValueError, match="model has no adapters"):
         mora.optimizer(model, optax.sgd(1.0))
+    with pytest.raises(TypeError, match="tx must be an optax transformation"):
+        mora.optimizer(mora.wrap(model, config), None)
     with pytest.raises(TypeError, match="model must be a flax.nnx.Module, got int"):
         mora.adapters(3)
     other = mora.plan(nnx.Sequential(nnx.Linear(12, 12, rngs=nnx.Rngs(0))))
@@ -758,6 +760,11 @@ def test_bad_input():
     tree = jax.tree.map(lambda m: m[:2], mora.adapters(adapted))
     with pytest.raises(ValueError, match="kernel_mora must have shape"):
         mora.set_adapters(adapted, tree)
+    tree = mora.adapters(adapted)
+    with pytest.raises(ValueError, match="64 hexadecimal digits; .*plan_from_json"):
+        mora.set_adapters(adapted, tree, "{}")
+    with pytest.raises(TypeError, match="plan must be a Plan or its digest, got int"):
+        mora.set_adapters(adapted, tree, 3)
     mora.set_adapters(
         adapted, jax.tree.map(lambda m: m + np.nan, mora.adapters(adapted))
     )

@@ -146,7 +146,7 @@ def restore(
     if base is None and numbers > LARGEST_ARRAY:
         raise ValueError(
             f"a {short(chosen.get('name'))} of {ins} -> {outs} features takes too much "
-            "memory for a file alone to ask for; give the model's params or plan as well"
+            "memory for a file alone to ask for; give the model's params or plan, too"
         )
     spec = AdapterSpec(
         make_operator(chosen, ins, outs, q, seed=seed or 0),

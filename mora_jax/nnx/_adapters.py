@@ -1,5 +1,6 @@
 """The adapters of a model as a tree: the same that a Linen twin has."""
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -112,6 +113,11 @@ def set_adapters(
     if isinstance(plan, Plan):
         refuse_other_plan(plan, own)
     elif isinstance(plan, str):
+        if not re.fullmatch("[0-9a-f]{64}", plan):
+            raise ValueError(
+                "a digest has 64 hexadecimal digits; mora_jax.io.plan_from_json makes "
+                "a plan of its JSON"
+            )
         if plan != own.digest():
             raise ValueError(
                 "the adapters were made for another plan than the model's: its digest "
