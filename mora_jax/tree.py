@@ -49,6 +49,7 @@ def init(plan_or_frozen: Plan | FrozenDense, key: PRNGKeyArray | None = None) ->
 
     Example::
 
+      >>> import jax, jax.numpy as jnp
       >>> from mora_jax import init, plan
       >>> params = {"fc": {"kernel": jnp.ones((8, 8)), "bias": jnp.ones(8)}}
       >>> jax.tree.map(jnp.shape, init(plan(params)))
@@ -106,6 +107,7 @@ def combine(params: Any, adapters: Any) -> Any:
 
     Example::
 
+      >>> import jax.numpy as jnp
       >>> from mora_jax import combine, init, plan
       >>> params = {"fc": {"kernel": jnp.ones((8, 8))}}
       >>> sorted(combine(params, init(plan(params)))["fc"])
@@ -158,6 +160,7 @@ def split(tree: Any) -> tuple[Any, Tree]:
 
     Example::
 
+      >>> import jax.numpy as jnp
       >>> from mora_jax import combine, init, plan, split
       >>> params = {"fc": {"kernel": jnp.ones((8, 8))}}
       >>> base, adapters = split(combine(params, init(plan(params))))
