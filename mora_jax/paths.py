@@ -92,7 +92,7 @@ def lacking(name: str, names: Iterable[str]) -> str:
     """Why `name` may not be among the names of a model, as the end of a message."""
     parts = [other for other in names if other.startswith(f"{name}/")]
     if parts:
-        return f"; they have its parts, as {parts[0]!r}: {DEQUANTISE}"
+        return f"; they have parts of it, such as {parts[0]!r}: {DEQUANTISE}"
     if f"params/{name}" in names:
         return "; pass variables['params'], not all variables"
     return nearest(name, names)

@@ -236,7 +236,7 @@ def check_kernel(kernel: Any, name: str) -> None:
     """Raise unless `kernel` has a shape and a floating-point dtype that MoRA adapts."""
     if not hasattr(kernel, "shape") or not hasattr(kernel, "dtype"):
         raise TypeError(f"{name} must be an array, got {type(kernel).__name__}")
-    if not jax.tree_util.all_leaves([kernel]):  # as qwix's, which have both
+    if not jax.tree_util.all_leaves([kernel]):  # qwix's kernels have both
         raise TypeError(
             f"{name} must be an array, got the structure {type(kernel).__name__}; "
             f"{DEQUANTISE}"
@@ -275,7 +275,7 @@ def check_key(key: Any) -> None:
     typed = raw = False
     if isinstance(key, jax.Array | np.ndarray):
         typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
-        raw = key.dtype == jnp.uint32 and key.ndim == 1  # of jax.random.PRNGKey
+        raw = key.dtype == jnp.uint32 and key.ndim == 1  # made by jax.random.PRNGKey
     if not typed and not raw:
         raise TypeError(
             "key must be a JAX PRNG key, such as jax.random.key(42), "
