@@ -24,11 +24,11 @@ from mora_jax.merging import merge as merge
 from mora_jax.merging import unmerge as unmerge
 from mora_jax.operators import make_operator as make_operator
 from mora_jax.operators import square_rank as square_rank
-from mora_jax.planning import Plan as Plan
 from mora_jax.planning import plan as plan
-from mora_jax.planning import summary as summary
+from mora_jax.plans import Plan as Plan
+from mora_jax.plans import summary as summary
 from mora_jax.tree import combine as combine
 from mora_jax.tree import init as init
-from mora_jax.tree import ravel_adapters as ravel_adapters
 from mora_jax.tree import split as split
-from mora_jax.tree import unravel_adapters as unravel_adapters
+from mora_jax.vectors import ravel_adapters as ravel_adapters
+from mora_jax.vectors import unravel_adapters as unravel_adapters

@@ -9,13 +9,19 @@ _HERE = str(Path(__file__).parent)
 
 
 class MoRAWarning(UserWarning):
-    """Something that was asked for is not done in full, or is seldom meant.
+    """Something that is allowed, and that is most likely not what was meant.
 
-    Example: turn them all into errors, as a test suite may want::
+    A class of its own, so that it can be filtered, or turned into an error.
+
+    Example::
 
       >>> import warnings
-      >>> from mora_jax import MoRAWarning
-      >>> warnings.simplefilter("error", MoRAWarning)
+      >>> from mora_jax import MoRAConfig, MoRAWarning
+      >>> with warnings.catch_warnings():
+      ...     warnings.simplefilter("ignore", MoRAWarning)
+      ...     config = MoRAConfig(alpha=16.0)
+      >>> config.alpha
+      16.0
     """
 
 
@@ -27,9 +33,9 @@ class LeftOutWarning(MoRAWarning):
 
     Example::
 
-      >>> import warnings
-      >>> from mora_jax import LeftOutWarning
-      >>> warnings.simplefilter("ignore", LeftOutWarning)
+      >>> from mora_jax import LeftOutWarning, MoRAWarning
+      >>> issubclass(LeftOutWarning, MoRAWarning)
+      True
     """
 
 

@@ -13,7 +13,7 @@ from flax import nnx
 from mora_jax.execution import kernel_update
 from mora_jax.merging import merge
 from mora_jax.paths import adapter_path, named_leaves
-from mora_jax.planning import Plan
+from mora_jax.plans import Plan
 from mora_jax.spec import AdapterSpec
 from mora_jax.tree import Tree, nest
 

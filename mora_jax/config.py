@@ -1,14 +1,22 @@
 """What a user asks for."""
 
+import copy
 import dataclasses
+import functools
+import numbers
 import re
 from collections.abc import Iterable, Mapping
+from operator import index
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.core import FrozenDict
 from jax.typing import DTypeLike
 
+from mora_jax._settings import NAMES_ELSEWHERE, check_pattern, meant, patterns_of
+from mora_jax._warnings import warn
 from mora_jax.operators._checks import positive_integer
 from mora_jax.operators._random import check_seed
 from mora_jax.operators._registry import OperatorSpec, parse_spec
@@ -29,6 +37,9 @@ DEFAULT_TARGETS = (default_targets("kernel"),)
 INITS = ("zeros", "gaussian")
 EXECUTIONS = ("auto", "activation", "fold")
 
+DEFAULT_RANK = 8
+LARGEST_USUAL_ALPHA = 4.0
+
 
 @dataclasses.dataclass(frozen=True)
 class MoRAConfig:
@@ -40,7 +51,8 @@ class MoRAConfig:
       operator: the fixed maps around M: "rotation", "sharing", "decoupling",
         "truncation", "orthogonal", "hadamard", "permutation", or "auto"; or a mapping
         with further settings, {"name": "sharing", "compress_groups": "contiguous"}.
-      alpha: multiplies the update. (The reference ignores its alpha.)
+      alpha: multiplies the update itself, so 1 is usual; above 4 a `MoRAWarning` says
+        so. LoRA divides its alpha by the rank first. (The reference ignores its alpha.)
       square_rank: q itself, in place of `rank`.
       multiple_of: q is rounded down to a multiple of this, where the budget allows one.
         None stands for 8 where q is at least 64: steps are up to 4% faster, and it
@@ -63,7 +75,8 @@ class MoRAConfig:
       seed: of the random operators.
 
     Raises:
-      TypeError, ValueError: a setting that no kernel could have.
+      TypeError, ValueError: a setting that no kernel could have; `rank` and
+        `square_rank` together; alpha=0, which would train nothing.
 
     Example::
 
@@ -73,7 +86,7 @@ class MoRAConfig:
       16
     """
 
-    rank: int = 8
+    rank: int = DEFAULT_RANK
     operator: OperatorSpec = "auto"
     alpha: float = 1.0
     square_rank: int | None = None
@@ -89,48 +102,83 @@ class MoRAConfig:
     )
     seed: int = 0
 
+    def __new__(cls, *args: Any, **settings: Any) -> "MoRAConfig":
+        """Before `__init__` sees them: names that this class does not have."""
+        known = [field.name for field in dataclasses.fields(cls)]
+        for name in settings:
+            if name not in known:
+                raise TypeError(
+                    f"MoRAConfig has no setting {name!r}{meant(name, known)}"
+                )
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
-        positive_integer("rank", self.rank)
+        self._check()
+        for alpha in (self.alpha, *_values(self.overrides, "alpha")):
+            if abs(alpha) > LARGEST_USUAL_ALPHA:
+                warn(
+                    f"alpha={alpha:g} multiplies the update itself, and 1 is usual: "
+                    "what LoRA calls lora_alpha is alpha=lora_alpha / r here"
+                )
+
+    def _check(self) -> None:
+        """Check all settings, and store them in types that hash and compare."""
+        self._set("rank", _positive_integer("rank", self.rank))
         for field in ("square_rank", "multiple_of"):
             if getattr(self, field) is not None:
-                positive_integer(field, getattr(self, field))
+                self._set(field, _positive_integer(field, getattr(self, field)))
+        if self.square_rank is not None and self.rank != DEFAULT_RANK:
+            raise ValueError(
+                f"rank and square_rank exclude each other, got rank={self.rank} and "
+                f"square_rank={self.square_rank}: the first is a budget that q is "
+                "chosen by, the second is q itself"
+            )
         parse_spec(self.operator)
         if isinstance(self.operator, Mapping):
-            object.__setattr__(self, "operator", FrozenDict(self.operator))
-        check_number("alpha", self.alpha)
-        check_rate(self.dropout)
+            self._set("operator", FrozenDict(self.operator))
+        self._set("alpha", check_number("alpha", self.alpha))
+        if self.alpha == 0:
+            raise ValueError(
+                "alpha must not be 0, which would make the update, and all gradients "
+                "of the adapters, 0"
+            )
+        self._set("dropout", check_rate(self.dropout))
         check_choice("init", self.init, INITS)
         check_choice("execution", self.execution, EXECUTIONS)
-        object.__setattr__(self, "param_dtype", floating_dtype(self.param_dtype))
+        self._set("param_dtype", floating_dtype(self.param_dtype))
         check_seed(self.seed)
+        self._set("seed", index(self.seed))
         for field in ("targets", "exclude"):
-            patterns = getattr(self, field)
-            patterns = (patterns,) if isinstance(patterns, str) else tuple(patterns)
-            for pattern in patterns:
-                _check_pattern(field, pattern)
-            object.__setattr__(self, field, patterns)
+            self._set(field, patterns_of(field, getattr(self, field)))
         if not self.targets:
             raise ValueError("targets must hold at least one pattern, got none")
         self._check_overrides()
+
+    def _set(self, field: str, value: Any) -> None:
+        object.__setattr__(self, field, value)
 
     def _check_overrides(self) -> None:
         if not isinstance(self.overrides, Mapping):
             raise TypeError(
                 f"overrides must map patterns to settings, got {self.overrides!r}"
             )
-        object.__setattr__(self, "overrides", FrozenDict(self.overrides))
+        self._set("overrides", FrozenDict(self.overrides))
         for pattern, settings in self.overrides.items():
-            _check_pattern("overrides", pattern)
+            check_pattern("overrides", pattern)
             if not isinstance(settings, Mapping):
                 raise TypeError(
                     f"overrides[{pattern!r}] must be a mapping, got {settings!r}"
                 )
             allowed = {f.name for f in dataclasses.fields(self)}
             allowed = allowed - {"targets", "exclude", "overrides"} | {"axes"}
-            if unknown := set(settings) - allowed:
+            if unknown := sorted(set(settings) - allowed, key=str):
                 raise ValueError(
                     f"overrides[{pattern!r}] must use {sorted(allowed)}, "
-                    f"got {sorted(unknown)}"
+                    f"got {unknown}{meant(str(unknown[0]), sorted(allowed))}"
+                )
+            if "rank" in settings and settings.get("square_rank") is not None:
+                raise ValueError(
+                    f"overrides[{pattern!r}] must hold rank or square_rank, got both"
                 )
             self._override(settings)
 
@@ -139,14 +187,68 @@ class MoRAConfig:
         merged: dict[str, Any] = {}
         for pattern, settings in self.overrides.items():
             if re.fullmatch(pattern, path):
+                # Of the two that exclude each other the later one wins.
+                if "rank" in settings:
+                    merged.pop("square_rank", None)
+                if "square_rank" in settings:
+                    merged.pop("rank", None)
                 merged |= settings
         return self._override(merged) if merged else self, merged.get("axes")
 
     def _override(self, settings: Mapping[str, Any]) -> "MoRAConfig":
-        settings = {k: v for k, v in settings.items() if k != "axes"}
-        if "rank" in settings:  # it must win over a square_rank for all
+        if settings.get("square_rank") is not None:
+            settings = {"rank": DEFAULT_RANK, **settings}
+        elif "rank" in settings:
             settings = {"square_rank": None, **settings}
-        return dataclasses.replace(self, **settings, overrides=FrozenDict())
+        changed = copy.copy(self)  # not a new one, which would warn again
+        for field, value in {**settings, "overrides": FrozenDict()}.items():
+            if field != "axes":
+                changed._set(field, value)
+        changed._check()
+        return changed
+
+
+# Since `__new__` takes anything, what help() shows is said here.
+functools.update_wrapper(
+    MoRAConfig.__new__, MoRAConfig.__init__, assigned=(), updated=()
+)
+
+
+def check_config(config: Any, call: str = "MoRAConfig(rank=8)") -> MoRAConfig:
+    """`config`, or the default one for None.
+
+    Args:
+      config: what a user gave as a config.
+      call: how the function is called, for the message.
+
+    Raises:
+      TypeError: something else.
+    """
+    if config is None:
+        return MoRAConfig()
+    if isinstance(config, MoRAConfig):
+        return config
+    got = type(config).__name__
+    if hasattr(config, "shape"):
+        got = f"an array of shape {tuple(config.shape)}"
+    fields = {field.name for field in dataclasses.fields(MoRAConfig)}
+    if isinstance(config, int):
+        hint = f"write MoRAConfig(rank={config})"
+    elif isinstance(config, Mapping) and set(config) <= fields | set(NAMES_ELSEWHERE):
+        settings = ", ".join(f"{name}={value!r}" for name, value in config.items())
+        hint = f"write MoRAConfig({settings})"
+    else:
+        hint = f"the call is {call}, where config may be None"
+    raise TypeError(f"config must be a MoRAConfig, got {got}: {hint}")
+
+
+def _values(overrides: Mapping[str, Mapping[str, Any]], name: str) -> list[Any]:
+    return [settings[name] for settings in overrides.values() if name in settings]
+
+
+def _positive_integer(name: str, value: Any) -> int:
+    positive_integer(name, value)
+    return index(value)
 
 
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
@@ -155,35 +257,31 @@ def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be one of {choices}, got {value!r}")
 
 
-def check_number(name: str, value: object) -> None:
-    """Raise unless `value` is a finite real number."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
+def check_number(name: str, value: Any) -> float:
+    """`value` as a Python float, if it is a finite real number."""
+    if isinstance(value, jax.Array):  # it would make a config unhashable
+        raise TypeError(
+            f"{name} must be a number, got a JAX array; write float({name})"
+        )
+    if isinstance(value, bool | np.bool_) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, got {value!r}")
-    if not float("-inf") < value < float("inf"):
+    number = float(value)
+    if not float("-inf") < number < float("inf"):
         raise ValueError(f"{name} must be finite, got {value}")
+    return number
 
 
-def check_rate(value: object) -> None:
-    """Raise unless `value` is a dropout rate."""
-    check_number("dropout", value)
-    if not 0 <= value < 1:  # type: ignore[operator]
+def check_rate(value: Any) -> float:
+    """`value` as a Python float, if it is a dropout rate."""
+    rate = check_number("dropout", value)
+    if not 0 <= rate < 1:
         raise ValueError(f"dropout must be in [0, 1), got {value}")
+    return rate
 
 
-def floating_dtype(dtype: DTypeLike) -> jnp.dtype:
+def floating_dtype(dtype: DTypeLike, name: str = "param_dtype") -> jnp.dtype:
     """`dtype` as a numpy dtype, if it is a real floating-point one."""
     dtype = jnp.dtype(dtype)
     if not jnp.issubdtype(dtype, jnp.floating):
-        raise TypeError(f"param_dtype must be a floating-point dtype, got {dtype}")
+        raise TypeError(f"{name} must be a floating-point dtype, got {dtype}")
     return dtype
-
-
-def _check_pattern(field: str, pattern: object) -> None:
-    if not isinstance(pattern, str):
-        raise TypeError(f"{field} must hold regular expressions, got {pattern!r}")
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise ValueError(
-            f"{field} holds {pattern!r}, which is no regular expression: {error}"
-        ) from error

@@ -1,5 +1,6 @@
 """What an adapter does, and what a merge loses."""
 
+import math
 import re
 from typing import Any
 
@@ -9,11 +10,11 @@ from jax.typing import DTypeLike
 from jaxtyping import Float
 
 from mora_jax.checking import check as check
-from mora_jax.merging import delta_weight, merge
-from mora_jax.paths import named_leaves
-from mora_jax.planning import Plan
+from mora_jax.layer import concrete
+from mora_jax.merging import delta_weight, finite_items, merge
+from mora_jax.paths import find_kernel, named_leaves
+from mora_jax.plans import Plan
 from mora_jax.spec import AdapterSpec
-from mora_jax.tree import adapter_items
 
 
 def merge_loss(
@@ -31,6 +32,9 @@ def merge_loss(
 
     Returns:
       {path: norm(merged - base - update) / norm(update)}, 0 where the update is zero.
+
+    Raises:
+      TypeError, ValueError: as `merge`.
 
     Example::
 
@@ -69,6 +73,10 @@ def spectrum(adapters: Any, plan: Plan) -> dict[str, np.ndarray]:
     Returns:
       {path: (*stack, min(in, out))}, in float64.
 
+    Raises:
+      TypeError, ValueError: adapters that do not fit the plan, or M's that hold NaN or
+        infinity.
+
     Example::
 
       >>> from mora_jax import MoRAConfig, diagnostics, plan
@@ -77,7 +85,7 @@ def spectrum(adapters: Any, plan: Plan) -> dict[str, np.ndarray]:
       {'kernel': array([3., 3., 3., 3.])}
     """
     values = {}
-    for spec, m in adapter_items(adapters, plan):
+    for spec, m in finite_items(adapters, plan):
         m = np.asarray(m, np.float64)
         each = [_spectrum(spec, one) for one in m.reshape(-1, *m.shape[-2:])]
         values[spec.name] = np.reshape(each, (*m.shape[:-2], -1))
@@ -127,6 +135,7 @@ def effective_rank(
       >>> diagnostics.effective_rank(np.array([2.0, 2.0, 0.0])).round(6)
       np.float64(2.0)
     """
+    values = np.asarray(values, np.float64)
     total = values.sum(-1, keepdims=True)
     p = np.divide(values, total, out=np.zeros_like(values), where=total > 0)
     entropy = -np.sum(p * np.log(p, out=np.zeros_like(p), where=p > 0), -1)
@@ -137,7 +146,7 @@ def count_above(
     values: Float[np.ndarray, "*stack k"], threshold: float = 0.1
 ) -> np.ndarray | np.integer:
     """How many singular values exceed `threshold`: the paper's figure 4, at 0.1."""
-    return (values > threshold).sum(-1)
+    return (np.asarray(values) > threshold).sum(-1)
 
 
 def relative_norm(params: Any, adapters: Any, plan: Plan) -> dict[str, float]:
@@ -149,7 +158,10 @@ def relative_norm(params: Any, adapters: Any, plan: Plan) -> dict[str, float]:
       plan: the plan that they follow.
 
     Returns:
-      {path: norm(update) / norm(kernel)}.
+      {path: norm(update) / norm(kernel)}; infinity where a kernel is zero.
+
+    Raises:
+      TypeError, ValueError: as `merge`.
 
     Example::
 
@@ -160,11 +172,14 @@ def relative_norm(params: Any, adapters: Any, plan: Plan) -> dict[str, float]:
       >>> diagnostics.relative_norm(params, adapters, layers)
       {'kernel': 0.5}
     """
-    leaves = named_leaves(params)
-    return {
-        name: float(np.linalg.norm(values) / jnp.linalg.norm(leaves[name][1]))
-        for name, values in spectrum(adapters, plan).items()
-    }
+    leaves, values = named_leaves(params), spectrum(adapters, plan)
+    shares = {}
+    for spec in plan.specs:
+        kernel = concrete(spec.name, find_kernel(leaves, spec)[1])
+        norm = float(np.linalg.norm(values[spec.name]))
+        whole = float(jnp.linalg.norm(kernel))
+        shares[spec.name] = norm / whole if whole else math.inf
+    return shares
 
 
 def plot_spectrum(adapters: Any, plan: Plan) -> Any:

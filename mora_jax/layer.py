@@ -19,8 +19,9 @@ from mora_jax.config import MoRAConfig
 from mora_jax.execution import adapted_product
 from mora_jax.layout import Layout
 from mora_jax.operators import Operator
+from mora_jax.paths import adapter_of
 from mora_jax.products import Contraction
-from mora_jax.spec import SUFFIX, AdapterSpec, check_adapter, check_kernel
+from mora_jax.spec import SUFFIX, AdapterSpec, check_kernel, check_key
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +77,7 @@ class FrozenDense:
     ) -> "FrozenDense":
         """A layer with the adapter that `config` asks for."""
         check_kernel(kernel, "kernel")
-        spec = AdapterSpec.from_config(config or MoRAConfig(), kernel.shape, axes)
+        spec = AdapterSpec.from_config(config, tuple(kernel.shape), axes)
         settings = {f: getattr(spec, f) for f in cls._shared}
         return cls(kernel, bias, **settings)
 
@@ -113,6 +114,7 @@ def choose_dropout_key(
     spec: AdapterSpec, key: PRNGKeyArray | None, deterministic: bool
 ) -> PRNGKeyArray | None:
     """The key to drop with, or None; a missing one is an error."""
+    check_key(key)
     if spec.dropout == 0 or deterministic:
         return None
     if key is None:
@@ -157,7 +159,8 @@ def mora_apply(
       >>> mora_apply({"kernel_mora": jnp.array([[0.5]])}, frozen, jnp.ones((1, 3)))
       Array([[1.5, 1. , 1. ]], dtype=float32)
     """
-    spec, m = frozen.spec, params_adapter(params, frozen)
+    m = params_adapter(params, frozen)
+    spec = frozen.spec
     x = concrete("x", x)
     kernel = concrete("kernel", frozen.kernel)
     bias = None if frozen.bias is None else concrete("bias", frozen.bias)
@@ -202,11 +205,12 @@ def concrete(name: str, value: Any) -> jax.Array:
 def params_adapter(params: Mapping[str, ArrayLike], frozen: FrozenDense) -> ArrayLike:
     """M out of `{"kernel_mora": M}`, checked."""
     expected = f"kernel{SUFFIX}"
+    if not isinstance(frozen, FrozenDense):
+        raise TypeError(f"frozen must be a FrozenDense, got {type(frozen).__name__}")
     if not isinstance(params, Mapping) or set(params) != {expected}:
         got = sorted(params) if isinstance(params, Mapping) else type(params).__name__
         raise ValueError(f"params must hold {expected!r} and nothing else, got {got}")
-    check_adapter(params[expected], frozen.spec)
-    return params[expected]
+    return adapter_of(params[expected], frozen.spec)
 
 
 def _spread_bias(bias: jax.Array, spec: AdapterSpec, ndim: int) -> jax.Array:

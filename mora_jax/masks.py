@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mora_jax.paths import key_name, nearest
+from mora_jax._settings import patterns_of
+from mora_jax.paths import is_boxed, located_leaves, suggestion
 from mora_jax.spec import SUFFIX
 
 
@@ -19,14 +20,15 @@ def trainable_mask(params: Any, base: str | Iterable[str] = ()) -> Any:
     Use `optimizer`.
 
     Args:
-      params: a tree as `combine` makes it.
+      params: a tree as `combine` makes it, or the state of a model with adapters.
       base: patterns of base leaves to train as well, such as `.*/norm/scale`; ".*" for
         all (AiDotNet's freezeBaseLayer=false).
 
     Returns:
-      A tree of bools.
+      A tree of bools, one for each array; metadata around arrays has one, too.
 
     Raises:
+      TypeError: a model in place of its params.
       ValueError: no M in the tree, or a pattern that matches nothing.
 
     Example::
@@ -36,20 +38,20 @@ def trainable_mask(params: Any, base: str | Iterable[str] = ()) -> Any:
       >>> trainable_mask(params)
       {'kernel': False, 'kernel_mora': True}
     """
-    patterns = (base,) if isinstance(base, str) else tuple(base)
-    flat, structure = jax.tree_util.tree_flatten_with_path(params)
-    names = ["/".join(key_name(key) for key in keys) for keys, _ in flat]
+    patterns = patterns_of("base", base)
+    names = ["/".join(path) for path in located_leaves(params)]
+    structure = jax.tree.structure(params, is_leaf=is_boxed)
     adapters = {name for name in names if name.endswith(SUFFIX)}
     if not adapters:
         raise ValueError(
             f"params hold no '*{SUFFIX}' leaf: pass combine(params, adapters)"
         )
-    trained = set(adapters)
+    trained, leaves = set(adapters), [name for name in names if name not in adapters]
     for pattern in patterns:
-        matched = {name for name in names if re.fullmatch(pattern, name)} - adapters
+        matched = {name for name in leaves if re.fullmatch(pattern, name)}
         if not matched:
             raise ValueError(
-                f"base: {pattern!r} matches no base leaf" + nearest(pattern, names)
+                f"base: {pattern!r} matches no base leaf" + suggestion(pattern, leaves)
             )
         trained |= matched
     return jax.tree.unflatten(structure, [name in trained for name in names])
@@ -85,7 +87,7 @@ def optimizer(
       base: patterns of base leaves to train as well.
 
     Raises:
-      ValueError: as `trainable_mask`.
+      TypeError, ValueError: as `trainable_mask`; `tx` is no transformation.
 
     Example::
 
@@ -98,8 +100,18 @@ def optimizer(
       >>> bool((moved["kernel"] == params["kernel"]).all())
       True
     """
+    check_transformation(tx)
     labels = trainable_labels(params, base)
     return optax.transforms.partition({"trainable": tx, "frozen": _freeze()}, labels)
+
+
+def check_transformation(tx: Any) -> None:
+    """Raise unless `tx` is a transformation of optax."""
+    if not isinstance(tx, optax.GradientTransformation):
+        raise TypeError(
+            "tx must be an optax transformation, such as optax.adamw(1e-3), "
+            f"got {type(tx).__name__}"
+        )
 
 
 def _freeze() -> optax.GradientTransformation:

@@ -1,6 +1,5 @@
 """The update in the kernel, and out of it again."""
 
-from collections.abc import Mapping
 from typing import Any, overload
 
 import jax
@@ -12,10 +11,11 @@ from jaxtyping import Float
 
 from mora_jax._types import ArrayLike
 from mora_jax.bases import check_base
+from mora_jax.config import floating_dtype
 from mora_jax.execution import kernel_update
 from mora_jax.layer import FrozenDense, concrete, params_adapter
-from mora_jax.paths import Path, is_boxed, key_name, named_leaves, nearest
-from mora_jax.planning import Plan
+from mora_jax.paths import Path, find_kernel, named_leaves, replace_leaves
+from mora_jax.plans import Plan, check_plan
 from mora_jax.spec import SUFFIX, AdapterSpec
 from mora_jax.tree import Tree, adapter_items, nest
 
@@ -49,8 +49,16 @@ def delta_weight(
     if isinstance(frozen, FrozenDense):
         m = _wide(params_adapter(params, frozen), frozen.kernel.dtype)
         return kernel_update(frozen.spec, m)
-    items = adapter_items(params, frozen)
+    items = _items(params, check_plan(frozen, "frozen"))
     return nest({spec.path: kernel_update(spec, _wide(m)) for spec, m in items})
+
+
+def _items(adapters: Any, plan: Plan) -> list[tuple[AdapterSpec, jax.Array]]:
+    """Each spec with its M, which must be an array and not the shape of one."""
+    return [
+        (spec, concrete(f"{spec.name}{SUFFIX}", m))
+        for spec, m in adapter_items(adapters, plan)
+    ]
 
 
 def _wide(array: ArrayLike, *dtypes: DTypeLike) -> jax.Array:
@@ -74,8 +82,8 @@ def merge(
     `diagnostics.merge_loss` says what that loses in a 16-bit kernel.
 
     Args:
-      params: the base's params; any pytree.
-      adapters: as `init` makes them.
+      params: the base's params: any pytree, `nnx.state(model, nnx.Param)` too.
+      adapters: as `init` makes them, or `nnx.state(model, MoRAParam)`.
       plan: the plan that they follow.
       dtype: of the merged kernels; by default that of each kernel.
       any_base: Merge into other weights than those that the adapter was trained on,
@@ -85,7 +93,8 @@ def merge(
       A new tree of the same structure; unadapted leaves are the same arrays.
 
     Raises:
-      TypeError: leaves that are no arrays.
+      TypeError: leaves that are no arrays, a model in place of its params, or a kernel
+        that is not floating-point, such as a quantized one.
       ValueError: adapters or params that do not fit the plan, or M's that hold NaN or
         infinity; kernels of another base, without `any_base`.
 
@@ -98,10 +107,10 @@ def merge(
       >>> bool((merged["fc"]["kernel"] == params["fc"]["kernel"]).all())
       True
     """
-    _check_finite(adapters, plan)
+    finite_items(adapters, plan)
     if not any_base:
-        kernels = {name: leaf for name, (_, leaf) in named_leaves(params).items()}
-        check_base(plan.specs, kernels)
+        leaves = named_leaves(params)
+        check_base(plan.specs, {s.name: find_kernel(leaves, s)[1] for s in plan.specs})
     return fold(params, adapters, plan, dtype)
 
 
@@ -114,8 +123,8 @@ def fold(params: Any, adapters: Any, plan: Plan, dtype: DTypeLike | None = None)
     size of its kernel, which `linen.wrap` and `nnx.wrap` do not.
 
     Args:
-      params: the base's params; any pytree of arrays.
-      adapters: as `init` makes them.
+      params: the base's params: any pytree of arrays, an `nnx.State` too.
+      adapters: as `init` makes them, or `nnx.state(model, MoRAParam)`.
       plan: the plan that they follow. Where a kernel's axes are not (in, out), an
         override of the config says so: `{".*weight": {"axes": "oi"}}`.
       dtype: of the folded kernels; by default that of each kernel.
@@ -124,7 +133,7 @@ def fold(params: Any, adapters: Any, plan: Plan, dtype: DTypeLike | None = None)
       A new tree of the same structure; unadapted leaves are the same arrays.
 
     Raises:
-      TypeError: leaves that are no arrays.
+      TypeError: as `merge`.
       ValueError: adapters or params that do not fit the plan.
 
     Example::
@@ -148,7 +157,8 @@ def unmerge(params: Any, adapters: Any, plan: Plan) -> Any:
     base exactly, keep it; `merge` leaves it as it was.
 
     Raises:
-      ValueError: as `merge`, and kernels of fewer than 32 bits, which would drift.
+      TypeError, ValueError: as `merge`, and kernels of fewer than 32 bits, which would
+        drift.
 
     Example::
 
@@ -160,51 +170,42 @@ def unmerge(params: Any, adapters: Any, plan: Plan) -> Any:
       >>> bool(jnp.allclose(back["fc"]["kernel"], params["fc"]["kernel"]))
       True
     """
-    for spec in plan.specs:
-        _, kernel = _kernel(named_leaves(params), spec)
+    leaves = named_leaves(params)
+    for spec in check_plan(plan).specs:
+        _, kernel = find_kernel(leaves, spec)
         if jnp.finfo(kernel.dtype).bits < 32:
             raise ValueError(
                 f"unmerge needs float32 kernels, got {kernel.dtype} at {spec.name!r}; "
                 "keep the base instead"
             )
-    _check_finite(adapters, plan)
+    finite_items(adapters, plan)
     return _add(params, adapters, plan, -1, None)
 
 
-def _check_finite(adapters: Any, plan: Plan) -> None:
-    for spec, m in adapter_items(adapters, plan):
+def finite_items(adapters: Any, plan: Plan) -> list[tuple[AdapterSpec, jax.Array]]:
+    """Each spec with its M, which must be finite as far as that can be seen."""
+    items = _items(adapters, plan)
+    for spec, m in items:
         if not isinstance(m, Tracer) and not np.isfinite(m).all():
             raise ValueError(f"{spec.name}{SUFFIX} holds NaN or infinity")
-
-
-def _kernel(leaves: Mapping[str, tuple[Path, Any]], spec: AdapterSpec) -> Any:
-    if spec.name not in leaves:
-        raise ValueError(
-            f"params lack the kernel {spec.name!r}{nearest(spec.name, leaves)}"
-        )
-    path, kernel = leaves[spec.name]
-    if tuple(kernel.shape) != spec.kernel_shape:
-        raise ValueError(
-            f"{spec.name} must have shape {spec.kernel_shape}, got {kernel.shape}"
-        )
-    concrete(spec.name, kernel)
-    return path, kernel
+    return items
 
 
 def _add(
     params: Any, adapters: Any, plan: Plan, sign: int, dtype: DTypeLike | None
 ) -> Any:
-    leaves = named_leaves(params)
+    items, leaves = _items(adapters, plan), named_leaves(params)
+    if dtype is not None:
+        dtype = floating_dtype(dtype, "dtype")
     updated: dict[Path, jax.Array] = {}
-    for spec, m in adapter_items(adapters, plan):
-        path, kernel = _kernel(leaves, spec)
+    for spec, m in items:
+        if f"{spec.name}{SUFFIX}" in leaves:  # which would be added twice
+            raise ValueError(
+                f"params hold the adapter {spec.name}{SUFFIX}: give the base alone, "
+                "as split(params)[0]"
+            )
+        path, kernel = find_kernel(leaves, spec)
+        concrete(spec.name, kernel)
         delta = sign * kernel_update(spec, _wide(m, kernel.dtype))
         updated[path] = (_wide(kernel) + delta).astype(dtype or kernel.dtype)
-
-    def replace(keys: Any, leaf: Any) -> Any:
-        new = updated.get(tuple(key_name(key) for key in keys))
-        if new is None:
-            return leaf
-        return leaf.replace_boxed(new) if is_boxed(leaf) else new
-
-    return jax.tree_util.tree_map_with_path(replace, params, is_leaf=is_boxed)
+    return replace_leaves(params, updated)

@@ -1,19 +1,23 @@
 """Which kernels get an adapter, and which."""
 
-import dataclasses
-import functools
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 
-from mora_jax._left_out import LeftOut, left_out_of
+from mora_jax._left_out import left_out_of
 from mora_jax._proof import Uses
-from mora_jax.config import DEFAULT_TARGETS, MoRAConfig, default_targets
-from mora_jax.paths import Path, named_leaves, nearest, suggestion
+from mora_jax.config import (
+    DEFAULT_TARGETS,
+    MoRAConfig,
+    check_config,
+    default_targets,
+)
+from mora_jax.paths import Path, named_leaves, refuse_variables, suggestion
+from mora_jax.plans import Plan
 from mora_jax.products import Lookup
 from mora_jax.spec import AdapterSpec, check_kernel
 from mora_jax.tracing import Survey
@@ -23,72 +27,6 @@ ATTENTION_AXES = (
     (r"(.*/)?out/kernel", "iio"),
 )
 """Kernels of three axes in Flax's own attention modules, known by name."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan(Mapping[str, AdapterSpec]):
-    """The adapters of a model, by the paths of their kernels; static and hashable.
-
-    A mapping of paths to `AdapterSpec`s, in the order of the paths. `print(plan)` shows
-    it as a table.
-
-    Attributes:
-      specs: one for each adapted kernel.
-      base_parameters: how many numbers the params tree holds without adapters.
-      traced: whether a trace has shown that each kernel reaches the model's output
-        only through the product of its layer; embeddings need it. Plans that differ
-        in this, or in what follows, are equal.
-      left_out: what else of two or more axes the model holds, and why it is left out.
-      unproven: (path, reason) for each adapted kernel of which the trace proves
-        nothing.
-
-    Example::
-
-      >>> import jax.numpy as jnp
-      >>> from mora_jax import MoRAConfig, plan
-      >>> layers = plan({"fc": {"kernel": jnp.ones((64, 64))}}, MoRAConfig(rank=2))
-      >>> layers.trainable_parameters, layers.total_parameters
-      (256, 4352)
-      >>> "fc/kernel" in layers, list(layers), layers["fc/kernel"].lora_rank
-      (True, ['fc/kernel'], 2.0)
-    """
-
-    specs: tuple[AdapterSpec, ...]
-    base_parameters: int
-    traced: bool = dataclasses.field(default=False, compare=False)
-    left_out: tuple[LeftOut, ...] = dataclasses.field(default=(), compare=False)
-    unproven: tuple[tuple[str, str], ...] = dataclasses.field(default=(), compare=False)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._by_path)
-
-    def __len__(self) -> int:
-        return len(self.specs)
-
-    def __contains__(self, path: object) -> bool:
-        return path in self._by_path
-
-    def __getitem__(self, path: str) -> AdapterSpec:
-        if path not in self._by_path:
-            raise KeyError(f"no adapter at {path!r}{nearest(str(path), self)}")
-        return self._by_path[path]
-
-    @functools.cached_property
-    def _by_path(self) -> Mapping[str, AdapterSpec]:
-        return {spec.name: spec for spec in self.specs}
-
-    def __str__(self) -> str:
-        return "\n".join([summary(self), *_remarks(self)])
-
-    @property
-    def trainable_parameters(self) -> int:
-        """How many numbers all M's hold together."""
-        return sum(spec.parameters for spec in self.specs)
-
-    @property
-    def total_parameters(self) -> int:
-        """Base and adapters together."""
-        return self.base_parameters + self.trainable_parameters
 
 
 def plan(params_or_shapes: Any, config: MoRAConfig | None = None) -> Plan:
@@ -118,7 +56,9 @@ def plan(params_or_shapes: Any, config: MoRAConfig | None = None) -> Plan:
       fc/kernel   64 -> 64  rotation   2.0  16         256     6.15%
       1 adapter: 256 trainable parameters, 6.15% of 4,160
     """
-    return _plan(params_or_shapes, config or MoRAConfig(), None)
+    config = check_config(config, "plan(params, config)")
+    refuse_variables(params_or_shapes)
+    return _plan(params_or_shapes, config, None)
 
 
 def plan_surveyed(params: Any, config: MoRAConfig | None, survey: Survey) -> Plan:
@@ -129,7 +69,7 @@ def plan_surveyed(params: Any, config: MoRAConfig | None, survey: Survey) -> Pla
       config: what to adapt; its default targets are the dense layers.
       survey: what is known of the arrays.
     """
-    return _plan(params, config or MoRAConfig(), survey)
+    return _plan(params, check_config(config), survey)
 
 
 def _plan(params: Any, config: MoRAConfig, survey: Survey | None) -> Plan:
@@ -253,72 +193,3 @@ def _refuse_shared(leaves: Mapping[str, tuple[Path, Any]], targets: Any) -> None
                 f"the kernel at {names[0]!r} is shared with {names[1]!r}: an adapter "
                 "on one would not reach the other; exclude both, or copy the kernel"
             )
-
-
-def summary(plan: Plan, *, collapse: bool = True) -> str:
-    """The plan as a table: in, out, operator, r, q, parameters, share of the base.
-
-    Args:
-      plan: the plan.
-      collapse: one row for all layers that differ only in the numbers of their paths.
-
-    Returns:
-      The table as text; r is the rank of the LoRA with as many parameters.
-
-    Example::
-
-      >>> import jax.numpy as jnp
-      >>> from mora_jax import plan, summary
-      >>> params = {f"l{k}": {"kernel": jnp.ones((64, 64)) + k} for k in range(3)}
-      >>> print(summary(plan(params)))
-      path           in -> out  operator    r   q  parameters  of base
-      l*/kernel (3)   64 -> 64  rotation  8.0  32       3,072   25.00%
-      3 adapters: 3,072 trainable parameters, 25.00% of 12,288
-    """
-    groups: dict[tuple[Any, ...], list[AdapterSpec]] = defaultdict(list)
-    for spec in plan.specs:
-        key = re.sub(r"\d+", "*", spec.name) if collapse else spec.name
-        groups[key, spec.shape, spec.kernel_shape, spec.operator].append(spec)
-    rows = [("path", "in -> out", "operator", "r", "q", "parameters", "of base")]
-    for (name, *_), specs in groups.items():
-        spec, size = specs[0], sum(spec.parameters for spec in specs)
-        rows.append(
-            (
-                spec.name if len(specs) == 1 else f"{name} ({len(specs)})",
-                f"{spec.in_features} -> {spec.out_features}",
-                spec.operator.name,
-                f"{spec.lora_rank:.1f}",
-                str(spec.operator.square_rank),
-                f"{size:,}",
-                f"{size / plan.base_parameters:.2%}",
-            )
-        )
-    left = {0, 2}
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join(
-            cell.ljust(width) if k in left else cell.rjust(width)
-            for k, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
-    size = plan.trainable_parameters
-    lines.append(
-        f"{len(plan)} adapter{'s' * (len(plan) != 1)}: {size:,} trainable parameters, "
-        f"{size / plan.base_parameters:.2%} of {plan.base_parameters:,}"
-    )
-    return "\n".join(lines)
-
-
-def _remarks(plan: Plan) -> list[str]:
-    """What has no adapter and what is not proven, a line for each kind."""
-    lines = []
-    if plan.left_out:
-        lines.append("left out:")
-        lines += [f"  {kind}" for kind in plan.left_out]
-    if plan.unproven:
-        lines.append(
-            "not proven (mora_jax.diagnostics.check compares numbers instead):"
-        )
-        lines += [f"  {path}: {why}" for path, why in plan.unproven]
-    return lines

@@ -15,7 +15,7 @@ from mora_jax._mesh import axes_of
 from mora_jax._types import Shape
 from mora_jax.layout import Layout
 from mora_jax.paths import Path, adapter_path, is_boxed, key_name, nearest
-from mora_jax.planning import Plan
+from mora_jax.plans import Plan
 from mora_jax.spec import AdapterSpec
 from mora_jax.tree import Tree, nest
 

@@ -2,10 +2,12 @@
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import PRNGKeyArray
 
@@ -16,6 +18,7 @@ from mora_jax.config import (
     INITS,
     MoRAConfig,
     check_choice,
+    check_config,
     check_number,
     check_rate,
     floating_dtype,
@@ -26,6 +29,9 @@ from mora_jax.operators._registry import resolve_auto
 
 SUFFIX = "_mora"
 """M is stored beside its kernel, under the kernel's name and this."""
+
+DEQUANTISE = "dequantise it first, or leave it out with exclude"
+"""What messages advise where a kernel is not floating-point."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +53,8 @@ class AdapterSpec:
       base_digest: what tells the kernel apart that the adapter was trained on, one
         digest for each index of its stack axes; None where no file has said. Two specs
         that differ in this alone are equal.
+      rank: the budget that q was chosen by; None where q was given itself, or read from
+        a file. Two specs that differ in this alone are equal.
     """
 
     operator: Operator
@@ -60,6 +68,7 @@ class AdapterSpec:
     path: tuple[str, ...] = ("kernel",)
     layout: Layout | None = None
     base_digest: tuple[str, ...] | None = dataclasses.field(default=None, compare=False)
+    rank: int | None = dataclasses.field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.operator, Operator):
@@ -72,8 +81,8 @@ class AdapterSpec:
                 f"kernel of shape {self.kernel_shape} with axes {self.axes!r}: "
                 f"{self.in_features} -> {self.out_features}"
             )
-        check_number("alpha", self.alpha)
-        check_rate(self.dropout)
+        object.__setattr__(self, "alpha", check_number("alpha", self.alpha))
+        object.__setattr__(self, "dropout", check_rate(self.dropout))
         check_choice("init", self.init, INITS)
         check_choice("execution", self.execution, EXECUTIONS)
         object.__setattr__(self, "param_dtype", floating_dtype(self.param_dtype))
@@ -81,12 +90,13 @@ class AdapterSpec:
     @classmethod
     def from_config(
         cls,
-        config: MoRAConfig,
+        config: MoRAConfig | None,
         kernel_shape: Shape,
         axes: str = "io",
         path: tuple[str, ...] = ("kernel",),
     ) -> "AdapterSpec":
         """The adapter that `config` asks for on a kernel of `kernel_shape`."""
+        config = check_config(config)
         check_axes(axes, len(kernel_shape))
         in_features = math.prod(sizes(kernel_shape, axes, "i"))
         out_features = math.prod(sizes(kernel_shape, axes, "o"))
@@ -113,6 +123,7 @@ class AdapterSpec:
             param_dtype=config.param_dtype,
             execution=config.execution,
             path=path,
+            rank=config.rank if config.square_rank is None else None,
         )
 
     @property
@@ -147,15 +158,96 @@ class AdapterSpec:
         q = self.operator.square_rank
         return q * q / (self.in_features + self.out_features)
 
+    @property
+    def asked_square_rank(self) -> int | None:
+        """The q that the budget would buy, where the layer is too small to have it."""
+        if self.rank is None:
+            return None
+        asked = math.isqrt((self.in_features + self.out_features) * self.rank)
+        return asked if asked > min(self.in_features, self.out_features) else None
+
+    @property
+    def meaning(self) -> dict[str, Any]:
+        """What decides which update an M stands for, as JSON can hold it.
+
+        Neither what decides how it is trained or computed (dropout, init, execution,
+        the dtype, where it is on a mesh), nor the path.
+        """
+        settings = operator_settings(self.operator)
+        return {
+            **{f"operator.{name}": value for name, value in settings.items()},
+            "kernel_shape": list(self.kernel_shape),
+            "axes": self.axes,
+            "square_rank": self.operator.square_rank,
+            "alpha": self.alpha,
+        }
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The meaning, and how M is trained and computed."""
+        return {
+            **self.meaning,
+            "dropout": self.dropout,
+            "init": self.init,
+            "execution": self.execution,
+            "param_dtype": jnp.dtype(self.param_dtype).name,
+        }
+
+    def stacked(self, sizes: Shape, path: tuple[str, ...]) -> "AdapterSpec":
+        """The same adapter for a stack of such kernels, its axes in front."""
+        return dataclasses.replace(
+            self,
+            path=path,
+            kernel_shape=(*sizes, *self.kernel_shape),
+            axes="s" * len(sizes) + self.axes,
+        )
+
+
+_SIZES = {"in_features", "out_features", "square_rank"}
+
+
+def operator_settings(operator: Operator) -> dict[str, Any]:
+    """Name and settings, the seed too, but no sizes."""
+    fields = {f.name for f in dataclasses.fields(operator) if f.init} - _SIZES
+    values = {name: getattr(operator, name) for name in sorted(fields)}
+    return {"name": operator.name, **values}
+
+
+def differences(
+    one: Mapping[str, Any], other: Mapping[str, Any]
+) -> dict[str, tuple[Any, Any]]:
+    """{name: its two values} where the settings of two adapters of a kernel differ.
+
+    A setting that only one of two operators has is left out: their names differ.
+    """
+    return {
+        name: (one[name], other[name])
+        for name in one
+        if name in other and one[name] != other[name]
+    }
+
+
+def check_same(made_for: AdapterSpec, used_with: AdapterSpec) -> None:
+    """Raise unless an M that was made for one adapter is right for the other."""
+    if differing := differences(made_for.meaning, used_with.meaning):
+        settings = " and ".join(
+            f"{name} {one!r}, not {other!r}" for name, (one, other) in differing.items()
+        )
+        raise ValueError(f"{used_with.name}{SUFFIX} was made for {settings}")
+
 
 def check_kernel(kernel: Any, name: str) -> None:
     """Raise unless `kernel` has a shape and a floating-point dtype that MoRA adapts."""
     if not hasattr(kernel, "shape") or not hasattr(kernel, "dtype"):
         raise TypeError(f"{name} must be an array, got {type(kernel).__name__}")
+    if not jax.tree_util.all_leaves([kernel]):  # qwix's kernels have both
+        raise TypeError(
+            f"{name} must be an array, got the structure {type(kernel).__name__}; "
+            f"{DEQUANTISE}"
+        )
     if not jnp.issubdtype(kernel.dtype, jnp.floating):
         raise TypeError(
-            f"{name} must have a floating-point dtype, got {kernel.dtype}; "
-            "dequantise it first, or leave it out with exclude"
+            f"{name} must have a floating-point dtype, got {kernel.dtype}; {DEQUANTISE}"
         )
     if len(kernel.shape) < 2 or 0 in kernel.shape:
         raise ValueError(
@@ -180,8 +272,26 @@ _zeros = jax.jit(jnp.zeros, static_argnums=(0, 1))
 _normal = jax.jit(jax.random.normal, static_argnums=(1, 2))
 
 
+def check_key(key: Any) -> None:
+    """Raise unless `key` is one of JAX's keys, or None."""
+    if key is None:
+        return
+    typed = raw = False
+    if isinstance(key, jax.Array | np.ndarray):
+        typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+        raw = key.dtype == jnp.uint32 and key.ndim == 1  # made by jax.random.PRNGKey
+    if not typed and not raw:
+        raise TypeError(
+            "key must be a JAX PRNG key, such as jax.random.key(42), "
+            f"got {key if isinstance(key, int) else type(key).__name__}"
+        )
+    if typed and key.shape:
+        raise ValueError(f"key must be one key, got an array of {key.shape}")
+
+
 def init_adapter(spec: AdapterSpec, key: PRNGKeyArray | None = None) -> jax.Array:
     """M as `spec.init` wants it, shape (*stack, q, q)."""
+    check_key(key)
     dtype = spec.param_dtype
     if spec.init == "zeros":
         return _zeros(spec.shape, dtype)

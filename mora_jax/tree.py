@@ -1,19 +1,31 @@
-"""Base tree and adapter tree: made, joined, taken apart, and as one vector."""
+"""Base tree and adapter tree: made, joined, and taken apart."""
 
 from collections.abc import Mapping
 from typing import Any
 from zlib import crc32
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, PRNGKeyArray
+from flax import nnx
+from jaxtyping import PRNGKeyArray
 
-from mora_jax._types import ArrayLike
 from mora_jax.layer import FrozenDense
-from mora_jax.paths import Path, adapter_path, key_name, nearest
-from mora_jax.planning import Plan
-from mora_jax.spec import SUFFIX, AdapterSpec, check_adapter, init_adapter
+from mora_jax.paths import (
+    Path,
+    adapter_of,
+    adapter_path,
+    located_leaves,
+    nearest,
+    refuse_model,
+    unboxed,
+)
+from mora_jax.plans import Plan, check_plan
+from mora_jax.spec import (
+    SUFFIX,
+    AdapterSpec,
+    check_key,
+    init_adapter,
+)
 
 Tree = dict[str, Any]
 
@@ -32,21 +44,21 @@ def init(plan_or_frozen: Plan | FrozenDense, key: PRNGKeyArray | None = None) ->
       `{"kernel_mora": M}`.
 
     Raises:
+      TypeError: neither a plan nor a layer; something that is no key.
       ValueError: a Gaussian start without a key.
 
     Example::
 
+      >>> import jax, jax.numpy as jnp
       >>> from mora_jax import init, plan
       >>> params = {"fc": {"kernel": jnp.ones((8, 8)), "bias": jnp.ones(8)}}
       >>> jax.tree.map(jnp.shape, init(plan(params)))
       {'fc': {'kernel_mora': (8, 8)}}
     """
+    check_key(key)
     if isinstance(plan_or_frozen, FrozenDense):
         return {f"kernel{SUFFIX}": init_adapter(plan_or_frozen.spec, key)}
-    if not isinstance(plan_or_frozen, Plan):
-        raise TypeError(
-            f"init takes a Plan or a FrozenDense, got {type(plan_or_frozen).__name__}"
-        )
+    check_plan(plan_or_frozen, "plan_or_frozen")
 
     def one(spec: AdapterSpec) -> jax.Array:
         number = np.uint32(crc32(spec.name.encode()))
@@ -68,19 +80,17 @@ def nest(items: Mapping[Path, Any]) -> Tree:
 
 def adapter_items(adapters: Any, plan: Plan) -> list[tuple[AdapterSpec, Any]]:
     """Each spec of `plan` with its M out of `adapters`, of which none may be left."""
-    flat, _ = jax.tree_util.tree_flatten_with_path(adapters)
-    found = {tuple(key_name(key) for key in keys): leaf for keys, leaf in flat}
+    check_plan(plan)
+    found = located_leaves(adapters, "adapters")
     items = []
     for spec in plan.specs:
         path = adapter_path(spec)
         if path not in found:
             raise ValueError(f"adapters lack {'/'.join(path)!r}, which the plan has")
-        m = found.pop(path)
-        check_adapter(m, spec)
-        items.append((spec, m))
+        items.append((spec, adapter_of(found.pop(path), spec)))
     if found:
         path = "/".join(next(iter(found)))
-        raise ValueError(f"adapters hold {path!r}, which the plan has not")
+        raise ValueError(f"adapters hold {path!r}, which the plan lacks")
     return items
 
 
@@ -92,25 +102,28 @@ def combine(params: Any, adapters: Any) -> Any:
       adapters: as `init` makes them.
 
     Raises:
+      TypeError: something that is no such tree, as a model or an array.
       ValueError: an adapter without its kernel, or a tree that is combined already.
 
     Example::
 
+      >>> import jax.numpy as jnp
       >>> from mora_jax import combine, init, plan
       >>> params = {"fc": {"kernel": jnp.ones((8, 8))}}
       >>> sorted(combine(params, init(plan(params)))["fc"])
       ['kernel', 'kernel_mora']
     """
+    in_state = isinstance(params, nnx.State)
 
     def insert(base: Any, extra: Any, path: Path) -> Any:
-        if not isinstance(extra, Mapping):
+        added, node = _children(extra), _children(base)
+        if added is None:
             raise ValueError(f"adapters hold {'/'.join(path)!r}, which is no M")
-        node = _children(base)
         if node is None:
             raise ValueError(f"params have no module at {'/'.join(path)!r}")
-        for key, value in extra.items():
+        for key, value in added.items():
             here = (*path, key)
-            if key.endswith(SUFFIX) and not isinstance(value, Mapping):
+            if key.endswith(SUFFIX) and _children(value) is None:
                 if key.removesuffix(SUFFIX) not in node:
                     raise ValueError(
                         f"params have no kernel for the adapter {'/'.join(here)!r}"
@@ -122,7 +135,9 @@ def combine(params: Any, adapters: Any) -> Any:
                         f"the parent of {'/'.join(here)!r} must be a mapping, "
                         f"got {type(base).__name__}"
                     )
-                node[key] = value
+                # A variable of NNX stays one only beside others of its kind.
+                alone = isinstance(value, nnx.Variable) and not in_state
+                node[key] = unboxed(value) if alone else value
             elif key not in node:
                 raise ValueError(
                     f"params have nothing at {'/'.join(here)!r}"
@@ -132,20 +147,31 @@ def combine(params: Any, adapters: Any) -> Any:
                 node[key] = insert(node[key], value, here)
         return _rebuild(base, node)
 
+    for what, tree in (("params", params), ("adapters", adapters)):
+        _check_nested(tree, what)
     return insert(params, adapters, ())
 
 
 def split(tree: Any) -> tuple[Any, Tree]:
     """Undo `combine`: the base's params, and the adapters.
 
+    Raises:
+      TypeError: no nested mappings, lists or tuples.
+
     Example::
 
+      >>> import jax.numpy as jnp
       >>> from mora_jax import combine, init, plan, split
       >>> params = {"fc": {"kernel": jnp.ones((8, 8))}}
       >>> base, adapters = split(combine(params, init(plan(params))))
       >>> sorted(base["fc"]), sorted(adapters["fc"])
       (['kernel'], ['kernel_mora'])
     """
+    _check_nested(tree, "tree")
+    return _split(tree)
+
+
+def _split(tree: Any) -> tuple[Any, Tree]:
     base, adapters = {}, {}
     node = _children(tree)
     if node is None:
@@ -154,14 +180,26 @@ def split(tree: Any) -> tuple[Any, Tree]:
         if key.endswith(SUFFIX) and _children(value) is None:
             adapters[key] = value
             continue
-        base[key], inner = split(value)
+        base[key], inner = _split(value)
         if inner:
             adapters[key] = inner
     return _rebuild(tree, base), adapters
 
 
+def _check_nested(tree: Any, what: str) -> None:
+    """Raise unless `tree` is a container of the kinds that are taken apart here."""
+    refuse_model(tree, what)
+    if _children(tree) is None:
+        raise TypeError(
+            f"{what} must be nested mappings, lists and tuples, "
+            f"got {type(tree).__name__}"
+        )
+
+
 def _children(node: Any) -> Tree | None:
     """The children of a container by name; None for a leaf."""
+    if isinstance(node, nnx.State):
+        node = node.raw_mapping  # its items are wrapped, and of another structure
     if isinstance(node, Mapping):
         return {str(key): value for key, value in node.items()}
     if isinstance(node, list | tuple):
@@ -177,65 +215,3 @@ def _rebuild(like: Any, children: Tree) -> Any:
         return items if isinstance(like, dict) else kind(items)
     values = children.values()
     return type(like)(*values) if hasattr(like, "_fields") else type(like)(values)
-
-
-def ravel_adapters(adapters: Any) -> Float[jax.Array, " parameters"]:
-    """All M's as one vector: in the order of their paths, each one row by row.
-
-    Raises:
-      ValueError: no adapters.
-
-    Example::
-
-      >>> from mora_jax import ravel_adapters
-      >>> ravel_adapters({"fc": {"kernel_mora": jnp.array([[1.0, 2.0], [3.0, 4.0]])}})
-      Array([1., 2., 3., 4.], dtype=float32)
-    """
-    leaves = jax.tree.leaves(adapters)
-    if not leaves:
-        raise ValueError("adapters hold no M")
-    return jnp.concatenate([jnp.ravel(leaf) for leaf in leaves])
-
-
-def unravel_adapters(
-    vector: Float[ArrayLike, " parameters"], plan_or_adapters: Any
-) -> Tree:
-    """Undo `ravel_adapters`.
-
-    Args:
-      vector: (parameters,).
-      plan_or_adapters: the plan, or adapters of the wanted shapes and dtypes.
-
-    Raises:
-      ValueError: a vector of another length.
-
-    Example::
-
-      >>> from mora_jax import init, plan, ravel_adapters, unravel_adapters
-      >>> layers = plan({"fc": {"kernel": jnp.ones((8, 8))}})
-      >>> vector = ravel_adapters(init(layers))
-      >>> unravel_adapters(vector, layers)["fc"]["kernel_mora"].shape
-      (8, 8)
-      >>> unravel_adapters(vector[:9], layers)
-      Traceback (most recent call last):
-      ValueError: vector must have shape (64,), got (9,)
-    """
-    like = plan_or_adapters
-    if isinstance(like, Plan):
-        like = nest(
-            {
-                adapter_path(spec): jax.ShapeDtypeStruct(spec.shape, spec.param_dtype)
-                for spec in like.specs
-            }
-        )
-    leaves, structure = jax.tree.flatten(like)
-    size = sum(leaf.size for leaf in leaves)
-    if tuple(vector.shape) != (size,):
-        raise ValueError(f"vector must have shape ({size},), got {vector.shape}")
-    ends = np.cumsum([leaf.size for leaf in leaves])[:-1]
-    parts = jnp.split(vector, ends)
-    restored = [
-        part.reshape(leaf.shape).astype(leaf.dtype)
-        for part, leaf in zip(parts, leaves, strict=True)
-    ]
-    return jax.tree.unflatten(structure, restored)

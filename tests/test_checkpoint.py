@@ -21,7 +21,7 @@ from test_save import made
 import mora_jax
 from mora_jax import MoRAConfig, io
 from mora_jax.io import AdapterFileError, Checkpoint, merge_checkpoint
-from mora_jax.planning import Plan
+from mora_jax.plans import Plan
 from mora_jax.spec import AdapterSpec
 
 

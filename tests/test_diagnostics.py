@@ -1,13 +1,15 @@
 """Spectra are those of the update itself."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from cases import by_few_cases, by_few_sizes
 from test_save import PARAMS, PLAN, made
 
 import mora_jax
 from mora_jax import diagnostics
-from mora_jax.planning import Plan
+from mora_jax.plans import Plan
 from mora_jax.spec import AdapterSpec
 
 
@@ -51,9 +53,31 @@ def test_relative_norm():
     adapters = made(PLAN)
     found = diagnostics.relative_norm(PARAMS, adapters, PLAN)
     deltas = mora_jax.delta_weight(adapters, PLAN)
-    assert found.keys() == {spec.name for spec in PLAN}
+    assert found.keys() == PLAN.keys()
     expected = jnp.linalg.norm(deltas["enc"]["kernel"]) / np.sqrt(16 * 24)
     np.testing.assert_allclose(found["enc/kernel"], expected, rtol=1e-5)
+
+
+def test_relative_norm_of_zeros():
+    adapters = made(PLAN)
+    zeros = jax.tree.map(jnp.zeros_like, PARAMS)
+    assert set(diagnostics.relative_norm(zeros, adapters, PLAN).values()) == {np.inf}
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_bad_input():
+    adapters = made(PLAN)
+    broken = jax.tree.map(lambda m: m * np.nan, adapters)
+    for function in (diagnostics.spectrum, diagnostics.plot_spectrum):
+        with pytest.raises(ValueError, match="kernel_mora holds NaN or infinity"):
+            function(broken, PLAN)
+    shapes = jax.eval_shape(lambda: PARAMS)
+    with pytest.raises(TypeError, match="got ShapeDtypeStruct; for shapes alone"):
+        diagnostics.relative_norm(shapes, adapters, PLAN)
+    with pytest.raises(ValueError, match="enc/kernel must have shape"):
+        wrong = {**PARAMS, "enc": {"kernel": jnp.ones((24, 16))}}
+        diagnostics.relative_norm(wrong, adapters, PLAN)
+    assert diagnostics.effective_rank([2.0, 2.0, 0.0]) == pytest.approx(2)
 
 
 def test_plot(tmp_path):

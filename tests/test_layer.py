@@ -337,7 +337,7 @@ def frozen_of(kernel=K, bias=None, axes="io", **config):
             ValueError,
             "alpha must be finite",
         ),
-        (lambda: init({"kernel": K}), TypeError, "init takes a Plan or a FrozenDense"),
+        (lambda: init({"kernel": K}), TypeError, "plan_or_frozen must be a Plan"),
     ],
 )
 def test_bad_input(call, error, message):

@@ -203,6 +203,18 @@ def test_patterns_match_whole_paths():
     assert "the nearest are 'layer_0/query/kernel'" in text
 
 
+def test_patterns_of_base_leaves_are_answered_with_base_leaves():
+    square = jnp.ones((8, 8))
+    params = {
+        "head": {"kernel": square, "kernel_mora": square},
+        "ln": {"scale": square},
+    }
+    text = message(lambda: mora_jax.trainable_mask(params, base="head"))
+    assert "'(.*/)?head/kernel' would match 'head/kernel'" in text
+    text = message(lambda: mora_jax.trainable_mask(params, base="haed/kernel"))
+    assert text.endswith("the nearest are 'head/kernel', 'ln/scale'")
+
+
 def test_a_warning_is_given_once_at_the_users_line(tmp_path):
     """In a process without the type checks that pytest puts around functions."""
     program = tmp_path / "program.py"

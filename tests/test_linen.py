@@ -16,6 +16,7 @@ from mora_jax import (
     FrozenDense,
     MoRAConfig,
     MoRADense,
+    MoRAWarning,
     combine,
     init,
     linen,
@@ -316,7 +317,8 @@ def test_mutable_collections_and_dropout_keys():
     assert len(chosen) == 2
     apply, adapters = linen.wrap(model, chosen), trained(chosen)
     kwargs = {"train": True, "rngs": {"dropout": jax.random.key(5)}}
-    y, state = apply(adapters, variables, X, mutable=["batch_stats"], **kwargs)
+    with pytest.warns(MoRAWarning, match="the call updates batch_stats, which are"):
+        y, state = apply(adapters, variables, X, mutable=["batch_stats"], **kwargs)
     merged = {**variables, "params": merge(variables["params"], adapters, chosen)}
     expected, updated = model.apply(merged, X, mutable=["batch_stats"], **kwargs)
     np.testing.assert_allclose(y, expected, atol=1e-4)
@@ -328,6 +330,26 @@ def test_mutable_collections_and_dropout_keys():
         rngs={"dropout": KEY},
     )  # fmt: skip
     assert same == chosen
+
+
+def test_statistics_that_training_moves_are_told_once():
+    model = BatchStats()
+    variables = model.init(KEY, X, train=False)
+    chosen = linen.plan(model, variables, CONFIG, X, train=False)
+    adapters, kwargs = init(chosen), {"train": True, "rngs": {"dropout": KEY}}
+    for _ in range(2):  # once for each wrapped model
+        apply = linen.wrap(model, chosen)
+        with pytest.warns(MoRAWarning, match="neither in the adapters nor in") as seen:
+            for _ in range(3):
+                apply(adapters, variables, X, mutable=["batch_stats"], **kwargs)
+        assert len(seen) == 1
+    apply = linen.wrap(model, chosen)
+    apply(adapters, variables, X, train=False, mutable=["intermediates"])
+    decoder = nn.MultiHeadDotProductAttention(num_heads=3, decode=True)
+    variables = decoder.init(KEY, X)
+    x = X[..., :1, :]
+    chosen = linen.plan(decoder, variables, CONFIG, x, mutable=["cache"])
+    linen.wrap(decoder, chosen)(init(chosen), variables, x, mutable=["cache"])
 
 
 def test_capture_intermediates():

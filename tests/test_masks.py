@@ -123,6 +123,7 @@ def test_masked_alone_does_not_freeze(both):
     assert bits(after["norm"]) != bits(both["norm"])
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_bad_input(both):
     base, _ = split(both)
     for call in (trainable_mask, trainable_labels):
@@ -138,3 +139,7 @@ def test_bad_input(both):
             call(both, ".*kernel_mora")
     with pytest.raises(ValueError, match="hold no"):
         optimizer(optax.sgd(0.1), base)
+    with pytest.raises(TypeError, match="tx must be an optax transformation"):
+        optimizer(0.1, both)  # pyright: ignore
+    with pytest.raises(ValueError, match="base holds '[(]', which is no regular"):
+        trainable_mask(both, "(")

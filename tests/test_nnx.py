@@ -11,7 +11,7 @@ import optax
 import pytest
 from flax import nnx
 
-from mora_jax import MoRAConfig, init, register_layer
+from mora_jax import MoRAConfig, init, merge, register_layer
 from mora_jax import nnx as mora
 from mora_jax.nnx import MoRALinear, MoRAParam
 
@@ -299,6 +299,103 @@ def test_plan_of_and_adapters(name):
     new = jax.tree.map(lambda m: m + 1, tree)
     mora.set_adapters(adapted, new)
     chex.assert_trees_all_equal(mora.adapters(adapted), new)
+
+
+OTHERS = {
+    "alpha": MoRAConfig(rank=2, operator="orthogonal", seed=1, alpha=2.0),
+    "operator.seed": MoRAConfig(rank=2, operator="orthogonal", seed=2),
+    "operator.name": MoRAConfig(rank=2, operator="hadamard", seed=1),
+}
+"""{what of `pair`'s first model differs: the config of its second}."""
+
+
+def pair(other):
+    """Two models of one base: their M's have equal shapes, and are for two updates."""
+    base, _ = make("methods")
+    configs = MoRAConfig(rank=2, operator="orthogonal", seed=1), OTHERS[other]
+    return [
+        trained(mora.wrap(base, config), 0.1 + k) for k, config in enumerate(configs)
+    ]
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_adapters_of_another_update_are_refused(other):
+    one, two = pair(other)
+    before = mora.adapters(two)
+    state, tree, plan = nnx.state(one, MoRAParam), mora.adapters(one), mora.plan_of(one)
+    message = f"decoder/layers/0/kernel_mora was made for {other}"
+    with pytest.raises(ValueError, match=message):
+        mora.set_adapters(two, state)
+    with pytest.raises(ValueError, match=message):
+        mora.set_adapters(two, tree, plan)
+    with pytest.raises(ValueError, match="made for another plan .* its digest is"):
+        mora.set_adapters(two, tree, plan.digest())
+    with pytest.raises(ValueError, match=message):
+        merge(mora.adapters(one), state, mora.plan_of(two))
+    with pytest.raises(ValueError, match=f"kernel_mora was made for {other}"):
+        two.encoder.kernel_mora[...] = one.encoder.kernel_mora
+    chex.assert_trees_all_equal(mora.adapters(two), before)
+    same = mora.wrap(mora.unwrap(one), plan)
+    for given, says in ((state, None), (tree, plan), (tree, plan.digest())):
+        mora.set_adapters(same, given, says)
+        chex.assert_trees_all_equal(mora.adapters(same), tree)
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_flax_moves_numbers_together_with_what_they_mean(other):
+    """Else a model would run another operator over the M's of this one."""
+    one, two = pair(other)
+    state = nnx.state(one, MoRAParam)
+    expected = one.encode(X)
+    assert np.abs(two.encode(X) - expected).max() > 1e-3
+
+    def update():
+        nnx.update(model := nnx.clone(two), state)
+        return model
+
+    def merged():
+        return nnx.merge(nnx.graphdef(two), nnx.state(one))
+
+    def copied():
+        model = nnx.clone(two)
+        model.encoder.kernel_mora.copy_from(one.encoder.kernel_mora)
+        return model
+
+    def replaced():
+        model = nnx.clone(two)
+        old = one.encoder.kernel_mora
+        model.encoder.kernel_mora = old.replace(old[...] + 0)
+        return model
+
+    for make_model in (update, merged, copied, replaced):
+        model = make_model()
+        np.testing.assert_array_equal(model.encode(X), expected)
+        run_jitted = nnx.jit(lambda model, x: model.encode(x))
+        np.testing.assert_allclose(run_jitted(model, X), expected, atol=1e-5)
+        assert model.encoder.kernel_mora.spec == one.encoder.kernel_mora.spec
+
+
+def test_donated_adapters_leave_the_base_alive():
+    base, config = make("methods")
+    model = mora.wrap(base, config)
+    optimizer = mora.optimizer(model, optax.adam(1e-2))
+    kinds = (MoRAParam, nnx.optimizer.OptState)
+    graph, donated, frozen = nnx.split((model, optimizer), kinds, ...)
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def step(donated, frozen, x):
+        model, optimizer = nnx.merge(graph, donated, frozen)
+        grads = mora.value_and_grad(lambda model, x: jnp.mean(model(x) ** 2))(model, x)
+        optimizer.update(model, grads[1])
+        return nnx.state((model, optimizer), kinds)
+
+    before = jax.tree.leaves(donated)
+    for _ in range(2):
+        donated = step(donated, frozen, X)
+    assert all(array.is_deleted() for array in before)
+    nnx.update((model, optimizer), donated)
+    assert not any(array.is_deleted() for array in jax.tree.leaves(nnx.state(base)))
+    assert np.abs(model(X) - base(X)).max() > 1e-3
 
 
 def test_the_model_itself_is_left_alone():
@@ -650,6 +747,8 @@ def test_bad_input():
             function(model)
     with pytest.raises(ValueError, match="model has no adapters"):
         mora.optimizer(model, optax.sgd(1.0))
+    with pytest.raises(TypeError, match="tx must be an optax transformation"):
+        mora.optimizer(mora.wrap(model, config), None)
     with pytest.raises(TypeError, match="model must be a flax.nnx.Module, got int"):
         mora.adapters(3)
     other = mora.plan(nnx.Sequential(nnx.Linear(12, 12, rngs=nnx.Rngs(0))))
@@ -661,6 +760,11 @@ def test_bad_input():
     tree = jax.tree.map(lambda m: m[:2], mora.adapters(adapted))
     with pytest.raises(ValueError, match="kernel_mora must have shape"):
         mora.set_adapters(adapted, tree)
+    tree = mora.adapters(adapted)
+    with pytest.raises(ValueError, match="64 hexadecimal digits; .*plan_from_json"):
+        mora.set_adapters(adapted, tree, "{}")
+    with pytest.raises(TypeError, match="plan must be a Plan or its digest, got int"):
+        mora.set_adapters(adapted, tree, 3)
     mora.set_adapters(
         adapted, jax.tree.map(lambda m: m + np.nan, mora.adapters(adapted))
     )

@@ -11,11 +11,10 @@ import mora_jax
 
 ROOT = Path(mora_jax.__file__).parent
 NAMES = """
-FrozenDense LeftOutWarning MoRAConfig MoRADense MoRAWarning Plan combine
-delta_weight diagnostics fold init io
-linen load make_operator merge mora_apply nnx optimizer plan products ravel_adapters
-register_layer save sharding split square_rank summary trainable_labels trainable_mask
-unmerge unravel_adapters
+FrozenDense LeftOutWarning MoRAConfig MoRADense MoRAWarning Plan combine delta_weight
+diagnostics fold init io linen load make_operator merge mora_apply nnx optimizer plan
+products ravel_adapters register_layer save sharding split square_rank summary
+trainable_labels trainable_mask unmerge unravel_adapters
 """.split()
 
 

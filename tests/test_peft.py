@@ -18,7 +18,7 @@ import mora_jax
 from mora_jax import MoRAConfig, io, linen
 from mora_jax.io import AdapterFileError
 from mora_jax.operators import Sharing
-from mora_jax.planning import Plan
+from mora_jax.plans import Plan
 from mora_jax.spec import AdapterSpec
 
 DATA = Path(__file__).parent / "data" / "adapters"

@@ -1,15 +1,31 @@
 """Which kernels are chosen, and what is refused."""
 
+import copy
+import dataclasses
+import inspect
+import pickle
 import re
 from collections.abc import Mapping
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from flax.core import FrozenDict, meta
 
-from mora_jax import MoRAConfig, combine, init, merge, plan, summary
+import mora_jax
+from mora_jax import (
+    FrozenDense,
+    MoRAConfig,
+    MoRAWarning,
+    combine,
+    init,
+    merge,
+    plan,
+    summary,
+)
 
 
 def shape(*sizes, dtype=jnp.float32):
@@ -284,6 +300,39 @@ def test_tied_but_not_adapted_is_fine():
         ({"overrides": {"a": 3}}, TypeError, "must be a mapping, got 3"),
         ({"overrides": {"a": {"ranks": 3}}}, ValueError, "got .'ranks'"),
         ({"overrides": {"a": {"rank": 0}}}, ValueError, "rank must be a positive"),
+        ({"overrides": {"a": {"r": 3}}}, ValueError, "got .'r'.: here that is rank"),
+        (
+            {"overrides": {"a": {"rank": 4, "square_rank": 8}}},
+            ValueError,
+            "must hold rank or square_rank, got both",
+        ),
+        ({"overrides": {"a": {"alpha": 0}}}, ValueError, "alpha must not be 0"),
+        ({"alpha": 0}, ValueError, "alpha must not be 0"),
+        ({"alpha": float("nan")}, ValueError, "alpha must be finite"),
+        (
+            {"alpha": jnp.float32(2)},
+            TypeError,
+            r"got a JAX array; write float\(alpha\)",
+        ),
+        ({"dropout": jnp.zeros(())}, TypeError, r"write float\(dropout\)"),
+        ({"alpha": np.ones(3)}, TypeError, "alpha must be a number"),
+        (
+            {"rank": 4, "square_rank": 16},
+            ValueError,
+            "exclude each other, got rank=4 and square_rank=16",
+        ),
+        ({"targets": None}, TypeError, "got None; leave it out for the default"),
+        ({"targets": 3}, TypeError, "targets must be regular expressions, got 3"),
+        ({"exclude": None}, TypeError, "exclude must be .* leave it out"),
+        ({"r": 8}, TypeError, "no setting 'r': here that is rank"),
+        ({"lora_alpha": 8}, TypeError, "here that is alpha, which multiplies"),
+        ({"target_modules": ["q"]}, TypeError, "here that is targets, regular expr"),
+        ({"lora_dropout": 0.1}, TypeError, "here that is dropout"),
+        ({"exclude_modules": "a"}, TypeError, "here that is exclude"),
+        ({"rank_pattern": {}}, TypeError, "here that is overrides, as in"),
+        ({"alpha_pattern": {}}, TypeError, "here that is overrides, as in"),
+        ({"init_lora_weights": True}, TypeError, "here that is init"),
+        ({"drop_out": 0.1}, TypeError, "no setting 'drop_out'; the nearest is 'dropou"),
     ],
 )
 def test_bad_configs(settings, error, message):
@@ -306,3 +355,165 @@ def test_config_is_hashable():
             }
         )
     )
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_numbers_of_numpy_are_python_numbers():
+    config = MoRAConfig(
+        rank=np.int64(4), alpha=np.float32(2), dropout=np.float32(0.5), seed=np.int32(3)
+    )
+    assert config == MoRAConfig(rank=4, alpha=2.0, dropout=0.5, seed=3)
+    values = config.rank, config.alpha, config.dropout, config.seed
+    assert [type(value) for value in values] == [int, float, float, int]
+    (spec,) = plan({"kernel": K}, config).specs
+    assert type(spec.alpha) is float
+
+
+def test_configs_are_copied():
+    config = MoRAConfig(rank=4, overrides={"a": {"rank": 16}}, alpha=2.0)
+    copies = copy.copy(config), copy.deepcopy(config), dataclasses.replace(config)
+    for other in (*copies, pickle.loads(pickle.dumps(config))):
+        assert other == config and hash(other) == hash(config)
+    assert dataclasses.replace(config, rank=5).rank == 5
+    names = list(inspect.signature(MoRAConfig).parameters)
+    assert names == [field.name for field in dataclasses.fields(config)]
+
+
+def test_of_rank_and_square_rank_the_nearer_one_is_taken():
+    by_q = MoRAConfig(square_rank=8, overrides={"a": {"rank": 2}})
+    config = by_q.settings("a")[0]
+    assert (config.rank, config.square_rank) == (2, None)
+    by_rank = MoRAConfig(
+        rank=4,
+        overrides={
+            "a|b|c": {"square_rank": 8},
+            "b|c": {"rank": 2},
+            "c": {"square_rank": 6},
+        },
+    )
+    found = {path: by_rank.settings(path)[0] for path in "abcd"}
+    assert [found[path].square_rank for path in "abcd"] == [8, None, 6, None]
+    assert [found[path].rank for path in "abcd"] == [8, 2, 8, 4]
+
+
+def test_alphas_as_of_lora_warn_once():
+    with pytest.warns(
+        MoRAWarning, match="alpha=16 multiplies .*=lora_alpha / r"
+    ) as seen:
+        config = MoRAConfig(alpha=16.0, overrides={".*q_proj.*": {"rank": 4}})
+        chosen = plan(transformer(), config)
+    assert len(seen) == 1
+    with pytest.warns(MoRAWarning, match="alpha=-8") as seen:
+        MoRAConfig(overrides={"a": {"alpha": -8}})
+    assert len(seen) == 1
+    MoRAConfig(alpha=4.0)
+    # A spec, which may come from a file, is what it is.
+    dataclasses.replace(chosen.specs[0], alpha=100.0)
+
+
+def test_summary_shows_what_is_not_usual():
+    params = {"small": dense(64, 64), "wide": dense(512, 512)}
+    config = MoRAConfig(rank=64)
+    text = summary(plan(params, config))
+    assert [line.split()[6:-2] for line in text.splitlines()[1:3]] == [
+        ["64", "of", "90"],
+        ["256"],
+    ]
+    assert "alpha" not in text and "dropout" not in text
+    assert " of 90" not in summary(plan(params, MoRAConfig(square_rank=64)))
+    assert "of" not in summary(plan(params, MoRAConfig(rank=7))).splitlines()[1]
+    overrides = {"small/kernel": {"alpha": 0.5, "dropout": 0.1}}
+    rows = str(plan(params, MoRAConfig(rank=8, overrides=overrides))).splitlines()
+    assert rows[0].split()[6:9] == ["q", "alpha", "dropout"]
+    assert rows[1].split()[6:9] == ["32", "0.5", "0.1"]
+    assert rows[2].split()[6:9] == ["88", "1", "0"]
+
+
+def test_layers_of_other_settings_have_rows_of_their_own():
+    config = MoRAConfig(overrides={"layers/0/.*": {"alpha": 2.0}})
+    rows = summary(plan(transformer(), config)).splitlines()
+    assert len(rows) == 1 + 2 * 5 + 1
+
+
+def test_a_digest_says_what_an_m_stands_for():
+    params = {"a": dense(64, 64), "b": dense(64, 32)}
+    settings = dict(rank=2, operator="orthogonal", seed=1)
+    digest = plan(params, MoRAConfig(**settings)).digest()
+    assert re.fullmatch("[0-9a-f]{64}", digest)
+    same = [
+        {"dropout": 0.5},
+        {"init": "gaussian"},
+        {"execution": "fold"},
+        {"param_dtype": jnp.bfloat16},
+    ]
+    for change in same:
+        assert plan(params, MoRAConfig(**settings | change)).digest() == digest
+    other = [
+        {"seed": 2},
+        {"alpha": 0.5},
+        {"rank": 3},
+        {"operator": "hadamard"},
+        {"operator": {"name": "sharing", "compress_groups": "contiguous"}},
+        {"exclude": "b/kernel"},
+        {"overrides": {"a/kernel": {"axes": "oi"}}},
+    ]
+    digests = {plan(params, MoRAConfig(**settings | one)).digest() for one in other}
+    assert len(digests | {digest}) == len(other) + 1
+    moved = {"a": dense(64, 64), "c": dense(64, 32)}
+    assert plan(moved, MoRAConfig(**settings)).digest() != digest
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (jnp.ones((2, 8)), r"got an array of shape \(2, 8\): the call is .*config"),
+        ({"rank": 8}, r"got dict: write MoRAConfig\(rank=8\)"),
+        ({"r": 8}, r"got dict: write MoRAConfig\(r=8\)"),
+        ({"ids": jnp.ones(2)}, "got dict: the call is .*config"),
+        (8, r"got int: write MoRAConfig\(rank=8\)"),
+        ("rotation", "got str: the call is .*config"),
+        (MoRAConfig, "got type: the call is"),
+    ],
+)
+def test_what_is_no_config_is_told(config, message):
+    message = f"config must be a MoRAConfig, {message}"
+    module, layer = nn.Dense(8), nnx.Linear(8, 8, rngs=nnx.Rngs(0))
+    variables = module.init(jax.random.key(0), jnp.ones((2, 8)))
+    calls = [
+        lambda: plan(variables["params"], config),
+        lambda: mora_jax.linen.plan(module, variables, config),
+        lambda: mora_jax.nnx.plan(layer, config),
+        lambda: mora_jax.nnx.wrap(layer, config),
+        lambda: FrozenDense.from_config(K, config=config),
+        lambda: mora_jax.nnx.MoRALinear(8, 8, config=config, rngs=nnx.Rngs(0)),
+    ]
+    for call in calls:
+        with pytest.raises(TypeError, match=message.split(": the call")[0]):
+            call()
+    with pytest.raises(TypeError, match=message):
+        calls[0]()
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("wrong", [8, None, MoRAConfig(), "rotation", {}])
+def test_what_is_no_plan_is_told(wrong):
+    params = {"kernel": K}
+    adapters = init(plan(params))
+    calls = [
+        lambda: merge(params, adapters, wrong),
+        lambda: mora_jax.fold(params, adapters, wrong),
+        lambda: mora_jax.unmerge(params, adapters, wrong),
+        lambda: mora_jax.delta_weight(adapters, wrong),
+        lambda: mora_jax.diagnostics.spectrum(adapters, wrong),
+        lambda: mora_jax.diagnostics.merge_loss(params, adapters, wrong),
+        lambda: mora_jax.diagnostics.relative_norm(params, adapters, wrong),
+        lambda: mora_jax.save("never", adapters, wrong),
+        lambda: mora_jax.io.plan_to_json(wrong),
+        lambda: mora_jax.linen.wrap(nn.Dense(8), wrong),
+        lambda: summary(wrong),
+        lambda: init(wrong),
+    ]
+    for call in calls:
+        with pytest.raises(TypeError, match="must be a Plan, got .*: make one with"):
+            call()

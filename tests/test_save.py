@@ -18,7 +18,7 @@ from mora_jax import MoRAConfig, io, load, save
 from mora_jax.io import AdapterFileError
 from mora_jax.io import _files as files
 from mora_jax.io._json import dump
-from mora_jax.planning import Plan
+from mora_jax.plans import Plan
 from mora_jax.spec import AdapterSpec
 from mora_jax.tree import adapter_items
 

@@ -1,6 +1,5 @@
 """What the command line tells of adapters."""
 
-import dataclasses
 import re
 from collections import defaultdict
 from collections.abc import Sequence
@@ -13,8 +12,8 @@ from mora_jax import diagnostics, io
 from mora_jax.execution import kernel_update
 from mora_jax.io import Names
 from mora_jax.io._paths import as_path
-from mora_jax.planning import Plan
-from mora_jax.spec import AdapterSpec
+from mora_jax.plans import Plan
+from mora_jax.spec import AdapterSpec, differences
 from mora_jax.tree import Tree, adapter_items
 
 
@@ -104,12 +103,8 @@ def _update(spec: AdapterSpec, m: Any) -> np.ndarray:
 
 def _differing(one: AdapterSpec, other: AdapterSpec) -> str:
     """The settings in which two adapters of a kernel differ."""
-    fields = [field.name for field in dataclasses.fields(AdapterSpec) if field.compare]
-    differing = [
-        f"{name}: {getattr(one, name)} -> {getattr(other, name)}"
-        for name in fields
-        if getattr(one, name) != getattr(other, name)
-    ]
+    found = differences(one.settings, other.settings)
+    differing = [f"{name}: {a} -> {b}" for name, (a, b) in found.items()]
     if None not in (digests := (one.base_digest, other.base_digest)):
         differing += ["other weights of the base"] * (digests[0] != digests[1])
     return ", ".join(differing)

@@ -20,7 +20,7 @@ from mora_jax.io._paths import Location, as_path, parts
 from mora_jax.io._suggest import suggestion
 from mora_jax.io._tensors import CHUNK, DTYPES, TensorFile
 from mora_jax.paths import nearest
-from mora_jax.planning import Plan
+from mora_jax.plans import Plan
 from mora_jax.spec import AdapterSpec
 from mora_jax.tree import adapter_items
 

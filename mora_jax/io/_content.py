@@ -16,7 +16,7 @@ from mora_jax.io._format import layer_path, restore
 from mora_jax.io._json import dump, parse, short
 from mora_jax.io._tensors import decode
 from mora_jax.paths import adapter_path
-from mora_jax.planning import Plan
+from mora_jax.plans import Plan
 from mora_jax.spec import SUFFIX, AdapterSpec
 from mora_jax.tree import Tree, nest
 

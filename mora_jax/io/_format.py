@@ -1,6 +1,5 @@
 """An adapter's settings as JSON, and back."""
 
-import dataclasses
 import functools
 import math
 from collections.abc import Mapping
@@ -14,10 +13,9 @@ from mora_jax.axes import check_axes, sizes
 from mora_jax.io._errors import AdapterFileError
 from mora_jax.io._json import dump, short
 from mora_jax.operators import Operator, make_operator
-from mora_jax.paths import Path, nearest
-from mora_jax.spec import AdapterSpec, check_kernel
+from mora_jax.paths import Path, lacking
+from mora_jax.spec import AdapterSpec, check_kernel, operator_settings
 
-SIZES = {"in_features", "out_features", "square_rank"}
 LARGEST_WIDTH = 2**22
 """How many features a kernel may have that a file describes, on either side."""
 
@@ -31,7 +29,7 @@ def describe(spec: AdapterSpec, dtype: Any) -> dict[str, Any]:
         "path": list(spec.path),
         "kernel_shape": list(spec.kernel_shape),
         "axes": spec.axes,
-        "operator": settings(spec.operator),
+        "operator": operator_settings(spec.operator),
         "operator_check": list(fingerprint(spec.operator)),
         "square_rank": spec.operator.square_rank,
         "rank": budget(spec),
@@ -42,13 +40,6 @@ def describe(spec: AdapterSpec, dtype: Any) -> dict[str, Any]:
         "param_dtype": jnp.dtype(spec.param_dtype).name,
         "dtype": jnp.dtype(dtype).name,
     }
-
-
-def settings(operator: Operator) -> dict[str, Any]:
-    """Name and settings, the seed too, but no sizes."""
-    fields = {f.name for f in dataclasses.fields(operator) if f.init} - SIZES
-    values = {name: getattr(operator, name) for name in sorted(fields)}
-    return {"name": operator.name, **values}
 
 
 def budget(spec: AdapterSpec) -> int:
@@ -111,12 +102,14 @@ def _plain(key: Any) -> bool:
     return isinstance(key, str) and key not in ("", ".", "..")
 
 
-def restore(layer: Any, m: np.ndarray, base: Mapping[str, Any] | None) -> AdapterSpec:
+def restore(
+    layer: Any, m: np.ndarray | None, base: Mapping[str, Any] | None
+) -> AdapterSpec:
     """Undo `describe`: check everything, fill in nothing.
 
     Args:
       layer: as parsed.
-      m: the array that the file has for it.
+      m: the array that the file has for it; None in a file without arrays.
       base: {path: kernel} of the model that it must fit.
 
     Raises:
@@ -133,7 +126,7 @@ def restore(layer: Any, m: np.ndarray, base: Mapping[str, Any] | None) -> Adapte
         )
     check_axes(axes, len(shape))
     expected = (*sizes(shape, axes, "s"), q, q)
-    if m.shape != expected:
+    if m is not None and m.shape != expected:
         raise ValueError(f"M must have shape {expected}, got {m.shape}")
     if base is not None:
         _check_base(layer, base)
@@ -147,10 +140,13 @@ def restore(layer: Any, m: np.ndarray, base: Mapping[str, Any] | None) -> Adapte
         raise TypeError(f"operator must be an object, got {short(layer['operator'])}")
     chosen = dict(layer["operator"])
     seed = chosen.pop("seed", None)
-    if base is None and seed is not None and q * max(ins, outs) > LARGEST_ARRAY:
+    numbers = q * max(ins, outs) if seed is not None else 0
+    if m is None:  # whose size would have been bounded by that of its file
+        numbers = max(numbers, 4 * q * q)
+    if base is None and numbers > LARGEST_ARRAY:
         raise ValueError(
             f"a {short(chosen.get('name'))} of {ins} -> {outs} features takes too much "
-            "memory for a file alone to ask for; give params_or_shapes as well"
+            "memory for a file alone to ask for; give the model's params or plan, too"
         )
     spec = AdapterSpec(
         make_operator(chosen, ins, outs, q, seed=seed or 0),
@@ -163,7 +159,8 @@ def restore(layer: Any, m: np.ndarray, base: Mapping[str, Any] | None) -> Adapte
         execution=layer["execution"],
         path=tuple(layer["path"]),
     )
-    for key, value in describe(spec, m.dtype).items():
+    dtype = spec.param_dtype if m is None else m.dtype
+    for key, value in describe(spec, dtype).items():
         # As text, since True == 1 == 1.0.
         if key != "operator_check" and dump(value) != dump(layer[key]):
             raise ValueError(f"{key} must be {value!r}, got {short(layer[key])}")
@@ -174,7 +171,7 @@ def restore(layer: Any, m: np.ndarray, base: Mapping[str, Any] | None) -> Adapte
 def _check_base(layer: dict[str, Any], base: Mapping[str, Any]) -> None:
     name, shape = "/".join(layer["path"]), tuple(layer["kernel_shape"])
     if name not in base:
-        raise ValueError(f"the model has no such kernel{nearest(name, base)}")
+        raise ValueError(f"the model has no such kernel{lacking(name, base)}")
     if tuple(base[name].shape) != shape:
         raise ValueError(
             f"the model's kernel must have shape {shape}, got {tuple(base[name].shape)}"

@@ -11,7 +11,7 @@ from mora_jax.io._names import Names, pairs
 from mora_jax.io._peft_read import PREFIX
 from mora_jax.io._peft_write import free, modules, peft_config, write
 from mora_jax.operators._checks import positive_integer
-from mora_jax.planning import Plan
+from mora_jax.plans import Plan
 from mora_jax.spec import AdapterSpec
 
 

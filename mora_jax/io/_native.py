@@ -39,7 +39,7 @@ from mora_jax.io._json import MAX_BYTES, dump, plain, short
 from mora_jax.io._paths import Location, as_path
 from mora_jax.io._tensors import encode
 from mora_jax.paths import adapter_path, named_leaves, nearest
-from mora_jax.planning import Plan
+from mora_jax.plans import Plan
 from mora_jax.spec import AdapterSpec
 from mora_jax.tree import Tree, adapter_items
 

@@ -23,7 +23,8 @@ from mora_jax.io._suggest import suggestion_for
 from mora_jax.io._tensors import decode
 from mora_jax.operators import Operator
 from mora_jax.paths import adapter_path, named_leaves, nearest
-from mora_jax.planning import Plan, plan
+from mora_jax.planning import plan
+from mora_jax.plans import Plan
 from mora_jax.spec import AdapterSpec
 from mora_jax.tree import Tree, nest
 

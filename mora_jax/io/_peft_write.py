@@ -17,7 +17,7 @@ from mora_jax.io._reference import REFERENCE_GROUPS, reference_square_rank
 from mora_jax.io._suggest import suggestion
 from mora_jax.io._tensors import encode
 from mora_jax.operators import Rotation, Sharing
-from mora_jax.planning import Plan
+from mora_jax.plans import Plan
 from mora_jax.spec import AdapterSpec
 from mora_jax.tree import adapter_items
 

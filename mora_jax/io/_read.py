@@ -10,7 +10,7 @@ from mora_jax.io._names import Names
 from mora_jax.io._native import FORMAT, load
 from mora_jax.io._paths import as_path
 from mora_jax.io._peft_read import load_peft_mora
-from mora_jax.planning import Plan
+from mora_jax.plans import Plan
 from mora_jax.tree import Tree
 
 

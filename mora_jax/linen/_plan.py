@@ -6,11 +6,12 @@ from typing import Any
 import flax.linen as nn
 
 from mora_jax._proof import mark
-from mora_jax.config import MoRAConfig
+from mora_jax.config import MoRAConfig, check_config
 from mora_jax.layers import find_rules
 from mora_jax.linen._bound import Bound, check_model, params_of
 from mora_jax.paths import named_leaves
-from mora_jax.planning import Plan, plan_surveyed
+from mora_jax.planning import plan_surveyed
+from mora_jax.plans import Plan
 from mora_jax.spec import SUFFIX
 from mora_jax.tracing import Survey
 from mora_jax.tree import combine, nest
@@ -53,6 +54,7 @@ def plan(
        'value/kernel': 'ioo'}
     """
     check_model(model)
+    config = check_config(config, "plan(model, variables, config, *inputs)")
     params = params_of(variables)
     leaves = named_leaves(params)
     recorder = _Recorder()

@@ -6,11 +6,12 @@ from typing import Any
 
 import flax.linen as nn
 
+from mora_jax._warnings import warn
 from mora_jax.execution import adapt_call
 from mora_jax.layers import find_rules, unknown_use
 from mora_jax.linen._bound import Bound, check_model, params_of
 from mora_jax.paths import adapter_path
-from mora_jax.planning import Plan
+from mora_jax.plans import Plan, check_plan
 from mora_jax.spec import SUFFIX
 from mora_jax.tracing import refuse_untraced
 from mora_jax.tree import adapter_items, combine, nest, split
@@ -31,7 +32,10 @@ def wrap(model: nn.Module, plan: Plan) -> Callable[..., Any]:
       `apply(adapters, variables, *args, **kwargs)`: like `model.apply`, with the
       adapters first, so that `jax.grad` differentiates by them alone. Where the plan
       has dropout, `adapter_deterministic=` must be given; with False, keys come from
-      `rngs={"dropout": key}`.
+      `rngs={"dropout": key}`. The adapters are numbers alone, which cannot tell whether
+      they were made for this plan: a checkpoint should hold `io.plan_to_json(plan)`.
+      Collections other than params that a call updates, such as the statistics of
+      BatchNorm, are no part of the adapters, which a `MoRAWarning` says.
 
     Raises:
       TypeError: `model` is no Linen module; in a call: an adapter on a layer class that
@@ -53,8 +57,8 @@ def wrap(model: nn.Module, plan: Plan) -> Callable[..., Any]:
       True
     """
     check_model(model)
-    if not isinstance(plan, Plan):
-        raise TypeError(f"plan must be a Plan, got {type(plan).__name__}")
+    check_plan(plan)
+    warned = False
     needs_flag = any(spec.dropout > 0 for spec in plan.specs)
 
     def apply(
@@ -78,11 +82,27 @@ def wrap(model: nn.Module, plan: Plan) -> Callable[..., Any]:
         if not kwargs.get("mutable"):
             return result
         output, updated = result
+        nonlocal warned
+        kept = sorted(updated.keys() & variables.keys() - {"params", "cache"})
+        if kept and not warned:
+            warned = True
+            _warn_of_statistics(kept)
         if "params" in updated:
             updated = {**updated, "params": split(updated["params"])[0]}
         return output, updated
 
     return apply
+
+
+def _warn_of_statistics(collections: list[str]) -> None:
+    """Once for each wrapped model, where training moves more than the adapters."""
+    name = collections[0]
+    warn(
+        f"the call updates {', '.join(collections)}, which are part of the base and "
+        "neither in the adapters nor in what mora_jax.save and mora_jax.merge make. "
+        f"Keep updated[{name!r}] beside the adapters and pass it in variables, or "
+        "freeze it (BatchNorm: use_running_average=True, and not in mutable)"
+    )
 
 
 NORMALISING = (nn.WeightNorm, nn.SpectralNorm)

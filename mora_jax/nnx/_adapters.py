@@ -1,17 +1,16 @@
 """The adapters of a model as a tree: the same that a Linen twin has."""
 
-import dataclasses
+import re
 from collections.abc import Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
-from mora_jax._types import Shape
+from mora_jax.layer import concrete
 from mora_jax.nnx._param import MoRAParam
-from mora_jax.paths import Path, adapter_path
-from mora_jax.planning import Plan
+from mora_jax.paths import Path, adapter_path, unboxed
+from mora_jax.plans import Plan, refuse_other_plan
 from mora_jax.spec import SUFFIX, AdapterSpec
 from mora_jax.tree import Tree, adapter_items, nest
 
@@ -31,18 +30,13 @@ def variables(model: nnx.Module) -> list[tuple[AdapterSpec, MoRAParam]]:
     for path, module in layers(model):
         for name, m in vars(module).items():
             if isinstance(m, MoRAParam):
-                kernel = name.removesuffix(SUFFIX)
-                shape = tuple(getattr(module, kernel).shape)
-                found.append((_located(m.spec, (*path, kernel), shape), m))
+                # By M and not by its kernel, which may be quantized by now.
+                stack = tuple(m.shape[: m.ndim - len(m.spec.shape)])
+                kernel = (*path, name.removesuffix(SUFFIX))
+                found.append((m.spec.stacked(stack, kernel), m))
     if not found:
         raise ValueError("model has no adapters; see mora_jax.nnx.wrap")
     return sorted(found, key=lambda pair: pair[0].path)
-
-
-def _located(spec: AdapterSpec, path: Path, shape: Shape) -> AdapterSpec:
-    """`spec` for a layer that is part of a model now, and maybe one of a stack."""
-    axes = "s" * (len(shape) - len(spec.kernel_shape)) + spec.axes
-    return dataclasses.replace(spec, path=path, kernel_shape=shape, axes=axes)
 
 
 def parameters(model: nnx.Module) -> Tree:
@@ -84,29 +78,56 @@ def adapters(model: nnx.Module) -> Tree:
       >>> jax.tree.map(jnp.shape, adapters(model))
       {'layers': {'0': {'kernel_mora': (16, 16)}}}
     """
-    return nest({adapter_path(spec): m[...] for spec, m in variables(model)})
+    return nest({adapter_path(spec): unboxed(m) for spec, m in variables(model)})
 
 
-def set_adapters(model: nnx.Module, adapters: Any) -> None:
-    """Put M's, from a file or a Linen twin, into an adapted model.
+def set_adapters(
+    model: nnx.Module, adapters: Any, plan: Plan | str | None = None
+) -> None:
+    """Put M's, from a file, a Linen twin or another model, into an adapted model.
 
     Args:
       model: as `wrap` makes it; changed in place.
-      adapters: nested dicts, as `init` and `nnx.adapters` make them.
+      adapters: nested dicts, as `init` and `nnx.adapters` make them, or another model's
+        `nnx.state(other, MoRAParam)`, whose M's say what they were made for.
+      plan: what the adapters were made for: their plan, or its `digest()`. Nested dicts
+        hold numbers alone, so without it one cannot see whether they are for the
+        operators, seeds and alphas of this model.
 
     Raises:
-      ValueError: adapters that do not fit the model's plan.
+      TypeError: adapters that are no arrays; a plan that is none, nor a digest.
+      ValueError: adapters that do not fit the model's plan, or were made for another.
 
     Example::
 
       >>> import jax, jax.numpy as jnp
       >>> from flax import nnx
-      >>> from mora_jax.nnx import adapters, set_adapters, wrap
+      >>> from mora_jax.nnx import adapters, plan_of, set_adapters, wrap
       >>> model = wrap(nnx.Sequential(nnx.Linear(16, 16, rngs=nnx.Rngs(0))))
-      >>> set_adapters(model, jax.tree.map(jnp.ones_like, adapters(model)))
+      >>> digest = plan_of(model).digest()
+      >>> set_adapters(model, jax.tree.map(jnp.ones_like, adapters(model)), digest)
       >>> float(adapters(model)["layers"]["0"]["kernel_mora"].sum())
       256.0
     """
-    new = adapter_items(adapters, plan_of(model))
+    own = plan_of(model)
+    if isinstance(plan, Plan):
+        refuse_other_plan(plan, own)
+    elif isinstance(plan, str):
+        if not re.fullmatch("[0-9a-f]{64}", plan):
+            raise ValueError(
+                "a digest has 64 hexadecimal digits; mora_jax.io.plan_from_json makes "
+                "a plan of its JSON"
+            )
+        if plan != own.digest():
+            raise ValueError(
+                "the adapters were made for another plan than the model's: its digest "
+                f"is {own.digest()}, got {plan}"
+            )
+    elif plan is not None:
+        raise TypeError(f"plan must be a Plan or its digest, got {type(plan).__name__}")
+    new = [
+        (spec, concrete(f"{spec.name}{SUFFIX}", m))
+        for spec, m in adapter_items(adapters, own)
+    ]
     for (_, variable), (_, m) in zip(variables(model), new, strict=True):
-        variable[...] = jnp.asarray(m)
+        variable[...] = m

@@ -7,13 +7,14 @@ from typing import Any
 from flax import nnx
 
 from mora_jax._proof import mark
-from mora_jax.config import MoRAConfig
+from mora_jax.config import MoRAConfig, check_config
 from mora_jax.layers import LayerRule, first_rules
 from mora_jax.nnx._adapters import layers
 from mora_jax.nnx._classes import subclass
 from mora_jax.nnx._param import MoRAParam
 from mora_jax.paths import named_leaves
-from mora_jax.planning import Plan, plan_surveyed
+from mora_jax.planning import plan_surveyed
+from mora_jax.plans import Plan
 from mora_jax.tracing import Survey, refuse_untraced
 
 
@@ -51,6 +52,7 @@ def plan(
        'value/kernel': 'ioo'}
     """
     check_model(model)
+    config = check_config(config, "plan(model, config, *inputs)")
     params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
     survey = Survey()
     for path, module in layers(model):

@@ -6,6 +6,7 @@ from typing import Any
 import optax
 from flax import nnx
 
+from mora_jax.masks import check_transformation
 from mora_jax.nnx._adapters import variables
 from mora_jax.nnx._param import MoRAParam
 
@@ -60,6 +61,7 @@ def optimizer(model: nnx.Module, tx: optax.GradientTransformation) -> nnx.Optimi
       An optimizer; call `update(model, grads)`.
 
     Raises:
+      TypeError: `tx` is no transformation.
       ValueError: `model` has no adapters.
 
     Example: see `value_and_grad`.
@@ -72,4 +74,5 @@ def optimizer(model: nnx.Module, tx: optax.GradientTransformation) -> nnx.Optimi
       'MoRAParam'
     """
     variables(model)
+    check_transformation(tx)
     return nnx.Optimizer(model, tx, wrt=MoRAParam)

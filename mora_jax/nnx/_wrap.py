@@ -12,7 +12,7 @@ from mora_jax.nnx._classes import attach, detach
 from mora_jax.nnx._param import MoRAParam
 from mora_jax.nnx._plan import check_model, normalised
 from mora_jax.nnx._plan import plan as plan_model
-from mora_jax.planning import Plan
+from mora_jax.plans import Plan
 from mora_jax.tree import adapter_items, init
 
 Model = TypeVar("Model", bound=nnx.Module)
@@ -31,7 +31,10 @@ def wrap(
     paths of the parameters, so that a checkpoint of the base loads into it.
 
     Args:
-      model: any NNX module. It stays as it is, and shares its arrays with the result.
+      model: any NNX module. It stays as it is, and shares its arrays with the result:
+        a step to which the whole state of the result is donated deletes the base, too.
+        Donate the adapters alone, the first part of `nnx.split(model, MoRAParam, ...)`;
+        see docs/training-nnx.md.
       config: what to adapt, and how; or a plan, as `nnx.plan` makes it.
       rngs: for dropout, and for `init="gaussian"`.
 

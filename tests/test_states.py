@@ -1,0 +1,336 @@
+"""Where a tree is meant: states of NNX models are trees, models and others are not."""
+
+import dataclasses
+from typing import Any
+
+import chex
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import mora_jax
+from mora_jax import FrozenDense, MoRAConfig, combine, diagnostics, init, merge, plan
+from mora_jax.nnx import MoRAParam, adapters, plan_of, set_adapters, wrap
+
+CONFIG = MoRAConfig(rank=2, operator="orthogonal", seed=1)
+X = jax.random.normal(jax.random.key(0), (3, 12))
+
+
+def base():
+    """Eleven layers, whose numbers sort otherwise than their names."""
+    return nnx.Sequential(*(nnx.Linear(12, 12, rngs=nnx.Rngs(k)) for k in range(11)))
+
+
+def trained(model):
+    """With M's that all differ."""
+    new = {}
+    for spec, m in zip(
+        plan_of(model).specs, jax.tree.leaves(adapters(model)), strict=1
+    ):
+        key = jax.random.key(int(spec.path[1]))
+        new[spec.path[1]] = {"kernel_mora": 0.1 * jax.random.normal(key, m.shape)}
+    set_adapters(model, {"layers": new})
+    return model
+
+
+@pytest.fixture
+def case():
+    """(base, adapted model, its params as a state, its M's as a state, plan)."""
+    model = base()
+    adapted = trained(wrap(model, CONFIG))
+    params, state = nnx.state(model, nnx.Param), nnx.state(adapted, MoRAParam)
+    return model, adapted, params, state, plan_of(adapted)
+
+
+def test_a_state_is_planned_and_merged(case):
+    model, adapted, params, state, chosen = case
+    assert plan(params, CONFIG) == chosen
+    for given in (state, adapters(adapted)):
+        merged = merge(params, given, chosen)
+        assert jax.tree.structure(merged) == jax.tree.structure(params)
+        nnx.update(fresh := base(), merged)
+        np.testing.assert_allclose(fresh(X), adapted(X), atol=1e-5)
+        back = mora_jax.unmerge(merged, given, chosen)
+        chex.assert_trees_all_close(back, params, atol=1e-5)
+    plain = merge(nnx.to_pure_dict(params), state, chosen)
+    chex.assert_trees_all_equal(plain, nnx.to_pure_dict(merged))
+
+
+def test_a_state_folds_under_gradients(case):
+    model, _, params, state, chosen = case
+    graph = nnx.graphdef(model)
+
+    def loss(state):
+        folded = mora_jax.fold(params, state, chosen)
+        return jnp.sum(nnx.merge(graph, folded)(X) ** 2)
+
+    grads = jax.jit(jax.grad(loss))(state)
+    assert jax.tree.structure(grads) == jax.tree.structure(state)
+    assert all(jnp.abs(g).max() > 0 for g in jax.tree.leaves(grads))
+
+
+def test_what_a_state_says_is_what_a_tree_says(case, tmp_path):
+    _, adapted, params, state, chosen = case
+    plain, tree = nnx.to_pure_dict(params), adapters(adapted)
+    for function in (diagnostics.merge_loss, diagnostics.relative_norm):
+        assert function(params, state, chosen) == function(plain, tree, chosen)
+    chex.assert_trees_all_equal(
+        mora_jax.delta_weight(state, chosen), mora_jax.delta_weight(tree, chosen)
+    )
+    vector = mora_jax.ravel_adapters(state)
+    np.testing.assert_array_equal(vector, mora_jax.ravel_adapters(tree))
+    chex.assert_trees_all_equal(mora_jax.unravel_adapters(vector, chosen), tree)
+    again = mora_jax.unravel_adapters(vector, state)
+    chex.assert_trees_all_equal(again, state)
+    mora_jax.save(tmp_path, state, chosen)
+    loaded, same = mora_jax.load(tmp_path, params)
+    assert same == chosen
+    chex.assert_trees_all_equal(loaded, tree)
+
+
+def test_a_state_is_combined_split_and_masked(case):
+    _, adapted, params, state, _ = case
+    for given in (state, adapters(adapted)):
+        both = combine(params, given)
+        assert isinstance(both, nnx.State)
+        kept, extra = mora_jax.split(both)
+        chex.assert_trees_all_equal(kept, params)
+        vector = mora_jax.ravel_adapters(extra)
+        np.testing.assert_array_equal(vector, mora_jax.ravel_adapters(state))
+        with pytest.raises(ValueError, match="hold the adapter layers/0/kernel_mora"):
+            merge(both, given, plan_of(adapted))
+    both = combine(params, state)
+    mask = mora_jax.trainable_mask(both)
+    assert mask["layers"][3] == {"bias": False, "kernel": False, "kernel_mora": True}
+    tx = mora_jax.optimizer(optax.adam(1e-2), both)
+    updates, _ = tx.update(both, tx.init(both), both)
+    moved: Any = optax.apply_updates(both, updates)
+    before, after = (nnx.to_pure_dict(t)["layers"][3] for t in (both, moved))
+    np.testing.assert_array_equal(before["kernel"], after["kernel"])
+    assert (before["kernel_mora"] != after["kernel_mora"]).all()
+
+
+def test_linen_takes_the_m_of_a_state_as_arrays():
+    model = nn.Dense(12)
+    variables = model.init(jax.random.key(0), X)
+    layer = wrap(nnx.Linear(12, 12, rngs=nnx.Rngs(0)), CONFIG)
+    set_adapters(layer, {"kernel_mora": jnp.ones(layer.kernel_mora.shape)})
+    state = nnx.state(layer, MoRAParam)
+    both = combine(variables["params"], state)
+    assert isinstance(both["kernel_mora"], jax.Array)
+    chosen = mora_jax.linen.plan(model, variables, CONFIG, X)
+    apply = mora_jax.linen.wrap(model, chosen)
+    expected = apply(nnx.to_pure_dict(state), variables, X)
+    np.testing.assert_array_equal(apply(state, variables, X), expected)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_models_are_told_apart_from_trees(case, tmp_path):
+    model, adapted, params, state, chosen = case
+    mora_jax.save(tmp_path, state, chosen)
+    of_params = "params must be a tree .* got the model Sequential: .*nnx.Param"
+    of_adapters = "adapters must be a tree .* got the model Sequential: .*MoRAParam"
+    calls = {
+        of_params: [
+            lambda: plan(model),
+            lambda: plan({"inside": model}),
+            lambda: merge(model, state, chosen),
+            lambda: mora_jax.fold(model, state, chosen),
+            lambda: mora_jax.unmerge(model, state, chosen),
+            lambda: mora_jax.load(tmp_path, model),
+            lambda: combine(model, state),
+            lambda: mora_jax.trainable_mask(adapted),
+            lambda: diagnostics.merge_loss(model, state, chosen),
+            lambda: diagnostics.relative_norm(model, state, chosen),
+        ],
+        of_adapters: [
+            lambda: merge(params, adapted, chosen),
+            lambda: mora_jax.save(tmp_path, adapted, chosen),
+            lambda: mora_jax.delta_weight(adapted, chosen),
+            lambda: diagnostics.spectrum(adapted, chosen),
+            lambda: combine(params, adapted),
+            lambda: mora_jax.ravel_adapters(adapted),
+            lambda: set_adapters(adapted, adapted),
+        ],
+        "tree must be a tree of arrays, got the model": [
+            lambda: mora_jax.split(adapted)
+        ],
+        "got the model Dense: .*init.*mora_jax.linen": [
+            lambda: plan(nn.Dense(3)),
+            lambda: merge(nn.Dense(3), state, chosen),
+        ],
+    }
+    for message, group in calls.items():
+        for call in group:
+            with pytest.raises(TypeError, match=message):
+                call()
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_all_variables_are_told_apart_from_params(tmp_path):
+    variables = nn.Dense(12).init(jax.random.key(0), X)
+    chosen = plan(variables["params"])
+    adapters = init(chosen)
+    mora_jax.save(tmp_path, adapters, chosen)
+    calls = [
+        lambda: plan(variables),
+        lambda: merge(variables, adapters, chosen),
+        lambda: diagnostics.relative_norm(variables, adapters, chosen),
+        lambda: mora_jax.load(tmp_path, variables),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match=r"pass variables\['params'\]"):
+            call()
+
+
+def test_a_model_may_have_an_attribute_called_params():
+    class Net(nnx.Module):
+        def __init__(self):
+            self.params = nnx.Linear(12, 12, rngs=nnx.Rngs(0))
+
+        def __call__(self, x):
+            return self.params(x)
+
+    model = wrap(Net(), CONFIG)
+    assert list(plan_of(model)) == ["params/kernel"]
+    assert list(plan(nnx.state(Net(), nnx.Param), CONFIG)) == ["params/kernel"]
+    mora_jax.nnx.merge_adapters(model)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_what_is_no_tree_is_told():
+    params = {"kernel": jnp.ones((8, 8))}
+    chosen = plan(params)
+    adapters = init(chosen)
+    for wrong in ("gs://bucket/params", 3, jnp.ones((8, 8)), object()):
+        for call in (
+            lambda wrong=wrong: plan(wrong),
+            lambda wrong=wrong: merge(wrong, adapters, chosen),
+            lambda wrong=wrong: merge(params, wrong, chosen),
+            lambda wrong=wrong: mora_jax.trainable_mask(wrong),
+            lambda wrong=wrong: mora_jax.ravel_adapters(wrong),
+            lambda wrong=wrong: mora_jax.unravel_adapters(jnp.ones(3), wrong),
+            lambda wrong=wrong: combine(wrong, adapters),
+            lambda wrong=wrong: mora_jax.split(wrong),
+        ):
+            with pytest.raises(TypeError, match="must be (a tree|nested mappings)"):
+                call()
+    shapes = jax.eval_shape(lambda: adapters)
+    for function in (merge, mora_jax.fold):
+        with pytest.raises(TypeError, match="must be an array, got ShapeDtypeStruct"):
+            function(params, shapes, chosen)
+        with pytest.raises(TypeError, match="dtype must be a floating-point dtype"):
+            function(params, adapters, chosen, jnp.int8)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("key", "error", "message"),
+    [
+        (42, TypeError, r"such as jax.random.key\(42\), got 42"),
+        (np.ones(3), TypeError, "got ndarray"),
+        (nnx.Rngs(0), TypeError, "got Rngs"),
+        (jax.random.split(jax.random.key(0)), ValueError, "key must be one key"),
+    ],
+)
+def test_what_is_no_key_is_told(key, error, message):
+    params = {"kernel": jnp.ones((8, 8))}
+    frozen = FrozenDense.from_config(jnp.ones((8, 8)))
+    for given in (plan(params), frozen, plan(params, MoRAConfig(init="gaussian"))):
+        with pytest.raises(error, match=message):
+            init(given, key)
+    with pytest.raises(error, match=message):
+        mora_jax.mora_apply(init(frozen), frozen, jnp.ones((2, 8)), key=key)
+
+
+def test_raw_keys_are_keys():
+    chosen = plan({"kernel": jnp.ones((8, 8))}, MoRAConfig(init="gaussian"))
+    init(chosen, jax.random.PRNGKey(0))
+    jax.jit(lambda key: init(chosen, key))(jax.random.key(0))
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_one_layer_takes_a_variable_of_its_own_update():
+    layer = wrap(nnx.Linear(12, 12, rngs=nnx.Rngs(0)), CONFIG)
+    params, kernel = {"kernel_mora": layer.kernel_mora}, layer.kernel[...]
+    frozen = FrozenDense.from_config(kernel, layer.bias[...], config=CONFIG)
+    y = mora_jax.mora_apply(params, frozen, X)
+    np.testing.assert_allclose(y, layer(X), atol=1e-6)
+    other = dataclasses.replace(frozen, alpha=2.0)
+    for function in (mora_jax.delta_weight, lambda m, f: mora_jax.mora_apply(m, f, X)):
+        with pytest.raises(ValueError, match="made for alpha 1.0, not 2.0"):
+            function(params, other)
+        with pytest.raises(TypeError, match="frozen must be a .*, got int"):
+            function(params, 3)
+
+
+# --- kernels that are not floating-point ---
+
+
+@flax.struct.dataclass
+class Parts:
+    """A quantized kernel as qwix has it: it has a shape, a dtype, and parts."""
+
+    qvalue: jax.Array
+    scale: jax.Array
+    shape = property(lambda self: self.qvalue.shape)
+    dtype = property(lambda self: self.scale.dtype)
+
+
+QUANTIZED = {
+    "int8": jnp.ones((12, 12), jnp.int8),
+    "parts": Parts(jnp.ones((12, 12), jnp.int8), jnp.ones((1, 12))),
+}
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("kind", QUANTIZED)
+def test_quantized_kernels_are_refused_wherever_kernels_come_in(kind, tmp_path):
+    """A fold into int8 gave int8, and a gradient that was exactly zero."""
+    kernel = QUANTIZED[kind]
+    chosen = plan({"fc": {"kernel": jnp.ones((12, 12))}}, CONFIG)
+    adapters, params = init(chosen), {"fc": {"kernel": kernel}}
+    mora_jax.save(tmp_path, adapters, chosen)
+    frozen = FrozenDense.from_config(jnp.ones((12, 12)))
+    frozen = dataclasses.replace(frozen, kernel=kernel)
+    one = {"kernel_mora": jnp.zeros((9, 9))}
+
+    def loss(adapters):
+        folded = mora_jax.fold(params, adapters, chosen)["fc"]["kernel"]
+        return jnp.sum(jnp.asarray(folded, jnp.float32) ** 2)
+
+    calls = [
+        lambda: jax.grad(loss)(adapters),
+        lambda: merge(params, adapters, chosen),
+        lambda: mora_jax.unmerge(params, adapters, chosen),
+        lambda: diagnostics.merge_loss(params, adapters, chosen),
+        lambda: diagnostics.relative_norm(params, adapters, chosen),
+        lambda: mora_jax.load(tmp_path, params),
+        lambda: FrozenDense.from_config(kernel),
+        lambda: mora_jax.mora_apply(one, frozen, X),
+        lambda: mora_jax.delta_weight(one, frozen),
+    ]
+    for call in calls:
+        with pytest.raises((TypeError, ValueError), match="dequantise it first, or"):
+            call()
+
+
+@pytest.mark.parametrize("kind", QUANTIZED)
+def test_a_quantized_model_keeps_its_adapters_and_does_not_merge(kind):
+    model = wrap(nnx.Linear(12, 12, rngs=nnx.Rngs(0)), CONFIG)
+    tree, chosen = adapters(model), plan_of(model)
+    if kind == "int8":
+        model.kernel = nnx.Param(QUANTIZED[kind])
+    else:  # as qwix does it
+        model.kernel = nnx.data(
+            Parts(*map(nnx.Param, jax.tree.leaves(QUANTIZED[kind])))
+        )
+    chex.assert_trees_all_equal(adapters(model), tree)
+    assert plan_of(model).digest() == chosen.digest()
+    with pytest.raises((TypeError, ValueError), match="dequantise it first, or"):
+        mora_jax.nnx.merge_adapters(model)
