@@ -16,9 +16,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import PRNGKeyArray
 
+from mora_jax._interception import intercepted, undisturbed
 from mora_jax._types import ArrayLike, Shape
 from mora_jax.explicit import explicit_sharding, layout_of, left_to_xla
 from mora_jax.folding import Multiply, folded_product
@@ -29,6 +31,7 @@ from mora_jax.products import Contraction, KernelUpdate, Lookup, Product
 from mora_jax.spec import AdapterSpec
 
 
+@undisturbed
 def update(
     spec: AdapterSpec,
     m: ArrayLike,
@@ -109,6 +112,7 @@ def check_product(spec: AdapterSpec, product: Product) -> None:
         )
 
 
+@undisturbed
 def kernel_update(spec: AdapterSpec, m: ArrayLike) -> jax.Array:
     r"""The update as a kernel, :math:`\alpha\, C M D`, of the kernel's shape."""
     m = jnp.asarray(m)
@@ -166,7 +170,7 @@ def adapted_product(
     spec: AdapterSpec,
     m: ArrayLike,
     x: ArrayLike,
-    kernel: ArrayLike,
+    kernel: Any,
     product: Product,
     multiply: Multiply,
     *,
@@ -179,21 +183,46 @@ def adapted_product(
       spec: the adapter.
       m: M, as for `update`.
       x: the layer's input.
-      kernel: W, of the same dtype.
+      kernel: W, of the same dtype; or what stands for a quantized one, which `multiply`
+        understands.
       product: what `multiply` computes.
       multiply: the layer's own product.
       dropout_key: drops some of what the adapter sees of `x`; nothing is folded then.
       precision: of the product with M.
     """
     check_product(spec, product)
-    x, kernel = jnp.asarray(x), jnp.asarray(kernel)
-    if dropout_key is None and folds(spec, product, x, kernel.dtype):
-        return folded_product(spec, m, x, kernel, product, multiply, precision)
-    if dropout_key is None and fuses(spec, product, x):
-        assert isinstance(product, Contraction)
-        return fused_product(spec, m, x, kernel, product, multiply, precision)
+    x = jnp.asarray(x)
+    if _is_floating(kernel) and (
+        joined := _joined(spec, product, x, kernel.dtype, dropout_key)
+    ):
+        return joined(spec, m, x, jnp.asarray(kernel), product, multiply, precision)
     y = multiply(x, kernel)
     return _add_update(y, spec, m, x, product, dropout_key, precision)
+
+
+def _joined(
+    spec: AdapterSpec,
+    product: Product,
+    x: Any,
+    dtype: DTypeLike,
+    dropout_key: PRNGKeyArray | None,
+) -> Callable[..., jax.Array] | None:
+    """What computes product and update as one, if that is better here and may be done.
+
+    Not where another library computes the layer's product: it would be given, in place
+    of the kernel that it knows, one with an update, and round it.
+    """
+    if dropout_key is not None or intercepted():
+        return None
+    if folds(spec, product, x, dtype):
+        return folded_product
+    return fused_product if fuses(spec, product, x) else None
+
+
+def _is_floating(kernel: Any) -> bool:
+    """Whether it is an array that can be added to; a quantized kernel is not."""
+    is_array = isinstance(kernel, jax.Array | np.ndarray)
+    return is_array and jnp.issubdtype(kernel.dtype, jnp.floating)
 
 
 def adapt_call(
@@ -220,14 +249,12 @@ def adapt_call(
     """
     check_product(spec, product)
     precision = getattr(module, "precision", None)
-    if (
-        dropout_key is None
-        and rule.multiplies_by_dot_general(module)
-        and (folds(spec, product, x, jnp.float32) or fuses(spec, product, x))
+    if rule.multiplies_by_dot_general(module) and _joined(
+        spec, product, x, jnp.float32, dropout_key
     ):
 
         def dot_general(
-            x: ArrayLike, kernel: ArrayLike, dimension_numbers: Any, **settings: Any
+            x: ArrayLike, kernel: Any, dimension_numbers: Any, **settings: Any
         ) -> jax.Array:
             contracted, batch = dimension_numbers  # of lists, perhaps
             axes = tuple(map(tuple, contracted)), tuple(map(tuple, batch))
