@@ -1,13 +1,16 @@
 """Layer classes with an adapter, made from those without."""
 
+import contextlib
+import dataclasses
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import Any
 
 from flax import nnx
 
+from mora_jax._interception import intercepted
 from mora_jax.execution import adapt_call, check_product
 from mora_jax.layers import LayerRule, find_rules, first_rules, unknown_use
 from mora_jax.nnx._dropout import make_dropout
@@ -73,11 +76,42 @@ def call_adapted(
     m: Any = getattr(module, rule.name(module) + SUFFIX, None)
     if m is None:  # another kernel of the layer is adapted
         return call()
+    if isinstance(m, _Aside):  # by another thread
+        m = m.m
     dropout: Any = getattr(module, DROPOUT, None)
     key = None
     if dropout is not None and not dropout.deterministic:
         key = dropout.rngs()
-    return adapt_call(call, module, rule, m.spec, lambda: m[...], x, product, key)
+
+    def own_product() -> Any:
+        with _adapters_aside(module):
+            return call()
+
+    call_it = own_product if intercepted() else call
+    return adapt_call(call_it, module, rule, m.spec, lambda: m[...], x, product, key)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Aside:
+    """An M where only the adapter finds it."""
+
+    m: MoRAParam
+
+
+@contextlib.contextmanager
+def _adapters_aside(module: nnx.Module) -> Iterator[None]:
+    """No M among the module's parameters for now.
+
+    qwix asks what a product multiplies, and takes each array for a weight that has the
+    shape of some parameter: an input of (q, q) numbers would be M.
+    """
+    attributes = vars(module)
+    found = {name: v for name, v in attributes.items() if isinstance(v, MoRAParam)}
+    attributes.update({name: _Aside(m) for name, m in found.items()})
+    try:
+        yield
+    finally:
+        attributes.update(found)
 
 
 def attach(
