@@ -149,7 +149,9 @@ def _plan(
         settings, override = config.settings(name)
         try:
             axes = override or _axes(name, leaf, products)
-            spec = AdapterSpec.from_config(settings, tuple(leaf.shape), axes, path=path)
+            spec = AdapterSpec.from_config(
+                settings, tuple(leaf.shape), axes, path=path, kernel_dtype=leaf.dtype
+            )
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
         specs.append(spec)

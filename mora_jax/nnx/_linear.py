@@ -47,7 +47,9 @@ class MoRALinear(nnx.Linear):
     ):
         super().__init__(in_features, out_features, rngs=rngs, **kwargs)
         shape = (in_features, out_features)
-        spec = AdapterSpec.from_config(config or MoRAConfig(), shape)
+        spec = AdapterSpec.from_config(
+            config or MoRAConfig(), shape, kernel_dtype=self.kernel.dtype
+        )
         key = rngs.params() if spec.init == "gaussian" else None
         setattr(self, f"kernel{SUFFIX}", MoRAParam.of(spec, init_adapter(spec, key)))
         if spec.dropout > 0:
