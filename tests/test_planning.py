@@ -331,7 +331,7 @@ def test_layers_without_a_param_dtype_for_m_have_their_own():
     assert MoRALinear(8, 8, **settings).kernel_mora.dtype == half
 
 
-def test_a_spec_has_a_param_dtype():
+def test_a_spec_has_a_param_dtype(unchecked):
     spec = plan({"kernel": shape(8, 8)})["kernel"]
     with pytest.raises(TypeError, match="floating-point dtype, got None"):
         dataclasses.replace(spec, param_dtype=None)

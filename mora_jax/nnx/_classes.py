@@ -13,7 +13,7 @@ from flax import nnx
 from mora_jax._interception import intercepted
 from mora_jax.execution import adapt_call, check_product
 from mora_jax.layers import LayerRule, find_rules, first_rules, unknown_use
-from mora_jax.nnx._dropout import make_dropout
+from mora_jax.nnx._dropout import AdapterDropout
 from mora_jax.nnx._param import MoRAParam
 from mora_jax.spec import SUFFIX, AdapterSpec
 from mora_jax.tracing import refuse_untraced
@@ -73,7 +73,8 @@ def call_adapted(
 ) -> Any:
     """What `call()`, the layer's method, gives with its adapter."""
     product, x = rule.read(module, args, kwargs)
-    m: Any = getattr(module, rule.name(module) + SUFFIX, None)
+    kernel = rule.name(module)
+    m: Any = getattr(module, kernel + SUFFIX, None)
     if m is None:  # another kernel of the layer is adapted
         return call()
     if isinstance(m, _Aside):  # by another thread
@@ -81,14 +82,14 @@ def call_adapted(
     dropout: Any = getattr(module, DROPOUT, None)
     key = None
     if dropout is not None and not dropout.deterministic:
-        key = dropout.rngs()
+        key = dropout.key(m[...], getattr(module, kernel))
 
     def own_product() -> Any:
         with _adapters_aside(module):
             return call()
 
-    call_it = own_product if intercepted() else call
-    return adapt_call(call_it, module, rule, m.spec, lambda: m[...], x, product, key)
+    own = own_product if intercepted() else call
+    return adapt_call(own, module, rule, m.spec, lambda: m[...], x, product, key)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,8 +119,8 @@ def attach(
     module: nnx.Module,
     spec: AdapterSpec,
     m: Any,
-    rngs: nnx.Rngs | None,
     *,
+    seed: int,
     traced: bool,
 ) -> None:
     """Give `module` its adapter; one that would have no effect is refused."""
@@ -127,22 +128,15 @@ def attach(
     rule = first_rules(module).get(kernel)
     if rule is None:
         raise unknown_use(spec.name, cls, "__call__")
-    lifted: tuple[int, ...] = ()
     product = rule.product(module)
     if not traced:
         refuse_untraced(spec.name, product)
     if product is not None:
         check_product(spec, product)
-        lifted = spec.kernel_shape[: len(spec.axes) - len(product.axes)]
-    elif spec.dropout > 0 and "s" in spec.axes:
-        raise ValueError(
-            f"{spec.name}: dropout on a stacked layer needs an equation that the layer "
-            "knows before it is called; say dropout=0 in overrides for it"
-        )
     object.__setattr__(module, "__class__", adapted_class(cls))
     setattr(module, kernel + SUFFIX, MoRAParam.of(spec, m))
     if spec.dropout > 0:
-        setattr(module, DROPOUT, make_dropout(spec, rngs, lifted))
+        setattr(module, DROPOUT, AdapterDropout(spec.dropout, seed))
 
 
 def detach(module: nnx.Module) -> None:

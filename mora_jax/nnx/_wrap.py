@@ -23,6 +23,7 @@ def wrap(
     config: MoRAConfig | Plan | None = None,
     *,
     rngs: nnx.Rngs | None = None,
+    seed: int = 0,
 ) -> Model:
     """An unmodified model with adapters.
 
@@ -30,18 +31,25 @@ def wrap(
     update to what its methods return. All else is as it was: names, types and the
     paths of the parameters, so that a checkpoint of the base loads into it.
 
+    With `MoRAConfig(dropout=...)` the model drops in training until `model.eval()`,
+    which sampling and evaluation need; `model.train()` turns it on again. No generator
+    is in the model: what a layer drops depends on `seed`, on its M and on its kernel.
+    So the masks change whenever an optimizer changes M, and differ between layers; but
+    several calls at one state, such as the microbatches of one step, drop the same
+    positions.
+
     Args:
       model: any NNX module. It stays as it is, and shares its arrays with the result.
       config: what to adapt, and how; or a plan, as `nnx.plan` makes it.
-      rngs: for dropout, and for `init="gaussian"`.
+      rngs: for `init="gaussian"`.
+      seed: for dropout.
 
     Returns:
-      A new model. Its trainable state is `nnx.state(model, MoRAParam)`; `model.train()`
-      and `model.eval()` switch its dropout.
+      A new model. Its trainable state is `nnx.state(model, MoRAParam)`.
 
     Raises:
-      TypeError, ValueError: as `nnx.plan`; dropout or a Gaussian start without `rngs`;
-        a plan that does not fit the model.
+      TypeError, ValueError: as `nnx.plan`; a Gaussian start without `rngs`; a plan that
+        does not fit the model; a `seed` that is no number from 0 to 2^32 - 1.
 
     Example::
 
@@ -71,7 +79,7 @@ def wrap(
                 f"the plan has a kernel of shape {spec.kernel_shape} at {spec.name!r}, "
                 f"the model has {shape}"
             )
-        attach(module, spec, m, rngs, traced=chosen.traced)
+        attach(module, spec, m, seed=seed, traced=chosen.traced)
     return model
 
 
