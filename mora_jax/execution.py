@@ -26,7 +26,7 @@ from mora_jax.explicit import explicit_sharding, layout_of, left_to_xla
 from mora_jax.folding import Multiply, folded_product
 from mora_jax.fusing import fused_product, fuses
 from mora_jax.layers import LayerRule
-from mora_jax.layout import on_kernel, on_rows
+from mora_jax.layout import gather_m, on_kernel, on_rows
 from mora_jax.products import Contraction, KernelUpdate, Lookup, Product
 from mora_jax.spec import AdapterSpec
 
@@ -61,8 +61,7 @@ def update(
     """
     check_product(spec, product)
     m, x = jnp.asarray(m).astype(dtype), jnp.asarray(x)
-    if spec.layout is not None:
-        m = spec.layout.gather_m(m)
+    m = gather_m(m, spec.layout, x)
     kernel = _kernel_update(spec, product, m, precision)
     if isinstance(product, Lookup):  # an index is dropped with its row
         y = product.update(kernel, x)

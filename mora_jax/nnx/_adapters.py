@@ -7,6 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.core import Tracer
+from jax.sharding import NamedSharding
 
 from mora_jax._types import Shape
 from mora_jax.nnx._param import MoRAParam
@@ -48,6 +50,14 @@ def _located(spec: AdapterSpec, path: Path, shape: Shape) -> AdapterSpec:
 def parameters(model: nnx.Module) -> Tree:
     """The base's parameters as nested dicts."""
     return nnx.to_pure_dict(nnx.state(model, nnx.All(nnx.Param, nnx.Not(MoRAParam))))
+
+
+def named_sharding(variable: nnx.Variable[Any]) -> NamedSharding | None:
+    """How a mesh has the array of a variable; None in a trace, and on one device."""
+    (value,) = jax.tree.leaves(variable)
+    if not isinstance(value, jax.Array) or isinstance(value, Tracer):
+        return None
+    return value.sharding if isinstance(value.sharding, NamedSharding) else None
 
 
 def plan_of(model: nnx.Module) -> Plan:
@@ -92,7 +102,8 @@ def set_adapters(model: nnx.Module, adapters: Any) -> None:
 
     Args:
       model: as `wrap` makes it; changed in place.
-      adapters: nested dicts, as `init` and `nnx.adapters` make them.
+      adapters: nested dicts, as `init` and `nnx.adapters` make them. What is on one
+        device goes to the mesh that the model's M is on.
 
     Raises:
       ValueError: adapters that do not fit the model's plan.
@@ -109,4 +120,7 @@ def set_adapters(model: nnx.Module, adapters: Any) -> None:
     """
     new = adapter_items(adapters, plan_of(model))
     for (_, variable), (_, m) in zip(variables(model), new, strict=True):
-        variable[...] = jnp.asarray(m)
+        m, sharding = jnp.asarray(m), named_sharding(variable)
+        if sharding and not isinstance(m, Tracer) and not m.committed:
+            m = jax.device_put(m, sharding)
+        variable[...] = m

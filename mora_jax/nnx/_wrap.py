@@ -1,18 +1,27 @@
 """Adapters in unmodified models, and out of them again."""
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
+import jax
 from flax import nnx
 from jax.typing import DTypeLike
 
 from mora_jax.config import MoRAConfig
 from mora_jax.merging import merge
-from mora_jax.nnx._adapters import adapters, layers, parameters, plan_of
+from mora_jax.nnx._adapters import (
+    adapters,
+    layers,
+    named_sharding,
+    parameters,
+    plan_of,
+)
 from mora_jax.nnx._classes import attach, detach
 from mora_jax.nnx._param import MoRAParam
 from mora_jax.nnx._plan import check_model
 from mora_jax.nnx._plan import plan as plan_model
 from mora_jax.planning import Plan
+from mora_jax.sharding import adapter_sharding
+from mora_jax.spec import AdapterSpec
 from mora_jax.tree import adapter_items, init
 
 Model = TypeVar("Model", bound=nnx.Module)
@@ -45,7 +54,8 @@ def wrap(
       seed: for dropout.
 
     Returns:
-      A new model. Its trainable state is `nnx.state(model, MoRAParam)`.
+      A new model. Its trainable state is `nnx.state(model, MoRAParam)`. Where a kernel
+      is on a mesh of devices, its M is too, as `sharding.adapter_shardings` says.
 
     Raises:
       TypeError, ValueError: as `nnx.plan`; a Gaussian start without `rngs`; a plan that
@@ -79,8 +89,15 @@ def wrap(
                 f"the plan has a kernel of shape {spec.kernel_shape} at {spec.name!r}, "
                 f"the model has {shape}"
             )
+        m = _placed(m, spec, kernel)
         attach(module, spec, m, seed=seed, traced=chosen.traced)
     return model
+
+
+def _placed(m: jax.Array, spec: AdapterSpec, kernel: Any) -> jax.Array:
+    """M on the mesh that its kernel is on, so that no step has to move it there."""
+    sharding = named_sharding(kernel)
+    return jax.device_put(m, adapter_sharding(spec, sharding)) if sharding else m
 
 
 def unwrap(model: Model) -> Model:
