@@ -19,6 +19,7 @@ from jax.custom_derivatives import SymbolicZero
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
+from mora_jax._interception import undisturbed
 from mora_jax._types import ArrayLike
 
 
@@ -55,6 +56,7 @@ class _Call:
     treedef: Any
     transposed: bool = False
 
+    @undisturbed  # what is traced here is kept: by caches, or as a compiled program
     def __call__(self, *args: Any) -> jax.Array:
         *leaves, x = args
         apply = self.map.backward if self.transposed else self.map.forward

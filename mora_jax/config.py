@@ -60,7 +60,10 @@ class MoRAConfig:
       init: of M. "zeros" starts as an exact identity. "gaussian", of standard deviation
         1/sqrt(q), is AiDotNet's; it changes the model's outputs before the first step.
       dropout: rate on the adapter's input; the frozen path sees all of it.
-      param_dtype: of M.
+      param_dtype: of M. None takes the dtype of each kernel. That is for tools which
+        want one dtype in all leaves of a model, such as Tunix when it copies a bfloat16
+        model to a sampler on another mesh. Otherwise keep float32: updates of M that
+        are small beside M are lost in 16 bits.
       execution: how a dense layer computes. "activation" adds D(C(x) M) to its output,
         "fold" multiplies by W + C M D, made anew in each step; "auto" takes the one
         that was faster in measurements, by the layer's shape, its rows and its dtype.
@@ -93,7 +96,7 @@ class MoRAConfig:
     multiple_of: int | None = None
     init: str = "zeros"
     dropout: float = 0.0
-    param_dtype: DTypeLike = jnp.float32
+    param_dtype: DTypeLike | None = jnp.float32
     execution: str = "auto"
     targets: str | Iterable[str] = DEFAULT_TARGETS
     exclude: str | Iterable[str] = ()
@@ -145,7 +148,8 @@ class MoRAConfig:
         self._set("dropout", check_rate(self.dropout))
         check_choice("init", self.init, INITS)
         check_choice("execution", self.execution, EXECUTIONS)
-        self._set("param_dtype", floating_dtype(self.param_dtype))
+        if self.param_dtype is not None:
+            self._set("param_dtype", floating_dtype(self.param_dtype))
         check_seed(self.seed)
         self._set("seed", index(self.seed))
         for field in ("targets", "exclude"):
@@ -279,9 +283,9 @@ def check_rate(value: Any) -> float:
     return rate
 
 
-def floating_dtype(dtype: DTypeLike, name: str = "param_dtype") -> jnp.dtype:
+def floating_dtype(dtype: DTypeLike | None, name: str = "param_dtype") -> jnp.dtype:
     """`dtype` as a numpy dtype, if it is a real floating-point one."""
-    dtype = jnp.dtype(dtype)
-    if not jnp.issubdtype(dtype, jnp.floating):
-        raise TypeError(f"{name} must be a floating-point dtype, got {dtype}")
-    return dtype
+    found = None if dtype is None else jnp.dtype(dtype)  # numpy's None is float64
+    if found is None or not jnp.issubdtype(found, jnp.floating):
+        raise TypeError(f"{name} must be a floating-point dtype, got {found}")
+    return found

@@ -16,19 +16,22 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import PRNGKeyArray
 
+from mora_jax._interception import intercepted, undisturbed
 from mora_jax._types import ArrayLike, Shape
 from mora_jax.explicit import explicit_sharding, layout_of, left_to_xla
 from mora_jax.folding import Multiply, folded_product
 from mora_jax.fusing import fused_product, fuses
 from mora_jax.layers import LayerRule
-from mora_jax.layout import on_kernel, on_rows
+from mora_jax.layout import gather_m, on_kernel, on_rows
 from mora_jax.products import Contraction, KernelUpdate, Lookup, Product
 from mora_jax.spec import AdapterSpec
 
 
+@undisturbed
 def update(
     spec: AdapterSpec,
     m: ArrayLike,
@@ -58,8 +61,7 @@ def update(
     """
     check_product(spec, product)
     m, x = jnp.asarray(m).astype(dtype), jnp.asarray(x)
-    if spec.layout is not None:
-        m = spec.layout.gather_m(m)
+    m = gather_m(m, spec.layout, x)
     kernel = _kernel_update(spec, product, m, precision)
     if isinstance(product, Lookup):  # an index is dropped with its row
         y = product.update(kernel, x)
@@ -111,6 +113,7 @@ def check_product(spec: AdapterSpec, product: Product) -> None:
         )
 
 
+@undisturbed
 def kernel_update(spec: AdapterSpec, m: ArrayLike) -> jax.Array:
     r"""The update as a kernel, :math:`\alpha\, C M D`, of the kernel's shape."""
     m = jnp.asarray(m)
@@ -168,7 +171,7 @@ def adapted_product(
     spec: AdapterSpec,
     m: ArrayLike,
     x: ArrayLike,
-    kernel: ArrayLike,
+    kernel: Any,
     product: Product,
     multiply: Multiply,
     *,
@@ -181,21 +184,46 @@ def adapted_product(
       spec: the adapter.
       m: M, as for `update`.
       x: the layer's input.
-      kernel: W, of the same dtype.
+      kernel: W, of the same dtype; or what stands for a quantized one, which `multiply`
+        understands.
       product: what `multiply` computes.
       multiply: the layer's own product.
       dropout_key: drops some of what the adapter sees of `x`; nothing is folded then.
       precision: of the product with M.
     """
     check_product(spec, product)
-    x, kernel = jnp.asarray(x), jnp.asarray(kernel)
-    if dropout_key is None and folds(spec, product, x, kernel.dtype):
-        return folded_product(spec, m, x, kernel, product, multiply, precision)
-    if dropout_key is None and fuses(spec, product, x):
-        assert isinstance(product, Contraction)
-        return fused_product(spec, m, x, kernel, product, multiply, precision)
+    x = jnp.asarray(x)
+    if _is_floating(kernel) and (
+        joined := _joined(spec, product, x, kernel.dtype, dropout_key)
+    ):
+        return joined(spec, m, x, jnp.asarray(kernel), product, multiply, precision)
     y = multiply(x, kernel)
     return _add_update(y, spec, m, x, product, dropout_key, precision)
+
+
+def _joined(
+    spec: AdapterSpec,
+    product: Product,
+    x: Any,
+    dtype: DTypeLike,
+    dropout_key: PRNGKeyArray | None,
+) -> Callable[..., jax.Array] | None:
+    """What computes product and update as one, if that is better here and may be done.
+
+    Not where another library computes the layer's product: it would be given, in place
+    of the kernel that it knows, one with an update, and round it.
+    """
+    if dropout_key is not None or intercepted():
+        return None
+    if folds(spec, product, x, dtype):
+        return folded_product
+    return fused_product if fuses(spec, product, x) else None
+
+
+def _is_floating(kernel: Any) -> bool:
+    """Whether it is an array that can be added to; a quantized kernel is not."""
+    is_array = isinstance(kernel, jax.Array | np.ndarray)
+    return is_array and jnp.issubdtype(kernel.dtype, jnp.floating)
 
 
 def adapt_call(
@@ -222,14 +250,12 @@ def adapt_call(
     """
     check_product(spec, product)
     precision = getattr(module, "precision", None)
-    if (
-        dropout_key is None
-        and rule.multiplies_by_dot_general(module)
-        and (folds(spec, product, x, jnp.float32) or fuses(spec, product, x))
+    if rule.multiplies_by_dot_general(module) and _joined(
+        spec, product, x, jnp.float32, dropout_key
     ):
 
         def dot_general(
-            x: ArrayLike, kernel: ArrayLike, dimension_numbers: Any, **settings: Any
+            x: ArrayLike, kernel: Any, dimension_numbers: Any, **settings: Any
         ) -> jax.Array:
             contracted, batch = dimension_numbers  # of lists, perhaps
             axes = tuple(map(tuple, contracted)), tuple(map(tuple, batch))

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from mora_jax._linear import LinearMap, with_derivatives
 from mora_jax._types import ArrayLike, Shape
-from mora_jax.layout import Layout, on_kernel, on_rows
+from mora_jax.layout import Layout, gather_m, on_kernel, on_rows
 from mora_jax.operators import Operator
 from mora_jax.products import KernelUpdate, Product
 from mora_jax.spec import AdapterSpec
@@ -52,9 +52,7 @@ def folded_product(
     settings = Settings.of(spec, x, kernel, product, multiply, precision)
     maps = {1: UpdateByM(settings), 3: _ByX(settings)}
     folded = with_derivatives(_Folded(settings), maps)
-    m = jnp.asarray(m)
-    if spec.layout is not None:
-        m = spec.layout.gather_m(m)
+    m = gather_m(jnp.asarray(m), spec.layout, x)
     return folded(spec.operator, m, kernel, x)
 
 

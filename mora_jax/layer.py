@@ -77,7 +77,9 @@ class FrozenDense:
     ) -> "FrozenDense":
         """A layer with the adapter that `config` asks for."""
         check_kernel(kernel, "kernel")
-        spec = AdapterSpec.from_config(config, tuple(kernel.shape), axes)
+        spec = AdapterSpec.from_config(
+            config, tuple(kernel.shape), axes, kernel_dtype=kernel.dtype
+        )
         settings = {f: getattr(spec, f) for f in cls._shared}
         return cls(kernel, bias, **settings)
 

@@ -1,10 +1,12 @@
 """Where a kernel's features are on a mesh."""
 
 import dataclasses
+from typing import Any
 
 import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
+from mora_jax._linear import LinearMap
 from mora_jax._mesh import Axes, FeatureMesh
 from mora_jax._types import Shape
 from mora_jax.operators import Operator
@@ -33,12 +35,10 @@ class Layout:
         return any(axis in self.batch_axes for axes in self.axes for axis in axes)
 
     def gather_m(self, m: jax.Array) -> jax.Array:
-        """All of each M, wherever it is kept, or its split would spread to others."""
+        """`m` as it is used on the mesh, see `gather_m`."""
         if isinstance(self.mesh, AbstractMesh):  # explicit: its type says the same
             return m
-        stack = [PartitionSpec.UNCONSTRAINED] * (m.ndim - 2)
-        whole = NamedSharding(self.mesh, PartitionSpec(*stack, None, None))
-        return jax.lax.with_sharding_constraint(m, whole)
+        return _whole(m, self.mesh)
 
     def of_rows(self, axes: str, shape: Shape) -> FeatureMesh:
         """How inputs and outputs are split, by the features of a kernel."""
@@ -68,6 +68,51 @@ class Layout:
                 found.append(tuple(some))
         *inner, first = found or [()]
         return () if any(inner) else first
+
+
+def gather_m(m: jax.Array, layout: Layout | None, x: jax.Array) -> jax.Array:
+    """All of each M, wherever it is kept, and all of its gradient.
+
+    Else XLA might spread a split of M to others. And it would split the gradient as it
+    likes, with it the new M, and the next step would be compiled again.
+
+    Args:
+      m: M, (*stack, q, q).
+      layout: where the kernel's features are; None if it is not said.
+      x: the layer's input.
+    """
+    if layout is not None:
+        return layout.gather_m(m)
+    return m if _mesh_of(m) is _mesh_of(x) is None else _Whole()((), m)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Whole(LinearMap):
+    """The identity, for arrays that a mesh has by the type of the array itself.
+
+    In a program's own steps a type tells of the mesh; a cotangent that was made
+    outside of one, on one device, has none.
+    """
+
+    def forward(self, residuals: Any, x: jax.Array) -> jax.Array:
+        mesh = _mesh_of(x)
+        return x if mesh is None else _whole(x, mesh)
+
+    def backward(self, residuals: Any, y: jax.Array) -> jax.Array:
+        return self.forward(residuals, y)
+
+
+def _mesh_of(x: jax.Array) -> AbstractMesh | None:
+    """The mesh that `x` is on, if XLA decides how it splits `x`."""
+    mesh = jax.typeof(x).sharding.mesh
+    auto = not mesh.empty and set(mesh.axis_types) == {AxisType.Auto}
+    return mesh if auto else None
+
+
+def _whole(m: jax.Array, mesh: Mesh | AbstractMesh) -> jax.Array:
+    stack = [PartitionSpec.UNCONSTRAINED] * (m.ndim - 2)
+    spec = PartitionSpec(*stack, None, None)
+    return jax.lax.with_sharding_constraint(m, NamedSharding(mesh, spec))
 
 
 def on_rows(op: Operator, layout: Layout | None, axes: str, shape: Shape) -> Operator:

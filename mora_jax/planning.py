@@ -96,7 +96,9 @@ def _plan(params: Any, config: MoRAConfig, survey: Survey | None) -> Plan:
         settings, override = config.settings(name)
         try:
             axes = override or _axes(name, leaf, survey)
-            spec = AdapterSpec.from_config(settings, tuple(leaf.shape), axes, path=path)
+            spec = AdapterSpec.from_config(
+                settings, tuple(leaf.shape), axes, path=path, kernel_dtype=leaf.dtype
+            )
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
         specs.append(spec)

@@ -67,12 +67,20 @@ def adapter_shardings(
     """
     found: dict[Path, NamedSharding] = {}
     for spec, base in _kernel_shardings(plan, params_or_shardings, mesh):
-        axes = zip(spec.axes, _entries(base, spec), strict=True)
-        stack = [entry or None for letter, entry in axes if letter == "s"]
-        name = f"square, with q of {spec.operator.square_rank},"
-        own = _named_sharding(base.mesh, [*stack, *square], spec.shape, name)
-        found[adapter_path(spec)] = own
+        found[adapter_path(spec)] = adapter_sharding(spec, base, square)
     return nest(found)
+
+
+def adapter_sharding(
+    spec: AdapterSpec,
+    kernel: NamedSharding,
+    square: tuple[str | None, str | None] = (None, None),
+) -> NamedSharding:
+    """The sharding of one M by that of its kernel, see `adapter_shardings`."""
+    axes = zip(spec.axes, _entries(kernel, spec), strict=True)
+    stack = [entry or None for letter, entry in axes if letter == "s"]
+    name = f"square, with q of {spec.operator.square_rank},"
+    return _named_sharding(kernel.mesh, [*stack, *square], spec.shape, name)
 
 
 def shard(

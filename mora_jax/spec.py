@@ -94,12 +94,20 @@ class AdapterSpec:
         kernel_shape: Shape,
         axes: str = "io",
         path: tuple[str, ...] = ("kernel",),
+        *,
+        kernel_dtype: DTypeLike | None = None,
     ) -> "AdapterSpec":
-        """The adapter that `config` asks for on a kernel of `kernel_shape`."""
+        """The adapter that `config` asks for on a kernel of `kernel_shape`.
+
+        Where `config.param_dtype` is None, `kernel_dtype` must be given.
+        """
         config = check_config(config)
         check_axes(axes, len(kernel_shape))
         in_features = math.prod(sizes(kernel_shape, axes, "i"))
         out_features = math.prod(sizes(kernel_shape, axes, "o"))
+        param_dtype = config.param_dtype
+        if param_dtype is None:
+            param_dtype = floating_dtype(kernel_dtype)
         q, operator = config.square_rank, config.operator
         if q is None:
             operator = resolve_auto(operator, config.rank)
@@ -120,7 +128,7 @@ class AdapterSpec:
             alpha=config.alpha,
             dropout=config.dropout,
             init=config.init,
-            param_dtype=config.param_dtype,
+            param_dtype=param_dtype,
             execution=config.execution,
             path=path,
             rank=config.rank if config.square_rank is None else None,

@@ -512,37 +512,118 @@ def test_value_and_grad_of_another_argument_with_aux():
 # --- Dropout ---
 
 
+def dropped(model, x, scales):
+    """What `model` gives with its M's times each of `scales`."""
+    graph, ms, rest = nnx.split(model, mora.MoRAParam, ...)
+
+    @jax.jit
+    def at(scale, ms, rest):
+        return nnx.merge(graph, jax.tree.map(lambda m: m * scale, ms), rest)(x)
+
+    return np.stack([at(scale, ms, rest) for scale in scales])
+
+
 def test_dropout_follows_train_and_eval():
     config = MoRAConfig(rank=2, dropout=0.5)
     model = nnx.Linear(12, 12, rngs=nnx.Rngs(0))
-    adapted = trained(mora.wrap(model, config, rngs=nnx.Rngs(dropout=1)))
+    adapted = trained(mora.wrap(model, config))
     adapted.eval()
     still = adapted(X)
     np.testing.assert_allclose(still, mora.merge_adapters(adapted)(X), atol=1e-5)
     adapted.train()
-    first, second = adapted(X), adapted(X)
-    assert np.abs(first - second).max() > 1e-2  # a new key each time
-    mean = np.mean([run(adapted, X) for _ in range(400)], axis=0)
+    first, second, third = dropped(adapted, X, jnp.array([1, 1.000001, 1]))
+    chex.assert_trees_all_close(first, adapted(X), atol=1e-6)
+    chex.assert_trees_all_equal(first, third)  # by M alone, not by what ran before
+    assert np.abs(first - second).max() > 1e-2  # the smallest step is a new mask
+    mean = dropped(adapted, X, 1 + 1e-6 * jnp.arange(400)).mean(0)
     assert np.abs(mean - still).max() < 0.25 * np.abs(still - model(X)).max()
     assert type(mora.unwrap(adapted)) is nnx.Linear
-    assert not leaves(nnx.state(mora.unwrap(adapted), nnx.RngState))
+    assert "dropout_mora" not in vars(mora.unwrap(adapted))
+
+
+def test_dropout_drops_at_its_rate():
+    ones, config = jnp.ones((50, 40)), MoRAConfig(square_rank=40, dropout=0.3)
+    for seed in (0, 2**32 - 1):
+        model = nnx.Linear(40, 40, use_bias=False, rngs=nnx.Rngs(0))
+        adapted = mora.wrap(model, config, seed=seed)
+        mora.set_adapters(adapted, {"kernel_mora": jnp.eye(40)})
+        update = adapted(ones) - model(ones)
+        assert abs(np.mean(np.abs(update) < 1e-5) - 0.3) < 0.05
+        np.testing.assert_allclose(update.max(), 1 / 0.7, rtol=1e-5)
+    other = mora.wrap(model, config, seed=1)
+    mora.set_adapters(other, {"kernel_mora": jnp.eye(40)})
+    assert np.abs(other(ones) - adapted(ones)).max() > 1
+
+
+def test_dropout_differs_between_layers_at_the_start():
+    """Where every M is zero still."""
+    model = nnx.List([nnx.Linear(12, 12, rngs=nnx.Rngs(k)) for k in range(2)])
+    adapted = mora.wrap(model, MoRAConfig(rank=2, dropout=0.5))
+    first, second, again = (
+        jax.random.key_data(layer.dropout_mora.key(layer.kernel_mora[...], kernel))
+        for layer, kernel in (
+            (adapted[0], adapted[0].kernel),
+            (adapted[1], adapted[1].kernel),
+            (adapted[1], adapted[0].kernel),
+        )
+    )
+    assert (first != second).any() and (first == again).all()
 
 
 @pytest.mark.parametrize("name", ["scan", "vmap", "einsums", "normalised"])
 def test_dropout_in_stacks(name):
     model, _ = make(name)
     config = MoRAConfig(rank=2, dropout=0.5)
-    adapted = trained(mora.wrap(model, config, rngs=nnx.Rngs(0)))
+    adapted = trained(mora.wrap(model, config))
     adapted.train()
-    assert np.abs(run(adapted, X) - run(adapted, X)).max() > 1e-3
+    first, second, third = dropped(adapted, X, jnp.array([1, 1.000001, 1]))
+    assert np.abs(first - second).max() > 1e-3
+    chex.assert_trees_all_equal(first, third)
     adapted.eval()
     chex.assert_trees_all_equal(run(adapted, X), run(adapted, X))
 
 
+@pytest.mark.parametrize("transform", [lambda f: f, nnx.remat], ids=["", "remat"])
+def test_scanned_layers_drop_in_their_own_way(transform):
+    """Even with M's that are equal, as the zeros of the start are."""
+
+    class Stack(nnx.Module):
+        def __init__(self, rngs):
+            make = nnx.vmap(lambda rngs: nnx.Linear(16, 16, rngs=rngs))
+            self.layers = nnx.split_rngs(splits=3)(make)(rngs)
+
+        def __call__(self, x):
+            layer = transform(lambda layer, x: layer(x))
+            scan = nnx.scan(in_axes=(0, nnx.Carry), out_axes=(nnx.Carry, 0))
+            return scan(lambda one, x: (x, layer(one, x)))(self.layers, x)[1]
+
+    model = Stack(nnx.Rngs(0))
+    adapted = mora.wrap(model, MoRAConfig(square_rank=16, dropout=0.5))
+    ones = {"layers": {"kernel_mora": jnp.ones((3, 1, 1)) * jnp.eye(16)}}
+    mora.set_adapters(adapted, ones)
+    x = jnp.ones((4, 16))
+    kept = np.asarray(adapted(x) - model(x) > 1)
+    assert all((kept[k] != kept[k - 1]).any() for k in range(3))
+    chex.assert_trees_all_equal(adapted(x), adapted(x))
+
+
+def test_no_generator_is_in_the_state():
+    """Only the base's variables and M's: what a sampler or a checkpoint expects."""
+    model, _ = make("scan")
+    adapted = mora.wrap(model, MoRAConfig(rank=2, dropout=0.5))
+    kinds = {type(v) for _, v in nnx.to_flat_state(nnx.state(adapted))}
+    assert kinds == {nnx.Param, mora.MoRAParam}
+    layer = MoRALinear(
+        8, 8, config=MoRAConfig(rank=2, dropout=0.5), seed=3, rngs=nnx.Rngs(0)
+    )
+    assert set(nnx.state(layer)) == {"kernel", "bias", "kernel_mora"}
+    assert layer.dropout_mora.seed == 3
+    with pytest.raises(ValueError, match="seed must be in"):
+        mora.wrap(model, MoRAConfig(rank=2, dropout=0.5), seed=-1)
+
+
 def test_missing_rngs():
     model, _ = make("methods")
-    with pytest.raises(ValueError, match="dropout=0.5 needs rngs, got None"):
-        mora.wrap(model, MoRAConfig(rank=2, dropout=0.5))
     config = MoRAConfig(rank=2, init="gaussian")
     with pytest.raises(ValueError, match="init='gaussian' needs a key, got None"):
         mora.wrap(model, config)
@@ -572,9 +653,9 @@ def test_moralinear_settings():
     )
     assert layer.kernel_mora.dtype == jnp.float16 and layer.bias is None
     assert layer(X).dtype == jnp.bfloat16
-    assert (layer(X) != layer(X)).any()
+    dropping = layer(X)
     layer.eval()
-    assert (layer(X) == layer(X)).all()
+    assert (layer(X) != dropping).any()
 
 
 def test_moralinears_in_a_model_by_hand():
@@ -684,11 +765,10 @@ def test_equations_known_in_the_call():
     np.testing.assert_allclose(adapted(X), mora.merge_adapters(adapted)(X), atol=1e-5)
     axes = MoRAConfig(rank=2, targets=".*/w", overrides={".*": {"axes": "io"}})
     assert mora.plan_of(mora.wrap(model, axes)).specs[0].axes == "io"
-    # A stack of them: whether "s" is lifted is not known, nor are dropout's keys.
+    # A stack of them: whether "s" is lifted is not known, and dropout need not know.
     model.layer.w = nnx.Param(random(0, 3, 12, 8))
     config = MoRAConfig(targets=".*/w", overrides={".*": {"axes": "sio"}}, dropout=0.5)
-    with pytest.raises(ValueError, match="layer/w: dropout on a stacked layer needs"):
-        mora.wrap(model, config, rngs=nnx.Rngs(0))
+    assert mora.wrap(model, config).layer.dropout_mora.rate == 0.5
 
 
 def test_unknown_layers_are_refused():

@@ -19,6 +19,7 @@ import mora_jax
 from mora_jax import (
     FrozenDense,
     MoRAConfig,
+    MoRADense,
     MoRAWarning,
     combine,
     init,
@@ -26,6 +27,8 @@ from mora_jax import (
     plan,
     summary,
 )
+from mora_jax.nnx import MoRALinear
+from mora_jax.spec import AdapterSpec
 
 
 def shape(*sizes, dtype=jnp.float32):
@@ -338,6 +341,41 @@ def test_tied_but_not_adapted_is_fine():
 def test_bad_configs(settings, error, message):
     with pytest.raises(error, match=message):
         MoRAConfig(**settings)
+
+
+def test_without_a_param_dtype_m_has_that_of_its_kernel():
+    params = {
+        "a": {"kernel": shape(8, 8, dtype=jnp.bfloat16)},
+        "b": {"kernel": shape(8, 8, dtype=jnp.float16)},
+        "c": {"kernel": shape(8, 8, dtype=jnp.bfloat16)},
+    }
+    for config in (
+        MoRAConfig(
+            param_dtype=None, overrides={"c/kernel": {"param_dtype": jnp.float32}}
+        ),
+        MoRAConfig(overrides={"[ab]/kernel": {"param_dtype": None}}),
+    ):
+        dtypes = [m.dtype.name for m in jax.tree.leaves(init(plan(params, config)))]
+        assert dtypes == ["bfloat16", "float16", "float32"]
+
+
+def test_layers_without_a_param_dtype_for_m_have_their_own():
+    config, half = MoRAConfig(rank=2, param_dtype=None), jnp.bfloat16
+    frozen = FrozenDense.from_config(jnp.ones((8, 8), half), config=config)
+    assert init(frozen)["kernel_mora"].dtype == half
+    dense = MoRADense(8, config=config, param_dtype=half)
+    params = dense.init(jax.random.key(0), jnp.ones((1, 8)))["params"]
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(half)}
+    settings = {"config": config, "param_dtype": half, "rngs": nnx.Rngs(0)}
+    assert MoRALinear(8, 8, **settings).kernel_mora.dtype == half
+
+
+def test_a_spec_has_a_param_dtype(unchecked):
+    spec = plan({"kernel": shape(8, 8)})["kernel"]
+    with pytest.raises(TypeError, match="floating-point dtype, got None"):
+        dataclasses.replace(spec, param_dtype=None)
+    with pytest.raises(TypeError, match="floating-point dtype, got None"):
+        AdapterSpec.from_config(MoRAConfig(param_dtype=None), (8, 8))
 
 
 def test_config_is_hashable():

@@ -55,7 +55,10 @@ class MoRADense(nn.Dense):
           (..., features).
         """
         shape = (inputs.shape[-1], self.features)
-        spec = AdapterSpec.from_config(self.config, shape, path=(*self.path, "kernel"))
+        path = (*self.path, "kernel")
+        spec = AdapterSpec.from_config(
+            self.config, shape, path=path, kernel_dtype=self.param_dtype
+        )
         key = None
         if spec.dropout > 0 and not nn.merge_param(
             "deterministic", self.deterministic, deterministic

@@ -6,6 +6,8 @@ from typing import Any
 
 import jax
 from flax import nnx
+from jax.core import Tracer
+from jax.sharding import NamedSharding
 
 from mora_jax.layer import concrete
 from mora_jax.nnx._param import MoRAParam
@@ -42,6 +44,14 @@ def variables(model: nnx.Module) -> list[tuple[AdapterSpec, MoRAParam]]:
 def parameters(model: nnx.Module) -> Tree:
     """The base's parameters as nested dicts."""
     return nnx.to_pure_dict(nnx.state(model, nnx.All(nnx.Param, nnx.Not(MoRAParam))))
+
+
+def named_sharding(variable: nnx.Variable[Any]) -> NamedSharding | None:
+    """How a mesh has the array of a variable; None in a trace, and on one device."""
+    (value,) = jax.tree.leaves(variable)
+    if not isinstance(value, jax.Array) or isinstance(value, Tracer):
+        return None
+    return value.sharding if isinstance(value.sharding, NamedSharding) else None
 
 
 def plan_of(model: nnx.Module) -> Plan:
@@ -89,7 +99,8 @@ def set_adapters(
     Args:
       model: as `wrap` makes it; changed in place.
       adapters: nested dicts, as `init` and `nnx.adapters` make them, or another model's
-        `nnx.state(other, MoRAParam)`, whose M's say what they were made for.
+        `nnx.state(other, MoRAParam)`, whose M's say what they were made for. What is on
+        one device goes to the mesh that the model's M is on.
       plan: what the adapters were made for: their plan, or its `digest()`. Nested dicts
         hold numbers alone, so without it one cannot see whether they are for the
         operators, seeds and alphas of this model.
@@ -130,4 +141,7 @@ def set_adapters(
         for spec, m in adapter_items(adapters, own)
     ]
     for (_, variable), (_, m) in zip(variables(model), new, strict=True):
+        sharding = named_sharding(variable)
+        if sharding and not isinstance(m, Tracer) and not m.committed:
+            m = jax.device_put(m, sharding)
         variable[...] = m

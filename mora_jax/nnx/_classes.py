@@ -1,16 +1,19 @@
 """Layer classes with an adapter, made from those without."""
 
+import contextlib
+import dataclasses
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import Any
 
 from flax import nnx
 
+from mora_jax._interception import intercepted
 from mora_jax.execution import adapt_call, check_product
 from mora_jax.layers import LayerRule, find_rules, first_rules, unknown_use
-from mora_jax.nnx._dropout import make_dropout
+from mora_jax.nnx._dropout import AdapterDropout
 from mora_jax.nnx._param import MoRAParam
 from mora_jax.spec import SUFFIX, AdapterSpec
 from mora_jax.tracing import refuse_untraced
@@ -71,22 +74,54 @@ def call_adapted(
     """What `call`, the layer's method, gives with its adapter."""
     call = functools.partial(call, *args, **kwargs)
     product, x = rule.read(module, args, kwargs)
-    m: Any = getattr(module, rule.name(module) + SUFFIX, None)
+    kernel = rule.name(module)
+    m: Any = getattr(module, kernel + SUFFIX, None)
     if m is None:  # another kernel of the layer is adapted
         return call()
+    if isinstance(m, _Aside):  # by another thread
+        m = m.m
     dropout: Any = getattr(module, DROPOUT, None)
     key = None
     if dropout is not None and not dropout.deterministic:
-        key = dropout.rngs()
-    return adapt_call(call, module, rule, m.spec, lambda: m[...], x, product, key)
+        key = dropout.key(m[...], getattr(module, kernel))
+
+    def own_product() -> Any:
+        with _adapters_aside(module):
+            return call()
+
+    own = own_product if intercepted() else call
+    return adapt_call(own, module, rule, m.spec, lambda: m[...], x, product, key)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Aside:
+    """An M where only the adapter finds it."""
+
+    m: MoRAParam
+
+
+@contextlib.contextmanager
+def _adapters_aside(module: nnx.Module) -> Iterator[None]:
+    """No M among the module's parameters for now.
+
+    qwix asks what a product multiplies, and takes each array for a weight that has the
+    shape of some parameter: an input of (q, q) numbers would be M.
+    """
+    attributes = vars(module)
+    found = {name: v for name, v in attributes.items() if isinstance(v, MoRAParam)}
+    attributes.update({name: _Aside(m) for name, m in found.items()})
+    try:
+        yield
+    finally:
+        attributes.update(found)
 
 
 def attach(
     module: nnx.Module,
     spec: AdapterSpec,
     m: Any,
-    rngs: nnx.Rngs | None,
     *,
+    seed: int,
     traced: bool,
 ) -> None:
     """Give `module` its adapter; one that would have no effect is refused."""
@@ -94,22 +129,15 @@ def attach(
     rule = first_rules(module).get(kernel)
     if rule is None:
         raise unknown_use(spec.name, cls, "__call__")
-    lifted: tuple[int, ...] = ()
     product = rule.product(module)
     if not traced:
         refuse_untraced(spec.name, product)
     if product is not None:
         check_product(spec, product)
-        lifted = spec.kernel_shape[: len(spec.axes) - len(product.axes)]
-    elif spec.dropout > 0 and "s" in spec.axes:
-        raise ValueError(
-            f"{spec.name}: dropout on a stacked layer needs an equation that the layer "
-            "knows before it is called; say dropout=0 in overrides for it"
-        )
     object.__setattr__(module, "__class__", adapted_class(cls))
     setattr(module, kernel + SUFFIX, MoRAParam.of(spec, m))
     if spec.dropout > 0:
-        setattr(module, DROPOUT, make_dropout(spec, rngs, lifted))
+        setattr(module, DROPOUT, AdapterDropout(spec.dropout, seed))
 
 
 def detach(module: nnx.Module) -> None:

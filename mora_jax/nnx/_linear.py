@@ -6,7 +6,7 @@ from flax import nnx
 
 from mora_jax.config import MoRAConfig
 from mora_jax.nnx._classes import DROPOUT, adapted_class
-from mora_jax.nnx._dropout import make_dropout
+from mora_jax.nnx._dropout import AdapterDropout
 from mora_jax.nnx._param import MoRAParam
 from mora_jax.spec import SUFFIX, AdapterSpec, init_adapter
 
@@ -19,7 +19,8 @@ class MoRALinear(nnx.Linear):
       out_features: length of the output vectors.
       config: the adapter's settings; `targets`, `exclude` and `overrides` have no
         meaning here.
-      rngs: for the parameters, and the adapter's dropout if there is any.
+      rngs: for the parameters.
+      seed: for the adapter's dropout, see `mora_jax.nnx.wrap`.
       **kwargs: as for `nnx.Linear`.
 
     Example::
@@ -43,12 +44,13 @@ class MoRALinear(nnx.Linear):
         *,
         config: MoRAConfig | None = None,
         rngs: nnx.Rngs,
+        seed: int = 0,
         **kwargs: Any,
     ):
         super().__init__(in_features, out_features, rngs=rngs, **kwargs)
         shape = (in_features, out_features)
-        spec = AdapterSpec.from_config(config, shape)
+        spec = AdapterSpec.from_config(config, shape, kernel_dtype=self.kernel.dtype)
         key = rngs.params() if spec.init == "gaussian" else None
         setattr(self, f"kernel{SUFFIX}", MoRAParam.of(spec, init_adapter(spec, key)))
         if spec.dropout > 0:
-            setattr(self, DROPOUT, make_dropout(spec, rngs))
+            setattr(self, DROPOUT, AdapterDropout(spec.dropout, seed))

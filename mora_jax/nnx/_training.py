@@ -3,11 +3,13 @@
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import optax
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
 from mora_jax.masks import check_transformation
-from mora_jax.nnx._adapters import variables
+from mora_jax.nnx._adapters import named_sharding, variables
 from mora_jax.nnx._param import MoRAParam
 
 
@@ -73,6 +75,23 @@ def optimizer(model: nnx.Module, tx: optax.GradientTransformation) -> nnx.Optimi
       >>> opt.wrt.__name__
       'MoRAParam'
     """
-    variables(model)
     check_transformation(tx)
-    return nnx.Optimizer(model, tx, wrt=MoRAParam)
+    found = nnx.Optimizer(model, tx, wrt=MoRAParam)
+    shardings = (named_sharding(m) for _, m in variables(model))
+    placed = next((one for one in shardings if one is not None), None)
+    if placed is not None:
+        _put_counters(found, placed.mesh)
+    return found
+
+
+def _put_counters(optimizer: nnx.Optimizer, mesh: Any) -> None:
+    """What is nowhere in particular onto `mesh`, where the first step would put it.
+
+    The second step would see it there, and be compiled again.
+    """
+    everywhere = NamedSharding(mesh, PartitionSpec())
+
+    def put(leaf: jax.Array) -> jax.Array:
+        return leaf if leaf.committed else jax.device_put(leaf, everywhere)
+
+    nnx.update(optimizer, jax.tree.map(put, nnx.state(optimizer)))

@@ -1,18 +1,27 @@
 """Adapters in unmodified models, and out of them again."""
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
+import jax
 from flax import nnx
 from jax.typing import DTypeLike
 
 from mora_jax.config import MoRAConfig
 from mora_jax.merging import merge
-from mora_jax.nnx._adapters import adapters, layers, parameters, plan_of
+from mora_jax.nnx._adapters import (
+    adapters,
+    layers,
+    named_sharding,
+    parameters,
+    plan_of,
+)
 from mora_jax.nnx._classes import attach, detach
 from mora_jax.nnx._param import MoRAParam
 from mora_jax.nnx._plan import check_model, normalised
 from mora_jax.nnx._plan import plan as plan_model
 from mora_jax.plans import Plan
+from mora_jax.sharding import adapter_sharding
+from mora_jax.spec import AdapterSpec
 from mora_jax.tree import adapter_items, init
 
 Model = TypeVar("Model", bound=nnx.Module)
@@ -23,6 +32,7 @@ def wrap(
     config: MoRAConfig | Plan | None = None,
     *,
     rngs: nnx.Rngs | None = None,
+    seed: int = 0,
 ) -> Model:
     """An unmodified model with adapters.
 
@@ -30,21 +40,29 @@ def wrap(
     update to what its methods return. All else is as it was: names, types and the
     paths of the parameters, so that a checkpoint of the base loads into it.
 
+    With `MoRAConfig(dropout=...)` the model drops in training until `model.eval()`,
+    which sampling and evaluation need; `model.train()` turns it on again. No generator
+    is in the model: what a layer drops depends on `seed`, on its M and on its kernel.
+    So the masks change whenever an optimizer changes M, and differ between layers; but
+    several calls at one state, such as the microbatches of one step, drop the same
+    positions.
+
     Args:
       model: any NNX module. It stays as it is, and shares its arrays with the result:
         a step to which the whole state of the result is donated deletes the base, too.
         Donate the adapters alone, the first part of `nnx.split(model, MoRAParam, ...)`;
         see docs/training-nnx.md.
       config: what to adapt, and how; or a plan, as `nnx.plan` makes it.
-      rngs: for dropout, and for `init="gaussian"`.
+      rngs: for `init="gaussian"`.
+      seed: for dropout.
 
     Returns:
-      A new model. Its trainable state is `nnx.state(model, MoRAParam)`; `model.train()`
-      and `model.eval()` switch its dropout.
+      A new model. Its trainable state is `nnx.state(model, MoRAParam)`. Where a kernel
+      is on a mesh of devices, its M is too, as `sharding.adapter_shardings` says.
 
     Raises:
-      TypeError, ValueError: as `nnx.plan`; dropout or a Gaussian start without `rngs`;
-        a plan that does not fit the model.
+      TypeError, ValueError: as `nnx.plan`; a Gaussian start without `rngs`; a plan that
+        does not fit the model; a `seed` that is no number from 0 to 2^32 - 1.
 
     Example::
 
@@ -76,8 +94,15 @@ def wrap(
                 f"the plan has a kernel of shape {spec.kernel_shape} at {spec.name!r}, "
                 f"the model has {shape}"
             )
-        attach(module, spec, m, rngs, traced=chosen.traced)
+        m = _placed(m, spec, kernel)
+        attach(module, spec, m, seed=seed, traced=chosen.traced)
     return model
+
+
+def _placed(m: jax.Array, spec: AdapterSpec, kernel: Any) -> jax.Array:
+    """M on the mesh that its kernel is on, so that no step has to move it there."""
+    sharding = named_sharding(kernel)
+    return jax.device_put(m, adapter_sharding(spec, sharding)) if sharding else m
 
 
 def unwrap(model: Model) -> Model:

@@ -12,6 +12,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Float, Integer
 
+from mora_jax._interception import undisturbed
 from mora_jax._types import ArrayLike, Shape
 from mora_jax.operators._checks import check_array, positive_integer
 from mora_jax.operators._product import product
@@ -286,6 +287,7 @@ class Operator(abc.ABC):
 
 
 @functools.partial(jax.jit, static_argnames="precision")
+@undisturbed
 def _apply(
     op: Operator, m: ArrayLike, x: ArrayLike, precision: jax.lax.PrecisionLike
 ) -> jax.Array:
@@ -293,6 +295,7 @@ def _apply(
 
 
 @jax.jit
+@undisturbed
 def _delta_weight(op: Operator, m: ArrayLike) -> jax.Array:
     return op._delta(jnp.asarray(m))
 

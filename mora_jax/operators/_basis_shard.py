@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 
+from mora_jax._interception import matmul
 from mora_jax.operators._shard import Shard
 
 
@@ -21,10 +22,11 @@ class BasisShard(Shard):
         return whole._basis(side, start, size, dtype)
 
     def _meet(self, x: jax.Array) -> jax.Array:
-        return x @ self._rows("in", x.dtype)
+        return matmul(x, self._rows("in", x.dtype))
 
     def _spread(self, h: jax.Array) -> jax.Array:
-        return h @ self._rows("out", h.dtype).T
+        return matmul(h, self._rows("out", h.dtype).T)
 
     def _delta(self, m: jax.Array) -> jax.Array:
-        return self._rows("in", m.dtype) @ (m @ self._rows("out", m.dtype).T)
+        c, d = self._rows("in", m.dtype), self._rows("out", m.dtype)
+        return matmul(c, matmul(m, d.T))

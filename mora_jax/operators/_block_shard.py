@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from mora_jax._interception import matmul
 from mora_jax.operators._blocks import blocks, cycle
 from mora_jax.operators._shard import Shard
 
@@ -25,11 +26,11 @@ class BlockShard(Shard):
         # M multiplies whichever are fewer: those from here, or those for here.
         early = sum(h.shape[-2] for h, _ in parts) <= wanted
         if early:
-            parts = [(jnp.matmul(h, m, precision=precision), k) for h, k in parts]
+            parts = [(matmul(h, m, precision), k) for h, k in parts]
         placed = (_place(h, k - start, groups)[..., :wanted, :] for h, k in parts)
         h = sum(placed, jnp.zeros((), m.dtype))
         if not early:
-            h = jnp.matmul(h, m, precision=precision)
+            h = matmul(h, m, precision)
         if wanted == groups and not self._runs("out"):
             return whole._spread(h)
         q, size = self.square_rank, self.out_features

@@ -4,8 +4,8 @@ import dataclasses
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
+from mora_jax._interception import matmul
 from mora_jax._linear import LinearMap
 
 
@@ -32,12 +32,12 @@ class _Rows(LinearMap):
     precision: jax.lax.PrecisionLike
 
     def forward(self, residuals: Any, x: jax.Array) -> jax.Array:
-        return jnp.matmul(residuals, x, precision=self.precision)
+        return matmul(residuals, x, self.precision)
 
     def backward(self, residuals: Any, y: jax.Array) -> jax.Array:
         # One product of all blocks of all rows, not one for each block.
         h, by_h = (a.reshape(-1, a.shape[-1]) for a in (residuals, y))
-        return jnp.matmul(h.T, by_h, precision=self.precision)
+        return matmul(h.T, by_h, self.precision)
 
 
 @dataclasses.dataclass(frozen=True)

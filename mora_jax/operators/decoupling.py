@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mora_jax._interception import matmul
 from mora_jax._types import Shape
 from mora_jax.operators._base import Operator
 from mora_jax.operators._block_shard import BlockShard
@@ -126,7 +127,7 @@ class Decoupling(Operator):
         q = self.square_rank
         block, offset = places(indices, self.in_features, q)
         h = self._turn(jax.nn.one_hot(offset, q, dtype=m.dtype), block)
-        h = jnp.matmul(h, m, precision=precision)
+        h = matmul(h, m, precision)
         feeds = self._in_group(block)[..., None] == self._out_group(
             np.arange(self._places)
         )

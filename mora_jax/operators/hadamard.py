@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from mora_jax._interception import matmul
 from mora_jax._linear import LinearMap
 from mora_jax._types import ArrayLike
 from mora_jax.operators._base import Operator
@@ -76,12 +77,12 @@ class Hadamard(Operator):
 
     def _meet(self, x: jax.Array) -> jax.Array:
         if self._prefers_matrix(x, self.in_features):
-            return x @ _matrix(self.in_arrays, x.dtype)
+            return matmul(x, _matrix(self.in_arrays, x.dtype))
         return self._compress(x)
 
     def _spread(self, h: jax.Array) -> jax.Array:
         if self._prefers_matrix(h, self.out_features):
-            return h @ _matrix(self.out_arrays, h.dtype).T
+            return matmul(h, _matrix(self.out_arrays, h.dtype).T)
         return self._decompress(h)
 
     def _prefers_matrix(self, x: jax.Array, features: int) -> bool:
@@ -96,7 +97,7 @@ class Hadamard(Operator):
 
     def _delta(self, m: jax.Array) -> jax.Array:
         c, d = (_matrix(a, m.dtype) for a in (self.in_arrays, self.out_arrays))
-        return c @ (m @ d.T)
+        return matmul(c, matmul(m, d.T))
 
     def _basis(self, side: str, start: Any, size: int, dtype: Any) -> jax.Array:
         features = start + jnp.arange(size)
@@ -106,7 +107,7 @@ class Hadamard(Operator):
         self, m: jax.Array, indices: jax.Array, precision: jax.lax.PrecisionLike
     ) -> jax.Array:
         rows = _rows(indices, self.in_arrays, m.dtype)
-        return self._decompress(jnp.matmul(rows, m, precision=precision))
+        return self._decompress(matmul(rows, m, precision))
 
 
 def _odd_part(features: int) -> int:
@@ -127,7 +128,8 @@ def _project(
     *batch, features = x.shape
     b = odd.shape[0]
     x = x * jnp.asarray(signs).astype(x.dtype)
-    x = x.reshape(*batch, features // b, b) @ jnp.asarray(odd).astype(x.dtype)
+    x = x.reshape(*batch, features // b, b)
+    x = matmul(x, jnp.asarray(odd).astype(x.dtype))
     x = walsh_hadamard(x).reshape(*batch, features)
     return jnp.take(x, coordinates, axis=-1, mode="clip")
 
@@ -143,7 +145,7 @@ def _lift(
     h = jnp.pad(h, [(0, 0)] * len(batch) + [(0, 1)])
     x = jnp.take(h, entry, axis=-1, mode="clip")
     x = walsh_hadamard(x.reshape(*batch, features // b, b))
-    x = x @ jnp.asarray(odd).astype(x.dtype).T
+    x = matmul(x, jnp.asarray(odd).astype(x.dtype).T)
     return x.reshape(*batch, features) * jnp.asarray(signs).astype(x.dtype)
 
 

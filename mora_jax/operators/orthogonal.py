@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mora_jax._interception import matmul
 from mora_jax.operators._base import Operator
 from mora_jax.operators._basis_shard import BasisShard
 from mora_jax.operators._pytree import array_field, operator
@@ -56,10 +57,10 @@ class Orthogonal(Operator):
         return True
 
     def _compress(self, x: jax.Array) -> jax.Array:
-        return x @ jnp.asarray(self.in_basis).astype(x.dtype)
+        return matmul(x, jnp.asarray(self.in_basis).astype(x.dtype))
 
     def _decompress(self, h: jax.Array) -> jax.Array:
-        return h @ jnp.asarray(self.out_basis).astype(h.dtype).T
+        return matmul(h, jnp.asarray(self.out_basis).astype(h.dtype).T)
 
     def _basis(self, side: str, start: Any, size: int, dtype: Any) -> jax.Array:
         basis = jnp.asarray(getattr(self, f"{side}_basis"))
@@ -69,4 +70,4 @@ class Orthogonal(Operator):
         self, m: jax.Array, indices: jax.Array, precision: jax.lax.PrecisionLike
     ) -> jax.Array:
         rows = jnp.asarray(self.in_basis)[indices].astype(m.dtype)
-        return self._decompress(jnp.matmul(rows, m, precision=precision))
+        return self._decompress(matmul(rows, m, precision))

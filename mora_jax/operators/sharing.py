@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mora_jax._interception import matmul
 from mora_jax.operators._base import Operator
 from mora_jax.operators._blocks import add_cycles, cycle, places
 from mora_jax.operators._pytree import operator
@@ -107,7 +108,7 @@ class Sharing(Operator):
             group = _run_of(indices, self.in_features, q)
             h = jax.nn.one_hot(group, q, dtype=m.dtype)
         h = h * self._scale(self.in_features, h)
-        return self._decompress(jnp.matmul(h, m, precision=precision))
+        return self._decompress(matmul(h, m, precision))
 
     def _scale(self, features: int, like: jax.Array) -> np.ndarray:
         scale = math.sqrt(self.square_rank / features) if self.normalised else 1.0

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from mora_jax._interception import matmul
 from mora_jax.operators._base import Operator
 from mora_jax.operators._pytree import operator
 
@@ -43,4 +44,4 @@ class Truncation(Operator):
         self, m: jax.Array, indices: jax.Array, precision: jax.lax.PrecisionLike
     ) -> jax.Array:
         unit = jax.nn.one_hot(indices, self.square_rank, dtype=m.dtype)
-        return self._decompress(jnp.matmul(unit, m, precision=precision))
+        return self._decompress(matmul(unit, m, precision))

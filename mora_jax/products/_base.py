@@ -6,8 +6,8 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 import jax
-import jax.numpy as jnp
 
+from mora_jax._interception import matmul
 from mora_jax._types import Shape
 from mora_jax.axes import kernel_from_rows
 from mora_jax.operators import Operator
@@ -60,7 +60,7 @@ class KernelUpdate:
 
     def decompress(self, h: jax.Array) -> jax.Array:
         """D(h M): (..., q) -> (..., out_features)."""
-        h = jnp.matmul(h, self.m, precision=self.precision)
+        h = matmul(h, self.m, self.precision)
         return self.operator.decompress(h)
 
     def _stacked(self, function: Callable[..., Any], **settings: Any) -> Any:

@@ -1,0 +1,214 @@
+"""Adapters in models that qwix quantizes; run by test_interception.py.
+
+`python quantized.py plain-first` runs each adapted model as it is and then quantized,
+`quantized-first` the other way round. Each case has shapes of its own, so that no
+program of one serves another: the order is all that can make a difference.
+"""
+
+import sys
+import warnings
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import qwix
+from flax import nnx
+
+from mora_jax import MoRAConfig, MoRADense, combine, delta_weight, init, linen, split
+from mora_jax import nnx as mora
+
+warnings.simplefilter("error")
+warnings.simplefilter("ignore", DeprecationWarning)  # qwix uses old names of Flax
+
+QT = qwix.QtRule(weight_qtype="int8", act_qtype="int8")
+PTQ = qwix.QuantizationRule(weight_qtype="int8")
+
+
+def provider(kind: str) -> Any:
+    return qwix.QtProvider([QT]) if kind == "qt" else qwix.PtqProvider([PTQ])
+
+
+def exact(kernel: Any, x: Any) -> np.ndarray:
+    return np.asarray(x, np.float64) @ np.asarray(kernel, np.float64)
+
+
+def close(actual: Any, expected: Any, name: str) -> None:
+    scale = np.abs(expected).max()
+    np.testing.assert_allclose(
+        np.asarray(actual) / scale, expected / scale, atol=2e-6, err_msg=name
+    )
+
+
+class Case:
+    """A model of one adapted layer, and what it must give."""
+
+    def __init__(self, shape: tuple[int, int], rows: int, operator: str, kind: str):
+        random = np.random.default_rng(sum(shape))
+        self.kind = kind
+        self.x = jnp.asarray(random.normal(size=(rows, shape[0])), jnp.float32)
+        self.kernel = jnp.asarray(random.normal(size=shape), jnp.float32)
+        self.out = shape[1]
+        self.config = MoRAConfig(square_rank=8, operator=operator, alpha=2.0)
+        self.m = jnp.asarray(random.normal(size=(8, 8)), jnp.float32)
+        self.name = f"{type(self).__name__} {kind} {operator} {rows} rows"
+        self.make()
+
+    def plain(self) -> None:
+        close(self.adapted(), exact(self.kernel + self.delta(), self.x), self.name)
+
+    def quantized(self) -> None:
+        """qwix's own product, and the exact update; exact gradients of M."""
+        y, grads = self.run()
+        own = self.own()
+        if self.kind == "ptq":  # as of the kernel dequantized
+            close(own, exact(self.dequantized(), self.x), self.name)
+        close(y, own + exact(self.delta(), self.x), self.name)
+
+        def total(m):
+            return jnp.sum(self.x @ self.delta(m))
+
+        close(grads, np.asarray(jax.grad(total)(self.m)), self.name)
+
+    def delta(self, m: Any = None) -> Any:
+        (delta,) = jax.tree.leaves(
+            delta_weight(self.adapters(self.m if m is None else m), self.plan)
+        )
+        return delta
+
+
+class Linen(Case):
+    def make(self) -> None:
+        self.model = nn.Sequential([nn.Dense(self.out, use_bias=False)])
+        self.variables = {"params": {"layers_0": {"kernel": self.kernel}}}
+        self.plan = linen.plan(self.model, self.variables, self.config, self.x)
+
+    def adapters(self, m):
+        return jax.tree.map(lambda _: m, init(self.plan))
+
+    def adapted(self):
+        apply = linen.wrap(self.model, self.plan)
+        return apply(self.adapters(self.m), self.variables, self.x)
+
+    def quantize(self, model, variables):
+        model = qwix.quantize_model(model, provider(self.kind))
+        if self.kind == "ptq":
+            shapes = jax.eval_shape(model.init, jax.random.key(0), self.x)
+            params = qwix.quantize_params(variables["params"], shapes["params"])
+            variables = {"params": params}
+        return model, variables
+
+    def run(self):
+        model, variables = self.quantize(self.model, self.variables)
+        apply = linen.wrap(model, self.plan)  # a plan of floating-point kernels
+
+        def loss(m):
+            y = apply(self.adapters(m), variables, self.x)
+            return jnp.sum(y), y
+
+        grads, y = jax.grad(loss, has_aux=True)(self.m)
+        return y, grads
+
+    def own(self):
+        model, variables = self.quantize(self.model, self.variables)
+        self.quantized_kernel = variables["params"]["layers_0"]["kernel"]
+        return np.asarray(model.apply(variables, self.x))
+
+    def dequantized(self):
+        return qwix.dequantize(self.quantized_kernel.array)
+
+
+class Module(Linen):
+    """MoRADense in a model."""
+
+    def run(self):
+        layers = [MoRADense(self.out, use_bias=False, config=self.config)]
+        params = combine(self.variables["params"], self.adapters(self.m))
+        model, variables = self.quantize(nn.Sequential(layers), {"params": params})
+        assert isinstance(split(variables["params"])[1], dict)
+
+        def loss(m):
+            base, _ = split(variables["params"])
+            y = model.apply({"params": combine(base, self.adapters(m))}, self.x)
+            return jnp.sum(y), y
+
+        grads, y = jax.grad(loss, has_aux=True)(self.m)
+        return y, grads
+
+
+class Nnx(Case):
+    jit = False
+
+    def make(self) -> None:
+        settings = {"use_bias": False, "kernel_init": lambda *_: self.kernel}
+        layer = nnx.Linear(*self.kernel.shape, **settings, rngs=nnx.Rngs(0))
+        self.model = nnx.Sequential(layer)
+        self.wrapped = mora.wrap(self.model, self.config)
+        self.plan = mora.plan_of(self.wrapped)
+        mora.set_adapters(self.wrapped, self.adapters(self.m))
+
+    def adapters(self, m):
+        return jax.tree.map(lambda _: m, init(self.plan))
+
+    def adapted(self):
+        return self.wrapped(self.x)
+
+    def run(self):
+        model = qwix.quantize_model(self.wrapped, provider(self.kind), self.x)
+        (layer,) = model.layers
+        assert isinstance(layer.kernel_mora, mora.MoRAParam)
+        assert layer.kernel_mora.dtype == jnp.float32
+        grad = mora.value_and_grad(lambda model, x: jnp.sum(model(x)))
+        _, grads = grad(model, self.x)
+        run = (
+            nnx.jit(lambda model, x: model(x))
+            if self.jit
+            else lambda model, x: model(x)
+        )
+        (dm,) = jax.tree.leaves(grads)
+        return run(model, self.x), dm
+
+    def own(self):
+        model = qwix.quantize_model(self.model, provider(self.kind), self.x)
+        (self.layer,) = model.layers
+        return np.asarray(model(self.x))
+
+    def dequantized(self):
+        return qwix.dequantize(
+            jax.tree.map(
+                lambda leaf: leaf[...] if isinstance(leaf, nnx.Variable) else leaf,
+                self.layer.kernel.array,
+                is_leaf=lambda leaf: isinstance(leaf, nnx.Variable),
+            )
+        )
+
+
+class Jitted(Nnx):
+    jit = True
+
+
+CASES = (  # most have so many rows that the plain model folds
+    (Linen, "qt", 512, "rotation"),
+    (Nnx, "qt", 16, "orthogonal"),
+    (Jitted, "qt", 512, "sharing"),
+    (Linen, "ptq", 512, "sharing"),
+    (Linen, "ptq", 16, "sharing"),
+    (Module, "ptq", 512, "truncation"),
+    (Nnx, "ptq", 512, "decoupling"),
+)
+
+
+def main(order: str) -> None:
+    runs = [Case.plain, Case.quantized]
+    made = [
+        cls((16 + 8 * k, 24), rows, operator, kind)
+        for k, (cls, kind, rows, operator) in enumerate(CASES)
+    ]
+    for run in runs if order == "plain-first" else reversed(runs):
+        for case in made:
+            run(case)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

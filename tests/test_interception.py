@@ -1,0 +1,127 @@
+"""What other libraries do to JAX's products while a model runs does not reach ours."""
+
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from mora_jax import FrozenDense, MoRAConfig, _interception, init, mora_apply
+from mora_jax import nnx as mora
+
+qwix = pytest.importorskip("qwix")
+
+# qwix uses old names of Flax.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+SCRIPT = Path(__file__).parent / "quantized.py"
+
+
+@pytest.mark.parametrize("order", ["plain-first", "quantized-first"])
+def test_what_ran_before_makes_no_difference(order):
+    """Linen and NNX, QT and PTQ, added and folded, in a process of their own."""
+    env = os.environ | {"PYTHONPATH": str(SCRIPT.parents[1])}
+    subprocess.run([sys.executable, str(SCRIPT), order], env=env, check=True)
+
+
+def test_an_input_of_the_shape_of_m_is_no_weight():
+    """qwix looks for weights by their shapes."""
+    model = nnx.Linear(8, 12, use_bias=False, rngs=nnx.Rngs(0))
+    adapted = mora.wrap(model, MoRAConfig(square_rank=8))
+    mora.set_adapters(adapted, {"kernel_mora": jnp.eye(8)})
+    x = jax.random.normal(jax.random.key(0), (8, 8))
+    own, both = (
+        qwix.quantize_model(one, qwix.QtProvider([rule()]), x)(x)
+        for one in (model, adapted)
+    )
+    np.testing.assert_allclose(both - own, adapted(x) - model(x), atol=1e-5)
+
+
+def rule():
+    return qwix.QtRule(weight_qtype="int8", act_qtype="int8")
+
+
+class Raw(nnx.Module):
+    """A product that JAX itself caches, as a quantized one."""
+
+    def __init__(self, features):
+        self.w = nnx.Param(jnp.ones((features, features)))
+
+    def __call__(self, x):
+        return jnp.matmul(x, self.w[...])
+
+
+def test_a_quantized_product_in_jax_own_caches_is_not_ours():
+    q, x = 11, jax.random.normal(jax.random.key(0), (13, 11))
+    qwix.quantize_model(Raw(q), qwix.QtProvider([rule()]), x)
+    config = MoRAConfig(square_rank=q, operator="truncation", execution="activation")
+    frozen = FrozenDense.from_config(jnp.zeros((q, q)), config=config)
+    m = jax.random.normal(jax.random.key(1), (q, q))
+    y = mora_apply({"kernel_mora": m}, frozen, x)
+    np.testing.assert_allclose(y, np.asarray(x, np.float64) @ np.asarray(m), atol=1e-5)
+
+
+def test_interception_is_seen_where_it_is(monkeypatch):
+    assert not _interception.intercepted()
+    original = jax.lax.dot_general
+    seen = []
+
+    def dot_general(*args, **kwargs):
+        seen.append(_interception.intercepted())
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(jax.lax, "dot_general", dot_general)
+    frozen = FrozenDense.from_config(
+        jnp.ones((16, 16)), config=MoRAConfig(rank=2, execution="fold")
+    )
+    x = jnp.ones((4, 16))
+    mora_apply(init(frozen), frozen, x)
+    assert _interception.intercepted()
+    monkeypatch.undo()
+    assert not _interception.intercepted()
+
+
+def test_a_qwix_that_cannot_be_turned_off_is_an_error(monkeypatch):
+    model = mora.wrap(nnx.Linear(8, 12, rngs=nnx.Rngs(0)), MoRAConfig(square_rank=4))
+    switch = sys.modules["qwix._src.interception"]
+    monkeypatch.delattr(switch, "disable_interceptions")
+    model(jnp.ones((3, 8)))  # no quantized model runs
+    with pytest.raises(RuntimeError, match=f"version .{qwix.__version__}.*known"):
+        qwix.quantize_model(model, qwix.QtProvider([rule()]), jnp.ones((3, 8)))
+
+
+def test_another_thread_is_not_turned_off():
+    """Its model is quantized as if nobody else were there."""
+    model, x = nnx.Linear(8, 12, rngs=nnx.Rngs(0)), jnp.linspace(-1, 1, 24)
+    x = x.reshape(3, 8)
+    expected = qwix.quantize_model(model, qwix.QtProvider([rule()]), x)(x)
+    inside, go_on = threading.Event(), threading.Event()
+
+    @_interception.undisturbed
+    def wait():
+        inside.set()
+        go_on.wait(60)
+
+    class Waits(nnx.Module):
+        def __call__(self, x):
+            wait()
+            return x
+
+    def other():
+        qwix.quantize_model(Waits(), qwix.QtProvider([rule()]), x)
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    try:
+        assert inside.wait(60)
+        y = qwix.quantize_model(model, qwix.QtProvider([rule()]), x)(x)
+    finally:
+        go_on.set()
+        thread.join()
+    np.testing.assert_array_equal(y, expected)
