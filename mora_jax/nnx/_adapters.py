@@ -102,8 +102,7 @@ def set_adapters(model: nnx.Module, adapters: Any) -> None:
 
     Args:
       model: as `wrap` makes it; changed in place.
-      adapters: nested dicts, as `init` and `nnx.adapters` make them. What is on one
-        device goes to the mesh that the model's M is on.
+      adapters: nested dicts, as `init` and `nnx.adapters` make them.
 
     Raises:
       ValueError: adapters that do not fit the model's plan.
@@ -120,7 +119,4 @@ def set_adapters(model: nnx.Module, adapters: Any) -> None:
     """
     new = adapter_items(adapters, plan_of(model))
     for (_, variable), (_, m) in zip(variables(model), new, strict=True):
-        m, sharding = jnp.asarray(m), named_sharding(variable)
-        if sharding and not isinstance(m, Tracer) and not m.committed:
-            m = jax.device_put(m, sharding)
-        variable[...] = m
+        variable[...] = jnp.asarray(m)
