@@ -64,9 +64,9 @@ test-all: env ## all tests
 	$(run) -m pytest -m "" $(PYTEST_ARGS)
 
 test-tunix: VENV = .venv-tunix
-test-tunix: ## Tunix's Qwen2 with adapters, in an environment of its own
+test-tunix: ## adapters in Tunix and in qwix's models, in an environment of its own
 	$(setup) tunix
-	$(run) -m pytest tests/with_tunix
+	$(run) -m pytest tests/with_tunix tests/test_interception.py
 
 test-peft: VENV = .venv-torch
 test-peft: ## Hugging Face PEFT loads what we export, in an environment with PyTorch

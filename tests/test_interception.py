@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from mora_jax import FrozenDense, MoRAConfig, _interception, init, mora_apply
+from mora_jax import FrozenDense, MoRAConfig, _interception, mora_apply
 from mora_jax import nnx as mora
 
 qwix = pytest.importorskip("qwix")
@@ -67,24 +67,27 @@ def test_a_quantized_product_in_jax_own_caches_is_not_ours():
     np.testing.assert_allclose(y, np.asarray(x, np.float64) @ np.asarray(m), atol=1e-5)
 
 
-def test_interception_is_seen_where_it_is(monkeypatch):
+def test_interception_by_any_library_is_seen(monkeypatch):
+    """Its product is given the kernel as it is, without an update in it."""
+    original, operands = jax.lax.dot_general, []
+
+    def dot_general(x, kernel, *args, **settings):
+        operands.append(kernel)
+        return original(x, kernel, *args, **settings)
+
     assert not _interception.intercepted()
-    original = jax.lax.dot_general
-    seen = []
-
-    def dot_general(*args, **kwargs):
-        seen.append(_interception.intercepted())
-        return original(*args, **kwargs)
-
     monkeypatch.setattr(jax.lax, "dot_general", dot_general)
-    frozen = FrozenDense.from_config(
-        jnp.ones((16, 16)), config=MoRAConfig(rank=2, execution="fold")
-    )
-    x = jnp.ones((4, 16))
-    mora_apply(init(frozen), frozen, x)
     assert _interception.intercepted()
+    settings = {"use_bias": False, "dot_general": jax.lax.dot_general}
+    model = nnx.Linear(8, 12, **settings, rngs=nnx.Rngs(0))
+    adapted = mora.wrap(model, MoRAConfig(square_rank=8, execution="fold"))
+    mora.set_adapters(adapted, {"kernel_mora": jnp.eye(8)})
+    y = adapted(jnp.ones((4, 8)))
+    (kernel,) = (one for one in operands if one.shape == (8, 12))
+    np.testing.assert_array_equal(kernel, model.kernel[...])
     monkeypatch.undo()
     assert not _interception.intercepted()
+    np.testing.assert_allclose(adapted(jnp.ones((4, 8))), y, atol=1e-5)
 
 
 def test_a_qwix_that_cannot_be_turned_off_is_an_error(monkeypatch):

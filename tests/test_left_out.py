@@ -140,6 +140,30 @@ def test_quantized_kernels_are_named():
     assert "a/kernel/array/scale: quantized" in str(plan)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:qwix")
+def test_what_qwix_quantized_is_named():
+    qwix = pytest.importorskip("qwix")
+    rule = qwix.QuantizationRule(module_path="a", weight_qtype="int8")
+    x = jnp.ones((2, 16))
+
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(16, name="b")(nn.Dense(16, name="a")(x))
+
+    variables = Net().init(KEY, x)
+    model = qwix.quantize_model(Net(), qwix.PtqProvider([rule]))
+    like = jax.eval_shape(model.init, KEY, x)["params"]
+    params = qwix.quantize_params(variables["params"], like)
+    for make in (
+        lambda: linen.plan(model, {"params": params}, None, x),
+        lambda: mora_jax.plan(params),
+    ):
+        with pytest.warns(LeftOutWarning, match="a/kernel/array/qvalue: quantized"):
+            plan = make()
+        assert list(plan) == ["b/kernel"]
+
+
 # --- Patterns that match nothing ---
 
 

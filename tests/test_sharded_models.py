@@ -1,5 +1,6 @@
 """Whole models on a mesh: scanned layers, heads, experts; Linen and NNX."""
 
+import re
 from typing import Any
 
 import flax.linen as nn
@@ -7,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import llama
 import numpy as np
+import optax
 import pytest
 from collectives import collectives
 from flax import nnx
@@ -14,7 +16,7 @@ from flax.linen.spmd import logical_to_mesh_sharding
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import mora_jax
-from mora_jax import MoRAConfig, linen, sharding
+from mora_jax import MoRAConfig, init, linen, sharding
 from mora_jax.nnx import MoRAParam, wrap
 from mora_jax.operators import OPERATORS
 
@@ -384,3 +386,104 @@ def test_other_layers_learn_as_on_one_device(names, operator):
         jax.tree.leaves(got_grads), jax.tree.leaves(grads), strict=True
     ):
         np.testing.assert_allclose(one, other, atol=1e-5 * np.abs(other).max())
+
+
+# --- M keeps its sharding, and a step its program ---
+
+SPLIT = {0: P("data", "model"), 2: P("model", "data")}
+
+
+def compiled(caplog, name):
+    """How often `name` was compiled, by what JAX logs."""
+    pattern = re.compile(rf"Compiling (jit\()?{name}\b")
+    return sum(bool(pattern.match(record.getMessage())) for record in caplog.records)
+
+
+def same_shardings(before, after):
+    for one, other in zip(before, jax.tree.leaves(after), strict=True):
+        assert other.sharding.is_equivalent_to(one, other.ndim)
+
+
+@pytest.mark.parametrize("execution", ["activation", "fold"])
+@pytest.mark.parametrize("operator", FEW)
+def test_an_nnx_step_is_compiled_once(operator, execution, caplog):
+    """Nobody places M or the optimizer's state; the plan says nothing of the mesh."""
+    model, everywhere = make_plain(), NamedSharding(MESH, P())
+    for k, spec in SPLIT.items():
+        layer: Any = model.layers[k]
+        layer.bias[...] = jax.device_put(layer.bias[...], everywhere)
+        place = NamedSharding(MESH, spec)
+        layer.kernel[...] = jax.device_put(layer.kernel[...], place)
+    config = MoRAConfig(square_rank=16, operator=operator, execution=execution)
+    model = wrap(model, config)
+    # As of a file: on one device.
+    zeros = jax.tree.map(np.zeros_like, mora_jax.nnx.adapters(model))
+    mora_jax.nnx.set_adapters(model, zeros)
+    optimizer = mora_jax.nnx.optimizer(model, optax.adam(1e-2))
+    x = jax.device_put(X, NamedSharding(MESH, P("data")))
+
+    @nnx.jit
+    def nnx_step(model, optimizer, x):
+        loss = mora_jax.nnx.value_and_grad(lambda m, x: jnp.mean(m(x) ** 2))
+        value, grads = loss(model, x)
+        optimizer.update(model, grads)
+        return value
+
+    state = nnx.state((model, optimizer))
+    before = [leaf.sharding for leaf in jax.tree.leaves(state)]
+    assert all(sharding.mesh == MESH for sharding in before)
+    with jax.log_compiles():
+        losses = [float(nnx_step(model, optimizer, x)) for _ in range(3)]
+    assert losses[2] < losses[0]
+    same_shardings(before, nnx.state((model, optimizer)))
+    assert compiled(caplog, "nnx_step") == 1
+
+
+@pytest.mark.parametrize("operator", FEW)
+def test_a_linen_step_is_compiled_once(operator, caplog):
+    model = nn.Sequential([nn.Dense(48), nn.relu, nn.Dense(16)])
+    places = {
+        f"layers_{k}": {
+            "kernel": NamedSharding(MESH, spec),
+            "bias": NamedSharding(MESH, P()),
+        }
+        for k, spec in SPLIT.items()
+    }
+    params = jax.device_put(model.init(jax.random.key(0), X)["params"], places)
+    config = MoRAConfig(square_rank=16, operator=operator)
+    plan = linen.plan(model, {"params": params}, config, X)
+    apply, shardings = linen.wrap(model, plan), sharding.adapter_shardings(plan, params)
+    adapters = jax.device_put(init(plan), shardings)
+    x = jax.device_put(X, NamedSharding(MESH, P("data")))
+
+    @jax.jit
+    def linen_step(adapters, params, x):
+        def loss(adapters):
+            return jnp.mean(apply(adapters, {"params": params}, x) ** 2)
+
+        grads = jax.grad(loss)(adapters)
+        return jax.tree.map(lambda m, g: m - 0.1 * g, adapters, grads)
+
+    with jax.log_compiles():
+        for _ in range(3):
+            adapters = linen_step(adapters, params, x)
+    same_shardings(jax.tree.leaves(shardings), adapters)
+    assert compiled(caplog, "linen_step") == 1
+
+
+def test_gradients_outside_of_a_program():
+    """Where cotangents are made on one device, and the kernel is on a mesh."""
+    model = make_plain()
+    plain = wrap(model, MoRAConfig(square_rank=16))
+    for k, spec in SPLIT.items():
+        layer: Any = model.layers[k]
+        place = NamedSharding(MESH, spec)
+        layer.kernel[...] = jax.device_put(layer.kernel[...], place)
+    grad = mora_jax.nnx.value_and_grad(lambda model, x: jnp.sum(model(x)))
+    for x in (X, jax.device_put(X, NamedSharding(MESH, P("data")))):
+        _, grads = grad(wrap(model, MoRAConfig(square_rank=16)), x)
+        _, expected = grad(plain, X)
+        for got, other in zip(
+            jax.tree.leaves(grads), jax.tree.leaves(expected), strict=True
+        ):
+            np.testing.assert_allclose(got, other, atol=1e-5 * np.abs(other).max())

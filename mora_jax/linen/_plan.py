@@ -9,7 +9,7 @@ from mora_jax._proof import mark
 from mora_jax.config import MoRAConfig, check_config
 from mora_jax.layers import find_rules
 from mora_jax.linen._bound import Bound, check_model, params_of
-from mora_jax.paths import named_leaves
+from mora_jax.paths import Path, named_leaves
 from mora_jax.planning import plan_surveyed
 from mora_jax.plans import Plan
 from mora_jax.spec import SUFFIX
@@ -63,7 +63,7 @@ def plan(
     marks = {
         (*path[:-1], path[-1] + SUFFIX): Bound(None, (recorder, name))
         for name, (path, leaf) in leaves.items()
-        if leaf.ndim > 1
+        if leaf.ndim > 1 and _in_a_module(params, path)
     }
     rest = {name: value for name, value in variables.items() if name != "params"}
 
@@ -82,6 +82,17 @@ def plan(
                 "first (variable_axes={'params': 0})"
             )
     return plan_surveyed(params, config, recorder.survey)
+
+
+def _in_a_module(params: Any, path: Path) -> bool:
+    """Whether `path` leads through modules alone: not into a quantized kernel."""
+    node = params
+    for key in path[:-1]:
+        if isinstance(node, Mapping):
+            node = node.get(key)
+        else:
+            node = node[int(key)] if isinstance(node, list | tuple) else None
+    return isinstance(node, Mapping)
 
 
 class _Recorder:
