@@ -140,7 +140,7 @@ def test_quantized_kernels_are_named():
     assert "a/kernel/array/scale: quantized" in str(plan)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning:qwix")
+@pytest.mark.filterwarnings("ignore:.VariableState. was removed:DeprecationWarning")
 def test_what_qwix_quantized_is_named():
     qwix = pytest.importorskip("qwix")
     rule = qwix.QuantizationRule(module_path="a", weight_qtype="int8")

@@ -98,16 +98,11 @@ def set_adapters(
 
     Args:
       model: as `wrap` makes it; changed in place.
-<<<<<<< HEAD
       adapters: nested dicts, as `init` and `nnx.adapters` make them, or another model's
-        `nnx.state(other, MoRAParam)`, whose M's say what they were made for. What is on
-        one device goes to the mesh that the model's M is on.
+        `nnx.state(other, MoRAParam)`, whose M's say what they were made for.
       plan: what the adapters were made for: their plan, or its `digest()`. Nested dicts
         hold numbers alone, so without it one cannot see whether they are for the
         operators, seeds and alphas of this model.
-=======
-      adapters: nested dicts, as `init` and `nnx.adapters` make them.
->>>>>>> qwix
 
     Raises:
       TypeError: adapters that are no arrays; a plan that is none, nor a digest.
@@ -145,11 +140,4 @@ def set_adapters(
         for spec, m in adapter_items(adapters, own)
     ]
     for (_, variable), (_, m) in zip(variables(model), new, strict=True):
-<<<<<<< HEAD
-        sharding = named_sharding(variable)
-        if sharding and not isinstance(m, Tracer) and not m.committed:
-            m = jax.device_put(m, sharding)
         variable[...] = m
-=======
-        variable[...] = jnp.asarray(m)
->>>>>>> qwix
