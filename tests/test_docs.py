@@ -3,10 +3,13 @@
 import re
 from pathlib import Path
 
+import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import pytest
 from flax import nnx
 
+import mora_jax
 from mora_jax import MoRAWarning
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -36,6 +39,18 @@ def test_checkpoints(run):
     with pytest.warns(MoRAWarning, match="the call updates batch_stats") as seen:
         run("checkpoints.md")
     assert len(seen) == 1
+
+
+def test_what_is_adapted():
+    (block,) = blocks("what-is-adapted.md")
+    model, batch = (
+        nn.Sequential([nn.Dense(32), nn.relu, nn.Dense(32)]),
+        jnp.ones((2, 32)),
+    )
+    variables = model.init(jax.random.key(0), batch)
+    scope = dict(mora_jax=mora_jax, model=model, variables=variables, batch=batch)
+    exec(compile(block, "what-is-adapted.md", "exec"), scope)
+    assert len(scope["plan"]) == 2
 
 
 def test_training_nnx(run):
