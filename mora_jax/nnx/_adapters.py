@@ -102,7 +102,8 @@ def set_adapters(model: nnx.Module, adapters: Any) -> None:
 
     Args:
       model: as `wrap` makes it; changed in place.
-      adapters: nested dicts, as `init` and `nnx.adapters` make them.
+      adapters: nested dicts, as `init` and `nnx.adapters` make them. Those that are on
+        no device in particular go where the model has its M.
 
     Raises:
       ValueError: adapters that do not fit the model's plan.
@@ -119,4 +120,7 @@ def set_adapters(model: nnx.Module, adapters: Any) -> None:
     """
     new = adapter_items(adapters, plan_of(model))
     for (_, variable), (_, m) in zip(variables(model), new, strict=True):
-        variable[...] = jnp.asarray(m)
+        m, sharding = jnp.asarray(m), named_sharding(variable)
+        if sharding is not None and not isinstance(m, Tracer) and not m.committed:
+            m = jax.device_put(m, sharding)
+        variable[...] = m
