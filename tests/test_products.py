@@ -445,11 +445,12 @@ def test_dropout_drops_whole_rows():
     plan = linen.plan(model, variables, config, ids)
     adapters = {"embed": {"embedding_mora": random(1, *plan.specs[0].shape)}}
     apply = functools.partial(linen.wrap(model, plan), adapters, variables, ids)
-    adapted = mora_jax.nnx.wrap(twin, plan, rngs=nnx.Rngs(0))
-    mora_jax.nnx.set_adapters(adapted, adapters)
+    adapted, other = (mora_jax.nnx.wrap(twin, plan, seed=seed) for seed in (0, 1))
+    for one in (adapted, other):
+        mora_jax.nnx.set_adapters(one, adapters)
     rngs = {"dropout": KEY}
     dropped = apply(adapter_deterministic=False, rngs=rngs)
-    samples = [dropped, adapted(ids), adapted(ids)]
+    samples = [dropped, adapted(ids), other(ids)]
     adapted.eval()
     still = apply(adapter_deterministic=True)
     chex.assert_trees_all_equal(adapted(ids), still)

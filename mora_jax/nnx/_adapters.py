@@ -99,7 +99,8 @@ def set_adapters(
     Args:
       model: as `wrap` makes it; changed in place.
       adapters: nested dicts, as `init` and `nnx.adapters` make them, or another model's
-        `nnx.state(other, MoRAParam)`, whose M's say what they were made for.
+        `nnx.state(other, MoRAParam)`, whose M's say what they were made for. Those that
+        are on no device in particular go where the model has its M.
       plan: what the adapters were made for: their plan, or its `digest()`. Nested dicts
         hold numbers alone, so without it one cannot see whether they are for the
         operators, seeds and alphas of this model.
@@ -140,4 +141,7 @@ def set_adapters(
         for spec, m in adapter_items(adapters, own)
     ]
     for (_, variable), (_, m) in zip(variables(model), new, strict=True):
+        sharding = named_sharding(variable)
+        if sharding is not None and not isinstance(m, Tracer) and not m.committed:
+            m = jax.device_put(m, sharding)
         variable[...] = m
