@@ -75,8 +75,13 @@ def plan(
     return chosen
 
 
-NORMALISING = (nnx.WeightNorm, nnx.SpectralNorm)
-"""Flax's modules that change the kernels of the layer that they hold."""
+NORMALISING = tuple(
+    getattr(nnx, name) for name in ("WeightNorm", "SpectralNorm") if hasattr(nnx, name)
+)
+"""Flax's modules that change the kernels of the layer that they hold, if it has them.
+
+Flax 0.12.0 has the second alone.
+"""
 
 
 def normalised(model: nnx.Module, kernels: Iterable[str]) -> dict[str, str]:
