@@ -80,7 +80,7 @@ NORMALISING = tuple(
 )
 """Flax's modules that change the kernels of the layer that they hold, if it has them.
 
-Flax 0.12.0 has the second alone.
+Flax 0.12.0 has neither.
 """
 
 
