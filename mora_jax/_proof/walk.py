@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
-from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
+from jax.extend.core import Jaxpr, Literal
 from jax.interpreters import partial_eval
 
 from mora_jax._proof.marks import Call, mark_p
@@ -85,9 +85,9 @@ class _Walk:
         name = eqn.primitive.name
         if handler := self.handlers.get(name):
             return handler(eqn, values)
-        inside = [p for p in eqn.params.values() if isinstance(p, Jaxpr | ClosedJaxpr)]
+        inside = [_open(p) for p in eqn.params.values() if isinstance(_open(p), Jaxpr)]
         if len(inside) == 1:
-            inner = _open(inside[0])
+            (inner,) = inside
             pairs = (inner.invars, eqn.invars), (inner.outvars, eqn.outvars)
             if all(_shapes(one) == _shapes(other) for one, other in pairs):
                 return self.run(inner, values)
@@ -206,8 +206,17 @@ class _Walk:
             self.uses.faults.setdefault(call.name, f"{call.method} {wrong}")
 
     def _scan(self, eqn: Any, values: list[Value]) -> list[Value]:
-        consts, carry = eqn.params["num_consts"], eqn.params["num_carry"]
-        body, inner = _open(eqn.params["jaxpr"]), consts + carry
+        body = _open(eqn.params["jaxpr"])
+        # By shapes, since JAX has had several names for these numbers: what is stacked
+        # has one more axis outside of the body.
+        carry, inner = (
+            sum(len(one) == len(two) for one, two in zip(*shapes, strict=True))
+            for shapes in (
+                (_shapes(body.outvars), _shapes(eqn.outvars)),
+                (_shapes(body.invars), _shapes(eqn.invars)),
+            )
+        )
+        consts = inner - carry
         fixed, start = values[:consts], values[consts:inner]
         layers = [_one_round(value) for value in values[inner:]]
         state = self._steady(
@@ -279,8 +288,9 @@ def _one_round(value: Value) -> Value:
     return Value(trails, inputs)
 
 
-def _open(jaxpr: Any) -> Jaxpr:
-    return jaxpr.jaxpr if isinstance(jaxpr, ClosedJaxpr) else jaxpr
+def _open(jaxpr: Any) -> Any:
+    """A closed program without its constants, which JAX 0.12 no longer tells apart."""
+    return getattr(jaxpr, "jaxpr", jaxpr)
 
 
 def _shapes(atoms: Sequence[Any]) -> list[Any]:
