@@ -2,11 +2,12 @@
 
 import dataclasses
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
 
+from mora_jax._types import Shape
 from mora_jax._warnings import LeftOutWarning, warn
 from mora_jax.config import DEFAULT_TARGETS, MoRAConfig
 from mora_jax.products import Convolution, Lookup, Product
@@ -45,9 +46,6 @@ def left_out_of(
 ) -> tuple[LeftOut, ...]:
     """A line for each kind of arrays that get no adapter.
 
-    It warns if the default targets leave out arrays that multiply inputs, of which the
-    user may know nothing.
-
     Args:
       arrays: {path: array}, those of two or more axes that have no adapter.
       excluded: paths that `config.exclude` names.
@@ -61,7 +59,7 @@ def left_out_of(
         if jnp.issubdtype(leaf.dtype, jnp.integer)
     }
     kinds: dict[tuple[str, str, bool], list[str]] = {}
-    for name in arrays:
+    for name, leaf in arrays.items():
         if name in excluded:
             why, multiplied = "excluded", False
         elif name.rpartition("/")[0] in quantized:
@@ -69,25 +67,28 @@ def left_out_of(
         elif not default or survey is None:
             why, multiplied = "no target", False
         else:
-            why, multiplied = _by_survey(name, survey)
+            why, multiplied = _by_survey(name, tuple(leaf.shape), survey)
         pattern = re.sub(r"\d+", "*", name)
         kinds.setdefault((pattern, why, multiplied), []).append(name)
-    found = tuple(
+    return tuple(
         LeftOut(names[0] if len(names) == 1 else pattern, len(names), why, multiplied)
         for (pattern, why, multiplied), names in kinds.items()
     )
-    surprising = [str(kind) for kind in found if kind.multiplied]
-    if default and surprising:
+
+
+def warn_of(left_out: Iterable[LeftOut]) -> None:
+    """Warn of arrays that multiply inputs, of which the user may know nothing."""
+    surprising = [str(kind) for kind in left_out if kind.multiplied]
+    if surprising:
         warn(
             "arrays that multiply inputs get no adapter: "
             + "; ".join(surprising)
             + ". Name them in exclude if that is meant",
             LeftOutWarning,
         )
-    return found
 
 
-def _by_survey(name: str, survey: Survey) -> tuple[str, bool]:
+def _by_survey(name: str, shape: Shape, survey: Survey) -> tuple[str, bool]:
     """Why the default targets leave an array out, and whether it multiplies inputs."""
     uses = survey.uses
     if name in survey.products:
@@ -96,8 +97,9 @@ def _by_survey(name: str, survey: Survey) -> tuple[str, bool]:
         return "never multiplied with an input", False
     if uses is not None and name not in uses.run:
         return "the call that was traced does not use it", True
-    guess = uses is not None or not NO_KERNEL.fullmatch(name)
-    return survey.why_unknown(name), guess
+    matrix = sum(size > 1 for size in shape) > 1  # and no token or row of scales
+    guess = matrix and not NO_KERNEL.fullmatch(name)
+    return survey.why_unknown(name), uses is not None or guess
 
 
 def _kind(product: Product) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from mora_jax._left_out import left_out_of
+from mora_jax._left_out import left_out_of, warn_of
 from mora_jax._proof import Uses
 from mora_jax.config import (
     DEFAULT_TARGETS,
@@ -82,6 +82,12 @@ def _plan(params: Any, config: MoRAConfig, survey: Survey | None) -> Plan:
         if patterns == DEFAULT_TARGETS:
             kernels = [n for n in kernels if n in products and products[n].dense]
             patterns = (default_targets("[^/]+"),)
+            if not kernels:
+                found = "; ".join(map(str, left_out_of(arrays, (), config, survey)))
+                raise ValueError(
+                    "targets: the default matches no path of a kernel that can be "
+                    f"adapted: {found or 'no array has two or more axes'}"
+                )
     targets = _select("targets", patterns, kernels, leaves)
     excluded = _select("exclude", config.exclude, leaves, leaves)
     targets = sorted(targets - excluded, key=lambda name: leaves[name][0])
@@ -108,6 +114,8 @@ def _plan(params: Any, config: MoRAConfig, survey: Survey | None) -> Plan:
     adapted = set(targets)
     rest = {name: leaf for name, leaf in arrays.items() if name not in adapted}
     left_out = left_out_of(rest, excluded, config, survey)
+    if config.targets == DEFAULT_TARGETS:
+        warn_of(left_out)
     return Plan(
         tuple(specs),
         size,
@@ -166,6 +174,8 @@ def _refuse_unproven(targets: Sequence[str], survey: Survey) -> None:
     uses = survey.uses or Uses()
     faults = {**survey.faults, **uses.faults}
     for name in targets:
+        if name not in survey.products:  # axes= said what no rule does
+            continue
         if name in uses.outside:
             kind, tied = "kernel", ""
             if isinstance(survey.products[name], Lookup):

@@ -103,6 +103,8 @@ class Survey:
                 found[name] = f"a trace cannot look into `{primitive}`"
             elif name not in self.uses.run:
                 found[name] = "the call that was traced does not use it"
+            elif name not in self.products:
+                found[name] = f"nothing is known of its class{self.class_of(name)}"
         return tuple(found.items())
 
     def why_unknown(self, name: str) -> str:

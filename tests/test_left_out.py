@@ -48,13 +48,14 @@ class GPT(nnx.Module):
         rngs = nnx.Rngs(0)
         self.embed = nnx.Embed(11, 8, rngs=rngs)
         self.pos_table = nnx.Param(jnp.ones((3, 8)))
+        self.cls = nnx.Param(jnp.ones((1, 1, 8)))
         self.blocks = nnx.List([Block(rngs) for _ in range(2)])
         self.experts = nnx.Param(jnp.ones((3, 8, 8)))
         self.unused = nnx.Linear(8, 8, rngs=rngs)
         self.lm_head = nnx.Linear(8, 11, rngs=rngs)
 
     def __call__(self, ids):
-        x = self.embed(ids) + self.pos_table[...]
+        x = self.embed(ids) + self.pos_table[...] + self.cls[...]
         for block in self.blocks:
             x = block(x)
         x = jnp.einsum("btd,edf->betf", x, self.experts[...])
@@ -120,6 +121,24 @@ def test_a_linen_model_of_unknown_layers():
         plan = linen.plan(model, variables, None, IDS)
     assert "layers_1/bias: never multiplied with an input" in str(plan)
     assert list(plan) == ["layers_2/kernel"]
+
+
+def test_a_model_without_kernels_that_are_known_says_what_it_has():
+    model = Einsum("btd,df->btf", (8, 8), nnx.Rngs(0))
+    x = jnp.ones((1, 2, 8))
+    for inputs in ((), (x,)):
+        text = message(lambda inputs=inputs: mora_nnx.plan(model, None, *inputs))
+        assert text.startswith("targets: the default matches no path of a kernel")
+        assert "w: it is not known how a layer uses it: teach its class Einsum" in text
+    text = message(lambda: mora_nnx.plan(nnx.LayerNorm(8, rngs=nnx.Rngs(0))))
+    assert text.endswith("no array has two or more axes")
+
+
+def test_axes_that_only_the_user_knows_are_not_proven():
+    model, x = Einsum("btd,df->btf", (8, 8), nnx.Rngs(0)), jnp.ones((1, 2, 8))
+    config = MoRAConfig(targets="w", overrides={"w": {"axes": "io"}})
+    plan = mora_nnx.plan(model, config, x)
+    assert plan.unproven == (("w", "nothing is known of its class Einsum"),)
 
 
 def test_plans_of_shapes_say_what_no_target_named():
