@@ -13,7 +13,7 @@ from flax import nnx
 from mora_jax.execution import kernel_update
 from mora_jax.merging import merge
 from mora_jax.paths import adapter_path, named_leaves
-from mora_jax.plans import Plan
+from mora_jax.plans import Plan, check_plan
 from mora_jax.spec import AdapterSpec
 from mora_jax.tree import Tree, nest
 
@@ -52,8 +52,9 @@ def check(
       floating-point outputs; NaN for a layer that has no effect on them.
 
     Raises:
-      TypeError: `model` is no Flax module.
-      ValueError: layers whose difference is above `tolerance`, each with its figure.
+      TypeError: `model` is no Flax module, or `plan` no plan.
+      ValueError: layers whose difference is above `tolerance`, each with its figure; a
+        model whose outputs are not finite; variables of a Linen model without params.
 
     Example::
 
@@ -65,6 +66,7 @@ def check(
       >>> found["kernel"] < 1e-3
       True
     """
+    check_plan(plan)
     if isinstance(model, nnx.Module):
         params, adapted, merged = _of_nnx(model, plan, inputs, kwargs)
     elif isinstance(model, nn.Module):
@@ -72,6 +74,11 @@ def check(
     else:
         raise TypeError(f"model must be a Flax module, got {type(model).__name__}")
     base = adapted(_alone(None, plan, None, None))
+    if not base or not all(jnp.isfinite(y).all() for y in base):
+        raise ValueError(
+            "the model must give finite floating-point outputs for these inputs, got "
+            + ("NaN or infinity" if base else "no floating-point output")
+        )
     kernels = {name: leaf for name, (_, leaf) in named_leaves(params).items()}
     found = {}
     for number, (name, spec) in enumerate(plan.items()):
@@ -101,7 +108,9 @@ def _of_linen(
 ) -> tuple[Any, Outputs, Outputs]:
     """Params, and the outputs of the adapted and the merged model."""
     from mora_jax import linen  # here: what the shells import knows no shell
+    from mora_jax.linen._bound import params_of
 
+    params = params_of(variables)
     apply = linen.wrap(model, plan)
     if any(spec.dropout > 0 for spec in plan.specs):
         apply = functools.partial(apply, adapter_deterministic=True)
@@ -118,7 +127,7 @@ def _of_linen(
     def of(function: Callable[..., list[jax.Array]]) -> Outputs:
         return lambda adapters: function(adapters, variables, inputs)
 
-    return variables["params"], of(adapted), of(merged)
+    return params, of(adapted), of(merged)
 
 
 def _of_nnx(

@@ -60,7 +60,7 @@ class MoRAConfig:
       init: of M. "zeros" starts as an exact identity. "gaussian", of standard deviation
         1/sqrt(q), is AiDotNet's; it changes the model's outputs before the first step.
       dropout: rate on the adapter's input; the frozen path sees all of it.
-      param_dtype: of M. None takes the dtype of each kernel. That is for tools which
+      param_dtype: M's dtype. None takes each kernel's dtype. That is for tools which
         want one dtype in all leaves of a model, such as Tunix when it copies a bfloat16
         model to a sampler on another mesh. Otherwise keep float32: updates of M that
         are small beside M are lost in 16 bits.

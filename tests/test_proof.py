@@ -267,6 +267,13 @@ def test_the_check_says_which_layer_has_no_effect(unchecked):
     assert np.isnan(found["idle/kernel"]) and found["used/kernel"] < 1e-5
     with pytest.raises(TypeError, match="model must be a Flax module, got int"):
         diagnostics.check(3, None, mora_nnx.plan(Half(), CONFIG), X)
+    with pytest.raises(TypeError, match="plan must be a Plan, got MoRAConfig"):
+        diagnostics.check(Half(), None, CONFIG, X)
+    with pytest.raises(ValueError, match="finite .* got NaN or infinity"):
+        diagnostics.check(Half(), None, mora_nnx.plan(Half(), CONFIG), X * np.nan)
+    model, variables = own("linen", "plain")
+    with pytest.raises(ValueError, match="variables must be a mapping with 'params'"):
+        diagnostics.check(model, None, plan_of(model, variables), X)
 
 
 # --- Models, drawn ---

@@ -22,7 +22,7 @@ class AdapterDropout(nnx.Dropout):
     same mask, and the model's state holds no more than its parameters.
 
     Attributes:
-      seed: of all masks.
+      seed: the seed that all masks share.
     """
 
     def __init__(self, rate: float, seed: int):
