@@ -306,7 +306,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         rank=args.rank, operator=args.operator, dropout=args.dropout, seed=args.seed
     )
     plan = linen.plan(model, boxed, config, tokens)
-    plan = sharding.shard(plan, places["params"], batch_axes=llama.BATCH_AXES)
+    plan = sharding.plan_on_mesh(plan, places["params"], batch_axes=llama.BATCH_AXES)
     adapter_places = sharding.adapter_shardings(plan, places["params"])
     chief, whole = jax.process_index() == 0, NamedSharding(mesh, PartitionSpec())
     if chief:

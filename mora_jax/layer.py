@@ -41,7 +41,7 @@ class FrozenDense:
       param_dtype: of M.
       execution: "auto", "activation" or "fold", as in `MoRAConfig`.
       precision: of both products, as in `jax.lax.dot_general`.
-      layout: where the kernel's features are on a mesh, as `sharding.shard` finds it.
+      layout: where the kernel's features are on a mesh, as `sharding.plan_on_mesh` finds it.
 
     Example::
 

@@ -83,7 +83,7 @@ def adapter_sharding(
     return _named_sharding(kernel.mesh, [*stack, *square], spec.shape, name)
 
 
-def shard(
+def plan_on_mesh(
     plan: Plan,
     params_or_shardings: Any,
     *,
@@ -120,7 +120,7 @@ def shard(
       >>> params = {"fc": {"kernel": jnp.ones((8, 8))}}
       >>> mesh = jax.make_mesh((1, 1), ("data", "model"))
       >>> shardings = {"fc": {"kernel": PartitionSpec("data", "model")}}
-      >>> layers = sharding.shard(
+      >>> layers = sharding.plan_on_mesh(
       ...     plan(params), shardings, batch_axes="data", mesh=mesh)
       >>> layers["fc/kernel"].layout.axes
       (('model',), ('data',))

@@ -48,7 +48,7 @@ class AdapterSpec:
       param_dtype: of M.
       execution: "auto", "activation" or "fold", as in `MoRAConfig`.
       path: the kernel's place in its params tree, a tuple of keys.
-      layout: where its features are on a mesh, as `sharding.shard` finds it; None for
+      layout: where its features are on a mesh, as `sharding.plan_on_mesh` finds it; None for
         one device.
       base_digest: what tells the kernel apart that the adapter was trained on, one
         digest for each index of its stack axes; None where no file has said. Two specs

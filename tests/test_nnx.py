@@ -378,7 +378,7 @@ def test_flax_moves_numbers_together_with_what_they_mean(other):
 def test_donated_adapters_leave_the_base_alive():
     base, config = make("methods")
     model = mora.wrap(base, config)
-    optimizer = mora.optimizer(model, optax.adam(1e-2))
+    optimizer = mora.adapter_optimizer(model, optax.adam(1e-2))
     kinds = (MoRAParam, nnx.optimizer.OptState)
     graph, donated, frozen = nnx.split((model, optimizer), kinds, ...)
 
@@ -463,7 +463,7 @@ def test_training_moves_adapters_alone(name):
     adapted = mora.wrap(model, config)
     before = leaves(nnx.state(adapted, BASE))
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(3e-2))
-    optimizer = mora.optimizer(adapted, tx)
+    optimizer = mora.adapter_optimizer(adapted, tx)
     loss = mora.value_and_grad(lambda model, x: jnp.mean(model(x) ** 2))
 
     @nnx.jit
@@ -826,9 +826,9 @@ def test_bad_input():
         with pytest.raises(ValueError, match="model has no adapters"):
             function(model)
     with pytest.raises(ValueError, match="model has no adapters"):
-        mora.optimizer(model, optax.sgd(1.0))
+        mora.adapter_optimizer(model, optax.sgd(1.0))
     with pytest.raises(TypeError, match="tx must be an optax transformation"):
-        mora.optimizer(mora.wrap(model, config), None)
+        mora.adapter_optimizer(mora.wrap(model, config), None)
     with pytest.raises(TypeError, match="model must be a flax.nnx.Module, got int"):
         mora.adapters(3)
     other = mora.plan(nnx.Sequential(nnx.Linear(12, 12, rngs=nnx.Rngs(0))))

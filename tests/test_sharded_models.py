@@ -121,7 +121,9 @@ def on_mesh(plan, boxed=BOXED, rules=RULES):
     """The plan and the shardings of its adapters."""
     with nn.logical_axis_rules(rules):
         shardings = sharding.adapter_shardings(plan, boxed["params"], mesh=MESH)
-        plan = sharding.shard(plan, boxed["params"], batch_axes="data", mesh=MESH)
+        plan = sharding.plan_on_mesh(
+            plan, boxed["params"], batch_axes="data", mesh=MESH
+        )
     return plan, shardings
 
 
@@ -213,7 +215,7 @@ def test_no_hidden_traffic_in_a_llama(operator):
     plan = linen.plan(
         model, boxed, MoRAConfig(square_rank=40, operator=operator), tokens
     )
-    plan = sharding.shard(plan, places["params"], batch_axes=llama.BATCH_AXES)
+    plan = sharding.plan_on_mesh(plan, places["params"], batch_axes=llama.BATCH_AXES)
     shardings = sharding.adapter_shardings(plan, places["params"])
     adapters = as_placed(mora_jax.init(plan), shardings)
     apply = linen.wrap(model, plan)
@@ -272,7 +274,7 @@ def test_nnx_learns_as_on_one_device(operator):
         assert sharding.adapter_shardings(plan, named) == shardings
         specs = nnx.get_partition_spec(state)
         assert sharding.adapter_shardings(plan, specs, mesh=MESH) == shardings
-        plan = sharding.shard(plan, state, batch_axes="data", mesh=MESH)
+        plan = sharding.plan_on_mesh(plan, state, batch_axes="data", mesh=MESH)
         adapters = some(plan)
         model = wrap(model, plan)
         mora_jax.nnx.set_adapters(model, jax.device_put(adapters, shardings))
@@ -419,7 +421,7 @@ def test_an_nnx_step_is_compiled_once(operator, execution, caplog):
     # As of a file: on one device.
     zeros = jax.tree.map(np.zeros_like, mora_jax.nnx.adapters(model))
     mora_jax.nnx.set_adapters(model, zeros)
-    optimizer = mora_jax.nnx.optimizer(model, optax.adam(1e-2))
+    optimizer = mora_jax.nnx.adapter_optimizer(model, optax.adam(1e-2))
     x = jax.device_put(X, NamedSharding(MESH, P("data")))
 
     @nnx.jit

@@ -42,7 +42,7 @@ def constrain(array, spec):
 
 
 def layout(split):
-    """What `sharding.shard` makes of the kernel's specification."""
+    """What `sharding.plan_on_mesh` makes of the kernel's specification."""
     kernel, x, _ = SPLITS[split]
     batch = BATCH if x[0] == BATCH else ("data",)
     entries = [*kernel, *[None] * (2 - len(kernel))]
@@ -201,7 +201,7 @@ def test_traffic_of_a_split_m(case):
 
 
 def test_traffic_is_noticed():
-    """Without a layout there is some, which is what `sharding.shard` is for."""
+    """Without a layout there is some, which is what `sharding.plan_on_mesh` is for."""
     (rotation,) = (case for case in NORMAL if case.label == "rotation")
     _, extra = traffic(rotation, "rows", "activation", known=False)
     assert {kind for kind, _ in extra} > {"all-reduce"}
@@ -239,14 +239,14 @@ def test_shardings_of_adapters():
     for tree in (named, placed, shapes, SPECS, boxes(nn.Partitioned)):
         found = sharding.adapter_shardings(PLAN, tree, mesh=MESH)
         assert found == EXPECTED
-        plan = sharding.shard(PLAN, tree, batch_axes=BATCH, mesh=MESH)
+        plan = sharding.plan_on_mesh(PLAN, tree, batch_axes=BATCH, mesh=MESH)
         layouts = [spec.layout for spec in plan.specs]
         assert [one and one.axes for one in layouts] == [
             (("model",), (), ("fsdp",)),
             ((), BATCH),
         ]
         assert hash(plan) == hash(
-            sharding.shard(PLAN, tree, batch_axes=BATCH, mesh=MESH)
+            sharding.plan_on_mesh(PLAN, tree, batch_axes=BATCH, mesh=MESH)
         )
     adapters = jax.device_put(mora_jax.init(PLAN), EXPECTED)
     assert (
@@ -304,12 +304,12 @@ def test_refused(tree, settings, error, match, unchecked):
     with pytest.raises(error, match=match):
         sharding.adapter_shardings(PLAN, tree, **settings)
     with pytest.raises(error, match=match):
-        sharding.shard(PLAN, tree, batch_axes=BATCH, **settings)
+        sharding.plan_on_mesh(PLAN, tree, batch_axes=BATCH, **settings)
 
 
 def test_refused_settings(unchecked):
     with pytest.raises(ValueError, match="batch_axes must be of the mesh's .*'rows'"):
-        sharding.shard(PLAN, SPECS, batch_axes="rows", mesh=MESH)
+        sharding.plan_on_mesh(PLAN, SPECS, batch_axes="rows", mesh=MESH)
     for square in ((("data", "fsdp", "model"), None), ("fsdp", None), ("x", None)):
         with pytest.raises(ValueError, match="square, with q of 4, must be"):
             sharding.adapter_shardings(PLAN, SPECS, mesh=MESH, square=square)
@@ -336,26 +336,26 @@ def test_merges_where_the_kernel_is():
     expected = mora_jax.merge(PARAMS, adapters, PLAN)
     placed = jax.device_put(PARAMS, named)
     on_mesh = jax.device_put(adapters, EXPECTED)
-    for plan in (PLAN, sharding.shard(PLAN, placed, batch_axes=BATCH)):
+    for plan in (PLAN, sharding.plan_on_mesh(PLAN, placed, batch_axes=BATCH)):
         merged = mora_jax.merge(placed, on_mesh, plan)
         for one, other, where in zip(
             *map(jax.tree.leaves, (merged, expected, placed)), strict=True
         ):
             np.testing.assert_allclose(one, other, rtol=1e-6)
             assert one.sharding.is_equivalent_to(where.sharding, one.ndim)
-    plan = sharding.shard(PLAN, placed, batch_axes=BATCH)
+    plan = sharding.plan_on_mesh(PLAN, placed, batch_axes=BATCH)
     merge = jax.jit(lambda p, a: mora_jax.fold(p, a, plan), out_shardings=named)
     assert not collectives(merge.lower(placed, on_mesh).compile())
 
 
 def test_saved_from_a_mesh(tmp_path):
     """Files know nothing of meshes."""
-    plan = sharding.shard(PLAN, SPECS, batch_axes=BATCH, mesh=MESH)
+    plan = sharding.plan_on_mesh(PLAN, SPECS, batch_axes=BATCH, mesh=MESH)
     adapters = jax.device_put(mora_jax.init(plan), EXPECTED)
     mora_jax.save(tmp_path, adapters, plan)
     _, loaded = mora_jax.load(tmp_path)
     assert loaded == PLAN
-    assert sharding.shard(loaded, SPECS, batch_axes=BATCH, mesh=MESH) == plan
+    assert sharding.plan_on_mesh(loaded, SPECS, batch_axes=BATCH, mesh=MESH) == plan
 
 
 def explicit(case, kernel_spec, x_spec, execution):
@@ -408,7 +408,7 @@ def test_explicit_merge():
     expected = mora_jax.merge(PARAMS, adapters, PLAN)
     with jax.set_mesh(mesh):
         placed = jax.tree.map(lambda p: put(p, P("data"), mesh), PARAMS)
-        plan = sharding.shard(PLAN, placed, batch_axes="data")
+        plan = sharding.plan_on_mesh(PLAN, placed, batch_axes="data")
         trees = [mora_jax.merge(placed, adapters, known) for known in (PLAN, plan)]
     for merged in trees:
         for one, other in zip(*map(jax.tree.leaves, (merged, expected)), strict=True):

@@ -68,7 +68,7 @@ def plan_from_json(text: str, like: Plan | None = None) -> Plan:
       like: the plan of the model that the adapters are to be used with.
 
     Returns:
-      The plan. Where it is on a mesh is not in the text: see `sharding.shard`.
+      The plan. Where it is on a mesh is not in the text: see `sharding.plan_on_mesh`.
 
     Raises:
       TypeError: `text` is no text, or `like` no plan.

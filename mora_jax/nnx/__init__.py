@@ -8,7 +8,7 @@ from mora_jax.nnx._adapters import set_adapters as set_adapters
 from mora_jax.nnx._linear import MoRALinear as MoRALinear
 from mora_jax.nnx._param import MoRAParam as MoRAParam
 from mora_jax.nnx._plan import plan as plan
-from mora_jax.nnx._training import optimizer as optimizer
+from mora_jax.nnx._training import adapter_optimizer as adapter_optimizer
 from mora_jax.nnx._training import value_and_grad as value_and_grad
 from mora_jax.nnx._wrap import merge_adapters as merge_adapters
 from mora_jax.nnx._wrap import unwrap as unwrap

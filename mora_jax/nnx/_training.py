@@ -20,7 +20,7 @@ def value_and_grad(
 
     With Flax's own, the filter has to be given here and in the optimizer, and each
     has a default of its own (all of `nnx.Param`): two that differ train the base, or
-    fail far from the cause. `value_and_grad` and `optimizer` here agree.
+    fail far from the cause. `value_and_grad` and `adapter_optimizer` here agree.
 
     Args:
       f: (model, *args) -> loss, or (loss, aux).
@@ -35,9 +35,9 @@ def value_and_grad(
 
       >>> import jax.numpy as jnp, optax
       >>> from flax import nnx
-      >>> from mora_jax.nnx import optimizer, value_and_grad, wrap
+      >>> from mora_jax.nnx import adapter_optimizer, value_and_grad, wrap
       >>> model = wrap(nnx.Linear(16, 16, rngs=nnx.Rngs(0)))
-      >>> opt = optimizer(model, optax.adam(1e-2))
+      >>> opt = adapter_optimizer(model, optax.adam(1e-2))
       >>> grad = value_and_grad(lambda model, x: jnp.mean(model(x) ** 2))
       >>> before, grads = grad(model, jnp.ones((1, 16)))
       >>> _ = opt.update(model, grads)
@@ -49,7 +49,9 @@ def value_and_grad(
     return nnx.value_and_grad(f, argnums=adapters, has_aux=has_aux)
 
 
-def optimizer(model: nnx.Module, tx: optax.GradientTransformation) -> nnx.Optimizer:
+def adapter_optimizer(
+    model: nnx.Module, tx: optax.GradientTransformation
+) -> nnx.Optimizer:
     """`nnx.Optimizer` of the adapters alone, for gradients of `value_and_grad`.
 
     No state exists for the base, and what `tx` computes over the whole, such as a norm
@@ -70,8 +72,8 @@ def optimizer(model: nnx.Module, tx: optax.GradientTransformation) -> nnx.Optimi
 
       >>> import optax
       >>> from flax import nnx
-      >>> from mora_jax.nnx import optimizer, wrap
-      >>> opt = optimizer(wrap(nnx.Linear(16, 16, rngs=nnx.Rngs(0))), optax.sgd(0.1))
+      >>> from mora_jax.nnx import adapter_optimizer, wrap
+      >>> opt = adapter_optimizer(wrap(nnx.Linear(16, 16, rngs=nnx.Rngs(0))), optax.sgd(0.1))
       >>> opt.wrt.__name__
       'MoRAParam'
     """

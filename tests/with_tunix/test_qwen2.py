@@ -102,7 +102,7 @@ def test_it_learns(adapted):
     other = nnx.clone(adapted)
     base = nnx.state(other, nnx.All(nnx.Param, nnx.Not(mora.MoRAParam)))
     before = jax.tree.map(np.asarray, base)
-    optimizer = mora.optimizer(other, optax.adam(1e-3))
+    optimizer = mora.adapter_optimizer(other, optax.adam(1e-3))
 
     def loss(model, ids):
         predicted = smollm2_qwen2.logits(model, ids[:, :-1])
