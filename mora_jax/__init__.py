@@ -1,34 +1,102 @@
-"""MoRA for JAX and Flax: high-rank parameter-efficient fine-tuning."""
+"""MoRA for JAX and Flax: high-rank parameter-efficient fine-tuning.
+
+An adapted layer computes y = x W + b + alpha D(C(x) M) and trains M alone, a small
+square matrix between two fixed maps C and D (https://arxiv.org/abs/2405.12130).
+
+What to adapt, and how::
+
+  MoRAConfig            the settings of an adaptation
+  plan                  which kernels of a model get an adapter, and which one
+  Plan                  the plan: a mapping of paths to AdapterSpecs
+  AdapterSpec           how one kernel is adapted
+  summary               a plan as a table
+  register_layer        teach linen.wrap and nnx.wrap a layer class
+  LeftOutWarning        a plan leaves out kernels that were meant, perhaps
+  MoRAWarning           any warning of this library
+
+Adapters, a tree of M's beside the params::
+
+  init                  the adapters of a plan
+  combine               one tree of params and adapters
+  split                 the two apart again
+  ravel_adapters        all M's as one vector
+  unravel_adapters      a vector as M's
+
+Layers and models::
+
+  mora_apply            one adapted dense layer as a pure function
+  FrozenDense           all of that layer except M
+  MoRADense             the same as a Linen module
+  linen                 adapters for unmodified Linen models
+  nnx                   adapters for unmodified NNX models
+  sharding              adapters on a mesh of devices
+
+Training::
+
+  optimizer             an optax transformation that moves M's alone
+  trainable_mask        which leaves of a combined tree train, as booleans
+  trainable_labels      the same as labels
+
+After training::
+
+  merge                 params with the adapters merged in, checked
+  fold                  the same without checks of the numbers, for use under jit
+  unmerge               the base again, approximately
+  delta_weight          what the adapters add to the kernels
+  diagnostics           spectra, norms, and what rounding loses
+  save                  write adapters to a directory
+  load                  read them
+  io                    the same and more: PEFT's files, LoRA, whole checkpoints
+
+What is between M and the layer::
+
+  operators             the fixed maps C and D
+  Operator              the class of them all
+  make_operator         one of them by its name
+  square_rank           the width of M that a budget buys
+  products              how layers multiply their input with their kernel
+"""
 
 from mora_jax import diagnostics as diagnostics
 from mora_jax import io as io
 from mora_jax import linen as linen
 from mora_jax import nnx as nnx
+from mora_jax import operators as operators
 from mora_jax import products as products
 from mora_jax import sharding as sharding
+from mora_jax._adapters import combine as combine
+from mora_jax._adapters import init as init
+from mora_jax._adapters import split as split
+from mora_jax._config import MoRAConfig as MoRAConfig
+from mora_jax._dense import FrozenDense as FrozenDense
+from mora_jax._dense import mora_apply as mora_apply
+from mora_jax._flax.layer_rules import register_layer as register_layer
+from mora_jax._merge import delta_weight as delta_weight
+from mora_jax._merge import fold as fold
+from mora_jax._merge import merge as merge
+from mora_jax._merge import unmerge as unmerge
+from mora_jax._optim import optimizer as optimizer
+from mora_jax._optim import trainable_labels as trainable_labels
+from mora_jax._optim import trainable_mask as trainable_mask
+from mora_jax._plan import Plan as Plan
+from mora_jax._plan import summary as summary
+from mora_jax._planning import plan as plan
+from mora_jax._spec import AdapterSpec as AdapterSpec
+from mora_jax._vectors import ravel_adapters as ravel_adapters
+from mora_jax._vectors import unravel_adapters as unravel_adapters
 from mora_jax._warnings import LeftOutWarning as LeftOutWarning
 from mora_jax._warnings import MoRAWarning as MoRAWarning
-from mora_jax.config import MoRAConfig as MoRAConfig
 from mora_jax.io import load as load
 from mora_jax.io import save as save
-from mora_jax.layer import FrozenDense as FrozenDense
-from mora_jax.layer import mora_apply as mora_apply
-from mora_jax.layers import register_layer as register_layer
 from mora_jax.linen import MoRADense as MoRADense
-from mora_jax.masks import optimizer as optimizer
-from mora_jax.masks import trainable_labels as trainable_labels
-from mora_jax.masks import trainable_mask as trainable_mask
-from mora_jax.merging import delta_weight as delta_weight
-from mora_jax.merging import fold as fold
-from mora_jax.merging import merge as merge
-from mora_jax.merging import unmerge as unmerge
+from mora_jax.operators import Operator as Operator
 from mora_jax.operators import make_operator as make_operator
 from mora_jax.operators import square_rank as square_rank
-from mora_jax.planning import plan as plan
-from mora_jax.plans import Plan as Plan
-from mora_jax.plans import summary as summary
-from mora_jax.tree import combine as combine
-from mora_jax.tree import init as init
-from mora_jax.tree import split as split
-from mora_jax.vectors import ravel_adapters as ravel_adapters
-from mora_jax.vectors import unravel_adapters as unravel_adapters
+
+__version__ = "0.1.0"
+
+
+def __dir__() -> list[str]:
+    """The public names: Python would add the modules that implement them."""
+    names = (name for name in globals() if not name.startswith("_"))
+    return sorted([*names, "__version__"])

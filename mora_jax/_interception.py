@@ -1,23 +1,21 @@
-"""Products that other libraries intercept, and those of ours, which none may reach.
+"""Products that other libraries intercept, and our own, which they must not reach.
 
-qwix quantizes a model by replacing the code of `jax.lax.dot_general`, `jax.numpy`'s
-`einsum` and others for as long as the model runs. A layer's own product is meant by
-that. The adapter's is not: M stays exact, and what was traced while a quantized model
-ran must not be found in a cache, ours or JAX's, when the plain model runs.
+While a model runs, qwix quantizes it by replacing the code of `jax.lax.dot_general`,
+`jax.numpy.einsum` and others. That is meant for a layer's own product and not for the
+adapter's: M stays exact, and no cache, ours or JAX's, may give a plain model what was
+traced while a quantized one ran.
 """
 
-import functools
 import sys
 from collections.abc import Callable
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 
 from mora_jax._types import ArrayLike
 
-P = ParamSpec("P")
-R = TypeVar("R")
+F = TypeVar("F", bound=Callable[..., Any])
 
 _DOT_GENERAL = jax.lax.dot_general
 _CODE = getattr(_DOT_GENERAL, "__code__", None)
@@ -26,34 +24,25 @@ _CODE = getattr(_DOT_GENERAL, "__code__", None)
 def intercepted() -> bool:
     """Whether some library computes `jax.lax.dot_general` in its own way now.
 
-    It may be doing that for another thread alone. Taking it for this one is safe: the
-    update is then added to the layer's output, which gives the same numbers.
+    The library may do so in another thread only. It is safe to assume that it does so
+    in this one: the delta is then added to the layer's output, with the same result.
     """
     now = jax.lax.dot_general
     return now is not _DOT_GENERAL or getattr(now, "__code__", None) is not _CODE
 
 
-def undisturbed(function: Callable[P, R]) -> Callable[P, R]:
-    """`function`, called with the interceptions of this thread turned off.
+def undisturbed(function: F) -> F:
+    """`function` with the interceptions of this thread turned off.
+
+    Where nothing is intercepted now, this is `function` itself. Otherwise it is
+    `function` as qwix's own switch wraps it. The switch is private, but no public name
+    and nothing in JAX can do the same: qwix decides inside which of the replaced
+    functions act in each thread, and a trace in another thread would lose JAX's
+    settings (mesh, precision, 64 bits). It has had this name and meaning from qwix
+    0.1.4 to 0.1.8, and this is the only place that asks for it.
 
     Raises:
-      RuntimeError: in a call: an interception by a qwix that cannot be turned off.
-    """
-
-    @functools.wraps(function)
-    def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        return _turned_off(function)(*args, **kwargs)
-
-    return call
-
-
-def _turned_off(function: Callable[P, R]) -> Callable[P, R]:
-    """`function` as qwix's own switch wraps it, if qwix is there and active.
-
-    The switch is private, but no public name and nothing in JAX can do the same: which
-    of the replaced functions act is decided for each thread inside of qwix, and a trace
-    in another thread would lose JAX's settings (mesh, precision, 64 bits). It has had
-    this name and meaning from qwix 0.1.4 to 0.1.8, and only here it is asked for.
+      RuntimeError: A version of qwix intercepts products and has no such switch.
     """
     if "qwix" not in sys.modules or not intercepted():
         return function
@@ -73,11 +62,15 @@ def matmul(
 ) -> jax.Array:
     """`a @ b`, (..., k) and (k, n) to (..., n).
 
-    Not by `jax.numpy.matmul`: JAX compiles that on its own, and keeps the program. One
-    that was traced in a quantized model would then be used in a plain one, or the other
-    way round.
+    This does not call `jax.numpy.matmul`, which JAX compiles on its own. It keeps that
+    program, and one that was traced in a quantized model would then be used in a plain
+    model, or the other way round.
     """
     dtype = jnp.result_type(a, b)
     a, b = jnp.asarray(a).astype(dtype), jnp.asarray(b).astype(dtype)
-    contracted = (a.ndim - 1,), (0,)
-    return jax.lax.dot_general(a, b, (contracted, ((), ())), precision=precision)
+    return jax.lax.dot_general(a, b, last_with_first(a), precision=precision)
+
+
+def last_with_first(a: jax.Array) -> tuple[Any, Any]:
+    """The axes that a product of `a` with a matrix sums over, for `dot_general`."""
+    return ((a.ndim - 1,), (0,)), ((), ())

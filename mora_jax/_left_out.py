@@ -7,11 +7,11 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from mora_jax._config import DEFAULT_TARGETS, MoRAConfig
+from mora_jax._flax.survey import Survey
 from mora_jax._types import Shape
 from mora_jax._warnings import LeftOutWarning, warn
-from mora_jax.config import DEFAULT_TARGETS, MoRAConfig
 from mora_jax.products import Convolution, Lookup, Product
-from mora_jax.tracing import Survey
 
 NO_KERNEL = re.compile(r"(?i).*(bias|scale|norm|pos|embed|token|mean|var|cache)[^/]*$")
 """Names of arrays that hardly multiply inputs, for models that were not traced."""

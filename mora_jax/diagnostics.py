@@ -9,12 +9,13 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Float
 
-from mora_jax.checking import check as check
-from mora_jax.layer import concrete
-from mora_jax.merging import delta_weight, finite_items, merge
-from mora_jax.paths import find_kernel, named_leaves
-from mora_jax.plans import Plan
-from mora_jax.spec import AdapterSpec
+from mora_jax._checking import check as check
+from mora_jax._compute.delta import scaled
+from mora_jax._dense import as_jax_array
+from mora_jax._merge import delta_weight, finite_items, merge
+from mora_jax._paths import find_kernel, named_leaves
+from mora_jax._plan import Plan
+from mora_jax._spec import AdapterSpec
 
 
 def merge_loss(
@@ -94,7 +95,7 @@ def spectrum(adapters: Any, plan: Plan) -> dict[str, np.ndarray]:
 
 def _spectrum(spec: AdapterSpec, m: np.ndarray) -> np.ndarray:
     """(q, q) -> (min(in, out),)."""
-    op = spec.operator
+    op, m = spec.operator, scaled(spec, m)
     if op.block and op.isometry:
         own = np.linalg.svd(m, compute_uv=False)
         values = np.repeat(own, op.compressed_shape[0])
@@ -110,7 +111,7 @@ def _spectrum(spec: AdapterSpec, m: np.ndarray) -> np.ndarray:
         values = np.linalg.svd(triangle @ rows, compute_uv=False)
     full = np.zeros(min(op.in_features, op.out_features))
     full[: len(values)] = values
-    return abs(spec.alpha) * full
+    return full
 
 
 def effective_rank(
@@ -175,7 +176,7 @@ def relative_norm(params: Any, adapters: Any, plan: Plan) -> dict[str, float]:
     leaves, values = named_leaves(params), spectrum(adapters, plan)
     shares = {}
     for spec in plan.specs:
-        kernel = concrete(spec.name, find_kernel(leaves, spec)[1])
+        kernel = as_jax_array(spec.name, find_kernel(leaves, spec)[1])
         norm = float(np.linalg.norm(values[spec.name]))
         whole = float(jnp.linalg.norm(kernel))
         shares[spec.name] = norm / whole if whole else math.inf

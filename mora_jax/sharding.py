@@ -11,13 +11,12 @@ from flax.core import spmd
 from flax.linen.spmd import logical_to_mesh_axes
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from mora_jax._mesh import axes_of
+from mora_jax._adapters import Tree, nest
+from mora_jax._mesh.layout import KernelLayout, mesh_axes
+from mora_jax._paths import Path, adapter_path, is_boxed, key_name, nearest
+from mora_jax._plan import Plan
+from mora_jax._spec import AdapterSpec
 from mora_jax._types import Shape
-from mora_jax.layout import Layout
-from mora_jax.paths import Path, adapter_path, is_boxed, key_name, nearest
-from mora_jax.plans import Plan
-from mora_jax.spec import AdapterSpec
-from mora_jax.tree import Tree, nest
 
 
 def adapter_shardings(
@@ -122,7 +121,7 @@ def plan_on_mesh(
       >>> shardings = {"fc": {"kernel": PartitionSpec("data", "model")}}
       >>> layers = sharding.plan_on_mesh(
       ...     plan(params), shardings, batch_axes="data", mesh=mesh)
-      >>> layers["fc/kernel"].layout.axes
+      >>> layers["fc/kernel"].layout.mesh_axes
       (('model',), ('data',))
     """
     batch = (batch_axes,) if isinstance(batch_axes, str) else tuple(batch_axes)
@@ -135,14 +134,14 @@ def plan_on_mesh(
                     f"got {axis!r}"
                 )
         axes = tuple(reversed(_entries(base, spec)))
-        layout = Layout(base.mesh, axes, batch)
+        layout = KernelLayout(base.mesh, axes, batch)
         specs.append(dataclasses.replace(spec, layout=layout))
     return dataclasses.replace(plan, specs=tuple(specs))
 
 
 def _entries(base: NamedSharding, spec: AdapterSpec) -> list[tuple[str, ...]]:
     """The mesh axes that split each axis of the kernel."""
-    entries = [axes_of(entry) for entry in base.spec]
+    entries = [mesh_axes(entry) for entry in base.spec]
     return [*entries, *[()] * (len(spec.axes) - len(entries))]
 
 
@@ -161,7 +160,7 @@ def _kernel_shardings(
                 f"params_or_shardings lack the kernel {spec.name!r}"
                 + nearest(spec.name, leaves)
             )
-        devices, axes = _said(leaves[spec.name], mesh, spec.name)
+        devices, axes = _read_sharding(leaves[spec.name], mesh, spec.name)
         if devices is None:
             raise ValueError(f"mesh must be given: {spec.name} has names of axes alone")
         sharding = _named_sharding(devices, axes, spec.kernel_shape, spec.name)
@@ -173,7 +172,7 @@ def _is_leaf(node: Any) -> bool:
     return is_boxed(node) or isinstance(node, PartitionSpec | nnx.Variable)
 
 
-def _said(
+def _read_sharding(
     leaf: Any, mesh: Mesh | None, name: str
 ) -> tuple[Mesh | AbstractMesh | None, PartitionSpec]:
     """The mesh and the axes of it that a leaf tells: where it is, or is wanted."""

@@ -46,6 +46,7 @@ GROUPS = ("strided", "contiguous")
 CASES = [
     Case("truncation", {"name": "truncation"}, oracle.truncation, bounded=True),
     *(_sharing(c, d, n) for c in GROUPS for d in GROUPS for n in (False, True)),
+    Case("signed_sharing", {"name": "signed_sharing"}, oracle.signed_sharing),
     Case("decoupling", {"name": "decoupling"}, oracle.decoupling),
     Case(
         "decoupling-truncate",
@@ -97,8 +98,8 @@ def _is_of_few(case: Case) -> bool:
 
 _KINDS = ("sharing-strided-strided-normalised", "rotation", "permutation", "hadamard")
 
-# For laws that rest on others; all cases and sizes are among the slow tests. Kinds are
-# for what JAX's transformations do to an operator: one of each way to compute.
+# For laws that rest on others; the slow tests take all cases and sizes. Kinds are for
+# what JAX's transformations do to an operator: one for each way to compute.
 FEW_CASES = [pytest.param(case, marks=_slow(_is_of_few(case))) for case in CASES]
 KINDS = [pytest.param(case, marks=_slow(case.label in _KINDS)) for case in CASES]
 FEW_SIZES = [pytest.param(size, marks=_slow(size in _FEW_SIZES)) for size in SIZES]

@@ -1,7 +1,7 @@
-"""The operators as plain float64 matrices, element by element, from DESIGN's table.
+"""The operators as plain float64 matrices, element by element, from their definitions.
 
-Written from the definitions and independent of the library, but for the numbers that a
-seed fixes, which are read off the operator. C is (in, n, q), D is (n, q, out).
+This is independent of the library, except for the numbers that a seed fixes, which are
+read off the operator. C is (in, n, q), D is (n, q, out).
 """
 
 import math
@@ -47,6 +47,12 @@ def sharing(op):
         c /= math.sqrt(ins / q)
         d /= math.sqrt(outs / q)
     return c, d
+
+
+def signed_sharing(op):
+    c, d = sharing(op)
+    ins, outs = np.asarray(op.in_signs), np.asarray(op.out_signs)
+    return ins[:, None, None] * c, d * outs
 
 
 def decoupling(op):

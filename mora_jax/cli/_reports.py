@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from mora_jax import diagnostics, io
-from mora_jax.execution import kernel_update
+from mora_jax._adapters import Tree, adapter_items
+from mora_jax._compute.delta import delta_kernel
+from mora_jax._plan import Plan
+from mora_jax._spec import AdapterSpec, differences
 from mora_jax.io import Names
 from mora_jax.io._paths import as_path
-from mora_jax.plans import Plan
-from mora_jax.spec import AdapterSpec, differences
-from mora_jax.tree import Tree, adapter_items
 
 
 def describe(adapter: str, base: str | None, names: Names) -> dict[str, Any]:
@@ -98,7 +98,7 @@ def compare(
 
 def _update(spec: AdapterSpec, m: Any) -> np.ndarray:
     dtype = jnp.promote_types(m.dtype, jnp.float32)
-    return np.asarray(kernel_update(spec, m.astype(dtype)))
+    return np.asarray(delta_kernel(spec, m.astype(dtype)))
 
 
 def _differing(one: AdapterSpec, other: AdapterSpec) -> str:

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from mora_jax._dense import as_jax_array
 from mora_jax.io._errors import AdapterFileError
-from mora_jax.layer import concrete
 
 
 def host(name: str, m: Any) -> np.ndarray:
@@ -20,7 +20,7 @@ def host(name: str, m: Any) -> np.ndarray:
     """
     if isinstance(m, Tracer):
         raise TypeError(f"{name} must be a concrete array, got a tracer of jit")
-    concrete(name, m)
+    as_jax_array(name, m)
     array = np.asarray(m)
     if not np.isfinite(array).all():
         raise ValueError(f"{name} holds NaN or infinity")

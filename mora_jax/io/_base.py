@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 import jax
 
+from mora_jax._adapters import Tree, nest
 from mora_jax.io._errors import AdapterFileError
 from mora_jax.io._json import read, short
 from mora_jax.io._names import Names, pairs, to_kernel
 from mora_jax.io._paths import Location, as_path
 from mora_jax.io._tensors import DTYPES, TensorFile
-from mora_jax.tree import Tree, nest
 
 BESIDE = (".json", ".txt", ".model", ".jinja", ".md")
 """What else of a base is copied: configs, tokenizers, templates; never pickles."""

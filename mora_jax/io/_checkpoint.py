@@ -8,9 +8,13 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from mora_jax._adapters import adapter_items
+from mora_jax._bases import check_digests, kernel_digests, row_numbers, rows_digest
+from mora_jax._compute.delta import delta_kernel, scaled
+from mora_jax._paths import nearest
+from mora_jax._plan import Plan
+from mora_jax._spec import AdapterSpec
 from mora_jax._types import Shape
-from mora_jax.bases import check_digests, kernel_digests, row_numbers, rows_digest
-from mora_jax.execution import kernel_update
 from mora_jax.io._arrays import host
 from mora_jax.io._base import INDEX, Checkpoint
 from mora_jax.io._errors import AdapterFileError
@@ -19,10 +23,6 @@ from mora_jax.io._names import Names, join_index, pairs, to_module
 from mora_jax.io._paths import Location, as_path, parts
 from mora_jax.io._suggest import suggestion
 from mora_jax.io._tensors import CHUNK, DTYPES, TensorFile
-from mora_jax.paths import nearest
-from mora_jax.plans import Plan
-from mora_jax.spec import AdapterSpec
-from mora_jax.tree import adapter_items
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,11 +45,10 @@ class _Site:
     def update(self) -> np.ndarray:
         """The update in the tensor's layout, in float32 or wider."""
         if not self.layout:
-            return np.asarray(kernel_update(self.spec, self.m))
-        delta = self.spec.operator.delta_weight(self.m)
+            return np.asarray(delta_kernel(self.spec, self.m))
+        delta = self.spec.operator.delta_weight(scaled(self.spec, self.m))
         # In the tensor's own order: numpy is slow to add arrays of two orders.
-        ordered = np.asarray(delta.T if self.layout == "oi" else delta)
-        return self.spec.alpha * ordered
+        return np.asarray(delta.T if self.layout == "oi" else delta)
 
     def check_base(self, kernel: np.ndarray) -> None:
         """Raise if `kernel` is known not to be what the adapter was trained on."""

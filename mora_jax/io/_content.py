@@ -9,16 +9,16 @@ from typing import Any
 
 import numpy as np
 
+from mora_jax._adapters import Tree, nest
+from mora_jax._paths import adapter_path
+from mora_jax._plan import Plan
+from mora_jax._spec import SUFFIX, AdapterSpec
 from mora_jax.io._arrays import device
 from mora_jax.io._errors import AdapterFileError
 from mora_jax.io._files import CONFIG, TENSORS
 from mora_jax.io._format import layer_path, restore
 from mora_jax.io._json import dump, parse, short
 from mora_jax.io._tensors import decode
-from mora_jax.paths import adapter_path
-from mora_jax.plans import Plan
-from mora_jax.spec import SUFFIX, AdapterSpec
-from mora_jax.tree import Tree, nest
 
 FORMAT, VERSION = "mora_jax adapter", 2
 """Version 2 added `base_digest` to each layer; version 1 is still read."""

@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mora_jax.axes import check_axes, sizes
+from mora_jax._axes import check_axes, sizes
+from mora_jax._paths import Path, lacking
+from mora_jax._spec import AdapterSpec, check_kernel, operator_settings
 from mora_jax.io._errors import AdapterFileError
 from mora_jax.io._json import dump, short
 from mora_jax.operators import Operator, make_operator
-from mora_jax.paths import Path, lacking
-from mora_jax.spec import AdapterSpec, check_kernel, operator_settings
 
 LARGEST_WIDTH = 2**22
 """How many features a kernel may have that a file describes, on either side."""

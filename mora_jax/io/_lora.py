@@ -6,13 +6,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mora_jax.config import check_number
+from mora_jax._checks import positive_integer
+from mora_jax._compute.delta import scaled
+from mora_jax._config import check_number
+from mora_jax._plan import Plan
+from mora_jax._spec import AdapterSpec
 from mora_jax.io._names import Names, pairs
 from mora_jax.io._peft_read import PREFIX
 from mora_jax.io._peft_write import free, modules, peft_config, write
-from mora_jax.operators._checks import positive_integer
-from mora_jax.plans import Plan
-from mora_jax.spec import AdapterSpec
 
 
 def save_peft_lora(
@@ -138,7 +139,7 @@ def _factors(
     spec: AdapterSpec, m: np.ndarray, rank: int | None
 ) -> tuple[np.ndarray, np.ndarray, _Kept]:
     """(in, r) and (r, out) whose product is the update, and what they keep of it."""
-    op = spec.operator
+    op, m = spec.operator, scaled(spec, m)
     if op.block:
         delta = np.asarray(op.delta_weight(m), np.float64)
         left, values, right = np.linalg.svd(delta, full_matrices=False)
@@ -147,11 +148,11 @@ def _factors(
         a = np.asarray(op.compress_matrix(), np.float64)
         b = np.asarray(op.decompress(m), np.float64)
         if rank is None or rank >= op.square_rank:
-            return _float32(a, spec.alpha * b, np.zeros(0))
+            return _float32(a, b, np.zeros(0))
         basis, triangle = np.linalg.qr(a)
         left, values, right = np.linalg.svd(triangle @ b, full_matrices=False)
         a, b = basis @ left, values[:, None] * right
-    return _float32(a[:, :rank], spec.alpha * b[:rank], values)
+    return _float32(a[:, :rank], b[:rank], values)
 
 
 def _float32(

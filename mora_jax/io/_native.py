@@ -11,7 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from mora_jax.bases import check_base, kernel_digests
+from mora_jax._adapters import Tree, adapter_items
+from mora_jax._bases import check_base, kernel_digests
+from mora_jax._paths import adapter_path, named_leaves, nearest
+from mora_jax._plan import Plan
+from mora_jax._spec import AdapterSpec
 from mora_jax.io._arrays import host
 from mora_jax.io._content import (
     FORMAT,
@@ -38,10 +42,6 @@ from mora_jax.io._format import describe
 from mora_jax.io._json import MAX_BYTES, dump, plain, short
 from mora_jax.io._paths import Location, as_path
 from mora_jax.io._tensors import encode
-from mora_jax.paths import adapter_path, named_leaves, nearest
-from mora_jax.plans import Plan
-from mora_jax.spec import AdapterSpec
-from mora_jax.tree import Tree, adapter_items
 
 
 def save(

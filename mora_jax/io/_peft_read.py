@@ -10,8 +10,13 @@ from typing import Any
 import jax
 import numpy as np
 
+from mora_jax._adapters import Tree, nest
+from mora_jax._config import MoRAConfig
+from mora_jax._paths import adapter_path, named_leaves, nearest
+from mora_jax._plan import Plan
+from mora_jax._planning import plan
+from mora_jax._spec import AdapterSpec
 from mora_jax._types import Shape
-from mora_jax.config import MoRAConfig
 from mora_jax.io._arrays import device
 from mora_jax.io._errors import AdapterFileError
 from mora_jax.io._files import CONFIG, TENSORS, read_bytes
@@ -22,11 +27,6 @@ from mora_jax.io._reference import REFERENCE_GROUPS, reference_operator
 from mora_jax.io._suggest import suggestion_for
 from mora_jax.io._tensors import decode
 from mora_jax.operators import Operator
-from mora_jax.paths import adapter_path, named_leaves, nearest
-from mora_jax.planning import plan
-from mora_jax.plans import Plan
-from mora_jax.spec import AdapterSpec
-from mora_jax.tree import Tree, nest
 
 PREFIX = "base_model.model."
 """How PEFT's names of tensors begin."""

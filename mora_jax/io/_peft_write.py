@@ -7,6 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from mora_jax._adapters import adapter_items
+from mora_jax._compute.delta import scaled
+from mora_jax._plan import Plan
+from mora_jax._spec import AdapterSpec
 from mora_jax.io._arrays import host
 from mora_jax.io._files import CONFIG, TENSORS, entries, new_directory
 from mora_jax.io._json import dump
@@ -17,9 +21,6 @@ from mora_jax.io._reference import REFERENCE_GROUPS, reference_square_rank
 from mora_jax.io._suggest import suggestion
 from mora_jax.io._tensors import encode
 from mora_jax.operators import Rotation, Sharing
-from mora_jax.plans import Plan
-from mora_jax.spec import AdapterSpec
-from mora_jax.tree import adapter_items
 
 
 def save_peft_mora(
@@ -62,7 +63,9 @@ def save_peft_mora(
         mora_type, ranks[module], scale = _reference(spec)
         settings.add((mora_type, spec.dropout, layout))
         for letter in "AB":
-            tensors[f"{PREFIX}{module}.lora_{letter}.weight"] = (scale * m).T
+            tensors[f"{PREFIX}{module}.lora_{letter}.weight"] = (
+                scale * scaled(spec, m)
+            ).T
     if len(settings) > 1:
         raise ValueError(
             "the reference has one mora_type, dropout and fan_in_fan_out for all "
@@ -75,15 +78,15 @@ def save_peft_mora(
 
 
 def _reference(spec: AdapterSpec) -> tuple[int, int, float]:
-    """mora_type, rank, and what M is multiplied by."""
-    op, scale = spec.operator, float(spec.alpha)
+    """mora_type, rank, and what alpha M is multiplied by."""
+    op, scale = spec.operator, 1.0
     ins, outs, q = op.in_features, op.out_features, op.square_rank
     if isinstance(op, Rotation) and (op.truncate or -(-ins // q) <= -(-outs // q)):
         mora_type = 6
     elif isinstance(op, Sharing):
         groups = op.compress_groups, op.decompress_groups
         mora_type = {v: k for k, v in REFERENCE_GROUPS.items()}[groups]
-        scale *= math.sqrt(q / ins * q / outs) if op.normalised else 1.0
+        scale = math.sqrt(q / ins * q / outs) if op.normalised else 1.0
     else:
         raise ValueError(
             f"{spec.name}: the reference has sharing and rotation with truncate=True, "

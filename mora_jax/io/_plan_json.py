@@ -6,10 +6,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from mora_jax._plan import Plan, check_plan, refuse_other_plan
 from mora_jax.io._errors import AdapterFileError
 from mora_jax.io._format import describe, layer_path, restore
 from mora_jax.io._json import dump, parse, short
-from mora_jax.plans import Plan, check_plan, refuse_other_plan
 
 FORMAT, VERSION = "mora_jax plan", 1
 KINDS = {

@@ -3,6 +3,8 @@
 import os
 from typing import Any
 
+from mora_jax._adapters import Tree
+from mora_jax._plan import Plan
 from mora_jax.io._errors import AdapterFileError
 from mora_jax.io._files import CONFIG
 from mora_jax.io._json import read
@@ -10,8 +12,6 @@ from mora_jax.io._names import Names
 from mora_jax.io._native import FORMAT, load
 from mora_jax.io._paths import as_path
 from mora_jax.io._peft_read import load_peft_mora
-from mora_jax.plans import Plan
-from mora_jax.tree import Tree
 
 
 def format_of(directory: str | os.PathLike[str]) -> str:

@@ -1,7 +1,7 @@
 """Other implementations' adapters."""
 
+from mora_jax._checks import positive_integer
 from mora_jax.operators import Operator, Rotation, Sharing
-from mora_jax.operators._checks import positive_integer
 from mora_jax.operators.sharing import Grouping
 
 REFERENCE_GROUPS: dict[int, tuple[Grouping, Grouping]] = {

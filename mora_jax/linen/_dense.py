@@ -6,12 +6,12 @@ import flax.linen as nn
 import jax
 from jaxtyping import Float, Shaped
 
+from mora_jax._config import MoRAConfig
+from mora_jax._flax.adapted_call import adapt_call
+from mora_jax._flax.layer_rules import rules_of
+from mora_jax._spec import SUFFIX, AdapterSpec, init_adapter
 from mora_jax._types import ArrayLike
-from mora_jax.config import MoRAConfig
-from mora_jax.execution import adapt_call
-from mora_jax.layers import find_rules
 from mora_jax.products import DENSE, Contraction
-from mora_jax.spec import SUFFIX, AdapterSpec, init_adapter
 
 
 class MoRADense(nn.Dense):
@@ -67,7 +67,7 @@ class MoRADense(nn.Dense):
         return adapt_call(
             lambda: super(MoRADense, self).__call__(inputs),
             self,
-            find_rules(nn.Dense)["__call__"],
+            rules_of(nn.Dense)["__call__"],
             spec,
             lambda: self.param(f"kernel{SUFFIX}", partial(init_adapter, spec)),
             inputs,

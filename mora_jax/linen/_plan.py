@@ -5,16 +5,16 @@ from typing import Any
 
 import flax.linen as nn
 
+from mora_jax._adapters import combine, nest
+from mora_jax._config import MoRAConfig, check_config
+from mora_jax._flax.layer_rules import rules_of
+from mora_jax._flax.survey import Survey
+from mora_jax._paths import Path, named_leaves
+from mora_jax._plan import Plan
+from mora_jax._planning import plan_surveyed
 from mora_jax._proof import mark
-from mora_jax.config import MoRAConfig, check_config
-from mora_jax.layers import find_rules
+from mora_jax._spec import SUFFIX
 from mora_jax.linen._bound import Bound, check_model, params_of
-from mora_jax.paths import Path, named_leaves
-from mora_jax.planning import plan_surveyed
-from mora_jax.plans import Plan
-from mora_jax.spec import SUFFIX
-from mora_jax.tracing import Survey
-from mora_jax.tree import combine, nest
 
 
 def plan(
@@ -111,7 +111,7 @@ class _Recorder:
             return method(*args, **kwargs)
         path = "/".join(module.scope.path)
         self.survey.classes.setdefault(path, type(module).__name__)
-        rule = find_rules(type(module)).get(context.method_name)
+        rule = rules_of(type(module)).get(context.method_name)
         # One rule tells all about what its method calls of the same layer.
         if rule is None or any(module is other for other in self.running):
             return method(*args, **kwargs)

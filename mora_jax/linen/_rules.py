@@ -4,9 +4,10 @@ from typing import Any
 
 import flax.linen as nn
 
+from mora_jax._flax.convolutions import convolution, transposed_convolution
+from mora_jax._flax.layer_rules import register_layer
 from mora_jax._types import ArrayLike
-from mora_jax.layers import register_layer
-from mora_jax.products import ATTEND, DENSE, Contraction, Convolution, Lookup
+from mora_jax.products import ATTEND, DENSE, Contraction, Lookup
 
 
 def _general(module: nn.DenseGeneral, inputs: ArrayLike) -> Contraction:
@@ -25,7 +26,7 @@ def _einsum(module: nn.Einsum, inputs: ArrayLike, einsum_str: str | None = None)
 register_layer(nn.Dense, equation=DENSE, dot_general=True)
 register_layer(nn.DenseGeneral, equation=_general, dot_general=True)
 register_layer(nn.Einsum, equation=_einsum)
-register_layer(nn.Conv, equation=Convolution.of)
-register_layer(nn.ConvTranspose, equation=Convolution.transposed)
+register_layer(nn.Conv, equation=convolution)
+register_layer(nn.ConvTranspose, equation=transposed_convolution)
 register_layer(nn.Embed, equation=Lookup(), kernel="embedding")
 register_layer(nn.Embed, equation=ATTEND, kernel="embedding", method="attend")

@@ -6,15 +6,15 @@ from typing import Any
 
 import flax.linen as nn
 
+from mora_jax._adapters import adapter_items, combine, nest, split
+from mora_jax._flax.adapted_call import adapt_call
+from mora_jax._flax.layer_rules import rules_of, unknown_use
+from mora_jax._flax.survey import refuse_untraced
+from mora_jax._paths import adapter_path
+from mora_jax._plan import Plan, check_plan
+from mora_jax._spec import SUFFIX
 from mora_jax._warnings import warn
-from mora_jax.execution import adapt_call
-from mora_jax.layers import find_rules, unknown_use
 from mora_jax.linen._bound import Bound, check_model, params_of
-from mora_jax.paths import adapter_path
-from mora_jax.plans import Plan, check_plan
-from mora_jax.spec import SUFFIX
-from mora_jax.tracing import refuse_untraced
-from mora_jax.tree import adapter_items, combine, nest, split
 
 
 def wrap(model: nn.Module, plan: Plan) -> Callable[..., Any]:
@@ -154,7 +154,7 @@ class _Interceptor:
         bound: Mapping[str, Bound],
     ) -> Any:
         assert module.scope is not None
-        scope, rules = module.scope.path, find_rules(type(module))
+        scope, rules = module.scope.path, rules_of(type(module))
         if name not in rules:
             y = method(*args, **kwargs)
             for rule in rules.values():

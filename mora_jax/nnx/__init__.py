@@ -1,7 +1,7 @@
 """Flax NNX: a linear layer with its adapter, and adapters for unmodified models."""
 
 import mora_jax.nnx._rules as _rules  # registers Flax's own layers
-from mora_jax.layers import register_layer as register_layer
+from mora_jax._flax.layer_rules import register_layer as register_layer
 from mora_jax.nnx._adapters import adapters as adapters
 from mora_jax.nnx._adapters import plan_of as plan_of
 from mora_jax.nnx._adapters import set_adapters as set_adapters

@@ -9,12 +9,12 @@ from flax import nnx
 from jax.core import Tracer
 from jax.sharding import NamedSharding
 
-from mora_jax.layer import concrete
+from mora_jax._adapters import Tree, adapter_items, nest
+from mora_jax._dense import as_jax_array
+from mora_jax._paths import Path, adapter_path, unboxed
+from mora_jax._plan import Plan, refuse_other_plan
+from mora_jax._spec import SUFFIX, AdapterSpec
 from mora_jax.nnx._param import MoRAParam
-from mora_jax.paths import Path, adapter_path, unboxed
-from mora_jax.plans import Plan, refuse_other_plan
-from mora_jax.spec import SUFFIX, AdapterSpec
-from mora_jax.tree import Tree, adapter_items, nest
 
 
 def layers(model: nnx.Module) -> Iterator[tuple[Path, nnx.Module]]:
@@ -137,7 +137,7 @@ def set_adapters(
     elif plan is not None:
         raise TypeError(f"plan must be a Plan or its digest, got {type(plan).__name__}")
     new = [
-        (spec, concrete(f"{spec.name}{SUFFIX}", m))
+        (spec, as_jax_array(f"{spec.name}{SUFFIX}", m))
         for spec, m in adapter_items(adapters, own)
     ]
     for (_, variable), (_, m) in zip(variables(model), new, strict=True):

@@ -10,13 +10,14 @@ from typing import Any
 
 from flax import nnx
 
+from mora_jax._compute.adapted import check_product
+from mora_jax._flax.adapted_call import adapt_call
+from mora_jax._flax.layer_rules import LayerRule, planning_rules, rules_of, unknown_use
+from mora_jax._flax.survey import refuse_untraced
 from mora_jax._interception import intercepted
-from mora_jax.execution import adapt_call, check_product
-from mora_jax.layers import LayerRule, find_rules, first_rules, unknown_use
+from mora_jax._spec import SUFFIX, AdapterSpec
 from mora_jax.nnx._dropout import AdapterDropout
 from mora_jax.nnx._param import MoRAParam
-from mora_jax.spec import SUFFIX, AdapterSpec
-from mora_jax.tracing import refuse_untraced
 
 Around = Callable[[LayerRule, nnx.Module, Any, Any, Any], Any]
 """(rule, module, args, kwargs, the bound method) to what is returned instead."""
@@ -37,7 +38,7 @@ def subclass(cls: type, around: Around, *, strict: bool) -> type:
       strict: refuse any other method that is called from without: it might use the
         kernel in a way that is not known.
     """
-    rules = find_rules(cls)
+    rules = rules_of(cls)
     namespace: dict[str, Any] = {
         "__module__": cls.__module__,
         "__qualname__": cls.__qualname__,
@@ -55,7 +56,7 @@ def subclass(cls: type, around: Around, *, strict: bool) -> type:
 
 def adapted_class(cls: type) -> type:
     """The class of adapted layers of class `cls`."""
-    return _adapted_class(cls, tuple(find_rules(cls).values()))
+    return _adapted_class(cls, tuple(rules_of(cls).values()))
 
 
 @functools.cache  # two classes for the same would be two programs for nnx.jit
@@ -126,7 +127,7 @@ def attach(
 ) -> None:
     """Give `module` its adapter; one that would have no effect is refused."""
     cls, kernel = plain_class(module), spec.path[-1]
-    rule = first_rules(module).get(kernel)
+    rule = planning_rules(module).get(kernel)
     if rule is None:
         raise unknown_use(spec.name, cls, "__call__")
     product = rule.product(module)

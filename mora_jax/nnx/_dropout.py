@@ -9,8 +9,8 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import PRNGKeyArray
 
-from mora_jax.explicit import explicit_sharding, left_to_xla
-from mora_jax.operators._random import check_seed
+from mora_jax._checks import check_seed
+from mora_jax._mesh.layout import explicit_sharding, with_auto_axes
 
 
 class AdapterDropout(nnx.Dropout):
@@ -47,7 +47,7 @@ class AdapterDropout(nnx.Dropout):
             sharding = explicit_sharding(array)
             if sharding is not None:
                 whole = NamedSharding(sharding.mesh, PartitionSpec())
-                return left_to_xla(of, whole, m, first)
+                return with_auto_axes(of, whole, m, first)
         return of(m, first)
 
 

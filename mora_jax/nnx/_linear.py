@@ -4,11 +4,11 @@ from typing import Any
 
 from flax import nnx
 
-from mora_jax.config import MoRAConfig
+from mora_jax._config import MoRAConfig
+from mora_jax._spec import SUFFIX, AdapterSpec, init_adapter
 from mora_jax.nnx._classes import DROPOUT, adapted_class
 from mora_jax.nnx._dropout import AdapterDropout
 from mora_jax.nnx._param import MoRAParam
-from mora_jax.spec import SUFFIX, AdapterSpec, init_adapter
 
 
 class MoRALinear(nnx.Linear):

@@ -5,7 +5,7 @@ from typing import Any
 
 from flax import nnx
 
-from mora_jax.spec import AdapterSpec, check_same
+from mora_jax._spec import AdapterSpec, check_same
 
 
 class MoRAParam(nnx.LoRAParam[Any]):

@@ -6,16 +6,16 @@ from typing import Any
 
 from flax import nnx
 
+from mora_jax._config import MoRAConfig, check_config
+from mora_jax._flax.layer_rules import LayerRule, planning_rules
+from mora_jax._flax.survey import Survey, refuse_untraced
+from mora_jax._paths import named_leaves
+from mora_jax._plan import Plan
+from mora_jax._planning import plan_surveyed
 from mora_jax._proof import mark
-from mora_jax.config import MoRAConfig, check_config
-from mora_jax.layers import LayerRule, first_rules
 from mora_jax.nnx._adapters import layers
 from mora_jax.nnx._classes import subclass
 from mora_jax.nnx._param import MoRAParam
-from mora_jax.paths import named_leaves
-from mora_jax.planning import plan_surveyed
-from mora_jax.plans import Plan
-from mora_jax.tracing import Survey, refuse_untraced
 
 
 def plan(
@@ -57,7 +57,7 @@ def plan(
     survey = Survey()
     for path, module in layers(model):
         survey.classes["/".join(path)] = type(module).__name__
-        rules = first_rules(module)
+        rules = planning_rules(module)
         for name, value in vars(module).items() if rules else ():
             if isinstance(value, nnx.Variable) and name not in rules:
                 survey.others.add("/".join((*path, name)))
@@ -114,7 +114,7 @@ def check_model(model: Any) -> None:
 def _known(model: nnx.Module) -> Iterator[tuple[str, nnx.Module, LayerRule]]:
     """Layers of known classes: their kernel's path, they, the first rule of it."""
     for path, module in layers(model):
-        for kernel, rule in first_rules(module).items():
+        for kernel, rule in planning_rules(module).items():
             if isinstance(getattr(module, kernel, None), nnx.Variable):
                 yield "/".join((*path, kernel)), module, rule
 

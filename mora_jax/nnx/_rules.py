@@ -4,8 +4,9 @@ from typing import Any
 
 from flax import nnx
 
-from mora_jax.layers import register_layer
-from mora_jax.products import ATTEND, DENSE, Contraction, Convolution, Lookup
+from mora_jax._flax.convolutions import convolution, transposed_convolution
+from mora_jax._flax.layer_rules import register_layer
+from mora_jax.products import ATTEND, DENSE, Contraction, Lookup
 
 
 def _general(module: nnx.LinearGeneral, inputs: Any, *_: Any, **__: Any) -> Contraction:
@@ -26,7 +27,7 @@ def _einsum(
 register_layer(nnx.Linear, equation=DENSE, dot_general=True)
 register_layer(nnx.LinearGeneral, equation=_general, dot_general=True)
 register_layer(nnx.Einsum, equation=_einsum)
-register_layer(nnx.Conv, equation=Convolution.of)
-register_layer(nnx.ConvTranspose, equation=Convolution.transposed)
+register_layer(nnx.Conv, equation=convolution)
+register_layer(nnx.ConvTranspose, equation=transposed_convolution)
 register_layer(nnx.Embed, equation=Lookup(), kernel="embedding")
 register_layer(nnx.Embed, equation=ATTEND, kernel="embedding", method="attend")

@@ -8,7 +8,7 @@ import optax
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from mora_jax.masks import check_transformation
+from mora_jax._optim import check_transformation
 from mora_jax.nnx._adapters import named_sharding, variables
 from mora_jax.nnx._param import MoRAParam
 
@@ -73,7 +73,8 @@ def adapter_optimizer(
       >>> import optax
       >>> from flax import nnx
       >>> from mora_jax.nnx import adapter_optimizer, wrap
-      >>> opt = adapter_optimizer(wrap(nnx.Linear(16, 16, rngs=nnx.Rngs(0))), optax.sgd(0.1))
+      >>> model = wrap(nnx.Linear(16, 16, rngs=nnx.Rngs(0)))
+      >>> opt = adapter_optimizer(model, optax.sgd(0.1))
       >>> opt.wrt.__name__
       'MoRAParam'
     """

@@ -6,8 +6,11 @@ import jax
 from flax import nnx
 from jax.typing import DTypeLike
 
-from mora_jax.config import MoRAConfig
-from mora_jax.merging import merge
+from mora_jax._adapters import adapter_items, init
+from mora_jax._config import MoRAConfig
+from mora_jax._merge import merge
+from mora_jax._plan import Plan
+from mora_jax._spec import AdapterSpec
 from mora_jax.nnx._adapters import (
     adapters,
     layers,
@@ -19,10 +22,7 @@ from mora_jax.nnx._classes import attach, detach
 from mora_jax.nnx._param import MoRAParam
 from mora_jax.nnx._plan import check_model, normalised
 from mora_jax.nnx._plan import plan as plan_model
-from mora_jax.plans import Plan
 from mora_jax.sharding import adapter_sharding
-from mora_jax.spec import AdapterSpec
-from mora_jax.tree import adapter_items, init
 
 Model = TypeVar("Model", bound=nnx.Module)
 

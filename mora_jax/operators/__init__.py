@@ -1,4 +1,4 @@
-"""The operators: the fixed maps C and D around M, one noun per file."""
+"""The operators: the fixed maps C and D around M, one noun in each file."""
 
 from mora_jax.operators._base import Operator as Operator
 from mora_jax.operators._registry import OPERATORS as OPERATORS
@@ -10,4 +10,5 @@ from mora_jax.operators.orthogonal import Orthogonal as Orthogonal
 from mora_jax.operators.permutation import Permutation as Permutation
 from mora_jax.operators.rotation import Rotation as Rotation
 from mora_jax.operators.sharing import Sharing as Sharing
+from mora_jax.operators.signed_sharing import SignedSharing as SignedSharing
 from mora_jax.operators.truncation import Truncation as Truncation

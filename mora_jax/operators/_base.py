@@ -1,10 +1,10 @@
-"""What an operator is: the fixed pair around M."""
+"""What an operator is: the fixed pair of linear maps around M."""
 
 import abc
 import dataclasses
-import functools
 import math
-from typing import Any, ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +12,10 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Float, Integer
 
-from mora_jax._interception import undisturbed
+from mora_jax._checks import check_array, check_seed, positive_integer
 from mora_jax._types import ArrayLike, Shape
-from mora_jax.operators._checks import check_array, positive_integer
-from mora_jax.operators._product import product
+
+Side = Literal["in", "out"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,14 +24,15 @@ class Operator(abc.ABC):
 
     .. math:: x \mapsto D(C(x) M), \qquad C: in \to (n, q), \quad D: (n, q) \to out
 
-    A subclass adds its settings, `_compress`, `_decompress` and what it claims; the
-    forward product and the merged kernel both follow from the two maps. Equality and
-    hash are those of the settings. Arrays that a seed determines are pytree leaves, so
-    that a jitted function that is handed an operator takes them as arguments.
+    A subclass is decorated with `operator` and gives `name`, its settings as fields,
+    and three methods: `_compress` and `_decompress`, which are C and D, and `_rows`,
+    which gives rows of both as matrices. All else follows from these. Equality and hash
+    are those of the settings. Arrays that a seed determines are pytree leaves, so that
+    a jitted function that is handed an operator takes them as arguments.
 
     Attributes:
-      in_features: length of the vectors that `compress` takes.
-      out_features: length of the vectors that `decompress` returns.
+      in_features: The length of the vectors that `compress` takes.
+      out_features: The length of the vectors that `decompress` returns.
       square_rank: q, the width of M (r-hat in the paper).
     """
 
@@ -42,16 +43,11 @@ class Operator(abc.ABC):
     name: ClassVar[str]
     """The word for it in `MoRAConfig(operator=...)`."""
     arrays: ClassVar[tuple[str, ...]] = ()
-    """Names of the fields that hold arrays."""
+    """The names of the fields that hold arrays, which `_seeded_arrays` gives."""
     bounded: ClassVar[bool] = True
     """Whether q may not exceed `min(in_features, out_features)`."""
-    multiple_of: ClassVar[int] = 1
+    q_multiple_of: ClassVar[int] = 1
     """What q must be divisible by."""
-    shard_type: ClassVar[type[Any] | None] = None
-    """The class of its parts on a mesh, if not `_shard.Shard`, which serves all."""
-    fold_from: ClassVar[float] = 2.0
-    """From how many rows on it pays to fold the update into the kernel, in units of
-    in * out / (in + out)."""
 
     def __post_init__(self) -> None:
         for field in ("in_features", "out_features", "square_rank"):
@@ -62,11 +58,16 @@ class Operator(abc.ABC):
                 f"square_rank of {self.name} must be at most "
                 f"min(in_features, out_features) = {limit}, got {q}"
             )
-        if q % self.multiple_of:
+        step = self.q_multiple_of
+        if q % step:
             raise ValueError(
-                f"square_rank of {self.name} must be a multiple of {self.multiple_of}, "
-                f"got {q}; the nearest is {q + self.multiple_of - q % self.multiple_of}"
+                f"square_rank of {self.name} must be a multiple of {step}, "
+                f"got {q}; the nearest is {q + step - q % step}"
             )
+        if self.arrays:
+            check_seed(getattr(self, "seed", 0))
+            for field, array in self._seeded_arrays().items():
+                object.__setattr__(self, field, array)
 
     @property
     def compressed_shape(self) -> Shape:
@@ -79,18 +80,13 @@ class Operator(abc.ABC):
         return len(self.compressed_shape) > 1
 
     @property
-    @abc.abstractmethod
-    def partition(self) -> bool:
-        """Whether each input feature enters exactly one compressed coordinate."""
-
-    @property
-    @abc.abstractmethod
     def isometry(self) -> bool:
         """Whether C and D are orthonormal: C^T C = I and D D^T = I on (n, q).
 
         The update then has the Frobenius norm of M, times sqrt(n) with n blocks, at
         every width.
         """
+        return False
 
     @abc.abstractmethod
     def _compress(self, x: jax.Array) -> jax.Array:
@@ -100,48 +96,23 @@ class Operator(abc.ABC):
     def _decompress(self, h: jax.Array) -> jax.Array:
         """D. `h`: (..., *compressed_shape) -> (..., out_features)."""
 
-    def _meet(self, x: jax.Array) -> jax.Array:
-        """C(x) for the product with M, (..., in_features) -> (..., *any, q).
-
-        A block operator adds blocks that meet at an output, and leaves out those that
-        have no effect: then M multiplies as few rows as it can.
-        """
-        return self._compress(x)
-
-    def _spread(self, h: jax.Array) -> jax.Array:
-        """D of what `_meet` left, (..., *any, q) -> (..., out_features)."""
-        return self._decompress(h)
-
-    def _product(
-        self, m: jax.Array, x: jax.Array, precision: jax.lax.PrecisionLike
-    ) -> jax.Array:
-        """D(C(x) M). `x`: (..., in_features) -> (..., out_features)."""
-        return product(self, m, x, precision)
-
-    def _delta(self, m: jax.Array) -> jax.Array:
-        """C (I_n x M) D. `m`: (q, q) -> (in_features, out_features).
-
-        The rows of I_n x M go through D, block by block, the columns of what results
-        through the transpose of C. Where kernels are folded it is made anew in each
-        step, so block operators have a faster way of their own.
-        """
-
-        def block_rows(k: jax.Array) -> jax.Array:
-            alone = jnp.zeros((self.square_rank, *self.compressed_shape), m.dtype)
-            return self._decompress(alone.at[:, k].set(m))
-
-        # One at a time: all n together would take n * q by n * q numbers.
-        if self.block:
-            rows = jax.lax.map(block_rows, jnp.arange(self.compressed_shape[0]))
-        else:
-            rows = self._decompress(m)
-        return _transpose_compress(self, rows)
-
     @abc.abstractmethod
-    def _lookup(
-        self, m: jax.Array, indices: jax.Array, precision: jax.lax.PrecisionLike
-    ) -> jax.Array:
-        """D(C(e_i) M) for unit vectors e_i. `indices`: (...) -> (..., out_features)."""
+    def _rows(self, side: Side, indices: jax.Array, dtype: DTypeLike) -> jax.Array:
+        """Rows of C, or of the transpose of D.
+
+        Args:
+          side: "in" for C, whose row i is C(e_i) for a unit vector e_i; "out" for the
+            transpose of D, whose row j holds the weights of output j.
+          indices: (...), each in range.
+          dtype: The dtype of the result.
+
+        Returns:
+          (..., *compressed_shape).
+        """
+
+    def _seeded_arrays(self) -> Mapping[str, Any]:
+        """The fields that `arrays` names, as the seed determines them."""
+        return {}
 
     def compress(
         self, x: Float[ArrayLike, "*batch features"]
@@ -156,7 +127,7 @@ class Operator(abc.ABC):
 
         Raises:
           TypeError: `x` is not a floating-point array.
-          ValueError: its last axis is not `in_features` long.
+          ValueError: Its last axis is not `in_features` long.
         """
         check_array("x", x, (self.in_features,))
         return self._compress(jnp.asarray(x))
@@ -172,10 +143,15 @@ class Operator(abc.ABC):
 
         Raises:
           TypeError: `h` is not a floating-point array.
-          ValueError: its last axes are not `compressed_shape`.
+          ValueError: Its last axes are not `compressed_shape`.
         """
         check_array("h", h, self.compressed_shape)
         return self._decompress(jnp.asarray(h))
+
+    def compress_matrix(self, dtype: DTypeLike = jnp.float32) -> jax.Array:
+        """C itself: (in_features, q), or (in_features, n * q) for a block operator."""
+        rows = self._rows("in", jnp.arange(self.in_features), dtype)
+        return rows.reshape(self.in_features, math.prod(self.compressed_shape))
 
     def apply(
         self,
@@ -184,19 +160,22 @@ class Operator(abc.ABC):
         *,
         precision: jax.lax.PrecisionLike = None,
     ) -> Float[jax.Array, "*batch out"]:
-        """D(C(x) M), the paper's equation 3.
+        """D(C(x) M), the paper's equation 3 without alpha.
 
         Args:
-          m: (q, q).
+          m: M, (q, q).
           x: (..., in_features).
-          precision: of the product with `m`, as in `jax.numpy.matmul`.
+          precision: The precision of the product with M, as in `jax.numpy.matmul`.
 
         Returns:
           (..., out_features).
+
+        Raises:
+          TypeError: `m` or `x` is not a floating-point array.
+          ValueError: A shape does not fit.
         """
-        self._check_m(m)
         check_array("x", x, (self.in_features,))
-        return _apply(self, m, x, precision)
+        return self._delta(m, precision).rows(jnp.asarray(x))
 
     def apply_transpose(
         self,
@@ -210,19 +189,19 @@ class Operator(abc.ABC):
         .. math:: ((y\, D^T)\, M^T)\, C^T
 
         Args:
-          m: (q, q).
+          m: M, (q, q).
           y: (..., out_features).
-          precision: of the product with `m`.
+          precision: The precision of the product with M.
 
         Returns:
           (..., in_features): the product of `y` with the transpose of
           `delta_weight(m)`, which is not formed.
+
+        Raises:
+          TypeError, ValueError: As `apply`.
         """
         check_array("y", y, (self.out_features,))
-        x = jax.ShapeDtypeStruct((*y.shape[:-1], self.in_features), y.dtype)
-        forward = functools.partial(self.apply, m, precision=precision)
-        (transposed,) = jax.linear_transpose(forward, x)(jnp.asarray(y))
-        return transposed
+        return self._delta(m, precision).transposed_rows(jnp.asarray(y))
 
     def lookup(
         self,
@@ -231,29 +210,25 @@ class Operator(abc.ABC):
         *,
         precision: jax.lax.PrecisionLike = None,
     ) -> Float[jax.Array, "*batch out"]:
-        """Rows of `delta_weight(m)`, without the others: what an embedding wants.
+        """Rows of `delta_weight(m)`, without the others, which an embedding wants.
 
         Args:
-          m: (q, q).
+          m: M, (q, q).
           indices: (...); negative ones count from the end, and beyond either end there
             is no meaningful row.
-          precision: of the product with `m`.
+          precision: The precision of the product with M.
 
         Returns:
           (..., out_features).
 
         Raises:
-          TypeError: `indices` are no integers.
+          TypeError: `indices` holds no integers.
         """
-        self._check_m(m)
         if not isinstance(indices, jax.Array | np.ndarray):
             raise TypeError(f"indices must be an array, got {type(indices).__name__}")
         if not jnp.issubdtype(indices.dtype, jnp.integer):
             raise TypeError(f"indices must be integers, got {indices.dtype}")
-        # Wide, or a vocabulary beyond the range of a small type would wrap around.
-        indices = jnp.asarray(indices)
-        indices = indices.astype(jnp.result_type(indices.dtype, jnp.int32))
-        return self._lookup(jnp.asarray(m), indices % self.in_features, precision)
+        return self._delta(m, precision).lookup(jnp.asarray(indices))
 
     def delta_weight(
         self, m: Float[ArrayLike, "q q"]
@@ -263,46 +238,24 @@ class Operator(abc.ABC):
         .. math:: C (I_n \otimes M) D
 
         Args:
-          m: (q, q).
+          m: M, (q, q).
 
         Returns:
           (in_features, out_features).
+
+        Raises:
+          TypeError, ValueError: As `apply`.
         """
-        self._check_m(m)
-        return _delta_weight(self, m)
+        return self._delta(m).kernel()
 
-    def compress_matrix(self, dtype: DTypeLike = jnp.float32) -> jax.Array:
-        """C itself: (in_features, q), or (in_features, n * q) for a block operator."""
-        shape = self.compressed_shape
-        units = jnp.eye(math.prod(shape), dtype=dtype)
-        return _transpose_compress(self, units.reshape(*shape, -1))
+    def _delta(self, m: ArrayLike, precision: jax.lax.PrecisionLike = None) -> Any:
+        """This operator with M between its maps."""
+        # Imported here: how a product with M is computed, and where each device does
+        # its part of it, is no concern of the operators, which are C and D alone.
+        from mora_jax._compute.delta import Delta
 
-    def _check_m(self, m: ArrayLike) -> None:
         check_array("m", m, (self.square_rank,) * 2)
         if m.ndim != 2:
             raise ValueError(f"m must have two axes, got shape {m.shape}; use jax.vmap")
-
-
-# Compiled as wholes: one program a shape, which all layers of that shape share.
-
-
-@functools.partial(jax.jit, static_argnames="precision")
-@undisturbed
-def _apply(
-    op: Operator, m: ArrayLike, x: ArrayLike, precision: jax.lax.PrecisionLike
-) -> jax.Array:
-    return op._product(jnp.asarray(m), jnp.asarray(x), precision)
-
-
-@jax.jit
-@undisturbed
-def _delta_weight(op: Operator, m: ArrayLike) -> jax.Array:
-    return op._delta(jnp.asarray(m))
-
-
-def _transpose_compress(op: Operator, columns: jax.Array) -> jax.Array:
-    """C as a matrix, times `columns`: (*compressed_shape, k) -> (in_features, k)."""
-    vector = jax.ShapeDtypeStruct((op.in_features,), columns.dtype)
-    transpose = jax.linear_transpose(op.compress, vector)
-    (weight,) = jax.vmap(transpose, in_axes=-1, out_axes=-1)(columns)
-    return weight
+        shape = self.in_features, self.out_features
+        return Delta(self, jnp.asarray(m), shape, "io", precision)

@@ -6,7 +6,6 @@ which is part of their definition: a layer in any dtype uses the same numbers.
 """
 
 import functools
-from typing import SupportsIndex
 
 import numpy as np
 
@@ -48,11 +47,3 @@ def signs(features: int, seed: int) -> np.ndarray:
     """(features,) of -1 and 1."""
     coins = _state(2, features, seed).random_sample(features) < 0.5
     return _frozen(np.where(coins, -1, 1), np.float32)
-
-
-def check_seed(seed: object) -> None:
-    """Raise unless `seed` is an integer that `RandomState` takes."""
-    if isinstance(seed, bool) or not isinstance(seed, SupportsIndex):
-        raise TypeError(f"seed must be an integer, got {seed!r}")
-    if not 0 <= seed.__index__() < 2**32:
-        raise ValueError(f"seed must be in [0, 2**32), got {seed}")

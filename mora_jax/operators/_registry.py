@@ -6,14 +6,15 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from mora_jax._checks import positive_integer
 from mora_jax.operators._base import Operator
-from mora_jax.operators._checks import positive_integer
 from mora_jax.operators.decoupling import Decoupling
 from mora_jax.operators.hadamard import Hadamard
 from mora_jax.operators.orthogonal import Orthogonal
 from mora_jax.operators.permutation import Permutation
 from mora_jax.operators.rotation import Rotation
 from mora_jax.operators.sharing import Sharing
+from mora_jax.operators.signed_sharing import SignedSharing
 from mora_jax.operators.truncation import Truncation
 
 OPERATORS: dict[str, type[Operator]] = {
@@ -21,6 +22,7 @@ OPERATORS: dict[str, type[Operator]] = {
     for cls in (
         Truncation,
         Sharing,
+        SignedSharing,
         Decoupling,
         Rotation,
         Orthogonal,
@@ -114,12 +116,12 @@ def square_rank(
     q = min(q, in_features, out_features)
     if multiple_of is None:  # what hardware likes, where it costs little
         multiple_of = 8 if q >= 64 else 1
-    step = math.lcm(cls.multiple_of, multiple_of)
-    q -= q % (step if q >= step else cls.multiple_of)
+    step = math.lcm(cls.q_multiple_of, multiple_of)
+    q -= q % (step if q >= step else cls.q_multiple_of)
     if q == 0:
         raise ValueError(
             f"rank {rank} on a kernel of {in_features} x {out_features} leaves no room "
-            f"for {cls.name}, whose square_rank is at least {cls.multiple_of}"
+            f"for {cls.name}, whose square_rank is at least {cls.q_multiple_of}"
         )
     return q
 

@@ -5,18 +5,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
-from mora_jax._interception import matmul
+from mora_jax._tiles import sum_tiles
 from mora_jax._types import Shape
-from mora_jax.operators._base import Operator
-from mora_jax.operators._block_shard import BlockShard
+from mora_jax.operators._base import Operator, Side
 from mora_jax.operators._blocks import (
-    add_cycles,
-    blocks,
+    block_positions,
     from_blocks,
-    places,
+    num_blocks,
     to_blocks,
-    wrap_rows,
 )
 from mora_jax.operators._pytree import operator
 
@@ -26,10 +24,11 @@ class Decoupling(Operator):
     """M acts on each block of q features on its own (paper equation 8).
 
     Input block k feeds output block k mod p, p = ceil(out / q); outputs beyond the n
-    input blocks repeat them, so every input has an effect whatever the two widths.
+    input blocks repeat them, so every input has an effect whatever the two widths. The
+    input blocks that feed the same output block are a *group*; there are min(n, p).
 
     Attributes:
-      truncate: leave out the input blocks beyond the p-th instead, as the reference
+      truncate: Leave out the input blocks beyond the p-th instead, as the reference
         does. Its files need it; most inputs of a narrowing layer then have no effect.
 
     Example::
@@ -48,92 +47,85 @@ class Decoupling(Operator):
 
     name = "decoupling"
     bounded = False
-    shard_type = BlockShard
-    fold_from = 0.6
 
     @property
     def compressed_shape(self) -> Shape:
-        return (blocks(self.in_features, self.square_rank), self.square_rank)
-
-    @property
-    def partition(self) -> bool:
-        return self.in_features % self.square_rank == 0
+        return (num_blocks(self.in_features, self.square_rank), self.square_rank)
 
     @property
     def isometry(self) -> bool:
-        return self.in_features == self.out_features and self.partition
+        whole = self.in_features % self.square_rank == 0
+        return self.in_features == self.out_features and whole
+
+    @property
+    def num_out_blocks(self) -> int:
+        """How many blocks cover the outputs: p."""
+        return num_blocks(self.out_features, self.square_rank)
+
+    @property
+    def num_groups(self) -> int:
+        """How many groups of input blocks there are: min(n, p)."""
+        return min(self.compressed_shape[0], self.num_out_blocks)
 
     def _compress(self, x: jax.Array) -> jax.Array:
         return to_blocks(x, self.square_rank)
 
     def _decompress(self, h: jax.Array) -> jax.Array:
-        return self._spread(self._add_up(h))
+        return self.decompress_groups(self.sum_groups(h))
 
-    def _meet(self, x: jax.Array) -> jax.Array:
-        return self._add_up(self._compress(x))
-
-    def _spread(self, h: jax.Array) -> jax.Array:
-        return from_blocks(h, self.out_features)
-
-    def _add_up(self, h: jax.Array) -> jax.Array:
-        """(..., n, q) -> (..., min(n, p), q): blocks that meet are added."""
-        if h.shape[-2] <= self._places:
+    def sum_groups(self, h: jax.Array) -> jax.Array:
+        """(..., n, q) -> (..., groups, q): the sum of the blocks in each group."""
+        *batch, n, q = h.shape
+        if n <= self.num_out_blocks:
             return h
         if self.truncate:
-            return h[..., : self._places, :]
-        *batch, n, q = h.shape
-        h = add_cycles(h.reshape(*batch, n * q), self._places * q)
-        return h.reshape(*batch, self._places, q)
+            return h[..., : self.num_out_blocks, :]
+        h = sum_tiles(h.reshape(*batch, n * q), self.num_out_blocks * q)
+        return h.reshape(*batch, self.num_out_blocks, q)
 
-    def _delta(self, m: jax.Array) -> jax.Array:
-        # In whole rows, which compilers vectorise; in tiles of q columns it took four
-        # times as long. A concatenation is what XLA does not redo for each block.
-        (n, q), outs = self.compressed_shape, self.out_features
-        columns = jnp.concatenate([m] * self._places, axis=1)[:, :outs]
-        group = jnp.asarray(self._in_group(np.arange(n)))
-        out_group = jnp.asarray(self._out_group(np.arange(outs) // q))
-        feeds = group[:, None, None] == out_group
-        rows = jnp.where(feeds, self._turned(columns), 0)
-        return wrap_rows(rows.reshape(n * q, outs), self.in_features)
+    def decompress_groups(self, h: jax.Array) -> jax.Array:
+        """D of blocks whose groups are summed: (..., groups, q) -> (..., out)."""
+        return from_blocks(h, self.out_features)
 
-    def _turned(self, m: jax.Array) -> jax.Array:
+    def _rows(self, side: Side, indices: jax.Array, dtype: DTypeLike) -> jax.Array:
+        n, q = self.compressed_shape
+        if side == "in":
+            block, entries = self.block_rows(indices, dtype)
+            at_block = jax.nn.one_hot(block, n, dtype=dtype)
+            return jnp.sum(at_block[..., None] * entries[..., None, :], axis=-3)
+        block, offset = block_positions(indices, self.out_features, q)
+        block, offset = block[..., :1], offset[..., :1]  # each output is in one block
+        feeds = self.in_group(np.arange(n, dtype=np.uint32)) == self.out_group(block)
+        return feeds[..., None] * jax.nn.one_hot(offset, q, dtype=dtype)
+
+    def block_rows(
+        self, indices: jax.Array, dtype: DTypeLike
+    ) -> tuple[jax.Array, jax.Array]:
+        """C of unit vectors where it is not zero: (...) -> (..., t) and (..., t, q).
+
+        A feature is in up to t blocks; this gives their numbers, and what they hold.
+        """
+        block, offset = block_positions(indices, self.in_features, self.square_rank)
+        unit = jax.nn.one_hot(offset, self.square_rank, dtype=dtype)
+        return block, self.rotate_rows(unit, block)
+
+    def rotate_rows(self, h: jax.Array, block: jax.Array) -> jax.Array:
+        """What `_compress` does to (..., q) numbers of the blocks (...)."""
+        return h
+
+    def rotate_m(self, m: jax.Array) -> jax.Array:
         """What each block of x multiplies, (q, k) -> (n, q, k), or (1, q, k)."""
         return m[None]
 
-    def _in_group(self, block: Any) -> Any:
-        """Inputs have an effect on the outputs of their group. `block`: (...) indices.
+    def in_group(self, block: Any) -> Any:
+        """The group of each input block, (...); its outputs are those it feeds.
 
         Blocks that are left out, or beyond the n-th, are in a group without outputs.
         """
-        n, meeting = self.compressed_shape[0], self._meeting
-        return block % meeting + meeting * (block >= (meeting if self.truncate else n))
+        groups = np.uint32(self.num_groups)
+        last = groups if self.truncate else self.compressed_shape[0]
+        return block % groups + groups * (block >= last)
 
-    def _out_group(self, block: Any) -> Any:
-        return block % self._meeting
-
-    @property
-    def _meeting(self) -> np.uint32:
-        """How many blocks are left when those that meet are added: min(n, p)."""
-        return np.uint32(min(self.compressed_shape[0], self._places))
-
-    @property
-    def _places(self) -> int:
-        """How many blocks cover the outputs: p."""
-        return blocks(self.out_features, self.square_rank)
-
-    def _lookup(
-        self, m: jax.Array, indices: jax.Array, precision: jax.lax.PrecisionLike
-    ) -> jax.Array:
-        q = self.square_rank
-        block, offset = places(indices, self.in_features, q)
-        h = self._turn(jax.nn.one_hot(offset, q, dtype=m.dtype), block)
-        h = matmul(h, m, precision)
-        feeds = self._in_group(block)[..., None] == self._out_group(
-            np.arange(self._places)
-        )
-        y = jnp.where(feeds[..., None], h[..., None, :], 0).sum(-3)
-        return from_blocks(y, self.out_features)
-
-    def _turn(self, h: jax.Array, block: jax.Array) -> jax.Array:
-        """What `_compress` does to (..., q) numbers of the blocks (...)."""
-        return h
+    def out_group(self, block: Any) -> Any:
+        """The group that feeds each output block, (...)."""
+        return block % np.uint32(self.num_groups)

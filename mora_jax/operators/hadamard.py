@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -10,13 +11,12 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from mora_jax._interception import matmul
-from mora_jax._linear import LinearMap
+from mora_jax._linear_map import LinearMap
 from mora_jax._types import ArrayLike
-from mora_jax.operators._base import Operator
-from mora_jax.operators._basis_shard import BasisShard
+from mora_jax.operators._base import Operator, Side
 from mora_jax.operators._blocks import divide
 from mora_jax.operators._pytree import array_field, operator
-from mora_jax.operators._random import check_seed, orthonormal, permutation, signs
+from mora_jax.operators._random import orthonormal, permutation, signs
 
 
 @operator
@@ -31,7 +31,7 @@ class Hadamard(Operator):
     that is a large prime gains nothing over `Orthogonal`.
 
     Attributes:
-      seed: of the signs, Q and the picked coordinates.
+      seed: The seed of the signs, Q and the picked coordinates.
 
     Example::
 
@@ -51,19 +51,13 @@ class Hadamard(Operator):
 
     name = "hadamard"
     arrays = ("in_arrays", "out_arrays")
-    shard_type = BasisShard
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_seed(self.seed)
-        for side in ("in", "out"):
-            features = getattr(self, f"{side}_features")
-            arrays = _arrays(features, self.square_rank, self.seed)
-            object.__setattr__(self, f"{side}_arrays", arrays)
-
-    @property
-    def partition(self) -> bool:
-        return False
+    def _seeded_arrays(self) -> Mapping[str, Any]:
+        q, seed = self.square_rank, self.seed
+        return {
+            "in_arrays": _transform_arrays(self.in_features, q, seed),
+            "out_arrays": _transform_arrays(self.out_features, q, seed),
+        }
 
     @property
     def isometry(self) -> bool:
@@ -75,46 +69,29 @@ class Hadamard(Operator):
     def _decompress(self, h: jax.Array) -> jax.Array:
         return _Projection().transpose(self.out_arrays, h)
 
-    def _meet(self, x: jax.Array) -> jax.Array:
-        if self._prefers_matrix(x, self.in_features):
-            return matmul(x, _matrix(self.in_arrays, x.dtype))
-        return self._compress(x)
+    def _rows(self, side: Side, indices: jax.Array, dtype: DTypeLike) -> jax.Array:
+        arrays = self.in_arrays if side == "in" else self.out_arrays
+        return _transform_rows(indices, arrays, dtype)
 
-    def _spread(self, h: jax.Array) -> jax.Array:
-        if self._prefers_matrix(h, self.out_features):
-            return matmul(h, _matrix(self.out_arrays, h.dtype).T)
-        return self._decompress(h)
+    def matrix(self, side: Side, dtype: DTypeLike) -> jax.Array:
+        """All rows, (features, q): sooner made than row by row."""
+        arrays = self.in_arrays if side == "in" else self.out_arrays
+        return _transform_matrix(arrays, dtype)
 
-    def _prefers_matrix(self, x: jax.Array, features: int) -> bool:
-        """Whether a product with C or D as a matrix is faster for these rows.
-
-        It does q operations a feature where the transform does a + b, each of them
-        about 48 times as fast; making the matrix costs as much as some rows.
-        """
-        q, b = self.square_rank, _odd_part(features)
-        steps = (features // b).bit_length() - 1 + b
-        return math.prod(x.shape[:-1]) > 8 and q <= 48 * steps
-
-    def _delta(self, m: jax.Array) -> jax.Array:
-        c, d = (_matrix(a, m.dtype) for a in (self.in_arrays, self.out_arrays))
-        return matmul(c, matmul(m, d.T))
-
-    def _basis(self, side: str, start: Any, size: int, dtype: Any) -> jax.Array:
-        features = start + jnp.arange(size)
-        return _rows(features, getattr(self, f"{side}_arrays"), dtype)
-
-    def _lookup(
-        self, m: jax.Array, indices: jax.Array, precision: jax.lax.PrecisionLike
-    ) -> jax.Array:
-        rows = _rows(indices, self.in_arrays, m.dtype)
-        return self._decompress(matmul(rows, m, precision))
+    def transform_steps(self, side: Side) -> int:
+        """How many operations the transform of this side needs for each feature."""
+        features = self.in_features if side == "in" else self.out_features
+        odd = _odd_part(features)
+        return (features // odd).bit_length() - 1 + odd
 
 
 def _odd_part(features: int) -> int:
     return features // (features & -features)
 
 
-def _arrays(features: int, square_rank: int, seed: int) -> tuple[np.ndarray, ...]:
+def _transform_arrays(
+    features: int, square_rank: int, seed: int
+) -> tuple[np.ndarray, ...]:
     """Signs (features,), Q (b, b) and coordinates (q,)."""
     b = _odd_part(features)
     coordinates = permutation(features, seed)[:square_rank]
@@ -153,14 +130,14 @@ def _lift(
 class _Projection(LinearMap):
     """`_project`, whose transpose JAX would make a scatter."""
 
-    def forward(self, residuals: Any, x: jax.Array) -> jax.Array:
-        return _project(x, *residuals)
+    def forward(self, residuals: Any, operand: jax.Array) -> jax.Array:
+        return _project(operand, *residuals)
 
-    def backward(self, residuals: Any, y: jax.Array) -> jax.Array:
-        return _lift(y, *residuals)
+    def backward(self, residuals: Any, cotangent: jax.Array) -> jax.Array:
+        return _lift(cotangent, *residuals)
 
 
-def _rows(
+def _transform_rows(
     indices: jax.Array, arrays: tuple[ArrayLike, ...], dtype: DTypeLike
 ) -> jax.Array:
     """What `_project` makes of unit vectors, (...) -> (..., q), entry by entry."""
@@ -171,7 +148,7 @@ def _rows(
     return (signs[indices][..., None] * walsh * odd[low, entry]).astype(dtype)
 
 
-def _matrix(arrays: tuple[ArrayLike, ...], dtype: DTypeLike) -> jax.Array:
+def _transform_matrix(arrays: tuple[ArrayLike, ...], dtype: DTypeLike) -> jax.Array:
     """C, or the transpose of D: (features, q)."""
     signs, odd, coordinates = (jnp.asarray(a) for a in arrays)
     size = len(signs) // len(odd)

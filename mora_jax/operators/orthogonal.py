@@ -1,16 +1,17 @@
 """Orthogonal: a fixed random subspace."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from mora_jax._interception import matmul
-from mora_jax.operators._base import Operator
-from mora_jax.operators._basis_shard import BasisShard
+from mora_jax.operators._base import Operator, Side
 from mora_jax.operators._pytree import array_field, operator
-from mora_jax.operators._random import check_seed, orthonormal
+from mora_jax.operators._random import orthonormal
 
 
 @operator
@@ -18,10 +19,11 @@ class Orthogonal(Operator):
     """Projection on q fixed random orthonormal directions, and the transpose back.
 
     The AiDotNet document's operator. A layer with in != out has two sets of directions,
-    else one. Each is stored, (features, q), once for all layers of its width and seed.
+    otherwise one. Each is stored, (features, q), once for all layers of its width and
+    seed.
 
     Attributes:
-      seed: of the directions.
+      seed: The seed of the directions.
 
     Example::
 
@@ -38,19 +40,13 @@ class Orthogonal(Operator):
 
     name = "orthogonal"
     arrays = ("in_basis", "out_basis")
-    shard_type = BasisShard
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_seed(self.seed)
-        basis = orthonormal(self.in_features, self.square_rank, self.seed)
-        object.__setattr__(self, "in_basis", basis)
-        basis = orthonormal(self.out_features, self.square_rank, self.seed)
-        object.__setattr__(self, "out_basis", basis)
-
-    @property
-    def partition(self) -> bool:
-        return False
+    def _seeded_arrays(self) -> Mapping[str, Any]:
+        q, seed = self.square_rank, self.seed
+        return {
+            "in_basis": orthonormal(self.in_features, q, seed),
+            "out_basis": orthonormal(self.out_features, q, seed),
+        }
 
     @property
     def isometry(self) -> bool:
@@ -62,12 +58,6 @@ class Orthogonal(Operator):
     def _decompress(self, h: jax.Array) -> jax.Array:
         return matmul(h, jnp.asarray(self.out_basis).astype(h.dtype).T)
 
-    def _basis(self, side: str, start: Any, size: int, dtype: Any) -> jax.Array:
-        basis = jnp.asarray(getattr(self, f"{side}_basis"))
-        return jax.lax.dynamic_slice_in_dim(basis, start, size).astype(dtype)
-
-    def _lookup(
-        self, m: jax.Array, indices: jax.Array, precision: jax.lax.PrecisionLike
-    ) -> jax.Array:
-        rows = jnp.asarray(self.in_basis)[indices].astype(m.dtype)
-        return self._decompress(matmul(rows, m, precision))
+    def _rows(self, side: Side, indices: jax.Array, dtype: DTypeLike) -> jax.Array:
+        basis = self.in_basis if side == "in" else self.out_basis
+        return jnp.asarray(basis)[indices].astype(dtype)

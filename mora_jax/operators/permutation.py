@@ -1,36 +1,19 @@
 """Permutation: decoupling over shuffled features."""
 
 import dataclasses
-import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
-from mora_jax._linear import LinearMap
-from mora_jax._types import ArrayLike
-from mora_jax.operators._blocks import divide, places
+from mora_jax._linear_map import LinearMap
+from mora_jax.operators._base import Side
 from mora_jax.operators._pytree import array_field, operator
-from mora_jax.operators._random import check_seed, inverse, permutation
-from mora_jax.operators._shard import Shard
+from mora_jax.operators._random import inverse, permutation
 from mora_jax.operators.decoupling import Decoupling
-
-
-class _PermutationShard(Shard):
-    """Rows and columns that are here; each block has features from everywhere."""
-
-    def _delta(self, m: jax.Array) -> jax.Array:
-        whole: Any = self.whole
-        here = (
-            jax.lax.dynamic_slice_in_dim(
-                jnp.asarray(getattr(whole, f"{side}_places")),
-                getattr(self, f"{side}_start"),
-                getattr(self, f"{side}_features"),
-            )
-            for side in ("in", "out")
-        )
-        return whole._delta_at(m, *here)
 
 
 @operator
@@ -38,7 +21,7 @@ class Permutation(Decoupling):
     """A fixed random order of the features, then decoupling, then the order undone.
 
     Attributes:
-      seed: of the two orders; equal widths share one.
+      seed: The seed of the two orders; equal widths share one.
 
     Example::
 
@@ -51,73 +34,52 @@ class Permutation(Decoupling):
 
     seed: int = 0
     in_order: jax.Array | np.ndarray = array_field()
-    in_places: jax.Array | np.ndarray = array_field()
+    in_inverse: jax.Array | np.ndarray = array_field()
     out_order: jax.Array | np.ndarray = array_field()
-    out_places: jax.Array | np.ndarray = array_field()
+    out_inverse: jax.Array | np.ndarray = array_field()
 
     name = "permutation"
-    shard_type = _PermutationShard
-    arrays = ("in_order", "in_places", "out_order", "out_places")
+    arrays = ("in_order", "in_inverse", "out_order", "out_inverse")
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_seed(self.seed)
-        for side in ("in", "out"):
-            order = permutation(getattr(self, f"{side}_features"), self.seed)
-            object.__setattr__(self, f"{side}_order", order)
-            object.__setattr__(self, f"{side}_places", inverse(order))
+    def _seeded_arrays(self) -> Mapping[str, Any]:
+        in_order = permutation(self.in_features, self.seed)
+        out_order = permutation(self.out_features, self.seed)
+        return {
+            "in_order": in_order,
+            "in_inverse": inverse(in_order),
+            "out_order": out_order,
+            "out_inverse": inverse(out_order),
+        }
 
     def _compress(self, x: jax.Array) -> jax.Array:
-        return super()._compress(_Reorder()((self.in_order, self.in_places), x))
+        return super()._compress(_Reorder()((self.in_order, self.in_inverse), x))
 
-    def _spread(self, h: jax.Array) -> jax.Array:
-        return _Reorder().transpose(
-            (self.out_order, self.out_places), super()._spread(h)
-        )
+    def decompress_groups(self, h: jax.Array) -> jax.Array:
+        y = super().decompress_groups(h)
+        return _Reorder().transpose((self.out_order, self.out_inverse), y)
 
-    def _delta(self, m: jax.Array) -> jax.Array:
-        return self._delta_at(m, self.in_places, self.out_places)
+    def _rows(self, side: Side, indices: jax.Array, dtype: DTypeLike) -> jax.Array:
+        if side == "out":
+            indices = jnp.asarray(self.out_inverse)[indices]
+        return super()._rows(side, indices, dtype)
 
-    def _delta_at(
-        self, m: jax.Array, in_places: ArrayLike, out_places: ArrayLike
-    ) -> jax.Array:
-        """Rows and columns of the update that have these places in the two orders."""
-        q = self.square_rank
-        out_block, out_offset = divide(out_places, q)
-        columns = m.at[:, out_offset].get(mode="promise_in_bounds")
-        # With a row more, since XLA does not redo a concatenation for each row.
-        columns = jnp.concatenate([columns, jnp.zeros_like(columns[:1])])
-        block, offset = places(in_places, self.in_features, q)
-        group, out_group = self._in_group(block), self._out_group(out_block)
-        parts = (
-            jnp.where(
-                group[:, t, None] == out_group,
-                columns.at[offset[:, t]].get(mode="clip"),
-                0,
-            )
-            for t in range(group.shape[1])
-        )
-        return functools.reduce(jnp.add, parts)
-
-    def _lookup(
-        self, m: jax.Array, indices: jax.Array, precision: jax.lax.PrecisionLike
-    ) -> jax.Array:
-        place = jnp.asarray(self.in_places)[indices]
-        y = super()._lookup(m, place, precision)
-        return jnp.take(y, jnp.asarray(self.out_places), axis=-1)
+    def block_rows(
+        self, indices: jax.Array, dtype: DTypeLike
+    ) -> tuple[jax.Array, jax.Array]:
+        return super().block_rows(jnp.asarray(self.in_inverse)[indices], dtype)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Reorder(LinearMap):
     """x[..., order]; JAX would transpose it to a scatter, and the inverse is known."""
 
-    def forward(self, residuals: Any, x: jax.Array) -> jax.Array:
+    def forward(self, residuals: Any, operand: jax.Array) -> jax.Array:
         order, _ = residuals
-        return _take(x, order)
+        return _take(operand, order)
 
-    def backward(self, residuals: Any, y: jax.Array) -> jax.Array:
-        _, places = residuals
-        return _take(y, places)
+    def backward(self, residuals: Any, cotangent: jax.Array) -> jax.Array:
+        _, inverse = residuals
+        return _take(cotangent, inverse)
 
 
 def _take(x: jax.Array, order: jax.Array) -> jax.Array:

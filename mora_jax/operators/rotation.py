@@ -1,8 +1,9 @@
-"""Rotation: decoupling whose blocks are told apart."""
+"""Rotation: decoupling that tells its blocks apart."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from mora_jax.operators._pytree import operator
 from mora_jax.operators.decoupling import Decoupling
@@ -12,7 +13,7 @@ BASE = 10000.0
 
 @operator
 class Rotation(Decoupling):
-    r"""Decoupling with block k turned before M (paper equations 9-11).
+    r"""Decoupling with block k rotated before M (paper equations 9-11).
 
     .. math:: (x_j, x_{j + q/2}) \mapsto R(k\,\theta_j) (x_j, x_{j + q/2}), \qquad
         \theta_j = 10000^{-2j/q}
@@ -30,11 +31,7 @@ class Rotation(Decoupling):
     """
 
     name = "rotation"
-    multiple_of = 2
-
-    @property
-    def partition(self) -> bool:
-        return False
+    q_multiple_of = 2
 
     @property
     def isometry(self) -> bool:
@@ -42,22 +39,23 @@ class Rotation(Decoupling):
         return self.in_features == self.out_features and self.in_features % q == 0
 
     def _compress(self, x: jax.Array) -> jax.Array:
-        return _rotate(super()._compress(x), *self._tables(x))
+        return _rotate(super()._compress(x), *self._tables(x.dtype))
 
-    def _turned(self, m: jax.Array) -> jax.Array:
-        cos, sin = (table[..., None] for table in self._tables(m))
+    def rotate_rows(self, h: jax.Array, block: jax.Array) -> jax.Array:
+        tables = self._tables(h.dtype)
+        return _rotate(h, *(jnp.asarray(table)[block] for table in tables))
+
+    def rotate_m(self, m: jax.Array) -> jax.Array:
+        cos, sin = (table[..., None] for table in self._tables(m.dtype))
         return m * cos - _swap_halves(m, axis=-2) * sin
 
-    def _turn(self, h: jax.Array, block: jax.Array) -> jax.Array:
-        return _rotate(h, *(jnp.asarray(table)[block] for table in self._tables(h)))
-
-    def _tables(self, like: jax.Array) -> tuple[np.ndarray, np.ndarray]:
+    def _tables(self, dtype: DTypeLike) -> tuple[np.ndarray, np.ndarray]:
         """Cosine and signed sine of the angle of each block and feature, (n, q)."""
         n, q = self.compressed_shape
         angle = np.outer(np.arange(n), BASE ** (-2 * np.arange(q // 2) / q))
         cos, sin = np.cos(angle), np.sin(angle)
         tables = np.concatenate([cos, cos], -1), np.concatenate([-sin, sin], -1)
-        return tables[0].astype(like.dtype), tables[1].astype(like.dtype)
+        return tables[0].astype(dtype), tables[1].astype(dtype)
 
 
 def _rotate(
@@ -67,7 +65,7 @@ def _rotate(
 
 
 def _swap_halves(h: jax.Array, axis: int) -> jax.Array:
-    # Two halves in a reversed order, which needs no copy as a concatenation would.
+    # The two halves in reverse order; a concatenation of them would need a copy.
     axis %= h.ndim
     halves = (*h.shape[:axis], 2, h.shape[axis] // 2, *h.shape[axis + 1 :])
     return jnp.flip(h.reshape(halves), axis).reshape(h.shape)

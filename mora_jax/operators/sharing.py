@@ -6,10 +6,11 @@ from typing import Literal, get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
-from mora_jax._interception import matmul
-from mora_jax.operators._base import Operator
-from mora_jax.operators._blocks import add_cycles, cycle, places
+from mora_jax._tiles import sum_tiles, tile_to
+from mora_jax.operators._base import Operator, Side
+from mora_jax.operators._blocks import block_positions
 from mora_jax.operators._pytree import operator
 
 Grouping = Literal["strided", "contiguous"]
@@ -20,16 +21,18 @@ class Sharing(Operator):
     """Sums of q groups of inputs; each output repeats one of q results.
 
     Paper equations 6-7. A group is strided (all features with the same index mod q) or
-    contiguous (a run of neighbours). The update is dense, and costs only M's product.
+    contiguous (neighbouring features). The update is dense, and costs no more than the
+    product with M.
 
     Attributes:
-      compress_groups: how inputs are grouped. "strided" uses the first features once
-        more where q does not divide `in_features`, as the reference does;
-        "contiguous" balances the groups, the first ones being longer by one.
-      decompress_groups: how outputs are grouped.
-      normalised: divide by sqrt(in / q * out / q), so that the update is as large as M
-        (an isometry when q divides both widths) and one learning rate serves every
-        width. The paper and the reference do not; their sharing wants a smaller rate.
+      compress_groups: How inputs are grouped. Where q does not divide `in_features`,
+        "strided" uses the first features once more, as the reference does, and
+        "contiguous" balances the groups: the first ones are longer by one.
+      decompress_groups: How outputs are grouped.
+      normalised: Whether to divide by sqrt(in / q * out / q). The update is then as
+        large as M (an isometry when q divides both widths), and one learning rate
+        serves every width. The paper and the reference do not divide; their sharing
+        wants a smaller rate.
 
     Example::
 
@@ -58,14 +61,9 @@ class Sharing(Operator):
                 )
             if groups == "contiguous" and self.square_rank > width:
                 raise ValueError(
-                    f"square_rank of contiguous sharing must be at most "
+                    f"square_rank of contiguous {self.name} must be at most "
                     f"{side}_features = {width}, got {self.square_rank}"
                 )
-
-    @property
-    def partition(self) -> bool:
-        contiguous = self.compress_groups == "contiguous"
-        return contiguous or self.in_features % self.square_rank == 0
 
     @property
     def isometry(self) -> bool:
@@ -74,72 +72,73 @@ class Sharing(Operator):
 
     def _compress(self, x: jax.Array) -> jax.Array:
         if self.compress_groups == "strided":
-            h = self._add_groups(x)
+            h = self._sum_strided(x)
         else:
-            h = _sum_runs(x, self.square_rank)
-        return h * self._scale(self.in_features, h)
+            h = _sum_contiguous(x, self.square_rank)
+        return h * self._scale("in", h.dtype)
 
-    def _add_groups(self, x: jax.Array) -> jax.Array:
+    def _sum_strided(self, x: jax.Array) -> jax.Array:
         """Sums of strided groups, the last ones completed by the first features."""
         q = self.square_rank
         if q >= self.in_features:
-            return cycle(x, q)
+            return tile_to(x, q)
         missing = -self.in_features % q
         if not missing:
-            return add_cycles(x, q)
+            return sum_tiles(x, q)
         before = [(0, 0)] * (x.ndim - 1) + [(q - missing, 0)]
-        return add_cycles(x, q) + jnp.pad(x[..., :missing], before)
+        return sum_tiles(x, q) + jnp.pad(x[..., :missing], before)
 
     def _decompress(self, h: jax.Array) -> jax.Array:
         if self.decompress_groups == "strided":
-            y = cycle(h, self.out_features)
+            y = tile_to(h, self.out_features)
         else:
-            y = _repeat_runs(h, self.out_features)
-        return y * self._scale(self.out_features, y)
+            y = _repeat_contiguous(h, self.out_features)
+        return y * self._scale("out", y.dtype)
 
-    def _lookup(
-        self, m: jax.Array, indices: jax.Array, precision: jax.lax.PrecisionLike
-    ) -> jax.Array:
+    def _rows(self, side: Side, indices: jax.Array, dtype: DTypeLike) -> jax.Array:
         q = self.square_rank
-        if self.compress_groups == "strided":
-            _, group = places(indices, self.in_features, q)
-            h = jax.nn.one_hot(group, q, dtype=m.dtype).sum(-2)
+        groups = self.compress_groups if side == "in" else self.decompress_groups
+        features = self.in_features if side == "in" else self.out_features
+        if groups == "contiguous":
+            group = _contiguous_group(indices, features, q)[..., None]
+        elif side == "in":  # the first features may be in two groups
+            _, group = block_positions(indices, features, q)
         else:
-            group = _run_of(indices, self.in_features, q)
-            h = jax.nn.one_hot(group, q, dtype=m.dtype)
-        h = h * self._scale(self.in_features, h)
-        return self._decompress(matmul(h, m, precision))
+            group = indices[..., None] % q
+        member = jax.nn.one_hot(group, q, dtype=dtype).sum(-2)
+        return member * self._scale(side, dtype)
 
-    def _scale(self, features: int, like: jax.Array) -> np.ndarray:
+    def _scale(self, side: Side, dtype: DTypeLike) -> np.ndarray:
+        features = self.in_features if side == "in" else self.out_features
         scale = math.sqrt(self.square_rank / features) if self.normalised else 1.0
-        return np.asarray(scale, like.dtype)
+        return np.asarray(scale, dtype)
 
 
-def _runs(features: int, square_rank: int) -> tuple[int, int]:
-    """Length of the shorter runs, and how many runs are longer by one."""
+def _group_lengths(features: int, square_rank: int) -> tuple[int, int]:
+    """The length of the shorter groups, and how many groups are longer by one."""
     return divmod(features, square_rank)
 
 
-def _sum_runs(x: jax.Array, square_rank: int) -> jax.Array:
-    """(..., features) -> (..., q): the sum of each run."""
+def _sum_contiguous(x: jax.Array, square_rank: int) -> jax.Array:
+    """(..., features) -> (..., q): the sum of each contiguous group."""
     *batch, features = x.shape
-    length, longer = _runs(features, square_rank)
+    length, longer = _group_lengths(features, square_rank)
     head, tail = jnp.split(x, [longer * (length + 1)], axis=-1)
     head = head.reshape(*batch, longer, length + 1).sum(-1)
     tail = tail.reshape(*batch, square_rank - longer, length).sum(-1)
     return jnp.concatenate([head, tail], axis=-1)
 
 
-def _run_of(indices: jax.Array, features: int, square_rank: int) -> jax.Array:
-    """Which run each feature is in: (...) -> (...)."""
-    length, longer = _runs(features, square_rank)
+def _contiguous_group(indices: jax.Array, features: int, square_rank: int) -> jax.Array:
+    """The group that each feature is in: (...) -> (...)."""
+    length, longer = _group_lengths(features, square_rank)
     tail = indices - longer * (length + 1)
     return jnp.where(tail < 0, indices // (length + 1), longer + tail // length)
 
 
-def _repeat_runs(h: jax.Array, features: int) -> jax.Array:
-    """(..., q) -> (..., features): each value along its run."""
-    length, longer = _runs(features, h.shape[-1])
+def _repeat_contiguous(h: jax.Array, features: int) -> jax.Array:
+    """(..., q) -> (..., features): each value for all features of its group."""
+    length, longer = _group_lengths(features, h.shape[-1])
     head, tail = jnp.split(h, [longer], axis=-1)
     head, tail = jnp.repeat(head, length + 1, -1), jnp.repeat(tail, length, -1)
     return jnp.concatenate([head, tail], axis=-1)

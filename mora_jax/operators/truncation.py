@@ -1,10 +1,10 @@
 """Truncation: the first q features."""
 
 import jax
-import jax.numpy as jnp
+from jax.typing import DTypeLike
 
-from mora_jax._interception import matmul
-from mora_jax.operators._base import Operator
+from mora_jax._tiles import pad_to
+from mora_jax.operators._base import Operator, Side
 from mora_jax.operators._pytree import operator
 
 
@@ -14,6 +14,7 @@ class Truncation(Operator):
 
     Example::
 
+      >>> import jax.numpy as jnp
       >>> from mora_jax.operators import Truncation
       >>> op = Truncation(in_features=4, out_features=3, square_rank=2)
       >>> op.delta_weight(jnp.array([[1.0, 2.0], [3.0, 4.0]]))
@@ -26,10 +27,6 @@ class Truncation(Operator):
     name = "truncation"
 
     @property
-    def partition(self) -> bool:
-        return self.in_features == self.square_rank
-
-    @property
     def isometry(self) -> bool:
         return True
 
@@ -37,11 +34,7 @@ class Truncation(Operator):
         return x[..., : self.square_rank]
 
     def _decompress(self, h: jax.Array) -> jax.Array:
-        missing = self.out_features - self.square_rank
-        return jnp.pad(h, [(0, 0)] * (h.ndim - 1) + [(0, missing)])
+        return pad_to(h, self.out_features)
 
-    def _lookup(
-        self, m: jax.Array, indices: jax.Array, precision: jax.lax.PrecisionLike
-    ) -> jax.Array:
-        unit = jax.nn.one_hot(indices, self.square_rank, dtype=m.dtype)
-        return self._decompress(matmul(unit, m, precision))
+    def _rows(self, side: Side, indices: jax.Array, dtype: DTypeLike) -> jax.Array:
+        return jax.nn.one_hot(indices, self.square_rank, dtype=dtype)

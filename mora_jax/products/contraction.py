@@ -9,9 +9,9 @@ from collections.abc import Iterable
 import jax
 import jax.numpy as jnp
 
+from mora_jax._axes import sizes
 from mora_jax._types import ArrayLike, Shape
-from mora_jax.axes import sizes
-from mora_jax.products._base import KernelUpdate, Product
+from mora_jax.products._base import Delta, Product
 
 DENSE = "...i,io->...o"
 ATTEND = "...d,vd->...v"
@@ -122,16 +122,20 @@ class Contraction(Product):
         return f"{self.inputs},{self.kernel}->{self.outputs}"
 
     @property
-    def dense(self) -> bool:
+    def adapted_by_default(self) -> bool:
         return True
 
     def fits(self, axes: str) -> bool:
         return axes in (self.axes, _swap(self.axes))
 
-    def update(self, kernel: KernelUpdate, x: jax.Array) -> jax.Array:
-        rows = self.to_rows(x)
-        for_rows = kernel.rows if kernel.axes == self.axes else kernel.transposed_rows
-        return self.from_rows(for_rows(rows), sizes(kernel.shape, self.axes, "o"))
+    def delta(self, delta: Delta, x: jax.Array) -> jax.Array:
+        for_rows = delta.rows if self._as_planned(delta) else delta.transposed_rows
+        outs = sizes(delta.kernel_shape, self.axes, "o")
+        return self.from_rows(for_rows(self.to_rows(x)), outs)
+
+    def _as_planned(self, delta: Delta) -> bool:
+        """Whether the plan reads the kernel as this layer does, not transposed."""
+        return delta.axes == self.axes
 
     def factors(self, scale: ArrayLike | float) -> tuple[jax.Array, jax.Array]:
         """What to multiply input and output by, in place of the kernel by `scale`.

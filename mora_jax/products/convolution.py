@@ -2,12 +2,10 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
-import flax.linen as nn
 import jax
 
-from mora_jax.products._base import KernelUpdate, Product
+from mora_jax.products._base import Delta, Product
 
 Convolve = Callable[[jax.Array, jax.Array], jax.Array]
 
@@ -40,7 +38,7 @@ class Convolution(Product):
         return self.kernel_axes
 
     @property
-    def dense(self) -> bool:
+    def adapted_by_default(self) -> bool:
         return False
 
     @property
@@ -52,45 +50,7 @@ class Convolution(Product):
     def fits(self, axes: str) -> bool:
         return axes == self.axes
 
-    def update(self, kernel: KernelUpdate, x: jax.Array) -> jax.Array:
-        if kernel.operator.block or not self.any_outputs:
-            return self.convolve(x, kernel.kernel())
-        return kernel.decompress(self.convolve(x, kernel.compress_kernel()))
-
-    @classmethod
-    def of(cls, layer: Any, *_: Any, **__: Any) -> "Convolution":
-        """The product of Flax's `Conv`, Linen's or NNX's."""
-        plain = layer.feature_group_count == 1 and layer.mask is None
-        settings = "input_dilation", "feature_group_count"
-        return cls._of(layer, nn.Conv, settings, "io", plain)
-
-    @classmethod
-    def transposed(cls, layer: Any, *_: Any, **__: Any) -> "Convolution":
-        """The product of Flax's `ConvTranspose`, Linen's or NNX's."""
-        features = "oi" if layer.transpose_kernel else "io"
-        settings = ("transpose_kernel",)
-        return cls._of(layer, nn.ConvTranspose, settings, features, layer.mask is None)
-
-    @classmethod
-    def _of(
-        cls,
-        layer: Any,
-        kind: Any,
-        fields: tuple[str, ...],
-        features: str,
-        any_outputs: bool,
-    ) -> "Convolution":
-        size = layer.kernel_size
-        window = (size,) if isinstance(size, int) else tuple(size)
-        shared = "strides", "padding", "kernel_dilation", "mask", "precision"
-        copied = {name: getattr(layer, name) for name in (*shared, *fields)}
-
-        def convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
-            outputs = kernel.shape[len(window) + features.index("o")]
-            # A module of its own, not a part of the one that is running.
-            settings = {**copied, "use_bias": False, "dtype": kernel.dtype}
-            own = kind(outputs, window, parent=None, **settings)
-            return own.apply({"params": {"kernel": kernel}}, x)
-
-        masked = layer.mask is not None
-        return cls("i" * len(window) + features, convolve, any_outputs, masked)
+    def delta(self, delta: Delta, x: jax.Array) -> jax.Array:
+        if delta.operator.block or not self.any_outputs:
+            return self.convolve(x, delta.kernel())
+        return delta.decompress(self.convolve(x, delta.compress_kernel()))

@@ -4,7 +4,7 @@ import dataclasses
 
 import jax
 
-from mora_jax.products._base import KernelUpdate, Product
+from mora_jax.products._base import Delta, Product
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Lookup(Product):
         return "io"
 
     @property
-    def dense(self) -> bool:
+    def adapted_by_default(self) -> bool:
         return False
 
     @property
@@ -44,5 +44,5 @@ class Lookup(Product):
     def fits(self, axes: str) -> bool:
         return axes == self.axes
 
-    def update(self, kernel: KernelUpdate, x: jax.Array) -> jax.Array:
-        return kernel.lookup(x)
+    def delta(self, delta: Delta, x: jax.Array) -> jax.Array:
+        return delta.lookup(x)

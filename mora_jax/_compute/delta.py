@@ -1,0 +1,225 @@
+r"""What an adapter adds to a layer: the second term of the equation.
+
+.. math:: y = x W + \alpha\, D(C(x) M)
+
+`_Product.forward` is D(C(x) M). `scaled` multiplies M by alpha, before anything else is
+done with M, since alpha D(C(x) M) = D(C(x) (alpha M)). Nothing else in the library
+multiplies by M or by alpha. The rest of this file says what takes the place of x (the
+rows of a batch, the unit vectors of an embedding, the outputs of a convolution), and
+where the devices are that compute it.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from mora_jax._axes import kernel_from_rows
+from mora_jax._compute.forms import Compressed, compressed_rows, compressed_units
+from mora_jax._compute.matrix import delta_matrix
+from mora_jax._interception import last_with_first, matmul, undisturbed
+from mora_jax._linear_map import LinearMap, static
+from mora_jax._mesh import apply as on_mesh
+from mora_jax._mesh.layout import FeatureSharding, KernelLayout, gather_m
+from mora_jax._mesh.parts import OperatorPart
+from mora_jax._spec import AdapterSpec
+from mora_jax._types import ArrayLike, Shape
+from mora_jax.operators import Operator
+
+
+@dataclasses.dataclass(frozen=True)
+class _Product(LinearMap):
+    """D(C(x) M) as a map of M.
+
+    For the gradient it keeps x and no blocks of it. Layers that read the same x
+    (queries, keys and values) then keep it once.
+
+    Attributes:
+      precision: The precision of the product with M.
+      compressed: The function that gives C(x), and D for it, of an operator and x.
+    """
+
+    precision: jax.lax.PrecisionLike
+    compressed: Callable[[Any, jax.Array], Compressed] = compressed_rows
+
+    def forward(self, residuals: Any, operand: jax.Array) -> jax.Array:
+        (op, x), m = residuals, operand
+        h, decompress = self.compressed(op, x)
+        axes = last_with_first(h)
+        return decompress(jax.lax.dot_general(h, m, axes, precision=self.precision))
+
+    def backward(self, residuals: Any, cotangent: jax.Array) -> jax.Array:
+        op, x = residuals
+        h, decompress = self.compressed(op, x)
+        (back,) = jax.linear_transpose(decompress, h)(cotangent)
+        # One product of all blocks of all rows, not one for each block.
+        h, back = (a.reshape(-1, a.shape[-1]) for a in (h, back))
+        return matmul(h.T, back, self.precision)
+
+
+def _product_by_x(product: _Product, residuals: Any, operand: jax.Array) -> jax.Array:
+    """The same as a map of x."""
+    op, m = residuals
+    return product.forward((op, operand), m)
+
+
+# Compiled as a whole: one program for each shape, which all layers of it share.
+_compiled_product = jax.jit(_Product.forward, static_argnums=0)
+_compiled_matrix = jax.jit(delta_matrix)
+
+
+def _matrix_here(residuals: Any, operand: jax.Array) -> jax.Array:
+    (part,) = residuals
+    return delta_matrix(part, operand)
+
+
+def _units(dtype: DTypeLike, op: Any, indices: jax.Array) -> Compressed:
+    return compressed_units(op, indices, dtype)
+
+
+def _given(op: Operator, h: jax.Array) -> Compressed:
+    return h, op._decompress
+
+
+@dataclasses.dataclass(frozen=True)
+class Delta:
+    r"""A kernel's delta :math:`\alpha\, C M D` as the linear map that it is.
+
+    Attributes:
+      operator: C and D; or one device's part of them, where a device computes.
+      m: alpha M, (*stack, q, q).
+      kernel_shape: The kernel's shape.
+      axes: The kernel's axes, a letter each.
+      precision: The precision of the products with M.
+      layout: Where the kernel's features are on a mesh; None for one device.
+    """
+
+    operator: Any
+    m: jax.Array
+    kernel_shape: Shape
+    axes: str
+    precision: jax.lax.PrecisionLike = None
+    layout: KernelLayout | None = None
+
+    @classmethod
+    def of(
+        cls,
+        spec: AdapterSpec,
+        m: ArrayLike,
+        *,
+        dtype: DTypeLike | None = None,
+        ndim: int | None = None,
+        precision: jax.lax.PrecisionLike = None,
+        x: jax.Array | None = None,
+    ) -> "Delta":
+        """The delta of an adapter.
+
+        Args:
+          spec: The adapter.
+          m: M, (*stack, q, q).
+          dtype: The dtype to compute in; M's own if it is None.
+          ndim: How many of the kernel's axes the layer sees, the last ones; a lifted
+            transformation takes off leading stack axes.
+          precision: The precision of the products with M.
+          x: The layer's input. M is replicated over the devices that it is on.
+        """
+        shape, axes = spec.seen_by(ndim)
+        scaled_m = scaled(spec, jnp.asarray(m))
+        if dtype is not None:
+            scaled_m = scaled_m.astype(dtype)
+        if x is not None:
+            scaled_m = gather_m(scaled_m, spec.layout, x)
+        return cls(spec.operator, scaled_m, shape, axes, precision, spec.layout)
+
+    @property
+    def settings(self) -> tuple[Any, ...]:
+        """All of it except the arrays: `Delta(operator, m, *settings)` is the delta."""
+        return self.kernel_shape, self.axes, self.precision, self.layout
+
+    def rows(self, x: jax.Array) -> jax.Array:
+        """(*stack, *batch, in_features) -> (*stack, *batch, out_features)."""
+        if self.m.ndim > 2:
+            return jax.vmap(lambda m, x: self._with(m).rows(x))(self.m, x)
+        op, product = self.operator, _Product(self.precision)
+        if isinstance(op, OperatorPart):  # within a map whose transpose is written out
+            return product.forward((op, x), self.m)
+        features = self._features(KernelLayout.for_activations)
+        if features is None and not op.block:
+            return _compiled_product(product, (op, x), self.m)
+        if features is None:
+            return product((op, x), self.m)
+        if not op.block:
+            op = on_mesh.OperatorOnMesh(op, features)
+            return product.forward((op, x), self.m)
+        by_m, by_x = static(_Product.forward, product), static(_product_by_x, product)
+        return on_mesh.product(by_m, by_x, op, features, self.m, x)
+
+    def transposed_rows(self, y: jax.Array) -> jax.Array:
+        """(*stack, *batch, out_features) -> (*stack, *batch, in_features)."""
+        x = jax.ShapeDtypeStruct((*y.shape[:-1], self.operator.in_features), y.dtype)
+        (x,) = jax.linear_transpose(self.rows, x)(y)
+        return x
+
+    def lookup(self, indices: jax.Array) -> jax.Array:
+        """Integers (...) -> rows of the delta (..., out_features)."""
+        # Wide, or a vocabulary beyond the range of a small type would wrap around.
+        indices = indices.astype(jnp.result_type(indices.dtype, jnp.int32))
+        indices %= self.operator.in_features
+        product = _Product(self.precision, static(_units, self.m.dtype))
+        features = self._features(KernelLayout.for_activations)
+        if features is None or not features.out_axes:
+            return _compiled_product(product, (self.operator, indices), self.m)
+        rows = static(_Product.forward, product)
+        return on_mesh.lookup(rows, self.operator, features, self.m, indices)
+
+    def decompress(self, h: jax.Array) -> jax.Array:
+        r""":math:`\alpha\, D(h M)`: (..., q) -> (..., out_features)."""
+        product = _Product(self.precision, _given)
+        return product.forward((self.operator, h), self.m)
+
+    def compress_kernel(self) -> jax.Array:
+        """C as a kernel, with q in place of the output features."""
+        q = self.operator.square_rank
+        pairs = zip(self.axes, self.kernel_shape, strict=True)
+        shape = tuple(q if axis == "o" else n for axis, n in pairs)
+        matrix = self.operator.compress_matrix(self.m.dtype)
+        return kernel_from_rows(matrix, shape, self.axes)
+
+    def kernel(self) -> jax.Array:
+        """The delta as an array of the kernel's shape."""
+        return kernel_from_rows(self._matrix(), self.kernel_shape, self.axes)
+
+    def _matrix(self) -> jax.Array:
+        """(*stack, in_features, out_features)."""
+        if self.m.ndim > 2:
+            return jax.vmap(lambda m: self._with(m)._matrix())(self.m)
+        features = self._features(KernelLayout.for_kernel)
+        if features is None:
+            return _compiled_matrix(self.operator, self.m)
+        return on_mesh.kernel(static(_matrix_here), self.operator, features, self.m)
+
+    def _features(
+        self, split: Callable[[KernelLayout, str, Shape], FeatureSharding]
+    ) -> FeatureSharding | None:
+        """How devices share the features; None if they do not."""
+        if self.layout is None:
+            return None
+        features = split(self.layout, self.axes, self.kernel_shape)
+        return features if features.splits else None
+
+    def _with(self, m: jax.Array) -> "Delta":
+        """The delta at one index of a stack axis."""
+        return dataclasses.replace(self, m=m)
+
+
+def scaled(spec: AdapterSpec, m: Any) -> Any:
+    """Alpha M."""
+    return spec.alpha * m
+
+
+def delta_kernel(spec: AdapterSpec, m: ArrayLike) -> jax.Array:
+    r"""The delta of an adapter, :math:`\alpha\, C M D`, with the kernel's shape."""
+    return undisturbed(Delta.of(spec, m).kernel)()

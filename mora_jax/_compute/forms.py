@@ -1,0 +1,113 @@
+"""What M multiplies: C(x) in the faster form of each operator, and D for it.
+
+An operator's own methods define C and D. The functions here and in `matrix` compute
+with them: in a general way that serves every operator, and in a faster way where one is
+registered for its type. So an operator needs no more than its definition, and anyone
+can register a form for an operator of their own::
+
+    @compressed_rows.register
+    def _(op: MyOperator, x): ...
+
+Each form must give what the general one gives, which the tests hold against the
+matrices of C and D for every operator.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from mora_jax._interception import matmul
+from mora_jax._mesh.apply import OperatorOnMesh
+from mora_jax._mesh.parts import OperatorPart
+from mora_jax._tuning import tuning
+from mora_jax.operators import Decoupling, Hadamard, Operator
+from mora_jax.operators._base import Side
+
+Compressed = tuple[jax.Array, Callable[[jax.Array], jax.Array]]
+"""Rows h that M multiplies, (..., *any, q), and a function that makes D of h M."""
+
+
+@functools.singledispatch
+def compressed_rows(op: Operator, x: jax.Array) -> Compressed:
+    """C(x), and D. `x`: (..., in_features); D returns (..., out_features).
+
+    Args:
+      op: An operator, one device's part of one, or one on a mesh.
+      x: (..., in_features).
+    """
+    return op._compress(x), op._decompress
+
+
+@compressed_rows.register
+def _(op: Decoupling, x: jax.Array) -> Compressed:
+    # D sums the blocks of a group. M is linear, so it may multiply the sums: n blocks
+    # become min(n, p).
+    return op.sum_groups(op._compress(x)), op.decompress_groups
+
+
+@compressed_rows.register
+def _(op: Hadamard, x: jax.Array) -> Compressed:
+    def decompress(h: jax.Array) -> jax.Array:
+        if _prefers_matrix(op, "out", h):
+            return matmul(h, op.matrix("out", h.dtype).T)
+        return op._decompress(h)
+
+    if _prefers_matrix(op, "in", x):
+        return matmul(x, op.matrix("in", x.dtype)), decompress
+    return op._compress(x), decompress
+
+
+def _prefers_matrix(op: Hadamard, side: Side, rows: jax.Array) -> bool:
+    """Whether a product with C or D as a matrix is faster than the transform."""
+    fast = op.square_rank <= tuning().transform_step * op.transform_steps(side)
+    return fast and math.prod(rows.shape[:-1]) > tuning().matrix_from_rows
+
+
+@compressed_rows.register
+def _(op: OperatorPart, x: jax.Array) -> Compressed:
+    return op.compressed_rows(x)
+
+
+@compressed_rows.register
+def _(op: OperatorOnMesh, x: jax.Array) -> Compressed:
+    h, decompress = compressed_rows(op.operator, x)
+    if op.features.in_axes:
+        h = op.compress(x)
+    return h, op.decompress if op.features.out_axes else decompress
+
+
+@functools.singledispatch
+def compressed_units(op: Operator, indices: jax.Array, dtype: DTypeLike) -> Compressed:
+    """C of unit vectors e_i, and D.
+
+    Args:
+      op: An operator, or one device's part of one.
+      indices: The numbers i, (...), each in range.
+      dtype: The dtype of the computation.
+    """
+    return op._rows("in", indices, dtype), op._decompress
+
+
+@compressed_units.register
+def _(op: Decoupling, indices: jax.Array, dtype: DTypeLike) -> Compressed:
+    # A unit vector is in t blocks of the n, so that M multiplies t rows.
+    block, rows = op.block_rows(indices, dtype)
+
+    def decompress(h: jax.Array) -> jax.Array:
+        groups = np.arange(op.num_groups, dtype=np.uint32)
+        feeds = op.in_group(block)[..., None] == groups
+        h = jnp.where(feeds[..., None], h[..., None, :], 0).sum(-3)
+        return op.decompress_groups(h)
+
+    return rows, decompress
+
+
+@compressed_units.register
+def _(op: OperatorPart, indices: jax.Array, dtype: DTypeLike) -> Compressed:
+    rows, decompress = compressed_units(op.operator, indices, dtype)
+    return rows, lambda h: op.take_outputs(decompress(h))

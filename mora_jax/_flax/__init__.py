@@ -1,0 +1,1 @@
+"""What Linen and NNX share: what is known of layers, and how a call is adapted."""

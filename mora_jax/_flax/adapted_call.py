@@ -1,0 +1,93 @@
+"""A call of a Flax layer with its adapter."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import PRNGKeyArray
+
+from mora_jax._compute.adapted import adapted_product, add_delta, check_product
+from mora_jax._flax.layer_rules import LayerRule
+from mora_jax._interception import intercepted
+from mora_jax._linear_map import static
+from mora_jax._spec import AdapterSpec
+from mora_jax._types import ArrayLike
+from mora_jax.products import Contraction, Product
+
+
+def adapt_call(
+    call: Callable[[], jax.Array],
+    module: Any,
+    rule: LayerRule,
+    spec: AdapterSpec,
+    m: Callable[[], ArrayLike],
+    x: Any,
+    product: Product,
+    dropout_key: PRNGKeyArray | None = None,
+) -> jax.Array:
+    """What `call()`, a method of a Flax layer, gives with an adapter.
+
+    Args:
+      call: The method with its arguments.
+      module: The layer.
+      rule: What is known of the method.
+      spec: The adapter.
+      m: A function that gives M. It is called once, when the layer has made its own
+        parameters.
+      x: The layer's input.
+      product: What the method computes, except for the bias.
+      dropout_key: The key of the adapter's dropout.
+
+    Returns:
+      An array of the shape and dtype of the layer's output.
+    """
+    precision = getattr(module, "precision", None)
+    replaceable = rule.multiplies_by_dot_general(module) and not intercepted()
+    if replaceable and dropout_key is None:
+        # The layer casts both operands to its dtype before it multiplies them, so that
+        # how to compute is chosen where they are multiplied.
+        def dot_general(
+            x: ArrayLike, kernel: Any, dimension_numbers: Any, **settings: Any
+        ) -> jax.Array:
+            contracted, batch = dimension_numbers  # of lists, perhaps
+            axes = tuple(map(tuple, contracted)), tuple(map(tuple, batch))
+            multiply = static(_dot_general, axes, tuple(settings.items()))
+            return adapted_product(
+                spec, m(), x, kernel, product, multiply, precision=precision
+            )
+
+        with _replaced(module, "dot_general", dot_general):
+            return call()
+    check_product(spec, product)
+    y, after = call(), None
+    if (scale := rule.scale_of(module)) is not None:
+        if not isinstance(product, Contraction):
+            raise ValueError(
+                f"{spec.name}: scale= of register_layer is for layers that compute an "
+                f"einsum, got {type(product).__name__}"
+            )
+        before, after = product.factors(scale)
+        x = jnp.asarray(x).astype(y.dtype) * before.astype(y.dtype)
+    return add_delta(y, spec, m(), x, product, dropout_key, precision, after)
+
+
+def _dot_general(
+    dimension_numbers: Any,
+    settings: tuple[tuple[str, Any], ...],
+    x: jax.Array,
+    kernel: jax.Array,
+) -> jax.Array:
+    return jax.lax.dot_general(x, kernel, dimension_numbers, **dict(settings))
+
+
+@contextlib.contextmanager
+def _replaced(module: Any, name: str, value: Any) -> Iterator[None]:
+    # Past the module's own __setattr__: both Flax APIs guard what users assign.
+    before = getattr(module, name)
+    object.__setattr__(module, name, value)
+    try:
+        yield
+    finally:
+        object.__setattr__(module, name, before)

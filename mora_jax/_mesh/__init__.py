@@ -1,0 +1,1 @@
+"""Meshes of devices that share the features of layers."""

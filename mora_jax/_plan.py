@@ -1,0 +1,216 @@
+"""A plan: the adapters of a model by the paths of their kernels."""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from mora_jax._left_out import LeftOut
+from mora_jax._paths import nearest
+from mora_jax._spec import AdapterSpec, check_same
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan(Mapping[str, AdapterSpec]):
+    """The adapters of a model, by the paths of their kernels; static and hashable.
+
+    A mapping of paths to `AdapterSpec`s, in the order of the paths. `print(plan)` shows
+    it as a table.
+
+    Attributes:
+      specs: one for each adapted kernel.
+      base_parameters: how many numbers the params tree holds without adapters.
+      traced: whether a trace has shown that each kernel reaches the model's output
+        only through the product of its layer; embeddings need it. Plans that differ
+        in this, or in what follows, are equal.
+      left_out: what else of two or more axes the model holds, and why it is left out.
+      unproven: (path, reason) for each adapted kernel of which the trace proves
+        nothing.
+
+    Example::
+
+      >>> import jax.numpy as jnp
+      >>> from mora_jax import MoRAConfig, plan
+      >>> layers = plan({"fc": {"kernel": jnp.ones((64, 64))}}, MoRAConfig(rank=2))
+      >>> layers.trainable_parameters, layers.total_parameters
+      (256, 4352)
+      >>> "fc/kernel" in layers, list(layers), layers["fc/kernel"].lora_rank
+      (True, ['fc/kernel'], 2.0)
+      >>> layers.digest() == plan({"fc": {"kernel": jnp.ones((64, 64))}}).digest()
+      False
+    """
+
+    specs: tuple[AdapterSpec, ...]
+    base_parameters: int
+    traced: bool = dataclasses.field(default=False, compare=False)
+    left_out: tuple[LeftOut, ...] = dataclasses.field(default=(), compare=False)
+    unproven: tuple[tuple[str, str], ...] = dataclasses.field(default=(), compare=False)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._by_path)
+
+    def __len__(self) -> int:
+        return len(self.specs)
+
+    def __contains__(self, path: object) -> bool:
+        return path in self._by_path
+
+    def __getitem__(self, path: str) -> AdapterSpec:
+        if path not in self._by_path:
+            raise KeyError(f"no adapter at {path!r}{nearest(str(path), self)}")
+        return self._by_path[path]
+
+    @functools.cached_property
+    def _by_path(self) -> Mapping[str, AdapterSpec]:
+        return {spec.name: spec for spec in self.specs}
+
+    def __str__(self) -> str:
+        return "\n".join([summary(self), *_remarks(self)])
+
+    def digest(self) -> str:
+        """A SHA-256, in hexadecimal, of what decides the meaning of the M's.
+
+        An M is a square of numbers, and only with its plan an update. So keep the
+        digest beside M's that are stored without it, and compare before they are used:
+        plans of equal digests make the same update of the same M's. It covers, by the
+        kernels' paths, their shapes and axes, the operators with all of their settings
+        and seeds, the square ranks, and alpha. It does not cover what decides how M's
+        are trained or computed: dropout, init, execution, param_dtype, and where
+        things are on a mesh.
+        """
+        meanings = {spec.name: spec.meaning for spec in self.specs}
+        text = json.dumps(meanings, sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    @property
+    def trainable_parameters(self) -> int:
+        """How many numbers all M's hold together."""
+        return sum(spec.parameters for spec in self.specs)
+
+    @property
+    def total_parameters(self) -> int:
+        """Base and adapters together."""
+        return self.base_parameters + self.trainable_parameters
+
+
+def check_plan(plan: Any, name: str = "plan") -> Plan:
+    """`plan`, if it is a plan; `name` is what the message calls it."""
+    if not isinstance(plan, Plan):
+        raise TypeError(
+            f"{name} must be a Plan, got {type(plan).__name__}: make one with "
+            "mora_jax.plan, mora_jax.linen.plan or mora_jax.nnx.plan"
+        )
+    return plan
+
+
+def refuse_other_plan(made_for: Plan, used_with: Plan) -> None:
+    """Raise unless M's that were made for one plan are right for the other.
+
+    Raises:
+      ValueError: they are not. The message names the first layer and what differs.
+    """
+    for path in sorted(used_with.keys() - made_for.keys()):
+        raise ValueError(
+            f"the adapters were made for a plan without {path!r}, which this plan has"
+        )
+    for path in sorted(made_for.keys() - used_with.keys()):
+        raise ValueError(
+            f"the adapters were made for a plan with {path!r}, which this plan lacks"
+        )
+    for path, spec in made_for.items():
+        check_same(spec, used_with[path])
+
+
+def summary(plan: Plan, *, collapse: bool = True) -> str:
+    """The plan as a table: in, out, operator, r, q, parameters, share of the base.
+
+    Where a layer is too small for the q that its budget would buy, q is shown as
+    "64 of 90". Columns for alpha and dropout are there where one is not the default.
+
+    Args:
+      plan: the plan.
+      collapse: one row for all layers that differ only in the numbers of their paths.
+
+    Returns:
+      The table as text; r is the rank of the LoRA with as many parameters.
+
+    Raises:
+      TypeError: `plan` is no plan.
+
+    Example::
+
+      >>> import jax.numpy as jnp
+      >>> from mora_jax import plan, summary
+      >>> params = {f"l{k}": {"kernel": jnp.ones((64, 64)) + k} for k in range(3)}
+      >>> print(summary(plan(params)))
+      path           in -> out  operator    r   q  parameters  of base
+      l*/kernel (3)   64 -> 64  rotation  8.0  32       3,072   25.00%
+      3 adapters: 3,072 trainable parameters, 25.00% of 12,288
+    """
+    groups: dict[tuple[Any, ...], list[AdapterSpec]] = defaultdict(list)
+    for spec in check_plan(plan).specs:
+        key = re.sub(r"\d+", "*", spec.name) if collapse else spec.name
+        size = spec.shape, spec.kernel_shape, spec.operator, spec.asked_square_rank
+        groups[key, size, spec.alpha, spec.dropout].append(spec)
+    columns = ["path", "in -> out", "operator", "r", "q"]
+    columns += ["alpha"] * any(spec.alpha != 1 for spec in plan.specs)
+    columns += ["dropout"] * any(spec.dropout != 0 for spec in plan.specs)
+    columns += ["parameters", "of base"]
+    rows = [columns]
+    for (name, *_), specs in groups.items():
+        cells = _cells(name, specs, plan.base_parameters)
+        rows.append([cells[column] for column in columns])
+    left = {"path", "operator"}
+    widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
+    lines = [
+        "  ".join(
+            cell.ljust(width) if column in left else cell.rjust(width)
+            for column, cell, width in zip(columns, row, widths, strict=True)
+        ).rstrip()
+        for row in rows
+    ]
+    size = plan.trainable_parameters
+    lines.append(
+        f"{len(plan)} adapter{'s' * (len(plan) != 1)}: {size:,} trainable parameters, "
+        f"{_share(size, plan.base_parameters)} of {plan.base_parameters:,}"
+    )
+    return "\n".join(lines)
+
+
+def _remarks(plan: Plan) -> list[str]:
+    """What has no adapter and what is not proven, a line for each kind."""
+    lines = []
+    if plan.left_out:
+        lines.append("left out:")
+        lines += [f"  {kind}" for kind in plan.left_out]
+    if plan.unproven:
+        lines.append(
+            "not proven (mora_jax.diagnostics.check compares numbers instead):"
+        )
+        lines += [f"  {path}: {why}" for path, why in plan.unproven]
+    return lines
+
+
+def _cells(name: str, specs: list[AdapterSpec], base_parameters: int) -> dict[str, str]:
+    """What `summary` shows of equal layers, by the names of its columns."""
+    spec, size = specs[0], sum(spec.parameters for spec in specs)
+    q, asked = spec.operator.square_rank, spec.asked_square_rank
+    return {
+        "path": spec.name if len(specs) == 1 else f"{name} ({len(specs)})",
+        "in -> out": f"{spec.in_features} -> {spec.out_features}",
+        "operator": spec.operator.name,
+        "r": f"{spec.lora_rank:.1f}",
+        "q": f"{q} of {asked}" if asked else str(q),
+        "alpha": f"{spec.alpha:g}",
+        "dropout": f"{spec.dropout:g}",
+        "parameters": f"{size:,}",
+        "of base": _share(size, base_parameters),
+    }
+
+
+def _share(size: int, base_parameters: int) -> str:
+    return f"{size / base_parameters:.2%}" if base_parameters else "-"

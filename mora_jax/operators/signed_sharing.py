@@ -1,0 +1,60 @@
+"""Signed sharing: sharing between random signs."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from mora_jax.operators._base import Side
+from mora_jax.operators._pytree import array_field, operator
+from mora_jax.operators._random import signs
+from mora_jax.operators.sharing import Sharing
+
+
+@operator
+class SignedSharing(Sharing):
+    r"""Sharing with a fixed random sign on each input and on each output.
+
+    .. math:: C = S_{in} C_{sharing}, \qquad D = D_{sharing} S_{out}
+
+    Plain sums cancel features that differ in sign and add up what all features have in
+    common; random signs treat all directions alike. The signs are isometries, so this
+    is one where sharing is.
+
+    Attributes:
+      seed: The seed of the signs; equal widths share them.
+
+    Example::
+
+      >>> from mora_jax.operators import SignedSharing
+      >>> op = SignedSharing(in_features=4, out_features=4, square_rank=2)
+      >>> op.compress(op.decompress(jnp.array([1.0, 2.0])))
+      Array([1., 2.], dtype=float32)
+    """
+
+    seed: int = 0
+    in_signs: jax.Array | np.ndarray = array_field()
+    out_signs: jax.Array | np.ndarray = array_field()
+
+    name = "signed_sharing"
+    arrays = ("in_signs", "out_signs")
+
+    def _seeded_arrays(self) -> Mapping[str, Any]:
+        return {
+            "in_signs": signs(self.in_features, self.seed),
+            "out_signs": signs(self.out_features, self.seed),
+        }
+
+    def _compress(self, x: jax.Array) -> jax.Array:
+        return super()._compress(x * jnp.asarray(self.in_signs, x.dtype))
+
+    def _decompress(self, h: jax.Array) -> jax.Array:
+        y = super()._decompress(h)
+        return y * jnp.asarray(self.out_signs, y.dtype)
+
+    def _rows(self, side: Side, indices: jax.Array, dtype: DTypeLike) -> jax.Array:
+        signs = jnp.asarray(self.in_signs if side == "in" else self.out_signs, dtype)
+        return super()._rows(side, indices, dtype) * signs[indices][..., None]

@@ -1,0 +1,171 @@
+"""What an adapted layer costs, as far as it can be told without a clock."""
+
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from cases import CASES, by_few_cases, by_kind
+from flax import linen as nn
+
+from mora_jax import AdapterSpec, FrozenDense, MoRAConfig, init, linen, mora_apply
+from mora_jax._compute.delta import Delta
+from mora_jax.products import DENSE, Contraction
+
+ROWS = 64
+by_way = pytest.mark.parametrize("way", ["activation", "fold"])
+# Widening, narrowing and square; in blocks that fill the layer, and that do not.
+by_size = pytest.mark.parametrize(
+    "size", [(96, 240, 24), (240, 96, 24), (100, 100, 30)], ids=str
+)
+
+
+def shapes(*trees):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), trees)
+
+
+def flops(function, *args):
+    cost = jax.jit(function).lower(*args).compile().cost_analysis()
+    cost = cost[0] if isinstance(cost, list) else cost
+    return cost["flops"]
+
+
+def arithmetic(op):
+    """Additions and multiplications for one row, by the definition of the operator."""
+    q, widths = op.square_rank, op.in_features + op.out_features
+    blocks, out_blocks = -(-op.in_features // q), -(-op.out_features // q)
+    dense = {
+        "truncation": q * q,
+        "sharing": q * q,
+        "signed_sharing": q * q,
+        "decoupling": min(blocks, out_blocks) * q * q,
+        "permutation": min(blocks, out_blocks) * q * q,
+        "rotation": blocks * q * q,
+        "orthogonal": q * q + q * widths,
+        "hadamard": q * q,
+    }[op.name]
+    around = 4 * widths  # sums, scales and copies
+    if op.name == "hadamard":  # a width of 2^a b takes a additions, b products
+        for width in (op.in_features, op.out_features):
+            power = width & -width
+            around += 2 * width * (power.bit_length() - 1 + width // power)
+    return 2 * dense + around
+
+
+@by_size
+@by_few_cases
+def test_arithmetic(case, size):
+    """Forward and both gradients: each is a product as large as the forward one."""
+    op = case.make(*size)
+    spec = AdapterSpec(op, size[:2])
+    product = Contraction.parse(DENSE, 2)
+
+    def loss(m, x, g):
+        return jnp.vdot(g, product.delta(Delta.of(spec, m), x))
+
+    x, g = jnp.ones((ROWS, size[0])), jnp.ones((ROWS, size[1]))
+    m = jnp.ones(spec.shape)
+    counted = flops(jax.value_and_grad(loss, (0, 1)), *shapes(m, x, g))
+    # Rotating M, or making a random basis, does not depend on the rows.
+    fixed = 12 * op.square_rank * max(size)
+    assert counted <= 1.1 * 3 * ROWS * arithmetic(op) + fixed
+
+
+@by_size
+@by_few_cases
+def test_arithmetic_of_a_fold(case, size):
+    """Forward and both gradients: the layer's own products, and one for M."""
+    op = case.make(*size)
+    frozen = FrozenDense(jnp.ones(size[:2]), None, op, execution="fold")
+
+    def adapted(m, x, g, frozen):
+        return jnp.vdot(g, mora_apply({"kernel_mora": m}, frozen, x))
+
+    def plain(x, g, frozen):
+        return jnp.vdot(g, x @ frozen.kernel)
+
+    x, g = jnp.ones((ROWS, size[0])), jnp.ones((ROWS, size[1]))
+    m = jnp.ones(frozen.spec.shape)
+    counted = flops(jax.value_and_grad(adapted, (0, 1)), *shapes(m, x, g, frozen))
+    counted -= flops(jax.value_and_grad(plain), *shapes(x, g, frozen))
+    folds = 2 * 8 * size[0] * size[1]  # twice, a few operations an entry
+    if op.name in ("orthogonal", "hadamard"):  # from M by two products
+        folds += 2 * 2 * size[2] * size[1] * (size[0] + size[2])
+        folds += 4 * 12 * size[2] * (size[0] + size[1])  # of matrices made anew
+    assert counted <= 1.1 * ROWS * arithmetic(op) + folds
+
+
+class Stack(nn.Module):
+    """Dense layers of one size and their activations."""
+
+    @nn.compact
+    def __call__(self, x):
+        for _ in range(6):
+            x = jnp.tanh(nn.Dense(x.shape[-1])(x))
+        return x
+
+
+def stack(case, way, width=200, rows=8):
+    """Losses to differentiate by adapters and by the input, with their arguments."""
+    model, x = Stack(), jax.ShapeDtypeStruct((rows, width), jnp.float32)
+    variables = jax.eval_shape(model.init, jax.random.key(0), x)
+    config = MoRAConfig(square_rank=40, operator=case.spec, execution=way)
+    plan = linen.plan(model, variables, config, x)
+    adapters, apply = jax.eval_shape(lambda: init(plan)), linen.wrap(model, plan)
+
+    def adapted(adapters, variables, x):
+        return jnp.sum(apply(adapters, variables, x) ** 2)
+
+    def frozen(x, variables):
+        return jnp.sum(model.apply(variables, x) ** 2)
+
+    return (adapted, (adapters, variables, x)), (frozen, (x, variables))
+
+
+@by_way
+@by_kind
+def test_no_gradient_of_a_kernel(case, way):
+    """To differentiate by the kernels as well takes a product more for each."""
+    (adapted, args), _ = stack(case, way)
+    by_adapters = flops(jax.grad(adapted), *args)
+    by_all = flops(jax.grad(adapted, (0, 1)), *args)
+    products = 6 * 2 * 8 * 200 * 200
+    assert 0.99 * products <= by_all - by_adapters <= 1.5 * products
+
+
+@by_few_cases
+def test_no_product_of_a_kernels_shape(case):
+    (adapted, args), _ = stack(case, "activation")
+    by_adapters, by_all = (
+        jax.jit(jax.grad(adapted, argnums)).lower(*args).as_text()
+        for argnums in (0, (0, 1))
+    )
+    product = re.compile(r"stablehlo.dot_general .*-> tensor<200x200xf32>")
+    assert "stablehlo.dot_general" in by_adapters and product.search(by_all)
+    assert not product.search(by_adapters)
+
+
+def memory(loss, args):
+    """Bytes beside arguments and results."""
+    compiled: Any = jax.jit(jax.value_and_grad(loss)).lower(*args).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+
+@by_way
+def test_memory(way):
+    """Sharing keeps q numbers of each input for the gradient, and no more."""
+    case = next(c for c in CASES if c.label.startswith("sharing-strided-strided"))
+    rows, width, q = 2048, 200, 40
+    adapted, frozen = (memory(*one) for one in stack(case, way, width, rows))
+    layer, kept = 4 * rows * width, 6 * 4 * rows * q
+    assert adapted <= frozen + kept + 3 * layer  # a few in passing, not one a layer
+
+
+@by_few_cases
+def test_memory_of_folds(case):
+    """No folded kernel outlives its product, forward or backward."""
+    rows, width = 8, 512
+    adapted, frozen = (memory(*one) for one in stack(case, "fold", width, rows))
+    kernel, inputs = 4 * width * width, 6 * 4 * rows * width
+    assert adapted <= frozen + 2.5 * kernel + 2 * inputs

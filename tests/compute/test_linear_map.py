@@ -1,0 +1,173 @@
+"""Linear maps with a transpose of their own, under every transformation."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import close, random
+from jax.test_util import check_grads
+
+from mora_jax._linear_map import LinearMap, static
+
+
+@dataclasses.dataclass(frozen=True)
+class Product(LinearMap):
+    """x @ w, which tells whether its own transpose was used: by a factor."""
+
+    mark: float = 1.0
+
+    def forward(self, residuals, operand):
+        return operand @ residuals["w"]
+
+    def backward(self, residuals, cotangent):
+        return self.mark * (cotangent @ residuals["w"].T)
+
+
+W, X = random(0, 2, 3), random(1, 4, 2)
+
+
+def apply(w, x, mark=1.0):
+    return Product(mark)({"w": w}, x)
+
+
+def test_derivatives_of_every_order(float64):
+    def value(w, x):
+        return jnp.sin(apply(w, x))
+
+    args = np.float64(W), np.float64(X)
+    check_grads(value, args, order=3, atol=1e-4, rtol=1e-4)
+
+
+def test_its_own_transpose_is_used():
+    def loss(x, mark):
+        return jnp.sum(apply(W, x, mark))
+
+    once = jax.grad(loss)(X, 1.0)
+    for transform in (jax.jit, jax.checkpoint):
+        np.testing.assert_allclose(
+            transform(lambda x: jax.grad(loss)(x, 3.0))(X), 3 * once, rtol=1e-6
+        )
+    batched = jax.vmap(jax.grad(lambda x, w: jnp.sum(apply(w, x, 3.0))), (None, 0))
+    got = batched(X, np.stack([W, 2 * W]))
+    np.testing.assert_allclose(got, [3 * once, 6 * once], rtol=1e-6)
+    (back,) = jax.linear_transpose(lambda x: apply(W, x, 3.0), X)(jnp.ones((4, 3)))
+    np.testing.assert_allclose(back, 3 * once, rtol=1e-6)
+
+
+@pytest.mark.parametrize("axes", [(None, 0), (0, None), (0, 2), (1, 0)], ids=str)
+def test_vmap(axes):
+    """Over the residual, the argument or both, along any axis."""
+    w = W if axes[0] is None else np.stack([W, 2 * W, 3 * W], axes[0])
+    x = X if axes[1] is None else np.stack([X, 4 * X, 5 * X], axes[1])
+    got = jax.vmap(apply, axes, 1)(w, x)
+    expected = jax.vmap(jnp.matmul, (axes[1], axes[0]), 1)(x, w)
+    np.testing.assert_allclose(got, expected, rtol=1e-5)
+
+    def by_x(product):
+        loss = jax.vmap(lambda w, x: jnp.sum(jnp.sin(product(w, x))), axes)
+        return jax.grad(lambda x: loss(w, x).sum())(x)
+
+    expected = by_x(lambda w, x: x @ w)
+    np.testing.assert_allclose(by_x(apply), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_scan_and_linearize():
+    square = random(2, 2, 2)
+    y, _ = jax.lax.scan(lambda x, _: (apply(square, x), None), jnp.asarray(X), length=3)
+    np.testing.assert_allclose(y, X @ square @ square @ square, rtol=1e-4)
+    y, linear = jax.linearize(lambda x: apply(W, x), X)
+    np.testing.assert_allclose(linear(2 * X), 2 * y, rtol=1e-5)
+
+
+def test_the_residual_is_kept_alone():
+    """The gradient's program holds w and nothing that was computed from it."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Dear(LinearMap):
+        def forward(self, residuals, operand):
+            return operand @ jnp.exp(residuals)
+
+        def backward(self, residuals, cotangent):
+            return cotangent @ jnp.exp(residuals).T
+
+    _, vjp = jax.vjp(lambda x: Dear()(W, x), jnp.asarray(X))
+    kept = [leaf for leaf in jax.tree.leaves(vjp) if jnp.shape(leaf) == W.shape]
+    assert kept
+    for leaf in kept:
+        np.testing.assert_allclose(leaf, W, rtol=1e-6)
+
+
+@dataclasses.dataclass(frozen=True)
+class Affine(LinearMap):
+    """b + x w, whose derivative by w is written out, with a factor that tells."""
+
+    mark: float = 1.0
+
+    def forward(self, residuals, operand):
+        b, w = residuals
+        return b["b"] + operand @ w
+
+    def backward(self, residuals, cotangent):
+        return cotangent @ residuals[1].T
+
+    def derivatives(self):
+        return {1: lambda residuals, x, tangent: self.mark * (x @ tangent)}
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_a_derivative_by_a_residual_may_be_written_out(batched):
+    """JAX differentiates by the others; and both work under jax.vmap."""
+
+    def apply(b, w, x, mark=3.0):
+        return Affine(mark)(({"b": b}, w), x)
+
+    def plain(b, w, x):
+        return b + x @ w
+
+    args = np.ones(3, np.float32), W, X
+    if batched:
+        args = (args[0], np.stack([W, 2 * W]), np.stack([X, 3 * X]))
+        apply, plain = (jax.vmap(f, (None, 0, 0)) for f in (apply, plain))
+    by_all = jax.grad(lambda *args: jnp.sum(apply(*args)), (0, 1))(*args)
+    expected = jax.grad(lambda *args: jnp.sum(plain(*args)), (0, 1))(*args)
+    close(by_all[0], expected[0])
+    close(by_all[1], 3 * expected[1])
+    tangents = tuple(2 * np.asarray(arg) for arg in args[:2])
+    got, expected = (
+        jax.jvp(lambda b, w, f=f: f(b, w, args[2]), args[:2], tangents)[1]
+        for f in (apply, plain)
+    )
+    bias = np.broadcast_to(tangents[0], expected.shape)
+    close(got - bias, 3 * (expected - bias))
+
+
+def test_static_functions_compare_by_what_they_hold():
+    """So that a second call finds the program of the first."""
+    traces = []
+
+    def scale(factor, x):
+        traces.append(factor)
+        return factor * x
+
+    jitted = jax.jit(lambda function, x: function(x), static_argnums=0)
+    for factor in (2.0, 2.0, 3.0):
+        close(jitted(static(scale, factor), X), factor * X)
+    assert traces == [2.0, 3.0]
+
+
+def test_transposed_by_residuals_where_linear_in_them():
+    """As JAX would; and by both, one at a time."""
+    (by_w,) = jax.linear_transpose(lambda w: apply(w, X, mark=2.0), W)(X @ W)
+    np.testing.assert_allclose(by_w, X.T @ (X @ W), rtol=1e-5)
+    (by_x,) = jax.linear_transpose(lambda x: apply(W, x, mark=2.0), X)(X @ W)
+    np.testing.assert_allclose(by_x, 2 * X @ W @ W.T, rtol=1e-5)
+
+
+def test_transposed_map():
+    """Forward is the transpose's transpose."""
+    y = X @ W
+    np.testing.assert_allclose(Product(2.0).transpose({"w": W}, y), 2 * y @ W.T)
+    back = jax.linear_transpose(lambda y: Product(2.0).transpose({"w": W}, y), y)
+    np.testing.assert_allclose(back(X)[0], y, rtol=1e-6)

@@ -1,0 +1,66 @@
+"""The authors' implementation, layer by layer (tests/data/README.md says how made)."""
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from mora_jax import FrozenDense, delta_weight, io, mora_apply
+
+DATA = Path(__file__).parents[1] / "data"
+LAYERS = json.loads((DATA / "layers.json").read_text())
+TENSORS = load_file(DATA / "layers.safetensors")
+
+
+def relative(got, expected):
+    return np.abs(np.asarray(got) - expected).max() / np.abs(expected).max()
+
+
+@pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: layer["case"])
+def test_reference_layer(layer):
+    case = layer["case"]
+    data = {
+        name.removeprefix(f"{case}."): tensor
+        for name, tensor in TENSORS.items()
+        if name.startswith(f"{case}.")
+    }
+    operator = io.reference_operator(
+        layer["mora_type"], layer["in_features"], layer["out_features"], layer["r"]
+    )
+    assert operator.square_rank == layer["square_rank"]
+    frozen = FrozenDense(data["weight"].T, data["bias"], operator)
+    m = data["lora_A"].T
+    y, grad_m, grad_x, delta = computed(m, data["x"], data["cotangent"], frozen)
+    assert relative(y, data["y"]) < 1e-5
+    assert relative(grad_m.T, data["grad_lora_A"]) < 1e-5
+    assert relative(grad_x, data["grad_x"]) < 1e-5
+    assert relative(delta.T, data["delta_weight"]) < 1e-5
+
+
+@jax.jit
+def computed(m, x, cotangent, frozen):
+    """Output, both gradients and the update, in one program."""
+
+    def apply(m, x):
+        return mora_apply({"kernel_mora": m}, frozen, x)
+
+    y, backward = jax.vjp(apply, m, x)
+    return y, *backward(cotangent), delta_weight({"kernel_mora": m}, frozen)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("bad", [0, 5, 7, "6", None])
+def test_unknown_type(bad):
+    with pytest.raises(ValueError, match="mora_type must be 1, 2, 3, 4 or 6, got"):
+        io.reference_operator(bad, 8, 8, 2)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_bad_sizes():
+    with pytest.raises(ValueError, match="rank must be a positive integer, got 0"):
+        io.reference_operator(1, 8, 8, 0)
+    with pytest.raises(TypeError, match="in_features must be a positive integer"):
+        io.reference_operator(1, 8.0, 8, 1)

@@ -1,0 +1,434 @@
+"""Laws that every operator obeys, at every size."""
+
+import dataclasses
+import math
+import pickle
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from cases import by_case, by_few_cases, by_few_sizes, by_kind
+from helpers import close, random
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.test_util import check_grads
+
+from mora_jax import AdapterSpec, MoRAConfig, make_operator, square_rank
+from mora_jax._compute.matrix import delta_matrix
+from mora_jax.operators import OPERATORS, Operator, Rotation
+
+
+def fit(case, in_features, out_features, q):
+    """The square rank nearest to q that the case allows."""
+    if case.bounded:
+        q = min(q, in_features, out_features)
+    return max(2, q - q % 2) if case.even else q
+
+
+@jax.jit
+def maps(op, m, x, h):
+    """All that an operator can do, in one program."""
+    return {
+        "compress": op.compress(x),
+        "decompress": op.decompress(h),
+        "delta_weight": op.delta_weight(m),
+        "apply": op.apply(m, x),
+        "lookup": op.lookup(m, jnp.arange(-op.in_features, 0)),
+        "general delta": delta_matrix.dispatch(Operator)(op, m),
+        "general rows": op._decompress(op._compress(x) @ m),
+        "general lookup": op._decompress(
+            op._rows("in", jnp.arange(op.in_features), m.dtype) @ m
+        ),
+        "out rows": op._rows("out", jnp.arange(op.out_features), m.dtype),
+        "zero": op.apply(jnp.zeros_like(m), x),
+    }
+
+
+def check_laws(case, op: Operator):
+    """All that must hold between an operator's two maps, the oracle's, and M.
+
+    The maps are the oracle's; the forward pass, the merged kernel and single rows
+    follow from them; and the faster forms give what the general ones do.
+    """
+    ins, outs, q = op.in_features, op.out_features, op.square_rank
+    c, d = case.matrices(op)
+    n = c.shape[1]
+    assert math.prod(op.compressed_shape) == n * q
+    m, x, h = random(1, q, q), random(2, 3, ins), random(3, 3, *op.compressed_shape)
+    got = maps(op, m, x, h)
+    update = oracle.update(c, d, m)
+    x, h = np.float64(x), np.float64(h).reshape(3, n, q)
+    close(got["compress"].reshape(3, n, q), np.einsum("bi,inq->bnq", x, c))
+    close(got["decompress"], np.einsum("bnq,nqo->bo", h, d))
+    close(got["out rows"].reshape(outs, n, q), d.transpose(2, 0, 1))
+    for name in ("delta_weight", "lookup", "general delta", "general lookup"):
+        close(got[name], update)
+    for name in ("apply", "general rows"):
+        close(got[name], x @ update)
+    close(got["zero"], np.zeros((3, outs)))
+
+
+@by_few_cases
+@by_few_sizes
+def test_laws(case, size):
+    ins, outs, q = size
+    check_laws(case, case.make(ins, outs, fit(case, ins, outs, q)))
+
+
+any_size = given(
+    ins=st.integers(2, 40),
+    outs=st.integers(2, 40),
+    q=st.integers(1, 24),
+    seed=st.integers(0, 2**32 - 1),
+)
+
+
+@by_kind
+@settings(max_examples=4, deadline=None, derandomize=True)
+@any_size
+def test_laws_at_any_size(case, ins, outs, q, seed):
+    check_laws(case, case.make(ins, outs, fit(case, ins, outs, q), seed))
+
+
+@pytest.mark.slow
+@by_case
+@settings(max_examples=20, deadline=None)
+@any_size
+def test_laws_at_very_many_sizes(case, ins, outs, q, seed):
+    check_laws(case, case.make(ins, outs, fit(case, ins, outs, q), seed))
+
+
+@by_case
+@by_few_sizes
+def test_claims(case, size):
+    """Isometry and block are true exactly where they are claimed."""
+    ins, outs, q = size
+    op = case.make(ins, outs, fit(case, ins, outs, q))
+    c, d = case.matrices(op)
+    c, d = c.reshape(ins, -1), d.reshape(-1, outs)
+    eye = np.eye(c.shape[1])
+    assert op.isometry == all(
+        np.allclose(gram, eye, atol=1e-6) for gram in (c.T @ c, d @ d.T)
+    )
+    assert op.block == (len(op.compressed_shape) == 2)
+
+
+@by_few_cases
+def test_adjoint(case):
+    """The transposes that JAX derives are adjoint: <C x, h> = <x, C^T h>."""
+    op = case.make(13, 9, fit(case, 13, 9, 4))
+    x, h, y = random(0, 13), random(1, *op.compressed_shape), random(2, 9)
+
+    @jax.jit
+    def transposed(op, x, h, y):
+        (by_c,) = jax.linear_transpose(op.compress, x)(h)
+        (by_d,) = jax.linear_transpose(op.decompress, h)(y)
+        return op.compress(x), by_c, op.decompress(h), by_d
+
+    c_x, by_c, d_h, by_d = transposed(op, x, h, y)
+    close(np.vdot(c_x, h), np.vdot(x, by_c))
+    close(np.vdot(d_h, y), np.vdot(h, by_d))
+
+
+@by_kind
+def test_transforms(case):
+    """jit = eager, vmap = loop, gradients are right, and one compilation serves."""
+    op = case.make(12, 10, fit(case, 12, 10, 4))
+    q = op.square_rank
+    m, x = random(0, q, q), random(1, 5, 12)
+    traces = []
+
+    @jax.jit
+    def transformed(op, m, ms, x):
+        traces.append(op)
+        loop = jnp.stack([op.apply(m, row) for row in x])
+        _, scanned = jax.lax.scan(lambda _, row: (None, op.apply(m, row)), None, x)
+        by_m = jax.grad(lambda m: op.apply(m, x).sum())
+        return {
+            "over x": (jax.vmap(op.apply, (None, 0))(m, x), loop),
+            "over both": (
+                jax.vmap(op.apply)(ms, x),
+                jnp.stack([op.apply(m, r) for m, r in zip(ms, x, strict=True)]),
+            ),
+            "scan": (scanned, loop),
+            "remat": (
+                jax.grad(lambda m: jax.checkpoint(op.apply)(m, x).sum())(m),
+                by_m(m),
+            ),
+            "eager": (op.apply(m, x), loop),
+        }
+
+    ms = random(2, 5, q, q)
+    results = transformed(op, m, ms, x)
+    transformed(case.make(12, 10, q), m, ms, x)
+    assert len(traces) == 1
+    results["eager"] = op.apply(m, x), results["eager"][0]
+    for got, expected in results.values():
+        close(got, expected)
+    check_grads(jax.jit(op.apply), (m, x), order=2, modes=("fwd", "rev"), rtol=2e-2)
+    check_grads(jax.jit(op.delta_weight), (m,), order=1, rtol=2e-2)
+
+
+@by_case
+def test_pytree(case):
+    """A pytree whose leaves are its arrays, hashable and equal by its settings."""
+    op = case.make(12, 10, fit(case, 12, 10, 4))
+    leaves, structure = jax.tree.flatten(op)
+    again = jax.tree.unflatten(structure, leaves)
+    assert again == op and hash(again) == hash(op) and repr(again) == repr(op)
+    other = case.make(12, 10, 2)
+    assert other != op
+    on_device = jax.tree.map(jnp.asarray, op)
+    assert jax.tree.structure(on_device) == structure
+    assert pickle.loads(pickle.dumps(op)) == op
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        op.square_rank = 3
+
+
+@by_few_cases
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64"])
+def test_dtypes(case, dtype, float64):
+    """The dtype of the input is that of the result, to that dtype's accuracy."""
+    op = case.make(12, 20, fit(case, 12, 20, 6))
+    q = op.square_rank
+    m, x = (jnp.asarray(random(k, *s), dtype) for k, s in enumerate([(q, q), (3, 12)]))
+    y, weight = jax.jit(lambda op, m, x: (op.apply(m, x), op.delta_weight(m)))(op, m, x)
+    assert y.dtype == weight.dtype == x.dtype
+    exact = oracle.update(*case.matrices(op), np.asarray(m, np.float64))
+    eps = float(jnp.finfo(dtype).eps)
+    # The numbers of a random operator are float32 by definition.
+    close(weight, exact, 8 * eps)
+    close(y, np.asarray(x, np.float64) @ exact, 16 * eps)
+
+
+@by_case
+def test_every_input_has_an_effect(case):
+    """Ours use all inputs of a narrowing layer; truncations say that they do not."""
+    op = case.make(512, 128, fit(case, 512, 128, 50))
+    update = np.asarray(op.delta_weight(random(0, op.square_rank, op.square_rank)))
+    silent = int((np.abs(update).max(axis=1) == 0).sum())
+    if case.label == "truncation":
+        assert silent == 512 - op.square_rank
+    elif case.label.endswith("-truncate"):
+        # All but the first p blocks; the last block's wrapped features come back in.
+        assert silent == 512 - 3 * op.square_rank
+    else:
+        assert silent == 0
+
+
+def test_reference_rotation_ignores_inputs():
+    """512 -> 128 at r=4 leaves 362 of 512 inputs without effect; ours none."""
+    m = random(0, 50, 50)
+    theirs = np.asarray(Rotation(512, 128, 50, truncate=True).delta_weight(m))
+    ours = np.asarray(Rotation(512, 128, 50).delta_weight(m))
+    assert (np.abs(theirs).max(1) == 0).sum() == 362
+    assert (np.abs(ours).max(1) == 0).sum() == 0
+
+
+def test_rank_of_the_update():
+    """High where the paper says so: blocks reach min(in, out), sharing stays at q."""
+    m = random(0, 16, 16)
+    ranks = {
+        name: np.linalg.matrix_rank(make_operator(name, 64, 48, 16).delta_weight(m))
+        for name in OPERATORS
+    }
+    assert ranks["rotation"] == ranks["decoupling"] == ranks["permutation"] == 48
+    for name in OPERATORS.keys() - {"rotation", "decoupling", "permutation"}:
+        assert ranks[name] == 16
+
+
+def test_random_operators_reproduce():
+    """Numbers written down once, so that another platform or version must agree."""
+    op = make_operator("permutation", 12, 7, 3, seed=5)
+    assert op.in_order.tolist() == PERMUTATION_12
+    assert op.out_order.tolist() == PERMUTATION_7
+    op = make_operator("hadamard", 12, 6, 4, seed=5)
+    signs, odd, coordinates = op.in_arrays
+    assert signs.tolist() == SIGNS_12
+    assert coordinates.tolist() == PERMUTATION_12[:4]
+    np.testing.assert_allclose(odd, ORTHONORMAL_3, atol=1e-6)
+    basis = make_operator("orthogonal", 6, 6, 2, seed=5).in_basis
+    np.testing.assert_allclose(basis, ORTHONORMAL_6_2, atol=1e-6)
+
+
+def test_random_operators_share_equal_widths():
+    for name in ("permutation", "orthogonal", "hadamard", "signed_sharing"):
+        square = make_operator(name, 12, 12, 4, seed=1)
+        ins, outs = (
+            [getattr(square, field) for field in square.arrays if side in field]
+            for side in ("in_", "out_")
+        )
+        assert jax.tree.all(jax.tree.map(np.array_equal, ins, outs))
+        other = make_operator(name, 12, 12, 4, seed=2)
+        assert other != square
+        x = random(0, 12)
+        assert not np.allclose(square.compress(x), other.compress(x))
+
+
+def test_hadamard_is_fast():
+    """O(d log d): neither a (d, d) matrix nor a product with one in the program."""
+    op = make_operator("hadamard", 4096, 4096, 64)
+    x = jax.ShapeDtypeStruct((4096,), jnp.float32)
+    cost = jax.jit(op.compress).lower(x).compile().cost_analysis()
+    cost = cost[0] if isinstance(cost, list) else cost
+    assert cost["flops"] < 4096 * 12 * 4
+    assert max(leaf.size for leaf in jax.tree.leaves(op)) == 4096
+
+
+@pytest.mark.parametrize(
+    ("rank", "ins", "outs", "operator", "expected"),
+    [
+        (8, 1024, 1024, "sharing", 128),  # AiDotNet's example: 16,384 parameters
+        (8, 4096, 4096, "rotation", 256),  # the paper's r=8, 256 x 256
+        (256, 4096, 4096, "sharing", 1448),
+        (4, 64, 64, "rotation", 22),
+        (4, 64, 64, "sharing", 22),
+        (3, 50, 50, "sharing", 17),
+        (3, 50, 50, "rotation", 16),
+        (1000, 64, 64, "sharing", 64),  # beyond the layer: all of it
+        (1000, 63, 64, "rotation", 62),
+    ],
+)
+def test_square_rank(rank, ins, outs, operator, expected):
+    q = square_rank(rank, ins, outs, operator)
+    assert q == expected
+    assert q * q <= rank * (ins + outs)
+
+
+@pytest.mark.parametrize(
+    ("multiple_of", "rank", "ins", "operator", "expected"),
+    [
+        (None, 8, 504, "sharing", 88),  # of 89: eight divides what is large enough
+        (None, 8, 120, "sharing", 43),
+        (1, 8, 504, "sharing", 89),
+        (32, 8, 504, "sharing", 64),
+        (32, 8, 50, "sharing", 28),  # below it the budget counts
+        (3, 8, 504, "rotation", 84),  # and even
+        (5, 1, 6, "rotation", 2),
+    ],
+)
+def test_multiple_of(multiple_of, rank, ins, operator, expected):
+    q = square_rank(rank, ins, ins, operator, multiple_of)
+    assert q == expected
+    config = MoRAConfig(rank=rank, operator=operator, multiple_of=multiple_of)
+    spec = AdapterSpec.from_config(config, (ins, ins))
+    assert spec.operator.square_rank == expected
+
+
+@pytest.mark.parametrize("rank", [127, 128])
+def test_auto_goes_by_the_budget(rank):
+    """And not by what q leaves of it."""
+    spec = AdapterSpec.from_config(MoRAConfig(rank=rank), (1000, 1000))
+    assert spec.operator.name == ("sharing" if rank == 128 else "rotation")
+
+
+def test_auto():
+    """Rotation for small budgets, sharing for large, as in the paper's experiments."""
+    q = square_rank(8, 4096, 4096)
+    assert make_operator("auto", 4096, 4096, q).name == "rotation"
+    assert make_operator({"name": "auto"}, 4096, 4096, q).name == "rotation"
+    q = square_rank(256, 4096, 4096)
+    assert make_operator("auto", 4096, 4096, q).name == "sharing"
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (
+            lambda: make_operator("rotate", 8, 8, 4),
+            ValueError,
+            "did you mean 'rotation'",
+        ),
+        (lambda: make_operator(6, 8, 8, 4), TypeError, "a name or a mapping, got 6"),
+        (lambda: make_operator("rotation", 8, 8, 3), ValueError, "got 3; the nearest"),
+        (
+            lambda: make_operator("rotation", 0, 8, 2),
+            ValueError,
+            "in_features .* got 0",
+        ),
+        (lambda: make_operator("sharing", 8, 8, 0), ValueError, "square_rank .* got 0"),
+        (lambda: make_operator("sharing", 8, 8, 2.0), TypeError, "square_rank .* 2.0"),
+        (
+            lambda: make_operator("sharing", 8, True, 2),
+            TypeError,
+            "out_features .* True",
+        ),
+        (
+            lambda: make_operator("orthogonal", 8, 6, 7),
+            ValueError,
+            "at most .* 6, got 7",
+        ),
+        (lambda: make_operator("hadamard", 8, 6, 2, seed=-1), ValueError, "seed .* -1"),
+        (
+            lambda: make_operator("hadamard", 8, 6, 2, seed=0.5),
+            TypeError,
+            "seed .* 0.5",
+        ),
+        (
+            lambda: make_operator({"name": "sharing", "groups": 1}, 8, 8, 4),
+            ValueError,
+            "settings .* got 'groups'",
+        ),
+        (
+            lambda: make_operator({"name": "sharing", "compress_groups": 1}, 8, 8, 4),
+            ValueError,
+            "compress_groups must be one of .* got 1",
+        ),
+        (lambda: square_rank(0, 8, 8), ValueError, "rank must be .* got 0"),
+        (lambda: square_rank(1, 1, 1, "rotation"), ValueError, "leaves no room"),
+        (lambda: square_rank(1, 8, 8, multiple_of=0), ValueError, "multiple_of .* 0"),
+        (lambda: MoRAConfig(multiple_of=2.0), TypeError, "multiple_of .* 2.0"),
+    ],
+)
+def test_bad_settings(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+
+
+@pytest.mark.usefixtures("unchecked")
+@by_case
+def test_bad_arrays(case):
+    op = case.make(12, 10, 4)
+    m, x = jnp.ones((4, 4)), jnp.ones((2, 12))
+    h = jnp.ones((2, *op.compressed_shape))
+    for call in (
+        lambda: op.compress(x[:, :11]),
+        lambda: op.apply(m, x[:, :11]),
+        lambda: op.apply(m[:3], x),
+        lambda: op.apply(jnp.ones((2, 4, 4)), x),
+        lambda: op.delta_weight(m[:, :3]),
+        lambda: op.decompress(h[..., :3]),
+        lambda: op.compress(jnp.ones(())),
+    ):
+        with pytest.raises(ValueError, match="must have"):
+            call()
+    for call in (
+        lambda: op.compress(x.astype(int)),
+        lambda: op.compress([1.0] * 12),
+        lambda: op.apply(m.astype(int), x),
+        lambda: op.delta_weight(jax.ShapeDtypeStruct((4, 4), jnp.float32)),
+        lambda: op.decompress(h.astype(int)),
+    ):
+        with pytest.raises(TypeError, match="must be"):
+            call()
+
+
+PERMUTATION_12 = [10, 0, 8, 2, 6, 9, 1, 5, 3, 4, 11, 7]
+PERMUTATION_7 = [5, 6, 3, 4, 2, 1, 0]
+SIGNS_12 = [-1, -1, 1, 1, 1, -1, -1, -1, -1, -1, 1, -1]
+ORTHONORMAL_3 = [
+    [-0.316516, -0.839949, 0.440799],
+    [0.835475, -0.026785, 0.548875],
+    [-0.44922, 0.542004, 0.710234],
+]
+ORTHONORMAL_6_2 = [
+    [0.545633, 0.555115],
+    [-0.063848, -0.676149],
+    [-0.093406, 0.218667],
+    [-0.663933, 0.23554],
+    [0.01153, -0.135015],
+    [-0.498541, 0.336372],
+]
