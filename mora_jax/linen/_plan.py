@@ -20,7 +20,7 @@ from mora_jax.linen._bound import Bound, check_model, params_of
 def plan(
     model: nn.Module,
     variables: Mapping[str, Any],
-    config: MoRAConfig | None,
+    config: MoRAConfig | None = None,
     *args: Any,
     **kwargs: Any,
 ) -> Plan:
@@ -33,7 +33,7 @@ def plan(
     Args:
       model: any Linen module.
       variables: its variables, arrays or shapes.
-      config: what to adapt, and how.
+      config: What to adapt, and how; None for the defaults.
       *args: arguments of a call, arrays or shapes, as for `model.apply`.
       **kwargs: the same.
 

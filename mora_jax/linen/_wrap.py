@@ -7,17 +7,25 @@ from typing import Any
 import flax.linen as nn
 
 from mora_jax._adapters import adapter_items, combine, nest, split
+from mora_jax._config import MoRAConfig, check_config
 from mora_jax._flax.adapted_call import adapt_call
 from mora_jax._flax.layer_rules import rules_of, unknown_use
 from mora_jax._flax.survey import refuse_untraced
 from mora_jax._paths import adapter_path
-from mora_jax._plan import Plan, check_plan
+from mora_jax._plan import Plan
 from mora_jax._spec import SUFFIX
 from mora_jax._warnings import warn
 from mora_jax.linen._bound import Bound, check_model, params_of
+from mora_jax.linen._plan import plan as plan_model
 
 
-def wrap(model: nn.Module, plan: Plan) -> Callable[..., Any]:
+def wrap(
+    model: nn.Module,
+    config_or_plan: MoRAConfig | Plan | None = None,
+    variables: Mapping[str, Any] | None = None,
+    *args: Any,
+    **kwargs: Any,
+) -> Callable[..., Any]:
     """An unmodified model's `apply`, with adapters.
 
     The model's own code runs; the output of each planned layer gets its update added,
@@ -25,39 +33,46 @@ def wrap(model: nn.Module, plan: Plan) -> Callable[..., Any]:
     setup-style or compact modules.
 
     Args:
-      model: any Linen module.
-      plan: made from its params, by `linen.plan` or `plan`.
+      model: Any Linen module.
+      config_or_plan: What to adapt, and how: a plan of the model, as `linen.plan` or
+        `plan` makes it; or a config, None for the defaults, from which `linen.plan`
+        makes one with the arguments that follow.
+      variables: The model's variables, arrays or shapes, for a config alone.
+      *args: The arguments of a call, arrays or shapes, for a config alone.
+      **kwargs: The same.
 
     Returns:
       `apply(adapters, variables, *args, **kwargs)`: like `model.apply`, with the
-      adapters first, so that `jax.grad` differentiates by them alone. Where the plan
-      has dropout, `adapter_deterministic=` must be given; with False, keys come from
+      adapters first, so that `jax.grad` differentiates by them alone. Its attribute
+      `plan` is the plan, from which `init` makes the adapters. Where the plan has
+      dropout, `adapter_deterministic=` must be given; with False, keys come from
       `rngs={"dropout": key}`. The adapters are numbers alone, which cannot tell whether
       they were made for this plan: a checkpoint should hold `io.plan_to_json(plan)`.
       Collections other than params that a call updates, such as the statistics of
-      BatchNorm, are no part of the adapters, which a `MoRAWarning` says.
+      BatchNorm, are not part of the adapters, which a `MoRAWarning` says.
 
     Raises:
-      TypeError: `model` is no Linen module; in a call: an adapter on a layer class that
-        is not known (see `register_layer`).
-      ValueError: in a call: adapters that do not fit the plan, or a plan that reads a
-        kernel's axes otherwise than the layer.
+      TypeError: `model` is not a Linen module; a config without variables, or variables
+        beside a plan; in a call: an adapter on a layer class that is not known (see
+        `register_layer`).
+      ValueError: A config that does not fit the model; in a call: adapters that do not
+        fit the plan, or a plan that reads a kernel's axes otherwise than the layer.
 
     Example::
 
       >>> import flax.linen as nn
       >>> import jax, jax.numpy as jnp
-      >>> from mora_jax import init, linen
+      >>> from mora_jax import MoRAConfig, init, linen
       >>> model = nn.Sequential([nn.Dense(32), nn.relu, nn.Dense(32)])
       >>> x = jnp.ones((1, 32))
       >>> variables = model.init(jax.random.key(0), x)
-      >>> plan = linen.plan(model, variables, None, x)
-      >>> apply, adapters = linen.wrap(model, plan), init(plan)
+      >>> apply = linen.wrap(model, MoRAConfig(rank=2), variables, x)
+      >>> adapters = init(apply.plan)
       >>> bool((apply(adapters, variables, x) == model.apply(variables, x)).all())
       True
     """
     check_model(model)
-    check_plan(plan)
+    plan = _chosen(model, config_or_plan, variables, args, kwargs)
     warned = False
     needs_flag = any(spec.dropout > 0 for spec in plan.specs)
 
@@ -91,7 +106,27 @@ def wrap(model: nn.Module, plan: Plan) -> Callable[..., Any]:
             updated = {**updated, "params": split(updated["params"])[0]}
         return output, updated
 
+    apply.plan = plan  # type: ignore[attr-defined]
     return apply
+
+
+def _chosen(
+    model: nn.Module, config_or_plan: Any, variables: Any, args: Any, kwargs: Any
+) -> Plan:
+    """The plan that `wrap` was given, or was asked to make."""
+    if isinstance(config_or_plan, Plan):
+        if variables is not None or args or kwargs:
+            raise TypeError(
+                "variables and inputs are for a config: wrap(model, plan) needs no more"
+            )
+        return config_or_plan
+    if variables is None:
+        check_config(config_or_plan, "wrap(model, config, variables, *inputs)")
+        raise TypeError(
+            "wrap needs the variables of a Linen model to plan by a config, got None: "
+            "the call is wrap(model, config, variables, *inputs), or wrap(model, plan)"
+        )
+    return plan_model(model, variables, config_or_plan, *args, **kwargs)
 
 
 def _warn_of_statistics(collections: list[str]) -> None:

@@ -29,7 +29,7 @@ def plan(
 
     Args:
       model: any NNX module, of arrays or (by `nnx.eval_shape`) of shapes.
-      config: what to adapt, and how.
+      config: What to adapt, and how; None for the defaults.
       *args: arguments of a call, arrays or shapes. Only needed where the modules do not
         tell enough: an `nnx.Einsum` that gets its equation in the call, and embeddings,
         which a model might read elsewhere (a tied head).

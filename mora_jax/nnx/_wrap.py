@@ -29,7 +29,7 @@ Model = TypeVar("Model", bound=nnx.Module)
 
 def wrap(
     model: Model,
-    config: MoRAConfig | Plan | None = None,
+    config_or_plan: MoRAConfig | Plan | None = None,
     *,
     rngs: nnx.Rngs | None = None,
     seed: int = 0,
@@ -52,9 +52,10 @@ def wrap(
         a step to which the whole state of the result is donated deletes the base, too.
         Donate the adapters alone, the first part of `nnx.split(model, MoRAParam, ...)`;
         see docs/training-nnx.md.
-      config: what to adapt, and how; or a plan, as `nnx.plan` makes it.
-      rngs: for `init="gaussian"`.
-      seed: for dropout.
+      config_or_plan: What to adapt, and how: a config, None for the defaults, or a
+        plan, as `nnx.plan` makes it.
+      rngs: The source of the key for `init="gaussian"`.
+      seed: The seed of the dropout masks.
 
     Returns:
       A new model. Its trainable state is `nnx.state(model, MoRAParam)`. Where a kernel
@@ -77,7 +78,9 @@ def wrap(
       True
     """
     check_model(model)
-    chosen = config if isinstance(config, Plan) else plan_model(model, config)
+    chosen = config_or_plan
+    if not isinstance(chosen, Plan):
+        chosen = plan_model(model, chosen)
     for name, how in normalised(model, chosen).items():  # a plan of shapes may hold it
         raise ValueError(f"{name}: {how}; exclude it")
     key = None
