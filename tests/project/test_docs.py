@@ -1,0 +1,171 @@
+"""README and the pages in docs/: their code runs, and what they point at exists."""
+
+import contextlib
+import dataclasses
+import json
+import pkgutil
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import mora_jax
+from mora_jax import MoRAConfig
+from mora_jax.layers import registered
+from mora_jax.operators import OPERATORS
+
+ROOT = Path(__file__).parents[2]
+README = ROOT / "README.md"
+PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
+LINKED = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "benchmarks/README.md"]
+
+NOT_INSTALLED = re.compile(r"^(import|from) (peft|qwix|tunix)\b", re.MULTILINE)
+"""Blocks that import these are compiled, but they do not run."""
+
+NAMES = re.compile(
+    r"(?<![\w./-])(?:mora_jax|optax|diagnostics|io|linen|nnx|operators|products|sharding)"
+    r"(?:\.(?!md\b|py\b)\w+)+"
+)
+
+
+def label(page):
+    return str(page.relative_to(ROOT))
+
+
+def code(page):
+    """The blocks of Python on a page, in order."""
+    return re.findall(r"^```python\n(.*?)^```", page.read_text(), re.M | re.S)
+
+
+def prose(page):
+    return re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S)
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """Run the blocks of a page in one namespace, which is returned."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(page, **given):
+        scope = {"directory": tmp_path, **given}
+        for block in code(page):
+            compiled = compile(block, label(page), "exec")
+            if not NOT_INSTALLED.search(block):
+                exec(compiled, scope)
+        return SimpleNamespace(**scope)
+
+    return run
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES[1:] if code(p)], ids=label)
+def test_code_runs(run, page):
+    warns = contextlib.nullcontext()
+    if page.name == "checkpoints.md":  # and says so
+        pytest.importorskip("orbax.checkpoint")
+        warns = pytest.warns(mora_jax.MoRAWarning, match="updates batch_stats")
+    with warns:
+        run(page)
+
+
+def test_code_of_readme_trains_and_merges(run):
+    model = nn.Sequential([nn.Dense(16), nn.relu, nn.Dense(16)])
+    x = jax.random.normal(jax.random.key(0), (4, 16))
+    y = jnp.zeros_like(x)
+    variables = model.init(jax.random.key(1), x)
+    layers = [nnx.Linear(16, 16, rngs=nnx.Rngs(k)) for k in range(2)]
+    net = nnx.Sequential(layers[0], nnx.relu, layers[1])
+    given = dict(model=model, variables=variables, batches=3 * [(x, y)], net=net)
+    ran = run(README, **given)
+
+    adapted = ran.apply(ran.adapters, variables, x)
+    merged = model.apply({"params": ran.params}, x)
+    np.testing.assert_allclose(merged, adapted, atol=1e-5)
+    assert jnp.mean(adapted**2) < jnp.mean(model.apply(variables, x) ** 2)
+
+    np.testing.assert_allclose(ran.merged(x), ran.net(x), atol=1e-5)
+    assert type(ran.merged.layers[0]) is nnx.Linear
+    assert jnp.mean(ran.net(x) ** 2) < jnp.mean(net(x) ** 2)
+
+
+def anchors(page):
+    headings = re.findall(r"^#+ (.*)", prose(page), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings}
+
+
+@pytest.mark.parametrize("page", LINKED, ids=label)
+def test_links_lead_somewhere(page):
+    for link in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
+        if not link.startswith("https://"):
+            path, _, anchor = link.partition("#")
+            target = page.parent / path if path else page
+            assert target.exists(), link
+            assert not anchor or anchor in anchors(target), link
+
+
+def exists(name):
+    for place in ("", "mora_jax.", "flax."):
+        with contextlib.suppress(ImportError, AttributeError):
+            return pkgutil.resolve_name(place + name) is not None
+    return False
+
+
+@pytest.mark.parametrize("page", PAGES, ids=label)
+def test_names_exist(page):
+    text = page.read_text()
+    assert not [name for name in NAMES.findall(text) if not exists(name)]
+    settings = {field.name for field in dataclasses.fields(MoRAConfig)}
+    for arguments in re.findall(r"MoRAConfig\(([^)]*)", text):
+        assert set(re.findall(r"(\w+)=", arguments)) <= settings
+
+
+def test_every_page_is_listed():
+    listed = re.findall(r"\]\(([\w-]+\.md)\)", (ROOT / "docs/README.md").read_text())
+    assert sorted(listed) == [page.name for page in PAGES[1:] if page.stem != "README"]
+
+
+def test_table_of_layers_is_the_registry():
+    text = (ROOT / "docs/what-is-adapted.md").read_text()
+    kinds = "dense|convolution|embedding"
+    rows = re.findall(rf"^\| (?:{kinds}) \| (.*?) \| (.*?) \|", text, re.MULTILINE)
+    for api, cells in zip((nn, nnx), zip(*rows, strict=True), strict=True):
+        known = {
+            f"{cls.__name__}.{method}".removesuffix(".__call__")
+            for cls, methods in registered().items()
+            for method in methods
+            if getattr(api, cls.__name__, None) is cls
+        }
+        assert set(re.findall(r"`([\w.]+)`", "".join(cells))) == known
+
+
+def test_defaults_are_as_the_table_of_layers_says():
+    class Net(nnx.Module):
+        def __init__(self):
+            rngs = nnx.Rngs(0)
+            self.dense = nnx.Linear(8, 8, rngs=rngs)
+            self.stem = nnx.Conv(8, 8, (3,), rngs=rngs)
+            self.table = nnx.Embed(8, 8, rngs=rngs)
+            self.head = nnx.Linear(8, 8, rngs=rngs)
+
+    plan = mora_jax.nnx.plan(nnx.eval_shape(Net), MoRAConfig(rank=2))
+    assert list(plan) == ["dense/kernel"]
+
+
+def test_table_of_operators_has_all():
+    text = (ROOT / "docs/operators.md").read_text()
+    assert {"auto", *OPERATORS} <= set(re.findall(r"^\| `(\w+)` \|", text, re.M))
+
+
+def test_costs_are_as_measured():
+    report = json.loads((ROOT / "benchmarks/train_step.json").read_text())
+    cells = "{method} | {time:.2f} | {temporary_MB:,.0f} MB | {arithmetic:.2f}"
+    row = f"| {cells} | {{compile_seconds:.0f}} s |"
+    steps = [row.format(**r) for r in report["results"] if r["kind"] == "step"]
+    for page, every in (README, False), (ROOT / "docs/costs.md", True):
+        shown = re.findall(r"^\|.*\| \d+ s \|$", page.read_text(), re.MULTILINE)
+        assert shown == [s for s in steps if every or s in shown] != []
