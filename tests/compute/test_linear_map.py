@@ -126,9 +126,9 @@ def test_a_derivative_by_a_residual_may_be_written_out(batched):
     def plain(b, w, x):
         return b + x @ w
 
-    args = np.ones(3, np.float32), W, X
+    args = jnp.ones(3), jnp.asarray(W), jnp.asarray(X)
     if batched:
-        args = (args[0], np.stack([W, 2 * W]), np.stack([X, 3 * X]))
+        args = args[0], *(jnp.stack([a, 2 * a]) for a in args[1:])
         apply, plain = (jax.vmap(f, (None, 0, 0)) for f in (apply, plain))
     by_all = jax.grad(lambda *args: jnp.sum(apply(*args)), (0, 1))(*args)
     expected = jax.grad(lambda *args: jnp.sum(plain(*args)), (0, 1))(*args)

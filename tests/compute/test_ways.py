@@ -28,6 +28,7 @@ from mora_jax import (
     register_layer,
 )
 from mora_jax import nnx as mora_nnx
+from mora_jax._compute.adapted import choose
 from mora_jax.products import DENSE, Contraction, Lookup
 
 ALPHA = 0.7
