@@ -12,7 +12,6 @@ r"""An adapted layer: the equation, and the ways to compute it.
   the devices sum them, so that there is one sum and not two.
 """
 
-import dataclasses
 import math
 from typing import Any, Literal
 
@@ -22,20 +21,16 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import PRNGKeyArray
 
-from mora_jax._compute.delta import Delta
+from mora_jax._compute.delta import Delta, add_delta
 from mora_jax._compute.fold import folded_product
 from mora_jax._compute.fused import fused_product
-from mora_jax._interception import intercepted, undisturbed
+from mora_jax._interception import intercepted
 from mora_jax._linear_map import Static
-from mora_jax._mesh.layout import (
-    explicit_layout,
-    explicit_sharding,
-    with_auto_axes,
-)
+from mora_jax._mesh.layout import explicit_sharding
 from mora_jax._spec import AdapterSpec
 from mora_jax._tuning import tuning
-from mora_jax._types import ArrayLike, Shape
-from mora_jax.products import Contraction, Lookup, Product
+from mora_jax._types import ArrayLike
+from mora_jax.products import Contraction, Product
 
 Way = Literal["activation", "fold", "fused"]
 
@@ -139,58 +134,6 @@ def adapted_product(
         return folded_product(delta, x, kernel, product, multiply)
     assert isinstance(product, Contraction)
     return fused_product(delta, x, kernel, product, multiply)
-
-
-def add_delta(
-    y: jax.Array,
-    spec: AdapterSpec,
-    m: ArrayLike,
-    x: ArrayLike,
-    product: Product,
-    dropout_key: PRNGKeyArray | None = None,
-    precision: jax.lax.PrecisionLike = None,
-    factor: jax.Array | None = None,
-) -> jax.Array:
-    """A layer's output with its delta, times `factor` if there is one.
-
-    Args:
-      y: The layer's output.
-      spec: The adapter.
-      m: M, (*stack, q, q), with the stack axes of `product`.
-      x: The layer's input.
-      product: What the layer computes.
-      dropout_key: A key to drop some of what the adapter sees of `x`; None for nothing.
-      precision: The precision of the product with M.
-      factor: What the layer multiplies its output by in place of its kernel.
-    """
-    if (sharding := explicit_sharding(y)) is not None:
-        layout = None
-        if isinstance(product, Contraction):
-            labels = product.inputs, product.kernel, product.outputs
-            layout = explicit_layout(labels, x, sharding)
-        spec = dataclasses.replace(spec, layout=layout)
-
-        def add(y: jax.Array, m: ArrayLike, x: ArrayLike, key: Any) -> jax.Array:
-            return add_delta(y, spec, m, x, product, key, precision, factor)
-
-        return with_auto_axes(add, sharding, y, m, x, dropout_key)
-    x, ndim = jnp.asarray(x), len(product.axes)
-    delta = Delta.of(spec, m, dtype=y.dtype, ndim=ndim, precision=precision, x=x)
-    if isinstance(product, Lookup):  # an index is dropped with its row
-        added = undisturbed(product.delta)(delta, x)
-        added = _dropout(added, (*x.shape, 1), dropout_key, spec.dropout)
-    else:
-        x = _dropout(x.astype(y.dtype), x.shape, dropout_key, spec.dropout)
-        added = undisturbed(product.delta)(delta, x)
-    return y + (added if factor is None else added * factor.astype(y.dtype))
-
-
-def _dropout(
-    x: jax.Array, shape: Shape, key: PRNGKeyArray | None, rate: float
-) -> jax.Array:
-    if key is None or rate == 0:
-        return x
-    return jnp.where(jax.random.bernoulli(key, 1 - rate, shape), x / (1 - rate), 0)
 
 
 def check_product(spec: AdapterSpec, product: Product) -> None:

@@ -1,12 +1,13 @@
-r"""What an adapter adds to a layer: the second term of the equation.
+r"""The equation: a layer's own product, and what its adapter adds to it.
 
 .. math:: y = x W + \alpha\, D(C(x) M)
 
 `_Product.forward` is D(C(x) M). `scaled` multiplies M by alpha, before anything else is
-done with M, since alpha D(C(x) M) = D(C(x) (alpha M)). Nothing else in the library
-multiplies by M or by alpha. The rest of this file says what takes the place of x (the
-rows of a batch, the unit vectors of an embedding, the outputs of a convolution), and
-where the devices are that compute it.
+done with M, since alpha D(C(x) M) = D(C(x) (alpha M)). `add_delta` adds the result to
+x W, which the layer itself computes. Nothing else in the library multiplies by M or by
+alpha. The rest of this file says what takes the place of x (the rows of a batch, the
+unit vectors of an embedding, the outputs of a convolution), and where the devices are
+that compute it.
 """
 
 import dataclasses
@@ -16,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
+from jaxtyping import PRNGKeyArray
 
 from mora_jax._axes import kernel_from_rows
 from mora_jax._compute.forms import Compressed, compressed_rows, compressed_units
@@ -23,11 +25,20 @@ from mora_jax._compute.matrix import delta_matrix
 from mora_jax._interception import last_with_first, matmul, undisturbed
 from mora_jax._linear_map import LinearMap, static
 from mora_jax._mesh import apply as on_mesh
-from mora_jax._mesh.layout import FeatureSharding, KernelLayout, gather_m
+from mora_jax._mesh.layout import (
+    FeatureSharding,
+    KernelLayout,
+    explicit_layout,
+    explicit_sharding,
+    gather_m,
+    with_auto_axes,
+)
 from mora_jax._mesh.parts import OperatorPart
 from mora_jax._spec import AdapterSpec
 from mora_jax._types import ArrayLike, Shape
 from mora_jax.operators import Operator
+from mora_jax.operators._base import delta_of
+from mora_jax.products import Contraction, Lookup, Product
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,6 +226,11 @@ class Delta:
         return dataclasses.replace(self, m=m)
 
 
+@delta_of.register
+def _(op: Operator, m: jax.Array, precision: jax.lax.PrecisionLike) -> Delta:
+    return Delta(op, m, (op.in_features, op.out_features), "io", precision)
+
+
 def scaled(spec: AdapterSpec, m: Any) -> Any:
     """Alpha M."""
     return spec.alpha * m
@@ -223,3 +239,55 @@ def scaled(spec: AdapterSpec, m: Any) -> Any:
 def delta_kernel(spec: AdapterSpec, m: ArrayLike) -> jax.Array:
     r"""The delta of an adapter, :math:`\alpha\, C M D`, with the kernel's shape."""
     return undisturbed(Delta.of(spec, m).kernel)()
+
+
+def add_delta(
+    y: jax.Array,
+    spec: AdapterSpec,
+    m: ArrayLike,
+    x: ArrayLike,
+    product: Product,
+    dropout_key: PRNGKeyArray | None = None,
+    precision: jax.lax.PrecisionLike = None,
+    factor: jax.Array | None = None,
+) -> jax.Array:
+    """A layer's output with its delta, times `factor` if there is one.
+
+    Args:
+      y: The layer's output.
+      spec: The adapter.
+      m: M, (*stack, q, q), with the stack axes of `product`.
+      x: The layer's input.
+      product: What the layer computes.
+      dropout_key: A key to drop some of what the adapter sees of `x`; None for nothing.
+      precision: The precision of the product with M.
+      factor: What the layer multiplies its output by in place of its kernel.
+    """
+    if (sharding := explicit_sharding(y)) is not None:
+        layout = None
+        if isinstance(product, Contraction):
+            labels = product.inputs, product.kernel, product.outputs
+            layout = explicit_layout(labels, x, sharding)
+        spec = dataclasses.replace(spec, layout=layout)
+
+        def add(y: jax.Array, m: ArrayLike, x: ArrayLike, key: Any) -> jax.Array:
+            return add_delta(y, spec, m, x, product, key, precision, factor)
+
+        return with_auto_axes(add, sharding, y, m, x, dropout_key)
+    x, ndim = jnp.asarray(x), len(product.axes)
+    delta = Delta.of(spec, m, dtype=y.dtype, ndim=ndim, precision=precision, x=x)
+    if isinstance(product, Lookup):  # an index is dropped with its row
+        added = undisturbed(product.delta)(delta, x)
+        added = _dropout(added, (*x.shape, 1), dropout_key, spec.dropout)
+    else:
+        x = _dropout(x.astype(y.dtype), x.shape, dropout_key, spec.dropout)
+        added = undisturbed(product.delta)(delta, x)
+    return y + (added if factor is None else added * factor.astype(y.dtype))
+
+
+def _dropout(
+    x: jax.Array, shape: Shape, key: PRNGKeyArray | None, rate: float
+) -> jax.Array:
+    if key is None or rate == 0:
+        return x
+    return jnp.where(jax.random.bernoulli(key, 1 - rate, shape), x / (1 - rate), 0)

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PRNGKeyArray
 
-from mora_jax._compute.adapted import adapted_product, add_delta, check_product
+from mora_jax._compute.adapted import adapted_product, check_product
+from mora_jax._compute.delta import add_delta
 from mora_jax._flax.layer_rules import LayerRule
 from mora_jax._interception import intercepted
 from mora_jax._linear_map import static

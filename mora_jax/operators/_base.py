@@ -2,6 +2,7 @@
 
 import abc
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
@@ -13,6 +14,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Float, Integer
 
 from mora_jax._checks import check_array, check_seed, positive_integer
+from mora_jax._interception import undisturbed
 from mora_jax._types import ArrayLike, Shape
 
 Side = Literal["in", "out"]
@@ -175,7 +177,7 @@ class Operator(abc.ABC):
           ValueError: A shape does not fit.
         """
         check_array("x", x, (self.in_features,))
-        return self._delta(m, precision).rows(jnp.asarray(x))
+        return undisturbed(self._delta(m, precision).rows)(jnp.asarray(x))
 
     def apply_transpose(
         self,
@@ -201,7 +203,8 @@ class Operator(abc.ABC):
           TypeError, ValueError: As `apply`.
         """
         check_array("y", y, (self.out_features,))
-        return self._delta(m, precision).transposed_rows(jnp.asarray(y))
+        delta = self._delta(m, precision)
+        return undisturbed(delta.transposed_rows)(jnp.asarray(y))
 
     def lookup(
         self,
@@ -228,7 +231,8 @@ class Operator(abc.ABC):
             raise TypeError(f"indices must be an array, got {type(indices).__name__}")
         if not jnp.issubdtype(indices.dtype, jnp.integer):
             raise TypeError(f"indices must be integers, got {indices.dtype}")
-        return self._delta(m, precision).lookup(jnp.asarray(indices))
+        delta = self._delta(m, precision)
+        return undisturbed(delta.lookup)(jnp.asarray(indices))
 
     def delta_weight(
         self, m: Float[ArrayLike, "q q"]
@@ -246,16 +250,21 @@ class Operator(abc.ABC):
         Raises:
           TypeError, ValueError: As `apply`.
         """
-        return self._delta(m).kernel()
+        return undisturbed(self._delta(m).kernel)()
 
     def _delta(self, m: ArrayLike, precision: jax.lax.PrecisionLike = None) -> Any:
         """This operator with M between its maps."""
-        # Imported here: how a product with M is computed, and where each device does
-        # its part of it, is no concern of the operators, which are C and D alone.
-        from mora_jax._compute.delta import Delta
-
         check_array("m", m, (self.square_rank,) * 2)
         if m.ndim != 2:
             raise ValueError(f"m must have two axes, got shape {m.shape}; use jax.vmap")
-        shape = self.in_features, self.out_features
-        return Delta(self, jnp.asarray(m), shape, "io", precision)
+        return delta_of(self, jnp.asarray(m), precision)
+
+
+@functools.singledispatch
+def delta_of(op: Operator, m: jax.Array, precision: jax.lax.PrecisionLike) -> Any:
+    """An operator with M between its maps, as a `mora_jax.products.Delta`.
+
+    Operators are C and D alone. How a product with M is computed is for the package
+    above them, which registers it here.
+    """
+    raise NotImplementedError(f"nothing computes a {type(op).__name__}")
