@@ -48,7 +48,7 @@ RECORD = textwrap.dedent("""
                 frozen = FrozenDense(
                     kernel, None, spec.operator, execution=way, layout=spec.layout
                 )
-                depths.clear()
+                depths.clear(), jax.clear_caches()
                 jax.jit(mora_apply)(params, frozen, x)
                 found[f"{operator}, {way}, {devices}"] = max(depths)
     print(json.dumps(found))
