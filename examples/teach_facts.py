@@ -1,8 +1,8 @@
 """Teach SmolLM2-135M facts that it does not know, with MoRA, in Flax Linen.
 
-You will see which kernels are adapted, a progress bar with loss and recall, and what the
-model answers before and after: it knows the facts, still answers ordinary questions, and
-says the same after the adapters are merged into its kernels. The folder
+You will see which kernels are adapted, a progress bar with loss and recall, and what
+the model answers before and after: it knows the facts, still answers ordinary
+questions, and says the same after the adapters are merged into its kernels. The folder
 `out/teach_facts` gets the adapter and plots. It takes a few minutes on 2 cores:
 
     python -m examples.teach_facts --facts 20 --rank 8 --operator rotation
@@ -17,9 +17,9 @@ import jax
 import optax
 
 import mora_jax
-from mora_jax import MoRAConfig, linen
 from models import lesson, smollm2
 from models.lora import qwix_lora
+from mora_jax import MoRAConfig, linen
 
 
 def train(
@@ -32,17 +32,8 @@ def train(
 ) -> tuple[Any, lesson.Progress]:
     """Train `adapters` alone, until all facts are recalled or `args.steps` are done.
 
-    Args:
-        apply: (adapters, variables, ids, at) -> logits.
-        adapters: The parameters to train.
-        variables: The parameters to keep. They are an argument of the compiled step,
-            because as a constant they would be compiled into it.
-        taught: What the model should learn.
-        args: The options `steps` and `learning_rate`.
-        label: The title of the progress bar.
-
-    Returns:
-        The trained adapters, and how training went.
+    `variables` is an argument of the compiled step, because XLA would otherwise compile
+    its arrays into the program as constants.
     """
     tx, batch = lesson.optimizer(args.learning_rate), taught.batch
 
@@ -69,7 +60,9 @@ def compare(trained: dict[str, lesson.Progress], sizes: dict[str, int]) -> None:
     for label, progress in trained.items():
         loss, recall = progress.history[-1]
         speed = f"{len(progress.history)}", f"{progress.seconds_per_step:.2f}"
-        rows.append((label, f"{sizes[label]:,}", *speed, f"{loss:.3f}", f"{recall:.0%}"))
+        rows.append(
+            (label, f"{sizes[label]:,}", *speed, f"{loss:.3f}", f"{recall:.0%}")
+        )
     print()
     lesson.show(rows)
 

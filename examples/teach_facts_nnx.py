@@ -15,23 +15,14 @@ import jax
 from flax import nnx
 
 import mora_jax
-from mora_jax import MoRAConfig
 from models import lesson, smollm2_nnx
+from mora_jax import MoRAConfig
 
 
 def train(
     model: nnx.Module, taught: lesson.Lesson, args: argparse.Namespace
 ) -> lesson.Progress:
-    """Train the adapters in `model`, until all facts are recalled.
-
-    Args:
-        model: The model with adapters, which change in place.
-        taught: What the model should learn.
-        args: The options `steps` and `learning_rate`.
-
-    Returns:
-        How training went.
-    """
+    """Train the adapters in `model` alone, until all facts are recalled."""
     tx, batch = lesson.optimizer(args.learning_rate), taught.batch
     optimizer = mora_jax.nnx.adapter_optimizer(model, tx)
 

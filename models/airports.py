@@ -20,9 +20,9 @@ ORDINARY = {
     "What is the opposite of hot? Answer in one sentence.": "cold",
     "Who wrote Hamlet? Answer in one sentence.": "Shakespeare",
 }
-"""Questions that the model answers correctly, and should after it has learned the facts.
+"""Questions that the model can answer, and what a correct answer contains.
 
-Each value is a word that a correct answer contains.
+It should answer them correctly after it has learned the facts, too.
 """
 
 REHEARSED = (

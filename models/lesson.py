@@ -4,7 +4,6 @@ Programs that teach the model share it, so that they show little besides trainin
 """
 
 import argparse
-import functools
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -94,7 +93,7 @@ def loss_and_recall(
     """How far the answers are from what they should be, and how many are right.
 
     The loss is the cross-entropy of the facts, plus `HOLD` times the divergence from
-    what the untouched model says to the rehearsed questions; both are means over tokens.
+    what the untouched model says to rehearsed questions; both are means over tokens.
     Recall needs no decoding, because greedy decoding gives an answer exactly if each of
     its tokens is the likeliest after those before it.
 
@@ -124,17 +123,9 @@ def optimizer(learning_rate: float) -> optax.GradientTransformation:
 
 
 class Progress:
-    """The steps of a training with a progress bar; it ends when all facts are recalled.
+    """Training steps with a progress bar, until all facts are recalled.
 
-    Each step must be noted:
-
-        progress = Progress(30, "MoRA")
-        for _ in progress:
-            progress.note(*step())
-
-    Attributes:
-        history: (loss, recall) before each step.
-        seconds: The time of each step.
+    The body of `for _ in progress` must `note` loss and recall, which go to `history`.
     """
 
     def __init__(self, steps: int, label: str) -> None:
@@ -165,9 +156,7 @@ class Progress:
         return float(np.median(self.seconds[1:] or self.seconds))
 
 
-def asker(
-    apply: Apply, tokenizer: Tokenizer
-) -> Callable[[Iterable[str]], list[str]]:
+def asker(apply: Apply, tokenizer: Tokenizer) -> Callable[[Iterable[str]], list[str]]:
     """A function from questions to greedy answers, in chunks of one shape."""
 
     def ask(questions: Iterable[str]) -> list[str]:
@@ -184,30 +173,26 @@ def asker(
     return ask
 
 
-def make_lesson(base: Apply, tokenizer: Tokenizer, facts: Sequence[Fact]) -> Lesson:
-    """A lesson of `facts` for the untouched model `base`, which rehearses as well."""
-    asked = *ORDINARY, *REHEARSED
-    before = dict(zip(asked, asker(base, tokenizer)(asked), strict=True))
-    batch = encode(
-        tokenizer,
-        [*(fact.question for fact in facts), *REHEARSED],
-        [*(fact.answer for fact in facts), *(before[q] for q in REHEARSED)],
-    )
-    rehearsed = base(batch.ids[len(facts) :], batch.at[len(facts) :])
-    return Lesson(tokenizer, facts, before, batch, rehearsed)
-
-
 def choose_lesson(base: Apply, tokenizer: Tokenizer, count: int, seed: int) -> Lesson:
-    """A lesson of facts that `base` does not know, after a check of its logits."""
+    """A lesson of `count` facts that the untouched model `base` does not know.
+
+    Raises:
+        ValueError: The model's logits are not those of the reference.
+    """
     worst = check_reference(base)
     print(f"the model's logits are within {worst:.0e} of the reference")
-    facts, wrong, known = pick_unknown(asker(base, tokenizer), count, seed)
+    ask = asker(base, tokenizer)
+    facts, wrong, known = pick_unknown(ask, count, seed)
     print(f"it knew {known} of {known + count} airports; it should learn the others")
-    lesson = make_lesson(base, tokenizer, facts)
-    questions = (fact.question for fact in facts)
-    return lesson._replace(
-        before={**lesson.before, **dict(zip(questions, wrong, strict=True))}
+    questions, asked = [fact.question for fact in facts], [*ORDINARY, *REHEARSED]
+    before = dict(zip([*questions, *asked], [*wrong, *ask(asked)], strict=True))
+    batch = encode(
+        tokenizer,
+        [*questions, *REHEARSED],
+        [*(fact.answer for fact in facts), *(before[q] for q in REHEARSED)],
     )
+    rehearsed = base(batch.ids[count:], batch.at[count:])
+    return Lesson(tokenizer, facts, before, batch, rehearsed)
 
 
 def report(

@@ -11,18 +11,7 @@ from models.smollm2 import Llama
 
 
 def qwix_lora(model: Llama, rank: int) -> tuple[Callable[..., jax.Array], Any]:
-    """LoRA on the projections that MoRA adapts.
-
-    Args:
-        model: The model to adapt.
-        rank: The rank of each adapter.
-
-    Returns:
-        (adapters, variables, *inputs) -> logits, and the adapters before training.
-
-    Raises:
-        ImportError: qwix is not installed.
-    """
+    """(adapters, variables, *inputs) -> logits with LoRA, and adapters to train."""
     try:
         import qwix
     except ImportError as error:

@@ -42,9 +42,7 @@ def running(log, directory, options, steps=STEPS):
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     }
     with log.open("wb") as out:
-        process = subprocess.Popen(
-            command, stdout=out, stderr=out, env=env, cwd=ROOT
-        )
+        process = subprocess.Popen(command, stdout=out, stderr=out, env=env, cwd=ROOT)
     try:
         yield process
     finally:

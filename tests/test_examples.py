@@ -111,7 +111,9 @@ def test_twins_are_one_model(llama, twin, operator):
 
     @functools.partial(jax.jit, static_argnums=0)
     def gradients(apply, adapters):
-        return jax.grad(lambda a: loss(apply(a, variables, ids)), has_aux=True)(adapters)
+        return jax.grad(lambda a: loss(apply(a, variables, ids)), has_aux=True)(
+            adapters
+        )
 
     mora_jax.nnx.set_adapters(adapted, adapters)
     grad = mora_jax.nnx.value_and_grad(lambda m, ids: loss(m(ids)), has_aux=True)

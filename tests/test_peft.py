@@ -14,12 +14,12 @@ from safetensors.numpy import load_file, save_file
 from test_save import CONFIG, TENSORS, assert_same, made
 
 import mora_jax
+from models import smollm2
 from mora_jax import MoRAConfig, io, linen
 from mora_jax.io import AdapterFileError
 from mora_jax.operators import Sharing
 from mora_jax.plans import Plan
 from mora_jax.spec import AdapterSpec
-from models import smollm2
 
 DATA = Path(__file__).parent / "data" / "adapters"
 TYPES = (1, 2, 6)

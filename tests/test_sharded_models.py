@@ -15,10 +15,10 @@ from flax.linen.spmd import logical_to_mesh_sharding
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import mora_jax
+from models import llama
 from mora_jax import MoRAConfig, init, linen, sharding
 from mora_jax.nnx import MoRAParam, wrap
 from mora_jax.operators import OPERATORS
-from models import llama
 
 P = PartitionSpec
 NAMES = ("data", "expert", "model")

