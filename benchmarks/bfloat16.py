@@ -15,7 +15,6 @@ import itertools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 
 import mora_jax
@@ -51,8 +50,8 @@ def learn(
         updates, state = tx.update(grads, state, adapters)
         return optax.apply_updates(adapters, updates), state, found
 
-    adapters, progress = mora_jax.init(plan), lesson.Progress(args.steps, label)
-    state = tx.init(adapters)
+    progress = lesson.Progress(args.steps, label)
+    state = tx.init(adapters := mora_jax.init(plan))
     for _ in progress:
         adapters, state, found = step(adapters, state, variables, taught.rehearsed)
         progress.note(*found)
@@ -77,26 +76,22 @@ def main() -> None:
     taught = lesson.choose_lesson(base, tokenizer, args.facts, args.seed)
     runs = {}
     for dtype, execution in RUNS:
-        cast = functools.partial(jnp.asarray, dtype=dtype)
-        variables, label = (
-            jax.tree.map(cast, {"params": params}),
-            f"{dtype}, {execution}",
-        )
+        variables = {"params": optax.tree_utils.tree_cast(params, dtype)}
+        label = f"{dtype}, {execution}"
         runs[label] = learn(model, variables, taught, args, execution, label)
     columns = {"loss at step": "{step}"} | {label: f"{{{label}:.3f}}" for label in runs}
     losses = {label: [row["loss"] for row in rows] for label, rows in runs.items()}
-    steps = itertools.zip_longest(*losses.values())
-    table = [
-        {"step": number, **dict(zip(losses, step, strict=True))}
-        for number, step in enumerate(steps)
-    ]
-    show(columns, table)
+    steps = enumerate(itertools.zip_longest(*losses.values()))
+    show(
+        columns,
+        [{"step": k, **dict(zip(runs, step, strict=True))} for k, step in steps],
+    )
     save(sum(runs.values(), []), args)
-    with figure(args.out.with_suffix(".png"), figsize=(7, 4)) as (_, axes):
+    with figure(args.out.with_suffix(".png"), figsize=(7, 4)) as (_, [[axis]]):
         for label, line in losses.items():
-            axes[0, 0].plot(line, "o-", markersize=3, label=label)
-        axes[0, 0].set(xlabel="step", ylabel="loss", yscale="log")
-        axes[0, 0].legend()
+            axis.plot(line, "o-", markersize=3, label=label)
+        axis.set(xlabel="step", ylabel="loss", yscale="log")
+        axis.legend()
 
 
 if __name__ == "__main__":

@@ -84,9 +84,8 @@ def random_like(tree: Any, scale: float, dtype: str | None = None) -> Any:
 
 def next_token_loss(logits: jax.Array, ids: jax.Array) -> jax.Array:
     """The mean cross-entropy of the tokens `ids`: (batch, length) after the first."""
-    return optax.softmax_cross_entropy_with_integer_labels(
-        logits[:, :-1], ids[:, 1:]
-    ).mean()
+    loss = optax.softmax_cross_entropy_with_integer_labels
+    return loss(logits[:, :-1], ids[:, 1:]).mean()
 
 
 def check_close(value: jax.Array, expected: jax.Array) -> None:

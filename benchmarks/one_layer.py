@@ -29,18 +29,10 @@ import numpy as np
 from tqdm import tqdm
 
 import mora_jax
+from benchmarks import harness
 from benchmarks.by_hand import lora_by_hand
 from benchmarks.cost import WAYS, Cost, way_of_auto
-from benchmarks.harness import (
-    Contender,
-    Row,
-    check_close,
-    options,
-    race,
-    ratio,
-    save,
-    show,
-)
+from benchmarks.harness import Contender, Row, check_close, race
 from models.options import positive
 from mora_jax import FrozenDense, MoRAConfig
 from mora_jax.operators import OPERATORS
@@ -133,13 +125,12 @@ def contenders(case: Case, operators: list[str]) -> Iterator[tuple[str, Contende
                 rows = case.random(8, kernel.shape[0])
                 check_close(product(m, kernel, rows), rows @ merged.astype(x.dtype))
             yield f"{operator}, {way}", step(product, ms, kernels, x)
-    pairs = [
-        (
-            case.random(k.shape[0], case.rank).astype(jnp.float32),
-            case.random(case.rank, k.shape[1]).astype(jnp.float32) * 0.01,
-        )
-        for k in kernels
-    ]
+
+    def factor(*shape: int) -> jax.Array:
+        return 0.1 * case.random(*shape).astype(jnp.float32)
+
+    shapes, rank = [kernel.shape for kernel in kernels], case.rank
+    pairs = [(factor(ins, rank), factor(rank, outs)) for ins, outs in shapes]
     yield f"LoRA {case.rank}", step(lora, pairs, kernels, x)
 
 
@@ -180,7 +171,7 @@ def tabulate(case: Case, entered: dict[str, Contender], speed: float) -> list[Ro
                 "rank": case.rank,
                 "parameters": contender.trained,
                 "milliseconds": 1e3 * seconds / len(case.sizes),
-                "time": ratio(contender, first),
+                "time": harness.ratio(contender, first),
                 "model": 1 + added / measured,
                 "auto": "auto" if is_auto else "",
             }
@@ -198,7 +189,7 @@ def kernel_shape(text: str) -> tuple[int, int]:
 
 def arguments() -> argparse.Namespace:
     """The options."""
-    parser = options(__doc__, "out/one_layer.json")
+    parser = harness.options(__doc__, "out/one_layer.json")
     add, every = parser.add_argument, list(OPERATORS)
     sizes = [(1024, 1024), (2048, 2048), (4096, 4096)]
     add("--quick", action="store_true", help="one size, in a minute")
@@ -230,9 +221,9 @@ def main() -> None:
         title = f"{ins}x{outs}, {count} rows, r = {rank}"
         columns = {title: "{method}", "ms": "{milliseconds:.2f}"}
         columns |= {"time": "{time:.2f}", "model": "{model:.2f}", "": "{auto}"}
-        show(columns, table)
+        harness.show(columns, table)
         rows += table
-    save(rows, args, leave_out=["quick"], bytes_a_second=speed)
+    harness.save(rows, args, leave_out=["quick"], bytes_a_second=speed)
 
 
 if __name__ == "__main__":

@@ -193,16 +193,13 @@ def plot(rows: Sequence[Row], path: Path) -> None:
             axis = axes[models.index(row["model"]), devices.index(row["devices"])]
             left = 0.0
             for k, part in enumerate(PARTS):
-                width = row[part] / 1e9
-                axis.barh(row["method"], width, left=left, color=f"C{k}", label=part)
+                style = {"color": f"C{k}", "label": part if row is rows[0] else None}
+                axis.barh(row["method"], width := row[part] / 1e9, left=left, **style)
                 left += width
             title = f"{row['model']}, {row['devices']} devices"
             axis.set_title(title, fontsize="medium")
         axes[0, 0].invert_yaxis()
-        handles, labels = axes[0, 0].get_legend_handles_labels()
-        count = len(PARTS)
-        place = "outside upper center"
-        made.legend(handles[:count], labels[:count], loc=place, ncols=count)
+        made.legend(loc="outside upper center", ncols=len(PARTS))
         made.supxlabel("GB a device", fontsize="medium")
 
 

@@ -23,17 +23,8 @@ import jax
 from tqdm import tqdm
 
 import mora_jax
-from benchmarks.harness import (
-    COLUMNS,
-    Contender,
-    Row,
-    options,
-    race,
-    random_like,
-    results,
-    save,
-    show,
-)
+from benchmarks import harness
+from benchmarks.harness import COLUMNS, Contender, Row, random_like
 from benchmarks.methods import Base, Params, contenders, mora
 from benchmarks.plots import plot_bars, plot_lines
 from models.options import positive
@@ -63,7 +54,7 @@ def forward(
 
 def arguments() -> argparse.Namespace:
     """The options."""
-    parser = options(__doc__, "out/train_step.json")
+    parser = harness.options(__doc__, "out/train_step.json")
     add = parser.add_argument
     add("--quick", action="store_true", help="4 layers, in some minutes")
     add("--layers", type=positive, default=30)
@@ -103,11 +94,11 @@ def main() -> None:
             others = 1 + 5 * args.peers if kind == "step" else 2
             total = others + len(args.operators)
             entered = dict(tqdm(entered, f"compiling: {title}", total))
-            race(entered, args.rounds)
-            table = results(entered)
-            show(COLUMNS, table, title)
+            harness.race(entered, args.rounds)
+            table = harness.results(entered)
+            harness.show(COLUMNS, table, title)
             rows += [{"kind": kind, **sizes, **row} for row in table]
-    save(rows, args, leave_out=("quick", "add_to"))
+    harness.save(rows, args, leave_out=("quick", "add_to"))
     steps, image = (
         [r for r in rows if r["kind"] == "step"],
         args.out.with_suffix(".png"),

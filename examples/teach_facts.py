@@ -58,11 +58,9 @@ def compare(trained: dict[str, lesson.Progress], sizes: dict[str, int]) -> None:
     """Print the number of parameters, steps and speed of each method."""
     rows = [("method", "parameters", "steps", "s/step", "final loss", "recall")]
     for label, progress in trained.items():
-        loss, recall = progress.history[-1]
-        speed = f"{len(progress.history)}", f"{progress.seconds_per_step:.2f}"
-        rows.append(
-            (label, f"{sizes[label]:,}", *speed, f"{loss:.3f}", f"{recall:.0%}")
-        )
+        (loss, recall), steps = progress.history[-1], len(progress.history)
+        numbers = f"{sizes[label]:,}", f"{steps}", f"{progress.seconds_per_step:.2f}"
+        rows.append((label, *numbers, f"{loss:.3f}", f"{recall:.0%}"))
     print()
     lesson.show(rows)
 
@@ -82,9 +80,8 @@ def main() -> None:
     plan = linen.plan(model, variables, config, taught.batch.ids[:1])
     print(f"\n{plan}\n")
     apply = linen.wrap(model, plan)
-    adapters, progress = train(
-        apply, mora_jax.init(plan), variables, taught, args, "MoRA"
-    )
+    adapters = mora_jax.init(plan)
+    adapters, progress = train(apply, adapters, variables, taught, args, "MoRA")
     mora_jax.save(args.out, adapters, plan)
     figure = mora_jax.diagnostics.plot_spectrum(adapters, plan)
     figure.savefig(args.out / "spectrum.png", dpi=150)
