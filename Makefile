@@ -26,33 +26,33 @@ help: ## list the targets
 	@echo '  PYTEST_ARGS   options of the tests, as in: make test PYTEST_ARGS="-k merge"'
 
 demo: env ## teach a language model facts it does not know
-	$(run) examples/teach_facts.py $(ARGS)
+	$(run) -m examples.teach_facts $(ARGS)
 
 demo-nnx: env ## the same with the model's twin in Flax NNX
-	$(run) examples/teach_facts_nnx.py $(ARGS)
+	$(run) -m examples.teach_facts_nnx $(ARGS)
 
 demo-sharded: env ## train on a mesh of eight devices, all of them this CPU
-	$(run) examples/train_sharded.py --host-devices 8 --data 2 --fsdp 2 --model 2 $(ARGS)
+	$(run) -m examples.train_sharded --host-devices 8 --data 2 --fsdp 2 --model 2 $(ARGS)
 
 quickstart: env ## the shortest use of the library
-	$(run) examples/quickstart.py $(ARGS)
+	$(run) -m examples.quickstart $(ARGS)
 
 bench: env ## a training step against the frozen model and LoRA, in turns
-	$(run) benchmarks/train_step.py $(ARGS)
+	$(run) -m benchmarks.train_step $(ARGS)
 
 bench-layer: env ## one layer, both ways to compute it, beside a model of the cost
-	$(run) benchmarks/one_layer.py $(ARGS)
+	$(run) -m benchmarks.one_layer $(ARGS)
 
 bench-growth: env ## how an adapter's cost grows with each size of a model
-	$(run) benchmarks/growth.py $(ARGS)
+	$(run) -m benchmarks.growth $(ARGS)
 
 bench-scale: env ## models of 8B to 405B on 8 to 256 devices, compiled only
-	$(run) benchmarks/scale.py $(ARGS)
+	$(run) -m benchmarks.scale $(ARGS)
 
 bench-torch: VENV = .venv-torch
 bench-torch: ## a training step beside PyTorch's with PEFT, in an environment of its own
 	$(setup) torch
-	$(run) benchmarks/torch_step.py $(ARGS)
+	$(run) -m benchmarks.torch_step $(ARGS)
 
 test: env ## the tests, without the slow ones
 	$(run) -m pytest $(PYTEST_ARGS)

@@ -27,6 +27,8 @@ assert type(mora_jax.nnx.merge_adapters(mora_jax.nnx.wrap(layer))) is nnx.Linear
 assert mora_jax.__file__ is not None
 assert Path(mora_jax.__file__).is_relative_to(sys.prefix), mora_jax.__file__
 assert Path(mora_jax.__file__).with_name("py.typed").exists()
+files = importlib.metadata.files("mora-jax") or []
+assert all(file.parts[0].startswith(("mora_jax", "..")) for file in files), files
 
 
 def required(distribution: str, *, extra: bool) -> set[str]:

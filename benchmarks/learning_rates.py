@@ -1,11 +1,11 @@
 """Claim: with normalised sharing one learning rate serves every operator and width.
 
 For each width an MLP is trained on one task, then adapted to another with every
-operator and a ladder of learning rates (adam, float32, a fixed number of steps). You
-will see a table of final losses relative to the loss without adapters, the best rate
-of each row marked. Where a row does not move with the width, neither need the rate.
+operator and several learning rates (adam, float32, a fixed number of steps). You will
+see a table of final losses relative to the loss without adapters, in which the best of
+each row is marked. If a row is the same at all widths, the best learning rate is, too.
 
-    python benchmarks/learning_rates.py
+    python -m benchmarks.learning_rates
 """
 
 import argparse
@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import optax
 
 import mora_jax
+from models.options import positive
 from mora_jax import MoRAConfig, linen
 
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
@@ -33,7 +34,7 @@ OPERATORS: dict[str, Any] = {
 
 
 def fit(loss: Any, params: Any, rates: jax.Array, steps: int) -> tuple[Any, jax.Array]:
-    """Adam from `params` at each of `rates`: the results and their losses."""
+    """The results of Adam from `params` at each of `rates`, and their losses."""
 
     def run(rate: jax.Array) -> tuple[Any, jax.Array]:
         tx = optax.adam(1.0)
@@ -51,11 +52,11 @@ def fit(loss: Any, params: Any, rates: jax.Array, steps: int) -> tuple[Any, jax.
 
 
 def main() -> None:
-    """Print one table a width."""
+    """Print a table for each width and rank."""
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0])
-    parser.add_argument("--widths", type=int, nargs="+", default=[128, 512, 1024])
-    parser.add_argument("--ranks", type=int, nargs="+", default=[8])
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--widths", type=positive, nargs="+", default=[128, 512, 1024])
+    parser.add_argument("--ranks", type=positive, nargs="+", default=[8])
+    parser.add_argument("--steps", type=positive, default=60)
     args = parser.parse_args()
     x = jax.random.normal(jax.random.key(0), (256, 32))
     old, new = jnp.sin(2 * x[:, :16]), jnp.cos(2 * x[:, 16:])

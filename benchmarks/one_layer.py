@@ -1,54 +1,56 @@
 r"""Claim: the wider a layer and the more its rows, the less an adapter costs.
 
-One dense layer of each size (a short chain of them, so that kernels come from memory as
-in a model), adapted both ways that `execution=` knows: forward, and backward to the
-adapter and the input. The baseline is the same without an adapter. First each adapter
-is checked against the merged kernel, then all run in turns. You will see the
-time of each way relative to the baseline, beside what a model of the cost gives that
-knows arithmetic and memory traffic alone, and which way `execution="auto"` takes.
+One dense layer of each size is adapted in both ways that `execution=` knows. (It is a
+short chain of such layers, so that kernels come from memory as they do in a model.) A
+step is a forward pass, and a backward pass to the adapter and the input; the baseline
+is the same without an adapter. Each adapter is first checked against the merged kernel;
+then all run in turns. You will see the time of each way relative to the baseline, next
+to what a model of the cost says that knows only arithmetic and memory traffic, and
+which way `execution="auto"` takes.
 
-    python benchmarks/one_layer.py --quick
+    python -m benchmarks.one_layer --quick
 
-For an accelerator, layers as large as those of Llama-8B:
+For an accelerator, use layers as large as those of Llama-8B:
 
-    python benchmarks/one_layer.py --dtype bfloat16 --rows 8192 32768 \
+    python -m benchmarks.one_layer --dtype bfloat16 --rows 8192 32768 \
         --kernels 4096x4096 4096x14336 14336x4096
 """
 
 import argparse
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from harness import Contender, check_close, race, ratio, save
 from tqdm import tqdm
 
-from mora_jax import FrozenDense, MoRAConfig, delta_weight, init, mora_apply
-from mora_jax.execution import folds
+import mora_jax
+from benchmarks import harness
+from benchmarks.by_hand import lora_by_hand
+from benchmarks.cost import WAYS, Cost, way_of_auto
+from benchmarks.harness import Contender, Row, check_close, race
+from models.options import positive
+from mora_jax import FrozenDense, MoRAConfig
 from mora_jax.operators import OPERATORS
-from mora_jax.products import Contraction
-from mora_jax.spec import AdapterSpec
-
-WAYS = ("activation", "fold")
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One table's layer."""
+    """The layer of one table."""
 
     ins: int
     outs: int
     rows: int
+    rank: int
     dtype: str
 
     @property
     def sizes(self) -> list[tuple[int, int]]:
-        """Of the kernels in the chain: there and back, some 64 MB of them."""
+        """The kernels of the chain, there and back, about 64 MB in all."""
         back = [(self.ins, self.outs)]
         if self.ins != self.outs:
             back.append((self.outs, self.ins))
@@ -56,61 +58,21 @@ class Case:
         return back * max(1, min(8, 64_000_000 // (size * len(back))))
 
     def random(self, *shape: int, scale: float = 1.0) -> jax.Array:
-        """Normal numbers."""
+        """Normal random numbers."""
         rng = np.random.default_rng(sum(shape))
         return jnp.asarray(scale * rng.standard_normal(shape), self.dtype)
 
     def kernels(self) -> list[jax.Array]:
-        """Of the chain, no two of them alike."""
+        """The kernels of the chain, no two of them alike."""
         return [
             self.random(ins, outs, scale=ins**-0.5) * (1 + k / 8)
             for k, (ins, outs) in enumerate(self.sizes)
         ]
 
 
-@dataclasses.dataclass(frozen=True)
-class Cost:
-    """Operations and bytes, forward and backward: what cannot be avoided."""
-
-    flops: float
-    bytes: float
-
-    @classmethod
-    def dense(cls, ins: int, outs: int, rows: int, itemsize: int) -> "Cost":
-        """The layer alone: its output and the gradient of its input."""
-        traffic = 2 * ins * outs + 2 * rows * (ins + outs)
-        return cls(4 * rows * ins * outs, itemsize * traffic)
-
-    @classmethod
-    def adapter(cls, spec: AdapterSpec, rows: int, way: str, itemsize: int) -> "Cost":
-        """What the adapter adds; see benchmarks/README.md."""
-        op, q = spec.operator, spec.operator.square_rank
-        ins, outs = op.in_features, op.out_features
-        blocks = min(-(-ins // q), -(-outs // q)) if op.block else 1
-        by_m = 2 * rows * q * q * blocks
-        # C and D as matrices, where they are no copies
-        around = 2 * q * (ins + outs) if op.name in ("orthogonal", "hadamard") else 0
-        if way == "activation":
-            traffic = 3 * rows * (ins + outs)  # x, y twice; their gradients
-            return cls(3 * by_m + 2 * rows * around, itemsize * traffic)
-        matrices = 4 * ins * q * outs if around else 0
-        traffic = 4 * ins * outs + rows * (ins + outs)  # two folds; x and y's gradient
-        return cls(by_m + rows * around + matrices, itemsize * traffic)
-
-    @classmethod
-    def lora(cls, ins: int, outs: int, rank: int, rows: int, itemsize: int) -> "Cost":
-        """LoRA: three products each with A and B."""
-        traffic = 3 * rows * (ins + outs) + rows * (ins + outs)
-        return cls(6 * rows * rank * (ins + outs), itemsize * traffic)
-
-    def seconds(self, rate: float, bandwidth: float) -> float:
-        """One after the other, as operations of few flops a byte cannot overlap."""
-        return self.flops / rate + self.bytes / bandwidth
-
-
 def bandwidth() -> float:
-    """Bytes a second of an elementwise operation, read and written."""
-    # A layer's worth: caches of a CPU hold it, those of an accelerator should not.
+    """Bytes a second that an elementwise operation reads and writes."""
+    # A layer's worth: the caches of a CPU hold it, those of an accelerator should not.
     size = 2**22 if jax.default_backend() == "cpu" else 2**28
     x = jnp.ones(size, jnp.float32)
     copy = Contender.compile(lambda x: x * 2, x)
@@ -118,78 +80,78 @@ def bandwidth() -> float:
     return 2 * x.nbytes / float(np.median(copy.seconds))
 
 
-def chain(
+def step(
     product: Callable[[Any, jax.Array, jax.Array], jax.Array],
-) -> Callable[..., jax.Array]:
-    """(adapters, kernels, x) -> a number that depends on all layers' outputs."""
+    adapters: list[Any],
+    kernels: list[jax.Array],
+    x: jax.Array,
+) -> Contender:
+    """Gradients of adapters and input, of a number that depends on all outputs."""
 
     def value(adapters: list[Any], kernels: list[jax.Array], x: jax.Array) -> Any:
         for adapter, kernel in zip(adapters, kernels, strict=True):
             x = product(adapter, kernel, x)
         return jnp.sum(x.astype(jnp.float32) ** 2)
 
-    return value
-
-
-def step(product: Any, adapters: list[Any], kernels: Any, x: Any) -> Contender:
-    """Gradients by adapters and input."""
-    grad = jax.value_and_grad(chain(product), argnums=(0, 2))
+    grad = jax.value_and_grad(value, argnums=(0, 2))
     return Contender.compile(grad, adapters, kernels, x, trained=adapters)
 
 
-def plain(adapter: None, kernel: jax.Array, x: jax.Array) -> jax.Array:
-    """A dense layer."""
-    return x @ kernel
-
-
 def lora(adapter: Any, kernel: jax.Array, x: jax.Array) -> jax.Array:
-    """The same with LoRA, without its factor."""
-    a, b = (one.astype(x.dtype) for one in adapter)
-    return x @ kernel + (x @ a) @ b
+    """A dense layer with LoRA."""
+    return x @ kernel + lora_by_hand(adapter, x, kernel.shape[1])
 
 
-def adapted(config: MoRAConfig, m: Any, kernel: jax.Array, x: jax.Array) -> Any:
-    """The same with MoRA."""
+def mora(config: MoRAConfig, m: Any, kernel: jax.Array, x: jax.Array) -> Any:
+    """A dense layer with MoRA."""
     frozen = FrozenDense.from_config(kernel, config=config)
-    return mora_apply({"kernel_mora": m}, frozen, x)
+    return mora_jax.mora_apply({"kernel_mora": m}, frozen, x)
 
 
-def contenders(
-    case: Case, operators: list[str], rank: int
-) -> Iterator[tuple[str, Contender]]:
+def contenders(case: Case, operators: list[str]) -> Iterator[tuple[str, Contender]]:
     """The layer alone, each operator both ways, and LoRA."""
     kernels, x = case.kernels(), case.random(case.rows, case.ins)
-    yield "no adapter", step(plain, [None] * len(kernels), kernels, x)
+    plain = [None] * len(kernels)
+    yield "no adapter", step(lambda _, kernel, x: x @ kernel, plain, kernels, x)
     for operator in operators:
-        config = MoRAConfig(rank=rank, operator=operator)
-        ms = []
-        for kernel in kernels:
-            frozen = FrozenDense.from_config(kernel, config=config)
-            ms.append(jax.tree.map(lambda m: m + 0.01, init(frozen)["kernel_mora"]))
+        config = MoRAConfig(rank=case.rank, operator=operator)
+        layers = [FrozenDense.from_config(kernel, config=config) for kernel in kernels]
+        ms = [mora_jax.init(layer)["kernel_mora"] + 0.01 for layer in layers]
         for way in WAYS:
-            product = functools.partial(
-                adapted, dataclasses.replace(config, execution=way)
-            )
-            for m, kernel in zip(ms[:2], kernels[:2], strict=False):
-                frozen = FrozenDense.from_config(kernel, config=config)
-                merged = kernel + delta_weight({"kernel_mora": m}, frozen)
+            chosen = dataclasses.replace(config, execution=way)
+            product = functools.partial(mora, chosen)
+            for m, layer, kernel in zip(ms[:2], layers, kernels, strict=False):
+                merged = kernel + mora_jax.delta_weight({"kernel_mora": m}, layer)
                 rows = case.random(8, kernel.shape[0])
                 check_close(product(m, kernel, rows), rows @ merged.astype(x.dtype))
             yield f"{operator}, {way}", step(product, ms, kernels, x)
-    pairs = [
-        (
-            case.random(k.shape[0], rank).astype(jnp.float32),
-            case.random(rank, k.shape[1]).astype(jnp.float32) * 0.01,
-        )
-        for k in kernels
-    ]
-    yield f"LoRA {rank}", step(lora, pairs, kernels, x)
+
+    def factor(*shape: int) -> jax.Array:
+        return 0.1 * case.random(*shape).astype(jnp.float32)
+
+    shapes, rank = [kernel.shape for kernel in kernels], case.rank
+    pairs = [(factor(ins, rank), factor(rank, outs)) for ins, outs in shapes]
+    yield f"LoRA {case.rank}", step(lora, pairs, kernels, x)
 
 
-def tabulate(
-    case: Case, entered: dict[str, Contender], rank: int, speed: float
-) -> list[dict[str, Any]]:
-    """Measured beside modelled; the floor of the same run gives the rate."""
+def added_costs(case: Case, method: str) -> tuple[list[Cost], bool]:
+    """What a method adds to each layer of the chain, and whether "auto" takes it."""
+    itemsize = jnp.dtype(case.dtype).itemsize
+    operator, _, way = method.partition(", ")
+    if way:
+        config = MoRAConfig(rank=case.rank, operator=operator)
+        shapes = [jax.ShapeDtypeStruct(size, case.dtype) for size in case.sizes]
+        specs = [mora_jax.plan({"kernel": s}, config).specs[0] for s in shapes]
+        costs = [Cost.adapter(spec, case.rows, way, itemsize) for spec in specs]
+        return costs, way_of_auto(specs[-1], case.rows, case.dtype) == way
+    if method.startswith("LoRA"):
+        sizes = (case.rank, case.rows, itemsize)
+        return [Cost.lora(*size, *sizes) for size in case.sizes], False
+    return [], False
+
+
+def tabulate(case: Case, entered: dict[str, Contender], speed: float) -> list[Row]:
+    """Measured times next to modelled ones, at the first contender's rate."""
     first = next(iter(entered.values()))
     itemsize = jnp.dtype(case.dtype).itemsize
     bases = [Cost.dense(*size, case.rows, itemsize) for size in case.sizes]
@@ -197,48 +159,24 @@ def tabulate(
     traffic = sum(b.bytes for b in bases) / speed
     rate = sum(b.flops for b in bases) / max(measured - traffic, measured / 2)
     rows = []
-    for name, one in entered.items():
-        operator, _, way = name.partition(", ")
-        added, auto = 0.0, ""
-        for ins, outs in case.sizes:
-            if way:
-                config = MoRAConfig(rank=rank, operator=operator)
-                spec = AdapterSpec.from_config(config, (ins, outs))
-                cost = Cost.adapter(spec, case.rows, way, itemsize)
-                x = jax.ShapeDtypeStruct((case.rows, ins), case.dtype)
-                product = Contraction.from_axes("io", 2)
-                chosen = WAYS[folds(spec, product, x, x.dtype)]
-                auto = "auto" if chosen == way else ""
-            elif name.startswith("LoRA"):
-                cost = Cost.lora(ins, outs, rank, case.rows, itemsize)
-            else:
-                continue
-            added += cost.seconds(rate, speed)
+    for name, contender in entered.items():
+        costs, is_auto = added_costs(case, name)
+        added = sum(cost.seconds(rate, speed) for cost in costs)
+        seconds = float(np.median(contender.seconds))
         rows.append(
             {
                 "method": name,
                 "kernel": f"{case.ins}x{case.outs}",
                 "rows": case.rows,
-                "rank": rank,
-                "parameters": one.trained,
-                "milliseconds": 1e3 * float(np.median(one.seconds)) / len(case.sizes),
-                "time": ratio(one, first),
+                "rank": case.rank,
+                "parameters": contender.trained,
+                "milliseconds": 1e3 * seconds / len(case.sizes),
+                "time": harness.ratio(contender, first),
                 "model": 1 + added / measured,
-                "auto": auto,
+                "auto": "auto" if is_auto else "",
             }
         )
     return rows
-
-
-def show(rows: list[dict[str, Any]]) -> None:
-    """Print one case's rows as a Markdown table."""
-    title = "{kernel}, {rows} rows, r = {rank}".format(**rows[0])
-    print(f"\n| {title} | ms | time | model | |\n|---|---|---|---|---|")
-    for row in rows:
-        print(
-            "| {method} | {milliseconds:.2f} | {time:.2f} | {model:.2f} | {auto} |"
-            "".format(**row)
-        )
 
 
 def kernel_shape(text: str) -> tuple[int, int]:
@@ -251,54 +189,41 @@ def kernel_shape(text: str) -> tuple[int, int]:
 
 def arguments() -> argparse.Namespace:
     """The options."""
-    parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="one size, a minute")
-    parser.add_argument(
-        "--kernels",
-        type=kernel_shape,
-        nargs="+",
-        default=[(1024, 1024), (2048, 2048), (4096, 4096)],
-    )
-    parser.add_argument("--rows", type=int, nargs="+", default=[128, 512, 2048])
-    parser.add_argument("--ranks", type=int, nargs="+", default=[8])
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument(
-        "--operators", nargs="+", choices=list(OPERATORS), default=list(OPERATORS)
-    )
-    parser.add_argument("--out", type=Path, default=Path("out/one_layer.json"))
+    parser = harness.options(__doc__, "out/one_layer.json")
+    add, every = parser.add_argument, list(OPERATORS)
+    sizes = [(1024, 1024), (2048, 2048), (4096, 4096)]
+    add("--quick", action="store_true", help="one size, in a minute")
+    add("--kernels", type=kernel_shape, nargs="+", default=sizes)
+    add("--rows", type=positive, nargs="+", default=[128, 512, 2048])
+    add("--ranks", type=positive, nargs="+", default=[8])
+    add("--dtype", choices=["float32", "bfloat16"], default="float32")
+    add("--rounds", type=positive, default=9)
+    add("--operators", nargs="+", choices=every, default=every)
     args = parser.parse_args()
     if args.quick:
         args.kernels, args.rows, args.rounds = [(1024, 1024)], [512], 5
         args.operators = ["sharing", "rotation"]
-    for name, values in (
-        ("rows", args.rows),
-        ("ranks", args.ranks),
-        ("rounds", [args.rounds]),
-    ):
-        if min(values) < 1:
-            parser.error(f"--{name} must be at least 1, got {min(values)}")
     return args
 
 
 def main() -> None:
-    """A table for each size, as soon as it is measured."""
+    """Print a table for each size as soon as it is measured."""
     args = arguments()
-    speed, report = bandwidth(), []
-    for ins, outs in args.kernels:
-        for rows in args.rows:
-            for rank in args.ranks:
-                case = Case(ins, outs, rows, args.dtype)
-                total = 2 + 2 * len(args.operators)
-                made = contenders(case, args.operators, rank)
-                entered = dict(tqdm(made, "compiling, checking", total))
-                race(entered, args.rounds)
-                table = tabulate(case, entered, rank, speed)
-                show(table)
-                report += table
-    settings = {k: v for k, v in vars(args).items() if k not in ("out", "quick")}
-    save(report, {**settings, "bytes_a_second": speed}, args.out)
-    print(f"\nfigures in {args.out}")
+    speed, rows = bandwidth(), []
+    sizes = itertools.product(args.kernels, args.rows, args.ranks)
+    for (ins, outs), count, rank in sizes:
+        case = Case(ins, outs, count, rank, args.dtype)
+        made = contenders(case, args.operators)
+        total = 2 + 2 * len(args.operators)
+        entered = dict(tqdm(made, "compiling, checking", total))
+        race(entered, args.rounds)
+        table = tabulate(case, entered, speed)
+        title = f"{ins}x{outs}, {count} rows, r = {rank}"
+        columns = {title: "{method}", "ms": "{milliseconds:.2f}"}
+        columns |= {"time": "{time:.2f}", "model": "{model:.2f}", "": "{auto}"}
+        harness.show(columns, table)
+        rows += table
+    harness.save(rows, args, leave_out=["quick"], bytes_a_second=speed)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What a compiled program sends from device to device, counted in its HLO."""
+"""What a compiled program sends between devices, counted in its HLO."""
 
 import collections
 import functools
@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 
 SIZES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
-"""Bytes of HLO's dtypes."""
+"""The bytes of HLO's dtypes."""
 COLLECTIVE = re.compile(
     r"= (.+?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)"
     r"(-start)?\("
@@ -20,11 +20,16 @@ TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 
 
 def traffic(hlo: str, sizes: Mapping[str, int] = SIZES) -> dict[str, float]:
-    """Bytes that each device receives in a run of a compiled program, by collective.
+    """The bytes that each device receives in one run of a program, by collective.
 
     Args:
-      hlo: the program's text. What is in a loop counts as often as the loop runs.
-      sizes: bytes of each dtype.
+        hlo: The text of the compiled program. The body of a loop counts as often as the
+            loop runs.
+        sizes: The bytes of each dtype.
+
+    Raises:
+        ValueError: The text does not tell how often a loop with collectives runs, or
+            which devices take part, or a collective is asynchronous.
     """
     bodies: dict[str, list[str]] = {}
     entry = name = ""
@@ -38,8 +43,8 @@ def traffic(hlo: str, sizes: Mapping[str, int] = SIZES) -> dict[str, float]:
     def total(name: str) -> dict[str, float]:
         found: dict[str, float] = collections.defaultdict(float)
         for line in bodies[name]:
-            if one := COLLECTIVE.search(line):
-                found[one[2]] += received(one, line, sizes)
+            if collective := COLLECTIVE.search(line):
+                found[collective[2]] += received(collective, line, sizes)
             called = re.findall(r"[\w.-]+", " ".join(CALLED.findall(line)))
             inner = [pair for name in called for pair in total(name).items()]
             times = TRIPS.search(line) if " while(" in line else None
@@ -52,9 +57,9 @@ def traffic(hlo: str, sizes: Mapping[str, int] = SIZES) -> dict[str, float]:
     return total(entry)
 
 
-def received(one: re.Match[str], line: str, sizes: Mapping[str, int]) -> float:
-    """Bytes that a device receives in one collective, as rings do it."""
-    result, kind, is_async = one.groups()
+def received(collective: re.Match[str], line: str, sizes: Mapping[str, int]) -> float:
+    """The bytes that a device receives in one collective, which is done in rings."""
+    result, kind, is_async = collective.groups()
     if is_async:
         raise ValueError(f"collectives must not be asynchronous, got {kind}-start")
     size = sum(
@@ -69,7 +74,7 @@ def received(one: re.Match[str], line: str, sizes: Mapping[str, int]) -> float:
 
 
 def group_size(line: str) -> int:
-    """How many devices a collective is among, which HLO says in one of three ways."""
+    """The number of devices in a collective, which HLO writes in one of three ways."""
     if (found := GROUPS.search(line)) is None:
         raise ValueError(f"a collective must have groups, got {line.strip()[:200]}")
     groups = found[1]

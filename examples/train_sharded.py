@@ -1,15 +1,16 @@
 """Train adapters on a mesh of devices, over days and through preemptions.
 
 You will see which kernels of a Llama are adapted, and a progress bar with a loss that
-falls. Break the run off with SIGTERM, or kill it, and start it again: it goes on where
-it was, bit for bit, or on another mesh. To try it on a laptop:
+falls. Interrupt the run with SIGTERM, or kill it, and start it again: it continues
+where it was, bit for bit, or on another mesh. To try it on a laptop:
 
-    python examples/train_sharded.py --host-devices 8 --fsdp 2 --model 2 --data 2 \
+    python -m examples.train_sharded --host-devices 8 --fsdp 2 --model 2 --data 2 \
         --steps 20 --checkpoint build/sharded
 
-On a pod start the same command on each host, with `--coordinator auto`, or with
-`--coordinator HOST:PORT --processes N --process K` where JAX cannot find those out. The
-base is random and its language made up: `init_base` and `Batches` are yours to replace.
+On a pod start the same command on each host with `--coordinator auto`, or with
+`--coordinator HOST:PORT --processes N --process K` if JAX cannot find out where it
+runs. The base is random and the language is invented: replace `init_base` and
+`Batches`.
 """
 
 import argparse
@@ -23,7 +24,6 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import llama
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
@@ -33,54 +33,58 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 import mora_jax
+from models import llama
+from models.options import positive
 from mora_jax import MoRAConfig, linen, sharding
 
-ALPHABET, PHRASE = 64, 8  # of the language: how many tokens, and of the longest phrase
-KEPT = 3  # checkpoints
+ALPHABET, PHRASE = 64, 8
+"""The number of tokens of the invented language, and of those in its longest phrase."""
+KEPT = 3
+"""The number of checkpoints to keep."""
 FIXED = ("shape", "dtype", "batch", "tokens", "rank", "operator", "dropout")
 FIXED += ("learning_rate", "accumulate", "clip", "seed")
-"""Options that a run must be resumed with."""
+"""The options that must be the same when a run continues."""
 
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The options."""
     parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
     add, out = parser.add_argument, Path("out/train_sharded")
-    add("--data", type=int, default=1, help="devices that share batches only")
-    add("--fsdp", type=int, help="that share batches and kernels; by default the rest")
-    add("--model", type=int, default=1, help="that share features")
+    add("--data", type=positive, default=1, help="devices that split batches only")
+    add(
+        "--fsdp",
+        type=positive,
+        help="devices that split batches and kernels",
+    )
+    add("--model", type=positive, default=1, help="devices that split features")
     add("--shape", choices=llama.SHAPES, default="tiny")
-    add("--dtype", default="bfloat16", help="of the base")
-    add("--steps", type=int, default=100, help="batches in all")
-    add("--batch", type=int, default=16, help="sequences, on all devices together")
-    add("--tokens", type=int, default=64, help="of a sequence")
-    add("--rank", type=int, default=8, help="budget, as LoRA's rank")
+    add("--dtype", default="bfloat16", help="dtype of the base")
+    add("--steps", type=positive, default=100, help="number of batches")
+    add("--batch", type=positive, default=16, help="sequences on all devices together")
+    add("--tokens", type=positive, default=64, help="length of a sequence")
+    add("--rank", type=positive, default=8, help="budget, as the rank of a LoRA")
     add("--operator", default="auto", help="rotation, sharing, ...")
-    add("--dropout", type=float, default=0.0, help="on the adapters' inputs")
+    add("--dropout", type=float, default=0.0, help="rate on the adapters' inputs")
     add("--learning-rate", type=float, default=1e-3)
-    add("--accumulate", type=int, default=1, help="batches an update")
-    add("--clip", type=float, default=1.0, help="norm of the adapters' gradient")
+    add("--accumulate", type=positive, default=1, help="batches for each update")
+    add("--clip", type=float, default=1.0, help="largest norm of the gradient")
     add("--seed", type=int, default=0)
     add("--checkpoint", type=Path, default=out, help="a directory that all hosts see")
-    add("--save-every", type=int, default=100, help="batches")
+    add("--save-every", type=positive, default=100, help="batches between checkpoints")
     add("--coordinator", help="HOST:PORT of process 0, or auto")
-    add("--processes", type=int, help="how many there are")
-    add("--process", type=int, help="which one this is")
-    add("--host-devices", type=int, help="as so many devices the CPU is used")
-    args = parser.parse_args(argv)
-    for name in ("steps", "tokens", "accumulate", "save_every"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
-    return args
+    add("--processes", type=int, help="number of processes")
+    add("--process", type=int, help="number of this process")
+    add("--host-devices", type=int, help="use the CPU as so many devices")
+    return parser.parse_args(argv)
 
 
 def make_mesh(args: argparse.Namespace) -> Mesh:
-    """All devices of all processes, as the options share them out.
+    """All devices of all processes, arranged as the options say.
 
     Raises:
-      SystemExit: another number of devices, or a batch that they cannot split.
+      SystemExit: The number of devices is another, or they cannot split a batch.
     """
-    # Before anything asks for devices, which settles what they are.
+    # JAX must know this before anything asks for devices.
     if args.host_devices:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", args.host_devices)
@@ -104,15 +108,9 @@ def make_mesh(args: argparse.Namespace) -> Mesh:
 
 
 def init_base(model: nn.Module, tokens: Any, places: Any, seed: int) -> Any:
-    """The frozen variables, of which each device makes its own part.
+    """The frozen variables with the shardings `places`: each device makes its own part.
 
-    In earnest: a checkpoint, restored into `places`.
-
-    Args:
-      model: any Linen module.
-      tokens: shape of its input.
-      places: shardings of its variables.
-      seed: of the random numbers.
+    Restore a checkpoint into `places` here. `tokens` has the shape of the input.
     """
 
     def init(key: jax.Array) -> Any:
@@ -124,15 +122,15 @@ def init_base(model: nn.Module, tokens: Any, places: Any, seed: int) -> Any:
 class Batches(Iterator[jax.Array]):
     """Batches of a language in which each sequence repeats a phrase of its own.
 
-    A sequence depends on seed, position and its row alone. So batches are the same on
-    any mesh, and each process makes only the rows that its devices hold.
+    A sequence depends only on the seed, its position and its row. So batches are the
+    same on any mesh, and each process makes only the rows that its devices hold.
 
     Args:
-      rows: sequences a batch.
-      tokens: of a sequence.
-      mesh: the devices.
-      seed: of the random numbers.
-      position: how many batches were taken before.
+      rows: The number of sequences in a batch.
+      tokens: The length of a sequence.
+      mesh: The devices.
+      seed: The seed of the random numbers.
+      position: The number of batches that were taken before.
     """
 
     def __init__(
@@ -157,17 +155,17 @@ class Batches(Iterator[jax.Array]):
 
 
 def make_optimizer(args: argparse.Namespace) -> optax.GradientTransformation:
-    """AdamW on a clipped mean of gradients, without those that hold NaN."""
+    """AdamW on the clipped mean of several gradients, without those with NaN."""
     adamw = optax.adamw(args.learning_rate)
     tx = optax.chain(optax.clip_by_global_norm(args.clip), adamw)
     tx = optax.MultiSteps(tx, args.accumulate).gradient_transformation()
-    # Outermost, since MultiSteps would keep a NaN in its mean for good; and without a
-    # limit, beyond which optax would let NaN through.
+    # This is outermost, because a NaN would never leave the mean in MultiSteps. It has
+    # no limit, because optax would let NaN through beyond it.
     return optax.apply_if_finite(tx, max_consecutive_errors=np.iinfo(np.int32).max)
 
 
 def first_state(plan: mora_jax.Plan, tx: Any, seed: int) -> Any:
-    """All that changes in training, as it is before the first batch."""
+    """Everything that changes in training, before the first batch."""
     adapters = mora_jax.init(plan)
     return {
         "adapters": adapters,
@@ -178,13 +176,13 @@ def first_state(plan: mora_jax.Plan, tx: Any, seed: int) -> Any:
 
 
 def place_state(state: Any, tx: Any, adapters: Any, whole: NamedSharding) -> Any:
-    """Shardings of a state: each moment is where its adapter is.
+    """The shardings of a state, in which each moment is placed as its adapter.
 
     Args:
-      state: its shapes.
-      tx: the optimizer that it is of.
-      adapters: shardings of the adapters.
-      whole: the sharding of all else.
+      state: The shapes of the state.
+      tx: The optimizer.
+      adapters: The shardings of the adapters.
+      whole: The sharding of everything else.
     """
     optimizer = optax.tree_utils.tree_map_params(
         tx,
@@ -202,10 +200,10 @@ def make_step(apply: Callable[..., Any], tx: Any) -> Callable[..., Any]:
 
     Args:
       apply: (adapters, variables, tokens) -> logits.
-      tx: the optimizer.
+      tx: The optimizer.
 
     Returns:
-      (state, variables, tokens) -> (state, (loss, batches left out so far)).
+      (state, variables, tokens) -> (state, (loss, number of batches skipped so far)).
     """
 
     def step(state: Any, variables: Any, tokens: jax.Array) -> tuple[Any, Any]:
@@ -234,14 +232,14 @@ def make_step(apply: Callable[..., Any], tx: Any) -> Callable[..., Any]:
 
 
 class Checkpoints:
-    """The newest states of a run, each with the options that it must go on with."""
+    """The newest states of a run, each with the options that must stay the same."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         options = ocp.CheckpointManagerOptions(
             max_to_keep=KEPT,
             cleanup_tmp_directories=True,
-            # Adapters are small. And the end of a save in the background would ask
-            # about preemption after a batch long past, on one process alone.
+            # Adapters are small. A save in the background would also ask about
+            # preemption when it ends, on one process alone.
             enable_async_checkpointing=False,
         )
         directory = args.checkpoint.resolve() / "states"
@@ -249,7 +247,7 @@ class Checkpoints:
         self.settings = {name: getattr(args, name) for name in FIXED}
 
     def save(self, position: int, state: Any) -> None:
-        """Write a state, from all processes together."""
+        """Write a state; all processes must call it together."""
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(state),
             settings=ocp.args.JsonSave(self.settings),
@@ -257,10 +255,10 @@ class Checkpoints:
         self.manager.save(position, args=items, force=True)
 
     def newest(self, like: Any) -> Any:
-        """The newest state that is whole, laid out as `like` says; None without one.
+        """The newest complete state with the shardings of `like`, or None.
 
         Raises:
-          SystemExit: it was made with other options.
+          SystemExit: The state was made with other options.
         """
         position = self.manager.latest_step()
         if position is None:
@@ -278,14 +276,14 @@ class Checkpoints:
 
 
 def watch_for_sigterm() -> Callable[[int], bool]:
-    """Whether to stop, to be asked by each process after each batch.
+    """A function that each process asks after each batch whether to stop.
 
     Returns:
-      position -> whether SIGTERM has come, to whichever process: all stop after the
-      same batch.
+      position -> whether any process has received SIGTERM. All processes get the same
+      answer, so they stop after the same batch.
     """
     came = threading.Event()
-    if jax.process_count() == 1:  # of several jax.distributed notes it, and tells all
+    if jax.process_count() == 1:  # for several, jax.distributed handles the signal
         signal.signal(signal.SIGTERM, lambda *_: came.set())
     reached = multihost_utils.reached_preemption_sync_point
     return lambda position: came.is_set() or reached(position)
@@ -334,7 +332,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             stop = stopped(batches.position) or batches.position >= args.steps
             if stop or batches.position % args.save_every == 0:
                 checkpoints.save(batches.position, state)
-            # One batch behind, so that devices never wait to be given the next.
+            # The bar shows the batch before, so that devices never wait for the next.
             loss, skipped = now if stop else shown or now
             shown = now
             bar.set_postfix(loss=f"{loss:.3f}", skipped=int(skipped), refresh=False)
@@ -342,7 +340,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     adapters = multihost_utils.process_allgather(state["adapters"], tiled=True)
     if chief and batches.position < args.steps:
-        print(f"SIGTERM: saved after batch {batches.position}, to go on from there")
+        print(f"SIGTERM: saved after batch {batches.position}, to continue from there")
     elif chief:
         directory = args.checkpoint / "adapter"
         mora_jax.save(directory, adapters, plan, metadata=checkpoints.settings)

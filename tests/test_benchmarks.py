@@ -9,19 +9,19 @@ import pytest
 
 from mora_jax.operators import OPERATORS
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+ROOT = Path(__file__).parents[1]
 
 
 def run(script, *args):
-    command = [sys.executable, BENCHMARKS / script, *args]
-    return subprocess.run(command, capture_output=True, text=True)
+    command = [sys.executable, "-m", f"benchmarks.{script}", *args]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
 
 
 @pytest.mark.slow
 def test_train_step(tmp_path):
     out = tmp_path / "figures" / "train_step.json"
     sizes = "--layers 1 --batch 2 --tokens 8 --rounds 2 --operators sharing rotation"
-    done = run("train_step.py", *sizes.split(), "--out", str(out))
+    done = run("train_step", *sizes.split(), "--out", str(out))
     assert done.returncode == 0, done.stderr
     report = json.loads(out.read_text())
     rows = {r["method"]: r for r in report["results"] if r["kind"] == "step"}
@@ -42,10 +42,10 @@ def test_train_step(tmp_path):
 def test_several_sizes_in_one_file(tmp_path):
     first, out = tmp_path / "first.json", tmp_path / "all.json"
     sizes = "--layers 1 --batch 1 --rounds 1 --operators sharing --no-peers".split()
-    done = run("train_step.py", *sizes, "--tokens", "4", "--out", str(first))
+    done = run("train_step", *sizes, "--tokens", "4", "--out", str(first))
     assert done.returncode == 0, done.stderr
     more = ["--tokens", "4", "8", "--ranks", "2", "--add-to", str(first)]
-    done = run("train_step.py", *sizes, *more, "--out", str(out))
+    done = run("train_step", *sizes, *more, "--out", str(out))
     assert done.returncode == 0, done.stderr
     rows = json.loads(out.read_text())["results"]
     assert {(r["tokens"], r["rank"]) for r in rows} == {(4, 8), (4, 2), (8, 2)}
@@ -57,7 +57,7 @@ def test_one_layer(tmp_path):
     """Each operator both ways, one of which is what "auto" takes."""
     out = tmp_path / "one_layer.json"
     sizes = "--kernels 64x96 --rows 8 --rounds 1 --dtype bfloat16".split()
-    done = run("one_layer.py", *sizes, "--out", str(out))
+    done = run("one_layer", *sizes, "--out", str(out))
     assert done.returncode == 0, done.stderr
     rows = {r["method"]: r for r in json.loads(out.read_text())["results"]}
     for operator in OPERATORS:
@@ -72,12 +72,12 @@ def test_one_layer(tmp_path):
 @pytest.mark.parametrize(
     ("script", "args", "message"),
     [
-        ("train_step.py", ["--layers", "0"], "--layers must be at least 1, got 0"),
-        ("train_step.py", ["--tokens", "8", "0"], "--tokens must be at least 1, got 0"),
-        ("train_step.py", ["--operators", "rotate"], "got 'rotate'"),
-        ("one_layer.py", ["--kernels", "64"], "must be like 1024x4096, got '64'"),
-        ("one_layer.py", ["--rows", "0"], "--rows must be at least 1, got 0"),
-        ("one_layer.py", ["--operators", "rotate"], "invalid choice: 'rotate'"),
+        ("train_step", ["--layers", "0"], "--layers: must be at least 1, got 0"),
+        ("train_step", ["--tokens", "8", "0"], "--tokens: must be at least 1, got 0"),
+        ("train_step", ["--operators", "rotate"], "invalid choice: 'rotate'"),
+        ("one_layer", ["--kernels", "64"], "must be like 1024x4096, got '64'"),
+        ("one_layer", ["--rows", "0"], "--rows: must be at least 1, got 0"),
+        ("one_layer", ["--operators", "rotate"], "invalid choice: 'rotate'"),
     ],
 )
 def test_bad_options(script, args, message):

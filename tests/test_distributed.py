@@ -12,16 +12,17 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import llama
 import numpy as np
 import pytest
-import train_sharded
 from jax.sharding import NamedSharding, PartitionSpec
 
 import mora_jax
+from examples import train_sharded
+from models import llama
 from mora_jax import MoRAConfig
 
-EXAMPLE = Path(__file__).parents[1] / "examples/train_sharded.py"
+EXAMPLE = "examples.train_sharded"
+ROOT = Path(__file__).parents[1]
 STEPS, EVERY, SECONDS = 12, 3, 240
 # With dropout and an update every other batch, all parts of a state matter. In float32,
 # so that meshes differ by less than a batch matters.
@@ -32,7 +33,7 @@ SETTINGS += f" --dropout 0.1 --accumulate 2 --save-every {EVERY}"
 @contextlib.contextmanager
 def running(log, directory, options, steps=STEPS):
     """The example as a process, which is killed if it has not ended by then."""
-    command = [sys.executable, EXAMPLE, *SETTINGS.split(), *options.split()]
+    command = [sys.executable, "-m", EXAMPLE, *SETTINGS.split(), *options.split()]
     command += ["--steps", str(steps), "--checkpoint", directory]
     env = {
         **os.environ,
@@ -41,7 +42,7 @@ def running(log, directory, options, steps=STEPS):
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     }
     with log.open("wb") as out:
-        process = subprocess.Popen(command, stdout=out, stderr=out, env=env)
+        process = subprocess.Popen(command, stdout=out, stderr=out, env=env, cwd=ROOT)
     try:
         yield process
     finally:

@@ -6,29 +6,26 @@ import subprocess
 import sys
 from pathlib import Path
 
-import airports
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import smollm2
-import smollm2_nnx
-import teach_facts
-import teach_facts_nnx
 from flax import nnx
 
 import mora_jax
+from examples import teach_facts, teach_facts_nnx
+from models import airports, lesson, smollm2, smollm2_nnx
 from mora_jax import MoRAConfig, linen
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+ROOT = Path(__file__).parents[1]
 
 
 def test_quickstart():
-    path = EXAMPLES / "quickstart.py"
-    assert len(path.read_text().splitlines()) < 40
+    assert len((ROOT / "examples/quickstart.py").read_text().splitlines()) < 40
+    command = [sys.executable, "-m", "examples.quickstart"]
     out = subprocess.run(
-        [sys.executable, str(path)], check=True, capture_output=True, text=True
+        command, check=True, capture_output=True, text=True, cwd=ROOT
     ).stdout
     losses = {
         line.split(":")[0]: float(line.split()[-1])
@@ -100,53 +97,55 @@ def test_twins_are_one_model(llama, twin, operator):
     model, variables = llama
     config = MoRAConfig(rank=2, operator=operator, alpha=0.5)
     ids = jax.random.randint(jax.random.key(1), (2, 9), 3, 40)
-    student = teach_facts_nnx.student(twin, config)
     plan = linen.plan(model, variables, config, ids)
-    assert student.plan == plan
+    adapted = mora_jax.nnx.wrap(twin, config)
+    assert mora_jax.nnx.plan_of(adapted) == plan
     adapters = jax.tree.map(
         lambda m: 0.3 * jax.random.normal(jax.random.key(m.size), m.shape),
         mora_jax.init(plan),
     )
     apply = linen.wrap(model, plan)
 
-    def gradients(apply, variables):
-        def loss(adapters):
-            logits = apply(adapters, variables, ids)
-            return jnp.mean(jnp.sin(logits)), logits
+    def loss(logits):
+        return jnp.mean(jnp.sin(logits)), logits
 
-        return jax.jit(jax.grad(loss, has_aux=True))(adapters)
+    @functools.partial(jax.jit, static_argnums=0)
+    def gradients(apply, adapters):
+        return jax.grad(lambda a: loss(apply(a, variables, ids)), has_aux=True)(
+            adapters
+        )
 
-    ours = gradients(student.apply, student.variables)
-    chex.assert_trees_all_close(ours, gradients(apply, variables), atol=1e-5)
-    merged = jax.jit(student.merge)(adapters, student.variables)
-    np.testing.assert_allclose(student.base(merged, ids), ours[1], atol=1e-4)
-    base = student.base(student.variables, ids)
-    np.testing.assert_allclose(base, model.apply(variables, ids), atol=1e-5)
+    mora_jax.nnx.set_adapters(adapted, adapters)
+    grad = mora_jax.nnx.value_and_grad(lambda m, ids: loss(m(ids)), has_aux=True)
+    (_, logits), state = nnx.jit(grad)(adapted, ids)
+    expected, expected_logits = gradients(apply, adapters)
+    np.testing.assert_allclose(logits, expected_logits, atol=1e-5)
+    chex.assert_trees_all_close(nnx.to_pure_dict(state), expected, atol=1e-5)
+    merged = nnx.jit(mora_jax.nnx.merge_adapters)(adapted)
+    np.testing.assert_allclose(merged(ids), logits, atol=1e-4)
+    np.testing.assert_allclose(twin(ids), model.apply(variables, ids), atol=1e-5)
 
 
 @pytest.mark.slow
 def test_twins_learn_alike(llama, twin):
-    """The losses of a few steps of adam, as teach_facts.py trains."""
+    """The losses of a few steps, as the two examples train."""
     model, variables = llama
     config = MoRAConfig(rank=2)
-    student = teach_facts_nnx.student(twin, config)
-    apply = linen.wrap(model, student.plan)
+    plan = linen.plan(model, variables, config, jnp.zeros((1, 4), jnp.int32))
     ids = np.asarray(jax.random.randint(jax.random.key(1), (3, 9), 3, 40))
     at = np.tile(np.arange(4, 8), (3, 1))
-    batch = airports.Batch(ids, at, np.take_along_axis(ids, at + 1, 1), at / at)
+    batch = lesson.Batch(ids, at, np.take_along_axis(ids, at + 1, 1), at / at)
     rehearsed = model.apply(variables, ids[2:], at[2:])
     args = argparse.Namespace(steps=6, learning_rate=1e-2)
-
-    def losses(apply, variables):
-        first = mora_jax.init(student.plan)
-        _, history, _ = teach_facts.train(
-            apply, first, variables, batch, rehearsed, args, "test"
-        )
-        return history
-
-    linens, nnxs = losses(apply, variables), losses(student.apply, student.variables)
-    np.testing.assert_allclose(linens, nnxs, rtol=1e-4)
-    assert linens[-1][0] < 0.9 * linens[0][0]
+    taught = lesson.Lesson(Letters(), [], {}, batch, rehearsed)
+    apply, first = linen.wrap(model, plan), mora_jax.init(plan)
+    adapters, ours = teach_facts.train(apply, first, variables, taught, args, "test")
+    adapted = mora_jax.nnx.wrap(twin, config)
+    other = teach_facts_nnx.train(adapted, taught, args)
+    np.testing.assert_allclose(ours.history, other.history, rtol=1e-4)
+    assert ours.history[-1][0] < 0.9 * ours.history[0][0]
+    learned = mora_jax.nnx.adapters(adapted)
+    chex.assert_trees_all_close(learned, adapters, rtol=1e-2, atol=1e-4)
 
 
 class Letters:
@@ -160,17 +159,17 @@ class Letters:
 
 
 def test_loss_and_recall():
-    batch = airports.encode(Letters(), ["AB", "ABC", "A"], ["XY", "Z", "Q"])
+    batch = lesson.encode(Letters(), ["AB", "ABC", "A"], ["XY", "Z", "Q"])
     assert batch.ids.shape == (3, 5) and batch.at.tolist()[0] == [1, 2, 3]
     assert batch.weights.sum(1).tolist() == [3, 2, 2]
     # Logits that are sure of each target; the third row is a rehearsed question.
     sure = 30.0 * jax.nn.one_hot(batch.targets, 60)
-    loss, recall = airports.loss_and_recall(sure, batch, sure[2:])
+    loss, recall = lesson.loss_and_recall(sure, batch, sure[2:])
     assert loss < 1e-6 and recall == 1
     wrong = sure.at[1, 0].set(0.0).at[1, 0, 3].set(9.0)
-    loss, recall = airports.loss_and_recall(wrong, batch, sure[2:])
+    loss, recall = lesson.loss_and_recall(wrong, batch, sure[2:])
     assert loss > 1 and recall == 0.5
-    loss, recall = airports.loss_and_recall(sure.at[2].set(0.0), batch, sure[2:])
+    loss, recall = lesson.loss_and_recall(sure.at[2].set(0.0), batch, sure[2:])
     assert loss > 1 and recall == 1  # it has drifted, and remembers the facts
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+ROOT = Path(__file__).parents[1]
 
 
 def run(*command):
@@ -20,7 +20,7 @@ def run(*command):
         capture_output=True,
         text=True,
         env=env,
-        cwd=BENCHMARKS,
+        cwd=ROOT,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -29,9 +29,9 @@ def run(*command):
 def test_ten_thousand_kernels_take_no_second():
     """The least of some times, since others may use the machine."""
     script = """
-import growth
-shapes = growth.kernels(10_000)
-print(min(growth.plan_seconds(shapes)[2] for _ in range(4)))
+from benchmarks import planning
+shapes = planning.kernels(10_000)
+print(min(planning.plan_seconds(shapes)[2] for _ in range(4)))
 """
     assert float(run("-c", script)) < 1
 
@@ -39,7 +39,7 @@ print(min(growth.plan_seconds(shapes)[2] for _ in range(4)))
 @pytest.mark.slow
 def test_growth(tmp_path):
     out = tmp_path / "figures" / "growth.json"
-    printed = run("growth.py", "--quick", "--out", str(out))
+    printed = run("-m", "benchmarks.growth", "--quick", "--out", str(out))
     rows = json.loads(out.read_text())["results"]
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     steps = [row for row in rows if row["quantity"] in ("time", "memory")]
@@ -68,6 +68,6 @@ def test_growth(tmp_path):
 
 @pytest.mark.slow
 def test_bad_rounds():
-    command = [sys.executable, BENCHMARKS / "growth.py", "--rounds", "0"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 2 and "--rounds must be at least 1" in done.stderr
+    command = [sys.executable, "-m", "benchmarks.growth", "--rounds", "0"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2 and "--rounds: must be at least 1" in done.stderr

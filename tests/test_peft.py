@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import smollm2
 from cases import by_few_cases, by_few_sizes
 from safetensors.numpy import load_file, save_file
 from test_save import CONFIG, TENSORS, assert_same, made
 
 import mora_jax
+from models import smollm2
 from mora_jax import MoRAConfig, io, linen
 from mora_jax.io import AdapterFileError
 from mora_jax.operators import Sharing

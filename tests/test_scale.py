@@ -1,20 +1,20 @@
 """Big models on paper: what is said of them is counted rightly."""
 
-import importlib
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+from benchmarks.traffic import SIZES, traffic
+
+ROOT = Path(__file__).parents[1]
 
 PROGRAM = """
 import json
 
-import scale
+from benchmarks import scale
 
 scale.start(4)
 
@@ -49,10 +49,8 @@ print(json.dumps(scale.traffic(text)))
 
 
 def test_traffic_of_a_known_program():
-    env = {**os.environ, "PYTHONPATH": str(BENCHMARKS)}
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM], capture_output=True, text=True, env=env
-    )
+    command = [sys.executable, "-c", PROGRAM]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == {
         "all-reduce": 5 * 2 * 512 * 3 / 4,
@@ -61,12 +59,6 @@ def test_traffic_of_a_known_program():
         "reduce-scatter": 256,
         "all-to-all": 384,
     }
-
-
-@pytest.fixture
-def scale(monkeypatch):
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    return importlib.import_module("scale")
 
 
 def hlo(loop="", groups="[2,4]<=[8]"):
@@ -105,25 +97,25 @@ TRIPS = ', backend_config={"known_trip_count":{"n":"7"}}'
         ("mesh['a'=4,'b'=2] {'a':(1)2,'b'}", 4),
     ],
 )
-def test_groups_and_loops(scale, groups, size):
+def test_groups_and_loops(groups, size):
     expected = {"all-reduce": 7 * (32 + 16) * 2 * (size - 1) / size}
-    assert scale.traffic(hlo(TRIPS, groups)) == expected
-    halved = scale.traffic(hlo(TRIPS, groups), {**scale.SIZES, "f32": 2})
+    assert traffic(hlo(TRIPS, groups)) == expected
+    halved = traffic(hlo(TRIPS, groups), {**SIZES, "f32": 2})
     assert halved["all-reduce"] == pytest.approx(expected["all-reduce"] * 2 / 3)
 
 
-def test_what_cannot_be_counted_is_refused(scale):
+def test_what_cannot_be_counted_is_refused():
     with pytest.raises(ValueError, match="how often"):
-        scale.traffic(hlo())
+        traffic(hlo())
     with pytest.raises(ValueError, match="must have groups"):
-        scale.traffic(hlo(TRIPS, "?"))
+        traffic(hlo(TRIPS, "?"))
     with pytest.raises(ValueError, match="asynchronous"):
-        scale.traffic(hlo(TRIPS).replace("all-reduce(", "all-reduce-start("))
+        traffic(hlo(TRIPS).replace("all-reduce(", "all-reduce-start("))
 
 
 def run(*args):
-    command = [sys.executable, BENCHMARKS / "scale.py", *args]
-    return subprocess.run(command, capture_output=True, text=True)
+    command = [sys.executable, "-m", "benchmarks.scale", *args]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
 
 
 @pytest.mark.slow

@@ -6,7 +6,6 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import llama
 import numpy as np
 import optax
 import pytest
@@ -16,6 +15,7 @@ from flax.linen.spmd import logical_to_mesh_sharding
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import mora_jax
+from models import llama
 from mora_jax import MoRAConfig, init, linen, sharding
 from mora_jax.nnx import MoRAParam, wrap
 from mora_jax.operators import OPERATORS

@@ -8,8 +8,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import smollm2
 from flax import nnx, traverse_util
+
+from models import smollm2
 
 # Tunix's paths -> smollm2's, each below its layer where it has one.
 _NAMES = {

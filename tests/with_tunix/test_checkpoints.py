@@ -1,8 +1,6 @@
 """The page on checkpoints: a trainer of Tunix that stores the plan, and compares it."""
 
-import sys
 from importlib.util import find_spec
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,15 +8,13 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from test_docs import blocks
 
 import mora_jax
 from mora_jax import MoRAConfig, io
 
 if find_spec("tunix") is None:
     pytest.skip("tunix is not installed", allow_module_level=True)
-
-sys.path.append(str(Path(__file__).parents[1]))
-from test_docs import blocks  # noqa: E402  # pyright: ignore
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),

@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import smollm2
 import smollm2_qwen2
 from flax import nnx
 
+from models import smollm2
 from mora_jax import MoRAConfig, register_layer
 from mora_jax import nnx as mora
 

