@@ -5,9 +5,9 @@ import dataclasses
 import jax
 from jax.typing import DTypeLike
 
-from mora_jax.execution import folds
+from mora_jax import AdapterSpec
+from mora_jax._compute.adapted import choose
 from mora_jax.products import Contraction
-from mora_jax.spec import AdapterSpec
 
 WAYS = ("activation", "fold")
 """The two values of `execution=` that are not "auto"."""
@@ -16,7 +16,7 @@ WAYS = ("activation", "fold")
 def way_of_auto(spec: AdapterSpec, rows: int, dtype: DTypeLike) -> str:
     """Which of `WAYS` a dense layer takes for so many rows of activations."""
     x = jax.ShapeDtypeStruct((rows, spec.in_features), dtype)
-    return WAYS[folds(spec, Contraction.from_axes("io", 2), x, x.dtype)]
+    return choose(spec, Contraction.from_axes("io", 2), x, x.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
