@@ -49,6 +49,10 @@ CONFIGURED = MoRAConfig(
 PLAN = mora_jax.plan(PARAMS, CONFIGURED)
 
 
+UP_PROJ = "model", "layers", "0", "mlp", "up_proj", "kernel"
+"""A kernel that the built-in families know."""
+
+
 def single(operator, shape=None, path=("a", "kernel"), **settings):
     """A plan of one kernel, which has the operator's own shape by default."""
     shape = shape or (operator.in_features, operator.out_features)
