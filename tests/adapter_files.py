@@ -5,6 +5,7 @@ import functools
 import hashlib
 import io
 import json
+import math
 import re
 import sys
 from pathlib import Path
@@ -56,7 +57,8 @@ UP_PROJ = "model", "layers", "0", "mlp", "up_proj", "kernel"
 def single(operator, shape=None, path=("a", "kernel"), **settings):
     """A plan of one kernel, which has the operator's own shape by default."""
     shape = shape or (operator.in_features, operator.out_features)
-    return Plan((AdapterSpec(operator, shape, path=path, **settings),), 0)
+    spec = AdapterSpec(operator, shape, path=path, **settings)
+    return Plan((spec,), math.prod(shape))
 
 
 @functools.cache
