@@ -10,10 +10,10 @@ import llama
 import numpy as np
 import optax
 import pytest
-from collectives import collectives
 from flax import nnx
 from flax.linen.spmd import logical_to_mesh_sharding
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from traffic import collectives
 
 import mora_jax
 from mora_jax import MoRAConfig, init, linen, sharding
