@@ -142,6 +142,15 @@ def base(mora_type=1):
     return flax.traverse_util.unflatten_dict(flat, sep="/")
 
 
+def llama():
+    """The tiny Llama in Flax."""
+    import smollm2
+
+    sizes = {"layers": 2, "width": 64, "hidden": 160, "heads": 4, "kv_heads": 2}
+    config = smollm2.Config(vocab=97, **sizes, rope_base=10000.0, epsilon=1e-6)
+    return smollm2.Llama(config)
+
+
 def sharded(directory, dtype=np.float32):
     """A Llama of two layers in two files with an index, and files beside them."""
     rng = np.random.default_rng(0)

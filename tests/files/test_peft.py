@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-import smollm2
 from adapter_files import (
     CONFIG,
     DATA,
@@ -19,6 +18,7 @@ from adapter_files import (
     assert_same,
     base,
     config_of,
+    llama,
     made,
     single,
 )
@@ -37,20 +37,7 @@ def slow(value):
     return pytest.param(value, marks=pytest.mark.slow)
 
 
-MODEL = smollm2.Llama(
-    smollm2.Config(
-        vocab=97,
-        layers=2,
-        width=64,
-        hidden=160,
-        heads=4,
-        kv_heads=2,
-        rope_base=10000.0,
-        epsilon=1e-6,
-    )
-)
-
-
+MODEL = llama()
 APPLY = jax.jit(MODEL.apply)
 
 

@@ -2,9 +2,6 @@
 
 import argparse
 import functools
-import subprocess
-import sys
-from pathlib import Path
 
 import airports
 import chex
@@ -16,23 +13,22 @@ import smollm2
 import smollm2_nnx
 import teach_facts
 import teach_facts_nnx
+from adapter_files import made
 from flax import nnx
+from processes import ROOT, python
 
 import mora_jax
 from mora_jax import MoRAConfig, linen
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = ROOT / "examples"
 
 
 def test_quickstart():
     path = EXAMPLES / "quickstart.py"
     assert len(path.read_text().splitlines()) < 40
-    out = subprocess.run(
-        [sys.executable, str(path)], check=True, capture_output=True, text=True
-    ).stdout
     losses = {
         line.split(":")[0]: float(line.split()[-1])
-        for line in out.splitlines()
+        for line in python(path).splitlines()
         if "loss" in line
     }
     assert losses["adapted"] < 0.01 < 0.1 < losses["step 0"]
@@ -44,22 +40,29 @@ def llama():
     config = smollm2.Config(
         vocab=40, layers=2, width=24, hidden=32, heads=3, kv_heads=1
     )
-    model = smollm2.Llama(config)
-    ids = jnp.zeros((1, 4), jnp.int32)
-    return model, jax.jit(model.init)(jax.random.key(0), ids)
+    model, rng = smollm2.Llama(config), np.random.default_rng(0)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, 4), np.int32))
+    return model, jax.tree.map(
+        lambda leaf: rng.standard_normal(leaf.shape, np.float32) / 4, shapes
+    )
+
+
+IDS = np.random.default_rng(1).integers(3, 40, (2, 9), np.int32)
 
 
 def test_llama_is_causal_and_sparse_logits_are_the_same(llama):
     model, variables = llama
-    ids = jax.random.randint(jax.random.key(1), (2, 9), 3, 40)
-    whole = model.apply(variables, ids)
-    short = model.apply(variables, ids[:, :5])
-    np.testing.assert_allclose(whole[:, :5], short, atol=1e-5)
-    at = jnp.array([[1, 4], [0, 8]])
-    some = model.apply(variables, ids, at)
-    np.testing.assert_allclose(
-        some, jnp.take_along_axis(whole, at[..., None], 1), atol=1e-5
-    )
+    apply = jax.jit(model.apply)
+    whole = np.asarray(apply(variables, IDS))
+    changed = IDS.copy()
+    changed[:, 5:] = 3
+    causal = np.asarray(apply(variables, changed))
+    np.testing.assert_allclose(causal[:, :5], whole[:, :5], atol=1e-5)
+    assert (causal[:, 5:] != whole[:, 5:]).any()
+    at = np.array([[1, 4], [0, 8]])
+    some = apply(variables, IDS, at)
+    expected = np.take_along_axis(whole, at[..., None], 1)
+    np.testing.assert_allclose(some, expected, atol=1e-5)
 
 
 def test_generate_is_greedy(llama):
@@ -99,19 +102,15 @@ def test_twins_are_one_model(llama, twin, operator):
     """The same adapters give the same logits and gradients, and the same plan."""
     model, variables = llama
     config = MoRAConfig(rank=2, operator=operator, alpha=0.5)
-    ids = jax.random.randint(jax.random.key(1), (2, 9), 3, 40)
     student = teach_facts_nnx.student(twin, config)
-    plan = linen.plan(model, variables, config, ids)
+    plan = linen.plan(model, variables, config, IDS)
     assert student.plan == plan
-    adapters = jax.tree.map(
-        lambda m: 0.3 * jax.random.normal(jax.random.key(m.size), m.shape),
-        mora_jax.init(plan),
-    )
+    adapters = made(plan, scale=0.3)
     apply = linen.wrap(model, plan)
 
     def gradients(apply, variables):
         def loss(adapters):
-            logits = apply(adapters, variables, ids)
+            logits = apply(adapters, variables, IDS)
             return jnp.mean(jnp.sin(logits)), logits
 
         return jax.jit(jax.grad(loss, has_aux=True))(adapters)
@@ -119,9 +118,10 @@ def test_twins_are_one_model(llama, twin, operator):
     ours = gradients(student.apply, student.variables)
     chex.assert_trees_all_close(ours, gradients(apply, variables), atol=1e-5)
     merged = jax.jit(student.merge)(adapters, student.variables)
-    np.testing.assert_allclose(student.base(merged, ids), ours[1], atol=1e-4)
-    base = student.base(student.variables, ids)
-    np.testing.assert_allclose(base, model.apply(variables, ids), atol=1e-5)
+    base = jax.jit(student.base)
+    np.testing.assert_allclose(base(merged, IDS), ours[1], atol=1e-4)
+    expected = jax.jit(model.apply)(variables, IDS)
+    np.testing.assert_allclose(base(student.variables, IDS), expected, atol=1e-5)
 
 
 @pytest.mark.slow
@@ -164,14 +164,16 @@ def test_loss_and_recall():
     assert batch.ids.shape == (3, 5) and batch.at.tolist()[0] == [1, 2, 3]
     assert batch.weights.sum(1).tolist() == [3, 2, 2]
     # Logits that are sure of each target; the third row is a rehearsed question.
-    sure = 30.0 * jax.nn.one_hot(batch.targets, 60)
-    loss, recall = airports.loss_and_recall(sure, batch, sure[2:])
+    sure = 30 * np.eye(60, dtype=np.float32)[batch.targets]
+    wrong, drifted = sure.copy(), sure.copy()
+    wrong[1, 0], wrong[1, 0, 3], drifted[2] = 0, 9, 0
+    loss_and_recall = jax.jit(airports.loss_and_recall)
+    loss, recall = loss_and_recall(sure, batch, sure[2:])
     assert loss < 1e-6 and recall == 1
-    wrong = sure.at[1, 0].set(0.0).at[1, 0, 3].set(9.0)
-    loss, recall = airports.loss_and_recall(wrong, batch, sure[2:])
+    loss, recall = loss_and_recall(wrong, batch, sure[2:])
     assert loss > 1 and recall == 0.5
-    loss, recall = airports.loss_and_recall(sure.at[2].set(0.0), batch, sure[2:])
-    assert loss > 1 and recall == 1  # it has drifted, and remembers the facts
+    loss, recall = loss_and_recall(drifted, batch, sure[2:])
+    assert loss > 1 and recall == 1  # it remembers the facts
 
 
 def test_facts():
