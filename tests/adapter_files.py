@@ -7,6 +7,7 @@ import io
 import json
 import math
 import re
+import resource
 import sys
 from pathlib import Path
 from unittest import mock
@@ -30,10 +31,7 @@ DATA = Path(__file__).parent / "data" / "adapters"
 """What the reference implementation wrote, one directory for each type."""
 
 PARAMS = {
-    "enc": {
-        "kernel": np.ones((16, 24), np.float32),
-        "bias": np.ones(24, np.float32),
-    },
+    "enc": {"kernel": np.ones((16, 24), np.float32), "bias": np.ones(24, np.float32)},
     "dec": {
         "kernel": np.ones((3, 24, 16), np.float32),
         "out": {"kernel": np.ones((16, 16), np.float32)},
@@ -179,6 +177,26 @@ def kernels(base, names=None):
     """The plan and adapters for what `names` know of a base."""
     plan = mora_jax.plan(Checkpoint(base).shapes(names), MoRAConfig(rank=2))
     return made(plan), plan
+
+
+@contextlib.contextmanager
+def files_of_at_most(size):
+    """A disk on which no file can grow beyond as many bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        with pytest.raises(OSError):
+            yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def assert_old_or_new(found, old, new):
+    """Adapters of `PLAN` as found one after the other: old ones, and then new ones."""
+    are_new = [is_new(adapters, new) for adapters in found]
+    for adapters, fresh in zip(found, are_new, strict=True):
+        assert_same(adapters, new if fresh else old)
+    assert are_new == sorted(are_new) and set(are_new) == {False, True}
 
 
 def run(*args, code=0):

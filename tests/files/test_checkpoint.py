@@ -10,7 +10,15 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from adapter_files import DATA, digests, kernels, made, sharded, single
+from adapter_files import (
+    DATA,
+    digests,
+    files_of_at_most,
+    kernels,
+    made,
+    sharded,
+    single,
+)
 from cases import by_kind
 from safetensors.numpy import load_file, save_file
 
@@ -116,11 +124,7 @@ def test_conv1d_and_stacks_by_name(tmp_path):
     save_file({"h.0.attn.c_attn.weight": conv1d, **tensors}, base)
     for names, tree, axes in (
         ("gpt2", {"h": {"0": {"attn": {"c_attn": {"kernel": conv1d}}}}}, "io"),
-        (
-            {"layers.{n}.fc": "fc/kernel[{n}]"},
-            {"fc": {"kernel": linears}},
-            "sio",
-        ),
+        ({"layers.{n}.fc": "fc/kernel[{n}]"}, {"fc": {"kernel": linears}}, "sio"),
     ):
         config = MoRAConfig(rank=1, overrides={".*": {"axes": axes}})
         plan = mora_jax.plan(tree, config)
@@ -170,22 +174,10 @@ def test_disk_full(tmp_path):
     adapters, plan = kernels(base)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "old").write_text("")
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, hard))
-    try:
-        with pytest.raises(OSError):
-            merge_checkpoint(base, adapters, plan, tmp_path / "out", force=True)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with files_of_at_most(5000):
+        merge_checkpoint(base, adapters, plan, tmp_path / "out", force=True)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "out"]
     assert os.listdir(tmp_path / "out") == ["old"]
-
-
-def test_output_that_cannot_be_written(tmp_path):
-    base = sharded(tmp_path / "base")
-    adapters, plan = kernels(base)
-    with pytest.raises(OSError):
-        merge_checkpoint(base, adapters, plan, "/proc/out")
 
 
 def test_replaces_by_force(tmp_path):

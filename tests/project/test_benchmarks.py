@@ -69,6 +69,11 @@ def test_one_layer(tmp_path):
         ("one_layer.py", ["--kernels", "64"], "must be like 1024x4096, got '64'"),
         ("one_layer.py", ["--rows", "0"], "--rows must be at least 1, got 0"),
         ("one_layer.py", ["--operators", "rotate"], "invalid choice: 'rotate'"),
+        ("growth.py", ["--rounds", "0"], "--rounds must be at least 1"),
+        ("scale.py", ["--tokens", "1"], "--tokens must be at least 2, got 1"),
+        ("scale.py", ["--models", "7b"], "--models: invalid choice: '7b'"),
+        ("scale.py", ["--devices", "5"], "--devices: invalid choice: "),
+        ("scale.py", ["--methods", "rotate"], "--methods: invalid choice: 'rotate'"),
     ],
 )
 def test_bad_options(script, args, message):

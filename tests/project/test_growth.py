@@ -73,9 +73,3 @@ def test_growth(tmp_path):
             assert row["exponent"] > 0.3, row
     for title in ("planning", "steps", "compilation"):
         assert f"\n| {title} | |" in printed
-
-
-@pytest.mark.slow
-def test_bad_rounds():
-    error = python(BENCHMARKS / "growth.py", "--rounds", "0", code=2)
-    assert "--rounds must be at least 1" in error

@@ -124,17 +124,3 @@ def test_quick(tmp_path):
     assert [r["devices"] for r in real] == [1, 8]
     assert all(0.8 < r["ratio"] < 1.3 for r in real)
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("args", "message"),
-    [
-        (["--tokens", "1"], "--tokens must be at least 2, got 1"),
-        (["--models", "7b"], "--models: invalid choice: '7b'"),
-        (["--devices", "5"], "--devices: invalid choice: "),
-        (["--methods", "rotate"], "--methods: invalid choice: 'rotate'"),
-    ],
-)
-def test_bad_options(args, message):
-    assert message in python(SCALE, *args, code=2)
