@@ -214,7 +214,7 @@ def test_m_may_be_split(split):
     check_layer(LABELLED["rotation"], split, m_spec=P("data", "model"))
 
 
-@pytest.mark.parametrize("label", ["rotation", "sharing-contiguous-strided"])
+@pytest.mark.parametrize("label", [slow("rotation"), "sharing-contiguous-strided"])
 def test_bfloat16(label):
     check_layer(LABELLED[label], "fsdp-rows", dtype=jnp.bfloat16)
 
