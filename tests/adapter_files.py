@@ -52,6 +52,11 @@ UP_PROJ = "model", "layers", "0", "mlp", "up_proj", "kernel"
 """A kernel that the built-in families know."""
 
 
+def slow(*values):
+    """Values of a parameter that are tested among the slow tests."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 def single(operator, shape=None, path=("a", "kernel"), **settings):
     """A plan of one kernel, which has the operator's own shape by default."""
     shape = shape or (operator.in_features, operator.out_features)

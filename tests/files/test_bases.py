@@ -17,6 +17,7 @@ from adapter_files import (
     rewrite,
     run,
     single,
+    slow,
 )
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
@@ -205,23 +206,16 @@ def test_any_axes_give_the_rows_of_the_kernel(tmp_path, axes):
         assert digests_of(tmp_path, params, axes) == expected
 
 
-def slow(*values):
-    return pytest.param(*values, marks=pytest.mark.slow)
+SPLITS = [("a", "b"), (("a", "b"), None), (None, None), ("b", None), (None, "a")]
 
 
 @pytest.mark.parametrize(
     ("kind", "parts"),
     [
-        ("Auto", ("a", "b")),
-        ("Auto", (("a", "b"), None)),
-        ("Auto", (None, None)),
+        *(("Auto", parts) for parts in SPLITS[:3]),
+        *(slow("Auto", parts) for parts in SPLITS[3:]),
         ("Explicit", ("b", None)),
-        slow("Auto", ("b", None)),
-        slow("Auto", (None, "a")),
-        slow("Explicit", ("a", "b")),
-        slow("Explicit", (None, "a")),
-        slow("Explicit", (("a", "b"), None)),
-        slow("Explicit", (None, None)),
+        *(slow("Explicit", parts) for parts in SPLITS if parts != ("b", None)),
     ],
 )
 def test_sharded_kernels_have_the_same_digest(tmp_path, kind, parts):

@@ -21,6 +21,7 @@ from adapter_files import (
     llama,
     made,
     single,
+    slow,
 )
 from cases import SIZES, by_few_cases, by_few_sizes
 from safetensors.numpy import load_file, save_file
@@ -31,10 +32,6 @@ from mora_jax.io import AdapterFileError
 from mora_jax.operators import Sharing, make_operator
 
 TYPES = (1, 2, 6)
-
-
-def slow(value):
-    return pytest.param(value, marks=pytest.mark.slow)
 
 
 MODEL = llama()

@@ -11,7 +11,7 @@ import llama
 import numpy as np
 import optax
 import pytest
-from adapter_files import made
+from adapter_files import made, slow
 from flax import nnx
 from flax.linen.spmd import logical_to_mesh_sharding
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
@@ -109,14 +109,14 @@ def assert_close(got, expected):
         np.testing.assert_allclose(one, other, atol=1e-5 * np.abs(other).max())
 
 
-def losses(plan):
+def losses(model, plan, by=(0, 1), **settings):
     """The model's loss, and its gradients by adapters and inputs."""
-    apply = linen.wrap(Model(), plan)
+    apply = linen.wrap(model, plan)
 
     def loss(adapters, x, variables):
-        return jnp.mean(apply(adapters, variables, x) ** 2)
+        return jnp.mean(apply(adapters, variables, x, **settings) ** 2)
 
-    return jax.jit(jax.value_and_grad(loss, (0, 1)))
+    return jax.jit(jax.value_and_grad(loss, by))
 
 
 def on_mesh(plan, boxed=BOXED, rules=RULES):
@@ -132,10 +132,6 @@ def on_mesh(plan, boxed=BOXED, rules=RULES):
 FEW = ("sharing", "rotation")
 NO_FSDP = tuple(rule for rule in RULES if rule[0] != "embed")
 BY_X = NamedSharding(MESH, P("data"))
-
-
-def slow(*values):
-    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 def sent(program):
@@ -172,14 +168,14 @@ def test_a_model_learns_as_on_one_device(operator, execution, rules):
     plan, variables = linen.plan(Model(), BOXED, config, X), filled(BOXED)
     assert len(plan) == 8
     adapters = made(plan, scale=1 / 8)
-    expected = losses(plan)(adapters, X, variables)
+    expected = losses(Model(), plan)(adapters, X, variables)
     plan, shardings = on_mesh(plan, rules=rules)
     arrays = (
         jax.device_put(adapters, shardings),
         jax.device_put(X, BY_X),
         jax.device_put(variables, base_shardings(rules)),
     )
-    program = losses(plan).lower(*arrays).compile()
+    program = losses(Model(), plan).lower(*arrays).compile()
     assert_close(program(*arrays), expected)
     if rules is NO_FSDP:
         allowed = {("all-reduce", (8, 8))}
@@ -337,28 +333,18 @@ def test_other_layers_learn_as_on_one_device(operator, names):
     plan = linen.plan(model, variables, config, ids)
     assert len(plan) == 3
     adapters = made(plan, scale=1 / 8)
-
-    def losses(plan):
-        apply = linen.wrap(model, plan)
-
-        def loss(adapters, variables, ids):
-            rngs = {"dropout": jax.random.key(5)}
-            settings = {"adapter_deterministic": False, "rngs": rngs}
-            return jnp.mean(apply(adapters, variables, ids, **settings) ** 2)
-
-        return jax.jit(jax.value_and_grad(loss))
-
-    expected = losses(plan)(adapters, variables, ids)
+    drops = {"adapter_deterministic": False, "rngs": {"dropout": jax.random.key(5)}}
+    expected = losses(model, plan, 0, **drops)(adapters, ids, variables)
     plan, shardings = on_mesh(plan, boxed)
     placed = jax.tree.map(
         lambda spec: NamedSharding(MESH, spec),
         nn.get_partition_spec(boxed),
         is_leaf=lambda s: isinstance(s, P),
     )
-    got = losses(plan)(
+    got = losses(model, plan, 0, **drops)(
         jax.device_put(adapters, shardings),
-        jax.device_put(variables, placed),
         jax.device_put(ids, BY_X),
+        jax.device_put(variables, placed),
     )
     assert_close(got, expected)
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from adapter_files import assert_same, made, single
+from adapter_files import assert_same, made, single, slow
 from cases import CASES, KINDS
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from traffic import collectives
@@ -155,10 +155,6 @@ NORMAL = (
 )
 BOTH_KINDS = ("sharing-strided-strided-normalised", "rotation")
 """One whose C(x) is short, and one that works on blocks."""
-
-
-def slow(*values):
-    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 def by_default(label, split, execution):
