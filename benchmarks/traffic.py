@@ -9,14 +9,29 @@ from collections.abc import Mapping
 SIZES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
 """The bytes of HLO's dtypes."""
 COLLECTIVE = re.compile(
-    r"= (.+?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)"
-    r"(-start)?\("
+    r"= (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
+    r"|collective-broadcast)(-start)?\("
 )
+ARRAY = re.compile(r"(\w+)\[([\d,]*)\]")
 CALLED = re.compile(
     r"(?:calls|to_apply|body|condition|branch_computations)=(\{[^}]*\}|%?[\w.-]+)"
 )
 GROUPS = re.compile(r"replica_groups=(\{\{[\d,]+|\[\d+,\d+\]|mesh\[.*?\].*?\{.*?\})")
 TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+
+
+def collectives(hlo: str) -> collections.Counter[tuple[str, tuple[int, ...]]]:
+    """How often a program's text has each kind of collective for each shape of array.
+
+    Axes of size one are left out of the shapes, and so are scalars.
+    """
+    found: collections.Counter[tuple[str, tuple[int, ...]]] = collections.Counter()
+    for result, kind, _ in COLLECTIVE.findall(hlo):
+        for _, sizes in ARRAY.findall(result):
+            shape = tuple(int(n) for n in sizes.split(",") if n not in ("", "1"))
+            if shape:
+                found[kind, shape] += 1
+    return found
 
 
 def traffic(hlo: str, sizes: Mapping[str, int] = SIZES) -> dict[str, float]:
@@ -64,7 +79,7 @@ def received(collective: re.Match[str], line: str, sizes: Mapping[str, int]) -> 
         raise ValueError(f"collectives must not be asynchronous, got {kind}-start")
     size = sum(
         sizes[dtype] * math.prod(int(n) for n in shape.split(",") if n)
-        for dtype, shape in re.findall(r"(\w+)\[([\d,]*)\]", result)
+        for dtype, shape in ARRAY.findall(result)
     )
     if kind == "collective-permute":
         return size

@@ -4,13 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from adapter_files import PARAMS, PLAN, made
 from cases import by_few_cases, by_few_sizes
-from test_save import PARAMS, PLAN, made
 
 import mora_jax
-from mora_jax import diagnostics
-from mora_jax.plans import Plan
-from mora_jax.spec import AdapterSpec
+from mora_jax import AdapterSpec, diagnostics
+from mora_jax._plan import Plan
 
 
 @by_few_cases

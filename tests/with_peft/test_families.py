@@ -3,8 +3,8 @@
 import jax
 import numpy as np
 import pytest
+from adapter_files import made
 from flax import traverse_util
-from test_save import made
 
 import mora_jax
 from mora_jax import MoRAConfig, io

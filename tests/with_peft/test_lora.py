@@ -5,8 +5,7 @@ import json
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_peft import DATA, MODEL, NAMES, base
-from test_save import made
+from adapter_files import DATA, NAMES, base, llama, made
 
 from mora_jax import MoRAConfig, io, linen
 from mora_jax.operators import OPERATORS
@@ -17,8 +16,8 @@ torch = pytest.importorskip("torch")
 IDS = np.random.default_rng(0).integers(0, 97, (2, 9), np.int32)
 
 
-def llama():
-    """The tiny Llama in PyTorch."""
+def torch_llama():
+    """The same Llama in PyTorch."""
     from safetensors.torch import load_file
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -35,7 +34,7 @@ def logits(model):
         return model(torch.tensor(IDS, dtype=torch.long)).logits.numpy()
 
 
-PARAMS = base(1)
+MODEL, PARAMS = llama(), base(1)
 BLOCKS = {"rotation", "decoupling", "permutation"}
 
 
@@ -49,7 +48,7 @@ def test_logits(tmp_path, operator):
     rank = 64 if operator in BLOCKS else None  # all of it
     lost = io.save_peft_lora(tmp_path / "a", adapters, plan, NAMES, rank=rank)
     assert len(lost) == 14 and max(lost.values()) < 1e-5
-    model = peft.PeftModel.from_pretrained(llama(), tmp_path / "a")
+    model = peft.PeftModel.from_pretrained(torch_llama(), tmp_path / "a")
     np.testing.assert_allclose(logits(model), expected, atol=1e-4)
     base_logits = MODEL.apply(variables, IDS)
     assert float(jnp.abs(expected - base_logits).max()) > 0.1

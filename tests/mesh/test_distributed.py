@@ -1,20 +1,19 @@
 """A run on a mesh survives what befalls long runs: SIGTERM, SIGKILL, another mesh."""
 
 import contextlib
-import os
 import re
 import signal
 import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
+from processes import ROOT, environment
 
 import mora_jax
 from examples import train_sharded
@@ -22,7 +21,6 @@ from models import llama
 from mora_jax import MoRAConfig
 
 EXAMPLE = "examples.train_sharded"
-ROOT = Path(__file__).parents[1]
 STEPS, EVERY, SECONDS = 12, 3, 240
 # With dropout and an update every other batch, all parts of a state matter. In float32,
 # so that meshes differ by less than a batch matters.
@@ -35,12 +33,11 @@ def running(log, directory, options, steps=STEPS):
     """The example as a process, which is killed if it has not ended by then."""
     command = [sys.executable, "-m", EXAMPLE, *SETTINGS.split(), *options.split()]
     command += ["--steps", str(steps), "--checkpoint", directory]
-    env = {
-        **os.environ,
-        "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-    }
+    env = environment(
+        JAX_COMPILATION_CACHE_DIR=jax.config.jax_compilation_cache_dir,
+        JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
+        JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES="-1",
+    )
     with log.open("wb") as out:
         process = subprocess.Popen(command, stdout=out, stderr=out, env=env, cwd=ROOT)
     try:

@@ -5,6 +5,7 @@ import json
 import jax
 import jax.numpy as jnp
 import pytest
+from adapter_files import single
 from cases import by_case
 
 from mora_jax import MoRAConfig, io, plan
@@ -22,17 +23,16 @@ PARAMS = {
 OVERRIDES = {"b/kernel": {"axes": "sio"}}
 
 
-def made(params=PARAMS, **settings):
+def planned(params=PARAMS, **settings):
     overrides = {**OVERRIDES, **settings.pop("overrides", {})}
     return plan(params, MoRAConfig(rank=2, **settings, overrides=overrides))
 
 
 @by_case
 def test_round_trip(case):
-    operator = case.spec
-    chosen = made(
-        operator=operator, dropout=0.5, init="gaussian", param_dtype=jnp.bfloat16,
-        execution="fold", alpha=0.3, seed=7,
+    chosen = single(
+        case.make(12, 20, 6, seed=3), dropout=0.5, init="gaussian", alpha=0.3,
+        param_dtype="bfloat16", execution="fold",
     )  # fmt: skip
     text = io.plan_to_json(chosen)
     assert io.plan_from_json(text) == chosen
@@ -42,8 +42,8 @@ def test_round_trip(case):
 
 
 def test_how_adapters_are_trained_may_differ():
-    text = io.plan_to_json(made(dropout=0.5))
-    found = io.plan_from_json(text, like=made(param_dtype=jnp.bfloat16))
+    text = io.plan_to_json(planned(dropout=0.5))
+    found = io.plan_from_json(text, like=planned(param_dtype=jnp.bfloat16))
     assert found["a/kernel"].dropout == 0.5
 
 
@@ -75,16 +75,16 @@ def test_how_adapters_are_trained_may_differ():
 )
 def test_a_plan_of_another_meaning_is_refused(other, message):
     settings = {"operator": "orthogonal", "seed": 1}
-    here = made(**settings)
+    here = planned(**settings)
     if "square_rank" in other:
         there = plan(PARAMS, MoRAConfig(**settings, **other, overrides=OVERRIDES))
     else:
-        there = made(**settings | other)
+        there = planned(**settings | other)
     with pytest.raises(AdapterFileError, match=message):
         io.plan_from_json(io.plan_to_json(there), like=here)
 
 
-TEXT = io.plan_to_json(made())
+TEXT = io.plan_to_json(planned())
 
 
 def changed(**entries):
@@ -133,10 +133,6 @@ LACKING = {key: value for key, value in json.loads(TEXT).items() if key != "trac
         (changed_layer(alpha=2.0), "damaged or edited: its digest differs"),
         (changed_layer(alpha="2"), "a/kernel of the plan: alpha must be a number"),
         (changed_layer(square_rank=2**40), "a/kernel of the plan: "),
-        (changed_layer(kernel_shape=[2**40, 24]), "at most 4,194,304 features"),
-        (changed_layer(path=["..", "kernel"]), "must have a path of names"),
-        (changed_layer(operator={"name": "lora"}), "operator must be one of"),
-        (changed_layer(dtype="float16"), "dtype must be 'float32', got 'float16'"),
         (
             changed_layer(operator_check=[1.0] * 4),
             "is another operator here than where",

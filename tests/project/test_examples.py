@@ -2,34 +2,28 @@
 
 import argparse
 import functools
-import subprocess
-import sys
-from pathlib import Path
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from adapter_files import made
 from flax import nnx
+from processes import ROOT, python
 
 import mora_jax
 from examples import teach_facts, teach_facts_nnx
 from models import airports, lesson, smollm2, smollm2_nnx
 from mora_jax import MoRAConfig, linen
 
-ROOT = Path(__file__).parents[1]
-
 
 def test_quickstart():
     assert len((ROOT / "examples/quickstart.py").read_text().splitlines()) < 40
-    command = [sys.executable, "-m", "examples.quickstart"]
-    out = subprocess.run(
-        command, check=True, capture_output=True, text=True, cwd=ROOT
-    ).stdout
+    printed = python("-m", "examples.quickstart", cwd=ROOT)
     losses = {
         line.split(":")[0]: float(line.split()[-1])
-        for line in out.splitlines()
+        for line in printed.splitlines()
         if "loss" in line
     }
     assert losses["adapted"] < 0.01 < 0.1 < losses["step 0"]
@@ -41,22 +35,29 @@ def llama():
     config = smollm2.Config(
         vocab=40, layers=2, width=24, hidden=32, heads=3, kv_heads=1
     )
-    model = smollm2.Llama(config)
-    ids = jnp.zeros((1, 4), jnp.int32)
-    return model, jax.jit(model.init)(jax.random.key(0), ids)
+    model, rng = smollm2.Llama(config), np.random.default_rng(0)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, 4), np.int32))
+    return model, jax.tree.map(
+        lambda leaf: rng.standard_normal(leaf.shape, np.float32) / 4, shapes
+    )
+
+
+IDS = np.random.default_rng(1).integers(3, 40, (2, 9), np.int32)
 
 
 def test_llama_is_causal_and_sparse_logits_are_the_same(llama):
     model, variables = llama
-    ids = jax.random.randint(jax.random.key(1), (2, 9), 3, 40)
-    whole = model.apply(variables, ids)
-    short = model.apply(variables, ids[:, :5])
-    np.testing.assert_allclose(whole[:, :5], short, atol=1e-5)
-    at = jnp.array([[1, 4], [0, 8]])
-    some = model.apply(variables, ids, at)
-    np.testing.assert_allclose(
-        some, jnp.take_along_axis(whole, at[..., None], 1), atol=1e-5
-    )
+    apply = jax.jit(model.apply)
+    whole = np.asarray(apply(variables, IDS))
+    changed = IDS.copy()
+    changed[:, 5:] = 3
+    causal = np.asarray(apply(variables, changed))
+    np.testing.assert_allclose(causal[:, :5], whole[:, :5], atol=1e-5)
+    assert (causal[:, 5:] != whole[:, 5:]).any()
+    at = np.array([[1, 4], [0, 8]])
+    some = apply(variables, IDS, at)
+    expected = np.take_along_axis(whole, at[..., None], 1)
+    np.testing.assert_allclose(some, expected, atol=1e-5)
 
 
 def test_generate_is_greedy(llama):
@@ -96,14 +97,10 @@ def test_twins_are_one_model(llama, twin, operator):
     """The same adapters give the same logits and gradients, and the same plan."""
     model, variables = llama
     config = MoRAConfig(rank=2, operator=operator, alpha=0.5)
-    ids = jax.random.randint(jax.random.key(1), (2, 9), 3, 40)
-    plan = linen.plan(model, variables, config, ids)
+    plan = linen.plan(model, variables, config, IDS)
     adapted = mora_jax.nnx.wrap(twin, config)
     assert mora_jax.nnx.plan_of(adapted) == plan
-    adapters = jax.tree.map(
-        lambda m: 0.3 * jax.random.normal(jax.random.key(m.size), m.shape),
-        mora_jax.init(plan),
-    )
+    adapters = made(plan, scale=0.3)
     apply = linen.wrap(model, plan)
 
     def loss(logits):
@@ -111,19 +108,21 @@ def test_twins_are_one_model(llama, twin, operator):
 
     @functools.partial(jax.jit, static_argnums=0)
     def gradients(apply, adapters):
-        return jax.grad(lambda a: loss(apply(a, variables, ids)), has_aux=True)(
+        return jax.grad(lambda a: loss(apply(a, variables, IDS)), has_aux=True)(
             adapters
         )
 
     mora_jax.nnx.set_adapters(adapted, adapters)
     grad = mora_jax.nnx.value_and_grad(lambda m, ids: loss(m(ids)), has_aux=True)
-    (_, logits), state = nnx.jit(grad)(adapted, ids)
+    (_, logits), state = nnx.jit(grad)(adapted, IDS)
     expected, expected_logits = gradients(apply, adapters)
     np.testing.assert_allclose(logits, expected_logits, atol=1e-5)
     chex.assert_trees_all_close(nnx.to_pure_dict(state), expected, atol=1e-5)
+    run = nnx.jit(lambda model, ids: model(ids))
     merged = nnx.jit(mora_jax.nnx.merge_adapters)(adapted)
-    np.testing.assert_allclose(merged(ids), logits, atol=1e-4)
-    np.testing.assert_allclose(twin(ids), model.apply(variables, ids), atol=1e-5)
+    np.testing.assert_allclose(run(merged, IDS), logits, atol=1e-4)
+    base = jax.jit(model.apply)(variables, IDS)
+    np.testing.assert_allclose(run(twin, IDS), base, atol=1e-5)
 
 
 @pytest.mark.slow
@@ -163,14 +162,16 @@ def test_loss_and_recall():
     assert batch.ids.shape == (3, 5) and batch.at.tolist()[0] == [1, 2, 3]
     assert batch.weights.sum(1).tolist() == [3, 2, 2]
     # Logits that are sure of each target; the third row is a rehearsed question.
-    sure = 30.0 * jax.nn.one_hot(batch.targets, 60)
-    loss, recall = lesson.loss_and_recall(sure, batch, sure[2:])
+    sure = 30 * np.eye(60, dtype=np.float32)[batch.targets]
+    wrong, drifted = sure.copy(), sure.copy()
+    wrong[1, 0], wrong[1, 0, 3], drifted[2] = 0, 9, 0
+    loss_and_recall = jax.jit(lesson.loss_and_recall)
+    loss, recall = loss_and_recall(sure, batch, sure[2:])
     assert loss < 1e-6 and recall == 1
-    wrong = sure.at[1, 0].set(0.0).at[1, 0, 3].set(9.0)
-    loss, recall = lesson.loss_and_recall(wrong, batch, sure[2:])
+    loss, recall = loss_and_recall(wrong, batch, sure[2:])
     assert loss > 1 and recall == 0.5
-    loss, recall = lesson.loss_and_recall(sure.at[2].set(0.0), batch, sure[2:])
-    assert loss > 1 and recall == 1  # it has drifted, and remembers the facts
+    loss, recall = loss_and_recall(drifted, batch, sure[2:])
+    assert loss > 1 and recall == 1  # it remembers the facts
 
 
 def test_facts():

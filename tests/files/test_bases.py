@@ -1,26 +1,49 @@
 """An adapter knows the base that it was trained on, and another one is refused."""
 
+import hashlib
 import json
+import tracemalloc
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from adapter_files import (
+    CONFIGURED,
+    PARAMS,
+    config_of,
+    digests,
+    made,
+    rewrite,
+    run,
+    single,
+    slow,
+)
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 from safetensors.numpy import save_file
-from test_checkpoint import digests
-from test_cli import run
-from test_save import CONFIG, CONFIGURED, PARAMS, made, rewrite
 
 import mora_jax
-from mora_jax import MoRAConfig, bases, io, load, merge, save
+from mora_jax import MoRAConfig, io, load, merge, save
 from mora_jax.io import AdapterFileError
-from mora_jax.spec import AdapterSpec
+from mora_jax.operators import Truncation
 
 RNG = np.random.default_rng(0)
-BASE = jax.tree.map(lambda x: jnp.asarray(RNG.standard_normal(x.shape)), PARAMS)
-OTHER = {**BASE, "enc": {**BASE["enc"], "kernel": BASE["enc"]["kernel"].at[0].add(1)}}
+BASE = jax.tree.map(
+    lambda x: jnp.asarray(RNG.standard_normal(x.shape), jnp.float32), PARAMS
+)
+ROWS = np.array([0, 3, 6, 9, 13, 16, 19, 23])
+"""Those of 24 that a digest covers."""
+
+
+def plus_one(kernel, *index):
+    """The kernel with another weight."""
+    kernel = np.array(kernel)
+    kernel[index] += 1
+    return jnp.asarray(kernel)
+
+
+OTHER = {**BASE, "enc": {**BASE["enc"], "kernel": plus_one(BASE["enc"]["kernel"], 0)}}
 PLAN = mora_jax.plan(BASE, CONFIGURED)
 ADAPTERS = made(PLAN, dtype="float32", scale=0.1)
 
@@ -33,7 +56,7 @@ def saved(tmp_path):
 
 
 def bfloat16(tree):
-    return jax.tree.map(lambda x: x.astype("bfloat16"), tree)
+    return jax.tree.map(lambda x: jnp.asarray(np.asarray(x, "bfloat16")), tree)
 
 
 def test_the_base_and_its_bfloat16_copy_are_taken(saved):
@@ -41,7 +64,7 @@ def test_the_base_and_its_bfloat16_copy_are_taken(saved):
         _, plan = load(saved, params)
         assert plan == PLAN and hash(plan) == hash(PLAN)
         assert [len(spec.base_digest) for spec in plan.specs] == [3, 1, 1]
-    layers = json.loads((saved / CONFIG).read_text())["layers"]
+    layers = config_of(saved)["layers"]
     assert [len(layer["base_digest"]) for layer in layers] == [3, 1, 1]
 
 
@@ -54,9 +77,7 @@ def test_load_refuses_another_base_unless_told(saved):
 
 
 def test_one_layer_of_a_stack_is_told_apart(saved):
-    numbers = bases.row_numbers(24)
-    assert 0 in numbers and 23 in numbers and len(numbers) == 8
-    stacked = BASE["dec"]["kernel"].at[1, numbers[3]].add(1)
+    stacked = plus_one(BASE["dec"]["kernel"], 1, ROWS[3])
     other = {**BASE, "dec": {**BASE["dec"], "kernel": stacked}}
     with pytest.raises(AdapterFileError, match="'dec/kernel'"):
         load(saved, other)
@@ -94,7 +115,7 @@ def test_files_of_version_1_are_read(saved):
 
 def test_without_params_files_say_what_the_plan_knows(tmp_path, saved):
     save(tmp_path / "b", ADAPTERS, PLAN)
-    layers = json.loads((tmp_path / "b" / CONFIG).read_text())["layers"]
+    layers = config_of(tmp_path / "b")["layers"]
     assert all(layer["base_digest"] is None for layer in layers)
     load(tmp_path / "b", OTHER)
     save(tmp_path / "c", *load(saved))
@@ -149,11 +170,30 @@ def test_params_that_do_not_fit_are_refused(tmp_path):
     assert not (tmp_path / "a").exists()
 
 
+def digests_of(directory, kernel, axes):
+    """What a file says of a kernel, one digest for each index of its stack."""
+    sizes = dict.fromkeys("sio", 1)
+    for size, letter in zip(kernel.shape, axes, strict=True):
+        sizes[letter] *= size
+    operator = Truncation(sizes["i"], sizes["o"], 1)
+    plan = single(operator, kernel.shape, ("k",), axes=axes)
+    save(directory, made(plan), plan, params={"k": kernel})
+    (layer,) = config_of(directory)["layers"]
+    return layer["base_digest"]
+
+
+def by_definition(kernels):
+    """Of kernels (stack, in, out): SHA-256 of eight rows of each in bfloat16."""
+    rows = np.linspace(0, kernels.shape[1] - 1, min(8, kernels.shape[1])).astype(int)
+    rows = kernels[:, rows].astype("bfloat16")
+    return [hashlib.sha256(one.tobytes()).hexdigest() for one in rows]
+
+
 AXES = ["io", "oi", "ioo", "iio", "sio", "sioo", "iso", "osi", "ioi", "ssoi"]
 
 
 @pytest.mark.parametrize("axes", AXES)
-def test_any_axes_give_the_rows_of_the_kernel(axes):
+def test_any_axes_give_the_rows_of_the_kernel(tmp_path, axes):
     """As the plain definition: transposed to (stack, in, out), then some rows."""
     sizes = {"i": [5, 3], "o": [4, 2], "s": [2, 3]}
     shape = tuple(sizes[kind][axes[:k].count(kind)] for k, kind in enumerate(axes))
@@ -161,45 +201,46 @@ def test_any_axes_give_the_rows_of_the_kernel(axes):
     order = [k for kind in "sio" for k, other in enumerate(axes) if other == kind]
     ins = int(np.prod([n for n, kind in zip(shape, axes, strict=True) if kind == "i"]))
     outs = int(np.prod([n for n, kind in zip(shape, axes, strict=True) if kind == "o"]))
-    whole = kernel.transpose(order).reshape(-1, ins, outs)
-    expected = tuple(
-        bases.rows_digest(layer[bases.row_numbers(ins)]) for layer in whole
-    )
-    operator = mora_jax.operators.Truncation(ins, outs, 1)
-    spec = AdapterSpec(operator, shape, axes=axes)
-    assert bases.kernel_digests(spec, kernel) == expected
-    assert bases.kernel_digests(spec, jnp.asarray(kernel)) == expected
+    expected = by_definition(kernel.transpose(order).reshape(-1, ins, outs))
+    for params in (kernel, jnp.asarray(kernel)):
+        assert digests_of(tmp_path, params, axes) == expected
 
 
-@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+SPLITS = [("a", "b"), (("a", "b"), None), (None, None), ("b", None), (None, "a")]
+
+
 @pytest.mark.parametrize(
-    "parts", [("a", "b"), ("b", None), (None, "a"), (("a", "b"), None), (None, None)]
+    ("kind", "parts"),
+    [
+        *(("Auto", parts) for parts in SPLITS[:3]),
+        *(slow("Auto", parts) for parts in SPLITS[3:]),
+        ("Explicit", ("b", None)),
+        *(slow("Explicit", parts) for parts in SPLITS if parts != ("b", None)),
+    ],
 )
-def test_sharded_kernels_have_the_same_digest(kind, parts):
+def test_sharded_kernels_have_the_same_digest(tmp_path, kind, parts):
+    kernel = RNG.standard_normal((3, 16, 24)).astype(np.float32)
+    placed = jax.device_put(kernel, on_mesh(kind, None, *parts))
+    assert digests_of(tmp_path, placed, "sio") == by_definition(kernel)
+
+
+def on_mesh(kind, *parts):
     kind = getattr(jax.sharding.AxisType, kind)
-    mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(kind, kind))
-    kernel = jnp.asarray(RNG.standard_normal((3, 16, 24)), jnp.float32)
-    operator = mora_jax.operators.Truncation(16, 24, 1)
-    spec = AdapterSpec(operator, (3, 16, 24), axes="sio")
-    expected = bases.kernel_digests(spec, kernel)
-    placed = jax.device_put(kernel, NamedSharding(mesh, PartitionSpec(None, *parts)))
-    assert bases.kernel_digests(spec, placed) == expected
+    devices = jax.devices()[:4]
+    mesh = jax.make_mesh((2, 2), ("a", "b"), axis_types=(kind,) * 2, devices=devices)
+    return NamedSharding(mesh, PartitionSpec(*parts))
 
 
-def test_only_the_rows_come_to_the_host(monkeypatch):
-    taken, take = [], bases._take
-
-    def watch(*args):
-        taken.append(take(*args).size)
-        return take(*args)
-
-    monkeypatch.setattr(bases, "_take", watch)
-    for spec in PLAN.specs:
-        node = BASE
-        for key in spec.path:
-            node = node[key]
-        bases.kernel_digests(spec, node)
-    assert taken == [3 * 8 * 16, 8 * 16, 8 * 24]
+def test_only_the_rows_come_to_the_host(tmp_path):
+    """Of a kernel of 16 MB, which is on four devices, 64 kB."""
+    kernel = np.zeros((2048, 2048), np.float32)
+    kernel = jax.device_put(kernel, on_mesh("Auto", "a", "b"))
+    tracemalloc.start()
+    try:
+        digests_of(tmp_path, kernel, "io")
+        assert tracemalloc.get_traced_memory()[1] < 2_000_000
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.fixture

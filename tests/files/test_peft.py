@@ -2,87 +2,61 @@
 
 import json
 import re
-from pathlib import Path
 
 import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
+import oracle
 import pytest
-from cases import by_few_cases, by_few_sizes
+from adapter_files import (
+    CONFIG,
+    DATA,
+    NAMES,
+    TENSORS,
+    UP_PROJ,
+    assert_same,
+    base,
+    config_of,
+    llama,
+    made,
+    single,
+    slow,
+)
+from cases import SIZES, by_few_cases, by_few_sizes
 from safetensors.numpy import load_file, save_file
-from test_save import CONFIG, TENSORS, assert_same, made
 
 import mora_jax
-from models import smollm2
-from mora_jax import MoRAConfig, io, linen
+from mora_jax import MoRAConfig, Plan, io, linen
 from mora_jax.io import AdapterFileError
-from mora_jax.operators import Sharing
-from mora_jax.plans import Plan
-from mora_jax.spec import AdapterSpec
+from mora_jax.operators import Sharing, make_operator
 
-DATA = Path(__file__).parent / "data" / "adapters"
 TYPES = (1, 2, 6)
-NAMES = {"model.layers.{n}.{block}.{name}": "layers_{n}/{block}/{name}/kernel"}
-"""Of the Llama in `smollm2`."""
 
 
-def base(mora_type=1):
-    """The params of an adapter's tiny Llama, under `smollm2`'s names."""
-    flat = {}
-    path = DATA / f"type{mora_type}" / "base_model.safetensors"
-    for name, array in load_file(path).items():
-        path = name.removeprefix("model.").removesuffix(".weight")
-        path = re.sub(r"layers\.(\d+)", r"layers_\1", path).replace(".", "/")
-        if array.ndim == 2 and path != "embed_tokens":
-            flat[f"{path}/kernel"] = array.T
-        else:
-            flat[f"{path}/{'embedding' if array.ndim == 2 else 'scale'}"] = array
-    return flax.traverse_util.unflatten_dict(flat, sep="/")
+MODEL = llama()
+APPLY = jax.jit(MODEL.apply)
 
 
-MODEL = smollm2.Llama(
-    smollm2.Config(
-        vocab=97,
-        layers=2,
-        width=64,
-        hidden=160,
-        heads=4,
-        kv_heads=2,
-        rope_base=10000.0,
-        epsilon=1e-6,
-    )
-)
-
-
-@pytest.mark.parametrize("mora_type", TYPES)
-def test_logits_are_the_references(mora_type):
+@pytest.mark.parametrize("mora_type", [1, slow(2), 6])
+def test_logits_and_merged_weights_are_the_references(mora_type):
     params, directory = base(mora_type), DATA / f"type{mora_type}"
     adapters, plan = io.load_peft_mora(directory, params, NAMES)
     assert len(plan) == 14
     expected = load_file(directory / "logits.safetensors")
     ids = expected["input_ids"].astype(np.int32)
     variables = {"params": params}
-    y = linen.wrap(MODEL, plan)(adapters, variables, ids)
-    np.testing.assert_allclose(
-        MODEL.apply(variables, ids), expected["base_logits"], atol=1e-4
-    )
+    y = jax.jit(linen.wrap(MODEL, plan))(adapters, variables, ids)
     np.testing.assert_allclose(y, expected["adapter_logits"], atol=1e-4)
+    y = APPLY(variables, ids)
+    np.testing.assert_allclose(y, expected["base_logits"], atol=1e-4)
     merged = mora_jax.merge(params, adapters, plan)
-    y = MODEL.apply({"params": merged}, ids)
+    y = APPLY({"params": merged}, ids)
     np.testing.assert_allclose(y, expected["merged_logits"], atol=1e-4)
-
-
-@pytest.mark.parametrize("mora_type", TYPES)
-def test_merged_weights_are_the_references(mora_type):
-    params, directory = base(mora_type), DATA / f"type{mora_type}"
-    adapters, plan = io.load_peft_mora(directory, params, NAMES)
-    merged = flax.traverse_util.flatten_dict(
-        mora_jax.merge(params, adapters, plan), sep="/"
-    )
-    expected = load_file(directory / "merged_weights.safetensors")
-    assert len(expected) == len(plan)
-    for name, weight in expected.items():
+    merged = flax.traverse_util.flatten_dict(merged, sep="/")
+    weights = load_file(directory / "merged_weights.safetensors")
+    assert len(weights) == len(plan)
+    for name, weight in weights.items():
         path = re.sub(r"model\.layers\.(\d+)", r"layers_\1", name).replace(".", "/")
         kernel = merged[path.replace("/weight", "/kernel")]
         np.testing.assert_allclose(kernel.T, weight, atol=1e-5)
@@ -98,9 +72,7 @@ def test_written_as_it_was_read(tmp_path, mora_type):
     assert one.keys() == other.keys()
     for name in one:
         np.testing.assert_array_equal(one[name], other[name])
-    one, other = (
-        json.loads((d / CONFIG).read_text()) for d in (source, tmp_path / "a")
-    )
+    one, other = (config_of(d) for d in (source, tmp_path / "a"))
     for key in ("peft_type", "r", "mora_type", "use_mora", "bias", "fan_in_fan_out"):
         assert one[key] == other[key]
     assert not other["rank_pattern"]
@@ -109,10 +81,24 @@ def test_written_as_it_was_read(tmp_path, mora_type):
     assert same == plan
 
 
-def single(operator, **settings):
-    shape = operator.in_features, operator.out_features
-    path = ("model", "layers", "0", "mlp", "up_proj", "kernel")
-    return Plan((AdapterSpec(operator, shape, path=path, **settings),), 0)
+def several(operators):
+    """A plan of {path: operator}."""
+    specs = [
+        spec
+        for path, operator in operators.items()
+        for spec in single(operator, path=tuple(path.split("/"))).specs
+    ]
+    return Plan(tuple(specs), 0)
+
+
+def stack(*settings):
+    """A plan of kernels of (in, out, q, operator), one layer each."""
+    return several(
+        {
+            f"model/layers/{k}/mlp/up_proj/kernel": make_operator(name, *size)
+            for k, (*size, name) in enumerate(settings)
+        }
+    )
 
 
 @pytest.mark.parametrize("mora_type", [1, 2, 3, 4, 6])
@@ -120,48 +106,44 @@ def single(operator, **settings):
 def test_all_types_and_layouts(tmp_path, mora_type, rank):
     """Three layers of other sizes and ranks, so that rank_pattern is needed."""
     sizes = {"q_proj": (24, 24, rank), "up_proj": (24, 40, 2), "down_proj": (40, 24, 3)}
-    specs = tuple(
-        AdapterSpec(
-            io.reference_operator(mora_type, ins, outs, r),
-            (ins, outs),
-            path=("layers", "0", "mlp", name, "kernel"),
-        )
-        for name, (ins, outs, r) in sizes.items()
+    plan = several(
+        {
+            f"layers/0/mlp/{name}/kernel": io.reference_operator(mora_type, *size)
+            for name, size in sizes.items()
+        }
     )
-    plan = Plan(specs, 0)
     adapters = made(plan)
     io.save_peft_mora(tmp_path / "a", adapters, plan, "qwen")
-    config = json.loads((tmp_path / "a" / CONFIG).read_text())
+    config = config_of(tmp_path / "a")
     assert config["mora_type"] == mora_type
     back, same = io.load_peft_mora(tmp_path / "a", plan, "llama")
     assert_same(back, adapters)
     assert same.specs == plan.specs
 
 
-def update(adapters, plan):
-    """Of the only kernel, as an array."""
-    (delta,) = jax.tree.leaves(mora_jax.delta_weight(adapters, plan))
-    return np.asarray(delta)
+def update(matrices, adapters, plan):
+    """Of the only kernel, by an operator's matrices as the oracle has them."""
+    (spec,), (m,) = plan.specs, jax.tree.leaves(adapters)
+    return spec.alpha * oracle.update(*matrices(spec.operator), m)
 
 
 def test_alpha_and_normalisation_go_into_m(tmp_path):
     operator = Sharing(24, 40, io.reference_operator(1, 24, 40, 2).square_rank)
-    plan = single(operator, alpha=-3.0)
+    plan = single(operator, path=UP_PROJ, alpha=-3.0)
     adapters = made(plan)
     io.save_peft_mora(tmp_path / "a", adapters, plan)
     back, other = io.load_peft_mora(tmp_path / "a", plan)
-    np.testing.assert_allclose(
-        update(back, other), update(adapters, plan), rtol=1e-5, atol=1e-6
-    )
+    expected = update(oracle.sharing, adapters, plan)
+    found = update(oracle.sharing, back, other)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
 
 
 @by_few_cases
 @by_few_sizes
 def test_export_is_exact_or_refused(tmp_path, case, size):
     """Whatever the reference's code would load computes what ours does."""
-    ins, outs, q = size
-    operator = case.make(ins, outs, q)
-    plan = single(operator)
+    operator = case.make(*size)
+    plan = single(operator, path=UP_PROJ)
     adapters = made(plan)
     try:
         io.save_peft_mora(tmp_path / "a", adapters, plan)
@@ -171,20 +153,19 @@ def test_export_is_exact_or_refused(tmp_path, case, size):
         return
     assert operator.name in ("sharing", "rotation")
     back, other = io.load_peft_mora(tmp_path / "a", plan)
-    np.testing.assert_allclose(
-        update(back, other), update(adapters, plan), rtol=1e-5, atol=1e-5
-    )
+    expected = update(case.matrices, adapters, plan)
+    found = update(case.matrices, back, other)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
 @by_few_cases
-@by_few_sizes
+@pytest.mark.parametrize("size", [*map(slow, SIZES[:-1]), SIZES[-1]], ids=str)
 def test_lora_is_the_update(tmp_path, case, size):
-    """Exactly, where the update has rank q; else what singular values leave."""
-    ins, outs, q = size
-    operator = case.make(ins, outs, q)
-    plan = single(operator, alpha=0.5)
+    """Exactly, where the update has rank q; otherwise what singular values leave."""
+    operator = case.make(*size)
+    plan = single(operator, path=UP_PROJ, alpha=0.5)
     adapters = made(plan)
-    delta = update(adapters, plan)
+    delta = update(case.matrices, adapters, plan)
     if operator.block:
         with pytest.raises(ValueError, match="rank"):
             io.save_peft_lora(tmp_path / "a", adapters, plan)
@@ -195,7 +176,7 @@ def test_lora_is_the_update(tmp_path, case, size):
         lost = io.save_peft_lora(target, adapters, plan, rank=rank, max_error=1)
         (lost,) = lost.values()
         tensors = load_file(target / TENSORS)
-        config = json.loads((target / CONFIG).read_text())
+        config = config_of(target)
         name = "base_model.model.model.layers.0.mlp.up_proj"
         a, b = (tensors.pop(f"{name}.lora_{x}.weight").astype(np.float64) for x in "AB")
         assert not tensors and len(a) == config["r"] == config["lora_alpha"]
@@ -209,22 +190,9 @@ def test_lora_is_the_update(tmp_path, case, size):
             assert lost < 1e-5
 
 
-def several(*settings):
-    """A plan of kernels of (in, out, q, operator), one layer each."""
-    specs = [
-        AdapterSpec(
-            mora_jax.operators.make_operator(operator, ins, outs, q),
-            (ins, outs),
-            path=("model", "layers", str(k), "mlp", "up_proj", "kernel"),
-        )
-        for k, (ins, outs, q, operator) in enumerate(settings)
-    ]
-    return Plan(tuple(specs), 0)
-
-
 def test_a_lora_that_loses_too_much_is_refused(tmp_path):
     """The message names the worst module, and the least rank that does for all."""
-    plan = several((24, 24, 8, "rotation"), (24, 40, 8, "rotation"))
+    plan = stack((24, 24, 8, "rotation"), (24, 40, 8, "rotation"))
     adapters, target = made(plan), tmp_path / "a"
     with pytest.raises(ValueError, match="full rank") as told:
         io.save_peft_lora(target, adapters, plan)
@@ -243,7 +211,7 @@ def test_a_lora_that_loses_too_much_is_refused(tmp_path):
     for value, error in ((-0.1, ValueError), (1.5, ValueError), (True, TypeError)):
         with pytest.raises(error, match="max_error"):
             io.save_peft_lora(tmp_path / "x", adapters, plan, rank=4, max_error=value)
-    exact = several((24, 24, 8, "sharing"))
+    exact = stack((24, 40, 11, "sharing"))
     assert not any(
         io.save_peft_lora(tmp_path / "s", made(exact), exact, max_error=0).values()
     )
@@ -251,17 +219,18 @@ def test_a_lora_that_loses_too_much_is_refused(tmp_path):
 
 def test_r_is_the_largest_rank(tmp_path):
     """Servers make room for that many; each module still is scaled by 1."""
-    plan = several(*[(24, 24, 4, "sharing")] * 3, (24, 40, 12, "sharing"))
+    plan = stack(*[(24, 24, 4, "sharing")] * 3, (24, 40, 11, "sharing"))
     io.save_peft_lora(tmp_path / "a", made(plan), plan)
-    config = json.loads((tmp_path / "a" / CONFIG).read_text())
-    assert config["r"] == config["lora_alpha"] == 12
+    config = config_of(tmp_path / "a")
+    assert config["r"] == config["lora_alpha"] == 11
     small = {f"model.layers.{k}.mlp.up_proj": 4 for k in range(3)}
     assert config["rank_pattern"] == config["alpha_pattern"] == small
 
 
 @pytest.mark.parametrize("write", [io.save_peft_mora, io.save_peft_lora])
 def test_force_replaces_nothing_but_an_adapter(tmp_path, write):
-    args = (*io.load_peft_mora(DATA / "type1", base(), NAMES), NAMES)
+    plan = stack((24, 40, 11, "sharing"))
+    args = made(plan), plan
     for _ in range(2):
         write(tmp_path / "a", *args, force=True)
     (tmp_path / "a" / "notes.txt").write_text("mine")
@@ -280,9 +249,9 @@ def test_every_rank_can_be_written(tmp_path, mora_type):
         [(128, 64), (64, 1), (64, 17), (96, 30), (4096, 8), (4096, 256)]
     ):
         operator = io.reference_operator(mora_type, width, width, rank)
-        plan = single(operator)
-        io.save_peft_mora(tmp_path / str(number), mora_jax.init(plan), plan)
-        config = json.loads((tmp_path / str(number) / CONFIG).read_text())
+        plan = single(operator, path=UP_PROJ)
+        io.save_peft_mora(tmp_path / str(number), made(plan), plan)
+        config = config_of(tmp_path / str(number))
         again = io.reference_operator(mora_type, width, width, config["r"])
         assert again == operator
 
@@ -386,7 +355,7 @@ BAD_CONFIGS = {
 @pytest.mark.parametrize("name", BAD_CONFIGS)
 def test_refuses_configs(tmp_path, name):
     changes, match = BAD_CONFIGS[name]
-    config = json.loads((DATA / "type6" / CONFIG).read_text())
+    config = config_of(DATA / "type6")
     (tmp_path / CONFIG).write_text(json.dumps(config | changes))
     (tmp_path / TENSORS).write_bytes((DATA / "type6" / TENSORS).read_bytes())
     with pytest.raises(AdapterFileError, match=match):

@@ -1,0 +1,32 @@
+"""Programs that tests run in processes of their own."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def environment(**changes):
+    """Variables of a process that sees our modules; None takes one away."""
+    path = os.pathsep.join(os.path.abspath(path) for path in sys.path)
+    env = {**os.environ, "PYTHONPATH": path, **changes}
+    return {name: value for name, value in env.items() if value is not None}
+
+
+def python(*args, code=0, cwd=None, **changes):
+    """What a Python process printed, which must exit with `code`.
+
+    That is stdout, or stderr where the code is that of a failure. `changes` are those
+    of the environment.
+    """
+    done = subprocess.run(
+        [sys.executable, *map(str, args)],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env=environment(**changes),
+    )
+    assert done.returncode == code, done.stderr
+    return done.stdout if code == 0 else done.stderr

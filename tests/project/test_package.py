@@ -1,0 +1,109 @@
+"""The package as a whole: names, layering, what importing it costs."""
+
+import ast
+import importlib
+import inspect
+from pathlib import Path
+
+import pytest
+from processes import python
+
+import mora_jax
+
+ROOT = Path(mora_jax.__file__).parent
+NAMES = """
+FrozenDense LeftOutWarning MoRAConfig MoRADense MoRAWarning Plan combine delta_weight
+diagnostics fold init io linen load make_operator merge mora_apply nnx optimizer plan
+products ravel_adapters register_layer save sharding split square_rank summary
+trainable_labels trainable_mask unmerge unravel_adapters
+""".split()
+NAMESPACES = [name for name in NAMES if inspect.ismodule(getattr(mora_jax, name))]
+
+
+def test_every_public_name_is_documented():
+    """With an example, where it is no namespace."""
+    for name in NAMES:
+        value = getattr(mora_jax, name)
+        assert value.__doc__, name
+        if name not in NAMESPACES:
+            assert ">>>" in value.__doc__, name
+
+
+@pytest.mark.parametrize("namespace", [*NAMESPACES, "operators"])
+def test_what_a_namespace_has_is_documented(namespace):
+    module = importlib.import_module(f"mora_jax.{namespace}")
+    ours = {
+        name: value
+        for name, value in vars(module).items()
+        if not name.startswith("_")
+        and getattr(value, "__module__", "").startswith("mora_jax")
+        and callable(value)
+    }
+    assert ours and module.__doc__
+    assert not [name for name, value in ours.items() if not inspect.getdoc(value)]
+
+
+def modules():
+    """{module: its file} of all that we have."""
+    found = {}
+    for path in ROOT.rglob("*.py"):
+        parts = path.relative_to(ROOT.parent).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def imports():
+    """{module: modules of ours that it imports at its top level}."""
+    graph = {module: set() for module in modules()}
+    for module, path in modules().items():
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ImportFrom) and node.module:
+                for alias in node.names:
+                    below = f"{node.module}.{alias.name}"
+                    graph[module].add(below if below in graph else node.module)
+    return {module: found & graph.keys() for module, found in graph.items()}
+
+
+def test_imports_run_one_way():
+    """A depth-first walk that meets no module it is still inside of."""
+    graph = imports()
+    assert len(graph) > 15
+    done, inside = set(), []
+
+    def visit(module):
+        assert module not in inside, " -> ".join([*inside, module])
+        if module not in done:
+            inside.append(module)
+            for other in sorted(graph[module]):
+                visit(other)
+            inside.pop()
+            done.add(module)
+
+    for module in graph:
+        visit(module)
+
+
+def test_core_knows_no_shell():
+    shells = "mora_jax.linen", "mora_jax.nnx"
+    for module, found in imports().items():
+        if module != "mora_jax" and not module.startswith(shells):
+            assert not [other for other in found if other.startswith(shells)], module
+        if module.startswith("mora_jax.operators"):
+            below = "mora_jax.operators", "mora_jax._"
+            assert all(other.startswith(below) for other in found), module
+
+
+def test_importing_needs_the_core_alone():
+    """No optional dependency, no array is made, no warning is given."""
+    code = """
+import sys
+for name in "safetensors transformers tqdm matplotlib torch typer".split():
+    sys.modules[name] = None
+import mora_jax, jax
+assert not jax.live_arrays()
+"""
+    python("-W", "error", "-c", code)
+
+
+def test_typed():
+    assert (ROOT / "py.typed").exists()
