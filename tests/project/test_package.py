@@ -3,6 +3,7 @@
 import ast
 import importlib
 import inspect
+import re
 from pathlib import Path
 
 import pytest
@@ -12,24 +13,31 @@ import mora_jax
 
 ROOT = Path(mora_jax.__file__).parent
 NAMES = """
-FrozenDense LeftOutWarning MoRAConfig MoRADense MoRAWarning Plan combine delta_weight
-diagnostics fold init io linen load make_operator merge mora_apply nnx optimizer plan
-products ravel_adapters register_layer save sharding split square_rank summary
-trainable_labels trainable_mask unmerge unravel_adapters
+AdapterSpec FrozenDense LeftOutWarning MoRAConfig MoRADense MoRAWarning Operator Plan
+__version__ combine delta_weight diagnostics fold init io linen load make_operator merge
+mora_apply nnx operators optimizer plan products ravel_adapters register_layer save
+sharding split square_rank summary trainable_labels trainable_mask unmerge
+unravel_adapters
 """.split()
 NAMESPACES = [name for name in NAMES if inspect.ismodule(getattr(mora_jax, name))]
 
 
+def test_the_root_has_the_public_names_alone():
+    assert dir(mora_jax) == sorted(NAMES)
+    listed = re.findall(r"^  (\w+)  ", mora_jax.__doc__, re.MULTILINE)
+    assert sorted([*listed, "__version__"]) == sorted(NAMES)
+
+
 def test_every_public_name_is_documented():
-    """With an example, where it is no namespace."""
-    for name in NAMES:
+    """With an example, where it is not a namespace, a warning or a base class."""
+    for name in set(NAMES) - {"__version__"}:
         value = getattr(mora_jax, name)
         assert value.__doc__, name
-        if name not in NAMESPACES:
+        if name not in (*NAMESPACES, "Operator", "LeftOutWarning", "MoRAWarning"):
             assert ">>>" in value.__doc__, name
 
 
-@pytest.mark.parametrize("namespace", [*NAMESPACES, "operators"])
+@pytest.mark.parametrize("namespace", NAMESPACES)
 def test_what_a_namespace_has_is_documented(namespace):
     module = importlib.import_module(f"mora_jax.{namespace}")
     ours = {
@@ -64,6 +72,14 @@ def imports():
     return {module: found & graph.keys() for module, found in graph.items()}
 
 
+def imported(path):
+    """The packages that a file imports anywhere."""
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    found = {n.module for n in nodes if isinstance(n, ast.ImportFrom)}
+    found |= {a.name for n in nodes if isinstance(n, ast.Import) for a in n.names}
+    return {name.partition(".")[0] for name in found}
+
+
 def test_imports_run_one_way():
     """A depth-first walk that meets no module it is still inside of."""
     graph = imports()
@@ -83,14 +99,33 @@ def test_imports_run_one_way():
         visit(module)
 
 
-def test_core_knows_no_shell():
-    shells = "mora_jax.linen", "mora_jax.nnx"
+ROOMS = {
+    "operators": ("_mesh", "_compute", "_tuning", "products", "_spec", "_flax"),
+    "products": ("_mesh", "_compute", "_tuning", "_spec", "_flax"),
+    "_mesh": ("_compute", "_tuning", "_spec", "_flax"),
+    "_compute": ("_flax",),
+}
+"""What each room must not know, besides Flax and what is built on it."""
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_rooms_do_not_know_what_is_above_them(room):
+    foreign = "linen", "nnx", "io", "cli", *ROOMS[room]
+    inside = f"mora_jax.{room}"
+    found = {m: others for m, others in imports().items() if m.startswith(inside)}
+    assert found
+    for module, others in found.items():
+        for name in foreign:
+            above = f"mora_jax.{name}"
+            assert not [other for other in others if other.startswith(above)], module
+        assert not imported(modules()[module]) & {"flax", "optax"}, module
+
+
+def test_the_core_does_not_know_the_two_apis():
+    apis = "mora_jax.linen", "mora_jax.nnx"
     for module, found in imports().items():
-        if module != "mora_jax" and not module.startswith(shells):
-            assert not [other for other in found if other.startswith(shells)], module
-        if module.startswith("mora_jax.operators"):
-            below = "mora_jax.operators", "mora_jax._"
-            assert all(other.startswith(below) for other in found), module
+        if module != "mora_jax" and not module.startswith(apis):
+            assert not [other for other in found if other.startswith(apis)], module
 
 
 def test_importing_needs_the_core_alone():
