@@ -1,4 +1,4 @@
-"""What `mora-jax` can do, command by command."""
+"""The commands of `mora-jax`."""
 
 import importlib.metadata
 import json
@@ -17,10 +17,11 @@ from rich.progress import (
 
 from mora_jax import io
 from mora_jax.cli._output import err, refusing, say, say_table
-from mora_jax.cli._reports import compare, describe, folded, open_adapter
+from mora_jax.cli._reports import compare, describe, grouped, open_adapter
 from mora_jax.io import Names
 from mora_jax.io._json import parse, read
 from mora_jax.io._paths import as_path
+from mora_jax.io._read import format_of, read_adapter
 
 app = typer.Typer(
     name="mora-jax",
@@ -37,8 +38,8 @@ Base = Annotated[
     str | None,
     typer.Option(
         metavar="PATH",
-        help="The base's safetensors, a file or a directory, or its URL. The "
-        "reference's adapters need it, since they do not say how large kernels are.",
+        help="The base's safetensors: a file, a directory or a URL. The reference's "
+        "adapters need it, since they do not say how large kernels are.",
     ),
 ]
 Family = Annotated[
@@ -47,14 +48,14 @@ Family = Annotated[
         "--names",
         help="Which PyTorch module is which kernel: llama, gemma, qwen, gpt2, bert, or "
         'templates as JSON, {"model.layers.{n}.mlp.{p}": "h_{n}/{p}/kernel"}, or a '
-        "file of that whose name ends in .json. By default whatever family fits.",
+        "file of such JSON whose name ends in .json. By default any family that fits.",
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, not a table.")]
 
 
 class Format(StrEnum):
-    """What `convert` writes."""
+    """The formats that `convert` writes."""
 
     MORA = "mora"
     PEFT_MORA = "peft-mora"
@@ -62,7 +63,7 @@ class Format(StrEnum):
 
 
 def names_of(text: str | None) -> Names:
-    """A family, or templates: themselves, or in a file."""
+    """The `names` of an option: a family, templates, or templates in a file."""
     if text is not None and text.lstrip().startswith("{"):
         return parse(text.encode(), "--names")
     if text is None or not text.endswith(".json"):
@@ -102,13 +103,13 @@ def inspect(
         bool,
         typer.Option(
             "--all",
-            help="A row for each layer. By default layers that differ only in the "
-            "numbers of their paths share one.",
+            help="Show a row for each layer. By default layers that differ only in the "
+            "numbers of their paths share a row.",
         ),
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Show what an adapter is: layers, sizes, norms and ranks of its updates."""
+    """Show an adapter: its layers and sizes, the norms and ranks of its deltas."""
     report = describe(adapter, base, names_of(names))
     if as_json:
         typer.echo(json.dumps(report, indent=1))
@@ -116,12 +117,12 @@ def inspect(
     layers = report.pop("layers")
     for key, value in report.items():
         say(f"{key.replace('_', ' ')}: {value}")
-    rows = layers if all_layers else folded(layers)
+    rows = layers if all_layers else grouped(layers)
     say_table(rows)
     if len(rows) < len(layers):
         say(
             "A row of several layers has the sum of their parameters, and the smallest "
-            "and largest of other numbers; --all shows each."
+            "and largest of their other numbers; --all shows each layer."
         )
 
 
@@ -132,7 +133,7 @@ def merge(
         str,
         typer.Option(
             metavar="PATH",
-            help="The base's safetensors, a file or a directory, or its URL.",
+            help="The base's safetensors: a file, a directory or a URL.",
         ),
     ],
     adapter: Annotated[
@@ -142,18 +143,18 @@ def merge(
         str, typer.Option("--out", metavar="DIR", help="Directory to make, or its URL.")
     ],
     names: Family = None,
-    force: Annotated[bool, typer.Option(help="Replace OUT if it is there.")] = False,
+    force: Annotated[bool, typer.Option(help="Replace OUT if it exists.")] = False,
     any_base: Annotated[
         bool,
         typer.Option(
-            help="Merge into other weights than those the adapter was trained on, too."
+            help="Merge also into other weights than those the adapter was trained on."
         ),
     ] = False,
 ) -> None:
     """Merge an adapter into a base checkpoint, tensor by tensor, keeping its dtypes."""
     known = names_of(names)
     checkpoint = io.Checkpoint(as_path("base", base))
-    adapters, plan = io.read_adapter(
+    adapters, plan = read_adapter(
         as_path("adapter", adapter), checkpoint.shapes(known), known
     )
     with _progress() as bar:
@@ -170,8 +171,8 @@ def merge(
         )
     worst = max(lost, key=lost.__getitem__)
     say(
-        f"{to}: {len(lost)} kernels merged. Rounding lost {lost[worst]:.2%} of an "
-        f"update at most, in {worst}."
+        f"{to}: {len(lost)} kernels merged. Rounding lost at most {lost[worst]:.2%} of "
+        f"a delta, in {worst}."
     )
 
 
@@ -187,13 +188,13 @@ def convert(
     names: Family = None,
     rank: Annotated[
         int | None,
-        typer.Option(help="How much of a full-rank update a LoRA keeps.", min=1),
+        typer.Option(help="How many singular values a LoRA keeps of a delta.", min=1),
     ] = None,
     max_error: Annotated[
         float,
         typer.Option(
-            help="The largest share of its update that a layer may lose in a LoRA; 1 "
-            "accepts any.",
+            help="The largest share of its delta that a layer may lose in a LoRA; 1 "
+            "accepts any loss.",
             min=0,
             max=1,
         ),
@@ -202,7 +203,7 @@ def convert(
         bool, typer.Option(help="Replace an adapter that is in TARGET.")
     ] = False,
 ) -> None:
-    """Write an adapter in another format: ours, the reference's, or as plain LoRA."""
+    """Write an adapter in another format: mora_jax's, the reference's, or LoRA."""
     known = names_of(names)
     adapters, plan = open_adapter("source", source, base, known)
     path = as_path("target", target)
@@ -211,7 +212,7 @@ def convert(
             f"target must not exist, got {target}; force=True replaces an adapter there"
         )
     if to is Format.MORA:
-        kept = io.read_metadata(source) if io.format_of(source) == to else {}
+        kept = io.read_metadata(source) if format_of(source) == to else {}
         io.save(path, adapters, plan, kept)
     elif to is Format.PEFT_MORA:
         io.save_peft_mora(path, adapters, plan, known, force=force)
@@ -233,7 +234,7 @@ def diff(
     names: Family = None,
     as_json: AsJson = False,
 ) -> None:
-    """Compare two adapters, layer by layer: settings, and updates by their norm."""
+    """Compare two adapters layer by layer: settings, and the norms of deltas."""
     rows = compare(first, second, base, names_of(names))
     if as_json:
         typer.echo(json.dumps(rows, indent=1))

@@ -1,4 +1,4 @@
-"""How the command line says things: lines, tables, and one line for an error."""
+"""What the command line prints: lines, tables, and one line for an error."""
 
 import functools
 import inspect
@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 def refusing(command: Callable[P, T]) -> Callable[P, T]:
-    """Exit with 1 and one line where input is refused."""
+    """Wrap `command`, so that an error prints one line and exits with 1."""
     options = inspect.signature(command).parameters
 
     @functools.wraps(command)
@@ -35,10 +35,10 @@ def refusing(command: Callable[P, T]) -> Callable[P, T]:
 
 
 def as_options(text: str, options: Collection[str]) -> str:
-    """A message of the library in the words of the command line.
+    """A message of the library, rewritten for the command line.
 
-    `force=True` becomes `--force`, and `names={...}` `--names '{...}'`, for arguments
-    that are options of the command.
+    Arguments that are options of the command become options: `force=True` becomes
+    `--force`, and `names={...}` becomes `--names '{...}'`.
     """
 
     def option(match: re.Match[str]) -> str:
@@ -52,12 +52,12 @@ def as_options(text: str, options: Collection[str]) -> str:
 
 
 def say(text: str, console: Console = out, style: str | None = None) -> None:
-    """One line, which the terminal may wrap and we do not."""
+    """Print a line without wrapping it; the terminal may wrap it."""
     console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
 def say_table(rows: Sequence[Mapping[str, Any]]) -> None:
-    """Rows under the names of their keys, each on a line of its own."""
+    """Print rows, a line each, under the names of their keys."""
     names = list(rows[0])
     cells = [[name.replace("_", " ") for name in names]]
     cells += [[_cell(row[name]) for name in names] for row in rows]

@@ -1,4 +1,4 @@
-"""What the command line tells of adapters."""
+"""What the command line reports about adapters."""
 
 import re
 from collections import defaultdict
@@ -15,10 +15,11 @@ from mora_jax._plan import Plan
 from mora_jax._spec import AdapterSpec, differences
 from mora_jax.io import Names
 from mora_jax.io._paths import as_path
+from mora_jax.io._read import format_of, read_adapter
 
 
 def describe(adapter: str, base: str | None, names: Names) -> dict[str, Any]:
-    """What one adapter is, and a row for each of its layers."""
+    """An adapter's format, metadata and size, and a row for each of its layers."""
     adapters, plan = open_adapter("adapter", adapter, base, names)
     values = diagnostics.spectrum(adapters, plan)
     layers = [
@@ -37,7 +38,7 @@ def describe(adapter: str, base: str | None, names: Names) -> dict[str, Any]:
         }
         for spec in plan.specs
     ]
-    kind = io.format_of(adapter)
+    kind = format_of(adapter)
     return {
         "format": kind,
         "metadata": io.read_metadata(adapter) if kind == "mora" else {},
@@ -47,10 +48,11 @@ def describe(adapter: str, base: str | None, names: Names) -> dict[str, Any]:
     }
 
 
-def folded(layers: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def grouped(layers: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """One row for all layers that differ only in the numbers of their paths.
 
-    Parameters are added up. Of other numbers a row has (the smallest, the largest).
+    A row has the sum of the parameters, and (the smallest, the largest) of each other
+    number.
     """
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)
     for layer in layers:
@@ -76,8 +78,8 @@ def compare(
     a, plan_a = open_adapter("first", first, base, names)
     b, plan_b = open_adapter("second", second, base, names)
     left, right = (
-        {spec.name: (spec, m) for spec, m in adapter_items(*both)}
-        for both in ((a, plan_a), (b, plan_b))
+        {spec.name: (spec, m) for spec, m in adapter_items(adapters, plan)}
+        for adapters, plan in ((a, plan_a), (b, plan_b))
     )
     rows = []
     for name in sorted(left.keys() | right.keys()):
@@ -86,26 +88,26 @@ def compare(
             row["settings"] = f"only in {first if name in left else second}"
         else:
             row["settings"] = _differing(left[name][0], right[name][0]) or "same"
-            # Layer by layer: a model's updates together are as large as the model.
-            one, other = (_update(*found[name]) for found in (left, right))
-            if one.shape == other.shape:
-                norm = float(np.linalg.norm(one))
-                apart = float(np.linalg.norm(one - other))
-                row["difference"] = apart / norm if norm else float(apart > 0)
+            # For this layer only: the deltas of a model are as large as the model.
+            deltas = [_delta(*found[name]) for found in (left, right)]
+            if deltas[0].shape == deltas[1].shape:
+                norm = float(np.linalg.norm(deltas[0]))
+                distance = float(np.linalg.norm(deltas[0] - deltas[1]))
+                row["difference"] = distance / norm if norm else float(distance > 0)
         rows.append(row)
     return rows
 
 
-def _update(spec: AdapterSpec, m: Any) -> np.ndarray:
+def _delta(spec: AdapterSpec, m: Any) -> np.ndarray:
     dtype = jnp.promote_types(m.dtype, jnp.float32)
     return np.asarray(delta_kernel(spec, m.astype(dtype)))
 
 
-def _differing(one: AdapterSpec, other: AdapterSpec) -> str:
+def _differing(left: AdapterSpec, right: AdapterSpec) -> str:
     """The settings in which two adapters of a kernel differ."""
-    found = differences(one.settings, other.settings)
+    found = differences(left.settings, right.settings)
     differing = [f"{name}: {a} -> {b}" for name, (a, b) in found.items()]
-    if None not in (digests := (one.base_digest, other.base_digest)):
+    if None not in (digests := (left.base_digest, right.base_digest)):
         differing += ["other weights of the base"] * (digests[0] != digests[1])
     return ", ".join(differing)
 
@@ -113,8 +115,8 @@ def _differing(one: AdapterSpec, other: AdapterSpec) -> str:
 def open_adapter(
     argument: str, adapter: str, base: str | None, names: Names
 ) -> tuple[Tree, Plan]:
-    """An adapter of whichever format; `argument` is what messages call its path."""
+    """An adapter of any format; `argument` is what messages call its path."""
     shapes = None
     if base is not None:
         shapes = io.Checkpoint(as_path("base", base)).shapes(names)
-    return io.read_adapter(as_path(argument, adapter), shapes, names)
+    return read_adapter(as_path(argument, adapter), shapes, names)

@@ -1,10 +1,32 @@
-"""Adapters as files: ours, the reference's, as plain LoRA, and merged into a base."""
+"""Adapters as files.
+
+This library's format::
+
+  save                  write adapters and their plan to a directory
+  load                  read them again, everything checked
+  read_metadata         what the caller of `save` gave as metadata
+  plan_to_json          a plan as text, for checkpoints that other libraries write
+  plan_from_json        the plan again, compared with the model's
+  AdapterFileError      raised for a file that is damaged or does not fit
+
+PEFT's formats::
+
+  load_peft_mora        read adapters of the paper's authors' code (peft-mora)
+  save_peft_mora        write adapters for that code
+  save_peft_lora        write adapters as a plain LoRA, for PEFT and servers
+  reference_operator    the operator that the authors' code computes with
+  Names                 the type of `names`: which PyTorch module is which kernel
+
+Whole checkpoints::
+
+  Checkpoint            a base in safetensors, of which only headers are in memory
+  merge_checkpoint      merge adapters into a base, from file to file
+"""
 
 from mora_jax.io._base import Checkpoint as Checkpoint
 from mora_jax.io._checkpoint import merge_checkpoint as merge_checkpoint
 from mora_jax.io._errors import AdapterFileError as AdapterFileError
 from mora_jax.io._lora import save_peft_lora as save_peft_lora
-from mora_jax.io._names import FAMILIES as FAMILIES
 from mora_jax.io._names import Names as Names
 from mora_jax.io._native import load as load
 from mora_jax.io._native import read_metadata as read_metadata
@@ -13,7 +35,4 @@ from mora_jax.io._peft_read import load_peft_mora as load_peft_mora
 from mora_jax.io._peft_write import save_peft_mora as save_peft_mora
 from mora_jax.io._plan_json import plan_from_json as plan_from_json
 from mora_jax.io._plan_json import plan_to_json as plan_to_json
-from mora_jax.io._read import format_of as format_of
-from mora_jax.io._read import read_adapter as read_adapter
-from mora_jax.io._reference import REFERENCE_GROUPS as REFERENCE_GROUPS
 from mora_jax.io._reference import reference_operator as reference_operator

@@ -1,4 +1,4 @@
-"""Between files and devices."""
+"""M between JAX and files."""
 
 from typing import Any
 
@@ -11,12 +11,12 @@ from mora_jax._dense import as_jax_array
 from mora_jax.io._errors import AdapterFileError
 
 
-def host(name: str, m: Any) -> np.ndarray:
-    """An M as numpy, finite.
+def to_numpy(name: str, m: Any) -> np.ndarray:
+    """M as a NumPy array of finite numbers; `name` is what messages call it.
 
     Raises:
-      TypeError: a tracer, or no array.
-      ValueError: NaN or infinity.
+      TypeError: M is a tracer, or not an array.
+      ValueError: M holds NaN or infinity.
     """
     if isinstance(m, Tracer):
         raise TypeError(f"{name} must be a concrete array, got a tracer of jit")
@@ -27,11 +27,11 @@ def host(name: str, m: Any) -> np.ndarray:
     return array
 
 
-def device(name: str, m: np.ndarray) -> jax.Array:
-    """An M out of a file as JAX's, in its own dtype.
+def to_jax(name: str, m: np.ndarray) -> jax.Array:
+    """An M from a file as a JAX array of the same dtype.
 
     Raises:
-      AdapterFileError: float64 where JAX has it not enabled.
+      AdapterFileError: M is float64, which is not enabled in JAX.
     """
     array = jnp.asarray(m)
     if array.dtype != m.dtype:

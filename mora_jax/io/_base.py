@@ -1,4 +1,4 @@
-"""A base checkpoint, of which headers alone are in memory."""
+"""A base checkpoint, of which only the headers are in memory."""
 
 import os
 import re
@@ -13,20 +13,21 @@ from mora_jax.io._names import Names, pairs, to_kernel
 from mora_jax.io._paths import Location, as_path
 from mora_jax.io._tensors import DTYPES, TensorFile
 
-BESIDE = (".json", ".txt", ".model", ".jinja", ".md")
-"""What else of a base is copied: configs, tokenizers, templates; never pickles."""
+COPIED = (".json", ".txt", ".model", ".jinja", ".md")
+"""The suffixes of the other files of a base that are copied: configs, tokenizers and
+templates, but never pickles."""
 
 INDEX = ".safetensors.index.json"
-"""How the name of the file ends that says which file has which tensor."""
+"""The end of the name of the file that says which file has which tensor."""
 
 
 class Checkpoint:
-    """A base in safetensors, one file or several, of which headers are in memory.
+    """A base in one or several safetensors files, of which the headers are in memory.
 
     Attributes:
-      files: those with tensors.
-      beside: other files to copy.
-      place: {tensor: its file}.
+      files: The files that hold tensors.
+      beside: The other files of the directory that a copy needs, such as its config.
+      place: {tensor: the file that holds it}.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -36,15 +37,15 @@ class Checkpoint:
           path: A path or a URL that `etils.epath` opens.
 
         Raises:
-          AdapterFileError: no safetensors, files that the index names and that are
-            missing, or a tensor in two files.
+          AdapterFileError: There is no safetensors file, a file that the index names
+            is missing, or two files hold the same tensor.
         """
         path = as_path("path", path)
         self.files = [TensorFile(file) for file in _tensor_files(path)]
         self.beside: list[Location] = []
         if path.is_dir():
-            others = sorted(path.iterdir())
-            self.beside = [p for p in others if p.suffix in BESIDE and p.is_file()]
+            found = sorted(path.iterdir())
+            self.beside = [p for p in found if p.suffix in COPIED and p.is_file()]
         self.place: dict[str, TensorFile] = {}
         for file in self.files:
             for name in file.entries:
@@ -57,19 +58,23 @@ class Checkpoint:
 
     @property
     def size(self) -> int:
-        """Bytes of all files with tensors."""
+        """The number of bytes of all files that hold tensors."""
         return sum(file.size for file in self.files)
 
     def shapes(self, names: Names = None) -> Tree:
-        """The kernels, (in, out), that `names` have a path for, as a params tree."""
+        """The shapes (in_features, out_features) of kernels, as a params tree.
+
+        Args:
+          names: As in `load_peft_mora`. Tensors for which it has no path are left out.
+        """
         known, found = pairs(names), {}
         for name, file in self.place.items():
             entry = file.entries[name]
             kernel = to_kernel(name.removesuffix(".weight"), known)
             if name.endswith(".weight") and kernel and len(entry.shape) == 2:
                 if entry.dtype in DTYPES and "[" not in kernel[0]:
-                    path, layout = kernel
-                    shape = entry.shape if layout == "io" else entry.shape[::-1]
+                    path, axes = kernel
+                    shape = entry.shape if axes == "io" else entry.shape[::-1]
                     dtype = DTYPES[entry.dtype]
                     found[tuple(path.split("/"))] = jax.ShapeDtypeStruct(shape, dtype)
         return nest(found)
@@ -93,6 +98,6 @@ def _tensor_files(path: Location) -> Sequence[Location]:
     for name in files:
         if not re.fullmatch(r"[\w.-]+\.safetensors", name):
             raise AdapterFileError(
-                f"{indices[0].name} must name files beside it, got {short(name)}"
+                f"{indices[0].name} must name files next to it, got {short(name)}"
             )
     return [path / name for name in files]

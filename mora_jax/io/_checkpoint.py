@@ -1,4 +1,4 @@
-"""A base checkpoint with adapters merged into it, file to file."""
+"""Adapters merged into a base checkpoint, from file to file."""
 
 import dataclasses
 import os
@@ -15,7 +15,7 @@ from mora_jax._paths import nearest
 from mora_jax._plan import Plan
 from mora_jax._spec import AdapterSpec
 from mora_jax._types import Shape
-from mora_jax.io._arrays import host
+from mora_jax.io._arrays import to_numpy
 from mora_jax.io._base import INDEX, Checkpoint
 from mora_jax.io._errors import AdapterFileError
 from mora_jax.io._files import new_directory
@@ -27,40 +27,47 @@ from mora_jax.io._tensors import CHUNK, DTYPES, TensorFile
 
 @dataclasses.dataclass(frozen=True)
 class _Site:
-    """An update and the layout of the tensor that it goes into."""
+    """A tensor of the base, and the adapter whose delta is added to it.
+
+    Attributes:
+      spec: The adapter.
+      m: M, of all stacked layers if `axes` is "".
+      axes: The order of the tensor's axes, "oi" or "io"; "" for a tensor with the shape
+        of the whole kernel.
+      index: The index of the tensor's layer among the kernel's stacked layers.
+    """
 
     spec: AdapterSpec
     m: np.ndarray
-    layout: str
-    """ "oi" or "io"; "" for a tensor of the kernel's own shape."""
-    place: int = 0
-    """Which of the kernel's stacked layers the tensor is, counted in their order."""
+    axes: str
+    index: int = 0
 
     @property
     def shape(self) -> Shape:
-        """Of the tensor."""
+        """The tensor's shape."""
         widths = {"i": self.spec.in_features, "o": self.spec.out_features}
-        return tuple(widths[letter] for letter in self.layout) or self.spec.kernel_shape
+        return tuple(widths[letter] for letter in self.axes) or self.spec.kernel_shape
 
-    def update(self) -> np.ndarray:
-        """The update in the tensor's layout, in float32 or wider."""
-        if not self.layout:
+    def delta(self) -> np.ndarray:
+        """The delta with the tensor's axes, in float32 or wider."""
+        if not self.axes:
             return np.asarray(delta_kernel(self.spec, self.m))
         delta = self.spec.operator.delta_weight(scaled(self.spec, self.m))
-        # In the tensor's own order: numpy is slow to add arrays of two orders.
-        return np.asarray(delta.T if self.layout == "oi" else delta)
+        # JAX's transpose has the memory order of the tensor. NumPy's would not, and it
+        # adds arrays of different orders slowly.
+        return np.asarray(delta.T if self.axes == "oi" else delta)
 
     def check_base(self, kernel: np.ndarray) -> None:
-        """Raise if `kernel` is known not to be what the adapter was trained on."""
+        """Raise if the adapter is known to be trained on another kernel."""
         if self.spec.base_digest is None:
             return
-        if self.layout:
-            rows = kernel.T if self.layout == "oi" else kernel
+        if self.axes:
+            rows = kernel.T if self.axes == "oi" else kernel
             digests = (rows_digest(rows[row_numbers(self.spec.in_features)]),)
         else:
             digests = kernel_digests(self.spec, kernel)
         try:
-            check_digests(self.spec, digests, self.place)
+            check_digests(self.spec, digests, self.index)
         except ValueError as error:
             raise AdapterFileError(str(error)) from None
 
@@ -78,36 +85,39 @@ def merge_checkpoint(
 ) -> dict[str, float]:
     """Merge adapters into a checkpoint that need not fit in memory.
 
-    Tensor by tensor from file to file: memory holds one kernel and its update. All
-    names, dtypes and other tensors stay bit for bit; what else a directory has beside
-    its weights, config and tokenizer, is copied, pickles are not. A local `out` is
-    there whole or not at all. On an object store the index and then config.json are
-    written last, so what a killed process leaves has neither.
+    This is PEFT's `merge_and_unload` and `save_pretrained`, but without the model:
+    tensors go from file to file, and memory holds one kernel and its delta. Names,
+    dtypes and all tensors without an adapter stay bit for bit the same. The config,
+    tokenizer and templates in the base's directory are copied; pickles are not.
+
+    A local `out` is there whole or not at all. On an object store the index and then
+    config.json are written last, so a killed process leaves neither of them.
 
     Args:
-      base: a safetensors file, or a directory of them, with an index or without; a
-        path or a URL that `etils.epath` opens. Kernels are found by their own paths,
-        joined by "/" or ".", or else by `names` as PyTorch's `<module>.weight`.
-      adapters: as `init` makes them.
-      plan: the plan that they follow.
-      out: the directory to make, a path or a URL.
-      names: as in `load_peft_mora`.
-      force: replace `out` if it is there. On an object store the files that it holds
-        are removed before anything is written.
-      any_base: Merge into other weights than those that the adapter was trained on,
-        too.
-      progress: called with the number of bytes after each piece that is written.
+      base: A safetensors file, or a directory of them with or without an index; a path
+        or a URL that `etils.epath` opens. A kernel is found by its path, joined by "/"
+        or ".". Otherwise `names` gives its name in PyTorch, `<module>.weight`.
+      adapters: The adapters, as `init` makes them.
+      plan: The plan that they follow.
+      out: The directory to make, a path or a URL.
+      names: As in `load_peft_mora`.
+      force: Whether to replace `out` if it exists. On an object store its files are
+        removed before anything is written.
+      any_base: Whether to merge also into other weights than those that the adapter
+        was trained on.
+      progress: A function that is called after each piece that is written, with the
+        number of its bytes.
 
     Returns:
-      {tensor: the share of its update that rounding lost}, as
-      `diagnostics.merge_loss`.
+      {tensor: the share of its delta that rounding lost}, as
+      `diagnostics.merge_loss` has it.
 
     Raises:
-      AdapterFileError: a base that is damaged, or that adapters do not fit; without
-        `any_base` also one of other weights, where the plan knows them.
-      FileExistsError: `out` is there, and not `force`.
+      AdapterFileError: The base is damaged, or the adapters do not fit it; or, without
+        `any_base`, the plan knows that they were trained on other weights.
+      FileExistsError: `out` exists, and `force` is False.
       NotADirectoryError: `out` is a file.
-      ValueError: `out` is the base.
+      ValueError: `out` is the base or holds it.
     """
     source, target = as_path("base", base), as_path("out", out)
     checkpoint = Checkpoint(source)
@@ -121,7 +131,7 @@ def merge_checkpoint(
             f"out must not exist, got {target}; force=True replaces it"
         )
     sites = _sites(checkpoint, adapters, plan, names)
-    if sites and not any_base:  # most other bases are seen with nothing written yet
+    if sites and not any_base:  # most wrong bases are refused before a file is written
         name, site = next(iter(sites.items()))
         site.check_base(checkpoint.place[name][name])
     lost: dict[str, float] = {}
@@ -139,32 +149,32 @@ def merge_checkpoint(
 
 
 def _is_read_first(name: str) -> bool:
-    """Whether readers of a checkpoint begin with the file of that name."""
+    """Whether programs that read a checkpoint begin with the file of that name."""
     return name == "config.json" or name.endswith(INDEX)
 
 
 def _sites(
     checkpoint: Checkpoint, adapters: Any, plan: Plan, names: Names
 ) -> dict[str, _Site]:
-    """{tensor: what goes into it}, all of it checked."""
+    """{tensor: its site}, all of them checked."""
     known, sites, missing = pairs(names), {}, {}
     for spec, m in adapter_items(adapters, plan):
-        m = host(spec.name, m)
+        m = to_numpy(spec.name, m)
         m = m.astype(jnp.promote_types(m.dtype, jnp.float32))
-        own = [sep.join(spec.path) for sep in "/."]
-        if found := [name for name in own if name in checkpoint.place]:
+        joined = [separator.join(spec.path) for separator in "/."]
+        if found := [name for name in joined if name in checkpoint.place]:
             sites[found[0]] = _Site(spec, m, "")
             continue
-        for place, index in enumerate(np.ndindex(spec.shape[:-2])):
+        for number, index in enumerate(np.ndindex(spec.shape[:-2])):
             kernel = join_index(spec.name, index)
             module = to_module(kernel, known)
-            name = f"{module[0]}.weight" if module else own[0]
+            name = f"{module[0]}.weight" if module else joined[0]
             if module is None or name not in checkpoint.place:
                 missing[kernel] = name
                 continue
             if name in sites:
                 raise AdapterFileError(f"two adapters go into {name!r}")
-            sites[name] = _Site(spec, m[index], module[1], place)
+            sites[name] = _Site(spec, m[index], module[1], number)
     if missing:
         kernel, name = next(iter(missing.items()))
         modules = [
@@ -196,30 +206,34 @@ def _merged(
     lost: dict[str, float],
     any_base: bool,
 ) -> Iterator[bytes]:
-    """The file's bytes, with updates. Losses are noted in `lost`."""
+    """The file's bytes with deltas added, whose losses are put into `lost`."""
     yield file.header
     for name in sorted(file.entries, key=lambda name: file.entries[name].start):
         if name in sites:
             kernel = file[name]
             if not any_base:
                 sites[name].check_base(kernel)
-            merged, lost[name] = _add(kernel, sites[name].update(), name)
+            merged, lost[name] = _add(kernel, sites[name].delta(), name)
             yield merged.tobytes()
         else:
             yield from file.chunks(name)
 
 
-def _add(kernel: np.ndarray, update: np.ndarray, name: str) -> tuple[np.ndarray, float]:
-    """As `merge`: in float32, or float64 where the kernel is, rounded once."""
+def _add(kernel: np.ndarray, delta: np.ndarray, name: str) -> tuple[np.ndarray, float]:
+    """The merged kernel and the share of the delta that is lost.
+
+    As in `merge`, the sum is taken in float32, or in float64 if the kernel is, and is
+    rounded once.
+    """
     wide = jnp.promote_types(kernel.dtype, jnp.float32)
-    before, update = kernel.astype(wide), update.astype(wide)
+    before, delta = kernel.astype(wide), delta.astype(wide)
     with np.errstate(over="ignore"):
-        merged = (before + update).astype(kernel.dtype)
+        merged = (before + delta).astype(kernel.dtype)
     after = merged.astype(wide)
     if not np.isfinite(after).all() and np.isfinite(before).all():
-        raise AdapterFileError(f"{name!r} overflows {kernel.dtype} with its update")
-    norm = np.linalg.norm(update)
-    lost = np.linalg.norm(after - before - update) / norm if norm else 0.0
+        raise AdapterFileError(f"{name!r} overflows {kernel.dtype} with its delta")
+    norm = np.linalg.norm(delta)
+    lost = np.linalg.norm(after - before - delta) / norm if norm else 0.0
     return merged, float(lost)
 
 

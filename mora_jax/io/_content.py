@@ -1,4 +1,4 @@
-"""What the two files of an adapter say."""
+"""What the two files of an adapter hold."""
 
 import dataclasses
 import hashlib
@@ -13,7 +13,7 @@ from mora_jax._adapters import Tree, nest
 from mora_jax._paths import adapter_path
 from mora_jax._plan import Plan
 from mora_jax._spec import SUFFIX, AdapterSpec
-from mora_jax.io._arrays import device
+from mora_jax.io._arrays import to_jax
 from mora_jax.io._errors import AdapterFileError
 from mora_jax.io._files import CONFIG, TENSORS
 from mora_jax.io._format import layer_path, restore
@@ -45,7 +45,7 @@ def digest_of(data: bytes) -> str:
 
 
 def parse_config(data: bytes) -> dict[str, Any]:
-    """The parsed config: of our format and version, undamaged, of the right types."""
+    """The parsed config, with its format, version, digest and types checked."""
     content = parse(data, CONFIG)
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise AdapterFileError(
@@ -61,13 +61,13 @@ def parse_config(data: bytes) -> dict[str, Any]:
     if written > VERSION:
         raise AdapterFileError(
             f"{CONFIG} is of format version {written}, and this mora_jax reads up to "
-            f"{VERSION}: a newer one is needed"
+            f"{VERSION}: a newer mora_jax is needed"
         )
     if content.keys() != KEYS:
         raise AdapterFileError(
             f"{CONFIG} must hold {sorted(KEYS)}; "
             f"it lacks {sorted(KEYS - content.keys())}, "
-            f"and has beside them {short(sorted(content.keys() - KEYS))}"
+            f"and also holds {short(sorted(content.keys() - KEYS))}"
         )
     rest = {key: value for key, value in content.items() if key != "sha256"}
     if content["sha256"] != digest_of(dump(rest)):
@@ -95,15 +95,16 @@ def parse_config(data: bytes) -> dict[str, Any]:
 def decode_adapter(
     config: bytes, tensors: bytes, base: Mapping[str, Any] | None
 ) -> tuple[Tree, Plan]:
-    """Adapters and plan, all of it checked.
+    """The adapters and their plan, everything checked.
 
     Args:
       config: The content of the config.
       tensors: The content of the file of tensors.
-      base: {path of a kernel: array or shape} of the model that it must fit.
+      base: {path of a kernel: array or shape} of the model that the adapters must fit;
+        None for any model.
 
     Raises:
-      AdapterFileError: Whatever is wrong.
+      AdapterFileError: Something in the files is wrong.
     """
     content, arrays = parse_config(config), decode(tensors, TENSORS)
     if not content["layers"]:
@@ -126,19 +127,20 @@ def decode_adapter(
         except (TypeError, ValueError, OverflowError) as error:
             raise AdapterFileError(f"{name} in {CONFIG}: {error}") from error
         specs.append(spec)
-        adapters[adapter_path(spec)] = device(name, m)
+        adapters[adapter_path(spec)] = to_jax(name, m)
     if len(specs) > len(adapters):
         raise AdapterFileError(f"{CONFIG} has a layer twice")
     if arrays:
         raise AdapterFileError(
-            f"{TENSORS} holds {short(sorted(arrays))}, of which {CONFIG} knows nothing"
+            f"{TENSORS} holds {short(sorted(arrays))}, about which {CONFIG} knows "
+            "nothing"
         )
     plan = Plan(tuple(specs), content["base_parameters"], content["traced"])
     return nest(adapters), plan
 
 
 def _without_digest(layer: Any, where: str) -> tuple[Any, Any]:
-    """A layer as version 1 has it, and what version 2 knows of its base."""
+    """A layer without the field that version 2 added, and that field."""
     if not isinstance(layer, dict) or "base_digest" not in layer:
         raise AdapterFileError(f"{where} must hold base_digest, got {short(layer)}")
     rest = {key: value for key, value in layer.items() if key != "base_digest"}
@@ -146,7 +148,7 @@ def _without_digest(layer: Any, where: str) -> tuple[Any, Any]:
 
 
 def _known_base(spec: AdapterSpec, digests: Any) -> AdapterSpec:
-    """`spec` with the digests of its base."""
+    """`spec` with the digests of its base, if they are known."""
     if digests is None:
         return spec
     count = math.prod(spec.shape[:-2])

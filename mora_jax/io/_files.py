@@ -13,20 +13,21 @@ from mora_jax.io._errors import AdapterFileError
 from mora_jax.io._paths import Location, is_local, size
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
-"""What an adapter's directory holds, in PEFT's format and in ours."""
+"""The files in an adapter's directory, in PEFT's format and in this library's."""
 
 TEMPORARY = ".mora-jax-"
-"""How the names of unfinished files and directories begin."""
+"""The beginning of the names of unfinished files and directories."""
 
 Writer = Callable[[str, Iterable[bytes]], None]
-"""Writes one file of a directory: its name and its content, piece by piece."""
+"""A function that writes a file of a directory, given its name and its content in
+pieces."""
 
 
 def read_bytes(path: Location, limit: int | None = None) -> bytes:
-    """A file's content.
+    """The content of a file.
 
     Raises:
-      AdapterFileError: There is no such file, or it has more than `limit` bytes.
+      AdapterFileError: The file does not exist, or it has more than `limit` bytes.
     """
     try:
         if limit is not None and (found := size(path)) > limit:
@@ -34,18 +35,18 @@ def read_bytes(path: Location, limit: int | None = None) -> bytes:
                 f"{path.name} must be at most {limit:,} bytes long, got {found:,}"
             )
         if is_local(path) and path.exists() and not path.is_file():
-            raise AdapterFileError(f"{path} is no regular file")
+            raise AdapterFileError(f"{path} is not a regular file")
         return path.read_bytes()
     except FileNotFoundError:
         raise AdapterFileError(f"there is no {path.name} in {path.parent}") from None
     except NotADirectoryError:
-        raise AdapterFileError(f"{path.parent} is no directory") from None
+        raise AdapterFileError(f"{path.parent} is not a directory") from None
     except IsADirectoryError:
-        raise AdapterFileError(f"{path} is no regular file") from None
+        raise AdapterFileError(f"{path} is not a regular file") from None
 
 
 def read_if_of_size(path: Location, expected: int) -> bytes | None:
-    """A file's content if there is such a file of that many bytes."""
+    """The content of a file; None unless it exists with `expected` bytes."""
     with contextlib.suppress(FileNotFoundError, IsADirectoryError):
         if size(path) == expected:
             return path.read_bytes()
@@ -53,12 +54,12 @@ def read_if_of_size(path: Location, expected: int) -> bytes | None:
 
 
 def write_file(path: Location, chunks: Iterable[bytes]) -> None:
-    """Make or replace `path`: a reader sees the old content or the new.
+    """Make or replace `path`, so that a reader sees the old content or the new.
 
-    An object store does that by itself, once all chunks have come.
+    An object store does that by itself: it shows an object when all of it has arrived.
 
     Raises:
-      OSError: What the file system says; then the old content stays.
+      OSError: The file system refuses. The old content stays.
     """
     if is_local(path):
         _write_local(path, chunks)
@@ -87,14 +88,14 @@ def _write_local(path: Path, chunks: Iterable[bytes]) -> None:
 def new_directory(
     path: Location,
 ) -> contextlib.AbstractContextManager[Writer]:
-    """A directory to fill, whose files are removed again on an error.
+    """A directory to fill; if an error occurs, its files are removed again.
 
-    A local directory is `path` only at the end, and replaces what was there. Only in
-    that case there is an instant without either, between two renames.
+    A local directory gets the name `path` only at the end, when it replaces what was
+    there. If something was there, neither exists for an instant between two renames.
 
-    An object store has no directories to rename. There what was at `path` is removed
-    first, and a process that is killed leaves the files that it had written: write the
-    one that readers look for last.
+    An object store has no directories to rename. What was at `path` is removed first,
+    and a process that is killed leaves the files that it had written. So write last
+    the file that readers look for first.
     """
     return _renamed(path) if is_local(path) else _in_place(path)
 
@@ -147,7 +148,7 @@ def _unfinished(path: Path) -> Path:
 
 @contextlib.contextmanager
 def naming(path: Location) -> Iterator[None]:
-    """Have errors of the file system name `path`, not an unfinished file."""
+    """Make errors of the file system name `path` and not an unfinished file."""
     try:
         yield
     except OSError as error:
@@ -161,10 +162,10 @@ def naming(path: Location) -> Iterator[None]:
 
 
 def make_directory(path: Location) -> None:
-    """Make `path` a directory unless it is one.
+    """Make the directory `path` if it does not exist.
 
     Raises:
-      NotADirectoryError: It is a file, or below one.
+      NotADirectoryError: `path` is a file or below a file.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -174,8 +175,11 @@ def make_directory(path: Location) -> None:
 
 
 def sync(directory: Location) -> None:
-    """Have the names in `directory` written to the disk."""
-    if os.name == "nt" or not is_local(directory):  # they have no way to ask for that
+    """Write the names in `directory` to the disk.
+
+    Windows and object stores offer nothing of the kind.
+    """
+    if os.name == "nt" or not is_local(directory):
         return
     descriptor = os.open(directory, os.O_RDONLY)
     try:
@@ -185,28 +189,31 @@ def sync(directory: Location) -> None:
 
 
 def entries(directory: Location) -> list[Location]:
-    """What is in a directory; an object store has none where it has no objects."""
+    """The entries of a directory, none if it does not exist.
+
+    In an object store a directory without objects does not exist.
+    """
     return list(directory.iterdir()) if directory.exists() else []
 
 
 def unfinished_files(directory: Location) -> list[Location]:
-    """What killed processes left."""
+    """The files that killed processes have left."""
     return [path for path in entries(directory) if path.name.startswith(TEMPORARY)]
 
 
 @contextlib.contextmanager
 def locked(directory: Location) -> Iterator[None]:
-    """Hold `directory` against other writers, where the platform can."""
+    """Keep other writers out of `directory`, if the platform has locks."""
     try:
         import fcntl
-    except ImportError:  # Windows
+    except ImportError:  # Windows does not have it
         fcntl = None
     if fcntl is None or not is_local(directory):
         yield
         return
     descriptor = os.open(directory, os.O_RDONLY)
     try:
-        with contextlib.suppress(OSError):  # some network file systems
+        with contextlib.suppress(OSError):  # some network file systems have no locks
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:

@@ -1,4 +1,4 @@
-"""An adapter's settings as JSON, and back."""
+"""The settings of an adapter as JSON, and back."""
 
 import functools
 import math
@@ -17,14 +17,14 @@ from mora_jax.io._json import dump, short
 from mora_jax.operators import Operator, make_operator
 
 LARGEST_WIDTH = 2**22
-"""How many features a kernel may have that a file describes, on either side."""
+"""The most features on either side of a kernel that a file may describe."""
 
 LARGEST_ARRAY = 2**28
-"""How many numbers a random operator may hold that comes from a file alone."""
+"""The most numbers in a random operator that is made from a file alone."""
 
 
 def describe(spec: AdapterSpec, dtype: Any) -> dict[str, Any]:
-    """All of `spec`, and what is wanted to check it, for an M of `dtype`."""
+    """The settings of `spec` and what checks them, for an M of `dtype`."""
     return {
         "path": list(spec.path),
         "kernel_shape": list(spec.kernel_shape),
@@ -50,10 +50,10 @@ def budget(spec: AdapterSpec) -> int:
 
 @functools.lru_cache(maxsize=256)
 def fingerprint(operator: Operator) -> tuple[float, ...]:
-    """Four numbers that tell operators apart: what fixed arrays become.
+    """Four numbers that tell operators apart, computed from fixed arrays.
 
-    A platform, or a later version, whose random numbers or definition differ gives
-    others.
+    They differ on a platform or in a later version of the library that has other
+    random numbers or another definition of the operator.
     """
     random = np.random.RandomState(0).standard_normal
     q, width = operator.square_rank, operator.out_features
@@ -84,10 +84,14 @@ KEYS = frozenset(
 
 
 def layer_path(layer: Any, where: str) -> Path:
-    """The path of a described layer that has all fields; `where` is for messages.
+    """The path of a layer that `describe` wrote, whose keys are checked.
+
+    Args:
+      layer: The parsed layer.
+      where: The place of the layer in the file, for messages.
 
     Raises:
-      AdapterFileError: fields that are missing or too many, or no path.
+      AdapterFileError: Keys are missing or unknown, or the path is not a path.
     """
     if not isinstance(layer, dict) or layer.keys() != KEYS:
         got = sorted(layer) if isinstance(layer, dict) else layer
@@ -105,15 +109,15 @@ def _plain(key: Any) -> bool:
 def restore(
     layer: Any, m: np.ndarray | None, base: Mapping[str, Any] | None
 ) -> AdapterSpec:
-    """Undo `describe`: check everything, fill in nothing.
+    """Undo `describe`. Everything is checked, and nothing is filled in.
 
     Args:
-      layer: as parsed.
-      m: the array that the file has for it; None in a file without arrays.
-      base: {path: kernel} of the model that it must fit.
+      layer: The parsed layer.
+      m: M as the file has it; None for a file without arrays.
+      base: {path: kernel} of the model that the adapter must fit; None for any model.
 
     Raises:
-      TypeError, ValueError: whatever is wrong.
+      TypeError, ValueError: A setting is wrong.
     """
     shape, axes, q = layer["kernel_shape"], layer["axes"], layer["square_rank"]
     if not isinstance(shape, list) or not isinstance(axes, str):
@@ -141,7 +145,7 @@ def restore(
     chosen = dict(layer["operator"])
     seed = chosen.pop("seed", None)
     numbers = q * max(ins, outs) if seed is not None else 0
-    if m is None:  # whose size would have been bounded by that of its file
+    if m is None:  # otherwise the size of its file has bounded the size of M
         numbers = max(numbers, 4 * q * q)
     if base is None and numbers > LARGEST_ARRAY:
         raise ValueError(
@@ -161,7 +165,7 @@ def restore(
     )
     dtype = spec.param_dtype if m is None else m.dtype
     for key, value in describe(spec, dtype).items():
-        # As text, since True == 1 == 1.0.
+        # Texts are compared, since True == 1 == 1.0.
         if key != "operator_check" and dump(value) != dump(layer[key]):
             raise ValueError(f"{key} must be {value!r}, got {short(layer[key])}")
     _check_fingerprint(spec.operator, layer["operator_check"])

@@ -1,4 +1,4 @@
-"""JSON from strangers: bounded, each key once, each number finite."""
+"""JSON from strangers: of bounded size, with unique keys and finite numbers."""
 
 import json
 import math
@@ -17,11 +17,11 @@ MAX_BYTES = 2**26
 
 
 def parse(data: bytes, name: str) -> Any:
-    """The value that `data` holds.
+    """The value that `data` holds; `name` is what messages call it.
 
     Raises:
-      AdapterFileError: no JSON, a key that occurs twice, NaN, or too large. `name` is
-        what the message calls it.
+      AdapterFileError: The data is too long or is not JSON, a key occurs twice, or a
+        number is not finite.
     """
     if len(data) > MAX_BYTES:
         raise AdapterFileError(
@@ -34,7 +34,7 @@ def parse(data: bytes, name: str) -> Any:
     except RecursionError:
         raise AdapterFileError(f"{name} is nested too deeply") from None
     except ValueError as error:
-        raise AdapterFileError(f"{name} is no valid JSON: {error}") from error
+        raise AdapterFileError(f"{name} is not valid JSON: {error}") from error
 
 
 def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -47,26 +47,27 @@ def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _no_constant(text: str) -> Any:
-    raise ValueError(f"{text} is no number in JSON")
+    raise ValueError(f"{text} is not a number in JSON")
 
 
 def dump(value: Any) -> bytes:
-    """As readable text; equal values give equal bytes."""
+    """Readable JSON text; equal values give equal bytes."""
     return (
         json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n"
     ).encode()
 
 
 def plain(value: Any, name: str) -> Any:
-    """`value` as JSON holds it; what it would not give back is refused.
+    """`value` in the types that JSON gives back; all others are refused.
 
     Args:
-      value: Whatever a user wants to keep.
-      name: What messages call it, such as "metadata"; the keys on the way follow.
+      value: A value that a user wants to keep.
+      name: The name of the value in messages, such as "metadata". The keys that lead to
+        the faulty part follow it.
 
     Raises:
-      TypeError: A value that JSON has no word for, or a key that is no text.
-      ValueError: A number that is not finite, or a value that holds itself.
+      TypeError: JSON cannot hold a part of the value, or a key is not a text.
+      ValueError: A number is not finite, or the value holds itself.
     """
     try:
         return _plain(value, name)
@@ -88,9 +89,9 @@ def _plain(value: Any, name: str) -> Any:
         for key in value:
             if not isinstance(key, str):
                 raise TypeError(f"{rule}: its keys must be texts, got {key!r}")
-        return {key: _plain(each, f"{name}[{key!r}]") for key, each in value.items()}
+        return {key: _plain(part, f"{name}[{key!r}]") for key, part in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(each, f"{name}[{k}]") for k, each in enumerate(value)]
+        return [_plain(part, f"{name}[{k}]") for k, part in enumerate(value)]
     raise TypeError(f"{rule}, got {_kind(value)}{_advice(value)}")
 
 
@@ -103,7 +104,7 @@ def _kind(value: object) -> str:
 
 
 def _advice(value: Any) -> str:
-    """How to make JSON of an array."""
+    """How to turn an array into JSON, as the end of a message."""
     if not isinstance(value, jax.Array | np.ndarray | np.generic):
         return ""
     if value.shape:
@@ -113,12 +114,12 @@ def _advice(value: Any) -> str:
 
 
 def read(path: Location) -> Any:
-    """The value of a JSON file."""
+    """The value that a JSON file holds."""
     return parse(read_bytes(path, MAX_BYTES), path.name)
 
 
 def short(value: object) -> str:
-    """`repr`, cut off: a message should not repeat a megabyte."""
+    """A `repr` that is cut off, since a message should not repeat a megabyte."""
     return _SHORT.repr(value)
 
 

@@ -1,4 +1,4 @@
-"""MoRA as plain LoRA, for servers that know only that."""
+"""MoRA as plain LoRA, for servers that know nothing else."""
 
 import os
 from collections.abc import Mapping
@@ -28,36 +28,37 @@ def save_peft_lora(
     task_type: str | None = "CAUSAL_LM",
     force: bool = False,
 ) -> dict[str, float]:
-    r"""Write adapters as a LoRA that Hugging Face PEFT, and servers, load.
+    r"""Write adapters as a LoRA that Hugging Face PEFT and servers load.
 
-    Sharing, truncation, orthogonal and hadamard have updates of rank q and are LoRAs
-    of that rank exactly: :math:`A = C`, :math:`B = \alpha M D`. Other updates have full
-    rank, and are cut to `rank` by singular values: that loses something, which is
-    returned, and refused where it is more than `max_error`.
+    The deltas of operators without blocks (sharing, signed_sharing, truncation,
+    orthogonal and hadamard) have rank q and are LoRAs of that rank exactly:
+    :math:`A = C`, :math:`B = \alpha M D`. The deltas of other operators have full rank,
+    and only the `rank` largest of their singular values are kept. What each module
+    loses by that is returned, and a loss of more than `max_error` is refused.
 
     Args:
-      directory: A path or a URL that `etils.epath` opens, new or empty. A local one is
-        there whole or not at all. On an object store the config is written last, so a
-        killed process leaves a directory without one.
-      adapters: as `init` makes them.
-      plan: the plan that they follow.
-      names: as in `load_peft_mora`.
-      rank: at most this many singular values of each layer are kept. None keeps
-        all, which a full-rank update refuses.
-      max_error: The largest share of its update that a module may lose, between 0 and
-        1, measured by the Frobenius norm. 1 accepts any cut.
-      base_model: what the config gives as `base_model_name_or_path`.
-      task_type: the same in PEFT.
-      force: Replace an adapter that is in the directory.
+      directory: A path or a URL that `etils.epath` opens, new or empty. A local
+        directory is there whole or not at all. On an object store the config is written
+        last, so a killed process leaves a directory without a config.
+      adapters: The adapters, as `init` makes them.
+      plan: The plan that they follow.
+      names: As in `load_peft_mora`.
+      rank: The most singular values that a module keeps, PEFT's `r`. None keeps all
+        of them and refuses deltas of full rank.
+      max_error: The largest share of its delta that a module may lose, between 0 and
+        1, measured by the Frobenius norm. 1 accepts any loss.
+      base_model: PEFT's `base_model_name_or_path`.
+      task_type: PEFT's `task_type`.
+      force: Whether to replace an adapter that is in the directory.
 
     Returns:
-      {module: norm(update - LoRA) / norm(update)}; 0 where nothing is cut.
+      {module: norm(delta - LoRA) / norm(delta)}; 0 where nothing is cut off.
 
     Raises:
-      FileExistsError: a directory that holds something, or with `force` anything but
-        an adapter.
-      ValueError: a kernel that `names` have no module for, a full-rank update without
-        `rank`, a module that would lose more than `max_error`, or a plan without
+      FileExistsError: The directory is not empty; with `force`, it holds something
+        other than an adapter.
+      ValueError: `names` have no module for a kernel, a delta of full rank is given
+        without `rank`, a module would lose more than `max_error`, or the plan has no
         adapters. Nothing is written then.
     """
     check_number("max_error", max_error)
@@ -67,43 +68,43 @@ def save_peft_lora(
         positive_integer("rank", rank)
     path = free(directory, force)
     tensors: dict[str, np.ndarray] = {}
-    kept: dict[str, _Kept] = {}
-    layouts, full = set(), None
-    for module, layout, spec, m in modules(adapters, plan, pairs(names)):
-        a, b, kept[module] = _factors(spec, m, rank)
-        layouts.add(layout)
+    spectra: dict[str, _Spectrum] = {}
+    axes, full = set(), None
+    for module, weight_axes, spec, m in modules(adapters, plan, pairs(names)):
+        a, b, spectra[module] = _factors(spec, m, rank)
+        axes.add(weight_axes)
         if spec.operator.block and rank is None:
             full = spec
             continue
         tensors[f"{PREFIX}{module}.lora_A.weight"] = a.T
         tensors[f"{PREFIX}{module}.lora_B.weight"] = b.T
-    if len(layouts) > 1:
+    if len(axes) > 1:
         raise ValueError("modules must be all Linear or all Conv1D")
     if full is not None:
         raise ValueError(
-            f"{full.name}: an update by {full.operator.name} has full rank; rank must "
-            f"say how much of it to keep, got None; {_enough(kept, max_error)}"
+            f"{full.name}: a delta of {full.operator.name} has full rank; rank must "
+            f"say how much of it to keep, got None; {_enough(spectra, max_error)}"
         )
-    lost = {module: one.lost for module, one in kept.items()}
+    lost = {module: spectrum.lost for module, spectrum in spectra.items()}
     worst = max(lost, key=lost.__getitem__)
     if lost[worst] > max_error:
         raise ValueError(
-            f"{worst} would lose {lost[worst]:.1%} of its update at rank {rank}, more "
-            f"than max_error={max_error:g}; {_enough(kept, max_error)}"
+            f"{worst} would lose {lost[worst]:.1%} of its delta at rank {rank}, more "
+            f"than max_error={max_error:g}; {_enough(spectra, max_error)}"
         )
-    ranks = {module: one.rank for module, one in kept.items()}
-    config = peft_config(ranks, 0.0, layouts.pop(), base_model, task_type)
+    ranks = {module: spectrum.rank for module, spectrum in spectra.items()}
+    config = peft_config(ranks, 0.0, axes.pop(), base_model, task_type)
     write(path, config, tensors)
     return lost
 
 
-class _Kept(NamedTuple):
-    """What a LoRA keeps of an update.
+class _Spectrum(NamedTuple):
+    """The singular values of a delta, and how many of them a LoRA keeps.
 
     Attributes:
-      rank: The LoRA's.
-      values: The update's singular values, the largest first; empty where they are
-        not known because nothing is cut off.
+      rank: The rank of the LoRA.
+      values: The singular values, the largest first; empty if they are not known
+        because nothing is cut off.
     """
 
     rank: int
@@ -111,24 +112,24 @@ class _Kept(NamedTuple):
 
     @property
     def lost(self) -> float:
-        """The share of the update that is cut off."""
+        """The share of the delta that is cut off."""
         tails = self._tails()
         return float(tails[self.rank]) if self.rank < len(tails) else 0.0
 
     def enough(self, max_error: float) -> int:
-        """A rank that loses no more than `max_error`, the smallest if values say so."""
+        """A rank that loses at most `max_error`, the smallest if values are known."""
         tails = self._tails()
         return max(1, int(np.sum(tails > max_error))) if len(tails) else self.rank
 
     def _tails(self) -> np.ndarray:
-        """The share of the update that each rank, from 0 on, cuts off."""
+        """The share of the delta that each rank, from 0 on, cuts off."""
         squares = np.cumsum(self.values[::-1] ** 2)[::-1]
         return np.sqrt(squares / squares[0]) if squares.any() else squares
 
 
-def _enough(kept: Mapping[str, _Kept], max_error: float) -> str:
-    """Which arguments would do."""
-    rank = max(one.enough(max_error) for one in kept.values())
+def _enough(spectra: Mapping[str, _Spectrum], max_error: float) -> str:
+    """Arguments that would be accepted, as the end of a message."""
+    rank = max(spectrum.enough(max_error) for spectrum in spectra.values())
     return (
         f"rank={rank} keeps every module within {max_error:.1%}, and max_error=1 "
         "accepts any loss"
@@ -137,8 +138,8 @@ def _enough(kept: Mapping[str, _Kept], max_error: float) -> str:
 
 def _factors(
     spec: AdapterSpec, m: np.ndarray, rank: int | None
-) -> tuple[np.ndarray, np.ndarray, _Kept]:
-    """(in, r) and (r, out) whose product is the update, and what they keep of it."""
+) -> tuple[np.ndarray, np.ndarray, _Spectrum]:
+    """(in, r) and (r, out), whose product is what a LoRA keeps, and the spectrum."""
     op, m = spec.operator, scaled(spec, m)
     if op.block:
         delta = np.asarray(op.delta_weight(m), np.float64)
@@ -157,5 +158,5 @@ def _factors(
 
 def _float32(
     a: np.ndarray, b: np.ndarray, values: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, _Kept]:
-    return a.astype(np.float32), b.astype(np.float32), _Kept(a.shape[1], values)
+) -> tuple[np.ndarray, np.ndarray, _Spectrum]:
+    return a.astype(np.float32), b.astype(np.float32), _Spectrum(a.shape[1], values)

@@ -1,4 +1,4 @@
-"""Names of PyTorch modules beside paths of kernels."""
+"""Names of PyTorch's modules, and the paths of their kernels here."""
 
 import re
 from collections.abc import Mapping
@@ -8,23 +8,24 @@ from mora_jax._types import Shape
 
 
 class Pair(NamedTuple):
-    """Two ways to write one name, `{fields}` being equal in both.
+    """Two templates for a kernel, whose `{fields}` stand for the same texts.
 
     Attributes:
-      module: PyTorch's, as "model.layers.{layer}.mlp.{name}".
-      kernel: ours, as "model/layers/{layer}/mlp/{name}/kernel"; for a stacked kernel
-        with the place in the stack, as "layers/{name}/kernel[{layer}]".
-      layout: of PyTorch's weight: "oi" as in `Linear`, "io" as in GPT-2's `Conv1D`.
+      module: The module's name in PyTorch, such as "model.layers.{layer}.mlp.{name}".
+      kernel: The kernel's path here, such as "model/layers/{layer}/mlp/{name}/kernel".
+        A stacked kernel has an index in its stack, as in "layers/{name}/kernel[{n}]".
+      axes: The order of the axes of PyTorch's weight: "oi" as in `Linear`, "io" as in
+        GPT-2's `Conv1D`.
     """
 
     module: str
     kernel: str
-    layout: str = "oi"
+    axes: str = "oi"
 
 
-def _same(template: str, layout: str = "oi") -> Pair:
-    """Of transformers, whose Flax models are named as their PyTorch models."""
-    return Pair(template, template.replace(".", "/") + "/kernel", layout)
+def _same(template: str, axes: str = "oi") -> Pair:
+    """A pair for transformers, which names its Flax models as its PyTorch models."""
+    return Pair(template, template.replace(".", "/") + "/kernel", axes)
 
 
 _DECODER = (
@@ -49,18 +50,19 @@ FAMILIES: dict[str, tuple[Pair, ...]] = {
         _same(f"{root}encoder.{rest}") for root in ("bert.", "") for rest in _BERT
     ),
 }
-"""Known models, as transformers names them."""
+"""The models that are known, as transformers names them."""
 
 Names = str | Mapping[str, str] | None
-"""A family, {module: kernel} in templates, or None for all families."""
+"""A family of models, {module: kernel} as templates, or None for all families."""
 
 
 def pairs(names: Names) -> tuple[Pair, ...]:
-    """What `names` stands for.
+    """The pairs that `names` stands for.
 
     Raises:
-      TypeError: neither a family nor a mapping of texts.
-      ValueError: no such family, or templates whose fields differ.
+      TypeError: `names` is neither a text nor a mapping of texts to texts.
+      ValueError: The family is unknown, or the two sides of a template have different
+        fields.
     """
     if names is None:
         return tuple(pair for family in FAMILIES.values() for pair in family)
@@ -88,35 +90,35 @@ _FIELD = re.compile(r"\{(\w+)\}")
 
 
 def translate(text: str, source: str, target: str) -> str | None:
-    """`text` as `target` writes it, if it is as `source` does."""
+    """`text` rewritten from `source` to `target`; None if `source` does not fit it."""
     parts = _FIELD.split(source)
     fixed, fields = parts[::2], parts[1::2]
     pattern = re.escape(fixed[0]) + "".join(
-        rf"(?P<{field}>[^./\[\],]+){re.escape(text)}"
-        for field, text in zip(fields, fixed[1:], strict=True)
+        rf"(?P<{field}>[^./\[\],]+){re.escape(after)}"
+        for field, after in zip(fields, fixed[1:], strict=True)
     )
     match = re.fullmatch(pattern, text)
     return target.format(**match.groupdict()) if match else None
 
 
 def to_kernel(module: str, known: tuple[Pair, ...]) -> tuple[str, str] | None:
-    """The kernel of a module, and the layout of its weight."""
+    """The kernel of a module, and the axes of the module's weight."""
     for pair in known:
         if kernel := translate(module, pair.module, pair.kernel):
-            return kernel, pair.layout
+            return kernel, pair.axes
     return None
 
 
 def to_module(kernel: str, known: tuple[Pair, ...]) -> tuple[str, str] | None:
-    """The module of a kernel, and the layout of its weight."""
+    """The module of a kernel, and the axes of the module's weight."""
     for pair in known:
         if module := translate(kernel, pair.kernel, pair.module):
-            return module, pair.layout
+            return module, pair.axes
     return None
 
 
 def join_index(path: str, index: Shape) -> str:
-    """A kernel's path, with its place in a stack: "layers/fc/kernel[3]"."""
+    """A kernel's path with an index in its stack: "layers/fc/kernel[3]"."""
     return f"{path}[{','.join(map(str, index))}]" if index else path
 
 
@@ -127,5 +129,5 @@ def split_index(kernel: str) -> tuple[str, Shape]:
         return path, ()
     numbers = index.removesuffix("]").split(",")
     if not all(number.isdecimal() and number.isascii() for number in numbers):
-        raise ValueError(f"a place in a stack must be numbers, got {kernel!r}")
+        raise ValueError(f"an index in a stack must be numbers, got {kernel!r}")
     return path, tuple(int(number) for number in numbers)

@@ -1,4 +1,4 @@
-"""Adapters as files: a directory of safetensors and JSON."""
+"""Adapters as a directory of two files, in safetensors and JSON."""
 
 import contextlib
 import os
@@ -16,7 +16,7 @@ from mora_jax._bases import check_base, kernel_digests
 from mora_jax._paths import adapter_path, named_leaves, nearest
 from mora_jax._plan import Plan
 from mora_jax._spec import AdapterSpec
-from mora_jax.io._arrays import host
+from mora_jax.io._arrays import to_numpy
 from mora_jax.io._content import (
     FORMAT,
     VERSION,
@@ -54,39 +54,40 @@ def save(
 ) -> None:
     """Write adapters as files that `load` gives back bit for bit.
 
-    `adapter_model.safetensors` holds each M once, `adapter_config.json` the plan and
-    digests of both files. Whenever the process is killed, the directory holds the
-    adapter that was there or the new one; other files in it are left alone.
+    PEFT calls this `save_pretrained`. `adapter_model.safetensors` holds each M once,
+    `adapter_config.json` the plan and digests of both files. Whenever the process is
+    killed, the directory holds the old adapter or the new adapter. Other files in it
+    are left alone.
 
-    That holds on a local disk, where processes that save into one directory wait for
-    each other, and on object stores (`gs://`, `s3://`), where only one process at a
-    time may save into a directory.
+    On a local disk, processes that save into one directory wait for each other. On an
+    object store (`gs://`, `s3://`) only one process at a time may save into it.
 
     Args:
-      directory: A path or a URL that `etils.epath` opens; made if it is not there.
-      adapters: as `init` makes them.
-      plan: the plan that they follow.
-      metadata: whatever JSON can hold, for `io.read_metadata`.
+      directory: A path or a URL that `etils.epath` opens; made if it does not exist.
+      adapters: The adapters, as `init` makes them.
+      plan: The plan that they follow.
+      metadata: Values that JSON can hold, for `io.read_metadata`.
       params: The base's params. The file then holds a digest of a few rows of each
-        kernel that is adapted, and `load` and `merge` refuse another base. By default
-        what the plan knows of the base is kept.
+        adapted kernel, and `load` and `merge` refuse another base. By default the file
+        keeps the digests that the plan has.
 
     Raises:
-      TypeError: metadata that JSON cannot hold, or params that are no arrays.
-      ValueError: adapters or params that do not fit the plan, or adapters that hold NaN
-        or infinity; a plan without adapters; a URL of an unknown scheme.
-      OSError: what the file system says; then the directory is as it was.
-      ImportError: without `mora-jax[io]`, or without what opens such a URL.
+      TypeError: JSON cannot hold the metadata, or params are not arrays.
+      ValueError: Adapters or params do not fit the plan, adapters hold NaN or infinity,
+        the plan has no adapters, or the scheme of a URL is not known.
+      OSError: The file system refuses. The directory is as it was.
+      ImportError: `mora-jax[io]` or the package that opens such a URL is missing.
 
     Example::
 
       >>> import tempfile
-      >>> from mora_jax import init, load, plan, save
-      >>> layers = plan({"fc": {"kernel": jnp.ones((8, 8))}})
+      >>> import jax.numpy as jnp
+      >>> import mora_jax
+      >>> plan = mora_jax.plan({"fc": {"kernel": jnp.ones((8, 8))}})
       >>> with tempfile.TemporaryDirectory() as directory:
-      ...     save(directory, init(layers), layers, metadata={"task": "none"})
-      ...     adapters, same = load(directory)
-      >>> adapters["fc"]["kernel_mora"].shape, same == layers
+      ...     mora_jax.save(directory, mora_jax.init(plan), plan, metadata={"step": 3})
+      ...     adapters, same = mora_jax.load(directory)
+      >>> adapters["fc"]["kernel_mora"].shape, same == plan
       ((8, 8), True)
     """
     path, metadata = as_path("directory", directory), _metadata(metadata)
@@ -95,7 +96,7 @@ def save(
     kernels = None if params is None else _leaves(params)
     for spec, m in adapter_items(adapters, plan):
         name = "/".join(adapter_path(spec))
-        arrays[name] = host(name, m)
+        arrays[name] = to_numpy(name, m)
         digests = spec.base_digest
         if kernels is not None:
             digests = kernel_digests(spec, _kernel(spec, kernels))
@@ -117,7 +118,7 @@ def save(
     shapes = {
         s.name: jax.ShapeDtypeStruct(s.kernel_shape, jnp.float32) for s in plan.specs
     }
-    decode_adapter(config, tensors, shapes)  # what is written can be read
+    decode_adapter(config, tensors, shapes)  # nothing is written that cannot be read
     _replace(path, config, tensors)
 
 
@@ -130,12 +131,12 @@ def _metadata(metadata: Any) -> dict[str, Any]:
 
 
 def _leaves(params: Any) -> dict[str, Any]:
-    """{path: array or shape} of a params tree."""
+    """The leaves of a params tree as {path: array or shape}."""
     return {name: leaf for name, (_, leaf) in named_leaves(params).items()}
 
 
 def _kernel(spec: AdapterSpec, kernels: Mapping[str, Any]) -> Any:
-    """The array of `spec` among the base's params."""
+    """The kernel of `spec` among the base's params."""
     kernel = kernels.get(spec.name)
     if kernel is None:
         raise ValueError(
@@ -162,40 +163,43 @@ def load(
 ) -> tuple[Tree, Plan]:
     """Adapters and their plan, as `save` wrote them.
 
-    Everything is checked before anything is returned, and nothing is filled in. While
-    other processes save into the directory, the adapters are those of one of them.
+    PEFT calls this `from_pretrained`. Everything is checked before anything is
+    returned, and nothing is filled in. While other processes save into the directory,
+    the adapters are the old ones or those of one of these processes.
 
     Args:
       directory: A path or a URL that `etils.epath` opens.
-      params_or_shapes: the model's params or their shapes, which then must have each
-        kernel in the shape that the adapter was made for. Where `save` was given the
-        base's params, arrays must also hold that base's weights, in float32 or
-        bfloat16; parts of them on other processes are not looked at.
-      any_base: Take other weights than those that the adapter was trained on, too.
+      params_or_shapes: The model's params or their shapes. Each kernel must then have
+        the shape that its adapter was made for. If `save` was given the base's params,
+        arrays must also hold that base's weights, in float32 or bfloat16; kernels with
+        parts on other processes are not compared.
+      any_base: Whether to accept also other weights than those that the adapter was
+        trained on.
 
     Returns:
-      (adapters, plan). The plan alone says which operator made what.
+      (adapters, plan). Only the plan says which operators the M's belong to.
 
     Raises:
-      io.AdapterFileError: anything that is missing, too much, damaged, misshapen, not
-        finite, of a newer format, of an operator that is not known, or one that this
-        platform computes otherwise; weights of another base, without `any_base`. The
-        message names the layer.
+      io.AdapterFileError: Something is missing, unknown, damaged, of a wrong shape, not
+        finite or of a newer format, or this platform computes an operator differently;
+        or, without `any_base`, the params are those of another base. The message names
+        the layer.
       TypeError, ValueError: `directory` is neither a path nor a URL of a known scheme.
-      ImportError: without `mora-jax[io]`, or without what opens such a URL.
+      ImportError: `mora-jax[io]` or the package that opens such a URL is missing.
 
     Example::
 
       >>> import tempfile
-      >>> from mora_jax import init, load, plan, save
+      >>> import jax.numpy as jnp
+      >>> import mora_jax
       >>> params = {"fc": {"kernel": jnp.ones((8, 8))}}
-      >>> layers = plan(params)
+      >>> plan = mora_jax.plan(params)
       >>> with tempfile.TemporaryDirectory() as directory:
-      ...     save(directory, init(layers), layers)
-      ...     adapters, same = load(directory, params)
+      ...     mora_jax.save(directory, mora_jax.init(plan), plan)
+      ...     adapters, same = mora_jax.load(directory, params)
       >>> float(adapters["fc"]["kernel_mora"].sum())
       0.0
-      >>> load("nowhere")
+      >>> mora_jax.load("nowhere")
       Traceback (most recent call last):
       mora_jax.io.AdapterFileError: there is no adapter_config.json in nowhere
     """
@@ -211,39 +215,44 @@ def load(
 
 
 def read_metadata(directory: str | os.PathLike[str]) -> dict[str, Any]:
-    """What `save` was given as metadata.
+    """The metadata that `save` was given.
+
+    Args:
+      directory: A path or a URL that `etils.epath` opens.
 
     Raises:
-      io.AdapterFileError: as `load`, for the same files.
+      io.AdapterFileError: The config is missing, damaged or of a newer format.
 
     Example::
 
       >>> import tempfile
-      >>> from mora_jax import init, io, plan, save
-      >>> layers = plan({"fc": {"kernel": jnp.ones((8, 8))}})
+      >>> import jax.numpy as jnp
+      >>> import mora_jax
+      >>> plan = mora_jax.plan({"fc": {"kernel": jnp.ones((8, 8))}})
       >>> with tempfile.TemporaryDirectory() as directory:
-      ...     save(directory, init(layers), layers, metadata={"task": "none"})
-      ...     io.read_metadata(directory)
-      {'task': 'none'}
+      ...     mora_jax.save(directory, mora_jax.init(plan), plan, metadata={"step": 3})
+      ...     mora_jax.io.read_metadata(directory)
+      {'step': 3}
     """
     path = as_path("directory", directory) / CONFIG
     return parse_config(read_bytes(path, MAX_BYTES))["metadata"]
 
 
 def _replace(directory: Location, config: bytes, tensors: bytes) -> None:
-    """Both files at once: the config decides, and names its tensors by their digest.
+    """Replace both files at once.
 
-    A directory cannot be renamed over another, and may hold files of the user's. So the
-    tensors wait under a name of their own until the config is there.
+    The directory itself is not replaced, since it may hold files of the user. So the
+    config decides which adapter it holds: it names its tensors by their digest, and
+    they wait under a name with that digest until the config is written.
     """
     make_directory(directory)
     with naming(directory), locked(directory):
-        # Before anything is written: clients of object stores remember what they listed
-        # until they write.
+        # Listed before anything is written: clients of object stores keep a listing
+        # until they write, and this listing will soon be out of date.
         left = unfinished_files(directory)
         waiting = directory / _waiting(digest_of(tensors))
         write_file(waiting, [tensors])
-        write_file(directory / CONFIG, [config])  # from here on it is the new one
+        write_file(directory / CONFIG, [config])  # from here on the adapter is new
         waiting.replace(directory / TENSORS)
         for path in left:
             if path.name != waiting.name:
@@ -253,18 +262,18 @@ def _replace(directory: Location, config: bytes, tensors: bytes) -> None:
 
 
 def _waiting(digest: str) -> str:
-    """Where tensors are whose config has not been written, or has just been."""
+    """The name of tensors whose config is about to be written or was just written."""
     return f"{TEMPORARY}{digest}.safetensors"
 
 
 def _files(directory: Location) -> tuple[bytes, bytes]:
-    """Config and tensors that belong together."""
+    """A config and the tensors that belong to it."""
     seen = None
     while (config := read_bytes(directory / CONFIG, MAX_BYTES)) != seen:
         if tensors := _tensors(directory, config):
             return config, tensors
-        seen = config  # another process may be replacing both just now
-    with locked(directory):  # it may have been replaced twice, by an equal one at last
+        seen = config  # another process may be replacing both at this moment
+    with locked(directory):  # the config may have been replaced twice and be as before
         config = read_bytes(directory / CONFIG, MAX_BYTES)
         if tensors := _tensors(directory, config):
             return config, tensors
@@ -272,15 +281,15 @@ def _files(directory: Location) -> tuple[bytes, bytes]:
         raise AdapterFileError(f"there is no {TENSORS} in {directory}")
     raise AdapterFileError(
         f"{TENSORS} in {directory} is damaged, or not of this {CONFIG}: its size or "
-        "SHA-256 differs from what that says"
+        "SHA-256 differs from the config's"
     )
 
 
 def _tensors(directory: Location, config: bytes) -> bytes | None:
-    """The tensors that a config names, if they are there.
+    """The tensors that a config names; None if they are not found.
 
-    A writer may move them from their waiting place between two looks, so the place
-    where they go is looked at once more.
+    A writer may rename them after their final name was tried and before their waiting
+    name is tried. So the final name is tried again.
     """
     content = parse_config(config)
     digest, size = content["tensors_sha256"], content["tensors_bytes"]

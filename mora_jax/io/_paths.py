@@ -1,4 +1,4 @@
-"""Where files are: local paths, and the URLs that `etils.epath` opens."""
+"""Local paths, and the URLs that `etils.epath` opens."""
 
 import os
 import re
@@ -14,26 +14,27 @@ else:
     Location = Any
 
 PACKAGES = {"gs": "gcsfs", "s3": "s3fs", "az": "adlfs"}
-"""What epath opens the URLs of each scheme with."""
+"""{scheme: the package with which epath opens its URLs}."""
 
 
 def as_path(argument: str, value: object) -> Location:
-    """The place that a user's argument names.
+    """The path that a user's argument names.
 
-    `~` is the home directory, and `file://` a local path. Other URLs belong to epath:
-    `gs://`, `s3://`, `az://`, and what `epath.register_path_cls` has registered.
+    `~` is the home directory, and `file://` begins a local path. epath opens the other
+    URLs: `gs://`, `s3://`, `az://` and the schemes that `epath.register_path_cls` has
+    registered.
 
     Args:
       argument: The name of the argument, for messages.
-      value: A path or a URL, or a path object of pathlib or of epath.
+      value: A path or a URL as text, or a path object of pathlib or of epath.
 
     Returns:
-      A `pathlib.Path` for what is local, since saving needs its locks and renames;
-      otherwise an `epath.Path`.
+      A `pathlib.Path` for a local path, since saving locks and renames it; otherwise an
+      `epath.Path`.
 
     Raises:
       TypeError: The value is neither text nor a path.
-      ValueError: The scheme of a URL is unknown, or the value names no place.
+      ValueError: The scheme of a URL is unknown, or the value is empty or malformed.
       ImportError: The package that opens such URLs is not installed.
     """
     if not isinstance(value, str | os.PathLike):
@@ -51,13 +52,13 @@ def as_path(argument: str, value: object) -> Location:
         return _local(argument, text)
     scheme, slashes = url.groups()
     if scheme == "file":
-        place = re.fullmatch("file:(?://(?:localhost)?)?(/[^/].*)", text)
-        if place is None:
+        local = re.fullmatch("file:(?://(?:localhost)?)?(/[^/].*)", text)
+        if local is None:
             raise ValueError(
                 f"{argument} must be like 'file:///folder/name' for a file of this "
                 f"machine, got {text!r}"
             )
-        return Path(url2pathname(place[1]))
+        return Path(url2pathname(local[1]))
     if len(slashes) == 1:
         raise ValueError(
             f"{argument} must be a URL with '//', given as text because pathlib takes "
@@ -67,25 +68,25 @@ def as_path(argument: str, value: object) -> Location:
 
 
 def is_local(path: Location) -> TypeGuard[Path]:
-    """Whether files of `path` can be locked and renamed."""
+    """Whether `path` is local, so that it can be locked and renamed."""
     return type(path) is type(Path())
 
 
 def size(path: Location) -> int:
-    """How many bytes a file has."""
+    """The number of bytes of a file."""
     found: Any = path.stat()
     return found.st_size if hasattr(found, "st_size") else found.length
 
 
 def parts(path: Location) -> tuple[str, ...]:
-    """What tells two places apart: the names on the way to them."""
+    """The names that lead to a path, by which two paths can be compared."""
     if is_local(path):
         return path.resolve().parts
     return tuple(name for name in os.fspath(path).split("/") if name)
 
 
 def _is_epaths(value: os.PathLike[Any]) -> bool:
-    """Whether `value` is of a class of epath's, and not local."""
+    """Whether `value` is of a class of epath and not local."""
     try:
         from etils import epath
     except ImportError:
@@ -114,7 +115,7 @@ def _remote(argument: str, text: str, scheme: str) -> Location:
             "pip install mora-jax[io]"
         ) from error
     try:
-        if scheme == "hf":  # its files are commits, which no object store's are
+        if scheme == "hf":  # each file that is written there would make a commit
             raise KeyError(scheme)
         path = epath.Path(text)
     except KeyError:

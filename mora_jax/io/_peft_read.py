@@ -1,4 +1,4 @@
-"""The reference's files, read: PEFT directories of MoRA adapters."""
+"""Reading PEFT directories that the reference (peft-mora) wrote."""
 
 import dataclasses
 import os
@@ -17,7 +17,7 @@ from mora_jax._plan import Plan
 from mora_jax._planning import plan
 from mora_jax._spec import AdapterSpec
 from mora_jax._types import Shape
-from mora_jax.io._arrays import device
+from mora_jax.io._arrays import to_jax
 from mora_jax.io._errors import AdapterFileError
 from mora_jax.io._files import CONFIG, TENSORS, read_bytes
 from mora_jax.io._json import read, short
@@ -29,7 +29,7 @@ from mora_jax.io._tensors import decode
 from mora_jax.operators import Operator
 
 PREFIX = "base_model.model."
-"""How PEFT's names of tensors begin."""
+"""The beginning of the names of tensors in PEFT."""
 
 
 def load_peft_mora(
@@ -40,20 +40,22 @@ def load_peft_mora(
     Args:
       directory: A path or a URL that `etils.epath` opens, of a directory with
         adapter_config.json and adapter_model.safetensors.
-      model: who gets them: its params or their shapes; or, where kernels have other
-        axes than (in, out), any plan of it, as `linen.plan` and `nnx.plan` make, which
-        must name all kernels that the file adapts.
-      names: which module is which kernel: "llama", "gemma", "qwen", "gpt2", "bert" for
-        models that are named as transformers' Flax models are; or templates, as
+      model: The params of the model that gets the adapters, or their shapes. If kernels
+        have other axes than (in, out), a plan by `linen.plan` or `nnx.plan` that has
+        all kernels that the file adapts.
+      names: Which PyTorch module is which kernel. A family ("llama", "gemma", "qwen",
+        "gpt2" or "bert") for models with the names of transformers' Flax models;
+        otherwise templates, such as
         `{"model.layers.{layer}.mlp.{name}": "layer_{layer}/{name}/kernel"}`, with
         `"mlp/{name}/kernel[{layer}]"` for a stacked kernel. None tries all families.
 
     Returns:
-      (adapters, plan), as `load`. The operators are `reference_operator`'s, and alpha
+      (adapters, plan), as `load` does. `reference_operator` makes the operators. Alpha
       is 1, since the reference ignores it.
 
     Raises:
-      AdapterFileError: files that are damaged, not MoRA's, or do not fit the model.
+      AdapterFileError: The files are damaged or hold no MoRA adapter, or they do not
+        fit the model.
     """
     path = as_path("directory", directory)
     config = _Config.parse(read(path / CONFIG))
@@ -63,7 +65,7 @@ def load_peft_mora(
     unknown = [module for module in matrices if to_kernel(module, known) is None]
     if unknown:
         raise AdapterFileError(
-            f"names say of no kernel that it is {short(unknown[0])}, which {TENSORS} "
+            f"names have no kernel for the module {short(unknown[0])}, which {TENSORS} "
             f"adapts; {suggestion_for(unknown, _kernels(model))}"
         )
     for module, m in matrices.items():
@@ -92,7 +94,7 @@ def load_peft_mora(
             execution="auto",
         )
         specs.append(spec)
-        adapters[adapter_path(spec)] = device(spec.name, m)
+        adapters[adapter_path(spec)] = to_jax(spec.name, m)
     if found:
         name = next(iter(found))
         raise AdapterFileError(
@@ -104,7 +106,7 @@ def load_peft_mora(
 
 @dataclasses.dataclass(frozen=True)
 class _Config:
-    """What the reference's config says that matters."""
+    """The settings that are used from the reference's config."""
 
     mora_type: int
     rank: int
@@ -113,7 +115,7 @@ class _Config:
 
     @classmethod
     def parse(cls, content: Any) -> "_Config":
-        """Check and choose."""
+        """The settings in a parsed config, checked."""
         if not isinstance(content, dict) or content.get("peft_type") != "LORA":
             raise AdapterFileError(f"peft_type in {CONFIG} must be 'LORA'")
         if content.get("use_mora") is not True:
@@ -121,10 +123,10 @@ class _Config:
                 f"{CONFIG} is of a plain LoRA: use_mora must be true, "
                 f"got {short(content.get('use_mora'))}"
             )
-        for key, plain in (("bias", "none"), ("use_dora", False)):
-            if content.get(key, plain) != plain:
+        for key, default in (("bias", "none"), ("use_dora", False)):
+            if content.get(key, default) != default:
                 raise AdapterFileError(
-                    f"{key} in {CONFIG} must be {plain!r}, got {short(content[key])}"
+                    f"{key} in {CONFIG} must be {default!r}, got {short(content[key])}"
                 )
         mora_type = content.get("mora_type")
         if type(mora_type) is not int or mora_type not in (*REFERENCE_GROUPS, 6):
@@ -147,7 +149,7 @@ class _Config:
         return cls(mora_type, ranks["r"], patterns, float(dropout))
 
     def rank_of(self, module: str) -> int:
-        """As PEFT looks it up: a key is a module's name, or the end of one."""
+        """The rank of a module. A key is its name or the end of it, as in PEFT."""
         for key, rank in self.rank_pattern.items():
             if module == key or module.endswith(f".{key}"):
                 return rank
@@ -159,7 +161,7 @@ def _mapping(name: str, value: Any) -> dict[str, Any]:
         raise AdapterFileError(
             f"{name} in {CONFIG} must be an object, got {short(value)}"
         )
-    for key in value:  # PEFT takes regular expressions; those of strangers may not end
+    for key in value:  # PEFT takes patterns; a stranger's may take forever to match
         if not re.fullmatch(r"[\w.-]+", key):
             raise AdapterFileError(
                 f"{name} in {CONFIG} must have names of modules, got {short(key)}"
@@ -168,7 +170,7 @@ def _mapping(name: str, value: Any) -> dict[str, Any]:
 
 
 def _matrices(arrays: Mapping[str, np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
-    """Each module with its M. The reference stores it twice, transposed."""
+    """Each module with its M, which the reference stores twice and transposed."""
     for key in arrays:
         if not re.fullmatch(rf"{re.escape(PREFIX)}.+\.lora_[AB]\.weight", key):
             raise AdapterFileError(
@@ -191,7 +193,7 @@ def _matrices(arrays: Mapping[str, np.ndarray]) -> Iterator[tuple[str, np.ndarra
 
 
 def _kernels(model: Any) -> list[str]:
-    """The paths of all that can be a kernel."""
+    """The paths of all arrays that can be kernels."""
     if isinstance(model, Plan):
         return list(model)
     leaves = named_leaves(model) if jax.tree.leaves(model) else {}
@@ -199,7 +201,7 @@ def _kernels(model: Any) -> list[str]:
 
 
 def _template(model: Any, found: Mapping[str, Any]) -> Plan:
-    """A plan that has the found kernels, whatever their operators."""
+    """A plan with the found kernels, whose operators will be replaced."""
     if not found:
         raise AdapterFileError(f"{TENSORS} holds no adapter")
     if isinstance(model, Plan):
@@ -218,7 +220,7 @@ def _template(model: Any, found: Mapping[str, Any]) -> Plan:
 def _adapter(
     spec: AdapterSpec, by_index: Mapping[Shape, tuple[str, np.ndarray]], config: _Config
 ) -> tuple[Operator, np.ndarray]:
-    """Operator and M of one kernel, (*stack, q, q)."""
+    """The operator of a kernel, and its M, (*stack, q, q)."""
     stack = spec.shape[:-2]
     if missing := set(np.ndindex(stack)) ^ set(by_index):
         raise ValueError(f"the kernel is stacked {stack}, and does not fit {missing}")

@@ -1,4 +1,4 @@
-"""PEFT directories, written: the reference's, and what all of them share."""
+"""Writing PEFT directories: the reference's, and what all of them share."""
 
 import math
 import os
@@ -11,7 +11,7 @@ from mora_jax._adapters import adapter_items
 from mora_jax._compute.delta import scaled
 from mora_jax._plan import Plan
 from mora_jax._spec import AdapterSpec
-from mora_jax.io._arrays import host
+from mora_jax.io._arrays import to_numpy
 from mora_jax.io._files import CONFIG, TENSORS, entries, new_directory
 from mora_jax.io._json import dump
 from mora_jax.io._names import Names, Pair, join_index, pairs, to_module
@@ -35,33 +35,34 @@ def save_peft_mora(
 ) -> None:
     """Write adapters so that the paper's authors' code (peft-mora) loads them.
 
-    That code computes q from a rank, knows sharing and rotation alone and ignores
-    alpha; so alpha and normalisation go into M, and what it has no word for is refused.
+    That code computes q from a rank, has only sharing and rotation, and ignores alpha.
+    So M is written with alpha and the normalisation multiplied in, and adapters that
+    the code cannot express are refused.
 
     Args:
-      directory: A path or a URL that `etils.epath` opens, new or empty. A local one is
-        there whole or not at all. On an object store the config is written last, so a
-        killed process leaves a directory without one.
-      adapters: as `init` makes them.
-      plan: the plan that they follow.
-      names: as in `load_peft_mora`.
-      base_model: what the config gives as `base_model_name_or_path`.
-      task_type: the same in PEFT.
-      force: Replace an adapter that is in the directory.
+      directory: A path or a URL that `etils.epath` opens, new or empty. A local
+        directory is there whole or not at all. On an object store the config is written
+        last, so a killed process leaves a directory without a config.
+      adapters: The adapters, as `init` makes them.
+      plan: The plan that they follow.
+      names: As in `load_peft_mora`.
+      base_model: PEFT's `base_model_name_or_path`.
+      task_type: PEFT's `task_type`.
+      force: Whether to replace an adapter that is in the directory.
 
     Raises:
-      FileExistsError: a directory that holds something, or with `force` anything but
-        an adapter.
-      ValueError: an operator or square rank that the reference has not, a kernel that
-        `names` have no module for, or a plan without adapters.
+      FileExistsError: The directory is not empty; with `force`, it holds something
+        other than an adapter.
+      ValueError: The reference does not have an operator or a square rank, `names` have
+        no module for a kernel, or the plan has no adapters.
     """
     path = free(directory, force)
     tensors: dict[str, np.ndarray] = {}
     ranks: dict[str, int] = {}
     settings = set()
-    for module, layout, spec, m in modules(adapters, plan, pairs(names)):
+    for module, axes, spec, m in modules(adapters, plan, pairs(names)):
         mora_type, ranks[module], scale = _reference(spec)
-        settings.add((mora_type, spec.dropout, layout))
+        settings.add((mora_type, spec.dropout, axes))
         for letter in "AB":
             tensors[f"{PREFIX}{module}.lora_{letter}.weight"] = (
                 scale * scaled(spec, m)
@@ -71,14 +72,14 @@ def save_peft_mora(
             "the reference has one mora_type, dropout and fan_in_fan_out for all "
             f"layers, got {sorted(settings)}"
         )
-    ((mora_type, dropout, layout),) = settings
-    config = peft_config(ranks, dropout, layout, base_model, task_type)
+    ((mora_type, dropout, axes),) = settings
+    config = peft_config(ranks, dropout, axes, base_model, task_type)
     config |= {"use_mora": True, "mora_type": mora_type}
     write(path, config, tensors)
 
 
 def _reference(spec: AdapterSpec) -> tuple[int, int, float]:
-    """mora_type, rank, and what alpha M is multiplied by."""
+    """The reference's type and rank, and a factor that alpha M is multiplied by."""
     op, scale = spec.operator, 1.0
     ins, outs, q = op.in_features, op.out_features, op.square_rank
     if isinstance(op, Rotation) and (op.truncate or -(-ins // q) <= -(-outs // q)):
@@ -95,7 +96,7 @@ def _reference(spec: AdapterSpec) -> tuple[int, int, float]:
     near = max(1, q * q // (ins + outs))
     choices = {
         reference_square_rank(mora_type, ins, outs, rank): rank
-        for rank in range(near + 3, near - 1, -1)  # the least that gives a q stays
+        for rank in range(near + 3, near - 1, -1)  # the least rank for a q comes last
     }
     if q not in choices:
         raise ValueError(
@@ -108,13 +109,13 @@ def _reference(spec: AdapterSpec) -> tuple[int, int, float]:
 def peft_config(
     ranks: Mapping[str, int],
     dropout: float,
-    layout: str,
+    axes: str,
     base_model: str,
     task_type: str | None,
 ) -> dict[str, Any]:
-    """A LoraConfig that names each module, and scales nothing.
+    """A LoraConfig that names each module and multiplies by 1.
 
-    `r` is the largest rank, since servers make room for that many.
+    `r` is the largest rank, since servers make room for that rank.
     """
     rank = max(ranks.values())
     others = {module: r for module, r in ranks.items() if r != rank}
@@ -130,18 +131,18 @@ def peft_config(
         "alpha_pattern": others,
         "lora_dropout": dropout,
         "bias": "none",
-        "fan_in_fan_out": layout == "io",
+        "fan_in_fan_out": axes == "io",
     }
 
 
 def modules(
     adapters: Any, plan: Plan, known: tuple[Pair, ...]
 ) -> Iterator[tuple[str, str, AdapterSpec, np.ndarray]]:
-    """PyTorch's module, layout of its weight, spec and (q, q) M of each."""
+    """PyTorch's module, the axes of its weight, the spec and the (q, q) M of each."""
     if not len(plan):
         raise ValueError("plan must have an adapter to write, got none")
     items = [
-        (spec, host(spec.name, m).astype(np.float32), index)
+        (spec, to_numpy(spec.name, m).astype(np.float32), index)
         for spec, m in adapter_items(adapters, plan)
         for index in np.ndindex(spec.shape[:-2])
     ]
@@ -159,7 +160,11 @@ def modules(
 
 
 def free(directory: str | os.PathLike[str], force: bool) -> Location:
-    """Where an adapter can be written, and with `force` in place of another."""
+    """The path of a directory that an adapter can be written to.
+
+    Raises:
+      FileExistsError: The directory holds something else, or it is a file.
+    """
     path = as_path("directory", directory)
     if path.exists() and not path.is_dir():
         raise FileExistsError(f"directory must be new or empty, got the file {path}")
@@ -180,7 +185,7 @@ def free(directory: str | os.PathLike[str], force: bool) -> Location:
 def write(
     path: Location, config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]
 ) -> None:
-    """A PEFT directory, its config last."""
+    """Write a PEFT directory, its config last."""
     with new_directory(path) as write_file:
         write_file(TENSORS, [encode(tensors, {"format": "pt"})])
         write_file(CONFIG, [dump(config)])

@@ -1,4 +1,4 @@
-"""A plan without its adapters, as text for the metadata of any checkpoint."""
+"""A plan as text, without its adapters, for the metadata of any checkpoint."""
 
 from importlib.metadata import version
 from typing import Any
@@ -24,26 +24,28 @@ KINDS = {
 
 
 def plan_to_json(plan: Plan) -> str:
-    """A plan as JSON, to keep beside adapters that another library stores.
+    """A plan as JSON, to keep with adapters that another library stores.
 
-    Adapters are numbers alone: with another operator, seed or alpha they have the same
-    shapes and are another update. `save` stores the plan with them. Where something
-    else stores them (Orbax, Tunix), keep this text in the checkpoint's metadata.
+    Adapters are only numbers. With another operator, seed or alpha they have the same
+    shapes and mean another delta. `save` stores the plan with them. If another library
+    stores them (Orbax, Tunix), keep this text in the checkpoint's metadata.
 
     Args:
-      plan: the plan.
+      plan: The plan.
 
     Returns:
       The text, for `plan_from_json`.
 
     Raises:
-      TypeError: `plan` is no plan.
+      TypeError: `plan` is not a plan.
 
     Example::
 
-      >>> from mora_jax import io, plan
-      >>> layers = plan({"fc": {"kernel": jnp.ones((8, 8))}})
-      >>> io.plan_from_json(io.plan_to_json(layers)) == layers
+      >>> import jax.numpy as jnp
+      >>> import mora_jax
+      >>> plan = mora_jax.plan({"fc": {"kernel": jnp.ones((8, 8))}})
+      >>> text = mora_jax.io.plan_to_json(plan)
+      >>> mora_jax.io.plan_from_json(text) == plan
       True
     """
     content = {
@@ -64,31 +66,33 @@ def plan_from_json(text: str, like: Plan | None = None) -> Plan:
     Everything is checked, and nothing is filled in.
 
     Args:
-      text: what `plan_to_json` returned.
-      like: the plan of the model that the adapters are to be used with.
+      text: The text that `plan_to_json` returned.
+      like: The plan of the model that the adapters are for; None for any model.
 
     Returns:
-      The plan. Where it is on a mesh is not in the text: see `sharding.plan_on_mesh`.
+      The plan, without a layout on a mesh: see `sharding.plan_on_mesh`.
 
     Raises:
-      TypeError: `text` is no text, or `like` no plan.
-      io.AdapterFileError: a text that is no plan, damaged, of a newer format or of an
-        operator that this platform computes otherwise; or a plan for which M's mean
-        another update than for `like`. The message names the layer and the settings.
+      TypeError: `text` is not a string, or `like` is not a plan.
+      io.AdapterFileError: The text is not a plan, is damaged or of a newer format, or
+        this platform computes an operator differently; or M's mean another delta with
+        this plan than with `like`. The message names the layer and the settings.
 
     Example::
 
-      >>> from mora_jax import MoRAConfig, io, plan
+      >>> import jax.numpy as jnp
+      >>> import mora_jax
       >>> params = {"fc": {"kernel": jnp.ones((8, 8))}}
-      >>> text = io.plan_to_json(plan(params, MoRAConfig(alpha=2.0)))
-      >>> io.plan_from_json(text, like=plan(params))
+      >>> doubled = mora_jax.plan(params, mora_jax.MoRAConfig(alpha=2.0))
+      >>> text = mora_jax.io.plan_to_json(doubled)
+      >>> mora_jax.io.plan_from_json(text, like=mora_jax.plan(params))
       Traceback (most recent call last):
       mora_jax.io.AdapterFileError: fc/kernel_mora was made for alpha 2.0, not 1.0
     """
     if not isinstance(text, str):
         raise TypeError(f"text must be a str, got {type(text).__name__}")
     base = None
-    if like is not None:  # operators are made for shapes that a model really has
+    if like is not None:  # operators are then made only for shapes of a real model
         base = {
             spec.name: jax.ShapeDtypeStruct(spec.kernel_shape, jnp.float32)
             for spec in check_plan(like, "like").specs
@@ -115,11 +119,11 @@ def plan_from_json(text: str, like: Plan | None = None) -> Plan:
 
 
 def _content(text: str) -> dict[str, Any]:
-    """The parsed text: of our format and version, of the right types."""
+    """The parsed text, with its format, version and types checked."""
     content = parse(text.encode(), "the plan")
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise AdapterFileError(
-            f"the text is no plan: its format must be {FORMAT!r}, as "
+            f"the text is not a plan: its format must be {FORMAT!r}, as "
             "io.plan_to_json writes it"
         )
     if content.keys() != KINDS.keys():

@@ -1,4 +1,4 @@
-"""An adapter of whichever format."""
+"""Adapters of any format that can be read."""
 
 import os
 from typing import Any
@@ -15,10 +15,10 @@ from mora_jax.io._peft_read import load_peft_mora
 
 
 def format_of(directory: str | os.PathLike[str]) -> str:
-    """Which format the config is of: "mora", "peft-mora" or "peft-lora".
+    """The format of the config: "mora", "peft-mora" or "peft-lora".
 
     Raises:
-      AdapterFileError: none of these.
+      AdapterFileError: The config has none of these formats.
     """
     config = read(as_path("directory", directory) / CONFIG)
     if isinstance(config, dict):
@@ -32,19 +32,19 @@ def format_of(directory: str | os.PathLike[str]) -> str:
 def read_adapter(
     directory: str | os.PathLike[str], model: Any = None, names: Names = None
 ) -> tuple[Tree, Plan]:
-    """Adapters in our own format or the reference's.
+    """Adapters in this library's format or the reference's.
 
     Args:
       directory: A path or a URL that `etils.epath` opens.
-      model: as in `load_peft_mora`, which needs it; `load` does without.
-      names: as in `load_peft_mora`.
+      model: As in `load_peft_mora`; only the reference's format needs it.
+      names: As in `load_peft_mora`.
 
     Returns:
       (adapters, plan).
 
     Raises:
-      AdapterFileError: as `load` and `load_peft_mora`; and a plain LoRA, which is no
-        MoRA adapter.
+      AdapterFileError: As in `load` and `load_peft_mora`; or the adapter is a plain
+        LoRA and not a MoRA adapter.
     """
     kind = format_of(directory)
     if kind == "mora":

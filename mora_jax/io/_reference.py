@@ -1,4 +1,4 @@
-"""Other implementations' adapters."""
+"""The operators of the reference, the code of the paper's authors (peft-mora)."""
 
 from mora_jax._checks import positive_integer
 from mora_jax.operators import Operator, Rotation, Sharing
@@ -10,13 +10,13 @@ REFERENCE_GROUPS: dict[int, tuple[Grouping, Grouping]] = {
     3: ("contiguous", "strided"),
     4: ("strided", "contiguous"),
 }
-"""How the reference's sharing types group inputs and outputs."""
+"""How the sharing types of the reference group inputs and outputs."""
 
 
 def reference_square_rank(
     mora_type: int, in_features: int, out_features: int, rank: int
 ) -> int:
-    """The q that the authors' code computes: rounded to the nearest, or even."""
+    """The q that the reference computes: rounded to the nearest, for type 6 to even."""
     q = int(((in_features + out_features) * rank) ** 0.5 + 0.5)
     return q // 2 * 2 if mora_type == 6 else q
 
@@ -26,24 +26,26 @@ def reference_operator(
 ) -> Operator:
     """The operator that the authors' code (peft-mora) computes with.
 
-    Types 1 to 4 are sharing, 6 is rotation that leaves out inputs in a narrowing
-    layer. Its square rank is rounded to the nearest, which may exceed LoRA's budget;
-    ours never does. Its `lora_A` is M transposed, and its alpha has no effect: keep
-    ours at 1.
+    Types 1 to 4 are sharing. Type 6 is rotation that leaves out inputs if a layer has
+    fewer outputs than inputs. The code rounds the square rank to the nearest number, so
+    M may have more parameters than a LoRA of that rank; a square rank that this library
+    chooses never does that. The code's `lora_A` is M transposed. Its alpha has no
+    effect, so keep alpha at 1.
 
     Args:
-      mora_type: 1, 2, 3, 4 or 6.
-      in_features: of the layer.
-      out_features: of the layer.
-      rank: `r` of the reference's config.
+      mora_type: The type in the reference's config: 1, 2, 3, 4 or 6.
+      in_features: The number of the layer's input features.
+      out_features: The number of the layer's output features.
+      rank: The `r` in the reference's config.
 
     Raises:
-      ValueError: another type, or numbers below 1.
+      TypeError: A number is not an integer.
+      ValueError: The type is not known, or a number is below 1.
 
     Example::
 
-      >>> from mora_jax import io
-      >>> io.reference_operator(6, 64, 64, 4)
+      >>> import mora_jax
+      >>> mora_jax.io.reference_operator(6, 64, 64, 4)
       Rotation(in_features=64, out_features=64, square_rank=22, truncate=True)
     """
     positive_integer("rank", rank)

@@ -1,4 +1,4 @@
-"""Which templates would name modules that no template names."""
+"""Templates to propose for modules and kernels that no template fits."""
 
 import difflib
 import json
@@ -8,14 +8,14 @@ from collections.abc import Collection, Iterable
 from mora_jax.io._names import pairs, split_index, to_kernel
 
 SHOWN = 6
-"""At most so many templates are proposed."""
+"""The most templates that are proposed."""
 
 
 def suggestion(kernels: Iterable[str], modules: Collection[str]) -> str:
-    """The end of a message: the `names` that would do.
+    """The `names` that would fit, as the end of a message.
 
     Args:
-      kernels: Paths of kernels that no template fits, with places in stacks.
+      kernels: Paths of kernels that no template fits, with indices in their stacks.
       modules: The base's modules in PyTorch, if they are known.
     """
     found: dict[str, str] = {}
@@ -25,20 +25,20 @@ def suggestion(kernels: Iterable[str], modules: Collection[str]) -> str:
         guessed |= module is None
         found.setdefault(*_templates(module or _guess(kernel), kernel))
     shown = json.dumps(dict(list(found.items())[:SHOWN]))
-    doubt = ", with what PyTorch calls the modules on the left" * guessed
+    doubt = ", with PyTorch's names of the modules on the left" * guessed
     return f"templates name it, as in names={shown}{doubt}"
 
 
 def suggestion_for(modules: Collection[str], kernels: Iterable[str]) -> str:
     """The same for modules that no template fits, and paths of a model's kernels."""
-    ours = {kernel.rpartition("/")[0].replace("/", "."): kernel for kernel in kernels}
-    if not ours:  # as of a checkpoint that was read by the same names
-        ours = {name: name.replace(".", "/") + "/kernel" for name in modules}
+    paths = {kernel.rpartition("/")[0].replace("/", "."): kernel for kernel in kernels}
+    if not paths:  # such as those of a checkpoint that was read by the same names
+        paths = {name: name.replace(".", "/") + "/kernel" for name in modules}
     found: dict[str, str] = {}
     for module in modules:
-        name = _likeliest(module.replace(".", "/") + "/kernel", ours)
+        name = _likeliest(module.replace(".", "/") + "/kernel", paths)
         if name is not None:
-            found.setdefault(*_templates(module, ours[name]))
+            found.setdefault(*_templates(module, paths[name]))
     if not found:
         return "templates name them: give names={module: path of its kernel}"
     shown = json.dumps(dict(list(found.items())[:SHOWN]))
@@ -46,16 +46,16 @@ def suggestion_for(modules: Collection[str], kernels: Iterable[str]) -> str:
 
 
 def _likeliest(kernel: str, modules: Iterable[str]) -> str | None:
-    """The module that is most like the kernel, of the same numbers and last name."""
+    """The module that is most like the kernel, with its numbers and its last name."""
     path, index = split_index(kernel)
     path = path.rpartition("/")[0]
     numbers = sorted([*re.findall(r"\d+", path), *map(str, index)])
     last = path.rpartition("/")[2]
 
     def same_kind(module: str) -> bool:
-        other = module.rpartition(".")[2]
+        end = module.rpartition(".")[2]
         return sorted(re.findall(r"\d+", module)) == numbers and (
-            other.startswith(last) or last.startswith(other)
+            end.startswith(last) or last.startswith(end)
         )
 
     def alike(module: str) -> float:
@@ -66,7 +66,7 @@ def _likeliest(kernel: str, modules: Iterable[str]) -> str | None:
 
 
 def _guess(kernel: str) -> str:
-    """The module that a model named like the kernel would have in PyTorch."""
+    """The name that a kernel's module has in PyTorch if the models' names agree."""
     path, index = split_index(kernel)
     parts = re.sub(r"_(\d+)(?=/)", r"/\1", path).split("/")[:-1] or [path]
     parts[1:1] = map(str, index)
@@ -78,28 +78,28 @@ def _guess(kernel: str) -> str:
 
 
 def _templates(module: str, kernel: str) -> tuple[str, str]:
-    """A module and a kernel with `{fields}` where they agree.
+    """A module and a kernel with `{fields}` in place of what they share.
 
-    Those are numbers and, below a number, whole names: all layers of a model then have
-    one template.
+    They share numbers and, after a number, whole names. All layers of a model then have
+    the same template.
     """
     for number, field in zip(
         dict.fromkeys(re.findall(r"\d+", module)), "nmk", strict=False
     ):
-        once = rf"(?<!\d){number}(?!\d)"
-        if all(len(re.findall(once, text)) == 1 for text in (module, kernel)):
+        pattern = rf"(?<!\d){number}(?!\d)"
+        if all(len(re.findall(pattern, text)) == 1 for text in (module, kernel)):
             module, kernel = (
-                re.sub(once, f"{{{field}}}", text) for text in (module, kernel)
+                re.sub(pattern, f"{{{field}}}", text) for text in (module, kernel)
             )
     root, number, names = module.rpartition("}.")
-    ours, bracket, index = kernel.partition("[")
-    parts, theirs = ours.split("/"), names.split(".")
-    shared = [name for name in theirs if number and name in parts]
+    path, bracket, index = kernel.partition("[")
+    in_kernel, in_module = path.split("/"), names.split(".")
+    shared = [name for name in in_module if number and name in in_kernel]
     for name, field in zip(reversed(shared), ("name", "block", "part"), strict=False):
-        parts, theirs = (
-            [f"{{{field}}}" if part == name else part for part in each]
-            for each in (parts, theirs)
+        in_kernel, in_module = (
+            [f"{{{field}}}" if part == name else part for part in parts]
+            for parts in (in_kernel, in_module)
         )
-    if any(parts.count(each) > 1 for each in parts):
+    if any(in_kernel.count(part) > 1 for part in in_kernel):
         return module, kernel
-    return root + number + ".".join(theirs), "/".join(parts) + bracket + index
+    return root + number + ".".join(in_module), "/".join(in_kernel) + bracket + index

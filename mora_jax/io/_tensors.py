@@ -1,7 +1,7 @@
 """Safetensors: named arrays in a file, without pickle.
 
-The safetensors library checks and writes. It accepts a key that occurs twice, and gives
-numpy no bfloat16; so the header is read once more here.
+The safetensors library checks and writes files. But it accepts a key that occurs twice,
+and it cannot give bfloat16 to NumPy. So the header is read again here.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ DTYPES = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(jnp.bfloat16),
 }
-"""Of tensors that can be an M or a kernel."""
+"""The dtypes of tensors that can be an M or a kernel."""
 
 MAX_HEADER = 2**25
 CHUNK = 2**24
@@ -33,13 +33,13 @@ CHUNK = 2**24
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """Where one tensor is.
+    """What the header says of a tensor.
 
     Attributes:
-      dtype: its name in the format, as "BF16".
-      shape: of the tensor.
-      start: its first byte, counted from the beginning of the file.
-      stop: the byte after its last.
+      dtype: The name of its dtype in the format, such as "BF16".
+      shape: Its shape.
+      start: The position of its first byte in the file.
+      stop: The position after its last byte.
     """
 
     dtype: str
@@ -49,21 +49,21 @@ class Entry:
 
 
 class TensorFile:
-    """A safetensors file of which the header alone is in memory.
+    """A safetensors file of which only the header is in memory.
 
     Attributes:
-      path: of the file.
-      entries: {name: where it is}, in the order of the header.
-      metadata: text that was stored beside the tensors.
-      header: the file's first bytes, up to the first tensor.
-      size: How many bytes the file has.
+      path: The path of the file.
+      entries: {name of a tensor: its entry}, in the order of the header.
+      metadata: The texts that were stored with the tensors.
+      header: The file's first bytes, up to the first tensor.
+      size: The number of bytes of the file.
     """
 
     def __init__(self, path: Location) -> None:
         """Read the header of `path`.
 
         Raises:
-          AdapterFileError: no safetensors file.
+          AdapterFileError: `path` is not a safetensors file.
         """
         self.path = path
         self.header, self.size = _header(path)
@@ -81,10 +81,10 @@ class TensorFile:
         }
 
     def __getitem__(self, name: str) -> np.ndarray:
-        """One tensor, read now.
+        """A tensor, which is read now.
 
         Raises:
-          AdapterFileError: it is not a floating-point one.
+          AdapterFileError: The tensor is not floating-point.
         """
         entry = self.entries[name]
         dtype = _dtype(entry.dtype, name, self.path.name)
@@ -92,7 +92,7 @@ class TensorFile:
         return np.frombuffer(data, dtype).reshape(entry.shape)
 
     def chunks(self, name: str) -> Iterator[bytes]:
-        """The bytes of one tensor, piece by piece."""
+        """The bytes of a tensor in pieces."""
         entry = self.entries[name]
         with self.path.open("rb") as file:
             file.seek(entry.start)
@@ -106,7 +106,7 @@ class TensorFile:
 
 
 def _header(path: Location) -> tuple[bytes, int]:
-    """The bytes before the first tensor, and the number of all bytes of a file."""
+    """The bytes before the first tensor, and the number of bytes of the file."""
     library()
     try:
         with path.open("rb") as file:
@@ -118,7 +118,7 @@ def _header(path: Location) -> tuple[bytes, int]:
     except FileNotFoundError:
         raise AdapterFileError(f"there is no {path.name} in {path.parent}") from None
     except NotADirectoryError:
-        raise AdapterFileError(f"{path.parent} is no directory") from None
+        raise AdapterFileError(f"{path.parent} is not a directory") from None
     except IsADirectoryError:
         raise AdapterFileError(f"{path} is a directory, not a file") from None
 
@@ -126,8 +126,9 @@ def _header(path: Location) -> tuple[bytes, int]:
 def _validate(path: Location, header: bytes, size: int) -> None:
     """Raise unless `path` is a safetensors file.
 
-    The library reads local files alone. It looks at the header and the size, so for
-    others it gets a local file of these, whose tensors are a hole.
+    The library reads only local files, and looks only at their header and size. So for
+    a remote file it gets a local file with the same header and size, whose tensors are
+    a hole.
     """
     safetensors = library()
     with contextlib.ExitStack() as stack:
@@ -143,7 +144,7 @@ def _validate(path: Location, header: bytes, size: int) -> None:
                 pass
         except safetensors.SafetensorError as error:
             raise AdapterFileError(
-                f"{path.name} is no safetensors file: {error}"
+                f"{path.name} is not a safetensors file: {error}"
             ) from error
 
 
@@ -152,10 +153,15 @@ def _too_long(name: str, size: int) -> str:
 
 
 def decode(data: bytes, name: str) -> dict[str, np.ndarray]:
-    """The arrays of a safetensors file that is in memory; `name` is for messages.
+    """The arrays of a safetensors file that is in memory.
+
+    Args:
+      data: The content of the file.
+      name: The name of the file in messages.
 
     Raises:
-      AdapterFileError: no safetensors file, or other than floating-point tensors.
+      AdapterFileError: The data is not a safetensors file, or a tensor is not
+        floating-point.
     """
     safetensors = library()
     size = int.from_bytes(data[:8], "little")
@@ -164,8 +170,8 @@ def decode(data: bytes, name: str) -> dict[str, np.ndarray]:
     try:
         found = safetensors.deserialize(data)
     except safetensors.SafetensorError as error:
-        raise AdapterFileError(f"{name} is no safetensors file: {error}") from error
-    parse(data[8 : 8 + size], name)  # each key once
+        raise AdapterFileError(f"{name} is not a safetensors file: {error}") from error
+    parse(data[8 : 8 + size], name)  # raises if a key occurs twice
     return {
         key: np.frombuffer(tensor["data"], _dtype(tensor["dtype"], key, name)).reshape(
             tensor["shape"]
@@ -192,7 +198,11 @@ def encode(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> by
 
 
 def library() -> Any:
-    """The safetensors package, or advice how to get it."""
+    """The safetensors package.
+
+    Raises:
+      ImportError: The package is missing. The message says how to install it.
+    """
     try:
         import safetensors
     except ImportError as error:

@@ -298,9 +298,10 @@ FAMILIES["gemma"] = FAMILIES["qwen"] = FAMILIES["llama"]
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_families(family):
+    from mora_jax.io import _names
     from mora_jax.io._names import pairs, to_kernel, to_module
 
-    assert set(FAMILIES) == set(io.FAMILIES)
+    assert set(FAMILIES) == set(_names.FAMILIES)
     for names in (family, None):
         for module in FAMILIES[family]:
             found = to_kernel(module, pairs(names))

@@ -8,7 +8,7 @@ from flax import traverse_util
 
 import mora_jax
 from mora_jax import MoRAConfig, io
-from mora_jax.io._names import pairs, to_kernel, to_module
+from mora_jax.io._names import FAMILIES, pairs, to_kernel, to_module
 
 peft = pytest.importorskip("peft")
 torch = pytest.importorskip("torch")
@@ -57,7 +57,7 @@ def weights(model):
 
 
 def test_all_families_are_here():
-    assert MODELS.keys() == io.FAMILIES.keys()
+    assert MODELS.keys() == FAMILIES.keys()
 
 
 @pytest.mark.parametrize("family", [name for name in MODELS if name != "qwen"])
