@@ -84,7 +84,7 @@ def _reference(spec: AdapterSpec) -> tuple[int, int, float]:
     ins, outs, q = op.in_features, op.out_features, op.square_rank
     if isinstance(op, Rotation) and (op.truncate or -(-ins // q) <= -(-outs // q)):
         mora_type = 6
-    elif isinstance(op, Sharing):
+    elif type(op) is Sharing:  # not with signs
         groups = op.compress_groups, op.decompress_groups
         mora_type = {v: k for k, v in REFERENCE_GROUPS.items()}[groups]
         scale = math.sqrt(q / ins * q / outs) if op.normalised else 1.0

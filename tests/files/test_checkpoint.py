@@ -206,7 +206,7 @@ BAD_BASES = {
     ),
     "cut": (
         lambda d: os.truncate(d / "model-00002-of-00002.safetensors", 1000),
-        "no safetensors file",
+        "not a safetensors file",
     ),
     "missing": (
         lambda d: (d / "model-00002-of-00002.safetensors").unlink(),
@@ -220,7 +220,7 @@ BAD_BASES = {
         lambda d: (d / "model.safetensors.index.json").write_text(
             '{"weight_map": {"a": "../../etc/passwd"}}'
         ),
-        "must name files beside it",
+        "must name files next to it",
     ),
     "twice": (
         lambda d: (d / "model-00002-of-00002.safetensors").write_bytes(

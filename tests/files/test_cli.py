@@ -159,7 +159,7 @@ def test_diff(tmp_path):
         ("inspect {here}", 1, "there is no adapter_config.json"),
         ("inspect {ours} --base {here}/x", 1, "there is no x"),
         ("inspect {ours} --base=", 1, "base must be a path"),
-        ("{inspect} {{", 1, "--names is no valid"),
+        ("{inspect} {{", 1, "--names is not valid"),
         ("{inspect} bert", 1, '--names \'{"model.layers.{n}.{block}.{name}": '),
         ("{inspect} lama", 1, "must be one of"),
         ("{inspect} a.json", 1, "a.json"),

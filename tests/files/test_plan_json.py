@@ -108,10 +108,10 @@ LACKING = {key: value for key, value in json.loads(TEXT).items() if key != "trac
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "the plan is no valid JSON"),
-        ("[]", "the text is no plan: its format must be 'mora_jax plan'"),
-        ('{"format": "mora_jax adapter"}', "the text is no plan"),
-        (TEXT[:-9], "no valid JSON"),
+        ("", "the plan is not valid JSON"),
+        ("[]", "the text is not a plan: its format must be 'mora_jax plan'"),
+        ('{"format": "mora_jax adapter"}', "the text is not a plan"),
+        (TEXT[:-9], "not valid JSON"),
         ("[" * 100_000, "nested too deeply"),
         (TEXT.replace("{", '{"format": "x",', 1), "'format' occurs twice"),
         (json.dumps(LACKING), "the plan must hold"),

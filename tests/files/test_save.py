@@ -359,7 +359,7 @@ def test_missing_files(saved, tmp_path_factory):
         load(tmp_path_factory.mktemp("empty"))
     with pytest.raises(AdapterFileError, match=f"no {CONFIG}"):
         load("/nonexistent")
-    with pytest.raises(AdapterFileError, match="no directory"):
+    with pytest.raises(AdapterFileError, match="not a directory"):
         load(saved / CONFIG)
 
 

@@ -32,6 +32,7 @@ from safetensors.numpy import save as as_bytes
 import mora_jax
 from mora_jax import MoRAConfig, io, load, save
 from mora_jax.io import AdapterFileError
+from mora_jax.io._read import format_of, read_adapter
 
 PLAN_OF_ONE = single(io.reference_operator(1, 24, 40, 2), path=UP_PROJ)
 ADAPTED = made(PLAN_OF_ONE), PLAN_OF_ONE
@@ -61,8 +62,8 @@ def test_a_url_holds_what_a_path_does(tmp_path):
         assert_same(back, adapters)
         assert plan == PLAN
         assert io.read_metadata(url) == {"task": "x"}
-        assert io.format_of(url) == "mora"
-        assert_same(io.read_adapter(url)[0], adapters)
+        assert format_of(url) == "mora"
+        assert_same(read_adapter(url)[0], adapters)
 
 
 def test_a_killed_save_leaves_the_old_adapter_or_the_new_one():
@@ -258,7 +259,7 @@ def test_gs_goes_to_its_backend(monkeypatch, tmp_path):
 def test_a_missing_package_is_named(monkeypatch, scheme, package):
     monkeypatch.setitem(sys.modules, package, None)
     monkeypatch.setenv("EPATH_USE_TF", "false")
-    for call in (load, io.read_metadata, io.Checkpoint, io.format_of):
+    for call in (load, io.read_metadata, io.Checkpoint, format_of):
         with pytest.raises(ImportError, match=f"pip install {package}") as error:
             call(f"{scheme}://bucket/x")
         assert "\n" not in str(error.value)
@@ -270,8 +271,8 @@ CALLS = {
     "save": (lambda path: save(path, made(PLAN), PLAN), "directory"),
     "load": (load, "directory"),
     "read_metadata": (io.read_metadata, "directory"),
-    "format_of": (io.format_of, "directory"),
-    "read_adapter": (io.read_adapter, "directory"),
+    "format_of": (format_of, "directory"),
+    "read_adapter": (read_adapter, "directory"),
     "load_peft_mora": (lambda path: io.load_peft_mora(path, base()), "directory"),
     "save_peft_mora": (lambda p: io.save_peft_mora(p, made(PLAN), PLAN), "directory"),
     "save_peft_lora": (lambda p: io.save_peft_lora(p, made(PLAN), PLAN), "directory"),
@@ -314,7 +315,7 @@ def test_local_urls_and_the_home_directory(tmp_path, monkeypatch):
     io.save_peft_mora("~/reference", *ADAPTED)
     io.load_peft_mora("~/reference", ADAPTED[1])
     io.save_peft_lora(f"file://{tmp_path}/lora", *ADAPTED)
-    assert io.format_of("~/lora") == "peft-lora"
+    assert format_of("~/lora") == "peft-lora"
 
 
 def test_a_file_in_place_of_a_directory(tmp_path):
@@ -323,12 +324,12 @@ def test_a_file_in_place_of_a_directory(tmp_path):
     for target in (file, file / "below"):
         with pytest.raises(NotADirectoryError, match=str(file)):
             save(target, made(PLAN), PLAN)
-    with pytest.raises(AdapterFileError, match="no directory"):
+    with pytest.raises(AdapterFileError, match="not a directory"):
         load(file)
     for write in (io.save_peft_mora, io.save_peft_lora):
         with pytest.raises(FileExistsError, match="file"):
             write(file, made(PLAN), PLAN)
-    with pytest.raises(AdapterFileError, match="no directory"):
+    with pytest.raises(AdapterFileError, match="not a directory"):
         io.Checkpoint(file / "model.safetensors")
 
 
