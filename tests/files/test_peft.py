@@ -324,7 +324,8 @@ def test_bad_names():
 
 
 def test_names_that_do_not_fit(tmp_path):
-    with pytest.raises(AdapterFileError, match="names have no kernel for the module") as told:
+    missing = "names have no kernel for the module"
+    with pytest.raises(AdapterFileError, match=missing) as told:
         io.load_peft_mora(DATA / "type1", base(), "bert")
     names = json.loads(re.search(r"names=(\{.*\})", str(told.value))[1])
     adapters, _ = io.load_peft_mora(DATA / "type1", base(), names)
