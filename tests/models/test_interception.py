@@ -20,7 +20,7 @@ qwix = pytest.importorskip("qwix")
 # qwix uses old names of Flax.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
-SCRIPT = Path(__file__).parent / "quantized.py"
+SCRIPT = Path(__file__).parents[1] / "quantized.py"
 
 
 @pytest.mark.parametrize("order", ["plain-first", "quantized-first"])

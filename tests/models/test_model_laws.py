@@ -1,8 +1,6 @@
 """What holds of every model, in Linen and in NNX."""
 
-import dataclasses
 import functools
-import types
 
 import chex
 import jax
@@ -11,13 +9,12 @@ import numpy as np
 import pytest
 from cases import by_kind
 from flax import nnx
-from helpers import close, largest, random_like, trained, wide
-from twins import TABLES, TWINS, nnx_model
+from helpers import close, largest, random_like, wide
+from programs import plan_of, results, shapes_of
+from twins import TABLES, TWINS
 
-from mora_jax import fold, linen
 from mora_jax import nnx as mora
 
-KEY = jax.random.key(0)
 MODELS = [
     (name, api)
     for name, twin in TWINS.items()
@@ -26,111 +23,6 @@ MODELS = [
 ]
 # The scope lets all laws of one model follow one another, and share its program.
 by_model = pytest.mark.parametrize(("name", "api"), MODELS, scope="module")
-
-
-def shapes_of(twin, api):
-    """The model, its variables and its parameters, with shapes in place of arrays."""
-    if api == "linen":
-        model = twin.linen()
-        variables = jax.eval_shape(model.init, KEY, twin.x)
-        return model, variables, variables["params"]
-    model = nnx.eval_shape(lambda: twin.nnx(nnx.Rngs(0)))
-    return model, None, nnx.to_pure_dict(nnx.state(model, nnx.Param))
-
-
-def plan_of(model, variables, twin, x):
-    if variables is None:
-        return mora.plan(model, twin.config, x)
-    return linen.plan(model, variables, twin.config, x)
-
-
-def linen_functions(model, twin, plan):
-    apply = linen.wrap(model, plan)
-
-    def base(params, x):
-        return model.apply({"params": params}, x)
-
-    def adapted(params, adapters, x):
-        return apply(adapters, {"params": params}, x)
-
-    def merged(params, adapters, x):
-        return base(fold(params, adapters, plan), x)
-
-    return base, adapted, merged
-
-
-def nnx_functions(model, twin, plan):
-    model = nnx_model(twin)
-    wrapped = mora.wrap(model, plan)
-
-    def load(model, params, adapters=None):
-        model = nnx.clone(model)
-        nnx.update(model, params)
-        if adapters is not None:
-            mora.set_adapters(model, adapters)
-        return model
-
-    def base(params, x):
-        return load(model, params)(x)
-
-    def adapted(params, adapters, x):
-        return load(wrapped, params, adapters)(x)
-
-    def merged(params, adapters, x):
-        return mora.merge_adapters(load(wrapped, params, adapters))(x)
-
-    return base, adapted, merged
-
-
-@functools.cache
-def results(name, api, operator=None):
-    """All that laws speak of.
-
-    Nearly all of the time goes into tracing and compiling, so one program computes it.
-    """
-    twin = TWINS[name]
-    if operator:
-        config = dataclasses.replace(twin.config, operator=operator)
-        twin = dataclasses.replace(twin, config=config)
-    model, variables, shapes = shapes_of(twin, api)
-    plan = plan_of(model, variables, twin, twin.x)
-    make = linen_functions if api == "linen" else nnx_functions
-    base, adapted, merged = make(model, twin, plan)
-    params, adapters = random_like(shapes), trained(plan)
-    zeros = jax.tree.map(jnp.zeros_like, adapters)
-    traces = []
-
-    @jax.jit
-    def run(adapters, params, x):
-        traces.append(None)
-        y = base(params, x)
-        weights = random_like(y, 1.0)
-
-        def derivatives(function):
-            def loss(adapters):
-                y = function(params, adapters, x)
-                parts = jax.tree.map(
-                    lambda w, y: jnp.sum(w * y, dtype="f4"), weights, y
-                )
-                return sum(jax.tree.leaves(parts)), y
-
-            return jax.value_and_grad(loss, has_aux=True)(adapters)
-
-        return y, derivatives(adapted), derivatives(merged)
-
-    return types.SimpleNamespace(
-        plan=plan,
-        params=params,
-        adapters=adapters,
-        zeros=zeros,
-        adapted=adapted,
-        run=lambda adapters: run(adapters, params, twin.x),
-        traces=traces,
-        at_zero=run(zeros, params, twin.x),
-        after=run(adapters, params, twin.x),
-        # Sums of 16-bit numbers in another order.
-        tolerance=0.03 if "bfloat16" in name else 1e-5,
-    )
 
 
 @by_model

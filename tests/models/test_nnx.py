@@ -435,15 +435,15 @@ def test_dropout_differs_between_layers_at_the_start():
 
 @pytest.mark.parametrize("name", ["scan", "vmap", "einsums", "normalised"])
 def test_dropout_in_stacks(name):
-    model, _ = make(name)
+    (model, _), x = make(name), TWINS[name].x
     config = MoRAConfig(rank=2, dropout=0.5)
     adapted = trained(mora.wrap(model, config))
     adapted.train()
-    first, second, third = dropped(adapted, X, jnp.array([1, 1.000001, 1]))
+    first, second, third = dropped(adapted, x, jnp.array([1, 1.000001, 1]))
     assert np.abs(first - second).max() > 1e-3
     chex.assert_trees_all_equal(first, third)
     adapted.eval()
-    chex.assert_trees_all_equal(run(adapted, X), run(adapted, X))
+    chex.assert_trees_all_equal(run(adapted, x), run(adapted, x))
 
 
 @pytest.mark.parametrize("transform", [lambda f: f, nnx.remat], ids=["", "remat"])

@@ -5,6 +5,7 @@ import dataclasses
 import inspect
 import pickle
 import re
+import time
 from collections.abc import Mapping
 
 import flax.linen as nn
@@ -196,12 +197,10 @@ def test_summary():
 
 
 def test_planning_is_fast():
-    import time
-
-    params = {f"l{k}": {"kernel": shape(4096, 4096 + k % 5)} for k in range(10_000)}
+    params = {f"l{k}": {"kernel": shape(4096, 4096 + k % 5)} for k in range(2_000)}
     start = time.process_time()  # which other processes do not lengthen much
-    assert len(plan(params)) == 10_000
-    assert time.process_time() - start < 5  # about one second
+    assert len(plan(params)) == 2_000
+    assert time.process_time() - start < 1.5  # about a third of it
 
 
 K = jnp.ones((8, 8))
