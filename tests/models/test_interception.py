@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from mora_jax import FrozenDense, MoRAConfig, _interception, mora_apply
+from mora_jax import FrozenDense, MoRAConfig, mora_apply
+from mora_jax import _interception
 from mora_jax import nnx as mora
 
 qwix = pytest.importorskip("qwix")
