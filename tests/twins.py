@@ -27,7 +27,6 @@ X = random(3, BATCH, TIME, WIDTH)
 CAUSAL = np.tril(np.ones((TIME, TIME), bool))
 ZEROS = nnx.initializers.zeros_init()
 
-# Blocks and names that are not the first kind of default: all that a config may say.
 CONFIG = MoRAConfig(rank=2, operator="rotation", alpha=0.5)
 ALL = dataclasses.replace(
     CONFIG, rank=1, operator="sharing", targets=".*(kernel|embedding)"
@@ -39,15 +38,15 @@ class Twin:
     """A model in both APIs, or in one.
 
     Attributes:
-      linen: Makes the Linen model; None where there is none.
-      nnx: Makes the NNX model; None where there is none.
+      linen: Makes the Linen model, from nothing; None where there is none.
+      nnx: Makes the NNX model from `nnx.Rngs`; None where there is none.
       axes: The axes of every kernel that `config` adapts, by its path.
       x: The input.
       config: What to adapt, and how.
     """
 
-    linen: Callable[[], nn.Module] | None
-    nnx: Callable[[nnx.Rngs], nnx.Module] | None
+    linen: Any
+    nnx: Any
     axes: Mapping[str, str]
     x: Any = dataclasses.field(default_factory=lambda: X)
     config: MoRAConfig = CONFIG
@@ -90,7 +89,7 @@ class LinenBlock(nn.Module):
 class LinenStep(LinenBlock):
     """The same as the body of a scan."""
 
-    def __call__(self, x, _):
+    def __call__(self, x, _=None):
         return self.block.forward(self, x), None
 
 

@@ -87,7 +87,7 @@ def test_every_adapter_learns_as_in_the_merged_model(name, api):
 @by_model
 def test_down_the_gradients_the_loss_falls(name, api):
     case = results(name, api)
-    adapters, losses = case.zeros, []
+    adapters, losses, y = case.zeros, [], None
     for _ in range(4):
         y, ((loss, _), gradients), _ = case.run(adapters)
         losses.append(float(loss))
