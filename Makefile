@@ -66,7 +66,7 @@ test-all: env ## all tests
 test-tunix: VENV = .venv-tunix
 test-tunix: ## adapters in Tunix and in qwix's models, in an environment of its own
 	$(setup) tunix
-	$(run) -m pytest tests/with_tunix tests/test_interception.py
+	$(run) -m pytest tests/with_tunix tests/models/test_interception.py
 
 test-peft: VENV = .venv-torch
 test-peft: ## Hugging Face PEFT loads what we export, in an environment with PyTorch

@@ -1,16 +1,60 @@
-"""What tests share."""
+"""What tests share: numbers, adapters as after training, comparisons.
 
+All numbers are NumPy's. `jax.random` would compile a program for every shape, and
+compiling is what tests spend their time on.
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
 import numpy as np
 
-
-def random(seed, *shape, dtype=np.float32):
-    """Normal numbers of numpy: those of jax.random would compile for every shape."""
-    return np.random.default_rng(seed).standard_normal(shape).astype(dtype)
+from mora_jax import Plan, init
 
 
-def close(got, expected, scale=1e-5):
-    """Equal within the rounding of the largest number, and of the same shape."""
-    got, expected = np.asarray(got, np.float64), np.asarray(expected, np.float64)
-    assert got.shape == expected.shape
-    atol = scale * max(1, np.abs(expected).max(initial=0))
-    np.testing.assert_allclose(got, expected, rtol=0, atol=atol)
+def random(seed: int, *shape: int, dtype: Any = np.float32) -> jax.Array:
+    """An array of normal numbers."""
+    numbers = np.random.default_rng(seed).standard_normal(shape)
+    return jnp.asarray(numbers.astype(dtype))
+
+
+def random_like(tree: Any, scale: float = 0.3) -> Any:
+    """Normal numbers in place of all arrays or shapes of a tree."""
+    numbers = np.random.default_rng(0)
+    return jax.tree.map(
+        lambda leaf: jnp.asarray(numbers.normal(0, scale, leaf.shape), leaf.dtype), tree
+    )
+
+
+def trained(plan: Plan, scale: float = 0.3) -> Any:
+    """Adapters as after training: far from zero."""
+    return random_like(jax.eval_shape(lambda: init(plan)), scale)
+
+
+def largest(tree: Any) -> float:
+    """The largest absolute value in a tree of arrays."""
+    return max(np.abs(leaf).max(initial=0) for leaf in map(wide, jax.tree.leaves(tree)))
+
+
+def wide(array: Any) -> np.ndarray:
+    """An array in NumPy's float64, in which differences are exact."""
+    return np.asarray(array).astype(np.float64)
+
+
+def close(got: Any, expected: Any, tolerance: float = 1e-5) -> None:
+    """Two trees are equal within `tolerance` of each array's largest value."""
+    chex.assert_trees_all_equal_structs(got, expected)
+    for one, other in zip(*map(jax.tree.leaves, (got, expected)), strict=True):
+        one, other = wide(one), wide(other)
+        assert one.shape == other.shape
+        atol = tolerance * max(1, np.abs(other).max(initial=0))
+        np.testing.assert_allclose(one, other, rtol=0, atol=atol)
+
+
+def python_blocks(page: Path) -> list[str]:
+    """The blocks of Python on a page of Markdown, in order."""
+    return re.findall(r"^```python\n(.*?)^```", page.read_text(), re.M | re.S)

@@ -1,4 +1,4 @@
-"""Adapters in models that qwix quantizes; run by test_interception.py.
+"""Adapters in models that qwix quantizes; run by models/test_interception.py.
 
 `python quantized.py plain-first` runs each adapted model as it is and then quantized,
 `quantized-first` the other way round. Each case has shapes of its own, so that no

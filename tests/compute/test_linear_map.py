@@ -127,17 +127,20 @@ def test_a_derivative_by_a_residual_may_be_written_out(batched):
         return b + x @ w
 
     args = jnp.ones(3), jnp.asarray(W), jnp.asarray(X)
-    if batched:
+    if batched:  # over w and x
         args = args[0], *(jnp.stack([a, 2 * a]) for a in args[1:])
-        apply, plain = (jax.vmap(f, (None, 0, 0)) for f in (apply, plain))
-    by_all = jax.grad(lambda *args: jnp.sum(apply(*args)), (0, 1))(*args)
-    expected = jax.grad(lambda *args: jnp.sum(plain(*args)), (0, 1))(*args)
+    functions = [apply, plain]
+    if batched:
+        functions = [jax.vmap(f, (None, 0, 0)) for f in functions]
+    by_all, expected = (
+        jax.grad(lambda *args, f=f: jnp.sum(f(*args)), (0, 1))(*args) for f in functions
+    )
     close(by_all[0], expected[0])
     close(by_all[1], 3 * expected[1])
     tangents = tuple(2 * np.asarray(arg) for arg in args[:2])
     got, expected = (
         jax.jvp(lambda b, w, f=f: f(b, w, args[2]), args[:2], tangents)[1]
-        for f in (apply, plain)
+        for f in functions
     )
     bias = np.broadcast_to(tangents[0], expected.shape)
     close(got - bias, 3 * (expected - bias))

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from helpers import python_blocks
 
 import mora_jax
 from mora_jax import MoRAConfig
@@ -38,11 +39,6 @@ def label(page):
     return str(page.relative_to(ROOT))
 
 
-def code(page):
-    """The blocks of Python on a page, in order."""
-    return re.findall(r"^```python\n(.*?)^```", page.read_text(), re.M | re.S)
-
-
 def prose(page):
     return re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S)
 
@@ -54,7 +50,7 @@ def run(tmp_path, monkeypatch):
 
     def run(page, **given):
         scope = {"directory": tmp_path, **given}
-        for block in code(page):
+        for block in python_blocks(page):
             compiled = compile(block, label(page), "exec")
             if not NOT_INSTALLED.search(block):
                 exec(compiled, scope)
@@ -63,7 +59,7 @@ def run(tmp_path, monkeypatch):
     return run
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES[1:] if code(p)], ids=label)
+@pytest.mark.parametrize("page", [p for p in PAGES[1:] if python_blocks(p)], ids=label)
 def test_code_runs(run, page):
     warns = contextlib.nullcontext()
     if page.name == "checkpoints.md":  # and says so

@@ -75,7 +75,7 @@ def imports():
 def imported(path):
     """The packages that a file imports anywhere."""
     nodes = list(ast.walk(ast.parse(path.read_text())))
-    found = {n.module for n in nodes if isinstance(n, ast.ImportFrom)}
+    found = {n.module or "" for n in nodes if isinstance(n, ast.ImportFrom)}
     found |= {a.name for n in nodes if isinstance(n, ast.Import) for a in n.names}
     return {name.partition(".")[0] for name in found}
 

@@ -1,6 +1,7 @@
 """The page on checkpoints: a trainer of Tunix that stores the plan, and compares it."""
 
 from importlib.util import find_spec
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -8,13 +9,15 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from test_docs import blocks
+from helpers import python_blocks
 
 import mora_jax
 from mora_jax import MoRAConfig, io
 
 if find_spec("tunix") is None:
     pytest.skip("tunix is not installed", allow_module_level=True)
+
+PAGE = Path(__file__).parents[2] / "docs/checkpoints.md"
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
@@ -28,7 +31,7 @@ def trainer(model, directory):
     from tunix.sft import peft_trainer  # pyright: ignore
 
     scope = {"mora_jax": mora_jax}
-    (block,) = [block for block in blocks("checkpoints.md") if "tunix" in block]
+    (block,) = [block for block in python_blocks(PAGE) if "tunix" in block]
     exec(block, scope)
     config = peft_trainer.TrainingConfig(
         eval_every_n_steps=100,

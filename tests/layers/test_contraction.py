@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mora_jax.axes import kernel_from_rows, sizes
+from mora_jax._axes import kernel_from_rows, sizes
 from mora_jax.products import Contraction
 
 EQUATIONS = [

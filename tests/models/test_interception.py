@@ -12,15 +12,16 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from mora_jax import FrozenDense, MoRAConfig, _interception, mora_apply
+from mora_jax import FrozenDense, MoRAConfig, mora_apply
 from mora_jax import nnx as mora
+from mora_jax._interception import intercepted, undisturbed
 
 qwix = pytest.importorskip("qwix")
 
 # qwix uses old names of Flax.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
-SCRIPT = Path(__file__).parent / "quantized.py"
+SCRIPT = Path(__file__).parents[1] / "quantized.py"
 
 
 @pytest.mark.parametrize("order", ["plain-first", "quantized-first"])
@@ -75,9 +76,9 @@ def test_interception_by_any_library_is_seen(monkeypatch):
         operands.append(kernel)
         return original(x, kernel, *args, **settings)
 
-    assert not _interception.intercepted()
+    assert not intercepted()
     monkeypatch.setattr(jax.lax, "dot_general", dot_general)
-    assert _interception.intercepted()
+    assert intercepted()
     settings = {"use_bias": False, "dot_general": jax.lax.dot_general}
     model = nnx.Linear(8, 12, **settings, rngs=nnx.Rngs(0))
     adapted = mora.wrap(model, MoRAConfig(square_rank=8, execution="fold"))
@@ -86,7 +87,7 @@ def test_interception_by_any_library_is_seen(monkeypatch):
     (kernel,) = (one for one in operands if one.shape == (8, 12))
     np.testing.assert_array_equal(kernel, model.kernel[...])
     monkeypatch.undo()
-    assert not _interception.intercepted()
+    assert not intercepted()
     np.testing.assert_allclose(adapted(jnp.ones((4, 8))), y, atol=1e-5)
 
 
@@ -106,7 +107,7 @@ def test_another_thread_is_not_turned_off():
     expected = qwix.quantize_model(model, qwix.QtProvider([rule()]), x)(x)
     inside, go_on = threading.Event(), threading.Event()
 
-    @_interception.undisturbed
+    @undisturbed
     def wait():
         inside.set()
         go_on.wait(60)

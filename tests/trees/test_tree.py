@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.core import FrozenDict
+from helpers import random, trained
 
 from mora_jax import (
     MoRAConfig,
@@ -22,10 +23,6 @@ from mora_jax import (
 )
 
 
-def random(seed, *shape, dtype=jnp.float32):
-    return jax.random.normal(jax.random.key(seed), shape, dtype)
-
-
 @pytest.fixture
 def model():
     """(params, adapters, plan) of a model with several kinds of kernel."""
@@ -38,8 +35,7 @@ def model():
     }
     config = MoRAConfig(rank=2, alpha=0.5, overrides={"scan/.*": {"axes": "sio"}})
     layers = plan(params, config)
-    adapters = jax.tree.map(lambda m: random(m.size, *m.shape), init(layers))
-    return params, adapters, layers
+    return params, trained(layers, 1.0), layers
 
 
 def test_init_holds_only_m(model):

@@ -1,9 +1,11 @@
 """What gets no adapter is said, and what a pattern that matches nothing meant."""
 
+import os
 import re
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import flax.linen as nn
 import jax
@@ -16,6 +18,7 @@ from mora_jax import LeftOutWarning, MoRAConfig, MoRAWarning, linen
 from mora_jax import nnx as mora_nnx
 
 KEY = jax.random.key(0)
+ENV = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
 IDS = jnp.zeros((2, 3), jnp.int32)
 
 
@@ -272,6 +275,7 @@ def test_a_warning_is_given_once_at_the_users_line(tmp_path):
         "mora_jax.nnx.wrap(model)\n"
     )
     command = [sys.executable, "-W", "always", program]
-    said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=ENV)
+    said = done.stderr
     assert said.count("LeftOutWarning") == 1
     assert f"{program}:8: LeftOutWarning: arrays that multiply inputs" in said

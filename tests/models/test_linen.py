@@ -1,4 +1,7 @@
-"""Flax Linen: the adapted layer, and unmodified models wherever their layers are."""
+"""What Flax Linen alone has: methods, collections, dropout, users' layers, MoRADense.
+
+The laws over all models are in test_model_laws.py.
+"""
 
 import functools
 import re
@@ -11,6 +14,8 @@ import numpy as np
 import optax
 import pytest
 from flax.training import train_state
+from helpers import close, largest, random, random_like, trained
+from twins import CONFIG, TWINS, LinenMethods, X
 
 from mora_jax import (
     FrozenDense,
@@ -18,9 +23,9 @@ from mora_jax import (
     MoRADense,
     MoRAWarning,
     combine,
+    fold,
     init,
     linen,
-    merge,
     mora_apply,
     optimizer,
     plan,
@@ -28,107 +33,7 @@ from mora_jax import (
     split,
 )
 
-CONFIG = MoRAConfig(rank=2, operator="rotation", alpha=0.5)
 KEY = jax.random.key(0)
-
-
-def random(seed, *shape, dtype=jnp.float32):
-    return jax.random.normal(jax.random.key(seed), shape, dtype)
-
-
-def trained(plan, scale=0.3):
-    """Adapters as after training: far from zero."""
-    adapters = init(plan)
-    return jax.tree.map(lambda m: scale * random(m.size, *m.shape), adapters)
-
-
-# --- Models: each a layer kind or a transformation, in an unmodified model ---
-
-
-class Block(nn.Module):
-    """Attention (DenseGeneral) and an MLP (Dense), compact."""
-
-    @nn.compact
-    def __call__(self, x, _=None):
-        x = x + nn.MultiHeadDotProductAttention(num_heads=2)(x)
-        return x + nn.Dense(12)(nn.gelu(nn.Dense(20)(x))), None
-
-
-JitBlock = nn.jit(Block)
-
-
-class Stack(nn.Module):
-    """Blocks under a lifted transformation."""
-
-    lift: str
-
-    @nn.compact
-    def __call__(self, x):
-        scan = dict(variable_axes={"params": 0}, split_rngs={"params": True}, length=3)
-        if self.lift == "scan":
-            return nn.scan(Block, **scan)()(x, None)[0]
-        if self.lift == "scan-remat":
-            return nn.scan(nn.remat(Block), **scan)()(x, None)[0]
-        if self.lift == "scan-scan":
-            inner = nn.scan(Block, **scan)
-            return nn.scan(inner, **scan | {"length": 2})()(x, None)[0]
-        if self.lift == "remat":
-            return nn.remat(Block)()(x)[0]
-        if self.lift == "remat-dense":
-            return nn.remat(nn.Dense)(6)(x)
-        if self.lift == "jit":
-            return JitBlock()(JitBlock()(x)[0])[0]
-        if self.lift == "vmap":
-            vmap = nn.vmap(
-                Block, variable_axes={"params": 0}, split_rngs={"params": True}
-            )
-            return vmap()(jnp.stack([x, 2 * x]))[0]
-        if self.lift == "vmap-shared":
-            vmap = nn.vmap(
-                Block, variable_axes={"params": None}, split_rngs={"params": False}
-            )
-            return vmap()(x)[0]
-        raise ValueError(self.lift)
-
-
-class Setup(nn.Module):
-    """Setup-style, one submodule used twice, and other methods than __call__."""
-
-    def setup(self):
-        self.encoder = nn.Dense(12)
-        self.decoder = nn.Sequential([nn.Dense(20), nn.relu, nn.Dense(12)])
-
-    def __call__(self, x):
-        return self.decode(self.encode(self.encode(x)))
-
-    def encode(self, x):
-        return jnp.tanh(self.encoder(x))
-
-    def decode(self, x):
-        return self.decoder(x)
-
-
-class Einsums(nn.Module):
-    """nn.Einsum with its equation in either place, experts, and odd layouts."""
-
-    @nn.compact
-    def __call__(self, x):
-        h = nn.Einsum((12, 2, 6), "bti,ihd->bthd")(x)
-        x = nn.Einsum((2, 6, 12))(h, "bthd,hdi->bti")
-        x = nn.Einsum((3, 12, 8), "bti,eio->ebto", use_bias=False)(x)
-        x = nn.Einsum((3, 8, 12), "ebti,eio->ebto", use_bias=False)(x)
-        return nn.Einsum((12, 12), "...i,oi->...o", use_bias=False)(x.sum(0))
-
-
-class Generals(nn.Module):
-    """nn.DenseGeneral over several, batched and leading axes."""
-
-    @nn.compact
-    def __call__(self, x):
-        h = nn.DenseGeneral((3, 4))(x)
-        h = nn.DenseGeneral((2, 5), axis=(-1, 1))(h)
-        h = nn.DenseGeneral(6, axis=-1, batch_dims=0)(h)
-        return nn.DenseGeneral(4, axis=1)(h)
 
 
 class BatchStats(nn.Module):
@@ -140,113 +45,32 @@ class BatchStats(nn.Module):
         return nn.Dense(4)(nn.Dropout(0.5, deterministic=not train)(x))
 
 
-LIFTS = (
-    *("scan", "scan-remat", "scan-scan", "remat", "remat-dense"),
-    *("jit", "vmap", "vmap-shared"),
-)
-MODELS = {
-    **{lift: Stack(lift) for lift in LIFTS},
-    "dense": nn.Dense(10),
-    "dense-bfloat16": nn.Dense(10, dtype=jnp.bfloat16),
-    "setup": Setup(),
-    "einsums": Einsums(),
-    "generals": Generals(),
-    "attention": nn.MultiHeadDotProductAttention(num_heads=3),
-    "gru": nn.RNN(nn.GRUCell(12)),
-}
-by_model = pytest.mark.parametrize("name", MODELS)
-X = random(3, 2, 5, 12)
+def variables_of(model, **kwargs):
+    """Normal numbers as parameters and ones as the rest, with nothing to compile."""
+    shapes = jax.eval_shape(lambda: model.init(KEY, X, **kwargs))
+    rest = jax.tree.map(lambda leaf: jnp.asarray(np.ones(leaf.shape, "f4")), shapes)
+    return {**rest, "params": random_like(shapes["params"])}
 
 
-@pytest.fixture
-def case(name):
-    """(model, variables, plan, apply)."""
-    return make_case(name)
-
-
-@functools.cache
-def make_case(name):
-    model = MODELS[name]
-    variables = jax.jit(model.init)(KEY, X)
-    chosen = linen.plan(model, variables, CONFIG, X)
-    return model, variables, chosen, linen.wrap(model, chosen)
-
-
-@by_model
-def test_every_kernel_is_found(name, case):
-    _, variables, chosen, _ = case
-    flat, _ = jax.tree_util.tree_flatten_with_path(variables["params"])
-    kernels = ["/".join(k.key for k in path) for path, leaf in flat if leaf.ndim > 1]
-    kernels = [name for name in kernels if name.endswith("kernel")]
-    assert [spec.name for spec in chosen.specs] == kernels
-
-
-@by_model
-def test_zero_changes_nothing(name, case):
-    model, variables, chosen, apply = case
-    y = jax.jit(apply)(init(chosen), variables, X)
-    chex.assert_trees_all_equal(y, jax.jit(model.apply)(variables, X))
-
-
-@by_model
-def test_merged_is_adapted(name, case):
-    model, variables, chosen, apply = case
-    adapters = trained(chosen)
-    y, base = jax.jit(apply)(adapters, variables, X), jax.jit(model.apply)(variables, X)
-    assert y.dtype == base.dtype
-    assert np.abs(y - base).max() > 1e-2
-    merged = jax.jit(merge, static_argnums=2)(variables["params"], adapters, chosen)
-    expected = np.asarray(jax.jit(model.apply)({"params": merged}, X), np.float32)
-    atol = (0.05 if y.dtype == jnp.bfloat16 else 1e-4) * np.abs(expected).max()
-    np.testing.assert_allclose(np.asarray(y, np.float32), expected, atol=atol, rtol=0)
-
-
-@pytest.mark.parametrize("name", ["scan-remat", "jit", "einsums"])
-def test_jit_is_eager(name, case):
-    _, variables, chosen, apply = case
-    y = jax.jit(apply)(trained(chosen), variables, X)
-    eager = apply(trained(chosen), variables, X)
-    np.testing.assert_allclose(y, eager, atol=1e-4 * float(np.abs(y).max()), rtol=0)
-
-
-@by_model
-def test_every_adapter_learns(name, case):
-    _, variables, chosen, apply = case
-
-    def loss(adapters):
-        return jnp.sum(apply(adapters, variables, X).astype(jnp.float32) ** 2)
-
-    for m in jax.tree.leaves(jax.jit(jax.grad(loss))(trained(chosen))):
-        assert np.isfinite(m).all() and np.abs(m).max() > 0
-
-
-@by_model
-def test_one_compilation(name, case):
-    _, variables, chosen, apply = case
-    traces = []
+def adapted_and_merged(model, variables, chosen, method=None, **kwargs):
+    """What both give, as one program."""
+    apply, adapters = linen.wrap(model, chosen), trained(chosen)
 
     @jax.jit
-    def jitted(adapters, variables, x):
-        traces.append(None)
-        return apply(adapters, variables, x)
+    def both(adapters, variables):
+        merged = {**variables, "params": fold(variables["params"], adapters, chosen)}
+        return (
+            apply(adapters, variables, X, method=method, **kwargs),
+            model.apply(merged, X, method=method, **kwargs),
+        )
 
-    jitted(init(chosen), variables, X)
-    jitted(trained(chosen), jax.tree.map(lambda p: 2 * p, variables), X)
-    assert len(traces) == 1
-
-
-@by_model
-def test_plans_of_shapes_are_equal(name, case):
-    model, variables, chosen, _ = case
-    shapes = jax.eval_shape(lambda: variables)
-    x = jax.ShapeDtypeStruct(X.shape, X.dtype)
-    assert linen.plan(model, shapes, CONFIG, x) == chosen
+    return both(adapters, variables)
 
 
 def test_nn_jit_does_not_serve_another_plans_program():
     """The traces that nn.jit keeps know neither alpha nor whether it is adapted."""
-    model = MODELS["jit"]
-    variables = model.init(KEY, X)
+    model = TWINS["jit"].linen()
+    variables = variables_of(model)
     base = model.apply(variables, X)
     outputs = []
     for alpha in (0.5, 1.0):
@@ -254,107 +78,100 @@ def test_nn_jit_does_not_serve_another_plans_program():
         chosen = linen.plan(model, variables, config, X)
         adapters = trained(chosen)
         y = linen.wrap(model, chosen)(adapters, variables, X)
-        merged = merge(variables["params"], adapters, chosen)
-        np.testing.assert_allclose(y, model.apply({"params": merged}, X), atol=1e-3)
+        merged = fold(variables["params"], adapters, chosen)
+        close(y, model.apply({"params": merged}, X))
         outputs.append(y)
-    assert np.abs(outputs[0] - outputs[1]).max() > 1e-2
+    assert largest(outputs[0] - outputs[1]) > 1e-2
     chex.assert_trees_all_equal(model.apply(variables, X), base)
 
 
-def test_scanned_layers_have_an_m_each():
-    model = MODELS["scan-scan"]
-    variables = model.init(KEY, X)
-    chosen = linen.plan(model, variables, CONFIG, X)
-    axes = {spec.name.split("/", 1)[1]: spec.axes for spec in chosen.specs}
-    assert axes == {
-        "Dense_0/kernel": "ssio",
-        "Dense_1/kernel": "ssio",
-        **{
-            f"MultiHeadDotProductAttention_0/{name}/kernel": axes
-            for name, axes in [
-                *(("key", "ssioo"), ("query", "ssioo"), ("value", "ssioo")),
-                ("out", "ssiio"),
-            ]
-        },
-    }
-    assert chosen.specs[0].shape[:2] == (2, 3)
+def test_compiled_and_not_give_the_same():
+    for name in ("einsums", "scan-remat"):
+        model = TWINS[name].linen()
+        variables = variables_of(model)
+        chosen = linen.plan(model, variables, CONFIG, X)
+        apply, adapters = linen.wrap(model, chosen), trained(chosen)
+        y = apply(adapters, variables, X)
+        close(jax.jit(apply)(adapters, variables, X), y)
 
 
 def test_other_scan_axes_are_refused():
+    class Body(nn.Module):
+        @nn.compact
+        def __call__(self, x, _):
+            return nn.Dense(12)(x), None
+
     class Trailing(nn.Module):
         @nn.compact
         def __call__(self, x):
             scan = nn.scan(
-                Block,
+                Body,
                 variable_axes={"params": 1},
                 split_rngs={"params": True},
                 length=3,
             )
             return scan()(x, None)[0]
 
-    variables = Trailing().init(KEY, X)
+    variables = variables_of(Trailing())
     with pytest.raises(ValueError, match="stacked axes must come first"):
         linen.plan(Trailing(), variables, CONFIG, X)
 
 
-def test_methods():
-    model = Setup()
-    variables = model.init(KEY, X)
+@pytest.mark.parametrize("method", ["encode", LinenMethods.decode], ids=str)
+def test_methods(method):
+    model = LinenMethods()
+    variables = variables_of(model)
     chosen = linen.plan(model, variables, CONFIG, X)
-    adapters = trained(chosen)
-    apply = linen.wrap(model, chosen)
-    merged = {"params": merge(variables["params"], adapters, chosen)}
-    for method in ("encode", Setup.decode):
-        y = apply(adapters, variables, X, method=method)
-        expected = model.apply(merged, X, method=method)
-        np.testing.assert_allclose(y, expected, atol=1e-4)
+    close(*adapted_and_merged(model, variables, chosen, method=method))
 
 
 def test_mutable_collections_and_dropout_keys():
     model = BatchStats()
-    variables = model.init(KEY, X, train=False)
+    variables = variables_of(model, train=False)
     chosen = linen.plan(model, variables, CONFIG, X, train=False)
     assert len(chosen) == 2
-    apply, adapters = linen.wrap(model, chosen), trained(chosen)
     kwargs = {"train": True, "rngs": {"dropout": jax.random.key(5)}}
+    mutable = ["batch_stats"]
     with pytest.warns(MoRAWarning, match="the call updates batch_stats, which are"):
-        y, state = apply(adapters, variables, X, mutable=["batch_stats"], **kwargs)
-    merged = {**variables, "params": merge(variables["params"], adapters, chosen)}
-    expected, updated = model.apply(merged, X, mutable=["batch_stats"], **kwargs)
-    np.testing.assert_allclose(y, expected, atol=1e-4)
-    chex.assert_trees_all_close(state, updated, atol=1e-4)
-    y, state = apply(adapters, variables, X, mutable=True, **kwargs)
-    chex.assert_trees_all_equal_structs(state, dict(variables))
-    same = linen.plan(
-        model, variables, CONFIG, X, train=True, mutable=["batch_stats"],
-        rngs={"dropout": KEY},
-    )  # fmt: skip
+        got, expected = adapted_and_merged(
+            model, variables, chosen, mutable=mutable, **kwargs
+        )
+    close(got, expected)
+    assert largest(got[1]["batch_stats"]["BatchNorm_0"]["mean"] - 1) > 1e-3
+    apply = functools.partial(linen.wrap(model, chosen), mutable=True, **kwargs)
+    with pytest.warns(MoRAWarning):
+        _, everything = jax.eval_shape(apply, trained(chosen), variables, X)
+    chex.assert_trees_all_equal_structs(everything, dict(variables))
+    same = linen.plan(model, variables, CONFIG, X, mutable=mutable, **kwargs)
     assert same == chosen
 
 
 def test_statistics_that_training_moves_are_told_once():
     model = BatchStats()
-    variables = model.init(KEY, X, train=False)
+    variables = variables_of(model, train=False)
     chosen = linen.plan(model, variables, CONFIG, X, train=False)
     adapters, kwargs = init(chosen), {"train": True, "rngs": {"dropout": KEY}}
     for _ in range(2):  # once for each wrapped model
-        apply = linen.wrap(model, chosen)
+        apply = functools.partial(
+            linen.wrap(model, chosen), mutable=["batch_stats"], **kwargs
+        )
         with pytest.warns(MoRAWarning, match="neither in the adapters nor in") as seen:
             for _ in range(3):
-                apply(adapters, variables, X, mutable=["batch_stats"], **kwargs)
+                jax.eval_shape(apply, adapters, variables, X)
         assert len(seen) == 1
     apply = linen.wrap(model, chosen)
     apply(adapters, variables, X, train=False, mutable=["intermediates"])
     decoder = nn.MultiHeadDotProductAttention(num_heads=3, decode=True)
-    variables = decoder.init(KEY, X)
+    variables = jax.eval_shape(decoder.init, KEY, X)
     x = X[..., :1, :]
     chosen = linen.plan(decoder, variables, CONFIG, x, mutable=["cache"])
-    linen.wrap(decoder, chosen)(init(chosen), variables, x, mutable=["cache"])
+    apply = functools.partial(linen.wrap(decoder, chosen), mutable=["cache"])
+    jax.eval_shape(apply, init(chosen), variables, x)
 
 
 def test_capture_intermediates():
     model = nn.Sequential([nn.Dense(12), nn.Dense(12)])
-    variables = model.init(KEY, X)
+    variables = variables_of(model)
     chosen = linen.plan(model, variables, CONFIG, X)
     y, state = linen.wrap(model, chosen)(
         trained(chosen),
@@ -369,14 +186,14 @@ def test_capture_intermediates():
 
 def test_training_moves_adapters_alone():
     """The README's loop, with a TrainState."""
-    model = Setup()
-    variables = model.init(KEY, X)
+    model = LinenMethods()
+    variables = variables_of(model)
     before = jax.tree.map(np.array, variables)
     chosen = linen.plan(model, variables, MoRAConfig(rank=4), X)
     state = train_state.TrainState.create(
         apply_fn=linen.wrap(model, chosen), params=init(chosen), tx=optax.adam(3e-2)
     )
-    target = random(8, *X.shape)
+    target = random(8, *X.shape[:-1], 20)
 
     @jax.jit
     def step(state):
@@ -400,19 +217,21 @@ def test_training_moves_adapters_alone():
 def test_dropout():
     model = nn.Dense(10, use_bias=False)
     config = MoRAConfig(rank=2, dropout=0.5)
-    variables = model.init(KEY, X)
+    variables = variables_of(model)
     chosen = linen.plan(model, variables, config, X)
     apply, adapters = linen.wrap(model, chosen), trained(chosen)
     still = apply(adapters, variables, X, adapter_deterministic=True)
-    merged = {"params": merge(variables["params"], adapters, chosen)}
-    np.testing.assert_allclose(still, model.apply(merged, X), atol=1e-4)
+    close(
+        still, model.apply({"params": fold(variables["params"], adapters, chosen)}, X)
+    )
 
+    @jax.jit
     def drop(seed):
         rngs = {"dropout": jax.random.key(seed)}
         return apply(adapters, variables, X, adapter_deterministic=False, rngs=rngs)
 
     np.testing.assert_array_equal(drop(0), drop(0))
-    assert np.abs(drop(0) - drop(1)).max() > 1e-2
+    assert largest(drop(0) - drop(1)) > 1e-2
     many = jax.vmap(drop)(jnp.arange(4000)).mean(0)
     np.testing.assert_allclose(many, still, atol=0.1)  # the mean is as without
     with pytest.raises(ValueError, match="adapter_deterministic must be True or False"):
@@ -438,7 +257,7 @@ def test_dropout_differs_by_scanned_layer():
         def __call__(self, x, _):
             return x, nn.Dense(12, use_bias=False)(x)
 
-    variables = Net().init(KEY, X)
+    variables = variables_of(Net())
     config = MoRAConfig(rank=2, dropout=0.5, operator="sharing")
     chosen = linen.plan(Net(), variables, config, X)
     ones = jax.tree.map(jnp.ones_like, init(chosen))
@@ -446,7 +265,7 @@ def test_dropout_differs_by_scanned_layer():
     first, second = linen.wrap(Net(), chosen)(
         ones, zeros, X, adapter_deterministic=False, rngs={"dropout": KEY}
     )
-    assert np.abs(first - second).max() > 1e-3
+    assert largest(first - second) > 1e-3
 
 
 # --- Layers of the user's own ---
@@ -485,19 +304,16 @@ def test_register_layer(cls):
     model = nn.Sequential(
         [cls((2, 12, 6), "bti,hid->bthd"), cls((2, 6, 12), "bthd,hdi->bti")]
     )
-    variables = model.init(KEY, X)
+    variables = variables_of(model)
     chosen = linen.plan(model, variables, CONFIG, X)
     assert [spec.axes for spec in chosen.specs] == ["oio", "iio"]
-    adapters = trained(chosen)
-    y = linen.wrap(model, chosen)(adapters, variables, X)
-    merged = {"params": merge(variables["params"], adapters, chosen)}
-    np.testing.assert_allclose(y, model.apply(merged, X), atol=1e-4)
+    close(*adapted_and_merged(model, variables, chosen))
 
 
 def test_unknown_layers_are_refused():
     """An adapter that would have no effect is an error, not a silence."""
     model = Unknown((12, 6), "bti,io->bto")
-    variables = model.init(KEY, X)
+    variables = variables_of(model)
     config = MoRAConfig(rank=2, targets="w")
     with pytest.raises(ValueError, match="w: it is not known how a layer uses it"):
         linen.plan(model, variables, config, X)
@@ -511,7 +327,7 @@ def test_unknown_layers_are_refused():
         def __call__(self, x):
             return nn.ConvLocal(12, (3,))(x)
 
-    variables = Local().init(KEY, X)
+    variables = variables_of(Local())
     config = MoRAConfig(rank=2, targets=".*kernel", overrides={".*": {"axes": "sio"}})
     chosen = plan(variables["params"], config)
     with pytest.raises(TypeError, match=r"ConvLocal.__call__ may use"):
@@ -543,7 +359,7 @@ class Named(nn.Module):
 
 def test_shared_scopes():
     model = SharedScope()
-    variables = model.init(KEY, X)
+    variables = variables_of(model)
     config = MoRAConfig(rank=2, targets="linear", overrides={".*": {"axes": "io"}})
     chosen = plan(variables["params"], config)
     with pytest.raises(TypeError, match="linear: SharedScope.__call__ may use this"):
@@ -563,10 +379,7 @@ def test_shared_scopes():
     chosen = linen.plan(model, variables, CONFIG, X)
     axes = {spec.name: spec.axes for spec in chosen.specs}
     assert axes == {"gating_einsum": "ooi", "linear": "io"}
-    adapters = trained(chosen)
-    y = linen.wrap(model, chosen)(adapters, variables, X)
-    merged = {"params": merge(variables["params"], adapters, chosen)}
-    np.testing.assert_allclose(y, model.apply(merged, X), atol=1e-4)
+    close(*adapted_and_merged(model, variables, chosen))
 
 
 def test_other_methods_of_a_known_layer_are_refused():
@@ -581,7 +394,7 @@ def test_other_methods_of_a_known_layer_are_refused():
         def __call__(self, x):
             return self.tied.attend(self.tied(x))
 
-    variables = Net().init(KEY, X)
+    variables = variables_of(Net())
     with pytest.raises(ValueError, match="tied/kernel: .* by `dot_general`, where"):
         linen.plan(Net(), variables, CONFIG, X)
     chosen = plan(variables["params"], CONFIG)  # no trace has seen the model
@@ -591,7 +404,7 @@ def test_other_methods_of_a_known_layer_are_refused():
 
 def test_axes_that_the_layer_does_not_have_are_refused():
     model = Projection((12, 2, 6), "bti,ihd->bthd")
-    variables = model.init(KEY, X)
+    variables = variables_of(model)
     config = MoRAConfig(rank=2, targets="w", overrides={"w": {"axes": "iio"}})
     chosen = plan(variables["params"], config)
     message = re.escape("w: the plan reads its axes as 'iio', the layer computes 'ioo'")
@@ -602,19 +415,16 @@ def test_axes_that_the_layer_does_not_have_are_refused():
 def test_a_kernel_planned_the_other_way_round_is_used_transposed():
     """C then acts on what the layer calls outputs; adapted is still merged."""
     model = Projection((20, 12), "bti,oi->bto")
-    variables = model.init(KEY, X)
+    variables = variables_of(model)
     chosen = plan(variables["params"], MoRAConfig(rank=2, targets="w", alpha=0.5))
     assert chosen["w"].axes == "io"
-    adapters = trained(chosen)
-    y = linen.wrap(model, chosen)(adapters, variables, X)
-    merged = {"params": merge(variables["params"], adapters, chosen)}
-    np.testing.assert_allclose(y, model.apply(merged, X), atol=1e-4)
+    close(*adapted_and_merged(model, variables, chosen))
 
 
 @pytest.mark.usefixtures("unchecked")
 def test_bad_input():
     model = nn.Dense(12)
-    variables = model.init(KEY, X)
+    variables = variables_of(model)
     chosen = linen.plan(model, variables, CONFIG, X)
     apply, adapters = linen.wrap(model, chosen), init(chosen)
     with pytest.raises(TypeError, match="model must be a flax.linen.Module, got type"):
@@ -715,7 +525,7 @@ def test_moradense_trains_in_a_scan():
         def __call__(self, x, _):
             return x + MoRADense(12, config=CONFIG)(x), None
 
-    params = Net().init(KEY, X)["params"]
+    params = variables_of(Net())["params"]
     tx = optimizer(optax.adam(0.03), params)
     state = tx.init(params)
 

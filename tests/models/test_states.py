@@ -12,29 +12,29 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from helpers import random, random_like
+from twins import Twin, nnx_model
 
 import mora_jax
 from mora_jax import FrozenDense, MoRAConfig, combine, diagnostics, init, merge, plan
 from mora_jax.nnx import MoRAParam, adapters, plan_of, set_adapters, wrap
 
 CONFIG = MoRAConfig(rank=2, operator="orthogonal", seed=1)
-X = jax.random.normal(jax.random.key(0), (3, 12))
+X = random(0, 3, 12)
 
 
 def base():
     """Eleven layers, whose numbers sort otherwise than their names."""
-    return nnx.Sequential(*(nnx.Linear(12, 12, rngs=nnx.Rngs(k)) for k in range(11)))
+
+    def make(rngs):
+        return nnx.Sequential(*(nnx.Linear(12, 12, rngs=rngs) for _ in range(11)))
+
+    return nnx_model(Twin(None, make, {}))
 
 
 def trained(model):
     """With M's that all differ."""
-    new = {}
-    for spec, m in zip(
-        plan_of(model).specs, jax.tree.leaves(adapters(model)), strict=1
-    ):
-        key = jax.random.key(int(spec.path[1]))
-        new[spec.path[1]] = {"kernel_mora": 0.1 * jax.random.normal(key, m.shape)}
-    set_adapters(model, {"layers": new})
+    set_adapters(model, random_like(adapters(model), 0.1))
     return model
 
 

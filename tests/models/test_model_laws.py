@@ -1,0 +1,132 @@
+"""What holds of every model, in Linen and in NNX."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import by_kind
+from flax import nnx
+from helpers import close, largest, random_like, wide
+from programs import plan_of, results, shapes_of
+from twins import TABLES, TWINS
+
+from mora_jax import nnx as mora
+
+MODELS = [
+    (name, api)
+    for name, twin in TWINS.items()
+    for api in ("linen", "nnx")
+    if getattr(twin, api)
+]
+# The scope lets all laws of one model follow one another, and share its program.
+by_model = pytest.mark.parametrize(("name", "api"), MODELS, scope="module")
+
+
+@by_model
+def test_every_kernel_is_found_with_its_axes(name, api):
+    plan = results(name, api).plan
+    assert {path: spec.axes for path, spec in plan.items()} == TWINS[name].axes
+
+
+@by_model
+def test_plans_of_shapes_are_those_of_arrays(name, api):
+    twin = TWINS[name]
+    model, variables, params = shapes_of(twin, api)
+    x = jax.ShapeDtypeStruct(twin.x.shape, twin.x.dtype)
+    of_shapes = plan_of(model, variables, twin, x)
+    if api == "linen":
+        variables = {"params": random_like(params)}
+    else:
+        nnx.update(model, random_like(params))
+    assert plan_of(model, variables, twin, twin.x) == of_shapes
+    # An embedding may also be a head, and Gemma's equation is known in the call alone.
+    if api == "nnx" and name != "gemma" and name not in TABLES:
+        assert mora.plan(model, twin.config) == of_shapes
+
+
+@by_model
+def test_zero_changes_nothing(name, api):
+    base, ((_, adapted), _), ((_, merged), _) = results(name, api).at_zero
+    chex.assert_trees_all_equal(adapted, base)
+    chex.assert_trees_all_equal(merged, base)
+
+
+def assert_merged_is_adapted(case):
+    base, ((_, adapted), _), ((_, merged), _) = case.after
+    chex.assert_trees_all_equal_dtypes(adapted, base)
+    close(adapted, merged, case.tolerance)
+    changes = jax.tree.map(lambda y, base: largest(wide(y) - wide(base)), adapted, base)
+    assert all(change > 5e-3 for change in jax.tree.leaves(changes)) or empty(base)
+
+
+def empty(y):
+    return not any(leaf.size for leaf in jax.tree.leaves(y))
+
+
+@by_model
+def test_merged_is_adapted(name, api):
+    assert_merged_is_adapted(results(name, api))
+
+
+def assert_gradients_are_those_of_the_merged_model(case):
+    for y, (_, gradients), (_, expected) in (case.at_zero, case.after):
+        close(gradients, expected, case.tolerance)
+        for gradient in jax.tree.leaves(gradients):
+            assert np.isfinite(gradient).all()
+            assert np.abs(gradient).max() > 0 or empty(y)
+
+
+@by_model
+def test_every_adapter_learns_as_in_the_merged_model(name, api):
+    assert_gradients_are_those_of_the_merged_model(results(name, api))
+
+
+@by_model
+def test_down_the_gradients_the_loss_falls(name, api):
+    case = results(name, api)
+    adapters, losses, y = case.zeros, [], None
+    for _ in range(4):
+        y, ((loss, _), gradients), _ = case.run(adapters)
+        losses.append(float(loss))
+        step = 1e-2 / max(1e-9, largest(gradients))
+        steps = jax.tree.map(functools.partial(jnp.multiply, -step), gradients)
+        adapters = jax.tree.map(jnp.add, adapters, steps)
+    assert losses == sorted(set(losses), reverse=True) or empty(y)
+
+
+@by_model
+def test_one_program_serves_all_numbers(name, api):
+    case = results(name, api)
+    case.run(jax.tree.map(lambda m: 2 * m, case.adapters))
+    assert len(case.traces) == 1
+
+
+@pytest.mark.parametrize(
+    "name", [name for name, twin in TWINS.items() if twin.linen and twin.nnx]
+)
+def test_linen_and_nnx_agree(name):
+    one, other = (results(name, api) for api in ("linen", "nnx"))
+    assert one.plan == other.plan and one.plan.digest() == other.plan.digest()
+    chex.assert_trees_all_equal(one.params, other.params)
+    close(one.after, other.after, one.tolerance)
+
+
+@pytest.mark.parametrize("name", ["groups", "t-kernel", "tied"])
+@by_kind
+def test_merged_is_adapted_for_every_kind_of_operator(name, case):
+    assert_merged_is_adapted(results(name, "linen", case.spec["name"]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("operator", ["sharing", "rotation", "orthogonal"])
+@by_model
+def test_every_law_for_other_operators(name, api, operator):
+    if name == "one-word" and operator == "rotation":
+        return  # which needs two features
+    case = results(name, api, operator)
+    chex.assert_trees_all_equal(case.at_zero[0], case.at_zero[1][0][1])
+    assert_merged_is_adapted(case)
+    assert_gradients_are_those_of_the_merged_model(case)

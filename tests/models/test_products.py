@@ -1,0 +1,270 @@
+"""What convolutions and embeddings alone have; the laws are in test_model_laws.py."""
+
+import dataclasses
+import functools
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from cases import CASES, FEW_SIZES, by_few_cases, by_kind
+from flax import nnx
+from helpers import close, random, wide
+from programs import case_of
+from twins import ALL, IDS, Table, TableTwin
+
+import mora_jax
+from mora_jax import AdapterSpec, MoRAConfig, linen, make_operator
+from mora_jax._compute.delta import Delta
+from mora_jax._flax.convolutions import convolution
+from mora_jax.products import ATTEND, Contraction, Lookup
+
+KEY = jax.random.key(0)
+ONE_OF_EACH = ("sharing", "rotation", "orthogonal")
+some = pytest.mark.parametrize("name", ["pad-pairs", "t-kernel", "tied"])
+both = pytest.mark.parametrize("operator", ["sharing", "rotation"])
+
+
+@some
+@both
+def test_derivatives_are_those_of_the_merged_model(name, operator):
+    """Forward and backward, by the adapters and by the input."""
+    case = case_of(name, "linen", operator)
+    floating = jnp.issubdtype(case.x.dtype, jnp.floating)
+    args = (case.adapters, case.x) if floating else (case.adapters,)
+    tangents = jax.tree.map(lambda a: random(7, *a.shape), args)
+
+    @jax.jit
+    def derivatives(args):
+        found = []
+        for function in (case.adapted, case.merged):
+
+            def of(adapters, x=case.x, function=function):
+                return function(case.params, adapters, x)
+
+            y, pull = jax.vjp(of, *args)
+            found.append((jax.jvp(of, args, tangents)[1], pull(jnp.cos(y))))
+        return found
+
+    close(*derivatives(args))
+
+
+@some
+@both
+def test_transforms(name, operator):
+    """jit = eager, vmap = loop."""
+    case = case_of(name, "linen", operator)
+    apply = functools.partial(case.adapted, case.params, case.adapters)
+    y = apply(case.x)
+    jitted = jax.jit(apply)
+    close(jitted(case.x), y)
+    close(jax.jit(jax.vmap(apply))(case.x), y)
+    close(jnp.stack([jitted(x) for x in case.x]), y)
+
+
+# --- Against numpy ---
+
+
+def exact(case, model):
+    """The adapted kernel, as (in, out)."""
+    (spec,), (m,) = model.plan.specs, jax.tree.leaves(model.adapters)
+    kernel = next(leaf for leaf in jax.tree.leaves(model.params) if leaf.ndim > 1)
+    delta = oracle.update(*case.matrices(spec.operator), m)
+    return wide(kernel).reshape(delta.shape) + spec.alpha * delta
+
+
+def with_operator(name, case):
+    model = case_of(name, "linen", tuple(case.spec.items()))
+    return model, jax.jit(model.adapted)(model.params, model.adapters, model.x)
+
+
+@by_few_cases
+def test_convolution_is_the_oracle(case):
+    model, y = with_operator("pad-pairs", case)
+    x = np.pad(wide(model.x), [(0, 0), (0, 2), (3, 1), (0, 0)])
+    windows = [
+        [x[:, i : i + 3, j : j + 2].reshape(len(x), -1) for j in range(x.shape[2] - 1)]
+        for i in range(0, x.shape[1] - 2, 2)
+    ]
+    expected = np.moveaxis(np.array(windows) @ exact(case, model), 2, 0)
+    close(y, expected + wide(model.params["bias"]))
+
+
+@by_few_cases
+def test_embedding_is_the_oracle(case):
+    model, y = with_operator("tied-negative", case)
+    table = exact(case, model)
+    close(y, np.tanh(table[np.asarray(model.x)]) @ table.T)
+
+
+@pytest.mark.parametrize("size", [*FEW_SIZES, (3, 20, 8)], ids=str)
+@by_kind
+def test_lookup_and_transpose(case, size):
+    ins, outs, _ = size
+    q = min(size) if case.bounded else size[-1]
+    op, m, y = case.make(ins, outs, q), random(1, q, q), random(2, 3, outs)
+    indices = np.random.default_rng(3).integers(0, ins, (2, 5))
+
+    @jax.jit
+    def products(op, m, y):
+        return op.lookup(m, indices), op.apply_transpose(m, y), op.compress_matrix()
+
+    rows, transposed, compress = products(op, m, y)
+    c, d = case.matrices(op)
+    delta = oracle.update(c, d, m)
+    close(rows, delta[indices])
+    close(transposed, y @ delta.T)
+    close(compress, c.reshape(ins, -1))
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int8", "uint16", "uint32"])
+def test_indices_of_any_integer_type(dtype):
+    """A vocabulary may be larger than the type's range."""
+    m, ids = random(1, 4, 4), jnp.array([3, 50], dtype)
+    for compress in ("strided", "contiguous"):
+        op = make_operator({"name": "sharing", "compress_groups": compress}, 302, 6, 4)
+        rows = op.delta_weight(m)[np.array([3, 50])]
+        close(op.lookup(m, ids), rows)
+        delta = Delta.of(AdapterSpec(op, (302, 6)), m)
+        close(Lookup().delta(delta, ids), rows)
+
+
+def test_no_indices():
+    for case in CASES:
+        lookup = case.make(12, 10, 4).lookup
+        assert jax.eval_shape(lookup, random(1, 4, 4), IDS[:0]).shape == (0, 10)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("operator", ONE_OF_EACH)
+def test_bad_arrays(operator):
+    op, m, y = make_operator(operator, 12, 10, 4), random(1, 4, 4), random(0, 3, 12)
+    with pytest.raises(TypeError, match="indices must be integers, got float32"):
+        op.lookup(m, y)
+    with pytest.raises(TypeError, match="indices must be an array, got list"):
+        op.lookup(m, [1, 2])
+    for call in (lambda: op.lookup(m[:3], IDS), lambda: op.apply_transpose(m, y)):
+        with pytest.raises(ValueError, match="must have shape"):
+            call()
+
+
+# --- Cost: the update of a kernel is not formed ---
+
+
+def biggest(spec, product, x):
+    """The largest array in the program of an update and of its gradient."""
+
+    def arrays(jaxpr):
+        for eqn in jaxpr.eqns:
+            yield from (v.aval.size for v in eqn.outvars)
+            leaves = jax.tree.leaves(eqn.params, is_leaf=lambda p: hasattr(p, "eqns"))
+            for inner in leaves:
+                if hasattr(inner, "eqns"):
+                    yield from arrays(getattr(inner, "jaxpr", inner))
+
+    def f(m):
+        return product.delta(Delta.of(spec, m), x)
+
+    m = random(1, *spec.shape)
+    closed = jax.make_jaxpr(lambda m: (f(m), jax.grad(lambda m: f(m).sum())(m)))(m)
+    return max([*map(np.size, closed.consts), *arrays(closed.jaxpr)])
+
+
+@by_few_cases
+def test_convolution_does_not_form_the_update(case):
+    op = case.make(27, 32, 4)
+    product = convolution(nn.Conv(32, (3, 3)))
+    spec, x = AdapterSpec(op, (3, 3, 3, 32), "iiio"), random(0, 1, 3, 4, 3)
+    size = biggest(spec, product, x)
+    assert (size < 27 * 32) == (not op.block)  # blocks have no C of q outputs
+
+
+@pytest.mark.parametrize("use", ["call", "attend"])
+@by_few_cases
+def test_embedding_does_not_form_the_update(case, use):
+    spec = AdapterSpec(case.make(512, 24, 8), (512, 24))
+    product = Lookup() if use == "call" else Contraction.parse(ATTEND, 2)
+    x = jnp.array([0, 511, 9]) if use == "call" else random(0, 3, 24)
+    assert biggest(spec, product, x) < 512 * 24
+
+
+# --- What is adapted ---
+
+
+def make_plan(api, config):
+    """Of a model with a layer of each kind."""
+    ids, rngs = IDS.reshape(2, 2), nnx.Rngs(0)
+    if api == "linen":
+        one = nn.ConvTranspose(8, (3,), (1,))
+        model = nn.Sequential([nn.Embed(11, 8), nn.Conv(8, (3,)), one, nn.Dense(8)])
+        return linen.plan(model, jax.eval_shape(model.init, KEY, ids), config, ids)
+    model = nnx.Sequential(
+        nnx.Embed(11, 8, rngs=rngs),
+        nnx.Conv(8, 8, (3,), rngs=rngs),
+        nnx.ConvTranspose(8, 8, (3,), (1,), rngs=rngs),
+        nnx.Linear(8, 8, rngs=rngs),
+    )
+    return mora_jax.nnx.plan(model, config, *[ids] * (api == "nnx"))
+
+
+APIS = ("linen", "nnx", "nnx-alone")
+
+
+@pytest.mark.parametrize("api", APIS)
+def test_dense_layers_are_the_default_targets(api):
+    assert [spec.axes for spec in make_plan(api, None).specs] == ["io"]
+    plan = make_plan(api, MoRAConfig(rank=1, targets=".*/kernel"))
+    assert [spec.axes for spec in plan.specs] == ["iio", "iio", "io"]
+    with pytest.raises(ValueError, match="targets: the default matches no path"):
+        mora_jax.nnx.plan(nnx.Conv(4, 4, (3,), rngs=nnx.Rngs(0)))
+
+
+@pytest.mark.parametrize("kind", ["Conv", "ConvTranspose"])
+def test_inputs_by_keyword(kind):
+    model, x = getattr(nn, kind)(6, (3,)), random(0, 2, 5, 3)
+    variables = jax.eval_shape(model.init, KEY, x)
+    assert len(linen.plan(model, variables, ALL, inputs=x)) == 1
+
+
+def test_half_adapted_heads_are_refused():
+    elsewhere = "embed/embedding: the model also reads this embedding outside of its"
+    for use in ("array", "variables"):
+        variables = jax.eval_shape(Table(use).init, KEY, IDS)
+        with pytest.raises(ValueError, match=elsewhere):
+            linen.plan(Table(use), variables, ALL, IDS)
+    with pytest.raises(ValueError, match=elsewhere):
+        mora_jax.nnx.plan(TableTwin("array", rngs=nnx.Rngs(0)), ALL, IDS)
+    for use in ("array", "call", "tied"):
+        with pytest.raises(ValueError, match=r"plan\(model, config, \*inputs\)"):
+            mora_jax.nnx.wrap(TableTwin(use, rngs=nnx.Rngs(0)), ALL)
+
+
+def test_dropout_drops_whole_rows():
+    config = dataclasses.replace(ALL, operator="sharing", dropout=0.25)
+    ids = jnp.arange(300).reshape(3, 100) % 11
+    model, twin = (
+        Table("call"),
+        TableTwin("call", init=nnx.initializers.ones, rngs=nnx.Rngs(0)),
+    )
+    variables = {"params": nnx.to_pure_dict(nnx.state(twin, nnx.Param))}
+    plan = linen.plan(model, variables, config, ids)
+    adapters = {"embed": {"embedding_mora": random(1, *plan.specs[0].shape)}}
+    apply = functools.partial(linen.wrap(model, plan), adapters, variables, ids)
+    adapted, other = (mora_jax.nnx.wrap(twin, plan, seed=seed) for seed in (0, 1))
+    for one in (adapted, other):
+        mora_jax.nnx.set_adapters(one, adapters)
+    rngs = {"dropout": KEY}
+    dropped = apply(adapter_deterministic=False, rngs=rngs)
+    samples = [dropped, adapted(ids), other(ids)]
+    adapted.eval()
+    still = apply(adapter_deterministic=True)
+    chex.assert_trees_all_equal(adapted(ids), still)
+    adapted.train()
+    for y in (*samples, adapted(ids)):
+        kept = np.abs(y - 1).max(-1, keepdims=True) > 1e-6
+        assert abs(kept.mean() - 0.75) < 0.1
+        close(y - 1, np.where(kept, (still - 1) / 0.75, 0))
+    assert np.abs(samples[1] - samples[2]).max() > 0.1
