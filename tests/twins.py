@@ -17,10 +17,9 @@ import numpy as np
 from flax import nnx
 from helpers import random, random_like
 
-from mora_jax import MoRAConfig, register_layer
+from mora_jax import MoRAConfig
 
 BATCH, TIME, WIDTH, HIDDEN = 2, 5, 12, 20
-HEADS, KV_HEADS, HEAD = 4, 2, 6
 EXPERTS = 3
 BF16 = jnp.bfloat16
 X = random(3, BATCH, TIME, WIDTH)
@@ -147,37 +146,6 @@ def einsum(axes, equation, *shape, bias=None, in_call=False):
     )
 
 
-class LinenGemma(nn.Module):
-    """Gemma's layer: the equation comes in the call, and before the input."""
-
-    shape: tuple[int, ...]
-
-    @nn.compact
-    def __call__(self, eqn, x):
-        w = self.param("w", nn.initializers.normal(0.3), self.shape)
-        return jnp.einsum(eqn, x, w)
-
-
-class NNXGemma(nnx.Module):
-    """The same in NNX."""
-
-    def __init__(self, shape, rngs):
-        self.w = nnx.Param(0.3 * jax.random.normal(rngs.params(), shape))
-
-    def __call__(self, eqn, x):
-        return jnp.einsum(eqn, x, self.w[...])
-
-
-for cls in (LinenGemma, NNXGemma):
-    register_layer(cls, equation=lambda layer, eqn, x: eqn, kernel="w", argument="x")
-
-
-def gemma(axes, *shape):
-    return Layer(
-        lambda: LinenGemma(shape), lambda rngs: NNXGemma(shape, rngs), {"w": axes}
-    )
-
-
 # --- Models ---
 
 MLP = Block(
@@ -194,17 +162,6 @@ ATTENTION = Block(
         | {"value/kernel": "ioo", "out/kernel": "iio"},
     ),
 )
-
-
-def gemma_layer(model, x):
-    q = model.q_einsum("BTD,NDH->BTNH", x)
-    kv = model.kv_einsum("BSD,CKDH->CBSKH", x)
-    k, v = (jnp.repeat(one, HEADS // KV_HEADS, axis=-2) for one in kv)
-    attended = nn.dot_product_attention(q, k, v, mask=CAUSAL)
-    x = x + model.attn_vec_einsum("BTNH,NHD->BTD", attended)
-    gate = model.gating("...F,NHF->...NH", x=x)
-    h = nn.gelu(gate[..., 0, :]) * gate[..., 1, :]
-    return x + model.linear(x=h, eqn="...H,HF->...F")
 
 
 def einsums(model, x):
@@ -425,14 +382,6 @@ DENSE = {
         mixed=general("iioo", (5, 4), (2, 5), axis=(1, -1)),
         batched=general("sio", 5, 6, batch={0: 2}),
         first=general("io", 3, 4, axis=1),
-    ),
-    "gemma": built(
-        gemma_layer,
-        q_einsum=gemma("oio", HEADS, WIDTH, HEAD),
-        kv_einsum=gemma("ooio", 2, KV_HEADS, WIDTH, HEAD),
-        attn_vec_einsum=gemma("iio", HEADS, HEAD, WIDTH),
-        gating=gemma("ooi", 2, HIDDEN, WIDTH),
-        linear=gemma("io", HIDDEN, WIDTH),
     ),
 }
 LIFTED = {

@@ -1,6 +1,5 @@
-"""What the blocks of real models do: experts, a cache, a Transformer that learns."""
+"""What the blocks of real models do: experts, and attention with a cache."""
 
-import dataclasses
 import functools
 
 import chex
@@ -8,14 +7,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from flax import nnx
 from helpers import close, random_like, trained
 from programs import case_of, results
-from twins import BATCH, CAUSAL, CONFIG, EXPERTS, HIDDEN, STACK, TIME, WIDTH, X
+from twins import CAUSAL, CONFIG, EXPERTS, TIME, WIDTH, X
 
-from mora_jax import fold, init, linen
+from mora_jax import fold, linen
 from mora_jax import nnx as mora
 
 KEY = jax.random.key(0)
@@ -84,102 +82,3 @@ def test_decoding_with_a_cache():
         close(jnp.concatenate(ys, axis=1), y)
         close(nnx.to_pure_dict(nnx.state(twin, nnx.Cache)), state["cache"])
         close(twin(X, mask=CAUSAL, decode=False), y)
-
-
-# --- A Transformer as in Flax's examples: scanned, with a shared embedding ---
-
-VOCABULARY, LAYERS = 17, 3
-TOKENS = np.random.default_rng(0).integers(0, VOCABULARY, (BATCH, TIME))
-
-
-class Layer(nn.Module):
-    deterministic: bool
-
-    @nn.compact
-    def __call__(self, x, mask):
-        settings = {"dropout_rate": 0.1, "deterministic": self.deterministic}
-        attention = nn.MultiHeadDotProductAttention(2, **settings, name="attention")
-        x = x + attention(nn.LayerNorm()(x), mask=mask)
-        h = nn.gelu(nn.Dense(HIDDEN, name="up")(nn.LayerNorm()(x)))
-        h = nn.Dense(WIDTH, name="down")(h)
-        return x + nn.Dropout(0.1, deterministic=self.deterministic)(h), None
-
-
-class Transformer(nn.Module):
-    @nn.compact
-    def __call__(self, tokens, deterministic=True):
-        embed = nn.Embed(VOCABULARY, WIDTH, name="embed")
-        positions = self.param("positions", nn.initializers.normal(), (TIME, WIDTH))
-        split = {"split_rngs": {"params": True, "dropout": True}}
-        block = nn.remat(Layer, prevent_cse=False)
-        layers = nn.scan(block, **STACK | split, in_axes=nn.broadcast, length=LAYERS)
-        x, _ = layers(deterministic, name="layers")(
-            embed(tokens) + positions, nn.make_causal_mask(tokens)
-        )
-        return embed.attend(nn.LayerNorm()(x))
-
-
-KERNELS = {
-    **{f"layers/attention/{k}/kernel": "sioo" for k in ("query", "key", "value")},
-    "layers/attention/out/kernel": "siio",
-    **{f"layers/{k}/kernel": "sio" for k in ("up", "down")},
-}
-
-
-def transformer(kernels, **config):
-    model = Transformer()
-    shapes = jax.eval_shape(model.init, KEY, TOKENS)
-    variables = {"params": random_like(shapes["params"], 0.6)}
-    config = dataclasses.replace(CONFIG, **config)
-    plan = linen.plan(model, variables, config, TOKENS)
-    assert {spec.name: spec.axes for spec in plan.specs} == kernels
-    assert all(spec.shape[0] == LAYERS for spec in plan.specs if spec.axes[0] == "s")
-    return model, variables, plan
-
-
-def test_transformer_adapted_is_merged():
-    """Under the base's own dropout, with adapters in the shared embedding."""
-    kernels = KERNELS | {"embed/embedding": "io"}
-    model, variables, plan = transformer(kernels, targets=".*/(kernel|embedding)")
-    settings = {"deterministic": False, "rngs": {"dropout": KEY}}
-    base, apply = (
-        jax.jit(f, static_argnames="deterministic")
-        for f in (model.apply, linen.wrap(model, plan))
-    )
-    y = apply(trained(plan), variables, TOKENS, **settings)
-    merged = {"params": fold(variables["params"], trained(plan), plan)}
-    close(y, base(merged, TOKENS, **settings))
-    assert jnp.abs(y - base(variables, TOKENS, **settings)).max() > 1e-2
-
-
-def test_transformer_learns():
-    model, variables, plan = transformer(KERNELS, dropout=0.1)
-    before = jax.tree.map(np.array, variables)
-    tx, traces = optax.adam(3e-2), []
-    apply = functools.partial(
-        linen.wrap(model, plan), deterministic=False, adapter_deterministic=False
-    )
-
-    @jax.jit
-    def step(adapters, state, variables, key):
-        traces.append(None)
-
-        def loss(adapters):
-            logits = apply(adapters, variables, TOKENS, rngs={"dropout": key})
-            following = nn.one_hot(TOKENS[:, 1:], VOCABULARY)
-            return optax.softmax_cross_entropy(logits[:, :-1], following).mean()
-
-        value, gradients = jax.value_and_grad(loss)(adapters)
-        updates, state = tx.update(gradients, state)
-        return optax.apply_updates(adapters, updates), state, value
-
-    adapters, losses = init(plan), []
-    state = tx.init(adapters)
-    for key in jax.random.split(KEY, 30):
-        adapters, state, value = step(adapters, state, variables, key)
-        losses.append(float(value))
-    assert len(traces) == 1
-    assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:5])
-    for m in jax.tree.leaves(adapters):
-        assert (np.abs(m).max(axis=(1, 2)) > 0).all()  # of every layer
-    chex.assert_trees_all_equal(variables, before)
