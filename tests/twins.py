@@ -23,7 +23,6 @@ BATCH, TIME, WIDTH, HIDDEN = 2, 5, 12, 20
 EXPERTS = 3
 BF16 = jnp.bfloat16
 X = random(3, BATCH, TIME, WIDTH)
-CAUSAL = np.tril(np.ones((TIME, TIME), bool))
 ZEROS = nnx.initializers.zeros_init()
 
 CONFIG = MoRAConfig(rank=2, operator="rotation", alpha=0.5)
@@ -401,10 +400,6 @@ LIFTED = {
     "scan-scan": built(
         lambda model, x: model.layers(x, None)[0],
         layers=stacked(lambda: scan(scan(LinenStep), 2)(MLP), MLP, "ss", in_nnx=False),
-    ),
-    "remat-dense": built(
-        lambda m, x: m.fc(x),
-        fc=Layer(lambda: nn.remat(nn.Dense)(6), None, {"kernel": "io"}),
     ),
     "jit": built(jitted_twice, **dict.fromkeys(("first", "second"), mlp(nn.jit))),
     "vmap-shared": built(

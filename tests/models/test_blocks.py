@@ -11,12 +11,13 @@ import pytest
 from flax import nnx
 from helpers import close, random_like, trained
 from programs import case_of, results
-from twins import CAUSAL, CONFIG, EXPERTS, TIME, WIDTH, X
+from twins import CONFIG, EXPERTS, TIME, WIDTH, X
 
 from mora_jax import fold, linen
 from mora_jax import nnx as mora
 
 KEY = jax.random.key(0)
+CAUSAL = np.tril(np.ones((TIME, TIME), bool))
 
 
 @pytest.mark.parametrize("api", ["linen", "nnx"])

@@ -404,22 +404,11 @@ def test_moralinear_settings():
     assert (layer(X) != dropping).any()
 
 
-def test_moralinears_in_a_model_by_hand():
-    def make_layer(rngs):
-        return MoRALinear(12, 12, config=CONFIG, rngs=rngs)
-
-    class Net(nnx.Module):
-        def __init__(self):
-            self.stack = stack_of(make_layer)
-            self.head = MoRALinear(12, 4, config=CONFIG, rngs=nnx.Rngs(0))
-
-        def __call__(self, x):
-            return self.head(one_after_another(x, self.stack))
-
-    model = trained(Net())
-    names = {spec.name: spec.axes for spec in mora.plan_of(model).specs}
-    assert names == {"head/kernel": "io", "stack/kernel": "sio"}
-    close(mora.merge_adapters(model)(X), model(X), 1e-4)
+def test_moralinears_are_stacked():
+    stack = stack_of(lambda rngs: MoRALinear(12, 12, config=CONFIG, rngs=rngs))
+    assert [spec.axes for spec in mora.plan_of(trained(stack)).specs] == ["sio"]
+    y = one_after_another(X, stack)
+    close(one_after_another(X, mora.merge_adapters(stack)), y, 1e-4)
 
 
 # --- Layers of the user's own, and errors ---
@@ -490,14 +479,6 @@ def test_equations_known_in_the_call():
     assert mora.wrap(model, config).layer.dropout_mora.rate == 0.5
 
 
-def test_gaussian_starts_need_rngs():
-    model, config = linear(), MoRAConfig(rank=2, init="gaussian")
-    with pytest.raises(ValueError, match="init='gaussian' needs a key, got None"):
-        mora.wrap(model, config)
-    both = mora.wrap(model, config, rngs=nnx.Rngs(0))
-    assert np.abs(both.kernel_mora).max() > 0
-
-
 def test_shared_modules_and_kernels():
     model, _ = make("methods")
     model.again = model.encoder
@@ -520,6 +501,9 @@ def test_bad_input():
     small = jax.tree.map(lambda m: m[:2], tree)
     nan = mora.wrap(model, config)
     mora.set_adapters(nan, jax.tree.map(lambda m: m + np.nan, tree))
+    gaussian = MoRAConfig(rank=2, init="gaussian")
+    started = mora.adapters(mora.wrap(model, gaussian, rngs=nnx.Rngs(0)))
+    assert all(np.abs(m).max() > 0 for m in jax.tree.leaves(started))
     quantised = linear()
     quantised.kernel = nnx.Param(jnp.ones((12, 12), jnp.int8))
     other = mora.plan(nnx.Sequential(linear()))
@@ -551,6 +535,7 @@ def test_bad_input():
         (f"has adapters already, {first}", lambda: mora.wrap(both, CONFIG)),
         (f"has adapters already, {first}", lambda: mora.plan(both, CONFIG)),
         ("at 'layers/0/kernel', the model has N", lambda: mora.wrap(model, other)),
+        ("init='gaussian' needs a key, got N", lambda: mora.wrap(model, gaussian)),
         ("seed must be in", lambda: mora.wrap(model, DROPOUT, seed=-1)),
         ("adapters lack 'decoder/kernel_mora", lambda: set_adapters({})),
         ("kernel_mora must have shape", lambda: set_adapters(small)),
