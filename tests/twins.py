@@ -33,19 +33,11 @@ ALL = dataclasses.replace(
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Twin:
-    """A model in both APIs, or in one.
+    """A model in both APIs, or in one."""
 
-    Attributes:
-      linen: Makes the Linen model, from nothing; None where there is none.
-      nnx: Makes the NNX model from `nnx.Rngs`; None where there is none.
-      axes: The axes of every kernel that `config` adapts, by its path.
-      x: The input.
-      config: What to adapt, and how.
-    """
-
-    linen: Any
-    nnx: Any
-    axes: Mapping[str, str]
+    linen: Any  # makes the Linen model, from nothing; None where there is none
+    nnx: Any  # makes the NNX model from `nnx.Rngs`; None where there is none
+    axes: Mapping[str, str]  # of every kernel that `config` adapts, by its path
     x: Any = dataclasses.field(default_factory=lambda: X)
     config: MoRAConfig = CONFIG
 
@@ -72,23 +64,18 @@ class Block:
 
 
 class LinenBlock(nn.Module):
-    """A block in Linen."""
+    """A block in Linen; perhaps as the body of a scan."""
 
     block: Block
+    scanned: bool = False
 
     def setup(self):
         for name, layer in self.block.layers.items():
             setattr(self, name, layer.linen())
 
-    def __call__(self, x):
-        return self.block.forward(self, x)
-
-
-class LinenStep(LinenBlock):
-    """The same as the body of a scan."""
-
     def __call__(self, x, _=None):
-        return self.block.forward(self, x), None
+        y = self.block.forward(self, x)
+        return (y, None) if self.scanned else y
 
 
 class NNXBlock(nnx.Module):
@@ -204,16 +191,11 @@ class NNXMethods(nnx.Module):
         return self.decoder(x)
 
 
-class Normalised(nnx.Module):
+def normalised(rngs):
     """Statistics, and dropout of its own."""
-
-    def __init__(self, rngs):
-        self.fc = nnx.Linear(WIDTH, 16, rngs=rngs)
-        self.norm = nnx.BatchNorm(16, use_running_average=True, rngs=rngs)
-        self.drop = nnx.Dropout(0.5, deterministic=True, rngs=rngs)
-
-    def __call__(self, x):
-        return self.drop(self.norm(self.fc(x)))
+    norm = nnx.BatchNorm(16, use_running_average=True, rngs=rngs)
+    drop = nnx.Dropout(0.5, deterministic=True, rngs=rngs)
+    return nnx.Sequential(nnx.Linear(WIDTH, 16, rngs=rngs), norm, drop)
 
 
 # --- Lifted transformations ---
@@ -233,6 +215,10 @@ def stacked(lift, block, letters="s", in_nnx=True):
 
 def scan(body, length=EXPERTS):
     return nn.scan(body, **STACK, length=length)
+
+
+def two_scans():
+    return scan(scan(LinenBlock), 2)(MLP, True)
 
 
 def one_after_another(model, x):
@@ -257,9 +243,9 @@ def mixture(model, x):
 
 
 def jitted_twice(model, x):
-    call = (
-        (lambda block, x: block(x)) if in_linen(model) else nnx.jit(NNXBlock.__call__)
-    )
+    if in_linen(model):
+        return model.second(model.first(x))
+    call = nnx.jit(NNXBlock.__call__)
     return call(model.second, call(model.first, x))
 
 
@@ -356,7 +342,7 @@ DENSE = {
     "methods": Twin(
         LinenMethods, NNXMethods, {"encoder/kernel": "io", "decoder/kernel": "io"}
     ),
-    "normalised": Twin(None, Normalised, {"fc/kernel": "io"}),
+    "normalised": Twin(None, normalised, {"layers/0/kernel": "io"}),
     "gru": Twin(
         lambda: nn.RNN(nn.GRUCell(WIDTH)),
         None,
@@ -395,11 +381,13 @@ LIFTED = {
     ),
     "scan-remat": built(
         one_after_another,
-        layers=stacked(lambda: scan(nn.remat(LinenStep))(ATTENTION), ATTENTION),
+        layers=stacked(lambda: scan(nn.remat(LinenBlock))(ATTENTION, True), ATTENTION),
     ),
     "scan-scan": built(
         lambda model, x: model.layers(x, None)[0],
-        layers=stacked(lambda: scan(scan(LinenStep), 2)(MLP), MLP, "ss", in_nnx=False),
+        layers=stacked(
+            lambda: scan(scan(LinenBlock), 2)(MLP, True), MLP, "ss", in_nnx=False
+        ),
     ),
     "jit": built(jitted_twice, **dict.fromkeys(("first", "second"), mlp(nn.jit))),
     "vmap-shared": built(

@@ -193,8 +193,9 @@ def test_a_scaled_kernel_is_merged_into_the_kernel_itself(shape):
 
 def test_a_layer_may_have_no_scale():
     """As Gemma's Einsum, which scales in some places."""
-    for layer in map(scaled_layer, (None, jnp.array(0.25))):
-        register_layer(layer, equation=DENSE, kernel="w", scale=lambda one: one.scale)
+    for number in (None, 0.25):
+        layer = scaled_layer(None if number is None else jnp.array(number))
+        register_layer(layer, equation=DENSE, kernel="w", scale=lambda _, n=number: n)
         plan = mora_nnx.plan(layer(), CONFIG, X)
         assert diagnostics.check(layer(), None, plan, X)["w"] < 1e-5
 

@@ -1,7 +1,6 @@
 """Where a tree is meant: states of NNX models are trees, models and others are not."""
 
 import dataclasses
-import functools
 from typing import Any
 
 import chex
@@ -123,46 +122,55 @@ def test_linen_takes_the_m_of_a_state_as_arrays():
     np.testing.assert_array_equal(apply(state, variables, X), expected)
 
 
-def refused(error, message, calls):
-    for call in calls:
-        with pytest.raises(error, match=message):
-            call()
-
-
 @pytest.mark.usefixtures("unchecked")
-def test_models_are_told_apart_from_trees(case, tmp_path):
+def test_what_is_no_tree_is_told(case, tmp_path):
     model, adapted, params, state, chosen = case
     mora_jax.save(tmp_path, state, chosen)
-    of_params = "params must be a tree .* got the model Sequential: .*nnx.Param"
-    taking_params = [
-        lambda: plan(model),
-        lambda: plan({"inside": model}),
-        lambda: merge(model, state, chosen),
-        lambda: mora_jax.fold(model, state, chosen),
-        lambda: mora_jax.unmerge(model, state, chosen),
-        lambda: mora_jax.load(tmp_path, model),
-        lambda: combine(model, state),
-        lambda: mora_jax.trainable_mask(adapted),
-        lambda: diagnostics.merge_loss(model, state, chosen),
-        lambda: diagnostics.relative_norm(model, state, chosen),
+    of_params = [
+        plan,
+        lambda wrong: merge(wrong, state, chosen),
+        lambda wrong: mora_jax.fold(wrong, state, chosen),
+        lambda wrong: mora_jax.unmerge(wrong, state, chosen),
+        lambda wrong: mora_jax.load(tmp_path, wrong),
+        lambda wrong: diagnostics.merge_loss(wrong, state, chosen),
+        lambda wrong: diagnostics.relative_norm(wrong, state, chosen),
+        lambda wrong: combine(wrong, state),
+        mora_jax.trainable_mask,
     ]
-    refused(TypeError, of_params, taking_params)
-    of_adapters = "adapters must be a tree .* got the model Sequential: .*MoRAParam"
-    taking_adapters = [
-        lambda: merge(params, adapted, chosen),
-        lambda: mora_jax.save(tmp_path, adapted, chosen),
-        lambda: mora_jax.delta_weight(adapted, chosen),
-        lambda: diagnostics.spectrum(adapted, chosen),
-        lambda: combine(params, adapted),
-        lambda: mora_jax.ravel_adapters(adapted),
-        lambda: set_adapters(adapted, adapted),
+    of_adapters = [
+        lambda wrong: merge(params, wrong, chosen),
+        lambda wrong: mora_jax.save(tmp_path, wrong, chosen),
+        lambda wrong: mora_jax.delta_weight(wrong, chosen),
+        lambda wrong: diagnostics.spectrum(wrong, chosen),
+        lambda wrong: combine(params, wrong),
+        mora_jax.ravel_adapters,
+        lambda wrong: set_adapters(adapted, wrong),
     ]
-    refused(TypeError, of_adapters, taking_adapters)
-    of_tree = "tree must be a tree of arrays, got the model"
-    refused(TypeError, of_tree, [lambda: mora_jax.split(adapted)])
-    of_linen, dense = "got the model Dense: .*init.*mora_jax.linen", nn.Dense(12)
-    linen_calls = [lambda: plan(dense), lambda: merge(dense, state, chosen)]
-    refused(TypeError, of_linen, linen_calls)
+    of_trees = [mora_jax.split, lambda wrong: mora_jax.unravel_adapters(X[0], wrong)]
+    a_model = "must be a tree .* got the model Sequential: .*"
+    no_tree = "must be (a tree|nested mappings)"
+    variables = {"params": nnx.to_pure_dict(params)}
+    refusals = [
+        (model, TypeError, f"params {a_model}nnx.Param", of_params),
+        ({"inside": model}, TypeError, f"params {a_model}nnx.Param", [plan]),
+        (adapted, TypeError, f"adapters {a_model}MoRAParam", of_adapters),
+        (adapted, TypeError, "tree must be a .*got the model", of_trees[:1]),
+        (nn.Dense(3), TypeError, "the model Dense: .*init.*mora_jax.linen", of_params),
+        (variables, ValueError, r"pass variables\['params'\]", of_params[:-2]),
+    ]
+    for wrong in ("gs://bucket/params", 3, jnp.ones((8, 8)), object()):
+        everywhere = of_params + of_adapters + of_trees
+        refusals.append((wrong, TypeError, no_tree, everywhere))
+    for wrong, error, message, calls in refusals:
+        for call in calls:
+            with pytest.raises(error, match=message):
+                call(wrong)
+    shapes = jax.eval_shape(lambda: state)
+    for function in (merge, mora_jax.fold):
+        with pytest.raises(TypeError, match="must be an array, got ShapeDtypeStruct"):
+            function(params, shapes, chosen)
+        with pytest.raises(TypeError, match="dtype must be a floating-point dtype"):
+            function(params, state, chosen, jnp.int8)
 
 
 def test_a_model_may_have_an_attribute_called_params():
@@ -177,41 +185,6 @@ def test_a_model_may_have_an_attribute_called_params():
     assert list(plan_of(model)) == ["params/kernel"]
     assert list(plan(nnx.state(Net(), nnx.Param), CONFIG)) == ["params/kernel"]
     mora_jax.nnx.merge_adapters(model)
-
-
-@pytest.mark.usefixtures("unchecked")
-def test_what_is_no_tree_is_told(tmp_path):
-    variables = nn.Dense(12).init(jax.random.key(0), X)
-    params, chosen = variables["params"], plan(variables["params"])
-    adapters = init(chosen)
-    mora_jax.save(tmp_path, adapters, chosen)
-    calls = (
-        plan,
-        lambda wrong: merge(wrong, adapters, chosen),
-        lambda wrong: diagnostics.relative_norm(wrong, adapters, chosen),
-        lambda wrong: mora_jax.load(tmp_path, wrong),
-    )
-    all_variables = [functools.partial(call, variables) for call in calls]
-    refused(ValueError, r"pass variables\['params'\]", all_variables)
-    calls = (
-        plan,
-        lambda wrong: merge(wrong, adapters, chosen),
-        lambda wrong: merge(params, wrong, chosen),
-        mora_jax.trainable_mask,
-        mora_jax.ravel_adapters,
-        lambda wrong: mora_jax.unravel_adapters(jnp.ones(3), wrong),
-        lambda wrong: combine(wrong, adapters),
-        mora_jax.split,
-    )
-    for wrong in ("gs://bucket/params", 3, jnp.ones((8, 8)), object()):
-        given = [functools.partial(call, wrong) for call in calls]
-        refused(TypeError, "must be (a tree|nested mappings)", given)
-    shapes = jax.eval_shape(lambda: adapters)
-    for function in (merge, mora_jax.fold):
-        with pytest.raises(TypeError, match="must be an array, got ShapeDtypeStruct"):
-            function(params, shapes, chosen)
-        with pytest.raises(TypeError, match="dtype must be a floating-point dtype"):
-            function(params, adapters, chosen, jnp.int8)
 
 
 @pytest.mark.usefixtures("unchecked")
@@ -299,7 +272,9 @@ def test_quantized_kernels_are_refused_wherever_kernels_come_in(kind, tmp_path):
         lambda: mora_jax.mora_apply(one, frozen, X),
         lambda: mora_jax.delta_weight(one, frozen),
     ]
-    refused((TypeError, ValueError), "dequantise it first, or", calls)
+    for call in calls:
+        with pytest.raises((TypeError, ValueError), match="dequantise it first, or"):
+            call()
 
 
 @by_kind
