@@ -41,6 +41,10 @@ def close(actual: Any, expected: Any, name: str) -> None:
     )
 
 
+def is_variable(leaf: Any) -> bool:
+    return isinstance(leaf, nnx.Variable)
+
+
 class Case:
     """A model of one adapted layer, and what it must give."""
 
@@ -63,16 +67,14 @@ class Case:
         return delta
 
     def plain(self) -> None:
-        close(
-            self.adapted(), exact(self.kernel + self.delta(self.m), self.x), self.name
-        )
+        kernel = self.kernel + self.delta(self.m)
+        close(self.adapted(), exact(kernel, self.x), self.name)
 
     def quantized(self) -> None:
         """qwix's own product, and the exact update; exact gradients of M."""
-        y, grads = self.run()
-        own = self.own()
-        if self.kind == "ptq":  # as of the kernel dequantized
-            close(own, exact(self.dequantized(), self.x), self.name)
+        (y, grads), (own, kernel) = self.run(), self.own()
+        if self.kind == "ptq":
+            close(own, exact(qwix.dequantize(kernel), self.x), self.name)
         close(y, own + exact(self.delta(self.m), self.x), self.name)
         expected = jax.grad(lambda m: jnp.sum(self.x @ self.delta(m)))(self.m)
         close(grads, np.asarray(expected), self.name)
@@ -114,11 +116,10 @@ class Linen(Case):
 
     def own(self):
         model, variables = self.quantize(self.model, self.variables)
-        self.quantized_kernel = variables["params"]["layers_0"]["kernel"]
-        return np.asarray(model.apply(variables, self.x))
-
-    def dequantized(self):
-        return qwix.dequantize(self.quantized_kernel.array)
+        kernel = variables["params"]["layers_0"]["kernel"]
+        return np.asarray(model.apply(variables, self.x)), getattr(
+            kernel, "array", None
+        )
 
 
 class Module(Linen):
@@ -159,23 +160,18 @@ class Nnx(Case):
 
     def own(self):
         model = qwix.quantize_model(self.model, provider(self.kind), self.x)
-        (self.layer,) = model.layers
-        return np.asarray(self.call(model))
+        y, kernel = self.call(model), model.layers[0].kernel
+
+        if self.kind == "qt":
+            return np.asarray(y), None
+        arrays = [
+            one[...] for one in jax.tree.leaves(kernel.array, is_leaf=is_variable)
+        ]
+        structure = jax.tree.structure(kernel.array, is_leaf=is_variable)
+        return np.asarray(y), jax.tree.unflatten(structure, arrays)
 
     def call(self, model):
         return model(self.x)
-
-    def dequantized(self):
-        def is_boxed(leaf):
-            return isinstance(leaf, nnx.Variable)
-
-        return qwix.dequantize(
-            jax.tree.map(
-                lambda leaf: leaf[...] if is_boxed(leaf) else leaf,
-                self.layer.kernel.array,
-                is_leaf=is_boxed,
-            )
-        )
 
 
 class Jitted(Nnx):

@@ -154,8 +154,6 @@ def test_dropout():
 
     np.testing.assert_array_equal(drop(0), drop(0))
     assert largest(drop(0) - drop(1)) > 1e-2
-    many = jax.vmap(drop)(jnp.arange(4000)).mean(0)
-    np.testing.assert_allclose(many, still, atol=0.1)  # the mean is as without
     with pytest.raises(ValueError, match="adapter_deterministic must be True or False"):
         apply(adapters, variables, X)
     with pytest.raises(Exception, match='PRNG for "dropout"'):

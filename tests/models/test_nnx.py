@@ -237,7 +237,10 @@ def test_layers_adapted_alone_can_be_stacked():
 
 
 def test_training_moves_adapters_alone():
+    """Code written for nnx.LoRAParam finds the M's, too."""
     both = mora.wrap(*make("normalised"))
+    found, expected = (nnx.state(both, kind) for kind in (nnx.LoRAParam, MoRAParam))
+    assert leaves(found).keys() == leaves(expected).keys()
     before = leaves(nnx.state(both, nnx.Not(MoRAParam)))
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(3e-2))
     optimizer = mora.adapter_optimizer(both, tx)
@@ -257,18 +260,6 @@ def test_training_moves_adapters_alone():
     state = nnx.state(optimizer, nnx.Not(MoRAParam))
     held = sum(leaf.size for leaf in jax.tree.leaves(state))
     assert 2 * size <= held < 2 * size + 10  # adam's two moments, and counters
-
-
-def test_training_by_the_filter_of_lora():
-    """Code written for nnx.LoRAParam trains the M's as it is."""
-    both = mora.wrap(*make("methods"))
-    found, expected = (nnx.state(both, kind) for kind in (nnx.LoRAParam, MoRAParam))
-    assert leaves(found).keys() == leaves(expected).keys()
-    wrt = nnx.DiffState(0, nnx.LoRAParam)
-    grads = nnx.grad(lambda model: jnp.sum(model(X) ** 2), argnums=wrt)(both)
-    optimizer = nnx.Optimizer(both, optax.sgd(0.1), wrt=nnx.LoRAParam)
-    optimizer.update(both, grads)
-    assert all(np.abs(m).max() > 0 for m in jax.tree.leaves(mora.adapters(both)))
 
 
 def test_value_and_grad_of_another_argument_with_aux():
@@ -301,18 +292,14 @@ STEPS = jnp.array([1, 1.000001, 1])
 
 
 def test_dropout_follows_train_and_eval():
-    model = linear()
-    both = trained(mora.wrap(model, DROPOUT))
+    both = trained(mora.wrap(linear(), DROPOUT))
     both.eval()
-    still = both(X)
-    close(still, mora.merge_adapters(both)(X))
+    close(both(X), mora.merge_adapters(both)(X))
     both.train()
     first, second, third = dropped(both, X, STEPS)
     close(first, both(X))
     chex.assert_trees_all_equal(first, third)  # by M alone, not by what ran before
     assert np.abs(first - second).max() > 1e-2  # the smallest step is a new mask
-    mean = dropped(both, X, 1 + 1e-6 * jnp.arange(400)).mean(0)
-    assert np.abs(mean - still).max() < 0.25 * np.abs(still - model(X)).max()
     assert type(mora.unwrap(both)) is nnx.Linear
     assert "dropout_mora" not in vars(mora.unwrap(both))
 
