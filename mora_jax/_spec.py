@@ -41,6 +41,14 @@ class AdapterSpec:
         this alone are equal.
       rank: The budget that q was chosen by; None if q itself was given, or was read
         from a file. Two specs that differ in this alone are equal.
+
+    Example::
+
+      >>> import mora_jax
+      >>> params = {"fc": {"kernel": jnp.ones((64, 64))}}
+      >>> spec = mora_jax.plan(params, mora_jax.MoRAConfig(rank=2))["fc/kernel"]
+      >>> spec.name, spec.shape, spec.parameters
+      ('fc/kernel', (16, 16), 256)
     """
 
     operator: Operator
