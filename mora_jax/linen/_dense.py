@@ -9,7 +9,8 @@ from jaxtyping import Float, Shaped
 from mora_jax._config import MoRAConfig
 from mora_jax._flax.adapted_call import adapt_call
 from mora_jax._flax.layer_rules import rules_of
-from mora_jax._spec import SUFFIX, AdapterSpec, init_adapter
+from mora_jax._matrix import init_adapter
+from mora_jax._spec import SUFFIX, AdapterSpec
 from mora_jax._types import ArrayLike
 from mora_jax.products import DENSE, Contraction
 

@@ -5,7 +5,8 @@ from typing import Any
 from flax import nnx
 
 from mora_jax._config import MoRAConfig
-from mora_jax._spec import SUFFIX, AdapterSpec, init_adapter
+from mora_jax._matrix import init_adapter
+from mora_jax._spec import SUFFIX, AdapterSpec
 from mora_jax.nnx._classes import DROPOUT, adapted_class
 from mora_jax.nnx._dropout import AdapterDropout
 from mora_jax.nnx._param import MoRAParam

@@ -1,12 +1,12 @@
 """Operators by name, and the square rank that a budget buys."""
 
 import dataclasses
-import difflib
 import math
 from collections.abc import Mapping
 from typing import Any
 
 from mora_jax._checks import positive_integer
+from mora_jax._suggestions import did_you_mean
 from mora_jax.operators._base import Operator
 from mora_jax.operators.decoupling import Decoupling
 from mora_jax.operators.hadamard import Hadamard
@@ -50,7 +50,7 @@ def parse_spec(spec: OperatorSpec) -> tuple[str, dict[str, Any]]:
     if name not in OPERATORS:
         raise ValueError(
             f"operator must be one of {['auto', *OPERATORS]}, got {name!r}"
-            + _nearest(str(name), ["auto", *OPERATORS])
+            + did_you_mean(str(name), ["auto", *OPERATORS])
         )
     taken = {"in_features", "out_features", "square_rank", "seed"}
     fields = {f.name for f in dataclasses.fields(OPERATORS[name]) if f.init} - taken
@@ -58,14 +58,9 @@ def parse_spec(spec: OperatorSpec) -> tuple[str, dict[str, Any]]:
         if setting not in fields:
             raise ValueError(
                 f"operator {name!r} has settings {sorted(fields)}, got {setting!r}"
-                + _nearest(setting, sorted(fields))
+                + did_you_mean(setting, sorted(fields))
             )
     return name, settings
-
-
-def _nearest(word: str, words: list[str]) -> str:
-    close = difflib.get_close_matches(word, words, n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def resolve_auto(spec: OperatorSpec, rank: int | float) -> OperatorSpec:
