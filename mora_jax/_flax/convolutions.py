@@ -1,4 +1,4 @@
-"""The product of Flax's convolutions, Linen's and NNX's."""
+"""The products of Flax's convolutions, which Linen and NNX share."""
 
 from typing import Any
 
@@ -24,8 +24,17 @@ def transposed_convolution(layer: Any, *_: Any, **__: Any) -> Convolution:
 
 
 def _convolution(
-    layer: Any, kind: Any, fields: tuple[str, ...], features: str, any_outputs: bool
+    layer: Any, cls: Any, fields: tuple[str, ...], features: str, any_outputs: bool
 ) -> Convolution:
+    """The product of a layer.
+
+    Args:
+      layer: A layer of either Flax API.
+      cls: Linen's class of such layers, which computes the convolution.
+      fields: The settings that the class has, in addition to those of both classes.
+      features: The order of the kernel's last two axes, "io" or "oi".
+      any_outputs: As in `Convolution`.
+    """
     size = layer.kernel_size
     window = (size,) if isinstance(size, int) else tuple(size)
     shared = "strides", "padding", "kernel_dilation", "mask", "precision"
@@ -33,10 +42,10 @@ def _convolution(
 
     def convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
         outputs = kernel.shape[len(window) + features.index("o")]
-        # A module of its own, not a part of the one that is running.
         settings = {**copied, "use_bias": False, "dtype": kernel.dtype}
-        own = kind(outputs, window, parent=None, **settings)
-        return own.apply({"params": {"kernel": kernel}}, x)
+        # Without a parent, or it would become a part of the module that is running.
+        convolution = cls(outputs, window, parent=None, **settings)
+        return convolution.apply({"params": {"kernel": kernel}}, x)
 
     axes = "i" * len(window) + features
     return Convolution(axes, convolve, any_outputs, masked=layer.mask is not None)
