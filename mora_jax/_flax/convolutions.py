@@ -26,15 +26,7 @@ def transposed_convolution(layer: Any, *_: Any, **__: Any) -> Convolution:
 def _convolution(
     layer: Any, cls: Any, fields: tuple[str, ...], features: str, any_outputs: bool
 ) -> Convolution:
-    """The product of a layer.
-
-    Args:
-      layer: A layer of either Flax API.
-      cls: Linen's class of such layers, which computes the convolution.
-      fields: The settings that the class has, in addition to those of both classes.
-      features: The order of the kernel's last two axes, "io" or "oi".
-      any_outputs: As in `Convolution`.
-    """
+    """The product of a layer of either API; Linen's `cls` computes it."""
     size = layer.kernel_size
     window = (size,) if isinstance(size, int) else tuple(size)
     shared = "strides", "padding", "kernel_dilation", "mask", "precision"

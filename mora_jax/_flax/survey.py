@@ -44,18 +44,15 @@ class Survey:
         args: Any,
         kwargs: Any,
     ) -> jax.Array:
-        """Call a layer's method; record its product, and mark the call in the trace.
+        """Call a layer's method, with marks, and record what it computes.
 
         Args:
-          name: The path of the layer's kernel.
+          name: The path of the kernel.
           rule: The rule of the method.
           module: The layer.
-          method: The method.
-          args: Its arguments.
-          kwargs: Its arguments by name.
-
-        Returns:
-          The output of the method.
+          method: The method, which gets `args` and `kwargs`.
+          args: The arguments.
+          kwargs: The arguments by name.
         """
         product, x = rule.read(module, args, kwargs)
         self._record_product(name, rule, module, product)

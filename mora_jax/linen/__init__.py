@@ -1,6 +1,6 @@
 """Flax Linen: adapters for unmodified models, and a dense layer that has its own.
 
-::
+Public names::
 
   plan                  which kernels of a model get an adapter, by what layers compute
   wrap                  a model's `apply` with adapters

@@ -22,10 +22,10 @@ def plan(
 ) -> Plan:
     """`mora_jax.plan` for an NNX model, by what each of its layers computes.
 
-    The modules are asked, and traced if the inputs of a call are given. Kernels of any
-    number of axes are understood, also stacked ones (`nnx.scan`, `nnx.vmap`). The
-    default targets are the kernels of all dense layers, except those whose names say
-    head, classifier, embedding and the like.
+    The model is traced if the inputs of a call are given. Kernels of any number of axes
+    are understood, also stacked ones (`nnx.scan`, `nnx.vmap`). The default targets are
+    the kernels of all dense layers, except those whose names say head, classifier,
+    embedding and the like.
 
     Args:
       model: Any NNX module, of arrays or (by `nnx.eval_shape`) of shapes.
