@@ -51,7 +51,7 @@ def adapt_call(
         def dot_general(
             x: ArrayLike, kernel: Any, dimension_numbers: Any, **settings: Any
         ) -> jax.Array:
-            contracted, batch = dimension_numbers  # lists, which do not hash
+            contracted, batch = dimension_numbers  # maybe lists, which do not hash
             axes = tuple(map(tuple, contracted)), tuple(map(tuple, batch))
             multiply = static(_dot_general, axes, tuple(settings.items()))
             return adapted_product(

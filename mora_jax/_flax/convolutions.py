@@ -35,7 +35,7 @@ def _convolution(
     def convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
         outputs = kernel.shape[len(window) + features.index("o")]
         settings = {**copied, "use_bias": False, "dtype": kernel.dtype}
-        # Without a parent, or it would become a part of the module that is running.
+        # Without a parent; otherwise it would become a part of the running module.
         convolution = cls(outputs, window, parent=None, **settings)
         return convolution.apply({"params": {"kernel": kernel}}, x)
 

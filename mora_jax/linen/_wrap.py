@@ -30,7 +30,7 @@ def wrap(
 
     The model's own code runs. Each planned layer adds its adapter's delta to what its
     methods return, wherever the layer is: in `nn.scan`, `nn.remat`, `nn.vmap` or
-    `nn.jit`, in modules of `setup` or compact ones. Everything else is as it was.
+    `nn.jit`, in modules with `setup` or `nn.compact`. Everything else is as it was.
 
     With `MoRAConfig(dropout=...)` each call says whether it drops:
     `adapter_deterministic=` must be given. With False, the keys come from
