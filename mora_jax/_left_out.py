@@ -95,7 +95,7 @@ def _by_survey(name: str, shape: Shape, survey: Survey) -> tuple[str, bool]:
         return f"{_kind(survey.products[name])}; targets may name it", False
     if survey.no_kernels([name]):
         return "never multiplied with an input", False
-    if uses is not None and name not in uses.run:
+    if uses is not None and name not in uses.reached:
         return "the call that was traced does not use it", True
     matrix = sum(size > 1 for size in shape) > 1  # not a token or a row of scales
     guess = matrix and not NO_KERNEL.fullmatch(name)
