@@ -11,14 +11,14 @@ What to adapt, and how::
   AdapterSpec           how one kernel is adapted
   summary               a plan as a table
   register_layer        teach linen.wrap and nnx.wrap a layer class
-  LeftOutWarning        a plan leaves out kernels that were meant, perhaps
+  LeftOutWarning        a plan leaves out kernels that you may have meant
   MoRAWarning           any warning of this library
 
 Adapters, a tree of M's beside the params::
 
   init                  the adapters of a plan
   combine               one tree of params and adapters
-  split                 the two apart again
+  split                 the combined tree as params and adapters again
   ravel_adapters        all M's as one vector
   unravel_adapters      a vector as M's
 
