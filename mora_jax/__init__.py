@@ -94,9 +94,9 @@ from mora_jax.operators import make_operator as make_operator
 from mora_jax.operators import square_rank as square_rank
 
 __version__ = "0.1.0"
+_NAMES = sorted(["__version__", *(n for n in globals() if not n.startswith("_"))])
 
 
 def __dir__() -> list[str]:
     """The public names: Python would add the modules that implement them."""
-    names = (name for name in globals() if not name.startswith("_"))
-    return sorted([*names, "__version__"])
+    return _NAMES
