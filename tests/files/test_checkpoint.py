@@ -129,10 +129,10 @@ def test_refuses(tmp_path, base):
 
     huge = jax.tree.map(lambda m: m * 1e6, adapters)
     nan = jax.tree.map(lambda m: m * jnp.nan, adapters)
-    names = {"model.layers.0.mlp.up_proj": "fc/kernel"}
+    named = {"model.layers.0.mlp.up_proj": "fc/kernel"}
     for source, adapted, names, error, match in (
         (base, fc(24, 40), None, AdapterFileError, "no tensor for .* 'fc/kernel'"),
-        (base, fc(40, 24), names, AdapterFileError, r"\(24, 40\), got \(40, 24\)"),
+        (base, fc(40, 24), named, AdapterFileError, r"\(24, 40\), got \(40, 24\)"),
         (half, (huge, plan), None, AdapterFileError, "overflows float16"),
         (base, (nan, plan), None, ValueError, "NaN"),
     ):
