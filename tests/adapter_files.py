@@ -195,14 +195,6 @@ def files_of_at_most(size):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def assert_old_or_new(found, old, new):
-    """Adapters of `PLAN` as found one after the other: old ones, and then new ones."""
-    are_new = [is_new(adapters, new) for adapters in found]
-    for adapters, fresh in zip(found, are_new, strict=True):
-        assert_same(adapters, new if fresh else old)
-    assert are_new == sorted(are_new) and set(are_new) == {False, True}
-
-
 def run(*args, code=0):
     """Output of `mora-jax`, which must exit with `code`."""
     out, err = io.StringIO(), io.StringIO()

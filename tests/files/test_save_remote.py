@@ -14,7 +14,6 @@ from adapter_files import (
     TEMPORARY,
     TENSORS,
     UP_PROJ,
-    assert_old_or_new,
     assert_same,
     base,
     contents,
@@ -65,29 +64,6 @@ def test_a_url_holds_what_a_path_does(tmp_path):
     back, plan = io.load_peft_mora("mem://bucket/reference", PLAN_OF_ONE)
     assert_same(back, ADAPTED[0])
     assert plan.specs == PLAN_OF_ONE.specs
-
-
-def test_a_killed_save_leaves_the_old_adapter_or_the_new_one():
-    old, new = made(PLAN, 0), made(PLAN, 1)
-    with cloud.states() as first:
-        save(URL, old, PLAN)
-    for state in first:
-        cloud.restore(state)
-        try:
-            assert_same(load(URL)[0], old)
-        except AdapterFileError as error:
-            assert f"no {CONFIG}" in str(error)
-    with cloud.states() as second:
-        save(URL, new, PLAN)
-    assert len(second) > 3
-    found = []
-    for state in second:
-        cloud.restore(state)
-        found.append(load(URL)[0])
-        save(URL, old, PLAN)
-        assert_same(load(URL)[0], old)
-        assert sorted(contents(URL)) == [CONFIG, TENSORS]
-    assert_old_or_new(found, old, new)
 
 
 @pytest.mark.parametrize("write", [io.save_peft_mora, io.save_peft_lora])
