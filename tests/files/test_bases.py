@@ -18,7 +18,6 @@ from adapter_files import (
     rewrite,
     run,
     single,
-    slow,
 )
 from flax import nnx
 from helpers import close, random_like
@@ -175,17 +174,11 @@ def on_mesh(kernel, kind, *parts):
     return jax.device_put(kernel, NamedSharding(mesh, PartitionSpec(*parts)))
 
 
-SPLITS = [("a", "b"), (("a", "b"), None), (None, None), ("b", None), (None, "a")]
+SPLITS = [("a", "b"), (("a", "b"), None), (None, None), (None, "a")]
 
 
 @pytest.mark.parametrize(
-    ("kind", "parts"),
-    [
-        *(("Auto", parts) for parts in SPLITS[:3]),
-        *(slow("Auto", parts) for parts in SPLITS[3:]),
-        ("Explicit", ("b", None)),
-        *(slow("Explicit", parts) for parts in SPLITS if parts != ("b", None)),
-    ],
+    ("kind", "parts"), [*(("Auto", s) for s in SPLITS), ("Explicit", ("b", None))]
 )
 def test_sharded_kernels_have_the_same_digest(tmp_path, kind, parts):
     kernel = RNG.standard_normal((3, 16, 24)).astype(np.float32)
