@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import PartitionSpec as P
+from meshes import placed, shardings
 from processes import ROOT, environment
 
 import mora_jax
@@ -20,7 +21,6 @@ from examples import train_sharded
 from models import llama
 from mora_jax import MoRAConfig
 
-EXAMPLE = "examples.train_sharded"
 STEPS, EVERY, SECONDS = 12, 3, 240
 # With dropout and an update every other batch, all parts of a state matter. In float32,
 # so that meshes differ by less than a batch matters.
@@ -31,8 +31,8 @@ SETTINGS += f" --dropout 0.1 --accumulate 2 --save-every {EVERY}"
 @contextlib.contextmanager
 def running(log, directory, options, steps=STEPS):
     """The example as a process, which is killed if it has not ended by then."""
-    command = [sys.executable, "-m", EXAMPLE, *SETTINGS.split(), *options.split()]
-    command += ["--steps", str(steps), "--checkpoint", directory]
+    options = f"-m examples.train_sharded {SETTINGS} {options} --steps {steps}"
+    command = [sys.executable, *options.split(), "--checkpoint", directory]
     env = environment(
         JAX_COMPILATION_CACHE_DIR=jax.config.jax_compilation_cache_dir,
         JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
@@ -54,13 +54,12 @@ def running_pair(tmp_path, directory, steps=STEPS):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     options = f"--host-devices 2 --model 2 --coordinator 127.0.0.1:{port} --processes 2"
-    with contextlib.ExitStack() as stack:
-        yield [
-            stack.enter_context(
-                running(tmp_path / f"{k}", directory, f"{options} --process {k}", steps)
-            )
-            for k in range(2)
-        ]
+    first, second = (
+        running(tmp_path / f"{k}", directory, f"{options} --process {k}", steps)
+        for k in range(2)
+    )
+    with first as one, second as other:
+        yield one, other
 
 
 def finish(log, directory, options="--host-devices 2"):
@@ -74,20 +73,14 @@ def wait_until(condition, process, log):
     """Poll `condition`, of a process that must be running until it holds."""
     end = time.monotonic() + SECONDS
     while not condition():
-        assert process.poll() is None, log.read_text()
-        assert time.monotonic() < end, log.read_text()
+        assert process.poll() is None and time.monotonic() < end, log.read_text()
         time.sleep(0.005)
 
 
 def saved(directory):
     """The positions of all checkpoints that are whole."""
     states = directory / "states"
-    names = [path.name for path in states.iterdir()] if states.exists() else []
-    return sorted(int(name) for name in names if name.isdecimal())
-
-
-def adapters(directory):
-    return mora_jax.load(directory / "adapter")[0]
+    return sorted(int(path.name) for path in states.glob("*") if path.name.isdecimal())
 
 
 def assert_resumes(tmp_path, directory, whole, exactly):
@@ -103,14 +96,15 @@ def assert_resumes(tmp_path, directory, whole, exactly):
         np.testing.assert_allclose(got, expected, rtol=0, atol=0 if exactly else 1e-4)
         assert np.abs(expected).max() > 0.01
 
-    jax.tree.map(same, adapters(directory), adapters(whole))
+    one, other = (mora_jax.load(path / "adapter")[0] for path in (directory, whole))
+    jax.tree.map(same, one, other)
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """A run from begin to end, on two devices."""
     path = tmp_path_factory.mktemp("whole")
-    (path / "log").write_text(finish(path / "log", path / "run"))
+    finish(path / "log", path / "run")
     return path / "run"
 
 
@@ -190,50 +184,36 @@ def test_batches_are_the_same_on_any_mesh_and_from_any_position():
         assert {shard.data.shape for shard in batch.addressable_shards} == {(rows, 20)}
 
 
-@pytest.fixture
-def state():
-    """A state of adapters for stacked kernels, which the mesh splits."""
+def test_newest_whole_checkpoint_goes_into_another_mesh(tmp_path):
+    """Of adapters for stacked kernels, which the first mesh splits."""
     kernel = jax.ShapeDtypeStruct((4, 16, 16), jnp.float32)
     config = MoRAConfig(rank=2, overrides={".*": {"axes": "sio"}})
     plan = mora_jax.plan({"fc": {"kernel": kernel}}, config)
     tx = train_sharded.make_optimizer(train_sharded.arguments([]))
+    first = train_sharded.first_state(plan, tx, 0)
+    first = jax.tree.map(lambda leaf: leaf + jnp.ones_like(leaf), first)
 
-    def make(mesh, *axes):
-        places = {"fc": {"kernel": NamedSharding(mesh, PartitionSpec(*axes))}}
-        adapter_places = mora_jax.sharding.adapter_shardings(plan, places)
-        state = train_sharded.first_state(plan, tx, 0)
-        whole = NamedSharding(mesh, PartitionSpec())
-        places = train_sharded.place_state(state, tx, adapter_places, whole)
-        state = jax.tree.map(lambda leaf: leaf + jnp.ones_like(leaf), state)
-        return jax.device_put(state, places)
+    def places(mesh, *axes):
+        kernels = shardings({"fc": {"kernel": P(*axes)}}, mesh)
+        adapters = mora_jax.sharding.adapter_shardings(plan, kernels)
+        return train_sharded.place_state(first, tx, adapters, shardings(P(), mesh))
 
-    return make
-
-
-def test_newest_whole_checkpoint_goes_into_another_mesh(tmp_path, state):
     def checkpoints(*options):
         options = ["--checkpoint", str(tmp_path / "run"), *options]
         return train_sharded.Checkpoints(train_sharded.arguments(options))
 
-    before = state(llama.make_mesh(1, 4, 2), "fsdp")
+    before = jax.device_put(first, places(llama.make_mesh(1, 4, 2), "fsdp"))
     moments = jax.tree.leaves(before["optimizer"])
     split = [m.sharding.spec for m in moments if m.ndim == 3]
-    assert split == [PartitionSpec("fsdp", None, None)] * 3  # two, and the sum
-    like = jax.eval_shape(lambda: before)
-    assert checkpoints().newest(like) is None
+    assert split == [P("fsdp", None, None)] * 3  # two, and the sum
+    assert checkpoints().newest(first) is None
     for position in (3, 6):
         checkpoints().save(position, before)
     # As a process leaves it that is killed while it saves.
     (tmp_path / "run/states/9.orbax-checkpoint-tmp-1").mkdir()
 
-    after = state(llama.make_mesh(1, 1, 2), None, "model")
-    like = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(
-            leaf.shape, leaf.dtype, sharding=leaf.sharding
-        ),
-        after,
-    )
-    got = checkpoints("--steps", "999", "--model", "2").newest(like)
+    after = placed(first, places(llama.make_mesh(1, 1, 2), None, "model"))
+    got = checkpoints("--steps", "999", "--model", "2").newest(after)
 
     def same(got, wanted, expected):
         assert got.sharding == wanted.sharding and got.dtype == wanted.dtype
@@ -241,13 +221,16 @@ def test_newest_whole_checkpoint_goes_into_another_mesh(tmp_path, state):
 
     jax.tree.map(same, got, after, before)
     with pytest.raises(SystemExit, match="rank must be 8 as in .*states, got 4"):
-        checkpoints("--rank", "4").newest(like)
+        checkpoints("--rank", "4").newest(after)
 
 
-def test_bad_options():
-    for options, message in (
-        (["--data", "3"], "data x fsdp x model must be 8, .* got 3 x 2 x 1"),
-        (["--batch", "12"], "--batch must be a multiple of data x fsdp = 8, got 12"),
-    ):
-        with pytest.raises(SystemExit, match=message):
-            train_sharded.make_mesh(train_sharded.arguments(options))
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--data 3", "data x fsdp x model must be 8, .* got 3 x 2 x 1"),
+        ("--batch 12", "--batch must be a multiple of data x fsdp = 8, got 12"),
+    ],
+)
+def test_bad_options(options, message):
+    with pytest.raises(SystemExit, match=message):
+        train_sharded.make_mesh(train_sharded.arguments(options.split()))
