@@ -1,5 +1,7 @@
 """What tests of meshes share."""
 
+import math
+
 import jax
 import numpy as np
 from helpers import wide
@@ -9,10 +11,11 @@ from jax.sharding import PartitionSpec as P
 from benchmarks.traffic import collectives
 
 
-def make_mesh(kind="Auto", **sizes):
-    """As many CPUs with axes of these names and sizes."""
-    types = (getattr(AxisType, kind),) * len(sizes)
-    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=types)
+def make_mesh(kind="Auto", devices=None, **sizes):
+    """A mesh with axes of these names and sizes, by default of the first devices."""
+    shape, types = tuple(sizes.values()), (getattr(AxisType, kind),) * len(sizes)
+    devices = devices or jax.devices()[: math.prod(shape)]
+    return jax.make_mesh(shape, tuple(sizes), axis_types=types, devices=devices)
 
 
 def shardings(specs, mesh):
