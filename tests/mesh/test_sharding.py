@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 
 import flax.linen as nn
 import jax
@@ -11,7 +12,6 @@ import oracle
 import pytest
 from adapter_files import assert_same, made, single, slow
 from cases import CASES, by_kind
-from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from meshes import assert_close, make_mesh, placed, put, sent, shardings
 
@@ -35,11 +35,11 @@ SPLITS = {
 """Of a kernel, its layer's inputs and outputs."""
 
 
-def layout(kernel, batch, mesh=MESH):
-    """What `sharding.plan_on_mesh` makes of the kernel's specification."""
+def on(mesh, frozen, kernel, batch=BATCH):
+    """The layer with what `plan_on_mesh` makes of the kernel's specification."""
     plan = single(Truncation(32, 48, 1), path=("kernel",))
     plan = sharding.plan_on_mesh(plan, {"kernel": kernel}, batch_axes=batch, mesh=mesh)
-    return plan.specs[0].layout
+    return dataclasses.replace(frozen, layout=plan.specs[0].layout)
 
 
 def layer(case, execution="activation", sizes=(32, 48, 12), dtype="float32"):
@@ -73,51 +73,42 @@ def apply_to(frozen, m, x, kernel):
     return mora_apply({"kernel_mora": m}, dataclasses.replace(frozen, kernel=kernel), x)
 
 
-def compiled(frozen, arrays, results=None):
-    """The program for arrays that are arguments; of the base if `frozen` is None.
+def program(frozen, arrays, split=None):
+    """For arrays that are arguments: the output, and gradients by M and inputs.
 
-    It gives the output, and gradients by M and inputs, where `results` says.
+    Of the base if `frozen` is None. They are where `split` says, or as JAX likes.
     """
 
     def run(m, x, kernel, y):
         out, backward = jax.vjp(lambda m, x: apply_to(frozen, m, x, kernel), m, x)
         return out, *backward(y)
 
+    _, x, y = SPLITS[split or "rows"]
+    results = shardings((y, P(), x), MESH) if split else None
     return jax.jit(run, out_shardings=results).lower(**arrays).compile()
-
-
-def compiled_on_mesh(frozen, arrays, split):
-    _, x, y = SPLITS[split]
-    return compiled(frozen, arrays, shardings((y, P(), x), MESH))
 
 
 @functools.cache
 def base_collectives(split):
     """Those of a layer without an adapter."""
     _, arrays, _ = layer(LABELLED["rotation"])
-    return sent(compiled_on_mesh(None, on_mesh(arrays, split), split))
+    return sent(program(None, on_mesh(arrays, split), split))
 
 
-def assert_results(program, arrays, expected):
-    got, dtype = program(**arrays), arrays["x"].dtype
-    assert {array.dtype for array in got} == {dtype}
+def assert_results(got, expected, dtype=jnp.float32):
+    assert {array.dtype for array in got} == {jnp.dtype(dtype)}
     assert_close(got, expected, 2e-5 if dtype == jnp.float32 else 0.05)
 
 
 def check_layer(case, split, m_spec=None, **settings):
-    """Compile a layer for the mesh, hold its numbers against the oracle's.
-
-    Returns:
-      The program's collectives.
-    """
+    """The collectives of a layer on the mesh, whose numbers are the oracle's."""
     frozen, arrays, expected = layer(case, **settings)
     kernel, x, _ = SPLITS[split]
-    known = layout(kernel, BATCH if x[0] == BATCH else "data")
-    frozen = dataclasses.replace(frozen, layout=known)
+    frozen = on(MESH, frozen, kernel, BATCH if x[0] == BATCH else "data")
     arrays = on_mesh(arrays, split, m_spec)
-    program = compiled_on_mesh(frozen, arrays, split)
-    assert_results(program, arrays, expected)
-    return sent(program)
+    compiled = program(frozen, arrays, split)
+    assert_results(compiled(**arrays), expected, arrays["x"].dtype)
+    return sent(compiled)
 
 
 LABELLED = {case.label: case for case in CASES}
@@ -137,10 +128,7 @@ def by_default(label, split, execution):
 
 LAYERS = [
     one if by_default(*one) else slow(*one)
-    for label in LABELLED
-    for split in SPLITS
-    for execution in ("activation", "fold")
-    for one in [(label, split, execution)]
+    for one in itertools.product(LABELLED, SPLITS, ("activation", "fold"))
 ]
 
 
@@ -162,28 +150,26 @@ def test_a_layer_is_as_on_one_device_without_hidden_traffic(label, split, execut
         allowed |= set(base)
     extra = found - base
     assert set(extra) <= allowed
-    for kind, count in extra.items():
-        assert count <= 2 or kind in base, kind
+    assert all(count <= 2 or kind in base for kind, count in extra.items()), extra
 
 
-SPLIT_M, BFLOAT16 = {"m_spec": P("data", "model")}, {"dtype": jnp.bfloat16}
-ONE_BLOCK = [{"sizes": (48, 16, 8), "execution": way} for way in ("activation", "fold")]
-"""Blocks lie on one device."""
+BFLOAT16 = {"dtype": jnp.bfloat16}
+WHOLE_BLOCKS = [
+    slow(label, split, {"sizes": (48, 16, 8), "execution": execution})
+    for label in NORMAL
+    for split in ("fsdp-columns", "fsdp-rows", "both")
+    for execution in ("activation", "fold")
+]
+"""Each device has whole blocks."""
 
 
 @pytest.mark.parametrize(
     ("label", "split", "settings"),
     [
-        ("rotation", "columns", SPLIT_M),
-        slow("rotation", "fsdp-rows", SPLIT_M),
         ("sharing-contiguous-strided", "fsdp-rows", BFLOAT16),
         slow("rotation", "fsdp-rows", BFLOAT16),
-        *(
-            slow(label, split, settings)
-            for label in NORMAL
-            for split in ("fsdp-columns", "fsdp-rows", "both")
-            for settings in ONE_BLOCK
-        ),
+        slow("rotation", "columns", {"m_spec": P("data", "model")}),
+        *WHOLE_BLOCKS,
     ],
 )
 def test_numbers_of_other_layers(label, split, settings):
@@ -204,8 +190,8 @@ def test_traffic_of_a_split_m(label):
 def test_traffic_is_noticed():
     """Without a layout there is some, which is what `sharding.plan_on_mesh` is for."""
     frozen, arrays, _ = layer(LABELLED["rotation"])
-    program = compiled_on_mesh(frozen, on_mesh(arrays, "rows"), "rows")
-    extra = sent(program) - base_collectives("rows")
+    compiled = program(frozen, on_mesh(arrays, "rows"), "rows")
+    extra = sent(compiled) - base_collectives("rows")
     assert {kind for kind, _ in extra} > {"all-reduce"}
 
 
@@ -221,12 +207,12 @@ def test_explicit_sharding(case):
         frozen, arrays, expected = layer(case, execution)
         with jax.set_mesh(EXPLICIT):
             arrays = on_mesh(arrays, "columns", mesh=EXPLICIT)
-            program = compiled(frozen, arrays)
-            _, by_m, by_x = program(**arrays)
-            assert_results(program, arrays, expected)
+            compiled = program(frozen, arrays)
+            got = _, by_m, by_x = compiled(**arrays)
+        assert_results(got, expected)
         assert by_m.sharding.is_fully_replicated
         assert by_x.sharding.is_equivalent_to(arrays["x"].sharding, 3)
-        assert set(sent(program)) <= allowed
+        assert set(sent(compiled)) <= allowed
 
 
 PARAMS = {
@@ -242,22 +228,22 @@ SPECS = {
     "layers": {"up": {"kernel": P("fsdp", None, "model")}, "scale": P()},
     "mlp": {"kernel": P(BATCH)},
 }
-NAMED = shardings(SPECS, MESH)
-EXPECTED = {
-    "layers": {"up": {"kernel_mora": NamedSharding(MESH, P("fsdp", None, None))}},
-    "mlp": {"kernel_mora": NamedSharding(MESH, P(None, None))},
+OF_M = {
+    "layers": {"up": {"kernel_mora": P("fsdp", None, None)}},
+    "mlp": {"kernel_mora": P(None, None)},
 }
+NAMED, EXPECTED = shardings(SPECS, MESH), shardings(OF_M, MESH)
 RULES = (("layers", "fsdp"), ("mlp", "model"), ("embed", BATCH))
 
 
-def boxed(kind, names=()):
-    """PARAMS in Linen's boxes, with other names for some axes."""
-    names = {axis: name for name, axis in names}
-
-    def box(array, sharding):
-        return kind(array, tuple(names.get(axis, axis) for axis in sharding.spec))
-
-    return jax.tree.map(box, PARAMS, NAMED)
+def boxed(kind, rules=()):
+    """PARAMS in Linen's boxes, with other names for the axes that have rules."""
+    names = {axis: name for name, axis in rules}
+    return jax.tree.map(
+        lambda p, place: kind(p, tuple(names.get(a, a) for a in place.spec)),
+        PARAMS,
+        NAMED,
+    )
 
 
 def test_shardings_of_adapters():
@@ -274,27 +260,18 @@ def test_shardings_of_adapters():
             layouts = [spec.layout.mesh_axes for spec in plan.specs]
             assert layouts == [(("model",), (), ("fsdp",)), ((), BATCH)]
             assert hash(plan) == hash(again)
-    on_mesh = jax.device_put(made(PLAN), EXPECTED)
-    initialised = jax.jit(lambda: mora_jax.init(PLAN), out_shardings=EXPECTED)()
-    for adapters in (on_mesh, initialised):
-        assert jax.tree.map(lambda m: m.sharding, adapters) == EXPECTED
+    adapters = jax.jit(lambda: mora_jax.init(PLAN), out_shardings=EXPECTED)()
+    assert jax.tree.map(lambda m: m.sharding, adapters) == EXPECTED
+    square = sharding.adapter_shardings(PLAN, NAMED, square=(None, "model"))
+    specs = jax.tree.map(lambda place: place.spec, jax.tree.leaves(square))
+    assert specs == [P("fsdp", None, "model"), P(None, "model")]
 
 
-def test_square_can_be_split():
-    found = sharding.adapter_shardings(PLAN, NAMED, square=(None, "model"))
-    shapes = jax.tree.map(
-        lambda place, m: place.shard_shape(m.shape), found, made(PLAN)
-    )
-    assert found["mlp"]["kernel_mora"].spec == P(None, "model")
-    assert shapes["mlp"]["kernel_mora"] == (4, 2)
-    assert shapes["layers"]["up"]["kernel_mora"] == (2, 4, 2)
+ALL = ("data", "fsdp", "model")
 
 
-ALL_AXES = ("data", "fsdp", "model")
-
-
-def mlp(*axes):
-    return {**SPECS, "mlp": {"kernel": P(*axes)}}
+def mlp(spec):
+    return {**SPECS, "mlp": {"kernel": spec}}
 
 
 @pytest.mark.parametrize(
@@ -302,17 +279,12 @@ def mlp(*axes):
     [
         ({"mlp": SPECS["mlp"]}, MESH, ValueError, "lack the kernel 'layers/up/kernel'"),
         ({}, MESH, ValueError, "lack the kernel"),
-        ({**SPECS, "mlp": {"kernel": None}}, MESH, ValueError, "lack the .* 'mlp"),
+        (mlp(None), MESH, ValueError, "lack the kernel 'mlp/kernel'"),
         (PARAMS, MESH, TypeError, "layers/up/kernel must have a NamedSharding"),
         (SPECS, None, ValueError, "mesh must be given"),
-        (
-            mlp("model", ALL_AXES),
-            MESH,
-            ValueError,
-            "mlp/kernel must be .* once: .*model",
-        ),
-        (mlp("layers"), MESH, ValueError, "mlp/kernel must be .* layers"),
-        (mlp(None, ALL_AXES), MESH, ValueError, "mlp/kernel must be split evenly"),
+        (mlp(P("model", ALL)), MESH, ValueError, "mlp/kernel must be .*: .*model"),
+        (mlp(P("layers")), MESH, ValueError, "mlp/kernel must be .* layers"),
+        (mlp(P(None, ALL)), MESH, ValueError, "mlp/kernel must be split evenly"),
     ],
 )
 def test_refused(tree, mesh, error, match, unchecked):
@@ -325,7 +297,7 @@ def test_refused(tree, mesh, error, match, unchecked):
 def test_refused_settings(unchecked):
     with pytest.raises(ValueError, match="batch_axes must be of the mesh's .*'rows'"):
         sharding.plan_on_mesh(PLAN, NAMED, batch_axes="rows")
-    for square in ((ALL_AXES, None), ("fsdp", None), ("x", None)):
+    for square in ((ALL, None), ("fsdp", None), ("x", None)):
         with pytest.raises(ValueError, match="square, with q of 4, must be"):
             sharding.adapter_shardings(PLAN, NAMED, square=square)
     with pytest.raises(TypeError, match="plan must be a Plan"):
@@ -336,19 +308,18 @@ def test_axes_of_one_device_split_nothing():
     """XLA's partitioner fails to add up over them, in a scan."""
     mesh = make_mesh(data=8, model=1)
     frozen, arrays, (y, _, _) = layer(LABELLED[BOTH_KINDS[0]])
-    known = layout(P("model", "data"), "data", mesh)
-    frozen = dataclasses.replace(frozen, layout=known)
+    frozen = on(mesh, frozen, P("model", "data"), "data")
+    x, kernel = arrays["x"], arrays["kernel"][None]
+    x, kernel = put((x, kernel), mesh, (P("data"), P(None, "model", "data")))
 
     @jax.jit
-    def run(m, x, kernel):
+    def run(ms, x, kernels):
         def one(x, each):
             return x, apply_to(frozen, each[0], x, each[1])
 
-        return jax.lax.scan(one, x, (m[None], kernel[None]))[1][0]
+        return jax.lax.scan(one, x, (ms, kernels))[1]
 
-    x, kernel = arrays["x"], arrays["kernel"]
-    x, kernel = put((x, kernel), mesh, (P("data"), P("model", "data")))
-    assert_close(run(arrays["m"], x, kernel), y, 2e-5)
+    assert_close(run(arrays["m"][None], x, kernel), y[None], 2e-5)
 
 
 @pytest.mark.parametrize("mesh", [MESH, EXPLICIT], ids=["auto", "explicit"])
@@ -383,8 +354,8 @@ def test_saved_from_a_mesh(tmp_path):
 
 def test_other_devices_are_refused():
     frozen, arrays, _ = layer(LABELLED["rotation"])
-    known = layout(P(None, "model"), BATCH)
-    frozen = dataclasses.replace(frozen, kernel=arrays["kernel"], layout=known)
+    frozen = on(MESH, frozen, P(None, "model"))
+    frozen = dataclasses.replace(frozen, kernel=arrays["kernel"])
     args = {"kernel_mora": arrays["m"]}, frozen, arrays["x"]
     with pytest.raises(ValueError, match="incompatible devices"):
         jax.jit(mora_apply)(*jax.device_put(args, jax.devices()[0]))
@@ -396,9 +367,8 @@ def test_transformations(label, split):
     """Forward mode, second derivatives, a batch of M's, remat; and without jit."""
     case = LABELLED[label]
     frozen, arrays, (y, _, _) = layer(case)
-    known = dataclasses.replace(frozen, layout=layout(SPLITS[split][0], BATCH))
+    adapted = functools.partial(apply_to, on(MESH, frozen, SPLITS[split][0]))
     c, d = (jnp.asarray(one, jnp.float32) for one in case.matrices(frozen.operator))
-    adapted = functools.partial(apply_to, known)
 
     def dense(m, x, kernel):
         return x @ (kernel + ALPHA * jnp.einsum("inq,qr,nro->io", c, m, d))

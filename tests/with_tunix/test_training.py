@@ -1,6 +1,7 @@
 """Tunix's trainer, rollouts and sampler with adapted models, unchanged."""
 
 import re
+import types
 from importlib.util import find_spec
 
 import chex
@@ -10,38 +11,29 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from helpers import random_like
+from helpers import python_blocks, random, random_like
 from jax.sharding import NamedSharding
 from meshes import make_mesh
+from processes import ROOT
 from tiny_qwen2 import IDS, load, logits, positions_and_mask
 
-from mora_jax import MoRAConfig
+import mora_jax
+from mora_jax import MoRAConfig, io
 from mora_jax import nnx as mora
 
 if find_spec("tunix") is None:
     pytest.skip("tunix is not installed", allow_module_level=True)
 
 # Tunix and what it imports use old names of JAX, Flax and of others.
-pytestmark = pytest.mark.filterwarnings("ignore")
+quiet = pytest.mark.filterwarnings("ignore")
 
 
-class Words:
-    """A tokenizer of 64 words."""
-
-    def encode(self, text, **_):
-        return [int(word) for word in text.split()]
-
-    def decode(self, ids, **_):
-        return " ".join(map(str, ids))
-
-    def bos_id(self):
-        return 1
-
-    def eos_id(self):
-        return 63
-
-    def pad_id(self):
-        return 0
+WORDS = types.SimpleNamespace(
+    encode=lambda text, **_: [int(word) for word in text.split()],
+    decode=lambda ids, **_: " ".join(map(str, ids)),
+    **{"bos_id": lambda: 1, "eos_id": lambda: 63, "pad_id": lambda: 0},
+)
+"""A tokenizer of 64 words."""
 
 
 def model_input(batch):
@@ -57,7 +49,7 @@ def rollout_of(model):
     names = "num_layers", "num_kv_heads", "head_dim"
     sizes = {name: getattr(model.config, name) for name in names}
     cache = base_rollout.CacheConfig(cache_size=32, **sizes)
-    return vanilla_rollout.VanillaRollout(model, Words(), cache_config_or_size=cache)
+    return vanilla_rollout.VanillaRollout(model, WORDS, cache_config_or_size=cache)
 
 
 def sampled(rollout):
@@ -76,6 +68,7 @@ def trained(model):
     return model
 
 
+@quiet
 @pytest.mark.parametrize("operator", ["rotation", "sharing"])
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_the_trainer_compiles_its_step_once(operator, dropout, caplog):
@@ -102,6 +95,7 @@ def test_the_trainer_compiles_its_step_once(operator, dropout, caplog):
     assert sum(bool(re.match(r"Compiling .*_train_step", line)) for line in log) == 1
 
 
+@quiet
 def test_a_rollout_on_another_mesh_takes_the_adapters():
     """Of a bfloat16 model: where M's have the dtype of their kernels."""
     from tunix.rl import reshard  # pyright: ignore
@@ -124,6 +118,7 @@ def test_a_rollout_on_another_mesh_takes_the_adapters():
         assert sampled(rollout)
 
 
+@quiet
 def test_models_with_dropout_share_their_backbone_and_sample():
     from tunix.generate import sampler  # pyright: ignore
     from tunix.rl import utils  # pyright: ignore
@@ -133,8 +128,12 @@ def test_models_with_dropout_share_their_backbone_and_sample():
     actor = trained(mora.wrap(base, config))
     assert utils.is_sharing_backbone(actor, base)
     assert utils.is_sharing_backbone(actor, mora.wrap(base, config, seed=1))
-    # All of a state, as Tunix assigns it.
+    merged = logits(mora.merge_adapters(actor))
+    actor.train()
+    assert np.abs(logits(actor) - merged).max() > 0.05
     actor.eval()
+    np.testing.assert_allclose(logits(actor), merged, atol=1e-4)
+    # All of a state, as Tunix assigns it.
     rollout = rollout_of(actor)
     assert (text := sampled(rollout))
     other = trained(mora.wrap(load(mesh), config))
@@ -149,10 +148,38 @@ def test_models_with_dropout_share_their_backbone_and_sample():
     assert sampled(rollout) == sampled(rollout_of(base))
 
 
-def test_training_drops_and_evaluation_does_not():
-    adapted = trained(mora.wrap(load(), MoRAConfig(rank=4, dropout=0.5)))
-    merged = logits(mora.merge_adapters(adapted))
-    adapted.train()
-    assert np.abs(logits(adapted) - merged).max() > 0.05
-    adapted.eval()
-    np.testing.assert_allclose(logits(adapted), merged, atol=1e-4)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning:orbax")
+def test_a_trainer_refuses_a_checkpoint_of_another_adapter(tmp_path):
+    """The page's trainer, which stores the plan and compares it."""
+    import orbax.checkpoint as ocp
+    from tunix.sft import peft_trainer  # pyright: ignore
+
+    scope, page = {"mora_jax": mora_jax}, ROOT / "docs/checkpoints.md"
+    (block,) = [block for block in python_blocks(page) if "tunix" in block]
+    exec(block, scope)
+
+    def trainer(model):
+        config = peft_trainer.TrainingConfig(
+            eval_every_n_steps=100,
+            max_steps=2,
+            checkpoint_root_directory=str(tmp_path),
+            checkpointing_options=ocp.CheckpointManagerOptions(save_interval_steps=1),
+        )
+        made = scope["Trainer"](model, optax.sgd(0.1), config)
+        made = made.with_gen_model_input_fn(lambda batch: {"x": batch.input_tokens})
+        return made.with_loss_fn(lambda model, x: jnp.mean(model(x) ** 2))
+
+    def wrapped(seed):
+        model = nnx.Sequential(nnx.Linear(16, 16, rngs=nnx.Rngs(0)))
+        return mora.wrap(model, MoRAConfig(rank=2, operator="orthogonal", seed=seed))
+
+    x = np.asarray(random(0, 2, 16))
+    batch = peft_trainer.TrainingInput(input_tokens=x, input_mask=x)
+    model, again = wrapped(seed=1), wrapped(seed=1)
+    first = trainer(model)
+    first.train([batch, batch])
+    first.close()
+    assert trainer(again).train_steps == 2
+    np.testing.assert_array_equal(again(x), model(x))
+    with pytest.raises(io.AdapterFileError, match="made for operator.seed 1, not 2"):
+        trainer(wrapped(seed=2))
