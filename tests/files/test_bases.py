@@ -100,8 +100,8 @@ def test_without_params_files_say_what_the_plan_knows(tmp_path, saved):
 
 
 def test_an_nnx_model_of_another_base_does_not_merge_unless_told(tmp_path):
-    model = nnx.Sequential(nnx.Linear(16, 16, rngs=nnx.Rngs(0)))
-    kernel = model.layers[0].kernel
+    linear = nnx.Linear(16, 16, rngs=nnx.Rngs(0))
+    model, kernel = nnx.Sequential(linear), linear.kernel
     params = {"layers": {"0": {"kernel": kernel[...]}}}
     plan = mora_jax.plan(params)
     save(tmp_path / "a", made(plan), plan, params=params)

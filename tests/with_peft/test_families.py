@@ -64,8 +64,8 @@ def test_names_are_those_of_the_flax_model(family):
     }
     found = set()
     for module, shape in weights(model_of(family)).items():
-        kernel, layout = to_kernel(module, pairs(family))
-        assert to_module(kernel, pairs(family)) == (module, layout)
+        kernel, axes = to_kernel(module, pairs(family)) or ("", "")
+        assert to_module(kernel, pairs(family)) == (module, axes)
         assert sorted(expected[kernel]) == sorted(shape)
         found.add(kernel)
     assert found == expected.keys()
