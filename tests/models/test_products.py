@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from cases import CASES, FEW_SIZES, by_few_cases, by_kind
+from cases import CASES, by_few_cases
 from flax import nnx
 from helpers import close, random, wide
 from programs import case_of
@@ -83,23 +83,6 @@ def test_embedding_is_the_oracle(case):
     model, y = with_operator("tied", case)
     table = exact(case, model)
     close(y, np.tanh(table[np.asarray(model.x)]) @ table.T)
-
-
-@pytest.mark.parametrize("size", [*FEW_SIZES, (3, 20, 8)], ids=str)
-@by_kind
-def test_lookup_and_transpose(case, size):
-    ins, outs, _ = size
-    q = min(size) if case.bounded else size[-1]
-    op, m, y = case.make(ins, outs, q), random(1, q, q), random(2, 3, outs)
-    indices = np.random.default_rng(3).integers(0, ins, (2, 5))
-
-    @jax.jit
-    def products(op, m, y):
-        return op.lookup(m, indices), op.apply_transpose(m, y), op.compress_matrix()
-
-    c, d = case.matrices(op)
-    delta = oracle.update(c, d, m)
-    close(products(op, m, y), (delta[indices], y @ delta.T, c.reshape(ins, -1)))
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "int8", "uint16", "uint32"])
