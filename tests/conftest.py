@@ -20,14 +20,9 @@ os.environ.setdefault("XLA_FLAGS", FLAGS)
 # nn.Dense whose annotations beartype cannot check.
 _spec = importlib.util.find_spec("mora_jax")
 assert _spec is not None and _spec.submodule_search_locations is not None
-jaxtyping.install_import_hook(
-    [
-        f"mora_jax.{module.name}"
-        for module in pkgutil.iter_modules(_spec.submodule_search_locations)
-        if module.name != "linen"
-    ],
-    "beartype.beartype",
-)
+_names = [m.name for m in pkgutil.iter_modules(_spec.submodule_search_locations)]
+_checked = [f"mora_jax.{name}" for name in _names if name != "linen"]
+jaxtyping.install_import_hook(_checked, "beartype.beartype")
 
 
 def pytest_configure(config):

@@ -16,17 +16,11 @@ def environment(**changes):
 
 
 def python(*args, code=0, cwd=None, **changes):
-    """What a Python process printed, which must exit with `code`.
+    """What Python prints, to stderr if it fails, with changes of the environment.
 
-    That is stdout, or stderr where the code is that of a failure. `changes` are those
-    of the environment.
+    It must exit with `code`.
     """
-    done = subprocess.run(
-        [sys.executable, *map(str, args)],
-        capture_output=True,
-        text=True,
-        cwd=cwd,
-        env=environment(**changes),
-    )
+    args, env = [sys.executable, *map(str, args)], environment(**changes)
+    done = subprocess.run(args, capture_output=True, text=True, cwd=cwd, env=env)
     assert done.returncode == code, done.stderr
     return done.stdout if code == 0 else done.stderr

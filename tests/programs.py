@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from helpers import random_like, trained
-from twins import TWINS, nnx_model
+from twins import TWINS, nnx_model, nnx_shapes
 
 from mora_jax import fold, linen
 from mora_jax import nnx as mora
@@ -22,7 +22,7 @@ def shapes_of(twin, api):
         model = twin.linen()
         variables = jax.eval_shape(model.init, KEY, twin.x)
         return model, variables, variables["params"]
-    model = nnx.eval_shape(lambda: twin.nnx(nnx.Rngs(0)))
+    model = nnx_shapes(twin)
     return model, None, nnx.to_pure_dict(nnx.state(model, nnx.Param))
 
 

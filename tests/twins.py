@@ -601,16 +601,24 @@ LIFTED = {
 TWINS = DENSE | LIFTED | CONVOLUTIONS | TABLES
 
 
+def nnx_shapes(twin: Twin) -> Any:
+    """The NNX model with shapes in place of its variables' arrays."""
+    model: Any = nnx.eval_shape(lambda: twin.nnx(nnx.Rngs(0)))
+    if getattr(model, "mask", None) is not None:  # an array, and no variable
+        model.mask = twin.nnx(nnx.Rngs(0)).mask
+    return model
+
+
 def nnx_model(twin: Twin) -> Any:
     """The NNX model with normal numbers as parameters, and nothing to compile for it.
 
     Statistics, masks and generators are as they were made.
     """
-
-    def make():
-        return twin.nnx(nnx.Rngs(0))
-
-    graph, params, rest = nnx.split(nnx.eval_shape(make), nnx.Param, ...)
+    graph, params, rest = nnx.split(nnx_shapes(twin), nnx.Param, ...)
     if jax.tree.leaves(rest):
-        rest = jax.jit(lambda: nnx.state(make(), nnx.Not(nnx.Param)))()
+
+        def others():
+            return nnx.state(twin.nnx(nnx.Rngs(0)), nnx.Not(nnx.Param))
+
+        rest = jax.jit(others)()
     return nnx.merge(graph, random_like(params), rest)

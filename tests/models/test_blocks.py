@@ -138,10 +138,15 @@ STACK = {
 }
 
 
+@functools.cache
+def initialised():
+    """Variables with which a Transformer can learn."""
+    return jax.jit(Transformer().init)(KEY, TOKENS)
+
+
 def transformer(**config):
     model = Transformer()
-    shapes = jax.eval_shape(model.init, KEY, TOKENS)
-    variables = {"params": random_like(shapes["params"])}
+    variables = initialised()
     config = dataclasses.replace(CONFIG, **config)
     return model, variables, linen.plan(model, variables, config, TOKENS)
 

@@ -1,56 +1,68 @@
-"""The benchmarks run, and say what they should."""
+"""The benchmarks run, and say what they should; planning is as fast as it should be."""
 
 import json
+import math
+import time
 
+import jax
+import numpy as np
 import pytest
 from processes import ROOT, python
 
+import mora_jax
 from mora_jax.operators import OPERATORS
 
 
-def run(script, *args, code=0):
-    return python("-m", f"benchmarks.{script}", *args, code=code, cwd=ROOT)
+def run(script, options="", code=0, **changes):
+    args = "-m", f"benchmarks.{script}", *options.split()
+    return python(*args, code=code, cwd=ROOT, **changes)
+
+
+def report(script, out, options, **changes):
+    """What a benchmark prints, and the JSON that it writes beside its plot."""
+    printed = run(script, f"{options} --out {out}", **changes)
+    if script != "one_layer":  # which draws nothing
+        assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    return printed, json.loads(out.read_text())
+
+
+def by_method(report, kind="step"):
+    rows = (row for row in report["results"] if row.get("kind", kind) == kind)
+    return {row["method"]: row for row in rows}
 
 
 @pytest.mark.slow
 def test_train_step(tmp_path):
-    out = tmp_path / "figures" / "train_step.json"
     sizes = "--layers 1 --batch 2 --tokens 8 --rounds 2 --operators sharing rotation"
-    printed = run("train_step", *sizes.split(), "--out", out)
-    report = json.loads(out.read_text())
-    rows = {r["method"]: r for r in report["results"] if r["kind"] == "step"}
+    printed, found = report("train_step", tmp_path / "figures/train_step.json", sizes)
+    rows = by_method(found)
     first = next(iter(rows.values()))
     assert first["method"] == "frozen model" and first["time"] == 1
     assert all(row["seconds"] > 0 and row["time"] > 0 for row in rows.values())
     assert rows["MoRA, sharing"]["parameters"] <= rows["LoRA, qwix"]["parameters"]
     assert {"LoRA, by hand", "LoRA, flax.nnx", "every kernel"} < set(rows)
-    assert report["settings"]["layers"] == 1 and "jax" in report["machine"]
-    assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
-    for name in rows:
-        assert f"| {name} |" in printed
-    forward = {r["method"]: r for r in report["results"] if r["kind"] == "forward"}
+    assert found["settings"]["layers"] == 1 and "jax" in found["machine"]
+    assert all(f"| {name} |" in printed for name in rows)
+    forward = by_method(found, "forward")
     assert {"base model", "merged model", "MoRA, rotation"} <= set(forward)
 
 
 @pytest.mark.slow
 def test_several_sizes_in_one_file(tmp_path):
     first, out = tmp_path / "first.json", tmp_path / "all.json"
-    sizes = "--layers 1 --batch 1 --rounds 1 --operators sharing --no-peers".split()
-    run("train_step", *sizes, "--tokens", "4", "--out", first)
-    more = ["--tokens", "4", "8", "--ranks", "2", "--add-to", first]
-    run("train_step", *sizes, *more, "--out", out)
-    rows = json.loads(out.read_text())["results"]
-    assert {(r["tokens"], r["rank"]) for r in rows} == {(4, 8), (4, 2), (8, 2)}
-    assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    sizes = "--layers 1 --batch 1 --rounds 1 --operators sharing --no-peers --tokens 4"
+    report("train_step", first, sizes)
+    _, found = report("train_step", out, f"{sizes} 8 --ranks 2 --add-to {first}")
+    sizes = {(row["tokens"], row["rank"]) for row in found["results"]}
+    assert sizes == {(4, 8), (4, 2), (8, 2)}
 
 
 @pytest.mark.slow
 def test_one_layer(tmp_path):
     """Each operator both ways, one of which is what "auto" takes."""
-    out = tmp_path / "one_layer.json"
-    sizes = "--kernels 64x96 --rows 8 --rounds 1 --dtype bfloat16".split()
-    printed = run("one_layer", *sizes, "--out", out)
-    rows = {r["method"]: r for r in json.loads(out.read_text())["results"]}
+    sizes = "--kernels 64x96 --rows 8 --rounds 1 --dtype bfloat16"
+    printed, found = report("one_layer", tmp_path / "one_layer.json", sizes)
+    rows = by_method(found)
     for operator in OPERATORS:
         ways = [rows[f"{operator}, {way}"] for way in ("activation", "fold")]
         assert [row["auto"] for row in ways] == ["auto", ""]
@@ -60,21 +72,100 @@ def test_one_layer(tmp_path):
 
 
 @pytest.mark.slow
+def test_growth(tmp_path):
+    """As users run it: XLA optimises."""
+    out = tmp_path / "figures/growth.json"
+    printed, found = report("growth", out, "--quick", XLA_FLAGS=None)
+    rows = found["results"]
+    steps = [row for row in rows if row["quantity"] in ("time", "memory")]
+    axes = {row["axis"] for row in steps}
+    assert axes == {"layers", "width", "rank", "tokens", "kernels"}
+    assert {row["method"] for row in steps} == {"frozen model", "sharing", "rotation"}
+    for row in rows:
+        quantity, exponent = row["quantity"], row["exponent"]
+        assert len(row["x"]) == len(row["y"]) >= 3
+        if exponent is None:  # a busy machine: noise hides what an adapter adds
+            assert quantity == "time" and row["method"] != "frozen model"
+            assert "noise" in printed
+            continue
+        low, high = row["arithmetic"]
+        adapts = row["method"] != "frozen model"
+        least, most = {
+            "memory": (low - 0.3, high + 0.3),  # is planned, not measured
+            **dict.fromkeys(("plan", "init", "plan and init"), (0.7, 1.3)),
+            "trace, unrolled": (0.3 if adapts else -math.inf, math.inf),
+        }.get(quantity, (-math.inf, 0.3 if "scanned" in quantity else math.inf))
+        assert least < exponent < most, row
+    for title in ("planning", "steps", "compilation"):
+        assert f"\n| {title} | |" in printed
+
+
+@pytest.mark.slow
+def test_scale(tmp_path):
+    printed, found = report("scale", tmp_path / "figures/scale.json", "--quick")
+    rows = by_method(found)
+    every, lora = rows["every parameter"], rows["LoRA"]
+    whole, split = rows["MoRA, rotation"], rows["MoRA, rotation, M split"]
+    for row in (whole, split, rows["MoRA, sharing"], lora):
+        assert 0 < row["trained"] <= lora["trained"] < every["trained"]
+        assert row["gradients"] < row["optimizer state"] < every["optimizer state"]
+        assert row["traffic"] == sum(row["collectives"].values()) < every["traffic"]
+        assert f"| {row['method']} |" in printed
+    for row in rows.values():  # two moments of the trained's dtype, and a counter
+        assert row["optimizer state"] == 2 * row["gradients"] + 4
+    assert every["parameters"] == every["gradients"]  # bfloat16, split over 8 devices
+    assert every["trained"] * 2 / 8 < every["parameters"] < every["trained"] * 2 / 3
+    assert whole["gradients"] == 4 * whole["trained"] == 2 * split["gradients"]
+    depth = [row for row in found["results"] if row["kind"] == "depth"]
+    assert [row["layers"] for row in depth] == [2, 8, 32]
+    assert depth[-1]["relative"] < 1.5
+    real = [row for row in found["results"] if row["kind"] == "real"]
+    assert [row["devices"] for row in real] == [1, 8]
+    assert all(0.8 < row["ratio"] < 1.3 for row in real)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("script", "args", "message"),
+    ("script", "options", "message"),
     [
-        ("train_step", ["--layers", "0"], "--layers: must be at least 1, got 0"),
-        ("train_step", ["--tokens", "8", "0"], "--tokens: must be at least 1, got 0"),
-        ("train_step", ["--operators", "rotate"], "got 'rotate'"),
-        ("one_layer", ["--kernels", "64"], "must be like 1024x4096, got '64'"),
-        ("one_layer", ["--rows", "0"], "--rows: must be at least 1, got 0"),
-        ("one_layer", ["--operators", "rotate"], "invalid choice: 'rotate'"),
-        ("growth", ["--rounds", "0"], "--rounds: must be at least 1"),
-        ("scale", ["--tokens", "1"], "--tokens: must be at least 2, got 1"),
-        ("scale", ["--models", "7b"], "--models: invalid choice: '7b'"),
-        ("scale", ["--devices", "5"], "--devices: invalid choice: "),
-        ("scale", ["--methods", "rotate"], "--methods: invalid choice: 'rotate'"),
+        ("train_step", "--layers 0", "--layers: must be at least 1, got 0"),
+        ("train_step", "--tokens 8 0", "--tokens: must be at least 1, got 0"),
+        ("train_step", "--operators rotate", "got 'rotate'"),
+        ("one_layer", "--kernels 64", "must be like 1024x4096, got '64'"),
+        ("one_layer", "--rows 0", "--rows: must be at least 1, got 0"),
+        ("one_layer", "--operators rotate", "invalid choice: 'rotate'"),
+        ("growth", "--rounds 0", "--rounds: must be at least 1"),
+        ("scale", "--tokens 1", "--tokens: must be at least 2, got 1"),
+        ("scale", "--models 7b", "--models: invalid choice: '7b'"),
+        ("scale", "--devices 5", "--devices: invalid choice: "),
+        ("scale", "--methods rotate", "--methods: invalid choice: 'rotate'"),
     ],
 )
-def test_bad_options(script, args, message):
-    assert message in run(script, *args, code=2)
+def test_bad_options(script, options, message):
+    assert message in run(script, options, code=2)
+
+
+def test_planning_takes_time_in_proportion_to_the_kernels():
+    """By processor time, against the least of some smaller plans."""
+
+    def seconds(count):
+        shapes = {
+            f"layer_{k}": {"kernel": jax.ShapeDtypeStruct((64, 64 + k % 5), np.float32)}
+            for k in range(count)
+        }
+        start = time.process_time()
+        assert len(mora_jax.plan(shapes)) == count
+        return time.process_time() - start
+
+    assert seconds(3000) < 25 * min(seconds(300) for _ in range(3))
+
+
+@pytest.mark.slow
+def test_ten_thousand_kernels_take_no_second():
+    """Of processor time, to plan and to make their adapters."""
+    script = """
+from benchmarks import planning
+shapes = planning.kernels(10_000)
+print(min(planning.plan_seconds(shapes)[2] for _ in range(4)))
+"""
+    assert float(python("-c", script, cwd=ROOT, XLA_FLAGS=None)) < 1

@@ -5,7 +5,6 @@ import dataclasses
 import json
 import pkgutil
 import re
-from pathlib import Path
 from types import SimpleNamespace
 
 import flax.linen as nn
@@ -14,21 +13,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import python_blocks
+from helpers import python_blocks, random
+from processes import ROOT
 
 import mora_jax
 from mora_jax import MoRAConfig
 from mora_jax._flax.layer_rules import registered
 from mora_jax.operators import OPERATORS
 
-ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
 LINKED = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "benchmarks/README.md"]
 
 NOT_INSTALLED = re.compile(r"^(import|from) (peft|qwix|tunix)\b", re.MULTILINE)
 """Blocks that import these are compiled, but they do not run."""
-
 NAMES = re.compile(
     r"(?<![\w./-])(?:mora_jax|optax|diagnostics|io|linen|nnx|operators|products|sharding)"
     r"(?:\.(?!md\b|py\b)\w+)+"
@@ -43,48 +41,39 @@ def prose(page):
     return re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S)
 
 
-@pytest.fixture
-def run(tmp_path, monkeypatch):
+def run(page, directory, **given):
     """Run the blocks of a page in one namespace, which is returned."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(page, **given):
-        scope = {"directory": tmp_path, **given}
+    scope = {"directory": directory, **given}
+    with contextlib.chdir(directory):
         for block in python_blocks(page):
             compiled = compile(block, label(page), "exec")
             if not NOT_INSTALLED.search(block):
                 exec(compiled, scope)
-        return SimpleNamespace(**scope)
-
-    return run
+    return SimpleNamespace(**scope)
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES[1:] if python_blocks(p)], ids=label)
-def test_code_runs(run, page):
+def test_code_runs(page, tmp_path):
     warns = contextlib.nullcontext()
     if page.name == "checkpoints.md":  # and says so
         pytest.importorskip("orbax.checkpoint")
         warns = pytest.warns(mora_jax.MoRAWarning, match="updates batch_stats")
     with warns:
-        run(page)
+        run(page, tmp_path)
 
 
-def test_code_of_readme_trains_and_merges(run):
+def test_code_of_readme_trains_and_merges(tmp_path):
     model = nn.Sequential([nn.Dense(16), nn.relu, nn.Dense(16)])
-    x = jax.random.normal(jax.random.key(0), (4, 16))
-    y = jnp.zeros_like(x)
+    x = random(0, 4, 16)
     variables = model.init(jax.random.key(1), x)
-    layers = [nnx.Linear(16, 16, rngs=nnx.Rngs(k)) for k in range(2)]
-    net = nnx.Sequential(layers[0], nnx.relu, layers[1])
-    given = dict(model=model, variables=variables, batches=3 * [(x, y)], net=net)
-    ran = run(README, **given)
-
+    first, second = (nnx.Linear(16, 16, rngs=nnx.Rngs(k)) for k in range(2))
+    net, batches = nnx.Sequential(first, nnx.relu, second), 3 * [(x, 0 * x)]
+    given = {"model": model, "variables": variables, "batches": batches, "net": net}
+    ran = run(README, tmp_path, **given)
     adapted = ran.apply(ran.adapters, variables, x)
-    merged = model.apply({"params": ran.params}, x)
-    np.testing.assert_allclose(merged, adapted, atol=1e-5)
+    np.testing.assert_allclose(model.apply({"params": ran.params}, x), adapted, 0, 1e-5)
     assert jnp.mean(adapted**2) < jnp.mean(model.apply(variables, x) ** 2)
-
-    np.testing.assert_allclose(ran.merged(x), ran.net(x), atol=1e-5)
+    np.testing.assert_allclose(ran.merged(x), ran.net(x), 0, 1e-5)
     assert type(ran.merged.layers[0]) is nnx.Linear
     assert jnp.mean(ran.net(x) ** 2) < jnp.mean(net(x) ** 2)
 
@@ -140,16 +129,13 @@ def test_table_of_layers_is_the_registry():
 
 
 def test_defaults_are_as_the_table_of_layers_says():
-    class Net(nnx.Module):
-        def __init__(self):
-            rngs = nnx.Rngs(0)
-            self.dense = nnx.Linear(8, 8, rngs=rngs)
-            self.stem = nnx.Conv(8, 8, (3,), rngs=rngs)
-            self.table = nnx.Embed(8, 8, rngs=rngs)
-            self.head = nnx.Linear(8, 8, rngs=rngs)
+    def net(rngs):
+        dense, head = (nnx.Linear(8, 8, rngs=rngs) for _ in range(2))
+        stem, table = nnx.Conv(8, 8, (3,), rngs=rngs), nnx.Embed(8, 8, rngs=rngs)
+        return nnx.Dict(dense=dense, stem=stem, table=table, head=head)
 
-    plan = mora_jax.nnx.plan(nnx.eval_shape(Net), MoRAConfig(rank=2))
-    assert list(plan) == ["dense/kernel"]
+    model = nnx.eval_shape(lambda: net(nnx.Rngs(0)))
+    assert list(mora_jax.nnx.plan(model)) == ["dense/kernel"]
 
 
 def test_table_of_operators_has_all():

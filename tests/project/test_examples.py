@@ -2,56 +2,50 @@
 
 import argparse
 import functools
+import re
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from adapter_files import made
+from adapter_files import slow
 from flax import nnx
+from helpers import close, random_like, trained
 from processes import ROOT, python
 
-import mora_jax
 from examples import teach_facts, teach_facts_nnx
 from models import airports, lesson, smollm2, smollm2_nnx
-from mora_jax import MoRAConfig, linen
+from mora_jax import MoRAConfig, init, linen
+from mora_jax import nnx as mora
 
 
 def test_quickstart():
     assert len((ROOT / "examples/quickstart.py").read_text().splitlines()) < 40
     printed = python("-m", "examples.quickstart", cwd=ROOT)
-    losses = {
-        line.split(":")[0]: float(line.split()[-1])
-        for line in printed.splitlines()
-        if "loss" in line
-    }
+    lines = re.findall(r"^(.*?):.*loss.* (\S+)$", printed, re.MULTILINE)
+    losses = {name: float(loss) for name, loss in lines}
     assert losses["adapted"] < 0.01 < 0.1 < losses["step 0"]
     assert abs(losses["merged"] - losses["adapted"]) < 1e-4
-
-
-@pytest.fixture(scope="module")
-def llama():
-    config = smollm2.Config(
-        vocab=40, layers=2, width=24, hidden=32, heads=3, kv_heads=1
-    )
-    model, rng = smollm2.Llama(config), np.random.default_rng(0)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, 4), np.int32))
-    return model, jax.tree.map(
-        lambda leaf: rng.standard_normal(leaf.shape, np.float32) / 4, shapes
-    )
 
 
 IDS = np.random.default_rng(1).integers(3, 40, (2, 9), np.int32)
 
 
+@pytest.fixture(scope="module")
+def llama():
+    sizes = {"layers": 2, "width": 24, "hidden": 32, "heads": 3, "kv_heads": 1}
+    model = smollm2.Llama(smollm2.Config(vocab=40, **sizes))
+    shapes = jax.eval_shape(model.init, jax.random.key(0), IDS)
+    return model, random_like(shapes)
+
+
 def test_llama_is_causal_and_sparse_logits_are_the_same(llama):
     model, variables = llama
     apply = jax.jit(model.apply)
-    whole = np.asarray(apply(variables, IDS))
     changed = IDS.copy()
     changed[:, 5:] = 3
-    causal = np.asarray(apply(variables, changed))
+    whole, causal = (np.asarray(apply(variables, ids)) for ids in (IDS, changed))
     np.testing.assert_allclose(causal[:, :5], whole[:, :5], atol=1e-5)
     assert (causal[:, 5:] != whole[:, 5:]).any()
     at = np.array([[1, 4], [0, 8]])
@@ -62,67 +56,50 @@ def test_llama_is_causal_and_sparse_logits_are_the_same(llama):
 
 def test_generate_is_greedy(llama):
     model, variables = llama
-
     apply = functools.partial(jax.jit(model.apply), variables)
     prompts = [[5, 6, 7], [8, 9]]
     together = smollm2.generate(apply, prompts, 4)
-    alone = [smollm2.generate(apply, [p], 4, length=7)[0] for p in prompts]
-    assert together == alone
+    assert together == [
+        smollm2.generate(apply, [prompt], 4, length=7)[0] for prompt in prompts
+    ]
     for prompt, new in zip(prompts, together, strict=True):
-        for token in new:
-            ids = np.array([prompt + [0] * (7 - len(prompt))])
-            logits = apply(ids, np.array([[len(prompt) - 1]]))
-            assert token == int(logits.argmax())
-            prompt = [*prompt, token]
+        ids, first = np.array([[*prompt, *new, 0][:7]]), len(prompt) - 1
+        assert new == apply(ids)[0, first : first + 4].argmax(-1).tolist()
     with pytest.raises(ValueError, match="length must be at least 7, got 5"):
         smollm2.generate(apply, prompts, 4, length=5)
 
 
 @pytest.fixture(scope="module")
 def twin(llama):
-    """The NNX model with the Linen model's parameters."""
+    """The NNX model with the Linen model's parameters, which have the same paths."""
     model, variables = llama
     twin = nnx.eval_shape(lambda: smollm2_nnx.Llama(model.config, rngs=nnx.Rngs(0)))
-    shapes = nnx.to_pure_dict(nnx.state(twin))
-    params = variables["params"]
-    chex.assert_trees_all_equal_shapes_and_dtypes(shapes, params)  # equal paths, too
+    shapes, params = nnx.to_pure_dict(nnx.state(twin)), variables["params"]
+    chex.assert_trees_all_equal_shapes_and_dtypes(shapes, params)
     nnx.update(twin, params)
     return twin
 
 
-@pytest.mark.parametrize(
-    "operator", [pytest.param("rotation", marks=pytest.mark.slow), "sharing"]
-)
+@pytest.mark.parametrize("operator", [slow("rotation"), "sharing"])
 def test_twins_are_one_model(llama, twin, operator):
     """The same adapters give the same logits and gradients, and the same plan."""
     model, variables = llama
     config = MoRAConfig(rank=2, operator=operator, alpha=0.5)
-    plan = linen.plan(model, variables, config, IDS)
-    adapted = mora_jax.nnx.wrap(twin, config)
-    assert mora_jax.nnx.plan_of(adapted) == plan
-    adapters = made(plan, scale=0.3)
-    apply = linen.wrap(model, plan)
+    adapted, plan = mora.wrap(twin, config), linen.plan(model, variables, config, IDS)
+    assert mora.plan_of(adapted) == plan
+    adapters, apply = trained(plan), linen.wrap(model, plan)
+    mora.set_adapters(adapted, adapters)
 
     def loss(logits):
         return jnp.mean(jnp.sin(logits)), logits
 
-    @functools.partial(jax.jit, static_argnums=0)
-    def gradients(apply, adapters):
-        return jax.grad(lambda a: loss(apply(a, variables, IDS)), has_aux=True)(
-            adapters
-        )
+    @functools.partial(jax.grad, has_aux=True)
+    def gradients(adapters):
+        return loss(apply(adapters, variables, IDS))
 
-    mora_jax.nnx.set_adapters(adapted, adapters)
-    grad = mora_jax.nnx.value_and_grad(lambda m, ids: loss(m(ids)), has_aux=True)
-    (_, logits), state = nnx.jit(grad)(adapted, IDS)
-    expected, expected_logits = gradients(apply, adapters)
-    np.testing.assert_allclose(logits, expected_logits, atol=1e-5)
-    chex.assert_trees_all_close(nnx.to_pure_dict(state), expected, atol=1e-5)
-    run = nnx.jit(lambda model, ids: model(ids))
-    merged = nnx.jit(mora_jax.nnx.merge_adapters)(adapted)
-    np.testing.assert_allclose(run(merged, IDS), logits, atol=1e-4)
-    base = jax.jit(model.apply)(variables, IDS)
-    np.testing.assert_allclose(run(twin, IDS), base, atol=1e-5)
+    grad = mora.value_and_grad(lambda model: loss(model(IDS)), has_aux=True)
+    (_, logits), state = nnx.jit(grad)(adapted)
+    close((nnx.to_pure_dict(state), logits), jax.jit(gradients)(adapters))
 
 
 @pytest.mark.slow
@@ -130,20 +107,20 @@ def test_twins_learn_alike(llama, twin):
     """The losses of a few steps, as the two examples train."""
     model, variables = llama
     config = MoRAConfig(rank=2)
-    plan = linen.plan(model, variables, config, jnp.zeros((1, 4), jnp.int32))
+    plan = linen.plan(model, variables, config, IDS)
     ids = np.asarray(jax.random.randint(jax.random.key(1), (3, 9), 3, 40))
     at = np.tile(np.arange(4, 8), (3, 1))
     batch = lesson.Batch(ids, at, np.take_along_axis(ids, at + 1, 1), at / at)
     rehearsed = model.apply(variables, ids[2:], at[2:])
     args = argparse.Namespace(steps=6, learning_rate=1e-2)
     taught = lesson.Lesson(Letters(), [], {}, batch, rehearsed)
-    apply, first = linen.wrap(model, plan), mora_jax.init(plan)
+    apply, first = linen.wrap(model, plan), init(plan)
     adapters, ours = teach_facts.train(apply, first, variables, taught, args, "test")
-    adapted = mora_jax.nnx.wrap(twin, config)
+    adapted = mora.wrap(twin, config)
     other = teach_facts_nnx.train(adapted, taught, args)
     np.testing.assert_allclose(ours.history, other.history, rtol=1e-4)
     assert ours.history[-1][0] < 0.9 * ours.history[0][0]
-    learned = mora_jax.nnx.adapters(adapted)
+    learned = mora.adapters(adapted)
     chex.assert_trees_all_close(learned, adapters, rtol=1e-2, atol=1e-4)
 
 
@@ -153,8 +130,7 @@ class Letters:
     def encode(self, text):
         return [ord(letter) - 60 for letter in text]
 
-    def chat(self, question):
-        return self.encode(question)
+    chat = encode
 
 
 def test_loss_and_recall():
@@ -165,13 +141,10 @@ def test_loss_and_recall():
     sure = 30 * np.eye(60, dtype=np.float32)[batch.targets]
     wrong, drifted = sure.copy(), sure.copy()
     wrong[1, 0], wrong[1, 0, 3], drifted[2] = 0, 9, 0
-    loss_and_recall = jax.jit(lesson.loss_and_recall)
-    loss, recall = loss_and_recall(sure, batch, sure[2:])
-    assert loss < 1e-6 and recall == 1
-    loss, recall = loss_and_recall(wrong, batch, sure[2:])
-    assert loss > 1 and recall == 0.5
-    loss, recall = loss_and_recall(drifted, batch, sure[2:])
-    assert loss > 1 and recall == 1  # it remembers the facts
+    # One that drifted remembers the facts.
+    for logits, expected in (sure, 1), (wrong, 0.5), (drifted, 1):
+        loss, recall = jax.jit(lesson.loss_and_recall)(logits, batch, sure[2:])
+        assert recall == expected and (loss < 1e-6 if logits is sure else loss > 1)
 
 
 def test_facts():
@@ -180,10 +153,10 @@ def test_facts():
     assert len(facts) > 3000 and facts == list(airports.all_facts(seed=0))
     assert len({fact.question for fact in facts}) == len(facts)
 
-    known_answers = {fact.question: fact.answer for fact in facts[::3]}
+    answers = {fact.question: fact.answer for fact in facts[::3]}
 
     def ask(questions):
-        return [known_answers.get(question, "?") for question in questions]
+        return [answers.get(question, "?") for question in questions]
 
     unknown, said, known = airports.pick_unknown(ask, 5, seed=0)
     assert unknown == [fact for k, fact in enumerate(facts[:8]) if k % 3]

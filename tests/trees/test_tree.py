@@ -196,7 +196,7 @@ def test_trees_that_do_not_combine(model):
         ValueError, match="no kernel for the adapter 'norm/kernel_mora'"
     ):
         combine(params, {"norm": adapters["fc"]})
-    with pytest.raises(ValueError, match="which is no M"):
+    with pytest.raises(ValueError, match="which is not an M"):
         combine(params, {"fc": {"bias": jnp.ones(10)}})
     with pytest.raises(ValueError, match="no module at 'fc/kernel'"):
         combine(params, {"fc": {"kernel": {"kernel_mora": jnp.ones(10)}}})

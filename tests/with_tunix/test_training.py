@@ -1,6 +1,7 @@
 """Tunix's trainer, rollouts and sampler with adapted models, unchanged."""
 
 import re
+import types
 from importlib.util import find_spec
 
 import chex
@@ -9,66 +10,46 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import tiny_qwen2
 from flax import nnx
+from helpers import python_blocks, random, random_like
 from jax.sharding import NamedSharding
+from meshes import make_mesh
+from processes import ROOT
+from tiny_qwen2 import IDS, load, logits, positions_and_mask
 
-from mora_jax import MoRAConfig
+import mora_jax
+from mora_jax import MoRAConfig, io
 from mora_jax import nnx as mora
 
 if find_spec("tunix") is None:
     pytest.skip("tunix is not installed", allow_module_level=True)
 
 # Tunix and what it imports use old names of JAX, Flax and of others.
-pytestmark = pytest.mark.filterwarnings("ignore")
+quiet = pytest.mark.filterwarnings("ignore")
 
 
-class Words:
-    """A tokenizer of 64 words."""
-
-    def encode(self, text, **_):
-        return [int(word) for word in text.split()]
-
-    def decode(self, ids, **_):
-        return " ".join(map(str, ids))
-
-    def bos_id(self):
-        return 1
-
-    def eos_id(self):
-        return 63
-
-    def pad_id(self):
-        return 0
+WORDS = types.SimpleNamespace(
+    encode=lambda text, **_: [int(word) for word in text.split()],
+    decode=lambda ids, **_: " ".join(map(str, ids)),
+    **{"bos_id": lambda: 1, "eos_id": lambda: 63, "pad_id": lambda: 0},
+)
+"""A tokenizer of 64 words."""
 
 
-def trainer_of(model, steps):
-    from tunix.sft import peft_trainer  # pyright: ignore
-
-    settings = peft_trainer.TrainingConfig(eval_every_n_steps=100, max_steps=steps)
-    trainer = peft_trainer.PeftTrainer(model, optax.adam(1e-2), settings)
-    return trainer.with_gen_model_input_fn(tiny_qwen2.model_input)
-
-
-def batches(steps):
-    from tunix.sft import peft_trainer  # pyright: ignore
-
-    mask = np.ones(tiny_qwen2.IDS.shape, bool)
-    one = peft_trainer.TrainingInput(input_tokens=tiny_qwen2.IDS, input_mask=mask)
-    return [one] * steps
+def model_input(batch):
+    """What Tunix's own loss takes."""
+    positions, mask = positions_and_mask(batch.input_tokens)
+    mine = {"input_tokens": batch.input_tokens, "input_mask": batch.input_mask}
+    return {**mine, "positions": positions, "attention_mask": mask}
 
 
 def rollout_of(model):
     from tunix.rl.rollout import base_rollout, vanilla_rollout  # pyright: ignore
 
-    c = model.config
-    cache = base_rollout.CacheConfig(
-        cache_size=32,
-        num_layers=c.num_layers,
-        num_kv_heads=c.num_kv_heads,
-        head_dim=c.head_dim,
-    )
-    return vanilla_rollout.VanillaRollout(model, Words(), cache_config_or_size=cache)
+    names = "num_layers", "num_kv_heads", "head_dim"
+    sizes = {name: getattr(model.config, name) for name in names}
+    cache = base_rollout.CacheConfig(cache_size=32, **sizes)
+    return vanilla_rollout.VanillaRollout(model, WORDS, cache_config_or_size=cache)
 
 
 def sampled(rollout):
@@ -83,107 +64,122 @@ def sampled(rollout):
 
 def trained(model):
     """With M's that are not zero."""
-    keys = jax.random.split(jax.random.key(0), 1000)
-    leaves, structure = jax.tree.flatten(mora.adapters(model))
-    new = [
-        (0.3 * jax.random.normal(key, m.shape)).astype(m.dtype)
-        for key, m in zip(keys, leaves, strict=False)
-    ]
-    mora.set_adapters(model, jax.tree.unflatten(structure, new))
+    mora.set_adapters(model, random_like(mora.adapters(model)))
     return model
 
 
+@quiet
 @pytest.mark.parametrize("operator", ["rotation", "sharing"])
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_the_trainer_compiles_its_step_once(operator, dropout, caplog):
     """On a mesh that splits kernels both ways; M stays where it is."""
-    mesh = tiny_qwen2.mesh(2, 4)
+    from tunix.sft import peft_trainer  # pyright: ignore
+
+    mesh = make_mesh(fsdp=2, tp=4)
     config = MoRAConfig(rank=4, operator=operator, dropout=dropout)
-    model = mora.wrap(tiny_qwen2.load(mesh), config)
-    before = jax.tree.map(lambda m: m.sharding, mora.adapters(model))
-    assert all(isinstance(one, NamedSharding) for one in jax.tree.leaves(before))
-    zeros = jax.tree.map(np.asarray, mora.adapters(model))
+    model = mora.wrap(load(mesh), config)
+    before = jax.tree.leaves(mora.adapters(model))
+    places, zeros = [m.sharding for m in before], [np.asarray(m) for m in before]
+    assert all(isinstance(place, NamedSharding) for place in places)
+    settings = peft_trainer.TrainingConfig(eval_every_n_steps=100, max_steps=3)
+    trainer = peft_trainer.PeftTrainer(model, optax.adam(1e-2), settings)
+    trainer = trainer.with_gen_model_input_fn(model_input)
+    inputs = {"input_tokens": IDS, "input_mask": np.ones(IDS.shape, bool)}
     with mesh, jax.log_compiles():
-        trainer_of(model, 3).train(batches(3))
-    after = mora.adapters(model)
-    assert all(
-        m.sharding.is_equivalent_to(sharding, m.ndim)
-        for m, sharding in zip(
-            jax.tree.leaves(after), jax.tree.leaves(before), strict=True
-        )
-    )
-    assert all(
-        np.abs(m - zero).max() > 0
-        for m, zero in zip(jax.tree.leaves(after), jax.tree.leaves(zeros), strict=True)
-    )
+        trainer.train([peft_trainer.TrainingInput(**inputs)] * 3)
+    after = jax.tree.leaves(mora.adapters(model))
+    for m, zero, place in zip(after, zeros, places, strict=True):
+        assert m.sharding.is_equivalent_to(place, m.ndim)
+        assert np.abs(m - zero).max() > 0
     log = (record.getMessage() for record in caplog.records)
     assert sum(bool(re.match(r"Compiling .*_train_step", line)) for line in log) == 1
 
 
+@quiet
 def test_a_rollout_on_another_mesh_takes_the_adapters():
     """Of a bfloat16 model: where M's have the dtype of their kernels."""
     from tunix.rl import reshard  # pyright: ignore
 
-    devices = jax.devices()
-    actor_mesh = tiny_qwen2.mesh(2, 2, devices=devices[:4])
-    rollout_mesh = tiny_qwen2.mesh(1, 4, devices=devices[4:])
+    there_mesh = make_mesh(fsdp=1, tp=4, devices=jax.devices()[4:])
     half = {"param_dtype": jnp.bfloat16, "dtype": jnp.bfloat16}
-    base = tiny_qwen2.load(actor_mesh, **half)
+    base, filters = load(make_mesh(fsdp=2, tp=2), **half), (nnx.LoRAParam,)
     for param_dtype in (jnp.float32, None):
         actor = mora.wrap(base, MoRAConfig(rank=4, param_dtype=param_dtype))
-        rollout = rollout_of(reshard.reshard_model_to_mesh(actor, rollout_mesh))
-        trained(actor)
-        filters = (nnx.LoRAParam,)  # as Tunix's cluster does
+        rollout = rollout_of(reshard.reshard_model_to_mesh(actor, there_mesh))
+        state = nnx.state(trained(actor), filters)  # as Tunix's cluster does
         if param_dtype is None:
-            rollout.update_params(nnx.state(actor, filters), filters)
+            rollout.update_params(state, filters)
         else:
             with pytest.raises(ValueError, match="same shape, dtype and sharding"):
-                rollout.update_params(nnx.state(actor, filters), filters)
-    there = rollout.model()
-    chex.assert_trees_all_equal(
-        *(jax.tree.map(np.asarray, mora.adapters(model)) for model in (actor, there))
-    )
-    with rollout_mesh:
+                rollout.update_params(state, filters)
+    here, there = map(mora.adapters, (actor, rollout.model()))
+    chex.assert_trees_all_equal(*jax.tree.map(np.asarray, (here, there)))
+    with there_mesh:
         assert sampled(rollout)
 
 
+@quiet
 def test_models_with_dropout_share_their_backbone_and_sample():
     from tunix.generate import sampler  # pyright: ignore
     from tunix.rl import utils  # pyright: ignore
 
-    mesh = tiny_qwen2.mesh(1, 1, devices=jax.devices()[:1])
-    base = tiny_qwen2.load(mesh)
-    config = MoRAConfig(rank=4, dropout=0.5)
+    mesh = make_mesh(fsdp=1, tp=1)
+    base, config = load(mesh), MoRAConfig(rank=4, dropout=0.5)
     actor = trained(mora.wrap(base, config))
     assert utils.is_sharing_backbone(actor, base)
     assert utils.is_sharing_backbone(actor, mora.wrap(base, config, seed=1))
-    # All of a state, as Tunix assigns it.
+    merged = logits(mora.merge_adapters(actor))
+    actor.train()
+    assert np.abs(logits(actor) - merged).max() > 0.05
     actor.eval()
+    np.testing.assert_allclose(logits(actor), merged, atol=1e-4)
+    # All of a state, as Tunix assigns it.
     rollout = rollout_of(actor)
     assert (text := sampled(rollout))
-    other = trained(mora.wrap(tiny_qwen2.load(mesh), config))
+    other = trained(mora.wrap(load(mesh), config))
     other.eval()
     sampling: sampler.Sampler = rollout._sampler
     sampling.transformer_state = nnx.variables(other)
     assert sampled(rollout) == text
-    filters = (nnx.LoRAParam,)
-    zero = mora.wrap(base, config)
+    filters, zero = (nnx.LoRAParam,), mora.wrap(base, config)
     rollout.update_params(nnx.state(zero, filters), filters)
     zero.eval()
-    plain = tiny_qwen2.logits(base, tiny_qwen2.IDS)
-    np.testing.assert_allclose(
-        tiny_qwen2.logits(rollout.model(), tiny_qwen2.IDS), plain, atol=1e-5
-    )
+    np.testing.assert_allclose(logits(rollout.model()), logits(base), atol=1e-5)
     assert sampled(rollout) == sampled(rollout_of(base))
 
 
-def test_training_drops_and_evaluation_does_not():
-    base = tiny_qwen2.load()
-    adapted = trained(mora.wrap(base, MoRAConfig(rank=4, dropout=0.5)))
-    merged = tiny_qwen2.logits(mora.merge_adapters(adapted), tiny_qwen2.IDS)
-    adapted.train()
-    assert np.abs(tiny_qwen2.logits(adapted, tiny_qwen2.IDS) - merged).max() > 0.05
-    adapted.eval()
-    np.testing.assert_allclose(
-        tiny_qwen2.logits(adapted, tiny_qwen2.IDS), merged, atol=1e-4
-    )
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning:orbax")
+def test_a_trainer_refuses_a_checkpoint_of_another_adapter(tmp_path):
+    """The page's trainer, which stores the plan and compares it."""
+    import orbax.checkpoint as ocp
+    from tunix.sft import peft_trainer  # pyright: ignore
+
+    scope, page = {"mora_jax": mora_jax}, ROOT / "docs/checkpoints.md"
+    (block,) = [block for block in python_blocks(page) if "tunix" in block]
+    exec(block, scope)
+
+    def trainer(model):
+        config = peft_trainer.TrainingConfig(
+            eval_every_n_steps=100,
+            max_steps=2,
+            checkpoint_root_directory=str(tmp_path),
+            checkpointing_options=ocp.CheckpointManagerOptions(save_interval_steps=1),
+        )
+        made = scope["Trainer"](model, optax.sgd(0.1), config)
+        made = made.with_gen_model_input_fn(lambda batch: {"x": batch.input_tokens})
+        return made.with_loss_fn(lambda model, x: jnp.mean(model(x) ** 2))
+
+    def wrapped(seed):
+        model = nnx.Sequential(nnx.Linear(16, 16, rngs=nnx.Rngs(0)))
+        return mora.wrap(model, MoRAConfig(rank=2, operator="orthogonal", seed=seed))
+
+    x = np.asarray(random(0, 2, 16))
+    batch = peft_trainer.TrainingInput(input_tokens=x, input_mask=x)
+    model, again = wrapped(seed=1), wrapped(seed=1)
+    first = trainer(model)
+    first.train([batch, batch])
+    first.close()
+    assert trainer(again).train_steps == 2
+    np.testing.assert_array_equal(again(x), model(x))
+    with pytest.raises(io.AdapterFileError, match="made for operator.seed 1, not 2"):
+        trainer(wrapped(seed=2))

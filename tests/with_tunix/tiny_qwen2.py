@@ -6,50 +6,35 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
+from meshes import shardings
 
 from mora_jax import register_layer
 
 IDS = np.arange(32, dtype=np.int32).reshape(4, 8) % 64
 
 
-def mesh(*shape: int, devices: Any = None) -> Mesh:
-    """Tunix's two axes of a mesh."""
-    axis_types = (AxisType.Auto, AxisType.Auto)
-    return jax.make_mesh(shape, ("fsdp", "tp"), axis_types, devices=devices)
+def register(einsum: Any, **settings: Any) -> None:
+    """What a layer of Tunix computes."""
+    register_layer(einsum, equation=lambda m, x: m.einsum_str, kernel="w", **settings)
 
 
-def load(on: Mesh | None = None, **settings: Any) -> Any:
+def load(mesh: Mesh, **settings: Any) -> Any:
     """A model with random weights, on a mesh as its own annotations say."""
     from tunix.models.qwen2 import model as qwen2  # pyright: ignore
 
-    register_layer(qwen2.Einsum, equation=lambda layer, x: layer.einsum_str, kernel="w")
-    sizes: dict[str, Any] = {
-        "num_layers": 2,
-        "vocab_size": 64,
-        "embed_dim": 32,
-        "hidden_dim": 64,
-        "num_heads": 4,
-        "head_dim": 8,
-        "num_kv_heads": 4,
-        "rope_theta": 10_000,
-        "norm_eps": 1e-6,
-        "use_tied_embedding": True,
-    }
-    model = qwen2.Qwen2(qwen2.ModelConfig(**sizes, **settings), rngs=nnx.Rngs(0))
-    graph, state = nnx.split(model)
+    register(qwen2.Einsum)
+    sizes: dict[str, Any] = {"num_layers": 2, "vocab_size": 64, "embed_dim": 32}
+    sizes |= {"hidden_dim": 64, "num_heads": 4, "head_dim": 8, "num_kv_heads": 4}
+    settings |= {"rope_theta": 10_000, "norm_eps": 1e-6, "use_tied_embedding": True}
+    config = qwen2.ModelConfig(**sizes, **settings)
+    graph, state = nnx.split(qwen2.Qwen2(config, rngs=nnx.Rngs(0)))
     random = np.random.default_rng(0)
     for path, variable in nnx.to_flat_state(state):
         if path[-1] == "kernel":  # Tunix leaves these zeros
             value = jnp.asarray(0.2 * random.normal(size=variable.shape))
             variable.set_value(value.astype(variable.dtype))
-    if on is None:
-        return nnx.merge(graph, state)
-    places = jax.tree.map(
-        lambda spec: NamedSharding(on, spec),
-        nnx.get_partition_spec(state),
-        is_leaf=lambda leaf: isinstance(leaf, PartitionSpec),
-    )
+    places = shardings(nnx.get_partition_spec(state), mesh)
     return nnx.merge(graph, jax.device_put(state, places))
 
 
@@ -60,17 +45,7 @@ def positions_and_mask(ids: Any) -> tuple[jax.Array, jax.Array]:
     return positions, jnp.tril(jnp.ones((rows, length, length), bool))
 
 
-def logits(model: Any, ids: Any) -> jax.Array:
+def logits(model: Any, ids: Any = IDS) -> jax.Array:
+    """Logits of the next token, each position seeing itself and what is before it."""
     positions, mask = positions_and_mask(ids)
     return model(jnp.asarray(ids), positions, None, mask)[0]
-
-
-def model_input(batch: Any) -> dict[str, Any]:
-    """What Tunix's own loss takes."""
-    positions, mask = positions_and_mask(batch.input_tokens)
-    return {
-        "input_tokens": batch.input_tokens,
-        "input_mask": batch.input_mask,
-        "positions": positions,
-        "attention_mask": mask,
-    }

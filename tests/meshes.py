@@ -1,0 +1,50 @@
+"""What tests of meshes share."""
+
+import math
+
+import jax
+import numpy as np
+from helpers import wide
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from benchmarks.traffic import collectives
+
+
+def make_mesh(kind="Auto", devices=None, **sizes):
+    """A mesh with axes of these names and sizes, by default of the first devices."""
+    shape, types = tuple(sizes.values()), (getattr(AxisType, kind),) * len(sizes)
+    devices = devices or jax.devices()[: math.prod(shape)]
+    return jax.make_mesh(shape, tuple(sizes), axis_types=types, devices=devices)
+
+
+def shardings(specs, mesh):
+    """A tree of `PartitionSpec`s as one of `NamedSharding`s."""
+    is_spec = {"is_leaf": lambda leaf: isinstance(leaf, P)}
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, **is_spec)
+
+
+def put(arrays, mesh, specs):
+    """A tree of arrays where a tree of `PartitionSpec`s says."""
+    return jax.device_put(arrays, shardings(specs, mesh))
+
+
+def placed(arrays, places):
+    """The shapes of arrays, with these shardings."""
+    return jax.tree.map(
+        lambda a, place: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place),
+        arrays,
+        places,
+    )
+
+
+def sent(program):
+    """The collectives of a compiled program, and how often it has each."""
+    return collectives(program.as_text())
+
+
+def assert_close(got, expected, tolerance=1e-5):
+    """Each array differs by at most `tolerance` times the largest expected value."""
+    for one, other in zip(*map(jax.tree.leaves, (got, expected)), strict=True):
+        one, other = wide(one), wide(other)
+        np.testing.assert_allclose(one, other, atol=tolerance * np.abs(other).max())
