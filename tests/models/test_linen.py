@@ -95,7 +95,9 @@ def test_other_scan_axes_are_refused():
         linen.plan(trailing(12), variables, CONFIG, X)
 
 
-@pytest.mark.parametrize("method", ["encode", LinenMethods.decode], ids=str)
+@pytest.mark.parametrize(
+    "method", ["encode", LinenMethods.decode], ids=["by name", "by function"]
+)
 def test_methods(method):
     model = LinenMethods()
     variables, apply, _ = made(model)

@@ -413,7 +413,7 @@ def test_registered_layers():
 class ByEquation(Named):
     """Its equation is known in the call only."""
 
-    def __call__(self, eqn, x):
+    def __call__(self, eqn, x):  # pyright: ignore[reportIncompatibleMethodOverride]
         return jnp.einsum(eqn, x, self.w[...])
 
 

@@ -77,7 +77,7 @@ def test_a_model(make):
         updates, state = tx.update(grads, state)
         return optax.apply_updates(adapters, updates), state, value, y
 
-    state = tx.init(adapters)
+    state, last = tx.init(adapters), adapters
     for _ in range(10):
         last = adapters
         adapters, state, value, y = step(last, state, params)

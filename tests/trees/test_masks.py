@@ -1,5 +1,7 @@
 """optax: only what should train moves, by a bit."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -82,7 +84,7 @@ def test_labels(both):
     labels = labels_of(both, "norm/scale")
     assert labels["fc"] == {"kernel": "frozen", "kernel_mora": "trainable"}
     assert labels["norm"] == {"scale": "trainable"}
-    mask = mask_of(both)
+    mask: Any = mask_of(both)
     assert mask["norm"] == {"scale": False} and mask["fc"]["kernel_mora"] is True
 
 
