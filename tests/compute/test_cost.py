@@ -88,8 +88,6 @@ def test_arithmetic(case, size):
 
 
 class Stack(nn.Module):
-    """Dense layers of one size and their activations."""
-
     @nn.compact
     def __call__(self, x):
         for _ in range(6):

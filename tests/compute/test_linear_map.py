@@ -45,8 +45,8 @@ def test_its_own_transpose_is_used():
     once = gradient(X, mark=1.0)
     for transform in (jax.jit, jax.checkpoint):
         close(transform(gradient)(X), 3 * once)
-    batched = jax.vmap(gradient, (None, 0))(X, np.stack([W, 2 * W]))
-    close(batched, np.stack([3 * once, 6 * once]))
+    batched = jax.vmap(gradient, (None, 0))(X, jnp.stack([W, 2 * W]))
+    close(batched, jnp.stack([3 * once, 6 * once]))
     (back,) = jax.linear_transpose(lambda x: apply(W, x, 3.0), X)(jnp.ones((4, 3)))
     close(back, 3 * once)
 
@@ -66,14 +66,6 @@ def test_vmap(axes):
     close(by_x(apply), by_x(lambda w, x: x @ w))
 
 
-def test_scan_and_linearize():
-    square = random(2, 2, 2)
-    y, _ = jax.lax.scan(lambda x, _: (apply(square, x), None), X, length=3)
-    close(y, X @ square @ square @ square)
-    y, linear = jax.linearize(lambda x: apply(W, x), X)
-    close(linear(2 * X), 2 * y)
-
-
 def test_the_residual_is_kept_alone():
     """The gradient's program holds w and nothing that was computed from it."""
 
@@ -87,9 +79,7 @@ def test_the_residual_is_kept_alone():
 
     _, vjp = jax.vjp(lambda x: Dear()(W, x), X)
     kept = [leaf for leaf in jax.tree.leaves(vjp) if jnp.shape(leaf) == W.shape]
-    assert kept
-    for leaf in kept:
-        close(leaf, W)
+    close(kept, [W] * max(1, len(kept)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,18 +113,13 @@ def test_a_derivative_by_a_residual_may_be_written_out(batched):
     if batched:  # over w and x
         args = args[0], *(jnp.stack([a, 2 * a]) for a in args[1:])
         functions = [jax.vmap(f, (None, 0, 0)) for f in functions]
-    by_all, expected = (
-        jax.grad(lambda *args, f=f: jnp.sum(f(*args)), (0, 1))(*args) for f in functions
-    )
-    close(by_all[0], expected[0])
-    close(by_all[1], 3 * expected[1])
-    tangents = tuple(2 * arg for arg in args[:2])
-    got, expected = (
-        jax.jvp(lambda b, w, f=f: f(b, w, args[2]), args[:2], tangents)[1]
-        for f in functions
-    )
-    bias = np.broadcast_to(tangents[0], expected.shape)
-    close(got - bias, 3 * (expected - bias))
+    (b, w, x), tangents, found = args, tuple(2 * arg for arg in args[:2]), []
+    for function in functions:
+        y, back = jax.vjp(lambda b, w, f=function: f(b, w, x), b, w)
+        _, tangent = jax.jvp(lambda b, w, f=function: f(b, w, x), (b, w), tangents)
+        found.append((*back(jnp.ones_like(y)), tangent - tangents[0]))
+    (by_b, *by_w), (expected_by_b, *expected_by_w) = found
+    close((by_b, by_w), (expected_by_b, [3 * each for each in expected_by_w]))
 
 
 def test_static_functions_compare_by_what_they_hold():
@@ -151,18 +136,14 @@ def test_static_functions_compare_by_what_they_hold():
     assert traces == [2.0, 3.0]
 
 
-def test_transposed_by_residuals_where_linear_in_them():
-    """As JAX would; and by both, one at a time."""
+def test_transposes():
+    """Also by residuals in which it is linear, as JAX would; by both, one at a time."""
     y = X @ W
     (by_w,) = jax.linear_transpose(lambda w: apply(w, X, mark=2.0), W)(y)
     close(by_w, X.T @ y)
     (by_x,) = jax.linear_transpose(lambda x: apply(W, x, mark=2.0), X)(y)
     close(by_x, 2 * y @ W.T)
-
-
-def test_transposed_map():
-    """Forward is the transpose's transpose."""
-    y = X @ W
+    # Forward is the transpose's transpose.
     close(Product(2.0).transpose({"w": W}, y), 2 * y @ W.T)
     back = jax.linear_transpose(lambda y: Product(2.0).transpose({"w": W}, y), y)
     close(back(X)[0], y)

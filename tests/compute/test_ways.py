@@ -1,7 +1,6 @@
 """The ways to compute an adapted product give the same, and are chosen as told."""
 
 import dataclasses
-import functools
 import re
 
 import flax.linen as nn
@@ -129,17 +128,15 @@ def test_transformations(case):
 
 
 def products(function, *args):
-    """How many products the program of `function` has.
-
-    A folded layer has one and an adapted layer two, where M acts on the activations.
-    """
+    """How many products a program has: one a folded layer, two where M acts on x."""
     text = jax.jit(function).lower(*args).compile().as_text()
     return len(re.findall(r" dot\(", text))
 
 
-class Mixed(nn.Module):
-    """Layers that fold: five of them."""
+X = random(0, 5, 12)
 
+
+class Mixed(nn.Module):
     @nn.compact
     def __call__(self, x):
         x = nn.Dense(12, name="plain")(x)
@@ -150,8 +147,6 @@ class Mixed(nn.Module):
 
 
 class Scanned(nn.Module):
-    """Layers under two lifted transformations."""
-
     @nn.compact
     def __call__(self, x):
         def block(module, x, _):
@@ -174,23 +169,6 @@ def wrapped(model, way, x, traced=True, targets=".*(kernel|embedding)"):
     return linen.wrap(model, plan), (trained(plan), variables, x)
 
 
-@pytest.mark.parametrize(
-    ("model", "layers"), [(Mixed(), 5), (Scanned(), 1)], ids=["mixed", "scanned"]
-)
-def test_linen_layers_fold(model, layers):
-    results = []
-    for way, each in (("fold", 1), ("activation", 2)):
-        apply, args = wrapped(model, way, random(0, 5, 12))
-        assert products(apply, *args) == each * layers
-
-        def loss(*args, apply=apply):
-            y = apply(*args)
-            return jnp.sum(jnp.sin(y)), y
-
-        results.append(jax.jit(jax.value_and_grad(loss, has_aux=True))(*args))
-    close(*results, 1e-4)
-
-
 class Twin(nnx.Module):
     def __init__(self, rngs):
         self.plain = nnx.Linear(12, 12, rngs=rngs)
@@ -201,37 +179,44 @@ class Twin(nnx.Module):
         return self.join(self.split(self.plain(x)))
 
 
-def test_nnx_layers_fold():
-    x, results = random(0, 5, 12), []
-    for way, expected in (("fold", 3), ("activation", 6)):
-        config = MoRAConfig(square_rank=4, execution=way, operator="permutation")
-        model = mora_nnx.wrap(Twin(nnx.Rngs(0)), config)
-        adapters = jax.tree.map(lambda m: m + 0.1, mora_nnx.adapters(model))
-        mora_nnx.set_adapters(model, adapters)
-
-        @nnx.jit
-        def step(model, x):
-            return mora_nnx.value_and_grad(lambda model: jnp.sin(model(x)).sum())(model)
-
-        results.append(jax.tree.leaves(step(model, x)))
-        graph, state = nnx.split(model)
-        run = functools.partial(lambda graph, s, x: nnx.merge(graph, s)(x), graph)
-        assert products(run, state, x) == expected
-        with pytest.raises(TypeError):
-            model(x[:, :11])
-        assert model.plain.dot_general is jax.lax.dot_general  # after a failure too
-    close(*results, 1e-4)
+def twin(way):
+    config = MoRAConfig(square_rank=4, operator="permutation", execution=way)
+    model = mora_nnx.wrap(Twin(nnx.Rngs(0)), config)
+    mora_nnx.set_adapters(model, trained(mora_nnx.plan_of(model)))
+    with pytest.raises(TypeError):
+        model(X[:, :11])
+    assert model.plain.dot_general is jax.lax.dot_general  # after a failure too
+    graph, state = nnx.split(model)
+    return lambda state, x: nnx.merge(graph, state)(x), (state, X)
 
 
-def test_moradense_folds():
-    x, results = random(0, 5, 12), []
-    for way, expected in (("fold", 1), ("activation", 2)):
-        config = MoRAConfig(square_rank=4, init="gaussian", execution=way)
-        layer = mora_jax.MoRADense(8, config=config)
-        variables = layer.init(jax.random.key(0), x)
-        assert products(layer.apply, variables, x) == expected
-        results.append(layer.apply(variables, x))
-    close(*results)
+def moradense(way):
+    config = MoRAConfig(square_rank=4, init="gaussian", execution=way)
+    layer = mora_jax.MoRADense(8, config=config)
+    return layer.apply, (layer.init(jax.random.key(0), X), X)
+
+
+FOLDING = {
+    "mixed": (lambda way: wrapped(Mixed(), way, X), 5),
+    "scanned": (lambda way: wrapped(Scanned(), way, X), 1),
+    "NNX": (twin, 3),
+    "MoRADense": (moradense, 1),
+}
+
+
+@pytest.mark.parametrize("name", FOLDING)
+def test_layers_fold(name):
+    (make, layers), results = FOLDING[name], []
+    for way, each in (("fold", 1), ("activation", 2)):
+        apply, args = make(way)
+        assert products(apply, *args) == each * layers
+
+        def loss(*args, apply=apply):
+            y = apply(*args)
+            return jnp.sum(jnp.sin(y)), y
+
+        results.append(jax.jit(jax.value_and_grad(loss, has_aux=True))(*args))
+    close(*map(jax.tree.leaves, results), 1e-4)
 
 
 def program(model, way, x, **settings):
@@ -239,48 +224,44 @@ def program(model, way, x, **settings):
     return jax.jit(apply).lower(*args).as_text()
 
 
-@pytest.mark.parametrize(
-    ("model", "x"),
-    [
-        (nn.Einsum((12, 6), "bi,io->bo"), random(0, 5, 12)),
-        (nn.Conv(6, (3,)), random(0, 2, 5, 12)),
-        (nn.Embed(12, 6), np.arange(5)),
-        (nn.DenseGeneral(6, batch_dims=0), random(0, 3, 5, 12)),
-    ],
-    ids=["einsum", "conv", "embed", "stacked"],
-)
-def test_what_never_folds(model, x):
+NEVER = {
+    "einsum": (nn.Einsum((12, 6), "bi,io->bo"), X),
+    "conv": (nn.Conv(6, (3,)), random(0, 2, 5, 12)),
+    "embed": (nn.Embed(12, 6), np.arange(5)),
+    "stacked": (nn.DenseGeneral(6, batch_dims=0), random(0, 3, 5, 12)),
+}
+
+
+@pytest.mark.parametrize("name", NEVER)
+def test_what_never_folds(name):
     """Its program is the same in either way, unlike that of a layer that folds."""
-    assert program(model, "fold", x) == program(model, "activation", x)
-    dense, x = nn.Dense(6), random(0, 5, 12)
-    assert program(dense, "fold", x) != program(dense, "activation", x)
+    for model, x, folds in (*NEVER[name], False), (nn.Dense(6), X, True):
+        one, other = (program(model, way, x) for way in WAYS)
+        assert (one != other) == folds
 
 
-def own_dot_general(x, kernel, dimension_numbers, **settings):
-    return 2 * jax.lax.dot_general(x, kernel, dimension_numbers, **settings)
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [("dot_general", own_dot_general), ("dot_general_cls", lambda: own_dot_general)],
-)
-def test_a_product_of_the_users_own_never_folds(name, value):
+@pytest.mark.parametrize("name", ["dot_general", "dot_general_cls"])
+def test_a_product_of_the_users_own_never_folds(name):
     """And a trace shows that it is another than the rule's."""
-    model, x = nn.Dense(6, **{name: value}), random(0, 5, 12)
+
+    def twice(*args, **settings):
+        return 2 * jax.lax.dot_general(*args, **settings)
+
+    given = twice if name == "dot_general" else lambda: twice
+    model = nn.Dense(6, **{name: given})
     with pytest.raises(ValueError, match="kernel: Dense.__call__ .* by `mul`"):
-        wrapped(model, "fold", x)
-    one, other = (program(model, way, x, traced=False) for way in WAYS)
+        wrapped(model, "fold", X)
+    one, other = (program(model, way, X, traced=False) for way in WAYS)
     assert one == other
 
 
 def test_nothing_folds_under_dropout():
     """The layer sees all of its input, and the adapter some of it, in either way."""
-    params, x = {"kernel_mora": np.ones((4, 4), np.float32)}, random(1, 3, 12)
-    outputs = []
+    params, outputs = {"kernel_mora": random(1, 4, 4)}, []
     for way in WAYS:
         config = MoRAConfig(square_rank=4, dropout=0.5, execution=way)
         frozen = FrozenDense.from_config(random(0, 12, 8), config=config)
-        outputs.append(mora_apply(params, frozen, x, key=jax.random.key(0)))
+        outputs.append(mora_apply(params, frozen, X, key=jax.random.key(0)))
     close(*outputs, 0)
 
 
@@ -295,43 +276,36 @@ def test_a_kernel_of_another_shape_is_refused():
             return dot_general(x, kernel.T, (((1,), (1,)), ((), ())))
 
     mora_jax.register_layer(Transposed, equation=DENSE, dot_general=True)
-    apply, args = wrapped(Transposed(), "fold", random(0, 5, 12))
+    apply, args = wrapped(Transposed(), "fold", X)
     with pytest.raises(ValueError, match=r"shape \(8, 12\), the plan's has \(12, 8\)"):
         apply(*args)
 
 
-@pytest.mark.parametrize(
-    ("operator", "rows", "dtype", "expected"),
-    [
-        ("sharing", 512, "float32", True),
-        ("sharing", 511, "float32", False),
-        ("orthogonal", 511, "float32", False),
-        ("rotation", 154, "float32", True),
-        ("rotation", 153, "float32", False),
-        ("rotation", 512, "float64", True),
-        ("rotation", 512, "bfloat16", False),
-        ("rotation", 512, "float16", False),
-    ],
-)
+# For an operator, rows and a dtype: whether a layer of 512 features folds.
+AUTO = [
+    ("sharing", 512, "float32", True),
+    ("sharing", 511, "float32", False),
+    ("orthogonal", 511, "float32", False),
+    ("rotation", 154, "float32", True),
+    ("rotation", 153, "float32", False),
+    ("rotation", 512, "float64", True),
+    ("rotation", 512, "bfloat16", False),
+    ("rotation", 512, "float16", False),
+]
+
+
+@pytest.mark.parametrize(("operator", "rows", "dtype", "expected"), AUTO)
 def test_auto(operator, rows, dtype, expected):
-    """By operator, rows and dtype; what is asked for wins."""
-    x = jax.ShapeDtypeStruct((rows, 512), dtype)
+    """What is asked for wins, where a floating kernel is read as planned."""
+    x, dense = jax.ShapeDtypeStruct((rows, 512), dtype), Contraction.from_axes("io", 2)
     for way, folds in {"auto": expected, "fold": True, "activation": False}.items():
         config = MoRAConfig(operator=operator, execution=way)
         spec = AdapterSpec.from_config(config, (512, 512))
-        chosen = choose(spec, Contraction.from_axes("io", 2), x, dtype)
-        assert chosen == ("fold" if folds else "activation")
-
-
-def test_folds_are_of_floating_kernels_that_are_read_as_planned():
-    spec = AdapterSpec.from_config(MoRAConfig(execution="fold"), (32, 16))
-    dense = Contraction.from_axes("io", 2)
-    x = jax.ShapeDtypeStruct((4, 32), jnp.float32)
-    assert choose(spec, dense, x, x.dtype) == "fold"
-    assert choose(spec, dense, x, None) == "activation"
-    assert choose(spec, dense, x, x.dtype, dropout=True) == "activation"
-    for product in (Contraction.parse("bo,io->bi", 2), Lookup()):
-        assert choose(spec, product, x, x.dtype) == "activation"
+        assert choose(spec, dense, x, dtype) == ("fold" if folds else "activation")
+        assert choose(spec, dense, x, None) == "activation"
+        assert choose(spec, dense, x, dtype, dropout=True) == "activation"
+        for product in (Contraction.parse("bo,io->bi", 2), Lookup()):
+            assert choose(spec, product, x, dtype) == "activation"
 
 
 def test_no_rows():
@@ -342,9 +316,8 @@ def test_no_rows():
 def test_lowering_for_other_platforms():
     """Where XLA keeps optimization barriers, the order of folds is said with one."""
     frozen = make(CASES[0], 12, 10, 4, "fold")
-    traced = jax.jit(jax.grad(loss)).trace(
-        random(1, 4, 4), frozen.kernel, random(2, 3, 12), frozen
-    )
+    args = random(1, 4, 4), frozen.kernel, random(2, 3, 12), frozen
+    traced = jax.jit(jax.grad(loss)).trace(*args)
     for platform, barrier in (("cpu", False), ("cuda", True), ("tpu", True)):
         lowered = traced.lower(lowering_platforms=(platform,))
         assert ("optimization_barrier" in lowered.as_text()) == barrier

@@ -1,8 +1,10 @@
 """Einsum equations as dense layers."""
 
-import jax.numpy as jnp
+import math
+
 import numpy as np
 import pytest
+from helpers import close, random, wide
 
 from mora_jax._axes import kernel_from_rows, sizes
 from mora_jax.products import Contraction
@@ -25,24 +27,19 @@ EQUATIONS = [
 @pytest.mark.parametrize(("equation", "x_shape", "w_shape", "axes"), EQUATIONS)
 def test_rows_compute_the_einsum(equation, x_shape, w_shape, axes):
     """Rows times the flattened kernel, put back, is what the einsum gives."""
-    rng = np.random.default_rng(0)
-    x, w = rng.standard_normal(x_shape), rng.standard_normal(w_shape)
+    x, w = random(0, *x_shape), random(1, *w_shape)
     contraction = Contraction.parse(equation, x.ndim)
     assert contraction.axes == axes
     order = [k for letter in "sio" for k, kind in enumerate(axes) if kind == letter]
-    stack = sizes(w_shape, axes, "s")
-    ins = int(np.prod(sizes(w_shape, axes, "i")))
+    stack, ins = sizes(w_shape, axes, "s"), math.prod(sizes(w_shape, axes, "i"))
     flat = w.transpose(order).reshape(*stack, ins, -1)
-    rows = np.asarray(contraction.to_rows(jnp.asarray(x)))
+    rows = contraction.to_rows(x)
     assert rows.shape[-1] == ins and rows.shape[: len(stack)] == stack
     batch = (1,) * (rows.ndim - 1 - len(stack) - 1)
     product = rows @ flat.reshape(*stack, *batch, ins, -1) if stack else rows @ flat
-    y = contraction.from_rows(jnp.asarray(product), sizes(w_shape, axes, "o"))
-    expected = np.einsum(equation.replace(" ", ""), x, w)
-    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(
-        kernel_from_rows(jnp.asarray(flat), w_shape, axes), w, rtol=1e-6
-    )
+    y = contraction.from_rows(product, sizes(w_shape, axes, "o"))
+    close(y, np.einsum(equation.replace(" ", ""), wide(x), wide(w)))
+    close(kernel_from_rows(flat, w_shape, axes), w)
 
 
 @pytest.mark.parametrize(

@@ -18,9 +18,8 @@ PARAMS = {
     "dec": {"kernel": random(2, 3, 24, 8)},
     "out": {"kernel": random(3, 24, 4)},
 }
-PLAN = mora_jax.plan(
-    PARAMS, MoRAConfig(rank=2, overrides={"dec/kernel": {"axes": "sio"}})
-)
+CONFIG = MoRAConfig(rank=2, overrides={"dec/kernel": {"axes": "sio"}})
+PLAN = mora_jax.plan(PARAMS, CONFIG)
 # In blocks that fill the layer, so that many operators are isometric, and that do not.
 FEW_SIZES = {(16, 16, 4), (13, 7, 4)}
 

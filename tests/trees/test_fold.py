@@ -16,13 +16,11 @@ SETTINGS = {"rank": 2, "operator": "rotation", "alpha": 0.5}
 
 
 def dict_model():
-    """An MLP whose second kernel is (out, in): params, apply, plan and its axes."""
-    params = {
-        "layers": [
-            {"kernel": random(1, 12, 20), "bias": jnp.ones(20)},
-            {"w": random(2, 8, 20), "scale": jnp.ones(8)},
-        ]
-    }
+    """An MLP whose second kernel is (out, in): params, apply, config, planned axes."""
+    layers = [
+        {"kernel": random(1, 12, 20), "bias": jnp.ones(20)},
+        {"w": random(2, 8, 20), "scale": jnp.ones(8)},
+    ]
 
     def apply(params, x):
         first, second = params["layers"]
@@ -30,9 +28,9 @@ def dict_model():
         return h @ second["w"].T * second["scale"]
 
     targets, overrides = "layers/./(kernel|w)", {"layers/1/w": {"axes": "oi"}}
-    chosen = plan(params, MoRAConfig(**SETTINGS, targets=targets, overrides=overrides))
+    config = MoRAConfig(**SETTINGS, targets=targets, overrides=overrides)
     axes = {"layers/0/kernel": ("io", 12, 20), "layers/1/w": ("oi", 20, 8)}
-    return params, apply, chosen, axes
+    return {"layers": layers}, apply, config, axes
 
 
 def equinox_model():
@@ -48,45 +46,43 @@ def equinox_model():
     config = MoRAConfig(**SETTINGS, targets=".*/weight", overrides=overrides)
     widths = [(12, 20), (20, 20), (20, 8)]
     axes = {f"layers/{k}/weight": ("oi", *each) for k, each in enumerate(widths)}
-    return params, apply, plan(params, config), axes
+    return params, apply, config, axes
 
 
 @pytest.mark.parametrize("make", [dict_model, equinox_model])
 def test_a_model(make):
     """Zeros change nothing, folded is merged, and it trains in one program."""
-    params, apply, chosen, axes = make()
-    assert axes == {
-        path: (spec.axes, spec.in_features, spec.out_features)
-        for path, spec in chosen.items()
-    }
-    before, adapters = jax.tree.map(np.asarray, params), init(chosen)
-    tx, traces, losses, ys = optax.adam(3e-2), [], [], []
+    params, apply, config, axes = make()
+    chosen = plan(params, config)
+    for path, spec in chosen.items():
+        assert axes.pop(path) == (spec.axes, spec.in_features, spec.out_features)
+    assert not axes
+    before, traces = jax.tree.map(np.array, params), []
+    adapters, tx = init(chosen), optax.adam(3e-2)
 
     @jax.jit
     def step(adapters, state, params):
         traces.append(None)
-        folded = fold(params, adapters, chosen)
-        chex.assert_trees_all_equal_shapes_and_dtypes(folded, params)
-        assert jax.tree.structure(folded) == jax.tree.structure(params)
 
         def loss(adapters):
-            y = apply(fold(params, adapters, chosen), X)
+            folded = fold(params, adapters, chosen)
+            chex.assert_trees_all_equal_shapes_and_dtypes(folded, params)
+            y = apply(folded, X)
             return jnp.mean((y - 1) ** 2), y
 
         (value, y), grads = jax.value_and_grad(loss, has_aux=True)(adapters)
         updates, state = tx.update(grads, state)
         return optax.apply_updates(adapters, updates), state, value, y
 
-    state, last = tx.init(adapters), adapters
+    state, history = tx.init(adapters), []
     for _ in range(10):
-        last = adapters
-        adapters, state, value, y = step(last, state, params)
-        losses.append(float(value))
-        ys.append(y)
-    chex.assert_trees_all_equal(ys[0], jax.jit(apply)(params, X))
-    close(ys[-1], apply(merge(params, last, chosen), X))
-    assert largest(ys[-1] - ys[0]) > 1e-2
-    assert losses[-1] < 0.8 * losses[0] and len(traces) == 1
+        adapters, state, value, y = step(adapters, state, params)
+        history.append((adapters, float(value), y))
+    (_, first, base), *_, (last, _, _), (_, end, y) = history
+    chex.assert_trees_all_equal(base, jax.jit(apply)(params, X))
+    close(y, apply(merge(params, last, chosen), X))
+    assert largest(y - base) > 1e-2
+    assert end < 0.8 * first and len(traces) == 1
     chex.assert_trees_all_equal(params, before)
 
 
@@ -108,7 +104,8 @@ def test_dtypes_and_transformations():
 
 @pytest.mark.usefixtures("unchecked")
 def test_bad_input():
-    params, _, chosen, _ = dict_model()
+    params, _, config, _ = dict_model()
+    chosen = plan(params, config)
     with pytest.raises(ValueError, match="adapters lack 'layers/0/kernel_mora'"):
         fold(params, {}, chosen)
     with pytest.raises(ValueError, match="params lack the kernel 'layers/0/kernel'"):

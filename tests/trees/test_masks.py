@@ -1,7 +1,5 @@
 """optax: only what should train moves, by a bit."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,9 +12,7 @@ from mora_jax import MoRAConfig, combine, init, optimizer, plan, split
 from mora_jax import trainable_labels as labels_of
 from mora_jax import trainable_mask as mask_of
 
-CLIPPED = optax.chain(
-    optax.clip_by_global_norm(1.0), optax.adamw(0.1, weight_decay=0.1)
-)
+CLIPPED = optax.chain(optax.clip_by_global_norm(1), optax.adamw(0.1, weight_decay=0.1))
 
 
 @pytest.fixture
@@ -40,7 +36,7 @@ def train(tx, params, steps=5):
     state, update = tx.init(params), jax.jit(tx.update)
     for k in range(steps):
         updates, state = update(gradients(params, k), state, params)
-        params = optax.apply_updates(params, updates)
+        params = jax.jit(optax.apply_updates)(params, updates)
     return params, state
 
 
@@ -80,17 +76,13 @@ def test_the_whole_base_trains(both):
     assert_all_move(both, train(optimizer(optax.sgd(0.1), both, base=".*"), both)[0])
 
 
-def test_labels(both):
-    labels = labels_of(both, "norm/scale")
+def test_labels_and_mask(both):
+    labels, mask = labels_of(both, "norm/scale"), mask_of(both)
     assert labels["fc"] == {"kernel": "frozen", "kernel_mora": "trainable"}
     assert labels["norm"] == {"scale": "trainable"}
-    mask: Any = mask_of(both)
     assert mask["norm"] == {"scale": False} and mask["fc"]["kernel_mora"] is True
-
-
-def test_masked_alone_does_not_freeze(both):
-    """Why `optimizer` exists: optax.masked lets raw gradients through."""
-    after, _ = train(optax.masked(optax.sgd(0.1), mask_of(both)), both, steps=1)
+    # Why `optimizer` exists: optax.masked lets raw gradients through.
+    after, _ = train(optax.masked(optax.sgd(0.1), mask), both, steps=1)
     assert_all_move(both["norm"], after["norm"])
 
 
