@@ -99,7 +99,7 @@ def test_compiled_and_not_give_the_same(name, api):
     close(case.adapted(case.params, case.adapters, case.x), compiled)
 
 
-@pytest.mark.parametrize("name", ["groups", "t-kernel", "tied"])
+@pytest.mark.parametrize("name", ["groups", "t-kernel"])
 @by_kind
 def test_merged_is_adapted_for_every_kind_of_operator(name, case):
     assert_merged_is_adapted(results(name, "linen", case.spec["name"]))

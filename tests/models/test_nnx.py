@@ -197,16 +197,19 @@ def test_flax_moves_numbers_together_with_what_they_mean():
         assert model.encoder.kernel_mora.spec == old.spec
 
 
-def test_layers_adapted_alone_can_be_stacked():
-    """Equal layers differ in no metadata; then they run under nnx.scan."""
+def test_equal_layers_can_be_stacked():
+    """They differ in no metadata; then they run under nnx.scan."""
     layers = [trained(mora.wrap(linear(seed=k), CONFIG), 0.1 * k) for k in range(3)]
     graphs, states = zip(*map(nnx.split, layers), strict=True)
     assert len(set(graphs)) == 1
     stack = nnx.merge(graphs[0], jax.tree.map(lambda *a: jnp.stack(a), *states))
     expected = functools.reduce(lambda x, layer: layer(x), layers, X)
-    assert [spec.axes for spec in mora.plan_of(stack).specs] == ["sio"]
-    for model in (stack, mora.merge_adapters(stack)):
-        close(one_after_another(X, model), expected, 1e-4)
+    close(one_after_another(X, stack), expected)
+    made = stack_of(lambda rngs: MoRALinear(12, 12, config=CONFIG, rngs=rngs))
+    for model in (stack, trained(made)):
+        assert [spec.axes for spec in mora.plan_of(model).specs] == ["sio"]
+        y = one_after_another(X, model)
+        close(one_after_another(X, mora.merge_adapters(model)), y, 1e-4)
 
 
 # --- Training ---
@@ -364,13 +367,6 @@ def test_moralinear_settings():
     dropping = layer(X)
     layer.eval()
     assert (layer(X) != dropping).any()
-
-
-def test_moralinears_are_stacked():
-    stack = stack_of(lambda rngs: MoRALinear(12, 12, config=CONFIG, rngs=rngs))
-    assert [spec.axes for spec in mora.plan_of(trained(stack)).specs] == ["sio"]
-    y = one_after_another(X, stack)
-    close(one_after_another(X, mora.merge_adapters(stack)), y, 1e-4)
 
 
 # --- Layers of the user's own, and errors ---

@@ -217,29 +217,22 @@ def test_scales_that_do_not_factor_are_refused(unchecked):
 
 @pytest.mark.parametrize("kind", ["WeightNorm", "SpectralNorm"])
 def test_normalised_layers_are_refused_with_plans_of_shapes_too(kind):
+    model, config = getattr(nn, kind)(nn.Dense(WIDTH)), MoRAConfig(rank=2)
     settings = {"update_stats": False} if kind == "SpectralNorm" else {}
-
-    class Layer(nn.Module):
-        @nn.compact
-        def __call__(self, x):
-            inner = nn.Dense(WIDTH, name="d")
-            return getattr(nn, kind)(inner)(x, **settings)
-
-    variables = variables_of(Layer())
-    message = f"d/kernel: {kind} changes this kernel before its layer multiplies"
-    config = MoRAConfig(rank=2)
-    with pytest.raises(ValueError, match="d/kernel: Dense.__call__ changes it"):
-        linen.plan(Layer(), variables, config, X)
-    shapes = mora_jax.plan({"d": variables["params"]["d"]}, config)
-    with pytest.raises(ValueError, match=message):
-        linen.wrap(Layer(), shapes)(mora_jax.init(shapes), variables, X)
+    variables = random_like(jax.eval_shape(lambda: model.init(KEY, X, **settings)))
+    path = "layer_instance/kernel"
+    with pytest.raises(ValueError, match=f"{path}: Dense.__call__ changes it"):
+        linen.plan(model, variables, config, X, **settings)
+    shapes = mora_jax.plan({"layer_instance": {"kernel": X[0].T @ X[0]}}, config)
+    apply, message = linen.wrap(model, shapes), f"{path}: {kind} changes"
+    with pytest.raises(ValueError, match=f"{message} this kernel before its layer mul"):
+        apply(mora_jax.init(shapes), variables, X, **settings)
     if not hasattr(nnx, kind):  # in flax 0.12.0
         return
     linear = nnx.Linear(WIDTH, WIDTH, rngs=nnx.Rngs(0))
     twin = getattr(nnx, kind)(linear, rngs=nnx.Rngs(1))
-    shapes = mora_jax.plan({"layer_instance": {"kernel": X[0].T @ X[0]}}, config)
     for chosen in (config, shapes):
-        with pytest.raises(ValueError, match=f"layer_instance/kernel: {kind} changes"):
+        with pytest.raises(ValueError, match=message):
             mora_nnx.wrap(twin, chosen)
 
 
