@@ -307,20 +307,6 @@ def test_dropout_drops_at_its_rate():
     assert np.abs(outputs[0] - outputs[1]).max() > 1
 
 
-def test_dropout_differs_between_layers_at_the_start():
-    """Where every M is zero still."""
-    both = mora.wrap(nnx.List([linear(seed=k) for k in range(2)]), DROPOUT)
-    first, second, again = (
-        jax.random.key_data(layer.dropout_mora.key(layer.kernel_mora[...], kernel))
-        for layer, kernel in (
-            (both[0], both[0].kernel),
-            (both[1], both[1].kernel),
-            (both[1], both[0].kernel),
-        )
-    )
-    assert (first != second).any() and (first == again).all()
-
-
 def test_scanned_layers_drop_in_their_own_way():
     """Even with M's that are equal, as the zeros of the start are."""
     model = stack_of(lambda rngs: nnx.Linear(16, 16, rngs=rngs))
@@ -456,14 +442,9 @@ def test_bad_input():
     (model, config), (einsums, _) = make("methods"), make("einsums")
     both, named = mora.wrap(model, config), Named(nnx.Rngs(0))
     tree, set_adapters = mora.adapters(both), functools.partial(mora.set_adapters, both)
-    small = jax.tree.map(lambda m: m[:2], tree)
-    nan = mora.wrap(model, config)
-    mora.set_adapters(nan, jax.tree.map(lambda m: m + np.nan, tree))
     gaussian = MoRAConfig(rank=2, init="gaussian")
     started = mora.adapters(mora.wrap(model, gaussian, rngs=nnx.Rngs(0)))
     assert all(np.abs(m).max() > 0 for m in jax.tree.leaves(started))
-    quantised = linear()
-    quantised.kernel = nnx.Param(jnp.ones((12, 12), jnp.int8))
     other = mora.plan(nnx.Sequential(linear()))
 
     def wrap(model, target, axes=None):
@@ -476,7 +457,6 @@ def test_bad_input():
         "model must be a flax.nnx.Module, got int": lambda: mora.adapters(3),
         "tx must be an optax": lambda: mora.adapter_optimizer(both, None),
         "plan must be a Plan or its digest, got int": lambda: set_adapters(tree, 3),
-        "kernel must have a floating-point dtype": lambda: mora.wrap(quantised),
         "w: Named.* may use.*nothing is known": lambda: wrap(named, "w", "io"),
     }.items():
         with pytest.raises(TypeError, match=message):
@@ -484,7 +464,6 @@ def test_bad_input():
     has_none, first = "model has no adapters", "the first at 'decoder/kernel_mora'"
     for message, call in (
         ("targets: '.*q_proj.*' matches no path", lambda: wrap(model, ".*q_proj.*")),
-        ("params holds no array", lambda: mora.wrap(nnx.Dropout(0.1))),
         (has_none, lambda: mora.unwrap(model)),
         (has_none, lambda: mora.merge_adapters(model)),
         (has_none, lambda: mora.adapters(model)),
@@ -496,9 +475,7 @@ def test_bad_input():
         ("init='gaussian' needs a key, got N", lambda: mora.wrap(model, gaussian)),
         ("seed must be in", lambda: mora.wrap(model, DROPOUT, seed=-1)),
         ("adapters lack 'decoder/kernel_mora", lambda: set_adapters({})),
-        ("kernel_mora must have shape", lambda: set_adapters(small)),
         ("64 hex.*; .*plan_from_json", lambda: set_adapters(tree, "{}")),
-        ("holds NaN or infinity", lambda: mora.merge_adapters(nan)),
         ("w: it is not known how a layer uses it", lambda: wrap(named, "w")),
         (
             "heads/kernel: .*'iio', the layer computes",

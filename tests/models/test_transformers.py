@@ -53,18 +53,18 @@ SIZES = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
 SIZES |= {"vocab_size": 50, "max_position_embeddings": 32, "intermediate_size": 40}
 
 
-def test_bert():
-    config = transformers.BertConfig(**SIZES)
-    model, variables, args = tiny(transformers.FlaxBertModel, config)
+@pytest.mark.parametrize(
+    ("name", "model", "more", "kernels"),
+    [
+        ("Bert", "BertModel", {}, 2 * 6 + 1),  # every Dense, the pooler too
+        # All projections, and not the head.
+        ("Llama", "LlamaForCausalLM", {"num_key_value_heads": 1}, 2 * 7),
+    ],
+)
+def test_models_of_others(name, model, more, kernels):
+    config = getattr(transformers, f"{name}Config")(**SIZES, **more)
+    model, variables, args = tiny(getattr(transformers, f"Flax{model}"), config)
     chosen = linen.plan(model, variables, CONFIG, *args)
-    assert len(chosen) == 2 * 6 + 1  # every Dense, the pooler too
+    assert len(chosen) == kernels
     assert plan(variables["params"], CONFIG) == chosen
-    check_zero_and_merged(model, variables, args, chosen)
-
-
-def test_llama():
-    config = transformers.LlamaConfig(**SIZES, num_key_value_heads=1)
-    model, variables, args = tiny(transformers.FlaxLlamaForCausalLM, config)
-    chosen = linen.plan(model, variables, CONFIG, *args)
-    assert len(chosen) == 2 * 7  # all projections, and not the head
     check_zero_and_merged(model, variables, args, chosen)
