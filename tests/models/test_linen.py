@@ -5,6 +5,7 @@ The laws over all models are in test_model_laws.py.
 
 import functools
 import re
+from typing import Any
 
 import chex
 import flax.linen as nn
@@ -29,6 +30,7 @@ from mora_jax import (
 
 KEY = jax.random.key(0)
 DROPOUT = MoRAConfig(rank=2, dropout=0.5)
+wrap: Any = linen.wrap  # whose result has an attribute `plan`
 
 
 class BatchStats(nn.Module):
@@ -50,7 +52,7 @@ def variables_of(model, **kwargs):
 def made(model, config=CONFIG, **kwargs):
     """(variables, adapted apply, adapters as after training)."""
     variables = variables_of(model, **kwargs)
-    apply = linen.wrap(model, config, variables, X, **kwargs)
+    apply = wrap(model, config, variables, X, **kwargs)
     return variables, apply, trained(apply.plan)
 
 
@@ -76,7 +78,7 @@ def test_nn_jit_does_not_serve_another_plans_program():
     variables, outputs = variables_of(model), []
     base = model.apply(variables, X)
     for alpha in (0.5, 1.0):
-        apply = linen.wrap(model, MoRAConfig(rank=2, alpha=alpha), variables, X)
+        apply = wrap(model, MoRAConfig(rank=2, alpha=alpha), variables, X)
         adapters = trained(apply.plan)
         outputs.append(apply(adapters, variables, X))
         merged = fold(variables["params"], adapters, apply.plan)
@@ -110,7 +112,7 @@ def test_mutable_collections_and_dropout_keys():
     assert largest(state["batch_stats"]["BatchNorm_0"]["mean"] - 1) > 1e-3
     assert linen.plan(model, variables, CONFIG, X, **stats) == apply.plan
     for mutable in (True, ["batch_stats"]):  # once for each wrapped model
-        apply = linen.wrap(model, apply.plan)
+        apply = wrap(model, apply.plan)
         call = functools.partial(apply, mutable=mutable, **kwargs)
         with pytest.warns(mora_jax.MoRAWarning, match="nor in what mora_jax.s") as seen:
             for _ in range(3):
@@ -216,7 +218,7 @@ def call_of_shapes(model, config):
     """What happens with a plan that no trace of the model has checked."""
     variables = variables_of(model)
     chosen = plan(variables["params"], config)
-    linen.wrap(model, chosen)(init(chosen), variables, X)
+    wrap(model, chosen)(init(chosen), variables, X)
 
 
 def test_a_kernel_planned_the_other_way_round_is_used_transposed():
@@ -226,7 +228,7 @@ def test_a_kernel_planned_the_other_way_round_is_used_transposed():
     config = MoRAConfig(rank=2, targets="w", alpha=0.5)
     chosen = plan(variables["params"], config)
     assert chosen["w"].axes == "io"
-    assert_merged_is_adapted(model, linen.wrap(model, chosen), variables)
+    assert_merged_is_adapted(model, wrap(model, chosen), variables)
 
 
 class SharedScope(nn.Module):
@@ -315,12 +317,12 @@ def test_bad_input():
     small = {"kernel_mora": jnp.zeros((3, 3))}
     lacks = "variables must be a mapping with 'params'"
     for error, message, call in (
-        (TypeError, "flax.linen.Module, got type", lambda: linen.wrap(nn.Dense, 0)),
-        (TypeError, "must be given with a", lambda: linen.wrap(model, CONFIG)),
+        (TypeError, "flax.linen.Module, got type", lambda: wrap(nn.Dense, 0)),
+        (TypeError, "must be given with a", lambda: wrap(model, CONFIG)),
         (
             TypeError,
             "must not be given with a plan",
-            lambda: linen.wrap(model, apply.plan, both),
+            lambda: wrap(model, apply.plan, both),
         ),
         (TypeError, "model must be", lambda: linen.plan(max, variables, CONFIG, X)),
         (ValueError, lacks, lambda: apply(adapters, variables["params"], X)),

@@ -392,8 +392,11 @@ def test_registered_layers():
         both.norm()
 
 
-class ByEquation(Named):
+class ByEquation(nnx.Module):
     """Its equation is known in the call only."""
+
+    def __init__(self, rngs):
+        self.w = nnx.Param(rngs.params.normal((12, 8)))
 
     def __call__(self, eqn, x):
         return jnp.einsum(eqn, x, self.w[...])

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import chex
 import flax.linen as nn
@@ -188,7 +189,7 @@ def test_dropout_drops_whole_rows():
     ids, ones = jnp.arange(300).reshape(3, 100) % 11, nnx.initializers.ones
     model, twin = Table("call"), TableTwin("call", init=ones, rngs=nnx.Rngs(0))
     variables = {"params": nnx.to_pure_dict(nnx.state(twin, nnx.Param))}
-    wrapped = linen.wrap(model, config, variables, ids)
+    wrapped: Any = linen.wrap(model, config, variables, ids)
     plan = wrapped.plan
     adapters = {"embed": {"embedding_mora": random(1, *plan.specs[0].shape)}}
     apply = functools.partial(wrapped, adapters, variables, ids)
