@@ -160,13 +160,19 @@ def scan(layer):
 
 
 class Each(nn.Module):
+    """A layer whose output is one of the scan's."""
+
+    make: Any
+
     @nn.compact
     def __call__(self, x, _=None):
-        return x, nn.Dense(12, use_bias=False)(x)
+        return x, self.make()(x)
 
 
 def test_dropout_differs_by_scanned_layer():
-    variables, apply, adapters = made(scan(nn.remat(Each))(), DROPOUT)
+    variables, apply, adapters = made(
+        scan(nn.remat(Each))(lambda: nn.Dense(12)), DROPOUT
+    )
     variables = jax.tree.map(jnp.zeros_like, variables)
     ones = jax.tree.map(jnp.ones_like, adapters)
     settings = {"adapter_deterministic": False, "rngs": {"dropout": KEY}}
@@ -386,17 +392,12 @@ def test_moradense_settings_and_dropout():
 
 
 def test_moradense_learns_in_a_scan():
-    class Residual(nn.Module):
-        @nn.compact
-        def __call__(self, x, _=None):
-            return x + MoRADense(12, config=CONFIG)(x), None
-
-    model = scan(Residual)()
+    model = scan(Each)(lambda: MoRADense(12, config=CONFIG))
     base, adapters = split(variables_of(model)["params"])
 
     def loss(adapters):
-        y, _ = model.apply({"params": mora_jax.combine(base, adapters)}, X)
-        return jnp.mean(y**2)
+        params = mora_jax.combine(base, adapters)
+        return jnp.mean(model.apply({"params": params}, X)[1] ** 2)
 
     (gradient,) = jax.tree.leaves(jax.jit(jax.grad(loss))(adapters))
     assert gradient.shape == (2, 6, 6) and (np.abs(gradient).max((1, 2)) > 0).all()

@@ -180,24 +180,17 @@ def scaled_layer(scale):
     return Layer
 
 
-SHAPES = {"outputs": (1, 8), "inputs": (8, 1), "last axis": (8,), "all": ()}
+SCALES = [(random(2, *shape), "scale") for shape in ((1, 8), (8, 1), (8,), ())]
+# A layer may have none, as Gemma's Einsum, which scales in some places.
+SCALES += [(None, lambda layer: None), (jnp.array(0.25), lambda layer: 0.25)]
 
 
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_a_scaled_kernel_is_merged_into_the_kernel_itself(shape):
-    layer = scaled_layer(random(2, *shape))
-    register_layer(layer, equation=DENSE, kernel="w", scale="scale")
+@pytest.mark.parametrize(("value", "scale"), SCALES)
+def test_a_scaled_kernel_is_merged_into_the_kernel_itself(value, scale):
+    layer = scaled_layer(value)
+    register_layer(layer, equation=DENSE, kernel="w", scale=scale)
     plan = mora_nnx.plan(layer(), CONFIG, X)
     assert diagnostics.check(layer(), None, plan, X)["w"] < 1e-5
-
-
-def test_a_layer_may_have_no_scale():
-    """As Gemma's Einsum, which scales in some places."""
-    for number in (None, 0.25):
-        layer = scaled_layer(None if number is None else jnp.array(number))
-        register_layer(layer, equation=DENSE, kernel="w", scale=lambda _, n=number: n)
-        plan = mora_nnx.plan(layer(), CONFIG, X)
-        assert diagnostics.check(layer(), None, plan, X)["w"] < 1e-5
 
 
 def test_scales_that_do_not_factor_are_refused(unchecked):

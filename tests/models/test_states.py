@@ -174,16 +174,10 @@ def test_what_is_no_tree_is_told(case, tmp_path):
 
 
 def test_a_model_may_have_an_attribute_called_params():
-    class Net(nnx.Module):
-        def __init__(self):
-            self.params = linear()
-
-        def __call__(self, x):
-            return self.params(x)
-
-    model = wrap(Net(), CONFIG)
+    base = nnx.Dict(params=linear())
+    model = wrap(base, CONFIG)
     assert list(plan_of(model)) == ["params/kernel"]
-    assert list(plan(nnx.state(Net(), nnx.Param), CONFIG)) == ["params/kernel"]
+    assert list(plan(nnx.state(base, nnx.Param), CONFIG)) == ["params/kernel"]
     mora_jax.nnx.merge_adapters(model)
 
 
@@ -200,17 +194,14 @@ def test_a_model_may_have_an_attribute_called_params():
 def test_what_is_no_key_is_told(key, error, message):
     params = {"kernel": jnp.ones((8, 8))}
     frozen = FrozenDense.from_config(jnp.ones((8, 8)))
-    for given in (plan(params), frozen, plan(params, MoRAConfig(init="gaussian"))):
+    gaussian = plan(params, MoRAConfig(init="gaussian"))
+    for given in (plan(params), frozen, gaussian):
         with pytest.raises(error, match=message):
             init(given, key)
     with pytest.raises(error, match=message):
         mora_jax.mora_apply(init(frozen), frozen, jnp.ones((2, 8)), key=key)
-
-
-def test_raw_keys_are_keys():
-    chosen = plan({"kernel": jnp.ones((8, 8))}, MoRAConfig(init="gaussian"))
-    init(chosen, jax.random.PRNGKey(0))
-    jax.jit(lambda key: init(chosen, key))(jax.random.key(0))
+    init(gaussian, jax.random.PRNGKey(0))  # raw keys and traced ones are keys
+    jax.jit(lambda key: init(gaussian, key))(jax.random.key(0))
 
 
 @pytest.mark.usefixtures("unchecked")
