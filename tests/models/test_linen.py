@@ -57,7 +57,7 @@ def made(model, config=CONFIG, **kwargs):
 
 
 def assert_merged_is_adapted(model, apply, variables, **kwargs):
-    """And gives what both do, as one program."""
+    """And gives what both do."""
 
     @jax.jit
     def both(adapters, variables):
@@ -170,9 +170,8 @@ class Each(nn.Module):
 
 
 def test_dropout_differs_by_scanned_layer():
-    variables, apply, adapters = made(
-        scan(nn.remat(Each))(lambda: nn.Dense(12)), DROPOUT
-    )
+    model = scan(nn.remat(Each))(lambda: nn.Dense(12))
+    variables, apply, adapters = made(model, DROPOUT)
     variables = jax.tree.map(jnp.zeros_like, variables)
     ones = jax.tree.map(jnp.ones_like, adapters)
     settings = {"adapter_deterministic": False, "rngs": {"dropout": KEY}}
@@ -316,39 +315,30 @@ def test_layers_that_do_otherwise_are_refused():
 
 @pytest.mark.usefixtures("unchecked")
 def test_bad_input():
-    model, equation = nn.Dense(12), "...i,io->...o"
+    model = nn.Dense(12)
     variables, apply, _ = made(model)
-    adapters, register = init(apply.plan), functools.partial(register_layer, nn.Dense)
+    plan, adapters = apply.plan, init(apply.plan)
     both = {"params": mora_jax.combine(variables["params"], adapters)}
     small = {"kernel_mora": jnp.zeros((3, 3))}
+    register = functools.partial(register_layer, nn.Dense, equation="...i,io->...o")
+    no_class = functools.partial(register_layer, 3, equation="...i,io->...o")
     lacks = "variables must be a mapping with 'params'"
+    no_such = r"must be one of \['inputs'\] of Dense.__call__, got 'x'"
     for error, message, call in (
-        (TypeError, "flax.linen.Module, got type", lambda: wrap(nn.Dense, 0)),
+        (TypeError, "flax.linen.Module, got type", lambda: wrap(nn.Dense, plan)),
         (TypeError, "must be given with a", lambda: wrap(model, CONFIG)),
-        (
-            TypeError,
-            "must not be given with a plan",
-            lambda: wrap(model, apply.plan, both),
-        ),
+        (TypeError, "must not be given with", lambda: wrap(model, plan, both)),
         (TypeError, "model must be", lambda: linen.plan(max, variables, CONFIG, X)),
         (ValueError, lacks, lambda: apply(adapters, variables["params"], X)),
         (ValueError, lacks, lambda: linen.plan(model, {}, CONFIG, X)),
         (ValueError, "adapters lack 'kernel_mora'", lambda: apply({}, variables, X)),
         (ValueError, "must have shape", lambda: apply(small, variables, X)),
         (ValueError, "already hold 'kernel_m", lambda: apply(adapters, both, X)),
-        (TypeError, "cls .* got 3", lambda: register_layer(3, equation=equation)),
-        (
-            TypeError,
-            "of Dense, got 'n",
-            lambda: register(equation=equation, method="n"),
-        ),
+        (TypeError, "cls must be a class, got 3", no_class),
+        (TypeError, "a method of Dense, got 'n'", lambda: register(method="n")),
         (TypeError, "equation must be a string, a", lambda: register(equation=3)),
-        (TypeError, "kernel must be", lambda: register(equation=equation, kernel=0)),
-        (
-            TypeError,
-            r"argument must be one of \['inputs'\] of Dense.__call__, got 'x'",
-            lambda: register(equation=equation, argument="x"),
-        ),
+        (TypeError, "kernel must be a parameter's", lambda: register(kernel=0)),
+        (TypeError, f"argument {no_such}", lambda: register(argument="x")),
     ):
         with pytest.raises(error, match=message):
             call()

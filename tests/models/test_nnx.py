@@ -158,18 +158,16 @@ def test_adapters_of_another_update_are_refused():
     before = mora.adapters(two)
     state, tree, plan = nnx.state(one, MoRAParam), mora.adapters(one), mora.plan_of(one)
     other = "kernel_mora was made for operator.name"
+    set_two = functools.partial(mora.set_adapters, two, tree)
 
     def assign():
         two.encoder.kernel_mora[...] = one.encoder.kernel_mora
 
     for message, call in (
         (f"decoder/{other}", lambda: mora.set_adapters(two, state)),
-        (f"decoder/{other}", lambda: mora.set_adapters(two, tree, plan)),
+        (f"decoder/{other}", lambda: set_two(plan)),
         (f"decoder/{other}", lambda: merge(tree, state, mora.plan_of(two))),
-        (
-            "made for another plan .* its digest is",
-            lambda: mora.set_adapters(two, tree, plan.digest()),
-        ),
+        ("made for another plan .* its digest is", lambda: set_two(plan.digest())),
         (other, assign),
     ):
         with pytest.raises(ValueError, match=message):
@@ -480,10 +478,7 @@ def test_bad_input():
         ("adapters lack 'decoder/kernel_mora", lambda: set_adapters({})),
         ("64 hex.*; .*plan_from_json", lambda: set_adapters(tree, "{}")),
         ("w: it is not known how a layer uses it", lambda: wrap(named, "w")),
-        (
-            "heads/kernel: .*'iio', the layer computes",
-            lambda: wrap(einsums, "heads/kernel", "iio"),
-        ),
+        ("s/kernel: .*'iio', the layer", lambda: wrap(einsums, "heads/kernel", "iio")),
     ):
         with pytest.raises(ValueError, match=message):
             call()

@@ -50,7 +50,6 @@ class OwnTwin(nnx.Module):
 
 def product(how, x, w, scale):
     """What layers do with their kernel: first as the rule says, then otherwise."""
-    eye = jnp.eye(WIDTH)
 
     def halves():
         halves = w.reshape(2, WIDTH // 2, WIDTH)
@@ -74,7 +73,7 @@ def product(how, x, w, scale):
         "beside": lambda: x @ w + jnp.sum(w),
         "other input": lambda: jnp.ones_like(x) @ w,
         "rounded": lambda: x @ w.astype(jnp.int8).astype(x.dtype),
-        "half": lambda: x @ jnp.concatenate([w[:4], eye[4:]]),
+        "half": lambda: x @ jnp.concatenate([w[:4], jnp.eye(WIDTH)[4:]]),
         "array": lambda: w[: x.shape[-2]] + 0 * x,
         "branch": lambda: jax.lax.cond(x.sum() > 0, lambda: x @ w, lambda: x @ w.T),
         "scanned": lambda: jax.lax.scan(lambda c, x: (c, x @ w), 0, x)[1],
