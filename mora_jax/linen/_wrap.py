@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import flax.linen as nn
 
@@ -19,13 +19,34 @@ from mora_jax.linen._bound import BoundAdapter, check_model, params_of
 from mora_jax.linen._plan import plan as plan_model
 
 
+class AdaptedApply(Protocol):
+    """What `wrap` returns.
+
+    Attributes:
+      plan: The plan of the adapters.
+    """
+
+    plan: Plan
+
+    def __call__(
+        self,
+        adapters: Any,
+        variables: Mapping[str, Any],
+        *args: Any,
+        adapter_deterministic: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The model's `apply` with adapters."""
+        ...
+
+
 def wrap(
     model: nn.Module,
     config_or_plan: MoRAConfig | Plan | None = None,
     variables: Mapping[str, Any] | None = None,
     *args: Any,
     **kwargs: Any,
-) -> Callable[..., Any]:
+) -> AdaptedApply:
     """The `apply` of an unmodified model, with adapters (PEFT's `get_peft_model`).
 
     The model's own code runs. Each planned layer adds its adapter's delta to what its
@@ -109,8 +130,9 @@ def wrap(
             updated = {**updated, "params": split(updated["params"])[0]}
         return output, updated
 
-    apply.plan = plan  # type: ignore[attr-defined]
-    return apply
+    adapted: Any = apply
+    adapted.plan = plan
+    return adapted
 
 
 def _given_or_made(

@@ -30,7 +30,7 @@ from mora_jax import (
 
 KEY = jax.random.key(0)
 DROPOUT = MoRAConfig(rank=2, dropout=0.5)
-wrap: Any = linen.wrap  # whose result has an attribute `plan`
+wrap = linen.wrap
 
 
 class BatchStats(nn.Module):
@@ -94,7 +94,9 @@ def test_other_scan_axes_are_refused():
         linen.plan(trailing(12), variables, CONFIG, X)
 
 
-@pytest.mark.parametrize("method", ["encode", LinenMethods.decode], ids=str)
+@pytest.mark.parametrize(
+    "method", ["encode", LinenMethods.decode], ids=["by name", "by function"]
+)
 def test_methods(method):
     model = LinenMethods()
     variables, apply, _ = made(model)

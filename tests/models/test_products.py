@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -188,7 +187,7 @@ def test_dropout_drops_whole_rows():
     ids, ones = jnp.arange(300).reshape(3, 100) % 11, nnx.initializers.ones
     model, twin = Table("call"), TableTwin("call", init=ones, rngs=nnx.Rngs(0))
     variables = {"params": nnx.to_pure_dict(nnx.state(twin, nnx.Param))}
-    wrapped: Any = linen.wrap(model, config, variables, ids)
+    wrapped = linen.wrap(model, config, variables, ids)
     plan = wrapped.plan
     adapters = {"embed": {"embedding_mora": random(1, *plan.specs[0].shape)}}
     apply = functools.partial(wrapped, adapters, variables, ids)
