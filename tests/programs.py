@@ -10,7 +10,7 @@ from flax import nnx
 from helpers import random_like, trained
 from twins import TWINS, nnx_model, nnx_shapes
 
-from mora_jax import fold, linen
+from mora_jax import fold, init, linen
 from mora_jax import nnx as mora
 
 KEY = jax.random.key(0)
@@ -101,7 +101,7 @@ def results(name, api, operator=None):
     merged one. The loss is a sum of outputs with weights.
     """
     case = case_of(name, api, operator)
-    zeros, traces = jax.tree.map(jnp.zeros_like, case.adapters), []
+    traces = []
 
     @jax.jit
     def run(adapters, params, x):
@@ -123,10 +123,9 @@ def results(name, api, operator=None):
 
     return types.SimpleNamespace(
         **vars(case),
-        zeros=zeros,
         run=lambda adapters: run(adapters, case.params, case.x),
         traces=traces,
-        at_zero=run(zeros, case.params, case.x),
+        at_zero=run(init(case.plan), case.params, case.x),
         after=run(case.adapters, case.params, case.x),
         # Sums of 16-bit numbers in another order.
         tolerance=0.03 if "bfloat16" in name else 1e-5,

@@ -1,8 +1,7 @@
 """The models under test: each in Flax Linen and in Flax NNX, with the same parameters.
 
-A model is one line of `TWINS`; every law of `models/test_model_laws.py` then holds it,
-in both APIs. Many are a `Block`: some layers, and one function that computes with them
-in either API.
+Every law of `models/test_model_laws.py` holds each of `TWINS`, in both APIs. Many are a
+`Block`: some layers, and one function that computes with them in either API.
 """
 
 import dataclasses
@@ -33,7 +32,7 @@ ALL = dataclasses.replace(
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Twin:
-    """A model in both APIs, or in one."""
+    """A model, or a layer of a block, in both APIs or in one."""
 
     linen: Any  # makes the Linen model, from nothing; None where there is none
     nnx: Any  # makes the NNX model from `nnx.Rngs`; None where there is none
@@ -42,19 +41,10 @@ class Twin:
     config: MoRAConfig = CONFIG
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Layer:
-    """A layer of a block: how to make it, and the axes of its adapted kernels."""
-
-    linen: Callable[[], nn.Module]
-    nnx: Callable[[nnx.Rngs], nnx.Module] | None
-    axes: Mapping[str, str]
-
-
 class Block:
     """Layers by name, and what is computed with them."""
 
-    def __init__(self, forward: Callable[[Any, Any], Any], **layers: Layer):
+    def __init__(self, forward: Callable[[Any, Any], Any], **layers: Twin):
         self.forward, self.layers = forward, layers
         self.axes = {
             f"{name}/{path}": axes
@@ -106,7 +96,7 @@ def built(forward, x=X, **layers):
 
 
 def dense(ins, outs, **settings):
-    return Layer(
+    return Twin(
         lambda: nn.Dense(outs, **settings),
         lambda rngs: nnx.Linear(ins, outs, rngs=rngs, **settings),
         {"kernel": "io"},
@@ -114,7 +104,7 @@ def dense(ins, outs, **settings):
 
 
 def general(axes, ins, outs, axis: Any = -1, batch: Any = ()):
-    return Layer(
+    return Twin(
         lambda: nn.DenseGeneral(outs, axis=axis, batch_dims=tuple(batch)),
         lambda rngs: nnx.LinearGeneral(
             ins, outs, axis=axis, batch_axis=dict(batch), rngs=rngs
@@ -125,7 +115,7 @@ def general(axes, ins, outs, axis: Any = -1, batch: Any = ()):
 
 def einsum(axes, equation, *shape, bias=None, in_call=False):
     """`in_call` where the call of a Linen layer gives the equation."""
-    return Layer(
+    return Twin(
         lambda: nn.Einsum(shape, None if in_call else equation, bias is not None),
         lambda rngs: nnx.Einsum(equation, shape, bias, rngs=rngs),
         {"kernel": axes},
@@ -141,7 +131,7 @@ MLP = Block(
 )
 ATTENTION = Block(
     lambda model, x: x + model.attention(x),
-    attention=Layer(
+    attention=Twin(
         lambda: nn.MultiHeadDotProductAttention(2),
         lambda rngs: nnx.MultiHeadAttention(2, WIDTH, decode=False, rngs=rngs),
         {"query/kernel": "ioo", "key/kernel": "ioo"}
@@ -200,17 +190,18 @@ def normalised(rngs):
 
 # --- Lifted transformations ---
 
-STACK: dict[str, Any] = dict(variable_axes={"params": 0}, split_rngs={"params": True})
-SHARED: dict[str, Any] = dict(
-    variable_axes={"params": None}, split_rngs={"params": False}
-)
+STACK: Any = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}}
+SHARED: Any = {"variable_axes": {"params": None}, "split_rngs": {"params": False}}
 
 
-def stacked(lift, block, letters="s", in_nnx=True):
+def stack_axes(letters, block):
+    return {path: letters + axes for path, axes in block.axes.items()}
+
+
+def stacked(lift, block):
     """A layer that is a stack of blocks, which `lift()` makes in Linen."""
     make = nnx.vmap(functools.partial(NNXBlock, block))
-    axes = {path: letters + each for path, each in block.axes.items()}
-    return Layer(lift, nnx.split_rngs(splits=EXPERTS)(make) if in_nnx else None, axes)
+    return Twin(lift, nnx.split_rngs(splits=EXPERTS)(make), stack_axes("s", block))
 
 
 def scan(body, length=EXPERTS):
@@ -258,7 +249,7 @@ def on_each(model, x):
 def mlp(lift):
     """The MLP, lifted in Linen; in NNX the forward function does it."""
     cls = lift(LinenBlock)
-    return Layer(lambda: cls(MLP), functools.partial(NNXBlock, MLP), MLP.axes)
+    return Twin(lambda: cls(MLP), functools.partial(NNXBlock, MLP), MLP.axes)
 
 
 # --- Convolutions and embeddings ---
@@ -334,11 +325,7 @@ IDS = np.array([0, 3, 10, 3])
 # --- All of them ---
 
 DENSE = {
-    "dense-bfloat16": Twin(
-        lambda: nn.Dense(10, dtype=BF16),
-        lambda rngs: nnx.Linear(WIDTH, 10, dtype=BF16, rngs=rngs),
-        {"kernel": "io"},
-    ),
+    "dense-bfloat16": dense(WIDTH, 10, dtype=BF16),
     "methods": Twin(
         LinenMethods, NNXMethods, {"encoder/kernel": "io", "decoder/kernel": "io"}
     ),
@@ -385,9 +372,7 @@ LIFTED = {
     ),
     "scan-scan": built(
         lambda model, x: model.layers(x, None)[0],
-        layers=stacked(
-            lambda: scan(scan(LinenBlock), 2)(MLP, True), MLP, "ss", in_nnx=False
-        ),
+        layers=Twin(two_scans, None, stack_axes("ss", MLP)),
     ),
     "jit": built(jitted_twice, **dict.fromkeys(("first", "second"), mlp(nn.jit))),
     "vmap-shared": built(

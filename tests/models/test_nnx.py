@@ -158,18 +158,16 @@ def test_adapters_of_another_update_are_refused():
     before = mora.adapters(two)
     state, tree, plan = nnx.state(one, MoRAParam), mora.adapters(one), mora.plan_of(one)
     other = "kernel_mora was made for operator.name"
+    set_two = functools.partial(mora.set_adapters, two, tree)
 
     def assign():
         two.encoder.kernel_mora[...] = one.encoder.kernel_mora
 
     for message, call in (
         (f"decoder/{other}", lambda: mora.set_adapters(two, state)),
-        (f"decoder/{other}", lambda: mora.set_adapters(two, tree, plan)),
+        (f"decoder/{other}", lambda: set_two(plan)),
         (f"decoder/{other}", lambda: merge(tree, state, mora.plan_of(two))),
-        (
-            "made for another plan .* its digest is",
-            lambda: mora.set_adapters(two, tree, plan.digest()),
-        ),
+        ("made for another plan .* its digest is", lambda: set_two(plan.digest())),
         (other, assign),
     ):
         with pytest.raises(ValueError, match=message):
@@ -197,16 +195,19 @@ def test_flax_moves_numbers_together_with_what_they_mean():
         assert model.encoder.kernel_mora.spec == old.spec
 
 
-def test_layers_adapted_alone_can_be_stacked():
-    """Equal layers differ in no metadata; then they run under nnx.scan."""
+def test_equal_layers_can_be_stacked():
+    """They differ in no metadata; then they run under nnx.scan."""
     layers = [trained(mora.wrap(linear(seed=k), CONFIG), 0.1 * k) for k in range(3)]
     graphs, states = zip(*map(nnx.split, layers), strict=True)
     assert len(set(graphs)) == 1
     stack = nnx.merge(graphs[0], jax.tree.map(lambda *a: jnp.stack(a), *states))
     expected = functools.reduce(lambda x, layer: layer(x), layers, X)
-    assert [spec.axes for spec in mora.plan_of(stack).specs] == ["sio"]
-    for model in (stack, mora.merge_adapters(stack)):
-        close(one_after_another(X, model), expected, 1e-4)
+    close(one_after_another(X, stack), expected)
+    made = stack_of(lambda rngs: MoRALinear(12, 12, config=CONFIG, rngs=rngs))
+    for model in (stack, trained(made)):
+        assert [spec.axes for spec in mora.plan_of(model).specs] == ["sio"]
+        y = one_after_another(X, model)
+        close(one_after_another(X, mora.merge_adapters(model)), y, 1e-4)
 
 
 # --- Training ---
@@ -304,20 +305,6 @@ def test_dropout_drops_at_its_rate():
     assert np.abs(outputs[0] - outputs[1]).max() > 1
 
 
-def test_dropout_differs_between_layers_at_the_start():
-    """Where every M is zero still."""
-    both = mora.wrap(nnx.List([linear(seed=k) for k in range(2)]), DROPOUT)
-    first, second, again = (
-        jax.random.key_data(layer.dropout_mora.key(layer.kernel_mora[...], kernel))
-        for layer, kernel in (
-            (both[0], both[0].kernel),
-            (both[1], both[1].kernel),
-            (both[1], both[0].kernel),
-        )
-    )
-    assert (first != second).any() and (first == again).all()
-
-
 def test_scanned_layers_drop_in_their_own_way():
     """Even with M's that are equal, as the zeros of the start are."""
     model = stack_of(lambda rngs: nnx.Linear(16, 16, rngs=rngs))
@@ -364,13 +351,6 @@ def test_moralinear_settings():
     dropping = layer(X)
     layer.eval()
     assert (layer(X) != dropping).any()
-
-
-def test_moralinears_are_stacked():
-    stack = stack_of(lambda rngs: MoRALinear(12, 12, config=CONFIG, rngs=rngs))
-    assert [spec.axes for spec in mora.plan_of(trained(stack)).specs] == ["sio"]
-    y = one_after_another(X, stack)
-    close(one_after_another(X, mora.merge_adapters(stack)), y, 1e-4)
 
 
 # --- Layers of the user's own, and errors ---
@@ -460,14 +440,9 @@ def test_bad_input():
     (model, config), (einsums, _) = make("methods"), make("einsums")
     both, named = mora.wrap(model, config), Named(nnx.Rngs(0))
     tree, set_adapters = mora.adapters(both), functools.partial(mora.set_adapters, both)
-    small = jax.tree.map(lambda m: m[:2], tree)
-    nan = mora.wrap(model, config)
-    mora.set_adapters(nan, jax.tree.map(lambda m: m + np.nan, tree))
     gaussian = MoRAConfig(rank=2, init="gaussian")
     started = mora.adapters(mora.wrap(model, gaussian, rngs=nnx.Rngs(0)))
     assert all(np.abs(m).max() > 0 for m in jax.tree.leaves(started))
-    quantised = linear()
-    quantised.kernel = nnx.Param(jnp.ones((12, 12), jnp.int8))
     other = mora.plan(nnx.Sequential(linear()))
 
     def wrap(model, target, axes=None):
@@ -480,7 +455,6 @@ def test_bad_input():
         "model must be a flax.nnx.Module, got int": lambda: mora.adapters(3),
         "tx must be an optax": lambda: mora.adapter_optimizer(both, None),
         "plan must be a Plan or its digest, got int": lambda: set_adapters(tree, 3),
-        "kernel must have a floating-point dtype": lambda: mora.wrap(quantised),
         "w: Named.* may use.*nothing is known": lambda: wrap(named, "w", "io"),
     }.items():
         with pytest.raises(TypeError, match=message):
@@ -488,7 +462,6 @@ def test_bad_input():
     has_none, first = "model has no adapters", "the first at 'decoder/kernel_mora'"
     for message, call in (
         ("targets: '.*q_proj.*' matches no path", lambda: wrap(model, ".*q_proj.*")),
-        ("params holds no array", lambda: mora.wrap(nnx.Dropout(0.1))),
         (has_none, lambda: mora.unwrap(model)),
         (has_none, lambda: mora.merge_adapters(model)),
         (has_none, lambda: mora.adapters(model)),
@@ -500,14 +473,9 @@ def test_bad_input():
         ("init='gaussian' needs a key, got N", lambda: mora.wrap(model, gaussian)),
         ("seed must be in", lambda: mora.wrap(model, DROPOUT, seed=-1)),
         ("adapters lack 'decoder/kernel_mora", lambda: set_adapters({})),
-        ("kernel_mora must have shape", lambda: set_adapters(small)),
         ("64 hex.*; .*plan_from_json", lambda: set_adapters(tree, "{}")),
-        ("holds NaN or infinity", lambda: mora.merge_adapters(nan)),
         ("w: it is not known how a layer uses it", lambda: wrap(named, "w")),
-        (
-            "heads/kernel: .*'iio', the layer computes",
-            lambda: wrap(einsums, "heads/kernel", "iio"),
-        ),
+        ("s/kernel: .*'iio', the layer", lambda: wrap(einsums, "heads/kernel", "iio")),
     ):
         with pytest.raises(ValueError, match=message):
             call()

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 
-import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -199,7 +198,7 @@ def test_dropout_drops_whole_rows():
     samples = [dropped, adapted(ids), other(ids)]
     adapted.eval()
     still = apply(adapter_deterministic=True)
-    chex.assert_trees_all_equal(adapted(ids), still)
+    np.testing.assert_array_equal(adapted(ids), still)
     adapted.train()
     for y in (*samples, adapted(ids)):
         kept = np.abs(y - 1).max(-1, keepdims=True) > 1e-6

@@ -50,7 +50,6 @@ class OwnTwin(nnx.Module):
 
 def product(how, x, w, scale):
     """What layers do with their kernel: first as the rule says, then otherwise."""
-    eye = jnp.eye(WIDTH)
 
     def halves():
         halves = w.reshape(2, WIDTH // 2, WIDTH)
@@ -74,7 +73,7 @@ def product(how, x, w, scale):
         "beside": lambda: x @ w + jnp.sum(w),
         "other input": lambda: jnp.ones_like(x) @ w,
         "rounded": lambda: x @ w.astype(jnp.int8).astype(x.dtype),
-        "half": lambda: x @ jnp.concatenate([w[:4], eye[4:]]),
+        "half": lambda: x @ jnp.concatenate([w[:4], jnp.eye(WIDTH)[4:]]),
         "array": lambda: w[: x.shape[-2]] + 0 * x,
         "branch": lambda: jax.lax.cond(x.sum() > 0, lambda: x @ w, lambda: x @ w.T),
         "scanned": lambda: jax.lax.scan(lambda c, x: (c, x @ w), 0, x)[1],
@@ -180,24 +179,17 @@ def scaled_layer(scale):
     return Layer
 
 
-SHAPES = {"outputs": (1, 8), "inputs": (8, 1), "last axis": (8,), "all": ()}
+SCALES = [(random(2, *shape), "scale") for shape in ((1, 8), (8, 1), (8,), ())]
+# A layer may have none, as Gemma's Einsum, which scales in some places.
+SCALES += [(None, lambda layer: None), (jnp.array(0.25), lambda layer: 0.25)]
 
 
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_a_scaled_kernel_is_merged_into_the_kernel_itself(shape):
-    layer = scaled_layer(random(2, *shape))
-    register_layer(layer, equation=DENSE, kernel="w", scale="scale")
+@pytest.mark.parametrize(("value", "scale"), SCALES)
+def test_a_scaled_kernel_is_merged_into_the_kernel_itself(value, scale):
+    layer = scaled_layer(value)
+    register_layer(layer, equation=DENSE, kernel="w", scale=scale)
     plan = mora_nnx.plan(layer(), CONFIG, X)
     assert diagnostics.check(layer(), None, plan, X)["w"] < 1e-5
-
-
-def test_a_layer_may_have_no_scale():
-    """As Gemma's Einsum, which scales in some places."""
-    for number in (None, 0.25):
-        layer = scaled_layer(None if number is None else jnp.array(number))
-        register_layer(layer, equation=DENSE, kernel="w", scale=lambda _, n=number: n)
-        plan = mora_nnx.plan(layer(), CONFIG, X)
-        assert diagnostics.check(layer(), None, plan, X)["w"] < 1e-5
 
 
 def test_scales_that_do_not_factor_are_refused(unchecked):
@@ -217,29 +209,22 @@ def test_scales_that_do_not_factor_are_refused(unchecked):
 
 @pytest.mark.parametrize("kind", ["WeightNorm", "SpectralNorm"])
 def test_normalised_layers_are_refused_with_plans_of_shapes_too(kind):
+    model, config = getattr(nn, kind)(nn.Dense(WIDTH)), MoRAConfig(rank=2)
     settings = {"update_stats": False} if kind == "SpectralNorm" else {}
-
-    class Layer(nn.Module):
-        @nn.compact
-        def __call__(self, x):
-            inner = nn.Dense(WIDTH, name="d")
-            return getattr(nn, kind)(inner)(x, **settings)
-
-    variables = variables_of(Layer())
-    message = f"d/kernel: {kind} changes this kernel before its layer multiplies"
-    config = MoRAConfig(rank=2)
-    with pytest.raises(ValueError, match="d/kernel: Dense.__call__ changes it"):
-        linen.plan(Layer(), variables, config, X)
-    shapes = mora_jax.plan({"d": variables["params"]["d"]}, config)
-    with pytest.raises(ValueError, match=message):
-        linen.wrap(Layer(), shapes)(mora_jax.init(shapes), variables, X)
+    variables = random_like(jax.eval_shape(lambda: model.init(KEY, X, **settings)))
+    path = "layer_instance/kernel"
+    with pytest.raises(ValueError, match=f"{path}: Dense.__call__ changes it"):
+        linen.plan(model, variables, config, X, **settings)
+    shapes = mora_jax.plan({"layer_instance": {"kernel": X[0].T @ X[0]}}, config)
+    apply, message = linen.wrap(model, shapes), f"{path}: {kind} changes"
+    with pytest.raises(ValueError, match=f"{message} this kernel before its layer mul"):
+        apply(mora_jax.init(shapes), variables, X, **settings)
     if not hasattr(nnx, kind):  # in flax 0.12.0
         return
     linear = nnx.Linear(WIDTH, WIDTH, rngs=nnx.Rngs(0))
     twin = getattr(nnx, kind)(linear, rngs=nnx.Rngs(1))
-    shapes = mora_jax.plan({"layer_instance": {"kernel": X[0].T @ X[0]}}, config)
     for chosen in (config, shapes):
-        with pytest.raises(ValueError, match=f"layer_instance/kernel: {kind} changes"):
+        with pytest.raises(ValueError, match=message):
             mora_nnx.wrap(twin, chosen)
 
 

@@ -94,8 +94,7 @@ def test_a_state_is_combined_split_and_masked(case):
         assert isinstance(both, nnx.State)
         kept, extra = mora_jax.split(both)
         chex.assert_trees_all_equal(kept, params)
-        vectors = map(mora_jax.ravel_adapters, (extra, state))
-        np.testing.assert_array_equal(*vectors)
+        np.testing.assert_array_equal(*map(mora_jax.ravel_adapters, (extra, state)))
         with pytest.raises(ValueError, match="hold the adapter layers/0/kernel_mora"):
             merge(both, given, chosen)
     both = combine(params, state)
@@ -115,8 +114,7 @@ def test_linen_takes_the_m_of_a_state_as_arrays():
     layer = wrap(linear(), CONFIG)
     set_adapters(layer, {"kernel_mora": jnp.ones(layer.kernel_mora.shape)})
     state = nnx.state(layer, MoRAParam)
-    both = combine(variables["params"], state)
-    assert isinstance(both["kernel_mora"], jax.Array)
+    assert isinstance(combine(variables["params"], state)["kernel_mora"], jax.Array)
     apply = mora_jax.linen.wrap(model, CONFIG, variables, X)
     expected = apply(nnx.to_pure_dict(state), variables, X)
     np.testing.assert_array_equal(apply(state, variables, X), expected)
@@ -174,16 +172,10 @@ def test_what_is_no_tree_is_told(case, tmp_path):
 
 
 def test_a_model_may_have_an_attribute_called_params():
-    class Net(nnx.Module):
-        def __init__(self):
-            self.params = linear()
-
-        def __call__(self, x):
-            return self.params(x)
-
-    model = wrap(Net(), CONFIG)
+    base = nnx.Dict(params=linear())
+    model = wrap(base, CONFIG)
     assert list(plan_of(model)) == ["params/kernel"]
-    assert list(plan(nnx.state(Net(), nnx.Param), CONFIG)) == ["params/kernel"]
+    assert list(plan(nnx.state(base, nnx.Param), CONFIG)) == ["params/kernel"]
     mora_jax.nnx.merge_adapters(model)
 
 
@@ -200,17 +192,14 @@ def test_a_model_may_have_an_attribute_called_params():
 def test_what_is_no_key_is_told(key, error, message):
     params = {"kernel": jnp.ones((8, 8))}
     frozen = FrozenDense.from_config(jnp.ones((8, 8)))
-    for given in (plan(params), frozen, plan(params, MoRAConfig(init="gaussian"))):
+    gaussian = plan(params, MoRAConfig(init="gaussian"))
+    for given in (plan(params), frozen, gaussian):
         with pytest.raises(error, match=message):
             init(given, key)
     with pytest.raises(error, match=message):
         mora_jax.mora_apply(init(frozen), frozen, jnp.ones((2, 8)), key=key)
-
-
-def test_raw_keys_are_keys():
-    chosen = plan({"kernel": jnp.ones((8, 8))}, MoRAConfig(init="gaussian"))
-    init(chosen, jax.random.PRNGKey(0))
-    jax.jit(lambda key: init(chosen, key))(jax.random.key(0))
+    init(gaussian, jax.random.PRNGKey(0))  # raw keys and traced ones are keys
+    jax.jit(lambda key: init(gaussian, key))(jax.random.key(0))
 
 
 @pytest.mark.usefixtures("unchecked")

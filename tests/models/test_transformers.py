@@ -1,4 +1,4 @@
-"""Models that nobody here wrote: transformers' Flax BERT, GPT-2 and Llama."""
+"""Models that nobody here wrote: transformers' Flax BERT and Llama."""
 
 import chex
 import jax
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from helpers import close, largest, random_like, trained
 
-from mora_jax import MoRAConfig, fold, init, linen, plan, register_layer
+from mora_jax import MoRAConfig, fold, init, linen, plan
 
 pytestmark = [
     # transformers announces the end of its Flax models, and uses old names of JAX.
@@ -53,41 +53,18 @@ SIZES = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
 SIZES |= {"vocab_size": 50, "max_position_embeddings": 32, "intermediate_size": 40}
 
 
-def test_bert():
-    config = transformers.BertConfig(**SIZES)
-    model, variables, args = tiny(transformers.FlaxBertModel, config)
+@pytest.mark.parametrize(
+    ("name", "model", "more", "kernels"),
+    [
+        ("Bert", "BertModel", {}, 2 * 6 + 1),  # every Dense, the pooler too
+        # All projections, and not the head.
+        ("Llama", "LlamaForCausalLM", {"num_key_value_heads": 1}, 2 * 7),
+    ],
+)
+def test_models_of_others(name, model, more, kernels):
+    config = getattr(transformers, f"{name}Config")(**SIZES, **more)
+    model, variables, args = tiny(getattr(transformers, f"Flax{model}"), config)
     chosen = linen.plan(model, variables, CONFIG, *args)
-    assert len(chosen) == 2 * 6 + 1  # every Dense, the pooler too
+    assert len(chosen) == kernels
     assert plan(variables["params"], CONFIG) == chosen
-    check_zero_and_merged(model, variables, args, chosen)
-
-
-def test_llama():
-    config = transformers.LlamaConfig(**SIZES, num_key_value_heads=1)
-    model, variables, args = tiny(transformers.FlaxLlamaForCausalLM, config)
-    chosen = linen.plan(model, variables, CONFIG, *args)
-    assert len(chosen) == 2 * 7  # all projections, and not the head
-    check_zero_and_merged(model, variables, args, chosen)
-
-
-@pytest.mark.slow
-def test_gpt2():
-    """Its Conv1D is no nn.Dense, and its kernel is (out, in)."""
-    from transformers.models.gpt2.modeling_flax_gpt2 import FlaxConv1D
-
-    sizes = {"n_positions": 32, "n_embd": 24, "n_layer": 2, "n_head": 2}
-    config = transformers.GPT2Config(vocab_size=50, **sizes)
-    model, variables, args = tiny(transformers.FlaxGPT2LMHeadModel, config)
-    chosen = plan(variables["params"], CONFIG)
-    with pytest.raises(TypeError, match=r"FlaxConv1D.* see mora_jax.register_layer"):
-        linen.wrap(model, chosen)(init(chosen), variables, *args)
-
-    register_layer(FlaxConv1D, equation="...i,oi->...o")
-    # A plan of names and shapes takes the kernels for (in, out): exact all the same.
-    check_zero_and_merged(model, variables, args, chosen)
-
-    chosen = linen.plan(model, variables, CONFIG, *args)
-    assert len(chosen) == 2 * 4 and {spec.axes for spec in chosen.specs} == {"oi"}
-    spec = chosen["transformer/h/0/attn/c_attn/kernel"]
-    assert (spec.in_features, spec.out_features) == (24, 72)
     check_zero_and_merged(model, variables, args, chosen)
