@@ -8,18 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from adapter_files import (
-    CONFIGURED,
-    PARAMS,
-    config_of,
-    contents,
-    flatten,
-    made,
-    rewrite,
-    run,
-    single,
-)
-from flax import nnx
+from adapter_files import PARAMS, PLAN, config_of, contents, made, rewrite, run, single
+from flax import nnx, traverse_util
 from helpers import close, random_like
 from jax.sharding import NamedSharding, PartitionSpec
 from safetensors.numpy import save_file
@@ -32,7 +22,6 @@ from mora_jax.operators import Truncation
 RNG = np.random.default_rng(0)
 BASE = random_like(PARAMS, scale=1.0)
 OTHER = {**BASE, "enc": {**BASE["enc"], "kernel": BASE["enc"]["kernel"].at[0].add(1)}}
-PLAN = mora_jax.plan(BASE, CONFIGURED)
 ADAPTERS = made(PLAN, dtype="float32", scale=0.1)
 
 
@@ -232,7 +221,7 @@ def test_merging_pytorchs_files_refuses_another_base(tmp_path):
 
 def test_a_base_in_flax_layout_is_compared(tmp_path, saved):
     base, out = tmp_path / "base.safetensors", tmp_path / "out"
-    flat = {name.replace("/", "."): np.asarray(x) for name, x in flatten(BASE).items()}
+    flat = traverse_util.flatten_dict(jax.tree.map(np.asarray, BASE), sep=".")
     save_file(flat, base)
     adapters, plan = load(saved)
     io.merge_checkpoint(base, adapters, plan, tmp_path / "x")

@@ -9,17 +9,8 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from adapter_files import (
-    contents,
-    files_of_at_most,
-    flatten,
-    kernels,
-    made,
-    sharded,
-    single,
-    slow,
-    unflatten,
-)
+from adapter_files import contents, flatten, made, single, slow, unflatten
+from base_files import files_of_at_most, kernels, sharded
 from cases import by_kind
 from helpers import wide
 from safetensors.numpy import load_file, save_file

@@ -11,22 +11,13 @@ import cloud
 import jax
 import numpy as np
 import pytest
-from adapter_files import (
-    DATA,
-    PARAMS,
-    PLAN,
-    TENSORS,
-    config_of,
-    contents,
-    made,
-    run,
-    sharded,
-    unflatten,
-)
+from adapter_files import PARAMS, PLAN, config_of, contents, made, run, unflatten
+from base_files import DATA, sharded
 from safetensors.numpy import load_file
 
 import mora_jax
 from mora_jax import save
+from mora_jax.io._files import TENSORS
 
 TYPE6 = DATA / "type6"
 BASE = TYPE6 / "base_model.safetensors"

@@ -8,28 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from adapter_files import (
-    CONFIG,
-    DATA,
-    NAMES,
-    TENSORS,
-    UP_PROJ,
-    assert_same,
-    base,
-    config_of,
-    flatten,
-    llama,
-    made,
-    single,
-    slow,
-)
+from adapter_files import UP_PROJ, assert_same, config_of, flatten, made, single, slow
+from base_files import DATA, NAMES, base, llama
 from cases import SIZES, by_few_cases, by_few_sizes
 from safetensors.numpy import load_file, save_file
 
 import mora_jax
 from mora_jax import MoRAConfig, Plan, io, linen
-from mora_jax.io import AdapterFileError, _names
-from mora_jax.io._names import pairs, to_kernel, to_module
+from mora_jax.io import AdapterFileError
+from mora_jax.io._files import CONFIG, TENSORS
 from mora_jax.operators import make_operator
 
 MODEL = llama()
@@ -257,30 +244,6 @@ def test_stacked_kernels(tmp_path):
     save_file(left, tmp_path / "a" / TENSORS)
     with pytest.raises(AdapterFileError, match="stacked"):
         io.load_peft_mora(tmp_path / "a", plan, names)
-
-
-FAMILIES = {
-    "llama": ["model.layers.3.self_attn.q_proj", "layers.3.mlp.up_proj"],
-    "gpt2": ["transformer.h.10.attn.c_attn", "h.0.mlp.c_fc"],
-    "bert": [
-        "bert.encoder.layer.0.attention.self.query",
-        "encoder.layer.11.output.dense",
-    ]
-    + ["encoder.layer.0.attention.output.dense", "encoder.layer.1.intermediate.dense"],
-}
-FAMILIES["gemma"] = FAMILIES["qwen"] = FAMILIES["llama"]
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_families(family):
-    assert set(FAMILIES) == set(_names.FAMILIES)
-    for names in (family, None):
-        for module in FAMILIES[family]:
-            kernel = module.replace(".", "/") + "/kernel"
-            layout = "io" if family == "gpt2" else "oi"
-            assert to_kernel(module, pairs(names)) == (kernel, layout)
-            assert to_module(kernel, pairs(names)) == (module, layout)
-        assert to_kernel("lm_head", pairs(names)) is None
 
 
 def test_names_that_do_not_fit():

@@ -8,26 +8,15 @@ from pathlib import Path
 import cloud
 import numpy as np
 import pytest
-from adapter_files import (
-    CONFIG,
-    PLAN,
-    TEMPORARY,
-    TENSORS,
-    UP_PROJ,
-    assert_same,
-    base,
-    contents,
-    kernels,
-    made,
-    sharded,
-    single,
-)
+from adapter_files import PLAN, UP_PROJ, assert_same, contents, made, single
+from base_files import base, kernels, sharded
 from etils import epath
 from safetensors.numpy import save as as_bytes
 
 import mora_jax
 from mora_jax import MoRAConfig, io, load, save
 from mora_jax.io import AdapterFileError
+from mora_jax.io._files import CONFIG, TEMPORARY, TENSORS
 from mora_jax.io._read import format_of, read_adapter
 
 PLAN_OF_ONE = single(io.reference_operator(1, 24, 40, 2), path=UP_PROJ)

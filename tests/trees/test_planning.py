@@ -318,8 +318,8 @@ def test_a_config_is_a_value():
     names = list(inspect.signature(MoRAConfig).parameters)
     assert names == [field.name for field in dataclasses.fields(config)]
     numbers = {"rank": 4, "alpha": 2.0, "dropout": 0.5, "seed": 3}
-    floats, seed = np.float32([2, 0.5]), np.int32(3)
-    config = MoRAConfig(rank=np.int64(4), alpha=floats[0], dropout=floats[1], seed=seed)
+    alpha, dropout, seed = np.float32(2), np.float32(0.5), np.int32(3)
+    config = MoRAConfig(rank=np.int64(4), alpha=alpha, dropout=dropout, seed=seed)
     assert config == MoRAConfig(**numbers)
     for name, number in numbers.items():
         assert type(getattr(config, name)) is type(number)

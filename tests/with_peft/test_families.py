@@ -1,4 +1,4 @@
-"""Families of names, on transformers' own models in PyTorch and in Flax."""
+"""PEFT and transformers load what we export and merge, of every family and operator."""
 
 import numpy as np
 import pytest
@@ -7,6 +7,7 @@ from adapter_files import flatten, made
 import mora_jax
 from mora_jax import MoRAConfig, io
 from mora_jax.io._names import FAMILIES, pairs, to_kernel, to_module
+from mora_jax.operators import OPERATORS
 
 peft = pytest.importorskip("peft")
 torch = pytest.importorskip("torch")
@@ -30,6 +31,7 @@ MODELS = {
     "gpt2": ("GPT2", "LMHeadModel", GPT2),
     "bert": ("Bert", "ForMaskedLM", SIZES),
 }
+assert MODELS.keys() == FAMILIES.keys()
 IDS = np.random.default_rng(0).integers(0, 50, (2, 7))
 
 
@@ -50,42 +52,49 @@ def weights(model):
     }
 
 
-assert MODELS.keys() == FAMILIES.keys()
-
-
-@pytest.mark.parametrize("family", [name for name in MODELS if name != "qwen"])
+@pytest.mark.parametrize("family", MODELS)
 def test_names_are_those_of_the_flax_model(family):
     """Each matrix inside the layers has a kernel, and each kernel a matrix."""
+    modules, layout = weights(model_of(family)), "io" if family == "gpt2" else "oi"
+    for names in (pairs(family), pairs(None)):
+        for module in modules:
+            for name in (module, module.partition(".")[2]):  # with a head and without
+                kernel = name.replace(".", "/") + "/kernel"
+                assert to_kernel(name, names) == (kernel, layout)
+                assert to_module(kernel, names) == (name, layout)
+        assert to_kernel("lm_head", names) is None
+    if family == "qwen":
+        return  # transformers has no such model in Flax
     tree = flatten(model_of(family, "Flax", _do_init=False).params_shape_tree)
     expected = {
-        path: leaf.shape
+        path.removesuffix("/kernel").replace("/", "."): sorted(leaf.shape)
         for path, leaf in tree.items()
         if path.endswith("/kernel") and any(map(str.isdigit, path.split("/")))
     }
-    found = set()
-    for module, shape in weights(model_of(family)).items():
-        kernel, axes = to_kernel(module, pairs(family)) or ("", "")
-        assert to_module(kernel, pairs(family)) == (module, axes)
-        assert sorted(expected[kernel]) == sorted(shape)
-        found.add(kernel)
-    assert found == expected.keys()
+    assert expected == {module: sorted(shape) for module, shape in modules.items()}
 
 
-@pytest.mark.parametrize("family", MODELS)
-def test_merged_is_the_lora(tmp_path, family):
+CASES = [(family, "sharing") for family in MODELS]
+CASES += [("llama", operator) for operator in OPERATORS if operator != "sharing"]
+
+
+@pytest.mark.parametrize(("family", "operator"), CASES)
+def test_merged_is_the_lora(tmp_path, family, operator):
     """What PEFT makes of our LoRA is what transformers makes of our merged weights."""
-    model, base = model_of(family).eval(), tmp_path / "base"
+    model, base, lora = model_of(family).eval(), tmp_path / "base", tmp_path / "lora"
     model.save_pretrained(base)
-    config = MoRAConfig(rank=2, operator="sharing", targets=".*/kernel")
+    config = MoRAConfig(rank=2, operator=operator, alpha=0.5, targets=".*/kernel")
     plan = mora_jax.plan(io.Checkpoint(base).shapes(family), config)
     assert len(plan) == len(weights(model))
     adapters = made(plan, scale=0.1)
     io.merge_checkpoint(base, adapters, plan, tmp_path / "merged", family)
-    io.save_peft_lora(tmp_path / "lora", adapters, plan, family, task_type=None)
+    rank = 32 if plan.specs[0].operator.block else None  # all of it
+    lost = io.save_peft_lora(lora, adapters, plan, family, task_type=None, rank=rank)
+    assert len(lost) == len(plan) and max(lost.values()) < 1e-5
     ids = torch.tensor(IDS)
     with torch.no_grad():
         before = model(ids).logits
         merged = type(model).from_pretrained(tmp_path / "merged").eval()(ids).logits
-        lora = peft.PeftModel.from_pretrained(model, tmp_path / "lora")(ids).logits
-    np.testing.assert_allclose(lora.numpy(), merged.numpy(), atol=1e-4)
+        adapted = peft.PeftModel.from_pretrained(model, lora)(ids).logits
+    np.testing.assert_allclose(adapted.numpy(), merged.numpy(), atol=1e-4)
     assert float((merged - before).abs().max()) > 1e-2
