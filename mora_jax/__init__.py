@@ -11,14 +11,14 @@ What to adapt, and how::
   AdapterSpec           how one kernel is adapted
   summary               a plan as a table
   register_layer        teach linen.wrap and nnx.wrap a layer class
-  LeftOutWarning        a plan leaves out kernels that were meant, perhaps
+  LeftOutWarning        a plan leaves out kernels that you may have meant
   MoRAWarning           any warning of this library
 
 Adapters, a tree of M's beside the params::
 
   init                  the adapters of a plan
   combine               one tree of params and adapters
-  split                 the two apart again
+  split                 the combined tree as params and adapters again
   ravel_adapters        all M's as one vector
   unravel_adapters      a vector as M's
 
@@ -94,9 +94,9 @@ from mora_jax.operators import make_operator as make_operator
 from mora_jax.operators import square_rank as square_rank
 
 __version__ = "0.1.0"
+_NAMES = sorted(["__version__", *(n for n in globals() if not n.startswith("_"))])
 
 
 def __dir__() -> list[str]:
     """The public names: Python would add the modules that implement them."""
-    names = (name for name in globals() if not name.startswith("_"))
-    return sorted([*names, "__version__"])
+    return _NAMES

@@ -1,4 +1,4 @@
-"""Base tree and adapter tree: made, joined, and taken apart."""
+"""The tree of adapters: how it is made, joined to the params, and split from them."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,23 +9,20 @@ import numpy as np
 from flax import nnx
 from jaxtyping import PRNGKeyArray
 
+from mora_jax._checks import check_key
 from mora_jax._dense import FrozenDense
+from mora_jax._matrix import init_adapter
 from mora_jax._paths import (
     Path,
     adapter_of,
     adapter_path,
     located_leaves,
-    nearest,
+    nearest_paths,
     refuse_model,
     unboxed,
 )
 from mora_jax._plan import Plan, check_plan
-from mora_jax._spec import (
-    SUFFIX,
-    AdapterSpec,
-    check_key,
-    init_adapter,
-)
+from mora_jax._spec import SUFFIX, AdapterSpec
 
 Tree = dict[str, Any]
 
@@ -36,23 +33,24 @@ def init(plan_or_frozen: Plan | FrozenDense, key: PRNGKeyArray | None = None) ->
     """New adapters: a tree that holds the M's and nothing else.
 
     Args:
-      plan_or_frozen: the plan of a model, or one layer.
-      key: for `init="gaussian"`. Each kernel's M depends on the key and its own path.
+      plan_or_frozen: The plan of a model, or one layer.
+      key: The key for `init="gaussian"`. Each M depends on the key and its kernel's
+        path.
 
     Returns:
-      Nested dicts as the base's params, M at `<kernel>_mora`; for one layer
-      `{"kernel_mora": M}`.
+      Nested dicts as in the base's params, with each M at `<kernel>_mora`; for one
+      layer `{"kernel_mora": M}`.
 
     Raises:
-      TypeError: neither a plan nor a layer; something that is no key.
-      ValueError: a Gaussian start without a key.
+      TypeError: The first argument is neither a plan nor a layer, or `key` is not a
+        key.
+      ValueError: `init="gaussian"` without a key.
 
     Example::
 
-      >>> import jax, jax.numpy as jnp
-      >>> from mora_jax import init, plan
+      >>> import jax, jax.numpy as jnp, mora_jax
       >>> params = {"fc": {"kernel": jnp.ones((8, 8)), "bias": jnp.ones(8)}}
-      >>> jax.tree.map(jnp.shape, init(plan(params)))
+      >>> jax.tree.map(jnp.shape, mora_jax.init(mora_jax.plan(params)))
       {'fc': {'kernel_mora': (8, 8)}}
     """
     check_key(key)
@@ -60,11 +58,11 @@ def init(plan_or_frozen: Plan | FrozenDense, key: PRNGKeyArray | None = None) ->
         return {f"kernel{SUFFIX}": init_adapter(plan_or_frozen.spec, key)}
     check_plan(plan_or_frozen, "plan_or_frozen")
 
-    def one(spec: AdapterSpec) -> jax.Array:
+    def start(spec: AdapterSpec) -> jax.Array:
         number = np.uint32(crc32(spec.name.encode()))
         return init_adapter(spec, None if key is None else _fold_in(key, number))
 
-    return nest({adapter_path(spec): one(spec) for spec in plan_or_frozen.specs})
+    return nest({adapter_path(spec): start(spec) for spec in plan_or_frozen.specs})
 
 
 def nest(items: Mapping[Path, Any]) -> Tree:
@@ -79,7 +77,7 @@ def nest(items: Mapping[Path, Any]) -> Tree:
 
 
 def adapter_items(adapters: Any, plan: Plan) -> list[tuple[AdapterSpec, Any]]:
-    """Each spec of `plan` with its M out of `adapters`, of which none may be left."""
+    """Each spec of `plan` with its M; `adapters` may hold no further M."""
     check_plan(plan)
     found = located_leaves(adapters, "adapters")
     items = []
@@ -95,22 +93,23 @@ def adapter_items(adapters: Any, plan: Plan) -> list[tuple[AdapterSpec, Any]]:
 
 
 def combine(params: Any, adapters: Any) -> Any:
-    """One params tree, with each M beside its kernel as `<kernel>_mora`.
+    """One tree of params, with each M next to its kernel as `<kernel>_mora`.
 
     Args:
-      params: the base's params: nested mappings, lists and tuples.
-      adapters: as `init` makes them.
+      params: The base's params: nested mappings, lists and tuples.
+      adapters: The adapters, as `init` makes them.
 
     Raises:
-      TypeError: something that is no such tree, as a model or an array.
-      ValueError: an adapter without its kernel, or a tree that is combined already.
+      TypeError: An argument is not such a tree but, for example, a model or an array.
+      ValueError: An adapter has no kernel, or the tree is combined already.
 
     Example::
 
       >>> import jax.numpy as jnp
-      >>> from mora_jax import combine, init, plan
+      >>> import mora_jax
       >>> params = {"fc": {"kernel": jnp.ones((8, 8))}}
-      >>> sorted(combine(params, init(plan(params)))["fc"])
+      >>> adapters = mora_jax.init(mora_jax.plan(params))
+      >>> sorted(mora_jax.combine(params, adapters)["fc"])
       ['kernel', 'kernel_mora']
     """
     in_state = isinstance(params, nnx.State)
@@ -118,7 +117,7 @@ def combine(params: Any, adapters: Any) -> Any:
     def insert(base: Any, extra: Any, path: Path) -> Any:
         added, node = _children(extra), _children(base)
         if added is None:
-            raise ValueError(f"adapters hold {'/'.join(path)!r}, which is no M")
+            raise ValueError(f"adapters hold {'/'.join(path)!r}, which is not an M")
         if node is None:
             raise ValueError(f"params have no module at {'/'.join(path)!r}")
         for key, value in added.items():
@@ -135,13 +134,13 @@ def combine(params: Any, adapters: Any) -> Any:
                         f"the parent of {'/'.join(here)!r} must be a mapping, "
                         f"got {type(base).__name__}"
                     )
-                # A variable of NNX stays one only beside others of its kind.
+                # An NNX variable keeps its box only in a state, among other variables.
                 alone = isinstance(value, nnx.Variable) and not in_state
                 node[key] = unboxed(value) if alone else value
             elif key not in node:
                 raise ValueError(
                     f"params have nothing at {'/'.join(here)!r}"
-                    + nearest(key, list(node))
+                    + nearest_paths(key, list(node))
                 )
             else:
                 node[key] = insert(node[key], value, here)
@@ -153,17 +152,24 @@ def combine(params: Any, adapters: Any) -> Any:
 
 
 def split(tree: Any) -> tuple[Any, Tree]:
-    """Undo `combine`: the base's params, and the adapters.
+    """Undo `combine`.
+
+    Args:
+      tree: A tree as `combine` makes it.
+
+    Returns:
+      The base's params, and the adapters.
 
     Raises:
-      TypeError: no nested mappings, lists or tuples.
+      TypeError: `tree` is not made of nested mappings, lists and tuples.
 
     Example::
 
       >>> import jax.numpy as jnp
-      >>> from mora_jax import combine, init, plan, split
+      >>> import mora_jax
       >>> params = {"fc": {"kernel": jnp.ones((8, 8))}}
-      >>> base, adapters = split(combine(params, init(plan(params))))
+      >>> adapters = mora_jax.init(mora_jax.plan(params))
+      >>> base, adapters = mora_jax.split(mora_jax.combine(params, adapters))
       >>> sorted(base["fc"]), sorted(adapters["fc"])
       (['kernel'], ['kernel_mora'])
     """
@@ -187,7 +193,7 @@ def _split(tree: Any) -> tuple[Any, Tree]:
 
 
 def _check_nested(tree: Any, what: str) -> None:
-    """Raise unless `tree` is a container of the kinds that are taken apart here."""
+    """Raise unless `tree` is a container whose children `_children` finds."""
     refuse_model(tree, what)
     if _children(tree) is None:
         raise TypeError(
@@ -199,7 +205,7 @@ def _check_nested(tree: Any, what: str) -> None:
 def _children(node: Any) -> Tree | None:
     """The children of a container by name; None for a leaf."""
     if isinstance(node, nnx.State):
-        node = node.raw_mapping  # its items are wrapped, and of another structure
+        node = node.raw_mapping  # a state wraps its items, and they differ in structure
     if isinstance(node, Mapping):
         return {str(key): value for key, value in node.items()}
     if isinstance(node, list | tuple):

@@ -7,12 +7,13 @@ from mora_jax._types import Shape
 
 
 def check_axes(axes: str, ndim: int) -> str:
-    """Return `axes` if it describes a kernel of `ndim` axes, one letter for each.
+    """`axes`, if it describes a kernel of `ndim` axes by a letter for each.
 
-    "i" is an input feature axis, "o" an output feature axis, "s" a stack axis with an M
-    for each index (the layers of `nn.scan`, the experts of a mixture). So "io" is a
-    dense layer, "oi" the same stored transposed, "sio" a scanned one, and "ioo" the
-    heads of attention. Several axes of a kind flatten in the kernel's order.
+    "i" is an axis of input features, "o" an axis of output features, and "s" a stack
+    axis with an M for each index (the layers of `nn.scan`, the experts of a mixture).
+    So "io" is a dense layer, "oi" a dense layer that is stored transposed, "sio" a
+    stack of dense layers, and "ioo" the heads of attention. Several axes of a kind are
+    flattened in the kernel's order.
     """
     if not isinstance(axes, str) or set(axes) - set("sio"):
         raise ValueError(f"axes must be made of the letters s, i and o, got {axes!r}")

@@ -21,7 +21,7 @@ ROWS = 8
 def kernel_digests(spec: AdapterSpec, kernel: Any) -> tuple[str, ...]:
     """The digest of a kernel for each index of its stack axes, in their order.
 
-    Only the rows that the digest covers come to the host.
+    Only the rows that the digest covers are copied to the host.
 
     Args:
       spec: The adapter of the kernel.
@@ -34,24 +34,24 @@ def kernel_digests(spec: AdapterSpec, kernel: Any) -> tuple[str, ...]:
     stack = sizes(spec.kernel_shape, spec.axes, "s")
     rows = _rows(kernel, spec.kernel_shape, spec.axes)
     rows = rows.reshape(-1, *rows.shape[len(stack) :])
-    return tuple(rows_digest(one) for one in rows)
+    return tuple(rows_digest(kernel_rows) for kernel_rows in rows)
 
 
 def rows_digest(rows: np.ndarray) -> str:
-    """The SHA-256 of rows of one (in_features, out_features) kernel.
+    """The SHA-256 of rows of a kernel (in_features, out_features).
 
-    They are rounded to bfloat16 first, so that a float32 base and its bfloat16 copy
+    The rows are rounded to bfloat16 first, so that a float32 base and its bfloat16 copy
     have the same digest.
 
     Args:
-      rows: (rows, out_features), those of `row_numbers`.
+      rows: The rows that `row_numbers` names, (rows, out_features).
     """
     rounded = np.asarray(rows, np.float32).astype(jnp.bfloat16)
     return hashlib.sha256(rounded.tobytes()).hexdigest()
 
 
 def row_numbers(in_features: int) -> np.ndarray:
-    """Which rows a digest covers: up to `ROWS`, from the first to the last."""
+    """The numbers of the rows that a digest covers, up to `ROWS` of them."""
     count = min(ROWS, in_features)
     return np.arange(count) * (in_features - 1) // max(count - 1, 1)
 
@@ -66,9 +66,9 @@ def readable(kernel: Any) -> bool:
 def check_base(specs: Iterable[AdapterSpec], kernels: Mapping[str, Any]) -> None:
     """Raise if a kernel is not the one that its adapter was trained on.
 
-    Adapters whose file holds no digests, and kernels whose values this process does not
-    have, are left unchecked. So are kernels of another shape, which callers refuse, and
-    those of modules that were stacked after their plan was made.
+    Some kernels are left unchecked: those of adapters whose file holds no digests,
+    those whose values this process does not have, those of another shape, which callers
+    refuse, and those of modules that were stacked after their plan was made.
 
     Args:
       specs: The adapters.
@@ -82,7 +82,7 @@ def check_base(specs: Iterable[AdapterSpec], kernels: Mapping[str, Any]) -> None
         if spec.base_digest is None or not readable(kernel):
             continue
         stack = sizes(spec.kernel_shape, spec.axes, "s")
-        fits = len(spec.base_digest) == math.prod(stack)  # not so once it was stacked
+        fits = len(spec.base_digest) == math.prod(stack)  # False for modules in a stack
         if fits and tuple(kernel.shape) == spec.kernel_shape:
             check_digests(spec, kernel_digests(spec, kernel))
 
@@ -93,8 +93,8 @@ def check_digests(spec: AdapterSpec, digests: tuple[str, ...], at: int = 0) -> N
     if known is not None and known[at : at + len(digests)] != digests:
         raise ValueError(
             f"the kernel {spec.name!r} holds other weights than the base that the "
-            "adapter was trained on: give that base; any_base=True goes on with this "
-            "one"
+            "adapter was trained on: give that base, or set any_base=True to use these "
+            "weights"
         )
 
 
@@ -105,25 +105,25 @@ def _rows(kernel: Any, shape: Shape, axes: str) -> np.ndarray:
     places = np.stack(np.unravel_index(numbers, ins)).astype(np.int32)
     rows = np.empty((*stack, len(numbers), *outs), np.float32)
     for index, data in _pieces(kernel):
-        first = [part.start or 0 for part in _of(index, axes, "i")]
+        first = [part.start or 0 for part in _slices(index, axes, "i")]
         local = places - np.array(first, np.int32)[:, None]
         extent = np.array(sizes(data.shape, axes, "i"))[:, None]
         inside = ((local >= 0) & (local < extent)).all(0)
         if inside.any():
             here = np.flatnonzero(inside)
-            target = (*_of(index, axes, "s"), here, *_of(index, axes, "o"))
+            target = (*_slices(index, axes, "s"), here, *_slices(index, axes, "o"))
             with np.errstate(over="ignore"):  # float64 beyond float32 is infinite
                 rows[target] = _take(data, axes, local[:, inside])
     return rows.reshape(*stack, len(numbers), -1)
 
 
-def _of(index: tuple[slice, ...], axes: str, letter: str) -> list[slice]:
+def _slices(index: tuple[slice, ...], axes: str, letter: str) -> list[slice]:
     """The slices of the axes that `axes` marks with `letter`."""
     return [part for part, kind in zip(index, axes, strict=True) if kind == letter]
 
 
 def _pieces(kernel: Any) -> list[tuple[tuple[slice, ...], Any]]:
-    """The parts of an array, each on one device, with their places in it."""
+    """The parts of an array that are on single devices, with their indices in it."""
     if not isinstance(kernel, jax.Array):
         return [((slice(None),) * kernel.ndim, kernel)]
     if not readable(kernel):
@@ -136,18 +136,18 @@ def _pieces(kernel: Any) -> list[tuple[tuple[slice, ...], Any]]:
 
 
 def _take(data: Any, axes: str, places: np.ndarray) -> np.ndarray:
-    """(*stack, rows, *outs) of one part.
+    """The rows of one part: (*stack, rows, *outs).
 
     Args:
       data: The part, an array.
       axes: The letters of its axes.
-      places: (input axes, rows), where the rows are.
+      places: The indices of the rows in the part, (input axes, rows).
     """
     inputs = [k for k, kind in enumerate(axes) if kind == "i"]
     index: list[Any] = [slice(None)] * len(axes)
     for k, place in zip(inputs, places, strict=True):
         index[k] = place
-    # NumPy puts the rows where the input axes were, or first if those are apart.
+    # NumPy puts the rows in place of adjacent input axes, and in front of other axes.
     together = inputs[-1] - inputs[0] + 1 == len(inputs)
     kinds = [kind for kind in axes if kind != "i"]
     kinds.insert(inputs[0] if together else 0, "i")

@@ -1,4 +1,4 @@
-"""Adapted and merged models, compared by their numbers."""
+"""The outputs of adapted and merged models, compared by their numbers."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -18,7 +18,7 @@ from mora_jax._plan import Plan, check_plan
 from mora_jax._spec import AdapterSpec
 
 Outputs = Callable[[Any], list[jax.Array]]
-"""Adapters to the floating-point outputs of a model."""
+"""A function of adapters that returns the floating-point outputs of a model."""
 
 
 def check(
@@ -32,48 +32,49 @@ def check(
 ) -> dict[str, float]:
     """Compare the adapted and the merged model, layer by layer, on real inputs.
 
-    `linen.plan` and `nnx.plan` with inputs prove from a trace that both compute the
-    same. This needs no trace, so it also serves plans that were made from shapes alone,
-    and kernels of which a trace proves nothing. Each layer in turn gets a random M
-    whose update is as large as the kernel, and all others none.
+    `linen.plan` and `nnx.plan` with inputs prove from a trace that both models compute
+    the same. This function needs no trace, so it also serves plans that were made from
+    shapes alone, and kernels of which a trace proves nothing. It gives each layer in
+    turn, and no other layer, a random M whose delta is as large as the kernel.
 
     Args:
-      model: a Linen or an NNX module without adapters.
-      variables: the variables of a Linen model; None for an NNX model.
-      plan: the plan to check.
-      *inputs: arguments of a call of the model.
-      tolerance: the largest difference that passes. By default four times the square
-        root of the machine epsilon of the outputs, 0.0014 for float32.
-      seed: the seed of the random M's.
-      **kwargs: further arguments of the call.
+      model: A Linen or an NNX module without adapters.
+      variables: The variables of a Linen model; None for an NNX model.
+      plan: The plan to check.
+      *inputs: The positional arguments of a call of the model.
+      tolerance: The largest difference that passes. By default it is four times the
+        square root of the machine epsilon of the outputs, 0.0014 for float32.
+      seed: The seed of the random M's.
+      **kwargs: The keyword arguments of the call.
 
     Returns:
-      {path: norm(adapted - merged) / norm(adapted - base)}, all norms over the model's
-      floating-point outputs; NaN for a layer that has no effect on them.
+      {path: norm(adapted - merged) / norm(adapted - base)}, with all norms over the
+      model's floating-point outputs; NaN for a layer that has no effect on them.
 
     Raises:
-      TypeError: `model` is no Flax module, or `plan` no plan.
-      ValueError: layers whose difference is above `tolerance`, each with its figure; a
-        model whose outputs are not finite; variables of a Linen model without params.
+      TypeError: `model` is not a Flax module, or `plan` is not a Plan.
+      ValueError: Layers differ by more than `tolerance` (the message has each figure),
+        the model's outputs are not finite, or a Linen model's variables lack params.
 
     Example::
 
       >>> import flax.linen as nn
-      >>> from mora_jax import diagnostics, plan
+      >>> import mora_jax
       >>> model, x = nn.Dense(8), jnp.ones((2, 8))
       >>> variables = model.init(jax.random.key(0), x)
-      >>> found = diagnostics.check(model, variables, plan(variables["params"]), x)
+      >>> plan = mora_jax.plan(variables["params"])
+      >>> found = mora_jax.diagnostics.check(model, variables, plan, x)
       >>> found["kernel"] < 1e-3
       True
     """
     check_plan(plan)
     if isinstance(model, nnx.Module):
-        params, adapted, merged = _of_nnx(model, plan, inputs, kwargs)
+        params, adapted, merged = _nnx_models(model, plan, inputs, kwargs)
     elif isinstance(model, nn.Module):
-        params, adapted, merged = _of_linen(model, variables, plan, inputs, kwargs)
+        params, adapted, merged = _linen_models(model, variables, plan, inputs, kwargs)
     else:
         raise TypeError(f"model must be a Flax module, got {type(model).__name__}")
-    base = adapted(_alone(None, plan, None, None))
+    base = adapted(_adapters(plan))
     if not base or not all(jnp.isfinite(y).all() for y in base):
         raise ValueError(
             "the model must give finite floating-point outputs for these inputs, got "
@@ -83,31 +84,31 @@ def check(
     found = {}
     for number, (name, spec) in enumerate(plan.items()):
         key = jax.random.fold_in(jax.random.key(seed), number)
-        adapters = _alone(spec, plan, kernels[name], key)
-        one, other = adapted(adapters), merged(adapters)
-        moved = _norm(a - b for a, b in zip(one, base, strict=True))
-        apart = _norm(a - b for a, b in zip(one, other, strict=True))
-        # If the merged model alone moves, the difference is all there is.
-        moved = moved or _norm(b - a for a, b in zip(base, other, strict=True))
-        found[name] = apart / moved if moved else float("nan")
+        adapters = _adapters(plan, spec, kernels[name], key)
+        y_adapted, y_merged = adapted(adapters), merged(adapters)
+        difference = _distance(y_adapted, y_merged)
+        # If the merged model alone has an effect, all of it is a difference: 1.
+        effect = _distance(y_adapted, base) or _distance(y_merged, base)
+        found[name] = difference / effect if effect else float("nan")
     if tolerance is None:
         epsilon = max(float(jnp.finfo(y.dtype).eps) for y in base)
         tolerance = 4 * epsilon**0.5
-    wrong = {name: apart for name, apart in found.items() if apart > tolerance}
+    wrong = {name: ratio for name, ratio in found.items() if ratio > tolerance}
     if wrong:
-        listed = ", ".join(f"{name!r} by {apart:.2g}" for name, apart in wrong.items())
+        listed = ", ".join(f"{name!r} by {ratio:.2g}" for name, ratio in wrong.items())
         raise ValueError(
             f"the adapted and the merged model differ by more than {tolerance:.2g} of "
-            f"the update: {listed}; their layers use the kernel otherwise than planned"
+            f"the delta: {listed}; their layers use the kernel otherwise than planned"
         )
     return found
 
 
-def _of_linen(
+def _linen_models(
     model: nn.Module, variables: Any, plan: Plan, inputs: Any, kwargs: Any
 ) -> tuple[Any, Outputs, Outputs]:
     """Params, and the outputs of the adapted and the merged model."""
-    from mora_jax import linen  # here: what the shells import knows no shell
+    # Imported here, since the shells import the core and not the reverse.
+    from mora_jax import linen
     from mora_jax.linen._bound import params_of
 
     params = params_of(variables)
@@ -124,13 +125,13 @@ def _of_linen(
         new = merge(variables["params"], adapters, plan)
         return _floating(model.apply({**variables, "params": new}, *inputs, **kwargs))
 
-    def of(function: Callable[..., list[jax.Array]]) -> Outputs:
+    def outputs(function: Callable[..., list[jax.Array]]) -> Outputs:
         return lambda adapters: function(adapters, variables, inputs)
 
-    return params, of(adapted), of(merged)
+    return params, outputs(adapted), outputs(merged)
 
 
-def _of_nnx(
+def _nnx_models(
     model: nnx.Module, plan: Plan, inputs: Any, kwargs: Any
 ) -> tuple[Any, Outputs, Outputs]:
     """Params, and the outputs of the adapted and the merged model."""
@@ -143,16 +144,19 @@ def _of_nnx(
     def run(model: Any, inputs: Any) -> list[jax.Array]:
         return _floating(model(*inputs, **kwargs))
 
-    def of(change: Callable[[Any], Any]) -> Outputs:
-        def outputs(adapters: Any) -> list[jax.Array]:
-            other = nnx.clone(wrapped)
-            shell.set_adapters(other, adapters)
-            return run(change(other), inputs)
+    def adapted_copy(adapters: Any) -> Any:
+        copy = nnx.clone(wrapped)
+        shell.set_adapters(copy, adapters)
+        return copy
 
-        return outputs
+    def adapted(adapters: Any) -> list[jax.Array]:
+        return run(adapted_copy(adapters), inputs)
+
+    def merged(adapters: Any) -> list[jax.Array]:
+        return run(shell.merge_adapters(adapted_copy(adapters)), inputs)
 
     params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
-    return params, of(lambda model: model), of(shell.merge_adapters)
+    return params, adapted, merged
 
 
 def _floating(outputs: Any) -> list[jax.Array]:
@@ -160,20 +164,25 @@ def _floating(outputs: Any) -> list[jax.Array]:
     return [y for y in arrays if jnp.issubdtype(y.dtype, jnp.floating)]
 
 
-def _norm(arrays: Any) -> float:
-    return float(np.sqrt(sum(np.sum(np.square(np.asarray(a, float))) for a in arrays)))
+def _distance(ys: list[jax.Array], references: list[jax.Array]) -> float:
+    """The Frobenius norm of the differences of all arrays."""
+    pairs = zip(ys, references, strict=True)
+    squares = (np.sum(np.square(np.asarray(y - ref, float))) for y, ref in pairs)
+    return float(np.sqrt(sum(squares)))
 
 
-def _alone(spec: AdapterSpec | None, plan: Plan, kernel: Any, key: Any) -> Tree:
-    """Adapters that are zero except for that of `spec`, whose update is as the kernel.
+def _adapters(
+    plan: Plan, spec: AdapterSpec | None = None, kernel: Any = None, key: Any = None
+) -> Tree:
+    """Adapters that are zero except for that of `spec`.
 
-    `kernel` and `key` are for that one; without a `spec` all are zero.
+    Its delta is as large as `kernel`. Without a `spec` all adapters are zero.
     """
-    ms = {one: jnp.zeros(one.shape, one.param_dtype) for one in plan.specs}
+    ms = {each: jnp.zeros(each.shape, each.param_dtype) for each in plan.specs}
     if spec is not None:
         m = jax.random.normal(key, spec.shape, spec.param_dtype)
         delta = delta_kernel(spec, m.astype(jnp.float32))
         size = jnp.linalg.norm(jnp.asarray(kernel, jnp.float32).ravel())
         ratio = jnp.where(size > 0, size, 1) / jnp.linalg.norm(delta.ravel())
         ms[spec] = m * ratio.astype(m.dtype)
-    return nest({adapter_path(one): m for one, m in ms.items()})
+    return nest({adapter_path(each): m for each, m in ms.items()})

@@ -3,26 +3,35 @@
 import copy
 import dataclasses
 import functools
-import numbers
 import re
 from collections.abc import Iterable, Mapping
 from operator import index
 from typing import Any
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 from flax.core import FrozenDict
 from jax.typing import DTypeLike
 
-from mora_jax._checks import check_seed, positive_integer
-from mora_jax._settings import NAMES_ELSEWHERE, check_pattern, meant, patterns_of
+from mora_jax._checks import (
+    check_choice,
+    check_number,
+    check_rate,
+    check_seed,
+    floating_dtype,
+    positive_integer,
+)
+from mora_jax._settings import (
+    NAMES_ELSEWHERE,
+    check_pattern,
+    patterns_of,
+    setting_hint,
+)
 from mora_jax._warnings import warn
 from mora_jax.operators._registry import OperatorSpec, parse_spec
 
 
 def default_targets(leaf: str) -> str:
-    """Paths that end in `leaf` and name no head, router, embedding or convolution."""
+    """The pattern of paths to `leaf`; no head, router, embedding or convolution."""
     return (
         r"(?i)"
         r"(?!(.*/)?(([^/]*_)?head|classifier|logits|score|cls|router)(_\d+)?/)"
@@ -44,46 +53,57 @@ LARGEST_USUAL_ALPHA = 4.0
 class MoRAConfig:
     r"""The settings of an adaptation; frozen and hashable.
 
+    In PEFT `targets` is called target_modules, and `overrides` is called rank_pattern
+    and alpha_pattern.
+
     Attributes:
-      rank: the budget r. Each M has as many parameters as fit into those of a LoRA of
+      rank: The budget r. Each M has as many parameters as fit into those of a LoRA of
         rank r: q = floor(sqrt((in + out) r)).
-      operator: the fixed maps around M: "rotation", "sharing", "decoupling",
-        "truncation", "orthogonal", "hadamard", "permutation", or "auto"; or a mapping
-        with further settings, {"name": "sharing", "compress_groups": "contiguous"}.
-      alpha: multiplies the update itself, so 1 is usual; above 4 a `MoRAWarning` says
-        so. LoRA divides its alpha by the rank first. (The reference ignores its alpha.)
+      operator: The fixed maps around M: "rotation", "sharing", "signed_sharing",
+        "decoupling", "truncation", "orthogonal", "hadamard", "permutation", or "auto";
+        or a mapping with further settings,
+        {"name": "sharing", "compress_groups": "contiguous"}.
+      alpha: The factor of the delta itself, so 1 is usual; a `MoRAWarning` is given
+        above 4. LoRA's libraries (PEFT, qwix) multiply by alpha / rank instead: what is
+        lora_alpha / r there is alpha here, and alpha=16 of theirs would be 16 times as
+        much here. (The reference ignores its alpha.)
       square_rank: q itself, in place of `rank`.
-      multiple_of: q is rounded down to a multiple of this, where the budget allows one.
-        None stands for 8 where q is at least 64: steps are up to 4% faster, and it
-        costs at most a tenth of q.
-      init: of M. "zeros" starts as an exact identity. "gaussian", of standard deviation
-        1/sqrt(q), is AiDotNet's; it changes the model's outputs before the first step.
-      dropout: rate on the adapter's input; the frozen path sees all of it.
-      param_dtype: M's dtype. None takes each kernel's dtype. That is for tools which
-        want one dtype in all leaves of a model, such as Tunix when it copies a bfloat16
-        model to a sampler on another mesh. Otherwise keep float32: updates of M that
-        are small beside M are lost in 16 bits.
-      execution: how a dense layer computes. "activation" adds D(C(x) M) to its output,
-        "fold" multiplies by W + C M D, made anew in each step; "auto" takes the one
-        that was faster in measurements, by the layer's shape, its rows and its dtype.
-        Both give the same numbers but for rounding. Other layers, stacks of kernels in
-        one product, and layers under dropout never fold.
-      targets: regular expressions that match the whole path of a kernel, such as
-        `.*/(q_proj|v_proj)/kernel`. By default the kernels of dense layers.
-      exclude: paths to leave out, in the same way.
+      multiple_of: The number whose multiple q is rounded down to, where the budget
+        allows a multiple. None stands for 8 where q is at least 64: steps are up to 4%
+        faster, and q loses a tenth at most.
+      init: How M starts. "zeros" starts as an exact identity. "gaussian", of standard
+        deviation 1/sqrt(q), is AiDotNet's; it changes the model's outputs before the
+        first step.
+      dropout: The rate of dropout on the adapter's input; the frozen path sees all of
+        its input.
+      param_dtype: The dtype of M. None takes each kernel's dtype. That is for tools
+        which want one dtype in all leaves of a model, such as Tunix when it copies a
+        bfloat16 model to a sampler on another mesh. Otherwise keep float32: 16 bits
+        lose steps of M that are small in comparison with M.
+      execution: How a dense layer computes. "activation" adds alpha D(C(x) M) to its
+        output; "fold" multiplies by W + alpha C M D, which it computes again in each
+        step; "auto" takes what was faster in measurements, by the layer's shape, its
+        rows and its dtype. The results are the same up to rounding. Other layers,
+        stacks of kernels in one product, and layers under dropout never fold.
+      targets: Regular expressions that match the whole path of a kernel, such as
+        `.*/(q_proj|v_proj)/kernel`. By default these are the kernels of dense layers.
+      exclude: Regular expressions that match the paths to leave out.
       overrides: {pattern: {setting: value}} for some targets; later patterns win. The
-        settings are those above and "axes", the meaning of a kernel's axes by
-        letters: "i" input, "o" output, "s" stacked.
-      seed: of the random operators.
+        settings are all fields except `targets`, `exclude` and `overrides`.
+        "axes" is a setting in overrides alone, and not a field of the config: it gives
+        the meaning of a kernel's axes, a letter each, "i" for input features, "o" for
+        output features and "s" for a stack.
+      seed: The seed of the random operators.
 
     Raises:
-      TypeError, ValueError: a setting that no kernel could have; `rank` and
-        `square_rank` together; alpha=0, which would train nothing.
+      TypeError, ValueError: A setting that no kernel could have; `rank` together with
+        `square_rank`; alpha=0, which would train nothing.
 
     Example::
 
-      >>> from mora_jax import MoRAConfig
-      >>> config = MoRAConfig(rank=4, overrides={".*/q_proj/kernel": {"rank": 16}})
+      >>> import mora_jax
+      >>> overrides = {".*/q_proj/kernel": {"rank": 16}}
+      >>> config = mora_jax.MoRAConfig(rank=4, overrides=overrides)
       >>> config.settings("layer/q_proj/kernel")[0].rank
       16
     """
@@ -105,12 +125,12 @@ class MoRAConfig:
     seed: int = 0
 
     def __new__(cls, *args: Any, **settings: Any) -> "MoRAConfig":
-        """Before `__init__` sees them: names that this class does not have."""
+        """Refuse settings that this class does not have, before `__init__` does."""
         known = [field.name for field in dataclasses.fields(cls)]
         for name in settings:
             if name not in known:
                 raise TypeError(
-                    f"MoRAConfig has no setting {name!r}{meant(name, known)}"
+                    f"MoRAConfig has no setting {name!r}{setting_hint(name, known)}"
                 )
         return super().__new__(cls)
 
@@ -119,7 +139,7 @@ class MoRAConfig:
         for alpha in (self.alpha, *_values(self.overrides, "alpha")):
             if abs(alpha) > LARGEST_USUAL_ALPHA:
                 warn(
-                    f"alpha={alpha:g} multiplies the update itself, and 1 is usual: "
+                    f"alpha={alpha:g} multiplies the delta itself, and 1 is usual: "
                     "what LoRA calls lora_alpha is alpha=lora_alpha / r here"
                 )
 
@@ -132,8 +152,8 @@ class MoRAConfig:
         if self.square_rank is not None and self.rank != DEFAULT_RANK:
             raise ValueError(
                 f"rank and square_rank exclude each other, got rank={self.rank} and "
-                f"square_rank={self.square_rank}: the first is a budget that q is "
-                "chosen by, the second is q itself"
+                f"square_rank={self.square_rank}: rank is a budget that q is chosen "
+                "by, square_rank is q itself"
             )
         parse_spec(self.operator)
         if isinstance(self.operator, Mapping):
@@ -141,8 +161,8 @@ class MoRAConfig:
         self._set("alpha", check_number("alpha", self.alpha))
         if self.alpha == 0:
             raise ValueError(
-                "alpha must not be 0, which would make the update, and all gradients "
-                "of the adapters, 0"
+                "alpha must not be 0, which would make every delta and every gradient "
+                "of the adapters 0"
             )
         self._set("dropout", check_rate(self.dropout))
         check_choice("init", self.init, INITS)
@@ -172,12 +192,12 @@ class MoRAConfig:
                 raise TypeError(
                     f"overrides[{pattern!r}] must be a mapping, got {settings!r}"
                 )
-            allowed = {f.name for f in dataclasses.fields(self)}
-            allowed = allowed - {"targets", "exclude", "overrides"} | {"axes"}
+            fields = {field.name for field in dataclasses.fields(self)}
+            allowed = fields - {"targets", "exclude", "overrides"} | {"axes"}
             if unknown := sorted(set(settings) - allowed, key=str):
                 raise ValueError(
                     f"overrides[{pattern!r}] must use {sorted(allowed)}, "
-                    f"got {unknown}{meant(str(unknown[0]), sorted(allowed))}"
+                    f"got {unknown}{setting_hint(str(unknown[0]), sorted(allowed))}"
                 )
             if "rank" in settings and settings.get("square_rank") is not None:
                 raise ValueError(
@@ -190,7 +210,7 @@ class MoRAConfig:
         merged: dict[str, Any] = {}
         for pattern, settings in self.overrides.items():
             if re.fullmatch(pattern, path):
-                # Of the two that exclude each other the later one wins.
+                # rank and square_rank exclude each other, and later patterns win.
                 if "rank" in settings:
                     merged.pop("square_rank", None)
                 if "square_rank" in settings:
@@ -203,7 +223,7 @@ class MoRAConfig:
             settings = {"rank": DEFAULT_RANK, **settings}
         elif "rank" in settings:
             settings = {"square_rank": None, **settings}
-        changed = copy.copy(self)  # not a new one, which would warn again
+        changed = copy.copy(self)  # a new config would warn again
         for field, value in {**settings, "overrides": FrozenDict()}.items():
             if field != "axes":
                 changed._set(field, value)
@@ -211,21 +231,21 @@ class MoRAConfig:
         return changed
 
 
-# Since `__new__` takes anything, what help() shows is said here.
+# `__new__` takes anything, so help() is led to the signature of `__init__`.
 functools.update_wrapper(
     MoRAConfig.__new__, MoRAConfig.__init__, assigned=(), updated=()
 )
 
 
 def check_config(config: Any, call: str = "MoRAConfig(rank=8)") -> MoRAConfig:
-    """`config`, or the default one for None.
+    """`config`, or the default config for None.
 
     Args:
-      config: what a user gave as a config.
-      call: how the function is called, for the message.
+      config: What a user gave as a config.
+      call: The call of the function, for the message.
 
     Raises:
-      TypeError: something else.
+      TypeError: `config` is something else.
     """
     if config is None:
         return MoRAConfig()
@@ -252,39 +272,3 @@ def _values(overrides: Mapping[str, Mapping[str, Any]], name: str) -> list[Any]:
 def _positive_integer(name: str, value: Any) -> int:
     positive_integer(name, value)
     return index(value)
-
-
-def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    """Raise unless `value` is one of `choices`."""
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {choices}, got {value!r}")
-
-
-def check_number(name: str, value: Any) -> float:
-    """`value` as a Python float, if it is a finite real number."""
-    if isinstance(value, jax.Array):  # it would make a config unhashable
-        raise TypeError(
-            f"{name} must be a number, got a JAX array; write float({name})"
-        )
-    if isinstance(value, bool | np.bool_) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name} must be a number, got {value!r}")
-    number = float(value)
-    if not float("-inf") < number < float("inf"):
-        raise ValueError(f"{name} must be finite, got {value}")
-    return number
-
-
-def check_rate(value: Any) -> float:
-    """`value` as a Python float, if it is a dropout rate."""
-    rate = check_number("dropout", value)
-    if not 0 <= rate < 1:
-        raise ValueError(f"dropout must be in [0, 1), got {value}")
-    return rate
-
-
-def floating_dtype(dtype: DTypeLike | None, name: str = "param_dtype") -> jnp.dtype:
-    """`dtype` as a numpy dtype, if it is a real floating-point one."""
-    found = None if dtype is None else jnp.dtype(dtype)  # numpy's None is float64
-    if found is None or not jnp.issubdtype(found, jnp.floating):
-        raise TypeError(f"{name} must be a floating-point dtype, got {found}")
-    return found

@@ -1,4 +1,4 @@
-r"""One dense layer with its adapter: the equation.
+r"""One dense layer with its adapter, as a pure function.
 
 .. math:: y = x W + b + \alpha\, D(C(x) M), \qquad W' = W + \alpha\, C M D
 """
@@ -14,12 +14,13 @@ from jax.typing import DTypeLike
 from jaxtyping import Float, PRNGKeyArray, Shaped
 
 from mora_jax._axes import sizes
+from mora_jax._checks import check_kernel, check_key
 from mora_jax._compute.adapted import adapted_product
 from mora_jax._config import MoRAConfig
 from mora_jax._linear_map import static
 from mora_jax._mesh.layout import KernelLayout
 from mora_jax._paths import adapter_of
-from mora_jax._spec import SUFFIX, AdapterSpec, check_kernel, check_key
+from mora_jax._spec import SUFFIX, AdapterSpec
 from mora_jax._types import ArrayLike
 from mora_jax.operators import Operator
 from mora_jax.products import Contraction
@@ -27,13 +28,14 @@ from mora_jax.products import Contraction
 
 @dataclasses.dataclass(frozen=True)
 class FrozenDense:
-    """All of a dense layer that is not trained.
+    """Everything of a dense layer that is not trained.
 
-    A pytree: kernel, bias and the operator's arrays are leaves, the rest is static.
+    It is a pytree: kernel, bias and the operator's arrays are leaves, and the rest is
+    static.
 
     Attributes:
-      kernel: W, (in, out), or any number of axes that `axes` explains.
-      bias: b, with the shape of the output features behind any stack axes; or None.
+      kernel: W, (in, out), or an array of any number of axes that `axes` explains.
+      bias: b, of the shape (*stack, *out); or None.
       operator: C and D for the kernel's flattened widths.
       precision: The precision of both products, as in `jax.lax.dot_general`.
       axes, alpha, dropout, init, param_dtype, execution, layout: As for `AdapterSpec`.
@@ -42,15 +44,15 @@ class FrozenDense:
 
     Example::
 
-      >>> from mora_jax import FrozenDense, MoRAConfig, init, mora_apply
-      >>> config = MoRAConfig(square_rank=2, operator="rotation")
-      >>> frozen = FrozenDense.from_config(jnp.ones((4, 6)), config=config)
-      >>> params = init(frozen)
-      >>> mora_apply(params, frozen, jnp.ones((3, 4))).shape
+      >>> import mora_jax
+      >>> config = mora_jax.MoRAConfig(square_rank=2, operator="rotation")
+      >>> frozen = mora_jax.FrozenDense.from_config(jnp.ones((4, 6)), config=config)
+      >>> params = mora_jax.init(frozen)
+      >>> mora_jax.mora_apply(params, frozen, jnp.ones((3, 4))).shape
       (3, 6)
     """
 
-    # Any: arrays, or what JAX puts in their place, as shapes and the leaves of a map.
+    # Any, since JAX puts shapes and the leaves of a `jax.tree.map` in place of arrays.
     kernel: Any
     bias: Any
     operator: Operator
@@ -72,7 +74,18 @@ class FrozenDense:
         config: MoRAConfig | None = None,
         axes: str = "io",
     ) -> "FrozenDense":
-        """A layer with the adapter that `config` asks for."""
+        """A layer with the adapter that `config` asks for.
+
+        Args:
+          kernel: W, or its shape.
+          bias: b, or its shape; None for a layer without a bias.
+          config: The settings; None for the defaults.
+          axes: The meaning of the kernel's axes, a letter each.
+
+        Raises:
+          TypeError: `kernel` is not a floating-point array.
+          ValueError: `axes` do not fit the kernel, or the rank does not.
+        """
         check_kernel(kernel, "kernel")
         spec = AdapterSpec.from_config(
             config, tuple(kernel.shape), axes, kernel_dtype=kernel.dtype
@@ -82,7 +95,7 @@ class FrozenDense:
 
     @property
     def spec(self) -> AdapterSpec:
-        """The description of its adapter."""
+        """How the kernel is adapted."""
         check_kernel(self.kernel, "kernel")
         settings = {field: getattr(self, field) for field in _SPEC_FIELDS}
         return AdapterSpec(kernel_shape=tuple(self.kernel.shape), **settings)
@@ -101,7 +114,7 @@ jax.tree_util.register_dataclass(
 def choose_dropout_key(
     spec: AdapterSpec, key: PRNGKeyArray | None, deterministic: bool
 ) -> PRNGKeyArray | None:
-    """The key to drop with, or None; a missing one is an error."""
+    """The key for dropout, or None if nothing is dropped; a missing key is an error."""
     check_key(key)
     if spec.dropout == 0 or deterministic:
         return None
@@ -126,25 +139,26 @@ def mora_apply(
     .. math:: y = x W + b + \alpha\, D(C(x) M)
 
     Args:
-      params: `{"kernel_mora": M}`, M of shape (*stack, q, q).
-      frozen: kernel, bias and operator.
-      x: (*stack, *batch, *in).
-      key: for dropout, where `frozen.dropout` is above zero.
-      deterministic: no dropout.
+      params: The trained part, `{"kernel_mora": M}`, with M of shape (*stack, q, q).
+      frozen: Kernel, bias and operator.
+      x: The layer's input, (*stack, *batch, *in).
+      key: The key for dropout, which is needed where `frozen.dropout` is above zero.
+      deterministic: Whether to switch dropout off.
 
     Returns:
       (*stack, *batch, *out) in the dtype that x, kernel and bias promote to.
 
     Raises:
-      TypeError: something is no array, or M or the kernel is not floating-point.
-      ValueError: shapes that do not fit, or dropout without a key.
+      TypeError: An argument is not an array, or M or the kernel is not floating-point.
+      ValueError: The shapes do not fit, or dropout has no key.
 
     Example::
 
-      >>> from mora_jax import FrozenDense, mora_apply
-      >>> from mora_jax.operators import Truncation
-      >>> frozen = FrozenDense(jnp.eye(3), None, Truncation(3, 3, square_rank=1))
-      >>> mora_apply({"kernel_mora": jnp.array([[0.5]])}, frozen, jnp.ones((1, 3)))
+      >>> import mora_jax
+      >>> truncation = mora_jax.operators.Truncation(3, 3, square_rank=1)
+      >>> frozen = mora_jax.FrozenDense(jnp.eye(3), None, truncation)
+      >>> params = {"kernel_mora": jnp.array([[0.5]])}
+      >>> mora_jax.mora_apply(params, frozen, jnp.ones((1, 3)))
       Array([[1.5, 1. , 1. ]], dtype=float32)
     """
     m = params_adapter(params, frozen)
@@ -186,7 +200,7 @@ def as_jax_array(name: str, value: Any) -> jax.Array:
 
 
 def params_adapter(params: Mapping[str, ArrayLike], frozen: FrozenDense) -> ArrayLike:
-    """M out of `{"kernel_mora": M}`, checked."""
+    """The M in `{"kernel_mora": M}`, checked."""
     expected = f"kernel{SUFFIX}"
     if not isinstance(frozen, FrozenDense):
         raise TypeError(f"frozen must be a FrozenDense, got {type(frozen).__name__}")

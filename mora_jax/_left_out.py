@@ -1,4 +1,4 @@
-"""What of a model gets no adapter, and why."""
+"""Which arrays of a model get no adapter, and why."""
 
 import dataclasses
 import re
@@ -14,7 +14,7 @@ from mora_jax._warnings import LeftOutWarning, warn
 from mora_jax.products import Convolution, Lookup, Product
 
 NO_KERNEL = re.compile(r"(?i).*(bias|scale|norm|pos|embed|token|mean|var|cache)[^/]*$")
-"""Names of arrays that hardly multiply inputs, for models that were not traced."""
+"""Names of arrays that rarely multiply inputs, for models that were not traced."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,10 +22,10 @@ class LeftOut:
     """Arrays of one kind that get no adapter.
 
     Attributes:
-      pattern: their path, with "*" for numbers.
-      count: how many they are.
-      why: the reason.
-      multiplied: whether they multiply inputs, as far as is known.
+      pattern: Their path, with "*" in place of numbers.
+      count: The number of arrays.
+      why: The reason.
+      multiplied: Whether they multiply inputs, as far as is known.
     """
 
     pattern: str
@@ -44,13 +44,13 @@ def left_out_of(
     config: MoRAConfig,
     survey: Survey | None,
 ) -> tuple[LeftOut, ...]:
-    """A line for each kind of arrays that get no adapter.
+    """The arrays that get no adapter, by kinds.
 
     Args:
-      arrays: {path: array}, those of two or more axes that have no adapter.
-      excluded: paths that `config.exclude` names.
-      config: what was asked for.
-      survey: what is known of the arrays.
+      arrays: {path: array} of those that have two or more axes and no adapter.
+      excluded: The paths that `config.exclude` names.
+      config: What the user asked for.
+      survey: What is known of the arrays; None if only their shapes are.
     """
     default = config.targets == DEFAULT_TARGETS
     quantized = {
@@ -77,7 +77,7 @@ def left_out_of(
 
 
 def warn_of(left_out: Iterable[LeftOut]) -> None:
-    """Warn of arrays that multiply inputs, of which the user may know nothing."""
+    """Warn of arrays that multiply inputs, since the user may not know of them."""
     surprising = [str(kind) for kind in left_out if kind.multiplied]
     if surprising:
         warn(
@@ -95,9 +95,9 @@ def _by_survey(name: str, shape: Shape, survey: Survey) -> tuple[str, bool]:
         return f"{_kind(survey.products[name])}; targets may name it", False
     if survey.no_kernels([name]):
         return "never multiplied with an input", False
-    if uses is not None and name not in uses.run:
+    if uses is not None and name not in uses.reached:
         return "the call that was traced does not use it", True
-    matrix = sum(size > 1 for size in shape) > 1  # and no token or row of scales
+    matrix = sum(size > 1 for size in shape) > 1  # not a token or a row of scales
     guess = matrix and not NO_KERNEL.fullmatch(name)
     return survey.why_unknown(name), uses is not None or guess
 

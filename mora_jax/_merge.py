@@ -1,4 +1,4 @@
-"""The update in the kernel, and out of it again."""
+"""Deltas added to kernels, and subtracted again."""
 
 from typing import Any, overload
 
@@ -11,8 +11,8 @@ from jaxtyping import Float
 
 from mora_jax._adapters import Tree, adapter_items, nest
 from mora_jax._bases import check_base
+from mora_jax._checks import floating_dtype
 from mora_jax._compute.delta import delta_kernel
-from mora_jax._config import floating_dtype
 from mora_jax._dense import FrozenDense, as_jax_array, params_adapter
 from mora_jax._paths import Path, find_kernel, named_leaves, replace_leaves
 from mora_jax._plan import Plan, check_plan
@@ -27,22 +27,25 @@ def delta_weight(params: Any, frozen: Plan) -> Tree: ...
 def delta_weight(
     params: Any, frozen: FrozenDense | Plan
 ) -> Float[jax.Array, "..."] | Tree:
-    r"""The update as a kernel, :math:`\alpha\, C M D` (paper equation 3).
+    r"""What an adapter adds to its kernel, :math:`\alpha\, C M D` (paper equation 3).
+
+    PEFT calls it get_delta_weight.
 
     Args:
       params: `{"kernel_mora": M}` of one layer, or the adapters of a model.
-      frozen: the layer, or the plan.
+      frozen: The layer, or the plan.
 
     Returns:
-      An array of the kernel's shape; for a model a tree of them, under their kernels'
-      names. In float32, or float64 where M or the layer's kernel is.
+      An array of the kernel's shape; for a model a tree of such arrays, under the names
+      of their kernels. They are in float32, or in float64 where M or the layer's kernel
+      is.
 
     Example::
 
-      >>> from mora_jax import FrozenDense, MoRAConfig, delta_weight
-      >>> config = MoRAConfig(square_rank=1, operator="truncation", alpha=2.0)
-      >>> frozen = FrozenDense.from_config(jnp.ones((2, 2)), config=config)
-      >>> delta_weight({"kernel_mora": jnp.ones((1, 1))}, frozen)
+      >>> import mora_jax
+      >>> config = mora_jax.MoRAConfig(square_rank=1, operator="truncation", alpha=2.0)
+      >>> frozen = mora_jax.FrozenDense.from_config(jnp.ones((2, 2)), config=config)
+      >>> mora_jax.delta_weight({"kernel_mora": jnp.ones((1, 1))}, frozen)
       Array([[2., 0.],
              [0., 0.]], dtype=float32)
     """
@@ -75,35 +78,38 @@ def merge(
     *,
     any_base: bool = False,
 ) -> Any:
-    r"""The base with its adapters folded in: :math:`W' = W + \alpha\, C M D`.
+    r"""The base with its deltas added, to be kept: :math:`W' = W + \alpha\, C M D`.
 
-    The merged model computes the same function and costs what the base does. The sum
-    is taken in float32 (float64 where the kernel is) and rounded once;
-    `diagnostics.merge_loss` says what that loses in a 16-bit kernel.
+    `merge` is `fold` with a check that the numbers of the M's are finite, and that the
+    kernels are those that the adapters were trained on. The merged model computes the
+    same function as the adapted model and costs what the base does.
+
+    The sum is taken in float32 (float64 where the kernel is) and rounded once;
+    `diagnostics.merge_loss` says what a 16-bit kernel loses by that.
 
     Args:
-      params: the base's params: any pytree, `nnx.state(model, nnx.Param)` too.
-      adapters: as `init` makes them, or `nnx.state(model, MoRAParam)`.
-      plan: the plan that they follow.
-      dtype: of the merged kernels; by default that of each kernel.
-      any_base: Merge into other weights than those that the adapter was trained on,
-        too. The plan knows them if `save` was given `params`.
+      params: The base's params: any pytree, which may be `nnx.state(model, nnx.Param)`.
+      adapters: The adapters, as `init` makes them, or `nnx.state(model, MoRAParam)`.
+      plan: The plan of the adapters.
+      dtype: The dtype of the merged kernels; each kernel keeps its dtype by default.
+      any_base: Whether to merge into any weights, also if the adapters were trained on
+        others. The plan knows the right ones if `save` was given `params`.
 
     Returns:
       A new tree of the same structure; unadapted leaves are the same arrays.
 
     Raises:
-      TypeError: leaves that are no arrays, a model in place of its params, or a kernel
-        that is not floating-point, such as a quantized one.
-      ValueError: adapters or params that do not fit the plan, or M's that hold NaN or
-        infinity; kernels of another base, without `any_base`.
+      TypeError: A leaf is not an array, a model stands in place of its params, or a
+        kernel is not floating-point but, for example, quantized.
+      ValueError: Adapters or params do not fit the plan, an M holds NaN or infinity,
+        or a kernel belongs to another base and `any_base` is False.
 
     Example::
 
-      >>> from mora_jax import init, merge, plan
+      >>> import mora_jax
       >>> params = {"fc": {"kernel": jnp.ones((8, 8))}}
-      >>> layers = plan(params)
-      >>> merged = merge(params, init(layers), layers)
+      >>> plan = mora_jax.plan(params)
+      >>> merged = mora_jax.merge(params, mora_jax.init(plan), plan)
       >>> bool((merged["fc"]["kernel"] == params["fc"]["kernel"]).all())
       True
     """
@@ -115,35 +121,41 @@ def merge(
 
 
 def fold(params: Any, adapters: Any, plan: Plan, dtype: DTypeLike | None = None) -> Any:
-    r"""Effective params, for a model that is any function of its params.
+    r"""The base with its deltas added, inside of jit: :math:`W' = W + \alpha\, C M D`.
 
-    As `merge`, but made to be differentiated: `loss(fold(params, a, plan))` inside jit
-    trains the adapters of a Haiku, Equinox or hand-written model. This is the general
-    way, and the dearer one: each step forms every update and its gradient at the full
-    size of its kernel, which `linen.wrap` and `nnx.wrap` do not.
+    `merge` is `fold` with a check that the numbers of the M's are finite, and that the
+    kernels are those that the adapters were trained on. `fold` has no such check, so
+    that it can be compiled and differentiated.
+
+    It trains the adapters of any model that is a function of its params, such as a
+    Haiku, Equinox or hand-written model, by `loss(fold(params, adapters, plan))`. This
+    costs more than `linen.wrap` and `nnx.wrap`: each step forms every delta and its
+    gradient at the full size of the kernel.
 
     Args:
-      params: the base's params: any pytree of arrays, an `nnx.State` too.
-      adapters: as `init` makes them, or `nnx.state(model, MoRAParam)`.
-      plan: the plan that they follow. Where a kernel's axes are not (in, out), an
+      params: The base's params: any pytree of arrays, which may be an `nnx.State`.
+      adapters: The adapters, as `init` makes them, or `nnx.state(model, MoRAParam)`.
+      plan: The plan of the adapters. Where a kernel's axes are not (in, out), an
         override of the config says so: `{".*weight": {"axes": "oi"}}`.
-      dtype: of the folded kernels; by default that of each kernel.
+      dtype: The dtype of the folded kernels; each kernel keeps its dtype by default.
 
     Returns:
       A new tree of the same structure; unadapted leaves are the same arrays.
 
     Raises:
-      TypeError: as `merge`.
-      ValueError: adapters or params that do not fit the plan.
+      TypeError: As `merge`.
+      ValueError: Adapters or params do not fit the plan.
 
     Example::
 
-      >>> from mora_jax import fold, init, plan
+      >>> import mora_jax
       >>> params = {"kernel": jnp.ones((8, 8))}
-      >>> layers = plan(params)
+      >>> plan = mora_jax.plan(params)
       >>> def loss(adapters, params, x):
-      ...     return jnp.mean((x @ fold(params, adapters, layers)["kernel"]) ** 2)
-      >>> grads = jax.jit(jax.grad(loss))(init(layers), params, jnp.ones((1, 8)))
+      ...     kernel = mora_jax.fold(params, adapters, plan)["kernel"]
+      ...     return jnp.mean((x @ kernel) ** 2)
+      >>> adapters = mora_jax.init(plan)
+      >>> grads = jax.jit(jax.grad(loss))(adapters, params, jnp.ones((1, 8)))
       >>> grads["kernel_mora"].shape
       (8, 8)
     """
@@ -151,23 +163,29 @@ def fold(params: Any, adapters: Any, plan: Plan, dtype: DTypeLike | None = None)
 
 
 def unmerge(params: Any, adapters: Any, plan: Plan) -> Any:
-    r"""Subtract the update from merged kernels: :math:`W = W' - \alpha\, C M D`.
+    r"""Subtract the deltas from merged kernels: :math:`W = W' - \alpha\, C M D`.
 
-    Approximate: each kernel comes back to within the rounding of its dtype. To have the
-    base exactly, keep it; `merge` leaves it as it was.
+    The result is approximate: each kernel comes back to within the rounding of its
+    dtype. To have the base exactly, keep it; `merge` does not change it.
+
+    Args:
+      params: The params that `merge` returned.
+      adapters: The adapters that were merged.
+      plan: The plan of the adapters.
 
     Raises:
-      TypeError, ValueError: as `merge`, and kernels of fewer than 32 bits, which would
-        drift.
+      TypeError: As `merge`.
+      ValueError: As `merge`, or a kernel has fewer than 32 bits and so would drift.
 
     Example::
 
-      >>> from mora_jax import init, merge, plan, unmerge
+      >>> import mora_jax
       >>> params = {"fc": {"kernel": jnp.ones((8, 8))}}
-      >>> layers = plan(params)
-      >>> adapters = jax.tree.map(lambda m: m + 1, init(layers))
-      >>> back = unmerge(merge(params, adapters, layers), adapters, layers)
-      >>> bool(jnp.allclose(back["fc"]["kernel"], params["fc"]["kernel"]))
+      >>> plan = mora_jax.plan(params)
+      >>> adapters = jax.tree.map(lambda m: m + 1, mora_jax.init(plan))
+      >>> merged = mora_jax.merge(params, adapters, plan)
+      >>> base = mora_jax.unmerge(merged, adapters, plan)
+      >>> bool(jnp.allclose(base["fc"]["kernel"], params["fc"]["kernel"]))
       True
     """
     leaves = named_leaves(params)
@@ -183,7 +201,7 @@ def unmerge(params: Any, adapters: Any, plan: Plan) -> Any:
 
 
 def finite_items(adapters: Any, plan: Plan) -> list[tuple[AdapterSpec, jax.Array]]:
-    """Each spec with its M, which must be finite as far as that can be seen."""
+    """Each spec with its M, which must be finite unless it is being traced."""
     items = _items(adapters, plan)
     for spec, m in items:
         if not isinstance(m, Tracer) and not np.isfinite(m).all():
@@ -197,9 +215,9 @@ def _add(
     items, leaves = _items(adapters, plan), named_leaves(params)
     if dtype is not None:
         dtype = floating_dtype(dtype, "dtype")
-    updated: dict[Path, jax.Array] = {}
+    sums: dict[Path, jax.Array] = {}
     for spec, m in items:
-        if f"{spec.name}{SUFFIX}" in leaves:  # which would be added twice
+        if f"{spec.name}{SUFFIX}" in leaves:  # the delta would be added twice
             raise ValueError(
                 f"params hold the adapter {spec.name}{SUFFIX}: give the base alone, "
                 "as split(params)[0]"
@@ -207,5 +225,5 @@ def _add(
         path, kernel = find_kernel(leaves, spec)
         as_jax_array(spec.name, kernel)
         delta = sign * delta_kernel(spec, _wide(m, kernel.dtype))
-        updated[path] = (_wide(kernel) + delta).astype(dtype or kernel.dtype)
-    return replace_leaves(params, updated)
+        sums[path] = (_wide(kernel) + delta).astype(dtype or kernel.dtype)
+    return replace_leaves(params, sums)

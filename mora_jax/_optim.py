@@ -1,4 +1,4 @@
-"""optax on a combined tree: train the M's, leave the base bitwise as it is."""
+"""Optax on a combined tree: the M's are trained, the base stays bitwise the same."""
 
 import re
 from collections.abc import Iterable
@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mora_jax._paths import is_boxed, located_leaves, suggestion
+from mora_jax._paths import is_boxed, located_leaves, pattern_hint
 from mora_jax._settings import patterns_of
 from mora_jax._spec import SUFFIX
 
@@ -16,26 +16,28 @@ from mora_jax._spec import SUFFIX
 def trainable_mask(params: Any, base: str | Iterable[str] = ()) -> Any:
     """True for each M of a combined tree, False for the frozen leaves.
 
-    Beware of `optax.masked` alone: it lets the gradients of masked leaves *through*.
+    Do not freeze with `optax.masked`: it lets the gradients of masked leaves *through*.
     Use `optimizer`.
 
     Args:
-      params: a tree as `combine` makes it, or the state of a model with adapters.
-      base: patterns of base leaves to train as well, such as `.*/norm/scale`; ".*" for
-        all (AiDotNet's freezeBaseLayer=false).
+      params: A tree as `combine` makes it, or the state of a model with adapters.
+      base: Patterns of base leaves to train as well, such as `.*/norm/scale`; ".*" for
+        all of them. PEFT calls such modules modules_to_save, and AiDotNet says
+        freezeBaseLayer=false.
 
     Returns:
-      A tree of bools, one for each array; metadata around arrays has one, too.
+      A tree of bools, one for each array. An array in a box of metadata has one bool
+      in place of both.
 
     Raises:
-      TypeError: a model in place of its params.
-      ValueError: no M in the tree, or a pattern that matches nothing.
+      TypeError: A model stands in place of its params.
+      ValueError: The tree holds no M, or a pattern matches nothing.
 
     Example::
 
-      >>> from mora_jax import trainable_mask
+      >>> import mora_jax
       >>> params = {"kernel": jnp.ones((8, 8)), "kernel_mora": jnp.ones((4, 4))}
-      >>> trainable_mask(params)
+      >>> mora_jax.trainable_mask(params)
       {'kernel': False, 'kernel_mora': True}
     """
     patterns = patterns_of("base", base)
@@ -51,20 +53,28 @@ def trainable_mask(params: Any, base: str | Iterable[str] = ()) -> Any:
         matched = {name for name in leaves if re.fullmatch(pattern, name)}
         if not matched:
             raise ValueError(
-                f"base: {pattern!r} matches no base leaf" + suggestion(pattern, leaves)
+                f"base: {pattern!r} matches no base leaf"
+                + pattern_hint(pattern, leaves)
             )
         trained |= matched
     return jax.tree.unflatten(structure, [name in trained for name in names])
 
 
 def trainable_labels(params: Any, base: str | Iterable[str] = ()) -> Any:
-    """`trainable_mask` as labels "trainable" and "frozen", as optax's partition wants.
+    """`trainable_mask` as labels for `optax.transforms.partition`.
+
+    Args:
+      params: A tree as `combine` makes it, or the state of a model with adapters.
+      base: Patterns of base leaves to train as well, as in `trainable_mask`.
+
+    Returns:
+      A tree of the labels "trainable" and "frozen".
 
     Example::
 
-      >>> from mora_jax import trainable_labels
+      >>> import mora_jax
       >>> params = {"kernel": jnp.ones((8, 8)), "kernel_mora": jnp.ones((4, 4))}
-      >>> trainable_labels(params)
+      >>> mora_jax.trainable_labels(params)
       {'kernel': 'frozen', 'kernel_mora': 'trainable'}
     """
     mask = trainable_mask(params, base)
@@ -74,27 +84,28 @@ def trainable_labels(params: Any, base: str | Iterable[str] = ()) -> Any:
 def optimizer(
     tx: optax.GradientTransformation, params: Any, base: str | Iterable[str] = ()
 ) -> optax.GradientTransformation:
-    """`tx` on the M's of a combined tree; every other leaf stays bitwise what it is.
+    """`tx` for the M's of a combined tree; every other leaf stays bitwise the same.
 
     The state holds arrays for the trained leaves only, and what `tx` computes over the
-    whole tree, such as the norm to clip by, sees those alone. Adapters that are a tree
-    of their own need none of this: there `tx` itself will do, and no gradient of the
-    base is computed at all.
+    whole tree, such as the norm for clipping, covers those leaves alone. A separate
+    tree of adapters needs `tx` itself and not this function; no gradient of the base is
+    computed then.
 
     Args:
-      tx: any optax transformation.
-      params: a tree as `combine` makes it.
-      base: patterns of base leaves to train as well.
+      tx: Any optax transformation.
+      params: A tree as `combine` makes it.
+      base: Patterns of base leaves to train as well, as in `trainable_mask`; PEFT's
+        modules_to_save.
 
     Raises:
-      TypeError, ValueError: as `trainable_mask`; `tx` is no transformation.
+      TypeError: As `trainable_mask`, or `tx` is not a transformation.
+      ValueError: As `trainable_mask`.
 
     Example::
 
-      >>> import optax
-      >>> from mora_jax import optimizer
+      >>> import mora_jax, optax
       >>> params = {"kernel": jnp.ones((8, 8)), "kernel_mora": jnp.ones((4, 4))}
-      >>> tx = optimizer(optax.adamw(1e-3), params)
+      >>> tx = mora_jax.optimizer(optax.adamw(1e-3), params)
       >>> updates, state = tx.update(params, tx.init(params), params)
       >>> moved = optax.apply_updates(params, updates)
       >>> bool((moved["kernel"] == params["kernel"]).all())

@@ -1,4 +1,4 @@
-"""Where things are in a tree: slash-joined paths."""
+"""Slash-joined paths, which say where a leaf is in a tree."""
 
 import difflib
 import re
@@ -10,28 +10,23 @@ import jax
 from flax import nnx
 from flax.core.meta import AxisMetadata
 
-from mora_jax._spec import (
-    DEQUANTISE,
-    SUFFIX,
-    AdapterSpec,
-    check_adapter,
-    check_kernel,
-    check_same,
-)
+from mora_jax._checks import DEQUANTISE, check_kernel
+from mora_jax._matrix import check_adapter
+from mora_jax._spec import SUFFIX, AdapterSpec, check_same
 
 Path = tuple[str, ...]
 
 
 def located_leaves(tree: Any, what: str = "params") -> dict[Path, Any]:
-    """{path: leaf} of a tree, boxes as they are.
+    """{path: leaf} of a tree, whose arrays stay in their boxes.
 
     Args:
-      tree: any pytree, an `nnx.State` too.
-      what: what messages call it.
+      tree: Any pytree, which may be an `nnx.State`.
+      what: What error messages call the tree.
 
     Raises:
-      TypeError: a model, or something that holds nothing under a name.
-      ValueError: two leaves of one path.
+      TypeError: The tree is a model, or something that holds nothing under a name.
+      ValueError: Two leaves have the same path.
     """
     leaves: dict[Path, Any] = {}
     for keys, leaf in jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_end)[0]:
@@ -65,16 +60,16 @@ def named_leaves(params: Any) -> dict[str, tuple[Path, Any]]:
 def find_kernel(
     leaves: Mapping[str, tuple[Path, Any]], spec: AdapterSpec
 ) -> tuple[Path, Any]:
-    """Path and array of the kernel that `spec` adapts, checked.
+    """The path and the array of the kernel that `spec` adapts, checked.
 
     Args:
-      leaves: as `named_leaves` gives them.
-      spec: the adapter.
+      leaves: The leaves of the params, as `named_leaves` gives them.
+      spec: The adapter.
 
     Raises:
-      TypeError: a kernel that is no floating-point array.
-      ValueError: no such kernel, as where it is quantized and has parts, or one of
-        another shape.
+      TypeError: The kernel is not a floating-point array.
+      ValueError: There is no such kernel (a quantized kernel is several arrays, below
+        its path), or it has another shape.
     """
     name = spec.name
     if name in leaves:
@@ -89,19 +84,19 @@ def find_kernel(
 
 
 def lacking(name: str, names: Iterable[str]) -> str:
-    """Why `name` may not be among the names of a model, as the end of a message."""
-    parts = [other for other in names if other.startswith(f"{name}/")]
+    """Why a model may lack the path `name`, as the end of a message."""
+    parts = [path for path in names if path.startswith(f"{name}/")]
     if parts:
         return f"; they have parts of it, such as {parts[0]!r}: {DEQUANTISE}"
     if f"params/{name}" in names:
         return "; pass variables['params'], not all variables"
-    return nearest(name, names)
+    return nearest_paths(name, names)
 
 
 def refuse_variables(params: Any) -> None:
     """Raise if `params` are all variables of a Linen model."""
     if isinstance(params, Mapping) and isinstance(params.get("params"), Mapping):
-        if not isinstance(params, nnx.State):  # whose attribute may be called so
+        if not isinstance(params, nnx.State):  # a model may have an attribute `params`
             raise ValueError(
                 f"params must not hold 'params' at its top, got {sorted(params)}: "
                 "pass variables['params'], not all variables"
@@ -109,7 +104,7 @@ def refuse_variables(params: Any) -> None:
 
 
 def replace_leaves(tree: Any, new: Mapping[Path, Any]) -> Any:
-    """`tree` with other values at the paths of `new`, in the boxes that are there."""
+    """`tree` with the values of `new` at their paths, in the boxes that are there."""
 
     def replace(keys: Any, leaf: Any) -> Any:
         path = tuple(key_name(key) for key in keys)
@@ -119,7 +114,7 @@ def replace_leaves(tree: Any, new: Mapping[Path, Any]) -> Any:
 
 
 def key_name(key: Any) -> str:
-    """What a pytree key is called in a path."""
+    """The name of a pytree key in a path."""
     for attribute in ("key", "idx", "name"):
         if hasattr(key, attribute):
             return str(getattr(key, attribute))
@@ -127,10 +122,10 @@ def key_name(key: Any) -> str:
 
 
 def is_boxed(leaf: Any) -> bool:
-    """Whether `leaf` is one array in a box: Linen's for metadata, or an NNX variable.
+    """Whether `leaf` is an array in a box: Linen's metadata, or an NNX variable.
 
-    A variable that holds a structure, as a quantized kernel, is no box: its parts are
-    leaves of their own.
+    A variable that holds a structure, such as a quantized kernel, is not a box: the
+    parts of the structure are leaves themselves.
     """
     if isinstance(leaf, nnx.Variable):
         inside = jax.tree.structure(leaf).children()
@@ -139,15 +134,15 @@ def is_boxed(leaf: Any) -> bool:
 
 
 def unboxed(leaf: Any) -> Any:
-    """The array in a box; anything else as it is."""
+    """The array in `leaf`, if that is a box; otherwise `leaf` itself."""
     if not is_boxed(leaf):
         return leaf
-    # Not by an attribute, which Flax has called by several names.
+    # A variable's attribute had several names in Flax's versions; its leaf has none.
     return jax.tree.leaves(leaf)[0] if isinstance(leaf, nnx.Variable) else leaf.unbox()
 
 
 def reboxed(box: Any, value: Any) -> Any:
-    """`value` in the box that `box` is, or as it is where that is none."""
+    """`value` in a box like `box`, if that is a box; otherwise `value` itself."""
     if not is_boxed(box):
         return value
     is_variable = isinstance(box, nnx.Variable)
@@ -157,8 +152,8 @@ def reboxed(box: Any, value: Any) -> Any:
 def adapter_of(box: Any, spec: AdapterSpec) -> Any:
     """The M that `box` holds or is, checked against `spec`.
 
-    A variable of an NNX model says what its M was made for, which must be the same
-    update as that of `spec`.
+    A variable of an NNX model knows the adapter that its M was made for, whose delta
+    must be that of `spec`.
     """
     m = unboxed(box)
     check_adapter(m, spec)
@@ -174,24 +169,19 @@ def _is_end(node: Any) -> bool:
 
 
 def refuse_model(leaf: Any, what: str) -> None:
-    """Raise if `leaf` is a whole model: NNX's are pytrees, too."""
+    """Raise if `leaf` is a whole model: NNX's models are pytrees as well."""
     if isinstance(leaf, nnx.Module):
-        api, own = (
-            "nnx",
-            {
-                "params": "its params are nnx.state(model, nnx.Param)",
-                "adapters": "its adapters are nnx.state(model, MoRAParam)",
-            },
-        )
-        takers = "plan, wrap and merge_adapters"
+        hint = "its params are nnx.state(model, nnx.Param)"
+        if what == "adapters":
+            hint = "its adapters are nnx.state(model, MoRAParam)"
+        hint += "; mora_jax.nnx's plan, wrap and merge_adapters take models"
     elif isinstance(leaf, nn.Module):
-        api, own = "linen", {"params": "its params are model.init(...)['params']"}
-        takers = "plan and wrap"
+        hint = "its params are model.init(...)['params']"
+        hint += "; mora_jax.linen's plan and wrap take models"
     else:
         return
     raise TypeError(
-        f"{what} must be a tree of arrays, got the model {type(leaf).__name__}: "
-        f"{own.get(what, own['params'])}; mora_jax.{api}'s {takers} take models"
+        f"{what} must be a tree of arrays, got the model {type(leaf).__name__}: {hint}"
     )
 
 
@@ -201,15 +191,15 @@ def _kind(leaf: Any) -> str:
     return type(leaf).__name__
 
 
-def suggestion(pattern: str, names: Iterable[str]) -> str:
-    """What a pattern that matches nothing may have meant, as the end of a message."""
+def pattern_hint(pattern: str, names: Iterable[str]) -> str:
+    """What a pattern that matches nothing may mean, as the end of a message."""
     names = list(names)
     group = f"(?:{pattern})" if "|" in pattern else pattern
     wider = rf"(.*/)?{group}/kernel", rf"(.*/)?{group}(/.*)?", rf".*{group}.*"
     for candidate in wider:
         try:
             matched = [name for name in names if re.fullmatch(candidate, name)]
-        except re.error:  # the pattern has flags, which must come first
+        except re.error:  # flags in the pattern, which must stand at the beginning
             break
         if matched:
             more = f" and {len(matched) - 1} more" if len(matched) > 1 else ""
@@ -217,25 +207,25 @@ def suggestion(pattern: str, names: Iterable[str]) -> str:
                 f"; patterns match whole paths: {candidate!r} would match "
                 f"{matched[0]!r}{more}"
             )
-    return nearest(pattern, names)
+    return nearest_paths(pattern, names)
 
 
-def nearest(name: str, names: Iterable[str]) -> str:
-    """The names most like `name`, as the end of a message."""
+def nearest_paths(name: str, names: Iterable[str]) -> str:
+    """The paths that are most like `name`, as the end of a message."""
     words = re.sub(r"\\?[.*+?()|\[\]^$\\]+", " ", name).strip(" /")
     depth = words.count("/") + 1
-    # Runs of as many words as the name has: layers of the same kind are one candidate,
-    # and a wrong word counts for more than a long way to it.
+    # Paths are compared by runs of as many words as the name has. So layers of the same
+    # kind are one candidate, and a wrong word counts for more than a long path to it.
     runs: dict[str, str] = {}
-    for known in names:
-        parts = known.split("/")
+    for path in names:
+        parts = path.split("/")
         for end in range(len(parts), min(depth, len(parts)) - 1, -1):
-            runs.setdefault("/".join(parts[max(0, end - depth) : end]), known)
+            runs.setdefault("/".join(parts[max(0, end - depth) : end]), path)
     close = difflib.get_close_matches(words, runs, n=3, cutoff=0.0)
     shown = ", ".join(map(repr, dict.fromkeys(runs[run] for run in close)))
     return f"; the nearest are {shown}" if close else ""
 
 
 def adapter_path(spec: AdapterSpec) -> Path:
-    """Where M lives, in the adapters and in a combined tree."""
+    """The path of M, in the adapters and in a combined tree."""
     return (*spec.path[:-1], spec.path[-1] + SUFFIX)

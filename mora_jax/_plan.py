@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from mora_jax._left_out import LeftOut
-from mora_jax._paths import nearest
+from mora_jax._paths import nearest_paths
 from mora_jax._spec import AdapterSpec, check_same
 
 
@@ -22,25 +22,26 @@ class Plan(Mapping[str, AdapterSpec]):
     it as a table.
 
     Attributes:
-      specs: one for each adapted kernel.
-      base_parameters: how many numbers the params tree holds without adapters.
-      traced: whether a trace has shown that each kernel reaches the model's output
+      specs: The adapters, one `AdapterSpec` for each adapted kernel.
+      base_parameters: How many numbers the params tree holds without adapters.
+      traced: Whether a trace has shown that each kernel reaches the model's output
         only through the product of its layer; embeddings need it. Plans that differ
-        in this, or in what follows, are equal.
-      left_out: what else of two or more axes the model holds, and why it is left out.
+        only in this and in the attributes below are equal.
+      left_out: The other arrays of two or more axes, and why they are left out.
       unproven: (path, reason) for each adapted kernel of which the trace proves
         nothing.
 
     Example::
 
       >>> import jax.numpy as jnp
-      >>> from mora_jax import MoRAConfig, plan
-      >>> layers = plan({"fc": {"kernel": jnp.ones((64, 64))}}, MoRAConfig(rank=2))
-      >>> layers.trainable_parameters, layers.total_parameters
+      >>> import mora_jax
+      >>> params = {"fc": {"kernel": jnp.ones((64, 64))}}
+      >>> plan = mora_jax.plan(params, mora_jax.MoRAConfig(rank=2))
+      >>> plan.trainable_parameters, plan.total_parameters
       (256, 4352)
-      >>> "fc/kernel" in layers, list(layers), layers["fc/kernel"].lora_rank
+      >>> "fc/kernel" in plan, list(plan), plan["fc/kernel"].lora_rank
       (True, ['fc/kernel'], 2.0)
-      >>> layers.digest() == plan({"fc": {"kernel": jnp.ones((64, 64))}}).digest()
+      >>> plan.digest() == mora_jax.plan(params).digest()
       False
     """
 
@@ -61,7 +62,7 @@ class Plan(Mapping[str, AdapterSpec]):
 
     def __getitem__(self, path: str) -> AdapterSpec:
         if path not in self._by_path:
-            raise KeyError(f"no adapter at {path!r}{nearest(str(path), self)}")
+            raise KeyError(f"no adapter at {path!r}{nearest_paths(str(path), self)}")
         return self._by_path[path]
 
     @functools.cached_property
@@ -74,13 +75,13 @@ class Plan(Mapping[str, AdapterSpec]):
     def digest(self) -> str:
         """A SHA-256, in hexadecimal, of what decides the meaning of the M's.
 
-        An M is a square of numbers, and only with its plan an update. So keep the
-        digest beside M's that are stored without it, and compare before they are used:
-        plans of equal digests make the same update of the same M's. It covers, by the
-        kernels' paths, their shapes and axes, the operators with all of their settings
-        and seeds, the square ranks, and alpha. It does not cover what decides how M's
-        are trained or computed: dropout, init, execution, param_dtype, and where
-        things are on a mesh.
+        An M is a square of numbers, which only its plan makes a delta. So keep the
+        digest together with M's that are stored without their plan, and compare it
+        before they are used: plans of equal digests make the same deltas of the same
+        M's. The digest covers, by the kernels' paths, their shapes and axes, the
+        operators with all of their settings and seeds, the square ranks, and alpha. It
+        does not cover what decides how M's are trained or computed: dropout, init,
+        execution, param_dtype and layout.
         """
         meanings = {spec.name: spec.meaning for spec in self.specs}
         text = json.dumps(meanings, sort_keys=True, separators=(",", ":"))
@@ -93,12 +94,12 @@ class Plan(Mapping[str, AdapterSpec]):
 
     @property
     def total_parameters(self) -> int:
-        """Base and adapters together."""
+        """How many numbers the base and the adapters hold together."""
         return self.base_parameters + self.trainable_parameters
 
 
 def check_plan(plan: Any, name: str = "plan") -> Plan:
-    """`plan`, if it is a plan; `name` is what the message calls it."""
+    """`plan`, if it is a plan; `name` is what the error message calls it."""
     if not isinstance(plan, Plan):
         raise TypeError(
             f"{name} must be a Plan, got {type(plan).__name__}: make one with "
@@ -108,10 +109,10 @@ def check_plan(plan: Any, name: str = "plan") -> Plan:
 
 
 def refuse_other_plan(made_for: Plan, used_with: Plan) -> None:
-    """Raise unless M's that were made for one plan are right for the other.
+    """Raise unless M's that were made for the first plan are right for the second.
 
     Raises:
-      ValueError: they are not. The message names the first layer and what differs.
+      ValueError: They are not. The message names the first layer and what differs.
     """
     for path in sorted(used_with.keys() - made_for.keys()):
         raise ValueError(
@@ -128,25 +129,27 @@ def refuse_other_plan(made_for: Plan, used_with: Plan) -> None:
 def summary(plan: Plan, *, collapse: bool = True) -> str:
     """The plan as a table: in, out, operator, r, q, parameters, share of the base.
 
-    Where a layer is too small for the q that its budget would buy, q is shown as
-    "64 of 90". Columns for alpha and dropout are there where one is not the default.
+    Its last line is what PEFT's print_trainable_parameters prints. Where a layer is too
+    small for the q that its budget would buy, q is shown as "64 of 90". The table has
+    columns for alpha and dropout if a layer departs from their defaults.
 
     Args:
-      plan: the plan.
-      collapse: one row for all layers that differ only in the numbers of their paths.
+      plan: The plan.
+      collapse: Whether layers that differ only in the numbers of their paths share a
+        row.
 
     Returns:
       The table as text; r is the rank of the LoRA with as many parameters.
 
     Raises:
-      TypeError: `plan` is no plan.
+      TypeError: `plan` is not a Plan.
 
     Example::
 
       >>> import jax.numpy as jnp
-      >>> from mora_jax import plan, summary
+      >>> import mora_jax
       >>> params = {f"l{k}": {"kernel": jnp.ones((64, 64)) + k} for k in range(3)}
-      >>> print(summary(plan(params)))
+      >>> print(mora_jax.summary(mora_jax.plan(params)))
       path           in -> out  operator    r   q  parameters  of base
       l*/kernel (3)   64 -> 64  rotation  8.0  32       3,072   25.00%
       3 adapters: 3,072 trainable parameters, 25.00% of 12,288
@@ -164,11 +167,11 @@ def summary(plan: Plan, *, collapse: bool = True) -> str:
     for (name, *_), specs in groups.items():
         cells = _cells(name, specs, plan.base_parameters)
         rows.append([cells[column] for column in columns])
-    left = {"path", "operator"}
+    left_aligned = {"path", "operator"}
     widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
     lines = [
         "  ".join(
-            cell.ljust(width) if column in left else cell.rjust(width)
+            cell.ljust(width) if column in left_aligned else cell.rjust(width)
             for column, cell, width in zip(columns, row, widths, strict=True)
         ).rstrip()
         for row in rows
@@ -182,7 +185,7 @@ def summary(plan: Plan, *, collapse: bool = True) -> str:
 
 
 def _remarks(plan: Plan) -> list[str]:
-    """What has no adapter and what is not proven, a line for each kind."""
+    """Lines that say which arrays are left out, and which adapters are not proven."""
     lines = []
     if plan.left_out:
         lines.append("left out:")
@@ -196,7 +199,7 @@ def _remarks(plan: Plan) -> list[str]:
 
 
 def _cells(name: str, specs: list[AdapterSpec], base_parameters: int) -> dict[str, str]:
-    """What `summary` shows of equal layers, by the names of its columns."""
+    """A row of `summary` for layers that are alike, by the names of its columns."""
     spec, size = specs[0], sum(spec.parameters for spec in specs)
     q, asked = spec.operator.square_rank, spec.asked_square_rank
     return {

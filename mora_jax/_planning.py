@@ -1,4 +1,4 @@
-"""Which kernels get an adapter, and which."""
+"""Which kernels get an adapter, and which adapter each of them gets."""
 
 import math
 import re
@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 
+from mora_jax._checks import check_kernel
 from mora_jax._config import (
     DEFAULT_TARGETS,
     MoRAConfig,
@@ -16,10 +17,10 @@ from mora_jax._config import (
 )
 from mora_jax._flax.survey import Survey
 from mora_jax._left_out import left_out_of, warn_of
-from mora_jax._paths import Path, named_leaves, refuse_variables, suggestion
+from mora_jax._paths import Path, named_leaves, pattern_hint, refuse_variables
 from mora_jax._plan import Plan
 from mora_jax._proof import Uses
-from mora_jax._spec import AdapterSpec, check_kernel
+from mora_jax._spec import AdapterSpec
 from mora_jax.products import Lookup
 
 ATTENTION_AXES = (
@@ -32,26 +33,26 @@ ATTENTION_AXES = (
 def plan(params_or_shapes: Any, config: MoRAConfig | None = None) -> Plan:
     """Choose the kernels to adapt, and an operator and square rank for each.
 
-    This goes by names and shapes alone: a kernel of two axes is (in, out), and Flax's
-    attention kernels of three are known by name. `linen.plan` and `nnx.plan` ask the
-    model itself.
+    The plan goes by names and shapes alone: a kernel of two axes is (in, out), and
+    Flax's attention kernels of three axes are known by name. `linen.plan` and
+    `nnx.plan` ask the model itself.
 
     Args:
-      params_or_shapes: the model's params, any pytree of arrays, or its
+      params_or_shapes: The model's params, any pytree of arrays, or its
         `jax.eval_shape`. Paths are the slash-joined keys.
-      config: what to adapt, and how.
+      config: What to adapt, and how; None for the defaults.
 
     Raises:
-      TypeError: a leaf that is no array, or a target that is not floating-point.
-      ValueError: a pattern that matches nothing, axes that are not known, a kernel that
-        is found twice or shared by two paths, a rank that does not fit.
+      TypeError: A leaf is not an array, or a target is not floating-point.
+      ValueError: A pattern matches nothing, the meaning of a kernel's axes is not
+        known, a kernel is found twice or shared by two paths, or a rank does not fit.
 
     Example::
 
       >>> import jax.numpy as jnp
-      >>> from mora_jax import MoRAConfig, plan
+      >>> import mora_jax
       >>> params = {"fc": {"kernel": jnp.ones((64, 64)), "bias": jnp.ones(64)}}
-      >>> print(plan(params, MoRAConfig(rank=2)))
+      >>> print(mora_jax.plan(params, mora_jax.MoRAConfig(rank=2)))
       path       in -> out  operator   r     q  parameters  of base
       fc/kernel   64 -> 64  rotation   2.0  16         256     6.15%
       1 adapter: 256 trainable parameters, 6.15% of 4,160
@@ -62,12 +63,12 @@ def plan(params_or_shapes: Any, config: MoRAConfig | None = None) -> Plan:
 
 
 def plan_surveyed(params: Any, config: MoRAConfig | None, survey: Survey) -> Plan:
-    """`plan` where it is known what the layers compute.
+    """`plan` for a model of which it is known what the layers compute.
 
     Args:
-      params: as in `plan`.
-      config: what to adapt; its default targets are the dense layers.
-      survey: what is known of the arrays.
+      params: The model's params or their shapes, as in `plan`.
+      config: What to adapt, and how. Its default targets are the dense layers.
+      survey: What is known of the arrays.
     """
     return _plan(params, check_config(config), survey)
 
@@ -75,10 +76,36 @@ def plan_surveyed(params: Any, config: MoRAConfig | None, survey: Survey) -> Pla
 def _plan(params: Any, config: MoRAConfig, survey: Survey | None) -> Plan:
     leaves = named_leaves(params)
     arrays = {n: leaf for n, (_, leaf) in leaves.items() if len(leaf.shape) >= 2}
+    targets, excluded = _targets(leaves, arrays, config, survey)
+    specs = tuple(_adapter(name, *leaves[name], config, survey) for name in targets)
+    if survey is not None:
+        _refuse_unproven(targets, survey)
+    size = sum(math.prod(leaf.shape) for _, leaf in leaves.values())
+    adapted = set(targets)
+    rest = {name: leaf for name, leaf in arrays.items() if name not in adapted}
+    left_out = left_out_of(rest, excluded, config, survey)
+    if config.targets == DEFAULT_TARGETS:
+        warn_of(left_out)
+    return Plan(
+        specs,
+        size,
+        traced=survey is not None and survey.uses is not None,
+        left_out=left_out,
+        unproven=survey.unproven(targets) if survey is not None else (),
+    )
+
+
+def _targets(
+    leaves: Mapping[str, tuple[Path, Any]],
+    arrays: Mapping[str, Any],
+    config: MoRAConfig,
+    survey: Survey | None,
+) -> tuple[list[str], set[str]]:
+    """The paths of the kernels to adapt, in order, and the paths to leave out."""
     patterns, kernels = config.targets, list(arrays)
     if survey is not None:
-        products, none = survey.products, survey.no_kernels(arrays)
-        kernels = [name for name in arrays if name not in none]
+        products, no_kernels = survey.products, survey.no_kernels(arrays)
+        kernels = [name for name in arrays if name not in no_kernels]
         if patterns == DEFAULT_TARGETS:
             kernels = [
                 n for n in kernels if n in products and products[n].adapted_by_default
@@ -97,40 +124,27 @@ def _plan(params: Any, config: MoRAConfig, survey: Survey | None) -> Plan:
         raise ValueError("exclude leaves no kernel to adapt")
     _select("overrides", config.overrides, targets, targets)
     _refuse_shared(leaves, targets)
-    specs = []
-    for name in targets:
-        path, leaf = leaves[name]
-        check_kernel(leaf, name)
-        settings, override = config.settings(name)
-        try:
-            axes = override or _axes(name, leaf, survey)
-            spec = AdapterSpec.from_config(
-                settings, tuple(leaf.shape), axes, path=path, kernel_dtype=leaf.dtype
-            )
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
-        specs.append(spec)
-    if survey is not None:
-        _refuse_unproven(targets, survey)
-    size = sum(math.prod(leaf.shape) for _, leaf in leaves.values())
-    adapted = set(targets)
-    rest = {name: leaf for name, leaf in arrays.items() if name not in adapted}
-    left_out = left_out_of(rest, excluded, config, survey)
-    if config.targets == DEFAULT_TARGETS:
-        warn_of(left_out)
-    return Plan(
-        tuple(specs),
-        size,
-        traced=survey is not None and survey.uses is not None,
-        left_out=left_out,
-        unproven=survey.unproven(targets) if survey is not None else (),
-    )
+    return targets, excluded
+
+
+def _adapter(
+    name: str, path: Path, leaf: Any, config: MoRAConfig, survey: Survey | None
+) -> AdapterSpec:
+    check_kernel(leaf, name)
+    settings, override = config.settings(name)
+    try:
+        axes = override or _axes(name, leaf, survey)
+        return AdapterSpec.from_config(
+            settings, tuple(leaf.shape), axes, path=path, kernel_dtype=leaf.dtype
+        )
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
 
 
 def _select(
     field: str, patterns: Any, candidates: Iterable[str], known: Iterable[str]
 ) -> set[str]:
-    """Names that any pattern matches; a pattern that matches none is an error."""
+    """The names that the patterns match; a pattern that matches none is an error."""
     selected: set[str] = set()
     for pattern in patterns:
         regex = re.compile(pattern)
@@ -138,21 +152,21 @@ def _select(
         if not matched:
             default = pattern in (*DEFAULT_TARGETS, default_targets("[^/]+"))
             shown = "the default" if default else repr(pattern)
-            wanted = {
+            which = {
                 "targets": " of a kernel that can be adapted (two or more axes, in a "
                 "layer of which it is known what it computes)",
                 "overrides": " that is adapted",
             }
             raise ValueError(
-                f"{field}: {shown} matches no path{wanted.get(field, '')}"
-                + suggestion(pattern, candidates or known)
+                f"{field}: {shown} matches no path{which.get(field, '')}"
+                + pattern_hint(pattern, candidates or known)
             )
         selected |= matched
     return selected
 
 
 def _axes(name: str, leaf: Any, survey: Survey | None) -> str:
-    """The axes of a kernel: by what its layer computes, or by its name and shape."""
+    """A kernel's axes, by what its layer computes or by its name and shape."""
     ndim = len(leaf.shape)
     if survey is not None:
         if name not in survey.products:
@@ -165,27 +179,27 @@ def _axes(name: str, leaf: Any, survey: Survey | None) -> str:
         if ndim == 3 and re.fullmatch(pattern, name):
             return axes
     raise ValueError(
-        f"which of its axes {tuple(leaf.shape)} are features is not known; plan with "
-        "mora_jax.linen.plan or mora_jax.nnx.plan, or say "
+        f"it is not known which of its axes {tuple(leaf.shape)} are features; plan "
+        "with mora_jax.linen.plan or mora_jax.nnx.plan, or say "
         f"overrides={{{name!r}: {{'axes': ...}}}}"
     )
 
 
 def _refuse_unproven(targets: Sequence[str], survey: Survey) -> None:
-    """Raise for kernels that are used in a way that adapters would not follow."""
+    """Raise if the model does something with a kernel that an adapter would miss."""
     uses = survey.uses or Uses()
     faults = {**survey.faults, **uses.faults}
     for name in targets:
-        if name not in survey.products:  # axes= said what no rule does
+        if name not in survey.products:  # an override of axes is taken at its word
             continue
         if name in uses.outside:
             kind, tied = "kernel", ""
             if isinstance(survey.products[name], Lookup):
                 kind, tied = "embedding", " (a tied head?)"
-            how = f", by {uses.outside[name]}" if uses.outside[name] else ""
+            by = f", by {uses.outside[name]}" if uses.outside[name] else ""
             raise ValueError(
                 f"{name}: the model also reads this {kind} outside of its layer's "
-                f"known methods{tied}{how}, where the adapter would have no effect; "
+                f"known methods{tied}{by}, where the adapter would have no effect; "
                 "exclude it"
             )
         if name in faults:
@@ -205,5 +219,6 @@ def _refuse_shared(leaves: Mapping[str, tuple[Path, Any]], targets: Any) -> None
         if len(names) > 1 and any(name in targets for name in names):
             raise ValueError(
                 f"the kernel at {names[0]!r} is shared with {names[1]!r}: an adapter "
-                "on one would not reach the other; exclude both, or copy the kernel"
+                "on the first would not reach the second; exclude both, or copy the "
+                "kernel"
             )

@@ -1,15 +1,16 @@
-"""How settings are called, here and elsewhere, and how patterns are read."""
+"""What settings are called, here and elsewhere, and how patterns are read."""
 
-import difflib
 import re
 from collections.abc import Iterable
 from typing import Any
+
+from mora_jax._suggestions import did_you_mean
 
 PATTERNS = "regular expressions that match whole paths"
 NAMES_ELSEWHERE = {
     "r": "rank",
     "lora_rank": "rank",
-    "lora_alpha": "alpha, which multiplies the update itself, as LoRA's lora_alpha / r",
+    "lora_alpha": "alpha, which multiplies the delta itself, as LoRA's lora_alpha / r",
     "lora_dropout": "dropout",
     "target_modules": f"targets, {PATTERNS}",
     "exclude_modules": f"exclude, {PATTERNS}",
@@ -20,16 +21,15 @@ NAMES_ELSEWHERE = {
 """What other libraries call a setting, and what it is called here."""
 
 
-def meant(name: str, known: Iterable[str]) -> str:
-    """What a setting that does not exist was meant to be, as the end of a message."""
+def setting_hint(name: str, known: Iterable[str]) -> str:
+    """What a setting that does not exist is called here, as the end of a message."""
     if name in NAMES_ELSEWHERE:
         return f": here that is {NAMES_ELSEWHERE[name]}"
-    (close,) = difflib.get_close_matches(name, list(known), n=1, cutoff=0.0)
-    return f"; the nearest is {close!r}"
+    return did_you_mean(name, known)
 
 
 def patterns_of(field: str, patterns: Any) -> tuple[str, ...]:
-    """One regular expression or several, as a tuple."""
+    """A regular expression, or several of them, as a tuple."""
     if isinstance(patterns, str):
         patterns = (patterns,)
     if not isinstance(patterns, Iterable):
@@ -49,5 +49,5 @@ def check_pattern(field: str, pattern: object) -> None:
         re.compile(pattern)
     except re.error as error:
         raise ValueError(
-            f"{field} holds {pattern!r}, which is no regular expression: {error}"
+            f"{field} holds {pattern!r}, which is not a regular expression: {error}"
         ) from error

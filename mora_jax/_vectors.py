@@ -15,16 +15,20 @@ from mora_jax._types import ArrayLike
 
 
 def ravel_adapters(adapters: Any) -> Float[jax.Array, " parameters"]:
-    """All M's as one vector: in the order of their paths, each one row by row.
+    """All M's as one vector, in the order of their paths, each M row by row.
+
+    Args:
+      adapters: The adapters, as `init` makes them.
 
     Raises:
-      TypeError: no tree of arrays.
-      ValueError: no adapters.
+      TypeError: `adapters` is not a tree of arrays.
+      ValueError: The tree holds no adapters.
 
     Example::
 
-      >>> from mora_jax import ravel_adapters
-      >>> ravel_adapters({"fc": {"kernel_mora": jnp.array([[1.0, 2.0], [3.0, 4.0]])}})
+      >>> import mora_jax
+      >>> adapters = {"fc": {"kernel_mora": jnp.array([[1.0, 2.0], [3.0, 4.0]])}}
+      >>> mora_jax.ravel_adapters(adapters)
       Array([1., 2., 3., 4.], dtype=float32)
     """
     leaves = _in_order(adapters)
@@ -34,7 +38,7 @@ def ravel_adapters(adapters: Any) -> Float[jax.Array, " parameters"]:
 
 
 def _in_order(adapters: Any) -> dict[Path, Any]:
-    """{path: M}, in the order that nested dicts have, whatever the tree is made of."""
+    """{path: M}, in the order of nested dicts, whatever containers the tree has."""
     leaves = located_leaves(adapters, "adapters")
     return {path: unboxed(leaves[path]) for path in sorted(leaves)}
 
@@ -45,24 +49,25 @@ def unravel_adapters(
     """Undo `ravel_adapters`.
 
     Args:
-      vector: (parameters,).
-      plan_or_adapters: the plan, or adapters of the wanted shapes and dtypes.
+      vector: All M's as one vector, (parameters,).
+      plan_or_adapters: The plan, or adapters of the wanted shapes and dtypes.
 
     Returns:
-      Adapters: nested dicts for a plan, otherwise a tree like the one given.
+      The adapters: nested dicts for a plan, otherwise a tree of the same structure as
+      the given adapters.
 
     Raises:
-      TypeError: neither a plan nor a tree of arrays or shapes.
-      ValueError: a vector of another length.
+      TypeError: The second argument is neither a plan nor a tree of arrays or shapes.
+      ValueError: The vector has another length.
 
     Example::
 
-      >>> from mora_jax import init, plan, ravel_adapters, unravel_adapters
-      >>> layers = plan({"fc": {"kernel": jnp.ones((8, 8))}})
-      >>> vector = ravel_adapters(init(layers))
-      >>> unravel_adapters(vector, layers)["fc"]["kernel_mora"].shape
+      >>> import mora_jax
+      >>> plan = mora_jax.plan({"fc": {"kernel": jnp.ones((8, 8))}})
+      >>> vector = mora_jax.ravel_adapters(mora_jax.init(plan))
+      >>> mora_jax.unravel_adapters(vector, plan)["fc"]["kernel_mora"].shape
       (8, 8)
-      >>> unravel_adapters(vector[:9], layers)
+      >>> mora_jax.unravel_adapters(vector[:9], plan)
       Traceback (most recent call last):
       ValueError: vector must have shape (64,), got (9,)
     """

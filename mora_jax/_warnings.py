@@ -1,4 +1,4 @@
-"""What users are warned of, and where the warning points."""
+"""What users are warned of, and the line that a warning points to."""
 
 import sys
 import warnings
@@ -9,32 +9,33 @@ _HERE = str(Path(__file__).parent)
 
 
 class MoRAWarning(UserWarning):
-    """Something that is allowed, and that is most likely not what was meant.
+    """A warning of what is allowed but most likely not meant.
 
-    A class of its own, so that it can be filtered, or turned into an error.
+    All warnings of this library are of this class, so that they can be filtered, or
+    turned into errors.
 
     Example::
 
       >>> import warnings
-      >>> from mora_jax import MoRAConfig, MoRAWarning
+      >>> import mora_jax
       >>> with warnings.catch_warnings():
-      ...     warnings.simplefilter("ignore", MoRAWarning)
-      ...     config = MoRAConfig(alpha=16.0)
+      ...     warnings.simplefilter("ignore", mora_jax.MoRAWarning)
+      ...     config = mora_jax.MoRAConfig(alpha=16.0)
       >>> config.alpha
       16.0
     """
 
 
 class LeftOutWarning(MoRAWarning):
-    """Arrays that multiply inputs get no adapter, and nobody said that they should not.
+    """A warning of arrays that multiply inputs and get no adapter, perhaps by mistake.
 
     The default targets are the dense layers of known classes. `print(plan)` lists what
     they leave out. An array that `exclude` names is left out without a warning.
 
     Example::
 
-      >>> from mora_jax import LeftOutWarning, MoRAWarning
-      >>> issubclass(LeftOutWarning, MoRAWarning)
+      >>> import mora_jax
+      >>> issubclass(mora_jax.LeftOutWarning, mora_jax.MoRAWarning)
       True
     """
 

@@ -1,4 +1,4 @@
-"""What an adapter does, and what a merge loses."""
+"""What adapters do to a model, and what a merge loses."""
 
 import math
 import re
@@ -21,29 +21,31 @@ from mora_jax._spec import AdapterSpec
 def merge_loss(
     params: Any, adapters: Any, plan: Plan, dtype: DTypeLike | None = None
 ) -> dict[str, float]:
-    """The share of each update that rounding loses when it is merged.
+    """The share of each delta that rounding loses when it is merged.
 
-    A 16-bit kernel has a coarse grid; small updates fall between its points.
+    The numbers of a 16-bit kernel are a coarse grid; small deltas fall between its
+    points.
 
     Args:
-      params: the base's params.
-      adapters: as `init` makes them.
-      plan: the plan that they follow.
-      dtype: of the merged kernels, as in `merge`.
+      params: The base's params.
+      adapters: The adapters, as `init` makes them.
+      plan: The plan of the adapters.
+      dtype: The dtype of the merged kernels, as in `merge`.
 
     Returns:
-      {path: norm(merged - base - update) / norm(update)}, 0 where the update is zero.
+      {path: norm(merged - base - delta) / norm(delta)}, 0 where the delta is zero.
 
     Raises:
-      TypeError, ValueError: as `merge`.
+      TypeError, ValueError: As `merge`.
 
     Example::
 
-      >>> from mora_jax import MoRAConfig, diagnostics, plan
+      >>> import mora_jax
       >>> params = {"kernel": jnp.ones((4, 4), jnp.bfloat16)}
-      >>> layers = plan(params, MoRAConfig(operator="truncation", square_rank=4))
+      >>> config = mora_jax.MoRAConfig(operator="truncation", square_rank=4)
+      >>> plan = mora_jax.plan(params, config)
       >>> adapters = {"kernel_mora": jnp.full((4, 4), 1e-4)}
-      >>> diagnostics.merge_loss(params, adapters, layers)
+      >>> mora_jax.diagnostics.merge_loss(params, adapters, plan)
       {'kernel': 1.0}
     """
     merged = named_leaves(merge(params, adapters, plan, dtype, any_base=True))
@@ -61,47 +63,50 @@ def merge_loss(
 
 
 def spectrum(adapters: Any, plan: Plan) -> dict[str, np.ndarray]:
-    """Singular values of every update, the largest first.
+    """The singular values of every delta, the largest first.
 
-    Where the operator allows it, they come from matrices of q rows and not from the
-    update at full size: C and D of an isometric block operator leave M's own, once for
-    each block, and other operators without blocks are a product of two thin factors.
+    Where the operator allows it, they are computed from matrices of q rows and not from
+    the delta at full size. The delta of an isometric block operator has M's singular
+    values, once for each block, and the delta of an operator without blocks is a
+    product of two thin factors.
 
     Args:
-      adapters: as `init` makes them.
-      plan: the plan that they follow.
+      adapters: The adapters, as `init` makes them.
+      plan: The plan of the adapters.
 
     Returns:
       {path: (*stack, min(in, out))}, in float64.
 
     Raises:
-      TypeError, ValueError: adapters that do not fit the plan, or M's that hold NaN or
+      TypeError, ValueError: Adapters do not fit the plan, or an M holds NaN or
         infinity.
 
     Example::
 
-      >>> from mora_jax import MoRAConfig, diagnostics, plan
-      >>> layers = plan({"kernel": jnp.ones((4, 4))}, MoRAConfig(square_rank=2))
-      >>> diagnostics.spectrum({"kernel_mora": 3 * jnp.eye(2)}, layers)
+      >>> import mora_jax
+      >>> config = mora_jax.MoRAConfig(square_rank=2)
+      >>> plan = mora_jax.plan({"kernel": jnp.ones((4, 4))}, config)
+      >>> mora_jax.diagnostics.spectrum({"kernel_mora": 3 * jnp.eye(2)}, plan)
       {'kernel': array([3., 3., 3., 3.])}
     """
     values = {}
     for spec, m in finite_items(adapters, plan):
         m = np.asarray(m, np.float64)
-        each = [_spectrum(spec, one) for one in m.reshape(-1, *m.shape[-2:])]
-        values[spec.name] = np.reshape(each, (*m.shape[:-2], -1))
+        squares = m.reshape(-1, *m.shape[-2:])
+        spectra = [_spectrum(spec, square) for square in squares]
+        values[spec.name] = np.reshape(spectra, (*m.shape[:-2], -1))
     return values
 
 
 def _spectrum(spec: AdapterSpec, m: np.ndarray) -> np.ndarray:
-    """(q, q) -> (min(in, out),)."""
+    """The singular values of one M's delta: (q, q) -> (min(in, out),)."""
     op, m = spec.operator, scaled(spec, m)
     if op.block and op.isometry:
-        own = np.linalg.svd(m, compute_uv=False)
-        values = np.repeat(own, op.compressed_shape[0])
+        of_m = np.linalg.svd(m, compute_uv=False)
+        values = np.repeat(of_m, op.compressed_shape[0])
     elif op.block:
-        # By the smaller Gram matrix: ten times as fast as an SVD, and in float64 exact
-        # enough for an update in float32.
+        # The smaller Gram matrix is ten times as fast as an SVD, and in float64 it is
+        # exact enough for a delta in float32.
         delta = np.asarray(op.delta_weight(m), np.float64)
         delta = delta.T if op.in_features > op.out_features else delta
         values = np.sqrt(np.linalg.eigvalsh(delta @ delta.T).clip(0)[::-1])
@@ -117,23 +122,23 @@ def _spectrum(spec: AdapterSpec, m: np.ndarray) -> np.ndarray:
 def effective_rank(
     values: Float[np.ndarray, "*stack k"],
 ) -> np.ndarray | np.floating:
-    r"""How many directions an update spreads over, as a real number.
+    r"""How many directions a delta spreads over, as a real number.
 
     .. math:: \exp(-\sum_i p_i \log p_i), \qquad p_i = \sigma_i / \sum_j \sigma_j
 
     (Roy and Vetterli, "The effective rank", 2007.) It is k where k singular values are
-    equal and the rest zero, and 0 where all are zero.
+    equal and the rest is zero, and 0 where all are zero.
 
     Args:
-      values: (..., k) singular values.
+      values: Singular values, (..., k).
 
     Returns:
-      (...).
+      The effective ranks, (...).
 
     Example::
 
-      >>> from mora_jax import diagnostics
-      >>> diagnostics.effective_rank(np.array([2.0, 2.0, 0.0])).round(6)
+      >>> import mora_jax
+      >>> mora_jax.diagnostics.effective_rank(np.array([2.0, 2.0, 0.0])).round(6)
       np.float64(2.0)
     """
     values = np.asarray(values, np.float64)
@@ -146,55 +151,65 @@ def effective_rank(
 def count_above(
     values: Float[np.ndarray, "*stack k"], threshold: float = 0.1
 ) -> np.ndarray | np.integer:
-    """How many singular values exceed `threshold`: the paper's figure 4, at 0.1."""
+    """How many singular values exceed `threshold`: the paper's figure 4, at 0.1.
+
+    Args:
+      values: Singular values, (..., k).
+      threshold: The value that they must exceed.
+
+    Returns:
+      The counts, (...).
+    """
     return (np.asarray(values) > threshold).sum(-1)
 
 
 def relative_norm(params: Any, adapters: Any, plan: Plan) -> dict[str, float]:
-    """The Frobenius norm of each update, relative to its kernel's.
+    """The Frobenius norm of each delta, relative to that of its kernel.
 
     Args:
-      params: the base's params.
-      adapters: as `init` makes them.
-      plan: the plan that they follow.
+      params: The base's params.
+      adapters: The adapters, as `init` makes them.
+      plan: The plan of the adapters.
 
     Returns:
-      {path: norm(update) / norm(kernel)}; infinity where a kernel is zero.
+      {path: norm(delta) / norm(kernel)}; infinity where a kernel is zero.
 
     Raises:
-      TypeError, ValueError: as `merge`.
+      TypeError, ValueError: As `merge`.
 
     Example::
 
-      >>> from mora_jax import MoRAConfig, diagnostics, plan
+      >>> import mora_jax
       >>> params = {"kernel": jnp.ones((4, 4))}
-      >>> layers = plan(params, MoRAConfig(operator="truncation", square_rank=4))
+      >>> config = mora_jax.MoRAConfig(operator="truncation", square_rank=4)
+      >>> plan = mora_jax.plan(params, config)
       >>> adapters = {"kernel_mora": jnp.full((4, 4), 0.5)}
-      >>> diagnostics.relative_norm(params, adapters, layers)
+      >>> mora_jax.diagnostics.relative_norm(params, adapters, plan)
       {'kernel': 0.5}
     """
     leaves, values = named_leaves(params), spectrum(adapters, plan)
     shares = {}
     for spec in plan.specs:
         kernel = as_jax_array(spec.name, find_kernel(leaves, spec)[1])
-        norm = float(np.linalg.norm(values[spec.name]))
-        whole = float(jnp.linalg.norm(kernel))
-        shares[spec.name] = norm / whole if whole else math.inf
+        delta_norm = float(np.linalg.norm(values[spec.name]))
+        kernel_norm = float(jnp.linalg.norm(kernel))
+        shares[spec.name] = delta_norm / kernel_norm if kernel_norm else math.inf
     return shares
 
 
 def plot_spectrum(adapters: Any, plan: Plan) -> Any:
-    """A figure: singular values of every update, and how many of them exceed 0.1.
+    """A figure of the singular values of every delta, and how many exceed 0.1.
 
     Args:
-      adapters: as `init` makes them.
-      plan: the plan that they follow.
+      adapters: The adapters, as `init` makes them.
+      plan: The plan of the adapters.
 
     Returns:
       A `matplotlib.figure.Figure`, to save with `.savefig(path)`.
 
     Raises:
-      ImportError: without matplotlib.
+      ImportError: Matplotlib is not installed.
+      TypeError, ValueError: As `spectrum`.
     """
     try:
         from matplotlib.figure import Figure
@@ -204,9 +219,9 @@ def plot_spectrum(adapters: Any, plan: Plan) -> Any:
         ) from error
     spectra = sorted(spectrum(adapters, plan).items(), key=_numerically)
     layers = [
-        (name, one)
-        for name, values in spectra
-        for one in values.reshape(-1, values.shape[-1])
+        (name, values)
+        for name, stack in spectra
+        for values in stack.reshape(-1, stack.shape[-1])
     ]
     figure = Figure(figsize=(10, 4), layout="constrained")
     lines, bars = figure.subplots(1, 2)
@@ -217,7 +232,7 @@ def plot_spectrum(adapters: Any, plan: Plan) -> Any:
     for kind in kinds:
         counts = [count_above(values) for name, values in layers if _kind(name) == kind]
         bars.plot(counts, "o-", color=f"C{kinds.index(kind) % 10}", label=kind)
-    lines.set(yscale="log", xlabel="index", ylabel="singular value of the update")
+    lines.set(yscale="log", xlabel="index", ylabel="singular value of the delta")
     bars.set(xlabel="layer", ylabel="singular values above 0.1", ylim=(0, None))
     figure.legend(*bars.get_legend_handles_labels(), loc="outside right center")
     return figure
@@ -230,6 +245,6 @@ def _numerically(item: tuple[str, Any]) -> list[Any]:
 
 
 def _kind(name: str) -> str:
-    """What layers of one kind are called: the path without numbers, at its end."""
+    """The name of a layer's kind: the end of its path, without the numbers."""
     words = [word for word in name.split("/") if not any(map(str.isdigit, word))]
     return "/".join(words[-2:])

@@ -1,4 +1,4 @@
-"""Adapters on a mesh of devices: their shardings follow from the base's."""
+"""Adapters on a mesh of devices, whose shardings follow from those of the base."""
 
 import dataclasses
 from collections.abc import Iterable
@@ -13,8 +13,8 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from mora_jax._adapters import Tree, nest
 from mora_jax._mesh.layout import KernelLayout, mesh_axes
-from mora_jax._paths import Path, adapter_path, is_boxed, key_name, nearest
-from mora_jax._plan import Plan
+from mora_jax._paths import Path, adapter_path, is_boxed, key_name, nearest_paths
+from mora_jax._plan import Plan, check_plan
 from mora_jax._spec import AdapterSpec
 from mora_jax._types import Shape
 
@@ -26,43 +26,43 @@ def adapter_shardings(
     mesh: Mesh | None = None,
     square: tuple[str | None, str | None] = (None, None),
 ) -> Tree:
-    """How to lay out the adapters of a model whose kernels are laid out so.
+    """The shardings of a model's adapters, by those of its kernels.
 
-    Each device holds all of an M, but for the layers and experts of a stacked kernel:
-    those are where their kernels are.
+    Each device holds all of an M. If a kernel is a stack of layers or experts, each M
+    of the stack is on the devices that hold its layer or expert.
 
     Args:
-      plan: the adapters.
-      params_or_shardings: the base's params, or the same tree of shardings: arrays or
-        shapes with a `NamedSharding`, `NamedSharding`s, `PartitionSpec`s, or Flax's
-        metadata: boxes of Linen with mesh axes or logical names, whose rules are those
-        of `nn.logical_axis_rules`, or the state of an NNX model.
-      mesh: the devices, where leaves do not say.
-      square: mesh axes that split the two axes of M, which then is gathered in each
-        step; none by default, since M is small.
+      plan: The plan of the adapters.
+      params_or_shardings: The base's params, or a tree of shardings in their place. Its
+        leaves may be arrays or shapes with a `NamedSharding`, or a `NamedSharding`, or
+        a `PartitionSpec`. They may also have Flax's metadata: Linen's boxes with mesh
+        axes, or with logical names for which `nn.logical_axis_rules` holds the rules,
+        and the variables in the state of an NNX model.
+      mesh: The devices, if the leaves do not name them.
+      square: The mesh axes that split the two axes of M, which is then gathered in each
+        step. There are none by default, since M is small.
 
     Returns:
-      A tree of `NamedSharding`s as `init` makes one of M's, for `jax.device_put`, the
-      `out_shardings` of `jax.jit`, or a checkpoint's target.
+      A tree of `NamedSharding`s in place of the M's that `init` makes, for
+      `jax.device_put`, the `out_shardings` of `jax.jit`, or a checkpoint's target.
 
     Raises:
-      TypeError: a leaf that says nothing of a sharding.
-      ValueError: no leaf for a kernel, metadata without a mesh, or `square` with axes
+      TypeError: A leaf does not say how it is sharded.
+      ValueError: A kernel has no leaf, metadata has no mesh, or `square` names axes
         that do not divide q.
 
     Example::
 
-      >>> import jax, jax.numpy as jnp
+      >>> import jax, jax.numpy as jnp, mora_jax
       >>> from jax.sharding import NamedSharding, PartitionSpec
-      >>> from mora_jax import init, plan, sharding
       >>> params = {"fc": {"kernel": jnp.ones((8, 8))}}
       >>> mesh = jax.make_mesh((1,), ("model",))
       >>> shardings = {"fc": {"kernel": PartitionSpec(None, "model")}}
-      >>> layers = plan(params)
-      >>> found = sharding.adapter_shardings(layers, shardings, mesh=mesh)
+      >>> plan = mora_jax.plan(params)
+      >>> found = mora_jax.sharding.adapter_shardings(plan, shardings, mesh=mesh)
       >>> found["fc"]["kernel_mora"].is_fully_replicated
       True
-      >>> adapters = jax.device_put(init(layers), found)
+      >>> adapters = jax.device_put(mora_jax.init(plan), found)
     """
     found: dict[Path, NamedSharding] = {}
     for spec, base in _kernel_shardings(plan, params_or_shardings, mesh):
@@ -75,7 +75,7 @@ def adapter_sharding(
     kernel: NamedSharding,
     square: tuple[str | None, str | None] = (None, None),
 ) -> NamedSharding:
-    """The sharding of one M by that of its kernel, see `adapter_shardings`."""
+    """The sharding of an M by that of its kernel; see `adapter_shardings`."""
     axes = zip(spec.axes, _entries(kernel, spec), strict=True)
     stack = [entry or None for letter, entry in axes if letter == "s"]
     name = f"square, with q of {spec.operator.square_rank},"
@@ -91,37 +91,38 @@ def plan_on_mesh(
 ) -> Plan:
     """A plan that knows where the features of each kernel are.
 
-    Without it results are the same; but where devices share features (tensor
-    parallelism), or an update is folded into a kernel that they share (FSDP), XLA's
-    partitioner would move activations or kernels about for the adapters. With it, an
-    adapter adds sums of (q, q) for M's gradient and, except for block operators, of
-    (rows, q).
+    Results do not depend on this. Without it, XLA may insert further collectives for
+    the adapters, of activations or kernels, where devices share features (tensor
+    parallelism) or kernels (FSDP). With it, an adapter adds a sum of (q, q) for M's
+    gradient and, except for block operators, sums of (rows, q).
 
     Args:
-      plan: the adapters, as `plan`, `linen.plan` or `nnx.plan` make it.
-      params_or_shardings: as of `adapter_shardings`.
-      batch_axes: mesh axes that split the rows of inputs, () for none. A kernel that
-        these split is gathered before it is used; where others do, features stay split.
-      mesh: as of `adapter_shardings`.
+      plan: The plan of the adapters, as `plan`, `linen.plan` or `nnx.plan` makes it.
+      params_or_shardings: The base's params or their shardings, as in
+        `adapter_shardings`.
+      batch_axes: The mesh axes that split the rows of inputs; () for none. A kernel
+        that these axes split is gathered before it is used. Features that other axes
+        split stay split.
+      mesh: The devices, if the leaves do not name them.
 
     Returns:
-      A plan for `linen.wrap`, `nnx.wrap` and `merge`. Files know nothing of it: what
-      `load` gives is for one device until it is sharded again.
+      A plan for `linen.wrap`, `nnx.wrap` and `merge`. `save` does not store the layout,
+      so a plan that `load` returns needs this function again.
 
     Raises:
-      TypeError, ValueError: as `adapter_shardings`; batch axes that the mesh has not.
+      TypeError: As `adapter_shardings`.
+      ValueError: As `adapter_shardings`, or the mesh does not have a batch axis.
 
     Example::
 
-      >>> import jax, jax.numpy as jnp
+      >>> import jax, jax.numpy as jnp, mora_jax
       >>> from jax.sharding import PartitionSpec
-      >>> from mora_jax import plan, sharding
       >>> params = {"fc": {"kernel": jnp.ones((8, 8))}}
       >>> mesh = jax.make_mesh((1, 1), ("data", "model"))
       >>> shardings = {"fc": {"kernel": PartitionSpec("data", "model")}}
-      >>> layers = sharding.plan_on_mesh(
-      ...     plan(params), shardings, batch_axes="data", mesh=mesh)
-      >>> layers["fc/kernel"].layout.mesh_axes
+      >>> plan = mora_jax.sharding.plan_on_mesh(
+      ...     mora_jax.plan(params), shardings, batch_axes="data", mesh=mesh)
+      >>> plan["fc/kernel"].layout.mesh_axes
       (('model',), ('data',))
     """
     batch = (batch_axes,) if isinstance(batch_axes, str) else tuple(batch_axes)
@@ -149,8 +150,7 @@ def _kernel_shardings(
     plan: Plan, tree: Any, mesh: Mesh | None
 ) -> list[tuple[AdapterSpec, NamedSharding]]:
     """Each spec of `plan` with its kernel's sharding."""
-    if not isinstance(plan, Plan):
-        raise TypeError(f"plan must be a Plan, got {type(plan).__name__}")
+    check_plan(plan)
     flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_leaf)
     leaves = {"/".join(map(key_name, keys)): leaf for keys, leaf in flat}
     found = []
@@ -158,7 +158,7 @@ def _kernel_shardings(
         if spec.name not in leaves:
             raise ValueError(
                 f"params_or_shardings lack the kernel {spec.name!r}"
-                + nearest(spec.name, leaves)
+                + nearest_paths(spec.name, leaves)
             )
         devices, axes = _read_sharding(leaves[spec.name], mesh, spec.name)
         if devices is None:
@@ -175,7 +175,7 @@ def _is_leaf(node: Any) -> bool:
 def _read_sharding(
     leaf: Any, mesh: Mesh | None, name: str
 ) -> tuple[Mesh | AbstractMesh | None, PartitionSpec]:
-    """The mesh and the axes of it that a leaf tells: where it is, or is wanted."""
+    """The mesh and the mesh axes that a leaf names: where it is, or is to be."""
     value, names = leaf, None
     if isinstance(leaf, nnx.Variable):
         (value,) = jax.tree.leaves(leaf)
@@ -197,11 +197,11 @@ def _read_sharding(
 
 
 def _named_sharding(mesh: Any, axes: Any, shape: Shape, name: str) -> NamedSharding:
-    """A sharding of an array of `shape`; `name` is for messages."""
+    """The sharding of an array of `shape`; `name` is for error messages."""
     try:
         sharding = NamedSharding(mesh, PartitionSpec(*axes))
         sharding.shard_shape(shape)
-    except Exception as error:  # not all of JAX's are ValueErrors
+    except Exception as error:  # some of JAX's errors are not ValueErrors
         raise ValueError(
             f"{name} must be split evenly by axes of the mesh, each used once: {error}"
         ) from error
@@ -211,7 +211,7 @@ def _named_sharding(mesh: Any, axes: Any, shape: Shape, name: str) -> NamedShard
 def _unbox(
     box: Any, mesh: Mesh | None
 ) -> tuple[Any, PartitionSpec | None, Mesh | None]:
-    """Value, mesh axes and mesh of one of Linen's boxes."""
+    """The value, the mesh axes and the mesh in a box of Linen."""
     if not isinstance(box, nn.Partitioned):
         return box.unbox(), None, mesh
     names = box.get_partition_spec()

@@ -8,8 +8,8 @@ there after each change, which is what a process that is killed in between leave
 # pyright: reportAssignmentType=false, reportIncompatibleMethodOverride=false
 import contextlib
 import io
-import os
 import types
+from pathlib import Path
 
 from etils import epath
 
@@ -20,6 +20,7 @@ failures: set[str] = set()
 
 
 def put(name, data):
+    """Store an object, or remove it if `data` is None."""
     if data is None:
         OBJECTS.pop(name)
     else:
@@ -30,10 +31,21 @@ def put(name, data):
 @contextlib.contextmanager
 def states():
     """A list of the store's contents, one for each change within."""
-    start = len(history)
-    found = [dict(OBJECTS)]
+    start, found = len(history), [dict(OBJECTS)]
     yield found
     found += history[start:]
+
+
+def restore(state):
+    """Have the store hold what a state of it did."""
+    OBJECTS.clear()
+    OBJECTS.update(state)
+
+
+def upload(directory, url):
+    """Copy the files of a local directory."""
+    for path in Path(directory).iterdir():
+        put((epath.Path(url) / path.name).key, path.read_bytes())
 
 
 class _Writer(io.BytesIO):
@@ -60,50 +72,45 @@ class MemoryPath(epath.Path):
     def __fspath__(self):
         return str(self)
 
-    def _below(self):
-        return [name for name in OBJECTS if name.startswith(self.key + "/")]
-
-    def exists(self):
-        return self.key in OBJECTS or bool(self._below())
-
-    def is_dir(self):
-        return bool(self._below())
+    def _data(self):
+        if self.key not in OBJECTS:
+            raise FileNotFoundError(2, "no such object", str(self))
+        return OBJECTS[self.key]
 
     def is_file(self):
         return self.key in OBJECTS
 
+    def is_dir(self):
+        return any(self.iterdir())
+
+    def exists(self):
+        return self.is_file() or self.is_dir()
+
     def iterdir(self):
-        skip = len(self.key) + 1
-        for name in dict.fromkeys(n[skip:].partition("/")[0] for n in self._below()):
-            yield self / name
+        start = self.key + "/"
+        below = [name.removeprefix(start) for name in OBJECTS if name.startswith(start)]
+        yield from (self / n for n in dict.fromkeys(n.partition("/")[0] for n in below))
 
     def glob(self, pattern):
         return (path for path in self.iterdir() if path.match(pattern))
 
     def open(self, mode="r", **kwargs):
-        if mode == "wb":
-            return _Writer(self.key)
-        if self.key not in OBJECTS:
-            raise FileNotFoundError(2, "no such object", str(self))
-        return io.BytesIO(OBJECTS[self.key])
+        return _Writer(self.key) if mode == "wb" else io.BytesIO(self._data())
 
     def stat(self):
-        if self.key not in OBJECTS:
-            raise FileNotFoundError(2, "no such object", str(self))
-        return types.SimpleNamespace(length=len(OBJECTS[self.key]))
+        return types.SimpleNamespace(length=len(self._data()))
 
     def mkdir(self, mode=None, parents=False, exist_ok=False):
-        if self.key in OBJECTS:
+        if self.is_file():
             raise FileExistsError(17, "is an object", str(self))
 
     def unlink(self, missing_ok=False):
-        if self.key in OBJECTS:
+        if self.is_file() or not missing_ok:
+            self._data()
             put(self.key, None)
-        elif not missing_ok:
-            raise FileNotFoundError(2, "no such object", str(self))
 
     def replace(self, target):
-        put(target.key, OBJECTS[self.key])
+        put(target.key, self._data())
         self.unlink()
         return target
 
@@ -111,23 +118,3 @@ class MemoryPath(epath.Path):
         raise NotImplementedError
 
     listdir = rename = resolve = rmdir = rmtree = walk = copy
-
-
-def content(url):
-    """{name: bytes} of the objects of a directory."""
-    path = epath.Path(url)
-    return {child.name: OBJECTS[child.key] for child in path.iterdir()}
-
-
-def restore(state):
-    """Have the store hold what a state of it did."""
-    OBJECTS.clear()
-    OBJECTS.update(state)
-
-
-def upload(directory, url):
-    """Copy the files of a local directory."""
-    for name in os.listdir(directory):
-        path = epath.Path(url) / name
-        with open(os.path.join(directory, name), "rb") as file:
-            put(path.key, file.read())

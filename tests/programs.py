@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from helpers import random_like, trained
-from twins import TWINS, nnx_model
+from twins import TWINS, nnx_model, nnx_shapes
 
 from mora_jax import fold, linen
 from mora_jax import nnx as mora
@@ -22,7 +22,7 @@ def shapes_of(twin, api):
         model = twin.linen()
         variables = jax.eval_shape(model.init, KEY, twin.x)
         return model, variables, variables["params"]
-    model = nnx.eval_shape(lambda: twin.nnx(nnx.Rngs(0)))
+    model = nnx_shapes(twin)
     return model, None, nnx.to_pure_dict(nnx.state(model, nnx.Param))
 
 
@@ -84,17 +84,12 @@ def case_of(name, api, operator=None):
         twin = dataclasses.replace(twin, config=config)
     model, variables, shapes = shapes_of(twin, api)
     plan = plan_of(model, variables, twin, twin.x)
-    make = linen_functions if api == "linen" else nnx_functions
-    base, adapted, merged = make(model, twin, plan)
-    return types.SimpleNamespace(
-        x=twin.x,
-        plan=plan,
-        params=random_like(shapes),
-        adapters=trained(plan),
-        base=base,
-        adapted=adapted,
-        merged=merged,
-    )
+    functions = linen_functions if api == "linen" else nnx_functions
+    base, adapted, merged = functions(model, twin, plan)
+    case = types.SimpleNamespace(base=base, adapted=adapted, merged=merged)
+    case.x, case.plan = twin.x, plan
+    case.params, case.adapters = random_like(shapes), trained(plan)
+    return case
 
 
 @functools.cache
@@ -106,8 +101,7 @@ def results(name, api, operator=None):
     merged one. The loss is a sum of outputs with weights.
     """
     case = case_of(name, api, operator)
-    zeros = jax.tree.map(jnp.zeros_like, case.adapters)
-    traces = []
+    zeros, traces = jax.tree.map(jnp.zeros_like, case.adapters), []
 
     @jax.jit
     def run(adapters, params, x):
@@ -128,9 +122,7 @@ def results(name, api, operator=None):
         return y, derivatives(case.adapted), derivatives(case.merged)
 
     return types.SimpleNamespace(
-        plan=case.plan,
-        params=case.params,
-        adapters=case.adapters,
+        **vars(case),
         zeros=zeros,
         run=lambda adapters: run(adapters, case.params, case.x),
         traces=traces,

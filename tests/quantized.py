@@ -41,41 +41,43 @@ def close(actual: Any, expected: Any, name: str) -> None:
     )
 
 
+def is_variable(leaf: Any) -> bool:
+    return isinstance(leaf, nnx.Variable)
+
+
 class Case:
     """A model of one adapted layer, and what it must give."""
 
     def __init__(self, shape: tuple[int, int], rows: int, operator: str, kind: str):
         random = np.random.default_rng(sum(shape))
-        self.kind = kind
-        self.x = jnp.asarray(random.normal(size=(rows, shape[0])), jnp.float32)
-        self.kernel = jnp.asarray(random.normal(size=shape), jnp.float32)
-        self.out = shape[1]
+        self.x, self.kernel, self.m = (
+            jnp.asarray(random.normal(size=size), jnp.float32)
+            for size in ((rows, shape[0]), shape, (8, 8))
+        )
+        self.kind, self.out = kind, shape[1]
         self.config = MoRAConfig(square_rank=8, operator=operator, alpha=2.0)
-        self.m = jnp.asarray(random.normal(size=(8, 8)), jnp.float32)
         self.name = f"{type(self).__name__} {kind} {operator} {rows} rows"
         self.make()
 
+    def adapters(self, m: Any) -> Any:
+        return jax.tree.map(lambda _: m, init(self.plan))
+
+    def delta(self, m: Any) -> Any:
+        (delta,) = jax.tree.leaves(delta_weight(self.adapters(m), self.plan))
+        return delta
+
     def plain(self) -> None:
-        close(self.adapted(), exact(self.kernel + self.delta(), self.x), self.name)
+        kernel = self.kernel + self.delta(self.m)
+        close(self.adapted(), exact(kernel, self.x), self.name)
 
     def quantized(self) -> None:
         """qwix's own product, and the exact update; exact gradients of M."""
-        y, grads = self.run()
-        own = self.own()
-        if self.kind == "ptq":  # as of the kernel dequantized
-            close(own, exact(self.dequantized(), self.x), self.name)
-        close(y, own + exact(self.delta(), self.x), self.name)
-
-        def total(m):
-            return jnp.sum(self.x @ self.delta(m))
-
-        close(grads, np.asarray(jax.grad(total)(self.m)), self.name)
-
-    def delta(self, m: Any = None) -> Any:
-        (delta,) = jax.tree.leaves(
-            delta_weight(self.adapters(self.m if m is None else m), self.plan)
-        )
-        return delta
+        (y, grads), (own, kernel) = self.run(), self.own()
+        if self.kind == "ptq":
+            close(own, exact(qwix.dequantize(kernel), self.x), self.name)
+        close(y, own + exact(self.delta(self.m), self.x), self.name)
+        expected = jax.grad(lambda m: jnp.sum(self.x @ self.delta(m)))(self.m)
+        close(grads, np.asarray(expected), self.name)
 
 
 class Linen(Case):
@@ -83,9 +85,6 @@ class Linen(Case):
         self.model = nn.Sequential([nn.Dense(self.out, use_bias=False)])
         self.variables = {"params": {"layers_0": {"kernel": self.kernel}}}
         self.plan = linen.plan(self.model, self.variables, self.config, self.x)
-
-    def adapters(self, m):
-        return jax.tree.map(lambda _: m, init(self.plan))
 
     def adapted(self):
         apply = linen.wrap(self.model, self.plan)
@@ -99,12 +98,17 @@ class Linen(Case):
             variables = {"params": params}
         return model, variables
 
-    def run(self):
+    def function(self):
+        """(M to the output of the quantized model)."""
         model, variables = self.quantize(self.model, self.variables)
         apply = linen.wrap(model, self.plan)  # a plan of floating-point kernels
+        return lambda m: apply(self.adapters(m), variables, self.x)
+
+    def run(self):
+        function = self.function()
 
         def loss(m):
-            y = apply(self.adapters(m), variables, self.x)
+            y = function(m)
             return jnp.sum(y), y
 
         grads, y = jax.grad(loss, has_aux=True)(self.m)
@@ -112,29 +116,24 @@ class Linen(Case):
 
     def own(self):
         model, variables = self.quantize(self.model, self.variables)
-        self.quantized_kernel = variables["params"]["layers_0"]["kernel"]
-        return np.asarray(model.apply(variables, self.x))
-
-    def dequantized(self):
-        return qwix.dequantize(self.quantized_kernel.array)
+        kernel = variables["params"]["layers_0"]["kernel"]
+        return np.asarray(model.apply(variables, self.x)), getattr(
+            kernel, "array", None
+        )
 
 
 class Module(Linen):
     """MoRADense in a model."""
 
-    def run(self):
+    def function(self):
         layers = [MoRADense(self.out, use_bias=False, config=self.config)]
         params = combine(self.variables["params"], self.adapters(self.m))
         model, variables = self.quantize(nn.Sequential(layers), {"params": params})
-        assert isinstance(split(variables["params"])[1], dict)
-
-        def loss(m):
-            base, _ = split(variables["params"])
-            y = model.apply({"params": combine(base, self.adapters(m))}, self.x)
-            return jnp.sum(y), y
-
-        grads, y = jax.grad(loss, has_aux=True)(self.m)
-        return y, grads
+        base, adapters = split(variables["params"])
+        assert isinstance(adapters, dict)
+        return lambda m: model.apply(
+            {"params": combine(base, self.adapters(m))}, self.x
+        )
 
 
 class Nnx(Case):
@@ -145,9 +144,6 @@ class Nnx(Case):
         self.wrapped = mora.wrap(self.model, self.config)
         self.plan = mora.plan_of(self.wrapped)
         mora.set_adapters(self.wrapped, self.adapters(self.m))
-
-    def adapters(self, m):
-        return jax.tree.map(lambda _: m, init(self.plan))
 
     def adapted(self):
         return self.wrapped(self.x)
@@ -164,20 +160,18 @@ class Nnx(Case):
 
     def own(self):
         model = qwix.quantize_model(self.model, provider(self.kind), self.x)
-        (self.layer,) = model.layers
-        return np.asarray(self.call(model))
+        y, kernel = self.call(model), model.layers[0].kernel
+
+        if self.kind == "qt":
+            return np.asarray(y), None
+        arrays = [
+            one[...] for one in jax.tree.leaves(kernel.array, is_leaf=is_variable)
+        ]
+        structure = jax.tree.structure(kernel.array, is_leaf=is_variable)
+        return np.asarray(y), jax.tree.unflatten(structure, arrays)
 
     def call(self, model):
         return model(self.x)
-
-    def dequantized(self):
-        return qwix.dequantize(
-            jax.tree.map(
-                lambda leaf: leaf[...] if isinstance(leaf, nnx.Variable) else leaf,
-                self.layer.kernel.array,
-                is_leaf=lambda leaf: isinstance(leaf, nnx.Variable),
-            )
-        )
 
 
 class Jitted(Nnx):

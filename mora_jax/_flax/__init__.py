@@ -1,1 +1,1 @@
-"""What Linen and NNX share: what is known of layers, and how a call is adapted."""
+"""What Linen and NNX share: the rules of layer classes, and a call with an adapter."""

@@ -28,18 +28,18 @@ def adapt_call(
     product: Product,
     dropout_key: PRNGKeyArray | None = None,
 ) -> jax.Array:
-    """What `call()`, a method of a Flax layer, gives with an adapter.
+    """The output of `call()`, a method of a Flax layer, with the adapter's delta added.
 
     Args:
       call: The method with its arguments.
       module: The layer.
-      rule: What is known of the method.
+      rule: The rule of the method.
       spec: The adapter.
-      m: A function that gives M. It is called once, when the layer has made its own
+      m: A function that returns M. It is called once, after the layer has made its own
         parameters.
       x: The layer's input.
       product: What the method computes, except for the bias.
-      dropout_key: The key of the adapter's dropout.
+      dropout_key: The key of the adapter's dropout; None for no dropout.
 
     Returns:
       An array of the shape and dtype of the layer's output.
@@ -52,7 +52,7 @@ def adapt_call(
         def dot_general(
             x: ArrayLike, kernel: Any, dimension_numbers: Any, **settings: Any
         ) -> jax.Array:
-            contracted, batch = dimension_numbers  # of lists, perhaps
+            contracted, batch = dimension_numbers  # maybe lists, which do not hash
             axes = tuple(map(tuple, contracted)), tuple(map(tuple, batch))
             multiply = static(_dot_general, axes, tuple(settings.items()))
             return adapted_product(
@@ -62,16 +62,16 @@ def adapt_call(
         with _replaced(module, "dot_general", dot_general):
             return call()
     check_product(spec, product)
-    y, after = call(), None
+    y, out_factor = call(), None
     if (scale := rule.scale_of(module)) is not None:
         if not isinstance(product, Contraction):
             raise ValueError(
                 f"{spec.name}: scale= of register_layer is for layers that compute an "
                 f"einsum, got {type(product).__name__}"
             )
-        before, after = product.factors(scale)
-        x = jnp.asarray(x).astype(y.dtype) * before.astype(y.dtype)
-    return add_delta(y, spec, m(), x, product, dropout_key, precision, after)
+        in_factor, out_factor = product.factors(scale)
+        x = jnp.asarray(x).astype(y.dtype) * in_factor.astype(y.dtype)
+    return add_delta(y, spec, m(), x, product, dropout_key, precision, out_factor)
 
 
 def _dot_general(
@@ -85,7 +85,7 @@ def _dot_general(
 
 @contextlib.contextmanager
 def _replaced(module: Any, name: str, value: Any) -> Iterator[None]:
-    # Past the module's own __setattr__: both Flax APIs guard what users assign.
+    # By `object`, since both Flax APIs forbid such an assignment to a module.
     before = getattr(module, name)
     object.__setattr__(module, name, value)
     try:

@@ -1,4 +1,4 @@
-"""The product of Flax's convolutions, Linen's and NNX's."""
+"""The products of Flax's convolutions, which Linen and NNX share."""
 
 from typing import Any
 
@@ -24,8 +24,9 @@ def transposed_convolution(layer: Any, *_: Any, **__: Any) -> Convolution:
 
 
 def _convolution(
-    layer: Any, kind: Any, fields: tuple[str, ...], features: str, any_outputs: bool
+    layer: Any, cls: Any, fields: tuple[str, ...], features: str, any_outputs: bool
 ) -> Convolution:
+    """The product of a layer of either API; Linen's `cls` computes it."""
     size = layer.kernel_size
     window = (size,) if isinstance(size, int) else tuple(size)
     shared = "strides", "padding", "kernel_dilation", "mask", "precision"
@@ -33,10 +34,10 @@ def _convolution(
 
     def convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
         outputs = kernel.shape[len(window) + features.index("o")]
-        # A module of its own, not a part of the one that is running.
         settings = {**copied, "use_bias": False, "dtype": kernel.dtype}
-        own = kind(outputs, window, parent=None, **settings)
-        return own.apply({"params": {"kernel": kernel}}, x)
+        # Without a parent; otherwise it would become a part of the running module.
+        convolution = cls(outputs, window, parent=None, **settings)
+        return convolution.apply({"params": {"kernel": kernel}}, x)
 
     axes = "i" * len(window) + features
     return Convolution(axes, convolve, any_outputs, masked=layer.mask is not None)

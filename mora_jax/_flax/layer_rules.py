@@ -1,4 +1,4 @@
-"""Layer classes that `linen.wrap` and `nnx.wrap` know how to adapt."""
+"""Rules for layer classes: what their methods compute, so that they can be adapted."""
 
 import dataclasses
 import inspect
@@ -20,13 +20,15 @@ class LayerRule:
     """What one method of a layer class computes: a product with a kernel, and a bias.
 
     Attributes:
-      equation: of input and kernel, or a function of the call that returns it.
-      kernel: name of the parameter, or a function of the module that returns it.
-      method: the method that computes it.
-      argument: name of the input among the method's arguments; None for the first.
-      dot_general: whether the method multiplies by what its attribute `dot_general`
-        holds, as Flax's dense layers do.
-      scale: what the method multiplies the kernel by: the name of a parameter, or a
+      equation: The equation of input and kernel, or a function of the call that returns
+        it.
+      kernel: The name of the kernel's parameter, or a function of the module that
+        returns it.
+      method: The method that computes the product.
+      argument: The name of the input among the method's arguments; None for the first.
+      dot_general: Whether the method multiplies by its attribute `dot_general`, as
+        Flax's dense layers do.
+      scale: What the method multiplies the kernel by: the name of a parameter, or a
         function of the module that returns an array.
     """
 
@@ -39,8 +41,8 @@ class LayerRule:
 
     def read(self, module: Any, args: Any, kwargs: Any) -> tuple[Product, Any]:
         """The product of one call, and its input."""
-        given, argument = self._bound(module, args, kwargs)
-        x = given.arguments[argument]
+        call, argument = self._bind(module, args, kwargs)
+        x = call.arguments[argument]
         if not hasattr(x, "shape"):
             raise TypeError(
                 f"{argument!r} of {type(module).__name__}.{self.method} must be the "
@@ -52,17 +54,17 @@ class LayerRule:
         self, x: Any, module: Any, args: Any, kwargs: Any
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments of a call with `x` for its input."""
-        given, argument = self._bound(module, args, kwargs)
-        given.arguments[argument] = x
-        return given.args[1:], given.kwargs
+        call, argument = self._bind(module, args, kwargs)
+        call.arguments[argument] = x
+        return call.args[1:], call.kwargs
 
-    def _bound(
+    def _bind(
         self, module: Any, args: Any, kwargs: Any
     ) -> tuple[inspect.BoundArguments, str]:
         """The arguments of a call by name, and the name of the input."""
         signature = inspect.signature(getattr(type(module), self.method))
-        given = signature.bind(module, *args, **kwargs)
-        return given, self.argument or list(given.arguments)[1]
+        call = signature.bind(module, *args, **kwargs)
+        return call, self.argument or list(call.arguments)[1]
 
     def name(self, module: Any) -> str:
         """The name of the kernel's parameter."""
@@ -77,7 +79,7 @@ class LayerRule:
         return getattr(module, self.scale)[...]
 
     def multiplies_by_dot_general(self, module: Any) -> bool:
-        """Whether the product is JAX's own, and the module's attribute decides it."""
+        """Whether the module's attribute decides how to multiply, and is JAX's own."""
         if not self.dot_general or self.scale is not None:
             return False
         if getattr(module, "dot_general_cls", None) is not None:
@@ -85,12 +87,12 @@ class LayerRule:
         return getattr(module, "dot_general", None) in (None, jax.lax.dot_general)
 
     def product(self, module: Any) -> Product | None:
-        """The product as far as the module alone tells; None if it takes a call."""
+        """The product as the module alone tells it; None if only a call does."""
         # The kernel's axes do not depend on how many batch axes an input has.
         x = jax.ShapeDtypeStruct((1,) * 8, jnp.float32)
         try:
             return self._product(None, module, x)
-        except Exception:  # of a user's function, which may want a real input
+        except Exception:  # from a user's function, which may need a real input
             return None
 
     def _product(self, ndim: int | None, module: Any, *args: Any, **kw: Any) -> Product:
@@ -118,36 +120,37 @@ def register_layer(
     """Teach `linen.wrap` and `nnx.wrap` a layer class.
 
     The method must multiply its input by one kernel, and may add a bias; the class is
-    used as it is. A kernel that several methods use has a rule for each, the
-    first one registered being the one that plans go by. A subclass that defines
-    `method` anew is another class.
+    used as it is. If several methods use one kernel, register each of them; plans go by
+    the first. A subclass that overrides `method` needs its own registration.
 
     Args:
-      cls: the class, of either Flax API.
-      equation: einsum of input and kernel, "...i,io->...o" for a dense layer; one of
-        `mora_jax.products`, such as `Lookup()` for an embedding; or a function of
-        (module, *args, **kwargs) that returns one of these.
-      kernel: name of the kernel's parameter, or a function of the module that returns
-        it.
-      method: the method that computes the product.
-      argument: name of the method's argument that is the input; by default its first.
-      dot_general: the method multiplies input and kernel, both of the same dtype, by
-        `self.dot_general(input, kernel, dimension_numbers, ...)`, so that the update
-        can be folded into the kernel. The attribute holds `jax.lax.dot_general` or
-        None, else nothing is folded.
-      scale: what the method multiplies the kernel by before an einsum: the name of a
+      cls: The class, of either Flax API.
+      equation: The einsum of input and kernel, "...i,io->...o" for a dense layer; or
+        one of `mora_jax.products`, such as `Lookup()` for an embedding; or a function
+        of (module, *args, **kwargs) that returns either.
+      kernel: The name of the kernel's parameter, or a function of the module that
+        returns it.
+      method: The method that computes the product.
+      argument: The name of the method's argument that is the input; by default the
+        first.
+      dot_general: Whether the method multiplies input and kernel, both of the same
+        dtype, by `self.dot_general(input, kernel, dimension_numbers, ...)`. Then the
+        delta can be folded into the kernel, as long as the attribute is None or
+        `jax.lax.dot_general`.
+      scale: What the method multiplies the kernel by before an einsum: the name of a
         parameter, or a function of the module that returns an array, a number or None.
-        It broadcasts against the kernel and varies along its input features or its
-        output features, not along both. The update is multiplied by the same, so that
-        it is still the kernel into which it is merged.
+        It broadcasts against the kernel, and varies along the kernel's input features
+        or along its output features, not along both. The delta is multiplied by the
+        same, so the adapter is still merged into the kernel itself.
 
     Raises:
-      TypeError: `cls` is no class, or lacks the method, or that the argument.
+      TypeError: `cls` is not a class, or does not have the method; the method does not
+        have the argument; another argument has a wrong type.
 
     Example: a layer that stores its kernel as (out, in)::
 
       >>> import flax.linen as nn
-      >>> from mora_jax import register_layer
+      >>> import mora_jax
       >>> class Transposed(nn.Module):
       ...     features: int
       ...
@@ -155,7 +158,7 @@ def register_layer(
       ...     def __call__(self, x):
       ...         init = nn.initializers.lecun_normal(1, 0)
       ...         return x @ self.param("w", init, (self.features, x.shape[-1])).T
-      >>> register_layer(Transposed, equation="...i,oi->...o", kernel="w")
+      >>> mora_jax.register_layer(Transposed, equation="...i,oi->...o", kernel="w")
     """
     if not isinstance(cls, type):
         raise TypeError(f"cls must be a class, got {cls!r}")
@@ -184,8 +187,8 @@ def register_layer(
 
 
 def rules_of(cls: type) -> Mapping[str, LayerRule]:
-    """{method: rule} of `cls`; those of a base class if `cls` computes as it does."""
-    cls = vars(cls).get("plain_class", cls)  # what it was made from, see mora_jax.nnx
+    """{method: rule} of `cls`, or of a base class for the methods that it inherits."""
+    cls = vars(cls).get("plain_class", cls)  # a class that `mora_jax.nnx` adapted
     for base in cls.__mro__:
         if base in _RULES:
             return {
@@ -198,26 +201,27 @@ def rules_of(cls: type) -> Mapping[str, LayerRule]:
 
 def planning_rules(module: Any) -> Mapping[str, LayerRule]:
     """{kernel: the rule that plans go by} of a module."""
-    first: dict[str, LayerRule] = {}
+    rules: dict[str, LayerRule] = {}
     for rule in rules_of(type(module)).values():
-        first.setdefault(rule.name(module), rule)
-    return first
+        rules.setdefault(rule.name(module), rule)
+    return rules
 
 
 def registered() -> Mapping[type, Mapping[str, LayerRule]]:
-    """All classes that are known, with their rules."""
+    """All classes that have rules, with their rules."""
     return dict(_RULES)
 
 
 def unknown_use(name: str, cls: type, method: str) -> TypeError:
-    """The error for an adapted kernel that a method may use in a way not known."""
-    known = [f"{r.kernel!r} in {r.method!r}" for r in rules_of(cls).values()]
+    """The error for an adapted kernel that a method uses, perhaps, without a rule."""
+    rules = [f"{rule.kernel!r} in {rule.method!r}" for rule in rules_of(cls).values()]
+    known = f"only {' and '.join(rules)}" if rules else "nothing"
     return TypeError(
-        f"{name}: {cls.__name__}.{method} may use this adapted kernel, but of that "
-        f"class {' and '.join(known) or 'nothing'} is known; "
-        "see mora_jax.register_layer"
+        f"{name}: {cls.__name__}.{method} may use this adapted kernel, but {known} "
+        "is known of its class; see mora_jax.register_layer"
     )
 
 
 def _owner(cls: type, method: str) -> type:
+    """The class that defines a method of `cls`."""
     return next(base for base in cls.__mro__ if method in vars(base))

@@ -1,7 +1,8 @@
 """What is known of a model before it is planned: its layers, and what a call does.
 
-Both Flax shells fill in a `Survey`: of each layer of a known class which product it
-computes with which kernel, and of one traced call what it does with every array.
+Linen's and NNX's `plan` fill in a `Survey`. For each layer of a known class, it says
+which product the layer computes with which kernel; and for one traced call, what the
+call does with every array.
 """
 
 import dataclasses
@@ -11,7 +12,7 @@ from typing import Any
 import jax
 
 from mora_jax._flax.layer_rules import LayerRule, planning_rules
-from mora_jax._proof import Call, Uses, follow
+from mora_jax._proof import Call, Uses, follow, mark
 from mora_jax.products import Lookup, Product
 
 
@@ -21,56 +22,79 @@ class Survey:
 
     Attributes:
       products: {path of a kernel: what its layer computes with it}.
-      others: paths of what known layers have beside their kernels, as biases.
+      non_kernels: The paths of the arrays of known layers that are not their kernels,
+        such as biases.
       classes: {path of a module: the name of its class}.
-      faults: {path of a kernel: what other modules are known to do with it}.
-      uses: what a call of the model does with its arrays; None if none was traced.
+      faults: {path of a kernel: what another module does with it}.
+      uses: What a call of the model does with its arrays; None if no call was traced.
     """
 
     products: dict[str, Product] = dataclasses.field(default_factory=dict)
-    others: set[str] = dataclasses.field(default_factory=set)
+    non_kernels: set[str] = dataclasses.field(default_factory=set)
     classes: dict[str, str] = dataclasses.field(default_factory=dict)
     faults: dict[str, str] = dataclasses.field(default_factory=dict)
     uses: Uses | None = None
 
-    def note(
-        self, name: str, rule: LayerRule, module: Any, args: Any, kwargs: Any
-    ) -> tuple[Call, Any]:
-        """Keep what a call tells about the kernel at `name`: the call, its input."""
+    def record_call(
+        self,
+        name: str,
+        rule: LayerRule,
+        module: Any,
+        method: Callable[..., Any],
+        args: Any,
+        kwargs: Any,
+    ) -> jax.Array:
+        """Call a layer's method, with marks, and record what it computes.
+
+        Args:
+          name: The path of the kernel.
+          rule: The rule of the method.
+          module: The layer.
+          method: The method, which gets `args` and `kwargs`.
+          args: The arguments.
+          kwargs: The arguments by name.
+        """
         product, x = rule.read(module, args, kwargs)
-        first = planning_rules(module)[rule.name(module)]
-        planned = product if rule is first else first.product(module)
+        self._record_product(name, rule, module, product)
+        scaled = rule.scale_of(module) is not None
+        call = Call(name, product, scaled, f"{type(module).__name__}.{rule.method}")
+        x = mark(x, call, end=False)
+        args, kwargs = rule.with_input(x, module, args, kwargs)
+        return mark(method(*args, **kwargs), call, end=True)
+
+    def _record_product(
+        self, name: str, rule: LayerRule, module: Any, product: Product
+    ) -> None:
+        planning_rule = planning_rules(module)[rule.name(module)]
+        planned = product if rule is planning_rule else planning_rule.product(module)
         if planned is None:
             self.products.setdefault(name, product)
         else:
             self.products[name] = planned
-        method = f"{type(module).__name__}.{rule.method}"
-        return Call(name, product, rule.scale_of(module) is not None, method), x
 
     def trace(
         self, function: Callable[..., Any], leaves: Any, tree: Any, *args: Any
     ) -> None:
         """Follow the leaves of `tree` through `function(tree, *args)`.
 
-        Only the arrays and shapes in `args` are traced; whatever else is there is
-        static.
+        In `args` only arrays and shapes are traced. Everything else is static.
 
         Args:
-          function: the call, which marks its layers.
+          function: The call, which marks its layers.
           leaves: {path: leaf} of `tree`, in its order.
-          tree: the arrays to follow.
-          *args: further arguments.
+          tree: The arrays to follow.
+          *args: Further arguments.
         """
         inputs, structure = jax.tree.flatten(args)
         traced = [hasattr(leaf, "shape") and hasattr(leaf, "dtype") for leaf in inputs]
 
         def call(tree: Any, arrays: list[Any]) -> list[Any]:
-            left = iter(arrays)
-            merged = [
-                next(left) if is_array else leaf
+            remaining = iter(arrays)
+            values = [
+                next(remaining) if is_array else leaf
                 for leaf, is_array in zip(inputs, traced, strict=True)
             ]
-            result = function(tree, *jax.tree.unflatten(structure, merged))
+            result = function(tree, *jax.tree.unflatten(structure, values))
             return jax.tree.leaves(result)
 
         arrays = [x for x, is_array in zip(inputs, traced, strict=True) if is_array]
@@ -84,16 +108,16 @@ class Survey:
 
     def no_kernels(self, names: Iterable[str]) -> set[str]:
         """Those of `names` that are known to be added or read, not multiplied."""
-        found = set(self.others)
+        found = set(self.non_kernels)
         if self.uses is not None:
             kernels = (
                 self.uses.multiplied | self.products.keys() | self.uses.unseen.keys()
             )
-            found |= self.uses.run - kernels
+            found |= self.uses.reached - kernels
         return found & set(names)
 
     def unproven(self, names: Iterable[str]) -> tuple[tuple[str, str], ...]:
-        """Those of `names` of which the trace of a call proves nothing, and why."""
+        """(name, reason) for those of `names` of which the trace proves nothing."""
         if self.uses is None:
             return ()
         found = {}
@@ -101,7 +125,7 @@ class Survey:
             if name in self.uses.unseen:
                 primitive = self.uses.unseen[name]
                 found[name] = f"a trace cannot look into `{primitive}`"
-            elif name not in self.uses.run:
+            elif name not in self.uses.reached:
                 found[name] = "the call that was traced does not use it"
             elif name not in self.products:
                 found[name] = f"nothing is known of its class{self.class_of(name)}"
@@ -109,7 +133,7 @@ class Survey:
 
     def why_unknown(self, name: str) -> str:
         """Why it is not known what a layer computes with the array at `name`."""
-        if self.uses is not None and name not in self.uses.run:
+        if self.uses is not None and name not in self.uses.reached:
             return (
                 "the call that was traced does not use it: plan with inputs for which "
                 "its layer runs, or exclude it"
@@ -121,7 +145,7 @@ class Survey:
         )
 
     def class_of(self, name: str) -> str:
-        """The class of the module that has the array at `name`, as " Dense"; or ""."""
+        """The class of the module that has the array at `name`: " Dense", or ""."""
         path = name
         while path:
             path = path.rpartition("/")[0]

@@ -1,4 +1,4 @@
-"""Notes in a program: where calls of known layers begin and end."""
+"""Marks in a program: where calls of known layers begin and end."""
 
 import functools
 from typing import Any
@@ -15,10 +15,10 @@ class Call:
     """One call of a method of a known layer; two calls are never equal.
 
     Attributes:
-      name: the path of the kernel.
-      product: what the method computes, according to the layer's rule.
-      scaled: whether the rule says that the layer scales its kernel.
-      method: the method, as "Dense.__call__".
+      name: The path of the kernel.
+      product: What the method computes, according to the layer's rule.
+      scaled: Whether the rule says that the layer scales its kernel.
+      method: The method, such as "Dense.__call__".
     """
 
     def __init__(self, name: str, product: Product, scaled: bool, method: str) -> None:
@@ -27,20 +27,20 @@ class Call:
 
     @functools.cached_property
     def transposed(self) -> "Call":
-        """The call in a gradient that the model itself takes: from output to input."""
+        """The transposed call: a model that takes a gradient goes back through it."""
         product = self.product
         if isinstance(product, Contraction):
             product = Contraction(product.outputs, product.kernel, product.inputs)
-        other = Call(self.name, product, self.scaled, self.method)
-        other.__dict__["transposed"] = self
-        return other
+        call = Call(self.name, product, self.scaled, self.method)
+        call.__dict__["transposed"] = self
+        return call
 
 
 mark_p = Primitive("mora_mark")
 
 
 def mark(x: Any, call: Call, *, end: bool) -> jax.Array:
-    """`x`, with a note in the program that it is the input or the output of `call`."""
+    """`x`, with a mark that it is the input or (`end`) the output of `call`."""
     return mark_p.bind(jnp.asarray(x), call=call, end=end, lead=0)
 
 

@@ -1,6 +1,6 @@
 """JAX's primitives by what they do to a kernel."""
 
-SAME = {
+IDENTITIES = {
     "convert_element_type",
     "copy",
     "copy_p",
@@ -15,13 +15,21 @@ SAME = {
     "sharding_constraint",
     "stop_gradient",
 }
-"""Primitives that leave numbers as they are, except for rounding."""
+"""Primitives that leave numbers as they are, apart from rounding."""
 
 PRODUCTS = {"dot_general", "conv_general_dilated", "gather", "ragged_dot_general"}
 """Primitives by which layers multiply an input with a kernel."""
 
-PART = {"concatenate", "div", "dynamic_slice", "gather", "mul", "reduce_sum", "slice"}
-"""What may be done to an array before inputs are multiplied with it."""
+PREPARING = {
+    "concatenate",
+    "div",
+    "dynamic_slice",
+    "gather",
+    "mul",
+    "reduce_sum",
+    "slice",
+}
+"""Primitives that a kernel may pass before it multiplies."""
 
-UNSEEN = {"pure_callback", "io_callback", "shard_map", "custom_partitioning"}
-"""Primitives whose inside says nothing about whole arrays, beside all `*_call`."""
+OPAQUE = {"pure_callback", "io_callback", "shard_map", "custom_partitioning"}
+"""Primitives whose inside says nothing about whole arrays, as do all `*_call`."""

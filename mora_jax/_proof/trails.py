@@ -12,13 +12,14 @@ class Trail:
     """How an array depends on one kernel.
 
     Attributes:
-      view: where the axes of the kernel, or of its product, are; None if that is lost.
-      ndim: how many axes the kernel has.
-      by: the primitive that multiplied the kernel; "" before that.
-      call: the call whose input it was multiplied with, if it was one.
-      through: other primitives on the way that change numbers.
-      unseen: a primitive on the way that nobody can look into, or "".
-      outer: axes that scans around have taken off.
+      view: The axes of the kernel, or of its product; None if they are lost.
+      ndim: How many axes the kernel has.
+      by: The primitive that multiplied the kernel; "" before that.
+      call: The call whose input the kernel was multiplied with; None for any other
+        array.
+      through: The further primitives between kernel and array that change numbers.
+      unseen: A primitive among them that a trace cannot look into, or "".
+      outer: The axes that surrounding scans have taken off.
     """
 
     view: View | None
@@ -30,14 +31,14 @@ class Trail:
     outer: tuple[Axis, ...] = ()
 
     def passed(self, name: str, view: View | None = None) -> "Trail":
-        """The trail after the primitive called `name`."""
+        """The trail after the primitive called `name`, which changes numbers."""
         return dataclasses.replace(self, through=self.through | {name}, view=view)
 
-    def joined(self, other: "Trail") -> "Trail":
-        """A trail that holds where either of two does."""
-        if self == other:
+    def joined(self, trail: "Trail") -> "Trail":
+        """A trail that holds where either of the two does."""
+        if self == trail:
             return self
-        through, unseen = self.through | other.through, self.unseen or other.unseen
+        through, unseen = self.through | trail.through, self.unseen or trail.unseen
         return dataclasses.replace(self, view=None, through=through, unseen=unseen)
 
 
@@ -46,8 +47,9 @@ class Value:
     """What an array depends on.
 
     Attributes:
-      trails: {path of a kernel: how}.
-      inputs: {call: its input's axes here, or None if it was changed}.
+      trails: {path of a kernel: how the array depends on it}.
+      inputs: {call on whose input the array depends: the axes of the input here, or
+        None if it was changed}.
     """
 
     trails: Mapping[str, Trail] = dataclasses.field(default_factory=dict)
@@ -65,28 +67,33 @@ class Value:
         }
         return Value(trails, {call: move(v) for call, v in self.inputs.items()})
 
-    def or_else(self, other: "Value") -> "Value":
-        """What holds after either of two branches, or before and after a loop."""
+    def in_either(self, value: "Value") -> "Value":
+        """What holds after either of two branches, or both before and after a loop."""
         trails = {}
-        for name in self.trails.keys() | other.trails.keys():
-            ways = [v.trails[name] for v in (self, other) if name in v.trails]
-            both = len(ways) == 2 and ways[0] == ways[1]
-            trail = ways[0].joined(ways[-1])
-            trails[name] = trail if both else trail.passed("a branch or a loop")
+        for name in self.trails.keys() | value.trails.keys():
+            found = [v.trails[name] for v in (self, value) if name in v.trails]
+            equal = len(found) == 2 and found[0] == found[1]
+            trail = found[0].joined(found[-1])
+            trails[name] = trail if equal else trail.passed("a branch or a loop")
         inputs = {
-            call: view if self.inputs.get(call) == other.inputs.get(call) else None
-            for call, view in {**self.inputs, **other.inputs}.items()
+            call: view if self.inputs.get(call) == value.inputs.get(call) else None
+            for call, view in {**self.inputs, **value.inputs}.items()
         }
         return Value(trails, inputs)
 
 
 def with_changed_inputs(trails: Mapping[str, Trail], values: list[Value]) -> Value:
-    """What an array depends on that is computed from `values` and is none of them."""
+    """What an array depends on that is computed from `values` and is not one of them.
+
+    Args:
+      trails: How it depends on kernels.
+      values: What it is computed from.
+    """
     return Value(trails, dict.fromkeys(call for v in values for call in v.inputs))
 
 
 def joined(values: list[Value]) -> Value:
-    """All that an array computed from several depends on."""
+    """All that an array depends on that is computed from several arrays."""
     trails: dict[str, Trail] = {}
     for value in values:
         for name, trail in value.trails.items():
@@ -99,14 +106,14 @@ class Uses:
     """What a call of a model does with its arrays.
 
     Attributes:
-      run: paths of the arrays that the outputs depend on.
-      multiplied: paths of those that are multiplied with something.
-      faults: {path: what else than the rule's product a layer does with its kernel}.
-      outside: {path: what is done with a kernel outside of its layer}.
-      unseen: {path: the primitive that cannot be looked into}.
+      reached: The paths of the arrays that the outputs depend on.
+      multiplied: The paths of the arrays that are multiplied with something.
+      faults: {path of a kernel: what its layer does instead of the rule's product}.
+      outside: {path of a kernel: what is done with it outside of its layer}.
+      unseen: {path of a kernel: the primitive that a trace cannot look into}.
     """
 
-    run: set[str] = dataclasses.field(default_factory=set)
+    reached: set[str] = dataclasses.field(default_factory=set)
     multiplied: set[str] = dataclasses.field(default_factory=set)
     faults: dict[str, str] = dataclasses.field(default_factory=dict)
     outside: dict[str, str] = dataclasses.field(default_factory=dict)

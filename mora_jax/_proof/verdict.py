@@ -10,28 +10,38 @@ from mora_jax._proof.views import Piece, View, length, named
 from mora_jax.products import Contraction, Lookup
 
 
-def multiplied(eqn: Any, kernel: str, trail: Trail, other: Value, first: bool) -> Trail:
-    """A kernel times an array; `first` if the kernel is the first of the two."""
+def multiplied(
+    eqn: Any, kernel: str, trail: Trail, operand: Value, kernel_first: bool
+) -> Trail:
+    """The trail of a kernel after its product.
+
+    Args:
+      eqn: The equation of the program that multiplies.
+      kernel: The path of the kernel.
+      trail: The trail of the kernel before its product.
+      operand: What the array that it is multiplied with depends on.
+      kernel_first: Whether the kernel is the first of the two.
+    """
     by, view = eqn.primitive.name, None
-    call = next((call for call in other.inputs if call.name == kernel), None)
+    call = next((call for call in operand.inputs if call.name == kernel), None)
     if by == "dot_general" and call is not None and trail.view is not None:
-        x = other.inputs[call]
+        x = operand.inputs[call]
         if isinstance(call.product, Contraction):
             w = _lettered(trail.view, trail.ndim, call.product)
             numbers = eqn.params["dimension_numbers"]
-            view = None if x is None else _dot(numbers, w, x, first)
-            call = None if x is None else call  # the input, but changed
+            view = None if x is None else _dot(numbers, w, x, kernel_first)
+            call = None if x is None else call  # the input was changed
     if by == "gather":
-        # Whole rows of the kernel as it is, and not its numbers as indices.
+        # It must take whole rows of the unchanged kernel, which is not the indices.
         shape = eqn.invars[0].aval.shape
         rows = tuple(eqn.params["slice_sizes"]) == (1, *shape[1:])
-        if not (first and rows and trail.view == named(range(2), shape)):
-            trail = trail.passed("gather of other than rows")
+        if not (kernel_first and rows and trail.view == named(range(2), shape)):
+            trail = trail.passed("gather of something other than rows")
     return dataclasses.replace(trail, by=by, call=call, view=view)
 
 
 def _lettered(view: View, ndim: int, product: Contraction) -> View:
-    """The view of a kernel with its axes called as in the equation of `product`."""
+    """The view of a kernel, with its axes named as in the equation of `product`."""
     stacked = ndim - len(product.kernel)
     names = [*(("stack", k) for k in range(stacked)), *product.kernel]
     return tuple(
@@ -40,27 +50,27 @@ def _lettered(view: View, ndim: int, product: Contraction) -> View:
     )
 
 
-def _dot(dimension_numbers: Any, w: View, x: View, first: bool) -> View | None:
-    """The view of the product of a kernel `w` with `x`, if both sum over the same."""
+def _dot(dimension_numbers: Any, w: View, x: View, kernel_first: bool) -> View | None:
+    """The view of the product of kernel `w` and `x`, if they sum over the same axes."""
     contracted, batch = dimension_numbers
-    views = (w, x) if first else (x, w)
-    for one, other in zip(*contracted, strict=True):
-        if views[0][one] != views[1][other]:
+    views = (w, x) if kernel_first else (x, w)
+    for left, right in zip(*contracted, strict=True):
+        if views[0][left] != views[1][right]:
             return None
     shared = []
     for pair in zip(*batch, strict=True):
         by_w, by_x = (views[k][axis] for k, axis in enumerate(pair))
-        by_w, by_x = (by_w, by_x) if first else (by_x, by_w)
-        # Under vmap, one layer of a stack for each of many inputs.
+        by_w, by_x = (by_w, by_x) if kernel_first else (by_x, by_w)
+        # Under vmap, each of many inputs has its layer of a stack.
         lifted = [piece.axis[0] for piece in by_w if isinstance(piece.axis, tuple)]
         if by_w != by_x and not lifted:
             return None
         shared.append(by_x)
     free = [
         axis
-        for view, *gone in zip(views, contracted, batch, strict=True)
+        for view, summed, stacked in zip(views, contracted, batch, strict=True)
         for k, axis in enumerate(view)
-        if not any(k in axes for axes in gone)
+        if k not in summed and k not in stacked
     ]
     return (*shared, *free)
 
@@ -70,7 +80,7 @@ def fault(call: Call, trail: Trail, lead: int) -> str:
     product = call.product
     steps = trail.through - product.passes
     if not trail.by and isinstance(product, Lookup) and steps == {"broadcast_in_dim"}:
-        return ""  # an embedding of one row, which Flax does not look up
+        return ""  # Flax does not look up in an embedding of a single row
     if not trail.by:
         return "returns it without a product"
     if trail.call is not call:

@@ -1,8 +1,8 @@
 """Where the axes of an array are after reshapes and transposes.
 
-`jnp.einsum` and Flax's layers move axes before and after they multiply. To compare
-what a program does with an equation, each axis of an array is followed by name: an axis
-of a view is a row of pieces of named axes, as in einops' "(h d)".
+`jnp.einsum` and Flax's layers move axes before and after they multiply. To compare a
+program with an equation, each axis of an array is followed by name. An axis of a view
+is a sequence of pieces of named axes, as "(h d)" is in einops.
 """
 
 import dataclasses
@@ -17,9 +17,9 @@ class Piece:
     """A part of a named axis: every `stride`-th index, `size` of them.
 
     Attributes:
-      axis: the name of the axis.
-      size: how many indices the piece has.
-      stride: how far apart they are; 1 for the fastest part of an axis.
+      axis: The name of the axis.
+      size: How many indices the piece has.
+      stride: How far apart they are; 1 for the fastest part of an axis.
     """
 
     axis: Hashable
@@ -29,11 +29,11 @@ class Piece:
 
 Axis = tuple[Piece, ...]
 View = tuple[Axis, ...]
-"""One entry for each axis of an array; an axis of length 1 is ()."""
+"""An entry for each axis of an array; an axis of length 1 is ()."""
 
 
 def named(axes: Iterable[Hashable], shape: Shape) -> View:
-    """The view of an array of `shape` whose axes are called `axes`.
+    """The view of an array of `shape` whose axes have the names `axes`.
 
     Example::
 
@@ -50,7 +50,7 @@ def length(axis: Axis) -> int:
 
 
 def reshape(view: View, shape: Shape) -> View | None:
-    """The view after a reshape; None where an axis is cut at no multiple of its size.
+    """The view after a reshape; None if it splits a piece into unequal parts.
 
     Example::
 
@@ -62,21 +62,23 @@ def reshape(view: View, shape: Shape) -> View | None:
       >>> reshape(view, (4, 6)) is None
       True
     """
-    rest = [piece for axis in view for piece in axis]
-    if math.prod(piece.size for piece in rest) != math.prod(shape):
+    pieces = [piece for axis in view for piece in axis]
+    if math.prod(piece.size for piece in pieces) != math.prod(shape):
         return None
     axes = []
     for size in shape:
         axis: list[Piece] = []
         while size > 1:
-            piece = rest.pop(0)
+            piece = pieces.pop(0)
             if size % piece.size == 0:
                 axis.append(piece)
                 size //= piece.size
-            elif piece.size % size == 0:  # its slower part here, the rest in the next
+            elif (
+                piece.size % size == 0
+            ):  # its slower part; the next axis takes the rest
                 inner = piece.size // size
                 axis.append(Piece(piece.axis, size, piece.stride * inner))
-                rest.insert(0, Piece(piece.axis, inner, piece.stride))
+                pieces.insert(0, Piece(piece.axis, inner, piece.stride))
                 size = 1
             else:
                 return None
@@ -90,7 +92,7 @@ def transpose(view: View, order: Sequence[int]) -> View:
 
 
 def _joined(axis: Sequence[Piece]) -> Axis:
-    """Neighbouring pieces of one axis, which belong together, as one."""
+    """The same axis, with neighbouring pieces of one named axis joined."""
     joined: list[Piece] = []
     for piece in axis:
         last = joined[-1] if joined else None

@@ -10,7 +10,7 @@ from jax.extend.core import Jaxpr, Literal
 from jax.interpreters import partial_eval
 
 from mora_jax._proof.marks import Call, mark_p
-from mora_jax._proof.primitives import PART, PRODUCTS, SAME, UNSEEN
+from mora_jax._proof.primitives import IDENTITIES, OPAQUE, PREPARING, PRODUCTS
 from mora_jax._proof.trails import Trail, Uses, Value, joined, with_changed_inputs
 from mora_jax._proof.verdict import fault, listed, multiplied
 from mora_jax._proof.views import View, length, named, reshape, transpose
@@ -18,16 +18,16 @@ from mora_jax.products import Contraction
 
 
 def follow(jaxpr: Jaxpr, names: Sequence[str], stacked: Mapping[str, int]) -> Uses:
-    """Follow the arrays that a model has through the program of one call.
+    """Follow the arrays of a model through the program of one call.
 
     Args:
-      jaxpr: the program, with marks.
-      names: paths of its first inputs, the arrays of the model.
-      stacked: {path: how many leading axes of a kernel are stack axes}.
+      jaxpr: The program, with marks.
+      names: The paths of its first inputs, the arrays of the model.
+      stacked: {path of a kernel: how many of its leading axes are stack axes}.
     """
     jaxpr, used = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
     paths = [name for name, use in zip(names, used, strict=False) if use]
-    uses = Uses(run=set(paths))
+    uses = Uses(reached=set(paths))
     values = [Value() for _ in jaxpr.invars]
     for k, (name, var) in enumerate(zip(paths, jaxpr.invars, strict=False)):
         shape: Any = var.aval.shape  # type: ignore[attr-defined]
@@ -63,7 +63,7 @@ class _Walk:
             "scan": self._scan,
             "while": self._while,
             "cond": self._cond,
-            **dict.fromkeys(SAME, self._same),
+            **dict.fromkeys(IDENTITIES, self._identity),
             **dict.fromkeys(PRODUCTS, self._product),
         }
 
@@ -85,22 +85,23 @@ class _Walk:
         name = eqn.primitive.name
         if handler := self.handlers.get(name):
             return handler(eqn, values)
-        inside = [_open(p) for p in eqn.params.values() if isinstance(_open(p), Jaxpr)]
-        if len(inside) == 1:
-            (inner,) = inside
+        opened = [_open(value) for value in eqn.params.values()]
+        programs = [value for value in opened if isinstance(value, Jaxpr)]
+        if len(programs) == 1:
+            (inner,) = programs
             pairs = (inner.invars, eqn.invars), (inner.outvars, eqn.outvars)
-            if all(_shapes(one) == _shapes(other) for one, other in pairs):
+            if all(_shapes(inside) == _shapes(outside) for inside, outside in pairs):
                 return self.run(inner, values)
-        if name in UNSEEN or name.endswith("_call") or inside:
+        if name in OPAQUE or name.endswith("_call") or programs:
             trails = {
                 kernel: dataclasses.replace(trail, unseen=name)
                 for kernel, trail in joined(values).trails.items()
             }
             return [with_changed_inputs(trails, values)] * len(eqn.outvars)
-        return self._other(eqn, values)
+        return self._change(eqn, values)
 
-    def _other(self, eqn: Any, values: list[Value]) -> list[Value]:
-        """A primitive that changes numbers."""
+    def _change(self, eqn: Any, values: list[Value]) -> list[Value]:
+        """The handler of every primitive that has none: it changes numbers."""
         name, shape = eqn.primitive.name, eqn.outvars[0].aval.shape
         trails = {}
         for kernel, trail in joined(values).trails.items():
@@ -112,11 +113,11 @@ class _Walk:
             trails[kernel] = trail.passed(step, trail.view if kept else None)
         return [with_changed_inputs(trails, values)] * len(eqn.outvars)
 
-    def _same(self, eqn: Any, values: list[Value]) -> list[Value]:
+    def _identity(self, eqn: Any, values: list[Value]) -> list[Value]:
         results = []
         for var, value in zip(eqn.outvars, values, strict=False):
             if value.trails and not jnp.issubdtype(var.aval.dtype, jnp.floating):
-                value, *_ = self._other(eqn, [value])
+                value, *_ = self._change(eqn, [value])
             results.append(value)
         return results
 
@@ -125,19 +126,19 @@ class _Walk:
         return [values[0].moved(lambda view: reshape(view, shape))]
 
     def _broadcast(self, eqn: Any, values: list[Value]) -> list[Value]:
-        """New axes of length 1 move the others; longer ones hold copies."""
+        """Axes of length 1 make this a reshape; longer axes hold copies."""
         if eqn.invars[0].aval.size == eqn.outvars[0].aval.size:
             return self._reshape(eqn, values)
-        return self._other(eqn, values)
+        return self._change(eqn, values)
 
     def _transpose(self, eqn: Any, values: list[Value]) -> list[Value]:
         order = eqn.params["permutation"]
         return [values[0].moved(lambda view: transpose(view, order))]
 
     def _slice(self, eqn: Any, values: list[Value]) -> list[Value]:
-        """One layer of a stack, each of which has its own M, is a kernel again."""
+        """One layer of a stacked kernel is a kernel, since it has an M of its own."""
         shape, (value, *_) = eqn.outvars[0].aval.shape, values
-        (result,) = self._other(eqn, values)
+        (result,) = self._change(eqn, values)
         trails = dict(result.trails)
         for name, trail in value.trails.items():
             layer = self._layer_of_stack(name, trail, shape)
@@ -146,6 +147,7 @@ class _Walk:
         return [Value(trails, result.inputs)]
 
     def _layer_of_stack(self, name: str, trail: Trail, shape: Any) -> View | None:
+        """The view of a slice that takes one layer of a stack and all else whole."""
         if trail.by or trail.view is None:
             return None
         axes, stacked = [], self.stacked.get(name, 0)
@@ -161,7 +163,7 @@ class _Walk:
         return tuple(axes)
 
     def _add(self, eqn: Any, values: list[Value]) -> list[Value]:
-        """What does not depend on a kernel may be added to its product: a bias."""
+        """A bias may be added to a product, since it does not depend on the kernel."""
         trails = {}
         for name, trail in joined(values).trails.items():
             alone = sum(name in value.trails for value in values) == 1
@@ -170,17 +172,17 @@ class _Walk:
 
     def _product(self, eqn: Any, values: list[Value]) -> list[Value]:
         name, trails = eqn.primitive.name, {}
-        for first, value in ((True, values[0]), (False, values[1])):
-            other = values[1] if first else values[0]
+        left, right, *_ = values
+        for is_first, value, operand in ((True, left, right), (False, right, left)):
             for kernel, trail in value.trails.items():
-                if not trail.by and trail.through <= PART and name != "gather":
+                if not trail.by and trail.through <= PREPARING and name != "gather":
                     self.uses.multiplied.add(kernel)
-                if kernel in other.trails:
+                if kernel in operand.trails:
                     trails[kernel] = trail.passed(f"{name} by itself")
                 elif trail.by:
                     trails[kernel] = trail.passed(name)
                 else:
-                    trails[kernel] = multiplied(eqn, kernel, trail, other, first)
+                    trails[kernel] = multiplied(eqn, kernel, trail, operand, is_first)
         return [with_changed_inputs(trails, values)]
 
     def _mark(self, eqn: Any, values: list[Value]) -> list[Value]:
@@ -199,7 +201,7 @@ class _Walk:
         return [Value(value.trails, {**value.inputs, call: view})]
 
     def _check(self, call: Call, trail: Trail, lead: int) -> None:
-        """Note what is wrong with the output of `call`, if anything is."""
+        """Record what is wrong with the output of `call`, if anything is."""
         if trail.unseen:
             self.uses.unseen.setdefault(call.name, trail.unseen)
         elif wrong := fault(call, trail, lead):
@@ -207,30 +209,30 @@ class _Walk:
 
     def _scan(self, eqn: Any, values: list[Value]) -> list[Value]:
         body = _open(eqn.params["jaxpr"])
-        # By shapes, since JAX has had several names for these numbers: what is stacked
-        # has one more axis outside of the body.
-        carry, inner = (
-            sum(len(one) == len(two) for one, two in zip(*shapes, strict=True))
+        # JAX has had several names for these numbers, so shapes must tell: what is
+        # stacked has one more axis outside of the body.
+        carry, unstacked = (
+            sum(len(a) == len(b) for a, b in zip(*shapes, strict=True))
             for shapes in (
                 (_shapes(body.outvars), _shapes(eqn.outvars)),
                 (_shapes(body.invars), _shapes(eqn.invars)),
             )
         )
-        consts = inner - carry
-        fixed, start = values[:consts], values[consts:inner]
-        layers = [_one_round(value) for value in values[inner:]]
+        consts = unstacked - carry
+        fixed, start = values[:consts], values[consts:unstacked]
+        layers = [_in_one_round(value) for value in values[unstacked:]]
         state = self._steady(
             body, lambda state: [*fixed, *state, *layers], start, self.depth + 1
         )
         walk = _Walk(self.uses, self.stacked, self.depth + 1)
         results = walk.run(body, [*fixed, *state, *layers])
-        return [*state, *(self._all_rounds(value) for value in results[carry:])]
+        return [*state, *(self._after_all_rounds(value) for value in results[carry:])]
 
-    def _all_rounds(self, value: Value) -> Value:
-        """What a scan stacks up: a kernel is again what it was taken from."""
+    def _after_all_rounds(self, value: Value) -> Value:
+        """What a scan makes by stacking: its slices of a kernel become the kernel."""
         trails = {}
         for name, trail in value.trails.items():
-            if trail.by:  # products of rows; which of them went where is not followed
+            if trail.by:  # the walk does not follow which rows the products are of
                 trails[name] = dataclasses.replace(trail, unseen="scan")
             elif trail.view is None or len(trail.outer) <= self.depth:
                 trails[name] = trail.passed("scan")
@@ -241,11 +243,11 @@ class _Walk:
         return Value(trails, dict.fromkeys(value.inputs))
 
     def _while(self, eqn: Any, values: list[Value]) -> list[Value]:
-        first = eqn.params["cond_nconsts"]
-        last = first + eqn.params["body_nconsts"]
-        body, fixed = _open(eqn.params["body_jaxpr"]), values[first:last]
+        start = eqn.params["cond_nconsts"]
+        stop = start + eqn.params["body_nconsts"]
+        body, fixed = _open(eqn.params["body_jaxpr"]), values[start:stop]
         state = self._steady(
-            body, lambda state: [*fixed, *state], values[last:], self.depth
+            body, lambda state: [*fixed, *state], values[stop:], self.depth
         )
         self.run(body, [*fixed, *state])
         return state
@@ -257,25 +259,26 @@ class _Walk:
         state: list[Value],
         depth: int,
     ) -> list[Value]:
-        """A loop's state that holds before every round and after it."""
+        """A loop's state that holds before and after every round."""
         while True:  # until nothing more is lost
-            # What it notes on the way is of states that may not hold.
-            after = _Walk(Uses(), self.stacked, depth).run(body, inputs(state))
-            both = [one.or_else(two) for one, two in zip(state, after, strict=False)]
-            if both == state:
+            # The uses are dropped, since these states may not hold in every round.
+            results = _Walk(Uses(), self.stacked, depth).run(body, inputs(state))
+            pairs = zip(state, results, strict=False)
+            weaker = [before.in_either(after) for before, after in pairs]
+            if weaker == state:
                 return state
-            state = both
+            state = weaker
 
     def _cond(self, eqn: Any, values: list[Value]) -> list[Value]:
         branches = [self.run(_open(b), values[1:]) for b in eqn.params["branches"]]
         return [
-            functools.reduce(Value.or_else, ways)
-            for ways in zip(*branches, strict=True)
+            functools.reduce(Value.in_either, outputs)
+            for outputs in zip(*branches, strict=True)
         ]
 
 
-def _one_round(value: Value) -> Value:
-    """What one round of a scan sees of what is stacked."""
+def _in_one_round(value: Value) -> Value:
+    """A stacked value as one round of a scan sees it: without the first axis."""
     trails = {
         name: trail
         if trail.view is None
@@ -289,7 +292,7 @@ def _one_round(value: Value) -> Value:
 
 
 def _open(jaxpr: Any) -> Any:
-    """A closed program without its constants, which JAX 0.12 no longer tells apart."""
+    """The program inside of a closed one, which JAX 0.12 no longer tells apart."""
     return getattr(jaxpr, "jaxpr", jaxpr)
 
 

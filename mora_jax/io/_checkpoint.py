@@ -11,7 +11,7 @@ import numpy as np
 from mora_jax._adapters import adapter_items
 from mora_jax._bases import check_digests, kernel_digests, row_numbers, rows_digest
 from mora_jax._compute.delta import delta_kernel, scaled
-from mora_jax._paths import nearest
+from mora_jax._paths import nearest_paths
 from mora_jax._plan import Plan
 from mora_jax._spec import AdapterSpec
 from mora_jax._types import Shape
@@ -184,7 +184,7 @@ def _sites(
         ]
         raise AdapterFileError(
             f"the base has no tensor for the kernel {kernel!r}"
-            f"{nearest(name, checkpoint.place)}; {suggestion(missing, modules)}"
+            f"{nearest_paths(name, checkpoint.place)}; {suggestion(missing, modules)}"
         )
     for name, site in sites.items():
         entry = checkpoint.place[name].entries[name]

@@ -6,9 +6,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mora_jax._checks import positive_integer
+from mora_jax._checks import check_number, positive_integer
 from mora_jax._compute.delta import scaled
-from mora_jax._config import check_number
 from mora_jax._plan import Plan
 from mora_jax._spec import AdapterSpec
 from mora_jax.io._names import Names, pairs

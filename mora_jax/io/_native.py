@@ -13,7 +13,7 @@ from jax.core import Tracer
 
 from mora_jax._adapters import Tree, adapter_items
 from mora_jax._bases import check_base, kernel_digests
-from mora_jax._paths import adapter_path, named_leaves, nearest
+from mora_jax._paths import adapter_path, named_leaves, nearest_paths
 from mora_jax._plan import Plan
 from mora_jax._spec import AdapterSpec
 from mora_jax.io._arrays import to_numpy
@@ -140,7 +140,7 @@ def _kernel(spec: AdapterSpec, kernels: Mapping[str, Any]) -> Any:
     kernel = kernels.get(spec.name)
     if kernel is None:
         raise ValueError(
-            f"params lack the kernel {spec.name!r}{nearest(spec.name, kernels)}"
+            f"params lack the kernel {spec.name!r}{nearest_paths(spec.name, kernels)}"
         )
     if not isinstance(kernel, jax.Array | np.ndarray) or isinstance(kernel, Tracer):
         raise TypeError(

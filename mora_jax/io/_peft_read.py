@@ -12,7 +12,7 @@ import numpy as np
 
 from mora_jax._adapters import Tree, nest
 from mora_jax._config import MoRAConfig
-from mora_jax._paths import adapter_path, named_leaves, nearest
+from mora_jax._paths import adapter_path, named_leaves, nearest_paths
 from mora_jax._plan import Plan
 from mora_jax._planning import plan
 from mora_jax._spec import AdapterSpec
@@ -99,7 +99,7 @@ def load_peft_mora(
         name = next(iter(found))
         raise AdapterFileError(
             f"the plan has no kernel {name!r}, which {TENSORS} adapts"
-            + nearest(name, [spec.name for spec in template.specs])
+            + nearest_paths(name, [spec.name for spec in template.specs])
         )
     return nest(adapters), Plan(tuple(specs), template.base_parameters, template.traced)
 

@@ -1,4 +1,12 @@
-"""Flax Linen: a dense layer with its adapter, and adapters for unmodified models."""
+"""Flax Linen: adapters for unmodified models, and a dense layer that has its own.
+
+Public names::
+
+  plan                  which kernels of a model get an adapter, by what layers compute
+  wrap                  a model's `apply` with adapters
+  MoRADense             `nn.Dense` with an adapter
+  register_layer        teach `plan` and `wrap` a layer class
+"""
 
 import mora_jax.linen._rules as _rules  # registers Flax's own layers
 from mora_jax._flax.layer_rules import register_layer as register_layer

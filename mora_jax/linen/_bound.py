@@ -12,19 +12,23 @@ from mora_jax._spec import AdapterSpec
 
 @jax.tree_util.register_pytree_node_class
 @dataclasses.dataclass(frozen=True)
-class Bound:
+class BoundAdapter:
     """An M in the params of a running model, with its spec as static metadata.
 
     So the spec travels wherever Flax carries the parameters: into scanned and vmapped
-    layers, and into the cache keys of `nn.jit`, which would else serve a program that
-    was traced for another plan.
+    layers, and into the cache keys of `nn.jit`, which would otherwise serve a program
+    that was traced for another plan.
+
+    Attributes:
+      m: M, (*stack, q, q); None while a plan is made.
+      spec: The spec; while a plan is made, what identifies the kernel.
     """
 
     m: Any
     spec: Any
 
     @classmethod
-    def of(cls, spec: AdapterSpec, m: Any) -> "Bound":
+    def of(cls, spec: AdapterSpec, m: Any) -> "BoundAdapter":
         # Without the path, so that equal layers under nn.jit share one program.
         return cls(m, dataclasses.replace(spec, path=spec.path[-1:]))
 
@@ -32,7 +36,7 @@ class Bound:
         return (self.m,), self.spec
 
     @classmethod
-    def tree_unflatten(cls, spec: Any, children: tuple[Any]) -> "Bound":
+    def tree_unflatten(cls, spec: Any, children: tuple[Any]) -> "BoundAdapter":
         return cls(*children, spec)
 
 
@@ -45,7 +49,7 @@ def check_model(model: Any) -> None:
 
 
 def params_of(variables: Any) -> Any:
-    """The params collection, which must be there."""
+    """The params collection of `variables`, which must have it."""
     if not isinstance(variables, Mapping) or "params" not in variables:
         got = sorted(variables) if isinstance(variables, Mapping) else type(variables)
         raise ValueError(f"variables must be a mapping with 'params', got {got}")

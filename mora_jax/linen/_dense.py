@@ -9,7 +9,8 @@ from jaxtyping import Float, Shaped
 from mora_jax._config import MoRAConfig
 from mora_jax._flax.adapted_call import adapt_call
 from mora_jax._flax.layer_rules import rules_of
-from mora_jax._spec import SUFFIX, AdapterSpec, init_adapter
+from mora_jax._matrix import init_adapter
+from mora_jax._spec import SUFFIX, AdapterSpec
 from mora_jax._types import ArrayLike
 from mora_jax.products import DENSE, Contraction
 
@@ -17,20 +18,22 @@ from mora_jax.products import DENSE, Contraction
 class MoRADense(nn.Dense):
     """`nn.Dense` with an adapter: the same fields and parameters, and `kernel_mora`.
 
-    It loads the parameters of an `nn.Dense`. Train it with `optimizer`, or keep the M's
-    apart with `split`.
+    It loads the parameters of an `nn.Dense`. Train it with `mora_jax.optimizer`, or
+    take the M's out of its parameters with `mora_jax.split`.
 
     Attributes:
-      config: the adapter's settings; `targets`, `exclude` and `overrides` have no
+      config: The adapter's settings; `targets`, `exclude` and `overrides` have no
         meaning here.
-      deterministic: no adapter dropout; needed, here or in the call, where
-        `config.dropout` is above zero. The key comes from the "dropout" stream.
+      deterministic: Whether the adapter's dropout is off. It must be given, here or in
+        the call, where `config.dropout` is above zero. The key comes from the "dropout"
+        stream.
 
     Example::
 
       >>> import jax, jax.numpy as jnp
-      >>> from mora_jax import MoRAConfig, MoRADense
-      >>> layer = MoRADense(features=16, config=MoRAConfig(rank=2))
+      >>> import mora_jax
+      >>> config = mora_jax.MoRAConfig(rank=2)
+      >>> layer = mora_jax.MoRADense(features=16, config=config)
       >>> variables = layer.init(jax.random.key(0), jnp.ones((1, 16)))
       >>> jax.tree.map(jnp.shape, variables["params"])
       {'bias': (16,), 'kernel': (16, 16), 'kernel_mora': (8, 8)}
@@ -45,11 +48,11 @@ class MoRADense(nn.Dense):
         inputs: Shaped[ArrayLike, "*batch features"],
         deterministic: bool | None = None,
     ) -> Float[jax.Array, "*batch out"]:
-        """`nn.Dense`, plus the adapter's update.
+        """The output of `nn.Dense`, with the adapter's delta added.
 
         Args:
           inputs: (..., in_features).
-          deterministic: no adapter dropout.
+          deterministic: Whether the adapter's dropout is off.
 
         Returns:
           (..., features).

@@ -1,4 +1,4 @@
-"""A plan from what a model's layers do."""
+"""A plan of a model, by what its layers compute."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -12,9 +12,8 @@ from mora_jax._flax.survey import Survey
 from mora_jax._paths import Path, named_leaves
 from mora_jax._plan import Plan
 from mora_jax._planning import plan_surveyed
-from mora_jax._proof import mark
 from mora_jax._spec import SUFFIX
-from mora_jax.linen._bound import Bound, check_model, params_of
+from mora_jax.linen._bound import BoundAdapter, check_model, params_of
 
 
 def plan(
@@ -24,31 +23,37 @@ def plan(
     *args: Any,
     **kwargs: Any,
 ) -> Plan:
-    """`mora_jax.plan` for a Linen model, which it traces to see what each layer does.
+    """`mora_jax.plan` for a Linen model, by what each of its layers computes.
 
-    So kernels of any number of axes are understood, scanned ones too, and the default
-    targets are the kernels of all layers of a known class, but for those whose names
-    say head, classifier, embedding and the like.
+    The model is traced with the inputs of a call. Kernels of any number of axes are
+    understood, also stacked ones (`nn.scan`, `nn.vmap`). The default targets are the
+    kernels of all dense layers, except those whose names say head, classifier,
+    embedding and the like.
 
     Args:
-      model: any Linen module.
-      variables: its variables, arrays or shapes.
+      model: Any Linen module.
+      variables: The model's variables, arrays or shapes.
       config: What to adapt, and how; None for the defaults.
-      *args: arguments of a call, arrays or shapes, as for `model.apply`.
-      **kwargs: the same.
+      *args: The inputs of a call, arrays or shapes, as for `model.apply`.
+      **kwargs: Further inputs, by name.
+
+    Returns:
+      The plan.
 
     Raises:
-      TypeError, ValueError: as `mora_jax.plan`; a target whose layer class is not known
-        (see `register_layer`); an embedding that is read outside of its layer.
+      TypeError, ValueError: As `mora_jax.plan`; a target whose layer class is not known
+        (see `register_layer`), or whose layer computes something that its rule does not
+        say; an embedding that is read outside of its layer.
 
     Example::
 
       >>> import flax.linen as nn
       >>> import jax, jax.numpy as jnp
-      >>> from mora_jax import MoRAConfig, linen
+      >>> import mora_jax
       >>> model, x = nn.MultiHeadDotProductAttention(num_heads=4), jnp.ones((1, 3, 64))
       >>> variables = jax.eval_shape(model.init, jax.random.key(0), x)
-      >>> plan = linen.plan(model, variables, MoRAConfig(rank=2), x)
+      >>> config = mora_jax.MoRAConfig(rank=2)
+      >>> plan = mora_jax.linen.plan(model, variables, config, x)
       >>> {path: spec.axes for path, spec in plan.items()}
       {'key/kernel': 'ioo', 'out/kernel': 'iio', 'query/kernel': 'ioo',
        'value/kernel': 'ioo'}
@@ -58,10 +63,10 @@ def plan(
     params = params_of(variables)
     leaves = named_leaves(params)
     recorder = _Recorder()
-    # Beside each kernel a mark of its own that no earlier call had, or nn.jit would
-    # take a trace that it remembers, and the recorder would see nothing of it.
+    # Each kernel gets a mark next to it that no earlier call had. Otherwise nn.jit
+    # would use a trace again, of which the recorder would see nothing.
     marks = {
-        (*path[:-1], path[-1] + SUFFIX): Bound(None, (recorder, name))
+        (*path[:-1], path[-1] + SUFFIX): BoundAdapter(None, (recorder, name))
         for name, (path, leaf) in leaves.items()
         if leaf.ndim > 1 and _in_a_module(params, path)
     }
@@ -96,7 +101,7 @@ def _in_a_module(params: Any, path: Path) -> bool:
 
 
 class _Recorder:
-    """Notes what each layer of a known class computes, and marks where it does."""
+    """An interceptor that records what each layer of a known class computes."""
 
     def __init__(self) -> None:
         self.survey = Survey()
@@ -112,21 +117,19 @@ class _Recorder:
         path = "/".join(module.scope.path)
         self.survey.classes.setdefault(path, type(module).__name__)
         rule = rules_of(type(module)).get(context.method_name)
-        # One rule tells all about what its method calls of the same layer.
-        if rule is None or any(module is other for other in self.running):
+        # A rule covers all that its method calls of the same layer.
+        if rule is None or any(module is running for running in self.running):
             return method(*args, **kwargs)
-        own = rule.name(module)
-        bound = module.get_variable("params", own + SUFFIX)
-        if not isinstance(bound, Bound):
+        kernel_name = rule.name(module)
+        adapter = module.get_variable("params", kernel_name + SUFFIX)
+        if not isinstance(adapter, BoundAdapter):
             return method(*args, **kwargs)
-        _, name = bound.spec
-        call, x = self.survey.note(name, rule, module, args, kwargs)
-        args, kwargs = rule.with_input(mark(x, call, end=False), module, args, kwargs)
+        _, name = adapter.spec
         self.running.append(module)
         try:
-            y = method(*args, **kwargs)
+            y = self.survey.record_call(name, rule, module, method, args, kwargs)
         finally:
             self.running.pop()
-        kernel = nn.unbox(module.get_variable("params", own))
+        kernel = nn.unbox(module.get_variable("params", kernel_name))
         self.shapes[name] = tuple(kernel.shape)
-        return mark(y, call, end=True)
+        return y

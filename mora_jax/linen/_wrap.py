@@ -15,7 +15,7 @@ from mora_jax._paths import adapter_path
 from mora_jax._plan import Plan
 from mora_jax._spec import SUFFIX
 from mora_jax._warnings import warn
-from mora_jax.linen._bound import Bound, check_model, params_of
+from mora_jax.linen._bound import BoundAdapter, check_model, params_of
 from mora_jax.linen._plan import plan as plan_model
 
 
@@ -26,53 +26,56 @@ def wrap(
     *args: Any,
     **kwargs: Any,
 ) -> Callable[..., Any]:
-    """An unmodified model's `apply`, with adapters.
+    """The `apply` of an unmodified model, with adapters (PEFT's `get_peft_model`).
 
-    The model's own code runs; the output of each planned layer gets its update added,
-    wherever the layer is: in `nn.scan`, `nn.remat`, `nn.vmap` or `nn.jit`, in
-    setup-style or compact modules.
+    The model's own code runs. Each planned layer adds its adapter's delta to what its
+    methods return, wherever the layer is: in `nn.scan`, `nn.remat`, `nn.vmap` or
+    `nn.jit`, in modules with `setup` or `nn.compact`. Everything else is as it was.
+
+    With `MoRAConfig(dropout=...)` each call says whether it drops:
+    `adapter_deterministic=` must be given. With False, the keys come from
+    `rngs={"dropout": key}`.
 
     Args:
-      model: Any Linen module.
-      config_or_plan: What to adapt, and how: a plan of the model, as `linen.plan` or
-        `plan` makes it; or a config, None for the defaults, from which `linen.plan`
-        makes one with the arguments that follow.
-      variables: The model's variables, arrays or shapes, for a config alone.
-      *args: The arguments of a call, arrays or shapes, for a config alone.
-      **kwargs: The same.
+      model: Any Linen module. It stays as it is.
+      config_or_plan: What to adapt, and how: a config, None for the defaults, or a
+        plan, as `linen.plan` makes it.
+      variables: The model's variables, arrays or shapes. They are given with a config,
+        not with a plan.
+      *args: The inputs of a call, arrays or shapes; with a config, like `variables`.
+      **kwargs: Further inputs, by name.
 
     Returns:
-      `apply(adapters, variables, *args, **kwargs)`: like `model.apply`, with the
+      A function `apply(adapters, variables, *args, **kwargs)`: `model.apply` with the
       adapters first, so that `jax.grad` differentiates by them alone. Its attribute
-      `plan` is the plan, from which `init` makes the adapters. Where the plan has
-      dropout, `adapter_deterministic=` must be given; with False, keys come from
-      `rngs={"dropout": key}`. The adapters are numbers alone, which cannot tell whether
-      they were made for this plan: a checkpoint should hold `io.plan_to_json(plan)`.
-      Collections other than params that a call updates, such as the statistics of
-      BatchNorm, are not part of the adapters, which a `MoRAWarning` says.
+      `plan` is the plan, from which `mora_jax.init` makes the adapters. The adapters
+      are numbers alone, which cannot tell whether they were made for this plan: a
+      checkpoint should hold `io.plan_to_json(plan)` as well. Collections that a call
+      updates, such as the statistics of BatchNorm, are not part of the adapters; a
+      `MoRAWarning` says so.
 
     Raises:
-      TypeError: `model` is not a Linen module; a config without variables, or variables
-        beside a plan; in a call: an adapter on a layer class that is not known (see
+      TypeError, ValueError: As `linen.plan`; a config without variables, or variables
+        with a plan. In a call: adapters that do not fit the plan; a plan that does not
+        fit the model; an adapter on a layer class that is not known (see
         `register_layer`).
-      ValueError: A config that does not fit the model; in a call: adapters that do not
-        fit the plan, or a plan that reads a kernel's axes otherwise than the layer.
 
     Example::
 
       >>> import flax.linen as nn
       >>> import jax, jax.numpy as jnp
-      >>> from mora_jax import MoRAConfig, init, linen
-      >>> model = nn.Sequential([nn.Dense(32), nn.relu, nn.Dense(32)])
-      >>> x = jnp.ones((1, 32))
+      >>> import mora_jax
+      >>> layers = [nn.Dense(16) for _ in range(2)]
+      >>> model, x = nn.Sequential(layers), jnp.ones((1, 16))
       >>> variables = model.init(jax.random.key(0), x)
-      >>> apply = linen.wrap(model, MoRAConfig(rank=2), variables, x)
-      >>> adapters = init(apply.plan)
+      >>> config = mora_jax.MoRAConfig(rank=2)
+      >>> apply = mora_jax.linen.wrap(model, config, variables, x)
+      >>> adapters = mora_jax.init(apply.plan)
       >>> bool((apply(adapters, variables, x) == model.apply(variables, x)).all())
       True
     """
     check_model(model)
-    plan = _chosen(model, config_or_plan, variables, args, kwargs)
+    plan = _given_or_made(model, config_or_plan, variables, args, kwargs)
     warned = False
     needs_flag = any(spec.dropout > 0 for spec in plan.specs)
 
@@ -89,8 +92,8 @@ def wrap(
                 "got None"
             )
         items = adapter_items(adapters, plan)
-        bound = nest({adapter_path(spec): Bound.of(spec, m) for spec, m in items})
-        params = combine(params_of(variables), bound)
+        bound = {adapter_path(spec): BoundAdapter.of(spec, m) for spec, m in items}
+        params = combine(params_of(variables), nest(bound))
         interceptor = _Interceptor(plan, bool(adapter_deterministic))
         with nn.intercept_methods(interceptor):
             result = model.apply({**variables, "params": params}, *args, **kwargs)
@@ -110,32 +113,33 @@ def wrap(
     return apply
 
 
-def _chosen(
+def _given_or_made(
     model: nn.Module, config_or_plan: Any, variables: Any, args: Any, kwargs: Any
 ) -> Plan:
-    """The plan that `wrap` was given, or was asked to make."""
+    """The plan that `wrap` was given, or the one that it makes by a config."""
     if isinstance(config_or_plan, Plan):
         if variables is not None or args or kwargs:
             raise TypeError(
-                "variables and inputs are for a config: wrap(model, plan) needs no more"
+                "variables and inputs must not be given with a plan: the call is "
+                "wrap(model, plan)"
             )
         return config_or_plan
     if variables is None:
         check_config(config_or_plan, "wrap(model, config, variables, *inputs)")
         raise TypeError(
-            "wrap needs the variables of a Linen model to plan by a config, got None: "
-            "the call is wrap(model, config, variables, *inputs), or wrap(model, plan)"
+            "variables must be given with a config, got None: the call is "
+            "wrap(model, config, variables, *inputs), or wrap(model, plan)"
         )
     return plan_model(model, variables, config_or_plan, *args, **kwargs)
 
 
 def _warn_of_statistics(collections: list[str]) -> None:
-    """Once for each wrapped model, where training moves more than the adapters."""
+    """Warn that training changes more than the adapters."""
     name = collections[0]
     warn(
         f"the call updates {', '.join(collections)}, which are part of the base and "
         "neither in the adapters nor in what mora_jax.save and mora_jax.merge make. "
-        f"Keep updated[{name!r}] beside the adapters and pass it in variables, or "
+        f"Keep updated[{name!r}] next to the adapters and pass it in variables, or "
         "freeze it (BatchNorm: use_running_average=True, and not in mutable)"
     )
 
@@ -145,10 +149,10 @@ NORMALISING = (nn.WeightNorm, nn.SpectralNorm)
 
 
 class _Interceptor:
-    """Adds to the output of each layer what the adapter in its params adds.
+    """Adds each adapter's delta to the output of the layer that has it in its params.
 
-    Modules that share a scope (`nn.share_scope`) see each other's adapters. So whether
-    one was used is asked when the outermost of them is done.
+    Modules that share a scope (`nn.share_scope`) see each other's adapters. So it is
+    checked when the outermost of them is done that every adapter was used.
     """
 
     def __init__(self, plan: Plan, deterministic: bool) -> None:
@@ -163,18 +167,18 @@ class _Interceptor:
         module, name = context.module, context.method_name
         if isinstance(module, NORMALISING):
             _refuse_normalised(module)
-        bound = _bound(module)
-        again = any(module is other for other, _ in self.running)
-        if name == "setup" or module.scope is None or not bound or again:
+        adapters = _adapters_of(module)
+        running = any(module is caller for caller, _ in self.running)
+        if name == "setup" or module.scope is None or not adapters or running:
             return method(*args, **kwargs)
         scope = module.scope.path
-        outermost = all(other != scope for _, other in self.running)
+        outermost = all(scope != outer for _, outer in self.running)
         self.running.append((module, scope))
         try:
-            y = self._adapt(method, module, name, args, kwargs, bound)
+            y = self._adapt(method, module, name, args, kwargs, adapters)
         finally:
             self.running.pop()
-        for kernel in bound if outermost else ():
+        for kernel in adapters if outermost else ():
             if (scope, kernel) not in self.used:
                 raise unknown_use("/".join((*scope, kernel)), type(module), name)
         return y
@@ -186,25 +190,25 @@ class _Interceptor:
         name: str,
         args: Any,
         kwargs: Any,
-        bound: Mapping[str, Bound],
+        adapters: Mapping[str, BoundAdapter],
     ) -> Any:
         assert module.scope is not None
         scope, rules = module.scope.path, rules_of(type(module))
         if name not in rules:
             y = method(*args, **kwargs)
             for rule in rules.values():
-                if (kernel := rule.name(module)) in bound:
+                if (kernel := rule.name(module)) in adapters:
                     raise unknown_use("/".join((*scope, kernel)), type(module), name)
             return y
         rule = rules[name]
         kernel = rule.name(module)
-        if kernel not in bound:
+        if kernel not in adapters:
             return method(*args, **kwargs)
         self.used.add((scope, kernel))
         product, x = rule.read(module, args, kwargs)
         if not self.traced:
             refuse_untraced("/".join((*scope, kernel)), product)
-        spec, key = bound[kernel].spec, None
+        spec, key = adapters[kernel].spec, None
         if spec.dropout > 0 and not self.deterministic:
             key = module.make_rng("dropout")
         return adapt_call(
@@ -212,7 +216,7 @@ class _Interceptor:
             module,
             rule,
             dataclasses.replace(spec, path=(*scope, *spec.path)),
-            lambda: bound[kernel].m,
+            lambda: adapters[kernel].m,
             x,
             product,
             key,
@@ -220,9 +224,9 @@ class _Interceptor:
 
 
 def _refuse_normalised(module: Any) -> None:
-    """Raise if the layer inside has an adapter, which would be normalised as well."""
+    """Raise if the layer inside has an adapter, whose delta would be normalised."""
     inside = module.layer_instance
-    for kernel in _bound(inside):
+    for kernel in _adapters_of(inside):
         name = "/".join((*inside.scope.path, kernel))
         raise ValueError(
             f"{name}: {type(module).__name__} changes this kernel before its layer "
@@ -231,11 +235,11 @@ def _refuse_normalised(module: Any) -> None:
         )
 
 
-def _bound(module: nn.Module) -> dict[str, Bound]:
+def _adapters_of(module: nn.Module) -> dict[str, BoundAdapter]:
     """The adapters in a module's scope, by the names of their kernels."""
     params = {} if module.scope is None else module.scope.variables().get("params", {})
     return {
         key.removesuffix(SUFFIX): value
         for key, value in params.items()
-        if isinstance(value, Bound)
+        if isinstance(value, BoundAdapter)
     }

@@ -1,4 +1,26 @@
-"""Flax NNX: a linear layer with its adapter, and adapters for unmodified models."""
+"""Flax NNX: adapters for unmodified models, and a linear layer that has its own.
+
+Models::
+
+  plan                  which kernels of a model get an adapter, by what layers compute
+  wrap                  a model with adapters
+  unwrap                the model without adapters, as it was
+  merge_adapters        a plain model with the adapters merged into its kernels
+  MoRALinear            `nnx.Linear` with an adapter
+  MoRAParam             the variable that holds an M
+  register_layer        teach `plan` and `wrap` a layer class
+
+The adapters of a model::
+
+  adapters              the M's as nested dicts
+  set_adapters          put M's into a model
+  plan_of               the plan that a model follows
+
+Training::
+
+  value_and_grad        `nnx.value_and_grad` with respect to the adapters alone
+  adapter_optimizer     an `nnx.Optimizer` of the adapters alone
+"""
 
 import mora_jax.nnx._rules as _rules  # registers Flax's own layers
 from mora_jax._flax.layer_rules import register_layer as register_layer

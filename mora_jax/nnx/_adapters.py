@@ -1,4 +1,4 @@
-"""The adapters of a model as a tree: the same that a Linen twin has."""
+"""The adapters of a model as a tree, which is the same for a Linen twin."""
 
 import re
 from collections.abc import Iterator
@@ -17,22 +17,22 @@ from mora_jax._spec import SUFFIX, AdapterSpec
 from mora_jax.nnx._param import MoRAParam
 
 
-def layers(model: nnx.Module) -> Iterator[tuple[Path, nnx.Module]]:
-    """Modules by path, each one once."""
+def named_modules(model: nnx.Module) -> Iterator[tuple[Path, nnx.Module]]:
+    """The modules inside a model by path, each of them once."""
     for path, node in nnx.iter_graph(model):
         if isinstance(node, nnx.Module):
             yield tuple(map(str, path)), node
 
 
-def variables(model: nnx.Module) -> list[tuple[AdapterSpec, MoRAParam]]:
-    """Each M of an adapted model, with its spec as of where it is now."""
+def adapter_variables(model: nnx.Module) -> list[tuple[AdapterSpec, MoRAParam]]:
+    """The M's of an adapted model, each with a spec that has its present path."""
     if not isinstance(model, nnx.Module):
         raise TypeError(f"model must be a flax.nnx.Module, got {type(model).__name__}")
     found = []
-    for path, module in layers(model):
+    for path, module in named_modules(model):
         for name, m in vars(module).items():
             if isinstance(m, MoRAParam):
-                # By M and not by its kernel, which may be quantized by now.
+                # The stack is M's and not the kernel's, which may be quantized by now.
                 stack = tuple(m.shape[: m.ndim - len(m.spec.shape)])
                 kernel = (*path, name.removesuffix(SUFFIX))
                 found.append((m.spec.stacked(stack, kernel), m))
@@ -42,12 +42,12 @@ def variables(model: nnx.Module) -> list[tuple[AdapterSpec, MoRAParam]]:
 
 
 def parameters(model: nnx.Module) -> Tree:
-    """The base's parameters as nested dicts."""
+    """The parameters of the base as nested dicts."""
     return nnx.to_pure_dict(nnx.state(model, nnx.All(nnx.Param, nnx.Not(MoRAParam))))
 
 
 def named_sharding(variable: nnx.Variable[Any]) -> NamedSharding | None:
-    """How a mesh has the array of a variable; None in a trace, and on one device."""
+    """The sharding of a variable over a mesh; None in a trace and on one device."""
     (value,) = jax.tree.leaves(variable)
     if not isinstance(value, jax.Array) or isinstance(value, Tracer):
         return None
@@ -63,18 +63,22 @@ def plan_of(model: nnx.Module) -> Plan:
     Example::
 
       >>> from flax import nnx
-      >>> from mora_jax.nnx import plan, plan_of, wrap
+      >>> import mora_jax
       >>> model = nnx.Sequential(nnx.Linear(16, 16, rngs=nnx.Rngs(0)))
-      >>> plan_of(wrap(model)) == plan(model)
+      >>> adapted = mora_jax.nnx.wrap(model)
+      >>> mora_jax.nnx.plan_of(adapted) == mora_jax.nnx.plan(model)
       True
     """
-    specs = tuple(spec for spec, _ in variables(model))
+    specs = tuple(spec for spec, _ in adapter_variables(model))
     size = sum(leaf.size for leaf in jax.tree.leaves(parameters(model)))
-    return Plan(specs, size, traced=True)  # or it would not have been attached
+    return Plan(specs, size, traced=True)  # `attach` refuses what needs a trace
 
 
 def adapters(model: nnx.Module) -> Tree:
-    """The M's of a model: nested dicts, as `init` makes them and Linen uses them.
+    """The M's of a model (PEFT's `get_peft_model_state_dict`).
+
+    Returns:
+      Nested dicts, as `mora_jax.init` makes them and as `linen.wrap` takes them.
 
     Raises:
       ValueError: `model` has no adapters.
@@ -83,64 +87,72 @@ def adapters(model: nnx.Module) -> Tree:
 
       >>> import jax, jax.numpy as jnp
       >>> from flax import nnx
-      >>> from mora_jax.nnx import adapters, wrap
-      >>> model = wrap(nnx.Sequential(nnx.Linear(16, 16, rngs=nnx.Rngs(0))))
-      >>> jax.tree.map(jnp.shape, adapters(model))
+      >>> import mora_jax
+      >>> model = nnx.Sequential(nnx.Linear(16, 16, rngs=nnx.Rngs(0)))
+      >>> adapters = mora_jax.nnx.adapters(mora_jax.nnx.wrap(model))
+      >>> jax.tree.map(jnp.shape, adapters)
       {'layers': {'0': {'kernel_mora': (16, 16)}}}
     """
-    return nest({adapter_path(spec): unboxed(m) for spec, m in variables(model)})
+    return nest(
+        {adapter_path(spec): unboxed(m) for spec, m in adapter_variables(model)}
+    )
 
 
 def set_adapters(
     model: nnx.Module, adapters: Any, plan: Plan | str | None = None
 ) -> None:
-    """Put M's, from a file, a Linen twin or another model, into an adapted model.
+    """Put M's into an adapted model (PEFT's `set_peft_model_state_dict`).
+
+    They come from a file, a Linen twin or another model.
 
     Args:
-      model: as `wrap` makes it; changed in place.
-      adapters: nested dicts, as `init` and `nnx.adapters` make them, or another model's
-        `nnx.state(other, MoRAParam)`, whose M's say what they were made for. Those that
-        are on no device in particular go where the model has its M.
-      plan: what the adapters were made for: their plan, or its `digest()`. Nested dicts
-        hold numbers alone, so without it one cannot see whether they are for the
+      model: An adapted model, as `wrap` makes it. It is changed in place.
+      adapters: Nested dicts, as `mora_jax.init` and `nnx.adapters` make them, or
+        `nnx.state(another_model, MoRAParam)`, whose M's say what they were made for. An
+        M that is not committed to a device goes where the model has its M.
+      plan: What the adapters were made for: their plan, or its `digest()`. Nested dicts
+        hold numbers alone, so without it nothing shows whether they are for the
         operators, seeds and alphas of this model.
 
     Raises:
-      TypeError: adapters that are no arrays; a plan that is none, nor a digest.
-      ValueError: adapters that do not fit the model's plan, or were made for another.
+      TypeError: The adapters are not arrays, or `plan` is neither a plan nor a digest.
+      ValueError: The model has no adapters; or the new ones do not fit its plan, or
+        were made for another plan.
 
     Example::
 
       >>> import jax, jax.numpy as jnp
       >>> from flax import nnx
-      >>> from mora_jax.nnx import adapters, plan_of, set_adapters, wrap
-      >>> model = wrap(nnx.Sequential(nnx.Linear(16, 16, rngs=nnx.Rngs(0))))
-      >>> digest = plan_of(model).digest()
-      >>> set_adapters(model, jax.tree.map(jnp.ones_like, adapters(model)), digest)
-      >>> float(adapters(model)["layers"]["0"]["kernel_mora"].sum())
+      >>> import mora_jax
+      >>> model = nnx.Sequential(nnx.Linear(16, 16, rngs=nnx.Rngs(0)))
+      >>> model = mora_jax.nnx.wrap(model)
+      >>> ones = jax.tree.map(jnp.ones_like, mora_jax.nnx.adapters(model))
+      >>> plan = mora_jax.nnx.plan_of(model)
+      >>> mora_jax.nnx.set_adapters(model, ones, plan.digest())
+      >>> float(mora_jax.nnx.adapters(model)["layers"]["0"]["kernel_mora"].sum())
       256.0
     """
-    own = plan_of(model)
+    model_plan = plan_of(model)
     if isinstance(plan, Plan):
-        refuse_other_plan(plan, own)
+        refuse_other_plan(plan, model_plan)
     elif isinstance(plan, str):
         if not re.fullmatch("[0-9a-f]{64}", plan):
             raise ValueError(
-                "a digest has 64 hexadecimal digits; mora_jax.io.plan_from_json makes "
-                "a plan of its JSON"
+                "plan must be a Plan or its digest of 64 hexadecimal digits; got "
+                f"{plan[:64]!r} (mora_jax.io.plan_from_json makes a plan of its JSON)"
             )
-        if plan != own.digest():
+        if plan != model_plan.digest():
             raise ValueError(
                 "the adapters were made for another plan than the model's: its digest "
-                f"is {own.digest()}, got {plan}"
+                f"is {model_plan.digest()}, got {plan}"
             )
     elif plan is not None:
         raise TypeError(f"plan must be a Plan or its digest, got {type(plan).__name__}")
     new = [
         (spec, as_jax_array(f"{spec.name}{SUFFIX}", m))
-        for spec, m in adapter_items(adapters, own)
+        for spec, m in adapter_items(adapters, model_plan)
     ]
-    for (_, variable), (_, m) in zip(variables(model), new, strict=True):
+    for (_, variable), (_, m) in zip(adapter_variables(model), new, strict=True):
         sharding = named_sharding(variable)
         if sharding is not None and not isinstance(m, Tracer) and not m.committed:
             m = jax.device_put(m, sharding)

@@ -1,4 +1,4 @@
-"""Layer classes with an adapter, made from those without."""
+"""Classes of adapted layers, each made from the class of the plain layer."""
 
 import contextlib
 import dataclasses
@@ -19,24 +19,24 @@ from mora_jax._spec import SUFFIX, AdapterSpec
 from mora_jax.nnx._dropout import AdapterDropout
 from mora_jax.nnx._param import MoRAParam
 
-Around = Callable[[LayerRule, nnx.Module, Any, Any, Any], Any]
-"""(rule, module, args, kwargs, the bound method) to what is returned instead."""
+CallWrapper = Callable[[LayerRule, nnx.Module, Callable[..., Any], Any, Any], Any]
+"""(rule, layer, its method, args, kwargs) to what the call returns."""
 
 DROPOUT = "dropout_mora"
 
 _running: ContextVar[tuple[int, ...]] = ContextVar("running", default=())
 
 
-def subclass(cls: type, around: Around, *, strict: bool) -> type:
-    """`cls` with `around` put around each method that a rule describes.
+def subclass(cls: type, wrap_call: CallWrapper, *, strict: bool) -> type:
+    """A subclass of `cls` that calls `wrap_call` for each method that has a rule.
 
     Its name and its attributes stay as they were, and with them the parameters' paths.
 
     Args:
-      cls: the class of a layer.
-      around: see `Around`.
-      strict: refuse any other method that is called from without: it might use the
-        kernel in a way that is not known.
+      cls: The class of a layer.
+      wrap_call: What is called in place of the methods, with the method.
+      strict: Whether public methods without a rule raise when they are called from
+        outside of the layer, since nobody knows how they use the kernel.
     """
     rules = rules_of(cls)
     namespace: dict[str, Any] = {
@@ -48,18 +48,18 @@ def subclass(cls: type, around: Around, *, strict: bool) -> type:
     for name, method in inspect.getmembers(cls, inspect.isfunction):
         inherited = getattr(nnx.Module, name, None) is method
         if name in rules:
-            namespace[name] = _surround(method, rules[name], around)
+            namespace[name] = _wrapped(method, rules[name], wrap_call)
         elif strict and not inherited and (name[0] != "_" or name == "__call__"):
-            namespace[name] = _refuse(cls, method)
+            namespace[name] = _refused(cls, method)
     return type(cls)(cls.__name__, (cls,), namespace)
 
 
 def adapted_class(cls: type) -> type:
-    """The class of adapted layers of class `cls`."""
+    """The class that a layer of class `cls` has once it is adapted."""
     return _adapted_class(cls, tuple(rules_of(cls).values()))
 
 
-@functools.cache  # two classes for the same would be two programs for nnx.jit
+@functools.cache  # nnx.jit would compile a program for each of several classes
 def _adapted_class(cls: type, rules: tuple[LayerRule, ...]) -> type:
     return subclass(cls, call_adapted, strict=True)
 
@@ -70,47 +70,51 @@ def plain_class(module: nnx.Module) -> type:
 
 
 def call_adapted(
-    rule: LayerRule, module: nnx.Module, args: Any, kwargs: Any, call: Any
+    rule: LayerRule,
+    module: nnx.Module,
+    method: Callable[..., Any],
+    args: Any,
+    kwargs: Any,
 ) -> Any:
-    """What `call`, the layer's method, gives with its adapter."""
-    call = functools.partial(call, *args, **kwargs)
+    """The output of a layer's method, with the adapter's delta added."""
+    call = functools.partial(method, *args, **kwargs)
     product, x = rule.read(module, args, kwargs)
     kernel = rule.name(module)
     m: Any = getattr(module, kernel + SUFFIX, None)
     if m is None:  # another kernel of the layer is adapted
         return call()
-    if isinstance(m, _Aside):  # by another thread
+    if isinstance(m, _Hidden):  # another thread is in the same layer
         m = m.m
     dropout: Any = getattr(module, DROPOUT, None)
     key = None
     if dropout is not None and not dropout.deterministic:
         key = dropout.key(m[...], getattr(module, kernel))
 
-    def own_product() -> Any:
-        with _adapters_aside(module):
+    def call_without_adapters() -> Any:
+        with _hidden_adapters(module):
             return call()
 
-    own = own_product if intercepted() else call
-    return adapt_call(own, module, rule, m.spec, lambda: m[...], x, product, key)
+    plain_call = call_without_adapters if intercepted() else call
+    return adapt_call(plain_call, module, rule, m.spec, lambda: m[...], x, product, key)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Aside:
-    """An M where only the adapter finds it."""
+class _Hidden:
+    """An M that only `call_adapted` finds."""
 
     m: MoRAParam
 
 
 @contextlib.contextmanager
-def _adapters_aside(module: nnx.Module) -> Iterator[None]:
-    """No M among the module's parameters for now.
+def _hidden_adapters(module: nnx.Module) -> Iterator[None]:
+    """A context in which the module has no M among its parameters.
 
-    qwix asks what a product multiplies, and takes each array for a weight that has the
-    shape of some parameter: an input of (q, q) numbers would be M.
+    qwix takes each array that a product multiplies for a weight if a parameter of the
+    module has its shape. It would take an input of (q, q) numbers for M.
     """
     attributes = vars(module)
     found = {name: v for name, v in attributes.items() if isinstance(v, MoRAParam)}
-    attributes.update({name: _Aside(m) for name, m in found.items()})
+    attributes.update({name: _Hidden(m) for name, m in found.items()})
     try:
         yield
     finally:
@@ -125,7 +129,7 @@ def attach(
     seed: int,
     traced: bool,
 ) -> None:
-    """Give `module` its adapter; one that would have no effect is refused."""
+    """Give `module` its adapter, or raise if it would have no effect."""
     cls, kernel = plain_class(module), spec.path[-1]
     rule = planning_rules(module).get(kernel)
     if rule is None:
@@ -150,24 +154,25 @@ def detach(module: nnx.Module) -> None:
     object.__setattr__(module, "__class__", plain_class(module))
 
 
-def _surround(
-    method: Callable[..., Any], rule: LayerRule, around: Around
+def _wrapped(
+    method: Callable[..., Any], rule: LayerRule, wrap_call: CallWrapper
 ) -> Callable[..., Any]:
     @functools.wraps(method)
     def call(self: nnx.Module, *args: Any, **kwargs: Any) -> Any:
-        if id(self) in _running.get():  # one rule tells all about what it calls
+        # A rule covers all that its method calls of the same layer.
+        if id(self) in _running.get():
             return method(self, *args, **kwargs)
         token = _running.set((*_running.get(), id(self)))
         try:
-            run = functools.partial(method, self)
-            return around(rule, self, args, kwargs, run)
+            bound_method = functools.partial(method, self)
+            return wrap_call(rule, self, bound_method, args, kwargs)
         finally:
             _running.reset(token)
 
     return call
 
 
-def _refuse(cls: type, method: Callable[..., Any]) -> Callable[..., Any]:
+def _refused(cls: type, method: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(method)
     def call(self: nnx.Module, *args: Any, **kwargs: Any) -> Any:
         if id(self) in _running.get():

@@ -1,4 +1,4 @@
-"""Dropout of an adapter's input, without a generator in the model's state."""
+"""Dropout of an adapter's input, which needs no generator in the model's state."""
 
 from typing import Any
 
@@ -16,13 +16,13 @@ from mora_jax._mesh.layout import explicit_sharding, with_auto_axes
 class AdapterDropout(nnx.Dropout):
     """Flax's switch of dropout, with keys that follow from what the layer holds.
 
-    The key of a call is made of the seed, of M, which each step of an optimizer
-    changes, and of the kernel, which differs between layers. These are inputs of the
-    layer. So lifted transformations, rematerialization and resumed runs all draw the
-    same mask, and the model's state holds no more than its parameters.
+    The key of a call depends on the seed, on M, which each step of an optimizer
+    changes, and on the kernel, which differs between layers. All of these are inputs of
+    the layer. So lifted transformations, rematerialization and resumed runs draw the
+    same masks, and the model's state holds nothing except its parameters.
 
     Attributes:
-      seed: the seed that all masks share.
+      seed: The seed that all masks share.
     """
 
     def __init__(self, rate: float, seed: int):
@@ -35,33 +35,34 @@ class AdapterDropout(nnx.Dropout):
 
         Args:
           m: M, (*stack, q, q).
-          kernel: the kernel, or a tree of arrays that stands for a quantized one.
+          kernel: The kernel, or the tree of arrays that a quantized kernel is.
         """
-        first = jax.tree.leaves(kernel)[0]
+        leaf = jax.tree.leaves(kernel)[0]
 
-        def of(m: jax.Array, first: jax.Array) -> PRNGKeyArray:
+        def make_key(m: jax.Array, leaf: jax.Array) -> PRNGKeyArray:
             key = jax.random.fold_in(jax.random.key(np.uint32(self.seed)), _hash(m))
-            return jax.random.fold_in(key, _hash(_some(first)))
+            return jax.random.fold_in(key, _hash(_sample(leaf)))
 
-        for array in (m, first):
+        for array in (m, leaf):
             sharding = explicit_sharding(array)
             if sharding is not None:
-                whole = NamedSharding(sharding.mesh, PartitionSpec())
-                return with_auto_axes(of, whole, m, first)
-        return of(m, first)
+                replicated = NamedSharding(sharding.mesh, PartitionSpec())
+                return with_auto_axes(make_key, replicated, m, leaf)
+        return make_key(m, leaf)
 
 
-def _some(x: jax.Array) -> jax.Array:
-    """A few numbers of a kernel, which is long to read."""
+def _sample(x: jax.Array) -> jax.Array:
+    """The first few numbers of a kernel; to read all of them would take long."""
     return x[(0,) * (x.ndim - 1)][:16]
 
 
 def _hash(x: jax.Array) -> jax.Array:
-    """32 bits that change with any number in `x`, and with its place.
+    """32 bits that change with any number in `x`, and with its position.
 
-    A sum of the numbers' bits, each times an odd number of its own (modulo 2^32).
+    They are the sum of the numbers' bits, each multiplied by another odd number, modulo
+    2^32. There an odd number has an inverse, so no factor loses any bits.
     """
     bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32).ravel()
-    place = jax.lax.iota(jnp.uint32, bits.size)
-    odd = (place * jnp.uint32(2) + jnp.uint32(1)) * jnp.uint32(0x9E3779B1)
+    position = jax.lax.iota(jnp.uint32, bits.size)
+    odd = (position * jnp.uint32(2) + jnp.uint32(1)) * jnp.uint32(0x9E3779B1)
     return jnp.sum(bits * odd, dtype=jnp.uint32)

@@ -5,7 +5,8 @@ from typing import Any
 from flax import nnx
 
 from mora_jax._config import MoRAConfig
-from mora_jax._spec import SUFFIX, AdapterSpec, init_adapter
+from mora_jax._matrix import init_adapter
+from mora_jax._spec import SUFFIX, AdapterSpec
 from mora_jax.nnx._classes import DROPOUT, adapted_class
 from mora_jax.nnx._dropout import AdapterDropout
 from mora_jax.nnx._param import MoRAParam
@@ -15,21 +16,21 @@ class MoRALinear(nnx.Linear):
     """`nnx.Linear` with an adapter: the same attributes, and `kernel_mora`.
 
     Args:
-      in_features: length of the input vectors.
-      out_features: length of the output vectors.
-      config: the adapter's settings; `targets`, `exclude` and `overrides` have no
+      in_features: The length of the input vectors.
+      out_features: The length of the output vectors.
+      config: The adapter's settings; `targets`, `exclude` and `overrides` have no
         meaning here.
-      rngs: for the parameters.
-      seed: for the adapter's dropout, see `mora_jax.nnx.wrap`.
-      **kwargs: as for `nnx.Linear`.
+      rngs: The source of the keys for the parameters.
+      seed: The seed of the dropout masks, as in `wrap`.
+      **kwargs: Further arguments of `nnx.Linear`.
 
     Example::
 
       >>> import jax.numpy as jnp
       >>> from flax import nnx
-      >>> from mora_jax import MoRAConfig
-      >>> from mora_jax.nnx import MoRALinear
-      >>> layer = MoRALinear(16, 8, config=MoRAConfig(rank=2), rngs=nnx.Rngs(0))
+      >>> import mora_jax
+      >>> config = mora_jax.MoRAConfig(rank=2)
+      >>> layer = mora_jax.nnx.MoRALinear(16, 8, config=config, rngs=nnx.Rngs(0))
       >>> layer(jnp.ones((3, 16))).shape, layer.kernel_mora.shape
       ((3, 8), (6, 6))
     """

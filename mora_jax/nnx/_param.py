@@ -11,18 +11,18 @@ from mora_jax._spec import AdapterSpec, check_same
 class MoRAParam(nnx.LoRAParam[Any]):
     """The square matrix M of one kernel; its metadata `spec` says how it is adapted.
 
-    A subclass of `nnx.LoRAParam`, so code that filters adapters by that works as it is.
-    Where Flax copies a whole variable (`nnx.update` with another model's state,
-    `nnx.merge`, `copy_from`), the spec comes with the numbers, which so remain the
-    update that they were. To assign one variable to another of another update is an
-    error.
+    It is a subclass of `nnx.LoRAParam`, so that code that filters adapters by this type
+    works as it is. Where Flax copies a whole variable (`nnx.update` with another
+    model's state, `nnx.merge`, `copy_from`), it copies the spec with the numbers, and
+    they keep their meaning. If a variable is assigned to a variable with another spec,
+    an error is raised.
 
     Example::
 
       >>> from flax import nnx
-      >>> from mora_jax import MoRAConfig
-      >>> from mora_jax.nnx import MoRALinear, MoRAParam
-      >>> layer = MoRALinear(16, 16, config=MoRAConfig(rank=2), rngs=nnx.Rngs(0))
+      >>> import mora_jax
+      >>> config = mora_jax.MoRAConfig(rank=2)
+      >>> layer = mora_jax.nnx.MoRALinear(16, 16, config=config, rngs=nnx.Rngs(0))
       >>> isinstance(layer.kernel_mora, nnx.LoRAParam)
       True
       >>> layer.kernel_mora.spec.parameters
@@ -33,7 +33,7 @@ class MoRAParam(nnx.LoRAParam[Any]):
 
     @classmethod
     def of(cls, spec: AdapterSpec, m: Any) -> "MoRAParam":
-        """M with its spec, but for the path, so that equal layers can be stacked."""
+        """M with its spec, without the path, so that equal layers can be stacked."""
         return cls(m, spec=dataclasses.replace(spec, path=spec.path[-1:]))
 
     def __setitem__(self, key: Any, value: Any) -> None:

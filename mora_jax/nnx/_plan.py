@@ -1,4 +1,4 @@
-"""A plan from what a model's layers are, and from what they do."""
+"""A plan of a model, by what its layers compute."""
 
 import functools
 from collections.abc import Iterable, Iterator
@@ -12,8 +12,7 @@ from mora_jax._flax.survey import Survey, refuse_untraced
 from mora_jax._paths import named_leaves
 from mora_jax._plan import Plan
 from mora_jax._planning import plan_surveyed
-from mora_jax._proof import mark
-from mora_jax.nnx._adapters import layers
+from mora_jax.nnx._adapters import named_modules
 from mora_jax.nnx._classes import subclass
 from mora_jax.nnx._param import MoRAParam
 
@@ -21,33 +20,38 @@ from mora_jax.nnx._param import MoRAParam
 def plan(
     model: nnx.Module, config: MoRAConfig | None = None, *args: Any, **kwargs: Any
 ) -> Plan:
-    """`mora_jax.plan` for an NNX model, of which it asks what each layer computes.
+    """`mora_jax.plan` for an NNX model, by what each of its layers computes.
 
-    So kernels of any number of axes are understood, stacked ones too (`nnx.vmap`,
-    `nnx.scan`), and the default targets are the kernels of all dense layers but for
-    those whose names say head, classifier, embedding and the like.
+    The model is traced if the inputs of a call are given. Kernels of any number of axes
+    are understood, also stacked ones (`nnx.scan`, `nnx.vmap`). The default targets are
+    the kernels of all dense layers, except those whose names say head, classifier,
+    embedding and the like.
 
     Args:
-      model: any NNX module, of arrays or (by `nnx.eval_shape`) of shapes.
+      model: Any NNX module, of arrays or (by `nnx.eval_shape`) of shapes.
       config: What to adapt, and how; None for the defaults.
-      *args: arguments of a call, arrays or shapes. Only needed where the modules do not
-        tell enough: an `nnx.Einsum` that gets its equation in the call, and embeddings,
-        which a model might read elsewhere (a tied head).
-      **kwargs: the same.
+      *args: The inputs of a call, arrays or shapes. They are only needed where the
+        modules do not tell enough: an `nnx.Einsum` that gets its equation in the call,
+        and embeddings, which a model might also read elsewhere (a tied head).
+      **kwargs: Further inputs, by name.
+
+    Returns:
+      The plan.
 
     Raises:
-      TypeError, ValueError: as `mora_jax.plan`; a target whose layer class is not known
-        (see `register_layer`); a module or a kernel that the model holds twice; a model
-        with adapters; an embedding that is read outside of its layer, or might be.
+      TypeError, ValueError: As `mora_jax.plan`; a target whose layer class is not known
+        (see `register_layer`), or whose layer computes something that its rule does not
+        say; an embedding that is read outside of its layer, or might be; a module or a
+        kernel that the model holds twice; a model that has adapters already.
 
     Example::
 
       >>> from flax import nnx
-      >>> from mora_jax import MoRAConfig
-      >>> from mora_jax.nnx import plan
-      >>> attention = nnx.MultiHeadAttention(4, 64, decode=False, rngs=nnx.Rngs(0))
-      >>> chosen = plan(attention, MoRAConfig(rank=2))
-      >>> {path: spec.axes for path, spec in chosen.items()}
+      >>> import mora_jax
+      >>> model = nnx.MultiHeadAttention(4, 64, decode=False, rngs=nnx.Rngs(0))
+      >>> config = mora_jax.MoRAConfig(rank=2)
+      >>> plan = mora_jax.nnx.plan(model, config)
+      >>> {path: spec.axes for path, spec in plan.items()}
       {'key/kernel': 'ioo', 'out/kernel': 'iio', 'query/kernel': 'ioo',
        'value/kernel': 'ioo'}
     """
@@ -55,12 +59,12 @@ def plan(
     config = check_config(config, "plan(model, config, *inputs)")
     params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
     survey = Survey()
-    for path, module in layers(model):
+    for path, module in named_modules(model):
         survey.classes["/".join(path)] = type(module).__name__
         rules = planning_rules(module)
         for name, value in vars(module).items() if rules else ():
             if isinstance(value, nnx.Variable) and name not in rules:
-                survey.others.add("/".join((*path, name)))
+                survey.non_kernels.add("/".join((*path, name)))
     for name, layer, rule in _known(model):
         product = rule.product(layer)
         if product is not None:
@@ -78,17 +82,14 @@ def plan(
 NORMALISING = tuple(
     getattr(nnx, name) for name in ("WeightNorm", "SpectralNorm") if hasattr(nnx, name)
 )
-"""Flax's modules that change the kernels of the layer that they hold, if it has them.
-
-Flax 0.12.0 has neither.
-"""
+"""Flax's modules that change the kernels of the layer inside; Flax 0.12.0 has none."""
 
 
 def normalised(model: nnx.Module, kernels: Iterable[str]) -> dict[str, str]:
-    """{path: what is done to it} for those of `kernels` that are changed before use."""
+    """{path: why} for those of `kernels` that a module changes before it uses them."""
     inside = {
         "/".join((*path, "layer_instance", "")): type(module).__name__
-        for path, module in layers(model)
+        for path, module in named_modules(model)
         if isinstance(module, NORMALISING)
     }
     return {
@@ -112,30 +113,27 @@ def check_model(model: Any) -> None:
 
 
 def _known(model: nnx.Module) -> Iterator[tuple[str, nnx.Module, LayerRule]]:
-    """Layers of known classes: their kernel's path, they, the first rule of it."""
-    for path, module in layers(model):
+    """Each kernel in a layer of a known class: its path, the layer, its first rule."""
+    for path, module in named_modules(model):
         for kernel, rule in planning_rules(module).items():
             if isinstance(getattr(module, kernel, None), nnx.Variable):
                 yield "/".join((*path, kernel)), module, rule
 
 
 def _trace(model: nnx.Module, survey: Survey, args: Any, kwargs: Any) -> None:
-    """Add to `survey` what a call tells."""
+    """Add to `survey` what the trace of a call shows."""
     marked = nnx.clone(model)
     found = list(_known(marked))
 
     def record(
-        path: str, rule: LayerRule, module: Any, args: Any, kwargs: Any, call: Any
+        prefix: str, rule: LayerRule, module: Any, method: Any, args: Any, kwargs: Any
     ) -> Any:
-        name = path + rule.name(module)
-        noted, x = survey.note(name, rule, module, args, kwargs)
-        x = mark(x, noted, end=False)
-        args, kwargs = rule.with_input(x, module, args, kwargs)
-        return mark(call(*args, **kwargs), noted, end=True)
+        name = prefix + rule.name(module)
+        return survey.record_call(name, rule, module, method, args, kwargs)
 
     for path, layer in {name.rpartition("/")[0]: m for name, m, _ in found}.items():
-        around = functools.partial(record, f"{path}/" if path else "")
-        cls = subclass(type(layer), around, strict=False)
+        wrap_call = functools.partial(record, f"{path}/" if path else "")
+        cls = subclass(type(layer), wrap_call, strict=False)
         object.__setattr__(layer, "__class__", cls)
     graph, state = nnx.split(marked)
 
@@ -148,13 +146,13 @@ def _trace(model: nnx.Module, survey: Survey, args: Any, kwargs: Any) -> None:
 
 
 def _refuse_shared(model: nnx.Module, plan: Plan) -> None:
-    """Raise if the model holds an adapted kernel, or what holds it, in two places."""
+    """Raise if the model holds an adapted kernel, or its module, in two places."""
     adapted = [spec.name for spec in plan.specs]
     for paths in nnx.find_duplicates(model):
-        first, second, *_ = names = ["/".join(map(str, path)) for path in paths]
+        names = ["/".join(map(str, path)) for path in paths]
         for spec in adapted:
             if any(spec == name or spec.startswith(f"{name}/") for name in names):
                 raise ValueError(
-                    f"{spec} is shared: the model holds {first!r} also as {second!r}; "
-                    "exclude it, or copy it"
+                    f"{spec} is shared: the model holds {names[0]!r} also as "
+                    f"{names[1]!r}; exclude it, or copy it"
                 )

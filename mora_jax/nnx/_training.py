@@ -9,7 +9,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from mora_jax._optim import check_transformation
-from mora_jax.nnx._adapters import named_sharding, variables
+from mora_jax.nnx._adapters import adapter_variables, named_sharding
 from mora_jax.nnx._param import MoRAParam
 
 
@@ -18,14 +18,14 @@ def value_and_grad(
 ) -> Callable[..., Any]:
     """`nnx.value_and_grad` with respect to the adapters alone.
 
-    With Flax's own, the filter has to be given here and in the optimizer, and each
-    has a default of its own (all of `nnx.Param`): two that differ train the base, or
-    fail far from the cause. `value_and_grad` and `adapter_optimizer` here agree.
+    Flax's own function takes a filter, all of `nnx.Param` by default, and its optimizer
+    takes another. If they differ, the base is trained, or an error comes far from the
+    cause. This function and `adapter_optimizer` have the same filter.
 
     Args:
-      f: (model, *args) -> loss, or (loss, aux).
-      argnums: the position of the model.
-      has_aux: whether `f` returns a pair.
+      f: A function (model, *args) -> loss, or (loss, aux).
+      argnums: The position of the model among the arguments.
+      has_aux: Whether `f` returns a pair.
 
     Returns:
       A function like `f` that returns (loss, gradients), the gradients as a state of
@@ -35,10 +35,10 @@ def value_and_grad(
 
       >>> import jax.numpy as jnp, optax
       >>> from flax import nnx
-      >>> from mora_jax.nnx import adapter_optimizer, value_and_grad, wrap
-      >>> model = wrap(nnx.Linear(16, 16, rngs=nnx.Rngs(0)))
-      >>> opt = adapter_optimizer(model, optax.adam(1e-2))
-      >>> grad = value_and_grad(lambda model, x: jnp.mean(model(x) ** 2))
+      >>> import mora_jax
+      >>> model = mora_jax.nnx.wrap(nnx.Linear(16, 16, rngs=nnx.Rngs(0)))
+      >>> opt = mora_jax.nnx.adapter_optimizer(model, optax.adam(1e-2))
+      >>> grad = mora_jax.nnx.value_and_grad(lambda model, x: jnp.mean(model(x) ** 2))
       >>> before, grads = grad(model, jnp.ones((1, 16)))
       >>> _ = opt.update(model, grads)
       >>> after, _ = grad(model, jnp.ones((1, 16)))
@@ -52,49 +52,49 @@ def value_and_grad(
 def adapter_optimizer(
     model: nnx.Module, tx: optax.GradientTransformation
 ) -> nnx.Optimizer:
-    """`nnx.Optimizer` of the adapters alone, for gradients of `value_and_grad`.
+    """An `nnx.Optimizer` of the adapters alone, for gradients of `value_and_grad`.
 
-    No state exists for the base, and what `tx` computes over the whole, such as a norm
-    to clip by, sees the adapters only.
+    It has no state for the base. What `tx` computes over the whole, such as a norm to
+    clip by, depends on the adapters only.
 
     Args:
-      model: as `wrap` makes it.
-      tx: any optax transformation.
+      model: An adapted model, as `wrap` makes it.
+      tx: Any optax transformation.
 
     Returns:
-      An optimizer; call `update(model, grads)`.
+      An optimizer. Call its `update(model, grads)`.
 
     Raises:
-      TypeError: `tx` is no transformation.
-      ValueError: `model` has no adapters.
+      TypeError: `tx` is not a transformation.
+      ValueError: The model has no adapters.
 
     Example: see `value_and_grad`.
 
       >>> import optax
       >>> from flax import nnx
-      >>> from mora_jax.nnx import adapter_optimizer, wrap
-      >>> model = wrap(nnx.Linear(16, 16, rngs=nnx.Rngs(0)))
-      >>> opt = adapter_optimizer(model, optax.sgd(0.1))
+      >>> import mora_jax
+      >>> model = mora_jax.nnx.wrap(nnx.Linear(16, 16, rngs=nnx.Rngs(0)))
+      >>> opt = mora_jax.nnx.adapter_optimizer(model, optax.sgd(0.1))
       >>> opt.wrt.__name__
       'MoRAParam'
     """
     check_transformation(tx)
-    found = nnx.Optimizer(model, tx, wrt=MoRAParam)
-    shardings = (named_sharding(m) for _, m in variables(model))
-    placed = next((one for one in shardings if one is not None), None)
-    if placed is not None:
-        _put_counters(found, placed.mesh)
-    return found
+    optimizer = nnx.Optimizer(model, tx, wrt=MoRAParam)
+    for _, m in adapter_variables(model):
+        if (sharding := named_sharding(m)) is not None:
+            _replicate_counters(optimizer, sharding.mesh)
+            break
+    return optimizer
 
 
-def _put_counters(optimizer: nnx.Optimizer, mesh: Any) -> None:
-    """What is nowhere in particular onto `mesh`, where the first step would put it.
+def _replicate_counters(optimizer: nnx.Optimizer, mesh: Any) -> None:
+    """Put what is not committed to a device, such as counters, onto `mesh`.
 
-    The second step would see it there, and be compiled again.
+    Otherwise the first step would put it there, and the second would be compiled again.
     """
-    everywhere = NamedSharding(mesh, PartitionSpec())
+    replicated = NamedSharding(mesh, PartitionSpec())
 
     def put(leaf: jax.Array) -> jax.Array:
-        return leaf if leaf.committed else jax.device_put(leaf, everywhere)
+        return leaf if leaf.committed else jax.device_put(leaf, replicated)
 
     nnx.update(optimizer, jax.tree.map(put, nnx.state(optimizer)))

@@ -1,4 +1,4 @@
-"""Adapters in unmodified models, and out of them again."""
+"""Put adapters into unmodified models, and take them out again."""
 
 from typing import Any, TypeVar
 
@@ -13,7 +13,7 @@ from mora_jax._plan import Plan
 from mora_jax._spec import AdapterSpec
 from mora_jax.nnx._adapters import (
     adapters,
-    layers,
+    named_modules,
     named_sharding,
     parameters,
     plan_of,
@@ -34,22 +34,23 @@ def wrap(
     rngs: nnx.Rngs | None = None,
     seed: int = 0,
 ) -> Model:
-    """An unmodified model with adapters.
+    """An unmodified model, with adapters (PEFT's `get_peft_model`).
 
-    Each planned layer gets a `MoRAParam` beside its kernel, and a class that adds the
-    update to what its methods return. All else is as it was: names, types and the
-    paths of the parameters, so that a checkpoint of the base loads into it.
+    The model's own code runs. Each planned layer adds its adapter's delta to what its
+    methods return: it gets a `MoRAParam` next to its kernel, and a subclass of its
+    class. Everything else is as it was: names, types and the paths of the parameters,
+    so that a checkpoint of the base loads into the result.
 
     With `MoRAConfig(dropout=...)` the model drops in training until `model.eval()`,
     which sampling and evaluation need; `model.train()` turns it on again. No generator
     is in the model: what a layer drops depends on `seed`, on its M and on its kernel.
-    So the masks change whenever an optimizer changes M, and differ between layers; but
-    several calls at one state, such as the microbatches of one step, drop the same
+    So the masks change whenever an optimizer changes M, and differ between layers. But
+    several calls with the same M's, such as the microbatches of one step, drop the same
     positions.
 
     Args:
-      model: any NNX module. It stays as it is, and shares its arrays with the result:
-        a step to which the whole state of the result is donated deletes the base, too.
+      model: Any NNX module. It stays as it is, and shares its arrays with the result: a
+        step to which the whole state of the result is donated deletes the base, too.
         Donate the adapters alone, the first part of `nnx.split(model, MoRAParam, ...)`;
         see docs/training-nnx.md.
       config_or_plan: What to adapt, and how: a config, None for the defaults, or a
@@ -62,33 +63,35 @@ def wrap(
       is on a mesh of devices, its M is too, as `sharding.adapter_shardings` says.
 
     Raises:
-      TypeError, ValueError: as `nnx.plan`; a Gaussian start without `rngs`; a plan that
-        does not fit the model; a `seed` that is no number from 0 to 2^32 - 1.
+      TypeError, ValueError: As `nnx.plan`; a plan that does not fit the model; an
+        adapter on a layer class that is not known (see `register_layer`); a Gaussian
+        start without `rngs`; a `seed` that is not an integer from 0 to 2^32 - 1.
 
     Example::
 
       >>> import jax.numpy as jnp
       >>> from flax import nnx
-      >>> from mora_jax import MoRAConfig
-      >>> from mora_jax.nnx import wrap
+      >>> import mora_jax
       >>> layers = [nnx.Linear(16, 16, rngs=nnx.Rngs(k)) for k in range(2)]
       >>> model, x = nnx.Sequential(*layers), jnp.ones((1, 16))
-      >>> adapted = wrap(model, MoRAConfig(rank=2))
+      >>> config = mora_jax.MoRAConfig(rank=2)
+      >>> adapted = mora_jax.nnx.wrap(model, config)
       >>> bool((adapted(x) == model(x)).all())
       True
     """
     check_model(model)
-    chosen = config_or_plan
-    if not isinstance(chosen, Plan):
-        chosen = plan_model(model, chosen)
-    for name, how in normalised(model, chosen).items():  # a plan of shapes may hold it
-        raise ValueError(f"{name}: {how}; exclude it")
+    plan = config_or_plan
+    if not isinstance(plan, Plan):
+        plan = plan_model(model, plan)
+    # A plan that was given may name such a kernel, if names and shapes made it.
+    for name, why in normalised(model, plan).items():
+        raise ValueError(f"{name}: {why}; exclude it")
     key = None
-    if rngs is not None and any(spec.init == "gaussian" for spec in chosen.specs):
+    if rngs is not None and any(spec.init == "gaussian" for spec in plan.specs):
         key = rngs.params()
     model = nnx.clone(model)
-    modules = dict(layers(model))
-    for spec, m in adapter_items(init(chosen, key), chosen):
+    modules = dict(named_modules(model))
+    for spec, m in adapter_items(init(plan, key), plan):
         module = modules.get(spec.path[:-1])
         kernel = getattr(module, spec.path[-1], None)
         shape = tuple(kernel.shape) if isinstance(kernel, nnx.Variable) else None
@@ -98,33 +101,40 @@ def wrap(
                 f"the model has {shape}"
             )
         m = _placed(m, spec, kernel)
-        attach(module, spec, m, seed=seed, traced=chosen.traced)
+        attach(module, spec, m, seed=seed, traced=plan.traced)
     return model
 
 
 def _placed(m: jax.Array, spec: AdapterSpec, kernel: Any) -> jax.Array:
-    """M on the mesh that its kernel is on, so that no step has to move it there."""
+    """M on the mesh of its kernel, so that no step has to move it there."""
     sharding = named_sharding(kernel)
     return jax.device_put(m, adapter_sharding(spec, sharding)) if sharding else m
 
 
 def unwrap(model: Model) -> Model:
-    """The model without its adapters, as it was before `wrap`.
+    """The model without its adapters, as it was before `wrap` (PEFT's `unload`).
+
+    Args:
+      model: An adapted model, as `wrap` makes it. It stays as it is.
+
+    Returns:
+      A new model of the plain classes, with the kernels of the base.
 
     Raises:
-      ValueError: `model` has no adapters.
+      ValueError: The model has no adapters.
 
     Example::
 
       >>> from flax import nnx
-      >>> from mora_jax.nnx import unwrap, wrap
+      >>> import mora_jax
       >>> model = nnx.Sequential(nnx.Linear(16, 16, rngs=nnx.Rngs(0)))
-      >>> type(unwrap(wrap(model)).layers[0]) is nnx.Linear
+      >>> plain = mora_jax.nnx.unwrap(mora_jax.nnx.wrap(model))
+      >>> type(plain.layers[0]) is nnx.Linear
       True
     """
     plan_of(model)
     model = nnx.clone(model)
-    for _, module in list(layers(model)):
+    for _, module in list(named_modules(model)):
         if any(isinstance(value, MoRAParam) for value in vars(module).values()):
             detach(module)
     return model
@@ -133,27 +143,29 @@ def unwrap(model: Model) -> Model:
 def merge_adapters(
     model: Model, dtype: DTypeLike | None = None, *, any_base: bool = False
 ) -> Model:
-    r"""The model with its adapters folded in: :math:`W' = W + \alpha\, C M D`.
+    r"""The model with its adapters merged into its kernels: :math:`W + \alpha\, C M D`.
+
+    This is PEFT's `merge_and_unload`.
 
     Args:
-      model: as `wrap` makes it. It stays as it is.
-      dtype: of the merged kernels; by default that of each kernel.
-      any_base: Merge into other weights than those that the adapters were trained on,
-        too. Adapters know them if `save` was given `params`.
+      model: An adapted model, as `wrap` makes it. It stays as it is.
+      dtype: The dtype of the merged kernels; by default each keeps its own.
+      any_base: Whether to merge also into weights that are not those that the adapters
+        were trained on. Adapters know their base if `save` was given `params`.
 
     Returns:
       A new model of the plain classes, which computes the same.
 
     Raises:
-      ValueError: `model` has no adapters; M's that hold NaN or infinity; kernels of
-        another base, without `any_base`.
+      ValueError: The model has no adapters; an M holds NaN or infinity; the kernels are
+        of another base, and `any_base` is False.
 
     Example::
 
       >>> from flax import nnx
-      >>> from mora_jax.nnx import merge_adapters, wrap
+      >>> import mora_jax
       >>> model = nnx.Sequential(nnx.Linear(16, 16, rngs=nnx.Rngs(0)))
-      >>> merged = merge_adapters(wrap(model))
+      >>> merged = mora_jax.nnx.merge_adapters(mora_jax.nnx.wrap(model))
       >>> bool((merged.layers[0].kernel[...] == model.layers[0].kernel[...]).all())
       True
     """

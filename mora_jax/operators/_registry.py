@@ -1,12 +1,12 @@
 """Operators by name, and the square rank that a budget buys."""
 
 import dataclasses
-import difflib
 import math
 from collections.abc import Mapping
 from typing import Any
 
 from mora_jax._checks import positive_integer
+from mora_jax._suggestions import did_you_mean
 from mora_jax.operators._base import Operator
 from mora_jax.operators.decoupling import Decoupling
 from mora_jax.operators.hadamard import Hadamard
@@ -50,7 +50,7 @@ def parse_spec(spec: OperatorSpec) -> tuple[str, dict[str, Any]]:
     if name not in OPERATORS:
         raise ValueError(
             f"operator must be one of {['auto', *OPERATORS]}, got {name!r}"
-            + _nearest(str(name), ["auto", *OPERATORS])
+            + did_you_mean(str(name), ["auto", *OPERATORS])
         )
     taken = {"in_features", "out_features", "square_rank", "seed"}
     fields = {f.name for f in dataclasses.fields(OPERATORS[name]) if f.init} - taken
@@ -58,14 +58,9 @@ def parse_spec(spec: OperatorSpec) -> tuple[str, dict[str, Any]]:
         if setting not in fields:
             raise ValueError(
                 f"operator {name!r} has settings {sorted(fields)}, got {setting!r}"
-                + _nearest(setting, sorted(fields))
+                + did_you_mean(setting, sorted(fields))
             )
     return name, settings
-
-
-def _nearest(word: str, words: list[str]) -> str:
-    close = difflib.get_close_matches(word, words, n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def resolve_auto(spec: OperatorSpec, rank: int | float) -> OperatorSpec:
@@ -90,15 +85,17 @@ def square_rank(
     rounds to the nearest instead, which may exceed the budget.
 
     Args:
-      rank: the budget r.
-      in_features: of the kernel.
-      out_features: of the kernel.
-      operator: the operator that q is for.
-      multiple_of: q is rounded down to a multiple of this, if it is not below it. None
-        stands for 8 where q is at least 64, so that it costs at most a tenth of q.
+      rank: The budget r.
+      in_features: The number of the kernel's input features.
+      out_features: The number of the kernel's output features.
+      operator: The operator that q is for.
+      multiple_of: A number that q is rounded down to a multiple of, unless q is below
+        it. None stands for 8 where q is at least 64, so that it costs at most a tenth
+        of q.
 
     Raises:
-      ValueError: a number below 1, or a budget too small for the operator.
+      TypeError, ValueError: A number is not a positive integer, or the budget is too
+        small for the operator.
 
     Example::
 
@@ -137,16 +134,17 @@ def make_operator(
     """The operator that `spec` names, for one kernel.
 
     Args:
-      spec: a name ("rotation"), or a mapping with further settings
+      spec: A name ("rotation"), or a mapping with further settings
         ({"name": "sharing", "compress_groups": "contiguous"}). "auto" is rotation for
         small budgets and sharing from about LoRA rank 128 on.
-      in_features: of the kernel.
-      out_features: of the kernel.
-      square_rank: q.
-      seed: for the operators that are random; the others have none.
+      in_features: The number of the kernel's input features.
+      out_features: The number of the kernel's output features.
+      square_rank: q, the width of M.
+      seed: The seed of the operators that are random.
 
     Raises:
-      ValueError: no such operator or setting, or a size that it cannot have.
+      TypeError, ValueError: There is no such operator or setting, or the operator
+        cannot have such a size.
 
     Example::
 

@@ -1,4 +1,18 @@
-"""How layers multiply their input with their kernel: one file for each kind."""
+"""Products: how layers multiply their input with their kernel, one file for each kind.
+
+Kinds::
+
+  Product               the class of them all
+  Contraction           an einsum: dense layers, attention, tied heads
+  Convolution           a convolution
+  Lookup                an embedding
+  DENSE                 the equation of a dense layer
+  ATTEND                the equation of a head that is tied to an embedding
+
+For a product of your own::
+
+  Delta                 what an adapter adds to a kernel, as the product sees it
+"""
 
 from mora_jax.products._base import Delta as Delta
 from mora_jax.products._base import Product as Product

@@ -13,8 +13,8 @@ from mora_jax.operators import Operator
 class Delta(Protocol):
     r"""What an adapter adds to a kernel, :math:`\alpha\, C M D`, as a linear map.
 
-    A product asks it for what its layer would do with such a kernel. It is never formed
-    unless `kernel` is called.
+    A product asks it for what its layer would do if this were the kernel. The delta is
+    not formed unless `kernel` is called.
 
     Attributes:
       operator: C and D.
@@ -60,8 +60,8 @@ class Product(abc.ABC):
     Attributes:
       primitive: The primitive of JAX that multiplies, by which a trace recognises the
         product; "" for any.
-      passes: Other primitives that kernel or product may pass. They are as linear as
-        the product itself, and `delta` passes the same.
+      passes: The primitives that the kernel or the product may pass besides. They are
+        as linear as the product itself, and `delta` must pass them as well.
     """
 
     primitive: ClassVar[str] = ""
@@ -78,7 +78,7 @@ class Product(abc.ABC):
     @property
     @abc.abstractmethod
     def adapted_by_default(self) -> bool:
-        """Whether such layers are adapted where a config names no targets."""
+        """Whether such layers are adapted if a config names no targets."""
 
     @abc.abstractmethod
     def fits(self, axes: str) -> bool:
@@ -86,7 +86,7 @@ class Product(abc.ABC):
 
     @abc.abstractmethod
     def delta(self, delta: Delta, x: jax.Array) -> jax.Array:
-        """What the layer would give with the delta for its kernel.
+        """The output of the layer if the delta were its kernel.
 
         Args:
           delta: What the adapter adds to the kernel.

@@ -14,17 +14,25 @@ from mora_jax._types import ArrayLike, Shape
 from mora_jax.products._base import Delta, Product
 
 DENSE = "...i,io->...o"
+"""The equation of a dense layer."""
+
 ATTEND = "...d,vd->...v"
-"""The head that an embedding of a vocabulary v is tied to."""
+"""The equation of a head that is tied to an embedding of a vocabulary v."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Contraction(Product):
-    """An einsum equation of input, kernel and output, one letter an axis.
+    """An einsum equation of input, kernel and output, with a letter for each axis.
 
-    It brings any dense-like layer to the one form that operators know: rows of
-    `in_features` numbers to rows of `out_features` numbers. A kernel that the plan
-    reads the other way round (the tied head of an embedding) is used transposed.
+    It brings any dense-like layer to the form that operators know: from rows of
+    `in_features` numbers to rows of `out_features` numbers. If the plan has the
+    kernel's inputs and outputs exchanged, as in the tied head of an embedding, the
+    delta is used transposed.
+
+    Attributes:
+      inputs: The letters of the input's axes.
+      kernel: The letters of the kernel's axes.
+      outputs: The letters of the output's axes.
     """
 
     inputs: str
@@ -38,12 +46,13 @@ class Contraction(Product):
         """Read an equation such as `"...i,io->...o"`.
 
         Args:
-          equation: as for `jax.numpy.einsum`.
-          inputs_ndim: how many axes the input has; as few as can be if it is not known.
+          equation: An equation as for `jax.numpy.einsum`, of input and kernel.
+          inputs_ndim: How many axes the input has; None for as few as the equation
+            allows.
 
         Raises:
-          ValueError: the equation is not a product of an input and a kernel that is
-            linear in the kernel with separate input and output features.
+          ValueError: The equation is not a product of an input and a kernel that has
+            separate input and output features.
         """
         operands, arrow, outputs = equation.replace(" ", "").partition("->")
         if operands.count(",") != 1:
@@ -53,8 +62,8 @@ class Contraction(Product):
         inputs, kernel = operands.split(",")
         named = [c for c in inputs + kernel if c != "."]
         if not arrow:  # numpy's rule for a missing right-hand side
-            once = sorted(c for c, n in Counter(named).items() if n == 1)
-            outputs = "..." * ("..." in inputs) + "".join(once)
+            single = sorted(c for c, n in Counter(named).items() if n == 1)
+            outputs = "..." * ("..." in inputs) + "".join(single)
         unused = [c for c in string.ascii_letters if c not in named]
         least = len(inputs.replace("...", ""))
         if inputs_ndim is None:
@@ -71,7 +80,14 @@ class Contraction(Product):
     def general(
         cls, inputs_ndim: int, axis: Iterable[int], batch: Iterable[int], outs: int
     ) -> "Contraction":
-        """Flax's general dense layer: sums over `axis`, is stacked over `batch`."""
+        """The equation of Flax's general dense layer.
+
+        Args:
+          inputs_ndim: How many axes the input has.
+          axis: The axes of the input that the layer sums over.
+          batch: The axes of the input that the kernel has as well, as stack axes.
+          outs: How many axes of output features the kernel has.
+        """
         labels = string.ascii_letters[:inputs_ndim]
         stack, ins = (
             "".join(labels[k] for k in sorted(k % inputs_ndim for k in axes))
@@ -83,7 +99,7 @@ class Contraction(Product):
 
     @classmethod
     def from_axes(cls, axes: str, inputs_ndim: int) -> "Contraction":
-        """The plain layout: (*stack, *batch, *in) to (*stack, *batch, *out)."""
+        """The equation from (*stack, *batch, *in) to (*stack, *batch, *out)."""
         kernel = string.ascii_letters[: len(axes)]
         stack, ins, outs = (
             "".join(c for c, kind in zip(kernel, axes, strict=True) if kind == letter)
@@ -138,19 +154,20 @@ class Contraction(Product):
         return delta.axes == self.axes
 
     def factors(self, scale: ArrayLike | float) -> tuple[jax.Array, jax.Array]:
-        """What to multiply input and output by, in place of the kernel by `scale`.
+        """Factors of input and output that have the effect of scaling the kernel.
 
         Args:
-          scale: broadcasts against the kernel.
+          scale: The factor of the kernel, an array that broadcasts against it.
 
         Returns:
-          Arrays that broadcast against input and output, one of which is 1.
+          An array that broadcasts against the input, and an array that broadcasts
+          against the output. At least one of them is 1.
 
         Raises:
-          ValueError: `scale` has too many axes, or varies along input and output
-            features.
+          ValueError: `scale` has too many axes, or varies along input features and
+            along output features.
         """
-        scale, one = jnp.asarray(scale), jnp.ones(())
+        scale, unit = jnp.asarray(scale), jnp.ones(())
         shape = (1,) * (len(self.kernel) - scale.ndim) + scale.shape
         if len(shape) > len(self.kernel):
             raise ValueError(
@@ -164,14 +181,14 @@ class Contraction(Product):
                 axes = jnp.transpose(scale.squeeze(), [varies.index(c) for c in order])
                 sizes = {c: n for c, n in zip(self.kernel, shape, strict=True) if n > 1}
                 factor = axes.reshape([sizes.get(c, 1) for c in letters])
-                return (one, factor) if letters is self.outputs else (factor, one)
+                return (unit, factor) if letters is self.outputs else (factor, unit)
         raise ValueError(
             f"scale of shape {scale.shape} must vary along the input features or the "
             f"output features of a kernel with axes {self.axes!r}, not along both"
         )
 
     def check_input(self, x_shape: Shape, kernel_shape: Shape) -> None:
-        """Raise unless `x_shape` fits a kernel of `kernel_shape`."""
+        """Raise unless an input of `x_shape` fits a kernel of `kernel_shape`."""
         size = dict(zip(self.kernel, kernel_shape, strict=True))
         expected = tuple(
             size.get(c, n) for c, n in zip(self.inputs, x_shape, strict=True)

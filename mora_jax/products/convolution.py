@@ -14,16 +14,17 @@ Convolve = Callable[[jax.Array, jax.Array], jax.Array]
 class Convolution(Product):
     r"""A convolution: a dense layer on each window of the input.
 
-    The kernel is (*window, in, out); a window's numbers are the input features. So
-    :math:`x * (C M D) = D((x * C) M)`, and where C gives one vector of q numbers, the
-    layer convolves with C, of q outputs; else, with the update itself.
+    The kernel is (*window, in, out), and the numbers in a window are the input
+    features. So :math:`x * (C M D) = D((x * C) M)`. If C(x) is a single vector of q
+    numbers, the input is convolved with C, a kernel of q outputs; otherwise with the
+    delta itself.
 
     Attributes:
-      kernel_axes: the kernel's axes as letters, such as "iiio".
-      convolve: (x, kernel) to the layer's output without bias.
-      any_outputs: whether `convolve` takes kernels of other output features than the
-        layer's: not with groups of features or a mask.
-      masked: whether `convolve` multiplies the kernel by a mask.
+      kernel_axes: The kernel's axes as letters, such as "iiio".
+      convolve: A function of (x, kernel) that returns the layer's output without bias.
+      any_outputs: Whether `convolve` takes a kernel of any number of output features.
+        It does not with groups of features or with a mask.
+      masked: Whether `convolve` multiplies the kernel by a mask.
     """
 
     kernel_axes: str
@@ -43,7 +44,7 @@ class Convolution(Product):
 
     @property
     def passes(self) -> frozenset[str]:
-        # How paddings are made of the kernel and the output; `convolve` does the same.
+        # Some paddings change the kernel or the output by these; so does `convolve`.
         steps = {"concatenate", "pad", "reduce_sum", "rev", "slice"}
         return frozenset(steps | {"mul"} if self.masked else steps)
 

@@ -11,20 +11,21 @@ from mora_jax.products._base import Delta, Product
 class Lookup(Product):
     """An embedding: the kernel's rows at integer inputs.
 
-    The kernel is (in, out) with the vocabulary for input features. The update's rows
+    The kernel is (in, out), and the input features are the vocabulary. The delta's rows
     are computed for the given indices alone.
 
     Example: an embedding class of your own, and its tied head::
 
       >>> from flax import nnx
-      >>> from mora_jax import products, register_layer
+      >>> import mora_jax
       >>> class Table(nnx.Module):
       ...     def encode(self, ids): return self.table[...][ids]
       ...     def decode(self, x): return x @ self.table[...].T
-      >>> lookup = products.Lookup()
-      >>> register_layer(Table, equation=lookup, kernel="table", method="encode")
-      >>> tied = "...d,vd->...v"
-      >>> register_layer(Table, equation=tied, kernel="table", method="decode")
+      >>> lookup, tied = mora_jax.products.Lookup(), mora_jax.products.ATTEND
+      >>> mora_jax.register_layer(
+      ...     Table, equation=lookup, kernel="table", method="encode")
+      >>> mora_jax.register_layer(
+      ...     Table, equation=tied, kernel="table", method="decode")
     """
 
     primitive = "gather"
@@ -39,7 +40,7 @@ class Lookup(Product):
 
     @property
     def passes(self) -> frozenset[str]:
-        return frozenset({"select_n"})  # of NaN where an index is out of bounds
+        return frozenset({"select_n"})  # it selects NaN for an index out of bounds
 
     def fits(self, axes: str) -> bool:
         return axes == self.axes

@@ -31,21 +31,28 @@ def test_what_ran_before_makes_no_difference(order):
     subprocess.run([sys.executable, str(SCRIPT), order], env=env, check=True)
 
 
+def quantize(model, x):
+    rule = qwix.QtRule(weight_qtype="int8", act_qtype="int8")
+    return qwix.quantize_model(model, qwix.QtProvider([rule]), x)
+
+
+def linear(**settings):
+    return nnx.Linear(8, 12, rngs=nnx.Rngs(0), **settings)
+
+
+def with_eye(model, **settings):
+    adapted = mora.wrap(model, MoRAConfig(square_rank=8, **settings))
+    mora.set_adapters(adapted, {"kernel_mora": jnp.eye(8)})
+    return adapted
+
+
 def test_an_input_of_the_shape_of_m_is_no_weight():
     """qwix looks for weights by their shapes."""
-    model = nnx.Linear(8, 12, use_bias=False, rngs=nnx.Rngs(0))
-    adapted = mora.wrap(model, MoRAConfig(square_rank=8))
-    mora.set_adapters(adapted, {"kernel_mora": jnp.eye(8)})
+    model = linear(use_bias=False)
+    adapted = with_eye(model)
     x = jax.random.normal(jax.random.key(0), (8, 8))
-    own, both = (
-        qwix.quantize_model(one, qwix.QtProvider([rule()]), x)(x)
-        for one in (model, adapted)
-    )
+    own, both = (quantize(one, x)(x) for one in (model, adapted))
     np.testing.assert_allclose(both - own, adapted(x) - model(x), atol=1e-5)
-
-
-def rule():
-    return qwix.QtRule(weight_qtype="int8", act_qtype="int8")
 
 
 class Raw(nnx.Module):
@@ -60,7 +67,7 @@ class Raw(nnx.Module):
 
 def test_a_quantized_product_in_jax_own_caches_is_not_ours():
     q, x = 11, jax.random.normal(jax.random.key(0), (13, 11))
-    qwix.quantize_model(Raw(q), qwix.QtProvider([rule()]), x)
+    quantize(Raw(q), x)
     config = MoRAConfig(square_rank=q, operator="truncation", execution="activation")
     frozen = FrozenDense.from_config(jnp.zeros((q, q)), config=config)
     m = jax.random.normal(jax.random.key(1), (q, q))
@@ -79,10 +86,8 @@ def test_interception_by_any_library_is_seen(monkeypatch):
     assert not intercepted()
     monkeypatch.setattr(jax.lax, "dot_general", dot_general)
     assert intercepted()
-    settings = {"use_bias": False, "dot_general": jax.lax.dot_general}
-    model = nnx.Linear(8, 12, **settings, rngs=nnx.Rngs(0))
-    adapted = mora.wrap(model, MoRAConfig(square_rank=8, execution="fold"))
-    mora.set_adapters(adapted, {"kernel_mora": jnp.eye(8)})
+    model = linear(use_bias=False, dot_general=jax.lax.dot_general)
+    adapted = with_eye(model, execution="fold")
     y = adapted(jnp.ones((4, 8)))
     (kernel,) = (one for one in operands if one.shape == (8, 12))
     np.testing.assert_array_equal(kernel, model.kernel[...])
@@ -92,19 +97,18 @@ def test_interception_by_any_library_is_seen(monkeypatch):
 
 
 def test_a_qwix_that_cannot_be_turned_off_is_an_error(monkeypatch):
-    model = mora.wrap(nnx.Linear(8, 12, rngs=nnx.Rngs(0)), MoRAConfig(square_rank=4))
+    model = mora.wrap(linear(), MoRAConfig(square_rank=4))
     switch = sys.modules["qwix._src.interception"]
     monkeypatch.delattr(switch, "disable_interceptions")
     model(jnp.ones((3, 8)))  # no quantized model runs
     with pytest.raises(RuntimeError, match=f"version .{qwix.__version__}.*known"):
-        qwix.quantize_model(model, qwix.QtProvider([rule()]), jnp.ones((3, 8)))
+        quantize(model, jnp.ones((3, 8)))
 
 
 def test_another_thread_is_not_turned_off():
     """Its model is quantized as if nobody else were there."""
-    model, x = nnx.Linear(8, 12, rngs=nnx.Rngs(0)), jnp.linspace(-1, 1, 24)
-    x = x.reshape(3, 8)
-    expected = qwix.quantize_model(model, qwix.QtProvider([rule()]), x)(x)
+    x = jnp.linspace(-1, 1, 24).reshape(3, 8)
+    expected = quantize(linear(), x)(x)
     inside, go_on = threading.Event(), threading.Event()
 
     @undisturbed
@@ -117,14 +121,11 @@ def test_another_thread_is_not_turned_off():
             wait()
             return x
 
-    def other():
-        qwix.quantize_model(Waits(), qwix.QtProvider([rule()]), x)
-
-    thread = threading.Thread(target=other)
+    thread = threading.Thread(target=lambda: quantize(Waits(), x))
     thread.start()
     try:
         assert inside.wait(60)
-        y = qwix.quantize_model(model, qwix.QtProvider([rule()]), x)(x)
+        y = quantize(linear(), x)(x)
     finally:
         go_on.set()
         thread.join()

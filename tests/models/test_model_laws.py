@@ -1,10 +1,7 @@
 """What holds of every model, in Linen and in NNX."""
 
-import functools
-
 import chex
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import by_kind
@@ -21,6 +18,7 @@ MODELS = [
     for api in ("linen", "nnx")
     if getattr(twin, api)
 ]
+IN_BOTH = [name for name, twin in TWINS.items() if twin.linen and twin.nnx]
 # The scope lets all laws of one model follow one another, and share its program.
 by_model = pytest.mark.parametrize(("name", "api"), MODELS, scope="module")
 
@@ -42,8 +40,7 @@ def test_plans_of_shapes_are_those_of_arrays(name, api):
     else:
         nnx.update(model, random_like(params))
     assert plan_of(model, variables, twin, twin.x) == of_shapes
-    # An embedding may also be a head, and Gemma's equation is known in the call alone.
-    if api == "nnx" and name != "gemma" and name not in TABLES:
+    if api == "nnx" and name not in TABLES:  # an embedding may also be a head
         assert mora.plan(model, twin.config) == of_shapes
 
 
@@ -59,11 +56,7 @@ def assert_merged_is_adapted(case):
     chex.assert_trees_all_equal_dtypes(adapted, base)
     close(adapted, merged, case.tolerance)
     changes = jax.tree.map(lambda y, base: largest(wide(y) - wide(base)), adapted, base)
-    assert all(change > 5e-3 for change in jax.tree.leaves(changes)) or empty(base)
-
-
-def empty(y):
-    return not any(leaf.size for leaf in jax.tree.leaves(y))
+    assert all(change > 5e-3 for change in jax.tree.leaves(changes))
 
 
 @by_model
@@ -72,29 +65,15 @@ def test_merged_is_adapted(name, api):
 
 
 def assert_gradients_are_those_of_the_merged_model(case):
-    for y, (_, gradients), (_, expected) in (case.at_zero, case.after):
+    for _, (_, gradients), (_, expected) in (case.at_zero, case.after):
         close(gradients, expected, case.tolerance)
         for gradient in jax.tree.leaves(gradients):
-            assert np.isfinite(gradient).all()
-            assert np.abs(gradient).max() > 0 or empty(y)
+            assert np.isfinite(gradient).all() and np.abs(gradient).max() > 0
 
 
 @by_model
 def test_every_adapter_learns_as_in_the_merged_model(name, api):
     assert_gradients_are_those_of_the_merged_model(results(name, api))
-
-
-@by_model
-def test_down_the_gradients_the_loss_falls(name, api):
-    case = results(name, api)
-    adapters, losses, y = case.zeros, [], None
-    for _ in range(4):
-        y, ((loss, _), gradients), _ = case.run(adapters)
-        losses.append(float(loss))
-        step = 1e-2 / max(1e-9, largest(gradients))
-        steps = jax.tree.map(functools.partial(jnp.multiply, -step), gradients)
-        adapters = jax.tree.map(jnp.add, adapters, steps)
-    assert losses == sorted(set(losses), reverse=True) or empty(y)
 
 
 @by_model
@@ -104,14 +83,20 @@ def test_one_program_serves_all_numbers(name, api):
     assert len(case.traces) == 1
 
 
-@pytest.mark.parametrize(
-    "name", [name for name, twin in TWINS.items() if twin.linen and twin.nnx]
-)
+@pytest.mark.parametrize("name", IN_BOTH)
 def test_linen_and_nnx_agree(name):
     one, other = (results(name, api) for api in ("linen", "nnx"))
     assert one.plan == other.plan and one.plan.digest() == other.plan.digest()
     chex.assert_trees_all_equal(one.params, other.params)
     close(one.after, other.after, one.tolerance)
+
+
+@pytest.mark.parametrize("name", ["einsums", "scan-remat", "t-kernel"])
+@pytest.mark.parametrize("api", ["linen", "nnx"])
+def test_compiled_and_not_give_the_same(name, api):
+    case = results(name, api)
+    _, ((_, compiled), _), _ = case.after
+    close(case.adapted(case.params, case.adapters, case.x), compiled)
 
 
 @pytest.mark.parametrize("name", ["groups", "t-kernel", "tied"])

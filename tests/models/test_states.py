@@ -12,7 +12,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from helpers import random, random_like
+from helpers import close, random, random_like
 from twins import Twin, nnx_model
 
 import mora_jax
@@ -21,6 +21,10 @@ from mora_jax.nnx import MoRAParam, adapters, plan_of, set_adapters, wrap
 
 CONFIG = MoRAConfig(rank=2, operator="orthogonal", seed=1)
 X = random(0, 3, 12)
+
+
+def linear():
+    return nnx.Linear(12, 12, rngs=nnx.Rngs(0))
 
 
 def base():
@@ -32,37 +36,28 @@ def base():
     return nnx_model(Twin(None, make, {}))
 
 
-def trained(model):
-    """With M's that all differ."""
-    set_adapters(model, random_like(adapters(model), 0.1))
-    return model
-
-
 @pytest.fixture
 def case():
     """(base, adapted model, its params as a state, its M's as a state, plan)."""
     model = base()
-    adapted = trained(wrap(model, CONFIG))
+    adapted = wrap(model, CONFIG)
+    set_adapters(adapted, random_like(adapters(adapted), 0.1))
     params, state = nnx.state(model, nnx.Param), nnx.state(adapted, MoRAParam)
     return model, adapted, params, state, plan_of(adapted)
 
 
-def test_a_state_is_planned_and_merged(case):
+def test_a_state_is_planned_merged_and_folded(case):
     model, adapted, params, state, chosen = case
     assert plan(params, CONFIG) == chosen
     for given in (state, adapters(adapted)):
         merged = merge(params, given, chosen)
         assert jax.tree.structure(merged) == jax.tree.structure(params)
         nnx.update(fresh := base(), merged)
-        np.testing.assert_allclose(fresh(X), adapted(X), atol=1e-5)
+        close(fresh(X), adapted(X))
         back = mora_jax.unmerge(merged, given, chosen)
         chex.assert_trees_all_close(back, params, atol=1e-5)
     plain = merge(nnx.to_pure_dict(params), state, chosen)
     chex.assert_trees_all_equal(plain, nnx.to_pure_dict(merged))
-
-
-def test_a_state_folds_under_gradients(case):
-    model, _, params, state, chosen = case
     graph = nnx.graphdef(model)
 
     def loss(state):
@@ -79,14 +74,13 @@ def test_what_a_state_says_is_what_a_tree_says(case, tmp_path):
     plain, tree = nnx.to_pure_dict(params), adapters(adapted)
     for function in (diagnostics.merge_loss, diagnostics.relative_norm):
         assert function(params, state, chosen) == function(plain, tree, chosen)
-    chex.assert_trees_all_equal(
-        mora_jax.delta_weight(state, chosen), mora_jax.delta_weight(tree, chosen)
-    )
+    deltas = (mora_jax.delta_weight(given, chosen) for given in (state, tree))
+    chex.assert_trees_all_equal(*deltas)
     vector = mora_jax.ravel_adapters(state)
     np.testing.assert_array_equal(vector, mora_jax.ravel_adapters(tree))
-    chex.assert_trees_all_equal(mora_jax.unravel_adapters(vector, chosen), tree)
-    again = mora_jax.unravel_adapters(vector, state)
-    chex.assert_trees_all_equal(again, state)
+    for like, expected in ((chosen, tree), (state, state)):
+        again = mora_jax.unravel_adapters(vector, like)
+        chex.assert_trees_all_equal(again, expected)
     mora_jax.save(tmp_path, state, chosen)
     loaded, same = mora_jax.load(tmp_path, params)
     assert same == chosen
@@ -94,16 +88,16 @@ def test_what_a_state_says_is_what_a_tree_says(case, tmp_path):
 
 
 def test_a_state_is_combined_split_and_masked(case):
-    _, adapted, params, state, _ = case
+    _, adapted, params, state, chosen = case
     for given in (state, adapters(adapted)):
         both = combine(params, given)
         assert isinstance(both, nnx.State)
         kept, extra = mora_jax.split(both)
         chex.assert_trees_all_equal(kept, params)
-        vector = mora_jax.ravel_adapters(extra)
-        np.testing.assert_array_equal(vector, mora_jax.ravel_adapters(state))
+        vectors = map(mora_jax.ravel_adapters, (extra, state))
+        np.testing.assert_array_equal(*vectors)
         with pytest.raises(ValueError, match="hold the adapter layers/0/kernel_mora"):
-            merge(both, given, plan_of(adapted))
+            merge(both, given, chosen)
     both = combine(params, state)
     mask = mora_jax.trainable_mask(both)
     assert mask["layers"][3] == {"bias": False, "kernel": False, "kernel_mora": True}
@@ -118,80 +112,71 @@ def test_a_state_is_combined_split_and_masked(case):
 def test_linen_takes_the_m_of_a_state_as_arrays():
     model = nn.Dense(12)
     variables = model.init(jax.random.key(0), X)
-    layer = wrap(nnx.Linear(12, 12, rngs=nnx.Rngs(0)), CONFIG)
+    layer = wrap(linear(), CONFIG)
     set_adapters(layer, {"kernel_mora": jnp.ones(layer.kernel_mora.shape)})
     state = nnx.state(layer, MoRAParam)
     both = combine(variables["params"], state)
     assert isinstance(both["kernel_mora"], jax.Array)
-    chosen = mora_jax.linen.plan(model, variables, CONFIG, X)
-    apply = mora_jax.linen.wrap(model, chosen)
+    apply = mora_jax.linen.wrap(model, CONFIG, variables, X)
     expected = apply(nnx.to_pure_dict(state), variables, X)
     np.testing.assert_array_equal(apply(state, variables, X), expected)
 
 
 @pytest.mark.usefixtures("unchecked")
-def test_models_are_told_apart_from_trees(case, tmp_path):
+def test_what_is_no_tree_is_told(case, tmp_path):
     model, adapted, params, state, chosen = case
     mora_jax.save(tmp_path, state, chosen)
-    of_params = "params must be a tree .* got the model Sequential: .*nnx.Param"
-    of_adapters = "adapters must be a tree .* got the model Sequential: .*MoRAParam"
-    calls = {
-        of_params: [
-            lambda: plan(model),
-            lambda: plan({"inside": model}),
-            lambda: merge(model, state, chosen),
-            lambda: mora_jax.fold(model, state, chosen),
-            lambda: mora_jax.unmerge(model, state, chosen),
-            lambda: mora_jax.load(tmp_path, model),
-            lambda: combine(model, state),
-            lambda: mora_jax.trainable_mask(adapted),
-            lambda: diagnostics.merge_loss(model, state, chosen),
-            lambda: diagnostics.relative_norm(model, state, chosen),
-        ],
-        of_adapters: [
-            lambda: merge(params, adapted, chosen),
-            lambda: mora_jax.save(tmp_path, adapted, chosen),
-            lambda: mora_jax.delta_weight(adapted, chosen),
-            lambda: diagnostics.spectrum(adapted, chosen),
-            lambda: combine(params, adapted),
-            lambda: mora_jax.ravel_adapters(adapted),
-            lambda: set_adapters(adapted, adapted),
-        ],
-        "tree must be a tree of arrays, got the model": [
-            lambda: mora_jax.split(adapted)
-        ],
-        "got the model Dense: .*init.*mora_jax.linen": [
-            lambda: plan(nn.Dense(3)),
-            lambda: merge(nn.Dense(3), state, chosen),
-        ],
-    }
-    for message, group in calls.items():
-        for call in group:
-            with pytest.raises(TypeError, match=message):
-                call()
-
-
-@pytest.mark.usefixtures("unchecked")
-def test_all_variables_are_told_apart_from_params(tmp_path):
-    variables = nn.Dense(12).init(jax.random.key(0), X)
-    chosen = plan(variables["params"])
-    adapters = init(chosen)
-    mora_jax.save(tmp_path, adapters, chosen)
-    calls = [
-        lambda: plan(variables),
-        lambda: merge(variables, adapters, chosen),
-        lambda: diagnostics.relative_norm(variables, adapters, chosen),
-        lambda: mora_jax.load(tmp_path, variables),
+    of_params = [
+        plan,
+        lambda wrong: merge(wrong, state, chosen),
+        lambda wrong: mora_jax.fold(wrong, state, chosen),
+        lambda wrong: mora_jax.unmerge(wrong, state, chosen),
+        lambda wrong: mora_jax.load(tmp_path, wrong),
+        lambda wrong: diagnostics.merge_loss(wrong, state, chosen),
+        lambda wrong: diagnostics.relative_norm(wrong, state, chosen),
+        lambda wrong: combine(wrong, state),
+        mora_jax.trainable_mask,
     ]
-    for call in calls:
-        with pytest.raises(ValueError, match=r"pass variables\['params'\]"):
-            call()
+    of_adapters = [
+        lambda wrong: merge(params, wrong, chosen),
+        lambda wrong: mora_jax.save(tmp_path, wrong, chosen),
+        lambda wrong: mora_jax.delta_weight(wrong, chosen),
+        lambda wrong: diagnostics.spectrum(wrong, chosen),
+        lambda wrong: combine(params, wrong),
+        mora_jax.ravel_adapters,
+        lambda wrong: set_adapters(adapted, wrong),
+    ]
+    of_trees = [mora_jax.split, lambda wrong: mora_jax.unravel_adapters(X[0], wrong)]
+    a_model = "must be a tree .* got the model Sequential: .*"
+    no_tree = "must be (a tree|nested mappings)"
+    variables = {"params": nnx.to_pure_dict(params)}
+    refusals = [
+        (model, TypeError, f"params {a_model}nnx.Param", of_params),
+        ({"inside": model}, TypeError, f"params {a_model}nnx.Param", [plan]),
+        (adapted, TypeError, f"adapters {a_model}MoRAParam", of_adapters),
+        (adapted, TypeError, "tree must be a .*got the model", of_trees[:1]),
+        (nn.Dense(3), TypeError, "the model Dense: .*init.*mora_jax.linen", of_params),
+        (variables, ValueError, r"pass variables\['params'\]", of_params[:-2]),
+    ]
+    for wrong in ("gs://bucket/params", 3, jnp.ones((8, 8)), object()):
+        everywhere = of_params + of_adapters + of_trees
+        refusals.append((wrong, TypeError, no_tree, everywhere))
+    for wrong, error, message, calls in refusals:
+        for call in calls:
+            with pytest.raises(error, match=message):
+                call(wrong)
+    shapes = jax.eval_shape(lambda: state)
+    for function in (merge, mora_jax.fold):
+        with pytest.raises(TypeError, match="must be an array, got ShapeDtypeStruct"):
+            function(params, shapes, chosen)
+        with pytest.raises(TypeError, match="dtype must be a floating-point dtype"):
+            function(params, state, chosen, jnp.int8)
 
 
 def test_a_model_may_have_an_attribute_called_params():
     class Net(nnx.Module):
         def __init__(self):
-            self.params = nnx.Linear(12, 12, rngs=nnx.Rngs(0))
+            self.params = linear()
 
         def __call__(self, x):
             return self.params(x)
@@ -200,32 +185,6 @@ def test_a_model_may_have_an_attribute_called_params():
     assert list(plan_of(model)) == ["params/kernel"]
     assert list(plan(nnx.state(Net(), nnx.Param), CONFIG)) == ["params/kernel"]
     mora_jax.nnx.merge_adapters(model)
-
-
-@pytest.mark.usefixtures("unchecked")
-def test_what_is_no_tree_is_told():
-    params = {"kernel": jnp.ones((8, 8))}
-    chosen = plan(params)
-    adapters = init(chosen)
-    for wrong in ("gs://bucket/params", 3, jnp.ones((8, 8)), object()):
-        for call in (
-            lambda wrong=wrong: plan(wrong),
-            lambda wrong=wrong: merge(wrong, adapters, chosen),
-            lambda wrong=wrong: merge(params, wrong, chosen),
-            lambda wrong=wrong: mora_jax.trainable_mask(wrong),
-            lambda wrong=wrong: mora_jax.ravel_adapters(wrong),
-            lambda wrong=wrong: mora_jax.unravel_adapters(jnp.ones(3), wrong),
-            lambda wrong=wrong: combine(wrong, adapters),
-            lambda wrong=wrong: mora_jax.split(wrong),
-        ):
-            with pytest.raises(TypeError, match="must be (a tree|nested mappings)"):
-                call()
-    shapes = jax.eval_shape(lambda: adapters)
-    for function in (merge, mora_jax.fold):
-        with pytest.raises(TypeError, match="must be an array, got ShapeDtypeStruct"):
-            function(params, shapes, chosen)
-        with pytest.raises(TypeError, match="dtype must be a floating-point dtype"):
-            function(params, adapters, chosen, jnp.int8)
 
 
 @pytest.mark.usefixtures("unchecked")
@@ -256,11 +215,10 @@ def test_raw_keys_are_keys():
 
 @pytest.mark.usefixtures("unchecked")
 def test_one_layer_takes_a_variable_of_its_own_update():
-    layer = wrap(nnx.Linear(12, 12, rngs=nnx.Rngs(0)), CONFIG)
+    layer = wrap(linear(), CONFIG)
     params, kernel = {"kernel_mora": layer.kernel_mora}, layer.kernel[...]
     frozen = FrozenDense.from_config(kernel, layer.bias[...], config=CONFIG)
-    y = mora_jax.mora_apply(params, frozen, X)
-    np.testing.assert_allclose(y, layer(X), atol=1e-6)
+    close(mora_jax.mora_apply(params, frozen, X), layer(X))
     other = dataclasses.replace(frozen, alpha=2.0)
     for function in (mora_jax.delta_weight, lambda m, f: mora_jax.mora_apply(m, f, X)):
         with pytest.raises(ValueError, match="made for alpha 1.0, not 2.0"):
@@ -282,14 +240,13 @@ class Parts:
     dtype = property(lambda self: self.scale.dtype)
 
 
-QUANTIZED = {
-    "int8": jnp.ones((12, 12), jnp.int8),
-    "parts": Parts(jnp.ones((12, 12), jnp.int8), jnp.ones((1, 12))),
-}
+EIGHT = jnp.ones((12, 12), jnp.int8)
+QUANTIZED = {"int8": EIGHT, "parts": Parts(EIGHT, jnp.ones((1, 12)))}
+by_kind = pytest.mark.parametrize("kind", QUANTIZED)
 
 
 @pytest.mark.usefixtures("unchecked")
-@pytest.mark.parametrize("kind", QUANTIZED)
+@by_kind
 def test_quantized_kernels_are_refused_wherever_kernels_come_in(kind, tmp_path):
     """A fold into int8 gave int8, and a gradient that was exactly zero."""
     kernel = QUANTIZED[kind]
@@ -320,16 +277,14 @@ def test_quantized_kernels_are_refused_wherever_kernels_come_in(kind, tmp_path):
             call()
 
 
-@pytest.mark.parametrize("kind", QUANTIZED)
+@by_kind
 def test_a_quantized_model_keeps_its_adapters_and_does_not_merge(kind):
-    model = wrap(nnx.Linear(12, 12, rngs=nnx.Rngs(0)), CONFIG)
+    model, kernel = wrap(linear(), CONFIG), QUANTIZED[kind]
     tree, chosen = adapters(model), plan_of(model)
     if kind == "int8":
-        model.kernel = nnx.Param(QUANTIZED[kind])
+        model.kernel = nnx.Param(kernel)
     else:  # as qwix does it
-        model.kernel = nnx.data(
-            Parts(*map(nnx.Param, jax.tree.leaves(QUANTIZED[kind])))
-        )
+        model.kernel = nnx.data(Parts(*map(nnx.Param, jax.tree.leaves(kernel))))
     chex.assert_trees_all_equal(adapters(model), tree)
     assert plan_of(model).digest() == chosen.digest()
     with pytest.raises((TypeError, ValueError), match="dequantise it first, or"):

@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import by_few_cases, by_few_sizes
-from helpers import random, trained
+from adapter_files import slow
+from cases import SIZES, by_few_cases
+from helpers import close, random, trained, wide
 
 import mora_jax
 from mora_jax import AdapterSpec, MoRAConfig, Plan, diagnostics
@@ -20,24 +21,28 @@ PARAMS = {
 PLAN = mora_jax.plan(
     PARAMS, MoRAConfig(rank=2, overrides={"dec/kernel": {"axes": "sio"}})
 )
+# In blocks that fill the layer, so that many operators are isometric, and that do not.
+FEW_SIZES = {(16, 16, 4), (13, 7, 4)}
 
 
 @by_few_cases
-@by_few_sizes
+@pytest.mark.parametrize(
+    "size", [size if size in FEW_SIZES else slow(size) for size in SIZES], ids=str
+)
 def test_spectrum(case, size):
     ins, outs, q = size
     spec = AdapterSpec(case.make(ins, outs, q), (2, ins, outs), "sio", alpha=-0.5)
     plan = Plan((spec,), 0)
     adapters = trained(plan)
     delta = mora_jax.delta_weight(adapters, plan)["kernel"]
-    expected = np.linalg.svd(np.asarray(delta, np.float64), compute_uv=False)
+    expected = np.linalg.svd(wide(delta), compute_uv=False)
     (values,) = diagnostics.spectrum(adapters, plan).values()
     assert values.shape == (2, min(ins, outs))
     np.testing.assert_allclose(values, expected, rtol=1e-4, atol=2e-5)
 
 
 @pytest.mark.parametrize(
-    "name", ["rotation", "permutation", "sharing", "hadamard", "truncation"]
+    "name", ["rotation", "sharing", "hadamard", slow("permutation"), slow("truncation")]
 )
 def test_spectrum_forms_no_kernel(name):
     """Of isometric blocks and of operators without blocks."""
@@ -56,24 +61,22 @@ def test_spectrum_forms_no_kernel(name):
     assert diagnostics.count_above(values, 1e-9) == rank
 
 
-def test_effective_rank():
+def test_effective_rank(unchecked):
     values = np.array([[3.0, 3.0, 3.0, 0.0], [5.0, 0.0, 0.0, 0.0], [0.0] * 4])
     np.testing.assert_allclose(diagnostics.effective_rank(values), [3, 1, 0])
     assert diagnostics.count_above(values).tolist() == [3, 1, 0]
+    assert diagnostics.effective_rank([2.0, 2.0, 0.0]) == pytest.approx(2)
 
 
 def test_relative_norm():
     adapters = trained(PLAN)
-    found = diagnostics.relative_norm(PARAMS, adapters, PLAN)
     deltas = mora_jax.delta_weight(adapters, PLAN)
-    assert found.keys() == PLAN.keys()
-    norms = [np.linalg.norm(tree["enc"]["kernel"]) for tree in (deltas, PARAMS)]
-    expected = norms[0] / norms[1]
-    np.testing.assert_allclose(found["enc/kernel"], expected, rtol=1e-5)
-
-
-def test_relative_norm_of_zeros():
-    adapters = trained(PLAN)
+    expected = {
+        f"{name}/kernel": np.linalg.norm(delta["kernel"])
+        / np.linalg.norm(PARAMS[name]["kernel"])
+        for name, delta in deltas.items()
+    }
+    close(diagnostics.relative_norm(PARAMS, adapters, PLAN), expected)
     zeros = jax.tree.map(jnp.zeros_like, PARAMS)
     assert set(diagnostics.relative_norm(zeros, adapters, PLAN).values()) == {np.inf}
 
@@ -88,20 +91,15 @@ def test_bad_input():
     shapes = jax.eval_shape(lambda: PARAMS)
     with pytest.raises(TypeError, match="got ShapeDtypeStruct; for shapes alone"):
         diagnostics.relative_norm(shapes, adapters, PLAN)
+    wrong = {**PARAMS, "enc": {"kernel": jnp.ones((24, 16))}}
     with pytest.raises(ValueError, match="enc/kernel must have shape"):
-        wrong = {**PARAMS, "enc": {"kernel": jnp.ones((24, 16))}}
         diagnostics.relative_norm(wrong, adapters, PLAN)
-    assert diagnostics.effective_rank([2.0, 2.0, 0.0]) == pytest.approx(2)
 
 
 def test_plot(tmp_path):
     figure = diagnostics.plot_spectrum(trained(PLAN), PLAN)
     lines, bars = figure.axes
     assert len(lines.lines) == 1 + 3 + 1  # each layer of the stacked kernel too
-    assert {line.get_label() for line in bars.lines} == {
-        "enc/kernel",
-        "dec/kernel",
-        "out/kernel",
-    }
+    assert {line.get_label() for line in bars.lines} == set(PLAN)
     figure.savefig(tmp_path / "spectrum.png")
     assert (tmp_path / "spectrum.png").stat().st_size > 1000

@@ -1,10 +1,8 @@
 """Families of names, on transformers' own models in PyTorch and in Flax."""
 
-import jax
 import numpy as np
 import pytest
-from adapter_files import made
-from flax import traverse_util
+from adapter_files import flatten, made
 
 import mora_jax
 from mora_jax import MoRAConfig, io
@@ -35,16 +33,12 @@ MODELS = {
 IDS = np.random.default_rng(0).integers(0, 50, (2, 7))
 
 
-def config_of(family):
-    name, _, sizes = MODELS[family]
-    return getattr(transformers, f"{name}Config")(**sizes)
-
-
-def torch_model(family):
+def model_of(family, prefix="", **settings):
     """A tiny model of random weights."""
     torch.manual_seed(0)
-    name, head, _ = MODELS[family]
-    return getattr(transformers, name + head)(config_of(family)).eval()
+    name, head, sizes = MODELS[family]
+    config = getattr(transformers, f"{name}Config")(**sizes)
+    return getattr(transformers, f"{prefix}{name}{head}")(config, **settings)
 
 
 def weights(model):
@@ -56,50 +50,42 @@ def weights(model):
     }
 
 
-def test_all_families_are_here():
-    assert MODELS.keys() == FAMILIES.keys()
+assert MODELS.keys() == FAMILIES.keys()
 
 
 @pytest.mark.parametrize("family", [name for name in MODELS if name != "qwen"])
 def test_names_are_those_of_the_flax_model(family):
     """Each matrix inside the layers has a kernel, and each kernel a matrix."""
-    name, head, _ = MODELS[family]
-    model = getattr(transformers, f"Flax{name}{head}")(
-        config_of(family), _do_init=False
-    )
-    tree = traverse_util.flatten_dict(model.params_shape_tree, sep="/")
+    tree = flatten(model_of(family, "Flax", _do_init=False).params_shape_tree)
     expected = {
         path: leaf.shape
         for path, leaf in tree.items()
         if path.endswith("/kernel") and any(map(str.isdigit, path.split("/")))
     }
-    found = {}
-    for module, shape in weights(torch_model(family)).items():
-        named = to_kernel(module, pairs(family))
-        assert named is not None, module
-        kernel, layout = named
-        assert to_module(kernel, pairs(family)) == (module, layout)
+    found = set()
+    for module, shape in weights(model_of(family)).items():
+        kernel, axes = to_kernel(module, pairs(family)) or ("", "")
+        assert to_module(kernel, pairs(family)) == (module, axes)
         assert sorted(expected[kernel]) == sorted(shape)
-        found[kernel] = layout
-    assert found.keys() == expected.keys()
+        found.add(kernel)
+    assert found == expected.keys()
 
 
 @pytest.mark.parametrize("family", MODELS)
 def test_merged_is_the_lora(tmp_path, family):
     """What PEFT makes of our LoRA is what transformers makes of our merged weights."""
-    model = torch_model(family)
-    model.save_pretrained(tmp_path / "base")
+    model, base = model_of(family).eval(), tmp_path / "base"
+    model.save_pretrained(base)
     config = MoRAConfig(rank=2, operator="sharing", targets=".*/kernel")
-    plan = mora_jax.plan(io.Checkpoint(tmp_path / "base").shapes(family), config)
+    plan = mora_jax.plan(io.Checkpoint(base).shapes(family), config)
     assert len(plan) == len(weights(model))
     adapters = made(plan, scale=0.1)
-    io.merge_checkpoint(tmp_path / "base", adapters, plan, tmp_path / "merged", family)
+    io.merge_checkpoint(base, adapters, plan, tmp_path / "merged", family)
     io.save_peft_lora(tmp_path / "lora", adapters, plan, family, task_type=None)
     ids = torch.tensor(IDS)
     with torch.no_grad():
-        base = model(ids).logits
+        before = model(ids).logits
         merged = type(model).from_pretrained(tmp_path / "merged").eval()(ids).logits
         lora = peft.PeftModel.from_pretrained(model, tmp_path / "lora")(ids).logits
     np.testing.assert_allclose(lora.numpy(), merged.numpy(), atol=1e-4)
-    assert float((merged - base).abs().max()) > 1e-2
-    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(adapters))
+    assert float((merged - before).abs().max()) > 1e-2

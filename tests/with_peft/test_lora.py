@@ -29,11 +29,6 @@ def torch_llama():
     return model.eval()
 
 
-def logits(model):
-    with torch.no_grad():
-        return model(torch.tensor(IDS, dtype=torch.long)).logits.numpy()
-
-
 MODEL, PARAMS = llama(), base(1)
 BLOCKS = {"rotation", "decoupling", "permutation"}
 
@@ -49,6 +44,8 @@ def test_logits(tmp_path, operator):
     lost = io.save_peft_lora(tmp_path / "a", adapters, plan, NAMES, rank=rank)
     assert len(lost) == 14 and max(lost.values()) < 1e-5
     model = peft.PeftModel.from_pretrained(torch_llama(), tmp_path / "a")
-    np.testing.assert_allclose(logits(model), expected, atol=1e-4)
+    with torch.no_grad():
+        logits = model(torch.tensor(IDS, dtype=torch.long)).logits
+    np.testing.assert_allclose(logits.numpy(), expected, atol=1e-4)
     base_logits = MODEL.apply(variables, IDS)
     assert float(jnp.abs(expected - base_logits).max()) > 0.1
