@@ -2,14 +2,11 @@
 
 import json
 import math
-import time
 
-import jax
-import numpy as np
 import pytest
 from processes import ROOT, python
 
-import mora_jax
+from benchmarks import planning
 from mora_jax.operators import OPERATORS
 
 
@@ -149,13 +146,7 @@ def test_planning_takes_time_in_proportion_to_the_kernels():
     """By processor time, against the least of some smaller plans."""
 
     def seconds(count):
-        shapes = {
-            f"layer_{k}": {"kernel": jax.ShapeDtypeStruct((64, 64 + k % 5), np.float32)}
-            for k in range(count)
-        }
-        start = time.process_time()
-        assert len(mora_jax.plan(shapes)) == count
-        return time.process_time() - start
+        return planning.plan_seconds(planning.kernels(count))[0]
 
     assert seconds(3000) < 25 * min(seconds(300) for _ in range(3))
 
