@@ -1,12 +1,12 @@
 """What all tests share."""
 
-import importlib.util
 import os
 import pkgutil
 
 import jax
 import jaxtyping
 import pytest
+from processes import ROOT
 
 # Most of the time goes into compiling, so XLA need not optimise. Its older emitters of
 # fused operations compile in half the time of the newer ones; JAX 0.12 has only these.
@@ -18,9 +18,7 @@ os.environ.setdefault("XLA_FLAGS", FLAGS)
 
 # Annotations are checked while tests run. Not in linen: MoRADense inherits fields of
 # nn.Dense whose annotations beartype cannot check.
-_spec = importlib.util.find_spec("mora_jax")
-assert _spec is not None and _spec.submodule_search_locations is not None
-_names = [m.name for m in pkgutil.iter_modules(_spec.submodule_search_locations)]
+_names = [m.name for m in pkgutil.iter_modules([str(ROOT / "mora_jax")])]
 _checked = [f"mora_jax.{name}" for name in _names if name != "linen"]
 jaxtyping.install_import_hook(_checked, "beartype.beartype")
 

@@ -48,3 +48,9 @@ def assert_close(got, expected, tolerance=1e-5):
     for one, other in zip(*map(jax.tree.leaves, (got, expected)), strict=True):
         one, other = wide(one), wide(other)
         np.testing.assert_allclose(one, other, atol=tolerance * np.abs(other).max())
+
+
+def assert_shardings(arrays, expected):
+    """Each array is where its leaf of a tree of shardings says."""
+    for array, one in zip(*map(jax.tree.leaves, (arrays, expected)), strict=True):
+        assert array.sharding.is_equivalent_to(one, array.ndim)

