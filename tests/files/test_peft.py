@@ -1,5 +1,6 @@
 """The reference's adapters are read as meant, and written so that it reads them."""
 
+import functools
 import json
 import re
 
@@ -64,26 +65,21 @@ def test_written_as_it_was_read(tmp_path, mora_type):
     assert same == plan
 
 
-def several(operators):
-    """A plan of {path: operator}."""
-    plans = (single(op, path=tuple(path.split("/"))) for path, op in operators.items())
-    return Plan(tuple(spec for plan in plans for spec in plan.specs), 0)
-
-
-def stack(*settings):
-    """A plan of kernels of (in, out, q, operator), one layer each."""
-    path = "model/layers/{}/mlp/up_proj/kernel".format
-    operators = [make_operator(name, *size) for *size, name in settings]
-    return several({path(k): operator for k, operator in enumerate(operators)})
+def layers(*operators):
+    """A plan of a layer for each operator."""
+    specs = []
+    for number, operator in enumerate(operators):
+        path = "model", "layers", str(number), "mlp", "up_proj", "kernel"
+        specs += single(operator, path=path).specs
+    return Plan(tuple(specs), 0)
 
 
 @pytest.mark.parametrize("mora_type", [1, 2, 3, 4, 6])
 @pytest.mark.parametrize("rank", [1, 4])
 def test_all_types_and_layouts(tmp_path, mora_type, rank):
     """Three layers of other sizes and ranks, so that rank_pattern is needed."""
-    sizes = {"q_proj": (24, 24, rank), "up_proj": (24, 40, 2), "down_proj": (40, 24, 3)}
-    operators = {n: io.reference_operator(mora_type, *s) for n, s in sizes.items()}
-    plan = several({f"layers/0/mlp/{n}/kernel": op for n, op in operators.items()})
+    sizes = (24, 24, rank), (24, 40, 2), (40, 24, 3)
+    plan = layers(*(io.reference_operator(mora_type, *size) for size in sizes))
     adapters = made(plan)
     io.save_peft_mora(tmp_path / "a", adapters, plan, "qwen")
     config = config_of(tmp_path / "a")
@@ -153,7 +149,7 @@ def test_lora_is_the_update(tmp_path, case, size):
 
 def test_a_lora_that_loses_too_much_is_refused(tmp_path):
     """The message names the worst module, and the least rank that does for all."""
-    plan = stack((24, 24, 8, "rotation"), (24, 40, 8, "rotation"))
+    plan = layers(*(make_operator("rotation", 24, width, 8) for width in (24, 40)))
     adapters, target = made(plan), tmp_path / "a"
     with pytest.raises(ValueError, match="full rank") as told:
         io.save_peft_lora(target, adapters, plan)
@@ -172,14 +168,15 @@ def test_a_lora_that_loses_too_much_is_refused(tmp_path):
     for value, error in ((-0.1, ValueError), (1.5, ValueError), (True, TypeError)):
         with pytest.raises(error, match="max_error"):
             io.save_peft_lora(tmp_path / "x", adapters, plan, rank=4, max_error=value)
-    exact = stack((24, 40, 11, "sharing"))
+    exact = layers(make_operator("sharing", 24, 40, 11))
     lost = io.save_peft_lora(tmp_path / "s", made(exact), exact, max_error=0)
     assert not any(lost.values())
 
 
 def test_r_is_the_largest_rank(tmp_path):
     """Servers make room for that many; each module still is scaled by 1."""
-    plan = stack(*[(24, 24, 4, "sharing")] * 3, (24, 40, 11, "sharing"))
+    sharing = functools.partial(make_operator, "sharing", 24)
+    plan = layers(*[sharing(24, 4)] * 3, sharing(40, 11))
     io.save_peft_lora(tmp_path / "a", made(plan), plan)
     config = config_of(tmp_path / "a")
     assert config["r"] == config["lora_alpha"] == 11
@@ -189,7 +186,7 @@ def test_r_is_the_largest_rank(tmp_path):
 
 @pytest.mark.parametrize("write", [io.save_peft_mora, io.save_peft_lora])
 def test_force_replaces_nothing_but_an_adapter(tmp_path, write):
-    plan, target = stack((24, 40, 11, "sharing")), tmp_path / "a"
+    plan, target = layers(make_operator("sharing", 24, 40, 11)), tmp_path / "a"
     args = target, made(plan), plan
     for _ in range(2):
         write(*args, force=True)

@@ -66,9 +66,7 @@ def test_others_read_the_tensors(tmp_path):
     save(tmp_path, adapters, PLAN)
     found = safetensors.numpy.load_file(tmp_path / TENSORS)
     expected = traverse_util.flatten_dict(adapters, sep="/")
-    assert found.keys() == expected.keys()
-    for name, m in expected.items():
-        np.testing.assert_array_equal(found[name], m)
+    assert_same(found, jax.tree.map(np.asarray, expected))
     config = config_of(tmp_path)
     paths = [layer["path"] for layer in config["layers"]]
     assert paths == [list(s.path) for s in PLAN.specs]
@@ -119,19 +117,15 @@ NO_JSON = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("error", "metadata", "match"),
-    [
-        *((TypeError, *case) for case in NO_JSON),
-        (ValueError, {"a": float("nan")}, "JSON"),
-        (ValueError, NESTED, "metadata .*nested too deeply"),
-    ],
-)
 @pytest.mark.usefixtures("unchecked")
-def test_metadata_that_json_cannot_hold_is_named(tmp_path, error, metadata, match):
-    with pytest.raises(error, match=match):
-        save(tmp_path / "a", made(PLAN), PLAN, metadata)
-    assert not (tmp_path / "a").exists()
+def test_metadata_that_json_cannot_hold_is_named():
+    cases = [(TypeError, *case) for case in NO_JSON]
+    cases += [(ValueError, {"a": float("nan")}, "JSON")]
+    cases += [(ValueError, NESTED, "metadata .*nested too deeply")]
+    for error, metadata, match in cases:
+        with pytest.raises(error, match=match):
+            save("/nonexistent/x", made(PLAN), PLAN, metadata)
+    assert not Path("/nonexistent").exists()
 
 
 # What is read is believed only after it has been checked.
@@ -236,6 +230,7 @@ def raw(header, size=None):
 
 
 ENTRY = b'"enc/kernel_mora":{"dtype":"F32","shape":[1,1],"data_offsets":[0,4]}'
+HUGE = b"4294967296,4294967296"
 BAD_FILES = {
     "empty": (TENSORS, b""),
     "short": (TENSORS, b"\1\0"),
@@ -244,7 +239,7 @@ BAD_FILES = {
     "no-json": (TENSORS, raw(b"{]")),
     "twice": (TENSORS, raw(b"{" + ENTRY + b"," + ENTRY + b"}")),
     "offsets": (TENSORS, raw(b"{" + ENTRY.replace(b"[0,4]", b"[0,400]") + b"}")),
-    "huge-shape": (TENSORS, raw(b"{" + ENTRY.replace(b"1,1", b"4294967296,1") + b"}")),
+    "huge-shape": (TENSORS, raw(b"{" + ENTRY.replace(b"1,1", HUGE) + b"}")),
     "config-empty": (CONFIG, b""),
     "config-twice": (CONFIG, b'{"format": 1, "format": 2}'),
     "config-nan": (CONFIG, b'{"format": NaN}'),

@@ -129,13 +129,13 @@ def test_load_finds_tensors_that_move_while_it_looks(tmp_path, monkeypatch):
     """From their waiting place, right after they were seen there."""
     directory, new = tmp_path / "a", made(PLAN, 1)
     save(directory, made(PLAN, 0), PLAN)
-    for copy in states(directory, lambda: save(directory, new, PLAN)):
-        waiting = [path for path in copy.iterdir() if path.name.startswith(TEMPORARY)]
-        if waiting and is_new(load(copy)[0], new):
-            break
-    else:
-        raise AssertionError("no state of a save has its config and waiting tensors")
-    (waiting,), stat = waiting, Path.stat
+    copy, waiting = next(
+        (copy, path)
+        for copy in states(directory, lambda: save(directory, new, PLAN))
+        for path in copy.iterdir()
+        if path.name.startswith(TEMPORARY) and is_new(load(copy)[0], new)
+    )
+    stat = Path.stat
 
     def look(path, **kwargs):
         found = stat(path, **kwargs)
@@ -193,7 +193,6 @@ def test_load_beside_three_writers(tmp_path):
 
 
 def test_disk_full(tmp_path):
-    """The old adapter stays, and no litter."""
     save(tmp_path, made(PLAN), PLAN)
     with files_of_at_most(100):
         save(tmp_path, made(PLAN, 1), PLAN)
@@ -203,12 +202,9 @@ def test_disk_full(tmp_path):
 
 # Directories from strangers.
 
-HADAMARD = make_operator("hadamard", 8, 8, 4, seed=1)
-PLAIN = Plan(
-    single(HADAMARD).specs
-    + single(make_operator("rotation", 8, 12, 6), path=("b", "kernel")).specs,
-    160,
-)
+ONE = single(make_operator("hadamard", 8, 8, 4, seed=1)).specs
+TWO = single(make_operator("rotation", 8, 12, 6), path=("b", "kernel")).specs
+PLAIN = Plan(ONE + TWO, base_parameters=160)
 
 
 def flip(chance, data):
@@ -247,8 +243,10 @@ def numbers(chance, data):
     return json.dumps(config).encode()
 
 
-OF_TENSORS = (flip, cut, swap, swap, header)
-OF_CONFIG = (flip, cut, numbers, numbers, numbers)
+CHANGES = {
+    TENSORS: (flip, cut, swap, swap, header),
+    CONFIG: (flip, cut, numbers, numbers, numbers),
+}
 
 
 def assert_says(directory, adapters, plan):
@@ -268,15 +266,13 @@ def assert_says(directory, adapters, plan):
 
 def mutate(directory, chance, original):
     """Change one of the two files, often as someone who knows the format."""
-    for name, data in original.items():
-        (directory / name).write_bytes(data)
     name = chance.choice([TENSORS, CONFIG])
-    change = chance.choice(OF_TENSORS if name == TENSORS else OF_CONFIG)
-    data = change(chance, original[name])
-    (directory / name).write_bytes(data)
+    files = {**original, name: chance.choice(CHANGES[name])(chance, original[name])}
+    for file, data in files.items():
+        (directory / file).write_bytes(data)
     if chance.random() < 0.7:
         with contextlib.suppress(ValueError, AttributeError):  # no JSON object any more
-            rewrite(directory, tensors=data if name == TENSORS else None)
+            rewrite(directory, tensors=files[name] if name == TENSORS else None)
 
 
 @pytest.mark.parametrize("count", [300, slow(5000)])
@@ -301,22 +297,20 @@ def test_mutants(tmp_path, count):
 
 
 class Evil:
-    """Its pickle makes a file when it is opened."""
-
-    def __init__(self, mark):
-        self.mark = mark
+    """Its pickle makes a directory when it is opened."""
 
     def __reduce__(self):
-        return os.mkdir, (str(self.mark),)
+        return os.mkdir, ("opened",)
 
 
-def test_a_pickle_is_never_opened(tmp_path):
+def test_a_pickle_is_never_opened(tmp_path, monkeypatch):
     """Neither beside the files nor in their place, signed as ours or not."""
-    mark, directory, objects = tmp_path / "opened", tmp_path / "a", tmp_path / "o.npy"
-    evil = pickle.dumps(Evil(mark))
+    monkeypatch.chdir(tmp_path)
+    directory, objects = tmp_path / "a", tmp_path / "objects.npy"
+    evil = pickle.dumps(Evil())
     pickle.loads(evil)
-    mark.rmdir()  # so it works
-    np.save(objects, np.array([Evil(mark)], object))
+    os.rmdir("opened")  # so it works
+    np.save(objects, np.array([Evil()], object))
     save(directory, made(PLAN), PLAN)
     for name in ("adapter_model.bin", "pytorch_model.bin", "adapter_model.pkl"):
         (directory / name).write_bytes(evil)
@@ -331,4 +325,4 @@ def test_a_pickle_is_never_opened(tmp_path):
     for read in (*readers, io.read_metadata):
         with pytest.raises(AdapterFileError):
             read(directory)
-    assert not mark.exists()
+    assert not os.path.exists("opened")
