@@ -320,7 +320,7 @@ def mask(*shape):
 
 conv = functools.partial(layer, "Conv")
 transposed = functools.partial(layer, "ConvTranspose")
-IDS = np.int32([0, 3, 10, 3])
+IDS = np.array([0, 3, 10, 3], np.int32)
 
 # --- All of them ---
 
@@ -401,9 +401,9 @@ CONVOLUTIONS = {
 }
 TABLES = {
     "scalar": embed(np.array(3, np.int32)),
-    "one-word": embed(np.int32([0, 3, -2]), vocabulary=1),
+    "one-word": embed(np.array([0, 3, -2], np.int32), vocabulary=1),
     "attend": embed(random(2, 3, 6), "attend"),
-    "tied": embed(np.int32([[-1, 4], [-11, 0]]), "tied"),
+    "tied": embed(np.array([[-1, 4], [-11, 0]], np.int32), "tied"),
     "tied-bfloat16": embed(IDS, "tied", dtype=BF16),
 }
 
