@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PRNGKeyArray
 
-from mora_jax._compute.adapted import adapted_product, check_product, choose
+from mora_jax._compute.adapted import adapted_product, check_product
 from mora_jax._compute.delta import add_delta
 from mora_jax._flax.layer_rules import LayerRule
 from mora_jax._interception import intercepted
@@ -46,11 +46,7 @@ def adapt_call(
     """
     precision = getattr(module, "precision", None)
     replaceable = rule.multiplies_by_dot_general(module) and not intercepted()
-    # Where nothing but the activation path comes into question, the layer computes as
-    # it does without an adapter, so that one with M = 0 changes no bit. In float32 most
-    # is possible; the dtype that the layer casts to decides where it multiplies.
-    way = choose(spec, product, x, jnp.float32, dropout=dropout_key is not None)
-    if replaceable and way != "activation":
+    if replaceable and dropout_key is None:
         # The layer casts both operands to its dtype before it multiplies them, so that
         # how to compute is chosen where they are multiplied.
         def dot_general(
