@@ -1,7 +1,7 @@
 """Claim: folding into a bfloat16 kernel slows learning at first.
 
-A fold rounds kernel + update to bfloat16 in every step, and so loses what is small
-compared to the kernel; the other way adds the update to the layer's output.
+A fold rounds kernel + delta to bfloat16 in every step, and so loses what is small
+compared to the kernel; the other way adds the delta to the layer's output.
 SmolLM2-135M learns the same facts three times: in float32, and in bfloat16 both ways.
 You will see the loss at each step; loss and recall go to a JSON file, and the loss to a
 plot. Because of the difference, `execution="auto"` does not fold in 16-bit dtypes.

@@ -7,7 +7,7 @@ the floor's time and temporary memory, and to what adapters add to them: least s
 of log y on log x over the upper half of the sizes, at least three. Next to it is the p
 that arithmetic gives at the same sizes. For times there are two of them, of operations
 and of numbers read or written (`Cost` in cost.py), and a time should lie between both.
-With q = sqrt(2 r w), and updates that are folded:
+With q = sqrt(2 r w), and deltas that are folded:
 
     the floor  4 L T w^2 operations, L (2 w^2 + 4 T w) numbers; holds T w numbers
     rotation   adds 2 k T w q operations: M's gradient, 2 T q max(in, out) a kernel

@@ -13,7 +13,7 @@ def _sizes(op):
     return op.in_features, op.out_features, op.square_rank
 
 
-def update(c, d, m):
+def delta(c, d, m):
     """C (I_n (x) M) D in float64."""
     return np.einsum("inq,qr,nro->io", c, np.asarray(m, np.float64), d)
 

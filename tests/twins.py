@@ -351,7 +351,7 @@ DENSE = {
     "generals": built(
         lambda m, x: m.first(m.batched(m.mixed(m.split(x)))),
         split=general("ioo", WIDTH, (3, 4)),
-        mixed=general("iioo", (5, 4), (2, 5), axis=(1, -1)),
+        mixed=general("iioo", (5, 4), (2, 5), axis=(-1, 1)),
         batched=general("sio", 5, 6, batch={0: 2}),
         first=general("io", 3, 4, axis=1),
     ),
@@ -388,12 +388,20 @@ CONVOLUTIONS = {
     "pad-pairs": conv(padding=[(0, 2), (3, 1)], strides=(2, 1)),
     "circular": conv(padding="CIRCULAR", strides=2),
     "reflect-no-batch": conv((6, 5, 3), padding="REFLECT", kernel_dilation=(1, 2)),
-    "two-batches": conv((2, 2, 6, 5, 3), strides=None, input_dilation=None),
+    "two-batches": conv(
+        (2, 2, 6, 5, 3), strides=None, input_dilation=None, kernel_dilation=None
+    ),
     "groups": conv((2, 6, 5, 4), feature_group_count=2, use_bias=False),
     "mask": conv(mask=mask(3, 2, 3, 6), padding="CIRCULAR"),
+    "depthwise-mask": conv(
+        mask=mask(3, 2, 1, 6), feature_group_count=3, padding=(2, 0), strides=2
+    ),
     "conv-bfloat16": conv(dtype=BF16),
     "conv-bfloat16-mask": conv(dtype=BF16, mask=mask(3, 2, 3, 6)),
-    "t-no-batch": transposed((6, 5, 3), strides=(2, 1), use_bias=False),
+    "t-3d-no-batch": transposed(
+        (2, 3, 2, 3), (2, 1, 3), strides=(1, 2, 2), padding="VALID", use_bias=False
+    ),
+    "t-pad-int-mask": transposed(padding=1, strides=(2, 2), mask=mask(3, 2, 3, 6)),
     "t-pad-pairs": transposed(padding=((1, 0), (2, 2)), kernel_dilation=(2, 1)),
     "t-kernel": transposed(strides=(2, 3), transpose_kernel=True),
     "t-circular": transposed(padding="CIRCULAR", strides=(2, 1)),

@@ -1,4 +1,4 @@
-"""The update as a matrix, C (I_n x M) D, in the faster form of each operator.
+"""The delta as a matrix, C (I_n x M) D, in the faster form of each operator.
 
 See `forms` for what a form is.
 """
@@ -60,7 +60,7 @@ def _(op: Permutation, m: jax.Array) -> jax.Array:
 def _permuted_matrix(
     op: Permutation, m: jax.Array, in_inverse: ArrayLike, out_inverse: ArrayLike
 ) -> jax.Array:
-    """Rows and columns of the update, by where the two orders put them."""
+    """Rows and columns of the delta, by where the two orders put them."""
     q = op.square_rank
     out_block, out_offset = divide(out_inverse, q)
     columns = m.at[:, out_offset].get(mode="promise_in_bounds")

@@ -85,7 +85,7 @@ class Operator(abc.ABC):
     def isometry(self) -> bool:
         """Whether C and D are orthonormal: C^T C = I and D D^T = I on (n, q).
 
-        The update then has the Frobenius norm of M, times sqrt(n) with n blocks, at
+        The delta then has the Frobenius norm of M, times sqrt(n) with n blocks, at
         every width.
         """
         return False
@@ -237,7 +237,7 @@ class Operator(abc.ABC):
     def delta_weight(
         self, m: Float[ArrayLike, "q q"]
     ) -> Float[jax.Array, "features out"]:
-        r"""The update as a kernel: a product of `x` with it is `apply(m, x)`.
+        r"""The delta as a kernel: a product of `x` with it is `apply(m, x)`.
 
         .. math:: C (I_n \otimes M) D
 

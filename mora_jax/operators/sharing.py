@@ -21,7 +21,7 @@ class Sharing(Operator):
     """Sums of q groups of inputs; each output repeats one of q results.
 
     Paper equations 6-7. A group is strided (all features with the same index mod q) or
-    contiguous (neighbouring features). The update is dense, and costs no more than the
+    contiguous (neighbouring features). The delta is dense, and costs no more than the
     product with M.
 
     Attributes:
@@ -29,7 +29,7 @@ class Sharing(Operator):
         "strided" uses the first features once more, as the reference does, and
         "contiguous" balances the groups: the first ones are longer by one.
       decompress_groups: How outputs are grouped.
-      normalised: Whether to divide by sqrt(in / q * out / q). The update is then as
+      normalised: Whether to divide by sqrt(in / q * out / q). The delta is then as
         large as M (an isometry when q divides both widths), and one learning rate
         serves every width. The paper and the reference do not divide; their sharing
         wants a smaller rate.

@@ -193,7 +193,8 @@ def test_memory_stays_near_one_tensor(tmp_path):
     def measure(size):
         found.append(resident())
 
-    merge_checkpoint(base, made(plan), plan, tmp_path / "out", progress=measure)
-    assert len(found) > 32
-    # Up to the eighth kernel everything is compiled, and buffers have their sizes.
-    assert max(found) - found[len(found) // 4] < 12_000_000
+    one = mora_jax.plan({"l0": params["l0"]}, MoRAConfig(rank=1))
+    merge_checkpoint(base, made(one), one, tmp_path / "first")  # compiles everything
+    adapters, before = made(plan), resident()
+    merge_checkpoint(base, adapters, plan, tmp_path / "out", progress=measure)
+    assert len(found) > 32 and max(found) - before < 24_000_000

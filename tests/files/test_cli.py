@@ -131,6 +131,7 @@ def test_diff(tmp_path):
         ("inspect {ours} --base hf://a/b", 1, "base must be"),
         ("convert {ours} ftp://x/y --to mora --base {base}", 1, "target must be"),
         ("{merge} http://host/x --base mem://bucket/none", 1, "there is no none"),
+        ("convert {ours} /proc/x --to mora --base {base}", 1, "/proc/x"),
         ("{merge} http://host/x --base {here}", 1, "there is no *.safetensors"),
         ("inspect", 2, "Missing argument"),
         ("melt", 2, "No such command"),

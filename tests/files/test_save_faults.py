@@ -172,7 +172,7 @@ def test_load_beside_three_writers(tmp_path):
     done = threading.Event()
 
     def write(number):
-        for turn in range(10):
+        for turn in range(30):
             save(tmp_path, adapters[(number + turn) % 3], PLAN)
 
     def check():

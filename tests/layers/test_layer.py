@@ -52,7 +52,7 @@ def adapter(frozen):
 
 @jax.jit
 def adapted(params, frozen, x):
-    """What the layer gives, and its update as a kernel."""
+    """What the layer gives, and its delta as a kernel."""
     return mora_apply(params, frozen, x), delta_weight(params, frozen)
 
 
@@ -125,7 +125,7 @@ def test_bias_and_promotion():
 
 
 def test_abstract_shapes():
-    """Counts, init, forward and update of shapes alone, under eval_shape."""
+    """Counts, init, forward and delta of shapes alone, under eval_shape."""
     kernel = jax.ShapeDtypeStruct((4, 64, 32), jnp.bfloat16)
     frozen = FrozenDense.from_config(kernel, axes="sio")
     spec, q = frozen.spec, frozen.operator.square_rank

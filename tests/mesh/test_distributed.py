@@ -130,6 +130,18 @@ def test_sigterm_saves_and_the_rest_is_the_same_bit_for_bit(tmp_path, whole):
 
 
 @pytest.mark.slow
+def test_killed_while_saving(tmp_path, whole):
+    """A kill leaves half a checkpoint, which the next run does not take for one."""
+    states = tmp_path / "run/states"
+    with running(tmp_path) as process:
+        wait_until(
+            lambda: saved(tmp_path) and any(states.glob("6*")), process, tmp_path
+        )
+        process.kill()
+    assert_resumes(tmp_path, whole)
+
+
+@pytest.mark.slow
 def test_one_of_two_processes_is_killed_and_another_mesh_goes_on(tmp_path, whole):
     with running_pair(tmp_path) as (first, second):
         wait_until(lambda: saved(tmp_path), first, tmp_path)

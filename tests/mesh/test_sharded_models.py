@@ -120,11 +120,14 @@ NO_RUN = {"heads": (None, None, "model")}
 
 @pytest.mark.parametrize("operator", ["rotation", slow("sharing")])
 @pytest.mark.parametrize("names", [{}, slow(IN_HEADS), slow(NO_RUN)])
-def test_other_layers_learn_as_on_one_device(operator, names):
+@pytest.mark.parametrize("dropout", [0.0, slow(0.25)])
+def test_other_layers_learn_as_on_one_device(operator, names, dropout):
     model, ids = Others(**names), np.arange(24).reshape(4, 6) % 12
     boxed = jax.eval_shape(model.init, KEY, ids)
     targets = ".*/(kernel|embedding)"
-    config = MoRAConfig(square_rank=6, operator=operator, dropout=0.25, targets=targets)
+    config = MoRAConfig(
+        square_rank=6, operator=operator, dropout=dropout, targets=targets
+    )
     plan = linen.plan(model, boxed, config, ids)
     assert [spec.axes for spec in plan.specs] == ["iio", "sio", "io", "ioo"]
 
@@ -147,6 +150,39 @@ def test_other_layers_learn_as_on_one_device(operator, names):
     rows = NamedSharding(MESH, P("data"))
     places = adapter_places, rows, shardings(specs, MESH)
     assert_close(loss_and_gradients(plan, jax.device_put(arrays, places)), expected)
+
+
+@pytest.mark.parametrize("operator", ["rotation", slow("sharing")])
+def test_attention_is_as_on_one_device_without_hidden_traffic(operator):
+    """Heads, whose delta is summed with Flax's own product; XLA lays out the rest."""
+    into, back = (
+        nn.with_partitioning(drawn, axes)
+        for axes in ((None, "model", None), ("model", None, None))
+    )
+    model = nn.MultiHeadDotProductAttention(4, kernel_init=into, out_kernel_init=back)
+    boxed = jax.eval_shape(model.init, KEY, X)
+    config = MoRAConfig(square_rank=8, operator=operator, execution="activation")
+    plan = linen.plan(model, boxed, config, X)
+
+    def program(apply, arrays):
+        def loss(adapters, x, variables):
+            return jnp.mean(apply(adapters, variables, x) ** 2)
+
+        return jax.jit(jax.value_and_grad(loss, (0, 1))).lower(*arrays).compile()
+
+    arrays = made(plan, scale=1 / 8), X, random_like(nn.unbox(boxed))
+    expected = program(linen.wrap(model, plan), arrays)(*arrays)
+    plan = sharding.plan_on_mesh(
+        plan, boxed["params"], batch_axes=llama.BATCH_AXES, mesh=MESH
+    )
+    places = sharding.adapter_shardings(plan, boxed["params"], mesh=MESH)
+    specs = nn.get_partition_spec(boxed)
+    arrays = jax.device_put(arrays, (places, BATCH, shardings(specs, MESH)))
+    adapted = program(linen.wrap(model, plan), arrays)
+    assert_close(adapted(*arrays), expected)
+    base = program(lambda _, *args: model.apply(*args), arrays)
+    rows = set() if plan.specs[0].operator.block else {("all-reduce", (2, 3, 8))}
+    assert set(sent(adapted) - sent(base)) == {("all-reduce", (8, 8))} | rows
 
 
 SPLIT = {0: P("fsdp", "model"), 2: P("model", "fsdp")}
@@ -232,6 +268,25 @@ def test_an_nnx_step_is_compiled_once(operator, execution, caplog):
     assert_shardings(nnx.state((model, optimizer)), before)
     log = (record.getMessage() for record in caplog.records)
     assert sum(bool(re.match(r"Compiling (jit\()?nnx_step\b", m)) for m in log) == 1
+
+
+def test_a_gradient_is_where_its_m_is_without_plan_on_mesh():
+    """So that no step of a Linen model is compiled again."""
+    model = nn.Sequential([nn.Dense(48), nn.relu, nn.Dense(16)])
+    params = random_like(jax.eval_shape(model.init, KEY, X))["params"]
+    specs = {f"layers_{k}": {"kernel": spec, "bias": P()} for k, spec in SPLIT.items()}
+    params = put(params, MESH, specs)
+    plan = linen.plan(model, {"params": params}, MoRAConfig(square_rank=16), X)
+    places, apply = sharding.adapter_shardings(plan, params), linen.wrap(model, plan)
+
+    @jax.jit
+    @jax.grad
+    def gradient(adapters, params, x):
+        return jnp.mean(apply(adapters, {"params": params}, x) ** 2)
+
+    adapters = jax.device_put(made(plan), places)
+    got = gradient(adapters, params, jax.device_put(X, BATCH))
+    assert_shardings(got, places)
 
 
 def test_gradients_outside_of_a_program():

@@ -63,7 +63,7 @@ def layer(case, execution="activation", dtype="float32"):
     arrays = {name: np.asarray(array, dtype) for name, array in arrays.items()}
     m, x, kernel, y = (np.asarray(array, np.float64) for array in arrays.values())
     c, d = case.matrices(op)
-    adapted = kernel + ALPHA * oracle.update(c, d, m)
+    adapted = kernel + ALPHA * oracle.delta(c, d, m)
     by_m = ALPHA * np.einsum("bti,inq,bto,nro->qr", x, c, y, d, optimize=True)
     frozen = FrozenDense(None, None, op, alpha=ALPHA, execution=execution)
     return frozen, arrays, (x @ adapted, by_m, y @ adapted.T)
@@ -171,6 +171,7 @@ def test_traffic_of_a_split_m(label):
         check_layer(LABELLED[label], "fsdp-columns", spec) for spec in (P(), P("model"))
     )
     assert set(split - whole) == {("all-gather", (12, 12))}
+    check_layer(LABELLED[label], "fsdp-rows", P("data", "model"))
 
 
 def test_traffic_is_noticed():
@@ -318,7 +319,8 @@ def test_merges_where_the_kernel_is(mesh):
         plan = sharding.plan_on_mesh(PLAN, params, batch_axes=BATCH)
         adapter_places = sharding.adapter_shardings(PLAN, params)
         adapters = jax.device_put(made(PLAN), adapter_places)
-        for known, ms in (PLAN, adapters), (plan, adapters), (plan, made(PLAN)):
+        plans = (PLAN, plan), (adapters, made(PLAN))
+        for known, ms in itertools.product(*plans):
             merged = mora_jax.merge(params, ms, known)
             chex.assert_trees_all_close(merged, expected, rtol=1e-6)
             assert_shardings(merged, places)

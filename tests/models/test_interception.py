@@ -76,7 +76,7 @@ def test_a_quantized_product_in_jax_own_caches_is_not_ours():
 
 
 def test_interception_by_any_library_is_seen(monkeypatch):
-    """Its product is given the kernel as it is, without an update in it."""
+    """Its product is given the kernel as it is, without a delta in it."""
     original, operands = jax.lax.dot_general, []
 
     def dot_general(x, kernel, *args, **settings):

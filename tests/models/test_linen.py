@@ -248,7 +248,8 @@ class SharedScope(nn.Module):
         for layer in (gate, linear):
             nn.share_scope(self, layer)
         gates = gate("...f,nhf->...nh", x)
-        return linear("...h,hf->...f", nn.gelu(gates[..., 0, :]) * gates[..., 1, :])
+        x = nn.gelu(gates[..., 0, :]) * gates[..., 1, :]
+        return linear(x=x, equation="...h,hf->...f")
 
 
 class Named(nn.Module):

@@ -99,4 +99,4 @@ def test_compiled_and_not_give_the_same(name, api):
 @pytest.mark.parametrize("name", ["groups", "t-kernel"])
 @by_kind
 def test_merged_is_adapted_for_every_kind_of_operator(name, case):
-    assert_merged_is_adapted(results(name, "linen", case.spec["name"]))
+    assert_merged_is_adapted(results(name, "linen", tuple(case.spec.items())))

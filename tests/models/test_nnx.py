@@ -126,6 +126,9 @@ def test_what_is_set_is_held_by_split_clone_and_copy(name):
         chex.assert_trees_all_equal(run(again, x), y)
     functional = jax.jit(lambda adapters, rest: nnx.merge(graph, adapters, rest)(x))
     close(functional(adapters, rest), y)
+    if name == "methods":  # many adapters on one base
+        several = jax.tree.map(lambda m: jnp.stack([0 * m, m]), adapters)
+        close(jax.vmap(functional, (0, None))(several, rest)[1], y)
 
 
 def test_the_model_itself_is_left_alone_and_names_stay():
@@ -146,7 +149,7 @@ def test_the_model_itself_is_left_alone_and_names_stay():
 
 
 def pair():
-    """Two models of one base: their M's have equal shapes, and are for two updates."""
+    """Two models of one base: their M's have equal shapes, and are for two deltas."""
     base, _ = make("methods")
     for scale, operator in ((0.1, "orthogonal"), (1.1, "hadamard")):
         config = MoRAConfig(rank=2, operator=operator, seed=1)
@@ -213,9 +216,10 @@ def test_equal_layers_can_be_stacked():
 # --- Training ---
 
 
-def test_training_moves_adapters_alone():
+@pytest.mark.parametrize("name", ["normalised", "scan-remat"])
+def test_training_moves_adapters_alone(name):
     """A base stays alive beside donated adapters; code for nnx.LoRAParam finds M."""
-    base, config = make("normalised")
+    base, config = make(name)
     model = mora.wrap(base, config)
     found, expected = (nnx.state(model, kind) for kind in (nnx.LoRAParam, MoRAParam))
     assert leaves(found).keys() == leaves(expected).keys()
@@ -299,9 +303,9 @@ def test_dropout_drops_at_its_rate():
         both = mora.wrap(model, config, seed=seed)
         mora.set_adapters(both, {"kernel_mora": jnp.eye(40)})
         outputs.append(both(ones))
-        update = outputs[-1] - model(ones)
-        assert abs(np.mean(np.abs(update) < 1e-5) - 0.3) < 0.05
-        np.testing.assert_allclose(update.max(), 1 / 0.7, rtol=1e-5)
+        delta = outputs[-1] - model(ones)
+        assert abs(np.mean(np.abs(delta) < 1e-5) - 0.3) < 0.05
+        np.testing.assert_allclose(delta.max(), 1 / 0.7, rtol=1e-5)
     assert np.abs(outputs[0] - outputs[1]).max() > 1
 
 
@@ -406,7 +410,7 @@ def test_equations_known_in_the_call():
             self.layer = ByEquation(nnx.Rngs(0))
 
         def __call__(self, x):
-            return self.layer("...i,io->...o", x)
+            return self.layer(x=x, eqn="...i,io->...o")
 
     model, config = Net(), MoRAConfig(rank=2, targets=".*/w", alpha=0.5)
     with pytest.raises(ValueError, match="layer/w: it is not known .* inputs of"):
@@ -444,6 +448,8 @@ def test_bad_input():
     started = mora.adapters(mora.wrap(model, gaussian, rngs=nnx.Rngs(0)))
     assert all(np.abs(m).max() > 0 for m in jax.tree.leaves(started))
     other = mora.plan(nnx.Sequential(linear()))
+    broken, square = mora.wrap(model, config), "kernel_mora must have shape"
+    mora.set_adapters(broken, jax.tree.map(lambda m: m * np.nan, tree))
 
     def wrap(model, target, axes=None):
         overrides = {target: {"axes": axes}} if axes else {}
@@ -473,6 +479,8 @@ def test_bad_input():
         ("init='gaussian' needs a key, got N", lambda: mora.wrap(model, gaussian)),
         ("seed must be in", lambda: mora.wrap(model, DROPOUT, seed=-1)),
         ("adapters lack 'decoder/kernel_mora", lambda: set_adapters({})),
+        (square, lambda: set_adapters(jax.tree.map(lambda m: m[:2], tree))),
+        ("holds NaN or infinity", lambda: mora.merge_adapters(broken)),
         ("64 hex.*; .*plan_from_json", lambda: set_adapters(tree, "{}")),
         ("w: it is not known how a layer uses it", lambda: wrap(named, "w")),
         ("s/kernel: .*'iio', the layer", lambda: wrap(einsums, "heads/kernel", "iio")),

@@ -56,7 +56,7 @@ def exact(case, model):
     """The adapted kernel, as (in, out)."""
     (spec,), (m,) = model.plan.specs, jax.tree.leaves(model.adapters)
     kernel = next(leaf for leaf in jax.tree.leaves(model.params) if leaf.ndim > 1)
-    delta = oracle.update(*case.matrices(spec.operator), m)
+    delta = oracle.delta(*case.matrices(spec.operator), m)
     return wide(kernel).reshape(delta.shape) + spec.alpha * delta
 
 
@@ -114,11 +114,11 @@ def test_bad_arrays(operator):
             call()
 
 
-# --- Cost: the update of a kernel is not formed ---
+# --- Cost: the delta of a kernel is not formed ---
 
 
 def biggest(spec, product, x):
-    """The largest array in the program of an update and of its gradient."""
+    """The largest array in the program of a delta and of its gradient."""
 
     def arrays(jaxpr):
         for eqn in jaxpr.eqns:

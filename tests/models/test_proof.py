@@ -226,6 +226,8 @@ def test_normalised_layers_are_refused_with_plans_of_shapes_too(kind):
     for chosen in (config, shapes):
         with pytest.raises(ValueError, match=message):
             mora_nnx.wrap(twin, chosen)
+    with pytest.raises(ValueError, match=path):
+        mora_nnx.plan(twin, config, X)
 
 
 def test_the_check_says_which_layer_has_no_effect(unchecked):

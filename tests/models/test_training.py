@@ -1,16 +1,17 @@
 """A Transformer as in Flax's examples, scanned and with dropout, learns."""
 
 import dataclasses
-import functools
 
 import chex
 import flax.linen as nn
 import jax
 import numpy as np
 import optax
+from flax.training.train_state import TrainState
+from helpers import close, trained
 from twins import BATCH, CONFIG, HIDDEN, TIME, WIDTH
 
-from mora_jax import init, linen
+from mora_jax import fold, init, linen
 
 KEY = jax.random.key(0)
 VOCABULARY, LAYERS = 17, 3
@@ -47,35 +48,40 @@ class Transformer(nn.Module):
 
 
 def test_transformer_learns():
+    """In Flax's TrainState; the merged model draws the same of the base's dropout."""
     model, config = Transformer(), dataclasses.replace(CONFIG, dropout=0.1)
     variables = jax.jit(model.init)(KEY, TOKENS)
     plan = linen.plan(model, variables, config, TOKENS)
     before = jax.tree.map(np.array, variables)
-    tx, traces = optax.adam(1e-2), []
-    apply = functools.partial(
-        linen.wrap(model, plan), deterministic=False, adapter_deterministic=False
+    apply, traces = linen.wrap(model, plan), []
+    drops = {"deterministic": False, "rngs": {"dropout": KEY}}
+    y = apply(
+        m := trained(plan), variables, TOKENS, adapter_deterministic=True, **drops
     )
+    merged = {"params": fold(variables["params"], m, plan)}
+    close(y, model.apply(merged, TOKENS, **drops))
 
     @jax.jit
-    def step(adapters, state, variables, key):
+    def step(state, variables, key):
         traces.append(None)
+        drops = {"deterministic": False, "rngs": {"dropout": key}}
 
         def loss(adapters):
-            logits = apply(adapters, variables, TOKENS, rngs={"dropout": key})
+            settings = {**drops, "adapter_deterministic": False}
+            logits = state.apply_fn(adapters, variables, TOKENS, **settings)
             following = nn.one_hot(TOKENS[:, 1:], VOCABULARY)
             return optax.softmax_cross_entropy(logits[:, :-1], following).mean()
 
-        value, gradients = jax.value_and_grad(loss)(adapters)
-        updates, state = tx.update(gradients, state)
-        return optax.apply_updates(adapters, updates), state, value
+        value, gradients = jax.value_and_grad(loss)(state.params)
+        return state.apply_gradients(grads=gradients), value
 
-    adapters, losses = init(plan), []
-    state = tx.init(adapters)
+    settings, losses = {"params": init(plan), "tx": optax.adam(1e-2)}, []
+    state = TrainState.create(apply_fn=apply, **settings)
     for key in jax.random.split(KEY, 30):
-        adapters, state, value = step(adapters, state, variables, key)
+        state, value = step(state, variables, key)
         losses.append(float(value))
     assert len(traces) == 1
     assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:5])
-    for m in jax.tree.leaves(adapters):
+    for m in jax.tree.leaves(state.params):
         assert (np.abs(m).max(axis=(1, 2)) > 0).all()  # of every layer
     chex.assert_trees_all_equal(variables, before)

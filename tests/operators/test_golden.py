@@ -42,7 +42,7 @@ def test_reference_layer(layer):
 
 @jax.jit
 def computed(m, x, cotangent, frozen):
-    """Output, both gradients and the update, in one program."""
+    """Output, both gradients and the delta, in one program."""
 
     def apply(m, x):
         return mora_apply({"kernel_mora": m}, frozen, x)

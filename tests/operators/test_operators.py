@@ -11,7 +11,7 @@ import oracle
 import pytest
 from cases import by_case, by_few_cases, by_few_sizes, by_kind
 from helpers import close, random
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from jax.test_util import check_grads
 
@@ -35,6 +35,8 @@ def maps(op, m, x, h):
         "decompress": op.decompress(h),
         "delta_weight": op.delta_weight(m),
         "apply": op.apply(m, x),
+        "transpose": op.apply_transpose(m, jnp.eye(op.out_features)).T,
+        "C": op.compress_matrix(),
         "lookup": op.lookup(m, jnp.arange(-op.in_features, 0)),
         "general delta": delta_matrix.dispatch(Operator)(op, m),
         "general rows": op._decompress(op._compress(x) @ m),
@@ -44,6 +46,9 @@ def maps(op, m, x, h):
         "out rows": op._rows("out", jnp.arange(op.out_features), m.dtype),
         "zero": op.apply(jnp.zeros_like(m), x),
     }
+
+
+GENERAL = "general delta", "general lookup"
 
 
 def check_laws(case, op: Operator):
@@ -59,15 +64,16 @@ def check_laws(case, op: Operator):
     assert math.prod(op.compressed_shape) == n * q
     m, x, h = random(1, q, q), random(2, 3, ins), random(3, 3, *op.compressed_shape)
     got = maps(op, m, x, h)
-    update = oracle.update(c, d, m)
+    delta = oracle.delta(c, d, m)
     x, h = np.float64(x), np.float64(h).reshape(3, n, q)
     close(got["compress"].reshape(3, n, q), np.einsum("bi,inq->bnq", x, c))
     close(got["decompress"], np.einsum("bnq,nqo->bo", h, d))
     close(got["out rows"].reshape(outs, n, q), d.transpose(2, 0, 1))
-    for name in ("delta_weight", "lookup", "general delta", "general lookup"):
-        close(got[name], update)
+    for name in ("delta_weight", "transpose", "lookup", *GENERAL):
+        close(got[name], delta)
     for name in ("apply", "general rows"):
-        close(got[name], x @ update)
+        close(got[name], x @ delta)
+    close(got["C"], c.reshape(ins, -1))
     close(got["zero"], np.zeros((3, outs)))
     assert op.block == (n > 1 or len(op.compressed_shape) == 2)
     c, d, eye = c.reshape(ins, -1), d.reshape(-1, outs), np.eye(n * q)
@@ -92,6 +98,7 @@ any_size = given(
 
 @by_kind
 @settings(max_examples=4, deadline=None, derandomize=True)
+@example(ins=3, outs=20, q=8, seed=0)  # features that are in a block twice
 @any_size
 def test_laws_at_any_size(case, ins, outs, q, seed):
     check_laws(case, case.make(ins, outs, fit(case, ins, outs, q), seed))
@@ -156,6 +163,10 @@ def test_pytree(case):
     on_device = jax.tree.map(jnp.asarray, op)
     assert jax.tree.structure(on_device) == structure
     assert pickle.loads(pickle.dumps(op)) == op
+    for dtype in (jnp.bfloat16, jnp.float16):
+        m, x = jnp.ones((op.square_rank,) * 2, dtype), jnp.ones((2, 12), dtype)
+        for y in (jax.eval_shape(op.apply, m, x), jax.eval_shape(op.delta_weight, m)):
+            assert y.dtype == dtype
     with pytest.raises(dataclasses.FrozenInstanceError):
         op.square_rank = 3
 
@@ -167,27 +178,33 @@ def test_dtypes(case, dtype, float64):
     op = case.make(12, 20, fit(case, 12, 20, 6))
     q = op.square_rank
     m, x = (jnp.asarray(random(k, *s), dtype) for k, s in enumerate([(q, q), (3, 12)]))
-    y, weight = jax.jit(lambda op, m, x: (op.apply(m, x), op.delta_weight(m)))(op, m, x)
-    assert y.dtype == weight.dtype == x.dtype
-    exact = oracle.update(*case.matrices(op), np.asarray(m, np.float64))
+
+    @jax.jit
+    def everything(op, m, x):
+        return op.apply(m, x), op.delta_weight(m), op.lookup(m, jnp.arange(12))
+
+    y, weight, rows = everything(op, m, x)
+    assert y.dtype == weight.dtype == rows.dtype == x.dtype
+    exact = oracle.delta(*case.matrices(op), np.asarray(m, np.float64))
     eps = float(jnp.finfo(dtype).eps)
     # The numbers of a random operator are float32 by definition.
     close(weight, exact, 8 * eps)
+    close(rows, exact, 16 * eps)
     close(y, np.asarray(x, np.float64) @ exact, 16 * eps)
 
 
-def update_of(case, ins, outs, q):
-    """The oracle's update, which `test_laws` holds the operator's against."""
+def delta_of(case, ins, outs, q):
+    """The oracle's delta, which `test_laws` holds the operator's against."""
     op = case.make(ins, outs, fit(case, ins, outs, q))
     m = random(0, op.square_rank, op.square_rank)
-    return oracle.update(*case.matrices(op), m), op.square_rank
+    return oracle.delta(*case.matrices(op), m), op.square_rank
 
 
 @by_case
 def test_every_input_has_an_effect(case):
     """Ours use all inputs of a narrowing layer; truncations say that they do not."""
-    update, q = update_of(case, 512, 128, 50)
-    silent = int((np.abs(update).max(axis=1) == 0).sum())
+    delta, q = delta_of(case, 512, 128, 50)
+    silent = int((np.abs(delta).max(axis=1) == 0).sum())
     expected = 512 - q if case.label == "truncation" else 0
     if case.label.endswith("-truncate"):
         # All but the first p blocks; the last block's wrapped features come back in.
@@ -196,11 +213,11 @@ def test_every_input_has_an_effect(case):
 
 
 @by_case
-def test_rank_of_the_update(case):
+def test_rank_of_the_delta(case):
     """High where the paper says so: blocks reach min(in, out), others stay at q."""
-    update, q = update_of(case, 64, 48, 16)
+    delta, q = delta_of(case, 64, 48, 16)
     rank = 48 if case.make(64, 48, q).block else q
-    assert np.linalg.matrix_rank(update) == rank
+    assert np.linalg.matrix_rank(delta) == rank
 
 
 def test_random_operators_reproduce():

@@ -1,5 +1,7 @@
 """Vectors that repeat, and their sums, against numpy."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -63,3 +65,5 @@ def test_sums_of_16_bits_are_rounded_once(dtype):
     big = 256 if dtype == "bfloat16" else 2048
     y = jnp.ones(63, dtype).at[0].set(big)
     assert sum_tiles(y, 1)[0] == big + 62
+    program = jax.jit(lambda y: sum_tiles(y, 1)).lower(y).as_text()
+    assert set(re.findall(r"stablehlo.add .*tensor<1x(\w+)>", program)) == {"f32"}

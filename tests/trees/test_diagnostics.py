@@ -1,4 +1,4 @@
-"""Spectra are those of the update itself."""
+"""Spectra are those of the delta itself."""
 
 import tracemalloc
 
@@ -21,7 +21,7 @@ PARAMS = {
 CONFIG = MoRAConfig(rank=2, overrides={"dec/kernel": {"axes": "sio"}})
 PLAN = mora_jax.plan(PARAMS, CONFIG)
 # In blocks that fill the layer, so that many operators are isometric, and that do not.
-FEW_SIZES = {(16, 16, 4), (13, 7, 4)}
+FEW_SIZES = {(16, 16, 4), (13, 7, 4), (7, 13, 4)}
 
 
 @by_few_cases
@@ -55,7 +55,7 @@ def test_spectrum_forms_no_kernel(name):
         _, most = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert most < size * size  # bytes, where the update has as many numbers
+    assert most < size * size  # bytes, where the delta has as many numbers
     rank = size if operator.block else q
     assert diagnostics.count_above(values, 1e-9) == rank
 

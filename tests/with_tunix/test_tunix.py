@@ -143,6 +143,29 @@ def test_all_projections_are_adapted_and_merged(model, adapted):
     np.testing.assert_allclose(y, logits(merged, LONG_IDS), atol=2e-3)
 
 
+@models_warn
+def test_it_learns(adapted):
+    """A few steps of adam on next tokens; the base stays bitwise."""
+    model, frozen = nnx.clone(adapted), nnx.All(nnx.Param, nnx.Not(mora.MoRAParam))
+    before = jax.tree.map(np.asarray, nnx.state(model, frozen))
+    optimizer = mora.adapter_optimizer(model, optax.adam(1e-3))
+    entropy = optax.softmax_cross_entropy_with_integer_labels
+
+    def loss(model, ids):
+        return entropy(logits(model, ids[:, :-1]), ids[:, 1:]).mean()
+
+    @nnx.jit
+    def step(model, optimizer, ids):
+        value, grads = mora.value_and_grad(loss)(model, ids)
+        optimizer.update(model, grads)
+        return value
+
+    losses = [float(step(model, optimizer, LONG_IDS)) for _ in range(4)]
+    assert losses == sorted(losses, reverse=True) and losses[-1] < 0.9 * losses[0]
+    after = jax.tree.map(np.asarray, nnx.state(model, frozen))
+    chex.assert_trees_all_equal(after, before)
+
+
 # --- Training, of a Qwen2 that is small enough for eight devices on one CPU ---
 
 
