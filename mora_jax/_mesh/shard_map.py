@@ -56,8 +56,10 @@ class ShardMappedMap(LinearMap):
     def forward(self, residuals: Any, operand: jax.Array) -> jax.Array:
         function, settings = self.forward_here.function, self.forward_here.settings
 
-        def local(k_in: Any, k_out: Any, x: jax.Array, op: Any, *rest: Any) -> Any:
-            part = self._part(op, k_in[0], k_out[0])
+        def local(
+            in_shard: Any, out_shard: Any, x: jax.Array, op: Any, *rest: Any
+        ) -> Any:
+            part = self._part(op, in_shard[0], out_shard[0])
             return self._sum(function(*settings, (part, *rest), x), self.result_spec)
 
         mapped = self._shard_map(local, self.operand_spec, self.result_spec)
@@ -67,8 +69,10 @@ class ShardMappedMap(LinearMap):
         shape = self.features.local_shape(self.shape, self.operand_spec)
         like = jax.ShapeDtypeStruct(shape, self.dtype)
 
-        def local(k_in: Any, k_out: Any, y: jax.Array, op: Any, *rest: Any) -> Any:
-            here = self._part(op, k_in[0], k_out[0]), *rest
+        def local(
+            in_shard: Any, out_shard: Any, y: jax.Array, op: Any, *rest: Any
+        ) -> Any:
+            here = self._part(op, in_shard[0], out_shard[0]), *rest
             transposed = jax.linear_transpose(
                 lambda x: self.forward_here(here, x), like
             )
@@ -77,12 +81,12 @@ class ShardMappedMap(LinearMap):
         mapped = self._shard_map(local, self.result_spec, self.operand_spec)
         return mapped(cotangent, *self._gather(residuals))
 
-    def _part(self, op: Any, k_in: jax.Array, k_out: jax.Array) -> OperatorPart:
+    def _part(self, op: Any, in_shard: jax.Array, out_shard: jax.Array) -> OperatorPart:
         """The part of `op` on the device with these numbers of inputs and outputs."""
         features = self.features
         ins = op.in_features // features.num_shards(features.in_axes)
         outs = op.out_features // features.num_shards(features.out_axes)
-        return part_of(op, k_in * ins, k_out * outs, ins, outs)
+        return part_of(op, in_shard * ins, out_shard * outs, ins, outs)
 
     def _shard_map(
         self, local: Callable[..., Any], in_spec: PartitionSpec, out_spec: PartitionSpec
