@@ -12,6 +12,7 @@ plot. Because of the difference, `execution="auto"` does not fold in 16-bit dtyp
 import argparse
 import functools
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -22,7 +23,7 @@ from benchmarks.harness import Row, options, save, show
 from benchmarks.plots import figure
 from models import lesson, smollm2
 from models.options import positive
-from mora_jax import MoRAConfig, linen
+from mora_jax import MoRAConfig, Plan, linen
 
 RUNS = (("float32", "activation"), ("bfloat16", "activation"), ("bfloat16", "fold"))
 
@@ -34,8 +35,12 @@ def learn(
     args: argparse.Namespace,
     execution: str,
     label: str,
+    watch: Callable[[int, Plan, Any], object] = lambda step, plan, adapters: None,
 ) -> list[Row]:
-    """Loss and recall before each step of training adapters for `variables`."""
+    """Loss and recall before each step of training adapters for `variables`.
+
+    `watch` is called after each step, with its number, the plan and the adapters.
+    """
     config = MoRAConfig(rank=args.rank, operator=args.operator, execution=execution)
     plan = linen.plan(model, variables, config, taught.batch.ids[:1])
     apply, tx = linen.wrap(model, plan), lesson.optimizer(args.learning_rate)
@@ -55,6 +60,7 @@ def learn(
     for _ in progress:
         adapters, state, found = step(adapters, state, variables, taught.rehearsed)
         progress.note(*found)
+        watch(len(progress.history), plan, adapters)
     return [
         {"run": label, "step": number, "loss": loss, "recall": recall}
         for number, (loss, recall) in enumerate(progress.history)

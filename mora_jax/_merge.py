@@ -16,6 +16,7 @@ from mora_jax._compute.delta import delta_kernel
 from mora_jax._dense import FrozenDense, as_jax_array, params_adapter
 from mora_jax._paths import Path, find_kernel, named_leaves, replace_leaves
 from mora_jax._plan import Plan, check_plan
+from mora_jax._rounding import Rounding, add_rounded, check_rounding
 from mora_jax._spec import SUFFIX, AdapterSpec
 from mora_jax._types import ArrayLike
 
@@ -77,15 +78,17 @@ def merge(
     dtype: DTypeLike | None = None,
     *,
     any_base: bool = False,
+    rounding: Rounding = "dither",
 ) -> Any:
     r"""The base with its deltas added, to be kept: :math:`W' = W + \alpha\, C M D`.
 
-    `merge` is `fold` with a check that the numbers of the M's are finite, and that the
-    kernels are those that the adapters were trained on. The merged model computes the
-    same function as the adapted model and costs what the base does.
+    The merged model computes the same function as the adapted model and costs what the
+    base does. Unlike `fold`, `merge` checks that the numbers of the M's are finite, and
+    that the kernels are those that the adapters were trained on.
 
-    The sum is taken in float32 (float64 where the kernel is) and rounded once;
-    `diagnostics.merge_loss` says what a 16-bit kernel loses by that.
+    The sum is taken in float32 (float64 where the kernel is) and rounded once, in
+    16-bit kernels with a dither: rounding to nearest would lose a delta that is small
+    beside its kernel. `diagnostics.merge_loss` says what is lost.
 
     Args:
       params: The base's params: any pytree, which may be `nnx.state(model, nnx.Param)`.
@@ -94,6 +97,9 @@ def merge(
       dtype: The dtype of the merged kernels; each kernel keeps its dtype by default.
       any_base: Whether to merge into any weights, also if the adapters were trained on
         others. The plan knows the right ones if `save` was given `params`.
+      rounding: How to round to less than 32 bits: "dither" rounds as many numbers away
+        from zero as keeps the delta in the mean, the same ones in each run; "nearest"
+        rounds each by itself.
 
     Returns:
       A new tree of the same structure; unadapted leaves are the same arrays.
@@ -102,7 +108,8 @@ def merge(
       TypeError: A leaf is not an array, a model stands in place of its params, or a
         kernel is not floating-point but, for example, quantized.
       ValueError: Adapters or params do not fit the plan, an M holds NaN or infinity,
-        or a kernel belongs to another base and `any_base` is False.
+        `rounding` is unknown, or a kernel belongs to another base and `any_base` is
+        False.
 
     Example::
 
@@ -113,19 +120,19 @@ def merge(
       >>> bool((merged["fc"]["kernel"] == params["fc"]["kernel"]).all())
       True
     """
+    check_rounding(rounding)
     finite_items(adapters, plan)
     if not any_base:
         leaves = named_leaves(params)
         check_base(plan.specs, {s.name: find_kernel(leaves, s)[1] for s in plan.specs})
-    return fold(params, adapters, plan, dtype)
+    return _add(params, adapters, plan, dtype=dtype, rounding=rounding)
 
 
 def fold(params: Any, adapters: Any, plan: Plan, dtype: DTypeLike | None = None) -> Any:
     r"""The base with its deltas added, inside of jit: :math:`W' = W + \alpha\, C M D`.
 
-    `merge` is `fold` with a check that the numbers of the M's are finite, and that the
-    kernels are those that the adapters were trained on. `fold` has no such check, so
-    that it can be compiled and differentiated.
+    Unlike `merge`, `fold` checks no numbers and rounds to nearest, so that it can be
+    compiled and differentiated.
 
     It trains the adapters of any model that is a function of its params, such as a
     Haiku, Equinox or hand-written model, by `loss(fold(params, adapters, plan))`. This
@@ -159,7 +166,7 @@ def fold(params: Any, adapters: Any, plan: Plan, dtype: DTypeLike | None = None)
       >>> grads["kernel_mora"].shape
       (8, 8)
     """
-    return _add(params, adapters, plan, 1, dtype)
+    return _add(params, adapters, plan, dtype=dtype)
 
 
 def unmerge(params: Any, adapters: Any, plan: Plan) -> Any:
@@ -197,7 +204,7 @@ def unmerge(params: Any, adapters: Any, plan: Plan) -> Any:
                 "keep the base instead"
             )
     finite_items(adapters, plan)
-    return _add(params, adapters, plan, -1, None)
+    return _add(params, adapters, plan, sign=-1)
 
 
 def finite_items(adapters: Any, plan: Plan) -> list[tuple[AdapterSpec, jax.Array]]:
@@ -210,7 +217,13 @@ def finite_items(adapters: Any, plan: Plan) -> list[tuple[AdapterSpec, jax.Array
 
 
 def _add(
-    params: Any, adapters: Any, plan: Plan, sign: int, dtype: DTypeLike | None
+    params: Any,
+    adapters: Any,
+    plan: Plan,
+    *,
+    sign: int = 1,
+    dtype: DTypeLike | None = None,
+    rounding: Rounding = "nearest",
 ) -> Any:
     items, leaves = _items(adapters, plan), named_leaves(params)
     if dtype is not None:
@@ -223,7 +236,9 @@ def _add(
                 "as split(params)[0]"
             )
         path, kernel = find_kernel(leaves, spec)
-        as_jax_array(spec.name, kernel)
+        kernel = as_jax_array(spec.name, kernel)
         delta = sign * delta_kernel(spec, _wide(m, kernel.dtype))
-        sums[path] = (_wide(kernel) + delta).astype(dtype or kernel.dtype)
+        sums[path] = add_rounded(
+            kernel, delta, spec.axes, dtype or kernel.dtype, rounding
+        )
     return replace_leaves(params, sums)

@@ -15,25 +15,35 @@ from mora_jax._dense import as_jax_array
 from mora_jax._merge import delta_weight, finite_items, merge
 from mora_jax._paths import find_kernel, named_leaves
 from mora_jax._plan import Plan
+from mora_jax._rounding import Rounding, share_lost
 from mora_jax._spec import AdapterSpec
 
 
 def merge_loss(
-    params: Any, adapters: Any, plan: Plan, dtype: DTypeLike | None = None
+    params: Any,
+    adapters: Any,
+    plan: Plan,
+    dtype: DTypeLike | None = None,
+    *,
+    rounding: Rounding = "dither",
 ) -> dict[str, float]:
-    """The share of each delta that rounding loses when it is merged.
+    """The share of each delta that rounding loses in the mean when it is merged.
 
-    The numbers of a 16-bit kernel are a coarse grid; small deltas fall between its
-    points.
+    The numbers of a 16-bit kernel are a coarse grid, and small deltas fall between its
+    points. What arrives of a delta D is measured along D itself: of a change C of the
+    kernel it is <C, D> / <D, D>. Errors that cancel in sums over many inputs, as those
+    of a dither do, do not count.
 
     Args:
       params: The base's params.
       adapters: The adapters, as `init` makes them.
       plan: The plan of the adapters.
       dtype: The dtype of the merged kernels, as in `merge`.
+      rounding: How to round, as in `merge`.
 
     Returns:
-      {path: norm(merged - base - delta) / norm(delta)}, 0 where the delta is zero.
+      {path: the absolute value of 1 - <merged - base, delta> / <delta, delta>}, 0 where
+      the delta is zero.
 
     Raises:
       TypeError, ValueError: As `merge`.
@@ -45,10 +55,11 @@ def merge_loss(
       >>> config = mora_jax.MoRAConfig(operator="truncation", square_rank=4)
       >>> plan = mora_jax.plan(params, config)
       >>> adapters = {"kernel_mora": jnp.full((4, 4), 1e-4)}
-      >>> mora_jax.diagnostics.merge_loss(params, adapters, plan)
+      >>> mora_jax.diagnostics.merge_loss(params, adapters, plan, rounding="nearest")
       {'kernel': 1.0}
     """
-    merged = named_leaves(merge(params, adapters, plan, dtype, any_base=True))
+    settings = {"any_base": True, "rounding": rounding}
+    merged = named_leaves(merge(params, adapters, plan, dtype, **settings))
     base, deltas = named_leaves(params), named_leaves(delta_weight(adapters, plan))
     loss = {}
     for spec in plan.specs:
@@ -56,9 +67,7 @@ def merge_loss(
             jnp.asarray(leaves[spec.name][1], deltas[spec.name][1].dtype)
             for leaves in (base, merged, deltas)
         )
-        norm = float(jnp.linalg.norm(delta))
-        lost = float(jnp.linalg.norm(after - before - delta))
-        loss[spec.name] = lost / norm if norm else 0.0
+        loss[spec.name] = share_lost(after - before, delta)
     return loss
 
 

@@ -62,6 +62,13 @@ class Format(StrEnum):
     PEFT_LORA = "peft-lora"
 
 
+class RoundingTo16Bits(StrEnum):
+    """How `merge` rounds."""
+
+    DITHER = "dither"
+    NEAREST = "nearest"
+
+
 def names_of(text: str | None) -> Names:
     """The `names` of an option: a family, templates, or templates in a file."""
     if text is not None and text.lstrip().startswith("{"):
@@ -150,6 +157,10 @@ def merge(
             help="Merge also into other weights than those the adapter was trained on."
         ),
     ] = False,
+    rounding: Annotated[
+        RoundingTo16Bits,
+        typer.Option(help="How to round to 16 bits; dither keeps small deltas."),
+    ] = RoundingTo16Bits.DITHER,
 ) -> None:
     """Merge an adapter into a base checkpoint, tensor by tensor, keeping its dtypes."""
     known = names_of(names)
@@ -167,12 +178,13 @@ def merge(
             known,
             force=force,
             any_base=any_base,
+            rounding=rounding.value,
             progress=lambda size: bar.advance(task, size),
         )
     worst = max(lost, key=lost.__getitem__)
     say(
         f"{to}: {len(lost)} kernels merged. Rounding lost at most {lost[worst]:.2%} of "
-        f"a delta, in {worst}."
+        f"a delta in the mean, in {worst}."
     )
 
 

@@ -13,6 +13,7 @@ from mora_jax._bases import check_digests, kernel_digests, row_numbers, rows_dig
 from mora_jax._compute.delta import delta_kernel, scaled
 from mora_jax._paths import nearest_paths
 from mora_jax._plan import Plan
+from mora_jax._rounding import Rounding, add_rounded, check_rounding, share_lost
 from mora_jax._spec import AdapterSpec
 from mora_jax._types import Shape
 from mora_jax.io._arrays import to_numpy
@@ -81,6 +82,7 @@ def merge_checkpoint(
     *,
     force: bool = False,
     any_base: bool = False,
+    rounding: Rounding = "dither",
     progress: Callable[[int], object] = lambda size: None,
 ) -> dict[str, float]:
     """Merge adapters into a checkpoint that need not fit in memory.
@@ -105,11 +107,12 @@ def merge_checkpoint(
         removed before anything is written.
       any_base: Whether to merge also into other weights than those that the adapter
         was trained on.
+      rounding: How to round to less than 32 bits, as in `mora_jax.merge`.
       progress: A function that is called after each piece that is written, with the
         number of its bytes.
 
     Returns:
-      {tensor: the share of its delta that rounding lost}, as
+      {tensor: the share of its delta that rounding lost in the mean}, as
       `diagnostics.merge_loss` has it.
 
     Raises:
@@ -117,8 +120,9 @@ def merge_checkpoint(
         `any_base`, the plan knows that they were trained on other weights.
       FileExistsError: `out` exists, and `force` is False.
       NotADirectoryError: `out` is a file.
-      ValueError: `out` is the base or holds it.
+      ValueError: `out` is the base or holds it, or `rounding` is unknown.
     """
+    check_rounding(rounding)
     source, target = as_path("base", base), as_path("out", out)
     checkpoint = Checkpoint(source)
     home = parts(source if source.is_dir() else source.parent)
@@ -141,7 +145,7 @@ def merge_checkpoint(
             if path not in last:
                 write(path.name, _chunks(path))
         for file in checkpoint.files:
-            content = _merged(file, sites, lost, any_base)
+            content = _merged(file, sites, lost, any_base, rounding)
             write(file.path.name, _counted(content, progress))
         for path in sorted(last, key=lambda path: path.name == "config.json"):
             write(path.name, _chunks(path))
@@ -205,6 +209,7 @@ def _merged(
     sites: Mapping[str, _Site],
     lost: dict[str, float],
     any_base: bool,
+    rounding: Rounding,
 ) -> Iterator[bytes]:
     """The file's bytes with deltas added, whose losses are put into `lost`."""
     yield file.header
@@ -213,28 +218,27 @@ def _merged(
             kernel = file[name]
             if not any_base:
                 sites[name].check_base(kernel)
-            merged, lost[name] = _add(kernel, sites[name].delta(), name)
+            merged, lost[name] = _add(kernel, sites[name], name, rounding)
             yield merged.tobytes()
         else:
             yield from file.chunks(name)
 
 
-def _add(kernel: np.ndarray, delta: np.ndarray, name: str) -> tuple[np.ndarray, float]:
-    """The merged kernel and the share of the delta that is lost.
-
-    As in `merge`, the sum is taken in float32, or in float64 if the kernel is, and is
-    rounded once.
-    """
+def _add(
+    kernel: np.ndarray, site: _Site, name: str, rounding: Rounding
+) -> tuple[np.ndarray, float]:
+    """The merged kernel, as `merge` has it, and the share of the delta that is lost."""
     wide = jnp.promote_types(kernel.dtype, jnp.float32)
-    before, delta = kernel.astype(wide), delta.astype(wide)
-    with np.errstate(over="ignore"):
-        merged = (before + delta).astype(kernel.dtype)
+    before, delta = kernel.astype(wide), site.delta().astype(wide)
+    if wide == jnp.float32:
+        axes = site.axes or site.spec.axes
+        merged = np.asarray(add_rounded(kernel, delta, axes, kernel.dtype, rounding))
+    else:  # JAX may have no float64, and nothing is rounded
+        merged = before + delta
     after = merged.astype(wide)
     if not np.isfinite(after).all() and np.isfinite(before).all():
         raise AdapterFileError(f"{name!r} overflows {kernel.dtype} with its delta")
-    norm = np.linalg.norm(delta)
-    lost = np.linalg.norm(after - before - delta) / norm if norm else 0.0
-    return merged, float(lost)
+    return merged, share_lost(after - before, delta)
 
 
 def _counted(

@@ -10,6 +10,7 @@ from mora_jax._adapters import adapter_items, init
 from mora_jax._config import MoRAConfig
 from mora_jax._merge import merge
 from mora_jax._plan import Plan
+from mora_jax._rounding import Rounding
 from mora_jax._spec import AdapterSpec
 from mora_jax.nnx._adapters import (
     adapters,
@@ -141,7 +142,11 @@ def unwrap(model: Model) -> Model:
 
 
 def merge_adapters(
-    model: Model, dtype: DTypeLike | None = None, *, any_base: bool = False
+    model: Model,
+    dtype: DTypeLike | None = None,
+    *,
+    any_base: bool = False,
+    rounding: Rounding = "dither",
 ) -> Model:
     r"""The model with its adapters merged into its kernels: :math:`W + \alpha\, C M D`.
 
@@ -152,6 +157,7 @@ def merge_adapters(
       dtype: The dtype of the merged kernels; by default each keeps its own.
       any_base: Whether to merge also into weights that are not those that the adapters
         were trained on. Adapters know their base if `save` was given `params`.
+      rounding: How to round to less than 32 bits, as in `mora_jax.merge`.
 
     Returns:
       A new model of the plain classes, which computes the same.
@@ -172,6 +178,7 @@ def merge_adapters(
     plain = unwrap(model)
     plan = plan_of(model)
     params = parameters(plain)
-    merged = merge(params, adapters(model), plan, dtype, any_base=any_base)
+    settings = {"any_base": any_base, "rounding": rounding}
+    merged = merge(params, adapters(model), plan, dtype, **settings)
     nnx.update(plain, merged)
     return plain

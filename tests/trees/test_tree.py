@@ -66,7 +66,7 @@ def test_combine_and_split(model):
 
 def test_merge(model):
     params, adapters, layers = model
-    merged = merge(params, adapters, layers)
+    merged = merge(params, adapters, layers, rounding="nearest")
     chex.assert_trees_all_equal_shapes_and_dtypes(merged, params)
     assert merged["norm"]["scale"] is params["norm"]["scale"]
     deltas = mora_jax.delta_weight(adapters, layers)
@@ -79,7 +79,8 @@ def test_merge(model):
         chex.assert_trees_all_equal(after, exact.astype(kernel.dtype))
     wide = merge(params, adapters, layers, dtype=jnp.float32)
     assert {leaf.dtype for leaf in jax.tree.leaves(wide)} == {jnp.dtype("float32")}
-    close(jax.jit(merge, static_argnums=2)(params, adapters, layers), merged)
+    compiled = jax.jit(merge, static_argnums=2, static_argnames="rounding")
+    close(compiled(params, adapters, layers, rounding="nearest"), merged)
     shapes = jax.eval_shape(lambda p, a: merge(p, a, layers), params, adapters)
     chex.assert_trees_all_equal_shapes_and_dtypes(shapes, params)
     # Zeros give the base, bit for bit.
@@ -109,7 +110,7 @@ def test_merge_loss(model):
     params, adapters, layers = model
     loss = diagnostics.merge_loss(params, adapters, layers)
     assert set(loss) == {spec.name for spec in layers.specs}
-    assert loss["fc/kernel"] < 1e-6 < 1e-4 < loss["half/kernel"] < 0.1
+    assert loss["fc/kernel"] < 1e-6 < 1e-5 < loss["half/kernel"] < 0.01
     wide = diagnostics.merge_loss(params, adapters, layers, dtype=jnp.float32)
     assert wide["half/kernel"] < 1e-6
     zero = diagnostics.merge_loss(params, init(layers), layers)
