@@ -51,7 +51,7 @@ def main() -> None:
     params = optax.tree_utils.tree_cast(params, jnp.bfloat16)
 
     @jax.jit
-    def logits(params: Any) -> jax.Array:
+    def logits(params: Any) -> Any:
         # In float32, or the rounding of activations would hide that of kernels.
         params = optax.tree_utils.tree_cast(params, jnp.float32)
         return model.apply({"params": params}, taught.batch.ids, taught.batch.at)
