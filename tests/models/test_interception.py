@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from adapter_files import slow
 from flax import nnx
 
 from mora_jax import FrozenDense, MoRAConfig, mora_apply
@@ -24,7 +25,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 SCRIPT = Path(__file__).parents[1] / "quantized.py"
 
 
-@pytest.mark.parametrize("order", ["plain-first", "quantized-first"])
+@pytest.mark.parametrize("order", [slow("plain-first"), "quantized-first"])
 def test_what_ran_before_makes_no_difference(order):
     """Linen and NNX, QT and PTQ, added and folded, in a process of their own."""
     env = os.environ | {"PYTHONPATH": str(SCRIPT.parents[1])}
