@@ -32,8 +32,8 @@ def add_rounded(
     """`kernel + delta` in `dtype`, computed in the dtype of `delta`.
 
     A number whose kernel is not on the grid of `dtype` is rounded to nearest in either
-    way: what the kernel has beyond the grid is a dither already. So is the sum where
-    nothing is added, and the result is then the kernel, bit for bit.
+    way: what the kernel has beyond the grid is a dither already. Where the delta is
+    zero, a kernel on the grid stays as it is.
 
     Args:
       kernel: The kernel, of any floating-point dtype.
@@ -57,8 +57,10 @@ def share_lost(change: ArrayLike, delta: ArrayLike) -> float:
       change: The merged kernel minus the base's.
       delta: The delta, of the same shape.
     """
-    size = jnp.vdot(delta, delta)
-    return float(abs(1 - jnp.vdot(change, delta) / size)) if size else 0.0
+    # Exact products: accelerators would round what they multiply to 16 bits.
+    dot = functools.partial(jnp.vdot, precision=jax.lax.Precision.HIGHEST)
+    size = dot(delta, delta)
+    return float(abs(1 - dot(change, delta) / size)) if size else 0.0
 
 
 @functools.partial(jax.jit, static_argnames=("axes", "dtype"))
