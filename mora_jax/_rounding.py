@@ -13,6 +13,7 @@ from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mora_jax._axes import kernel_from_rows
 from mora_jax._checks import check_choice
@@ -27,7 +28,12 @@ def check_rounding(rounding: object) -> None:
 
 
 def add_rounded(
-    kernel: ArrayLike, delta: ArrayLike, axes: str, dtype: jnp.dtype, rounding: Rounding
+    kernel: ArrayLike,
+    delta: ArrayLike,
+    axes: str,
+    dtype: jnp.dtype,
+    rounding: Rounding,
+    start: tuple[ArrayLike | int, ArrayLike | int] = (0, 0),
 ) -> jax.Array:
     """`kernel + delta` in `dtype`, computed in the dtype of `delta`.
 
@@ -36,18 +42,19 @@ def add_rounded(
     zero, a kernel on the grid stays as it is.
 
     Args:
-      kernel: The kernel, of any floating-point dtype.
+      kernel: The kernel, of any floating-point dtype, or a part of one.
       delta: The delta, with the kernel's shape, in float32 or float64.
       axes: The kernel's axes, a letter each.
       dtype: The dtype of the result.
       rounding: "dither" or "nearest"; they differ for dtypes of less than 32 bits.
+      start: The first input and the first output feature of a part.
     """
     kernel = jnp.asarray(kernel)
     total = kernel.astype(delta.dtype) + delta
     if rounding == "nearest" or jnp.finfo(dtype).bits >= 32:
         return total.astype(dtype)
     on_grid = kernel.astype(dtype).astype(delta.dtype) == kernel.astype(delta.dtype)
-    return _dithered(total, on_grid, axes, dtype)
+    return _dithered(total, on_grid, start, axes, dtype)
 
 
 def share_lost(change: ArrayLike, delta: ArrayLike) -> float:
@@ -65,29 +72,63 @@ def share_lost(change: ArrayLike, delta: ArrayLike) -> float:
 
 @functools.partial(jax.jit, static_argnames=("axes", "dtype"))
 def _dithered(
-    total: jax.Array, where: jax.Array, axes: str, dtype: jnp.dtype
+    total: jax.Array,
+    where: jax.Array,
+    start: tuple[ArrayLike, ArrayLike],
+    axes: str,
+    dtype: jnp.dtype,
 ) -> jax.Array:
     """`total` rounded with a dither `where` that is True, and to nearest elsewhere."""
-    grid, nearest = jnp.finfo(dtype), total.astype(dtype)
+    numbers = _random_numbers(total.shape, start, axes)
+    if (total.dtype, dtype) == (jnp.float32, jnp.bfloat16):
+        dithered = _truncated(total, numbers)
+    else:
+        dithered = _stepped(total, numbers, dtype)
+    nearest = total.astype(dtype)
+    where &= jnp.isfinite(nearest) & jnp.isfinite(dithered)
+    where &= nearest.astype(total.dtype) != total
+    return jnp.where(where, dithered, nearest)
+
+
+def _truncated(total: jax.Array, numbers: jax.Array) -> jax.Array:
+    """float32 as bfloat16, which is its first half: a carry from the second rounds."""
+    bits = jax.lax.bitcast_convert_type(total, jnp.uint32) + (numbers >> np.uint32(16))
+    first_half = jax.lax.bitcast_convert_type(bits & np.uint32(0xFFFF0000), jnp.float32)
+    return first_half.astype(jnp.bfloat16)
+
+
+def _stepped(total: jax.Array, numbers: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """The same for any two dtypes, by the step of the grid at each number."""
+    grid = jnp.finfo(dtype)
+    thresholds = (numbers >> np.uint32(8)).astype(jnp.float32) * np.float32(2**-24)
     # frexp gives mantissas from 1/2 on. XLA takes numbers below 2**-126 for zero.
     exponent = jnp.maximum(jnp.frexp(total)[1] - 1, grid.minexp) - grid.nmant
     step = jnp.ldexp(jnp.ones_like(total), jnp.maximum(exponent, -126))
-    steps = jnp.floor(jnp.abs(total) / step + _thresholds(total.shape, axes))
-    largest = float(grid.max)
-    dithered = jnp.clip(jnp.copysign(steps * step, total), -largest, largest)
-    where &= jnp.isfinite(nearest) & (nearest.astype(total.dtype) != total)
-    return jnp.where(where, dithered.astype(dtype), nearest)
+    steps = jnp.floor(jnp.abs(total) / step + thresholds)
+    return jnp.copysign(steps * step, total).astype(dtype)
 
 
-def _thresholds(shape: Shape, axes: str) -> jax.Array:
-    """Random numbers from [0, 1), the same in each run, of the shape of a kernel.
+def _random_numbers(
+    shape: Shape, start: tuple[ArrayLike, ArrayLike], axes: str
+) -> jax.Array:
+    """Random 32 bits for each number of a kernel, the same in each run.
 
-    They belong to an input and an output feature. So a merge gives the same numbers if
-    a kernel is stored transposed, or as one index of a stack.
+    They are a hash of an input and an output feature. So a merge gives the same numbers
+    if a kernel is stored transposed, or as one index of a stack; a fold in training
+    gives those of the merge; and nothing is stored. A step folds each kernel twice, so
+    the hash is a short one: a sum of two products, of which each bit is then mixed into
+    all others twice.
     """
     pairs = list(zip(shape, axes, strict=True))
     ins, outs = (math.prod(n for n, kind in pairs if kind == k) for k in "io")
     stack = [n for n, kind in pairs if kind == "s"]
-    key = jax.random.key(0, impl="threefry2x32")
-    numbers = jax.random.uniform(key, (ins, outs), jnp.float32)
-    return kernel_from_rows(jnp.broadcast_to(numbers, (*stack, ins, outs)), shape, axes)
+    first_in, first_out = (jnp.asarray(k).astype(jnp.uint32) for k in start)
+    rows, columns = (
+        first + jax.lax.broadcasted_iota(jnp.uint32, (ins, outs), axis)
+        for axis, first in enumerate((first_in, first_out))
+    )
+    bits = rows * np.uint32(0x9E3779B1) + columns * np.uint32(0x85EBCA77)
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+        bits = (bits ^ (bits >> np.uint32(shift))) * np.uint32(factor)
+    bits ^= bits >> np.uint32(16)
+    return kernel_from_rows(jnp.broadcast_to(bits, (*stack, ins, outs)), shape, axes)

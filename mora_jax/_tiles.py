@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from mora_jax._linear_map import LinearMap
 from mora_jax._tuning import MAX_UNROLLED_SLICES
 
+_SUBLANES, _LANES = 8, 128
+
 
 def tile_to(x: jax.Array, features: int) -> jax.Array:
     """(..., width) -> (..., features): entry j is entry j mod width of `x`."""
@@ -41,15 +43,45 @@ class _Tile(LinearMap):
         if whole == 1:
             parts = [operand, operand[..., :rest]] if rest else [operand]
             return jnp.concatenate(parts, axis=-1)
-        repeats = [1] * (operand.ndim - 1) + [whole + bool(rest)]
+        if operand.ndim < 2:
+            return self._tiled(operand)
+        return jax.lax.platform_dependent(
+            operand, tpu=self._broadcast, default=self._tiled
+        )
+
+    def _tiled(self, operand: jax.Array) -> jax.Array:
+        repeats = [1] * (operand.ndim - 1) + [-(-self.features // self.width)]
         return jnp.tile(operand, repeats)[..., : self.features]
+
+    def _broadcast(self, operand: jax.Array) -> jax.Array:
+        """One broadcast, in the order in which a TPU stores an array.
+
+        It stores tiles of 8 rows and 128 features, tile by tile. To repeat features is
+        to repeat whole tiles, which a broadcast of (..., rows / 8, n, q / 128, 8, 128)
+        along n does. Its result is the wanted array as it stands in memory, so that
+        the reshapes and transposes around it cost nothing. A broadcast of features as
+        such, a tile or a concatenation XLA computes elsewhere and copies.
+        """
+        *batch, rows, width = operand.shape
+        if rows % _SUBLANES or width % _LANES:
+            return self._tiled(operand)
+        n, tiles = -(-self.features // width), width // _LANES
+        stored = (*batch, rows // _SUBLANES, _SUBLANES, tiles, _LANES)
+        y = jnp.swapaxes(operand.reshape(stored), -3, -2)[..., None, :, :, :]
+        repeated = (*batch, rows // _SUBLANES, n, tiles, _SUBLANES, _LANES)
+        y = jnp.broadcast_to(y, repeated)
+        y = y.reshape(*batch, rows // _SUBLANES, n * tiles, _SUBLANES, _LANES)
+        y = jnp.swapaxes(y, -3, -2).reshape(*batch, rows, n * width)
+        return y[..., : self.features]
 
     def backward(self, residuals: Any, cotangent: jax.Array) -> jax.Array:
         width, features, y = self.width, self.features, cotangent
+        wide = jnp.promote_types(y.dtype, jnp.float32)
         if features > MAX_UNROLLED_SLICES * width:
             y = pad_to(y, -(-features // width) * width)
             return y.reshape(*y.shape[:-1], -1, width).sum(-2)
-        wide = y.astype(jnp.promote_types(y.dtype, jnp.float32))
-        first, *others = (wide[..., k : k + width] for k in range(0, features, width))
+        # Converted after they are cut: XLA would write all of y in the wider dtype.
+        tiles = (y[..., k : k + width].astype(wide) for k in range(0, features, width))
+        first, *others = tiles
         total = sum((pad_to(tile, width) for tile in others), pad_to(first, width))
         return total.astype(y.dtype)

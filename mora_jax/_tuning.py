@@ -1,12 +1,20 @@
 """Every constant that was measured and not derived, by platform, with its source.
 
+A program is compiled for the platform that it is lowered for, which need not be the one
+that it is traced on: an exported program may be for several. So a choice that depends
+on the platform is made by `by_platform`, in the program itself.
+
 A constant belongs here if another machine could want another value. To add a platform,
 measure with the command that is named beside each constant, and add an entry to
-`_BY_PLATFORM` under the name that `jax.default_backend()` gives. Until then a platform
-has the constants of the CPU.
+`TUNING` under JAX's name of it. Until then a platform has the constants of the
+CPU.
 """
 
 import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any
 
 import jax
 
@@ -15,17 +23,21 @@ import jax
 class Tuning:
     """The constants of one platform.
 
+    The first three say from how many rows on a fold is faster than the activation path,
+    in units of in * out / (in + out). Theory: a fold reads and writes the kernel,
+    in * out numbers; the activation path reads the input and the output again, in + out
+    numbers for each row. Both move as much memory at 1.0. The fold also has to form
+    C M D and to do all of it again in the backward pass, so that it pays later.
+
     Attributes:
-      fold_from: From how many rows on a fold is faster than the activation path, in
-        units of in * out / (in + out), for operators without blocks. Theory: a fold
-        reads and writes the kernel, in * out numbers; the activation path reads the
-        input and the output again, in + out numbers for each row. Both move as much
-        memory at 1.0. The fold also has to form C M D and to do all of it again in the
-        backward pass, so that it pays later. Measured with `make bench-layer`.
-      fold_blocks_from: The same for block operators. Their activation path also
-        rearranges C(x), which is as long as x, and multiplies every block with M, while
-        the fold builds the kernel from one copy of M's rows. So it pays earlier.
-        Measured with `make bench-layer`.
+      fold_from: For operators without blocks. Measured with `make bench-layer`.
+      fold_sharing_from: For sharing, whose C and D are sums and repetitions.
+      fold_blocks_from: For block operators. Their activation path also rearranges C(x),
+        which is as long as x, and multiplies every block with M, while the fold builds
+        the kernel from one copy of M's rows. So it pays earlier.
+      folds_16_bits: Whether kernels of 16 bits are folded, too, with a dither.
+      slices_blocks: Whether block operators cut their blocks from x, and M is turned
+        instead of each block of x. Otherwise x becomes an array of blocks.
       transform_step: How many multiplications by a matrix cost as much as one step of
         the fast Walsh-Hadamard transform: a matrix product runs near the peak of the
         machine, while a step of the transform moves all numbers through memory.
@@ -34,16 +46,48 @@ class Tuning:
     """
 
     fold_from: float
+    fold_sharing_from: float
     fold_blocks_from: float
+    folds_16_bits: bool
+    slices_blocks: bool
     transform_step: int
     matrix_from_rows: int
 
 
 # Two cores of an x86-64 server, float32, JAX 0.10.
 _CPU = Tuning(
-    fold_from=2.0, fold_blocks_from=0.6, transform_step=48, matrix_from_rows=8
+    fold_from=2.0,
+    fold_sharing_from=2.0,
+    fold_blocks_from=0.6,
+    folds_16_bits=False,
+    slices_blocks=False,
+    transform_step=48,
+    matrix_from_rows=8,
 )
-_BY_PLATFORM = {"cpu": _CPU}
+# Programs that XLA compiles for a TPU v5e and v6e, bfloat16; `make bench-chips`.
+_TPU = Tuning(
+    fold_from=2.0,
+    fold_sharing_from=math.inf,
+    fold_blocks_from=0.6,
+    folds_16_bits=True,
+    slices_blocks=True,
+    transform_step=4096,
+    matrix_from_rows=8,
+)
+# The same for an H100.
+_GPU = Tuning(
+    fold_from=2.0,
+    fold_sharing_from=0.6,
+    fold_blocks_from=0.6,
+    folds_16_bits=True,
+    slices_blocks=False,
+    transform_step=4096,
+    matrix_from_rows=8,
+)
+TUNING: Mapping[str, Tuning] = MappingProxyType(
+    {"cpu": _CPU, "tpu": _TPU, "cuda": _GPU, "rocm": _GPU}
+)
+"""The constants of each platform, by JAX's name of it."""
 
 MAX_UNROLLED_SLICES = 64
 """A sum of more slices than this is one sum over an axis.
@@ -53,6 +97,27 @@ of them would make programs long, which XLA takes long to compile.
 """
 
 
-def tuning() -> Tuning:
-    """The constants of the platform that JAX computes on by default."""
-    return _BY_PLATFORM.get(jax.default_backend(), _CPU)
+def run_by_platform(functions: Mapping[str, Callable[..., Any]], *args: Any) -> Any:
+    """What the function of the platform that runs the program returns.
+
+    Args:
+      functions: {platform: a function of the arguments}, for all platforms of `TUNING`,
+        with results of one type. Others than these have that of "cpu".
+      *args: Arrays, or trees of them.
+    """
+    others = dict(functions)
+    default = others.pop("cpu")
+    if all(each == default for each in others.values()):
+        return default(*args)
+    return jax.lax.platform_dependent(*args, **others, default=default)
+
+
+def by_platform(
+    wanted: Callable[[Tuning], bool],
+    function: Callable[..., Any],
+    otherwise: Callable[..., Any],
+    *args: Any,
+) -> Any:
+    """`function(*args)` on platforms for which it is wanted, `otherwise` on others."""
+    chosen = {name: function if wanted(t) else otherwise for name, t in TUNING.items()}
+    return run_by_platform(chosen, *args)

@@ -2,7 +2,7 @@ r"""An adapted layer: the equation, and the ways to compute it.
 
 .. math:: y = x W + \alpha\, D(C(x) M) = x\,(W + \alpha\, C M D)
 
-`choose` names one of three ways, which give the same numbers up to rounding:
+There are three ways, which give the same numbers up to rounding:
 
 - "activation" is the equation as it stands. It reads the input and the output once
   more.
@@ -10,9 +10,14 @@ r"""An adapted layer: the equation, and the ways to compute it.
   pays where an input has many rows.
 - "fused" is for meshes (see `fused`). Each device adds its parts of both terms before
   the devices sum them, so that there is one sum and not two.
+
+`choose` names one. Which is fastest may depend on the platform, and a program may be
+compiled for another than it is traced on. Then `choose` gives one way for each, and the
+program takes its platform's.
 """
 
 import math
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import jax
@@ -22,14 +27,16 @@ from jax.typing import DTypeLike
 from jaxtyping import PRNGKeyArray
 
 from mora_jax._compute.delta import Delta, add_delta
-from mora_jax._compute.fold import folded_product
-from mora_jax._compute.fused import fused_product
+from mora_jax._compute.fold import FoldedMap
+from mora_jax._compute.fused import FusedMap
+from mora_jax._compute.maps import ActivationMap, ByPlatform
 from mora_jax._interception import intercepted
-from mora_jax._linear_map import Static
+from mora_jax._linear_map import LinearMap, Static
 from mora_jax._mesh.layout import explicit_sharding
 from mora_jax._spec import AdapterSpec
-from mora_jax._tuning import tuning
+from mora_jax._tuning import TUNING, Tuning
 from mora_jax._types import ArrayLike
+from mora_jax.operators import Sharing
 from mora_jax.products import Contraction, Product
 
 Way = Literal["activation", "fold", "fused"]
@@ -42,8 +49,8 @@ def choose(
     dtype: DTypeLike | None,
     *,
     dropout: bool = False,
-) -> Way:
-    """How to compute an adapted product.
+) -> Mapping[str, Way]:
+    """How to compute an adapted product, on each platform.
 
     Shapes and dtypes alone decide, and whether another library computes the layer's
     product: it would be given, in place of the kernel that it knows, one with a delta,
@@ -58,33 +65,36 @@ def choose(
       dropout: Whether the adapter drops some of its input, which the layer does not.
 
     Returns:
-      "activation", "fold" or "fused"; see the head of this file.
+      {platform: "activation", "fold" or "fused"}; see the head of this file.
     """
     shape, axes = spec.seen_by(len(product.axes))
     joined = isinstance(product, Contraction) and "s" not in axes
     if not joined or product.axes != axes or dtype is None or dropout or intercepted():
-        return "activation"
+        return dict.fromkeys(TUNING, "activation")
     if explicit_sharding(x) is not None:  # the steps of the others have no such type
-        return "activation"
-    if _should_fold(spec, x, dtype):
-        return "fold"
-    if spec.layout is None or not spec.operator.block:
-        return "activation"
-    return "fused" if spec.layout.for_activations(axes, shape).splits else "activation"
+        return dict.fromkeys(TUNING, "activation")
+    layout = spec.layout if spec.operator.block else None
+    split = layout is not None and layout.for_activations(axes, shape).splits
+    other: Way = "fused" if split else "activation"
+    return {
+        name: "fold" if _should_fold(spec, x, dtype, tuning) else other
+        for name, tuning in TUNING.items()
+    }
 
 
-def _should_fold(spec: AdapterSpec, x: Any, dtype: DTypeLike) -> bool:
+def _should_fold(spec: AdapterSpec, x: Any, dtype: DTypeLike, tuning: Tuning) -> bool:
     if spec.execution != "auto":
         return spec.execution == "fold"
-    if jnp.finfo(dtype).bits < 32:
-        # The folded kernel is rounded to 16 bits, which slowed learning in
-        # benchmarks/bfloat16.py.
+    if jnp.finfo(dtype).bits < 32 and not tuning.folds_16_bits:
         return False
     if spec.layout is not None and spec.layout.gathers:
         return False  # a fold in the backward pass would gather the kernel once more
-    measured, ins, outs = tuning(), spec.in_features, spec.out_features
-    block = spec.operator.block
-    fold_from = measured.fold_blocks_from if block else measured.fold_from
+    ins, outs = spec.in_features, spec.out_features
+    fold_from = tuning.fold_from
+    if spec.operator.block:
+        fold_from = tuning.fold_blocks_from
+    elif isinstance(spec.operator, Sharing):
+        fold_from = tuning.fold_sharing_from
     return math.prod(x.shape) / ins >= fold_from * ins * outs / (ins + outs)
 
 
@@ -121,19 +131,28 @@ def adapted_product(
     """
     check_product(spec, product)
     x = jnp.asarray(x)
-    way = choose(
+    ways = choose(
         spec, product, x, _floating_dtype(kernel), dropout=dropout_key is not None
     )
-    if way == "activation":
+    if set(ways.values()) == {"activation"}:
         y = multiply(x, kernel)
         return add_delta(y, spec, m, x, product, dropout_key, precision)
     kernel, ndim = jnp.asarray(kernel), len(product.axes)
     _check_kernel_shape(spec, kernel, ndim)
     delta = Delta.of(spec, m, ndim=ndim, precision=precision, x=x)
-    if way == "fold":
-        return folded_product(delta, x, kernel, product, multiply)
-    assert isinstance(product, Contraction)
-    return fused_product(delta, x, kernel, product, multiply)
+    arguments = delta, x, kernel, product, multiply
+    maps = {way: _MAPS[way](*arguments) for way in set(ways.values())}
+    adapted = maps[ways["cpu"]]
+    if len(maps) > 1:
+        adapted = ByPlatform(tuple((name, maps[way]) for name, way in ways.items()))
+    return adapted((delta.operator, delta.m, kernel), x)
+
+
+_MAPS: Mapping[Way, Callable[..., LinearMap]] = {
+    "activation": ActivationMap.of,
+    "fold": FoldedMap.of,
+    "fused": FusedMap.of,
+}
 
 
 def check_product(spec: AdapterSpec, product: Product) -> None:

@@ -11,17 +11,19 @@ that compute it.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import PRNGKeyArray
 
 from mora_jax._axes import kernel_from_rows
 from mora_jax._compute.forms import Compressed, compressed_rows, compressed_units
-from mora_jax._compute.matrix import delta_matrix
+from mora_jax._compute.matrix import add_matrix, delta_matrix, turned_m
 from mora_jax._interception import last_with_first, matmul, undisturbed
 from mora_jax._linear_map import LinearMap, static
 from mora_jax._mesh import apply as on_mesh
@@ -34,9 +36,11 @@ from mora_jax._mesh.layout import (
     with_auto_axes,
 )
 from mora_jax._mesh.parts import OperatorPart
+from mora_jax._rounding import add_rounded
 from mora_jax._spec import AdapterSpec
+from mora_jax._tuning import MAX_UNROLLED_SLICES, Tuning, by_platform
 from mora_jax._types import ArrayLike, Shape
-from mora_jax.operators import Operator
+from mora_jax.operators import Decoupling, Operator, Permutation
 from mora_jax.operators._base import delta_of
 from mora_jax.products import Contraction, Lookup, Product
 
@@ -69,6 +73,75 @@ class _Product(LinearMap):
         # One product of all blocks of all rows, not one for each block.
         h, back = (a.reshape(-1, a.shape[-1]) for a in (h, back))
         return matmul(h.T, back, self.precision)
+
+
+@dataclasses.dataclass(frozen=True)
+class _SlicedProduct(_Product):
+    """The same for a block operator whose blocks are slices of x.
+
+    Block k of x is turned, and multiplied with M. M may be turned instead: n small
+    matrices, for which x stays as it is. Where slices cost nothing, neither x nor its
+    gradient are then written again as arrays of blocks.
+    """
+
+    def forward(self, residuals: Any, operand: jax.Array) -> jax.Array:
+        (op, x), m = residuals, operand
+        sliced, general = self._sliced, functools.partial(_Product.forward, self)
+        return by_platform(_slices, sliced, general, (op, x), m)
+
+    def backward(self, residuals: Any, cotangent: jax.Array) -> jax.Array:
+        sliced, general = self._m_gradient, functools.partial(_Product.backward, self)
+        return by_platform(_slices, sliced, general, residuals, cotangent)
+
+    def _sliced(self, residuals: Any, m: jax.Array) -> jax.Array:
+        op, x = residuals
+        turned, q = turned_m(op, m), op.square_rank
+        blocks = jax.lax.split(x, (q,) * (op.in_features // q), axis=-1)
+        outputs: list[Any] = [None] * op.num_out_blocks
+        for k, to in op.pairs:
+            h = matmul(blocks[k], turned[k], self.precision)
+            outputs[to] = h if outputs[to] is None else outputs[to] + h
+        return jnp.concatenate(outputs, axis=-1)
+
+    def _m_gradient(self, residuals: Any, cotangent: jax.Array) -> jax.Array:
+        op, x = residuals
+        n, p, q = op.compressed_shape[0], op.num_out_blocks, op.square_rank
+        x, y = (a.reshape(-1, a.shape[-1]) for a in (x, cotangent))
+        wide = jnp.promote_types(y.dtype, jnp.float32)
+
+        def add_product(k: jax.Array, sums: jax.Array) -> jax.Array:
+            # Unsigned, or XLA would not see that the slices are whole tiles.
+            block_in, block_out = (k.astype(jnp.uint32) % np.uint32(c) for c in (n, p))
+            h = jax.lax.dynamic_slice_in_dim(x, block_in * q, q, axis=1)
+            back = jax.lax.dynamic_slice_in_dim(y, block_out * q, q, axis=1)
+            gradient = jax.lax.dot_general(
+                h,
+                back,
+                (((0,), (0,)), ((), ())),
+                precision=self.precision,
+                preferred_element_type=wide,
+            )
+            before = jax.lax.dynamic_index_in_dim(sums, block_in)
+            return jax.lax.dynamic_update_index_in_dim(
+                sums, before + gradient, block_in, axis=0
+            )
+
+        sums = jnp.zeros((n, q, q), wide)
+        sums = jax.lax.fori_loop(0, len(op.pairs), add_product, sums)
+        m = jax.ShapeDtypeStruct((q, q), wide)
+        (m,) = jax.linear_transpose(lambda m: turned_m(op, m), m)(sums)
+        return m.astype(y.dtype)
+
+
+def _slices(tuning: Tuning) -> bool:
+    return tuning.slices_blocks
+
+
+def _can_slice(op: Any) -> bool:
+    """Whether the blocks of an operator are few slices of its features."""
+    if not isinstance(op, Decoupling) or isinstance(op, Permutation):
+        return False
+    return op.aligned and len(op.pairs) <= MAX_UNROLLED_SLICES
 
 
 def _product_by_x(product: _Product, residuals: Any, operand: jax.Array) -> jax.Array:
@@ -154,7 +227,8 @@ class Delta:
         """(*stack, *batch, in_features) -> (*stack, *batch, out_features)."""
         if self.m.ndim > 2:
             return jax.vmap(lambda m, x: self._with(m).rows(x))(self.m, x)
-        op, product = self.operator, _Product(self.precision)
+        op = self.operator
+        product = (_SlicedProduct if _can_slice(op) else _Product)(self.precision)
         if isinstance(op, OperatorPart):  # within a map whose transpose is written out
             return product.forward((op, x), self.m)
         features = self._features(KernelLayout.for_activations)
@@ -202,6 +276,19 @@ class Delta:
     def kernel(self) -> jax.Array:
         """The delta as an array of the kernel's shape."""
         return kernel_from_rows(self._matrix(), self.kernel_shape, self.axes)
+
+    def added_to(self, kernel: jax.Array) -> jax.Array:
+        """`kernel` plus the delta, which is computed in the dtype of `m`.
+
+        A kernel of 16 bits is rounded with a dither, as `merge` does.
+        """
+        split = self._features(KernelLayout.for_kernel)
+        if self.axes.lstrip("s") != "io" or split is not None:
+            return add_rounded(kernel, self.kernel(), self.axes, kernel.dtype, "dither")
+        add = functools.partial(add_matrix, self.operator)
+        for _ in range(self.m.ndim - 2):
+            add = jax.vmap(add)
+        return add(self.m, kernel)
 
     def _matrix(self) -> jax.Array:
         """(*stack, in_features, out_features)."""

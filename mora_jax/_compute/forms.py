@@ -24,7 +24,7 @@ from jax.typing import DTypeLike
 from mora_jax._interception import matmul
 from mora_jax._mesh.apply import OperatorOnMesh
 from mora_jax._mesh.parts import OperatorPart
-from mora_jax._tuning import tuning
+from mora_jax._tuning import Tuning, by_platform
 from mora_jax.operators import Decoupling, Hadamard, Operator
 from mora_jax.operators._base import Side
 
@@ -52,20 +52,26 @@ def _(op: Decoupling, x: jax.Array) -> Compressed:
 
 @compressed_rows.register
 def _(op: Hadamard, x: jax.Array) -> Compressed:
+    many = math.prod(x.shape[:-1])
+
+    def by_matrix(x: jax.Array) -> jax.Array:
+        return matmul(x, op.matrix("in", x.dtype))
+
+    def to_outputs(h: jax.Array) -> jax.Array:
+        return matmul(h, op.matrix("out", h.dtype).T)
+
     def decompress(h: jax.Array) -> jax.Array:
-        if _prefers_matrix(op, "out", h):
-            return matmul(h, op.matrix("out", h.dtype).T)
-        return op._decompress(h)
+        wanted = functools.partial(_prefers_matrix, op, "out", many)
+        return by_platform(wanted, to_outputs, op._decompress, h)
 
-    if _prefers_matrix(op, "in", x):
-        return matmul(x, op.matrix("in", x.dtype)), decompress
-    return op._compress(x), decompress
+    wanted = functools.partial(_prefers_matrix, op, "in", many)
+    return by_platform(wanted, by_matrix, op._compress, x), decompress
 
 
-def _prefers_matrix(op: Hadamard, side: Side, rows: jax.Array) -> bool:
+def _prefers_matrix(op: Hadamard, side: Side, rows: int, tuning: Tuning) -> bool:
     """Whether a product with C or D as a matrix is faster than the transform."""
-    fast = op.square_rank <= tuning().transform_step * op.transform_steps(side)
-    return fast and math.prod(rows.shape[:-1]) > tuning().matrix_from_rows
+    fast = op.square_rank <= tuning.transform_step * op.transform_steps(side)
+    return fast and rows > tuning.matrix_from_rows
 
 
 @compressed_rows.register

@@ -15,36 +15,48 @@ import jax
 from jax.sharding import PartitionSpec
 
 from mora_jax._compute.delta import Delta
-from mora_jax._compute.fold import DeltaOfTangent, result_dtype
+from mora_jax._compute.maps import DeltaOfTangent, result_dtype
 from mora_jax._linear_map import Static, static
 from mora_jax._mesh.layout import FeatureSharding, MeshAxes
 from mora_jax._mesh.shard_map import REPLICATED, ShardMappedMap
-from mora_jax.products import Contraction
+from mora_jax.products import Contraction, Product
 
 
-def fused_product(
-    delta: Delta,
-    x: jax.Array,
-    kernel: jax.Array,
-    product: Contraction,
-    multiply: Static,
-) -> jax.Array:
-    """`multiply(x, kernel)` and the delta; the arguments are `folded_product`'s."""
-    assert delta.layout is not None
-    features = delta.layout.for_activations(delta.axes, delta.kernel_shape)
-    x_spec, kernel_spec, y_spec = _specs(product, delta, features)
-    fused = _Fused(
-        features,
-        static(_layer_and_delta, multiply, product, delta.axes, delta.precision),
-        x.shape,
-        x.dtype,
-        x_spec,
-        y_spec,
-        residual_specs=(REPLICATED, kernel_spec),
-        gathers_last=True,
-        by_m=DeltaOfTangent(product, delta.settings, result_dtype(multiply, x, kernel)),
-    )
-    return fused((delta.operator, delta.m, kernel), x)
+@dataclasses.dataclass(frozen=True)
+class FusedMap(ShardMappedMap):
+    """Product and delta as a map of x. The residuals are (operator, alpha M, W)."""
+
+    by_m: DeltaOfTangent | None = None
+
+    @classmethod
+    def of(
+        cls,
+        delta: Delta,
+        x: jax.Array,
+        kernel: jax.Array,
+        product: Product,
+        multiply: Static,
+    ) -> "FusedMap":
+        """The map of a layer; the arguments are those of `AdaptedMap.of`."""
+        assert isinstance(product, Contraction) and delta.layout is not None
+        features = delta.layout.for_activations(delta.axes, delta.kernel_shape)
+        x_spec, kernel_spec, y_spec = _specs(product, delta, features)
+        dtype = result_dtype(multiply, x, kernel)
+        return cls(
+            features,
+            static(_layer_and_delta, multiply, product, delta.axes, delta.precision),
+            x.shape,
+            x.dtype,
+            x_spec,
+            y_spec,
+            residual_specs=(REPLICATED, kernel_spec),
+            gathers_last=True,
+            by_m=DeltaOfTangent(product, delta.settings, dtype),
+        )
+
+    def derivatives(self) -> Mapping[int, Callable[[Any, Any, Any], jax.Array]]:
+        assert self.by_m is not None
+        return {1: self.by_m}
 
 
 def _specs(
@@ -76,14 +88,3 @@ def _layer_and_delta(
     y = multiply(x, kernel)
     delta = Delta(part, m.astype(y.dtype), kernel.shape, axes, precision)
     return y + product.delta(delta, x.astype(y.dtype))
-
-
-@dataclasses.dataclass(frozen=True)
-class _Fused(ShardMappedMap):
-    """Product and delta as a map of x. The residuals are (operator, alpha M, W)."""
-
-    by_m: DeltaOfTangent | None = None
-
-    def derivatives(self) -> Mapping[int, Callable[[Any, Any, Any], jax.Array]]:
-        assert self.by_m is not None
-        return {1: self.by_m}

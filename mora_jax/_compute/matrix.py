@@ -11,6 +11,8 @@ import numpy as np
 
 from mora_jax._interception import matmul
 from mora_jax._mesh.parts import BasisPart, OperatorPart, PermutationPart
+from mora_jax._rounding import add_rounded
+from mora_jax._tuning import by_platform
 from mora_jax._types import ArrayLike
 from mora_jax.operators import Decoupling, Hadamard, Operator, Permutation
 from mora_jax.operators._blocks import add_wrapped_rows, block_positions, divide
@@ -83,6 +85,66 @@ def _permuted_matrix(
 def _(op: Hadamard, m: jax.Array) -> jax.Array:
     c, d = op.matrix("in", m.dtype), op.matrix("out", m.dtype)
     return matmul(c, matmul(m, d.T))
+
+
+@functools.singledispatch
+def add_matrix(op: Operator, m: jax.Array, kernel: jax.Array) -> jax.Array:
+    """The kernel plus the delta, (in_features, out_features), in the kernel's dtype.
+
+    A kernel of 16 bits is rounded with a dither.
+
+    Args:
+      op: An operator.
+      m: M, (q, q), in float32 or float64.
+      kernel: (in_features, out_features).
+    """
+    return add_rounded(kernel, delta_matrix(op, m), "io", kernel.dtype, "dither")
+
+
+@add_matrix.register
+def _(op: Decoupling, m: jax.Array, kernel: jax.Array) -> jax.Array:
+    whole = add_matrix.dispatch(Operator)
+    if not op.aligned:
+        return whole(op, m, kernel)
+    return by_platform(
+        lambda tuning: tuning.slices_blocks,
+        functools.partial(_add_copies, op),
+        functools.partial(whole, op),
+        m,
+        kernel,
+    )
+
+
+def _add_copies(op: Decoupling, m: jax.Array, kernel: jax.Array) -> jax.Array:
+    """The kernel with the copies of M added one after another, in place.
+
+    The rest of the kernel, 1 - 1/n of it, is only copied. XLA copies it to the chip's
+    fast memory, where the product that follows reads it.
+    """
+    q = op.square_rank
+    turned = turned_m(op, m)
+    n, p = op.compressed_shape[0], op.num_out_blocks
+
+    def add_copy(k: jax.Array, folded: jax.Array) -> jax.Array:
+        block_in, block_out = (k.astype(jnp.uint32) % np.uint32(c) for c in (n, p))
+        start = block_in * q, block_out * q
+        block = jax.lax.dynamic_slice(kernel, start, (q, q))
+        m = jax.lax.dynamic_index_in_dim(turned, block_in, keepdims=False)
+        block = add_rounded(block, m, "io", kernel.dtype, "dither", start)
+        return jax.lax.dynamic_update_slice(folded, block, start)
+
+    return jax.lax.fori_loop(0, len(op.pairs), add_copy, kernel)
+
+
+@add_matrix.register
+def _(op: Permutation, m: jax.Array, kernel: jax.Array) -> jax.Array:
+    return add_matrix.dispatch(Operator)(op, m, kernel)
+
+
+def turned_m(op: Decoupling, m: jax.Array) -> jax.Array:
+    """What each block of x multiplies: (q, k) -> (n, q, k)."""
+    turned = op.rotate_m(m)
+    return jnp.broadcast_to(turned, (op.compressed_shape[0], *turned.shape[1:]))
 
 
 @delta_matrix.register

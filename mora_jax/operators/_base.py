@@ -50,6 +50,8 @@ class Operator(abc.ABC):
     """Whether q may not exceed `min(in_features, out_features)`."""
     q_multiple_of: ClassVar[int] = 1
     """What q must be divisible by."""
+    tiles: ClassVar[bool] = False
+    """Whether C and D cut features into pieces of q, the last of which may be short."""
 
     def __post_init__(self) -> None:
         for field in ("in_features", "out_features", "square_rank"):

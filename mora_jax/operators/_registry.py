@@ -35,6 +35,9 @@ OPERATORS: dict[str, type[Operator]] = {
 SHARING_FROM_RANK = 128
 """Where "auto" turns from rotation to sharing: the paper's best at r=8 and r=256."""
 
+LANES = 128
+"""How many numbers a TPU computes with at once: the width of its registers."""
+
 OperatorSpec = str | Mapping[str, Any]
 """A name, or a mapping with "name" and settings: {"name": "sharing", ...}."""
 
@@ -111,8 +114,10 @@ def square_rank(
     cls = OPERATORS[parse_spec(resolve_auto(operator, rank))[0]]
     q = math.isqrt((in_features + out_features) * rank)
     q = min(q, in_features, out_features)
-    if multiple_of is None:  # what hardware likes, where it costs little
-        multiple_of = 8 if q >= 64 else 1
+    if multiple_of is None:
+        if fitting := _fitting(q, in_features, out_features, cls.tiles):
+            return fitting
+        multiple_of = 8 if q >= 64 else 1  # it costs at most a tenth of q
     step = math.lcm(cls.q_multiple_of, multiple_of)
     q -= q % (step if q >= step else cls.q_multiple_of)
     if q == 0:
@@ -121,6 +126,24 @@ def square_rank(
             f"for {cls.name}, whose square_rank is at least {cls.q_multiple_of}"
         )
     return q
+
+
+def _fitting(q: int, in_features: int, out_features: int, tiles: bool) -> int | None:
+    """The widest M that needs no padding on any chip, at most `q` and at least half.
+
+    A TPU computes with rows of 128 numbers, so that a slice of whole 128s costs nothing
+    and any other a copy. Where C and D cut features into pieces of q, q is to divide
+    them besides.
+    """
+    common = math.gcd(in_features, out_features)
+    for step in (LANES, LANES // 2):
+        widths = range(q - q % step, (q - 1) // 2, -step)
+        for width in widths:
+            if width and (not tiles or common % width == 0):
+                return width
+        if tiles and q >= 64 and common % (q - q % 8) == 0:
+            return None
+    return None
 
 
 def make_operator(

@@ -47,6 +47,7 @@ class Decoupling(Operator):
 
     name = "decoupling"
     bounded = False
+    tiles = True
 
     @property
     def compressed_shape(self) -> Shape:
@@ -116,6 +117,20 @@ class Decoupling(Operator):
     def rotate_m(self, m: jax.Array) -> jax.Array:
         """What each block of x multiplies, (q, k) -> (n, q, k), or (1, q, k)."""
         return m[None]
+
+    @property
+    def aligned(self) -> bool:
+        """Whether q divides both widths, so that blocks are slices of features."""
+        return not (
+            self.in_features % self.square_rank + self.out_features % self.square_rank
+        )
+
+    @property
+    def pairs(self) -> tuple[tuple[int, int], ...]:
+        """(input block, output block) for each copy of M in the delta."""
+        n, p = self.compressed_shape[0], self.num_out_blocks
+        count = p if self.truncate else max(n, p)
+        return tuple((k % n, k % p) for k in range(count))
 
     def in_group(self, block: Any) -> Any:
         """The group of each input block, (...); its outputs are those it feeds.

@@ -50,6 +50,7 @@ class Sharing(Operator):
 
     name = "sharing"
     bounded = False
+    tiles = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -89,11 +90,10 @@ class Sharing(Operator):
         return sum_tiles(x, q) + jnp.pad(x[..., :missing], before)
 
     def _decompress(self, h: jax.Array) -> jax.Array:
+        h = h * self._scale("out", h.dtype)  # q numbers, and not all outputs
         if self.decompress_groups == "strided":
-            y = tile_to(h, self.out_features)
-        else:
-            y = _repeat_contiguous(h, self.out_features)
-        return y * self._scale("out", y.dtype)
+            return tile_to(h, self.out_features)
+        return _repeat_contiguous(h, self.out_features)
 
     def _rows(self, side: Side, indices: jax.Array, dtype: DTypeLike) -> jax.Array:
         q = self.square_rank
