@@ -97,19 +97,9 @@ of them would make programs long, which XLA takes long to compile.
 """
 
 
-def run_by_platform(functions: Mapping[str, Callable[..., Any]], *args: Any) -> Any:
-    """What the function of the platform that runs the program returns.
-
-    Args:
-      functions: {platform: a function of the arguments}, for all platforms of `TUNING`,
-        with results of one type. Others than these have that of "cpu".
-      *args: Arrays, or trees of them.
-    """
-    others = dict(functions)
-    default = others.pop("cpu")
-    if all(each == default for each in others.values()):
-        return default(*args)
-    return jax.lax.platform_dependent(*args, **others, default=default)
+def current_tuning() -> Tuning:
+    """The constants of the platform that JAX computes on by default."""
+    return TUNING.get(jax.default_backend(), _CPU)
 
 
 def by_platform(
@@ -118,6 +108,12 @@ def by_platform(
     otherwise: Callable[..., Any],
     *args: Any,
 ) -> Any:
-    """`function(*args)` on platforms for which it is wanted, `otherwise` on others."""
+    """`function(*args)` on platforms for which it is wanted, `otherwise` on others.
+
+    The two must give results of the same type.
+    """
     chosen = {name: function if wanted(t) else otherwise for name, t in TUNING.items()}
-    return run_by_platform(chosen, *args)
+    default = chosen.pop("cpu")
+    if all(each is default for each in chosen.values()):
+        return default(*args)
+    return jax.lax.platform_dependent(*args, **chosen, default=default)

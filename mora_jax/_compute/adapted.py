@@ -11,13 +11,13 @@ There are three ways, which give the same numbers up to rounding:
 - "fused" is for meshes (see `fused`). Each device adds its parts of both terms before
   the devices sum them, so that there is one sum and not two.
 
-`choose` names one. Which is fastest may depend on the platform, and a program may be
-compiled for another than it is traced on. Then `choose` gives one way for each, and the
-program takes its platform's.
+`choose` names one for a platform. A program may be compiled for another platform than
+it is traced on, or for several: where they differ, it holds two ways and takes one when
+it is compiled.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax
@@ -31,10 +31,10 @@ from mora_jax._compute.fold import FoldedMap
 from mora_jax._compute.fused import FusedMap
 from mora_jax._compute.maps import ActivationMap, ByPlatform
 from mora_jax._interception import intercepted
-from mora_jax._linear_map import LinearMap, Static
+from mora_jax._linear_map import Static, static
 from mora_jax._mesh.layout import explicit_sharding
 from mora_jax._spec import AdapterSpec
-from mora_jax._tuning import TUNING, Tuning
+from mora_jax._tuning import TUNING, Tuning, current_tuning
 from mora_jax._types import ArrayLike
 from mora_jax.operators import Sharing
 from mora_jax.products import Contraction, Product
@@ -49,8 +49,9 @@ def choose(
     dtype: DTypeLike | None,
     *,
     dropout: bool = False,
-) -> Mapping[str, Way]:
-    """How to compute an adapted product, on each platform.
+    tuning: Tuning | None = None,
+) -> Way:
+    """How a platform is to compute an adapted product.
 
     Shapes and dtypes alone decide, and whether another library computes the layer's
     product: it would be given, in place of the kernel that it knows, one with a delta,
@@ -63,26 +64,27 @@ def choose(
       dtype: The kernel's dtype in the computation; None for a kernel that is not an
         array of floating-point numbers, such as a quantized one.
       dropout: Whether the adapter drops some of its input, which the layer does not.
+      tuning: The constants of the platform; None for the one JAX computes on.
 
     Returns:
-      {platform: "activation", "fold" or "fused"}; see the head of this file.
+      "activation", "fold" or "fused"; see the head of this file.
     """
     shape, axes = spec.seen_by(len(product.axes))
     joined = isinstance(product, Contraction) and "s" not in axes
     if not joined or product.axes != axes or dtype is None or dropout or intercepted():
-        return dict.fromkeys(TUNING, "activation")
+        return "activation"
     if explicit_sharding(x) is not None:  # the steps of the others have no such type
-        return dict.fromkeys(TUNING, "activation")
-    layout = spec.layout if spec.operator.block else None
-    split = layout is not None and layout.for_activations(axes, shape).splits
-    other: Way = "fused" if split else "activation"
-    return {
-        name: "fold" if _should_fold(spec, x, dtype, tuning) else other
-        for name, tuning in TUNING.items()
-    }
+        return "activation"
+    if _should_fold(spec, math.prod(x.shape), dtype, tuning or current_tuning()):
+        return "fold"
+    if spec.layout is None or not spec.operator.block:
+        return "activation"
+    return "fused" if spec.layout.for_activations(axes, shape).splits else "activation"
 
 
-def _should_fold(spec: AdapterSpec, x: Any, dtype: DTypeLike, tuning: Tuning) -> bool:
+def _should_fold(
+    spec: AdapterSpec, inputs: int, dtype: DTypeLike, tuning: Tuning
+) -> bool:
     if spec.execution != "auto":
         return spec.execution == "fold"
     if jnp.finfo(dtype).bits < 32 and not tuning.folds_16_bits:
@@ -95,7 +97,7 @@ def _should_fold(spec: AdapterSpec, x: Any, dtype: DTypeLike, tuning: Tuning) ->
         fold_from = tuning.fold_blocks_from
     elif isinstance(spec.operator, Sharing):
         fold_from = tuning.fold_sharing_from
-    return math.prod(x.shape) / ins >= fold_from * ins * outs / (ins + outs)
+    return inputs / ins >= fold_from * ins * outs / (ins + outs)
 
 
 def adapted_product(
@@ -131,27 +133,31 @@ def adapted_product(
     """
     check_product(spec, product)
     x = jnp.asarray(x)
-    ways = choose(
-        spec, product, x, _floating_dtype(kernel), dropout=dropout_key is not None
-    )
-    if set(ways.values()) == {"activation"}:
+    dtype, dropout = _floating_dtype(kernel), dropout_key is not None
+    ways = {
+        choose(spec, product, x, dtype, dropout=dropout, tuning=tuning)
+        for tuning in TUNING.values()
+    }
+    if ways == {"activation"}:
         y = multiply(x, kernel)
         return add_delta(y, spec, m, x, product, dropout_key, precision)
     kernel, ndim = jnp.asarray(kernel), len(product.axes)
     _check_kernel_shape(spec, kernel, ndim)
     delta = Delta.of(spec, m, ndim=ndim, precision=precision, x=x)
-    arguments = delta, x, kernel, product, multiply
-    maps = {way: _MAPS[way](*arguments) for way in set(ways.values())}
-    adapted = maps[ways["cpu"]]
-    if len(maps) > 1:
-        adapted = ByPlatform(tuple((name, maps[way]) for name, way in ways.items()))
+    maps = [_MAPS[way].of(delta, x, kernel, product, multiply) for way in ways]
+    if len(maps) == 1:
+        adapted = maps[0]
+    else:  # a fold on some platforms, and one other way on the rest
+        first, second = sorted(maps, key=lambda each: not isinstance(each, FoldedMap))
+        wanted = static(_should_fold, spec, x.size, dtype)
+        adapted = ByPlatform(wanted, first, second)
     return adapted((delta.operator, delta.m, kernel), x)
 
 
-_MAPS: Mapping[Way, Callable[..., LinearMap]] = {
-    "activation": ActivationMap.of,
-    "fold": FoldedMap.of,
-    "fused": FusedMap.of,
+_MAPS: Mapping[str, Any] = {
+    "activation": ActivationMap,
+    "fold": FoldedMap,
+    "fused": FusedMap,
 }
 
 

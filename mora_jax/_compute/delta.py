@@ -99,7 +99,9 @@ class _SlicedProduct(_Product):
         blocks = jax.lax.split(x, (q,) * (op.in_features // q), axis=-1)
         outputs: list[Any] = [None] * op.num_out_blocks
         for k, to in op.pairs:
-            h = matmul(blocks[k], turned[k], self.precision)
+            h = jax.lax.dot_general(
+                blocks[k], turned[k], last_with_first(x), precision=self.precision
+            )
             outputs[to] = h if outputs[to] is None else outputs[to] + h
         return jnp.concatenate(outputs, axis=-1)
 

@@ -10,7 +10,7 @@ import jax
 
 from mora_jax._compute.delta import Delta
 from mora_jax._linear_map import LinearMap, Static
-from mora_jax._tuning import run_by_platform
+from mora_jax._tuning import by_platform
 from mora_jax._types import Shape
 from mora_jax.products import Product
 
@@ -105,24 +105,28 @@ class ActivationMap(AdaptedMap):
 
 @dataclasses.dataclass(frozen=True)
 class ByPlatform(LinearMap):
-    """One of several maps with the same result, by the platform that runs the program.
+    """One of two maps with the same result, by the platform that runs the program.
 
     Attributes:
-      maps: Pairs of a platform and its map, for all platforms.
+      wanted: Whether a platform with this tuning is to use the first.
+      first: A map.
+      second: The map of other platforms, with the same derivatives.
     """
 
-    maps: tuple[tuple[str, LinearMap], ...]
+    wanted: Static
+    first: LinearMap
+    second: LinearMap
 
     def forward(self, residuals: Any, operand: jax.Array) -> jax.Array:
-        functions = {name: each.forward for name, each in self.maps}
-        return run_by_platform(functions, residuals, operand)
+        first, second = self.first.forward, self.second.forward
+        return by_platform(self.wanted, first, second, residuals, operand)
 
     def backward(self, residuals: Any, cotangent: jax.Array) -> jax.Array:
-        functions = {name: each.backward for name, each in self.maps}
-        return run_by_platform(functions, residuals, cotangent)
+        first, second = self.first.backward, self.second.backward
+        return by_platform(self.wanted, first, second, residuals, cotangent)
 
     def derivatives(self) -> Mapping[int, Callable[[Any, Any, Any], jax.Array]]:
-        return self.maps[0][1].derivatives()
+        return self.first.derivatives()
 
 
 def result_dtype(multiply: Static, x: jax.Array, kernel: jax.Array) -> Any:
