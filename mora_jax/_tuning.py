@@ -66,7 +66,7 @@ _CPU = Tuning(
 )
 # Programs that XLA compiles for a TPU v5e and v6e, bfloat16; `make bench-chips`.
 _TPU = Tuning(
-    fold_from=2.0,
+    fold_from=4.0,
     fold_sharing_from=math.inf,
     fold_blocks_from=0.6,
     folds_16_bits=True,

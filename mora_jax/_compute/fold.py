@@ -30,7 +30,12 @@ class FoldedMap(AdaptedMap):
         operator, m, kernel = residuals
         dtype = jnp.promote_types(jnp.result_type(m, kernel), jnp.float32)
         m = _schedule_after(after, m).astype(dtype)
-        return Delta(operator, m, *self.by_m.settings).added_to(kernel)
+        folded = Delta(operator, m, *self.by_m.settings).added_to(kernel)
+        if operator.block:
+            return folded
+        # As an array of its own: a product that forms its kernel again for each row of
+        # tiles is slower.
+        return jax.lax.optimization_barrier((after, folded))[1]
 
 
 def _schedule_after(x: jax.Array, m: jax.Array) -> jax.Array:
