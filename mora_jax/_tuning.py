@@ -10,9 +10,10 @@ measure with the command that is named beside each constant, and add an entry to
 CPU.
 """
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -36,6 +37,7 @@ class Tuning:
         which is as long as x, and multiplies every block with M, while the fold builds
         the kernel from one copy of M's rows. So it pays earlier.
       folds_16_bits: Whether kernels of 16 bits are folded, too, with a dither.
+      tiled_memory: Whether arrays are stored as tiles of 8 rows and 128 features.
       slices_blocks: Whether block operators cut their blocks from x, and M is turned
         instead of each block of x. Otherwise x becomes an array of blocks.
       transform_step: How many multiplications by a matrix cost as much as one step of
@@ -49,6 +51,7 @@ class Tuning:
     fold_sharing_from: float
     fold_blocks_from: float
     folds_16_bits: bool
+    tiled_memory: bool
     slices_blocks: bool
     transform_step: int
     matrix_from_rows: int
@@ -60,6 +63,7 @@ _CPU = Tuning(
     fold_sharing_from=2.0,
     fold_blocks_from=0.6,
     folds_16_bits=False,
+    tiled_memory=False,
     slices_blocks=False,
     transform_step=48,
     matrix_from_rows=8,
@@ -70,6 +74,7 @@ _TPU = Tuning(
     fold_sharing_from=math.inf,
     fold_blocks_from=0.6,
     folds_16_bits=True,
+    tiled_memory=True,
     slices_blocks=True,
     transform_step=4096,
     matrix_from_rows=8,
@@ -80,6 +85,7 @@ _GPU = Tuning(
     fold_sharing_from=0.6,
     fold_blocks_from=0.6,
     folds_16_bits=True,
+    tiled_memory=False,
     slices_blocks=False,
     transform_step=4096,
     matrix_from_rows=8,
@@ -97,9 +103,32 @@ of them would make programs long, which XLA takes long to compile.
 """
 
 
+_as_if_on: str | None = None
+
+
+@contextlib.contextmanager
+def as_if_on(platform: str) -> Iterator[None]:
+    """Whatever is traced within takes the choices of another platform.
+
+    So the tests compute here what a chip would compute. Nothing that was traced before
+    is used within, nor afterwards what was traced within.
+
+    Args:
+      platform: One of `TUNING`.
+    """
+    global _as_if_on
+    before, _as_if_on = _as_if_on, platform
+    jax.clear_caches()
+    try:
+        yield
+    finally:
+        _as_if_on = before
+        jax.clear_caches()
+
+
 def current_tuning() -> Tuning:
     """The constants of the platform that JAX computes on by default."""
-    return TUNING.get(jax.default_backend(), _CPU)
+    return TUNING.get(_as_if_on or jax.default_backend(), _CPU)
 
 
 def by_platform(
@@ -112,6 +141,8 @@ def by_platform(
 
     The two must give results of the same type.
     """
+    if _as_if_on is not None:
+        return (function if wanted(current_tuning()) else otherwise)(*args)
     chosen = {name: function if wanted(t) else otherwise for name, t in TUNING.items()}
     default = chosen.pop("cpu")
     if all(each is default for each in chosen.values()):

@@ -365,7 +365,7 @@ def test_summary_shows_what_is_not_usual():
     assert [line.split()[6:9] for line in text.splitlines()[:3]] == [
         ["q", "alpha", "dropout"],
         ["32", "0.5", "0.1"],
-        ["88", "1", "0"],
+        ["64", "1", "0"],
     ]
 
 
