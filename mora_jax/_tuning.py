@@ -40,6 +40,9 @@ class Tuning:
       tiled_memory: Whether arrays are stored as tiles of 8 rows and 128 features.
       slices_blocks: Whether block operators cut their blocks from x, and M is turned
         instead of each block of x. Otherwise x becomes an array of blocks.
+      stores_folds: Whether a folded kernel becomes an array before it is multiplied.
+        Otherwise the product may form it anew for each of its parts. A block
+        operator's becomes one in any case, since it is changed in place.
       transform_step: How many multiplications by a matrix cost as much as one step of
         the fast Walsh-Hadamard transform: a matrix product runs near the peak of the
         machine, while a step of the transform moves all numbers through memory.
@@ -53,6 +56,7 @@ class Tuning:
     folds_16_bits: bool
     tiled_memory: bool
     slices_blocks: bool
+    stores_folds: bool
     transform_step: int
     matrix_from_rows: int
 
@@ -65,6 +69,7 @@ _CPU = Tuning(
     folds_16_bits=False,
     tiled_memory=False,
     slices_blocks=False,
+    stores_folds=False,
     transform_step=48,
     matrix_from_rows=8,
 )
@@ -76,6 +81,7 @@ _TPU = Tuning(
     folds_16_bits=True,
     tiled_memory=True,
     slices_blocks=True,
+    stores_folds=True,
     transform_step=4096,
     matrix_from_rows=8,
 )
@@ -87,6 +93,7 @@ _GPU = Tuning(
     folds_16_bits=True,
     tiled_memory=False,
     slices_blocks=False,
+    stores_folds=False,
     transform_step=4096,
     matrix_from_rows=8,
 )

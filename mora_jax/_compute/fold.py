@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from mora_jax._compute.delta import Delta
 from mora_jax._compute.maps import AdaptedMap
+from mora_jax._tuning import Tuning, by_platform
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,9 +34,7 @@ class FoldedMap(AdaptedMap):
         folded = Delta(operator, m, *self.by_m.settings).added_to(kernel)
         if operator.block:
             return folded
-        # As an array of its own: a product that forms its kernel again for each row of
-        # tiles is slower.
-        return jax.lax.optimization_barrier((after, folded))[1]
+        return by_platform(_stores, _barrier, _second, after, folded)
 
 
 def _schedule_after(x: jax.Array, m: jax.Array) -> jax.Array:
@@ -67,4 +66,13 @@ def _add_zero(x: jax.Array, m: jax.Array) -> jax.Array:
 
 
 def _barrier(x: jax.Array, m: jax.Array) -> jax.Array:
+    """`m`, which is computed as it stands and after `x`."""
     return jax.lax.optimization_barrier((x, m))[1]
+
+
+def _second(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    return kernel
+
+
+def _stores(tuning: Tuning) -> bool:
+    return tuning.stores_folds
