@@ -2,12 +2,12 @@ r"""The equation: a layer's own product, and what its adapter adds to it.
 
 .. math:: y = x W + \alpha\, D(C(x) M)
 
-`_Product.forward` is D(C(x) M). `scaled` multiplies M by alpha, before anything else is
-done with M, since alpha D(C(x) M) = D(C(x) (alpha M)). `add_delta` adds the result to
-x W, which the layer itself computes. Nothing else in the library multiplies by M or by
-alpha. The rest of this file says what takes the place of x (the rows of a batch, the
-unit vectors of an embedding, the outputs of a convolution), and where the devices are
-that compute it.
+`ProductByM.forward` is D(C(x) M), see `by_m`. `scaled` multiplies M by alpha, before
+anything else is done with M, since alpha D(C(x) M) = D(C(x) (alpha M)). `add_delta`
+adds the result to x W, which the layer itself computes. Nothing else in the library
+multiplies by M or by alpha. The rest of this file says what takes the place of x (the
+rows of a batch, the unit vectors of an embedding, the outputs of a convolution), and
+where the devices are that compute it.
 """
 
 import dataclasses
@@ -21,10 +21,11 @@ from jax.typing import DTypeLike
 from jaxtyping import PRNGKeyArray
 
 from mora_jax._axes import kernel_from_rows
-from mora_jax._compute.forms import Compressed, compressed_rows, compressed_units
-from mora_jax._compute.matrix import add_matrix, delta_matrix, turned_m
-from mora_jax._interception import last_with_first, matmul, undisturbed
-from mora_jax._linear_map import LinearMap, static
+from mora_jax._compute.by_m import ProductByM, SlicedProduct, can_slice
+from mora_jax._compute.forms import Compressed, compressed_units
+from mora_jax._compute.matrix import add_matrix, delta_matrix
+from mora_jax._interception import undisturbed
+from mora_jax._linear_map import static
 from mora_jax._mesh import apply as on_mesh
 from mora_jax._mesh.layout import (
     FeatureSharding,
@@ -37,123 +38,20 @@ from mora_jax._mesh.layout import (
 from mora_jax._mesh.parts import OperatorPart
 from mora_jax._rounding import add_rounded
 from mora_jax._spec import AdapterSpec
-from mora_jax._tiles import sum_tiles, tile_to
-from mora_jax._tuning import MAX_UNROLLED_SLICES, Tuning, by_platform
 from mora_jax._types import ArrayLike, Shape
-from mora_jax.operators import Decoupling, Operator
+from mora_jax.operators import Operator
 from mora_jax.operators._base import delta_of
 from mora_jax.products import Contraction, Lookup, Product
 
 
-@dataclasses.dataclass(frozen=True)
-class _Product(LinearMap):
-    """D(C(x) M) as a map of M.
-
-    For the gradient it keeps x and no blocks of it. Layers that read the same x
-    (queries, keys and values) then keep it once.
-
-    Attributes:
-      precision: The precision of the product with M.
-      compressed: The function that gives C(x), and D for it, of an operator and x.
-    """
-
-    precision: jax.lax.PrecisionLike
-    compressed: Callable[[Any, jax.Array], Compressed] = compressed_rows
-
-    def forward(self, residuals: Any, operand: jax.Array) -> jax.Array:
-        (op, x), m = residuals, operand
-        h, decompress = self.compressed(op, x)
-        axes = last_with_first(h)
-        return decompress(jax.lax.dot_general(h, m, axes, precision=self.precision))
-
-    def backward(self, residuals: Any, cotangent: jax.Array) -> jax.Array:
-        op, x = residuals
-        h, decompress = self.compressed(op, x)
-        (back,) = jax.linear_transpose(decompress, h)(cotangent)
-        # One product of all blocks of all rows, not one for each block.
-        h, back = (a.reshape(-1, a.shape[-1]) for a in (h, back))
-        return matmul(h.T, back, self.precision)
-
-
-@dataclasses.dataclass(frozen=True)
-class _SlicedProduct(_Product):
-    """The same for a block operator whose blocks are slices of x.
-
-    Block k of x is turned, and multiplied with M. M may be turned instead: n small
-    matrices, for which x stays as it is. Where slices cost nothing, neither x nor its
-    gradient are then written again as arrays of blocks.
-    """
-
-    def forward(self, residuals: Any, operand: jax.Array) -> jax.Array:
-        (op, x), m = residuals, operand
-        sliced, general = self._sliced, functools.partial(_Product.forward, self)
-        return by_platform(_slices, sliced, general, (op, x), m)
-
-    def backward(self, residuals: Any, cotangent: jax.Array) -> jax.Array:
-        sliced, general = self._m_gradient, functools.partial(_Product.backward, self)
-        return by_platform(_slices, sliced, general, residuals, cotangent)
-
-    def _sliced(self, residuals: Any, m: jax.Array) -> jax.Array:
-        op, x = residuals
-        turned, q = turned_m(op, m), op.square_rank
-        blocks = jax.lax.split(op.order_inputs(x), (q,) * len(turned), axis=-1)
-        groups: list[Any] = [None] * op.num_groups
-        for k, block in enumerate(blocks[: op.num_feeding]):
-            h = jax.lax.dot_general(
-                block, turned[k], last_with_first(x), precision=self.precision
-            )
-            group = k % op.num_groups
-            groups[group] = h if groups[group] is None else groups[group] + h
-        y = tile_to(jnp.concatenate(groups, axis=-1), op.out_features)
-        return op.outputs_in_place(y)
-
-    def _m_gradient(self, residuals: Any, cotangent: jax.Array) -> jax.Array:
-        op, x = residuals
-        n, q, groups = op.compressed_shape[0], op.square_rank, op.num_groups
-        x, y = op.order_inputs(x), op.order_outputs(cotangent)
-        x, y = x.reshape(-1, n * q), sum_tiles(y, groups * q).reshape(-1, groups * q)
-        wide = jnp.promote_types(y.dtype, jnp.float32)
-
-        def put_product(k: jax.Array, products: jax.Array) -> jax.Array:
-            # Unsigned, or XLA would not see that the slices are whole tiles.
-            k = k.astype(jnp.uint32)
-            h = jax.lax.dynamic_slice_in_dim(x, k * q, q, axis=1)
-            back = jax.lax.dynamic_slice_in_dim(y, k % groups * q, q, axis=1)
-            gradient = jax.lax.dot_general(
-                h,
-                back,
-                (((0,), (0,)), ((), ())),
-                precision=self.precision,
-                preferred_element_type=wide,
-            )
-            return jax.lax.dynamic_update_index_in_dim(products, gradient, k, axis=0)
-
-        # A loop, since XLA takes as long for n products as for n layers.
-        products = jnp.zeros((n, q, q), wide)
-        products = jax.lax.fori_loop(0, op.num_feeding, put_product, products, unroll=8)
-        m = jax.ShapeDtypeStruct((q, q), wide)
-        (m,) = jax.linear_transpose(lambda m: turned_m(op, m), m)(products)
-        return m.astype(y.dtype)
-
-
-def _slices(tuning: Tuning) -> bool:
-    return tuning.slices_blocks
-
-
-def _can_slice(op: Any) -> bool:
-    """Whether the blocks of an operator are few slices of its features."""
-    aligned = isinstance(op, Decoupling) and op.aligned
-    return aligned and op.compressed_shape[0] <= MAX_UNROLLED_SLICES
-
-
-def _product_by_x(product: _Product, residuals: Any, operand: jax.Array) -> jax.Array:
+def _product_by_x(product: ProductByM, residuals: Any, operand: jax.Array) -> jax.Array:
     """The same as a map of x."""
     op, m = residuals
     return product.forward((op, operand), m)
 
 
 # Compiled as a whole: one program for each shape, which all layers of it share.
-_compiled_product = jax.jit(_Product.forward, static_argnums=0)
+_compiled_product = jax.jit(ProductByM.forward, static_argnums=0)
 _compiled_matrix = jax.jit(delta_matrix)
 
 
@@ -230,7 +128,7 @@ class Delta:
         if self.m.ndim > 2:
             return jax.vmap(lambda m, x: self._with(m).rows(x))(self.m, x)
         op = self.operator
-        product = (_SlicedProduct if _can_slice(op) else _Product)(self.precision)
+        product = (SlicedProduct if can_slice(op) else ProductByM)(self.precision)
         if isinstance(op, OperatorPart):  # within a map whose transpose is written out
             return product.forward((op, x), self.m)
         features = self._features(KernelLayout.for_activations)
@@ -241,7 +139,7 @@ class Delta:
         if not op.block:
             op = on_mesh.OperatorOnMesh(op, features)
             return product.forward((op, x), self.m)
-        by_m, by_x = static(_Product.forward, product), static(_product_by_x, product)
+        by_m, by_x = static(ProductByM.forward, product), static(_product_by_x, product)
         return on_mesh.product(by_m, by_x, op, features, self.m, x)
 
     def transposed_rows(self, y: jax.Array) -> jax.Array:
@@ -255,16 +153,16 @@ class Delta:
         # Wide, or a vocabulary beyond the range of a small type would wrap around.
         indices = indices.astype(jnp.result_type(indices.dtype, jnp.int32))
         indices %= self.operator.in_features
-        product = _Product(self.precision, static(_units, self.m.dtype))
+        product = ProductByM(self.precision, static(_units, self.m.dtype))
         features = self._features(KernelLayout.for_activations)
         if features is None or not features.out_axes:
             return _compiled_product(product, (self.operator, indices), self.m)
-        rows = static(_Product.forward, product)
+        rows = static(ProductByM.forward, product)
         return on_mesh.lookup(rows, self.operator, features, self.m, indices)
 
     def decompress(self, h: jax.Array) -> jax.Array:
         r""":math:`\alpha\, D(h M)`: (..., q) -> (..., out_features)."""
-        product = _Product(self.precision, _given)
+        product = ProductByM(self.precision, _given)
         return product.forward((self.operator, h), self.m)
 
     def compress_kernel(self) -> jax.Array:

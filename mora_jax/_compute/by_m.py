@@ -1,0 +1,125 @@
+"""D(C(x) M) as a map of M: the equation's second term, and the gradient of M."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from mora_jax._compute.forms import Compressed, compressed_rows
+from mora_jax._compute.matrix import turned_m
+from mora_jax._interception import last_with_first, matmul
+from mora_jax._linear_map import LinearMap
+from mora_jax._tiles import sum_tiles, tile_to
+from mora_jax._tuning import (
+    MAX_UNROLLED_SLICES,
+    UNROLLED_PRODUCTS,
+    Tuning,
+    by_platform,
+)
+from mora_jax.operators import Decoupling
+
+
+@dataclasses.dataclass(frozen=True)
+class ProductByM(LinearMap):
+    """D(C(x) M) as a map of M.
+
+    For the gradient it keeps x and no blocks of it. Layers that read the same x
+    (queries, keys and values) then keep it once.
+
+    Attributes:
+      precision: The precision of the product with M.
+      compressed: The function that gives C(x), and D for it, of an operator and x.
+    """
+
+    precision: jax.lax.PrecisionLike
+    compressed: Callable[[Any, jax.Array], Compressed] = compressed_rows
+
+    def forward(self, residuals: Any, operand: jax.Array) -> jax.Array:
+        (op, x), m = residuals, operand
+        h, decompress = self.compressed(op, x)
+        axes = last_with_first(h)
+        return decompress(jax.lax.dot_general(h, m, axes, precision=self.precision))
+
+    def backward(self, residuals: Any, cotangent: jax.Array) -> jax.Array:
+        op, x = residuals
+        h, decompress = self.compressed(op, x)
+        (back,) = jax.linear_transpose(decompress, h)(cotangent)
+        # One product of all blocks of all rows, not one for each block.
+        h, back = (a.reshape(-1, a.shape[-1]) for a in (h, back))
+        return matmul(h.T, back, self.precision)
+
+
+@dataclasses.dataclass(frozen=True)
+class SlicedProduct(ProductByM):
+    """The same for a block operator whose blocks are slices of x.
+
+    Block k of x is turned, and multiplied with M. M may be turned instead: n small
+    matrices, for which x stays as it is. Where slices cost nothing, neither x nor its
+    gradient are then written again as arrays of blocks.
+    """
+
+    def forward(self, residuals: Any, operand: jax.Array) -> jax.Array:
+        (op, x), m = residuals, operand
+        sliced, general = self._sliced, functools.partial(ProductByM.forward, self)
+        return by_platform(_slices, sliced, general, (op, x), m)
+
+    def backward(self, residuals: Any, cotangent: jax.Array) -> jax.Array:
+        sliced, general = self._m_gradient, functools.partial(ProductByM.backward, self)
+        return by_platform(_slices, sliced, general, residuals, cotangent)
+
+    def _sliced(self, residuals: Any, m: jax.Array) -> jax.Array:
+        op, x = residuals
+        turned, q = turned_m(op, m), op.square_rank
+        blocks = jax.lax.split(op.order_inputs(x), (q,) * len(turned), axis=-1)
+        groups: list[Any] = [None] * op.num_groups
+        for k, block in enumerate(blocks[: op.num_feeding]):
+            h = jax.lax.dot_general(
+                block, turned[k], last_with_first(x), precision=self.precision
+            )
+            group = k % op.num_groups
+            groups[group] = h if groups[group] is None else groups[group] + h
+        y = tile_to(jnp.concatenate(groups, axis=-1), op.out_features)
+        return op.outputs_in_place(y)
+
+    def _m_gradient(self, residuals: Any, cotangent: jax.Array) -> jax.Array:
+        op, x = residuals
+        n, q, groups = op.compressed_shape[0], op.square_rank, op.num_groups
+        x, y = op.order_inputs(x), op.order_outputs(cotangent)
+        x, y = x.reshape(-1, n * q), sum_tiles(y, groups * q).reshape(-1, groups * q)
+        wide = jnp.promote_types(y.dtype, jnp.float32)
+
+        def put_product(k: jax.Array, products: jax.Array) -> jax.Array:
+            # Unsigned, or XLA would not see that the slices are whole tiles.
+            k = k.astype(jnp.uint32)
+            h = jax.lax.dynamic_slice_in_dim(x, k * q, q, axis=1)
+            back = jax.lax.dynamic_slice_in_dim(y, k % groups * q, q, axis=1)
+            gradient = jax.lax.dot_general(
+                h,
+                back,
+                (((0,), (0,)), ((), ())),
+                precision=self.precision,
+                preferred_element_type=wide,
+            )
+            return jax.lax.dynamic_update_index_in_dim(products, gradient, k, axis=0)
+
+        # A loop, since XLA takes as long for n products as for n layers.
+        products = jnp.zeros((n, q, q), wide)
+        products = jax.lax.fori_loop(
+            0, op.num_feeding, put_product, products, unroll=UNROLLED_PRODUCTS
+        )
+        m = jax.ShapeDtypeStruct((q, q), wide)
+        (m,) = jax.linear_transpose(lambda m: turned_m(op, m), m)(products)
+        return m.astype(y.dtype)
+
+
+def _slices(tuning: Tuning) -> bool:
+    return tuning.slices_blocks
+
+
+def can_slice(op: Any) -> bool:
+    """Whether the blocks of an operator are few slices of its features."""
+    aligned = isinstance(op, Decoupling) and op.aligned
+    return aligned and op.compressed_shape[0] <= MAX_UNROLLED_SLICES
