@@ -31,8 +31,9 @@ class Tuning:
     C M D and to do all of it again in the backward pass, so that it pays later.
 
     Attributes:
-      fold_from: For operators without blocks. Measured with `make bench-layer`.
-      fold_sharing_from: For sharing, whose C and D are sums and repetitions.
+      fold_from: For operators whose C and D are products with matrices. Measured with
+        `make bench-layer`.
+      fold_cheap_from: For sharing and truncation, whose C and D multiply nothing.
       fold_blocks_from: For block operators. Their activation path also rearranges C(x),
         which is as long as x, and multiplies every block with M, while the fold builds
         the kernel from one copy of M's rows. So it pays earlier.
@@ -51,7 +52,7 @@ class Tuning:
     """
 
     fold_from: float
-    fold_sharing_from: float
+    fold_cheap_from: float
     fold_blocks_from: float
     folds_16_bits: bool
     tiled_memory: bool
@@ -64,7 +65,7 @@ class Tuning:
 # Two cores of an x86-64 server, float32, JAX 0.10.
 _CPU = Tuning(
     fold_from=2.0,
-    fold_sharing_from=2.0,
+    fold_cheap_from=2.0,
     fold_blocks_from=0.6,
     folds_16_bits=False,
     tiled_memory=False,
@@ -76,7 +77,7 @@ _CPU = Tuning(
 # Programs that XLA compiles for a TPU v5e and v6e, bfloat16; `make bench-chips`.
 _TPU = Tuning(
     fold_from=4.0,
-    fold_sharing_from=math.inf,
+    fold_cheap_from=math.inf,
     fold_blocks_from=0.6,
     folds_16_bits=True,
     tiled_memory=True,
@@ -88,7 +89,7 @@ _TPU = Tuning(
 # The same for an H100.
 _GPU = Tuning(
     fold_from=2.0,
-    fold_sharing_from=0.6,
+    fold_cheap_from=0.6,
     fold_blocks_from=0.6,
     folds_16_bits=True,
     tiled_memory=False,
@@ -144,7 +145,8 @@ def as_if_on(platform: str) -> Iterator[None]:
 
 def current_tuning() -> Tuning:
     """The constants of the platform that JAX computes on by default."""
-    return TUNING.get(_as_if_on or jax.default_backend(), _CPU)
+    platform = _as_if_on or jax.default_backend()
+    return _GPU if platform == "gpu" else TUNING.get(platform, _CPU)
 
 
 def by_platform(

@@ -36,7 +36,7 @@ from mora_jax._mesh.layout import explicit_sharding
 from mora_jax._spec import AdapterSpec
 from mora_jax._tuning import TUNING, Tuning, current_tuning
 from mora_jax._types import ArrayLike
-from mora_jax.operators import Sharing
+from mora_jax.operators import Sharing, Truncation
 from mora_jax.products import Contraction, Product
 
 Way = Literal["activation", "fold", "fused"]
@@ -95,8 +95,8 @@ def _should_fold(
     fold_from = tuning.fold_from
     if spec.operator.block:
         fold_from = tuning.fold_blocks_from
-    elif isinstance(spec.operator, Sharing):
-        fold_from = tuning.fold_sharing_from
+    elif isinstance(spec.operator, Sharing | Truncation):
+        fold_from = tuning.fold_cheap_from
     return inputs / ins >= fold_from * ins * outs / (ins + outs)
 
 
