@@ -284,7 +284,7 @@ class Program:
         for part, result in zip(parts, each.arrays, strict=True):
             while part.opcode == "bitcast":
                 part = inside[part.operands[0]]
-            if part.opcode == UPDATE:
+            if part.opcode == UPDATE and _exists(inside, part.operands[0]):
                 result = inside[part.operands[1]].arrays[0]._replace(space=result.space)
             total += main_memory((result,))
         return total
@@ -318,6 +318,14 @@ class Program:
             elif each.opcode != UPDATE or each.operands[0] != value:
                 return size
         return min(size, total)
+
+
+def _exists(inside: Mapping[str, Instruction], name: str) -> bool:
+    """Whether a fusion does not have to fill an array that it updates a slice of."""
+    each = inside[name]
+    while each.opcode == "bitcast":
+        each = inside[each.operands[0]]
+    return each.opcode == "parameter" or '"AllocateBuffer"' in each.line
 
 
 def _branches(conditional: Instruction) -> list[str]:
