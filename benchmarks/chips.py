@@ -8,8 +8,8 @@ gives. You will see a table for each layer and model, with the time relative to 
 frozen layer or model, and temporary memory; then the seconds to compile a deeper model.
 A JSON file and a plot are written as well.
 
-`make bench-chips` sets up what it needs. NVIDIA's compiler is installed by hand; without
-it the H100 is left out.
+`make bench-chips` sets up what it needs. NVIDIA's compiler is installed by hand;
+without it the H100 is left out.
 
     python -m benchmarks.chips --quick
     python -m benchmarks.chips --chips v5e v6e --only llama
@@ -62,7 +62,11 @@ def cases_of(args: argparse.Namespace) -> dict[str, list[Case]]:
     if args.quick:
         deep = Llama(1, 128, layers=4, **TINY)
         tiny = Llama(2, 512, **TINY)
-        found = {"layers": [Layer(512, 512, 2048)], "llama": [tiny], "compiling": [deep]}
+        found = {
+            "layers": [Layer(512, 512, 2048)],
+            "llama": [tiny],
+            "compiling": [deep],
+        }
     else:
         layers = [Layer(*size, 8192) for size in SIZES]
         llamas = [Llama(4, 2048), Llama(4, 2048, rank=64), Llama(1, 512)]
@@ -77,7 +81,7 @@ def check(operators: Sequence[str]) -> None:
     methods = list(layer.methods(operators))[2:]
     for method in tqdm(methods, "checking layers on this CPU"):
         operator, _, way = method.name.partition(", ")
-        frozen, args = layer.frozen(operator, way), random_like(method.args, 1.0)
+        frozen, args = layer.frozen(operator, way), random_like(list(method.args), 1.0)
         m, w, x, g = (np.asarray(a, np.float64) for a in args)
         c, d = getattr(oracle, operator)(frozen.operator)
         kernel = w + frozen.alpha * oracle.delta(c, d, m)
@@ -96,7 +100,8 @@ def check(operators: Sequence[str]) -> None:
         for spec in plan.specs:
             path, op = tuple(spec.path), spec.operator
             m = random_like(jax.ShapeDtypeStruct(spec.shape, jnp.float32), 0.05)
-            delta = oracle.delta(*getattr(oracle, op.name)(op), m)
+            c, d = getattr(oracle, op.name)(op)
+            delta = oracle.delta(c, d, m)
             adapters[*path[:-1], f"{path[-1]}_mora"] = m
             merged[path] = jnp.asarray(merged[path] + spec.alpha * delta, jnp.float32)
         loss, _ = jax.jit(gradient(apply))(unflatten_dict(adapters), params, ids)
@@ -166,7 +171,9 @@ def report(rows: Sequence[Row]) -> None:
             what = "seconds to trace and compile"
         show({"method": "{method}", **chips}, list(cells.values()), f"{case}: {what}")
     notes = {note: row for row in rows for note in row.get("notes", ())}
-    print(f"\n{len(notes)} things in the programs were not understood." if notes else "")
+    print(
+        f"\n{len(notes)} things in the programs were not understood." if notes else ""
+    )
     for note, row in notes.items():
         print(f"- {row['chip']}, {row['case']}, {row['method']}: {note}")
 
@@ -177,7 +184,9 @@ def cell(row: Row) -> str:
         return f"{row['compile_seconds']:.1f}"
     if row["time"] is None:
         return "does not fit"
-    return f"{row['time']:.3f}{' *' if row['auto'] else ''}, {row['temporary_MB']:,.0f}"
+    memory = row["temporary_MB"]
+    digits = 0 if memory >= 10 else 1
+    return f"{row['time']:.3f}{' *' if row['auto'] else ''}, {memory:,.{digits}f}"
 
 
 def plot(rows: Sequence[Row], path: Path) -> None:
@@ -196,7 +205,9 @@ def plot(rows: Sequence[Row], path: Path) -> None:
         for axis, case in zip(axes.flat, cases, strict=False):
             for mark, chip in zip("osD^", chips, strict=False):
                 here = [r for r in rows if (r["case"], r["chip"]) == (case, chip)]
-                times, names = zip(*((r["time"], r["method"]) for r in here), strict=True)
+                times, names = zip(
+                    *((r["time"], r["method"]) for r in here), strict=True
+                )
                 label = chip if case == cases[0] else None
                 axis.plot(times, names, mark, label=label, alpha=0.8)
             axis.axvline(1, color="black", linewidth=0.8)
@@ -229,7 +240,11 @@ def main() -> None:
         try:
             places[chip] = topologies.on_first(topologies.devices(chip))
         except topologies.NoCompilerError as error:
-            print(textwrap.fill(f"{chip} is left out: {error}", 88, break_long_words=False))
+            print(
+                textwrap.fill(
+                    f"{chip} is left out: {error}", 88, break_long_words=False
+                )
+            )
     if not places:
         raise SystemExit("no chip is left to compile for")
     check(args.operators)

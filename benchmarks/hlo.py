@@ -228,10 +228,9 @@ class Program:
         found = self.computations[name].get(operand)
         while found is not None and found.opcode in ("copy", "bitcast"):
             found = self.computations[name].get(found.operands[0])
-        is_constant = found is not None and found.opcode == "constant"
-        if not is_constant or not re.fullmatch(r"-?\d+", found.inside):
+        if found is None or found.opcode != "constant":
             return None
-        return int(found.inside)
+        return int(found.inside) if re.fullmatch(r"-?\d+", found.inside) else None
 
     def inner(self, instruction: Instruction) -> Iterator[tuple[str, Instruction]]:
         """All instructions of a fusion, and their computations; itself, if it is none.
@@ -259,7 +258,9 @@ class Program:
             return main_memory(update.arrays) + update.arrays[0].bytes * is_outside
         if each.opcode in SLICES:
             return main_memory(each.arrays) + sum(
-                result.bytes for result in each.arrays if operands[0].arrays[0].space == 0
+                result.bytes
+                for result in each.arrays
+                if operands[0].arrays[0].space == 0
             )
         fused, read = each.called(), 0.0
         for place, operand in enumerate(operands):
@@ -312,7 +313,9 @@ class Program:
             elif each.opcode in ("bitcast", "get-tuple-element"):
                 total += self._read_of(name, each.name, size)
             elif each.opcode == "fusion":
-                places = (k for k, operand in enumerate(each.operands) if operand == value)
+                places = (
+                    k for k, operand in enumerate(each.operands) if operand == value
+                )
                 inner = each.called()
                 total += sum(self._read_of_parameter(inner, k, size) for k in places)
             elif each.opcode != UPDATE or each.operands[0] != value:

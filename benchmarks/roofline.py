@@ -53,7 +53,12 @@ CHIPS: Mapping[str, Chip] = {
 
 COLLECTIVES = {"all-reduce", "all-gather", "reduce-scatter", "all-to-all"}
 COLLECTIVES |= {"collective-permute", "collective-broadcast", "ragged-all-to-all"}
-COPIES = {"copy-start", "slice-start", "dynamic-slice-start", "dynamic-update-slice-start"}
+COPIES = {
+    "copy-start",
+    "slice-start",
+    "dynamic-slice-start",
+    "dynamic-update-slice-start",
+}
 PASSES = {"sort", "fft", "scatter", "cholesky", "triangular-solve", "infeed", "outfeed"}
 PASSES |= {"send", "recv", "rng"}
 """Instructions that may read memory more often than once."""
@@ -111,8 +116,12 @@ class Roofline:
 
 def measure(compiled: Any, chip: str) -> Roofline:
     """The roofline of a program that was compiled for a chip in `CHIPS`."""
-    temporary = compiled.memory_analysis().temp_size_in_bytes
-    return read(compiled.as_text(), CHIPS[chip], temporary)
+    return read(compiled.as_text(), CHIPS[chip], temporary_bytes(compiled))
+
+
+def temporary_bytes(compiled: Any) -> int:
+    """The memory of a program besides arguments and results, as XLA plans it."""
+    return compiled.memory_analysis().temp_size_in_bytes
 
 
 def read(text: str, chip: Chip, temporary: int = 0) -> Roofline:
@@ -261,5 +270,3 @@ class _Reader:
 
 def _cycles(each: Instruction) -> int:
     return int(each.setting(r'"estimated_cycles":"(\d+)"') or 0)
-
-

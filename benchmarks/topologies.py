@@ -4,7 +4,6 @@ Import this before JAX computes anything. `make bench-chips` sets up what it nee
 """
 
 import os
-import re
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -80,13 +79,14 @@ def _h100() -> list[Any]:
     try:
         version("jax-cuda12-pjrt")
         from jax._src import xla_bridge
-        from jaxlib import _jax, xla_client
+        from jaxlib import xla_client
 
         xla_bridge._discover_and_register_pjrt_plugins()
         if not xla_client.pjrt_plugin_initialized("cuda"):
             xla_client.initialize_pjrt_plugin("cuda")
         options: Any = {"topology": "1x1x1", "target_config": _H100}
-        described = _jax.get_default_c_api_topology("cuda", "", options)
+        library: Any = xla_client._xla
+        described = library.get_default_c_api_topology("cuda", "", options)
         return list(described._make_compile_only_devices())
     except (PackageNotFoundError, ImportError, AttributeError, RuntimeError) as error:
         wheels = WHEELS.format(version("jax"))
@@ -97,11 +97,6 @@ def _h100() -> list[Any]:
 def on_first(chips: list[Any]) -> NamedSharding:
     """The sharding that puts whole arrays on the first of some devices."""
     return NamedSharding(Mesh(np.array(chips[:1]), ("device",)), PartitionSpec())
-
-
-def kind_of(chip: str) -> str:
-    """The kind of chip in the name of a topology."""
-    return re.split(":", chip)[0]
 
 
 def platform_of(chip: str) -> str:

@@ -101,12 +101,12 @@ def test_folds_are_made_in_place(operator, size):
     layer = Layer(*size, 8192)
     kernel = 2 * layer.ins * layer.outs  # bytes
     base = next(iter(layer.methods([])))
-    memory = on_tpu(base.run, base.args).memory_analysis().temp_size_in_bytes
+    memory = roofline.temporary_bytes(on_tpu(base.run, base.args))
 
     def deltas(operator):
         method = layer.mora(operator, "fold", base.args[1:])
         program = on_tpu(method.run, method.args)
-        text, used = program.as_text(), program.memory_analysis().temp_size_in_bytes
+        text, used = program.as_text(), roofline.temporary_bytes(program)
         arrays = {a for a in hlo.written(text) if a.dtype == "f32"}
         sizes = {int(a.bytes) for a in arrays}
         return {s for s in sizes if s >= 2 * kernel}, used, updates_in_loops(text)

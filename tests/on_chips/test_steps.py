@@ -10,6 +10,7 @@ import scanned
 
 from benchmarks import topologies
 from benchmarks.hlo import written
+from benchmarks.roofline import temporary_bytes
 from mora_jax.operators import OPERATORS
 
 DEVICES = topologies.devices("v5e:2x2")
@@ -57,8 +58,10 @@ def test_a_step_is_small(operator, execution, count):
     base = frozen(count)
     assert wide_arrays(program, count) <= wide_arrays(base, count)
     hidden = 2 * scanned.ROWS * scanned.HIDDEN // count  # bytes
-    memory, least = (p.memory_analysis().temp_size_in_bytes for p in (program, base))
-    assert memory <= least + COPIES.get(operator, 4) * hidden
+    assert (
+        temporary_bytes(program)
+        <= temporary_bytes(base) + COPIES.get(operator, 4) * hidden
+    )
     places = jax.tree.leaves(step.places)
     returned = jax.tree.leaves(program.output_shardings[0])
     for place, one in zip(returned, places, strict=True):
