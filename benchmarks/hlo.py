@@ -6,10 +6,9 @@ written to memory. Those inside a fusion are computed together and write nothing
 """
 
 import dataclasses
-import functools
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import NamedTuple
 
 SIZES = {"pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "s16": 2, "u16": 2}
@@ -243,92 +242,6 @@ class Program:
                 yield from self.inner(each)
             else:
                 yield name, each
-
-    def bytes_moved(self, step: Step) -> float:
-        """The bytes of main memory that one run of an instruction reads and writes.
-
-        A fusion reads of an operand what it slices, if it does nothing else with it.
-        An update of a slice is done in place, if it is fused or in a loop.
-        """
-        each, known = step.instruction, self.computations[step.computation]
-        operands = [known[name] for name in each.operands if name in known]
-        if each.opcode == UPDATE and step.in_loop:
-            update = known[each.operands[1]]
-            is_outside = main_memory(each.arrays) > 0
-            return main_memory(update.arrays) + update.arrays[0].bytes * is_outside
-        if each.opcode in SLICES:
-            return main_memory(each.arrays) + sum(
-                result.bytes
-                for result in each.arrays
-                if operands[0].arrays[0].space == 0
-            )
-        fused, read = each.called(), 0.0
-        for place, operand in enumerate(operands):
-            size = main_memory(operand.arrays)
-            if fused in self.computations and size:
-                size = self._read_of_parameter(fused, place, size)
-            read += size
-        return read + self._written(each)
-
-    def _written(self, each: Instruction) -> float:
-        """The bytes that an instruction writes, those of a fused update alone."""
-        inside = self.computations.get(each.called(), {})
-        root = next((i for i in inside.values() if i.is_root), None)
-        if root is None:
-            return main_memory(each.arrays)
-        parts = [root]
-        if root.opcode == "tuple" and len(root.operands) == len(each.arrays):
-            parts = [inside[name] for name in root.operands]
-        if len(parts) != len(each.arrays):
-            return main_memory(each.arrays)
-        total = 0.0
-        for part, result in zip(parts, each.arrays, strict=True):
-            while part.opcode == "bitcast":
-                part = inside[part.operands[0]]
-            if part.opcode == UPDATE and _exists(inside, part.operands[0]):
-                result = inside[part.operands[1]].arrays[0]._replace(space=result.space)
-            total += main_memory((result,))
-        return total
-
-    @functools.cached_property
-    def _parameters(self) -> Mapping[str, Mapping[str, str]]:
-        """{computation: {number of a parameter: its name}}."""
-        return {
-            name: {i.inside: i.name for i in inside.values() if i.opcode == "parameter"}
-            for name, inside in self.computations.items()
-        }
-
-    def _read_of_parameter(self, name: str, number: int, size: float) -> float:
-        parameter = self._parameters[name].get(str(number))
-        return size if parameter is None else self._read_of(name, parameter, size)
-
-    def _read_of(self, name: str, value: str, size: float) -> float:
-        """The bytes of a value that a fused computation reads, `size` at most."""
-        total = 0.0
-        for each in self.computations[name].values():
-            if value not in each.operands:
-                continue
-            if each.opcode in SLICES:
-                total += sum(array.bytes for array in each.arrays)
-            elif each.opcode in ("bitcast", "get-tuple-element"):
-                total += self._read_of(name, each.name, size)
-            elif each.opcode == "fusion":
-                places = (
-                    k for k, operand in enumerate(each.operands) if operand == value
-                )
-                inner = each.called()
-                total += sum(self._read_of_parameter(inner, k, size) for k in places)
-            elif each.opcode != UPDATE or each.operands[0] != value:
-                return size
-        return min(size, total)
-
-
-def _exists(inside: Mapping[str, Instruction], name: str) -> bool:
-    """Whether a fusion does not have to fill an array that it updates a slice of."""
-    each = inside[name]
-    while each.opcode == "bitcast":
-        each = inside[each.operands[0]]
-    return each.opcode == "parameter" or '"AllocateBuffer"' in each.line
 
 
 def _branches(conditional: Instruction) -> list[str]:

@@ -22,6 +22,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from benchmarks.hlo import Array, Instruction, Program, Step, main_memory
+from benchmarks.moved import bytes_moved
 from benchmarks.traffic import group_size
 
 
@@ -175,7 +176,7 @@ class _Reader:
             self._note(f"{each.name} ({kind}) is counted as one pass over memory")
         if each.opcode.endswith("-start") and each.opcode != "async-start":
             self._note(f"{each.name} ({kind}) is counted as if nothing ran beside it")
-        product, moved = self._product_seconds(step), self.program.bytes_moved(step)
+        product, moved = self._product_seconds(step), bytes_moved(self.program, step)
         if target and "gemm" in target or target == "__cublas$lt$matmul":
             moved -= sum(a.bytes for a in each.arrays[1:])  # room to work in
         seconds = max(product, moved / self.chip.bandwidth) + self.chip.start

@@ -3,6 +3,7 @@
 Import this before JAX computes anything. `make bench-chips` sets up what it needs.
 """
 
+import importlib
 import os
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -81,11 +82,12 @@ def _h100() -> list[Any]:
         from jax._src import xla_bridge
         from jaxlib import xla_client
 
+        library: Any = importlib.import_module("jaxlib._jax")
+
         xla_bridge._discover_and_register_pjrt_plugins()
         if not xla_client.pjrt_plugin_initialized("cuda"):
             xla_client.initialize_pjrt_plugin("cuda")
         options: Any = {"topology": "1x1x1", "target_config": _H100}
-        library: Any = xla_client._xla
         described = library.get_default_c_api_topology("cuda", "", options)
         return list(described._make_compile_only_devices())
     except (PackageNotFoundError, ImportError, AttributeError, RuntimeError) as error:
