@@ -57,8 +57,8 @@ class MoRAConfig:
     and alpha_pattern.
 
     Attributes:
-      rank: The budget r. Each M has as many parameters as fit into those of a LoRA of
-        rank r: q = floor(sqrt((in + out) r)).
+      rank: The budget r. No M has more parameters than a LoRA of rank r would:
+        q <= sqrt((in + out) r).
       operator: The fixed maps around M: "rotation", "sharing", "signed_sharing",
         "decoupling", "truncation", "orthogonal", "hadamard", "permutation", or "auto";
         or a mapping with further settings,
@@ -68,9 +68,9 @@ class MoRAConfig:
         lora_alpha / r there is alpha here, and alpha=16 of theirs would be 16 times as
         much here. (The reference ignores its alpha.)
       square_rank: q itself, in place of `rank`.
-      multiple_of: The number whose multiple q is rounded down to, where the budget
-        allows a multiple. None stands for 8 where q is at least 64: steps are up to 4%
-        faster, and q loses a tenth at most.
+      multiple_of: The number whose multiple q is rounded down to. None chooses a q that
+        suits the layer's widths and the chip, see `square_rank`; it may use as little
+        as a quarter of the budget, which `Plan.summary` shows. 1 uses all of it.
       init: How M starts. "zeros" starts as an exact identity. "gaussian", of standard
         deviation 1/sqrt(q), is AiDotNet's; it changes the model's outputs before the
         first step.

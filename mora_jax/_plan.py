@@ -129,9 +129,10 @@ def refuse_other_plan(made_for: Plan, used_with: Plan) -> None:
 def summary(plan: Plan, *, collapse: bool = True) -> str:
     """The plan as a table: in, out, operator, r, q, parameters, share of the base.
 
-    Its last line is what PEFT's print_trainable_parameters prints. Where a layer is too
-    small for the q that its budget would buy, q is shown as "64 of 90". The table has
-    columns for alpha and dropout if a layer departs from their defaults.
+    Its last line is what PEFT's print_trainable_parameters prints. A q well below the
+    one that the budget would buy is shown as "64 of 90": the layer is too small for
+    that one, or it does not suit its widths. The table has columns for alpha and
+    dropout if a layer departs from their defaults.
 
     Args:
       plan: The plan.

@@ -181,11 +181,14 @@ class AdapterSpec:
 
     @property
     def asked_square_rank(self) -> int | None:
-        """The q that the budget would buy, if the layer is too small for it."""
+        """The q that the budget would buy, if q is less than nine tenths of it.
+
+        The layer is too small for it, or no wider M suits its widths.
+        """
         if self.rank is None:
             return None
         asked = math.isqrt((self.in_features + self.out_features) * self.rank)
-        return asked if asked > min(self.in_features, self.out_features) else None
+        return asked if 10 * self.operator.square_rank < 9 * asked else None
 
     @property
     def meaning(self) -> dict[str, Any]:

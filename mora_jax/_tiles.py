@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from mora_jax._linear_map import LinearMap
-from mora_jax._tuning import MAX_UNROLLED_SLICES
+from mora_jax._tuning import MAX_UNROLLED_SLICES, Tuning, by_platform
 
 _SUBLANES, _LANES = 8, 128
 
@@ -43,11 +43,10 @@ class _Tile(LinearMap):
         if whole == 1:
             parts = [operand, operand[..., :rest]] if rest else [operand]
             return jnp.concatenate(parts, axis=-1)
-        if operand.ndim < 2:
+        rows = operand.shape[-2] if operand.ndim > 1 else 1
+        if rows % _SUBLANES or self.width % _LANES:
             return self._tiled(operand)
-        return jax.lax.platform_dependent(
-            operand, tpu=self._broadcast, default=self._tiled
-        )
+        return by_platform(_is_tiled, self._broadcast, self._tiled, operand)
 
     def _tiled(self, operand: jax.Array) -> jax.Array:
         repeats = [1] * (operand.ndim - 1) + [-(-self.features // self.width)]
@@ -63,8 +62,6 @@ class _Tile(LinearMap):
         such, a tile or a concatenation XLA computes elsewhere and copies.
         """
         *batch, rows, width = operand.shape
-        if rows % _SUBLANES or width % _LANES:
-            return self._tiled(operand)
         n, tiles = -(-self.features // width), width // _LANES
         stored = (*batch, rows // _SUBLANES, _SUBLANES, tiles, _LANES)
         y = jnp.swapaxes(operand.reshape(stored), -3, -2)[..., None, :, :, :]
@@ -85,3 +82,7 @@ class _Tile(LinearMap):
         first, *others = tiles
         total = sum((pad_to(tile, width) for tile in others), pad_to(first, width))
         return total.astype(y.dtype)
+
+
+def _is_tiled(tuning: Tuning) -> bool:
+    return tuning.tiled_memory

@@ -10,9 +10,10 @@ measure with the command that is named beside each constant, and add an entry to
 CPU.
 """
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -36,8 +37,12 @@ class Tuning:
         which is as long as x, and multiplies every block with M, while the fold builds
         the kernel from one copy of M's rows. So it pays earlier.
       folds_16_bits: Whether kernels of 16 bits are folded, too, with a dither.
+      tiled_memory: Whether arrays are stored as tiles of 8 rows and 128 features.
       slices_blocks: Whether block operators cut their blocks from x, and M is turned
         instead of each block of x. Otherwise x becomes an array of blocks.
+      stores_folds: Whether a folded kernel becomes an array before it is multiplied.
+        Otherwise the product may form it anew for each of its parts. A block
+        operator's becomes one in any case, since it is changed in place.
       transform_step: How many multiplications by a matrix cost as much as one step of
         the fast Walsh-Hadamard transform: a matrix product runs near the peak of the
         machine, while a step of the transform moves all numbers through memory.
@@ -49,7 +54,9 @@ class Tuning:
     fold_sharing_from: float
     fold_blocks_from: float
     folds_16_bits: bool
+    tiled_memory: bool
     slices_blocks: bool
+    stores_folds: bool
     transform_step: int
     matrix_from_rows: int
 
@@ -60,17 +67,21 @@ _CPU = Tuning(
     fold_sharing_from=2.0,
     fold_blocks_from=0.6,
     folds_16_bits=False,
+    tiled_memory=False,
     slices_blocks=False,
+    stores_folds=False,
     transform_step=48,
     matrix_from_rows=8,
 )
 # Programs that XLA compiles for a TPU v5e and v6e, bfloat16; `make bench-chips`.
 _TPU = Tuning(
-    fold_from=2.0,
+    fold_from=4.0,
     fold_sharing_from=math.inf,
     fold_blocks_from=0.6,
     folds_16_bits=True,
+    tiled_memory=True,
     slices_blocks=True,
+    stores_folds=True,
     transform_step=4096,
     matrix_from_rows=8,
 )
@@ -80,7 +91,9 @@ _GPU = Tuning(
     fold_sharing_from=0.6,
     fold_blocks_from=0.6,
     folds_16_bits=True,
+    tiled_memory=False,
     slices_blocks=False,
+    stores_folds=False,
     transform_step=4096,
     matrix_from_rows=8,
 )
@@ -97,9 +110,32 @@ of them would make programs long, which XLA takes long to compile.
 """
 
 
+_as_if_on: str | None = None
+
+
+@contextlib.contextmanager
+def as_if_on(platform: str) -> Iterator[None]:
+    """Whatever is traced within takes the choices of another platform.
+
+    So the tests compute here what a chip would compute. Nothing that was traced before
+    is used within, nor afterwards what was traced within.
+
+    Args:
+      platform: One of `TUNING`.
+    """
+    global _as_if_on
+    before, _as_if_on = _as_if_on, platform
+    jax.clear_caches()
+    try:
+        yield
+    finally:
+        _as_if_on = before
+        jax.clear_caches()
+
+
 def current_tuning() -> Tuning:
     """The constants of the platform that JAX computes on by default."""
-    return TUNING.get(jax.default_backend(), _CPU)
+    return TUNING.get(_as_if_on or jax.default_backend(), _CPU)
 
 
 def by_platform(
@@ -112,6 +148,8 @@ def by_platform(
 
     The two must give results of the same type.
     """
+    if _as_if_on is not None:
+        return (function if wanted(current_tuning()) else otherwise)(*args)
     chosen = {name: function if wanted(t) else otherwise for name, t in TUNING.items()}
     default = chosen.pop("cpu")
     if all(each is default for each in chosen.values()):

@@ -17,7 +17,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import PRNGKeyArray
 
@@ -38,9 +37,10 @@ from mora_jax._mesh.layout import (
 from mora_jax._mesh.parts import OperatorPart
 from mora_jax._rounding import add_rounded
 from mora_jax._spec import AdapterSpec
+from mora_jax._tiles import sum_tiles, tile_to
 from mora_jax._tuning import MAX_UNROLLED_SLICES, Tuning, by_platform
 from mora_jax._types import ArrayLike, Shape
-from mora_jax.operators import Decoupling, Operator, Permutation
+from mora_jax.operators import Decoupling, Operator
 from mora_jax.operators._base import delta_of
 from mora_jax.products import Contraction, Lookup, Product
 
@@ -96,26 +96,29 @@ class _SlicedProduct(_Product):
     def _sliced(self, residuals: Any, m: jax.Array) -> jax.Array:
         op, x = residuals
         turned, q = turned_m(op, m), op.square_rank
-        blocks = jax.lax.split(x, (q,) * (op.in_features // q), axis=-1)
-        outputs: list[Any] = [None] * op.num_out_blocks
-        for k, to in op.pairs:
+        blocks = jax.lax.split(op.order_inputs(x), (q,) * len(turned), axis=-1)
+        groups: list[Any] = [None] * op.num_groups
+        for k, block in enumerate(blocks[: op.num_feeding]):
             h = jax.lax.dot_general(
-                blocks[k], turned[k], last_with_first(x), precision=self.precision
+                block, turned[k], last_with_first(x), precision=self.precision
             )
-            outputs[to] = h if outputs[to] is None else outputs[to] + h
-        return jnp.concatenate(outputs, axis=-1)
+            group = k % op.num_groups
+            groups[group] = h if groups[group] is None else groups[group] + h
+        y = tile_to(jnp.concatenate(groups, axis=-1), op.out_features)
+        return op.outputs_in_place(y)
 
     def _m_gradient(self, residuals: Any, cotangent: jax.Array) -> jax.Array:
         op, x = residuals
-        n, p, q = op.compressed_shape[0], op.num_out_blocks, op.square_rank
-        x, y = (a.reshape(-1, a.shape[-1]) for a in (x, cotangent))
+        n, q, groups = op.compressed_shape[0], op.square_rank, op.num_groups
+        x, y = op.order_inputs(x), op.order_outputs(cotangent)
+        x, y = x.reshape(-1, n * q), sum_tiles(y, groups * q).reshape(-1, groups * q)
         wide = jnp.promote_types(y.dtype, jnp.float32)
 
-        def add_product(k: jax.Array, sums: jax.Array) -> jax.Array:
+        def put_product(k: jax.Array, products: jax.Array) -> jax.Array:
             # Unsigned, or XLA would not see that the slices are whole tiles.
-            block_in, block_out = (k.astype(jnp.uint32) % np.uint32(c) for c in (n, p))
-            h = jax.lax.dynamic_slice_in_dim(x, block_in * q, q, axis=1)
-            back = jax.lax.dynamic_slice_in_dim(y, block_out * q, q, axis=1)
+            k = k.astype(jnp.uint32)
+            h = jax.lax.dynamic_slice_in_dim(x, k * q, q, axis=1)
+            back = jax.lax.dynamic_slice_in_dim(y, k % groups * q, q, axis=1)
             gradient = jax.lax.dot_general(
                 h,
                 back,
@@ -123,15 +126,13 @@ class _SlicedProduct(_Product):
                 precision=self.precision,
                 preferred_element_type=wide,
             )
-            before = jax.lax.dynamic_index_in_dim(sums, block_in)
-            return jax.lax.dynamic_update_index_in_dim(
-                sums, before + gradient, block_in, axis=0
-            )
+            return jax.lax.dynamic_update_index_in_dim(products, gradient, k, axis=0)
 
-        sums = jnp.zeros((n, q, q), wide)
-        sums = jax.lax.fori_loop(0, len(op.pairs), add_product, sums)
+        # A loop, since XLA takes as long for n products as for n layers.
+        products = jnp.zeros((n, q, q), wide)
+        products = jax.lax.fori_loop(0, op.num_feeding, put_product, products, unroll=8)
         m = jax.ShapeDtypeStruct((q, q), wide)
-        (m,) = jax.linear_transpose(lambda m: turned_m(op, m), m)(sums)
+        (m,) = jax.linear_transpose(lambda m: turned_m(op, m), m)(products)
         return m.astype(y.dtype)
 
 
@@ -141,9 +142,8 @@ def _slices(tuning: Tuning) -> bool:
 
 def _can_slice(op: Any) -> bool:
     """Whether the blocks of an operator are few slices of its features."""
-    if not isinstance(op, Decoupling) or isinstance(op, Permutation):
-        return False
-    return op.aligned and len(op.pairs) <= MAX_UNROLLED_SLICES
+    aligned = isinstance(op, Decoupling) and op.aligned
+    return aligned and op.compressed_shape[0] <= MAX_UNROLLED_SLICES
 
 
 def _product_by_x(product: _Product, residuals: Any, operand: jax.Array) -> jax.Array:

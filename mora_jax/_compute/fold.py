@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from mora_jax._compute.delta import Delta
 from mora_jax._compute.maps import AdaptedMap
+from mora_jax._tuning import Tuning, by_platform
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +31,10 @@ class FoldedMap(AdaptedMap):
         operator, m, kernel = residuals
         dtype = jnp.promote_types(jnp.result_type(m, kernel), jnp.float32)
         m = _schedule_after(after, m).astype(dtype)
-        return Delta(operator, m, *self.by_m.settings).added_to(kernel)
+        folded = Delta(operator, m, *self.by_m.settings).added_to(kernel)
+        if operator.block:
+            return folded
+        return by_platform(_stores, _barrier, _second, after, folded)
 
 
 def _schedule_after(x: jax.Array, m: jax.Array) -> jax.Array:
@@ -62,4 +66,13 @@ def _add_zero(x: jax.Array, m: jax.Array) -> jax.Array:
 
 
 def _barrier(x: jax.Array, m: jax.Array) -> jax.Array:
+    """`m`, which is computed as it stands and after `x`."""
     return jax.lax.optimization_barrier((x, m))[1]
+
+
+def _second(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    return kernel
+
+
+def _stores(tuning: Tuning) -> bool:
+    return tuning.stores_folds

@@ -133,7 +133,8 @@ def _add_copies(op: Decoupling, m: jax.Array, kernel: jax.Array) -> jax.Array:
         block = add_rounded(block, m, "io", kernel.dtype, "dither", start)
         return jax.lax.dynamic_update_slice(folded, block, start)
 
-    return jax.lax.fori_loop(0, len(op.pairs), add_copy, kernel)
+    copies = max(op.num_feeding, p)
+    return jax.lax.fori_loop(0, copies, add_copy, kernel)
 
 
 @add_matrix.register

@@ -80,21 +80,27 @@ def square_rank(
     operator: OperatorSpec = "auto",
     multiple_of: int | None = None,
 ) -> int:
-    r"""The largest q that trains no more than LoRA of rank `rank` would.
+    r"""The q of a budget: the widest M that costs no more and suits the layer.
 
     .. math:: \hat r = \lfloor \sqrt{(in + out)\, r} \rfloor
 
-    at most min(in, out), and even for rotation (paper section 3.2). The reference
-    rounds to the nearest instead, which may exceed the budget.
+    is the largest one that trains no more parameters than LoRA of rank `rank` would
+    (paper section 3.2; the reference rounds to the nearest instead, which may exceed
+    the budget). q is at most min(in, out), and even for rotation.
+
+    Chips compute with rows of 128 numbers. If there is a multiple of 128, or else of
+    64, that divides both widths and is more than half of that largest q, the widest
+    such multiple is taken: then no features are padded and no block is copied. Where
+    nothing is divided ("orthogonal", "hadamard", "truncation") any multiple will do.
 
     Args:
       rank: The budget r.
       in_features: The number of the kernel's input features.
       out_features: The number of the kernel's output features.
       operator: The operator that q is for.
-      multiple_of: A number that q is rounded down to a multiple of, unless q is below
-        it. None stands for 8 where q is at least 64, so that it costs at most a tenth
-        of q.
+      multiple_of: A number that q is rounded down to a multiple of, in place of the
+        rule above, unless q is below it; 1 takes all of the budget. Where no width
+        meets the rule, it is 8 for q from 64 on.
 
     Raises:
       TypeError, ValueError: A number is not a positive integer, or the budget is too
@@ -129,20 +135,22 @@ def square_rank(
 
 
 def _fitting(q: int, in_features: int, out_features: int, tiles: bool) -> int | None:
-    """The widest M that needs no padding on any chip, at most `q` and at least half.
+    """The widest M of whole 128s or 64s, more than half of `q`; None if there is none.
 
-    A TPU computes with rows of 128 numbers, so that a slice of whole 128s costs nothing
-    and any other a copy. Where C and D cut features into pieces of q, q is to divide
-    them besides.
+    Args:
+      q: The widest M that the budget allows.
+      in_features: The number of the kernel's input features.
+      out_features: The number of the kernel's output features.
+      tiles: Whether the M must divide both.
     """
-    common = math.gcd(in_features, out_features)
+    common = math.gcd(in_features, out_features) if tiles else 0
+    eights = q - q % 8
     for step in (LANES, LANES // 2):
-        widths = range(q - q % step, (q - 1) // 2, -step)
-        for width in widths:
-            if width and (not tiles or common % width == 0):
-                return width
-        if tiles and q >= 64 and common % (q - q % 8) == 0:
-            return None
+        widths = range(q - q % step, q // 2, -step)
+        if fitting := next((w for w in widths if common % w == 0), None):
+            return fitting
+        if tiles and eights > LANES // 2 and common % eights == 0:
+            return None  # it divides both as it is
     return None
 
 

@@ -69,7 +69,7 @@ class Decoupling(Operator):
         return min(self.compressed_shape[0], self.num_out_blocks)
 
     def _compress(self, x: jax.Array) -> jax.Array:
-        return to_blocks(x, self.square_rank)
+        return to_blocks(self.order_inputs(x), self.square_rank)
 
     def _decompress(self, h: jax.Array) -> jax.Array:
         return self.decompress_groups(self.sum_groups(h))
@@ -86,7 +86,7 @@ class Decoupling(Operator):
 
     def decompress_groups(self, h: jax.Array) -> jax.Array:
         """D of blocks whose groups are summed: (..., groups, q) -> (..., out)."""
-        return from_blocks(h, self.out_features)
+        return self.outputs_in_place(from_blocks(h, self.out_features))
 
     def _rows(self, side: Side, indices: jax.Array, dtype: DTypeLike) -> jax.Array:
         n, q = self.compressed_shape
@@ -110,6 +110,18 @@ class Decoupling(Operator):
         unit = jax.nn.one_hot(offset, self.square_rank, dtype=dtype)
         return block, self.rotate_rows(unit, block)
 
+    def order_inputs(self, x: jax.Array) -> jax.Array:
+        """The inputs in the order in which they are cut into blocks, (..., in)."""
+        return x
+
+    def order_outputs(self, y: jax.Array) -> jax.Array:
+        """The outputs in the order of the blocks that they are made of, (..., out)."""
+        return y
+
+    def outputs_in_place(self, y: jax.Array) -> jax.Array:
+        """Undo `order_outputs`."""
+        return y
+
     def rotate_rows(self, h: jax.Array, block: jax.Array) -> jax.Array:
         """What `_compress` does to (..., q) numbers of the blocks (...)."""
         return h
@@ -126,11 +138,9 @@ class Decoupling(Operator):
         )
 
     @property
-    def pairs(self) -> tuple[tuple[int, int], ...]:
-        """(input block, output block) for each copy of M in the delta."""
-        n, p = self.compressed_shape[0], self.num_out_blocks
-        count = p if self.truncate else max(n, p)
-        return tuple((k % n, k % p) for k in range(count))
+    def num_feeding(self) -> int:
+        """How many input blocks feed an output block: all, unless some are left out."""
+        return self.num_groups if self.truncate else self.compressed_shape[0]
 
     def in_group(self, block: Any) -> Any:
         """The group of each input block, (...); its outputs are those it feeds.

@@ -51,11 +51,13 @@ class Permutation(Decoupling):
             "out_inverse": inverse(out_order),
         }
 
-    def _compress(self, x: jax.Array) -> jax.Array:
-        return super()._compress(_Reorder()((self.in_order, self.in_inverse), x))
+    def order_inputs(self, x: jax.Array) -> jax.Array:
+        return _Reorder()((self.in_order, self.in_inverse), x)
 
-    def decompress_groups(self, h: jax.Array) -> jax.Array:
-        y = super().decompress_groups(h)
+    def order_outputs(self, y: jax.Array) -> jax.Array:
+        return _Reorder()((self.out_order, self.out_inverse), y)
+
+    def outputs_in_place(self, y: jax.Array) -> jax.Array:
         return _Reorder().transpose((self.out_order, self.out_inverse), y)
 
     def _rows(self, side: Side, indices: jax.Array, dtype: DTypeLike) -> jax.Array:

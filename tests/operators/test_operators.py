@@ -262,7 +262,14 @@ def test_hadamard_is_fast():
     [
         (8, 1024, 1024, "sharing", 128),  # AiDotNet's example: 16,384 parameters
         (8, 4096, 4096, "rotation", 256),  # the paper's r=8, 256 x 256
-        (256, 4096, 4096, "sharing", 1448),
+        (256, 4096, 4096, "sharing", 1024),  # the paper's 1448 divides neither width
+        (256, 4096, 4096, "orthogonal", 1408),  # needs no whole groups, but whole 128s
+        (8, 4096, 14336, "rotation", 256),  # 384 fits the budget and not the widths
+        (8, 4096, 14336, "orthogonal", 384),
+        (8, 4096, 1024, "rotation", 128),
+        (8, 576, 576, "rotation", 96),  # divides both as it is
+        (8, 576, 192, "rotation", 64),
+        (8, 576, 1536, "rotation", 128),  # 64 would be less than half
         (4, 64, 64, "rotation", 22),
         (4, 64, 64, "sharing", 22),
         (3, 50, 50, "sharing", 17),
@@ -283,6 +290,8 @@ def test_square_rank(rank, ins, outs, operator, expected):
         (None, 8, 504, "sharing", 88),  # of 89: eight divides what is large enough
         (None, 8, 120, "sharing", 43),
         (1, 8, 504, "sharing", 89),
+        (1, 256, 4096, "sharing", 1448),
+        (8, 256, 4096, "sharing", 1448),
         (32, 8, 504, "sharing", 64),
         (32, 8, 50, "sharing", 28),  # below it the budget counts
         (3, 8, 504, "rotation", 84),  # and even

@@ -362,11 +362,10 @@ def test_summary_shows_what_is_not_usual():
     assert "of" not in summary(plan(params, MoRAConfig(rank=7))).splitlines()[1]
     overrides = {"small/kernel": {"alpha": 0.5, "dropout": 0.1}}
     text = str(plan(params, MoRAConfig(rank=8, overrides=overrides)))
-    assert [line.split()[6:9] for line in text.splitlines()[:3]] == [
-        ["q", "alpha", "dropout"],
-        ["32", "0.5", "0.1"],
-        ["88", "1", "0"],
-    ]
+    cells = [line.split()[6:] for line in text.splitlines()[:3]]
+    assert cells[0][:3] == ["q", "alpha", "dropout"]
+    assert cells[1][:3] == ["32", "0.5", "0.1"]
+    assert cells[2][:5] == ["64", "of", "90", "1", "0"]
 
 
 SETTINGS = dict(rank=2, operator="orthogonal", seed=1)

@@ -1,0 +1,48 @@
+"""A program takes the way of the platform that it is lowered for."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from helpers import close
+
+from mora_jax import FrozenDense, MoRAConfig, mora_apply
+
+
+def apply(m, frozen, x):
+    return mora_apply({"kernel_mora": m}, frozen, x)
+
+
+def layer(features, rows):
+    """A layer of bfloat16, M and an input, of which a chip folds the layer."""
+    kernel = jnp.ones((features, features), jnp.bfloat16)
+    config = MoRAConfig(operator="rotation", square_rank=128)
+    frozen = FrozenDense.from_config(kernel, config=config)
+    x = jnp.ones((rows, features), jnp.bfloat16)
+    return jnp.full((128, 128), 1e-2), frozen, x
+
+
+def test_an_exported_program_takes_each_platforms_way():
+    """A fold, which updates blocks in a loop, on chips alone."""
+    args = layer(256, 1024)
+    traced, loops = jax.jit(apply).trace(*args), {}
+    for platform in ("cpu", "tpu"):
+        text = traced.lower(lowering_platforms=(platform,)).as_text()
+        loops[platform] = text.count("stablehlo.while")
+    assert loops == {"cpu": 0, "tpu": 1}
+    platforms = "tpu", "cuda", "cpu"
+    exported = jax.export.export(jax.jit(apply), platforms=platforms)(*args)
+    assert exported.platforms == platforms
+    close(exported.call(*args), apply(*args))
+
+
+def test_programs_for_tpus_do_not_grow_with_the_number_of_blocks():
+    def loss(m, kernel, frozen, x):
+        return apply(m, dataclasses.replace(frozen, kernel=kernel), x).sum()
+
+    def lines(features):
+        m, frozen, x = layer(features, 4096)
+        traced = jax.jit(jax.grad(loss)).trace(m, frozen.kernel, frozen, x)
+        return len(traced.lower(lowering_platforms=("tpu",)).as_text().splitlines())
+
+    assert abs(lines(4096) - lines(2048)) < 0.1 * lines(2048)
