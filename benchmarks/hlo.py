@@ -232,7 +232,7 @@ class Program:
         return int(found.inside) if re.fullmatch(r"-?\d+", found.inside) else None
 
     def inner(self, instruction: Instruction) -> Iterator[tuple[str, Instruction]]:
-        """All instructions of a fusion, and their computations; itself, if it is none.
+        """All instructions of a fusion, and their computations; none of other ones.
 
         Fusions within it are entered, too.
         """
