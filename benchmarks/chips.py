@@ -1,6 +1,6 @@
-"""Claim: on TPUs and an H100 MoRA costs less than LoRA, as their compilers tell.
+"""Claim: on TPUs and an H100 a Llama costs less with MoRA than with LoRA.
 
-XLA compiles a dense layer and a Llama in bfloat16 for chips that this machine does not
+XLA compiles a Llama and a dense layer in bfloat16 for chips that this machine does not
 have, and `roofline` reads from the compiled programs what they cost there: products in
 the compiler's cycles, bytes at the bandwidth of the memory. Nothing is run on a chip.
 First the same programs run on this CPU at small sizes, and must give what float64
