@@ -13,8 +13,8 @@ run = $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
 .PHONY: help demo demo-nnx demo-sharded quickstart bench bench-layer bench-growth \
-  bench-scale bench-torch test \
-  test-slow test-all test-tunix test-peft lint wheel clean env tools
+  bench-scale bench-torch bench-chips test \
+  test-slow test-all test-tunix test-peft test-chips lint wheel clean env tools
 
 help: ## list the targets
 	@echo 'Targets:'
@@ -54,6 +54,11 @@ bench-torch: ## a training step beside PyTorch's with PEFT, in an environment of
 	$(setup) torch
 	$(run) -m benchmarks.torch_step $(ARGS)
 
+bench-chips: VENV = .venv-chips
+bench-chips: ## rooflines on TPUs and an H100 by their compilers, in an environment of its own
+	$(setup) chips
+	$(run) -m benchmarks.chips $(ARGS)
+
 test: env ## the tests, without the slow ones
 	$(run) -m pytest $(PYTEST_ARGS)
 
@@ -72,6 +77,12 @@ test-peft: VENV = .venv-torch
 test-peft: ## Hugging Face PEFT loads what we export, in an environment with PyTorch
 	$(setup) torch
 	$(run) -m pytest tests/with_peft
+
+test-chips: VENV = .venv-chips
+test-chips: export XLA_FLAGS =
+test-chips: ## adapters compile well for TPUs, in an environment of its own
+	$(setup) chips
+	$(run) -m pytest tests/on_chips $(PYTEST_ARGS)
 
 lint: tools ## what must be clean: ruff and pyright
 	$(VENV)/bin/ruff check

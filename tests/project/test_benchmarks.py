@@ -135,6 +135,8 @@ def test_scale(tmp_path):
         ("scale", "--tokens 1", "--tokens must be at least 2, got 1"),
         ("scale", "--models 7b", "--models: invalid choice: '7b'"),
         ("scale", "--devices 5", "--devices: invalid choice: "),
+        ("chips", "--chips v4", "--chips: invalid choice: 'v4'"),
+        ("chips", "--only learning", "--only: invalid choice: 'learning'"),
         ("scale", "--methods rotate", "--methods: invalid choice: 'rotate'"),
     ],
 )
