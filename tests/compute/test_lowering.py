@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from helpers import close
+from jax import export
 
 from mora_jax import FrozenDense, MoRAConfig, mora_apply
 
@@ -31,7 +32,7 @@ def test_an_exported_program_takes_each_platforms_way():
         loops[platform] = text.count("stablehlo.while")
     assert loops == {"cpu": 0, "tpu": 1}
     platforms = "tpu", "cuda", "cpu"
-    exported = jax.export.export(jax.jit(apply), platforms=platforms)(*args)
+    exported = export.export(jax.jit(apply), platforms=platforms)(*args)
     assert exported.platforms == platforms
     close(exported.call(*args), apply(*args))
 
