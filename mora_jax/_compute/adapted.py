@@ -87,7 +87,8 @@ def _should_fold(
 ) -> bool:
     if spec.execution != "auto":
         return spec.execution == "fold"
-    if jnp.finfo(dtype).bits < 32 and not tuning.folds_16_bits:
+    bits = jnp.finfo(dtype).bits
+    if bits < 16 or (bits == 16 and not tuning.folds_16_bits):
         return False
     if spec.layout is not None and spec.layout.gathers:
         return False  # a fold in the backward pass would gather the kernel once more

@@ -21,6 +21,7 @@ import mora_jax
 from mora_jax import AdapterSpec, FrozenDense, MoRAConfig, linen, mora_apply
 from mora_jax import nnx as mora_nnx
 from mora_jax._compute.adapted import choose
+from mora_jax._tuning import TUNING
 from mora_jax.products import DENSE, Contraction, Lookup
 
 ALPHA = 0.7
@@ -305,7 +306,28 @@ AUTO = [
     ("rotation", 512, "float64", True),
     ("rotation", 512, "bfloat16", False),
     ("rotation", 512, "float16", False),
+    ("rotation", 512, "float8_e4m3fn", False),
 ]
+
+
+# The same on a TPU.
+ON_TPU = [
+    ("rotation", 512, "bfloat16", True),
+    ("rotation", 512, "float8_e4m3fn", False),
+    ("permutation", 153, "bfloat16", False),
+    ("orthogonal", 1024, "bfloat16", True),
+    ("orthogonal", 1023, "bfloat16", False),
+    ("sharing", 10**6, "bfloat16", False),
+    ("truncation", 10**6, "float32", False),
+]
+
+
+@pytest.mark.parametrize(("operator", "rows", "dtype", "expected"), ON_TPU)
+def test_auto_on_tpus(operator, rows, dtype, expected):
+    x, dense = jax.ShapeDtypeStruct((rows, 512), dtype), Contraction.from_axes("io", 2)
+    spec = AdapterSpec.from_config(MoRAConfig(operator=operator), (512, 512))
+    way = choose(spec, dense, x, dtype, tuning=TUNING["tpu"])
+    assert way == ("fold" if expected else "activation")
 
 
 @pytest.mark.parametrize(("operator", "rows", "dtype", "expected"), AUTO)
