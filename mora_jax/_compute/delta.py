@@ -127,14 +127,14 @@ class Delta:
         """(*stack, *batch, in_features) -> (*stack, *batch, out_features)."""
         if self.m.ndim > 2:
             return jax.vmap(lambda m, x: self._with(m).rows(x))(self.m, x)
-        op = self.operator
-        product = (SlicedProduct if can_slice(op) else ProductByM)(self.precision)
+        op, product = self.operator, ProductByM(self.precision)
         if isinstance(op, OperatorPart):  # within a map whose transpose is written out
             return product.forward((op, x), self.m)
         features = self._features(KernelLayout.for_activations)
         if features is None and not op.block:
             return _compiled_product(product, (op, x), self.m)
         if features is None:
+            product = SlicedProduct(self.precision) if can_slice(op) else product
             return product((op, x), self.m)
         if not op.block:
             op = on_mesh.OperatorOnMesh(op, features)

@@ -51,21 +51,22 @@ def on(mesh, frozen, kernel, batch=BATCH):
     return dataclasses.replace(frozen, layout=plan.specs[0].layout)
 
 
-def layer(case, execution="activation", dtype="float32"):
+def layer(case, execution="activation", dtype="float32", q=12, dropout=0.0):
     """A layer without its kernel, its arrays, and by the oracle what it computes.
 
     The arrays are M, inputs, the kernel and the outputs' cotangent; the results are
     the output, and gradients by M and inputs.
     """
-    normal, op = np.random.default_rng(0).standard_normal, case.make(32, 48, 12)
-    arrays = {"m": normal((12, 12)), "x": normal((8, 3, 32))}
+    normal, op = np.random.default_rng(0).standard_normal, case.make(32, 48, q)
+    arrays = {"m": normal((q, q)), "x": normal((8, 3, 32))}
     arrays |= {"kernel": normal((32, 48)) / np.sqrt(32), "y": normal((8, 3, 48))}
     arrays = {name: np.asarray(array, dtype) for name, array in arrays.items()}
     m, x, kernel, y = (np.asarray(array, np.float64) for array in arrays.values())
     c, d = case.matrices(op)
     adapted = kernel + ALPHA * oracle.delta(c, d, m)
     by_m = ALPHA * np.einsum("bti,inq,bto,nro->qr", x, c, y, d, optimize=True)
-    frozen = FrozenDense(None, None, op, alpha=ALPHA, execution=execution)
+    settings = dict(alpha=ALPHA, dropout=dropout, execution=execution)
+    frozen = FrozenDense(None, None, op, **settings)
     return frozen, arrays, (x @ adapted, by_m, y @ adapted.T)
 
 
@@ -77,7 +78,8 @@ def on_mesh(arrays, split, m_spec=None, mesh=MESH):
 def apply_to(frozen, m, x, kernel):
     if frozen is None:
         return x @ kernel
-    return mora_apply({"kernel_mora": m}, dataclasses.replace(frozen, kernel=kernel), x)
+    frozen, key = dataclasses.replace(frozen, kernel=kernel), jax.random.key(0)
+    return mora_apply({"kernel_mora": m}, frozen, x, key=key)
 
 
 def program(frozen, arrays, split=None):
@@ -155,6 +157,19 @@ def test_a_layer_is_as_on_one_device_without_hidden_traffic(label, split, execut
     extra = found - base
     assert set(extra) <= allowed
     assert all(count <= 2 or kind in base for kind, count in extra.items()), extra
+
+
+@pytest.mark.parametrize("label", ["rotation", slow("decoupling"), slow("permutation")])
+@pytest.mark.parametrize("split", ["fsdp-rows", slow("fsdp-columns"), slow("both")])
+@pytest.mark.parametrize("execution", ["activation", slow("fold")])
+def test_whole_blocks(label, split, execution):
+    """q divides both widths, so that blocks may be slices.
+
+    Under a dropout too, of nothing, with which layer and delta are never joined.
+    """
+    for dropout in (0.0, 1e-12):
+        settings = dict(execution=execution, q=8, dropout=dropout)
+        check_layer(LABELLED[label], split, **settings)
 
 
 @pytest.mark.parametrize("label", [slow("rotation"), "sharing-contiguous-strided"])
