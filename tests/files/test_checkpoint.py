@@ -182,10 +182,10 @@ def resident():
 
 
 def test_memory_stays_near_one_tensor(tmp_path):
-    """64 MB of kernels, 2 MB each."""
+    """A quarter of 192 MB of kernels, 2 MB each; allocators keep up to 30 MB more."""
     base, found = tmp_path / "base", []
     base.mkdir()
-    params = {f"l{k}": {"kernel": np.ones((512, 1024), np.float32)} for k in range(32)}
+    params = {f"l{k}": {"kernel": np.ones((512, 1024), np.float32)} for k in range(96)}
     for name, layer in params.items():
         save_file({f"{name}.kernel": layer["kernel"]}, base / f"{name}.safetensors")
     plan = mora_jax.plan(params, MoRAConfig(rank=1))
@@ -197,4 +197,4 @@ def test_memory_stays_near_one_tensor(tmp_path):
     merge_checkpoint(base, made(one), one, tmp_path / "first")  # compiles everything
     adapters, before = made(plan), resident()
     merge_checkpoint(base, adapters, plan, tmp_path / "out", progress=measure)
-    assert len(found) > 32 and max(found) - before < 24_000_000
+    assert len(found) > 96 and max(found) - before < 48_000_000
