@@ -74,10 +74,10 @@ _CPU = Tuning(
     transform_step=48,
     matrix_from_rows=8,
 )
-# Programs that XLA compiles for TPUs, bfloat16, 8,192 rows, relative to the frozen layer
-# (`make bench-chips`). Of 4096 -> 4096, activation and fold: orthogonal 1.32 and 1.31 on
-# a v5e, 1.34 and 1.46 on a v6e; sharing 1.11 and 1.21, rotation 1.37 and 1.18 on a v5e.
-# Of 4096 -> 14336 orthogonal 1.43 and 1.61 on a v6e, 1.31 and 1.26 on a v5e.
+# Programs that XLA compiles for TPUs, bfloat16, 8,192 rows, relative to the frozen
+# layer (`make bench-chips`). Of 4096 -> 4096, activation and fold: orthogonal 1.32 and
+# 1.31 on a v5e, 1.34 and 1.46 on a v6e; sharing 1.11 and 1.21, rotation 1.37 and 1.18
+# on a v5e. Of 4096 -> 14336 orthogonal 1.31 and 1.26 on a v5e, 1.43 and 1.61 on a v6e.
 _TPU = Tuning(
     fold_from=4.0,
     fold_cheap_from=math.inf,
