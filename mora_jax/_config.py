@@ -71,6 +71,10 @@ class MoRAConfig:
       multiple_of: The number whose multiple q is rounded down to. None chooses a q that
         suits the layer's widths and the chip, see `square_rank`; it may use as little
         as a quarter of the budget, which `Plan.summary` shows. 1 uses all of it.
+      squares: K, how many squares M is, of which block k of C(x) is multiplied by square
+        k mod K. 1 is the paper's. "auto" chooses q as for one square and then as many
+        as the budget of `rank` buys, which fills it where the widths of a layer do not
+        suit one large square.
       init: How M starts. "zeros" starts as an exact identity. "gaussian", of standard
         deviation 1/sqrt(q), is AiDotNet's; it changes the model's outputs before the
         first step.
@@ -113,6 +117,7 @@ class MoRAConfig:
     alpha: float = 1.0
     square_rank: int | None = None
     multiple_of: int | None = None
+    squares: int | str = 1
     init: str = "zeros"
     dropout: float = 0.0
     param_dtype: DTypeLike | None = jnp.float32
@@ -154,6 +159,13 @@ class MoRAConfig:
                 f"rank and square_rank exclude each other, got rank={self.rank} and "
                 f"square_rank={self.square_rank}: rank is a budget that q is chosen "
                 "by, square_rank is q itself"
+            )
+        if self.squares != "auto":
+            self._set("squares", _positive_integer("squares", self.squares))
+        elif self.square_rank is not None:
+            raise ValueError(
+                "squares='auto' fills the budget of rank, and square_rank="
+                f"{self.square_rank} stands in its place; say how many squares, or rank"
             )
         parse_spec(self.operator)
         if isinstance(self.operator, Mapping):

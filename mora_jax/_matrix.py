@@ -23,7 +23,7 @@ def check_adapter(m: Any, spec: AdapterSpec) -> None:
 
 
 def init_adapter(spec: AdapterSpec, key: PRNGKeyArray | None = None) -> jax.Array:
-    """M as `spec.init` wants it, shape (*stack, q, q)."""
+    """M as `spec.init` wants it, of the shape `spec.shape`."""
     check_key(key)
     dtype = spec.param_dtype
     if spec.init == "zeros":

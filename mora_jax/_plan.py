@@ -79,11 +79,14 @@ class Plan(Mapping[str, AdapterSpec]):
         digest together with M's that are stored without their plan, and compare it
         before they are used: plans of equal digests make the same deltas of the same
         M's. The digest covers, by the kernels' paths, their shapes and axes, the
-        operators with all of their settings and seeds, the square ranks, and alpha. It
-        does not cover what decides how M's are trained or computed: dropout, init,
+        operators with all of their settings and seeds, the square ranks, the numbers of
+        squares, and alpha. It does not cover what decides how M's are trained or computed: dropout, init,
         execution, param_dtype and layout.
         """
         meanings = {spec.name: spec.meaning for spec in self.specs}
+        for meaning in meanings.values():
+            if meaning["squares"] == 1:  # as in digests of before there were several
+                del meaning["squares"]
         text = json.dumps(meanings, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -129,10 +132,11 @@ def refuse_other_plan(made_for: Plan, used_with: Plan) -> None:
 def summary(plan: Plan, *, collapse: bool = True) -> str:
     """The plan as a table: in, out, operator, r, q, parameters, share of the base.
 
-    Its last line is what PEFT's print_trainable_parameters prints. A q well below the
-    one that the budget would buy is shown as "64 of 90": the layer is too small for
-    that one, or it does not suit its widths. The table has columns for alpha and
-    dropout if a layer departs from their defaults.
+    Its last line is what PEFT's print_trainable_parameters prints. The column r shows
+    how much of the budget a layer uses. If that is less than four fifths, q is shown as
+    "64 of 90", with the q that the budget would buy: the layer is too small for that
+    one, or it does not suit its widths. Two squares are shown as "2 x 64". The table
+    has columns for alpha and dropout if a layer departs from their defaults.
 
     Args:
       plan: The plan.
@@ -202,13 +206,14 @@ def _remarks(plan: Plan) -> list[str]:
 def _cells(name: str, specs: list[AdapterSpec], base_parameters: int) -> dict[str, str]:
     """A row of `summary` for layers that are alike, by the names of its columns."""
     spec, size = specs[0], sum(spec.parameters for spec in specs)
-    q, asked = spec.operator.square_rank, spec.asked_square_rank
+    op, asked = spec.operator, spec.asked_square_rank
+    q = f"{op.squares} x {op.square_rank}" if op.squares > 1 else f"{op.square_rank}"
     return {
         "path": spec.name if len(specs) == 1 else f"{name} ({len(specs)})",
         "in -> out": f"{spec.in_features} -> {spec.out_features}",
         "operator": spec.operator.name,
         "r": f"{spec.lora_rank:.1f}",
-        "q": f"{q} of {asked}" if asked else str(q),
+        "q": f"{q} of {asked}" if asked else q,
         "alpha": f"{spec.alpha:g}",
         "dropout": f"{spec.dropout:g}",
         "parameters": f"{size:,}",

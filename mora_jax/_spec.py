@@ -14,7 +14,7 @@ from mora_jax._config import EXECUTIONS, INITS, MoRAConfig, check_config
 from mora_jax._mesh.layout import KernelLayout
 from mora_jax._types import Shape
 from mora_jax.operators import Operator, make_operator, square_rank
-from mora_jax.operators._registry import resolve_auto
+from mora_jax.operators._registry import fill_squares, resolve_auto
 
 SUFFIX = "_mora"
 """What the name of an M ends in, after the name of its kernel."""
@@ -111,12 +111,13 @@ class AdapterSpec:
         param_dtype = config.param_dtype
         if param_dtype is None:
             param_dtype = floating_dtype(kernel_dtype)
-        q, operator = config.square_rank, config.operator
+        q, operator, squares = config.square_rank, config.operator, config.squares
         if q is None:
             operator = resolve_auto(operator, config.rank)
-            q = square_rank(
-                config.rank, in_features, out_features, operator, config.multiple_of
-            )
+            budget = config.rank, in_features, out_features, operator
+            fixed = 1 if squares == "auto" else squares
+            q = square_rank(*budget, config.multiple_of, fixed)
+            squares = fill_squares(*budget, q) if squares == "auto" else squares
         elif q > min(in_features, out_features):
             raise ValueError(
                 f"square_rank must be at most min(in_features, out_features) = "
@@ -124,7 +125,7 @@ class AdapterSpec:
             )
         return cls(
             operator=make_operator(
-                operator, in_features, out_features, q, seed=config.seed
+                operator, in_features, out_features, q, squares=squares, seed=config.seed
             ),
             kernel_shape=kernel_shape,
             axes=axes,
@@ -163,10 +164,14 @@ class AdapterSpec:
         return self.kernel_shape[first:], self.axes[first:]
 
     @property
+    def stack_shape(self) -> Shape:
+        """The sizes of the kernel's stack axes."""
+        return sizes(self.kernel_shape, self.axes, "s")
+
+    @property
     def shape(self) -> Shape:
-        """The shape of M: (*stack, q, q)."""
-        q = self.operator.square_rank
-        return (*sizes(self.kernel_shape, self.axes, "s"), q, q)
+        """The shape of M: (*stack, q, q), or (*stack, K, q, q) for K squares."""
+        return (*self.stack_shape, *self.operator.m_shape)
 
     @property
     def parameters(self) -> int:
@@ -175,20 +180,19 @@ class AdapterSpec:
 
     @property
     def lora_rank(self) -> float:
-        """The rank of a LoRA with as many parameters: q^2 / (in + out)."""
-        q = self.operator.square_rank
-        return q * q / (self.in_features + self.out_features)
+        """The rank of a LoRA with as many parameters: K q^2 / (in + out)."""
+        parameters = math.prod(self.operator.m_shape)
+        return parameters / (self.in_features + self.out_features)
 
     @property
     def asked_square_rank(self) -> int | None:
-        """The q that the budget would buy, if q is less than nine tenths of it.
+        """The q that the budget would buy, if less than four fifths of it are used.
 
         The layer is too small for it, or no wider M suits its widths.
         """
-        if self.rank is None:
+        if self.rank is None or 5 * self.lora_rank >= 4 * self.rank:
             return None
-        asked = math.isqrt((self.in_features + self.out_features) * self.rank)
-        return asked if 10 * self.operator.square_rank < 9 * asked else None
+        return math.isqrt((self.in_features + self.out_features) * self.rank)
 
     @property
     def meaning(self) -> dict[str, Any]:
@@ -203,6 +207,7 @@ class AdapterSpec:
             "kernel_shape": list(self.kernel_shape),
             "axes": self.axes,
             "square_rank": self.operator.square_rank,
+            "squares": self.operator.squares,
             "alpha": self.alpha,
         }
 
@@ -227,7 +232,7 @@ class AdapterSpec:
         )
 
 
-_SIZES = {"in_features", "out_features", "square_rank"}
+_SIZES = {"in_features", "out_features", "square_rank", "squares"}
 
 
 def operator_settings(operator: Operator) -> dict[str, Any]:

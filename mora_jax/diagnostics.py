@@ -11,6 +11,7 @@ from jaxtyping import Float
 
 from mora_jax._checking import check as check
 from mora_jax._compute.delta import scaled
+from mora_jax._compute.matrix import block_diagonal
 from mora_jax._dense import as_jax_array
 from mora_jax._merge import delta_weight, finite_items, merge
 from mora_jax._paths import find_kernel, named_leaves
@@ -101,18 +102,19 @@ def spectrum(adapters: Any, plan: Plan) -> dict[str, np.ndarray]:
     values = {}
     for spec, m in finite_items(adapters, plan):
         m = np.asarray(m, np.float64)
-        squares = m.reshape(-1, *m.shape[-2:])
-        spectra = [_spectrum(spec, square) for square in squares]
-        values[spec.name] = np.reshape(spectra, (*m.shape[:-2], -1))
+        stack = m.reshape(-1, *spec.operator.m_shape)
+        spectra = [_spectrum(spec, one) for one in stack]
+        values[spec.name] = np.reshape(spectra, (*spec.stack_shape, -1))
     return values
 
 
 def _spectrum(spec: AdapterSpec, m: np.ndarray) -> np.ndarray:
-    """The singular values of one M's delta: (q, q) -> (min(in, out),)."""
+    """The singular values of one M's delta: M -> (min(in, out),)."""
     op, m = spec.operator, scaled(spec, m)
     if op.block and op.isometry:
-        of_m = np.linalg.svd(m, compute_uv=False)
-        values = np.repeat(of_m, op.compressed_shape[0])
+        of_squares = np.atleast_2d(np.linalg.svd(m, compute_uv=False))
+        of_blocks = of_squares[op.square_of(np.arange(op.compressed_shape[0]))]
+        values = np.sort(of_blocks, axis=None)[::-1]
     elif op.block:
         # The smaller Gram matrix is ten times as fast as an SVD, and in float64 it is
         # exact enough for a delta in float32.
@@ -121,7 +123,7 @@ def _spectrum(spec: AdapterSpec, m: np.ndarray) -> np.ndarray:
         values = np.sqrt(np.linalg.eigvalsh(delta @ delta.T).clip(0)[::-1])
     else:
         triangle = np.linalg.qr(np.asarray(op.compress_matrix(), np.float64), "r")
-        rows = np.asarray(op.decompress(m), np.float64)
+        rows = np.asarray(op.decompress(block_diagonal(m)), np.float64)
         values = np.linalg.svd(triangle @ rows, compute_uv=False)
     full = np.zeros(min(op.in_features, op.out_features))
     full[: len(values)] = values

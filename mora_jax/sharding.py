@@ -39,8 +39,8 @@ def adapter_shardings(
         axes, or with logical names for which `nn.logical_axis_rules` holds the rules,
         and the variables in the state of an NNX model.
       mesh: The devices, if the leaves do not name them.
-      square: The mesh axes that split the two axes of M, which is then gathered in each
-        step. There are none by default, since M is small.
+      square: The mesh axes that split the last two axes of M, which is then gathered in
+        each step. There are none by default, since M is small.
 
     Returns:
       A tree of `NamedSharding`s in place of the M's that `init` makes, for
@@ -78,8 +78,10 @@ def adapter_sharding(
     """The sharding of an M by that of its kernel; see `adapter_shardings`."""
     axes = zip(spec.axes, _entries(kernel, spec), strict=True)
     stack = [entry or None for letter, entry in axes if letter == "s"]
+    squares = [None] * (len(spec.shape) - len(spec.stack_shape) - 2)
     name = f"square, with q of {spec.operator.square_rank},"
-    return _named_sharding(kernel.mesh, [*stack, *square], spec.shape, name)
+    axes = [*stack, *squares, *square]
+    return _named_sharding(kernel.mesh, axes, spec.shape, name)
 
 
 def plan_on_mesh(

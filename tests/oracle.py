@@ -13,14 +13,39 @@ def _sizes(op):
     return op.in_features, op.out_features, op.square_rank
 
 
+def _whole_sizes(op):
+    """With the width of all squares in place of q, for operators without blocks."""
+    return op.in_features, op.out_features, op.squares * op.square_rank
+
+
+def _by_squares(op, c, d):
+    """C and D of the width of all squares, cut into blocks of one square each."""
+    k, q = op.squares, op.square_rank
+    return c.reshape(-1, k, q), d.reshape(k, q, -1)
+
+
+def squares_of_blocks(m, n):
+    """The square that multiplies each of n blocks, (n, q, q): number k mod K."""
+    squares = np.asarray(m, np.float64)
+    squares = squares[None] if squares.ndim == 2 else squares
+    return np.stack([squares[k % len(squares)] for k in range(n)])
+
+
 def delta(c, d, m):
-    """C (I_n (x) M) D in float64."""
-    return np.einsum("inq,qr,nro->io", c, np.asarray(m, np.float64), d)
+    """C times M, or the K squares of M, times D; in float64."""
+    return np.einsum("inq,nqr,nro->io", c, squares_of_blocks(m, c.shape[1]), d)
+
+
+def m_gradient(c, d, x, g, squares=1):
+    """The gradient of M where g is that of the output, (q, q) or (K, q, q)."""
+    by_block = np.einsum("...i,inq,...o,nro->nqr", x, c, g, d, optimize=True)
+    by_square = np.stack([by_block[k::squares].sum(0) for k in range(squares)])
+    return by_square if squares > 1 else by_square[0]
 
 
 def truncation(op):
-    ins, outs, q = _sizes(op)
-    return np.eye(ins, q)[:, None, :], np.eye(q, outs)[None]
+    ins, outs, q = _whole_sizes(op)
+    return _by_squares(op, np.eye(ins, q), np.eye(q, outs))
 
 
 def _group_of(features, q, contiguous):
@@ -36,17 +61,17 @@ def _group_of(features, q, contiguous):
 
 
 def sharing(op):
-    ins, outs, q = _sizes(op)
-    c, d = np.zeros((ins, 1, q)), np.zeros((1, q, outs))
+    ins, outs, q = _whole_sizes(op)
+    c, d = np.zeros((ins, q)), np.zeros((q, outs))
     for place, group in enumerate(_group_of(ins, q, op.compress_groups[0] == "c")):
-        c[place % ins, 0, group] += 1
+        c[place % ins, group] += 1
     for place, group in enumerate(_group_of(outs, q, op.decompress_groups[0] == "c")):
         if place < outs:
-            d[0, group, place] = 1
+            d[group, place] = 1
     if op.normalised:
         c /= math.sqrt(ins / q)
         d /= math.sqrt(outs / q)
-    return c, d
+    return _by_squares(op, c, d)
 
 
 def signed_sharing(op):
@@ -103,7 +128,7 @@ def permutation(op):
 def orthogonal(op):
     c = np.asarray(op.in_basis, np.float64)
     d = np.asarray(op.out_basis, np.float64).T
-    return c[:, None, :], d[None]
+    return _by_squares(op, c, d)
 
 
 def _walsh(size):
@@ -121,4 +146,4 @@ def _hadamard_side(signs, odd, coordinates):
 
 def hadamard(op):
     c, d = _hadamard_side(*op.in_arrays), _hadamard_side(*op.out_arrays).T
-    return c[:, None, :], d[None]
+    return _by_squares(op, c, d)

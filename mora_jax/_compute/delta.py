@@ -65,7 +65,7 @@ def _units(dtype: DTypeLike, op: Any, indices: jax.Array) -> Compressed:
 
 
 def _given(op: Operator, h: jax.Array) -> Compressed:
-    return h, op._decompress
+    return Compressed(h, op._decompress)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +115,8 @@ class Delta:
         if dtype is not None:
             scaled_m = scaled_m.astype(dtype)
         if x is not None:
-            scaled_m = gather_m(scaled_m, spec.layout, x)
+            ndim_m = len(spec.operator.m_shape)
+            scaled_m = gather_m(scaled_m, spec.layout, x, ndim_m)
         return cls(spec.operator, scaled_m, shape, axes, precision, spec.layout)
 
     @property
@@ -125,7 +126,7 @@ class Delta:
 
     def rows(self, x: jax.Array) -> jax.Array:
         """(*stack, *batch, in_features) -> (*stack, *batch, out_features)."""
-        if self.m.ndim > 2:
+        if self._stack:
             return jax.vmap(lambda m, x: self._with(m).rows(x))(self.m, x)
         op, product = self.operator, ProductByM(self.precision)
         if isinstance(op, OperatorPart):  # within a map whose transpose is written out
@@ -161,15 +162,15 @@ class Delta:
         return on_mesh.lookup(rows, self.operator, features, self.m, indices)
 
     def decompress(self, h: jax.Array) -> jax.Array:
-        r""":math:`\alpha\, D(h M)`: (..., q) -> (..., out_features)."""
+        r""":math:`\alpha\, D(h M)`: (..., K q) -> (..., out_features)."""
         product = ProductByM(self.precision, _given)
         return product.forward((self.operator, h), self.m)
 
     def compress_kernel(self) -> jax.Array:
-        """C as a kernel, with q in place of the output features."""
-        q = self.operator.square_rank
+        """C as a kernel, with K q in place of the output features."""
+        width = self.operator.width
         pairs = zip(self.axes, self.kernel_shape, strict=True)
-        shape = tuple(q if axis == "o" else n for axis, n in pairs)
+        shape = tuple(width if axis == "o" else n for axis, n in pairs)
         matrix = self.operator.compress_matrix(self.m.dtype)
         return kernel_from_rows(matrix, shape, self.axes)
 
@@ -186,13 +187,13 @@ class Delta:
         if self.axes.lstrip("s") != "io" or split is not None:
             return add_rounded(kernel, self.kernel(), self.axes, kernel.dtype, "dither")
         add = functools.partial(add_matrix, self.operator)
-        for _ in range(self.m.ndim - 2):
+        for _ in self._stack:
             add = jax.vmap(add)
         return add(self.m, kernel)
 
     def _matrix(self) -> jax.Array:
         """(*stack, in_features, out_features)."""
-        if self.m.ndim > 2:
+        if self._stack:
             return jax.vmap(lambda m: self._with(m)._matrix())(self.m)
         features = self._features(KernelLayout.for_kernel)
         if features is None:
@@ -207,6 +208,11 @@ class Delta:
             return None
         features = split(self.layout, self.axes, self.kernel_shape)
         return features if features.splits else None
+
+    @property
+    def _stack(self) -> Shape:
+        """The stack axes of M."""
+        return self.m.shape[: self.m.ndim - len(self.operator.m_shape)]
 
     def _with(self, m: jax.Array) -> "Delta":
         """The delta at one index of a stack axis."""

@@ -6,7 +6,8 @@ registered for its type. So an operator needs no more than its definition, and a
 can register a form for an operator of their own::
 
     @compressed_rows.register
-    def _(op: MyOperator, x): ...
+    def _(op: MyOperator, x):
+        return Compressed(rows, decompress)
 
 Each form must give what the general one gives, which the tests hold against the
 matrices of C and D for every operator.
@@ -15,6 +16,7 @@ matrices of C and D for every operator.
 import functools
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,8 +30,20 @@ from mora_jax._tuning import Tuning, by_platform
 from mora_jax.operators import Decoupling, Hadamard, Operator
 from mora_jax.operators._base import Side
 
-Compressed = tuple[jax.Array, Callable[[jax.Array], jax.Array]]
-"""Rows h that M multiplies, (..., *any, q), and a function that makes D of h M."""
+
+class Compressed(NamedTuple):
+    """What M multiplies, and what is made of the product.
+
+    Attributes:
+      h: (..., K q), as an operator without blocks gives it; or blocks, (..., n, q).
+      decompress: The function that makes D of h M, which has the shape of h.
+      squares: The number of the square that multiplies each block: (n,), or (..., n)
+        where they differ from row to row. None for square k mod K at block k.
+    """
+
+    h: jax.Array
+    decompress: Callable[[jax.Array], jax.Array]
+    squares: jax.Array | None = None
 
 
 @functools.singledispatch
@@ -40,14 +54,16 @@ def compressed_rows(op: Operator, x: jax.Array) -> Compressed:
       op: An operator, one device's part of one, or one on a mesh.
       x: (..., in_features).
     """
-    return op._compress(x), op._decompress
+    return Compressed(op._compress(x), op._decompress)
 
 
 @compressed_rows.register
 def _(op: Decoupling, x: jax.Array) -> Compressed:
-    # D sums the blocks of a group. M is linear, so it may multiply the sums: n blocks
-    # become min(n, p).
-    return op.sum_groups(op._compress(x)), op.decompress_groups
+    # D sums the blocks of a group. If one square multiplies them all, it may multiply
+    # the sum: n blocks become min(n, p).
+    if not op.sums_first:
+        return Compressed(op._compress(x), op._decompress)
+    return Compressed(op.sum_groups(op._compress(x)), op.decompress_groups)
 
 
 @compressed_rows.register
@@ -65,26 +81,26 @@ def _(op: Hadamard, x: jax.Array) -> Compressed:
         return by_platform(wanted, to_outputs, op._decompress, h)
 
     wanted = functools.partial(_prefers_matrix, op, "in", many)
-    return by_platform(wanted, by_matrix, op._compress, x), decompress
+    return Compressed(by_platform(wanted, by_matrix, op._compress, x), decompress)
 
 
 def _prefers_matrix(op: Hadamard, side: Side, rows: int, tuning: Tuning) -> bool:
     """Whether a product with C or D as a matrix is faster than the transform."""
-    fast = op.square_rank <= tuning.transform_step * op.transform_steps(side)
+    fast = op.width <= tuning.transform_step * op.transform_steps(side)
     return fast and rows > tuning.matrix_from_rows
 
 
 @compressed_rows.register
 def _(op: OperatorPart, x: jax.Array) -> Compressed:
-    return op.compressed_rows(x)
+    return Compressed(*op.compressed_rows(x))
 
 
 @compressed_rows.register
 def _(op: OperatorOnMesh, x: jax.Array) -> Compressed:
-    h, decompress = compressed_rows(op.operator, x)
+    h, decompress, _ = compressed_rows(op.operator, x)
     if op.features.in_axes:
         h = op.compress(x)
-    return h, op.decompress if op.features.out_axes else decompress
+    return Compressed(h, op.decompress if op.features.out_axes else decompress)
 
 
 @functools.singledispatch
@@ -96,7 +112,7 @@ def compressed_units(op: Operator, indices: jax.Array, dtype: DTypeLike) -> Comp
       indices: The numbers i, (...), each in range.
       dtype: The dtype of the computation.
     """
-    return op._rows("in", indices, dtype), op._decompress
+    return Compressed(op._rows("in", indices, dtype), op._decompress)
 
 
 @compressed_units.register
@@ -110,10 +126,10 @@ def _(op: Decoupling, indices: jax.Array, dtype: DTypeLike) -> Compressed:
         h = jnp.where(feeds[..., None], h[..., None, :], 0).sum(-3)
         return op.decompress_groups(h)
 
-    return rows, decompress
+    return Compressed(rows, decompress, op.square_of(block))
 
 
 @compressed_units.register
 def _(op: OperatorPart, indices: jax.Array, dtype: DTypeLike) -> Compressed:
-    rows, decompress = compressed_units(op.operator, indices, dtype)
-    return rows, lambda h: op.take_outputs(decompress(h))
+    rows, decompress, squares = compressed_units(op.operator, indices, dtype)
+    return Compressed(rows, lambda h: op.take_outputs(decompress(h)), squares)

@@ -20,7 +20,7 @@ from mora_jax.operators._blocks import add_wrapped_rows, block_positions, divide
 
 @functools.singledispatch
 def delta_matrix(op: Operator, m: jax.Array) -> jax.Array:
-    """C (I_n x M) D: (q, q) -> (in_features, out_features).
+    """C (I_n x M) D: M -> (in_features, out_features).
 
     Applies D to the rows of I_n (x) M, one block at a time, then the transpose of C to
     the columns. A fold does this in each step, so block operators have faster forms.
@@ -28,17 +28,26 @@ def delta_matrix(op: Operator, m: jax.Array) -> jax.Array:
 
     def block_rows(k: jax.Array) -> jax.Array:
         alone = jnp.zeros((op.square_rank, *op.compressed_shape), m.dtype)
-        return op._decompress(alone.at[:, k].set(m))
+        square = m if op.squares == 1 else m[k % op.squares]
+        return op._decompress(alone.at[:, k].set(square))
 
     # One at a time: all n together would take n * q by n * q numbers.
     if op.block:
         rows = jax.lax.map(block_rows, jnp.arange(op.compressed_shape[0]))
     else:
-        rows = op._decompress(m)
+        rows = op._decompress(block_diagonal(m))
     vector = jax.ShapeDtypeStruct((op.in_features,), rows.dtype)
     transpose = jax.linear_transpose(op._compress, vector)
     (weight,) = jax.vmap(transpose, in_axes=-1, out_axes=-1)(rows)
     return weight
+
+
+def block_diagonal(m: jax.Array) -> jax.Array:
+    """What multiplies C(x) of an operator without blocks: M, or (K q, K q) of (K, q, q).
+
+    The squares are on the diagonal, and the rest is zero.
+    """
+    return m if m.ndim == 2 else jax.scipy.linalg.block_diag(*m)
 
 
 @delta_matrix.register
@@ -46,11 +55,11 @@ def _(op: Decoupling, m: jax.Array) -> jax.Array:
     # In whole rows, which compilers vectorise; in tiles of q columns it took four times
     # as long. XLA does not compute a concatenation again for each block.
     (n, q), outs = op.compressed_shape, op.out_features
-    columns = jnp.concatenate([m] * op.num_out_blocks, axis=1)[:, :outs]
+    columns = jnp.concatenate([m] * op.num_out_blocks, axis=-1)[..., :outs]
     group = jnp.asarray(op.in_group(np.arange(n)))
     out_group = jnp.asarray(op.out_group(np.arange(outs) // q))
     feeds = group[:, None, None] == out_group
-    rows = jnp.where(feeds, op.rotate_m(columns), 0)
+    rows = jnp.where(feeds, op.rotate_m(m_of_blocks(op, columns)), 0)
     return add_wrapped_rows(rows.reshape(n * q, outs), op.in_features)
 
 
@@ -65,15 +74,17 @@ def _permuted_matrix(
     """Rows and columns of the delta, by where the two orders put them."""
     q = op.square_rank
     out_block, out_offset = divide(out_inverse, q)
-    columns = m.at[:, out_offset].get(mode="promise_in_bounds")
+    columns = m.reshape(-1, q).at[:, out_offset].get(mode="promise_in_bounds")
     # With a row more: XLA does not compute a concatenation again for each row.
     columns = jnp.concatenate([columns, jnp.zeros_like(columns[:1])])
     block, offset = block_positions(in_inverse, op.in_features, q)
     group, out_group = op.in_group(block), op.out_group(out_block)
+    # An offset of q or more is in no group, whatever row of M it leads to.
+    row = op.square_of(block) * np.uint32(q) + offset
     parts = (
         jnp.where(
             group[:, t, None] == out_group,
-            columns.at[offset[:, t]].get(mode="clip"),
+            columns.at[row[:, t]].get(mode="clip"),
             0,
         )
         for t in range(group.shape[1])
@@ -84,7 +95,7 @@ def _permuted_matrix(
 @delta_matrix.register
 def _(op: Hadamard, m: jax.Array) -> jax.Array:
     c, d = op.matrix("in", m.dtype), op.matrix("out", m.dtype)
-    return matmul(c, matmul(m, d.T))
+    return matmul(c, matmul(block_diagonal(m), d.T))
 
 
 @functools.singledispatch
@@ -95,7 +106,7 @@ def add_matrix(op: Operator, m: jax.Array, kernel: jax.Array) -> jax.Array:
 
     Args:
       op: An operator.
-      m: M, (q, q), in float32 or float64.
+      m: M, in float32 or float64.
       kernel: (in_features, out_features).
     """
     return add_rounded(kernel, delta_matrix(op, m), "io", kernel.dtype, "dither")
@@ -142,9 +153,17 @@ def _(op: Permutation, m: jax.Array, kernel: jax.Array) -> jax.Array:
     return add_matrix.dispatch(Operator)(op, m, kernel)
 
 
+def m_of_blocks(op: Decoupling, m: jax.Array) -> jax.Array:
+    """The square of each block: (K, q, k) -> (n, q, k), or (q, k) -> (1, q, k)."""
+    if m.ndim == 2:
+        return m[None]
+    n, k = op.compressed_shape[0], op.squares
+    return m if n == k else jnp.tile(m, (-(-n // k), 1, 1))[:n]
+
+
 def turned_m(op: Decoupling, m: jax.Array) -> jax.Array:
-    """What each block of x multiplies: (q, k) -> (n, q, k)."""
-    turned = op.rotate_m(m)
+    """What each block of x is multiplied by: M -> (n, q, q)."""
+    turned = op.rotate_m(m_of_blocks(op, m))
     return jnp.broadcast_to(turned, (op.compressed_shape[0], *turned.shape[1:]))
 
 
@@ -155,7 +174,7 @@ def _(part: OperatorPart, m: jax.Array) -> jax.Array:
 
 @delta_matrix.register
 def _(part: BasisPart, m: jax.Array) -> jax.Array:
-    return matmul(part.rows("in", m.dtype), part.decompress(m))
+    return matmul(part.rows("in", m.dtype), part.decompress(block_diagonal(m)))
 
 
 @delta_matrix.register

@@ -132,7 +132,9 @@ class KernelLayout:
 # --- M, which each device needs whole ---
 
 
-def gather_m(m: jax.Array, layout: KernelLayout | None, x: jax.Array) -> jax.Array:
+def gather_m(
+    m: jax.Array, layout: KernelLayout | None, x: jax.Array, ndim: int = 2
+) -> jax.Array:
     """M and its gradient, replicated wherever they are kept.
 
     Without this constraint XLA may propagate a split of M to the activations. It may
@@ -143,12 +145,13 @@ def gather_m(m: jax.Array, layout: KernelLayout | None, x: jax.Array) -> jax.Arr
       m: M, (*stack, q, q).
       layout: Where the kernel's features are; None if nobody has said.
       x: The layer's input.
+      ndim: How many of M's axes are not a stack's: 3 for several squares.
     """
     if layout is None:
-        return m if _mesh_of(m) is _mesh_of(x) is None else _Replicated()((), m)
+        return m if _mesh_of(m) is _mesh_of(x) is None else _Replicated(ndim)((), m)
     if isinstance(layout.mesh, AbstractMesh):  # explicit: its type says the same
         return m
-    return _replicate(m, layout.mesh)
+    return _replicate(m, layout.mesh, ndim)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,9 +162,11 @@ class _Replicated(LinearMap):
     one device, has none.
     """
 
+    ndim: int
+
     def forward(self, residuals: Any, operand: jax.Array) -> jax.Array:
         mesh = _mesh_of(operand)
-        return operand if mesh is None else _replicate(operand, mesh)
+        return operand if mesh is None else _replicate(operand, mesh, self.ndim)
 
     def backward(self, residuals: Any, cotangent: jax.Array) -> jax.Array:
         return self.forward(residuals, cotangent)
@@ -174,9 +179,9 @@ def _mesh_of(x: jax.Array) -> AbstractMesh | None:
     return mesh if auto else None
 
 
-def _replicate(m: jax.Array, mesh: Mesh | AbstractMesh) -> jax.Array:
-    stack = [PartitionSpec.UNCONSTRAINED] * (m.ndim - 2)
-    spec = PartitionSpec(*stack, None, None)
+def _replicate(m: jax.Array, mesh: Mesh | AbstractMesh, ndim: int) -> jax.Array:
+    stack = [PartitionSpec.UNCONSTRAINED] * (m.ndim - ndim)
+    spec = PartitionSpec(*stack, *[None] * ndim)
     return jax.lax.with_sharding_constraint(m, NamedSharding(mesh, spec))
 
 

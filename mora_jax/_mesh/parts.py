@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 from mora_jax._interception import matmul
 from mora_jax._tiles import tile_to
+from mora_jax._types import Shape
 from mora_jax.operators import Decoupling, Hadamard, Operator, Orthogonal, Permutation
 from mora_jax.operators._base import Side
 from mora_jax.operators._blocks import num_blocks
@@ -49,18 +50,22 @@ class OperatorPart(abc.ABC):
         )
 
     @abc.abstractmethod
-    def compressed_rows(
-        self, x: jax.Array
-    ) -> tuple[jax.Array, Callable[[jax.Array], jax.Array]]:
+    def compressed_rows(self, x: jax.Array) -> tuple[Any, ...]:
         """C of the inputs that are here, and D for the outputs that are here.
 
         Args:
           x: (..., in_features).
 
         Returns:
-          (..., *any, q), and a function of as many numbers that returns
-          (..., out_features).
+          The fields of a `Compressed`: C(x), or blocks of it; a function of as many
+          numbers that returns (..., out_features); and the square of each block if it
+          is not square k mod K at block k.
         """
+
+    @property
+    def m_shape(self) -> Shape:
+        """Shape of M."""
+        return self.operator.m_shape
 
     @property
     def block(self) -> bool:
@@ -101,9 +106,7 @@ def part_of(
 class PaddedPart(OperatorPart):
     """The part of any operator: zeros for inputs that are elsewhere."""
 
-    def compressed_rows(
-        self, x: jax.Array
-    ) -> tuple[jax.Array, Callable[[jax.Array], jax.Array]]:
+    def compressed_rows(self, x: jax.Array) -> tuple[Any, ...]:
         return self.operator._compress(self.pad_inputs(x)), self.decompress
 
     def decompress(self, h: jax.Array) -> jax.Array:
@@ -123,9 +126,7 @@ class BasisPart(OperatorPart):
         )
         return self.operator._rows(side, start + jnp.arange(size), dtype)
 
-    def compressed_rows(
-        self, x: jax.Array
-    ) -> tuple[jax.Array, Callable[[jax.Array], jax.Array]]:
+    def compressed_rows(self, x: jax.Array) -> tuple[Any, ...]:
         return matmul(x, self.rows("in", x.dtype)), self.decompress
 
     def decompress(self, h: jax.Array) -> jax.Array:
@@ -136,12 +137,11 @@ class BasisPart(OperatorPart):
 class PermutationPart(OperatorPart):
     """The part of a permutation, each of whose blocks has features from everywhere."""
 
-    def compressed_rows(
-        self, x: jax.Array
-    ) -> tuple[jax.Array, Callable[[jax.Array], jax.Array]]:
+    def compressed_rows(self, x: jax.Array) -> tuple[Any, ...]:
         op = self.operator
-        h = op.sum_groups(op._compress(self.pad_inputs(x)))
-        return h, lambda h: self.take_outputs(op.decompress_groups(h))
+        h = op._compress(self.pad_inputs(x))
+        h = op.sum_groups(h) if op.sums_first else h
+        return h, lambda h: self.take_outputs(op._decompress(h))
 
 
 class BlockPart(OperatorPart):
@@ -152,48 +152,55 @@ class BlockPart(OperatorPart):
     where q divides their number; otherwise M multiplies up to two blocks more.
     """
 
-    def compressed_rows(
-        self, x: jax.Array
-    ) -> tuple[jax.Array, Callable[[jax.Array], jax.Array]]:
-        groups = self.operator.num_groups
+    def compressed_rows(self, x: jax.Array) -> tuple[Any, ...]:
+        op, groups = self.operator, self.operator.num_groups
         blocks, firsts = self._touched_blocks(x)
         start, wanted = self._wanted_groups()
 
         def sum_wanted(blocks: Sequence[jax.Array]) -> jax.Array:
             """The sums of the groups that outputs here want: (..., wanted, q)."""
             placed = (
-                _place(h, first - start, groups)[..., :wanted, :]
+                _place(op.sum_groups(h), first - start, groups)[..., :wanted, :]
                 for h, first in zip(blocks, firsts, strict=True)
             )
             return functools.reduce(jnp.add, placed)
 
         # M multiplies whichever are fewer: the blocks from here, or those for here.
         sizes = [h.shape[-2] for h in blocks]
-        if sum(sizes) > wanted:
-            return sum_wanted(blocks), self._outputs_of_groups
+        if op.sums_first and sum(sizes) > wanted:
+            wanted_groups = (start + jnp.arange(wanted)) % groups
+            squares = op.square_of(wanted_groups)
+            return sum_wanted(blocks), self._outputs_of_groups, squares
         ends = list(itertools.accumulate(sizes))[:-1]
 
         def decompress(h: jax.Array) -> jax.Array:
             return self._outputs_of_groups(sum_wanted(jnp.split(h, ends, axis=-2)))
 
-        return jnp.concatenate(blocks, axis=-2), decompress
+        pairs = zip(firsts, sizes, strict=True)
+        numbers = [op.square_of(first + jnp.arange(size)) for first, size in pairs]
+        squares = jnp.concatenate(numbers)
+        return jnp.concatenate(blocks, axis=-2), decompress, squares
 
     def _touched_blocks(self, x: jax.Array) -> tuple[list[jax.Array], list[Any]]:
         """The blocks that hold features of this device, and where they belong.
 
         Returns:
-          Arrays (..., k, q), and for each the group of its first block. The blocks
-          after it belong to the groups that follow, and after the last group comes the
-          first again.
+          Arrays (..., k, q), and for each the number of its first block. The groups of
+          the blocks follow each other, and after the last group comes the first again.
+          Blocks of one group are summed where one square multiplies them.
         """
         op, q, size = self.operator, self.operator.square_rank, self.in_features
+
+        def sum_early(h: jax.Array) -> jax.Array:
+            return op.sum_groups(h) if op.sums_first else h
+
         if op.truncate or q > op.in_features or not self._shared("in"):
-            return [op.sum_groups(op._compress(self.pad_inputs(x)))], [0]
+            return [sum_early(op._compress(self.pad_inputs(x)))], [0]
         first, touched = self.in_start // q, _max_blocks_touched(size, q)
         h = _put(x, touched * q, self.in_start % q)
         h = h.reshape(*x.shape[:-1], touched, q)
         h = op.rotate_rows(h, first + jnp.arange(touched))
-        blocks, firsts = [op.sum_groups(h)], [first]
+        blocks, firsts = [sum_early(h)], [first]
         n = op.compressed_shape[0]
         if over := n * q - op.in_features:  # the first features complete the last block
             h = _put(x, over + size, jnp.minimum(self.in_start, over))

@@ -29,6 +29,7 @@ def describe(adapter: str, base: str | None, names: Names) -> dict[str, Any]:
             "out": spec.out_features,
             "operator": spec.operator.name,
             "q": spec.operator.square_rank,
+            "squares": spec.operator.squares,
             "parameters": spec.parameters,
             "norm": float(np.linalg.norm(values[spec.name])),
             "effective_rank": float(
@@ -56,7 +57,7 @@ def grouped(layers: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)
     for layer in layers:
-        kind = [layer[key] for key in ("in", "out", "operator", "q")]
+        kind = [layer[key] for key in ("in", "out", "operator", "q", "squares")]
         groups[re.sub(r"\d+", "*", layer["path"]), *kind].append(layer)
     rows = []
     for (path, *_), group in groups.items():

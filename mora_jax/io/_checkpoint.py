@@ -169,7 +169,7 @@ def _sites(
         if found := [name for name in joined if name in checkpoint.place]:
             sites[found[0]] = _Site(spec, m, "")
             continue
-        for number, index in enumerate(np.ndindex(spec.shape[:-2])):
+        for number, index in enumerate(np.ndindex(spec.stack_shape)):
             kernel = join_index(spec.name, index)
             module = to_module(kernel, known)
             name = f"{module[0]}.weight" if module else joined[0]

@@ -151,7 +151,7 @@ def _known_base(spec: AdapterSpec, digests: Any) -> AdapterSpec:
     """`spec` with the digests of its base, if they are known."""
     if digests is None:
         return spec
-    count = math.prod(spec.shape[:-2])
+    count = math.prod(spec.stack_shape)
     if (
         not isinstance(digests, list)
         or len(digests) != count

@@ -33,6 +33,7 @@ def describe(spec: AdapterSpec, dtype: Any) -> dict[str, Any]:
         "operator": operator_settings(spec.operator),
         "operator_check": list(fingerprint(spec.operator)),
         "square_rank": spec.operator.square_rank,
+        **({"squares": spec.operator.squares} if spec.operator.squares > 1 else {}),
         "rank": budget(spec),
         "alpha": float(spec.alpha),
         "dropout": float(spec.dropout),
@@ -45,8 +46,8 @@ def describe(spec: AdapterSpec, dtype: Any) -> dict[str, Any]:
 
 def budget(spec: AdapterSpec) -> int:
     """The rank of the smallest LoRA with at least as many parameters."""
-    q = spec.operator.square_rank
-    return math.ceil(q * q / (spec.in_features + spec.out_features))
+    numbers = math.prod(spec.operator.m_shape)
+    return math.ceil(numbers / (spec.in_features + spec.out_features))
 
 
 @functools.lru_cache(maxsize=256)
@@ -58,7 +59,7 @@ def fingerprint(operator: Operator) -> tuple[float, ...]:
     """
     random = np.random.RandomState(0).standard_normal
     q, width = operator.square_rank, operator.out_features
-    m, x = random((q, q)) / math.sqrt(q), random(operator.in_features)
+    m, x = random(operator.m_shape) / math.sqrt(q), random(operator.in_features)
     with jax.default_matmul_precision("highest"):  # TPUs would round to bfloat16
         y = operator.apply(m.astype(np.float32), x.astype(np.float32))
     terms = np.asarray(y, np.float64) * random(width) / math.sqrt(width)
@@ -82,6 +83,7 @@ KEYS = frozenset(
         "dtype",
     }
 )
+"""What a layer must hold. It holds `squares` as well if M is several squares."""
 
 
 def layer_path(layer: Any, where: str) -> Path:
@@ -94,7 +96,7 @@ def layer_path(layer: Any, where: str) -> Path:
     Raises:
       AdapterFileError: Keys are missing or unknown, or the path is not a path.
     """
-    if not isinstance(layer, dict) or layer.keys() != KEYS:
+    if not isinstance(layer, dict) or layer.keys() - {"squares"} != KEYS:
         got = sorted(layer) if isinstance(layer, dict) else layer
         raise AdapterFileError(f"{where} must hold {sorted(KEYS)}, got {short(got)}")
     path = layer["path"]
@@ -129,8 +131,12 @@ def restore(
             "kernel_shape and square_rank must be positive integers, "
             f"got {short(shape)} and {short(q)}"
         )
+    squares = layer.get("squares", 1)
+    if "squares" in layer and (type(squares) is not int or squares < 2):
+        raise ValueError(f"squares must be an integer above 1, got {short(squares)}")
     check_axes(axes, len(shape))
-    expected = (*sizes(shape, axes, "s"), q, q)
+    several = (squares,) if squares > 1 else ()
+    expected = (*sizes(shape, axes, "s"), *several, q, q)
     if m is not None and m.shape != expected:
         raise ValueError(f"M must have shape {expected}, got {m.shape}")
     if base is not None:
@@ -145,16 +151,16 @@ def restore(
         raise TypeError(f"operator must be an object, got {short(layer['operator'])}")
     chosen = dict(layer["operator"])
     seed = chosen.pop("seed", None)
-    numbers = q * max(ins, outs) if seed is not None else 0
+    numbers = squares * q * max(ins, outs) if seed is not None else 0
     if m is None:  # otherwise the size of its file has bounded the size of M
-        numbers = max(numbers, 4 * q * q)
+        numbers = max(numbers, 4 * squares * q * q)
     if base is None and numbers > LARGEST_ARRAY:
         raise ValueError(
             f"a {short(chosen.get('name'))} of {ins} -> {outs} features takes too much "
             "memory for a file alone to ask for; give the model's params or plan, too"
         )
     spec = AdapterSpec(
-        make_operator(chosen, ins, outs, q, seed=seed or 0),
+        make_operator(chosen, ins, outs, q, squares=squares, seed=seed or 0),
         kernel_shape=shape,
         axes=axes,
         alpha=layer["alpha"],

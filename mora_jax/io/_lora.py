@@ -8,6 +8,7 @@ import numpy as np
 
 from mora_jax._checks import check_number, positive_integer
 from mora_jax._compute.delta import scaled
+from mora_jax._compute.matrix import block_diagonal
 from mora_jax._plan import Plan
 from mora_jax._spec import AdapterSpec
 from mora_jax.io._names import Names, pairs
@@ -30,8 +31,8 @@ def save_peft_lora(
     r"""Write adapters as a LoRA that Hugging Face PEFT and servers load.
 
     The deltas of operators without blocks (sharing, signed_sharing, truncation,
-    orthogonal and hadamard) have rank q and are LoRAs of that rank exactly:
-    :math:`A = C`, :math:`B = \alpha M D`. The deltas of other operators have full rank,
+    orthogonal and hadamard) have rank q, or K q with K squares, and are LoRAs of that
+    rank exactly: :math:`A = C`, :math:`B = \alpha M D`. The deltas of other operators have full rank,
     and only the `rank` largest of their singular values are kept. What each module
     loses by that is returned, and a loss of more than `max_error` is refused.
 
@@ -146,8 +147,8 @@ def _factors(
         a, b = left, values[:, None] * right
     else:
         a = np.asarray(op.compress_matrix(), np.float64)
-        b = np.asarray(op.decompress(m), np.float64)
-        if rank is None or rank >= op.square_rank:
+        b = np.asarray(op.decompress(block_diagonal(m)), np.float64)
+        if rank is None or rank >= op.width:
             return _float32(a, b, np.zeros(0))
         basis, triangle = np.linalg.qr(a)
         left, values, right = np.linalg.svd(triangle @ b, full_matrices=False)

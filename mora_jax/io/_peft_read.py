@@ -221,7 +221,7 @@ def _adapter(
     spec: AdapterSpec, by_index: Mapping[Shape, tuple[str, np.ndarray]], config: _Config
 ) -> tuple[Operator, np.ndarray]:
     """The operator of a kernel, and its M, (*stack, q, q)."""
-    stack = spec.shape[:-2]
+    stack = spec.stack_shape
     if missing := set(np.ndindex(stack)) ^ set(by_index):
         raise ValueError(f"the kernel is stacked {stack}, and does not fit {missing}")
     operators = {

@@ -81,6 +81,12 @@ def save_peft_mora(
 def _reference(spec: AdapterSpec) -> tuple[int, int, float]:
     """The reference's type and rank, and a factor that alpha M is multiplied by."""
     op, scale = spec.operator, 1.0
+    if op.squares > 1:
+        raise ValueError(
+            f"{spec.name}: the reference has one square for each module, got "
+            f"{op.squares}; io.save_peft_lora writes such adapters as a LoRA, and "
+            "io.merge_checkpoint merges them"
+        )
     ins, outs, q = op.in_features, op.out_features, op.square_rank
     if isinstance(op, Rotation) and (op.truncate or -(-ins // q) <= -(-outs // q)):
         mora_type = 6
@@ -138,13 +144,13 @@ def peft_config(
 def modules(
     adapters: Any, plan: Plan, known: tuple[Pair, ...]
 ) -> Iterator[tuple[str, str, AdapterSpec, np.ndarray]]:
-    """PyTorch's module, the axes of its weight, the spec and the (q, q) M of each."""
+    """PyTorch's module, the axes of its weight, the spec and the M of each."""
     if not len(plan):
         raise ValueError("plan must have an adapter to write, got none")
     items = [
         (spec, to_numpy(spec.name, m).astype(np.float32), index)
         for spec, m in adapter_items(adapters, plan)
-        for index in np.ndindex(spec.shape[:-2])
+        for index in np.ndindex(spec.stack_shape)
     ]
     kernels = [join_index(spec.name, index) for spec, _, index in items]
     unknown = [kernel for kernel in kernels if to_module(kernel, known) is None]

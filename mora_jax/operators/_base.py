@@ -26,6 +26,10 @@ class Operator(abc.ABC):
 
     .. math:: x \mapsto D(C(x) M), \qquad C: in \to (n, q), \quad D: (n, q) \to out
 
+    M may be K squares of the same width instead of one. C(x) is then a sequence of
+    blocks of q numbers, of which block k is multiplied by square k mod K: the blocks of
+    a block operator, or the K blocks of C(x) of another one, which has K q numbers.
+
     A subclass is decorated with `operator` and gives `name`, its settings as fields,
     and three methods: `_compress` and `_decompress`, which are C and D, and `_rows`,
     which gives rows of both as matrices. All else follows from these. Equality and hash
@@ -36,11 +40,13 @@ class Operator(abc.ABC):
       in_features: The length of the vectors that `compress` takes.
       out_features: The length of the vectors that `decompress` returns.
       square_rank: q, the width of M (r-hat in the paper).
+      squares: K, how many squares M is.
     """
 
     in_features: int
     out_features: int
     square_rank: int
+    squares: int = dataclasses.field(default=1, kw_only=True)
 
     name: ClassVar[str]
     """The word for it in `MoRAConfig(operator=...)`."""
@@ -48,19 +54,27 @@ class Operator(abc.ABC):
     """The names of the fields that hold arrays, which `_seeded_arrays` gives."""
     bounded: ClassVar[bool] = True
     """Whether q may not exceed `min(in_features, out_features)`."""
+    block: ClassVar[bool] = False
+    """Whether M acts on several blocks of the input, one after another."""
     q_multiple_of: ClassVar[int] = 1
     """What q must be divisible by."""
     tiles: ClassVar[bool] = False
     """Whether C and D cut features into pieces of q, the last of which may be short."""
 
     def __post_init__(self) -> None:
-        for field in ("in_features", "out_features", "square_rank"):
+        for field in ("in_features", "out_features", "square_rank", "squares"):
             positive_integer(field, getattr(self, field))
         q, limit = self.square_rank, min(self.in_features, self.out_features)
         if self.bounded and q > limit:
             raise ValueError(
                 f"square_rank of {self.name} must be at most "
                 f"min(in_features, out_features) = {limit}, got {q}"
+            )
+        if self.squares > self.most_squares:
+            raise ValueError(
+                f"squares of {self.name} must be at most {self.most_squares} for "
+                f"{self.in_features} -> {self.out_features} features and square_rank="
+                f"{q}, so that each multiplies something; got {self.squares}"
             )
         step = self.q_multiple_of
         if q % step:
@@ -75,13 +89,24 @@ class Operator(abc.ABC):
 
     @property
     def compressed_shape(self) -> Shape:
-        """Shape of one compressed vector: (q,), or (n, q) for a block operator."""
-        return (self.square_rank,)
+        """Shape of one compressed vector: (K q,), or (n, q) for a block operator."""
+        return (self.width,)
 
     @property
-    def block(self) -> bool:
-        """Whether M acts on several blocks of the input, one after another."""
-        return len(self.compressed_shape) > 1
+    def width(self) -> int:
+        """The width of all squares together, K q."""
+        return self.squares * self.square_rank
+
+    @property
+    def m_shape(self) -> Shape:
+        """Shape of M: (q, q), or (K, q, q) for K squares."""
+        squares = (self.squares,) if self.squares > 1 else ()
+        return (*squares, self.square_rank, self.square_rank)
+
+    @property
+    def most_squares(self) -> int:
+        """The largest K with which each square multiplies something."""
+        return max(1, min(self.in_features, self.out_features) // self.square_rank)
 
     @property
     def isometry(self) -> bool:
@@ -127,7 +152,7 @@ class Operator(abc.ABC):
           x: (..., in_features).
 
         Returns:
-          (..., q), or (..., n, q) for a block operator.
+          (..., K q), or (..., n, q) for a block operator.
 
         Raises:
           TypeError: `x` is not a floating-point array.
@@ -140,7 +165,7 @@ class Operator(abc.ABC):
         """D(h).
 
         Args:
-          h: (..., q), or (..., n, q) for a block operator.
+          h: (..., K q), or (..., n, q) for a block operator.
 
         Returns:
           (..., out_features).
@@ -153,13 +178,13 @@ class Operator(abc.ABC):
         return self._decompress(jnp.asarray(h))
 
     def compress_matrix(self, dtype: DTypeLike = jnp.float32) -> jax.Array:
-        """C itself: (in_features, q), or (in_features, n * q) for a block operator."""
+        """C itself: (in_features, K q), or (in_features, n q) for a block operator."""
         rows = self._rows("in", jnp.arange(self.in_features), dtype)
         return rows.reshape(self.in_features, math.prod(self.compressed_shape))
 
     def apply(
         self,
-        m: Float[ArrayLike, "q q"],
+        m: Float[ArrayLike, "*squares q q"],
         x: Float[ArrayLike, "*batch features"],
         *,
         precision: jax.lax.PrecisionLike = None,
@@ -167,7 +192,7 @@ class Operator(abc.ABC):
         """D(C(x) M), the paper's equation 3 without alpha.
 
         Args:
-          m: M, (q, q).
+          m: M, (q, q); or (K, q, q).
           x: (..., in_features).
           precision: The precision of the product with M, as in `jax.numpy.matmul`.
 
@@ -183,7 +208,7 @@ class Operator(abc.ABC):
 
     def apply_transpose(
         self,
-        m: Float[ArrayLike, "q q"],
+        m: Float[ArrayLike, "*squares q q"],
         y: Float[ArrayLike, "*batch out"],
         *,
         precision: jax.lax.PrecisionLike = None,
@@ -193,7 +218,7 @@ class Operator(abc.ABC):
         .. math:: ((y\, D^T)\, M^T)\, C^T
 
         Args:
-          m: M, (q, q).
+          m: M, (q, q); or (K, q, q).
           y: (..., out_features).
           precision: The precision of the product with M.
 
@@ -210,7 +235,7 @@ class Operator(abc.ABC):
 
     def lookup(
         self,
-        m: Float[ArrayLike, "q q"],
+        m: Float[ArrayLike, "*squares q q"],
         indices: Integer[ArrayLike, "*batch"],
         *,
         precision: jax.lax.PrecisionLike = None,
@@ -218,7 +243,7 @@ class Operator(abc.ABC):
         """Rows of `delta_weight(m)`, without the others, which an embedding wants.
 
         Args:
-          m: M, (q, q).
+          m: M, (q, q); or (K, q, q).
           indices: (...); negative ones count from the end, and beyond either end there
             is no meaningful row.
           precision: The precision of the product with M.
@@ -237,14 +262,14 @@ class Operator(abc.ABC):
         return undisturbed(delta.lookup)(jnp.asarray(indices))
 
     def delta_weight(
-        self, m: Float[ArrayLike, "q q"]
+        self, m: Float[ArrayLike, "*squares q q"]
     ) -> Float[jax.Array, "features out"]:
         r"""The delta as a kernel: a product of `x` with it is `apply(m, x)`.
 
         .. math:: C (I_n \otimes M) D
 
         Args:
-          m: M, (q, q).
+          m: M, (q, q); or (K, q, q).
 
         Returns:
           (in_features, out_features).
@@ -256,9 +281,11 @@ class Operator(abc.ABC):
 
     def _delta(self, m: ArrayLike, precision: jax.lax.PrecisionLike = None) -> Any:
         """This operator with M between its maps."""
-        check_array("m", m, (self.square_rank,) * 2)
-        if m.ndim != 2:
-            raise ValueError(f"m must have two axes, got shape {m.shape}; use jax.vmap")
+        check_array("m", m, self.m_shape)
+        if m.ndim != len(self.m_shape):
+            raise ValueError(
+                f"m must have shape {self.m_shape}, got {m.shape}; use jax.vmap"
+            )
         return delta_of(self, jnp.asarray(m), precision)
 
 

@@ -25,7 +25,8 @@ class Decoupling(Operator):
 
     Input block k feeds output block k mod p, p = ceil(out / q); outputs beyond the n
     input blocks repeat them, so every input has an effect whatever the two widths. The
-    input blocks that feed the same output block are a *group*; there are min(n, p).
+    input blocks that feed the same output block are a *group*; there are min(n, p). Of
+    K squares, input block k is multiplied by square k mod K.
 
     Attributes:
       truncate: Leave out the input blocks beyond the p-th instead, as the reference
@@ -47,7 +48,12 @@ class Decoupling(Operator):
 
     name = "decoupling"
     bounded = False
+    block = True
     tiles = True
+
+    @property
+    def most_squares(self) -> int:
+        return self.num_feeding
 
     @property
     def compressed_shape(self) -> Shape:
@@ -126,9 +132,23 @@ class Decoupling(Operator):
         """What `_compress` does to (..., q) numbers of the blocks (...)."""
         return h
 
+    def square_of(self, block: Any) -> Any:
+        """The number of the square that multiplies each input block, (...)."""
+        return block % np.uint32(self.squares)
+
+    @property
+    def sums_first(self) -> bool:
+        """Whether one square multiplies all blocks of a group, and so their sum."""
+        single = self.num_groups >= self.num_feeding
+        return single or self.num_groups % self.squares == 0
+
     def rotate_m(self, m: jax.Array) -> jax.Array:
-        """What each block of x multiplies, (q, k) -> (n, q, k), or (1, q, k)."""
-        return m[None]
+        """What each block of x multiplies, (n, q, k) -> (n, q, k).
+
+        One square may stand for n equal ones, (1, q, k); where nothing is rotated, it
+        stands for the results as well.
+        """
+        return m
 
     @property
     def aligned(self) -> bool:

@@ -21,7 +21,7 @@ from mora_jax.operators._random import orthonormal, permutation, signs
 
 @operator
 class Hadamard(Operator):
-    r"""Random signs, a fast orthogonal transform, then q of its coordinates.
+    r"""Random signs, a fast orthogonal transform, then K q of its coordinates.
 
     .. math:: C = S\, (H_{2^a} \otimes Q_b)\, P, \qquad in = 2^a b,\ b \text{ odd}
 
@@ -53,10 +53,10 @@ class Hadamard(Operator):
     arrays = ("in_arrays", "out_arrays")
 
     def _seeded_arrays(self) -> Mapping[str, Any]:
-        q, seed = self.square_rank, self.seed
+        width, seed = self.width, self.seed
         return {
-            "in_arrays": _transform_arrays(self.in_features, q, seed),
-            "out_arrays": _transform_arrays(self.out_features, q, seed),
+            "in_arrays": _transform_arrays(self.in_features, width, seed),
+            "out_arrays": _transform_arrays(self.out_features, width, seed),
         }
 
     @property
@@ -74,7 +74,7 @@ class Hadamard(Operator):
         return _transform_rows(indices, arrays, dtype)
 
     def matrix(self, side: Side, dtype: DTypeLike) -> jax.Array:
-        """All rows, (features, q): sooner made than row by row."""
+        """All rows, (features, K q): sooner made than row by row."""
         arrays = self.in_arrays if side == "in" else self.out_arrays
         return _transform_matrix(arrays, dtype)
 
@@ -90,18 +90,18 @@ def _odd_part(features: int) -> int:
 
 
 def _transform_arrays(
-    features: int, square_rank: int, seed: int
+    features: int, width: int, seed: int
 ) -> tuple[np.ndarray, ...]:
-    """Signs (features,), Q (b, b) and coordinates (q,)."""
+    """Signs (features,), Q (b, b) and coordinates (width,)."""
     b = _odd_part(features)
-    coordinates = permutation(features, seed)[:square_rank]
+    coordinates = permutation(features, seed)[:width]
     return signs(features, seed), orthonormal(b, b, seed), coordinates
 
 
 def _project(
     x: jax.Array, signs: ArrayLike, odd: ArrayLike, coordinates: ArrayLike
 ) -> jax.Array:
-    """(..., features) -> (..., q)."""
+    """(..., features) -> (..., width)."""
     *batch, features = x.shape
     b = odd.shape[0]
     x = x * jnp.asarray(signs).astype(x.dtype)
@@ -114,11 +114,11 @@ def _project(
 def _lift(
     h: jax.Array, signs: ArrayLike, odd: ArrayLike, coordinates: ArrayLike
 ) -> jax.Array:
-    """(..., q) -> (..., features): the transpose of `_project`."""
-    *batch, q = h.shape
+    """(..., width) -> (..., features): the transpose of `_project`."""
+    *batch, width = h.shape
     features, b = signs.shape[0], odd.shape[0]
     # Which entry of h a feature takes; beyond the last one there is a zero.
-    entry = jnp.full(features, q).at[coordinates].set(jnp.arange(q))
+    entry = jnp.full(features, width).at[coordinates].set(jnp.arange(width))
     h = jnp.pad(h, [(0, 0)] * len(batch) + [(0, 1)])
     x = jnp.take(h, entry, axis=-1, mode="clip")
     x = walsh_hadamard(x.reshape(*batch, features // b, b))
@@ -140,7 +140,7 @@ class _Projection(LinearMap):
 def _transform_rows(
     indices: jax.Array, arrays: tuple[ArrayLike, ...], dtype: DTypeLike
 ) -> jax.Array:
-    """What `_project` makes of unit vectors, (...) -> (..., q), entry by entry."""
+    """What `_project` makes of unit vectors, (...) -> (..., width), entry by entry."""
     signs, odd, coordinates = (jnp.asarray(a) for a in arrays)
     high, low = divide(indices[..., None], len(odd))
     column, entry = divide(coordinates, len(odd))
@@ -149,7 +149,7 @@ def _transform_rows(
 
 
 def _transform_matrix(arrays: tuple[ArrayLike, ...], dtype: DTypeLike) -> jax.Array:
-    """C, or the transpose of D: (features, q)."""
+    """C, or the transpose of D: (features, width)."""
     signs, odd, coordinates = (jnp.asarray(a) for a in arrays)
     size = len(signs) // len(odd)
     column, entry = divide(coordinates, len(odd))

@@ -22,7 +22,8 @@ class Sharing(Operator):
 
     Paper equations 6-7. A group is strided (all features with the same index mod q) or
     contiguous (neighbouring features). The delta is dense, and costs no more than the
-    product with M.
+    product with M. With K squares there are K q groups, and K q takes the place of q
+    here and below: square k has the groups from k q on.
 
     Attributes:
       compress_groups: How inputs are grouped. Where q does not divide `in_features`,
@@ -55,89 +56,90 @@ class Sharing(Operator):
     def __post_init__(self) -> None:
         super().__post_init__()
         for side, field in (("in", "compress_groups"), ("out", "decompress_groups")):
-            groups, width = getattr(self, field), getattr(self, f"{side}_features")
+            groups, features = getattr(self, field), getattr(self, f"{side}_features")
             if groups not in get_args(Grouping):
                 raise ValueError(
                     f"{field} must be one of {get_args(Grouping)}, got {groups!r}"
                 )
-            if groups == "contiguous" and self.square_rank > width:
+            if groups == "contiguous" and self.square_rank > features:
                 raise ValueError(
                     f"square_rank of contiguous {self.name} must be at most "
-                    f"{side}_features = {width}, got {self.square_rank}"
+                    f"{side}_features = {features}, got {self.square_rank}"
                 )
 
     @property
     def isometry(self) -> bool:
-        q, ins, outs = self.square_rank, self.in_features, self.out_features
-        return (self.normalised or ins == outs == q) and ins % q == outs % q == 0
+        width, ins, outs = self.width, self.in_features, self.out_features
+        whole = ins % width == outs % width == 0
+        return whole and (self.normalised or ins == outs == width)
 
     def _compress(self, x: jax.Array) -> jax.Array:
         if self.compress_groups == "strided":
             h = self._sum_strided(x)
         else:
-            h = _sum_contiguous(x, self.square_rank)
+            h = _sum_contiguous(x, self.width)
         return h * self._scale("in", h.dtype)
 
     def _sum_strided(self, x: jax.Array) -> jax.Array:
         """Sums of strided groups, the last ones completed by the first features."""
-        q = self.square_rank
-        if q >= self.in_features:
-            return tile_to(x, q)
-        missing = -self.in_features % q
+        width = self.width
+        if width >= self.in_features:
+            return tile_to(x, width)
+        missing = -self.in_features % width
         if not missing:
-            return sum_tiles(x, q)
-        before = [(0, 0)] * (x.ndim - 1) + [(q - missing, 0)]
-        return sum_tiles(x, q) + jnp.pad(x[..., :missing], before)
+            return sum_tiles(x, width)
+        before = [(0, 0)] * (x.ndim - 1) + [(width - missing, 0)]
+        return sum_tiles(x, width) + jnp.pad(x[..., :missing], before)
 
     def _decompress(self, h: jax.Array) -> jax.Array:
-        h = h * self._scale("out", h.dtype)  # q numbers, and not all outputs
+        h = h * self._scale("out", h.dtype)  # K q numbers, and not all outputs
         if self.decompress_groups == "strided":
             return tile_to(h, self.out_features)
         return _repeat_contiguous(h, self.out_features)
 
     def _rows(self, side: Side, indices: jax.Array, dtype: DTypeLike) -> jax.Array:
-        q = self.square_rank
+        width = self.width
         groups = self.compress_groups if side == "in" else self.decompress_groups
         features = self.in_features if side == "in" else self.out_features
         if groups == "contiguous":
-            group = _contiguous_group(indices, features, q)[..., None]
+            group = _contiguous_group(indices, features, width)[..., None]
         elif side == "in":  # the first features may be in two groups
-            _, group = block_positions(indices, features, q)
+            _, group = block_positions(indices, features, width)
         else:
-            group = indices[..., None] % q
-        member = jax.nn.one_hot(group, q, dtype=dtype).sum(-2)
+            group = indices[..., None] % width
+        member = jax.nn.one_hot(group, width, dtype=dtype).sum(-2)
         return member * self._scale(side, dtype)
 
     def _scale(self, side: Side, dtype: DTypeLike) -> np.ndarray:
         features = self.in_features if side == "in" else self.out_features
-        scale = math.sqrt(self.square_rank / features) if self.normalised else 1.0
+        scale = math.sqrt(self.width / features) if self.normalised else 1.0
         return np.asarray(scale, dtype)
 
 
-def _group_lengths(features: int, square_rank: int) -> tuple[int, int]:
+def _group_lengths(features: int, groups: int) -> tuple[int, int]:
     """The length of the shorter groups, and how many groups are longer by one."""
-    return divmod(features, square_rank)
+    return divmod(features, groups)
 
 
-def _sum_contiguous(x: jax.Array, square_rank: int) -> jax.Array:
-    """(..., features) -> (..., q): the sum of each contiguous group."""
+def _sum_contiguous(x: jax.Array, groups: int) -> jax.Array:
+    """(..., features) -> (..., groups): the sum of each contiguous group."""
     *batch, features = x.shape
-    length, longer = _group_lengths(features, square_rank)
+    length, longer = _group_lengths(features, groups)
     head, tail = jnp.split(x, [longer * (length + 1)], axis=-1)
     head = head.reshape(*batch, longer, length + 1).sum(-1)
-    tail = tail.reshape(*batch, square_rank - longer, length).sum(-1)
+    tail = tail.reshape(*batch, groups - longer, length).sum(-1)
     return jnp.concatenate([head, tail], axis=-1)
 
 
-def _contiguous_group(indices: jax.Array, features: int, square_rank: int) -> jax.Array:
+def _contiguous_group(indices: jax.Array, features: int, groups: int) -> jax.Array:
     """The group that each feature is in: (...) -> (...)."""
-    length, longer = _group_lengths(features, square_rank)
+    length, longer = _group_lengths(features, groups)
     tail = indices - longer * (length + 1)
     return jnp.where(tail < 0, indices // (length + 1), longer + tail // length)
 
 
 def _repeat_contiguous(h: jax.Array, features: int) -> jax.Array:
-    """(..., q) -> (..., features): each value for all features of its group."""
+    """(..., groups) -> (..., features): each value for all features of its group."""
     length, longer = _group_lengths(features, h.shape[-1])
     head, tail = jnp.split(h, [longer], axis=-1)
     head, tail = jnp.repeat(head, length + 1, -1), jnp.repeat(tail, length, -1)

@@ -46,11 +46,11 @@ class Delta(Protocol):
         ...
 
     def compress_kernel(self) -> jax.Array:
-        """C as a kernel, with q in place of the output features."""
+        """C as a kernel, with K q in place of the output features."""
         ...
 
     def decompress(self, h: jax.Array) -> jax.Array:
-        r""":math:`\alpha\, D(h M)`: (..., q) -> (..., out_features)."""
+        r""":math:`\alpha\, D(h M)`: (..., K q) -> (..., out_features)."""
         ...
 
 
