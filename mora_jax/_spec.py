@@ -125,7 +125,12 @@ class AdapterSpec:
             )
         return cls(
             operator=make_operator(
-                operator, in_features, out_features, q, squares=squares, seed=config.seed
+                operator,
+                in_features,
+                out_features,
+                q,
+                squares=squares,
+                seed=config.seed,
             ),
             kernel_shape=kernel_shape,
             axes=axes,

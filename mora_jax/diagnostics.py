@@ -11,13 +11,13 @@ from jaxtyping import Float
 
 from mora_jax._checking import check as check
 from mora_jax._compute.delta import scaled
-from mora_jax._compute.matrix import block_diagonal
 from mora_jax._dense import as_jax_array
 from mora_jax._merge import delta_weight, finite_items, merge
 from mora_jax._paths import find_kernel, named_leaves
 from mora_jax._plan import Plan
 from mora_jax._rounding import Rounding, share_lost
 from mora_jax._spec import AdapterSpec
+from mora_jax._squares import block_diagonal
 
 
 def merge_loss(

@@ -23,9 +23,14 @@ class Case:
     matrices: Callable[[Operator], tuple[np.ndarray, np.ndarray]]
     even: bool = False
     bounded: bool = False
+    squares: int = 1
 
     def make(self, in_features: int, out_features: int, q: int, seed: int = 0):
-        return make_operator(self.spec, in_features, out_features, q, seed=seed)
+        """With as many squares as the case has, if the layer has room for them."""
+        sizes = in_features, out_features, q
+        most = make_operator(self.spec, *sizes, seed=seed).most_squares
+        squares = min(self.squares, most)
+        return make_operator(self.spec, *sizes, squares=squares, seed=seed)
 
 
 def _sharing(compress: str, decompress: str, normalised: bool) -> Case:
@@ -43,7 +48,7 @@ def _sharing(compress: str, decompress: str, normalised: bool) -> Case:
 
 GROUPS = ("strided", "contiguous")
 
-CASES = [
+ONE_SQUARE = [
     Case("truncation", {"name": "truncation"}, oracle.truncation, bounded=True),
     *(_sharing(c, d, n) for c in GROUPS for d in GROUPS for n in (False, True)),
     Case("signed_sharing", {"name": "signed_sharing"}, oracle.signed_sharing),
@@ -63,6 +68,30 @@ CASES = [
     Case("permutation", {"name": "permutation"}, oracle.permutation),
     Case("orthogonal", {"name": "orthogonal"}, oracle.orthogonal, bounded=True),
     Case("hadamard", {"name": "hadamard"}, oracle.hadamard, bounded=True),
+]
+# Two or three: both divide the number of blocks or groups in some sizes and not in
+# others.
+_SEVERAL = {
+    "truncation": 2,
+    "sharing-strided-strided-normalised": 2,
+    "sharing-contiguous-strided": 3,
+    "signed_sharing": 2,
+    "decoupling": 2,
+    "decoupling-truncate": 2,
+    "rotation": 3,
+    "permutation": 2,
+    "orthogonal": 2,
+    "hadamard": 3,
+}
+CASES = [
+    *ONE_SQUARE,
+    *(
+        dataclasses.replace(
+            case, label=f"{case.label}-squares", squares=_SEVERAL[case.label]
+        )
+        for case in ONE_SQUARE
+        if case.label in _SEVERAL
+    ),
 ]
 
 SIZES = [
@@ -85,6 +114,11 @@ _FEW_SHARING = (
     "strided-contiguous",
     "contiguous-contiguous",
 )
+_FEW_SQUARES = (
+    "sharing-strided-strided-normalised-squares",
+    "rotation-squares",
+    "permutation-squares",
+)
 
 
 def _slow(unless: bool) -> list[pytest.MarkDecorator]:
@@ -92,11 +126,19 @@ def _slow(unless: bool) -> list[pytest.MarkDecorator]:
 
 
 def _is_of_few(case: Case) -> bool:
+    if case.squares > 1:
+        return case.label in _FEW_SQUARES
     kind, _, variant = case.label.partition("-")
     return kind != "sharing" or variant in _FEW_SHARING
 
 
-_KINDS = ("sharing-strided-strided-normalised", "rotation", "permutation", "hadamard")
+_KINDS = (
+    "sharing-strided-strided-normalised",
+    "rotation",
+    "permutation",
+    "hadamard",
+    "rotation-squares",
+)
 
 # For laws that rest on others; the slow tests take all cases and sizes. Kinds are for
 # what JAX's transformations do to an operator: one for each way to compute.

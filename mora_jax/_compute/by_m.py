@@ -39,22 +39,22 @@ class ProductByM(LinearMap):
 
     def forward(self, residuals: Any, operand: jax.Array) -> jax.Array:
         (op, x), m = residuals, operand
-        h, decompress, squares = self.compressed(op, x)
+        h, decompress, times_squares = self.compressed(op, x)
         if m.ndim > 2:
-            return decompress(times_squares(h, m, squares, self.precision))
+            return decompress(times_squares(h, m, self.precision))
         axes = last_with_first(h)
         return decompress(jax.lax.dot_general(h, m, axes, precision=self.precision))
 
     def backward(self, residuals: Any, cotangent: jax.Array) -> jax.Array:
         op, x = residuals
-        h, decompress, squares = self.compressed(op, x)
+        h, decompress, times_squares = self.compressed(op, x)
         (back,) = jax.linear_transpose(decompress, h)(cotangent)
         if len(op.m_shape) > 2:
-            by_m = functools.partial(
-                times_squares, h, squares=squares, precision=self.precision
-            )
             m = jax.ShapeDtypeStruct(op.m_shape, cotangent.dtype)
-            return jax.linear_transpose(by_m, m)(back)[0]
+            by_m = jax.linear_transpose(
+                lambda m: times_squares(h, m, self.precision), m
+            )
+            return by_m(back)[0]
         # One product of all blocks of all rows, not one for each block.
         h, back = (a.reshape(-1, a.shape[-1]) for a in (h, back))
         return matmul(h.T, back, self.precision)
@@ -121,40 +121,6 @@ class SlicedProduct(ProductByM):
         m = jax.ShapeDtypeStruct(op.m_shape, wide)
         (m,) = jax.linear_transpose(lambda m: turned_m(op, m), m)(products)
         return m.astype(y.dtype)
-
-
-def times_squares(
-    h: jax.Array,
-    m: jax.Array,
-    squares: jax.Array | None = None,
-    precision: jax.lax.PrecisionLike = None,
-) -> jax.Array:
-    """h M for K squares: each block of h times its square.
-
-    Args:
-      h: (..., K q), or (..., n, q), see `Compressed`.
-      m: (K, q, q).
-      squares: See `Compressed`.
-      precision: The precision of the products.
-
-    Returns:
-      An array of the shape of `h`.
-    """
-    k, q, _ = m.shape
-    if squares is not None and squares.ndim > 1:
-        # A row of zeros and one block, for all squares as one matrix.
-        blocks = jax.nn.one_hot(squares, k, dtype=h.dtype)[..., None] * h[..., None, :]
-        blocks = blocks.reshape(*h.shape[:-1], k * q)
-        return matmul(blocks, m.reshape(k * q, q), precision)
-    blocks = h if h.shape[-1] == q else h.reshape(*h.shape[:-1], k, q)
-    n = blocks.shape[-2]
-    if squares is not None:
-        m = m[squares]
-    elif n != k:
-        m = jnp.tile(m, (-(-n // k), 1, 1))[:n]
-    each = ((blocks.ndim - 1,), (1,)), ((blocks.ndim - 2,), (0,))
-    product = jax.lax.dot_general(blocks, m, each, precision=precision)
-    return jnp.moveaxis(product, 0, -2).reshape(h.shape)
 
 
 def _slices(tuning: Tuning) -> bool:

@@ -26,6 +26,7 @@ from jax.typing import DTypeLike
 from mora_jax._interception import matmul
 from mora_jax._mesh.apply import OperatorOnMesh
 from mora_jax._mesh.parts import OperatorPart
+from mora_jax._squares import TimesSquares, times_squares, times_squares_by_row
 from mora_jax._tuning import Tuning, by_platform
 from mora_jax.operators import Decoupling, Hadamard, Operator
 from mora_jax.operators._base import Side
@@ -37,13 +38,12 @@ class Compressed(NamedTuple):
     Attributes:
       h: (..., K q), as an operator without blocks gives it; or blocks, (..., n, q).
       decompress: The function that makes D of h M, which has the shape of h.
-      squares: The number of the square that multiplies each block: (n,), or (..., n)
-        where they differ from row to row. None for square k mod K at block k.
+      times_squares: The function that multiplies the blocks if M is several squares.
     """
 
     h: jax.Array
     decompress: Callable[[jax.Array], jax.Array]
-    squares: jax.Array | None = None
+    times_squares: TimesSquares = times_squares
 
 
 @functools.singledispatch
@@ -126,10 +126,10 @@ def _(op: Decoupling, indices: jax.Array, dtype: DTypeLike) -> Compressed:
         h = jnp.where(feeds[..., None], h[..., None, :], 0).sum(-3)
         return op.decompress_groups(h)
 
-    return Compressed(rows, decompress, op.square_of(block))
+    return Compressed(rows, decompress, times_squares_by_row(op.square_of(block)))
 
 
 @compressed_units.register
 def _(op: OperatorPart, indices: jax.Array, dtype: DTypeLike) -> Compressed:
-    rows, decompress, squares = compressed_units(op.operator, indices, dtype)
-    return Compressed(rows, lambda h: op.take_outputs(decompress(h)), squares)
+    rows, decompress, times = compressed_units(op.operator, indices, dtype)
+    return Compressed(rows, lambda h: op.take_outputs(decompress(h)), times)

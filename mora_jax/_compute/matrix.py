@@ -12,6 +12,7 @@ import numpy as np
 from mora_jax._interception import matmul
 from mora_jax._mesh.parts import BasisPart, OperatorPart, PermutationPart
 from mora_jax._rounding import add_rounded
+from mora_jax._squares import block_diagonal
 from mora_jax._tuning import by_platform
 from mora_jax._types import ArrayLike
 from mora_jax.operators import Decoupling, Hadamard, Operator, Permutation
@@ -40,14 +41,6 @@ def delta_matrix(op: Operator, m: jax.Array) -> jax.Array:
     transpose = jax.linear_transpose(op._compress, vector)
     (weight,) = jax.vmap(transpose, in_axes=-1, out_axes=-1)(rows)
     return weight
-
-
-def block_diagonal(m: jax.Array) -> jax.Array:
-    """What multiplies C(x) of an operator without blocks: M, or (K q, K q) of (K, q, q).
-
-    The squares are on the diagonal, and the rest is zero.
-    """
-    return m if m.ndim == 2 else jax.scipy.linalg.block_diag(*m)
 
 
 @delta_matrix.register

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from mora_jax._interception import matmul
+from mora_jax._squares import times_squares_in_runs
 from mora_jax._tiles import tile_to
 from mora_jax._types import Shape
 from mora_jax.operators import Decoupling, Hadamard, Operator, Orthogonal, Permutation
@@ -58,8 +59,8 @@ class OperatorPart(abc.ABC):
 
         Returns:
           The fields of a `Compressed`: C(x), or blocks of it; a function of as many
-          numbers that returns (..., out_features); and the square of each block if it
-          is not square k mod K at block k.
+          numbers that returns (..., out_features); and how several squares multiply
+          the blocks, if these are not the first ones.
         """
 
     @property
@@ -165,21 +166,19 @@ class BlockPart(OperatorPart):
             )
             return functools.reduce(jnp.add, placed)
 
-        # M multiplies whichever are fewer: the blocks from here, or those for here.
+        # M multiplies whichever are fewer: the blocks from here, or those for here. Of
+        # several squares it must be the same one for a group after all rounds.
         sizes = [h.shape[-2] for h in blocks]
-        if op.sums_first and sum(sizes) > wanted:
-            wanted_groups = (start + jnp.arange(wanted)) % groups
-            squares = op.square_of(wanted_groups)
-            return sum_wanted(blocks), self._outputs_of_groups, squares
+        if groups % op.squares == 0 and sum(sizes) > wanted:
+            times = times_squares_in_runs([(wanted, start)])
+            return sum_wanted(blocks), self._outputs_of_groups, times
         ends = list(itertools.accumulate(sizes))[:-1]
 
         def decompress(h: jax.Array) -> jax.Array:
             return self._outputs_of_groups(sum_wanted(jnp.split(h, ends, axis=-2)))
 
-        pairs = zip(firsts, sizes, strict=True)
-        numbers = [op.square_of(first + jnp.arange(size)) for first, size in pairs]
-        squares = jnp.concatenate(numbers)
-        return jnp.concatenate(blocks, axis=-2), decompress, squares
+        times = times_squares_in_runs(list(zip(sizes, firsts, strict=True)))
+        return jnp.concatenate(blocks, axis=-2), decompress, times
 
     def _touched_blocks(self, x: jax.Array) -> tuple[list[jax.Array], list[Any]]:
         """The blocks that hold features of this device, and where they belong.

@@ -8,9 +8,9 @@ import numpy as np
 
 from mora_jax._checks import check_number, positive_integer
 from mora_jax._compute.delta import scaled
-from mora_jax._compute.matrix import block_diagonal
 from mora_jax._plan import Plan
 from mora_jax._spec import AdapterSpec
+from mora_jax._squares import block_diagonal
 from mora_jax.io._names import Names, pairs
 from mora_jax.io._peft_read import PREFIX
 from mora_jax.io._peft_write import free, modules, peft_config, write

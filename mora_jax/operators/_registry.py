@@ -136,7 +136,8 @@ def square_rank(
         raise ValueError(
             f"rank {rank} on a kernel of {in_features} x {out_features} leaves no room "
             f"for {cls.name}, whose square_rank is at least {cls.q_multiple_of}"
-            + f", with {squares} squares" * (squares > 1)
+            + f", with {squares} squares"
+            * (squares > 1)
         )
     return q
 

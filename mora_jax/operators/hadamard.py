@@ -89,9 +89,7 @@ def _odd_part(features: int) -> int:
     return features // (features & -features)
 
 
-def _transform_arrays(
-    features: int, width: int, seed: int
-) -> tuple[np.ndarray, ...]:
+def _transform_arrays(features: int, width: int, seed: int) -> tuple[np.ndarray, ...]:
     """Signs (features,), Q (b, b) and coordinates (width,)."""
     b = _odd_part(features)
     coordinates = permutation(features, seed)[:width]

@@ -33,15 +33,17 @@ def arithmetic(op):
     """Additions and multiplications for one row, by the definition of the operator."""
     q, widths = op.square_rank, op.in_features + op.out_features
     blocks, out_blocks = -(-op.in_features // q), -(-op.out_features // q)
+    # M may multiply the sum of the blocks that feed one, if they have one square.
+    fewest = blocks if out_blocks % op.squares else min(blocks, out_blocks)
     dense = {
-        "truncation": q * q,
-        "sharing": q * q,
-        "signed_sharing": q * q,
-        "decoupling": min(blocks, out_blocks) * q * q,
-        "permutation": min(blocks, out_blocks) * q * q,
+        "truncation": q * op.width,
+        "sharing": q * op.width,
+        "signed_sharing": q * op.width,
+        "decoupling": fewest * q * q,
+        "permutation": fewest * q * q,
         "rotation": blocks * q * q,
-        "orthogonal": q * q + q * widths,
-        "hadamard": q * q,
+        "orthogonal": q * op.width + op.width * widths,
+        "hadamard": q * op.width,
     }[op.name]
     around = 4 * widths  # sums, scales and copies
     if op.name == "hadamard":  # a width of 2^a b takes a additions, b products
@@ -75,15 +77,15 @@ def test_arithmetic(case, size):
 
     counted = flops(lower(jax.value_and_grad(added, (0, 1)), m, x, g))
     # Rotating M, or making a random basis, does not depend on the rows.
-    fixed = 12 * op.square_rank * max(size)
-    by_m = 2 * ROWS * op.square_rank**2
+    fixed = 12 * op.width * max(size)
+    by_m = 2 * ROWS * op.square_rank * op.width
     assert 3 * by_m <= counted <= 1.1 * 3 * ROWS * arithmetic(op) + fixed
     counted = flops(lower(jax.value_and_grad(folded, (0, 1)), m, x, g, frozen))
     counted -= flops(lower(jax.value_and_grad(plain), x, g, frozen))
     folds = 2 * 8 * size[0] * size[1]  # twice, a few operations an entry
     if op.name in ("orthogonal", "hadamard"):  # from M by two products
-        folds += 2 * 2 * size[2] * size[1] * (size[0] + size[2])
-        folds += 4 * 12 * size[2] * (size[0] + size[1])  # of matrices made anew
+        folds += 2 * 2 * op.width * size[1] * (size[0] + op.width)
+        folds += 4 * 12 * op.width * (size[0] + size[1])  # of matrices made anew
     assert by_m <= counted <= 1.1 * ROWS * arithmetic(op) + folds
 
 
@@ -99,7 +101,8 @@ def stack(case, way, width=200, rows=8):
     """Losses to differentiate by adapters and by the input, with their arguments."""
     model, x = Stack(), jax.ShapeDtypeStruct((rows, width), jnp.float32)
     variables = jax.eval_shape(model.init, jax.random.key(0), x)
-    config = MoRAConfig(square_rank=40, operator=case.spec, execution=way)
+    settings = dict(operator=case.spec, squares=case.squares, execution=way)
+    config = MoRAConfig(square_rank=40, **settings)
     plan = linen.plan(model, variables, config, x)
     adapters, apply = jax.eval_shape(lambda: init(plan)), linen.wrap(model, plan)
 

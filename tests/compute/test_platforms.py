@@ -49,12 +49,13 @@ def loss(m, kernel, x, frozen):
 def test_the_output_and_all_derivatives(platform, case, way, sizes, float64):
     for ins, outs, q, batch in sizes:
         frozen = made(case, ins, outs, q, way, float)
-        m, x = random(1, q, q, dtype=float), random(2, *batch, ins, dtype=float)
-        c, d = case.matrices(frozen.operator)
+        op = frozen.operator
+        m, x = random(1, *op.m_shape, dtype=float), random(2, *batch, ins, dtype=float)
+        c, d = case.matrices(op)
         kernel = frozen.kernel + ALPHA * oracle.delta(c, d, m)
         rows = x.reshape(-1, ins)
         by_y = np.cos(rows @ kernel)
-        by_m = ALPHA * np.einsum("inq,ti,to,nro->qr", c, rows, by_y, d, optimize=True)
+        by_m = ALPHA * oracle.m_gradient(c, d, rows, by_y, op.squares)
         both = jax.jit(jax.value_and_grad(loss, (0, 1, 2)))
         value, got = both(m, frozen.kernel, x, frozen)
         close(value, np.sin(rows @ kernel).sum())
@@ -66,13 +67,14 @@ def test_the_output_and_all_derivatives(platform, case, way, sizes, float64):
 def test_higher_derivatives_and_maps(platform, case, way, float64):
     """Of whole blocks; differences of first derivatives, and a loop, are the judges."""
     frozen = made(case, 8, 16, 4, way, float)
-    args = random(1, 4, 4, dtype=float), frozen.kernel, random(2, 5, 8, dtype=float)
+    shape = frozen.operator.m_shape
+    args = random(1, *shape, dtype=float), frozen.kernel, random(2, 5, 8, dtype=float)
     gradients = jax.jit(lambda *args: jax.grad(loss, (0, 1, 2))(*args, frozen))
     check_grads(gradients, args, order=1, rtol=1e-4)
     remat = jax.grad(jax.checkpoint(loss), (0, 2))(*args, frozen)
     by_m, _, by_x = gradients(*args)
     close(remat, (by_m, by_x))
-    ms, xs = random(3, 3, 4, 4, dtype=float), random(4, 3, 5, 8, dtype=float)
+    ms, xs = random(3, 3, *shape, dtype=float), random(4, 3, 5, 8, dtype=float)
     grad = jax.grad(loss, (0, 2))
     mapped = jax.vmap(grad, (0, None, 0, None))(ms, args[1], xs, frozen)
     each = [grad(m, args[1], x, frozen) for m, x in zip(ms, xs, strict=True)]
@@ -86,9 +88,12 @@ def test_the_merged_kernel_is_the_one_that_was_trained(platform, case, dtype):
     for ins, outs, q in ((16, 32, 8), (32, 16, 8), (12, 10, 4)):
         frozen = made(case, ins, outs, q, "fold", "float32")
         frozen = dataclasses.replace(frozen, kernel=jnp.asarray(frozen.kernel, dtype))
-        m = 1e-2 * random(1, q, q)
+        squares = frozen.operator.squares
+        m = 1e-2 * random(1, *frozen.operator.m_shape)
         params = {"kernel": frozen.kernel}
-        config = MoRAConfig(operator=case.spec, square_rank=q, alpha=ALPHA)
+        config = MoRAConfig(
+            operator=case.spec, square_rank=q, squares=squares, alpha=ALPHA
+        )
         plan = mora_jax.plan(params, config)
         merged = mora_jax.merge(params, {"kernel_mora": m}, plan)["kernel"]
         trained = apply(m, frozen, jnp.eye(ins, dtype=dtype))

@@ -75,7 +75,7 @@ def test_oracle(case, way, size, float64):
         kernel = frozen.kernel + ALPHA * oracle.delta(c, d, m)
         y = x @ kernel + bias
         by_y = np.cos(y)
-        by_m = ALPHA * np.einsum("inq,ti,to,nro->qr", c, x, by_y, d, optimize=True)
+        by_m = ALPHA * oracle.m_gradient(c, d, x, by_y, frozen.operator.squares)
         derivatives = by_m, x.T @ by_y, by_y @ kernel.T
         close(run(m, frozen, x), (y, derivatives, derivatives))
     assert len(traces) == 1
@@ -86,7 +86,8 @@ def test_oracle(case, way, size, float64):
 def test_second_derivatives(case, way, float64):
     """Of a widening layer, by differences of first ones, which are the oracle's."""
     frozen = make(case, 6, 10, 4, way)
-    args = random(1, 4, 4, dtype=float), frozen.kernel, random(2, 5, 6, dtype=float)
+    shape = frozen.operator.m_shape
+    args = random(1, *shape, dtype=float), frozen.kernel, random(2, 5, 6, dtype=float)
     gradients = jax.jit(lambda *args: jax.grad(loss, (0, 1, 2))(*args, frozen))
     check_grads(gradients, args, order=1, rtol=1e-4)
 
@@ -111,7 +112,7 @@ def test_transformations(case):
 
         y, by_m, by_ms = apply(m, frozen, x), gradient(m), [gradient(m) for m in ms]
         by_both = [gradient(m, x) for m, x in zip(ms, x, strict=True)]
-        hessian = jax.hessian(of_m)(m)
+        hessian, ndim = jax.hessian(of_m)(m), m.ndim
         return y, {
             "vmap over x": (jax.vmap(apply, (None, None, 0))(m, frozen, x), y),
             "vmap over M": (jax.vmap(gradient)(ms), jnp.stack(by_ms)),
@@ -121,13 +122,14 @@ def test_transformations(case):
             "scan over M": (jax.lax.scan(add, jnp.zeros_like(m), ms)[0], sum(by_ms)),
             "remat": (jax.grad(jax.checkpoint(of_m))(m), by_m),
             "linearize": (jax.linearize(gradient, m)[1](m), second(gradient, m)),
-            "hessian": (jnp.einsum("ijkl,kl", hessian, m), second(gradient, m)),
+            "hessian": (jnp.tensordot(hessian, m, ndim), second(gradient, m)),
         }
 
     def second(gradient, m):
         return jax.jvp(gradient, (m,), (m,))[1]
 
-    ms, x, both = random(1, 2, 4, 4), random(2, 2, 5, 12), []
+    shape = case.make(12, 10, 4).m_shape
+    ms, x, both = random(1, 2, *shape), random(2, 2, 5, 12), []
     for way in WAYS:
         frozen = make(case, 12, 10, 4, way, np.float32)
         both.append(transformed(frozen, ms[0], ms, x))

@@ -30,7 +30,7 @@ def test_parts_make_the_whole(case, size):
     if q > min(ins, outs) and case.bounded:
         return
     op = case.make(ins, outs, q)
-    m, x = random(0, q, q), random(1, 3, ins)
+    m, x = random(0, *op.m_shape), random(1, 3, ins)
     here, there = ins // in_parts, outs // out_parts
 
     @jax.jit

@@ -58,13 +58,13 @@ def layer(case, execution="activation", dtype="float32", q=12, dropout=0.0):
     the output, and gradients by M and inputs.
     """
     normal, op = np.random.default_rng(0).standard_normal, case.make(32, 48, q)
-    arrays = {"m": normal((q, q)), "x": normal((8, 3, 32))}
+    arrays = {"m": normal(op.m_shape), "x": normal((8, 3, 32))}
     arrays |= {"kernel": normal((32, 48)) / np.sqrt(32), "y": normal((8, 3, 48))}
     arrays = {name: np.asarray(array, dtype) for name, array in arrays.items()}
     m, x, kernel, y = (np.asarray(array, np.float64) for array in arrays.values())
     c, d = case.matrices(op)
     adapted = kernel + ALPHA * oracle.delta(c, d, m)
-    by_m = ALPHA * np.einsum("bti,inq,bto,nro->qr", x, c, y, d, optimize=True)
+    by_m = ALPHA * oracle.m_gradient(c, d, x, y, op.squares)
     settings = dict(alpha=ALPHA, dropout=dropout, execution=execution)
     frozen = FrozenDense(None, None, op, **settings)
     return frozen, arrays, (x @ adapted, by_m, y @ adapted.T)
@@ -148,10 +148,10 @@ def test_a_layer_is_as_on_one_device_without_hidden_traffic(label, split, execut
     found = check_layer(case, split, execution=execution)
     # What the base does stays, though an adapted layer may gather a kernel but once.
     assert set(base) <= set(found)
-    q, rows = 12, 4 if split == "both" else 2  # of one device
-    allowed = {("all-reduce", (q, q))}
-    if split != "fsdp" and not case.make(32, 48, q).block:
-        allowed.add(("all-reduce", (rows, 3, q)))
+    op, rows = case.make(32, 48, 12), 4 if split == "both" else 2  # of one device
+    allowed = {("all-reduce", op.m_shape)}
+    if split != "fsdp" and not op.block:
+        allowed.add(("all-reduce", (rows, 3, op.width)))
     if execution == "fold" and split.startswith("fsdp"):
         allowed |= set(base)
     extra = found - base
@@ -200,10 +200,10 @@ def test_traffic_is_noticed():
 @by_kind
 def test_explicit_sharding(case):
     """Types are enough: no layout is asked for, and nothing is folded."""
-    q = 12
-    allowed = {("all-reduce", (q, q)), ("all-reduce", (2, 3, 32))}  # the base's own
-    if not case.make(32, 48, q).block:
-        allowed.add(("all-reduce", (2, 3, q)))
+    op = case.make(32, 48, 12)
+    allowed = {("all-reduce", op.m_shape), ("all-reduce", (2, 3, 32))}  # the base's own
+    if not op.block:
+        allowed.add(("all-reduce", (2, 3, op.width)))
     ways = ("activation", "auto", "fold") if case.label == "rotation" else ("auto",)
     for execution in ways:
         frozen, arrays, expected = layer(case, execution)

@@ -61,7 +61,7 @@ def exact(case, model):
 
 
 def with_operator(name, case):
-    model = case_of(name, "linen", tuple(case.spec.items()))
+    model = case_of(name, "linen", tuple(case.spec.items()), case.squares)
     return model, jax.jit(model.adapted)(model.params, model.adapters, model.x)
 
 
@@ -97,8 +97,9 @@ def test_indices_of_any_integer_type(dtype):
 
 def test_no_indices():
     for case in CASES:
-        lookup = case.make(12, 10, 4).lookup
-        assert jax.eval_shape(lookup, random(1, 4, 4), IDS[:0]).shape == (0, 10)
+        op = case.make(12, 10, 4)
+        empty = jax.eval_shape(op.lookup, random(1, *op.m_shape), IDS[:0])
+        assert empty.shape == (0, 10)
 
 
 @pytest.mark.usefixtures("unchecked")

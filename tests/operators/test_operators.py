@@ -27,6 +27,14 @@ def fit(case, in_features, out_features, q):
     return max(2, q - q % 2) if case.even else q
 
 
+def by_blocks(op, h, m):
+    """Each block of q numbers in h by its square."""
+    blocks = h.reshape(*h.shape[: -len(op.compressed_shape)], -1, op.square_rank)
+    m = m if m.ndim > 2 else m[None]
+    by_square = [blocks[..., k, :] @ m[k % len(m)] for k in range(blocks.shape[-2])]
+    return jnp.stack(by_square, axis=-2).reshape(h.shape)
+
+
 @jax.jit
 def maps(op, m, x, h):
     """All that an operator can do, in one program."""
@@ -37,9 +45,9 @@ def maps(op, m, x, h):
         "apply": op.apply(m, x),
         "lookup": op.lookup(m, jnp.arange(-op.in_features, 0)),
         "general delta": delta_matrix.dispatch(Operator)(op, m),
-        "general rows": op._decompress(op._compress(x) @ m),
+        "general rows": op._decompress(by_blocks(op, op._compress(x), m)),
         "general lookup": op._decompress(
-            op._rows("in", jnp.arange(op.in_features), m.dtype) @ m
+            by_blocks(op, op._rows("in", jnp.arange(op.in_features), m.dtype), m)
         ),
         "out rows": op._rows("out", jnp.arange(op.out_features), m.dtype),
         "zero": op.apply(jnp.zeros_like(m), x),
@@ -60,7 +68,11 @@ def check_laws(case, op: Operator):
     c, d = case.matrices(op)
     n = c.shape[1]
     assert math.prod(op.compressed_shape) == n * q
-    m, x, h = random(1, q, q), random(2, 3, ins), random(3, 3, *op.compressed_shape)
+    assert op.squares <= n and op.m_shape[-2:] == (q, q)
+    m, x, h = (
+        random(k, *shape)
+        for k, shape in enumerate([op.m_shape, (3, ins), (3, *op.compressed_shape)])
+    )
     got = maps(op, m, x, h)
     delta = oracle.delta(c, d, m)
     x, h = np.float64(x), np.float64(h).reshape(3, n, q)
@@ -72,7 +84,8 @@ def check_laws(case, op: Operator):
     for name in ("apply", "general rows"):
         close(got[name], x @ delta)
     close(got["zero"], np.zeros((3, outs)))
-    assert op.block == (n > 1 or len(op.compressed_shape) == 2)
+    assert op.block == (len(op.compressed_shape) == 2)
+    assert op.block or n == op.squares
     c, d, eye = c.reshape(ins, -1), d.reshape(-1, outs), np.eye(n * q)
     grams = c.T @ c, d @ d.T
     assert op.isometry == all(np.allclose(gram, eye, atol=1e-6) for gram in grams)
@@ -113,8 +126,7 @@ def test_laws_at_very_many_sizes(case, ins, outs, q, seed):
 def test_transforms(case):
     """jit = eager, vmap = loop, gradients are right, and one compilation serves."""
     op = case.make(12, 10, fit(case, 12, 10, 4))
-    q = op.square_rank
-    m, x = random(0, q, q), random(1, 5, 12)
+    q, m, x = op.square_rank, random(0, *op.m_shape), random(1, 5, 12)
     traces = []
 
     @jax.jit
@@ -139,7 +151,7 @@ def test_transforms(case):
             "C": (x @ op.compress_matrix(), op.compress(x).reshape(5, -1)),
         }
 
-    ms = random(2, 5, q, q)
+    ms = random(2, 5, *op.m_shape)
     results = transformed(op, m, ms, x)
     transformed(case.make(12, 10, q), m, ms, x)
     assert len(traces) == 1
@@ -163,7 +175,7 @@ def test_pytree(case):
     assert jax.tree.structure(on_device) == structure
     assert pickle.loads(pickle.dumps(op)) == op
     for dtype in (jnp.bfloat16, jnp.float16):
-        m, x = jnp.ones((op.square_rank,) * 2, dtype), jnp.ones((2, 12), dtype)
+        m, x = jnp.ones(op.m_shape, dtype), jnp.ones((2, 12), dtype)
         for y in (jax.eval_shape(op.apply, m, x), jax.eval_shape(op.delta_weight, m)):
             assert y.dtype == dtype
     with pytest.raises(dataclasses.FrozenInstanceError):
@@ -175,8 +187,8 @@ def test_pytree(case):
 def test_dtypes(case, dtype, float64):
     """The dtype of the input is that of the result, to that dtype's accuracy."""
     op = case.make(12, 20, fit(case, 12, 20, 6))
-    q = op.square_rank
-    m, x = (jnp.asarray(random(k, *s), dtype) for k, s in enumerate([(q, q), (3, 12)]))
+    shapes = op.m_shape, (3, 12)
+    m, x = (jnp.asarray(random(k, *s), dtype) for k, s in enumerate(shapes))
 
     @jax.jit
     def everything(op, m, x):
@@ -195,17 +207,17 @@ def test_dtypes(case, dtype, float64):
 def delta_of(case, ins, outs, q):
     """The oracle's delta, which `test_laws` holds the operator's against."""
     op = case.make(ins, outs, fit(case, ins, outs, q))
-    m = random(0, op.square_rank, op.square_rank)
-    return oracle.delta(*case.matrices(op), m), op.square_rank
+    m = random(0, *op.m_shape)
+    return oracle.delta(*case.matrices(op), m), op
 
 
 @by_case
 def test_every_input_has_an_effect(case):
     """Ours use all inputs of a narrowing layer; truncations say that they do not."""
-    delta, q = delta_of(case, 512, 128, 50)
+    delta, op = delta_of(case, 512, 128, 50)
     silent = int((np.abs(delta).max(axis=1) == 0).sum())
-    expected = 512 - q if case.label == "truncation" else 0
-    if case.label.endswith("-truncate"):
+    expected = 512 - op.width if op.name == "truncation" else 0
+    if getattr(op, "truncate", False):
         # All but the first p blocks; the last block's wrapped features come back in.
         expected = 362  # of the reference's rotation at r=4
     assert silent == expected
@@ -213,9 +225,9 @@ def test_every_input_has_an_effect(case):
 
 @by_case
 def test_rank_of_the_delta(case):
-    """High where the paper says so: blocks reach min(in, out), others stay at q."""
-    delta, q = delta_of(case, 64, 48, 16)
-    rank = 48 if case.make(64, 48, q).block else q
+    """High where the paper says so: blocks reach min(in, out), others stay at K q."""
+    delta, op = delta_of(case, 64, 48, 16)
+    rank = 48 if op.block else op.width
     assert np.linalg.matrix_rank(delta) == rank
 
 
@@ -329,6 +341,8 @@ BAD_SETTINGS = {
         (lambda: make_operator("sharing", 8, True, 2), "out_features .* True"),
         (lambda: make_operator("hadamard", 8, 6, 2, seed=0.5), "seed .* 0.5"),
         (lambda: MoRAConfig(multiple_of=2.0), "multiple_of .* 2.0"),
+        (lambda: make_operator("sharing", 8, 8, 2, squares=2.0), "squares .* 2.0"),
+        (lambda: MoRAConfig(squares="all"), "squares .* 'all'"),
     ],
     ValueError: [
         (lambda: make_operator("rotate", 8, 8, 4), "did you mean 'rotation'"),
@@ -339,6 +353,11 @@ BAD_SETTINGS = {
         (lambda: make_operator("hadamard", 8, 6, 2, seed=-1), "seed .* -1"),
         (lambda: sharing(groups=1), "settings .* got 'groups'"),
         (lambda: sharing(compress_groups=1), "compress_groups must be one of .* got 1"),
+        (lambda: make_operator("sharing", 8, 8, 4, squares=3), "at most 2 .* got 3"),
+        (lambda: make_operator("rotation", 9, 8, 4, squares=4), "at most 3 .* got 4"),
+        (lambda: make_operator("rotation", 9, 8, 4, squares=0), "squares .* got 0"),
+        (lambda: sharing(squares=2), "settings .* got 'squares'"),
+        (lambda: square_rank(1, 8, 8, squares=64), "leaves no room .* 64 squares"),
         (lambda: square_rank(0, 8, 8), "rank must be .* got 0"),
         (lambda: square_rank(1, 1, 1, "rotation"), "leaves no room"),
         (lambda: square_rank(1, 8, 8, multiple_of=0), "multiple_of .* 0"),
@@ -362,14 +381,15 @@ def test_bad_settings(error):
 @by_case
 def test_bad_arrays(case):
     op = case.make(12, 10, 4)
-    m, x = jnp.ones((4, 4)), jnp.ones((2, 12))
+    m, x = jnp.ones(op.m_shape), jnp.ones((2, 12))
     h = jnp.ones((2, *op.compressed_shape))
     for call in (
         lambda: op.compress(x[:, :11]),
         lambda: op.apply(m, x[:, :11]),
-        lambda: op.apply(m[:3], x),
-        lambda: op.apply(jnp.ones((2, 4, 4)), x),
-        lambda: op.delta_weight(m[:, :3]),
+        lambda: op.apply(m[..., :3, :], x),
+        lambda: op.apply(jnp.ones((7, *op.m_shape)), x),
+        lambda: op.apply(jnp.ones(op.m_shape[1:]), x),
+        lambda: op.delta_weight(m[..., :3]),
         lambda: op.decompress(h[..., :3]),
         lambda: op.compress(jnp.ones(())),
     ):
@@ -379,7 +399,7 @@ def test_bad_arrays(case):
         lambda: op.compress(x.astype(int)),
         lambda: op.compress([1.0] * 12),
         lambda: op.apply(m.astype(int), x),
-        lambda: op.delta_weight(jax.ShapeDtypeStruct((4, 4), jnp.float32)),
+        lambda: op.delta_weight(jax.ShapeDtypeStruct(op.m_shape, jnp.float32)),
         lambda: op.decompress(h.astype(int)),
     ):
         with pytest.raises(TypeError, match="must be"):

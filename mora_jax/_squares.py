@@ -1,0 +1,86 @@
+"""Products of blocks with the squares of M, where M is several.
+
+The blocks are C(x). Block k is multiplied by square k mod K. Each function takes blocks
+h, M, (K, q, q), and the precision of the products, and returns an array of the shape of
+h.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from mora_jax._interception import matmul
+
+TimesSquares = Callable[[jax.Array, jax.Array, jax.lax.PrecisionLike], jax.Array]
+
+
+def times_squares(
+    h: jax.Array, m: jax.Array, precision: jax.lax.PrecisionLike
+) -> jax.Array:
+    """The products of blocks 0, 1, 2 and so on: (..., n, q), or K blocks as (..., K q).
+
+    The gradient of M is a sum over rows, and over the blocks of each square, in one
+    product: on a mesh there is no sum over devices of anything larger than M.
+    """
+    k, q, _ = m.shape
+    blocks = h if h.shape[-1] == q else h.reshape(*h.shape[:-1], k, q)
+    *batch, n, _ = blocks.shape
+    rounds = -(-n // k)
+    if missing := rounds * k - n:
+        blocks = jnp.pad(blocks, [*[(0, 0)] * len(batch), (0, missing), (0, 0)])
+    blocks = blocks.reshape(*batch, rounds, k, q)
+    last, square = len(batch) + 2, len(batch) + 1
+    axes = ((last,), (1,)), ((square,), (0,))
+    products = jax.lax.dot_general(blocks, m, axes, precision=precision)
+    products = jnp.moveaxis(products, 0, -2).reshape(*batch, rounds * k, q)
+    return products[..., :n, :].reshape(h.shape)
+
+
+def times_squares_in_runs(runs: Sequence[tuple[int, Any]]) -> TimesSquares:
+    """The products of blocks of which some follow each other, (..., n, q).
+
+    Args:
+      runs: The length of each run, and the number of its first block.
+    """
+
+    def times(
+        h: jax.Array, m: jax.Array, precision: jax.lax.PrecisionLike
+    ) -> jax.Array:
+        products, start = [], 0
+        for size, first in runs:
+            blocks = jax.lax.slice_in_dim(h, start, start + size, axis=-2)
+            turned = jnp.roll(m, -first, axis=0)
+            products.append(times_squares(blocks, turned, precision))
+            start += size
+        return jnp.concatenate(products, axis=-2)
+
+    return times
+
+
+def times_squares_by_row(squares: jax.Array) -> TimesSquares:
+    """The products of blocks whose squares differ from row to row, (..., q).
+
+    Args:
+      squares: The number of the square for each block, (...).
+    """
+
+    def times(
+        h: jax.Array, m: jax.Array, precision: jax.lax.PrecisionLike
+    ) -> jax.Array:
+        k, q, _ = m.shape
+        # A block among zeros, for all squares below each other.
+        among = jax.nn.one_hot(squares, k, dtype=h.dtype)[..., None] * h[..., None, :]
+        among = among.reshape(*h.shape[:-1], k * q)
+        return matmul(among, m.reshape(k * q, q), precision)
+
+    return times
+
+
+def block_diagonal(m: Any) -> Any:
+    """The squares on a diagonal, (K q, K q), which is what all of C(x) is multiplied by.
+
+    One square, (q, q), is that already.
+    """
+    return m if m.ndim == 2 else jax.scipy.linalg.block_diag(*m)
