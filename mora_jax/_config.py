@@ -71,10 +71,10 @@ class MoRAConfig:
       multiple_of: The number whose multiple q is rounded down to. None chooses a q that
         suits the layer's widths and the chip, see `square_rank`; it may use as little
         as a quarter of the budget, which `Plan.summary` shows. 1 uses all of it.
-      squares: K, how many squares M is, of which block k of C(x) is multiplied by square
-        k mod K. 1 is the paper's. "auto" chooses q as for one square and then as many
-        as the budget of `rank` buys, which fills it where the widths of a layer do not
-        suit one large square.
+      squares: K, how many squares M is. Block k of C(x) is multiplied by square k mod
+        K. 1 is the paper's. "auto" chooses q as for one square, and then as many
+        squares as the budget of `rank` buys: it fills the budget where no larger q
+        suits a layer.
       init: How M starts. "zeros" starts as an exact identity. "gaussian", of standard
         deviation 1/sqrt(q), is AiDotNet's; it changes the model's outputs before the
         first step.

@@ -80,8 +80,8 @@ class Plan(Mapping[str, AdapterSpec]):
         before they are used: plans of equal digests make the same deltas of the same
         M's. The digest covers, by the kernels' paths, their shapes and axes, the
         operators with all of their settings and seeds, the square ranks, the numbers of
-        squares, and alpha. It does not cover what decides how M's are trained or computed: dropout, init,
-        execution, param_dtype and layout.
+        squares, and alpha. It does not cover what decides how M's are trained or
+        computed: dropout, init, execution, param_dtype and layout.
         """
         meanings = {spec.name: spec.meaning for spec in self.specs}
         for meaning in meanings.values():

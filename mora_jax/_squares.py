@@ -5,6 +5,7 @@ h, M, (K, q, q), and the precision of the products, and returns an array of the 
 h.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,6 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from mora_jax._interception import matmul
+from mora_jax._linear_map import LinearMap
+from mora_jax._tuning import MAX_SQUARES_IN_ONE
 
 TimesSquares = Callable[[jax.Array, jax.Array, jax.lax.PrecisionLike], jax.Array]
 
@@ -21,10 +24,12 @@ def times_squares(
 ) -> jax.Array:
     """The products of blocks 0, 1, 2 and so on: (..., n, q), or K blocks as (..., K q).
 
-    The gradient of M is a sum over rows, and over the blocks of each square, in one
-    product: on a mesh there is no sum over devices of anything larger than M.
+    The gradient of M is a sum over rows, and over the blocks of each square: on a mesh
+    nothing larger than M is summed over devices.
     """
     k, q, _ = m.shape
+    if h.shape[-1] != q and k <= MAX_SQUARES_IN_ONE:
+        return _DiagonalProduct(k, precision)((h,), m)
     blocks = h if h.shape[-1] == q else h.reshape(*h.shape[:-1], k, q)
     *batch, n, _ = blocks.shape
     rounds = -(-n // k)
@@ -36,6 +41,31 @@ def times_squares(
     products = jax.lax.dot_general(blocks, m, axes, precision=precision)
     products = jnp.moveaxis(products, 0, -2).reshape(*batch, rounds * k, q)
     return products[..., :n, :].reshape(h.shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class _DiagonalProduct(LinearMap):
+    """(..., K q) by the squares on a diagonal, as a map of M.
+
+    One product with zeros is faster than K products, for which a chip would have to
+    rearrange h; but its gradient would be (K q, K q).
+    """
+
+    squares: int
+    precision: jax.lax.PrecisionLike
+
+    def forward(self, residuals: Any, operand: jax.Array) -> jax.Array:
+        (h,) = residuals
+        return matmul(h, block_diagonal(operand), self.precision)
+
+    def backward(self, residuals: Any, cotangent: jax.Array) -> jax.Array:
+        (h,) = residuals
+        parts = (
+            jnp.split(a.reshape(-1, a.shape[-1]), self.squares, axis=-1)
+            for a in (h, cotangent)
+        )
+        pairs = zip(*parts, strict=True)
+        return jnp.stack([matmul(h.T, y, self.precision) for h, y in pairs])
 
 
 def times_squares_in_runs(runs: Sequence[tuple[int, Any]]) -> TimesSquares:
@@ -79,7 +109,7 @@ def times_squares_by_row(squares: jax.Array) -> TimesSquares:
 
 
 def block_diagonal(m: Any) -> Any:
-    """The squares on a diagonal, (K q, K q), which is what all of C(x) is multiplied by.
+    """The squares on a diagonal, (K q, K q), by which all of C(x) is multiplied.
 
     One square, (q, q), is that already.
     """

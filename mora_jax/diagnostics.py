@@ -113,7 +113,7 @@ def _spectrum(spec: AdapterSpec, m: np.ndarray) -> np.ndarray:
     op, m = spec.operator, scaled(spec, m)
     if op.block and op.isometry:
         of_squares = np.atleast_2d(np.linalg.svd(m, compute_uv=False))
-        of_blocks = of_squares[op.square_of(np.arange(op.compressed_shape[0]))]
+        of_blocks = of_squares[np.arange(op.compressed_shape[0]) % op.squares]
         values = np.sort(of_blocks, axis=None)[::-1]
     elif op.block:
         # The smaller Gram matrix is ten times as fast as an SVD, and in float64 it is
