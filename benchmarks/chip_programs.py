@@ -60,14 +60,25 @@ class Layer:
     outs: int
     rows: int
     rank: int = 8
+    squares: int | str = 1
     dtype: Any = jnp.bfloat16
 
     def __str__(self) -> str:
-        return f"{self.ins}x{self.outs}, {self.rows:,} rows, r = {self.rank}"
+        size = f"{self.ins}x{self.outs}, {self.rows:,} rows, r = {self.rank}"
+        return size + f", squares: {self.squares}" * (self.squares != 1)
+
+    def config(self, operator: str, execution: str = "auto") -> MoRAConfig:
+        """The settings of an adapter."""
+        return MoRAConfig(
+            rank=self.rank,
+            operator=operator,
+            squares=self.squares,
+            execution=execution,
+        )
 
     def frozen(self, operator: str, execution: str) -> FrozenDense:
         """The adapted layer without its kernel."""
-        config = MoRAConfig(rank=self.rank, operator=operator, execution=execution)
+        config = self.config(operator, execution)
         kernel = shape(self.ins, self.outs, dtype=self.dtype)
         return FrozenDense.from_config(kernel, config=config)
 
@@ -96,8 +107,7 @@ class Layer:
             adapted = dataclasses.replace(layer, kernel=w)
             return mora_jax.mora_apply({"kernel_mora": m}, adapted, x)
 
-        q = layer.operator.square_rank
-        m = shape(q, q, dtype=jnp.float32)
+        m = shape(*layer.operator.m_shape, dtype=jnp.float32)
         return Method(f"{operator}, {execution}", both_passes(mora), (m, *args))
 
     def is_auto(self, method: str, platform: str) -> bool:
@@ -105,9 +115,8 @@ class Layer:
         operator, _, way = method.partition(", ")
         if way not in WAYS:
             return False
-        config = MoRAConfig(rank=self.rank, operator=operator)
         kernel = shape(self.ins, self.outs, dtype=self.dtype)
-        spec = mora_jax.plan({"kernel": kernel}, config).specs[0]
+        spec = mora_jax.plan({"kernel": kernel}, self.config(operator)).specs[0]
         x = shape(self.rows, self.ins, dtype=self.dtype)
         product = Contraction.from_axes("io", 2)
         return choose(spec, product, x, x.dtype, tuning=TUNING[platform]) == way
@@ -143,6 +152,7 @@ class Llama:
     batch: int
     tokens: int
     rank: int = 8
+    squares: int | str = 1
     layers: int = 2
     width: int = 4096
     hidden: int = 14336
@@ -153,7 +163,9 @@ class Llama:
 
     def __str__(self) -> str:
         size = f"{self.layers} layers of width {self.width}"
-        return f"Llama, {size}, {self.batch} x {self.tokens:,} tokens, r = {self.rank}"
+        tokens = f"{self.batch} x {self.tokens:,} tokens, r = {self.rank}"
+        squares = f", squares: {self.squares}" * (self.squares != 1)
+        return f"Llama, {size}, {tokens}{squares}"
 
     def module(self) -> Any:
         """The model as a Linen module."""
@@ -201,7 +213,9 @@ class Llama:
 
     def mora(self, module: Any, params: Any, operator: str) -> Any:
         """The plan of an operator, and the adapted model."""
-        config = MoRAConfig(rank=self.rank, operator=operator, targets=TARGETS)
+        config = MoRAConfig(
+            rank=self.rank, operator=operator, squares=self.squares, targets=TARGETS
+        )
         plan = mora_jax.plan(params, config)
         wrapped = linen.wrap(module, plan)
 

@@ -72,12 +72,15 @@ def cases_of(args: argparse.Namespace) -> dict[str, list[Case]]:
         llamas = [Llama(4, 2048), Llama(4, 2048, rank=64), Llama(1, 512)]
         deep = [Llama(1, 512, layers=12, **SMALL)]
         found = {"layers": layers, "llama": llamas, "compiling": deep}
-    return {part: list(found[part]) for part in args.only}
+    return {
+        part: [dataclasses.replace(case, squares=args.squares) for case in found[part]]
+        for part in args.only
+    }
 
 
-def check(operators: Sequence[str]) -> None:
+def check(operators: Sequence[str], squares: int | str) -> None:
     """Raise SystemExit unless the programs give on this CPU what NumPy gives."""
-    layer = Layer(24, 36, 10, rank=2, dtype=jnp.float32)
+    layer = Layer(24, 36, 10, rank=2, squares=squares, dtype=jnp.float32)
     methods = list(layer.methods(operators))[2:]
     for method in tqdm(methods, "checking layers on this CPU"):
         operator, _, way = method.name.partition(", ")
@@ -85,7 +88,7 @@ def check(operators: Sequence[str]) -> None:
         m, w, x, g = (np.asarray(a, np.float64) for a in args)
         c, d = getattr(oracle, operator)(frozen.operator)
         kernel = w + frozen.alpha * oracle.delta(c, d, m)
-        by_m = np.einsum("ti,inq,to,nro->qr", x, c, g, d, optimize=True)
+        by_m = oracle.m_gradient(c, d, x, g, frozen.operator.squares)
         expected = x @ kernel, (frozen.alpha * by_m, g @ kernel.T)
         jax.tree.map(check_close, jax.jit(method.run)(*args), _as_jax(expected))
     model = Llama(2, 8, layers=1, dtype=jnp.float32, **{**TINY, "vocabulary": 64})
@@ -218,6 +221,10 @@ def plot(rows: Sequence[Row], path: Path) -> None:
         made.legend(loc="outside upper center", ncols=len(chips))
 
 
+def _squares(text: str) -> int | str:
+    return text if text == "auto" else int(text)
+
+
 def arguments() -> argparse.Namespace:
     """The options."""
     parser, every = options(__doc__, "out/chips.json"), list(OPERATORS)
@@ -226,6 +233,7 @@ def arguments() -> argparse.Namespace:
     add("--chips", nargs="+", choices=list(CHIPS), help="all by default")
     add("--only", nargs="+", choices=PARTS, default=list(PARTS), help="some parts")
     add("--operators", nargs="+", choices=every, default=every, help="in layers")
+    add("--squares", type=_squares, default=1, help='a number, or "auto"')
     args = parser.parse_args()
     args.chips = args.chips or (["v5e"] if args.quick else list(CHIPS))
     return args
@@ -247,7 +255,7 @@ def main() -> None:
             )
     if not places:
         raise SystemExit("no chip is left to compile for")
-    check(args.operators)
+    check(args.operators, args.squares)
     rows: list[Row] = []
     for part, cases in cases_of(args).items():
         operators = args.operators if part == "layers" else LLAMA_OPERATORS

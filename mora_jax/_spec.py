@@ -111,13 +111,13 @@ class AdapterSpec:
         param_dtype = config.param_dtype
         if param_dtype is None:
             param_dtype = floating_dtype(kernel_dtype)
-        q, operator, squares = config.square_rank, config.operator, config.squares
+        q, operator = config.square_rank, config.operator
+        squares = config.squares if isinstance(config.squares, int) else None
         if q is None:
             operator = resolve_auto(operator, config.rank)
             budget = config.rank, in_features, out_features, operator
-            fixed = 1 if squares == "auto" else squares
-            q = square_rank(*budget, config.multiple_of, fixed)
-            squares = fill_squares(*budget, q) if squares == "auto" else squares
+            q = square_rank(*budget, config.multiple_of, squares or 1)
+            squares = squares or fill_squares(*budget, q)
         elif q > min(in_features, out_features):
             raise ValueError(
                 f"square_rank must be at most min(in_features, out_features) = "
@@ -129,7 +129,7 @@ class AdapterSpec:
                 in_features,
                 out_features,
                 q,
-                squares=squares,
+                squares=squares or 1,
                 seed=config.seed,
             ),
             kernel_shape=kernel_shape,

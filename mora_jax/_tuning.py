@@ -127,11 +127,11 @@ seconds of two cores to compile.
 MAX_SQUARES_IN_ONE = 4
 """Up to so many squares are multiplied as one matrix, with zeros between them.
 
-It computes K times what is needed, which is little: K squares of one budget are about
-0.6% of a layer of 4096 x 4096 at rank 8. As separate products, C(x) and what is made of
-it were rearranged (`make bench-chips`, one layer of 4096 x 14336, two squares, TPU
-v5e): 1.11 of the frozen layer as one matrix, 1.12 in a product with a batch axis, 1.19
-in two products.
+It computes K times what is needed, which is little: what is needed is 0.6% of a layer
+of 4096 x 4096 at rank 8. In separate products C(x), and what is made of it, was
+rearranged first: on a TPU v5e a layer of 4096 x 14336 with two squares cost 1.11 of the
+frozen one as one matrix, 1.12 in a product with a batch axis, and 1.19 in two products
+(`make bench-chips`, with `squares="auto"` in `Layer.frozen`).
 """
 
 _as_if_on: str | None = None

@@ -35,15 +35,18 @@ def arithmetic(op):
     blocks, out_blocks = -(-op.in_features // q), -(-op.out_features // q)
     # M may multiply the sum of the blocks that feed one, if they have one square.
     fewest = blocks if out_blocks % op.squares else min(blocks, out_blocks)
+    # Blocks are multiplied in whole rounds of squares, and two or three squares of an
+    # operator without blocks as one matrix.
+    blocks, fewest = (op.squares * -(-n // op.squares) for n in (blocks, fewest))
     dense = {
-        "truncation": q * op.width,
-        "sharing": q * op.width,
-        "signed_sharing": q * op.width,
+        "truncation": op.width**2,
+        "sharing": op.width**2,
+        "signed_sharing": op.width**2,
         "decoupling": fewest * q * q,
         "permutation": fewest * q * q,
         "rotation": blocks * q * q,
-        "orthogonal": q * op.width + op.width * widths,
-        "hadamard": q * op.width,
+        "orthogonal": op.width**2 + op.width * widths,
+        "hadamard": op.width**2,
     }[op.name]
     around = 4 * widths  # sums, scales and copies
     if op.name == "hadamard":  # a width of 2^a b takes a additions, b products
