@@ -16,6 +16,7 @@ it is traced on, or for several: where they differ, it holds two ways and takes 
 it is compiled.
 """
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -150,7 +151,10 @@ def adapted_product(
         adapted = maps[0]
     else:  # a fold on some platforms, and one other way on the rest
         first, second = sorted(maps, key=lambda each: not isinstance(each, FoldedMap))
-        wanted = static(_should_fold, spec, x.size, dtype)
+        # Without its path, so that layers of one shape are traced once.
+        wanted = static(
+            _should_fold, dataclasses.replace(spec, path=()), x.size, dtype
+        )
         adapted = ByPlatform(wanted, first, second)
     return adapted((delta.operator, delta.m, kernel), x)
 

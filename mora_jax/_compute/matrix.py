@@ -13,6 +13,7 @@ from mora_jax._interception import matmul
 from mora_jax._mesh.parts import BasisPart, OperatorPart, PermutationPart
 from mora_jax._rounding import add_rounded
 from mora_jax._squares import block_diagonal
+from mora_jax._tiles import stored, tile_to
 from mora_jax._tuning import by_platform
 from mora_jax._types import ArrayLike
 from mora_jax.operators import Decoupling, Hadamard, Operator, Permutation
@@ -46,9 +47,9 @@ def delta_matrix(op: Operator, m: jax.Array) -> jax.Array:
 @delta_matrix.register
 def _(op: Decoupling, m: jax.Array) -> jax.Array:
     # In whole rows, which compilers vectorise; in tiles of q columns it took four times
-    # as long. XLA does not compute a concatenation again for each block.
+    # as long.
     (n, q), outs = op.compressed_shape, op.out_features
-    columns = jnp.concatenate([m] * op.num_out_blocks, axis=-1)[..., :outs]
+    columns = stored(lambda m: tile_to(m, outs), m)
     group = jnp.asarray(op.in_group(np.arange(n)))
     out_group = jnp.asarray(op.out_group(np.arange(outs) // q))
     feeds = group[:, None, None] == out_group
@@ -67,9 +68,11 @@ def _permuted_matrix(
     """Rows and columns of the delta, by where the two orders put them."""
     q = op.square_rank
     out_block, out_offset = divide(out_inverse, q)
-    columns = m.reshape(-1, q).at[:, out_offset].get(mode="promise_in_bounds")
-    # With a row more: XLA does not compute a concatenation again for each row.
-    columns = jnp.concatenate([columns, jnp.zeros_like(columns[:1])])
+
+    def order_columns(m: jax.Array) -> jax.Array:
+        return m.at[:, out_offset].get(mode="promise_in_bounds")
+
+    columns = stored(order_columns, m.reshape(-1, q))  # not gathered again for each row
     block, offset = block_positions(in_inverse, op.in_features, q)
     group, out_group = op.in_group(block), op.out_group(out_block)
     # An offset of q or more is in no group, whatever row of M it leads to.
