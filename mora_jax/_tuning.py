@@ -41,6 +41,9 @@ class Tuning:
       tiled_memory: Whether arrays are stored as tiles of 8 rows and 128 features.
       slices_blocks: Whether block operators cut their blocks from x, and M is turned
         instead of each block of x. Otherwise x becomes an array of blocks.
+      batches_blocks: Whether the gradient of a block operator's M is one product with
+        an axis of blocks, and then turned. Otherwise each block of x is turned, and
+        blocks and rows are summed over alike.
       stores_folds: Whether a folded kernel becomes an array before it is multiplied.
         Otherwise each part of the product may form its own once more. A block
         operator's becomes one in any case, since it is changed in place.
@@ -57,6 +60,7 @@ class Tuning:
     folds_16_bits: bool
     tiled_memory: bool
     slices_blocks: bool
+    batches_blocks: bool
     stores_folds: bool
     transform_step: int
     matrix_from_rows: int
@@ -70,6 +74,7 @@ _CPU = Tuning(
     folds_16_bits=False,
     tiled_memory=False,
     slices_blocks=False,
+    batches_blocks=False,
     stores_folds=False,
     transform_step=48,
     matrix_from_rows=8,
@@ -85,6 +90,7 @@ _TPU = Tuning(
     folds_16_bits=True,
     tiled_memory=True,
     slices_blocks=True,
+    batches_blocks=False,
     stores_folds=True,
     transform_step=4096,
     matrix_from_rows=8,
@@ -98,6 +104,7 @@ _GPU = Tuning(
     folds_16_bits=True,
     tiled_memory=False,
     slices_blocks=False,
+    batches_blocks=True,
     stores_folds=False,
     transform_step=4096,
     matrix_from_rows=8,

@@ -12,7 +12,7 @@ from mora_jax._compute.forms import Compressed, compressed_rows
 from mora_jax._compute.matrix import turned_m
 from mora_jax._interception import last_with_first, matmul
 from mora_jax._linear_map import LinearMap
-from mora_jax._tiles import sum_tiles, tile_to
+from mora_jax._tiles import pad_to, sum_tiles, tile_to
 from mora_jax._tuning import (
     MAX_UNROLLED_SLICES,
     UNROLLED_PRODUCTS,
@@ -75,8 +75,12 @@ class SlicedProduct(ProductByM):
         return by_platform(_slices, sliced, general, (op, x), m)
 
     def backward(self, residuals: Any, cotangent: jax.Array) -> jax.Array:
-        sliced, general = self._m_gradient, functools.partial(ProductByM.backward, self)
-        return by_platform(_slices, sliced, general, residuals, cotangent)
+        general = functools.partial(ProductByM.backward, self)
+        op, _ = residuals
+        if op.num_feeding == op.num_groups:  # no group is a sum of blocks
+            batched = self._batched_m_gradient
+            general = functools.partial(by_platform, _batches, batched, general)
+        return by_platform(_slices, self._m_gradient, general, residuals, cotangent)
 
     def _sliced(self, residuals: Any, m: jax.Array) -> jax.Array:
         op, x = residuals
@@ -118,13 +122,37 @@ class SlicedProduct(ProductByM):
         products = jax.lax.fori_loop(
             0, op.num_feeding, put_product, products, unroll=UNROLLED_PRODUCTS
         )
-        m = jax.ShapeDtypeStruct(op.m_shape, wide)
-        (m,) = jax.linear_transpose(lambda m: turned_m(op, m), m)(products)
-        return m.astype(y.dtype)
+        return _turned_back(op, products).astype(y.dtype)
+
+    def _batched_m_gradient(self, residuals: Any, cotangent: jax.Array) -> jax.Array:
+        """One product with an axis of blocks, whose results are turned."""
+        op, x = residuals
+        q, n = op.square_rank, op.num_feeding
+        x, y = op.order_inputs(x), op.order_outputs(cotangent)
+        products = jax.lax.dot_general(
+            x[..., : n * q].reshape(-1, n, q),
+            sum_tiles(y, n * q).reshape(-1, n, q),
+            (((0,), (0,)), ((1,), (1,))),
+            precision=self.precision,
+            preferred_element_type=jnp.promote_types(y.dtype, jnp.float32),
+        )
+        products = pad_to(products, op.compressed_shape[0], axis=0)
+        return _turned_back(op, products).astype(y.dtype)
+
+
+def _turned_back(op: Any, products: jax.Array) -> jax.Array:
+    """The gradient of M by those of what each block multiplies, (n, q, q)."""
+    m = jax.ShapeDtypeStruct(op.m_shape, products.dtype)
+    (m,) = jax.linear_transpose(lambda m: turned_m(op, m), m)(products)
+    return m
 
 
 def _slices(tuning: Tuning) -> bool:
     return tuning.slices_blocks
+
+
+def _batches(tuning: Tuning) -> bool:
+    return tuning.batches_blocks
 
 
 def can_slice(op: Any) -> bool:
