@@ -38,6 +38,8 @@ class Tuning:
         which is as long as x, and multiplies every block with M, while the fold builds
         the kernel from one copy of M's rows. So it pays earlier.
       folds_16_bits: Whether kernels of 16 bits are folded, too, with a dither.
+      folds_gathered: Whether kernels are folded that are split over batches (FSDP), and
+        gathered before they are used.
       tiled_memory: Whether arrays are stored as tiles of 8 rows and 128 features.
       slices_blocks: Whether block operators cut their blocks from x, and M is turned
         instead of each block of x. Otherwise x becomes an array of blocks.
@@ -55,6 +57,7 @@ class Tuning:
     fold_cheap_from: float
     fold_blocks_from: float
     folds_16_bits: bool
+    folds_gathered: bool
     tiled_memory: bool
     slices_blocks: bool
     stores_folds: bool
@@ -68,6 +71,7 @@ _CPU = Tuning(
     fold_cheap_from=2.0,
     fold_blocks_from=0.6,
     folds_16_bits=False,
+    folds_gathered=False,
     tiled_memory=False,
     slices_blocks=False,
     stores_folds=False,
@@ -83,6 +87,7 @@ _TPU = Tuning(
     fold_cheap_from=math.inf,
     fold_blocks_from=0.6,
     folds_16_bits=True,
+    folds_gathered=True,
     tiled_memory=True,
     slices_blocks=True,
     stores_folds=True,
@@ -96,6 +101,7 @@ _GPU = Tuning(
     fold_cheap_from=0.6,
     fold_blocks_from=0.6,
     folds_16_bits=True,
+    folds_gathered=False,
     tiled_memory=False,
     slices_blocks=False,
     stores_folds=False,

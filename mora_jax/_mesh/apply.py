@@ -124,6 +124,32 @@ def kernel(
     )
 
 
+def folded(
+    add: Static,
+    op: Operator,
+    features: FeatureSharding,
+    m: jax.Array,
+    kernel: jax.Array,
+) -> jax.Array:
+    """A kernel with its delta, (in, out), split as the kernel is.
+
+    Each device adds its part of the delta to its part of the kernel. Where the kernel
+    is gathered before it is used, what is gathered is then the sum.
+
+    Args:
+      add: A function of (part, M) and a device's part of the kernel.
+      op: The operator.
+      features: Where the kernel's inputs and outputs are.
+      m: M, (q, q).
+      kernel: The kernel.
+    """
+    spec = PartitionSpec(features.in_axes or None, features.out_axes or None)
+    sums = ShardMappedMap(
+        features, add, kernel.shape, kernel.dtype, spec, spec, (REPLICATED,)
+    )
+    return sums.forward((op, m), kernel)  # which is not linear, so no transpose of it
+
+
 def lookup(
     rows: Static,
     op: Operator,
