@@ -263,7 +263,6 @@ class Program:
             else:
                 yield name, each
 
-
     def continues(self, instruction: Instruction) -> bool:
         """Whether a fusion carries on a collective that another one has started.
 

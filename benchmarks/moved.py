@@ -32,9 +32,7 @@ def bytes_moved(program: Program, step: Step) -> float:
     return read + _written(program, each, passed)
 
 
-def _written(
-    program: Program, each: Instruction, passed: Container[int] = ()
-) -> float:
+def _written(program: Program, each: Instruction, passed: Container[int] = ()) -> float:
     """The bytes that an instruction writes, those of a fused update alone.
 
     Args:

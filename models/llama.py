@@ -91,9 +91,7 @@ class Llama(nn.Module):
     dtype: Any = jnp.bfloat16
 
     @nn.compact
-    def __call__(
-        self, tokens: jax.Array, offset: jax.Array | None = None
-    ) -> jax.Array:
+    def __call__(self, tokens: jax.Array, offset: jax.Array | None = None) -> jax.Array:
         """The logits, in float32.
 
         Args:

@@ -3,8 +3,9 @@
 If inputs are split, a device has part of C(x), and the parts are summed: q numbers for
 each row. If outputs are split, the forward pass needs no communication and the backward
 pass one sum of (rows, q). For a block operator C(x) is as large as x, so the outputs
-are summed instead. The gradient of M is a sum of (q, q) over all axes that split
-anything.
+are summed instead; and so they are for every operator where the layer's own output is
+summed with them (see `fused`). The gradient of M is a sum of (q, q) over all axes that
+split anything.
 """
 
 import dataclasses
