@@ -14,7 +14,7 @@ from benchmarks.chip_meshes import TOPOLOGIES, MeshLlama
 from benchmarks.mesh_steps import make_step
 from benchmarks.traffic import collectives
 
-LLAMA = MeshLlama("real", layers=4)
+LLAMA = MeshLlama("8b", layers=2)
 DEVICES = topologies.devices(TOPOLOGIES["v5e"])
 
 
