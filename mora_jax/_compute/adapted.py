@@ -154,9 +154,7 @@ def adapted_product(
     else:  # a fold on some platforms, and one other way on the rest
         first, second = sorted(maps, key=lambda each: not isinstance(each, FoldedMap))
         # Without its path, so that layers of one shape are traced once.
-        wanted = static(
-            _should_fold, dataclasses.replace(spec, path=()), x.size, dtype
-        )
+        wanted = static(_should_fold, dataclasses.replace(spec, path=()), x.size, dtype)
         adapted = ByPlatform(wanted, first, second)
     return adapted((delta.operator, delta.m, kernel), x)
 
