@@ -6,13 +6,15 @@ the compiler's cycles, bytes at the bandwidth of the memory. Nothing is run on a
 First the same programs run on this CPU at small sizes, and must give what float64
 gives. You will see a table for each layer and model, with the time relative to the
 frozen layer or model, and temporary memory; then the seconds to compile a deeper model.
-A JSON file and a plot are written as well.
+Last come training steps on eight TPUs, with the bytes that a device receives. A JSON
+file and a plot are written as well.
 
 `make bench-chips` sets up what it needs. NVIDIA's compiler is installed by hand;
 without it the H100 is left out.
 
     python -m benchmarks.chips --quick
     python -m benchmarks.chips --chips v5e v6e --only llama
+    python -m benchmarks.chips --chips v5e v5p --only meshes
 """
 
 import argparse
@@ -31,7 +33,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from tqdm import tqdm
 
-from benchmarks import topologies
+from benchmarks import chip_meshes, topologies
 from benchmarks.chip_programs import FROZEN, Layer, Llama, Method, gradient, shifted
 from benchmarks.harness import Row, check_close, options, random_like, save, show
 from benchmarks.plots import figure
@@ -48,13 +50,13 @@ products are padded. They are no measurements: latency, slow relayouts and traff
 between chips take no time here. Compare programs on one chip; where a real chip can be
 had, its figure stands above these.
 """
-PARTS = "layers", "llama", "compiling"
+PARTS = "layers", "llama", "compiling", "meshes"
 SIZES = (4096, 4096), (4096, 14336), (14336, 4096), (4096, 1024)
 SMALL = {"width": 1024, "hidden": 2816, "heads": 16, "kv_heads": 4}
 TINY = {"width": 256, "hidden": 512, "heads": 4, "kv_heads": 2, "vocabulary": 1024}
 LLAMA_OPERATORS = "sharing", "rotation", "auto"
 
-Case = Layer | Llama
+Case = Layer | Llama | chip_meshes.MeshLlama
 
 
 def cases_of(args: argparse.Namespace) -> dict[str, list[Case]]:
@@ -66,14 +68,21 @@ def cases_of(args: argparse.Namespace) -> dict[str, list[Case]]:
             "layers": [Layer(512, 512, 2048)],
             "llama": [tiny],
             "compiling": [deep],
+            "meshes": [chip_meshes.MeshLlama("tiny", 2, tokens=128)],
         }
     else:
         layers = [Layer(*size, 8192) for size in SIZES]
         llamas = [Llama(4, 2048), Llama(4, 2048, rank=64), Llama(1, 512)]
         deep = [Llama(1, 512, layers=12, **SMALL)]
-        found = {"layers": layers, "llama": llamas, "compiling": deep}
+        meshes = [chip_meshes.MeshLlama("8b", n) for n in (2, 32)]
+        found = {"layers": layers, "llama": llamas, "compiling": deep, "meshes": meshes}
     return {
-        part: [dataclasses.replace(case, squares=args.squares) for case in found[part]]
+        part: [
+            case
+            if isinstance(case, chip_meshes.MeshLlama)
+            else dataclasses.replace(case, squares=args.squares)
+            for case in found[part]
+        ]
         for part in args.only
     }
 
@@ -138,6 +147,9 @@ def rows_of(
     part: str, case: Case, chip: str, where: Any, operators: Sequence[str]
 ) -> Iterator[Row]:
     """A row for each method."""
+    if isinstance(case, chip_meshes.MeshLlama):
+        yield from chip_meshes.rows_of(case, chip)
+        return
     base = None
     for method in case.methods(operators):
         program, seconds = compiled(method, where)
@@ -161,7 +173,9 @@ def rows_of(
 
 def report(rows: Sequence[Row]) -> None:
     """Print a table for each case, and what was not understood."""
-    by_case = itertools.groupby(rows, lambda row: (row["kind"], row["case"]))
+    meshes = [row for row in rows if row["kind"] == "meshes"]
+    alone = [row for row in rows if row["kind"] != "meshes"]
+    by_case = itertools.groupby(alone, lambda row: (row["kind"], row["case"]))
     for (part, case), group in by_case:
         cells: dict[str, Row] = {}
         chips: dict[str, str] = {}
@@ -173,6 +187,7 @@ def report(rows: Sequence[Row]) -> None:
         if part == "compiling":
             what = "seconds to trace and compile"
         show({"method": "{method}", **chips}, list(cells.values()), f"{case}: {what}")
+    chip_meshes.report(meshes)
     notes = {note: row for row in rows for note in row.get("notes", ())}
     print(
         f"\n{len(notes)} things in the programs were not understood." if notes else ""
@@ -255,12 +270,15 @@ def main() -> None:
             )
     if not places:
         raise SystemExit("no chip is left to compile for")
-    check(args.operators, args.squares)
+    if args.only != ["meshes"]:
+        check(args.operators, args.squares)
     rows: list[Row] = []
     for part, cases in cases_of(args).items():
         operators = args.operators if part == "layers" else LLAMA_OPERATORS
         total = 2 * (1 + len(operators)) if part == "layers" else 2 + len(operators)
         for case, (chip, where) in itertools.product(cases, places.items()):
+            if part == "meshes" and chip not in chip_meshes.TOPOLOGIES:
+                continue
             found = rows_of(part, case, chip, where, operators)
             rows += tqdm(found, f"{chip}: {case}", total)
     report(rows)

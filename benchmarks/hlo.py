@@ -21,6 +21,9 @@ FREE = {*VIEWS, "parameter", "constant", "iota", "after-all"}
 FREE |= {"partition-id", "replica-id", "async-update"}
 """Instructions that move nothing. (A chip has what it needs for an iota.)"""
 SLICES = ("slice", "dynamic-slice")
+COLLECTIVES = {"all-reduce", "all-gather", "reduce-scatter", "all-to-all"}
+COLLECTIVES |= {"collective-permute", "collective-broadcast", "ragged-all-to-all"}
+"""Instructions that send something to other devices."""
 UPDATE = "dynamic-update-slice"
 
 _HEAD = re.compile(r"(ENTRY )?%([\w.\-]+) \(.*\{\s*$")
@@ -100,6 +103,23 @@ class Instruction:
         """What the group of a regular expression finds in the text."""
         found = re.search(pattern, self.line)
         return found[1] if found else None
+
+    @property
+    def kind(self) -> str:
+        """What it does, whether or not other instructions run meanwhile."""
+        return self.opcode.removesuffix("-start")
+
+    @property
+    def target(self) -> str:
+        """The name of the function that a custom call calls, or ""."""
+        return self.setting(r'custom_call_target="([^"]*)"') or ""
+
+    @property
+    def aliases(self) -> dict[int, int]:
+        """{number of a result: number of the operand whose memory it takes}."""
+        pairs = self.setting(r"output_to_operand_aliasing=\{(.*?\))\}") or ""
+        found = re.findall(r"\{(\d*)\}: \((\d+), \{\}\)", pairs)
+        return {int(result or 0): int(operand) for result, operand in found}
 
     def called(self, word: str = "calls") -> str:
         """The name of a computation that it runs, or ""."""
@@ -242,6 +262,18 @@ class Program:
                 yield from self.inner(each)
             else:
                 yield name, each
+
+    def continues(self, instruction: Instruction) -> bool:
+        """Whether a fusion carries on a collective that another one has started.
+
+        On TPUs a collective may run beside several products. Each is fused with a copy
+        of it, and passes on the arrays of the collective.
+        """
+        inside = [each for _, each in self.inner(instruction)]
+        alone = any(i.target.startswith("AsyncCollective") for i in inside)
+        sends = any(i.kind in COLLECTIVES for i in inside)
+        computes = any(i.opcode in ("dot", "convolution") for i in inside)
+        return sends and computes and not alone
 
 
 def _branches(conditional: Instruction) -> list[str]:

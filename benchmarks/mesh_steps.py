@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -30,9 +30,13 @@ be told from that of the process."""
 METHODS = {
     **{name: f"MoRA, {name}" for name in OPERATORS},
     **{f"{name}-split": f"MoRA, {name}, M split" for name in OPERATORS},
+    "auto": "MoRA, auto",
     "lora": "LoRA",
     "full": "every parameter",
+    "frozen": "frozen",
 }
+"""The last one trains a vector that all embeddings add, so that its backward pass goes
+through all layers and to no kernel."""
 OPTIONS: Any = {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"}
 
 
@@ -77,18 +81,27 @@ class Step(NamedTuple):
     frozen: Any
     ids: Any
 
-    def compile(self) -> tuple[Any, float]:
-        """The program, and the seconds of all cores to trace and compile it."""
+    def compile(self, options: Mapping[str, Any] = OPTIONS) -> tuple[Any, float]:
+        """The program, and the seconds of all cores to trace and compile it.
+
+        Args:
+            options: Those of the compiler; by default for CPUs.
+        """
         start = time.process_time()
         kept = jax.tree.map(lambda s: s.sharding, (self.trained, self.state))
         step = jax.jit(self.run, donate_argnums=(0, 1), out_shardings=(*kept, None))
-        compiled = step.lower(*self[1:]).compile(compiler_options=OPTIONS)
+        compiled = step.lower(*self[1:]).compile(compiler_options=dict(options))
         return compiled, time.process_time() - start
 
 
-def make_step(case: Case) -> Step:
-    """The training step of a case; no array is computed."""
-    mesh = llama.make_mesh(*MESHES[case.devices])
+def make_step(case: Case, devices: Sequence[Any] | None = None) -> Step:
+    """The training step of a case; no array is computed.
+
+    Args:
+        case: The model, mesh and method.
+        devices: The devices of the mesh; by default those that JAX computes on.
+    """
+    mesh = llama.make_mesh(*MESHES[case.devices], devices)
     model = llama.Llama(case.shape, mesh)
     rows = NamedSharding(mesh, PartitionSpec(llama.BATCH_AXES))
     size = case.sequences or math.prod(MESHES[case.devices][:2]), case.tokens
@@ -99,6 +112,8 @@ def make_step(case: Case) -> Step:
     params = jax.tree.map(placed, nn.unbox(boxed), places)
     if case.method == "full":
         apply, trained = lambda p, _, ids: model.apply({"params": p}, ids), params
+    elif case.method == "frozen":
+        apply, trained = shifted(model), vector(params)
     elif case.method == "lora":
         apply, trained = adapted_by_hand(model, lora_by_hand), lora(params)
     else:
@@ -148,6 +163,22 @@ def mora(
 
     adapters = jax.eval_shape(lambda: mora_jax.init(plan))
     return apply, jax.tree.map(placed, adapters, places)
+
+
+def vector(params: Any) -> jax.ShapeDtypeStruct:
+    """The shape of a vector that all embeddings may add."""
+    table = params["embed_tokens"]
+    where = NamedSharding(table.sharding.mesh, PartitionSpec())
+    return jax.ShapeDtypeStruct(table.shape[1:], table.dtype, sharding=where)
+
+
+def shifted(model: llama.Llama) -> Callable[..., Any]:
+    """(vector, params, ids) -> logits of a model whose embeddings add the vector."""
+
+    def apply(vector: jax.Array, params: Any, ids: jax.Array) -> Any:
+        return model.apply({"params": params}, ids, vector)
+
+    return apply
 
 
 def lora(params: Any) -> Any:

@@ -1,6 +1,6 @@
 """The bytes of main memory that an instruction of a compiled program moves."""
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 
 from benchmarks.hlo import SLICES, UPDATE, Instruction, Program, Step, main_memory
 
@@ -9,7 +9,8 @@ def bytes_moved(program: Program, step: Step) -> float:
     """The bytes of main memory that one run of an instruction reads and writes.
 
     A fusion reads of an operand what it slices, if it does nothing else with it.
-    An update of a slice is done in place, if it is fused or in a loop.
+    An update of a slice is done in place, if it is fused or in a loop. A collective
+    that is carried on beside a product moves nothing there.
     """
     each, known = step.instruction, program.computations[step.computation]
     operands = [known[name] for name in each.operands if name in known]
@@ -22,16 +23,23 @@ def bytes_moved(program: Program, step: Step) -> float:
             result.bytes for result in each.arrays if operands[0].arrays[0].space == 0
         )
     fused, read = each.called(), 0.0
+    passed = each.aliases if program.continues(each) else {}
     for place, operand in enumerate(operands):
-        size = main_memory(operand.arrays)
+        size = 0 if place in passed.values() else main_memory(operand.arrays)
         if fused in program.computations and size:
             size = _read_of_parameter(program, fused, place, size)
         read += size
-    return read + _written(program, each)
+    return read + _written(program, each, passed)
 
 
-def _written(program: Program, each: Instruction) -> float:
-    """The bytes that an instruction writes, those of a fused update alone."""
+def _written(program: Program, each: Instruction, passed: Container[int] = ()) -> float:
+    """The bytes that an instruction writes, those of a fused update alone.
+
+    Args:
+        program: The program.
+        each: The instruction.
+        passed: The numbers of results that it does not write.
+    """
     inside = program.computations.get(each.called(), {})
     root = next((i for i in inside.values() if i.is_root), None)
     if root is None:
@@ -42,7 +50,9 @@ def _written(program: Program, each: Instruction) -> float:
     if len(parts) != len(each.arrays):
         return main_memory(each.arrays)
     total = 0.0
-    for part, result in zip(parts, each.arrays, strict=True):
+    for number, (part, result) in enumerate(zip(parts, each.arrays, strict=True)):
+        if number in passed:
+            continue
         while part.opcode == "bitcast":
             part = inside[part.operands[0]]
         if part.opcode == UPDATE and _exists(inside, part.operands[0]):

@@ -21,7 +21,14 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from benchmarks.hlo import Array, Instruction, Program, Step, main_memory
+from benchmarks.hlo import (
+    COLLECTIVES,
+    Array,
+    Instruction,
+    Program,
+    Step,
+    main_memory,
+)
 from benchmarks.moved import bytes_moved
 from benchmarks.traffic import group_size
 
@@ -52,8 +59,6 @@ CHIPS: Mapping[str, Chip] = {
 }
 """The chips, by name."""
 
-COLLECTIVES = {"all-reduce", "all-gather", "reduce-scatter", "all-to-all"}
-COLLECTIVES |= {"collective-permute", "collective-broadcast", "ragged-all-to-all"}
 COPIES = {
     "copy-start",
     "slice-start",
@@ -160,8 +165,7 @@ class _Reader:
     def cost(self, step: Step) -> Cost:
         """What all runs of an instruction cost."""
         each, times = step.instruction, step.times
-        kind = each.opcode.removesuffix("-start")
-        target = each.setting(r'custom_call_target="([^"]*)"')
+        kind, target = each.kind, each.target
         if target in PLAIN_CALLS:
             return Cost(each.name, each.opcode)
         if each.opcode in COPIES:
@@ -169,9 +173,11 @@ class _Reader:
         if kind in COLLECTIVES:
             return self._collective(step, each, kind)
         inside = [i for _, i in self.program.inner(each)]
-        sends = [i for i in inside if i.opcode.removesuffix("-start") in COLLECTIVES]
-        if sends:
-            return self._collective(step, sends[0], sends[0].opcode)
+        sends = [i for i in inside if i.kind in COLLECTIVES]
+        if any(i.target == "AsyncCollectiveDone" for i in inside):
+            return Cost(each.name, each.opcode)
+        if sends and not self.program.continues(each):
+            return self._collective(step, sends[0], sends[0].kind)
         if each.opcode == "async-start" or kind in PASSES:
             self._note(f"{each.name} ({kind}) is counted as one pass over memory")
         if each.opcode.endswith("-start") and each.opcode != "async-start":
@@ -213,9 +219,11 @@ class _Reader:
 
     def _collective(self, step: Step, each: Instruction, kind: str) -> Cost:
         """The bytes that a collective brings to each device, in rings."""
-        kind, arrays = kind.removesuffix("-start"), each.arrays
+        arrays = each.arrays
         if each.opcode.endswith("-start") and each is step.instruction:
             arrays = self._result(step)
+        if step.instruction.called().startswith("all-reduce-scatter"):
+            kind, arrays = "reduce-scatter", step.instruction.arrays
         size = sum(array.bytes for array in arrays)
         if kind not in ("collective-permute", "collective-broadcast"):
             try:
@@ -232,7 +240,7 @@ class _Reader:
         each = step.instruction
         inside = list(self.program.inner(each)) or [(step.computation, each)]
         products = [(c, i) for c, i in inside if i.opcode in ("dot", "convolution")]
-        target = each.setting(r'custom_call_target="([^"]*)"')
+        target = each.target
         if self.chip.clock:
             if "COST_MODEL_TYPE_CLASSIC" in each.line:
                 return _cycles(each) / self.chip.clock

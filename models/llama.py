@@ -6,6 +6,7 @@ the last two.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -63,13 +64,16 @@ SHAPES = {
 """The sizes of Llama 3, and a small one for tests."""
 
 
-def make_mesh(data: int, fsdp: int, model: int) -> Mesh:
-    """A mesh of data x fsdp x model devices."""
+def make_mesh(
+    data: int, fsdp: int, model: int, devices: Sequence[Any] | None = None
+) -> Mesh:
+    """A mesh of data x fsdp x model devices: the first of some, or of all."""
+    devices = jax.devices() if devices is None else devices
     return jax.make_mesh(
         (data, fsdp, model),
         ("data", "fsdp", "model"),
         axis_types=(jax.sharding.AxisType.Auto,) * 3,
-        devices=jax.devices()[: data * fsdp * model],
+        devices=devices[: data * fsdp * model],
     )
 
 
@@ -87,8 +91,13 @@ class Llama(nn.Module):
     dtype: Any = jnp.bfloat16
 
     @nn.compact
-    def __call__(self, tokens: jax.Array) -> jax.Array:
-        """The logits, in float32."""
+    def __call__(self, tokens: jax.Array, offset: jax.Array | None = None) -> jax.Array:
+        """The logits, in float32.
+
+        Args:
+          tokens: (batch, tokens).
+          offset: A vector that all embeddings add, (width,); None for none.
+        """
         size = self.shape
         table: Any = self.param(
             "embed_tokens",
@@ -98,7 +107,8 @@ class Llama(nn.Module):
             (size.vocabulary, size.width),
             self.dtype,
         )
-        x = lay_out(jnp.take(table, tokens, axis=0), self.mesh, "batch")
+        x = jnp.take(table, tokens, axis=0)
+        x = lay_out(x if offset is None else x + offset, self.mesh, "batch")
         layers = nn.scan(
             nn.remat(Layer, prevent_cse=False),
             variable_axes={"params": 0},

@@ -95,8 +95,8 @@ def plan_on_mesh(
 
     Results do not depend on this. Without it, XLA may insert further collectives for
     the adapters, of activations or kernels, where devices share features (tensor
-    parallelism) or kernels (FSDP). With it, an adapter adds a sum of (q, q) for M's
-    gradient and, except for block operators, sums of (rows, q).
+    parallelism) or kernels (FSDP). With it, the adapter of a dense layer adds a sum of
+    (q, q) for M's gradient, and nothing else.
 
     Args:
       plan: The plan of the adapters, as `plan`, `linen.plan` or `nnx.plan` makes it.

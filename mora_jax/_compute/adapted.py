@@ -78,7 +78,7 @@ def choose(
         return "activation"
     if _should_fold(spec, math.prod(x.shape), dtype, tuning or current_tuning()):
         return "fold"
-    if spec.layout is None or not spec.operator.block:
+    if spec.layout is None:
         return "activation"
     return "fused" if spec.layout.for_activations(axes, shape).splits else "activation"
 
@@ -91,8 +91,9 @@ def _should_fold(
     bits = jnp.finfo(dtype).bits
     if bits < 16 or (bits == 16 and not tuning.folds_16_bits):
         return False
-    if spec.layout is not None and spec.layout.gathers:
-        return False  # a fold in the backward pass would gather the kernel once more
+    gathers = spec.layout is not None and spec.layout.gathers
+    if gathers and not tuning.folds_gathered:
+        return False
     ins, outs = spec.in_features, spec.out_features
     fold_from = tuning.fold_from
     if spec.operator.block:
@@ -146,15 +147,14 @@ def adapted_product(
     kernel, ndim = jnp.asarray(kernel), len(product.axes)
     _check_kernel_shape(spec, kernel, ndim)
     delta = Delta.of(spec, m, ndim=ndim, precision=precision, x=x)
+    delta = dataclasses.replace(delta, in_parts=True)
     maps = [_MAPS[way].of(delta, x, kernel, product, multiply) for way in ways]
     if len(maps) == 1:
         adapted = maps[0]
     else:  # a fold on some platforms, and one other way on the rest
         first, second = sorted(maps, key=lambda each: not isinstance(each, FoldedMap))
         # Without its path, so that layers of one shape are traced once.
-        wanted = static(
-            _should_fold, dataclasses.replace(spec, path=()), x.size, dtype
-        )
+        wanted = static(_should_fold, dataclasses.replace(spec, path=()), x.size, dtype)
         adapted = ByPlatform(wanted, first, second)
     return adapted((delta.operator, delta.m, kernel), x)
 

@@ -22,6 +22,7 @@ from jaxtyping import PRNGKeyArray
 
 from mora_jax._axes import kernel_from_rows
 from mora_jax._compute.by_m import ProductByM, SlicedProduct, can_slice
+from mora_jax._compute.folded_part import add_part
 from mora_jax._compute.forms import Compressed, compressed_units
 from mora_jax._compute.matrix import add_matrix, delta_matrix
 from mora_jax._interception import undisturbed
@@ -60,6 +61,11 @@ def _matrix_here(residuals: Any, operand: jax.Array) -> jax.Array:
     return delta_matrix(part, operand)
 
 
+def _add_here(residuals: Any, operand: jax.Array) -> jax.Array:
+    part, m = residuals
+    return add_part(part, m, operand)
+
+
 def _units(dtype: DTypeLike, op: Any, indices: jax.Array) -> Compressed:
     return compressed_units(op, indices, dtype)
 
@@ -79,6 +85,9 @@ class Delta:
       axes: The kernel's axes, a letter each.
       precision: The precision of the products with M.
       layout: Where the kernel's features are on a mesh; None for one device.
+      in_parts: Whether devices that share features each compute a part of the product
+        with M, whichever the operator, instead of sharing C(x). M's gradient then needs
+        a sum of (q, q) and nothing else.
     """
 
     operator: Any
@@ -87,6 +96,7 @@ class Delta:
     axes: str
     precision: jax.lax.PrecisionLike = None
     layout: KernelLayout | None = None
+    in_parts: bool = False
 
     @classmethod
     def of(
@@ -122,7 +132,8 @@ class Delta:
     @property
     def settings(self) -> tuple[Any, ...]:
         """All of it except the arrays: `Delta(operator, m, *settings)` is the delta."""
-        return self.kernel_shape, self.axes, self.precision, self.layout
+        of_kernel = self.kernel_shape, self.axes
+        return *of_kernel, self.precision, self.layout, self.in_parts
 
     def rows(self, x: jax.Array) -> jax.Array:
         """(*stack, *batch, in_features) -> (*stack, *batch, out_features)."""
@@ -137,7 +148,7 @@ class Delta:
         if features is None:
             product = SlicedProduct(self.precision) if can_slice(op) else product
             return product((op, x), self.m)
-        if not op.block:
+        if not op.block and not self.in_parts:
             op = on_mesh.OperatorOnMesh(op, features)
             return product.forward((op, x), self.m)
         by_m, by_x = static(ProductByM.forward, product), static(_product_by_x, product)
@@ -184,6 +195,9 @@ class Delta:
         A kernel of 16 bits is rounded with a dither, as `merge` does.
         """
         split = self._features(KernelLayout.for_kernel)
+        if self.axes == "io" and split is not None:
+            add = static(_add_here)
+            return on_mesh.folded(add, self.operator, split, self.m, kernel)
         if self.axes.lstrip("s") != "io" or split is not None:
             return add_rounded(kernel, self.kernel(), self.axes, kernel.dtype, "dither")
         add = functools.partial(add_matrix, self.operator)

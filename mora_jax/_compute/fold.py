@@ -2,6 +2,12 @@ r"""A dense product with the delta in the kernel: x (W + alpha C M D).
 
 The kernel is folded again in the backward pass, so that no folded kernel is kept. The
 gradient of M is taken from x and y, so that no gradient of a kernel's shape is formed.
+
+On a mesh each device folds the part of the kernel that it holds. If the kernel is split
+over batches (FSDP), it is folded before it is gathered: each device does its share of
+the work, and the gather that the layer needs anyway brings the folded kernel. The layer
+alone would gather its kernel once for each pass, and so does the fold, whether or not
+layers are rematerialised.
 """
 
 import dataclasses
@@ -30,10 +36,19 @@ class FoldedMap(AdaptedMap):
         """W + alpha C M D, summed in float32 at least, rounded to W's dtype."""
         operator, m, kernel = residuals
         dtype = jnp.promote_types(jnp.result_type(m, kernel), jnp.float32)
-        m = _schedule_after(after, m).astype(dtype)
-        folded = Delta(operator, m, *self.by_m.settings).added_to(kernel)
-        if operator.block:
-            return folded
+        delta = Delta(operator, m.astype(dtype), *self.by_m.settings)
+        layout = delta.layout
+        if layout is not None and layout.gathers:
+            # The fold does not wait for `after`: it is the same in the rematerialised
+            # forward pass and in the backward pass, which can share it and its gather.
+            folded = delta.added_to(kernel)
+            gathered = layout.gathered_sharding(kernel.ndim)
+            folded = jax.lax.with_sharding_constraint(folded, gathered)
+        else:
+            m = _schedule_after(after, delta.m)
+            folded = dataclasses.replace(delta, m=m).added_to(kernel)
+            if operator.block:
+                return folded
         return by_platform(_stores, _barrier, _second, after, folded)
 
 

@@ -1,10 +1,11 @@
 """A dense product and its delta in one, where devices share the features.
 
 Where devices share the inputs, each has a part of the layer's output, and the parts are
-summed over the devices. A block operator's delta is such a sum as well, of an array as
-large. Here each device adds its parts of both before there is one sum, in the forward
-pass and for the input's gradient: the adapter causes no traffic but that of M's own
-gradient.
+summed over the devices. The delta is such a sum as well: of an array as large for a
+block operator, and of C(x) for others. Here each device adds its parts of both before
+there is one sum, in the forward pass and for the input's gradient: the adapter causes
+no traffic but that of M's own gradient. XLA would not join the sums: between that of
+the layer and that of the delta stands a sum of the two.
 """
 
 import dataclasses

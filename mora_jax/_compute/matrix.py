@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mora_jax._interception import matmul
-from mora_jax._mesh.parts import BasisPart, OperatorPart, PermutationPart
+from mora_jax._mesh.parts import BasisPart, OperatorPart, PermutationPart, SharingPart
 from mora_jax._rounding import add_rounded
 from mora_jax._squares import block_diagonal
 from mora_jax._tiles import stored, tile_to
@@ -171,6 +171,15 @@ def _(part: OperatorPart, m: jax.Array) -> jax.Array:
 @delta_matrix.register
 def _(part: BasisPart, m: jax.Array) -> jax.Array:
     return matmul(part.rows("in", m.dtype), part.decompress(block_diagonal(m)))
+
+
+@delta_matrix.register
+def _(part: SharingPart, m: jax.Array) -> jax.Array:
+    rows = part.decompress(block_diagonal(m))
+    vector = jax.ShapeDtypeStruct((part.in_features,), rows.dtype)
+    transpose = jax.linear_transpose(lambda x: part.compressed_rows(x)[0], vector)
+    (weight,) = jax.vmap(transpose, in_axes=-1, out_axes=-1)(rows)
+    return weight
 
 
 @delta_matrix.register

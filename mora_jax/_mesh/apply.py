@@ -3,8 +3,9 @@
 If inputs are split, a device has part of C(x), and the parts are summed: q numbers for
 each row. If outputs are split, the forward pass needs no communication and the backward
 pass one sum of (rows, q). For a block operator C(x) is as large as x, so the outputs
-are summed instead. The gradient of M is a sum of (q, q) over all axes that split
-anything.
+are summed instead; and so they are for every operator where the layer's own output is
+summed with them (see `fused`). The gradient of M is a sum of (q, q) over all axes that
+split anything.
 """
 
 import dataclasses
@@ -122,6 +123,32 @@ def kernel(
     return ShardMappedMap(features, matrix, m.shape, m.dtype, REPLICATED, spec)(
         (op,), m
     )
+
+
+def folded(
+    add: Static,
+    op: Operator,
+    features: FeatureSharding,
+    m: jax.Array,
+    kernel: jax.Array,
+) -> jax.Array:
+    """A kernel with its delta, (in, out), split as the kernel is.
+
+    Each device adds its part of the delta to its part of the kernel. Where the kernel
+    is gathered before it is used, what is gathered is then the sum.
+
+    Args:
+      add: A function of (part, M) and a device's part of the kernel.
+      op: The operator.
+      features: Where the kernel's inputs and outputs are.
+      m: M, (q, q).
+      kernel: The kernel.
+    """
+    spec = PartitionSpec(features.in_axes or None, features.out_axes or None)
+    sums = ShardMappedMap(
+        features, add, kernel.shape, kernel.dtype, spec, spec, (REPLICATED,)
+    )
+    return sums.forward((op, m), kernel)  # which is not linear, so no transpose of it
 
 
 def lookup(

@@ -85,6 +85,18 @@ class KernelLayout:
         """Whether the kernel is gathered before it is used."""
         return any(axis in self.batch_axes for axes in self.mesh_axes for axis in axes)
 
+    def gathered_sharding(self, ndim: int) -> NamedSharding:
+        """Where a kernel is while it is used.
+
+        Args:
+          ndim: How many of the kernel's axes the layer sees, the last ones.
+        """
+        kept = (
+            tuple(axis for axis in axes if axis not in self.batch_axes)
+            for axes in reversed(self.mesh_axes[:ndim])
+        )
+        return NamedSharding(self.mesh, PartitionSpec(*(axes or None for axes in kept)))
+
     def for_activations(self, axes: str, shape: Shape) -> FeatureSharding:
         """How inputs and outputs are split, by the features of a kernel.
 

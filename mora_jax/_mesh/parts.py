@@ -18,9 +18,17 @@ import jax.numpy as jnp
 
 from mora_jax._interception import matmul
 from mora_jax._squares import times_squares_in_runs
-from mora_jax._tiles import tile_to
+from mora_jax._tiles import sum_tiles, tile_to
 from mora_jax._types import Shape
-from mora_jax.operators import Decoupling, Hadamard, Operator, Orthogonal, Permutation
+from mora_jax.operators import (
+    Decoupling,
+    Hadamard,
+    Operator,
+    Orthogonal,
+    Permutation,
+    Sharing,
+    SignedSharing,
+)
 from mora_jax.operators._base import Side
 from mora_jax.operators._blocks import num_blocks
 
@@ -113,6 +121,25 @@ class PaddedPart(OperatorPart):
     def decompress(self, h: jax.Array) -> jax.Array:
         """D for the outputs that are here: (..., q) -> (..., out_features)."""
         return self.take_outputs(self.operator._decompress(h))
+
+
+class SharingPart(PaddedPart):
+    """The part of sharing.
+
+    A device that has each group equally often sums and repeats its own features alone.
+    """
+
+    def compressed_rows(self, x: jax.Array) -> tuple[Any, ...]:
+        op = self.operator
+        if op.compress_groups != "strided" or self.in_features % op.width:
+            return super().compressed_rows(x)
+        return sum_tiles(x, op.width) * op._scale("in", x.dtype), self.decompress
+
+    def decompress(self, h: jax.Array) -> jax.Array:
+        op = self.operator
+        if op.decompress_groups != "strided" or self.out_features % op.width:
+            return super().decompress(h)
+        return tile_to(h * op._scale("out", h.dtype), self.out_features)
 
 
 class BasisPart(OperatorPart):
@@ -237,6 +264,8 @@ part_of.register(Orthogonal, BasisPart)
 part_of.register(Hadamard, BasisPart)
 part_of.register(Decoupling, BlockPart)
 part_of.register(Permutation, PermutationPart)
+part_of.register(Sharing, SharingPart)
+part_of.register(SignedSharing, PaddedPart)
 
 
 def _max_blocks_touched(size: int, q: int) -> int:

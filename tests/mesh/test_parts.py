@@ -9,7 +9,10 @@ from cases import by_few_cases
 from helpers import close, random
 
 from mora_jax._compute.delta import Delta
+from mora_jax._compute.folded_part import add_part
+from mora_jax._compute.matrix import add_matrix
 from mora_jax._mesh.parts import part_of
+from mora_jax._tuning import as_if_on
 
 SIZES = [
     # Blocks on two devices; the first features complete the last.
@@ -51,3 +54,38 @@ def test_parts_make_the_whole(case, size):
     product, delta, whole = parts(op, m, x)
     close(product, whole[0], 1e-5 * np.sqrt(ins))
     close(delta, whole[1])
+
+
+FOLDS = [
+    slow((24, 36, 10, 4, 4)),
+    (32, 16, 4, 4, 2),  # whole blocks, of which the inputs have more
+    slow((16, 48, 4, 2, 4)),  # of which the outputs have more
+    (32, 32, 8, 8, 2),  # each device has half a block of inputs
+    slow((16, 64, 16, 2, 8)),  # half a block of inputs and of outputs
+]
+
+
+@pytest.mark.parametrize("size", FOLDS, ids=str)
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+@by_few_cases
+def test_parts_of_a_fold_make_the_whole(case, platform, size):
+    """Bit for bit in bfloat16, whose dither is that of the whole kernel."""
+    ins, outs, q, in_parts, out_parts = size
+    op, here, there = case.make(ins, outs, q), ins // in_parts, outs // out_parts
+    m, kernel = random(0, *op.m_shape), random(1, ins, outs)
+
+    def folds(op, m, kernel):
+        rows = []
+        for k, part in enumerate(jnp.split(kernel, in_parts)):
+            rows.append([])
+            for n, block in enumerate(jnp.split(part, out_parts, axis=1)):
+                starts = jnp.int32(k * here), jnp.int32(n * there)
+                rows[-1].append(add_part(part_of(op, *starts, here, there), m, block))
+        return jnp.block(rows), add_matrix(op, m, kernel)
+
+    with as_if_on(platform):
+        close(*jax.jit(folds)(op, m, kernel))
+        if op.block:
+            got, expected = jax.jit(folds)(op, m, kernel.astype(jnp.bfloat16))
+            assert got.dtype == jnp.bfloat16
+            np.testing.assert_array_equal(got, expected)

@@ -27,6 +27,7 @@ from meshes import (
 
 import mora_jax
 from mora_jax import FrozenDense, MoRAConfig, mora_apply, sharding
+from mora_jax._tuning import as_if_on
 from mora_jax.operators import OPERATORS, Truncation
 
 MESH = make_mesh(data=2, fsdp=2, model=2)
@@ -133,6 +134,13 @@ DEFAULT = {
     *itertools.product(["rotation"], ("fsdp-rows", "both"), ["fold"]),
 }
 """Each operator where inputs are split and where outputs are, and a fold."""
+GATHERED = {
+    "fsdp": ("all-gather", (32, 48)),
+    "fsdp-columns": ("all-gather", (32, 24)),
+    "fsdp-rows": ("all-gather", (16, 48)),
+}
+"""What a device has of a kernel while it is used. XLA may gather it part by part, or
+gather the inputs, but not if it is folded."""
 LAYERS = [
     one if one in DEFAULT else slow(*one)
     for one in itertools.product(LABELLED, SPLITS, ("activation", "fold"))
@@ -141,21 +149,16 @@ LAYERS = [
 
 @pytest.mark.parametrize(("label", "split", "execution"), LAYERS)
 def test_a_layer_is_as_on_one_device_without_hidden_traffic(label, split, execution):
-    """M's gradient is added up, and C(x) where features are split; all else stays.
-
-    Block operators add up nothing but that gradient. Folds gather a kernel once more.
-    """
+    """M's gradient is added up; all else stays. Folds may gather a kernel once more."""
     case, base = LABELLED[label], base_collectives(split)
     found = check_layer(case, split, execution=execution)
-    # What the base does stays, though an adapted layer may gather a kernel but once.
-    assert set(base) <= set(found)
-    op, rows = case.make(32, 48, 12), 4 if split == "both" else 2  # of one device
+    op = case.make(32, 48, 12)
     by_m = {("all-reduce", op.m_shape), ("all-reduce", op.m_shape[-2:])}
     allowed = set(by_m)
-    if split != "fsdp" and not op.block:
-        allowed.add(("all-reduce", (rows, 3, op.width)))
-    if execution == "fold" and split.startswith("fsdp"):
-        allowed |= set(base)
+    if execution == "fold" and split in GATHERED:
+        allowed |= {*base, GATHERED[split]}
+    else:  # what the base does stays, though a kernel may be gathered but once
+        assert set(base) <= set(found)
     extra = found - base
     assert set(extra) <= allowed
     # Several squares may be added up one by one, and once more those of blocks that
@@ -177,6 +180,19 @@ def test_whole_blocks(label, split, execution):
     for dropout in (0.0, 1e-12):
         settings = dict(execution=execution, q=8, dropout=dropout)
         check_layer(LABELLED[label], split, **settings)
+
+
+@pytest.mark.parametrize(
+    "label", ["rotation", "sharing-strided-strided-normalised", slow("orthogonal")]
+)
+@pytest.mark.parametrize("split", ["fsdp-rows", slow("fsdp-columns"), slow("fsdp")])
+def test_folds_of_a_tpu(label, split):
+    """Each device folds its part of the kernel, and no whole kernel is ever folded."""
+    with as_if_on("tpu"):
+        extra = check_layer(LABELLED[label], split, execution="fold", q=8)
+        extra -= base_collectives(split)
+    allowed = {("all-reduce", (8, 8)), GATHERED[split]}
+    assert set(extra) <= {*allowed, *base_collectives(split)}
 
 
 @pytest.mark.parametrize("label", [slow("rotation"), "sharing-contiguous-strided"])

@@ -197,6 +197,55 @@ def test_collectives_tell_what_they_bring(lines, expected):
     assert found.seconds == 0 and not found.notes
 
 
+def carried(target="", product=""):
+    """A computation of a TPU's fusion with (a part of) an all-gather."""
+    result = "custom-call(%g), custom_call_target=" + f'"{target}"'
+    result = result if target else "tuple(%y, %x, %g)"
+    return f"""
+%fused{target} (x: f32[250], w: f32[250]) -> f32[1000] {{
+  %x = f32[250]{{0}} parameter(0)
+  %w = f32[250]{{0}} parameter(1)
+  %o = f32[1000]{{0}} parameter(2)
+  %g = f32[1000]{{0}} all-gather(%x), {GROUPS}
+  {product}
+  ROOT %r = f32[1000]{{0}} {result}
+}}
+"""
+
+
+def test_a_collective_beside_products_is_counted_once():
+    """A TPU fuses it with each of them; they take their own time, and move their own
+    arrays.
+    """
+    parts = [carried("AsyncCollectiveStart"), carried("AsyncCollectiveDone")]
+    parts += [carried(product="%y = f32[250]{0} convolution(%w, %w)")]
+    start = "(f32[250]{0}, f32[1000]{0}) fusion(%x, %w), calls=%fusedAsync"
+    both = "(f32[250]{0}, f32[250]{0}, f32[1000]{0}) fusion(%x, %w, %o), calls=%fused, "
+    both += "output_to_operand_aliasing={{1}: (0, {}), {2}: (2, {})}, "
+    both += CYCLES + 'CLASSIC"}'
+    lines = [f"%s = {start}CollectiveStart", "%o = f32[1000]{0} bitcast(%s)"]
+    lines += [f"%p{k} = {both}" for k in range(2)]
+    lines += ["%d = f32[1000]{0} fusion(%x, %w), calls=%fusedAsyncCollectiveDone"]
+    found = roofline.read(program(*lines, others="".join(parts)), CHIP)
+    assert found.received == {"all-gather": 3 * KB} and not found.notes
+    assert found.seconds == pytest.approx(2 * 5e-6)
+    assert found.moved == 2 * 2 * KB  # %w and %y
+
+
+def test_a_sum_that_is_fused_with_its_cut_is_a_reduce_scatter():
+    others = f"""
+%all-reduce-scatter.1 (x: f32[1000]) -> f32[250] {{
+  %a = f32[1000]{{0}} parameter(0)
+  %zero = s32[] constant(0)
+  %s = f32[1000]{{0}} all-reduce(%a), {GROUPS}
+  ROOT %r = f32[250]{{0}} dynamic-slice(%s, %zero), dynamic_slice_sizes={{250}}
+}}
+"""
+    line = "%y = f32[250]{0} fusion(%x), kind=kCustom, calls=%all-reduce-scatter.1"
+    found = roofline.read(program(line, others=others), CHIP)
+    assert found.received == {"reduce-scatter": 3 * KB}
+
+
 def test_what_is_not_understood_is_named_or_refused():
     def notes(line):
         return roofline.read(program(line), GPU).notes
