@@ -67,7 +67,14 @@ class SlicedProduct(ProductByM):
     Block k of x is turned, and multiplied with M. M may be turned instead: n small
     matrices, for which x stays as it is. Where slices cost nothing, neither x nor its
     gradient are then written again as arrays of blocks.
+
+    Attributes:
+      row_shards: How many devices share the rows of x, the first axis of which they
+        split; 1 if that is not known. The products of blocks are kept apart by these
+        shards until they are turned: so one (q, q) is summed over devices, and not n.
     """
+
+    row_shards: int = 1
 
     def forward(self, residuals: Any, operand: jax.Array) -> jax.Array:
         (op, x), m = residuals, operand
@@ -100,25 +107,26 @@ class SlicedProduct(ProductByM):
         op, x = residuals
         n, q, groups = op.compressed_shape[0], op.square_rank, op.num_groups
         x, y = op.order_inputs(x), op.order_outputs(cotangent)
-        x, y = x.reshape(-1, n * q), sum_tiles(y, groups * q).reshape(-1, groups * q)
+        y = sum_tiles(y, groups * q)
+        x, y = (a.reshape(self.row_shards, -1, a.shape[-1]) for a in (x, y))
         wide = jnp.promote_types(y.dtype, jnp.float32)
 
         def put_product(k: jax.Array, products: jax.Array) -> jax.Array:
             # Unsigned, or XLA would not see that the slices are whole tiles.
             k = k.astype(jnp.uint32)
-            h = jax.lax.dynamic_slice_in_dim(x, k * q, q, axis=1)
-            back = jax.lax.dynamic_slice_in_dim(y, k % groups * q, q, axis=1)
+            h = jax.lax.dynamic_slice_in_dim(x, k * q, q, axis=2)
+            back = jax.lax.dynamic_slice_in_dim(y, k % groups * q, q, axis=2)
             gradient = jax.lax.dot_general(
                 h,
                 back,
-                (((0,), (0,)), ((), ())),
+                (((1,), (1,)), ((0,), (0,))),
                 precision=self.precision,
                 preferred_element_type=wide,
             )
             return jax.lax.dynamic_update_index_in_dim(products, gradient, k, axis=0)
 
         # A loop, since XLA takes as long for n products as for n layers.
-        products = jnp.zeros((n, q, q), wide)
+        products = jnp.zeros((n, self.row_shards, q, q), wide)
         products = jax.lax.fori_loop(
             0, op.num_feeding, put_product, products, unroll=UNROLLED_PRODUCTS
         )
@@ -130,9 +138,9 @@ class SlicedProduct(ProductByM):
         q, n = op.square_rank, op.num_feeding
         x, y = op.order_inputs(x), op.order_outputs(cotangent)
         products = jax.lax.dot_general(
-            x[..., : n * q].reshape(-1, n, q),
-            sum_tiles(y, n * q).reshape(-1, n, q),
-            (((0,), (0,)), ((1,), (1,))),
+            x[..., : n * q].reshape(self.row_shards, -1, n, q),
+            sum_tiles(y, n * q).reshape(self.row_shards, -1, n, q),
+            (((1,), (1,)), ((2, 0), (2, 0))),
             precision=self.precision,
             preferred_element_type=jnp.promote_types(y.dtype, jnp.float32),
         )
@@ -141,10 +149,10 @@ class SlicedProduct(ProductByM):
 
 
 def _turned_back(op: Any, products: jax.Array) -> jax.Array:
-    """The gradient of M by those of what each block multiplies, (n, q, q)."""
+    """The gradient of M by those of what each block multiplies, (n, shards, q, q)."""
     m = jax.ShapeDtypeStruct(op.m_shape, products.dtype)
-    (m,) = jax.linear_transpose(lambda m: turned_m(op, m), m)(products)
-    return m
+    turn_back = jax.linear_transpose(lambda m: turned_m(op, m), m)
+    return jax.vmap(turn_back, in_axes=1)(products)[0].sum(0)
 
 
 def _slices(tuning: Tuning) -> bool:

@@ -34,6 +34,7 @@ from mora_jax._mesh.layout import (
     explicit_layout,
     explicit_sharding,
     gather_m,
+    row_shards,
     with_auto_axes,
 )
 from mora_jax._mesh.parts import OperatorPart
@@ -146,7 +147,9 @@ class Delta:
         if features is None and not op.block:
             return _compiled_product(product, (op, x), self.m)
         if features is None:
-            product = SlicedProduct(self.precision) if can_slice(op) else product
+            if can_slice(op):
+                shards = row_shards(self.layout, x)
+                product = SlicedProduct(self.precision, row_shards=shards)
             return product((op, x), self.m)
         if not op.block and not self.in_parts:
             op = on_mesh.OperatorOnMesh(op, features)

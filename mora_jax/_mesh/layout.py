@@ -141,6 +141,23 @@ class KernelLayout:
         return () if any(inner) else first
 
 
+def row_shards(layout: KernelLayout | None, x: jax.Array) -> int:
+    """Into how many shards devices may split the first axis of a layer's input.
+
+    Args:
+      layout: Where the kernel's features are; None if nobody has said.
+      x: The layer's input.
+
+    Returns:
+      A number that divides the axis; 1 if x is on one device, or one vector.
+    """
+    mesh = _mesh_of(x) if layout is None else layout.mesh
+    if mesh is None or x.ndim < 2:
+        return 1
+    axes = mesh.axis_names if layout is None else layout.batch_axes
+    return math.gcd(x.shape[0], math.prod(mesh.shape[axis] for axis in axes))
+
+
 # --- M, which each device needs whole ---
 
 

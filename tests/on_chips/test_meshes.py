@@ -4,15 +4,22 @@ Layers are scanned and rematerialised, and their kernels split by FSDP and by te
 parallelism.
 """
 
+import dataclasses
 import functools
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
+import mora_jax
 from benchmarks import roofline, topologies
 from benchmarks.chip_meshes import TOPOLOGIES, MeshLlama
 from benchmarks.mesh_steps import make_step
 from benchmarks.traffic import collectives
+from mora_jax import FrozenDense, MoRAConfig, mora_apply, sharding
 
 LLAMA = MeshLlama("8b", layers=2)
 DEVICES = topologies.devices(TOPOLOGIES["v5e"])
@@ -57,3 +64,38 @@ def test_mora_costs_less_than_lora():
     costs = {name: compiled(name)[2] for name in ("lora", "rotation", "sharing")}
     for operator in ("rotation", "sharing"):
         assert costs[operator].seconds <= 0.96 * costs["lora"].seconds
+
+
+@pytest.mark.parametrize("planned", [True, False])
+@pytest.mark.parametrize("operator", ["sharing", "rotation", "permutation"])
+def test_rows_alone_are_split(operator, planned):
+    """Whether or not the plan knows of the mesh, one sum of M's gradient is sent."""
+    mesh = Mesh(np.array(topologies.devices("v5e:2x2")), ("data",))
+    here = {name: NamedSharding(mesh, P(*name)) for name in ((), ("data",))}
+    whole, rows = here.values()
+    kernel = jax.ShapeDtypeStruct((1024, 2048), jnp.bfloat16, sharding=whole)
+    config = MoRAConfig(operator=operator)
+    plan = mora_jax.plan({"kernel": kernel}, config)
+    if planned:
+        plan = sharding.plan_on_mesh(plan, {"kernel": kernel}, batch_axes="data")
+    (spec,) = plan.specs
+    layer = FrozenDense(None, None, spec.operator, layout=spec.layout)
+
+    def loss(m, kernel, x):
+        adapted = dataclasses.replace(layer, kernel=kernel)
+        y = mora_apply({"kernel_mora": m}, adapted, x).astype(jnp.float32)
+        return jnp.square(y).sum()
+
+    args = (
+        jax.ShapeDtypeStruct(spec.shape, jnp.float32, sharding=whole),
+        kernel,
+        jax.ShapeDtypeStruct((8, 2048, 1024), jnp.bfloat16, sharding=rows),
+    )
+    step = jax.jit(
+        jax.value_and_grad(loss, (0, 2)), out_shardings=(whole, (whole, rows))
+    )
+    program = step.lower(*args).compile()
+    cost = roofline.measure(program, "v5e")
+    assert not cost.notes
+    m = 4 * spec.parameters  # bytes
+    assert m / 2 < sum(cost.received.values()) < 2.1 * m
