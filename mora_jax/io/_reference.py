@@ -45,8 +45,9 @@ def reference_operator(
     Example::
 
       >>> import mora_jax
-      >>> mora_jax.io.reference_operator(6, 64, 64, 4)
-      Rotation(in_features=64, out_features=64, square_rank=22, truncate=True)
+      >>> operator = mora_jax.io.reference_operator(6, 64, 64, 4)
+      >>> operator.name, operator.square_rank, operator.truncate
+      ('rotation', 22, True)
     """
     positive_integer("rank", rank)
     positive_integer("in_features", in_features)
