@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from adapter_files import slow
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -35,7 +36,7 @@ def compiled(method):
     return step, set(collectives(program.as_text())), cost
 
 
-@pytest.mark.parametrize("operator", ["sharing", "rotation", "orthogonal"])
+@pytest.mark.parametrize("operator", ["sharing", "rotation", slow("orthogonal")])
 def test_a_step_sends_the_gradient_of_m_and_nothing_else(operator):
     """Kernels are gathered as often as XLA gathers those of the frozen model.
 
@@ -51,7 +52,7 @@ def test_a_step_sends_the_gradient_of_m_and_nothing_else(operator):
     assert sum(cost.received.values()) <= 1.05 * sum(base.received.values()) + of_m
 
 
-@pytest.mark.parametrize("operator", ["sharing", "rotation", "orthogonal"])
+@pytest.mark.parametrize("operator", ["sharing", "rotation", slow("orthogonal")])
 def test_a_step_needs_little_memory(operator):
     """No folded or gathered kernel is kept, and no C(x) of all rows."""
     _, _, base = compiled("frozen")

@@ -20,8 +20,11 @@ CASES = [
     for execution in ("activation", "fold")
     for count in (1, 4)
 ]
-SEVERAL = ("sharing", "activation"), ("rotation", "activation"), ("rotation", "fold")
-CASES += [(*way, count, 2) for way in SEVERAL for count in (1, 4)]
+CASES += [
+    ("sharing", "activation", 4, 2),
+    ("rotation", "activation", 1, 2),
+    ("rotation", "fold", 1, 2),
+]
 """Operators, ways, numbers of devices and of squares."""
 COPIES = {"permutation": 7, "signed_sharing": 5}
 """How many arrays of (rows, hidden features) an operator may need for a moment, besides
