@@ -98,6 +98,14 @@ def test_laws(case, size):
     check_laws(case, case.make(ins, outs, fit(case, ins, outs, q)))
 
 
+@by_kind
+def test_laws_with_many_squares(case):
+    """More of them than are multiplied as one matrix."""
+    op = dataclasses.replace(case, squares=7).make(16, 24, 2)
+    assert op.squares == 7
+    check_laws(case, op)
+
+
 any_size = given(
     ins=st.integers(2, 40),
     outs=st.integers(2, 40),
