@@ -83,16 +83,14 @@ _SEVERAL = {
     "orthogonal": 2,
     "hadamard": 3,
 }
-CASES = [
-    *ONE_SQUARE,
-    *(
-        dataclasses.replace(
-            case, label=f"{case.label}-squares", squares=_SEVERAL[case.label]
-        )
-        for case in ONE_SQUARE
-        if case.label in _SEVERAL
-    ),
+SQUARES = [
+    dataclasses.replace(
+        case, label=f"{case.label}-squares", squares=_SEVERAL[case.label]
+    )
+    for case in ONE_SQUARE
+    if case.label in _SEVERAL
 ]
+CASES = [*ONE_SQUARE, *SQUARES]
 
 SIZES = [
     (16, 16, 4),
@@ -151,7 +149,15 @@ def _label(case: Case) -> str:
     return case.label
 
 
-by_case = pytest.mark.parametrize("case", CASES, ids=_label)
+# Every kind of operator, and of several squares a few.
+by_case = pytest.mark.parametrize(
+    "case",
+    [
+        *ONE_SQUARE,
+        *(pytest.param(case, marks=_slow(_is_of_few(case))) for case in SQUARES),
+    ],
+    ids=_label,
+)
 by_size = pytest.mark.parametrize("size", SIZES, ids=str)
 by_few_cases = pytest.mark.parametrize("case", FEW_CASES, ids=_label)
 by_kind = pytest.mark.parametrize("case", KINDS, ids=_label)

@@ -52,7 +52,9 @@ def arithmetic(op):
     if op.name == "hadamard":  # a width of 2^a b takes a additions, b products
         for width in (op.in_features, op.out_features):
             power = width & -width
-            around += 2 * width * (power.bit_length() - 1 + width // power)
+            steps = power.bit_length() - 1 + width // power
+            # Several squares are still few enough for C as a matrix to be faster.
+            around += 2 * width * (steps if op.squares == 1 else max(steps, op.width))
     return 2 * dense + around
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import oracle
 import pytest
 from adapter_files import slow
-from cases import CASES, by_kind
+from cases import by_case, by_kind
 from helpers import close, random
 from jax.test_util import check_grads
 
@@ -43,7 +43,7 @@ def loss(m, kernel, x, frozen):
     return jnp.sum(jnp.sin(apply(m, dataclasses.replace(frozen, kernel=kernel), x)))
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.label)
+@by_case
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("sizes", [SIZES, slow(MORE)], ids=["some", "more"])
 def test_the_output_and_all_derivatives(platform, case, way, sizes, float64):

@@ -141,9 +141,13 @@ GATHERED = {
 }
 """What a device has of a kernel while it is used. XLA may gather it part by part, or
 gather the inputs, but not if it is folded."""
+ON_MESHES = [
+    *(label for label, case in LABELLED.items() if case.squares == 1),
+    *(f"{label}-squares" for label in (*BOTH_KINDS, "decoupling", "hadamard")),
+]
 LAYERS = [
     one if one in DEFAULT else slow(*one)
-    for one in itertools.product(LABELLED, SPLITS, ("activation", "fold"))
+    for one in itertools.product(ON_MESHES, SPLITS, ("activation", "fold"))
 ]
 
 

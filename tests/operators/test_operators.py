@@ -9,7 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from cases import by_case, by_few_cases, by_few_sizes, by_kind
+from cases import (
+    ONE_SQUARE,
+    SQUARES,
+    by_case,
+    by_few_cases,
+    by_few_sizes,
+    by_kind,
+)
 from helpers import close, random
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -123,10 +130,18 @@ def test_laws_at_any_size(case, ins, outs, q, seed):
 
 
 @pytest.mark.slow
-@by_case
+@pytest.mark.parametrize("case", ONE_SQUARE, ids=lambda case: case.label)
 @settings(max_examples=20, deadline=None)
 @any_size
 def test_laws_at_very_many_sizes(case, ins, outs, q, seed):
+    check_laws(case, case.make(ins, outs, fit(case, ins, outs, q), seed))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", SQUARES, ids=lambda case: case.label)
+@settings(max_examples=4, deadline=None)
+@any_size
+def test_laws_of_squares_at_many_sizes(case, ins, outs, q, seed):
     check_laws(case, case.make(ins, outs, fit(case, ins, outs, q), seed))
 
 
