@@ -64,8 +64,12 @@ class _Tile(LinearMap):
         return by_platform(_is_tiled, self._broadcast, self._tiled, operand)
 
     def _tiled(self, operand: jax.Array) -> jax.Array:
-        repeats = [1] * (operand.ndim - 1) + [-(-self.features // self.width)]
-        return jnp.tile(operand, repeats)[..., : self.features]
+        *batch, width = operand.shape
+        n = -(-self.features // width)
+        # Not by `jnp.tile`, some of whose steps older versions of JAX cannot type
+        # where sharding is explicit.
+        y = jnp.broadcast_to(operand[..., None, :], (*batch, n, width))
+        return y.reshape(*batch, n * width)[..., : self.features]
 
     def _broadcast(self, operand: jax.Array) -> jax.Array:
         """One broadcast, in the order in which a TPU stores an array.
