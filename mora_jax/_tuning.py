@@ -152,7 +152,7 @@ It computes K times what is needed, which is little: what is needed is 0.6% of a
 of 4096 x 4096 at rank 8. In separate products C(x), and what is made of it, was
 rearranged first: on a TPU v5e a layer of 4096 x 14336 with two squares cost 1.11 of the
 frozen one as one matrix, 1.12 in a product with a batch axis, and 1.19 in two products
-(`make bench-chips`, with `squares="auto"` in `Layer.frozen`).
+(`make bench-chips ARGS="--only layers --operators sharing --squares auto"`).
 """
 
 _as_if_on: str | None = None
