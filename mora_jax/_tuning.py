@@ -46,6 +46,8 @@ class Tuning:
       batches_blocks: Whether the gradient of a block operator's M is one product with
         an axis of blocks, and then turned. Otherwise each block of x is turned, and
         blocks and rows are summed over alike.
+      orders_by_products: Whether a delta whose features are in another order is made by
+        products with unit vectors. Otherwise its rows and columns are gathered.
       stores_folds: Whether a folded kernel becomes an array before it is multiplied.
         Otherwise each part of the product may form its own once more. A block
         operator's becomes one in any case, since it is changed in place.
@@ -64,6 +66,7 @@ class Tuning:
     tiled_memory: bool
     slices_blocks: bool
     batches_blocks: bool
+    orders_by_products: bool
     stores_folds: bool
     transform_step: int
     matrix_from_rows: int
@@ -79,6 +82,7 @@ _CPU = Tuning(
     tiled_memory=False,
     slices_blocks=False,
     batches_blocks=False,
+    orders_by_products=False,
     stores_folds=False,
     transform_step=48,
     matrix_from_rows=8,
@@ -92,7 +96,7 @@ _CPU = Tuning(
 # device receives 13.6 to 13.7 GB fused, 14.2 to 14.6 folded, and 14.1 frozen. So a fold
 # of sharing saves about the time that 1 GB more takes, and the other two far more.
 _TPU = Tuning(
-    fold_from=4.0,
+    fold_from=2.0,
     fold_cheap_from=math.inf,
     fold_blocks_from=0.6,
     folds_16_bits=True,
@@ -100,6 +104,7 @@ _TPU = Tuning(
     tiled_memory=True,
     slices_blocks=True,
     batches_blocks=False,
+    orders_by_products=True,
     stores_folds=True,
     transform_step=4096,
     matrix_from_rows=8,
@@ -119,6 +124,7 @@ _GPU = Tuning(
     tiled_memory=False,
     slices_blocks=False,
     batches_blocks=True,
+    orders_by_products=False,
     stores_folds=False,
     transform_step=4096,
     matrix_from_rows=8,
@@ -143,6 +149,13 @@ XLA fetches what a product reads while it computes the ones before it, in one st
 loop. To find the number, change it and run `make bench-chips`: with 1, all and 8 a
 Llama cost 0.92, 0.87 and 0.87 of the frozen one on a TPU v5e, and took 32, 101 and 37
 seconds of two cores to compile.
+"""
+
+ORDERED_ROWS = 1024
+"""How many rows of x are reordered in one step of permutation's gradient of M.
+
+To find the number, change it and run `make bench-chips ARGS="--only layers --operators
+permutation"`: 512 and 1,024 cost the same on a TPU v5e, 2,048 more on a v6e.
 """
 
 MAX_SQUARES_IN_ONE = 4

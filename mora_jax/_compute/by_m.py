@@ -15,11 +15,13 @@ from mora_jax._linear_map import LinearMap
 from mora_jax._tiles import pad_to, sum_tiles, tile_to
 from mora_jax._tuning import (
     MAX_UNROLLED_SLICES,
+    ORDERED_ROWS,
     UNROLLED_PRODUCTS,
     Tuning,
     by_platform,
 )
-from mora_jax.operators import Decoupling
+from mora_jax._types import ArrayLike
+from mora_jax.operators import Decoupling, Permutation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +89,9 @@ class SlicedProduct(ProductByM):
         if op.num_feeding == op.num_groups:  # no group is a sum of blocks
             batched = self._batched_m_gradient
             general = functools.partial(by_platform, _batches, batched, general)
-        return by_platform(_slices, self._m_gradient, general, residuals, cotangent)
+        ordered = isinstance(op, Permutation)
+        sliced = self._ordered_m_gradient if ordered else self._m_gradient
+        return by_platform(_slices, sliced, general, residuals, cotangent)
 
     def _sliced(self, residuals: Any, m: jax.Array) -> jax.Array:
         op, x = residuals
@@ -131,6 +135,39 @@ class SlicedProduct(ProductByM):
             0, op.num_feeding, put_product, products, unroll=UNROLLED_PRODUCTS
         )
         return _turned_back(op, products).astype(y.dtype)
+
+    def _ordered_m_gradient(self, residuals: Any, cotangent: jax.Array) -> jax.Array:
+        """The same where features are in another order, some rows at a time.
+
+        To reorder features, a TPU transposes an array and moves whole rows of memory.
+        Of some rows of x and y both fit in its fast memory, so that x and y are read
+        once and nothing of their size is written.
+        """
+        op, x = residuals
+        x, y = (a.reshape(self.row_shards, -1, a.shape[-1]) for a in (x, cotangent))
+        rows = x.shape[1]
+        steps = 1 if rows % ORDERED_ROWS else max(rows // ORDERED_ROWS, 1)
+        # With an axis of steps. XLA would transpose all of x if it were to slice rows.
+        x, y = (
+            a.reshape(self.row_shards, steps, rows // steps, a.shape[-1])
+            for a in (x, y)
+        )
+        wide = jnp.promote_types(y.dtype, jnp.float32)
+
+        def products(step: ArrayLike) -> jax.Array:
+            at = functools.partial(jax.lax.dynamic_index_in_dim, axis=1, keepdims=False)
+            h, decompress, _ = compressed_rows(op, at(x, step))
+            (back,) = jax.linear_transpose(decompress, h)(at(y, step))
+            axes = ((1,), (1,)), ((2, 0), (2, 0))
+            settings = {"precision": self.precision, "preferred_element_type": wide}
+            return jax.lax.dot_general(h, back, axes, **settings)
+
+        total = jnp.zeros(jax.eval_shape(products, 0).shape, wide)
+        total = jax.lax.fori_loop(
+            0, steps, lambda step, total: total + products(step), total
+        )
+        total = pad_to(total, op.compressed_shape[0], axis=0)
+        return _turned_back(op, total).astype(y.dtype)
 
     def _batched_m_gradient(self, residuals: Any, cotangent: jax.Array) -> jax.Array:
         """One product with an axis of blocks, whose results are turned."""

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 from mora_jax._compute.delta import Delta
 from mora_jax._compute.maps import AdaptedMap
+from mora_jax._compute.matrix import folds_in_place
 from mora_jax._tuning import Tuning, by_platform
 
 
@@ -47,7 +48,7 @@ class FoldedMap(AdaptedMap):
         else:
             m = _schedule_after(after, delta.m)
             folded = dataclasses.replace(delta, m=m).added_to(kernel)
-            if operator.block:
+            if folds_in_place(operator):
                 return folded
         return by_platform(_stores, _barrier, _second, after, folded)
 

@@ -4,19 +4,21 @@ See `forms` for what a form is.
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from mora_jax._interception import matmul
 from mora_jax._mesh.parts import BasisPart, OperatorPart, PermutationPart, SharingPart
 from mora_jax._rounding import add_rounded
 from mora_jax._squares import block_diagonal
 from mora_jax._tiles import stored, tile_to
-from mora_jax._tuning import by_platform
+from mora_jax._tuning import Tuning, by_platform
 from mora_jax._types import ArrayLike
-from mora_jax.operators import Decoupling, Hadamard, Operator, Permutation
+from mora_jax.operators import Decoupling, Hadamard, Operator, Orthogonal, Permutation
 from mora_jax.operators._blocks import add_wrapped_rows, block_positions, divide
 
 
@@ -68,30 +70,63 @@ def _permuted_matrix(
     """Rows and columns of the delta, by where the two orders put them."""
     q = op.square_rank
     out_block, out_offset = divide(out_inverse, q)
-
-    def order_columns(m: jax.Array) -> jax.Array:
-        return m.at[:, out_offset].get(mode="promise_in_bounds")
-
-    columns = stored(order_columns, m.reshape(-1, q))  # not gathered again for each row
     block, offset = block_positions(in_inverse, op.in_features, q)
     group, out_group = op.in_group(block), op.out_group(out_block)
     # An offset of q or more is in no group, whatever row of M it leads to.
     row = op.square_of(block) * np.uint32(q) + offset
-    parts = (
-        jnp.where(
-            group[:, t, None] == out_group,
-            columns.at[row[:, t]].get(mode="clip"),
-            0,
+
+    def delta(rows_of: Callable[[jax.Array], jax.Array]) -> jax.Array:
+        parts = (
+            jnp.where(group[:, t, None] == out_group, rows_of(row[:, t]), 0)
+            for t in range(group.shape[1])
         )
-        for t in range(group.shape[1])
-    )
-    return functools.reduce(jnp.add, parts)
+        return functools.reduce(jnp.add, parts)
+
+    def gathered(m: jax.Array) -> jax.Array:
+        def order_columns(m: jax.Array) -> jax.Array:
+            return m.at[:, out_offset].get(mode="promise_in_bounds")
+
+        columns = stored(order_columns, m)  # not gathered again for each row
+        return delta(lambda row: columns.at[row].get(mode="clip"))
+
+    def multiplied(m: jax.Array) -> jax.Array:
+        columns = matmul(m, _unit_rows(out_offset, q, m.dtype).T)
+        columns = jax.lax.optimization_barrier(columns)
+        return delta(lambda row: matmul(_unit_rows(row, len(m), m.dtype), columns))
+
+    return by_platform(_multiplies, multiplied, gathered, m.reshape(-1, q))
+
+
+def _multiplies(tuning: Tuning) -> bool:
+    return tuning.orders_by_products
+
+
+def _unit_rows(indices: ArrayLike, size: int, dtype: DTypeLike) -> jax.Array:
+    """Unit vectors as the rows of a matrix, which picks these rows of another."""
+    return jax.nn.one_hot(indices, size, dtype=dtype)
+
+
+@delta_matrix.register
+def _(op: Orthogonal, m: jax.Array) -> jax.Array:
+    c, d = (jnp.asarray(a).astype(m.dtype) for a in (op.in_basis, op.out_basis))
+    return _between(c, m, d)
 
 
 @delta_matrix.register
 def _(op: Hadamard, m: jax.Array) -> jax.Array:
-    c, d = op.matrix("in", m.dtype), op.matrix("out", m.dtype)
-    return matmul(c, matmul(block_diagonal(m), d.T))
+    return _between(op.matrix("in", m.dtype), m, op.matrix("out", m.dtype))
+
+
+def _between(c: jax.Array, m: jax.Array, d: jax.Array) -> jax.Array:
+    """C M D of (in, K q), M and the transpose of D, (out, K q).
+
+    The product with the narrower side comes first: it is the smaller one. On TPUs XLA
+    would compute it again for each tile of the second if there were no barrier.
+    """
+    m = block_diagonal(m)
+    if len(c) < len(d):
+        return matmul(jax.lax.optimization_barrier(matmul(c, m)), d.T)
+    return matmul(c, jax.lax.optimization_barrier(matmul(m, d.T)))
 
 
 @functools.singledispatch
@@ -108,10 +143,16 @@ def add_matrix(op: Operator, m: jax.Array, kernel: jax.Array) -> jax.Array:
     return add_rounded(kernel, delta_matrix(op, m), "io", kernel.dtype, "dither")
 
 
+def folds_in_place(op: Operator) -> bool:
+    """Whether `add_matrix` changes blocks of the kernel, on platforms that slice."""
+    ordered = isinstance(op, Permutation)
+    return isinstance(op, Decoupling) and op.aligned and not ordered
+
+
 @add_matrix.register
 def _(op: Decoupling, m: jax.Array, kernel: jax.Array) -> jax.Array:
     whole = add_matrix.dispatch(Operator)
-    if not op.aligned:
+    if not folds_in_place(op):
         return whole(op, m, kernel)
     return by_platform(
         lambda tuning: tuning.slices_blocks,
@@ -146,7 +187,7 @@ def _add_copies(op: Decoupling, m: jax.Array, kernel: jax.Array) -> jax.Array:
 
 @add_matrix.register
 def _(op: Permutation, m: jax.Array, kernel: jax.Array) -> jax.Array:
-    return add_matrix.dispatch(Operator)(op, m, kernel)
+    return jax.lax.optimization_barrier(add_matrix.dispatch(Operator)(op, m, kernel))
 
 
 def m_of_blocks(op: Decoupling, m: jax.Array) -> jax.Array:

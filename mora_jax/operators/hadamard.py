@@ -76,7 +76,7 @@ class Hadamard(Operator):
     def matrix(self, side: Side, dtype: DTypeLike) -> jax.Array:
         """All rows, (features, K q): sooner made than row by row."""
         arrays = self.in_arrays if side == "in" else self.out_arrays
-        return _transform_matrix(arrays, dtype)
+        return jax.lax.optimization_barrier(_transform_matrix(arrays, dtype))
 
     def transform_steps(self, side: Side) -> int:
         """How many operations the transform of this side needs for each feature."""

@@ -14,7 +14,7 @@ from jax.test_util import check_grads
 
 import mora_jax
 from mora_jax import FrozenDense, MoRAConfig, mora_apply
-from mora_jax._tuning import as_if_on
+from mora_jax._tuning import ORDERED_ROWS, as_if_on
 
 ALPHA = 0.7
 WAYS = ("activation", "fold")
@@ -60,6 +60,20 @@ def test_the_output_and_all_derivatives(platform, case, way, sizes, float64):
         value, got = both(m, frozen.kernel, x, frozen)
         close(value, np.sin(rows @ kernel).sum())
         close(got, (by_m, rows.T @ by_y, (by_y @ kernel.T).reshape(x.shape)))
+
+
+@by_kind
+@pytest.mark.parametrize("rows", [0, 2 * ORDERED_ROWS, ORDERED_ROWS + 1])
+def test_the_gradient_of_many_rows_or_none(platform, case, rows, float64):
+    """Some operators go through them in steps."""
+    for ins, outs in ((16, 8), (8, 16)):
+        frozen = made(case, ins, outs, 4, "fold", float)
+        op = frozen.operator
+        m, x = random(1, *op.m_shape, dtype=float), random(2, rows, ins, dtype=float)
+        c, d = case.matrices(op)
+        by_y = np.cos(x @ (frozen.kernel + ALPHA * oracle.delta(c, d, m)))
+        by_m = ALPHA * oracle.m_gradient(c, d, x, by_y, op.squares)
+        close(jax.jit(jax.grad(loss))(m, frozen.kernel, x, frozen), by_m)
 
 
 @by_kind

@@ -317,8 +317,8 @@ ON_TPU = [
     ("rotation", 512, "bfloat16", True),
     ("rotation", 512, "float8_e4m3fn", False),
     ("permutation", 153, "bfloat16", False),
-    ("orthogonal", 1024, "bfloat16", True),
-    ("orthogonal", 1023, "bfloat16", False),
+    ("orthogonal", 512, "bfloat16", True),
+    ("orthogonal", 511, "bfloat16", False),
     ("sharing", 10**6, "bfloat16", False),
     ("truncation", 10**6, "float32", False),
 ]
