@@ -88,9 +88,12 @@ _CPU = Tuning(
     matrix_from_rows=8,
 )
 # Programs that XLA compiles for TPUs, bfloat16, 8,192 rows, relative to the frozen
-# layer (`make bench-chips`). Of 4096 -> 4096, activation and fold: orthogonal 1.32 and
-# 1.31 on a v5e, 1.34 and 1.46 on a v6e; sharing 1.11 and 1.21, rotation 1.37 and 1.07
-# on a v5e. Of 4096 -> 14336 orthogonal 1.31 and 1.26 on a v5e, 1.43 and 1.61 on a v6e.
+# layer or model (`make bench-chips`). Activation and fold with orthogonal: 1.32 and
+# 1.31 for 4096 -> 4096 on a v5e, 1.34 and 1.46 on a v6e; 1.31 and 1.23 for 4096 ->
+# 14336, and 1.43 and 1.56. Of two layers of a Llama they are 1.08 and 0.89, and 1.07
+# and 0.96, and "auto" goes by that. On a v5e 4096 -> 4096 costs 1.11 and 1.21 with
+# sharing, 1.37 and 1.07 with rotation. Permutation's fold costs 1.16 there, 1.18 for
+# 4096 -> 14336, by products with unit vectors; 1.38 and 1.58 if its rows are gathered.
 # Kernels that are gathered, a training step of 8B on v5e:2x4 (`--only meshes`), fused
 # and folded: rotation 464 and 418 ms, orthogonal 493 and 454, sharing 432 and 410. A
 # device receives 13.6 to 13.7 GB fused, 14.2 to 14.6 folded, and 14.1 frozen. So a fold
