@@ -42,6 +42,7 @@ def default_targets(leaf: str) -> str:
 
 DEFAULT_TARGETS = (default_targets("kernel"),)
 
+SCALES = ("paper", "fine-tuning")
 INITS = ("zeros", "gaussian")
 EXECUTIONS = ("auto", "activation", "fold")
 
@@ -60,13 +61,17 @@ class MoRAConfig:
       rank: The budget r. No M has more parameters than a LoRA of rank r would:
         q <= sqrt((in + out) r).
       operator: The fixed maps around M: "rotation", "sharing", "signed_sharing",
-        "decoupling", "truncation", "orthogonal", "hadamard", "permutation", or "auto";
-        or a mapping with further settings,
+        "decoupling", "signed_decoupling", "truncation", "orthogonal", "hadamard",
+        "permutation", or "auto"; or a mapping with further settings,
         {"name": "sharing", "compress_groups": "contiguous"}.
       alpha: The factor of the delta itself, so 1 is usual; a `MoRAWarning` is given
         above 4. LoRA's libraries (PEFT, qwix) multiply by alpha / rank instead: what is
         lora_alpha / r there is alpha here, and alpha=16 of theirs would be 16 times as
         much here. (The reference ignores its alpha.)
+      scale: A factor of each delta beside alpha. "fine-tuning" takes the one with which
+        the learning rate of full fine-tuning suits M, whatever its operator, its width
+        and the kernel's shape: see `Operator.fine_tuning_scale`. With "paper" it is 1,
+        and each of these wants a rate of its own.
       square_rank: q itself, in place of `rank`.
       multiple_of: The number whose multiple q is rounded down to. None chooses a q that
         suits the layer's widths and the chip, see `square_rank`; it may use as little
@@ -115,6 +120,7 @@ class MoRAConfig:
     rank: int = DEFAULT_RANK
     operator: OperatorSpec = "auto"
     alpha: float = 1.0
+    scale: str = "paper"
     square_rank: int | None = None
     multiple_of: int | None = None
     squares: int | str = 1
@@ -177,6 +183,7 @@ class MoRAConfig:
                 "of the adapters 0"
             )
         self._set("dropout", check_rate(self.dropout))
+        check_choice("scale", self.scale, SCALES)
         check_choice("init", self.init, INITS)
         check_choice("execution", self.execution, EXECUTIONS)
         if self.param_dtype is not None:

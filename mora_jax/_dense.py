@@ -38,9 +38,9 @@ class FrozenDense:
       bias: b, of the shape (*stack, *out); or None.
       operator: C and D for the kernel's flattened widths.
       precision: The precision of both products, as in `jax.lax.dot_general`.
-      axes, alpha, dropout, init, param_dtype, execution, layout: As for `AdapterSpec`.
-        They stand here and not in a spec, which holds the kernel's shape: `jax.vmap`
-        over a stack of kernels changes that.
+      axes, alpha, scale, dropout, init, param_dtype, execution, layout: As for
+        `AdapterSpec`. They stand here and not in a spec, which holds the kernel's
+        shape: `jax.vmap` over a stack of kernels changes that.
 
     Example::
 
@@ -58,6 +58,7 @@ class FrozenDense:
     operator: Operator
     axes: str = "io"
     alpha: float = 1.0
+    scale: float = 1.0
     dropout: float = 0.0
     init: str = "zeros"
     param_dtype: DTypeLike = jnp.float32

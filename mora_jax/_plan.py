@@ -80,13 +80,14 @@ class Plan(Mapping[str, AdapterSpec]):
         before they are used: plans of equal digests make the same deltas of the same
         M's. The digest covers, by the kernels' paths, their shapes and axes, the
         operators with all of their settings and seeds, the square ranks, the numbers of
-        squares, and alpha. It does not cover what decides how M's are trained or
+        squares, alpha and scale. It does not cover what decides how M's are trained or
         computed: dropout, init, execution, param_dtype and layout.
         """
         meanings = {spec.name: spec.meaning for spec in self.specs}
         for meaning in meanings.values():
-            if meaning["squares"] == 1:  # as in digests of before there were several
-                del meaning["squares"]
+            for setting in ("squares", "scale"):  # as in digests of before they came
+                if meaning[setting] == 1:
+                    del meaning[setting]
         text = json.dumps(meanings, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -136,7 +137,7 @@ def summary(plan: Plan, *, collapse: bool = True) -> str:
     how much of the budget a layer uses. If that is less than four fifths, q is shown as
     "64 of 90", with the q that the budget would buy: the layer is too small for that
     one, or it does not suit its widths. Two squares are shown as "2 x 64". The table
-    has columns for alpha and dropout if a layer departs from their defaults.
+    has columns for alpha, scale and dropout if a layer departs from their defaults.
 
     Args:
       plan: The plan.
@@ -163,9 +164,10 @@ def summary(plan: Plan, *, collapse: bool = True) -> str:
     for spec in check_plan(plan).specs:
         key = re.sub(r"\d+", "*", spec.name) if collapse else spec.name
         size = spec.shape, spec.kernel_shape, spec.operator, spec.asked_square_rank
-        groups[key, size, spec.alpha, spec.dropout].append(spec)
+        groups[key, size, spec.alpha, spec.scale, spec.dropout].append(spec)
     columns = ["path", "in -> out", "operator", "r", "q"]
     columns += ["alpha"] * any(spec.alpha != 1 for spec in plan.specs)
+    columns += ["scale"] * any(spec.scale != 1 for spec in plan.specs)
     columns += ["dropout"] * any(spec.dropout != 0 for spec in plan.specs)
     columns += ["parameters", "of base"]
     rows = [columns]
@@ -215,6 +217,7 @@ def _cells(name: str, specs: list[AdapterSpec], base_parameters: int) -> dict[st
         "r": f"{spec.lora_rank:.1f}",
         "q": f"{q} of {asked}" if asked else q,
         "alpha": f"{spec.alpha:g}",
+        "scale": f"{spec.scale:.3g}",
         "dropout": f"{spec.dropout:g}",
         "parameters": f"{size:,}",
         "of base": _share(size, base_parameters),

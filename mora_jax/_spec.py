@@ -29,6 +29,7 @@ class AdapterSpec:
       kernel_shape: The kernel's shape, stack axes included.
       axes: The meaning of the kernel's axes, a letter each: "i", "o" or "s".
       alpha: The factor of the delta.
+      scale: A second factor, which `MoRAConfig(scale=)` chooses for the kernel.
       dropout: The rate of dropout on the adapter's input.
       init: How M starts, "zeros" or "gaussian".
       param_dtype: The dtype of M.
@@ -55,6 +56,7 @@ class AdapterSpec:
     kernel_shape: Shape
     axes: str = "io"
     alpha: float = 1.0
+    scale: float = 1.0
     dropout: float = 0.0
     init: str = "zeros"
     param_dtype: DTypeLike = jnp.float32
@@ -76,6 +78,9 @@ class AdapterSpec:
                 f"{self.in_features} -> {self.out_features}"
             )
         object.__setattr__(self, "alpha", check_number("alpha", self.alpha))
+        object.__setattr__(self, "scale", check_number("scale", self.scale))
+        if self.scale <= 0:
+            raise ValueError(f"scale must be above 0, got {self.scale}")
         object.__setattr__(self, "dropout", check_rate(self.dropout))
         check_choice("init", self.init, INITS)
         check_choice("execution", self.execution, EXECUTIONS)
@@ -123,18 +128,20 @@ class AdapterSpec:
                 f"square_rank must be at most min(in_features, out_features) = "
                 f"{min(in_features, out_features)}, got {q}"
             )
+        made = make_operator(
+            operator,
+            in_features,
+            out_features,
+            q,
+            squares=squares or 1,
+            seed=config.seed,
+        )
         return cls(
-            operator=make_operator(
-                operator,
-                in_features,
-                out_features,
-                q,
-                squares=squares or 1,
-                seed=config.seed,
-            ),
+            operator=made,
             kernel_shape=kernel_shape,
             axes=axes,
             alpha=config.alpha,
+            scale=1.0 if config.scale == "paper" else made.fine_tuning_scale,
             dropout=config.dropout,
             init=config.init,
             param_dtype=param_dtype,
@@ -142,6 +149,11 @@ class AdapterSpec:
             path=path,
             rank=config.rank if config.square_rank is None else None,
         )
+
+    @property
+    def factor(self) -> float:
+        """What multiplies the delta: alpha times scale."""
+        return self.alpha * self.scale
 
     @property
     def name(self) -> str:
@@ -214,6 +226,7 @@ class AdapterSpec:
             "square_rank": self.operator.square_rank,
             "squares": self.operator.squares,
             "alpha": self.alpha,
+            "scale": self.scale,
         }
 
     @property

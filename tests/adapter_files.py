@@ -28,7 +28,12 @@ PARAMS = {
     },
 }
 OVERRIDES = {
-    "enc/kernel": {"operator": "orthogonal", "seed": 7, "alpha": 0.5},
+    "enc/kernel": {
+        "operator": "orthogonal",
+        "seed": 7,
+        "alpha": 0.5,
+        "scale": "fine-tuning",
+    },
     "dec/kernel": {"axes": "sio", "dropout": 0.25, "execution": "fold"},
     "dec/out/kernel": {"operator": "permutation", "param_dtype": "bfloat16"},
 }

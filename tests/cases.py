@@ -58,6 +58,7 @@ ONE_SQUARE = [
         {"name": "decoupling", "truncate": True},
         oracle.decoupling,
     ),
+    Case("signed_decoupling", {"name": "signed_decoupling"}, oracle.signed_decoupling),
     Case("rotation", {"name": "rotation"}, oracle.rotation, even=True),
     Case(
         "rotation-truncate",
@@ -78,6 +79,7 @@ _SEVERAL = {
     "signed_sharing": 2,
     "decoupling": 2,
     "decoupling-truncate": 2,
+    "signed_decoupling": 2,
     "rotation": 3,
     "permutation": 2,
     "orthogonal": 2,

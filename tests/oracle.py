@@ -100,6 +100,11 @@ def decoupling(op):
     return c, d
 
 
+def signed_decoupling(op):
+    c, d = decoupling(op)
+    return c * np.asarray(op.in_signs, np.float64), d
+
+
 def rotation(op):
     c, d = decoupling(op)
     q = op.square_rank

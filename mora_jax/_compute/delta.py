@@ -242,8 +242,8 @@ def _(op: Operator, m: jax.Array, precision: jax.lax.PrecisionLike) -> Delta:
 
 
 def scaled(spec: AdapterSpec, m: Any) -> Any:
-    """Alpha M."""
-    return spec.alpha * m
+    """Alpha M, where alpha stands for alpha times the kernel's own scale."""
+    return spec.factor * m
 
 
 def delta_kernel(spec: AdapterSpec, m: ArrayLike) -> jax.Array:

@@ -36,6 +36,7 @@ def describe(spec: AdapterSpec, dtype: Any) -> dict[str, Any]:
         **({"squares": spec.operator.squares} if spec.operator.squares > 1 else {}),
         "rank": budget(spec),
         "alpha": float(spec.alpha),
+        **({"scale": spec.scale} if spec.scale != 1 else {}),
         "dropout": float(spec.dropout),
         "init": spec.init,
         "execution": spec.execution,
@@ -83,7 +84,10 @@ KEYS = frozenset(
         "dtype",
     }
 )
-"""What a layer must hold. It holds `squares` as well if M is several squares."""
+"""What a layer must hold."""
+
+OPTIONAL_KEYS = frozenset({"squares", "scale"})
+"""What it holds as well where M is several squares, or where the delta is scaled."""
 
 
 def layer_path(layer: Any, where: str) -> Path:
@@ -96,7 +100,7 @@ def layer_path(layer: Any, where: str) -> Path:
     Raises:
       AdapterFileError: Keys are missing or unknown, or the path is not a path.
     """
-    if not isinstance(layer, dict) or layer.keys() - {"squares"} != KEYS:
+    if not isinstance(layer, dict) or layer.keys() - OPTIONAL_KEYS != KEYS:
         got = sorted(layer) if isinstance(layer, dict) else layer
         raise AdapterFileError(f"{where} must hold {sorted(KEYS)}, got {short(got)}")
     path = layer["path"]
@@ -134,6 +138,9 @@ def restore(
     squares = layer.get("squares", 1)
     if "squares" in layer and (type(squares) is not int or squares < 2):
         raise ValueError(f"squares must be an integer above 1, got {short(squares)}")
+    scale = layer.get("scale", 1.0)
+    if "scale" in layer and (type(scale) is not float or scale == 1):
+        raise ValueError(f"scale must be a number other than 1, got {short(scale)}")
     check_axes(axes, len(shape))
     several = (squares,) if squares > 1 else ()
     expected = (*sizes(shape, axes, "s"), *several, q, q)
@@ -164,6 +171,7 @@ def restore(
         kernel_shape=shape,
         axes=axes,
         alpha=layer["alpha"],
+        scale=scale,
         dropout=layer["dropout"],
         init=layer["init"],
         param_dtype=layer["param_dtype"],

@@ -10,5 +10,6 @@ from mora_jax.operators.orthogonal import Orthogonal as Orthogonal
 from mora_jax.operators.permutation import Permutation as Permutation
 from mora_jax.operators.rotation import Rotation as Rotation
 from mora_jax.operators.sharing import Sharing as Sharing
+from mora_jax.operators.signed_decoupling import SignedDecoupling as SignedDecoupling
 from mora_jax.operators.signed_sharing import SignedSharing as SignedSharing
 from mora_jax.operators.truncation import Truncation as Truncation

@@ -117,6 +117,47 @@ class Operator(abc.ABC):
         """
         return False
 
+    @property
+    def gains(self) -> tuple[float, float]:
+        r"""How large C and D make numbers: c and d, each a root mean square.
+
+        .. math:: c = \|C\|_F / \sqrt{n q}, \qquad d = \|D\|_F / \sqrt{out}
+
+        c is the size of a number of C(x) if those of x are independent and of size 1,
+        and d is the norm of the weights that an output has. An isometry has c = 1, and
+        the n q numbers of C(x) share the norms of its outputs.
+
+        Raises:
+          NotImplementedError: The operator is none, and does not give its own.
+        """
+        if not self.isometry:
+            raise NotImplementedError(
+                f"{type(self).__name__} is no isometry: give it a property `gains`, "
+                "the root mean squares (c, d), or use scale='paper'"
+            )
+        numbers = math.prod(self.compressed_shape)
+        return 1.0, math.sqrt(numbers / self.out_features)
+
+    @property
+    def fine_tuning_scale(self) -> float:
+        r"""The factor with which M learns at the learning rate of full fine-tuning.
+
+        .. math:: s = \frac{in}{q\, c\, d} \, K^{-1/4}
+
+        Adam changes each trained number by about the rate, eta, whatever its gradient.
+        Let the numbers of x be of size 1. If the kernel is trained, an output changes
+        by up to eta in: all `in` changes can have the sign that counts. If M is
+        trained, the numbers of C(x) have the size c. Each number of C(x) M changes by
+        up to eta q c, and an output, which adds them up with weights of norm d and of
+        either sign, by eta q c d. So s makes the two alike (see `gains`).
+
+        Each of K squares sees 1 / K of what one square would, so that its gradient is
+        noisier and more of its steps are in vain. The exponent is measured, see
+        docs/learning-rates.md.
+        """
+        c, d = self.gains
+        return self.in_features / (self.square_rank * c * d) * self.squares**-0.25
+
     @abc.abstractmethod
     def _compress(self, x: jax.Array) -> jax.Array:
         """C. `x`: (..., in_features) -> (..., *compressed_shape)."""

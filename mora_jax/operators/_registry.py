@@ -14,6 +14,7 @@ from mora_jax.operators.orthogonal import Orthogonal
 from mora_jax.operators.permutation import Permutation
 from mora_jax.operators.rotation import Rotation
 from mora_jax.operators.sharing import Sharing
+from mora_jax.operators.signed_decoupling import SignedDecoupling
 from mora_jax.operators.signed_sharing import SignedSharing
 from mora_jax.operators.truncation import Truncation
 
@@ -24,6 +25,7 @@ OPERATORS: dict[str, type[Operator]] = {
         Sharing,
         SignedSharing,
         Decoupling,
+        SignedDecoupling,
         Rotation,
         Orthogonal,
         Hadamard,

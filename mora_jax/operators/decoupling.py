@@ -1,5 +1,6 @@
 """Decoupling: M on every block of q features."""
 
+import math
 from typing import Any
 
 import jax
@@ -73,6 +74,15 @@ class Decoupling(Operator):
     def num_groups(self) -> int:
         """How many groups of input blocks there are: min(n, p)."""
         return min(self.compressed_shape[0], self.num_out_blocks)
+
+    @property
+    def gains(self) -> tuple[float, float]:
+        """1 each, since C and D move numbers; an output is the sum of a group of them.
+
+        Where n input blocks feed p < n output blocks, n / p numbers are added, whose
+        changes have either sign.
+        """
+        return 1.0, math.sqrt(self.num_feeding / self.num_groups)
 
     def _compress(self, x: jax.Array) -> jax.Array:
         return to_blocks(self.order_inputs(x), self.square_rank)

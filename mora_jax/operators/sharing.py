@@ -73,6 +73,17 @@ class Sharing(Operator):
         whole = ins % width == outs % width == 0
         return whole and (self.normalised or ins == outs == width)
 
+    @property
+    def gains(self) -> tuple[float, float]:
+        """An output has one weight; a number of C(x) is a sum over a group.
+
+        The in / q numbers of a group are taken to be of either sign. What they have in
+        common adds up instead, and makes sharing without signs want a smaller rate.
+        """
+        group = max(1.0, self.in_features / self.width)
+        c_scale, d_scale = (float(self._scale(s, np.float64)) for s in ("in", "out"))
+        return math.sqrt(group) * c_scale, d_scale
+
     def _compress(self, x: jax.Array) -> jax.Array:
         if self.compress_groups == "strided":
             h = self._sum_strided(x)

@@ -32,6 +32,11 @@ class Truncation(Operator):
     def isometry(self) -> bool:
         return True
 
+    @property
+    def gains(self) -> tuple[float, float]:
+        """1 each, of the inputs and outputs that are kept."""
+        return 1.0, 1.0
+
     def _compress(self, x: jax.Array) -> jax.Array:
         return x[..., : self.width]
 

@@ -247,6 +247,39 @@ def test_every_input_has_an_effect(case):
 
 
 @by_case
+@pytest.mark.parametrize("size", [(16, 16, 4), (48, 8, 2), (8, 48, 2)])
+def test_gains_are_those_of_the_matrices(case, size):
+    """Of the numbers of C(x), and of the outputs that M reaches."""
+    op = case.make(*size)
+    c, d = case.matrices(op)
+    c = c.reshape(op.in_features, -1)
+    d = d.reshape(-1, op.out_features)
+    reached = np.abs(d).sum(0) > 0
+    norms = np.linalg.norm(c), np.linalg.norm(d)
+    close(op.gains, (norms[0] / c.shape[1] ** 0.5, norms[1] / reached.sum() ** 0.5))
+    ins, q = op.in_features, op.square_rank
+    unit = op.fine_tuning_scale * q * op.gains[0] * op.gains[1]
+    assert unit == pytest.approx(ins * op.squares**-0.25)
+
+
+def test_an_operator_without_gains_says_so():
+    class Halved(Operator):
+        name = "halved"
+
+        def _compress(self, x):
+            return x[..., : self.square_rank] / 2
+
+        def _decompress(self, h):
+            return h
+
+        def _rows(self, side, indices, dtype):
+            return jnp.eye(self.in_features, self.square_rank)[indices].astype(dtype)
+
+    with pytest.raises(NotImplementedError, match=r"Halved .* property `gains`"):
+        Halved(4, 4, 4).fine_tuning_scale  # noqa: B018
+
+
+@by_case
 def test_rank_of_the_delta(case):
     """High where the paper says so: blocks reach min(in, out), others stay at K q."""
     delta, op = delta_of(case, 64, 48, 16)

@@ -229,6 +229,7 @@ BAD_CONFIGS = {
         ({"overrides": {"a": BOTH}}, "must hold rank or square_rank, got both"),
         ({"overrides": {"a": {"alpha": 0}}}, "alpha must not be 0"),
         ({"alpha": 0}, "alpha must not be 0"),
+        ({"scale": "best"}, r"scale must be one of \('paper', 'fine-tuning'\), got"),
         ({"alpha": float("nan")}, "alpha must be finite"),
         (BOTH, "exclude each other, got rank=4 and square_rank=16"),
         ({"squares": 0}, "squares must be a positive integer, got 0"),
@@ -434,11 +435,31 @@ def test_summary_shows_what_is_not_usual():
     assert cells[2][:5] == ["64", "of", "90", "1", "0"]
 
 
+def test_scale_is_a_factor_of_each_kernel():
+    """A plan says which; it multiplies as alpha does, which stays what it was."""
+    params = {"a": dense(64, 64), "b": dense(64, 16)}
+    settings = dict(operator="decoupling", alpha=0.5, scale="fine-tuning")
+    found = plan(params, MoRAConfig(square_rank=8, **settings))
+    # 8 blocks of 8 each have outputs of their own, or share them in fours.
+    assert [spec.scale for spec in found.specs] == [8.0, 4.0]
+    assert [spec.factor for spec in found.specs] == [4.0, 2.0]
+    heads, *rows = [line.split() for line in summary(found).splitlines()[:3]]
+    assert heads[-5:-2] == ["alpha", "scale", "parameters"]
+    assert [row[-4:-2] for row in rows] == [["0.5", "8"], ["0.5", "4"]]
+    ones = {"kernel_mora": np.ones((8, 8), np.float32)}
+    delta = mora_jax.delta_weight({"a": ones, "b": ones}, found)
+    np.testing.assert_array_equal(delta["a"]["kernel"][:9, 0], [4.0] * 8 + [0.0])
+    np.testing.assert_array_equal(delta["b"]["kernel"][:17:8, 0], [2.0, 0.0, 2.0])
+    with pytest.raises(ValueError, match="scale must be above 0, got -1"):
+        dataclasses.replace(found.specs[0], scale=-1.0)
+
+
 SETTINGS = dict(rank=2, operator="orthogonal", seed=1)
 UNTOLD = dict(dropout=0.5, init="gaussian", execution="fold", param_dtype=jnp.bfloat16)
 GROUPS = {"name": "sharing", "compress_groups": "contiguous"}
 TOLD = [
     *({"seed": 2}, {"alpha": 0.5}, {"rank": 3}, {"exclude": "b/kernel"}),
+    {"scale": "fine-tuning"},
     *({"operator": "hadamard"}, {"operator": GROUPS}),
     {"overrides": {"a/kernel": {"axes": "oi"}}},
 ]

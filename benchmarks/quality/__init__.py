@@ -1,0 +1,1 @@
+"""Experiments on what is learned, where the other benchmarks are about time."""

@@ -1,0 +1,234 @@
+"""Claim: with scale="fine-tuning" full fine-tuning's learning rate suits every M.
+
+A small Llama (see small.py) learns 32 facts that it does not know, with Adam: by full
+fine-tuning of its projections, and with MoRA of several operators, ranks, widths and
+numbers of squares, on a ladder of rates and with both settings of `scale`. The best
+rate is the one with the fewest steps to 99% of the tokens (geometric mean over several
+sets of facts; between rates by a parabola). You will see the best rate of each relative
+to that of full fine-tuning, and how many times as many steps full fine-tuning's rate
+takes.
+
+    python -m benchmarks.quality.one_rate --quick
+"""
+
+import argparse
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from statistics import geometric_mean
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.harness import options, save, show
+from benchmarks.plots import figure
+from benchmarks.quality import cells, small
+from models.options import positive
+from mora_jax import MoRAConfig
+
+OPERATORS = (
+    "rotation",
+    "decoupling",
+    "permutation",
+    "signed_sharing",
+    "sharing",
+    "orthogonal",
+    "hadamard",
+    "truncation",
+)
+FACTS, STEPS = 32, 150
+FULL_RATES = tuple(1e-3 * 2**k for k in range(8))
+LADDER = tuple(2.0**k for k in range(-4, 4))
+"""Rates relative to full fine-tuning's best at the same width."""
+
+
+def learn(
+    method: tuple[small.Apply, Any], base: small.Base, rates: Any, seeds: int
+) -> list[list[float]]:
+    """Steps to 99% of the tokens for each seed and rate; infinite if never."""
+    apply, start = method
+
+    def run(rate: jax.Array, ids: jax.Array) -> jax.Array:
+        _, found = small.fit(apply, start, base.params, ids, rate, STEPS)
+        return first_above(found["accuracy"], 0.99)
+
+    ids = jnp.stack([small.facts(FACTS, seed) for seed in range(seeds)])
+    over_rates = jax.vmap(run, in_axes=(0, None))
+    over_all = jax.jit(jax.vmap(over_rates, in_axes=(None, 0)))
+    return over_all(jnp.asarray(rates), ids).tolist()
+
+
+def first_above(values: jax.Array, limit: float) -> jax.Array:
+    """Where a line through `values` first reaches `limit`; infinite if it does not."""
+    there = values >= limit
+    k = jnp.maximum(there.argmax(), 1)
+    low, high = values[k - 1], values[k]
+    at = k - 1 + (limit - low) / jnp.maximum(high - low, 1e-9)
+    return jnp.where(there.any(), at, jnp.inf)
+
+
+def means(steps: list[list[float]]) -> list[float]:
+    """The geometric mean over seeds for each rate."""
+    columns = zip(*steps, strict=True)
+    return [geometric_mean(c) if np.isfinite(c).all() else math.inf for c in columns]
+
+
+def best(rates: Any, steps: list[float]) -> tuple[float, float]:
+    """The rate with the fewest steps, and these; between rates by a parabola.
+
+    Raises:
+        ValueError: The best of the rates is the first or the last, or none came there.
+    """
+    k = int(np.argmin(steps))
+    if not np.isfinite(steps[k]):
+        raise ValueError(f"no rate came to 99%: {steps}")
+    if k in (0, len(steps) - 1):
+        pairs = list(zip(rates, steps, strict=True))
+        raise ValueError(f"the best rate is on an edge: {pairs}")
+    if not np.isfinite(steps[k - 1 : k + 2]).all():
+        return rates[k], steps[k]
+    left, middle, right = np.log(steps[k - 1 : k + 2])
+    curve = left - 2 * middle + right
+    at = 0.5 * (left - right) / curve if curve > 0 else 0.0
+    rate = rates[k] * (rates[k + 1] / rates[k]) ** at
+    return float(rate), float(np.exp(middle - 0.25 * (left - right) * at))
+
+
+def at_rate(rates: Any, steps: list[float], rate: float) -> float:
+    """Steps at a rate between those of the ladder, along lines of logarithms."""
+    logs = np.where(np.isfinite(steps), np.log(steps), np.log(10 * STEPS))
+    return float(np.exp(np.interp(math.log(rate), np.log(rates), logs)))
+
+
+def compute(cell: cells.Cell) -> cells.Cell:
+    """Steps on a ladder of rates, for one method, rank, width and number of squares."""
+    base, seeds = small.base(cell["width"]), cell["seeds"]
+    if cell["method"] == "full":
+        steps = learn(small.full(base), base, FULL_RATES, seeds)
+        return {"rates": list(FULL_RATES), "steps": steps}
+    config = MoRAConfig(
+        operator=cell["method"],
+        rank=cell["rank"],
+        squares=cell["squares"],
+        multiple_of=1,
+        scale="fine-tuning",
+    )
+    scale = geometric_mean(spec.scale for spec in small.plan(base, config).specs)
+    config = dataclasses.replace(config, scale=cell["scale"])
+    unit = cell["unit"] * (scale if cell["scale"] == "paper" else 1)
+    rates = [unit * x for x in LADDER]
+    return {
+        "rates": rates,
+        "steps": learn(small.mora(base, config), base, rates, seeds),
+    }
+
+
+def main() -> None:
+    """Learn on all ladders, and report where the best rates are."""
+    parser = options(__doc__, "out/one_rate.json")
+    parser.add_argument("--widths", type=positive, nargs="+", default=[64, 128])
+    parser.add_argument("--ranks", type=positive, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--operators", nargs="+", default=list(OPERATORS))
+    parser.add_argument("--squares", type=positive, nargs="+", default=[1, 4, 16])
+    parser.add_argument("--seeds", type=positive, default=2, help="sets of facts")
+    parser.add_argument("--quick", action="store_true", help="one width and one rank")
+    args = parser.parse_args()
+    if args.quick:
+        args.widths, args.ranks, args.seeds = args.widths[:1], [8], 1
+        args.operators, args.squares = args.operators[:2], args.squares[:1]
+    store = args.out.with_suffix(".jsonl")
+    fulls = [{"method": "full", "width": w, "seeds": args.seeds} for w in args.widths]
+    rows = cells.run(fulls, compute, store)
+    units = {row["width"]: best(row["rates"], means(row["steps"])) for row in rows}
+    rows += cells.run(list(ladders(args, units)), compute, store)
+    for row in rows:
+        add_best(row, *units[row["width"]])
+    columns = {
+        "width": "{width}",
+        "operator": "{method}",
+        "r": "{rank}",
+        "K": "{squares}",
+        "scale": "{scale}",
+        "best rate / full's": "{best:.2f}",
+        "steps at best": "{fewest:.1f}",
+        "at full's rate": "{at_full:.1f}",
+    }
+    blank = dict.fromkeys(("rank", "squares", "scale"))
+    show(columns, [{**blank, **row} for row in rows])
+    save(rows, args)
+    plot(rows, args.out.with_suffix(".png"))
+
+
+def ladders(
+    args: argparse.Namespace, units: Mapping[int, tuple[float, float]]
+) -> Iterator[cells.Cell]:
+    """The cells of all adapters. Several squares are tried at one rank alone."""
+    every = itertools.product(args.squares, args.operators, args.ranks, args.widths)
+    for squares, operator, rank, width in every:
+        if squares > 1 and (
+            rank != 8 or operator not in ("rotation", "signed_sharing")
+        ):
+            continue
+        for scale in ("fine-tuning", "paper"):
+            if scale == "paper" and squares > 1:
+                continue
+            yield {
+                "method": operator,
+                "rank": rank,
+                "squares": squares,
+                "scale": scale,
+                "width": width,
+                "unit": units[width][0],
+                "seeds": args.seeds,
+            }
+
+
+def add_best(row: cells.Cell, unit: float, fewest: float) -> None:
+    """Add to a finished cell its best rate, and its steps there and at full's.
+
+    Values are None where no rate of the ladder came to 99%, or the best is on an edge.
+    """
+    steps = means(row["steps"])
+    row["at_full"] = at_rate(row["rates"], steps, unit)
+    try:
+        rate, row["fewest"] = best(row["rates"], steps)
+        row["best"] = rate / unit
+    except ValueError as error:
+        print(f"{row}: {error}")
+        row["best"] = row["fewest"] = None
+
+
+def plot(rows: list[cells.Cell], path: Path) -> None:
+    """Steps over rates, with and without the scale; a line for each adapter."""
+    scales = {
+        "paper": "one rate for all: scale='paper'",
+        "fine-tuning": "scale='fine-tuning'",
+    }
+    with figure(path, 1, 2, figsize=(10, 4), sharey=True) as (made, axes):
+        for axis, (scale, title) in zip(axes[0], scales.items(), strict=True):
+            for row in rows:
+                if row["method"] == "full":
+                    style = {
+                        "color": "black",
+                        "linewidth": 2,
+                        "label": "full fine-tuning",
+                    }
+                elif row["scale"] == scale and row["squares"] == 1:
+                    colour = f"C{OPERATORS.index(row['method'])}"
+                    style = {"color": colour, "linewidth": 0.8, "label": row["method"]}
+                else:
+                    continue
+                axis.plot(row["rates"], means(row["steps"]), **style)
+            axis.set(xscale="log", yscale="log", xlabel="learning rate", title=title)
+        axes[0, 0].set_ylabel("steps to 99% of the tokens")
+        handles, labels = axes[0, 1].get_legend_handles_labels()
+        unique = dict(zip(labels, handles, strict=True))
+        made.legend(unique.values(), unique.keys(), loc="outside right center")
+
+
+if __name__ == "__main__":
+    main()
