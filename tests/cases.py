@@ -140,8 +140,8 @@ _KINDS = (
     "rotation-squares",
 )
 
-# For laws that rest on others; the slow tests take all cases and sizes. Kinds are for
-# what JAX's transformations do to an operator: one for each way to compute.
+# The slow tests take all cases and sizes. Kinds are for what JAX's transformations do to
+# an operator: one for each way to compute.
 FEW_CASES = [pytest.param(case, marks=_slow(_is_of_few(case))) for case in CASES]
 KINDS = [pytest.param(case, marks=_slow(case.label in _KINDS)) for case in CASES]
 FEW_SIZES = [pytest.param(size, marks=_slow(size in _FEW_SIZES)) for size in SIZES]
@@ -151,16 +151,7 @@ def _label(case: Case) -> str:
     return case.label
 
 
-# Every kind of operator, and of several squares a few.
-by_case = pytest.mark.parametrize(
-    "case",
-    [
-        *ONE_SQUARE,
-        *(pytest.param(case, marks=_slow(_is_of_few(case))) for case in SQUARES),
-    ],
-    ids=_label,
-)
+by_case = pytest.mark.parametrize("case", FEW_CASES, ids=_label)
 by_size = pytest.mark.parametrize("size", SIZES, ids=str)
-by_few_cases = pytest.mark.parametrize("case", FEW_CASES, ids=_label)
 by_kind = pytest.mark.parametrize("case", KINDS, ids=_label)
 by_few_sizes = pytest.mark.parametrize("size", FEW_SIZES, ids=str)

@@ -33,6 +33,7 @@ from mora_jax import MoRAConfig
 OPERATORS = (
     "rotation",
     "decoupling",
+    "signed_decoupling",
     "permutation",
     "signed_sharing",
     "sharing",
@@ -48,8 +49,8 @@ LADDER = tuple(2.0**k for k in range(-4, 4))
 
 def learn(
     method: tuple[small.Apply, Any], base: small.Base, rates: Any, seeds: int
-) -> list[list[float]]:
-    """Steps to 99% of the tokens for each seed and rate; infinite if never."""
+) -> list[list[float | None]]:
+    """Steps to 99% of the tokens for each seed and rate; None if never."""
     apply, start = method
 
     def run(rate: jax.Array, ids: jax.Array) -> jax.Array:
@@ -59,7 +60,8 @@ def learn(
     ids = jnp.stack([small.facts(FACTS, seed) for seed in range(seeds)])
     over_rates = jax.vmap(run, in_axes=(0, None))
     over_all = jax.jit(jax.vmap(over_rates, in_axes=(None, 0)))
-    return over_all(jnp.asarray(rates), ids).tolist()
+    steps = over_all(jnp.asarray(rates), ids).tolist()
+    return [[s if math.isfinite(s) else None for s in row] for row in steps]
 
 
 def first_above(values: jax.Array, limit: float) -> jax.Array:
@@ -71,10 +73,10 @@ def first_above(values: jax.Array, limit: float) -> jax.Array:
     return jnp.where(there.any(), at, jnp.inf)
 
 
-def means(steps: list[list[float]]) -> list[float]:
-    """The geometric mean over seeds for each rate."""
+def means(steps: list[list[float | None]]) -> list[float]:
+    """The geometric mean over seeds for each rate; infinite if one never came there."""
     columns = zip(*steps, strict=True)
-    return [geometric_mean(c) if np.isfinite(c).all() else math.inf for c in columns]
+    return [math.inf if None in c else geometric_mean(c) for c in columns]
 
 
 def best(rates: Any, steps: list[float]) -> tuple[float, float]:
@@ -100,8 +102,10 @@ def best(rates: Any, steps: list[float]) -> tuple[float, float]:
 
 def at_rate(rates: Any, steps: list[float], rate: float) -> float:
     """Steps at a rate between those of the ladder, along lines of logarithms."""
-    logs = np.where(np.isfinite(steps), np.log(steps), np.log(10 * STEPS))
-    return float(np.exp(np.interp(math.log(rate), np.log(rates), logs)))
+    for k, there in enumerate(rates):
+        if math.isclose(there, rate):
+            return steps[k]
+    return float(np.exp(np.interp(math.log(rate), np.log(rates), np.log(steps))))
 
 
 def compute(cell: cells.Cell) -> cells.Cell:
@@ -193,7 +197,8 @@ def add_best(row: cells.Cell, unit: float, fewest: float) -> None:
     Values are None where no rate of the ladder came to 99%, or the best is on an edge.
     """
     steps = means(row["steps"])
-    row["at_full"] = at_rate(row["rates"], steps, unit)
+    at_full = at_rate(row["rates"], steps, unit)
+    row |= {"unit": unit, "at_full": at_full if math.isfinite(at_full) else None}
     try:
         rate, row["fewest"] = best(row["rates"], steps)
         row["best"] = rate / unit
@@ -204,10 +209,7 @@ def add_best(row: cells.Cell, unit: float, fewest: float) -> None:
 
 def plot(rows: list[cells.Cell], path: Path) -> None:
     """Steps over rates, with and without the scale; a line for each adapter."""
-    scales = {
-        "paper": "one rate for all: scale='paper'",
-        "fine-tuning": "scale='fine-tuning'",
-    }
+    scales = {"paper": "scale='paper'", "fine-tuning": "scale='fine-tuning'"}
     with figure(path, 1, 2, figsize=(10, 4), sharey=True) as (made, axes):
         for axis, (scale, title) in zip(axes[0], scales.items(), strict=True):
             for row in rows:
@@ -222,8 +224,10 @@ def plot(rows: list[cells.Cell], path: Path) -> None:
                     style = {"color": colour, "linewidth": 0.8, "label": row["method"]}
                 else:
                     continue
-                axis.plot(row["rates"], means(row["steps"]), **style)
-            axis.set(xscale="log", yscale="log", xlabel="learning rate", title=title)
+                rates = np.divide(row["rates"], row["unit"])
+                axis.plot(rates, means(row["steps"]), **style)
+            axis.set(xscale="log", yscale="log", title=title)
+            axis.set_xlabel("learning rate / full fine-tuning's best at this width")
         axes[0, 0].set_ylabel("steps to 99% of the tokens")
         handles, labels = axes[0, 1].get_legend_handles_labels()
         unique = dict(zip(labels, handles, strict=True))

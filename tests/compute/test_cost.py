@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from adapter_files import slow
-from cases import CASES, by_few_cases, by_kind
+from cases import CASES, by_case, by_kind
 from flax import linen as nn
 
 from mora_jax import AdapterSpec, FrozenDense, MoRAConfig, init, linen, mora_apply
@@ -44,6 +44,7 @@ def arithmetic(op):
         "signed_sharing": op.width**2,
         "decoupling": fewest * q * q,
         "permutation": fewest * q * q,
+        "signed_decoupling": blocks * q * q,
         "rotation": blocks * q * q,
         "orthogonal": op.width**2 + op.width * widths,
         "hadamard": op.width**2,
@@ -58,7 +59,7 @@ def arithmetic(op):
     return 2 * dense + around
 
 
-@by_few_cases
+@by_case
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_arithmetic(case, size):
     """Forward and both gradients: each is a product as large as the forward one.

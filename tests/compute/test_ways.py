@@ -12,7 +12,7 @@ import numpy as np
 import oracle
 import pytest
 from adapter_files import slow
-from cases import CASES, by_few_cases, by_kind
+from cases import CASES, by_case, by_kind
 from flax import nnx
 from helpers import close, random, trained
 from jax.test_util import check_grads
@@ -52,7 +52,7 @@ def merged_loss(m, kernel, x, frozen):
     return jnp.sum(jnp.sin(x @ kernel + frozen.bias))
 
 
-@by_few_cases
+@by_case
 @pytest.mark.parametrize(("way", "size"), RUNS, ids=str)
 def test_oracle(case, way, size, float64):
     """The output and all derivatives, adapted and merged; one compilation serves."""

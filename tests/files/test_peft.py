@@ -11,7 +11,7 @@ import oracle
 import pytest
 from adapter_files import UP_PROJ, assert_same, config_of, flatten, made, single, slow
 from base_files import DATA, NAMES, base, llama
-from cases import SIZES, by_few_cases, by_few_sizes
+from cases import SIZES, by_case, by_few_sizes
 from safetensors.numpy import load_file, save_file
 
 import mora_jax
@@ -98,7 +98,7 @@ def delta_of(matrices, adapters, plan):
     return spec.alpha * oracle.delta(*matrices(spec.operator), m)
 
 
-@by_few_cases
+@by_case
 @by_few_sizes
 def test_export_is_exact_or_refused(tmp_path, case, size):
     """What the reference's code would load computes the same: M has alpha in it."""
@@ -120,7 +120,7 @@ def test_export_is_exact_or_refused(tmp_path, case, size):
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
-@by_few_cases
+@by_case
 @pytest.mark.parametrize(
     "size",
     [*map(slow, SIZES[:4]), SIZES[4], *map(slow, SIZES[5:-1]), SIZES[-1]],

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from adapter_files import slow
-from cases import CASES, by_few_cases
+from cases import CASES, by_case
 from helpers import close, largest, random, random_like, wide
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -86,7 +86,7 @@ def test_any_size_and_budget(operator, ins, outs, rank):
     close(y, wide(x) @ (wide(frozen.kernel) + wide(delta)))
 
 
-@by_few_cases
+@by_case
 def test_arguments_are_not_constants(case):
     """A jitted layer takes kernel and random arrays as arguments: none is baked in."""
     frozen = make(case)

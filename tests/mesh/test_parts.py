@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from adapter_files import slow
-from cases import by_few_cases
+from cases import by_case
 from helpers import close, random
 
 from mora_jax._compute.delta import Delta
@@ -27,7 +27,7 @@ SIZES = [
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
-@by_few_cases
+@by_case
 def test_parts_make_the_whole(case, size):
     ins, outs, q, in_parts, out_parts = size
     if q > min(ins, outs) and case.bounded:
@@ -67,7 +67,7 @@ FOLDS = [
 
 @pytest.mark.parametrize("size", FOLDS, ids=str)
 @pytest.mark.parametrize("platform", ["cpu", "tpu"])
-@by_few_cases
+@by_case
 def test_parts_of_a_fold_make_the_whole(case, platform, size):
     """Bit for bit in bfloat16, whose dither is that of the whole kernel."""
     ins, outs, q, in_parts, out_parts = size

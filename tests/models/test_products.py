@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from cases import CASES, by_few_cases
+from cases import CASES, by_case
 from flax import nnx
 from helpers import close, random, wide
 from programs import case_of
@@ -65,7 +65,7 @@ def with_operator(name, case):
     return model, jax.jit(model.adapted)(model.params, model.adapters, model.x)
 
 
-@by_few_cases
+@by_case
 def test_convolution_is_the_oracle(case):
     model, y = with_operator("pad-pairs", case)
     x = np.pad(wide(model.x), [(0, 0), (0, 2), (3, 1), (0, 0)])
@@ -77,7 +77,7 @@ def test_convolution_is_the_oracle(case):
     close(y, expected + wide(model.params["bias"]))
 
 
-@by_few_cases
+@by_case
 def test_embedding_is_the_oracle(case):
     model, y = with_operator("tied", case)
     table = exact(case, model)
@@ -140,7 +140,7 @@ def has_equations(parameter):
     return hasattr(parameter, "eqns")
 
 
-@by_few_cases
+@by_case
 def test_no_update_is_formed(case):
     op = case.make(27, 32, 4)
     conv = AdapterSpec(op, (3, 3, 3, 32), "iiio"), convolution(nn.Conv(32, (3, 3)))

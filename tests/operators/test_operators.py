@@ -13,7 +13,6 @@ from cases import (
     ONE_SQUARE,
     SQUARES,
     by_case,
-    by_few_cases,
     by_few_sizes,
     by_kind,
 )
@@ -98,7 +97,7 @@ def check_laws(case, op: Operator):
     assert op.isometry == all(np.allclose(gram, eye, atol=1e-6) for gram in grams)
 
 
-@by_few_cases
+@by_case
 @by_few_sizes
 def test_laws(case, size):
     ins, outs, q = size

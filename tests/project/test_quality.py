@@ -45,7 +45,7 @@ def test_the_best_rate_of_a_ladder():
         one_rate.best(rates, sorted(steps))
     with pytest.raises(ValueError, match="no rate came"):
         one_rate.best(rates, [math.inf] * 7)
-    assert one_rate.means([[2.0, math.inf], [8.0, 3.0]]) == [4.0, math.inf]
+    assert one_rate.means([[2.0, None], [8.0, 3.0]]) == [4.0, math.inf]
     at = one_rate.first_above(jnp.array([0.0, 0.5, 1.0]), 0.75)
     assert at == 1.5 and one_rate.first_above(jnp.zeros(3), 0.75) == math.inf
 

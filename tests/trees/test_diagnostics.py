@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from adapter_files import slow
-from cases import SIZES, by_few_cases
+from cases import SIZES, by_case
 from helpers import close, random, trained, wide
 
 import mora_jax
@@ -24,7 +24,7 @@ PLAN = mora_jax.plan(PARAMS, CONFIG)
 FEW_SIZES = {(16, 16, 4), (13, 7, 4), (7, 13, 4)}
 
 
-@by_few_cases
+@by_case
 @pytest.mark.parametrize(
     "size", [size if size in FEW_SIZES else slow(size) for size in SIZES], ids=str
 )
