@@ -140,8 +140,8 @@ _KINDS = (
     "rotation-squares",
 )
 
-# The slow tests take all cases and sizes. Kinds are for what JAX's transformations do to
-# an operator: one for each way to compute.
+# The slow tests take all cases and sizes. Kinds are for what JAX's transformations do
+# to an operator: one for each way to compute.
 FEW_CASES = [pytest.param(case, marks=_slow(_is_of_few(case))) for case in CASES]
 KINDS = [pytest.param(case, marks=_slow(case.label in _KINDS)) for case in CASES]
 FEW_SIZES = [pytest.param(size, marks=_slow(size in _FEW_SIZES)) for size in SIZES]
