@@ -36,6 +36,7 @@ Training::
   optimizer             an optax transformation that moves M's alone
   trainable_mask        which leaves of a combined tree train, as booleans
   trainable_labels      the same as labels
+  remora                restarts: merge, and train on between other maps
 
 After training::
 
@@ -63,6 +64,7 @@ from mora_jax import linen as linen
 from mora_jax import nnx as nnx
 from mora_jax import operators as operators
 from mora_jax import products as products
+from mora_jax import remora as remora
 from mora_jax import sharding as sharding
 from mora_jax._adapters import combine as combine
 from mora_jax._adapters import init as init

@@ -1,0 +1,218 @@
+r"""ReMoRA: merge the adapters into the base, start them anew, and train on.
+
+The rank of one delta is bounded by its operator. A *restart* adds the delta to the base
+and starts M at zero between other maps C and D, so that the sum of all deltas may have
+a higher rank: this is how the paper pretrains a model with adapters alone.
+
+The plan says where in the cycle a run is, so that a run which is resumed from a saved
+plan, base and adapters restarts as it would have.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+from zlib import crc32
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from mora_jax._checks import check_number, positive_integer
+from mora_jax._compute.delta import delta_kernel
+from mora_jax._merge import finite_items
+from mora_jax._moments import with_new_moments
+from mora_jax._optim import check_transformation
+from mora_jax._paths import find_kernel, named_leaves, replace_leaves
+from mora_jax._plan import Plan, check_plan
+from mora_jax._rounding import add_rounded
+from mora_jax._spec import AdapterSpec
+from mora_jax.io._reference import REFERENCE_GROUPS
+from mora_jax.operators import Operator, Sharing
+
+__all__ = ["Restarted", "next_plan", "restart", "restart_schedule"]
+
+
+class Restarted(NamedTuple):
+    """What training goes on with after a restart.
+
+    Attributes:
+      params: The base with the deltas merged in.
+      adapters: New adapters, whose M's are zero.
+      plan: Their plan, which has other operators.
+      opt_state: The optimizer's state.
+    """
+
+    params: Any
+    adapters: Any
+    plan: Plan
+    opt_state: Any
+
+
+def restart(
+    params: Any,
+    adapters: Any,
+    plan: Plan,
+    opt_state: Any,
+    tx: optax.GradientTransformation,
+    *,
+    keep_moments: bool = False,
+    donate: bool = False,
+) -> Restarted:
+    """Merge the adapters, and start new ones between other maps.
+
+    The model computes the same as before. In kernels of 16 bits the deltas are rounded
+    with a dither that differs from restart to restart, so that small ones add up. All
+    other leaves are the same arrays.
+
+    Call it between two training steps, outside of jit: each plan is a program of its
+    own in any case. Under jit everything but the plan can be returned.
+
+    Args:
+      params: The base's params.
+      adapters: The adapters, as `init` makes them.
+      plan: Their plan.
+      opt_state: The state of `tx` for the adapters, or for the combined tree.
+      tx: The optimizer.
+      keep_moments: Whether to keep the state of the M's. By default it is reset, with
+        the steps that it counts; schedules and the state of other leaves go on.
+      donate: Whether the old kernels may be overwritten. Memory then does not hold them
+        twice, and `params` cannot be used any more.
+
+    Raises:
+      TypeError: As `merge`, or `tx` is not a transformation.
+      ValueError: As `merge`; `opt_state` is not a state of `tx` for these adapters; or
+        an operator has no other maps to go on with, see `next_plan`.
+
+    Example::
+
+      >>> import mora_jax
+      >>> params = {"fc": {"kernel": jnp.ones((8, 8))}}
+      >>> plan = mora_jax.plan(params, mora_jax.MoRAConfig(rank=1, operator="sharing"))
+      >>> adapters, tx = mora_jax.init(plan), optax.adam(1e-3)
+      >>> after = mora_jax.remora.restart(params, adapters, plan, tx.init(adapters), tx)
+      >>> after.plan["fc/kernel"].operator.compress_groups
+      'contiguous'
+    """
+    check_transformation(tx)
+    following = next_plan(plan)
+    items, leaves = finite_items(adapters, plan), named_leaves(params)
+    kernels = {spec: find_kernel(leaves, spec) for spec, _ in items}
+    if not keep_moments:
+        opt_state = with_new_moments(opt_state, tx, params, adapters)
+    merge = _merge_and_donate if donate else _merge
+    sums = {
+        path: merge(dataclasses.replace(spec, path=()), m, jnp.asarray(kernel))
+        for (spec, m), (path, kernel) in zip(items, kernels.values(), strict=True)
+    }
+    zeros = jax.tree.map(jnp.zeros_like, adapters)
+    return Restarted(replace_leaves(params, sums), zeros, following, opt_state)
+
+
+def next_plan(plan: Plan) -> Plan:
+    """The plan after a restart: the same kernels and widths, between other maps.
+
+    - `sharing` goes through the groupings of the reference's types 1, 2, 3 and 4, and
+      then begins again.
+    - An operator with a seed takes the next seed: other signs, features or directions.
+
+    Raises:
+      TypeError: `plan` is not a Plan.
+      ValueError: An operator has no other maps. The same ones would give deltas of the
+        same form, and the rank would not grow.
+
+    Example::
+
+      >>> import mora_jax
+      >>> params = {"fc": {"kernel": jnp.ones((8, 8))}}
+      >>> config = mora_jax.MoRAConfig(rank=1, operator="permutation", seed=3)
+      >>> following = mora_jax.remora.next_plan(mora_jax.plan(params, config))
+      >>> following["fc/kernel"].operator.seed
+      4
+    """
+    specs = tuple(
+        # The kernel's digest is that of another base.
+        dataclasses.replace(spec, operator=_next_operator(spec), base_digest=None)
+        for spec in check_plan(plan).specs
+    )
+    return dataclasses.replace(plan, specs=specs)
+
+
+def restart_schedule(
+    peak: float,
+    steps: int,
+    every: int,
+    *,
+    warmup: int = 50,
+    floor: float = 0.1,
+) -> optax.Schedule:
+    r"""A cosine over all of training, with a warm-up after each restart.
+
+    .. math:: \eta_t = \eta\, \Bigl(f + (1 - f)\, \frac{1 + \cos(\pi t / T)}{2}\Bigr)\,
+        \min\Bigl(1, \frac{(t \bmod N) + 1}{w}\Bigr)
+
+    Args:
+      peak: The largest learning rate.
+      steps: T, the number of steps of the whole training; the floor stays after it.
+      every: N, the number of steps from one restart to the next.
+      warmup: w, the number of steps until the rate is at the cosine again.
+      floor: f, what is left of the largest rate at the end.
+
+    Raises:
+      TypeError, ValueError: A number of steps is not a positive integer, `warmup` is
+        more than `every`, or `floor` is not between 0 and 1.
+
+    Example::
+
+      >>> import mora_jax
+      >>> rate = mora_jax.remora.restart_schedule(1.0, 1000, every=100, warmup=10)
+      >>> [round(float(rate(step)), 3) for step in (0, 9, 99, 100, 1000)]
+      [0.1, 1.0, 0.979, 0.098, 0.01]
+    """
+    for name, value in (("steps", steps), ("every", every), ("warmup", warmup)):
+        positive_integer(name, value)
+    if warmup > every:
+        raise ValueError(
+            f"warmup must be at most every={every}, got {warmup}: the rate would never "
+            "be at the cosine"
+        )
+    peak, floor = check_number("peak", peak), check_number("floor", floor)
+    if not 0 <= floor <= 1:
+        raise ValueError(f"floor must be from 0 to 1, got {floor}")
+
+    def schedule(count: Any) -> Any:
+        done = jnp.minimum(count / steps, 1.0)
+        cosine = floor + (1 - floor) * (1 + jnp.cos(jnp.pi * done)) / 2
+        return peak * cosine * jnp.minimum((count % every + 1) / warmup, 1.0)
+
+    return schedule
+
+
+def _next_operator(spec: AdapterSpec) -> Operator:
+    op = spec.operator
+    if hasattr(op, "seed"):
+        return dataclasses.replace(op, seed=op.seed + 1)  # type: ignore[call-arg]
+    if isinstance(op, Sharing):
+        types = list(REFERENCE_GROUPS.values())
+        at = types.index((op.compress_groups, op.decompress_groups))
+        compress, decompress = types[(at + 1) % len(types)]
+        return dataclasses.replace(
+            op, compress_groups=compress, decompress_groups=decompress
+        )
+    raise ValueError(
+        f"{spec.name}: {op.name} has the same maps after each restart, so that the "
+        "rank of what is learned would not grow; plan with 'permutation', "
+        "'signed_decoupling' or 'sharing'"
+    )
+
+
+def _merged(spec: AdapterSpec, m: jax.Array, kernel: jax.Array) -> jax.Array:
+    """The kernel plus the delta, rounded with the dither of the operator."""
+    wide = jnp.result_type(jnp.float32, m.dtype, kernel.dtype)
+    delta = delta_kernel(spec, m.astype(wide))
+    # The dither is a hash of a number's place. Shifted, it is another one.
+    shift = crc32(repr(spec.operator).encode()) % 2**31
+    start = (shift, shift)
+    return add_rounded(kernel, delta, spec.axes, kernel.dtype, "dither", start)
+
+
+_merge = jax.jit(_merged, static_argnums=0)
+_merge_and_donate = jax.jit(_merged, static_argnums=0, donate_argnums=2)

@@ -1,0 +1,215 @@
+"""Restarts: the function stays, the rank grows, and all but the M's goes on."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from helpers import close, random, wide
+
+import mora_jax
+from mora_jax import MoRAConfig, remora
+from mora_jax._rounding import share_lost
+
+SIZES = {"a": (12, 12), "b": (12, 8), "s": (3, 8, 12)}
+CHANGING = ["sharing", "signed_sharing", "permutation", "signed_decoupling"]
+CHANGING += ["orthogonal", "hadamard"]
+
+
+def made(operator="signed_decoupling", dtype="float32", **settings):
+    """Params with biases, their plan, and adapters that are not zero."""
+    params = {
+        name: {"kernel": jnp.asarray(random(k, *size), dtype), "bias": jnp.ones(2)}
+        for k, (name, size) in enumerate(SIZES.items())
+    }
+    overrides = {"s/kernel": {"axes": "sio"}}
+    config = MoRAConfig(operator=operator, square_rank=4, **settings)
+    plan = mora_jax.plan(params, dataclasses.replace(config, overrides=overrides))
+    adapters = jax.tree.map(
+        lambda m: jnp.asarray(random(9, *m.shape)), mora_jax.init(plan)
+    )
+    return params, adapters, plan
+
+
+@pytest.mark.parametrize("operator", CHANGING)
+def test_the_function_stays_and_the_rank_grows(operator):
+    donate = operator == "permutation"
+    params, adapters, plan = made(operator, alpha=0.5, scale="fine-tuning")
+    first = jax.tree.map(np.asarray, params)
+    tx, expected = optax.adam(1e-3), jax.tree.map(wide, params)
+    ranks = []
+    for k in range(4):
+        adapters = jax.tree.map(lambda m, k=k: random(20 + k, *m.shape), adapters)
+        delta = mora_jax.delta_weight(adapters, plan)
+        for name in SIZES:
+            expected[name]["kernel"] += wide(delta[name]["kernel"])
+        bias = params["a"]["bias"]
+        params, zeros, plan, _ = remora.restart(
+            params, adapters, plan, tx.init(adapters), tx, donate=donate
+        )
+        assert params["a"]["bias"] is bias
+        close(params, expected)
+        assert not any(m.any() for m in jax.tree.leaves(zeros))
+        assert jax.tree.map(jnp.shape, zeros) == jax.tree.map(jnp.shape, adapters)
+        learned = wide(params["a"]["kernel"]) - first["a"]["kernel"]
+        ranks.append(int(np.linalg.matrix_rank(learned, tol=1e-3)))
+    assert ranks == sorted(ranks)
+    if not plan["a/kernel"].operator.block:
+        assert ranks[0] == 4 < ranks[-1]
+
+
+def test_donated_kernels_are_gone_and_others_are_not():
+    params, adapters, plan = made()
+    tx = optax.sgd(1.0)
+    args = params, adapters, plan, tx.init(adapters), tx
+    remora.restart(*args)
+    assert not params["a"]["kernel"].is_deleted()
+    remora.restart(*args, donate=True)
+    assert params["a"]["kernel"].is_deleted() and not params["a"]["bias"].is_deleted()
+
+
+def test_the_cycle_of_groups_is_the_references():
+    _, _, plan = made("sharing")
+    found = []
+    for _ in range(5):
+        op = plan["a/kernel"].operator
+        found.append(op.compress_groups[0] + op.decompress_groups[0])
+        assert plan["a/kernel"].shape == (4, 4)
+        plan = remora.next_plan(plan)
+    assert found == ["ss", "cc", "cs", "sc", "ss"]
+
+
+@pytest.mark.parametrize("combined", [False, True])
+def test_the_state_of_the_ms_is_reset_and_no_other(combined):
+    """Counts of a schedule go on; Adam's own start again with its moments."""
+    params, adapters, plan = made()
+    schedule = remora.restart_schedule(1e-2, 100, every=10, warmup=5)
+    tx = optax.chain(
+        optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=0.1)
+    )
+    trained = adapters
+    if combined:
+        trained = mora_jax.combine(params, adapters)
+        tx = mora_jax.optimizer(tx, trained, base="a/bias")
+    state = tx.init(trained)
+    for _ in range(3):
+        _, state = tx.update(jax.tree.map(jnp.ones_like, trained), state, trained)
+    after = remora.restart(params, adapters, plan, state, tx).opt_state
+    kept = remora.restart(params, adapters, plan, state, tx, keep_moments=True)
+    assert kept.opt_state is state
+    assert jax.tree.structure(after) == jax.tree.structure(state)
+    before, now = (
+        {jax.tree_util.keystr(k): v for k, v in jax.tree_util.tree_leaves_with_path(s)}
+        for s in (state, after)
+    )
+    for name, value in now.items():
+        if "_mora" in name:
+            assert before[name].any() and not value.any()
+        elif ".count" in name:
+            adams = ".mu" in str([n for n in now if n.startswith(name[:-6])])
+            expected = 0 if adams and not combined else 3
+            assert before[name] == 3 and value == expected, name
+        else:
+            np.testing.assert_array_equal(value, before[name])
+    assert combined == any("bias" in name for name in now)
+
+
+def test_small_deltas_add_up_in_16_bits():
+    """Each restart rounds with another dither, where nearest would lose them all."""
+    params, adapters, plan = made("permutation", "bfloat16")
+    adapters = jax.tree.map(lambda m: 0 * m + 1e-4, adapters)
+    tx, total = optax.sgd(1.0), 0
+    merged = params
+    for _ in range(8):
+        total += wide(mora_jax.delta_weight(adapters, plan)["s"]["kernel"])
+        merged, _, plan, _ = remora.restart(
+            merged, adapters, plan, tx.init(adapters), tx
+        )
+    change = wide(merged["s"]["kernel"]) - wide(params["s"]["kernel"])
+    assert merged["s"]["kernel"].dtype == jnp.bfloat16
+    # Errors of one number cancel over restarts only if their dithers differ.
+    assert share_lost(change, total) < 0.5
+    nearest = mora_jax.merge(params, adapters, plan, rounding="nearest")
+    change = wide(nearest["s"]["kernel"]) - wide(params["s"]["kernel"])
+    assert share_lost(change, total) > 0.9
+
+
+def test_a_saved_run_goes_on_as_it_would_have(tmp_path):
+    """The plan says where in the cycle a run is."""
+    params, adapters, plan = made("sharing")
+    tx = optax.adam(1e-2)
+    x = random(3, 5, 12)
+
+    def loss(adapters, params, plan):
+        kernels = mora_jax.fold(params, adapters, plan)
+        return jnp.sum(jnp.sin(x @ kernels["a"]["kernel"]))
+
+    def run(after, restarts):
+        for _ in range(restarts):
+            params, adapters, plan, state = after
+            for _ in range(3):
+                grads = jax.grad(loss)(adapters, params, plan)
+                updates, state = tx.update(grads, state)
+                adapters = optax.apply_updates(adapters, updates)
+            after = remora.restart(params, adapters, plan, state, tx)
+        return after
+
+    start = remora.Restarted(params, adapters, plan, tx.init(adapters))
+    whole, half = run(start, 4), run(start, 2)
+    mora_jax.save(tmp_path / "run", half.adapters, half.plan)
+    adapters, plan = mora_jax.load(tmp_path / "run", half.params)
+    resumed = run(remora.Restarted(half.params, adapters, plan, half.opt_state), 2)
+    assert resumed.plan.digest() == whole.plan.digest()
+    for got, expected in zip(
+        jax.tree.leaves(resumed.params), jax.tree.leaves(whole.params), strict=True
+    ):
+        np.testing.assert_array_equal(got, expected)
+
+
+def test_under_jit():
+    params, adapters, plan = made()
+    tx = optax.adam(1e-3)
+
+    @jax.jit
+    def arrays(params, adapters, state):
+        after = remora.restart(params, adapters, plan, state, tx)
+        return after.params, after.adapters, after.opt_state
+
+    state = tx.init(adapters)
+    direct = remora.restart(params, adapters, plan, state, tx)
+    close(arrays(params, adapters, state), (direct.params, direct.adapters, direct[3]))
+
+
+def test_the_schedule():
+    rate = remora.restart_schedule(2.0, 200, every=50, warmup=10, floor=0.1)
+    steps = np.arange(260)
+    done = np.minimum(steps / 200, 1)
+    expected = 2 * (0.1 + 0.9 * (1 + np.cos(np.pi * done)) / 2)
+    expected *= np.minimum((steps % 50 + 1) / 10, 1)
+    close(jax.jit(jax.vmap(rate))(steps), expected)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_bad_input():
+    params, adapters, plan = made()
+    tx = optax.adam(1e-3)
+    state = tx.init(adapters)
+    with pytest.raises(ValueError, match="rotation has the same maps after each"):
+        remora.next_plan(made("rotation")[2])
+    with pytest.raises(ValueError, match="opt_state must be a state of tx"):
+        remora.restart(params, adapters, plan, optax.sgd(1.0).init(adapters), tx)
+    with pytest.raises(TypeError, match="tx must be an optax transformation"):
+        remora.restart(params, adapters, plan, state, "adam")
+    with pytest.raises(TypeError, match="plan must be a Plan"):
+        remora.restart(params, adapters, params, state, tx)
+    broken = jax.tree.map(lambda m: m * np.nan, adapters)
+    with pytest.raises(ValueError, match="holds NaN or infinity"):
+        remora.restart(params, broken, plan, state, tx)
+    with pytest.raises(ValueError, match="warmup must be at most every=5, got 6"):
+        remora.restart_schedule(1.0, 100, every=5, warmup=6)
+    with pytest.raises(ValueError, match="floor must be from 0 to 1, got 2"):
+        remora.restart_schedule(1.0, 100, every=50, floor=2.0)
+    with pytest.raises((TypeError, ValueError), match="every must be a positive"):
+        remora.restart_schedule(1.0, 100, every=0)
