@@ -26,6 +26,7 @@ from mora_jax._plan import Plan, check_plan
 from mora_jax._rounding import add_rounded
 from mora_jax._spec import AdapterSpec
 from mora_jax.io._reference import REFERENCE_GROUPS
+from mora_jax.nnx import MoRAParam
 from mora_jax.operators import Operator, Sharing
 
 __all__ = ["Restarted", "next_plan", "restart", "restart_schedule"]
@@ -96,15 +97,17 @@ def restart(
     following = next_plan(plan)
     items, leaves = finite_items(adapters, plan), named_leaves(params)
     kernels = {spec: find_kernel(leaves, spec) for spec, _ in items}
+    following_adapters = jax.tree.map(jnp.zeros_like, _with_next_specs(adapters))
+    opt_state = _with_next_specs(opt_state)
     if not keep_moments:
-        opt_state = with_new_moments(opt_state, tx, params, adapters)
+        opt_state = with_new_moments(opt_state, tx, params, following_adapters)
     merge = _merge_and_donate if donate else _merge
     sums = {
         path: merge(dataclasses.replace(spec, path=()), m, jnp.asarray(kernel))
         for (spec, m), (path, kernel) in zip(items, kernels.values(), strict=True)
     }
-    zeros = jax.tree.map(jnp.zeros_like, adapters)
-    return Restarted(replace_leaves(params, sums), zeros, following, opt_state)
+    params = replace_leaves(params, sums)
+    return Restarted(params, following_adapters, following, opt_state)
 
 
 def next_plan(plan: Plan) -> Plan:
@@ -128,11 +131,7 @@ def next_plan(plan: Plan) -> Plan:
       >>> following["fc/kernel"].operator.seed
       4
     """
-    specs = tuple(
-        # The kernel's digest is that of another base.
-        dataclasses.replace(spec, operator=_next_operator(spec), base_digest=None)
-        for spec in check_plan(plan).specs
-    )
+    specs = tuple(map(_next_spec, check_plan(plan).specs))
     return dataclasses.replace(plan, specs=specs)
 
 
@@ -184,6 +183,26 @@ def restart_schedule(
         return peak * cosine * jnp.minimum((count % every + 1) / warmup, 1.0)
 
     return schedule
+
+
+def _next_spec(spec: AdapterSpec) -> AdapterSpec:
+    # The kernel's digest is that of another base.
+    return dataclasses.replace(spec, operator=_next_operator(spec), base_digest=None)
+
+
+def _with_next_specs(tree: Any) -> Any:
+    """A state of NNX, or of an optimizer for one, whose M's say what they are for."""
+
+    def is_m(leaf: Any) -> bool:
+        return isinstance(leaf, MoRAParam)
+
+    def follow(leaf: Any) -> Any:
+        if not is_m(leaf):
+            return leaf
+        (m,) = jax.tree.leaves(leaf)
+        return leaf.replace(m, spec=_next_spec(leaf.spec))
+
+    return jax.tree.map(follow, tree, is_leaf=is_m)
 
 
 def _next_operator(spec: AdapterSpec) -> Operator:
