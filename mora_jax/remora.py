@@ -15,6 +15,7 @@ from zlib import crc32
 import jax
 import jax.numpy as jnp
 import optax
+from flax import nnx
 
 from mora_jax._checks import check_number, positive_integer
 from mora_jax._compute.delta import delta_kernel
@@ -26,7 +27,6 @@ from mora_jax._plan import Plan, check_plan
 from mora_jax._rounding import add_rounded
 from mora_jax._spec import AdapterSpec
 from mora_jax.io._reference import REFERENCE_GROUPS
-from mora_jax.nnx import MoRAParam
 from mora_jax.operators import Operator, Sharing
 
 __all__ = ["Restarted", "next_plan", "restart", "restart_schedule"]
@@ -164,7 +164,7 @@ def restart_schedule(
       >>> import mora_jax
       >>> rate = mora_jax.remora.restart_schedule(1.0, 1000, every=100, warmup=10)
       >>> [round(float(rate(step)), 3) for step in (0, 9, 99, 100, 1000)]
-      [0.1, 1.0, 0.979, 0.098, 0.01]
+      [0.1, 1.0, 0.978, 0.098, 0.01]
     """
     for name, value in (("steps", steps), ("every", every), ("warmup", warmup)):
         positive_integer(name, value)
@@ -194,7 +194,8 @@ def _with_next_specs(tree: Any) -> Any:
     """A state of NNX, or of an optimizer for one, whose M's say what they are for."""
 
     def is_m(leaf: Any) -> bool:
-        return isinstance(leaf, MoRAParam)
+        is_variable = isinstance(leaf, nnx.Variable)
+        return is_variable and isinstance(getattr(leaf, "spec", None), AdapterSpec)
 
     def follow(leaf: Any) -> Any:
         if not is_m(leaf):
