@@ -36,7 +36,7 @@ def logits(model):
 
 
 MODEL, PARAMS = llama(), base(1)
-BLOCKS = {"rotation", "decoupling", "permutation"}
+BLOCKS = {name for name, operator in OPERATORS.items() if operator.block}
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
