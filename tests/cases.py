@@ -79,7 +79,6 @@ _SEVERAL = {
     "signed_sharing": 2,
     "decoupling": 2,
     "decoupling-truncate": 2,
-    "signed_decoupling": 2,
     "rotation": 3,
     "permutation": 2,
     "orthogonal": 2,
