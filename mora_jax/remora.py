@@ -1,4 +1,4 @@
-r"""ReMoRA: merge the adapters into the base, start them anew, and train on.
+r"""ReMoRA: merge the adapters into the base, start them again, and train on.
 
 The rank of one delta is bounded by its operator. A *restart* adds the delta to the base
 and starts M at zero between other maps C and D, so that the sum of all deltas may have
