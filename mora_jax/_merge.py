@@ -216,6 +216,22 @@ def finite_items(adapters: Any, plan: Plan) -> list[tuple[AdapterSpec, jax.Array
     return items
 
 
+def with_kernels(
+    params: Any, items: list[tuple[AdapterSpec, jax.Array]]
+) -> list[tuple[AdapterSpec, jax.Array, Path, jax.Array]]:
+    """Each spec and M with the path and the array of the kernel, which are checked."""
+    found, leaves = [], named_leaves(params)
+    for spec, m in items:
+        if f"{spec.name}{SUFFIX}" in leaves:  # the delta would be added twice
+            raise ValueError(
+                f"params hold the adapter {spec.name}{SUFFIX}: give the base alone, "
+                "as split(params)[0]"
+            )
+        path, kernel = find_kernel(leaves, spec)
+        found.append((spec, m, path, as_jax_array(spec.name, kernel)))
+    return found
+
+
 def _add(
     params: Any,
     adapters: Any,
@@ -225,18 +241,10 @@ def _add(
     dtype: DTypeLike | None = None,
     rounding: Rounding = "nearest",
 ) -> Any:
-    items, leaves = _items(adapters, plan), named_leaves(params)
     if dtype is not None:
         dtype = floating_dtype(dtype, "dtype")
     sums: dict[Path, jax.Array] = {}
-    for spec, m in items:
-        if f"{spec.name}{SUFFIX}" in leaves:  # the delta would be added twice
-            raise ValueError(
-                f"params hold the adapter {spec.name}{SUFFIX}: give the base alone, "
-                "as split(params)[0]"
-            )
-        path, kernel = find_kernel(leaves, spec)
-        kernel = as_jax_array(spec.name, kernel)
+    for spec, m, path, kernel in with_kernels(params, _items(adapters, plan)):
         delta = sign * delta_kernel(spec, _wide(m, kernel.dtype))
         sums[path] = add_rounded(
             kernel, delta, spec.axes, dtype or kernel.dtype, rounding

@@ -17,12 +17,13 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from mora_jax._bases import check_base
 from mora_jax._checks import check_number, positive_integer
 from mora_jax._compute.delta import delta_kernel
-from mora_jax._merge import finite_items
+from mora_jax._merge import finite_items, with_kernels
 from mora_jax._moments import with_new_moments
 from mora_jax._optim import check_transformation
-from mora_jax._paths import find_kernel, named_leaves, replace_leaves
+from mora_jax._paths import replace_leaves
 from mora_jax._plan import Plan, check_plan
 from mora_jax._rounding import add_rounded
 from mora_jax._spec import AdapterSpec
@@ -95,16 +96,16 @@ def restart(
     """
     check_transformation(tx)
     following = next_plan(plan)
-    items, leaves = finite_items(adapters, plan), named_leaves(params)
-    kernels = {spec: find_kernel(leaves, spec) for spec, _ in items}
+    found = with_kernels(params, finite_items(adapters, plan))
+    check_base(plan.specs, {spec.name: kernel for spec, _, _, kernel in found})
     following_adapters = jax.tree.map(jnp.zeros_like, _with_next_specs(adapters))
     opt_state = _with_next_specs(opt_state)
     if not keep_moments:
         opt_state = with_new_moments(opt_state, tx, params, following_adapters)
     merge = _merge_and_donate if donate else _merge
     sums = {
-        path: merge(dataclasses.replace(spec, path=()), m, jnp.asarray(kernel))
-        for (spec, m), (path, kernel) in zip(items, kernels.values(), strict=True)
+        path: merge(dataclasses.replace(spec, path=()), m, kernel)
+        for spec, m, path, kernel in found
     }
     params = replace_leaves(params, sums)
     return Restarted(params, following_adapters, following, opt_state)

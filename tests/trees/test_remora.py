@@ -164,8 +164,10 @@ def test_a_saved_run_goes_on_as_it_would_have(tmp_path):
 
     start = remora.Restarted(params, adapters, plan, tx.init(adapters))
     whole, half = run(start, 4), run(start, 2)
-    mora_jax.save(tmp_path / "run", half.adapters, half.plan)
+    mora_jax.save(tmp_path / "run", half.adapters, half.plan, params=half.params)
     adapters, plan = mora_jax.load(tmp_path / "run", half.params)
+    with pytest.raises(ValueError, match="another base|other weights|trained on"):
+        remora.restart(params, adapters, plan, half.opt_state, tx)
     resumed = run(remora.Restarted(half.params, adapters, plan, half.opt_state), 2)
     assert resumed.plan.digest() == whole.plan.digest()
     for got, expected in zip(
@@ -252,6 +254,9 @@ def test_bad_input():
         remora.restart(params, adapters, plan, state, "adam")
     with pytest.raises(TypeError, match="plan must be a Plan"):
         remora.restart(params, adapters, params, state, tx)
+    combined = mora_jax.combine(params, adapters)
+    with pytest.raises(ValueError, match="params hold the adapter .* give the base"):
+        remora.restart(combined, adapters, plan, state, tx)
     broken = jax.tree.map(lambda m: m * np.nan, adapters)
     with pytest.raises(ValueError, match="holds NaN or infinity"):
         remora.restart(params, broken, plan, state, tx)
