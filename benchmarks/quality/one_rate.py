@@ -163,6 +163,7 @@ def main() -> None:
     }
     blank = dict.fromkeys(("rank", "squares", "scale"))
     show(columns, [{**blank, **row} for row in rows])
+    show_ranges(rows)
     save(rows, args)
     plot(rows, args.out.with_suffix(".png"))
 
@@ -205,6 +206,41 @@ def add_best(row: cells.Cell, unit: float, fewest: float) -> None:
     except ValueError as error:
         print(f"{row}: {error}")
         row["best"] = row["fewest"] = None
+
+
+def show_ranges(rows: list[cells.Cell]) -> None:
+    """Print what all operators have in common, for one square."""
+    ranges = []
+    for scale, small_rank in itertools.product(("fine-tuning", "paper"), (False, True)):
+        found = [
+            row
+            for row in rows
+            if row.get("scale") == scale
+            and row["squares"] == 1
+            and (row["rank"] == 1) == small_rank
+            and row["best"]
+        ]
+        more = [row["at_full"] / row["fewest"] for row in found if row["at_full"]]
+        if more:
+            bests = [row["best"] for row in found]
+            least, most = min(bests), max(bests)
+            ranges.append(
+                {
+                    "scale": scale,
+                    "rank": "1" if small_rank else "8 and more",
+                    "best": f"{least:.2f} to {most:.2f}",
+                    "steps": f"{min(more):.2f} to {max(more):.2f}",
+                    "never": f"{len(found) - len(more)} of {len(found)}",
+                }
+            )
+    columns = {
+        "scale": "{scale}",
+        "r": "{rank}",
+        "best rate / full's": "{best}",
+        "steps at full's rate / at best": "{steps}",
+        "never": "{never}",
+    }
+    show(columns, ranges)
 
 
 def plot(rows: list[cells.Cell], path: Path) -> None:
