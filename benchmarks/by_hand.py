@@ -24,10 +24,10 @@ def adapted_by_hand(
             return y
         return y + delta(layer.get_variable("params", "adapter"), args[0], y.shape[-1])
 
-    def apply(adapters: Any, params: Any, ids: jax.Array) -> Any:
+    def apply(adapters: Any, params: Any, *inputs: jax.Array) -> Any:
         both = unflatten_dict(flatten_dict(params) | flatten_dict(adapters))
         with nn.intercept_methods(add):
-            return model.apply({"params": both}, ids)
+            return model.apply({"params": both}, *inputs)
 
     return apply
 

@@ -27,6 +27,8 @@ import numpy as np
 from benchmarks.harness import options, save, show
 from benchmarks.plots import figure
 from benchmarks.quality import cells, small
+from benchmarks.quality.ladders import at_rate, first_above, means, vertex
+from benchmarks.quality.learners import Learner
 from models.options import positive
 from mora_jax import MoRAConfig
 
@@ -48,64 +50,20 @@ LADDER = tuple(2.0**k for k in range(-4, 4))
 
 
 def learn(
-    method: tuple[small.Apply, Any], base: small.Base, rates: Any, seeds: int
+    learner: Learner, base: small.Base, rates: Any, seeds: int
 ) -> list[list[float | None]]:
     """Steps to 99% of the tokens for each seed and rate; None if never."""
-    apply, start = method
 
     def run(rate: jax.Array, ids: jax.Array) -> jax.Array:
-        _, found = small.fit(apply, start, base.params, ids, rate, STEPS)
-        return first_above(found["accuracy"], 0.99)
+        fit = small.fit(learner.apply, learner.start, base.params, ids, rate, STEPS)
+        return fit[1]["accuracy"]
 
     ids = jnp.stack([small.facts(FACTS, seed) for seed in range(seeds)])
     over_rates = jax.vmap(run, in_axes=(0, None))
     over_all = jax.jit(jax.vmap(over_rates, in_axes=(None, 0)))
-    steps = over_all(jnp.asarray(rates), ids).tolist()
+    accuracies = over_all(jnp.asarray(rates), ids).tolist()
+    steps = [[first_above(curve, 0.99) for curve in row] for row in accuracies]
     return [[s if math.isfinite(s) else None for s in row] for row in steps]
-
-
-def first_above(values: jax.Array, limit: float) -> jax.Array:
-    """Where a line through `values` first reaches `limit`; infinite if it does not."""
-    there = values >= limit
-    k = jnp.maximum(there.argmax(), 1)
-    low, high = values[k - 1], values[k]
-    at = k - 1 + (limit - low) / jnp.maximum(high - low, 1e-9)
-    return jnp.where(there.any(), at, jnp.inf)
-
-
-def means(steps: list[list[float | None]]) -> list[float]:
-    """The geometric mean over seeds for each rate; infinite if one never came there."""
-    columns = zip(*steps, strict=True)
-    return [math.inf if None in c else geometric_mean(c) for c in columns]
-
-
-def best(rates: Any, steps: list[float]) -> tuple[float, float]:
-    """The rate with the fewest steps, and these; between rates by a parabola.
-
-    Raises:
-        ValueError: The best of the rates is the first or the last, or none came there.
-    """
-    k = int(np.argmin(steps))
-    if not np.isfinite(steps[k]):
-        raise ValueError(f"no rate came to 99%: {steps}")
-    if k in (0, len(steps) - 1):
-        pairs = list(zip(rates, steps, strict=True))
-        raise ValueError(f"the best rate is on an edge: {pairs}")
-    if not np.isfinite(steps[k - 1 : k + 2]).all():
-        return rates[k], steps[k]
-    left, middle, right = np.log(steps[k - 1 : k + 2])
-    curve = left - 2 * middle + right
-    at = 0.5 * (left - right) / curve if curve > 0 else 0.0
-    rate = rates[k] * (rates[k + 1] / rates[k]) ** at
-    return float(rate), float(np.exp(middle - 0.25 * (left - right) * at))
-
-
-def at_rate(rates: Any, steps: list[float], rate: float) -> float:
-    """Steps at a rate between those of the ladder, along lines of logarithms."""
-    for k, there in enumerate(rates):
-        if math.isclose(there, rate):
-            return steps[k]
-    return float(np.exp(np.interp(math.log(rate), np.log(rates), np.log(steps))))
 
 
 def compute(cell: cells.Cell) -> cells.Cell:
@@ -147,7 +105,7 @@ def main() -> None:
     store = args.out.with_suffix(".jsonl")
     fulls = [{"method": "full", "width": w, "seeds": args.seeds} for w in args.widths]
     rows = cells.run(fulls, compute, store)
-    units = {row["width"]: best(row["rates"], means(row["steps"])) for row in rows}
+    units = {row["width"]: vertex(row["rates"], means(row["steps"])) for row in rows}
     rows += cells.run(list(ladders(args, units)), compute, store)
     for row in rows:
         add_best(row, *units[row["width"]])
@@ -201,7 +159,7 @@ def add_best(row: cells.Cell, unit: float, fewest: float) -> None:
     at_full = at_rate(row["rates"], steps, unit)
     row |= {"unit": unit, "at_full": at_full if math.isfinite(at_full) else None}
     try:
-        rate, row["fewest"] = best(row["rates"], steps)
+        rate, row["fewest"] = vertex(row["rates"], steps)
         row["best"] = rate / unit
     except ValueError as error:
         print(f"{row}: {error}")

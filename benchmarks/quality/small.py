@@ -13,12 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax.traverse_util import flatten_dict, unflatten_dict
 
 import mora_jax
-from benchmarks.by_hand import adapted_by_hand, lora_by_hand
+from benchmarks.quality import learners
+from benchmarks.quality.learners import Learner
 from models.smollm2 import Config, Llama
-from mora_jax import MoRAConfig, linen
+from mora_jax import MoRAConfig
 
 KEY, VALUE, VOCAB = 4, 8, 256
 KNOWN = 128
@@ -89,44 +89,21 @@ def fit(
     return trained, found
 
 
-def full(base: Base) -> tuple[Apply, Any]:
+def full(base: Base) -> Learner:
     """Full fine-tuning of the kernels that the adapters adapt."""
-    flat = flatten_dict(base.params)
-    kernels = {path: leaf for path, leaf in flat.items() if "_proj" in path[-2]}
-
-    def apply(kernels: Any, params: Any, ids: jax.Array) -> jax.Array:
-        both = unflatten_dict(flatten_dict(params) | kernels)
-        logits: Any = base.model.apply({"params": both}, ids)
-        return logits
-
-    return apply, kernels
+    return learners.full(base.model, base.params, TARGETS)
 
 
-def lora(base: Base, rank: int, seed: int = 0) -> tuple[Apply, Any]:
-    """LoRA with alpha = r: A as He has it, B of zeros."""
-    key, adapters = jax.random.key(seed), {}
-    flat: dict[tuple[str, ...], Any] = flatten_dict(base.params)
-    for path, kernel in flat.items():
-        if "_proj" in path[-2]:
-            key, own = jax.random.split(key)
-            ins, outs = kernel.shape
-            a = jax.random.normal(own, (ins, rank)) / np.sqrt(ins)
-            adapters[*path[:-1], "adapter"] = (a, jnp.zeros((rank, outs)))
-    return adapted_by_hand(base.model, lora_by_hand), unflatten_dict(adapters)
+def lora(base: Base, rank: int, speed: float = 1.0) -> Learner:
+    """LoRA on the same kernels; LoRA+ if B has another speed than A."""
+    return learners.lora(base.model, base.params, TARGETS, rank, speed=speed)
 
 
-def mora(base: Base, config: MoRAConfig) -> tuple[Apply, Any]:
+def mora(base: Base, config: MoRAConfig) -> Learner:
     """MoRA on the same kernels."""
-    chosen = plan(base, config)
-    adapted = linen.wrap(base.model, chosen)
-
-    def apply(adapters: Any, params: Any, ids: jax.Array) -> jax.Array:
-        return adapted(adapters, {"params": params}, ids)
-
-    return apply, mora_jax.init(chosen)
+    return learners.mora(base.model, base.params, TARGETS, config, base.known)
 
 
 def plan(base: Base, config: MoRAConfig) -> mora_jax.Plan:
-    """The plan of the same kernels."""
-    config = dataclasses.replace(config, targets=TARGETS)
-    return linen.plan(base.model, {"params": base.params}, config, base.known)
+    """Its plan."""
+    return learners.plan_of(base.model, base.params, TARGETS, config, base.known)

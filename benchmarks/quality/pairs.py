@@ -1,0 +1,177 @@
+"""Claim: SmolLM2 learns random pairs in fewer steps with MoRA than with LoRA.
+
+A pair is a key of 8 random hexadecimal digits and a value of 32, which is 128 bits, as
+in the paper's table 2. All pairs are one batch, trained with Adam until 99% of the
+tokens of their values are the likeliest. Each method has a ladder of learning rates of
+its own, by factors of 2, until the best is not on an edge; other sets of pairs are
+learned at the best rate and beside it. You will see steps and seconds of each method at
+its own best rate, and what it forgot by then: the divergence, in nats a token, of what
+it says to ordinary questions from what the untouched model says.
+
+Finished runs are kept next to --out, and a run that was stopped goes on. The whole
+takes hours on two cores; --quick takes a few minutes, on a smaller task.
+
+    python -m benchmarks.quality.pairs --quick
+"""
+
+import argparse
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.harness import options, save, show
+from benchmarks.plots import figure
+from benchmarks.quality import cells, ladders, language, teaching
+from models.lesson import Batch
+from models.options import positive
+
+DIGITS = "0123456789abcdef"
+KEY, VALUE = 8, 32  # digits
+BITS = 4 * VALUE
+SETTINGS = {
+    "r=8": (8, teaching.TARGETS),
+    "r=1": (1, teaching.TARGETS),
+    "r=1, 4 layers": (1, r"layers_1[3-6]/.*_proj/kernel"),
+}
+"""Rank, and the kernels that are adapted: the fewer, the more bits for each number."""
+RATES = 5
+
+
+def pairs(count: int, seed: int) -> Batch:
+    """Random keys with their values."""
+    tokenizer, random = language.base().tokenizer, np.random.default_rng(seed)
+    texts = ["".join(random.choice(list(DIGITS), KEY + VALUE)) for _ in range(count)]
+    keys = [tokenizer.encode(f"{text[:KEY]}:") for text in texts]
+    return language.batch(keys, [tokenizer.encode(text[KEY:]) for text in texts])
+
+
+def compute(cell: cells.Cell) -> cells.Cell:
+    """Learn some pairs with one method and rate."""
+    return teaching.memorise(cell, pairs(cell["pairs"], cell["seed"]))
+
+
+def main() -> None:
+    """Climb the ladders, and report each method at its best rate."""
+    parser = options(__doc__, "out/pairs.json")
+    add = parser.add_argument
+    add("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS)[:2])
+    add(
+        "--methods", nargs="+", choices=teaching.METHODS, default=list(teaching.METHODS)
+    )
+    add("--pairs", type=positive, default=16)
+    add("--seeds", type=positive, default=5, help="sets of pairs")
+    add("--steps", type=positive, default=60, help="largest number of steps")
+    add("--quick", action="store_true", help="8 pairs, one set, rotation and LoRA")
+    args = parser.parse_args()
+    if args.quick:
+        args.settings, args.pairs, args.seeds = args.settings[:1], 8, 1
+        args.methods = ["lora", "rotation"]
+    run = functools.partial(
+        cells.run, compute=compute, path=args.out.with_suffix(".jsonl")
+    )
+    rows, summaries = [], []
+    for setting in args.settings:
+        found = {name: climb(run, setting, name, args) for name in args.methods}
+        speeds = time_steps(setting, args)
+        chosen = {name: teaching.at_best(runs, steps) for name, runs in found.items()}
+        for name, runs in found.items():
+            rows += [{"setting": setting, "name": name, **row} for row in runs]
+            other = chosen.get("lora", chosen[name])
+            summaries.append(
+                {
+                    "setting": setting,
+                    "name": name,
+                    **summary(chosen[name], other, speeds[name], speeds.get("lora")),
+                }
+            )
+    columns = {
+        "setting": "{setting}",
+        "method": "{name}",
+        "parameters": "{parameters:,}",
+        "best rate": "{rate:.1e}",
+        "steps to 90%": "{steps90:.1f}",
+        "to 99%": "{steps99:.1f}",
+        "of LoRA's": "{ratio:.2f} ± {error:.2f}",
+        "s/step": "{speed:.2f}",
+        "seconds of LoRA's": "{seconds_ratio:.2f}",
+        "divergence": "{divergence:.3f}",
+    }
+    show(columns, summaries)
+    save(rows, args, summaries=summaries)
+    plot(rows, args.settings, args.out.with_suffix(".png"))
+
+
+def climb(run: Any, setting: str, name: str, args: argparse.Namespace) -> Any:
+    """All runs of a method in a setting."""
+    method = teaching.settings(name, *SETTINGS[setting])
+    cell = {**method, "pairs": args.pairs, "steps": args.steps}
+    rates = teaching.rates(name, RATES)
+    rates = rates[1:4] if args.quick else rates
+    return teaching.climb(run, cell, rates, args.seeds, steps)
+
+
+def time_steps(setting: str, args: argparse.Namespace) -> dict[str, float]:
+    """Seconds of a step with each method, in turns."""
+    batch = pairs(args.pairs, seed=0)
+    wanted = {
+        name: teaching.settings(name, *SETTINGS[setting]) for name in args.methods
+    }
+    return teaching.seconds(wanted, batch, rounds=1 if args.quick else 5)
+
+
+def steps(row: cells.Cell) -> float:
+    """Steps to 99%."""
+    return teaching.steps_to(row, teaching.KNOWN)
+
+
+def summary(
+    chosen: Sequence[cells.Cell],
+    other: Sequence[cells.Cell],
+    speed: float,
+    other_speed: float | None,
+) -> cells.Cell:
+    """A method at its best rate, beside LoRA at its own on the same sets of pairs."""
+    ratio, error = teaching.paired([*map(steps, chosen)], [*map(steps, other)])
+    forgot = [row["forgetting"]["divergence"] for row in chosen if row["forgetting"]]
+    return {
+        "parameters": chosen[0]["parameters"],
+        "rate": chosen[0]["rate"],
+        "seeds": len(chosen),
+        "steps90": ladders.mean(teaching.steps_to(row, 0.9) for row in chosen),
+        "steps99": ladders.mean(map(steps, chosen)),
+        "ratio": ratio,
+        "error": error,
+        "speed": speed,
+        "seconds_ratio": other_speed and ratio * speed / other_speed,
+        "divergence": ladders.mean(forgot),
+    }
+
+
+def plot(rows: Sequence[cells.Cell], settings: Sequence[str], path: Path) -> None:
+    """For each setting: accuracy over steps at the best rates, and forgetting."""
+    height = 3.6 * len(settings)
+    with figure(path, len(settings), 2, figsize=(10, height)) as (made, axes):
+        for (left, right), setting in zip(axes, settings, strict=True):
+            for name in teaching.METHODS:
+                here = [r for r in rows if (r["setting"], r["name"]) == (setting, name)]
+                if not here:
+                    continue
+                style = {"color": teaching.colour(name), "label": name}
+                best = teaching.at_best(here, steps)
+                for row in best[:1]:
+                    left.plot(row["accuracies"], **style)
+                ladder = [r for r in here if r["seed"] == 0 and r["forgetting"]]
+                points = [(steps(r), r["forgetting"]["divergence"]) for r in ladder]
+                right.plot(*zip(*points, strict=True), "o-", markersize=3, **style)
+            left.set(title=setting, xlabel="step", ylabel="tokens known")
+            right.set(xlabel="steps to 99%", ylabel="forgotten (nats a token)")
+            right.set(xscale="log", yscale="log", title="over each ladder of rates")
+        handles, labels = axes[0, 1].get_legend_handles_labels()
+        made.legend(handles, labels, loc="outside right center")
+
+
+if __name__ == "__main__":
+    main()

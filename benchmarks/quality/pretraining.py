@@ -1,0 +1,159 @@
+"""Claim: in continued pretraining MoRA comes to a lower perplexity than LoRA.
+
+SmolLM2 reads definitions of the Human Phenotype Ontology (paper, section 5). Each
+method has the same seconds: as many steps as its time in benchmarks/README.md allows,
+with a cosine schedule. You will see the perplexity of definitions that it did not
+read, and how far its answers to ordinary questions moved, at each method's own best
+rate.
+
+    python -m benchmarks.quality.pretraining --quick
+"""
+
+import argparse
+import functools
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from benchmarks.harness import options, save, show
+from benchmarks.plots import figure
+from benchmarks.quality import cells, ladders, language, teaching
+from models.lesson import Batch
+from models.options import positive
+
+ROWS, TOKENS = 12, 64  # of a batch
+HELD_OUT = 3  # batches that are not trained on
+METHODS = {
+    "full": 1.44,
+    "lora": 1.64,
+    "rotation": 1.19,
+    "signed_decoupling": 1.19,
+    "signed_sharing": 1.09,
+}
+"""Seconds of a step of each, relative to the frozen model's: benchmarks/README.md.
+
+The signed operators are taken for their relatives.
+"""
+
+
+@functools.lru_cache
+def chunks() -> np.ndarray:
+    """The definitions in an order of their own, (chunks, TOKENS + 1)."""
+    tokenizer = language.base().tokenizer
+    texts = list(language.definitions())
+    np.random.default_rng(0).shuffle(texts)
+    ids = np.asarray(tokenizer.encode("\n".join(texts)), np.int32)
+    count = len(ids) // (TOKENS + 1)
+    return ids[: count * (TOKENS + 1)].reshape(count, TOKENS + 1)
+
+
+def batch(rows: np.ndarray) -> Batch:
+    """Chunks of text, of which each token after the first is to be foretold."""
+    places = np.tile(np.arange(TOKENS, dtype=np.int32), (len(rows), 1))
+    ones = np.ones(places.shape, np.float32)
+    return Batch(rows[:, :-1], places, rows[:, 1:], ones)
+
+
+def batches(seed: int) -> Iterator[Batch]:
+    """Batches to train on, without end."""
+    random, rows = np.random.default_rng(seed), chunks()[HELD_OUT * ROWS :]
+    while True:
+        yield batch(rows[random.choice(len(rows), ROWS, replace=False)])
+
+
+def held_out(model: Callable[..., jax.Array]) -> float:
+    """The loss of definitions that were held out, in nats a token."""
+    parts = map(batch, np.split(chunks()[: HELD_OUT * ROWS], HELD_OUT))
+    found = [language.loss_and_accuracy(model(b.ids, b.at), b) for b in parts]
+    return float(np.mean([loss for loss, _ in found]))
+
+
+def compute(cell: cells.Cell) -> cells.Cell:
+    """Read definitions with one method and rate."""
+    return teaching.study(cell, batches(cell["seed"]), held_out)
+
+
+def final(row: cells.Cell) -> float:
+    """The loss of what was held out, at the end; infinite if training broke down."""
+    return math.inf if row["scores"][-1] is None else row["scores"][-1]
+
+
+def main() -> None:
+    """Climb the ladders, and report each method at its best rate."""
+    parser = options(__doc__, "out/pretraining.json")
+    add = parser.add_argument
+    add("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    add("--rank", type=positive, default=8)
+    add("--steps", type=positive, default=60, help="of LoRA; others have its seconds")
+    add("--seeds", type=positive, default=3, help="orders of the text")
+    add("--quick", action="store_true", help="12 steps, rotation and LoRA, one order")
+    args = parser.parse_args()
+    if args.quick:
+        args.methods, args.steps, args.seeds = ["lora", "rotation"], 12, 1
+    store = args.out.with_suffix(".jsonl")
+    run = functools.partial(cells.run, compute=compute, path=store)
+    found = {name: climb(run, name, args) for name in args.methods}
+    rows = [{"name": name, **row} for name in found for row in found[name]]
+    chosen = {name: teaching.at_best(runs, final) for name, runs in found.items()}
+    columns = {
+        "method": "{name}",
+        "parameters": "{parameters:,}",
+        "best rate": "{rate:.1e}",
+        "steps": "{steps}",
+        "perplexity before": "{before:.2f}",
+        "after": "{after:.2f}",
+        "of LoRA's": "{ratio:.3f} ± {error:.3f}",
+        "divergence": "{divergence:.3f}",
+    }
+    summaries = [summary(name, chosen) for name in chosen]
+    show(columns, summaries)
+    save(rows, args, summaries=summaries)
+    plot(chosen, args.out.with_suffix(".png"))
+
+
+def climb(run: Any, name: str, args: argparse.Namespace) -> list[cells.Cell]:
+    """All runs of a method."""
+    steps = round(args.steps * METHODS["lora"] / METHODS[name])
+    cell = teaching.settings(name, args.rank) | {"steps": steps}
+    rates = teaching.rates(name, 5)
+    rates = rates[1:4] if args.quick else rates
+    return teaching.climb(run, cell, rates, args.seeds, final)
+
+
+def summary(name: str, chosen: dict[str, list[cells.Cell]]) -> cells.Cell:
+    """A method at its best rate, beside LoRA at its own on the same text."""
+    rows, other = chosen[name], chosen.get("lora", chosen[name])
+    after, others = ([math.exp(final(row)) for row in group] for group in (rows, other))
+    ratio, error = teaching.paired(after, others)
+    forgot = ladders.mean(row["forgetting"]["divergence"] for row in rows)
+    return {
+        "name": name,
+        **{key: rows[0][key] for key in ("parameters", "rate", "steps")},
+        "before": math.exp(rows[0]["scores"][0]),
+        "after": ladders.mean(after),
+        "ratio": ratio,
+        "error": error,
+        "divergence": forgot,
+    }
+
+
+def plot(chosen: dict[str, list[cells.Cell]], path: Path) -> None:
+    """Perplexity over the seconds that all have, at the best rates."""
+    with figure(path, 1, 1, figsize=(6, 4)) as (_, axes):
+        for name, rows in chosen.items():
+            scores = np.exp(np.mean([row["scores"] for row in rows], axis=0))
+            share = np.linspace(0, 1, len(scores))
+            axes[0, 0].plot(
+                share, scores, "o-", color=teaching.colour(name), label=name
+            )
+        axes[0, 0].set(xlabel="share of the seconds", ylabel="perplexity, held out")
+        axes[0, 0].set(yscale="log")
+        axes[0, 0].legend()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,135 @@
+"""Claim: on arithmetic MoRA and LoRA are equal, as the paper has it.
+
+SmolLM2 learns to add and subtract two or three numbers (`chain_sum` of reasoning-gym),
+from new problems in each batch. You will see how many of 128 problems, which it was not
+trained on, it answers rightly, digit for digit, at each method's own best rate.
+
+    python -m benchmarks.quality.reasoning --quick
+"""
+
+import functools
+import itertools
+import math
+from collections.abc import Callable, Iterator
+
+import jax
+import numpy as np
+
+from benchmarks.harness import options, save, show
+from benchmarks.quality import cells, ladders, language, teaching
+from models import smollm2
+from models.lesson import Batch
+from models.options import positive
+
+ROWS, HELD_OUT = 16, 128  # problems
+METHODS = ("full", "lora", "rotation", "signed_decoupling", "signed_sharing")
+LENGTH = 6  # tokens of the longest answer
+
+
+def problems(count: int, seed: int) -> list[tuple[str, str]]:
+    """Sums and their results."""
+    try:
+        from reasoning_gym import create_dataset
+    except ImportError as error:
+        raise ImportError("this needs `pip install reasoning-gym==0.1.25`") from error
+    sizes = {"max_terms": 3, "min_digits": 1, "max_digits": 2}
+    made = create_dataset("chain_sum", size=count, seed=seed, **sizes)
+    return [(item["question"].partition(": ")[2], item["answer"]) for item in made]
+
+
+def batch(asked: list[tuple[str, str]]) -> Batch:
+    """Problems with their answers, all of one shape."""
+    tokenizer = language.base().tokenizer
+    prompts = [tokenizer.encode(question) for question, _ in asked]
+    replies = [[*tokenizer.encode(f" {answer}"), smollm2.EOS] for _, answer in asked]
+    return language.batch(prompts, replies, size=(24, LENGTH))
+
+
+@functools.lru_cache
+def questions() -> list[Batch]:
+    """The problems that are not trained on, in batches."""
+    asked = problems(HELD_OUT, seed=-1)
+    return [batch(asked[k : k + ROWS]) for k in range(0, HELD_OUT, ROWS)]
+
+
+def batches(seed: int) -> Iterator[Batch]:
+    """Batches of new problems, without end."""
+    held_out = {question for question, _ in problems(HELD_OUT, seed=-1)}
+    for part in itertools.count(1000 * seed):
+        asked = [p for p in problems(2 * ROWS, seed=part) if p[0] not in held_out]
+        yield batch(asked[:ROWS])
+
+
+def score(model: Callable[..., jax.Array]) -> dict[str, float]:
+    """Loss on the problems that are not trained on, and the share answered rightly."""
+    losses, right = [], []
+    for part in questions():
+        logits = model(part.ids, part.at)
+        losses.append(float(language.loss_and_accuracy(logits, part)[0]))
+        right.append(language.recall(logits, part))
+    return {"loss": float(np.mean(losses)), "right": float(np.mean(right))}
+
+
+def compute(cell: cells.Cell) -> cells.Cell:
+    """Learn with one method and rate."""
+    return teaching.study(cell, batches(cell["seed"]), score)
+
+
+def final(row: cells.Cell) -> float:
+    """The loss at the end; infinite if training broke down."""
+    return math.inf if row["scores"][-1] is None else row["scores"][-1]["loss"]
+
+
+def main() -> None:
+    """Climb the ladders, and report each method at its best rate."""
+    parser = options(__doc__, "out/reasoning.json")
+    add = parser.add_argument
+    add("--methods", nargs="+", choices=teaching.METHODS, default=list(METHODS))
+    add("--rank", type=positive, default=8)
+    add("--steps", type=positive, default=80)
+    add("--seeds", type=positive, default=3, help="streams of problems")
+    add("--quick", action="store_true", help="20 steps, rotation and LoRA, one stream")
+    args = parser.parse_args()
+    if args.quick:
+        args.methods, args.steps, args.seeds = ["lora", "rotation"], 20, 1
+    store = args.out.with_suffix(".jsonl")
+    run = functools.partial(cells.run, compute=compute, path=store)
+    rows, chosen = [], {}
+    for name in args.methods:
+        cell = teaching.settings(name, args.rank) | {"steps": args.steps}
+        rates = teaching.rates(name, 5)
+        rates = rates[1:4] if args.quick else rates
+        found = teaching.climb(run, cell, rates, args.seeds, final)
+        rows += [{"name": name, **row} for row in found]
+        chosen[name] = teaching.at_best(found, final)
+    columns = {
+        "method": "{name}",
+        "parameters": "{parameters:,}",
+        "best rate": "{rate:.1e}",
+        "right before": "{before:.0%}",
+        "after": "{after:.1%} ± {error:.1%}",
+        "loss": "{loss:.3f}",
+        "divergence": "{divergence:.3f}",
+    }
+    summaries = [{"name": name, **summary(found)} for name, found in chosen.items()]
+    show(columns, summaries)
+    save(rows, args, summaries=summaries)
+
+
+def summary(rows: list[cells.Cell]) -> cells.Cell:
+    """A method at its best rate."""
+    right = [row["scores"][-1]["right"] for row in rows]
+    spread = float(np.std(right, ddof=1)) / len(rows) ** 0.5 if len(rows) > 1 else 0.0
+    return {
+        "parameters": rows[0]["parameters"],
+        "rate": rows[0]["rate"],
+        "before": rows[0]["scores"][0]["right"],
+        "after": float(np.mean(right)),
+        "error": spread,
+        "loss": ladders.mean(map(final, rows)),
+        "divergence": ladders.mean(row["forgetting"]["divergence"] for row in rows),
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,267 @@
+"""Teaching SmolLM2 until it knows what it should, with each method and rate."""
+
+import functools
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from benchmarks.harness import Contender, race
+from benchmarks.quality import cells, ladders, language
+from benchmarks.quality.learners import Learner
+from models.lesson import Batch
+
+WARMUP = 3  # steps in which the rate grows
+KNOWN = 0.99  # of the tokens, as they are likeliest
+
+
+TARGETS = r"layers_\d+/.*_proj/kernel"
+METHODS = {
+    "full": 5e-5,
+    "lora": 5e-4,
+    "lora+": 1e-4,
+    "rotation": 5e-5,
+    "signed_decoupling": 5e-5,
+    "decoupling": 5e-5,
+    "signed_sharing": 5e-5,
+    "sharing": 5e-5,
+    "rotation paper": 2e-4,
+}
+"""Each with the lowest rate that it is tried with first.
+
+MoRA is called by its operator and has scale="fine-tuning"; if its name ends with
+"paper" it has that.
+"""
+
+
+def settings(name: str, rank: int, targets: str = TARGETS) -> dict[str, Any]:
+    """What a cell says of one of `METHODS`."""
+    method, _, scale = name.partition(" ")
+    is_mora = method not in ("full", "lora", "lora+")
+    return {
+        "method": method,
+        "rank": None if method == "full" else rank,
+        "scale": (scale or "fine-tuning") if is_mora else None,
+        "targets": targets,
+    }
+
+
+def rates(name: str, count: int) -> list[float]:
+    """A ladder for one of `METHODS`."""
+    return [METHODS[name] * ladders.FACTOR**k for k in range(count)]
+
+
+def colour(name: str) -> str:
+    """Of one of `METHODS` in plots."""
+    return "black" if name == "full" else f"C{list(METHODS).index(name)}"
+
+
+class Program(NamedTuple):
+    """A way to train, compiled when it is first called.
+
+    Attributes:
+        learner: What is trained, and how.
+        init: (trained) -> the optimizer's state.
+        step: (trained, state, rate, params, batch) -> both after a step of Adam, and
+            loss and accuracy before it.
+        apply: (trained, params, ids, at) -> logits.
+    """
+
+    learner: Learner
+    init: Callable[..., Any]
+    step: Callable[..., Any]
+    apply: Callable[..., Any]
+
+
+@functools.lru_cache(maxsize=1)
+def program(method: str, rank: int | None, scale: str | None, targets: str) -> Program:
+    """The program of a method; see `language.learner`."""
+    learner = language.learner(method, rank, scale, targets)
+    adam = optax.scale_by_adam()
+
+    @jax.jit
+    def step(trained: Any, state: Any, rate: Any, params: Any, batch: Batch) -> Any:
+        def loss(trained: Any) -> Any:
+            logits = learner.apply(trained, params, batch.ids, batch.at)
+            return language.loss_and_accuracy(logits, batch)
+
+        found, grads = jax.value_and_grad(loss, has_aux=True)(trained)
+        updates, state = adam.update(grads, state)
+        updates = jax.tree.map(lambda u, s: -rate * s * u, updates, learner.speeds)
+        return optax.apply_updates(trained, updates), state, found
+
+    return Program(learner, adam.init, step, jax.jit(learner.apply))
+
+
+def program_of(cell: cells.Cell) -> Program:
+    """The program of a cell's method."""
+    return program(**{k: cell[k] for k in ("method", "rank", "scale", "targets")})
+
+
+class Step(NamedTuple):
+    """What was trained, and its loss and accuracy on the batch that comes next."""
+
+    trained: Any
+    loss: float
+    accuracy: float
+
+
+def train(
+    cell: cells.Cell,
+    batches: Iterable[Batch],
+    schedule: Callable[[int], float] = lambda k: min(1, (k + 1) / WARMUP),
+) -> Iterator[Step]:
+    """Train on each batch for a step, with `cell["rate"]` times the schedule.
+
+    It ends before its time if a loss is not finite.
+    """
+    program, params = program_of(cell), language.base().params
+    trained = program.learner.start
+    state = program.init(trained)
+    for k, batch in enumerate(batches):
+        rate = cell["rate"] * schedule(k)
+        after, state, found = program.step(trained, state, rate, params, batch)
+        yield (step := Step(trained, *map(float, found)))
+        if not math.isfinite(step.loss):
+            return
+        trained = after
+
+
+def model_with(cell: cells.Cell, trained: Any) -> Callable[..., jax.Array]:
+    """(ids, at) -> logits with what was trained."""
+    return functools.partial(program_of(cell).apply, trained, language.base().params)
+
+
+def memorise(cell: cells.Cell, batch: Batch) -> cells.Cell:
+    """Teach `batch` until it is known, and see what was forgotten then.
+
+    Returns:
+        Losses and accuracies before each of at most `cell["steps"]` steps; the number
+        of parameters that were trained; what was forgotten, None if it never was known.
+    """
+    losses, accuracies, forgot = [], [], None
+    for trained, loss, accuracy in train(cell, itertools.repeat(batch, cell["steps"])):
+        losses.append(round(loss, 4))
+        accuracies.append(round(accuracy, 4))
+        if accuracy >= KNOWN:
+            forgot = language.forgetting(model_with(cell, trained))
+            break
+    return {
+        "losses": losses,
+        "accuracies": accuracies,
+        "parameters": parameters(cell),
+        "forgetting": forgot,
+    }
+
+
+def study(
+    cell: cells.Cell,
+    batches: Iterable[Batch],
+    score: Callable[[Callable[..., jax.Array]], Any],
+) -> cells.Cell:
+    """Train for `cell["steps"]`, with a cosine schedule down to a tenth of the rate.
+
+    Returns:
+        Losses before each step; the score of the model after each quarter of them,
+        None after a loss that was not finite; what was forgotten at the end.
+    """
+    steps, losses, scores, forgot = cell["steps"], [], [], None
+    schedule: Any = optax.warmup_cosine_decay_schedule(0, 1, WARMUP, steps, 0.1)
+    quarters = {round(steps * k / 4) for k in range(5)}
+    batches = itertools.islice(batches, steps + 1)
+    for k, step in enumerate(train(cell, batches, lambda k: float(schedule(k + 1)))):
+        losses.append(round(step.loss, 4))
+        if k in quarters:
+            model = model_with(cell, step.trained)
+            scores.append(score(model))
+            forgot = language.forgetting(model) if k == steps else None
+    return {
+        "losses": losses,
+        "scores": scores if forgot else [*scores, None],
+        "forgetting": forgot,
+        "parameters": parameters(cell),
+    }
+
+
+def parameters(cell: cells.Cell) -> int:
+    """The number of parameters that a method trains."""
+    leaves = jax.tree.leaves(program_of(cell).learner.start)
+    return sum(leaf.size for leaf in leaves)
+
+
+def seconds(
+    methods: Mapping[str, Mapping[str, Any]], batch: Batch, rounds: int
+) -> dict[str, float]:
+    """Seconds of a step with each method, in turns: the median."""
+    params, contenders = language.base().params, {}
+    for name, settings in methods.items():
+        one = program(**settings)
+        start, state = one.learner.start, one.init(one.learner.start)
+        args = start, state, jnp.float32(0), params, batch
+        contenders[name] = Contender.compile(one.step, *args)
+    race(contenders, rounds)
+    return {name: float(np.median(c.seconds)) for name, c in contenders.items()}
+
+
+def steps_to(row: cells.Cell, share: float) -> float:
+    """Steps until a share of the tokens is known; infinite if it never was."""
+    return ladders.first_above(row["accuracies"], share)
+
+
+def climb(
+    run: Callable[[Sequence[cells.Cell]], list[cells.Cell]],
+    cell: Mapping[str, Any],
+    rates: Sequence[float],
+    seeds: int,
+    value: Callable[[cells.Cell], float],
+) -> list[cells.Cell]:
+    """A ladder on one seed, then the other seeds at the best rate and beside it.
+
+    Args:
+        run: A function from cells to rows, as `cells.run`.
+        cell: The settings, without rate and seed.
+        rates: The rates to begin with.
+        seeds: The number of seeds.
+        value: Of a row, the less the better, as its steps.
+    """
+    rows: dict[float, cells.Cell] = {}
+
+    def values(rates: Sequence[float]) -> list[float]:
+        found = run([{**cell, "rate": rate, "seed": 0} for rate in rates])
+        rows.update(zip(rates, found, strict=True))
+        return [value(row) for row in found]
+
+    ladder = ladders.climb(values, rates)
+    best, order = ladders.best_of(ladder), sorted(ladder)
+    near = order[order.index(best) - 1 : order.index(best) + 2]
+    more = [
+        {**cell, "rate": rate, "seed": seed}
+        for seed in range(1, seeds)
+        for rate in near
+    ]
+    return [rows[rate] for rate in order] + run(more)
+
+
+def at_best(
+    rows: Sequence[cells.Cell], value: Callable[[cells.Cell], float]
+) -> list[cells.Cell]:
+    """The rows at the rate that is best over all seeds, in the order of seeds."""
+    by_rate: dict[float, list[cells.Cell]] = {}
+    for row in rows:
+        by_rate.setdefault(row["rate"], []).append(row)
+    most = max(map(len, by_rate.values()))
+    whole = [found for found in by_rate.values() if len(found) == most]
+    return min(whole, key=lambda found: ladders.mean(map(value, found)))
+
+
+def paired(values: Sequence[float], others: Sequence[float]) -> tuple[float, float]:
+    """The mean ratio of values to others, seed by seed, and its standard error."""
+    logs = np.log(np.divide(values, others))
+    ratio = float(np.exp(logs.mean()))
+    spread = logs.std(ddof=1) / len(logs) ** 0.5 if len(logs) > 1 else 0.0
+    return ratio, ratio * float(spread)
