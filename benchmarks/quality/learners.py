@@ -29,11 +29,13 @@ class Learner(NamedTuple):
         apply: (trained, params, *inputs) -> logits.
         start: What is trained, as it is before.
         speeds: The rate of each leaf relative to the learning rate, a tree as `start`.
+        deltas: (trained) -> what was added to each kernel, by its path.
     """
 
     apply: Callable[..., jax.Array]
     start: Any
     speeds: Any
+    deltas: Callable[[Any], dict[tuple[str, ...], jax.Array]]
 
 
 def full(model: nn.Module, params: Any, targets: str) -> Learner:
@@ -44,8 +46,11 @@ def full(model: nn.Module, params: Any, targets: str) -> Learner:
         logits: Any = model.apply({"params": both}, *inputs)
         return logits
 
+    def deltas(trained: Any) -> Any:
+        return {path: leaf - kernels[path] for path, leaf in trained.items()}
+
     kernels = dict(_matching(params, targets))
-    return Learner(apply, kernels, jax.tree.map(lambda _: 1.0, kernels))
+    return Learner(apply, kernels, jax.tree.map(lambda _: 1.0, kernels), deltas)
 
 
 def lora(
@@ -64,8 +69,13 @@ def lora(
         a = jax.random.normal(own, (ins, rank)) / np.sqrt(ins)
         adapters[*path[:-1], "adapter"] = (a, jnp.zeros((rank, outs)))
         speeds[*path[:-1], "adapter"] = (1.0, speed)
+
+    def deltas(adapters: Any) -> Any:
+        pairs: dict[tuple[str, ...], Any] = flatten_dict(adapters)
+        return {(*path[:-1], "kernel"): a @ b for path, (a, b) in pairs.items()}
+
     apply = adapted_by_hand(model, lora_by_hand)
-    return Learner(apply, unflatten_dict(adapters), unflatten_dict(speeds))
+    return Learner(apply, unflatten_dict(adapters), unflatten_dict(speeds), deltas)
 
 
 def mora(
@@ -78,8 +88,11 @@ def mora(
     def apply(adapters: Any, params: Any, *inputs: Any) -> jax.Array:
         return adapted(adapters, {"params": params}, *inputs)
 
+    def deltas(adapters: Any) -> Any:
+        return flatten_dict(mora_jax.delta_weight(adapters, plan))
+
     start = mora_jax.init(plan)
-    return Learner(apply, start, jax.tree.map(lambda _: 1.0, start))
+    return Learner(apply, start, jax.tree.map(lambda _: 1.0, start), deltas)
 
 
 def plan_of(

@@ -18,17 +18,13 @@ import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from statistics import geometric_mean
-from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.harness import options, save, show
 from benchmarks.plots import figure
 from benchmarks.quality import cells, small
-from benchmarks.quality.ladders import at_rate, first_above, means, vertex
-from benchmarks.quality.learners import Learner
+from benchmarks.quality.ladders import at_rate, means, vertex
 from models.options import positive
 from mora_jax import MoRAConfig
 
@@ -49,29 +45,12 @@ LADDER = tuple(2.0**k for k in range(-4, 4))
 """Rates relative to full fine-tuning's best at the same width."""
 
 
-def learn(
-    learner: Learner, base: small.Base, rates: Any, seeds: int
-) -> list[list[float | None]]:
-    """Steps to 99% of the tokens for each seed and rate; None if never."""
-
-    def run(rate: jax.Array, ids: jax.Array) -> jax.Array:
-        fit = small.fit(learner.apply, learner.start, base.params, ids, rate, STEPS)
-        return fit[1]["accuracy"]
-
-    ids = jnp.stack([small.facts(FACTS, seed) for seed in range(seeds)])
-    over_rates = jax.vmap(run, in_axes=(0, None))
-    over_all = jax.jit(jax.vmap(over_rates, in_axes=(None, 0)))
-    accuracies = over_all(jnp.asarray(rates), ids).tolist()
-    steps = [[first_above(curve, 0.99) for curve in row] for row in accuracies]
-    return [[s if math.isfinite(s) else None for s in row] for row in steps]
-
-
 def compute(cell: cells.Cell) -> cells.Cell:
     """Steps on a ladder of rates, for one method, rank, width and number of squares."""
     base, seeds = small.base(cell["width"]), cell["seeds"]
     if cell["method"] == "full":
-        steps = learn(small.full(base), base, FULL_RATES, seeds)
-        return {"rates": list(FULL_RATES), "steps": steps}
+        curves = small.learn(small.full(base), base, FULL_RATES, FACTS, seeds, STEPS)
+        return {"rates": list(FULL_RATES), "steps": small.steps_to(0.99, curves)}
     config = MoRAConfig(
         operator=cell["method"],
         rank=cell["rank"],
@@ -83,10 +62,8 @@ def compute(cell: cells.Cell) -> cells.Cell:
     config = dataclasses.replace(config, scale=cell["scale"])
     unit = cell["unit"] * (scale if cell["scale"] == "paper" else 1)
     rates = [unit * x for x in LADDER]
-    return {
-        "rates": rates,
-        "steps": learn(small.mora(base, config), base, rates, seeds),
-    }
+    curves = small.learn(small.mora(base, config), base, rates, FACTS, seeds, STEPS)
+    return {"rates": rates, "steps": small.steps_to(0.99, curves)}
 
 
 def main() -> None:

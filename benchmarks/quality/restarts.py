@@ -138,9 +138,8 @@ def following(part: Part, method: str, rank: int, tx: Any, number: int) -> Part:
     if method == "relora":
         learner = learners.lora(MODEL, part.params, TARGETS, rank, seed=number)
         flat: dict[tuple[str, ...], Any] = flatten_dict(part.params)
-        pairs: dict[tuple[str, ...], Any] = flatten_dict(part.adapters)
-        for path, (a, b) in pairs.items():
-            flat[*path[:-1], "kernel"] += a @ b
+        for path, delta in learner.deltas(part.adapters).items():
+            flat[path] += delta
         state = tx.init(learner.start)
         return Part(unflatten_dict(flat), learner.start, learner.apply, state)
     assert part.plan is not None

@@ -6,7 +6,8 @@ its own first, with all of its parameters, and is then the frozen base.
 
 import dataclasses
 import functools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -15,7 +16,7 @@ import numpy as np
 import optax
 
 import mora_jax
-from benchmarks.quality import learners
+from benchmarks.quality import ladders, learners
 from benchmarks.quality.learners import Learner
 from models.smollm2 import Config, Llama
 from mora_jax import MoRAConfig
@@ -87,6 +88,35 @@ def fit(
 
     (trained, _), found = jax.lax.scan(step, (trained, tx.init(trained)), None, steps)
     return trained, found
+
+
+def learn(
+    learner: Learner,
+    base: Base,
+    rates: Sequence[float],
+    count: int,
+    seeds: int,
+    steps: int,
+) -> list[list[list[float]]]:
+    """Learn `count` facts: the accuracy before each step, for each seed and rate.
+
+    All runs are one program.
+    """
+
+    def run(rate: jax.Array, ids: jax.Array) -> jax.Array:
+        fitted = fit(learner.apply, learner.start, base.params, ids, rate, steps)
+        return fitted[1]["accuracy"]
+
+    ids = jnp.stack([facts(count, seed) for seed in range(seeds)])
+    over_rates = jax.vmap(run, in_axes=(0, None))
+    over_all = jax.jit(jax.vmap(over_rates, in_axes=(None, 0)))
+    return over_all(jnp.asarray(rates), ids).tolist()
+
+
+def steps_to(share: float, curves: list[list[list[float]]]) -> list[list[float | None]]:
+    """Steps to a share of the tokens, for each seed and rate; None if never."""
+    found = [[ladders.first_above(curve, share) for curve in row] for row in curves]
+    return [[s if math.isfinite(s) else None for s in row] for row in found]
 
 
 def full(base: Base) -> Learner:
