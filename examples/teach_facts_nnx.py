@@ -60,7 +60,7 @@ def main() -> None:
     figure.savefig(args.out / "spectrum.png", dpi=150)
     merged = mora_jax.nnx.merge_adapters(adapted)
 
-    lesson.save_histories({"MoRA": progress}, args.out)
+    lesson.save_histories({"MoRA": [progress]}, args.out)
     ask_adapted, ask_merged = (functools.partial(forward, m) for m in (adapted, merged))
     lesson.report(taught, progress, ask_adapted, ask_merged, args.out)
 

@@ -238,7 +238,26 @@ def show(rows: Sequence[tuple[str, ...]]) -> None:
         print("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip())
 
 
-def save_histories(trained: Mapping[str, Progress], out: Path) -> None:
+def compare(
+    trained: Mapping[str, Sequence[Progress]], sizes: Mapping[str, int]
+) -> None:
+    """Print parameters, steps and speed of each method: mean and range over sets."""
+    rows = [("method", "parameters", "steps", "s/step", "seconds", "recall")]
+    for label, runs in trained.items():
+        steps = [len(progress.history) for progress in runs]
+        speeds = [progress.seconds_per_step for progress in runs]
+        seconds = np.multiply(steps, speeds)
+        recall = np.mean([progress.history[-1][1] for progress in runs])
+        spread = f"{np.mean(steps):.1f} ({min(steps)} to {max(steps)})"
+        time = f"{np.mean(seconds):.0f} ({min(seconds):.0f} to {max(seconds):.0f})"
+        speed = f"{np.median(speeds):.2f}"
+        rows.append((label, f"{sizes[label]:,}", spread, speed, time, f"{recall:.0%}"))
+    count = len(next(iter(trained.values())))
+    print(f"\nmean and range over {count} sets of facts, until all are recalled:")
+    show(rows)
+
+
+def save_histories(trained: Mapping[str, Sequence[Progress]], out: Path) -> None:
     """Write loss and recall over steps to `out`: a JSON file, and a plot."""
     import matplotlib
 
@@ -246,12 +265,14 @@ def save_histories(trained: Mapping[str, Progress], out: Path) -> None:
     import matplotlib.pyplot as plt
     from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-    histories = {label: progress.history for label, progress in trained.items()}
+    histories = {label: [p.history for p in runs] for label, runs in trained.items()}
     (out / "learning.json").write_text(json.dumps(histories))
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
-    for label, history in histories.items():
-        for axis, values in zip(axes, zip(*history, strict=True), strict=True):
-            axis.plot(values, marker=".", label=label)
+    for colour, (label, runs) in enumerate(histories.items()):
+        for number, history in enumerate(runs):
+            style = {"color": f"C{colour}", "label": None if number else label}
+            for axis, values in zip(axes, zip(*history, strict=True), strict=True):
+                axis.plot(values, marker=".", alpha=1 / (1 + 0.5 * number), **style)
     axes[0].set(ylabel="loss", yscale="log", title="Loss on the answers")
     axes[1].set(ylabel="facts recalled", title="Recall")
     axes[1].yaxis.set_major_formatter(PercentFormatter(1.0))

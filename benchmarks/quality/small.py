@@ -49,7 +49,7 @@ def base(width: int, layers: int = 2) -> Base:
         params,
         None,
         known,
-        jnp.asarray(1e-3),
+        jax.tree.map(lambda _: 1e-3, params),
         steps=400,
     )
     return Base(model, trained, known)
@@ -70,9 +70,13 @@ def loss_and_accuracy(logits: jax.Array, ids: jax.Array) -> tuple[jax.Array, jax
 
 @functools.partial(jax.jit, static_argnames=("apply", "steps"))
 def fit(
-    apply: Apply, trained: Any, params: Any, ids: jax.Array, rate: jax.Array, steps: int
+    apply: Apply, trained: Any, params: Any, ids: jax.Array, rates: Any, steps: int
 ) -> tuple[Any, dict[str, jax.Array]]:
-    """Adam at one rate: what was trained, and loss and accuracy before each step."""
+    """Adam with a rate for each leaf.
+
+    Returns:
+        What was trained, and loss and accuracy before each step.
+    """
     tx = optax.adam(1.0)
 
     def value(trained: Any) -> tuple[jax.Array, jax.Array]:
@@ -82,7 +86,7 @@ def fit(
         trained, state = carry
         (loss, accuracy), grads = jax.value_and_grad(value, has_aux=True)(trained)
         updates, state = tx.update(grads, state)
-        updates = jax.tree.map(lambda u: rate * u, updates)
+        updates = jax.tree.map(lambda rate, u: rate * u, rates, updates)
         found = {"loss": loss, "accuracy": accuracy}
         return (optax.apply_updates(trained, updates), state), found
 
@@ -104,7 +108,8 @@ def learn(
     """
 
     def run(rate: jax.Array, ids: jax.Array) -> jax.Array:
-        fitted = fit(learner.apply, learner.start, base.params, ids, rate, steps)
+        rates = jax.tree.map(lambda speed: speed * rate, learner.speeds)
+        fitted = fit(learner.apply, learner.start, base.params, ids, rates, steps)
         return fitted[1]["accuracy"]
 
     ids = jnp.stack([facts(count, seed) for seed in range(seeds)])

@@ -115,7 +115,9 @@ def test_twins_learn_alike(llama, twin):
     args = argparse.Namespace(steps=6, learning_rate=3e-2)
     taught = lesson.Lesson(Letters(), [], {}, batch, rehearsed)
     apply, first = linen.wrap(model, plan), init(plan)
-    adapters, ours = teach_facts.train(apply, first, variables, taught, args, "test")
+    ours = lesson.Progress(args.steps, "test")
+    rate = args.learning_rate
+    adapters = teach_facts.train(apply, first, variables, taught, rate, ours)
     adapted = mora.wrap(twin, config)
     other = teach_facts_nnx.train(adapted, taught, args)
     np.testing.assert_allclose(ours.history, other.history, rtol=1e-4)
