@@ -42,7 +42,8 @@ def learn(
 
     `watch` is called after each step, with its number, the plan and the adapters.
     """
-    config = MoRAConfig(rank=args.rank, operator=args.operator, execution=execution)
+    settings = dict(operator=args.operator, execution=execution, scale="paper")
+    config = MoRAConfig(rank=args.rank, **settings)
     plan = linen.plan(model, variables, config, taught.batch.ids[:1])
     apply, tx = linen.wrap(model, plan), lesson.optimizer(args.learning_rate)
 

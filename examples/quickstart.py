@@ -15,7 +15,7 @@ variables = model.init(jax.random.key(1), x)  # or a checkpoint: the base stays 
 print(plan := mora_jax.linen.plan(model, variables, mora_jax.MoRAConfig(rank=8), x))
 apply = mora_jax.linen.wrap(model, plan)  # model.apply, adapters as first argument
 adapters = mora_jax.init(plan)
-tx = optax.adamw(1e-2)
+tx = optax.adamw(3e-3)
 state = tx.init(adapters)
 
 

@@ -23,6 +23,9 @@ from models.smollm2 import EOS, Apply, Tokenizer, check_reference, generate
 HOLD = 3.0
 """The weight of the rehearsed questions: at 1 some of `ORDINARY` still went wrong."""
 
+RATE = 3e-4
+"""Between the best rates of full fine-tuning and of MoRA (docs/what-it-learns.md)."""
+
 SHOWN = 4  # facts whose answers are printed
 NEW_TOKENS = 16  # of the longest answer
 CHUNK = 8  # questions that are asked at once
@@ -293,7 +296,7 @@ def options(description: str, out: str) -> argparse.ArgumentParser:
     add("--rank", type=positive, default=8, help="budget, as the rank of a LoRA")
     add("--operator", default="auto", help="rotation, sharing, ...")
     add("--steps", type=positive, default=30, help="largest number of steps")
-    add("--learning-rate", type=float, default=1e-3)
+    add("--learning-rate", type=float, default=RATE)
     add("--seed", type=int, default=0, help="number that chooses the facts")
     add("--out", type=Path, default=Path(out), help="folder for adapter and plots")
     return parser

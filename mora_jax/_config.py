@@ -71,7 +71,8 @@ class MoRAConfig:
       scale: A factor of each delta beside alpha. "fine-tuning" takes the one with which
         the learning rate of full fine-tuning suits M, whatever its operator, its width
         and the kernel's shape: see `Operator.fine_tuning_scale`. With "paper" it is 1,
-        and each of these wants a rate of its own.
+        and each of these wants a rate of its own. The number is kept in plans and
+        files, so an adapter means the same wherever it is loaded.
       square_rank: q itself, in place of `rank`.
       multiple_of: The number whose multiple q is rounded down to. None chooses a q that
         suits the layer's widths and the chip, see `square_rank`; it may use as little
@@ -120,7 +121,7 @@ class MoRAConfig:
     rank: int = DEFAULT_RANK
     operator: OperatorSpec = "auto"
     alpha: float = 1.0
-    scale: str = "paper"
+    scale: str = "fine-tuning"
     square_rank: int | None = None
     multiple_of: int | None = None
     squares: int | str = 1

@@ -28,7 +28,9 @@ def delta_weight(params: Any, frozen: Plan) -> Tree: ...
 def delta_weight(
     params: Any, frozen: FrozenDense | Plan
 ) -> Float[jax.Array, "..."] | Tree:
-    r"""What an adapter adds to its kernel, :math:`\alpha\, C M D` (paper equation 3).
+    r"""What an adapter adds to its kernel, :math:`\alpha s\, C M D` (paper equation 3).
+
+    s is the kernel's `scale`, which is 1 in the paper.
 
     PEFT calls it get_delta_weight.
 
@@ -44,7 +46,8 @@ def delta_weight(
     Example::
 
       >>> import mora_jax
-      >>> config = mora_jax.MoRAConfig(square_rank=1, operator="truncation", alpha=2.0)
+      >>> settings = dict(operator="truncation", square_rank=1, scale="paper")
+      >>> config = mora_jax.MoRAConfig(alpha=2.0, **settings)
       >>> frozen = mora_jax.FrozenDense.from_config(jnp.ones((2, 2)), config=config)
       >>> mora_jax.delta_weight({"kernel_mora": jnp.ones((1, 1))}, frozen)
       Array([[2., 0.],

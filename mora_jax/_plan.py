@@ -156,8 +156,8 @@ def summary(plan: Plan, *, collapse: bool = True) -> str:
       >>> import mora_jax
       >>> params = {f"l{k}": {"kernel": jnp.ones((64, 64)) + k} for k in range(3)}
       >>> print(mora_jax.summary(mora_jax.plan(params)))
-      path           in -> out  operator    r   q  parameters  of base
-      l*/kernel (3)   64 -> 64  rotation  8.0  32       3,072   25.00%
+      path           in -> out  operator    r   q  scale  parameters  of base
+      l*/kernel (3)   64 -> 64  rotation  8.0  32      2       3,072   25.00%
       3 adapters: 3,072 trainable parameters, 25.00% of 12,288
     """
     groups: dict[tuple[Any, ...], list[AdapterSpec]] = defaultdict(list)

@@ -94,7 +94,7 @@ def spectrum(adapters: Any, plan: Plan) -> dict[str, np.ndarray]:
     Example::
 
       >>> import mora_jax
-      >>> config = mora_jax.MoRAConfig(square_rank=2)
+      >>> config = mora_jax.MoRAConfig(square_rank=2, scale="paper")
       >>> plan = mora_jax.plan({"kernel": jnp.ones((4, 4))}, config)
       >>> mora_jax.diagnostics.spectrum({"kernel_mora": 3 * jnp.eye(2)}, plan)
       {'kernel': array([3., 3., 3., 3.])}

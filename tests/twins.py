@@ -24,7 +24,7 @@ BF16 = jnp.bfloat16
 X = random(3, BATCH, TIME, WIDTH)
 ZEROS = nnx.initializers.zeros_init()
 
-CONFIG = MoRAConfig(rank=2, operator="rotation", alpha=0.5)
+CONFIG = MoRAConfig(rank=2, operator="rotation", alpha=0.25)
 ALL = dataclasses.replace(
     CONFIG, rank=1, operator="sharing", targets=".*(kernel|embedding)"
 )

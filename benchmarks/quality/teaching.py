@@ -23,14 +23,14 @@ KNOWN = 0.99  # of the tokens, as they are likeliest
 TARGETS = r"layers_\d+/.*_proj/kernel"
 METHODS = {
     "full": 5e-5,
-    "lora": 5e-4,
+    "lora": 1e-3,
     "lora+": 1e-4,
-    "rotation": 5e-5,
-    "signed_decoupling": 5e-5,
-    "decoupling": 5e-5,
-    "signed_sharing": 5e-5,
-    "sharing": 5e-5,
-    "rotation paper": 2e-4,
+    "rotation": 1e-4,
+    "signed_decoupling": 1e-4,
+    "decoupling": 1e-4,
+    "signed_sharing": 1e-4,
+    "sharing": 1e-4,
+    "rotation paper": 4e-4,
 }
 """Each with the lowest rate that it is tried with first.
 

@@ -209,6 +209,7 @@ def _template(model: Any, found: Mapping[str, Any]) -> Plan:
     config = MoRAConfig(
         operator="truncation",
         square_rank=1,
+        scale="paper",
         targets=[re.escape(name) for name in found],
     )
     try:

@@ -105,9 +105,8 @@ def test_the_merged_kernel_is_the_one_that_was_trained(platform, case, dtype):
         squares = frozen.operator.squares
         m = 1e-2 * random(1, *frozen.operator.m_shape)
         params = {"kernel": frozen.kernel}
-        config = MoRAConfig(
-            operator=case.spec, square_rank=q, squares=squares, alpha=ALPHA
-        )
+        settings = dict(square_rank=q, squares=squares, alpha=ALPHA, scale="paper")
+        config = MoRAConfig(operator=case.spec, **settings)
         plan = mora_jax.plan(params, config)
         merged = mora_jax.merge(params, {"kernel_mora": m}, plan)["kernel"]
         trained = apply(m, frozen, jnp.eye(ins, dtype=dtype))

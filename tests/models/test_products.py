@@ -57,7 +57,7 @@ def exact(case, model):
     (spec,), (m,) = model.plan.specs, jax.tree.leaves(model.adapters)
     kernel = next(leaf for leaf in jax.tree.leaves(model.params) if leaf.ndim > 1)
     delta = oracle.delta(*case.matrices(spec.operator), m)
-    return wide(kernel).reshape(delta.shape) + spec.alpha * delta
+    return wide(kernel).reshape(delta.shape) + spec.factor * delta
 
 
 def with_operator(name, case):

@@ -3,11 +3,14 @@
 import json
 import math
 
-import jax.numpy as jnp
+import jax
 import pytest
+from flax.traverse_util import flatten_dict, unflatten_dict
+from helpers import close
 from processes import ROOT, python
 
-from benchmarks.quality import cells, one_rate
+from benchmarks.quality import cells, ladders, small, teaching
+from mora_jax import MoRAConfig
 
 
 def test_finished_cells_are_not_computed_again(tmp_path):
@@ -37,17 +40,80 @@ def test_the_best_rate_of_a_ladder():
     """A parabola over the logarithm of the rate has its own vertex."""
     rates = [2.0**k for k in range(-3, 4)]
     steps = [8 * math.exp((math.log2(rate) - 0.3) ** 2) for rate in rates]
-    rate, fewest = one_rate.best(rates, steps)
-    assert (math.log2(rate), fewest) == pytest.approx((0.3, 8.0))
-    middle = one_rate.at_rate(rates, steps, 2**0.5)
+    assert ladders.vertex(rates, steps) == pytest.approx((2**0.3, 8.0))
+    middle = ladders.at_rate(rates, steps, 2**0.5)
     assert steps[3] < middle < steps[4] or steps[4] < middle < steps[3]
     with pytest.raises(ValueError, match="on an edge"):
-        one_rate.best(rates, sorted(steps))
+        ladders.vertex(rates, sorted(steps))
     with pytest.raises(ValueError, match="no rate came"):
-        one_rate.best(rates, [math.inf] * 7)
-    assert one_rate.means([[2.0, None], [8.0, 3.0]]) == [4.0, math.inf]
-    at = one_rate.first_above(jnp.array([0.0, 0.5, 1.0]), 0.75)
-    assert at == 1.5 and one_rate.first_above(jnp.zeros(3), 0.75) == math.inf
+        ladders.vertex(rates, [math.inf] * 7)
+    assert ladders.means([[2.0, None], [8.0, 3.0]]) == [4.0, math.inf]
+    assert ladders.mean([2.0, 8.0]) == pytest.approx(4.0)
+    assert ladders.first_above([0.0, 0.5, 1.0], 0.75) == 1.5
+    assert ladders.first_above([0.0] * 3, 0.75) == math.inf
+
+
+@pytest.mark.parametrize("best", [2.0**-5, 1.0, 2.0**6])
+def test_a_ladder_is_climbed_until_the_best_is_not_on_an_edge(best):
+    tried = []
+
+    def steps_at(rates):
+        tried.extend(rates)
+        return [10 + abs(math.log2(rate / best)) for rate in rates]
+
+    found = ladders.climb(steps_at, [0.5, 1.0, 2.0])
+    assert ladders.best_of(found) == best
+    assert sorted(tried) == list(found) and len(set(tried)) == len(tried)
+    with pytest.raises(ValueError, match="on an edge"):
+        ladders.climb(lambda rates: [1 / rate for rate in rates], [0.5, 1.0, 2.0])
+    with pytest.raises(ValueError, match="no rate came"):
+        ladders.climb(lambda rates: [math.inf for _ in rates], [0.5, 1.0, 2.0])
+
+
+def test_further_seeds_are_run_at_the_best_rate_and_beside_it():
+    def run(wanted):
+        return [{**c, "value": abs(math.log2(c["rate"])) + c["seed"]} for c in wanted]
+
+    def value(row):
+        return 1 + row["value"]
+
+    rates = [2.0**k for k in range(-2, 3)]
+    rows = teaching.climb(run, {"method": "x"}, rates, 3, value)
+    assert [row["rate"] for row in rows if row["seed"] == 0] == rates
+    assert [row["rate"] for row in rows if row["seed"] == 2] == [0.5, 1.0, 2.0]
+    best = teaching.at_best(rows, value)
+    assert [(row["rate"], row["seed"]) for row in best] == [(1.0, k) for k in range(3)]
+    ratio, error = teaching.paired([1.0, 2.0, 4.0], [2.0, 4.0, 8.0])
+    assert (ratio, error) == pytest.approx((0.5, 0.0))
+    assert teaching.paired([1.0, 4.0], [2.0, 2.0])[1] > 0.5
+
+
+@pytest.mark.slow
+def test_what_is_trained_and_what_is_added():
+    """Every method begins as the model, and its deltas make the model that it is."""
+    base = small.base(32, layers=1)
+    ids, expected = (
+        base.known[:4],
+        base.model.apply({"params": base.params}, base.known[:4]),
+    )
+    config = MoRAConfig(rank=2, multiple_of=1)
+    ways = [small.full(base), small.lora(base, 2, 16.0), small.mora(base, config)]
+    for way in ways:
+        close(way.apply(way.start, base.params, ids), expected)
+        trained = jax.tree.map(lambda leaf: leaf + 0.01, way.start)
+        kernels = flatten_dict(base.params)
+        for path, delta in way.deltas(trained).items():
+            assert delta.any() and path[-1] == "kernel"
+            kernels[path] = kernels[path] + delta
+        merged = base.model.apply({"params": unflatten_dict(kernels)}, ids)
+        close(way.apply(trained, base.params, ids), merged)
+    assert sorted(set(jax.tree.leaves(ways[1].speeds))) == [1.0, 16.0]
+    still = jax.tree.map(lambda speed: 0.0 if speed > 1 else 1e-2, ways[1].speeds)
+    after, found = small.fit(ways[1].apply, ways[1].start, base.params, ids, still, 3)
+    for path, (a, b) in flatten_dict(after).items():
+        start_a, start_b = flatten_dict(ways[1].start)[path]
+        assert (b == start_b).all() and (a == start_a).all()  # without B nothing moves
+    assert found["loss"].shape == (3,)
 
 
 @pytest.mark.slow

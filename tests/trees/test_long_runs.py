@@ -17,7 +17,7 @@ MODEL = nn.Sequential([nn.Dense(24), nn.relu, nn.Dense(16)])
 X = random(0, 8, 16)
 GOOD, BAD = [*X.reshape(4, 2, -1)], X[:2].at[0, 0].set(jnp.nan)
 VARIABLES = random_like(jax.eval_shape(MODEL.init, jax.random.key(1), X))
-PLAN = linen.plan(MODEL, VARIABLES, MoRAConfig(rank=2), X)
+PLAN = linen.plan(MODEL, VARIABLES, MoRAConfig(rank=2, scale="paper"), X)
 APPLY, BASE = linen.wrap(MODEL, PLAN), VARIABLES["params"]
 # A tree of their own, or among the base's params, for `mora_jax.optimizer`.
 ADAPTERS = {"alone": mora_jax.init(PLAN)}

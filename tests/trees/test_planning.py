@@ -163,7 +163,9 @@ def test_summary():
     small, whole = plan(MODEL, MoRAConfig(rank=4)), plan(MODEL)
     rows = summary(small).splitlines()
     assert len(rows) == 1 + 5 + 1  # layers collapse
-    row = "layers/*/mlp/down_proj/kernel (12) 256 -> 64 rotation 3.6 34 13,872 2.05%"
+    row = (
+        "layers/*/mlp/down_proj/kernel (12) 256 -> 64 rotation 3.6 34 3.76 13,872 2.05%"
+    )
     assert rows[1].split() == row.split()
     assert rows[-1].startswith("60 adapters: ")
     assert str(whole).startswith(summary(whole))
@@ -397,7 +399,8 @@ def test_squares_stay_within_the_budget(operator, ins, outs, squares, expected):
 def test_squares_by_path():
     params = {name: {"kernel": shape(64, 64)} for name in "abc"}
     overrides = {"b/kernel": {"squares": 3}, "c/kernel": {"square_rank": 16}}
-    found = plan(params, MoRAConfig(rank=4, squares=2, overrides=overrides))
+    config = MoRAConfig(rank=4, squares=2, scale="paper", overrides=overrides)
+    found = plan(params, config)
     assert [found[f"{name}/kernel"].shape for name in "abc"] == [
         (2, 16, 16),
         (3, 12, 12),
@@ -411,7 +414,7 @@ def test_squares_by_path():
 
 def test_digests_of_one_square_are_those_of_before_there_were_several():
     params = {"fc": {"kernel": shape(64, 64)}}
-    config = MoRAConfig(rank=2, operator="sharing")
+    config = MoRAConfig(rank=2, operator="sharing", scale="paper")
     digest = plan(params, config).digest()
     assert digest == "1f4345d937b9d8af214b82d91d31546eed695f212a7ab30b41816a6aed319fd5"
     several = dataclasses.replace(config, square_rank=16, rank=8, squares=2)
@@ -421,14 +424,16 @@ def test_digests_of_one_square_are_those_of_before_there_were_several():
 
 def test_summary_shows_what_is_not_usual():
     params = {"small": dense(64, 64), "wide": dense(512, 512)}
-    text = summary(plan(params, MoRAConfig(rank=64)))
+    text = summary(plan(params, MoRAConfig(rank=64, scale="paper")))
     shown = [line.split()[6:-2] for line in text.splitlines()[1:3]]
     assert shown == [["64", "of", "90"], ["256"]]
-    assert "alpha" not in text and "dropout" not in text
+    assert not any(name in text for name in ("alpha", "scale", "dropout"))
+    assert "scale" in summary(plan(params))
     assert " of 90" not in summary(plan(params, MoRAConfig(square_rank=64)))
     assert "of" not in summary(plan(params, MoRAConfig(rank=7))).splitlines()[1]
     overrides = {"small/kernel": {"alpha": 0.5, "dropout": 0.1}}
-    text = str(plan(params, MoRAConfig(rank=8, overrides=overrides)))
+    config = MoRAConfig(rank=8, scale="paper", overrides=overrides)
+    text = str(plan(params, config))
     cells = [line.split()[6:] for line in text.splitlines()[:3]]
     assert cells[0][:3] == ["q", "alpha", "dropout"]
     assert cells[1][:3] == ["32", "0.5", "0.1"]
@@ -438,7 +443,7 @@ def test_summary_shows_what_is_not_usual():
 def test_scale_is_a_factor_of_each_kernel():
     """A plan says which; it multiplies as alpha does, which stays what it was."""
     params = {"a": dense(64, 64), "b": dense(64, 16)}
-    settings = dict(operator="decoupling", alpha=0.5, scale="fine-tuning")
+    settings = dict(operator="decoupling", alpha=0.5)
     found = plan(params, MoRAConfig(square_rank=8, **settings))
     # 8 blocks of 8 each have outputs of their own, or share them in fours.
     assert [spec.scale for spec in found.specs] == [8.0, 4.0]
@@ -459,7 +464,7 @@ UNTOLD = dict(dropout=0.5, init="gaussian", execution="fold", param_dtype=jnp.bf
 GROUPS = {"name": "sharing", "compress_groups": "contiguous"}
 TOLD = [
     *({"seed": 2}, {"alpha": 0.5}, {"rank": 3}, {"exclude": "b/kernel"}),
-    {"scale": "fine-tuning"},
+    {"scale": "paper"},
     *({"operator": "hadamard"}, {"operator": GROUPS}),
     {"overrides": {"a/kernel": {"axes": "oi"}}},
 ]

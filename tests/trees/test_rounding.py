@@ -46,7 +46,8 @@ def test_each_number_is_a_neighbour_and_the_mean_is_right(dtype, size):
 def test_small_deltas_stay_in_what_a_layer_computes(dtype):
     """To nearest they are lost, all of them."""
     params = {"kernel": jnp.asarray(random(0, 512, 64), dtype)}
-    plan = mora_jax.plan(params, MoRAConfig(operator="sharing", square_rank=32))
+    config = MoRAConfig(operator="sharing", square_rank=32, scale="paper")
+    plan = mora_jax.plan(params, config)
     adapters = {"kernel_mora": jnp.full((32, 32), 1e-4)}
     x = 1 + random(1, 8, 512)
     delta = wide(mora_jax.delta_weight(adapters, plan)["kernel"])

@@ -89,7 +89,8 @@ def test_merge(model):
 
 def test_merge_in_float64_is_exact(float64):
     params = {"kernel": random(0, 12, 12, dtype=float)}
-    layers = plan(params, MoRAConfig(rank=2, operator="decoupling", alpha=1 / 3))
+    settings = dict(rank=2, operator="decoupling", alpha=1 / 3, scale="paper")
+    layers = plan(params, MoRAConfig(**settings))
     m = np.asarray(random(0, 6, 6))
     merged = merge(params, {"kernel_mora": m}, layers)["kernel"]
     exact = params["kernel"] + np.kron(np.eye(2), m.astype(np.float64)) / 3
