@@ -6,6 +6,8 @@ VENV = .venv
 CONSTRAINTS =
 PYTEST_ARGS = -n 2
 ARGS =
+# One of the programs in benchmarks/quality.
+EXPERIMENT = pairs
 
 export CONSTRAINTS
 setup = @sh .ci/venv '$(VENV)' '$(PYTHON)'
@@ -13,7 +15,7 @@ run = $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
 .PHONY: help demo demo-nnx demo-sharded quickstart bench bench-layer bench-growth \
-  bench-scale bench-torch bench-chips test \
+  bench-scale bench-torch bench-chips bench-quality test \
   test-slow test-all test-tunix test-peft test-chips lint wheel clean env tools
 
 help: ## list the targets
@@ -23,6 +25,7 @@ help: ## list the targets
 	@echo 'Variables:'
 	@echo '  PYTHON        the interpreter, 3.11 or newer (now: $(PYTHON))'
 	@echo '  ARGS          options of the demos, quickstart and benchmarks, as in: make demo ARGS=--help'
+	@echo '  EXPERIMENT    what bench-quality runs: pairs, loads, facts, pretraining, reasoning, restarts, spectra, one_rate'
 	@echo '  PYTEST_ARGS   options of the tests, as in: make test PYTEST_ARGS="-k merge"'
 
 demo: env ## teach a language model facts it does not know
@@ -58,6 +61,10 @@ bench-chips: VENV = .venv-chips
 bench-chips: ## rooflines on TPUs and an H100 by their compilers, in an environment of its own
 	$(setup) chips
 	$(run) -m benchmarks.chips $(ARGS)
+
+bench-quality: ## what is learned and forgotten: EXPERIMENT in benchmarks/quality
+	$(setup) quality
+	$(run) -m benchmarks.quality.$(EXPERIMENT) $(ARGS)
 
 test: env ## the tests, without the slow ones
 	$(run) -m pytest $(PYTEST_ARGS)

@@ -102,7 +102,8 @@ def main() -> None:
         "best rate": "{rate:.1e}",
         "steps to 90%": "{to90:.1f}",
         "to 99%": "{to99:.1f}",
-        "of LoRA's": "{ratio:.2f} ± {error:.2f}",
+        "of LoRA's": "{ratio:.2f}",
+        "error": "{error:.2f}",
         "most tokens known": "{known:.1%}",
     }
     show(columns, [{**row, **summary(row, rows, args.rank)} for row in rows])

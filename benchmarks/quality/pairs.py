@@ -94,7 +94,8 @@ def main() -> None:
         "best rate": "{rate:.1e}",
         "steps to 90%": "{steps90:.1f}",
         "to 99%": "{steps99:.1f}",
-        "of LoRA's": "{ratio:.2f} ± {error:.2f}",
+        "of LoRA's": "{ratio:.2f}",
+        "error": "{error:.2f}",
         "s/step": "{speed:.2f}",
         "seconds of LoRA's": "{seconds_ratio:.2f}",
         "divergence": "{divergence:.3f}",
@@ -168,7 +169,7 @@ def plot(rows: Sequence[cells.Cell], settings: Sequence[str], path: Path) -> Non
                 right.plot(*zip(*points, strict=True), "o-", markersize=3, **style)
             left.set(title=setting, xlabel="step", ylabel="tokens known")
             right.set(xlabel="steps to 99%", ylabel="forgotten (nats a token)")
-            right.set(xscale="log", yscale="log", title="over each ladder of rates")
+            right.set(yscale="log", title="over each ladder of rates")
         handles, labels = axes[0, 1].get_legend_handles_labels()
         made.legend(handles, labels, loc="outside right center")
 

@@ -106,7 +106,8 @@ def main() -> None:
         "steps": "{steps}",
         "perplexity before": "{before:.2f}",
         "after": "{after:.2f}",
-        "of LoRA's": "{ratio:.3f} ± {error:.3f}",
+        "of LoRA's": "{ratio:.3f}",
+        "error": "{error:.3f}",
         "divergence": "{divergence:.3f}",
     }
     summaries = [summary(name, chosen) for name in chosen]

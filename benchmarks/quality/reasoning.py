@@ -29,11 +29,11 @@ LENGTH = 6  # tokens of the longest answer
 def problems(count: int, seed: int) -> list[tuple[str, str]]:
     """Sums and their results."""
     try:
-        from reasoning_gym import create_dataset
+        import reasoning_gym  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ImportError("this needs `pip install reasoning-gym==0.1.25`") from error
     sizes = {"max_terms": 3, "min_digits": 1, "max_digits": 2}
-    made = create_dataset("chain_sum", size=count, seed=seed, **sizes)
+    made = reasoning_gym.create_dataset("chain_sum", size=count, seed=seed, **sizes)
     return [(item["question"].partition(": ")[2], item["answer"]) for item in made]
 
 
@@ -107,7 +107,8 @@ def main() -> None:
         "parameters": "{parameters:,}",
         "best rate": "{rate:.1e}",
         "right before": "{before:.0%}",
-        "after": "{after:.1%} ± {error:.1%}",
+        "after": "{after:.1%}",
+        "error": "{error:.1%}",
         "loss": "{loss:.3f}",
         "divergence": "{divergence:.3f}",
     }
@@ -119,7 +120,7 @@ def main() -> None:
 def summary(rows: list[cells.Cell]) -> cells.Cell:
     """A method at its best rate."""
     right = [row["scores"][-1]["right"] for row in rows]
-    spread = float(np.std(right, ddof=1)) / len(rows) ** 0.5 if len(rows) > 1 else 0.0
+    spread = float(np.std(right, ddof=1)) / len(rows) ** 0.5 if len(rows) > 1 else None
     return {
         "parameters": rows[0]["parameters"],
         "rate": rows[0]["rate"],

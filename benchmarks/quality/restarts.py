@@ -263,7 +263,8 @@ def main() -> None:
         "parameters": "{parameters:,}",
         "best rate": "{rate:.1e}",
         "perplexity": "{perplexity:.3f}",
-        "of full rank's": "{ratio:.3f} ± {error:.3f}",
+        "of full rank's": "{ratio:.3f}",
+        "error": "{error:.3f}",
         "s/step": "{speed:.3f}",
     }
     summaries = [summary(found, chosen.get("full", found)) for found in chosen.values()]

@@ -259,9 +259,15 @@ def at_best(
     return min(whole, key=lambda found: ladders.mean(map(value, found)))
 
 
-def paired(values: Sequence[float], others: Sequence[float]) -> tuple[float, float]:
-    """The mean ratio of values to others, seed by seed, and its standard error."""
+def paired(
+    values: Sequence[float], others: Sequence[float]
+) -> tuple[float, float | None]:
+    """The mean ratio of values to others, seed by seed, and its standard error.
+
+    One seed has no error.
+    """
     logs = np.log(np.divide(values, others))
     ratio = float(np.exp(logs.mean()))
-    spread = logs.std(ddof=1) / len(logs) ** 0.5 if len(logs) > 1 else 0.0
-    return ratio, ratio * float(spread)
+    if len(logs) < 2:
+        return ratio, None
+    return ratio, ratio * float(logs.std(ddof=1)) / len(logs) ** 0.5
