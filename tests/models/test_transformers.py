@@ -102,7 +102,7 @@ def test_bert_learns(bert, operator):
     model, variables, args = bert
     chosen, apply = adapt(model, variables, args, rank=4, operator=operator)
     target = random(0, 4, 384)
-    tx = optax.adam(2e-3)
+    tx = optax.adam(2e-4)
 
     @jax.jit
     def step(adapters, state, variables):
