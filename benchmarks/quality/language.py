@@ -71,9 +71,9 @@ def batch(
     `size` is the least length of the rows, and of the replies: batches of one size
     share compiled programs.
     """
-    both = zip(prompts, replies, strict=True)
-    length = max(size[0], *(len(p) + len(r) for p, r in both))
-    n, k = len(prompts), max(size[1], *map(len, replies))
+    lengths = [len(p) + len(r) for p, r in zip(prompts, replies, strict=True)]
+    length, k = max([size[0], *lengths]), max([size[1], *map(len, replies)])
+    n = len(prompts)
     made = Batch(
         ids=np.full((n, length), smollm2.EOS, np.int32),
         at=np.zeros((n, k), np.int32),

@@ -48,15 +48,16 @@ def batch(asked: list[tuple[str, str]]) -> Batch:
 @functools.lru_cache
 def questions() -> list[Batch]:
     """The problems that are not trained on, in batches."""
-    asked = problems(HELD_OUT, seed=-1)
+    asked = problems(HELD_OUT, seed=0)
     return [batch(asked[k : k + ROWS]) for k in range(0, HELD_OUT, ROWS)]
 
 
 def batches(seed: int) -> Iterator[Batch]:
     """Batches of new problems, without end."""
-    held_out = {question for question, _ in problems(HELD_OUT, seed=-1)}
-    for part in itertools.count(1000 * seed):
-        asked = [p for p in problems(2 * ROWS, seed=part) if p[0] not in held_out]
+    held_out = {question for question, _ in problems(HELD_OUT, seed=0)}
+    # Problem k of a seed is problem 0 of the seed + k.
+    for first in itertools.count(1_000_000 * (seed + 1), 2 * ROWS):
+        asked = [p for p in problems(2 * ROWS, seed=first) if p[0] not in held_out]
         yield batch(asked[:ROWS])
 
 
