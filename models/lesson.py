@@ -72,22 +72,35 @@ def encode(
 ) -> Batch:
     """Questions with their answers as a batch for `loss_and_recall`."""
     prompts = [tokenizer.chat(question) for question in questions]
-    replies = [[*tokenizer.encode(answer), EOS] for answer in answers]
-    n, k = len(prompts), max(map(len, replies))
-    length = max(len(p) + len(r) for p, r in zip(prompts, replies, strict=True))
-    batch = Batch(
+    return batch(prompts, [[*tokenizer.encode(answer), EOS] for answer in answers])
+
+
+def batch(
+    prompts: Sequence[list[int]],
+    replies: Sequence[list[int]],
+    size: tuple[int, int] = (0, 0),
+) -> Batch:
+    """Prompts with their replies, of which each token is to be foretold.
+
+    `size` is the least length of the rows, and of the replies: batches of one size
+    share compiled programs.
+    """
+    lengths = [len(p) + len(r) for p, r in zip(prompts, replies, strict=True)]
+    length, k = max([size[0], *lengths]), max([size[1], *map(len, replies)])
+    n = len(prompts)
+    made = Batch(
         ids=np.full((n, length), EOS, np.int32),
         at=np.zeros((n, k), np.int32),
         targets=np.zeros((n, k), np.int32),
         weights=np.zeros((n, k), np.float32),
     )
     for row, (prompt, reply) in enumerate(zip(prompts, replies, strict=True)):
-        start, size = len(prompt), len(reply)
-        batch.ids[row, : start + size] = prompt + reply
-        batch.at[row, :size] = np.arange(start - 1, start - 1 + size)
-        batch.targets[row, :size] = reply
-        batch.weights[row, :size] = 1
-    return batch
+        start, count = len(prompt), len(reply)
+        made.ids[row, : start + count] = prompt + reply
+        made.at[row, :count] = np.arange(start - 1, start - 1 + count)
+        made.targets[row, :count] = reply
+        made.weights[row, :count] = 1
+    return made
 
 
 def loss_and_recall(

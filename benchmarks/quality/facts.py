@@ -16,7 +16,7 @@ from pathlib import Path
 from benchmarks.harness import options, save, show
 from benchmarks.plots import figure
 from benchmarks.quality import cells, language, teaching
-from models import smollm2
+from models import lesson, smollm2
 from models.airports import all_facts
 from models.lesson import Batch
 from models.options import positive
@@ -29,7 +29,7 @@ EVERY = 2  # steps between questions
 RECALLED = 0.95
 
 
-def lesson(count: int, seed: int) -> tuple[Batch, Batch]:
+def taught_and_asked(count: int, seed: int) -> tuple[Batch, Batch]:
     """Facts as they are taught, and as they are asked."""
     tokenizer = language.base().tokenizer
     facts = list(itertools.islice(all_facts(seed), count))
@@ -43,14 +43,14 @@ def lesson(count: int, seed: int) -> tuple[Batch, Batch]:
         prompts = [tokenizer.chat(question) for question, _, _ in pairs]
         replies = [ANSWER.format(name, code) for _, name, code in pairs]
         ended = [[*tokenizer.encode(reply), smollm2.EOS] for reply in replies]
-        return language.batch(prompts, ended)
+        return lesson.batch(prompts, ended)
 
     return batch(TAUGHT), batch([ASKED])
 
 
 def compute(cell: cells.Cell) -> cells.Cell:
     """Recall and forgetting along a run."""
-    taught, asked = lesson(cell["facts"], cell["seed"])
+    taught, asked = taught_and_asked(cell["facts"], cell["seed"])
     points = []
     run = teaching.train(cell, itertools.repeat(taught, cell["steps"]))
     for k, step in enumerate(run):

@@ -3,7 +3,7 @@
 import functools
 import itertools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +16,7 @@ import optax
 from benchmarks.quality import learners
 from models import smollm2
 from models.airports import ORDINARY, REHEARSED
-from models.lesson import Batch
+from models.lesson import Batch, batch
 from mora_jax import MoRAConfig
 
 SCALES = ("fine-tuning", "paper")
@@ -59,34 +59,6 @@ def learner(
     config = MoRAConfig(operator=method, rank=rank, scale=scale or "paper")
     ids = np.zeros((1, 8), np.int32)
     return learners.mora(model, params, targets, config, ids)
-
-
-def batch(
-    prompts: Sequence[list[int]],
-    replies: Sequence[list[int]],
-    size: tuple[int, int] = (0, 0),
-) -> Batch:
-    """Prompts with their replies, of which each token is to be foretold.
-
-    `size` is the least length of the rows, and of the replies: batches of one size
-    share compiled programs.
-    """
-    lengths = [len(p) + len(r) for p, r in zip(prompts, replies, strict=True)]
-    length, k = max([size[0], *lengths]), max([size[1], *map(len, replies)])
-    n = len(prompts)
-    made = Batch(
-        ids=np.full((n, length), smollm2.EOS, np.int32),
-        at=np.zeros((n, k), np.int32),
-        targets=np.zeros((n, k), np.int32),
-        weights=np.zeros((n, k), np.float32),
-    )
-    for row, (prompt, reply) in enumerate(zip(prompts, replies, strict=True)):
-        start, count = len(prompt), len(reply)
-        made.ids[row, : start + count] = prompt + reply
-        made.at[row, :count] = np.arange(start - 1, start - 1 + count)
-        made.targets[row, :count] = reply
-        made.weights[row, :count] = 1
-    return made
 
 
 def loss_and_accuracy(logits: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:

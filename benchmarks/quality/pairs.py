@@ -25,7 +25,7 @@ import numpy as np
 from benchmarks.harness import options, save, show
 from benchmarks.plots import figure
 from benchmarks.quality import cells, ladders, language, teaching
-from models.lesson import Batch
+from models.lesson import Batch, batch
 from models.options import positive
 
 DIGITS = "0123456789abcdef"
@@ -45,7 +45,7 @@ def pairs(count: int, seed: int) -> Batch:
     tokenizer, random = language.base().tokenizer, np.random.default_rng(seed)
     texts = ["".join(random.choice(list(DIGITS), KEY + VALUE)) for _ in range(count)]
     keys = [tokenizer.encode(f"{text[:KEY]}:") for text in texts]
-    return language.batch(keys, [tokenizer.encode(text[KEY:]) for text in texts])
+    return batch(keys, [tokenizer.encode(text[KEY:]) for text in texts])
 
 
 def compute(cell: cells.Cell) -> cells.Cell:

@@ -17,7 +17,7 @@ import numpy as np
 
 from benchmarks.harness import options, save, show
 from benchmarks.quality import cells, ladders, language, teaching
-from models import smollm2
+from models import lesson, smollm2
 from models.lesson import Batch
 from models.options import positive
 
@@ -42,7 +42,7 @@ def batch(asked: list[tuple[str, str]]) -> Batch:
     tokenizer = language.base().tokenizer
     prompts = [tokenizer.encode(question) for question, _ in asked]
     replies = [[*tokenizer.encode(f" {answer}"), smollm2.EOS] for _, answer in asked]
-    return language.batch(prompts, replies, size=(24, LENGTH))
+    return lesson.batch(prompts, replies, size=(24, LENGTH))
 
 
 @functools.lru_cache
