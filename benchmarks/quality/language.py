@@ -19,7 +19,6 @@ from models.airports import ORDINARY, REHEARSED
 from models.lesson import Batch, batch
 from mora_jax import MoRAConfig
 
-SCALES = ("fine-tuning", "paper")
 ANSWER = 24  # tokens of an answer to an ordinary question, at most
 TEXTS, TEXT = 16, 44  # ordinary texts, and their tokens
 
@@ -52,11 +51,12 @@ def learner(
     model, params, _ = base()
     if method == "full":
         return learners.full(model, params, targets)
-    assert rank is not None
+    assert rank is not None, method
     if method in ("lora", "lora+"):
         speed = learners.LORA_PLUS if method == "lora+" else 1.0
         return learners.lora(model, params, targets, rank, speed=speed)
-    config = MoRAConfig(operator=method, rank=rank, scale=scale or "paper")
+    assert scale is not None, method
+    config = MoRAConfig(operator=method, rank=rank, scale=scale)
     ids = np.zeros((1, 8), np.int32)
     return learners.mora(model, params, targets, config, ids)
 

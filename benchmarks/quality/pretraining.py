@@ -4,7 +4,7 @@ SmolLM2 reads definitions of the Human Phenotype Ontology (paper, section 5). Ea
 method has the same seconds: as many steps as its time in benchmarks/README.md allows,
 with a cosine schedule. You will see the perplexity of definitions that it did not
 read, and how far its answers to ordinary questions moved, at each method's own best
-rate.
+rate. (The texts of `language.forgetting` are of this domain, and are not reported.)
 
     python -m benchmarks.quality.pretraining --quick
 """

@@ -18,8 +18,6 @@ from models.lesson import Batch
 
 WARMUP = 3  # steps in which the rate grows
 KNOWN = 0.99  # of the tokens, as they are likeliest
-
-
 TARGETS = r"layers_\d+/.*_proj/kernel"
 METHODS = {
     "full": 5e-5,
