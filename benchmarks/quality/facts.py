@@ -72,20 +72,20 @@ def main() -> None:
     add("--rank", type=positive, default=8)
     add("--facts", type=positive, default=16)
     add("--seeds", type=positive, default=1, help="sets of facts")
-    add("--rates", type=positive, default=5)
     add("--steps", type=positive, default=31, help="largest number of steps")
-    add("--quick", action="store_true", help="8 facts, rotation and LoRA, two rates")
+    add("--quick", action="store_true", help="8 facts, rotation and LoRA, three rates")
     args = parser.parse_args()
     if args.quick:
-        args.methods, args.facts, args.rates = ["lora", "rotation"], 8, 2
+        args.methods, args.facts = ["lora", "rotation"], 8
     wanted = [
         teaching.settings(name, args.rank)
         | {"rate": rate, "facts": args.facts, "seed": seed, "steps": args.steps}
         for name in args.methods
-        for rate in teaching.rates(name, args.rates)
+        for rate in teaching.rates(name, quick=args.quick)
         for seed in range(args.seeds)
     ]
-    names = [name for name in args.methods for _ in range(args.rates * args.seeds)]
+    each = len(wanted) // len(args.methods)
+    names = [name for name in args.methods for _ in range(each)]
     found = cells.run(wanted, compute, args.out.with_suffix(".jsonl"))
     rows = [
         {"name": name, **row, "recalled": when_recalled(row)}

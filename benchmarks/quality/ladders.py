@@ -15,6 +15,11 @@ FACTOR = 2.0
 LONGEST = 10  # rates that are tried before a ladder is given up
 
 
+def rungs(lowest: float, count: int) -> list[float]:
+    """`count` neighbouring rates."""
+    return [lowest * FACTOR**k for k in range(count)]
+
+
 def climb(
     steps_at: Callable[[Sequence[float]], Sequence[float]], rates: Sequence[float]
 ) -> dict[float, float]:

@@ -58,7 +58,7 @@ def size(method: str, rank: int) -> int:
 def compute(cell: cells.Cell) -> cells.Cell:
     """Steps on a ladder of rates, to 90% and to 99% of the tokens."""
     way, base = learner(cell["method"], cell["rank"]), small.base(WIDTH)
-    rates = [METHODS[cell["method"]] * ladders.FACTOR**k for k in range(RATES)]
+    rates = ladders.rungs(METHODS[cell["method"]], RATES)
     settings = cell["facts"], cell["seeds"], cell["steps"]
     curves = small.learn(way, base, rates, *settings)
     steps = {str(share): small.steps_to(share, curves) for share in (0.9, 0.99)}

@@ -37,7 +37,6 @@ SETTINGS = {
     "r=1, 4 layers": (1, r"layers_1[3-6]/.*_proj/kernel"),
 }
 """Rank, and the kernels that are adapted: the fewer, the more bits for each number."""
-RATES = 5
 
 
 def pairs(count: int, seed: int) -> Batch:
@@ -74,7 +73,8 @@ def main() -> None:
     )
     rows, summaries = [], []
     for setting in args.settings:
-        found = {name: climb(run, setting, name, args) for name in args.methods}
+        methods = {name: first(setting, name, args) for name in args.methods}
+        found = teaching.climb_all(run, methods, args.seeds, steps)
         speeds = time_steps(setting, args)
         chosen = {name: teaching.at_best(runs, steps) for name, runs in found.items()}
         for name, runs in found.items():
@@ -105,13 +105,11 @@ def main() -> None:
     plot(rows, args.settings, args.out.with_suffix(".png"))
 
 
-def climb(run: Any, setting: str, name: str, args: argparse.Namespace) -> Any:
-    """All runs of a method in a setting."""
+def first(setting: str, name: str, args: argparse.Namespace) -> Any:
+    """What cells say of a method in a setting, and the rates to begin with."""
     method = teaching.settings(name, *SETTINGS[setting])
     cell = {**method, "pairs": args.pairs, "steps": args.steps}
-    rates = teaching.rates(name, RATES)
-    rates = rates[1:4] if args.quick else rates
-    return teaching.climb(run, cell, rates, args.seeds, steps)
+    return cell, teaching.rates(name, quick=args.quick)
 
 
 def time_steps(setting: str, args: argparse.Namespace) -> dict[str, float]:

@@ -14,7 +14,6 @@ import functools
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -96,7 +95,11 @@ def main() -> None:
         args.methods, args.steps, args.seeds = ["lora", "rotation"], 12, 1
     store = args.out.with_suffix(".jsonl")
     run = functools.partial(cells.run, compute=compute, path=store)
-    found = {name: climb(run, name, args) for name in args.methods}
+    methods = {
+        name: (settings(name, args), teaching.rates(name, quick=args.quick))
+        for name in args.methods
+    }
+    found = teaching.climb_all(run, methods, args.seeds, final)
     rows = [{"name": name, **row} for name in found for row in found[name]]
     chosen = {name: teaching.at_best(runs, final) for name, runs in found.items()}
     columns = {
@@ -116,13 +119,10 @@ def main() -> None:
     plot(chosen, args.out.with_suffix(".png"))
 
 
-def climb(run: Any, name: str, args: argparse.Namespace) -> list[cells.Cell]:
-    """All runs of a method."""
+def settings(name: str, args: argparse.Namespace) -> cells.Cell:
+    """What a cell says of a method, with the steps that it has seconds for."""
     steps = round(args.steps * METHODS["lora"] / METHODS[name])
-    cell = teaching.settings(name, args.rank) | {"steps": steps}
-    rates = teaching.rates(name, 5)
-    rates = rates[1:4] if args.quick else rates
-    return teaching.climb(run, cell, rates, args.seeds, final)
+    return teaching.settings(name, args.rank) | {"steps": steps}
 
 
 def summary(name: str, chosen: dict[str, list[cells.Cell]]) -> cells.Cell:

@@ -95,14 +95,16 @@ def main() -> None:
         args.methods, args.steps, args.seeds = ["lora", "rotation"], 20, 1
     store = args.out.with_suffix(".jsonl")
     run = functools.partial(cells.run, compute=compute, path=store)
-    rows, chosen = [], {}
-    for name in args.methods:
-        cell = teaching.settings(name, args.rank) | {"steps": args.steps}
-        rates = teaching.rates(name, 5)
-        rates = rates[1:4] if args.quick else rates
-        found = teaching.climb(run, cell, rates, args.seeds, final)
-        rows += [{"name": name, **row} for row in found]
-        chosen[name] = teaching.at_best(found, final)
+    methods = {
+        name: (
+            teaching.settings(name, args.rank) | {"steps": args.steps},
+            teaching.rates(name, quick=args.quick),
+        )
+        for name in args.methods
+    }
+    found = teaching.climb_all(run, methods, args.seeds, final)
+    rows = [{"name": name, **row} for name in found for row in found[name]]
+    chosen = {name: teaching.at_best(runs, final) for name, runs in found.items()}
     columns = {
         "method": "{name}",
         "parameters": "{parameters:,}",
@@ -113,7 +115,7 @@ def main() -> None:
         "loss": "{loss:.3f}",
         "divergence": "{divergence:.3f}",
     }
-    summaries = [{"name": name, **summary(found)} for name, found in chosen.items()]
+    summaries = [{"name": name, **summary(runs)} for name, runs in chosen.items()]
     show(columns, summaries)
     save(rows, args, summaries=summaries)
 

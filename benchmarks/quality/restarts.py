@@ -240,24 +240,21 @@ def main() -> None:
     add("--quick", action="store_true", help="120 steps, three methods, one order")
     args = parser.parse_args()
     if args.quick:
-        args.methods, args.steps, args.every, args.seeds = (
-            list(METHODS)[:5:2],
-            120,
-            40,
-            1,
-        )
+        args.methods = list(METHODS)[:5:2]
+        args.steps, args.every, args.seeds = 120, 40, 1
     store = args.out.with_suffix(".jsonl")
     run = functools.partial(cells.run, compute=compute, path=store)
-    chosen, rows = {}, []
-    for method in args.methods:
-        cell = {"method": method, "rank": args.rank}
-        cell |= {"steps": args.steps, "every": args.every}
-        rates = [
-            METHODS[method] * ladders.FACTOR**k for k in range(3 + 2 * (not args.quick))
-        ]
-        found = teaching.climb(run, cell, rates, args.seeds, final)
-        rows += found
-        chosen[method] = teaching.at_best(found, final)
+    shared = {"rank": args.rank, "steps": args.steps, "every": args.every}
+    methods = {
+        method: (
+            {"method": method, **shared},
+            ladders.rungs(METHODS[method], 3 if args.quick else 5),
+        )
+        for method in args.methods
+    }
+    found = teaching.climb_all(run, methods, args.seeds, final)
+    rows = [row for runs in found.values() for row in runs]
+    chosen = {name: teaching.at_best(runs, final) for name, runs in found.items()}
     columns = {
         "method": "{method}",
         "parameters": "{parameters:,}",
@@ -267,7 +264,7 @@ def main() -> None:
         "error": "{error:.3f}",
         "s/step": "{speed:.3f}",
     }
-    summaries = [summary(found, chosen.get("full", found)) for found in chosen.values()]
+    summaries = [summary(runs, chosen.get("full", runs)) for runs in chosen.values()]
     show(columns, summaries)
     save(rows, args, summaries=summaries)
     plot(chosen, args.every, args.out.with_suffix(".png"))

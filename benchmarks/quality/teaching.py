@@ -17,6 +17,7 @@ from benchmarks.quality.learners import Learner
 from models.lesson import Batch
 
 WARMUP = 3  # steps in which the rate grows
+RATES = 5  # of a ladder, at first
 KNOWN = 0.99  # of the tokens, as they are likeliest
 TARGETS = r"layers_\d+/.*_proj/kernel"
 METHODS = {
@@ -49,9 +50,10 @@ def settings(name: str, rank: int, targets: str = TARGETS) -> dict[str, Any]:
     }
 
 
-def rates(name: str, count: int) -> list[float]:
-    """A ladder for one of `METHODS`."""
-    return [METHODS[name] * ladders.FACTOR**k for k in range(count)]
+def rates(name: str, *, quick: bool) -> list[float]:
+    """The rates that one of `METHODS` is tried with first."""
+    every = ladders.rungs(METHODS[name], RATES)
+    return every[1:-1] if quick else every
 
 
 def colour(name: str) -> str:
@@ -243,6 +245,25 @@ def climb(
         for rate in near
     ]
     return [rows[rate] for rate in order] + run(more)
+
+
+def climb_all(
+    run: Callable[[Sequence[cells.Cell]], list[cells.Cell]],
+    methods: Mapping[str, tuple[Mapping[str, Any], Sequence[float]]],
+    seeds: int,
+    value: Callable[[cells.Cell], float],
+) -> dict[str, list[cells.Cell]]:
+    """The runs of every method, from its settings and the rates to begin with.
+
+    A method whose ladder has no best rate is printed, and left out.
+    """
+    found = {}
+    for name, (cell, first) in methods.items():
+        try:
+            found[name] = climb(run, cell, first, seeds, value)
+        except ValueError as error:
+            print(f"{name} is left out: {error}")
+    return found
 
 
 def at_best(

@@ -70,7 +70,7 @@ def test_a_ladder_is_climbed_until_the_best_is_not_on_an_edge(best):
         ladders.climb(lambda rates: [math.inf for _ in rates], [0.5, 1.0, 2.0])
 
 
-def test_further_seeds_are_run_at_the_best_rate_and_beside_it():
+def test_further_seeds_are_run_at_the_best_rate_and_beside_it(capsys):
     def run(wanted):
         return [{**c, "value": abs(math.log2(c["rate"])) + c["seed"]} for c in wanted]
 
@@ -81,6 +81,14 @@ def test_further_seeds_are_run_at_the_best_rate_and_beside_it():
     rows = teaching.climb(run, {"method": "x"}, rates, 3, value)
     assert [row["rate"] for row in rows if row["seed"] == 0] == rates
     assert [row["rate"] for row in rows if row["seed"] == 2] == [0.5, 1.0, 2.0]
+    methods = {"x": ({"method": "x"}, rates), "edge": ({"method": "y"}, [64.0, 128.0])}
+    found = teaching.climb_all(
+        lambda w: [{**c, "value": 1.0} for c in w], methods, 1, value
+    )
+    assert (
+        not found and capsys.readouterr().out.count("is left out: the best rate") == 2
+    )
+    assert teaching.climb_all(run, methods, 3, value)["x"] == rows
     best = teaching.at_best(rows, value)
     assert [(row["rate"], row["seed"]) for row in best] == [(1.0, k) for k in range(3)]
     ratio, error = teaching.paired([1.0, 2.0, 4.0], [2.0, 4.0, 8.0])
