@@ -96,9 +96,10 @@ def check(operators: Sequence[str], squares: int | str) -> None:
         frozen, args = layer.frozen(operator, way), random_like(list(method.args), 1.0)
         m, w, x, g = (np.asarray(a, np.float64) for a in args)
         c, d = getattr(oracle, operator)(frozen.operator)
-        kernel = w + frozen.alpha * oracle.delta(c, d, m)
+        factor = frozen.alpha * frozen.scale
+        kernel = w + factor * oracle.delta(c, d, m)
         by_m = oracle.m_gradient(c, d, x, g, frozen.operator.squares)
-        expected = x @ kernel, (frozen.alpha * by_m, g @ kernel.T)
+        expected = x @ kernel, (factor * by_m, g @ kernel.T)
         jax.tree.map(check_close, jax.jit(method.run)(*args), _as_jax(expected))
     model = Llama(2, 8, layers=1, dtype=jnp.float32, **{**TINY, "vocabulary": 64})
     module = model.module()
@@ -115,7 +116,7 @@ def check(operators: Sequence[str], squares: int | str) -> None:
             c, d = getattr(oracle, op.name)(op)
             delta = oracle.delta(c, d, m)
             adapters[*path[:-1], f"{path[-1]}_mora"] = m
-            merged[path] = jnp.asarray(merged[path] + spec.alpha * delta, jnp.float32)
+            merged[path] = jnp.asarray(merged[path] + spec.factor * delta, jnp.float32)
         loss, _ = jax.jit(gradient(apply))(unflatten_dict(adapters), params, ids)
         expected, _ = base(jnp.zeros(model.width), unflatten_dict(merged), ids)
         check_close(loss, expected)
