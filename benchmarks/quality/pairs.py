@@ -118,7 +118,8 @@ def time_steps(setting: str, args: argparse.Namespace) -> dict[str, float]:
     wanted = {
         name: teaching.settings(name, *SETTINGS[setting]) for name in args.methods
     }
-    return teaching.seconds(wanted, batch, rounds=1 if args.quick else 5)
+    found = teaching.costs(wanted, batch, rounds=1 if args.quick else 5)
+    return {name: costs.seconds for name, costs in found.items()}
 
 
 def steps(row: cells.Cell) -> float:

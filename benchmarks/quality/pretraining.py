@@ -3,8 +3,8 @@
 SmolLM2 reads definitions of the Human Phenotype Ontology (paper, section 5). Each
 method has the same seconds: as many steps as its time in benchmarks/README.md allows,
 with a cosine schedule. You will see the perplexity of definitions that it did not
-read, and how far its answers to ordinary questions moved, at each method's own best
-rate. (The texts of `language.forgetting` are of this domain, and are not reported.)
+read, and that of other text, which is Python's own documentation, at each method's own
+best rate; and how far its answers to ordinary questions moved.
 
     python -m benchmarks.quality.pretraining --quick
 """
@@ -12,6 +12,7 @@ rate. (The texts of `language.forgetting` are of this domain, and are not report
 import argparse
 import functools
 import math
+import pydoc_data.topics
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from models.lesson import Batch
 from models.options import positive
 
 ROWS, TOKENS = 12, 64  # of a batch
-HELD_OUT = 3  # batches that are not trained on
+HELD_OUT = 3  # batches of each kind of text that are not trained on
 METHODS = {
     "full": 1.44,
     "lora": 1.64,
@@ -40,12 +41,23 @@ The signed operators are taken for their relatives.
 
 
 @functools.lru_cache
-def chunks() -> np.ndarray:
-    """The definitions in an order of their own, (chunks, TOKENS + 1)."""
-    tokenizer = language.base().tokenizer
+def definitions() -> np.ndarray:
+    """The definitions in an order of their own, as `chunks`."""
     texts = list(language.definitions())
     np.random.default_rng(0).shuffle(texts)
-    ids = np.asarray(tokenizer.encode("\n".join(texts)), np.int32)
+    return chunks("\n".join(texts))
+
+
+@functools.lru_cache
+def other_text() -> np.ndarray:
+    """Python's documentation of its language, as `chunks` in an order of their own."""
+    found = chunks("\n".join(pydoc_data.topics.topics.values()))
+    return np.random.default_rng(0).permutation(found)
+
+
+def chunks(text: str) -> np.ndarray:
+    """A text as rows of tokens, (chunks, TOKENS + 1)."""
+    ids = np.asarray(language.base().tokenizer.encode(text), np.int32)
     count = len(ids) // (TOKENS + 1)
     return ids[: count * (TOKENS + 1)].reshape(count, TOKENS + 1)
 
@@ -59,26 +71,31 @@ def batch(rows: np.ndarray) -> Batch:
 
 def batches(seed: int) -> Iterator[Batch]:
     """Batches to train on, without end."""
-    random, rows = np.random.default_rng(seed), chunks()[HELD_OUT * ROWS :]
+    random, rows = np.random.default_rng(seed), definitions()[HELD_OUT * ROWS :]
     while True:
         yield batch(rows[random.choice(len(rows), ROWS, replace=False)])
 
 
-def held_out(model: Callable[..., jax.Array]) -> float:
-    """The loss of definitions that were held out, in nats a token."""
-    parts = map(batch, np.split(chunks()[: HELD_OUT * ROWS], HELD_OUT))
-    found = [language.loss_and_accuracy(model(b.ids, b.at), b) for b in parts]
-    return float(np.mean([loss for loss, _ in found]))
+def score(model: Callable[..., jax.Array]) -> dict[str, float]:
+    """Losses of text that is not trained on, in nats a token."""
+
+    def loss(rows: np.ndarray) -> float:
+        parts = map(batch, np.split(rows[: HELD_OUT * ROWS], HELD_OUT))
+        found = [language.loss_and_accuracy(model(b.ids, b.at), b) for b in parts]
+        return float(np.mean([loss for loss, _ in found]))
+
+    return {"definitions": loss(definitions()), "other": loss(other_text())}
 
 
 def compute(cell: cells.Cell) -> cells.Cell:
     """Read definitions with one method and rate."""
-    return teaching.study(cell, batches(cell["seed"]), held_out)
+    return teaching.study(cell, batches(cell["seed"]), score)
 
 
 def final(row: cells.Cell) -> float:
-    """The loss of what was held out, at the end; infinite if training broke down."""
-    return math.inf if row["scores"][-1] is None else row["scores"][-1]
+    """The loss of definitions at the end; infinite if training broke down."""
+    end = row["scores"][-1]
+    return math.inf if end is None else end["definitions"]
 
 
 def main() -> None:
@@ -111,6 +128,7 @@ def main() -> None:
         "after": "{after:.2f}",
         "of LoRA's": "{ratio:.3f}",
         "error": "{error:.3f}",
+        "other text": "{other:.2f}",
         "divergence": "{divergence:.3f}",
     }
     summaries = [summary(name, chosen) for name in chosen]
@@ -134,26 +152,30 @@ def summary(name: str, chosen: dict[str, list[cells.Cell]]) -> cells.Cell:
     return {
         "name": name,
         **{key: rows[0][key] for key in ("parameters", "rate", "steps")},
-        "before": math.exp(rows[0]["scores"][0]),
+        "before": math.exp(rows[0]["scores"][0]["definitions"]),
         "after": ladders.mean(after),
         "ratio": ratio,
         "error": error,
+        "other_before": math.exp(rows[0]["scores"][0]["other"]),
+        "other": ladders.mean(math.exp(row["scores"][-1]["other"]) for row in rows),
         "divergence": forgot,
     }
 
 
 def plot(chosen: dict[str, list[cells.Cell]], path: Path) -> None:
-    """Perplexity over the seconds that all have, at the best rates."""
-    with figure(path, 1, 1, figsize=(6, 4)) as (_, axes):
-        for name, rows in chosen.items():
-            scores = np.exp(np.mean([row["scores"] for row in rows], axis=0))
-            share = np.linspace(0, 1, len(scores))
-            axes[0, 0].plot(
-                share, scores, "o-", color=teaching.colour(name), label=name
-            )
-        axes[0, 0].set(xlabel="share of the seconds", ylabel="perplexity, held out")
-        axes[0, 0].set(yscale="log")
-        axes[0, 0].legend()
+    """Both perplexities over the seconds that all have, at the best rates."""
+    with figure(path, 1, 2, figsize=(9, 4)) as (made, axes):
+        texts = {"definitions": "definitions, held out", "other": "other text"}
+        for axis, (text, label) in zip(axes[0], texts.items(), strict=True):
+            for name, rows in chosen.items():
+                losses = [[at[text] for at in row["scores"]] for row in rows]
+                values = np.exp(np.mean(losses, axis=0))
+                share = np.linspace(0, 1, len(values))
+                style = {"color": teaching.colour(name), "label": name}
+                axis.plot(share, values, "o-", **style)
+            axis.set(xlabel="share of the seconds", ylabel=f"perplexity of {label}")
+            axis.set_yscale("log")
+        made.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
 """Claim: on arithmetic MoRA and LoRA are equal, as the paper has it.
 
 SmolLM2 learns to add and subtract two or three numbers (`chain_sum` of reasoning-gym),
-from new problems in each batch. You will see how many of 128 problems, which it was not
-trained on, it answers rightly, digit for digit, at each method's own best rate.
+from new problems in each batch. You will see each method at its own best rate in one
+table, as the suite of Hugging Face PEFT has it: how many of 128 problems, which it was
+not trained on, it answers rightly, digit for digit; the losses of training and of these
+answers; what it forgot; the memory and the time of a step; the size of a file.
 
     python -m benchmarks.quality.reasoning --quick
 """
@@ -24,6 +26,7 @@ from models.options import positive
 ROWS, HELD_OUT = 16, 128  # problems
 METHODS = ("full", "lora", "rotation", "signed_decoupling", "signed_sharing")
 LENGTH = 6  # tokens of the longest answer
+LAST = 10  # steps whose loss is the training loss
 
 
 def problems(count: int, seed: int) -> list[tuple[str, str]]:
@@ -112,10 +115,19 @@ def main() -> None:
         "right before": "{before:.0%}",
         "after": "{after:.1%}",
         "error": "{error:.1%}",
-        "loss": "{loss:.3f}",
+        "training loss": "{training:.3f}",
+        "loss of answers": "{loss:.3f}",
         "divergence": "{divergence:.3f}",
+        "memory (MB)": "{memory:,.0f}",
+        "s/step": "{seconds:.2f}",
+        "file (MB)": "{file:.2f}",
     }
-    summaries = [{"name": name, **summary(runs)} for name, runs in chosen.items()]
+    ways = {name: teaching.settings(name, args.rank) for name in chosen}
+    costs = teaching.costs(ways, next(batches(0)), rounds=1 if args.quick else 5)
+    summaries = [
+        {"name": name, **summary(runs), **costs[name]._asdict()}
+        for name, runs in chosen.items()
+    ]
     show(columns, summaries)
     save(rows, args, summaries=summaries)
 
@@ -130,6 +142,7 @@ def summary(rows: list[cells.Cell]) -> cells.Cell:
         "before": rows[0]["scores"][0]["right"],
         "after": float(np.mean(right)),
         "error": spread,
+        "training": float(np.mean([row["losses"][-LAST:] for row in rows])),
         "loss": ladders.mean(map(final, rows)),
         "divergence": ladders.mean(row["forgetting"]["divergence"] for row in rows),
     }

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import safetensors.flax
 
 from benchmarks.harness import Contender, race
 from benchmarks.quality import cells, ladders, language
@@ -194,10 +195,25 @@ def parameters(cell: cells.Cell) -> int:
     return sum(leaf.size for leaf in leaves)
 
 
-def seconds(
+class Costs(NamedTuple):
+    """What a method costs.
+
+    Attributes:
+        seconds: Of a step, the median.
+        memory: Megabytes of all arrays during a step, as XLA plans it: the weights,
+            what is trained and its moments before and after, and all between.
+        file: Megabytes of what is trained, as safetensors.
+    """
+
+    seconds: float
+    memory: float
+    file: float
+
+
+def costs(
     methods: Mapping[str, Mapping[str, Any]], batch: Batch, rounds: int
-) -> dict[str, float]:
-    """Seconds of a step with each method, in turns: the median."""
+) -> dict[str, Costs]:
+    """What each method costs; steps are timed in turns."""
     params, contenders = language.base().params, {}
     for name, settings in methods.items():
         one = program(**settings)
@@ -205,7 +221,15 @@ def seconds(
         args = start, state, jnp.float32(0), params, batch
         contenders[name] = Contender.compile(one.step, *args)
     race(contenders, rounds)
-    return {name: float(np.median(c.seconds)) for name, c in contenders.items()}
+    found = {}
+    for name, contender in contenders.items():
+        plan, trained = contender.run.memory_analysis(), contender.args[0]
+        sizes = "argument", "output", "temp"
+        memory = sum(getattr(plan, f"{size}_size_in_bytes") for size in sizes) / 1e6
+        leaves = {str(k): leaf for k, leaf in enumerate(jax.tree.leaves(trained))}
+        file = len(safetensors.flax.save(leaves)) / 1e6
+        found[name] = Costs(float(np.median(contender.seconds)), memory, file)
+    return found
 
 
 def steps_to(row: cells.Cell, share: float) -> float:

@@ -1,0 +1,97 @@
+"""Experiments on SmolLM2, tried on a small Llama in its place."""
+
+import itertools
+import math
+
+import jax
+import numpy as np
+import pytest
+
+from benchmarks.quality import language, teaching
+from models.lesson import batch
+from models.smollm2 import Config, Llama
+
+
+class Bytes:
+    """A token for each byte, as the tokenizer of a small model."""
+
+    def encode(self, text):
+        return list(text.encode()[-30:])
+
+    chat = encode
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """A small Llama in place of SmolLM2."""
+    sizes = {"width": 32, "hidden": 64, "heads": 2, "kv_heads": 1}
+    model = Llama(Config(vocab=256, layers=1, **sizes))
+    params = model.init(jax.random.key(0), np.zeros((1, 4), np.int32))["params"]
+    base = language.Base(model, params, Bytes())  # type: ignore[arg-type]
+    monkeypatch.setattr(language, "base", lambda: base)
+    monkeypatch.setattr(language, "definitions", lambda: itertools.repeat("ab" * 99, 2))
+    monkeypatch.setattr(language, "TEXT", 20)
+    caches = language.ordinary, teaching.program
+    for cache in caches:
+        cache.cache_clear()
+    yield base
+    for cache in caches:
+        cache.cache_clear()
+
+
+def pairs():
+    return batch([[1, 2, 3], [4, 5, 6]], [[7, 8, 9, 10], [20, 30, 40, 50]])
+
+
+def cell(name, **settings):
+    return {**teaching.settings(name, 2), "steps": 60, "seed": 0, **settings}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "rate"), [("full", 3e-3), ("lora", 3e-2), ("rotation", 3e-3)]
+)
+def test_pairs_are_taught_until_they_are_known(small, name, rate):
+    before = language.forgetting(teaching.model_with(cell(name), start(name)))
+    assert before["divergence"] == pytest.approx(0.0, abs=1e-5)
+    assert before["same"] > 0.9  # an answer that was cut off ends all the same
+    assert before["text"] == pytest.approx(math.log(256), abs=1.0)
+    found = teaching.memorise(cell(name, rate=rate), pairs())
+    known = teaching.KNOWN
+    assert found["accuracies"][-1] >= known > max(found["accuracies"][:-1])
+    assert found["losses"][-1] < found["losses"][0] / 2
+    assert found["forgetting"]["divergence"] > 1e-4
+    assert found["parameters"] == sum(a.size for a in jax.tree.leaves(start(name)))
+    # Too high a rate is a run that did not come there.
+    broken = teaching.memorise(cell(name, rate=1e12, steps=9), pairs())
+    assert broken["forgetting"] is None and len(broken["losses"]) <= 9
+
+
+def start(name):
+    return teaching.program_of(cell(name)).learner.start
+
+
+@pytest.mark.slow
+def test_scores_along_a_run(small):
+    """Of the untouched model, and after each quarter; nothing after a breakdown."""
+    test = pairs()
+
+    def score(model):
+        return language.recall(model(test.ids, test.at), test)
+
+    run = cell("rotation", rate=1e-2, steps=40)
+    found = teaching.study(run, itertools.repeat(test), score)
+    assert found["scores"][0] == 0.0 and found["scores"][-1] == 1.0
+    assert len(found["scores"]) == 5 and len(found["losses"]) == 41
+    broken = teaching.study({**run, "rate": math.inf}, itertools.repeat(test), score)
+    assert broken["scores"][-1] is None and broken["forgetting"] is None
+
+
+@pytest.mark.slow
+def test_what_a_method_costs(small):
+    ways = {name: teaching.settings(name, 2) for name in ("full", "rotation")}
+    costs = teaching.costs(ways, pairs(), rounds=1)
+    numbers = teaching.parameters(cell("rotation"))
+    assert costs["rotation"].file == pytest.approx(4e-6 * numbers, abs=1e-3)
+    assert costs["rotation"].memory < costs["full"].memory
+    assert min(cost.seconds for cost in costs.values()) > 0
