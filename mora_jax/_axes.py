@@ -1,5 +1,7 @@
 """A kernel's axes as letters: which are features, and which are stacked."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 
@@ -32,8 +34,20 @@ def sizes(shape: Shape, axes: str, letter: str) -> Shape:
     return tuple(n for n, kind in zip(shape, axes, strict=True) if kind == letter)
 
 
+def rows_from_kernel(kernel: jax.Array, axes: str) -> jax.Array:
+    """A kernel as (*stack, in_features, out_features)."""
+    stack, ins, outs = (sizes(kernel.shape, axes, letter) for letter in "sio")
+    kernel = jnp.transpose(kernel, _order(axes))
+    return kernel.reshape(*stack, math.prod(ins), math.prod(outs))
+
+
 def kernel_from_rows(weight: jax.Array, shape: Shape, axes: str) -> jax.Array:
     """(*stack, in_features, out_features) as a kernel of `shape`."""
-    order = [k for letter in "sio" for k, kind in enumerate(axes) if kind == letter]
+    order = _order(axes)
     weight = weight.reshape([shape[k] for k in order])
     return jnp.transpose(weight, [order.index(k) for k in range(len(shape))])
+
+
+def _order(axes: str) -> list[int]:
+    """The numbers of the axes: those of the stack first, then inputs, then outputs."""
+    return [k for letter in "sio" for k, kind in enumerate(axes) if kind == letter]

@@ -254,8 +254,12 @@ _SIZES = {"in_features", "out_features", "square_rank", "squares"}
 
 
 def operator_settings(operator: Operator) -> dict[str, Any]:
-    """An operator's name and settings, with the seed and without sizes."""
-    fields = {f.name for f in dataclasses.fields(operator) if f.init} - _SIZES
+    """An operator's name and settings, with the seed and without sizes.
+
+    A digest stands for arrays that are given.
+    """
+    fields = {f.name for f in dataclasses.fields(operator) if f.compare} - _SIZES
+    fields |= {"digest"} if operator.given else set()
     values = {name: getattr(operator, name) for name in sorted(fields)}
     return {"name": operator.name, **values}
 

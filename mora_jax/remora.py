@@ -56,6 +56,7 @@ def restart(
     opt_state: Any,
     tx: optax.GradientTransformation,
     *,
+    any_base: bool = False,
     keep_moments: bool = False,
     donate: bool = False,
 ) -> Restarted:
@@ -74,6 +75,7 @@ def restart(
       plan: Their plan.
       opt_state: The state of `tx` for the adapters, or for the combined tree.
       tx: The optimizer.
+      any_base: Whether to merge into any weights, as for `merge`.
       keep_moments: Whether to keep the state of the M's. By default it is reset, with
         the steps that it counts; schedules and the state of other leaves go on.
       donate: Whether the old kernels may be overwritten. Memory then does not hold them
@@ -97,7 +99,8 @@ def restart(
     check_transformation(tx)
     following = next_plan(plan)
     found = with_kernels(params, finite_items(adapters, plan))
-    check_base(plan.specs, {spec.name: kernel for spec, _, _, kernel in found})
+    if not any_base:
+        check_base(plan.specs, {spec.name: kernel for spec, _, _, kernel in found})
     following_adapters = jax.tree.map(jnp.zeros_like, _with_next_specs(adapters))
     opt_state = _with_next_specs(opt_state)
     if not keep_moments:

@@ -8,14 +8,15 @@ import oracle
 import pytest
 
 from mora_jax import make_operator
-from mora_jax.operators import Operator
+from mora_jax.operators import Operator, Subspace
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
     """One operator variant.
 
-    `matrices(op)` are C (in, n, q) and D (n, q, out) in float64 by the oracle.
+    `matrices(op)` are C (in, n, q) and D (n, q, out) in float64 by the oracle. One with
+    given bases is no operator that a config names; `spec` then names its relative.
     """
 
     label: str
@@ -24,13 +25,26 @@ class Case:
     even: bool = False
     bounded: bool = False
     squares: int = 1
+    given: bool = False
 
     def make(self, in_features: int, out_features: int, q: int, seed: int = 0):
         """With as many squares as the case has, if the layer has room for them."""
         sizes = in_features, out_features, q
         most = make_operator(self.spec, *sizes, seed=seed).most_squares
         squares = min(self.squares, most)
-        return make_operator(self.spec, *sizes, squares=squares, seed=seed)
+        op = make_operator(self.spec, *sizes, squares=squares, seed=seed)
+        return _with_given_bases(op, seed) if self.given else op
+
+
+def _with_given_bases(op: Operator, seed: int) -> Operator:
+    """Between directions that no seed of the library gives."""
+    random = np.random.default_rng(seed)
+    bases = {
+        f"{side}_basis": np.linalg.qr(random.standard_normal((width, op.width)))[0]
+        for side, width in (("in", op.in_features), ("out", op.out_features))
+    }
+    sizes = op.in_features, op.out_features, op.square_rank
+    return Subspace(*sizes, squares=op.squares, **bases)
 
 
 def _sharing(compress: str, decompress: str, normalised: bool) -> Case:
@@ -68,6 +82,13 @@ ONE_SQUARE = [
     ),
     Case("permutation", {"name": "permutation"}, oracle.permutation),
     Case("orthogonal", {"name": "orthogonal"}, oracle.orthogonal, bounded=True),
+    Case(
+        "subspace",
+        {"name": "orthogonal"},
+        oracle.orthogonal,
+        bounded=True,
+        given=True,
+    ),
     Case("hadamard", {"name": "hadamard"}, oracle.hadamard, bounded=True),
 ]
 # Two or three: both divide the number of blocks or groups in some sizes and not in
@@ -82,6 +103,7 @@ _SEVERAL = {
     "rotation": 3,
     "permutation": 2,
     "orthogonal": 2,
+    "subspace": 2,
     "hadamard": 3,
 }
 SQUARES = [

@@ -51,17 +51,18 @@ def taught_and_asked(count: int, seed: int) -> tuple[Batch, Batch]:
 def compute(cell: cells.Cell) -> cells.Cell:
     """Recall and forgetting along a run."""
     taught, asked = taught_and_asked(cell["facts"], cell["seed"])
-    points = []
-    run = teaching.train(cell, itertools.repeat(taught, cell["steps"]))
+    points, program = [], teaching.program_of(cell, taught)
+    batches = itertools.repeat(taught, cell["steps"])
+    run = teaching.train(program, batches, teaching.warmed_up(cell["rate"]))
     for k, step in enumerate(run):
         if k % EVERY:
             continue
-        model = teaching.model_with(cell, step.trained)
+        model = program.model(step.trained)
         recall = language.recall(model(asked.ids, asked.at), asked)
         points.append({"step": k, "recall": recall, **language.forgetting(model)})
         if recall == 1:
             break
-    return {"points": points, "parameters": teaching.parameters(cell)}
+    return {"points": points, "parameters": program.parameters}
 
 
 def main() -> None:

@@ -38,7 +38,11 @@ def base() -> Base:
 
 
 def learner(
-    method: str, rank: int | None, scale: str | None, targets: str
+    method: str,
+    rank: int | None,
+    scale: str | None,
+    targets: str,
+    first: Batch | None = None,
 ) -> learners.Learner:
     """A way to train SmolLM2.
 
@@ -47,6 +51,7 @@ def learner(
         rank: The rank of the LoRA, and the budget of MoRA.
         scale: Of MoRA's configuration.
         targets: The paths of the kernels to adapt.
+        first: The first batch; "subspace" has the directions of its gradient.
     """
     model, params, _ = base()
     if method == "full":
@@ -56,6 +61,12 @@ def learner(
         speed = learners.LORA_PLUS if method == "lora+" else 1.0
         return learners.lora(model, params, targets, rank, speed=speed)
     assert scale is not None, method
+    if method == "subspace":
+        assert first is not None
+        config = MoRAConfig(operator="orthogonal", rank=rank, scale=scale)
+        loss = functools.partial(mean_loss, batch=first)
+        inputs = first.ids, first.at
+        return learners.subspace(model, params, targets, config, loss, *inputs)
     config = MoRAConfig(operator=method, rank=rank, scale=scale)
     ids = np.zeros((1, 8), np.int32)
     return learners.mora(model, params, targets, config, ids)
@@ -67,6 +78,11 @@ def loss_and_accuracy(logits: jax.Array, batch: Batch) -> tuple[jax.Array, jax.A
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.targets)
     right = logits.argmax(-1) == batch.targets
     return jnp.sum(losses * weights), jnp.sum(right * weights)
+
+
+def mean_loss(logits: jax.Array, batch: Batch) -> jax.Array:
+    """Mean cross-entropy."""
+    return loss_and_accuracy(logits, batch)[0]
 
 
 def recall(logits: jax.Array, batch: Batch) -> float:

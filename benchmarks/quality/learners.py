@@ -82,7 +82,32 @@ def mora(
     model: nn.Module, params: Any, targets: str, config: MoRAConfig, *inputs: Any
 ) -> Learner:
     """MoRA as `config` says; `inputs` are those of a call."""
+    return with_plan(model, plan_of(model, params, targets, config, *inputs))
+
+
+def subspace(
+    model: nn.Module,
+    params: Any,
+    targets: str,
+    config: MoRAConfig,
+    loss: Callable[[jax.Array], jax.Array],
+    *inputs: Any,
+) -> Learner:
+    """MoRA between the directions of the gradient of `loss(logits)` at `inputs`."""
     plan = plan_of(model, params, targets, config, *inputs)
+    way = full(model, params, targets)
+
+    @jax.jit
+    def gradient(kernels: Any, params: Any, *inputs: Any) -> Any:
+        return jax.grad(lambda k: loss(way.apply(k, params, *inputs)))(kernels)
+
+    grads = gradient(way.start, params, *inputs)
+    pairs = (("/".join(path), gradient) for path, gradient in grads.items())
+    return with_plan(model, mora_jax.operators.gradient_bases(pairs, plan))
+
+
+def with_plan(model: nn.Module, plan: mora_jax.Plan) -> Learner:
+    """MoRA as a plan has it."""
     adapted = linen.wrap(model, plan)
 
     def apply(adapters: Any, params: Any, *inputs: Any) -> jax.Array:

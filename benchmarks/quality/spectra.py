@@ -34,14 +34,16 @@ SMALL = 0.01  # of the largest singular value
 def compute(cell: cells.Cell) -> cells.Cell:
     """Learn some pairs; the singular values of all that was added."""
     batch = pairs.pairs(cell["pairs"], cell["seed"])
-    trained = teaching.program_of(cell).learner.start
-    for step in teaching.train(cell, itertools.repeat(batch, cell["steps"])):
+    program, trained = teaching.program_of(cell, batch), None
+    batches = itertools.repeat(batch, cell["steps"])
+    steps = teaching.train(program, batches, teaching.warmed_up(cell["rate"]))
+    for step in steps:
         trained = step.trained
         if step.accuracy >= teaching.KNOWN:
             break
     names = "path", "width", "effective_rank", "above", "spectrum"
     found: dict[str, list[Any]] = {name: [] for name in names}
-    deltas = teaching.program_of(cell).learner.deltas(trained)
+    deltas = program.learner.deltas(trained)
     for path, delta in deltas.items():
         values = np.linalg.svd(np.asarray(delta), compute_uv=False)
         values = values / values[0]
@@ -52,7 +54,7 @@ def compute(cell: cells.Cell) -> cells.Cell:
         share = np.linspace(0, 1, 33)
         along = np.interp(share, np.linspace(0, 1, len(values)), values)
         found["spectrum"].append([float(f"{value:.3g}") for value in along])
-    return {**found, "parameters": teaching.parameters(cell)}
+    return {**found, "parameters": program.parameters}
 
 
 def main() -> None:

@@ -30,6 +30,7 @@ METHODS = {
     "decoupling": 1e-4,
     "signed_sharing": 1e-4,
     "sharing": 1e-4,
+    "subspace": 1e-4,
     "rotation paper": 4e-4,
 }
 """Each with the lowest rate that it is tried with first.
@@ -78,11 +79,39 @@ class Program(NamedTuple):
     step: Callable[..., Any]
     apply: Callable[..., Any]
 
+    def model(self, trained: Any) -> Callable[..., jax.Array]:
+        """(ids, at) -> logits with what was trained."""
+        return functools.partial(self.apply, trained, language.base().params)
+
+    @property
+    def parameters(self) -> int:
+        """The number of parameters that it trains."""
+        return sum(leaf.size for leaf in jax.tree.leaves(self.learner.start))
+
+
+class First(NamedTuple):
+    """The first batch, for methods that begin with its gradient."""
+
+    batch: Batch
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, First) and hash(self) == hash(other)
+
+    def __hash__(self) -> int:
+        return hash(tuple(array.tobytes() for array in self.batch))
+
+
+def program_of(cell: Mapping[str, Any], first: Batch) -> Program:
+    """The program of a cell's method; `first` is the first batch."""
+    settings = {k: cell[k] for k in ("method", "rank", "scale", "targets")}
+    known = First(first) if cell["method"] == "subspace" else None
+    return program(**settings, first=known)
+
 
 @functools.lru_cache(maxsize=1)
-def program(method: str, rank: int | None, scale: str | None, targets: str) -> Program:
-    """The program of a method; see `language.learner`."""
-    learner = language.learner(method, rank, scale, targets)
+def program(first: First | None, **settings: Any) -> Program:
+    """The program of a method with its settings; see `language.learner`."""
+    learner = language.learner(**settings, first=first.batch if first else None)
     adam = optax.scale_by_adam()
 
     @jax.jit
@@ -99,11 +128,6 @@ def program(method: str, rank: int | None, scale: str | None, targets: str) -> P
     return Program(learner, adam.init, step, jax.jit(learner.apply))
 
 
-def program_of(cell: cells.Cell) -> Program:
-    """The program of a cell's method."""
-    return program(**{k: cell[k] for k in ("method", "rank", "scale", "targets")})
-
-
 class Step(NamedTuple):
     """What was trained, and its loss and accuracy on the batch that comes next."""
 
@@ -112,30 +136,27 @@ class Step(NamedTuple):
     accuracy: float
 
 
+def warmed_up(rate: float) -> Callable[[int], float]:
+    """A rate that grows in the first steps."""
+    return lambda step: rate * min(1, (step + 1) / WARMUP)
+
+
 def train(
-    cell: cells.Cell,
-    batches: Iterable[Batch],
-    schedule: Callable[[int], float] = lambda k: min(1, (k + 1) / WARMUP),
+    program: Program, batches: Iterable[Batch], rate_at: Callable[[int], float]
 ) -> Iterator[Step]:
-    """Train on each batch for a step, with `cell["rate"]` times the schedule.
+    """Train on each batch for a step.
 
     It ends before its time if a loss is not finite.
     """
-    program, params = program_of(cell), language.base().params
-    trained = program.learner.start
+    params, trained = language.base().params, program.learner.start
     state = program.init(trained)
     for k, batch in enumerate(batches):
-        rate = cell["rate"] * schedule(k)
+        rate = rate_at(k)
         after, state, found = program.step(trained, state, rate, params, batch)
         yield (step := Step(trained, *map(float, found)))
         if not math.isfinite(step.loss):
             return
         trained = after
-
-
-def model_with(cell: cells.Cell, trained: Any) -> Callable[..., jax.Array]:
-    """(ids, at) -> logits with what was trained."""
-    return functools.partial(program_of(cell).apply, trained, language.base().params)
 
 
 def memorise(cell: cells.Cell, batch: Batch) -> cells.Cell:
@@ -146,16 +167,18 @@ def memorise(cell: cells.Cell, batch: Batch) -> cells.Cell:
         of parameters that were trained; what was forgotten, None if it never was known.
     """
     losses, accuracies, forgot = [], [], None
-    for trained, loss, accuracy in train(cell, itertools.repeat(batch, cell["steps"])):
+    program, batches = program_of(cell, batch), itertools.repeat(batch, cell["steps"])
+    steps = train(program, batches, warmed_up(cell["rate"]))
+    for trained, loss, accuracy in steps:
         losses.append(round(loss, 4))
         accuracies.append(round(accuracy, 4))
         if accuracy >= KNOWN:
-            forgot = language.forgetting(model_with(cell, trained))
+            forgot = language.forgetting(program.model(trained))
             break
     return {
         "losses": losses,
         "accuracies": accuracies,
-        "parameters": parameters(cell),
+        "parameters": program.parameters,
         "forgetting": forgot,
     }
 
@@ -174,25 +197,21 @@ def study(
     steps, losses, scores, forgot = cell["steps"], [], [], None
     schedule: Any = optax.warmup_cosine_decay_schedule(0, 1, WARMUP, steps, 0.1)
     quarters = {round(steps * k / 4) for k in range(5)}
-    batches = itertools.islice(batches, steps + 1)
-    for k, step in enumerate(train(cell, batches, lambda k: float(schedule(k + 1)))):
+    batches = list(itertools.islice(batches, steps + 1))
+    program = program_of(cell, batches[0])
+    run = train(program, batches, lambda k: cell["rate"] * float(schedule(k + 1)))
+    for k, step in enumerate(run):
         losses.append(round(step.loss, 4))
         if k in quarters:
-            model = model_with(cell, step.trained)
+            model = program.model(step.trained)
             scores.append(score(model))
             forgot = language.forgetting(model) if k == steps else None
     return {
         "losses": losses,
         "scores": scores if forgot else [*scores, None],
         "forgetting": forgot,
-        "parameters": parameters(cell),
+        "parameters": program.parameters,
     }
-
-
-def parameters(cell: cells.Cell) -> int:
-    """The number of parameters that a method trains."""
-    leaves = jax.tree.leaves(program_of(cell).learner.start)
-    return sum(leaf.size for leaf in leaves)
 
 
 class Costs(NamedTuple):
@@ -216,7 +235,7 @@ def costs(
     """What each method costs; steps are timed in turns."""
     params, contenders = language.base().params, {}
     for name, settings in methods.items():
-        one = program(**settings)
+        one = program_of(settings, batch)
         start, state = one.learner.start, one.init(one.learner.start)
         args = start, state, jnp.float32(0), params, batch
         contenders[name] = Contender.compile(one.step, *args)

@@ -18,8 +18,9 @@ from mora_jax._squares import block_diagonal
 from mora_jax._tiles import stored, tile_to
 from mora_jax._tuning import Tuning, by_platform
 from mora_jax._types import ArrayLike
-from mora_jax.operators import Decoupling, Hadamard, Operator, Orthogonal, Permutation
+from mora_jax.operators import Decoupling, Hadamard, Operator, Permutation
 from mora_jax.operators._blocks import add_wrapped_rows, block_positions, divide
+from mora_jax.operators._projection import Projection
 
 
 @functools.singledispatch
@@ -107,7 +108,7 @@ def _unit_rows(indices: ArrayLike, size: int, dtype: DTypeLike) -> jax.Array:
 
 
 @delta_matrix.register
-def _(op: Orthogonal, m: jax.Array) -> jax.Array:
+def _(op: Projection, m: jax.Array) -> jax.Array:
     c, d = (jnp.asarray(a).astype(m.dtype) for a in (op.in_basis, op.out_basis))
     return _between(c, m, d)
 

@@ -24,13 +24,13 @@ from mora_jax.operators import (
     Decoupling,
     Hadamard,
     Operator,
-    Orthogonal,
     Permutation,
     Sharing,
     SignedSharing,
 )
 from mora_jax.operators._base import Side
 from mora_jax.operators._blocks import num_blocks
+from mora_jax.operators._projection import Projection
 
 
 @dataclasses.dataclass(frozen=True)
@@ -260,7 +260,7 @@ class BlockPart(OperatorPart):
         return getattr(self, name) < getattr(self.operator, name)
 
 
-part_of.register(Orthogonal, BasisPart)
+part_of.register(Projection, BasisPart)
 part_of.register(Hadamard, BasisPart)
 part_of.register(Decoupling, BlockPart)
 part_of.register(Permutation, PermutationPart)

@@ -122,8 +122,9 @@ def decode_adapter(
             raise AdapterFileError(f"{TENSORS} lacks {name}{SUFFIX}")
         if not np.isfinite(m).all():
             raise AdapterFileError(f"{name}{SUFFIX} in {TENSORS} holds NaN or infinity")
+        given = _given(arrays, f"{name}{SUFFIX}/")
         try:
-            spec = _known_base(restore(layer, m, base), digests)
+            spec = _known_base(restore(layer, m, base, given), digests)
         except (TypeError, ValueError, OverflowError) as error:
             raise AdapterFileError(f"{name} in {CONFIG}: {error}") from error
         specs.append(spec)
@@ -137,6 +138,12 @@ def decode_adapter(
         )
     plan = Plan(tuple(specs), content["base_parameters"], content["traced"])
     return nest(adapters), plan
+
+
+def _given(arrays: dict[str, np.ndarray], start: str) -> dict[str, np.ndarray]:
+    """The arrays of an operator, whose names start so: taken out of `arrays`."""
+    names = [name for name in arrays if name.startswith(start)]
+    return {name.removeprefix(start): arrays.pop(name) for name in names}
 
 
 def _without_digest(layer: Any, where: str) -> tuple[Any, Any]:

@@ -15,7 +15,7 @@ from mora_jax._paths import Path, lacking
 from mora_jax._spec import AdapterSpec, operator_settings
 from mora_jax.io._errors import AdapterFileError
 from mora_jax.io._json import dump, short
-from mora_jax.operators import Operator, make_operator
+from mora_jax.operators import Operator, Subspace, make_operator
 
 LARGEST_WIDTH = 2**22
 """The most features on either side of a kernel that a file may describe."""
@@ -51,13 +51,17 @@ def budget(spec: AdapterSpec) -> int:
     return math.ceil(numbers / (spec.in_features + spec.out_features))
 
 
-@functools.lru_cache(maxsize=256)
 def fingerprint(operator: Operator) -> tuple[float, ...]:
     """Four numbers that tell operators apart, computed from fixed arrays.
 
     They differ on a platform or in a later version of the library that has other
     random numbers or another definition of the operator.
     """
+    # Those with given arrays differ from layer to layer, and would be kept for nothing.
+    return _fingerprint(operator) if operator.given else _kept_fingerprint(operator)
+
+
+def _fingerprint(operator: Operator) -> tuple[float, ...]:
     random = np.random.RandomState(0).standard_normal
     q, width = operator.square_rank, operator.out_features
     m, x = random(operator.m_shape) / math.sqrt(q), random(operator.in_features)
@@ -65,6 +69,9 @@ def fingerprint(operator: Operator) -> tuple[float, ...]:
         y = operator.apply(m.astype(np.float32), x.astype(np.float32))
     terms = np.asarray(y, np.float64) * random(width) / math.sqrt(width)
     return tuple(float(f"{terms[k::4].sum():.5g}") for k in range(4))
+
+
+_kept_fingerprint = functools.lru_cache(maxsize=256)(_fingerprint)
 
 
 KEYS = frozenset(
@@ -114,7 +121,10 @@ def _plain(key: Any) -> bool:
 
 
 def restore(
-    layer: Any, m: np.ndarray | None, base: Mapping[str, Any] | None
+    layer: Any,
+    m: np.ndarray | None,
+    base: Mapping[str, Any] | None,
+    given: Mapping[str, np.ndarray],
 ) -> AdapterSpec:
     """Undo `describe`. Everything is checked, and nothing is filled in.
 
@@ -122,6 +132,7 @@ def restore(
       layer: The parsed layer.
       m: M as the file has it; None for a file without arrays.
       base: {path: kernel} of the model that the adapter must fit; None for any model.
+      given: {name: array} of the operator's arrays, where no settings determine them.
 
     Raises:
       TypeError, ValueError: A setting is wrong.
@@ -166,8 +177,12 @@ def restore(
             f"a {short(chosen.get('name'))} of {ins} -> {outs} features takes too much "
             "memory for a file alone to ask for; give the model's params or plan, too"
         )
+    if chosen.get("name") == Subspace.name:
+        operator: Operator = _subspace((ins, outs, q), squares, given)
+    else:
+        operator = make_operator(chosen, ins, outs, q, squares=squares, seed=seed or 0)
     spec = AdapterSpec(
-        make_operator(chosen, ins, outs, q, squares=squares, seed=seed or 0),
+        operator,
         kernel_shape=shape,
         axes=axes,
         alpha=layer["alpha"],
@@ -185,6 +200,17 @@ def restore(
             raise ValueError(f"{key} must be {value!r}, got {short(layer[key])}")
     _check_fingerprint(spec.operator, layer["operator_check"])
     return spec
+
+
+def _subspace(
+    sizes: tuple[int, int, int], squares: int, given: Mapping[str, np.ndarray]
+) -> Subspace:
+    if given.keys() != set(Subspace.arrays):
+        raise ValueError(
+            "a subspace has its directions in the file of an adapter, as mora_jax.save "
+            f"writes it, and they are not there: {sorted(given)}"
+        )
+    return Subspace(*sizes, squares=squares, **given)
 
 
 def _check_base(layer: dict[str, Any], base: Mapping[str, Any]) -> None:

@@ -97,6 +97,9 @@ def save(
     for spec, m in adapter_items(adapters, plan):
         name = "/".join(adapter_path(spec))
         arrays[name] = to_numpy(name, m)
+        if spec.operator.given:
+            fields = spec.operator.arrays
+            arrays |= {f"{name}/{f}": getattr(spec.operator, f) for f in fields}
         digests = spec.base_digest
         if kernels is not None:
             digests = kernel_digests(spec, _kernel(spec, kernels))

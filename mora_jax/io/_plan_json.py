@@ -38,6 +38,7 @@ def plan_to_json(plan: Plan) -> str:
 
     Raises:
       TypeError: `plan` is not a plan.
+      ValueError: An operator has arrays that no settings determine, as a subspace.
 
     Example::
 
@@ -48,11 +49,17 @@ def plan_to_json(plan: Plan) -> str:
       >>> mora_jax.io.plan_from_json(text) == plan
       True
     """
+    for spec in check_plan(plan).specs:
+        if spec.operator.given:
+            raise ValueError(
+                f"{spec.name}: JSON cannot hold the directions of a "
+                f"{spec.operator.name}; keep the plan with mora_jax.save"
+            )
     content = {
         "format": FORMAT,
         "format_version": VERSION,
         "library_version": version("mora-jax"),
-        "base_parameters": check_plan(plan).base_parameters,
+        "base_parameters": plan.base_parameters,
         "traced": plan.traced,
         "layers": [describe(spec, spec.param_dtype) for spec in plan.specs],
         "digest": plan.digest(),
@@ -104,7 +111,7 @@ def plan_from_json(text: str, like: Plan | None = None) -> Plan:
         if name in specs:
             raise AdapterFileError(f"the plan has {name!r} twice")
         try:
-            specs[name] = restore(layer, None, base)
+            specs[name] = restore(layer, None, base, {})
         except (TypeError, ValueError, OverflowError) as error:
             raise AdapterFileError(f"{name} of the plan: {error}") from error
     plan = Plan(tuple(specs.values()), content["base_parameters"], content["traced"])

@@ -1,6 +1,7 @@
 """The operators: the fixed maps C and D around M, one noun in each file."""
 
 from mora_jax.operators._base import Operator as Operator
+from mora_jax.operators._gradient_bases import gradient_bases as gradient_bases
 from mora_jax.operators._registry import OPERATORS as OPERATORS
 from mora_jax.operators._registry import make_operator as make_operator
 from mora_jax.operators._registry import square_rank as square_rank
@@ -12,4 +13,5 @@ from mora_jax.operators.rotation import Rotation as Rotation
 from mora_jax.operators.sharing import Sharing as Sharing
 from mora_jax.operators.signed_decoupling import SignedDecoupling as SignedDecoupling
 from mora_jax.operators.signed_sharing import SignedSharing as SignedSharing
+from mora_jax.operators.subspace import Subspace as Subspace
 from mora_jax.operators.truncation import Truncation as Truncation

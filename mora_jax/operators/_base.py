@@ -54,6 +54,8 @@ class Operator(abc.ABC):
     """The names of the fields that hold arrays, which `_seeded_arrays` gives."""
     bounded: ClassVar[bool] = True
     """Whether q may not exceed `min(in_features, out_features)`."""
+    given: ClassVar[bool] = False
+    """Whether the arrays are given, not determined by settings; it has a `digest`."""
     block: ClassVar[bool] = False
     """Whether M acts on several blocks of the input, one after another."""
     q_multiple_of: ClassVar[int] = 1

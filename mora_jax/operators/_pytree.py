@@ -13,7 +13,15 @@ def array_field(*, init: Literal[False] = False) -> Any:
     return dataclasses.field(init=init, compare=False, repr=False)
 
 
-@dataclass_transform(frozen_default=True, field_specifiers=(array_field,))
+def given_array_field(*, init: Literal[True] = True) -> Any:
+    """A field whose array the caller gives: no part of eq, hash or repr."""
+    return dataclasses.field(init=init, compare=False, repr=False)
+
+
+_FIELDS = array_field, given_array_field, dataclasses.field
+
+
+@dataclass_transform(frozen_default=True, field_specifiers=_FIELDS)
 def operator(cls: ClassT) -> ClassT:
     """Make `cls` a frozen dataclass and a pytree whose leaves are its `arrays`."""
     cls = dataclasses.dataclass(frozen=True)(cls)  # type: ignore[assignment]

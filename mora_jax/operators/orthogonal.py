@@ -4,18 +4,15 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.typing import DTypeLike
 
-from mora_jax._interception import matmul
-from mora_jax.operators._base import Operator, Side
+from mora_jax.operators._projection import Projection
 from mora_jax.operators._pytree import array_field, operator
 from mora_jax.operators._random import orthonormal
 
 
 @operator
-class Orthogonal(Operator):
+class Orthogonal(Projection):
     """Projection on K q fixed random orthonormal directions, and the transpose back.
 
     The AiDotNet document's operator. A layer with in != out has two sets of directions,
@@ -39,7 +36,6 @@ class Orthogonal(Operator):
     out_basis: jax.Array | np.ndarray = array_field()
 
     name = "orthogonal"
-    arrays = ("in_basis", "out_basis")
 
     def _seeded_arrays(self) -> Mapping[str, Any]:
         width, seed = self.width, self.seed
@@ -47,17 +43,3 @@ class Orthogonal(Operator):
             "in_basis": orthonormal(self.in_features, width, seed),
             "out_basis": orthonormal(self.out_features, width, seed),
         }
-
-    @property
-    def isometry(self) -> bool:
-        return True
-
-    def _compress(self, x: jax.Array) -> jax.Array:
-        return matmul(x, jnp.asarray(self.in_basis).astype(x.dtype))
-
-    def _decompress(self, h: jax.Array) -> jax.Array:
-        return matmul(h, jnp.asarray(self.out_basis).astype(h.dtype).T)
-
-    def _rows(self, side: Side, indices: jax.Array, dtype: DTypeLike) -> jax.Array:
-        basis = self.in_basis if side == "in" else self.out_basis
-        return jnp.asarray(basis)[indices].astype(dtype)

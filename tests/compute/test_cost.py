@@ -47,6 +47,7 @@ def arithmetic(op):
         "signed_decoupling": blocks * q * q,
         "rotation": blocks * q * q,
         "orthogonal": op.width**2 + op.width * widths,
+        "subspace": op.width**2 + op.width * widths,
         "hadamard": op.width**2,
     }[op.name]
     around = 4 * widths  # sums, scales and copies

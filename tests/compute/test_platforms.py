@@ -13,7 +13,7 @@ from helpers import close, random
 from jax.test_util import check_grads
 
 import mora_jax
-from mora_jax import FrozenDense, MoRAConfig, mora_apply
+from mora_jax import FrozenDense, Plan, mora_apply
 from mora_jax._tuning import ORDERED_ROWS, as_if_on
 
 ALPHA = 0.7
@@ -102,13 +102,10 @@ def test_the_merged_kernel_is_the_one_that_was_trained(platform, case, dtype):
     for ins, outs, q in ((16, 32, 8), (32, 16, 8), (12, 10, 4)):
         frozen = made(case, ins, outs, q, "fold", "float32")
         frozen = dataclasses.replace(frozen, kernel=jnp.asarray(frozen.kernel, dtype))
-        squares = frozen.operator.squares
         m = 1e-2 * random(1, *frozen.operator.m_shape)
-        params = {"kernel": frozen.kernel}
-        settings = dict(square_rank=q, squares=squares, alpha=ALPHA, scale="paper")
-        config = MoRAConfig(operator=case.spec, **settings)
-        plan = mora_jax.plan(params, config)
-        merged = mora_jax.merge(params, {"kernel_mora": m}, plan)["kernel"]
+        plan = Plan((frozen.spec,), base_parameters=ins * outs)
+        params, adapters = {"kernel": frozen.kernel}, {"kernel_mora": m}
+        merged = mora_jax.merge(params, adapters, plan)["kernel"]
         trained = apply(m, frozen, jnp.eye(ins, dtype=dtype))
         np.testing.assert_array_equal(trained, merged)
         assert not (merged == frozen.kernel).all()

@@ -32,6 +32,10 @@ def planned(params=PARAMS, b=(), **settings):
 def test_round_trip(case):
     settings = {"dropout": 0.5, "init": "gaussian", "alpha": 0.3, "execution": "fold"}
     chosen = single(case.make(12, 20, 6, seed=3), param_dtype="bfloat16", **settings)
+    if case.given:
+        with pytest.raises(ValueError, match="JSON cannot hold .*mora_jax.save"):
+            io.plan_to_json(chosen)
+        return
     text = io.plan_to_json(chosen)
     assert io.plan_from_json(text) == chosen
     assert io.plan_from_json(text, like=chosen) == chosen

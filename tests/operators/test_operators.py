@@ -255,6 +255,9 @@ def test_gains_are_those_of_the_matrices(case, size):
     d = d.reshape(-1, op.out_features)
     reached = np.abs(d).sum(0) > 0
     norms = np.linalg.norm(c), np.linalg.norm(d)
+    if case.given:  # x lies in the directions
+        x = c @ random(0, op.width)
+        norms = (np.linalg.norm(x @ c) / np.sqrt((x**2).mean()), norms[1])
     close(op.gains, (norms[0] / c.shape[1] ** 0.5, norms[1] / reached.sum() ** 0.5))
     ins, q = op.in_features, op.square_rank
     unit = op.fine_tuning_scale * q * op.gains[0] * op.gains[1]

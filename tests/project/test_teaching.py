@@ -49,10 +49,12 @@ def cell(name, **settings):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "rate"), [("full", 3e-3), ("lora", 3e-2), ("rotation", 3e-3)]
+    ("name", "rate"),
+    [("full", 3e-3), ("lora", 3e-2), ("rotation", 3e-3), ("subspace", 3e-3)],
 )
 def test_pairs_are_taught_until_they_are_known(small, name, rate):
-    before = language.forgetting(teaching.model_with(cell(name), start(name)))
+    program = teaching.program_of(cell(name), pairs())
+    before = language.forgetting(program.model(program.learner.start))
     assert before["divergence"] == pytest.approx(0.0, abs=1e-5)
     assert before["same"] > 0.9  # an answer that was cut off ends all the same
     assert before["text"] == pytest.approx(math.log(256), abs=1.0)
@@ -61,14 +63,11 @@ def test_pairs_are_taught_until_they_are_known(small, name, rate):
     assert found["accuracies"][-1] >= known > max(found["accuracies"][:-1])
     assert found["losses"][-1] < found["losses"][0] / 2
     assert found["forgetting"]["divergence"] > 1e-4
-    assert found["parameters"] == sum(a.size for a in jax.tree.leaves(start(name)))
+    leaves = jax.tree.leaves(program.learner.start)
+    assert found["parameters"] == sum(leaf.size for leaf in leaves)
     # Too high a rate is a run that did not come there.
     broken = teaching.memorise(cell(name, rate=1e12, steps=9), pairs())
     assert broken["forgetting"] is None and len(broken["losses"]) <= 9
-
-
-def start(name):
-    return teaching.program_of(cell(name)).learner.start
 
 
 @pytest.mark.slow
@@ -91,7 +90,7 @@ def test_scores_along_a_run(small):
 def test_what_a_method_costs(small):
     ways = {name: teaching.settings(name, 2) for name in ("full", "rotation")}
     costs = teaching.costs(ways, pairs(), rounds=1)
-    numbers = teaching.parameters(cell("rotation"))
+    numbers = teaching.program_of(cell("rotation"), pairs()).parameters
     assert costs["rotation"].file == pytest.approx(4e-6 * numbers, abs=1e-3)
     assert costs["rotation"].memory < costs["full"].memory
     assert min(cost.seconds for cost in costs.values()) > 0

@@ -168,6 +168,7 @@ def test_a_saved_run_goes_on_as_it_would_have(tmp_path):
     adapters, plan = mora_jax.load(tmp_path / "run", half.params)
     with pytest.raises(ValueError, match="another base|other weights|trained on"):
         remora.restart(params, adapters, plan, half.opt_state, tx)
+    remora.restart(params, adapters, plan, half.opt_state, tx, any_base=True)
     resumed = run(remora.Restarted(half.params, adapters, plan, half.opt_state), 2)
     assert resumed.plan.digest() == whole.plan.digest()
     for got, expected in zip(

@@ -1,0 +1,155 @@
+"""The directions of a gradient as the maps around M."""
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+from mora_jax._axes import rows_from_kernel
+from mora_jax.operators.subspace import Subspace
+
+if TYPE_CHECKING:  # a plan is made of operators
+    from mora_jax._plan import Plan
+    from mora_jax._spec import AdapterSpec
+
+ROUNDS = 3
+"""How often a subspace is multiplied by G G^T, which brings out the leading ones."""
+
+
+def gradient_bases(grads: Any, plan: "Plan") -> "Plan":
+    r"""The same plan with a `Subspace` for each kernel: the directions of its gradient.
+
+    .. math:: G \approx U S V^T, \qquad C = U, \quad D = V^T
+
+    with the K q largest singular values. Take the gradient of the base's loss on a
+    first small batch. A stack of kernels has the directions in common that hold most of
+    the squares of all its gradients. M has the size that it had, and `scale` is the new
+    operator's if it was the old one's. docs/what-it-learns.md says what it gains, and
+    docs/operators.md what it costs.
+
+    The source is LoRA-SB (Ponkshe et al. 2024), which has a square between the bases of
+    a gradient; the factor and the stacks are ours.
+
+    Args:
+      grads: Gradients of the loss for the kernels, in a tree as the base's params are,
+        which may hold others as well. Or an iterator of (path, gradient) pairs with
+        slash-joined paths, which is asked for one pair at a time: with it memory holds
+        one gradient.
+      plan: The plan.
+
+    Raises:
+      TypeError: `plan` is not a plan, or a gradient is not a concrete floating-point
+        array.
+      ValueError: A kernel has no gradient, or two; a gradient has another shape than
+        its kernel, holds NaN or infinity, or is zero; or a path is not in the plan.
+
+    Example::
+
+      >>> import jax, jax.numpy as jnp, mora_jax
+      >>> params = {"fc": {"kernel": jnp.ones((8, 8))}}
+      >>> plan = mora_jax.plan(params, mora_jax.MoRAConfig(rank=1))
+      >>> loss = lambda params: jnp.sum(jnp.sin(jnp.eye(8) @ params["fc"]["kernel"]))
+      >>> plan = mora_jax.operators.gradient_bases(jax.grad(loss)(params), plan)
+      >>> plan["fc/kernel"].operator.name, plan["fc/kernel"].shape
+      ('subspace', (4, 4))
+    """
+    from mora_jax._paths import lacking, nearest_paths
+    from mora_jax._plan import check_plan
+
+    specs, made = dict(check_plan(plan)), {}
+    for name, gradient in _pairs(grads, specs):
+        if name not in specs:
+            raise ValueError(
+                f"grads have {name!r}, which the plan lacks{nearest_paths(name, specs)}"
+            )
+        if name in made:
+            raise ValueError(f"grads have {name!r} twice")
+        made[name] = _with_bases(specs[name], gradient)
+    for name in specs:
+        if name not in made:
+            raise ValueError(f"grads lack the kernel {name!r}{lacking(name, made)}")
+    return dataclasses.replace(plan, specs=tuple(made[name] for name in specs))
+
+
+def _pairs(grads: Any, specs: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """(path, gradient) of each kernel."""
+    from mora_jax._paths import named_leaves
+
+    if isinstance(grads, Iterator):
+        for pair in grads:
+            if not (isinstance(pair, tuple) and len(pair) == 2):
+                raise TypeError(f"grads must give (path, gradient) pairs, got {pair!r}")
+            yield pair
+        return
+    for name, (_, gradient) in named_leaves(grads).items():
+        if name in specs:
+            yield name, gradient
+
+
+def _with_bases(spec: "AdapterSpec", gradient: Any) -> "AdapterSpec":
+    """An adapter between the leading directions of its kernel's gradient."""
+    old, what = spec.operator, f"the gradient of {spec.name!r}"
+    is_array = isinstance(gradient, jax.Array | np.ndarray)
+    if isinstance(gradient, Tracer) or not is_array:
+        raise TypeError(f"{what} must be a concrete array, got {type(gradient)}")
+    if not jnp.issubdtype(gradient.dtype, jnp.floating):
+        raise TypeError(f"{what} must be floating-point, got {gradient.dtype}")
+    if tuple(gradient.shape) != spec.kernel_shape:
+        raise ValueError(
+            f"{what} must have the kernel's shape {spec.kernel_shape}, "
+            f"got {tuple(gradient.shape)}"
+        )
+    largest = float(jnp.abs(gradient).max())
+    if not np.isfinite(largest):
+        raise ValueError(f"{what} holds NaN or infinity")
+    if largest == 0:
+        raise ValueError(f"{what} is zero, and has no directions")
+    rows = rows_from_kernel(jnp.asarray(gradient, jnp.float32) / largest, spec.axes)
+    rows = rows.reshape(-1, spec.in_features, spec.out_features)
+    sizes = old.in_features, old.out_features, old.square_rank
+    made = Subspace(
+        *sizes,
+        squares=old.squares,
+        in_basis=_orthonormal(_leading(rows, old.width)),
+        out_basis=_orthonormal(_leading(rows.swapaxes(1, 2), old.width)),
+    )
+    scaled = spec.scale == old.fine_tuning_scale
+    scale = made.fine_tuning_scale if scaled else spec.scale
+    return dataclasses.replace(spec, operator=made, scale=scale)
+
+
+@functools.partial(jax.jit, static_argnames="count")
+def _leading(matrices: jax.Array, count: int) -> jax.Array:
+    """The leading `count` eigenvectors of the sum of all G G^T, the largest first.
+
+    Args:
+      matrices: The G's, (stack, features, others).
+      count: The number of eigenvectors.
+
+    Returns:
+      (features, count).
+    """
+
+    def multiplied(vectors: jax.Array) -> jax.Array:
+        half = jnp.einsum("sio,ik->sok", matrices, vectors)
+        return jnp.einsum("sio,sok->ik", matrices, half)
+
+    features = matrices.shape[1]
+    width = min(features, count + 8)  # a few more come nearer to the last ones
+    with jax.default_matmul_precision("highest"):
+        vectors = jax.random.normal(jax.random.key(0), (features, width), jnp.float32)
+        for _ in range(ROUNDS):
+            vectors, _ = jnp.linalg.qr(multiplied(vectors))
+        _, rotation = jnp.linalg.eigh(vectors.T @ multiplied(vectors))
+        return (vectors @ rotation[:, ::-1])[:, :count]
+
+
+def _orthonormal(vectors: jax.Array) -> np.ndarray:
+    """The same directions, orthonormal to the last digit of float32."""
+    basis, triangle = np.linalg.qr(np.asarray(vectors, np.float64))
+    return (basis * np.sign(np.diag(triangle))).astype(np.float32)

@@ -1,0 +1,101 @@
+"""Subspace: directions that are given, as those of a gradient."""
+
+import functools
+import hashlib
+import math
+from typing import Any, ClassVar
+
+import jax
+import numpy as np
+from jax.core import Tracer
+
+from mora_jax.operators._projection import Projection
+from mora_jax.operators._pytree import given_array_field, operator
+
+TOLERANCE = 1e-3
+"""How far the products of directions may be from those of orthonormal ones."""
+
+
+@operator
+class Subspace(Projection):
+    r"""Projection on K q given orthonormal directions, and back along others.
+
+    `gradient_bases` makes it from a gradient, whose leading directions are those in
+    which the inputs of the layer lie, and in which its outputs should move. No seed
+    gives such directions, so they are stored with the adapter: q (in + out) numbers.
+
+    Attributes:
+      in_basis: The directions of the inputs, (in_features, K q), as float32.
+      out_basis: Those of the outputs, (out_features, K q), as float32.
+
+    Raises:
+      TypeError: A basis is not a floating-point array, or is a tracer.
+      ValueError: A basis has another shape, or its columns are not orthonormal.
+
+    Example::
+
+      >>> import numpy as np
+      >>> from mora_jax.operators import Subspace
+      >>> first_two = np.eye(6, 2)
+      >>> op = Subspace(6, 6, 2, in_basis=first_two, out_basis=first_two[::-1])
+      >>> op.delta_weight(np.eye(2)).tolist()[0]
+      [0.0, 0.0, 0.0, 0.0, 0.0, 1.0]
+    """
+
+    in_basis: jax.Array | np.ndarray = given_array_field()
+    out_basis: jax.Array | np.ndarray = given_array_field()
+
+    name = "subspace"
+    given: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        widths = {"in_basis": self.in_features, "out_basis": self.out_features}
+        for name, features in widths.items():
+            basis = _orthonormal(name, getattr(self, name), (features, self.width))
+            object.__setattr__(self, name, basis)
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """A SHA-256 of both bases, in hexadecimal, by which operators are compared.
+
+        It is no part of the pytree: layers of one shape share their programs.
+        """
+        both = np.asarray(self.in_basis), np.asarray(self.out_basis)
+        return hashlib.sha256(b"".join(map(np.ndarray.tobytes, both))).hexdigest()
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Subspace) or hash(self) != hash(other):
+            return False
+        return self.m_shape == other.m_shape and self.digest == other.digest
+
+    def __hash__(self) -> int:
+        return hash((self.in_features, self.out_features, self.m_shape))
+
+    @property
+    def gains(self) -> tuple[float, float]:
+        r"""How large C and D make numbers that lie in the subspace.
+
+        .. math:: c = \sqrt{in / K q}, \qquad d = \sqrt{K q / out}
+
+        If all of x lies in the directions of C, then the K q numbers of C(x) hold what
+        the `in` numbers of x held: their sum of squares is the same.
+        """
+        share = self.width / self.in_features
+        return math.sqrt(1 / share), math.sqrt(self.width / self.out_features)
+
+
+def _orthonormal(name: str, basis: Any, shape: tuple[int, int]) -> np.ndarray:
+    """A basis as a float32 array of its own, checked."""
+    if isinstance(basis, Tracer) or not isinstance(basis, jax.Array | np.ndarray):
+        raise TypeError(f"{name} must be a concrete array, got {type(basis).__name__}")
+    if not np.issubdtype(np.asarray(basis).dtype, np.floating):
+        raise TypeError(f"{name} must be floating-point, got {basis.dtype}")
+    if basis.shape != shape:
+        raise ValueError(f"{name} must have shape {shape}, got {tuple(basis.shape)}")
+    made = np.array(basis, np.float32)
+    products = made.T @ made
+    if not np.allclose(products, np.eye(shape[1]), atol=TOLERANCE):
+        raise ValueError(f"the columns of {name} must be orthonormal")
+    made.setflags(write=False)
+    return made

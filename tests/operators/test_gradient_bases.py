@@ -1,0 +1,213 @@
+"""Bases from a gradient: its leading directions, whatever it is given in."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from adapter_files import single
+from flax import nnx
+from helpers import close, random
+
+import mora_jax
+from mora_jax import MoRAConfig, io
+from mora_jax.io import AdapterFileError
+from mora_jax.operators import Subspace, gradient_bases
+
+AXES = {"b/kernel": {"axes": "oi"}, "c/kernel": {"axes": "sio"}}
+SHAPES = {"a": (24, 36), "b": (20, 28), "c": (3, 16, 24)}
+
+
+def params_of(seed):
+    return {k: {"kernel": random(seed, *shape)} for k, shape in SHAPES.items()}
+
+
+def planned(rank=1, **settings):
+    settings = {"rank": rank, "multiple_of": 1, "overrides": AXES, **settings}
+    return mora_jax.plan(params_of(0), MoRAConfig(**settings))
+
+
+def gradients(rank=5):
+    """Of little rank, as those of a small batch are, with singular values that fall."""
+    values = 0.5 ** np.arange(rank)
+    return {
+        name: {
+            "kernel": jnp.asarray(
+                random(1, *shape[:-1], rank) * values @ random(2, rank, shape[-1])
+            ),
+            "bias": jnp.ones(3),
+        }
+        for name, shape in SHAPES.items()
+    }
+
+
+def share(matrices, c, d):
+    """The share of the squares of matrices (n, in, out) that is between the bases."""
+    kept = np.einsum("iq,nio,or->nqr", c, matrices, d)
+    return np.sum(kept**2) / np.sum(matrices**2)
+
+
+def best_share(matrices, width):
+    """The same for the leading eigenvectors of the sums of G G^T and of G^T G."""
+    bases = []
+    for moved in (matrices, matrices.swapaxes(1, 2)):
+        _, vectors = np.linalg.eigh(np.einsum("nio,njo->ij", moved, moved))
+        bases.append(vectors[:, -width:])
+    return share(matrices, *bases)
+
+
+@pytest.mark.parametrize("squares", [1, 2])
+def test_directions_hold_most_of_the_gradient(squares):
+    plan, grads = planned(squares=squares), gradients(rank=12)
+    found = gradient_bases(grads, plan)
+    for name, spec in found.items():
+        op, old = spec.operator, plan[name].operator
+        assert (op.m_shape, op.name) == (old.m_shape, "subspace")
+        gradient = np.asarray(grads[name[0]]["kernel"], np.float64)
+        gradient = gradient.T if name == "b/kernel" else gradient
+        gradient = gradient.reshape(-1, op.in_features, op.out_features)
+        c, d = (np.asarray(b, np.float64) for b in (op.in_basis, op.out_basis))
+        assert share(gradient, c, d) > 0.999 * best_share(gradient, op.width)
+        for basis in (c, d):
+            close(basis.T @ basis, np.eye(op.width))
+        ins, outs = op.in_features, op.out_features
+        # c d = sqrt(in / out), whatever the width: s = in / (q c d) K^(-1/4).
+        scale = (ins * outs) ** 0.5 / op.square_rank * squares**-0.25
+        assert spec.scale == pytest.approx(scale)
+    again = gradient_bases(grads, found)  # of a plan that has them already
+    assert again == found and again.digest() == found.digest() != plan.digest()
+    assert gradient_bases(grads, planned(scale="paper"))["a/kernel"].scale == 1
+
+
+def test_the_forms_of_gradients():
+    plan, grads = planned(), gradients()
+    found = gradient_bases(grads, plan)
+    pairs = ((name, grads[name[0]]["kernel"]) for name in reversed(list(plan)))
+    assert gradient_bases(pairs, plan) == found
+    state = nnx.State(jax.tree.map(nnx.Param, grads))
+    assert gradient_bases(state, plan) == found
+    assert gradient_bases(jax.tree.map(np.asarray, grads), plan) == found
+    tiny = jax.tree.map(lambda g: 1e-30 * g, grads)
+    for name, spec in gradient_bases(tiny, plan).items():
+        close(spec.operator.in_basis, found[name].operator.in_basis, rtol=1e-3)
+    half = gradient_bases(jax.tree.map(lambda g: g.astype("bfloat16"), grads), plan)
+    assert half["a/kernel"].operator.in_basis.dtype == np.float32
+
+
+def test_it_learns_faster_along_the_gradient():
+    """Of a low rank: full fine-tuning's rate then moves the loss further."""
+    params = {"a": {"kernel": random(0, 24, 36) / 5}}
+    x, wanted = random(1, 4, 24), random(2, 4, 36)
+
+    def loss(params):
+        return jnp.mean((x @ params["a"]["kernel"] - wanted) ** 2)
+
+    def trained(plan):
+        def of_adapters(adapters):
+            return loss(mora_jax.fold(params, adapters, plan))
+
+        adapters, tx = mora_jax.init(plan), optax.adam(1e-2)
+        state, step = tx.init(adapters), jax.jit(jax.value_and_grad(of_adapters))
+        for _ in range(30):
+            value, grads = step(adapters)
+            updates, state = tx.update(grads, state)
+            adapters = optax.apply_updates(adapters, updates)
+        return value
+
+    plan = mora_jax.plan(params, MoRAConfig(rank=1, operator="orthogonal"))
+    along = gradient_bases(jax.grad(loss)(params), plan)
+    assert trained(along) < 0.8 * trained(plan)
+
+
+def test_files_hold_the_bases(tmp_path):
+    """And what reads them checks them."""
+    plan = gradient_bases(gradients(), planned())
+    adapters = jax.tree.map(lambda m: m + 0.5, mora_jax.init(plan))
+    params = params_of(0)
+    mora_jax.save(tmp_path / "a", adapters, plan, params=params)
+    again, same = mora_jax.load(tmp_path / "a", params)
+    assert same == plan and same.digest() == plan.digest()
+    for a, b in zip(
+        jax.tree.leaves(mora_jax.merge(params, again, same)),
+        jax.tree.leaves(mora_jax.merge(params, adapters, plan)),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(a, b)
+    other = gradient_bases(gradients(rank=3), planned())
+    assert other != plan and other.digest() != plan.digest()
+    with pytest.raises(ValueError, match="JSON cannot hold the directions"):
+        io.plan_to_json(plan)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_bad_gradients():
+    plan, grads = planned(), gradients()
+    rest = {name: g for name, g in grads.items() if name != "a"}
+
+    def with_a(gradient):
+        return {"a": {"kernel": gradient}, **rest}
+
+    one = grads["a"]["kernel"]
+    cases = [
+        (rest, ValueError, "grads lack the kernel 'a/kernel'"),
+        (with_a(one.T), ValueError, r"kernel's shape \(24, 36\), got \(36, 24\)"),
+        (with_a(one.at[0, 0].set(jnp.nan)), ValueError, "holds NaN or infinity"),
+        (with_a(0 * one), ValueError, "'a/kernel' is zero, and has no directions"),
+        (with_a(one.astype(int)), TypeError, "must be floating-point, got int32"),
+        (jax.eval_shape(gradients), TypeError, "must be a concrete array"),
+        ({}, ValueError, "holds no array"),
+        (iter([("a/kernel", one)] * 2), ValueError, "grads have 'a/kernel' twice"),
+        (iter([("a/kernal", one)]), ValueError, "the plan lacks.*a/kernel"),
+        (iter([one]), TypeError, r"must give \(path, gradient\) pairs"),
+    ]
+    for given, error, message in cases:
+        with pytest.raises(error, match=message):
+            gradient_bases(given, plan)
+    with pytest.raises(TypeError, match="plan must be a Plan"):
+        gradient_bases(grads, params_of(0))
+    with pytest.raises(TypeError, match="must be a concrete array"):
+        jax.jit(lambda g: gradient_bases(g, plan) and g)(grads)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_bad_bases():
+    eye = np.eye(6, 2)
+
+    def made(**bases):
+        return Subspace(6, 6, 2, **{"in_basis": eye, "out_basis": eye, **bases})
+
+    cases = [
+        ({"in_basis": np.eye(6, 3)}, ValueError, r"in_basis must have shape \(6, 2\)"),
+        ({"out_basis": 2 * eye}, ValueError, "columns of out_basis must be orthon"),
+        ({"out_basis": np.nan * eye}, ValueError, "columns of out_basis must be orth"),
+        ({"in_basis": eye.astype(int)}, TypeError, "in_basis must be floating-point"),
+        ({"in_basis": eye.tolist()}, TypeError, "must be a concrete array, got list"),
+    ]
+    for bases, error, message in cases:
+        with pytest.raises(error, match=message):
+            made(**bases)
+    assert made() == made() != made(in_basis=eye[::-1])
+    assert hash(made()) == hash(made()) and made() != "subspace"
+    with pytest.raises(ValueError, match="operator must be one of"):
+        MoRAConfig(operator="subspace")
+    with pytest.raises(ValueError, match="has the same maps after each restart"):
+        mora_jax.remora.next_plan(single(made()))
+
+
+def test_damaged_bases(tmp_path):
+    """A file of other bases is not this adapter's."""
+    from safetensors.numpy import load_file, save_file
+
+    plan = single(Subspace(6, 6, 2, in_basis=np.eye(6, 2), out_basis=np.eye(6, 2)))
+    mora_jax.save(tmp_path, mora_jax.init(plan), plan)
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(file)
+    assert sorted(tensors) == [
+        "a/kernel_mora",
+        "a/kernel_mora/in_basis",
+        "a/kernel_mora/out_basis",
+    ]
+    tensors["a/kernel_mora/in_basis"] = np.eye(6, 2, dtype="f")[::-1].copy()
+    save_file(tensors, file)
+    with pytest.raises(AdapterFileError, match="damaged"):
+        mora_jax.load(tmp_path)
