@@ -70,7 +70,7 @@ def main() -> None:
     """Learn on all ladders, and report where the best rates are."""
     parser = options(__doc__, "out/one_rate.json")
     parser.add_argument("--widths", type=positive, nargs="+", default=[64, 128])
-    parser.add_argument("--ranks", type=positive, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--ranks", type=positive, nargs="+", default=[1, 4, 8, 32])
     parser.add_argument("--operators", nargs="+", default=list(OPERATORS))
     parser.add_argument("--squares", type=positive, nargs="+", default=[1, 4, 16])
     parser.add_argument("--seeds", type=positive, default=2, help="sets of facts")
@@ -162,7 +162,7 @@ def show_ranges(rows: list[cells.Cell]) -> None:
             ranges.append(
                 {
                     "scale": scale,
-                    "rank": "1" if small_rank else "8 and more",
+                    "rank": "1" if small_rank else "4 and more",
                     "best": f"{least:.2f} to {most:.2f}",
                     "steps": f"{min(more):.2f} to {max(more):.2f}",
                     "never": f"{len(found) - len(more)} of {len(found)}",

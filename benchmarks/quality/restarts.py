@@ -5,7 +5,7 @@ of its parameters, and with adapters on its projections, whose other parameters 
 trained in full (ReLoRA, and the paper's section on pretraining). All begin with some
 steps of all parameters. With restarts (ReLoRA, ReMoRA) the adapters are merged into the
 kernels at equal intervals, and start again. You will see the loss of text that was not
-trained on, at the best rate of each, for the same number of steps.
+trained on, at the best rate of each, after the same number of steps and over seconds.
 
     python -m benchmarks.quality.restarts --quick
 """
@@ -285,16 +285,19 @@ def summary(rows: Sequence[cells.Cell], full: Sequence[cells.Cell]) -> cells.Cel
 
 
 def plot(chosen: dict[str, list[cells.Cell]], every: int, path: Path) -> None:
-    """Loss over steps at the best rates."""
-    with figure(path, 1, 1, figsize=(7, 4)) as (_, axes):
+    """Loss over steps and over seconds at the best rates."""
+    with figure(path, 1, 2, figsize=(11, 4), sharey=True) as (made, axes):
         for k, (method, rows) in enumerate(chosen.items()):
             losses = np.mean([row["losses"] for row in rows], axis=0)
-            colour = "black" if method == "full" else f"C{k}"
-            style = "o-" if "restarts" in method or method == "relora" else "s--"
             steps = every * (1 + np.arange(len(losses)))
-            axes[0, 0].plot(steps, losses, style, color=colour, label=method)
+            speed = np.median([row["seconds"] / row["steps"] for row in rows])
+            style = "o-" if "restarts" in method or method == "relora" else "s--"
+            colour = "black" if method == "full" else f"C{k}"
+            for axis, along in zip(axes[0], (steps, steps * speed), strict=True):
+                axis.plot(along, losses, style, color=colour, label=method)
         axes[0, 0].set(xlabel="step", ylabel="loss of text held out, nats a byte")
-        axes[0, 0].legend(fontsize="small")
+        axes[0, 1].set(xlabel="seconds of training")
+        made.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center")
 
 
 if __name__ == "__main__":

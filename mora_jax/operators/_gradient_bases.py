@@ -13,7 +13,7 @@ from jax.core import Tracer
 from mora_jax._axes import rows_from_kernel
 from mora_jax.operators.subspace import Subspace
 
-if TYPE_CHECKING:  # a plan is made of operators
+if TYPE_CHECKING:
     from mora_jax._plan import Plan
     from mora_jax._spec import AdapterSpec
 
@@ -58,6 +58,7 @@ def gradient_bases(grads: Any, plan: "Plan") -> "Plan":
       >>> plan["fc/kernel"].operator.name, plan["fc/kernel"].shape
       ('subspace', (4, 4))
     """
+    # Plans are made of operators: what knows plans is imported when it is needed.
     from mora_jax._paths import lacking, nearest_paths
     from mora_jax._plan import check_plan
 

@@ -140,7 +140,8 @@ def test_defaults_are_as_the_table_of_layers_says():
 
 def test_table_of_operators_has_all():
     text = (ROOT / "docs/operators.md").read_text()
-    assert {"auto", *OPERATORS} == set(re.findall(r"^\| `(\w+)` \|", text, re.M))
+    every = {"auto", "subspace", *OPERATORS}
+    assert every == set(re.findall(r"^\| `(\w+)` \|", text, re.M))
 
 
 def test_costs_are_as_measured():
