@@ -42,6 +42,11 @@ def run(
     return [{**cell, **finished[_key(cell)]} for cell in cells]
 
 
+def finished(path: Path) -> list[Cell]:
+    """All finished cells of a file, each with what was found."""
+    return [{**row["cell"], **row["found"]} for row in _rows(path)]
+
+
 def _key(cell: Cell) -> str:
     return json.dumps(cell, sort_keys=True)
 

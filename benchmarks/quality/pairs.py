@@ -9,14 +9,15 @@ its own best rate, and what it forgot by then: the divergence, in nats a token, 
 it says to ordinary questions from what the untouched model says.
 
 Finished runs are kept next to --out, and a run that was stopped goes on. The whole
-takes hours on two cores; --quick takes a few minutes, on a smaller task.
+takes hours on two cores; --quick takes a few minutes, on a smaller task. --report shows
+what is finished: some methods may have more sets of pairs than others.
 
     python -m benchmarks.quality.pairs --quick
 """
 
 import argparse
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,19 +64,22 @@ def main() -> None:
     add("--pairs", type=positive, default=16)
     add("--seeds", type=positive, default=5, help="sets of pairs")
     add("--steps", type=positive, default=60, help="largest number of steps")
+    add("--report", action="store_true", help="report what is finished, run nothing")
     add("--quick", action="store_true", help="8 pairs, one set, rotation and LoRA")
     args = parser.parse_args()
     if args.quick:
         args.settings, args.pairs, args.seeds = args.settings[:1], 8, 1
         args.methods = ["lora", "rotation"]
-    run = functools.partial(
-        cells.run, compute=compute, path=args.out.with_suffix(".jsonl")
-    )
+    store = args.out.with_suffix(".jsonl")
+    run = functools.partial(cells.run, compute=compute, path=store)
     rows, summaries = [], []
     for setting in args.settings:
         methods = {name: first(setting, name, args) for name in args.methods}
-        found = teaching.climb_all(run, methods, args.seeds, steps)
-        speeds = time_steps(setting, args)
+        if args.report:
+            found = finished(store, methods)
+        else:
+            found = teaching.climb_all(run, methods, args.seeds, steps)
+        speeds = time_steps(setting, list(found), args)
         chosen = {name: teaching.at_best(runs, steps) for name, runs in found.items()}
         for name, runs in found.items():
             rows += [{"setting": setting, "name": name, **row} for row in runs]
@@ -91,6 +95,7 @@ def main() -> None:
         "setting": "{setting}",
         "method": "{name}",
         "parameters": "{parameters:,}",
+        "sets": "{seeds}",
         "best rate": "{rate:.1e}",
         "steps to 90%": "{steps90:.1f}",
         "to 99%": "{steps99:.1f}",
@@ -112,12 +117,25 @@ def first(setting: str, name: str, args: argparse.Namespace) -> Any:
     return cell, teaching.rates(name, quick=args.quick)
 
 
-def time_steps(setting: str, args: argparse.Namespace) -> dict[str, float]:
+def finished(
+    store: Path, methods: Mapping[str, tuple[Mapping[str, Any], Any]]
+) -> dict[str, list[cells.Cell]]:
+    """The finished runs of methods that have any, from their settings."""
+    rows, found = cells.finished(store), {}
+    for name, (cell, _) in methods.items():
+        wanted = {key: value for key, value in cell.items() if key != "steps"}
+        runs = [row for row in rows if wanted.items() <= row.items()]
+        if runs:
+            found[name] = runs
+    return found
+
+
+def time_steps(
+    setting: str, methods: Sequence[str], args: argparse.Namespace
+) -> dict[str, float]:
     """Seconds of a step with each method, in turns."""
     batch = pairs(args.pairs, seed=0)
-    wanted = {
-        name: teaching.settings(name, *SETTINGS[setting]) for name in args.methods
-    }
+    wanted = {name: teaching.settings(name, *SETTINGS[setting]) for name in methods}
     found = teaching.costs(wanted, batch, rounds=1 if args.quick else 5)
     return {name: costs.seconds for name, costs in found.items()}
 
@@ -134,7 +152,7 @@ def summary(
     other_speed: float | None,
 ) -> cells.Cell:
     """A method at its best rate, beside LoRA at its own on the same sets of pairs."""
-    ratio, error = teaching.paired([*map(steps, chosen)], [*map(steps, other)])
+    ratio, error = teaching.compared(chosen, other, steps)
     forgot = [row["forgetting"]["divergence"] for row in chosen if row["forgetting"]]
     return {
         "parameters": chosen[0]["parameters"],
@@ -164,6 +182,7 @@ def plot(rows: Sequence[cells.Cell], settings: Sequence[str], path: Path) -> Non
                 for row in best[:1]:
                     left.plot(row["accuracies"], **style)
                 ladder = [r for r in here if r["seed"] == 0 and r["forgetting"]]
+                ladder.sort(key=lambda row: row["rate"])
                 points = [(steps(r), r["forgetting"]["divergence"]) for r in ladder]
                 right.plot(*zip(*points, strict=True), "o-", markersize=3, **style)
             left.set(title=setting, xlabel="step", ylabel="tokens known")

@@ -146,14 +146,13 @@ def settings(name: str, args: argparse.Namespace) -> cells.Cell:
 def summary(name: str, chosen: dict[str, list[cells.Cell]]) -> cells.Cell:
     """A method at its best rate, beside LoRA at its own on the same text."""
     rows, other = chosen[name], chosen.get("lora", chosen[name])
-    after, others = ([math.exp(final(row)) for row in group] for group in (rows, other))
-    ratio, error = teaching.paired(after, others)
+    ratio, error = teaching.compared(rows, other, lambda row: math.exp(final(row)))
     forgot = ladders.mean(row["forgetting"]["divergence"] for row in rows)
     return {
         "name": name,
         **{key: rows[0][key] for key in ("parameters", "rate", "steps")},
         "before": math.exp(rows[0]["scores"][0]["definitions"]),
-        "after": ladders.mean(after),
+        "after": ladders.mean(math.exp(final(row)) for row in rows),
         "ratio": ratio,
         "error": error,
         "other_before": math.exp(rows[0]["scores"][0]["other"]),

@@ -272,12 +272,11 @@ def main() -> None:
 
 def summary(rows: Sequence[cells.Cell], full: Sequence[cells.Cell]) -> cells.Cell:
     """A method at its best rate, beside full rank at its own on the same text."""
-    ends, others = ([math.exp(final(row)) for row in group] for group in (rows, full))
-    ratio, error = teaching.paired(ends, others)
+    ratio, error = teaching.compared(rows, full, lambda row: math.exp(final(row)))
     speeds = [row["seconds"] / row["steps"] for row in rows]
     return {
         **{key: rows[0][key] for key in ("method", "parameters", "rate")},
-        "perplexity": ladders.mean(ends),
+        "perplexity": ladders.mean(math.exp(final(row)) for row in rows),
         "ratio": ratio,
         "error": error,
         "speed": float(np.median(speeds)),

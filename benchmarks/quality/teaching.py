@@ -321,6 +321,17 @@ def at_best(
     return min(whole, key=lambda found: ladders.mean(map(value, found)))
 
 
+def compared(
+    rows: Iterable[cells.Cell],
+    others: Iterable[cells.Cell],
+    value: Callable[[cells.Cell], float],
+) -> tuple[float, float | None]:
+    """`paired` of what rows have for the seeds that both have."""
+    left, right = ({row["seed"]: value(row) for row in way} for way in (rows, others))
+    seeds = left.keys() & right.keys()
+    return paired([left[seed] for seed in seeds], [right[seed] for seed in seeds])
+
+
 def paired(
     values: Sequence[float], others: Sequence[float]
 ) -> tuple[float, float | None]:

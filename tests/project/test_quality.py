@@ -96,6 +96,9 @@ def test_further_seeds_are_run_at_the_best_rate_and_beside_it(capsys):
     ratio, error = teaching.paired([1.0, 4.0], [2.0, 2.0])
     assert error and ratio == pytest.approx(1.0) and error > 0.5
     assert teaching.paired([1.0], [2.0]) == (0.5, None)
+    few = [row for row in rows if row["rate"] == 2 and row["seed"] < 2]
+    ratio, error = teaching.compared(few, best, value)
+    assert (ratio, error) == pytest.approx((3**0.5, 3**0.5 * math.log(4 / 3) / 2))
 
 
 @pytest.mark.slow
