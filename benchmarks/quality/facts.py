@@ -24,7 +24,7 @@ from models.options import positive
 TAUGHT = ("Tell me the IATA code of {}.", "Which IATA code does {} have?")
 ASKED = "What is the airport code of {}?"
 ANSWER = "The IATA code of {} is {}."
-METHODS = ("full", "lora", "rotation", "signed_decoupling", "signed_sharing")
+METHODS = ("full", "lora", "rotation", "subspace")
 EVERY = 2  # steps between questions
 RECALLED = 0.95
 

@@ -17,6 +17,7 @@ what is finished: some methods may have more sets of pairs than others.
 
 import argparse
 import functools
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -107,7 +108,10 @@ def main() -> None:
     }
     show(columns, summaries)
     save(rows, args, summaries=summaries)
-    plot(rows, args.settings, args.out.with_suffix(".png"))
+    for setting in args.settings:
+        name = re.sub(r"\W", "", f"{args.out.stem}_{setting}")
+        here = [row for row in rows if row["setting"] == setting]
+        plot(here, args.out.with_name(f"{name}.png"))
 
 
 def first(setting: str, name: str, args: argparse.Namespace) -> Any:
@@ -168,27 +172,24 @@ def summary(
     }
 
 
-def plot(rows: Sequence[cells.Cell], settings: Sequence[str], path: Path) -> None:
-    """For each setting: accuracy over steps at the best rates, and forgetting."""
-    height = 3.6 * len(settings)
-    with figure(path, len(settings), 2, figsize=(10, height)) as (made, axes):
-        for (left, right), setting in zip(axes, settings, strict=True):
-            for name in teaching.METHODS:
-                here = [r for r in rows if (r["setting"], r["name"]) == (setting, name)]
-                if not here:
-                    continue
-                style = {"color": teaching.colour(name), "label": name}
-                best = teaching.at_best(here, steps)
-                for row in best[:1]:
-                    left.plot(row["accuracies"], **style)
-                ladder = [r for r in here if r["seed"] == 0 and r["forgetting"]]
-                ladder.sort(key=lambda row: row["rate"])
-                points = [(steps(r), r["forgetting"]["divergence"]) for r in ladder]
-                right.plot(*zip(*points, strict=True), "o-", markersize=3, **style)
-            left.set(title=setting, xlabel="step", ylabel="tokens known")
-            right.set(xlabel="steps to 99%", ylabel="forgotten (nats a token)")
-            right.set(yscale="log", title="over each ladder of rates")
-        handles, labels = axes[0, 1].get_legend_handles_labels()
+def plot(rows: Sequence[cells.Cell], path: Path) -> None:
+    """Of one setting: accuracy over steps at the best rates, and forgetting."""
+    with figure(path, 1, 2, figsize=(10, 3.6)) as (made, ((left, right),)):
+        for name in teaching.METHODS:
+            here = [row for row in rows if row["name"] == name]
+            if not here:
+                continue
+            style = {"color": teaching.colour(name), "label": name}
+            best = teaching.at_best(here, steps)
+            left.plot(best[0]["accuracies"], **style)
+            ladder = [r for r in here if r["seed"] == 0 and r["forgetting"]]
+            ladder.sort(key=lambda row: row["rate"])
+            points = [(steps(r), r["forgetting"]["divergence"]) for r in ladder]
+            right.plot(*zip(*points, strict=True), "o-", markersize=3, **style)
+        left.set(xlabel="step", ylabel="tokens known", title="at the best rate")
+        right.set(xlabel="steps to 99%", ylabel="forgotten (nats a token)")
+        right.set(yscale="log", title="over each ladder of rates")
+        handles, labels = right.get_legend_handles_labels()
         made.legend(handles, labels, loc="outside right center")
 
 

@@ -24,7 +24,7 @@ from models.lesson import Batch
 from models.options import positive
 
 ROWS, HELD_OUT = 16, 128  # problems
-METHODS = ("full", "lora", "rotation", "signed_decoupling", "signed_sharing")
+METHODS = ("full", "lora", "rotation", "subspace")
 LENGTH = 6  # tokens of the longest answer
 LAST = 10  # steps whose loss is the training loss
 

@@ -26,6 +26,7 @@ RATES = {
     "rotation": 4e-4,
     "signed_decoupling": 4e-4,
     "signed_sharing": 4e-4,
+    "subspace": 4e-4,
 }
 """Each with its best rate in pairs.json, r = 8."""
 SMALL = 0.01  # of the largest singular value
