@@ -31,11 +31,11 @@ def save_peft_lora(
     r"""Write adapters as a LoRA that Hugging Face PEFT and servers load.
 
     The deltas of operators without blocks (sharing, signed_sharing, truncation,
-    orthogonal, subspace and hadamard) have rank q, or K q with K squares, and are LoRAs of that
-    rank exactly: :math:`A = C`, :math:`B = \alpha M D`. The deltas of other operators
-    have full rank, and only the `rank` largest of their singular values are kept. What
-    each module loses by that is returned, and a loss of more than `max_error` is
-    refused.
+    orthogonal, subspace and hadamard) have rank q, or K q with K squares, and are LoRAs
+    of that rank exactly: :math:`A = C`, :math:`B = \alpha M D`. The deltas of other
+    operators have full rank, and only the `rank` largest of their singular values are
+    kept. What each module loses by that is returned, and a loss of more than
+    `max_error` is refused.
 
     Args:
       directory: A path or a URL that `etils.epath` opens, new or empty. A local
