@@ -24,7 +24,7 @@ import numpy as np
 from benchmarks.harness import options, save, show
 from benchmarks.plots import figure
 from benchmarks.quality import cells, small
-from benchmarks.quality.ladders import at_rate, means, vertex
+from benchmarks.quality.ladders import at_rate, mean, means, vertex
 from models.options import positive
 from mora_jax import MoRAConfig
 
@@ -99,6 +99,7 @@ def main() -> None:
     blank = dict.fromkeys(("rank", "squares", "scale"))
     show(columns, [{**blank, **row} for row in rows])
     show_ranges(rows)
+    show_operators(rows)
     save(rows, args)
     plot(rows, args.out.with_suffix(".png"))
 
@@ -176,6 +177,28 @@ def show_ranges(rows: list[cells.Cell]) -> None:
         "never": "{never}",
     }
     show(columns, ranges)
+
+
+def show_operators(rows: list[cells.Cell]) -> None:
+    """Print the steps of each operator at its best rate, relative to the fewest.
+
+    With one square and the scale; the mean of all widths.
+    """
+    found: dict[tuple[int, int], dict[str, float]] = {}
+    for row in rows:
+        if row.get("scale") == "fine-tuning" and row["squares"] == 1:
+            steps = row["fewest"] or math.inf
+            found.setdefault((row["rank"], row["width"]), {})[row["method"]] = steps
+    ranks = sorted({rank for rank, _ in found})
+    shares: dict[str, dict[str, float]] = {}
+    for rank in ranks:
+        at_widths = [steps for (at, _), steps in found.items() if at == rank]
+        for method in at_widths[0]:
+            ratios = (steps[method] / min(steps.values()) for steps in at_widths)
+            shares.setdefault(method, {})[f"r{rank}"] = mean(ratios)
+    columns = {f"r = {rank}": f"{{r{rank}:.2f}}" for rank in ranks}
+    table = [{"operator": method, **row} for method, row in shares.items()]
+    show({"operator": "{operator}", **columns}, table)
 
 
 def plot(rows: list[cells.Cell], path: Path) -> None:
