@@ -6,8 +6,10 @@ import hashlib
 import json
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
+
+import jax
 
 from mora_jax._left_out import LeftOut
 from mora_jax._paths import nearest_paths
@@ -20,6 +22,10 @@ class Plan(Mapping[str, AdapterSpec]):
 
     A mapping of paths to `AdapterSpec`s, in the order of the paths. `print(plan)` shows
     it as a table.
+
+    It is a pytree whose leaves are the arrays of its operators. They are constants of a
+    program that uses the plan. Those of a `Subspace` may be too large for that, and
+    then the plan can be an argument of a function under jit.
 
     Attributes:
       specs: The adapters, one `AdapterSpec` for each adapted kernel.
@@ -100,6 +106,29 @@ class Plan(Mapping[str, AdapterSpec]):
     def total_parameters(self) -> int:
         """How many numbers the base and the adapters hold together."""
         return self.base_parameters + self.trainable_parameters
+
+
+def _flatten(plan: Plan) -> tuple[list[tuple[Any, Any]], Plan]:
+    key = jax.tree_util.DictKey
+    return [(key(spec.name), spec.operator) for spec in plan.specs], plan
+
+
+def _unflatten(plan: Plan, operators: Iterable[Any]) -> Plan:
+    # Not through __init__: the leaves of a tree_map may be anything.
+    pairs = zip(plan.specs, operators, strict=True)
+    specs = tuple(_changed(spec, operator=operator) for spec, operator in pairs)
+    return _changed(plan, specs=specs)
+
+
+def _changed(instance: Any, **values: Any) -> Any:
+    fields = {f.name: getattr(instance, f.name) for f in dataclasses.fields(instance)}
+    made = object.__new__(type(instance))
+    for name, value in (fields | values).items():
+        object.__setattr__(made, name, value)
+    return made
+
+
+jax.tree_util.register_pytree_with_keys(Plan, _flatten, _unflatten)
 
 
 def check_plan(plan: Any, name: str = "plan") -> Plan:

@@ -67,7 +67,7 @@ def restart(
     other leaves are the same arrays.
 
     Call it between two training steps, outside of jit: each plan is a program of its
-    own in any case. Under jit everything but the plan can be returned.
+    own in any case. It works under jit as well.
 
     Args:
       params: The base's params.

@@ -162,6 +162,35 @@ def test_linen_and_nnx_train_between_them():
     close(mora_jax.nnx.merge_adapters(wrapped)(x), y)
 
 
+@pytest.mark.parametrize("operator", ["rotation", "permutation", "subspace"])
+def test_a_plan_is_an_argument_of_a_program(operator):
+    """So that its arrays are no constants, which XLA limits to 2 GB."""
+    x = random(0, 5, 12)
+    model = LinenNet()
+    variables = model.init(jax.random.key(0), x)
+    name = "auto" if operator == "subspace" else operator
+    config = MoRAConfig(rank=2, operator=name)
+    plan = mora_jax.linen.plan(model, variables, config, x)
+    if operator == "subspace":
+        plan = gradient_bases(variables["params"], plan)
+    adapters = jax.tree.map(lambda m: m + 0.1, mora_jax.init(plan))
+
+    @jax.jit
+    def loss(adapters, plan, variables, x):
+        return jnp.sum(mora_jax.linen.wrap(model, plan)(adapters, variables, x) ** 2)
+
+    expected = mora_jax.linen.wrap(model, plan)(adapters, variables, x)
+    close(loss(adapters, plan, variables, x), jnp.sum(expected**2))
+    grads = jax.grad(loss)(adapters, plan, variables, x)
+    assert jax.tree.map(jnp.shape, grads) == jax.tree.map(jnp.shape, adapters)
+    arrays = [a for spec in plan.specs for a in jax.tree.leaves(spec.operator)]
+    assert len(jax.tree.leaves(plan)) == len(arrays)
+    same = jax.tree.map(jnp.asarray, plan)
+    assert same == plan and same.digest() == plan.digest() and list(same) == list(plan)
+    after = jax.jit(lambda plan: plan)(plan)
+    assert after == plan and after.base_parameters == plan.base_parameters
+
+
 def test_files_hold_the_bases(tmp_path):
     """And what reads them checks them."""
     plan = gradient_bases(gradients(), planned())
