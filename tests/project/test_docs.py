@@ -152,3 +152,21 @@ def test_costs_are_as_measured():
     for page, every in (README, False), (ROOT / "docs/costs.md", True):
         shown = re.findall(r"^\|.*\| \d+ s \|$", page.read_text(), re.MULTILINE)
         assert shown == [s for s in steps if every or s in shown] != []
+
+
+def test_what_is_learned_is_as_measured():
+    report = json.loads((ROOT / "benchmarks/quality/pairs.json").read_text())
+    page = (ROOT / "docs/what-it-learns.md").read_text()
+    short = "| {steps99:.1f} | {seconds_ratio:.2f} | {divergence:.2f} |"
+    methods = "full", "lora", "rotation", "subspace"
+    shown = 0
+    for row in report["summaries"]:
+        if row["name"] in methods:
+            error = f" ± {row['error']:.2f}" if row["error"] else ""
+            ratio, rate = f"{row['ratio']:.2f}{error}", f"{row['rate']:.0e}"
+            cells = "| {parameters:,} | {seeds} | @rate | {steps99:.1f} | @ratio | "
+            cells += "{speed:.2f} | {seconds_ratio:.2f} | {divergence:.2f} |"
+            cells = cells.format(**row).replace("@ratio", ratio)
+            assert cells.replace("@rate", rate.replace("e-0", "e-")) in page
+            shown += short.format(**row) in README.read_text()
+    assert shown == len(methods)  # those of r = 8
