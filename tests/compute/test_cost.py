@@ -90,7 +90,7 @@ def test_arithmetic(case, size):
     counted = flops(lower(jax.value_and_grad(folded, (0, 1)), m, x, g, frozen))
     counted -= flops(lower(jax.value_and_grad(plain), x, g, frozen))
     folds = 2 * 8 * size[0] * size[1]  # twice, a few operations an entry
-    if op.name in ("orthogonal", "hadamard"):  # from M by two products
+    if op.name in ("orthogonal", "subspace", "hadamard"):  # from M by two products
         folds += 2 * 2 * op.width * size[1] * (size[0] + op.width)
         folds += 4 * 12 * op.width * (size[0] + size[1])  # of matrices made anew
     assert by_m <= counted <= 1.1 * ROWS * arithmetic(op) + folds
