@@ -165,22 +165,7 @@ def restore(
             f"a kernel must have at most {LARGEST_WIDTH:,} features on either side, "
             f"got {ins:,} and {outs:,}"
         )
-    if not isinstance(layer["operator"], dict):
-        raise TypeError(f"operator must be an object, got {short(layer['operator'])}")
-    chosen = dict(layer["operator"])
-    seed = chosen.pop("seed", None)
-    numbers = squares * q * max(ins, outs) if seed is not None else 0
-    if m is None:  # otherwise the size of its file has bounded the size of M
-        numbers = max(numbers, 4 * squares * q * q)
-    if base is None and numbers > LARGEST_ARRAY:
-        raise ValueError(
-            f"a {short(chosen.get('name'))} of {ins} -> {outs} features takes too much "
-            "memory for a file alone to ask for; give the model's params or plan, too"
-        )
-    if chosen.get("name") == Subspace.name:
-        operator: Operator = _subspace((ins, outs, q), squares, given)
-    else:
-        operator = make_operator(chosen, ins, outs, q, squares=squares, seed=seed or 0)
+    operator = _operator(layer, (ins, outs, q), squares, m, base, given)
     spec = AdapterSpec(
         operator,
         kernel_shape=shape,
@@ -200,6 +185,33 @@ def restore(
             raise ValueError(f"{key} must be {value!r}, got {short(layer[key])}")
     _check_fingerprint(spec.operator, layer["operator_check"])
     return spec
+
+
+def _operator(
+    layer: dict[str, Any],
+    sizes: tuple[int, int, int],
+    squares: int,
+    m: np.ndarray | None,
+    base: Mapping[str, Any] | None,
+    given: Mapping[str, np.ndarray],
+) -> Operator:
+    """The operator of a layer: of (in, out, q), if it does not ask for too much."""
+    ins, outs, q = sizes
+    if not isinstance(layer["operator"], dict):
+        raise TypeError(f"operator must be an object, got {short(layer['operator'])}")
+    chosen = dict(layer["operator"])
+    seed = chosen.pop("seed", None)
+    numbers = squares * q * max(ins, outs) if seed is not None else 0
+    if m is None:  # otherwise the size of its file has bounded the size of M
+        numbers = max(numbers, 4 * squares * q * q)
+    if base is None and numbers > LARGEST_ARRAY:
+        raise ValueError(
+            f"a {short(chosen.get('name'))} of {ins} -> {outs} features takes too much "
+            "memory for a file alone to ask for; give the model's params or plan, too"
+        )
+    if chosen.get("name") == Subspace.name:
+        return _subspace(sizes, squares, given)
+    return make_operator(chosen, *sizes, squares=squares, seed=seed or 0)
 
 
 def _subspace(
