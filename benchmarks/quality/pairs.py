@@ -58,7 +58,7 @@ def main() -> None:
     """Climb the ladders, and report each method at its best rate."""
     parser = options(__doc__, "out/pairs.json")
     add = parser.add_argument
-    add("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS)[:2])
+    add("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
     add(
         "--methods", nargs="+", choices=teaching.METHODS, default=list(teaching.METHODS)
     )

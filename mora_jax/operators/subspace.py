@@ -81,8 +81,8 @@ class Subspace(Projection):
         If all of x lies in the directions of C, then the K q numbers of C(x) hold what
         the `in` numbers of x held: their sum of squares is the same.
         """
-        share = self.width / self.in_features
-        return math.sqrt(1 / share), math.sqrt(self.width / self.out_features)
+        c = math.sqrt(self.in_features / self.width)
+        return c, math.sqrt(self.width / self.out_features)
 
 
 def _orthonormal(name: str, basis: Any, shape: tuple[int, int]) -> np.ndarray:
