@@ -211,6 +211,9 @@ def _operator(
         )
     if chosen.get("name") == Subspace.name:
         return _subspace(sizes, squares, given)
+    if given:
+        name = short(chosen.get("name"))
+        raise ValueError(f"a {name} has no arrays in a file, got {sorted(given)}")
     return make_operator(chosen, *sizes, squares=squares, seed=seed or 0)
 
 
