@@ -1,15 +1,14 @@
 """Claim: in continued pretraining MoRA comes to a lower perplexity than LoRA.
 
 SmolLM2 reads definitions of the Human Phenotype Ontology (paper, section 5). Each
-method has the same seconds: as many steps as its time in docs/costs.md allows, with a
-cosine schedule. You will see the perplexity of definitions that it did not
-read, and that of other text, which is Python's own documentation, at each method's own
-best rate; and how far its answers to ordinary questions moved.
+method has the same seconds, with a cosine schedule: how many steps these are is
+measured first, and kept with the runs. You will see the perplexity of definitions that
+it did not read, and that of other text, which is Python's own documentation, at each
+method's own best rate; and how far its answers to ordinary questions moved.
 
     python -m benchmarks.quality.pretraining --quick
 """
 
-import argparse
 import functools
 import math
 import pydoc_data.topics
@@ -26,17 +25,9 @@ from models.lesson import Batch
 from models.options import positive
 
 ROWS, TOKENS = 12, 64  # of a batch
+ROUNDS = 5  # of measuring seconds
 HELD_OUT = 3  # batches of each kind of text that are not trained on
-METHODS = {
-    "full": 1.44,
-    "lora": 1.64,
-    "rotation": 1.19,
-    "subspace": 1.23,
-}
-"""Seconds of a step of each, relative to the frozen model's: docs/costs.md.
-
-A step with a subspace costs what one with orthogonal does.
-"""
+METHODS = ("full", "lora", "rotation", "subspace")
 
 
 @functools.lru_cache
@@ -111,8 +102,13 @@ def main() -> None:
         args.methods, args.steps, args.seeds = ["lora", "rotation"], 12, 1
     store = args.out.with_suffix(".jsonl")
     run = functools.partial(cells.run, compute=compute, path=store)
+    seconds = measured(args.rank, store)
     methods = {
-        name: (settings(name, args), teaching.rates(name, quick=args.quick))
+        name: (
+            teaching.settings(name, args.rank)
+            | {"steps": round(args.steps * seconds["lora"] / seconds[name])},
+            teaching.rates(name, quick=args.quick),
+        )
         for name in args.methods
     }
     found = teaching.climb_all(run, methods, args.seeds, final)
@@ -123,6 +119,7 @@ def main() -> None:
         "parameters": "{parameters:,}",
         "best rate": "{rate:.1e}",
         "steps": "{steps}",
+        "s/step": "{seconds:.2f}",
         "perplexity before": "{before:.2f}",
         "after": "{after:.2f}",
         "of LoRA's": "{ratio:.3f}",
@@ -130,16 +127,22 @@ def main() -> None:
         "other text": "{other:.2f}",
         "divergence": "{divergence:.3f}",
     }
-    summaries = [summary(name, chosen) for name in chosen]
+    summaries = [{**summary(name, chosen), "seconds": seconds[name]} for name in chosen]
     show(columns, summaries)
     save(rows, args, summaries=summaries)
     plot(chosen, args.out.with_suffix(".png"))
 
 
-def settings(name: str, args: argparse.Namespace) -> cells.Cell:
-    """What a cell says of a method, with the steps that it has seconds for."""
-    steps = round(args.steps * METHODS["lora"] / METHODS[name])
-    return teaching.settings(name, args.rank) | {"steps": steps}
+def measured(rank: int, store: Path) -> dict[str, float]:
+    """Seconds of a step of each method, as measured when it was first asked."""
+
+    def seconds(cell: cells.Cell) -> cells.Cell:
+        ways = {name: teaching.settings(name, cell["rank"]) for name in METHODS}
+        found = teaching.costs(ways, next(batches(0)), ROUNDS)
+        return {"seconds": {name: cost.seconds for name, cost in found.items()}}
+
+    cell = {"measured": "seconds of a step", "rank": rank}
+    return cells.run([cell], seconds, store)[0]["seconds"]
 
 
 def summary(name: str, chosen: dict[str, list[cells.Cell]]) -> cells.Cell:

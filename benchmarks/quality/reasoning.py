@@ -1,6 +1,6 @@
 """Claim: on arithmetic MoRA and LoRA are equal, as the paper has it.
 
-SmolLM2 learns to add and subtract two or three numbers (`chain_sum` of reasoning-gym),
+SmolLM2 learns to add and subtract two or three digits (`chain_sum` of reasoning-gym),
 from new problems in each batch. You will see each method at its own best rate in one
 table, as the suite of Hugging Face PEFT has it: how many of 128 problems, which it was
 not trained on, it answers rightly, digit for digit; the losses of training and of these
@@ -23,9 +23,9 @@ from models import lesson, smollm2
 from models.lesson import Batch
 from models.options import positive
 
-ROWS, HELD_OUT = 16, 128  # problems
+ROWS, HELD_OUT = 32, 128  # problems
 METHODS = ("full", "lora", "rotation", "subspace")
-LENGTH = 6  # tokens of the longest answer
+SIZE = 12, 4  # tokens of the longest problem with its answer, and of that
 LAST = 10  # steps whose loss is the training loss
 
 
@@ -35,7 +35,7 @@ def problems(count: int, seed: int) -> list[tuple[str, str]]:
         import reasoning_gym  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ImportError("this needs `pip install reasoning-gym==0.1.25`") from error
-    sizes = {"max_terms": 3, "min_digits": 1, "max_digits": 2}
+    sizes = {"max_terms": 3, "min_digits": 1, "max_digits": 1}
     made = reasoning_gym.create_dataset("chain_sum", size=count, seed=seed, **sizes)
     return [(item["question"].partition(": ")[2], item["answer"]) for item in made]
 
@@ -45,7 +45,7 @@ def batch(asked: list[tuple[str, str]]) -> Batch:
     tokenizer = language.base().tokenizer
     prompts = [tokenizer.encode(question) for question, _ in asked]
     replies = [[*tokenizer.encode(f" {answer}"), smollm2.EOS] for _, answer in asked]
-    return lesson.batch(prompts, replies, size=(24, LENGTH))
+    return lesson.batch(prompts, replies, size=SIZE)
 
 
 @functools.lru_cache
@@ -90,7 +90,7 @@ def main() -> None:
     add = parser.add_argument
     add("--methods", nargs="+", choices=teaching.METHODS, default=list(METHODS))
     add("--rank", type=positive, default=8)
-    add("--steps", type=positive, default=80)
+    add("--steps", type=positive, default=40)
     add("--seeds", type=positive, default=3, help="streams of problems")
     add("--quick", action="store_true", help="20 steps, rotation and LoRA, one stream")
     args = parser.parse_args()

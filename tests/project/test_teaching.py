@@ -1,7 +1,11 @@
 """Experiments on SmolLM2, tried on a small Llama in its place."""
 
+import importlib
 import itertools
+import json
 import math
+import random
+import sys
 
 import jax
 import numpy as np
@@ -16,9 +20,10 @@ class Bytes:
     """A token for each byte, as the tokenizer of a small model."""
 
     def encode(self, text):
-        return list(text.encode()[-30:])
+        return list(text.encode())
 
-    chat = encode
+    def chat(self, text):
+        return self.encode(text)[-30:]
 
 
 @pytest.fixture
@@ -94,3 +99,34 @@ def test_what_a_method_costs(small):
     assert costs["rotation"].file == pytest.approx(4e-6 * numbers, abs=1e-3)
     assert costs["rotation"].memory < costs["full"].memory
     assert min(cost.seconds for cost in costs.values()) > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("experiment", "value"),
+    [("facts", "points"), ("pretraining", "scores"), ("reasoning", "scores")],
+)
+def test_an_experiment_from_its_options_to_its_file(
+    small, experiment, value, monkeypatch, tmp_path, capsys
+):
+    """All of its cells are kept: a second run computes none, and finds the same."""
+    pytest.importorskip("airportsdata")
+    if experiment == "reasoning":
+        pytest.importorskip("reasoning_gym")
+    words = ["".join(random.Random(k).choices("abcde", k=4)) for k in range(2000)]
+    monkeypatch.setattr(language, "definitions", lambda: iter(words))
+    rates = dict.fromkeys(teaching.METHODS, 1e-2)
+    monkeypatch.setattr(teaching, "METHODS", rates)
+    program = importlib.import_module(f"benchmarks.quality.{experiment}")
+    out = tmp_path / "found.json"
+    options = ["--quick", "--steps", "9", "--rank", "2", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", [experiment, *options])
+    program.main()
+    first, printed = json.loads(out.read_text()), capsys.readouterr().out
+    assert "lora" in printed and "rotation" in printed
+    assert {row["method"] for row in first["results"]} == {"lora", "rotation"}
+    assert all(row[value] for row in first["results"])
+    assert out.with_suffix(".png").exists() or experiment == "reasoning"
+    monkeypatch.setattr(teaching, "train", None)
+    program.main()
+    assert json.loads(out.read_text())["results"] == first["results"]
