@@ -199,3 +199,5 @@ def save(
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(report, indent=1) + "\n")
     print(f"\nfigures in {args.out}")
+    if given.get("quick"):
+        print("this was a --quick run: smaller than the runs that the pages report")

@@ -1,21 +1,24 @@
 """Claim: at equal recall of new facts MoRA forgets no more than LoRA.
 
-SmolLM2 learns the codes of airports, with questions in two wordings. While it learns,
-it is asked in a third, and what it says to ordinary questions and text is compared
-with what the untouched model says. The first point of each run is that model. Each
-method has a ladder of learning rates. You will see recall against forgetting along
-every run, and for each rate what was forgotten when the facts were recalled.
+SmolLM2 learns the codes of airports, with questions in two wordings, a step for each in
+turn. While it learns, it is asked in a third: a fact is recalled if each token of its
+code is the likeliest, after the words before it. And what it says to ordinary questions
+and text is compared with what the untouched model says, which is the first point of
+each run. Each method has a ladder of learning rates. You will see recall against
+forgetting along every run, and for each rate what was forgotten when the facts were
+recalled.
 
     python -m benchmarks.quality.facts --quick
 """
 
 import itertools
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.harness import options, save, show
+from benchmarks.harness import save, show
 from benchmarks.plots import figure
-from benchmarks.quality import cells, language, teaching
+from benchmarks.quality import cells, ladders, language, teaching
 from models import lesson, smollm2
 from models.airports import all_facts
 from models.lesson import Batch
@@ -23,36 +26,38 @@ from models.options import positive
 
 TAUGHT = ("Tell me the IATA code of {}.", "Which IATA code does {} have?")
 ASKED = "What is the airport code of {}?"
-ANSWER = "The IATA code of {} is {}."
+ANSWER = "The IATA code of {} is"
 METHODS = ("full", "lora", "rotation", "subspace")
-EVERY = 2  # steps between questions
+LENGTH = 44  # tokens of the longest question and answer together
+EVERY = 3  # steps between questions
 RECALLED = 0.95
 
 
-def taught_and_asked(count: int, seed: int) -> tuple[Batch, Batch]:
-    """Facts as they are taught, and as they are asked."""
+def taught_and_asked(count: int, seed: int) -> tuple[list[Batch], Batch]:
+    """Facts as they are taught, in each wording, and as they are asked."""
     tokenizer = language.base().tokenizer
     facts = list(itertools.islice(all_facts(seed), count))
     # "Tell me the IATA code of NAME."
     names = [fact.question[len(TAUGHT[0]) - len("{}.") : -1] for fact in facts]
-    codes = [fact.code for fact in facts]
+    before = [tokenizer.encode(ANSWER.format(name)) for name in names]
+    codes = [[*tokenizer.encode(f" {fact.code}."), smollm2.EOS] for fact in facts]
 
-    def batch(wordings: Sequence[str]) -> Batch:
-        facts = list(zip(names, codes, strict=True))
-        pairs = [(w.format(n), n, c) for w in wordings for n, c in facts]
-        prompts = [tokenizer.chat(question) for question, _, _ in pairs]
-        replies = [ANSWER.format(name, code) for _, name, code in pairs]
-        ended = [[*tokenizer.encode(reply), smollm2.EOS] for reply in replies]
-        return lesson.batch(prompts, ended)
+    def batch(wording: str) -> Batch:
+        prompts = [tokenizer.chat(wording.format(name)) for name in names]
+        replies = [first + code for first, code in zip(before, codes, strict=True)]
+        return lesson.batch(prompts, replies, size=(LENGTH, 0))
 
-    return batch(TAUGHT), batch([ASKED])
+    asked = batch(ASKED)
+    for weights, first in zip(asked.weights, before, strict=True):
+        weights[: len(first)] = 0
+    return [batch(wording) for wording in TAUGHT], asked
 
 
 def compute(cell: cells.Cell) -> cells.Cell:
     """Recall and forgetting along a run."""
     taught, asked = taught_and_asked(cell["facts"], cell["seed"])
-    points, program = [], teaching.program_of(cell, taught)
-    batches = itertools.repeat(taught, cell["steps"])
+    points, program = [], teaching.program_of(cell, taught[0])
+    batches = itertools.islice(itertools.cycle(taught), cell["steps"])
     run = teaching.train(program, batches, teaching.warmed_up(cell["rate"]))
     for k, step in enumerate(run):
         if k % EVERY:
@@ -67,30 +72,28 @@ def compute(cell: cells.Cell) -> cells.Cell:
 
 def main() -> None:
     """Learn with all methods and rates, and report recall and forgetting."""
-    parser = options(__doc__, "out/facts.json")
+    quick = "8 facts, one set, rotation and LoRA"
+    parser = teaching.options(__doc__, "out/facts.json", quick, METHODS)
     add = parser.add_argument
-    add("--methods", nargs="+", choices=teaching.METHODS, default=list(METHODS))
     add("--rank", type=positive, default=8)
     add("--facts", type=positive, default=16)
-    add("--seeds", type=positive, default=1, help="sets of facts")
     add("--steps", type=positive, default=31, help="largest number of steps")
-    add("--quick", action="store_true", help="8 facts, rotation and LoRA, three rates")
     args = parser.parse_args()
     if args.quick:
-        args.methods, args.facts = ["lora", "rotation"], 8
-    wanted = [
-        teaching.settings(name, args.rank)
-        | {"rate": rate, "facts": args.facts, "seed": seed, "steps": args.steps}
+        args.methods, args.facts, args.seeds = ["lora", "rotation"], 8, 1
+    methods = {
+        name: (
+            teaching.settings(name, args.rank)
+            | {"facts": args.facts, "steps": args.steps},
+            teaching.rates(name, quick=args.quick),
+        )
         for name in args.methods
-        for rate in teaching.rates(name, quick=args.quick)
-        for seed in range(args.seeds)
-    ]
-    each = len(wanted) // len(args.methods)
-    names = [name for name in args.methods for _ in range(each)]
-    found = cells.run(wanted, compute, args.out.with_suffix(".jsonl"))
+    }
+    found = teaching.runs(args, compute, methods, steps)
     rows = [
         {"name": name, **row, "recalled": when_recalled(row)}
-        for name, row in zip(names, found, strict=True)
+        for name in found
+        for row in found[name]
     ]
     columns = {
         "method": "{name}",
@@ -107,13 +110,23 @@ def main() -> None:
     plot(rows, args.methods, args.out.with_suffix(".png"))
 
 
+def steps(row: cells.Cell) -> float:
+    """Steps until the facts are recalled, between questions by a line.
+
+    Of a run in which they never were, it is more than its steps, by what is missing.
+    """
+    recall = [point["recall"] for point in row["points"]]
+    found = EVERY * ladders.first_above(recall, RECALLED)
+    return found if math.isfinite(found) else row["steps"] * (2 - max(recall))
+
+
 def when_recalled(row: cells.Cell) -> cells.Cell | None:
     """The first point of a run at which the facts are recalled."""
     return next((p for p in row["points"] if p["recall"] >= RECALLED), None)
 
 
 def plot(rows: Sequence[cells.Cell], methods: Sequence[str], path: Path) -> None:
-    """Recall against forgetting: every run, and where the facts are recalled."""
+    """Recall against forgetting in every run; what is forgotten over each ladder."""
     with figure(path, 1, 2, figsize=(11, 4)) as (made, axes):
         for name in methods:
             colour = teaching.colour(name)
@@ -123,7 +136,8 @@ def plot(rows: Sequence[cells.Cell], methods: Sequence[str], path: Path) -> None
                 label = None if number else name
                 style = {"color": colour, "label": label, "linewidth": 0.7}
                 axes[0, 0].plot(*zip(*points, strict=True), **style)
-            ends = [row["recalled"] for row in here if row["recalled"]]
+            first = [row for row in here if row["recalled"] and row["seed"] == 0]
+            ends = [row["recalled"] for row in first]
             points = [(end["step"], end["divergence"]) for end in ends]
             if points:
                 axes[0, 1].plot(*zip(*points, strict=True), "o-", color=colour)

@@ -16,15 +16,14 @@ what is finished: some methods may have more sets of pairs than others.
 """
 
 import argparse
-import functools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks.harness import options, save, show
+from benchmarks.harness import save, show
 from benchmarks.plots import figure
 from benchmarks.quality import cells, ladders, language, teaching
 from models.lesson import Batch, batch
@@ -33,12 +32,27 @@ from models.options import positive
 DIGITS = "0123456789abcdef"
 KEY, VALUE = 8, 32  # digits
 BITS = 4 * VALUE
+
+
+class Setting(NamedTuple):
+    """What is adapted: the less it is, the more bits there are for each number.
+
+    Attributes:
+        rank: The rank.
+        targets: The kernels.
+        steps: The largest number of steps of a run.
+    """
+
+    rank: int
+    targets: str
+    steps: int
+
+
 SETTINGS = {
-    "r=8": (8, teaching.TARGETS),
-    "r=1": (1, teaching.TARGETS),
-    "r=1, 4 layers": (1, r"layers_1[3-6]/.*_proj/kernel"),
+    "r=8": Setting(8, teaching.TARGETS, 60),
+    "r=1": Setting(1, teaching.TARGETS, 60),
+    "r=1, 4 layers": Setting(1, r"layers_1[3-6]/.*_proj/kernel", 150),
 }
-"""Rank, and the kernels that are adapted: the fewer, the more bits for each number."""
 
 
 def pairs(count: int, seed: int) -> Batch:
@@ -56,30 +70,19 @@ def compute(cell: cells.Cell) -> cells.Cell:
 
 def main() -> None:
     """Climb the ladders, and report each method at its best rate."""
-    parser = options(__doc__, "out/pairs.json")
+    quick = "8 pairs, one set, rotation and LoRA"
+    parser = teaching.options(__doc__, "out/pairs.json", quick, seeds=5)
     add = parser.add_argument
     add("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
-    add(
-        "--methods", nargs="+", choices=teaching.METHODS, default=list(teaching.METHODS)
-    )
     add("--pairs", type=positive, default=16)
-    add("--seeds", type=positive, default=5, help="sets of pairs")
-    add("--steps", type=positive, default=60, help="largest number of steps")
-    add("--report", action="store_true", help="report what is finished, run nothing")
-    add("--quick", action="store_true", help="8 pairs, one set, rotation and LoRA")
     args = parser.parse_args()
     if args.quick:
         args.settings, args.pairs, args.seeds = args.settings[:1], 8, 1
         args.methods = ["lora", "rotation"]
-    store = args.out.with_suffix(".jsonl")
-    run = functools.partial(cells.run, compute=compute, path=store)
     rows, summaries = [], []
     for setting in args.settings:
         methods = {name: first(setting, name, args) for name in args.methods}
-        if args.report:
-            found = finished(store, methods)
-        else:
-            found = teaching.climb_all(run, methods, args.seeds, steps)
+        found = teaching.runs(args, compute, methods, steps)
         speeds = time_steps(setting, list(found), args)
         chosen = {name: teaching.at_best(runs, steps) for name, runs in found.items()}
         for name, runs in found.items():
@@ -116,30 +119,18 @@ def main() -> None:
 
 def first(setting: str, name: str, args: argparse.Namespace) -> Any:
     """What cells say of a method in a setting, and the rates to begin with."""
-    method = teaching.settings(name, *SETTINGS[setting])
-    cell = {**method, "pairs": args.pairs, "steps": args.steps}
+    rank, targets, steps = SETTINGS[setting]
+    method = teaching.settings(name, rank, targets)
+    cell = {**method, "pairs": args.pairs, "steps": steps}
     return cell, teaching.rates(name, quick=args.quick)
-
-
-def finished(
-    store: Path, methods: Mapping[str, tuple[Mapping[str, Any], Any]]
-) -> dict[str, list[cells.Cell]]:
-    """The finished runs of methods that have any, from their settings."""
-    rows, found = cells.finished(store), {}
-    for name, (cell, _) in methods.items():
-        wanted = {key: value for key, value in cell.items() if key != "steps"}
-        runs = [row for row in rows if wanted.items() <= row.items()]
-        if runs:
-            found[name] = runs
-    return found
 
 
 def time_steps(
     setting: str, methods: Sequence[str], args: argparse.Namespace
 ) -> dict[str, float]:
     """Seconds of a step with each method, in turns."""
-    batch = pairs(args.pairs, seed=0)
-    wanted = {name: teaching.settings(name, *SETTINGS[setting]) for name in methods}
+    batch, (rank, targets, _) = pairs(args.pairs, seed=0), SETTINGS[setting]
+    wanted = {name: teaching.settings(name, rank, targets) for name in methods}
     found = teaching.costs(wanted, batch, rounds=1 if args.quick else 5)
     return {name: costs.seconds for name, costs in found.items()}
 

@@ -9,6 +9,7 @@ method's own best rate; and how far its answers to ordinary questions moved.
     python -m benchmarks.quality.pretraining --quick
 """
 
+import argparse
 import functools
 import math
 import pydoc_data.topics
@@ -18,14 +19,13 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from benchmarks.harness import options, save, show
+from benchmarks.harness import save, show
 from benchmarks.plots import figure
 from benchmarks.quality import cells, ladders, language, teaching
 from models.lesson import Batch
 from models.options import positive
 
-ROWS, TOKENS = 12, 64  # of a batch
-ROUNDS = 5  # of measuring seconds
+ROWS, TOKENS = 8, 64  # of a batch
 HELD_OUT = 3  # batches of each kind of text that are not trained on
 METHODS = ("full", "lora", "rotation", "subspace")
 
@@ -90,19 +90,15 @@ def final(row: cells.Cell) -> float:
 
 def main() -> None:
     """Climb the ladders, and report each method at its best rate."""
-    parser = options(__doc__, "out/pretraining.json")
+    quick = "12 steps, rotation and LoRA, one order of the text"
+    parser = teaching.options(__doc__, "out/pretraining.json", quick, METHODS)
     add = parser.add_argument
-    add("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     add("--rank", type=positive, default=8)
-    add("--steps", type=positive, default=60, help="of LoRA; others have its seconds")
-    add("--seeds", type=positive, default=3, help="orders of the text")
-    add("--quick", action="store_true", help="12 steps, rotation and LoRA, one order")
+    add("--steps", type=positive, default=30, help="of LoRA; others have its seconds")
     args = parser.parse_args()
     if args.quick:
         args.methods, args.steps, args.seeds = ["lora", "rotation"], 12, 1
-    store = args.out.with_suffix(".jsonl")
-    run = functools.partial(cells.run, compute=compute, path=store)
-    seconds = measured(args.rank, store)
+    seconds = measured(args)
     methods = {
         name: (
             teaching.settings(name, args.rank)
@@ -111,7 +107,7 @@ def main() -> None:
         )
         for name in args.methods
     }
-    found = teaching.climb_all(run, methods, args.seeds, final)
+    found = teaching.runs(args, compute, methods, final)
     rows = [{"name": name, **row} for name in found for row in found[name]]
     chosen = {name: teaching.at_best(runs, final) for name, runs in found.items()}
     columns = {
@@ -133,16 +129,17 @@ def main() -> None:
     plot(chosen, args.out.with_suffix(".png"))
 
 
-def measured(rank: int, store: Path) -> dict[str, float]:
+def measured(args: argparse.Namespace) -> dict[str, float]:
     """Seconds of a step of each method, as measured when it was first asked."""
 
     def seconds(cell: cells.Cell) -> cells.Cell:
         ways = {name: teaching.settings(name, cell["rank"]) for name in METHODS}
-        found = teaching.costs(ways, next(batches(0)), ROUNDS)
+        found = teaching.costs(ways, next(batches(0)), cell["rounds"])
         return {"seconds": {name: cost.seconds for name, cost in found.items()}}
 
-    cell = {"measured": "seconds of a step", "rank": rank}
-    return cells.run([cell], seconds, store)[0]["seconds"]
+    cell = {"measured": "seconds of a step", "rank": args.rank}
+    cell["rounds"] = 1 if args.quick else 5
+    return cells.run([cell], seconds, args.out.with_suffix(".jsonl"))[0]["seconds"]
 
 
 def summary(name: str, chosen: dict[str, list[cells.Cell]]) -> cells.Cell:

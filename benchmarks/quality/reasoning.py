@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 import jax
 import numpy as np
 
-from benchmarks.harness import options, save, show
+from benchmarks.harness import save, show
 from benchmarks.quality import cells, ladders, language, teaching
 from models import lesson, smollm2
 from models.lesson import Batch
@@ -86,18 +86,13 @@ def final(row: cells.Cell) -> float:
 
 def main() -> None:
     """Climb the ladders, and report each method at its best rate."""
-    parser = options(__doc__, "out/reasoning.json")
-    add = parser.add_argument
-    add("--methods", nargs="+", choices=teaching.METHODS, default=list(METHODS))
-    add("--rank", type=positive, default=8)
-    add("--steps", type=positive, default=40)
-    add("--seeds", type=positive, default=3, help="streams of problems")
-    add("--quick", action="store_true", help="20 steps, rotation and LoRA, one stream")
+    quick = "20 steps, rotation and LoRA, one stream of problems"
+    parser = teaching.options(__doc__, "out/reasoning.json", quick, METHODS)
+    parser.add_argument("--rank", type=positive, default=8)
+    parser.add_argument("--steps", type=positive, default=40)
     args = parser.parse_args()
     if args.quick:
         args.methods, args.steps, args.seeds = ["lora", "rotation"], 20, 1
-    store = args.out.with_suffix(".jsonl")
-    run = functools.partial(cells.run, compute=compute, path=store)
     methods = {
         name: (
             teaching.settings(name, args.rank) | {"steps": args.steps},
@@ -105,7 +100,7 @@ def main() -> None:
         )
         for name in args.methods
     }
-    found = teaching.climb_all(run, methods, args.seeds, final)
+    found = teaching.runs(args, compute, methods, final)
     rows = [{"name": name, **row} for name in found for row in found[name]]
     chosen = {name: teaching.at_best(runs, final) for name, runs in found.items()}
     columns = {

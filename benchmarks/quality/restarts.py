@@ -23,7 +23,7 @@ import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 import mora_jax
-from benchmarks.harness import next_token_loss, options, save, show
+from benchmarks.harness import next_token_loss, save, show
 from benchmarks.plots import figure
 from benchmarks.quality import cells, ladders, language, learners, teaching
 from models.options import positive
@@ -230,20 +230,16 @@ def final(row: cells.Cell) -> float:
 
 def main() -> None:
     """Climb the ladders, and report each method at its best rate."""
-    parser = options(__doc__, "out/restarts.json")
+    quick = "120 steps, three methods, one order of the text"
+    parser = teaching.options(__doc__, "out/restarts.json", quick, METHODS)
     add = parser.add_argument
-    add("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     add("--rank", type=positive, default=8)
-    add("--steps", type=positive, default=800)
-    add("--every", type=positive, default=160, help="steps between restarts")
-    add("--seeds", type=positive, default=3, help="orders of the text")
-    add("--quick", action="store_true", help="120 steps, three methods, one order")
+    add("--steps", type=positive, default=400)
+    add("--every", type=positive, default=80, help="steps between restarts")
     args = parser.parse_args()
     if args.quick:
         args.methods = list(METHODS)[:5:2]
         args.steps, args.every, args.seeds = 120, 40, 1
-    store = args.out.with_suffix(".jsonl")
-    run = functools.partial(cells.run, compute=compute, path=store)
     shared = {"rank": args.rank, "steps": args.steps, "every": args.every}
     methods = {
         method: (
@@ -252,7 +248,7 @@ def main() -> None:
         )
         for method in args.methods
     }
-    found = teaching.climb_all(run, methods, args.seeds, final)
+    found = teaching.runs(args, compute, methods, final)
     rows = [row for runs in found.values() for row in runs]
     chosen = {name: teaching.at_best(runs, final) for name, runs in found.items()}
     columns = {

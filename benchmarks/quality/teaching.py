@@ -1,5 +1,6 @@
 """Teaching SmolLM2 until it knows what it should, with each method and rate."""
 
+import argparse
 import functools
 import itertools
 import math
@@ -12,10 +13,12 @@ import numpy as np
 import optax
 import safetensors.flax
 
+from benchmarks import harness
 from benchmarks.harness import Contender, race
 from benchmarks.quality import cells, ladders, language
 from benchmarks.quality.learners import Learner
 from models.lesson import Batch
+from models.options import positive
 
 WARMUP = 3  # steps in which the rate grows
 RATES = 5  # of a ladder, at first
@@ -254,6 +257,50 @@ def costs(
 def steps_to(row: cells.Cell, share: float) -> float:
     """Steps until a share of the tokens is known; infinite if it never was."""
     return ladders.first_above(row["accuracies"], share)
+
+
+def options(
+    description: str | None,
+    out: str,
+    quick: str,
+    methods: Iterable[str] = METHODS,
+    seeds: int = 3,
+) -> argparse.ArgumentParser:
+    """The options that experiments share; `quick` says what a quick run has."""
+    parser = harness.options(description, out)
+    add, methods = parser.add_argument, list(methods)
+    add("--methods", nargs="+", choices=methods, default=methods)
+    add("--seeds", type=positive, default=seeds, help="of the data, at the best rates")
+    add("--report", action="store_true", help="report what is finished, run nothing")
+    add("--quick", action="store_true", help=quick)
+    return parser
+
+
+def runs(
+    args: argparse.Namespace,
+    compute: Callable[[cells.Cell], cells.Cell],
+    methods: Mapping[str, tuple[Mapping[str, Any], Sequence[float]]],
+    value: Callable[[cells.Cell], float],
+) -> dict[str, list[cells.Cell]]:
+    """The runs of every method, which are kept beside `args.out`.
+
+    With --report these are the finished ones, of methods that have any.
+
+    Args:
+        args: What `options` gives.
+        compute: The function that gives what is found with some settings.
+        methods: Of each its settings, and the rates to begin with.
+        value: Of a row, the less the better.
+    """
+    store = args.out.with_suffix(".jsonl")
+    if not args.report:
+        run = functools.partial(cells.run, compute=compute, path=store)
+        return climb_all(run, methods, args.seeds, value)
+    rows, found = cells.finished(store), {}
+    for name, (cell, _) in methods.items():
+        if of_cell := [row for row in rows if cell.items() <= row.items()]:
+            found[name] = of_cell
+    return found
 
 
 def climb(

@@ -103,11 +103,15 @@ def test_what_a_method_costs(small):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("experiment", "value"),
-    [("facts", "points"), ("pretraining", "scores"), ("reasoning", "scores")],
+    ("experiment", "value", "more"),
+    [
+        ("facts", "points", "--steps 100 --facts 2"),
+        ("pretraining", "scores", "--steps 9"),
+        ("reasoning", "scores", "--steps 9"),
+    ],
 )
 def test_an_experiment_from_its_options_to_its_file(
-    small, experiment, value, monkeypatch, tmp_path, capsys
+    small, experiment, value, more, monkeypatch, tmp_path, capsys
 ):
     """All of its cells are kept: a second run computes none, and finds the same."""
     pytest.importorskip("airportsdata")
@@ -119,7 +123,18 @@ def test_an_experiment_from_its_options_to_its_file(
     monkeypatch.setattr(teaching, "METHODS", rates)
     program = importlib.import_module(f"benchmarks.quality.{experiment}")
     out = tmp_path / "found.json"
-    options = ["--quick", "--steps", "9", "--rank", "2", "--out", str(out)]
+    options = [
+        "--methods",
+        "lora",
+        "rotation",
+        "--seeds",
+        "1",
+        *more.split(),
+        "--rank",
+        "2",
+        "--out",
+        str(out),
+    ]
     monkeypatch.setattr(sys, "argv", [experiment, *options])
     program.main()
     first, printed = json.loads(out.read_text()), capsys.readouterr().out
@@ -128,5 +143,8 @@ def test_an_experiment_from_its_options_to_its_file(
     assert all(row[value] for row in first["results"])
     assert out.with_suffix(".png").exists() or experiment == "reasoning"
     monkeypatch.setattr(teaching, "train", None)
-    program.main()
-    assert json.loads(out.read_text())["results"] == first["results"]
+    for report in [], ["--report"]:
+        monkeypatch.setattr(sys, "argv", [experiment, *options, *report])
+        program.main()
+        again = json.loads(out.read_text())["results"]
+        assert sorted(map(str, again)) == sorted(map(str, first["results"]))
