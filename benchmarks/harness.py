@@ -98,11 +98,24 @@ def check_close(value: jax.Array, expected: jax.Array) -> None:
 
 
 def race(
-    contenders: Mapping[str, Contender], rounds: int, *, show_progress: bool = True
+    contenders: Mapping[str, Contender],
+    rounds: int,
+    *,
+    warm: int = 0,
+    show_progress: bool = True,
 ) -> None:
     """Run all in turns, after a first round that is not counted.
 
     Each round has another order, so that no contender always follows the same one.
+
+    Args:
+        contenders: What runs.
+        rounds: How often each is timed.
+        warm: How often each runs in its turn before it is timed. In training a step
+            follows another one of its own kind. After a step of another kind it takes
+            up to a fifth longer where it needs much memory, which the other's left in
+            other places.
+        show_progress: Whether to show a bar.
     """
     order, shuffle = list(contenders.values()), random.Random(0).shuffle
     total = (rounds + 1) * len(contenders)
@@ -110,6 +123,8 @@ def race(
         for number in range(rounds + 1):
             shuffle(order)
             for contender in order:
+                for _ in range(warm):
+                    contender()
                 start = time.perf_counter()
                 contender()
                 if number:

@@ -235,14 +235,14 @@ class Costs(NamedTuple):
 def costs(
     methods: Mapping[str, Mapping[str, Any]], batch: Batch, rounds: int
 ) -> dict[str, Costs]:
-    """What each method costs; steps are timed in turns."""
+    """What each method costs; steps after others of their kind are timed in turns."""
     params, contenders = language.base().params, {}
     for name, settings in methods.items():
         one = program_of(settings, batch)
         start, state = one.learner.start, one.init(one.learner.start)
         args = start, state, jnp.float32(0), params, batch
         contenders[name] = Contender.compile(one.step, *args)
-    race(contenders, rounds)
+    race(contenders, rounds, warm=2)
     found = {}
     for name, contender in contenders.items():
         plan, trained = contender.run.memory_analysis(), contender.args[0]
