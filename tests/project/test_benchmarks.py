@@ -1,5 +1,6 @@
 """The benchmarks run, and say what they should; planning is as fast as it should be."""
 
+import functools
 import json
 import math
 
@@ -7,6 +8,7 @@ import pytest
 from processes import ROOT, python
 
 from benchmarks import planning
+from benchmarks.harness import Contender, race
 from mora_jax.operators import OPERATORS
 
 
@@ -162,3 +164,14 @@ shapes = planning.kernels(10_000)
 print(min(planning.plan_seconds(shapes)[2] for _ in range(4)))
 """
     assert float(python("-c", script, cwd=ROOT, XLA_FLAGS=None)) < 1
+
+
+def test_a_step_is_timed_after_steps_of_its_own_kind():
+    ran: list[str] = []
+    contenders = {
+        name: Contender(functools.partial(ran.append, name), (), 0.0) for name in "ab"
+    }
+    race(contenders, rounds=3, warm=2, show_progress=False)
+    turns = ["".join(ran[k : k + 3]) for k in range(0, len(ran), 3)]
+    assert sorted(turns) == 4 * ["aaa"] + 4 * ["bbb"]
+    assert all(len(one.seconds) == 3 for one in contenders.values())
