@@ -25,7 +25,7 @@ help: ## list the targets
 	@echo 'Variables:'
 	@echo '  PYTHON        the interpreter, 3.11 or newer (now: $(PYTHON))'
 	@echo '  ARGS          options of the demos, quickstart and benchmarks, as in: make demo ARGS=--help'
-	@echo '  EXPERIMENT    what bench-quality runs: pairs, loads, facts, pretraining, reasoning, restarts, spectra, one_rate'
+	@echo '  EXPERIMENT    what bench-quality runs: pairs, bases, loads, facts, pretraining, reasoning, restarts, spectra, one_rate'
 	@echo '  PYTEST_ARGS   options of the tests, as in: make test PYTEST_ARGS="-k merge"'
 
 demo: env ## teach a language model facts it does not know

@@ -112,9 +112,8 @@ def race(
         contenders: What runs.
         rounds: How often each is timed.
         warm: How often each runs in its turn before it is timed. In training a step
-            follows another one of its own kind. After a step of another kind it takes
-            up to a fifth longer where it needs much memory, which the other's left in
-            other places.
+            follows another one of its own kind. After a step of another kind it took
+            up to a fifth longer, where it needs much memory.
         show_progress: Whether to show a bar.
     """
     order, shuffle = list(contenders.values()), random.Random(0).shuffle
