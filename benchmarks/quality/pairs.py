@@ -119,9 +119,9 @@ def main() -> None:
 
 def first(setting: str, name: str, args: argparse.Namespace) -> Any:
     """What cells say of a method in a setting, and the rates to begin with."""
-    rank, targets, steps = SETTINGS[setting]
+    rank, targets, limit = SETTINGS[setting]
     method = teaching.settings(name, rank, targets)
-    cell = {**method, "pairs": args.pairs, "steps": steps}
+    cell = {**method, "pairs": args.pairs, "steps": limit}
     return cell, teaching.rates(name, quick=args.quick)
 
 

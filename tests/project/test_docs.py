@@ -157,7 +157,10 @@ def test_costs_are_as_measured():
 @pytest.mark.parametrize(
     ("experiment", "cells"),
     [
-        ("pretraining", "{steps} | {after:.1f} | {ratio:.2f} | {other:.1f} | "),
+        (
+            "pretraining",
+            "{steps} | {after:.1f} | {ratio:.2f} | {other:.1f} | {divergence:.2f} |",
+        ),
         ("restarts", "{perplexity:.2f} | {ratio:.2f} | {speed:.3f} |"),
     ],
 )

@@ -123,18 +123,7 @@ def test_an_experiment_from_its_options_to_its_file(
     monkeypatch.setattr(teaching, "METHODS", rates)
     program = importlib.import_module(f"benchmarks.quality.{experiment}")
     out = tmp_path / "found.json"
-    options = [
-        "--methods",
-        "lora",
-        "rotation",
-        "--seeds",
-        "1",
-        *more.split(),
-        "--rank",
-        "2",
-        "--out",
-        str(out),
-    ]
+    options = f"--methods lora rotation --seeds 1 --rank 2 {more} --out {out}".split()
     monkeypatch.setattr(sys, "argv", [experiment, *options])
     program.main()
     first, printed = json.loads(out.read_text()), capsys.readouterr().out
