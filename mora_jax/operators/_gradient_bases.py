@@ -116,16 +116,15 @@ def _with_bases(spec: "AdapterSpec", gradient: Any) -> "AdapterSpec":
     made = Subspace(
         *sizes,
         squares=old.squares,
-        in_basis=_orthonormal(_leading(rows, old.width)),
-        out_basis=_orthonormal(_leading(rows.swapaxes(1, 2), old.width)),
+        in_basis=_leading(rows, old.width),
+        out_basis=_leading(rows.swapaxes(1, 2), old.width),
     )
     scaled = spec.scale == old.fine_tuning_scale
     scale = made.fine_tuning_scale if scaled else spec.scale
     return dataclasses.replace(spec, operator=made, scale=scale)
 
 
-@functools.partial(jax.jit, static_argnames="count")
-def _leading(matrices: jax.Array, count: int) -> jax.Array:
+def _leading(matrices: jax.Array, count: int) -> np.ndarray:
     """The leading `count` eigenvectors of the sum of all G G^T, the largest first.
 
     Args:
@@ -133,24 +132,41 @@ def _leading(matrices: jax.Array, count: int) -> jax.Array:
       count: The number of eigenvectors.
 
     Returns:
-      (features, count).
+      (features, count), orthonormal to the last digit of float32.
+    """
+    columns, squares = jax.tree.map(np.float64, _span(matrices, count))
+    # With columns^T columns = T T^T, the columns of Q = columns T^-T are orthonormal,
+    # and Q^T G G^T Q = T^-1 squares T^-T. In float64 T is exact enough: partial
+    # pivoting keeps the condition of the columns in the thousands.
+    triangle = np.linalg.inv(np.linalg.cholesky(columns.T @ columns))
+    _, rotation = np.linalg.eigh(triangle @ squares @ triangle.T)
+    basis = columns @ (triangle.T @ rotation[:, ::-1][:, :count])
+    return basis.astype(np.float32)
+
+
+@functools.partial(jax.jit, static_argnames="count")
+def _span(matrices: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+    """Columns between which the leading eigenvectors lie: subspace iteration.
+
+    Between the rounds the columns are kept apart by an LU factorization: its L has
+    their span, is cheaper than orthonormal columns, and is never deficient, since its
+    upper triangle is that of the unit matrix.
+
+    Returns:
+      The columns, (features, a few more than count), and columns^T G G^T columns.
     """
 
-    def multiplied(vectors: jax.Array) -> jax.Array:
-        half = jnp.einsum("sio,ik->sok", matrices, vectors)
-        return jnp.einsum("sio,sok->ik", matrices, half)
+    def halved(columns: jax.Array) -> jax.Array:
+        return jnp.einsum("sio,ik->sok", matrices, columns)
 
     features = matrices.shape[1]
     width = min(features, count + 8)  # a few more come nearer to the last ones
+    columns = jax.random.normal(jax.random.key(0), (features, width), jnp.float32)
     with jax.default_matmul_precision("highest"):
-        vectors = jax.random.normal(jax.random.key(0), (features, width), jnp.float32)
         for _ in range(ROUNDS):
-            vectors, _ = jnp.linalg.qr(multiplied(vectors))
-        _, rotation = jnp.linalg.eigh(vectors.T @ multiplied(vectors))
-        return (vectors @ rotation[:, ::-1])[:, :count]
-
-
-def _orthonormal(vectors: jax.Array) -> np.ndarray:
-    """The same directions, orthonormal to the last digit of float32."""
-    basis, triangle = np.linalg.qr(np.asarray(vectors, np.float64))
-    return (basis * np.sign(np.diag(triangle))).astype(np.float32)
+            columns = jnp.einsum("sio,sok->ik", matrices, halved(columns))
+            factors, _, order = jax.lax.linalg.lu(columns)
+            columns = jnp.tril(factors, -1) + jnp.eye(features, width, dtype="float32")
+            columns = columns[jnp.argsort(order)]
+        half = halved(columns)
+        return columns, jnp.einsum("sok,sol->kl", half, half)

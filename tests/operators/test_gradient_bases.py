@@ -80,6 +80,17 @@ def test_directions_hold_most_of_the_gradient(squares):
     assert gradient_bases(grads, planned(scale="paper"))["a/kernel"].scale == 1
 
 
+def test_directions_beyond_the_rank_of_a_gradient():
+    grads = jax.tree.map(jnp.zeros_like, params_of(0))
+    grads = jax.tree.map(lambda leaf: leaf.at[..., 3, 5].set(1), grads)
+    for spec in gradient_bases(grads, planned()).values():
+        op = spec.operator
+        for basis, at in ((op.in_basis, 3), (op.out_basis, 5)):
+            at = 8 - at if spec.name == "b/kernel" else at
+            close(basis.T @ basis, np.eye(op.width))
+            assert np.sum(basis[at] ** 2) == pytest.approx(1)
+
+
 def test_the_forms_of_gradients():
     plan, grads = planned(), gradients()
     found = gradient_bases(grads, plan)
