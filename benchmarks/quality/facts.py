@@ -11,10 +11,13 @@ recalled.
     python -m benchmarks.quality.facts --quick
 """
 
+import argparse
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+
+import numpy as np
 
 from benchmarks.harness import save, show
 from benchmarks.plots import figure
@@ -95,19 +98,38 @@ def main() -> None:
         for name in found
         for row in found[name]
     ]
+    best = {name: teaching.at_best(runs, steps) for name, runs in found.items()}
+    speeds = time_steps(list(found), args)
+    summaries = [
+        summary(here, best[name], best.get("lora", best[name]), speeds)
+        for name in found
+        for here in by_rate([row for row in rows if row["name"] == name])
+    ]
     columns = {
         "method": "{name}",
         "parameters": "{parameters:,}",
         "rate": "{rate:.1e}",
-        "steps": "{step}",
-        "recall": "{recall:.0%}",
-        "divergence": "{divergence:.3f}",
+        "sets": "{seeds}",
+        "steps": "{steps:.1f}",
+        "best, of LoRA's": "{ratio:.2f}",
+        "error": "{error:.2f}",
+        "s/step": "{speed:.2f}",
+        "seconds of LoRA's": "{seconds_ratio:.2f}",
+        "divergence": "{divergence:.2f}",
         "same tokens": "{same:.0%}",
         "text": "{text:.2f}",
     }
-    show(columns, [{**row, **(row["recalled"] or row["points"][-1])} for row in rows])
-    save(rows, args)
-    plot(rows, args.methods, args.out.with_suffix(".png"))
+    show(columns, summaries)
+    save(rows, args, summaries=summaries)
+    plot(summaries, rows, args.out.with_suffix(".png"))
+
+
+def time_steps(methods: Sequence[str], args: argparse.Namespace) -> dict[str, float]:
+    """Seconds of a step with each method, in turns."""
+    taught, _ = taught_and_asked(args.facts, 0)
+    ways = {name: teaching.settings(name, args.rank) for name in methods}
+    found = teaching.costs(ways, taught[0], rounds=1 if args.quick else 5)
+    return {name: costs.seconds for name, costs in found.items()}
 
 
 def steps(row: cells.Cell) -> float:
@@ -125,26 +147,68 @@ def when_recalled(row: cells.Cell) -> cells.Cell | None:
     return next((p for p in row["points"] if p["recall"] >= RECALLED), None)
 
 
-def plot(rows: Sequence[cells.Cell], methods: Sequence[str], path: Path) -> None:
-    """Recall against forgetting in every run; what is forgotten over each ladder."""
+def by_rate(rows: Iterable[cells.Cell]) -> list[list[cells.Cell]]:
+    """The rows of each rate, the lowest first."""
+    ordered = sorted(rows, key=lambda row: row["rate"])
+    groups = itertools.groupby(ordered, key=lambda row: row["rate"])
+    return [list(group) for _, group in groups]
+
+
+def summary(
+    rows: Sequence[cells.Cell],
+    best: Sequence[cells.Cell],
+    other: Sequence[cells.Cell],
+    speeds: Mapping[str, float],
+) -> cells.Cell:
+    """A method at one rate: means over sets of facts, if all of them were recalled.
+
+    Args:
+        rows: Its runs at this rate.
+        best: Its runs at its best rate.
+        other: LoRA's at its own.
+        speeds: Seconds of a step with each method.
+    """
+    name, recalled = rows[0]["name"], [row["recalled"] for row in rows]
+    found: cells.Cell = {"ratio": None, "error": None, "seconds_ratio": None}
+    found |= dict.fromkeys(("divergence", "same", "text"))
+    if all(recalled):
+        found["divergence"] = ladders.mean(point["divergence"] for point in recalled)
+        for key in ("same", "text"):
+            found[key] = float(np.mean([point[key] for point in recalled]))
+    if rows[0]["rate"] == best[0]["rate"]:
+        found["ratio"], found["error"] = teaching.compared(best, other, steps)
+        slow = speeds.get("lora")
+        found["seconds_ratio"] = slow and found["ratio"] * speeds[name] / slow
+    return {
+        **{key: rows[0][key] for key in ("name", "parameters", "rate")},
+        "speed": speeds[name],
+        "seeds": len(rows),
+        "steps": ladders.mean(map(steps, rows)) if all(recalled) else None,
+        **found,
+    }
+
+
+def plot(
+    summaries: Sequence[cells.Cell], rows: Sequence[cells.Cell], path: Path
+) -> None:
+    """Recall against forgetting at the best rates; what is forgotten over ladders."""
     with figure(path, 1, 2, figsize=(11, 4)) as (made, axes):
-        for name in methods:
-            colour = teaching.colour(name)
-            here = [row for row in rows if row["name"] == name]
-            for number, row in enumerate(here):
-                points = [(p["divergence"], p["recall"]) for p in row["points"]]
-                label = None if number else name
-                style = {"color": colour, "label": label, "linewidth": 0.7}
-                axes[0, 0].plot(*zip(*points, strict=True), **style)
-            first = [row for row in here if row["recalled"] and row["seed"] == 0]
-            ends = [row["recalled"] for row in first]
-            points = [(end["step"], end["divergence"]) for end in ends]
+        for name in dict.fromkeys(row["name"] for row in rows):
+            style = {"color": teaching.colour(name), "label": name}
+            ladder = [row for row in summaries if row["name"] == name and row["steps"]]
+            best = next((row["rate"] for row in ladder if row["ratio"]), None)
+            for row in rows:
+                if (row["name"], row["rate"]) == (name, best):
+                    points = [(p["divergence"], p["recall"]) for p in row["points"]]
+                    axes[0, 0].plot(*zip(*points, strict=True), linewidth=1, **style)
+                    style["label"] = None
+            points = [(row["steps"], row["divergence"]) for row in ladder]
             if points:
-                axes[0, 1].plot(*zip(*points, strict=True), "o-", color=colour)
-        axes[0, 0].set(xscale="symlog", xlabel="forgotten (nats a token)")
+                axes[0, 1].plot(*zip(*points, strict=True), "o-", color=style["color"])
+        axes[0, 0].set(xlabel="forgotten (nats a token)", title="at the best rate")
         axes[0, 0].set(ylabel="facts recalled in another wording")
         axes[0, 1].set(xlabel=f"steps to {RECALLED:.0%}", yscale="log")
-        axes[0, 1].set(ylabel="forgotten (nats a token)")
+        axes[0, 1].set(ylabel="forgotten (nats a token)", title="over the rates")
         made.legend(loc="outside right center")
 
 

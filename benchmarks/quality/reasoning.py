@@ -13,11 +13,13 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import jax
 import numpy as np
 
 from benchmarks.harness import save, show
+from benchmarks.plots import figure
 from benchmarks.quality import cells, ladders, language, teaching
 from models import lesson, smollm2
 from models.lesson import Batch
@@ -125,6 +127,7 @@ def main() -> None:
     ]
     show(columns, summaries)
     save(rows, args, summaries=summaries)
+    plot(rows, chosen, args.out.with_suffix(".png"))
 
 
 def summary(rows: list[cells.Cell]) -> cells.Cell:
@@ -141,6 +144,28 @@ def summary(rows: list[cells.Cell]) -> cells.Cell:
         "loss": ladders.mean(map(final, rows)),
         "divergence": ladders.mean(row["forgetting"]["divergence"] for row in rows),
     }
+
+
+def plot(
+    rows: list[cells.Cell], chosen: dict[str, list[cells.Cell]], path: Path
+) -> None:
+    """Right answers over steps at the best rates, and against forgetting over all."""
+    with figure(path, 1, 2, figsize=(9, 4)) as (made, ((left, right),)):
+        for name, best in chosen.items():
+            style = {"color": teaching.colour(name), "label": name}
+            curves = [[at["right"] for at in row["scores"]] for row in best]
+            steps = np.linspace(0, best[0]["steps"], len(curves[0]))
+            left.plot(steps, np.mean(curves, axis=0), "o-", **style)
+            points = [
+                (row["forgetting"]["divergence"], row["scores"][-1]["right"])
+                for row in rows
+                if row["name"] == name and row["forgetting"]
+            ]
+            right.plot(*zip(*points, strict=True), "o", color=style["color"])
+        left.set(xlabel="step", ylabel="answered rightly", title="at the best rate")
+        right.set(xlabel="forgotten (nats a token)", title="at all rates")
+        right.set_xscale("log")
+        made.legend(*left.get_legend_handles_labels(), loc="outside right center")
 
 
 if __name__ == "__main__":

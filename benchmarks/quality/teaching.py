@@ -291,6 +291,9 @@ def runs(
         compute: The function that gives what is found with some settings.
         methods: Of each its settings, and the rates to begin with.
         value: Of a row, the less the better.
+
+    Raises:
+        SystemExit: None is finished.
     """
     store = args.out.with_suffix(".jsonl")
     if not args.report:
@@ -300,6 +303,8 @@ def runs(
     for name, (cell, _) in methods.items():
         if of_cell := [row for row in rows if cell.items() <= row.items()]:
             found[name] = of_cell
+    if not found:
+        raise SystemExit(f"{store} holds no finished run: leave out --report")
     return found
 
 
