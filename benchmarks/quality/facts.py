@@ -109,7 +109,7 @@ def main() -> None:
         "method": "{name}",
         "parameters": "{parameters:,}",
         "rate": "{rate:.1e}",
-        "sets": "{seeds}",
+        "recalled": "{recalled} of {seeds}",
         "steps": "{steps:.1f}",
         "best, of LoRA's": "{ratio:.2f}",
         "error": "{error:.2f}",
@@ -160,7 +160,7 @@ def summary(
     other: Sequence[cells.Cell],
     speeds: Mapping[str, float],
 ) -> cells.Cell:
-    """A method at one rate: means over sets of facts, if all of them were recalled.
+    """A method at one rate: means over the sets of facts that were recalled.
 
     Args:
         rows: Its runs at this rate.
@@ -168,24 +168,22 @@ def summary(
         other: LoRA's at its own.
         speeds: Seconds of a step with each method.
     """
-    name, recalled = rows[0]["name"], [row["recalled"] for row in rows]
-    found: cells.Cell = {"ratio": None, "error": None, "seconds_ratio": None}
-    found |= dict.fromkeys(("divergence", "same", "text"))
-    if all(recalled):
-        found["divergence"] = ladders.mean(point["divergence"] for point in recalled)
+    name, there = rows[0]["name"], [row for row in rows if row["recalled"]]
+    found: cells.Cell = {"recalled": len(there), "seeds": len(rows)}
+    found |= dict.fromkeys(("steps", "divergence", "same", "text"))
+    found |= dict.fromkeys(("ratio", "error", "seconds_ratio"))
+    if there:
+        points = [row["recalled"] for row in there]
+        found["steps"] = ladders.mean(map(steps, there))
+        found["divergence"] = ladders.mean(point["divergence"] for point in points)
         for key in ("same", "text"):
-            found[key] = float(np.mean([point[key] for point in recalled]))
+            found[key] = float(np.mean([point[key] for point in points]))
     if rows[0]["rate"] == best[0]["rate"]:
         found["ratio"], found["error"] = teaching.compared(best, other, steps)
         slow = speeds.get("lora")
         found["seconds_ratio"] = slow and found["ratio"] * speeds[name] / slow
-    return {
-        **{key: rows[0][key] for key in ("name", "parameters", "rate")},
-        "speed": speeds[name],
-        "seeds": len(rows),
-        "steps": ladders.mean(map(steps, rows)) if all(recalled) else None,
-        **found,
-    }
+    settings = {key: rows[0][key] for key in ("name", "parameters", "rate")}
+    return {**settings, "speed": speeds[name], **found}
 
 
 def plot(

@@ -113,6 +113,7 @@ def main() -> None:
     columns = {
         "method": "{name}",
         "parameters": "{parameters:,}",
+        "orders": "{seeds}",
         "best rate": "{rate:.1e}",
         "steps": "{steps}",
         "s/step": "{seconds:.2f}",
@@ -150,6 +151,7 @@ def summary(name: str, chosen: dict[str, list[cells.Cell]]) -> cells.Cell:
     return {
         "name": name,
         **{key: rows[0][key] for key in ("parameters", "rate", "steps")},
+        "seeds": len(rows),
         "before": math.exp(rows[0]["scores"][0]["definitions"]),
         "after": ladders.mean(math.exp(final(row)) for row in rows),
         "ratio": ratio,

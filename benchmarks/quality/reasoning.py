@@ -108,6 +108,7 @@ def main() -> None:
     columns = {
         "method": "{name}",
         "parameters": "{parameters:,}",
+        "streams": "{seeds}",
         "best rate": "{rate:.1e}",
         "right before": "{before:.0%}",
         "after": "{after:.1%}",
@@ -137,6 +138,7 @@ def summary(rows: list[cells.Cell]) -> cells.Cell:
     return {
         "parameters": rows[0]["parameters"],
         "rate": rows[0]["rate"],
+        "seeds": len(rows),
         "before": rows[0]["scores"][0]["right"],
         "after": float(np.mean(right)),
         "error": spread,

@@ -254,6 +254,7 @@ def main() -> None:
     columns = {
         "method": "{method}",
         "parameters": "{parameters:,}",
+        "orders": "{seeds}",
         "best rate": "{rate:.1e}",
         "perplexity": "{perplexity:.3f}",
         "of full rank's": "{ratio:.3f}",
@@ -272,6 +273,7 @@ def summary(rows: Sequence[cells.Cell], full: Sequence[cells.Cell]) -> cells.Cel
     speeds = [row["seconds"] / row["steps"] for row in rows]
     return {
         **{key: rows[0][key] for key in ("method", "parameters", "rate")},
+        "seeds": len(rows),
         "perplexity": ladders.mean(math.exp(final(row)) for row in rows),
         "ratio": ratio,
         "error": error,
