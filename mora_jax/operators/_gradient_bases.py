@@ -136,8 +136,8 @@ def _leading(matrices: jax.Array, count: int) -> np.ndarray:
     """
     columns, squares = jax.tree.map(np.float64, _span(matrices, count))
     # With columns^T columns = T T^T, the columns of Q = columns T^-T are orthonormal,
-    # and Q^T G G^T Q = T^-1 squares T^-T. In float64 T is exact enough: partial
-    # pivoting keeps the condition of the columns in the thousands.
+    # and Q^T G G^T Q = T^-1 squares T^-T. In float64 T is exact enough: after partial
+    # pivoting the condition of the columns is about 100.
     triangle = np.linalg.inv(np.linalg.cholesky(columns.T @ columns))
     _, rotation = np.linalg.eigh(triangle @ squares @ triangle.T)
     basis = columns @ (triangle.T @ rotation[:, ::-1][:, :count])
