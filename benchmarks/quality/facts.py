@@ -4,9 +4,9 @@ SmolLM2 learns the codes of airports, with questions in two wordings, a step for
 turn. While it learns, it is asked in a third: a fact is recalled if each token of its
 code is the likeliest, after the words before it. And what it says to ordinary questions
 and text is compared with what the untouched model says, which is the first point of
-each run. Each method has a ladder of learning rates. You will see recall against
-forgetting along every run, and for each rate what was forgotten when the facts were
-recalled.
+each run. Each method has a ladder of learning rates. You will see the steps at each
+rate, and what was forgotten when the facts were recalled; and recall against forgetting
+along the runs at the best rates.
 
     python -m benchmarks.quality.facts --quick
 """

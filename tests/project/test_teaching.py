@@ -91,6 +91,12 @@ def test_scores_along_a_run(small):
     assert broken["scores"][-1] is None and broken["forgetting"] is None
 
 
+def test_a_report_of_nothing_says_so(tmp_path):
+    args = teaching.options("", str(tmp_path / "x.json"), "").parse_args(["--report"])
+    with pytest.raises(SystemExit, match="x.jsonl holds no finished run"):
+        teaching.runs(args, lambda cell: cell, {"lora": ({}, [1e-3])}, len)
+
+
 @pytest.mark.slow
 def test_what_a_method_costs(small):
     ways = {name: teaching.settings(name, 2) for name in ("full", "rotation")}
