@@ -167,7 +167,10 @@ def test_costs_are_as_measured():
             "{seeds} | @rate | {after:.1%}{error:.1%} | {training:.2f} | {loss:.2f} | "
             "{divergence:.2f} | {memory:,.0f} | {seconds:.2f} | {file:.1f}",
         ),
-        ("restarts", "@rate | {perplexity:.2f} | {ratio:.2f} | {speed:.3f}"),
+        (
+            "restarts",
+            "{seeds} | @rate | {perplexity:.2f} | {ratio:.3f}{error:.3f} | {speed:.3f}",
+        ),
         (
             "facts",
             "@rate | {recalled} of {seeds} | {steps:.1f} | {ratio:.2f}{error:.2f} | "
