@@ -81,6 +81,7 @@ def main() -> None:
     args = parser.parse_args()
     model, params, tokenizer = smollm2.load()
     base = functools.partial(jax.jit(model.apply), {"params": params})
+    lesson.check_model(base)
     rows: list[Row] = []
     for seed in range(args.seeds):
         taught = lesson.choose_lesson(base, tokenizer, args.facts, seed)

@@ -47,6 +47,7 @@ def main() -> None:
     args.steps = max(args.at)
     model, params, tokenizer = smollm2.load()
     base = functools.partial(jax.jit(model.apply), {"params": params})
+    lesson.check_model(base)
     taught = lesson.choose_lesson(base, tokenizer, args.facts, args.seed)
     params = optax.tree_utils.tree_cast(params, jnp.bfloat16)
 

@@ -8,7 +8,8 @@ questions, and says the same after the adapters are merged into its kernels. The
     python -m examples.teach_facts --facts 20 --rank 8 --operator rotation
 
 `--compare` trains a LoRA of the same rank as well, at twenty times the rate, and both
-on three sets of facts.
+on three sets of facts. `--base nf4` (or int8, int4) teaches a base that qwix has
+quantized.
 """
 
 import functools
@@ -23,6 +24,7 @@ import mora_jax
 from models import lesson, smollm2
 from models.lora import qwix_lora
 from models.options import positive
+from models.quantized import TYPES, megabytes, quantized
 from mora_jax import MoRAConfig, linen
 
 LORA_RATE = 20
@@ -73,24 +75,39 @@ def main() -> None:
         metavar="SETS",
         help="train a LoRA as well, and both on so many sets of facts (3)",
     )
+    bases = ("float32", *TYPES)
+    parser.add_argument("--base", choices=bases, default=bases[0], help="its kernels")
     args = parser.parse_args()
     model, params, tokenizer = smollm2.load()
     variables = {"params": params}
     base = jax.jit(model.apply)
-    untouched = functools.partial(base, variables)
+    lesson.check_model(functools.partial(base, variables))
+    settings = {"rank": args.rank, "operator": args.operator, "seed": args.seed}
+    in_bits = None
+    if args.base == "float32":
+        config, ids = MoRAConfig(**settings), jnp.zeros((1, 8), jnp.int32)
+        plan = linen.plan(model, variables, config, ids)
+        apply = linen.wrap(model, plan)
+    else:
+        in_bits = quantized(model, params, args.base, **settings)
+        before, (apply, variables, plan) = megabytes(variables), in_bits
+        print(f"the base takes {megabytes(variables):.0f} MB, before {before:.0f} MB")
+    print(f"\n{plan}\n")
+    adapted = jax.jit(apply)
+    untouched = functools.partial(adapted, mora_jax.init(plan), variables)
     taught = lesson.choose_lesson(untouched, tokenizer, args.facts, args.seed)
 
-    config = MoRAConfig(rank=args.rank, operator=args.operator, seed=args.seed)
-    plan = linen.plan(model, variables, config, taught.batch.ids[:1])
-    print(f"\n{plan}\n")
-    apply, rate = linen.wrap(model, plan), args.learning_rate
+    rate = args.learning_rate
     progress = lesson.Progress(args.steps, "MoRA")
     adapters = mora_jax.init(plan)
     adapters = train(apply, adapters, variables, taught, rate, progress)
     mora_jax.save(args.out, adapters, plan)
     figure = mora_jax.diagnostics.plot_spectrum(adapters, plan)
     figure.savefig(args.out / "spectrum.png", dpi=150)
-    merged = {"params": mora_jax.merge(params, adapters, plan)}
+    if in_bits is None:
+        merged = {"params": mora_jax.merge(params, adapters, plan)}
+    else:
+        merged = in_bits.merged(adapters)
 
     trained = {"MoRA": [progress]}
     if args.compare:
@@ -110,9 +127,9 @@ def main() -> None:
         size = sum(leaf.size for leaf in jax.tree.leaves(start))
         lesson.compare(trained, {"MoRA": plan.trainable_parameters, "LoRA": size})
     lesson.save_histories(trained, args.out)
-    adapted = functools.partial(jax.jit(apply), adapters, variables)
+    after = functools.partial(adapted, adapters, variables)
     merged_model = functools.partial(base, merged)
-    lesson.report(taught, progress, adapted, merged_model, args.out)
+    lesson.report(taught, progress, after, merged_model, args.out)
 
 
 if __name__ == "__main__":

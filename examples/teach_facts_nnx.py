@@ -48,6 +48,7 @@ def main() -> None:
     model, tokenizer = smollm2_nnx.load()
     forward: Any = nnx.jit(lambda model, ids, at: model(ids, at))
     untouched = functools.partial(forward, model)
+    lesson.check_model(untouched)
     taught = lesson.choose_lesson(untouched, tokenizer, args.facts, args.seed)
 
     config = MoRAConfig(rank=args.rank, operator=args.operator, seed=args.seed)

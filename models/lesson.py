@@ -189,14 +189,18 @@ def asker(apply: Apply, tokenizer: Tokenizer) -> Callable[[Iterable[str]], list[
     return ask
 
 
-def choose_lesson(base: Apply, tokenizer: Tokenizer, count: int, seed: int) -> Lesson:
-    """A lesson of `count` facts that the untouched model `base` does not know.
+def check_model(base: Apply) -> None:
+    """Print how near the model's logits are to those of the reference.
 
     Raises:
-        ValueError: The model's logits are not those of the reference.
+        ValueError: They are not.
     """
     worst = check_reference(base)
     print(f"the model's logits are within {worst:.0e} of the reference")
+
+
+def choose_lesson(base: Apply, tokenizer: Tokenizer, count: int, seed: int) -> Lesson:
+    """A lesson of `count` facts that the untouched model `base` does not know."""
     ask = asker(base, tokenizer)
     facts, wrong, known = pick_unknown(ask, count, seed)
     print(f"it knew {known} of {known + count} airports; it should learn the others")

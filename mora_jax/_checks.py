@@ -10,7 +10,9 @@ from jax.typing import DTypeLike
 
 from mora_jax._types import Shape
 
-DEQUANTISE = "dequantise it first, or leave it out with exclude"
+DEQUANTISE = (
+    "dequantise it first (mora_jax.qwix.dequantize), or leave it out with exclude"
+)
 """What messages advise where a kernel is not floating-point."""
 
 

@@ -8,6 +8,7 @@ traced while a quantized one ran.
 
 import sys
 from collections.abc import Callable
+from importlib.metadata import version
 from typing import Any, TypeVar
 
 import jax
@@ -51,7 +52,7 @@ def undisturbed(function: F) -> F:
     if switch is None:
         raise RuntimeError(
             "qwix intercepts jax.lax.dot_general, and mora_jax does not know how this "
-            f"version ({sys.modules['qwix'].__version__}) is told to leave the "
+            f"version ({version('qwix')}) is told to leave the "
             "adapter's own products alone; qwix 0.1.4 to 0.1.8 are known"
         )
     return switch(function)

@@ -63,7 +63,7 @@ def left_out_of(
         if name in excluded:
             why, multiplied = "excluded", False
         elif name.rpartition("/")[0] in quantized:
-            why, multiplied = "quantized, and not floating-point", True
+            why, multiplied = "quantized; see mora_jax.qwix", True
         elif not default or survey is None:
             why, multiplied = "no target", False
         else:

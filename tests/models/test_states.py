@@ -262,7 +262,7 @@ def test_quantized_kernels_are_refused_wherever_kernels_come_in(kind, tmp_path):
         lambda: mora_jax.delta_weight(one, frozen),
     ]
     for call in calls:
-        with pytest.raises((TypeError, ValueError), match="dequantise it first, or"):
+        with pytest.raises((TypeError, ValueError), match="dequantise it first"):
             call()
 
 
@@ -276,5 +276,5 @@ def test_a_quantized_model_keeps_its_adapters_and_does_not_merge(kind):
         model.kernel = nnx.data(Parts(*map(nnx.Param, jax.tree.leaves(kernel))))
     chex.assert_trees_all_equal(adapters(model), tree)
     assert plan_of(model).digest() == chosen.digest()
-    with pytest.raises((TypeError, ValueError), match="dequantise it first, or"):
+    with pytest.raises((TypeError, ValueError), match="dequantise it first"):
         mora_jax.nnx.merge_adapters(model)

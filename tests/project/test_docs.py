@@ -25,7 +25,7 @@ README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
 LINKED = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "benchmarks/README.md"]
 
-NOT_INSTALLED = re.compile(r"^(import|from) (peft|qwix|tunix)\b", re.MULTILINE)
+NOT_INSTALLED = re.compile(r"^(import|from) (peft|tunix)\b", re.MULTILINE)
 """Blocks that import these are compiled, but they do not run."""
 NAMES = re.compile(
     r"(?<![\w./-])(?:mora_jax|optax|diagnostics|io|linen|nnx|operators|products|sharding)"

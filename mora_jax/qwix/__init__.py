@@ -1,0 +1,25 @@
+"""Adapters for models that qwix quantizes (QMoRA); `pip install mora-jax[qwix]`.
+
+A model::
+
+  MoRAProvider          what `qwix.apply_lora_to_model` takes
+  MoRARule              the settings of the modules that match a pattern
+
+Its adapters, beside `mora_jax.nnx.adapters` and `set_adapters`, or `mora_jax.split` and
+`combine`::
+
+  plan_of               the plan that a model follows
+  merge                 a base with adapters merged into it, quantized again or not
+  merge_adapters        the same for an NNX model
+  MergeLoss             what of a delta is lost
+  dequantize            the base as floating-point arrays
+"""
+
+from mora_jax.qwix import _private
+from mora_jax.qwix._merge import MergeLoss as MergeLoss
+from mora_jax.qwix._merge import dequantize as dequantize
+from mora_jax.qwix._merge import merge as merge
+from mora_jax.qwix._merge import merge_adapters as merge_adapters
+from mora_jax.qwix._plan import plan_of as plan_of
+from mora_jax.qwix._provider import MoRAProvider as MoRAProvider
+from mora_jax.qwix._rule import MoRARule as MoRARule

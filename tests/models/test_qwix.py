@@ -1,0 +1,608 @@
+"""Adapters in models that qwix quantizes, in both of Flax's APIs.
+
+The delta is the oracle's in float64, and a base is qwix's own model without adapters.
+"""
+
+import dataclasses
+import importlib
+import sys
+from collections.abc import Callable
+from importlib.metadata import version
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import oracle
+import pytest
+from flax import nnx
+from flax.errors import ScopeParamNotFoundError
+from helpers import close, random, random_like, wide
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from meshes import make_mesh
+
+import mora_jax
+from mora_jax import LeftOutWarning, MoRAConfig, MoRAWarning, linen
+from mora_jax import nnx as mora
+from mora_jax.qwix import (
+    MoRAProvider,
+    MoRARule,
+    dequantize,
+    merge,
+    merge_adapters,
+    plan_of,
+)
+
+qwix = pytest.importorskip("qwix")
+# `pytest.warns` hides from filters that they come from qwix.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+KEY, VERSION = jax.random.key(0), version("qwix")
+APIS = ["linen", "nnx"]
+INT8 = {"weight_qtype": "int8"}
+TYPES = {
+    "none": {},
+    "int8": INT8,
+    "int4": {"weight_qtype": "int4"},
+    "nf4": {"weight_qtype": "nf4", "tile_size": 8},
+    "fp8": {"weight_qtype": "float8_e4m3fn"},
+    "int8 inputs": {"weight_qtype": "int8", "act_qtype": "int8"},
+}
+
+
+class LeftLinen(nn.Module):
+    """A layer that has its kernel on the left."""
+
+    @nn.compact
+    def __call__(self, x):
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), (24, 16))
+        return jnp.einsum("oi,...i->...o", kernel, x)
+
+
+class LeftNNX(nnx.Module):
+    def __init__(self, rngs):
+        self.kernel = nnx.Param(random(7, 24, 16))
+
+    def __call__(self, x):
+        return jnp.einsum("oi,...i->...o", self.kernel[...], x)
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """A layer of 16 features: how it is made, and what it computes of x and kernel."""
+
+    linen: Callable
+    nnx: Callable
+    axes: str
+    product: Callable
+    x: tuple[int, ...] = (3, 16)
+
+    def kernel_of(self, delta, shape):
+        """(in, out) in the shape of the kernel."""
+        return delta.T if self.axes == "oi" else delta.reshape(shape)
+
+
+def convolve(x, kernel):
+    numbers = ("NWC", "WIO", "NWC")
+    return jax.lax.conv_general_dilated(
+        *(jnp.asarray(a, jnp.float32) for a in (x, kernel)),
+        (1,),
+        "SAME",
+        dimension_numbers=numbers,
+    )
+
+
+LAYERS = {
+    "dense": Layer(
+        lambda: nn.Dense(24), lambda r: nnx.Linear(16, 24, rngs=r), "io", np.matmul
+    ),
+    "heads": Layer(
+        lambda: nn.DenseGeneral((4, 6)),
+        lambda r: nnx.LinearGeneral(16, (4, 6), rngs=r),
+        "ioo",
+        lambda x, w: np.einsum("ni,iho->nho", x, w),
+    ),
+    "einsum": Layer(
+        lambda: nn.Einsum((16, 4, 6), "ni,iho->nho", use_bias=False),
+        lambda r: nnx.Einsum("ni,iho->nho", (16, 4, 6), rngs=r),
+        "ioo",
+        lambda x, w: np.einsum("ni,iho->nho", x, w),
+    ),
+    "left": Layer(LeftLinen, LeftNNX, "oi", lambda x, w: x @ w.T),
+    "convolution": Layer(
+        lambda: nn.Conv(24, (3,)),
+        lambda r: nnx.Conv(16, 24, (3,), rngs=r),
+        "iio",
+        convolve,
+        x=(2, 5, 16),
+    ),
+}
+
+
+class Adapted:
+    """A layer with M's, in one API: what tests do with it is the same in the other."""
+
+    def __init__(self, api, layer, rules=None, **settings):
+        self.api, self.x = api, random(1, *layer.x)
+        rules = rules or [MoRARule(**{"rank": 2, "operator": "rotation", **settings})]
+        provider, self.rules = MoRAProvider(rules), rules
+        if api == "linen":
+            self.plain = nn.Sequential([layer.linen()])
+            self.model = qwix.apply_lora_to_model(self.plain, provider)
+            params = self.model.init(KEY, self.x)["params"]
+            self.base, self.adapters = mora_jax.split(params)
+            self.plan = plan_of(self.model, self.x)
+        else:
+            self.plain = nnx.Sequential(layer.nnx(nnx.Rngs(0)))
+            self.model = qwix.apply_lora_to_model(
+                self.plain, provider, self.x, rngs=nnx.Rngs(1)
+            )
+            self.adapters, self.plan = mora.adapters(self.model), plan_of(self.model)
+
+    def __call__(self, adapters, **kwargs):
+        if self.api == "linen":
+            params = mora_jax.combine(self.base, adapters)
+            return self.model.apply({"params": params}, self.x, **kwargs)
+        model = nnx.clone(self.model)
+        mora.set_adapters(model, adapters)
+        return model(self.x)
+
+    def merged(self, adapters, onto):
+        """The output of the merged model, and what was lost."""
+        if self.api == "linen":
+            merged, losses = merge(self.base, adapters, self.plan, onto=onto)
+            model = self.plain
+            if onto == "requantized":
+                model = qwix.quantize_model(model, qwix.PtqProvider(self.rules))
+            return model.apply({"params": merged}, self.x), losses
+        model = nnx.clone(self.model)
+        mora.set_adapters(model, adapters)
+        merged, losses = merge_adapters(model, onto)
+        if onto == "dequantized":
+            assert type(merged) is type(self.plain)
+            close(
+                jax.tree.map(jnp.shape, nnx.to_pure_dict(nnx.state(merged))),
+                jax.tree.map(jnp.shape, nnx.to_pure_dict(nnx.state(self.plain))),
+            )
+        return merged(self.x), losses
+
+
+def delta_of(adapted, layer, adapters):
+    """The delta of the one kernel, in its shape, in float64."""
+    (spec,), (m,) = adapted.plan.specs, jax.tree.leaves(adapters)
+    delta = spec.factor * oracle.delta(*oracle.rotation(spec.operator), wide(m))
+    return layer.kernel_of(delta, spec.kernel_shape)
+
+
+@pytest.mark.parametrize("api", APIS)
+@pytest.mark.parametrize("types", TYPES)
+@pytest.mark.parametrize("name", LAYERS)
+def test_the_delta_is_added_to_what_qwix_computes(name, types, api):
+    layer, settings = LAYERS[name], TYPES[types]
+    if name == "convolution" and types in ("int8", "int4", "nf4", "fp8"):
+        pytest.skip("qwix quantizes inputs of convolutions as their kernels")
+    if name == "convolution" and VERSION == "0.1.5":
+        pytest.skip("qwix has no convolutions for this version of Flax")
+    adapted = Adapted(api, layer, **settings)
+    (spec,) = adapted.plan.specs
+    assert spec.axes == layer.axes
+    adapters = random_like(adapted.adapters)
+    base = adapted(adapted.adapters)  # M is zero
+    if api == "linen":
+        rule = qwix.QuantizationRule(**settings)
+        own = qwix.quantize_model(adapted.plain, qwix.PtqProvider([rule]))
+        assert (base == own.apply({"params": adapted.base}, adapted.x)).all()
+    delta = layer.product(wide(adapted.x), delta_of(adapted, layer, adapters))
+    close(adapted(adapters) - base, jnp.asarray(delta, jnp.float32))
+
+
+@pytest.mark.parametrize("api", APIS)
+def test_gradients_and_transformations(api):
+    adapted = Adapted(api, LAYERS["dense"], **TYPES["nf4"])
+    adapters = random_like(adapted.adapters)
+
+    def loss(adapters):
+        return jnp.sum(adapted(adapters) ** 2) / 2
+
+    grads = jax.grad(loss)(adapters)
+    for way in (jax.jit(loss), jax.checkpoint(loss), jax.jit(jax.checkpoint(loss))):
+        close(jax.grad(way)(adapters), grads)
+    (spec,) = adapted.plan.specs
+    c, d = oracle.rotation(spec.operator)
+    y = adapted(adapters)
+    expected = spec.factor * oracle.m_gradient(c, d, wide(adapted.x), wide(y))
+    close(jax.tree.leaves(grads)[0], jnp.asarray(expected, jnp.float32))
+
+
+@pytest.mark.parametrize("api", APIS)
+def test_plans_and_files_are_those_of_wrap(api, tmp_path):
+    adapted = Adapted(api, LAYERS["heads"], **INT8)
+    config = MoRAConfig(rank=2, operator="rotation")
+    if api == "linen":
+        variables = adapted.plain.init(KEY, adapted.x)
+        plan = linen.plan(adapted.plain, variables, config, adapted.x)
+    else:
+        plan = mora.plan(adapted.plain, config)
+    assert adapted.plan.specs == plan.specs and adapted.plan.digest() == plan.digest()
+    adapters = random_like(mora_jax.init(plan))
+    params = dequantize(adapted.base) if api == "linen" else None
+    mora_jax.save(tmp_path / "a", adapters, adapted.plan, params=params)
+    loaded, found = mora_jax.load(tmp_path / "a")
+    assert found.specs == plan.specs
+    close(loaded, adapters, 0)
+    assert np.isfinite(adapted(loaded)).all()
+    if api == "linen":
+        other = jax.tree.map(lambda a: a + 1, adapted.base)
+        with pytest.raises(ValueError, match="other weights than the base"):
+            merge(other, loaded, found)
+        merge(other, loaded, found, any_base=True)
+
+
+@pytest.mark.parametrize("api", APIS)
+@pytest.mark.parametrize("types", ["none", "int8", "nf4"])
+@pytest.mark.parametrize("name", ["dense", "heads"])
+def test_merged_kernels(name, types, api):
+    layer = LAYERS[name]
+    adapted = Adapted(api, layer, **TYPES[types])
+    adapters = random_like(adapted.adapters)
+    y, losses = adapted.merged(adapters, "dequantized")
+    close(y, adapted(adapters))
+    (loss,) = losses.values()
+    assert loss.share < 1e-6 and loss.error < 1e-6
+    y, losses = adapted.merged(adapters, "requantized")
+    (loss,) = losses.values()
+    assert list(losses) == list(adapted.plan)
+    off = wide(y - adapted(adapters))
+    if types == "none":
+        assert loss.error < 1e-6 and np.abs(off).max() < 1e-4
+        return
+    # The errors of the kernel reach the outputs, x times as large; they are not zero.
+    size = np.linalg.norm(delta_of(adapted, layer, adapters))
+    assert 1e-3 < loss.error < 0.5 and loss.share < loss.error
+    assert 0 < np.linalg.norm(off) < loss.error * size * np.linalg.norm(adapted.x)
+    y, losses = adapted.merged(adapted.adapters, "requantized")  # M is zero
+    assert set(losses.values()) == {(0.0, 0.0)}
+
+
+def test_merging_keeps_what_has_no_adapter():
+    rules = [
+        MoRARule(module_path="layers_1", rank=2, **INT8),
+        qwix.QuantizationRule(**INT8),
+    ]
+    model = nn.Sequential([nn.Dense(16), nn.Dense(16)])
+    adapted, x = qwix.apply_lora_to_model(model, MoRAProvider(rules)), random(1, 2, 16)
+    base, adapters = mora_jax.split(adapted.init(KEY, x)["params"])
+    plan, adapters = plan_of(adapted, x), random_like(adapters)
+    assert list(plan) == ["layers_1/kernel"]
+    again, _ = merge(base, adapters, plan, onto="requantized")
+    close(again["layers_0"], base["layers_0"], 0)
+    plain, _ = merge(base, adapters, plan)
+    y = adapted.apply({"params": mora_jax.combine(base, adapters)}, x)
+    close(model.apply({"params": plain}, x), y)
+
+
+class Scanned(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        def body(layer, x, _):
+            return nn.relu(layer(x)), None
+
+        axes = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}}
+        layer = nn.remat(nn.Dense)(16, name="layer")
+        return nn.scan(body, length=3, **axes)(layer, x, None)[0]
+
+
+@pytest.mark.parametrize("types", ["none", "int8"])
+def test_scanned_layers(types):
+    """qwix itself has no tiles there."""
+    model, x = Scanned(), random(1, 2, 16)
+    provider = MoRAProvider(rank=2, operator="rotation", **TYPES[types])
+    adapted = qwix.apply_lora_to_model(model, provider)
+    base, zeros = mora_jax.split(adapted.init(KEY, x)["params"])
+    plan, adapters = plan_of(adapted, x), random_like(zeros)
+    (spec,) = plan.specs
+    assert spec.axes == "sio" and spec.shape == (3, 8, 8)
+    close(mora_jax.init(plan), zeros, 0)
+    y, apply = x, adapted.apply
+    for k, kernel in enumerate(dequantize(base)["layer"]["kernel"]):
+        m = adapters["layer"]["kernel_mora"][k]
+        delta = oracle.delta(*oracle.rotation(spec.operator), wide(m))
+        bias = base["layer"]["bias"][k]
+        y = nn.relu(y @ (kernel + jnp.float32(spec.factor * delta)) + bias)
+    for way in (apply, jax.jit(apply)):
+        close(way({"params": mora_jax.combine(base, adapters)}, x), y)
+    for onto, tolerance in (("dequantized", 1e-5), ("requantized", 0.05)):
+        merged, _ = merge(base, adapters, plan, onto=onto)
+        apply = model.apply
+        if onto == "requantized":
+            own = qwix.PtqProvider([MoRARule(rank=2, **TYPES[types])])
+            apply = qwix.quantize_model(model, own).apply
+        close(apply({"params": merged}, x), y, tolerance)
+
+
+def test_a_call_without_adapters():
+    adapted = Adapted("linen", LAYERS["dense"], **INT8)
+    with pytest.raises(ScopeParamNotFoundError, match="kernel_mora"):
+        adapted.model.apply({"params": adapted.base}, adapted.x)
+
+
+@pytest.mark.parametrize("api", APIS)
+def test_dropout_in_training_alone(api):
+    adapted = Adapted(api, LAYERS["dense"], dropout=0.5)
+    adapters = random_like(adapted.adapters)
+    if api == "linen":
+        at_test = adapted(adapters)
+        one, two, again = (
+            adapted(adapters, rngs={"dropout": jax.random.key(k)}) for k in (1, 2, 1)
+        )
+    else:
+        one, again = adapted(adapters), adapted(adapters)
+        two = adapted(jax.tree.map(lambda m: m + 0.1, adapters))
+        adapted.model.eval()
+        at_test = adapted(adapters)
+    without = Adapted(api, LAYERS["dense"])(adapters)
+    close(at_test, without)
+    assert (one == again).all() and not np.allclose(one, two)
+    assert not np.allclose(one, at_test)
+
+
+def test_it_trains_beside_a_quantized_base():
+    adapted = Adapted("nnx", LAYERS["dense"], **TYPES["nf4"])
+    model, y = adapted.model, random(2, 3, 24)
+    before = jax.tree.leaves(nnx.state(model, nnx.Not(mora.MoRAParam)))
+    optimizer = mora.adapter_optimizer(model, optax.adam(3e-2))
+
+    @nnx.jit
+    def step(model, optimizer):
+        def loss(model):
+            return jnp.mean((model(adapted.x) - y) ** 2)
+
+        found, grads = mora.value_and_grad(loss)(model)
+        optimizer.update(model, grads)
+        return found
+
+    losses = [float(step(model, optimizer)) for _ in range(60)]
+    assert losses[-1] < 0.5 * losses[0]
+    after = jax.tree.leaves(nnx.state(model, nnx.Not(mora.MoRAParam)))
+    for one, other in zip(before, after, strict=True):
+        assert (one == other).all()
+
+
+# --- Rules ---
+
+
+def test_the_first_rule_that_matches_counts():
+    rules = [
+        MoRARule(module_path="layers_0", rank=1, alpha=2.0),
+        MoRARule(module_path=".*", rank=2, seed=3, operator="orthogonal", **INT8),
+    ]
+    model = nn.Sequential([nn.Dense(16), nn.Dense(16)])
+    adapted, x = qwix.apply_lora_to_model(model, MoRAProvider(rules)), random(1, 2, 16)
+    first, second = plan_of(adapted, x).specs
+    assert (first.shape, first.alpha) == ((4, 4), 2)
+    assert second.shape == (8, 8) and second.operator.seed == 3
+    params = adapted.init(KEY, x)["params"]
+    assert isinstance(params["layers_0"]["kernel"], jax.Array)
+    assert not isinstance(params["layers_1"]["kernel"], jax.Array)
+
+
+def test_a_rule_has_the_settings_and_the_defaults_of_a_config():
+    config = MoRAConfig()
+    own = {f.name for f in dataclasses.fields(MoRARule)}
+    own -= {f.name for f in dataclasses.fields(qwix.QuantizationRule)}
+    for name in own:
+        assert getattr(MoRARule(), name) == getattr(config, name)
+    left = {f.name for f in dataclasses.fields(MoRAConfig)} - own
+    assert left == {"targets", "exclude", "overrides", "execution"}
+
+
+@pytest.mark.parametrize("api", APIS)
+def test_rules_that_adapt_nothing(api):
+    with pytest.raises(ValueError, match=r"no kernel .*module_path=\['.*mlp.*'\]"):
+        Adapted(api, LAYERS["dense"], module_path=".*mlp.*")
+    rules = [MoRARule(rank=2), MoRARule(module_path=".*mlp.*", rank=2)]
+    with pytest.warns(MoRAWarning, match=r"adapt no kernel: module_path=\['.*mlp.*'\]"):
+        Adapted(api, LAYERS["dense"], rules)
+
+
+# --- Meshes ---
+
+
+def test_m_is_on_the_mesh_of_its_kernel():
+    mesh = make_mesh(fsdp=2, model=2)
+    net, x = nnx.Linear(16, 24, rngs=nnx.Rngs(0)), random(1, 4, 16)
+    net.kernel[...] = jax.device_put(
+        net.kernel[...], NamedSharding(mesh, P("fsdp", "model"))
+    )
+    provider = MoRAProvider(rank=2, operator="rotation", **INT8)
+    model = qwix.apply_lora_to_model(net, provider, x, rngs=nnx.Rngs(0))
+    m = mora.adapters(model)["kernel_mora"]
+    assert m.sharding.mesh == mesh and m.sharding.is_fully_replicated
+    adapters = random_like(mora.adapters(model))
+    mora.set_adapters(model, adapters)
+    assert np.isfinite(jax.jit(lambda x: model(x))(x)).all()
+    merged, _ = merge_adapters(model)
+    close(merged(x), model(x))
+    assert merged.kernel[...].sharding == net.kernel[...].sharding
+
+
+# --- What is refused ---
+
+
+class Own(nn.Module):
+    """A layer of one kernel, which it multiplies in a way of its own."""
+
+    product: Callable
+    features: int = 16
+
+    @nn.compact
+    def __call__(self, x):
+        shape = (16, self.features)
+        return self.product(x, self.param("kernel", nn.initializers.normal(), shape))
+
+
+def three(x, kernel):
+    return jnp.einsum("ni,io,n->no", x, kernel, jnp.ones(len(x)))
+
+
+@pytest.mark.parametrize(
+    "product, message",
+    [
+        (three, "an einsum with 3 operands"),
+        (lambda x, kernel: jnp.dot(x, kernel.T), "what it makes of the kernel"),
+        (lambda x, kernel: jnp.einsum("ni,oi->no", x, 2 * kernel), "what it makes of"),
+    ],
+)
+@pytest.mark.parametrize("wrapped", [lambda f: f, jax.jit], ids=["eager", "jit"])
+def test_products_that_have_no_adapter(product, message, wrapped):
+    model = qwix.apply_lora_to_model(Own(product), MoRAProvider(rank=2))
+    expected = f"^kernel: .*{message}.*leave it out of module_path='..'"
+    with pytest.raises(ValueError, match=expected):
+        wrapped(model.init)(KEY, random(1, 3, 16))
+
+
+@pytest.mark.parametrize("wrapped", [lambda f: f, jax.jit], ids=["eager", "jit"])
+def test_products_in_a_function_that_jax_compiles_for_itself(wrapped):
+    """In 0.1.5 qwix turns that off, and the layer is adapted."""
+    x, layers = random(1, 3, 16), [Own(jnp.matmul), Own(jnp.matmul)]
+    model = qwix.apply_lora_to_model(nn.Sequential(layers), MoRAProvider(rank=2))
+    if VERSION == "0.1.5":
+        params = wrapped(model.init)(KEY, x)["params"]
+        assert params["layers_1"]["kernel_mora"].shape == (8, 8)
+        return
+    with pytest.raises(ValueError, match="layers_0/kernel: .*use jnp.dot or "):
+        wrapped(model.init)(KEY, x)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_kernels_in_another_dtype(dtype):
+    """Which is another array, that only its numbers tell from a transposed one."""
+
+    def product(x, kernel):
+        return jnp.einsum("ni,io->no", x.astype(dtype), kernel.astype(dtype))
+
+    model = qwix.apply_lora_to_model(Own(product), MoRAProvider(rank=2))
+    x = random(1, 16, 16)  # of the kernel's shape, and of its dtype
+    base, zeros = mora_jax.split(model.init(KEY, x)["params"])
+    params = mora_jax.combine(base, random_like(zeros))
+    eager = model.apply({"params": params}, x)
+    close(jax.jit(model.apply)({"params": params}, x), eager, 0.02)
+    merged, _ = merge(base, random_like(zeros), plan_of(model, x))
+    plain = Own(product).apply({"params": merged}, x)
+    close(eager, plain, 0.02)
+
+
+def test_a_kernel_on_the_left_of_an_input_of_its_shape():
+    def product(x, kernel):
+        return jnp.einsum("oi,ni->no", kernel, x)
+
+    model = qwix.apply_lora_to_model(Own(product), MoRAProvider(rank=2))
+    x = random(1, 16, 16)
+    base, zeros = mora_jax.split(model.init(KEY, x)["params"])
+    (spec,) = plan_of(model, x).specs
+    assert spec.axes == "oi"
+    params = mora_jax.combine(base, random_like(zeros))
+    merged, _ = merge(base, random_like(zeros), plan_of(model, x))
+    y = jax.jit(model.apply)({"params": params}, x)
+    close(y, Own(product).apply({"params": merged}, x))
+
+
+def test_an_input_of_the_shape_of_m():
+    """qwix takes what comes second and has a parameter's shape for that parameter."""
+
+    def product(x, kernel):
+        return jnp.dot(jnp.dot(x, kernel), x[:, :8].T @ x[:, :8])
+
+    model = qwix.apply_lora_to_model(Own(product, 8), MoRAProvider(rank=2, **INT8))
+    x = random(1, 3, 16)
+    params = model.init(KEY, x)["params"]
+    assert params["kernel_mora"].shape == (6, 6)
+    plan = plan_of(model, x)
+    assert list(plan) == ["kernel"]
+
+
+def test_kernels_that_are_not_multiplied_are_named():
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, ids):
+            x = nn.Embed(8, 16, name="embed")(ids)
+            return nn.DenseGeneral((4, 4), name="out")(x)
+
+    model = qwix.apply_lora_to_model(Net(), MoRAProvider(rank=2))
+    with pytest.warns(LeftOutWarning, match="^embed/embedding: no product") as found:
+        model.init(KEY, jnp.arange(3))
+    assert sum(issubclass(w.category, LeftOutWarning) for w in found) == 1
+    net = nnx.Sequential(
+        nnx.Embed(8, 16, rngs=nnx.Rngs(0)), nnx.Linear(16, 16, rngs=nnx.Rngs(0))
+    )
+    with pytest.warns(LeftOutWarning, match="^layers/0/embedding: no product"):
+        qwix.apply_lora_to_model(
+            net, MoRAProvider(rank=2), jnp.arange(3), rngs=nnx.Rngs(0)
+        )
+
+
+def plain_layer():
+    return nnx.Linear(4, 4, rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize(
+    "call, error, message",
+    [
+        (lambda: MoRAProvider([MoRARule()], rank=2), ValueError, "exclude each other"),
+        (
+            lambda: MoRAProvider([qwix.QuantizationRule()]),
+            ValueError,
+            "hold a MoRARule",
+        ),
+        (lambda: MoRARule(rank=0), ValueError, "rank must"),
+        (lambda: MoRARule(alpha=0.0), ValueError, "alpha"),
+        (lambda: MoRARule(operator="rotations"), ValueError, "'rotation'"),
+        (lambda: plan_of(3), TypeError, "model must be a Flax module, got int"),
+        (lambda: plan_of(nn.Dense(4), jnp.ones(4)), ValueError, "no adapters"),
+        (
+            lambda: plan_of(plain_layer()),
+            ValueError,
+            "no adapters",
+        ),
+        (
+            lambda: merge_adapters(nnx.Linear(4, 4, rngs=nnx.Rngs(0))),
+            ValueError,
+            "no ad",
+        ),
+    ],
+)
+def test_bad_arguments(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_bad_merges():
+    adapted = Adapted("linen", LAYERS["dense"], **INT8)
+    base, adapters, plan = adapted.base, adapted.adapters, adapted.plan
+    with pytest.raises(ValueError, match="onto must be one of .*requantized"):
+        merge(base, adapters, plan, onto="quantized")
+    with pytest.raises(
+        ValueError, match="params hold the adapter layers_0/kernel_mora"
+    ):
+        merge(mora_jax.combine(base, adapters), adapters, plan)
+    with pytest.raises(ValueError, match="params lack the kernel 'layers_0/kernel'"):
+        merge(base["layers_0"], adapters, plan)
+    nan = jax.tree.map(lambda m: m * jnp.nan, adapters)
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        merge(base, nan, plan)
+    with pytest.raises(ValueError, match="mora_jax.qwix.dequantize"):
+        mora_jax.merge(base, adapters, plan)
+
+
+def test_another_version_of_qwix(monkeypatch):
+    """Of which nobody knows the private names."""
+    names = [name for name in sys.modules if name.startswith("mora_jax.qwix")]
+    for name in names:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delattr("qwix._src.providers.ptq.WithAux")
+    with pytest.raises(
+        ImportError, match=r"0\.1\.5 to 0\.1\.8.*is installed and lacks"
+    ):
+        importlib.import_module("mora_jax.qwix")
