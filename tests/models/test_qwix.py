@@ -5,6 +5,7 @@ The delta is the oracle's in float64, and a base is qwix's own model without ada
 
 import dataclasses
 import importlib
+import itertools
 import sys
 from collections.abc import Callable
 from importlib.metadata import version
@@ -175,9 +176,15 @@ def delta_of(adapted, layer, adapters):
     return layer.kernel_of(delta, spec.kernel_shape)
 
 
+def combinations():
+    """Every layer with every type; those are slow that differ in both from others."""
+    for name, types in itertools.product(LAYERS, TYPES):
+        quick = name == "dense" or types in ("none", "int8 inputs")
+        yield pytest.param(name, types, marks=[] if quick else [pytest.mark.slow])
+
+
 @pytest.mark.parametrize("api", APIS)
-@pytest.mark.parametrize("types", TYPES)
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("name, types", combinations())
 def test_the_delta_is_added_to_what_qwix_computes(name, types, api):
     layer, settings = LAYERS[name], TYPES[types]
     if name == "convolution" and types in ("int8", "int4", "nf4", "fp8"):
