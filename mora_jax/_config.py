@@ -34,7 +34,8 @@ def default_targets(leaf: str) -> str:
     """The pattern of paths to `leaf`; no head, router, embedding or convolution."""
     return (
         r"(?i)"
-        r"(?!(.*/)?(([^/]*_)?head|classifier|logits|score|cls|router)(_\d+)?/)"
+        r"(?!(.*/)?(([^/]*_)?(head|router)|classifier|(router_)?logits|score|cls)"
+        r"(_\d+)?/)"
         r"(?!.*(embed|conv)[^/]*/)(?!(.*/)?embedding$)"
         rf"(.*/)?{leaf}"
     )

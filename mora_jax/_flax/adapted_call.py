@@ -15,7 +15,7 @@ from mora_jax._interception import intercepted
 from mora_jax._linear_map import static
 from mora_jax._spec import AdapterSpec
 from mora_jax._types import ArrayLike
-from mora_jax.products import Contraction, Product
+from mora_jax.products import Contraction, Lookup, Product
 
 
 def adapt_call(
@@ -64,13 +64,17 @@ def adapt_call(
     check_product(spec, product)
     y, out_factor = call(), None
     if (scale := rule.scale_of(module)) is not None:
-        if not isinstance(product, Contraction):
+        if isinstance(product, Contraction):
+            in_factor, out_factor = product.factors(scale)
+            x = jnp.asarray(x).astype(y.dtype) * in_factor.astype(y.dtype)
+        elif isinstance(product, Lookup) and jnp.ndim(scale) < 2:
+            out_factor = jnp.asarray(scale)
+        else:
             raise ValueError(
-                f"{spec.name}: scale= of register_layer is for layers that compute an "
-                f"einsum, got {type(product).__name__}"
+                f"{spec.name}: scale= of register_layer must be of an einsum, or a "
+                "number or one for each feature of an embedding, got "
+                f"{type(product).__name__} scaled by shape {jnp.shape(scale)}"
             )
-        in_factor, out_factor = product.factors(scale)
-        x = jnp.asarray(x).astype(y.dtype) * in_factor.astype(y.dtype)
     return add_delta(y, spec, m(), x, product, dropout_key, precision, out_factor)
 
 

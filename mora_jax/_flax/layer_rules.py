@@ -140,8 +140,10 @@ def register_layer(
       scale: What the method multiplies the kernel by before an einsum: the name of a
         parameter, or a function of the module that returns an array, a number or None.
         It broadcasts against the kernel, and varies along the kernel's input features
-        or along its output features, not along both. The delta is multiplied by the
-        same, so the adapter is still merged into the kernel itself.
+        or along its output features, not along both. In an embedding it is a number,
+        or one for each feature, and may multiply the rows that are looked up. The delta
+        is multiplied by the same, so the adapter is still merged into the kernel
+        itself.
 
     Raises:
       TypeError: `cls` is not a class, or does not have the method; the method does not

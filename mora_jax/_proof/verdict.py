@@ -34,7 +34,7 @@ def multiplied(
     if by == "gather":
         # It must take whole rows of the unchanged kernel, which is not the indices.
         shape = eqn.invars[0].aval.shape
-        rows = tuple(eqn.params["slice_sizes"]) == (1, *shape[1:])
+        rows = tuple(eqn.params["slice_sizes"]) == (1, *shape[1:]) and len(shape) == 2
         if not (kernel_first and rows and trail.view == named(range(2), shape)):
             trail = trail.passed("gather of something other than rows")
     return dataclasses.replace(trail, by=by, call=call, view=view)

@@ -11,6 +11,7 @@ from helpers import random, random_like
 import mora_jax
 from mora_jax import MoRAConfig, diagnostics, linen, register_layer
 from mora_jax import nnx as mora_nnx
+from mora_jax.products import ATTEND, Lookup
 
 WIDTH = 8
 CONFIG = MoRAConfig(square_rank=4, operator="rotation", targets=".*(kernel|w|table)")
@@ -190,6 +191,55 @@ def test_a_scaled_kernel_is_merged_into_the_kernel_itself(value, scale):
     register_layer(layer, equation=DENSE, kernel="w", scale=scale)
     plan = mora_nnx.plan(layer(), CONFIG, X)
     assert diagnostics.check(layer(), None, plan, X)["w"] < 1e-5
+
+
+def test_a_scaled_embedding_is_merged_into_the_kernel_itself(unchecked):
+    """Gemma scales what it looks up, and not what its head multiplies by."""
+
+    class Table(nnx.Module):
+        def __init__(self):
+            self.w = nnx.Param(random(1, 16, WIDTH))
+
+        def encode(self, ids):
+            return self.w[...][ids] * 3.0
+
+        def decode(self, x):
+            return x @ self.w[...].T
+
+    class Model(nnx.Module):
+        def __init__(self):
+            self.table = Table()
+
+        def __call__(self, ids):
+            return self.table.decode(jnp.tanh(self.table.encode(ids)))
+
+    ids, rule = jnp.arange(4), {"kernel": "w", "method": "encode"}
+    for scale in (3.0, jnp.full(WIDTH, 3.0), jnp.full((16, 1), 3.0)):
+        register_layer(Table, equation=Lookup(), **rule, scale=lambda _, s=scale: s)
+        register_layer(Table, equation=ATTEND, kernel="w", method="decode")
+        plan = mora_nnx.plan(Model(), CONFIG, ids)
+        if jnp.ndim(scale) < 2:
+            assert diagnostics.check(Model(), None, plan, ids)["table/w"] < 1e-5
+        else:
+            match = r"got Lookup scaled by shape \(16, 1\)"
+            with pytest.raises(ValueError, match=match):
+                mora_nnx.wrap(Model(), plan)(ids)
+
+
+def test_rows_of_a_table_of_three_axes_are_no_kernel():
+    """As Gemma 3n looks up what it gives to its layers."""
+
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, ids):
+            table = self.param("table", nn.initializers.normal(), (16, 2, WIDTH))
+            return nn.Dense(WIDTH)(table[ids].sum(-2))
+
+    model, ids = Model(), jnp.arange(4)
+    variables = model.init(KEY, ids)
+    plan = linen.plan(model, variables, MoRAConfig(rank=2), ids)
+    assert list(plan) == ["Dense_0/kernel"]
+    assert "  table: never multiplied with an input" in str(plan)
 
 
 def test_scales_that_do_not_factor_are_refused(unchecked):

@@ -70,7 +70,8 @@ TARGETED = """dense/kernel kernel multi_head_attention/kernel
 encoder/layer/0/attention/self/query/kernel"""
 OTHERS = """lm_head/kernel head/kernel mlm_head/Dense_0/kernel head_1/kernel dense/bias
 classifier/kernel Classifier/kernel patch_embedding/kernel Conv_0/kernel
-moe/router/kernel embed/embedding"""
+moe/router/kernel moe/router_logits/kernel altup/modality_router/kernel
+embed/embedding"""
 
 
 def test_default_target_names():
