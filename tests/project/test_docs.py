@@ -5,6 +5,8 @@ import dataclasses
 import json
 import pkgutil
 import re
+import warnings
+from importlib.util import find_spec
 from types import SimpleNamespace
 
 import flax.linen as nn
@@ -52,12 +54,23 @@ def run(page, directory, **given):
     return SimpleNamespace(**scope)
 
 
+NEEDS = {
+    "checkpoints.md": "orbax.checkpoint",
+    "gemma.md": "gemma",
+    "maxtext-and-keras.md": "keras",
+}
+"""The packages without which the blocks of a page do not run."""
+
+
 @pytest.mark.parametrize("page", [p for p in PAGES[1:] if python_blocks(p)], ids=label)
 def test_code_runs(page, tmp_path):
     warns = contextlib.nullcontext()
+    if page.name in NEEDS and find_spec(NEEDS[page.name].partition(".")[0]) is None:
+        pytest.skip(f"{NEEDS[page.name]} is not installed")
     if page.name == "checkpoints.md":  # and says so
-        pytest.importorskip("orbax.checkpoint")
         warns = pytest.warns(mora_jax.MoRAWarning, match="updates batch_stats")
+    if page.name == "gemma.md":  # what it imports uses old names
+        warns = warnings.catch_warnings(action="ignore")
     with warns:
         run(page, tmp_path)
 
