@@ -16,7 +16,8 @@ run = $(VENV)/bin/python
 .DEFAULT_GOAL := help
 .PHONY: help demo demo-nnx demo-sharded quickstart bench bench-layer bench-growth \
   bench-scale bench-torch bench-chips bench-quality test \
-  test-slow test-all test-tunix test-peft test-chips lint wheel clean env tools
+  test-slow test-all test-tunix test-gemma test-peft test-chips lint wheel clean env \
+  tools
 
 help: ## list the targets
 	@echo 'Targets:'
@@ -79,6 +80,11 @@ test-tunix: VENV = .venv-tunix
 test-tunix: ## adapters in Tunix and in qwix's models, in an environment of its own
 	$(setup) tunix
 	$(run) -m pytest tests/with_tunix tests/models/test_interception.py
+
+test-gemma: VENV = .venv-gemma
+test-gemma: ## adapters in gemma, Kauldron and Keras, on Python 3.12 or newer
+	$(setup) gemma
+	$(run) -m pytest tests/with_gemma
 
 test-peft: VENV = .venv-torch
 test-peft: ## Hugging Face PEFT loads what we export, in an environment with PyTorch

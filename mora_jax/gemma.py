@@ -1,0 +1,169 @@
+"""Adapters for the models of `gemma`: Gemma 2, 3, 3n and 4; `mora-jax[gemma]`.
+
+Public names::
+
+  register              teach `linen.plan` and `linen.wrap` the layers of these models
+  MoRA                  a model with its adapters, as samplers and trainers take it
+"""
+
+import dataclasses
+import importlib
+import inspect
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from mora_jax._adapters import init
+from mora_jax._flax.layer_rules import register_layer
+from mora_jax._plan import Plan
+from mora_jax.linen import wrap
+from mora_jax.products import ATTEND, Lookup
+
+_KNOWN = "4.0.1"
+_PACKAGES = "gemma.gm.nn", "gemma.gm.nn.gemma3n", "gemma.gm.nn.gemma4"
+_TABLE = "input_embedding"
+
+
+def register() -> None:
+    """Teach `mora_jax.linen.plan` and `mora_jax.linen.wrap` the layers of gemma.
+
+    Gemma 2 and 3, 3n, and 4 each have an `Einsum` of their own, by which they multiply,
+    and an `Embedder`, whose table is also their head. Default targets take all kernels
+    of the first and leave out the second. Call this before planning; a second call
+    changes nothing.
+
+    Raises:
+      ImportError: gemma is not installed, or its version lacks what the rules need.
+
+    Example::
+
+      >>> import mora_jax.gemma
+      >>> mora_jax.gemma.register()  # doctest: +SKIP
+    """
+    try:
+        found = version("gemma")
+    except PackageNotFoundError as error:
+        raise ImportError(
+            f"mora_jax.gemma needs gemma {_KNOWN}, which is not installed: "
+            "pip install 'mora-jax[gemma]', on Python 3.12 or newer"
+        ) from error
+    for package in _PACKAGES:
+        einsum = _class(f"{package}._layers", "Einsum", found)
+        embedder = _class(f"{package}._modules", "Embedder", found)
+        register_layer(
+            einsum, equation=_equation, kernel=_kernel, argument="x", scale=_scale
+        )
+        register_layer(
+            embedder, equation=Lookup(), kernel=_TABLE, method="encode", scale=_root
+        )
+        register_layer(embedder, equation=ATTEND, kernel=_TABLE, method="decode")
+
+
+_NEEDED = {
+    "Einsum": ("eqn", "x", "weight_name"),
+    "Embedder": ("encode", "decode", "embed_dim"),
+}
+"""{class: the arguments, fields and methods that its rules read}."""
+
+
+def _class(module: str, name: str, found: str) -> type:
+    """A class of gemma, with all that its rules need."""
+    lacking = f"mora_jax.gemma needs {module}.{name} as in gemma {_KNOWN}, but {found} "
+    try:
+        cls = getattr(importlib.import_module(module), name)
+    except ModuleNotFoundError as error:
+        if not (error.name or "").startswith("gemma"):
+            raise  # another package is missing
+        raise ImportError(f"{lacking}has no module {error.name}") from error
+    except AttributeError as error:
+        raise ImportError(f"{lacking}has no such class") from error
+    known = {*dir(cls), *inspect.signature(cls.__call__).parameters, *_fields(cls)}
+    if missing := [part for part in _NEEDED[name] if part not in known]:
+        raise ImportError(f"{lacking}has it without {', '.join(missing)}")
+    return cls
+
+
+def _fields(cls: Any) -> list[str]:
+    return [field.name for field in dataclasses.fields(cls)]
+
+
+def _equation(layer: Any, eqn: str, x: Any) -> str:
+    return eqn
+
+
+def _kernel(layer: Any) -> str:
+    return layer.weight_name
+
+
+def _scale(layer: Any) -> float | None:
+    return getattr(layer, "w_scale", None)  # Gemma 3n and 4 have it
+
+
+def _root(layer: Any) -> jax.Array:
+    """What an Embedder multiplies its rows by, in their dtype."""
+    return jnp.sqrt(layer.embed_dim).astype(layer.get_variable("params", _TABLE).dtype)
+
+
+class MoRA(nn.Module):
+    """A Linen model with its adapters as one module, as `gm.nn.LoRA` is.
+
+    The samplers of gemma and the trainer of Kauldron take a module and its params. The
+    params of this one are `{"base": params, "mora": adapters}`, so that
+    `kd.optim.select("mora")` selects the adapters. Everything else of the model is
+    found here as well. In code of your own, `mora_jax.linen.wrap` is simpler.
+
+    The adapter's dropout is on where a call has a key for the "dropout" stream.
+
+    Attributes:
+      model: The model, which stays as it is.
+      plan: The plan of the adapters, as `mora_jax.linen.plan` makes it.
+
+    Example::
+
+      >>> import jax, jax.numpy as jnp
+      >>> import mora_jax.gemma
+      >>> model, x = nn.Dense(8), jnp.ones((1, 8))
+      >>> params = model.init(jax.random.key(0), x)["params"]
+      >>> config = mora_jax.MoRAConfig(rank=2, targets="kernel")
+      >>> plan = mora_jax.linen.plan(model, {"params": params}, config, x)
+      >>> adapted = mora_jax.gemma.MoRA(model=model, plan=plan)
+      >>> params = {"base": params, "mora": mora_jax.init(plan)}
+      >>> adapted.apply({"params": params}, x).shape
+      (1, 8)
+    """
+
+    _: dataclasses.KW_ONLY
+    model: nn.Module
+    plan: Plan
+
+    @nn.compact
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What the model returns, with the adapters' deltas in its layers."""
+        model = self.model.clone(parent=None)
+        if self.is_initializing():  # gemma replaces `self.param`, which needs a shape
+            made = model.init(self.make_rng("params"), *args, **kwargs)
+            self.put_variable("params", "base", made["params"])
+            adapters = init(self.plan, self.make_rng("params"))
+            self.put_variable("params", "mora", adapters)
+        params, drops = self.variables["params"], self.has_rng("dropout")
+        return wrap(model, self.plan)(
+            params["mora"],
+            {"params": params["base"]},
+            *args,
+            adapter_deterministic=not drops,
+            rngs={"dropout": self.make_rng("dropout")} if drops else None,
+            **kwargs,
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_") or name in _fields(MoRA):
+            return super().__getattr__(name)
+        return getattr(self.model, name)
+
+    def __kontext_keys__(self) -> dict[str, str]:
+        """The keys by which Kauldron finds the model's inputs in a batch."""
+        kontext = importlib.import_module("kauldron.kontext")
+        return kontext.get_keypaths(self.model)

@@ -1,0 +1,145 @@
+"""What `mora_jax.gemma` does without gemma; the rest is in tests/with_gemma."""
+
+import sys
+from importlib.metadata import PackageNotFoundError
+from types import ModuleType
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import pytest
+from helpers import close, random, trained
+
+import mora_jax.gemma
+from mora_jax import MoRAConfig, linen
+from mora_jax._flax.layer_rules import rules_of
+
+KEY, X = jax.random.key(0), random(0, 4, 16)
+
+
+class Einsum(nn.Module):
+    """As that of Gemma 3n and 4."""
+
+    shape: tuple[int, ...]
+    weight_name: str = "w"
+    w_scale: float | None = None
+
+    @nn.compact
+    def __call__(self, eqn, x):
+        w = self.param(self.weight_name, nn.initializers.normal(0.3), self.shape)
+        return jnp.einsum(eqn, x, w if self.w_scale is None else w * self.w_scale)
+
+
+class FeedForward(nn.Module):
+    """Two of them in one scope, as in gemma."""
+
+    @nn.compact
+    def __call__(self, x):
+        up = Einsum((2, 32, 16), "gating_einsum")
+        nn.share_scope(self, up)
+        gate = up("...F,NHF->...NH", x)
+        down = Einsum((32, 16), "linear", w_scale=0.25)
+        nn.share_scope(self, down)
+        return down("...H,HF->...F", nn.gelu(gate[..., 0, :]) * gate[..., 1, :])
+
+
+class Embedder(nn.Module):
+    """As that of gemma."""
+
+    embed_dim: int = 16
+
+    def setup(self):
+        init = nn.initializers.normal()
+        self.table = self.param("input_embedding", init, (24, self.embed_dim))
+
+    def encode(self, x):
+        return self.table[(x,)] * jnp.sqrt(self.embed_dim).astype(self.table.dtype)
+
+    def decode(self, x):
+        return jnp.dot(x, self.table.T)
+
+
+@pytest.fixture
+def gemma(monkeypatch):
+    """Modules in the place of those of gemma 9.9."""
+    found = {}
+    for package in mora_jax.gemma._PACKAGES:
+        for name, cls in (("_layers", Einsum), ("_modules", Embedder)):
+            module = ModuleType(f"{package}.{name}")
+            setattr(module, cls.__name__, cls)
+            found[module.__name__] = module
+            monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(mora_jax.gemma, "version", lambda name: "9.9")
+    return found
+
+
+def test_a_second_call_changes_nothing(gemma):
+    mora_jax.gemma.register()
+    first = [rules_of(cls) for cls in (Einsum, Embedder)]
+    mora_jax.gemma.register()
+    assert [rules_of(cls) for cls in (Einsum, Embedder)] == first
+    assert [list(rules) for rules in first] == [["__call__"], ["encode", "decode"]]
+
+
+NEEDS = r"mora_jax.gemma needs gemma.gm.nn.gemma4._layers.Einsum as in gemma 4.0.1, but"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda name, module: setattr(module, "Einsum", nn.Dense), "it without eqn, x"),
+        (lambda name, module: delattr(module, "Einsum"), "no such class"),
+        (lambda name, module: sys.modules.update({name: None}), "no module gemma"),
+    ],
+)
+def test_what_another_version_lacks_is_named(gemma, change, said):
+    name = "gemma.gm.nn.gemma4._layers"
+    change(name, gemma[name])
+    with pytest.raises(ImportError, match=f"{NEEDS} 9.9 has {said}"):
+        mora_jax.gemma.register()
+
+
+def test_without_gemma_the_package_is_named(monkeypatch):
+    def missing(name):
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(mora_jax.gemma, "version", missing)
+    with pytest.raises(ImportError, match="not installed: pip install 'mora-jax.gemma"):
+        mora_jax.gemma.register()
+
+
+@pytest.fixture
+def planned(gemma):
+    """A feed-forward layer, its params and plan."""
+    mora_jax.gemma.register()
+    model = FeedForward()
+    params = model.init(KEY, X)["params"]
+    config = MoRAConfig(rank=2, dropout=0.5)
+    return model, params, linen.plan(model, {"params": params}, config, X)
+
+
+def test_one_module_has_the_base_and_the_adapters(planned):
+    model, params, plan = planned
+    assert {path: spec.axes for path, spec in plan.items()} == {
+        "gating_einsum": "ooi",
+        "linear": "io",
+    }
+    adapters = trained(plan)
+    adapted = mora_jax.gemma.MoRA(model=model, plan=plan)
+    both = {"params": {"base": params, "mora": adapters}}
+    expected = model.apply({"params": mora_jax.merge(params, adapters, plan)}, X)
+    close(adapted.apply(both, X), expected)
+    dropped = adapted.apply(both, X, rngs={"dropout": KEY})
+    assert jnp.abs(dropped - expected).max() > 0.01
+    made = adapted.init(KEY, X)["params"]
+    assert jax.tree.map(jnp.shape, made) == jax.tree.map(jnp.shape, both["params"])
+    close(adapted.apply({"params": made}, X), model.apply({"params": made["base"]}, X))
+
+
+def test_the_module_is_static_and_has_what_the_model_has(planned):
+    model, _, plan = planned
+    one, other = (mora_jax.gemma.MoRA(model=model, plan=plan) for _ in range(2))
+    assert one == other and hash(one) == hash(other)
+    assert isinstance(one, nn.Module) and not hasattr(one, "config")
+    object.__setattr__(model, "config", "that of the model")
+    assert one.config == "that of the model"

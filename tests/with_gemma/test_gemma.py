@@ -1,0 +1,174 @@
+"""The models of gemma, its samplers and Kauldron's trainer; nobody here wrote them.
+
+Run by `make test-gemma`, in an environment of its own. All models are tiny and random.
+"""
+
+import contextlib
+import dataclasses
+from importlib.util import find_spec
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+from helpers import close, python_blocks, random_like, trained
+from processes import ROOT
+
+import mora_jax.gemma
+from mora_jax import LeftOutWarning, MoRAConfig, linen
+
+if find_spec("gemma") is None:
+    pytest.skip("gemma is not installed", allow_module_level=True)
+
+# What gemma imports uses old names of many packages.
+pytestmark = pytest.mark.filterwarnings("ignore", "error::mora_jax.MoRAWarning")
+KEY, TOKENS = jax.random.key(0), jnp.arange(12, dtype=jnp.int32).reshape(2, 6)
+CONFIG = MoRAConfig(rank=2)
+SMALL = {"num_embed": 13, "embed_dim": 16, "hidden_dim": 32, "num_heads": 2}
+SMALL |= {"head_dim": 8, "num_kv_heads": 1, "vision_encoder": None}
+GLOBAL = {"num_global_kv_heads": 1, "global_key_size": 8}
+EXPERTS = {"num_experts": 4, "expert_dim": 16, "top_k_experts": 2}
+MODELS = {
+    "Gemma2_2B": {},
+    "Gemma3_1B": {},
+    "Gemma3n_E2B": {
+        "per_layer_input_dim": 8,
+        "laurel_rank": 4,
+        "num_altup_inputs": 2,
+        "kv_cache_sharing_config": None,
+    },
+    "Gemma4_E2B": {
+        "per_layer_input_dim": 8,
+        "global_key_size": 8,
+        "override_kv_shared_ffw_hidden": 64,
+        "audio_encoder": None,
+    },
+    "Gemma4_31B": GLOBAL,
+    "Gemma4_26B_A4B": GLOBAL | EXPERTS | {"moe_dense_hidden_dim": 32},
+}
+"""{model of gemma: what makes it tiny, beside SMALL}."""
+LEFT_OUT = dict.fromkeys(MODELS, set()) | {
+    "Gemma3n_E2B": {
+        "altup_unembed_projection_0/altup_unembed_projection_0",
+        "embedder/per_layer_input_embedding",
+        "embedder/per_layer_input_projection/w",
+        "layer_*/altup/correction_coefs",
+        "layer_*/altup/modality_router/w",
+        "layer_*/altup/prediction_coefs",
+    },
+    "Gemma4_E2B": {
+        "embedder/per_layer_embeddings",
+        "embedder/per_layer_model_projection/w",
+    },
+    "Gemma4_26B_A4B": {
+        "layer_*/mlp/gating_einsum/w",
+        "layer_*/mlp/linear/w",
+        "layer_*/mlp/router_logits/w",
+    },
+}
+"""{model: what gets no adapter, beside the table of embeddings}."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def registered():
+    mora_jax.gemma.register()
+
+
+def tiny(name):
+    """A model with a layer of each kind of attention, and its params."""
+    from gemma import gm  # pyright: ignore
+
+    cls = getattr(gm.nn, name)
+    kinds = cls.config.attention_types[-2:]
+    small = SMALL | MODELS[name] | {"attention_types": kinds}
+    if name == "Gemma4_E2B":  # two more layers, with the keys and values of these
+        sharing = cls.config.kv_cache_sharing_config
+        half = dataclasses.replace(sharing, frac_shared_layers=0.5)
+        small |= {"kv_cache_sharing_config": half, "attention_types": 2 * kinds}
+    config = dataclasses.replace(cls.config, **small)
+    model = cls(config=config, dtype=jnp.float32)
+    shapes = jax.eval_shape(model.init, KEY, TOKENS)["params"]
+    return model, random_like(shapes, 0.2)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_layer_has_an_adapter_and_merging_is_exact(name):
+    model, params = tiny(name)
+    expected = contextlib.nullcontext()
+    if name == "Gemma4_26B_A4B":
+        expected = pytest.warns(LeftOutWarning, match="teach its class _Weight")
+    with expected:
+        plan = linen.plan(model, {"params": params}, CONFIG, TOKENS)
+    left_out = {kind.pattern for kind in plan.left_out}
+    assert left_out == LEFT_OUT[name] | {"embedder/input_embedding"}
+    apply, adapters = linen.wrap(model, plan), trained(plan)
+
+    @jax.jit
+    def gradient(adapters, params):
+        def loss(adapters):
+            logits = apply(adapters, {"params": params}, TOKENS).logits
+            return jnp.mean(jax.nn.log_softmax(logits)[..., 0]), logits
+
+        return jax.grad(loss, has_aux=True)(adapters)
+
+    grads, logits = gradient(adapters, params)
+    # Layers that take the keys and values of others do not use their own.
+    flat = flatten_dict(grads, sep="/")
+    idle = {path for path, grad in flat.items() if not grad.any()}
+    assert idle == {f"{path}_mora" for path, _ in plan.unproven}
+    assert bool(idle) == (name == "Gemma4_E2B")
+    merged = mora_jax.merge(params, adapters, plan)
+    close(model.apply({"params": merged}, TOKENS).logits, logits, 1e-4)
+
+
+@pytest.mark.parametrize("name", ["Gemma3_1B", "Gemma4_31B"])
+def test_embeddings_may_be_adapted(name):
+    """They are scaled where they are looked up, and not in the head."""
+    model, params = tiny(name)
+    config = MoRAConfig(rank=2, targets="embedder/input_embedding")
+    plan = linen.plan(model, {"params": params}, config, TOKENS)
+    assert not plan.unproven
+    adapters = trained(plan)
+    merged = mora_jax.merge(params, adapters, plan)
+    expected = model.apply({"params": merged}, TOKENS).logits
+    got = linen.wrap(model, plan)(adapters, {"params": params}, TOKENS).logits
+    close(got, expected, 1e-4)
+
+
+def tokens_of(model, params):
+    """What a sampler of gemma takes for the likeliest."""
+    from gemma import gm  # pyright: ignore
+
+    tokenizer = gm.testing.DummyTokenizer()
+    settings = {"tokenizer": tokenizer, "cache_length": 32, "max_out_length": 8}
+    sampler = gm.text.Sampler(model=model, params=params, pad_length=8, **settings)
+    prompts = ["hello world", "My name is"]
+    sampled = sampler.sample(prompts, return_state=True)
+    return np.asarray(sampled.state.predicted_tokens)
+
+
+@pytest.mark.parametrize("name", ["Gemma3_1B", "Gemma4_E2B"])
+def test_the_sampler_gives_the_tokens_of_the_merged_model(name, monkeypatch):
+    model, params = tiny(name)
+    # The tokenizer of these tests has no version.
+    info = dataclasses.replace(model.INFO, tokenizer_version=None)
+    monkeypatch.setattr(type(model), "INFO", info)
+    plan = linen.plan(model, {"params": params}, CONFIG, TOKENS)
+    adapters = trained(plan)
+    merged = mora_jax.merge(params, adapters, plan)
+    adapted = mora_jax.gemma.MoRA(model=model, plan=plan)
+    got = tokens_of(adapted, {"base": params, "mora": adapters})
+    np.testing.assert_array_equal(got, tokens_of(model, merged))
+    assert (got != tokens_of(model, params)).any()
+
+
+def test_the_code_of_the_page_trains_the_adapters_alone(tmp_path):
+    page = {"directory": str(tmp_path)}
+    for block in python_blocks(ROOT / "docs/gemma.md"):
+        exec(block, page)
+    params, state = page["params"], page["state"]
+    close(state.params["base"], params, 0)
+    assert all(m.any() for m in jax.tree.leaves(page["adapters"]))
+    numbers = sum(array.size for array in jax.tree.leaves(state.opt_state))
+    assert numbers == 2 * page["plan"].trainable_parameters + 1  # Adam's, and its count
