@@ -9,10 +9,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from mora_jax._types import ArrayLike
 from mora_jax.products import Contraction, Product
 
 Equation = str | Product | Callable[..., str | Product]
 Name = str | Callable[[Any], str]
+Scale = str | Callable[[Any], ArrayLike | float | None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +39,7 @@ class LayerRule:
     method: str
     argument: str | None = None
     dot_general: bool = False
-    scale: Name | None = None
+    scale: Scale | None = None
 
     def read(self, module: Any, args: Any, kwargs: Any) -> tuple[Product, Any]:
         """The product of one call, and its input."""
@@ -115,7 +117,7 @@ def register_layer(
     method: str = "__call__",
     argument: str | None = None,
     dot_general: bool = False,
-    scale: Name | None = None,
+    scale: Scale | None = None,
 ) -> None:
     """Teach `linen.wrap` and `nnx.wrap` a layer class.
 

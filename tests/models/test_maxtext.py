@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 import pytest
 from flax import nnx
+from flax.linen.spmd import logical_to_mesh_sharding
 from helpers import close, python_blocks, random, random_like, trained
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -129,7 +130,7 @@ def test_a_mesh_is_read_from_the_logical_names(variables):
     """A step on it is that of one device, with M's on all of them."""
     mesh, batch = make_mesh(data=2, model=2), "data"
     with nn.logical_axis_rules(RULES):
-        places = nn.logical_to_mesh_sharding(
+        places = logical_to_mesh_sharding(
             nn.get_partition_spec(variables), mesh, list(RULES)
         )
         plan = linen.plan(MODEL, variables, CONFIG, X)
@@ -138,7 +139,7 @@ def test_a_mesh_is_read_from_the_logical_names(variables):
             plan, variables["params"], batch_axes=batch, mesh=mesh
         )
     layout = split["layers/query/kernel"].layout
-    assert layout.mesh_axes == ((), ("model",), ("data",), ())
+    assert layout and layout.mesh_axes == ((), ("model",), ("data",), ())
     assert all(place.is_fully_replicated for place in jax.tree.leaves(there))
 
     def gradient(plan):
