@@ -16,7 +16,8 @@ import numpy as np
 from flax import nnx
 from helpers import random, random_like
 
-from mora_jax import MoRAConfig
+from mora_jax import MoRAConfig, register_layer
+from mora_jax.products import Folded
 
 BATCH, TIME, WIDTH, HIDDEN = 2, 5, 12, 20
 EXPERTS = 3
@@ -87,9 +88,13 @@ def in_linen(model):
 def built(forward, x=X, **layers):
     """The twin that a block is."""
     block = Block(forward, **layers)
-    in_nnx = all(layer.nnx for layer in layers.values())
-    make_nnx = functools.partial(NNXBlock, block) if in_nnx else None
-    return Twin(lambda: LinenBlock(block), make_nnx, block.axes, x)
+    linen, in_nnx = (
+        functools.partial(cls, block)
+        if all(getattr(layer, api) for layer in layers.values())
+        else None
+        for cls, api in ((LinenBlock, "linen"), (NNXBlock, "nnx"))
+    )
+    return Twin(linen, in_nnx, block.axes, x)
 
 
 # --- Layers ---
@@ -233,6 +238,32 @@ def mixture(model, x):
     return jnp.einsum("bte,ebto->bto", gates, outputs), outputs
 
 
+class BareExperts(nnx.Module):
+    """Experts that are arrays of the module, which a part of its method multiplies."""
+
+    def __init__(self, rngs):
+        self.router = nnx.Linear(WIDTH, EXPERTS, rngs=rngs)
+        self.up = nnx.Param(ZEROS(rngs.params(), (EXPERTS, WIDTH, HIDDEN)))
+        self.down = nnx.Param(ZEROS(rngs.params(), (EXPERTS, HIDDEN, WIDTH)))
+
+    def __call__(self, x):
+        return nnx.remat(BareExperts.mixed)(self, x, nnx.softmax(self.router(x)))
+
+    def mixed(self, x, gates):
+        outputs = [nnx.gelu(x @ self.up[k]) @ self.down[k] for k in range(EXPERTS)]
+        return x + jnp.einsum("bte,btoe->bto", gates, jnp.stack(outputs, -1))
+
+
+for bare in ("up", "down"):
+    register_layer(BareExperts, equation=Folded("sio"), kernel=bare)
+BARE = Twin(None, BareExperts, {"up": "sio", "down": "sio"})
+STACKED_BARE = Twin(
+    None,
+    nnx.split_rngs(splits=2)(nnx.vmap(BareExperts)),
+    {"up": "ssio", "down": "ssio"},
+)
+
+
 def jitted_twice(model, x):
     if in_linen(model):
         return model.second(model.first(x))
@@ -374,6 +405,8 @@ LIFTED = {
         lambda model, x: model.layers(x, None)[0],
         layers=Twin(two_scans, None, stack_axes("ss", MLP)),
     ),
+    "bare-experts": BARE,
+    "bare-experts-scan": built(one_after_another, layers=STACKED_BARE),
     "jit": built(jitted_twice, **dict.fromkeys(("first", "second"), mlp(nn.jit))),
     "vmap-shared": built(
         on_each,

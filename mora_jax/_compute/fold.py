@@ -11,6 +11,7 @@ layers are rematerialised.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -19,7 +20,12 @@ import jax.numpy as jnp
 from mora_jax._compute.delta import Delta
 from mora_jax._compute.maps import AdaptedMap
 from mora_jax._compute.matrix import folds_in_place
+from mora_jax._interception import undisturbed
+from mora_jax._mesh.layout import explicit_sharding, with_auto_axes
+from mora_jax._rounding import add_rounded
+from mora_jax._spec import AdapterSpec
 from mora_jax._tuning import Tuning, by_platform
+from mora_jax._types import ArrayLike
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +57,42 @@ class FoldedMap(AdaptedMap):
             if folds_in_place(operator):
                 return folded
         return by_platform(_stores, _barrier, _second, after, folded)
+
+
+def folded_kernel(spec: AdapterSpec, m: ArrayLike, kernel: jax.Array) -> jax.Array:
+    """W + alpha C M D, for a layer of which it is not known what it does with W.
+
+    The sum is the one that `merge` makes. It is kept for the backward pass, and M's
+    gradient is taken from that of the sum.
+
+    Args:
+      spec: The adapter.
+      m: M, (*stack, q, q).
+      kernel: W, with the stack axes of M.
+    """
+    if (sharding := explicit_sharding(kernel)) is not None:
+        spec = dataclasses.replace(spec, layout=None)
+        return with_auto_axes(functools.partial(_fold, spec), sharding, m, kernel)
+    return _fold(spec, m, kernel)
+
+
+def _fold(spec: AdapterSpec, m: ArrayLike, kernel: jax.Array) -> jax.Array:
+    dtype = jnp.promote_types(jnp.result_type(m, kernel), jnp.float32)
+    delta = Delta.of(spec, m, dtype=dtype, ndim=kernel.ndim, x=kernel)
+    return _rounded_sum(delta.axes, kernel, undisturbed(delta.kernel)())
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _rounded_sum(axes: str, kernel: jax.Array, delta: jax.Array) -> jax.Array:
+    """The rounded sum, whose derivatives are those of the sum itself."""
+    return add_rounded(kernel, delta, axes, kernel.dtype, "dither")
+
+
+@_rounded_sum.defjvp
+def _(axes: str, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    y = _rounded_sum(axes, *primals)
+    kernel, delta = tangents
+    return y, kernel + delta.astype(y.dtype)
 
 
 def _schedule_after(x: jax.Array, m: jax.Array) -> jax.Array:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from mora_jax._types import ArrayLike
-from mora_jax.products import Contraction, Product
+from mora_jax.products import Contraction, Folded, Product
 
 Equation = str | Product | Callable[..., str | Product]
 Name = str | Callable[[Any], str]
@@ -107,6 +107,7 @@ class LayerRule:
 
 
 _RULES: dict[type, dict[str, LayerRule]] = {}
+_FOLDED: dict[type, dict[str, Folded]] = {}
 
 
 def register_layer(
@@ -124,6 +125,9 @@ def register_layer(
     The method must multiply its input by one kernel, and may add a bias; the class is
     used as it is. If several methods use one kernel, register each of them; plans go by
     the first. A subclass that overrides `method` needs its own registration.
+
+    With `products.Folded` the methods of a class may do anything with their kernels.
+    Register each kernel of the class.
 
     Args:
       cls: The class, of either Flax API.
@@ -149,7 +153,9 @@ def register_layer(
 
     Raises:
       TypeError: `cls` is not a class, or does not have the method; the method does not
-        have the argument; another argument has a wrong type.
+        have the argument; another argument has a wrong type; `products.Folded` for a
+        class of Linen.
+      ValueError: `products.Folded` for some kernels of a class and not for all.
 
     Example: a layer that stores its kernel as (out, in)::
 
@@ -186,8 +192,35 @@ def register_layer(
         raise TypeError(
             f"scale must be a parameter's name or a function, got {scale!r}"
         )
+    if isinstance(equation, Folded) or folded_kernels(cls):
+        _register_folded(cls, equation, kernel)
+        return
     rule = LayerRule(equation, kernel, method, argument, dot_general, scale)
     _RULES[cls] = {**_RULES.get(cls, {}), method: rule}
+
+
+def _register_folded(cls: type, equation: Equation, kernel: Name) -> None:
+    """`register_layer` for a kernel of a class whose methods read their kernels."""
+    if issubclass(cls, nn.Module):
+        raise TypeError(
+            f"products.Folded is for classes of Flax NNX, got {cls.__name__} of Linen"
+        )
+    if not isinstance(kernel, str):
+        raise TypeError(
+            f"kernel must be a parameter's name with products.Folded, got {kernel!r}"
+        )
+    if rules_of(cls) or not isinstance(equation, Folded):
+        raise ValueError(
+            f"equation must be a products.Folded for all kernels of {cls.__name__} or "
+            f"for none, got {equation!r} for {kernel!r}"
+        )
+    _FOLDED[cls] = {**folded_kernels(cls), kernel: equation}
+
+
+def folded_kernels(cls: type) -> Mapping[str, Folded]:
+    """{kernel: its product} of a class, or a base class, whose methods read them."""
+    cls = vars(cls).get("plain_class", cls)
+    return next((_FOLDED[base] for base in cls.__mro__ if base in _FOLDED), {})
 
 
 def rules_of(cls: type) -> Mapping[str, LayerRule]:
@@ -205,6 +238,8 @@ def rules_of(cls: type) -> Mapping[str, LayerRule]:
 
 def planning_rules(module: Any) -> Mapping[str, LayerRule]:
     """{kernel: the rule that plans go by} of a module."""
+    if folded := folded_kernels(type(module)):
+        return {k: LayerRule(product, k, "__call__") for k, product in folded.items()}
     rules: dict[str, LayerRule] = {}
     for rule in rules_of(type(module)).values():
         rules.setdefault(rule.name(module), rule)

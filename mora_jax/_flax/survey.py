@@ -62,6 +62,20 @@ class Survey:
         args, kwargs = rule.with_input(x, module, args, kwargs)
         return mark(method(*args, **kwargs), call, end=True)
 
+    def record_read(
+        self, name: str, product: Product, cls: str, kernel: jax.Array
+    ) -> jax.Array:
+        """The kernel as the methods of its layer read it, with a mark.
+
+        Args:
+          name: The path of the kernel.
+          product: The rule's product, which stands for anything that methods do.
+          cls: The name of the layer's class.
+          kernel: The kernel.
+        """
+        self.products[name] = product
+        return mark(kernel, Call(name, product, False, cls), end=True)
+
     def _record_product(
         self, name: str, rule: LayerRule, module: Any, product: Product
     ) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 from mora_jax._proof.marks import Call
 from mora_jax._proof.trails import Trail, Value
 from mora_jax._proof.views import Piece, View, length, named
-from mora_jax.products import Contraction, Lookup
+from mora_jax.products import Contraction, Folded, Lookup
 
 
 def multiplied(
@@ -78,6 +78,8 @@ def _dot(dimension_numbers: Any, w: View, x: View, kernel_first: bool) -> View |
 def fault(call: Call, trail: Trail, lead: int) -> str:
     """Why an output of `call` is not the product that its rule describes, or ""."""
     product = call.product
+    if isinstance(product, Folded):
+        return _fault_of_read(trail, lead)
     steps = trail.through - product.passes
     if not trail.by and isinstance(product, Lookup) and steps == {"broadcast_in_dim"}:
         return ""  # Flax does not look up in an embedding of a single row
@@ -101,6 +103,17 @@ def fault(call: Call, trail: Trail, lead: int) -> str:
         ]
         if len(outputs) != len(product.outputs) or not all(whole):
             return f"does not compute {product.equation!r}, as its rule says"
+    return ""
+
+
+def _fault_of_read(trail: Trail, lead: int) -> str:
+    """Why the array that a layer reads is not the kernel itself, or ""."""
+    if steps := {trail.by, *trail.through} - {""}:
+        return f"reads it changed by {listed(sorted(steps))}"
+    axes = [axis for axis in trail.view[lead:] if axis] if trail.view else []
+    order = [piece.axis for axis in axes for piece in axis]
+    if trail.view is None or len(order) > len(axes) or order != sorted(order):  # type: ignore[type-var]
+        return "reads it with other axes"
     return ""
 
 

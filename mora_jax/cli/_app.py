@@ -46,9 +46,9 @@ Family = Annotated[
     str | None,
     typer.Option(
         "--names",
-        help="Which PyTorch module is which kernel: llama, gemma, qwen, gpt2, bert, or "
-        'templates as JSON, {"model.layers.{n}.mlp.{p}": "h_{n}/{p}/kernel"}, or a '
-        "file of such JSON whose name ends in .json. By default any family that fits.",
+        help="Which PyTorch module is which kernel: llama, gemma, qwen, gpt2, bert, "
+        'tunix; templates as JSON, {"model.layers.{n}.mlp.{p}": "h_{n}/{p}/kernel"}, '
+        "or a file of such JSON whose name ends in .json. By default any family.",
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, not a table.")]

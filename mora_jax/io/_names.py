@@ -52,8 +52,28 @@ FAMILIES: dict[str, tuple[Pair, ...]] = {
 }
 """The models that are known, as transformers names them."""
 
+LIBRARIES: dict[str, tuple[Pair, ...]] = {
+    "tunix": (
+        *(
+            Pair(
+                f"model.layers.{{layer}}.self_attn.{name}_proj",
+                f"layers/{{layer}}/attn/{name}_proj/w",
+            )
+            for name in "qkvo"
+        ),
+        Pair("model.layers.{layer}.mlp.{name}", "layers/{layer}/mlp/{name}/kernel"),
+        Pair(
+            "model.layers.{layer}.mlp.experts.{expert}.{name}",
+            "layers/{layer}/mlp/{name}[{expert}]",
+        ),
+        Pair("model.embed_tokens", "embedder/input_embedding", "io"),
+        Pair("lm_head", "lm_head/w"),
+    ),
+}
+"""Models of libraries that have names of their own for what transformers has, too."""
+
 Names = str | Mapping[str, str] | None
-"""A family of models, {module: kernel} as templates, or None for all families."""
+"""A family, a library, {module: kernel} as templates, or None for all families."""
 
 
 def pairs(names: Names) -> tuple[Pair, ...]:
@@ -67,11 +87,12 @@ def pairs(names: Names) -> tuple[Pair, ...]:
     if names is None:
         return tuple(pair for family in FAMILIES.values() for pair in family)
     if isinstance(names, str):
-        if names not in FAMILIES:
+        known = FAMILIES | LIBRARIES
+        if names not in known:
             raise ValueError(
-                f"names must be one of {list(FAMILIES)} or a mapping, got {names!r}"
+                f"names must be one of {list(known)} or a mapping, got {names!r}"
             )
-        return FAMILIES[names]
+        return known[names]
     texts = [*names, *names.values()] if isinstance(names, Mapping) else [None]
     if not all(isinstance(text, str) for text in texts):
         raise TypeError(f"names must be a family or map texts to texts, got {names!r}")

@@ -12,12 +12,20 @@ from flax import nnx
 
 from mora_jax._compute.adapted import check_product
 from mora_jax._flax.adapted_call import adapt_call
-from mora_jax._flax.layer_rules import LayerRule, planning_rules, rules_of, unknown_use
+from mora_jax._flax.layer_rules import (
+    LayerRule,
+    folded_kernels,
+    planning_rules,
+    rules_of,
+    unknown_use,
+)
 from mora_jax._flax.survey import refuse_untraced
 from mora_jax._interception import intercepted
 from mora_jax._spec import SUFFIX, AdapterSpec
 from mora_jax.nnx._dropout import AdapterDropout
+from mora_jax.nnx._folded import derived, reading_class, with_delta
 from mora_jax.nnx._param import MoRAParam
+from mora_jax.products import Folded
 
 CallWrapper = Callable[[LayerRule, nnx.Module, Callable[..., Any], Any, Any], Any]
 """(rule, layer, its method, args, kwargs) to what the call returns."""
@@ -39,28 +47,30 @@ def subclass(cls: type, wrap_call: CallWrapper, *, strict: bool) -> type:
         outside of the layer, since nobody knows how they use the kernel.
     """
     rules = rules_of(cls)
-    namespace: dict[str, Any] = {
-        "__module__": cls.__module__,
-        "__qualname__": cls.__qualname__,
-        "__doc__": cls.__doc__,
-        "plain_class": cls,
-    }
+    methods: dict[str, Any] = {}
     for name, method in inspect.getmembers(cls, inspect.isfunction):
         inherited = getattr(nnx.Module, name, None) is method
         if name in rules:
-            namespace[name] = _wrapped(method, rules[name], wrap_call)
+            methods[name] = _wrapped(method, rules[name], wrap_call)
         elif strict and not inherited and (name[0] != "_" or name == "__call__"):
-            namespace[name] = _refused(cls, method)
-    return type(cls)(cls.__name__, (cls,), namespace)
+            methods[name] = _refused(cls, method)
+    return derived(cls, methods)
 
 
 def adapted_class(cls: type) -> type:
     """The class that a layer of class `cls` has once it is adapted."""
-    return _adapted_class(cls, tuple(rules_of(cls).values()))
+    rules = tuple(rules_of(cls).values())
+    return _adapted_class(cls, rules, tuple(folded_kernels(cls).items()))
 
 
 @functools.cache  # nnx.jit would compile a program for each of several classes
-def _adapted_class(cls: type, rules: tuple[LayerRule, ...]) -> type:
+def _adapted_class(
+    cls: type,
+    rules: tuple[LayerRule, ...],
+    folded: tuple[tuple[str, Folded], ...],
+) -> type:
+    if folded:
+        return reading_class(cls, with_delta)
     return subclass(cls, call_adapted, strict=True)
 
 
@@ -139,6 +149,11 @@ def attach(
         refuse_untraced(spec.name, product)
     if product is not None:
         check_product(spec, product)
+    if isinstance(product, Folded) and spec.dropout > 0:
+        raise ValueError(
+            f"{spec.name}: dropout must be 0 for a kernel that methods read "
+            f"(products.Folded), got {spec.dropout}; say so in overrides"
+        )
     object.__setattr__(module, "__class__", adapted_class(cls))
     setattr(module, kernel + SUFFIX, MoRAParam.of(spec, m))
     if spec.dropout > 0:

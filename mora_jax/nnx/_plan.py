@@ -7,13 +7,14 @@ from typing import Any
 from flax import nnx
 
 from mora_jax._config import MoRAConfig, check_config
-from mora_jax._flax.layer_rules import LayerRule, planning_rules
+from mora_jax._flax.layer_rules import LayerRule, folded_kernels, planning_rules
 from mora_jax._flax.survey import Survey, refuse_untraced
 from mora_jax._paths import named_leaves
 from mora_jax._plan import Plan
 from mora_jax._planning import plan_surveyed
 from mora_jax.nnx._adapters import named_modules
-from mora_jax.nnx._classes import subclass
+from mora_jax.nnx._classes import plain_class, subclass
+from mora_jax.nnx._folded import reading_class
 from mora_jax.nnx._param import MoRAParam
 
 
@@ -62,7 +63,9 @@ def plan(
     for path, module in named_modules(model):
         survey.classes["/".join(path)] = type(module).__name__
         rules = planning_rules(module)
-        for name, value in vars(module).items() if rules else ():
+        # Methods that read their kernels may do anything with other arrays, too.
+        plain = rules and not folded_kernels(type(module))
+        for name, value in vars(module).items() if plain else ():
             if isinstance(value, nnx.Variable) and name not in rules:
                 survey.non_kernels.add("/".join((*path, name)))
     for name, layer, rule in _known(model):
@@ -131,9 +134,17 @@ def _trace(model: nnx.Module, survey: Survey, args: Any, kwargs: Any) -> None:
         name = prefix + rule.name(module)
         return survey.record_call(name, rule, module, method, args, kwargs)
 
+    def read(prefix: str, module: Any, name: str, kernel: Any) -> Any:
+        product = folded_kernels(type(module))[name]
+        cls = plain_class(module).__name__
+        return survey.record_read(prefix + name, product, cls, kernel)
+
     for path, layer in {name.rpartition("/")[0]: m for name, m, _ in found}.items():
-        wrap_call = functools.partial(record, f"{path}/" if path else "")
-        cls = subclass(type(layer), wrap_call, strict=False)
+        prefix, cls = f"{path}/" if path else "", type(layer)
+        if folded_kernels(cls):
+            cls = reading_class(cls, functools.partial(read, prefix))
+        else:
+            cls = subclass(cls, functools.partial(record, prefix), strict=False)
         object.__setattr__(layer, "__class__", cls)
     graph, state = nnx.split(marked)
 

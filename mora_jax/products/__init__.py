@@ -6,6 +6,7 @@ Kinds::
   Contraction           an einsum: dense layers, attention, tied heads
   Convolution           a convolution
   Lookup                an embedding
+  Folded                any use of a kernel, such as experts that are bare arrays
   DENSE                 the equation of a dense layer
   ATTEND                the equation of a head that is tied to an embedding
 
@@ -20,4 +21,5 @@ from mora_jax.products.contraction import ATTEND as ATTEND
 from mora_jax.products.contraction import DENSE as DENSE
 from mora_jax.products.contraction import Contraction as Contraction
 from mora_jax.products.convolution import Convolution as Convolution
+from mora_jax.products.folded import Folded as Folded
 from mora_jax.products.lookup import Lookup as Lookup

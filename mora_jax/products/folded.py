@@ -1,0 +1,59 @@
+"""Kernels that methods read: they get the kernel with its delta."""
+
+import dataclasses
+
+import jax
+
+from mora_jax.products._base import Delta, Product
+
+
+@dataclasses.dataclass(frozen=True)
+class Folded(Product):
+    r"""Any use of a kernel: all methods of its module read :math:`W + \alpha\, C M D`.
+
+    It is for kernels whose use no einsum of one input describes, such as experts that
+    are bare arrays of a module, and it is exact whatever the methods compute. But each
+    call forms the sum, and its gradient has the kernel's shape. A module may have
+    several such kernels, and then has no others. In Linen there are none.
+
+    Attributes:
+      kernel_axes: The kernel's axes as letters s, i and o. An expert axis is "s": each
+        expert has an M.
+      by_default: Whether the default targets include the kernel.
+
+    Example::
+
+      >>> from flax import nnx
+      >>> import jax, jax.numpy as jnp
+      >>> import mora_jax
+      >>> class Experts(nnx.Module):
+      ...     def __init__(self, rngs):
+      ...         self.w = nnx.Param(jax.random.normal(rngs.params(), (4, 16, 16)))
+      ...     def __call__(self, x, best):  # (n, 16), and an expert for each
+      ...         return jnp.einsum("ni,nio->no", x, self.w[best])
+      >>> folded = mora_jax.products.Folded("sio")
+      >>> mora_jax.register_layer(Experts, equation=folded, kernel="w")
+      >>> model, config = Experts(nnx.Rngs(0)), mora_jax.MoRAConfig(rank=2)
+      >>> x, best = jnp.ones((3, 16)), jnp.array([0, 3, 0])
+      >>> plan = mora_jax.nnx.plan(model, config, x, best)
+      >>> plan["w"].shape
+      (4, 8, 8)
+    """
+
+    kernel_axes: str
+    by_default: bool = True
+
+    @property
+    def axes(self) -> str:
+        return self.kernel_axes
+
+    @property
+    def adapted_by_default(self) -> bool:
+        return self.by_default
+
+    def fits(self, axes: str) -> bool:
+        return axes == self.axes
+
+    def delta(self, delta: Delta, x: jax.Array) -> jax.Array:
+        """The delta itself: what is read here is the kernel, and `x` is not used."""
+        return delta.kernel()
