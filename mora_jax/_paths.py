@@ -93,12 +93,12 @@ def lacking(name: str, names: Iterable[str]) -> str:
     return nearest_paths(name, names)
 
 
-def refuse_variables(params: Any) -> None:
-    """Raise if `params` are all variables of a Linen model."""
+def refuse_variables(params: Any, what: str = "params") -> None:
+    """Raise if `params`, the argument `what`, are all variables of a Linen model."""
     if isinstance(params, Mapping) and isinstance(params.get("params"), Mapping):
         if not isinstance(params, nnx.State):  # a model may have an attribute `params`
             raise ValueError(
-                f"params must not hold 'params' at its top, got {sorted(params)}: "
+                f"{what} must not hold 'params' at its top, got {sorted(params)}: "
                 "pass variables['params'], not all variables"
             )
 

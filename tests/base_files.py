@@ -72,6 +72,12 @@ def kernels(base, names=None):
     return made(plan), plan
 
 
+def resident():
+    """Bytes of memory that this process has."""
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * resource.getpagesize()
+
+
 @contextlib.contextmanager
 def files_of_at_most(size):
     """A disk on which no file can grow beyond as many bytes."""

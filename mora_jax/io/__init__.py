@@ -19,6 +19,7 @@ PEFT's formats::
 
 Whole checkpoints::
 
+  load_base             the params of a Flax model, from a base in safetensors
   Checkpoint            a base in safetensors, of which only headers are in memory
   merge_checkpoint      merge adapters into a base, from file to file
 """
@@ -26,6 +27,7 @@ Whole checkpoints::
 from mora_jax.io._base import Checkpoint as Checkpoint
 from mora_jax.io._checkpoint import merge_checkpoint as merge_checkpoint
 from mora_jax.io._errors import AdapterFileError as AdapterFileError
+from mora_jax.io._load_base import load_base as load_base
 from mora_jax.io._lora import save_peft_lora as save_peft_lora
 from mora_jax.io._names import Names as Names
 from mora_jax.io._native import load as load

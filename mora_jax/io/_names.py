@@ -1,9 +1,10 @@
-"""Names of PyTorch's modules, and the paths of their kernels here."""
+"""Names of PyTorch's modules and tensors, and the paths of their arrays here."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
+from mora_jax._suggestions import did_you_mean
 from mora_jax._types import Shape
 
 
@@ -16,16 +17,22 @@ class Pair(NamedTuple):
         A stacked kernel has an index in its stack, as in "layers/{name}/kernel[{n}]".
       axes: The order of the axes of PyTorch's weight: "oi" as in `Linear`, "io" as in
         GPT-2's `Conv1D`.
+      kernel_axes: The order of the kernel's axes: "io" as in `nn.Dense`, "oi" as in
+        GPT-2's `FlaxConv1D`. A plan knows that by itself.
     """
 
     module: str
     kernel: str
     axes: str = "oi"
+    kernel_axes: str = "io"
 
 
 def _same(template: str, axes: str = "oi") -> Pair:
-    """A pair for transformers, which names its Flax models as its PyTorch models."""
-    return Pair(template, template.replace(".", "/") + "/kernel", axes)
+    """A pair for transformers, which names its Flax models as its PyTorch models.
+
+    It also keeps each kernel in Flax as the transpose of PyTorch's weight.
+    """
+    return Pair(template, template.replace(".", "/") + "/kernel", axes, axes[::-1])
 
 
 _DECODER = (
@@ -72,6 +79,24 @@ LIBRARIES: dict[str, tuple[Pair, ...]] = {
 }
 """Models of libraries that have names of their own for what transformers has, too."""
 
+TABLES = {"embed_tokens", "embed_positions", "wte", "wpe", "word_embeddings"}
+TABLES |= {"position_embeddings", "token_type_embeddings"}
+"""The last names of modules in PyTorch whose weights are embeddings."""
+
+TIED = (
+    ("embed_tokens.weight", "lm_head.weight"),
+    ("wte.weight", "lm_head.weight"),
+    ("embeddings.word_embeddings.weight", "cls.predictions.decoder.weight"),
+    ("cls.predictions.bias", "cls.predictions.decoder.bias"),
+)
+"""Tensors by their canonical names, of which files often have but one."""
+
+BUFFERS = re.compile(
+    r"(.*\.)?(rotary_emb\.inv_freq|h\.\d+\.attn\.(masked_)?bias"
+    r"|embeddings\.(position|token_type)_ids)"
+)
+"""Tensors that PyTorch stores though they can be computed."""
+
 Names = str | Mapping[str, str] | None
 """A family, a library, {module: kernel} as templates, or None for all families."""
 
@@ -85,14 +110,17 @@ def pairs(names: Names) -> tuple[Pair, ...]:
         fields.
     """
     if names is None:
-        return tuple(pair for family in FAMILIES.values() for pair in family)
+        every = [pair for family in FAMILIES.values() for pair in family]
+        return tuple(dict.fromkeys(every))
     if isinstance(names, str):
         known = FAMILIES | LIBRARIES
-        if names not in known:
+        family = names if names in known else names.rstrip("0123456789")
+        if family not in known:
             raise ValueError(
                 f"names must be one of {list(known)} or a mapping, got {names!r}"
+                + did_you_mean(names, known)
             )
-        return known[names]
+        return known[family]
     texts = [*names, *names.values()] if isinstance(names, Mapping) else [None]
     if not all(isinstance(text, str) for text in texts):
         raise TypeError(f"names must be a family or map texts to texts, got {names!r}")
@@ -136,6 +164,71 @@ def to_module(kernel: str, known: tuple[Pair, ...]) -> tuple[str, str] | None:
         if module := translate(kernel, pair.kernel, pair.module):
             return module, pair.axes
     return None
+
+
+class Tensor(NamedTuple):
+    """What PyTorch may call the tensor of an array.
+
+    Attributes:
+      name: The tensor's name, such as "model.norm.weight".
+      axes: The order of its axes if those of the array are "io"; "o" if it has one.
+    """
+
+    name: str
+    axes: str
+
+
+def to_tensors(leaf: str, known: tuple[Pair, ...]) -> Iterator[Tensor]:
+    """What PyTorch may call the tensor of an array, likeliest first.
+
+    A template is of a module's weight and, at the same place, of its bias. Without one
+    the array has the names that the tensor has.
+
+    Args:
+      leaf: The array's path, with its index in a stack.
+      known: The templates.
+    """
+    path, bracket, _ = leaf.partition("[")
+    parent, _, last = path.rpartition("/")
+    for pair in known:
+        if module := translate(leaf, pair.kernel, pair.module):
+            is_table = module.rpartition(".")[2] in TABLES or last.endswith("embedding")
+            same = is_table or pair.axes == pair.kernel_axes
+            yield Tensor(f"{module}.weight", "io" if same else "oi")
+        if last == "bias" and (module := translate(leaf, _bias(pair), pair.module)):
+            yield Tensor(f"{module}.bias", "o")
+    if parent and not bracket and last in _LEAVES:
+        name, axes = _LEAVES[last]
+        yield Tensor(f"{parent.replace('/', '.')}.{name}", axes)
+
+
+_LEAVES = {
+    "kernel": ("weight", "oi"),
+    "embedding": ("weight", "io"),
+    "scale": ("weight", "o"),
+    "weight": ("weight", "o"),
+    "bias": ("bias", "o"),
+}
+"""PyTorch's name of a leaf, by Flax's name, and the order of its axes."""
+
+
+def _bias(pair: Pair) -> str:
+    """The template of the bias beside a kernel."""
+    return re.sub(r"/[^/\[]+(\[.*)?$", r"/bias\1", pair.kernel)
+
+
+def canonical(tensor: str) -> str:
+    """The part of a tensor's name that is the same in all files of a model.
+
+    A GPT-2 was saved as "transformer.wte.weight" or as "wte.weight", and BERT's norms
+    had gammas and betas once.
+    """
+    name = _ROOTS.sub("", tensor)
+    name = re.sub(r"(?<=LayerNorm\.)gamma$", "weight", name)
+    return re.sub(r"(?<=LayerNorm\.)beta$", "bias", name)
+
+
+_ROOTS = re.compile(r"^((model|transformer|bert|language_model)\.)+")
 
 
 def join_index(path: str, index: Shape) -> str:

@@ -6,6 +6,7 @@ and it cannot give bfloat16 to NumPy. So the header is read again here.
 
 import contextlib
 import dataclasses
+import math
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -90,6 +91,25 @@ class TensorFile:
         dtype = _dtype(entry.dtype, name, self.path.name)
         data = b"".join(self.chunks(name))
         return np.frombuffer(data, dtype).reshape(entry.shape)
+
+    def rows(self, name: str, start: int, stop: int) -> Iterator[np.ndarray]:
+        """Rows of a tensor, in pieces of about `CHUNK` bytes.
+
+        Raises:
+          AdapterFileError: The tensor is not floating-point.
+        """
+        entry = self.entries[name]
+        dtype = _dtype(entry.dtype, name, self.path.name)
+        size = dtype.itemsize * math.prod(entry.shape[1:])
+        with self.path.open("rb") as file:
+            file.seek(entry.start + start * size)
+            while start < stop:
+                count = min(max(1, CHUNK // max(1, size)), stop - start)
+                data = file.read(count * size)
+                if len(data) < count * size:
+                    raise AdapterFileError(f"{self.path.name} was cut off while read")
+                yield np.frombuffer(data, dtype).reshape(count, *entry.shape[1:])
+                start += count
 
     def chunks(self, name: str) -> Iterator[bytes]:
         """The bytes of a tensor in pieces."""

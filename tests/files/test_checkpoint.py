@@ -1,7 +1,6 @@
 """Merging files gives what merging trees gives, and harms no file."""
 
 import os
-import resource
 import struct
 
 import jax
@@ -10,7 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from adapter_files import contents, flatten, made, single, slow, unflatten
-from base_files import files_of_at_most, kernels, sharded
+from base_files import files_of_at_most, kernels, resident, sharded
 from cases import by_kind
 from helpers import wide
 from safetensors.numpy import load_file, save_file
@@ -173,12 +172,6 @@ def test_refuses_bases(tmp_path, base, harm, match):
     with pytest.raises(AdapterFileError, match=match):
         merge_checkpoint(base, adapters, plan, tmp_path / "out")
     assert not (tmp_path / "out").exists()
-
-
-def resident():
-    """Bytes of memory that this process has."""
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * resource.getpagesize()
 
 
 def test_memory_stays_near_one_tensor(tmp_path):

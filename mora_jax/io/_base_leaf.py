@@ -1,0 +1,155 @@
+"""One array of a model, made from the tensors of a checkpoint."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Sharding, SingleDeviceSharding
+
+from mora_jax._types import Shape
+from mora_jax.io._errors import AdapterFileError
+from mora_jax.io._names import Tensor
+from mora_jax.io._tensors import TensorFile
+
+Part = tuple[tuple[int, int], ...]
+"""The start and the stop of a part of an array, along each axis."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """An array, and where its numbers are.
+
+    Attributes:
+      name: Its path in the model.
+      shape: Its shape, which begins with that of its stack.
+      dtype: Its dtype, to which the tensors are converted.
+      sharding: Where it will be; None for the default device.
+      tensors: {index in the stack: the file and the tensor that hold it}.
+    """
+
+    name: str
+    shape: Shape
+    dtype: np.dtype
+    sharding: Sharding | None
+    tensors: Mapping[Shape, tuple[TensorFile, Tensor]]
+
+    @property
+    def depth(self) -> int:
+        """The number of axes of the stack."""
+        return len(next(iter(self.tensors)))
+
+    def check(self) -> None:
+        """Raise unless all tensors have the shape that the array has in its stack."""
+        inner = self.shape[self.depth :]
+        for file, tensor in self.tensors.values():
+            shape = file.entries[tensor.name].shape
+            if axis_groups(inner, shape, tensor.axes) is None:
+                turned = ", transposed," if tensor.axes == "oi" else ""
+                raise AdapterFileError(
+                    f"{self.name!r} in like has shape {self.shape}, which "
+                    f"{tensor.name!r} of shape {shape}{turned} does not fit"
+                )
+
+    def read(self) -> jax.Array:
+        """The array. Memory of the host holds one device's part of it at a time."""
+        if self.sharding is None:
+            return jnp.asarray(_read(self, tuple((0, size) for size in self.shape)))
+        devices: dict[Part, list[jax.Device]] = {}
+        places = self.sharding.addressable_devices_indices_map(self.shape)
+        for device, index in places.items():
+            assert index is not None
+            part = tuple(
+                axis.indices(size)[:2]
+                for axis, size in zip(index, self.shape, strict=True)
+            )
+            devices.setdefault(part, []).append(device)
+        memory, shards = self.sharding.memory_kind, []
+        for part, holders in devices.items():
+            array = _read(self, part)
+            for device in holders:
+                place = SingleDeviceSharding(device, memory_kind=memory)
+                shards.append(jax.device_put(array, place))
+        return jax.make_array_from_single_device_arrays(
+            self.shape, self.sharding, shards
+        )
+
+
+def axis_groups(inner: Shape, shape: Shape, axes: str) -> tuple[Shape, ...] | None:
+    """The axes of an array that stand for each axis of its tensor, in their own order.
+
+    A weight (heads * width, in) is a kernel (in, heads, width). None if they do not
+    fit.
+    """
+    if len(shape) == 1:
+        return (inner,) if math.prod(inner) == shape[0] and inner else None
+    if len(shape) != 2 or axes == "o":
+        return None
+    sizes = shape[::-1] if axes == "oi" else shape
+    for k in range(1, len(inner)):
+        groups = inner[:k], inner[k:]
+        if tuple(map(math.prod, groups)) == sizes:
+            return groups
+    return None
+
+
+def _read(leaf: Leaf, part: Part) -> np.ndarray:
+    """A part of the array, of which nothing else is read than rows that it needs."""
+    array = np.empty([stop - start for start, stop in part], leaf.dtype)
+    stack = part[: leaf.depth]
+    for position in np.ndindex(array.shape[: leaf.depth]):
+        index = tuple(p + start for p, (start, _) in zip(position, stack, strict=True))
+        _fill(leaf, array[position], part[leaf.depth :], *leaf.tensors[index])
+    return array
+
+
+def _fill(
+    leaf: Leaf, array: np.ndarray, part: Part, file: TensorFile, tensor: Tensor
+) -> None:
+    """Write a part of a tensor into `array`, which has the layout of the leaf."""
+    shape = file.entries[tensor.name].shape
+    groups = axis_groups(leaf.shape[leaf.depth :], shape, tensor.axes)
+    assert groups is not None
+    wanted = [_positions(groups[0], part[: len(groups[0])])]
+    if len(groups) == 1:  # the vector is a column
+        wanted.append(np.arange(1))
+    else:
+        wanted.append(_positions(groups[1], part[len(groups[0]) :]))
+    rows = array.reshape([len(positions) for positions in wanted])
+    if tensor.axes == "oi" and len(groups) == 2:
+        rows, wanted = rows.T, wanted[::-1]
+    if not rows.size:
+        return
+    first, columns = int(wanted[0][0]), _as_slice(wanted[1])
+    for piece in file.rows(tensor.name, first, int(wanted[0][-1]) + 1):
+        piece = piece.reshape(len(piece), -1)
+        here = slice(*np.searchsorted(wanted[0], (first, first + len(piece))))
+        chosen = piece[_as_slice(wanted[0][here] - first)][:, columns]
+        rows[here] = _converted(chosen, leaf.dtype, tensor.name)
+        first += len(piece)
+
+
+def _positions(axes: Shape, part: Part) -> np.ndarray:
+    """The positions of a part of some axes, when they are one axis."""
+    every = np.arange(math.prod(axes)).reshape(axes)
+    return every[tuple(slice(*ends) for ends in part)].ravel()
+
+
+def _as_slice(positions: np.ndarray) -> slice | np.ndarray:
+    """Positions without gaps as a slice, which copies nothing."""
+    if len(positions) and positions[-1] - positions[0] == len(positions) - 1:
+        return slice(int(positions[0]), int(positions[-1]) + 1)
+    return positions
+
+
+def _converted(array: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
+    if array.dtype == dtype:
+        return array
+    with np.errstate(over="ignore"):
+        converted = array.astype(dtype)
+    if jnp.finfo(dtype).max < jnp.finfo(array.dtype).max:
+        if (np.isinf(converted) & np.isfinite(array)).any():
+            raise AdapterFileError(f"{name!r} overflows {dtype}")
+    return converted

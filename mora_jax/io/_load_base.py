@@ -1,0 +1,183 @@
+"""A base checkpoint as the params of a Flax model, read tensor by tensor."""
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AbstractMesh, Sharding
+from jax.typing import DTypeLike
+
+from mora_jax._checks import floating_dtype
+from mora_jax._paths import (
+    is_boxed,
+    located_leaves,
+    nearest_paths,
+    refuse_variables,
+    replace_leaves,
+)
+from mora_jax._spec import SUFFIX
+from mora_jax.io._base import Checkpoint
+from mora_jax.io._base_leaf import Leaf
+from mora_jax.io._errors import AdapterFileError
+from mora_jax.io._matching import match
+from mora_jax.io._names import Names, Tensor
+from mora_jax.io._tensors import DTYPES, TensorFile
+
+
+def load_base(
+    path: str | os.PathLike[str],
+    like: Any,
+    names: Names = None,
+    *,
+    dtype: DTypeLike | None = None,
+    sharding: Any = None,
+    skip: str | Sequence[str] = (),
+) -> Any:
+    """The params of a Flax model, from a checkpoint as PyTorch's models have it.
+
+    Each leaf of `like` gets its tensor, found by name, in the leaf's layout: a kernel
+    (in, out) is a weight (out, in) transposed, the axes of heads are split if the leaf
+    has them, and layers are stacked if the leaf is. Beside the result, memory of the
+    host holds one leaf at a time; on a mesh, one device's part of it.
+
+    Args:
+      path: A safetensors file, or a directory of them with or without an index; a path
+        or a URL that `etils.epath` opens.
+      like: The params of the model, as a tree of arrays or shapes: such as
+        `jax.eval_shape(model.init, ...)["params"]` of a Linen model, or
+        `nnx.state(model, nnx.Param)` of an NNX model, which may be abstract.
+      names: Which module of PyTorch is which leaf. A family ("llama", "gemma", "qwen",
+        "gpt2" or "bert", with or without a version as in "qwen3") for models with the
+        names of transformers' Flax models; otherwise templates as in `load_peft_mora`,
+        such as `{"model.layers.{n}.{norm}": "layers/{norm}/scale[{n}]"}` for a stacked
+        leaf. A kernel's template is also that of its bias. None tries all families.
+        A leaf that is named as its tensor needs no template.
+      dtype: The dtype of the result, or "like" for that of each leaf of `like`. None
+        demands that the file has the dtypes of `like`.
+      sharding: Where the result is to be: a sharding for all leaves, or a tree of them
+        with the paths of `like`. None asks the leaves of `like`; those that have no
+        sharding come to the default device.
+      skip: Regular expressions for whole names of tensors that `like` need not have.
+
+    Returns:
+      A tree like `like`, of `jax.Array`. Boxes and variables stay.
+
+    Raises:
+      AdapterFileError: The files are damaged, a leaf has no tensor, a tensor has no
+        leaf, or a shape or a dtype does not fit. Names, shapes and dtypes are compared
+        before any tensor is read.
+      TypeError: `like` is a model, or `sharding` holds something else than shardings.
+      ValueError: `like` has adapters, `names` are unknown, `skip` matches nothing, or a
+        leaf cannot be split as its sharding says.
+
+    Example::
+
+      >>> import jax, numpy as np, safetensors.numpy, tempfile, mora_jax
+      >>> file = tempfile.mkdtemp() + "/model.safetensors"
+      >>> weight = np.ones((3, 2), np.float32)
+      >>> safetensors.numpy.save_file({"fc.weight": weight}, file)
+      >>> like = {"fc": {"kernel": jax.ShapeDtypeStruct((2, 3), np.float32)}}
+      >>> jax.tree.map(np.shape, mora_jax.io.load_base(file, like))
+      {'fc': {'kernel': (2, 3)}}
+    """
+    refuse_variables(like, "like")
+    places = located_leaves(like, "like")
+    arrays = {"/".join(p): _unboxed(leaf, "/".join(p)) for p, leaf in places.items()}
+    if adapted := [name for name in arrays if name.endswith(SUFFIX)]:
+        raise ValueError(
+            f"like must be a base without adapters, got {adapted[0]!r}: load the base "
+            "first, and adapt it then"
+        )
+    shardings = _shardings(sharding, arrays)
+    checkpoint, leaves = Checkpoint(path), []
+    shapes = {name: tuple(array.shape) for name, array in arrays.items()}
+    for name, tensors in match(checkpoint, shapes, names, skip).items():
+        files = {i: (checkpoint.place[t.name], t) for i, t in tensors.items()}
+        wanted = _dtype(name, arrays[name].dtype, dtype, files.values())
+        leaf = Leaf(name, shapes[name], wanted, shardings[name], files)
+        leaf.check()
+        leaves.append(leaf)
+    made = {place: leaf.read() for place, leaf in zip(places, leaves, strict=True)}
+    return replace_leaves(like, made)
+
+
+def _unboxed(leaf: Any, name: str) -> Any:
+    """The array or the shape in `leaf`."""
+    if is_boxed(leaf):  # without the constraints that Linen's `unbox` would add
+        (leaf,) = jax.tree.leaves(leaf)
+    if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
+        raise TypeError(f"like must hold arrays, got {type(leaf).__name__} at {name!r}")
+    return leaf
+
+
+def _dtype(
+    name: str, own: Any, asked: Any, tensors: Iterable[tuple[TensorFile, Tensor]]
+) -> np.dtype:
+    """The dtype of a leaf's result, checked against those of its tensors."""
+    if isinstance(asked, str) and asked == "like":
+        asked = own
+    wanted = floating_dtype(own if asked is None else asked, "dtype")
+    for file, tensor in tensors:
+        stored = file.entries[tensor.name].dtype
+        if stored not in DTYPES:
+            raise AdapterFileError(
+                f"{tensor.name!r} in the base must be one of {list(DTYPES)}, got "
+                f"{stored}: dequantise it first"
+            )
+        if asked is None and DTYPES[stored] != wanted:
+            raise AdapterFileError(
+                f"{tensor.name!r} in the base is {DTYPES[stored]}, and {name!r} in "
+                f"like is {wanted}: dtype='like' or dtype='{DTYPES[stored]}' converts"
+            )
+    if wanted == np.float64 and not jax.config.read("jax_enable_x64"):
+        raise AdapterFileError(
+            f"{name!r} would be float64: set jax_enable_x64, or give another dtype"
+        )
+    return wanted
+
+
+def _shardings(sharding: Any, arrays: Mapping[str, Any]) -> dict[str, Sharding | None]:
+    """Where each leaf is to be, checked."""
+    if sharding is None:
+        found = {name: _own_sharding(array) for name, array in arrays.items()}
+    elif isinstance(sharding, Sharding):
+        found = dict.fromkeys(arrays, sharding)
+    else:
+        given = located_leaves(sharding, "sharding")
+        found = {
+            "/".join(place): jax.tree.leaves(leaf)[0] if is_boxed(leaf) else leaf
+            for place, leaf in given.items()
+        }
+    for name, array in arrays.items():
+        if name not in found:
+            raise ValueError(
+                f"sharding lacks the leaf {name!r}{nearest_paths(name, found)}"
+            )
+        if found[name] is not None:
+            _check_sharding(name, array, found[name])
+    return found
+
+
+def _own_sharding(array: Any) -> Sharding | None:
+    """Where a leaf of `like` says that it is, unless JAX chose that."""
+    if isinstance(array, jax.Array) and not array.committed:
+        return None
+    return getattr(array, "sharding", None)
+
+
+def _check_sharding(name: str, array: Any, sharding: Any) -> None:
+    if not isinstance(sharding, Sharding):
+        raise TypeError(
+            f"sharding must hold shardings, such as NamedSharding(mesh, spec), got "
+            f"{sharding!r} for {name!r}"
+        )
+    if isinstance(getattr(sharding, "mesh", None), AbstractMesh):
+        raise ValueError(
+            f"sharding must name devices, got a mesh without them for {name!r}"
+        )
+    try:
+        sharding.shard_shape(tuple(array.shape))
+    except Exception as error:  # some of JAX's errors are not ValueErrors
+        raise ValueError(f"sharding must split {name!r} evenly: {error}") from error
