@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,10 @@ from mora_jax.io._tensors import TensorFile
 
 Part = tuple[tuple[int, int], ...]
 """The start and the stop of a part of an array, along each axis."""
+
+BLOCK = 64
+"""The number of rows that are transposed at once: as many as caches hold. All rows of a
+piece at once would take ten times as long."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +62,7 @@ class Leaf:
         """The array. Memory of the host holds one device's part of it at a time."""
         if self.sharding is None:
             return jnp.asarray(_read(self, tuple((0, size) for size in self.shape)))
-        devices: dict[Part, list[jax.Device]] = {}
+        devices: dict[Part, list[Any]] = {}
         places = self.sharding.addressable_devices_indices_map(self.shape)
         for device, index in places.items():
             assert index is not None
@@ -127,7 +132,10 @@ def _fill(
         piece = piece.reshape(len(piece), -1)
         here = slice(*np.searchsorted(wanted[0], (first, first + len(piece))))
         chosen = piece[_as_slice(wanted[0][here] - first)][:, columns]
-        rows[here] = _converted(chosen, leaf.dtype, tensor.name)
+        for k in range(0, len(chosen), BLOCK):
+            block = slice(k, k + BLOCK)
+            converted = _converted(chosen[block], leaf.dtype, tensor.name)
+            rows[here][block] = converted
         first += len(piece)
 
 

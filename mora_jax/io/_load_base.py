@@ -118,7 +118,13 @@ def _dtype(
     """The dtype of a leaf's result, checked against those of its tensors."""
     if isinstance(asked, str) and asked == "like":
         asked = own
-    wanted = floating_dtype(own if asked is None else asked, "dtype")
+    try:
+        wanted = floating_dtype(own if asked is None else asked, "dtype")
+    except TypeError as error:
+        raise TypeError(
+            f"dtype must be 'like' or a floating-point dtype, which {name!r} gets: "
+            f"{error}"
+        ) from None
     for file, tensor in tensors:
         stored = file.entries[tensor.name].dtype
         if stored not in DTYPES:
@@ -142,7 +148,7 @@ def _shardings(sharding: Any, arrays: Mapping[str, Any]) -> dict[str, Sharding |
     """Where each leaf is to be, checked."""
     if sharding is None:
         found = {name: _own_sharding(array) for name, array in arrays.items()}
-    elif isinstance(sharding, Sharding):
+    elif jax.tree_util.treedef_is_leaf(jax.tree.structure(sharding)):
         found = dict.fromkeys(arrays, sharding)
     else:
         given = located_leaves(sharding, "sharding")

@@ -143,11 +143,13 @@ class _Source:
         """Raise if a tensor has no leaf and is not known to be superfluous."""
         patterns = [skip] if isinstance(skip, str) else list(skip)
         for pattern in patterns:
-            if not any(re.fullmatch(pattern, name) for name in self.place):
-                raise ValueError(
-                    f"skip must match names of tensors in the base, got {pattern!r}"
-                    + nearest_paths(pattern, self.place)
-                )
+            rule = f"skip must match names of tensors in the base, got {pattern!r}"
+            try:
+                found = any(re.fullmatch(pattern, name) for name in self.place)
+            except re.error as error:
+                raise ValueError(f"{rule}: {error}") from None
+            if not found:
+                raise ValueError(rule + nearest_paths(pattern, self.place))
         left = [
             name
             for name in self.place

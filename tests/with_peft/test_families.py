@@ -3,8 +3,9 @@
 import jax
 import numpy as np
 import pytest
-from adapter_files import flatten, made
+from adapter_files import assert_same, flatten, made
 from flax import traverse_util
+from pytorch_states import in_flax, shapes
 
 import mora_jax
 from mora_jax import MoRAConfig, io
@@ -117,14 +118,14 @@ def test_kernels_of_tunix(tmp_path, operator):
         "mlp/up_proj/kernel": (width, 48),
         "mlp/down_proj/kernel": (48, width),
     }
-    shapes = {
+    leaves = {
         f"layers/{n}/{path}": jax.ShapeDtypeStruct(shape, np.float32)
         for n in range(2)
         for path, shape in kernels.items()
     }
     axes = {".*/[qkv]_proj/w": {"axes": "ioo"}, ".*/o_proj/w": {"axes": "iio"}}
     config = MoRAConfig(rank=2, operator=operator, targets=".*", overrides=axes)
-    plan = mora_jax.plan(traverse_util.unflatten_dict(shapes, sep="/"), config)
+    plan = mora_jax.plan(traverse_util.unflatten_dict(leaves, sep="/"), config)
     adapters = made(plan, scale=0.1)
     io.merge_checkpoint(base, adapters, plan, tmp_path / "merged", "tunix")
     lora, rank = tmp_path / "lora", 32 if operator == "rotation" else None
@@ -136,3 +137,31 @@ def test_kernels_of_tunix(tmp_path, operator):
         adapted = peft.PeftModel.from_pretrained(model, lora)(ids).logits
     np.testing.assert_allclose(adapted.numpy(), merged.numpy(), atol=1e-4)
     assert float((merged - before).abs().max()) > 1e-2
+
+
+LIKE_LLAMA = [("qwen2", "Qwen2"), ("qwen3", "Qwen3"), ("gemma3", "Gemma3")]
+
+
+@pytest.mark.parametrize("family", [name for name in MODELS if name != "qwen"])
+def test_flax_models_start_from_pytorchs_files(tmp_path, family):
+    model, flax = model_of(family).eval(), model_of(family, "Flax", _do_init=False)
+    model.save_pretrained(tmp_path)
+    params = io.load_base(tmp_path, flax.params_shape_tree, family)
+    with torch.no_grad():
+        expected = model(torch.tensor(IDS)).logits.numpy()
+    np.testing.assert_allclose(flax(IDS, params=params)[0], expected, atol=1e-4)
+
+
+@pytest.mark.parametrize(("family", "name"), LIKE_LLAMA)
+def test_each_tensor_of_pytorchs_files_has_its_leaf(tmp_path, family, name):
+    """Of models that transformers does not have in Flax."""
+    config = "Gemma3TextConfig" if family == "gemma3" else f"{name}Config"
+    config = getattr(transformers, config)(**DECODER)
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{name}ForCausalLM")(config)
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    state = {key: tensor.numpy() for key, tensor in model.state_dict().items()}
+    if config.tie_word_embeddings:
+        del state["lm_head.weight"]
+    expected = in_flax(family, state)
+    assert_same(io.load_base(tmp_path, shapes(expected), family), expected)
