@@ -11,9 +11,9 @@ import optax
 import pytest
 from flax import traverse_util
 from helpers import close, largest, random, random_like, trained
-from safetensors.numpy import load_file
 
 from mora_jax import MoRAConfig, fold, init, linen, plan, register_layer
+from mora_jax.io import load_base
 
 pytestmark = [
     # transformers announces the end of its Flax models, and uses old names of JAX.
@@ -33,18 +33,8 @@ def minilm():
     folder = Path(spec.origin).parent / "model"
     config = transformers.BertConfig.from_pretrained(folder)
     model = transformers.FlaxBertModel(config, _do_init=False)
-    flat = {}
-    for name, value in load_file(folder / "model.safetensors").items():
-        path = name.split(".")
-        if path[-1] == "weight" and "embeddings" in name and value.ndim == 2:
-            path[-1] = "embedding"
-        elif path[-1] == "weight" and value.ndim == 2:
-            path[-1], value = "kernel", value.T
-        elif path[-1] == "weight":
-            path[-1] = "scale"
-        if path[-1] != "position_ids":
-            flat[tuple(path)] = jnp.asarray(value)
-    return model.module, traverse_util.unflatten_dict(flat)
+    params = load_base(folder / "model.safetensors", model.params_shape_tree, "bert")
+    return model.module, params
 
 
 @pytest.fixture(scope="module")
