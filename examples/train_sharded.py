@@ -9,8 +9,8 @@ where it was, bit for bit, or on another mesh. To try it on a laptop:
 
 On a pod start the same command on each host with `--coordinator auto`, or with
 `--coordinator HOST:PORT --processes N --process K` if JAX cannot find out where it
-runs. The base is random and the language is invented: replace `init_base` and
-`Batches`.
+runs. `--base DIR` starts from a Llama of Hugging Face, of the size that `--shape` says;
+otherwise the base is random. The language is invented: replace `Batches`.
 """
 
 import argparse
@@ -41,7 +41,7 @@ ALPHABET, PHRASE = 64, 8
 """The number of tokens of the invented language, and of those in its longest phrase."""
 KEPT = 3
 """The number of checkpoints to keep."""
-FIXED = ("shape", "dtype", "batch", "tokens", "rank", "operator", "dropout")
+FIXED = ("shape", "base", "dtype", "batch", "tokens", "rank", "operator", "dropout")
 FIXED += ("learning_rate", "accumulate", "clip", "seed")
 """The options that must be the same when a run continues."""
 
@@ -58,6 +58,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add("--model", type=positive, default=1, help="devices that split features")
     add("--shape", choices=llama.SHAPES, default="tiny")
+    add("--base", help="a Llama's safetensors, as a path or a URL; random by default")
     add("--dtype", default="bfloat16", help="dtype of the base")
     add("--steps", type=positive, default=100, help="number of batches")
     add("--batch", type=positive, default=16, help="sequences on all devices together")
@@ -107,16 +108,25 @@ def make_mesh(args: argparse.Namespace) -> Mesh:
     return llama.make_mesh(data, fsdp, model)
 
 
-def init_base(model: nn.Module, tokens: Any, places: Any, seed: int) -> Any:
-    """The frozen variables with the shardings `places`: each device makes its own part.
+def init_base(
+    model: nn.Module, tokens: Any, places: Any, args: argparse.Namespace
+) -> Any:
+    """The frozen variables with the shardings `places`: each device has its own part.
 
-    Restore a checkpoint into `places` here. `tokens` has the shape of the input.
+    `tokens` has the shape of the input.
     """
 
     def init(key: jax.Array) -> Any:
         return nn.unbox(model.init(key, jnp.zeros(tokens.shape, tokens.dtype)))
 
-    return jax.jit(init, out_shardings=places)(jax.random.key(seed))
+    key = jax.random.key(args.seed)
+    if args.base is None:
+        return jax.jit(init, out_shardings=places)(key)
+    like, where = jax.eval_shape(init, key)["params"], places["params"]
+    params = mora_jax.io.load_base(
+        args.base, like, llama.NAMES, dtype="like", sharding=where
+    )
+    return {"params": params}
 
 
 class Batches(Iterator[jax.Array]):
@@ -266,9 +276,9 @@ class Checkpoints:
         items = ocp.args.Composite(settings=ocp.args.JsonRestore())
         saved = self.manager.restore(position, args=items)["settings"]
         for name, value in self.settings.items():
-            if saved[name] != value:
+            if saved.get(name) != value:
                 raise SystemExit(
-                    f"{name} must be {saved[name]!r} as in {self.manager.directory}, "
+                    f"{name} must be {saved.get(name)!r} as in {self.manager.directory}, "
                     f"got {value!r}"
                 )
         items = ocp.args.Composite(state=ocp.args.StandardRestore(like))
@@ -316,7 +326,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     first = jax.jit(first, out_shardings=state_places)
     checkpoints = Checkpoints(args)
     state = checkpoints.newest(like=jax.eval_shape(first)) or first()
-    variables = init_base(model, tokens, places, args.seed)
+    variables = init_base(model, tokens, places, args)
     step = jax.jit(
         make_step(linen.wrap(model, plan), tx),
         donate_argnums=0,
