@@ -276,9 +276,9 @@ class Checkpoints:
         items = ocp.args.Composite(settings=ocp.args.JsonRestore())
         saved = self.manager.restore(position, args=items)["settings"]
         for name, value in self.settings.items():
-            if saved.get(name) != value:
+            if (before := saved.get(name)) != value:
                 raise SystemExit(
-                    f"{name} must be {saved.get(name)!r} as in {self.manager.directory}, "
+                    f"{name} must be {before!r} as in {self.manager.directory}, "
                     f"got {value!r}"
                 )
         items = ocp.args.Composite(state=ocp.args.StandardRestore(like))

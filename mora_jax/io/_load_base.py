@@ -21,7 +21,7 @@ from mora_jax._spec import SUFFIX
 from mora_jax.io._base import Checkpoint
 from mora_jax.io._base_leaf import Leaf
 from mora_jax.io._errors import AdapterFileError
-from mora_jax.io._matching import match
+from mora_jax.io._matching import find_tensors
 from mora_jax.io._names import Names, Tensor
 from mora_jax.io._tensors import DTYPES, TensorFile
 
@@ -52,8 +52,9 @@ def load_base(
         "gpt2" or "bert", with or without a version as in "qwen3") for models with the
         names of transformers' Flax models; otherwise templates as in `load_peft_mora`,
         such as `{"model.layers.{n}.{norm}": "layers/{norm}/scale[{n}]"}` for a stacked
-        leaf. A kernel's template is also that of its bias. None tries all families.
-        A leaf that is named as its tensor needs no template.
+        leaf. A kernel's template is also that of its bias, and a template may name a
+        tensor, as `{"out.bias": "out_bias"}` does. A leaf that is named as its tensor
+        needs none. None tries all families.
       dtype: The dtype of the result, or "like" for that of each leaf of `like`. None
         demands that the file has the dtypes of `like`.
       sharding: Where the result is to be: a sharding for all leaves, or a tree of them
@@ -68,7 +69,7 @@ def load_base(
       AdapterFileError: The files are damaged, a leaf has no tensor, a tensor has no
         leaf, or a shape or a dtype does not fit. Names, shapes and dtypes are compared
         before any tensor is read.
-      TypeError: `like` is a model, or `sharding` holds something else than shardings.
+      TypeError: `like` is a model, or `sharding` holds something other than shardings.
       ValueError: `like` has adapters, `names` are unknown, `skip` matches nothing, or a
         leaf cannot be split as its sharding says.
 
@@ -93,7 +94,7 @@ def load_base(
     shardings = _shardings(sharding, arrays)
     checkpoint, leaves = Checkpoint(path), []
     shapes = {name: tuple(array.shape) for name, array in arrays.items()}
-    for name, tensors in match(checkpoint, shapes, names, skip).items():
+    for name, tensors in find_tensors(checkpoint, shapes, names, skip).items():
         files = {i: (checkpoint.place[t.name], t) for i, t in tensors.items()}
         wanted = _dtype(name, arrays[name].dtype, dtype, files.values())
         leaf = Leaf(name, shapes[name], wanted, shardings[name], files)

@@ -29,7 +29,7 @@ Stack = dict[Shape, Tensor]
 """{index in a leaf's stack: its tensor}; the index is () if the leaf is not stacked."""
 
 
-def match(
+def find_tensors(
     checkpoint: Checkpoint,
     shapes: Mapping[str, Shape],
     names: Names,

@@ -181,8 +181,8 @@ class Tensor(NamedTuple):
 def to_tensors(leaf: str, known: tuple[Pair, ...]) -> Iterator[Tensor]:
     """What PyTorch may call the tensor of an array, likeliest first.
 
-    A template is of a module's weight and, at the same place, of its bias. Without one
-    the array has the names that the tensor has.
+    A template is of a module's weight and, at the same place, of its bias, or it names
+    one of the two itself. Without one the array has the names that the tensor has.
 
     Args:
       leaf: The array's path, with its index in a stack.
@@ -194,7 +194,8 @@ def to_tensors(leaf: str, known: tuple[Pair, ...]) -> Iterator[Tensor]:
         if module := translate(leaf, pair.kernel, pair.module):
             is_table = module.rpartition(".")[2] in TABLES or last.endswith("embedding")
             same = is_table or pair.axes == pair.kernel_axes
-            yield Tensor(f"{module}.weight", "io" if same else "oi")
+            name = module if module.endswith(_ENDS) else f"{module}.weight"
+            yield Tensor(name, "io" if same else "oi")
         if last == "bias" and (module := translate(leaf, _bias(pair), pair.module)):
             yield Tensor(f"{module}.bias", "o")
     if parent and not bracket and last in _LEAVES:
@@ -202,6 +203,7 @@ def to_tensors(leaf: str, known: tuple[Pair, ...]) -> Iterator[Tensor]:
         yield Tensor(f"{parent.replace('/', '.')}.{name}", axes)
 
 
+_ENDS = ".weight", ".bias"
 _LEAVES = {
     "kernel": ("weight", "oi"),
     "embedding": ("weight", "io"),
@@ -213,8 +215,8 @@ _LEAVES = {
 
 
 def _bias(pair: Pair) -> str:
-    """The template of the bias beside a kernel."""
-    return re.sub(r"/[^/\[]+(\[.*)?$", r"/bias\1", pair.kernel)
+    """The template of the bias beside a kernel that has a name of its own."""
+    return re.sub(r"/[^/\[{]+(\[.*)?$", r"/bias\1", pair.kernel)
 
 
 def canonical(tensor: str) -> str:

@@ -377,6 +377,17 @@ def test_refuses(file, unchecked, tensors, like, settings, error, match):
         load_base(file, like, **settings)
 
 
+def test_templates_of_tensors(file):
+    """A bias with a name of its own, one beside its kernel, and fields at the end."""
+    tensors = {f"{module}.0.bias": np.ones(4, np.float32) for module in "xyz"}
+    tensors["y.0.weight"] = np.eye(4, dtype=np.float32)
+    save_file(tensors, file)
+    names = {"x.{n}.bias": "x_bias_{n}", "y.{n}": "y/w[{n}]", "z.{n}.{k}": "z_{n}/{k}"}
+    like = {"x_bias_0": tensors["x.0.bias"], "z_0": {"bias": tensors["z.0.bias"]}}
+    like["y"] = {"w": tensors["y.0.weight"][None], "bias": tensors["y.0.bias"][None]}
+    assert_same(load_base(file, like, names), like)
+
+
 def test_two_leaves_of_one_tensor(file):
     save_file(TENSORS, file)
     leaf = LIKE["fc"]["kernel"]

@@ -9,20 +9,24 @@ import sys
 import time
 
 import chex
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from adapter_files import assert_same
+from adapter_files import assert_same, flatten, unflatten
+from flax.linen import spmd
 from jax.sharding import PartitionSpec as P
-from meshes import placed, shardings
+from meshes import assert_shardings, placed, shardings
 from processes import ROOT, environment
+from safetensors.numpy import save_file
 
 import mora_jax
 from examples import train_sharded
 from models import llama
 from mora_jax import MoRAConfig
 
+PLAIN = {"model.norm": "norm/scale", "lm_head": "lm_head/kernel"}
 STEPS, EVERY, SECONDS = 12, 3, 240
 # With dropout and an update every other batch, all parts of a state matter. In float32,
 # so that meshes differ by less than a batch matters.
@@ -162,6 +166,29 @@ def test_sigterm_to_one_of_two_processes_stops_both(tmp_path):
             assert_ends_well(process, tmp_path)
     message = f"SIGTERM: saved after batch {saved(tmp_path)[-1]},"
     assert message in printed(tmp_path) and message not in printed(tmp_path, "other")
+
+
+def test_a_base_from_a_file(tmp_path):
+    model, mesh = llama.Llama(llama.SHAPES["tiny"]), llama.make_mesh(2, 2, 2)
+    tokens = jax.ShapeDtypeStruct((2, 4), jnp.int32)
+    boxed = jax.eval_shape(model.init, jax.random.key(0), tokens)
+    names = nn.get_partition_spec(boxed)
+    places = spmd.logical_to_mesh_sharding(names, mesh, llama.RULES)
+    expected, tensors = {}, {}
+    for number, (path, leaf) in enumerate(flatten(nn.unbox(boxed["params"])).items()):
+        array = np.full(leaf.shape, number, leaf.dtype)
+        expected[path] = array
+        for module, kernel in {**llama.NAMES, **PLAIN}.items():
+            if kernel.removesuffix("[{n}]") != path:
+                continue
+            for n, layer in enumerate(array if "{n}" in kernel else [array]):
+                weight = layer.T if path.endswith("kernel") else layer
+                tensors[f"{module.format(n=n)}.weight"] = weight.copy()
+    save_file(tensors, tmp_path / "model.safetensors")
+    args = train_sharded.arguments(["--base", str(tmp_path)])
+    variables = train_sharded.init_base(model, tokens, places, args)
+    assert_same(variables, {"params": unflatten(expected)})
+    assert_shardings(variables, places)
 
 
 def test_batches_are_the_same_on_any_mesh_and_from_any_position():
