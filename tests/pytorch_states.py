@@ -6,6 +6,7 @@ import jax
 import ml_dtypes
 import numpy as np
 from adapter_files import unflatten
+from safetensors.numpy import save_file
 
 VOCAB, WIDTH, HIDDEN, POSITIONS = 50, 24, 40, 32
 HEADS, KV_HEADS, HEAD = 4, 2, 6
@@ -123,6 +124,15 @@ def numbers(family, dtype=np.float32):
         name: rng.normal(0, 0.3, shape).astype(dtype)
         for name, shape in STATES[family].items()
     }
+
+
+def stored(path, family, dtype=np.float32, change=lambda tensors: None):
+    """A family's file, and the numbers in it."""
+    state = numbers(family, dtype)
+    tensors = {**state, **beside(family, state)}
+    change(tensors)
+    save_file(tensors, path)
+    return state
 
 
 def in_flax(family, state):
