@@ -176,15 +176,16 @@ def delta_of(adapted, layer, adapters):
     return layer.kernel_of(delta, spec.kernel_shape)
 
 
-def combinations():
-    """Every layer with every type; those are slow that differ in both from others."""
-    for name, types in itertools.product(LAYERS, TYPES):
-        quick = name == "dense" or types in ("none", "int8 inputs")
-        yield pytest.param(name, types, marks=[] if quick else [pytest.mark.slow])
+def combination(name, types):
+    """Those are slow that differ in both from others."""
+    quick = name == "dense" or types in ("none", "int8 inputs")
+    return pytest.param(name, types, marks=[] if quick else [pytest.mark.slow])
 
 
 @pytest.mark.parametrize("api", APIS)
-@pytest.mark.parametrize("name, types", combinations())
+@pytest.mark.parametrize(
+    "name, types", [combination(*case) for case in itertools.product(LAYERS, TYPES)]
+)
 def test_the_delta_is_added_to_what_qwix_computes(name, types, api):
     layer, settings = LAYERS[name], TYPES[types]
     if name == "convolution" and types in ("int8", "int4", "nf4", "fp8"):
