@@ -138,7 +138,9 @@ def test_each_device_gets_its_part(file, family, layout):
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
-@pytest.mark.parametrize("family", ["llama", "gemma", "gpt2", "bert"])
+@pytest.mark.parametrize(
+    "family", ["llama", pytest.param("gemma", marks=pytest.mark.slow), "gpt2", "bert"]
+)
 def test_transformers_converts_to_the_same(file, family):
     """Its own Flax models, and its own reading of PyTorch's tensors."""
     transformers = pytest.importorskip("transformers")

@@ -86,7 +86,9 @@ def test_all_methods_read_the_sum_and_what_they_set_is_kept():
     assert type(merged) is Counted and (model.w[...] == 1).all()
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize(
+    "dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow)]
+)
 def test_sixteen_bits_are_rounded_as_merging_rounds_them(dtype):
     base = nnx_model(BARE)
     nnx.update(base, jax.tree.map(lambda a: a.astype(dtype), nnx.state(base)))

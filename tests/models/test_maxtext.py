@@ -126,6 +126,7 @@ def test_every_layer_is_found_and_merging_is_exact(variables):
     assert diagnostics.check(MODEL, variables, plan, X)
 
 
+@pytest.mark.slow
 def test_a_mesh_is_read_from_the_logical_names(variables):
     """A step on it is that of one device, with M's on all of them."""
     mesh, batch = make_mesh(data=2, model=2), "data"
