@@ -163,7 +163,7 @@ class MoRA(nn.Module):
             return super().__getattr__(name)
         return getattr(self.model, name)
 
-    def __kontext_keys__(self) -> dict[str, str]:
+    def __kontext_keys__(self) -> dict[str, str | None]:
         """The keys by which Kauldron finds the model's inputs in a batch."""
         kontext = importlib.import_module("kauldron.kontext")
         return kontext.get_keypaths(self.model)
