@@ -30,6 +30,7 @@ PROMPTS = 4  # in each step
 
 def learner(
     model: nnx.Module,
+    mesh: jax.sharding.Mesh,
     tokenizer: smollm2_tunix.Tokenizer,
     reward: Callable[..., Sequence[float]],
     steps: int,
@@ -41,7 +42,7 @@ def learner(
     from tunix.rl.grpo import grpo_learner  # pyright: ignore
     from tunix.rl.rollout import base_rollout  # pyright: ignore
 
-    mesh, role = jax.make_mesh((1, 1), ("fsdp", "tp")), rl_cluster.Role
+    role = rl_cluster.Role
     training = rl_cluster.RLTrainingConfig(
         actor_optimizer=optax.adam(rate),
         eval_every_n_steps=steps + 1,
@@ -79,7 +80,8 @@ def main() -> None:
     warnings.simplefilter("ignore", DeprecationWarning)  # Tunix uses old names of JAX
 
     base, tokenizer = smollm2_tunix.load()
-    mesh = jax.make_mesh((1, 1), ("fsdp", "tp"))
+    automatic = (jax.sharding.AxisType.Auto,) * 2
+    mesh = jax.make_mesh((1, 1), ("fsdp", "tp"), automatic)
     everywhere = jax.NamedSharding(mesh, jax.P())
     nnx.update(base, jax.device_put(nnx.state(base), everywhere))
     mora_jax.tunix.register()
@@ -96,9 +98,8 @@ def main() -> None:
     texts = [smollm2_tunix.chat(question) for question in questions]
     order = np.resize(texts, (args.steps, PROMPTS))
     batches = [{"prompts": prompts} for prompts in order]
-    learn = learner(
-        model, tokenizer, reward, args.steps, args.learning_rate, args.generations
-    )
+    rate, answers = args.learning_rate, args.generations
+    learn = learner(model, mesh, tokenizer, reward, args.steps, rate, answers)
     before = smollm2_tunix.asker(base, tokenizer)(questions[:4])
     with mesh:
         learn.train(batches)
