@@ -1,4 +1,4 @@
-"""Print pip constraints that hold every dependency at its lower bound."""
+"""Print pip constraints that hold every dependency, and qwix, at its lower bound."""
 
 import pathlib
 import re
@@ -6,7 +6,8 @@ import tomllib
 
 PYPROJECT = pathlib.Path(__file__).parents[1] / "pyproject.toml"
 
-for requirement in tomllib.loads(PYPROJECT.read_text())["project"]["dependencies"]:
+project = tomllib.loads(PYPROJECT.read_text())["project"]
+for requirement in project["dependencies"] + project["optional-dependencies"]["qwix"]:
     match = re.fullmatch(r"([\w.-]+)>=([\w.]+)", requirement)
     if match is None:
         raise SystemExit(f"no plain lower bound in {requirement!r}")

@@ -107,6 +107,7 @@ def test_a_qwix_that_cannot_be_turned_off_is_an_error(monkeypatch):
         quantize(model, jnp.ones((3, 8)))
 
 
+@pytest.mark.skipif(version("qwix") == "0.1.5", reason="it refuses a second thread")
 def test_another_thread_is_not_turned_off():
     """Its model is quantized as if nobody else were there."""
     x = jnp.linspace(-1, 1, 24).reshape(3, 8)
