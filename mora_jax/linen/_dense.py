@@ -1,10 +1,11 @@
 """A dense layer with its adapter."""
 
 from functools import partial
+from typing import Any
 
 import flax.linen as nn
 import jax
-from jaxtyping import Float, Shaped
+from jaxtyping import Float, PRNGKeyArray, Shaped
 
 from mora_jax._config import MoRAConfig
 from mora_jax._flax.adapted_call import adapt_call
@@ -67,12 +68,17 @@ class MoRADense(nn.Dense):
             "deterministic", self.deterministic, deterministic
         ):
             key = self.make_rng("dropout")
+
+        # Other libraries, such as gemma, put a `param` in place that wants a shape.
+        def start(key: PRNGKeyArray, *_: Any, **__: Any) -> jax.Array:
+            return init_adapter(spec, key)
+
         return adapt_call(
             lambda: super(MoRADense, self).__call__(inputs),
             self,
             rules_of(nn.Dense)["__call__"],
             spec,
-            lambda: self.param(f"kernel{SUFFIX}", partial(init_adapter, spec)),
+            partial(self.param, f"kernel{SUFFIX}", start, spec.shape),
             inputs,
             Contraction.parse(DENSE, inputs.ndim),
             key,

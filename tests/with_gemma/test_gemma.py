@@ -163,6 +163,15 @@ def test_the_sampler_gives_the_tokens_of_the_merged_model(name, monkeypatch):
     assert (got != tokens_of(model, params)).any()
 
 
+def test_a_dense_layer_beside_gemma():
+    """Whose modules make params by a method that demands their shape."""
+    tiny("Gemma2_2B")  # from here on nn.Module.param is gemma's
+    layer, x = mora_jax.MoRADense(16, config=CONFIG), jnp.ones((1, 16))
+    params = layer.init(KEY, x)["params"]
+    assert params["kernel_mora"].shape == (8, 8)
+    close(layer.apply({"params": params}, x), x @ params["kernel"])
+
+
 def test_the_code_of_the_page_trains_the_adapters_alone(tmp_path):
     page = {"directory": str(tmp_path)}
     for block in python_blocks(ROOT / "docs/gemma.md"):
