@@ -50,7 +50,8 @@ def load_base(
         `nnx.state(model, nnx.Param)` of an NNX model, which may be abstract.
       names: Which module of PyTorch is which leaf. A family ("llama", "gemma", "qwen",
         "gpt2" or "bert", with or without a version as in "qwen3") for models with the
-        names of transformers' Flax models; otherwise templates as in `load_peft_mora`,
+        names of transformers' Flax models; "tunix" for Tunix's Qwen2, Qwen3 and
+        Llama3; otherwise templates as in `load_peft_mora`,
         such as `{"model.layers.{n}.{norm}": "layers/{norm}/scale[{n}]"}` for a stacked
         leaf. A kernel's template is also that of its bias, and a template may name a
         tensor, as `{"out.bias": "out_bias"}` does. A leaf that is named as its tensor

@@ -68,6 +68,20 @@ LIBRARIES: dict[str, tuple[Pair, ...]] = {
             )
             for name in "qkvo"
         ),
+        *(
+            Pair(
+                f"model.layers.{{layer}}.self_attn.{name}_proj.bias",
+                f"layers/{{layer}}/attn/{name}_bias",
+            )
+            for name in "qkv"
+        ),
+        Pair(
+            "model.layers.{layer}.self_attn.{name}_norm",
+            "layers/{layer}/attn/{name}_norm/w",
+        ),
+        Pair("model.layers.{layer}.{norm}", "layers/{layer}/{norm}/w"),
+        Pair("model.norm", "final_norm/w"),
+        Pair("model.layers.{layer}.mlp.gate", "layers/{layer}/mlp/router/kernel"),
         Pair("model.layers.{layer}.mlp.{name}", "layers/{layer}/mlp/{name}/kernel"),
         Pair(
             "model.layers.{layer}.mlp.experts.{expert}.{name}",

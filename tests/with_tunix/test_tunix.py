@@ -479,6 +479,9 @@ def test_merged_checkpoints_are_the_adapted_model(tmp_path, experts):
     for k, letter in enumerate(("first", "second")):
         half = dict(sorted(tensors.items())[k::2])
         save_file(half, tmp_path / f"base/{letter}.safetensors")
+    params = nnx.state(base, nnx.Param)
+    like = jax.eval_shape(lambda: params)
+    chex.assert_trees_all_equal(io.load_base(tmp_path / "base", like, "tunix"), params)
     version = 3 if experts else 2
     params = importlib.import_module(f"tunix.models.qwen{version}.params")
     targets = ".*(_proj/w|_proj/kernel|mlp/.*_proj)"
