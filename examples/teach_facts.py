@@ -91,7 +91,8 @@ def main() -> None:
     else:
         in_bits = quantized(model, params, args.base, **settings)
         before, (apply, variables, plan) = megabytes(variables), in_bits
-        print(f"the base takes {megabytes(variables):.0f} MB, before {before:.0f} MB")
+        size = f"{megabytes(variables):.0f} MB, before {before:.0f} MB"
+        print(f"in {args.base} the base has {size}")
     print(f"\n{plan}\n")
     adapted = jax.jit(apply)
     untouched = functools.partial(adapted, mora_jax.init(plan), variables)
