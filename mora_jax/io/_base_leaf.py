@@ -59,9 +59,13 @@ class Leaf:
                 )
 
     def read(self) -> jax.Array:
-        """The array. Memory of the host holds one device's part of it at a time."""
+        """The array. Memory of the host holds one device's part of it, beside the last.
+
+        A transfer keeps the part that it reads, so each is awaited.
+        """
         if self.sharding is None:
-            return jnp.asarray(_read(self, tuple((0, size) for size in self.shape)))
+            whole = tuple((0, size) for size in self.shape)
+            return jnp.asarray(_read(self, whole)).block_until_ready()
         devices: dict[Part, list[Any]] = {}
         places = self.sharding.addressable_devices_indices_map(self.shape)
         for device, index in places.items():
@@ -74,9 +78,11 @@ class Leaf:
         memory, shards = self.sharding.memory_kind, []
         for part, holders in devices.items():
             array = _read(self, part)
-            for device in holders:
-                place = SingleDeviceSharding(device, memory_kind=memory)
-                shards.append(jax.device_put(array, place))
+            copies = [
+                jax.device_put(array, SingleDeviceSharding(device, memory_kind=memory))
+                for device in holders
+            ]
+            shards += jax.block_until_ready(copies)
         return jax.make_array_from_single_device_arrays(
             self.shape, self.sharding, shards
         )

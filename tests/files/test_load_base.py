@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import tracemalloc
 from types import SimpleNamespace
 
 import cloud
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from adapter_files import assert_same, flatten, slow, unflatten
-from base_files import DATA, llama, resident
+from base_files import DATA, llama
 from flax import nnx
 from flax.linen import spmd
 from helpers import close
@@ -266,22 +267,21 @@ def test_a_device_reads_its_rows_alone(file, monkeypatch):
 
 
 @pytest.mark.parametrize("mesh", [False, True])
-def test_memory_stays_near_the_result(file, monkeypatch, mesh):
-    """128 MB of kernels, 4 MB each; allocators keep up to 30 MB more."""
+def test_memory_stays_near_the_result(file, mesh):
+    """Of 32 kernels, NumPy holds one, its bytes in the file, and JAX's last one.
+
+    Where an array is aligned, JAX takes it instead of a copy: it is in the result.
+    """
     shape = (1024, 1024)
     save_file({f"l{k}.weight": np.ones(shape, np.float32) for k in range(32)}, file)
     like = {f"l{k}": {"kernel": jax.ShapeDtypeStruct(shape, "f4")} for k in range(32)}
     place = NamedSharding(MESH, P(("data", "fsdp"), "model")) if mesh else None
-    load_base(file, like, sharding=place)
-    found, rows = [], TensorFile.rows
-
-    def measured(self, *args):
-        found.append(resident())
-        return rows(self, *args)
-
-    monkeypatch.setattr(TensorFile, "rows", measured)
-    before = resident()
-    params = load_base(file, like, sharding=place)
-    assert len(found) == (256 if mesh else 32)
-    assert max(*found, resident()) - before < 128 * 2**20 + 30_000_000
+    load_base(file, like, sharding=place)  # compiles everything
+    tracemalloc.start()
+    try:
+        params = load_base(file, like, sharding=place)
+        held, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
     assert len(params) == 32
+    assert peak - held < 3 * 4 * 2**20 + 1_000_000
