@@ -1,5 +1,6 @@
 """What all tests share."""
 
+import gc
 import os
 import pkgutil
 
@@ -21,6 +22,15 @@ os.environ.setdefault("XLA_FLAGS", FLAGS)
 _names = [m.name for m in pkgutil.iter_modules([str(ROOT / "mora_jax")])]
 _checked = [f"mora_jax.{name}" for name in _names if name != "linen"]
 jaxtyping.install_import_hook(_checked, "beartype.beartype")
+
+# Tracing makes many objects and few cycles of them: looking for these less often, and
+# never among what is imported, saves a tenth of the time.
+gc.set_threshold(100_000, 20, 20)
+
+
+def pytest_collection_finish():
+    """What was imported stays."""
+    gc.freeze()
 
 
 def pytest_configure(config):

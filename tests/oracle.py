@@ -33,7 +33,8 @@ def squares_of_blocks(m, n):
 
 def delta(c, d, m):
     """C times M, or the K squares of M, times D; in float64."""
-    return np.einsum("inq,nqr,nro->io", c, squares_of_blocks(m, c.shape[1]), d)
+    squares = squares_of_blocks(m, c.shape[1])
+    return np.einsum("inq,nqr,nro->io", c, squares, d, optimize=True)
 
 
 def m_gradient(c, d, x, g, squares=1):
