@@ -1,5 +1,7 @@
 """The parts of an operator add up to the whole, however features are divided."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -57,16 +59,24 @@ def test_parts_make_the_whole(case, size):
 
 
 FOLDS = [
-    slow((24, 36, 10, 4, 4)),
+    (24, 36, 10, 4, 4),
     (32, 16, 4, 4, 2),  # whole blocks, of which the inputs have more
-    slow((16, 48, 4, 2, 4)),  # of which the outputs have more
+    (16, 48, 4, 2, 4),  # of which the outputs have more
     (32, 32, 8, 8, 2),  # each device has half a block of inputs
-    slow((16, 64, 16, 2, 8)),  # half a block of inputs and of outputs
+    (16, 64, 16, 2, 8),  # half a block of inputs and of outputs
 ]
+FEW = ("cpu", FOLDS[1]), ("tpu", FOLDS[3])
+by_fold = pytest.mark.parametrize(
+    ("platform", "size"),
+    [
+        fold if fold in FEW else slow(*fold)
+        for fold in itertools.product(("cpu", "tpu"), FOLDS)
+    ],
+    ids=str,
+)
 
 
-@pytest.mark.parametrize("size", FOLDS, ids=str)
-@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+@by_fold
 @by_case
 def test_parts_of_a_fold_make_the_whole(case, platform, size):
     """Bit for bit in bfloat16, whose dither is that of the whole kernel."""
