@@ -48,15 +48,21 @@ class Leaf:
 
     def check(self) -> None:
         """Raise unless all tensors have the shape that the array has in its stack."""
-        inner = self.shape[self.depth :]
         for file, tensor in self.tensors.values():
             shape = file.entries[tensor.name].shape
-            if axis_groups(inner, shape, tensor.axes) is None:
+            if self.axis_groups(shape, tensor) is None:
                 turned = ", transposed," if tensor.axes == "oi" else ""
                 raise AdapterFileError(
                     f"{self.name!r} in like has shape {self.shape}, which "
                     f"{tensor.name!r} of shape {shape}{turned} does not fit"
                 )
+
+    def axis_groups(self, shape: Shape, tensor: Tensor) -> tuple[Shape, ...] | None:
+        """The array's axes for each axis of a tensor of `shape`; None if it differs."""
+        inner = self.shape[self.depth :]
+        if tensor.order and len(tensor.order) != len(inner):
+            return None
+        return axis_groups(_ordered(inner, tensor.order), shape, tensor.axes)
 
     def read(self) -> jax.Array:
         """The array. Memory of the host holds one device's part of it, beside the last.
@@ -120,15 +126,16 @@ def _fill(
     leaf: Leaf, array: np.ndarray, part: Part, file: TensorFile, tensor: Tensor
 ) -> None:
     """Write a part of a tensor into `array`, which has the layout of the leaf."""
-    shape = file.entries[tensor.name].shape
-    groups = axis_groups(leaf.shape[leaf.depth :], shape, tensor.axes)
+    groups = leaf.axis_groups(file.entries[tensor.name].shape, tensor)
     assert groups is not None
+    if tensor.order:
+        array, part = array.transpose(tensor.order), _ordered(part, tensor.order)
     wanted = [_positions(groups[0], part[: len(groups[0])])]
     if len(groups) == 1:  # the vector is a column
         wanted.append(np.arange(1))
     else:
         wanted.append(_positions(groups[1], part[len(groups[0]) :]))
-    rows = array.reshape([len(positions) for positions in wanted])
+    rows = whole = array.reshape([len(positions) for positions in wanted])
     if tensor.axes == "oi" and len(groups) == 2:
         rows, wanted = rows.T, wanted[::-1]
     if not rows.size:
@@ -143,6 +150,13 @@ def _fill(
             converted = _converted(chosen[block], leaf.dtype, tensor.name)
             rows[here][block] = converted
         first += len(piece)
+    if tensor.order:  # no two axes can be a view of these
+        array[...] = whole.reshape(array.shape)
+
+
+def _ordered(axes: tuple[Any, ...], order: tuple[int, ...]) -> tuple[Any, ...]:
+    """What belongs to each axis, in another order of the axes."""
+    return tuple(axes[k] for k in order) if order else axes
 
 
 def _positions(axes: Shape, part: Part) -> np.ndarray:

@@ -20,7 +20,8 @@ from mora_jax.io._arrays import to_numpy
 from mora_jax.io._base import INDEX, Checkpoint
 from mora_jax.io._errors import AdapterFileError
 from mora_jax.io._files import new_directory
-from mora_jax.io._names import Names, join_index, pairs, to_module
+from mora_jax.io._modules import Module, modules_of
+from mora_jax.io._names import Names, join_index, pairs
 from mora_jax.io._paths import Location, as_path, parts
 from mora_jax.io._suggest import suggestion
 from mora_jax.io._tensors import CHUNK, DTYPES, TensorFile
@@ -33,42 +34,66 @@ class _Site:
     Attributes:
       spec: The adapter.
       m: M, of all stacked layers if `axes` is "".
-      axes: The order of the tensor's axes, "oi" or "io"; "" for a tensor with the shape
-        of the whole kernel.
-      index: The index of the tensor's layer among the kernel's stacked layers.
+      module: The tensor's module; None for a tensor with the shape of the whole kernel.
+      together: The tensors that are the kernel of one layer, in order.
     """
 
     spec: AdapterSpec
     m: np.ndarray
-    axes: str
-    index: int = 0
+    module: Module | None
+    together: tuple[str, ...] = ()
+
+    @property
+    def axes(self) -> str:
+        """The order of the tensor's axes, a letter each."""
+        return self.module.axes if self.module else self.spec.axes
+
+    @property
+    def start(self) -> tuple[int, int]:
+        """The kernel's first input and first output that the tensor has."""
+        return 0, self.module.outputs.start if self.module else 0
 
     @property
     def shape(self) -> Shape:
         """The tensor's shape."""
-        widths = {"i": self.spec.in_features, "o": self.spec.out_features}
-        return tuple(widths[letter] for letter in self.axes) or self.spec.kernel_shape
+        if not self.module:
+            return self.spec.kernel_shape
+        outputs = self.module.outputs
+        widths = {"i": self.spec.in_features, "o": outputs.stop - outputs.start}
+        return tuple(widths[letter] for letter in self.axes)
 
     def delta(self) -> np.ndarray:
         """The delta with the tensor's axes, in float32 or wider."""
-        if not self.axes:
+        if not self.module:
             return np.asarray(delta_kernel(self.spec, self.m))
         delta = self.spec.operator.delta_weight(scaled(self.spec, self.m))
+        delta = delta[:, self.module.outputs]
         # JAX's transpose has the memory order of the tensor. NumPy's would not, and it
         # adds arrays of different orders slowly.
         return np.asarray(delta.T if self.axes == "oi" else delta)
 
-    def check_base(self, kernel: np.ndarray) -> None:
-        """Raise if the adapter is known to be trained on another kernel."""
+    def check_base(self, checkpoint: Checkpoint, **read: np.ndarray) -> None:
+        """Raise if the adapter is known to be trained on another kernel.
+
+        Args:
+          checkpoint: The base.
+          **read: Tensors of the kernel that were read already.
+        """
         if self.spec.base_digest is None:
             return
-        if self.axes:
-            rows = kernel.T if self.axes == "oi" else kernel
-            digests = (rows_digest(rows[row_numbers(self.spec.in_features)]),)
+        tensors = [
+            read[name] if name in read else checkpoint.place[name][name]
+            for name in self.together
+        ]
+        if self.module:
+            numbers = row_numbers(self.spec.in_features)
+            kernels = [t.T if self.axes == "oi" else t for t in tensors]
+            rows = np.concatenate([kernel[numbers] for kernel in kernels], axis=1)
+            digests, layer = (rows_digest(rows),), self.module.layer
         else:
-            digests = kernel_digests(self.spec, kernel)
+            digests, layer = kernel_digests(self.spec, tensors[0]), 0
         try:
-            check_digests(self.spec, digests, self.index)
+            check_digests(self.spec, digests, layer)
         except ValueError as error:
             raise AdapterFileError(str(error)) from None
 
@@ -136,8 +161,7 @@ def merge_checkpoint(
         )
     sites = _sites(checkpoint, adapters, plan, names)
     if sites and not any_base:  # most wrong bases are refused before a file is written
-        name, site = next(iter(sites.items()))
-        site.check_base(checkpoint.place[name][name])
+        next(iter(sites.values())).check_base(checkpoint)
     lost: dict[str, float] = {}
     last = [path for path in checkpoint.beside if _is_read_first(path.name)]
     with new_directory(target) as write:
@@ -145,7 +169,7 @@ def merge_checkpoint(
             if path not in last:
                 write(path.name, _chunks(path))
         for file in checkpoint.files:
-            content = _merged(file, sites, lost, any_base, rounding)
+            content = _merged(checkpoint, file, sites, lost, any_base, rounding)
             write(file.path.name, _counted(content, progress))
         for path in sorted(last, key=lambda path: path.name == "config.json"):
             write(path.name, _chunks(path))
@@ -167,18 +191,19 @@ def _sites(
         m = m.astype(jnp.promote_types(m.dtype, jnp.float32))
         joined = [separator.join(spec.path) for separator in "/."]
         if found := [name for name in joined if name in checkpoint.place]:
-            sites[found[0]] = _Site(spec, m, "")
+            sites[found[0]] = _Site(spec, m, None, (found[0],))
             continue
-        for number, index in enumerate(np.ndindex(spec.stack_shape)):
-            kernel = join_index(spec.name, index)
-            module = to_module(kernel, known)
-            name = f"{module[0]}.weight" if module else joined[0]
-            if module is None or name not in checkpoint.place:
-                missing[kernel] = name
-                continue
-            if name in sites:
+        modules, unnamed = modules_of(spec, known)
+        missing |= dict.fromkeys(unnamed, joined[0])
+        for module in modules:
+            name = f"{module.name}.weight"
+            if name not in checkpoint.place:
+                missing[join_index(spec.name, module.index)] = name
+            elif name in sites:
                 raise AdapterFileError(f"two adapters go into {name!r}")
-            sites[name] = _Site(spec, m[index], module[1], number)
+            layer = [m.name for m in modules if m.layer == module.layer]
+            together = tuple(f"{other}.weight" for other in layer)
+            sites[name] = _Site(spec, m[module.index], module, together)
     if missing:
         kernel, name = next(iter(missing.items()))
         modules = [
@@ -205,6 +230,7 @@ def _sites(
 
 
 def _merged(
+    checkpoint: Checkpoint,
     file: TensorFile,
     sites: Mapping[str, _Site],
     lost: dict[str, float],
@@ -217,7 +243,7 @@ def _merged(
         if name in sites:
             kernel = file[name]
             if not any_base:
-                sites[name].check_base(kernel)
+                sites[name].check_base(checkpoint, **{name: kernel})
             merged, lost[name] = _add(kernel, sites[name], name, rounding)
             yield merged.tobytes()
         else:
@@ -231,8 +257,8 @@ def _add(
     wide = jnp.promote_types(kernel.dtype, jnp.float32)
     before, delta = kernel.astype(wide), site.delta().astype(wide)
     if wide == jnp.float32:
-        axes = site.axes or site.spec.axes
-        merged = np.asarray(add_rounded(kernel, delta, axes, kernel.dtype, rounding))
+        settings = site.axes, kernel.dtype, rounding, site.start
+        merged = np.asarray(add_rounded(kernel, delta, *settings))
     else:  # JAX may have no float64, and nothing is rounded
         merged = before + delta
     after = merged.astype(wide)

@@ -50,10 +50,11 @@ def load_base(
         `nnx.state(model, nnx.Param)` of an NNX model, which may be abstract.
       names: Which module of PyTorch is which leaf. A family ("llama", "gemma", "qwen",
         "gpt2" or "bert", with or without a version as in "qwen3") for models with the
-        names of transformers' Flax models; "tunix" for Tunix's Qwen2, Qwen3 and
-        Llama3; otherwise templates as in `load_peft_mora`,
-        such as `{"model.layers.{n}.{norm}": "layers/{norm}/scale[{n}]"}` for a stacked
-        leaf. A kernel's template is also that of its bias, and a template may name a
+        names of transformers' Flax models; "tunix" for Tunix's Qwen2, Qwen3,
+        Llama3 and Gemma, "gm" for Google's gemma; otherwise templates as in
+        `load_peft_mora`, such as
+        `{"model.layers.{n}.{norm}": "layers/{norm}/scale[{n}]"}` for a stacked leaf.
+        A kernel's template is also that of its bias, and a template may name a
         tensor, as `{"out.bias": "out_bias"}` does. A leaf that is named as its tensor
         needs none. None tries all families.
       dtype: The dtype of the result, or "like" for that of each leaf of `like`. None

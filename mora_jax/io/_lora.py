@@ -71,14 +71,14 @@ def save_peft_lora(
     tensors: dict[str, np.ndarray] = {}
     spectra: dict[str, _Spectrum] = {}
     axes, full = set(), None
-    for module, weight_axes, spec, m in modules(adapters, plan, pairs(names)):
-        a, b, spectra[module] = _factors(spec, m, rank)
-        axes.add(weight_axes)
+    for module, spec, m in modules(adapters, plan, pairs(names)):
+        a, b, spectra[module.name] = _factors(spec, m, rank, module.outputs)
+        axes.add(module.axes)
         if spec.operator.block and rank is None:
             full = spec
             continue
-        tensors[f"{PREFIX}{module}.lora_A.weight"] = a.T
-        tensors[f"{PREFIX}{module}.lora_B.weight"] = b.T
+        tensors[f"{PREFIX}{module.name}.lora_A.weight"] = a.T
+        tensors[f"{PREFIX}{module.name}.lora_B.weight"] = b.T
     if len(axes) > 1:
         raise ValueError("modules must be all Linear or all Conv1D")
     if full is not None:
@@ -138,17 +138,20 @@ def _enough(spectra: Mapping[str, _Spectrum], max_error: float) -> str:
 
 
 def _factors(
-    spec: AdapterSpec, m: np.ndarray, rank: int | None
+    spec: AdapterSpec, m: np.ndarray, rank: int | None, outputs: slice
 ) -> tuple[np.ndarray, np.ndarray, _Spectrum]:
-    """(in, r) and (r, out), whose product is what a LoRA keeps, and the spectrum."""
+    """(in, r) and (r, out), whose product is what a LoRA keeps, and the spectrum.
+
+    They are those of the delta's columns `outputs`.
+    """
     op, m = spec.operator, scaled(spec, m)
     if op.block:
-        delta = np.asarray(op.delta_weight(m), np.float64)
+        delta = np.asarray(op.delta_weight(m), np.float64)[:, outputs]
         left, values, right = np.linalg.svd(delta, full_matrices=False)
         a, b = left, values[:, None] * right
     else:
         a = np.asarray(op.compress_matrix(), np.float64)
-        b = np.asarray(op.decompress(block_diagonal(m)), np.float64)
+        b = np.asarray(op.decompress(block_diagonal(m)), np.float64)[:, outputs]
         if rank is None or rank >= op.width:
             return _float32(a, b, np.zeros(0))
         basis, triangle = np.linalg.qr(a)

@@ -4,6 +4,8 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
+import numpy as np
+
 from mora_jax._suggestions import did_you_mean
 from mora_jax._types import Shape
 
@@ -14,11 +16,13 @@ class Pair(NamedTuple):
     Attributes:
       module: The module's name in PyTorch, such as "model.layers.{layer}.mlp.{name}".
       kernel: The kernel's path here, such as "model/layers/{layer}/mlp/{name}/kernel".
-        A stacked kernel has an index in its stack, as in "layers/{name}/kernel[{n}]".
+        A stacked kernel has an index in its stack, as in "layers/{name}/kernel[{n}]",
+        and so has one whose first axis tells several modules apart.
       axes: The order of the axes of PyTorch's weight: "oi" as in `Linear`, "io" as in
         GPT-2's `Conv1D`.
       kernel_axes: The order of the kernel's axes: "io" as in `nn.Dense`, "oi" as in
-        GPT-2's `FlaxConv1D`. A plan knows that by itself.
+        GPT-2's `FlaxConv1D`, "oio" as in Gemma's (heads, in, width). A plan knows that
+        by itself.
     """
 
     module: str
@@ -33,6 +37,46 @@ def _same(template: str, axes: str = "oi") -> Pair:
     It also keeps each kernel in Flax as the transpose of PyTorch's weight.
     """
     return Pair(template, template.replace(".", "/") + "/kernel", axes, axes[::-1])
+
+
+def _gemma(layer: str) -> tuple[Pair, ...]:
+    """Gemma's layers as Google writes them, with several modules in one kernel."""
+    kernels = {
+        "q": ("q_einsum/w", "qkv_einsum/w[0]"),
+        "k": ("kv_einsum/w[0]", "qkv_einsum/w[1]"),
+        "v": ("kv_einsum/w[1]", "qkv_einsum/w[2]"),
+        "o": ("attn_vec_einsum/w",),
+    }
+    norms = {
+        "input_layernorm": ("pre_attention_norm",),
+        "pre_feedforward_layernorm": ("pre_ffw_norm",),
+        "post_attention_layernorm": (
+            "post_attention_norm",
+            "post_attn_norm",
+            "pre_ffw_norm",  # of Gemma 1, which has fewer norms
+        ),
+        "post_feedforward_layernorm": ("post_ffw_norm",),
+        "self_attn.q_norm": ("attn/_query_norm", "attn/query_norm"),
+        "self_attn.k_norm": ("attn/_key_norm", "attn/key_norm"),
+    }
+    return (
+        *(
+            Pair(
+                f"model.layers.{{layer}}.self_attn.{letter}_proj",
+                f"{layer}/attn/{kernel}",
+                kernel_axes="io" if letter == "o" else "oio",
+            )
+            for letter, found in kernels.items()
+            for kernel in found
+        ),
+        *(
+            Pair(f"model.layers.{{layer}}.{name}", f"{layer}/{norm}/scale")
+            for name, found in norms.items()
+            for norm in found
+        ),
+        Pair("model.norm", "final_norm/scale"),
+        Pair("model.embed_tokens", "embedder/input_embedding", "io"),
+    )
 
 
 _DECODER = (
@@ -60,6 +104,18 @@ FAMILIES: dict[str, tuple[Pair, ...]] = {
 """The models that are known, as transformers names them."""
 
 LIBRARIES: dict[str, tuple[Pair, ...]] = {
+    "gm": (
+        *_gemma("layer_{layer}"),
+        *(
+            Pair(
+                f"model.layers.{{layer}}.mlp.{name}_proj",
+                f"layer_{{layer}}/mlp/gating_einsum[{number}]",
+                kernel_axes="oi",
+            )
+            for number, name in enumerate(("gate", "up"))
+        ),
+        Pair("model.layers.{layer}.mlp.down_proj", "layer_{layer}/mlp/linear"),
+    ),
     "tunix": (
         *(
             Pair(
@@ -79,6 +135,7 @@ LIBRARIES: dict[str, tuple[Pair, ...]] = {
             "model.layers.{layer}.self_attn.{name}_norm",
             "layers/{layer}/attn/{name}_norm/w",
         ),
+        *_gemma("layers/{layer}"),
         Pair("model.layers.{layer}.{norm}", "layers/{layer}/{norm}/w"),
         Pair("model.norm", "final_norm/w"),
         Pair("model.layers.{layer}.mlp.gate", "layers/{layer}/mlp/router/kernel"),
@@ -87,7 +144,6 @@ LIBRARIES: dict[str, tuple[Pair, ...]] = {
             "model.layers.{layer}.mlp.experts.{expert}.{name}",
             "layers/{layer}/mlp/{name}[{expert}]",
         ),
-        Pair("model.embed_tokens", "embedder/input_embedding", "io"),
         Pair("lm_head", "lm_head/w"),
     ),
 }
@@ -186,10 +242,12 @@ class Tensor(NamedTuple):
     Attributes:
       name: The tensor's name, such as "model.norm.weight".
       axes: The order of its axes if those of the array are "io"; "o" if it has one.
+      order: The axes of the array, those of inputs first, if they are not in order.
     """
 
     name: str
     axes: str
+    order: tuple[int, ...] = ()
 
 
 def to_tensors(leaf: str, known: tuple[Pair, ...]) -> Iterator[Tensor]:
@@ -209,7 +267,9 @@ def to_tensors(leaf: str, known: tuple[Pair, ...]) -> Iterator[Tensor]:
             is_table = module.rpartition(".")[2] in TABLES or last.endswith("embedding")
             same = is_table or pair.axes == pair.kernel_axes
             name = module if module.endswith(_ENDS) else f"{module}.weight"
-            yield Tensor(name, "io" if same else "oi")
+            mixed = pair.kernel_axes not in ("io", "oi")
+            order = np.argsort(list(pair.kernel_axes), kind="stable") if mixed else ()
+            yield Tensor(name, "io" if same else "oi", tuple(map(int, order)))
         if last == "bias" and (module := translate(leaf, _bias(pair), pair.module)):
             yield Tensor(f"{module}.bias", "o")
     if parent and not bracket and last in _LEAVES:

@@ -45,7 +45,8 @@ def load_peft_mora(
         all kernels that the file adapts.
       names: Which PyTorch module is which kernel. A family ("llama", "gemma", "qwen",
         "gpt2" or "bert") for models with the names of transformers' Flax models;
-        "tunix" for Tunix's Qwen2, Qwen3 and Llama3; otherwise templates, such as
+        "tunix" for Tunix's Qwen2, Qwen3, Llama3 and Gemma, "gm" for Google's gemma;
+        otherwise templates, such as
         `{"model.layers.{layer}.mlp.{name}": "layer_{layer}/{name}/kernel"}`, with
         `"mlp/{name}/kernel[{layer}]"` for a stacked kernel. None tries all families.
 

@@ -14,7 +14,8 @@ from mora_jax._spec import AdapterSpec
 from mora_jax.io._arrays import to_numpy
 from mora_jax.io._files import CONFIG, TENSORS, entries, new_directory
 from mora_jax.io._json import dump
-from mora_jax.io._names import Names, Pair, join_index, pairs, to_module
+from mora_jax.io._modules import Module, modules_of
+from mora_jax.io._names import Names, Pair, pairs
 from mora_jax.io._paths import Location, as_path
 from mora_jax.io._peft_read import PREFIX
 from mora_jax.io._reference import REFERENCE_GROUPS, reference_square_rank
@@ -60,11 +61,17 @@ def save_peft_mora(
     tensors: dict[str, np.ndarray] = {}
     ranks: dict[str, int] = {}
     settings = set()
-    for module, axes, spec, m in modules(adapters, plan, pairs(names)):
-        mora_type, ranks[module], scale = _reference(spec)
-        settings.add((mora_type, spec.dropout, axes))
+    for module, spec, m in modules(adapters, plan, pairs(names)):
+        if module.outputs != slice(0, spec.out_features):
+            raise ValueError(
+                f"{spec.name}: the reference has one square for each module, and "
+                f"{module.name} is a part of this kernel; io.save_peft_lora writes "
+                "such adapters as a LoRA, and io.merge_checkpoint merges them"
+            )
+        mora_type, ranks[module.name], scale = _reference(spec)
+        settings.add((mora_type, spec.dropout, module.axes))
         for letter in "AB":
-            tensors[f"{PREFIX}{module}.lora_{letter}.weight"] = (
+            tensors[f"{PREFIX}{module.name}.lora_{letter}.weight"] = (
                 scale * scaled(spec, m)
             ).T
     if len(settings) > 1:
@@ -143,26 +150,23 @@ def peft_config(
 
 def modules(
     adapters: Any, plan: Plan, known: tuple[Pair, ...]
-) -> Iterator[tuple[str, str, AdapterSpec, np.ndarray]]:
-    """PyTorch's module, the axes of its weight, the spec and the M of each."""
+) -> Iterator[tuple[Module, AdapterSpec, np.ndarray]]:
+    """PyTorch's modules, with the spec and the M of each."""
     if not len(plan):
         raise ValueError("plan must have an adapter to write, got none")
-    items = [
-        (spec, to_numpy(spec.name, m).astype(np.float32), index)
-        for spec, m in adapter_items(adapters, plan)
-        for index in np.ndindex(spec.stack_shape)
-    ]
-    kernels = [join_index(spec.name, index) for spec, _, index in items]
-    unknown = [kernel for kernel in kernels if to_module(kernel, known) is None]
+    items, unknown = [], []
+    for spec, m in adapter_items(adapters, plan):
+        found, missing = modules_of(spec, known)
+        items.append((found, spec, to_numpy(spec.name, m).astype(np.float32)))
+        unknown += missing
     if unknown:
         raise ValueError(
             f"names have no module for the kernel {unknown[0]!r}; "
             + suggestion(unknown, ())
         )
-    for kernel, (spec, m, index) in zip(kernels, items, strict=True):
-        module = to_module(kernel, known)
-        assert module is not None
-        yield *module, spec, m[index]
+    for found, spec, m in items:
+        for module in found:
+            yield module, spec, m[module.index]
 
 
 def free(directory: str | os.PathLike[str], force: bool) -> Location:

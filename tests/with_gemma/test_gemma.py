@@ -14,9 +14,11 @@ import pytest
 from flax.traverse_util import flatten_dict
 from helpers import close, python_blocks, random_like, trained
 from processes import ROOT
+from safetensors.numpy import load_file
+from tunix_models import IDS
 
 import mora_jax.gemma
-from mora_jax import LeftOutWarning, MoRAConfig, linen
+from mora_jax import LeftOutWarning, MoRAConfig, io, linen
 
 if find_spec("gemma") is None:
     pytest.skip("gemma is not installed", allow_module_level=True)
@@ -134,6 +136,32 @@ def test_embeddings_may_be_adapted(name):
     expected = model.apply({"params": merged}, TOKENS).logits
     got = linen.wrap(model, plan)(adapters, {"params": params}, TOKENS).logits
     close(got, expected, 1e-4)
+
+
+def test_checkpoints_of_transformers_are_read_and_merged_into(tmp_path):
+    """A tiny Gemma 3, whose logits are those of transformers and of Tunix."""
+    from gemma import gm  # pyright: ignore
+
+    data = ROOT / "tests/data/tunix"
+    sizes = {"num_embed": 32, "embed_dim": 32, "hidden_dim": 64, "num_heads": 4}
+    sizes |= {"num_kv_heads": 2, "sliding_window_size": 4, "vision_encoder": None}
+    kinds = gm.nn.Gemma3_1B.config.attention_types[:1]
+    config = dataclasses.replace(
+        gm.nn.Gemma3_1B.config, head_dim=8, attention_types=kinds, **sizes
+    )
+    model = gm.nn.Gemma3_1B(config=config, dtype=jnp.float32)
+    ids = IDS[1:]  # the first row has a 0, which gemma takes for padding
+    shapes = jax.eval_shape(model.init, KEY, ids)["params"]
+    params = io.load_base(data / "gemma3", shapes, "gm")
+    expected = load_file(data / "gemma3_logits.safetensors")
+    close(model.apply({"params": params}, ids).logits, expected["base"][1:])
+    plan = linen.plan(model, {"params": params}, CONFIG, ids)
+    adapters, merged = trained(plan), tmp_path / "merged"
+    io.merge_checkpoint(data / "gemma3", adapters, plan, merged, "gm")
+    loaded = io.load_base(merged, shapes, "gm")
+    close(loaded, mora_jax.merge(params, adapters, plan))
+    lost = io.save_peft_lora(tmp_path / "lora", adapters, plan, "gm", rank=32)
+    assert len(lost) == 7 and max(lost.values()) < 1e-5
 
 
 def tokens_of(model, params):

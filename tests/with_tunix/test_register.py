@@ -1,15 +1,13 @@
 """Every model of Tunix with all its layers adapted, once `register` was called."""
 
-import importlib
 import re
 import sys
 from importlib.util import find_spec
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from helpers import close, random_like
+from tunix_models import INPUTS, MODELS, logits, tiny
 
 import mora_jax.tunix
 from mora_jax import MoRAConfig, MoRAWarning, diagnostics
@@ -24,61 +22,6 @@ pytestmark = [
         "ignore:'sharding' is deprecated:DeprecationWarning:flax.nnx.variablelib"
     ),
 ]
-
-IDS = np.arange(16, dtype=np.int32).reshape(2, 8)
-POSITIONS = jnp.broadcast_to(jnp.arange(8), (2, 8))
-INPUTS = IDS, POSITIONS, None, jnp.tril(jnp.ones((2, 8, 8), bool))
-SIZES = {"num_layers": 1, "embed_dim": 32, "hidden_dim": 64}
-SIZES |= {"num_heads": 4, "head_dim": 8, "num_kv_heads": 2}
-QWEN = {"vocab_size": 32, "norm_eps": 1e-5, "rope_theta": 10_000}
-GEMMA = {"num_embed": 32, "sliding_window_size": 4}
-GEMMA1 = {"final_logit_softcap": None, "use_post_attn_norm": False}
-GEMMA1 |= {"use_post_ffw_norm": False}
-FLOAT = {"dtype": jnp.float32, "param_dtype": jnp.float32}
-EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2}
-DENSE = "q_proj/w k_proj/w v_proj/w o_proj/w"
-MLP = "gate_proj/kernel up_proj/kernel down_proj/kernel"
-FUSED = f"q_einsum/w kv_einsum/w attn_vec_einsum/w {MLP}"
-MODELS = {
-    "qwen2": ("Qwen2", QWEN | {"use_tied_embedding": True}, f"{DENSE} {MLP}"),
-    "qwen3": ("Qwen3", QWEN, f"{DENSE} {MLP}"),
-    "qwen3 experts": ("Qwen3", QWEN | EXPERTS, f"{DENSE} gate_proj up_proj down_proj"),
-    "llama3": ("Llama3", QWEN, f"{DENSE} {MLP}"),
-    "gemma": ("Gemma", GEMMA | GEMMA1, FUSED),
-    "gemma one query": (
-        "Gemma",
-        GEMMA | GEMMA1 | {"num_kv_heads": 4},
-        f"qkv_einsum/w attn_vec_einsum/w {MLP}",
-    ),
-    "gemma3": ("Gemma3", GEMMA | {"param_dtype": jnp.float32}, FUSED),
-    "gemma4": (
-        "Gemma4",
-        GEMMA | FLOAT | {"per_layer_input_dim": 8},
-        f"{FUSED} per_layer_input_gate/w per_layer_projection/w",
-    ),
-    "gemma4 experts": (
-        "Gemma4",
-        GEMMA | FLOAT | EXPERTS | {"enable_moe": True, "expert_dim": 16},
-        f"{FUSED} gating_einsum linear",
-    ),
-}
-
-
-def tiny(name):
-    """A model of one layer with random weights, and the ends of its kernels' paths."""
-    cls, settings, kernels = MODELS[name]
-    module = importlib.import_module(f"tunix.models.{name.split()[0]}.model")
-    if cls == "Gemma":
-        settings = settings | {"attention_types": [module.AttentionType.GLOBAL]}
-    config = module.ModelConfig(**(SIZES | settings))
-    model = nnx.eval_shape(lambda: getattr(module, cls)(config, rngs=nnx.Rngs(0)))
-    graph, params, rest = nnx.split(model, nnx.Param, ...)
-    return nnx.merge(graph, random_like(params, 0.2), rest), set(kernels.split())
-
-
-@nnx.jit
-def logits(model):
-    return model(*INPUTS)[0]
 
 
 @pytest.mark.parametrize("name", MODELS)

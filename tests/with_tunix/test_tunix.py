@@ -20,6 +20,7 @@ from helpers import python_blocks, random, random_like
 from jax.sharding import NamedSharding
 from meshes import make_mesh, shardings
 from processes import ROOT
+from tunix_models import qwen_as_transformers
 
 import mora_jax
 import mora_jax.tunix
@@ -441,31 +442,6 @@ def test_a_trainer_refuses_a_checkpoint_of_another_adapter(tmp_path):
 # --- Files ---
 
 
-def as_transformers(model):
-    """The weights of Qwen2 or Qwen3 as transformers names and shapes them."""
-    tensors = {}
-    for path, variable in nnx.to_flat_state(nnx.state(model)):
-        value, (*scope, last) = np.asarray(variable[...]), map(str, path)
-        name = ".".join([*scope, last] if last.endswith("_proj") else scope)
-        name = name.replace(".attn", ".self_attn").replace("router", "gate")
-        name = name.replace("embedder", "model.embed_tokens")
-        name = name.replace("final_norm", "model.norm")
-        name = name if scope == ["lm_head"] or "model." in name else f"model.{name}"
-        if last.endswith("_bias"):
-            letter, _, _ = last.partition("_")
-            tensors[f"{name}.{letter}_proj.bias"] = value.reshape(-1)
-        elif last.endswith("_proj"):  # experts
-            for number, expert in enumerate(value):
-                expert_name = name.replace("mlp.", f"mlp.experts.{number}.")
-                tensors[f"{expert_name}.weight"] = expert.T
-        elif last == "input_embedding" or value.ndim == 1:
-            tensors[f"{name}.weight"] = value
-        else:
-            ins = value.shape[:2] if scope[-1] == "o_proj" else value.shape[:1]
-            tensors[f"{name}.weight"] = value.reshape(np.prod(ins), -1).T
-    return {name: np.ascontiguousarray(value) for name, value in tensors.items()}
-
-
 @trainers_warn
 @pytest.mark.parametrize("experts", [0, 4])
 def test_merged_checkpoints_are_the_adapted_model(tmp_path, experts):
@@ -474,7 +450,7 @@ def test_merged_checkpoints_are_the_adapted_model(tmp_path, experts):
 
     settings = {"num_experts": experts, "num_experts_per_tok": 2} if experts else {}
     base = load(make_mesh(fsdp=1, tp=1), **settings)
-    tensors = as_transformers(base)
+    tensors = qwen_as_transformers(base)
     (tmp_path / "base").mkdir()
     for k, letter in enumerate(("first", "second")):
         half = dict(sorted(tensors.items())[k::2])
