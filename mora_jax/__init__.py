@@ -66,9 +66,9 @@ from mora_jax import operators as operators
 from mora_jax import products as products
 from mora_jax import remora as remora
 from mora_jax import sharding as sharding
-from mora_jax._adapters import combine as combine
+from mora_jax._combined import combine as combine
 from mora_jax._adapters import init as init
-from mora_jax._adapters import split as split
+from mora_jax._combined import split as split
 from mora_jax._config import MoRAConfig as MoRAConfig
 from mora_jax._dense import FrozenDense as FrozenDense
 from mora_jax._dense import mora_apply as mora_apply

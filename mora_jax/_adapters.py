@@ -1,4 +1,4 @@
-"""The tree of adapters: how it is made, joined to the params, and split from them."""
+"""The tree of adapters: how it is made, and what a plan finds in it."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,7 +6,7 @@ from zlib import crc32
 
 import jax
 import numpy as np
-from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import PRNGKeyArray
 
 from mora_jax._checks import check_key
@@ -17,34 +17,44 @@ from mora_jax._paths import (
     adapter_of,
     adapter_path,
     located_leaves,
-    nearest_paths,
-    refuse_model,
+    named_leaves,
+    refuse_variables,
+    replace_leaves,
     unboxed,
 )
 from mora_jax._plan import Plan, check_plan
 from mora_jax._spec import SUFFIX, AdapterSpec
+from mora_jax._trained import Items, copies, replacements
 
 Tree = dict[str, Any]
 
 _fold_in = jax.jit(jax.random.fold_in)
 
 
-def init(plan_or_frozen: Plan | FrozenDense, key: PRNGKeyArray | None = None) -> Tree:
-    """New adapters: a tree that holds the M's and nothing else.
+def init(
+    plan_or_frozen: Plan | FrozenDense,
+    key: PRNGKeyArray | None = None,
+    *,
+    params: Any = None,
+) -> Tree:
+    """New adapters: a tree that holds the M's, and the arrays that train themselves.
 
     Args:
       plan_or_frozen: The plan of a model, or one layer.
       key: The key for `init="gaussian"`. Each M depends on the key and its kernel's
         path.
+      params: The base's params, of which the adapters get copies of the arrays that
+        `MoRAConfig(train=...)` names. Other plans need none.
 
     Returns:
-      Nested dicts as in the base's params, with each M at `<kernel>_mora`; for one
-      layer `{"kernel_mora": M}`.
+      Nested dicts as in the base's params, with each M at `<kernel>_mora`, and each
+      copy at its own path; for one layer `{"kernel_mora": M}`.
 
     Raises:
       TypeError: The first argument is neither a plan nor a layer, or `key` is not a
-        key.
-      ValueError: `init="gaussian"` without a key.
+        key, or `params` hold something other than arrays.
+      ValueError: `init="gaussian"` without a key; or the plan trains arrays, and
+        `params` are not given or lack one.
 
     Example::
 
@@ -52,6 +62,9 @@ def init(plan_or_frozen: Plan | FrozenDense, key: PRNGKeyArray | None = None) ->
       >>> params = {"fc": {"kernel": jnp.ones((8, 8)), "bias": jnp.ones(8)}}
       >>> jax.tree.map(jnp.shape, mora_jax.init(mora_jax.plan(params)))
       {'fc': {'kernel_mora': (8, 8)}}
+      >>> plan = mora_jax.plan(params, mora_jax.MoRAConfig(train="fc/bias"))
+      >>> jax.tree.map(jnp.shape, mora_jax.init(plan, params=params))
+      {'fc': {'bias': (8,), 'kernel_mora': (8, 8)}}
     """
     check_key(key)
     if isinstance(plan_or_frozen, FrozenDense):
@@ -62,7 +75,21 @@ def init(plan_or_frozen: Plan | FrozenDense, key: PRNGKeyArray | None = None) ->
         number = np.uint32(crc32(spec.name.encode()))
         return init_adapter(spec, None if key is None else _fold_in(key, number))
 
-    return nest({adapter_path(spec): start(spec) for spec in plan_or_frozen.specs})
+    ms = {adapter_path(spec): start(spec) for spec in plan_or_frozen.specs}
+    return nest(ms | _copies(plan_or_frozen, params))
+
+
+def _copies(plan: Plan, params: Any) -> dict[Path, jax.Array]:
+    """{path: copy} of the arrays that train themselves."""
+    if not plan.trained:
+        return {}
+    if params is None:
+        raise ValueError(
+            f"params must be given, since the plan trains {plan.trained[0].name!r} "
+            "itself, from what the base has there; write init(plan, params=params)"
+        )
+    refuse_variables(params)
+    return copies(named_leaves(params), plan.trained)
 
 
 def nest(items: Mapping[Path, Any]) -> Tree:
@@ -77,147 +104,47 @@ def nest(items: Mapping[Path, Any]) -> Tree:
 
 
 def adapter_items(adapters: Any, plan: Plan) -> list[tuple[AdapterSpec, Any]]:
-    """Each spec of `plan` with its M; `adapters` may hold no further M."""
+    """Each spec of `plan` with its M; `adapters` may hold nothing that it lacks."""
+    return _items(adapters, plan)[0]
+
+
+def trained_items(adapters: Any, plan: Plan) -> Items:
+    """Each array that trains itself with its copy, checked as in `adapter_items`."""
+    return _items(adapters, plan)[1]
+
+
+def _items(adapters: Any, plan: Plan) -> tuple[list[tuple[AdapterSpec, Any]], Items]:
     check_plan(plan)
     found = located_leaves(adapters, "adapters")
-    items = []
+    items, trained = [], []
     for spec in plan.specs:
         path = adapter_path(spec)
         if path not in found:
             raise ValueError(f"adapters lack {'/'.join(path)!r}, which the plan has")
         items.append((spec, adapter_of(found.pop(path), spec)))
+    for one in plan.trained:
+        if one.path not in found:
+            raise ValueError(
+                f"adapters lack {one.name!r}, which the plan trains: init(plan, "
+                "params=params) and split(tree, plan) give it"
+            )
+        copy = unboxed(found.pop(one.path))
+        one.check(copy, " in the adapters")
+        trained.append((one, copy))
     if found:
         path = "/".join(next(iter(found)))
         raise ValueError(f"adapters hold {path!r}, which the plan lacks")
-    return items
+    return items, trained
 
 
-def combine(params: Any, adapters: Any) -> Any:
-    """One tree of params, with each M next to its kernel as `<kernel>_mora`.
-
-    Args:
-      params: The base's params: nested mappings, lists and tuples.
-      adapters: The adapters, as `init` makes them.
-
-    Raises:
-      TypeError: An argument is not such a tree but, for example, a model or an array.
-      ValueError: An adapter has no kernel, or the tree is combined already.
-
-    Example::
-
-      >>> import jax.numpy as jnp
-      >>> import mora_jax
-      >>> params = {"fc": {"kernel": jnp.ones((8, 8))}}
-      >>> adapters = mora_jax.init(mora_jax.plan(params))
-      >>> sorted(mora_jax.combine(params, adapters)["fc"])
-      ['kernel', 'kernel_mora']
-    """
-    in_state = isinstance(params, nnx.State)
-
-    def insert(base: Any, extra: Any, path: Path) -> Any:
-        added, node = _children(extra), _children(base)
-        if added is None:
-            raise ValueError(f"adapters hold {'/'.join(path)!r}, which is not an M")
-        if node is None:
-            raise ValueError(f"params have no module at {'/'.join(path)!r}")
-        for key, value in added.items():
-            here = (*path, key)
-            if key.endswith(SUFFIX) and _children(value) is None:
-                if key.removesuffix(SUFFIX) not in node:
-                    raise ValueError(
-                        f"params have no kernel for the adapter {'/'.join(here)!r}"
-                    )
-                if key in node:
-                    raise ValueError(f"params already hold {'/'.join(here)!r}")
-                if not isinstance(base, Mapping):
-                    raise TypeError(
-                        f"the parent of {'/'.join(here)!r} must be a mapping, "
-                        f"got {type(base).__name__}"
-                    )
-                # An NNX variable keeps its box only in a state, among other variables.
-                alone = isinstance(value, nnx.Variable) and not in_state
-                node[key] = unboxed(value) if alone else value
-            elif key not in node:
-                raise ValueError(
-                    f"params have nothing at {'/'.join(here)!r}"
-                    + nearest_paths(key, list(node))
-                )
-            else:
-                node[key] = insert(node[key], value, here)
-        return _rebuild(base, node)
-
-    for what, tree in (("params", params), ("adapters", adapters)):
-        _check_nested(tree, what)
-    return insert(params, adapters, ())
-
-
-def split(tree: Any) -> tuple[Any, Tree]:
-    """Undo `combine`.
+def with_trained(params: Any, trained: Items, dtype: DTypeLike | None = None) -> Any:
+    """The params with the trained copies in place of the base's arrays.
 
     Args:
-      tree: A tree as `combine` makes it.
-
-    Returns:
-      The base's params, and the adapters.
-
-    Raises:
-      TypeError: `tree` is not made of nested mappings, lists and tuples.
-
-    Example::
-
-      >>> import jax.numpy as jnp
-      >>> import mora_jax
-      >>> params = {"fc": {"kernel": jnp.ones((8, 8))}}
-      >>> adapters = mora_jax.init(mora_jax.plan(params))
-      >>> base, adapters = mora_jax.split(mora_jax.combine(params, adapters))
-      >>> sorted(base["fc"]), sorted(adapters["fc"])
-      (['kernel'], ['kernel_mora'])
+      params: The base's params: any pytree.
+      trained: The trained arrays with their copies.
+      dtype: The dtype of the copies; None for the dtypes of the base's arrays.
     """
-    _check_nested(tree, "tree")
-    return _split(tree)
-
-
-def _split(tree: Any) -> tuple[Any, Tree]:
-    base, adapters = {}, {}
-    node = _children(tree)
-    if node is None:
-        return tree, {}
-    for key, value in node.items():
-        if key.endswith(SUFFIX) and _children(value) is None:
-            adapters[key] = value
-            continue
-        base[key], inner = _split(value)
-        if inner:
-            adapters[key] = inner
-    return _rebuild(tree, base), adapters
-
-
-def _check_nested(tree: Any, what: str) -> None:
-    """Raise unless `tree` is a container whose children `_children` finds."""
-    refuse_model(tree, what)
-    if _children(tree) is None:
-        raise TypeError(
-            f"{what} must be nested mappings, lists and tuples, "
-            f"got {type(tree).__name__}"
-        )
-
-
-def _children(node: Any) -> Tree | None:
-    """The children of a container by name; None for a leaf."""
-    if isinstance(node, nnx.State):
-        node = node.raw_mapping  # a state wraps its items, and they differ in structure
-    if isinstance(node, Mapping):
-        return {str(key): value for key, value in node.items()}
-    if isinstance(node, list | tuple):
-        return {str(k): value for k, value in enumerate(node)}
-    return None
-
-
-def _rebuild(like: Any, children: Tree) -> Any:
-    if isinstance(like, Mapping):
-        original = {str(key): key for key in like}
-        items = {original.get(key, key): value for key, value in children.items()}
-        kind: Any = type(like)
-        return items if isinstance(like, dict) else kind(items)
-    values = children.values()
-    return type(like)(*values) if hasattr(like, "_fields") else type(like)(values)
+    if not trained:
+        return params
+    return replace_leaves(params, replacements(named_leaves(params), trained, dtype))

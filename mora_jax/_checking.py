@@ -13,9 +13,10 @@ from flax import nnx
 from mora_jax._adapters import Tree, nest
 from mora_jax._compute.delta import delta_kernel
 from mora_jax._merge import merge
-from mora_jax._paths import adapter_path, named_leaves
+from mora_jax._paths import Path, adapter_path, named_leaves
 from mora_jax._plan import Plan, check_plan
 from mora_jax._spec import AdapterSpec
+from mora_jax._trained import copies
 
 Outputs = Callable[[Any], list[jax.Array]]
 """A function of adapters that returns the floating-point outputs of a model."""
@@ -74,17 +75,19 @@ def check(
         params, adapted, merged = _linen_models(model, variables, plan, inputs, kwargs)
     else:
         raise TypeError(f"model must be a Flax module, got {type(model).__name__}")
-    base = adapted(_adapters(plan))
+    leaves = named_leaves(params)
+    trained = copies(leaves, plan.trained)
+    base = adapted(_adapters(plan, trained))
     if not base or not all(jnp.isfinite(y).all() for y in base):
         raise ValueError(
             "the model must give finite floating-point outputs for these inputs, got "
             + ("NaN or infinity" if base else "no floating-point output")
         )
-    kernels = {name: leaf for name, (_, leaf) in named_leaves(params).items()}
+    kernels = {name: leaf for name, (_, leaf) in leaves.items()}
     found = {}
     for number, (name, spec) in enumerate(plan.items()):
         key = jax.random.fold_in(jax.random.key(seed), number)
-        adapters = _adapters(plan, spec, kernels[name], key)
+        adapters = _adapters(plan, trained, spec, kernels[name], key)
         y_adapted, y_merged = adapted(adapters), merged(adapters)
         difference = _distance(y_adapted, y_merged)
         # If the merged model alone has an effect, all of it is a difference: 1.
@@ -172,9 +175,13 @@ def _distance(ys: list[jax.Array], references: list[jax.Array]) -> float:
 
 
 def _adapters(
-    plan: Plan, spec: AdapterSpec | None = None, kernel: Any = None, key: Any = None
+    plan: Plan,
+    trained: Mapping[Path, jax.Array],
+    spec: AdapterSpec | None = None,
+    kernel: Any = None,
+    key: Any = None,
 ) -> Tree:
-    """Adapters that are zero except for that of `spec`.
+    """Adapters that are zero except for that of `spec`, and the `trained` arrays.
 
     Its delta is as large as `kernel`. Without a `spec` all adapters are zero.
     """
@@ -185,4 +192,4 @@ def _adapters(
         size = jnp.linalg.norm(jnp.asarray(kernel, jnp.float32).ravel())
         ratio = jnp.where(size > 0, size, 1) / jnp.linalg.norm(delta.ravel())
         ms[spec] = m * ratio.astype(m.dtype)
-    return nest({adapter_path(each): m for each, m in ms.items()})
+    return nest({adapter_path(each): m for each, m in ms.items()} | trained)

@@ -100,11 +100,15 @@ class MoRAConfig:
         `.*/(q_proj|v_proj)/kernel`. By default these are the kernels of dense layers.
       exclude: Regular expressions that match the paths to leave out.
       overrides: {pattern: {setting: value}} for some targets; later patterns win. The
-        settings are all fields except `targets`, `exclude` and `overrides`.
+        settings are all fields except `targets`, `exclude`, `overrides` and `train`.
         "axes" is a setting in overrides alone, and not a field of the config: it gives
         the meaning of a kernel's axes, a letter each, "i" for input features, "o" for
         output features and "s" for a stack.
       seed: The seed of the random operators.
+      train: Regular expressions that match the paths of arrays of the base that are
+        trained themselves, beside the M's: norms, biases, a head. The adapters hold a
+        copy of each of them, in `param_dtype` or in the array's own dtype, whichever
+        is wider. PEFT calls this modules_to_save.
 
     Raises:
       TypeError, ValueError: A setting that no kernel could have; `rank` together with
@@ -136,6 +140,7 @@ class MoRAConfig:
         default_factory=FrozenDict
     )
     seed: int = 0
+    train: str | Iterable[str] = ()
 
     def __new__(cls, *args: Any, **settings: Any) -> "MoRAConfig":
         """Refuse settings that this class does not have, before `__init__` does."""
@@ -192,7 +197,7 @@ class MoRAConfig:
             self._set("param_dtype", floating_dtype(self.param_dtype))
         check_seed(self.seed)
         self._set("seed", index(self.seed))
-        for field in ("targets", "exclude"):
+        for field in ("targets", "exclude", "train"):
             self._set(field, patterns_of(field, getattr(self, field)))
         if not self.targets:
             raise ValueError("targets must hold at least one pattern, got none")
@@ -214,7 +219,8 @@ class MoRAConfig:
                     f"overrides[{pattern!r}] must be a mapping, got {settings!r}"
                 )
             fields = {field.name for field in dataclasses.fields(self)}
-            allowed = fields - {"targets", "exclude", "overrides"} | {"axes"}
+            whole = {"targets", "exclude", "overrides", "train"}
+            allowed = fields - whole | {"axes"}
             if unknown := sorted(set(settings) - allowed, key=str):
                 raise ValueError(
                     f"overrides[{pattern!r}] must use {sorted(allowed)}, "
@@ -293,3 +299,12 @@ def _values(overrides: Mapping[str, Mapping[str, Any]], name: str) -> list[Any]:
 def _positive_integer(name: str, value: Any) -> int:
     positive_integer(name, value)
     return index(value)
+
+
+def refuse_train(config: MoRAConfig | None, what: str) -> None:
+    """Raise if `config` names arrays to train and `what`, which it is for, has none."""
+    if config is not None and config.train:
+        raise ValueError(
+            f"train must be empty for {what}, got {config.train}: it names arrays of a "
+            "whole model, which mora_jax.plan, linen.plan and nnx.plan find"
+        )

@@ -16,7 +16,7 @@ from jaxtyping import Float, PRNGKeyArray, Shaped
 from mora_jax._axes import sizes
 from mora_jax._checks import check_kernel, check_key
 from mora_jax._compute.adapted import adapted_product
-from mora_jax._config import MoRAConfig
+from mora_jax._config import MoRAConfig, refuse_train
 from mora_jax._linear_map import static
 from mora_jax._mesh.layout import KernelLayout
 from mora_jax._paths import adapter_of
@@ -85,9 +85,11 @@ class FrozenDense:
 
         Raises:
           TypeError: `kernel` is not a floating-point array.
-          ValueError: `axes` do not fit the kernel, or the rank does not.
+          ValueError: `axes` do not fit the kernel, the rank does not, or `config` has
+            `train`.
         """
         check_kernel(kernel, "kernel")
+        refuse_train(config, "one layer")
         spec = AdapterSpec.from_config(
             config, tuple(kernel.shape), axes, kernel_dtype=kernel.dtype
         )

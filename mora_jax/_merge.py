@@ -9,7 +9,7 @@ from jax.core import Tracer
 from jax.typing import DTypeLike
 from jaxtyping import Float
 
-from mora_jax._adapters import Tree, adapter_items, nest
+from mora_jax._adapters import Tree, adapter_items, nest, trained_items, with_trained
 from mora_jax._bases import check_base
 from mora_jax._checks import floating_dtype
 from mora_jax._compute.delta import delta_kernel
@@ -18,6 +18,7 @@ from mora_jax._paths import Path, find_kernel, named_leaves, replace_leaves
 from mora_jax._plan import Plan, check_plan
 from mora_jax._rounding import Rounding, add_rounded, check_rounding
 from mora_jax._spec import SUFFIX, AdapterSpec
+from mora_jax._trained import refuse_trained
 from mora_jax._types import ArrayLike
 
 
@@ -30,7 +31,8 @@ def delta_weight(
 ) -> Float[jax.Array, "..."] | Tree:
     r"""What an adapter adds to its kernel, :math:`\alpha s\, C M D` (paper equation 3).
 
-    s is the kernel's `scale`, which is 1 in the paper.
+    s is the kernel's `scale`, which is 1 in the paper. Arrays that train themselves are
+    left out.
 
     PEFT calls it get_delta_weight.
 
@@ -91,13 +93,15 @@ def merge(
 
     The sum is taken in float32 (float64 where the kernel is) and rounded once, in
     16-bit kernels with a dither: rounding to nearest would lose a delta that is small
-    beside its kernel. `diagnostics.merge_loss` says what is lost.
+    beside its kernel. `diagnostics.merge_loss` says what is lost. Arrays that the plan
+    trains themselves take the place of the base's, rounded to nearest.
 
     Args:
       params: The base's params: any pytree, which may be `nnx.state(model, nnx.Param)`.
       adapters: The adapters, as `init` makes them, or `nnx.state(model, MoRAParam)`.
       plan: The plan of the adapters.
-      dtype: The dtype of the merged kernels; each kernel keeps its dtype by default.
+      dtype: The dtype of the merged kernels and of the trained arrays; by default each
+        has that of the base's.
       any_base: Whether to merge into any weights, also if the adapters were trained on
         others. The plan knows the right ones if `save` was given `params`.
       rounding: How to round to less than 32 bits: "dither" rounds as many numbers away
@@ -147,7 +151,8 @@ def fold(params: Any, adapters: Any, plan: Plan, dtype: DTypeLike | None = None)
       adapters: The adapters, as `init` makes them, or `nnx.state(model, MoRAParam)`.
       plan: The plan of the adapters. Where a kernel's axes are not (in, out), an
         override of the config says so: `{".*weight": {"axes": "oi"}}`.
-      dtype: The dtype of the folded kernels; each kernel keeps its dtype by default.
+      dtype: The dtype of the folded kernels and of the trained arrays; by default each
+        has that of the base's.
 
     Returns:
       A new tree of the same structure; unadapted leaves are the same arrays.
@@ -185,7 +190,8 @@ def unmerge(params: Any, adapters: Any, plan: Plan) -> Any:
 
     Raises:
       TypeError: As `merge`.
-      ValueError: As `merge`, or a kernel has fewer than 32 bits and so would drift.
+      ValueError: As `merge`; a kernel has fewer than 32 bits and so would drift; or the
+        plan trains arrays, whose old values are not in the merged params.
 
     Example::
 
@@ -199,7 +205,10 @@ def unmerge(params: Any, adapters: Any, plan: Plan) -> Any:
       True
     """
     leaves = named_leaves(params)
-    for spec in check_plan(plan).specs:
+    refuse_trained(
+        check_plan(plan).trained, "so that merging replaced it; keep the base instead"
+    )
+    for spec in plan.specs:
         _, kernel = find_kernel(leaves, spec)
         if jnp.finfo(kernel.dtype).bits < 32:
             raise ValueError(
@@ -216,6 +225,9 @@ def finite_items(adapters: Any, plan: Plan) -> list[tuple[AdapterSpec, jax.Array
     for spec, m in items:
         if not isinstance(m, Tracer) and not np.isfinite(m).all():
             raise ValueError(f"{spec.name}{SUFFIX} holds NaN or infinity")
+    for one, copy in trained_items(adapters, plan):
+        if not isinstance(copy, Tracer) and not np.isfinite(copy).all():
+            raise ValueError(f"{one.name} in the adapters holds NaN or infinity")
     return items
 
 
@@ -252,4 +264,5 @@ def _add(
         sums[path] = add_rounded(
             kernel, delta, spec.axes, dtype or kernel.dtype, rounding
         )
+    params = with_trained(params, trained_items(adapters, plan), dtype)
     return replace_leaves(params, sums)

@@ -7,13 +7,18 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mora_jax._adapters import combine
+from mora_jax._combined import combine
 from mora_jax._paths import key_name
+from mora_jax._plan import Plan
 from mora_jax._spec import SUFFIX
 
 
 def with_new_moments(
-    opt_state: Any, tx: optax.GradientTransformation, params: Any, adapters: Any
+    opt_state: Any,
+    tx: optax.GradientTransformation,
+    params: Any,
+    adapters: Any,
+    plan: Plan,
 ) -> Any:
     """The state with that of the M's as it starts, and all else as it is.
 
@@ -22,12 +27,13 @@ def with_new_moments(
       tx: The optimizer.
       params: The base's params.
       adapters: The adapters.
+      plan: Their plan.
 
     Raises:
       ValueError: `opt_state` is no such state.
     """
     structure = jax.tree.structure(opt_state)
-    for trained in (combine(params, adapters), adapters):
+    for trained in (combine(params, adapters, plan), adapters):
         if jax.tree.structure(jax.eval_shape(tx.init, trained)) == structure:
             return _renewed(opt_state, tx.init(_started(trained)))
     raise ValueError(
@@ -40,7 +46,7 @@ def _started(trained: Any) -> Any:
     """The tree with zeros for each M, which is what the optimizer starts with."""
 
     def start(keys: Any, leaf: Any) -> Any:
-        return jnp.zeros_like(leaf) if _is_m(keys) else leaf
+        return jnp.zeros_like(leaf) if is_m(keys) else leaf
 
     return jax.tree_util.tree_map_with_path(start, trained)
 
@@ -85,15 +91,16 @@ def _holds_states(tree: Any) -> bool:
 def _owners(field: Any) -> set[bool]:
     """Whether the leaves of a tree belong to M's; nothing for a single array."""
     paths = [keys for keys, _ in jax.tree_util.tree_leaves_with_path(field) if keys]
-    return {_is_m(keys) for keys in paths}
+    return {is_m(keys) for keys in paths}
 
 
 def _new_leaves(old: Any, new: Any) -> Any:
     def choose(keys: Any, before: Any, after: Any) -> Any:
-        return after if _is_m(keys) else before
+        return after if is_m(keys) else before
 
     return jax.tree_util.tree_map_with_path(choose, old, new)
 
 
-def _is_m(keys: Any) -> bool:
+def is_m(keys: Any) -> bool:
+    """Whether the keys lead to an M, or to what an optimizer keeps of one."""
     return any(key_name(key).endswith(SUFFIX) for key in keys)

@@ -8,12 +8,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mora_jax._paths import is_boxed, located_leaves, pattern_hint
+from mora_jax._paths import is_boxed, lacking, located_leaves, pattern_hint
+from mora_jax._plan import Plan, check_plan
 from mora_jax._settings import patterns_of
 from mora_jax._spec import SUFFIX
 
 
-def trainable_mask(params: Any, base: str | Iterable[str] = ()) -> Any:
+def trainable_mask(
+    params: Any, base: str | Iterable[str] = (), *, plan: Plan | None = None
+) -> Any:
     """True for each M of a combined tree, False for the frozen leaves.
 
     Do not freeze with `optax.masked`: it lets the gradients of masked leaves *through*.
@@ -24,6 +27,7 @@ def trainable_mask(params: Any, base: str | Iterable[str] = ()) -> Any:
       base: Patterns of base leaves to train as well, such as `.*/norm/scale`; ".*" for
         all of them. PEFT calls such modules modules_to_save, and AiDotNet says
         freezeBaseLayer=false.
+      plan: The plan of the adapters, if it trains arrays of the base: they train too.
 
     Returns:
       A tree of bools, one for each array. An array in a box of metadata has one bool
@@ -31,7 +35,8 @@ def trainable_mask(params: Any, base: str | Iterable[str] = ()) -> Any:
 
     Raises:
       TypeError: A model stands in place of its params.
-      ValueError: The tree holds no M, or a pattern matches nothing.
+      ValueError: The tree holds no M, a pattern matches nothing, or the tree lacks an
+        array that the plan trains.
 
     Example::
 
@@ -57,15 +62,25 @@ def trainable_mask(params: Any, base: str | Iterable[str] = ()) -> Any:
                 + pattern_hint(pattern, leaves)
             )
         trained |= matched
+    for one in () if plan is None else check_plan(plan).trained:
+        if one.name not in leaves:
+            raise ValueError(
+                f"params lack {one.name!r}, which the plan trains"
+                + lacking(one.name, leaves)
+            )
+        trained.add(one.name)
     return jax.tree.unflatten(structure, [name in trained for name in names])
 
 
-def trainable_labels(params: Any, base: str | Iterable[str] = ()) -> Any:
+def trainable_labels(
+    params: Any, base: str | Iterable[str] = (), *, plan: Plan | None = None
+) -> Any:
     """`trainable_mask` as labels for `optax.transforms.partition`.
 
     Args:
       params: A tree as `combine` makes it, or the state of a model with adapters.
       base: Patterns of base leaves to train as well, as in `trainable_mask`.
+      plan: The plan of the adapters, as in `trainable_mask`.
 
     Returns:
       A tree of the labels "trainable" and "frozen".
@@ -77,12 +92,16 @@ def trainable_labels(params: Any, base: str | Iterable[str] = ()) -> Any:
       >>> mora_jax.trainable_labels(params)
       {'kernel': 'frozen', 'kernel_mora': 'trainable'}
     """
-    mask = trainable_mask(params, base)
+    mask = trainable_mask(params, base, plan=plan)
     return jax.tree.map(lambda train: "trainable" if train else "frozen", mask)
 
 
 def optimizer(
-    tx: optax.GradientTransformation, params: Any, base: str | Iterable[str] = ()
+    tx: optax.GradientTransformation,
+    params: Any,
+    base: str | Iterable[str] = (),
+    *,
+    plan: Plan | None = None,
 ) -> optax.GradientTransformation:
     """`tx` for the M's of a combined tree; every other leaf stays bitwise the same.
 
@@ -96,6 +115,7 @@ def optimizer(
       params: A tree as `combine` makes it.
       base: Patterns of base leaves to train as well, as in `trainable_mask`; PEFT's
         modules_to_save.
+      plan: The plan of the adapters, as in `trainable_mask`.
 
     Raises:
       TypeError: As `trainable_mask`, or `tx` is not a transformation.
@@ -112,7 +132,7 @@ def optimizer(
       True
     """
     check_transformation(tx)
-    labels = trainable_labels(params, base)
+    labels = trainable_labels(params, base, plan=plan)
     return optax.transforms.partition({"trainable": tx, "frozen": _freeze()}, labels)
 
 

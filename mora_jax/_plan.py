@@ -14,6 +14,7 @@ import jax
 from mora_jax._left_out import LeftOut
 from mora_jax._paths import nearest_paths
 from mora_jax._spec import AdapterSpec, check_same
+from mora_jax._trained import TrainedArray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +37,8 @@ class Plan(Mapping[str, AdapterSpec]):
       left_out: The other arrays of two or more axes, and why they are left out.
       unproven: (path, reason) for each adapted kernel of which the trace proves
         nothing.
+      trained: The arrays of the base that `MoRAConfig(train=...)` names, which train
+        themselves. Their copies are part of the adapters; plans compare them.
 
     Example::
 
@@ -56,6 +59,7 @@ class Plan(Mapping[str, AdapterSpec]):
     traced: bool = dataclasses.field(default=False, compare=False)
     left_out: tuple[LeftOut, ...] = dataclasses.field(default=(), compare=False)
     unproven: tuple[tuple[str, str], ...] = dataclasses.field(default=(), compare=False)
+    trained: tuple[TrainedArray, ...] = ()
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._by_path)
@@ -87,20 +91,22 @@ class Plan(Mapping[str, AdapterSpec]):
         M's. The digest covers, by the kernels' paths, their shapes and axes, the
         operators with all of their settings and seeds, the square ranks, the numbers of
         squares, alpha and scale. It does not cover what decides how M's are trained or
-        computed: dropout, init, execution, param_dtype and layout.
+        computed: dropout, init, execution, param_dtype and layout. Of the arrays that
+        train themselves it covers paths and shapes.
         """
         meanings = {spec.name: spec.meaning for spec in self.specs}
         for meaning in meanings.values():
             for setting in ("squares", "scale"):  # as in digests of before they came
                 if meaning[setting] == 1:
                     del meaning[setting]
+        meanings |= {one.name: {"trained": list(one.shape)} for one in self.trained}
         text = json.dumps(meanings, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
 
     @property
     def trainable_parameters(self) -> int:
-        """How many numbers all M's hold together."""
-        return sum(spec.parameters for spec in self.specs)
+        """How many numbers all M's and all trained arrays hold together."""
+        return sum(one.parameters for one in (*self.specs, *self.trained))
 
     @property
     def total_parameters(self) -> int:
@@ -157,6 +163,15 @@ def refuse_other_plan(made_for: Plan, used_with: Plan) -> None:
         )
     for path, spec in made_for.items():
         check_same(spec, used_with[path])
+    shapes = [{one.name: one.shape for one in p.trained} for p in (made_for, used_with)]
+    for path in sorted(shapes[0].keys() | shapes[1].keys()):
+        made, used = (found.get(path) for found in shapes)
+        if made != used:
+            texts = ["not at all" if s is None else f"as {s}" for s in (made, used)]
+            raise ValueError(
+                f"the adapters were made for a plan that trains {path!r} itself "
+                f"{texts[0]}, and this plan {texts[1]}"
+            )
 
 
 def summary(plan: Plan, *, collapse: bool = True) -> str:
@@ -167,6 +182,7 @@ def summary(plan: Plan, *, collapse: bool = True) -> str:
     "64 of 90", with the q that the budget would buy: the layer is too small for that
     one, or it does not suit its widths. Two squares are shown as "2 x 64". The table
     has columns for alpha, scale and dropout if a layer departs from their defaults.
+    Arrays that train themselves have "trained" for an operator, and their shape.
 
     Args:
       plan: The plan.
@@ -203,6 +219,8 @@ def summary(plan: Plan, *, collapse: bool = True) -> str:
     for (name, *_), specs in groups.items():
         cells = _cells(name, specs, plan.base_parameters)
         rows.append([cells[column] for column in columns])
+    for cells in _trained_rows(plan, collapse):
+        rows.append([cells.get(column, "-") for column in columns])
     left_aligned = {"path", "operator"}
     widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
     lines = [
@@ -212,9 +230,11 @@ def summary(plan: Plan, *, collapse: bool = True) -> str:
         ).rstrip()
         for row in rows
     ]
-    size = plan.trainable_parameters
+    size, also = plan.trainable_parameters, ""
+    if plan.trained:
+        also = f" and {_counted(len(plan.trained), 'trained array')}"
     lines.append(
-        f"{len(plan)} adapter{'s' * (len(plan) != 1)}: {size:,} trainable parameters, "
+        f"{_counted(len(plan), 'adapter')}{also}: {size:,} trainable parameters, "
         f"{_share(size, plan.base_parameters)} of {plan.base_parameters:,}"
     )
     return "\n".join(lines)
@@ -251,6 +271,30 @@ def _cells(name: str, specs: list[AdapterSpec], base_parameters: int) -> dict[st
         "parameters": f"{size:,}",
         "of base": _share(size, base_parameters),
     }
+
+
+def _trained_rows(plan: Plan, collapse: bool) -> list[dict[str, str]]:
+    """Rows of `summary` for the arrays that train themselves."""
+    groups: dict[tuple[Any, ...], list[TrainedArray]] = defaultdict(list)
+    for one in plan.trained:
+        key = re.sub(r"\d+", "*", one.name) if collapse else one.name
+        groups[key, one.shape].append(one)
+    rows = []
+    for (name, shape), found in groups.items():
+        size = sum(one.parameters for one in found)
+        row = {
+            "path": found[0].name if len(found) == 1 else f"{name} ({len(found)})",
+            "in -> out": " x ".join(map(str, shape)) or "1",
+            "operator": "trained",
+            "parameters": f"{size:,}",
+            "of base": _share(size, plan.base_parameters),
+        }
+        rows.append(row)
+    return rows
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' * (number != 1)}"
 
 
 def _share(size: int, base_parameters: int) -> str:

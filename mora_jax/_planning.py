@@ -3,7 +3,7 @@
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,7 +20,8 @@ from mora_jax._left_out import left_out_of, warn_of
 from mora_jax._paths import Path, named_leaves, pattern_hint, refuse_variables
 from mora_jax._plan import Plan
 from mora_jax._proof import Uses
-from mora_jax._spec import AdapterSpec
+from mora_jax._spec import SUFFIX, AdapterSpec
+from mora_jax._trained import TrainedArray
 from mora_jax.products import Lookup
 
 ATTENTION_AXES = (
@@ -43,8 +44,9 @@ def plan(params_or_shapes: Any, config: MoRAConfig | None = None) -> Plan:
       config: What to adapt, and how; None for the defaults.
 
     Raises:
-      TypeError: A leaf is not an array, or a target is not floating-point.
-      ValueError: A pattern matches nothing, the meaning of a kernel's axes is not
+      TypeError: A leaf is not an array, or a target or an array to train is not
+        floating-point.
+      ValueError: A pattern matches nothing, an array is to be adapted and trained, the meaning of a kernel's axes is not
         known, a kernel is found twice or shared by two paths, or a rank does not fit.
 
     Example::
@@ -77,12 +79,14 @@ def _plan(params: Any, config: MoRAConfig, survey: Survey | None) -> Plan:
     leaves = named_leaves(params)
     arrays = {n: leaf for n, (_, leaf) in leaves.items() if len(leaf.shape) >= 2}
     targets, excluded = _targets(leaves, arrays, config, survey)
+    trained = _trained(leaves, targets, config)
+    _refuse_idle_overrides(targets, trained, config)
     specs = tuple(_adapter(name, *leaves[name], config, survey) for name in targets)
     if survey is not None:
         _refuse_unproven(targets, survey)
     size = sum(math.prod(leaf.shape) for _, leaf in leaves.values())
-    adapted = set(targets)
-    rest = {name: leaf for name, leaf in arrays.items() if name not in adapted}
+    taken = {*targets, *(one.name for one in trained)}
+    rest = {name: leaf for name, leaf in arrays.items() if name not in taken}
     left_out = left_out_of(rest, excluded, config, survey)
     if config.targets == DEFAULT_TARGETS:
         warn_of(left_out)
@@ -92,7 +96,51 @@ def _plan(params: Any, config: MoRAConfig, survey: Survey | None) -> Plan:
         traced=survey is not None and survey.uses is not None,
         left_out=left_out,
         unproven=survey.unproven(targets) if survey is not None else (),
+        trained=trained,
     )
+
+
+def _trained(
+    leaves: Mapping[str, tuple[Path, Any]], targets: Sequence[str], config: MoRAConfig
+) -> tuple[TrainedArray, ...]:
+    """The arrays that `config.train` names, in the order of their paths."""
+    names = _select("train", config.train, leaves, leaves)
+    if both := sorted(names & set(targets)):
+        raise ValueError(
+            f"train: {both[0]!r} also gets an adapter, and one array cannot do both; "
+            f"say exclude={both[0]!r} to train the array itself, or take it out of "
+            "train"
+        )
+    trained = []
+    for name in sorted(names, key=lambda name: leaves[name][0]):
+        path, leaf = leaves[name]
+        if name.endswith(SUFFIX):
+            raise ValueError(f"train: {name!r} is an M, which is trained in any case")
+        dtype = config.settings(name)[0].param_dtype
+        trained.append(TrainedArray.of(path, leaf, dtype))
+    _refuse_shared(
+        leaves,
+        names,
+        "the array",
+        "a trained copy of the first would not reach the second; take both out of "
+        "train, or copy the array",
+    )
+    return tuple(trained)
+
+
+def _refuse_idle_overrides(
+    targets: Sequence[str], trained: Sequence[TrainedArray], config: MoRAConfig
+) -> None:
+    """Raise if an override matches nothing, or has settings without an effect."""
+    names = [*targets, *(one.name for one in trained)]
+    _select("overrides", config.overrides, names, names)
+    for pattern, settings in config.overrides.items():
+        adapted = any(re.fullmatch(pattern, name) for name in targets)
+        if not adapted and (idle := sorted(settings.keys() - {"param_dtype"})):
+            raise ValueError(
+                f"overrides[{pattern!r}] matches arrays that train themselves alone, "
+                f"whose only setting is param_dtype, got {idle}"
+            )
 
 
 def _targets(
@@ -122,8 +170,13 @@ def _targets(
     targets = sorted(targets - excluded, key=lambda name: leaves[name][0])
     if not targets:
         raise ValueError("exclude leaves no kernel to adapt")
-    _select("overrides", config.overrides, targets, targets)
-    _refuse_shared(leaves, targets)
+    _refuse_shared(
+        leaves,
+        targets,
+        "the kernel",
+        "an adapter on the first would not reach the second; exclude both, or copy the "
+        "kernel",
+    )
     return targets, excluded
 
 
@@ -210,15 +263,14 @@ def _refuse_unproven(targets: Sequence[str], survey: Survey) -> None:
             )
 
 
-def _refuse_shared(leaves: Mapping[str, tuple[Path, Any]], targets: Any) -> None:
+def _refuse_shared(
+    leaves: Mapping[str, tuple[Path, Any]], chosen: Collection[str], kind: str, why: str
+) -> None:
+    """Raise if one of the arrays `chosen` is at two paths; `why` ends the message."""
     owners: dict[int, list[str]] = defaultdict(list)
     for name, (_, leaf) in leaves.items():
         if not isinstance(leaf, jax.ShapeDtypeStruct):  # those are often reused
             owners[id(leaf)].append(name)
     for names in owners.values():
-        if len(names) > 1 and any(name in targets for name in names):
-            raise ValueError(
-                f"the kernel at {names[0]!r} is shared with {names[1]!r}: an adapter "
-                "on the first would not reach the second; exclude both, or copy the "
-                "kernel"
-            )
+        if len(names) > 1 and any(name in chosen for name in names):
+            raise ValueError(f"{kind} at {names[0]!r} is shared with {names[1]!r}: {why}")

@@ -14,6 +14,7 @@ NAMES_ELSEWHERE = {
     "lora_dropout": "dropout",
     "target_modules": f"targets, {PATTERNS}",
     "exclude_modules": f"exclude, {PATTERNS}",
+    "modules_to_save": f"train, {PATTERNS}",
     "rank_pattern": "overrides, as in {'.*/q_proj/kernel': {'rank': 16}}",
     "alpha_pattern": "overrides, as in {'.*/q_proj/kernel': {'alpha': 2.0}}",
     "init_lora_weights": "init, 'zeros' or 'gaussian'",

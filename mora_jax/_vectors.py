@@ -17,6 +17,8 @@ from mora_jax._types import ArrayLike
 def ravel_adapters(adapters: Any) -> Float[jax.Array, " parameters"]:
     """All M's as one vector, in the order of their paths, each M row by row.
 
+    Arrays that train themselves are among them.
+
     Args:
       adapters: The adapters, as `init` makes them.
 
@@ -73,12 +75,13 @@ def unravel_adapters(
     """
     like = plan_or_adapters
     if isinstance(like, Plan):
-        like = nest(
-            {
-                adapter_path(spec): jax.ShapeDtypeStruct(spec.shape, spec.param_dtype)
-                for spec in like.specs
-            }
-        )
+        shapes = {
+            adapter_path(spec): jax.ShapeDtypeStruct(spec.shape, spec.param_dtype)
+            for spec in like.specs
+        }
+        for one in like.trained:
+            shapes[one.path] = jax.ShapeDtypeStruct(one.shape, one.dtype)
+        like = nest(shapes)
     leaves = _in_order(like)
     for path, leaf in leaves.items():
         if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):

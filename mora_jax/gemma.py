@@ -146,7 +146,8 @@ class MoRA(nn.Module):
         if self.is_initializing():  # gemma replaces `self.param`, which needs a shape
             made = model.init(self.make_rng("params"), *args, **kwargs)
             self.put_variable("params", "base", made["params"])
-            adapters = init(self.plan, self.make_rng("params"))
+            params = made["params"]
+            adapters = init(self.plan, self.make_rng("params"), params=params)
             self.put_variable("params", "mora", adapters)
         params, drops = self.variables["params"], self.has_rng("dropout")
         return wrap(model, self.plan)(

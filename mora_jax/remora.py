@@ -21,7 +21,7 @@ from mora_jax._bases import check_base
 from mora_jax._checks import check_number, positive_integer
 from mora_jax._compute.delta import delta_kernel
 from mora_jax._merge import finite_items, with_kernels
-from mora_jax._moments import with_new_moments
+from mora_jax._moments import is_m, with_new_moments
 from mora_jax._optim import check_transformation
 from mora_jax._paths import replace_leaves
 from mora_jax._plan import Plan, check_plan
@@ -38,7 +38,8 @@ class Restarted(NamedTuple):
 
     Attributes:
       params: The base with the deltas merged in.
-      adapters: New adapters, whose M's are zero.
+      adapters: New adapters, whose M's are zero. Arrays that the plan trains go on as
+        they are, in the adapters alone.
       plan: Their plan, which has other operators.
       opt_state: The optimizer's state.
     """
@@ -101,10 +102,11 @@ def restart(
     found = with_kernels(params, finite_items(adapters, plan))
     if not any_base:
         check_base(plan.specs, {spec.name: kernel for spec, _, _, kernel in found})
-    following_adapters = jax.tree.map(jnp.zeros_like, _with_next_specs(adapters))
+    following_adapters = _at_zero(_with_next_specs(adapters))
     opt_state = _with_next_specs(opt_state)
     if not keep_moments:
-        opt_state = with_new_moments(opt_state, tx, params, following_adapters)
+        trained = params, following_adapters, following
+        opt_state = with_new_moments(opt_state, tx, *trained)
     merge = _merge_and_donate if donate else _merge
     sums = {
         path: merge(dataclasses.replace(spec, path=()), m, kernel)
@@ -187,6 +189,15 @@ def restart_schedule(
         return peak * cosine * jnp.minimum((count % every + 1) / warmup, 1.0)
 
     return schedule
+
+
+def _at_zero(adapters: Any) -> Any:
+    """Zeros for the M's; arrays that train themselves go on as they are."""
+
+    def start(keys: Any, leaf: Any) -> Any:
+        return jnp.zeros_like(leaf) if is_m(keys) else leaf
+
+    return jax.tree_util.tree_map_with_path(start, adapters)
 
 
 def _next_spec(spec: AdapterSpec) -> AdapterSpec:

@@ -1,7 +1,7 @@
 """Adapters on a mesh of devices, whose shardings follow from those of the base."""
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -29,7 +29,8 @@ def adapter_shardings(
     """The shardings of a model's adapters, by those of its kernels.
 
     Each device holds all of an M. If a kernel is a stack of layers or experts, each M
-    of the stack is on the devices that hold its layer or expert.
+    of the stack is on the devices that hold its layer or expert. The copy of an array
+    that trains itself is where the base's array is.
 
     Args:
       plan: The plan of the adapters.
@@ -67,6 +68,10 @@ def adapter_shardings(
     found: dict[Path, NamedSharding] = {}
     for spec, base in _kernel_shardings(plan, params_or_shardings, mesh):
         found[adapter_path(spec)] = adapter_sharding(spec, base, square)
+    if plan.trained:
+        leaves = _leaves(params_or_shardings)
+        for one in plan.trained:
+            found[one.path] = _sharding_of(leaves, one.name, one.shape, mesh)
     return nest(found)
 
 
@@ -153,21 +158,31 @@ def _kernel_shardings(
 ) -> list[tuple[AdapterSpec, NamedSharding]]:
     """Each spec of `plan` with its kernel's sharding."""
     check_plan(plan)
+    leaves = _leaves(tree)
+    return [
+        (spec, _sharding_of(leaves, spec.name, spec.kernel_shape, mesh))
+        for spec in plan.specs
+    ]
+
+
+def _leaves(tree: Any) -> dict[str, Any]:
+    """{path: leaf} of a tree that says how its leaves are sharded."""
     flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_leaf)
-    leaves = {"/".join(map(key_name, keys)): leaf for keys, leaf in flat}
-    found = []
-    for spec in plan.specs:
-        if spec.name not in leaves:
-            raise ValueError(
-                f"params_or_shardings lack the kernel {spec.name!r}"
-                + nearest_paths(spec.name, leaves)
-            )
-        devices, axes = _read_sharding(leaves[spec.name], mesh, spec.name)
-        if devices is None:
-            raise ValueError(f"mesh must be given: {spec.name} has names of axes alone")
-        sharding = _named_sharding(devices, axes, spec.kernel_shape, spec.name)
-        found.append((spec, sharding))
-    return found
+    return {"/".join(map(key_name, keys)): leaf for keys, leaf in flat}
+
+
+def _sharding_of(
+    leaves: Mapping[str, Any], name: str, shape: Shape, mesh: Mesh | None
+) -> NamedSharding:
+    """The sharding of the base's array of that name."""
+    if name not in leaves:
+        raise ValueError(
+            f"params_or_shardings lack {name!r}{nearest_paths(name, leaves)}"
+        )
+    devices, axes = _read_sharding(leaves[name], mesh, name)
+    if devices is None:
+        raise ValueError(f"mesh must be given: {name} has names of axes alone")
+    return _named_sharding(devices, axes, shape, name)
 
 
 def _is_leaf(node: Any) -> bool:

@@ -60,7 +60,7 @@ def save_peft_lora(
         other than an adapter.
       ValueError: `names` have no module for a kernel, a delta of full rank is given
         without `rank`, a module would lose more than `max_error`, or the plan has no
-        adapters. Nothing is written then.
+        adapters or trains arrays itself. Nothing is written then.
     """
     check_number("max_error", max_error)
     if not 0 <= max_error <= 1:

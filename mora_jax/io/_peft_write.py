@@ -11,6 +11,7 @@ from mora_jax._adapters import adapter_items
 from mora_jax._compute.delta import scaled
 from mora_jax._plan import Plan
 from mora_jax._spec import AdapterSpec
+from mora_jax._trained import refuse_trained
 from mora_jax.io._arrays import to_numpy
 from mora_jax.io._files import CONFIG, TENSORS, entries, new_directory
 from mora_jax.io._json import dump
@@ -55,7 +56,7 @@ def save_peft_mora(
       FileExistsError: The directory is not empty; with `force`, it holds something
         other than an adapter.
       ValueError: The reference does not have an operator or a square rank, `names` have
-        no module for a kernel, or the plan has no adapters.
+        no module for a kernel, or the plan has no adapters or trains arrays.
     """
     path = free(directory, force)
     tensors: dict[str, np.ndarray] = {}
@@ -154,6 +155,11 @@ def modules(
     """PyTorch's modules, with the spec and the M of each."""
     if not len(plan):
         raise ValueError("plan must have an adapter to write, got none")
+    refuse_trained(
+        plan.trained,
+        "which a file of PEFT's format made here cannot hold; mora_jax.save holds it, "
+        "and io.merge_checkpoint merges it",
+    )
     items, unknown = [], []
     for spec, m in adapter_items(adapters, plan):
         found, missing = modules_of(spec, known)

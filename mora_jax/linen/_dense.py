@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 from jaxtyping import Float, PRNGKeyArray, Shaped
 
-from mora_jax._config import MoRAConfig
+from mora_jax._config import MoRAConfig, refuse_train
 from mora_jax._flax.adapted_call import adapt_call
 from mora_jax._flax.layer_rules import rules_of
 from mora_jax._matrix import init_adapter
@@ -59,6 +59,7 @@ class MoRADense(nn.Dense):
           (..., features).
         """
         shape = (inputs.shape[-1], self.features)
+        refuse_train(self.config, "one layer")
         path = (*self.path, "kernel")
         spec = AdapterSpec.from_config(
             self.config, shape, path=path, kernel_dtype=self.param_dtype

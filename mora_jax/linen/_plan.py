@@ -5,7 +5,8 @@ from typing import Any
 
 import flax.linen as nn
 
-from mora_jax._adapters import combine, nest
+from mora_jax._adapters import nest
+from mora_jax._combined import combine
 from mora_jax._config import MoRAConfig, check_config
 from mora_jax._flax.layer_rules import rules_of
 from mora_jax._flax.survey import Survey

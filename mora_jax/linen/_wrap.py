@@ -6,14 +6,16 @@ from typing import Any, Protocol
 
 import flax.linen as nn
 
-from mora_jax._adapters import adapter_items, combine, nest, split
+from mora_jax._adapters import adapter_items, nest, trained_items, with_trained
+from mora_jax._combined import combine, split
 from mora_jax._config import MoRAConfig, check_config
 from mora_jax._flax.adapted_call import adapt_call
 from mora_jax._flax.layer_rules import rules_of, unknown_use
 from mora_jax._flax.survey import refuse_untraced
-from mora_jax._paths import adapter_path
+from mora_jax._paths import adapter_path, named_leaves, replace_leaves
 from mora_jax._plan import Plan
 from mora_jax._spec import SUFFIX
+from mora_jax._trained import Items, find_trained
 from mora_jax._warnings import warn
 from mora_jax.linen._bound import BoundAdapter, check_model, params_of
 from mora_jax.linen._plan import plan as plan_model
@@ -68,7 +70,8 @@ def wrap(
 
     Returns:
       A function `apply(adapters, variables, *args, **kwargs)`: `model.apply` with the
-      adapters first, so that `jax.grad` differentiates by them alone. Its attribute
+      adapters first, so that `jax.grad` differentiates by them alone. Arrays that the
+      plan trains are read from the adapters, and not from `variables`. Its attribute
       `plan` is the plan, from which `mora_jax.init` makes the adapters. The adapters
       are numbers alone, which cannot tell whether they were made for this plan: a
       checkpoint should hold `io.plan_to_json(plan)` as well. Collections that a call
@@ -114,7 +117,9 @@ def wrap(
             )
         items = adapter_items(adapters, plan)
         bound = {adapter_path(spec): BoundAdapter.of(spec, m) for spec, m in items}
-        params = combine(params_of(variables), nest(bound))
+        base = params_of(variables)
+        trained = trained_items(adapters, plan) if plan.trained else []
+        params = combine(with_trained(base, trained), nest(bound))
         interceptor = _Interceptor(plan, bool(adapter_deterministic))
         with nn.intercept_methods(interceptor):
             result = model.apply({**variables, "params": params}, *args, **kwargs)
@@ -127,12 +132,22 @@ def wrap(
             warned = True
             _warn_of_statistics(kept)
         if "params" in updated:
-            updated = {**updated, "params": split(updated["params"])[0]}
+            new = split(updated["params"])[0]
+            updated = {**updated, "params": _with_base_of(new, base, trained)}
         return output, updated
 
     adapted: Any = apply
     adapted.plan = plan
     return adapted
+
+
+def _with_base_of(params: Any, base: Any, trained: Items) -> Any:
+    """The params of a call, with the base's arrays in place of the trained copies."""
+    if not trained:
+        return params
+    leaves = named_leaves(base)
+    old = dict(find_trained(leaves, one) for one, _ in trained)
+    return replace_leaves(params, old)
 
 
 def _given_or_made(

@@ -1,5 +1,6 @@
 """The adapters of a model as a tree, which is the same for a Linen twin."""
 
+import dataclasses
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -9,12 +10,13 @@ from flax import nnx
 from jax.core import Tracer
 from jax.sharding import NamedSharding
 
-from mora_jax._adapters import Tree, adapter_items, nest
+from mora_jax._adapters import Tree, adapter_items, nest, trained_items
 from mora_jax._dense import as_jax_array
 from mora_jax._paths import Path, adapter_path, unboxed
 from mora_jax._plan import Plan, refuse_other_plan
 from mora_jax._spec import SUFFIX, AdapterSpec
-from mora_jax.nnx._param import MoRAParam
+from mora_jax._trained import TrainedArray
+from mora_jax.nnx._param import MoRAParam, TrainedParam, is_m
 
 
 def named_modules(model: nnx.Module) -> Iterator[tuple[Path, nnx.Module]]:
@@ -31,13 +33,24 @@ def adapter_variables(model: nnx.Module) -> list[tuple[AdapterSpec, MoRAParam]]:
     found = []
     for path, module in named_modules(model):
         for name, m in vars(module).items():
-            if isinstance(m, MoRAParam):
+            if is_m(m):
                 # The stack is M's and not the kernel's, which may be quantized by now.
                 stack = tuple(m.shape[: m.ndim - len(m.spec.shape)])
                 kernel = (*path, name.removesuffix(SUFFIX))
                 found.append((m.spec.stacked(stack, kernel), m))
     if not found:
         raise ValueError("model has no adapters; see mora_jax.nnx.wrap")
+    return sorted(found, key=lambda pair: pair[0].path)
+
+
+def trained_variables(model: nnx.Module) -> list[tuple[TrainedArray, TrainedParam]]:
+    """The arrays of a model that train themselves, with their present paths."""
+    found = []
+    for path, module in named_modules(model):
+        for name, variable in vars(module).items():
+            if isinstance(variable, TrainedParam):
+                here = {"path": (*path, name), "shape": tuple(variable.shape)}
+                found.append((dataclasses.replace(variable.spec, **here), variable))
     return sorted(found, key=lambda pair: pair[0].path)
 
 
@@ -70,12 +83,17 @@ def plan_of(model: nnx.Module) -> Plan:
       True
     """
     specs = tuple(spec for spec, _ in adapter_variables(model))
+    trained = tuple(one for one, _ in trained_variables(model))
     size = sum(leaf.size for leaf in jax.tree.leaves(parameters(model)))
-    return Plan(specs, size, traced=True)  # `attach` refuses what needs a trace
+    size += sum(one.parameters for one in trained)
+    # `attach` refuses what needs a trace.
+    return Plan(specs, size, traced=True, trained=trained)
 
 
 def adapters(model: nnx.Module) -> Tree:
     """The M's of a model (PEFT's `get_peft_model_state_dict`).
+
+    Arrays that train themselves are among them, under their own names.
 
     Returns:
       Nested dicts, as `mora_jax.init` makes them and as `linen.wrap` takes them.
@@ -93,9 +111,9 @@ def adapters(model: nnx.Module) -> Tree:
       >>> jax.tree.map(jnp.shape, adapters)
       {'layers': {'0': {'kernel_mora': (16, 16)}}}
     """
-    return nest(
-        {adapter_path(spec): unboxed(m) for spec, m in adapter_variables(model)}
-    )
+    ms = {adapter_path(spec): unboxed(m) for spec, m in adapter_variables(model)}
+    arrays = {one.path: unboxed(array) for one, array in trained_variables(model)}
+    return nest(ms | arrays)
 
 
 def set_adapters(
@@ -148,11 +166,16 @@ def set_adapters(
             )
     elif plan is not None:
         raise TypeError(f"plan must be a Plan or its digest, got {type(plan).__name__}")
-    new = [
+    new: list[tuple[Any, jax.Array]] = [
         (spec, as_jax_array(f"{spec.name}{SUFFIX}", m))
         for spec, m in adapter_items(adapters, model_plan)
     ]
-    for (_, variable), (_, m) in zip(adapter_variables(model), new, strict=True):
+    new += [
+        (one, as_jax_array(one.name, copy))
+        for one, copy in trained_items(adapters, model_plan)
+    ]
+    variables = [*adapter_variables(model), *trained_variables(model)]
+    for (_, variable), (_, m) in zip(variables, new, strict=True):
         sharding = named_sharding(variable)
         if sharding is not None and not isinstance(m, Tracer) and not m.committed:
             m = jax.device_put(m, sharding)

@@ -24,7 +24,8 @@ from mora_jax._interception import intercepted
 from mora_jax._spec import SUFFIX, AdapterSpec
 from mora_jax.nnx._dropout import AdapterDropout
 from mora_jax.nnx._folded import derived, reading_class, with_delta
-from mora_jax.nnx._param import MoRAParam
+from mora_jax.nnx._param import MoRAParam, TrainedParam, is_m
+from mora_jax.nnx._trained import restore_array
 from mora_jax.products import Folded
 
 CallWrapper = Callable[[LayerRule, nnx.Module, Callable[..., Any], Any, Any], Any]
@@ -123,7 +124,7 @@ def _hidden_adapters(module: nnx.Module) -> Iterator[None]:
     module has its shape. It would take an input of (q, q) numbers for M.
     """
     attributes = vars(module)
-    found = {name: v for name, v in attributes.items() if isinstance(v, MoRAParam)}
+    found = {name: v for name, v in attributes.items() if is_m(v)}
     attributes.update({name: _Hidden(m) for name, m in found.items()})
     try:
         yield
@@ -161,10 +162,11 @@ def attach(
 
 
 def detach(module: nnx.Module) -> None:
-    """Undo `attach`."""
-    names = [name for name, v in vars(module).items() if isinstance(v, MoRAParam)]
-    for name in [*names, DROPOUT]:
-        if name in vars(module):
+    """Undo `attach` and `train_array`; trained numbers stay."""
+    for name, value in list(vars(module).items()):
+        if isinstance(value, TrainedParam):
+            restore_array(module, name)
+        elif isinstance(value, MoRAParam) or name == DROPOUT:
             delattr(module, name)
     object.__setattr__(module, "__class__", plain_class(module))
 

@@ -1,4 +1,4 @@
-"""M as a variable of a module."""
+"""M as a variable of a module, and an array of the base that trains itself."""
 
 import dataclasses
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 from flax import nnx
 
 from mora_jax._spec import AdapterSpec, check_same
+from mora_jax._trained import TrainedArray
 
 
 class MoRAParam(nnx.LoRAParam[Any]):
@@ -47,3 +48,35 @@ class MoRAParam(nnx.LoRAParam[Any]):
     def _check(self, value: Any) -> None:
         if isinstance(value, MoRAParam):
             check_same(value.spec, self.spec)
+
+
+class TrainedParam(MoRAParam):
+    """An array of the base that trains itself, in the place of the base's variable.
+
+    It is a subclass of `MoRAParam`, so that what trains, saves or counts adapters by
+    that type does so with it too. Its metadata is that of the base's variable, with a
+    `spec` that says which dtype the base has, and the base's type as `plain`.
+    """
+
+    spec: TrainedArray  # type: ignore[assignment]
+
+    @classmethod
+    def in_place_of(
+        cls, variable: nnx.Variable[Any], spec: TrainedArray, copy: Any
+    ) -> "TrainedParam":
+        """The trained copy of what `variable` holds."""
+        spec = dataclasses.replace(spec, path=spec.path[-1:])
+        metadata = {**variable.get_metadata(), "spec": spec, "plain": type(variable)}
+        return cls.from_metadata(copy, metadata)  # type: ignore[return-value]
+
+    def _check(self, value: Any) -> None:
+        if isinstance(value, MoRAParam) and value.spec != self.spec:
+            raise ValueError(
+                f"{self.spec.name} is trained as {self.spec}, got a variable of "
+                f"{value.spec}"
+            )
+
+
+def is_m(value: Any) -> bool:
+    """Whether `value` is the variable of an M, and not of an array that trains."""
+    return isinstance(value, MoRAParam) and not isinstance(value, TrainedParam)

@@ -1,7 +1,7 @@
 """A plan of a model, by what its layers compute."""
 
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from flax import nnx
@@ -76,7 +76,8 @@ def plan(
     if args or kwargs:
         _trace(model, survey, args, kwargs)
     chosen = plan_surveyed(params, config, survey)
-    _refuse_shared(model, chosen)
+    refuse_shared(model, [spec.name for spec in chosen.specs], "exclude it")
+    refuse_shared(model, [one.name for one in chosen.trained], "take it out of train")
     for spec in () if chosen.traced else chosen.specs:
         refuse_untraced(spec.name, survey.products.get(spec.name))
     return chosen
@@ -156,14 +157,13 @@ def _trace(model: nnx.Module, survey: Survey, args: Any, kwargs: Any) -> None:
     survey.trace(call, arrays, state, args, kwargs)
 
 
-def _refuse_shared(model: nnx.Module, plan: Plan) -> None:
-    """Raise if the model holds an adapted kernel, or its module, in two places."""
-    adapted = [spec.name for spec in plan.specs]
-    for paths in nnx.find_duplicates(model):
+def refuse_shared(model: nnx.Module, arrays: Sequence[str], remedy: str) -> None:
+    """Raise if the model holds one of `arrays`, or its module, in two places."""
+    for paths in nnx.find_duplicates(model) if arrays else ():
         names = ["/".join(map(str, path)) for path in paths]
-        for spec in adapted:
-            if any(spec == name or spec.startswith(f"{name}/") for name in names):
+        for array in arrays:
+            if any(array == name or array.startswith(f"{name}/") for name in names):
                 raise ValueError(
-                    f"{spec} is shared: the model holds {names[0]!r} also as "
-                    f"{names[1]!r}; exclude it, or copy it"
+                    f"{array} is shared: the model holds {names[0]!r} also as "
+                    f"{names[1]!r}; {remedy}, or copy it"
                 )

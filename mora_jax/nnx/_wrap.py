@@ -6,12 +6,13 @@ import jax
 from flax import nnx
 from jax.typing import DTypeLike
 
-from mora_jax._adapters import adapter_items, init
+from mora_jax._adapters import adapter_items, init, trained_items
 from mora_jax._config import MoRAConfig
 from mora_jax._merge import merge
 from mora_jax._plan import Plan
 from mora_jax._rounding import Rounding
 from mora_jax._spec import AdapterSpec
+from mora_jax._trained import refuse_trained
 from mora_jax.nnx._adapters import (
     adapters,
     named_modules,
@@ -21,8 +22,9 @@ from mora_jax.nnx._adapters import (
 )
 from mora_jax.nnx._classes import attach, detach
 from mora_jax.nnx._param import MoRAParam
-from mora_jax.nnx._plan import check_model, normalised
+from mora_jax.nnx._plan import check_model, normalised, refuse_shared
 from mora_jax.nnx._plan import plan as plan_model
+from mora_jax.nnx._trained import train_array
 from mora_jax.sharding import adapter_sharding
 
 Model = TypeVar("Model", bound=nnx.Module)
@@ -60,7 +62,8 @@ def wrap(
       seed: The seed of the dropout masks.
 
     Returns:
-      A new model. Its trainable state is `nnx.state(model, MoRAParam)`. Where a kernel
+      A new model. Its trainable state is `nnx.state(model, MoRAParam)`, which also has
+      the arrays that the plan trains themselves, in place of the base's. Where a kernel
       is on a mesh of devices, its M is too, as `sharding.adapter_shardings` says.
 
     Raises:
@@ -90,9 +93,11 @@ def wrap(
     key = None
     if rngs is not None and any(spec.init == "gaussian" for spec in plan.specs):
         key = rngs.params()
+    refuse_shared(model, [one.name for one in plan.trained], "take it out of train")
+    new = init(plan, key, params=parameters(model) if plan.trained else None)
     model = nnx.clone(model)
     modules = dict(named_modules(model))
-    for spec, m in adapter_items(init(plan, key), plan):
+    for spec, m in adapter_items(new, plan):
         module = modules.get(spec.path[:-1])
         kernel = getattr(module, spec.path[-1], None)
         shape = tuple(kernel.shape) if isinstance(kernel, nnx.Variable) else None
@@ -103,6 +108,15 @@ def wrap(
             )
         m = _placed(m, spec, kernel)
         attach(module, spec, m, seed=seed, traced=plan.traced)
+    for one, copy in trained_items(new, plan):
+        module = modules.get(one.path[:-1])
+        if not isinstance(getattr(module, one.path[-1], None), nnx.Variable):
+            raise ValueError(
+                f"{one.name}: nnx.wrap trains variables that are attributes of a "
+                "module, and this one is in a container; take it out of train"
+            )
+        assert module is not None
+        train_array(module, one, copy)
     return model
 
 
@@ -122,7 +136,8 @@ def unwrap(model: Model) -> Model:
       A new model of the plain classes, with the kernels of the base.
 
     Raises:
-      ValueError: The model has no adapters.
+      ValueError: The model has no adapters; or it trains arrays of the base, whose old
+        values are in the model that `wrap` was given and not in this one.
 
     Example::
 
@@ -133,7 +148,16 @@ def unwrap(model: Model) -> Model:
       >>> type(plain.layers[0]) is nnx.Linear
       True
     """
-    plan_of(model)
+    refuse_trained(
+        plan_of(model).trained,
+        "in place of the base's: use the model that nnx.wrap was given, or "
+        "nnx.merge_adapters",
+    )
+    return _detached(model)
+
+
+def _detached(model: Model) -> Model:
+    """A copy without adapters, in which trained arrays stay."""
     model = nnx.clone(model)
     for _, module in list(named_modules(model)):
         if any(isinstance(value, MoRAParam) for value in vars(module).values()):
@@ -175,8 +199,8 @@ def merge_adapters(
       >>> bool((merged.layers[0].kernel[...] == model.layers[0].kernel[...]).all())
       True
     """
-    plain = unwrap(model)
     plan = plan_of(model)
+    plain = _detached(model)
     params = parameters(plain)
     settings = {"any_base": any_base, "rounding": rounding}
     merged = merge(params, adapters(model), plan, dtype, **settings)

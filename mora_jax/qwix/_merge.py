@@ -11,9 +11,10 @@ from mora_jax._checks import check_choice
 from mora_jax._compute.delta import delta_kernel
 from mora_jax._merge import finite_items
 from mora_jax._paths import is_boxed, key_name, lacking, reboxed, unboxed
-from mora_jax._plan import Plan
+from mora_jax._plan import Plan, check_plan
 from mora_jax._rounding import add_rounded, share_lost
 from mora_jax._spec import SUFFIX, AdapterSpec
+from mora_jax._trained import refuse_trained
 from mora_jax.nnx._adapters import adapters as adapters_of
 from mora_jax.nnx._adapters import named_modules, plan_of
 from mora_jax.nnx._classes import DROPOUT
@@ -35,6 +36,12 @@ class MergeLoss(NamedTuple):
 
     share: float
     error: float
+
+
+_WHY = (
+    "which is not merged into quantized models; merge into mora_jax.qwix.dequantize("
+    "params) with mora_jax.merge"
+)
 
 
 def dequantize(params: Any) -> Any:
@@ -105,6 +112,7 @@ def merge(
       (True, {'kernel': MergeLoss(share=0.0, error=0.0)})
     """
     check_choice("onto", onto, get_args(Onto))
+    refuse_trained(check_plan(plan).trained, _WHY)
     items = {spec.path: (spec, m) for spec, m in finite_items(adapters, plan)}
     losses: dict[str, MergeLoss] = {}
     paths: set[tuple[str, ...]] = set()
@@ -164,7 +172,9 @@ def merge_adapters(
       (True, {'kernel': MergeLoss(share=0.0, error=0.0)})
     """
     check_choice("onto", onto, get_args(Onto))
-    items = finite_items(adapters_of(model), plan_of(model))
+    plan = plan_of(model)
+    refuse_trained(plan.trained, _WHY)
+    items = finite_items(adapters_of(model), plan)
     model, losses = nnx.clone(model), {}
     modules = dict(named_modules(model))
     for spec, m in items:

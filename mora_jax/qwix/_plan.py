@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 from flax import nnx
 
-from mora_jax._adapters import split
+from mora_jax._combined import split
 from mora_jax._paths import located_leaves
 from mora_jax._plan import Plan
 from mora_jax._spec import SUFFIX
