@@ -9,6 +9,7 @@ What to adapt, and how::
   plan                  which kernels of a model get an adapter, and which one
   Plan                  the plan: a mapping of paths to AdapterSpecs
   AdapterSpec           how one kernel is adapted
+  TrainedArray          an array of the base that trains itself
   summary               a plan as a table
   register_layer        teach linen.wrap and nnx.wrap a layer class
   LeftOutWarning        a plan leaves out kernels that you may have meant
@@ -66,8 +67,8 @@ from mora_jax import operators as operators
 from mora_jax import products as products
 from mora_jax import remora as remora
 from mora_jax import sharding as sharding
-from mora_jax._combined import combine as combine
 from mora_jax._adapters import init as init
+from mora_jax._combined import combine as combine
 from mora_jax._combined import split as split
 from mora_jax._config import MoRAConfig as MoRAConfig
 from mora_jax._dense import FrozenDense as FrozenDense
@@ -84,6 +85,7 @@ from mora_jax._plan import Plan as Plan
 from mora_jax._plan import summary as summary
 from mora_jax._planning import plan as plan
 from mora_jax._spec import AdapterSpec as AdapterSpec
+from mora_jax._trained import TrainedArray as TrainedArray
 from mora_jax._vectors import ravel_adapters as ravel_adapters
 from mora_jax._vectors import unravel_adapters as unravel_adapters
 from mora_jax._warnings import LeftOutWarning as LeftOutWarning

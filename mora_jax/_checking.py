@@ -176,7 +176,7 @@ def _distance(ys: list[jax.Array], references: list[jax.Array]) -> float:
 
 def _adapters(
     plan: Plan,
-    trained: Mapping[Path, jax.Array],
+    trained: dict[Path, jax.Array],
     spec: AdapterSpec | None = None,
     kernel: Any = None,
     key: Any = None,

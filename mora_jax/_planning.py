@@ -46,8 +46,9 @@ def plan(params_or_shapes: Any, config: MoRAConfig | None = None) -> Plan:
     Raises:
       TypeError: A leaf is not an array, or a target or an array to train is not
         floating-point.
-      ValueError: A pattern matches nothing, an array is to be adapted and trained, the meaning of a kernel's axes is not
-        known, a kernel is found twice or shared by two paths, or a rank does not fit.
+      ValueError: A pattern matches nothing, the meaning of a kernel's axes is not
+        known, an array is found twice or shared by two paths, or is to be adapted and
+        trained, or a rank does not fit.
 
     Example::
 
@@ -273,4 +274,6 @@ def _refuse_shared(
             owners[id(leaf)].append(name)
     for names in owners.values():
         if len(names) > 1 and any(name in chosen for name in names):
-            raise ValueError(f"{kind} at {names[0]!r} is shared with {names[1]!r}: {why}")
+            raise ValueError(
+                f"{kind} at {names[0]!r} is shared with {names[1]!r}: {why}"
+            )

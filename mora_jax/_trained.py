@@ -49,9 +49,7 @@ class TrainedArray:
             object.__setattr__(self, field, dtype)
 
     @classmethod
-    def of(
-        cls, path: Path, leaf: Any, param_dtype: DTypeLike | None
-    ) -> "TrainedArray":
+    def of(cls, path: Path, leaf: Any, param_dtype: DTypeLike | None) -> "TrainedArray":
         """The array `leaf` of the base, whose copy is no narrower than it is.
 
         Args:

@@ -121,11 +121,16 @@ def inspect(
     if as_json:
         typer.echo(json.dumps(report, indent=1))
         return
-    layers = report.pop("layers")
+    layers, trained = report.pop("layers"), report.pop("trained")
     for key, value in report.items():
         say(f"{key.replace('_', ' ')}: {value}")
     rows = layers if all_layers else grouped(layers)
     say_table(rows)
+    for one in trained:
+        shape = " x ".join(map(str, one["shape"]))
+        say(
+            f"{one['path']} ({shape}) is trained itself: {one['parameters']} parameters"
+        )
     if len(rows) < len(layers):
         say(
             "A row of several layers has the sum of their parameters, and the smallest "
@@ -182,9 +187,10 @@ def merge(
             progress=lambda size: bar.advance(task, size),
         )
     worst = max(lost, key=lost.__getitem__)
+    also = f", {len(plan.trained)} trained arrays put in" if plan.trained else ""
     say(
-        f"{to}: {len(lost)} kernels merged. Rounding lost at most {lost[worst]:.2%} of "
-        f"a delta in the mean, in {worst}."
+        f"{to}: {len(lost)} kernels merged{also}. Rounding lost at most "
+        f"{lost[worst]:.2%} of a delta in the mean, in {worst}."
     )
 
 

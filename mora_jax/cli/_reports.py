@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mora_jax import diagnostics, io
-from mora_jax._adapters import Tree, adapter_items
+from mora_jax._adapters import Tree, adapter_items, trained_items
 from mora_jax._compute.delta import delta_kernel
 from mora_jax._plan import Plan
 from mora_jax._spec import AdapterSpec, differences
@@ -46,6 +46,10 @@ def describe(adapter: str, base: str | None, names: Names) -> dict[str, Any]:
         "adapters": len(plan),
         "parameters": plan.trainable_parameters,
         "layers": layers,
+        "trained": [
+            {"path": o.name, "shape": list(o.shape), "parameters": o.parameters}
+            for o in plan.trained
+        ],
     }
 
 
@@ -92,11 +96,27 @@ def compare(
             # For this layer only: the deltas of a model are as large as the model.
             deltas = [_delta(*found[name]) for found in (left, right)]
             if deltas[0].shape == deltas[1].shape:
-                norm = float(np.linalg.norm(deltas[0]))
-                distance = float(np.linalg.norm(deltas[0] - deltas[1]))
-                row["difference"] = distance / norm if norm else float(distance > 0)
+                row["difference"] = _distance(*deltas)
+        rows.append(row)
+    arrays = [
+        {one.name: np.asarray(copy) for one, copy in trained_items(adapters, plan)}
+        for adapters, plan in ((a, plan_a), (b, plan_b))
+    ]
+    for name in sorted(arrays[0].keys() | arrays[1].keys()):
+        row = {"path": name, "settings": "trained itself", "difference": ""}
+        if name not in arrays[0] or name not in arrays[1]:
+            row["settings"] += f" only in {first if name in arrays[0] else second}"
+        elif arrays[0][name].shape == arrays[1][name].shape:
+            row["difference"] = _distance(arrays[0][name], arrays[1][name])
         rows.append(row)
     return rows
+
+
+def _distance(one: np.ndarray, other: np.ndarray) -> float:
+    """The norm of the difference, divided by the first array's norm."""
+    one, other = one.astype(np.float64), other.astype(np.float64)
+    norm, distance = float(np.linalg.norm(one)), float(np.linalg.norm(one - other))
+    return distance / norm if norm else float(distance > 0)
 
 
 def _delta(spec: AdapterSpec, m: Any) -> np.ndarray:

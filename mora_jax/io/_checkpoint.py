@@ -8,7 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from mora_jax._adapters import adapter_items
+from mora_jax._adapters import adapter_items, trained_items
 from mora_jax._bases import check_digests, kernel_digests, row_numbers, rows_digest
 from mora_jax._compute.delta import delta_kernel, scaled
 from mora_jax._paths import nearest_paths
@@ -25,6 +25,7 @@ from mora_jax.io._names import Names, join_index, pairs
 from mora_jax.io._paths import Location, as_path, parts
 from mora_jax.io._suggest import suggestion
 from mora_jax.io._tensors import CHUNK, DTYPES, TensorFile
+from mora_jax.io._trained import Replacement, replacements
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +115,8 @@ def merge_checkpoint(
 
     This is PEFT's `merge_and_unload` and `save_pretrained`, but without the model:
     tensors go from file to file, and memory holds one kernel and its delta. Names,
-    dtypes and all tensors without an adapter stay bit for bit the same. The config,
+    dtypes and all tensors without an adapter stay bit for bit the same. Arrays that the
+    plan trains take the place of their tensors, rounded to their dtypes. The config,
     tokenizer and templates in the base's directory are copied; pickles are not.
 
     A local `out` is there whole or not at all. On an object store the index and then
@@ -160,6 +162,9 @@ def merge_checkpoint(
             f"out must not exist, got {target}; force=True replaces it"
         )
     sites = _sites(checkpoint, adapters, plan, names)
+    trained = replacements(checkpoint, trained_items(adapters, plan), pairs(names))
+    if both := sorted(sites.keys() & trained.keys()):
+        raise AdapterFileError(f"an adapter and a trained array go into {both[0]!r}")
     if sites and not any_base:  # most wrong bases are refused before a file is written
         next(iter(sites.values())).check_base(checkpoint)
     lost: dict[str, float] = {}
@@ -169,7 +174,9 @@ def merge_checkpoint(
             if path not in last:
                 write(path.name, _chunks(path))
         for file in checkpoint.files:
-            content = _merged(checkpoint, file, sites, lost, any_base, rounding)
+            content = _merged(
+                checkpoint, file, sites, trained, lost, any_base, rounding
+            )
             write(file.path.name, _counted(content, progress))
         for path in sorted(last, key=lambda path: path.name == "config.json"):
             write(path.name, _chunks(path))
@@ -233,6 +240,7 @@ def _merged(
     checkpoint: Checkpoint,
     file: TensorFile,
     sites: Mapping[str, _Site],
+    trained: Mapping[str, Replacement],
     lost: dict[str, float],
     any_base: bool,
     rounding: Rounding,
@@ -246,6 +254,10 @@ def _merged(
                 sites[name].check_base(checkpoint, **{name: kernel})
             merged, lost[name] = _add(kernel, sites[name], name, rounding)
             yield merged.tobytes()
+        elif name in trained:
+            entry = file.entries[name]
+            new = trained[name].as_tensor(entry.shape, DTYPES[entry.dtype])
+            yield new.tobytes()
         else:
             yield from file.chunks(name)
 

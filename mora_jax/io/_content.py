@@ -13,15 +13,18 @@ from mora_jax._adapters import Tree, nest
 from mora_jax._paths import adapter_path
 from mora_jax._plan import Plan
 from mora_jax._spec import SUFFIX, AdapterSpec
+from mora_jax._trained import TrainedArray
 from mora_jax.io._arrays import to_jax
 from mora_jax.io._errors import AdapterFileError
 from mora_jax.io._files import CONFIG, TENSORS
 from mora_jax.io._format import layer_path, restore
 from mora_jax.io._json import dump, parse, short
 from mora_jax.io._tensors import decode
+from mora_jax.io._trained import restore_trained
 
-FORMAT, VERSION = "mora_jax adapter", 2
-"""Version 2 added `base_digest` to each layer; version 1 is still read."""
+FORMAT, VERSION, VERSION_WITHOUT_TRAINED = "mora_jax adapter", 3, 2
+"""Version 2 added `base_digest` to each layer, and version 3 arrays that train
+themselves. All are read; files without such arrays are still written as version 2."""
 
 KEYS = frozenset(
     {
@@ -63,11 +66,12 @@ def parse_config(data: bytes) -> dict[str, Any]:
             f"{CONFIG} is of format version {written}, and this mora_jax reads up to "
             f"{VERSION}: a newer mora_jax is needed"
         )
-    if content.keys() != KEYS:
+    keys = KEYS | {"trained"} if written > VERSION_WITHOUT_TRAINED else KEYS
+    if content.keys() != keys:
         raise AdapterFileError(
-            f"{CONFIG} must hold {sorted(KEYS)}; "
-            f"it lacks {sorted(KEYS - content.keys())}, "
-            f"and also holds {short(sorted(content.keys() - KEYS))}"
+            f"{CONFIG} must hold {sorted(keys)}; "
+            f"it lacks {sorted(keys - content.keys())}, "
+            f"and also holds {short(sorted(content.keys() - keys))}"
         )
     rest = {key: value for key, value in content.items() if key != "sha256"}
     if content["sha256"] != digest_of(dump(rest)):
@@ -131,13 +135,34 @@ def decode_adapter(
         adapters[adapter_path(spec)] = to_jax(name, m)
     if len(specs) > len(adapters):
         raise AdapterFileError(f"{CONFIG} has a layer twice")
+    trained = ()
+    if "trained" in content:
+        where = f"trained in {CONFIG}"
+        trained = restore_trained(content["trained"], where, base)
+    for one in trained:
+        adapters[one.path] = to_jax(one.name, _trained_copy(arrays, one))
     if arrays:
         raise AdapterFileError(
             f"{TENSORS} holds {short(sorted(arrays))}, about which {CONFIG} knows "
             "nothing"
         )
-    plan = Plan(tuple(specs), content["base_parameters"], content["traced"])
+    traced = content["traced"]
+    plan = Plan(tuple(specs), content["base_parameters"], traced, trained=trained)
     return nest(adapters), plan
+
+
+def _trained_copy(arrays: dict[str, np.ndarray], one: TrainedArray) -> np.ndarray:
+    """The numbers of an array that trains itself: taken out of `arrays`, checked."""
+    copy = arrays.pop(one.name, None)
+    if copy is None:
+        raise AdapterFileError(f"{TENSORS} lacks {one.name}")
+    try:
+        one.check(copy, f" in {TENSORS}")
+    except (TypeError, ValueError) as error:
+        raise AdapterFileError(str(error)) from error
+    if not np.isfinite(copy).all():
+        raise AdapterFileError(f"{one.name} in {TENSORS} holds NaN or infinity")
+    return copy
 
 
 def _given(arrays: dict[str, np.ndarray], start: str) -> dict[str, np.ndarray]:

@@ -2,7 +2,7 @@
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -53,6 +53,15 @@ def find_tensors(
     source.check_missing()
     source.check_left(shapes, skip)
     return found
+
+
+def finder_of(
+    checkpoint: Checkpoint, known: tuple[Pair, ...]
+) -> Callable[[str], Tensor | None]:
+    """A function of one layer of a leaf to its tensor, never one that it is tied to."""
+    source = _Source(checkpoint, known)
+    source.tied = False
+    return source.find
 
 
 class _Source:

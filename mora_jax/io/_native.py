@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from mora_jax._adapters import Tree, adapter_items
+from mora_jax._adapters import Tree, adapter_items, trained_items
 from mora_jax._bases import check_base, kernel_digests
 from mora_jax._paths import adapter_path, named_leaves, nearest_paths
 from mora_jax._plan import Plan
@@ -20,6 +20,7 @@ from mora_jax.io._arrays import to_numpy
 from mora_jax.io._content import (
     FORMAT,
     VERSION,
+    VERSION_WITHOUT_TRAINED,
     decode_adapter,
     digest_of,
     parse_config,
@@ -42,6 +43,7 @@ from mora_jax.io._format import describe
 from mora_jax.io._json import MAX_BYTES, dump, plain, short
 from mora_jax.io._paths import Location, as_path
 from mora_jax.io._tensors import encode
+from mora_jax.io._trained import describe_trained
 
 
 def save(
@@ -55,6 +57,7 @@ def save(
     """Write adapters as files that `load` gives back bit for bit.
 
     PEFT calls this `save_pretrained`. `adapter_model.safetensors` holds each M once,
+    and each array that trains itself;
     `adapter_config.json` the plan and digests of both files. Whenever the process is
     killed, the directory holds the old adapter or the new adapter. Other files in it
     are left alone.
@@ -105,10 +108,13 @@ def save(
             digests = kernel_digests(spec, _kernel(spec, kernels))
         known = None if digests is None else list(digests)
         layers.append(describe(spec, m.dtype) | {"base_digest": known})
+    for one, copy in trained_items(adapters, plan):
+        arrays[one.name] = to_numpy(one.name, copy)
+    trained = [describe_trained(one) for one in plan.trained]
     tensors = encode(arrays, {"format": FORMAT})
     config = {
         "format": FORMAT,
-        "format_version": VERSION,
+        "format_version": VERSION if trained else VERSION_WITHOUT_TRAINED,
         "library_version": version("mora-jax"),
         "base_parameters": plan.base_parameters,
         "traced": plan.traced,
@@ -116,11 +122,13 @@ def save(
         "metadata": metadata,
         "tensors_bytes": len(tensors),
         "tensors_sha256": digest_of(tensors),
+        **({"trained": trained} if trained else {}),
     }
     config = dump(config | {"sha256": digest_of(dump(config))})
     shapes = {
         s.name: jax.ShapeDtypeStruct(s.kernel_shape, jnp.float32) for s in plan.specs
     }
+    shapes |= {s.name: jax.ShapeDtypeStruct(s.shape, s.dtype) for s in plan.trained}
     decode_adapter(config, tensors, shapes)  # nothing is written that cannot be read
     _replace(path, config, tensors)
 

@@ -10,8 +10,10 @@ from mora_jax._plan import Plan, check_plan, refuse_other_plan
 from mora_jax.io._errors import AdapterFileError
 from mora_jax.io._format import describe, layer_path, restore
 from mora_jax.io._json import dump, parse, short
+from mora_jax.io._trained import describe_trained, restore_trained
 
-FORMAT, VERSION = "mora_jax plan", 1
+FORMAT, VERSION, VERSION_WITHOUT_TRAINED = "mora_jax plan", 2, 1
+"""Version 2 added arrays that train themselves; plans without them are version 1."""
 KINDS = {
     "format": str,
     "format_version": int,
@@ -57,13 +59,15 @@ def plan_to_json(plan: Plan) -> str:
             )
     content = {
         "format": FORMAT,
-        "format_version": VERSION,
+        "format_version": VERSION if plan.trained else VERSION_WITHOUT_TRAINED,
         "library_version": version("mora-jax"),
         "base_parameters": plan.base_parameters,
         "traced": plan.traced,
         "layers": [describe(spec, spec.param_dtype) for spec in plan.specs],
         "digest": plan.digest(),
     }
+    if plan.trained:
+        content["trained"] = [describe_trained(one) for one in plan.trained]
     return dump(content).decode()
 
 
@@ -104,6 +108,7 @@ def plan_from_json(text: str, like: Plan | None = None) -> Plan:
             spec.name: jax.ShapeDtypeStruct(spec.kernel_shape, jnp.float32)
             for spec in check_plan(like, "like").specs
         }
+        base |= {s.name: jax.ShapeDtypeStruct(s.shape, s.dtype) for s in like.trained}
     content, specs = _content(text), {}
     for number, layer in enumerate(content["layers"]):
         path = layer_path(layer, f"layers[{number}] of the plan")
@@ -114,7 +119,11 @@ def plan_from_json(text: str, like: Plan | None = None) -> Plan:
             specs[name] = restore(layer, None, base, {})
         except (TypeError, ValueError, OverflowError) as error:
             raise AdapterFileError(f"{name} of the plan: {error}") from error
-    plan = Plan(tuple(specs.values()), content["base_parameters"], content["traced"])
+    trained = ()
+    if "trained" in content:
+        trained = restore_trained(content["trained"], "trained of the plan", base)
+    found, traced = tuple(specs.values()), content["traced"]
+    plan = Plan(found, content["base_parameters"], traced, trained=trained)
     if plan.digest() != content["digest"]:
         raise AdapterFileError("the plan is damaged or edited: its digest differs")
     if like is not None:
@@ -133,20 +142,21 @@ def _content(text: str) -> dict[str, Any]:
             f"the text is not a plan: its format must be {FORMAT!r}, as "
             "io.plan_to_json writes it"
         )
-    if content.keys() != KINDS.keys():
+    kinds = KINDS | ({"trained": list} if content.get("format_version") == 2 else {})
+    if content.keys() != kinds.keys():
         raise AdapterFileError(
-            f"the plan must hold {sorted(KINDS)}, got {short(sorted(content))}"
+            f"the plan must hold {sorted(kinds)}, got {short(sorted(content))}"
         )
-    for key, kind in KINDS.items():
+    for key, kind in kinds.items():
         if type(content[key]) is not kind:
             raise AdapterFileError(
                 f"{key} of the plan must be of type {kind.__name__}, "
                 f"got {short(content[key])}"
             )
-    if content["format_version"] != VERSION:
+    if content["format_version"] not in (VERSION, VERSION_WITHOUT_TRAINED):
         raise AdapterFileError(
             f"the plan is of format version {content['format_version']}, and this "
-            f"mora_jax reads {VERSION}"
+            f"mora_jax reads up to {VERSION}"
         )
     if content["base_parameters"] < 1:
         raise AdapterFileError(

@@ -13,7 +13,9 @@ from mora_jax.nnx._param import TrainedParam
 def train_array(module: nnx.Module, trained: TrainedArray, copy: Any) -> None:
     """Put the trained copy of an array into `module`, in place of the base's."""
     name = trained.path[-1]
-    setattr(module, name, TrainedParam.in_place_of(getattr(module, name), trained, copy))
+    setattr(
+        module, name, TrainedParam.in_place_of(getattr(module, name), trained, copy)
+    )
     if trained.dtype != trained.base_dtype:
         object.__setattr__(module, "__class__", _rounding_class(type(module)))
 
