@@ -1,0 +1,263 @@
+"""Arrays that train themselves in files, checkpoints and on the command line."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from adapter_files import assert_same, config_of, contents, rewrite, run
+from helpers import random, random_like
+from safetensors.numpy import load_file, save_file
+
+import mora_jax
+from mora_jax import MoRAConfig, init, io, load, merge, plan, save
+from mora_jax.io import AdapterFileError
+from mora_jax.io._files import TENSORS
+
+CONFIG = MoRAConfig(
+    rank=2,
+    operator="sharing",
+    targets=".*q_proj/kernel",
+    train=(".*norm.*", ".*q_proj/bias", "lm_head/kernel", "model/embed_tokens/.*"),
+)
+
+
+def llama(dtype=np.float32):
+    """Params as transformers names them in Flax."""
+    layer = {
+        "self_attn": {"q_proj": {"kernel": (8, 12), "bias": (12,)}},
+        "input_layernorm": {"weight": (8,)},
+    }
+    shapes = {
+        "model": {
+            "layers": {"0": layer, "1": layer},
+            "norm": {"weight": (8,)},
+            "embed_tokens": {"embedding": (20, 8)},
+        },
+        "lm_head": {"kernel": (8, 20)},
+    }
+    leaves, tree = jax.tree.flatten(shapes, is_leaf=lambda x: isinstance(x, tuple))
+    arrays = [random(k, *shape, dtype=dtype) for k, shape in enumerate(leaves)]
+    return jax.tree.unflatten(tree, arrays)
+
+
+def torch(params, tied=False):
+    """The same as PyTorch's tensors, by hand."""
+    params = jax.tree.map(np.asarray, params)
+    tensors = {
+        "model.norm.weight": params["model"]["norm"]["weight"],
+        "model.embed_tokens.weight": params["model"]["embed_tokens"]["embedding"],
+        "lm_head.weight": params["lm_head"]["kernel"].T,
+    }
+    for k, layer in params["model"]["layers"].items():
+        start, q = f"model.layers.{k}", layer["self_attn"]["q_proj"]
+        tensors[f"{start}.self_attn.q_proj.weight"] = q["kernel"].T
+        tensors[f"{start}.self_attn.q_proj.bias"] = q["bias"]
+        tensors[f"{start}.input_layernorm.weight"] = layer["input_layernorm"]["weight"]
+    if tied:
+        del tensors["lm_head.weight"]
+    return {name: np.ascontiguousarray(array) for name, array in tensors.items()}
+
+
+PARAMS = llama()
+PLAN = plan(PARAMS, CONFIG)
+ADAPTERS = random_like(init(PLAN, params=PARAMS))
+
+
+def test_files_give_them_back_bit_for_bit(tmp_path):
+    save(tmp_path, ADAPTERS, PLAN, params=PARAMS)
+    adapters, same = load(tmp_path, PARAMS)
+    assert_same(adapters, ADAPTERS)
+    assert same == PLAN and same.digest() == PLAN.digest()
+    assert config_of(tmp_path)["format_version"] == 3
+    narrow = jax.tree.map(lambda a: a.astype(jnp.bfloat16), ADAPTERS)
+    save(tmp_path, narrow, PLAN)
+    assert_same(load(tmp_path)[0], narrow)
+
+
+def test_files_and_plans_without_them_are_as_before(tmp_path):
+    without = plan(PARAMS, dataclasses.replace(CONFIG, train=()))
+    save(tmp_path, init(without), without)
+    config = config_of(tmp_path)
+    assert config["format_version"] == 2 and "trained" not in config
+    text = json.loads(io.plan_to_json(without))
+    assert text["format_version"] == 1 and "trained" not in text
+
+
+def test_a_plan_as_json_has_them():
+    text = io.plan_to_json(PLAN)
+    assert io.plan_from_json(text) == io.plan_from_json(text, like=PLAN) == PLAN
+    fewer = plan(PARAMS, dataclasses.replace(CONFIG, train=CONFIG.train[1:]))
+    with pytest.raises(AdapterFileError, match="no such array"):
+        io.plan_from_json(text, like=fewer)
+    with pytest.raises(AdapterFileError, match="trains 'model/layers/0/input_layer"):
+        io.plan_from_json(io.plan_to_json(fewer), like=PLAN)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c.pop("trained"), "it lacks \\['trained'\\]"),
+        (lambda c: c.update(trained=[]), "must be a list of arrays"),
+        (lambda c: c.update(trained=c["trained"][1:]), "holds .* knows nothing"),
+        (lambda c: c["trained"].append(c["trained"][0]), "has an array twice"),
+        (lambda c: c["trained"][0].pop("shape"), "must hold \\['base_dtype', 'dtype'"),
+        (lambda c: c["trained"][0].update(path=["a", ".."]), "must have a path"),
+        (lambda c: c["trained"][0].update(path=["a"]), "lacks a|no such array"),
+        (lambda c: c["trained"][0].update(shape=[3]), r"must have shape \(3,\)"),
+        (lambda c: c["trained"][0].update(shape=[-1]), "shape must be integers"),
+        (lambda c: c["trained"][0].update(dtype="int8"), "must be a floating-point"),
+        (lambda c: c["trained"][0].update(dtype="f4"), "must be names of dtypes"),
+        (lambda c: c.update(format_version=2), "also holds"),
+    ],
+)
+def test_what_is_wrong_in_a_file_is_refused(tmp_path, change, message):
+    save(tmp_path, ADAPTERS, PLAN)
+    rewrite(tmp_path, change)
+    with pytest.raises(AdapterFileError, match=message):
+        load(tmp_path)
+
+
+def test_params_that_do_not_fit_are_refused(tmp_path):
+    save(tmp_path, ADAPTERS, PLAN)
+    for params, message in (
+        ({**PARAMS, "lm_head": {}}, "no such array"),
+        ({**PARAMS, "lm_head": {"kernel": jnp.ones((3, 8))}}, "must have shape"),
+    ):
+        with pytest.raises(AdapterFileError, match=message):
+            load(tmp_path, params)
+    before = contents(tmp_path)
+    lm_head = {"kernel": jnp.full((8, 20), jnp.inf)}
+    with pytest.raises(ValueError, match="lm_head/kernel holds NaN or infinity"):
+        save(tmp_path, {**ADAPTERS, "lm_head": lm_head}, PLAN)
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
+def test_a_checkpoint_of_pytorch_gets_them_by_name(tmp_path, dtype):
+    params = llama(dtype)
+    made = plan(params, CONFIG)
+    save_file(torch(params), tmp_path / "base.safetensors")
+    save(tmp_path / "adapter", ADAPTERS, made, params=params)
+    args = "--base", tmp_path / "base.safetensors", "--adapter", tmp_path / "adapter"
+    said = run("merge", *args, "--out", tmp_path / "out")
+    assert "2 kernels merged, 7 trained arrays put in" in said.replace("\n", " ")
+    expected = torch(merge(params, ADAPTERS, made))
+    got = load_file(tmp_path / "out" / "base.safetensors")
+    assert got.keys() == expected.keys()
+    for name, tensor in got.items():
+        assert tensor.dtype == expected[name].dtype
+        if "q_proj.weight" in name:
+            tensor, other = tensor.astype(np.float32), expected[name].astype(np.float32)
+            np.testing.assert_allclose(tensor, other, rtol=2e-2, atol=1e-5)
+        else:
+            np.testing.assert_array_equal(tensor, expected[name])
+
+
+def test_a_checkpoint_with_the_paths_as_names_gets_them(tmp_path):
+    flat = {
+        "layers/norm/scale": random(0, 2, 8),
+        "layers/fc/kernel": random(1, 2, 8, 8),
+        "gain": random(2),
+    }
+    params = {
+        "layers": {
+            "norm": {"scale": flat["layers/norm/scale"]},
+            "fc": {"kernel": flat["layers/fc/kernel"]},
+        },
+        "gain": flat["gain"],
+    }
+    overrides = {"layers/fc/kernel": {"axes": "sio"}}
+    made = plan(
+        params, MoRAConfig(rank=1, train=".*(norm/scale|gain)", overrides=overrides)
+    )
+    adapters = random_like(init(made, params=params))
+    save_file(
+        {k: np.asarray(v) for k, v in flat.items()}, tmp_path / "base.safetensors"
+    )
+    io.merge_checkpoint(tmp_path / "base.safetensors", adapters, made, tmp_path / "out")
+    got = load_file(tmp_path / "out" / "base.safetensors")
+    merged = merge(params, adapters, made)
+    np.testing.assert_array_equal(got["gain"], merged["gain"])
+    scale = merged["layers"]["norm"]["scale"]
+    np.testing.assert_array_equal(got["layers/norm/scale"], scale)
+
+
+def test_a_stack_of_layers_goes_into_their_tensors(tmp_path):
+    params = {
+        "layers": {"norm": {"scale": random(0, 2, 8)}},
+        "fc": {"kernel": random(1, 8, 8)},
+    }
+    made = plan(params, MoRAConfig(rank=1, train=".*scale"))
+    adapters = random_like(init(made, params=params))
+    base = {f"model.layers.{k}.norm.weight": np.ones(8, np.float16) for k in range(2)}
+    save_file(
+        base | {"fc.weight": np.ones((8, 8), np.float16)}, tmp_path / "b.safetensors"
+    )
+    names = {"model.layers.{n}.norm": "layers/norm/scale[{n}]", "fc": "fc/kernel"}
+    args = tmp_path / "b.safetensors", adapters, made
+    io.merge_checkpoint(*args, tmp_path / "out", names)
+    got = load_file(tmp_path / "out" / "b.safetensors")
+    for k in range(2):
+        expected = np.asarray(adapters["layers"]["norm"]["scale"][k], np.float16)
+        np.testing.assert_array_equal(got[f"model.layers.{k}.norm.weight"], expected)
+    large = {**adapters, "layers": {"norm": {"scale": jnp.full((2, 8), 1e6)}}}
+    with pytest.raises(AdapterFileError, match="layers/norm/scale.* overflows float16"):
+        io.merge_checkpoint(args[0], large, made, tmp_path / "large", names)
+    assert not (tmp_path / "large").exists()
+
+
+def test_what_a_checkpoint_has_not_is_refused(tmp_path):
+    file = tmp_path / "base.safetensors"
+    merging = file, ADAPTERS, PLAN, tmp_path / "out"
+    save_file(torch(PARAMS, tied=True), file)
+    with pytest.raises(
+        AdapterFileError, match="'lm_head/kernel', or has it only as an"
+    ):
+        io.merge_checkpoint(*merging)
+    tensors = torch(PARAMS)
+    tensors["model.norm.weight"] = np.ones(9, np.float32)
+    save_file(tensors, file)
+    with pytest.raises(
+        AdapterFileError, match=r"'model/norm/weight' of shape \(8,\) do"
+    ):
+        io.merge_checkpoint(*merging)
+    tensors["model.norm.weight"] = np.ones(8, np.int8)
+    save_file(tensors, file)
+    with pytest.raises(AdapterFileError, match="model.norm.weight.*dequantise"):
+        io.merge_checkpoint(*merging)
+    assert not (tmp_path / "out").exists()
+
+
+def test_inspect_and_diff_show_them(tmp_path):
+    save(tmp_path / "a", ADAPTERS, PLAN)
+    report = json.loads(run("inspect", tmp_path / "a", "--json"))
+    assert report["parameters"] == PLAN.trainable_parameters
+    assert [one["path"] for one in report["trained"]] == [o.name for o in PLAN.trained]
+    text = run("inspect", tmp_path / "a")
+    assert "lm_head/kernel (8 x 20) is trained itself: 160 parameters" in text
+    doubled = {**ADAPTERS, "lm_head": {"kernel": 2 * ADAPTERS["lm_head"]["kernel"]}}
+    save(tmp_path / "b", doubled, PLAN)
+    fewer = plan(PARAMS, dataclasses.replace(CONFIG, train=CONFIG.train[1:]))
+    save(tmp_path / "c", init(fewer, params=PARAMS), fewer)
+    rows = json.loads(run("diff", tmp_path / "a", tmp_path / "b", "--json"))
+    found = {row["path"]: row["difference"] for row in rows}
+    assert found["lm_head/kernel"] == 1 and found["model/norm/weight"] == 0
+    rows = json.loads(run("diff", tmp_path / "a", tmp_path / "c", "--json"))
+    found = {row["path"]: row["settings"] for row in rows}
+    assert "only in" in found["model/norm/weight"]
+
+
+def test_convert_keeps_or_refuses_them(tmp_path):
+    save(tmp_path / "a", ADAPTERS, PLAN)
+    run("convert", tmp_path / "a", tmp_path / "b", "--to", "mora")
+    for name in ("a", "b"):
+        assert (tmp_path / name / TENSORS).read_bytes()
+    assert_same(load(tmp_path / "b")[0], ADAPTERS)
+    for export in (io.save_peft_lora, io.save_peft_mora):
+        with pytest.raises(ValueError, match="PEFT's format .*io.merge_checkpoint"):
+            export(tmp_path / "c", ADAPTERS, PLAN)
+    assert not (tmp_path / "c").exists()
+    assert mora_jax.TrainedArray is type(PLAN.trained[0])
