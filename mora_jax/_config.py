@@ -301,9 +301,10 @@ def _positive_integer(name: str, value: Any) -> int:
     return index(value)
 
 
-def refuse_train(config: MoRAConfig | None, what: str) -> None:
+def refuse_train(config: Any, what: str) -> None:
     """Raise if `config` names arrays to train and `what`, which it is for, has none."""
-    if config is not None and config.train:
+    config = check_config(config)
+    if config.train:
         raise ValueError(
             f"train must be empty for {what}, got {config.train}: it names arrays of a "
             "whole model, which mora_jax.plan, linen.plan and nnx.plan find"

@@ -152,7 +152,7 @@ def operator(**entries):
 
 
 REFUSED = {
-    "newer": (lambda c: c.update(format_version=3), "newer"),
+    "newer": (lambda c: c.update(format_version=4), "newer"),
     "version": (lambda c: c.update(format_version=True), "positive integer"),
     "format": (lambda c: c.update(format="other"), "load_peft_mora"),
     "lacks": (lambda c: c.pop("metadata"), "lacks .*metadata"),
