@@ -71,7 +71,7 @@ def adapter_shardings(
     if plan.trained:
         leaves = _leaves(params_or_shardings)
         for one in plan.trained:
-            found[one.path] = _sharding_of(leaves, one.name, one.shape, mesh)
+            found[one.path] = _sharding_of(leaves, "array", one.name, one.shape, mesh)
     return nest(found)
 
 
@@ -160,7 +160,7 @@ def _kernel_shardings(
     check_plan(plan)
     leaves = _leaves(tree)
     return [
-        (spec, _sharding_of(leaves, spec.name, spec.kernel_shape, mesh))
+        (spec, _sharding_of(leaves, "kernel", spec.name, spec.kernel_shape, mesh))
         for spec in plan.specs
     ]
 
@@ -172,12 +172,12 @@ def _leaves(tree: Any) -> dict[str, Any]:
 
 
 def _sharding_of(
-    leaves: Mapping[str, Any], name: str, shape: Shape, mesh: Mesh | None
+    leaves: Mapping[str, Any], kind: str, name: str, shape: Shape, mesh: Mesh | None
 ) -> NamedSharding:
-    """The sharding of the base's array of that name."""
+    """The sharding of the base's array of that name; `kind` is for the message."""
     if name not in leaves:
         raise ValueError(
-            f"params_or_shardings lack {name!r}{nearest_paths(name, leaves)}"
+            f"params_or_shardings lack the {kind} {name!r}{nearest_paths(name, leaves)}"
         )
     devices, axes = _read_sharding(leaves[name], mesh, name)
     if devices is None:

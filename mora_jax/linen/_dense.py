@@ -24,7 +24,7 @@ class MoRADense(nn.Dense):
 
     Attributes:
       config: The adapter's settings; `targets`, `exclude` and `overrides` have no
-        meaning here.
+        meaning here, and `train` must be empty.
       deterministic: Whether the adapter's dropout is off. It must be given, here or in
         the call, where `config.dropout` is above zero. The key comes from the "dropout"
         stream.
