@@ -49,6 +49,7 @@ After training::
   save                  write adapters to a directory
   load                  read them
   io                    the same and more: PEFT's files, LoRA, whole checkpoints
+  mixing                adapters of one base scaled, summed, cut back to a plan
 
 What is between M and the layer::
 
@@ -62,6 +63,7 @@ What is between M and the layer::
 from mora_jax import diagnostics as diagnostics
 from mora_jax import io as io
 from mora_jax import linen as linen
+from mora_jax import mixing as mixing
 from mora_jax import nnx as nnx
 from mora_jax import operators as operators
 from mora_jax import products as products

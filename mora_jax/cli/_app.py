@@ -47,7 +47,8 @@ Family = Annotated[
     typer.Option(
         "--names",
         help="Which PyTorch module is which kernel: llama, gemma, qwen, gpt2, bert, "
-        'tunix; templates as JSON, {"model.layers.{n}.mlp.{p}": "h_{n}/{p}/kernel"}, '
+        "tunix, gm; templates as JSON, "
+        '{"model.layers.{n}.mlp.{p}": "h_{n}/{p}/kernel"}, '
         "or a file of such JSON whose name ends in .json. By default any family.",
     ),
 ]
@@ -60,6 +61,13 @@ class Format(StrEnum):
     MORA = "mora"
     PEFT_MORA = "peft-mora"
     PEFT_LORA = "peft-lora"
+
+
+class Server(StrEnum):
+    """The servers that `export` writes for."""
+
+    VLLM = "vllm"
+    SGLANG = "sglang"
 
 
 class RoundingTo16Bits(StrEnum):
@@ -241,6 +249,64 @@ def convert(
         if any(lost.values()):
             say_table([{"module": m, "cut off": x} for m, x in lost.items()])
     say(f"{target}: {len(plan)} adapters as {to}")
+
+
+@app.command()
+@refusing
+def export(
+    adapter: Adapter,
+    target: Annotated[str, typer.Argument(metavar="OUT", help="Directory to make.")],
+    server: Annotated[
+        Server, typer.Option("--for", help="The server that is to load it.")
+    ],
+    base: Base = None,
+    names: Family = None,
+    base_model: Annotated[
+        str, typer.Option(help="The base that the server loads; BASE if not given.")
+    ] = "",
+    max_error: Annotated[
+        float,
+        typer.Option(
+            help="The largest share of its delta that a layer may lose in a LoRA.",
+            min=0,
+            max=1,
+        ),
+    ] = 0.1,
+    force: Annotated[bool, typer.Option(help="Replace OUT if it exists.")] = False,
+    any_base: Annotated[
+        bool,
+        typer.Option(
+            help="Merge also into other weights than those the adapter was trained on."
+        ),
+    ] = False,
+) -> None:
+    """Write what a server loads: a LoRA, or the base with the adapter merged in."""
+    known = names_of(names)
+    adapters, plan = open_adapter("adapter", adapter, base, known)
+    size = io.Checkpoint(as_path("base", base)).size if base else 0
+    with _progress() as bar:
+        task = bar.add_task("writing", total=size)
+        done = io.export(
+            target,
+            adapters,
+            plan,
+            server.value,
+            known,
+            base=base,
+            base_model=base_model,
+            max_error=max_error,
+            force=force,
+            any_base=any_base,
+            progress=lambda size: bar.advance(task, size),
+        )
+    worst = max(done.lost, key=done.lost.__getitem__)
+    if done.merged:
+        say(f"{target}: the base with {len(plan)} adapters merged in")
+        say(f"rounding lost at most {done.lost[worst]:.2%} of a delta, in {worst}")
+    else:
+        say(f"{target}: {len(plan)} adapters as a LoRA of rank {done.rank}")
+        say(f"it lacks at most {done.lost[worst]:.2%} of a delta, in {worst}")
+    say(done.command)
 
 
 @app.command()

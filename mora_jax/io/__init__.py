@@ -14,6 +14,8 @@ PEFT's formats::
   load_peft_mora        read adapters of the paper's authors' code (peft-mora)
   save_peft_mora        write adapters for that code
   save_peft_lora        write adapters as a plain LoRA, for PEFT and servers
+  export                the same or a merged checkpoint, and how vLLM or SGLang serve it
+  Export                what `export` wrote
   reference_operator    the operator that the authors' code computes with
   Names                 the type of `names`: which PyTorch module is which kernel
 
@@ -38,3 +40,5 @@ from mora_jax.io._peft_write import save_peft_mora as save_peft_mora
 from mora_jax.io._plan_json import plan_from_json as plan_from_json
 from mora_jax.io._plan_json import plan_to_json as plan_to_json
 from mora_jax.io._reference import reference_operator as reference_operator
+from mora_jax.io._serve import Export as Export
+from mora_jax.io._serve import export as export

@@ -1,8 +1,9 @@
 """MoRA as plain LoRA, for servers that know nothing else."""
 
+import dataclasses
 import os
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -12,8 +13,11 @@ from mora_jax._plan import Plan
 from mora_jax._spec import AdapterSpec
 from mora_jax._squares import block_diagonal
 from mora_jax.io._names import Names, pairs
+from mora_jax.io._paths import Location
 from mora_jax.io._peft_read import PREFIX
 from mora_jax.io._peft_write import free, modules, peft_config, write
+
+Rank = int | Literal["auto"] | None
 
 
 def save_peft_lora(
@@ -22,7 +26,7 @@ def save_peft_lora(
     plan: Plan,
     names: Names = None,
     *,
-    rank: int | None = None,
+    rank: Rank = None,
     max_error: float | int = 0.1,
     base_model: str = "",
     task_type: str | None = "CAUSAL_LM",
@@ -44,8 +48,9 @@ def save_peft_lora(
       adapters: The adapters, as `init` makes them.
       plan: The plan that they follow.
       names: As in `load_peft_mora`.
-      rank: The most singular values that a module keeps, PEFT's `r`. None keeps all
-        of them and refuses deltas of full rank.
+      rank: The most singular values that a module keeps, PEFT's `r`. "auto" keeps of
+        a delta of full rank the fewest that lose no more than `max_error`, and all of
+        the others. None keeps all of them and refuses deltas of full rank.
       max_error: The largest share of its delta that a module may lose, between 0 and
         1, measured by the Frobenius norm. 1 accepts any loss.
       base_model: PEFT's `base_model_name_or_path`.
@@ -62,17 +67,50 @@ def save_peft_lora(
         without `rank`, a module would lose more than `max_error`, or the plan has no
         adapters or trains arrays itself. Nothing is written then.
     """
+    path = free(directory, force)
+    lora = make_lora(adapters, plan, names, rank, max_error)
+    lora.write(path, base_model, task_type)
+    return lora.lost
+
+
+@dataclasses.dataclass(frozen=True)
+class Lora:
+    """Adapters as a LoRA.
+
+    Attributes:
+      tensors: {name in the file: array}.
+      ranks: {module: its rank}.
+      lost: {module: the share of its delta that is cut off}.
+      axes: The order of the axes of the modules' weights, "oi" or "io".
+    """
+
+    tensors: Mapping[str, np.ndarray]
+    ranks: dict[str, int]
+    lost: dict[str, float]
+    axes: str
+
+    def write(self, path: Location, base_model: str, task_type: str | None) -> None:
+        """Write a directory that PEFT loads."""
+        config = peft_config(self.ranks, 0.0, self.axes, base_model, task_type)
+        write(path, config, self.tensors)
+
+
+def make_lora(
+    adapters: Any, plan: Plan, names: Names, rank: Rank, max_error: float | int
+) -> Lora:
+    """Adapters as a LoRA. Arguments and errors are those of `save_peft_lora`."""
     check_number("max_error", max_error)
     if not 0 <= max_error <= 1:
         raise ValueError(f"max_error must be between 0 and 1, got {max_error}")
-    if rank is not None:
+    if rank is not None and rank != "auto":
         positive_integer("rank", rank)
-    path = free(directory, force)
+        rank = int(rank)
     tensors: dict[str, np.ndarray] = {}
     spectra: dict[str, _Spectrum] = {}
     axes, full = set(), None
     for module, spec, m in modules(adapters, plan, pairs(names)):
-        a, b, spectra[module.name] = _factors(spec, m, rank, module.outputs)
+        a, b, spectrum = _factors(spec, m, rank, max_error, module.outputs)
+        spectra[module.name] = spectrum
         axes.add(module.axes)
         if spec.operator.block and rank is None:
             full = spec
@@ -94,9 +132,7 @@ def save_peft_lora(
             f"than max_error={max_error:g}; {_enough(spectra, max_error)}"
         )
     ranks = {module: spectrum.rank for module, spectrum in spectra.items()}
-    config = peft_config(ranks, 0.0, axes.pop(), base_model, task_type)
-    write(path, config, tensors)
-    return lost
+    return Lora(tensors, ranks, lost, axes.pop())
 
 
 class _Spectrum(NamedTuple):
@@ -132,13 +168,17 @@ def _enough(spectra: Mapping[str, _Spectrum], max_error: float) -> str:
     """Arguments that would be accepted, as the end of a message."""
     rank = max(spectrum.enough(max_error) for spectrum in spectra.values())
     return (
-        f"rank={rank} keeps every module within {max_error:.1%}, and max_error=1 "
-        "accepts any loss"
+        f"rank={rank} keeps every module within {max_error:.1%}, rank='auto' keeps no "
+        "more than each module needs, and max_error=1 accepts any loss"
     )
 
 
 def _factors(
-    spec: AdapterSpec, m: np.ndarray, rank: int | None, outputs: slice
+    spec: AdapterSpec,
+    m: np.ndarray,
+    rank: Rank,
+    max_error: float | int,
+    outputs: slice,
 ) -> tuple[np.ndarray, np.ndarray, _Spectrum]:
     """(in, r) and (r, out), whose product is what a LoRA keeps, and the spectrum.
 
@@ -152,11 +192,13 @@ def _factors(
     else:
         a = np.asarray(op.compress_matrix(), np.float64)
         b = np.asarray(op.decompress(block_diagonal(m)), np.float64)[:, outputs]
-        if rank is None or rank >= op.width:
+        if not isinstance(rank, int) or rank >= op.width:
             return _float32(a, b, np.zeros(0))
         basis, triangle = np.linalg.qr(a)
         left, values, right = np.linalg.svd(triangle @ b, full_matrices=False)
         a, b = basis @ left, values[:, None] * right
+    if rank == "auto":
+        rank = _Spectrum(0, values).enough(max_error)
     return _float32(a[:, :rank], b[:rank], values)
 
 

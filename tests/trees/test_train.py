@@ -12,6 +12,8 @@ import pytest
 from adapter_files import assert_same, flatten
 from flax import nnx
 from helpers import close, random, random_like
+from jax.sharding import PartitionSpec as P
+from meshes import make_mesh, put
 
 import mora_jax
 from mora_jax import (
@@ -21,6 +23,7 @@ from mora_jax import (
     combine,
     init,
     merge,
+    mixing,
     optimizer,
     plan,
     split,
@@ -365,3 +368,40 @@ def test_a_shared_variable_of_nnx_is_refused(params):
         mora_jax.nnx.plan(model, config(train=".*scale|again"))
     with pytest.raises(ValueError, match="is shared.*take it out of train"):
         mora_jax.nnx.wrap(model, plan(params, config(train="norm/scale")))
+
+
+def test_mixing_refuses_what_is_no_delta(params, made):
+    pair = init(made, params=params), made
+    without = plan(params, config(train=()))
+    for call in (
+        lambda: mixing.scaled(pair[0], 0),
+        lambda: mixing.weighted_sum([pair], [1.0]),
+        lambda: mixing.project([pair], [1.0], without),
+        lambda: mixing.project([(init(without), without)], [1.0], made),
+        lambda: mixing.ties([pair]),
+    ):
+        with pytest.raises(ValueError, match="no delta: mixing is for M's alone"):
+            call()
+
+
+def test_copies_are_where_the_base_is_and_a_second_step_compiles_nothing(params):
+    mesh = make_mesh(model=2)
+    specs = jax.tree.map(lambda _: P(), params)
+    specs["head"]["kernel"] = P("model")
+    params = put(params, mesh, specs)
+    made = plan(params, config(train="head/.*"))
+    adapters = init(made, params=params)
+    assert adapters["head"]["kernel"].sharding.spec == P("model")
+    model, traces = mora_jax.nnx.wrap(in_nnx(params), made), []
+    found = mora_jax.nnx.adapters(model)["head"]["kernel"]
+    opt = mora_jax.nnx.adapter_optimizer(model, SGD)
+    grad = mora_jax.nnx.value_and_grad(lambda model: loss_of(model(X)))
+
+    @nnx.jit
+    def step(model, opt):
+        traces.append(None)
+        opt.update(model, grad(model)[1])
+
+    step(model, opt)
+    step(model, opt)
+    assert len(traces) == 1 and found.sharding.spec == P("model")

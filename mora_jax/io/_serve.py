@@ -1,0 +1,131 @@
+"""Adapters in a form that a server of language models loads."""
+
+import os
+import shlex
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, get_args
+
+from mora_jax._checks import check_choice
+from mora_jax._plan import Plan
+from mora_jax._rounding import Rounding
+from mora_jax.io._checkpoint import merge_checkpoint
+from mora_jax.io._lora import make_lora
+from mora_jax.io._names import Names
+from mora_jax.io._paths import as_path
+from mora_jax.io._peft_write import free
+
+Server = Literal["vllm", "sglang"]
+
+RANKS = 1, 8, 16, 32, 64, 128, 256, 320, 512
+"""What vLLM 0.32 takes for `--max-lora-rank`. SGLang takes any number; there a rank
+above the last of these is not written either, since it costs as much as the kernel."""
+
+
+class Export(NamedTuple):
+    """What was written for a server.
+
+    Attributes:
+      merged: Whether it is a merged checkpoint, and not a LoRA.
+      rank: The largest rank of the LoRA; 0 if it is merged.
+      lost: {module: the share of its delta that the LoRA cuts off}; for a merged
+        checkpoint {tensor: the share that rounding lost}.
+      command: A line for the shell that serves it.
+    """
+
+    merged: bool
+    rank: int
+    lost: dict[str, float]
+    command: str
+
+
+def export(
+    directory: str | os.PathLike[str],
+    adapters: Any,
+    plan: Plan,
+    server: Server,
+    names: Names = None,
+    *,
+    base: str | os.PathLike[str] | None = None,
+    base_model: str = "",
+    max_error: float | int = 0.1,
+    force: bool = False,
+    any_base: bool = False,
+    rounding: Rounding = "dither",
+    progress: Callable[[int], object] = lambda size: None,
+) -> Export:
+    """Write adapters as what vLLM or SGLang serves best, and say how.
+
+    That is a LoRA where one of a rank that servers take is near enough: exactly, for
+    operators without blocks; for others with the fewest singular values of each module
+    that lose no more than `max_error` of its delta. Where that takes more than rank
+    512, it is the base with the adapters merged in.
+
+    Args:
+      directory: The directory to make, a path or a URL.
+      adapters: The adapters, as `init` makes them.
+      plan: The plan that they follow.
+      server: "vllm" or "sglang".
+      names: As in `load_peft_mora`.
+      base: The base's safetensors, as in `merge_checkpoint`, for adapters that have to
+        be merged.
+      base_model: What the server is to load: a directory or a name on the Hub. `base`
+        by default.
+      max_error: The largest share of its delta that a module may lose in a LoRA.
+      force: Whether to replace what is in `directory`.
+      any_base: As in `merge_checkpoint`.
+      rounding: As in `merge_checkpoint`.
+      progress: As in `merge_checkpoint`.
+
+    Returns:
+      What was written, and the command that serves it.
+
+    Raises:
+      ValueError: `server` is unknown, or the adapters have to be merged and `base` is
+        None; or as `save_peft_lora`.
+      AdapterFileError, OSError: As `merge_checkpoint`.
+    """
+    check_choice("server", server, get_args(Server))
+    path, name = as_path("directory", directory), os.fspath(directory).rstrip("/")
+    lora = make_lora(adapters, plan, names, "auto", max_error)
+    rank = max(lora.ranks.values())
+    model = base_model or (os.fspath(base) if base is not None else "BASE")
+    if rank <= RANKS[-1]:
+        lora.write(free(path, force), base_model, "CAUSAL_LM")
+        return Export(False, rank, lora.lost, _command(server, model, rank, name))
+    if base is None:
+        worst = max(lora.ranks, key=lora.ranks.__getitem__)
+        raise ValueError(
+            f"{worst} needs rank {rank} to lose at most {max_error:.1%} of its delta, "
+            f"and servers take {RANKS[-1]} at most: base must be the base's "
+            "safetensors then, to merge into them, got None; a larger max_error needs "
+            "less"
+        )
+    lost = merge_checkpoint(
+        base,
+        adapters,
+        plan,
+        directory,
+        names,
+        force=force,
+        any_base=any_base,
+        rounding=rounding,
+        progress=progress,
+    )
+    return Export(True, 0, lost, _command(server, name, 0, ""))
+
+
+def _command(server: Server, model: str, rank: int, adapter: str) -> str:
+    """The line that serves `model`, with the LoRA in `adapter` if there is one."""
+    named = f"{adapter.rpartition('/')[2]}={adapter}"
+    if server == "vllm":
+        words = ["vllm", "serve", model]
+        if adapter:
+            room = next(size for size in RANKS if size >= rank)
+            words += ["--enable-lora", "--max-lora-rank", str(room)]
+            words += ["--lora-modules", named]
+    else:
+        words = ["python", "-m", "sglang.launch_server", "--model-path", model]
+        if adapter:
+            words += ["--enable-lora", "--max-lora-rank", str(rank)]
+            words += ["--lora-paths", named]
+    return shlex.join(words)

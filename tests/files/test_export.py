@@ -1,0 +1,120 @@
+"""What servers load: a LoRA near enough of a rank that they take, or a merged base."""
+
+import json
+
+import numpy as np
+import pytest
+from adapter_files import assert_same, run
+from base_files import sharded
+from helpers import random_like
+from safetensors.numpy import load_file
+
+import mora_jax
+from mora_jax import MoRAConfig, io
+from mora_jax.io import AdapterFileError
+
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+
+
+@pytest.fixture
+def base(tmp_path):
+    return sharded(tmp_path / "base")
+
+
+def adapted(base, operator):
+    """Adapters of a base's kernels, which are far from zero, with their plan."""
+    config = MoRAConfig(rank=2, operator=operator, squares=1)
+    plan = mora_jax.plan(io.Checkpoint(base).shapes(), config)
+    return random_like(mora_jax.init(plan)), plan
+
+
+def updates(directory):
+    """What the LoRA in a directory adds to each module's weight."""
+    tensors, found = load_file(directory / TENSORS), {}
+    for name in tensors:
+        if name.endswith("lora_A.weight"):
+            module = name.removeprefix("base_model.model.").partition(".lora_A")[0]
+            b = tensors[name.replace("lora_A", "lora_B")]
+            found[module] = b.astype(np.float64) @ tensors[name]
+    return found
+
+
+@pytest.mark.parametrize("server", ["vllm", "sglang"])
+@pytest.mark.parametrize("operator", ["signed_sharing", "rotation"])
+def test_a_lora_of_the_fewest_singular_values(tmp_path, base, server, operator):
+    adapters, plan = adapted(base, operator)
+    out = tmp_path / "law"
+    done = io.export(out, adapters, plan, server, base_model="hub/model")
+    deltas = mora_jax.delta_weight(adapters, plan)
+    config = json.loads((out / CONFIG).read_text())
+    assert not done.merged and config["r"] == done.rank
+    assert config["base_model_name_or_path"] == "hub/model"
+    rank_of = dict.fromkeys(done.lost, done.rank) | config["rank_pattern"]
+    for module, update in updates(out).items():
+        delta = deltas
+        for key in (*module.split("."), "kernel"):
+            delta = delta[key]
+        delta = np.asarray(delta, np.float64).T
+        tails = np.linalg.svd(delta, compute_uv=False)[::-1] ** 2
+        tails = np.sqrt(np.cumsum(tails)[::-1] / tails.sum())
+        rank, lost = rank_of[module], np.linalg.norm(delta - update)
+        assert abs(lost / np.linalg.norm(delta) - done.lost[module]) < 1e-5
+        if operator == "rotation":
+            assert 0 < done.lost[module] <= 0.1 < tails[rank - 1]
+        else:
+            assert done.lost[module] == 0
+    room = next(size for size in (1, 8, 16, 32, 64) if size >= done.rank)
+    expected = {
+        "vllm": "vllm serve hub/model --enable-lora "
+        f"--max-lora-rank {room} --lora-modules law={out}",
+        "sglang": "python -m sglang.launch_server --model-path hub/model --enable-lora "
+        f"--max-lora-rank {done.rank} --lora-paths law={out}",
+    }
+    assert done.command == expected[server]
+
+
+def test_what_no_server_takes_is_merged(tmp_path, base, monkeypatch):
+    monkeypatch.setattr("mora_jax.io._serve.RANKS", (1, 8))
+    adapters, plan = adapted(base, "rotation")
+    out = tmp_path / "out"
+    with pytest.raises(ValueError, match="needs rank .* servers take 8 .* base"):
+        io.export(out, adapters, plan, "vllm")
+    assert not out.exists()
+    done = io.export(out, adapters, plan, "vllm", base=base)
+    assert done.merged and done.rank == 0 and done.command == f"vllm serve {out}"
+    io.merge_checkpoint(base, adapters, plan, tmp_path / "merged")
+    for file in (tmp_path / "merged").glob("*.safetensors"):
+        assert_same(load_file(out / file.name), load_file(file))
+    rough = io.export(tmp_path / "rough", adapters, plan, "vllm", max_error=0.9)
+    assert not rough.merged and rough.rank <= 8
+
+
+def test_the_command_writes_and_tells(tmp_path, base):
+    adapters, plan = adapted(base, "signed_sharing")
+    mora_jax.save(tmp_path / "a", adapters, plan)
+    out = tmp_path / "o o"
+    printed = run("export", tmp_path / "a", out, "--for", "vllm", "--base", base)
+    assert f"{len(plan)} adapters as a LoRA of rank" in printed
+    assert f"vllm serve {base} --enable-lora" in printed and f"'o o={out}'" in printed
+    assert updates(out).keys()
+    again = "export", tmp_path / "a", out, "--for", "vllm"
+    assert "directory must be new or empty" in run(*again, code=1)
+    assert "BASE" in run(*again, "--force")
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_bad_input(tmp_path, base, monkeypatch):
+    adapters, plan = adapted(base, "rotation")
+    out = tmp_path / "out"
+    with pytest.raises(ValueError, match="server must be one of"):
+        io.export(out, adapters, plan, "tgi")
+    with pytest.raises(ValueError, match="max_error must be between"):
+        io.export(out, adapters, plan, "vllm", max_error=2)
+    with pytest.raises(ValueError, match="adapters lack"):
+        io.export(out, {}, plan, "vllm")
+    monkeypatch.setattr("mora_jax.io._serve.RANKS", (1, 2))
+    with pytest.raises(AdapterFileError, match="there is no"):
+        io.export(out, adapters, plan, "vllm", base=tmp_path / "none")
+    with pytest.raises(TypeError, match="rank must be a positive integer"):
+        io.save_peft_lora(out, adapters, plan, rank="all")
+    assert not out.exists()

@@ -1,0 +1,218 @@
+"""Sums of adapters are sums of their deltas; what other mixtures are, NumPy says."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from cases import by_kind
+from flax import nnx
+from helpers import close, random, random_like, wide
+
+import mora_jax
+from mora_jax import AdapterSpec, MoRAConfig, Plan, delta_weight
+from mora_jax.mixing import dare, project, scaled, ties, weighted_sum
+
+PARAMS = {"a": {"kernel": random(0, 12, 16)}, "s": {"kernel": random(1, 3, 8, 12)}}
+SETTINGS = {"square_rank": 4, "overrides": {"s/kernel": {"axes": "sio"}}}
+PLAN = mora_jax.plan(PARAMS, MoRAConfig(operator="rotation", alpha=0.5, **SETTINGS))
+SEEDS = range(3)
+
+
+def pair(seed, plan=PLAN, dtype=None):
+    """Adapters that are far from zero, as `load` returns them."""
+    made = jax.tree.map(lambda m: random(seed, *m.shape), mora_jax.init(plan))
+    return jax.tree.map(lambda m: m.astype(dtype or m.dtype), made), plan
+
+
+def deltas(adapters, plan):
+    return jax.tree.map(wide, delta_weight(adapters, plan))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_weighted_sum_is_that_of_the_deltas(dtype):
+    pairs, weights = [pair(seed, dtype=dtype) for seed in SEEDS], [0.5, -2, 0.25]
+    mixed, plan = weighted_sum(pairs, weights)
+    assert plan == PLAN and {m.dtype.name for m in jax.tree.leaves(mixed)} == {dtype}
+    every = zip(weights, map(lambda each: deltas(*each), pairs), strict=True)
+    terms = [jax.tree.map(lambda d, w=w: w * d, delta) for w, delta in every]
+    expected = jax.tree.map(lambda *each: sum(each), *terms)
+    close(deltas(mixed, plan), expected, 1e-6 if dtype == "float32" else 2e-2)
+    one, _ = weighted_sum(pairs[:1], [1])
+    assert all(map(np.array_equal, *map(jax.tree.leaves, (one, pairs[0][0]))))
+
+
+def test_a_factor_is_an_argument_of_one_program():
+    """It scales the delta, 0 turns it off and -1 negates it."""
+    adapters, traces, x = pair(0)[0], [], random(5, 2, 12)
+
+    @jax.jit
+    def apply(adapters, factor):
+        traces.append(None)
+        return x @ mora_jax.fold(PARAMS, scaled(adapters, factor), PLAN)["a"]["kernel"]
+
+    base = x @ PARAMS["a"]["kernel"]
+    change = apply(adapters, 1.0) - base
+    for factor in (0.0, -1.0, 3.0):
+        close(apply(adapters, factor) - base, factor * change)
+    assert len(traces) == 1
+    weights = jnp.array([1.0, -1.0])
+    pairs = [pair(0), pair(0)]
+    assert not any(m.any() for m in jax.tree.leaves(weighted_sum(pairs, weights)[0]))
+
+
+def test_states_of_nnx_stay_states():
+    class Model(nnx.Module):
+        def __init__(self):
+            self.fc = nnx.Linear(8, 8, rngs=nnx.Rngs(0))
+
+    model = mora_jax.nnx.wrap(Model(), MoRAConfig(square_rank=4))
+    state = nnx.state(model, mora_jax.nnx.MoRAParam)
+    state = random_like(state)
+    doubled = scaled(state, 2)
+    assert isinstance(doubled, nnx.State)
+    close(jax.tree.leaves(doubled), [2 * m for m in jax.tree.leaves(state)])
+    plan = mora_jax.nnx.plan_of(model)
+    mixed, _ = weighted_sum([(state, plan), (doubled, plan)], [1, 1])
+    close(jax.tree.leaves(mixed), [3 * m for m in jax.tree.leaves(state)])
+
+
+def numpy_ties(ms, weights, density):
+    """TIES of a few vectors, place by place."""
+    kept = []
+    for m, weight in zip(ms, weights, strict=True):
+        count = int(density * m.size)
+        largest = np.argsort(-np.abs(m), kind="stable")[:count]
+        kept.append(np.zeros_like(m))
+        kept[-1][largest] = weight * m[largest]
+    result = np.zeros_like(ms[0])
+    for place in range(result.size):
+        column = np.array([m[place] for m in kept])
+        sign = np.sign(column.sum())
+        agreeing = column[(column != 0) & (np.sign(column) == sign)]
+        result[place] = agreeing.mean() if agreeing.size else 0
+    return result
+
+
+@pytest.mark.parametrize("density", [0.2, 0.5, 1.0])
+@pytest.mark.parametrize("weights", [None, [1.0, 0.5, 2.0]])
+def test_ties_is_numpys(density, weights):
+    pairs = [pair(seed) for seed in SEEDS]
+    got, plan = ties(pairs, weights, density=density)
+    assert plan == PLAN
+    for name, stack in ("a", 1), ("s", 3):
+        ms = [
+            np.float64(tree[name]["kernel_mora"]).reshape(stack, -1)
+            for tree, _ in pairs
+        ]
+        expected = [
+            numpy_ties([m[k] for m in ms], weights or [1.0] * 3, density)
+            for k in range(stack)
+        ]
+        close(got[name]["kernel_mora"].reshape(stack, -1), np.array(expected))
+
+
+def test_what_dare_keeps_grows_and_the_mean_stays():
+    adapters, plan = pair(0)
+    found = [dare((adapters, plan), 0.75, jax.random.key(k))[0] for k in range(64)]
+    m = np.asarray(adapters["a"]["kernel_mora"])
+    every = np.stack([tree["a"]["kernel_mora"] for tree in found])
+    assert ((every == 0) | (every == 4 * m)).all()
+    assert 0.7 < (every == 0).mean() < 0.8
+    assert np.abs(every.mean(0) - m).max() < 4 * np.abs(m).max() / np.sqrt(64 / 3)
+    same = dare((adapters, plan), 0.75, jax.random.key(0))[0]
+    assert all(map(np.array_equal, *map(jax.tree.leaves, (same, found[0]))))
+    whole, _ = dare((adapters, plan), 0, jax.random.key(0))
+    assert all(map(np.array_equal, *map(jax.tree.leaves, (whole, adapters))))
+
+
+@by_kind
+@pytest.mark.parametrize("size", [(12, 20, 6), (9, 9, 8)])
+def test_a_projection_is_the_least_squares_solution(case, size):
+    """Of a dense delta, as NumPy solves it from the oracle's matrices."""
+    ins, outs, q = size
+    q = min(q, ins, outs) if case.bounded else q
+    op = case.make(ins, outs, q)
+    spec = AdapterSpec(op, (ins, outs), path=("kernel",), alpha=0.5)
+    plan = Plan((spec,), base_parameters=ins * outs)
+    dense = MoRAConfig(operator="truncation", square_rank=min(ins, outs), scale="paper")
+    source = mora_jax.plan({"kernel": jnp.zeros((ins, outs))}, dense)
+    pairs = [pair(0, source), pair(1, source)]
+    first, second = (deltas(*each)["kernel"] for each in pairs)
+    goal = first - 3 * second
+    got, lost = project(pairs, [1, -3], plan)
+    c, d = case.matrices(op)
+    units = np.eye(int(np.prod(op.m_shape))).reshape(-1, *op.m_shape)
+    columns = np.stack([0.5 * oracle.delta(c, d, unit).ravel() for unit in units], 1)
+    solution, *_ = np.linalg.lstsq(columns, goal.ravel(), rcond=None)
+    best = (columns @ solution).reshape(goal.shape)
+    close(deltas(got, plan)["kernel"], best, 1e-4)
+    share = np.linalg.norm(goal - best) / np.linalg.norm(goal)
+    assert abs(lost["kernel"] - share) < 1e-4 and 0 < share < 1
+
+
+def test_projections_of_what_a_plan_has_lose_nothing():
+    """Sums of its own adapters, and those of a narrower plan of fewer kernels."""
+    pairs = [pair(0), pair(1)]
+    got, lost = project(pairs, [1, 2], PLAN)
+    close(got, weighted_sum(pairs, [1, 2])[0], 1e-4)
+    assert lost.keys() == PLAN.keys() and max(lost.values()) < 1e-5
+    first = {"a": PARAMS["a"]}
+    config = MoRAConfig(operator="truncation", square_rank=2)
+    small = mora_jax.plan(first, config)
+    wider = MoRAConfig(operator="truncation", **(SETTINGS | {"square_rank": 6}))
+    large = mora_jax.plan(PARAMS, wider)
+    got, lost = project([pair(3, small)], [1], large)
+    close(deltas(got, large)["a"], deltas(*pair(3, small))["a"])
+    assert lost["s/kernel"] == 0 and not got["s"]["kernel_mora"].any()
+
+
+def other_base(seed):
+    import tempfile
+
+    adapters, plan = pair(seed)
+    params = jax.tree.map(lambda leaf: leaf + seed, PARAMS)
+    with tempfile.TemporaryDirectory() as directory:
+        mora_jax.save(directory, adapters, plan, params=params)
+        return mora_jax.load(directory)
+
+
+SEEDED = mora_jax.plan(PARAMS, MoRAConfig(operator="permutation", seed=1, **SETTINGS))
+NARROW = mora_jax.plan({"a": PARAMS["a"]}, MoRAConfig(square_rank=4))
+SHAPES = mora_jax.plan({"a": {"kernel": jnp.zeros((16, 12))}}, MoRAConfig(rank=1))
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("call", "match"),
+    [
+        (lambda: weighted_sum([], []), "pairs .* got none"),
+        (lambda: weighted_sum({"a": pair(0)}, [1]), "pairs .* got dict"),
+        (lambda: weighted_sum([pair(0)[0]], [1]), "got dict among them"),
+        (lambda: weighted_sum(pair(0), [1, 1]), "got dict among them"),
+        (lambda: weighted_sum([pair(0)], 1), "weights must be a sequence"),
+        (lambda: weighted_sum([pair(0)], [1, 2]), "got 2 for 1"),
+        (lambda: weighted_sum([pair(0)], ["1"]), r"weights\[0\] must be a number"),
+        (lambda: weighted_sum([pair(0)], [np.nan]), r"weights\[0\] must be finite"),
+        (lambda: weighted_sum([pair(0)], [jnp.inf]), r"must be finite"),
+        (lambda: weighted_sum([pair(0), pair(0, SEEDED)], [1, 1]), "mixing.project"),
+        (lambda: weighted_sum([pair(0), pair(0, NARROW)], [1, 1]), "s/kernel"),
+        (lambda: weighted_sum([({}, PLAN)], [1]), "adapters lack 'a/kernel_mora'"),
+        (lambda: weighted_sum([other_base(1), other_base(2)], [1, 1]), "of one base"),
+        (lambda: project([pair(0)], [1], NARROW), "lacks 's/kernel'"),
+        (lambda: project([pair(0, NARROW)], [1], SHAPES), r"shape \(12, 16\)"),
+        (lambda: project([pair(0)], [1], "plan"), "plan must be a Plan"),
+        (lambda: ties([pair(0)], density=0), "density must be above 0"),
+        (lambda: ties([pair(0)], density="a"), "density must be a number"),
+        (lambda: dare(pair(0), 1, jax.random.key(0)), "rate must be at least 0"),
+        (lambda: dare(pair(0), 0.5, 0), "key"),
+        (lambda: scaled(pair(0)[0], "2"), "factor must be a number"),
+        (lambda: scaled(pair(0)[0], 1j), "factor must be a number"),
+        (lambda: scaled(pair(0)[0], jnp.ones(2)), "factor must be a real number"),
+        (lambda: scaled(pair(0), 2), "give pair"),
+        (lambda: scaled({"kernel_mora": 3}, 2), "floating-point arrays, got 3"),
+    ],
+)
+def test_bad_input(call, match):
+    with pytest.raises((TypeError, ValueError), match=match):
+        call()
