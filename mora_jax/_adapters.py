@@ -66,6 +66,11 @@ def init(
       >>> jax.tree.map(jnp.shape, mora_jax.init(plan, params=params))
       {'fc': {'bias': (8,), 'kernel_mora': (8, 8)}}
     """
+    if isinstance(key, Mapping):
+        raise TypeError(
+            f"key must be a JAX PRNG key, got {type(key).__name__}: if these are the "
+            "base's params, write init(plan, params=params)"
+        )
     check_key(key)
     if isinstance(plan_or_frozen, FrozenDense):
         return {f"kernel{SUFFIX}": init_adapter(plan_or_frozen.spec, key)}

@@ -5,7 +5,7 @@ import re
 import jax
 import ml_dtypes
 import numpy as np
-from adapter_files import unflatten
+from adapter_files import flatten, unflatten
 from safetensors.numpy import save_file
 
 VOCAB, WIDTH, HIDDEN, POSITIONS = 50, 24, 40, 32
@@ -160,3 +160,44 @@ def shapes(tree, dtype=None):
 
 
 BFLOAT16 = ml_dtypes.bfloat16
+
+
+def with_heads(tree):
+    """The same with an axis for heads, where attention has them."""
+    flat = flatten(tree)
+    for path, leaf in flat.items():
+        if re.search("self_attn/[qkv]_proj", path):
+            flat[path] = leaf.reshape(*leaf.shape[:-1], -1, HEAD)
+        elif "o_proj" in path:
+            flat[path] = leaf.reshape(-1, HEAD, leaf.shape[-1])
+    return unflatten(flat)
+
+
+def stacked(family, tree):
+    """The same with stacked layers, and the templates for it."""
+    flat, names = {}, {}
+    for path, leaf in flatten(tree).items():
+        if number := re.search(r"/(\d+)/", path):
+            path = path.replace(number[0], "/")
+            flat.setdefault(path, []).append(leaf)
+        else:
+            flat[path] = leaf
+    for name, shape in STATES[family].items():
+        if re.search(r"\.0\..*(weight|gamma)$", name):
+            module = name.rpartition(".")[0]
+            path = ("transformer/" if family == "gpt2" else "") + module
+            ends = ("kernel",) if len(shape) == 2 else ("weight", "scale")
+            for last in ends:
+                path = module.replace(".0.", "/").replace(".", "/") + f"/{last}"
+                path = f"transformer/{path}" if family == "gpt2" else path
+                if path in flat:
+                    names[module.replace(".0.", ".{n}.")] = f"{path}[{{n}}]"
+    both = {k: np.stack(v) if isinstance(v, list) else v for k, v in flat.items()}
+    return unflatten(both), names
+
+
+def layouts(family, state):
+    """{layout: (the expected tree, names)}."""
+    tree = in_flax(family, state)
+    heads = with_heads(tree)
+    return {"heads": (heads, family), "stacked": stacked(family, heads)}

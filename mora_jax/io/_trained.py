@@ -170,9 +170,12 @@ def _tensors(
     find: Callable[[str], Tensor | None],
 ) -> dict[str, Replacement]:
     """The tensors of one trained array, one for each layer if it is a stack."""
-    for name in (separator.join(one.path) for separator in "/."):
-        if name in checkpoint.place:
-            return {name: Replacement(one.name, copy, None)}
+    joined = [separator.join(one.path) for separator in "/."]
+    if same := [name for name in joined if name in checkpoint.place]:
+        entry = checkpoint.place[same[0]].entries[same[0]]
+        # A bias with axes for heads may have the name of its tensor by chance.
+        if entry.shape == copy.shape or not find(one.name):
+            return {same[0]: Replacement(one.name, copy, None)}
     for depth in range(copy.ndim + 1):
         if find(join_index(one.name, (0,) * depth)):
             break

@@ -2,26 +2,26 @@
 
 import dataclasses
 import json
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from adapter_files import assert_same, config_of, contents, rewrite, run
+from adapter_files import assert_same, config_of, contents, flatten, rewrite, run
 from helpers import random, random_like
+from pytorch_states import STATES, in_flax, layouts, stored
 from safetensors.numpy import load_file, save_file
 
 import mora_jax
 from mora_jax import MoRAConfig, init, io, load, merge, plan, save
 from mora_jax.io import AdapterFileError
 from mora_jax.io._files import TENSORS
+from mora_jax.io._names import pairs
+from mora_jax.io._trained import replacements
 
-CONFIG = MoRAConfig(
-    rank=2,
-    operator="sharing",
-    targets=".*q_proj/kernel",
-    train=(".*norm.*", ".*q_proj/bias", "lm_head/kernel", "model/embed_tokens/.*"),
-)
+TRAIN = ".*norm.*", ".*q_proj/bias", "lm_head/kernel", "model/embed_tokens/.*"
+CONFIG = MoRAConfig(rank=2, operator="sharing", targets=".*q_proj/kernel", train=TRAIN)
 
 
 def llama(dtype=np.float32):
@@ -89,7 +89,7 @@ def test_files_and_plans_without_them_are_as_before(tmp_path):
 def test_a_plan_as_json_has_them():
     text = io.plan_to_json(PLAN)
     assert io.plan_from_json(text) == io.plan_from_json(text, like=PLAN) == PLAN
-    fewer = plan(PARAMS, dataclasses.replace(CONFIG, train=CONFIG.train[1:]))
+    fewer = plan(PARAMS, dataclasses.replace(CONFIG, train=TRAIN[1:]))
     with pytest.raises(AdapterFileError, match="no such array"):
         io.plan_from_json(text, like=fewer)
     with pytest.raises(AdapterFileError, match="trains 'model/layers/0/input_layer"):
@@ -154,6 +154,34 @@ def test_a_checkpoint_of_pytorch_gets_them_by_name(tmp_path, dtype):
             np.testing.assert_allclose(tensor, other, rtol=2e-2, atol=1e-5)
         else:
             np.testing.assert_array_equal(tensor, expected[name])
+
+
+@pytest.mark.parametrize("layout", ["plain", "heads", "stacked"])
+@pytest.mark.parametrize("family", STATES)
+def test_every_layout_that_a_base_is_read_into_is_written_back(
+    tmp_path, family, layout
+):
+    file = tmp_path / "base.safetensors"
+    state = stored(file, family)
+    trees = {"plain": (in_flax(family, state), family)} | layouts(family, state)
+    tree, names = trees[layout]
+    items = [
+        (mora_jax.TrainedArray.of(tuple(path.split("/")), leaf, None), 2 * leaf)
+        for path, leaf in flatten(tree).items()
+    ]
+    found, tensors = (
+        replacements(io.Checkpoint(file), items, pairs(names)),
+        load_file(file),
+    )
+    copies = {"lm_head.weight"} if family == "gemma" else set()  # of embeddings
+    assert {
+        re.sub(r".*(inv_freq|attn.(masked_)?bias|position_ids|decoder.\w+)$", "", name)
+        for name in tensors.keys() - found.keys() - copies
+    } <= {""}
+    for name, new in found.items():
+        tensor = tensors[name]
+        written = new.as_tensor(tensor.shape, tensor.dtype)
+        np.testing.assert_array_equal(written, 2 * tensor)
 
 
 def test_a_checkpoint_with_the_paths_as_names_gets_them(tmp_path):
@@ -240,7 +268,7 @@ def test_inspect_and_diff_show_them(tmp_path):
     assert "lm_head/kernel (8 x 20) is trained itself: 160 parameters" in text
     doubled = {**ADAPTERS, "lm_head": {"kernel": 2 * ADAPTERS["lm_head"]["kernel"]}}
     save(tmp_path / "b", doubled, PLAN)
-    fewer = plan(PARAMS, dataclasses.replace(CONFIG, train=CONFIG.train[1:]))
+    fewer = plan(PARAMS, dataclasses.replace(CONFIG, train=TRAIN[1:]))
     save(tmp_path / "c", init(fewer, params=PARAMS), fewer)
     rows = json.loads(run("diff", tmp_path / "a", tmp_path / "b", "--json"))
     found = {row["path"]: row["difference"] for row in rows}
