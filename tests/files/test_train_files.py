@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from adapter_files import assert_same, config_of, contents, flatten, rewrite, run
 from helpers import random, random_like
-from pytorch_states import STATES, in_flax, layouts, stored
+from pytorch_states import in_flax, layouts, stored
 from safetensors.numpy import load_file, save_file
 
 import mora_jax
@@ -156,8 +156,12 @@ def test_a_checkpoint_of_pytorch_gets_them_by_name(tmp_path, dtype):
             np.testing.assert_array_equal(tensor, expected[name])
 
 
+SUPERFLUOUS = r"inv_freq$|attn\.(masked_)?bias$|position_ids$|predictions\.decoder"
+"""Tensors that no leaf has, since they are computed or tied."""
+
+
 @pytest.mark.parametrize("layout", ["plain", "heads", "stacked"])
-@pytest.mark.parametrize("family", STATES)
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2", "bert"])
 def test_every_layout_that_a_base_is_read_into_is_written_back(
     tmp_path, family, layout
 ):
@@ -169,15 +173,9 @@ def test_every_layout_that_a_base_is_read_into_is_written_back(
         (mora_jax.TrainedArray.of(tuple(path.split("/")), leaf, None), 2 * leaf)
         for path, leaf in flatten(tree).items()
     ]
-    found, tensors = (
-        replacements(io.Checkpoint(file), items, pairs(names)),
-        load_file(file),
-    )
-    copies = {"lm_head.weight"} if family == "gemma" else set()  # of embeddings
-    assert {
-        re.sub(r".*(inv_freq|attn.(masked_)?bias|position_ids|decoder.\w+)$", "", name)
-        for name in tensors.keys() - found.keys() - copies
-    } <= {""}
+    tensors = load_file(file)
+    found = replacements(io.Checkpoint(file), items, pairs(names))
+    assert all(re.search(SUPERFLUOUS, name) for name in tensors.keys() - found.keys())
     for name, new in found.items():
         tensor = tensors[name]
         written = new.as_tensor(tensor.shape, tensor.dtype)
