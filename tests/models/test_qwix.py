@@ -402,7 +402,7 @@ def test_a_rule_has_the_settings_and_the_defaults_of_a_config():
     for name in own:
         assert getattr(MoRARule(), name) == getattr(config, name)
     left = {f.name for f in dataclasses.fields(MoRAConfig)} - own
-    assert left == {"targets", "exclude", "overrides", "execution"}
+    assert left == {"targets", "exclude", "overrides", "execution", "train"}
 
 
 @pytest.mark.parametrize("api", APIS)
