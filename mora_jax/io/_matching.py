@@ -11,11 +11,9 @@ from mora_jax._types import Shape
 from mora_jax.io._base import Checkpoint
 from mora_jax.io._errors import AdapterFileError
 from mora_jax.io._json import read, short
+from mora_jax.io._models import BUFFERS, TIED, Pair
 from mora_jax.io._names import (
-    BUFFERS,
-    TIED,
     Names,
-    Pair,
     Tensor,
     canonical,
     join_index,

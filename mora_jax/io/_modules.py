@@ -12,7 +12,8 @@ import numpy as np
 from mora_jax._axes import sizes
 from mora_jax._spec import AdapterSpec
 from mora_jax._types import Shape
-from mora_jax.io._names import Pair, join_index, to_module
+from mora_jax.io._models import Pair
+from mora_jax.io._names import join_index, to_module
 
 
 @dataclasses.dataclass(frozen=True)

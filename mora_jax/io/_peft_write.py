@@ -15,8 +15,9 @@ from mora_jax._trained import refuse_trained
 from mora_jax.io._arrays import to_numpy
 from mora_jax.io._files import CONFIG, TENSORS, entries, new_directory
 from mora_jax.io._json import dump
+from mora_jax.io._models import Pair
 from mora_jax.io._modules import Module, modules_of
-from mora_jax.io._names import Names, Pair, pairs
+from mora_jax.io._names import Names, pairs
 from mora_jax.io._paths import Location, as_path
 from mora_jax.io._peft_read import PREFIX
 from mora_jax.io._reference import REFERENCE_GROUPS, reference_square_rank

@@ -1,0 +1,195 @@
+"""Adapters scaled and summed, and sums cut back to a plan."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from mora_jax._adapters import Tree, nest
+from mora_jax._compute.delta import delta_kernel
+from mora_jax._merge import finite_items
+from mora_jax._paths import adapter_path, located_leaves
+from mora_jax._plan import Plan, check_plan
+from mora_jax._spec import SUFFIX, AdapterSpec
+from mora_jax._trained import refuse_trained
+from mora_jax.mixing._pairs import (
+    NO_DELTA,
+    Adapter,
+    Weights,
+    check_one_base,
+    factor_of,
+    factors_of,
+    mixed,
+    of_one_plan,
+    pairs_of,
+    wide_m,
+)
+
+STEPS = 100
+"""The most steps of `project`. Isometric operators take one, others about ten."""
+
+
+def scaled(adapters: Any, factor: ArrayLike) -> Any:
+    """Adapters whose deltas are `factor` times as large; 0 turns them off.
+
+    The factor may be an argument of a compiled function, which then serves all factors,
+    where another alpha in a plan would be another program. -1 takes away what the
+    adapter has learned, as task arithmetic forgets (https://arxiv.org/abs/2212.04089).
+
+    Args:
+      adapters: The adapters, as `init` makes them, or `nnx.state(model, MoRAParam)`.
+      factor: A real number, or an array of one.
+
+    Returns:
+      A tree like `adapters`, with its dtypes.
+
+    Raises:
+      TypeError: `factor` is not a real number, or a leaf is not an array.
+      ValueError: `factor` is not finite, or the adapters hold arrays that train
+        themselves.
+
+    Example::
+
+      >>> import jax.numpy as jnp, mora_jax
+      >>> mora_jax.mixing.scaled({"kernel_mora": jnp.ones((1, 1))}, -0.5)
+      {'kernel_mora': Array([[-0.5]], dtype=float32)}
+    """
+    if isinstance(adapters, tuple) and any(isinstance(x, Plan) for x in adapters):
+        raise TypeError("adapters must be a tree of M's, got a pair: give pair[0]")
+    for path in located_leaves(adapters, "adapters"):
+        if not path[-1].endswith(SUFFIX):
+            raise ValueError(f"{'/'.join(path)} is not an M, {NO_DELTA}")
+    factor = factor_of(factor, "factor")
+
+    def times(m: Any) -> jax.Array:
+        dtype = getattr(m, "dtype", None)
+        if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+            raise TypeError(f"adapters must hold floating-point arrays, got {m!r}")
+        wide = jnp.promote_types(dtype, jnp.float32)
+        return (jnp.asarray(m, wide) * factor).astype(dtype)
+
+    return jax.tree.map(times, adapters)
+
+
+def weighted_sum(adapters: Sequence[Adapter], weights: Weights) -> tuple[Tree, Plan]:
+    r"""The adapter whose delta is :math:`\sum_i w_i \Delta_i`, of adapters of one plan.
+
+    This is exact, since deltas are linear in M. `project` adds adapters of different
+    plans.
+
+    Args:
+      adapters: Pairs (adapters, plan), as `load` returns them.
+      weights: A real number for each, or an array of them.
+
+    Returns:
+      (adapters, plan). Each M is summed in float32 or wider and has the dtype of the
+      M's.
+
+    Raises:
+      TypeError: An argument is not such a sequence, or a weight is not a real number.
+      ValueError: There is none, plans differ or train arrays themselves, bases differ,
+        the number of weights is another, or an M or a weight is not finite.
+
+    Example::
+
+      >>> import jax, jax.numpy as jnp, mora_jax
+      >>> plan = mora_jax.plan({"kernel": jnp.ones((4, 4))})
+      >>> ones = jax.tree.map(jnp.ones_like, mora_jax.init(plan))
+      >>> mixed, _ = mora_jax.mixing.weighted_sum([(ones, plan)] * 2, [0.5, 0.25])
+      >>> float(mixed["kernel_mora"][0, 0])
+      0.75
+    """
+    plan, found = of_one_plan(adapters)
+    factors = factors_of(weights, len(adapters))
+
+    def total(ms: Sequence[jax.Array], spec: AdapterSpec) -> jax.Array:
+        del spec
+        return sum(f * m for f, m in zip(factors, ms, strict=True))  # pyright: ignore
+
+    return mixed(plan, found, total)
+
+
+def project(
+    adapters: Sequence[Adapter], weights: Weights, plan: Plan
+) -> tuple[Tree, dict[str, float]]:
+    r"""The adapter of `plan` that is nearest to a weighted sum of any adapters.
+
+    Their plans may have other operators, square ranks and kernels. Of each kernel this
+    takes the M that minimises :math:`\lVert \sum_i w_i \Delta_i - \alpha s\, C M D
+    \rVert` in the Frobenius norm, by conjugate gradients on the normal equations.
+    Memory holds the deltas of one kernel at a time. It says what is lost, which may be
+    most of it: a delta between other maps has little in common with those of `plan`.
+
+    Args:
+      adapters: Pairs (adapters, plan), of one base.
+      weights: A real number for each, or an array of them.
+      plan: The plan of the result. It has all kernels of the others.
+
+    Returns:
+      The adapters, and {path: norm(sum - delta) / norm(sum)}, which is 0 where nothing
+      is lost and 1 where all is.
+
+    Raises:
+      TypeError: An argument has another type.
+      ValueError: `plan` lacks a kernel or has it in another shape, bases differ, or as
+        `weighted_sum`.
+
+    Example::
+
+      >>> import jax, jax.numpy as jnp, mora_jax
+      >>> params = {"kernel": jnp.ones((4, 4))}
+      >>> small, large = (mora_jax.plan(params, mora_jax.MoRAConfig(
+      ...     operator="truncation", square_rank=q)) for q in (2, 4))
+      >>> ones = jax.tree.map(jnp.ones_like, mora_jax.init(small))
+      >>> mora_jax.mixing.project([(ones, small)], [1.0], large)[1]
+      {'kernel': 0.0}
+    """
+    refuse_trained(check_plan(plan).trained, NO_DELTA)
+    pairs = pairs_of(adapters)
+    factors = factors_of(weights, len(pairs))
+    check_one_base([*(made_for for _, made_for in pairs), plan])
+    items = [
+        {spec.name: (spec, m) for spec, m in finite_items(tree, made_for)}
+        for tree, made_for in pairs
+    ]
+    for found in items:
+        for name, (spec, _) in found.items():
+            if name not in plan:
+                raise ValueError(
+                    f"plan must have all kernels of the adapters, and lacks {name!r}"
+                )
+            if plan[name].kernel_shape != spec.kernel_shape:
+                raise ValueError(
+                    f"plan must have {name!r} in the shape {spec.kernel_shape}, got "
+                    f"{plan[name].kernel_shape}"
+                )
+    result, lost = {}, {}
+    for spec in plan.specs:
+        terms = [
+            factor * delta_kernel(found[spec.name][0], wide_m(found[spec.name][1]))
+            for found, factor in zip(items, factors, strict=True)
+            if spec.name in found
+        ]
+        goal = sum(terms, jnp.zeros(spec.kernel_shape, jnp.float32))
+        m, lost[spec.name] = _nearest(spec, goal)
+        result[adapter_path(spec)] = m.astype(spec.param_dtype)
+    return nest(result), lost
+
+
+def _nearest(spec: AdapterSpec, goal: jax.Array) -> tuple[jax.Array, float]:
+    """The M whose delta is nearest to `goal`, and the share of `goal` that it lacks."""
+    start = jnp.zeros(spec.shape, goal.dtype)
+    with jax.default_matmul_precision("highest"):
+        _, back = jax.vjp(lambda m: delta_kernel(spec, m), start)
+
+        def normal(m: jax.Array) -> jax.Array:
+            return back(delta_kernel(spec, m))[0]
+
+        m, _ = jax.scipy.sparse.linalg.cg(
+            normal, back(goal)[0], x0=start, tol=1e-7, maxiter=STEPS
+        )
+        rest = jnp.linalg.norm((goal - delta_kernel(spec, m)).ravel())
+    size = jnp.linalg.norm(goal.ravel())
+    return m, float(rest / size) if size else 0.0
