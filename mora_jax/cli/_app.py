@@ -52,6 +52,12 @@ Family = Annotated[
         "or a file of such JSON whose name ends in .json. By default any family.",
     ),
 ]
+AnyBase = Annotated[
+    bool,
+    typer.Option(
+        help="Merge also into other weights than those the adapter was trained on."
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, not a table.")]
 
 
@@ -159,12 +165,7 @@ def merge(
     ],
     names: Family = None,
     force: Annotated[bool, typer.Option(help="Replace OUT if it exists.")] = False,
-    any_base: Annotated[
-        bool,
-        typer.Option(
-            help="Merge also into other weights than those the adapter was trained on."
-        ),
-    ] = False,
+    any_base: AnyBase = False,
     rounding: Annotated[
         RoundingTo16Bits,
         typer.Option(help="How to round to 16 bits; dither keeps small deltas."),
@@ -267,12 +268,7 @@ def export(
         ),
     ] = 0.1,
     force: Annotated[bool, typer.Option(help="Replace OUT if it exists.")] = False,
-    any_base: Annotated[
-        bool,
-        typer.Option(
-            help="Merge also into other weights than those the adapter was trained on."
-        ),
-    ] = False,
+    any_base: AnyBase = False,
 ) -> None:
     """Write what a server loads: a LoRA, or the base with the adapter merged in."""
     known = names_of(names)
