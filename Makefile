@@ -79,7 +79,7 @@ test-all: env ## all tests
 test-tunix: VENV = .venv-tunix
 test-tunix: ## adapters in Tunix and in qwix's models, in an environment of its own
 	$(setup) tunix
-	$(run) -m pytest tests/with_tunix tests/models/test_interception.py
+	$(run) -m pytest tests/with_tunix tests/models/test_interception.py $(PYTEST_ARGS)
 
 test-gemma: VENV = .venv-gemma
 test-gemma: ## adapters in gemma, Kauldron and Keras, on Python 3.12 or newer

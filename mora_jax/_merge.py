@@ -56,10 +56,10 @@ def delta_weight(
              [0., 0.]], dtype=float32)
     """
     if isinstance(frozen, FrozenDense):
-        m = _wide(params_adapter(params, frozen), frozen.kernel.dtype)
+        m = wide(params_adapter(params, frozen), frozen.kernel.dtype)
         return delta_kernel(frozen.spec, m)
     items = _items(params, check_plan(frozen, "frozen"))
-    return nest({spec.path: delta_kernel(spec, _wide(m)) for spec, m in items})
+    return nest({spec.path: delta_kernel(spec, wide(m)) for spec, m in items})
 
 
 def _items(adapters: Any, plan: Plan) -> list[tuple[AdapterSpec, jax.Array]]:
@@ -70,7 +70,7 @@ def _items(adapters: Any, plan: Plan) -> list[tuple[AdapterSpec, jax.Array]]:
     ]
 
 
-def _wide(array: ArrayLike, *dtypes: DTypeLike) -> jax.Array:
+def wide(array: ArrayLike, *dtypes: DTypeLike) -> jax.Array:
     """`array` in float32, or in float64 where it or any of `dtypes` is."""
     array = jnp.asarray(array)
     return array.astype(jnp.result_type(jnp.float32, array.dtype, *dtypes))
@@ -260,7 +260,7 @@ def _add(
         dtype = floating_dtype(dtype, "dtype")
     sums: dict[Path, jax.Array] = {}
     for spec, m, path, kernel in with_kernels(params, _items(adapters, plan)):
-        delta = sign * delta_kernel(spec, _wide(m, kernel.dtype))
+        delta = sign * delta_kernel(spec, wide(m, kernel.dtype))
         sums[path] = add_rounded(
             kernel, delta, spec.axes, dtype or kernel.dtype, rounding
         )

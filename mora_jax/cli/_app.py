@@ -2,7 +2,6 @@
 
 import importlib.metadata
 import json
-from enum import StrEnum
 from typing import Annotated
 
 import typer
@@ -16,10 +15,19 @@ from rich.progress import (
 )
 
 from mora_jax import io
+from mora_jax.cli._options import (
+    Adapter,
+    AnyBase,
+    AsJson,
+    Base,
+    Family,
+    Format,
+    RoundingTo16Bits,
+    Server,
+    names_of,
+)
 from mora_jax.cli._output import err, refusing, say, say_table
 from mora_jax.cli._reports import compare, describe, grouped, open_adapter
-from mora_jax.io import Names
-from mora_jax.io._json import parse, read
 from mora_jax.io._paths import as_path
 from mora_jax.io._read import format_of, read_adapter
 
@@ -30,60 +38,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-Adapter = Annotated[
-    str, typer.Argument(metavar="DIR", help="Directory of an adapter, or its URL.")
-]
-Base = Annotated[
-    str | None,
-    typer.Option(
-        metavar="PATH",
-        help="The base's safetensors: a file, a directory or a URL. The reference's "
-        "adapters need it, since they do not say how large kernels are.",
-    ),
-]
-Family = Annotated[
-    str | None,
-    typer.Option(
-        "--names",
-        help="Which PyTorch module is which kernel: llama, gemma, qwen, gpt2, bert, "
-        "tunix, gm; templates as JSON, "
-        '{"model.layers.{n}.mlp.{p}": "h_{n}/{p}/kernel"}, '
-        "or a file of such JSON whose name ends in .json. By default any family.",
-    ),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, not a table.")]
-
-
-class Format(StrEnum):
-    """The formats that `convert` writes."""
-
-    MORA = "mora"
-    PEFT_MORA = "peft-mora"
-    PEFT_LORA = "peft-lora"
-
-
-class Server(StrEnum):
-    """The servers that `export` writes for."""
-
-    VLLM = "vllm"
-    SGLANG = "sglang"
-
-
-class RoundingTo16Bits(StrEnum):
-    """How `merge` rounds."""
-
-    DITHER = "dither"
-    NEAREST = "nearest"
-
-
-def names_of(text: str | None) -> Names:
-    """The `names` of an option: a family, templates, or templates in a file."""
-    if text is not None and text.lstrip().startswith("{"):
-        return parse(text.encode(), "--names")
-    if text is None or not text.endswith(".json"):
-        return text
-    return read(as_path("--names", text))
 
 
 def _print_version(wanted: bool) -> bool:
@@ -164,12 +118,7 @@ def merge(
     ],
     names: Family = None,
     force: Annotated[bool, typer.Option(help="Replace OUT if it exists.")] = False,
-    any_base: Annotated[
-        bool,
-        typer.Option(
-            help="Merge also into other weights than those the adapter was trained on."
-        ),
-    ] = False,
+    any_base: AnyBase = False,
     rounding: Annotated[
         RoundingTo16Bits,
         typer.Option(help="How to round to 16 bits; dither keeps small deltas."),
@@ -273,12 +222,7 @@ def export(
         ),
     ] = 0.1,
     force: Annotated[bool, typer.Option(help="Replace OUT if it exists.")] = False,
-    any_base: Annotated[
-        bool,
-        typer.Option(
-            help="Merge also into other weights than those the adapter was trained on."
-        ),
-    ] = False,
+    any_base: AnyBase = False,
 ) -> None:
     """Write what a server loads: a LoRA, or the base with the adapter merged in."""
     known = names_of(names)
@@ -300,7 +244,7 @@ def export(
             progress=lambda size: bar.advance(task, size),
         )
     worst = max(done.lost, key=done.lost.__getitem__)
-    if done.merged:
+    if done.rank is None:
         say(f"{target}: the base with {len(plan)} adapters merged in")
         say(f"rounding lost at most {done.lost[worst]:.2%} of a delta, in {worst}")
     else:

@@ -34,7 +34,7 @@ class _Site:
 
     Attributes:
       spec: The adapter.
-      m: M, of all stacked layers if `axes` is "".
+      m: M, of all stacked layers if there is no module.
       module: The tensor's module; None for a tensor with the shape of the whole kernel.
       together: The tensors that are the kernel of one layer, in order.
     """
@@ -42,7 +42,7 @@ class _Site:
     spec: AdapterSpec
     m: np.ndarray
     module: Module | None
-    together: tuple[str, ...] = ()
+    together: tuple[str, ...]
 
     @property
     def axes(self) -> str:
@@ -73,12 +73,14 @@ class _Site:
         # adds arrays of different orders slowly.
         return np.asarray(delta.T if self.axes == "oi" else delta)
 
-    def check_base(self, checkpoint: Checkpoint, **read: np.ndarray) -> None:
+    def check_base(
+        self, checkpoint: Checkpoint, read: Mapping[str, np.ndarray]
+    ) -> None:
         """Raise if the adapter is known to be trained on another kernel.
 
         Args:
           checkpoint: The base.
-          **read: Tensors of the kernel that were read already.
+          read: Tensors of the kernel that were read already.
         """
         if self.spec.base_digest is None:
             return
@@ -166,7 +168,7 @@ def merge_checkpoint(
     if both := sorted(sites.keys() & trained.keys()):
         raise AdapterFileError(f"an adapter and a trained array go into {both[0]!r}")
     if sites and not any_base:  # most wrong bases are refused before a file is written
-        next(iter(sites.values())).check_base(checkpoint)
+        next(iter(sites.values())).check_base(checkpoint, {})
     lost: dict[str, float] = {}
     last = [path for path in checkpoint.beside if _is_read_first(path.name)]
     with new_directory(target) as write:
@@ -251,7 +253,7 @@ def _merged(
         if name in sites:
             kernel = file[name]
             if not any_base:
-                sites[name].check_base(checkpoint, **{name: kernel})
+                sites[name].check_base(checkpoint, {name: kernel})
             merged, lost[name] = _add(kernel, sites[name], name, rounding)
             yield merged.tobytes()
         elif name in trained:

@@ -40,7 +40,7 @@ def load_base(
     Each leaf of `like` gets its tensor, found by name, in the leaf's layout: a kernel
     (in, out) is a weight (out, in) transposed, the axes of heads are split if the leaf
     has them, and layers are stacked if the leaf is. Beside the result, memory of the
-    host holds two leaves at most; on a mesh, one device's parts of them.
+    host holds three leaves at most; on a mesh, one device's parts of them.
 
     Args:
       path: A safetensors file, or a directory of them with or without an index; a path

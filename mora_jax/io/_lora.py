@@ -168,8 +168,8 @@ def _enough(spectra: Mapping[str, _Spectrum], max_error: float) -> str:
     """Arguments that would be accepted, as the end of a message."""
     rank = max(spectrum.enough(max_error) for spectrum in spectra.values())
     return (
-        f"rank={rank} keeps every module within {max_error:.1%}, rank='auto' keeps no "
-        "more than each module needs, and max_error=1 accepts any loss"
+        f"rank={rank} keeps every module within {max_error:.1%}, and max_error=1 "
+        "accepts any loss"
     )
 
 

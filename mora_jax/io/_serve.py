@@ -25,15 +25,13 @@ class Export(NamedTuple):
     """What was written for a server.
 
     Attributes:
-      merged: Whether it is a merged checkpoint, and not a LoRA.
-      rank: The largest rank of the LoRA; 0 if it is merged.
+      rank: The largest rank of the LoRA; None if it is a merged checkpoint.
       lost: {module: the share of its delta that the LoRA cuts off}; for a merged
         checkpoint {tensor: the share that rounding lost}.
       command: A line for the shell that serves it.
     """
 
-    merged: bool
-    rank: int
+    rank: int | None
     lost: dict[str, float]
     command: str
 
@@ -86,12 +84,14 @@ def export(
     """
     check_choice("server", server, get_args(Server))
     path, name = as_path("directory", directory), os.fspath(directory).rstrip("/")
+    if not force:
+        free(path, force)  # raises before minutes are spent
     lora = make_lora(adapters, plan, names, "auto", max_error)
     rank = max(lora.ranks.values())
     model = base_model or (os.fspath(base) if base is not None else "BASE")
     if rank <= RANKS[-1]:
         lora.write(free(path, force), base_model, "CAUSAL_LM")
-        return Export(False, rank, lora.lost, _command(server, model, rank, name))
+        return Export(rank, lora.lost, _command(server, model, rank, name))
     if base is None:
         worst = max(lora.ranks, key=lora.ranks.__getitem__)
         raise ValueError(
@@ -111,10 +111,10 @@ def export(
         rounding=rounding,
         progress=progress,
     )
-    return Export(True, 0, lost, _command(server, name, 0, ""))
+    return Export(None, lost, _command(server, name))
 
 
-def _command(server: Server, model: str, rank: int, adapter: str) -> str:
+def _command(server: Server, model: str, rank: int = 0, adapter: str = "") -> str:
     """The line that serves `model`, with the LoRA in `adapter` if there is one."""
     named = f"{adapter.rpartition('/')[2]}={adapter}"
     if server == "vllm":

@@ -12,7 +12,7 @@ from jax.typing import ArrayLike
 
 from mora_jax._adapters import Tree, nest
 from mora_jax._checks import check_number
-from mora_jax._merge import finite_items
+from mora_jax._merge import finite_items, wide
 from mora_jax._paths import adapter_path
 from mora_jax._plan import Plan, check_plan, refuse_other_plan
 from mora_jax._spec import AdapterSpec
@@ -110,11 +110,7 @@ def mixed(
     result = {}
     for column in zip(*found, strict=True):
         spec, ms = column[0][0], [m for _, m in column]
-        wide = [wide_m(m) for m in ms]
-        result[adapter_path(spec)] = mix(wide, spec).astype(jnp.result_type(*ms))
+        result[adapter_path(spec)] = mix([wide(m) for m in ms], spec).astype(
+            jnp.result_type(*ms)
+        )
     return nest(result), plan
-
-
-def wide_m(m: jax.Array) -> jax.Array:
-    """An M in float32, or in float64 where it is."""
-    return m.astype(jnp.promote_types(m.dtype, jnp.float32))

@@ -9,7 +9,7 @@ from jax.typing import ArrayLike
 
 from mora_jax._adapters import Tree, nest
 from mora_jax._compute.delta import delta_kernel
-from mora_jax._merge import finite_items
+from mora_jax._merge import finite_items, wide
 from mora_jax._paths import adapter_path, located_leaves
 from mora_jax._plan import Plan, check_plan
 from mora_jax._spec import SUFFIX, AdapterSpec
@@ -24,11 +24,12 @@ from mora_jax.mixing._pairs import (
     mixed,
     of_one_plan,
     pairs_of,
-    wide_m,
 )
 
 STEPS = 100
-"""The most steps of `project`. Isometric operators take one, others about ten."""
+"""The most steps of `project`. It takes one for each singular value that the map from M
+to the delta has, however often; operators have a few, isometric ones with equal blocks
+one."""
 
 
 def scaled(adapters: Any, factor: ArrayLike) -> Any:
@@ -67,8 +68,7 @@ def scaled(adapters: Any, factor: ArrayLike) -> Any:
         dtype = getattr(m, "dtype", None)
         if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
             raise TypeError(f"adapters must hold floating-point arrays, got {m!r}")
-        wide = jnp.promote_types(dtype, jnp.float32)
-        return (jnp.asarray(m, wide) * factor).astype(dtype)
+        return (wide(m) * factor).astype(dtype)
 
     return jax.tree.map(times, adapters)
 
@@ -102,11 +102,11 @@ def weighted_sum(adapters: Sequence[Adapter], weights: Weights) -> tuple[Tree, P
       0.75
     """
     plan, found = of_one_plan(adapters)
-    factors = factors_of(weights, len(adapters))
+    factors = factors_of(weights, len(found))
 
-    def total(ms: Sequence[jax.Array], spec: AdapterSpec) -> jax.Array:
-        del spec
-        return sum(f * m for f, m in zip(factors, ms, strict=True))  # pyright: ignore
+    def total(ms: Sequence[jax.Array], _: AdapterSpec) -> jax.Array:
+        terms = (factor * m for factor, m in zip(factors, ms, strict=True))
+        return sum(terms, jnp.zeros_like(ms[0]))
 
     return mixed(plan, found, total)
 
@@ -168,7 +168,7 @@ def project(
     result, lost = {}, {}
     for spec in plan.specs:
         terms = [
-            factor * delta_kernel(found[spec.name][0], wide_m(found[spec.name][1]))
+            factor * delta_kernel(found[spec.name][0], wide(found[spec.name][1]))
             for found, factor in zip(items, factors, strict=True)
             if spec.name in found
         ]
