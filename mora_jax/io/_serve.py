@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, get_args
 
 from mora_jax._checks import check_choice
-from mora_jax._plan import Plan
+from mora_jax._plan import Plan, check_plan
 from mora_jax._rounding import Rounding
 from mora_jax.io._checkpoint import merge_checkpoint
 from mora_jax.io._lora import make_lora
@@ -56,7 +56,8 @@ def export(
     That is a LoRA where one of a rank that servers take is near enough: exactly, for
     operators without blocks; for others with the fewest singular values of each module
     that lose no more than `max_error` of its delta. Where that takes more than rank
-    512, it is the base with the adapters merged in.
+    512, or the plan trains arrays of the base, it is the base with the adapters merged
+    in.
 
     Args:
       directory: The directory to make, a path or a URL.
@@ -83,22 +84,26 @@ def export(
       AdapterFileError, OSError: As `merge_checkpoint`.
     """
     check_choice("server", server, get_args(Server))
+    check_plan(plan)
     path, name = as_path("directory", directory), os.fspath(directory).rstrip("/")
     if not force:
         free(path, force)  # raises before minutes are spent
-    lora = make_lora(adapters, plan, names, "auto", max_error)
-    rank = max(lora.ranks.values())
     model = base_model or (os.fspath(base) if base is not None else "BASE")
-    if rank <= RANKS[-1]:
-        lora.write(free(path, force), base_model, "CAUSAL_LM")
-        return Export(rank, lora.lost, _command(server, model, rank, name))
-    if base is None:
-        worst = max(lora.ranks, key=lora.ranks.__getitem__)
-        raise ValueError(
+    if plan.trained:
+        why = f"{plan.trained[0].name} trains itself, which a LoRA cannot hold, so"
+    else:
+        lora = make_lora(adapters, plan, names, "auto", max_error)
+        worst, rank = max(lora.ranks.items(), key=lambda item: item[1])
+        if rank <= RANKS[-1]:
+            lora.write(free(path, force), base_model, "CAUSAL_LM")
+            return Export(rank, lora.lost, _command(server, model, rank, name))
+        why = (
             f"{worst} needs rank {rank} to lose at most {max_error:.1%} of its delta, "
-            f"and servers take {RANKS[-1]} at most: base must be the base's "
-            "safetensors then, to merge into them, got None; a larger max_error needs "
-            "less"
+            f"and servers take {RANKS[-1]} at most; a larger max_error needs less, else"
+        )
+    if base is None:
+        raise ValueError(
+            f"{why} base must be the base's safetensors, to merge into them, got None"
         )
     lost = merge_checkpoint(
         base,

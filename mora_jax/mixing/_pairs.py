@@ -1,7 +1,7 @@
 """Adapters with their plans, and the weights by which they are mixed, checked."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,7 +13,7 @@ from jax.typing import ArrayLike
 from mora_jax._adapters import Tree, nest
 from mora_jax._checks import check_number
 from mora_jax._merge import finite_items, wide
-from mora_jax._paths import adapter_path
+from mora_jax._paths import Path, adapter_path
 from mora_jax._plan import Plan, check_plan, refuse_other_plan
 from mora_jax._spec import AdapterSpec
 from mora_jax._trained import refuse_trained
@@ -24,7 +24,10 @@ Adapter = tuple[Any, Plan]
 Weights = Sequence[ArrayLike] | jax.Array
 """A real number for each adapter, or an array of them."""
 
-NO_DELTA = "and is no delta: mixing is for M's alone; merge the adapter into the base"
+NO_DELTA = (
+    "and is no delta, which this needs: mixing.weighted_sum takes such arrays with "
+    "params=, and merge puts them into a base"
+)
 """Why arrays that train themselves are refused."""
 
 
@@ -40,15 +43,19 @@ def pairs_of(adapters: Any) -> list[Adapter]:
         fits = isinstance(pair, tuple | list) and len(pair) == 2
         if not fits or not isinstance(pair[1], Plan):
             raise TypeError(f"{rule}, got {type(pair).__name__} among them")
-        refuse_trained(pair[1].trained, NO_DELTA)
     return found
 
 
+def refuse_no_deltas(pairs: Sequence[Adapter]) -> None:
+    """Raise if a plan trains arrays themselves."""
+    for _, plan in pairs:
+        refuse_trained(plan.trained, NO_DELTA)
+
+
 def of_one_plan(
-    adapters: Any,
+    pairs: Sequence[Adapter],
 ) -> tuple[Plan, list[list[tuple[AdapterSpec, jax.Array]]]]:
-    """The plan of all `adapters`, and the specs and M's of each."""
-    pairs = pairs_of(adapters)
+    """The plan of all adapters, and the specs and M's of each."""
     plans = [check_plan(plan) for _, plan in pairs]
     for other in plans[1:]:
         try:
@@ -105,12 +112,16 @@ def mixed(
     plan: Plan,
     found: Sequence[Sequence[tuple[AdapterSpec, jax.Array]]],
     mix: Callable[[Sequence[jax.Array], AdapterSpec], jax.Array],
+    trained: Mapping[Path, jax.Array] | None = None,
 ) -> tuple[Tree, Plan]:
-    """`mix` of the M's of each kernel, in float32 or wider, then in their dtype."""
+    """`mix` of the M's of each kernel, in float32 or wider, then in their dtype.
+
+    `trained` are the arrays that train themselves, mixed already.
+    """
     result = {}
     for column in zip(*found, strict=True):
         spec, ms = column[0][0], [m for _, m in column]
         result[adapter_path(spec)] = mix([wide(m) for m in ms], spec).astype(
             jnp.result_type(*ms)
         )
-    return nest(result), plan
+    return nest(result | dict(trained or {})), plan

@@ -13,7 +13,15 @@ from mora_jax._adapters import Tree
 from mora_jax._checks import check_key, check_number
 from mora_jax._plan import Plan
 from mora_jax._spec import AdapterSpec
-from mora_jax.mixing._pairs import Adapter, Weights, factors_of, mixed, of_one_plan
+from mora_jax.mixing._pairs import (
+    Adapter,
+    Weights,
+    factors_of,
+    mixed,
+    of_one_plan,
+    pairs_of,
+    refuse_no_deltas,
+)
 
 
 def ties(
@@ -58,7 +66,9 @@ def ties(
     check_number("density", density)
     if not 0 < density <= 1:
         raise ValueError(f"density must be above 0 and at most 1, got {density}")
-    plan, found = of_one_plan(adapters)
+    pairs = pairs_of(adapters)
+    refuse_no_deltas(pairs)
+    plan, found = of_one_plan(pairs)
     weights = [1.0] * len(found) if weights is None else weights
     factors = factors_of(weights, len(found))
 
@@ -114,7 +124,9 @@ def dare(adapter: Adapter, rate: float | int, key: PRNGKeyArray) -> tuple[Tree, 
     if not 0 <= rate < 1:
         raise ValueError(f"rate must be at least 0 and below 1, got {rate}")
     check_key(key)
-    plan, found = of_one_plan([adapter])
+    pairs = pairs_of([adapter])
+    refuse_no_deltas(pairs)
+    plan, found = of_one_plan(pairs)
 
     def dropped(ms: Sequence[jax.Array], spec: AdapterSpec) -> jax.Array:
         own = jax.random.fold_in(key, np.uint32(crc32(spec.name.encode())))

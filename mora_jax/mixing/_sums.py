@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from mora_jax._adapters import Tree, nest
+from mora_jax._adapters import Tree, nest, trained_items
 from mora_jax._compute.delta import delta_kernel
 from mora_jax._merge import finite_items, wide
-from mora_jax._paths import adapter_path, located_leaves
+from mora_jax._paths import Path, adapter_path, located_leaves, named_leaves
 from mora_jax._plan import Plan, check_plan
 from mora_jax._spec import SUFFIX, AdapterSpec
-from mora_jax._trained import refuse_trained
+from mora_jax._trained import find_trained, refuse_trained
 from mora_jax.mixing._pairs import (
     NO_DELTA,
     Adapter,
@@ -24,6 +24,7 @@ from mora_jax.mixing._pairs import (
     mixed,
     of_one_plan,
     pairs_of,
+    refuse_no_deltas,
 )
 
 STEPS = 100
@@ -73,24 +74,29 @@ def scaled(adapters: Any, factor: ArrayLike) -> Any:
     return jax.tree.map(times, adapters)
 
 
-def weighted_sum(adapters: Sequence[Adapter], weights: Weights) -> tuple[Tree, Plan]:
+def weighted_sum(
+    adapters: Sequence[Adapter], weights: Weights, params: Any = None
+) -> tuple[Tree, Plan]:
     r"""The adapter whose delta is :math:`\sum_i w_i \Delta_i`, of adapters of one plan.
 
     This is exact, since deltas are linear in M. `project` adds adapters of different
-    plans.
+    plans. Of an array that trains itself the delta is what it has moved from the
+    base's :math:`b`, so that the sum is :math:`b + \sum_i w_i (a_i - b)`.
 
     Args:
       adapters: Pairs (adapters, plan), as `load` returns them.
       weights: A real number for each, or an array of them.
+      params: The base's params, which are needed if the plan trains arrays of them.
 
     Returns:
-      (adapters, plan). Each M is summed in float32 or wider and has the dtype of the
-      M's.
+      (adapters, plan). Each M, and each array that trains itself, is summed in float32
+      or wider and has the dtype that it has in the adapters.
 
     Raises:
       TypeError: An argument is not such a sequence, or a weight is not a real number.
-      ValueError: There is none, plans differ or train arrays themselves, bases differ,
-        the number of weights is another, or an M or a weight is not finite.
+      ValueError: There is none, plans differ, bases differ, the number of weights is
+        another, an M or a weight is not finite, or the plan trains arrays and `params`
+        are not given or lack one.
 
     Example::
 
@@ -101,14 +107,37 @@ def weighted_sum(adapters: Sequence[Adapter], weights: Weights) -> tuple[Tree, P
       >>> float(mixed["kernel_mora"][0, 0])
       0.75
     """
-    plan, found = of_one_plan(adapters)
+    pairs = pairs_of(adapters)
+    plan, found = of_one_plan(pairs)
     factors = factors_of(weights, len(found))
 
     def total(ms: Sequence[jax.Array], _: AdapterSpec) -> jax.Array:
         terms = (factor * m for factor, m in zip(factors, ms, strict=True))
         return sum(terms, jnp.zeros_like(ms[0]))
 
-    return mixed(plan, found, total)
+    return mixed(plan, found, total, _moved(pairs, factors, plan, params))
+
+
+def _moved(
+    pairs: Sequence[Adapter], factors: Sequence[Any], plan: Plan, params: Any
+) -> dict[Path, jax.Array]:
+    """{path: the base's array, moved by the sum of what each adapter has moved it}."""
+    if not plan.trained:
+        return {}
+    if params is None:
+        raise ValueError(
+            f"params must be given, since the plan trains {plan.trained[0].name!r} "
+            "itself, and its delta is what it has moved from the base's array"
+        )
+    leaves, result = named_leaves(params), {}
+    columns = zip(*(trained_items(tree, made) for tree, made in pairs), strict=True)
+    for column in columns:
+        trained, copies = column[0][0], [wide(copy) for _, copy in column]
+        base = wide(find_trained(leaves, trained)[1])
+        moved = (f * (copy - base) for f, copy in zip(factors, copies, strict=True))
+        dtype = jnp.result_type(*(copy for _, copy in column))
+        result[trained.path] = sum(moved, base).astype(dtype)
+    return result
 
 
 def project(
@@ -148,6 +177,7 @@ def project(
     """
     refuse_trained(check_plan(plan).trained, NO_DELTA)
     pairs = pairs_of(adapters)
+    refuse_no_deltas(pairs)
     factors = factors_of(weights, len(pairs))
     check_one_base([*(made_for for _, made_for in pairs), plan])
     items = [

@@ -235,6 +235,18 @@ def test_a_stack_of_layers_goes_into_their_tensors(tmp_path):
     assert not (tmp_path / "large").exists()
 
 
+def test_servers_get_a_merged_base(tmp_path):
+    file, out = tmp_path / "base.safetensors", tmp_path / "out"
+    save_file(torch(PARAMS), file)
+    with pytest.raises(ValueError, match="kernel trains itself.* base must be .* None"):
+        io.export(out, ADAPTERS, PLAN, "vllm")
+    done = io.export(out, ADAPTERS, PLAN, "vllm", base=file)
+    assert done.rank is None
+    io.merge_checkpoint(file, ADAPTERS, PLAN, tmp_path / "merged")
+    merged = load_file(tmp_path / "merged" / file.name)
+    assert_same(load_file(out / file.name), merged)
+
+
 def test_what_a_checkpoint_has_not_is_refused(tmp_path):
     file = tmp_path / "base.safetensors"
     merging = file, ADAPTERS, PLAN, tmp_path / "out"

@@ -11,7 +11,7 @@ import optax
 import pytest
 from adapter_files import assert_same, flatten
 from flax import nnx
-from helpers import close, random, random_like
+from helpers import close, random, random_like, wide
 from jax.sharding import PartitionSpec as P
 from meshes import make_mesh, put
 
@@ -370,18 +370,35 @@ def test_a_shared_variable_of_nnx_is_refused(params):
         mora_jax.nnx.wrap(model, plan(params, config(train="norm/scale")))
 
 
+def test_a_weighted_sum_moves_them_by_the_sum_of_what_each_has_moved(params, made):
+    start = init(made, params=params)
+    trees = [random_like(start), random_like(start, 2.0)]
+    pairs, weights = [(tree, made) for tree in trees], [0.5, -2]
+    mixed, plan = mixing.weighted_sum(pairs, weights, params)
+    assert plan == made
+    for name, copy in flatten(mixed).items():
+        base = wide(flatten(params).get(name, 0.0))
+        first, second = (wide(flatten(tree)[name]) for tree in trees)
+        close(copy, base + 0.5 * (first - base) - 2 * (second - base))
+    close(mixing.weighted_sum(pairs[:1], [1], params)[0], trees[0])
+
+
 def test_mixing_refuses_what_is_no_delta(params, made):
     pair = init(made, params=params), made
     without = plan(params, config(train=()))
     for call in (
         lambda: mixing.scaled(pair[0], 0),
-        lambda: mixing.weighted_sum([pair], [1.0]),
         lambda: mixing.project([pair], [1.0], without),
         lambda: mixing.project([(init(without), without)], [1.0], made),
         lambda: mixing.ties([pair]),
+        lambda: mixing.dare(pair, 0.5, jax.random.key(0)),
     ):
-        with pytest.raises(ValueError, match="no delta: mixing is for M's alone"):
+        with pytest.raises(ValueError, match="is no delta, which this needs"):
             call()
+    with pytest.raises(ValueError, match="params must be given.*'fc/bias'"):
+        mixing.weighted_sum([pair], [1.0])
+    with pytest.raises(ValueError, match="params lack 'fc/bias'"):
+        mixing.weighted_sum([pair], [1.0], {"fc": {"kernel": params["fc"]["kernel"]}})
 
 
 def test_copies_are_where_the_base_is_and_a_second_step_compiles_nothing(params):
