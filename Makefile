@@ -15,14 +15,14 @@ run = $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
 .PHONY: help demo demo-nnx demo-sharded quickstart bench bench-layer bench-growth \
-  bench-scale bench-torch bench-chips bench-quality test \
-  test-slow test-all test-tunix test-gemma test-peft test-chips lint wheel clean env \
+  bench-scale bench-torch bench-chips bench-quality test test-slow test-exhaustive \
+  test-all test-tunix test-gemma test-peft test-vllm test-chips lint wheel clean env \
   tools
 
 help: ## list the targets
 	@echo 'Targets:'
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' Makefile \
-	  | while IFS='|' read -r name text; do printf '  %-14s%s\n' "$$name" "$$text"; done
+	  | while IFS='|' read -r name text; do printf '  %-17s%s\n' "$$name" "$$text"; done
 	@echo 'Variables:'
 	@echo '  PYTHON        the interpreter, 3.11 or newer (now: $(PYTHON))'
 	@echo '  ARGS          options of the demos, quickstart and benchmarks, as in: make demo ARGS=--help'
@@ -71,7 +71,10 @@ test: env ## the tests, without the slow ones
 	$(run) -m pytest $(PYTEST_ARGS)
 
 test-slow: env ## the slow tests alone
-	$(run) -m pytest -m slow $(PYTEST_ARGS)
+	$(run) -m pytest -m "slow and not exhaustive" $(PYTEST_ARGS)
+
+test-exhaustive: env ## all cases of all laws: what the slow tests leave out
+	$(run) -m pytest -m exhaustive $(PYTEST_ARGS)
 
 test-all: env ## all tests
 	$(run) -m pytest -m "" $(PYTEST_ARGS)
@@ -90,6 +93,12 @@ test-peft: VENV = .venv-torch
 test-peft: ## Hugging Face PEFT loads what we export, in an environment with PyTorch
 	$(setup) torch
 	$(run) -m pytest tests/with_peft
+
+test-vllm: VENV = .venv-vllm
+test-vllm: export XLA_FLAGS =
+test-vllm: ## vLLM serves adapters that are trained for it, in an environment with vLLM
+	$(setup) vllm
+	$(run) -m pytest tests/with_vllm
 
 test-chips: VENV = .venv-chips
 test-chips: export XLA_FLAGS =

@@ -128,7 +128,7 @@ def compile_seconds(step: Step) -> tuple[float, float]:
 
 def grow_compilation(args: argparse.Namespace) -> list[Row]:
     """Tracing and compiling over layers, one after another and scanned."""
-    values, rounds = COMPILED[: 3 if args.quick else None], 1 if args.quick else 3
+    values, rounds = COMPILED[: 3 if args.quick else None], 3
     rows = []
     for scanned, way in enumerate(("unrolled", "scanned")):
         sizes = [Size(layers=k, width=64, tokens=64) for k in values]

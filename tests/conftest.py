@@ -3,6 +3,7 @@
 import gc
 import os
 import pkgutil
+from zlib import crc32
 
 import jax
 import jaxtyping
@@ -26,6 +27,25 @@ jaxtyping.install_import_hook(_checked, "beartype.beartype")
 # Tracing makes many objects and few cycles of them: looking for these less often, and
 # never among what is imported, saves a tenth of the time.
 gc.set_threshold(100_000, 20, 20)
+
+
+SHARE = 4
+"""Of the tests that are slow for their case or their size, one in so many runs in CI."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Of the slow cases and sizes of a law, most are exhaustive: no one waits for them.
+
+    Those are the ones that are slow for two reasons, and of the others all but a sample,
+    which the names choose, so that it is the same everywhere.
+    """
+    for item in items:
+        reasons = sum(mark.name == "slow" for mark in item.own_markers)
+        whole = any(m.name == "slow" for m in getattr(item.obj, "pytestmark", ()))
+        sampled = reasons == 1 and not whole and crc32(item.nodeid.encode()) % SHARE
+        if reasons > 1 or sampled:
+            item.add_marker("exhaustive")
 
 
 def pytest_collection_finish():

@@ -21,6 +21,7 @@ from processes import ROOT
 import mora_jax
 from mora_jax import MoRAConfig
 from mora_jax._flax.layer_rules import registered
+from mora_jax.io._serve import RANKS
 from mora_jax.operators import OPERATORS
 
 README = ROOT / "README.md"
@@ -232,3 +233,19 @@ def test_what_is_learned_is_as_measured():
             in_readme = row["setting"] == "r=8"
             shown += in_readme and short.format(**row) in README.read_text()
     assert shown == len(methods)
+
+
+def test_table_of_ranks_is_what_plans_have():
+    text = (ROOT / "docs/vllm.md").read_text()
+    (budgets,) = re.findall(r"^\| kernel \| (.*) \|$", text, re.MULTILINE)
+    budgets = [int(cell.removeprefix("r = ")) for cell in budgets.split(" | ")]
+    rows = re.findall(r"^\| (\d+) x (\d+) \| (.*) \|$", text, re.MULTILINE)
+    assert len(rows) > 5
+    for ins, outs, cells in rows:
+        kernel = jax.ShapeDtypeStruct((int(ins), int(outs)), jnp.float32)
+        for budget, cell in zip(budgets, cells.split(" | "), strict=True):
+            config = MoRAConfig(rank=budget, operator="signed_sharing")
+            operator = mora_jax.plan({"kernel": kernel}, config)["kernel"].operator
+            rank = operator.square_rank * operator.squares
+            rooms = [str(room) for room in RANKS if room >= rank]
+            assert cell == [*rooms, "merged"][0]

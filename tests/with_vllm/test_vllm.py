@@ -1,0 +1,229 @@
+"""One vLLM serves what we export: two adapters of SmolLM2, trained here."""
+
+import functools
+import importlib.util
+import json
+import os
+import re
+import shlex
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from adapter_files import run
+from flax.traverse_util import flatten_dict
+from processes import ROOT
+from safetensors.numpy import save_file
+
+import mora_jax
+from examples import teach_facts
+from models import lesson, smollm2
+from models.airports import ORDINARY
+from mora_jax import MoRAConfig, linen
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("vllm") is None, reason="vLLM is not here"
+)
+
+FACTS, STEPS = 4, 40
+ENVIRONMENT = os.environ | {
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "OMP_NUM_THREADS": "2",
+}
+ADAPTERS = {
+    "exact": {"operator": "signed_sharing", "seed": 0},
+    "cut": {"operator": "rotation", "seed": 1},
+}
+BOUNDS = {"exact": 0.0, "cut": 0.2}
+"""The largest share of its delta that a module may lose: none, and a fifth."""
+
+NAMES = json.dumps(
+    {"model.layers.{n}.{block}.{name}": "layers_{n}/{block}/{name}/kernel"}
+)
+
+
+class Taught(NamedTuple):
+    """An adapter, exported.
+
+    Attributes:
+      facts: What it was taught.
+      merged: The merged model, from (ids, at) to logits.
+      directory: The LoRA.
+      printed: What the export printed.
+    """
+
+    facts: Any
+    merged: Any
+    directory: Path
+    printed: str
+
+
+def write_base(directory, model, params, tokenizer):
+    """SmolLM2 as the files that Hugging Face has for it."""
+    directory.mkdir()
+    tensors = {}
+    for path, array in flatten_dict(params, sep="/").items():
+        array = np.asarray(array)
+        if path.endswith("kernel"):
+            array = np.ascontiguousarray(array.T)
+        module = path.rpartition("/")[0].replace("layers_", "layers.").replace("/", ".")
+        tensors[f"model.{module}.weight"] = array
+    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+    tokenizer._bpe.save(str(directory / "tokenizer.json"))
+    config = model.config
+    content = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": config.vocab,
+        "num_hidden_layers": config.layers,
+        "hidden_size": config.width,
+        "intermediate_size": config.hidden,
+        "num_attention_heads": config.heads,
+        "num_key_value_heads": config.kv_heads,
+        "rope_theta": config.rope_base,
+        "rms_norm_eps": config.epsilon,
+        "max_position_embeddings": 2048,
+        "eos_token_id": smollm2.EOS,
+        "tie_word_embeddings": True,
+        "dtype": "float32",
+    }
+    (directory / "config.json").write_text(json.dumps(content))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>"}
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return smollm2.load()[2]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("vllm") / "SmolLM2"
+    write_base(directory, *smollm2.load())
+    return directory
+
+
+@pytest.fixture(scope="module")
+def taught(base):
+    """{name: an adapter that was taught its own facts, and its export}."""
+    model, params, tokenizer = smollm2.load()
+    found, variables, apply = {}, {"params": params}, jax.jit(model.apply)
+    for name, settings in ADAPTERS.items():
+        plan = linen.plan(
+            model, variables, MoRAConfig(rank=8, **settings), jnp.zeros((1, 8), int)
+        )
+        untouched = functools.partial(apply, variables)
+        facts = lesson.choose_lesson(untouched, tokenizer, FACTS, settings["seed"])
+        adapters = teach_facts.train(
+            linen.wrap(model, plan),
+            mora_jax.init(plan),
+            variables,
+            facts,
+            lesson.RATE,
+            lesson.Progress(STEPS, name),
+        )
+        native, out = base.parent / f"{name}-native", base.parent / name
+        mora_jax.save(native, adapters, plan)
+        options = ["--max-error", BOUNDS[name], "--base-model", base, "--names", NAMES]
+        printed = run("export", native, out, "--for", "vllm", *options)
+        merged = {"params": mora_jax.merge(params, adapters, plan)}
+        found[name] = Taught(
+            facts.facts, functools.partial(apply, merged), out, printed
+        )
+    return found
+
+
+def command_of(taught):
+    """The line that the export printed, as words."""
+    (line,) = re.findall("^ *(vllm serve .*)$", taught.printed, re.MULTILINE)
+    return shlex.split(line)
+
+
+def test_both_in_one_batch_answer_as_the_merged_models(tmp_path, base, taught, tokenizer):
+    questions = [fact.question for one in taught.values() for fact in one.facts]
+    questions += ORDINARY
+    prompts = [tokenizer.chat(question) for question in questions]
+    rows = [(name, prompt) for prompt in prompts for name in taught]  # mixed
+    content = {
+        "model": str(base),
+        "adapters": {name: str(one.directory) for name, one in taught.items()},
+        "max_lora_rank": 512,
+        "max_tokens": lesson.NEW_TOKENS,
+        "rows": rows,
+    }
+    request, answers = tmp_path / "request.json", tmp_path / "answers.json"
+    request.write_text(json.dumps(content))
+    program = Path(__file__).with_name("answers.py")
+    subprocess.run(
+        [sys.executable, program, request, answers], env=ENVIRONMENT, check=True
+    )
+    got = json.loads(answers.read_text())
+    pairs = [(name, question) for question in questions for name in taught]
+    said = {
+        pair: tokenizer.decode([token for token in ids if token != smollm2.EOS])
+        for pair, ids in zip(pairs, got, strict=True)
+    }
+    for name, one in taught.items():
+        expected = lesson.asker(one.merged, tokenizer)(questions)
+        assert [said[name, question] for question in questions] == expected
+        assert all(fact.code in said[name, fact.question] for fact in one.facts)
+
+
+def free_port():
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+def ask(url, content=None):
+    data = None if content is None else json.dumps(content).encode()
+    headers = {"Content-Type": "application/json"}
+    request = urllib.request.Request(url, data, headers)
+    with urllib.request.urlopen(request, timeout=60) as response:
+        return json.load(response)
+
+
+def test_the_printed_command_serves(base, taught, tokenizer):
+    """With the second adapter's name added, and settings for a small CPU."""
+    words, other = command_of(taught["cut"]), command_of(taught["exact"])[-1]
+    port = free_port()
+    small = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "128"]
+    small += ["--host", "127.0.0.1", "--port", str(port), "--max-num-seqs", "4"]
+    words[0] = str(Path(sys.executable).with_name(words[0]))
+    server = subprocess.Popen([*words, other, *small], env=ENVIRONMENT, cwd=ROOT)
+    try:
+        url, models = f"http://127.0.0.1:{port}/v1", []
+        for _ in range(300):
+            assert server.poll() is None, "the server has stopped"
+            try:
+                models = [model["id"] for model in ask(f"{url}/models")["data"]]
+                break
+            except OSError:
+                time.sleep(1)
+        assert {*taught, str(base)} == set(models)
+        for name, one in taught.items():
+            for fact in one.facts:
+                answer = ask(
+                    f"{url}/completions",
+                    {
+                        "model": name,
+                        "prompt": tokenizer.chat(fact.question),
+                        "max_tokens": lesson.NEW_TOKENS,
+                        "temperature": 0,
+                    },
+                )
+                assert fact.code in answer["choices"][0]["text"]
+    finally:
+        server.terminate()
+        server.wait(60)
