@@ -30,15 +30,15 @@ gc.set_threshold(100_000, 20, 20)
 
 
 SHARE = 4
-"""Of the tests that are slow for their case or their size, one in so many runs in CI."""
+"""CI runs one in so many of the tests that are slow for their case or their size."""
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Of the slow cases and sizes of a law, most are exhaustive: no one waits for them.
+    """Most of the slow cases and sizes of a law are exhaustive: CI leaves them out.
 
-    Those are the ones that are slow for two reasons, and of the others all but a sample,
-    which the names choose, so that it is the same everywhere.
+    Those are the ones that are slow for two reasons, and of the others all but a
+    sample, which is the same everywhere since the tests' names choose it.
     """
     for item in items:
         reasons = sum(mark.name == "slow" for mark in item.own_markers)

@@ -70,7 +70,7 @@ def test_one_layer(tmp_path):
     assert "| LoRA 8 |" in printed
 
 
-@pytest.mark.exhaustive  # it measures seconds, which CI's machine has other uses for
+@pytest.mark.exhaustive  # it measures seconds, and machines of CI are noisy
 def test_growth(tmp_path):
     """As users run it: XLA optimises."""
     out = tmp_path / "figures/growth.json"

@@ -2,7 +2,7 @@
 
     python answers.py REQUEST.json ANSWERS.json
 
-It is a process of its own, because the engine forks and JAX's threads do not survive it.
+It is a process of its own: the engine forks, and JAX's threads do not survive that.
 """
 
 import json
@@ -25,6 +25,7 @@ def main() -> None:
         dtype="float32",
         enforce_eager=True,
         max_model_len=128,
+        max_num_batched_tokens=128,
         enable_lora=True,
         max_loras=len(adapters),
         max_lora_rank=request["max_lora_rank"],
