@@ -77,7 +77,7 @@ def test_the_gradient_of_many_rows_or_none(platform, case, rows, float64):
 
 
 @by_kind
-@pytest.mark.parametrize("way", [slow("activation"), "fold"])
+@pytest.mark.parametrize("way", [slow("activation"), slow("fold")])
 def test_higher_derivatives_and_maps(platform, case, way, float64):
     """Of whole blocks; differences of first derivatives, and a loop, are the judges."""
     frozen = made(case, 8, 16, 4, way, float)
@@ -96,7 +96,7 @@ def test_higher_derivatives_and_maps(platform, case, way, float64):
 
 
 @by_kind
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["bfloat16", slow("float16")])
 def test_the_merged_kernel_is_the_one_that_was_trained(platform, case, dtype):
     """Number by number: a fold in training and a merge round alike."""
     for ins, outs, q in ((16, 32, 8), (32, 16, 8), (12, 10, 4)):

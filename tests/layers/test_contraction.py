@@ -2,6 +2,7 @@
 
 import math
 
+import jax
 import numpy as np
 import pytest
 from helpers import close, random, wide
@@ -32,14 +33,18 @@ def test_rows_compute_the_einsum(equation, x_shape, w_shape, axes):
     assert contraction.axes == axes
     order = [k for letter in "sio" for k, kind in enumerate(axes) if kind == letter]
     stack, ins = sizes(w_shape, axes, "s"), math.prod(sizes(w_shape, axes, "i"))
-    flat = w.transpose(order).reshape(*stack, ins, -1)
-    rows = contraction.to_rows(x)
-    assert rows.shape[-1] == ins and rows.shape[: len(stack)] == stack
-    batch = (1,) * (rows.ndim - 1 - len(stack) - 1)
-    product = rows @ flat.reshape(*stack, *batch, ins, -1) if stack else rows @ flat
-    y = contraction.from_rows(product, sizes(w_shape, axes, "o"))
-    close(y, np.einsum(equation.replace(" ", ""), wide(x), wide(w)))
-    close(kernel_from_rows(flat, w_shape, axes), w)
+
+    @jax.jit
+    def run(x, w):
+        flat = w.transpose(order).reshape(*stack, ins, -1)
+        rows = contraction.to_rows(x)
+        assert rows.shape[-1] == ins and rows.shape[: len(stack)] == stack
+        batch = (1,) * (rows.ndim - 1 - len(stack) - 1)
+        product = rows @ flat.reshape(*stack, *batch, ins, -1) if stack else rows @ flat
+        y = contraction.from_rows(product, sizes(w_shape, axes, "o"))
+        return y, kernel_from_rows(flat, w_shape, axes)
+
+    close(run(x, w), (np.einsum(equation.replace(" ", ""), wide(x), wide(w)), w))
 
 
 @pytest.mark.parametrize(
