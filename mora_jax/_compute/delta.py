@@ -295,7 +295,7 @@ def add_delta(
 
     added_to: Any = added_by
     if isinstance(m, Selected):
-        added_to = functools.partial(by_row, spec.name, product, added_by)
+        added_to = functools.partial(by_row, spec, product, added_by, precision)
     if isinstance(product, Lookup):  # an index is dropped with its row
         added = undisturbed(added_to)(m, x)
         added = _dropout(added, (*x.shape, 1), dropout_key, spec.dropout)
