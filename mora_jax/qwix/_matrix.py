@@ -52,7 +52,7 @@ def _attach(module: nnx.Module, name: str, spec: AdapterSpec, kernel: Any) -> No
 
 
 def dropout_key(
-    module: Any, name: str, spec: AdapterSpec, m: jax.Array
+    module: Any, name: str, spec: AdapterSpec, m: Any
 ) -> PRNGKeyArray | None:
     """The key of a call's dropout; None for no dropout."""
     if spec.dropout == 0:

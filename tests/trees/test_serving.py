@@ -23,7 +23,7 @@ from mora_jax import nnx as mora
 from mora_jax._tuning import as_if_on
 
 INDICES = np.array([[0, 2], [2, -1], [1, 1]], np.int32)
-"""Of batches of two rows, three adapters in four slots."""
+"""Of batches of two rows; three adapters are in four slots."""
 
 
 def several(plan, number=3, dtype=None):
@@ -136,6 +136,17 @@ def test_float64_and_forward_mode(float64):
     close(change, y - x @ params["kernel"], 1e-13)
 
 
+def test_dropout_is_that_of_one_adapter():
+    x, params = random(0, 2, 3, 12), {"kernel": random(1, 12, 16)}
+    plan = mora_jax.plan(params, MoRAConfig(square_rank=4, dropout=0.5))
+    apply, adapters = linen.wrap(nn.Dense(16, use_bias=False), plan), several(plan)
+    rest = {"rngs": {"dropout": jax.random.key(0)}, "adapter_deterministic": False}
+    selected = serving.select(serving.stack(adapters, plan), [2, 0])
+    y = apply(selected, {"params": params}, x, **rest)
+    alone = [apply(adapters[k], {"params": params}, x, **rest) for k in (2, 0)]
+    close(y, jnp.stack([alone[0][0], alone[1][1]]))
+
+
 @pytest.mark.parametrize("kind", ["Auto", "Explicit"])
 @pytest.mark.parametrize("operator", ["sharing", "rotation"])
 def test_meshes(kind, operator):
@@ -192,7 +203,7 @@ def test_slots_are_behind_layers_and_before_squares():
     assert shapes == ((5, 2, 4, 4), (3, 5, 2, 4, 4))
     assert not stacked["s"]["kernel_mora"].m[:, 3:].any()
     empty = serving.stack([], PLAN, slots=2)
-    assert not any(m.any() for m in jax.tree.leaves(empty))
+    assert not any(map(jnp.any, jax.tree.leaves(empty)))
 
 
 def test_a_slot_is_replaced_in_place_by_one_program():
