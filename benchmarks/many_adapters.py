@@ -233,21 +233,22 @@ def main(argv: list[str] | None = None) -> None:
     results: list[Row] = []
     for chip, phase, slots in itertools.product(args.chips or [""], phases, args.slots):
         dtype = jnp.bfloat16 if chip else jnp.float32
-        layer, batch = (args.width, args.rank, args.operator), phases[phase]
-        case = Case(*layer, *batch, slots, dtype)
+        rows, tokens = phases[phase]
+        layer = args.width, args.rank, args.operator
+        case = Case(*layer, rows, tokens, slots, dtype)
         if chip:
-            rows = priced(case, chip, places[chip], args)
+            found = priced(case, chip, places[chip], args)
         else:
-            rows = measured(case, args)
-        for row in rows:
+            found = measured(case, args)
+        for row in found:
             copies = 1 if row["method"] in (FROZEN, ONE) else slots
             row |= {"phase": phase, "slots": slots, "chip": chip}
             row |= {"milliseconds": 1e3 * row["seconds"]}
             row |= {"each": row["megabytes"] / copies}
             row |= {"throughput": case.rows * case.tokens / row["seconds"]}
         title = f"{phase}, {case.rows} rows x {case.tokens} tokens, N = {slots}"
-        harness.show(COLUMNS, rows, f"{title}, {chip}" if chip else title)
-        results += rows
+        harness.show(COLUMNS, found, f"{title}, {chip}" if chip else title)
+        results += found
     harness.save(results, args)
 
 
