@@ -15,9 +15,9 @@ run = $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
 .PHONY: help demo demo-nnx demo-sharded quickstart bench bench-layer bench-growth \
-  bench-scale bench-torch bench-chips bench-quality test test-slow test-exhaustive \
-  test-all test-tunix test-gemma test-peft test-vllm test-chips lint wheel clean env \
-  tools
+  bench-many bench-scale bench-torch bench-chips bench-quality test test-slow \
+  test-exhaustive test-all test-tunix test-gemma test-peft test-vllm test-chips lint \
+  wheel clean env tools
 
 help: ## list the targets
 	@echo 'Targets:'
@@ -46,6 +46,9 @@ bench: env ## a training step against the frozen model and LoRA, in turns
 
 bench-layer: env ## one layer, both ways to compute it, beside a model of the cost
 	$(run) -m benchmarks.one_layer $(ARGS)
+
+bench-many: env ## a different adapter for each row against one, merged copies and LoRAs
+	$(run) -m benchmarks.many_adapters $(ARGS)
 
 bench-growth: env ## how an adapter's cost grows with each size of a model
 	$(run) -m benchmarks.growth $(ARGS)

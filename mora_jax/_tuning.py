@@ -56,6 +56,9 @@ class Tuning:
         machine, while a step of the transform moves all numbers through memory.
         Measured with `make bench-layer ARGS="--operators hadamard"`.
       matrix_from_rows: From more rows than this on, a matrix is worth making.
+      loops_over_rows: Whether rows of a batch that have M's of their own are multiplied
+        one after another. Otherwise the M's are copied, one for each row, and there is
+        one product with an axis of rows. See `Rows with M's of their own` below.
     """
 
     fold_from: float
@@ -70,6 +73,7 @@ class Tuning:
     stores_folds: bool
     transform_step: int
     matrix_from_rows: int
+    loops_over_rows: bool
 
 
 # Two cores of an x86-64 server, float32, JAX 0.10.
@@ -86,6 +90,7 @@ _CPU = Tuning(
     stores_folds=False,
     transform_step=48,
     matrix_from_rows=8,
+    loops_over_rows=True,
 )
 # Programs that XLA compiles for TPUs, bfloat16, 8,192 rows, relative to the frozen
 # layer or model (`make bench-chips`). Activation and fold with orthogonal: 1.32 and
@@ -111,6 +116,7 @@ _TPU = Tuning(
     stores_folds=True,
     transform_step=4096,
     matrix_from_rows=8,
+    loops_over_rows=False,
 )
 # The same for an H100. In a model what the activation path reads and writes is fused
 # with what stands before and after a layer: of two layers of a Llama of 8B's width, 4 x
@@ -131,6 +137,7 @@ _GPU = Tuning(
     stores_folds=False,
     transform_step=4096,
     matrix_from_rows=8,
+    loops_over_rows=False,
 )
 TUNING: Mapping[str, Tuning] = MappingProxyType(
     {"cpu": _CPU, "tpu": _TPU, "cuda": _GPU, "rocm": _GPU}
@@ -170,6 +177,20 @@ rearranged first: on a TPU v5e a layer of 4096 x 14336 with two squares cost 1.1
 frozen one as one matrix, 1.12 in a product with a batch axis, and 1.19 in two products
 (`make bench-chips ARGS="--only layers --operators sharing --squares auto"`).
 """
+
+# --- Rows with M's of their own (`loops_over_rows`) ---
+#
+# Milliseconds on a CPU of 64 rows of one token, q = 256, with 4 and 64 slots: one after
+# another 0.66 and 1.02; copied, in one product 18 and 19; rows sorted by slot, for
+# `jax.lax.ragged_dot` 2.1, or in groups of 16 rows that are filled up with zeros 0.48
+# and 5.5; all slots for all rows, of which a mask takes one, 1.27 for 4. The layer
+# itself takes many times that, so that groups are not worth their code.
+# On chips (rooflines of 4096 -> 4096, q = 256, relative to the layer alone): 64 rows of
+# one token cost on an H100 with 4 and 64 slots 1.39 and 1.50 copied, 1.91 and 2.55 with
+# ragged_dot, 25 one after another; with rotation 1.78 and 1.90, 2.09 and 3.64, 41. 8 x
+# 512 tokens cost 1.25 and 1.26, 1.37 and 1.84, 1.89. On a v5e copies and ragged_dot are
+# within 0.02 of each other for 64 rows, and cost 1.09 and 1.04 for 8 x 512 tokens,
+# where the product inside of ragged_dot is not priced; one after another up to 4.7.
 
 _as_if_on: str | None = None
 
