@@ -12,8 +12,8 @@ from pathlib import Path
 
 def main() -> None:
     """Read what to ask, and write the tokens that were said."""
-    from vllm import LLM, SamplingParams
-    from vllm.lora.request import LoRARequest
+    from vllm import LLM, SamplingParams  # pyright: ignore[reportMissingImports]
+    from vllm.lora.request import LoRARequest  # pyright: ignore
 
     request = json.loads(Path(sys.argv[1]).read_text())
     adapters = {
