@@ -50,6 +50,7 @@ After training::
   load                  read them
   io                    the same and more: PEFT's files, LoRA, whole checkpoints
   mixing                adapters of one base scaled, summed, cut back to a plan
+  serving               a different adapter for each row of a batch
 
 What is between M and the layer::
 
@@ -68,6 +69,7 @@ from mora_jax import nnx as nnx
 from mora_jax import operators as operators
 from mora_jax import products as products
 from mora_jax import remora as remora
+from mora_jax import serving as serving
 from mora_jax import sharding as sharding
 from mora_jax._adapters import init as init
 from mora_jax._combined import combine as combine

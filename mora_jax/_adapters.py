@@ -108,9 +108,17 @@ def nest(items: Mapping[Path, Any]) -> Tree:
     return tree
 
 
-def adapter_items(adapters: Any, plan: Plan) -> list[tuple[AdapterSpec, Any]]:
-    """Each spec of `plan` with its M; `adapters` may hold nothing that it lacks."""
-    return _items(adapters, plan)[0]
+def adapter_items(
+    adapters: Any, plan: Plan, *, by_row: bool = False
+) -> list[tuple[AdapterSpec, Any]]:
+    """Each spec of `plan` with its M; `adapters` may hold nothing that it lacks.
+
+    Args:
+      adapters: The adapters.
+      plan: The plan.
+      by_row: Whether each row of a batch may have M's of its own (`serving.select`).
+    """
+    return _items(adapters, plan, by_row)[0]
 
 
 def trained_items(adapters: Any, plan: Plan) -> Items:
@@ -118,7 +126,9 @@ def trained_items(adapters: Any, plan: Plan) -> Items:
     return _items(adapters, plan)[1]
 
 
-def _items(adapters: Any, plan: Plan) -> tuple[list[tuple[AdapterSpec, Any]], Items]:
+def _items(
+    adapters: Any, plan: Plan, by_row: bool = True
+) -> tuple[list[tuple[AdapterSpec, Any]], Items]:
     check_plan(plan)
     found = located_leaves(adapters, "adapters")
     items, trained = [], []
@@ -126,7 +136,7 @@ def _items(adapters: Any, plan: Plan) -> tuple[list[tuple[AdapterSpec, Any]], It
         path = adapter_path(spec)
         if path not in found:
             raise ValueError(f"adapters lack {'/'.join(path)!r}, which the plan has")
-        items.append((spec, adapter_of(found.pop(path), spec)))
+        items.append((spec, adapter_of(found.pop(path), spec, by_row)))
     for one in plan.trained:
         if one.path not in found:
             raise ValueError(

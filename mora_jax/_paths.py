@@ -12,6 +12,7 @@ from flax.core.meta import AxisMetadata
 
 from mora_jax._checks import DEQUANTISE, check_kernel
 from mora_jax._matrix import check_adapter
+from mora_jax._slots import Selected, Slots
 from mora_jax._spec import SUFFIX, AdapterSpec, check_same
 
 Path = tuple[str, ...]
@@ -149,13 +150,28 @@ def reboxed(box: Any, value: Any) -> Any:
     return box.replace(value) if is_variable else box.replace_boxed(value)
 
 
-def adapter_of(box: Any, spec: AdapterSpec) -> Any:
+def adapter_of(box: Any, spec: AdapterSpec, by_row: bool = False) -> Any:
     """The M that `box` holds or is, checked against `spec`.
 
     A variable of an NNX model knows the adapter that its M was made for, whose delta
     must be that of `spec`.
+
+    Args:
+      box: The M, perhaps in a box.
+      spec: The adapter.
+      by_row: Whether each row of a batch may have an M of its own.
     """
     m = unboxed(box)
+    if isinstance(m, Slots):
+        raise TypeError(
+            f"{spec.name}{SUFFIX} must be an M, got those of {m.number} slots: say "
+            "which row of the batch has which, by serving.select(stacked, index)"
+        )
+    if isinstance(m, Selected) and not by_row:
+        raise TypeError(
+            f"{spec.name}{SUFFIX} must be an M, got one for each row of a batch, which "
+            "only linen.wrap and nnx.set_adapters take"
+        )
     check_adapter(m, spec)
     made_for = getattr(box, "spec", None)
     if isinstance(made_for, AdapterSpec):
@@ -165,7 +181,7 @@ def adapter_of(box: Any, spec: AdapterSpec) -> Any:
 
 
 def _is_end(node: Any) -> bool:
-    return is_boxed(node) or isinstance(node, nnx.Module)
+    return is_boxed(node) or isinstance(node, nnx.Module | Slots | Selected)
 
 
 def refuse_model(leaf: Any, what: str) -> None:

@@ -34,6 +34,7 @@ from mora_jax._compute.maps import ActivationMap, ByPlatform
 from mora_jax._interception import intercepted
 from mora_jax._linear_map import Static, static
 from mora_jax._mesh.layout import explicit_sharding
+from mora_jax._slots import Selected
 from mora_jax._spec import AdapterSpec
 from mora_jax._tuning import TUNING, Tuning, current_tuning
 from mora_jax._types import ArrayLike
@@ -105,7 +106,7 @@ def _should_fold(
 
 def adapted_product(
     spec: AdapterSpec,
-    m: ArrayLike,
+    m: ArrayLike | Selected,
     x: ArrayLike,
     kernel: Any,
     product: Product,
@@ -118,7 +119,8 @@ def adapted_product(
 
     Args:
       spec: The adapter.
-      m: M, (*stack, q, q), with the stack axes of `product`.
+      m: M, (*stack, q, q), with the stack axes of `product`; or one for each row of a
+        batch.
       x: The layer's input.
       kernel: W, of the same dtype; or what stands for a quantized one, which `multiply`
         understands.
@@ -141,7 +143,7 @@ def adapted_product(
         choose(spec, product, x, dtype, dropout=dropout, tuning=tuning)
         for tuning in TUNING.values()
     }
-    if ways == {"activation"}:
+    if isinstance(m, Selected) or ways == {"activation"}:
         y = multiply(x, kernel)
         return add_delta(y, spec, m, x, product, dropout_key, precision)
     kernel, ndim = jnp.asarray(kernel), len(product.axes)

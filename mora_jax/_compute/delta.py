@@ -22,6 +22,7 @@ from jaxtyping import PRNGKeyArray
 
 from mora_jax._axes import kernel_from_rows
 from mora_jax._compute.by_m import ProductByM, SlicedProduct, can_slice
+from mora_jax._compute.by_row import by_row
 from mora_jax._compute.folded_part import add_part
 from mora_jax._compute.forms import Compressed, compressed_units
 from mora_jax._compute.matrix import add_matrix, delta_matrix
@@ -39,6 +40,7 @@ from mora_jax._mesh.layout import (
 )
 from mora_jax._mesh.parts import OperatorPart
 from mora_jax._rounding import add_rounded
+from mora_jax._slots import Selected
 from mora_jax._spec import AdapterSpec
 from mora_jax._types import ArrayLike, Shape
 from mora_jax.operators import Operator
@@ -254,7 +256,7 @@ def delta_kernel(spec: AdapterSpec, m: ArrayLike) -> jax.Array:
 def add_delta(
     y: jax.Array,
     spec: AdapterSpec,
-    m: ArrayLike,
+    m: ArrayLike | Selected,
     x: ArrayLike,
     product: Product,
     dropout_key: PRNGKeyArray | None = None,
@@ -266,7 +268,8 @@ def add_delta(
     Args:
       y: The layer's output.
       spec: The adapter.
-      m: M, (*stack, q, q), with the stack axes of `product`.
+      m: M, (*stack, q, q), with the stack axes of `product`; or one for each row of a
+        batch.
       x: The layer's input.
       product: What the layer computes.
       dropout_key: A key to drop some of what the adapter sees of `x`; None for nothing.
@@ -280,18 +283,25 @@ def add_delta(
             layout = explicit_layout(labels, x, sharding)
         spec = dataclasses.replace(spec, layout=layout)
 
-        def add(y: jax.Array, m: ArrayLike, x: ArrayLike, key: Any) -> jax.Array:
+        def add(y: jax.Array, m: Any, x: ArrayLike, key: Any) -> jax.Array:
             return add_delta(y, spec, m, x, product, key, precision, factor)
 
         return with_auto_axes(add, sharding, y, m, x, dropout_key)
     x, ndim = jnp.asarray(x), len(product.axes)
-    delta = Delta.of(spec, m, dtype=y.dtype, ndim=ndim, precision=precision, x=x)
+
+    def added_by(m: ArrayLike, x: jax.Array) -> jax.Array:
+        delta = Delta.of(spec, m, dtype=y.dtype, ndim=ndim, precision=precision, x=x)
+        return product.delta(delta, x)
+
+    added_to_rows: Any = undisturbed(added_by)
+    if isinstance(m, Selected):
+        added_to_rows = functools.partial(by_row, spec.name, product, added_to_rows)
     if isinstance(product, Lookup):  # an index is dropped with its row
-        added = undisturbed(product.delta)(delta, x)
+        added = added_to_rows(m, x)
         added = _dropout(added, (*x.shape, 1), dropout_key, spec.dropout)
     else:
         x = _dropout(x.astype(y.dtype), x.shape, dropout_key, spec.dropout)
-        added = undisturbed(product.delta)(delta, x)
+        added = added_to_rows(m, x)
     return y + (added if factor is None else added * factor.astype(y.dtype))
 
 

@@ -23,6 +23,7 @@ from mora_jax._compute.matrix import folds_in_place
 from mora_jax._interception import undisturbed
 from mora_jax._mesh.layout import explicit_sharding, with_auto_axes
 from mora_jax._rounding import add_rounded
+from mora_jax._slots import Selected
 from mora_jax._spec import AdapterSpec
 from mora_jax._tuning import Tuning, by_platform
 from mora_jax._types import ArrayLike
@@ -59,7 +60,9 @@ class FoldedMap(AdaptedMap):
         return by_platform(_stores, _barrier, _second, after, folded)
 
 
-def folded_kernel(spec: AdapterSpec, m: ArrayLike, kernel: jax.Array) -> jax.Array:
+def folded_kernel(
+    spec: AdapterSpec, m: ArrayLike | Selected, kernel: jax.Array
+) -> jax.Array:
     """W + alpha C M D, for a layer of which it is not known what it does with W.
 
     The sum is the one that `merge` makes. It is kept for the backward pass, and M's
@@ -69,7 +72,16 @@ def folded_kernel(spec: AdapterSpec, m: ArrayLike, kernel: jax.Array) -> jax.Arr
       spec: The adapter.
       m: M, (*stack, q, q).
       kernel: W, with the stack axes of M.
+
+    Raises:
+      ValueError: Each row of a batch has an M of its own.
     """
+    if isinstance(m, Selected):
+        raise ValueError(
+            f"{spec.name}: the layer reads its kernel with the delta in it "
+            "(products.Folded), so that all rows of a batch share one adapter; leave "
+            "it out of the plan to serve a different adapter for each row"
+        )
     if (sharding := explicit_sharding(kernel)) is not None:
         spec = dataclasses.replace(spec, layout=None)
         return with_auto_axes(functools.partial(_fold, spec), sharding, m, kernel)

@@ -13,6 +13,7 @@ from mora_jax._compute.delta import add_delta
 from mora_jax._flax.layer_rules import LayerRule
 from mora_jax._interception import intercepted
 from mora_jax._linear_map import static
+from mora_jax._slots import Selected
 from mora_jax._spec import AdapterSpec
 from mora_jax._types import ArrayLike
 from mora_jax.products import Contraction, Lookup, Product
@@ -23,7 +24,7 @@ def adapt_call(
     module: Any,
     rule: LayerRule,
     spec: AdapterSpec,
-    m: Callable[[], ArrayLike],
+    m: Callable[[], ArrayLike | Selected],
     x: Any,
     product: Product,
     dropout_key: PRNGKeyArray | None = None,

@@ -115,7 +115,7 @@ def wrap(
                 "the plan has dropout: adapter_deterministic must be True or False, "
                 "got None"
             )
-        items = adapter_items(adapters, plan)
+        items = adapter_items(adapters, plan, by_row=True)
         bound = {adapter_path(spec): BoundAdapter.of(spec, m) for spec, m in items}
         base = params_of(variables)
         trained = trained_items(adapters, plan) if plan.trained else []
