@@ -97,6 +97,7 @@ class Teacher:
         batch = make_batch(self.prompts, [reply] * len(self.prompts), size)
         adapters = mora_jax.init(self.apply.plan)  # type: ignore[attr-defined]
         state = self._tx.init(adapters)
+        margin = jnp.zeros(())
         for _ in range(steps):
             new, state, margin = self._step(adapters, state, self.variables, batch)
             if margin > MARGIN:  # of the adapters before this step
@@ -113,7 +114,11 @@ class Teacher:
 
 
 def teach_all(
-    directory: Path, teacher: Teacher, words: Sequence[str], params: Any, **settings: Any
+    directory: Path,
+    teacher: Teacher,
+    words: Sequence[str],
+    params: Any,
+    **settings: Any,
 ) -> None:
     """Write an adapter for each word, named after it, and check it alone.
 
@@ -121,7 +126,7 @@ def teach_all(
         ValueError: An adapter does not say its word.
     """
     for word in words:
-        adapters = teacher.teach(word, **settings)
+        adapters = teacher.teach(word)
         if (said := set(teacher.answers(adapters))) != {word}:
             raise ValueError(f"the adapter must say {word!r}, it says {sorted(said)}")
         plan = teacher.apply.plan  # type: ignore[attr-defined]

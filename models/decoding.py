@@ -74,12 +74,18 @@ class Programs:
         apply: (adapters, variables, ids, at, positions=..., mutable=["cache"]) ->
             (logits, updated): a Llama with adapters, as `linen.wrap` makes it.
         select: (adapters, indices (rows,)) -> the adapters of these rows.
+
+    Attributes:
+        compiled: How many programs have been compiled.
     """
 
     def __init__(self, apply: Callable[..., Any], select: Select) -> None:
+        self.compiled = 0
+
         def run(
             adapters: Any, params: Any, cache: Cache, ids: Any, at: Any, positions: Any
         ) -> tuple[jax.Array, Cache]:
+            self.compiled += 1  # this line runs when a program is traced
             variables = {"params": params, "cache": cache}
             logits, updated = apply(
                 adapters, variables, ids, at, positions=positions, mutable=["cache"]
@@ -141,7 +147,3 @@ class Programs:
             The token, (1,), and the new cache.
         """
         return self._fill(stacked, params, cache, row, ids, one)
-
-    def compiled(self) -> int:
-        """How many programs have been compiled."""
-        return self._step._cache_size() + self._fill._cache_size()

@@ -61,9 +61,7 @@ class Config:
         return self.width // self.heads
 
 
-def rotary(
-    x: jax.Array, base: float, positions: jax.Array | None = None
-) -> jax.Array:
+def rotary(x: jax.Array, base: float, positions: jax.Array | None = None) -> jax.Array:
     r"""Rotary positions in their half-split form; `x`: (batch, length, heads, d).
 
     .. math:: (a, b) \mapsto (a \cos\theta - b \sin\theta, b \cos\theta + a \sin\theta)
@@ -87,9 +85,7 @@ class Attention(nn.Module):
     config: Config
 
     @nn.compact
-    def __call__(
-        self, x: jax.Array, positions: jax.Array | None = None
-    ) -> jax.Array:
+    def __call__(self, x: jax.Array, positions: jax.Array | None = None) -> jax.Array:
         """`x`: (batch, length, width) -> the same shape."""
         c = self.config
 
@@ -145,9 +141,7 @@ class Layer(nn.Module):
     config: Config
 
     @nn.compact
-    def __call__(
-        self, x: jax.Array, positions: jax.Array | None = None
-    ) -> jax.Array:
+    def __call__(self, x: jax.Array, positions: jax.Array | None = None) -> jax.Array:
         """`x`: (batch, length, width) -> the same shape."""
         norm = functools.partial(nn.RMSNorm, epsilon=self.config.epsilon)
         attention = Attention(self.config, name="self_attn")

@@ -49,7 +49,7 @@ class Engine:
     rows: int
     size: int
     queue: int
-    publish: Publish
+    publish: Publish = lambda events: None
     error: BaseException | None = None
     _waiting: deque[Job] = field(default_factory=deque)
     _changes: deque[tuple[int, Any, Future[None]]] = field(default_factory=deque)
@@ -175,9 +175,7 @@ class Engine:
                 with self._news:
                     job = self._waiting.popleft()
                 self._jobs[row] = job
-                token = self._fill(
-                    row, job.prompt, job.slot, job.temperature, job.seed
-                )
+                token = self._fill(row, job.prompt, job.slot, job.temperature, job.seed)
                 self._state.adapters[row] = job.slot
                 self._state.temperatures[row] = job.temperature
                 self._state.seeds[row] = job.seed

@@ -145,7 +145,7 @@ class Service:
             "running": running,
             "waiting": waiting,
             "loads": self.adapters.loads,
-            "programs": self.engine.programs.compiled(),
+            "programs": self.engine.programs.compiled,
         }
         return JSONResponse(told, 503 if self.engine.error else 200)
 

@@ -101,7 +101,9 @@ def parse(body: bytes) -> Wanted:
     stream = _take(fields, "stream", bool, False)
     options = _take(fields, "stream_options", dict, {})
     include_usage = _take(dict(options), "include_usage", bool, False)
-    limits = [_whole(fields, f"max{middle}_tokens", 1) for middle in ("", "_completion")]
+    limits = [
+        _whole(fields, f"max{middle}_tokens", 1) for middle in ("", "_completion")
+    ]
     temperature = _take(fields, "temperature", (int, float), 1.0)
     if not 0 <= temperature <= 2:
         told = f"temperature must be from 0 to 2, got {temperature}"
@@ -232,5 +234,7 @@ def models(base: str, adapters: Sequence[str]) -> dict[str, Any]:
     """The list of what can be asked for."""
     told = {"object": "model", "created": 0}
     entries = [told | {"id": base, "owned_by": "base"}]
-    entries += [told | {"id": a, "owned_by": "adapter", "parent": base} for a in adapters]
+    entries += [
+        told | {"id": a, "owned_by": "adapter", "parent": base} for a in adapters
+    ]
     return {"object": "list", "data": entries}

@@ -75,9 +75,7 @@ class Stream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(
-        self, pieces: AsyncIterator[Any], on_end: Callable[[], None]
-    ) -> None:
+    def __init__(self, pieces: AsyncIterator[Any], on_end: Callable[[], None]) -> None:
         super().__init__(headers={"cache-control": "no-store"})
         del self.headers["content-length"]
         self._pieces, self._on_end = pieces, on_end
