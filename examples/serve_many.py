@@ -28,6 +28,7 @@ import jax
 import jax.numpy as jnp
 import uvicorn
 
+import mora_jax
 from examples.serving.adapters import Adapters
 from examples.serving.engine import Engine
 from examples.serving.http import Limits, Service
@@ -76,6 +77,7 @@ def make_service(args: argparse.Namespace) -> Service:
     print(plan, flush=True)
     apply = linen.wrap(model, plan)
     stacked = serving.stack([], plan, slots=args.slots)
+    stacked = serving.put(stacked, 0, mora_jax.init(plan))  # which compiles it
     held = sum(leaf.nbytes for leaf in jax.tree.leaves(stacked))
     print(f"{args.slots} slots for adapters: {held / 2**20:,.0f} MiB", flush=True)
     engine = Engine(
