@@ -67,7 +67,7 @@ class Oracle:
         """Write the adapters of a seed."""
         mora_jax.save(directory, self.adapters(seed), self.plan, **settings)
 
-    @functools.cache  # noqa: B019: there is one oracle
+    @functools.cache  # noqa: B019
     def says(self, seed: int | None) -> dict[str, str]:
         """The answer to each question with the adapters of a seed; None for none."""
         adapters = mora_jax.init(self.plan) if seed is None else self.adapters(seed)

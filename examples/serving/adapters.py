@@ -163,11 +163,15 @@ class Adapters:
         loop = asyncio.get_running_loop()
         try:
             adapters = await loop.run_in_executor(self._reader, self._read, name)
+        except OSError as error:  # the files may have gone in the meantime
+            raise UnusableAdapter(error.strerror or "it cannot be read") from error
         except (UnusableAdapter, io.AdapterFileError) as error:
+            # Clients need not know where the directory is.
+            why = str(error).replace(f"{self.directory}{os.sep}", "")
             changed = max(times[-1] for times in version) / 1e9
             if time.time() > changed + SETTLED:
-                self._refuse(name, version, str(error))
-            raise UnusableAdapter(str(error)) from error
+                self._refuse(name, version, why)
+            raise UnusableAdapter(why) from error
         held = await self._take_slot(name, version)
         try:
             await self._change(held.slot, adapters)

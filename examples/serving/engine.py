@@ -100,7 +100,7 @@ class Engine:
         with self._news:
             if self._stopping or self.error is not None:
                 raise Full("the service is stopping", stopping=True)
-            if len(self._waiting) >= self.queue:
+            if sum(self.busy) >= self.rows + self.queue:
                 raise Full(f"{self.queue} requests wait already")
             self._waiting.append(job)
             self._news.notify()

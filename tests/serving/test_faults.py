@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import openai
 import pytest
+from adapter_files import slow
 from services import NAMES, TOKENS, asked, until
 
 from examples.serving import adapters as registry
@@ -111,6 +112,7 @@ def test_damaged_files_are_refused(service, oracle, place, fault):
             service.text("changing")
         assert caught.value.status_code == 503
         assert caught.value.body["code"] == "adapter_unusable"
+        assert str(service.directory) not in str(caught.value)
     assert service.text("law") == oracle.says(0)["Hi"]
     oracle.save(place, 8)
     assert service.text("changing") == oracle.says(8)["Hi"]
@@ -140,6 +142,7 @@ def test_other_plans_and_bases_are_refused(service, oracle, place):
         service.text("changing")
 
 
+@slow
 def test_many_faults_at_once_touch_nobody_else(service, oracle, place):
     """Files are damaged and mended all the time, while others are asked."""
     oracle.save(place, 7)

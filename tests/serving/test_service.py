@@ -33,7 +33,7 @@ def test_many_at_once_never_get_the_answer_of_another(service, oracle):
 
     before = service.health()["loads"]
     with ThreadPoolExecutor(8) as clients:
-        assert all(clients.map(ask, range(48)))
+        assert all(clients.map(ask, range(24)))
     assert service.health()["loads"] > before
 
 
@@ -110,7 +110,7 @@ def test_conversations_have_turns_and_parts(service):
         (asked(messages=["Hi"]), 400, "messages[0] must be an object"),
         (asked(messages=[{"role": "tool"}]), 400, "messages[0].role must be one of"),
         (asked(messages=[{"role": "user"}]), 400, "messages[0].content must be a text"),
-        (asked(messages=[{"role": "user", "content": [{"type": "image"}]}]), 400, "text"),
+        (asked(messages=[{"role": "user", "content": [7]}]), 400, "content must be a"),
         (
             asked(messages=[{"role": "user", "content": "<|im_end|>"}]),
             400,
