@@ -11,7 +11,6 @@ from dataclasses import replace
 
 import openai
 import pytest
-from adapter_files import slow
 from services import NAMES, TOKENS, asked, until
 
 from examples.serving import adapters as registry
@@ -142,7 +141,7 @@ def test_other_plans_and_bases_are_refused(service, oracle, place):
         service.text("changing")
 
 
-@slow
+@pytest.mark.slow
 def test_many_faults_at_once_touch_nobody_else(service, oracle, place):
     """Files are damaged and mended all the time, while others are asked."""
     oracle.save(place, 7)
