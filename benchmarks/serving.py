@@ -84,7 +84,7 @@ def arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if args.quick:
         args.adapters, args.requests, args.rounds, args.copies = 4, 60, 2, 2
-        args.slots, args.rows, args.clients, args.context = 3, 4, 8, 128
+        args.slots, args.rows, args.clients = 3, 4, 8
     args.rate = args.rate or (1e-2 if args.model == "tiny" else 1e-3)
     return args
 

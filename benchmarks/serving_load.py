@@ -13,7 +13,7 @@ import random
 import shutil
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +143,7 @@ class Load:
     """
 
     port: int
-    words: dict[str, Sequence[str]]
+    words: Mapping[str, Sequence[str]]
     questions: Sequence[str]
     may_refuse: Sequence[str] = ()
     clients: int = 64

@@ -31,6 +31,7 @@ class _Turns:
         )
 
     def __call__(self) -> Any:
+        tokens = None
         for stacked, params, index in self.arguments:
             rows = self.rows._replace(adapters=index)
             tokens, self.cache = self.step(stacked, params, self.cache, rows)
