@@ -126,11 +126,15 @@ def is_boxed(leaf: Any) -> bool:
     """Whether `leaf` is an array in a box: Linen's metadata, or an NNX variable.
 
     A variable that holds a structure, such as a quantized kernel, is not a box: the
-    parts of the structure are leaves themselves.
+    parts of the structure are leaves themselves. But M's for rows count as one array.
     """
     if isinstance(leaf, nnx.Variable):
         inside = jax.tree.structure(leaf).children()
-        return len(inside) == 1 and jax.tree_util.treedef_is_leaf(inside[0])
+        if len(inside) != 1:
+            return False
+        kind = inside[0].node_data()
+        one = jax.tree_util.treedef_is_leaf(inside[0])
+        return one or (kind is not None and kind[0] is Selected)
     return isinstance(leaf, AxisMetadata)
 
 
@@ -139,7 +143,9 @@ def unboxed(leaf: Any) -> Any:
     if not is_boxed(leaf):
         return leaf
     # A variable's attribute had several names in Flax's versions; its leaf has none.
-    return jax.tree.leaves(leaf)[0] if isinstance(leaf, nnx.Variable) else leaf.unbox()
+    if not isinstance(leaf, nnx.Variable):
+        return leaf.unbox()
+    return jax.tree.leaves(leaf, is_leaf=lambda node: isinstance(node, Selected))[0]
 
 
 def reboxed(box: Any, value: Any) -> Any:

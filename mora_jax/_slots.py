@@ -99,10 +99,8 @@ class Selected:
 
     def gathered(self) -> jax.Array:
         """The M of each row, (B, *stack, q, q); zeros for none."""
-        number, axis = self.slots.number, self.slots.axis
-        index = self.index[(0,) * axis]
-        # A negative index would count from the end.
-        index = jnp.where(index < 0, number, index)
+        axis = self.slots.axis
+        index = beyond_if_none(self.index[(0,) * axis], self.slots.number)
         slots = jnp.moveaxis(self.slots.m, axis, 0)
         return slots.at[index].get(mode="fill", fill_value=0)
 
@@ -113,3 +111,11 @@ class Selected:
     @classmethod
     def tree_unflatten(cls, _: None, children: Any) -> "Selected":
         return cls(*children)
+
+
+def beyond_if_none(index: jax.Array, number: int) -> jax.Array:
+    """Numbers of slots, of which those for none are beyond the slots.
+
+    JAX would count negative ones from the end.
+    """
+    return jnp.where(index < 0, number, index)

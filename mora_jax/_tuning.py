@@ -56,6 +56,9 @@ class Tuning:
         machine, while a step of the transform moves all numbers through memory.
         Measured with `make bench-layer ARGS="--operators hadamard"`.
       matrix_from_rows: From more rows than this on, a matrix is worth making.
+      loops_over_rows: Whether rows of a batch that have M's of their own are multiplied
+        one after another. Otherwise the M's are copied, one for each row, and there is
+        one product with an axis of rows.
     """
 
     fold_from: float
@@ -70,6 +73,7 @@ class Tuning:
     stores_folds: bool
     transform_step: int
     matrix_from_rows: int
+    loops_over_rows: bool
 
 
 # Two cores of an x86-64 server, float32, JAX 0.10.
@@ -86,6 +90,7 @@ _CPU = Tuning(
     stores_folds=False,
     transform_step=48,
     matrix_from_rows=8,
+    loops_over_rows=True,
 )
 # Programs that XLA compiles for TPUs, bfloat16, 8,192 rows, relative to the frozen
 # layer or model (`make bench-chips`). Activation and fold with orthogonal: 1.32 and
@@ -111,6 +116,7 @@ _TPU = Tuning(
     stores_folds=True,
     transform_step=4096,
     matrix_from_rows=8,
+    loops_over_rows=False,
 )
 # The same for an H100. In a model what the activation path reads and writes is fused
 # with what stands before and after a layer: of two layers of a Llama of 8B's width, 4 x
@@ -131,6 +137,7 @@ _GPU = Tuning(
     stores_folds=False,
     transform_step=4096,
     matrix_from_rows=8,
+    loops_over_rows=False,
 )
 TUNING: Mapping[str, Tuning] = MappingProxyType(
     {"cpu": _CPU, "tpu": _TPU, "cuda": _GPU, "rocm": _GPU}

@@ -293,15 +293,15 @@ def add_delta(
         delta = Delta.of(spec, m, dtype=y.dtype, ndim=ndim, precision=precision, x=x)
         return product.delta(delta, x)
 
-    added_to_rows: Any = undisturbed(added_by)
+    added_to: Any = added_by
     if isinstance(m, Selected):
-        added_to_rows = functools.partial(by_row, spec.name, product, added_to_rows)
+        added_to = functools.partial(by_row, spec, product, added_by, precision)
     if isinstance(product, Lookup):  # an index is dropped with its row
-        added = added_to_rows(m, x)
+        added = undisturbed(added_to)(m, x)
         added = _dropout(added, (*x.shape, 1), dropout_key, spec.dropout)
     else:
         x = _dropout(x.astype(y.dtype), x.shape, dropout_key, spec.dropout)
-        added = added_to_rows(m, x)
+        added = undisturbed(added_to)(m, x)
     return y + (added if factor is None else added * factor.astype(y.dtype))
 
 

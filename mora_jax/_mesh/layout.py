@@ -151,7 +151,7 @@ def row_shards(layout: KernelLayout | None, x: jax.Array) -> int:
     Returns:
       A number that divides the axis; 1 if x is on one device, or one vector.
     """
-    mesh = _mesh_of(x) if layout is None else layout.mesh
+    mesh = mesh_of(x) if layout is None else layout.mesh
     if mesh is None or x.ndim < 2:
         return 1
     axes = mesh.axis_names if layout is None else layout.batch_axes
@@ -177,7 +177,7 @@ def gather_m(
       ndim: How many of M's axes are not a stack's: 3 for several squares.
     """
     if layout is None:
-        return m if _mesh_of(m) is _mesh_of(x) is None else _Replicated(ndim)((), m)
+        return m if mesh_of(m) is mesh_of(x) is None else _Replicated(ndim)((), m)
     if isinstance(layout.mesh, AbstractMesh):  # explicit: its type says the same
         return m
     return _replicate(m, layout.mesh, ndim)
@@ -194,14 +194,14 @@ class _Replicated(LinearMap):
     ndim: int
 
     def forward(self, residuals: Any, operand: jax.Array) -> jax.Array:
-        mesh = _mesh_of(operand)
+        mesh = mesh_of(operand)
         return operand if mesh is None else _replicate(operand, mesh, self.ndim)
 
     def backward(self, residuals: Any, cotangent: jax.Array) -> jax.Array:
         return self.forward(residuals, cotangent)
 
 
-def _mesh_of(x: jax.Array) -> AbstractMesh | None:
+def mesh_of(x: jax.Array) -> AbstractMesh | None:
     """The mesh that `x` is on, if XLA decides how it splits `x`."""
     mesh = jax.typeof(x).sharding.mesh
     auto = not mesh.empty and set(mesh.axis_types) == {AxisType.Auto}

@@ -14,9 +14,10 @@ from mora_jax._adapters import Tree, adapter_items, nest, trained_items
 from mora_jax._dense import as_jax_array
 from mora_jax._paths import Path, adapter_path, unboxed
 from mora_jax._plan import Plan, refuse_other_plan
+from mora_jax._slots import Selected
 from mora_jax._spec import SUFFIX, AdapterSpec
 from mora_jax._trained import TrainedArray
-from mora_jax.nnx._param import MoRAParam, TrainedParam, is_m
+from mora_jax.nnx._param import MoRAParam, TrainedParam, is_m, value_of
 
 
 def named_modules(model: nnx.Module) -> Iterator[tuple[Path, nnx.Module]]:
@@ -61,8 +62,8 @@ def parameters(model: nnx.Module) -> Tree:
 
 def named_sharding(variable: nnx.Variable[Any]) -> NamedSharding | None:
     """The sharding of a variable over a mesh; None in a trace and on one device."""
-    (value,) = jax.tree.leaves(variable)
-    if not isinstance(value, jax.Array) or isinstance(value, Tracer):
+    value, *others = jax.tree.leaves(variable)
+    if others or not isinstance(value, jax.Array) or isinstance(value, Tracer):
         return None
     return value.sharding if isinstance(value.sharding, NamedSharding) else None
 
@@ -121,7 +122,8 @@ def set_adapters(
 ) -> None:
     """Put M's into an adapted model (PEFT's `set_peft_model_state_dict`).
 
-    They come from a file, a Linen twin or another model.
+    They come from a file, a Linen twin or another model. What `serving.select` returns
+    gives each row of the batches to come an adapter of its own.
 
     Args:
       model: An adapted model, as `wrap` makes it. It is changed in place.
@@ -166,9 +168,9 @@ def set_adapters(
             )
     elif plan is not None:
         raise TypeError(f"plan must be a Plan or its digest, got {type(plan).__name__}")
-    new: list[tuple[Any, jax.Array]] = [
-        (spec, as_jax_array(f"{spec.name}{SUFFIX}", m))
-        for spec, m in adapter_items(adapters, model_plan)
+    new: list[tuple[Any, Any]] = [
+        (spec, m if isinstance(m, Selected) else as_jax_array(spec.name + SUFFIX, m))
+        for spec, m in adapter_items(adapters, model_plan, by_row=True)
     ]
     new += [
         (one, as_jax_array(one.name, copy))
@@ -176,6 +178,9 @@ def set_adapters(
     ]
     variables = [*adapter_variables(model), *trained_variables(model)]
     for (_, variable), (_, m) in zip(variables, new, strict=True):
+        if isinstance(m, Selected) or isinstance(value_of(variable), Selected):
+            variable.set_value(m)
+            continue
         sharding = named_sharding(variable)
         if sharding is not None and not isinstance(m, Tracer) and not m.committed:
             m = jax.device_put(m, sharding)

@@ -24,7 +24,7 @@ from mora_jax._interception import intercepted
 from mora_jax._spec import SUFFIX, AdapterSpec
 from mora_jax.nnx._dropout import AdapterDropout
 from mora_jax.nnx._folded import derived, reading_class, with_delta
-from mora_jax.nnx._param import MoRAParam, TrainedParam, is_m
+from mora_jax.nnx._param import MoRAParam, TrainedParam, is_m, value_of
 from mora_jax.nnx._trained import restore_array
 from mora_jax.products import Folded
 
@@ -99,14 +99,16 @@ def call_adapted(
     dropout: Any = getattr(module, DROPOUT, None)
     key = None
     if dropout is not None and not dropout.deterministic:
-        key = dropout.key(m[...], getattr(module, kernel))
+        key = dropout.key(value_of(m), getattr(module, kernel))
 
     def call_without_adapters() -> Any:
         with _hidden_adapters(module):
             return call()
 
     plain_call = call_without_adapters if intercepted() else call
-    return adapt_call(plain_call, module, rule, m.spec, lambda: m[...], x, product, key)
+    return adapt_call(
+        plain_call, module, rule, m.spec, lambda: value_of(m), x, product, key
+    )
 
 
 @dataclasses.dataclass(frozen=True)

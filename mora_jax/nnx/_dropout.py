@@ -30,14 +30,14 @@ class AdapterDropout(nnx.Dropout):
         check_seed(seed)
         self.seed = seed
 
-    def key(self, m: jax.Array, kernel: Any) -> PRNGKeyArray:
+    def key(self, m: Any, kernel: Any) -> PRNGKeyArray:
         """The key for one call of a layer.
 
         Args:
-          m: M, (*stack, q, q).
+          m: M, (*stack, q, q); or a tree with the M's of many adapters first.
           kernel: The kernel, or the tree of arrays that a quantized kernel is.
         """
-        leaf = jax.tree.leaves(kernel)[0]
+        m, leaf = jax.tree.leaves(m)[0], jax.tree.leaves(kernel)[0]
 
         def make_key(m: jax.Array, leaf: jax.Array) -> PRNGKeyArray:
             key = jax.random.fold_in(jax.random.key(np.uint32(self.seed)), _hash(m))

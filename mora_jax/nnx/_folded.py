@@ -12,7 +12,7 @@ from flax import nnx
 from mora_jax._compute.fold import folded_kernel
 from mora_jax._flax.layer_rules import folded_kernels
 from mora_jax._spec import SUFFIX
-from mora_jax.nnx._param import is_m
+from mora_jax.nnx._param import is_m, value_of
 
 Read = Callable[[nnx.Module, str, jax.Array], jax.Array]
 """(module, name of its kernel, the kernel) to what its methods read."""
@@ -80,7 +80,7 @@ def with_delta(module: nnx.Module, name: str, kernel: jax.Array) -> jax.Array:
             f"{name} of {type(module).__name__} must be a floating-point array for "
             f"products.Folded, got {type(kernel).__name__}; is it quantized?"
         )
-    return folded_kernel(m.spec, m[...], kernel)
+    return folded_kernel(m.spec, value_of(m), kernel)
 
 
 def _on_copy(cls: type, method: Callable[..., Any], seen: Seen) -> Callable[..., Any]:

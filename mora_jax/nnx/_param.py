@@ -77,6 +77,11 @@ class TrainedParam(MoRAParam):
             )
 
 
+def value_of(m: MoRAParam) -> Any:
+    """The numbers of an M; or what `serving.select` has made of those of many."""
+    return m.get_value()
+
+
 def is_m(value: Any) -> bool:
     """Whether `value` is the variable of an M, and not of an array that trains."""
     return isinstance(value, MoRAParam) and not isinstance(value, TrainedParam)

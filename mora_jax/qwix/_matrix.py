@@ -12,7 +12,7 @@ from mora_jax._spec import SUFFIX, AdapterSpec
 from mora_jax.nnx._adapters import named_sharding
 from mora_jax.nnx._classes import DROPOUT
 from mora_jax.nnx._dropout import AdapterDropout
-from mora_jax.nnx._param import MoRAParam
+from mora_jax.nnx._param import MoRAParam, value_of
 from mora_jax.qwix import _private
 from mora_jax.sharding import adapter_sharding
 
@@ -30,7 +30,7 @@ def m_of(module: Any, name: str, spec: AdapterSpec) -> jax.Array | None:
     if _private.is_first_call(module) and not hasattr(module, name + SUFFIX):
         _attach(module, name, spec, _private.values_of(kernel))
     m = getattr(module, name + SUFFIX, None)
-    return None if m is None else m[...]
+    return None if m is None else value_of(m)
 
 
 def _attach(module: nnx.Module, name: str, spec: AdapterSpec, kernel: Any) -> None:

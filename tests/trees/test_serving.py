@@ -1,0 +1,290 @@
+"""A different adapter for each row of a batch: each row is as with its adapter alone."""
+
+import re
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from adapter_files import slow
+from cases import by_kind
+from flax import nnx
+from helpers import close, random, trained
+from jax.sharding import PartitionSpec as P
+from meshes import make_mesh, put, shardings
+from programs import case_of
+from twins import TWINS, nnx_model
+
+import mora_jax
+from mora_jax import MoRAConfig, linen, serving, sharding
+from mora_jax import nnx as mora
+from mora_jax._tuning import as_if_on
+
+INDICES = np.array([[0, 2], [2, -1], [1, 1]], np.int32)
+"""Of batches of two rows, three adapters in four slots."""
+
+
+def several(plan, number=3, dtype=None):
+    """Adapters as after training, each another."""
+    first = trained(plan)
+    return [
+        jax.tree.map(lambda m, k=k: jnp.roll(m, k, -1).astype(dtype or m.dtype), first)
+        for k in range(number)
+    ]
+
+
+def assert_rows_are_as_alone(case, tolerance=1e-5, dtype=None):
+    """For all `INDICES`, by one compiled program."""
+    adapters, traces = several(case.plan, dtype=dtype), []
+    stacked = serving.stack(adapters, case.plan, slots=4)
+
+    @jax.jit
+    def by_row(stacked, params, index, x):
+        traces.append(None)
+        return case.adapted(params, serving.select(stacked, index), x)
+
+    @jax.jit
+    def alone(adapters, params, x):
+        return case.base(params, x), [case.adapted(params, a, x) for a in adapters]
+
+    base, each = alone(adapters, case.params, case.x)
+    for index in INDICES:
+        got = by_row(stacked, case.params, index, case.x)
+        own = [base[b] if k < 0 else each[k][b] for b, k in enumerate(index)]
+        close(got, jnp.stack(own), tolerance)
+    assert np.abs(np.asarray(each[0] - base, np.float32)).max() > 5e-3
+    assert len(traces) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "api"),
+    [
+        ("einsums", "linen"),
+        ("scan-remat", "nnx"),
+        slow("scan-remat", "linen"),
+        slow("einsums", "nnx"),
+        slow("groups", "linen"),
+        slow("two-batches", "nnx"),
+        slow("tied", "linen"),
+        slow("scan-scan", "linen"),
+        slow("jit", "linen"),
+    ],
+)
+def test_models(name, api):
+    """Kernels of many axes, experts, scanned layers, convolutions, embeddings."""
+    assert_rows_are_as_alone(case_of(name, api))
+
+
+def test_sixteen_bits():
+    assert_rows_are_as_alone(case_of("dense-bfloat16", "linen"), 0.02, jnp.bfloat16)
+
+
+@by_kind
+def test_every_kind_of_operator(case):
+    """One layer, also as chips compute it, and its gradients by slots and input."""
+    op = case.make(24, 36, 10)
+    config = MoRAConfig(
+        operator=case.spec, square_rank=10, squares=op.squares, alpha=0.5
+    )
+    model, x = nn.Dense(36), random(0, 4, 3, 24)
+    params = {"kernel": random(1, 24, 36), "bias": random(2, 36)}
+    plan = mora_jax.plan(params, config)
+    apply, adapters, weights = linen.wrap(model, plan), several(plan), random(3, 4, 36)
+    stacked, index = serving.stack(adapters, plan), np.array([2, 0, -1, 2])
+
+    def loss(stacked, x):
+        y = apply(serving.select(stacked, index), {"params": params}, x)
+        return jnp.sum(weights[:, None] * y), y
+
+    def loss_alone(adapters, x):
+        rows = [
+            apply(adapters[k], {"params": params}, row) if k >= 0 else row @ w + bias
+            for k, row in zip(index, x, strict=True)
+        ]
+        return jnp.sum(weights[:, None] * jnp.stack(rows)), jnp.stack(rows)
+
+    w, bias = params["kernel"], params["bias"]
+    derive = {"argnums": (0, 1), "has_aux": True}
+    (_, expected), (by_m, by_x) = jax.jit(jax.value_and_grad(loss_alone, **derive))(
+        adapters, x
+    )
+    by_slots = jax.tree.map(lambda *ms: jnp.stack(ms), *by_m)["kernel_mora"]
+    for platform in ("cpu", "tpu"):
+        with as_if_on(platform):
+            run = jax.jit(jax.value_and_grad(loss, **derive))
+            (_, y), (slots, back) = run(stacked, x)
+        got = y, slots["kernel_mora"].m, back
+        close(got, (expected, by_slots, by_x))
+
+
+def test_float64_and_forward_mode(float64):
+    x, params = random(0, 2, 12, dtype=np.float64), {"kernel": random(1, 12, 16)}
+    plan = mora_jax.plan(params, MoRAConfig(square_rank=4, param_dtype="float64"))
+    apply = linen.wrap(nn.Dense(16, use_bias=False, param_dtype=x.dtype), plan)
+    params = jax.tree.map(lambda w: w.astype(x.dtype), params)
+    adapters = several(plan)
+    stacked = serving.stack(adapters, plan)
+
+    def by_row(stacked):
+        return apply(serving.select(stacked, [2, 0]), {"params": params}, x)
+
+    y, change = jax.jvp(by_row, (stacked,), (stacked,))
+    rows = [apply(adapters[k], {"params": params}, x)[b] for b, k in enumerate([2, 0])]
+    close(y, jnp.stack(rows), 1e-13)
+    close(change, y - x @ params["kernel"], 1e-13)
+
+
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+@pytest.mark.parametrize("operator", ["sharing", "rotation"])
+def test_meshes(kind, operator):
+    """Rows on some axes and features on others."""
+
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.Dense(32, name="up")(x)
+            return x if kind == "Explicit" else nn.Dense(16, name="down")(nn.gelu(x))
+
+    model, x, mesh = Model(), random(0, 4, 3, 16), make_mesh(kind, data=4, model=2)
+    kernels = {"up": random(1, 16, 32), "down": random(2, 32, 16)}
+    specs = {"up": P(None, "model"), "down": P("model", None)}
+    if kind == "Explicit":  # where sums over devices must be asked for
+        del kernels["down"]
+    params = {k: {"kernel": w, "bias": w[0]} for k, w in kernels.items()}
+    places = {k: {"kernel": specs[k], "bias": P(specs[k][1])} for k in kernels}
+    plan = mora_jax.plan(params, MoRAConfig(operator=operator, square_rank=4))
+    adapters, index = several(plan), np.array([2, 0, -1, 2])
+
+    def apply(plan):
+        adapted = linen.wrap(model, plan)
+
+        def run(stacked, params, index, x):
+            selected = serving.select(stacked, index)
+            return adapted(selected, {"params": params}, x)
+
+        return jax.jit(run)
+
+    stacked = serving.stack(adapters, plan)
+    expected = apply(plan)(stacked, params, index, x)
+    if kind == "Auto":
+        plan = sharding.plan_on_mesh(
+            plan, shardings(places, mesh), batch_axes="data", mesh=mesh
+        )
+    params = put(params, mesh, places)
+    x, index = put((x, index), mesh, (P("data"), P("data")))
+    stacked = jax.device_put(stacked, jax.NamedSharding(mesh, P()))
+    with jax.set_mesh(mesh):
+        close(np.asarray(apply(plan)(stacked, params, index, x)), np.asarray(expected))
+
+
+PARAMS = {"a": {"kernel": random(0, 12, 16)}, "s": {"kernel": random(1, 3, 8, 12)}}
+PLAN = mora_jax.plan(
+    PARAMS,
+    MoRAConfig(square_rank=4, squares=2, overrides={"s/kernel": {"axes": "sio"}}),
+)
+
+
+def test_slots_are_behind_layers_and_before_squares():
+    stacked = serving.stack(several(PLAN), PLAN, slots=5)
+    shapes = stacked["a"]["kernel_mora"].shape, stacked["s"]["kernel_mora"].shape
+    assert shapes == ((5, 2, 4, 4), (3, 5, 2, 4, 4))
+    assert not stacked["s"]["kernel_mora"].m[:, 3:].any()
+    empty = serving.stack([], PLAN, slots=2)
+    assert not any(m.any() for m in jax.tree.leaves(empty))
+
+
+def test_a_slot_is_replaced_in_place_by_one_program():
+    adapters = several(PLAN)
+    stacked = serving.stack(adapters[:2], PLAN, slots=3)
+    before = jax.tree.leaves(stacked)
+    stacked = serving.put(stacked, 2, adapters[2])
+    assert all(m.is_deleted() for m in before)
+    programs = serving._stack._put._cache_size()
+    stacked = serving.put(stacked, jnp.int32(0), adapters[1])
+    stacked = serving.put(stacked, 1, adapters[0])
+    assert serving._stack._put._cache_size() == programs
+    order = [adapters[k] for k in (1, 0, 2)]
+    chex.assert_trees_all_equal(stacked, serving.stack(order, PLAN))
+    same = jax.jit(serving.put, static_argnums=1)(stacked, 2, adapters[2])
+    chex.assert_trees_all_equal(same, serving.stack(order, PLAN))
+
+
+def test_in_a_compiled_function_of_nnx_the_model_is_changed():
+    case, traces = case_of("scan-remat", "nnx"), []
+    model = mora.wrap(nnx_model(TWINS["scan-remat"]), case.plan)
+    adapters = several(case.plan)
+    stacked = serving.stack(adapters, case.plan)
+    mora.set_adapters(model, serving.select(stacked, [-1, -1]))
+
+    @nnx.jit
+    def apply(model, stacked, index, x):
+        traces.append(None)
+        mora.set_adapters(model, serving.select(stacked, index))
+        return model(x)
+
+    ys = [apply(model, stacked, index, case.x) for index in INDICES]
+    assert len(traces) == 1 and mora.plan_of(model) == case.plan
+    mora.set_adapters(model, adapters[2])
+    close(ys[0][1], model(case.x)[1])
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda s, a: serving.stack(a, "plan"), TypeError, "plan must be a Plan"),
+        (lambda s, a: serving.stack(a[0], PLAN), TypeError, "must be a sequence"),
+        (lambda s, a: serving.stack([], PLAN), ValueError, "slots must be given"),
+        (lambda s, a: serving.stack(a, PLAN, slots=2), ValueError, "at least .* 3"),
+        (lambda s, a: serving.stack([a[0]["a"]], PLAN), ValueError, "adapters lack"),
+        (lambda s, a: serving.put(s, 4, a[0]), ValueError, "from 0 to 3, got 4"),
+        (lambda s, a: serving.put(s, -1, a[0]), ValueError, "from 0 to 3, got -1"),
+        (lambda s, a: serving.put(s, 0.5, a[0]), TypeError, "slot must be integers"),
+        (lambda s, a: serving.put(a[0], 0, a[0]), TypeError, "stacked must be"),
+        (lambda s, a: serving.put(s, 0, {"a": a[0]["a"]}), ValueError, "adapters lack"),
+        (
+            lambda s, a: serving.put(s, 0, jax.tree.map(lambda m: m / 0, a[0])),
+            ValueError,
+            "holds NaN",
+        ),
+        (
+            lambda s, a: serving.put(s, 0, jax.tree.map(lambda m: m[..., :2], a[0])),
+            ValueError,
+            "must have shape",
+        ),
+        (lambda s, a: serving.select(s, [0, 4]), ValueError, "from -1 to 3, got 4"),
+        (lambda s, a: serving.select(s, 3), ValueError, "an integer for each row"),
+        (lambda s, a: serving.select(a[0], [0]), TypeError, "stacked must be"),
+        (lambda s, a: mora_jax.delta_weight(s, PLAN), TypeError, "serving.select"),
+        (
+            lambda s, a: mora_jax.delta_weight(serving.select(s, [0]), PLAN),
+            TypeError,
+            "only linen.wrap and nnx.set_adapters",
+        ),
+    ],
+)
+def test_bad_input(call, error, message, unchecked):
+    adapters = several(PLAN)
+    with pytest.raises(error, match=message):
+        call(serving.stack(adapters, PLAN, slots=4), adapters)
+
+
+@pytest.mark.parametrize(
+    ("name", "api", "message"),
+    [
+        ("generals", "linen", "batched/kernel: axis 1 .* (2, 5, 3)"),
+        ("bare-experts", "nnx", "up: the layer reads its kernel .* products.Folded"),
+    ],
+)
+def test_layers_without_rows_are_refused(name, api, message):
+    case = case_of(name, api)
+    stacked = serving.stack(several(case.plan), case.plan)
+    with pytest.raises(ValueError, match=re.sub(r"([()])", r"\\\1", message)):
+        case.adapted(case.params, serving.select(stacked, [0, 1]), case.x)
+
+
+def test_trained_arrays_are_refused():
+    plan = mora_jax.plan(PARAMS, MoRAConfig(rank=1, train="s/kernel", exclude="s/.*"))
+    with pytest.raises(ValueError, match="s/kernel: the plan trains .* share it"):
+        serving.stack([], plan, slots=2)
