@@ -1,4 +1,4 @@
-"""The endpoints, and their errors.
+"""The endpoints of the service.
 
 They run in one event loop. Decoding runs in the engine's thread, and files are read in
 another, so that no request waits for the work of another one in here.
@@ -14,16 +14,19 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from starlette.applications import Starlette
-from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from examples.serving.adapters import Adapters, Held, UnknownAdapter, UnusableAdapter
 from examples.serving.engine import Engine
+from examples.serving.errors import HANDLERS, checked, full, late, unknown
 from examples.serving.jobs import End, Event, Full, Job
 from examples.serving.protocol import Answer, Refusal, Wanted, models, parse
 from examples.serving.streams import Stream, read_body, unless_gone
+
+READ_SECONDS = 10.0
+"""The time for a client to read what is left of a stream whose time is over."""
 
 log = logging.getLogger("uvicorn.error")
 
@@ -108,12 +111,7 @@ class Service:
                 Route("/v1/models/{name}", self.model),
                 Route("/health", self.health),
             ],
-            exception_handlers={
-                Refusal: _refuse,
-                HTTPException: _no_such_route,
-                ClientDisconnect: _nobody_there,
-                Exception: _failed,
-            },
+            exception_handlers=HANDLERS,
             lifespan=self._lifespan,
         )
 
@@ -158,7 +156,7 @@ class Service:
         for entry in models(self.base, await self._names())["data"]:
             if entry["id"] == request.path_params["name"]:
                 return JSONResponse(entry)
-        raise _unknown(request.path_params["name"])
+        raise unknown(request.path_params["name"])
 
     async def _names(self) -> list[str]:
         names = await asyncio.to_thread(self.adapters.names)
@@ -179,7 +177,8 @@ class Service:
                 return JSONResponse(call.answer.whole(*first))
             streams = True
             parts = self._parts(call, first, pieces, wanted.include_usage)
-            return Stream(parts, on_end=lambda: self._give_up(call))
+            seconds = deadline - time.monotonic() + READ_SECONDS
+            return Stream(parts, seconds, on_end=lambda: self._give_up(call))
         finally:
             if not streams:
                 self._give_up(call)
@@ -222,7 +221,7 @@ class Service:
         try:
             self.engine.submit(job)
         except Full as error:
-            raise _full(error) from None
+            raise full(error) from None
         call.job = job
         if wanted.stream:
             return await anext(pieces)
@@ -234,14 +233,14 @@ class Service:
             async with asyncio.timeout(deadline - time.monotonic()):
                 return await self.adapters.acquire(name)
         except UnknownAdapter:
-            raise _unknown(name) from None
+            raise unknown(name) from None
         except UnusableAdapter as error:
             told = f"the adapter {name} cannot be used: {error}"
             raise Refusal(503, told, "adapter_unusable", "model") from None
         except Full as error:
-            raise _full(error) from None
+            raise full(error) from None
         except TimeoutError:
-            raise _late() from None
+            raise late() from None
 
     def _hear_of(self, call: Call, event: Event) -> None:
         """Pass an event on; after the last one the adapter may leave its slot."""
@@ -276,7 +275,7 @@ class Service:
                 pending.clear()
                 yield text
             if ended:
-                yield _checked(event)
+                yield checked(event)
                 return
 
     async def _parts(
@@ -296,50 +295,3 @@ class Service:
         if include_usage:
             yield answer.usage()
         yield "[DONE]"
-
-
-def _checked(end: End) -> End:
-    """The end, if it is one that an answer may have."""
-    if end is End.LATE:
-        raise _late()
-    if end in (End.FAILED, End.GONE):
-        raise Refusal(500, "the engine has failed", "engine_failed")
-    return end
-
-
-def _late() -> Refusal:
-    return Refusal(504, "the request took too long", "timeout")
-
-
-def _unknown(name: str) -> Refusal:
-    told = f"the model {name[:64]!r} does not exist"
-    return Refusal(404, told, "model_not_found", "model")
-
-
-def _full(error: Full) -> Refusal:
-    return Refusal(503 if error.stopping else 429, str(error), "overloaded")
-
-
-async def _refuse(_: Request, error: Exception) -> Response:
-    assert isinstance(error, Refusal)
-    headers = {}
-    if error.status in (429, 503):
-        headers = {"retry-after": "1"}
-    if error.status in (408, 413):  # the rest of the body is not read
-        headers = {"connection": "close"}
-    return JSONResponse(error.json(), error.status, headers)
-
-
-async def _no_such_route(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    told = f"{request.method} {request.url.path[:128]}: {error.detail}"
-    refusal = Refusal(error.status_code, told, "not_found")
-    return JSONResponse(refusal.json(), error.status_code, error.headers)
-
-
-async def _nobody_there(*_: Any) -> Response:
-    return Response(status_code=499)
-
-
-async def _failed(request: Request, error: Exception) -> Response:
-    return await _refuse(request, Refusal(500, "the service has failed", "failed"))

@@ -70,21 +70,25 @@ class Stream(Response):
 
     Args:
         pieces: Each is a text, or something that JSON can hold.
+        seconds: The time for all of it, since a client may stop reading.
         on_end: A function to call after the last one, or when the client has hung up.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, pieces: AsyncIterator[Any], on_end: Callable[[], None]) -> None:
+    def __init__(
+        self, pieces: AsyncIterator[Any], seconds: float, on_end: Callable[[], None]
+    ) -> None:
         super().__init__(headers={"cache-control": "no-store"})
         del self.headers["content-length"]
-        self._pieces, self._on_end = pieces, on_end
+        self._pieces, self._seconds, self._on_end = pieces, seconds, on_end
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """Send all events."""
         try:
-            with contextlib.suppress(ClientDisconnect):
-                await unless_gone(receive, self._send(send))
+            with contextlib.suppress(ClientDisconnect, TimeoutError):
+                async with asyncio.timeout(self._seconds):
+                    await unless_gone(receive, self._send(send))
         finally:
             self._on_end()
 
