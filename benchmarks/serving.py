@@ -83,7 +83,8 @@ def arguments() -> argparse.Namespace:
     add("--quick", action="store_true", help="a few adapters and requests")
     args = parser.parse_args()
     if args.quick:
-        args.adapters, args.requests, args.rounds, args.copies = 4, 60, 2, 2
+        args.adapters, args.rounds, args.copies = 4, 2, 2
+        args.requests = min(args.requests, 60)
         args.slots, args.rows, args.clients = 3, 4, 8
     args.rate = args.rate or (1e-2 if args.model == "tiny" else 1e-3)
     return args

@@ -3,14 +3,15 @@
 You will see which kernels are adapted, how long compiling takes, and an address. Each
 adapter in the directory is a model there, named as its folder; rows of different
 adapters are decoded in one step. This is an example for one machine: it knows its
-clients by nothing, and it has one process. A start without weights, and a question:
+clients by nothing, and it has one process. After `examples.teach_facts`, whose adapter
+is in `out/teach_facts`:
 
-    python -m examples.serve_many --model tiny --adapters out/adapters
+    python -m examples.serve_many --adapters out
     curl http://127.0.0.1:8000/v1/chat/completions -d \
-        '{"model": "law", "messages": [{"role": "user", "content": "Hi"}]}'
+        '{"model": "teach_facts", "messages": [{"role": "user", "content": "Hi"}]}'
 
-`--model smollm2` is SmolLM2-135M, for the adapters that `examples.teach_facts` makes;
-rank and operator must be theirs. SIGTERM ends the service when all answers have ended.
+Rank, operator and seed must be those of the adapters. `--model tiny` is a small random
+model that needs no weights. SIGTERM ends the service when all answers have ended.
 docs/serving.md has the protocol, the limits, and what happens when files are damaged.
 """
 
@@ -45,7 +46,7 @@ def options() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
     add = parser.add_argument
     add("--model", default="smollm2", help="smollm2, tiny, or a Llama as a folder")
-    add("--adapters", type=Path, required=True, help="a folder of adapters' folders")
+    add("--adapters", type=Path, default=Path("out"), help="folder of their folders")
     add("--rank", type=positive, default=8, help="that of the adapters")
     add("--operator", default="auto", help="that of the adapters")
     add("--seed", type=int, default=0, help="that of the adapters")
