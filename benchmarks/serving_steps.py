@@ -9,6 +9,7 @@ import numpy as np
 
 import mora_jax
 from benchmarks.harness import Contender, Row, race, ratio
+from benchmarks.serving_merged import unadapted
 from models import decoding
 from models.smollm2 import Llama
 from mora_jax import linen, serving
@@ -38,11 +39,6 @@ class _Turns:
         return tokens
 
 
-def _unadapted(model: Llama) -> Any:
-    """The model alone, in the form that `decoding.Programs` takes."""
-    return lambda _, *args, **kwargs: model.apply(*args, **kwargs)
-
-
 def compare(
     model: Llama,
     params: Any,
@@ -65,7 +61,7 @@ def compare(
     cache = functools.partial(decoding.new_cache, model.config)
     many = decoding.Programs(apply, serving.select).step
     alone = decoding.Programs(apply, lambda adapters, _: adapters).step
-    base = decoding.Programs(_unadapted(model), lambda *_: None).step
+    base = decoding.Programs(unadapted(model), lambda *_: None).step
     copies = [mora_jax.merge(params, each, plan) for each in adapters]
     each, share = rows // count, none[: rows // count]
     contenders: dict[str, Any] = {

@@ -21,7 +21,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,9 @@ from examples.serving.engine import Engine
 from examples.serving.http import Limits, Service
 from models import bytelevel, decoding, smollm2
 from models.options import positive
-from mora_jax import MoRAConfig, linen, serving
+from mora_jax import MoRAConfig, Plan, linen, serving
+
+MakeEngine = Callable[[argparse.Namespace, smollm2.Llama, Any, Plan], Engine]
 
 CONNECTIONS = 1024
 """The largest number of connections at once."""
@@ -69,20 +71,16 @@ def load(name: str) -> tuple[smollm2.Llama, Any, Any]:
     return smollm2.load(None if name == "smollm2" else Path(name))
 
 
-def make_service(args: argparse.Namespace) -> Service:
-    """The service, compiled and started."""
-    model, params, tokenizer = load(args.model)
-    config = MoRAConfig(rank=args.rank, operator=args.operator, seed=args.seed)
-    ids = jnp.zeros((1, 8), jnp.int32)
-    plan = linen.plan(model, {"params": params}, config, ids)
-    print(plan, flush=True)
-    apply = linen.wrap(model, plan)
+def make_engine(
+    args: argparse.Namespace, model: smollm2.Llama, params: Any, plan: Plan
+) -> Engine:
+    """The engine, with empty slots."""
     stacked = serving.stack([], plan, slots=args.slots)
     stacked = serving.put(stacked, 0, mora_jax.init(plan))  # which compiles it
     held = sum(leaf.nbytes for leaf in jax.tree.leaves(stacked))
     print(f"{args.slots} slots for adapters: {held / 2**20:,.0f} MiB", flush=True)
-    engine = Engine(
-        programs=decoding.Programs(apply, serving.select),
+    return Engine(
+        programs=decoding.Programs(linen.wrap(model, plan), serving.select),
         config=model.config,
         params=params,
         stacked=stacked,
@@ -92,6 +90,18 @@ def make_service(args: argparse.Namespace) -> Service:
         queue=args.queue,
     )
 
+
+def make_service(
+    args: argparse.Namespace, make_engine: MakeEngine = make_engine
+) -> Service:
+    """The service, compiled and started."""
+    model, params, tokenizer = load(args.model)
+    config = MoRAConfig(rank=args.rank, operator=args.operator, seed=args.seed)
+    ids = jnp.zeros((1, 8), jnp.int32)
+    plan = linen.plan(model, {"params": params}, config, ids)
+    print(plan, flush=True)
+    engine = make_engine(args, model, params, plan)
+
     async def change(slot: int, adapters: Any) -> None:
         await asyncio.wrap_future(engine.change(slot, adapters))
 
@@ -99,17 +109,18 @@ def make_service(args: argparse.Namespace) -> Service:
     limits = Limits(args.max_body, min(args.max_tokens, args.context), args.timeout)
     start = time.perf_counter()
     engine.start()
-    lengths = ", ".join(map(str, engine.lengths()))
-    seconds = time.perf_counter() - start
+    seconds, lengths = time.perf_counter() - start, map(str, engine.lengths())
     print(
-        f"compiled in {seconds:.0f} s: prompts of {lengths} tokens, and a step of "
-        f"{args.rows} rows",
+        f"compiled in {seconds:.0f} s: prompts of {', '.join(lengths)} tokens, "
+        f"and a step of {args.rows} rows",
         flush=True,
     )
     return Service(engine, adapters, tokenizer, Path(args.model).name, limits)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(
+    argv: Sequence[str] | None = None, make_engine: MakeEngine = make_engine
+) -> None:
     """Serve until SIGTERM or SIGINT comes."""
     parser = options()
     args = parser.parse_args(argv)
@@ -118,7 +129,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: sys.exit(0))  # also after the last answer
     listener = socket.create_server((args.host, args.port), backlog=CONNECTIONS)
-    service = make_service(args)
+    service = make_service(args, make_engine)
     config = uvicorn.Config(
         service.app,
         log_level="warning",

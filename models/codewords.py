@@ -53,13 +53,19 @@ class Teacher:
         variables: The frozen variables.
         tokenizer: What has `encode` and `decode`.
         rate: The learning rate.
+        questions: The questions to be answered.
     """
 
     def __init__(
-        self, apply: Callable[..., Any], variables: Any, tokenizer: Any, rate: float
+        self,
+        apply: Callable[..., Any],
+        variables: Any,
+        tokenizer: Any,
+        rate: float,
+        questions: Sequence[str] = QUESTIONS,
     ) -> None:
         self.apply, self.variables, self.tokenizer = apply, variables, tokenizer
-        self.prompts = [tokenizer.encode(conversation(q)) for q in QUESTIONS]
+        self.prompts = [tokenizer.encode(conversation(q)) for q in questions]
         self.longest = 16
         tx = optax.adam(rate)
 

@@ -184,7 +184,8 @@ def test_serving(tmp_path):
     printed = run("serving", f"--quick --rounds 1 --requests 30 --out {out}")
     found = json.loads(out.read_text())
     loads = {row["load"]: row for row in found["results"]}
-    assert list(loads) == ["4 adapters", "1 adapter", "with faults"]
+    kinds = ["4 adapters", "1 adapter", "with faults", "2 merged copies"]
+    assert list(loads) == kinds
     for row in loads.values():
         assert row["right"] + row["refused"] >= 30 and row["wrong"] == row["lost"] == 0
         assert 0 < row["p50_ms"] <= row["p99_ms"] and row["tokens_per_second"] > 0
