@@ -15,7 +15,7 @@ run = $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
 .PHONY: help demo demo-nnx demo-sharded serve quickstart bench bench-layer bench-growth \
-  bench-scale bench-torch bench-chips bench-serving bench-quality test \
+  bench-many bench-scale bench-torch bench-chips bench-serving bench-quality test \
   test-slow test-all test-tunix test-gemma test-peft test-chips lint wheel clean env \
   tools
 
@@ -49,6 +49,9 @@ bench: env ## a training step against the frozen model and LoRA, in turns
 
 bench-layer: env ## one layer, both ways to compute it, beside a model of the cost
 	$(run) -m benchmarks.one_layer $(ARGS)
+
+bench-many: env ## a different adapter for each row against one, merged copies and LoRAs
+	$(run) -m benchmarks.many_adapters $(ARGS)
 
 bench-growth: env ## how an adapter's cost grows with each size of a model
 	$(run) -m benchmarks.growth $(ARGS)

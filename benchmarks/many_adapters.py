@@ -168,12 +168,19 @@ def measured(case: Case, args: argparse.Namespace) -> list[Row]:
     return [row | {"megabytes": sizes[row["method"]]} for row in found]
 
 
-def priced(case: Case, chip: str, args: argparse.Namespace) -> list[Row]:
-    """A row for each method, by a roofline of its program for a chip."""
+def chip_shardings(chips: list[str]) -> dict[str, Any]:
+    """{chip: the sharding of whole arrays on it}; before JAX computes anything."""
+    if not chips:
+        return {}
     from benchmarks import topologies
+
+    return {chip: topologies.on_first(topologies.devices(chip)) for chip in chips}
+
+
+def priced(case: Case, chip: str, where: Any, args: argparse.Namespace) -> list[Row]:
+    """A row for each method, by a roofline of its program for a chip."""
     from benchmarks.roofline import measure
 
-    where = topologies.on_first(topologies.devices(chip))
     shared = case.shape(case.width, case.width)
     x = case.shape(case.rows, case.tokens, case.width)
     index = jax.ShapeDtypeStruct((case.rows,), jnp.int32)
@@ -219,23 +226,29 @@ def main(argv: list[str] | None = None) -> None:
     if args.quick:
         args.width, args.rank, args.slots, args.rounds = 128, 2, [1, 8], 3
         args.prefill = [2, 16]
+    places = chip_shardings(args.chips)
     check(args.operator)
-    phases = {"decode": (args.decode, 1), "prefill": tuple(args.prefill)}
+    prompts = args.prefill[0], args.prefill[1]
+    phases = {"decode": (args.decode, 1), "prefill": prompts}
     results: list[Row] = []
     for chip, phase, slots in itertools.product(args.chips or [""], phases, args.slots):
         dtype = jnp.bfloat16 if chip else jnp.float32
-        sizes = args.width, args.rank, args.operator, *phases[phase], slots
-        case = Case(*sizes, dtype)
-        rows = priced(case, chip, args) if chip else measured(case, args)
-        for row in rows:
+        rows, tokens = phases[phase]
+        layer = args.width, args.rank, args.operator
+        case = Case(*layer, rows, tokens, slots, dtype)
+        if chip:
+            found = priced(case, chip, places[chip], args)
+        else:
+            found = measured(case, args)
+        for row in found:
             copies = 1 if row["method"] in (FROZEN, ONE) else slots
             row |= {"phase": phase, "slots": slots, "chip": chip}
             row |= {"milliseconds": 1e3 * row["seconds"]}
             row |= {"each": row["megabytes"] / copies}
             row |= {"throughput": case.rows * case.tokens / row["seconds"]}
         title = f"{phase}, {case.rows} rows x {case.tokens} tokens, N = {slots}"
-        harness.show(COLUMNS, rows, f"{title}, {chip}" if chip else title)
-        results += rows
+        harness.show(COLUMNS, found, f"{title}, {chip}" if chip else title)
+        results += found
     harness.save(results, args)
 
 

@@ -8,7 +8,8 @@ from benchmarks.hlo import SLICES, UPDATE, Instruction, Program, Step, main_memo
 def bytes_moved(program: Program, step: Step) -> float:
     """The bytes of main memory that one run of an instruction reads and writes.
 
-    A fusion reads of an operand what it slices, if it does nothing else with it.
+    A fusion reads of an operand what it slices or gathers, if it does nothing else with
+    it.
     An update of a slice is done in place, if it is fused or in a loop. A collective
     that is carried on beside a product moves nothing there.
     """
@@ -74,7 +75,9 @@ def _read_of(program: Program, name: str, value: str, size: float) -> float:
     for each in program.computations[name].values():
         if value not in each.operands:
             continue
-        if each.opcode in SLICES:
+        if each.opcode in SLICES or (
+            each.opcode == "gather" and each.operands[0] == value
+        ):
             total += sum(array.bytes for array in each.arrays)
         elif each.opcode in ("bitcast", "get-tuple-element"):
             total += _read_of(program, name, each.name, size)

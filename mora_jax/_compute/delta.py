@@ -5,9 +5,10 @@ r"""The equation: a layer's own product, and what its adapter adds to it.
 `ProductByM.forward` is D(C(x) M), see `by_m`. `scaled` multiplies M by alpha, before
 anything else is done with M, since alpha D(C(x) M) = D(C(x) (alpha M)). `add_delta`
 adds the result to x W, which the layer itself computes. Nothing else in the library
-multiplies by M or by alpha. The rest of this file says what takes the place of x (the
-rows of a batch, the unit vectors of an embedding, the outputs of a convolution), and
-where the devices are that compute it.
+multiplies by M or by alpha, except for `by_row`, where each row of a batch has its own
+M. The rest of this file says what takes the place of x (the rows of a batch, the unit
+vectors of an embedding, the outputs of a convolution), and where the devices are that
+compute it.
 """
 
 import dataclasses
@@ -268,8 +269,7 @@ def add_delta(
     Args:
       y: The layer's output.
       spec: The adapter.
-      m: M, (*stack, q, q), with the stack axes of `product`; or one for each row of a
-        batch.
+      m: M, (*stack, q, q), with the stack axes of `product`; or one for each row.
       x: The layer's input.
       product: What the layer computes.
       dropout_key: A key to drop some of what the adapter sees of `x`; None for nothing.

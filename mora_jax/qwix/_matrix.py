@@ -8,6 +8,7 @@ from flax import nnx
 from jaxtyping import PRNGKeyArray
 
 from mora_jax._matrix import init_adapter
+from mora_jax._slots import Selected
 from mora_jax._spec import SUFFIX, AdapterSpec
 from mora_jax.nnx._adapters import named_sharding
 from mora_jax.nnx._classes import DROPOUT
@@ -17,11 +18,17 @@ from mora_jax.qwix import _private
 from mora_jax.sharding import adapter_sharding
 
 
-def m_of(module: Any, name: str, spec: AdapterSpec) -> jax.Array | None:
-    """M, made when the module is initialised; None in an NNX model that was merged."""
+def m_of(module: Any, name: str, spec: AdapterSpec) -> Any:
+    """M, made when the module is initialised; None in an NNX model that was merged.
+
+    Each row of a batch may have an M of its own (`serving.select`).
+    """
     kernel = _private.parameters_of(module)[name]
     if isinstance(module, nn.Module):
         assert module.scope is not None
+        given = module.scope.get_variable("params", name + SUFFIX)
+        if isinstance(given, Selected):  # its arrays have not M's shape
+            return given
 
         def start(key: PRNGKeyArray) -> Any:
             return _private.boxed_as(kernel, init_adapter(spec, key))
@@ -45,7 +52,7 @@ def _attach(module: nnx.Module, name: str, spec: AdapterSpec, kernel: Any) -> No
 
 
 def dropout_key(
-    module: Any, name: str, spec: AdapterSpec, m: jax.Array
+    module: Any, name: str, spec: AdapterSpec, m: Any
 ) -> PRNGKeyArray | None:
     """The key of a call's dropout; None for no dropout."""
     if spec.dropout == 0:

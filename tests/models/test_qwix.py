@@ -614,3 +614,31 @@ def test_another_version_of_qwix(monkeypatch):
         ImportError, match=r"0\.1\.5 to 0\.1\.8.*is installed and lacks"
     ):
         importlib.import_module("mora_jax.qwix")
+
+
+@pytest.mark.parametrize("api", APIS)
+def test_each_row_of_a_batch_has_its_own_adapter(api):
+    x, index = random(0, 3, 2, 16), [2, -1, 0]
+    provider = MoRAProvider(module_path=".*", square_rank=4, **INT8)
+    if api == "linen":
+        model = qwix.apply_lora_to_model(nn.Dense(24), provider)
+        base, _ = mora_jax.split(model.init(KEY, x)["params"])
+        plan = plan_of(model, x)
+
+        def apply(adapters):
+            return model.apply({"params": mora_jax.combine(base, adapters)}, x)
+
+    else:
+        plain, rngs = nnx.Linear(16, 24, rngs=nnx.Rngs(0)), nnx.Rngs(0)
+        model = qwix.apply_lora_to_model(plain, provider, x, rngs=rngs)
+        plan = mora.plan_of(model)
+
+        def apply(adapters):
+            mora.set_adapters(model, adapters)
+            return model(x)
+
+    first = random_like(jax.eval_shape(lambda: mora_jax.init(plan)))
+    adapters = [jax.tree.map(lambda m, k=k: k * m, first) for k in (1, 2, 3, 0)]
+    stacked = mora_jax.serving.stack(adapters[:3], plan)
+    alone = [apply(adapters[k])[b] for b, k in enumerate(index)]
+    close(apply(mora_jax.serving.select(stacked, index)), jnp.stack(alone))
