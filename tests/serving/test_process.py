@@ -26,12 +26,11 @@ def test_sigterm_finishes_streams(tmp_path):
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment()
     ) as process:
-        for line in process.stdout:
-            if found := re.search(
-                r"example for one machine: 0 adapters at (\S+)", line
-            ):
-                break
-        client = openai.OpenAI(base_url=found[1], api_key="none", max_retries=0)
+        assert process.stdout is not None
+        address = None
+        while address is None and (line := process.stdout.readline()):
+            address = re.search(r"one machine: 0 adapters at (\S+)", line)
+        client = openai.OpenAI(base_url=address[1], api_key="none", max_retries=0)
 
         def ask(seed):
             return client.chat.completions.create(
