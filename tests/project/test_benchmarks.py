@@ -187,3 +187,24 @@ def test_a_step_is_timed_after_steps_of_its_own_kind():
     turns = ["".join(ran[k : k + 3]) for k in range(0, len(ran), 3)]
     assert sorted(turns) == 4 * ["aaa"] + 4 * ["bbb"]
     assert all(len(one.seconds) == 3 for one in contenders.values())
+
+
+@pytest.mark.slow
+def test_serving(tmp_path):
+    """A service under load and faults; each answer is checked by the benchmark."""
+    out = tmp_path / "serving.json"
+    printed = run("serving", f"--quick --rounds 1 --requests 30 --out {out}")
+    found = json.loads(out.read_text())
+    loads = {row["load"]: row for row in found["results"]}
+    kinds = ["4 adapters", "1 adapter", "with faults", "2 merged copies"]
+    assert list(loads) == kinds
+    for row in loads.values():
+        assert row["right"] + row["refused"] >= 30 and row["wrong"] == row["lost"] == 0
+        assert 0 < row["p50_ms"] <= row["p99_ms"] and row["tokens_per_second"] > 0
+        assert f"| {row['load']} |" in printed
+    faults = found["settings"]["faults"]
+    assert {"bad requests", "hang-ups"} <= set(faults) and not any(
+        " got " in name for name in faults
+    )
+    steps = [row["method"] for row in found["settings"]["steps"]]
+    assert steps[0] == "the base" and len(steps) == 5
