@@ -287,21 +287,23 @@ def add_delta(
             return add_delta(y, spec, m, x, product, key, precision, factor)
 
         return with_auto_axes(add, sharding, y, m, x, dropout_key)
-    x, ndim = jnp.asarray(x), len(product.axes)
-
-    def added_by(m: ArrayLike, x: jax.Array) -> jax.Array:
-        delta = Delta.of(spec, m, dtype=y.dtype, ndim=ndim, precision=precision, x=x)
-        return product.delta(delta, x)
-
-    added_to: Any = added_by
+    x, settings = jnp.asarray(x), {"dtype": y.dtype, "precision": precision}
+    delta_of = functools.partial(Delta.of, spec, ndim=len(product.axes), **settings)
+    added_to: Callable[[jax.Array], jax.Array]
     if isinstance(m, Selected):
-        added_to = functools.partial(by_row, spec, product, added_by, precision)
+
+        def for_one(m: ArrayLike, x: jax.Array) -> jax.Array:
+            return product.delta(delta_of(m, x=x), x)
+
+        added_to = functools.partial(by_row, spec, product, for_one, precision, m)
+    else:
+        added_to = functools.partial(product.delta, delta_of(m, x=x))
     if isinstance(product, Lookup):  # an index is dropped with its row
-        added = undisturbed(added_to)(m, x)
+        added = undisturbed(added_to)(x)
         added = _dropout(added, (*x.shape, 1), dropout_key, spec.dropout)
     else:
         x = _dropout(x.astype(y.dtype), x.shape, dropout_key, spec.dropout)
-        added = undisturbed(added_to)(m, x)
+        added = undisturbed(added_to)(x)
     return y + (added if factor is None else added * factor.astype(y.dtype))
 
 
