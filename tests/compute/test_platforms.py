@@ -8,7 +8,7 @@ import numpy as np
 import oracle
 import pytest
 from adapter_files import slow
-from cases import by_case, by_kind
+from cases import by_kind
 from helpers import close, random
 from jax.test_util import check_grads
 
@@ -43,7 +43,7 @@ def loss(m, kernel, x, frozen):
     return jnp.sum(jnp.sin(apply(m, dataclasses.replace(frozen, kernel=kernel), x)))
 
 
-@by_case
+@by_kind
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("sizes", [SIZES, slow(MORE)], ids=["some", "more"])
 def test_the_output_and_all_derivatives(platform, case, way, sizes, float64):
@@ -63,7 +63,7 @@ def test_the_output_and_all_derivatives(platform, case, way, sizes, float64):
 
 
 @by_kind
-@pytest.mark.parametrize("rows", [0, 2 * ORDERED_ROWS, ORDERED_ROWS + 1])
+@pytest.mark.parametrize("rows", [0, slow(2 * ORDERED_ROWS), ORDERED_ROWS + 1])
 def test_the_gradient_of_many_rows_or_none(platform, case, rows, float64):
     """Some operators go through them in steps."""
     for ins, outs in ((16, 8), (8, 16)):

@@ -26,7 +26,6 @@ from mora_jax.products import DENSE, Contraction, Lookup
 
 ALPHA = 0.7
 WAYS = ("activation", "fold")
-by_way = pytest.mark.parametrize("way", WAYS)
 # Widths, q and rows: narrowing, widening, square; wrapping around, more than once too;
 # with fewer rows than q and with more.
 SIZES = (24, 10, 10, 3), (7, 13, 4, 9), (13, 7, 4, 3), (12, 12, 6, 9)
@@ -82,7 +81,7 @@ def test_oracle(case, way, size, float64):
 
 
 @by_kind
-@by_way
+@pytest.mark.parametrize("way", [slow("activation"), "fold"])
 def test_second_derivatives(case, way, float64):
     """Of a widening layer, by differences of first ones, which are the oracle's."""
     frozen = make(case, 6, 10, 4, way)
@@ -216,7 +215,7 @@ FOLDING = {
 }
 
 
-@pytest.mark.parametrize("name", FOLDING)
+@pytest.mark.parametrize("name", ["mixed", slow("scanned"), "NNX", slow("MoRADense")])
 def test_layers_fold(name):
     (make, layers), results = FOLDING[name], []
     for way, each in (("fold", 1), ("activation", 2)):

@@ -24,7 +24,7 @@ MODEL = llama()
 APPLY = jax.jit(MODEL.apply)
 
 
-@pytest.mark.parametrize("mora_type", [1, 2, 6])
+@pytest.mark.parametrize("mora_type", [slow(1), slow(2), 6])
 def test_logits_and_merged_weights_are_the_references(tmp_path, mora_type):
     params, directory = base(mora_type), DATA / f"type{mora_type}"
     adapters, plan = io.load_peft_mora(directory, params, NAMES)

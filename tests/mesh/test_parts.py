@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from adapter_files import slow
-from cases import by_case
+from cases import by_case, by_kind
 from helpers import close, random
 
 from mora_jax._compute.delta import Delta
@@ -77,7 +77,7 @@ by_fold = pytest.mark.parametrize(
 
 
 @by_fold
-@by_case
+@by_kind
 def test_parts_of_a_fold_make_the_whole(case, platform, size):
     """Bit for bit in bfloat16, whose dither is that of the whole kernel."""
     ins, outs, q, in_parts, out_parts = size

@@ -46,11 +46,11 @@ def llama_program(apply, arrays):
     return jax.jit(jax.value_and_grad(loss, (0, 1))).lower(*arrays).compile()
 
 
-SLOW_RUNS = [slow(name, "auto") for name in OPERATORS if name != "sharing"]
-SLOW_RUNS += [slow("sharing", "fold"), slow("rotation", "fold")]
+RUNS = [slow(name, "auto") for name in OPERATORS]
+RUNS += [slow("sharing", "fold"), slow("rotation", "fold")]
 
 
-@pytest.mark.parametrize(("operator", "execution"), [("sharing", "auto"), *SLOW_RUNS])
+@pytest.mark.parametrize(("operator", "execution"), RUNS)
 def test_a_llama_learns_as_on_one_device(operator, execution):
     """With FSDP, tensor parallelism and remat; only M's gradient is sent.
 

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 SCRIPT = Path(__file__).parents[1] / "quantized.py"
 
 
-@pytest.mark.parametrize("order", [slow("plain-first"), "quantized-first"])
+@pytest.mark.parametrize("order", [slow("plain-first"), slow("quantized-first")])
 def test_what_ran_before_makes_no_difference(order):
     """Linen and NNX, QT and PTQ, added and folded, in a process of their own."""
     env = os.environ | {"PYTHONPATH": str(SCRIPT.parents[1])}

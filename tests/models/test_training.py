@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 import optax
+import pytest
 from flax.training.train_state import TrainState
 from helpers import close, trained
 from twins import BATCH, CONFIG, HIDDEN, TIME, WIDTH
@@ -47,6 +48,7 @@ class Transformer(nn.Module):
         return embed.attend(nn.LayerNorm()(x))
 
 
+@pytest.mark.slow
 def test_transformer_learns():
     """In Flax's TrainState; the merged model draws the same of the base's dropout."""
     model, config = Transformer(), dataclasses.replace(CONFIG, dropout=0.1)
