@@ -179,7 +179,7 @@ def set_adapters(
     variables = [*adapter_variables(model), *trained_variables(model)]
     for (_, variable), (_, m) in zip(variables, new, strict=True):
         if isinstance(m, Selected) or isinstance(value_of(variable), Selected):
-            variable.set_value(m)
+            variable.copy_from(variable.replace(m))  # `[...]` sets arrays alone
             continue
         sharding = named_sharding(variable)
         if sharding is not None and not isinstance(m, Tracer) and not m.committed:

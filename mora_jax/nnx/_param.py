@@ -5,6 +5,8 @@ from typing import Any
 
 from flax import nnx
 
+from mora_jax._paths import unboxed
+from mora_jax._slots import Selected
 from mora_jax._spec import AdapterSpec, check_same
 from mora_jax._trained import TrainedArray
 
@@ -79,7 +81,8 @@ class TrainedParam(MoRAParam):
 
 def value_of(m: MoRAParam) -> Any:
     """The numbers of an M; or what `serving.select` has made of those of many."""
-    return m.get_value()
+    held = unboxed(m)
+    return held if isinstance(held, Selected) else m[...]
 
 
 def is_m(value: Any) -> bool:
