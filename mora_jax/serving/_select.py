@@ -33,7 +33,7 @@ def select(stacked: Tree, index: Any) -> Tree:
 
     Raises:
       TypeError: `stacked` was not made by `stack`, or `index` are no integers.
-      ValueError: `index` has not one axis, or a number that is no slot.
+      ValueError: `index` has more or fewer axes than one, or a number of no slot.
 
     Example::
 
