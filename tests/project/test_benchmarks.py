@@ -189,7 +189,7 @@ def test_a_step_is_timed_after_steps_of_its_own_kind():
     assert all(len(one.seconds) == 3 for one in contenders.values())
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive  # it measures seconds, too
 def test_serving(tmp_path):
     """A service under load and faults; each answer is checked by the benchmark."""
     out = tmp_path / "serving.json"
