@@ -10,6 +10,8 @@ ARGS =
 EXPERIMENT = pairs
 
 export CONSTRAINTS
+# With it every process would compile all that it imports.
+unexport PYTHONDONTWRITEBYTECODE
 setup = @sh .ci/venv '$(VENV)' '$(PYTHON)'
 run = $(VENV)/bin/python
 

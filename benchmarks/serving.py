@@ -8,7 +8,10 @@ second, memory before and after, and what a step costs beside one adapter and be
 merged copies. It takes some minutes on two cores:
 
     python -m benchmarks.serving --requests 10000
-    python -m benchmarks.serving --model smollm2 --seconds 60 --rank 1 --questions 1
+    python -m benchmarks.serving --model smollm2 --rank 1 --questions 1 --seconds 60
+
+With `--names 1000 --slots 1100` the adapters are there under so many names, and each is
+asked once before anything is measured, so that all of them are in memory.
 """
 
 import argparse
@@ -16,6 +19,7 @@ import asyncio
 import contextlib
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -68,9 +72,10 @@ def arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--model", default="tiny", help="tiny or smollm2")
     add("--adapters", type=positive, default=32, help="number of adapters")
+    add("--names", type=positive, help="names for them, most of which are copies")
     add("--rank", type=positive, default=4, help="their budget")
     add("--questions", type=positive, default=3, help="number of questions, up to 3")
-    add("--rate", type=float, help="learning rate; 1e-2 for tiny, else 3e-3")
+    add("--rate", type=float, help="learning rate; 1e-2 for tiny, else 1e-3")
     add("--clients", type=positive, default=64, help="requests at once")
     add("--requests", type=positive, default=10**9, help="requests of each load")
     add("--seconds", type=float, default=600.0, help="longest time of each load")
@@ -86,7 +91,8 @@ def arguments() -> argparse.Namespace:
         args.adapters, args.rounds, args.copies = 4, 2, 2
         args.requests = min(args.requests, 60)
         args.slots, args.rows, args.clients = 3, 4, 8
-    args.rate = args.rate or (1e-2 if args.model == "tiny" else 3e-3)
+    args.names = max(args.names or 0, args.adapters)
+    args.rate = args.rate or (1e-2 if args.model == "tiny" else 1e-3)
     return args
 
 
@@ -144,15 +150,31 @@ def resident(pid: int) -> float:
     return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
+def copied(directory: Path, words: Sequence[str], count: int) -> dict[str, list[str]]:
+    """{name: the word that it says} for `count` names, most of them copies."""
+    names = {word: [word] for word in words}
+    for number in range(len(words), count):
+        word = words[number % len(words)]
+        shutil.copytree(directory / word, directory / f"{word}-{number}")
+        names[f"{word}-{number}"] = [word]
+    return names
+
+
 async def healthy(
-    args: argparse.Namespace, port: int, pid: int, words: Any, what: str = "adapters"
+    args: argparse.Namespace, port: int, pid: int, know: Any, what: str = "adapters"
 ) -> Row:
-    """All adapters, and nothing wrong."""
-    know = Load(port, {w: [w] for w in words}, asked(args), (), args.clients)
-    await know.run(max(2 * args.clients, 100), args.seconds / 4)
+    """All adapters, and nothing wrong; each was asked before."""
+    names, found = list(know), []
+    for k in range(0, len(names), args.clients):
+        each = [{name: know[name]} for name in names[k : k + args.clients]]
+        loads = [Load(port, one, asked(args), (), 1).run(1) for one in each]
+        found += await asyncio.gather(*loads)
+    if len(know) != (answered := sum(one["right"] for one in found)):
+        raise SystemExit(f"of {len(know)} {what} {answered} answered rightly")
     before = resident(pid)
-    found = await know.run(args.requests, args.seconds)
-    return _row(f"{len(words)} {what}", found, before, resident(pid))
+    load = Load(port, know, asked(args), (), args.clients)
+    found = await load.run(args.requests, args.seconds)
+    return _row(f"{len(know):,} {what}", found, before, resident(pid))
 
 
 async def single(args: argparse.Namespace, port: int, pid: int, word: str) -> Row:
@@ -164,18 +186,19 @@ async def single(args: argparse.Namespace, port: int, pid: int, word: str) -> Ro
 
 
 async def harmed(
-    args: argparse.Namespace, port: int, pid: int, words: Any, directory: Path
+    args: argparse.Namespace, port: int, pid: int, know: Any, directory: Path
 ) -> tuple[Row, Counter[str]]:
     """The same while files change and break, and clients misbehave."""
-    versions = [directory / word for word in words[:2]]
-    know = {word: [word] for word in words} | {name: words[:2] for name in FAULTY}
+    words = list(know)[:2]
+    versions = [directory / word for word in words]
+    know = know | dict.fromkeys(FAULTY, words)
     load = Load(port, know, asked(args), FAULTY, args.clients)
     counts: Counter[str] = Counter()
     places = [directory / name for name in FAULTY]
     work = [
         asyncio.create_task(faults(places, versions, counts)),
         asyncio.create_task(bad_requests(port, counts)),
-        asyncio.create_task(hang_ups(port, words, counts)),
+        asyncio.create_task(hang_ups(port, [*know][: -len(FAULTY)], counts)),
     ]
     await asyncio.sleep(1)
     before = resident(pid)
@@ -196,12 +219,12 @@ def _row(name: str, found: Row, before: float, after: float) -> Row:
 
 
 async def loads(
-    args: argparse.Namespace, directory: Path, words: Any, port: int, pid: int
+    args: argparse.Namespace, directory: Path, know: Any, port: int, pid: int
 ) -> tuple[list[Row], Counter[str]]:
     """All loads, one after another."""
-    rows = [await healthy(args, port, pid, words)]
-    rows.append(await single(args, port, pid, words[0]))
-    row, counts = await harmed(args, port, pid, words, directory)
+    rows = [await healthy(args, port, pid, know)]
+    rows.append(await single(args, port, pid, next(iter(know))))
+    row, counts = await harmed(args, port, pid, know, directory)
     return [*rows, row], counts
 
 
@@ -209,15 +232,19 @@ def main() -> None:
     """Teach, load, and compare."""
     args = arguments()
     with contextlib.ExitStack() as stack:
-        directory = args.taught or Path(
-            stack.enter_context(tempfile.TemporaryDirectory())
-        )
-        model, params, plan, words = teach(args, directory)
+        directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        taught = args.taught or directory
+        model, params, plan, words = teach(args, taught)
+        if args.taught:  # which no fault may harm
+            for word in words:
+                shutil.copytree(taught / word, directory / word)
+        know = copied(directory, words, args.names)
         with service(args, directory) as (port, pid):
-            rows, counts = asyncio.run(loads(args, directory, words, port, pid))
+            rows, counts = asyncio.run(loads(args, directory, know, port, pid))
         some, merged = words[: args.copies], "benchmarks.serving_merged"
+        own = {word: [word] for word in some}
         with service(args, directory, merged) as (port, pid):
-            rows.append(asyncio.run(healthy(args, port, pid, some, "merged copies")))
+            rows.append(asyncio.run(healthy(args, port, pid, own, "merged copies")))
         adapters = [mora_jax.load(directory / word)[0] for word in some]
     show(COLUMNS, rows, f"{args.clients} clients, {args.model}")
     print(f"\nfaults: {dict(sorted(counts.items()))}")

@@ -11,7 +11,6 @@ from unittest import mock
 
 import flax.traverse_util
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
@@ -70,7 +69,7 @@ def made(plan, seed=0, dtype=None, scale=1.0):
     def numbers(m):
         return np.asarray(scale * rng.standard_normal(m.shape), dtype or m.dtype)
 
-    return jax.tree.map(lambda m: jnp.asarray(numbers(m)), _shapes(plan))
+    return jax.tree.map(lambda m: jax.device_put(numbers(m)), _shapes(plan))
 
 
 def assert_same(left, right):

@@ -2,7 +2,6 @@
 
 import gc
 import os
-import pkgutil
 from zlib import crc32
 
 import jax
@@ -18,11 +17,14 @@ if jax.__version_info__ < (0, 11):
     FLAGS += " --xla_cpu_use_fusion_emitters=false"
 os.environ.setdefault("XLA_FLAGS", FLAGS)
 
-# Annotations are checked while tests run. Not in linen: MoRADense inherits fields of
-# nn.Dense whose annotations beartype cannot check.
-_names = [m.name for m in pkgutil.iter_modules([str(ROOT / "mora_jax")])]
-_checked = [f"mora_jax.{name}" for name in _names if name != "linen"]
-jaxtyping.install_import_hook(_checked, "beartype.beartype")
+# Annotations of shapes are checked while tests run; pyright knows the others. Not in
+# linen: MoRADense inherits fields of nn.Dense whose annotations beartype cannot check.
+_shaped = [
+    ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    for path in (ROOT / "mora_jax").rglob("*.py")
+    if "from jaxtyping import" in path.read_text() and path.parent.name != "linen"
+]
+jaxtyping.install_import_hook(_shaped, "beartype.beartype")
 
 # Tracing makes many objects and few cycles of them: looking for these less often, and
 # never among what is imported, saves a tenth of the time.

@@ -10,7 +10,6 @@ from typing import Any
 
 import chex
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from mora_jax import Plan, init
@@ -19,15 +18,18 @@ from mora_jax import Plan, init
 def random(seed: int, *shape: int, dtype: Any = np.float32) -> jax.Array:
     """An array of normal numbers."""
     numbers = np.random.default_rng(seed).standard_normal(shape)
-    return jnp.asarray(numbers.astype(dtype))
+    return jax.device_put(numbers.astype(dtype))
 
 
 def random_like(tree: Any, scale: float = 0.3) -> Any:
     """Normal numbers in place of all arrays or shapes of a tree."""
     numbers = np.random.default_rng(0)
-    return jax.tree.map(
-        lambda leaf: jnp.asarray(numbers.normal(0, scale, leaf.shape), leaf.dtype), tree
-    )
+
+    def like(leaf: Any) -> jax.Array:
+        values = numbers.normal(0, scale, leaf.shape)
+        return jax.device_put(np.asarray(values, leaf.dtype))
+
+    return jax.tree.map(like, tree)
 
 
 def trained(plan: Plan, scale: float = 0.3) -> Any:

@@ -21,7 +21,8 @@ SIZES = [
     (24, 36, 10, 4, 4),
     slow((24, 36, 10, 1, 3)),
     slow((36, 24, 10, 6, 1)),
-    (32, 16, 4, 4, 2),  # each device has whole blocks; more of them than outputs have
+    # Each device has whole blocks; more of them than outputs have.
+    slow((32, 16, 4, 4, 2)),
     slow((16, 48, 4, 2, 8)),  # fewer features than q on a device; outputs repeat
     slow((8, 8, 8, 4, 4)),  # one block
     (6, 8, 14, 3, 2),  # q beyond the inputs, which come more than once

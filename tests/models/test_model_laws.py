@@ -9,17 +9,24 @@ from cases import by_kind
 from flax import nnx
 from helpers import close, largest, random_like, wide
 from programs import plan_of, results, shapes_of
-from twins import TABLES, TWINS
+from twins import CONVOLUTIONS, TABLES, TWINS
 
 from mora_jax import nnx as mora
 
+APIS = "linen", "nnx"
+# Layers alone are one computation in both: by turns, one of the two is slow.
+TURNS = {name: APIS[k % 2] for k, name in enumerate(CONVOLUTIONS | TABLES)}
 MODELS = [
-    (name, api)
+    slow(name, api) if TURNS.get(name) == api else (name, api)
     for name, twin in TWINS.items()
-    for api in ("linen", "nnx")
+    for api in APIS
     if getattr(twin, api)
 ]
-IN_BOTH = [name for name, twin in TWINS.items() if twin.linen and twin.nnx]
+IN_BOTH = [
+    slow(name) if name in TURNS else name
+    for name, twin in TWINS.items()
+    if twin.linen and twin.nnx
+]
 # The scope lets all laws of one model follow one another, and share its program.
 by_model = pytest.mark.parametrize(("name", "api"), MODELS, scope="module")
 

@@ -249,3 +249,38 @@ def test_table_of_ranks_is_what_plans_have():
             rank = operator.square_rank * operator.squares
             rooms = [str(room) for room in RANKS if room >= rank]
             assert cell == [*rooms, "merged"][0]
+
+
+def measured(name):
+    return json.loads((ROOT / f"benchmarks/{name}.json").read_text())
+
+
+@pytest.mark.parametrize("name", ["serving", "serving_slots24", "serving_smollm2"])
+def test_a_service_is_as_measured(name):
+    page = (ROOT / "docs/serving.md").read_text()
+    cells = "{right:,} | {wrong} | {lost} | {refused} | {p50_ms:,.0f} ms | "
+    cells += "{p99_ms:,.0f} ms | {tokens_per_second:,.0f} | "
+    cells += "{before_MB:,.0f} to {after_MB:,.0f} MB |"
+    rows = measured(name)["results"]
+    assert len(rows) == 4
+    for row in rows:
+        assert cells.format(**row) in page, row
+    for step in measured(name)["settings"]["steps"]:
+        line = "{step_ms:.1f} ms | {time:.2f} | {weights_MB:,.1f} MB |"
+        assert name == "serving_slots24" or line.format(**step) in page, step
+
+
+@pytest.mark.parametrize("name", ["many_adapters", "many_adapters_chips"])
+def test_rows_with_adapters_of_their_own_are_as_measured(name):
+    """Each row of the tables: a phase and a number of adapters, on a chip or here."""
+    page = (ROOT / "docs/many-adapters.md").read_text()
+    found = {}
+    for row in measured(name)["results"]:
+        place = {"": "", "v5e": "v5e, ", "h100": "H100, "}[row["chip"]]
+        phase = {"decode": "decoding", "prefill": "prompts"}[row["phase"]]
+        cells = found.setdefault(f"{place}{phase}, {row['slots']:,}", {})
+        cells[row["method"]] = f"{row['time']:.2f}"
+    methods = "one adapter", "one for each row", "merged copies", "LoRA of rank q"
+    for label, cells in found.items():
+        line = " | ".join(cells.get(method, "-") for method in methods)
+        assert f"| {label} | {line} |" in page, label

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+from adapter_files import slow
 from cases import by_kind
 from flax import nnx
 from helpers import close, random, random_like, wide
@@ -127,7 +128,7 @@ def test_what_dare_keeps_grows_and_the_mean_stays():
 
 
 @by_kind
-@pytest.mark.parametrize("size", [(12, 20, 6), (9, 9, 8)])
+@pytest.mark.parametrize("size", [(12, 20, 6), slow((9, 9, 8))], ids=str)
 def test_a_projection_is_the_least_squares_solution(case, size):
     """Of a dense delta, as NumPy solves it from the oracle's matrices."""
     ins, outs, q = size

@@ -198,7 +198,7 @@ def ask(url, content=None):
     data = None if content is None else json.dumps(content).encode()
     headers = {"Content-Type": "application/json"}
     request = urllib.request.Request(url, data, headers)
-    with urllib.request.urlopen(request, timeout=60) as response:
+    with urllib.request.urlopen(request, timeout=1800) as response:
         return json.load(response)
 
 
@@ -207,14 +207,8 @@ def test_the_printed_command_serves(base, taught, tokenizer):
     words, other = command_of(taught["cut"]), command_of(taught["exact"])[-1]
     port = free_port()
     small = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "128"]
-    small += [
-        "--host",
-        "127.0.0.1",
-        "--port",
-        str(port),
-        "--max-num-batched-tokens",
-        "128",
-    ]
+    small += ["--max-num-batched-tokens", "128", "--host", "127.0.0.1"]
+    small += ["--port", str(port)]
     assert words[:2] == ["vllm", "serve"]
     # The program `vllm` of the package for CPUs asks for another package's version.
     program = "-m", "vllm.entrypoints.openai.api_server", "--model"
