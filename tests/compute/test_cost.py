@@ -122,7 +122,7 @@ def stack(case, way, width=200, rows=8):
     return (adapted, (adapters, variables, x)), (frozen, (x, variables))
 
 
-@by_way
+@pytest.mark.parametrize("way", ["activation", slow("fold")])
 @by_kind
 def test_no_gradient_of_a_kernel(case, way):
     """To differentiate by the kernels as well takes a product more for each."""

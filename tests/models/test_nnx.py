@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from adapter_files import slow
 from flax import nnx
 from helpers import close, largest, random, random_like
 from twins import CONFIG, TWINS, X, nnx_model
@@ -280,7 +281,9 @@ def dropped(model, x, scales):
     return np.stack([at(scale, ms, rest) for scale in scales])
 
 
-@pytest.mark.parametrize("name", ["methods", "scan-remat", "experts", "einsums"])
+@pytest.mark.parametrize(
+    "name", ["scan-remat", "einsums", slow("methods"), slow("experts")]
+)
 def test_dropout_follows_train_and_eval(name):
     (model, _), x = make(name), TWINS[name].x
     both = trained(mora.wrap(model, DROPOUT))

@@ -24,6 +24,7 @@ from mora_jax import MoRAConfig, init, linen
 from mora_jax import nnx as mora
 
 
+@pytest.mark.slow
 def test_quickstart():
     assert len((ROOT / "examples/quickstart.py").read_text().splitlines()) < 40
     printed = python("-m", "examples.quickstart", cwd=ROOT)

@@ -18,8 +18,8 @@ from mora_jax._rounding import share_lost
 from mora_jax.nnx import MoRAParam
 
 SIZES = {"a": (12, 12), "b": (12, 8), "s": (3, 8, 12)}
-CHANGING = ["sharing", "permutation", "signed_decoupling"]
-CHANGING += [slow(name) for name in ("signed_sharing", "orthogonal", "hadamard")]
+CHANGING = ["sharing", "permutation"]
+CHANGING += map(slow, ("signed_sharing", "signed_decoupling", "orthogonal", "hadamard"))
 
 
 def made(operator="signed_decoupling", dtype="float32", **settings):
