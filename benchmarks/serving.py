@@ -150,13 +150,16 @@ def resident(pid: int) -> float:
     return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
-def copied(directory: Path, words: Sequence[str], count: int) -> dict[str, list[str]]:
-    """{name: the word that it says} for `count` names, most of them copies."""
-    names = {word: [word] for word in words}
-    for number in range(len(words), count):
+def copied(
+    taught: Path, directory: Path, words: Sequence[str], count: int
+) -> dict[str, list[str]]:
+    """Copies under `count` names, which faults may harm: {name: what it says}."""
+    names = {}
+    for number in range(count):
         word = words[number % len(words)]
-        shutil.copytree(directory / word, directory / f"{word}-{number}")
-        names[f"{word}-{number}"] = [word]
+        name = word if number < len(words) else f"{word}-{number}"
+        shutil.copytree(taught / word, directory / name)
+        names[name] = [word]
     return names
 
 
@@ -189,7 +192,8 @@ async def harmed(
     args: argparse.Namespace, port: int, pid: int, know: Any, directory: Path
 ) -> tuple[Row, Counter[str]]:
     """The same while files change and break, and clients misbehave."""
-    words = list(know)[:2]
+    names = list(know)
+    words = names[:2]
     versions = [directory / word for word in words]
     know = know | dict.fromkeys(FAULTY, words)
     load = Load(port, know, asked(args), FAULTY, args.clients)
@@ -198,7 +202,7 @@ async def harmed(
     work = [
         asyncio.create_task(faults(places, versions, counts)),
         asyncio.create_task(bad_requests(port, counts)),
-        asyncio.create_task(hang_ups(port, [*know][: -len(FAULTY)], counts)),
+        asyncio.create_task(hang_ups(port, names, counts)),
     ]
     await asyncio.sleep(1)
     before = resident(pid)
@@ -232,20 +236,19 @@ def main() -> None:
     """Teach, load, and compare."""
     args = arguments()
     with contextlib.ExitStack() as stack:
-        directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        taught = args.taught or directory
+        directory, scratch = (
+            Path(stack.enter_context(tempfile.TemporaryDirectory())) for _ in range(2)
+        )
+        taught = args.taught or scratch
         model, params, plan, words = teach(args, taught)
-        if args.taught:  # which no fault may harm
-            for word in words:
-                shutil.copytree(taught / word, directory / word)
-        know = copied(directory, words, args.names)
+        know = copied(taught, directory, words, args.names)
         with service(args, directory) as (port, pid):
             rows, counts = asyncio.run(loads(args, directory, know, port, pid))
         some, merged = words[: args.copies], "benchmarks.serving_merged"
         own = {word: [word] for word in some}
         with service(args, directory, merged) as (port, pid):
             rows.append(asyncio.run(healthy(args, port, pid, own, "merged copies")))
-        adapters = [mora_jax.load(directory / word)[0] for word in some]
+        adapters = [mora_jax.load(taught / word)[0] for word in some]
     show(COLUMNS, rows, f"{args.clients} clients, {args.model}")
     print(f"\nfaults: {dict(sorted(counts.items()))}")
     count = max(args.rows, args.copies) // args.copies * args.copies

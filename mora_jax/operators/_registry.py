@@ -92,9 +92,9 @@ def square_rank(
     instead, which may exceed the budget). q is at most min(in, out) / K, and even for
     rotation.
 
-    Chips compute with rows of 128 numbers. If there is a multiple of 128, or else of
-    64, that divides both widths and is more than half of that largest q, the widest
-    such multiple is taken: then no features are padded and no block is copied. Where
+    Chips compute with rows of 128 numbers. If a multiple of 128 divides both widths and
+    is more than half of that largest q, the widest such multiple is taken, and one of
+    64 if there is none: then no features are padded and no block is copied. Where
     nothing is divided ("orthogonal", "hadamard", "truncation") any multiple will do.
 
     Args:
