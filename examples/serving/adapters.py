@@ -80,7 +80,7 @@ class Adapters:
         self._change = change
         self._slots: list[Held | None] = [None] * slots
         self._current: dict[str, Held] = {}
-        self._loading: dict[str, asyncio.Task[Held]] = {}
+        self._loading: dict[tuple[str, Version], asyncio.Task[Held]] = {}
         self._refused: dict[str, tuple[Version, str]] = {}
         self._freed = asyncio.Event()
         self._reader = ThreadPoolExecutor(1, "adapters")
@@ -142,20 +142,21 @@ class Adapters:
         )
 
     async def _load(self, name: str, version: Version) -> Held:
-        """Load an adapter once for all requests that wait for it."""
+        """Load a version once for all requests that wait for it."""
         refused = self._refused.get(name)
         if refused is not None and refused[0] == version:
             raise UnusableAdapter(refused[1])
-        task = self._loading.get(name)
+        key = name, version
+        task = self._loading.get(key)
         if task is None:
             task = asyncio.create_task(self._load_now(name, version))
-            self._loading[name] = task
-            task.add_done_callback(lambda task: self._loaded(name, task))
+            self._loading[key] = task
+            task.add_done_callback(lambda task: self._loaded(key, task))
         # The other requests still want it when this one is given up.
         return await asyncio.shield(task)
 
-    def _loaded(self, name: str, task: asyncio.Task[Held]) -> None:
-        del self._loading[name]
+    def _loaded(self, key: tuple[str, Version], task: asyncio.Task[Held]) -> None:
+        del self._loading[key]
         if not task.cancelled():
             task.exception()  # asyncio complains of errors that nobody has asked for
 
