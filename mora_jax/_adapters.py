@@ -1,6 +1,6 @@
 """The tree of adapters: how it is made, and what a plan finds in it."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 from zlib import crc32
 
@@ -94,7 +94,24 @@ def _copies(plan: Plan, params: Any) -> dict[Path, jax.Array]:
             "itself, from what the base has there; write init(plan, params=params)"
         )
     refuse_variables(params)
-    return copies(named_leaves(params), plan.trained)
+    leaves = named_leaves(params)
+    refuse_combined(leaves, plan.specs)
+    return copies(leaves, plan.trained)
+
+
+def refuse_combined(leaves: Collection[str], specs: Iterable[AdapterSpec]) -> None:
+    """Raise if params hold the adapters too: they are no base any more.
+
+    Args:
+      leaves: The paths of the params.
+      specs: The adapters.
+    """
+    for spec in specs:
+        if f"{spec.name}{SUFFIX}" in leaves:
+            raise ValueError(
+                f"params hold the adapter {spec.name}{SUFFIX}: give the base alone, "
+                "as split(params)[0]"
+            )
 
 
 def nest(items: Mapping[Path, Any]) -> Tree:

@@ -6,6 +6,7 @@ from typing import Any, SupportsIndex
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.typing import DTypeLike
 
 from mora_jax._types import Shape
@@ -84,6 +85,18 @@ def check_array(name: str, array: Any, end: Shape) -> None:
     if array.shape[-len(end) :] != end:
         expected = ", ".join(map(str, end))
         raise ValueError(f"{name} must have shape (..., {expected}), got {array.shape}")
+
+
+def check_finite(array: Any, name: str, where: str = "") -> None:
+    """Raise if `array` holds NaN or infinity, unless it is being traced.
+
+    Args:
+      array: The numbers.
+      name: What messages call them.
+      where: The end of the message.
+    """
+    if not isinstance(array, Tracer) and not np.isfinite(array).all():
+        raise ValueError(f"{name} holds NaN or infinity{where}")
 
 
 def check_kernel(kernel: Any, name: str) -> None:

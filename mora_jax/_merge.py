@@ -4,14 +4,19 @@ from typing import Any, overload
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.core import Tracer
 from jax.typing import DTypeLike
 from jaxtyping import Float
 
-from mora_jax._adapters import Tree, adapter_items, nest, trained_items, with_trained
+from mora_jax._adapters import (
+    Tree,
+    adapter_items,
+    nest,
+    refuse_combined,
+    trained_items,
+    with_trained,
+)
 from mora_jax._bases import check_base
-from mora_jax._checks import floating_dtype
+from mora_jax._checks import check_finite, floating_dtype
 from mora_jax._compute.delta import delta_kernel
 from mora_jax._dense import FrozenDense, as_jax_array, params_adapter
 from mora_jax._paths import Path, find_kernel, named_leaves, replace_leaves
@@ -223,11 +228,9 @@ def finite_items(adapters: Any, plan: Plan) -> list[tuple[AdapterSpec, jax.Array
     """Each spec with its M, which must be finite unless it is being traced."""
     items = _items(adapters, plan)
     for spec, m in items:
-        if not isinstance(m, Tracer) and not np.isfinite(m).all():
-            raise ValueError(f"{spec.name}{SUFFIX} holds NaN or infinity")
+        check_finite(m, f"{spec.name}{SUFFIX}")
     for one, copy in trained_items(adapters, plan):
-        if not isinstance(copy, Tracer) and not np.isfinite(copy).all():
-            raise ValueError(f"{one.name} in the adapters holds NaN or infinity")
+        check_finite(copy, f"{one.name} in the adapters")
     return items
 
 
@@ -236,12 +239,8 @@ def with_kernels(
 ) -> list[tuple[AdapterSpec, jax.Array, Path, jax.Array]]:
     """Each spec and M with the path and the array of the kernel, which are checked."""
     found, leaves = [], named_leaves(params)
+    refuse_combined(leaves, [spec for spec, _ in items])
     for spec, m in items:
-        if f"{spec.name}{SUFFIX}" in leaves:  # the delta would be added twice
-            raise ValueError(
-                f"params hold the adapter {spec.name}{SUFFIX}: give the base alone, "
-                "as split(params)[0]"
-            )
         path, kernel = find_kernel(leaves, spec)
         found.append((spec, m, path, as_jax_array(spec.name, kernel)))
     return found

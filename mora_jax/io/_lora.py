@@ -12,12 +12,17 @@ from mora_jax._compute.delta import scaled
 from mora_jax._plan import Plan
 from mora_jax._spec import AdapterSpec
 from mora_jax._squares import block_diagonal
-from mora_jax.io._names import Names, pairs
+from mora_jax._warnings import warn
+from mora_jax.io._names import Names, is_table, pairs
 from mora_jax.io._paths import Location
 from mora_jax.io._peft_read import PREFIX
 from mora_jax.io._peft_write import free, modules, peft_config, write
 
 Rank = int | Literal["auto"] | None
+
+LAYER_NAMES = "lora_A.weight", "lora_B.weight"
+TABLE_NAMES = "lora_embedding_A", "lora_embedding_B"
+"""What PEFT calls A and B of a layer, and those of an embedding."""
 
 
 def save_peft_lora(
@@ -39,7 +44,8 @@ def save_peft_lora(
     of that rank exactly: :math:`A = C`, :math:`B = \alpha M D`. The deltas of other
     operators have full rank, and only the `rank` largest of their singular values are
     kept. What each module loses by that is returned, and a loss of more than
-    `max_error` is refused.
+    `max_error` is refused. An adapter of an embedding changes what is looked up, and
+    not a head that is tied to it, of which a `MoRAWarning` tells.
 
     Args:
       directory: A path or a URL that `etils.epath` opens, new or empty. A local
@@ -111,12 +117,20 @@ def make_lora(
     for module, spec, m in modules(adapters, plan, pairs(names)):
         a, b, spectrum = _factors(spec, m, rank, max_error, module.outputs)
         spectra[module.name] = spectrum
-        axes.add(module.axes)
+        table = is_table(module.name, spec.name)
+        if table:
+            warn(
+                f"{spec.name}: PEFT and servers adapt the lookup of {module.name}, and "
+                "not a head that is tied to it; io.merge_checkpoint changes both"
+            )
+        else:
+            axes.add(module.axes)
         if spec.operator.block and rank is None:
             full = spec
             continue
-        tensors[f"{PREFIX}{module.name}.lora_A.weight"] = a.T
-        tensors[f"{PREFIX}{module.name}.lora_B.weight"] = b.T
+        a_name, b_name = TABLE_NAMES if table else LAYER_NAMES
+        tensors[f"{PREFIX}{module.name}.{a_name}"] = a.T
+        tensors[f"{PREFIX}{module.name}.{b_name}"] = b.T
     if len(axes) > 1:
         raise ValueError("modules must be all Linear or all Conv1D")
     if full is not None:
@@ -132,7 +146,7 @@ def make_lora(
             f"than max_error={max_error:g}; {_enough(spectra, max_error)}"
         )
     ranks = {module: spectrum.rank for module, spectrum in spectra.items()}
-    return Lora(tensors, ranks, lost, axes.pop())
+    return Lora(tensors, ranks, lost, axes.pop() if axes else "oi")
 
 
 class _Spectrum(NamedTuple):

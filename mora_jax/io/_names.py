@@ -79,6 +79,16 @@ def to_module(kernel: str, known: tuple[Pair, ...]) -> tuple[str, str] | None:
     return None
 
 
+def is_table(module: str, path: str) -> bool:
+    """Whether a module of PyTorch looks up rows of its weight.
+
+    Args:
+      module: The module's name.
+      path: The path of its array here.
+    """
+    return module.rpartition(".")[2] in TABLES or path.endswith("embedding")
+
+
 class Tensor(NamedTuple):
     """What PyTorch may call the tensor of an array.
 
@@ -107,8 +117,7 @@ def to_tensors(leaf: str, known: tuple[Pair, ...]) -> Iterator[Tensor]:
     parent, _, last = path.rpartition("/")
     for pair in known:
         if module := translate(leaf, pair.kernel, pair.module):
-            is_table = module.rpartition(".")[2] in TABLES or last.endswith("embedding")
-            same = is_table or pair.axes == pair.kernel_axes
+            same = is_table(module, path) or pair.axes == pair.kernel_axes
             name = module if module.endswith(_ENDS) else f"{module}.weight"
             mixed = pair.kernel_axes not in ("io", "oi")
             order = np.argsort(list(pair.kernel_axes), kind="stable") if mixed else ()

@@ -17,7 +17,7 @@ from mora_jax.io._files import CONFIG, TENSORS, entries, new_directory
 from mora_jax.io._json import dump
 from mora_jax.io._models import Pair
 from mora_jax.io._modules import Module, modules_of
-from mora_jax.io._names import Names, pairs
+from mora_jax.io._names import Names, is_table, pairs
 from mora_jax.io._paths import Location, as_path
 from mora_jax.io._peft_read import PREFIX
 from mora_jax.io._reference import REFERENCE_GROUPS, reference_square_rank
@@ -64,6 +64,11 @@ def save_peft_mora(
     ranks: dict[str, int] = {}
     settings = set()
     for module, spec, m in modules(adapters, plan, pairs(names)):
+        if is_table(module.name, spec.name):
+            raise ValueError(
+                f"{spec.name}: the reference has no squares for embeddings, got "
+                f"{module.name}; io.save_peft_lora writes them as a LoRA"
+            )
         if module.outputs != slice(0, spec.out_features):
             raise ValueError(
                 f"{spec.name}: the reference has one square for each module, and "

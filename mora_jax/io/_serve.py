@@ -85,10 +85,11 @@ def export(
     """
     check_choice("server", server, get_args(Server))
     check_plan(plan)
-    path, name = as_path("directory", directory), os.fspath(directory).rstrip("/")
+    path = as_path("directory", directory)
     if not force:
         free(path, force)  # raises before minutes are spent
-    model = base_model or (os.fspath(base) if base is not None else "BASE")
+    model = os.path.expanduser(base_model)
+    model = model or ("BASE" if base is None else _folder(base))
     if plan.trained:
         why = f"{plan.trained[0].name} trains itself, which a LoRA cannot hold, so"
     else:
@@ -96,7 +97,7 @@ def export(
         worst, rank = max(lora.ranks.items(), key=lambda item: item[1])
         if rank <= RANKS[-1]:
             lora.write(free(path, force), base_model, "CAUSAL_LM")
-            return Export(rank, lora.lost, _command(server, model, rank, name))
+            return Export(rank, lora.lost, _command(server, model, rank, str(path)))
         why = (
             f"{worst} needs rank {rank} to lose at most {max_error:.1%} of its delta, "
             f"and servers take {RANKS[-1]} at most; a larger max_error needs less, else"
@@ -116,7 +117,13 @@ def export(
         rounding=rounding,
         progress=progress,
     )
-    return Export(None, lost, _command(server, name))
+    return Export(None, lost, _command(server, str(path)))
+
+
+def _folder(base: str | os.PathLike[str]) -> str:
+    """The directory of the base, which servers load, and not one of its files."""
+    path = as_path("base", base)
+    return str(path.parent if path.is_file() else path)
 
 
 def _command(server: Server, model: str, rank: int = 0, adapter: str = "") -> str:

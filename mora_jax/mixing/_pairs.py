@@ -11,7 +11,7 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from mora_jax._adapters import Tree, nest
-from mora_jax._checks import check_number
+from mora_jax._checks import check_finite, check_number
 from mora_jax._merge import finite_items, wide
 from mora_jax._paths import Path, adapter_path
 from mora_jax._plan import Plan, check_plan, refuse_other_plan
@@ -121,7 +121,9 @@ def mixed(
     result = {}
     for column in zip(*found, strict=True):
         spec, ms = column[0][0], [m for _, m in column]
-        result[adapter_path(spec)] = mix([wide(m) for m in ms], spec).astype(
-            jnp.result_type(*ms)
-        )
-    return nest(result | dict(trained or {})), plan
+        m = mix([wide(m) for m in ms], spec).astype(jnp.result_type(*ms))
+        result[adapter_path(spec)] = m
+    result |= dict(trained or {})
+    for path, array in result.items():
+        check_finite(array, f"the mixture's {'/'.join(path)}", f" in {array.dtype}")
+    return nest(result), plan

@@ -1,14 +1,18 @@
 """Adapters scaled and summed, and sums cut back to a plan."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from mora_jax._adapters import Tree, nest, trained_items
+from mora_jax._adapters import Tree, nest, refuse_combined, trained_items
+from mora_jax._bases import check_base
+from mora_jax._checks import check_finite
 from mora_jax._compute.delta import delta_kernel
+from mora_jax._dense import as_jax_array
 from mora_jax._merge import finite_items, wide
 from mora_jax._paths import Path, adapter_path, located_leaves, named_leaves
 from mora_jax._plan import Plan, check_plan
@@ -49,8 +53,8 @@ def scaled(adapters: Any, factor: ArrayLike) -> Any:
 
     Raises:
       TypeError: `factor` is not a real number, or a leaf is not an array.
-      ValueError: `factor` is not finite, or the adapters hold arrays that train
-        themselves.
+      ValueError: `factor` is not finite, the result is infinite in its dtype, or the
+        adapters hold arrays that train themselves.
 
     Example::
 
@@ -69,13 +73,19 @@ def scaled(adapters: Any, factor: ArrayLike) -> Any:
         dtype = getattr(m, "dtype", None)
         if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
             raise TypeError(f"adapters must hold floating-point arrays, got {m!r}")
-        return (wide(m) * factor).astype(dtype)
+        result = (wide(as_jax_array("adapters", m)) * factor).astype(dtype)
+        check_finite(result, "the result", f" in {dtype}")
+        return result
 
     return jax.tree.map(times, adapters)
 
 
 def weighted_sum(
-    adapters: Sequence[Adapter], weights: Weights, params: Any = None
+    adapters: Sequence[Adapter],
+    weights: Weights,
+    params: Any = None,
+    *,
+    any_base: bool = False,
 ) -> tuple[Tree, Plan]:
     r"""The adapter whose delta is :math:`\sum_i w_i \Delta_i`, of adapters of one plan.
 
@@ -87,6 +97,8 @@ def weighted_sum(
       adapters: Pairs (adapters, plan), as `load` returns them.
       weights: A real number for each, or an array of them.
       params: The base's params, which are needed if the plan trains arrays of them.
+      any_base: Whether to take any params, also if the adapters were trained on others,
+        as in `merge`.
 
     Returns:
       (adapters, plan). Each M, and each array that trains itself, is summed in float32
@@ -95,8 +107,8 @@ def weighted_sum(
     Raises:
       TypeError: An argument is not such a sequence, or a weight is not a real number.
       ValueError: There is none, plans differ, bases differ, the number of weights is
-        another, an M or a weight is not finite, or the plan trains arrays and `params`
-        are not given or lack one.
+        another, an M, a weight or the sum is not finite, or the plan trains arrays and
+        `params` are not given, lack one, are of another base, or hold the adapters.
 
     Example::
 
@@ -115,25 +127,36 @@ def weighted_sum(
         terms = (factor * m for factor, m in zip(factors, ms, strict=True))
         return sum(terms, jnp.zeros_like(ms[0]))
 
-    return mixed(plan, found, total, _moved(pairs, factors, plan, params))
+    leaves = _base_of(plan, params, any_base) if plan.trained else {}
+    return mixed(plan, found, total, _moved(pairs, factors, leaves))
 
 
-def _moved(
-    pairs: Sequence[Adapter], factors: Sequence[Any], plan: Plan, params: Any
-) -> dict[Path, jax.Array]:
-    """{path: the base's array, moved by the sum of what each adapter has moved it}."""
-    if not plan.trained:
-        return {}
+def _base_of(plan: Plan, params: Any, any_base: bool) -> dict[str, tuple[Path, Any]]:
+    """The leaves of the base that the arrays were trained from."""
     if params is None:
         raise ValueError(
             f"params must be given, since the plan trains {plan.trained[0].name!r} "
             "itself, and its delta is what it has moved from the base's array"
         )
-    leaves, result = named_leaves(params), {}
+    leaves = named_leaves(params)
+    refuse_combined(leaves, plan.specs)
+    if not any_base:
+        check_base(plan.specs, {name: leaf for name, (_, leaf) in leaves.items()})
+    return leaves
+
+
+def _moved(
+    pairs: Sequence[Adapter],
+    factors: Sequence[Any],
+    leaves: Mapping[str, tuple[Path, Any]],
+) -> dict[Path, jax.Array]:
+    """{path: the base's array, moved by the sum of what each adapter has moved it}."""
+    result = {}
     columns = zip(*(trained_items(tree, made) for tree, made in pairs), strict=True)
     for column in columns:
         trained, copies = column[0][0], [wide(copy) for _, copy in column]
-        base = wide(find_trained(leaves, trained)[1])
+        array = find_trained(leaves, trained)[1]
+        base = wide(as_jax_array(f"{trained.name} in params", array))
         moved = (f * (copy - base) for f, copy in zip(factors, copies, strict=True))
         dtype = jnp.result_type(*(copy for _, copy in column))
         result[trained.path] = sum(moved, base).astype(dtype)
@@ -142,7 +165,7 @@ def _moved(
 
 def project(
     adapters: Sequence[Adapter], weights: Weights, plan: Plan
-) -> tuple[Tree, dict[str, float]]:
+) -> tuple[Tree, dict[str, Any]]:
     r"""The adapter of `plan` that is nearest to a weighted sum of any adapters.
 
     Their plans may have other operators, square ranks and kernels. Of each kernel this
@@ -158,7 +181,7 @@ def project(
 
     Returns:
       The adapters, and {path: norm(sum - delta) / norm(sum)}, which is 0 where nothing
-      is lost and 1 where all is.
+      is lost and 1 where all is: numbers, or arrays in a compiled function.
 
     Raises:
       TypeError: An argument has another type.
@@ -204,11 +227,12 @@ def project(
         ]
         goal = sum(terms, jnp.zeros(spec.kernel_shape, jnp.float32))
         m, lost[spec.name] = _nearest(spec, goal)
-        result[adapter_path(spec)] = m.astype(spec.param_dtype)
+        result[adapter_path(spec)] = m = m.astype(spec.param_dtype)
+        check_finite(m, f"the M of {spec.name}", f" in {m.dtype}")
     return nest(result), lost
 
 
-def _nearest(spec: AdapterSpec, goal: jax.Array) -> tuple[jax.Array, float]:
+def _nearest(spec: AdapterSpec, goal: jax.Array) -> tuple[jax.Array, Any]:
     """The M whose delta is nearest to `goal`, and the share of `goal` that it lacks."""
     start = jnp.zeros(spec.shape, goal.dtype)
     with jax.default_matmul_precision("highest"):
@@ -222,4 +246,5 @@ def _nearest(spec: AdapterSpec, goal: jax.Array) -> tuple[jax.Array, float]:
         )
         rest = jnp.linalg.norm((goal - delta_kernel(spec, m)).ravel())
     size = jnp.linalg.norm(goal.ravel())
-    return m, float(rest / size) if size else 0.0
+    lost = jnp.where(size > 0, rest / jnp.where(size > 0, size, 1), 0)
+    return m, lost if isinstance(lost, Tracer) else float(lost)

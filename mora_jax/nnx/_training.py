@@ -1,5 +1,6 @@
 """Gradients and optimizer of the adapters alone."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -9,8 +10,9 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from mora_jax._optim import check_transformation
+from mora_jax._slots import Selected
 from mora_jax.nnx._adapters import adapter_variables, named_sharding
-from mora_jax.nnx._param import MoRAParam
+from mora_jax.nnx._param import MoRAParam, value_of
 
 
 def value_and_grad(
@@ -29,7 +31,8 @@ def value_and_grad(
 
     Returns:
       A function like `f` that returns (loss, gradients), the gradients as a state of
-      `MoRAParam`s.
+      `MoRAParam`s. It raises a ValueError if `serving.select` has given each row an
+      adapter of its own: those train by the tree of `serving.stack`.
 
     Example::
 
@@ -46,7 +49,14 @@ def value_and_grad(
       (True, ['kernel_mora'])
     """
     adapters = nnx.DiffState(argnums, MoRAParam)
-    return nnx.value_and_grad(f, argnums=adapters, has_aux=has_aux)
+    grad = nnx.value_and_grad(f, argnums=adapters, has_aux=has_aux)
+
+    @functools.wraps(f)
+    def of_adapters(*args: Any, **kwargs: Any) -> Any:
+        refuse_rows(args[argnums])
+        return grad(*args, **kwargs)
+
+    return of_adapters
 
 
 def adapter_optimizer(
@@ -66,7 +76,7 @@ def adapter_optimizer(
 
     Raises:
       TypeError: `tx` is not a transformation.
-      ValueError: The model has no adapters.
+      ValueError: The model has no adapters, or one for each row of a batch.
 
     Example: see `value_and_grad`.
 
@@ -79,12 +89,24 @@ def adapter_optimizer(
       'MoRAParam'
     """
     check_transformation(tx)
+    refuse_rows(model)
     optimizer = nnx.Optimizer(model, tx, wrt=MoRAParam)
     for _, m in adapter_variables(model):
         if (sharding := named_sharding(m)) is not None:
             _replicate_counters(optimizer, sharding.mesh)
             break
     return optimizer
+
+
+def refuse_rows(model: nnx.Module) -> None:
+    """Raise if rows have adapters of their own: an index is nothing to train."""
+    for spec, m in adapter_variables(model):
+        if isinstance(value_of(m), Selected):
+            raise ValueError(
+                f"model must have one adapter, got one for each row at {spec.name!r}; "
+                "many train at once by the gradient of a function of what "
+                "serving.stack returns"
+            )
 
 
 def _replicate_counters(optimizer: nnx.Optimizer, mesh: Any) -> None:

@@ -11,12 +11,12 @@ import numpy as np
 from jax.core import Tracer
 
 from mora_jax._adapters import Tree, nest
-from mora_jax._checks import positive_integer
+from mora_jax._checks import check_finite, positive_integer
 from mora_jax._dense import as_jax_array
 from mora_jax._merge import finite_items
 from mora_jax._paths import adapter_path, located_leaves, unboxed
 from mora_jax._plan import Plan, check_plan
-from mora_jax._slots import Selected, Slots
+from mora_jax._slots import Selected, Slots, beyond_if_none
 from mora_jax._trained import refuse_trained
 
 
@@ -96,7 +96,8 @@ def put(stacked: Tree, slot: int | jax.Array, adapters: Any) -> Tree:
 
     Args:
       stacked: Adapters in slots, as `stack` makes them.
-      slot: The number of the slot, from 0 to N - 1.
+      slot: The number of the slot, from 0 to N - 1. In a compiled function, where it is
+        not known, another number changes nothing.
       adapters: What is put there: adapters of the same plan, as `init` makes them. They
         are rounded to the dtypes of the slots.
 
@@ -106,7 +107,7 @@ def put(stacked: Tree, slot: int | jax.Array, adapters: Any) -> Tree:
     Raises:
       TypeError: An argument has another type.
       ValueError: There is no such slot; or the adapters have other M's than the slots,
-        or hold NaN or infinity.
+        or hold NaN or infinity, or numbers that are infinite in the slots' dtype.
 
     Example::
 
@@ -133,16 +134,16 @@ def put(stacked: Tree, slot: int | jax.Array, adapters: Any) -> Tree:
             raise ValueError(f"{name} must have shape {shape}, got {m.shape}")
         if not jnp.issubdtype(m.dtype, jnp.floating):
             raise TypeError(f"{name} must have a floating-point dtype, got {m.dtype}")
-        if not isinstance(m, Tracer) and not np.isfinite(m).all():
-            raise ValueError(f"{name} holds NaN or infinity")
+        dtype = slots[path].dtype
+        check_finite(m.astype(dtype), name, f" in {dtype}, the dtype of the slots")
     return _put(stacked, check_indices(slot, "slot", 0, number, ()), nest(new))
 
 
 @functools.partial(jax.jit, donate_argnums=0)
 def _put(stacked: Tree, slot: jax.Array, adapters: Tree) -> Tree:
     def changed(slots: Slots, m: jax.Array) -> Slots:
-        # `slot` may be beyond the end, if it was traced. Then it changes nothing.
-        at = (*[slice(None)] * slots.axis, slot)
+        # A traced `slot` may be one that does not exist. Then it changes nothing.
+        at = (*[slice(None)] * slots.axis, beyond_if_none(slot, slots.number))
         new = slots.m.at[at].set(m.astype(slots.dtype), mode="drop")
         return Slots(new, slots.ndim_m)
 
@@ -181,6 +182,8 @@ def check_indices(value: Any, name: str, least: int, number: int, shape: Any) ->
       shape: The shape that the array must have, with None for any size.
     """
     indices = jnp.asarray(value) if isinstance(value, Tracer) else np.asarray(value)
+    if not indices.size:  # NumPy takes [] for floats
+        indices = indices.astype(jnp.int32)
     if not jnp.issubdtype(indices.dtype, jnp.integer):
         raise TypeError(f"{name} must be integers, got {indices.dtype}")
     if indices.ndim != len(shape):

@@ -102,6 +102,20 @@ def test_the_command_writes_and_tells(tmp_path, base):
     assert "BASE" in run(*again, "--force")
 
 
+def test_the_command_is_of_paths_that_a_server_knows(tmp_path, base, monkeypatch):
+    """`~` and `file://` are ours, and servers load a directory, not one file of it."""
+    adapters, plan = adapted(base, "signed_sharing")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    file = sorted(base.glob("*.safetensors"))[0]
+    done = io.export("~/a", adapters, plan, "vllm", base=file)
+    assert done.command.startswith(f"vllm serve {base} ")
+    assert done.command.endswith(f" a={tmp_path / 'a'}")
+    url = (tmp_path / "b").as_uri()
+    done = io.export(url, adapters, plan, "sglang", base_model="~/hub")
+    assert f"--model-path {tmp_path / 'hub'} " in done.command
+    assert done.command.endswith(f" b={tmp_path / 'b'}")
+
+
 @pytest.mark.usefixtures("unchecked")
 def test_bad_input(tmp_path, base, monkeypatch):
     adapters, plan = adapted(base, "rotation")

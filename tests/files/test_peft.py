@@ -154,6 +154,26 @@ def test_lora_is_the_update(tmp_path, case, size):
             assert lost < 1e-5
 
 
+@pytest.mark.parametrize("operator", ["sharing", "rotation"])
+def test_embeddings_have_names_of_their_own(tmp_path, operator):
+    """PEFT looks up rows of A and multiplies them by B; B.weight it would not read."""
+    path = "model", "embed_tokens", "embedding"
+    plan = single(make_operator(operator, 24, 10, 4), path=path, alpha=0.5)
+    adapters, names = made(plan), {"model.embed_tokens": "/".join(path)}
+    with pytest.warns(mora_jax.MoRAWarning, match="not a head that is tied to it"):
+        lost = io.save_peft_lora(tmp_path / "a", adapters, plan, names, rank="auto")
+    tensors = load_file(tmp_path / "a" / TENSORS)
+    name = "base_model.model.model.embed_tokens.lora_embedding_"
+    assert sorted(tensors) == [f"{name}A", f"{name}B"]
+    update = tensors[f"{name}A"].T @ tensors[f"{name}B"].T
+    (delta,) = jax.tree.leaves(mora_jax.delta_weight(adapters, plan))
+    error = np.linalg.norm(update - delta) / np.linalg.norm(delta)
+    assert abs(error - lost["model.embed_tokens"]) < 1e-5 and error <= 0.1
+    assert config_of(tmp_path / "a")["target_modules"] == ["model.embed_tokens"]
+    with pytest.raises(ValueError, match="no squares for embeddings"):
+        io.save_peft_mora(tmp_path / "b", adapters, plan, names)
+
+
 def test_a_lora_that_loses_too_much_is_refused(tmp_path):
     """The message names the worst module, and the least rank that does for all."""
     plan = layers(*(make_operator("rotation", 24, width, 8) for width in (24, 40)))

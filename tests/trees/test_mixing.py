@@ -62,6 +62,18 @@ def test_a_factor_is_an_argument_of_one_program():
     assert not any(m.any() for m in jax.tree.leaves(weighted_sum(pairs, weights)[0]))
 
 
+@pytest.mark.parametrize("mix", [weighted_sum, lambda *given: project(*given, PLAN)])
+def test_weights_are_arguments_of_a_program(mix):
+    pairs = [pair(0), pair(1)]
+    compiled = jax.jit(lambda weights: mix(pairs, weights)[0])(jnp.array([1.0, -0.5]))
+    close(compiled, weighted_sum(pairs, [1.0, -0.5])[0], 1e-4)
+
+
+def test_what_a_program_loses_is_an_array():
+    lost = jax.jit(lambda w: project([pair(0)], [w], PLAN)[1])
+    assert max(lost(1.0).values()) < 1e-5 and max(lost(0.0).values()) == 0
+
+
 def test_states_of_nnx_stay_states():
     class Model(nnx.Module):
         def __init__(self):
@@ -212,6 +224,12 @@ SHAPES = mora_jax.plan({"a": {"kernel": jnp.zeros((16, 12))}}, MoRAConfig(rank=1
         (lambda: scaled(pair(0)[0], jnp.ones(2)), "factor must be a real number"),
         (lambda: scaled(pair(0), 2), "give pair"),
         (lambda: scaled({"kernel_mora": 3}, 2), "floating-point arrays, got 3"),
+        (lambda: scaled(pair(0, dtype="float16")[0], 1e6), "infinity in float16"),
+        (
+            lambda: weighted_sum([pair(0, dtype="float16")], [1e6]),
+            "a/kernel_mora holds",
+        ),
+        (lambda: scaled(jax.eval_shape(lambda: pair(0)[0]), 2), "must be an array"),
     ],
 )
 def test_bad_input(call, match):

@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from adapter_files import slow
 from cases import by_kind
@@ -219,6 +220,65 @@ def test_a_slot_is_replaced_in_place_by_one_program():
     chex.assert_trees_all_equal(stacked, serving.stack(order, PLAN))
     same = jax.jit(serving.put, static_argnums=1)(stacked, 2, adapters[2])
     chex.assert_trees_all_equal(same, serving.stack(order, PLAN))
+
+
+def test_a_slot_that_a_compiled_function_does_not_have_changes_nothing():
+    adapters = several(PLAN)
+    put = jax.jit(serving.put)
+    for slot in (-4, -1, 3, 7):
+        stacked = serving.stack(adapters, PLAN)
+        chex.assert_trees_all_equal(put(stacked, jnp.int32(slot), adapters[0]), stacked)
+    changed = put(serving.stack(adapters, PLAN), jnp.int32(1), adapters[0])
+    order = [adapters[k] for k in (0, 0, 2)]
+    chex.assert_trees_all_equal(changed, serving.stack(order, PLAN))
+
+
+def test_no_number_becomes_infinite_in_a_slot():
+    adapters = several(PLAN)
+    half = [jax.tree.map(lambda m: m.astype(jnp.float16), one) for one in adapters]
+    stacked = serving.stack(half, PLAN)
+    large = jax.tree.map(lambda m: m * 0 + 1e6, adapters[0])
+    with pytest.raises(ValueError, match="infinity in float16, the dtype of the slots"):
+        serving.put(stacked, 0, large)
+    chex.assert_trees_all_equal(stacked, serving.stack(half, PLAN))
+
+
+def test_no_rows_are_none():
+    stacked = serving.stack(several(PLAN), PLAN)
+    assert serving.select(stacked, [])["a"]["kernel_mora"].rows == 0
+
+
+def test_in_nnx_many_train_by_their_slots_and_not_by_the_model():
+    """Each gets the gradient that it has alone, on its rows."""
+    x, settings = random(0, 2, 8), MoRAConfig(square_rank=4)
+    model = mora.wrap(nnx.Linear(8, 8, rngs=nnx.Rngs(0)), settings)
+    plan = mora.plan_of(model)
+    adapters, parts = several(plan), nnx.split(model)
+    stacked = serving.stack(adapters, plan)
+
+    def loss(stacked, index):
+        own = nnx.merge(*parts, copy=True)
+        mora.set_adapters(own, serving.select(stacked, index))
+        return jnp.sum(own(x) ** 2)
+
+    grads = jax.grad(loss)(stacked, jnp.array([2, -1]))
+
+    def alone(adapters):
+        own = nnx.merge(*parts, copy=True)
+        mora.set_adapters(own, adapters)
+        return jnp.sum(own(x)[0] ** 2)
+
+    (expected,) = jax.tree.leaves(jax.grad(alone)(adapters[2]))
+    (found,) = jax.tree.leaves(grads)
+    close(found[2], expected)
+    assert not found[:2].any()
+    mora.set_adapters(model, serving.select(stacked, [0, 1]))
+    for call in (
+        lambda: mora.adapter_optimizer(model, optax.sgd(0.1)),
+        lambda: mora.value_and_grad(lambda model: jnp.sum(model(x)))(model),
+    ):
+        with pytest.raises(ValueError, match="one for each row .* serving.stack"):
+            call()
 
 
 def test_in_a_compiled_function_of_nnx_the_model_is_changed():

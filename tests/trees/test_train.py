@@ -383,6 +383,28 @@ def test_a_weighted_sum_moves_them_by_the_sum_of_what_each_has_moved(params, mad
     close(mixing.weighted_sum(pairs[:1], [1], params)[0], trees[0])
 
 
+def test_a_weighted_sum_of_another_base_is_refused(params, made, tmp_path):
+    """A merged base, or one that holds the adapters: its arrays have moved already."""
+    trees = random_like(init(made, params=params))
+    mora_jax.save(tmp_path, trees, made, params=params)
+    pairs = [mora_jax.load(tmp_path, params)]
+    merged = mora_jax.merge(params, *pairs[0])
+    with pytest.raises(ValueError, match="holds other weights than the base"):
+        mixing.weighted_sum(pairs, [2.0], merged)
+    mixed, _ = mixing.weighted_sum(pairs, [2.0], merged, any_base=True)
+    close(flatten(mixed)["fc/bias"], flatten(trees)["fc/bias"])
+    combined = mora_jax.combine(params, *pairs[0])
+    for call in (
+        lambda: mixing.weighted_sum(pairs, [2.0], combined),
+        lambda: init(made, params=combined),
+    ):
+        with pytest.raises(ValueError, match="give the base alone"):
+            call()
+    shapes = jax.eval_shape(lambda: params)
+    with pytest.raises(TypeError, match="in params must be an array"):
+        mixing.weighted_sum(pairs, [2.0], shapes)
+
+
 def test_mixing_refuses_what_is_no_delta(params, made):
     pair = init(made, params=params), made
     without = plan(params, config(train=()))

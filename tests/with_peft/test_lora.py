@@ -8,7 +8,7 @@ import pytest
 from adapter_files import made
 from base_files import DATA, NAMES, base, llama
 
-from mora_jax import MoRAConfig, io, linen
+from mora_jax import MoRAConfig, MoRAWarning, io, linen
 from mora_jax.operators import OPERATORS
 
 peft = pytest.importorskip("peft")
@@ -36,6 +36,7 @@ def logits(model):
 
 
 MODEL, PARAMS = llama(), base(1)
+TABLE = {"model.embed_tokens": "embed_tokens/embedding"}
 BLOCKS = {name for name, operator in OPERATORS.items() if operator.block}
 
 
@@ -53,3 +54,18 @@ def test_logits(tmp_path, operator):
     np.testing.assert_allclose(logits(model), expected, atol=1e-4)
     base_logits = MODEL.apply(variables, IDS)
     assert float(jnp.abs(expected - base_logits).max()) > 0.1
+
+
+def test_logits_of_an_adapted_embedding(tmp_path):
+    """Beside layers; the head of this model has the embedding's array as its own."""
+    config = MoRAConfig(
+        rank=4, operator="sharing", targets=(".*q_proj/kernel", ".*embedding")
+    )
+    variables = {"params": PARAMS}
+    plan = linen.plan(MODEL, variables, config, IDS)
+    adapters = made(plan, scale=0.1)
+    expected = linen.wrap(MODEL, plan)(adapters, variables, IDS)
+    with pytest.warns(MoRAWarning, match="tied"):
+        io.save_peft_lora(tmp_path / "a", adapters, plan, NAMES | TABLE)
+    model = peft.PeftModel.from_pretrained(torch_llama(), tmp_path / "a")
+    np.testing.assert_allclose(logits(model), expected, atol=1e-4)
