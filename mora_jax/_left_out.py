@@ -1,12 +1,14 @@
 """Which arrays of a model get no adapter, and why."""
 
 import dataclasses
+import math
 import re
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
 
+from mora_jax._axes import sizes
 from mora_jax._config import DEFAULT_TARGETS, MoRAConfig
 from mora_jax._flax.survey import Survey
 from mora_jax._types import Shape
@@ -64,7 +66,7 @@ def left_out_of(
             why, multiplied = "excluded", False
         elif name.rpartition("/")[0] in quantized:
             why, multiplied = "quantized; see mora_jax.qwix", True
-        elif not default or survey is None:
+        elif survey is None or not (default or _matched(name, config)):
             why, multiplied = "no target", False
         else:
             why, multiplied = _by_survey(name, tuple(leaf.shape), survey)
@@ -88,11 +90,19 @@ def warn_of(left_out: Iterable[LeftOut]) -> None:
         )
 
 
+def _matched(name: str, config: MoRAConfig) -> bool:
+    """Whether a pattern of the user's names the array; then that is not the reason."""
+    return any(re.fullmatch(pattern, name) for pattern in config.targets)
+
+
 def _by_survey(name: str, shape: Shape, survey: Survey) -> tuple[str, bool]:
     """Why the default targets leave an array out, and whether it multiplies inputs."""
     uses = survey.uses
     if name in survey.products:
-        return f"{_kind(survey.products[name])}; targets may name it", False
+        product = survey.products[name]
+        if product.adapted_by_default and is_too_narrow(product, shape):
+            return "too narrow for a square; targets and operator may name it", False
+        return f"{_kind(product)}; targets may name it", False
     if survey.no_kernels([name]):
         return "never multiplied with an input", False
     if uses is not None and name not in uses.reached:
@@ -100,6 +110,16 @@ def _by_survey(name: str, shape: Shape, survey: Survey) -> tuple[str, bool]:
     matrix = sum(size > 1 for size in shape) > 1  # not a token or a row of scales
     guess = matrix and not NO_KERNEL.fullmatch(name)
     return survey.why_unknown(name), uses is not None or guess
+
+
+def is_too_narrow(product: Product, shape: Shape) -> bool:
+    """Whether a kernel has a single input or output feature, as a head of one number.
+
+    The default operator's M cannot be as narrow, and one of another operator would hold
+    a single number.
+    """
+    axes = "s" * (len(shape) - len(product.axes)) + product.axes
+    return 1 in (math.prod(sizes(shape, axes, letter)) for letter in "io")
 
 
 def _kind(product: Product) -> str:

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from flax import nnx
 
 from mora_jax._combined import combine
 from mora_jax._paths import key_name
@@ -32,14 +33,33 @@ def with_new_moments(
     Raises:
       ValueError: `opt_state` is no such state.
     """
-    structure = jax.tree.structure(opt_state)
+    bare = _bare(opt_state)
     for trained in (combine(params, adapters, plan), adapters):
-        if jax.tree.structure(jax.eval_shape(tx.init, trained)) == structure:
-            return _renewed(opt_state, tx.init(_started(trained)))
+        shapes = jax.eval_shape(tx.init, trained)
+        if jax.tree.structure(_bare(shapes)) == jax.tree.structure(bare):
+            new = _renewed(bare, _bare(tx.init(_started(trained))))
+            structure = jax.tree.structure(opt_state)
+            return jax.tree.unflatten(structure, jax.tree.leaves(new))
     raise ValueError(
         "opt_state must be a state of tx for the adapters, or for the combined tree of "
-        f"params and adapters; got {structure}"
+        f"params and adapters, got one of {jax.tree.structure(bare).num_leaves} arrays "
+        "for other ones; an nnx.Optimizer's is for nnx.state(model, MoRAParam)"
     )
+
+
+def _bare(opt_state: Any) -> Any:
+    """The state with arrays in place of NNX's variables, which all have one array.
+
+    An `nnx.Optimizer` keeps them in variables of another type than the adapters'.
+    """
+
+    def is_variable(leaf: Any) -> bool:
+        return isinstance(leaf, nnx.Variable)
+
+    def array(leaf: Any) -> Any:
+        return jax.tree.leaves(leaf)[0] if is_variable(leaf) else leaf
+
+    return jax.tree.map(array, opt_state, is_leaf=is_variable)
 
 
 def _started(trained: Any) -> Any:

@@ -36,7 +36,7 @@ class Plan(Mapping[str, AdapterSpec]):
         only in this and in the attributes below are equal.
       left_out: The other arrays of two or more axes, and why they are left out.
       unproven: (path, reason) for each adapted kernel of which the trace proves
-        nothing.
+        nothing, or which a layer multiplies and no call was traced.
       trained: The arrays of the base that `MoRAConfig(train=...)` names, which train
         themselves. Their copies are part of the adapters; plans compare them.
 
@@ -250,7 +250,13 @@ def _remarks(plan: Plan) -> list[str]:
         lines.append(
             "not proven (mora_jax.diagnostics.check compares numbers instead):"
         )
-        lines += [f"  {path}: {why}" for path, why in plan.unproven]
+        alike: dict[tuple[str, str], list[str]] = defaultdict(list)
+        for path, why in plan.unproven:
+            alike[re.sub(r"\d+", "*", path), why].append(path)
+        for (pattern, why), paths in alike.items():
+            count = len(paths)
+            name = paths[0] if count == 1 else f"{pattern} ({count})"
+            lines.append(f"  {name}: {why}")
     return lines
 
 

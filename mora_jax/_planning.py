@@ -16,7 +16,7 @@ from mora_jax._config import (
     default_targets,
 )
 from mora_jax._flax.survey import Survey
-from mora_jax._left_out import left_out_of, warn_of
+from mora_jax._left_out import is_too_narrow, left_out_of, warn_of
 from mora_jax._paths import Path, named_leaves, pattern_hint, refuse_variables
 from mora_jax._plan import Plan
 from mora_jax._proof import Uses
@@ -151,22 +151,14 @@ def _targets(
     survey: Survey | None,
 ) -> tuple[list[str], set[str]]:
     """The paths of the kernels to adapt, in order, and the paths to leave out."""
-    patterns, kernels = config.targets, list(arrays)
+    kernels = list(arrays)
     if survey is not None:
-        products, no_kernels = survey.products, survey.no_kernels(arrays)
+        no_kernels = survey.no_kernels(arrays)
         kernels = [name for name in arrays if name not in no_kernels]
-        if patterns == DEFAULT_TARGETS:
-            kernels = [
-                n for n in kernels if n in products and products[n].adapted_by_default
-            ]
-            patterns = (default_targets("[^/]+"),)
-            if not kernels:
-                found = "; ".join(map(str, left_out_of(arrays, (), config, survey)))
-                raise ValueError(
-                    "targets: the default matches no path of a kernel that can be "
-                    f"adapted: {found or 'no array has two or more axes'}"
-                )
-    targets = _select("targets", patterns, kernels, leaves)
+    if config.targets == DEFAULT_TARGETS:
+        targets = _default_targets(arrays, kernels, config, survey)
+    else:
+        targets = _select("targets", config.targets, kernels, leaves)
     excluded = _select("exclude", config.exclude, leaves, leaves)
     targets = sorted(targets - excluded, key=lambda name: leaves[name][0])
     if not targets:
@@ -179,6 +171,46 @@ def _targets(
         "kernel",
     )
     return targets, excluded
+
+
+def _default_targets(
+    arrays: Mapping[str, Any],
+    kernels: Sequence[str],
+    config: MoRAConfig,
+    survey: Survey | None,
+) -> set[str]:
+    """The paths that the default targets choose among those of `kernels`."""
+    if survey is None:
+        found = {name for name in kernels if re.fullmatch(DEFAULT_TARGETS[0], name)}
+    else:
+        products, any_name = survey.products, default_targets("[^/]+")
+        found = {
+            name
+            for name in kernels
+            if name in products
+            and products[name].adapted_by_default
+            and not is_too_narrow(products[name], tuple(arrays[name].shape))
+            and re.fullmatch(any_name, name)
+        }
+    if found:
+        return found
+    why = "no array has two or more axes"
+    if arrays and survey is not None:
+        why = "; ".join(map(str, left_out_of(arrays, (), config, survey)))
+    elif arrays:
+        why = (
+            "it is arrays that are called 'kernel' and are no head or embedding, got "
+            f"{_some(kernels)}; name yours, as in targets='.*/w'"
+        )
+    raise ValueError(
+        "targets: the default matches no path of a kernel that can be adapted: " + why
+    )
+
+
+def _some(names: Sequence[str]) -> str:
+    """The first few names, quoted, and how many there are."""
+    shown = ", ".join(map(repr, names[:3]))
+    return shown + f" and {len(names) - 3} more" * (len(names) > 3)
 
 
 def _adapter(
@@ -204,15 +236,13 @@ def _select(
         regex = re.compile(pattern)
         matched = {name for name in candidates if regex.fullmatch(name)}
         if not matched:
-            default = pattern in (*DEFAULT_TARGETS, default_targets("[^/]+"))
-            shown = "the default" if default else repr(pattern)
             which = {
                 "targets": " of a kernel that can be adapted (two or more axes, in a "
                 "layer of which it is known what it computes)",
                 "overrides": " that is adapted",
             }
             raise ValueError(
-                f"{field}: {shown} matches no path{which.get(field, '')}"
+                f"{field}: {pattern!r} matches no path{which.get(field, '')}"
                 + pattern_hint(pattern, candidates or known)
             )
         selected |= matched

@@ -205,11 +205,13 @@ class AdapterSpec:
     def asked_square_rank(self) -> int | None:
         """The q that the budget would buy, if less than four fifths of it are used.
 
-        The layer is too small for it, or no wider M suits its widths.
+        The layer is too small for it, or no wider M suits its widths. None if it is
+        what the layer has.
         """
         if self.rank is None or 5 * self.lora_rank >= 4 * self.rank:
             return None
-        return math.isqrt((self.in_features + self.out_features) * self.rank)
+        asked = math.isqrt((self.in_features + self.out_features) * self.rank)
+        return asked if asked > self.operator.width else None
 
     @property
     def meaning(self) -> dict[str, Any]:

@@ -74,7 +74,8 @@ def restart(
       params: The base's params.
       adapters: The adapters, as `init` makes them.
       plan: Their plan.
-      opt_state: The state of `tx` for the adapters, or for the combined tree.
+      opt_state: The state of `tx` for the adapters, or for the combined tree; or an
+        `nnx.Optimizer`'s, if `adapters` are `nnx.state(model, MoRAParam)`.
       tx: The optimizer.
       any_base: Whether to merge into any weights, as for `merge`.
       keep_moments: Whether to keep the state of the M's. By default it is reset, with

@@ -155,7 +155,8 @@ def register_layer(
       TypeError: `cls` is not a class, or does not have the method; the method does not
         have the argument; another argument has a wrong type; `products.Folded` for a
         class of Linen.
-      ValueError: `products.Folded` for some kernels of a class and not for all.
+      ValueError: `equation` is none; or `products.Folded` for some kernels of a class
+        and not for all.
 
     Example: a layer that stores its kernel as (out, in)::
 
@@ -178,6 +179,11 @@ def register_layer(
         raise TypeError(
             f"equation must be a string, a Product or a function, got {equation!r}"
         )
+    if isinstance(equation, str):
+        try:
+            Contraction.parse(equation, None)
+        except ValueError as error:
+            raise ValueError(f"{cls.__name__}: {error}") from None
     if not (isinstance(kernel, str) or callable(kernel)):
         raise TypeError(
             f"kernel must be a parameter's name or a function, got {kernel!r}"

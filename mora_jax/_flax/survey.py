@@ -60,7 +60,15 @@ class Survey:
         call = Call(name, product, scaled, f"{type(module).__name__}.{rule.method}")
         x = mark(x, call, end=False)
         args, kwargs = rule.with_input(x, module, args, kwargs)
-        return mark(method(*args, **kwargs), call, end=True)
+        y = method(*args, **kwargs)
+        if not hasattr(y, "shape"):
+            raise ValueError(
+                f"{name}: {call.method} must return the product of its input and its "
+                f"kernel, as its rule says, got {type(y).__name__}: a class that hands "
+                "its kernel to another module cannot be taught; leave it out with "
+                "exclude"
+            )
+        return mark(y, call, end=True)
 
     def record_read(
         self, name: str, product: Product, cls: str, kernel: jax.Array
@@ -133,7 +141,8 @@ class Survey:
     def unproven(self, names: Iterable[str]) -> tuple[tuple[str, str], ...]:
         """(name, reason) for those of `names` of which the trace proves nothing."""
         if self.uses is None:
-            return ()
+            why = "no call was traced; nnx.plan takes the inputs of one"
+            return tuple((name, why) for name in names)
         found = {}
         for name in names:
             if name in self.uses.unseen:

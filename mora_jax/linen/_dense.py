@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 from jaxtyping import Float, PRNGKeyArray, Shaped
 
-from mora_jax._config import MoRAConfig, refuse_train
+from mora_jax._config import MoRAConfig, check_config, refuse_train
 from mora_jax._flax.adapted_call import adapt_call
 from mora_jax._flax.layer_rules import rules_of
 from mora_jax._matrix import init_adapter
@@ -42,6 +42,15 @@ class MoRADense(nn.Dense):
 
     config: MoRAConfig = MoRAConfig()
     deterministic: bool | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.use_bias, MoRAConfig):
+            raise TypeError(
+                "use_bias must be a bool, got a MoRAConfig: write "
+                "MoRADense(features, config=config)"
+            )
+        check_config(self.config, "MoRADense(features, config=config)")
+        super().__post_init__()
 
     @nn.compact
     def __call__(

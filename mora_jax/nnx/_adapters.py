@@ -11,8 +11,9 @@ from jax.core import Tracer
 from jax.sharding import NamedSharding
 
 from mora_jax._adapters import Tree, adapter_items, nest, trained_items
+from mora_jax._bases import check_base
 from mora_jax._dense import as_jax_array
-from mora_jax._paths import Path, adapter_path, unboxed
+from mora_jax._paths import Path, adapter_path, named_leaves, unboxed
 from mora_jax._plan import Plan, refuse_other_plan
 from mora_jax._slots import Selected
 from mora_jax._spec import SUFFIX, AdapterSpec
@@ -118,7 +119,11 @@ def adapters(model: nnx.Module) -> Tree:
 
 
 def set_adapters(
-    model: nnx.Module, adapters: Any, plan: Plan | str | None = None
+    model: nnx.Module,
+    adapters: Any,
+    plan: Plan | str | None = None,
+    *,
+    any_base: bool = False,
 ) -> None:
     """Put M's into an adapted model (PEFT's `set_peft_model_state_dict`).
 
@@ -132,12 +137,14 @@ def set_adapters(
         M that is not committed to a device goes where the model has its M.
       plan: What the adapters were made for: their plan, or its `digest()`. Nested dicts
         hold numbers alone, so without it nothing shows whether they are for the
-        operators, seeds and alphas of this model.
+        operators, seeds and alphas of this model. A plan of `load` also knows the base.
+      any_base: Whether to take adapters of any base, also if the plan knows that they
+        were trained on other kernels than the model's.
 
     Raises:
       TypeError: The adapters are not arrays, or `plan` is neither a plan nor a digest.
-      ValueError: The model has no adapters; or the new ones do not fit its plan, or
-        were made for another plan.
+      ValueError: The model has no adapters; or the new ones do not fit its plan, were
+        made for another plan, or were trained on another base and `any_base` is False.
 
     Example::
 
@@ -155,6 +162,9 @@ def set_adapters(
     model_plan = plan_of(model)
     if isinstance(plan, Plan):
         refuse_other_plan(plan, model_plan)
+        if not any_base:
+            leaves = named_leaves(parameters(model))
+            check_base(plan.specs, {name: leaf for name, (_, leaf) in leaves.items()})
     elif isinstance(plan, str):
         if not re.fullmatch("[0-9a-f]{64}", plan):
             raise ValueError(

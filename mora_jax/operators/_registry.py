@@ -140,6 +140,8 @@ def square_rank(
             f"for {cls.name}, whose square_rank is at least {cls.q_multiple_of}"
             + f", with {squares} squares"
             * (squares > 1)
+            + "; leave it out with exclude, or give it an operator that a narrower "
+            "square suits, such as 'sharing'"
         )
     return q
 

@@ -96,6 +96,49 @@ def test_an_nnx_model_of_unknown_layers(inputs):
     assert "unused/kernel" in plan and (unused in unproven) == bool(inputs)
 
 
+def test_what_no_call_was_traced_for_is_not_proven():
+    """A model that also reads a kernel itself is refused only with inputs."""
+
+    class Reads(nnx.Module):
+        def __init__(self):
+            self.layers = nnx.List(
+                [nnx.Linear(8, 8, rngs=nnx.Rngs(k)) for k in range(3)]
+            )
+
+        def __call__(self, x):
+            for layer in self.layers:
+                x = layer(x) + x @ layer.kernel[...]
+            return x
+
+    text = str(mora_nnx.plan(Reads()))
+    assert "not proven" in text
+    assert text.endswith("layers/*/kernel (3): no call was traced; nnx.plan takes the "
+                         "inputs of one")  # fmt: skip
+    assert "also reads this kernel" in message(mora_nnx.plan, Reads(), None, X)
+
+
+def test_heads_of_one_number_are_left_out_by_default():
+    model = nn.Sequential([nn.Dense(8), nn.Dense(1)])
+    variables = model.init(KEY, X)
+    plan = linen.plan(model, variables, None, X)
+    assert list(plan) == ["layers_0/kernel"]
+    assert "layers_1/kernel: too narrow for a square" in str(plan)
+    config = MoRAConfig(targets=".*1/kernel")
+    text = message(linen.plan, model, variables, config, X)
+    assert "leave it out with exclude, or give it an operator" in text
+    config = MoRAConfig(targets=".*1/kernel", operator="sharing")
+    assert linen.plan(model, variables, config, X)["layers_1/kernel"].shape == (1, 1)
+    both = nnx.Sequential(
+        nnx.Linear(1, 8, rngs=nnx.Rngs(0)), nnx.Linear(8, 8, rngs=nnx.Rngs(0))
+    )
+    assert list(mora_nnx.plan(both)) == ["layers/1/kernel"]
+
+
+def test_what_a_pattern_names_is_left_out_for_another_reason():
+    text = str(linen.plan(*own(), MoRAConfig(targets=".*", exclude=".*w"), IDS))
+    assert "layers_1/bias: never multiplied with an input" in text
+
+
 def test_what_is_excluded_or_registered_is_no_surprise():
     exclude = [".*/attn/w", "experts", "unused/.*"]
     plan = mora_nnx.plan(GPT(), MoRAConfig(exclude=exclude), IDS)
@@ -108,18 +151,25 @@ def test_what_is_excluded_or_registered_is_no_surprise():
         mora_nnx.wrap(GPT())
 
 
-def test_a_linen_model_of_unknown_layers():
-    class Own(nn.Module):
-        @nn.compact
-        def __call__(self, x):
-            w = self.param("w", nn.initializers.ones, (8, 8))
-            bias = self.param("bias", nn.initializers.ones, (3, 8))
-            return x @ w + bias
+class Own(nn.Module):
+    """A layer of Linen that nobody registered."""
 
+    @nn.compact
+    def __call__(self, x):
+        w = self.param("w", nn.initializers.ones, (8, 8))
+        bias = self.param("bias", nn.initializers.ones, (3, 8))
+        return x @ w + bias
+
+
+def own():
+    """A model that has one, and its variables."""
     model = nn.Sequential([nn.Embed(11, 8), Own(), nn.Dense(8)])
-    variables = model.init(KEY, IDS)
+    return model, model.init(KEY, IDS)
+
+
+def test_a_linen_model_of_unknown_layers():
     with pytest.warns(LeftOutWarning, match="layers_1/w: .* its class Own with"):
-        plan = linen.plan(model, variables, None, IDS)
+        plan = linen.plan(*own(), None, IDS)
     assert "layers_1/bias: never multiplied with an input" in str(plan)
     assert list(plan) == ["layers_2/kernel"]
 
@@ -128,6 +178,36 @@ def message(call, *args):
     with pytest.raises(ValueError) as caught:
         call(*args)
     return str(caught.value)
+
+
+def test_a_model_whose_kernels_are_all_heads_says_so():
+    class Classifier(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(3, name="classifier")(nn.Conv(8, (3,))(x))
+
+    model = Classifier()
+    text = message(linen.plan, model, model.init(KEY, X), None, X)
+    assert "Conv_0/kernel: a convolution; targets may name it" in text
+    assert "classifier/kernel: a head, router or embedding by its name" in text
+
+
+def test_a_class_that_hands_its_kernel_on_cannot_be_taught():
+    class Hands(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return self.param("w", nn.initializers.ones, (8, 8)), None
+
+    class Takes(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return x @ Hands()(x)[0]
+
+    mora_jax.register_layer(Hands, equation="...i,io->...o", kernel="w")
+    text = message(linen.plan, Takes(), Takes().init(KEY, X), None, X)
+    assert "Hands_0/w: Hands.__call__ must return the product" in text
+    with pytest.raises(ValueError, match="Hands: equation must have two operands"):
+        mora_jax.register_layer(Hands, equation="io", kernel="w")
 
 
 def test_a_model_without_kernels_that_are_known_says_what_it_has():

@@ -360,6 +360,10 @@ def test_moradense_is_dense_and_more():
     m = random_like(adapters)
     frozen = mora_jax.FrozenDense.from_config(**kernels, config=CONFIG)
     close(layer.apply({"params": kernels | m}, X), mora_jax.mora_apply(m, frozen, X))
+    with pytest.raises(TypeError, match=r"write MoRADense\(features, config=config\)"):
+        MoRADense(10, CONFIG)
+    with pytest.raises(TypeError, match="config must be a MoRAConfig"):
+        MoRADense(10, config="rank=2")
     fields = set(nn.Dense.__dataclass_fields__)
     assert fields < set(MoRADense.__dataclass_fields__)
 

@@ -17,7 +17,7 @@ from flax import nnx
 from helpers import close, largest, random, random_like
 from twins import CONFIG, TWINS, X, nnx_model
 
-from mora_jax import MoRAConfig, init, merge, register_layer
+from mora_jax import MoRAConfig, init, load, merge, register_layer, save
 from mora_jax import nnx as mora
 from mora_jax.nnx import MoRALinear, MoRAParam
 
@@ -264,6 +264,28 @@ def test_value_and_grad_of_another_argument_with_aux():
     (value, y), grads = grad(X, trained(mora.wrap(linear(), CONFIG)))
     np.testing.assert_allclose(value, jnp.sum(y**2), rtol=1e-6)
     assert list(grads) == ["kernel_mora"]
+
+
+def test_a_model_without_adapters_trains_nothing_and_says_so():
+    """As where somebody forgets that `wrap` returns another model."""
+    model = linear()
+    mora.wrap(model, CONFIG)
+    with pytest.raises(ValueError, match="model has no adapters; see mora_jax.nnx"):
+        mora.value_and_grad(lambda model: jnp.sum(model(X)))(model)
+
+
+def test_adapters_of_another_base_are_refused(tmp_path):
+    model = trained(mora.wrap(linear(), CONFIG))
+    params = nnx.state(linear(), nnx.Param)
+    save(tmp_path, mora.adapters(model), mora.plan_of(model), params=params)
+    adapters, plan = load(tmp_path)
+    same, other = (mora.wrap(linear(seed=seed), CONFIG) for seed in (0, 1))
+    mora.set_adapters(same, adapters, plan)
+    with pytest.raises(ValueError, match="'kernel' holds other weights than the base"):
+        mora.set_adapters(other, adapters, plan)
+    assert not mora.adapters(other)["kernel_mora"].any()
+    mora.set_adapters(other, adapters, plan, any_base=True)
+    chex.assert_trees_all_equal(mora.adapters(other), adapters)
 
 
 # --- Dropout ---

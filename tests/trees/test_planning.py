@@ -192,6 +192,7 @@ BAD_PLANS = {
         ({}, {}, "holds no array"),
         ({"a": {}}, {}, "holds no array"),
         ({"bias": jnp.ones(8)}, {}, "targets: the default matches no path"),
+        ({"mlp/~/linear": {"w": K}}, {}, "called 'kernel' .* 'mlp/~/linear/w'; name"),
         (MODEL, {"targets": ".*/qproj/kernel"}, NO_TARGET),
         (MODEL, {"targets": ".*/bias"}, "can be adapted .two or more axes"),
         (MODEL, {"targets": "q_proj"}, "'q_proj' matches no path"),

@@ -219,6 +219,33 @@ def test_a_model_of_nnx():
         assert jax.tree.structure(updates) == jax.tree.structure(after.adapters)
 
 
+def test_the_optimizer_of_a_model_of_nnx_goes_on():
+    """As with a state of optax: its schedule counts on, its moments start again."""
+    x, tx = random(0, 3, 16), optax.adam(optax.linear_schedule(0.1, 0.0, 10))
+    config = MoRAConfig(operator="permutation", square_rank=4)
+    layers = [nnx.Linear(16, 16, rngs=nnx.Rngs(k)) for k in range(11)]  # 10 is not 1, 0
+    base = nnx.Sequential(*layers)
+    model = mora_jax.nnx.wrap(base, config)
+    opt = mora_jax.nnx.adapter_optimizer(model, tx)
+    grad = mora_jax.nnx.value_and_grad(lambda model: jnp.mean((model(x) - 1) ** 2))
+    for _ in range(2):
+        opt.update(model, grad(model)[1])
+    expected, plan = model(x), mora_jax.nnx.plan_of(model)
+    adapters, params = nnx.state(model, MoRAParam), nnx.state(base, nnx.Param)
+    after = remora.restart(params, adapters, plan, opt.opt_state, tx)
+    nnx.update(base, after.params)
+    model = mora_jax.nnx.wrap(base, after.plan)
+    close(model(x), expected, 1e-5)
+    opt = mora_jax.nnx.adapter_optimizer(model, tx)
+    opt.opt_state = nnx.data(after.opt_state)
+    adam, schedule = opt.opt_state
+    assert int(adam.count[...]) == 0 and int(schedule.count[...]) == 2
+    assert not any(map(np.any, jax.tree.leaves((adam.mu, adam.nu))))
+    opt.update(model, grad(model)[1])
+    moved = jax.tree.leaves(mora_jax.nnx.adapters(model))
+    close(max(float(jnp.abs(m).max()) for m in moved), 0.08, 1e-3)
+
+
 def test_on_a_mesh():
     """Kernels stay split as they were."""
     mesh = Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("fsdp", "model"))
