@@ -43,6 +43,18 @@ CONNECTIONS = 1024
 """The largest number of connections at once."""
 
 
+def between(kind: Callable[[str], Any], least: float, most: float) -> Any:
+    """A number from `least` to `most`, as `type` of an argument of `argparse`."""
+
+    def number(text: str) -> Any:
+        if not least <= (found := kind(text)) <= most:
+            told = f"must be from {least:g} to {most:g}, got {found}"
+            raise argparse.ArgumentTypeError(told)
+        return found
+
+    return number
+
+
 def options() -> argparse.ArgumentParser:
     """The options."""
     parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
@@ -53,14 +65,15 @@ def options() -> argparse.ArgumentParser:
     add("--operator", default="auto", help="that of the adapters")
     add("--seed", type=int, default=0, help="that of the adapters")
     add("--host", default="127.0.0.1", help="an address of this machine")
-    add("--port", type=int, default=8000, help="0 takes a free one")
+    add("--port", type=between(int, 0, 65535), default=8000, help="0 takes a free one")
     add("--slots", type=positive, default=1000, help="adapters in memory")
     add("--rows", type=positive, default=16, help="requests in one step")
     add("--queue", type=positive, default=128, help="requests that wait")
     add("--context", type=positive, default=512, help="tokens of a request and answer")
     add("--max-tokens", type=positive, default=256, help="largest max_tokens")
     add("--max-body", type=positive, default=Limits.body, help="bytes of a request")
-    add("--timeout", type=float, default=Limits.seconds, help="seconds for a request")
+    limit = between(float, 0.001, 10**6)
+    add("--timeout", type=limit, default=Limits.seconds, help="seconds for a request")
     return parser
 
 
@@ -118,6 +131,15 @@ def make_service(
     return Service(engine, adapters, tokenizer, Path(args.model).name, limits)
 
 
+def listen(host: str, port: int) -> tuple[socket.socket, str]:
+    """A socket that listens at an address that is free, and its URL."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.create_server((host, port), family=family, backlog=CONNECTIONS)
+    host, port, *_ = listener.getsockname()
+    name = f"[{host}]" if ":" in host else host
+    return listener, f"http://{name}:{port}"
+
+
 def main(
     argv: Sequence[str] | None = None, make_engine: MakeEngine = make_engine
 ) -> None:
@@ -126,9 +148,12 @@ def main(
     args = parser.parse_args(argv)
     if not args.adapters.is_dir():
         parser.error(f"--adapters must be a directory, got {args.adapters}")
+    try:
+        listener, address = listen(args.host, args.port)
+    except (OSError, UnicodeError) as error:
+        parser.error(f"--host and --port must be free on this machine: {error}")
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: sys.exit(0))  # also after the last answer
-    listener = socket.create_server((args.host, args.port), backlog=CONNECTIONS)
     service = make_service(args, make_engine)
     config = uvicorn.Config(
         service.app,
@@ -143,7 +168,6 @@ def main(
         server.should_exit = True
 
     service.on_failure = fail
-    address = "http://{}:{}".format(*listener.getsockname()[:2])
     names = service.adapters.names()
     print(
         f"this is an example for one machine: {len(names)} adapters at {address}/v1",

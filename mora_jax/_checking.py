@@ -11,6 +11,7 @@ import numpy as np
 from flax import nnx
 
 from mora_jax._adapters import Tree, nest
+from mora_jax._checks import check_number, check_seed
 from mora_jax._compute.delta import delta_kernel
 from mora_jax._merge import merge
 from mora_jax._paths import Path, adapter_path, named_leaves
@@ -55,7 +56,8 @@ def check(
     Raises:
       TypeError: `model` is not a Flax module, or `plan` is not a Plan.
       ValueError: Layers differ by more than `tolerance` (the message has each figure),
-        the model's outputs are not finite, or a Linen model's variables lack params.
+        the outputs are not finite, `tolerance` or `seed` is out of range, or a Linen
+        model's variables lack params.
 
     Example::
 
@@ -69,6 +71,9 @@ def check(
       True
     """
     check_plan(plan)
+    check_seed(seed)
+    if tolerance is not None and check_number("tolerance", tolerance) < 0:
+        raise ValueError(f"tolerance must be at least 0, got {tolerance}")
     if isinstance(model, nnx.Module):
         params, adapted, merged = _nnx_models(model, plan, inputs, kwargs)
     elif isinstance(model, nn.Module):
@@ -78,7 +83,7 @@ def check(
     leaves = named_leaves(params)
     trained = copies(leaves, plan.trained)
     base = adapted(_adapters(plan, trained))
-    if not base or not all(jnp.isfinite(y).all() for y in base):
+    if not base or not _are_finite(base):
         raise ValueError(
             "the model must give finite floating-point outputs for these inputs, got "
             + ("NaN or infinity" if base else "no floating-point output")
@@ -89,6 +94,12 @@ def check(
         key = jax.random.fold_in(jax.random.key(seed), number)
         adapters = _adapters(plan, trained, spec, kernels[name], key)
         y_adapted, y_merged = adapted(adapters), merged(adapters)
+        if not _are_finite([*y_adapted, *y_merged]):
+            raise ValueError(
+                f"the model must give finite outputs with a delta of {name!r} that is "
+                "as large as its kernel, got NaN or infinity: give smaller inputs, or "
+                "compare in float32"
+            )
         difference = _distance(y_adapted, y_merged)
         # If the merged model alone has an effect, all of it is a difference: 1.
         effect = _distance(y_adapted, base) or _distance(y_merged, base)
@@ -165,6 +176,10 @@ def _nnx_models(
 def _floating(outputs: Any) -> list[jax.Array]:
     arrays = [jnp.asarray(y) for y in jax.tree.leaves(outputs)]
     return [y for y in arrays if jnp.issubdtype(y.dtype, jnp.floating)]
+
+
+def _are_finite(ys: list[jax.Array]) -> bool:
+    return all(bool(jnp.isfinite(y).all()) for y in ys)
 
 
 def _distance(ys: list[jax.Array], references: list[jax.Array]) -> float:

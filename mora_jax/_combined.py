@@ -5,7 +5,7 @@ from typing import Any
 
 from flax import nnx
 
-from mora_jax._adapters import Tree, nest, trained_items
+from mora_jax._adapters import Tree, adapter_items, nest, trained_items
 from mora_jax._paths import (
     Path,
     located_leaves,
@@ -83,7 +83,9 @@ def combine(params: Any, adapters: Any, plan: Plan | None = None) -> Any:
 
     for what, tree in (("params", params), ("adapters", adapters)):
         _check_nested(tree, what)
-    if plan is not None and check_plan(plan).trained:
+    if plan is not None:
+        adapter_items(adapters, plan)
+    if plan is not None and plan.trained:
         trained, leaves = trained_items(adapters, plan), named_leaves(params)
         new = {find_trained(leaves, one)[0]: copy for one, copy in trained}
         params = replace_leaves(params, new)

@@ -34,8 +34,11 @@ def with_new_moments(
       ValueError: `opt_state` is no such state.
     """
     bare = _bare(opt_state)
-    for trained in (combine(params, adapters, plan), adapters):
-        shapes = jax.eval_shape(tx.init, trained)
+    for trained in (adapters, combine(params, adapters, plan)):
+        try:
+            shapes = jax.eval_shape(tx.init, trained)
+        except (TypeError, ValueError):  # tx has labels or a mask for the other tree
+            continue
         if jax.tree.structure(_bare(shapes)) == jax.tree.structure(bare):
             new = _renewed(bare, _bare(tx.init(_started(trained))))
             structure = jax.tree.structure(opt_state)
@@ -82,6 +85,8 @@ def _renewed(old: Any, new: Any) -> Any:
         return {name: _renewed(old[name], new[name]) for name in old}
     if not isinstance(old, tuple):
         return old
+    if isinstance(old, optax.MultiStepsState):  # its steps are those of a schedule
+        new = new._replace(gradient_step=old.gradient_step)
     pairs = list(zip(old, new, strict=True))
     if not hasattr(old, "_fields"):  # those of a chain
         return tuple(_renewed(*pair) for pair in pairs)

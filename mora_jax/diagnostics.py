@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from jaxtyping import Float
 from mora_jax._checking import check as check
 from mora_jax._compute.delta import scaled
 from mora_jax._dense import as_jax_array
-from mora_jax._merge import delta_weight, finite_items, merge
+from mora_jax._merge import delta_weight, finite_items, merge, wide
 from mora_jax._paths import find_kernel, named_leaves
 from mora_jax._plan import Plan
 from mora_jax._rounding import Rounding, share_lost
@@ -146,17 +147,36 @@ def effective_rank(
     Returns:
       The effective ranks, (...).
 
+    Raises:
+      TypeError: `values` are what `spectrum` returns, and not one of its values.
+      ValueError: `values` have no axis, or one of them is negative or not finite.
+
     Example::
 
       >>> import mora_jax
       >>> mora_jax.diagnostics.effective_rank(np.array([2.0, 2.0, 0.0])).round(6)
       np.float64(2.0)
     """
-    values = np.asarray(values, np.float64)
+    values = _singular_values(values)
     total = values.sum(-1, keepdims=True)
     p = np.divide(values, total, out=np.zeros_like(values), where=total > 0)
     entropy = -np.sum(p * np.log(p, out=np.zeros_like(p), where=p > 0), -1)
     return np.where(total[..., 0] > 0, np.exp(entropy), 0.0)[()]
+
+
+def _singular_values(values: Any) -> np.ndarray:
+    """`values` in float64, if they can be singular values."""
+    if isinstance(values, Mapping):
+        raise TypeError(
+            "values must be an array of singular values, got a mapping: give one of "
+            "the values that spectrum returns"
+        )
+    values = np.asarray(values, np.float64)
+    if not values.ndim:
+        raise ValueError(f"values must have shape (..., k), got {values!r}")
+    if not (np.isfinite(values).all() and (values >= 0).all()):
+        raise ValueError("values must be finite and not negative")
+    return values
 
 
 def count_above(
@@ -170,8 +190,11 @@ def count_above(
 
     Returns:
       The counts, (...).
+
+    Raises:
+      TypeError, ValueError: As `effective_rank`.
     """
-    return (np.asarray(values) > threshold).sum(-1)
+    return (_singular_values(values) > threshold).sum(-1)
 
 
 def relative_norm(params: Any, adapters: Any, plan: Plan) -> dict[str, float]:
@@ -203,7 +226,8 @@ def relative_norm(params: Any, adapters: Any, plan: Plan) -> dict[str, float]:
     for spec in plan.specs:
         kernel = as_jax_array(spec.name, find_kernel(leaves, spec)[1])
         delta_norm = float(np.linalg.norm(values[spec.name]))
-        kernel_norm = float(jnp.linalg.norm(kernel))
+        # In float32, since squares of a float16 kernel overflow.
+        kernel_norm = float(jnp.linalg.norm(wide(kernel).ravel()))
         shares[spec.name] = delta_norm / kernel_norm if kernel_norm else math.inf
     return shares
 

@@ -9,16 +9,18 @@ Public names::
 import dataclasses
 import importlib
 import inspect
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.core.scope import subtract_filters
 
 from mora_jax._adapters import init
 from mora_jax._flax.layer_rules import register_layer
-from mora_jax._plan import Plan
+from mora_jax._plan import Plan, check_plan
 from mora_jax.linen import wrap
 from mora_jax.products import ATTEND, Lookup
 
@@ -115,7 +117,9 @@ class MoRA(nn.Module):
     `kd.optim.select("mora")` selects the adapters. Everything else of the model is
     found here as well. In code of your own, `mora_jax.linen.wrap` is simpler.
 
-    The adapter's dropout is on where a call has a key for the "dropout" stream.
+    The adapter's dropout is on where a call has a key for the "dropout" stream. All
+    collections of the model beside its params, and all random streams, are as they are
+    without adapters. Calls with `mutable` change the former.
 
     Attributes:
       model: The model, which stays as it is.
@@ -142,22 +146,45 @@ class MoRA(nn.Module):
     @nn.compact
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the model returns, with the adapters' deltas in its layers."""
+        check_plan(self.plan)
+        assert self.scope is not None
         model = self.model.clone(parent=None)
+        rngs = {name: self.make_rng(name) for name in self.scope.rngs}
         if self.is_initializing():  # gemma replaces `self.param`, which needs a shape
-            made = model.init(self.make_rng("params"), *args, **kwargs)
-            self.put_variable("params", "base", made["params"])
-            params = made["params"]
-            adapters = init(self.plan, self.make_rng("params"), params=params)
-            self.put_variable("params", "mora", adapters)
-        params, drops = self.variables["params"], self.has_rng("dropout")
-        return wrap(model, self.plan)(
+            output, made = model.init_with_output(rngs, *args, **kwargs)
+            adapters = init(self.plan, self.make_rng("params"), params=made["params"])
+            self._put({**made, "params": {"base": made["params"], "mora": adapters}})
+            return output
+        variables = dict(self.variables)
+        params = variables.get("params", {})
+        if set(params) != {"base", "mora"}:
+            raise ValueError(
+                "params must be {'base': the model's params, 'mora': its adapters}, "
+                f"got {sorted(params)}"
+            )
+        # What a call may change except the params, as the caller says by `mutable`.
+        mutable = subtract_filters(self.scope.mutable, "params") or False
+        result = wrap(model, self.plan)(
             params["mora"],
-            {"params": params["base"]},
+            {**variables, "params": params["base"]},
             *args,
-            adapter_deterministic=not drops,
-            rngs={"dropout": self.make_rng("dropout")} if drops else None,
+            adapter_deterministic="dropout" not in rngs,
+            rngs=rngs,
+            mutable=mutable,
             **kwargs,
         )
+        if mutable is False:
+            return result
+        output, updated = result
+        self._put(updated)
+        return output
+
+    def _put(self, variables: Mapping[str, Any]) -> None:
+        """Set those variables that a call may change."""
+        for collection, values in variables.items():
+            for name, value in values.items():
+                if self.is_mutable_collection(collection):
+                    self.put_variable(collection, name, value)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_") or name in _fields(MoRA):

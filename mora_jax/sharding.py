@@ -132,6 +132,11 @@ def plan_on_mesh(
       >>> plan["fc/kernel"].layout.mesh_axes
       (('model',), ('data',))
     """
+    if not isinstance(batch_axes, Iterable):
+        raise TypeError(
+            "batch_axes must be names of mesh axes, such as 'data' or (), got "
+            f"{batch_axes!r}"
+        )
     batch = (batch_axes,) if isinstance(batch_axes, str) else tuple(batch_axes)
     specs = []
     for spec, base in _kernel_shardings(plan, params_or_shardings, mesh):

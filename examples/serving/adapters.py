@@ -12,7 +12,7 @@ import re
 import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,12 @@ FILES = "adapter_config.json", "adapter_model.safetensors"
 SETTLED = 1.0
 """The age in seconds from which on a refused version is not read again."""
 
-Version = tuple[tuple[int, ...], ...]
+Version = tuple[Path, tuple[tuple[int, ...], ...]]
+"""The directory, without links, and of each file device, inode, size and times."""
+
+
+class Changed(Exception):
+    """The files of an adapter have changed while they were read."""
 
 
 class UnknownAdapter(Exception):
@@ -38,21 +43,25 @@ class UnusableAdapter(Exception):
 
 @dataclass(eq=False)
 class Held:
-    """An adapter in a slot.
+    """An adapter in a slot, or on its way there.
 
     Attributes:
         name: Its name.
-        version: That of the files that it was loaded from.
-        slot: The number of its slot.
-        users: The number of requests that use it now, and loads that are not finished.
-        used: When it was used last, in requests.
+        version: That of the files that it is loaded from.
+        slot: The number of its slot; -1 as long as it has none.
+        users: The number of requests that use it now, or wait for it.
+        used: When it was asked for last, in requests.
+        read: Whether its files have been read.
+        load: The task that loads it, which has the slot to itself.
     """
 
     name: str
     version: Version
-    slot: int
+    slot: int = -1
     users: int = 0
     used: int = 0
+    read: bool = False
+    load: asyncio.Task[None] = field(init=False)
 
 
 class Adapters:
@@ -80,7 +89,7 @@ class Adapters:
         self._change = change
         self._slots: list[Held | None] = [None] * slots
         self._current: dict[str, Held] = {}
-        self._loading: dict[tuple[str, Version], asyncio.Task[Held]] = {}
+        self._loading: set[asyncio.Task[None]] = set()
         self._refused: dict[str, tuple[Version, str]] = {}
         self._freed = asyncio.Event()
         self._reader = ThreadPoolExecutor(1, "adapters")
@@ -110,82 +119,106 @@ class Adapters:
             version = await asyncio.to_thread(self._version, name)
             held = self._current.get(name)
             if held is None or held.version != version:
-                held = await self._load(name, version)
-            if self._current.get(name) is held:  # not evicted in the meantime
-                self._requests += 1
-                held.users, held.used = held.users + 1, self._requests
+                held = self._begin(name, version)
+            self._requests += 1
+            held.users, held.used = held.users + 1, self._requests
+            try:
+                await asyncio.wait([held.load])  # others may wait for it, too
+                held.load.result()
                 return held
+            except Changed:
+                self.release(held)
+            except BaseException:
+                self.release(held)
+                raise
 
     def release(self, held: Held) -> None:
-        """Say that a request does not use an adapter any more."""
+        """Say that a request does not use an adapter any more, or wait for it."""
         held.users -= 1
+        # What has been read may be on its way into the slot: that cannot be undone.
+        if not held.users and not held.read:
+            self._forget(held)
+            held.load.cancel()
         self._freed.set()
 
     def close(self) -> None:
         """Load nothing more."""
-        for task in self._loading.values():
-            task.cancel()
+        for load in self._loading:
+            load.cancel()
         self._reader.shutdown(wait=False, cancel_futures=True)
 
     def _version(self, name: str) -> Version:
         """What changes if a file is changed or replaced."""
         if not NAME.fullmatch(name):
             raise UnknownAdapter(name)
+        path = Path(os.path.realpath(self.directory / name))
         try:
-            found = [os.stat(self.directory / name / file) for file in FILES]
+            found = [os.stat(path / file) for file in FILES]
         except (FileNotFoundError, NotADirectoryError):
-            if (self.directory / name / FILES[0]).exists():
+            if os.path.exists(path / FILES[0]):
                 raise UnusableAdapter(f"there is no {FILES[1]}") from None
             raise UnknownAdapter(name) from None
-        return tuple(
+        except OSError as error:
+            raise UnusableAdapter(error.strerror) from error
+        return path, tuple(
             (s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for s in found
         )
 
-    async def _load(self, name: str, version: Version) -> Held:
-        """Load a version once for all requests that wait for it."""
+    def _begin(self, name: str, version: Version) -> Held:
+        """Begin to load a version, once for all requests that will wait for it."""
         refused = self._refused.get(name)
         if refused is not None and refused[0] == version:
             raise UnusableAdapter(refused[1])
-        key = name, version
-        task = self._loading.get(key)
-        if task is None:
-            task = asyncio.create_task(self._load_now(name, version))
-            self._loading[key] = task
-            task.add_done_callback(lambda task: self._loaded(key, task))
-        # The other requests still want it when this one is given up.
-        return await asyncio.shield(task)
+        held = self._current[name] = Held(name, version)
+        held.load = asyncio.create_task(self._load(held))
+        held.load.add_done_callback(self._loaded)
+        self._loading.add(held.load)
+        return held
 
-    def _loaded(self, key: tuple[str, Version], task: asyncio.Task[Held]) -> None:
-        del self._loading[key]
-        if not task.cancelled():
-            task.exception()  # asyncio complains of errors that nobody has asked for
+    def _loaded(self, load: asyncio.Task[None]) -> None:
+        self._loading.remove(load)
+        self._freed.set()
+        if not load.cancelled():
+            load.exception()  # asyncio complains of errors that nobody has asked for
 
-    async def _load_now(self, name: str, version: Version) -> Held:
+    def _forget(self, held: Held) -> None:
+        """Let no other request use it."""
+        if self._current.get(held.name) is held:
+            del self._current[held.name]
+
+    async def _load(self, held: Held) -> None:
+        """Load an adapter; it gets its slot first, so that none waits in memory."""
+        await self._take_slot(held)
+        try:
+            adapters = await self._read_version(held.name, held.version)
+            held.read = True
+            await self._change(held.slot, adapters)
+        except BaseException:
+            self._slots[held.slot] = None
+            self._forget(held)
+            raise
+        self.loads += 1
+
+    async def _read_version(self, name: str, version: Version) -> Any:
+        """The adapters in the files of a version, if it is that to the end."""
+        path, files = version
         loop = asyncio.get_running_loop()
         try:
-            adapters = await loop.run_in_executor(self._reader, self._read, name)
+            adapters = await loop.run_in_executor(self._reader, self._read, path)
         except OSError as error:  # the files may have gone in the meantime
             raise UnusableAdapter(error.strerror or "it cannot be read") from error
         except (UnusableAdapter, io.AdapterFileError) as error:
             # Clients need not know where the directory is.
-            why = str(error).replace(f"{self.directory}{os.sep}", "")
-            changed = max(times[-1] for times in version) / 1e9
+            why = str(error).replace(str(path), name)
+            changed = max(times[-1] for times in files) / 1e9
             if time.time() > changed + SETTLED:
                 self._refuse(name, version, why)
             raise UnusableAdapter(why) from error
-        held = await self._take_slot(name, version)
-        try:
-            await self._change(held.slot, adapters)
-        except BaseException:
-            self._slots[held.slot] = None
-            raise
-        self._current[name] = held
-        self.loads += 1
-        self.release(held)
-        return held
+        if await asyncio.to_thread(self._version, name) != version:
+            raise Changed
+        return adapters
 
-    def _read(self, name: str) -> Any:
-        path = self.directory / name
+    def _read(self, path: Path) -> Any:
         size = os.path.getsize(path / FILES[1])
         if size > self._largest:
             raise UnusableAdapter(
@@ -205,25 +238,23 @@ class Adapters:
         if len(self._refused) > len(self._slots):
             del self._refused[next(iter(self._refused))]
 
-    async def _take_slot(self, name: str, version: Version) -> Held:
-        """The slot that nobody uses and that was used least recently."""
+    async def _take_slot(self, held: Held) -> None:
+        """Take the slot that nobody uses and that was used least recently."""
         while not (free := self._free_slots()):
             self._freed.clear()
             await self._freed.wait()
-        slot = min(free)[1]
-        old = self._slots[slot]
-        if old is not None and self._current.get(old.name) is old:
-            del self._current[old.name]
-        held = Held(name, version, slot, users=1, used=self._requests)
-        self._slots[slot] = held
-        return held
+        held.slot = min(free)[1]
+        old = self._slots[held.slot]
+        if old is not None:
+            self._forget(old)
+        self._slots[held.slot] = held
 
     def _free_slots(self) -> list[tuple[int, int]]:
         """(when it was used last, the number) of each slot that nobody uses."""
         return [
             (-1 if held is None else held.used, slot)
             for slot, held in enumerate(self._slots)
-            if held is None or not held.users
+            if held is None or (held.load.done() and not held.users)
         ]
 
 

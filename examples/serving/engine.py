@@ -169,17 +169,26 @@ class Engine:
                 self._leave(row, why)
 
     def _admit(self) -> None:
-        """Give free rows to jobs that wait, and read their prompts."""
+        """Give each free row a job that waits, and read its prompt.
+
+        A row whose job ends with its first token stays free until the next round:
+        otherwise the other rows would wait until nothing waits for a row.
+        """
         for row in range(self.rows):
-            while self._jobs[row] is None and self._waiting:
-                with self._news:
-                    job = self._waiting.popleft()
-                self._jobs[row] = job
-                token = self._fill(row, job.prompt, job.slot, job.temperature, job.seed)
-                self._state.adapters[row] = job.slot
-                self._state.temperatures[row] = job.temperature
-                self._state.seeds[row] = job.seed
-                self._hear(row, token, len(job.prompt))
+            if self._jobs[row] is not None or not self._waiting:
+                continue
+            with self._news:
+                job = self._waiting.popleft()
+            if why := job.over():  # the prompts before it took long
+                self._events.append((job, why))
+                continue
+            self._jobs[row] = job
+            token = self._fill(row, job.prompt, job.slot, job.temperature, job.seed)
+            self._state.adapters[row] = job.slot
+            self._state.temperatures[row] = job.temperature
+            self._state.seeds[row] = job.seed
+            self._hear(row, token, len(job.prompt))
+            self._flush()
 
     def _decode(self) -> None:
         """One token for every row."""

@@ -159,7 +159,11 @@ class Service:
         raise unknown(request.path_params["name"])
 
     async def _names(self) -> list[str]:
-        names = await asyncio.to_thread(self.adapters.names)
+        try:
+            names = await asyncio.to_thread(self.adapters.names)
+        except OSError as error:
+            told = f"the adapters cannot be listed: {error.strerror}"
+            raise Refusal(503, told, "adapters_unreadable") from None
         return [name for name in names if name != self.base]
 
     async def chat(self, request: Request) -> Response:
@@ -256,24 +260,28 @@ class Service:
             self.adapters.release(call.held)
 
     async def _pieces(self, call: Call) -> AsyncIterator[Any]:
-        """Each new text, which ends where a character ends, and the end of the answer.
+        """Each new text, which no later token can change, and the end of the answer.
 
         Raises:
             Refusal: The engine has not come to an end.
         """
         pending: list[int] = []
+        sent = 0  # of the characters of `pending`
         while True:
             event = await call.events.get()
             ended = isinstance(event, End)
             if not ended:
                 pending.append(event)
                 call.answer.said += 1
-            text = self.tokenizer.decode(pending) if pending else ""
-            # The tokens of a character of several bytes may come one by one.
-            whole = not text.endswith("\ufffd") or len(pending) > 3
-            if text and (whole or ended):
+            text = self.tokenizer.decode(pending)
+            # The last character may be one of several bytes, of which more will come.
+            partial = text.endswith("\ufffd") and not ended
+            if new := text[sent : len(text) - partial]:
+                sent += len(new)
+                yield new
+            if not partial:
                 pending.clear()
-                yield text
+                sent = 0
             if ended:
                 yield checked(event)
                 return

@@ -1,13 +1,13 @@
 """OpenAI's JSON: what a request may ask for, and how answers and errors look.
 
 Fields that would change the answer and that this service does not know are refused,
-since to ignore them would be to answer another question.
+also those of messages, since to ignore them would be to answer another question.
 """
 
 import json
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,7 +24,9 @@ FIXED = {
     "presence_penalty": 0,
     "frequency_penalty": 0,
     "logprobs": False,
+    "response_format": {"type": "text"},
     "stop": None,
+    "tool_choice": "none",
 }
 """Fields that may be given if they ask for what this service does anyway."""
 
@@ -94,13 +96,14 @@ def parse(body: bytes) -> Wanted:
         raise _wrong(f"the body must be JSON: {error}") from None
     if not isinstance(given, dict):
         raise _wrong(f"the body must be an object, got {_told(given)}")
-    fields: dict[str, Any] = {name: v for name, v in given.items() if v is not None}
+    fields = _given(given)
     for name, value in FIXED.items():
         if name in fields and fields.pop(name) != value:
             raise _wrong(f"{name} must be {json.dumps(value)} or left out", name)
     stream = _take(fields, "stream", bool, False)
-    options = _take(fields, "stream_options", dict, {})
-    include_usage = _take(dict(options), "include_usage", bool, False)
+    options = _given(_take(fields, "stream_options", dict, {}))
+    include_usage = _take(options, "include_usage", bool, False)
+    _refuse_others(options, " in stream_options")
     limits = [
         _whole(fields, f"max{middle}_tokens", 1) for middle in ("", "_completion")
     ]
@@ -117,9 +120,7 @@ def parse(body: bytes) -> Wanted:
         stream=stream,
         include_usage=include_usage,
     )
-    if unknown := sorted(fields.keys() - IGNORED):
-        told = f"this service does not support {', '.join(map(_told, unknown))}"
-        raise _wrong(told, unknown[0][:64])
+    _refuse_others(fields.keys() - IGNORED)
     return wanted
 
 
@@ -131,6 +132,18 @@ def _told(value: Any) -> str:
     """A value of JSON, cut short."""
     text = json.dumps(value)
     return text if len(text) <= 64 else f"{text[:61]}..."
+
+
+def _given(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of an object that are not null, which is the same as to leave them out."""
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def _refuse_others(names: Iterable[str], where: str = "") -> None:
+    """Refuse the fields of an object that are not known."""
+    if unknown := sorted(names):
+        told = f"this service does not support {', '.join(map(_told, unknown))}{where}"
+        raise _wrong(told, _told(unknown[0]).strip('"'))
 
 
 def _take(fields: dict[str, Any], name: str, kind: Any, default: Any) -> Any:
@@ -160,7 +173,9 @@ def _turns(messages: Sequence[Any]) -> list[tuple[str, str]]:
         where = f"messages[{i}]"
         if not isinstance(message, dict):
             raise _wrong(f"{where} must be an object, got {_told(message)}", where)
-        role, content = message.get("role"), message.get("content")
+        message = _given(message)
+        role, content = message.pop("role", None), message.pop("content", None)
+        _refuse_others(message, f" in {where}")
         if role not in ROLES:
             told = f"{where}.role must be one of {', '.join(ROLES)}, got {_told(role)}"
             raise _wrong(told, where)
@@ -171,7 +186,9 @@ def _turns(messages: Sequence[Any]) -> list[tuple[str, str]]:
             else part
             for part in parts
         ]
-        found.append((role, "".join(_text(t, f"{where}.content") for t in texts)))
+        text = "".join(_text(text, f"{where}.content") for text in texts)
+        # A mark may be in two parts.
+        found.append((role, _text(text, f"{where}.content")))
     return found
 
 

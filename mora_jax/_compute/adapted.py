@@ -51,6 +51,7 @@ def choose(
     dtype: DTypeLike | None,
     *,
     dropout: bool = False,
+    explicit: bool = False,
     tuning: Tuning | None = None,
 ) -> Way:
     """How a platform is to compute an adapted product.
@@ -66,6 +67,7 @@ def choose(
       dtype: The kernel's dtype in the computation; None for a kernel that is not an
         array of floating-point numbers, such as a quantized one.
       dropout: Whether the adapter drops some of its input, which the layer does not.
+      explicit: Whether the type of the input or the kernel says how it is sharded.
       tuning: The constants of the platform; None for the one JAX computes on.
 
     Returns:
@@ -75,7 +77,9 @@ def choose(
     joined = isinstance(product, Contraction) and "s" not in axes
     if not joined or product.axes != axes or dtype is None or dropout or intercepted():
         return "activation"
-    if explicit_sharding(x) is not None:  # the steps of the others have no such type
+    if explicit:  # the steps of the others have no such types
+        return "activation"
+    if not all(isinstance(size, int) for size in x.shape):  # of jax.export
         return "activation"
     if _should_fold(spec, math.prod(x.shape), dtype, tuning or current_tuning()):
         return "fold"
@@ -139,8 +143,10 @@ def adapted_product(
     check_product(spec, product)
     x = jnp.asarray(x)
     dtype, dropout = _floating_dtype(kernel), dropout_key is not None
+    explicit = any(explicit_sharding(array) is not None for array in (x, kernel))
+    settings = {"dropout": dropout, "explicit": explicit}
     ways = {
-        choose(spec, product, x, dtype, dropout=dropout, tuning=tuning)
+        choose(spec, product, x, dtype, **settings, tuning=tuning)
         for tuning in TUNING.values()
     }
     if isinstance(m, Selected) or ways == {"activation"}:

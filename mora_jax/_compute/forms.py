@@ -87,7 +87,8 @@ def _(op: Hadamard, x: jax.Array) -> Compressed:
 def _prefers_matrix(op: Hadamard, side: Side, rows: int, tuning: Tuning) -> bool:
     """Whether a product with C or D as a matrix is faster than the transform."""
     fast = op.width <= tuning.transform_step * op.transform_steps(side)
-    return fast and rows > tuning.matrix_from_rows
+    known = isinstance(rows, int)  # and no symbol of jax.export
+    return fast and known and rows > tuning.matrix_from_rows
 
 
 @compressed_rows.register

@@ -59,6 +59,11 @@ def mesh_axes(entry: Any) -> MeshAxes:
     """The mesh axes in an entry of a `PartitionSpec`."""
     if entry is None:
         return ()
+    if entry is PartitionSpec.UNCONSTRAINED:
+        raise ValueError(
+            "a kernel's PartitionSpec must say which mesh axes split it, got "
+            "UNCONSTRAINED"
+        )
     return (entry,) if isinstance(entry, str) else tuple(entry)
 
 

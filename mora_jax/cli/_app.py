@@ -22,12 +22,17 @@ from mora_jax.cli._options import (
     Base,
     Family,
     Format,
+    Mergeable,
+    Rank,
     RoundingTo16Bits,
     Server,
+    check_apart,
     names_of,
+    rank_of,
 )
 from mora_jax.cli._output import err, refusing, say, say_table
 from mora_jax.cli._reports import compare, describe, grouped, open_adapter
+from mora_jax.io._native import replace_adapter
 from mora_jax.io._paths import as_path
 from mora_jax.io._read import format_of, read_adapter
 
@@ -117,7 +122,9 @@ def merge(
         str, typer.Option("--out", metavar="DIR", help="Directory to make, or its URL.")
     ],
     names: Family = None,
-    force: Annotated[bool, typer.Option(help="Replace OUT if it exists.")] = False,
+    force: Annotated[
+        bool, typer.Option(help="Replace a checkpoint that is in OUT.")
+    ] = False,
     any_base: AnyBase = False,
     rounding: Annotated[
         RoundingTo16Bits,
@@ -130,6 +137,7 @@ def merge(
     adapters, plan = read_adapter(
         as_path("adapter", adapter), checkpoint.shapes(known), known
     )
+    check_apart("out", to, adapter)
     with _progress() as bar:
         task = bar.add_task("merging", total=checkpoint.size)
         lost = io.merge_checkpoint(
@@ -161,10 +169,7 @@ def convert(
     to: Annotated[Format, typer.Option(help="The format to write.")],
     base: Base = None,
     names: Family = None,
-    rank: Annotated[
-        int | None,
-        typer.Option(help="How many singular values a LoRA keeps of a delta.", min=1),
-    ] = None,
+    rank: Rank = None,
     max_error: Annotated[
         float,
         typer.Option(
@@ -182,18 +187,26 @@ def convert(
     known = names_of(names)
     adapters, plan = open_adapter("source", source, base, known)
     path = as_path("target", target)
+    if format_of(source) != to:
+        check_apart("target", target, source)
     if path.exists() and not force:
         raise FileExistsError(
             f"target must not exist, got {target}; force=True replaces an adapter there"
         )
     if to is Format.MORA:
         kept = io.read_metadata(source) if format_of(source) == to else {}
-        io.save(path, adapters, plan, kept)
+        replace_adapter(path, adapters, plan, kept, force=force)
     elif to is Format.PEFT_MORA:
         io.save_peft_mora(path, adapters, plan, known, force=force)
     else:
         lost = io.save_peft_lora(
-            path, adapters, plan, known, rank=rank, max_error=max_error, force=force
+            path,
+            adapters,
+            plan,
+            known,
+            rank=rank_of(rank),
+            max_error=max_error,
+            force=force,
         )
         if any(lost.values()):
             say_table([{"module": m, "cut off": x} for m, x in lost.items()])
@@ -208,7 +221,7 @@ def export(
     server: Annotated[
         Server, typer.Option("--for", help="The server that is to load it.")
     ],
-    base: Base = None,
+    base: Mergeable = None,
     names: Family = None,
     base_model: Annotated[
         str, typer.Option(help="The base that the server loads; BASE if not given.")
@@ -221,12 +234,18 @@ def export(
             max=1,
         ),
     ] = 0.1,
-    force: Annotated[bool, typer.Option(help="Replace OUT if it exists.")] = False,
+    force: Annotated[
+        bool,
+        typer.Option(
+            help="Replace an adapter in OUT, or a checkpoint by a merged one."
+        ),
+    ] = False,
     any_base: AnyBase = False,
 ) -> None:
     """Write what a server loads: a LoRA, or the base with the adapter merged in."""
     known = names_of(names)
     adapters, plan = open_adapter("adapter", adapter, base, known)
+    check_apart("out", target, adapter)
     size = io.Checkpoint(as_path("base", base)).size if base else 0
     with _progress() as bar:
         task = bar.add_task("writing", total=size)

@@ -1,13 +1,21 @@
 """The options that several commands have, and the values that they take."""
 
+import re
 from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from mora_jax.io import Names
 from mora_jax.io._json import parse, read
-from mora_jax.io._paths import as_path
+from mora_jax.io._paths import as_path, parts
+
+
+def _check_rank(text: str | None) -> str | None:
+    if text not in (None, "auto") and not re.fullmatch("0*[1-9][0-9]*", text):
+        raise typer.BadParameter(f"{text!r} is neither a positive integer nor 'auto'.")
+    return text
+
 
 Adapter = Annotated[
     str, typer.Argument(metavar="DIR", help="Directory of an adapter, or its URL.")
@@ -18,6 +26,24 @@ Base = Annotated[
         metavar="PATH",
         help="The base's safetensors: a file, a directory or a URL. The reference's "
         "adapters need it, since they do not say how large kernels are.",
+    ),
+]
+Mergeable = Annotated[
+    str | None,
+    typer.Option(
+        metavar="PATH",
+        help="The base's safetensors: a file, a directory or a URL. The adapter is "
+        "merged into it where a LoRA will not do. The reference's adapters need it in "
+        "any case.",
+    ),
+]
+Rank = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NUMBER|auto",
+        callback=_check_rank,
+        help="How many singular values a LoRA keeps of a delta; auto keeps the fewest "
+        "that --max-error allows.",
     ),
 ]
 Family = Annotated[
@@ -68,3 +94,27 @@ def names_of(text: str | None) -> Names:
     if text is None or not text.endswith(".json"):
         return text
     return read(as_path("--names", text))
+
+
+def rank_of(text: str | None) -> int | Literal["auto"] | None:
+    """The `rank` of an option."""
+    if text is None or text == "auto":
+        return text
+    return int(text)
+
+
+def check_apart(argument: str, target: str, adapter: str) -> None:
+    """Raise if what is to be written would replace or mix with the adapter.
+
+    Args:
+      argument: What messages call the target.
+      target: The directory to write.
+      adapter: The directory of the adapter, which was read already.
+    """
+    there, here = parts(as_path(argument, target)), parts(as_path("adapter", adapter))
+    shorter = min(len(there), len(here))
+    if there[:shorter] == here[:shorter]:
+        raise ValueError(
+            f"{argument} must not be the adapter's directory, hold it or lie in it, "
+            f"got {target}"
+        )

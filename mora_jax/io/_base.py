@@ -8,6 +8,7 @@ import jax
 
 from mora_jax._adapters import Tree, nest
 from mora_jax.io._errors import AdapterFileError
+from mora_jax.io._files import CONFIG
 from mora_jax.io._json import read, short
 from mora_jax.io._names import Names, pairs, to_kernel
 from mora_jax.io._paths import Location, as_path
@@ -27,6 +28,8 @@ class Checkpoint:
     Attributes:
       files: The files that hold tensors.
       beside: The other files of the directory that a copy needs, such as its config.
+      config: The model's config.json, in the directory or beside the file; None if
+        there is none.
       place: {tensor: the file that holds it}.
     """
 
@@ -44,8 +47,11 @@ class Checkpoint:
         self.files = [TensorFile(file) for file in _tensor_files(path)]
         self.beside: list[Location] = []
         if path.is_dir():
-            found = sorted(path.iterdir())
+            # With an adapter's config beside it, a merged model would be adapted twice.
+            found = sorted(entry for entry in path.iterdir() if entry.name != CONFIG)
             self.beside = [p for p in found if p.suffix in COPIED and p.is_file()]
+        config = (path if path.is_dir() else path.parent) / "config.json"
+        self.config = config if config.is_file() else None
         self.place: dict[str, TensorFile] = {}
         for file in self.files:
             for name in file.entries:

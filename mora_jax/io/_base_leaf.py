@@ -175,9 +175,13 @@ def _as_slice(positions: np.ndarray) -> slice | np.ndarray:
 def _converted(array: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
     if array.dtype == dtype:
         return array
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):
         converted = array.astype(dtype)
-    if jnp.finfo(dtype).max < jnp.finfo(array.dtype).max:
-        if (np.isinf(converted) & np.isfinite(array)).any():
+        saturates = np.isfinite(np.array(np.inf, np.float32).astype(dtype))
+    largest = jnp.finfo(dtype).max
+    if largest < jnp.finfo(array.dtype).max:
+        # Some dtypes have NaN beyond their largest number, and others have that number.
+        lost = ~(abs(array) <= largest) if saturates else ~np.isfinite(converted)
+        if (lost & np.isfinite(array)).any():
             raise AdapterFileError(f"{name!r} overflows {dtype}")
     return converted

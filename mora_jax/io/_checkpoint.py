@@ -19,6 +19,7 @@ from mora_jax._types import Shape
 from mora_jax.io._arrays import to_numpy
 from mora_jax.io._base import INDEX, Checkpoint
 from mora_jax.io._errors import AdapterFileError
+from mora_jax.io._existing import check_is_checkpoint
 from mora_jax.io._files import new_directory
 from mora_jax.io._modules import Module, modules_of
 from mora_jax.io._names import Names, join_index, pairs
@@ -132,8 +133,8 @@ def merge_checkpoint(
       plan: The plan that they follow.
       out: The directory to make, a path or a URL.
       names: As in `load_peft_mora`.
-      force: Whether to replace `out` if it exists. On an object store its files are
-        removed before anything is written.
+      force: Whether to replace a checkpoint that is in `out`. On an object store its
+        files are removed before anything is written.
       any_base: Whether to merge also into other weights than those that the adapter
         was trained on.
       rounding: How to round to less than 32 bits, as in `mora_jax.merge`.
@@ -147,7 +148,8 @@ def merge_checkpoint(
     Raises:
       AdapterFileError: The base is damaged, or the adapters do not fit it; or, without
         `any_base`, the plan knows that they were trained on other weights.
-      FileExistsError: `out` exists, and `force` is False.
+      FileExistsError: `out` exists, and `force` is False; or it holds something other
+        than a checkpoint, such as an adapter.
       NotADirectoryError: `out` is a file.
       ValueError: `out` is the base or holds it, or `rounding` is unknown.
     """
@@ -161,8 +163,10 @@ def merge_checkpoint(
         raise NotADirectoryError(f"out must be a directory, got the file {target}")
     if target.exists() and not force:
         raise FileExistsError(
-            f"out must not exist, got {target}; force=True replaces it"
+            f"out must not exist, got {target}; force=True replaces a checkpoint there"
         )
+    if target.exists():
+        check_is_checkpoint(target, checkpoint)
     sites = _sites(checkpoint, adapters, plan, names)
     trained = replacements(checkpoint, trained_items(adapters, plan), pairs(names))
     if both := sorted(sites.keys() & trained.keys()):

@@ -5,7 +5,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.sharding import AbstractMesh, Sharding
 from jax.typing import DTypeLike
 
@@ -71,7 +73,8 @@ def load_base(
       AdapterFileError: The files are damaged, a leaf has no tensor, a tensor has no
         leaf, or a shape or a dtype does not fit. Names, shapes and dtypes are compared
         before any tensor is read.
-      TypeError: `like` is a model, or `sharding` holds something other than shardings.
+      TypeError: `like` is a model or holds tracers, `sharding` holds something other
+        than shardings, `skip` is no text, or a transformation of JAX is under way.
       ValueError: `like` has adapters, `names` are unknown, `skip` matches nothing, or a
         leaf cannot be split as its sharding says.
 
@@ -85,6 +88,11 @@ def load_base(
       >>> jax.tree.map(np.shape, mora_jax.io.load_base(file, like))
       {'fc': {'kernel': (2, 3)}}
     """
+    if isinstance(jnp.zeros(()), Tracer):
+        raise TypeError(
+            "load_base must be called outside of jit and eval_shape, since it reads "
+            "files; give it the shapes as like"
+        )
     refuse_variables(like, "like")
     places = located_leaves(like, "like")
     arrays = {"/".join(p): _unboxed(leaf, "/".join(p)) for p, leaf in places.items()}
@@ -112,6 +120,11 @@ def _unboxed(leaf: Any, name: str) -> Any:
         (leaf,) = jax.tree.leaves(leaf)
     if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
         raise TypeError(f"like must hold arrays, got {type(leaf).__name__} at {name!r}")
+    if isinstance(leaf, Tracer):
+        raise TypeError(
+            f"like must hold arrays or shapes, got a tracer at {name!r}; load_base is "
+            "for use outside of jit and grad"
+        )
     return leaf
 
 
@@ -185,6 +198,12 @@ def _check_sharding(name: str, array: Any, sharding: Any) -> None:
     if isinstance(getattr(sharding, "mesh", None), AbstractMesh):
         raise ValueError(
             f"sharding must name devices, got a mesh without them for {name!r}"
+        )
+    spec = getattr(sharding, "spec", ())
+    if len(spec) > len(array.shape):
+        raise ValueError(
+            f"sharding must name no more axes than {name!r} has, of shape "
+            f"{tuple(array.shape)}, got {spec}; a tree may have one for each leaf"
         )
     try:
         sharding.shard_shape(tuple(array.shape))

@@ -13,7 +13,7 @@ from mora_jax._plan import Plan
 from mora_jax._spec import AdapterSpec
 from mora_jax._squares import block_diagonal
 from mora_jax._warnings import warn
-from mora_jax.io._names import Names, is_table, pairs
+from mora_jax.io._names import Names, pairs
 from mora_jax.io._paths import Location
 from mora_jax.io._peft_read import PREFIX
 from mora_jax.io._peft_write import free, modules, peft_config, write
@@ -69,9 +69,10 @@ def save_peft_lora(
     Raises:
       FileExistsError: The directory is not empty; with `force`, it holds something
         other than an adapter.
-      ValueError: `names` have no module for a kernel, a delta of full rank is given
-        without `rank`, a module would lose more than `max_error`, or the plan has no
-        adapters or trains arrays itself. Nothing is written then.
+      ValueError: `names` have no module for a kernel, a kernel is a convolution's, a
+        delta of full rank is given without `rank`, a module would lose more than
+        `max_error`, or the plan has no adapters or trains arrays itself. Nothing is
+        written then.
     """
     path = free(directory, force)
     lora = make_lora(adapters, plan, names, rank, max_error)
@@ -117,8 +118,7 @@ def make_lora(
     for module, spec, m in modules(adapters, plan, pairs(names)):
         a, b, spectrum = _factors(spec, m, rank, max_error, module.outputs)
         spectra[module.name] = spectrum
-        table = is_table(module.name, spec.name)
-        if table:
+        if module.table:
             warn(
                 f"{spec.name}: PEFT and servers adapt the lookup of {module.name}, and "
                 "not a head that is tied to it; io.merge_checkpoint changes both"
@@ -128,7 +128,9 @@ def make_lora(
         if spec.operator.block and rank is None:
             full = spec
             continue
-        a_name, b_name = TABLE_NAMES if table else LAYER_NAMES
+        a_name, b_name = TABLE_NAMES if module.table else LAYER_NAMES
+        if module.table and module.axes == "oi":  # the rows are its outputs
+            a, b = b.T, a.T
         tensors[f"{PREFIX}{module.name}.{a_name}"] = a.T
         tensors[f"{PREFIX}{module.name}.{b_name}"] = b.T
     if len(axes) > 1:

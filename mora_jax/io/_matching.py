@@ -1,5 +1,6 @@
 """Which tensors of a checkpoint are which leaves of a model."""
 
+import functools
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -75,13 +76,16 @@ class _Source:
     """
 
     def __init__(self, checkpoint: Checkpoint, known: tuple[Pair, ...]) -> None:
-        self.place, self.known = checkpoint.place, known
-        self.tied = _is_tied(checkpoint)
+        self.place, self.known, self.checkpoint = checkpoint.place, known, checkpoint
         self.by_canonical: dict[str, list[str]] = defaultdict(list)
         for name in self.place:
             self.by_canonical[canonical(name)].append(name)
         self.taken: dict[str, str] = {}
         self.missing: list[str] = []
+
+    @functools.cached_property
+    def tied(self) -> bool:
+        return may_be_tied(self.checkpoint)
 
     def stack(self, leaf: str, shape: Shape) -> Stack:
         """The tensors of a leaf that are there; they are taken, others are missing."""
@@ -110,7 +114,8 @@ class _Source:
         if tensor in self.place:
             return tensor
         name = canonical(tensor)
-        for other in (name, *(_tied_to(name) if self.tied else ())):
+        twins = _tied_to(name)
+        for other in (name, *(twins if twins and self.tied else ())):
             if len(found := self.by_canonical.get(other, ())) == 1:
                 return found[0]
         return None
@@ -148,7 +153,12 @@ class _Source:
 
     def check_left(self, leaves: Iterable[str], skip: str | Sequence[str]) -> None:
         """Raise if a tensor has no leaf and is not known to be superfluous."""
-        patterns = [skip] if isinstance(skip, str) else list(skip)
+        several = skip if isinstance(skip, Iterable) else [skip]
+        patterns = [skip] if isinstance(skip, str) else list(several)
+        if not all(isinstance(pattern, str) for pattern in patterns):
+            raise TypeError(
+                f"skip must be a regular expression or several of them, got {skip!r}"
+            )
         for pattern in patterns:
             rule = f"skip must match names of tensors in the base, got {pattern!r}"
             try:
@@ -195,12 +205,23 @@ def _tied_to(name: str) -> list[str]:
     return [other for pair in TIED if name in pair for other in pair if other != name]
 
 
-def _is_tied(checkpoint: Checkpoint) -> bool:
-    """Whether the model's config, if there is one, allows tied tensors."""
-    for path in checkpoint.beside:
-        if path.name == "config.json":
-            config = read(path)
-            return not isinstance(config, dict) or bool(
-                config.get("tie_word_embeddings", True)
-            )
-    return True
+def may_be_tied(checkpoint: Checkpoint) -> bool:
+    """Whether the model's config, if there is one, allows tied tensors.
+
+    A model of more than texts has another config in it, for its language model.
+    """
+    config = None if checkpoint.config is None else read(checkpoint.config)
+    if not isinstance(config, dict):
+        return True
+    found = (config, config.get("text_config"))
+    settings = [one for one in found if isinstance(one, dict)]
+    return all(one.get("tie_word_embeddings", True) for one in settings)
+
+
+def stands_for_two(checkpoint: Checkpoint, tensor: str) -> bool:
+    """Whether the base has a tensor, and not the one that may be tied to it."""
+    there, name = set(map(canonical, checkpoint.place)), canonical(tensor)
+    twins = _tied_to(name)
+    if name not in there or not twins or there.intersection(twins):
+        return False
+    return may_be_tied(checkpoint)

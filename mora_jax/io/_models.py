@@ -33,6 +33,11 @@ def _same(template: str, axes: str = "oi") -> Pair:
     return Pair(template, template.replace(".", "/") + "/kernel", axes, axes[::-1])
 
 
+def _table(template: str) -> Pair:
+    """A pair for an embedding, which has the same axes everywhere."""
+    return Pair(template, template.replace(".", "/") + "/embedding", "io")
+
+
 def _gemma(layer: str) -> tuple[Pair, ...]:
     """Gemma's layers as Google writes them, with several modules in one kernel."""
     kernels = {
@@ -76,6 +81,8 @@ def _gemma(layer: str) -> tuple[Pair, ...]:
 _DECODER = (
     _same("model.layers.{layer}.{block}.{name}"),
     _same("layers.{layer}.{block}.{name}"),
+    _table("model.embed_tokens"),
+    _table("embed_tokens"),
 )
 _BERT = (
     "layer.{layer}.attention.self.{name}",
@@ -83,6 +90,7 @@ _BERT = (
     "layer.{layer}.intermediate.dense",
     "layer.{layer}.output.dense",
 )
+_BERT_ROOTS, _GPT2_ROOTS = ("bert.", ""), ("transformer.", "")
 FAMILIES: dict[str, tuple[Pair, ...]] = {
     "llama": _DECODER,
     "gemma": _DECODER,
@@ -90,9 +98,15 @@ FAMILIES: dict[str, tuple[Pair, ...]] = {
     "gpt2": (
         _same("transformer.h.{layer}.{block}.{name}", "io"),
         _same("h.{layer}.{block}.{name}", "io"),
+        *(_table(f"{root}{name}") for root in _GPT2_ROOTS for name in ("wte", "wpe")),
     ),
-    "bert": tuple(
-        _same(f"{root}encoder.{rest}") for root in ("bert.", "") for rest in _BERT
+    "bert": (
+        *(_same(f"{root}encoder.{rest}") for root in _BERT_ROOTS for rest in _BERT),
+        *(
+            _table(f"{root}embeddings.{kind}_embeddings")
+            for root in _BERT_ROOTS
+            for kind in ("word", "position", "token_type")
+        ),
     ),
 }
 """The models that are known, as transformers names them."""

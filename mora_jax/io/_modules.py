@@ -6,6 +6,8 @@ module has some of them.
 """
 
 import dataclasses
+import re
+from typing import Any
 
 import numpy as np
 
@@ -13,7 +15,7 @@ from mora_jax._axes import sizes
 from mora_jax._spec import AdapterSpec
 from mora_jax._types import Shape
 from mora_jax.io._models import Pair
-from mora_jax.io._names import join_index, to_module
+from mora_jax.io._names import is_table, join_index, to_module
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +25,7 @@ class Module:
     Attributes:
       name: The module's name, such as "model.layers.0.self_attn.k_proj".
       axes: The order of the axes of its weight, "oi" or "io".
+      table: Whether it looks up rows of its weight.
       index: The index of its layer in the kernel's stack.
       layer: The same as one number.
       outputs: Which of the kernel's outputs it has.
@@ -30,6 +33,7 @@ class Module:
 
     name: str
     axes: str
+    table: bool
     index: Shape
     layer: int
     outputs: slice
@@ -50,7 +54,7 @@ def modules_of(
             names = [to_module(part, known) for part in kernels]
         width = spec.out_features // len(names)
         modules = [
-            Module(*name, index, layer, slice(k * width, (k + 1) * width))
+            _module(spec, *name, index, layer, slice(k * width, (k + 1) * width))
             for k, name in enumerate(names)
             if name is not None
         ]
@@ -59,3 +63,14 @@ def modules_of(
         else:
             missing.append(kernel)
     return found, missing
+
+
+def _module(spec: AdapterSpec, name: str, axes: str, *place: Any) -> Module:
+    """A module, with the axes of the array here if it is a table.
+
+    Weights of layers are the other way round in PyTorch, but its embeddings are not.
+    """
+    table = is_table(name, spec.name)
+    if table:
+        axes = re.sub(r"(.)\1+", r"\1", spec.axes.replace("s", ""))
+    return Module(name, axes, table, *place)

@@ -20,7 +20,7 @@ def pairs(names: Names) -> tuple[Pair, ...]:
     Raises:
       TypeError: `names` is neither a text nor a mapping of texts to texts.
       ValueError: The family is unknown, or the two sides of a template have different
-        fields.
+        fields, or braces that are no field's.
     """
     if names is None:
         every = [pair for family in FAMILIES.values() for pair in family]
@@ -39,7 +39,7 @@ def pairs(names: Names) -> tuple[Pair, ...]:
         raise TypeError(f"names must be a family or map texts to texts, got {names!r}")
     found = tuple(Pair(module, kernel) for module, kernel in names.items())
     for pair in found:
-        fields = [sorted(_FIELD.findall(text)) for text in (pair.module, pair.kernel)]
+        fields = [sorted(_fields(text)) for text in (pair.module, pair.kernel)]
         if fields[0] != fields[1] or len(set(fields[0])) < len(fields[0]):
             raise ValueError(
                 f"names must have the same {{fields}} on both sides, once each, "
@@ -49,6 +49,19 @@ def pairs(names: Names) -> tuple[Pair, ...]:
 
 
 _FIELD = re.compile(r"\{(\w+)\}")
+
+
+def _fields(template: str) -> list[str]:
+    """The names of a template's fields."""
+    found = _FIELD.findall(template)
+    if not all(map(str.isidentifier, found)) or re.search(
+        "[{}]", _FIELD.sub("", template)
+    ):
+        raise ValueError(
+            "names must have braces around the names of fields alone, as in {n}, "
+            f"got {template!r}"
+        )
+    return found
 
 
 def translate(text: str, source: str, target: str) -> str | None:
@@ -64,10 +77,14 @@ def translate(text: str, source: str, target: str) -> str | None:
 
 
 def to_kernel(module: str, known: tuple[Pair, ...]) -> tuple[str, str] | None:
-    """The kernel of a module, and the axes of the module's weight."""
+    """The kernel of a module, and the axes of the module's weight.
+
+    A table has those of the array here, which are called "io".
+    """
     for pair in known:
         if kernel := translate(module, pair.module, pair.kernel):
-            return kernel, pair.axes
+            path = kernel.partition("[")[0]
+            return kernel, "io" if is_table(module, path) else pair.axes
     return None
 
 

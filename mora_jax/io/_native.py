@@ -26,6 +26,7 @@ from mora_jax.io._content import (
     parse_config,
 )
 from mora_jax.io._errors import AdapterFileError
+from mora_jax.io._existing import refuse_foreign_adapter
 from mora_jax.io._files import (
     CONFIG,
     TEMPORARY,
@@ -60,7 +61,7 @@ def save(
     and each array that trains itself;
     `adapter_config.json` the plan and digests of both files. Whenever the process is
     killed, the directory holds the old adapter or the new adapter. Other files in it
-    are left alone.
+    are left alone, and an adapter of another format is not replaced.
 
     On a local disk, processes that save into one directory wait for each other. On an
     object store (`gs://`, `s3://`) only one process at a time may save into it.
@@ -78,6 +79,7 @@ def save(
       TypeError: JSON cannot hold the metadata, or params are not arrays.
       ValueError: Adapters or params do not fit the plan, adapters hold NaN or infinity,
         the plan has no adapters, or the scheme of a URL is not known.
+      FileExistsError: The directory holds an adapter of another format, such as PEFT's.
       OSError: The file system refuses. The directory is as it was.
       ImportError: `mora-jax[io]` or the package that opens such a URL is missing.
 
@@ -93,7 +95,30 @@ def save(
       >>> adapters["fc"]["kernel_mora"].shape, same == plan
       ((8, 8), True)
     """
+    replace_adapter(directory, adapters, plan, metadata, params=params)
+
+
+def replace_adapter(
+    directory: str | os.PathLike[str],
+    adapters: Any,
+    plan: Plan,
+    metadata: Mapping[str, Any] | None = None,
+    *,
+    params: Any = None,
+    force: bool = False,
+) -> None:
+    """The same as `save`, and with `force` it replaces adapters of other formats."""
     path, metadata = as_path("directory", directory), _metadata(metadata)
+    config, tensors = _encoded(adapters, plan, metadata, params)
+    if not force:
+        refuse_foreign_adapter(path)
+    _replace(path, config, tensors)
+
+
+def _encoded(
+    adapters: Any, plan: Plan, metadata: dict[str, Any], params: Any
+) -> tuple[bytes, bytes]:
+    """The content of the config and of the tensors, checked."""
     arrays: dict[str, np.ndarray] = {}
     layers = []
     kernels = None if params is None else _leaves(params)
@@ -130,7 +155,7 @@ def save(
     }
     shapes |= {s.name: jax.ShapeDtypeStruct(s.shape, s.dtype) for s in plan.trained}
     decode_adapter(config, tensors, shapes)  # nothing is written that cannot be read
-    _replace(path, config, tensors)
+    return config, tensors
 
 
 def _metadata(metadata: Any) -> dict[str, Any]:

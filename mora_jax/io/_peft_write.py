@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -17,7 +18,7 @@ from mora_jax.io._files import CONFIG, TENSORS, entries, new_directory
 from mora_jax.io._json import dump
 from mora_jax.io._models import Pair
 from mora_jax.io._modules import Module, modules_of
-from mora_jax.io._names import Names, is_table, pairs
+from mora_jax.io._names import Names, pairs
 from mora_jax.io._paths import Location, as_path
 from mora_jax.io._peft_read import PREFIX
 from mora_jax.io._reference import REFERENCE_GROUPS, reference_square_rank
@@ -57,14 +58,15 @@ def save_peft_mora(
       FileExistsError: The directory is not empty; with `force`, it holds something
         other than an adapter.
       ValueError: The reference does not have an operator or a square rank, `names` have
-        no module for a kernel, or the plan has no adapters or trains arrays.
+        no module for a kernel, a kernel is one of a convolution or an embedding, or the
+        plan has no adapters or trains arrays.
     """
     path = free(directory, force)
     tensors: dict[str, np.ndarray] = {}
     ranks: dict[str, int] = {}
     settings = set()
     for module, spec, m in modules(adapters, plan, pairs(names)):
-        if is_table(module.name, spec.name):
+        if module.table:
             raise ValueError(
                 f"{spec.name}: the reference has no squares for embeddings, got "
                 f"{module.name}; io.save_peft_lora writes them as a LoRA"
@@ -158,7 +160,7 @@ def peft_config(
 def modules(
     adapters: Any, plan: Plan, known: tuple[Pair, ...]
 ) -> Iterator[tuple[Module, AdapterSpec, np.ndarray]]:
-    """PyTorch's modules, with the spec and the M of each."""
+    """PyTorch's modules, with the spec and the M of each; none is a convolution."""
     if not len(plan):
         raise ValueError("plan must have an adapter to write, got none")
     refuse_trained(
@@ -168,6 +170,7 @@ def modules(
     )
     items, unknown = [], []
     for spec, m in adapter_items(adapters, plan):
+        _refuse_convolution(spec)
         found, missing = modules_of(spec, known)
         items.append((found, spec, to_numpy(spec.name, m).astype(np.float32)))
         unknown += missing
@@ -179,6 +182,23 @@ def modules(
     for found, spec, m in items:
         for module in found:
             yield module, spec, m[module.index]
+
+
+def _refuse_convolution(spec: AdapterSpec) -> None:
+    """Raise if the kernel is one of a convolution.
+
+    Its axes are those of a window, then "io" or "oi". With a window of two axes or
+    more no dense layer has the same. With a window of one axis some do, such as those
+    from heads to a width, "iio", and so only names tell them apart.
+    """
+    axes = spec.axes.replace("s", "")
+    named = re.search("conv", spec.name, re.IGNORECASE)
+    if re.fullmatch("ii+(io|oi)", axes) or named and axes in ("iio", "ioi"):
+        raise ValueError(
+            f"{spec.name}: what is written here for PEFT must be of dense layers and "
+            f"embeddings, got axes {spec.axes!r}, those of a convolution; "
+            "mora_jax.merge merges it"
+        )
 
 
 def free(directory: str | os.PathLike[str], force: bool) -> Location:

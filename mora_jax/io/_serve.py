@@ -8,9 +8,12 @@ from typing import Any, Literal, NamedTuple, get_args
 from mora_jax._checks import check_choice
 from mora_jax._plan import Plan, check_plan
 from mora_jax._rounding import Rounding
+from mora_jax.io._base import Checkpoint
 from mora_jax.io._checkpoint import merge_checkpoint
 from mora_jax.io._lora import make_lora
-from mora_jax.io._names import Names
+from mora_jax.io._matching import stands_for_two
+from mora_jax.io._modules import modules_of
+from mora_jax.io._names import Names, pairs
 from mora_jax.io._paths import as_path
 from mora_jax.io._peft_write import free
 
@@ -56,8 +59,8 @@ def export(
     That is a LoRA where one of a rank that servers take is near enough: exactly, for
     operators without blocks; for others with the fewest singular values of each module
     that lose no more than `max_error` of its delta. Where that takes more than rank
-    512, or the plan trains arrays of the base, it is the base with the adapters merged
-    in.
+    512, the plan trains arrays of the base, or `base` shows that an adapted embedding
+    is also the head, it is the base with the adapters merged in.
 
     Args:
       directory: The directory to make, a path or a URL.
@@ -66,11 +69,12 @@ def export(
       server: "vllm" or "sglang".
       names: As in `load_peft_mora`.
       base: The base's safetensors, as in `merge_checkpoint`, for adapters that have to
-        be merged.
+        be merged. A base that has an embedding and no head is taken to be tied.
       base_model: What the server is to load: a directory or a name on the Hub. `base`
         by default.
       max_error: The largest share of its delta that a module may lose in a LoRA.
-      force: Whether to replace what is in `directory`.
+      force: Whether to replace what is in `directory`: an adapter by a LoRA, or a
+        checkpoint by a merged one.
       any_base: As in `merge_checkpoint`.
       rounding: As in `merge_checkpoint`.
       progress: As in `merge_checkpoint`.
@@ -92,6 +96,8 @@ def export(
     model = model or ("BASE" if base is None else _folder(base))
     if plan.trained:
         why = f"{plan.trained[0].name} trains itself, which a LoRA cannot hold, so"
+    elif base is not None and _is_tied(base, plan, names):
+        why = ""  # the base is known
     else:
         lora = make_lora(adapters, plan, names, "auto", max_error)
         worst, rank = max(lora.ranks.items(), key=lambda item: item[1])
@@ -118,6 +124,19 @@ def export(
         progress=progress,
     )
     return Export(None, lost, _command(server, str(path)))
+
+
+def _is_tied(base: str | os.PathLike[str], plan: Plan, names: Names) -> bool:
+    """Whether an adapted embedding is the head, too, which a LoRA would not change."""
+    known = pairs(names)
+    found = [module for spec in plan.specs for module in modules_of(spec, known)[0]]
+    if not any(module.table for module in found):
+        return False
+    checkpoint = Checkpoint(base)
+    return any(
+        module.table and stands_for_two(checkpoint, f"{module.name}.weight")
+        for module in found
+    )
 
 
 def _folder(base: str | os.PathLike[str]) -> str:

@@ -87,6 +87,13 @@ def _pairs(grads: Any, specs: dict[str, Any]) -> Iterator[tuple[str, Any]]:
                 raise TypeError(f"grads must give (path, gradient) pairs, got {pair!r}")
             yield pair
         return
+    if grads is None or isinstance(grads, list | tuple):
+        raise TypeError(
+            "grads must be a tree as the base's params are, or an iterator of (path, "
+            f"gradient) pairs, got {type(grads).__name__}"
+            + "; write iter(grads)"
+            * bool(grads)
+        )
     for name, (_, gradient) in named_leaves(grads).items():
         if name in specs:
             yield name, gradient

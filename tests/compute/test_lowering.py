@@ -4,7 +4,8 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from helpers import close
+import pytest
+from helpers import close, random
 from jax import export
 
 from mora_jax import FrozenDense, MoRAConfig, mora_apply
@@ -35,6 +36,19 @@ def test_an_exported_program_takes_each_platforms_way():
     exported = export.export(jax.jit(apply), platforms=platforms)(*args)
     assert exported.platforms == platforms
     close(exported.call(*args), apply(*args))
+
+
+@pytest.mark.parametrize("operator", ["rotation", "hadamard"])
+def test_a_program_of_any_number_of_rows(operator, unchecked):
+    """It computes with activations, since how many are worth a fold is not known."""
+    config = MoRAConfig(operator=operator, square_rank=8)
+    frozen = FrozenDense.from_config(jnp.ones((24, 16)), config=config)
+    (rows,) = export.symbolic_shape("rows")
+    m, x = random(0, 8, 8), jax.ShapeDtypeStruct((rows, 24), jnp.float32)
+    run = export.export(jax.jit(lambda m, x: apply(m, frozen, x)))(m, x).call
+    for number in (1, 300):
+        x = random(1, number, 24)
+        close(run(m, x), apply(m, frozen, x), 1e-5)
 
 
 def test_programs_for_tpus_do_not_grow_with_the_number_of_blocks():

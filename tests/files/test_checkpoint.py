@@ -1,22 +1,25 @@
 """Merging files gives what merging trees gives, and harms no file."""
 
 import os
+import shutil
 import struct
 
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+import oracle
 import pytest
 from adapter_files import contents, flatten, made, single, slow, unflatten
 from base_files import files_of_at_most, kernels, resident, sharded
 from cases import by_kind
-from helpers import wide
+from helpers import close, random, wide
 from safetensors.numpy import load_file, save_file
 
 import mora_jax
-from mora_jax import MoRAConfig
+from mora_jax import MoRAConfig, make_operator
 from mora_jax.io import AdapterFileError, Checkpoint, merge_checkpoint
+from mora_jax.io._files import CONFIG
 
 
 @pytest.fixture
@@ -100,6 +103,71 @@ def test_conv1d_and_stacks_by_name(tmp_path):
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
+TABLES = [
+    (names, f"{path}/embedding", path.replace("/", "."))
+    for names, path in (
+        ("llama", "model/embed_tokens"),
+        (None, "embed_tokens"),
+        ("gpt2", "transformer/wpe"),
+        ("bert", "bert/embeddings/word_embeddings"),
+    )
+]
+TABLES += [
+    (names, "embedder/input_embedding", "model.embed_tokens")
+    for names in ("tunix", "gm")
+]
+TABLES += [
+    ({module: path}, path, module)
+    for module, path in (("model.embed_tokens", "table/w"), ("rows", "t/embedding"))
+]
+
+
+def test_tables_are_as_they_are_in_pytorch(tmp_path):
+    """Weights of layers are transposed there; a square table would fit, too."""
+    base, out = tmp_path / "base.safetensors", tmp_path / "out"
+    for names, path, module in TABLES:
+        for axes, widths in (("io", (24, 24)), ("oi", (24, 24)), ("io", (40, 24))):
+            ins, outs = (widths[axes.index(letter)] for letter in "io")
+            operator = make_operator("decoupling", ins, outs, 6)
+            place = tuple(path.split("/"))
+            plan = single(operator, widths, place, axes=axes, alpha=0.5)
+            adapters = made(plan)
+            (m,) = jax.tree.leaves(adapters)
+            delta = 0.5 * oracle.delta(*oracle.decoupling(operator), m)
+            table = np.asarray(random(0, *widths))
+            save_file({f"{module}.weight": table, "lm_head.weight": table + 1}, base)
+            merge_checkpoint(base, adapters, plan, out, names, force=True)
+            found = load_file(out / base.name)
+            merged = table + (delta if axes == "io" else delta.T)
+            close(found[f"{module}.weight"], merged)
+            np.testing.assert_array_equal(found["lm_head.weight"], table + 1)
+            assert flatten(Checkpoint(base).shapes(names))[path].shape == widths
+
+
+@pytest.mark.parametrize("trained_on", [0, 1])
+def test_rows_of_a_table_round_and_know_their_base(tmp_path, trained_on):
+    """Bit for bit as `merge` has it, dither included."""
+    base, out = tmp_path / "base.safetensors", tmp_path / "out"
+    table = random(0, 40, 24, dtype=ml_dtypes.bfloat16)
+    params = {"embed_tokens": {"embedding": table}}
+    config = MoRAConfig(rank=2, targets=".*", operator="signed_sharing")
+    plan = mora_jax.plan(params, config)
+    others = jax.tree.map(lambda table: table + trained_on, params)
+    mora_jax.save(tmp_path / "a", made(plan, scale=0.01), plan, params=others)
+    adapters, plan = mora_jax.load(tmp_path / "a")
+    save_file({"model.embed_tokens.weight": np.asarray(table)}, base)
+    args = base, adapters, plan, out, {"model.embed_tokens": "embed_tokens/embedding"}
+    if trained_on:
+        with pytest.raises(AdapterFileError, match="other weights"):
+            merge_checkpoint(*args)
+        return
+    merge_checkpoint(*args)
+    found = load_file(out / base.name)["model.embed_tokens.weight"]
+    expected = mora_jax.merge(params, adapters, plan)["embed_tokens"]["embedding"]
+    assert found.tobytes() == np.asarray(expected).tobytes()
+    assert found.tobytes() != np.asarray(table).tobytes()
+
+
 def test_refuses(tmp_path, base):
     adapters, plan = kernels(base)
     half, there = sharded(tmp_path / "half", np.float16), tmp_path / "there"
@@ -133,14 +201,38 @@ def test_force_replaces_the_output_unless_the_disk_is_full(tmp_path, base):
     adapters, plan = kernels(base)
     out = tmp_path / "out"
     out.mkdir()
-    (out / "old").write_text("")
+    (out / "model.safetensors").write_text("")
     with files_of_at_most(5000):
         merge_checkpoint(base, adapters, plan, out, force=True)
     assert sorted(os.listdir(tmp_path)) == ["base", "out"]
-    assert os.listdir(out) == ["old"]
+    assert os.listdir(out) == ["model.safetensors"]
     merge_checkpoint(base, adapters, plan, out, force=True)
     assert contents(out).keys() == contents(base).keys() - {"pytorch_model.bin"}
     assert sorted(os.listdir(tmp_path)) == ["base", "out"]
+
+
+def test_force_replaces_nothing_but_a_checkpoint(tmp_path, base):
+    """Notes, a card that was edited, an adapter and a folder are not ours to remove."""
+    (base / "README.md").write_text("of the base")
+    (base / CONFIG).write_text("{}")  # with which the merged model is adapted twice
+    args = base, *kernels(base), tmp_path / "out"
+    for force in (False, True):
+        merge_checkpoint(*args, force=force)
+    whole = contents(args[-1])
+    assert "README.md" in whole and CONFIG not in whole
+    for name in ("notes.txt", "README.md", CONFIG, "pytorch_model.bin", "my/own"):
+        out = shutil.copytree(args[-1], tmp_path / name.replace("/", "-"))
+        (out / name).parent.mkdir(exist_ok=True)
+        (out / name).write_text("mine")
+        with pytest.raises(FileExistsError, match=name.partition("/")[0]):
+            merge_checkpoint(*args[:-1], out, force=True)
+        assert (out / name).read_text() == "mine"
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    shutil.copy(base / "config.json", alone)
+    with pytest.raises(FileExistsError, match=r"with no \*.safetensors"):
+        merge_checkpoint(*args[:-1], alone, force=True)
+    assert os.listdir(alone) == ["config.json"]
 
 
 INDEX = "model.safetensors.index.json"

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import runpy
+import shutil
 import sys
 from importlib.metadata import entry_points, version
 
@@ -12,12 +13,22 @@ import cloud
 import jax
 import numpy as np
 import pytest
-from adapter_files import PARAMS, PLAN, config_of, contents, made, run, unflatten
+from adapter_files import (
+    PARAMS,
+    PLAN,
+    UP_PROJ,
+    config_of,
+    contents,
+    made,
+    run,
+    single,
+    unflatten,
+)
 from base_files import DATA, sharded
 from safetensors.numpy import load_file
 
 import mora_jax
-from mora_jax import save
+from mora_jax import make_operator, save
 from mora_jax.io._files import TENSORS
 
 TYPE6 = DATA / "type6"
@@ -67,6 +78,23 @@ def test_merge(tmp_path):
     assert contents(out) == before
 
 
+@pytest.mark.parametrize("command", ["merge", "export", "convert"])
+def test_no_command_writes_where_its_adapter_is(tmp_path, command):
+    """Neither over it, nor over what holds it, nor between its files."""
+    home = tmp_path / "runs" / "a"
+    shutil.copytree(TYPE6, home)
+    before = contents(home)
+    for out in (home, tmp_path / "runs", home / "out", f"{home}/../a", home.as_uri()):
+        args = {
+            "merge": ("--base", BASE, "--adapter", home, "--out", out),
+            "export": (home, out, "--base", BASE, "--for", "vllm"),
+            "convert": (home, out, "--base", BASE, "--to", "mora"),
+        }[command]
+        error = run(command, *args, "--force", code=1)
+        assert "must not be the adapter's directory" in error
+    assert contents(home) == before
+
+
 def test_convert(tmp_path):
     """From the reference's to ours and back, and to a LoRA."""
     base, ours, lora = ("--base", BASE), tmp_path / "ours", tmp_path / "lora"
@@ -89,11 +117,32 @@ def test_convert(tmp_path):
     run(*args, "--rank", 9, "--force")
     assert config_of(lora)["r"] == 9
     run("convert", ours, ours, "--to", "mora", "--force")
+    shutil.copytree(lora, tmp_path / "replaced")
+    run("convert", ours, tmp_path / "replaced", "--to", "mora", "--force")
+    assert contents(tmp_path / "replaced") == contents(ours)
     again = "convert", lora, tmp_path / "x", "--to", "mora", *base
     assert "plain LoRA" in run(*again, code=1)
     save(tmp_path / "a", made(PLAN), PLAN, {"task": "x"}, params=PARAMS)
     run("convert", tmp_path / "a", tmp_path / "copy", "--to", "mora")
     assert contents(tmp_path / "copy") == contents(tmp_path / "a")
+
+
+def test_a_lora_of_as_many_singular_values_as_needed(tmp_path):
+    plan = single(make_operator("rotation", 24, 40, 6), path=UP_PROJ)
+    save(tmp_path / "a", made(plan), plan)
+    args = "convert", tmp_path / "a", tmp_path / "lora", "--to", "peft-lora"
+    for rank in ("0", "-1", "1.5", "all"):
+        told = run(*args, f"--rank={rank}", code=2)
+        assert "is neither a positive integer nor 'auto'" in told
+    run(*args, "--rank", "auto")
+    lost = mora_jax.io.save_peft_lora(tmp_path / "b", made(plan), plan, rank="auto")
+    assert contents(tmp_path / "lora") == contents(tmp_path / "b")
+    assert 0 < max(lost.values()) <= 0.1
+
+
+def test_help_says_what_a_base_is_for():
+    for command, told in (("inspect", "do not say how large"), ("export", "is merged")):
+        assert told in " ".join(re.sub("[│\n]", " ", run(command, "--help")).split())
 
 
 def test_diff(tmp_path):

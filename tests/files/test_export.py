@@ -1,16 +1,17 @@
 """What servers load: a LoRA near enough of a rank that they take, or a merged base."""
 
+import contextlib
 import json
 
 import numpy as np
 import pytest
-from adapter_files import assert_same, run
+from adapter_files import assert_same, contents, made, run, single
 from base_files import sharded
 from helpers import random_like
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 import mora_jax
-from mora_jax import MoRAConfig, io
+from mora_jax import MoRAConfig, MoRAWarning, io, make_operator
 from mora_jax.io import AdapterFileError
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -114,6 +115,44 @@ def test_the_command_is_of_paths_that_a_server_knows(tmp_path, base, monkeypatch
     done = io.export(url, adapters, plan, "sglang", base_model="~/hub")
     assert f"--model-path {tmp_path / 'hub'} " in done.command
     assert done.command.endswith(f" b={tmp_path / 'b'}")
+
+
+@pytest.mark.parametrize(
+    ("head", "config", "merged"),
+    [
+        (False, None, True),
+        (True, None, False),
+        (False, {"tie_word_embeddings": False}, False),
+        (False, {"text_config": {"tie_word_embeddings": False}}, False),
+    ],
+)
+def test_an_embedding_that_is_the_head_is_merged(tmp_path, head, config, merged):
+    """A LoRA would change what is looked up, and not the head that is tied to it."""
+    base, out = tmp_path / "model.safetensors", tmp_path / "out"
+    table = np.ones((40, 24), np.float32)
+    tensors = {"model.embed_tokens.weight": table}
+    save_file(tensors | ({"lm_head.weight": table} if head else {}), base)
+    if config:
+        (tmp_path / "config.json").write_text(json.dumps(config))
+    path = "model", "embed_tokens", "embedding"
+    plan = single(make_operator("sharing", 40, 24, 6), path=path)
+    warned = pytest.warns(MoRAWarning, match="not a head that is tied")
+    with warned if not merged else contextlib.nullcontext():
+        done = io.export(out, made(plan), plan, "vllm", "llama", base=base)
+    assert (done.rank is None) == merged
+    with warned:
+        assert io.export(tmp_path / "lora", made(plan), plan, "vllm").rank == 6
+
+
+def test_a_merged_base_replaces_no_adapter(tmp_path, base, monkeypatch):
+    monkeypatch.setattr("mora_jax.io._serve.RANKS", (1, 8))
+    adapters, plan = adapted(base, "rotation")
+    out = tmp_path / "out"
+    mora_jax.save(out, adapters, plan)
+    before = contents(out)
+    with pytest.raises(FileExistsError, match="adapter_config.json"):
+        io.export(out, adapters, plan, "vllm", base=base, force=True)
+    assert contents(out) == before
 
 
 @pytest.mark.usefixtures("unchecked")

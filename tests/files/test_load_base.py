@@ -173,7 +173,7 @@ def test_scanned_layers_and_a_tied_head():
 
 
 def test_one_head_for_both(file):
-    """A file with the head alone, and a model with both."""
+    """A file with the head alone, and a model with both, unless a config says no."""
     state = numbers("llama")
     table = state.pop("model.embed_tokens.weight")
     state["lm_head.weight"] = table
@@ -181,9 +181,15 @@ def test_one_head_for_both(file):
     tree = in_flax("llama", {**state, "model.embed_tokens.weight": table})
     assert_same(load_base(file, shapes(tree)), tree)
     config = file.parent / "config.json"
-    config.write_text(json.dumps({"tie_word_embeddings": False}))
-    with pytest.raises(AdapterFileError, match="no tensors are tied"):
-        load_base(file.parent, shapes(tree))
+    for text in ({}, {"text_config": {}}):
+        config.write_text(json.dumps(text))
+        assert_same(load_base(file, shapes(tree)), tree)
+    untied = {"tie_word_embeddings": False}
+    for text in (untied, {"tie_word_embeddings": True, "text_config": untied}):
+        config.write_text(json.dumps(text))
+        for path in (file.parent, file):
+            with pytest.raises(AdapterFileError, match="no tensors are tied"):
+                load_base(path, shapes(tree))
 
 
 def test_shards_and_urls(tmp_path, file):

@@ -3,6 +3,7 @@
 import os
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from adapter_files import assert_same, flatten, unflatten
@@ -104,6 +105,39 @@ def test_dtypes_are_as_asked(file, float64):
         load_base(file, like, dtype="like")
 
 
+@pytest.mark.parametrize(
+    ("dtype", "most", "more"),
+    [
+        (jnp.float16, 65504, 65536),
+        (jnp.float8_e4m3fn, 448, 480),
+        (jnp.float8_e5m2, 57344, 65536),
+        (jnp.float4_e2m1fn, 6, 8),
+    ],
+)
+def test_no_number_is_too_large_for_its_dtype(file, dtype, most, more):
+    """Some have infinity there, some NaN, and some their largest number."""
+    like = {"norm": {"scale": jax.ShapeDtypeStruct((3,), dtype)}}
+    for sign in (1, -1):
+        save_file({"norm.weight": np.array([sign * most, 0, 1], np.float32)}, file)
+        got = load_base(file, like, dtype="like")["norm"]["scale"]
+        np.testing.assert_array_equal(got.astype(np.float32), [sign * most, 0, 1])
+        save_file({"norm.weight": np.array([0, sign * more, 1], np.float32)}, file)
+        with pytest.raises(AdapterFileError, match="'norm.weight' overflows float"):
+            load_base(file, like, dtype="like")
+
+
+def test_is_for_use_outside_of_transformations(file):
+    save_file(TENSORS, file)
+    arrays = jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), LIKE)
+    for transformed in (
+        lambda: jax.eval_shape(lambda: load_base(file, LIKE)),
+        lambda: jax.jit(lambda like: load_base(file, like))(arrays),
+        lambda: jax.vjp(lambda like: load_base(file, like), arrays),
+    ):
+        with pytest.raises(TypeError, match="outside of jit"):
+            transformed()
+
+
 LIKE = {"fc": {"kernel": jax.ShapeDtypeStruct((2, 4), np.float32)}}
 TENSORS = {"fc.weight": np.ones((4, 2), np.float32)}
 INTEGERS = {"fc.weight": np.ones((4, 2), np.int8)}
@@ -159,6 +193,16 @@ SQUARE = {"fc": {"weight": jax.ShapeDtypeStruct((4, 2), np.float32)}}
             ValueError,
             "must name devices",
         ),
+        (
+            {**TENSORS, "fc.bias": np.ones(4, np.float32)},
+            {"fc": {**LIKE["fc"], "bias": jax.ShapeDtypeStruct((4,), np.float32)}},
+            {"sharding": NamedSharding(FOUR, P(None, "model"))},
+            ValueError,
+            r"no more axes than 'fc/bias' has, of shape \(4,\), got .*None, 'model'",
+        ),
+        (TENSORS, LIKE, {"skip": None}, TypeError, "skip must be .* got None"),
+        (TENSORS, LIKE, {"skip": 3}, TypeError, "skip must be .* got 3"),
+        (TENSORS, LIKE, {"skip": [3]}, TypeError, r"skip must be .* got \[3\]"),
         (
             {"layers.0.fc.weight": np.ones((4, 2), np.float32)},
             {"layers_0": LIKE},

@@ -9,7 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from adapter_files import UP_PROJ, assert_same, config_of, flatten, made, single, slow
+from adapter_files import (
+    UP_PROJ,
+    assert_same,
+    config_of,
+    flatten,
+    made,
+    single,
+    slow,
+    unflatten,
+)
 from base_files import DATA, NAMES, base, llama
 from cases import SIZES, by_case, by_few_sizes
 from safetensors.numpy import load_file, save_file
@@ -174,6 +183,62 @@ def test_embeddings_have_names_of_their_own(tmp_path, operator):
         io.save_peft_mora(tmp_path / "b", adapters, plan, names)
 
 
+def test_tables_that_are_stored_with_their_rows_as_outputs(tmp_path):
+    path = "model", "embed_tokens", "embedding"
+    operator = make_operator("sharing", 10, 24, 4)
+    plan = single(operator, (24, 10), path, axes="oi")
+    adapters = made(plan)
+    with pytest.warns(mora_jax.MoRAWarning, match="tied"):
+        io.save_peft_lora(tmp_path / "a", adapters, plan)
+    tensors = load_file(tmp_path / "a" / TENSORS)
+    a, b = (tensors[name] for name in sorted(tensors))
+    (delta,) = jax.tree.leaves(mora_jax.delta_weight(adapters, plan))
+    np.testing.assert_allclose(a.T @ b.T, delta, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("path", "axes", "shape"),
+    [
+        ("stem/kernel", "iiio", (3, 3, 4, 16)),
+        ("stem/kernel", "siiio", (2, 3, 3, 4, 16)),
+        ("up/kernel", "iioi", (3, 3, 16, 4)),
+        ("blocks_0/Conv_1/kernel", "iio", (3, 4, 16)),
+        ("conv_up/kernel", "ioi", (3, 16, 4)),
+    ],
+)
+def test_convolutions_are_refused_by_name(tmp_path, path, axes, shape):
+    """Of them PEFT has arrays of four axes. A dense layer over heads is one of two."""
+    plan = mora_jax.plan(
+        unflatten({path: jax.ShapeDtypeStruct(shape, jnp.float32)}),
+        MoRAConfig(rank=1, targets=".*", overrides={".*": {"axes": axes}}),
+    )
+    names = {"conv{n}": path.replace("/k", "{n}/k")}
+    for write in (io.save_peft_mora, io.save_peft_lora, export):
+        with pytest.raises(ValueError, match=f"{path}: .* of a convolution"):
+            write(tmp_path / "a", made(plan), plan, names)
+    assert not (tmp_path / "a").exists()
+
+
+def export(directory, adapters, plan, names):
+    io.export(directory, adapters, plan, "vllm", names)
+
+
+def test_dense_layers_over_several_axes_are_linear(tmp_path):
+    tree = {"o_proj": {"kernel": (4, 6, 16)}, "q_proj": {"kernel": (16, 4, 6)}}
+    shapes = jax.tree.map(
+        lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32),
+        tree,
+        is_leaf=lambda leaf: isinstance(leaf, tuple),
+    )
+    axes = {"o.*": {"axes": "iio"}, "q.*": {"axes": "ioo"}}
+    config = MoRAConfig(rank=1, operator="sharing", overrides=axes)
+    plan = mora_jax.plan(shapes, config)
+    lost = io.save_peft_lora(
+        tmp_path, made(plan), plan, {"{name}_proj": "{name}_proj/kernel"}
+    )
+    assert lost == {"o_proj": 0, "q_proj": 0}
+
+
 def test_a_lora_that_loses_too_much_is_refused(tmp_path):
     """The message names the worst module, and the least rank that does for all."""
     plan = layers(*(make_operator("rotation", 24, width, 8) for width in (24, 40)))
@@ -278,6 +343,11 @@ def test_names_that_do_not_fit():
         ("lama", "must be one of"),
         ({"a.{n}": "a/{m}"}, "same {fields}"),
         ({"a.{n}.{n}": "a/{n}/{n}"}, "once each"),
+        ({"a{": "fc/kernel"}, "braces around the names of fields alone.*'a{'"),
+        ({"fc": "fc}/kernel"}, "braces around .*'fc}/kernel'"),
+        ({"a{0}": "fc{0}/kernel"}, r"braces around .*'a\{0\}'"),
+        ({"a{}": "fc{}/kernel"}, "braces around .*'a{}'"),
+        ({"a{n.x}": "fc{n.x}/kernel"}, "braces around .*'a{n.x}'"),
     ):
         with pytest.raises(ValueError, match=match):
             read(names)

@@ -10,11 +10,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
-from adapter_files import PARAMS, PLAN, assert_same, config_of, made, rewrite, single
+from adapter_files import (
+    PARAMS,
+    PLAN,
+    assert_same,
+    config_of,
+    contents,
+    made,
+    rewrite,
+    single,
+)
 from cases import CASES, by_case
 from flax import traverse_util
 
-from mora_jax import io, load, save
+from mora_jax import io, load, make_operator, save
 from mora_jax.io import AdapterFileError
 from mora_jax.io._files import CONFIG, TEMPORARY, TENSORS
 
@@ -82,6 +91,47 @@ def test_replaces_and_leaves_others_alone(tmp_path):
         save(tmp_path, made(PLAN, seed), PLAN)
         assert_same(load(tmp_path)[0], made(PLAN, seed))
     assert sorted(os.listdir(tmp_path)) == [CONFIG, TENSORS, "notes.txt"]
+
+
+@pytest.mark.parametrize(
+    ("kept", "config"),
+    [
+        ((CONFIG, TENSORS), None),
+        ((TENSORS,), None),
+        ((CONFIG,), b"{"),
+        ((CONFIG,), b"[1]"),
+        ((CONFIG, TENSORS), b"\xff\xfe"),
+    ],
+)
+def test_somebody_elses_adapter_is_not_replaced(tmp_path, kept, config):
+    """PEFT's, or one of which nobody can say whose it is."""
+    path = "model", "layers", "0", "mlp", "up_proj", "kernel"
+    plan = single(make_operator("sharing", 12, 20, 6), path=path)
+    io.save_peft_lora(tmp_path, made(plan), plan)
+    for name in {CONFIG, TENSORS}.difference(kept):
+        (tmp_path / name).unlink()
+    if config is not None:
+        (tmp_path / CONFIG).write_bytes(config)
+    before = contents(tmp_path)
+    with pytest.raises(FileExistsError, match=f"whose {kept[0]} is not mora_jax's"):
+        save(tmp_path, made(plan), plan)
+    assert contents(tmp_path) == before
+
+
+def test_our_own_adapter_is_replaced_whatever_became_of_it(tmp_path):
+    """Of a newer format, edited, damaged, or without one of its files."""
+    save(tmp_path, made(PLAN), PLAN)
+    edited = (tmp_path / CONFIG).read_text().replace('"format_version": 2', '"x": 9')
+    for harm in (
+        (tmp_path / CONFIG).unlink,
+        (tmp_path / TENSORS).unlink,
+        lambda: (tmp_path / CONFIG).write_text(edited),
+        lambda: (tmp_path / CONFIG).write_text(edited[:-9]),
+        lambda: (tmp_path / TENSORS).write_bytes(b"{"),
+    ):
+        harm()
+        save(tmp_path, made(PLAN, 1), PLAN)
+        assert_same(load(tmp_path)[0], made(PLAN, 1))
 
 
 # What is written must be right.

@@ -68,6 +68,9 @@ def test_peft_directories_have_their_config_last(tmp_path, write):
     with pytest.raises(FileExistsError, match="new or empty"):
         write(URL, *ADAPTED)
     write(URL, *ADAPTED, force=True)
+    with pytest.raises(FileExistsError, match="adapter of another format"):
+        save(URL, *ADAPTED)
+    assert contents(URL) == contents(tmp_path / "a")
     cloud.restore({})
     cloud.failures.add(CONFIG)
     with pytest.raises(OSError, match="network"):
@@ -97,6 +100,10 @@ def test_merges_from_store_to_store(tmp_path):
     removed = [k for k, state in enumerate(seen) if len(state) < len(seen[0])]
     assert not any(name.endswith("/out/config.json") for name in seen[removed[1]])
     assert contents(out) == expected
+    cloud.put((epath.Path(out) / "notes.txt").key, b"mine")
+    with pytest.raises(FileExistsError, match="notes.txt"):
+        io.merge_checkpoint(*args, out, force=True)
+    assert contents(out) == expected | {"notes.txt": b"mine"}
     for out in ("mem://bucket/base", "mem://bucket", "mem://bucket/base/"):
         with pytest.raises(ValueError, match="must not be the base"):
             io.merge_checkpoint(*args, out, force=True)

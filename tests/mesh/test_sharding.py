@@ -245,6 +245,16 @@ def test_explicit_sharding(case):
         assert set(sent(compiled)) <= allowed
 
 
+def test_a_kernel_of_an_explicit_mesh_takes_inputs_without_types():
+    """As layers do that have no adapter: of a plain batch, in a trace on the mesh."""
+    frozen, arrays, expected = layer(LABELLED[BOTH_KINDS[0]], "fold")
+    with jax.set_mesh(EXPLICIT):
+        placed = on_mesh(arrays, "columns", mesh=EXPLICIT) | {"x": arrays["x"]}
+        placed["y"] = jax.device_put(arrays["y"], P(None, None, "model"))
+        got = program(frozen, placed)(**placed)
+    assert_results(got, expected)
+
+
 PARAMS = {
     "layers": {
         "up": {"kernel": np.ones((4, 8, 16), np.float32)},
@@ -325,6 +335,11 @@ def test_refused(tree, mesh, error, match, unchecked):
 
 
 def test_refused_settings(unchecked):
+    with pytest.raises(TypeError, match="batch_axes must be names .* got None"):
+        sharding.plan_on_mesh(PLAN, NAMED, batch_axes=None)
+    free = mlp(P(P.UNCONSTRAINED, "model"))
+    with pytest.raises(ValueError, match="must say which mesh axes split it"):
+        sharding.adapter_shardings(PLAN, free, mesh=MESH)
     with pytest.raises(ValueError, match="batch_axes must be of the mesh's .*'rows'"):
         sharding.plan_on_mesh(PLAN, NAMED, batch_axes="rows")
     for square in ((ALL, None), ("fsdp", None), ("x", None)):

@@ -280,6 +280,24 @@ def test_normalised_layers_are_refused_with_plans_of_shapes_too(kind):
         mora_nnx.plan(twin, config, X)
 
 
+def test_the_check_passes_nothing_that_overflows():
+    """In float16 the base is finite, and an adapted output is not."""
+
+    class Twice(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            half = {"dtype": jnp.float16, "param_dtype": jnp.float16}
+            layer = nn.Dense(8, **half, kernel_init=nn.initializers.ones, name="a")
+            y = layer(x)
+            return y + x @ layer.variables["params"]["kernel"].T
+
+    model, x = Twice(), jnp.full((1, 8), 4000.0, jnp.float16)
+    variables = model.init(jax.random.key(0), x)
+    plan = mora_jax.plan(variables["params"], MoRAConfig(rank=2))
+    with pytest.raises(ValueError, match="finite outputs with a delta of 'a/kernel'"):
+        diagnostics.check(model, variables, plan, x)
+
+
 def test_the_check_says_which_layer_has_no_effect(unchecked):
     class Half(nnx.Module):
         def __init__(self):
@@ -297,6 +315,12 @@ def test_the_check_says_which_layer_has_no_effect(unchecked):
         diagnostics.check(3, None, plan, X)
     with pytest.raises(TypeError, match="plan must be a Plan, got MoRAConfig"):
         diagnostics.check(model, None, CONFIG, X)
+    with pytest.raises(ValueError, match="tolerance must be finite"):
+        diagnostics.check(model, None, plan, X, tolerance=np.nan)
+    with pytest.raises(ValueError, match="tolerance must be at least 0"):
+        diagnostics.check(model, None, plan, X, tolerance=-1)
+    with pytest.raises(TypeError, match="seed must be an integer"):
+        diagnostics.check(model, None, plan, X, seed="a")
     with pytest.raises(ValueError, match="finite .* got NaN or infinity"):
         diagnostics.check(model, None, plan, X * np.nan)
     with pytest.raises(ValueError, match="variables must be a mapping with 'params'"):

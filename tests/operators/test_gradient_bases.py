@@ -242,6 +242,8 @@ def test_bad_gradients():
         (iter([("a/kernel", one)] * 2), ValueError, "grads have 'a/kernel' twice"),
         (iter([("a/kernal", one)]), ValueError, "the plan lacks.*a/kernel"),
         (iter([one]), TypeError, r"must give \(path, gradient\) pairs"),
+        ([("a/kernel", one)], TypeError, r"got list; write iter\(grads\)"),
+        (None, TypeError, "grads must be a tree .* got NoneType"),
     ]
     for given, error, message in cases:
         with pytest.raises(error, match=message):

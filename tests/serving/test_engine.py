@@ -18,6 +18,7 @@ class Counting:
 
     def __init__(self):
         self.gate, self.error, self.steps = threading.Event(), None, 0
+        self.fills = []
         self.gate.set()
 
     def next(self, tokens):
@@ -25,6 +26,7 @@ class Counting:
 
     def fill(self, stacked, params, cache, row, ids, one):
         assert one.tokens.shape == one.positions.shape == (1,)
+        self.fills.append(self.steps)
         return self.next(ids[0, one.positions]), cache
 
     def step(self, stacked, params, cache, rows):
@@ -104,6 +106,40 @@ def test_more_jobs_than_rows_wait_in_turn(make):
         all_said.append(said)
     for first, said in zip(range(10, 20), all_said, strict=True):
         assert ended(said) == [*range(first + 1, 20), End.STOP]
+
+
+def test_jobs_that_end_with_their_prompt_do_not_hold_up_the_others(make):
+    """Between two steps at most one prompt is read for each row."""
+    engine = make(queue=20)
+    jobs = [job(), *(job(tokens=1) for _ in range(12))]
+    held(engine, jobs[:1])
+    steps, fills = engine.programs.steps, engine.programs.fills
+    fills.clear()
+    for made, _ in jobs[1:]:
+        engine.submit(made)
+    engine.programs.gate.set()
+    for made, said in jobs:
+        assert ended(said)[-1] is (End.LENGTH if made.max_tokens == 1 else End.STOP)
+    assert fills[:8] == [steps + i for i in range(8)]  # while the first had a row
+
+
+def test_what_is_said_is_published_before_the_next_prompt_is_read(make):
+    """And a job that nobody waits for by then is not read."""
+    engine = make(rows=3)
+    first, last = job(tokens=1), job(tokens=1)
+    said = first[0].on_event
+
+    def leave(event):
+        said(event)
+        last[0].gone = True
+
+    first[0].on_event = leave
+    held(engine, [job()])
+    for made, _ in (first, last):
+        engine.submit(made)
+    engine.programs.gate.set()
+    assert ended(first[1]) == [11, End.LENGTH]
+    assert ended(last[1]) == [End.GONE]
 
 
 def test_a_full_queue_refuses(make):

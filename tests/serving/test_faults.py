@@ -151,6 +151,23 @@ def test_damaged_files_are_refused(service, oracle, place, fault):
     assert service.text("changing") == oracle.says(8)["Hi"]
 
 
+def test_links_that_lead_nowhere_are_refused(service, place):
+    os.symlink(place.name, place)  # to itself
+    try:
+        with pytest.raises(openai.InternalServerError, match="levels of symbolic"):
+            service.text("changing")
+    finally:
+        place.unlink()
+
+
+def test_the_directory_may_be_gone_for_a_while(service, monkeypatch, tmp_path):
+    monkeypatch.setattr(service.service.adapters, "directory", tmp_path / "gone")
+    with pytest.raises(openai.InternalServerError, match="No such file or directory"):
+        service.client.models.list()
+    with pytest.raises(openai.NotFoundError, match="'law' does not exist"):
+        service.text("law")
+
+
 def test_refused_files_are_read_once(service, oracle, place, monkeypatch):
     monkeypatch.setattr(registry, "SETTLED", -1)
     read, count = service.service.adapters._read, []

@@ -1,10 +1,15 @@
 """The service of many adapters, asked by OpenAI's own client."""
 
+import asyncio
 from concurrent.futures import ThreadPoolExecutor
 
 import openai
 import pytest
 from services import NAMES, QUESTIONS, TOKENS, asked
+
+from examples.serving.http import Call
+from examples.serving.jobs import End
+from examples.serving.protocol import Answer
 
 
 def test_adapters_are_models(service):
@@ -53,6 +58,27 @@ def test_a_stream_is_the_answer_in_pieces(service, oracle):
     assert len({c.id for c in chunks}) == 1
 
 
+@pytest.mark.parametrize(
+    ("said", "wanted"),
+    [
+        ("Hé🙂!".encode(), ["H", "é", "🙂", "!"]),
+        (b"\xff\xff\xff\xc3\xa9!", ["\ufffd", "\ufffd", "\ufffd", "é", "!"]),
+        (b"\xf0\x9f\x99a\xf0\x9f", ["\ufffda", "\ufffd"]),
+        ("\ufffd🙂".encode(), ["\ufffd", "🙂"]),
+    ],
+)
+def test_characters_of_several_tokens_are_sent_whole(service, said, wanted):
+    async def pieces():
+        call = Call(Answer("law", 0), [], 0.0)
+        for event in (*(3 + byte for byte in said), End.STOP):
+            call.events.put_nowait(event)
+        return [piece async for piece in service.service._pieces(call)]
+
+    *texts, end = asyncio.run(pieces())
+    assert (texts, end) == (wanted, End.STOP)
+    assert "".join(texts) == said.decode(errors="replace")
+
+
 def test_random_answers_depend_on_the_seed_alone(service):
     def ask(seed):
         return service.text("law", temperature=1.5, seed=seed)
@@ -65,15 +91,24 @@ def test_random_answers_depend_on_the_seed_alone(service):
     assert service.text("law", temperature=1.5) != service.text("law", temperature=1.5)
 
 
+def parts(*texts):
+    return [{"type": "text", "text": text} for text in texts]
+
+
 def test_conversations_have_turns_and_parts(service):
     turns = [
         {"role": "system", "content": "Be brief."},
-        {"role": "user", "content": [{"type": "text", "text": "Hé"}]},
-        {"role": "assistant", "content": "Yes?"},
+        {"role": "user", "content": parts("H", "é")},
+        {"role": "assistant", "content": "Yes?", "refusal": None},
         {"role": "user", "content": "Go"},
     ]
     found = service.client.chat.completions.create(
-        model="law", messages=turns, max_completion_tokens=2, user="me"
+        model="law",
+        messages=turns,
+        max_completion_tokens=2,
+        user="me",
+        response_format={"type": "text"},
+        tool_choice="none",
     )
     wanted = "".join(
         f"<|im_start|>{turn['role']}\n{text}<|im_end|>\n"
@@ -116,6 +151,11 @@ def test_conversations_have_turns_and_parts(service):
             400,
             "must not contain <|im_end|>",
         ),
+        (
+            asked(messages=[{"role": "user", "content": parts("Hi<|im_", "end|>")}]),
+            400,
+            "must not contain <|im_end|>",
+        ),
         (asked(max_tokens=0), 400, "max_tokens must be from 1"),
         (asked(max_tokens=True), 400, "max_tokens must be of type int, got true"),
         (asked(max_tokens=1.5), 400, "max_tokens must be of type int, got 1.5"),
@@ -129,6 +169,19 @@ def test_conversations_have_turns_and_parts(service):
         (asked(n=2), 400, "n must be 1 or left out"),
         (asked(stop="."), 400, "stop must be null or left out"),
         (asked(tools=[]), 400, 'does not support "tools"'),
+        (asked(tool_choice="auto"), 400, 'tool_choice must be "none" or left out'),
+        (asked(response_format={"type": "json_object"}), 400, "response_format must"),
+        (asked(**{"\ud800": 1}), 400, r'does not support "\ud800"'),
+        (
+            asked(messages=[{"role": "user", "content": "Hi", "name": "bob"}]),
+            400,
+            'does not support "name" in messages[0]',
+        ),
+        (
+            asked(stream_options={"include_obfuscation": True}),
+            400,
+            'does not support "include_obfuscation" in stream_options',
+        ),
         (
             asked(messages=[{"role": "user", "content": "x" * 200}]),
             400,

@@ -65,6 +65,22 @@ def test_effective_rank(unchecked):
     np.testing.assert_allclose(diagnostics.effective_rank(values), [3, 1, 0])
     assert diagnostics.count_above(values).tolist() == [3, 1, 0]
     assert diagnostics.effective_rank([2.0, 2.0, 0.0]) == pytest.approx(2)
+    cases = [([np.nan, 1], "finite"), ([-1.0, 2], "negative"), (2.0, "shape")]
+    for function in (diagnostics.effective_rank, diagnostics.count_above):
+        for bad, message in cases:
+            with pytest.raises(ValueError, match=message):
+                function(bad)
+        with pytest.raises(TypeError, match="one of the values that spectrum returns"):
+            function({"kernel": values})
+
+
+def test_the_norm_of_a_kernel_of_float16_does_not_overflow():
+    params = {"kernel": jnp.ones((512, 512), jnp.float16)}
+    config = MoRAConfig(operator="truncation", square_rank=8, scale="paper")
+    plan = mora_jax.plan(params, config)
+    adapters = {"kernel_mora": 512 * jnp.eye(8)}
+    found = diagnostics.relative_norm(params, adapters, plan)
+    assert found["kernel"] == pytest.approx(8**0.5, rel=1e-5)
 
 
 def test_relative_norm():

@@ -168,7 +168,7 @@ def test_what_does_not_merge(model):
 
 @pytest.mark.usefixtures("unchecked")
 def test_what_does_not_combine(model):
-    params, adapters, _ = model
+    params, adapters, plan = model
     fc = adapters["fc"]
     cases = [
         (combine(params, adapters), adapters, "already hold '.*kernel_mora'"),
@@ -180,3 +180,8 @@ def test_what_does_not_combine(model):
     for tree, other, message in cases:
         with pytest.raises(ValueError, match=message):
             combine(tree, other)
+    narrow = jax.tree.map(lambda m: m[..., :2, :2], adapters)
+    with pytest.raises(ValueError, match="must have shape"):
+        combine(params, narrow, plan)
+    with pytest.raises(ValueError, match="adapters lack"):
+        combine(params, {"fc": fc}, plan)

@@ -17,14 +17,17 @@ torch = pytest.importorskip("torch")
 IDS = np.random.default_rng(0).integers(0, 97, (2, 9), np.int32)
 
 
-def torch_llama():
+BASE = DATA / "type1" / "base_model.safetensors"
+
+
+def torch_llama(file=BASE):
     """The same Llama in PyTorch."""
     from safetensors.torch import load_file
     from transformers import LlamaConfig, LlamaForCausalLM
 
     settings = json.loads((DATA / "llama.json").read_text())
     model = LlamaForCausalLM(LlamaConfig(**settings))
-    state = load_file(DATA / "type1" / "base_model.safetensors")
+    state = load_file(file)
     missing, unexpected = model.load_state_dict(state, strict=False)
     assert missing == ["lm_head.weight"] and not unexpected  # it is tied
     return model.eval()
@@ -57,7 +60,7 @@ def test_logits(tmp_path, operator):
 
 
 def test_logits_of_an_adapted_embedding(tmp_path):
-    """Beside layers; the head of this model has the embedding's array as its own."""
+    """The head is tied to it: merged, both change; a LoRA changes what is looked up."""
     config = MoRAConfig(
         rank=4, operator="sharing", targets=(".*q_proj/kernel", ".*embedding")
     )
@@ -67,5 +70,11 @@ def test_logits_of_an_adapted_embedding(tmp_path):
     expected = linen.wrap(MODEL, plan)(adapters, variables, IDS)
     with pytest.warns(MoRAWarning, match="tied"):
         io.save_peft_lora(tmp_path / "a", adapters, plan, NAMES | TABLE)
-    model = peft.PeftModel.from_pretrained(torch_llama(), tmp_path / "a")
+    io.merge_checkpoint(BASE, adapters, plan, tmp_path / "merged", NAMES | TABLE)
+    merged = torch_llama(tmp_path / "merged" / BASE.name)
+    np.testing.assert_allclose(logits(merged), expected, atol=1e-4)
+    merged.lm_head.weight = torch_llama().lm_head.weight
+    expected = logits(merged)
+    with pytest.warns(UserWarning, match="ensure_weight_tying"):
+        model = peft.PeftModel.from_pretrained(torch_llama(), tmp_path / "a")
     np.testing.assert_allclose(logits(model), expected, atol=1e-4)
