@@ -26,6 +26,7 @@ from jax.interpreters import ad, batching, mlir
 
 from mora_jax._interception import undisturbed
 from mora_jax._types import ArrayLike
+from mora_jax._varying import alike
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,13 +76,13 @@ class LinearMap(abc.ABC):
     def __call__(self, residuals: Any, operand: ArrayLike) -> jax.Array:
         """A(r) x, with `backward` for its transpose."""
         leaves, treedef = jax.tree.flatten(residuals)
-        return linear_p.bind(*leaves, operand, call=_Call(self, treedef))
+        return linear_p.bind(*alike(*leaves, operand), call=_Call(self, treedef))
 
     def transpose(self, residuals: Any, cotangent: ArrayLike) -> jax.Array:
         """A(r)^T y, with `forward` for its transpose."""
         leaves, treedef = jax.tree.flatten(residuals)
         call = _Call(self, treedef, transposed=True)
-        return linear_p.bind(*leaves, cotangent, call=call)
+        return linear_p.bind(*alike(*leaves, cotangent), call=call)
 
 
 @dataclasses.dataclass(frozen=True)

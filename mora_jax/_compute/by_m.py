@@ -21,6 +21,7 @@ from mora_jax._tuning import (
     by_platform,
 )
 from mora_jax._types import ArrayLike
+from mora_jax._varying import shape_for, zeros_for
 from mora_jax.operators import Decoupling, Permutation
 
 
@@ -52,7 +53,7 @@ class ProductByM(LinearMap):
         h, decompress, times_squares = self.compressed(op, x)
         (back,) = jax.linear_transpose(decompress, h)(cotangent)
         if len(op.m_shape) > 2:
-            m = jax.ShapeDtypeStruct(op.m_shape, cotangent.dtype)
+            m = shape_for(op.m_shape, cotangent.dtype, cotangent)
             by_m = jax.linear_transpose(
                 lambda m: times_squares(h, m, self.precision), m
             )
@@ -130,7 +131,7 @@ class SlicedProduct(ProductByM):
             return jax.lax.dynamic_update_index_in_dim(products, gradient, k, axis=0)
 
         # A loop, since XLA takes as long for n products as for n layers.
-        products = jnp.zeros((n, self.row_shards, q, q), wide)
+        products = zeros_for((n, self.row_shards, q, q), wide, x, y)
         products = jax.lax.fori_loop(
             0, op.num_feeding, put_product, products, unroll=UNROLLED_PRODUCTS
         )
@@ -162,7 +163,7 @@ class SlicedProduct(ProductByM):
             settings = {"precision": self.precision, "preferred_element_type": wide}
             return jax.lax.dot_general(h, back, axes, **settings)
 
-        total = jnp.zeros(jax.eval_shape(products, 0).shape, wide)
+        total = zeros_for(jax.eval_shape(products, 0).shape, wide, x, y)
         total = jax.lax.fori_loop(
             0, steps, lambda step, total: total + products(step), total
         )
@@ -187,7 +188,7 @@ class SlicedProduct(ProductByM):
 
 def _turned_back(op: Any, products: jax.Array) -> jax.Array:
     """The gradient of M by those of what each block multiplies, (n, shards, q, q)."""
-    m = jax.ShapeDtypeStruct(op.m_shape, products.dtype)
+    m = shape_for(op.m_shape, products.dtype, products)
     turn_back = jax.linear_transpose(lambda m: turned_m(op, m), m)
     return jax.vmap(turn_back, in_axes=1)(products)[0].sum(0)
 

@@ -25,6 +25,7 @@ from mora_jax._spec import AdapterSpec
 from mora_jax._squares import times_squares
 from mora_jax._tuning import Tuning, by_platform
 from mora_jax._types import Shape
+from mora_jax._varying import shape_for, zeros_for
 from mora_jax.products import Contraction, Convolution, Product
 
 Added = Callable[[jax.Array, jax.Array], jax.Array]
@@ -89,7 +90,7 @@ def by_row(
         y = for_rows(x)
     else:
         inputs = (*x.shape[:-1], spec.operator.in_features)
-        like = jax.ShapeDtypeStruct(inputs, x.dtype)
+        like = shape_for(inputs, x.dtype, x)
         (y,) = jax.linear_transpose(for_rows, like)(x)
     return product.from_rows(y, sizes(shape, product.axes, "o"))
 
@@ -171,7 +172,7 @@ class TimesSlots(LinearMap):
             gradient = self._gradient(h[row], cotangent[row])
             return total.at[at[row]].add(gradient, mode="drop")
 
-        zeros = jnp.zeros(self.shape, self._wide(h))
+        zeros = zeros_for(self.shape, self._wide(h), h, cotangent)
         return jax.lax.fori_loop(0, index.size, add_row, zeros)
 
     def _product(self, h: jax.Array, m: jax.Array) -> jax.Array:
@@ -180,7 +181,7 @@ class TimesSlots(LinearMap):
 
     def _gradient(self, h: jax.Array, cotangent: jax.Array) -> jax.Array:
         """The gradient of one row's M, which is to be added to others."""
-        m = jax.ShapeDtypeStruct(self.shape[1:], h.dtype)
+        m = shape_for(self.shape[1:], h.dtype, h, cotangent)
         by_m = jax.linear_transpose(lambda m: self._product(h, m), m)
         return by_m(cotangent)[0].astype(self._wide(h))
 

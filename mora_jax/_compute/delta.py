@@ -44,6 +44,7 @@ from mora_jax._rounding import add_rounded
 from mora_jax._slots import Selected
 from mora_jax._spec import AdapterSpec
 from mora_jax._types import ArrayLike, Shape
+from mora_jax._varying import shape_for
 from mora_jax.operators import Operator
 from mora_jax.operators._base import delta_of
 from mora_jax.products import Contraction, Lookup, Product
@@ -162,7 +163,7 @@ class Delta:
 
     def transposed_rows(self, y: jax.Array) -> jax.Array:
         """(*stack, *batch, out_features) -> (*stack, *batch, in_features)."""
-        x = jax.ShapeDtypeStruct((*y.shape[:-1], self.operator.in_features), y.dtype)
+        x = shape_for((*y.shape[:-1], self.operator.in_features), y.dtype, y)
         (x,) = jax.linear_transpose(self.rows, x)(y)
         return x
 

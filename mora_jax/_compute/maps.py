@@ -12,6 +12,7 @@ from mora_jax._compute.delta import Delta
 from mora_jax._linear_map import LinearMap, Static
 from mora_jax._tuning import by_platform
 from mora_jax._types import Shape
+from mora_jax._varying import shape_for
 from mora_jax.products import Product
 
 
@@ -86,7 +87,7 @@ class AdaptedMap(LinearMap):
         self, function: Callable[[jax.Array], jax.Array], cotangent: jax.Array
     ) -> jax.Array:
         """The transpose of a linear function of x."""
-        x = jax.ShapeDtypeStruct(self.x_shape, self.x_dtype)
+        x = shape_for(self.x_shape, self.x_dtype, cotangent)
         (x,) = jax.linear_transpose(function, x)(cotangent)
         return x
 

@@ -18,6 +18,7 @@ from mora_jax._squares import block_diagonal
 from mora_jax._tiles import stored, tile_to
 from mora_jax._tuning import Tuning, by_platform
 from mora_jax._types import ArrayLike
+from mora_jax._varying import shape_for
 from mora_jax.operators import Decoupling, Hadamard, Operator, Permutation
 from mora_jax.operators._blocks import add_wrapped_rows, block_positions, divide
 from mora_jax.operators._projection import Projection
@@ -41,7 +42,7 @@ def delta_matrix(op: Operator, m: jax.Array) -> jax.Array:
         rows = jax.lax.map(block_rows, jnp.arange(op.compressed_shape[0]))
     else:
         rows = op._decompress(block_diagonal(m))
-    vector = jax.ShapeDtypeStruct((op.in_features,), rows.dtype)
+    vector = shape_for((op.in_features,), rows.dtype, rows)
     transpose = jax.linear_transpose(op._compress, vector)
     (weight,) = jax.vmap(transpose, in_axes=-1, out_axes=-1)(rows)
     return weight
@@ -218,7 +219,7 @@ def _(part: BasisPart, m: jax.Array) -> jax.Array:
 @delta_matrix.register
 def _(part: SharingPart, m: jax.Array) -> jax.Array:
     rows = part.decompress(block_diagonal(m))
-    vector = jax.ShapeDtypeStruct((part.in_features,), rows.dtype)
+    vector = shape_for((part.in_features,), rows.dtype, rows)
     transpose = jax.linear_transpose(lambda x: part.compressed_rows(x)[0], vector)
     (weight,) = jax.vmap(transpose, in_axes=-1, out_axes=-1)(rows)
     return weight

@@ -1,16 +1,27 @@
 """Adapters merged into quantized kernels."""
 
+import functools
+from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.core import Tracer
 
 from mora_jax._bases import check_base
-from mora_jax._checks import check_choice
+from mora_jax._checks import check_choice, check_kernel
 from mora_jax._compute.delta import delta_kernel
+from mora_jax._dense import as_jax_array
 from mora_jax._merge import finite_items
-from mora_jax._paths import is_boxed, key_name, lacking, reboxed, unboxed
+from mora_jax._paths import (
+    is_boxed,
+    key_name,
+    lacking,
+    located_leaves,
+    reboxed,
+    unboxed,
+)
 from mora_jax._plan import Plan, check_plan
 from mora_jax._rounding import add_rounded, share_lost
 from mora_jax._spec import SUFFIX, AdapterSpec
@@ -18,6 +29,7 @@ from mora_jax._trained import refuse_trained
 from mora_jax.nnx._adapters import adapters as adapters_of
 from mora_jax.nnx._adapters import named_modules, plan_of
 from mora_jax.nnx._classes import DROPOUT
+from mora_jax.nnx._param import MoRAParam
 from mora_jax.qwix import _private
 from mora_jax.qwix._private import WithAux
 
@@ -34,8 +46,8 @@ class MergeLoss(NamedTuple):
         divided by the norm of the delta; 0 for a delta of zeros.
     """
 
-    share: float
-    error: float
+    share: float | jax.Array
+    error: float | jax.Array
 
 
 _WHY = (
@@ -47,11 +59,21 @@ _WHY = (
 def dequantize(params: Any) -> Any:
     """Params with an array in place of each quantized kernel.
 
-    It is the base that adapters were trained on, for `mora_jax.save(..., params=)`, or
-    to compute with without qwix.
+    It is the base that adapters were trained on, for `mora_jax.save(..., params=)` and
+    `mora_jax.merge`, or to compute with without qwix. Shapes give shapes.
 
     Args:
-      params: Params that qwix quantized, without adapters: nested dicts.
+      params: Params that qwix quantized, without adapters: nested dicts. Or an NNX
+        model, with adapters or without; a state of it does not say how its numbers are
+        to be read.
+
+    Returns:
+      The params, in the same structure; for a model an `nnx.State` of its parameters
+      without adapters.
+
+    Raises:
+      TypeError: `params` is a Linen model, a state of a quantized model, or no tree of
+        arrays.
 
     Example::
 
@@ -62,12 +84,28 @@ def dequantize(params: Any) -> Any:
       >>> mora_jax.qwix.dequantize(params)["kernel"].shape
       (8, 16)
     """
+    if isinstance(params, nnx.Module):
+        model = nnx.clone(params)
+        _dequantize_modules(model)
+        return nnx.state(model, nnx.All(nnx.Param, nnx.Not(MoRAParam)))
+    if not located_leaves(params) and not isinstance(params, Mapping):
+        raise TypeError(
+            f"params must be a tree of arrays, got {type(params).__name__}: give "
+            "variables['params'], or an NNX model"
+        )
 
-    def replace(leaf: Any) -> Any:
-        is_plain = not isinstance(leaf, WithAux)
-        return leaf if is_plain else _private.plain(leaf, _private.dequantized(leaf))
+    def replace(keys: Any, leaf: Any) -> Any:
+        if isinstance(leaf, WithAux):
+            return _private.plain(leaf, _private.dequantized(leaf))
+        path = [key_name(key) for key in keys]
+        if path[-2:] == ["array", "qvalue"]:
+            raise TypeError(
+                f"params hold parts of the quantized kernel {'/'.join(path[:-2])!r}, "
+                "which do not say how it is quantized: write dequantize(model)"
+            )
+        return leaf
 
-    return jax.tree.map(replace, params, is_leaf=_is_parameter)
+    return jax.tree_util.tree_map_with_path(replace, params, is_leaf=_is_parameter)
 
 
 def merge(
@@ -91,11 +129,12 @@ def merge(
       any_base: Whether to merge into any weights, as in `mora_jax.merge`.
 
     Returns:
-      The merged params, and {path: what was lost there}. Quantizing again makes errors
-      of the size that those of the first time had, which may be many times a delta.
+      The merged params, and {path: what was lost there}; in `jax.jit` the losses are
+      arrays. Quantizing again makes errors of the size that those of the first time
+      had, which may be many times a delta.
 
     Raises:
-      TypeError, ValueError: As `mora_jax.merge`; `onto` is unknown.
+      TypeError, ValueError: As `mora_jax.merge`; `onto` is unknown; params are shapes.
 
     Example::
 
@@ -113,6 +152,11 @@ def merge(
     """
     check_choice("onto", onto, get_args(Onto))
     refuse_trained(check_plan(plan).trained, _WHY)
+    if isinstance(params, nnx.Module):
+        raise TypeError(
+            f"params must be a tree of arrays, got the model {type(params).__name__}: "
+            "write merge_adapters(model)"
+        )
     items = {spec.path: (spec, m) for spec, m in finite_items(adapters, plan)}
     losses: dict[str, MergeLoss] = {}
     paths: set[tuple[str, ...]] = set()
@@ -186,13 +230,18 @@ def merge_adapters(
             if hasattr(module, own):
                 delattr(module, own)
     if onto == "dequantized":
-        for module in modules.values():
-            for name in _names(module, WithAux):
-                old = getattr(module, name)
-                setattr(module, name, _private.plain(old, _private.dequantized(old)))
+        _dequantize_modules(model)
         _private.forget_call(model)
         object.__setattr__(model, "__class__", _private.plain_class(model))
     return model, losses
+
+
+def _dequantize_modules(model: nnx.Module) -> None:
+    """Give each module of a model arrays in place of its quantized kernels."""
+    for _, module in named_modules(model):
+        for name in _names(module, WithAux):
+            old = getattr(module, name)
+            setattr(module, name, _private.plain(old, _private.dequantized(old)))
 
 
 def _sum(
@@ -200,7 +249,10 @@ def _sum(
 ) -> tuple[Any, MergeLoss]:
     """A kernel with its delta, in the form and the box that it has; what was lost."""
     quantized = isinstance(old, WithAux)
+    for leaf in jax.tree.leaves(old):
+        as_jax_array(spec.name, leaf)
     base = _private.dequantized(old) if quantized else jnp.asarray(unboxed(old))
+    check_kernel(base, spec.name)
     if tuple(base.shape) != spec.kernel_shape:
         raise ValueError(
             f"{spec.name} must have shape {spec.kernel_shape}, got {base.shape}"
@@ -216,12 +268,30 @@ def _sum(
     else:
         values = add_rounded(base, delta, spec.axes, base.dtype, "dither")
         new = _private.plain(old, values) if quantized else reboxed(old, values)
-    size = float(jnp.linalg.norm(delta.ravel()))
+    return new, _loss(delta, values.astype(wide), base.astype(wide), exact)
+
+
+def _loss(
+    delta: jax.Array, values: jax.Array, base: jax.Array, exact: jax.Array
+) -> MergeLoss:
+    """What the stored `values` lack of `exact`, which is base and delta."""
+
+    def norm(array: jax.Array) -> jax.Array:
+        return jnp.linalg.norm(array.ravel())
+
+    size = norm(delta)
+    if isinstance(size, Tracer):
+        scaled = delta / jnp.where(size > 0, size, 1)
+        # Exact products, as in `share_lost`, which wants numbers.
+        dot = functools.partial(jnp.vdot, precision=jax.lax.Precision.HIGHEST)
+        change = dot(values - base, scaled) / jnp.where(size > 0, size, 1)
+        share = jnp.where(size > 0, jnp.abs(1 - change), 0)
+        error = norm(values - exact) / jnp.where(size > 0, size, jnp.inf)
+        return MergeLoss(share, error)
     if size == 0:
-        return new, MergeLoss(0.0, 0.0)
-    values = values.astype(wide)
-    error = float(jnp.linalg.norm((values - exact).ravel())) / size
-    return new, MergeLoss(share_lost(values - base.astype(wide), delta), error)
+        return MergeLoss(0.0, 0.0)
+    error = float(norm(values - exact)) / float(size)
+    return MergeLoss(share_lost(values - base, delta), error)
 
 
 def _names(module: nnx.Module, kind: type) -> list[str]:

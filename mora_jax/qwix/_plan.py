@@ -1,6 +1,5 @@
 """The plan that a model with a `MoRAProvider` follows."""
 
-import functools
 from typing import Any
 
 import flax.linen as nn
@@ -12,7 +11,9 @@ from mora_jax._paths import located_leaves
 from mora_jax._plan import Plan
 from mora_jax._spec import SUFFIX
 from mora_jax.nnx._adapters import plan_of as plan_of_nnx
-from mora_jax.qwix._provider import MoRAProvider, running
+from mora_jax.qwix._kernels import Run
+from mora_jax.qwix._provider import running
+from mora_jax.qwix._shapes import shapes_of
 
 
 def plan_of(model: Any, *args: Any, **kwargs: Any) -> Plan:
@@ -23,8 +24,8 @@ def plan_of(model: Any, *args: Any, **kwargs: Any) -> Plan:
 
     Args:
       model: What `qwix.apply_lora_to_model` returns, of either Flax API.
-      *args: The inputs of a call, arrays or shapes, for a Linen model. An NNX model
-        has its adapters and needs none.
+      *args: The inputs of a call for a Linen model: arrays or shapes, and static
+        arguments such as `train`. An NNX model has its adapters and needs none.
       **kwargs: Further inputs, by name.
 
     Raises:
@@ -44,15 +45,15 @@ def plan_of(model: Any, *args: Any, **kwargs: Any) -> Plan:
         return plan_of_nnx(model)
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a Flax module, got {type(model).__name__}")
-    providers: list[MoRAProvider] = []
-    token = running.set(providers)
+    runs: list[Run] = []
+    token = running.set(runs)
     try:
         rngs = {name: jax.random.key(0) for name in ("params", "dropout")}
-        shapes = jax.eval_shape(functools.partial(model.init, **kwargs), rngs, *args)
+        shapes = shapes_of(model.init, rngs, *args, **kwargs)
     finally:
         running.reset(token)
-    base, adapters = split(nn.unbox(shapes["params"]))
-    specs = {p: spec for one in providers for (p, _), spec in one.specs.items()}
+    base, adapters = split(nn.unbox(shapes.get("params", {})))
+    specs = {path: spec for run in runs for (path, _), spec in run.specs.items()}
     found = []
     for path, leaf in located_leaves(adapters, "adapters").items():
         kernel = tuple(path[:-1]) + (path[-1].removesuffix(SUFFIX),)

@@ -7,22 +7,20 @@ import functools
 import re
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any, Literal
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.core import Tracer
 
 from mora_jax._paths import Path
-from mora_jax._spec import SUFFIX
 
 OLDEST, NEWEST = "0.1.5", "0.1.8"
 
 try:
     import qwix
-    from qwix._src.core import qarray
+    from qwix._src.core import numerics, qarray
     from qwix._src.providers.ptq import WithAux as WithAux
 
     try:
@@ -104,31 +102,35 @@ def parameters_of(module: Any) -> Mapping[str, Any]:
     return {name: v for name, v in vars(module).items() if isinstance(v, kinds)}
 
 
-def name_of(module: Any, array: Any) -> str | None:
-    """The name that `array` has among the parameters of the module that runs, if any.
-
-    qwix goes by identity, and by shape where a parameter was converted. M, which is
-    never an operand here, may have the shape of a kernel that was.
-    """
-    name = flax_util.find_param(array, WithAux)
-    if name is not None and not name.endswith(SUFFIX):
-        return name
-    alike = [
-        name
-        for name, value in parameters_of(module).items()
-        if not name.endswith(SUFFIX) and _shape(value) == tuple(array.shape)
-    ]
-    return alike[0] if len(alike) == 1 else None
+def is_taken(array: Any) -> bool:
+    """Whether qwix takes an operand for a parameter, by its shape at least."""
+    try:
+        return flax_util.find_param(array) is not None
+    except ValueError:  # for one of several
+        return True
 
 
-def is_mistaken(array: Any) -> bool:
-    """Whether qwix takes an input for an M, since it has its shape."""
-    return (flax_util.find_param(array, WithAux) or "").endswith(SUFFIX)
+def is_quantized(parameter: Any) -> bool:
+    """Whether a parameter or an operand is one that qwix has quantized."""
+    return isinstance(parameter, WithAux | qwix.QArray)
 
 
-def _shape(value: Any) -> tuple[int, ...] | None:
-    value = flax_util.unbox(value)
-    return tuple(value.shape) if hasattr(value, "shape") else None
+def first_array(parameter: Any) -> Any:
+    """The array in a parameter; the integers of a quantized one."""
+    return jax.tree.leaves(parameter)[0]
+
+
+def quantized(module: Any, name: str, dtype: Any) -> WithAux:
+    """A quantized parameter of a module, as an operand of a product."""
+    found = flax_util.unbox(parameters_of(module)[name])
+    scale = found.array.scale.astype(dtype)
+    return found.replace(array=found.array.replace(scale=scale))
+
+
+def dtype_of(operand: Any) -> Any:
+    """The dtype of an array; of a quantized one, that of the numbers it stands for."""
+    array = operand.array if isinstance(operand, WithAux) else operand
+    return array.scale.dtype if isinstance(array, qwix.QArray) else array.dtype
 
 
 def values_of(parameter: Any) -> Any:
@@ -138,18 +140,23 @@ def values_of(parameter: Any) -> Any:
 
 def boxed_as(like: Any, array: Any) -> Any:
     """`array` with the metadata of a parameter, all of its axes replicated."""
-    replicated = (None,) * array.ndim
-    return flax_util.update_boxed(values_of(like), value=array, transpose=replicated)
+    box, replicated = values_of(like), (None,) * array.ndim
+    if not _is_box(box):
+        return array
+    return flax_util.update_boxed(box, value=array, transpose=replicated)
 
 
 def dequantized(parameter: WithAux) -> jax.Array:
-    """The numbers that a quantized parameter stands for."""
-    return qwix.dequantize(flax_util.unbox(parameter.array))
+    """The numbers that a quantized parameter stands for; or their shape."""
+    array = flax_util.unbox(parameter.array)
+    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(array)):
+        return jax.eval_shape(qwix.dequantize, array)
+    return qwix.dequantize(jax.tree.map(jnp.asarray, array))
 
 
 def plain(parameter: WithAux, values: jax.Array) -> Any:
     """`values` in the box of a quantized parameter, as it was before."""
-    return flax_util.update_boxed(parameter.array.qvalue, value=values)
+    return _boxed(parameter.array.qvalue, values)
 
 
 def requantized(parameter: WithAux, values: jax.Array) -> WithAux:
@@ -169,64 +176,28 @@ def requantized(parameter: WithAux, values: jax.Array) -> WithAux:
     else:
         raise ValueError(f"no way to quantize {values.shape} as {parameter.how}")
 
-    def put(box: Any, value: jax.Array) -> Any:
-        return flax_util.update_boxed(box, value=value)
-
-    array = jax.tree.map(put, parameter.array, quantize(values), is_leaf=_is_box)
+    array = jax.tree.map(_boxed, parameter.array, quantize(values), is_leaf=_is_box)
     return parameter.replace(array=array)  # type: ignore[attr-defined]
+
+
+def _boxed(box: Any, value: Any) -> Any:
+    return flax_util.update_boxed(box, value=value) if _is_box(box) else value
 
 
 def _is_box(node: Any) -> bool:
     return isinstance(node, nn.meta.AxisMetadata | nnx.Variable)
 
 
-UNCHANGED = {"convert_element_type", "copy", "optimization_barrier"} | {
-    "sharding_constraint",
-    "reshard",
-}
-"""JAX's primitives after which a kernel has the features it had, in the same order."""
+def check_qtype(name: str, qtype: Any) -> None:
+    """Raise unless qwix knows a type of quantized numbers.
 
-
-Link = Literal["itself", "made of it", "another", "unknown"]
-
-
-def link(module: Any, name: str, array: Any) -> Link:
-    """How an array that qwix takes for a parameter is linked to it.
-
-    Returns:
-      "itself" for the parameter as it stands, perhaps in another dtype; "made of it"
-      for what was computed of it; "another" for an array that only has its shape;
-      "unknown" in a function that JAX compiles for itself.
+    Raises:
+      ValueError: It does not.
     """
-    if isinstance(array, WithAux | qwix.QArray):
-        return "itself"
-    parameter = flax_util.unbox(parameters_of(module)[name])
-    if isinstance(array, Tracer):
-        return _traced_link(parameter, array)
-    alike = array is parameter or (
-        array.shape == parameter.shape
-        and not isinstance(parameter, Tracer)
-        and bool((array == parameter.astype(array.dtype)).all())
-    )
-    return "itself" if alike else "made of it"
-
-
-def _traced_link(parameter: Any, array: Any) -> Link:
-    """By the operations that lead from the one to the other."""
-    steps, seen, waiting, joined = set(), set(), [array], False
-    while waiting:
-        node = waiting.pop()
-        if node is parameter:
-            return "itself" if steps <= UNCHANGED else "made of it"
-        if id(node) in seen:
-            continue
-        seen.add(id(node))
-        made_by = getattr(node, "parent", None)
-        if made_by is None:
-            if hasattr(node, "get_const") and node.get_const() is parameter:
-                return "itself" if steps <= UNCHANGED else "made of it"
-            continue
-        steps.add(str(made_by.primitive))
-        joined |= len(made_by.in_tracers) != 1
-        waiting += made_by.in_tracers
-    return "another" if joined else "unknown"
+    try:
+        numerics.get_symmetric_bound(qtype)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{name} must be a type that qwix quantizes to, such as 'int8', 'int4', "
+            f"'nf4' or 'float8_e4m3fn', got {qtype!r}"
+        ) from error

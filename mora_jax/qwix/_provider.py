@@ -1,6 +1,7 @@
 """Adapters in models that qwix intercepts."""
 
 import functools
+import threading
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from typing import Any
@@ -9,6 +10,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import qwix
+from flax import nnx
+from flax.core.tracers import current_trace
 
 from mora_jax._compute.adapted import check_product
 from mora_jax._compute.delta import add_delta
@@ -17,11 +20,13 @@ from mora_jax._warnings import LeftOutWarning, warn
 from mora_jax.nnx._adapters import named_modules
 from mora_jax.products import Product
 from mora_jax.qwix import _private
-from mora_jax.qwix._matrix import dropout_key, m_of
+from mora_jax.qwix._kernels import Kernel, Run, find_kernel, root_of
+from mora_jax.qwix._matrix import dropout_key, m_of, spec_of
 from mora_jax.qwix._products import of_convolution, of_dot_general, of_einsum
-from mora_jax.qwix._rule import MoRARule
+from mora_jax.qwix._rule import MoRARule, check_rules
+from mora_jax.qwix._shapes import shapes_of, tracing_anew
 
-running: ContextVar[list["MoRAProvider"] | None] = ContextVar("running", default=None)
+running: ContextVar[list[Run] | None] = ContextVar("running", default=None)
 """Where providers note that a model runs with them, if anywhere."""
 
 
@@ -75,54 +80,120 @@ class MoRAProvider(qwix.PtqProvider):
             raise ValueError(
                 f"rules and settings exclude each other, got both: {sorted(settings)}"
             )
-        if not any(isinstance(rule, MoRARule) for rule in rules):
-            raise ValueError(f"rules must hold a MoRARule, got {rules}")
+        check_rules(rules)
         # Versions before 0.1.8 have no such argument.
         more: dict[str, Any] = {"disable_jit": True} if disable_jit else {}
         super().__init__(rules=rules, **more)
-        self.specs: dict[tuple[str, tuple[int, ...]], AdapterSpec] = {}
-        self.used: set[int] = set()
-        self.checked: set[str] = set()
-        self.seen: set[str] = set()
+        self.specs: dict[type, dict[tuple[str, tuple[int, ...]], AdapterSpec]] = {}
+        self.runs: dict[int, Run] = {}
+
+    @property
+    def run(self) -> Run:
+        """The call of a model in this thread."""
+        return self.runs[threading.get_ident()]
 
     def process_model_inputs(
         self, model: Any, model_args: Any, model_kwargs: Any
     ) -> Any:
-        """Note that a model runs with this provider."""
+        """Begin a call of a model."""
+        run = self._begin(model)
+        if run.first and not tracing_anew.get():
+            parts = nnx.split(model) if isinstance(model, nnx.Module) else None
+            run.given = parts, model_args, model_kwargs
         if (noted := running.get()) is not None:
-            noted.append(self)
+            noted.append(run)
         return super().process_model_inputs(model, model_args, model_kwargs)
+
+    def _begin(self, model: Any) -> Run:
+        """The record of a call: a new one, or that of another method of the model."""
+        cls, thread = type(model), threading.get_ident()
+        if thread in self.runs and self.runs[thread].is_of(model):
+            self.runs[thread].level = current_trace()
+            return self.runs[thread]
+        if isinstance(model, nn.Module):
+            first = model.is_initializing()
+        else:
+            first = _private.is_first_call(model)
+        if first or cls not in self.specs:
+            self.specs[cls] = {}
+        self.runs[thread] = Run(cls, self.specs[cls], first, root_of(model))
+        return self.runs[thread]
 
     def process_model_output(self, method_name: str, model_output: Any) -> Any:
         """Look in the first call of a model whether each rule adapted a kernel."""
-        model = _private.module_of_call()
-        if isinstance(model, nn.Module):
-            first = model.is_initializing()
-        elif first := _private.is_first_call(model):
+        model, run = _private.module_of_call(), self.run
+        if run.first and isinstance(model, nnx.Module):
             for path, module in named_modules(model):
                 for name, value in _private.parameters_of(module).items():
                     self._see((*path, name), value)
-        if first:
+        if run.first and not self._traces_anew(model, method_name):
             self._check_used()
+        run.end()
         return super().process_model_output(method_name, model_output)
 
+    def _traces_anew(self, model: Any, method_name: str) -> bool:
+        """Whether a first call was repeated as a trace, which has checked it.
+
+        Only a trace tells what is made of a kernel, and only a new one has all
+        products.
+        """
+        run = self.run
+        if run.given is None:
+            return False
+        parts, args, kwargs = run.given
+        if isinstance(model, nn.Module):
+            assert model.scope is not None
+            if model.scope.path:  # rules are for paths in the whole model
+                self._refuse_doubtful("initialise the whole model")
+                return False
+            rngs = {name: jax.random.key(0) for name in ("params", *model.scope.rngs)}
+            alone = model.clone(parent=None)
+            call = functools.partial(alone.init, rngs, method=method_name)
+        else:
+            graph, state = parts
+
+            def call(state: Any, *args: Any, **kwargs: Any) -> Any:
+                return getattr(nnx.merge(graph, state), method_name)(*args, **kwargs)
+
+            args = state, *args
+        try:
+            shapes_of(call, *args, **kwargs)
+        except ValueError:
+            raise
+        except Exception as error:  # the model wants numbers
+            self.runs[threading.get_ident()] = run
+            self._refuse_doubtful("the model cannot be traced", error)
+            return False
+        self.runs[threading.get_ident()] = run
+        return True
+
+    def _refuse_doubtful(self, why: str, cause: Exception | None = None) -> None:
+        """Raise if an operand may be made of a kernel."""
+        if self.run.doubtful:
+            names = ", ".join(sorted(self.run.doubtful))
+            raise ValueError(
+                f"{names}: an operand has the shape of this kernel, and only a trace "
+                f"tells whether it is made of it: {why}; or leave it out of module_path"
+            ) from cause
+
     def _check_used(self) -> None:
+        run = self.run
         unused = [
             rule.module_path
             for rule in _private.rules_of(self)
-            if isinstance(rule, MoRARule) and id(rule) not in self.used
+            if isinstance(rule, MoRARule) and id(rule) not in run.used
         ]
-        if not self.used:
+        if not run.used:
             raise ValueError(
                 f"no kernel is multiplied in a module that module_path={unused} matches"
             )
         if unused:
             warn(f"these rules adapt no kernel: module_path={unused}")
-        left = sorted(self.seen - {place for place, _ in self.specs})
+        left = sorted(run.seen - {place for place, _ in run.specs})
         if left:
             warn(
-                f"{', '.join(left)}: no product of the model multiplies by it, so that "
-                "it has no adapter; leave its module out of module_path",
+                f"{', '.join(left)}: no product that qwix sees multiplies by it, so "
+                "that it has no adapter; leave its module out of module_path",
                 LeftOutWarning,
             )
 
@@ -138,7 +209,7 @@ class MoRAProvider(qwix.PtqProvider):
         others = "bias" in path[-1] or path[-1].endswith(SUFFIX)
         is_kernel = not others and getattr(value, "ndim", 0) > 1
         if isinstance(rule, MoRARule) and is_kernel:
-            self.seen.add("/".join(path))
+            self.run.seen.add("/".join(path))
 
     def dot_general(
         self,
@@ -154,9 +225,15 @@ class MoRAProvider(qwix.PtqProvider):
         def product(kernel_first: bool) -> Product:
             return of_dot_general(lhs.ndim, rhs.ndim, dimension_numbers, kernel_first)
 
-        operands = lhs, rhs, dimension_numbers, precision, *args
-        call = functools.partial(super().dot_general, *operands, **settings)
-        plain = functools.partial(jax.lax.dot_general, *operands, **settings)
+        more = dimension_numbers, precision, *args
+        own = super().dot_general
+
+        def call(lhs: Any, rhs: Any) -> jax.Array:
+            return own(lhs, rhs, *more, **settings)
+
+        def plain(lhs: Any, rhs: Any) -> jax.Array:
+            return jax.lax.dot_general(lhs, rhs, *more, **settings)
+
         return self._adapted("dot_general", call, plain, (lhs, rhs), product, precision)
 
     def einsum(self, equation: str, *operands: Any, **settings: Any) -> jax.Array:
@@ -165,8 +242,8 @@ class MoRAProvider(qwix.PtqProvider):
         def product(kernel_first: bool) -> Product:
             return of_einsum(equation, operands[kernel_first].ndim, kernel_first)
 
-        call = functools.partial(super().einsum, equation, *operands, **settings)
-        plain = functools.partial(jnp.einsum, equation, *operands, **settings)
+        call = functools.partial(super().einsum, equation, **settings)
+        plain = functools.partial(jnp.einsum, equation, **settings)
         precision = settings.get("precision")
         return self._adapted("einsum", call, plain, operands, product, precision)
 
@@ -178,9 +255,14 @@ class MoRAProvider(qwix.PtqProvider):
         def product(kernel_first: bool) -> Product:
             return of_convolution(lhs, rhs, *args, **settings)
 
-        operands = lhs, rhs, *args
-        call = functools.partial(super().conv_general_dilated, *operands, **settings)
-        plain = functools.partial(jax.lax.conv_general_dilated, *operands, **settings)
+        own = super().conv_general_dilated
+
+        def call(lhs: Any, rhs: Any) -> jax.Array:
+            return own(lhs, rhs, *args, **settings)
+
+        def plain(lhs: Any, rhs: Any) -> jax.Array:
+            return jax.lax.conv_general_dilated(lhs, rhs, *args, **settings)
+
         precision = settings.get("precision")
         op = "conv_general_dilated"
         return self._adapted(op, call, plain, (lhs, rhs), product, precision)
@@ -188,13 +270,13 @@ class MoRAProvider(qwix.PtqProvider):
     def _adapted(
         self,
         op: str,
-        call: Callable[[], jax.Array],
-        plain: Callable[[], jax.Array],
+        call: Callable[..., jax.Array],
+        plain: Callable[..., jax.Array],
         operands: Sequence[Any],
         product_of: Callable[[bool], Product],
         precision: Any,
     ) -> jax.Array:
-        """The output of `call()`, with the delta of the kernel among `operands`.
+        """The output of `call(*operands)`, with the delta of the kernel among them.
 
         Args:
           op: qwix's name of the operation.
@@ -206,46 +288,40 @@ class MoRAProvider(qwix.PtqProvider):
         """
         rule = _private.rule_of_call(self, op)
         if not isinstance(rule, MoRARule):
-            return call()
-        module = _private.module_of_call()
-        kernel = _kernel_among(module, operands)
-        # qwix would quantize an input of q x q numbers in place of M.
-        call = plain if _private.is_mistaken(operands[-1]) else call
+            return call(*operands)
+        module, run = _private.module_of_call(), self.run
+        kernel = find_kernel(module, operands, run)
+        if kernel is not None and kernel.link == "perhaps made of it":
+            if run.first:
+                run.doubtful.add("/".join((*_private.path_of(module), kernel.name)))
+            kernel = None
+        if kernel is None or kernel.at != len(operands) - 1:
+            # qwix would quantize an input that has a parameter's shape in its place.
+            call = plain if _is_mistaken(operands[-1]) else call
         if kernel is None:
-            return call()
-        at, name, link = kernel
-        path = (*_private.path_of(module), name)
-        self._check_kernel("/".join(path), link, len(operands), rule)
-        y = call()  # which quantizes the kernel, if it is the first one
-        product, x = product_of(at == 0), operands[1 - at]
-        spec = self._spec(module, path, operands[at], product, rule)
-        self.used.add(id(rule))
-        m = m_of(module, name, spec)
-        if m is None:
-            return y
-        key = dropout_key(module, name, spec, m)
-        return add_delta(y, spec, m, x, product, key, precision)
-
-    def _check_kernel(
-        self, place: str, link: _private.Link, operands: int, rule: MoRARule
-    ) -> None:
-        """Raise unless what is multiplied is a kernel that M can be beside."""
-        if operands != 2:
-            why = f"an einsum with {operands} operands has no adapter"
-        elif link == "made of it":
-            why = "its module multiplies by what it makes of the kernel, not by itself"
-        elif link == "unknown" and place not in self.checked:
-            why = (
-                "its module multiplies in a function that JAX compiles for itself, as "
-                "x @ kernel is, where nothing tells whether it is this kernel: use "
-                "jnp.dot or jnp.einsum"
-            )
-        else:
-            self.checked.add(place)
-            return
-        raise ValueError(
-            f"{place}: {why}; or leave it out of module_path={rule.module_path!r}"
-        )
+            return call(*operands)
+        path = (*_private.path_of(module), kernel.name)
+        place = "/".join(path)
+        _check_kernel(place, kernel, len(operands), rule)
+        operands, before = list(operands), _private.parameters_of(module)[kernel.name]
+        raw = not _private.is_quantized(operands[kernel.at])
+        if raw and _private.is_quantized(before):  # this call did that
+            dtype = _private.dtype_of(operands[kernel.at])
+            operands[kernel.at] = _private.quantized(module, kernel.name, dtype)
+        y = call(*operands)  # which quantizes the kernel, if it is the first one
+        now = _private.parameters_of(module)[kernel.name]
+        if _private.is_quantized(now) and not _private.is_quantized(before):
+            run.note_replaced(place, _private.first_array(before))
+        product, x = product_of(kernel.at == 0), operands[1 - kernel.at]
+        spec = self._spec(module, path, operands[kernel.at], product, rule)
+        run.used.add(id(rule))
+        m = m_of(module, kernel.name, spec, place in run.asked)
+        run.asked.add(place)
+        if m is not None:
+            key = dropout_key(module, kernel.name, spec, m)
+            y = add_delta(y, spec, m, x, product, key, precision)
+        run.note_output(y)
+        return y
 
     def _spec(
         self,
@@ -256,29 +332,40 @@ class MoRAProvider(qwix.PtqProvider):
         rule: MoRARule,
     ) -> AdapterSpec:
         """The adapter of a kernel; as its first product has it, if it has several."""
-        place, shape = "/".join(path), tuple(kernel.shape)
-        if (place, shape) not in self.specs:
-            made = AdapterSpec.from_config(
-                rule.config, shape, product.axes, path, kernel_dtype=kernel.dtype
+        run, key = self.run, ("/".join(path), tuple(kernel.shape))
+        spec = spec_of(module, path) if isinstance(module, nnx.Module) else None
+        if spec is None and key not in run.specs:
+            run.specs[key] = AdapterSpec.from_config(
+                rule.config,
+                key[1],
+                product.axes,
+                path,
+                kernel_dtype=_private.dtype_of(kernel),
             )
-            self.specs[place, shape] = made
-        spec = self.specs[place, shape]
+        spec = spec or run.specs[key]
         check_product(spec, product)
         return spec
 
 
-def _kernel_among(
-    module: Any, operands: Sequence[Any]
-) -> tuple[int, str, _private.Link] | None:
-    """The position of the kernel among operands, its name, and its link to that.
+def _is_mistaken(operand: Any) -> bool:
+    """Whether qwix takes an operand that is no kernel for one."""
+    return not _private.is_quantized(operand) and _private.is_taken(operand)
 
-    An input may have a kernel's shape. A kernel is the parameter itself, or comes last.
-    """
-    found = []
-    for at, operand in enumerate(operands):
-        name = _private.name_of(module, operand)
-        if name is not None:
-            link = _private.link(module, name, operand)
-            if link != "another":
-                found.append((link == "itself", at, name, link))
-    return max(found)[1:] if found else None
+
+def _check_kernel(place: str, kernel: Kernel, operands: int, rule: MoRARule) -> None:
+    """Raise unless what is multiplied is a kernel that M can be beside."""
+    if operands != 2:
+        why = f"an einsum with {operands} operands has no adapter"
+    elif kernel.link == "made of it":
+        why = "its module multiplies by what it makes of the kernel, not by itself"
+    elif kernel.link == "unknown":
+        why = (
+            "its module multiplies in a function that JAX compiles for itself, as "
+            "x @ kernel is, where nothing tells whether it is this kernel: use "
+            "jnp.dot or jnp.einsum"
+        )
+    else:
+        return
+    raise ValueError(
+        f"{place}: {why}; or leave it out of module_path={rule.module_path!r}"
+    )

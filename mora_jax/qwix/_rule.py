@@ -2,6 +2,9 @@
 
 import dataclasses
 import functools
+import re
+from collections.abc import Sequence
+from typing import Any
 
 import jax.numpy as jnp
 import qwix
@@ -9,6 +12,7 @@ from jax.typing import DTypeLike
 
 from mora_jax._config import DEFAULT_RANK, MoRAConfig
 from mora_jax.operators._registry import OperatorSpec
+from mora_jax.qwix import _private
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,6 +44,7 @@ class MoRARule(qwix.QuantizationRule):
 
     def __post_init__(self) -> None:
         _ = self.config
+        check_rule(self)
 
     @functools.cached_property
     def config(self) -> MoRAConfig:
@@ -47,3 +52,47 @@ class MoRARule(qwix.QuantizationRule):
         ours = {f.name for f in dataclasses.fields(MoRARule)}
         ours -= {f.name for f in dataclasses.fields(qwix.QuantizationRule)}
         return MoRAConfig(**{name: getattr(self, name) for name in ours})
+
+
+def check_rules(rules: Any) -> None:
+    """Raise unless a provider can go by these rules.
+
+    Raises:
+      TypeError: They are not a sequence of rules, or a rule has a wrong type.
+      ValueError: None of them adapts; a pattern or a type is unknown.
+    """
+    if isinstance(rules, qwix.QuantizationRule):
+        raise TypeError(
+            f"rules must be a list of rules, got one {type(rules).__name__}: write "
+            "MoRAProvider([rule])"
+        )
+    if not isinstance(rules, Sequence) or isinstance(rules, str):
+        raise TypeError(f"rules must be a list of rules, got {type(rules).__name__}")
+    for rule in rules:
+        if not isinstance(rule, qwix.QuantizationRule):
+            raise TypeError(
+                "rules must hold MoRARule and qwix.QuantizationRule, got "
+                f"{type(rule).__name__}"
+            )
+        check_rule(rule)
+    if not any(isinstance(rule, MoRARule) for rule in rules):
+        raise ValueError(f"rules must hold a MoRARule, got {rules}")
+
+
+def check_rule(rule: qwix.QuantizationRule) -> None:
+    """Raise unless qwix understands the pattern and the types of a rule."""
+    pattern: Any = rule.module_path
+    if not isinstance(pattern, str):
+        raise TypeError(
+            f"module_path must be a regular expression, got {pattern!r}; for several "
+            "modules write '.*(q_proj|v_proj)'"
+        )
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(
+            f"module_path must be a regular expression, got {pattern!r}: {error}"
+        ) from error
+    for name in ("weight_qtype", "act_qtype"):
+        if (found := getattr(rule, name)) is not None:
+            _private.check_qtype(name, found)

@@ -245,6 +245,25 @@ def test_explicit_sharding(case):
         assert set(sent(compiled)) <= allowed
 
 
+@by_kind
+@pytest.mark.parametrize("execution", ["activation", "fold"])
+def test_in_a_shard_map_that_checks_types(case, execution):
+    """Devices with rows of their own, as a step of data parallelism by hand."""
+    frozen, arrays, expected = layer(case, execution)
+
+    def run(m, x, kernel, y):
+        out, backward = jax.vjp(lambda m, x: apply_to(frozen, m, x, kernel), m, x)
+        return out, *backward(y)
+
+    mesh = make_mesh(data=4)
+    rows = P("data")
+    specs = {"m": P(), "x": rows, "kernel": P(), "y": rows}
+    local = jax.shard_map(
+        run, mesh=mesh, in_specs=tuple(specs.values()), out_specs=(rows, P(), rows)
+    )
+    assert_results(jax.jit(local)(*(arrays[name] for name in specs)), expected)
+
+
 def test_a_kernel_of_an_explicit_mesh_takes_inputs_without_types():
     """As layers do that have no adapter: of a plain batch, in a trace on the mesh."""
     frozen, arrays, expected = layer(LABELLED[BOTH_KINDS[0]], "fold")

@@ -6,7 +6,9 @@ Run by `make test-gemma`, in an environment of its own. All models are tiny and 
 import contextlib
 import dataclasses
 from importlib.util import find_spec
+from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,7 +20,7 @@ from safetensors.numpy import load_file
 from tunix_models import IDS
 
 import mora_jax.gemma
-from mora_jax import LeftOutWarning, MoRAConfig, io, linen
+from mora_jax import LeftOutWarning, MoRAConfig, MoRAWarning, io, linen
 
 if find_spec("gemma") is None:
     pytest.skip("gemma is not installed", allow_module_level=True)
@@ -189,6 +191,65 @@ def test_the_sampler_gives_the_tokens_of_the_merged_model(name, monkeypatch):
     got = tokens_of(adapted, {"base": params, "mora": adapters})
     np.testing.assert_array_equal(got, tokens_of(model, merged))
     assert (got != tokens_of(model, params)).any()
+
+
+class Net(nn.Module):
+    """A model with statistics, intermediates and a random stream of its own."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = nn.Dense(16)(x)
+        self.sow("intermediates", "hidden", x)
+        x = nn.BatchNorm(use_running_average=not train)(x)
+        if self.has_rng("noise"):
+            x += jax.random.normal(self.make_rng("noise"), x.shape)
+        return x
+
+
+def test_one_module_has_all_collections_and_streams_of_the_model():
+    """As `gm.nn.LoRA` has them."""
+    model, x = Net(), jax.random.normal(KEY, (4, 16))
+    variables = model.init(KEY, x)
+    plan = linen.plan(model, variables, CONFIG, x)
+    adapters = trained(plan)
+    adapted = mora_jax.gemma.MoRA(model=model, plan=plan)
+    made = adapted.init(KEY, x)
+    assert set(made) == {"params", "batch_stats"}
+    close(made["batch_stats"], variables["batch_stats"], 0)
+    assert set(made["params"]) == {"base", "mora"}
+    params = {"base": variables["params"], "mora": adapters}
+    both = {**variables, "params": params}
+    merged = mora_jax.merge(variables["params"], adapters, plan)
+    merged = {**variables, "params": merged}
+    close(adapted.apply(both, x), model.apply(merged, x))
+    settings = {"train": True, "mutable": ["batch_stats", "intermediates"]}
+    with pytest.warns(MoRAWarning, match="the call updates batch_stats"):
+        y, updated = adapted.apply(both, x, **settings)
+    expected, known = model.apply(merged, x, **settings)
+    close(y, expected)
+    assert set(updated) == {"batch_stats", "intermediates"}
+    close(updated, known)
+    one, again, two = (
+        adapted.apply(both, x, rngs={"noise": jax.random.key(k)}) for k in (1, 1, 2)
+    )
+    assert (one == again).all() and not np.allclose(one, two)
+    _, updated = adapted.apply(both, x, mutable=["params", "intermediates"])
+    assert set(updated) == {"params", "intermediates"}
+    close(updated["params"], params, 0)
+
+
+def test_params_of_one_module_that_lack_a_part():
+    model, x = nn.Dense(16), jnp.ones((1, 16))
+    params = model.init(KEY, x)["params"]
+    config = MoRAConfig(rank=2, targets="kernel")
+    plan = linen.plan(model, {"params": params}, config, x)
+    adapted = mora_jax.gemma.MoRA(model=model, plan=plan)
+    for given in ({"params": {"base": params}}, {"params": params}, {}):
+        with pytest.raises(ValueError, match="params must be {'base': .*, got"):
+            adapted.apply(given, x)
+    without: Any = None
+    with pytest.raises(TypeError, match="plan must be a Plan, got NoneType"):
+        mora_jax.gemma.MoRA(model=model, plan=without).apply({}, x)
 
 
 def test_a_dense_layer_beside_gemma():

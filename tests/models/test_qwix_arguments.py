@@ -1,0 +1,160 @@
+"""What `mora_jax.qwix` takes, and what it says of the rest."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from helpers import close, random, random_like
+
+import mora_jax
+from mora_jax import nnx as mora
+from mora_jax.qwix import (
+    MoRAProvider,
+    MoRARule,
+    dequantize,
+    merge,
+    merge_adapters,
+    plan_of,
+)
+
+qwix = pytest.importorskip("qwix")
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+KEY, X = jax.random.key(0), random(0, 3, 16)
+NF4 = {"weight_qtype": "nf4", "tile_size": 8}
+
+
+class Net(nn.Module):
+    """A model with static inputs and one that is left out by default."""
+
+    @nn.compact
+    def __call__(self, x, kind, train=False, mask=None):
+        x = nn.Dense(16 if kind == "wide" else 8)(x)
+        x = 2 * x if train else x
+        return x if mask is None else jnp.where(mask, x, 0)
+
+
+def test_plans_of_calls_with_static_inputs():
+    model = qwix.apply_lora_to_model(Net(), MoRAProvider(rank=2, **NF4))
+    shape = jax.ShapeDtypeStruct(X.shape, X.dtype)
+    mask = jax.ShapeDtypeStruct((3, 16), bool)
+    plan = plan_of(model, X, "wide")
+    assert plan["Dense_0/kernel"].kernel_shape == (16, 16)
+    assert plan_of(model, shape, "wide", True) == plan
+    assert plan_of(model, shape, "wide", train=False, mask=mask) == plan
+    assert plan_of(model, X, "narrow")["Dense_0/kernel"].kernel_shape == (16, 8)
+
+
+@pytest.fixture(scope="module")
+def adapted():
+    """The params of a quantized Linen layer, random adapters, and their plan."""
+    model = qwix.apply_lora_to_model(nn.Dense(16), MoRAProvider(rank=2, **NF4))
+    base, zeros = mora_jax.split(model.init(KEY, X)["params"])
+    return model, base, random_like(zeros), plan_of(model, X)
+
+
+@pytest.mark.parametrize("onto", ["dequantized", "requantized"])
+def test_merging_in_jit(adapted, onto):
+    _, base, adapters, plan = adapted
+    merged, losses = merge(base, adapters, plan, onto=onto)
+    jitted, arrays = jax.jit(lambda b, a: merge(b, a, plan, onto=onto))(base, adapters)
+    assert jax.tree.structure(jitted) == jax.tree.structure(merged)
+    close(dequantize(jitted), dequantize(merged))
+    close(jax.tree.map(float, arrays), losses, 1e-5)
+    zeros = jax.tree.map(jnp.zeros_like, adapters)
+    _, arrays = jax.jit(lambda a: merge(base, a, plan, onto=onto))(zeros)
+    assert jax.tree.leaves(arrays) == [0, 0]
+
+
+def test_params_on_the_host_and_shapes(adapted):
+    model, base, adapters, plan = adapted
+    host = jax.device_get(base)
+    close(dequantize(host), dequantize(base), 0)
+    close(merge(host, adapters, plan)[0], merge(base, adapters, plan)[0], 0)
+    params = mora_jax.combine(host, adapters)
+    y = model.apply({"params": mora_jax.combine(base, adapters)}, X)
+    close(model.apply({"params": params}, X), y, 0)
+    shapes = jax.eval_shape(lambda: base)
+    found = dequantize(shapes)["kernel"]
+    assert isinstance(found, jax.ShapeDtypeStruct) and found.shape == (16, 16)
+    with pytest.raises(TypeError, match="kernel must be an array, got ShapeDtypeStr"):
+        merge(shapes, adapters, plan)
+
+
+def test_the_base_of_an_nnx_model(tmp_path):
+    plain = nnx.Sequential(*[nnx.Linear(16, 16, rngs=nnx.Rngs(k)) for k in (0, 1)])
+    rules = [MoRARule(module_path="layers/0", rank=2, **NF4)]
+    rules += [qwix.QuantizationRule(**NF4)]
+    model = qwix.apply_lora_to_model(plain, MoRAProvider(rules), X, rngs=nnx.Rngs(0))
+    mora.set_adapters(model, random_like(mora.adapters(model)))
+    adapters, plan = mora.adapters(model), plan_of(model)
+    base = dequantize(model)
+    shapes, expected = (
+        jax.tree.map(jnp.shape, nnx.to_pure_dict(state))
+        for state in (base, nnx.state(plain, nnx.Param))
+    )
+    assert shapes == expected
+    y = model(X)
+    for merged in (
+        mora_jax.merge(base, adapters, plan),
+        merge(base, adapters, plan)[0],
+    ):
+        nnx.update(plain, merged)
+        close(plain(X), y)
+    mora_jax.save(tmp_path / "a", adapters, plan, params=base)
+    _, found = mora_jax.load(tmp_path / "a")
+    other = jax.tree.map(lambda a: a + 1, base)
+    with pytest.raises(ValueError, match="other weights than the base"):
+        mora_jax.merge(other, adapters, found)
+    close(merge_adapters(model)[0](X), y)  # the model stays as it is
+    with pytest.raises(TypeError, match="kernel 'layers/0/kernel', .*dequantize.model"):
+        dequantize(nnx.state(model, nnx.Param))
+    with pytest.raises(TypeError, match=r"write merge_adapters\(model\)"):
+        merge(model, adapters, plan)
+
+
+@pytest.mark.parametrize("params", [None, 3, nn.Dense(4)])
+def test_what_is_no_tree_of_params(params):
+    with pytest.raises(TypeError, match="params must be a tree of arrays, got"):
+        dequantize(params)
+
+
+def test_a_base_of_integers(adapted):
+    _, base, adapters, plan = adapted
+    integers = jax.tree.map(lambda a: np.asarray(a).astype(int), dequantize(base))
+    with pytest.raises(TypeError, match="^kernel must have a floating-point dtype"):
+        merge(integers, adapters, plan)
+
+
+@pytest.mark.parametrize(
+    "make, error, message",
+    [
+        (lambda: MoRAProvider(MoRARule()), TypeError, r"write MoRAProvider\(\[rule"),
+        (
+            lambda: MoRAProvider([3, MoRARule()]),
+            TypeError,
+            "rules must hold .* got int",
+        ),
+        (lambda: MoRAProvider(".*"), TypeError, "list of rules, got str"),
+        (lambda: MoRAProvider(module_path="("), ValueError, "expression, got '.': mis"),
+        (lambda: MoRAProvider(module_path=3), TypeError, "module_path must .* got 3"),
+        (lambda: MoRARule(module_path=["a"]), TypeError, r"got \['a'\]; for several"),
+        (lambda: MoRARule(weight_qtype="int3x"), ValueError, "weight_qtype .*'int3x'"),
+        (lambda: MoRARule(weight_qtype="bfloat16"), ValueError, "weight_qtype must"),
+        (
+            lambda: MoRAProvider([MoRARule(), qwix.QuantizationRule(module_path="*")]),
+            ValueError,
+            "module_path must be a regular expression",
+        ),
+    ],
+)
+@pytest.mark.usefixtures("unchecked")
+def test_wrong_rules_are_refused_when_they_are_made(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
+
+
+@pytest.mark.parametrize("qtype", ["int8", "int4", "int2", "nf4", jnp.float8_e4m3fn])
+def test_rules_of_all_types_of_qwix(qtype):
+    assert MoRARule(weight_qtype=qtype).weight_qtype == qtype
