@@ -33,7 +33,8 @@ def _vary(x: Any, axes: Axes) -> Any:
         return x
     if hasattr(jax.lax, "pcast"):
         return jax.lax.pcast(x, more, to="varying")
-    return jax.lax.pvary(x, more)
+    lax: Any = jax.lax  # of JAX up to 0.8
+    return lax.pvary(x, more)
 
 
 def alike(*arrays: ArrayLike) -> list[Any]:
