@@ -37,7 +37,7 @@ def check(width, features):
         close(got, added)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(*SIZES)
 def test_tiles(width, features):
     check(width, features)

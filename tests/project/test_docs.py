@@ -64,7 +64,19 @@ NEEDS = {
 """The packages without which the blocks of a page do not run."""
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES[1:] if python_blocks(p)], ids=label)
+SLOW = {"quantized.md"}
+"""Pages whose blocks take seconds."""
+
+
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(page, marks=[pytest.mark.slow] * (page.name in SLOW))
+        for page in PAGES[1:]
+        if python_blocks(page)
+    ],
+    ids=label,
+)
 def test_code_runs(page, tmp_path):
     warns = contextlib.nullcontext()
     if page.name in NEEDS and find_spec(NEEDS[page.name].partition(".")[0]) is None:
