@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV = .venv
 # A file for pip's --constraint, for environments of other than the newest versions.
 CONSTRAINTS =
-PYTEST_ARGS = -n 2 --dist loadgroup
+PYTEST_ARGS = -n 2
 ARGS =
 # One of the programs in benchmarks/quality.
 EXPERIMENT = pairs

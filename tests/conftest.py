@@ -43,8 +43,6 @@ def pytest_collection_modifyitems(items):
     sample, which is the same everywhere since the tests' names choose it.
     """
     for item in items:
-        if ROOT / "tests/serving" in item.path.parents:  # they share one service
-            item.add_marker(pytest.mark.xdist_group("service"))
         reasons = sum(mark.name == "slow" for mark in item.own_markers)
         whole = any(m.name == "slow" for m in getattr(item.obj, "pytestmark", ()))
         sampled = reasons == 1 and not whole and crc32(item.nodeid.encode()) % SHARE

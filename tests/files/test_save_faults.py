@@ -165,6 +165,7 @@ def test_damage_is_no_reason_to_try_for_ever(tmp_path, monkeypatch):
     assert reads.count(CONFIG) <= 3
 
 
+@pytest.mark.slow
 def test_load_beside_three_writers(tmp_path):
     """What is loaded is always one of the adapters, whole."""
     adapters = [made(PLAN, seed) for seed in range(3)]

@@ -286,6 +286,7 @@ def test_a_gradient_is_where_its_m_is_without_plan_on_mesh():
     assert_shardings(got, places)
 
 
+@pytest.mark.slow
 def test_gradients_outside_of_a_program():
     """Where cotangents are made on one device, and the kernel is on a mesh."""
     model, config = two_linears(), MoRAConfig(square_rank=16)

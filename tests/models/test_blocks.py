@@ -46,6 +46,7 @@ def test_experts_do_not_share(api):
         assert unused == 0 < min(first, last) and np.isfinite(gradient).all()
 
 
+@pytest.mark.slow
 def test_decoding_with_a_cache():
     """Token by token as all at once, adapted as merged, Linen as NNX."""
     whole = nn.MultiHeadDotProductAttention(num_heads=2)

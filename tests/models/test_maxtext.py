@@ -205,6 +205,7 @@ class NNXDecoder(nnx.Module):
         return forward(self.layers, x)
 
 
+@pytest.mark.slow
 def test_the_same_layers_in_nnx():
     base = NNXDecoder(nnx.Rngs(0))
     plan = mora.plan(base, CONFIG, X)

@@ -133,6 +133,7 @@ def tiny(name):
     return model.module, {"params": random_like(shapes["params"])}, args
 
 
+@pytest.mark.slow
 def test_llama():
     model, variables, args = tiny("llama")
     chosen, apply = adapt(model, variables, args, rank=2)

@@ -107,6 +107,7 @@ def test_the_forms_of_gradients():
     assert half["a/kernel"].operator.in_basis.dtype == np.float32
 
 
+@pytest.mark.slow
 def test_it_learns_faster_along_the_gradient():
     """Of a low rank: full fine-tuning's rate then moves the loss further."""
     params = {"a": {"kernel": random(0, 24, 36) / 5}}
@@ -149,6 +150,7 @@ class LinenNet(nn.Module):
         return nn.Dense(12, name="down")(jnp.tanh(nn.Dense(20, name="up")(x)))
 
 
+@pytest.mark.slow
 def test_linen_and_nnx_train_between_them():
     """To the same adapters, and what is merged computes what was trained."""
     x, net, config = random(0, 5, 12), Net(nnx.Rngs(0)), MoRAConfig(rank=2)

@@ -164,6 +164,7 @@ def test_a_projection_is_the_least_squares_solution(case, size):
     assert abs(lost["kernel"] - share) < 1e-4 and 0 < share < 1
 
 
+@pytest.mark.slow
 def test_projections_of_what_a_plan_has_lose_nothing():
     """Sums of its own adapters, and those of a narrower plan of fewer kernels."""
     pairs = [pair(0), pair(1)]

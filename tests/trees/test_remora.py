@@ -143,6 +143,7 @@ def test_optimizers_that_know_the_adapters_start_again():
     assert not any(map(np.any, restarted))
 
 
+@pytest.mark.slow
 def test_small_deltas_add_up_in_16_bits():
     """Each restart rounds with another dither, where nearest would lose them all."""
     params, adapters, plan = made("permutation", "bfloat16")
