@@ -7,11 +7,17 @@ from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
-from flax.core.tracers import current_trace
 from jax.core import Tracer
 
 from mora_jax._spec import SUFFIX, AdapterSpec
 from mora_jax.qwix import _private
+from mora_jax.qwix._tracers import (
+    are_of_one_trace,
+    constant_of,
+    current_trace,
+    inside,
+    step_of,
+)
 
 UNCHANGED = {"convert_element_type", "copy", "optimization_barrier"} | {
     "sharding_constraint",
@@ -66,7 +72,7 @@ class Run:
 
     def note_output(self, y: jax.Array) -> None:
         """Note what a product with a kernel gives, which is no kernel any more."""
-        if isinstance(y := _inner(y), Tracer):  # the walk is through tracers alone
+        if isinstance(y := inside(y), Tracer):  # the walk is through tracers alone
             self.outputs[id(y)] = y
 
     def note_replaced(self, place: str, kernel: jax.Array) -> None:
@@ -152,7 +158,7 @@ def _link(kernel: Any, array: Any, run: Run) -> Link | None:
     """How an array is linked to a kernel, if it is."""
     if array is kernel:
         return "itself"
-    kernel, array = _inner(kernel), _inner(array)
+    kernel, array = inside(kernel), inside(array)
     if isinstance(array, Tracer):
         return _traced_link(kernel, array, run)
     if isinstance(kernel, Tracer) or array.shape != kernel.shape:
@@ -171,30 +177,28 @@ def _traced_link(kernel: Any, array: Any, run: Run) -> Link | None:
     has_shape = array.shape == kernel.shape
     steps, done, waiting, inputs = set(), set(), [array], []
     while waiting:
-        node = _inner(waiting.pop())
-        made_by, const = getattr(node, "parent", None), None
-        if not isinstance(node, Tracer):
-            const = node
-        elif made_by is None and hasattr(node, "get_const"):
-            const = node.get_const()
+        node = inside(waiting.pop())
+        step = step_of(node)
+        const = None if step else constant_of(node)
         if node is kernel or const is kernel or _equal(kernel, const):
             return "itself" if steps <= UNCHANGED else "made of it"
         if id(node) in done or id(node) in run.outputs:
             continue
         done.add(id(node))
-        if made_by is not None:
-            if has_shape or len(made_by.in_tracers) == 1:
-                steps.add(str(made_by.primitive))
-                waiting += made_by.in_tracers
+        if step is not None:
+            if has_shape or len(step.inputs) == 1:
+                steps.add(step.primitive)
+                waiting += step.inputs
         elif isinstance(const, Tracer):
             waiting.append(const)  # of the trace around
         elif const is None:
             inputs.append(node)
     if run.level == current_trace():
         return None  # all that leads here was seen
-    trace = getattr(kernel, "_trace", None)
-    hidden = [x for x in inputs if x.shape == kernel.shape and x._trace is not trace]
-    return "unknown" if hidden else None
+    hidden = (
+        x.shape == kernel.shape and not are_of_one_trace(x, kernel) for x in inputs
+    )
+    return "unknown" if any(hidden) else None
 
 
 def _equal(kernel: Any, array: Any) -> bool:
@@ -205,13 +209,3 @@ def _equal(kernel: Any, array: Any) -> bool:
         return False
     with jax.ensure_compile_time_eval():  # a trace may run
         return bool((array == kernel.astype(array.dtype)).all())
-
-
-def _inner(array: Any) -> Any:
-    """What a tracer of a derivative or of a batch has inside."""
-    while isinstance(array, Tracer) and not hasattr(array, "parent"):
-        inside = getattr(array, "primal", getattr(array, "val", None))
-        if inside is None or not hasattr(inside, "shape"):
-            break
-        array = inside
-    return array

@@ -11,9 +11,9 @@ from mora_jax._paths import located_leaves
 from mora_jax._plan import Plan
 from mora_jax._spec import SUFFIX
 from mora_jax.nnx._adapters import plan_of as plan_of_nnx
+from mora_jax.qwix._first_call import shapes_of
 from mora_jax.qwix._kernels import Run
 from mora_jax.qwix._provider import running
-from mora_jax.qwix._shapes import shapes_of
 
 
 def plan_of(model: Any, *args: Any, **kwargs: Any) -> Plan:

@@ -11,20 +11,19 @@ import jax
 import jax.numpy as jnp
 import qwix
 from flax import nnx
-from flax.core.tracers import current_trace
 
 from mora_jax._compute.adapted import check_product
 from mora_jax._compute.delta import add_delta
 from mora_jax._spec import SUFFIX, AdapterSpec
-from mora_jax._warnings import LeftOutWarning, warn
 from mora_jax.nnx._adapters import named_modules
 from mora_jax.products import Product
 from mora_jax.qwix import _private
+from mora_jax.qwix._first_call import check_used, repeat, tracing_anew
 from mora_jax.qwix._kernels import Kernel, Run, find_kernel, root_of
 from mora_jax.qwix._matrix import dropout_key, m_of, spec_of
 from mora_jax.qwix._products import of_convolution, of_dot_general, of_einsum
 from mora_jax.qwix._rule import MoRARule, check_rules
-from mora_jax.qwix._shapes import shapes_of, tracing_anew
+from mora_jax.qwix._tracers import current_trace
 
 running: ContextVar[list[Run] | None] = ContextVar("running", default=None)
 """Where providers note that a model runs with them, if anywhere."""
@@ -126,76 +125,18 @@ class MoRAProvider(qwix.PtqProvider):
             for path, module in named_modules(model):
                 for name, value in _private.parameters_of(module).items():
                     self._see((*path, name), value)
-        if run.first and not self._traces_anew(model, method_name):
-            self._check_used()
+        if run.first and not self._repeated(model, method_name):
+            check_used(run, _private.rules_of(self))
         run.end()
         return super().process_model_output(method_name, model_output)
 
-    def _traces_anew(self, model: Any, method_name: str) -> bool:
-        """Whether a first call was repeated as a trace, which has checked it.
-
-        Only a trace tells what is made of a kernel, and only a new one has all
-        products.
-        """
+    def _repeated(self, model: Any, method_name: str) -> bool:
+        """Whether a first call was repeated, which has checked it."""
         run = self.run
-        if run.given is None:
-            return False
-        parts, args, kwargs = run.given
-        if isinstance(model, nn.Module):
-            assert model.scope is not None
-            if model.scope.path:  # rules are for paths in the whole model
-                self._refuse_doubtful("initialise the whole model")
-                return False
-            rngs = {name: jax.random.key(0) for name in ("params", *model.scope.rngs)}
-            alone = model.clone(parent=None)
-            call = functools.partial(alone.init, rngs, method=method_name)
-        else:
-            graph, state = parts
-
-            def call(state: Any, *args: Any, **kwargs: Any) -> Any:
-                return getattr(nnx.merge(graph, state), method_name)(*args, **kwargs)
-
-            args = state, *args
         try:
-            shapes_of(call, *args, **kwargs)
-        except ValueError:
-            raise
-        except Exception as error:  # the model wants numbers
+            return repeat(run, model, method_name)
+        finally:  # the repeated one was another
             self.runs[threading.get_ident()] = run
-            self._refuse_doubtful("the model cannot be traced", error)
-            return False
-        self.runs[threading.get_ident()] = run
-        return True
-
-    def _refuse_doubtful(self, why: str, cause: Exception | None = None) -> None:
-        """Raise if an operand may be made of a kernel."""
-        if self.run.doubtful:
-            names = ", ".join(sorted(self.run.doubtful))
-            raise ValueError(
-                f"{names}: an operand has the shape of this kernel, and only a trace "
-                f"tells whether it is made of it: {why}; or leave it out of module_path"
-            ) from cause
-
-    def _check_used(self) -> None:
-        run = self.run
-        unused = [
-            rule.module_path
-            for rule in _private.rules_of(self)
-            if isinstance(rule, MoRARule) and id(rule) not in run.used
-        ]
-        if not run.used:
-            raise ValueError(
-                f"no kernel is multiplied in a module that module_path={unused} matches"
-            )
-        if unused:
-            warn(f"these rules adapt no kernel: module_path={unused}")
-        left = sorted(run.seen - {place for place, _ in run.specs})
-        if left:
-            warn(
-                f"{', '.join(left)}: no product that qwix sees multiplies by it, so "
-                "that it has no adapter; leave its module out of module_path",
-                LeftOutWarning,
-            )
 
     def nn_param(self, module: nn.Module, name: str, *args: Any, **kwargs: Any) -> Any:
         """A parameter of a Linen module, which is seen."""
