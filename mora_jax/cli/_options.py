@@ -8,6 +8,7 @@ import typer
 
 from mora_jax.io import Names
 from mora_jax.io._json import parse, read
+from mora_jax.io._names import pairs
 from mora_jax.io._paths import as_path, parts
 
 
@@ -89,11 +90,13 @@ class RoundingTo16Bits(StrEnum):
 
 def names_of(text: str | None) -> Names:
     """The `names` of an option: a family, templates, or templates in a file."""
+    names: Names = text
     if text is not None and text.lstrip().startswith("{"):
-        return parse(text.encode(), "--names")
-    if text is None or not text.endswith(".json"):
-        return text
-    return read(as_path("--names", text))
+        names = parse(text.encode(), "--names")
+    elif text is not None and text.endswith(".json"):
+        names = read(as_path("--names", text))
+    pairs(names)  # an error now, also for commands that come to need no names
+    return names
 
 
 def rank_of(text: str | None) -> int | Literal["auto"] | None:

@@ -61,6 +61,7 @@ def test_inspect(tmp_path):
     assert report["format"] == "peft-mora"
     assert len(report["layers"]) == 14
     assert "the base is needed" in run("inspect", TYPE6, code=1)
+    assert "'foo'" in run("inspect", tmp_path, "--names", "foo", code=1)
 
 
 def test_merge(tmp_path):
