@@ -128,7 +128,7 @@ def test_optimizers_that_know_the_adapters_start_again():
     params, adapters, plan = made()
     rates = {"slow": optax.adam(1e-3), "fast": optax.adam(1e-2)}
     labels = jax.tree.map(lambda _: "slow", adapters) | {"a": {"kernel_mora": "fast"}}
-    tx = optax.partition(rates, labels)
+    tx = optax.transforms.partition(rates, labels)
     tx = optax.MultiSteps(tx, lambda step: jnp.where(step < 2, 1, 4))
     tx = tx.gradient_transformation()
     ones = jax.tree.map(jnp.ones_like, adapters)
