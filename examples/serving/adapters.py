@@ -51,7 +51,6 @@ class Held:
         slot: The number of its slot; -1 as long as it has none.
         users: The number of requests that use it now, or wait for it.
         used: When it was asked for last, in requests.
-        read: Whether its files have been read.
         load: The task that loads it, which has the slot to itself.
     """
 
@@ -60,7 +59,6 @@ class Held:
     slot: int = -1
     users: int = 0
     used: int = 0
-    read: bool = False
     load: asyncio.Task[None] = field(init=False)
 
 
@@ -91,7 +89,7 @@ class Adapters:
         self._current: dict[str, Held] = {}
         self._loading: set[asyncio.Task[None]] = set()
         self._refused: dict[str, tuple[Version, str]] = {}
-        self._freed = asyncio.Event()
+        self._freed, self._turn = asyncio.Event(), asyncio.Lock()
         self._reader = ThreadPoolExecutor(1, "adapters")
         self._requests = self.loads = 0
         self._largest = 8 * plan.trainable_parameters + 2**20
@@ -135,8 +133,8 @@ class Adapters:
     def release(self, held: Held) -> None:
         """Say that a request does not use an adapter any more, or wait for it."""
         held.users -= 1
-        # What has been read may be on its way into the slot: that cannot be undone.
-        if not held.users and not held.read:
+        # With a slot it may be on its way into the engine: that cannot be undone.
+        if not held.users and held.slot < 0:
             self._forget(held)
             held.load.cancel()
         self._freed.set()
@@ -187,14 +185,18 @@ class Adapters:
             del self._current[held.name]
 
     async def _load(self, held: Held) -> None:
-        """Load an adapter; it gets its slot first, so that none waits in memory."""
-        await self._take_slot(held)
+        """Load an adapter, in turn: no more than one waits in memory for a slot.
+
+        Only what could be read takes one, so that damaged files evict nothing.
+        """
         try:
-            adapters = await self._read_version(held.name, held.version)
-            held.read = True
+            async with self._turn:
+                adapters = await self._read_version(held.name, held.version)
+                await self._take_slot(held)
             await self._change(held.slot, adapters)
         except BaseException:
-            self._slots[held.slot] = None
+            if held.slot >= 0:
+                self._slots[held.slot] = None
             self._forget(held)
             raise
         self.loads += 1
