@@ -41,7 +41,7 @@ class Run:
     """What a provider sees in one call of a model.
 
     Attributes:
-      model: The class of the model, which qwix makes for each model anew.
+      model: The class of the model. qwix makes a class for each model.
       specs: {(path of a kernel, its shape): its adapter}, of all calls of the model.
       first: Whether qwix calls the model to see what it multiplies.
       root: A reference to the scope of all modules that run, for a Linen model. What
