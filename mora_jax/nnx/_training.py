@@ -31,8 +31,8 @@ def value_and_grad(
 
     Returns:
       A function like `f` that returns (loss, gradients), the gradients as a state of
-      `MoRAParam`s. It raises a ValueError if `serving.select` has given each row an
-      adapter of its own: those train by the tree of `serving.stack`.
+      `MoRAParam`s. In a call it raises ValueError if the model has no adapters, or if
+      `serving.select` has given each row its own: those train by `serving.stack`'s tree.
 
     Example::
 
@@ -53,7 +53,8 @@ def value_and_grad(
 
     @functools.wraps(f)
     def of_adapters(*args: Any, **kwargs: Any) -> Any:
-        refuse_rows(args[argnums])
+        for model in args[argnums:][:1]:  # without one Flax says so
+            refuse_rows(model)
         return grad(*args, **kwargs)
 
     return of_adapters

@@ -28,9 +28,9 @@ def shapes_of(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     Only arrays and shapes among the arguments are traced. Everything else is static,
     as it is for `mora_jax.linen.plan`.
 
-    JAX keeps traces of inner functions that it compiles, such as `x @ y`, and qwix would
-    not see their products. It keeps them by context, of which the metadata of operations
-    is a part; so a new value of it makes new traces.
+    JAX keeps traces of inner functions that it compiles, such as `x @ y`, and qwix
+    would not see their products. It keeps them by context, of which the metadata of
+    operations is a part; so a new value of it makes new traces.
     """
     inputs, structure = jax.tree.flatten((args, kwargs))
     traced = [hasattr(leaf, "shape") and hasattr(leaf, "dtype") for leaf in inputs]
