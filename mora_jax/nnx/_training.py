@@ -31,8 +31,9 @@ def value_and_grad(
 
     Returns:
       A function like `f` that returns (loss, gradients), the gradients as a state of
-      `MoRAParam`s. In a call it raises ValueError if the model has no adapters, or if
-      `serving.select` has given each row its own: those train by `serving.stack`'s tree.
+      `MoRAParam`s. Its calls raise ValueError if the model has no adapters, or if
+      `serving.select` has given each row its own: those train by the tree of
+      `serving.stack`.
 
     Example::
 
