@@ -39,7 +39,7 @@ from benchmarks.harness import Row, check_close, options, random_like, save, sho
 from benchmarks.plots import figure
 from benchmarks.roofline import CHIPS, measure
 from mora_jax.operators import OPERATORS
-from tests import oracle
+from tests.support import oracle
 
 ABOUT = """
 These figures are rooflines. Each program is compiled for the chip by the chip's own

@@ -23,7 +23,7 @@ from benchmarks.harness import Row, options, save, show
 from models import lesson, smollm2
 from models.options import positive
 from mora_jax import Plan, diagnostics
-from mora_jax._rounding import Rounding
+from mora_jax._layer.rounding import Rounding
 
 COLUMNS = {
     "operator": "{operator}",

@@ -10,15 +10,15 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Float
 
-from mora_jax._checking import check as check
-from mora_jax._compute.delta import scaled
-from mora_jax._dense import as_jax_array
-from mora_jax._merge import delta_weight, finite_items, merge, wide
-from mora_jax._paths import find_kernel, named_leaves
-from mora_jax._plan import Plan
-from mora_jax._rounding import Rounding, share_lost
-from mora_jax._spec import AdapterSpec
-from mora_jax._squares import block_diagonal
+from mora_jax._layer.delta import scaled
+from mora_jax._layer.dense import as_jax_array
+from mora_jax._layer.rounding import Rounding, share_lost
+from mora_jax._layer.squares import block_diagonal
+from mora_jax._plan.plan import Plan
+from mora_jax._plan.spec import AdapterSpec
+from mora_jax._tree.compare_merged import check as check
+from mora_jax._tree.merge import delta_weight, finite_items, merge, wide
+from mora_jax._tree.paths import find_kernel, named_leaves
 
 
 def merge_loss(

@@ -18,9 +18,9 @@ import jax
 import jax.numpy as jnp
 from flax.core.scope import subtract_filters
 
-from mora_jax._adapters import init
 from mora_jax._flax.layer_rules import register_layer
-from mora_jax._plan import Plan, check_plan
+from mora_jax._plan.plan import Plan, check_plan
+from mora_jax._tree.adapters import init
 from mora_jax.linen import wrap
 from mora_jax.products import ATTEND, Lookup
 

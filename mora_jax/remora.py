@@ -17,16 +17,16 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from mora_jax._bases import check_base
-from mora_jax._checks import check_number, positive_integer
-from mora_jax._compute.delta import delta_kernel
-from mora_jax._merge import finite_items, with_kernels
-from mora_jax._moments import is_m, with_new_moments
-from mora_jax._optim import check_transformation
-from mora_jax._paths import replace_leaves
-from mora_jax._plan import Plan, check_plan
-from mora_jax._rounding import add_rounded
-from mora_jax._spec import AdapterSpec
+from mora_jax._common.checks import check_number, positive_integer
+from mora_jax._layer.delta import delta_kernel
+from mora_jax._layer.rounding import add_rounded
+from mora_jax._plan.plan import Plan, check_plan
+from mora_jax._plan.spec import AdapterSpec
+from mora_jax._tree.base_digest import check_base
+from mora_jax._tree.merge import finite_items, with_kernels
+from mora_jax._tree.opt_state import is_m, with_new_moments
+from mora_jax._tree.optim import check_transformation
+from mora_jax._tree.paths import replace_leaves
 from mora_jax.io._reference import REFERENCE_GROUPS
 from mora_jax.operators import Operator, Sharing
 

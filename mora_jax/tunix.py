@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import Any
 
+from mora_jax._common.warnings import warn
 from mora_jax._flax.layer_rules import register_layer
-from mora_jax._warnings import warn
 from mora_jax.products import ATTEND, Folded, Lookup
 
 

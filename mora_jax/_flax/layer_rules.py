@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mora_jax._types import ArrayLike
+from mora_jax._common.types import ArrayLike
 from mora_jax.products import Contraction, Folded, Product
 
 Equation = str | Product | Callable[..., str | Product]

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 from jax.sharding import PartitionSpec
 
-from mora_jax._linear_map import Static, static
+from mora_jax._jax.linear_map import Static, static
 from mora_jax._mesh.layout import FeatureSharding
 from mora_jax._mesh.parts import BasisPart, OperatorPart, PaddedPart
 from mora_jax._mesh.shard_map import REPLICATED, ShardMappedMap, last_axis

@@ -8,8 +8,8 @@ from typing import Any
 import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from mora_jax._linear_map import LinearMap
-from mora_jax._types import Shape
+from mora_jax._common.types import Shape
+from mora_jax._jax.linear_map import LinearMap
 
 MeshAxes = tuple[str, ...]
 

@@ -16,10 +16,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mora_jax._interception import matmul
-from mora_jax._squares import times_squares_in_runs
-from mora_jax._tiles import sum_tiles, tile_to
-from mora_jax._types import Shape
+from mora_jax._common.types import Shape
+from mora_jax._jax.qwix_guard import matmul
+from mora_jax._jax.tiles import sum_tiles, tile_to
+from mora_jax._layer.squares import times_squares_in_runs
 from mora_jax.operators import (
     Decoupling,
     Hadamard,

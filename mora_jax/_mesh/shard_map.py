@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from mora_jax._linear_map import LinearMap, Static
+from mora_jax._common.types import Shape
+from mora_jax._jax.linear_map import LinearMap, Static
 from mora_jax._mesh.layout import FeatureSharding, MeshAxes, mesh_axes
 from mora_jax._mesh.parts import OperatorPart, part_of
-from mora_jax._types import Shape
 
 REPLICATED = PartitionSpec()
 

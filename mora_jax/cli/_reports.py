@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from mora_jax import diagnostics, io
-from mora_jax._adapters import Tree, adapter_items, trained_items
-from mora_jax._compute.delta import delta_kernel
-from mora_jax._plan import Plan
-from mora_jax._spec import AdapterSpec, differences
+from mora_jax._layer.delta import delta_kernel
+from mora_jax._plan.plan import Plan
+from mora_jax._plan.spec import AdapterSpec, differences
+from mora_jax._tree.adapters import Tree, adapter_items, trained_items
 from mora_jax.io import Names
 from mora_jax.io._paths import as_path
 from mora_jax.io._read import format_of, read_adapter

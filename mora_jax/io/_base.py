@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import jax
 
-from mora_jax._adapters import Tree, nest
+from mora_jax._tree.adapters import Tree, nest
 from mora_jax.io._errors import AdapterFileError
 from mora_jax.io._files import CONFIG
 from mora_jax.io._json import read, short

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Sharding, SingleDeviceSharding
 
-from mora_jax._types import Shape
+from mora_jax._common.types import Shape
 from mora_jax.io._errors import AdapterFileError
 from mora_jax.io._names import Tensor
 from mora_jax.io._tensors import TensorFile

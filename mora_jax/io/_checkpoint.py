@@ -8,14 +8,19 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from mora_jax._adapters import adapter_items, trained_items
-from mora_jax._bases import check_digests, kernel_digests, row_numbers, rows_digest
-from mora_jax._compute.delta import delta_kernel, scaled
-from mora_jax._paths import nearest_paths
-from mora_jax._plan import Plan
-from mora_jax._rounding import Rounding, add_rounded, check_rounding, share_lost
-from mora_jax._spec import AdapterSpec
-from mora_jax._types import Shape
+from mora_jax._common.types import Shape
+from mora_jax._layer.delta import delta_kernel, scaled
+from mora_jax._layer.rounding import Rounding, add_rounded, check_rounding, share_lost
+from mora_jax._plan.plan import Plan
+from mora_jax._plan.spec import AdapterSpec
+from mora_jax._tree.adapters import adapter_items, trained_items
+from mora_jax._tree.base_digest import (
+    check_digests,
+    kernel_digests,
+    row_numbers,
+    rows_digest,
+)
+from mora_jax._tree.paths import nearest_paths
 from mora_jax.io._arrays import to_numpy
 from mora_jax.io._base import INDEX, Checkpoint
 from mora_jax.io._errors import AdapterFileError

@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from mora_jax._adapters import Tree, nest
-from mora_jax._paths import adapter_path
-from mora_jax._plan import Plan
-from mora_jax._spec import SUFFIX, AdapterSpec
-from mora_jax._trained import TrainedArray
+from mora_jax._plan.plan import Plan
+from mora_jax._plan.spec import SUFFIX, AdapterSpec
+from mora_jax._plan.trained_arrays import TrainedArray
+from mora_jax._tree.adapters import Tree, nest
+from mora_jax._tree.paths import adapter_path
 from mora_jax.io._arrays import to_jax
 from mora_jax.io._errors import AdapterFileError
 from mora_jax.io._files import CONFIG, TENSORS

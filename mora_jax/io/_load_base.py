@@ -11,15 +11,15 @@ from jax.core import Tracer
 from jax.sharding import AbstractMesh, Sharding
 from jax.typing import DTypeLike
 
-from mora_jax._checks import floating_dtype
-from mora_jax._paths import (
+from mora_jax._common.checks import floating_dtype
+from mora_jax._plan.spec import SUFFIX
+from mora_jax._tree.paths import (
     is_boxed,
     located_leaves,
     nearest_paths,
     refuse_variables,
     replace_leaves,
 )
-from mora_jax._spec import SUFFIX
 from mora_jax.io._base import Checkpoint
 from mora_jax.io._base_leaf import Leaf
 from mora_jax.io._errors import AdapterFileError

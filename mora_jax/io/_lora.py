@@ -7,12 +7,12 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from mora_jax._checks import check_number, positive_integer
-from mora_jax._compute.delta import scaled
-from mora_jax._plan import Plan
-from mora_jax._spec import AdapterSpec
-from mora_jax._squares import block_diagonal
-from mora_jax._warnings import warn
+from mora_jax._common.checks import check_number, positive_integer
+from mora_jax._common.warnings import warn
+from mora_jax._layer.delta import scaled
+from mora_jax._layer.squares import block_diagonal
+from mora_jax._plan.plan import Plan
+from mora_jax._plan.spec import AdapterSpec
 from mora_jax.io._names import Names, pairs
 from mora_jax.io._paths import Location
 from mora_jax.io._peft_read import PREFIX

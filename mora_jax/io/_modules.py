@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from mora_jax._axes import sizes
-from mora_jax._spec import AdapterSpec
-from mora_jax._types import Shape
+from mora_jax._common.axes import sizes
+from mora_jax._common.types import Shape
+from mora_jax._plan.spec import AdapterSpec
 from mora_jax.io._models import Pair
 from mora_jax.io._names import is_table, join_index, to_module
 

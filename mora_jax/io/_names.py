@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mora_jax._suggestions import did_you_mean
-from mora_jax._types import Shape
+from mora_jax._common.suggestions import did_you_mean
+from mora_jax._common.types import Shape
 from mora_jax.io._models import FAMILIES, LIBRARIES, TABLES, Pair
 
 Names = str | Mapping[str, str] | None

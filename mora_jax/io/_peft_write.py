@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from mora_jax._adapters import adapter_items
-from mora_jax._compute.delta import scaled
-from mora_jax._plan import Plan
-from mora_jax._spec import AdapterSpec
-from mora_jax._trained import refuse_trained
+from mora_jax._layer.delta import scaled
+from mora_jax._plan.plan import Plan
+from mora_jax._plan.spec import AdapterSpec
+from mora_jax._plan.trained_arrays import refuse_trained
+from mora_jax._tree.adapters import adapter_items
 from mora_jax.io._arrays import to_numpy
 from mora_jax.io._files import CONFIG, TENSORS, entries, new_directory
 from mora_jax.io._json import dump

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mora_jax._plan import Plan, check_plan, refuse_other_plan
+from mora_jax._plan.plan import Plan, check_plan, refuse_other_plan
 from mora_jax.io._errors import AdapterFileError
 from mora_jax.io._format import describe, layer_path, restore
 from mora_jax.io._json import dump, parse, short

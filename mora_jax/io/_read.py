@@ -3,8 +3,8 @@
 import os
 from typing import Any
 
-from mora_jax._adapters import Tree
-from mora_jax._plan import Plan
+from mora_jax._plan.plan import Plan
+from mora_jax._tree.adapters import Tree
 from mora_jax.io._errors import AdapterFileError
 from mora_jax.io._files import CONFIG
 from mora_jax.io._json import read

@@ -1,6 +1,6 @@
 """The operators of the reference, the code of the paper's authors (peft-mora)."""
 
-from mora_jax._checks import positive_integer
+from mora_jax._common.checks import positive_integer
 from mora_jax.operators import Operator, Rotation, Sharing
 from mora_jax.operators.sharing import Grouping
 

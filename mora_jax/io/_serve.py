@@ -5,9 +5,9 @@ import shlex
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, get_args
 
-from mora_jax._checks import check_choice
-from mora_jax._plan import Plan, check_plan
-from mora_jax._rounding import Rounding
+from mora_jax._common.checks import check_choice
+from mora_jax._layer.rounding import Rounding
+from mora_jax._plan.plan import Plan, check_plan
 from mora_jax.io._base import Checkpoint
 from mora_jax.io._checkpoint import merge_checkpoint
 from mora_jax.io._lora import make_lora

@@ -15,7 +15,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from mora_jax._types import Shape
+from mora_jax._common.types import Shape
 from mora_jax.io._errors import AdapterFileError
 from mora_jax.io._json import parse, short
 from mora_jax.io._paths import Location, is_local, size

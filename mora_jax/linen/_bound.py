@@ -7,7 +7,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from mora_jax._spec import AdapterSpec
+from mora_jax._plan.spec import AdapterSpec
 
 
 @jax.tree_util.register_pytree_node_class

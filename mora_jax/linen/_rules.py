@@ -4,9 +4,9 @@ from typing import Any
 
 import flax.linen as nn
 
+from mora_jax._common.types import ArrayLike
 from mora_jax._flax.convolutions import convolution, transposed_convolution
 from mora_jax._flax.layer_rules import register_layer
-from mora_jax._types import ArrayLike
 from mora_jax.products import ATTEND, DENSE, Contraction, Lookup
 
 

@@ -6,17 +6,17 @@ from typing import Any, Protocol
 
 import flax.linen as nn
 
-from mora_jax._adapters import adapter_items, nest, trained_items, with_trained
-from mora_jax._combined import combine, split
-from mora_jax._config import MoRAConfig, check_config
+from mora_jax._common.warnings import warn
 from mora_jax._flax.adapted_call import adapt_call
 from mora_jax._flax.layer_rules import rules_of, unknown_use
 from mora_jax._flax.survey import refuse_untraced
-from mora_jax._paths import adapter_path, named_leaves, replace_leaves
-from mora_jax._plan import Plan
-from mora_jax._spec import SUFFIX
-from mora_jax._trained import Items, find_trained
-from mora_jax._warnings import warn
+from mora_jax._plan.config import MoRAConfig, check_config
+from mora_jax._plan.plan import Plan
+from mora_jax._plan.spec import SUFFIX
+from mora_jax._plan.trained_arrays import Items, find_trained
+from mora_jax._tree.adapters import adapter_items, nest, trained_items, with_trained
+from mora_jax._tree.combined import combine, split
+from mora_jax._tree.paths import adapter_path, named_leaves, replace_leaves
 from mora_jax.linen._bound import BoundAdapter, check_model, params_of
 from mora_jax.linen._plan import plan as plan_model
 

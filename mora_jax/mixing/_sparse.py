@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PRNGKeyArray
 
-from mora_jax._adapters import Tree
-from mora_jax._checks import check_key, check_number
-from mora_jax._plan import Plan
-from mora_jax._spec import AdapterSpec
+from mora_jax._common.checks import check_key, check_number
+from mora_jax._plan.plan import Plan
+from mora_jax._plan.spec import AdapterSpec
+from mora_jax._tree.adapters import Tree
 from mora_jax.mixing._pairs import (
     Adapter,
     Weights,

@@ -10,7 +10,6 @@ from typing import Any
 
 from flax import nnx
 
-from mora_jax._compute.adapted import check_product
 from mora_jax._flax.adapted_call import adapt_call
 from mora_jax._flax.layer_rules import (
     LayerRule,
@@ -20,8 +19,9 @@ from mora_jax._flax.layer_rules import (
     unknown_use,
 )
 from mora_jax._flax.survey import refuse_untraced
-from mora_jax._interception import intercepted
-from mora_jax._spec import SUFFIX, AdapterSpec
+from mora_jax._jax.qwix_guard import intercepted
+from mora_jax._layer.adapted import check_product
+from mora_jax._plan.spec import SUFFIX, AdapterSpec
 from mora_jax.nnx._dropout import AdapterDropout
 from mora_jax.nnx._folded import derived, reading_class, with_delta
 from mora_jax.nnx._param import MoRAParam, TrainedParam, is_m, value_of

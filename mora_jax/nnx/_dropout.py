@@ -9,7 +9,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import PRNGKeyArray
 
-from mora_jax._checks import check_seed
+from mora_jax._common.checks import check_seed
 from mora_jax._mesh.layout import explicit_sharding, with_auto_axes
 
 

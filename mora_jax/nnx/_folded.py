@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mora_jax._compute.fold import folded_kernel
 from mora_jax._flax.layer_rules import folded_kernels
-from mora_jax._spec import SUFFIX
+from mora_jax._layer.fold import folded_kernel
+from mora_jax._plan.spec import SUFFIX
 from mora_jax.nnx._param import is_m, value_of
 
 Read = Callable[[nnx.Module, str, jax.Array], jax.Array]

@@ -5,10 +5,10 @@ from typing import Any
 
 from flax import nnx
 
-from mora_jax._paths import unboxed
-from mora_jax._slots import Selected
-from mora_jax._spec import AdapterSpec, check_same
-from mora_jax._trained import TrainedArray
+from mora_jax._layer.slots import Selected
+from mora_jax._plan.spec import AdapterSpec, check_same
+from mora_jax._plan.trained_arrays import TrainedArray
+from mora_jax._tree.paths import unboxed
 
 
 class MoRAParam(nnx.LoRAParam[Any]):

@@ -5,7 +5,7 @@ from typing import Any
 
 from flax import nnx
 
-from mora_jax._trained import TrainedArray
+from mora_jax._plan.trained_arrays import TrainedArray
 from mora_jax.nnx._folded import on_copies
 from mora_jax.nnx._param import TrainedParam
 

@@ -9,8 +9,8 @@ import optax
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from mora_jax._optim import check_transformation
-from mora_jax._slots import Selected
+from mora_jax._layer.slots import Selected
+from mora_jax._tree.optim import check_transformation
 from mora_jax.nnx._adapters import adapter_variables, named_sharding
 from mora_jax.nnx._param import MoRAParam, value_of
 

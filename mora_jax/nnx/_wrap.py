@@ -6,13 +6,13 @@ import jax
 from flax import nnx
 from jax.typing import DTypeLike
 
-from mora_jax._adapters import adapter_items, init, trained_items
-from mora_jax._config import MoRAConfig
-from mora_jax._merge import merge
-from mora_jax._plan import Plan
-from mora_jax._rounding import Rounding
-from mora_jax._spec import AdapterSpec
-from mora_jax._trained import refuse_trained
+from mora_jax._layer.rounding import Rounding
+from mora_jax._plan.config import MoRAConfig
+from mora_jax._plan.plan import Plan
+from mora_jax._plan.spec import AdapterSpec
+from mora_jax._plan.trained_arrays import refuse_trained
+from mora_jax._tree.adapters import adapter_items, init, trained_items
+from mora_jax._tree.merge import merge
 from mora_jax.nnx._adapters import (
     adapters,
     named_modules,

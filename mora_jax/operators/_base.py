@@ -13,9 +13,9 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Float, Integer
 
-from mora_jax._checks import check_array, check_seed, positive_integer
-from mora_jax._interception import undisturbed
-from mora_jax._types import ArrayLike, Shape
+from mora_jax._common.checks import check_array, check_seed, positive_integer
+from mora_jax._common.types import ArrayLike, Shape
+from mora_jax._jax.qwix_guard import undisturbed
 
 Side = Literal["in", "out"]
 

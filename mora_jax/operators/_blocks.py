@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from mora_jax._tiles import pad_to, tile_to
+from mora_jax._jax.tiles import pad_to, tile_to
 
 
 def num_blocks(features: int, square_rank: int) -> int:

@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from mora_jax._axes import rows_from_kernel
+from mora_jax._common.axes import rows_from_kernel
 from mora_jax.operators.subspace import Subspace
 
 if TYPE_CHECKING:
-    from mora_jax._plan import Plan
-    from mora_jax._spec import AdapterSpec
+    from mora_jax._plan.plan import Plan
+    from mora_jax._plan.spec import AdapterSpec
 
 ROUNDS = 3
 """How often a subspace is multiplied by G G^T, which brings out the leading ones."""
@@ -59,8 +59,8 @@ def gradient_bases(grads: Any, plan: "Plan") -> "Plan":
       ('subspace', (4, 4))
     """
     # Plans are made of operators: what knows plans is imported when it is needed.
-    from mora_jax._paths import lacking, nearest_paths
-    from mora_jax._plan import check_plan
+    from mora_jax._plan.plan import check_plan
+    from mora_jax._tree.paths import lacking, nearest_paths
 
     specs, made = dict(check_plan(plan)), {}
     for name, gradient in _pairs(grads, specs):
@@ -79,7 +79,7 @@ def gradient_bases(grads: Any, plan: "Plan") -> "Plan":
 
 def _pairs(grads: Any, specs: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     """(path, gradient) of each kernel."""
-    from mora_jax._paths import named_leaves
+    from mora_jax._tree.paths import named_leaves
 
     if isinstance(grads, Iterator):
         for pair in grads:

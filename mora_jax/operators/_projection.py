@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from mora_jax._interception import matmul
+from mora_jax._jax.qwix_guard import matmul
 from mora_jax.operators._base import Operator, Side
 
 

@@ -5,8 +5,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from mora_jax._checks import positive_integer
-from mora_jax._suggestions import did_you_mean
+from mora_jax._common.checks import positive_integer
+from mora_jax._common.suggestions import did_you_mean
 from mora_jax.operators._base import Operator
 from mora_jax.operators.decoupling import Decoupling
 from mora_jax.operators.hadamard import Hadamard

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from mora_jax._tiles import sum_tiles
-from mora_jax._types import Shape
+from mora_jax._common.types import Shape
+from mora_jax._jax.tiles import sum_tiles
 from mora_jax.operators._base import Operator, Side
 from mora_jax.operators._blocks import (
     block_positions,

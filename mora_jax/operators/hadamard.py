@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from mora_jax._interception import matmul
-from mora_jax._linear_map import LinearMap
-from mora_jax._types import ArrayLike
+from mora_jax._common.types import ArrayLike
+from mora_jax._jax.linear_map import LinearMap
+from mora_jax._jax.qwix_guard import matmul
 from mora_jax.operators._base import Operator, Side
 from mora_jax.operators._blocks import divide
 from mora_jax.operators._pytree import array_field, operator

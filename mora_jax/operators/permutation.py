@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from mora_jax._linear_map import LinearMap
+from mora_jax._jax.linear_map import LinearMap
 from mora_jax.operators._base import Side
 from mora_jax.operators._pytree import array_field, operator
 from mora_jax.operators._random import inverse, permutation

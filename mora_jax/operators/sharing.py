@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from mora_jax._tiles import sum_tiles, tile_to
+from mora_jax._jax.tiles import sum_tiles, tile_to
 from mora_jax.operators._base import Operator, Side
 from mora_jax.operators._blocks import block_positions
 from mora_jax.operators._pytree import operator

@@ -3,7 +3,7 @@
 import jax
 from jax.typing import DTypeLike
 
-from mora_jax._tiles import pad_to
+from mora_jax._jax.tiles import pad_to
 from mora_jax.operators._base import Operator, Side
 from mora_jax.operators._pytree import operator
 

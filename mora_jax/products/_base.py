@@ -5,7 +5,7 @@ from typing import ClassVar, Protocol, runtime_checkable
 
 import jax
 
-from mora_jax._types import Shape
+from mora_jax._common.types import Shape
 from mora_jax.operators import Operator
 
 

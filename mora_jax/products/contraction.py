@@ -9,8 +9,8 @@ from collections.abc import Iterable
 import jax
 import jax.numpy as jnp
 
-from mora_jax._axes import sizes
-from mora_jax._types import ArrayLike, Shape
+from mora_jax._common.axes import sizes
+from mora_jax._common.types import ArrayLike, Shape
 from mora_jax.products._base import Delta, Product
 
 DENSE = "...i,io->...o"

@@ -12,7 +12,7 @@ import qwix
 from flax import nnx
 from jax.experimental.xla_metadata import set_xla_metadata
 
-from mora_jax._warnings import LeftOutWarning, warn
+from mora_jax._common.warnings import LeftOutWarning, warn
 from mora_jax.qwix._kernels import Run
 from mora_jax.qwix._rule import MoRARule
 

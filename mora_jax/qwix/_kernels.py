@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 from jax.core import Tracer
 
-from mora_jax._spec import SUFFIX, AdapterSpec
+from mora_jax._plan.spec import SUFFIX, AdapterSpec
 from mora_jax.qwix import _private
 from mora_jax.qwix._tracers import (
     are_of_one_trace,

@@ -6,10 +6,10 @@ import flax.linen as nn
 import jax
 from flax import nnx
 
-from mora_jax._combined import split
-from mora_jax._paths import located_leaves
-from mora_jax._plan import Plan
-from mora_jax._spec import SUFFIX
+from mora_jax._plan.plan import Plan
+from mora_jax._plan.spec import SUFFIX
+from mora_jax._tree.combined import split
+from mora_jax._tree.paths import located_leaves
 from mora_jax.nnx._adapters import plan_of as plan_of_nnx
 from mora_jax.qwix._first_call import shapes_of
 from mora_jax.qwix._kernels import Run

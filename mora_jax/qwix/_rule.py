@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import qwix
 from jax.typing import DTypeLike
 
-from mora_jax._config import DEFAULT_RANK, MoRAConfig
+from mora_jax._plan.config import DEFAULT_RANK, MoRAConfig
 from mora_jax.operators._registry import OperatorSpec
 from mora_jax.qwix import _private
 

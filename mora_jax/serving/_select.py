@@ -4,8 +4,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from mora_jax._adapters import Tree, nest
-from mora_jax._slots import Selected
+from mora_jax._layer.slots import Selected
+from mora_jax._tree.adapters import Tree, nest
 from mora_jax.serving._stack import check_indices, slots_of
 
 

@@ -10,14 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from mora_jax._adapters import Tree, nest
-from mora_jax._checks import check_finite, positive_integer
-from mora_jax._dense import as_jax_array
-from mora_jax._merge import finite_items
-from mora_jax._paths import adapter_path, located_leaves, unboxed
-from mora_jax._plan import Plan, check_plan
-from mora_jax._slots import Selected, Slots, beyond_if_none
-from mora_jax._trained import refuse_trained
+from mora_jax._common.checks import check_finite, positive_integer
+from mora_jax._layer.dense import as_jax_array
+from mora_jax._layer.slots import Selected, Slots, beyond_if_none
+from mora_jax._plan.plan import Plan, check_plan
+from mora_jax._plan.trained_arrays import refuse_trained
+from mora_jax._tree.adapters import Tree, nest
+from mora_jax._tree.merge import finite_items
+from mora_jax._tree.paths import adapter_path, located_leaves, unboxed
 
 
 def stack(adapters: Sequence[Any], plan: Plan, *, slots: int | None = None) -> Tree:

@@ -9,7 +9,7 @@ import pytest
 from helpers import close, random
 from jax.test_util import check_grads
 
-from mora_jax._linear_map import LinearMap, static
+from mora_jax._jax.linear_map import LinearMap, static
 
 
 @dataclasses.dataclass(frozen=True)

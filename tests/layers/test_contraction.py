@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from helpers import close, random, wide
 
-from mora_jax._axes import kernel_from_rows, sizes
+from mora_jax._common.axes import kernel_from_rows, sizes
 from mora_jax.products import Contraction
 
 EQUATIONS = [

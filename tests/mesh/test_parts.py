@@ -10,11 +10,11 @@ from adapter_files import slow
 from cases import by_case, by_kind
 from helpers import close, random
 
-from mora_jax._compute.delta import Delta
-from mora_jax._compute.folded_part import add_part
-from mora_jax._compute.matrix import add_matrix
+from mora_jax._layer.delta import Delta
+from mora_jax._layer.delta_matrix import add_matrix
+from mora_jax._layer.folded_part import add_part
+from mora_jax._layer.tuning import as_if_on
 from mora_jax._mesh.parts import part_of
-from mora_jax._tuning import as_if_on
 
 SIZES = [
     # Blocks on two devices; the first features complete the last.

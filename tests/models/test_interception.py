@@ -16,20 +16,20 @@ from flax import nnx
 
 from mora_jax import FrozenDense, MoRAConfig, mora_apply
 from mora_jax import nnx as mora
-from mora_jax._interception import intercepted, undisturbed
+from mora_jax._jax.qwix_guard import intercepted, undisturbed
 
 qwix = pytest.importorskip("qwix")
 
 # qwix uses old names of Flax.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
-SCRIPT = Path(__file__).parents[1] / "quantized.py"
+SCRIPT = Path(__file__).parents[1] / "support" / "quantized.py"
 
 
 @pytest.mark.parametrize("order", [slow("plain-first"), slow("quantized-first")])
 def test_what_ran_before_makes_no_difference(order):
     """Linen and NNX, QT and PTQ, added and folded, in a process of their own."""
-    env = os.environ | {"PYTHONPATH": str(SCRIPT.parents[1])}
+    env = os.environ | {"PYTHONPATH": str(SCRIPT.parents[2])}
     subprocess.run([sys.executable, str(SCRIPT), order], env=env, check=True)
 
 

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from jax.test_util import check_grads
 
 from mora_jax import AdapterSpec, MoRAConfig, make_operator, square_rank
-from mora_jax._compute.matrix import delta_matrix
+from mora_jax._layer.delta_matrix import delta_matrix
 from mora_jax.operators import Operator
 
 

@@ -71,10 +71,10 @@ APIS = "linen", "nnx"
 SHELLS = "mora_jax.qwix", "mora_jax.gemma"
 """What is built on them for other libraries."""
 ROOMS = {
-    "operators": ("_mesh", "_compute", "_tuning", "products", "_spec", "_flax"),
-    "products": ("_mesh", "_compute", "_tuning", "_spec", "_flax"),
-    "_mesh": ("_compute", "_tuning", "_spec", "_flax"),
-    "_compute": ("_flax",),
+    "operators": ("_mesh", "_layer", "_plan", "products", "_flax"),
+    "products": ("_mesh", "_layer", "_plan", "_flax"),
+    "_mesh": ("_layer", "_plan", "_flax"),
+    "_layer": ("_flax",),
 }
 """What each room must not know, besides Flax and what is built on it."""
 

@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import mora_jax
 from mora_jax import MoRAConfig, remora
-from mora_jax._rounding import share_lost
+from mora_jax._layer.rounding import share_lost
 from mora_jax.nnx import MoRAParam
 
 SIZES = {"a": (12, 12), "b": (12, 8), "s": (3, 8, 12)}

@@ -8,7 +8,7 @@ from helpers import random, wide
 
 import mora_jax
 from mora_jax import MoRAConfig, diagnostics
-from mora_jax._rounding import add_rounded
+from mora_jax._layer.rounding import add_rounded
 
 by_dtype = pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 

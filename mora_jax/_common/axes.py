@@ -1,0 +1,53 @@
+"""A kernel's axes as letters: which are features, and which are stacked."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from mora_jax._common.types import Shape
+
+
+def check_axes(axes: str, ndim: int) -> str:
+    """`axes`, if it describes a kernel of `ndim` axes by a letter for each.
+
+    "i" is an axis of input features, "o" an axis of output features, and "s" a stack
+    axis with an M for each index (the layers of `nn.scan`, the experts of a mixture).
+    So "io" is a dense layer, "oi" a dense layer that is stored transposed, "sio" a
+    stack of dense layers, and "ioo" the heads of attention. Several axes of a kind are
+    flattened in the kernel's order.
+    """
+    if not isinstance(axes, str) or set(axes) - set("sio"):
+        raise ValueError(f"axes must be made of the letters s, i and o, got {axes!r}")
+    if len(axes) != ndim:
+        raise ValueError(
+            f"axes must have one letter for each of the kernel's {ndim} axes, "
+            f"got {axes!r}"
+        )
+    if not {"i", "o"} <= set(axes):
+        raise ValueError(f"axes must hold at least one i and one o, got {axes!r}")
+    return axes
+
+
+def sizes(shape: Shape, axes: str, letter: str) -> Shape:
+    """The sizes of the axes of `shape` that `axes` marks with `letter`."""
+    return tuple(n for n, kind in zip(shape, axes, strict=True) if kind == letter)
+
+
+def rows_from_kernel(kernel: jax.Array, axes: str) -> jax.Array:
+    """A kernel as (*stack, in_features, out_features)."""
+    stack, ins, outs = (sizes(kernel.shape, axes, letter) for letter in "sio")
+    kernel = jnp.transpose(kernel, _order(axes))
+    return kernel.reshape(*stack, math.prod(ins), math.prod(outs))
+
+
+def kernel_from_rows(weight: jax.Array, shape: Shape, axes: str) -> jax.Array:
+    """(*stack, in_features, out_features) as a kernel of `shape`."""
+    order = _order(axes)
+    weight = weight.reshape([shape[k] for k in order])
+    return jnp.transpose(weight, [order.index(k) for k in range(len(shape))])
+
+
+def _order(axes: str) -> list[int]:
+    """The numbers of the axes: those of the stack first, then inputs, then outputs."""
+    return [k for letter in "sio" for k, kind in enumerate(axes) if kind == letter]

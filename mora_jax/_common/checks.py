@@ -1,0 +1,136 @@
+"""What arguments must be."""
+
+import numbers
+from typing import Any, SupportsIndex
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jax.typing import DTypeLike
+
+from mora_jax._common.types import Shape
+
+DEQUANTISE = (
+    "dequantise it first (mora_jax.qwix.dequantize), or leave it out with exclude"
+)
+"""What messages advise where a kernel is not floating-point."""
+
+
+# --- Settings ---
+
+
+def positive_integer(name: str, value: object) -> None:
+    """Raise unless `value` is an integer (not a bool) of at least 1."""
+    # int comes first: to ask for a protocol is slow, and plans ask for every kernel.
+    if isinstance(value, bool) or not isinstance(value, int | SupportsIndex):
+        raise TypeError(f"{name} must be a positive integer, got {value!r}")
+    if value.__index__() < 1:
+        raise ValueError(f"{name} must be a positive integer, got {value!r}")
+
+
+def check_seed(seed: object) -> None:
+    """Raise unless `seed` is an integer that `RandomState` takes."""
+    if isinstance(seed, bool) or not isinstance(seed, SupportsIndex):
+        raise TypeError(f"seed must be an integer, got {seed!r}")
+    if not 0 <= seed.__index__() < 2**32:
+        raise ValueError(f"seed must be in [0, 2**32), got {seed}")
+
+
+def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    """Raise unless `value` is among `choices`."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {choices}, got {value!r}")
+
+
+def check_number(name: str, value: Any) -> float:
+    """`value` as a Python float, if it is a finite real number."""
+    if isinstance(value, jax.Array):  # it would make a config unhashable
+        raise TypeError(
+            f"{name} must be a number, got a JAX array; write float({name})"
+        )
+    if isinstance(value, bool | np.bool_) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    number = float(value)
+    if not float("-inf") < number < float("inf"):
+        raise ValueError(f"{name} must be finite, got {value}")
+    return number
+
+
+def check_rate(value: Any) -> float:
+    """`value` as a Python float, if it is a dropout rate."""
+    rate = check_number("dropout", value)
+    if not 0 <= rate < 1:
+        raise ValueError(f"dropout must be in [0, 1), got {value}")
+    return rate
+
+
+def floating_dtype(dtype: DTypeLike | None, name: str = "param_dtype") -> jnp.dtype:
+    """`dtype` as a NumPy dtype, if it is a real floating-point dtype."""
+    found = None if dtype is None else jnp.dtype(dtype)  # NumPy reads None as float64
+    if found is None or not jnp.issubdtype(found, jnp.floating):
+        raise TypeError(f"{name} must be a floating-point dtype, got {found}")
+    return found
+
+
+# --- Arrays ---
+
+
+def check_array(name: str, array: Any, end: Shape) -> None:
+    """Raise unless `array` is floating-point and its shape ends in `end`."""
+    if not isinstance(array, jax.Array | np.ndarray):
+        raise TypeError(f"{name} must be an array, got {type(array).__name__}")
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise TypeError(f"{name} must be floating-point, got {array.dtype}")
+    if array.shape[-len(end) :] != end:
+        expected = ", ".join(map(str, end))
+        raise ValueError(f"{name} must have shape (..., {expected}), got {array.shape}")
+
+
+def check_finite(array: Any, name: str, where: str = "") -> None:
+    """Raise if `array` holds NaN or infinity, unless it is being traced.
+
+    Args:
+      array: The numbers.
+      name: What messages call them.
+      where: The end of the message.
+    """
+    if not isinstance(array, Tracer) and not np.isfinite(array).all():
+        raise ValueError(f"{name} holds NaN or infinity{where}")
+
+
+def check_kernel(kernel: Any, name: str) -> None:
+    """Raise unless `kernel` has a shape and a floating-point dtype that MoRA adapts."""
+    if not hasattr(kernel, "shape") or not hasattr(kernel, "dtype"):
+        raise TypeError(f"{name} must be an array, got {type(kernel).__name__}")
+    if not jax.tree_util.all_leaves([kernel]):  # a structure of qwix has both as well
+        raise TypeError(
+            f"{name} must be an array, got the structure {type(kernel).__name__}; "
+            f"{DEQUANTISE}"
+        )
+    if not jnp.issubdtype(kernel.dtype, jnp.floating):
+        raise TypeError(
+            f"{name} must have a floating-point dtype, got {kernel.dtype}; {DEQUANTISE}"
+        )
+    if len(kernel.shape) < 2 or 0 in kernel.shape:
+        raise ValueError(
+            f"{name} must have at least two axes, none of them empty, "
+            f"got shape {tuple(kernel.shape)}"
+        )
+
+
+def check_key(key: Any) -> None:
+    """Raise unless `key` is a JAX PRNG key, or None."""
+    if key is None:
+        return
+    typed = raw = False
+    if isinstance(key, jax.Array | np.ndarray):
+        typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+        raw = key.dtype == jnp.uint32 and key.ndim == 1  # made by jax.random.PRNGKey
+    if not typed and not raw:
+        raise TypeError(
+            "key must be a JAX PRNG key, such as jax.random.key(42), "
+            f"got {key if isinstance(key, int) else type(key).__name__}"
+        )
+    if typed and key.shape:
+        raise ValueError(f"key must be one key, got an array of {key.shape}")

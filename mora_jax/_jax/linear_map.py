@@ -1,0 +1,230 @@
+"""Linear maps whose transpose is written by hand.
+
+JAX derives the transpose of a linear function from its steps, and keeps for it what
+the steps computed. Where that is slow (a gather becomes a scatter) or keeps too much (a
+folded kernel, every block of an input), the transpose is given here instead.
+
+This is a primitive of our own, because nothing in JAX's public API has all that it
+needs. `jax.custom_vjp` forbids forward mode, and with it `jax.jvp`, `jax.linearize` and
+Hessian-vector products. `jax.custom_derivatives.linear_call` is the same idea, but up
+to JAX 0.12 it has no batching rule, so `jax.vmap` of it raises NotImplementedError, and
+it cannot be differentiated by its residuals, which M's own gradient needs when x has
+one, too. Here all of this works, and so do higher derivatives, since `forward` and
+`backward` are each other's transposes.
+"""
+
+import abc
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+
+from mora_jax._common.types import ArrayLike
+from mora_jax._jax.qwix_guard import undisturbed
+from mora_jax._jax.vma import alike
+
+
+@dataclasses.dataclass(frozen=True)
+class Static:
+    """A function with its settings in front, which hashes and compares by both.
+
+    A part of a compiled program must: `functools.partial` compares by identity, so
+    every call would compile again.
+    """
+
+    function: Callable[..., Any]
+    settings: tuple[Any, ...]
+
+    def __call__(self, *args: Any) -> Any:
+        return self.function(*self.settings, *args)
+
+
+def static(function: Callable[..., Any], *settings: Any) -> Static:
+    """`function` with hashable `settings` for its first arguments."""
+    return Static(function, settings)
+
+
+class LinearMap(abc.ABC):
+    """y = A(r) x, linear in the operand x; the residuals r are any pytree of arrays.
+
+    Instances must be hashable, since they become part of programs.
+    """
+
+    @abc.abstractmethod
+    def forward(self, residuals: Any, operand: jax.Array) -> jax.Array:
+        """A(r) x."""
+
+    @abc.abstractmethod
+    def backward(self, residuals: Any, cotangent: jax.Array) -> jax.Array:
+        """A(r)^T y, with the shape and dtype of x."""
+
+    def derivatives(self) -> Mapping[int, Callable[[Any, Any, Any], jax.Array]]:
+        """The derivatives by some residuals, where JAX would do more than it must.
+
+        Returns:
+          {position of an array in the tuple of residuals: a function of the residuals,
+          the operand and the array's tangent, linear in the last}. JAX differentiates
+          by the residuals that are not named.
+        """
+        return {}
+
+    def __call__(self, residuals: Any, operand: ArrayLike) -> jax.Array:
+        """A(r) x, with `backward` for its transpose."""
+        leaves, treedef = jax.tree.flatten(residuals)
+        return linear_p.bind(*alike(*leaves, operand), call=_Call(self, treedef))
+
+    def transpose(self, residuals: Any, cotangent: ArrayLike) -> jax.Array:
+        """A(r)^T y, with `forward` for its transpose."""
+        leaves, treedef = jax.tree.flatten(residuals)
+        call = _Call(self, treedef, transposed=True)
+        return linear_p.bind(*alike(*leaves, cotangent), call=call)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """What the primitive does with its arguments: the residuals' leaves, then x.
+
+    Attributes:
+      map: The linear map.
+      treedef: The structure of its residuals.
+      transposed: Whether it computes `backward`.
+      batch_axes: The axes that each `jax.vmap` around it maps, the outermost first.
+    """
+
+    map: LinearMap
+    treedef: Any
+    transposed: bool = False
+    batch_axes: tuple[tuple[int | None, ...], ...] = ()
+
+    def __call__(self, *args: Any) -> jax.Array:
+        if self.batch_axes:
+            return self._batched(_Call.__call__, ())(*args)
+        *leaves, operand = args
+        apply = self.map.backward if self.transposed else self.map.forward
+        # What is traced here is kept: by caches, or as a compiled program.
+        return undisturbed(apply)(jax.tree.unflatten(self.treedef, leaves), operand)
+
+    def transpose(self) -> "_Call":
+        return dataclasses.replace(self, transposed=not self.transposed)
+
+    def by_hand(self) -> Mapping[int, Callable[..., jax.Array]]:
+        """{number of a leaf: its derivative, of all arguments and the tangent}."""
+        if self.transposed:
+            return {}
+        starts = [0]
+        for child in self.treedef.children():
+            starts.append(starts[-1] + child.num_leaves)
+        found = {}
+        for position in self.map.derivatives():
+            leaf = starts[position]
+            derivative = functools.partial(_Call._derivative, position=position)
+            found[leaf] = self._batched(derivative, (leaf,))
+        return found
+
+    def _derivative(self, *args: Any, position: int) -> jax.Array:
+        *leaves, operand, tangent = args
+        derivative = undisturbed(self.map.derivatives()[position])
+        return derivative(jax.tree.unflatten(self.treedef, leaves), operand, tangent)
+
+    def _batched(
+        self, method: Callable[..., Any], more: tuple[int, ...]
+    ) -> Callable[..., Any]:
+        """`method` of the plain call under all of the maps.
+
+        It takes further arguments, each of which is mapped as that numbered in `more`.
+        """
+        plain = dataclasses.replace(self, batch_axes=())
+        function: Callable[..., Any] = functools.partial(method, plain)
+        for axes in reversed(self.batch_axes):
+            function = jax.vmap(function, (*axes, *(axes[k] for k in more)))
+        return function
+
+
+linear_p = Primitive("linear_map")
+_run = jax.jit(_Call.__call__, static_argnums=0)
+
+
+@linear_p.def_impl
+def _impl(*args: Any, call: _Call) -> jax.Array:
+    return _run(call, *args)
+
+
+@linear_p.def_abstract_eval
+def _abstract(*args: Any, call: _Call) -> Any:
+    # JAX keeps the trace: a model's layers ask the same again and again.
+    (result,) = _run.trace(call, *args).jaxpr.out_avals
+    return result
+
+
+def _jvp(primals: Any, tangents: Any, *, call: _Call) -> Any:
+    *residuals, operand = primals
+    *residual_tangents, tangent = tangents
+    parts = []
+    if not isinstance(tangent, ad.Zero):
+        parts.append(linear_p.bind(*residuals, tangent, call=call))
+    moving = {
+        k: t for k, t in enumerate(residual_tangents) if not isinstance(t, ad.Zero)
+    }
+    for leaf, derivative in (call.by_hand() if moving else {}).items():
+        if leaf in moving:
+            parts.append(derivative(*residuals, operand, moving.pop(leaf)))
+    if moving:
+        at = [residuals[k] for k in moving]
+        function = _as_function_of(list(moving), primals, call)
+        parts.append(jax.jvp(function, at, list(moving.values()))[1])
+    return linear_p.bind(*primals, call=call), functools.reduce(jnp.add, parts)
+
+
+def _as_function_of(
+    positions: list[int], args: Any, call: _Call
+) -> Callable[..., jax.Array]:
+    """`call` as a function of its arguments at `positions` alone."""
+
+    def function(*values: Any) -> jax.Array:
+        given = dict(zip(positions, values, strict=True))
+        return call(*(given.get(k, arg) for k, arg in enumerate(args)))
+
+    return function
+
+
+def _transpose(cotangent: Any, *args: Any, call: _Call) -> Any:
+    back: list[Any] = [None] * len(args)
+    linear = [k for k, arg in enumerate(args) if ad.is_undefined_primal(arg)]
+    if isinstance(cotangent, ad.Zero):
+        for k in linear:
+            back[k] = ad.Zero(args[k].aval)
+    elif linear == [len(args) - 1]:
+        back[-1] = linear_p.bind(*args[:-1], cotangent, call=call.transpose())
+    else:  # by a residual in which the map is linear as well, as JAX would
+        avals = (args[k].aval for k in linear)
+        function = _as_function_of(linear, args, call)
+        transposed = jax.linear_transpose(function, *avals)(cotangent)
+        for k, value in zip(linear, transposed, strict=True):
+            back[k] = value
+    return back
+
+
+def _batch(args: Any, axes: Any, *, call: _Call) -> Any:
+    pairs = list(zip(args, axes, strict=True))
+    size = next(arg.shape[k] for arg, k in pairs if k is not None)
+    args = [arg if k is None else jnp.moveaxis(arg, k, 0) for arg, k in pairs]
+    if axes[-1] is None:  # its cotangents must not be summed within the map
+        args[-1] = jnp.broadcast_to(args[-1], (size, *args[-1].shape))
+    front = (*(None if k is None else 0 for k in axes[:-1]), 0)
+    call = dataclasses.replace(call, batch_axes=(front, *call.batch_axes))
+    return linear_p.bind(*args, call=call), 0
+
+
+ad.primitive_jvps[linear_p] = _jvp
+ad.primitive_transposes[linear_p] = _transpose
+batching.primitive_batchers[linear_p] = _batch
+# By `_run`, so that all calls of the same shapes share one function of the program.
+mlir.register_lowering(
+    linear_p,
+    mlir.lower_fun(lambda *args, call: _run(call, *args), multiple_results=False),
+)

@@ -1,0 +1,77 @@
+"""Products that other libraries intercept, and our own, which they must not reach.
+
+While a model runs, qwix quantizes it by replacing the code of `jax.lax.dot_general`,
+`jax.numpy.einsum` and others. That is meant for a layer's own product and not for the
+adapter's: M stays exact, and no cache, ours or JAX's, may give a plain model what was
+traced while a quantized one ran.
+"""
+
+import sys
+from collections.abc import Callable
+from importlib.metadata import version
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+
+from mora_jax._common.types import ArrayLike
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_DOT_GENERAL = jax.lax.dot_general
+_CODE = getattr(_DOT_GENERAL, "__code__", None)
+
+
+def intercepted() -> bool:
+    """Whether some library computes `jax.lax.dot_general` in its own way now.
+
+    The library may do so in another thread only. It is safe to assume that it does so
+    in this one: the delta is then added to the layer's output, with the same result.
+    """
+    now = jax.lax.dot_general
+    return now is not _DOT_GENERAL or getattr(now, "__code__", None) is not _CODE
+
+
+def undisturbed(function: F) -> F:
+    """`function` with the interceptions of this thread turned off.
+
+    Where nothing is intercepted now, this is `function` itself. Otherwise it is
+    `function` as qwix's own switch wraps it. The switch is private, but no public name
+    and nothing in JAX can do the same: qwix decides inside which of the replaced
+    functions act in each thread, and a trace in another thread would lose JAX's
+    settings (mesh, precision, 64 bits). It has had this name and meaning from qwix
+    0.1.4 to 0.1.8, and this is the only place that asks for it.
+
+    Raises:
+      RuntimeError: A version of qwix intercepts products and has no such switch.
+    """
+    if "qwix" not in sys.modules or not intercepted():
+        return function
+    module = sys.modules.get("qwix._src.interception")
+    switch: Any = getattr(module, "disable_interceptions", None)
+    if switch is None:
+        raise RuntimeError(
+            "qwix intercepts jax.lax.dot_general, and mora_jax does not know how this "
+            f"version ({version('qwix')}) is told to leave the "
+            "adapter's own products alone; qwix 0.1.4 to 0.1.8 are known"
+        )
+    return switch(function)
+
+
+def matmul(
+    a: ArrayLike, b: ArrayLike, precision: jax.lax.PrecisionLike = None
+) -> jax.Array:
+    """`a @ b`, (..., k) and (k, n) to (..., n).
+
+    This does not call `jax.numpy.matmul`, which JAX compiles on its own. It keeps that
+    program, and one that was traced in a quantized model would then be used in a plain
+    model, or the other way round.
+    """
+    dtype = jnp.result_type(a, b)
+    a, b = jnp.asarray(a).astype(dtype), jnp.asarray(b).astype(dtype)
+    return jax.lax.dot_general(a, b, last_with_first(a), precision=precision)
+
+
+def last_with_first(a: jax.Array) -> tuple[Any, Any]:
+    """The axes that a product of `a` with a matrix sums over, for `dot_general`."""
+    return ((a.ndim - 1,), (0,)), ((), ())

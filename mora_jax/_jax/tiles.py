@@ -1,0 +1,107 @@
+"""Vectors that repeat: tiles, and their sums."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from mora_jax._jax.linear_map import LinearMap
+from mora_jax._layer.tuning import MAX_UNROLLED_SLICES, Tuning, by_platform
+
+_SUBLANES, _LANES = 8, 128
+
+
+def tile_to(x: jax.Array, features: int) -> jax.Array:
+    """(..., width) -> (..., features): entry j is entry j mod width of `x`."""
+    return _Tile(x.shape[-1], features)((), x)
+
+
+def sum_tiles(x: jax.Array, width: int) -> jax.Array:
+    """(..., features) -> (..., width): the transpose of `tile_to`."""
+    return _Tile(width, x.shape[-1]).transpose((), x)
+
+
+def pad_to(x: jax.Array, size: int, axis: int = -1) -> jax.Array:
+    """`x` with zeros behind it, so that `axis` has `size` entries."""
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (0, size - x.shape[axis])
+    return jnp.pad(x, widths) if widths[axis][1] else x
+
+
+def stored(by_rows: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
+    """`by_rows(x)`, which XLA is to write to memory and not to compute at each use.
+
+    Its first row is written once more: XLA fuses nothing with what it updates in place.
+    A concatenation has the same effect, and takes XLA's CPU compiler 8 ms.
+
+    Args:
+      by_rows: A function whose result has a row for each row of `x`.
+      x: An array.
+    """
+    whole = by_rows(x)
+    return jax.lax.dynamic_update_slice(whole, by_rows(x[:1]), (0,) * whole.ndim)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tile(LinearMap):
+    """`tile_to`, whose transpose JAX would compute by padding to whole tiles."""
+
+    width: int
+    features: int
+
+    def forward(self, residuals: Any, operand: jax.Array) -> jax.Array:
+        whole, rest = divmod(self.features, self.width)
+        if not whole:
+            return operand[..., :rest]
+        if whole == 1:
+            parts = [operand, operand[..., :rest]] if rest else [operand]
+            return jnp.concatenate(parts, axis=-1)
+        rows = operand.shape[-2] if operand.ndim > 1 else 1
+        if rows % _SUBLANES or self.width % _LANES:
+            return self._tiled(operand)
+        return by_platform(_is_tiled, self._broadcast, self._tiled, operand)
+
+    def _tiled(self, operand: jax.Array) -> jax.Array:
+        *batch, width = operand.shape
+        n = -(-self.features // width)
+        # Not by `jnp.tile`, some of whose steps older versions of JAX cannot type
+        # where sharding is explicit.
+        y = jnp.broadcast_to(operand[..., None, :], (*batch, n, width))
+        return y.reshape(*batch, n * width)[..., : self.features]
+
+    def _broadcast(self, operand: jax.Array) -> jax.Array:
+        """One broadcast, in the order in which a TPU stores an array.
+
+        It stores tiles of 8 rows and 128 features, tile by tile. To repeat features is
+        to repeat whole tiles, which a broadcast of (..., rows / 8, n, q / 128, 8, 128)
+        along n does. Its result is the wanted array as it stands in memory, so that
+        the reshapes and transposes around it cost nothing. A broadcast of features as
+        such, a tile or a concatenation XLA computes elsewhere and copies.
+        """
+        *batch, rows, width = operand.shape
+        n, tiles = -(-self.features // width), width // _LANES
+        stored = (*batch, rows // _SUBLANES, _SUBLANES, tiles, _LANES)
+        y = jnp.swapaxes(operand.reshape(stored), -3, -2)[..., None, :, :, :]
+        repeated = (*batch, rows // _SUBLANES, n, tiles, _SUBLANES, _LANES)
+        y = jnp.broadcast_to(y, repeated)
+        y = y.reshape(*batch, rows // _SUBLANES, n * tiles, _SUBLANES, _LANES)
+        y = jnp.swapaxes(y, -3, -2).reshape(*batch, rows, n * width)
+        return y[..., : self.features]
+
+    def backward(self, residuals: Any, cotangent: jax.Array) -> jax.Array:
+        width, features, y = self.width, self.features, cotangent
+        wide = jnp.promote_types(y.dtype, jnp.float32)
+        if features > MAX_UNROLLED_SLICES * width:
+            y = pad_to(y, -(-features // width) * width)
+            return y.reshape(*y.shape[:-1], -1, width).sum(-2)
+        # Converted after they are cut: XLA would write all of y in the wider dtype.
+        tiles = (y[..., k : k + width].astype(wide) for k in range(0, features, width))
+        first, *others = tiles
+        total = sum((pad_to(tile, width) for tile in others), pad_to(first, width))
+        return total.astype(y.dtype)
+
+
+def _is_tiled(tuning: Tuning) -> bool:
+    return tuning.tiled_memory

@@ -1,0 +1,62 @@
+"""Along which axes of a `jax.shard_map` arrays differ, which is part of their types.
+
+JAX adds what its own functions need. It cannot do so for a primitive that is not its
+own, for zeros that a loop adds to, and for the shapes that a function is transposed by.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from mora_jax._common.types import ArrayLike, Shape
+
+Axes = frozenset[Any]
+
+
+def _axes_of(*arrays: Any) -> Axes:
+    """The axes along which any of the arrays differ."""
+    axes: Axes = frozenset()
+    for x in arrays:
+        kind = jax.typeof(x)
+        if hasattr(kind, "manual_axis_type"):  # since JAX 0.10; `vma` before
+            axes |= kind.manual_axis_type.varying
+        else:
+            axes |= getattr(kind, "vma", frozenset())
+    return axes
+
+
+def _vary(x: Any, axes: Axes) -> Any:
+    more = tuple(sorted(axes - _axes_of(x), key=str))
+    if not more:
+        return x
+    if hasattr(jax.lax, "pcast"):
+        return jax.lax.pcast(x, more, to="varying")
+    lax: Any = jax.lax  # of JAX up to 0.8
+    return lax.pvary(x, more)
+
+
+def alike(*arrays: ArrayLike) -> list[Any]:
+    """The arrays, as ones that differ along the same axes.
+
+    The gradient of one that did not is then summed over the devices, as it must be.
+    """
+    axes = _axes_of(*arrays)
+    return [_vary(x, axes) for x in arrays] if axes else list(arrays)
+
+
+def zeros_for(shape: Shape, dtype: DTypeLike, *arrays: Any) -> jax.Array:
+    """Zeros that a loop may add numbers to that are computed from `arrays`."""
+    return _vary(jnp.zeros(shape, dtype), _axes_of(*arrays))
+
+
+def shape_for(shape: Shape, dtype: DTypeLike, *arrays: Any) -> Any:
+    """What stands for an argument that differs along the same axes as `arrays`.
+
+    It is a shape, or zeros that nothing reads: versions of JAX differ in what says that
+    a shape differs.
+    """
+    if not _axes_of(*arrays):
+        return jax.ShapeDtypeStruct(shape, dtype)
+    return zeros_for(shape, dtype, *arrays)

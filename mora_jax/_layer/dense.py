@@ -1,0 +1,223 @@
+r"""One dense layer with its adapter, as a pure function.
+
+.. math:: y = x W + b + \alpha\, D(C(x) M), \qquad W' = W + \alpha\, C M D
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import Float, PRNGKeyArray, Shaped
+
+from mora_jax._common.axes import sizes
+from mora_jax._common.checks import check_kernel, check_key
+from mora_jax._common.types import ArrayLike
+from mora_jax._jax.linear_map import static
+from mora_jax._layer.adapted import adapted_product
+from mora_jax._mesh.layout import KernelLayout
+from mora_jax._plan.config import MoRAConfig, refuse_train
+from mora_jax._plan.spec import SUFFIX, AdapterSpec
+from mora_jax._tree.paths import adapter_of
+from mora_jax.operators import Operator
+from mora_jax.products import Contraction
+
+
+@dataclasses.dataclass(frozen=True)
+class FrozenDense:
+    """Everything of a dense layer that is not trained.
+
+    It is a pytree: kernel, bias and the operator's arrays are leaves, and the rest is
+    static.
+
+    Attributes:
+      kernel: W, (in, out), or an array of any number of axes that `axes` explains.
+      bias: b, of the shape (*stack, *out); or None.
+      operator: C and D for the kernel's flattened widths.
+      precision: The precision of both products, as in `jax.lax.dot_general`.
+      axes, alpha, scale, dropout, init, param_dtype, execution, layout: As for
+        `AdapterSpec`. They stand here and not in a spec, which holds the kernel's
+        shape: `jax.vmap` over a stack of kernels changes that.
+
+    Example::
+
+      >>> import mora_jax
+      >>> config = mora_jax.MoRAConfig(square_rank=2, operator="rotation")
+      >>> frozen = mora_jax.FrozenDense.from_config(jnp.ones((4, 6)), config=config)
+      >>> params = mora_jax.init(frozen)
+      >>> mora_jax.mora_apply(params, frozen, jnp.ones((3, 4))).shape
+      (3, 6)
+    """
+
+    # Any, since JAX puts shapes and the leaves of a `jax.tree.map` in place of arrays.
+    kernel: Any
+    bias: Any
+    operator: Operator
+    axes: str = "io"
+    alpha: float = 1.0
+    scale: float = 1.0
+    dropout: float = 0.0
+    init: str = "zeros"
+    param_dtype: DTypeLike = jnp.float32
+    execution: str = "auto"
+    precision: jax.lax.PrecisionLike = None
+    layout: KernelLayout | None = None
+
+    @classmethod
+    def from_config(
+        cls,
+        kernel: ArrayLike | jax.ShapeDtypeStruct,
+        bias: ArrayLike | jax.ShapeDtypeStruct | None = None,
+        *,
+        config: MoRAConfig | None = None,
+        axes: str = "io",
+    ) -> "FrozenDense":
+        """A layer with the adapter that `config` asks for.
+
+        Args:
+          kernel: W, or its shape.
+          bias: b, or its shape; None for a layer without a bias.
+          config: The settings; None for the defaults.
+          axes: The meaning of the kernel's axes, a letter each.
+
+        Raises:
+          TypeError: `kernel` is not a floating-point array.
+          ValueError: `axes` do not fit the kernel, the rank does not, or `config` has
+            `train`.
+        """
+        check_kernel(kernel, "kernel")
+        refuse_train(config, "one layer")
+        spec = AdapterSpec.from_config(
+            config, tuple(kernel.shape), axes, kernel_dtype=kernel.dtype
+        )
+        settings = {field: getattr(spec, field) for field in _SPEC_FIELDS}
+        return cls(kernel, bias, **settings)
+
+    @property
+    def spec(self) -> AdapterSpec:
+        """How the kernel is adapted."""
+        check_kernel(self.kernel, "kernel")
+        settings = {field: getattr(self, field) for field in _SPEC_FIELDS}
+        return AdapterSpec(kernel_shape=tuple(self.kernel.shape), **settings)
+
+
+_FIELDS = {field.name for field in dataclasses.fields(FrozenDense)}
+_SPEC_FIELDS = _FIELDS & {field.name for field in dataclasses.fields(AdapterSpec)}
+_DATA_FIELDS = ["kernel", "bias", "operator"]
+jax.tree_util.register_dataclass(
+    FrozenDense,
+    data_fields=_DATA_FIELDS,
+    meta_fields=sorted(_FIELDS - {*_DATA_FIELDS}),
+)
+
+
+def choose_dropout_key(
+    spec: AdapterSpec, key: PRNGKeyArray | None, deterministic: bool
+) -> PRNGKeyArray | None:
+    """The key for dropout, or None if nothing is dropped; a missing key is an error."""
+    check_key(key)
+    if spec.dropout == 0 or deterministic:
+        return None
+    if key is None:
+        raise ValueError(
+            f"dropout={spec.dropout} needs a key, got None; "
+            "pass one, or deterministic=True"
+        )
+    return key
+
+
+def mora_apply(
+    params: Mapping[str, ArrayLike],
+    frozen: FrozenDense,
+    x: Shaped[ArrayLike, "..."],
+    *,
+    key: PRNGKeyArray | None = None,
+    deterministic: bool = False,
+) -> Float[jax.Array, "..."]:
+    r"""One adapted dense layer (paper equation 3).
+
+    .. math:: y = x W + b + \alpha\, D(C(x) M)
+
+    Args:
+      params: The trained part, `{"kernel_mora": M}`, with M of shape (*stack, q, q).
+      frozen: Kernel, bias and operator.
+      x: The layer's input, (*stack, *batch, *in).
+      key: The key for dropout, which is needed where `frozen.dropout` is above zero.
+      deterministic: Whether to switch dropout off.
+
+    Returns:
+      (*stack, *batch, *out) in the dtype that x, kernel and bias promote to.
+
+    Raises:
+      TypeError: An argument is not an array, or M or the kernel is not floating-point.
+      ValueError: The shapes do not fit, or dropout has no key.
+
+    Example::
+
+      >>> import mora_jax
+      >>> truncation = mora_jax.operators.Truncation(3, 3, square_rank=1)
+      >>> frozen = mora_jax.FrozenDense(jnp.eye(3), None, truncation)
+      >>> params = {"kernel_mora": jnp.array([[0.5]])}
+      >>> mora_jax.mora_apply(params, frozen, jnp.ones((1, 3)))
+      Array([[1.5, 1. , 1. ]], dtype=float32)
+    """
+    m = params_adapter(params, frozen)
+    spec = frozen.spec
+    x = as_jax_array("x", x)
+    kernel = as_jax_array("kernel", frozen.kernel)
+    bias = None if frozen.bias is None else as_jax_array("bias", frozen.bias)
+    contraction = Contraction.from_axes(spec.axes, x.ndim)
+    contraction.check_input(tuple(x.shape), spec.kernel_shape)
+    dtype = jnp.result_type(x, kernel, *([] if bias is None else [bias]))
+    y = adapted_product(
+        spec,
+        m,
+        x.astype(dtype),
+        kernel.astype(dtype),
+        contraction,
+        static(_einsum, contraction.equation, frozen.precision),
+        dropout_key=choose_dropout_key(spec, key, deterministic),
+        precision=frozen.precision,
+    )
+    return y if bias is None else y + _broadcast_bias(bias, spec, y.ndim).astype(dtype)
+
+
+def _einsum(
+    equation: str, precision: jax.lax.PrecisionLike, x: jax.Array, kernel: jax.Array
+) -> jax.Array:
+    return jnp.einsum(equation, x, kernel, precision=precision)
+
+
+def as_jax_array(name: str, value: Any) -> jax.Array:
+    """`value` as a JAX array, tracers included, if it is an array."""
+    if not isinstance(value, jax.Array | np.ndarray | np.generic):
+        raise TypeError(
+            f"{name} must be an array, got {type(value).__name__}"
+            + "; for shapes alone call it under jax.eval_shape"
+            * isinstance(value, jax.ShapeDtypeStruct)
+        )
+    return jnp.asarray(value)
+
+
+def params_adapter(params: Mapping[str, ArrayLike], frozen: FrozenDense) -> ArrayLike:
+    """The M in `{"kernel_mora": M}`, checked."""
+    expected = f"kernel{SUFFIX}"
+    if not isinstance(frozen, FrozenDense):
+        raise TypeError(f"frozen must be a FrozenDense, got {type(frozen).__name__}")
+    if not isinstance(params, Mapping) or set(params) != {expected}:
+        got = sorted(params) if isinstance(params, Mapping) else type(params).__name__
+        raise ValueError(f"params must hold {expected!r} and nothing else, got {got}")
+    return adapter_of(params[expected], frozen.spec)
+
+
+def _broadcast_bias(bias: jax.Array, spec: AdapterSpec, ndim: int) -> jax.Array:
+    """The bias with axes of length 1 where the output has batch axes."""
+    stack = sizes(spec.kernel_shape, spec.axes, "s")
+    outs = sizes(spec.kernel_shape, spec.axes, "o")
+    if tuple(bias.shape) != stack + outs:
+        raise ValueError(f"bias must have shape {stack + outs}, got {bias.shape}")
+    ones = (1,) * (ndim - len(stack) - len(outs))
+    return bias.reshape(stack + ones + outs)

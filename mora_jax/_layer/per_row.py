@@ -1,0 +1,193 @@
+r"""The equation where each row of a batch has an M of its own.
+
+.. math:: y_b = x_b W + \alpha\, D(C(x_b) M_{s(b)})
+
+s(b) is the slot of row b. The layer's own product, C and D are those of the whole
+batch; only the product with M is by row. `TimesSlots` is that product for dense layers.
+Other products, and layers whose features devices share, do all of what is behind W for
+each row by itself, with copies of the M's (`jax.vmap`).
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from mora_jax._common.axes import sizes
+from mora_jax._common.types import Shape
+from mora_jax._jax.linear_map import LinearMap
+from mora_jax._jax.qwix_guard import matmul
+from mora_jax._jax.vma import shape_for, zeros_for
+from mora_jax._layer.compressed import compressed_rows
+from mora_jax._layer.slots import Selected, Slots, beyond_if_none
+from mora_jax._layer.squares import times_squares
+from mora_jax._layer.tuning import Tuning, by_platform
+from mora_jax._mesh.layout import gather_m, mesh_of
+from mora_jax._plan.spec import AdapterSpec
+from mora_jax.products import Contraction, Convolution, Product
+
+Added = Callable[[jax.Array, jax.Array], jax.Array]
+"""(M, x) to the delta of the layer's output."""
+
+
+def by_row(
+    spec: AdapterSpec,
+    product: Product,
+    added: Added,
+    precision: jax.lax.PrecisionLike,
+    m: Selected,
+    x: jax.Array,
+) -> jax.Array:
+    """The delta of a layer's output, where each row of a batch has an M of its own.
+
+    Args:
+      spec: The adapter.
+      product: What the layer computes.
+      added: The delta of the layer's output by one M for all rows.
+      precision: The precision of the product with M.
+      m: The M's.
+      x: The layer's input.
+
+    Raises:
+      ValueError: The input has no such batch.
+    """
+    ins, outs = _batch_axes(spec, product, x)
+    if x.shape[ins] != m.rows:
+        raise ValueError(
+            f"{spec.name}: axis {ins} of the layer's input must be the batch, with a "
+            f"row for each of the {m.rows} numbers of index, got an input of shape "
+            f"{x.shape}; a model must not join the batch with another axis"
+        )
+    shape, axes = spec.seen_by(len(product.axes))
+    layout = spec.layout
+    splits = layout is not None and layout.for_activations(axes, shape).splits
+    if splits or not isinstance(product, Contraction):
+        # A batch of one row stays in its place, so that the product is the same.
+        rows = jnp.moveaxis(jnp.expand_dims(x, ins + 1), ins, 0)
+        return jax.vmap(added, out_axes=outs)(m.gathered(), rows).squeeze(outs + 1)
+    one_device = layout is None and mesh_of(x) is None
+    ndim_m = len(spec.operator.m_shape) + 1
+    slots = Slots(gather_m(m.slots.m, layout, x, ndim_m), m.slots.ndim_m)
+    shape_of_m = slots.shape[slots.axis :]
+    times = TimesSlots(shape_of_m, slots.dtype, precision, one_device)
+    index = m.index[(0,) * slots.axis]
+
+    def for_rows(x: jax.Array) -> jax.Array:
+        def with_slots(m: jax.Array, x: jax.Array) -> jax.Array:
+            h, decompress, _ = compressed_rows(spec.operator, x)
+            # Alpha multiplies what is there once, instead of each M.
+            return decompress(spec.factor * times((h, index), m))
+
+        function = with_slots
+        for _ in range(slots.axis):
+            function = jax.vmap(function)
+        return function(slots.m, x)
+
+    x = product.to_rows(x)
+    if axes == product.axes:
+        y = for_rows(x)
+    else:
+        inputs = (*x.shape[:-1], spec.operator.in_features)
+        like = shape_for(inputs, x.dtype, x)
+        (y,) = jax.linear_transpose(for_rows, like)(x)
+    return product.from_rows(y, sizes(shape, product.axes, "o"))
+
+
+def _batch_axes(spec: AdapterSpec, product: Product, x: jax.Array) -> tuple[int, int]:
+    """The axes of the batch in a layer's input and output."""
+    if isinstance(product, Contraction):
+        free = [c for c in product.inputs if c not in product.kernel]
+        if free:
+            return product.inputs.index(free[0]), product.outputs.index(free[0])
+    elif x.ndim >= (len(product.axes) if isinstance(product, Convolution) else 1):
+        return 0, 0
+    raise ValueError(
+        f"{spec.name}: the layer's input must have an axis of the batch, since each "
+        f"row has an adapter of its own; got an input of shape {x.shape}"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class TimesSlots(LinearMap):
+    """The product of each row with the M in its slot, as a map of the M's.
+
+    The residuals are (h, index): what is multiplied, (B, ..., q), or (B, ..., K q) for
+    K squares, or blocks; and the slots of the rows, (B,), of which those out of range
+    stand for an M of zeros. The operand is (N, q, q), or (N, K, q, q).
+
+    Attributes:
+      shape: The shape of the operand.
+      dtype: The dtype of the operand.
+      precision: The precision of the products.
+      one_device: Whether one device has all rows.
+    """
+
+    shape: Shape
+    dtype: Any
+    precision: jax.lax.PrecisionLike
+    one_device: bool
+
+    def forward(self, residuals: Any, operand: jax.Array) -> jax.Array:
+        return self._either(self._in_loop, self._at_once, residuals, operand)
+
+    def backward(self, residuals: Any, cotangent: jax.Array) -> jax.Array:
+        summed, scattered = self._gradient_in_loop, self._gradient_at_once
+        return self._either(summed, scattered, residuals, cotangent).astype(self.dtype)
+
+    def _either(self, in_loop: Any, at_once: Any, *args: Any) -> jax.Array:
+        if not self.one_device:  # XLA splits a batch, and no loop
+            return at_once(*args)
+        return by_platform(_loops, in_loop, at_once, *args)
+
+    def _at_once(self, residuals: Any, m: jax.Array) -> jax.Array:
+        """All rows in one product, with a copy of an M for each."""
+        h, index = residuals
+        at = beyond_if_none(index, self.shape[0])
+        copies = m.at[at].get(mode="fill", fill_value=0)
+        return jax.vmap(self._product)(h, copies)
+
+    def _in_loop(self, residuals: Any, m: jax.Array) -> jax.Array:
+        """One row after another, without copies."""
+
+        def one(row: tuple[jax.Array, jax.Array]) -> jax.Array:
+            h, slot = row
+            y = self._product(h, jax.lax.dynamic_index_in_dim(m, slot, keepdims=False))
+            return jnp.where((slot >= 0) & (slot < self.shape[0]), y, 0)
+
+        return jax.lax.map(one, residuals)
+
+    def _gradient_at_once(self, residuals: Any, cotangent: jax.Array) -> jax.Array:
+        h, index = residuals
+        at, gradients = beyond_if_none(index, self.shape[0]), jax.vmap(self._gradient)
+        zeros = jnp.zeros(self.shape, self._wide(h))
+        return zeros.at[at].add(gradients(h, cotangent), mode="drop")
+
+    def _gradient_in_loop(self, residuals: Any, cotangent: jax.Array) -> jax.Array:
+        h, index = residuals
+        at = beyond_if_none(index, self.shape[0])
+
+        def add_row(row: jax.Array, total: jax.Array) -> jax.Array:
+            gradient = self._gradient(h[row], cotangent[row])
+            return total.at[at[row]].add(gradient, mode="drop")
+
+        zeros = zeros_for(self.shape, self._wide(h), h, cotangent)
+        return jax.lax.fori_loop(0, index.size, add_row, zeros)
+
+    def _product(self, h: jax.Array, m: jax.Array) -> jax.Array:
+        times = times_squares if m.ndim > 2 else matmul
+        return times(h, m.astype(h.dtype), self.precision)
+
+    def _gradient(self, h: jax.Array, cotangent: jax.Array) -> jax.Array:
+        """The gradient of one row's M, which is to be added to others."""
+        m = shape_for(self.shape[1:], h.dtype, h, cotangent)
+        by_m = jax.linear_transpose(lambda m: self._product(h, m), m)
+        return by_m(cotangent)[0].astype(self._wide(h))
+
+    def _wide(self, h: jax.Array) -> Any:
+        return jnp.promote_types(h.dtype, jnp.float32)
+
+
+def _loops(tuning: Tuning) -> bool:
+    return tuning.loops_over_rows

@@ -1,0 +1,134 @@
+"""Sums of a kernel and its delta, rounded to the kernel's own dtype.
+
+The numbers of a 16-bit kernel lie on a coarse grid. Where a delta is smaller than half
+a step of it, rounding to nearest gives the kernel back and the delta is lost, in all
+numbers at once. A dither rounds some of them away from zero, as many as the delta is a
+share of the step. Each number then has an error of up to one step, but the errors
+cancel in a sum over many inputs, which is what a layer computes.
+"""
+
+import functools
+import math
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mora_jax._common.axes import kernel_from_rows
+from mora_jax._common.checks import check_choice
+from mora_jax._common.types import ArrayLike, Shape
+
+Rounding = Literal["dither", "nearest"]
+
+
+def check_rounding(rounding: object) -> None:
+    """Raise unless `rounding` names a way to round."""
+    check_choice("rounding", rounding, get_args(Rounding))
+
+
+def add_rounded(
+    kernel: ArrayLike,
+    delta: ArrayLike,
+    axes: str,
+    dtype: jnp.dtype,
+    rounding: Rounding,
+    start: tuple[ArrayLike | int, ArrayLike | int] = (0, 0),
+) -> jax.Array:
+    """`kernel + delta` in `dtype`, computed in the dtype of `delta`.
+
+    A number whose kernel is not on the grid of `dtype` is rounded to nearest in either
+    way: what the kernel has beyond the grid is a dither already. Where the delta is
+    zero, a kernel on the grid stays as it is.
+
+    Args:
+      kernel: The kernel, of any floating-point dtype, or a part of one.
+      delta: The delta, with the kernel's shape, in float32 or float64.
+      axes: The kernel's axes, a letter each.
+      dtype: The dtype of the result.
+      rounding: "dither" or "nearest"; they differ for dtypes of less than 32 bits.
+      start: The first input and the first output feature of a part.
+    """
+    kernel = jnp.asarray(kernel)
+    total = kernel.astype(delta.dtype) + delta
+    if rounding == "nearest" or jnp.finfo(dtype).bits >= 32:
+        return total.astype(dtype)
+    on_grid = kernel.astype(dtype).astype(delta.dtype) == kernel.astype(delta.dtype)
+    return _dithered(total, on_grid, start, axes, dtype)
+
+
+def share_lost(change: ArrayLike, delta: ArrayLike) -> float:
+    """The share of a delta that is missing from the change of a kernel, along it.
+
+    Args:
+      change: The merged kernel minus the base's.
+      delta: The delta, of the same shape.
+    """
+    # Exact products: accelerators would round what they multiply to 16 bits.
+    dot = functools.partial(jnp.vdot, precision=jax.lax.Precision.HIGHEST)
+    size = dot(delta, delta)
+    return float(abs(1 - dot(change, delta) / size)) if size else 0.0
+
+
+@functools.partial(jax.jit, static_argnames=("axes", "dtype"))
+def _dithered(
+    total: jax.Array,
+    where: jax.Array,
+    start: tuple[ArrayLike, ArrayLike],
+    axes: str,
+    dtype: jnp.dtype,
+) -> jax.Array:
+    """`total` rounded with a dither `where` that is True, and to nearest elsewhere."""
+    numbers = _random_numbers(total.shape, start, axes)
+    if (total.dtype, dtype) == (jnp.float32, jnp.bfloat16):
+        dithered = _truncated(total, numbers)
+    else:
+        dithered = _stepped(total, numbers, dtype)
+    nearest = total.astype(dtype)
+    where &= jnp.isfinite(nearest) & jnp.isfinite(dithered)
+    where &= nearest.astype(total.dtype) != total
+    return jnp.where(where, dithered, nearest)
+
+
+def _truncated(total: jax.Array, numbers: jax.Array) -> jax.Array:
+    """float32 as bfloat16, which is its first half: a carry from the second rounds."""
+    bits = jax.lax.bitcast_convert_type(total, jnp.uint32) + (numbers >> np.uint32(16))
+    first_half = jax.lax.bitcast_convert_type(bits & np.uint32(0xFFFF0000), jnp.float32)
+    return first_half.astype(jnp.bfloat16)
+
+
+def _stepped(total: jax.Array, numbers: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """The same for any two dtypes, by the step of the grid at each number."""
+    grid = jnp.finfo(dtype)
+    thresholds = (numbers >> np.uint32(8)).astype(jnp.float32) * np.float32(2**-24)
+    # frexp gives mantissas from 1/2 on. XLA takes numbers below 2**-126 for zero.
+    exponent = jnp.maximum(jnp.frexp(total)[1] - 1, grid.minexp) - grid.nmant
+    step = jnp.ldexp(jnp.ones_like(total), jnp.maximum(exponent, -126))
+    steps = jnp.floor(jnp.abs(total) / step + thresholds)
+    return jnp.copysign(steps * step, total).astype(dtype)
+
+
+def _random_numbers(
+    shape: Shape, start: tuple[ArrayLike, ArrayLike], axes: str
+) -> jax.Array:
+    """Random 32 bits for each number of a kernel, the same in each run.
+
+    They are a hash of an input and an output feature. So a merge gives the same numbers
+    if a kernel is stored transposed, or as one index of a stack; a fold in training
+    gives those of the merge; and nothing is stored. A step folds each kernel twice, so
+    the hash is a short one: a sum of two products, of which each bit is then mixed into
+    all others twice.
+    """
+    pairs = list(zip(shape, axes, strict=True))
+    ins, outs = (math.prod(n for n, kind in pairs if kind == k) for k in "io")
+    stack = [n for n, kind in pairs if kind == "s"]
+    first_in, first_out = (jnp.asarray(k).astype(jnp.uint32) for k in start)
+    rows, columns = (
+        first + jax.lax.broadcasted_iota(jnp.uint32, (ins, outs), axis)
+        for axis, first in enumerate((first_in, first_out))
+    )
+    bits = rows * np.uint32(0x9E3779B1) + columns * np.uint32(0x85EBCA77)
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+        bits = (bits ^ (bits >> np.uint32(shift))) * np.uint32(factor)
+    bits ^= bits >> np.uint32(16)
+    return kernel_from_rows(jnp.broadcast_to(bits, (*stack, ins, outs)), shape, axes)

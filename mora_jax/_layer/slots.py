@@ -1,0 +1,121 @@
+"""M's of many adapters in one array, and the choice of one for each row of a batch."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.tree_util import GetAttrKey
+
+from mora_jax._common.types import Shape
+
+
+@jax.tree_util.register_pytree_with_keys_class
+@dataclasses.dataclass(frozen=True)
+class Slots:
+    """The M's that several adapters have for one kernel.
+
+    It stands in the place of an M in a tree of adapters, and has its array for its one
+    leaf. It knows which axis is that of the slots: with stacks of layers before it and
+    several squares behind it, shapes alone do not say.
+
+    Attributes:
+      m: The M's, (*stack, N, q, q), or (*stack, N, K, q, q) for K squares.
+      ndim_m: How many axes a single M has without those of a stack: 2 or 3.
+    """
+
+    m: Any
+    ndim_m: int
+
+    @property
+    def shape(self) -> Shape:
+        """The shape of the array."""
+        return tuple(self.m.shape)
+
+    @property
+    def dtype(self) -> Any:
+        """The dtype of the array."""
+        return self.m.dtype
+
+    @property
+    def axis(self) -> int:
+        """The axis of the slots."""
+        return len(self.shape) - self.ndim_m - 1
+
+    @property
+    def number(self) -> int:
+        """N, how many slots there are."""
+        return self.shape[self.axis]
+
+    @property
+    def shape_of_one(self) -> Shape:
+        """The shape of the M of one adapter: (*stack, q, q), or (*stack, K, q, q)."""
+        return self.shape[: self.axis] + self.shape[self.axis + 1 :]
+
+    def tree_flatten_with_keys(self) -> tuple[tuple[Any, ...], int]:
+        return ((GetAttrKey("m"), self.m),), self.ndim_m
+
+    @classmethod
+    def tree_unflatten(cls, ndim_m: int, children: tuple[Any]) -> "Slots":
+        return cls(*children, ndim_m)
+
+
+@jax.tree_util.register_pytree_with_keys_class
+@dataclasses.dataclass(frozen=True)
+class Selected:
+    """The M's in slots, and the slot of each row of a batch.
+
+    It stands in the place of an M where a model runs. No M is copied before a layer
+    does so: which way is fast depends on the layer's input.
+
+    Attributes:
+      slots: The M's.
+      index: The number of the slot for each row, (*stack, B), the same for all of the
+        stack; -1 for none.
+    """
+
+    slots: Slots
+    index: Any
+
+    @property
+    def shape(self) -> Shape:
+        """The shape of the M that a row has."""
+        return self.slots.shape_of_one
+
+    @property
+    def dtype(self) -> Any:
+        """The dtype of the M's."""
+        return self.slots.dtype
+
+    @property
+    def ndim(self) -> int:
+        """The number of axes of the M that a row has."""
+        return len(self.shape)
+
+    @property
+    def rows(self) -> int:
+        """B, the number of rows."""
+        return self.index.shape[-1]
+
+    def gathered(self) -> jax.Array:
+        """The M of each row, (B, *stack, q, q); zeros for none."""
+        axis = self.slots.axis
+        index = beyond_if_none(self.index[(0,) * axis], self.slots.number)
+        slots = jnp.moveaxis(self.slots.m, axis, 0)
+        return slots.at[index].get(mode="fill", fill_value=0)
+
+    def tree_flatten_with_keys(self) -> tuple[tuple[Any, ...], None]:
+        children = (GetAttrKey("slots"), self.slots), (GetAttrKey("index"), self.index)
+        return children, None
+
+    @classmethod
+    def tree_unflatten(cls, _: None, children: Any) -> "Selected":
+        return cls(*children)
+
+
+def beyond_if_none(index: jax.Array, number: int) -> jax.Array:
+    """Numbers of slots, of which those for none are beyond the slots.
+
+    JAX would count negative ones from the end.
+    """
+    return jnp.where(index < 0, number, index)

@@ -1,0 +1,1 @@
+"""Settings, and the plan made of them."""

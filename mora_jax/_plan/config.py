@@ -1,0 +1,311 @@
+"""What a user asks for."""
+
+import copy
+import dataclasses
+import functools
+import re
+from collections.abc import Iterable, Mapping
+from operator import index
+from typing import Any
+
+import jax.numpy as jnp
+from flax.core import FrozenDict
+from jax.typing import DTypeLike
+
+from mora_jax._common.checks import (
+    check_choice,
+    check_number,
+    check_rate,
+    check_seed,
+    floating_dtype,
+    positive_integer,
+)
+from mora_jax._common.warnings import warn
+from mora_jax._plan.settings import (
+    NAMES_ELSEWHERE,
+    check_pattern,
+    patterns_of,
+    setting_hint,
+)
+from mora_jax.operators._registry import OperatorSpec, parse_spec
+
+
+def default_targets(leaf: str) -> str:
+    """The pattern of paths to `leaf`; no head, router, embedding or convolution."""
+    return (
+        r"(?i)"
+        r"(?!(.*/)?(([^/]*_)?(head|router)|classifier|(router_)?logits|score|cls)"
+        r"(_\d+)?/)"
+        r"(?!.*(embed|conv)[^/]*/)(?!(.*/)?embedding$)"
+        rf"(.*/)?{leaf}"
+    )
+
+
+DEFAULT_TARGETS = (default_targets("kernel"),)
+
+SCALES = ("paper", "fine-tuning")
+INITS = ("zeros", "gaussian")
+EXECUTIONS = ("auto", "activation", "fold")
+
+DEFAULT_RANK = 8
+LARGEST_USUAL_ALPHA = 4.0
+
+
+@dataclasses.dataclass(frozen=True)
+class MoRAConfig:
+    r"""The settings of an adaptation; frozen and hashable.
+
+    In PEFT `targets` is called target_modules, and `overrides` is called rank_pattern
+    and alpha_pattern.
+
+    Attributes:
+      rank: The budget r. No M has more parameters than a LoRA of rank r would:
+        q <= sqrt((in + out) r).
+      operator: The fixed maps around M: "rotation", "sharing", "signed_sharing",
+        "decoupling", "signed_decoupling", "truncation", "orthogonal", "hadamard",
+        "permutation", or "auto"; or a mapping with further settings,
+        {"name": "sharing", "compress_groups": "contiguous"}.
+      alpha: The factor of the delta itself, so 1 is usual; a `MoRAWarning` is given
+        above 4. LoRA's libraries (PEFT, qwix) multiply by alpha / rank instead: what is
+        lora_alpha / r there is alpha here, and alpha=16 of theirs would be 16 times as
+        much here. (The reference ignores its alpha.)
+      scale: A factor of each delta beside alpha. "fine-tuning" takes the one with which
+        the learning rate of full fine-tuning suits M, whatever its operator, its width
+        and the kernel's shape: see `Operator.fine_tuning_scale`. With "paper" it is 1,
+        and each of these wants a rate of its own. The number is kept in plans and
+        files, so an adapter means the same wherever it is loaded.
+      square_rank: q itself, in place of `rank`.
+      multiple_of: The number whose multiple q is rounded down to. None chooses a q that
+        suits the layer's widths and the chip, see `square_rank`; it may use as little
+        as a quarter of the budget, which `Plan.summary` shows. 1 uses all of it.
+      squares: K, how many squares M is. Block k of C(x) is multiplied by square k mod
+        K. 1 is the paper's. "auto" chooses q as for one square, and then as many
+        squares as the budget of `rank` buys: it fills the budget where no larger q
+        suits a layer.
+      init: How M starts. "zeros" starts as an exact identity. "gaussian", of standard
+        deviation 1/sqrt(q), is AiDotNet's; it changes the model's outputs before the
+        first step.
+      dropout: The rate of dropout on the adapter's input; the frozen path sees all of
+        its input.
+      param_dtype: The dtype of M. None takes each kernel's dtype. That is for tools
+        which want one dtype in all leaves of a model, such as Tunix when it copies a
+        bfloat16 model to a sampler on another mesh. Otherwise keep float32: 16 bits
+        lose steps of M that are small in comparison with M.
+      execution: How a dense layer computes. "activation" adds alpha D(C(x) M) to its
+        output; "fold" multiplies by W + alpha C M D, which it computes again in each
+        step; "auto" takes what was faster in measurements, by the layer's shape, its
+        rows and its dtype. The results are the same up to rounding. Other layers,
+        stacks of kernels in one product, and layers under dropout never fold.
+      targets: Regular expressions that match the whole path of a kernel, such as
+        `.*/(q_proj|v_proj)/kernel`. By default these are the kernels of dense layers.
+      exclude: Regular expressions that match the paths to leave out.
+      overrides: {pattern: {setting: value}} for some targets; later patterns win. The
+        settings are all fields except `targets`, `exclude`, `overrides` and `train`.
+        "axes" is a setting in overrides alone, and not a field of the config: it gives
+        the meaning of a kernel's axes, a letter each, "i" for input features, "o" for
+        output features and "s" for a stack.
+      seed: The seed of the random operators.
+      train: Regular expressions that match the paths of arrays of the base that are
+        trained themselves, beside the M's: norms, biases, a head. The adapters hold a
+        copy of each of them, in `param_dtype` or in the array's own dtype, whichever
+        is wider. PEFT calls this modules_to_save.
+
+    Raises:
+      TypeError, ValueError: A setting that no kernel could have; `rank` together with
+        `square_rank`; alpha=0, which would train nothing.
+
+    Example::
+
+      >>> import mora_jax
+      >>> overrides = {".*/q_proj/kernel": {"rank": 16}}
+      >>> config = mora_jax.MoRAConfig(rank=4, overrides=overrides)
+      >>> config.settings("layer/q_proj/kernel")[0].rank
+      16
+    """
+
+    rank: int = DEFAULT_RANK
+    operator: OperatorSpec = "auto"
+    alpha: float = 1.0
+    scale: str = "fine-tuning"
+    square_rank: int | None = None
+    multiple_of: int | None = None
+    squares: int | str = 1
+    init: str = "zeros"
+    dropout: float = 0.0
+    param_dtype: DTypeLike | None = jnp.float32
+    execution: str = "auto"
+    targets: str | Iterable[str] = DEFAULT_TARGETS
+    exclude: str | Iterable[str] = ()
+    overrides: Mapping[str, Mapping[str, Any]] = dataclasses.field(
+        default_factory=FrozenDict
+    )
+    seed: int = 0
+    train: str | Iterable[str] = ()
+
+    def __new__(cls, *args: Any, **settings: Any) -> "MoRAConfig":
+        """Refuse settings that this class does not have, before `__init__` does."""
+        known = [field.name for field in dataclasses.fields(cls)]
+        for name in settings:
+            if name not in known:
+                raise TypeError(
+                    f"MoRAConfig has no setting {name!r}{setting_hint(name, known)}"
+                )
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        self._check()
+        for alpha in (self.alpha, *_values(self.overrides, "alpha")):
+            if abs(alpha) > LARGEST_USUAL_ALPHA:
+                warn(
+                    f"alpha={alpha:g} multiplies the delta itself, and 1 is usual: "
+                    "what LoRA calls lora_alpha is alpha=lora_alpha / r here"
+                )
+
+    def _check(self) -> None:
+        """Check all settings, and store them in types that hash and compare."""
+        self._set("rank", _positive_integer("rank", self.rank))
+        for field in ("square_rank", "multiple_of"):
+            if getattr(self, field) is not None:
+                self._set(field, _positive_integer(field, getattr(self, field)))
+        if self.square_rank is not None and self.rank != DEFAULT_RANK:
+            raise ValueError(
+                f"rank and square_rank exclude each other, got rank={self.rank} and "
+                f"square_rank={self.square_rank}: rank is a budget that q is chosen "
+                "by, square_rank is q itself"
+            )
+        if self.squares != "auto":
+            self._set("squares", _positive_integer("squares", self.squares))
+        elif self.square_rank is not None:
+            raise ValueError(
+                "squares='auto' fills the budget of rank, and square_rank="
+                f"{self.square_rank} stands in its place; say how many squares, or rank"
+            )
+        parse_spec(self.operator)
+        if isinstance(self.operator, Mapping):
+            self._set("operator", FrozenDict(self.operator))
+        self._set("alpha", check_number("alpha", self.alpha))
+        if self.alpha == 0:
+            raise ValueError(
+                "alpha must not be 0, which would make every delta and every gradient "
+                "of the adapters 0"
+            )
+        self._set("dropout", check_rate(self.dropout))
+        check_choice("scale", self.scale, SCALES)
+        check_choice("init", self.init, INITS)
+        check_choice("execution", self.execution, EXECUTIONS)
+        if self.param_dtype is not None:
+            self._set("param_dtype", floating_dtype(self.param_dtype))
+        check_seed(self.seed)
+        self._set("seed", index(self.seed))
+        for field in ("targets", "exclude", "train"):
+            self._set(field, patterns_of(field, getattr(self, field)))
+        if not self.targets:
+            raise ValueError("targets must hold at least one pattern, got none")
+        self._check_overrides()
+
+    def _set(self, field: str, value: Any) -> None:
+        object.__setattr__(self, field, value)
+
+    def _check_overrides(self) -> None:
+        if not isinstance(self.overrides, Mapping):
+            raise TypeError(
+                f"overrides must map patterns to settings, got {self.overrides!r}"
+            )
+        self._set("overrides", FrozenDict(self.overrides))
+        for pattern, settings in self.overrides.items():
+            check_pattern("overrides", pattern)
+            if not isinstance(settings, Mapping):
+                raise TypeError(
+                    f"overrides[{pattern!r}] must be a mapping, got {settings!r}"
+                )
+            fields = {field.name for field in dataclasses.fields(self)}
+            whole = {"targets", "exclude", "overrides", "train"}
+            allowed = fields - whole | {"axes"}
+            if unknown := sorted(set(settings) - allowed, key=str):
+                raise ValueError(
+                    f"overrides[{pattern!r}] must use {sorted(allowed)}, "
+                    f"got {unknown}{setting_hint(str(unknown[0]), sorted(allowed))}"
+                )
+            if "rank" in settings and settings.get("square_rank") is not None:
+                raise ValueError(
+                    f"overrides[{pattern!r}] must hold rank or square_rank, got both"
+                )
+            self._override(settings)
+
+    def settings(self, path: str) -> tuple["MoRAConfig", str | None]:
+        """The config for one kernel, and its axes where an override names them."""
+        merged: dict[str, Any] = {}
+        for pattern, settings in self.overrides.items():
+            if re.fullmatch(pattern, path):
+                # rank and square_rank exclude each other, and later patterns win.
+                if "rank" in settings:
+                    merged.pop("square_rank", None)
+                if "square_rank" in settings:
+                    merged.pop("rank", None)
+                merged |= settings
+        return self._override(merged) if merged else self, merged.get("axes")
+
+    def _override(self, settings: Mapping[str, Any]) -> "MoRAConfig":
+        if settings.get("square_rank") is not None:
+            settings = {"rank": DEFAULT_RANK, **settings}
+        elif "rank" in settings:
+            settings = {"square_rank": None, **settings}
+        changed = copy.copy(self)  # a new config would warn again
+        for field, value in {**settings, "overrides": FrozenDict()}.items():
+            if field != "axes":
+                changed._set(field, value)
+        changed._check()
+        return changed
+
+
+# `__new__` takes anything, so help() is led to the signature of `__init__`.
+functools.update_wrapper(
+    MoRAConfig.__new__, MoRAConfig.__init__, assigned=(), updated=()
+)
+
+
+def check_config(config: Any, call: str = "MoRAConfig(rank=8)") -> MoRAConfig:
+    """`config`, or the default config for None.
+
+    Args:
+      config: What a user gave as a config.
+      call: The call of the function, for the message.
+
+    Raises:
+      TypeError: `config` is something else.
+    """
+    if config is None:
+        return MoRAConfig()
+    if isinstance(config, MoRAConfig):
+        return config
+    got = type(config).__name__
+    if hasattr(config, "shape"):
+        got = f"an array of shape {tuple(config.shape)}"
+    fields = {field.name for field in dataclasses.fields(MoRAConfig)}
+    if isinstance(config, int):
+        hint = f"write MoRAConfig(rank={config})"
+    elif isinstance(config, Mapping) and set(config) <= fields | set(NAMES_ELSEWHERE):
+        settings = ", ".join(f"{name}={value!r}" for name, value in config.items())
+        hint = f"write MoRAConfig({settings})"
+    else:
+        hint = f"the call is {call}, where config may be None"
+    raise TypeError(f"config must be a MoRAConfig, got {got}: {hint}")
+
+
+def _values(overrides: Mapping[str, Mapping[str, Any]], name: str) -> list[Any]:
+    return [settings[name] for settings in overrides.values() if name in settings]
+
+
+def _positive_integer(name: str, value: Any) -> int:
+    positive_integer(name, value)
+    return index(value)
+
+
+def refuse_train(config: Any, what: str) -> None:
+    """Raise if `config` names arrays to train and `what`, which it is for, has none."""
+    config = check_config(config)
+    if config.train:
+        raise ValueError(
+            f"train must be empty for {what}, got {config.train}: it names arrays of a "
+            "whole model, which mora_jax.plan, linen.plan and nnx.plan find"
+        )

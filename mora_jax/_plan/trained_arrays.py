@@ -1,0 +1,171 @@
+"""Arrays of the base that are trained themselves, beside the M's."""
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from mora_jax._common.checks import DEQUANTISE, floating_dtype
+from mora_jax._common.types import Shape
+from mora_jax._layer.dense import as_jax_array
+from mora_jax._tree.paths import Path, lacking
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainedArray:
+    """An array of the base that is trained itself: a norm's scale, a bias, a head.
+
+    The adapters hold a copy of it, under its own path, which training changes. The
+    model computes with the copy, rounded to the dtype of the base's array, and `merge`
+    puts that into the base.
+
+    Attributes:
+      path: The array's place in the params tree.
+      shape: Its shape.
+      dtype: The dtype of the copy.
+      base_dtype: The dtype of the base's array.
+
+    Example::
+
+      >>> import jax.numpy as jnp, mora_jax
+      >>> params = {"fc": {"kernel": jnp.ones((8, 8)), "bias": jnp.ones(8)}}
+      >>> plan = mora_jax.plan(params, mora_jax.MoRAConfig(train="fc/bias"))
+      >>> plan.trained[0].name, plan.trained[0].shape
+      ('fc/bias', (8,))
+    """
+
+    path: Path
+    shape: Shape
+    dtype: DTypeLike = jnp.float32
+    base_dtype: DTypeLike = jnp.float32
+
+    def __post_init__(self) -> None:
+        for field in ("dtype", "base_dtype"):
+            dtype = floating_dtype(getattr(self, field), field)
+            object.__setattr__(self, field, dtype)
+
+    @classmethod
+    def of(cls, path: Path, leaf: Any, param_dtype: DTypeLike | None) -> "TrainedArray":
+        """The array `leaf` of the base, whose copy is no narrower than it is.
+
+        Args:
+          path: The array's place in the params tree.
+          leaf: The array, or its shape.
+          param_dtype: The dtype that the copy has at least; None for that of `leaf`.
+
+        Raises:
+          TypeError: The array is not floating-point.
+        """
+        _check_floating("/".join(path), leaf)
+        dtype = jnp.promote_types(leaf.dtype, param_dtype or leaf.dtype)
+        return cls(path, tuple(leaf.shape), dtype, leaf.dtype)
+
+    @property
+    def name(self) -> str:
+        """The array's path, slash-joined."""
+        return "/".join(self.path)
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers it holds."""
+        return math.prod(self.shape)
+
+    def check(self, array: Any, where: str = "") -> None:
+        """Raise unless `array` can be this array; `where` is for the message.
+
+        Raises:
+          TypeError: It is not a floating-point array or the shape of one.
+          ValueError: It has another shape.
+        """
+        if not hasattr(array, "shape") or not hasattr(array, "dtype"):
+            raise TypeError(
+                f"{self.name}{where} must be an array, got {type(array).__name__}"
+            )
+        if tuple(array.shape) != self.shape:
+            raise ValueError(
+                f"{self.name}{where} must have shape {self.shape}, got "
+                f"{tuple(array.shape)}"
+            )
+        _check_floating(self.name, array)
+
+
+Items = list[tuple[TrainedArray, Any]]
+"""Each trained array of a plan with its copy."""
+
+
+def _check_floating(name: str, array: Any) -> None:
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise TypeError(
+            f"{name} must have a floating-point dtype to be trained, got "
+            f"{array.dtype}; {DEQUANTISE.partition(',')[0]}, or take it out of train"
+        )
+
+
+def find_trained(
+    leaves: Mapping[str, tuple[Path, Any]], trained: TrainedArray
+) -> tuple[Path, Any]:
+    """The path and the base's array of `trained`, checked.
+
+    Args:
+      leaves: The leaves of the params, as `named_leaves` gives them.
+      trained: The array to find.
+
+    Raises:
+      TypeError: The base's array is not floating-point.
+      ValueError: There is no such array, or it has another shape.
+    """
+    name = trained.name
+    if name not in leaves:
+        raise ValueError(
+            f"params lack {name!r}, which the plan trains{lacking(name, leaves)}"
+        )
+    path, leaf = leaves[name]
+    trained.check(leaf, " in params")
+    return path, leaf
+
+
+def copies(
+    leaves: Mapping[str, tuple[Path, Any]], trained: Iterable[TrainedArray]
+) -> dict[Path, jax.Array]:
+    """{path: a copy of the base's array, with which training starts}."""
+    found = {}
+    for one in trained:
+        _, leaf = find_trained(leaves, one)
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            raise TypeError(
+                f"params must hold arrays, got the shape of {one.name!r}, which the "
+                "plan trains: call init under jax.eval_shape for shapes"
+            )
+        # A copy in any case: a step may be given the adapters to overwrite.
+        found[one.path] = jnp.array(leaf, dtype=one.dtype, copy=True)
+    return found
+
+
+def replacements(
+    leaves: Mapping[str, tuple[Path, Any]],
+    items: Items,
+    dtype: DTypeLike | None = None,
+) -> dict[Path, jax.Array]:
+    """{path: the trained copy as the model reads it}, in the dtype of the base's array.
+
+    Args:
+      leaves: The leaves of the params, as `named_leaves` gives them.
+      items: The trained arrays with their copies.
+      dtype: The dtype of the results, in place of that of the base's arrays.
+    """
+    found = {}
+    for trained, copy in items:
+        path, leaf = find_trained(leaves, trained)
+        array = as_jax_array(trained.name, copy)
+        found[path] = array.astype(dtype or leaf.dtype)
+    return found
+
+
+def refuse_trained(trained: Iterable[TrainedArray], why: str) -> None:
+    """Raise if there are trained arrays; `why` says what cannot be done with them."""
+    for one in trained:
+        raise ValueError(f"{one.name}: the plan trains this array itself, {why}")

@@ -1,0 +1,300 @@
+"""A walk through the program of a model's call, from its kernels to its outputs."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from jax.extend.core import Jaxpr, Literal
+from jax.interpreters import partial_eval
+
+from mora_jax._trace_check.marks import Call, mark_p
+from mora_jax._trace_check.primitives import IDENTITIES, OPAQUE, PREPARING, PRODUCTS
+from mora_jax._trace_check.trails import Trail, Uses, Value, joined, with_changed_inputs
+from mora_jax._trace_check.verdict import fault, listed, multiplied
+from mora_jax._trace_check.views import View, length, named, reshape, transpose
+from mora_jax.products import Contraction
+
+
+def follow(jaxpr: Jaxpr, names: Sequence[str], stacked: Mapping[str, int]) -> Uses:
+    """Follow the arrays of a model through the program of one call.
+
+    Args:
+      jaxpr: The program, with marks.
+      names: The paths of its first inputs, the arrays of the model.
+      stacked: {path of a kernel: how many of its leading axes are stack axes}.
+    """
+    jaxpr, used = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+    paths = [name for name, use in zip(names, used, strict=False) if use]
+    uses = Uses(reached=set(paths))
+    values = [Value() for _ in jaxpr.invars]
+    for k, (name, var) in enumerate(zip(paths, jaxpr.invars, strict=False)):
+        shape: Any = var.aval.shape  # type: ignore[attr-defined]
+        if len(shape) > 1:
+            view = named(range(len(shape)), shape)
+            values[k] = Value({name: Trail(view, len(shape))})
+    for value in _Walk(uses, stacked).run(jaxpr, values):
+        for name, trail in value.trails.items():
+            if trail.unseen:
+                uses.unseen.setdefault(name, trail.unseen)
+            else:
+                steps = [trail.by, *sorted(trail.through)]
+                uses.outside.setdefault(name, listed(step for step in steps if step))
+    return uses
+
+
+class _Walk:
+    """A walk through a program and the programs inside it."""
+
+    def __init__(self, uses: Uses, stacked: Mapping[str, int], depth: int = 0) -> None:
+        self.uses, self.stacked, self.depth = uses, stacked, depth
+        self.handlers: Mapping[str, Callable[[Any, list[Value]], list[Value]]] = {
+            "mora_mark": self._mark,
+            "reshape": self._reshape,
+            "squeeze": self._reshape,
+            "expand_dims": self._reshape,
+            "broadcast_in_dim": self._broadcast,
+            "transpose": self._transpose,
+            "slice": self._slice,
+            "dynamic_slice": self._slice,
+            "add": self._add,
+            "add_any": self._add,
+            "scan": self._scan,
+            "while": self._while,
+            "cond": self._cond,
+            **dict.fromkeys(IDENTITIES, self._identity),
+            **dict.fromkeys(PRODUCTS, self._product),
+        }
+
+    def run(self, jaxpr: Jaxpr, inputs: Sequence[Value]) -> list[Value]:
+        """What the outputs of `jaxpr` depend on."""
+        known = dict(zip(jaxpr.invars, inputs, strict=True))
+        nothing = Value()
+
+        def read(atom: Any) -> Value:
+            return nothing if isinstance(atom, Literal) else known.get(atom, nothing)
+
+        for eqn in jaxpr.eqns:
+            values = [read(atom) for atom in eqn.invars]
+            if eqn.primitive is mark_p or any(v.trails or v.inputs for v in values):
+                known |= zip(eqn.outvars, self._step(eqn, values), strict=True)
+        return [read(atom) for atom in jaxpr.outvars]
+
+    def _step(self, eqn: Any, values: list[Value]) -> list[Value]:
+        name = eqn.primitive.name
+        if handler := self.handlers.get(name):
+            return handler(eqn, values)
+        opened = [_open(value) for value in eqn.params.values()]
+        programs = [value for value in opened if isinstance(value, Jaxpr)]
+        if len(programs) == 1:
+            (inner,) = programs
+            pairs = (inner.invars, eqn.invars), (inner.outvars, eqn.outvars)
+            if all(_shapes(inside) == _shapes(outside) for inside, outside in pairs):
+                return self.run(inner, values)
+        if name in OPAQUE or name.endswith("_call") or programs:
+            trails = {
+                kernel: dataclasses.replace(trail, unseen=name)
+                for kernel, trail in joined(values).trails.items()
+            }
+            return [with_changed_inputs(trails, values)] * len(eqn.outvars)
+        return self._change(eqn, values)
+
+    def _change(self, eqn: Any, values: list[Value]) -> list[Value]:
+        """The handler of every primitive that has none: it changes numbers."""
+        name, shape = eqn.primitive.name, eqn.outvars[0].aval.shape
+        trails = {}
+        for kernel, trail in joined(values).trails.items():
+            at = [k for k, value in enumerate(values) if kernel in value.trails]
+            step = name if len(at) == 1 else f"{name} by itself"
+            # A factor leaves the axes where they are.
+            factor = name == "mul" or (name == "div" and at == [0])
+            kept = factor and len(at) == 1 and eqn.invars[at[0]].aval.shape == shape
+            trails[kernel] = trail.passed(step, trail.view if kept else None)
+        return [with_changed_inputs(trails, values)] * len(eqn.outvars)
+
+    def _identity(self, eqn: Any, values: list[Value]) -> list[Value]:
+        results = []
+        for var, value in zip(eqn.outvars, values, strict=False):
+            if value.trails and not jnp.issubdtype(var.aval.dtype, jnp.floating):
+                value, *_ = self._change(eqn, [value])
+            results.append(value)
+        return results
+
+    def _reshape(self, eqn: Any, values: list[Value]) -> list[Value]:
+        shape = eqn.outvars[0].aval.shape
+        return [values[0].moved(lambda view: reshape(view, shape))]
+
+    def _broadcast(self, eqn: Any, values: list[Value]) -> list[Value]:
+        """Axes of length 1 make this a reshape; longer axes hold copies."""
+        if eqn.invars[0].aval.size == eqn.outvars[0].aval.size:
+            return self._reshape(eqn, values)
+        return self._change(eqn, values)
+
+    def _transpose(self, eqn: Any, values: list[Value]) -> list[Value]:
+        order = eqn.params["permutation"]
+        return [values[0].moved(lambda view: transpose(view, order))]
+
+    def _slice(self, eqn: Any, values: list[Value]) -> list[Value]:
+        """One layer of a stacked kernel is a kernel, since it has an M of its own."""
+        shape, (value, *_) = eqn.outvars[0].aval.shape, values
+        (result,) = self._change(eqn, values)
+        trails = dict(result.trails)
+        for name, trail in value.trails.items():
+            layer = self._layer_of_stack(name, trail, shape)
+            if layer is not None and len(joined(values[1:]).trails) == 0:
+                trails[name] = dataclasses.replace(trail, view=layer)
+        return [Value(trails, result.inputs)]
+
+    def _layer_of_stack(self, name: str, trail: Trail, shape: Any) -> View | None:
+        """The view of a slice that takes one layer of a stack and all else whole."""
+        if trail.by or trail.view is None:
+            return None
+        axes, stacked = [], self.stacked.get(name, 0)
+        for axis, size in zip(trail.view, shape, strict=True):
+            if size == 1 and all(
+                isinstance(p.axis, int) and p.axis < stacked for p in axis
+            ):
+                axes.append(())
+            elif length(axis) == size:
+                axes.append(axis)
+            else:
+                return None
+        return tuple(axes)
+
+    def _add(self, eqn: Any, values: list[Value]) -> list[Value]:
+        """A bias may be added to a product, since it does not depend on the kernel."""
+        trails = {}
+        for name, trail in joined(values).trails.items():
+            alone = sum(name in value.trails for value in values) == 1
+            trails[name] = trail if alone and trail.by else trail.passed("add")
+        return [with_changed_inputs(trails, values)]
+
+    def _product(self, eqn: Any, values: list[Value]) -> list[Value]:
+        name, trails = eqn.primitive.name, {}
+        left, right, *_ = values
+        for is_first, value, operand in ((True, left, right), (False, right, left)):
+            for kernel, trail in value.trails.items():
+                if not trail.by and trail.through <= PREPARING and name != "gather":
+                    self.uses.multiplied.add(kernel)
+                if kernel in operand.trails:
+                    trails[kernel] = trail.passed(f"{name} by itself")
+                elif trail.by:
+                    trails[kernel] = trail.passed(name)
+                else:
+                    trails[kernel] = multiplied(eqn, kernel, trail, operand, is_first)
+        return [with_changed_inputs(trails, values)]
+
+    def _mark(self, eqn: Any, values: list[Value]) -> list[Value]:
+        call, lead, (value,) = eqn.params["call"], eqn.params["lead"], values
+        if eqn.params["end"]:
+            trails = dict(value.trails)
+            if trail := trails.pop(call.name, None):
+                self._check(call, trail, lead)
+            inputs = {c: view for c, view in value.inputs.items() if c is not call}
+            return [Value(trails, inputs)]
+        shape, product = eqn.outvars[0].aval.shape, call.product
+        letters: Sequence[Any] = range(len(shape) - lead)
+        if isinstance(product, Contraction):
+            letters = product.inputs
+        view = named([*(("vmap", k) for k in range(lead)), *letters], shape)
+        return [Value(value.trails, {**value.inputs, call: view})]
+
+    def _check(self, call: Call, trail: Trail, lead: int) -> None:
+        """Record what is wrong with the output of `call`, if anything is."""
+        if trail.unseen:
+            self.uses.unseen.setdefault(call.name, trail.unseen)
+        elif wrong := fault(call, trail, lead):
+            self.uses.faults.setdefault(call.name, f"{call.method} {wrong}")
+
+    def _scan(self, eqn: Any, values: list[Value]) -> list[Value]:
+        body = _open(eqn.params["jaxpr"])
+        # JAX has had several names for these numbers, so shapes must tell: what is
+        # stacked has one more axis outside of the body.
+        carry, unstacked = (
+            sum(len(a) == len(b) for a, b in zip(*shapes, strict=True))
+            for shapes in (
+                (_shapes(body.outvars), _shapes(eqn.outvars)),
+                (_shapes(body.invars), _shapes(eqn.invars)),
+            )
+        )
+        consts = unstacked - carry
+        fixed, start = values[:consts], values[consts:unstacked]
+        layers = [_in_one_round(value) for value in values[unstacked:]]
+        state = self._steady(
+            body, lambda state: [*fixed, *state, *layers], start, self.depth + 1
+        )
+        walk = _Walk(self.uses, self.stacked, self.depth + 1)
+        results = walk.run(body, [*fixed, *state, *layers])
+        return [*state, *(self._after_all_rounds(value) for value in results[carry:])]
+
+    def _after_all_rounds(self, value: Value) -> Value:
+        """What a scan makes by stacking: its slices of a kernel become the kernel."""
+        trails = {}
+        for name, trail in value.trails.items():
+            if trail.by:  # the walk does not follow which rows the products are of
+                trails[name] = dataclasses.replace(trail, unseen="scan")
+            elif trail.view is None or len(trail.outer) <= self.depth:
+                trails[name] = trail.passed("scan")
+            else:
+                *outer, axis = trail.outer
+                view = (axis, *trail.view)
+                trails[name] = dataclasses.replace(trail, view=view, outer=tuple(outer))
+        return Value(trails, dict.fromkeys(value.inputs))
+
+    def _while(self, eqn: Any, values: list[Value]) -> list[Value]:
+        start = eqn.params["cond_nconsts"]
+        stop = start + eqn.params["body_nconsts"]
+        body, fixed = _open(eqn.params["body_jaxpr"]), values[start:stop]
+        state = self._steady(
+            body, lambda state: [*fixed, *state], values[stop:], self.depth
+        )
+        self.run(body, [*fixed, *state])
+        return state
+
+    def _steady(
+        self,
+        body: Jaxpr,
+        inputs: Callable[[list[Value]], list[Value]],
+        state: list[Value],
+        depth: int,
+    ) -> list[Value]:
+        """A loop's state that holds before and after every round."""
+        while True:  # until nothing more is lost
+            # The uses are dropped, since these states may not hold in every round.
+            results = _Walk(Uses(), self.stacked, depth).run(body, inputs(state))
+            pairs = zip(state, results, strict=False)
+            weaker = [before.in_either(after) for before, after in pairs]
+            if weaker == state:
+                return state
+            state = weaker
+
+    def _cond(self, eqn: Any, values: list[Value]) -> list[Value]:
+        branches = [self.run(_open(b), values[1:]) for b in eqn.params["branches"]]
+        return [
+            functools.reduce(Value.in_either, outputs)
+            for outputs in zip(*branches, strict=True)
+        ]
+
+
+def _in_one_round(value: Value) -> Value:
+    """A stacked value as one round of a scan sees it: without the first axis."""
+    trails = {
+        name: trail
+        if trail.view is None
+        else dataclasses.replace(
+            trail, view=trail.view[1:], outer=(*trail.outer, trail.view[0])
+        )
+        for name, trail in value.trails.items()
+    }
+    inputs = {c: v if v is None else v[1:] for c, v in value.inputs.items()}
+    return Value(trails, inputs)
+
+
+def _open(jaxpr: Any) -> Any:
+    """The program inside of a closed one, which JAX 0.12 no longer tells apart."""
+    return getattr(jaxpr, "jaxpr", jaxpr)
+
+
+def _shapes(atoms: Sequence[Any]) -> list[Any]:
+    return [getattr(atom.aval, "shape", None) for atom in atoms]

@@ -1,0 +1,1 @@
+"""Trees of adapters: made, found, merged, optimized."""

@@ -1,0 +1,155 @@
+"""Which base an adapter was trained on: a digest of each kernel that it adapts."""
+
+import hashlib
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+from mora_jax._common.axes import sizes
+from mora_jax._common.types import Shape
+from mora_jax._plan.spec import AdapterSpec
+
+ROWS = 8
+"""How many rows of a kernel its digest covers."""
+
+
+def kernel_digests(spec: AdapterSpec, kernel: Any) -> tuple[str, ...]:
+    """The digest of a kernel for each index of its stack axes, in their order.
+
+    Only the rows that the digest covers are copied to the host.
+
+    Args:
+      spec: The adapter of the kernel.
+      kernel: An array of `spec.kernel_shape`, a NumPy or a JAX array. Its shards may be
+        on several devices, if this process can read them all.
+
+    Raises:
+      ValueError: Other processes hold parts of the kernel.
+    """
+    stack = sizes(spec.kernel_shape, spec.axes, "s")
+    rows = _rows(kernel, spec.kernel_shape, spec.axes)
+    rows = rows.reshape(-1, *rows.shape[len(stack) :])
+    return tuple(rows_digest(kernel_rows) for kernel_rows in rows)
+
+
+def rows_digest(rows: np.ndarray) -> str:
+    """The SHA-256 of rows of a kernel (in_features, out_features).
+
+    The rows are rounded to bfloat16 first, so that a float32 base and its bfloat16 copy
+    have the same digest.
+
+    Args:
+      rows: The rows that `row_numbers` names, (rows, out_features).
+    """
+    rounded = np.asarray(rows, np.float32).astype(jnp.bfloat16)
+    return hashlib.sha256(rounded.tobytes()).hexdigest()
+
+
+def row_numbers(in_features: int) -> np.ndarray:
+    """The numbers of the rows that a digest covers, up to `ROWS` of them."""
+    count = min(ROWS, in_features)
+    return np.arange(count) * (in_features - 1) // max(count - 1, 1)
+
+
+def readable(kernel: Any) -> bool:
+    """Whether this process has all values of `kernel`, which need not be an array."""
+    if isinstance(kernel, jax.Array) and not isinstance(kernel, Tracer):
+        return kernel.is_fully_addressable or kernel.is_fully_replicated
+    return isinstance(kernel, np.ndarray)
+
+
+def check_base(specs: Iterable[AdapterSpec], kernels: Mapping[str, Any]) -> None:
+    """Raise if a kernel is not the one that its adapter was trained on.
+
+    Some kernels are left unchecked: those of adapters whose file holds no digests,
+    those whose values this process does not have, those of another shape, which callers
+    refuse, and those of modules that were stacked after their plan was made.
+
+    Args:
+      specs: The adapters.
+      kernels: {path of the kernel: the kernel, or its shape}.
+
+    Raises:
+      ValueError: The rows of a kernel differ from those that its digest was made of.
+    """
+    for spec in specs:
+        kernel: Any = kernels.get(spec.name)
+        if spec.base_digest is None or not readable(kernel):
+            continue
+        stack = sizes(spec.kernel_shape, spec.axes, "s")
+        fits = len(spec.base_digest) == math.prod(stack)  # False for modules in a stack
+        if fits and tuple(kernel.shape) == spec.kernel_shape:
+            check_digests(spec, kernel_digests(spec, kernel))
+
+
+def check_digests(spec: AdapterSpec, digests: tuple[str, ...], at: int = 0) -> None:
+    """Raise unless `digests` are those of `spec` from the stack index `at` on."""
+    known = spec.base_digest
+    if known is not None and known[at : at + len(digests)] != digests:
+        raise ValueError(
+            f"the kernel {spec.name!r} holds other weights than the base that the "
+            "adapter was trained on: give that base, or set any_base=True to use these "
+            "weights"
+        )
+
+
+def _rows(kernel: Any, shape: Shape, axes: str) -> np.ndarray:
+    """(*stack, rows, out_features) of a kernel."""
+    ins, outs, stack = (sizes(shape, axes, letter) for letter in "ios")
+    numbers = row_numbers(math.prod(ins))
+    places = np.stack(np.unravel_index(numbers, ins)).astype(np.int32)
+    rows = np.empty((*stack, len(numbers), *outs), np.float32)
+    for index, data in _pieces(kernel):
+        first = [part.start or 0 for part in _slices(index, axes, "i")]
+        local = places - np.array(first, np.int32)[:, None]
+        extent = np.array(sizes(data.shape, axes, "i"))[:, None]
+        inside = ((local >= 0) & (local < extent)).all(0)
+        if inside.any():
+            here = np.flatnonzero(inside)
+            target = (*_slices(index, axes, "s"), here, *_slices(index, axes, "o"))
+            with np.errstate(over="ignore"):  # float64 beyond float32 is infinite
+                rows[target] = _take(data, axes, local[:, inside])
+    return rows.reshape(*stack, len(numbers), -1)
+
+
+def _slices(index: tuple[slice, ...], axes: str, letter: str) -> list[slice]:
+    """The slices of the axes that `axes` marks with `letter`."""
+    return [part for part, kind in zip(index, axes, strict=True) if kind == letter]
+
+
+def _pieces(kernel: Any) -> list[tuple[tuple[slice, ...], Any]]:
+    """The parts of an array that are on single devices, with their indices in it."""
+    if not isinstance(kernel, jax.Array):
+        return [((slice(None),) * kernel.ndim, kernel)]
+    if not readable(kernel):
+        raise ValueError(
+            "params must hold arrays that this process can read in full, got one of "
+            f"shape {kernel.shape} with parts on other processes"
+        )
+    copies = {str(shard.index): shard for shard in kernel.addressable_shards}
+    return [(shard.index, shard.data) for shard in copies.values()]
+
+
+def _take(data: Any, axes: str, places: np.ndarray) -> np.ndarray:
+    """The rows of one part: (*stack, rows, *outs).
+
+    Args:
+      data: The part, an array.
+      axes: The letters of its axes.
+      places: The indices of the rows in the part, (input axes, rows).
+    """
+    inputs = [k for k, kind in enumerate(axes) if kind == "i"]
+    index: list[Any] = [slice(None)] * len(axes)
+    for k, place in zip(inputs, places, strict=True):
+        index[k] = place
+    # NumPy puts the rows in place of adjacent input axes, and in front of other axes.
+    together = inputs[-1] - inputs[0] + 1 == len(inputs)
+    kinds = [kind for kind in axes if kind != "i"]
+    kinds.insert(inputs[0] if together else 0, "i")
+    order = [k for letter in "sio" for k, kind in enumerate(kinds) if kind == letter]
+    return np.asarray(data[tuple(index)]).transpose(order)

@@ -1,0 +1,267 @@
+"""Deltas added to kernels, and subtracted again."""
+
+from typing import Any, overload
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Float
+
+from mora_jax._common.checks import check_finite, floating_dtype
+from mora_jax._common.types import ArrayLike
+from mora_jax._layer.delta import delta_kernel
+from mora_jax._layer.dense import FrozenDense, as_jax_array, params_adapter
+from mora_jax._layer.rounding import Rounding, add_rounded, check_rounding
+from mora_jax._plan.plan import Plan, check_plan
+from mora_jax._plan.spec import SUFFIX, AdapterSpec
+from mora_jax._plan.trained_arrays import refuse_trained
+from mora_jax._tree.adapters import (
+    Tree,
+    adapter_items,
+    nest,
+    refuse_combined,
+    trained_items,
+    with_trained,
+)
+from mora_jax._tree.base_digest import check_base
+from mora_jax._tree.paths import Path, find_kernel, named_leaves, replace_leaves
+
+
+@overload
+def delta_weight(params: Any, frozen: FrozenDense) -> Float[jax.Array, "..."]: ...
+@overload
+def delta_weight(params: Any, frozen: Plan) -> Tree: ...
+def delta_weight(
+    params: Any, frozen: FrozenDense | Plan
+) -> Float[jax.Array, "..."] | Tree:
+    r"""What an adapter adds to its kernel, :math:`\alpha s\, C M D` (paper equation 3).
+
+    s is the kernel's `scale`, which is 1 in the paper. Arrays that train themselves are
+    left out.
+
+    PEFT calls it get_delta_weight.
+
+    Args:
+      params: `{"kernel_mora": M}` of one layer, or the adapters of a model.
+      frozen: The layer, or the plan.
+
+    Returns:
+      An array of the kernel's shape; for a model a tree of such arrays, under the names
+      of their kernels. They are in float32, or in float64 where M or the layer's kernel
+      is.
+
+    Example::
+
+      >>> import mora_jax
+      >>> settings = dict(operator="truncation", square_rank=1, scale="paper")
+      >>> config = mora_jax.MoRAConfig(alpha=2.0, **settings)
+      >>> frozen = mora_jax.FrozenDense.from_config(jnp.ones((2, 2)), config=config)
+      >>> mora_jax.delta_weight({"kernel_mora": jnp.ones((1, 1))}, frozen)
+      Array([[2., 0.],
+             [0., 0.]], dtype=float32)
+    """
+    if isinstance(frozen, FrozenDense):
+        m = wide(params_adapter(params, frozen), frozen.kernel.dtype)
+        return delta_kernel(frozen.spec, m)
+    items = _items(params, check_plan(frozen, "frozen"))
+    return nest({spec.path: delta_kernel(spec, wide(m)) for spec, m in items})
+
+
+def _items(adapters: Any, plan: Plan) -> list[tuple[AdapterSpec, jax.Array]]:
+    """Each spec with its M, which must be an array and not the shape of one."""
+    return [
+        (spec, as_jax_array(f"{spec.name}{SUFFIX}", m))
+        for spec, m in adapter_items(adapters, plan)
+    ]
+
+
+def wide(array: ArrayLike, *dtypes: DTypeLike) -> jax.Array:
+    """`array` in float32, or in float64 where it or any of `dtypes` is."""
+    array = jnp.asarray(array)
+    return array.astype(jnp.result_type(jnp.float32, array.dtype, *dtypes))
+
+
+def merge(
+    params: Any,
+    adapters: Any,
+    plan: Plan,
+    dtype: DTypeLike | None = None,
+    *,
+    any_base: bool = False,
+    rounding: Rounding = "dither",
+) -> Any:
+    r"""The base with its deltas added, to be kept: :math:`W' = W + \alpha\, C M D`.
+
+    The merged model computes the same function as the adapted model and costs what the
+    base does. Unlike `fold`, `merge` checks that the numbers of the M's are finite, and
+    that the kernels are those that the adapters were trained on.
+
+    The sum is taken in float32 (float64 where the kernel is) and rounded once, in
+    16-bit kernels with a dither: rounding to nearest would lose a delta that is small
+    beside its kernel. `diagnostics.merge_loss` says what is lost. Arrays that the plan
+    trains themselves take the place of the base's, rounded to nearest.
+
+    Args:
+      params: The base's params: any pytree, which may be `nnx.state(model, nnx.Param)`.
+      adapters: The adapters, as `init` makes them, or `nnx.state(model, MoRAParam)`.
+      plan: The plan of the adapters.
+      dtype: The dtype of the merged kernels and of the trained arrays; by default each
+        has that of the base's.
+      any_base: Whether to merge into any weights, also if the adapters were trained on
+        others. The plan knows the right ones if `save` was given `params`.
+      rounding: How to round to less than 32 bits: "dither" rounds as many numbers away
+        from zero as keeps the delta in the mean, the same ones in each run; "nearest"
+        rounds each by itself.
+
+    Returns:
+      A new tree of the same structure; unadapted leaves are the same arrays.
+
+    Raises:
+      TypeError: A leaf is not an array, a model stands in place of its params, or a
+        kernel is not floating-point but, for example, quantized.
+      ValueError: Adapters or params do not fit the plan, an M holds NaN or infinity,
+        `rounding` is unknown, or a kernel belongs to another base and `any_base` is
+        False.
+
+    Example::
+
+      >>> import mora_jax
+      >>> params = {"fc": {"kernel": jnp.ones((8, 8))}}
+      >>> plan = mora_jax.plan(params)
+      >>> merged = mora_jax.merge(params, mora_jax.init(plan), plan)
+      >>> bool((merged["fc"]["kernel"] == params["fc"]["kernel"]).all())
+      True
+    """
+    check_rounding(rounding)
+    finite_items(adapters, plan)
+    if not any_base:
+        leaves = named_leaves(params)
+        check_base(plan.specs, {s.name: find_kernel(leaves, s)[1] for s in plan.specs})
+    return _add(params, adapters, plan, dtype=dtype, rounding=rounding)
+
+
+def fold(params: Any, adapters: Any, plan: Plan, dtype: DTypeLike | None = None) -> Any:
+    r"""The base with its deltas added, inside of jit: :math:`W' = W + \alpha\, C M D`.
+
+    Unlike `merge`, `fold` checks no numbers and rounds to nearest, so that it can be
+    compiled and differentiated.
+
+    It trains the adapters of any model that is a function of its params, such as a
+    Haiku, Equinox or hand-written model, by `loss(fold(params, adapters, plan))`. This
+    costs more than `linen.wrap` and `nnx.wrap`: each step forms every delta and its
+    gradient at the full size of the kernel.
+
+    Args:
+      params: The base's params: any pytree of arrays, which may be an `nnx.State`.
+      adapters: The adapters, as `init` makes them, or `nnx.state(model, MoRAParam)`.
+      plan: The plan of the adapters. Where a kernel's axes are not (in, out), an
+        override of the config says so: `{".*weight": {"axes": "oi"}}`.
+      dtype: The dtype of the folded kernels and of the trained arrays; by default each
+        has that of the base's.
+
+    Returns:
+      A new tree of the same structure; unadapted leaves are the same arrays.
+
+    Raises:
+      TypeError: As `merge`.
+      ValueError: Adapters or params do not fit the plan.
+
+    Example::
+
+      >>> import mora_jax
+      >>> params = {"kernel": jnp.ones((8, 8))}
+      >>> plan = mora_jax.plan(params)
+      >>> def loss(adapters, params, x):
+      ...     kernel = mora_jax.fold(params, adapters, plan)["kernel"]
+      ...     return jnp.mean((x @ kernel) ** 2)
+      >>> adapters = mora_jax.init(plan)
+      >>> grads = jax.jit(jax.grad(loss))(adapters, params, jnp.ones((1, 8)))
+      >>> grads["kernel_mora"].shape
+      (8, 8)
+    """
+    return _add(params, adapters, plan, dtype=dtype)
+
+
+def unmerge(params: Any, adapters: Any, plan: Plan) -> Any:
+    r"""Subtract the deltas from merged kernels: :math:`W = W' - \alpha\, C M D`.
+
+    The result is approximate: each kernel comes back to within the rounding of its
+    dtype. To have the base exactly, keep it; `merge` does not change it.
+
+    Args:
+      params: The params that `merge` returned.
+      adapters: The adapters that were merged.
+      plan: The plan of the adapters.
+
+    Raises:
+      TypeError: As `merge`.
+      ValueError: As `merge`; a kernel has fewer than 32 bits and so would drift; or the
+        plan trains arrays, whose old values are not in the merged params.
+
+    Example::
+
+      >>> import mora_jax
+      >>> params = {"fc": {"kernel": jnp.ones((8, 8))}}
+      >>> plan = mora_jax.plan(params)
+      >>> adapters = jax.tree.map(lambda m: m + 1, mora_jax.init(plan))
+      >>> merged = mora_jax.merge(params, adapters, plan)
+      >>> base = mora_jax.unmerge(merged, adapters, plan)
+      >>> bool(jnp.allclose(base["fc"]["kernel"], params["fc"]["kernel"]))
+      True
+    """
+    leaves = named_leaves(params)
+    refuse_trained(
+        check_plan(plan).trained, "so that merging replaced it; keep the base instead"
+    )
+    for spec in plan.specs:
+        _, kernel = find_kernel(leaves, spec)
+        if jnp.finfo(kernel.dtype).bits < 32:
+            raise ValueError(
+                f"unmerge needs float32 kernels, got {kernel.dtype} at {spec.name!r}; "
+                "keep the base instead"
+            )
+    finite_items(adapters, plan)
+    return _add(params, adapters, plan, sign=-1)
+
+
+def finite_items(adapters: Any, plan: Plan) -> list[tuple[AdapterSpec, jax.Array]]:
+    """Each spec with its M, which must be finite unless it is being traced."""
+    items = _items(adapters, plan)
+    for spec, m in items:
+        check_finite(m, f"{spec.name}{SUFFIX}")
+    for one, copy in trained_items(adapters, plan):
+        check_finite(copy, f"{one.name} in the adapters")
+    return items
+
+
+def with_kernels(
+    params: Any, items: list[tuple[AdapterSpec, jax.Array]]
+) -> list[tuple[AdapterSpec, jax.Array, Path, jax.Array]]:
+    """Each spec and M with the path and the array of the kernel, which are checked."""
+    found, leaves = [], named_leaves(params)
+    refuse_combined(leaves, [spec for spec, _ in items])
+    for spec, m in items:
+        path, kernel = find_kernel(leaves, spec)
+        found.append((spec, m, path, as_jax_array(spec.name, kernel)))
+    return found
+
+
+def _add(
+    params: Any,
+    adapters: Any,
+    plan: Plan,
+    *,
+    sign: int = 1,
+    dtype: DTypeLike | None = None,
+    rounding: Rounding = "nearest",
+) -> Any:
+    if dtype is not None:
+        dtype = floating_dtype(dtype, "dtype")
+    sums: dict[Path, jax.Array] = {}
+    for spec, m, path, kernel in with_kernels(params, _items(adapters, plan)):
+        delta = sign * delta_kernel(spec, wide(m, kernel.dtype))
+        sums[path] = add_rounded(
+            kernel, delta, spec.axes, dtype or kernel.dtype, rounding
+        )
+    params = with_trained(params, trained_items(adapters, plan), dtype)
+    return replace_leaves(params, sums)

@@ -1,0 +1,154 @@
+"""Optax on a combined tree: the M's are trained, the base stays bitwise the same."""
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from mora_jax._plan.plan import Plan, check_plan
+from mora_jax._plan.settings import patterns_of
+from mora_jax._plan.spec import SUFFIX
+from mora_jax._tree.paths import is_boxed, lacking, located_leaves, pattern_hint
+
+
+def trainable_mask(
+    params: Any, base: str | Iterable[str] = (), *, plan: Plan | None = None
+) -> Any:
+    """True for each M of a combined tree, False for the frozen leaves.
+
+    Do not freeze with `optax.masked`: it lets the gradients of masked leaves *through*.
+    Use `optimizer`.
+
+    Args:
+      params: A tree as `combine` makes it, or the state of a model with adapters.
+      base: Patterns of base leaves to train as well, such as `.*/norm/scale`; ".*" for
+        all of them. PEFT calls such modules modules_to_save, and AiDotNet says
+        freezeBaseLayer=false.
+      plan: The plan of the adapters, if it trains arrays of the base: they train too.
+
+    Returns:
+      A tree of bools, one for each array. An array in a box of metadata has one bool
+      in place of both.
+
+    Raises:
+      TypeError: A model stands in place of its params.
+      ValueError: The tree holds no M, a pattern matches nothing, or the tree lacks an
+        array that the plan trains.
+
+    Example::
+
+      >>> import mora_jax
+      >>> params = {"kernel": jnp.ones((8, 8)), "kernel_mora": jnp.ones((4, 4))}
+      >>> mora_jax.trainable_mask(params)
+      {'kernel': False, 'kernel_mora': True}
+    """
+    patterns = patterns_of("base", base)
+    names = ["/".join(path) for path in located_leaves(params)]
+    structure = jax.tree.structure(params, is_leaf=is_boxed)
+    adapters = {name for name in names if name.endswith(SUFFIX)}
+    if not adapters:
+        raise ValueError(
+            f"params hold no '*{SUFFIX}' leaf: pass combine(params, adapters)"
+        )
+    trained, leaves = set(adapters), [name for name in names if name not in adapters]
+    for pattern in patterns:
+        matched = {name for name in leaves if re.fullmatch(pattern, name)}
+        if not matched:
+            raise ValueError(
+                f"base: {pattern!r} matches no base leaf"
+                + pattern_hint(pattern, leaves)
+            )
+        trained |= matched
+    for one in () if plan is None else check_plan(plan).trained:
+        if one.name not in leaves:
+            raise ValueError(
+                f"params lack {one.name!r}, which the plan trains"
+                + lacking(one.name, leaves)
+            )
+        trained.add(one.name)
+    return jax.tree.unflatten(structure, [name in trained for name in names])
+
+
+def trainable_labels(
+    params: Any, base: str | Iterable[str] = (), *, plan: Plan | None = None
+) -> Any:
+    """`trainable_mask` as labels for `optax.transforms.partition`.
+
+    Args:
+      params: A tree as `combine` makes it, or the state of a model with adapters.
+      base: Patterns of base leaves to train as well, as in `trainable_mask`.
+      plan: The plan of the adapters, as in `trainable_mask`.
+
+    Returns:
+      A tree of the labels "trainable" and "frozen".
+
+    Example::
+
+      >>> import mora_jax
+      >>> params = {"kernel": jnp.ones((8, 8)), "kernel_mora": jnp.ones((4, 4))}
+      >>> mora_jax.trainable_labels(params)
+      {'kernel': 'frozen', 'kernel_mora': 'trainable'}
+    """
+    mask = trainable_mask(params, base, plan=plan)
+    return jax.tree.map(lambda train: "trainable" if train else "frozen", mask)
+
+
+def optimizer(
+    tx: optax.GradientTransformation,
+    params: Any,
+    base: str | Iterable[str] = (),
+    *,
+    plan: Plan | None = None,
+) -> optax.GradientTransformation:
+    """`tx` for the M's of a combined tree; every other leaf stays bitwise the same.
+
+    The state holds arrays for the trained leaves only, and what `tx` computes over the
+    whole tree, such as the norm for clipping, covers those leaves alone. A separate
+    tree of adapters needs `tx` itself and not this function; no gradient of the base is
+    computed then.
+
+    Args:
+      tx: Any optax transformation.
+      params: A tree as `combine` makes it.
+      base: Patterns of base leaves to train as well, as in `trainable_mask`; PEFT's
+        modules_to_save.
+      plan: The plan of the adapters, as in `trainable_mask`.
+
+    Raises:
+      TypeError: As `trainable_mask`, or `tx` is not a transformation.
+      ValueError: As `trainable_mask`.
+
+    Example::
+
+      >>> import mora_jax, optax
+      >>> params = {"kernel": jnp.ones((8, 8)), "kernel_mora": jnp.ones((4, 4))}
+      >>> tx = mora_jax.optimizer(optax.adamw(1e-3), params)
+      >>> updates, state = tx.update(params, tx.init(params), params)
+      >>> moved = optax.apply_updates(params, updates)
+      >>> bool((moved["kernel"] == params["kernel"]).all())
+      True
+    """
+    check_transformation(tx)
+    labels = trainable_labels(params, base, plan=plan)
+    return optax.transforms.partition({"trainable": tx, "frozen": _freeze()}, labels)
+
+
+def check_transformation(tx: Any) -> None:
+    """Raise unless `tx` is a transformation of optax."""
+    if not isinstance(tx, optax.GradientTransformation):
+        raise TypeError(
+            "tx must be an optax transformation, such as optax.adamw(1e-3), "
+            f"got {type(tx).__name__}"
+        )
+
+
+def _freeze() -> optax.GradientTransformation:
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        # -0.0 and not 0.0: x + -0.0 is x for every x, while -0.0 + 0.0 is 0.0.
+        zeros = jax.tree.map(lambda g: -jnp.zeros_like(g), updates)
+        return zeros, state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)

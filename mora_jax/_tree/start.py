@@ -1,0 +1,40 @@
+"""M, the matrix of an adapter: what it must be, and how it starts."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import PRNGKeyArray
+
+from mora_jax._common.checks import check_key
+from mora_jax._plan.spec import SUFFIX, AdapterSpec
+
+
+def check_adapter(m: Any, spec: AdapterSpec) -> None:
+    """Raise unless `m` can be the M of `spec`."""
+    name = f"{spec.name}{SUFFIX}"
+    if not hasattr(m, "shape") or not hasattr(m, "dtype"):
+        raise TypeError(f"{name} must be an array, got {type(m).__name__}")
+    if tuple(m.shape) != spec.shape:
+        raise ValueError(f"{name} must have shape {spec.shape}, got {tuple(m.shape)}")
+    if not jnp.issubdtype(m.dtype, jnp.floating):
+        raise TypeError(f"{name} must have a floating-point dtype, got {m.dtype}")
+
+
+def init_adapter(spec: AdapterSpec, key: PRNGKeyArray | None = None) -> jax.Array:
+    """M as `spec.init` wants it, of the shape `spec.shape`."""
+    check_key(key)
+    dtype = spec.param_dtype
+    if spec.init == "zeros":
+        return _zeros(spec.shape, dtype)
+    if key is None:
+        raise ValueError("init='gaussian' needs a key, got None")
+    std = 1 / math.sqrt(spec.operator.square_rank)
+    return std * _normal(key, spec.shape, dtype)
+
+
+# A program for each shape takes a tenth of the time that JAX's own functions take
+# outside of jit.
+_zeros = jax.jit(jnp.zeros, static_argnums=(0, 1))
+_normal = jax.jit(jax.random.normal, static_argnums=(1, 2))
