@@ -17,8 +17,8 @@ import mora_jax
 from benchmarks.by_hand import lora_by_hand
 from benchmarks.cost import WAYS
 from mora_jax import FrozenDense, MoRAConfig, linen
+from mora_jax._jax.tuning import TUNING
 from mora_jax._layer.adapted import choose
-from mora_jax._layer.tuning import TUNING
 from mora_jax.products import Contraction
 
 FROZEN = "frozen"

@@ -34,7 +34,7 @@ from benchmarks import harness
 from benchmarks.harness import Contender, Row, check_close, race
 from models.options import positive
 from mora_jax import MoRAConfig, linen, serving
-from mora_jax._layer.tuning import by_platform
+from mora_jax._jax.tuning import by_platform
 
 FROZEN, ONE, EACH = "no adapter", "one adapter", "one for each row"
 MERGED, LORA = "merged copies", "LoRA of rank q"

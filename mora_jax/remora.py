@@ -18,7 +18,7 @@ import optax
 from flax import nnx
 
 from mora_jax._common.checks import check_number, positive_integer
-from mora_jax._layer.delta import delta_kernel
+from mora_jax._layer.equation import delta_kernel
 from mora_jax._layer.rounding import add_rounded
 from mora_jax._plan.plan import Plan, check_plan
 from mora_jax._plan.spec import AdapterSpec

@@ -12,8 +12,7 @@ from mora_jax._common.types import ArrayLike
 from mora_jax._flax.layer_rules import LayerRule
 from mora_jax._jax.linear_map import static
 from mora_jax._jax.qwix_guard import intercepted
-from mora_jax._layer.adapted import adapted_product, check_product
-from mora_jax._layer.delta import add_delta
+from mora_jax._layer.adapted import adapted_product, add_delta, check_product
 from mora_jax._layer.slots import Selected
 from mora_jax._plan.spec import AdapterSpec
 from mora_jax.products import Contraction, Lookup, Product

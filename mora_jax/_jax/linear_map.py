@@ -26,6 +26,12 @@ from jax.interpreters import ad, batching, mlir
 
 from mora_jax._common.types import ArrayLike
 from mora_jax._jax.qwix_guard import undisturbed
+from mora_jax._jax.tuning import (
+    TUNING,
+    chosen_platform,
+    default_platform,
+    traced_for,
+)
 from mora_jax._jax.vma import alike
 
 
@@ -73,15 +79,20 @@ class LinearMap(abc.ABC):
         """
         return {}
 
+    def chosen(self) -> "LinearMap":
+        """Map that computes the same in the way of `current_tuning()`."""
+        return self
+
     def __call__(self, residuals: Any, operand: ArrayLike) -> jax.Array:
         """A(r) x, with `backward` for its transpose."""
         leaves, treedef = jax.tree.flatten(residuals)
-        return linear_p.bind(*alike(*leaves, operand), call=_Call(self, treedef))
+        call = _Call(self, treedef, chosen_platform())
+        return linear_p.bind(*alike(*leaves, operand), call=call)
 
     def transpose(self, residuals: Any, cotangent: ArrayLike) -> jax.Array:
         """A(r)^T y, with `forward` for its transpose."""
         leaves, treedef = jax.tree.flatten(residuals)
-        call = _Call(self, treedef, transposed=True)
+        call = _Call(self, treedef, chosen_platform(), transposed=True)
         return linear_p.bind(*alike(*leaves, cotangent), call=call)
 
 
@@ -92,22 +103,33 @@ class _Call:
     Attributes:
       map: The linear map.
       treedef: The structure of its residuals.
-      transposed: Whether it computes `backward`.
+      platform: The platform that it is traced for; None for the default one, and until
+        it is lowered for another.
+      transposed: True if it computes `backward`.
       batch_axes: The axes that each `jax.vmap` around it maps, the outermost first.
     """
 
     map: LinearMap
     treedef: Any
+    platform: str | None
     transposed: bool = False
     batch_axes: tuple[tuple[int | None, ...], ...] = ()
 
     def __call__(self, *args: Any) -> jax.Array:
         if self.batch_axes:
-            return self._batched(_Call.__call__, ())(*args)
+            return self._batched(_Call.__call__)(*args)
         *leaves, operand = args
-        apply = self.map.backward if self.transposed else self.map.forward
-        # What is traced here is kept: by caches, or as a compiled program.
-        return undisturbed(apply)(jax.tree.unflatten(self.treedef, leaves), operand)
+        with traced_for(self.platform):
+            chosen = self.map.chosen()
+            apply = chosen.backward if self.transposed else chosen.forward
+            # What is traced here is kept: by caches, or as a compiled program.
+            return undisturbed(apply)(jax.tree.unflatten(self.treedef, leaves), operand)
+
+    def on(self, platform: str) -> "_Call":
+        """The call for a platform that it is lowered for."""
+        if self.platform is not None or platform == default_platform():
+            return self  # so that what was traced already is found again
+        return dataclasses.replace(self, platform=platform)
 
     def transpose(self) -> "_Call":
         return dataclasses.replace(self, transposed=not self.transposed)
@@ -132,16 +154,16 @@ class _Call:
         return derivative(jax.tree.unflatten(self.treedef, leaves), operand, tangent)
 
     def _batched(
-        self, method: Callable[..., Any], more: tuple[int, ...]
+        self, method: Callable[..., Any], like: tuple[int, ...] = ()
     ) -> Callable[..., Any]:
         """`method` of the plain call under all of the maps.
 
-        It takes further arguments, each of which is mapped as that numbered in `more`.
+        Extra arguments are batched like the arguments whose positions are in `like`.
         """
         plain = dataclasses.replace(self, batch_axes=())
         function: Callable[..., Any] = functools.partial(method, plain)
         for axes in reversed(self.batch_axes):
-            function = jax.vmap(function, (*axes, *(axes[k] for k in more)))
+            function = jax.vmap(function, (*axes, *(axes[k] for k in like)))
         return function
 
 
@@ -223,8 +245,17 @@ def _batch(args: Any, axes: Any, *, call: _Call) -> Any:
 ad.primitive_jvps[linear_p] = _jvp
 ad.primitive_transposes[linear_p] = _transpose
 batching.primitive_batchers[linear_p] = _batch
-# By `_run`, so that all calls of the same shapes share one function of the program.
-mlir.register_lowering(
-    linear_p,
-    mlir.lower_fun(lambda *args, call: _run(call, *args), multiple_results=False),
-)
+
+
+def _lowered_on(platform: str) -> Any:
+    # By `_run`, so that all calls of the same shapes share one function of the program.
+    def run(*args: Any, call: _Call) -> jax.Array:
+        return _run(call.on(platform), *args)
+
+    return mlir.lower_fun(run, multiple_results=False)
+
+
+# Where a program is lowered for several platforms, JAX asks for the rule of each.
+mlir.register_lowering(linear_p, _lowered_on("cpu"))
+for _platform in TUNING:
+    mlir.register_lowering(linear_p, _lowered_on(_platform), platform=_platform)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from mora_jax._jax.linear_map import LinearMap
-from mora_jax._layer.tuning import MAX_UNROLLED_SLICES, Tuning, by_platform
+from mora_jax._jax.tuning import MAX_UNROLLED_SLICES, current_tuning
 
 _SUBLANES, _LANES = 8, 128
 
@@ -59,9 +59,10 @@ class _Tile(LinearMap):
             parts = [operand, operand[..., :rest]] if rest else [operand]
             return jnp.concatenate(parts, axis=-1)
         rows = operand.shape[-2] if operand.ndim > 1 else 1
-        if rows % _SUBLANES or self.width % _LANES:
-            return self._tiled(operand)
-        return by_platform(_is_tiled, self._broadcast, self._tiled, operand)
+        whole_tiles = rows % _SUBLANES == self.width % _LANES == 0
+        if whole_tiles and current_tuning().chip == "tpu":
+            return self._broadcast(operand)
+        return self._tiled(operand)
 
     def _tiled(self, operand: jax.Array) -> jax.Array:
         *batch, width = operand.shape
@@ -101,7 +102,3 @@ class _Tile(LinearMap):
         first, *others = tiles
         total = sum((pad_to(tile, width) for tile in others), pad_to(first, width))
         return total.astype(y.dtype)
-
-
-def _is_tiled(tuning: Tuning) -> bool:
-    return tuning.tiled_memory

@@ -1,25 +1,9 @@
-r"""An adapted layer: the equation, and the ways to compute it.
-
-.. math:: y = x W + \alpha\, D(C(x) M) = x\,(W + \alpha\, C M D)
-
-There are three ways, which give the same numbers up to rounding:
-
-- "activation" is the equation as it stands. It reads the input and the output once
-  more.
-- "fold" computes the right-hand side (see `fold`). It reads the kernel once more, so it
-  pays where an input has many rows.
-- "fused" is for meshes (see `fused`). Each device adds its parts of both terms before
-  the devices sum them, so that there is one sum and not two.
-
-`choose` names one for a platform. A program may be compiled for another platform than
-it is traced on, or for several: where they differ, it holds two ways and takes one when
-it is compiled.
-"""
+"""Adapted products: a layer's own product, and the delta that its adapter adds."""
 
 import dataclasses
-import math
-from collections.abc import Mapping
-from typing import Any, Literal
+import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,85 +11,16 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import PRNGKeyArray
 
-from mora_jax._common.types import ArrayLike
-from mora_jax._jax.linear_map import Static, static
-from mora_jax._jax.qwix_guard import intercepted
-from mora_jax._layer.delta import Delta, add_delta
-from mora_jax._layer.fold import FoldedMap
-from mora_jax._layer.fused import FusedMap
-from mora_jax._layer.maps import ActivationMap, ByPlatform
+from mora_jax._common.types import ArrayLike, Shape
+from mora_jax._jax.linear_map import Static
+from mora_jax._jax.qwix_guard import undisturbed
+from mora_jax._layer.equation import Delta, adapted
+from mora_jax._layer.per_row import by_row
 from mora_jax._layer.slots import Selected
-from mora_jax._layer.tuning import TUNING, Tuning, current_tuning
-from mora_jax._mesh.layout import explicit_sharding
+from mora_jax._layer.ways import Adapted, joins
+from mora_jax._mesh.layout import explicit_layout, explicit_sharding, with_auto_axes
 from mora_jax._plan.spec import AdapterSpec
-from mora_jax.operators import Sharing, Truncation
-from mora_jax.products import Contraction, Product
-
-Way = Literal["activation", "fold", "fused"]
-
-
-def choose(
-    spec: AdapterSpec,
-    product: Product,
-    x: Any,
-    dtype: DTypeLike | None,
-    *,
-    dropout: bool = False,
-    explicit: bool = False,
-    tuning: Tuning | None = None,
-) -> Way:
-    """How a platform is to compute an adapted product.
-
-    Shapes and dtypes alone decide, and whether another library computes the layer's
-    product: it would be given, in place of the kernel that it knows, one with a delta,
-    and round it.
-
-    Args:
-      spec: The adapter.
-      product: What the layer computes.
-      x: The layer's input, or its shape.
-      dtype: The kernel's dtype in the computation; None for a kernel that is not an
-        array of floating-point numbers, such as a quantized one.
-      dropout: Whether the adapter drops some of its input, which the layer does not.
-      explicit: Whether the type of the input or the kernel says how it is sharded.
-      tuning: The constants of the platform; None for the one JAX computes on.
-
-    Returns:
-      "activation", "fold" or "fused"; see the head of this file.
-    """
-    shape, axes = spec.seen_by(len(product.axes))
-    joined = isinstance(product, Contraction) and "s" not in axes
-    if not joined or product.axes != axes or dtype is None or dropout or intercepted():
-        return "activation"
-    if explicit:  # the steps of the others have no such types
-        return "activation"
-    if not all(isinstance(size, int) for size in x.shape):  # of jax.export
-        return "activation"
-    if _should_fold(spec, math.prod(x.shape), dtype, tuning or current_tuning()):
-        return "fold"
-    if spec.layout is None:
-        return "activation"
-    return "fused" if spec.layout.for_activations(axes, shape).splits else "activation"
-
-
-def _should_fold(
-    spec: AdapterSpec, inputs: int, dtype: DTypeLike, tuning: Tuning
-) -> bool:
-    if spec.execution != "auto":
-        return spec.execution == "fold"
-    bits = jnp.finfo(dtype).bits
-    if bits < 16 or (bits == 16 and not tuning.folds_16_bits):
-        return False
-    gathers = spec.layout is not None and spec.layout.gathers
-    if gathers and not tuning.folds_gathered:
-        return False
-    ins, outs = spec.in_features, spec.out_features
-    fold_from = tuning.fold_from
-    if spec.operator.block:
-        fold_from = tuning.fold_blocks_from
-    elif isinstance(spec.operator, Sharing | Truncation):
-        fold_from = tuning.fold_cheap_from
-    return inputs / ins >= fold_from * ins * outs / (ins + outs)
+from mora_jax.products import Contraction, Lookup, Product
 
 
 def adapted_product(
@@ -123,10 +38,10 @@ def adapted_product(
 
     Args:
       spec: The adapter.
-      m: M, (*stack, q, q), with the stack axes of `product`; or one for each row of a
-        batch.
+      m: M, (*stack, *m_shape), with the stack axes of `product`; or one for each row of
+        a batch.
       x: The layer's input.
-      kernel: W, of the same dtype; or what stands for a quantized one, which `multiply`
+      kernel: W, of the same dtype; or the stand-in of a quantized one, which `multiply`
         understands.
       product: What `multiply` computes.
       multiply: The layer's own product of x and W, linear in both.
@@ -142,36 +57,84 @@ def adapted_product(
     """
     check_product(spec, product)
     x = jnp.asarray(x)
-    dtype, dropout = _floating_dtype(kernel), dropout_key is not None
+    by_rows, dropout = isinstance(m, Selected), dropout_key is not None
+    dtype = _floating_dtype(kernel)
     explicit = any(explicit_sharding(array) is not None for array in (x, kernel))
-    settings = {"dropout": dropout, "explicit": explicit}
-    ways = {
-        choose(spec, product, x, dtype, **settings, tuning=tuning)
-        for tuning in TUNING.values()
-    }
-    if isinstance(m, Selected) or ways == {"activation"}:
-        y = multiply(x, kernel)
-        return add_delta(y, spec, m, x, product, dropout_key, precision)
+    if by_rows or not joins(spec, product, x, dtype, dropout, explicit):
+        return add_delta(
+            multiply(x, kernel), spec, m, x, product, dropout_key, precision
+        )
     kernel, ndim = jnp.asarray(kernel), len(product.axes)
     _check_kernel_shape(spec, kernel, ndim)
     delta = Delta.of(spec, m, ndim=ndim, precision=precision, x=x)
-    delta = dataclasses.replace(delta, in_parts=True)
-    maps = [_MAPS[way].of(delta, x, kernel, product, multiply) for way in ways]
-    if len(maps) == 1:
-        adapted = maps[0]
-    else:  # a fold on some platforms, and one other way on the rest
-        first, second = sorted(maps, key=lambda each: not isinstance(each, FoldedMap))
-        # Without its path, so that layers of one shape are traced once.
-        wanted = static(_should_fold, dataclasses.replace(spec, path=()), x.size, dtype)
-        adapted = ByPlatform(wanted, first, second)
-    return adapted((delta.operator, delta.m, kernel), x)
+    y_dtype = _result_dtype(multiply, x.shape, x.dtype, kernel.shape, kernel.dtype)
+    layer = Adapted(
+        product,
+        multiply,
+        *(delta.kernel_shape, delta.axes, precision, delta.layout),
+        *(x.shape, x.dtype, kernel.dtype, y_dtype),
+        *(spec.execution, delta.operator.work),
+    )
+    return layer((delta.operator, delta.m, kernel), x)
 
 
-_MAPS: Mapping[str, Any] = {
-    "activation": ActivationMap,
-    "fold": FoldedMap,
-    "fused": FusedMap,
-}
+def add_delta(
+    y: jax.Array,
+    spec: AdapterSpec,
+    m: ArrayLike | Selected,
+    x: ArrayLike,
+    product: Product,
+    dropout_key: PRNGKeyArray | None = None,
+    precision: jax.lax.PrecisionLike = None,
+    factor: jax.Array | None = None,
+) -> jax.Array:
+    """A layer's output with its delta, times `factor` if there is one.
+
+    Args:
+      y: The layer's output.
+      spec: The adapter.
+      m: M, (*stack, *m_shape), with the stack axes of `product`; or one for each row.
+      x: The layer's input.
+      product: What the layer computes.
+      dropout_key: A key to drop some of what the adapter sees of `x`; None for nothing.
+      precision: The precision of the product with M.
+      factor: An array that the layer multiplies its output by, instead of its kernel.
+    """
+    if (sharding := explicit_sharding(y)) is not None:
+        layout = None
+        if isinstance(product, Contraction):
+            labels = product.inputs, product.kernel, product.outputs
+            layout = explicit_layout(labels, x, sharding)
+        spec = dataclasses.replace(spec, layout=layout)
+
+        def add(y: jax.Array, m: Any, x: ArrayLike, key: Any) -> jax.Array:
+            return add_delta(y, spec, m, x, product, key, precision, factor)
+
+        return with_auto_axes(add, sharding, y, m, x, dropout_key)
+    x, settings = jnp.asarray(x), {"dtype": y.dtype, "precision": precision}
+    delta_of = functools.partial(Delta.of, spec, ndim=len(product.axes), **settings)
+    added_to: Callable[[jax.Array], jax.Array]
+    if isinstance(m, Selected):
+
+        def for_one(m: ArrayLike, x: jax.Array) -> jax.Array:
+            return product.delta(delta_of(m, x=x), x)
+
+        added_to = functools.partial(by_row, spec, product, for_one, precision, m)
+    else:
+        added_to = functools.partial(product.delta, delta_of(m, x=x))
+    if isinstance(product, Lookup):  # an index is dropped with its row
+        drop = functools.partial(_dropout, (*x.shape, 1), dropout_key, spec.dropout)
+        return adapted(y, lambda x: drop(undisturbed(added_to)(x)), x, factor)
+    x = _dropout(x.shape, dropout_key, spec.dropout, x.astype(y.dtype))
+    return adapted(y, undisturbed(added_to), x, factor)
+
+
+def _dropout(
+    shape: Shape, key: PRNGKeyArray | None, rate: float, x: jax.Array
+) -> jax.Array:
+    if key is None or rate == 0:
+        return x
+    return jnp.where(jax.random.bernoulli(key, 1 - rate, shape), x / (1 - rate), 0)
 
 
 def check_product(spec: AdapterSpec, product: Product) -> None:
@@ -203,3 +166,12 @@ def _floating_dtype(kernel: Any) -> DTypeLike | None:
     is_array = isinstance(kernel, jax.Array | np.ndarray)
     floating = is_array and jnp.issubdtype(kernel.dtype, jnp.floating)
     return kernel.dtype if floating else None
+
+
+@functools.lru_cache(maxsize=1024)  # a model's layers ask the same again and again
+def _result_dtype(
+    multiply: Static, x_shape: Shape, x_dtype: Any, shape: Shape, dtype: Any
+) -> Any:
+    x = jax.ShapeDtypeStruct(x_shape, x_dtype)
+    kernel = jax.ShapeDtypeStruct(shape, dtype)
+    return jax.eval_shape(multiply, x, kernel).dtype

@@ -1,4 +1,22 @@
-"""D(C(x) M) as a map of M: the equation's second term, and the gradient of M."""
+r"""The equation of an adapted layer, and its derivatives.
+
+.. math::
+
+    y = x W + \alpha\, D(C(x) M) = x\,(W + \alpha\, C M D)
+
+    dM = \alpha \sum_{rows} C(x)^T D^T(g), \qquad
+    dx = g\,(W + \alpha\, C M D)^T
+
+Here g is the gradient of y. `adapted` adds the two terms of y, for every layer. The
+operator computes D(C(x) M), as `Operator.rows`, and dM, as `Operator.gradient`: blocks
+of C(x) are rows like any other, so that the sum goes over both. dx follows from the
+transpose of a map of x, see `ways`. alpha multiplies M before anything else is done
+with it, since alpha D(C(x) M) = D(C(x) (alpha M)).
+
+The rest of this file says what stands in these equations for x (the rows of a batch,
+the unit vectors of an embedding, the outputs of a convolution), and where the devices
+are that compute them.
+"""
 
 import dataclasses
 import functools
@@ -7,201 +25,307 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
-from mora_jax._common.types import ArrayLike
-from mora_jax._jax.linear_map import LinearMap
-from mora_jax._jax.qwix_guard import last_with_first, matmul
-from mora_jax._jax.tiles import pad_to, sum_tiles, tile_to
-from mora_jax._jax.vma import shape_for, zeros_for
-from mora_jax._layer.compressed import Compressed, compressed_rows
-from mora_jax._layer.delta_matrix import turned_m
-from mora_jax._layer.tuning import (
-    MAX_UNROLLED_SLICES,
-    ORDERED_ROWS,
-    UNROLLED_PRODUCTS,
-    Tuning,
-    by_platform,
+from mora_jax._common.axes import kernel_from_rows
+from mora_jax._common.types import ArrayLike, Shape
+from mora_jax._jax.linear_map import LinearMap, static
+from mora_jax._jax.qwix_guard import last_with_first, undisturbed
+from mora_jax._jax.vma import shape_for
+from mora_jax._layer import chips
+from mora_jax._layer.rounding import add_rounded
+from mora_jax._mesh import apply as on_mesh
+from mora_jax._mesh.layout import (
+    FeatureSharding,
+    KernelLayout,
+    gather_m,
+    row_shards,
 )
-from mora_jax.operators import Decoupling, Permutation
+from mora_jax._plan.spec import AdapterSpec
+from mora_jax.operators._base import in_range, rows_product
+
+
+def adapted(
+    y: jax.Array,
+    delta: Callable[[jax.Array], jax.Array],
+    x: jax.Array,
+    factor: jax.Array | None = None,
+) -> jax.Array:
+    """X W + alpha D(C(x) M), where the layer has computed y = x W.
+
+    Args:
+      y: The layer's output.
+      delta: The function alpha D(C(x) M) of x.
+      x: The layer's input.
+      factor: An array that the layer multiplies its output by, instead of its kernel.
+    """
+    added = delta(x)
+    return y + (added if factor is None else added * factor.astype(y.dtype))
+
+
+@dataclasses.dataclass(frozen=True)
+class TimesM(LinearMap):
+    """h M as a map of M; the residual is h = C(x), which the gradient needs."""
+
+    precision: jax.lax.PrecisionLike
+
+    def forward(self, residuals: Any, operand: jax.Array) -> jax.Array:
+        (h,) = residuals
+        axes = last_with_first(h)
+        return jax.lax.dot_general(h, operand, axes, precision=self.precision)
+
+    def backward(self, residuals: Any, cotangent: jax.Array) -> jax.Array:
+        (h,) = residuals
+        return rows_product(h, cotangent, self.precision)
 
 
 @dataclasses.dataclass(frozen=True)
 class ProductByM(LinearMap):
-    """D(C(x) M) as a map of M.
+    """D(C(x) M) as a map of M; the residuals are (operator, x).
 
-    For the gradient it keeps x and no blocks of it. Layers that read the same x
-    (queries, keys and values) then keep it once.
+    It is for operators whose C(x) is as large as x: x is kept for the gradient, and no
+    blocks of it. Layers that read the same x (queries, keys, values) keep it once.
 
     Attributes:
-      precision: The precision of the product with M.
-      compressed: The function that gives C(x), and D for it, of an operator and x.
+      precision: The precision of the products with M.
+      row_shards: The number of devices that share the rows of x, the first axis of
+        which they split; 1 if that is not known.
     """
 
     precision: jax.lax.PrecisionLike
-    compressed: Callable[[Any, jax.Array], Compressed] = compressed_rows
-
-    def forward(self, residuals: Any, operand: jax.Array) -> jax.Array:
-        (op, x), m = residuals, operand
-        h, decompress, times_squares = self.compressed(op, x)
-        if m.ndim > 2:
-            return decompress(times_squares(h, m, self.precision))
-        axes = last_with_first(h)
-        return decompress(jax.lax.dot_general(h, m, axes, precision=self.precision))
-
-    def backward(self, residuals: Any, cotangent: jax.Array) -> jax.Array:
-        op, x = residuals
-        h, decompress, times_squares = self.compressed(op, x)
-        (back,) = jax.linear_transpose(decompress, h)(cotangent)
-        if len(op.m_shape) > 2:
-            m = shape_for(op.m_shape, cotangent.dtype, cotangent)
-            by_m = jax.linear_transpose(
-                lambda m: times_squares(h, m, self.precision), m
-            )
-            return by_m(back)[0]
-        # One product of all blocks of all rows, not one for each block.
-        h, back = (a.reshape(-1, a.shape[-1]) for a in (h, back))
-        return matmul(h.T, back, self.precision)
-
-
-@dataclasses.dataclass(frozen=True)
-class SlicedProduct(ProductByM):
-    """The same for a block operator whose blocks are slices of x.
-
-    Block k of x is turned, and multiplied with M. M may be turned instead: n small
-    matrices, for which x stays as it is. Where slices cost nothing, neither x nor its
-    gradient are then written again as arrays of blocks.
-
-    Attributes:
-      row_shards: How many devices share the rows of x, the first axis of which they
-        split; 1 if that is not known. The products of blocks are kept apart by these
-        shards until they are turned: so one (q, q) is summed over devices, and not n.
-    """
-
     row_shards: int = 1
 
     def forward(self, residuals: Any, operand: jax.Array) -> jax.Array:
-        (op, x), m = residuals, operand
-        sliced, general = self._sliced, functools.partial(ProductByM.forward, self)
-        return by_platform(_slices, sliced, general, (op, x), m)
+        op, x = residuals
+        return chips.rows_of(op)(x, operand, self.precision)
 
     def backward(self, residuals: Any, cotangent: jax.Array) -> jax.Array:
-        general = functools.partial(ProductByM.backward, self)
-        op, _ = residuals
-        if op.num_feeding == op.num_groups:  # no group is a sum of blocks
-            batched = self._batched_m_gradient
-            general = functools.partial(by_platform, _batches, batched, general)
-        ordered = isinstance(op, Permutation)
-        sliced = self._ordered_m_gradient if ordered else self._m_gradient
-        return by_platform(_slices, sliced, general, residuals, cotangent)
-
-    def _sliced(self, residuals: Any, m: jax.Array) -> jax.Array:
         op, x = residuals
-        turned, q = turned_m(op, m), op.square_rank
-        blocks = jax.lax.split(op.order_inputs(x), (q,) * len(turned), axis=-1)
-        groups: list[Any] = [None] * op.num_groups
-        for k, block in enumerate(blocks[: op.num_feeding]):
-            h = jax.lax.dot_general(
-                block, turned[k], last_with_first(x), precision=self.precision
-            )
-            group = k % op.num_groups
-            groups[group] = h if groups[group] is None else groups[group] + h
-        y = tile_to(jnp.concatenate(groups, axis=-1), op.out_features)
-        return op.outputs_in_place(y)
+        gradient = chips.gradient_of(op, self.row_shards)
+        return gradient(x, cotangent, self.precision)
 
-    def _m_gradient(self, residuals: Any, cotangent: jax.Array) -> jax.Array:
-        op, x = residuals
-        n, q, groups = op.compressed_shape[0], op.square_rank, op.num_groups
-        x, y = op.order_inputs(x), op.order_outputs(cotangent)
-        y = sum_tiles(y, groups * q)
-        x, y = (a.reshape(self.row_shards, -1, a.shape[-1]) for a in (x, y))
-        wide = jnp.promote_types(y.dtype, jnp.float32)
 
-        def put_product(k: jax.Array, products: jax.Array) -> jax.Array:
-            # Unsigned, or XLA would not see that the slices are whole tiles.
-            k = k.astype(jnp.uint32)
-            h = jax.lax.dynamic_slice_in_dim(x, k * q, q, axis=2)
-            back = jax.lax.dynamic_slice_in_dim(y, k % groups * q, q, axis=2)
-            gradient = jax.lax.dot_general(
-                h,
-                back,
-                (((1,), (1,)), ((0,), (0,))),
-                precision=self.precision,
-                preferred_element_type=wide,
-            )
-            return jax.lax.dynamic_update_index_in_dim(products, gradient, k, axis=0)
+@dataclasses.dataclass(frozen=True)
+class MatrixByM(LinearMap):
+    """C M D as a map of M; the residual is the operator."""
 
-        # A loop, since XLA takes as long for n products as for n layers.
-        products = zeros_for((n, self.row_shards, q, q), wide, x, y)
-        products = jax.lax.fori_loop(
-            0, op.num_feeding, put_product, products, unroll=UNROLLED_PRODUCTS
+    m_shape: Shape
+
+    def forward(self, residuals: Any, operand: jax.Array) -> jax.Array:
+        (op,) = residuals
+        return chips.matrix_of(op)(operand)
+
+    def backward(self, residuals: Any, cotangent: jax.Array) -> jax.Array:
+        m = shape_for(self.m_shape, cotangent.dtype, cotangent)
+        (m,) = jax.linear_transpose(functools.partial(self.forward, residuals), m)(
+            cotangent
         )
-        return _turned_back(op, products).astype(y.dtype)
+        return m
 
-    def _ordered_m_gradient(self, residuals: Any, cotangent: jax.Array) -> jax.Array:
-        """The same where features are in another order, some rows at a time.
 
-        To reorder features, a TPU transposes an array and moves whole rows of memory.
-        Of some rows of x and y both fit in its fast memory, so that x and y are read
-        once and nothing of their size is written.
+def _rows_on_mesh(precision: Any, residuals: Any, x: jax.Array) -> jax.Array:
+    part, m = residuals
+    return part.rows(x, m, precision)
+
+
+def _rows_by_m_on_mesh(precision: Any, residuals: Any, m: jax.Array) -> jax.Array:
+    part, x = residuals
+    return part.rows(x, m, precision)
+
+
+def _unit_rows_on_mesh(precision: Any, residuals: Any, m: jax.Array) -> jax.Array:
+    part, indices = residuals
+    return part.unit_rows(indices, m, precision)
+
+
+def _matrix_on_mesh(residuals: Any, m: jax.Array) -> jax.Array:
+    (part,) = residuals
+    return chips.matrix_of(part)(m)
+
+
+def _sum_on_mesh(residuals: Any, kernel: jax.Array) -> jax.Array:
+    part, m = residuals
+    return chips.add_of(part)(m, kernel)
+
+
+@dataclasses.dataclass(frozen=True)
+class Delta:
+    r"""A kernel's delta :math:`\alpha\, C M D` as the linear map that it is.
+
+    Attributes:
+      operator: C and D; or one device's part of them, where a device computes.
+      m: alpha M, (*stack, *m_shape).
+      kernel_shape: The kernel's shape.
+      axes: The kernel's axes, a letter each.
+      precision: The precision of the products with M.
+      layout: Where the kernel's features are on a mesh; None for one device.
+      given_m: True where the derivative by M is taken elsewhere, so that it need not be
+        fast here.
+      in_parts: True if devices that share features each compute a part of the product
+        with M, whatever the operator, instead of sharing C(x). M's gradient then needs
+        a sum of arrays like M and nothing else.
+    """
+
+    operator: Any
+    m: jax.Array
+    kernel_shape: Shape
+    axes: str
+    precision: jax.lax.PrecisionLike = None
+    layout: KernelLayout | None = None
+    given_m: bool = False
+    in_parts: bool = False
+
+    @classmethod
+    def of(
+        cls,
+        spec: AdapterSpec,
+        m: ArrayLike,
+        *,
+        dtype: DTypeLike | None = None,
+        ndim: int | None = None,
+        precision: jax.lax.PrecisionLike = None,
+        x: jax.Array | None = None,
+    ) -> "Delta":
+        """The delta of an adapter.
+
+        Args:
+          spec: The adapter.
+          m: M, (*stack, *m_shape).
+          dtype: The dtype to compute in; M's own if it is None.
+          ndim: The number of the kernel's axes that the layer sees, the last ones; a
+            lifted transformation takes off leading stack axes.
+          precision: The precision of the products with M.
+          x: The layer's input. M is replicated over the devices that it is on.
         """
-        op, x = residuals
-        x, y = (a.reshape(self.row_shards, -1, a.shape[-1]) for a in (x, cotangent))
-        rows = x.shape[1]
-        steps = 1 if rows % ORDERED_ROWS else max(rows // ORDERED_ROWS, 1)
-        # With an axis of steps. XLA would transpose all of x if it were to slice rows.
-        x, y = (
-            a.reshape(self.row_shards, steps, rows // steps, a.shape[-1])
-            for a in (x, y)
-        )
-        wide = jnp.promote_types(y.dtype, jnp.float32)
+        shape, axes = spec.seen_by(ndim)
+        scaled_m = scaled(spec, jnp.asarray(m))
+        if dtype is not None:
+            scaled_m = scaled_m.astype(dtype)
+        if x is not None:
+            ndim_m = len(spec.operator.m_shape)
+            scaled_m = gather_m(scaled_m, spec.layout, x, ndim_m)
+        return cls(spec.operator, scaled_m, shape, axes, precision, spec.layout)
 
-        def products(step: ArrayLike) -> jax.Array:
-            at = functools.partial(jax.lax.dynamic_index_in_dim, axis=1, keepdims=False)
-            h, decompress, _ = compressed_rows(op, at(x, step))
-            (back,) = jax.linear_transpose(decompress, h)(at(y, step))
-            axes = ((1,), (1,)), ((2, 0), (2, 0))
-            settings = {"precision": self.precision, "preferred_element_type": wide}
-            return jax.lax.dot_general(h, back, axes, **settings)
+    @property
+    def rows(self) -> Callable[[jax.Array], jax.Array]:
+        """The function from (*stack, *batch, in) to (*stack, *batch, out)."""
+        if self._stack:
+            return lambda x: jax.vmap(lambda m, x: self._with(m).rows(x))(self.m, x)
+        features = self._features(KernelLayout.for_activations)
+        if features is not None:
+            return functools.partial(self._rows_on_mesh, features)
+        if self.given_m:
+            rows = chips.rows_of(self.operator)
+            return functools.partial(rows, m=self.m, precision=self.precision)
+        return self._rows_by_m
 
-        total = zeros_for(jax.eval_shape(products, 0).shape, wide, x, y)
-        total = jax.lax.fori_loop(
-            0, steps, lambda step, total: total + products(step), total
-        )
-        total = pad_to(total, op.compressed_shape[0], axis=0)
-        return _turned_back(op, total).astype(y.dtype)
+    def _rows_by_m(self, x: jax.Array) -> jax.Array:
+        op = self.operator
+        if op.keeps_input:
+            by_m = ProductByM(self.precision, row_shards(self.layout, x))
+            return by_m((op, x), self.m)
+        if not op.linear:
+            return op.rows(x, self.m, self.precision)
+        h, decompress = op.split(x)
+        return decompress(TimesM(self.precision)((h,), self.m))
 
-    def _batched_m_gradient(self, residuals: Any, cotangent: jax.Array) -> jax.Array:
-        """One product with an axis of blocks, whose results are turned."""
-        op, x = residuals
-        q, n = op.square_rank, op.num_feeding
-        x, y = op.order_inputs(x), op.order_outputs(cotangent)
-        products = jax.lax.dot_general(
-            x[..., : n * q].reshape(self.row_shards, -1, n, q),
-            sum_tiles(y, n * q).reshape(self.row_shards, -1, n, q),
-            (((1,), (1,)), ((2, 0), (2, 0))),
-            precision=self.precision,
-            preferred_element_type=jnp.promote_types(y.dtype, jnp.float32),
-        )
-        products = pad_to(products, op.compressed_shape[0], axis=0)
-        return _turned_back(op, products).astype(y.dtype)
+    def _rows_on_mesh(self, features: FeatureSharding, x: jax.Array) -> jax.Array:
+        op, by_x = self.operator, static(_rows_on_mesh, self.precision)
+        if self.given_m or not op.linear:
+            return on_mesh.rows(by_x, op, features, self.m, x)
+        if op.keeps_input or self.in_parts:
+            by_m = static(_rows_by_m_on_mesh, self.precision)
+            return on_mesh.product(by_m, by_x, op, features, self.m, x)
+        h, decompress = on_mesh.OperatorOnMesh(op, features).split(x)
+        return decompress(TimesM(self.precision)((h,), self.m))
+
+    def transposed_rows(self, y: jax.Array) -> jax.Array:
+        """(*stack, *batch, out_features) -> (*stack, *batch, in_features)."""
+        x = shape_for((*y.shape[:-1], self.operator.in_features), y.dtype, y)
+        (x,) = jax.linear_transpose(self.rows, x)(y)
+        return x
+
+    def lookup(self, indices: jax.Array) -> jax.Array:
+        """Integers (...) -> rows of the delta (..., out_features)."""
+        op, indices = self.operator, in_range(indices, self.operator.in_features)
+        features = self._features(KernelLayout.for_activations)
+        if features is not None and features.out_axes:
+            rows = static(_unit_rows_on_mesh, self.precision)
+            return on_mesh.lookup(rows, op, features, self.m, indices)
+        if not op.linear:
+            return op.unit_rows(indices, self.m, self.precision)
+        h, decompress = op.split_units(indices, self.m.dtype)
+        return decompress(TimesM(self.precision)((h,), self.m))
+
+    def decompress(self, h: jax.Array) -> jax.Array:
+        r""":math:`\alpha\, D(h M)`: (..., q) -> (..., out_features)."""
+        return self.operator._decompress(TimesM(self.precision)((h,), self.m))
+
+    def compress_kernel(self) -> jax.Array:
+        """C as a kernel, with q output features."""
+        q = self.operator.square_rank
+        pairs = zip(self.axes, self.kernel_shape, strict=True)
+        shape = tuple(q if axis == "o" else n for axis, n in pairs)
+        matrix = self.operator.compress_matrix(self.m.dtype)
+        return kernel_from_rows(matrix, shape, self.axes)
+
+    def kernel(self) -> jax.Array:
+        """The delta as an array of the kernel's shape."""
+        return kernel_from_rows(self._matrix(), self.kernel_shape, self.axes)
+
+    def added_to(self, kernel: jax.Array) -> jax.Array:
+        """`kernel` plus the delta, which is computed in the dtype of `m`.
+
+        A kernel of 16 bits is rounded with a dither, as `merge` does.
+        """
+        split = self._features(KernelLayout.for_kernel)
+        if self.axes == "io" and split is not None:
+            add = static(_sum_on_mesh)
+            return on_mesh.folded(add, self.operator, split, self.m, kernel)
+        if self.axes.lstrip("s") != "io" or split is not None:
+            return add_rounded(kernel, self.kernel(), self.axes, kernel.dtype, "dither")
+        add = chips.add_of(self.operator)
+        for _ in self._stack:
+            add = jax.vmap(add)
+        return add(self.m, kernel)
+
+    def _matrix(self) -> jax.Array:
+        """(*stack, in_features, out_features)."""
+        if self._stack:
+            return jax.vmap(lambda m: self._with(m)._matrix())(self.m)
+        features = self._features(KernelLayout.for_kernel)
+        if features is not None:
+            return on_mesh.kernel(
+                static(_matrix_on_mesh), self.operator, features, self.m
+            )
+        if not self.operator.linear:
+            return self.operator.matrix(self.m)
+        return MatrixByM(self.operator.m_shape)((self.operator,), self.m)
+
+    def _features(
+        self, split: Callable[[KernelLayout, str, Shape], FeatureSharding]
+    ) -> FeatureSharding | None:
+        """How devices share the features; None if they do not."""
+        if self.layout is None:
+            return None
+        features = split(self.layout, self.axes, self.kernel_shape)
+        return features if features.splits else None
+
+    @property
+    def _stack(self) -> Shape:
+        """The stack axes of M."""
+        return self.m.shape[: self.m.ndim - len(self.operator.m_shape)]
+
+    def _with(self, m: jax.Array) -> "Delta":
+        """The delta at one index of a stack axis."""
+        return dataclasses.replace(self, m=m)
 
 
-def _turned_back(op: Any, products: jax.Array) -> jax.Array:
-    """The gradient of M by those of what each block multiplies, (n, shards, q, q)."""
-    m = shape_for(op.m_shape, products.dtype, products)
-    turn_back = jax.linear_transpose(lambda m: turned_m(op, m), m)
-    return jax.vmap(turn_back, in_axes=1)(products)[0].sum(0)
+def scaled(spec: AdapterSpec, m: Any) -> Any:
+    """Alpha M, where alpha stands for alpha times the kernel's own scale."""
+    return spec.operator.scaled(m, spec.factor)
 
 
-def _slices(tuning: Tuning) -> bool:
-    return tuning.slices_blocks
-
-
-def _batches(tuning: Tuning) -> bool:
-    return tuning.batches_blocks
-
-
-def can_slice(op: Any) -> bool:
-    """Whether the blocks of an operator are few slices of its features."""
-    aligned = isinstance(op, Decoupling) and op.aligned
-    return aligned and op.compressed_shape[0] <= MAX_UNROLLED_SLICES
+def delta_kernel(spec: AdapterSpec, m: ArrayLike) -> jax.Array:
+    r"""The delta of an adapter, :math:`\alpha\, C M D`, with the kernel's shape."""
+    return undisturbed(Delta.of(spec, m).kernel)()

@@ -19,13 +19,12 @@ from mora_jax._common.axes import sizes
 from mora_jax._common.types import Shape
 from mora_jax._jax.linear_map import LinearMap
 from mora_jax._jax.qwix_guard import matmul
+from mora_jax._jax.tuning import current_tuning
 from mora_jax._jax.vma import shape_for, zeros_for
-from mora_jax._layer.compressed import compressed_rows
 from mora_jax._layer.slots import Selected, Slots, beyond_if_none
-from mora_jax._layer.squares import times_squares
-from mora_jax._layer.tuning import Tuning, by_platform
 from mora_jax._mesh.layout import gather_m, mesh_of
 from mora_jax._plan.spec import AdapterSpec
+from mora_jax.operators._base import rows_product
 from mora_jax.products import Contraction, Convolution, Product
 
 Added = Callable[[jax.Array, jax.Array], jax.Array]
@@ -63,7 +62,8 @@ def by_row(
     shape, axes = spec.seen_by(len(product.axes))
     layout = spec.layout
     splits = layout is not None and layout.for_activations(axes, shape).splits
-    if splits or not isinstance(product, Contraction):
+    joint = isinstance(product, Contraction) and spec.operator.linear
+    if splits or not joint:
         # A batch of one row stays in its place, so that the product is the same.
         rows = jnp.moveaxis(jnp.expand_dims(x, ins + 1), ins, 0)
         return jax.vmap(added, out_axes=outs)(m.gathered(), rows).squeeze(outs + 1)
@@ -76,7 +76,7 @@ def by_row(
 
     def for_rows(x: jax.Array) -> jax.Array:
         def with_slots(m: jax.Array, x: jax.Array) -> jax.Array:
-            h, decompress, _ = compressed_rows(spec.operator, x)
+            h, decompress = spec.operator.split(x)
             # Alpha multiplies what is there once, instead of each M.
             return decompress(spec.factor * times((h, index), m))
 
@@ -113,9 +113,9 @@ def _batch_axes(spec: AdapterSpec, product: Product, x: jax.Array) -> tuple[int,
 class TimesSlots(LinearMap):
     """The product of each row with the M in its slot, as a map of the M's.
 
-    The residuals are (h, index): what is multiplied, (B, ..., q), or (B, ..., K q) for
-    K squares, or blocks; and the slots of the rows, (B,), of which those out of range
-    stand for an M of zeros. The operand is (N, q, q), or (N, K, q, q).
+    The residuals are (h, index): what is multiplied, (B, ..., q) or blocks; and the
+    slots of the rows, (B,), where those out of range stand for an M of zeros. The
+    operand is (N, q, q).
 
     Attributes:
       shape: The shape of the operand.
@@ -130,16 +130,17 @@ class TimesSlots(LinearMap):
     one_device: bool
 
     def forward(self, residuals: Any, operand: jax.Array) -> jax.Array:
-        return self._either(self._in_loop, self._at_once, residuals, operand)
+        product = self._in_loop if self._loops else self._at_once
+        return product(residuals, operand)
 
     def backward(self, residuals: Any, cotangent: jax.Array) -> jax.Array:
-        summed, scattered = self._gradient_in_loop, self._gradient_at_once
-        return self._either(summed, scattered, residuals, cotangent).astype(self.dtype)
+        gradient = self._gradient_in_loop if self._loops else self._gradient_at_once
+        return gradient(residuals, cotangent).astype(self.dtype)
 
-    def _either(self, in_loop: Any, at_once: Any, *args: Any) -> jax.Array:
-        if not self.one_device:  # XLA splits a batch, and no loop
-            return at_once(*args)
-        return by_platform(_loops, in_loop, at_once, *args)
+    @property
+    def _loops(self) -> bool:
+        # XLA splits a batch between devices, and no loop.
+        return self.one_device and current_tuning().loops_over_rows
 
     def _at_once(self, residuals: Any, m: jax.Array) -> jax.Array:
         """All rows in one product, with a copy of an M for each."""
@@ -176,18 +177,12 @@ class TimesSlots(LinearMap):
         return jax.lax.fori_loop(0, index.size, add_row, zeros)
 
     def _product(self, h: jax.Array, m: jax.Array) -> jax.Array:
-        times = times_squares if m.ndim > 2 else matmul
-        return times(h, m.astype(h.dtype), self.precision)
+        return matmul(h, m.astype(h.dtype), self.precision)
 
     def _gradient(self, h: jax.Array, cotangent: jax.Array) -> jax.Array:
         """The gradient of one row's M, which is to be added to others."""
-        m = shape_for(self.shape[1:], h.dtype, h, cotangent)
-        by_m = jax.linear_transpose(lambda m: self._product(h, m), m)
-        return by_m(cotangent)[0].astype(self._wide(h))
+        product = rows_product(h, cotangent, self.precision)
+        return product.astype(self._wide(h))
 
     def _wide(self, h: jax.Array) -> Any:
         return jnp.promote_types(h.dtype, jnp.float32)
-
-
-def _loops(tuning: Tuning) -> bool:
-    return tuning.loops_over_rows

@@ -13,13 +13,15 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from mora_jax._jax.linear_map import Static, static
 from mora_jax._mesh.layout import FeatureSharding
-from mora_jax._mesh.parts import BasisPart, OperatorPart, PaddedPart
+from mora_jax._mesh.parts import OperatorPart
 from mora_jax._mesh.shard_map import REPLICATED, ShardMappedMap, last_axis
 from mora_jax.operators import Operator
+from mora_jax.operators._base import Split
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,8 +36,19 @@ class OperatorOnMesh:
     operator: Operator
     features: FeatureSharding
 
-    def compress(self, x: jax.Array) -> jax.Array:
-        """C(x), the same on all devices: (..., in_features) -> (..., q)."""
+    def split(self, x: jax.Array) -> Split:
+        """Split whose parts the devices compute together.
+
+        C(x) is the same on all devices: (..., in_features) -> (..., q). D(h) is split
+        as the outputs are: (..., q) -> (..., out_features).
+        """
+        split = self.operator.split(x)
+        h = self._compress(x) if self.features.in_axes else split.h
+        return Split(
+            h, self._decompress if self.features.out_axes else split.decompress
+        )
+
+    def _compress(self, x: jax.Array) -> jax.Array:
         features = self.features.inputs_only
         ins = last_axis(features.in_axes, x.ndim)
         of_x = ShardMappedMap(
@@ -43,8 +56,7 @@ class OperatorOnMesh:
         )
         return of_x((self.operator,), x)
 
-    def decompress(self, h: jax.Array) -> jax.Array:
-        """D(h), split as the outputs are: (..., q) -> (..., out_features)."""
+    def _decompress(self, h: jax.Array) -> jax.Array:
         features = self.features.outputs_only
         outs = last_axis(features.out_axes, h.ndim)
         of_h = ShardMappedMap(
@@ -54,12 +66,35 @@ class OperatorOnMesh:
 
 
 def _compress(here: tuple[OperatorPart], x: jax.Array) -> jax.Array:
-    h, _ = here[0].compressed_rows(x)
-    return h
+    return here[0].split(x).h
 
 
-def _decompress(here: tuple[PaddedPart | BasisPart], h: jax.Array) -> jax.Array:
-    return here[0].decompress(h)
+def _decompress(here: tuple[OperatorPart], h: jax.Array) -> jax.Array:
+    part = here[0]
+    zeros = jnp.zeros((*h.shape[:-1], part.in_features), h.dtype)
+    return part.split(zeros).decompress(h)
+
+
+def rows(
+    by_x: Static, op: Operator, features: FeatureSharding, m: jax.Array, x: jax.Array
+) -> jax.Array:
+    """A product of x with a delta, of which each device has a part.
+
+    Args:
+      by_x: The product on one device, a function of (part, M) and x.
+      op: The operator.
+      features: Where inputs and outputs are.
+      m: M, of the shape `op.m_shape`.
+      x: (..., in_features).
+
+    Returns:
+      (..., out_features).
+    """
+    ins, outs = (
+        last_axis(axes, x.ndim) for axes in (features.in_axes, features.out_axes)
+    )
+    of_x = ShardMappedMap(features, by_x, x.shape, x.dtype, ins, outs, (REPLICATED,))
+    return of_x((op, m), x)
 
 
 def product(

@@ -16,19 +16,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mora_jax._common.types import Shape
-from mora_jax._jax.qwix_guard import matmul
+from mora_jax._jax.qwix_guard import last_with_first, matmul
 from mora_jax._jax.tiles import sum_tiles, tile_to
-from mora_jax._layer.squares import times_squares_in_runs
+from mora_jax._jax.vma import shape_for
 from mora_jax.operators import (
     Decoupling,
-    Hadamard,
     Operator,
     Permutation,
     Sharing,
     SignedSharing,
 )
-from mora_jax.operators._base import Side
+from mora_jax.operators._base import Side, Split
 from mora_jax.operators._blocks import num_blocks
 from mora_jax.operators._projection import Projection
 
@@ -59,27 +57,37 @@ class OperatorPart(abc.ABC):
         )
 
     @abc.abstractmethod
-    def compressed_rows(self, x: jax.Array) -> tuple[Any, ...]:
-        """C of the inputs that are here, and D for the outputs that are here.
+    def split(self, x: jax.Array) -> Split:
+        """Split of the product of the inputs that are here, for the outputs here.
 
         Args:
           x: (..., in_features).
-
-        Returns:
-          The fields of a `Compressed`: C(x), or blocks of it; a function of as many
-          numbers that returns (..., out_features); and how several squares multiply
-          the blocks, if these are not the first ones.
         """
 
     @property
-    def m_shape(self) -> Shape:
-        """Shape of M."""
-        return self.operator.m_shape
+    def is_whole(self) -> bool:
+        """True if all features are here."""
+        op = self.operator
+        here = self.in_features, self.out_features
+        return here == (op.in_features, op.out_features)
 
-    @property
-    def block(self) -> bool:
-        """Whether M acts on several blocks."""
-        return self.operator.block
+    def rows(
+        self, x: jax.Array, m: jax.Array, precision: jax.lax.PrecisionLike = None
+    ) -> jax.Array:
+        """What the inputs here add to the outputs here: (..., in) -> (..., out)."""
+        h, decompress = self.split(x)
+        axes = last_with_first(h)
+        return decompress(jax.lax.dot_general(h, m, axes, precision=precision))
+
+    def unit_rows(
+        self, indices: jax.Array, m: jax.Array, precision: jax.lax.PrecisionLike = None
+    ) -> jax.Array:
+        """The outputs here of rows of the whole delta: (...) -> (..., out)."""
+        return self.take_outputs(self.operator.unit_rows(indices, m, precision))
+
+    def matrix(self, m: jax.Array) -> jax.Array:
+        """The rows and columns of the delta that are here, (in, out)."""
+        return self.take_inputs(self.take_outputs(self.operator.matrix(m)))
 
     def pad_inputs(self, x: jax.Array) -> jax.Array:
         """All inputs, those that are elsewhere zero: (..., whole in_features)."""
@@ -115,12 +123,9 @@ def part_of(
 class PaddedPart(OperatorPart):
     """The part of any operator: zeros for inputs that are elsewhere."""
 
-    def compressed_rows(self, x: jax.Array) -> tuple[Any, ...]:
-        return self.operator._compress(self.pad_inputs(x)), self.decompress
-
-    def decompress(self, h: jax.Array) -> jax.Array:
-        """D for the outputs that are here: (..., q) -> (..., out_features)."""
-        return self.take_outputs(self.operator._decompress(h))
+    def split(self, x: jax.Array) -> Split:
+        h, decompress = self.operator.split(self.pad_inputs(x))
+        return Split(h, lambda h: self.take_outputs(decompress(h)))
 
 
 class SharingPart(PaddedPart):
@@ -129,47 +134,67 @@ class SharingPart(PaddedPart):
     A device that has each group equally often sums and repeats its own features alone.
     """
 
-    def compressed_rows(self, x: jax.Array) -> tuple[Any, ...]:
-        op = self.operator
-        if op.compress_groups != "strided" or self.in_features % op.width:
-            return super().compressed_rows(x)
-        return sum_tiles(x, op.width) * op._scale("in", x.dtype), self.decompress
+    def split(self, x: jax.Array) -> Split:
+        op, (h, decompress) = self.operator, super().split(x)
+        if op.compress_groups == "strided" and not self.in_features % op.square_rank:
+            h = sum_tiles(x, op.square_rank) * op._scale("in", x.dtype)
+        return Split(h, self._repeat if self._repeats else decompress)
 
-    def decompress(self, h: jax.Array) -> jax.Array:
+    def matrix(self, m: jax.Array) -> jax.Array:
+        rows = (
+            self._repeat(m)
+            if self._repeats
+            else self.take_outputs(self.operator._decompress(m))
+        )
+        vector = shape_for((self.in_features,), rows.dtype, rows)
+        transpose = jax.linear_transpose(lambda x: self.split(x).h, vector)
+        (weight,) = jax.vmap(transpose, in_axes=-1, out_axes=-1)(rows)
+        return weight
+
+    @property
+    def _repeats(self) -> bool:
         op = self.operator
-        if op.decompress_groups != "strided" or self.out_features % op.width:
-            return super().decompress(h)
-        return tile_to(h * op._scale("out", h.dtype), self.out_features)
+        whole_groups = not self.out_features % op.square_rank
+        return op.decompress_groups == "strided" and whole_groups
+
+    def _repeat(self, h: jax.Array) -> jax.Array:
+        return tile_to(h * self.operator._scale("out", h.dtype), self.out_features)
 
 
 class BasisPart(OperatorPart):
     """The part of an operator whose C and D are dense matrices: some of their rows."""
 
-    def rows(self, side: Side, dtype: Any) -> jax.Array:
+    def split(self, x: jax.Array) -> Split:
+        return Split(matmul(x, self._basis("in", x.dtype)), self._decompress)
+
+    def matrix(self, m: jax.Array) -> jax.Array:
+        return matmul(self._basis("in", m.dtype), self._decompress(m))
+
+    def _decompress(self, h: jax.Array) -> jax.Array:
+        return matmul(h, self._basis("out", h.dtype).T)
+
+    def _basis(self, side: Side, dtype: Any) -> jax.Array:
         """The rows of C, or of D's transpose, that belong to the features here."""
         start, size = (
             (self.in_start, self.in_features)
             if side == "in"
             else (self.out_start, self.out_features)
         )
-        return self.operator._rows(side, start + jnp.arange(size), dtype)
-
-    def compressed_rows(self, x: jax.Array) -> tuple[Any, ...]:
-        return matmul(x, self.rows("in", x.dtype)), self.decompress
-
-    def decompress(self, h: jax.Array) -> jax.Array:
-        """D for the outputs that are here: (..., q) -> (..., out_features)."""
-        return matmul(h, self.rows("out", h.dtype).T)
+        return self.operator._matrix_rows(side, start + jnp.arange(size), dtype)
 
 
-class PermutationPart(OperatorPart):
+class PermutationPart(PaddedPart):
     """The part of a permutation, each of whose blocks has features from everywhere."""
 
-    def compressed_rows(self, x: jax.Array) -> tuple[Any, ...]:
+    @property
+    def places(self) -> tuple[jax.Array, jax.Array]:
+        """The places of the features here in the orders of inputs and outputs."""
         op = self.operator
-        h = op._compress(self.pad_inputs(x))
-        h = op.sum_groups(h) if op.sums_first else h
-        return h, lambda h: self.take_outputs(op._decompress(h))
+        rows = self.take_inputs(jnp.asarray(op.in_inverse))
+        return rows, self.take_outputs(jnp.asarray(op.out_inverse))
+
+    def matrix(self, m: jax.Array) -> jax.Array:
+        return self.operator.matrix_part(m, *self.places)
 
 
 class BlockPart(OperatorPart):
@@ -180,32 +205,36 @@ class BlockPart(OperatorPart):
     where q divides their number; otherwise M multiplies up to two blocks more.
     """
 
-    def compressed_rows(self, x: jax.Array) -> tuple[Any, ...]:
-        op, groups = self.operator, self.operator.num_groups
+    @property
+    def is_cut_evenly(self) -> bool:
+        """True if a device has whole blocks, or blocks are on whole devices."""
+        q = self.operator.square_rank
+        sizes = self.in_features, self.out_features
+        return self.operator.aligned and all(n % q == 0 or q % n == 0 for n in sizes)
+
+    def split(self, x: jax.Array) -> Split:
+        groups = self.operator.num_groups
         blocks, firsts = self._touched_blocks(x)
         start, wanted = self._wanted_groups()
 
         def sum_wanted(blocks: Sequence[jax.Array]) -> jax.Array:
             """The sums of the groups that outputs here want: (..., wanted, q)."""
             placed = (
-                _place(op.sum_groups(h), first - start, groups)[..., :wanted, :]
+                _place(self.operator.sum_groups(h), first - start, groups)
                 for h, first in zip(blocks, firsts, strict=True)
             )
-            return functools.reduce(jnp.add, placed)
+            return functools.reduce(jnp.add, placed)[..., :wanted, :]
 
-        # M multiplies whichever are fewer: the blocks from here, or those for here. Of
-        # several squares it must be the same one for a group after all rounds.
+        # M multiplies whichever are fewer: the blocks from here, or those for here.
         sizes = [h.shape[-2] for h in blocks]
-        if groups % op.squares == 0 and sum(sizes) > wanted:
-            times = times_squares_in_runs([(wanted, start)])
-            return sum_wanted(blocks), self._outputs_of_groups, times
+        if sum(sizes) > wanted:
+            return Split(sum_wanted(blocks), self._outputs_of_groups)
         ends = list(itertools.accumulate(sizes))[:-1]
 
         def decompress(h: jax.Array) -> jax.Array:
             return self._outputs_of_groups(sum_wanted(jnp.split(h, ends, axis=-2)))
 
-        times = times_squares_in_runs(list(zip(sizes, firsts, strict=True)))
-        return jnp.concatenate(blocks, axis=-2), decompress, times
+        return Split(jnp.concatenate(blocks, axis=-2), decompress)
 
     def _touched_blocks(self, x: jax.Array) -> tuple[list[jax.Array], list[Any]]:
         """The blocks that hold features of this device, and where they belong.
@@ -213,20 +242,16 @@ class BlockPart(OperatorPart):
         Returns:
           Arrays (..., k, q), and for each the number of its first block. The groups of
           the blocks follow each other, and after the last group comes the first again.
-          Blocks of one group are summed where one square multiplies them.
+          Blocks of one group are summed.
         """
         op, q, size = self.operator, self.operator.square_rank, self.in_features
-
-        def sum_early(h: jax.Array) -> jax.Array:
-            return op.sum_groups(h) if op.sums_first else h
-
-        if op.truncate or q > op.in_features or not self._shared("in"):
-            return [sum_early(op._compress(self.pad_inputs(x)))], [0]
+        if op.truncate or q > op.in_features or size == op.in_features:
+            return [op.sum_groups(op._compress(self.pad_inputs(x)))], [0]
         first, touched = self.in_start // q, _max_blocks_touched(size, q)
         h = _put(x, touched * q, self.in_start % q)
         h = h.reshape(*x.shape[:-1], touched, q)
         h = op.rotate_rows(h, first + jnp.arange(touched))
-        blocks, firsts = [sum_early(h)], [first]
+        blocks, firsts = [op.sum_groups(h)], [first]
         n = op.compressed_shape[0]
         if over := n * q - op.in_features:  # the first features complete the last block
             h = _put(x, over + size, jnp.minimum(self.in_start, over))
@@ -240,7 +265,7 @@ class BlockPart(OperatorPart):
         """(..., wanted, q) -> (..., out_features)."""
         op, size = self.operator, self.out_features
         *batch, wanted, q = h.shape
-        if wanted == op.num_groups and not self._shared("out"):
+        if wanted == op.num_groups and size == op.out_features:
             return op.decompress_groups(h)
         y = h.reshape(*batch, wanted * q)
         y = tile_to(y, _max_blocks_touched(size, q) * q)
@@ -249,19 +274,19 @@ class BlockPart(OperatorPart):
     def _wanted_groups(self) -> tuple[Any, int]:
         """The first group that outputs here take, and how many follow each other."""
         groups, q = self.operator.num_groups, self.operator.square_rank
-        if not self._shared("out"):
+        if self.out_features == self.operator.out_features:
             return 0, groups
         wanted = min(groups, _max_blocks_touched(self.out_features, q))
         return self.out_start // q, wanted
 
-    def _shared(self, side: Side) -> bool:
-        """Whether there are features of this side elsewhere."""
-        name = f"{side}_features"
-        return getattr(self, name) < getattr(self.operator, name)
+
+def whole(op: Operator) -> OperatorPart:
+    """The part that is all of an operator."""
+    start = jnp.zeros((), jnp.uint32)
+    return part_of(op, start, start, op.in_features, op.out_features)
 
 
 part_of.register(Projection, BasisPart)
-part_of.register(Hadamard, BasisPart)
 part_of.register(Decoupling, BlockPart)
 part_of.register(Permutation, PermutationPart)
 part_of.register(Sharing, SharingPart)

@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 
 from mora_jax._common.checks import check_number, check_seed
-from mora_jax._layer.delta import delta_kernel
+from mora_jax._layer.equation import delta_kernel
 from mora_jax._plan.plan import Plan, check_plan
 from mora_jax._plan.spec import AdapterSpec
 from mora_jax._plan.trained_arrays import copies

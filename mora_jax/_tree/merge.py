@@ -9,8 +9,8 @@ from jaxtyping import Float
 
 from mora_jax._common.checks import check_finite, floating_dtype
 from mora_jax._common.types import ArrayLike
-from mora_jax._layer.delta import delta_kernel
 from mora_jax._layer.dense import FrozenDense, as_jax_array, params_adapter
+from mora_jax._layer.equation import delta_kernel
 from mora_jax._layer.rounding import Rounding, add_rounded, check_rounding
 from mora_jax._plan.plan import Plan, check_plan
 from mora_jax._plan.spec import SUFFIX, AdapterSpec

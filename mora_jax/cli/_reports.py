@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mora_jax import diagnostics, io
-from mora_jax._layer.delta import delta_kernel
+from mora_jax._layer.equation import delta_kernel
 from mora_jax._plan.plan import Plan
 from mora_jax._plan.spec import AdapterSpec, differences
 from mora_jax._tree.adapters import Tree, adapter_items, trained_items

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mora_jax._common.types import Shape
-from mora_jax._layer.delta import delta_kernel, scaled
+from mora_jax._layer.equation import delta_kernel, scaled
 from mora_jax._layer.rounding import Rounding, add_rounded, check_rounding, share_lost
 from mora_jax._plan.plan import Plan
 from mora_jax._plan.spec import AdapterSpec

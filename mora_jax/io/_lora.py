@@ -9,7 +9,7 @@ import numpy as np
 
 from mora_jax._common.checks import check_number, positive_integer
 from mora_jax._common.warnings import warn
-from mora_jax._layer.delta import scaled
+from mora_jax._layer.equation import scaled
 from mora_jax._layer.squares import block_diagonal
 from mora_jax._plan.plan import Plan
 from mora_jax._plan.spec import AdapterSpec

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from mora_jax._layer.delta import scaled
+from mora_jax._layer.equation import scaled
 from mora_jax._plan.plan import Plan
 from mora_jax._plan.spec import AdapterSpec
 from mora_jax._plan.trained_arrays import refuse_trained

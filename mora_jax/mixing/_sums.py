@@ -9,8 +9,8 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from mora_jax._common.checks import check_finite
-from mora_jax._layer.delta import delta_kernel
 from mora_jax._layer.dense import as_jax_array
+from mora_jax._layer.equation import delta_kernel
 from mora_jax._plan.plan import Plan, check_plan
 from mora_jax._plan.spec import SUFFIX, AdapterSpec
 from mora_jax._plan.trained_arrays import find_trained, refuse_trained

@@ -1,11 +1,11 @@
-"""What an operator is: the fixed pair of linear maps around M."""
+"""Operators: the fixed pair of linear maps around M."""
 
 import abc
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +15,23 @@ from jaxtyping import Float, Integer, PRNGKeyArray
 
 from mora_jax._common.checks import check_array, check_seed, positive_integer
 from mora_jax._common.types import ArrayLike, Shape
-from mora_jax._jax.qwix_guard import undisturbed
+from mora_jax._jax.qwix_guard import last_with_first, matmul, undisturbed
+from mora_jax._jax.tuning import Work
+from mora_jax._jax.vma import shape_for
 
 Side = Literal["in", "out"]
+
+
+class Split(NamedTuple):
+    """Split of D(C(x) M) into what M multiplies and the map of the product.
+
+    Attributes:
+      h: What M multiplies: (..., q), or blocks, (..., n, q).
+      decompress: The function that makes D of h M, which has the shape of h.
+    """
+
+    h: jax.Array
+    decompress: Callable[[jax.Array], jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,27 +40,27 @@ class Operator(abc.ABC):
 
     .. math:: x \mapsto D(C(x) M), \qquad C: in \to (n, q), \quad D: (n, q) \to out
 
-    M may be K squares of the same width instead of one. C(x) is then a sequence of
-    blocks of q numbers, of which block k is multiplied by square k mod K: the blocks of
-    a block operator, or the K blocks of C(x) of another one, which has K q numbers.
-
     A subclass is decorated with `operator` and gives `name`, its settings as fields,
-    and three methods: `_compress` and `_decompress`, which are C and D, and `_rows`,
-    which gives rows of both as matrices. All else follows from these. Equality and hash
-    are those of the settings. Arrays that a seed determines are pytree leaves, so that
-    a jitted function that is handed an operator takes them as arguments.
+    and three methods: `_compress` and `_decompress`, which are C and D, and
+    `_matrix_rows`, which gives rows of both as matrices. All else follows from these:
+    the product `rows`, the delta `matrix` and the `gradient` of M. A subclass gives
+    those as well where it knows a faster way. Equality and hash are those of the
+    settings. Arrays that a seed determines are pytree leaves, so that a jitted function
+    that is handed an operator takes them as arguments.
+
+    The rest of the library asks an operator only for what it trains (`m_shape`,
+    `start`, `scaled`, `linear`), for `rows`, `matrix`, `tangent`, `gradient` and
+    `unit_rows`, and for `split` where rows have an M each.
 
     Attributes:
       in_features: The length of the vectors that `compress` takes.
       out_features: The length of the vectors that `decompress` returns.
       square_rank: q, the width of M (r-hat in the paper).
-      squares: K, how many squares M is.
     """
 
     in_features: int
     out_features: int
     square_rank: int
-    squares: int = dataclasses.field(default=1, kw_only=True)
 
     name: ClassVar[str]
     """The word for it in `MoRAConfig(operator=...)`."""
@@ -57,7 +71,11 @@ class Operator(abc.ABC):
     given: ClassVar[bool] = False
     """Whether the arrays are given, not determined by settings; it has a `digest`."""
     block: ClassVar[bool] = False
-    """Whether M acts on several blocks of the input, one after another."""
+    """True if M acts on several blocks of the input, one after another."""
+    keeps_input: ClassVar[bool] = False
+    """True if x, and not C(x), is to be kept for the gradient: C(x) is no smaller."""
+    work: ClassVar[Work] = "products"
+    """The work of C and D, by which it is chosen how a layer computes."""
     q_multiple_of: ClassVar[int] = 1
     """What q must be divisible by."""
     linear: ClassVar[bool] = True
@@ -67,19 +85,13 @@ class Operator(abc.ABC):
     """Whether C and D cut features into pieces of q, the last of which may be short."""
 
     def __post_init__(self) -> None:
-        for field in ("in_features", "out_features", "square_rank", "squares"):
+        for field in ("in_features", "out_features", "square_rank"):
             positive_integer(field, getattr(self, field))
         q, limit = self.square_rank, min(self.in_features, self.out_features)
         if self.bounded and q > limit:
             raise ValueError(
                 f"square_rank of {self.name} must be at most "
                 f"min(in_features, out_features) = {limit}, got {q}"
-            )
-        if self.squares > self.most_squares:
-            raise ValueError(
-                f"squares of {self.name} must be at most {self.most_squares} for "
-                f"{self.in_features} -> {self.out_features} features and square_rank="
-                f"{q}, so that each multiplies something; got {self.squares}"
             )
         step = self.q_multiple_of
         if q % step:
@@ -94,24 +106,13 @@ class Operator(abc.ABC):
 
     @property
     def compressed_shape(self) -> Shape:
-        """Shape of one compressed vector: (K q,), or (n, q) for a block operator."""
-        return (self.width,)
-
-    @property
-    def width(self) -> int:
-        """The width of all squares together, K q."""
-        return self.squares * self.square_rank
+        """Shape of one compressed vector: (q,), or (n, q) for a block operator."""
+        return (self.square_rank,)
 
     @property
     def m_shape(self) -> Shape:
-        """Shape of M: (q, q), or (K, q, q) for K squares."""
-        squares = (self.squares,) if self.squares > 1 else ()
-        return (*squares, self.square_rank, self.square_rank)
-
-    @property
-    def most_squares(self) -> int:
-        """The largest K with which each square multiplies something."""
-        return max(1, min(self.in_features, self.out_features) // self.square_rank)
+        """Shape of M: (q, q)."""
+        return (self.square_rank, self.square_rank)
 
     @property
     def isometry(self) -> bool:
@@ -147,7 +148,7 @@ class Operator(abc.ABC):
     def fine_tuning_scale(self) -> float:
         r"""The factor with which M learns at the learning rate of full fine-tuning.
 
-        .. math:: s = \frac{in}{q\, c\, d} \, K^{-1/4}
+        .. math:: s = \frac{in}{q\, c\, d}
 
         Adam changes each trained number by about the rate, eta, whatever its gradient.
         Let the numbers of x be of size 1. If the kernel is trained, an output changes
@@ -155,13 +156,9 @@ class Operator(abc.ABC):
         trained, the numbers of C(x) have the size c. Each number of C(x) M changes by
         up to eta q c, and an output, which adds them up with weights of norm d and of
         either sign, by eta q c d. So s makes the two alike (see `gains`).
-
-        Each of K squares sees 1 / K of what one square would, so that its gradient is
-        noisier and more of its steps are in vain. The exponent is measured, see
-        docs/learning-rates.md.
         """
         c, d = self.gains
-        return self.in_features / (self.square_rank * c * d) * self.squares**-0.25
+        return self.in_features / (self.square_rank * c * d)
 
     def start(
         self, stack: Shape, init: str, key: PRNGKeyArray | None, dtype: DTypeLike
@@ -185,6 +182,10 @@ class Operator(abc.ABC):
             raise ValueError(f"init={init!r} needs a key, got None")
         return _normal(key, shape, dtype) / math.sqrt(self.square_rank)
 
+    def scaled(self, m: Any, factor: float) -> Any:
+        """Trained array that stands for `factor` times the delta of `m`."""
+        return factor * m
+
     @abc.abstractmethod
     def _compress(self, x: jax.Array) -> jax.Array:
         """C. `x`: (..., in_features) -> (..., *compressed_shape)."""
@@ -194,7 +195,9 @@ class Operator(abc.ABC):
         """D. `h`: (..., *compressed_shape) -> (..., out_features)."""
 
     @abc.abstractmethod
-    def _rows(self, side: Side, indices: jax.Array, dtype: DTypeLike) -> jax.Array:
+    def _matrix_rows(
+        self, side: Side, indices: jax.Array, dtype: DTypeLike
+    ) -> jax.Array:
         """Rows of C, or of the transpose of D.
 
         Args:
@@ -206,6 +209,79 @@ class Operator(abc.ABC):
         Returns:
           (..., *compressed_shape).
         """
+
+    def split(self, x: jax.Array) -> Split:
+        """Split of D(C(x) M) into what M multiplies and the map of the product.
+
+        Args:
+          x: (..., in_features).
+        """
+        return Split(self._compress(x), self._decompress)
+
+    def split_units(self, indices: jax.Array, dtype: DTypeLike) -> Split:
+        """Split for unit vectors e_i, whose numbers i are `indices`, (...)."""
+        return Split(self._matrix_rows("in", indices, dtype), self._decompress)
+
+    def rows(
+        self, x: jax.Array, m: jax.Array, precision: jax.lax.PrecisionLike = None
+    ) -> jax.Array:
+        """D(C(x) M), row by row: (..., in_features) -> (..., out_features)."""
+        h, decompress = self.split(x)
+        axes = last_with_first(h)
+        return decompress(jax.lax.dot_general(h, m, axes, precision=precision))
+
+    def unit_rows(
+        self, indices: jax.Array, m: jax.Array, precision: jax.lax.PrecisionLike = None
+    ) -> jax.Array:
+        """Rows of the delta by their numbers: (...) -> (..., out_features)."""
+        h, decompress = self.split_units(indices, m.dtype)
+        return decompress(matmul(h, m, precision))
+
+    def matrix(self, m: jax.Array) -> jax.Array:
+        """Delta C (I_n x M) D as a matrix: M -> (in_features, out_features).
+
+        Of one block, D is applied to the rows of M, and the transpose of C to the
+        columns of the result. Of several, each unit vector is multiplied.
+        """
+        if self.block:
+            return self.rows(jnp.eye(self.in_features, dtype=m.dtype), m)
+        rows = self._decompress(m)
+        vector = shape_for((self.in_features,), rows.dtype, rows)
+        transpose = jax.linear_transpose(self._compress, vector)
+        (weight,) = jax.vmap(transpose, in_axes=-1, out_axes=-1)(rows)
+        return weight
+
+    def tangent(
+        self,
+        x: jax.Array,
+        m: jax.Array,
+        direction: jax.Array,
+        precision: jax.lax.PrecisionLike = None,
+    ) -> jax.Array:
+        """Derivative of `rows(x, m)` by M in a direction, an array like M."""
+        if self.linear:
+            return self.rows(x, direction, precision)
+        of_m = functools.partial(self.rows, x, precision=precision)
+        return jax.jvp(of_m, (m,), (direction,))[1]
+
+    def gradient(
+        self, x: jax.Array, g: jax.Array, precision: jax.lax.PrecisionLike = None
+    ) -> jax.Array:
+        r"""Gradient of M from rows x and the gradient g of the outputs.
+
+        .. math:: dM = \sum_{rows} C(x)^T D^T(g)
+
+        A block is a row like any other. It is one product of all rows: the one that JAX
+        would derive keeps their axes apart, and XLA writes C(x) once more for it.
+
+        Args:
+          x: (..., in_features).
+          g: (..., out_features).
+          precision: The precision of the product.
+        """
+        h, decompress = self.split(x)
+        (back,) = jax.linear_transpose(decompress, h)(g)
+        return rows_product(h, back, precision)
 
     def _seeded_arrays(self) -> Mapping[str, Any]:
         """The fields that `arrays` names, as the seed determines them."""
@@ -220,7 +296,7 @@ class Operator(abc.ABC):
           x: (..., in_features).
 
         Returns:
-          (..., K q), or (..., n, q) for a block operator.
+          (..., q), or (..., n, q) for a block operator.
 
         Raises:
           TypeError: `x` is not a floating-point array.
@@ -233,7 +309,7 @@ class Operator(abc.ABC):
         """D(h).
 
         Args:
-          h: (..., K q), or (..., n, q) for a block operator.
+          h: (..., q), or (..., n, q) for a block operator.
 
         Returns:
           (..., out_features).
@@ -246,13 +322,13 @@ class Operator(abc.ABC):
         return self._decompress(jnp.asarray(h))
 
     def compress_matrix(self, dtype: DTypeLike = jnp.float32) -> jax.Array:
-        """C itself: (in_features, K q), or (in_features, n q) for a block operator."""
-        rows = self._rows("in", jnp.arange(self.in_features), dtype)
+        """C itself: (in_features, q), or (in_features, n q) for a block operator."""
+        rows = self._matrix_rows("in", jnp.arange(self.in_features), dtype)
         return rows.reshape(self.in_features, math.prod(self.compressed_shape))
 
     def apply(
         self,
-        m: Float[ArrayLike, "*squares q q"],
+        m: Float[ArrayLike, "q q"],
         x: Float[ArrayLike, "*batch features"],
         *,
         precision: jax.lax.PrecisionLike = None,
@@ -260,7 +336,7 @@ class Operator(abc.ABC):
         """D(C(x) M), the paper's equation 3 without alpha.
 
         Args:
-          m: M, (q, q); or (K, q, q).
+          m: M, (q, q).
           x: (..., in_features).
           precision: The precision of the product with M, as in `jax.numpy.matmul`.
 
@@ -272,11 +348,11 @@ class Operator(abc.ABC):
           ValueError: A shape does not fit.
         """
         check_array("x", x, (self.in_features,))
-        return undisturbed(self._delta(m, precision).rows)(jnp.asarray(x))
+        return undisturbed(self.rows)(jnp.asarray(x), self._checked(m), precision)
 
     def apply_transpose(
         self,
-        m: Float[ArrayLike, "*squares q q"],
+        m: Float[ArrayLike, "q q"],
         y: Float[ArrayLike, "*batch out"],
         *,
         precision: jax.lax.PrecisionLike = None,
@@ -286,7 +362,7 @@ class Operator(abc.ABC):
         .. math:: ((y\, D^T)\, M^T)\, C^T
 
         Args:
-          m: M, (q, q); or (K, q, q).
+          m: M, (q, q).
           y: (..., out_features).
           precision: The precision of the product with M.
 
@@ -298,12 +374,15 @@ class Operator(abc.ABC):
           TypeError, ValueError: As `apply`.
         """
         check_array("y", y, (self.out_features,))
-        delta = self._delta(m, precision)
-        return undisturbed(delta.transposed_rows)(jnp.asarray(y))
+        y = jnp.asarray(y)
+        x = shape_for((*y.shape[:-1], self.in_features), y.dtype, y)
+        rows = functools.partial(self.rows, m=self._checked(m), precision=precision)
+        (x,) = jax.linear_transpose(undisturbed(rows), x)(y)
+        return x
 
     def lookup(
         self,
-        m: Float[ArrayLike, "*squares q q"],
+        m: Float[ArrayLike, "q q"],
         indices: Integer[ArrayLike, "*batch"],
         *,
         precision: jax.lax.PrecisionLike = None,
@@ -311,7 +390,7 @@ class Operator(abc.ABC):
         """Rows of `delta_weight(m)`, without the others, which an embedding wants.
 
         Args:
-          m: M, (q, q); or (K, q, q).
+          m: M, (q, q).
           indices: (...); negative ones count from the end, and beyond either end there
             is no meaningful row.
           precision: The precision of the product with M.
@@ -326,18 +405,18 @@ class Operator(abc.ABC):
             raise TypeError(f"indices must be an array, got {type(indices).__name__}")
         if not jnp.issubdtype(indices.dtype, jnp.integer):
             raise TypeError(f"indices must be integers, got {indices.dtype}")
-        delta = self._delta(m, precision)
-        return undisturbed(delta.lookup)(jnp.asarray(indices))
+        rows = undisturbed(self.unit_rows)
+        return rows(in_range(indices, self.in_features), self._checked(m), precision)
 
     def delta_weight(
-        self, m: Float[ArrayLike, "*squares q q"]
+        self, m: Float[ArrayLike, "q q"]
     ) -> Float[jax.Array, "features out"]:
         r"""The delta as a kernel: a product of `x` with it is `apply(m, x)`.
 
         .. math:: C (I_n \otimes M) D
 
         Args:
-          m: M, (q, q); or (K, q, q).
+          m: M, (q, q).
 
         Returns:
           (in_features, out_features).
@@ -345,29 +424,33 @@ class Operator(abc.ABC):
         Raises:
           TypeError, ValueError: As `apply`.
         """
-        return undisturbed(self._delta(m).kernel)()
+        return undisturbed(self.matrix)(self._checked(m))
 
-    def _delta(self, m: ArrayLike, precision: jax.lax.PrecisionLike = None) -> Any:
-        """This operator with M between its maps."""
+    def _checked(self, m: ArrayLike) -> jax.Array:
         check_array("m", m, self.m_shape)
         if m.ndim != len(self.m_shape):
             raise ValueError(
                 f"m must have shape {self.m_shape}, got {m.shape}; use jax.vmap"
             )
-        return delta_of(self, jnp.asarray(m), precision)
+        return jnp.asarray(m)
+
+
+def rows_product(
+    h: jax.Array, g: jax.Array, precision: jax.lax.PrecisionLike = None
+) -> jax.Array:
+    """Sum of h^T g over all rows: (..., q) and (..., k) to (q, k)."""
+    h, g = (a.reshape(-1, a.shape[-1]) for a in (h, g))
+    return matmul(h.T, g, precision)
+
+
+def in_range(indices: ArrayLike, size: int) -> jax.Array:
+    """Indices from 0 on, where negative ones count from the end."""
+    # Wide, or a vocabulary beyond the range of a small type would wrap around.
+    dtype = jnp.result_type(indices.dtype, jnp.int32)
+    return jnp.asarray(indices).astype(dtype) % size
 
 
 # A program for each shape takes a tenth of the time that JAX's own functions take
 # outside of jit.
 _zeros = jax.jit(jnp.zeros, static_argnums=(0, 1))
 _normal = jax.jit(jax.random.normal, static_argnums=(1, 2))
-
-
-@functools.singledispatch
-def delta_of(op: Operator, m: jax.Array, precision: jax.lax.PrecisionLike) -> Any:
-    """An operator with M between its maps, as a `mora_jax.products.Delta`.
-
-    Operators are C and D alone. How a product with M is computed is for the package
-    above them, which registers it here.
-    """
-    raise NotImplementedError(f"nothing computes a {type(op).__name__}")

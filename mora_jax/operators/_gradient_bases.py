@@ -26,7 +26,7 @@ def gradient_bases(grads: Any, plan: "Plan") -> "Plan":
 
     .. math:: G \approx U S V^T, \qquad C = U, \quad D = V^T
 
-    with the K q largest singular values. Take the gradient of the base's loss on a
+    with the q largest singular values. Take the gradient of the base's loss on a
     first small batch. A stack of kernels has the directions in common that hold most of
     the squares of all its gradients. M has the size that it had, and `scale` is the new
     operator's if it was the old one's. docs/what-it-learns.md says what it gains, and
@@ -122,9 +122,8 @@ def _with_bases(spec: "AdapterSpec", gradient: Any) -> "AdapterSpec":
     sizes = old.in_features, old.out_features, old.square_rank
     made = Subspace(
         *sizes,
-        squares=old.squares,
-        in_basis=_leading(rows, old.width),
-        out_basis=_leading(rows.swapaxes(1, 2), old.width),
+        in_basis=_leading(rows, old.square_rank),
+        out_basis=_leading(rows.swapaxes(1, 2), old.square_rank),
     )
     scaled = spec.scale == old.fine_tuning_scale
     scale = made.fine_tuning_scale if scaled else spec.scale

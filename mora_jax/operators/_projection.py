@@ -1,8 +1,9 @@
-"""Projection on orthonormal directions: what two operators have in common."""
+"""Projection on orthonormal directions, which three operators are."""
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.typing import DTypeLike
 
 from mora_jax._jax.qwix_guard import matmul
@@ -10,27 +11,36 @@ from mora_jax.operators._base import Operator, Side
 
 
 class Projection(Operator):
-    """Projection on K q orthonormal directions of the inputs, and back along others.
+    """Projection on q orthonormal directions of the inputs, and back along others.
 
-    A subclass has both as its arrays: `in_basis`, (in_features, K q), and `out_basis`,
-    (out_features, K q).
+    A subclass has both as fields, `in_basis`, (in_features, q), and `out_basis`,
+    (out_features, q), or gives `basis`.
     """
-
-    in_basis: jax.Array | np.ndarray
-    out_basis: jax.Array | np.ndarray
-
-    arrays = ("in_basis", "out_basis")
 
     @property
     def isometry(self) -> bool:
         return True
 
+    def basis(self, side: Side, dtype: DTypeLike) -> jax.Array:
+        """C, (in_features, q), or the transpose of D, (out_features, q)."""
+        basis: Any = getattr(self, f"{side}_basis")
+        return jnp.asarray(basis).astype(dtype)
+
     def _compress(self, x: jax.Array) -> jax.Array:
-        return matmul(x, jnp.asarray(self.in_basis).astype(x.dtype))
+        return matmul(x, self.basis("in", x.dtype))
 
     def _decompress(self, h: jax.Array) -> jax.Array:
-        return matmul(h, jnp.asarray(self.out_basis).astype(h.dtype).T)
+        return matmul(h, self.basis("out", h.dtype).T)
 
-    def _rows(self, side: Side, indices: jax.Array, dtype: DTypeLike) -> jax.Array:
-        basis = self.in_basis if side == "in" else self.out_basis
-        return jnp.asarray(basis)[indices].astype(dtype)
+    def matrix(self, m: jax.Array) -> jax.Array:
+        # The product with the narrower side comes first: it is the smaller one. On TPUs
+        # XLA would compute it again for each tile of the second without a barrier.
+        c, d = self.basis("in", m.dtype), self.basis("out", m.dtype)
+        if self.in_features < self.out_features:
+            return matmul(jax.lax.optimization_barrier(matmul(c, m)), d.T)
+        return matmul(c, jax.lax.optimization_barrier(matmul(m, d.T)))
+
+    def _matrix_rows(
+        self, side: Side, indices: jax.Array, dtype: DTypeLike
+    ) -> jax.Array:
+        return self.basis(side, dtype)[indices]

@@ -57,7 +57,7 @@ def parse_spec(spec: OperatorSpec) -> tuple[str, dict[str, Any]]:
             f"operator must be one of {['auto', *OPERATORS]}, got {name!r}"
             + did_you_mean(str(name), ["auto", *OPERATORS])
         )
-    taken = {"in_features", "out_features", "square_rank", "squares", "seed"}
+    taken = {"in_features", "out_features", "square_rank", "seed"}
     fields = {f.name for f in dataclasses.fields(OPERATORS[name]) if f.init} - taken
     for setting in settings:
         if setting not in fields:
@@ -81,16 +81,14 @@ def square_rank(
     out_features: int,
     operator: OperatorSpec = "auto",
     multiple_of: int | None = None,
-    squares: int = 1,
 ) -> int:
     r"""The q of a budget: the widest M that costs no more and suits the layer.
 
-    .. math:: \hat r = \lfloor \sqrt{(in + out)\, r / K} \rfloor
+    .. math:: \hat r = \lfloor \sqrt{(in + out)\, r} \rfloor
 
-    is the largest one of which K squares train no more parameters than LoRA of rank
-    `rank` would (paper section 3.2, where K is 1; the reference rounds to the nearest
-    instead, which may exceed the budget). q is at most min(in, out) / K, and even for
-    rotation.
+    is the largest one that trains no more parameters than LoRA of rank `rank` would
+    (paper section 3.2; the reference rounds to the nearest instead, which may exceed
+    the budget). q is at most min(in, out), and even for rotation.
 
     Chips compute with rows of 128 numbers. If a multiple of 128 divides both widths and
     is more than half of that largest q, the widest such multiple is taken, and one of
@@ -102,10 +100,9 @@ def square_rank(
       in_features: The number of the kernel's input features.
       out_features: The number of the kernel's output features.
       operator: The operator that q is for.
-      multiple_of: A number that q is rounded down to a multiple of, in place of the
+      multiple_of: A number that q is rounded down to a multiple of, instead of by the
         rule above, unless q is below it; 1 takes all of the budget. Where no width
         meets the rule, it is 8 for q from 64 on.
-      squares: K, how many squares M is.
 
     Raises:
       TypeError, ValueError: A number is not a positive integer, or the budget is too
@@ -122,14 +119,12 @@ def square_rank(
     positive_integer("out_features", out_features)
     if multiple_of is not None:
         positive_integer("multiple_of", multiple_of)
-    positive_integer("squares", squares)
     cls = OPERATORS[parse_spec(resolve_auto(operator, rank))[0]]
-    q = math.isqrt((in_features + out_features) * rank // squares)
-    q = min(q, in_features // squares, out_features // squares)
+    q = math.isqrt((in_features + out_features) * rank)
+    q = min(q, in_features, out_features)
     if multiple_of is None:
         common = math.gcd(in_features, out_features) if cls.tiles else 0
-        pieces = 1 if cls.block else squares
-        if fitting := _fitting(q, common, pieces):
+        if fitting := _fitting(q, common):
             return fitting
         multiple_of = 8 if q >= 64 else 1  # it costs at most a tenth of q
     step = math.lcm(cls.q_multiple_of, multiple_of)
@@ -138,55 +133,28 @@ def square_rank(
         raise ValueError(
             f"rank {rank} on a kernel of {in_features} x {out_features} leaves no room "
             f"for {cls.name}, whose square_rank is at least {cls.q_multiple_of}"
-            + f", with {squares} squares"
-            * (squares > 1)
-            + "; leave it out with exclude, or give it an operator that a narrower "
-            "square suits, such as 'sharing'"
+            "; leave it out with exclude, or give it an operator that a narrower square "
+            "suits, such as 'sharing'"
         )
     return q
 
 
-def _fitting(q: int, common: int, pieces: int) -> int | None:
+def _fitting(q: int, common: int) -> int | None:
     """The widest M of whole 128s or 64s, more than half of `q`; None if there is none.
 
     Args:
       q: The widest M that the budget allows.
-      common: What the M must divide: the greatest common divisor of both widths, or 0
-        if it need not.
-      pieces: How many such M's together must divide it.
+      common: The number that the width must divide: the greatest common divisor of
+        both features, or 0 if it need not.
     """
     eights = q - q % 8
     for step in (LANES, LANES // 2):
         widths = range(q - q % step, q // 2, -step)
-        if fitting := next((w for w in widths if common % (pieces * w) == 0), None):
+        if fitting := next((w for w in widths if common % w == 0), None):
             return fitting
-        if common and eights > LANES // 2 and common % (pieces * eights) == 0:
+        if common and eights > LANES // 2 and common % eights == 0:
             return None  # it divides both as it is
     return None
-
-
-def fill_squares(
-    rank: int, in_features: int, out_features: int, operator: OperatorSpec, q: int
-) -> int:
-    """The most squares of width q that a budget buys.
-
-    Where groups of q features divide both widths of a layer, so do those of all squares
-    together: for sharing K divides what is left then.
-
-    Args:
-      rank: The budget r.
-      in_features: The number of the kernel's input features.
-      out_features: The number of the kernel's output features.
-      operator: The operator, which is not "auto".
-      q: The width of a square, as `square_rank` chooses it.
-    """
-    cls = OPERATORS[parse_spec(operator)[0]]
-    within = (in_features + out_features) * rank // q**2
-    most = max(1, min(within, in_features // q, out_features // q))
-    times, rest = divmod(math.gcd(in_features, out_features), q)
-    if rest or cls.block or not cls.tiles:
-        return most
-    return next(k for k in range(most, 0, -1) if times % k == 0)
 
 
 def make_operator(
@@ -195,7 +163,6 @@ def make_operator(
     out_features: int,
     square_rank: int,
     *,
-    squares: int = 1,
     seed: int = 0,
 ) -> Operator:
     """The operator that `spec` names, for one kernel.
@@ -207,7 +174,6 @@ def make_operator(
       in_features: The number of the kernel's input features.
       out_features: The number of the kernel's output features.
       square_rank: q, the width of M.
-      squares: K, how many squares M is.
       seed: The seed of the operators that are random.
 
     Raises:
@@ -218,16 +184,15 @@ def make_operator(
 
       >>> from mora_jax import make_operator
       >>> make_operator("rotation", 8, 8, 4)
-      Rotation(in_features=8, out_features=8, square_rank=4, squares=1, truncate=False)
+      Rotation(in_features=8, out_features=8, square_rank=4, truncate=False)
     """
     parse_spec(spec)
     positive_integer("in_features", in_features)
     positive_integer("out_features", out_features)
     positive_integer("square_rank", square_rank)
-    positive_integer("squares", squares)
-    rank = squares * square_rank**2 / (in_features + out_features)
+    rank = square_rank**2 / (in_features + out_features)
     name, settings = parse_spec(resolve_auto(spec, rank))
     cls = OPERATORS[name]
     if any(f.name == "seed" for f in dataclasses.fields(cls)):
         settings["seed"] = seed
-    return cls(in_features, out_features, square_rank, squares=squares, **settings)
+    return cls(in_features, out_features, square_rank, **settings)

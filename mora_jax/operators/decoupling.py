@@ -9,9 +9,10 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from mora_jax._common.types import Shape
-from mora_jax._jax.tiles import sum_tiles
-from mora_jax.operators._base import Operator, Side
+from mora_jax._jax.tiles import stored, sum_tiles, tile_to
+from mora_jax.operators._base import Operator, Side, Split
 from mora_jax.operators._blocks import (
+    add_wrapped_rows,
     block_positions,
     from_blocks,
     num_blocks,
@@ -26,8 +27,11 @@ class Decoupling(Operator):
 
     Input block k feeds output block k mod p, p = ceil(out / q); outputs beyond the n
     input blocks repeat them, so every input has an effect whatever the two widths. The
-    input blocks that feed the same output block are a *group*; there are min(n, p). Of
-    K squares, input block k is multiplied by square k mod K.
+    input blocks that feed the same output block are a *group*; there are min(n, p).
+
+    Subclasses move the numbers of each block before M does: block k is multiplied by a
+    fixed matrix R_k from the right, and since (x_k R_k) M = x_k (R_k M), it is as well
+    to multiply M by it from the left. They give both, `rotate_rows` and `rotate_m`.
 
     Attributes:
       truncate: Leave out the input blocks beyond the p-th instead, as the reference
@@ -48,13 +52,11 @@ class Decoupling(Operator):
     truncate: bool = False
 
     name = "decoupling"
+    work = "blocks"
+    keeps_input = True
     bounded = False
     block = True
     tiles = True
-
-    @property
-    def most_squares(self) -> int:
-        return self.num_feeding
 
     @property
     def compressed_shape(self) -> Shape:
@@ -67,12 +69,12 @@ class Decoupling(Operator):
 
     @property
     def num_out_blocks(self) -> int:
-        """How many blocks cover the outputs: p."""
+        """Number p of the blocks that cover the outputs."""
         return num_blocks(self.out_features, self.square_rank)
 
     @property
     def num_groups(self) -> int:
-        """How many groups of input blocks there are: min(n, p)."""
+        """Number of groups of input blocks: min(n, p)."""
         return min(self.compressed_shape[0], self.num_out_blocks)
 
     @property
@@ -104,7 +106,37 @@ class Decoupling(Operator):
         """D of blocks whose groups are summed: (..., groups, q) -> (..., out)."""
         return self.outputs_in_place(from_blocks(h, self.out_features))
 
-    def _rows(self, side: Side, indices: jax.Array, dtype: DTypeLike) -> jax.Array:
+    def split(self, x: jax.Array) -> Split:
+        # D sums the blocks of a group. M multiplies them all, so it may multiply the
+        # sum instead: n blocks become min(n, p).
+        return Split(self.sum_groups(self._compress(x)), self.decompress_groups)
+
+    def split_units(self, indices: jax.Array, dtype: DTypeLike) -> Split:
+        # A unit vector is in t blocks of the n, so that M multiplies t rows.
+        block, rows = self.block_rows(indices, dtype)
+
+        def decompress(h: jax.Array) -> jax.Array:
+            groups = np.arange(self.num_groups, dtype=np.uint32)
+            feeds = self.in_group(block)[..., None] == groups
+            h = jnp.where(feeds[..., None], h[..., None, :], 0).sum(-3)
+            return self.decompress_groups(h)
+
+        return Split(rows, decompress)
+
+    def matrix(self, m: jax.Array) -> jax.Array:
+        # In whole rows, which compilers vectorise; in tiles of q columns it took four
+        # times as long.
+        (n, q), outs = self.compressed_shape, self.out_features
+        columns = stored(lambda m: tile_to(m, outs), m)
+        group = jnp.asarray(self.in_group(np.arange(n)))
+        out_group = jnp.asarray(self.out_group(np.arange(outs) // q))
+        feeds = group[:, None, None] == out_group
+        rows = jnp.where(feeds, self.rotate_m(columns), 0)
+        return add_wrapped_rows(rows.reshape(n * q, outs), self.in_features)
+
+    def _matrix_rows(
+        self, side: Side, indices: jax.Array, dtype: DTypeLike
+    ) -> jax.Array:
         n, q = self.compressed_shape
         if side == "in":
             block, entries = self.block_rows(indices, dtype)
@@ -139,37 +171,23 @@ class Decoupling(Operator):
         return y
 
     def rotate_rows(self, h: jax.Array, block: jax.Array) -> jax.Array:
-        """What `_compress` does to (..., q) numbers of the blocks (...)."""
+        """H R_k for rows h of the blocks k: (..., q), with `block` (...), to (..., q)."""
         return h
 
-    def square_of(self, block: Any) -> Any:
-        """The number of the square that multiplies each input block, (...)."""
-        return block % np.uint32(self.squares)
-
-    @property
-    def sums_first(self) -> bool:
-        """Whether one square multiplies all blocks of a group, and so their sum."""
-        single = self.num_groups >= self.num_feeding
-        return single or self.num_groups % self.squares == 0
-
     def rotate_m(self, m: jax.Array) -> jax.Array:
-        """What each block of x multiplies, (n, q, k) -> (n, q, k).
-
-        One square may stand for n equal ones, (1, q, k); where nothing is rotated, it
-        stands for the results as well.
-        """
-        return m
+        """R_k M for all blocks: (q, c) -> (n, q, c), or (1, q, c) if all are alike."""
+        return m[None]
 
     @property
     def aligned(self) -> bool:
-        """Whether q divides both widths, so that blocks are slices of features."""
+        """True if q divides both widths, so that blocks are slices of features."""
         return not (
             self.in_features % self.square_rank + self.out_features % self.square_rank
         )
 
     @property
     def num_feeding(self) -> int:
-        """How many input blocks feed an output block: all, unless some are left out."""
+        """Number of input blocks that feed an output block: all, or those kept."""
         return self.num_groups if self.truncate else self.compressed_shape[0]
 
     def in_group(self, block: Any) -> Any:

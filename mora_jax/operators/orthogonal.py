@@ -13,10 +13,10 @@ from mora_jax.operators._random import orthonormal
 
 @operator
 class Orthogonal(Projection):
-    """Projection on K q fixed random orthonormal directions, and the transpose back.
+    """Projection on q fixed random orthonormal directions, and the transpose back.
 
     The AiDotNet document's operator. A layer with in != out has two sets of directions,
-    otherwise one. Each is stored, (features, K q), once for all layers of its width and
+    otherwise one. Each is stored, (features, q), once for all layers of its width and
     seed.
 
     Attributes:
@@ -36,10 +36,11 @@ class Orthogonal(Projection):
     out_basis: jax.Array | np.ndarray = array_field()
 
     name = "orthogonal"
+    arrays = ("in_basis", "out_basis")
 
     def _seeded_arrays(self) -> Mapping[str, Any]:
-        width, seed = self.width, self.seed
+        q, seed = self.square_rank, self.seed
         return {
-            "in_basis": orthonormal(self.in_features, width, seed),
-            "out_basis": orthonormal(self.out_features, width, seed),
+            "in_basis": orthonormal(self.in_features, q, seed),
+            "out_basis": orthonormal(self.out_features, q, seed),
         }

@@ -1,6 +1,7 @@
 """Permutation: decoupling over shuffled features."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,8 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from mora_jax._common.types import ArrayLike
 from mora_jax._jax.linear_map import LinearMap
+from mora_jax._jax.tiles import stored
 from mora_jax.operators._base import Side
+from mora_jax.operators._blocks import block_positions, divide
 from mora_jax.operators._pytree import array_field, operator
 from mora_jax.operators._random import inverse, permutation
 from mora_jax.operators.decoupling import Decoupling
@@ -60,10 +64,45 @@ class Permutation(Decoupling):
     def outputs_in_place(self, y: jax.Array) -> jax.Array:
         return _Reorder().transpose((self.out_order, self.out_inverse), y)
 
-    def _rows(self, side: Side, indices: jax.Array, dtype: DTypeLike) -> jax.Array:
+    def matrix(self, m: jax.Array) -> jax.Array:
+        return self.matrix_part(m, self.in_inverse, self.out_inverse)
+
+    def matrix_part(
+        self, m: jax.Array, in_places: ArrayLike, out_places: ArrayLike
+    ) -> jax.Array:
+        """Rows and columns of the delta, by their places in the two orders.
+
+        Args:
+          m: M, (q, q).
+          in_places: The places of some inputs in the order of the inputs, (k,).
+          out_places: The places of some outputs in the order of the outputs, (l,).
+
+        Returns:
+          (k, l).
+        """
+        q = self.square_rank
+        out_block, out_offset = divide(out_places, q)
+        block, offset = block_positions(in_places, self.in_features, q)
+        group, out_group = self.in_group(block), self.out_group(out_block)
+        columns = stored(lambda m: _take(m, out_offset, unique=False), m)
+        # A feature that starts over is in up to t blocks. An offset of q or more is in
+        # no group, whatever row of M it is clipped to.
+        parts = (
+            jnp.where(
+                group[:, t, None] == out_group,
+                columns.at[offset[:, t]].get(mode="clip"),
+                0,
+            )
+            for t in range(group.shape[1])
+        )
+        return functools.reduce(jnp.add, parts)
+
+    def _matrix_rows(
+        self, side: Side, indices: jax.Array, dtype: DTypeLike
+    ) -> jax.Array:
         if side == "out":
             indices = jnp.asarray(self.out_inverse)[indices]
-        return super()._rows(side, indices, dtype)
+        return super()._matrix_rows(side, indices, dtype)
 
     def block_rows(
         self, indices: jax.Array, dtype: DTypeLike
@@ -84,6 +123,6 @@ class _Reorder(LinearMap):
         return _take(cotangent, inverse)
 
 
-def _take(x: jax.Array, order: jax.Array) -> jax.Array:
+def _take(x: jax.Array, order: ArrayLike, unique: bool = True) -> jax.Array:
     # A permutation has no index out of bounds, and none twice.
-    return x.at[..., order].get(mode="promise_in_bounds", unique_indices=True)
+    return x.at[..., order].get(mode="promise_in_bounds", unique_indices=unique)

@@ -46,6 +46,10 @@ class Rotation(Decoupling):
         return _rotate(h, *(jnp.asarray(table)[block] for table in tables))
 
     def rotate_m(self, m: jax.Array) -> jax.Array:
+        # x R = x * cos + swap(x) * sin, where swap exchanges the halves of a row, so
+        # R = diag(cos) + P diag(sin) with the permutation P of swap. Hence
+        # R M = cos * M + P (sin * M): here sin is swapped with the rows of M, and the
+        # sign of an angle in one half is the opposite of that in the other.
         cos, sin = (table[..., None] for table in self._tables(m.dtype))
         return m * cos - _swap_halves(m, axis=-2) * sin
 

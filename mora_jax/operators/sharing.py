@@ -22,8 +22,7 @@ class Sharing(Operator):
 
     Paper equations 6-7. A group is strided (all features with the same index mod q) or
     contiguous (neighbouring features). The delta is dense, and costs no more than the
-    product with M. With K squares there are K q groups, and K q takes the place of q
-    here and below: square k has the groups from k q on.
+    product with M.
 
     Attributes:
       compress_groups: How inputs are grouped. Where q does not divide `in_features`,
@@ -50,6 +49,7 @@ class Sharing(Operator):
     normalised: bool = True
 
     name = "sharing"
+    work = "sums"
     bounded = False
     tiles = True
 
@@ -69,9 +69,9 @@ class Sharing(Operator):
 
     @property
     def isometry(self) -> bool:
-        width, ins, outs = self.width, self.in_features, self.out_features
-        whole = ins % width == outs % width == 0
-        return whole and (self.normalised or ins == outs == width)
+        q, ins, outs = self.square_rank, self.in_features, self.out_features
+        whole = ins % q == outs % q == 0
+        return whole and (self.normalised or ins == outs == q)
 
     @property
     def gains(self) -> tuple[float, float]:
@@ -80,7 +80,7 @@ class Sharing(Operator):
         The in / q numbers of a group are taken to be of either sign. What they have in
         common adds up instead, and makes sharing without signs want a smaller rate.
         """
-        group = max(1.0, self.in_features / self.width)
+        group = max(1.0, self.in_features / self.square_rank)
         c_scale, d_scale = (float(self._scale(s, np.float64)) for s in ("in", "out"))
         return math.sqrt(group) * c_scale, d_scale
 
@@ -88,12 +88,12 @@ class Sharing(Operator):
         if self.compress_groups == "strided":
             h = self._sum_strided(x)
         else:
-            h = _sum_contiguous(x, self.width)
+            h = _sum_contiguous(x, self.square_rank)
         return h * self._scale("in", h.dtype)
 
     def _sum_strided(self, x: jax.Array) -> jax.Array:
         """Sums of strided groups, the last ones completed by the first features."""
-        width = self.width
+        width = self.square_rank
         if width >= self.in_features:
             return tile_to(x, width)
         missing = -self.in_features % width
@@ -103,13 +103,15 @@ class Sharing(Operator):
         return sum_tiles(x, width) + jnp.pad(x[..., :missing], before)
 
     def _decompress(self, h: jax.Array) -> jax.Array:
-        h = h * self._scale("out", h.dtype)  # K q numbers, and not all outputs
+        h = h * self._scale("out", h.dtype)  # q numbers, and not all outputs
         if self.decompress_groups == "strided":
             return tile_to(h, self.out_features)
         return _repeat_contiguous(h, self.out_features)
 
-    def _rows(self, side: Side, indices: jax.Array, dtype: DTypeLike) -> jax.Array:
-        width = self.width
+    def _matrix_rows(
+        self, side: Side, indices: jax.Array, dtype: DTypeLike
+    ) -> jax.Array:
+        width = self.square_rank
         groups = self.compress_groups if side == "in" else self.decompress_groups
         features = self.in_features if side == "in" else self.out_features
         if groups == "contiguous":
@@ -123,7 +125,7 @@ class Sharing(Operator):
 
     def _scale(self, side: Side, dtype: DTypeLike) -> np.ndarray:
         features = self.in_features if side == "in" else self.out_features
-        scale = math.sqrt(self.width / features) if self.normalised else 1.0
+        scale = math.sqrt(self.square_rank / features) if self.normalised else 1.0
         return np.asarray(scale, dtype)
 
 

@@ -19,8 +19,7 @@ class SignedDecoupling(Decoupling):
     .. math:: x_k \mapsto s_k \odot x_k, \qquad s_k \in \{-1, 1\}^q
 
     Signs tell blocks apart as the angles of `Rotation` do, and cost one multiplication.
-    Where one square multiplies all blocks, what they have in common cancels in its
-    gradient instead of adding up.
+    What all blocks have in common cancels in the gradient of M instead of adding up.
 
     Attributes:
       seed: The seed of the signs; equal widths with the same q share them.

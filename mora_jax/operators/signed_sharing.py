@@ -56,6 +56,8 @@ class SignedSharing(Sharing):
         y = super()._decompress(h)
         return y * jnp.asarray(self.out_signs, y.dtype)
 
-    def _rows(self, side: Side, indices: jax.Array, dtype: DTypeLike) -> jax.Array:
+    def _matrix_rows(
+        self, side: Side, indices: jax.Array, dtype: DTypeLike
+    ) -> jax.Array:
         signs = jnp.asarray(self.in_signs if side == "in" else self.out_signs, dtype)
-        return super()._rows(side, indices, dtype) * signs[indices][..., None]
+        return super()._matrix_rows(side, indices, dtype) * signs[indices][..., None]

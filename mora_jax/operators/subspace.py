@@ -18,15 +18,15 @@ TOLERANCE = 1e-3
 
 @operator
 class Subspace(Projection):
-    r"""Projection on K q given orthonormal directions, and back along others.
+    r"""Projection on q given orthonormal directions, and back along others.
 
     `gradient_bases` makes it from a gradient, whose leading directions are those in
     which the inputs of the layer lie, and in which its outputs should move. No seed
     gives such directions, so they are stored with the adapter: q (in + out) numbers.
 
     Attributes:
-      in_basis: The directions of the inputs, (in_features, K q), as float32.
-      out_basis: Those of the outputs, (out_features, K q), as float32.
+      in_basis: The directions of the inputs, (in_features, q), as float32.
+      out_basis: Those of the outputs, (out_features, q), as float32.
 
     Raises:
       TypeError: A basis is not a floating-point array, or is a tracer.
@@ -46,13 +46,16 @@ class Subspace(Projection):
     out_basis: jax.Array | np.ndarray = given_array_field()
 
     name = "subspace"
+    arrays = ("in_basis", "out_basis")
     given: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
         widths = {"in_basis": self.in_features, "out_basis": self.out_features}
         for name, features in widths.items():
-            basis = _orthonormal(name, getattr(self, name), (features, self.width))
+            basis = _orthonormal(
+                name, getattr(self, name), (features, self.square_rank)
+            )
             object.__setattr__(self, name, basis)
 
     @functools.cached_property
@@ -76,13 +79,13 @@ class Subspace(Projection):
     def gains(self) -> tuple[float, float]:
         r"""How large C and D make numbers that lie in the subspace.
 
-        .. math:: c = \sqrt{in / K q}, \qquad d = \sqrt{K q / out}
+        .. math:: c = \sqrt{in / q}, \qquad d = \sqrt{q / out}
 
-        If all of x lies in the directions of C, then the K q numbers of C(x) hold what
+        If all of x lies in the directions of C, then the q numbers of C(x) hold what
         the `in` numbers of x held: their sum of squares is the same.
         """
-        c = math.sqrt(self.in_features / self.width)
-        return c, math.sqrt(self.width / self.out_features)
+        c = math.sqrt(self.in_features / self.square_rank)
+        return c, math.sqrt(self.square_rank / self.out_features)
 
 
 def _orthonormal(name: str, basis: Any, shape: tuple[int, int]) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Truncation: the first K q features."""
+"""Truncation: the first q features."""
 
 import jax
 from jax.typing import DTypeLike
@@ -11,8 +11,6 @@ from mora_jax.operators._pytree import operator
 @operator
 class Truncation(Operator):
     """The first q input features move the first q outputs (paper equations 4-5).
-
-    Of K squares, each has the q features behind those of the one before it.
 
     Example::
 
@@ -27,6 +25,7 @@ class Truncation(Operator):
     """
 
     name = "truncation"
+    work = "sums"
 
     @property
     def isometry(self) -> bool:
@@ -38,10 +37,12 @@ class Truncation(Operator):
         return 1.0, 1.0
 
     def _compress(self, x: jax.Array) -> jax.Array:
-        return x[..., : self.width]
+        return x[..., : self.square_rank]
 
     def _decompress(self, h: jax.Array) -> jax.Array:
         return pad_to(h, self.out_features)
 
-    def _rows(self, side: Side, indices: jax.Array, dtype: DTypeLike) -> jax.Array:
-        return jax.nn.one_hot(indices, self.width, dtype=dtype)
+    def _matrix_rows(
+        self, side: Side, indices: jax.Array, dtype: DTypeLike
+    ) -> jax.Array:
+        return jax.nn.one_hot(indices, self.square_rank, dtype=dtype)

@@ -10,8 +10,8 @@ from flax import nnx
 from jax.core import Tracer
 
 from mora_jax._common.checks import check_choice, check_kernel
-from mora_jax._layer.delta import delta_kernel
 from mora_jax._layer.dense import as_jax_array
+from mora_jax._layer.equation import delta_kernel
 from mora_jax._layer.rounding import add_rounded, share_lost
 from mora_jax._plan.plan import Plan, check_plan
 from mora_jax._plan.spec import SUFFIX, AdapterSpec

@@ -12,8 +12,7 @@ import jax.numpy as jnp
 import qwix
 from flax import nnx
 
-from mora_jax._layer.adapted import check_product
-from mora_jax._layer.delta import add_delta
+from mora_jax._layer.adapted import add_delta, check_product
 from mora_jax._plan.spec import SUFFIX, AdapterSpec
 from mora_jax.nnx._adapters import named_modules
 from mora_jax.products import Product

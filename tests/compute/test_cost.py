@@ -11,7 +11,7 @@ from cases import CASES, by_case, by_kind
 from flax import linen as nn
 
 from mora_jax import AdapterSpec, FrozenDense, MoRAConfig, init, linen, mora_apply
-from mora_jax._layer.delta import Delta
+from mora_jax._layer.equation import Delta
 from mora_jax.products import DENSE, Contraction
 
 ROWS = 64

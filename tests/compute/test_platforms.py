@@ -14,7 +14,7 @@ from jax.test_util import check_grads
 
 import mora_jax
 from mora_jax import FrozenDense, Plan, mora_apply
-from mora_jax._layer.tuning import ORDERED_ROWS, as_if_on
+from mora_jax._jax.tuning import ORDERED_ROWS, as_if_on
 
 ALPHA = 0.7
 WAYS = ("activation", "fold")

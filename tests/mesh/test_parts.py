@@ -9,11 +9,11 @@ import pytest
 from adapter_files import slow
 from cases import by_case, by_kind
 from helpers import close, random
-
-from mora_jax._layer.delta import Delta
 from mora_jax._layer.delta_matrix import add_matrix
 from mora_jax._layer.folded_part import add_part
-from mora_jax._layer.tuning import as_if_on
+
+from mora_jax._jax.tuning import as_if_on
+from mora_jax._layer.equation import Delta
 from mora_jax._mesh.parts import part_of
 
 SIZES = [

@@ -20,9 +20,9 @@ from helpers import close, random
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from jax.test_util import check_grads
+from mora_jax._layer.delta_matrix import delta_matrix
 
 from mora_jax import AdapterSpec, MoRAConfig, make_operator, square_rank
-from mora_jax._layer.delta_matrix import delta_matrix
 from mora_jax.operators import Operator
 
 

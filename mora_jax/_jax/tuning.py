@@ -1,0 +1,178 @@
+"""Constants of each platform: measured on CPUs, chosen by rooflines for chips.
+
+A program is compiled for the platform that it is lowered for, which need not be the one
+that it is traced on: an exported program may be for several. `linear_map` traces each
+layer for the platform when it is lowered, so that `current_tuning` is right within.
+
+A constant belongs here if another machine could want another value. To add a platform,
+measure with the command that is named beside each constant, and add an entry to
+`TUNING` under JAX's name of it. Until then a platform has the constants of the CPU.
+"""
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
+from types import MappingProxyType
+from typing import Literal
+
+import jax
+
+Work = Literal["products", "sums", "blocks"]
+"""The work of C and D: products with matrices, sums and copies, or moves of blocks."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuning:
+    """The constants of one platform.
+
+    Attributes:
+      fold_from: For each kind of work of an operator, the number of rows from which on
+        a fold is faster than the activation path, in units of in * out / (in + out).
+        Theory: a fold reads and writes the kernel, in * out numbers; the activation
+        path reads the input and the output again, in + out numbers for each row. Both
+        move as much memory at 1.0. The fold also has to form C M D and to do all of it
+        again in the backward pass, so that it pays later. With blocks it pays earlier:
+        their activation path also rearranges C(x), which is as long as x.
+      folds_16_bits: True if kernels of 16 bits are folded, too, with a dither.
+      folds_gathered: True if kernels are folded that are split over batches (FSDP),
+        and gathered before they are used.
+      chip: The forms that `chips` and `tiles` compute in: those of a TPU, those of a
+        GPU, or None for the plain ones.
+      loops_over_rows: True if rows of a batch that have M's of their own are multiplied
+        one after another. Otherwise the M's are copied, one for each row, and one
+        product has an axis of rows.
+    """
+
+    fold_from: Mapping[Work, float]
+    folds_16_bits: bool
+    folds_gathered: bool
+    chip: Literal["tpu", "gpu"] | None
+    loops_over_rows: bool
+
+
+# Two cores of an x86-64 server, float32, JAX 0.10, `make bench-layer`.
+_CPU = Tuning(
+    fold_from={"products": 2.0, "sums": 2.0, "blocks": 0.6},
+    folds_16_bits=False,
+    folds_gathered=False,
+    chip=None,
+    loops_over_rows=True,
+)
+# Rooflines of programs that XLA compiles for TPUs, bfloat16, 8,192 rows, relative to
+# the frozen layer or model (`make bench-chips`):
+#
+#                                      activation   fold
+#   4096 -> 4096,  v5e, orthogonal        1.32      1.31
+#   4096 -> 14336, v5e, orthogonal        1.31      1.23
+#   4096 -> 4096,  v6e, orthogonal        1.34      1.46
+#   4096 -> 14336, v6e, orthogonal        1.43      1.56
+#   Llama of two layers, v5e, orthogonal  1.08      0.89
+#   Llama of two layers, v6e, orthogonal  1.07      0.96
+#   4096 -> 4096,  v5e, sharing           1.11      1.21
+#   4096 -> 4096,  v5e, rotation          1.37      1.07
+#
+# "auto" goes by the model. Kernels that are gathered, a training step of 8B on v5e:2x4
+# in ms (`--only meshes`): rotation 464 fused and 418 folded, orthogonal 493 and 454,
+# sharing 432 and 410. A device receives 13.6 to 13.7 GB fused, 14.2 to 14.6 folded, and
+# 14.1 frozen: a fold of sharing saves about the time that 1 GB more takes, the other
+# two far more.
+_TPU = Tuning(
+    fold_from={"products": 2.0, "sums": math.inf, "blocks": 0.6},
+    folds_16_bits=True,
+    folds_gathered=True,
+    chip="tpu",
+    loops_over_rows=False,
+)
+# The same for an H100. In a model what the activation path reads and writes is fused
+# with what stands before and after a layer:
+#
+#                                      activation   fold
+#   Llama of 8B's width, sharing          1.00      1.03
+#   Llama of 8B's width, orthogonal       1.05      1.10
+#   Llama of 8B's width, rotation         1.05      1.03
+#   4096 -> 4096, sharing                 1.23      1.14
+#   4096 -> 4096, orthogonal              1.36      1.29
+#   4096 -> 4096, rotation                1.45      1.13
+_GPU = Tuning(
+    fold_from={"products": 8.0, "sums": math.inf, "blocks": 0.6},
+    folds_16_bits=True,
+    folds_gathered=False,
+    chip="gpu",
+    loops_over_rows=False,
+)
+TUNING: Mapping[str, Tuning] = MappingProxyType(
+    {"cpu": _CPU, "tpu": _TPU, "cuda": _GPU, "rocm": _GPU}
+)
+"""The constants of each platform, by JAX's name of it."""
+
+MAX_UNROLLED_SLICES = 64
+"""A sum of more slices than this is one sum over an axis.
+
+Up to here slices are added in one pass over memory, a third of the time on a CPU. More
+of them would make programs long, which XLA takes long to compile.
+"""
+
+# Rows with M's of their own (`loops_over_rows`): what the ways cost that were tried.
+# `make bench-many` measures the first two.
+#
+#                                           4 slots   64 slots
+#   CPU, 64 rows of one token, q = 256, ms
+#     one after another                       0.66      1.02
+#     copied, in one product                 18        19
+#     sorted by slot, `jax.lax.ragged_dot`    2.1       2.1
+#     in groups of 16 rows, filled up         0.48      5.5
+#   H100, 4096 -> 4096, q = 256, of the layer alone
+#     one after another                      25        25
+#     copied                                  1.39      1.50
+#     `jax.lax.ragged_dot`                    1.91      2.55
+#
+# On a v5e copies and ragged_dot are within 0.02 of each other for 64 rows; for 8 x 512
+# tokens they cost 1.09 and 1.04, where the product inside ragged_dot is not priced.
+
+_platform: ContextVar[str | None] = ContextVar("platform", default=None)
+
+
+def chosen_platform() -> str | None:
+    """Platform that what is traced now will run on, if it need not be the default."""
+    return _platform.get()
+
+
+def default_platform() -> str:
+    """Platform that JAX computes on by default, as `TUNING` names it."""
+    backend = jax.default_backend()
+    return "cuda" if backend == "gpu" else backend
+
+
+def current_tuning() -> Tuning:
+    """The constants of the platform that what is traced now will run on."""
+    return TUNING.get(chosen_platform() or default_platform(), _CPU)
+
+
+@contextlib.contextmanager
+def traced_for(platform: str | None) -> Iterator[None]:
+    """Trace within for a platform; None for the default one."""
+    token = _platform.set(platform)
+    try:
+        yield
+    finally:
+        _platform.reset(token)
+
+
+@contextlib.contextmanager
+def as_if_on(platform: str) -> Iterator[None]:
+    """Compute within, on the default platform, as another one would.
+
+    So the tests compute here what a chip would compute. Nothing that was traced before
+    is used within, nor afterwards what was traced within.
+
+    Args:
+      platform: One of `TUNING`.
+    """
+    jax.clear_caches()
+    try:
+        with traced_for(platform):
+            yield
+    finally:
+        jax.clear_caches()

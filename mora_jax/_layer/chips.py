@@ -1,0 +1,318 @@
+r"""Forms for TPUs and GPUs: the one door to what is computed otherwise there.
+
+Each function here returns the faster form of an operator on the platform that is traced
+for, or the operator's own. A form must give what the operator's own method gives; the
+tests hold each against the matrices of C and D. They were found by rooflines of
+compiled programs (`make bench-chips`), which also tell what each of them is worth.
+
+What they use: on a TPU an array is stored as tiles of 8 rows and 128 features. A slice
+of whole tiles costs nothing, while an array of blocks, (rows, n, q), is another order
+of tiles, and is written anew. So blocks are cut from x, and instead of turning each
+block of x by R_k, M is: x_k (R_k M) = (x_k R_k) M. The gradient of M then is
+
+.. math:: dM = \sum_k R_k^T (x_k^T g_k)
+
+with n products of slices, whose results are turned back. On a GPU the products of the
+gradient are one with an axis of blocks.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mora_jax._common.types import ArrayLike
+from mora_jax._jax.qwix_guard import last_with_first, matmul
+from mora_jax._jax.tiles import pad_to, sum_tiles, tile_to
+from mora_jax._jax.tuning import MAX_UNROLLED_SLICES, current_tuning
+from mora_jax._jax.vma import shape_for, zeros_for
+from mora_jax._layer.rounding import add_rounded
+from mora_jax._mesh.parts import BlockPart, OperatorPart, PermutationPart, whole
+from mora_jax.operators import Decoupling, Permutation
+from mora_jax.operators._blocks import block_positions, divide
+
+UNROLLED_PRODUCTS = 8
+"""Number of products of the gradient of M in one step of a loop.
+
+XLA fetches what a product reads while it computes the ones before it, in one step of a
+loop. To find the number, change it and run `make bench-chips`: with 1, all and 8 a
+Llama cost 0.92, 0.87 and 0.87 of the frozen one on a TPU v5e, and took 32, 101 and 37
+seconds of two cores to compile.
+"""
+
+ORDERED_ROWS = 1024
+"""Number of rows of x that are reordered in one step of permutation's gradient of M.
+
+To find the number, change it and run `make bench-chips ARGS="--only layers --operators
+permutation"`: 512 and 1,024 cost the same on a TPU v5e, 2,048 more on a v6e.
+"""
+
+
+def rows_of(op: Any) -> Callable[..., jax.Array]:
+    """`op.rows` in the form for the platform, a function of (x, m, precision)."""
+    if _chip() == "tpu" and _has_few_slices(op):
+        return functools.partial(_sliced_rows, op)
+    return op.rows
+
+
+def gradient_of(op: Any, row_shards: int = 1) -> Callable[..., jax.Array]:
+    """`op.gradient` in the form for the platform, a function of (x, g, precision).
+
+    Args:
+      op: An operator, or one device's part of one.
+      row_shards: The number of devices that share the rows of x. Products of blocks are
+        kept apart by these shards until they are turned back: so one array like M is
+        summed over devices, and not n.
+    """
+    if _has_few_slices(op):
+        if _chip() == "tpu":
+            ordered = isinstance(op, Permutation)
+            gradient = _ordered_gradient if ordered else _sliced_gradient
+            return functools.partial(gradient, op, row_shards)
+        if _chip() == "gpu" and op.num_feeding == op.num_groups:
+            return functools.partial(_batched_gradient, op, row_shards)
+    return op.gradient
+
+
+def matrix_of(op: Any) -> Callable[[jax.Array], jax.Array]:
+    """`op.matrix` in the form for the platform, a function of M."""
+    if _chip() == "tpu" and isinstance(op, Permutation):
+        return functools.partial(_ordered_matrix, op, op.in_inverse, op.out_inverse)
+    if _chip() == "tpu" and isinstance(op, PermutationPart):
+        return functools.partial(_ordered_matrix, op.operator, *op.places)
+    return op.matrix
+
+
+def add_of(op: Any) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    """The sum of a kernel and the delta, a function of (M, kernel).
+
+    The kernel is (in_features, out_features), and the result has its dtype. A kernel of
+    16 bits is rounded with a dither. A part of an operator is added to its part of the
+    kernel.
+    """
+    part = op if isinstance(op, OperatorPart) else whole(op)
+    if _chip() == "tpu" and isinstance(part, BlockPart) and part.is_cut_evenly:
+        return functools.partial(_add_copies, part)
+    return functools.partial(_add_matrix, part)
+
+
+def folds_in_place(op: Any) -> bool:
+    """True if `add_of` changes blocks of the kernel, and copies the rest of it."""
+    blocks = isinstance(op, Decoupling) and not isinstance(op, Permutation)
+    return _chip() == "tpu" and blocks and op.aligned
+
+
+def stores_folds() -> bool:
+    """True if a folded kernel is to be an array before it is multiplied.
+
+    Otherwise each part of the product may form its own once more.
+    """
+    return _chip() == "tpu"
+
+
+def _chip() -> str | None:
+    return current_tuning().chip
+
+
+def _has_few_slices(op: Any) -> bool:
+    aligned = isinstance(op, Decoupling) and op.aligned
+    return aligned and op.compressed_shape[0] <= MAX_UNROLLED_SLICES
+
+
+def _rotated_m(op: Decoupling, m: jax.Array) -> jax.Array:
+    """R_k M for all blocks, (n, q, q)."""
+    rotated = op.rotate_m(m)
+    return jnp.broadcast_to(rotated, (op.compressed_shape[0], *rotated.shape[1:]))
+
+
+def _unrotate(op: Decoupling, products: jax.Array) -> jax.Array:
+    """Gradient of M, summed from the gradients of its rotated copies R_k M.
+
+    Args:
+      op: The operator.
+      products: The gradients by shards of rows, (n, shards, q, q).
+    """
+    m = shape_for(op.m_shape, products.dtype, products)
+    transpose = jax.linear_transpose(lambda m: _rotated_m(op, m), m)
+    return jax.vmap(transpose, in_axes=1)(products)[0].sum(0)
+
+
+def _sliced_rows(
+    op: Decoupling, x: jax.Array, m: jax.Array, precision: jax.lax.PrecisionLike = None
+) -> jax.Array:
+    rotated, q = _rotated_m(op, m), op.square_rank
+    blocks = jax.lax.split(op.order_inputs(x), (q,) * len(rotated), axis=-1)
+    groups: list[Any] = [None] * op.num_groups
+    for k, block in enumerate(blocks[: op.num_feeding]):
+        axes, group = last_with_first(x), k % op.num_groups
+        h = jax.lax.dot_general(block, rotated[k], axes, precision=precision)
+        groups[group] = h if groups[group] is None else groups[group] + h
+    y = tile_to(jnp.concatenate(groups, axis=-1), op.out_features)
+    return op.outputs_in_place(y)
+
+
+def _sliced_gradient(
+    op: Decoupling,
+    row_shards: int,
+    x: jax.Array,
+    g: jax.Array,
+    precision: jax.lax.PrecisionLike,
+) -> jax.Array:
+    n, q, groups = op.compressed_shape[0], op.square_rank, op.num_groups
+    y = sum_tiles(g, groups * q)
+    x, y = (a.reshape(row_shards, -1, a.shape[-1]) for a in (x, y))
+    sum_dtype = jnp.promote_types(y.dtype, jnp.float32)
+
+    def put_product(k: jax.Array, products: jax.Array) -> jax.Array:
+        # Unsigned, or XLA would not see that the slices are whole tiles.
+        k = k.astype(jnp.uint32)
+        h = jax.lax.dynamic_slice_in_dim(x, k * q, q, axis=2)
+        back = jax.lax.dynamic_slice_in_dim(y, k % groups * q, q, axis=2)
+        gradient = jax.lax.dot_general(
+            h,
+            back,
+            (((1,), (1,)), ((0,), (0,))),
+            precision=precision,
+            preferred_element_type=sum_dtype,
+        )
+        return jax.lax.dynamic_update_index_in_dim(products, gradient, k, axis=0)
+
+    # A loop, since XLA takes as long for n products as for n layers.
+    products = zeros_for((n, row_shards, q, q), sum_dtype, x, y)
+    products = jax.lax.fori_loop(
+        0, op.num_feeding, put_product, products, unroll=UNROLLED_PRODUCTS
+    )
+    return _unrotate(op, products).astype(g.dtype)
+
+
+def _ordered_gradient(
+    op: Permutation,
+    row_shards: int,
+    x: jax.Array,
+    g: jax.Array,
+    precision: jax.lax.PrecisionLike,
+) -> jax.Array:
+    """The same where features are in another order, some rows at a time.
+
+    To reorder features, a TPU transposes an array and moves whole rows of memory. Of
+    some rows of x and y both fit in its fast memory, so that x and y are read once and
+    nothing of their size is written.
+    """
+    x, y = (a.reshape(row_shards, -1, a.shape[-1]) for a in (x, g))
+    rows = x.shape[1]
+    steps = 1 if rows % ORDERED_ROWS else max(rows // ORDERED_ROWS, 1)
+    # With an axis of steps. XLA would transpose all of x if it were to slice rows.
+    x, y = (a.reshape(row_shards, steps, rows // steps, a.shape[-1]) for a in (x, y))
+    sum_dtype = jnp.promote_types(y.dtype, jnp.float32)
+
+    def products(step: ArrayLike) -> jax.Array:
+        at = functools.partial(jax.lax.dynamic_index_in_dim, axis=1, keepdims=False)
+        h, decompress = op.split(at(x, step))
+        (back,) = jax.linear_transpose(decompress, h)(at(y, step))
+        axes = ((1,), (1,)), ((2, 0), (2, 0))
+        settings = {"precision": precision, "preferred_element_type": sum_dtype}
+        return jax.lax.dot_general(h, back, axes, **settings)
+
+    total = zeros_for(jax.eval_shape(products, 0).shape, sum_dtype, x, y)
+    total = jax.lax.fori_loop(
+        0, steps, lambda step, total: total + products(step), total
+    )
+    total = pad_to(total, op.compressed_shape[0], axis=0)
+    return _unrotate(op, total).astype(g.dtype)
+
+
+def _batched_gradient(
+    op: Decoupling,
+    row_shards: int,
+    x: jax.Array,
+    g: jax.Array,
+    precision: jax.lax.PrecisionLike,
+) -> jax.Array:
+    """One product with an axis of blocks, whose results are turned back."""
+    q, n = op.square_rank, op.num_feeding
+    x, y = op.order_inputs(x), op.order_outputs(g)
+    products = jax.lax.dot_general(
+        x[..., : n * q].reshape(row_shards, -1, n, q),
+        sum_tiles(y, n * q).reshape(row_shards, -1, n, q),
+        (((1,), (1,)), ((2, 0), (2, 0))),
+        precision=precision,
+        preferred_element_type=jnp.promote_types(y.dtype, jnp.float32),
+    )
+    products = pad_to(products, op.compressed_shape[0], axis=0)
+    return _unrotate(op, products).astype(g.dtype)
+
+
+def _ordered_matrix(
+    op: Permutation, in_places: ArrayLike, out_places: ArrayLike, m: jax.Array
+) -> jax.Array:
+    """`Permutation.matrix_part` by products with unit vectors, instead of gathers."""
+    q = op.square_rank
+    out_block, out_offset = divide(out_places, q)
+    block, offset = block_positions(in_places, op.in_features, q)
+    group, out_group = op.in_group(block), op.out_group(out_block)
+    columns = matmul(m, jax.nn.one_hot(out_offset, q, dtype=m.dtype).T)
+    columns = jax.lax.optimization_barrier(columns)
+
+    def rows(t: int) -> jax.Array:
+        return matmul(jax.nn.one_hot(offset[:, t], q, dtype=m.dtype), columns)
+
+    parts = (
+        jnp.where(group[:, t, None] == out_group, rows(t), 0)
+        for t in range(group.shape[1])
+    )
+    return functools.reduce(jnp.add, parts)
+
+
+def _add_matrix(part: OperatorPart, m: jax.Array, kernel: jax.Array) -> jax.Array:
+    start, is_whole = (part.in_start, part.out_start), part.is_whole
+    delta = matrix_of(part.operator if is_whole else part)(m)
+    total = add_rounded(kernel, delta, "io", kernel.dtype, "dither", start)
+    # A gathered matrix is formed once more wherever its sum is fused into a product.
+    if is_whole and isinstance(part.operator, Permutation):
+        return jax.lax.optimization_barrier(total)
+    return total
+
+
+def _add_copies(part: BlockPart, m: jax.Array, kernel: jax.Array) -> jax.Array:
+    """The kernel with the copies of M added one after another, in place.
+
+    The rest of the kernel, 1 - 1/n of it, is only copied. XLA copies it to the chip's
+    fast memory, where the product that follows reads it. Where devices share the
+    features, one has whole blocks, or a part of one block. It goes through its blocks
+    of that side which has more of them in the whole kernel: each of those meets one
+    block of the other side. If that block is elsewhere, zeros are added.
+    """
+    op, q = part.operator, part.operator.square_rank
+    n, p = op.compressed_shape[0], op.num_out_blocks
+    ins, outs = min(q, part.in_features), min(q, part.out_features)
+    starts = part.in_start.astype(jnp.uint32), part.out_start.astype(jnp.uint32)
+    (first_in, row_in_m), (first_out, column_in_m) = (divide(s, q) for s in starts)
+    rotated = jax.lax.dynamic_slice(
+        _rotated_m(op, m), (np.uint32(0), row_in_m, column_in_m), (n, ins, outs)
+    )
+    here_in, here_out = part.in_features // ins, part.out_features // outs
+
+    def add_copy(k: jax.Array, folded: jax.Array) -> jax.Array:
+        k = k.astype(jnp.uint32)
+        if n >= p:
+            block_in = first_in + k
+            block_out = block_in % np.uint32(p)
+        else:
+            block_out = first_out + k
+            block_in = block_out % np.uint32(n)
+        row, column = block_in - first_in, block_out - first_out  # wrap if before
+        is_here = (row < here_in) & (column < here_out) & (block_in < op.num_feeding)
+        row = jnp.minimum(row, np.uint32(here_in - 1)) * np.uint32(ins)
+        column = jnp.minimum(column, np.uint32(here_out - 1)) * np.uint32(outs)
+        block = jax.lax.dynamic_slice(folded, (row, column), (ins, outs))
+        copy = jax.lax.dynamic_index_in_dim(rotated, block_in, keepdims=False)
+        start = starts[0] + row, starts[1] + column
+        block = add_rounded(
+            block, jnp.where(is_here, copy, 0), "io", kernel.dtype, "dither", start
+        )
+        return jax.lax.dynamic_update_slice(folded, block, (row, column))
+
+    return jax.lax.fori_loop(0, here_in if n >= p else here_out, add_copy, kernel)

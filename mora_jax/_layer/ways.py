@@ -1,0 +1,293 @@
+r"""Ways to compute an adapted layer, which give the same numbers up to rounding.
+
+.. math:: y = x W + \alpha\, D(C(x) M) = x\,(W + \alpha\, C M D)
+
+- "activation" is the equation as it is written on the left. It reads the input and the
+  output once more.
+- "fold" computes the right-hand side. It reads the kernel once more, so it pays where
+  an input has many rows. The kernel is folded again in the backward pass, so that no
+  folded kernel is kept.
+- "fused" is for meshes: each device adds its parts of both terms before the devices sum
+  them. XLA would not join the two sums, since one of the layer and one of the delta
+  stand between them.
+
+Each is a linear map of x whose transpose gives dx. The derivative by M is the delta of
+M's tangent in every way, computed from x, so that no gradient of a kernel's shape is
+formed. `Adapted` is the map that stands in a program; it takes one of the three when it
+is traced for a platform, by `choose`.
+
+On a mesh each device folds the part of the kernel that it holds. If the kernel is split
+over batches (FSDP), it is folded before it is gathered: each device does its share of
+the work, and the gather that the layer needs anyway brings the folded kernel.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+from jax.typing import DTypeLike
+
+from mora_jax._common.types import Shape
+from mora_jax._jax.linear_map import LinearMap, Static, static
+from mora_jax._jax.qwix_guard import intercepted
+from mora_jax._jax.tuning import Tuning, current_tuning
+from mora_jax._jax.vma import shape_for
+from mora_jax._layer import chips
+from mora_jax._layer.equation import Delta, adapted
+from mora_jax._layer.fold import barrier, schedule_after, sum_dtype
+from mora_jax._mesh.layout import FeatureSharding, KernelLayout, MeshAxes
+from mora_jax._mesh.shard_map import REPLICATED, ShardMappedMap
+from mora_jax._plan.spec import AdapterSpec
+from mora_jax.operators._base import Work
+from mora_jax.products import Contraction, Product
+
+Way = Literal["activation", "fold", "fused"]
+
+
+def joins(
+    spec: AdapterSpec,
+    product: Product,
+    x: Any,
+    dtype: DTypeLike | None,
+    dropout: bool = False,
+    explicit: bool = False,
+) -> bool:
+    """True if product and delta can be one map of the layer's input.
+
+    Shapes and dtypes alone decide, and whether another library computes the layer's
+    product: it would be given, instead of the kernel that it knows, one with a delta,
+    and round it.
+
+    Args:
+      spec: The adapter.
+      product: What the layer computes.
+      x: The layer's input, or its shape.
+      dtype: The kernel's dtype in the computation; None for a kernel that is not an
+        array of floating-point numbers, such as a quantized one.
+      dropout: True if the adapter drops some of its input, which the layer does not.
+      explicit: True if the type of the input or the kernel says how it is sharded: the
+        steps of the ways have no such types.
+    """
+    _, axes = spec.seen_by(len(product.axes))
+    one_product = isinstance(product, Contraction) and "s" not in axes
+    if not one_product or product.axes != axes or dtype is None:
+        return False
+    known = all(isinstance(size, int) for size in x.shape)  # unlike some of jax.export
+    return known and not (dropout or explicit or intercepted())
+
+
+def choose(
+    spec: AdapterSpec,
+    product: Product,
+    x: Any,
+    dtype: DTypeLike | None,
+    *,
+    dropout: bool = False,
+    explicit: bool = False,
+    tuning: Tuning | None = None,
+) -> Way:
+    """Way in which a platform computes an adapted product; the arguments are as above.
+
+    Args:
+      spec, product, x, dtype, dropout, explicit: As for `joins`.
+      tuning: The constants of the platform; None for the current one.
+    """
+    if not joins(spec, product, x, dtype, dropout, explicit):
+        return "activation"
+    shape, axes = spec.seen_by(len(product.axes))
+    kind = spec.execution, spec.operator.work
+    return _way(shape, axes, x.shape, dtype, spec.layout, *kind, tuning)
+
+
+def _way(
+    shape: Shape,
+    axes: str,
+    x_shape: Shape,
+    dtype: DTypeLike | None,
+    layout: KernelLayout | None,
+    execution: str,
+    work: Work,
+    tuning: Tuning | None = None,
+) -> Way:
+    folds = execution == "fold"
+    if execution == "auto":
+        folds = _fold_pays(
+            shape, axes, x_shape, dtype, layout, work, tuning or current_tuning()
+        )
+    if folds:
+        return "fold"
+    splits = layout is not None and layout.for_activations(axes, shape).splits
+    return "fused" if splits else "activation"
+
+
+def _fold_pays(
+    shape: Shape,
+    axes: str,
+    x_shape: Shape,
+    dtype: Any,
+    layout: KernelLayout | None,
+    work: Work,
+    tuning: Tuning,
+) -> bool:
+    bits = jnp.finfo(dtype).bits
+    if bits < 16 or (bits == 16 and not tuning.folds_16_bits):
+        return False
+    if layout is not None and layout.gathers and not tuning.folds_gathered:
+        return False
+    ins, outs = (
+        math.prod(n for n, kind in zip(shape, axes, strict=True) if kind == letter)
+        for letter in "io"
+    )
+    rows = math.prod(x_shape) / ins
+    return rows >= tuning.fold_from[work] * ins * outs / (ins + outs)
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapted(LinearMap):
+    """x (W + alpha C M D) as a map of x. The residuals are (operator, alpha M, W).
+
+    Attributes:
+      product: What `multiply` computes.
+      multiply: The layer's own product of x and W, linear in both.
+      kernel_shape, axes, precision, layout: As for `Delta`.
+      x_shape: The shape of x.
+      x_dtype: The dtype of x.
+      kernel_dtype: The dtype of W.
+      dtype: The dtype of the layer's output.
+      execution: The way that was asked for, as in `MoRAConfig`.
+      work: The work of the operator's maps.
+    """
+
+    product: Product
+    multiply: Static
+    kernel_shape: Shape
+    axes: str
+    precision: jax.lax.PrecisionLike
+    layout: KernelLayout | None
+    x_shape: Shape
+    x_dtype: Any
+    kernel_dtype: Any
+    dtype: Any
+    execution: str
+    work: Work
+
+    def chosen(self) -> LinearMap:
+        way = _way(
+            *(self.kernel_shape, self.axes, self.x_shape, self.kernel_dtype),
+            *(self.layout, self.execution, self.work),
+        )
+        ways = {"activation": self, "fold": Folded(self)}
+        return fused(self) if way == "fused" else ways[way]
+
+    def delta(self, operator: Any, m: jax.Array, **settings: Any) -> Delta:
+        of_kernel = self.kernel_shape, self.axes, self.precision, self.layout
+        return Delta(operator, m, *of_kernel, **settings)
+
+    def forward(self, residuals: Any, operand: jax.Array) -> jax.Array:
+        operator, m, kernel = residuals
+        y = self.multiply(operand, kernel)
+        delta = self.delta(operator, m.astype(y.dtype), given_m=True)
+        added = functools.partial(self.product.delta, delta)
+        return adapted(y, added, operand.astype(y.dtype))
+
+    def backward(self, residuals: Any, cotangent: jax.Array) -> jax.Array:
+        return self.transposed(functools.partial(self.forward, residuals), cotangent)
+
+    def derivatives(self) -> Mapping[int, Callable[[Any, Any, Any], jax.Array]]:
+        return {1: self.by_m}
+
+    def by_m(self, residuals: Any, x: jax.Array, tangent: jax.Array) -> jax.Array:
+        """The derivative by M, of M's tangent: the delta of the tangent."""
+        operator, m, _ = residuals
+        x, tangent = x.astype(self.dtype), tangent.astype(self.dtype)
+        if operator.linear:
+            delta = self.delta(operator, tangent, in_parts=True)
+            return self.product.delta(delta, x)
+
+        def of_m(m: jax.Array) -> jax.Array:
+            return self.product.delta(self.delta(operator, m, in_parts=True), x)
+
+        return jax.jvp(of_m, (m.astype(self.dtype),), (tangent,))[1]
+
+    def transposed(
+        self, function: Callable[[jax.Array], jax.Array], cotangent: jax.Array
+    ) -> jax.Array:
+        """The transpose of a linear function of x."""
+        x = shape_for(self.x_shape, self.x_dtype, cotangent)
+        (x,) = jax.linear_transpose(function, x)(cotangent)
+        return x
+
+
+@dataclasses.dataclass(frozen=True)
+class Folded(LinearMap):
+    """The same as x times the folded kernel.
+
+    Attributes:
+      layer: The layer.
+    """
+
+    layer: Adapted
+
+    def forward(self, residuals: Any, operand: jax.Array) -> jax.Array:
+        return self.layer.multiply(operand, self._fold(residuals, operand))
+
+    def backward(self, residuals: Any, cotangent: jax.Array) -> jax.Array:
+        multiply, kernel = self.layer.multiply, self._fold(residuals, cotangent)
+        return self.layer.transposed(lambda x: multiply(x, kernel), cotangent)
+
+    def _fold(self, residuals: Any, after: jax.Array) -> jax.Array:
+        """W + alpha C M D, summed in float32 at least, rounded to W's dtype."""
+        operator, m, kernel = residuals
+        layout, m = self.layer.layout, m.astype(sum_dtype(m, kernel))
+        if layout is not None and layout.gathers:
+            # The fold does not wait for `after`: it is the same in the rematerialised
+            # forward pass and in the backward pass, which can share it and its gather.
+            folded = self.layer.delta(operator, m).added_to(kernel)
+            gathered = layout.gathered_sharding(kernel.ndim)
+            folded = jax.lax.with_sharding_constraint(folded, gathered)
+        else:
+            m = schedule_after(after, m)
+            folded = self.layer.delta(operator, m).added_to(kernel)
+            if chips.folds_in_place(operator):
+                return folded
+        return barrier(after, folded) if chips.stores_folds() else folded
+
+
+def fused(layer: Adapted) -> LinearMap:
+    """The same where each device adds its parts of both terms."""
+    assert isinstance(layer.product, Contraction) and layer.layout is not None
+    features = layer.layout.for_activations(layer.axes, layer.kernel_shape)
+    x_spec, kernel_spec, y_spec = _specs(layer, features)
+    # On one device, by its part of the operator and of the kernel.
+    here = dataclasses.replace(layer, layout=None)
+    return ShardMappedMap(
+        features,
+        static(Adapted.forward, here),
+        layer.x_shape,
+        layer.x_dtype,
+        x_spec,
+        y_spec,
+        residual_specs=(REPLICATED, kernel_spec),
+        gathers_last=True,
+    )
+
+
+def _specs(
+    layer: Adapted, features: FeatureSharding
+) -> tuple[PartitionSpec, PartitionSpec, PartitionSpec]:
+    """PartitionSpecs of input, kernel and output."""
+    labels = layer.product.inputs, layer.product.kernel, layer.product.outputs
+    split: dict[str, MeshAxes] = {}
+    for letter, axes in (("i", features.in_axes), ("o", features.out_axes)):
+        kernel = zip(labels[1], layer.axes, layer.kernel_shape, strict=True)
+        first = next((c for c, a, n in kernel if a == letter and n > 1), "")
+        split[first] = axes
+    x, kernel, y = (
+        PartitionSpec(*(split.get(label) or None for label in part)) for part in labels
+    )
+    return x, kernel, y
