@@ -42,6 +42,7 @@ class AdapterSpec(AdapterSettings):
 
     Example::
 
+      >>> import jax.numpy as jnp
       >>> import mora_jax
       >>> params = {"fc": {"kernel": jnp.ones((64, 64))}}
       >>> spec = mora_jax.plan(params, mora_jax.MoRAConfig(rank=2))["fc/kernel"]
