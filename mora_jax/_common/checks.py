@@ -90,6 +90,17 @@ def floating_dtype(dtype: DTypeLike | None, name: str = "param_dtype") -> jnp.dt
 # --- Arrays ---
 
 
+def as_jax_array(name: str, value: Any) -> jax.Array:
+    """`value` as a JAX array, tracers included, if it is an array."""
+    if not isinstance(value, jax.Array | np.ndarray | np.generic):
+        raise TypeError(
+            f"{name} must be an array, got {type(value).__name__}"
+            + "; for shapes alone call it under jax.eval_shape"
+            * isinstance(value, jax.ShapeDtypeStruct)
+        )
+    return jnp.asarray(value)
+
+
 def check_array(name: str, array: Any, end: Shape) -> None:
     """Raise unless `array` is floating-point and its shape ends in `end`."""
     if not isinstance(array, jax.Array | np.ndarray):

@@ -9,11 +9,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Float, PRNGKeyArray, Shaped
 
 from mora_jax._common.axes import sizes
-from mora_jax._common.checks import check_kernel, check_key
+from mora_jax._common.checks import as_jax_array, check_kernel, check_key
 from mora_jax._common.types import ArrayLike
 from mora_jax._jax.linear_map import static
 from mora_jax._layer.adapted import adapted_product
@@ -183,17 +182,6 @@ def _einsum(
     equation: str, precision: jax.lax.PrecisionLike, x: jax.Array, kernel: jax.Array
 ) -> jax.Array:
     return jnp.einsum(equation, x, kernel, precision=precision)
-
-
-def as_jax_array(name: str, value: Any) -> jax.Array:
-    """`value` as a JAX array, tracers included, if it is an array."""
-    if not isinstance(value, jax.Array | np.ndarray | np.generic):
-        raise TypeError(
-            f"{name} must be an array, got {type(value).__name__}"
-            + "; for shapes alone call it under jax.eval_shape"
-            * isinstance(value, jax.ShapeDtypeStruct)
-        )
-    return jnp.asarray(value)
 
 
 def params_adapter(params: Mapping[str, ArrayLike], frozen: FrozenDense) -> ArrayLike:

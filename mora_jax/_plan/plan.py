@@ -11,10 +11,30 @@ from typing import Any
 
 import jax
 
-from mora_jax._plan.left_out import LeftOut
+from mora_jax._common.suggestions import nearest_paths
 from mora_jax._plan.spec import AdapterSpec, check_same
 from mora_jax._plan.trained_arrays import TrainedArray
-from mora_jax._tree.paths import nearest_paths
+
+
+@dataclasses.dataclass(frozen=True)
+class LeftOut:
+    """Arrays of one kind that get no adapter.
+
+    Attributes:
+      pattern: Their path, with "*" in place of numbers.
+      count: The number of arrays.
+      why: The reason.
+      multiplied: Whether they multiply inputs, as far as is known.
+    """
+
+    pattern: str
+    count: int
+    why: str
+    multiplied: bool
+
+    def __str__(self) -> str:
+        count = f" ({self.count})" if self.count > 1 else ""
+        return f"{self.pattern}{count}: {self.why}"
 
 
 @dataclasses.dataclass(frozen=True)
