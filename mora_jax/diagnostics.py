@@ -10,10 +10,9 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Float
 
-from mora_jax._layer.dense import as_jax_array
+from mora_jax._common.checks import as_jax_array
 from mora_jax._layer.equation import scaled
 from mora_jax._layer.rounding import Rounding, share_lost
-from mora_jax._layer.squares import block_diagonal
 from mora_jax._plan.plan import Plan
 from mora_jax._plan.spec import AdapterSpec
 from mora_jax._tree.compare_merged import check as check
@@ -124,7 +123,7 @@ def _spectrum(spec: AdapterSpec, m: np.ndarray) -> np.ndarray:
         values = np.sqrt(np.linalg.eigvalsh(delta @ delta.T).clip(0)[::-1])
     else:
         triangle = np.linalg.qr(np.asarray(op.compress_matrix(), np.float64), "r")
-        rows = np.asarray(op.decompress(block_diagonal(m)), np.float64)
+        rows = np.asarray(op.decompress(m)), np.float64
         values = np.linalg.svd(triangle @ rows, compute_uv=False)
     full = np.zeros(min(op.in_features, op.out_features))
     full[: len(values)] = values

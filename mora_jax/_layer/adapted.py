@@ -18,7 +18,7 @@ from mora_jax._layer.equation import Delta, adapted
 from mora_jax._layer.per_row import by_row
 from mora_jax._layer.slots import Selected
 from mora_jax._layer.ways import Adapted, joins
-from mora_jax._mesh.layout import explicit_layout, explicit_sharding, with_auto_axes
+from mora_jax._mesh.placement import explicit_layout, explicit_sharding, with_auto_axes
 from mora_jax._plan.spec import AdapterSpec
 from mora_jax.products import Contraction, Lookup, Product
 

@@ -9,17 +9,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.typing import DTypeLike
 from jaxtyping import Float, PRNGKeyArray, Shaped
 
 from mora_jax._common.axes import sizes
-from mora_jax._common.checks import check_kernel, check_key
+from mora_jax._common.checks import as_jax_array, check_kernel, check_key
 from mora_jax._common.types import ArrayLike
 from mora_jax._jax.linear_map import static
 from mora_jax._layer.adapted import adapted_product
 from mora_jax._mesh.layout import KernelLayout
 from mora_jax._plan.config import MoRAConfig, refuse_train
+from mora_jax._plan.settings import AdapterSettings
 from mora_jax._plan.spec import SUFFIX, AdapterSpec
 from mora_jax._tree.paths import adapter_of
 from mora_jax.operators import Operator
@@ -27,7 +26,7 @@ from mora_jax.products import Contraction
 
 
 @dataclasses.dataclass(frozen=True)
-class FrozenDense:
+class FrozenDense(AdapterSettings):
     """Everything of a dense layer that is not trained.
 
     It is a pytree: kernel, bias and the operator's arrays are leaves, and the rest is
@@ -57,12 +56,6 @@ class FrozenDense:
     bias: Any
     operator: Operator
     axes: str = "io"
-    alpha: float = 1.0
-    scale: float = 1.0
-    dropout: float = 0.0
-    init: str = "zeros"
-    param_dtype: DTypeLike = jnp.float32
-    execution: str = "auto"
     precision: jax.lax.PrecisionLike = None
     layout: KernelLayout | None = None
 
@@ -93,19 +86,19 @@ class FrozenDense:
         spec = AdapterSpec.from_config(
             config, tuple(kernel.shape), axes, kernel_dtype=kernel.dtype
         )
-        settings = {field: getattr(spec, field) for field in _SPEC_FIELDS}
+        settings = {name: getattr(spec, name) for name in _SHARED}
         return cls(kernel, bias, **settings)
 
     @property
     def spec(self) -> AdapterSpec:
         """How the kernel is adapted."""
         check_kernel(self.kernel, "kernel")
-        settings = {field: getattr(self, field) for field in _SPEC_FIELDS}
+        settings = {name: getattr(self, name) for name in _SHARED}
         return AdapterSpec(kernel_shape=tuple(self.kernel.shape), **settings)
 
 
 _FIELDS = {field.name for field in dataclasses.fields(FrozenDense)}
-_SPEC_FIELDS = _FIELDS & {field.name for field in dataclasses.fields(AdapterSpec)}
+_SHARED = _FIELDS & {field.name for field in dataclasses.fields(AdapterSpec)}
 _DATA_FIELDS = ["kernel", "bias", "operator"]
 jax.tree_util.register_dataclass(
     FrozenDense,
@@ -189,17 +182,6 @@ def _einsum(
     equation: str, precision: jax.lax.PrecisionLike, x: jax.Array, kernel: jax.Array
 ) -> jax.Array:
     return jnp.einsum(equation, x, kernel, precision=precision)
-
-
-def as_jax_array(name: str, value: Any) -> jax.Array:
-    """`value` as a JAX array, tracers included, if it is an array."""
-    if not isinstance(value, jax.Array | np.ndarray | np.generic):
-        raise TypeError(
-            f"{name} must be an array, got {type(value).__name__}"
-            + "; for shapes alone call it under jax.eval_shape"
-            * isinstance(value, jax.ShapeDtypeStruct)
-        )
-    return jnp.asarray(value)
 
 
 def params_adapter(params: Mapping[str, ArrayLike], frozen: FrozenDense) -> ArrayLike:

@@ -35,12 +35,8 @@ from mora_jax._jax.vma import shape_for
 from mora_jax._layer import chips
 from mora_jax._layer.rounding import add_rounded
 from mora_jax._mesh import apply as on_mesh
-from mora_jax._mesh.layout import (
-    FeatureSharding,
-    KernelLayout,
-    gather_m,
-    row_shards,
-)
+from mora_jax._mesh.layout import FeatureSharding, KernelLayout
+from mora_jax._mesh.placement import gather_m, row_shards
 from mora_jax._plan.spec import AdapterSpec
 from mora_jax.operators._base import in_range, rows_product
 

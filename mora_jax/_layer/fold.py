@@ -12,7 +12,7 @@ from mora_jax._jax.tuning import current_tuning
 from mora_jax._layer.equation import Delta
 from mora_jax._layer.rounding import add_rounded
 from mora_jax._layer.slots import Selected
-from mora_jax._mesh.layout import explicit_sharding, with_auto_axes
+from mora_jax._mesh.placement import explicit_sharding, with_auto_axes
 from mora_jax._plan.spec import AdapterSpec
 
 

@@ -22,7 +22,7 @@ from mora_jax._jax.qwix_guard import matmul
 from mora_jax._jax.tuning import current_tuning
 from mora_jax._jax.vma import shape_for, zeros_for
 from mora_jax._layer.slots import Selected, Slots, beyond_if_none
-from mora_jax._mesh.layout import gather_m, mesh_of
+from mora_jax._mesh.placement import gather_m, mesh_of
 from mora_jax._plan.spec import AdapterSpec
 from mora_jax.operators._base import rows_product
 from mora_jax.products import Contraction, Convolution, Product

@@ -91,10 +91,15 @@ def choose(
     explicit: bool = False,
     tuning: Tuning | None = None,
 ) -> Way:
-    """Way in which a platform computes an adapted product; the arguments are as above.
+    """Way in which a platform computes an adapted product.
 
     Args:
-      spec, product, x, dtype, dropout, explicit: As for `joins`.
+      spec: The adapter.
+      product: What the layer computes.
+      x: The layer's input, or its shape.
+      dtype: The kernel's dtype in the computation.
+      dropout: True if the adapter drops some of its input.
+      explicit: True if a type says how an array is sharded.
       tuning: The constants of the platform; None for the current one.
     """
     if not joins(spec, product, x, dtype, dropout, explicit):

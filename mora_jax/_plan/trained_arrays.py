@@ -9,10 +9,9 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from mora_jax._common.checks import DEQUANTISE, floating_dtype
-from mora_jax._common.types import Shape
-from mora_jax._layer.dense import as_jax_array
-from mora_jax._tree.paths import Path, lacking
+from mora_jax._common.checks import DEQUANTISE, as_jax_array, floating_dtype
+from mora_jax._common.suggestions import lacking
+from mora_jax._common.types import Path, Shape
 
 
 @dataclasses.dataclass(frozen=True)

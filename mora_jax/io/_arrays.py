@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from mora_jax._layer.dense import as_jax_array
+from mora_jax._common.checks import as_jax_array
 from mora_jax.io._errors import AdapterFileError
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from mora_jax._common.suggestions import nearest_paths
 from mora_jax._common.types import Shape
 from mora_jax._layer.equation import delta_kernel, scaled
 from mora_jax._layer.rounding import Rounding, add_rounded, check_rounding, share_lost
@@ -20,7 +21,6 @@ from mora_jax._tree.base_digest import (
     row_numbers,
     rows_digest,
 )
-from mora_jax._tree.paths import nearest_paths
 from mora_jax.io._arrays import to_numpy
 from mora_jax.io._base import INDEX, Checkpoint
 from mora_jax.io._errors import AdapterFileError

@@ -11,8 +11,10 @@ import numpy as np
 
 from mora_jax._common.axes import check_axes, sizes
 from mora_jax._common.checks import check_kernel
+from mora_jax._common.suggestions import lacking
+from mora_jax._common.types import Path
+from mora_jax._plan.settings import SETTINGS, AdapterSettings
 from mora_jax._plan.spec import AdapterSpec, operator_settings
-from mora_jax._tree.paths import Path, lacking
 from mora_jax.io._errors import AdapterFileError
 from mora_jax.io._json import dump, short
 from mora_jax.operators import Operator, Subspace, make_operator
@@ -33,14 +35,8 @@ def describe(spec: AdapterSpec, dtype: Any) -> dict[str, Any]:
         "operator": operator_settings(spec.operator),
         "operator_check": list(fingerprint(spec.operator)),
         "square_rank": spec.operator.square_rank,
-        **({"squares": spec.operator.squares} if spec.operator.squares > 1 else {}),
         "rank": budget(spec),
-        "alpha": float(spec.alpha),
-        **({"scale": spec.scale} if spec.scale != 1 else {}),
-        "dropout": float(spec.dropout),
-        "init": spec.init,
-        "execution": spec.execution,
-        "param_dtype": jnp.dtype(spec.param_dtype).name,
+        **spec.to_json(),
         "dtype": jnp.dtype(dtype).name,
     }
 
@@ -83,18 +79,11 @@ KEYS = frozenset(
         "operator_check",
         "square_rank",
         "rank",
-        "alpha",
-        "dropout",
-        "init",
-        "execution",
-        "param_dtype",
         "dtype",
+        *SETTINGS,
     }
 )
 """What a layer must hold."""
-
-OPTIONAL_KEYS = frozenset({"squares", "scale"})
-"""What it holds as well where M is several squares, or where the delta is scaled."""
 
 
 def layer_path(layer: Any, where: str) -> Path:
@@ -107,7 +96,7 @@ def layer_path(layer: Any, where: str) -> Path:
     Raises:
       AdapterFileError: Keys are missing or unknown, or the path is not a path.
     """
-    if not isinstance(layer, dict) or layer.keys() - OPTIONAL_KEYS != KEYS:
+    if not isinstance(layer, dict) or layer.keys() != KEYS:
         got = sorted(layer) if isinstance(layer, dict) else layer
         raise AdapterFileError(f"{where} must hold {sorted(KEYS)}, got {short(got)}")
     path = layer["path"]
@@ -146,15 +135,8 @@ def restore(
             "kernel_shape and square_rank must be positive integers, "
             f"got {short(shape)} and {short(q)}"
         )
-    squares = layer.get("squares", 1)
-    if "squares" in layer and (type(squares) is not int or squares < 2):
-        raise ValueError(f"squares must be an integer above 1, got {short(squares)}")
-    scale = layer.get("scale", 1.0)
-    if "scale" in layer and (type(scale) is not float or scale == 1):
-        raise ValueError(f"scale must be a number other than 1, got {short(scale)}")
     check_axes(axes, len(shape))
-    several = (squares,) if squares > 1 else ()
-    expected = (*sizes(shape, axes, "s"), *several, q, q)
+    expected = (*sizes(shape, axes, "s"), q, q)
     if m is not None and m.shape != expected:
         raise ValueError(f"M must have shape {expected}, got {m.shape}")
     if base is not None:
@@ -165,19 +147,10 @@ def restore(
             f"a kernel must have at most {LARGEST_WIDTH:,} features on either side, "
             f"got {ins:,} and {outs:,}"
         )
-    operator = _operator(layer, (ins, outs, q), squares, m, base, given)
-    spec = AdapterSpec(
-        operator,
-        kernel_shape=shape,
-        axes=axes,
-        alpha=layer["alpha"],
-        scale=scale,
-        dropout=layer["dropout"],
-        init=layer["init"],
-        param_dtype=layer["param_dtype"],
-        execution=layer["execution"],
-        path=tuple(layer["path"]),
-    )
+    operator = _operator(layer, (ins, outs, q), m, base, given)
+    settings = AdapterSettings.from_json({name: layer[name] for name in SETTINGS})
+    path = tuple(layer["path"])
+    spec = AdapterSpec(operator, shape, axes, path, **vars(settings))
     dtype = spec.param_dtype if m is None else m.dtype
     for key, value in describe(spec, dtype).items():
         # Texts are compared, since True == 1 == 1.0.
@@ -190,7 +163,6 @@ def restore(
 def _operator(
     layer: dict[str, Any],
     sizes: tuple[int, int, int],
-    squares: int,
     m: np.ndarray | None,
     base: Mapping[str, Any] | None,
     given: Mapping[str, np.ndarray],
@@ -201,31 +173,29 @@ def _operator(
         raise TypeError(f"operator must be an object, got {short(layer['operator'])}")
     chosen = dict(layer["operator"])
     seed = chosen.pop("seed", None)
-    numbers = squares * q * max(ins, outs) if seed is not None else 0
+    numbers = q * max(ins, outs) if seed is not None else 0
     if m is None:  # otherwise the size of its file has bounded the size of M
-        numbers = max(numbers, 4 * squares * q * q)
+        numbers = max(numbers, 4 * q * q)
     if base is None and numbers > LARGEST_ARRAY:
         raise ValueError(
             f"a {short(chosen.get('name'))} of {ins} -> {outs} features takes too much "
             "memory for a file alone to ask for; give the model's params or plan, too"
         )
     if chosen.get("name") == Subspace.name:
-        return _subspace(sizes, squares, given)
+        return _subspace(sizes, given)
     if given:
         name = short(chosen.get("name"))
         raise ValueError(f"a {name} has no arrays in a file, got {sorted(given)}")
-    return make_operator(chosen, *sizes, squares=squares, seed=seed or 0)
+    return make_operator(chosen, *sizes, seed=seed or 0)
 
 
-def _subspace(
-    sizes: tuple[int, int, int], squares: int, given: Mapping[str, np.ndarray]
-) -> Subspace:
+def _subspace(sizes: tuple[int, int, int], given: Mapping[str, np.ndarray]) -> Subspace:
     if given.keys() != set(Subspace.arrays):
         raise ValueError(
             "a subspace has its directions in the file of an adapter, as mora_jax.save "
             f"writes it, and they are not there: {sorted(given)}"
         )
-    return Subspace(*sizes, squares=squares, **given)
+    return Subspace(*sizes, **given)
 
 
 def _check_base(layer: dict[str, Any], base: Mapping[str, Any]) -> None:

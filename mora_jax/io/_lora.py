@@ -10,7 +10,6 @@ import numpy as np
 from mora_jax._common.checks import check_number, positive_integer
 from mora_jax._common.warnings import warn
 from mora_jax._layer.equation import scaled
-from mora_jax._layer.squares import block_diagonal
 from mora_jax._plan.plan import Plan
 from mora_jax._plan.spec import AdapterSpec
 from mora_jax.io._names import Names, pairs
@@ -207,7 +206,7 @@ def _factors(
         a, b = left, values[:, None] * right
     else:
         a = np.asarray(op.compress_matrix(), np.float64)
-        b = np.asarray(op.decompress(block_diagonal(m)), np.float64)[:, outputs]
+        b = np.asarray(op.decompress(m), np.float64)[:, outputs]
         if not isinstance(rank, int) or rank >= op.width:
             return _float32(a, b, np.zeros(0))
         basis, triangle = np.linalg.qr(a)

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 
+from mora_jax._common.suggestions import nearest_paths
 from mora_jax._common.types import Shape
-from mora_jax._tree.paths import nearest_paths
 from mora_jax.io._base import Checkpoint
 from mora_jax.io._errors import AdapterFileError
 from mora_jax.io._json import read, short

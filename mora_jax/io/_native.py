@@ -11,11 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from mora_jax._common.suggestions import nearest_paths
 from mora_jax._plan.plan import Plan
 from mora_jax._plan.spec import AdapterSpec
 from mora_jax._tree.adapters import Tree, adapter_items, trained_items
 from mora_jax._tree.base_digest import check_base, kernel_digests
-from mora_jax._tree.paths import adapter_path, named_leaves, nearest_paths
+from mora_jax._tree.paths import adapter_path, named_leaves
 from mora_jax.io._arrays import to_numpy
 from mora_jax.io._content import (
     FORMAT,

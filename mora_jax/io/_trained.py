@@ -8,9 +8,9 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from mora_jax._common.suggestions import lacking, nearest_paths
 from mora_jax._common.types import Shape
 from mora_jax._plan.trained_arrays import Items, TrainedArray
-from mora_jax._tree.paths import lacking, nearest_paths
 from mora_jax.io._arrays import to_numpy
 from mora_jax.io._base import Checkpoint
 from mora_jax.io._base_leaf import axis_groups

@@ -171,7 +171,7 @@ class Decoupling(Operator):
         return y
 
     def rotate_rows(self, h: jax.Array, block: jax.Array) -> jax.Array:
-        """H R_k for rows h of the blocks k: (..., q), with `block` (...), to (..., q)."""
+        """Rows h of the blocks k times R_k: (..., q) and (...) to (..., q)."""
         return h
 
     def rotate_m(self, m: jax.Array) -> jax.Array:

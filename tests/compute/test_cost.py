@@ -33,31 +33,21 @@ def arithmetic(op):
     """Additions and multiplications for one row, by the definition of the operator."""
     q, widths = op.square_rank, op.in_features + op.out_features
     blocks, out_blocks = -(-op.in_features // q), -(-op.out_features // q)
-    # M may multiply the sum of the blocks that feed one, if they have one square.
-    fewest = blocks if out_blocks % op.squares else min(blocks, out_blocks)
-    # Blocks are multiplied in whole rounds of squares, and two or three squares of an
-    # operator without blocks as one matrix.
-    blocks, fewest = (op.squares * -(-n // op.squares) for n in (blocks, fewest))
+    # M may multiply the sum of the blocks that feed one.
+    fewest = min(blocks, out_blocks)
     dense = {
-        "truncation": op.width**2,
-        "sharing": op.width**2,
-        "signed_sharing": op.width**2,
+        "truncation": op.square_rank**2,
+        "sharing": op.square_rank**2,
+        "signed_sharing": op.square_rank**2,
         "decoupling": fewest * q * q,
         "permutation": fewest * q * q,
         "signed_decoupling": blocks * q * q,
         "rotation": blocks * q * q,
-        "orthogonal": op.width**2 + op.width * widths,
-        "subspace": op.width**2 + op.width * widths,
-        "hadamard": op.width**2,
+        "orthogonal": op.square_rank**2 + op.square_rank * widths,
+        "subspace": op.square_rank**2 + op.square_rank * widths,
+        "hadamard": op.square_rank**2 + op.square_rank * widths,
     }[op.name]
-    around = 4 * widths  # sums, scales and copies
-    if op.name == "hadamard":  # a width of 2^a b takes a additions, b products
-        for width in (op.in_features, op.out_features):
-            power = width & -width
-            steps = power.bit_length() - 1 + width // power
-            # Several squares are still few enough for C as a matrix to be faster.
-            around += 2 * width * (steps if op.squares == 1 else max(steps, op.width))
-    return 2 * dense + around
+    return 2 * dense + 4 * widths  # sums, scales and copies
 
 
 @by_case
@@ -84,15 +74,15 @@ def test_arithmetic(case, size):
 
     counted = flops(lower(jax.value_and_grad(added, (0, 1)), m, x, g))
     # Rotating M, or making a random basis, does not depend on the rows.
-    fixed = 12 * op.width * max(size)
-    by_m = 2 * ROWS * op.square_rank * op.width
+    fixed = 12 * op.square_rank * max(size)
+    by_m = 2 * ROWS * op.square_rank * op.square_rank
     assert 3 * by_m <= counted <= 1.1 * 3 * ROWS * arithmetic(op) + fixed
     counted = flops(lower(jax.value_and_grad(folded, (0, 1)), m, x, g, frozen))
     counted -= flops(lower(jax.value_and_grad(plain), x, g, frozen))
     folds = 2 * 8 * size[0] * size[1]  # twice, a few operations an entry
     if op.name in ("orthogonal", "subspace", "hadamard"):  # from M by two products
-        folds += 2 * 2 * op.width * size[1] * (size[0] + op.width)
-        folds += 4 * 12 * op.width * (size[0] + size[1])  # of matrices made anew
+        folds += 2 * 2 * op.square_rank * size[1] * (size[0] + op.square_rank)
+        folds += 4 * 12 * op.square_rank * (size[0] + size[1])  # of matrices made anew
     assert by_m <= counted <= 1.1 * ROWS * arithmetic(op) + folds
 
 
@@ -108,8 +98,7 @@ def stack(case, way, width=200, rows=8):
     """Losses to differentiate by adapters and by the input, with their arguments."""
     model, x = Stack(), jax.ShapeDtypeStruct((rows, width), jnp.float32)
     variables = jax.eval_shape(model.init, jax.random.key(0), x)
-    settings = dict(operator=case.spec, squares=case.squares, execution=way)
-    config = MoRAConfig(square_rank=40, **settings)
+    config = MoRAConfig(square_rank=40, operator=case.spec, execution=way)
     plan = linen.plan(model, variables, config, x)
     adapters, apply = jax.eval_shape(lambda: init(plan)), linen.wrap(model, plan)
 

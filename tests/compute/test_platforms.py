@@ -14,7 +14,8 @@ from jax.test_util import check_grads
 
 import mora_jax
 from mora_jax import FrozenDense, Plan, mora_apply
-from mora_jax._jax.tuning import ORDERED_ROWS, as_if_on
+from mora_jax._jax.tuning import as_if_on
+from mora_jax._layer.chips import ORDERED_ROWS
 
 ALPHA = 0.7
 WAYS = ("activation", "fold")
@@ -55,7 +56,7 @@ def test_the_output_and_all_derivatives(platform, case, way, sizes, float64):
         kernel = frozen.kernel + ALPHA * oracle.delta(c, d, m)
         rows = x.reshape(-1, ins)
         by_y = np.cos(rows @ kernel)
-        by_m = ALPHA * oracle.m_gradient(c, d, rows, by_y, op.squares)
+        by_m = ALPHA * oracle.m_gradient(c, d, rows, by_y)
         both = jax.jit(jax.value_and_grad(loss, (0, 1, 2)))
         value, got = both(m, frozen.kernel, x, frozen)
         close(value, np.sin(rows @ kernel).sum())
@@ -72,7 +73,7 @@ def test_the_gradient_of_many_rows_or_none(platform, case, rows, float64):
         m, x = random(1, *op.m_shape, dtype=float), random(2, rows, ins, dtype=float)
         c, d = case.matrices(op)
         by_y = np.cos(x @ (frozen.kernel + ALPHA * oracle.delta(c, d, m)))
-        by_m = ALPHA * oracle.m_gradient(c, d, x, by_y, op.squares)
+        by_m = ALPHA * oracle.m_gradient(c, d, x, by_y)
         close(jax.jit(jax.grad(loss))(m, frozen.kernel, x, frozen), by_m)
 
 

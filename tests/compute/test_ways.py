@@ -21,7 +21,7 @@ import mora_jax
 from mora_jax import AdapterSpec, FrozenDense, MoRAConfig, linen, mora_apply
 from mora_jax import nnx as mora_nnx
 from mora_jax._jax.tuning import TUNING
-from mora_jax._layer.adapted import choose
+from mora_jax._layer.ways import choose
 from mora_jax.products import DENSE, Contraction, Lookup
 
 ALPHA = 0.7
@@ -74,7 +74,7 @@ def test_oracle(case, way, size, float64):
         kernel = frozen.kernel + ALPHA * oracle.delta(c, d, m)
         y = x @ kernel + bias
         by_y = np.cos(y)
-        by_m = ALPHA * oracle.m_gradient(c, d, x, by_y, frozen.operator.squares)
+        by_m = ALPHA * oracle.m_gradient(c, d, x, by_y)
         derivatives = by_m, x.T @ by_y, by_y @ kernel.T
         close(run(m, frozen, x), (y, derivatives, derivatives))
     assert len(traces) == 1

@@ -180,7 +180,7 @@ def test_a_missing_module_is_named(tmp_path, base):
         save_peft_lora(tmp_path / "lora", adapters, plan, mapping, rank=8)
 
 
-def test_the_reference_has_no_parts_of_squares(tmp_path):
+def test_the_reference_has_no_parts_of_an_m(tmp_path):
     params = in_flax(torch_state("float32", fused=False), "tunix", fused=False)
     adapters, plan = adapted(params, "sharing")
     with pytest.raises(ValueError, match="k_proj is a part of this kernel"):

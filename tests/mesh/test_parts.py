@@ -9,10 +9,9 @@ import pytest
 from adapter_files import slow
 from cases import by_case, by_kind
 from helpers import close, random
-from mora_jax._layer.delta_matrix import add_matrix
-from mora_jax._layer.folded_part import add_part
 
 from mora_jax._jax.tuning import as_if_on
+from mora_jax._layer.chips import add_of
 from mora_jax._layer.equation import Delta
 from mora_jax._mesh.parts import part_of
 
@@ -47,7 +46,9 @@ def test_parts_make_the_whole(case, size):
                 part_of(op, jnp.int32(k * here), jnp.int32(n * there), here, there)
                 for n in range(out_parts)
             ]
-            local = [Delta(part, m, (here, there), "io") for part in local]
+            local = [
+                Delta(part, m, (here, there), "io", given_m=True) for part in local
+            ]
             products.append([delta.rows(inputs) for delta in local])
             deltas.append([delta.kernel() for delta in local])
         added = [sum(column) for column in zip(*products, strict=True)]
@@ -91,8 +92,8 @@ def test_parts_of_a_fold_make_the_whole(case, platform, size):
             rows.append([])
             for n, block in enumerate(jnp.split(part, out_parts, axis=1)):
                 starts = jnp.int32(k * here), jnp.int32(n * there)
-                rows[-1].append(add_part(part_of(op, *starts, here, there), m, block))
-        return jnp.block(rows), add_matrix(op, m, kernel)
+                rows[-1].append(add_of(part_of(op, *starts, here, there))(m, block))
+        return jnp.block(rows), add_of(op)(m, kernel)
 
     with as_if_on(platform):
         close(*jax.jit(folds)(op, m, kernel))

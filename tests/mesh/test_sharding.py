@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import itertools
-import math
 
 import chex
 import flax.linen as nn
@@ -66,7 +65,7 @@ def layer(case, execution="activation", dtype="float32", q=12, dropout=0.0):
     m, x, kernel, y = (np.asarray(array, np.float64) for array in arrays.values())
     c, d = case.matrices(op)
     adapted = kernel + ALPHA * oracle.delta(c, d, m)
-    by_m = ALPHA * oracle.m_gradient(c, d, x, y, op.squares)
+    by_m = ALPHA * oracle.m_gradient(c, d, x, y)
     settings = dict(alpha=ALPHA, dropout=dropout, execution=execution)
     frozen = FrozenDense(None, None, op, **settings)
     return frozen, arrays, (x @ adapted, by_m, y @ adapted.T)
@@ -141,13 +140,9 @@ GATHERED = {
 }
 """What a device has of a kernel while it is used. XLA may gather it part by part, or
 gather the inputs, but not if it is folded."""
-ON_MESHES = [
-    *(label for label, case in LABELLED.items() if case.squares == 1),
-    *(f"{label}-squares" for label in (*BOTH_KINDS, "decoupling", "hadamard")),
-]
 LAYERS = [
     one if one in DEFAULT else slow(*one)
-    for one in itertools.product(ON_MESHES, SPLITS, ("activation", "fold"))
+    for one in itertools.product(LABELLED, SPLITS, ("activation", "fold"))
 ]
 
 
@@ -157,19 +152,16 @@ def test_a_layer_is_as_on_one_device_without_hidden_traffic(label, split, execut
     case, base = LABELLED[label], base_collectives(split)
     found = check_layer(case, split, execution=execution)
     op = case.make(32, 48, 12)
-    by_m = {("all-reduce", op.m_shape), ("all-reduce", op.m_shape[-2:])}
-    allowed = set(by_m)
+    by_m = ("all-reduce", op.m_shape)
+    allowed = {by_m}
     if execution == "fold" and split in GATHERED:
         allowed |= {*base, GATHERED[split]}
     else:  # what the base does stays, though a kernel may be gathered but once
         assert set(base) <= set(found)
     extra = found - base
     assert set(extra) <= allowed
-    # Several squares may be added up one by one, and once more those of blocks that
-    # lie on two devices.
-    numbers = sum(extra[kind] * math.prod(kind[1]) for kind in by_m)
-    assert numbers <= (2 if op.squares == 1 else 3) * math.prod(op.m_shape)
-    for kind in set(extra) - by_m - set(base):
+    assert extra[by_m] <= 2
+    for kind in set(extra) - {by_m} - set(base):
         assert extra[kind] <= 2, extra
 
 

@@ -24,27 +24,21 @@ class Case:
     matrices: Callable[[Operator], tuple[np.ndarray, np.ndarray]]
     even: bool = False
     bounded: bool = False
-    squares: int = 1
     given: bool = False
 
     def make(self, in_features: int, out_features: int, q: int, seed: int = 0):
-        """With as many squares as the case has, if the layer has room for them."""
-        sizes = in_features, out_features, q
-        most = make_operator(self.spec, *sizes, seed=seed).most_squares
-        squares = min(self.squares, most)
-        op = make_operator(self.spec, *sizes, squares=squares, seed=seed)
+        op = make_operator(self.spec, in_features, out_features, q, seed=seed)
         return _with_given_bases(op, seed) if self.given else op
 
 
 def _with_given_bases(op: Operator, seed: int) -> Operator:
     """Between directions that no seed of the library gives."""
-    random = np.random.default_rng(seed + 1)
+    random, q = np.random.default_rng(seed + 1), op.square_rank
     bases = {
-        f"{side}_basis": np.linalg.qr(random.standard_normal((width, op.width)))[0]
+        f"{side}_basis": np.linalg.qr(random.standard_normal((width, q)))[0]
         for side, width in (("in", op.in_features), ("out", op.out_features))
     }
-    sizes = op.in_features, op.out_features, op.square_rank
-    return Subspace(*sizes, squares=op.squares, **bases)
+    return Subspace(op.in_features, op.out_features, q, **bases)
 
 
 def _sharing(compress: str, decompress: str, normalised: bool) -> Case:
@@ -62,7 +56,7 @@ def _sharing(compress: str, decompress: str, normalised: bool) -> Case:
 
 GROUPS = ("strided", "contiguous")
 
-ONE_SQUARE = [
+CASES = [
     Case("truncation", {"name": "truncation"}, oracle.truncation, bounded=True),
     *(_sharing(c, d, n) for c in GROUPS for d in GROUPS for n in (False, True)),
     Case("signed_sharing", {"name": "signed_sharing"}, oracle.signed_sharing),
@@ -91,30 +85,6 @@ ONE_SQUARE = [
     ),
     Case("hadamard", {"name": "hadamard"}, oracle.hadamard, bounded=True),
 ]
-# Two or three: both divide the number of blocks or groups in some sizes and not in
-# others.
-_SEVERAL = {
-    "truncation": 2,
-    "sharing-strided-strided-normalised": 2,
-    "sharing-contiguous-strided": 3,
-    "signed_sharing": 2,
-    "decoupling": 2,
-    "decoupling-truncate": 2,
-    "rotation": 3,
-    "permutation": 2,
-    "orthogonal": 2,
-    "subspace": 2,
-    "hadamard": 3,
-}
-SQUARES = [
-    dataclasses.replace(
-        case, label=f"{case.label}-squares", squares=_SEVERAL[case.label]
-    )
-    for case in ONE_SQUARE
-    if case.label in _SEVERAL
-]
-CASES = [*ONE_SQUARE, *SQUARES]
-
 SIZES = [
     (16, 16, 4),
     (16, 16, 16),
@@ -131,7 +101,6 @@ SIZES = [
 
 _FEW_SIZES = {(16, 16, 4), (13, 7, 4), (9, 9, 8), (24, 36, 10)}
 _FEW_SHARING = ("strided-strided-normalised",)
-_FEW_SQUARES = "sharing-strided-strided-normalised-squares", "rotation-squares"
 
 
 def _slow(unless: bool) -> list[pytest.MarkDecorator]:
@@ -139,8 +108,6 @@ def _slow(unless: bool) -> list[pytest.MarkDecorator]:
 
 
 def _is_of_few(case: Case) -> bool:
-    if case.squares > 1:
-        return case.label in _FEW_SQUARES
     if case.given:  # computes as orthogonal does
         return False
     kind, _, variant = case.label.partition("-")
@@ -152,7 +119,6 @@ _KINDS = (
     "rotation",
     "permutation",
     "hadamard",
-    "rotation-squares",
 )
 
 # The slow tests take all cases and sizes. Kinds are for what JAX's transformations do

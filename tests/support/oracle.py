@@ -13,40 +13,24 @@ def _sizes(op):
     return op.in_features, op.out_features, op.square_rank
 
 
-def _whole_sizes(op):
-    """With the width of all squares in place of q, for operators without blocks."""
-    return op.in_features, op.out_features, op.squares * op.square_rank
-
-
-def _by_squares(op, c, d):
-    """C and D of the width of all squares, cut into blocks of one square each."""
-    k, q = op.squares, op.square_rank
-    return c.reshape(-1, k, q), d.reshape(k, q, -1)
-
-
-def squares_of_blocks(m, n):
-    """The square that multiplies each of n blocks, (n, q, q): number k mod K."""
-    squares = np.asarray(m, np.float64)
-    squares = squares[None] if squares.ndim == 2 else squares
-    return np.stack([squares[k % len(squares)] for k in range(n)])
+def _one_block(c, d):
+    """C and D as those of an operator with blocks, of which this one has one."""
+    return c[:, None, :], d[None]
 
 
 def delta(c, d, m):
-    """C times M, or the K squares of M, times D; in float64."""
-    squares = squares_of_blocks(m, c.shape[1])
-    return np.einsum("inq,nqr,nro->io", c, squares, d, optimize=True)
+    """C times M for each block, times D; in float64."""
+    return np.einsum("inq,qr,nro->io", c, np.asarray(m, np.float64), d, optimize=True)
 
 
-def m_gradient(c, d, x, g, squares=1):
-    """The gradient of M where g is that of the output, (q, q) or (K, q, q)."""
-    by_block = np.einsum("...i,inq,...o,nro->nqr", x, c, g, d, optimize=True)
-    by_square = np.stack([by_block[k::squares].sum(0) for k in range(squares)])
-    return by_square if squares > 1 else by_square[0]
+def m_gradient(c, d, x, g):
+    """The gradient of M where g is the gradient of the output, (q, q)."""
+    return np.einsum("...i,inq,...o,nro->qr", x, c, g, d, optimize=True)
 
 
 def truncation(op):
-    ins, outs, q = _whole_sizes(op)
-    return _by_squares(op, np.eye(ins, q), np.eye(q, outs))
+    ins, outs, q = _sizes(op)
+    return _one_block(np.eye(ins, q), np.eye(q, outs))
 
 
 def _group_of(features, q, contiguous):
@@ -62,7 +46,7 @@ def _group_of(features, q, contiguous):
 
 
 def sharing(op):
-    ins, outs, q = _whole_sizes(op)
+    ins, outs, q = _sizes(op)
     c, d = np.zeros((ins, q)), np.zeros((q, outs))
     for place, group in enumerate(_group_of(ins, q, op.compress_groups[0] == "c")):
         c[place % ins, group] += 1
@@ -72,7 +56,7 @@ def sharing(op):
     if op.normalised:
         c /= math.sqrt(ins / q)
         d /= math.sqrt(outs / q)
-    return _by_squares(op, c, d)
+    return _one_block(c, d)
 
 
 def signed_sharing(op):
@@ -109,16 +93,16 @@ def signed_decoupling(op):
 def rotation(op):
     c, d = decoupling(op)
     q = op.square_rank
-    turned = c.copy()
+    rotated = c.copy()
     for block in range(c.shape[1]):
         for j in range(q // 2):
             angle = block * 10000 ** (-2 * j / q)
             low, high = c[:, block, j], c[:, block, j + q // 2]
-            turned[:, block, j] = low * math.cos(angle) - high * math.sin(angle)
-            turned[:, block, j + q // 2] = high * math.cos(angle) + low * math.sin(
+            rotated[:, block, j] = low * math.cos(angle) - high * math.sin(angle)
+            rotated[:, block, j + q // 2] = high * math.cos(angle) + low * math.sin(
                 angle
             )
-    return turned, d
+    return rotated, d
 
 
 def permutation(op):
@@ -134,7 +118,7 @@ def permutation(op):
 def orthogonal(op):
     c = np.asarray(op.in_basis, np.float64)
     d = np.asarray(op.out_basis, np.float64).T
-    return _by_squares(op, c, d)
+    return _one_block(c, d)
 
 
 def _walsh(size):
@@ -152,4 +136,4 @@ def _hadamard_side(signs, odd, coordinates):
 
 def hadamard(op):
     c, d = _hadamard_side(*op.in_arrays), _hadamard_side(*op.out_arrays).T
-    return _by_squares(op, c, d)
+    return _one_block(c, d)

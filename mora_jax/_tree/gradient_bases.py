@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,17 +11,17 @@ import numpy as np
 from jax.core import Tracer
 
 from mora_jax._common.axes import rows_from_kernel
-from mora_jax.operators.subspace import Subspace
-
-if TYPE_CHECKING:
-    from mora_jax._plan.plan import Plan
-    from mora_jax._plan.spec import AdapterSpec
+from mora_jax._common.suggestions import lacking, nearest_paths
+from mora_jax._plan.plan import Plan, check_plan
+from mora_jax._plan.spec import AdapterSpec
+from mora_jax._tree.paths import named_leaves
+from mora_jax.operators import Subspace
 
 ROUNDS = 3
 """How often a subspace is multiplied by G G^T, which brings out the leading ones."""
 
 
-def gradient_bases(grads: Any, plan: "Plan") -> "Plan":
+def gradient_bases(grads: Any, plan: Plan) -> Plan:
     r"""The same plan with a `Subspace` for each kernel: the directions of its gradient.
 
     .. math:: G \approx U S V^T, \qquad C = U, \quad D = V^T
@@ -54,14 +54,10 @@ def gradient_bases(grads: Any, plan: "Plan") -> "Plan":
       >>> params = {"fc": {"kernel": jnp.ones((8, 8))}}
       >>> plan = mora_jax.plan(params, mora_jax.MoRAConfig(rank=1))
       >>> loss = lambda params: jnp.sum(jnp.sin(jnp.eye(8) @ params["fc"]["kernel"]))
-      >>> plan = mora_jax.operators.gradient_bases(jax.grad(loss)(params), plan)
+      >>> plan = mora_jax.gradient_bases(jax.grad(loss)(params), plan)
       >>> plan["fc/kernel"].operator.name, plan["fc/kernel"].shape
       ('subspace', (4, 4))
     """
-    # Plans are made of operators: what knows plans is imported when it is needed.
-    from mora_jax._plan.plan import check_plan
-    from mora_jax._tree.paths import lacking, nearest_paths
-
     specs, made = dict(check_plan(plan)), {}
     for name, gradient in _pairs(grads, specs):
         if name not in specs:
@@ -79,8 +75,6 @@ def gradient_bases(grads: Any, plan: "Plan") -> "Plan":
 
 def _pairs(grads: Any, specs: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     """(path, gradient) of each kernel."""
-    from mora_jax._tree.paths import named_leaves
-
     if isinstance(grads, Iterator):
         for pair in grads:
             if not (isinstance(pair, tuple) and len(pair) == 2):
@@ -99,7 +93,7 @@ def _pairs(grads: Any, specs: dict[str, Any]) -> Iterator[tuple[str, Any]]:
             yield name, gradient
 
 
-def _with_bases(spec: "AdapterSpec", gradient: Any) -> "AdapterSpec":
+def _with_bases(spec: AdapterSpec, gradient: Any) -> AdapterSpec:
     """An adapter between the leading directions of its kernel's gradient."""
     old, what = spec.operator, f"the gradient of {spec.name!r}"
     is_array = isinstance(gradient, jax.Array | np.ndarray)

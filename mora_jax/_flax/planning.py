@@ -9,6 +9,9 @@ from typing import Any
 import jax
 
 from mora_jax._common.checks import check_kernel
+from mora_jax._common.suggestions import pattern_hint
+from mora_jax._common.types import Path
+from mora_jax._flax.left_out import is_too_narrow, left_out_of, warn_of
 from mora_jax._flax.survey import Survey
 from mora_jax._plan.config import (
     DEFAULT_TARGETS,
@@ -16,12 +19,11 @@ from mora_jax._plan.config import (
     check_config,
     default_targets,
 )
-from mora_jax._plan.left_out import is_too_narrow, left_out_of, warn_of
 from mora_jax._plan.plan import Plan
 from mora_jax._plan.spec import SUFFIX, AdapterSpec
 from mora_jax._plan.trained_arrays import TrainedArray
 from mora_jax._trace_check import Uses
-from mora_jax._tree.paths import Path, named_leaves, pattern_hint, refuse_variables
+from mora_jax._tree.paths import named_leaves, refuse_variables
 from mora_jax.products import Lookup
 
 ATTENTION_AXES = (

@@ -1,6 +1,5 @@
 """Which arrays of a model get no adapter, and why."""
 
-import dataclasses
 import math
 import re
 from collections.abc import Collection, Iterable, Mapping
@@ -13,31 +12,11 @@ from mora_jax._common.types import Shape
 from mora_jax._common.warnings import LeftOutWarning, warn
 from mora_jax._flax.survey import Survey
 from mora_jax._plan.config import DEFAULT_TARGETS, MoRAConfig
+from mora_jax._plan.plan import LeftOut
 from mora_jax.products import Convolution, Lookup, Product
 
 NO_KERNEL = re.compile(r"(?i).*(bias|scale|norm|pos|embed|token|mean|var|cache)[^/]*$")
 """Names of arrays that rarely multiply inputs, for models that were not traced."""
-
-
-@dataclasses.dataclass(frozen=True)
-class LeftOut:
-    """Arrays of one kind that get no adapter.
-
-    Attributes:
-      pattern: Their path, with "*" in place of numbers.
-      count: The number of arrays.
-      why: The reason.
-      multiplied: Whether they multiply inputs, as far as is known.
-    """
-
-    pattern: str
-    count: int
-    why: str
-    multiplied: bool
-
-    def __str__(self) -> str:
-        count = f" ({self.count})" if self.count > 1 else ""
-        return f"{self.pattern}{count}: {self.why}"
 
 
 def left_out_of(
