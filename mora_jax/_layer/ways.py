@@ -268,11 +268,9 @@ def fused(layer: Adapted) -> LinearMap:
     assert isinstance(layer.product, Contraction) and layer.layout is not None
     features = layer.layout.for_activations(layer.axes, layer.kernel_shape)
     x_spec, kernel_spec, y_spec = _specs(layer, features)
-    # On one device, by its part of the operator and of the kernel.
-    here = dataclasses.replace(layer, layout=None)
     return ShardMappedMap(
         features,
-        static(Adapted.forward, here),
+        static(_forward_here, dataclasses.replace(layer, layout=None)),
         layer.x_shape,
         layer.x_dtype,
         x_spec,
@@ -280,6 +278,13 @@ def fused(layer: Adapted) -> LinearMap:
         residual_specs=(REPLICATED, kernel_spec),
         gathers_last=True,
     )
+
+
+def _forward_here(layer: Adapted, residuals: Any, operand: jax.Array) -> jax.Array:
+    """Both terms on one device, by its part of the operator and of the kernel."""
+    kernel_shape = residuals[2].shape
+    here = dataclasses.replace(layer, kernel_shape=kernel_shape)
+    return here.forward(residuals, operand)
 
 
 def _specs(

@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from mora_jax._common.types import Shape
 from mora_jax._jax.qwix_guard import last_with_first, matmul
 from mora_jax._jax.tiles import sum_tiles, tile_to
 from mora_jax._jax.vma import shape_for
@@ -63,6 +64,16 @@ class OperatorPart(abc.ABC):
         Args:
           x: (..., in_features).
         """
+
+    @property
+    def m_shape(self) -> Shape:
+        """Shape of M."""
+        return self.operator.m_shape
+
+    @property
+    def linear(self) -> bool:
+        """True if the delta is linear in what is trained."""
+        return self.operator.linear
 
     @property
     def is_whole(self) -> bool:

@@ -223,7 +223,7 @@ def test_explicit_sharding(case):
     shapes = op.m_shape, op.m_shape[-2:], (2, 3, 32)  # the last is the base's own
     allowed = {("all-reduce", shape) for shape in shapes}
     if not op.block:
-        allowed.add(("all-reduce", (2, 3, op.width)))
+        allowed.add(("all-reduce", (2, 3, op.square_rank)))
     ways = ("activation", "auto", "fold") if case.label == "rotation" else ("auto",)
     for execution in ways:
         frozen, arrays, expected = layer(case, execution)

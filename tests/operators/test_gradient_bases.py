@@ -67,9 +67,9 @@ def test_directions_hold_most_of_the_gradient():
         gradient = gradient.T if name == "b/kernel" else gradient
         gradient = gradient.reshape(-1, op.in_features, op.out_features)
         c, d = (np.asarray(b, np.float64) for b in (op.in_basis, op.out_basis))
-        assert share(gradient, c, d) > 0.999 * best_share(gradient, op.width)
+        assert share(gradient, c, d) > 0.999 * best_share(gradient, op.square_rank)
         for basis in (c, d):
-            close(basis.T @ basis, np.eye(op.width))
+            close(basis.T @ basis, np.eye(op.square_rank))
         ins, outs = op.in_features, op.out_features
         # c d = sqrt(in / out), whatever the width: s = in / (q c d).
         scale = (ins * outs) ** 0.5 / op.square_rank
@@ -86,7 +86,7 @@ def test_directions_beyond_the_rank_of_a_gradient():
         op = spec.operator
         places = (5, 3) if spec.axes == "oi" else (3, 5)
         for basis, at in zip((op.in_basis, op.out_basis), places, strict=True):
-            close(basis.T @ basis, np.eye(op.width))
+            close(basis.T @ basis, np.eye(op.square_rank))
             assert np.sum(basis[at] ** 2) == pytest.approx(1)
 
 
