@@ -305,7 +305,7 @@ def test_table_of_ranks_is_what_plans_have():
         for budget, cell in zip(budgets, cells.split(" | "), strict=True):
             config = MoRAConfig(rank=budget, operator="signed_sharing")
             operator = mora_jax.plan({"kernel": kernel}, config)["kernel"].operator
-            rank = operator.square_rank * operator.squares
+            rank = operator.square_rank
             rooms = [str(room) for room in RANKS if room >= rank]
             assert cell == [*rooms, "merged"][0]
 
