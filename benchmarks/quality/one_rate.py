@@ -21,8 +21,8 @@ from statistics import geometric_mean
 
 import numpy as np
 
-from benchmarks.harness import options, save, show
-from benchmarks.plots import figure
+from benchmarks.common.harness import options, save, show
+from benchmarks.common.plots import figure
 from benchmarks.quality import cells, small
 from benchmarks.quality.ladders import at_rate, mean, means, vertex
 from models.options import positive
