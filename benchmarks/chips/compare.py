@@ -76,20 +76,12 @@ def cases_of(args: argparse.Namespace) -> dict[str, list[Case]]:
         deep = [Llama(1, 512, layers=12, **SMALL)]
         meshes = [on_meshes.MeshLlama("8b", n) for n in (2, 32)]
         found = {"layers": layers, "llama": llamas, "compiling": deep, "meshes": meshes}
-    return {
-        part: [
-            case
-            if isinstance(case, on_meshes.MeshLlama)
-            else dataclasses.replace(case, squares=args.squares)
-            for case in found[part]
-        ]
-        for part in args.only
-    }
+    return {part: found[part] for part in args.only}
 
 
-def check(operators: Sequence[str], squares: int | str) -> None:
+def check(operators: Sequence[str]) -> None:
     """Raise SystemExit unless the programs give on this CPU what NumPy gives."""
-    layer = Layer(24, 36, 10, rank=2, squares=squares, dtype=jnp.float32)
+    layer = Layer(24, 36, 10, rank=2, dtype=jnp.float32)
     methods = list(layer.methods(operators))[2:]
     for method in tqdm(methods, "checking layers on this CPU"):
         operator, _, way = method.name.partition(", ")
@@ -98,7 +90,7 @@ def check(operators: Sequence[str], squares: int | str) -> None:
         c, d = getattr(oracle, operator)(frozen.operator)
         factor = frozen.alpha * frozen.scale
         kernel = w + factor * oracle.delta(c, d, m)
-        by_m = oracle.m_gradient(c, d, x, g, frozen.operator.squares)
+        by_m = oracle.m_gradient(c, d, x, g)
         expected = x @ kernel, (factor * by_m, g @ kernel.T)
         jax.tree.map(check_close, jax.jit(method.run)(*args), _as_jax(expected))
     model = Llama(2, 8, layers=1, dtype=jnp.float32, **{**TINY, "vocabulary": 64})
@@ -237,10 +229,6 @@ def plot(rows: Sequence[Row], path: Path) -> None:
         made.legend(loc="outside upper center", ncols=len(chips))
 
 
-def _squares(text: str) -> int | str:
-    return text if text == "auto" else int(text)
-
-
 def arguments() -> argparse.Namespace:
     """The options."""
     parser, every = options(__doc__, "out/chips.json"), list(OPERATORS)
@@ -249,7 +237,6 @@ def arguments() -> argparse.Namespace:
     add("--chips", nargs="+", choices=list(CHIPS), help="all by default")
     add("--only", nargs="+", choices=PARTS, default=list(PARTS), help="some parts")
     add("--operators", nargs="+", choices=every, default=every, help="in layers")
-    add("--squares", type=_squares, default=1, help='a number, or "auto"')
     args = parser.parse_args()
     args.chips = args.chips or (["v5e"] if args.quick else list(CHIPS))
     return args
@@ -272,7 +259,7 @@ def main() -> None:
     if not places:
         raise SystemExit("no chip is left to compile for")
     if args.only != ["meshes"]:
-        check(args.operators, args.squares)
+        check(args.operators)
     rows: list[Row] = []
     for part, cases in cases_of(args).items():
         operators = args.operators if part == "layers" else LLAMA_OPERATORS

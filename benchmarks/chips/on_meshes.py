@@ -1,4 +1,4 @@
-"""The part of `chips` on meshes: training steps of a Llama on eight TPUs.
+"""The part of `compare` on meshes: training steps of a Llama on eight TPUs.
 
 They are the steps of `mesh_steps`, with layers scanned and rematerialised. The roofline
 of a device leaves out the time of collectives; what they bring to a device is counted

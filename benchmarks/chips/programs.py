@@ -1,10 +1,9 @@
-"""The programs of `chips`: a dense layer, and a Llama of Hugging Face transformers.
+"""Programs that `compare` compiles: a dense layer, and transformers' Llama.
 
 They are functions with the shapes of their arguments. No array of that size exists.
 """
 
 import dataclasses
-import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -16,6 +15,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 import mora_jax
 from benchmarks.common.by_hand import lora_by_hand
 from benchmarks.common.cost import WAYS
+from benchmarks.common.flax_llama import flax_llama, inputs
 from mora_jax import FrozenDense, MoRAConfig, linen
 from mora_jax._layer.adapted import choose
 from mora_jax._layer.tuning import TUNING
@@ -60,21 +60,14 @@ class Layer:
     outs: int
     rows: int
     rank: int = 8
-    squares: int | str = 1
     dtype: Any = jnp.bfloat16
 
     def __str__(self) -> str:
-        size = f"{self.ins}x{self.outs}, {self.rows:,} rows, r = {self.rank}"
-        return size + f", squares: {self.squares}" * (self.squares != 1)
+        return f"{self.ins}x{self.outs}, {self.rows:,} rows, r = {self.rank}"
 
     def config(self, operator: str, execution: str = "auto") -> MoRAConfig:
         """The settings of an adapter."""
-        return MoRAConfig(
-            rank=self.rank,
-            operator=operator,
-            squares=self.squares,
-            execution=execution,
-        )
+        return MoRAConfig(rank=self.rank, operator=operator, execution=execution)
 
     def frozen(self, operator: str, execution: str) -> FrozenDense:
         """The adapted layer without its kernel."""
@@ -152,7 +145,6 @@ class Llama:
     batch: int
     tokens: int
     rank: int = 8
-    squares: int | str = 1
     layers: int = 2
     width: int = 4096
     hidden: int = 14336
@@ -164,27 +156,20 @@ class Llama:
     def __str__(self) -> str:
         size = f"{self.layers} layers of width {self.width}"
         tokens = f"{self.batch} x {self.tokens:,} tokens, r = {self.rank}"
-        squares = f", squares: {self.squares}" * (self.squares != 1)
-        return f"Llama, {size}, {tokens}{squares}"
+        return f"Llama, {size}, {tokens}"
 
     def module(self) -> Any:
         """The model as a Linen module."""
-        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-        from transformers import LlamaConfig
-        from transformers.models.llama import modeling_flax_llama
-
-        config = LlamaConfig(
+        return flax_llama(
+            self.tokens,
+            self.dtype,
             vocab_size=self.vocabulary,
             hidden_size=self.width,
             intermediate_size=self.hidden,
             num_hidden_layers=self.layers,
             num_attention_heads=self.heads,
             num_key_value_heads=self.kv_heads,
-            # transformers cuts sines and cosines off at as many features as tokens.
-            max_position_embeddings=max(self.tokens, 2 * self.width // self.heads),
         )
-        model: Any = modeling_flax_llama.FlaxLlamaForCausalLM
-        return model(config, _do_init=False, dtype=self.dtype).module
 
     def params(self, module: Any) -> Any:
         """The shapes of its parameters."""
@@ -213,9 +198,7 @@ class Llama:
 
     def mora(self, module: Any, params: Any, operator: str) -> Any:
         """The plan of an operator, and the adapted model."""
-        config = MoRAConfig(
-            rank=self.rank, operator=operator, squares=self.squares, targets=TARGETS
-        )
+        config = MoRAConfig(rank=self.rank, operator=operator, targets=TARGETS)
         plan = mora_jax.plan(params, config)
         wrapped = linen.wrap(module, plan)
 
@@ -257,12 +240,6 @@ def shifted(module: Any) -> Callable[..., jax.Array]:
         return module.apply(variables, *inputs(ids), return_dict=False)[0]
 
     return apply
-
-
-def inputs(ids: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """What the model takes: tokens, a mask of all of them, and their positions."""
-    places = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
-    return ids, jnp.ones_like(ids), places
 
 
 def gradient(apply: Callable[..., jax.Array]) -> Callable[..., Any]:
