@@ -185,6 +185,11 @@ def show(columns: Mapping[str, str], rows: Sequence[Row], title: str = "") -> No
         print("".join(f"| {text} " if text else "| " for text in cells) + "|")
 
 
+def claim(text: str, holds: bool, figures: str) -> None:
+    """Print a claim with the figures that it rests on; "not so" where it failed."""
+    print(f"{text}: {'so it is' if holds else 'not so'} ({figures})")
+
+
 def options(description: str | None, out: str) -> argparse.ArgumentParser:
     """A parser for the options of a benchmark, which has `--out` already."""
     first_line = str(description).partition("\n")[0]

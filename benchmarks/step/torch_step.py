@@ -23,7 +23,8 @@ from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.common.harness import COLUMNS, options, race, results, save, show
-from benchmarks.step.methods import Base, contenders
+from benchmarks.step.base import Base
+from benchmarks.step.methods import contenders
 from models.options import positive
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"]
@@ -103,13 +104,10 @@ def main() -> None:
     parser.add_argument("--operators", nargs="*", default=["sharing", "rotation"])
     args = parser.parse_args()
     torch.set_num_threads(os.cpu_count() or 1)
-    base = Base.random(args.layers, args.batch, args.tokens, "float32")
-    entered: dict[str, Any] = {}
-    ours = contenders(base, args.operators, args.rank, True)
-    wanted = {"frozen model", "LoRA, qwix", *(f"MoRA, {o}" for o in args.operators)}
-    for name, contender in tqdm(ours, "compiling", len(args.operators) + 6):
-        if name in wanted:
-            entered[name] = contender
+    base = Base.random("SmolLM2", args.layers, args.batch, args.tokens, "float32")
+    ours = contenders(base, args.operators, args.rank, ["qwix"])
+    total = len(args.operators) + 2
+    entered: dict[str, Any] = dict(tqdm(ours, "compiling", total))
     entered |= dict(torch_contenders(base.ids, args.layers, args.rank))
     sizes = entered["LoRA, qwix"].trained, entered["LoRA, PEFT"].trained
     if sizes[0] != sizes[1]:
