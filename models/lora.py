@@ -11,8 +11,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 def qwix_lora(
     model: nn.Module, rank: int, *example: Any
-) -> tuple[Callable[..., Any], Any]:
-    """The model with LoRA on its projections, and adapters to train.
+) -> tuple[Callable[..., Any], Callable[[jax.Array], Any]]:
+    """The model with LoRA on its projections, and a function that starts adapters.
 
     Args:
         model: A Linen module whose projections have names that end with "_proj".
@@ -20,7 +20,7 @@ def qwix_lora(
         *example: Inputs of the model; none for a model that takes tokens alone.
 
     Returns:
-        (adapters, variables, *inputs) -> the model's output, and adapters.
+        (adapters, variables, *inputs) -> the model's output, and key -> adapters.
     """
     try:
         import qwix
@@ -28,7 +28,6 @@ def qwix_lora(
         raise ImportError("the LoRA needs `pip install qwix`") from error
     rule = {"module_path": ".*_proj", "rank": rank, "alpha": float(rank)}
     adapted: Any = qwix.apply_lora_to_model(model, qwix.LoraProvider(**rule))
-
     example = example or (jnp.zeros((1, 8), jnp.int32),)
 
     @jax.jit  # so that the other parameters, which exist already, are never computed
@@ -41,4 +40,4 @@ def qwix_lora(
         flat = flatten_dict(variables["params"], sep="/") | adapters
         return adapted.apply({"params": unflatten_dict(flat, sep="/")}, *inputs)
 
-    return apply, init(jax.random.key(0))
+    return apply, init

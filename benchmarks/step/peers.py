@@ -59,7 +59,9 @@ def _with_delta(
 
 def lora_of_qwix(base: Base, rank: int) -> Adapted:
     """LoRA by `qwix.apply_lora_to_model`."""
-    adapted, adapters = qwix_lora(base.model, rank, *base.inputs(base.ids[:1]))
+    adapted, init = qwix_lora(base.model, rank, *base.inputs(base.ids[:1]))
+    # Only shapes: it takes 20 seconds to compile the start.
+    adapters = random_like(jax.eval_shape(init, jax.random.key(0)), 0.01)
 
     def apply(adapters: Any, params: Params, ids: Any) -> jax.Array:
         model = functools.partial(adapted, adapters, {"params": params})

@@ -70,7 +70,7 @@ def arguments() -> argparse.Namespace:
     add(
         "--dtype", choices=["float32", "bfloat16"], default="float32", help="base dtype"
     )
-    add("--rounds", type=positive, default=7, help="how often each step is timed")
+    add("--rounds", type=positive, default=5, help="how often each step is timed")
     add("--operators", nargs="*", choices=OPERATORS, default=OPERATORS_OF_README)
     add("--peers", nargs="*", choices=PEERS, default=["qwix"], help="other methods")
     add("--forward", action="store_true", help="forward passes as well")

@@ -3,12 +3,14 @@
 import functools
 import json
 import math
+import re
 
 import pytest
 from processes import ROOT, python
 
 from benchmarks.common.harness import Contender, race
 from benchmarks.layer import planning
+from benchmarks.step import train_step
 from mora_jax.operators import OPERATORS
 
 
@@ -32,10 +34,10 @@ def by_method(report, kind="step"):
 
 @pytest.mark.slow
 def test_train_step(tmp_path):
-    sizes = "--layers 1 --batch 2 --tokens 8 --rounds 2 --operators sharing rotation"
-    printed, found = report(
-        "step.train_step", tmp_path / "figures/train_step.json", sizes
-    )
+    sizes = "--models SmolLM2 --layers 1 --batch 2 --tokens 8 --rounds 2 --forward"
+    sizes += " --peers published by_hand qwix nnx every_kernel"
+    out = tmp_path / "figures/train_step.json"
+    printed, found = report("step.train_step", out, sizes)
     rows = by_method(found)
     first = next(iter(rows.values()))
     assert first["method"] == "frozen model" and first["time"] == 1
@@ -49,9 +51,40 @@ def test_train_step(tmp_path):
 
 
 @pytest.mark.slow
+def test_train_step_of_a_model_that_others_wrote(tmp_path):
+    """It is beside ours by default, with the methods that README shows."""
+    pytest.importorskip("transformers")
+    out = tmp_path / "train_step.json"
+    sizes = "--layers 1 --batch 2 --tokens 8 --rounds 1"
+    printed, found = report("step.train_step", out, sizes)
+    methods = ["frozen model", "MoRA, sharing", "MoRA, rotation", "LoRA, qwix"]
+    rows = {name: [] for name in ("SmolLM2", "FlaxLlama")}
+    for row in found["results"]:
+        rows[row["model"]].append(row)
+    for model, steps in rows.items():
+        assert [row["method"] for row in steps] == methods
+        assert f"\n{model}, step, 2 x 8 tokens, r = 8\n" in printed
+    ours, theirs = ([row["parameters"] for row in steps] for steps in rows.values())
+    assert ours == theirs  # the same kernels are adapted
+    (sharing,) = re.findall(r"^FlaxLlama, .*: sharing .* (\(.*\))$", printed, re.M)
+    assert sharing == f"({rows['FlaxLlama'][1]['time']:.2f})"
+
+
+@pytest.mark.parametrize(("time", "verdict"), [(1.12, "so it is"), (1.13, "not so")])
+def test_a_claim_that_failed_is_said(time, verdict, capsys):
+    sizes = {"model": "FlaxLlama", "tokens": 512, "rank": 8}
+    times = {"frozen model": 1, "MoRA, sharing": time, "LoRA, qwix": 1.125}
+    train_step.claims([{**sizes, "method": k, "time": v} for k, v in times.items()])
+    less, most = capsys.readouterr().out.splitlines()
+    assert f"less time than LoRA: {verdict} (MoRA {time:.2f}, LoRA 1.12)" in less
+    assert most.endswith(f"at most 1.12 of the frozen model: {verdict} ({time:.2f})")
+
+
+@pytest.mark.slow
 def test_several_sizes_in_one_file(tmp_path):
     first, out = tmp_path / "first.json", tmp_path / "all.json"
-    sizes = "--layers 1 --batch 1 --rounds 1 --operators sharing --no-peers --tokens 4"
+    sizes = "--models SmolLM2 --layers 1 --batch 1 --rounds 1 --operators sharing"
+    sizes += " --peers --tokens 4"
     report("step.train_step", first, sizes)
     _, found = report("step.train_step", out, f"{sizes} 8 --ranks 2 --add-to {first}")
     sizes = {(row["tokens"], row["rank"]) for row in found["results"]}
@@ -77,9 +110,8 @@ def test_many_adapters(tmp_path):
     """Decoding and prompts, by every method; what needs much memory is left out."""
     sizes = "--width 128 --rank 2 --slots 1 64 --prefill 2 16 --rounds 1"
     sizes += " --most-megabytes 2"
-    printed, found = report(
-        "serving.many_adapters", tmp_path / "many_adapters.json", sizes
-    )
+    out = tmp_path / "many_adapters.json"
+    printed, found = report("serving.many_adapters", out, sizes)
     named = {(row["phase"], row["slots"], row["method"]) for row in found["results"]}
     assert ("decode", 1, "merged copies") in named
     assert ("prefill", 64, "merged copies") not in named
