@@ -47,32 +47,32 @@ quickstart: env ## the shortest use of the library
 	$(run) -m examples.quickstart $(ARGS)
 
 bench: env ## a training step against the frozen model and LoRA, in turns
-	$(run) -m benchmarks.train_step $(ARGS)
+	$(run) -m benchmarks.step.train_step $(ARGS)
 
 bench-layer: env ## one layer, both ways to compute it, beside a model of the cost
-	$(run) -m benchmarks.one_layer $(ARGS)
+	$(run) -m benchmarks.layer.one_layer $(ARGS)
 
 bench-many: env ## a different adapter for each row against one, merged copies and LoRAs
-	$(run) -m benchmarks.many_adapters $(ARGS)
+	$(run) -m benchmarks.serving.many_adapters $(ARGS)
 
 bench-growth: env ## how an adapter's cost grows with each size of a model
-	$(run) -m benchmarks.growth $(ARGS)
+	$(run) -m benchmarks.layer.growth $(ARGS)
 
 bench-scale: env ## models of 8B to 405B on 8 to 256 devices, compiled only
-	$(run) -m benchmarks.scale $(ARGS)
+	$(run) -m benchmarks.mesh.scale $(ARGS)
 
 bench-torch: VENV = .venv-torch
 bench-torch: ## a training step beside PyTorch's with PEFT, in an environment of its own
 	$(setup) torch
-	$(run) -m benchmarks.torch_step $(ARGS)
+	$(run) -m benchmarks.step.torch_step $(ARGS)
 
 bench-chips: VENV = .venv-chips
 bench-chips: ## rooflines on TPUs and an H100 by their compilers, in an environment of its own
 	$(setup) chips
-	$(run) -m benchmarks.chips $(ARGS)
+	$(run) -m benchmarks.chips.compare $(ARGS)
 
 bench-serving: env ## load and faults for a service of many adapters
-	$(run) -m benchmarks.serving $(ARGS)
+	$(run) -m benchmarks.serving.service $(ARGS)
 
 bench-quality: ## what is learned and forgotten: EXPERIMENT in benchmarks/quality
 	$(setup) quality

@@ -1,1 +1,1 @@
-"""Programs that measure what MoRA costs."""
+"""Measurements, each with its claim: costs of MoRA, and what it learns."""

@@ -114,7 +114,8 @@ def main() -> None:
 
     trained = {"MoRA": [progress]}
     if args.compare:
-        lora, start = qwix_lora(model, args.rank)
+        lora, init = qwix_lora(model, args.rank)
+        start = init(jax.random.key(0))
         trained["LoRA"] = []
         for number in range(args.compare):
             seed = args.seed + number

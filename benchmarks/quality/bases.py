@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 import mora_jax
-from benchmarks.harness import options, save, show
+from benchmarks.common.harness import options, save, show
 from benchmarks.quality import language, learners, pairs, teaching
 from models.options import positive
 

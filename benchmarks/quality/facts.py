@@ -19,8 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.harness import save, show
-from benchmarks.plots import figure
+from benchmarks.common.harness import save, show
+from benchmarks.common.plots import figure
 from benchmarks.quality import cells, ladders, language, teaching
 from models import lesson, smollm2
 from models.airports import all_facts

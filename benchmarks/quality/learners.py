@@ -15,7 +15,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 import mora_jax
-from benchmarks.by_hand import adapted_by_hand, lora_by_hand
+from benchmarks.common.by_hand import adapted_by_hand, lora_by_hand
 from mora_jax import MoRAConfig, linen
 
 LORA_PLUS = 16

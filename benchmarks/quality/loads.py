@@ -14,8 +14,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from benchmarks.harness import options, save, show
-from benchmarks.plots import figure
+from benchmarks.common.harness import options, save, show
+from benchmarks.common.plots import figure
 from benchmarks.quality import cells, ladders, small, teaching
 from benchmarks.quality.learners import LORA_PLUS, Learner
 from models.options import positive

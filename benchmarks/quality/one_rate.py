@@ -1,12 +1,11 @@
 """Claim: with scale="fine-tuning" full fine-tuning's learning rate suits every M.
 
 A small Llama (see small.py) learns 32 facts that it does not know, with Adam: by full
-fine-tuning of its projections, and with MoRA of several operators, ranks, widths and
-numbers of squares, on a ladder of rates and with both settings of `scale`. The best
-rate is the one with the fewest steps to 99% of the tokens (geometric mean over several
-sets of facts; between rates by a parabola). You will see the best rate of each relative
-to that of full fine-tuning, and how many times as many steps full fine-tuning's rate
-takes.
+fine-tuning of its projections, and with MoRA of several operators, ranks and widths, on
+a ladder of rates and with both settings of `scale`. The best rate is the one with the
+fewest steps to 99% of the tokens (geometric mean over several sets of facts; between
+rates by a parabola). You will see the best rate of each relative to that of full
+fine-tuning, and how many times as many steps full fine-tuning's rate takes.
 
     python -m benchmarks.quality.one_rate --quick
 """
@@ -21,8 +20,8 @@ from statistics import geometric_mean
 
 import numpy as np
 
-from benchmarks.harness import options, save, show
-from benchmarks.plots import figure
+from benchmarks.common.harness import options, save, show
+from benchmarks.common.plots import figure
 from benchmarks.quality import cells, small
 from benchmarks.quality.ladders import at_rate, mean, means, vertex
 from models.options import positive
@@ -46,7 +45,7 @@ LADDER = tuple(2.0**k for k in range(-4, 4))
 
 
 def compute(cell: cells.Cell) -> cells.Cell:
-    """Steps on a ladder of rates, for one method, rank, width and number of squares."""
+    """Steps on a ladder of rates, for one method, rank and width."""
     base, seeds = small.base(cell["width"]), cell["seeds"]
     if cell["method"] == "full":
         curves = small.learn(small.full(base), base, FULL_RATES, FACTS, seeds, STEPS)
@@ -54,7 +53,6 @@ def compute(cell: cells.Cell) -> cells.Cell:
     config = MoRAConfig(
         operator=cell["method"],
         rank=cell["rank"],
-        squares=cell["squares"],
         multiple_of=1,
         scale="fine-tuning",
     )
@@ -72,13 +70,12 @@ def main() -> None:
     parser.add_argument("--widths", type=positive, nargs="+", default=[64, 128])
     parser.add_argument("--ranks", type=positive, nargs="+", default=[1, 4, 8, 32])
     parser.add_argument("--operators", nargs="+", default=list(OPERATORS))
-    parser.add_argument("--squares", type=positive, nargs="+", default=[1, 4, 16])
     parser.add_argument("--seeds", type=positive, default=2, help="sets of facts")
     parser.add_argument("--quick", action="store_true", help="one width and one rank")
     args = parser.parse_args()
     if args.quick:
         args.widths, args.ranks, args.seeds = args.widths[:1], [8], 1
-        args.operators, args.squares = args.operators[:2], args.squares[:1]
+        args.operators = args.operators[:2]
     store = args.out.with_suffix(".jsonl")
     fulls = [{"method": "full", "width": w, "seeds": args.seeds} for w in args.widths]
     rows = cells.run(fulls, compute, store)
@@ -90,13 +87,12 @@ def main() -> None:
         "width": "{width}",
         "operator": "{method}",
         "r": "{rank}",
-        "K": "{squares}",
         "scale": "{scale}",
         "best rate / full's": "{best:.2f}",
         "steps at best": "{fewest:.1f}",
         "at full's rate": "{at_full:.1f}",
     }
-    blank = dict.fromkeys(("rank", "squares", "scale"))
+    blank = dict.fromkeys(("rank", "scale"))
     show(columns, [{**blank, **row} for row in rows])
     show_ranges(rows)
     show_operators(rows)
@@ -107,25 +103,18 @@ def main() -> None:
 def ladders(
     args: argparse.Namespace, units: Mapping[int, tuple[float, float]]
 ) -> Iterator[cells.Cell]:
-    """The cells of all adapters. Several squares are tried at one rank alone."""
-    every = itertools.product(args.squares, args.operators, args.ranks, args.widths)
-    for squares, operator, rank, width in every:
-        if squares > 1 and (
-            rank != 8 or operator not in ("rotation", "signed_sharing")
-        ):
-            continue
-        for scale in ("fine-tuning", "paper"):
-            if scale == "paper" and squares > 1:
-                continue
-            yield {
-                "method": operator,
-                "rank": rank,
-                "squares": squares,
-                "scale": scale,
-                "width": width,
-                "unit": units[width][0],
-                "seeds": args.seeds,
-            }
+    """The cells of all adapters."""
+    scales = "fine-tuning", "paper"
+    every = itertools.product(args.operators, args.ranks, args.widths, scales)
+    for operator, rank, width, scale in every:
+        yield {
+            "method": operator,
+            "rank": rank,
+            "scale": scale,
+            "width": width,
+            "unit": units[width][0],
+            "seeds": args.seeds,
+        }
 
 
 def add_best(row: cells.Cell, unit: float, fewest: float) -> None:
@@ -145,14 +134,13 @@ def add_best(row: cells.Cell, unit: float, fewest: float) -> None:
 
 
 def show_ranges(rows: list[cells.Cell]) -> None:
-    """Print what all operators have in common, for one square."""
+    """Print what all operators have in common."""
     ranges = []
     for scale, small_rank in itertools.product(("fine-tuning", "paper"), (False, True)):
         found = [
             row
             for row in rows
             if row.get("scale") == scale
-            and row["squares"] == 1
             and (row["rank"] == 1) == small_rank
             and row["best"]
         ]
@@ -182,11 +170,11 @@ def show_ranges(rows: list[cells.Cell]) -> None:
 def show_operators(rows: list[cells.Cell]) -> None:
     """Print the steps of each operator at its best rate, relative to the fewest.
 
-    With one square and the scale; the mean of all widths.
+    With the scale; the mean of all widths.
     """
     found: dict[tuple[int, int], dict[str, float]] = {}
     for row in rows:
-        if row.get("scale") == "fine-tuning" and row["squares"] == 1:
+        if row.get("scale") == "fine-tuning":
             steps = row["fewest"] or math.inf
             found.setdefault((row["rank"], row["width"]), {})[row["method"]] = steps
     ranks = sorted({rank for rank, _ in found})
@@ -213,7 +201,7 @@ def plot(rows: list[cells.Cell], path: Path) -> None:
                         "linewidth": 2,
                         "label": "full fine-tuning",
                     }
-                elif row["scale"] == scale and row["squares"] == 1:
+                elif row["scale"] == scale:
                     colour = f"C{OPERATORS.index(row['method'])}"
                     style = {"color": colour, "linewidth": 0.8, "label": row["method"]}
                 else:

@@ -23,8 +23,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks.harness import save, show
-from benchmarks.plots import figure
+from benchmarks.common.harness import save, show
+from benchmarks.common.plots import figure
 from benchmarks.quality import cells, ladders, language, teaching
 from models.lesson import Batch, batch
 from models.options import positive

@@ -19,8 +19,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from benchmarks.harness import save, show
-from benchmarks.plots import figure
+from benchmarks.common.harness import save, show
+from benchmarks.common.plots import figure
 from benchmarks.quality import cells, ladders, language, teaching
 from models.lesson import Batch
 from models.options import positive

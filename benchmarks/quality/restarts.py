@@ -23,8 +23,8 @@ import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 import mora_jax
-from benchmarks.harness import next_token_loss, save, show
-from benchmarks.plots import figure
+from benchmarks.common.harness import next_token_loss, save, show
+from benchmarks.common.plots import figure
 from benchmarks.quality import cells, ladders, language, learners, teaching
 from models.options import positive
 from models.smollm2 import Config, Llama

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.harness import options, save, show
-from benchmarks.plots import figure
+from benchmarks.common.harness import options, save, show
+from benchmarks.common.plots import figure
 from benchmarks.quality import cells, pairs, teaching
 from models.options import positive
 from mora_jax.diagnostics import count_above, effective_rank

@@ -13,8 +13,8 @@ import numpy as np
 import optax
 import safetensors.flax
 
-from benchmarks import harness
-from benchmarks.harness import Contender, race
+from benchmarks.common import harness
+from benchmarks.common.harness import Contender, race
 from benchmarks.quality import cells, ladders, language
 from benchmarks.quality.learners import Learner
 from models.lesson import Batch

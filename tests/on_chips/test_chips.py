@@ -9,7 +9,7 @@ def test_chips(tmp_path):
     """Without a compiler for GPUs it says how to get one; all its figures are saved."""
     out = tmp_path / "figures/chips.json"
     options = "--quick --only layers --operators rotation sharing --chips v5e h100"
-    args = "-m", "benchmarks.chips", *options.split(), "--out", out
+    args = "-m", "benchmarks.chips.compare", *options.split(), "--out", out
     printed = python(*args, cwd=ROOT)
     assert "rooflines" in printed and "no measurements" in printed
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")

@@ -8,8 +8,8 @@ import pytest
 from helpers import close
 from jax import export
 
-from benchmarks import hlo, roofline, topologies
-from benchmarks.chip_programs import Layer
+from benchmarks.chips import hlo, roofline, topologies
+from benchmarks.chips.programs import Layer
 
 LAYER = Layer(1024, 512, 8192)
 """With so many rows a TPU folds rotation, and a CPU does not in bfloat16."""

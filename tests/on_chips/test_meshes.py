@@ -16,10 +16,10 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import mora_jax
-from benchmarks import roofline, topologies
-from benchmarks.chip_meshes import TOPOLOGIES, MeshLlama
-from benchmarks.mesh_steps import make_step
-from benchmarks.traffic import collectives
+from benchmarks.chips import roofline, topologies
+from benchmarks.chips.on_meshes import TOPOLOGIES, MeshLlama
+from benchmarks.mesh.mesh_steps import make_step
+from benchmarks.mesh.traffic import collectives
 from mora_jax import FrozenDense, MoRAConfig, mora_apply, sharding
 
 LLAMA = MeshLlama("8b", layers=2)

@@ -5,8 +5,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from benchmarks import roofline, topologies
-from benchmarks.chip_programs import shape
+from benchmarks.chips import roofline, topologies
+from benchmarks.chips.programs import shape
 from mora_jax import FrozenDense, MoRAConfig, mora_apply
 
 PLACE = topologies.on_first(topologies.devices("v5e"))

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import scanned
 
-from benchmarks import topologies
-from benchmarks.hlo import written
-from benchmarks.roofline import temporary_bytes
+from benchmarks.chips import topologies
+from benchmarks.chips.hlo import written
+from benchmarks.chips.roofline import temporary_bytes
 from mora_jax.operators import OPERATORS
 
 DEVICES = topologies.devices("v5e:2x2")

@@ -3,12 +3,14 @@
 import functools
 import json
 import math
+import re
 
 import pytest
 from processes import ROOT, python
 
-from benchmarks import planning
-from benchmarks.harness import Contender, race
+from benchmarks.common.harness import Contender, race
+from benchmarks.layer import planning
+from benchmarks.step import train_step
 from mora_jax.operators import OPERATORS
 
 
@@ -20,7 +22,7 @@ def run(script, options="", code=0, **changes):
 def report(script, out, options, **changes):
     """What a benchmark prints, and the JSON that it writes beside its plot."""
     printed = run(script, f"{options} --out {out}", **changes)
-    if script not in ("one_layer", "many_adapters"):  # which draw nothing
+    if script not in ("layer.one_layer", "serving.many_adapters"):  # which draw nothing
         assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     return printed, json.loads(out.read_text())
 
@@ -32,8 +34,10 @@ def by_method(report, kind="step"):
 
 @pytest.mark.slow
 def test_train_step(tmp_path):
-    sizes = "--layers 1 --batch 2 --tokens 8 --rounds 2 --operators sharing rotation"
-    printed, found = report("train_step", tmp_path / "figures/train_step.json", sizes)
+    sizes = "--models SmolLM2 --layers 1 --batch 2 --tokens 8 --rounds 2 --forward"
+    sizes += " --peers published by_hand qwix nnx every_kernel"
+    out = tmp_path / "figures/train_step.json"
+    printed, found = report("step.train_step", out, sizes)
     rows = by_method(found)
     first = next(iter(rows.values()))
     assert first["method"] == "frozen model" and first["time"] == 1
@@ -47,11 +51,42 @@ def test_train_step(tmp_path):
 
 
 @pytest.mark.slow
+def test_train_step_of_a_model_that_others_wrote(tmp_path):
+    """It is beside ours by default, with the methods that README shows."""
+    pytest.importorskip("transformers")
+    out = tmp_path / "train_step.json"
+    sizes = "--layers 1 --batch 2 --tokens 8 --rounds 1"
+    printed, found = report("step.train_step", out, sizes)
+    methods = ["frozen model", "MoRA, sharing", "MoRA, rotation", "LoRA, qwix"]
+    rows = {name: [] for name in ("SmolLM2", "FlaxLlama")}
+    for row in found["results"]:
+        rows[row["model"]].append(row)
+    for model, steps in rows.items():
+        assert [row["method"] for row in steps] == methods
+        assert f"\n{model}, step, 2 x 8 tokens, r = 8\n" in printed
+    ours, theirs = ([row["parameters"] for row in steps] for steps in rows.values())
+    assert ours == theirs  # the same kernels are adapted
+    (sharing,) = re.findall(r"^FlaxLlama, .*: sharing .* (\(.*\))$", printed, re.M)
+    assert sharing == f"({rows['FlaxLlama'][1]['time']:.2f})"
+
+
+@pytest.mark.parametrize(("time", "verdict"), [(1.12, "so it is"), (1.13, "not so")])
+def test_a_claim_that_failed_is_said(time, verdict, capsys):
+    sizes = {"model": "FlaxLlama", "tokens": 512, "rank": 8}
+    times = {"frozen model": 1, "MoRA, sharing": time, "LoRA, qwix": 1.125}
+    train_step.claims([{**sizes, "method": k, "time": v} for k, v in times.items()])
+    less, most = capsys.readouterr().out.splitlines()
+    assert f"less time than LoRA: {verdict} (MoRA {time:.2f}, LoRA 1.12)" in less
+    assert most.endswith(f"at most 1.12 of the frozen model: {verdict} ({time:.2f})")
+
+
+@pytest.mark.slow
 def test_several_sizes_in_one_file(tmp_path):
     first, out = tmp_path / "first.json", tmp_path / "all.json"
-    sizes = "--layers 1 --batch 1 --rounds 1 --operators sharing --no-peers --tokens 4"
-    report("train_step", first, sizes)
-    _, found = report("train_step", out, f"{sizes} 8 --ranks 2 --add-to {first}")
+    sizes = "--models SmolLM2 --layers 1 --batch 1 --rounds 1 --operators sharing"
+    sizes += " --peers --tokens 4"
+    report("step.train_step", first, sizes)
+    _, found = report("step.train_step", out, f"{sizes} 8 --ranks 2 --add-to {first}")
     sizes = {(row["tokens"], row["rank"]) for row in found["results"]}
     assert sizes == {(4, 8), (4, 2), (8, 2)}
 
@@ -60,7 +95,7 @@ def test_several_sizes_in_one_file(tmp_path):
 def test_one_layer(tmp_path):
     """Each operator both ways, one of which is what "auto" takes."""
     sizes = "--kernels 64x96 --rows 8 --rounds 1 --dtype bfloat16"
-    printed, found = report("one_layer", tmp_path / "one_layer.json", sizes)
+    printed, found = report("layer.one_layer", tmp_path / "one_layer.json", sizes)
     rows = by_method(found)
     for operator in OPERATORS:
         ways = [rows[f"{operator}, {way}"] for way in ("activation", "fold")]
@@ -75,7 +110,8 @@ def test_many_adapters(tmp_path):
     """Decoding and prompts, by every method; what needs much memory is left out."""
     sizes = "--width 128 --rank 2 --slots 1 64 --prefill 2 16 --rounds 1"
     sizes += " --most-megabytes 2"
-    printed, found = report("many_adapters", tmp_path / "many_adapters.json", sizes)
+    out = tmp_path / "many_adapters.json"
+    printed, found = report("serving.many_adapters", out, sizes)
     named = {(row["phase"], row["slots"], row["method"]) for row in found["results"]}
     assert ("decode", 1, "merged copies") in named
     assert ("prefill", 64, "merged copies") not in named
@@ -87,7 +123,7 @@ def test_many_adapters(tmp_path):
 def test_growth(tmp_path):
     """As users run it: XLA optimises."""
     out = tmp_path / "figures/growth.json"
-    printed, found = report("growth", out, "--quick", XLA_FLAGS=None)
+    printed, found = report("layer.growth", out, "--quick", XLA_FLAGS=None)
     rows = found["results"]
     steps = [row for row in rows if row["quantity"] in ("time", "memory")]
     axes = {row["axis"] for row in steps}
@@ -114,7 +150,7 @@ def test_growth(tmp_path):
 
 @pytest.mark.slow
 def test_scale(tmp_path):
-    printed, found = report("scale", tmp_path / "figures/scale.json", "--quick")
+    printed, found = report("mesh.scale", tmp_path / "figures/scale.json", "--quick")
     rows = by_method(found)
     every, lora = rows["every parameter"], rows["LoRA"]
     whole, split = rows["MoRA, rotation"], rows["MoRA, rotation, M split"]
@@ -140,19 +176,19 @@ def test_scale(tmp_path):
 @pytest.mark.parametrize(
     ("script", "options", "message"),
     [
-        ("train_step", "--layers 0", "--layers: must be at least 1, got 0"),
-        ("train_step", "--tokens 8 0", "--tokens: must be at least 1, got 0"),
-        ("train_step", "--operators rotate", "invalid choice: 'rotate'"),
-        ("one_layer", "--kernels 64", "must be like 1024x4096, got '64'"),
-        ("one_layer", "--rows 0", "--rows: must be at least 1, got 0"),
-        ("one_layer", "--operators rotate", "invalid choice: 'rotate'"),
-        ("growth", "--rounds 0", "--rounds: must be at least 1"),
-        ("scale", "--tokens 1", "--tokens must be at least 2, got 1"),
-        ("scale", "--models 7b", "--models: invalid choice: '7b'"),
-        ("scale", "--devices 5", "--devices: invalid choice: "),
-        ("chips", "--chips v4", "--chips: invalid choice: 'v4'"),
-        ("chips", "--only learning", "--only: invalid choice: 'learning'"),
-        ("scale", "--methods rotate", "--methods: invalid choice: 'rotate'"),
+        ("step.train_step", "--layers 0", "--layers: must be at least 1, got 0"),
+        ("step.train_step", "--tokens 8 0", "--tokens: must be at least 1, got 0"),
+        ("step.train_step", "--operators rotate", "invalid choice: 'rotate'"),
+        ("layer.one_layer", "--kernels 64", "must be like 1024x4096, got '64'"),
+        ("layer.one_layer", "--rows 0", "--rows: must be at least 1, got 0"),
+        ("layer.one_layer", "--operators rotate", "invalid choice: 'rotate'"),
+        ("layer.growth", "--rounds 0", "--rounds: must be at least 1"),
+        ("mesh.scale", "--tokens 1", "--tokens must be at least 2, got 1"),
+        ("mesh.scale", "--models 7b", "--models: invalid choice: '7b'"),
+        ("mesh.scale", "--devices 5", "--devices: invalid choice: "),
+        ("chips.compare", "--chips v4", "--chips: invalid choice: 'v4'"),
+        ("chips.compare", "--only learning", "--only: invalid choice: 'learning'"),
+        ("mesh.scale", "--methods rotate", "--methods: invalid choice: 'rotate'"),
     ],
 )
 def test_bad_options(script, options, message):
@@ -172,7 +208,7 @@ def test_planning_takes_time_in_proportion_to_the_kernels():
 def test_ten_thousand_kernels_take_no_second():
     """Of processor time, to plan and to make their adapters."""
     script = """
-from benchmarks import planning
+from benchmarks.layer import planning
 shapes = planning.kernels(10_000)
 print(min(planning.plan_seconds(shapes)[2] for _ in range(4)))
 """
@@ -194,7 +230,7 @@ def test_a_step_is_timed_after_steps_of_its_own_kind():
 def test_serving(tmp_path):
     """A service under load and faults; each answer is checked by the benchmark."""
     out = tmp_path / "serving.json"
-    printed = run("serving", f"--quick --rounds 1 --requests 30 --out {out}")
+    printed = run("serving.service", f"--quick --rounds 1 --requests 30 --out {out}")
     found = json.loads(out.read_text())
     loads = {row["load"]: row for row in found["results"]}
     kinds = ["4 adapters", "1 adapter", "with faults", "2 merged copies"]

@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks import hlo, roofline
+from benchmarks.chips import hlo, roofline
 
 CHIP = roofline.Chip(bandwidth=1e9, flops=1e12, clock=1e9)
 GPU = roofline.Chip(bandwidth=1e9, flops=1e12, start=1e-6)

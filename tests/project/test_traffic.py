@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 from meshes import make_mesh
 
-from benchmarks import traffic
+from benchmarks.mesh import traffic
 
 
 def local(x):  # (8, 16) float32, 512 bytes

@@ -8,7 +8,7 @@ from helpers import wide
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from benchmarks.traffic import collectives
+from benchmarks.mesh.traffic import collectives
 
 
 def make_mesh(kind="Auto", devices=None, **sizes):

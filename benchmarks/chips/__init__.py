@@ -1,0 +1,1 @@
+"""Rooflines of programs that are compiled for chips."""

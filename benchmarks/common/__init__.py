@@ -1,0 +1,1 @@
+"""Timing, tables and plots that all benchmarks share."""

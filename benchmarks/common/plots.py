@@ -1,0 +1,68 @@
+"""Plots of what the benchmarks measure."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common.harness import Row
+
+
+@contextlib.contextmanager
+def figure(
+    path: Path, rows: int = 1, columns: int = 1, **settings: Any
+) -> Iterator[tuple[Any, Any]]:
+    """A figure with axes (rows, columns), which is written to `path` at the end."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    settings = {"layout": "constrained", "squeeze": False, "dpi": 150, **settings}
+    made, axes = plt.subplots(rows, columns, **settings)
+    yield made, axes
+    made.savefig(path)
+    plt.close(made)
+
+
+def plot_bars(rows: Sequence[Row], path: Path) -> None:
+    """Plot the time relative to the baseline, with one bar for each method."""
+    names, times = zip(*((row["method"], row["time"]) for row in rows), strict=True)
+    colours = ["tab:blue" if n.startswith("MoRA") else "tab:orange" for n in names]
+    colours[0] = "tab:gray"
+    with figure(path, figsize=(7, 0.9 + 0.3 * len(rows))) as (_, axes):
+        axis = axes[0, 0]
+        bars = axis.barh(names, times, color=colours)
+        axis.bar_label(bars, fmt="%.2f", padding=3)
+        axis.axvline(times[0], color="black", linewidth=0.8)
+        axis.invert_yaxis()
+        axis.set_xlim(0, max(times) * 1.1)
+        axis.set_xlabel(f"seconds a step, relative to: {names[0]}")
+
+
+def plot_lines(rows: Sequence[Row], columns: Sequence[str], path: Path) -> None:
+    """Plot the time relative to the baseline against each column that varies.
+
+    Each column has a panel, in which the others have the values of the first row.
+    """
+    varying = [c for c in columns if len({row[c] for row in rows}) > 1]
+    size = 5 * len(varying) + 1.5, 4
+    with figure(path, 1, len(varying), figsize=size, sharey=True) as (made, axes):
+        for axis, column in zip(axes[0], varying, strict=True):
+            others = {c: rows[0][c] for c in columns if c != column}
+            here = [row for row in rows if all(row[c] == v for c, v in others.items())]
+            for k, name in enumerate(dict.fromkeys(row["method"] for row in here)):
+                line = sorted(
+                    (r[column], r["time"]) for r in here if r["method"] == name
+                )
+                style = "o-" if name.startswith("MoRA") else "s--"
+                colour = f"C{k % 10}"
+                axis.plot(*zip(*line, strict=True), style, color=colour, label=name)
+            ticks = sorted({row[column] for row in here})
+            axis.set_xscale("log", base=2)
+            axis.set_xticks(ticks, map(str, ticks))
+            fixed = ", ".join(f"{c} {v}" for c, v in others.items())
+            axis.set(xlabel=column, title=fixed)
+        axes[0, 0].set_ylabel(f"time relative to: {rows[0]['method']}")
+        handles, labels = axes[0, 0].get_legend_handles_labels()
+        made.legend(handles, labels, loc="outside right center")

@@ -1,0 +1,1 @@
+"""The cost of a layer, and its growth with the sizes of a model."""

@@ -1,0 +1,1 @@
+"""Memory and traffic on meshes of devices."""

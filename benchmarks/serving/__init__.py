@@ -1,0 +1,1 @@
+"""Services and layers with many adapters at once."""
