@@ -1,9 +1,11 @@
-"""Which kernels get an adapter, and which adapter each of them gets."""
+"""Choice of the kernels that get an adapter, and of the adapter for each of them."""
 
+import dataclasses
+import functools
 import math
 import re
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -43,7 +45,7 @@ def plan(params_or_shapes: Any, config: MoRAConfig | None = None) -> Plan:
     Args:
       params_or_shapes: The model's params, any pytree of arrays, or its
         `jax.eval_shape`. Paths are the slash-joined keys.
-      config: What to adapt, and how; None for the defaults.
+      config: The settings; None for the defaults.
 
     Raises:
       TypeError: A leaf is not an array, or a target or an array to train is not
@@ -64,38 +66,32 @@ def plan(params_or_shapes: Any, config: MoRAConfig | None = None) -> Plan:
     """
     config = check_config(config, "plan(params, config)")
     refuse_variables(params_or_shapes)
-    return _plan(params_or_shapes, config, None)
+    return plan_surveyed(params_or_shapes, config)
 
 
-def plan_surveyed(params: Any, config: MoRAConfig | None, survey: Survey) -> Plan:
-    """`plan` for a model of which it is known what the layers compute.
+def plan_surveyed(
+    params: Any, config: MoRAConfig | None, survey: Survey | None = None
+) -> Plan:
+    """`plan` for a model whose layers are known.
 
     Args:
       params: The model's params or their shapes, as in `plan`.
-      config: What to adapt, and how. Its default targets are the dense layers.
-      survey: What is known of the arrays.
+      config: The settings, whose default targets are the dense layers.
+      survey: The layers, and the trace of a call; None to go by names and shapes.
     """
-    return _plan(params, check_config(config), survey)
-
-
-def _plan(params: Any, config: MoRAConfig, survey: Survey | None) -> Plan:
-    leaves = named_leaves(params)
-    arrays = {n: leaf for n, (_, leaf) in leaves.items() if len(leaf.shape) >= 2}
-    targets, excluded = _targets(leaves, arrays, config, survey)
-    trained = _trained(leaves, targets, config)
-    _refuse_idle_overrides(targets, trained, config)
-    specs = tuple(_adapter(name, *leaves[name], config, survey) for name in targets)
+    model = _Model(named_leaves(params), check_config(config), survey)
+    targets = model.targets()
+    trained = model.trained(targets)
+    model.refuse_idle_overrides(targets, trained)
+    specs = tuple(map(model.adapter, targets))
     if survey is not None:
         _refuse_unproven(targets, survey)
-    size = sum(math.prod(leaf.shape) for _, leaf in leaves.values())
-    taken = {*targets, *(one.name for one in trained)}
-    rest = {name: leaf for name, leaf in arrays.items() if name not in taken}
-    left_out = left_out_of(rest, excluded, config, survey)
-    if config.targets == DEFAULT_TARGETS:
+    left_out = model.left_out({*targets, *(array.name for array in trained)})
+    if model.by_default:
         warn_of(left_out)
     return Plan(
         specs,
-        size,
+        base_parameters=sum(math.prod(a.shape) for _, a in model.leaves.values()),
         traced=survey is not None and survey.uses is not None,
         left_out=left_out,
         unproven=survey.unproven(targets) if survey is not None else (),
@@ -103,130 +99,177 @@ def _plan(params: Any, config: MoRAConfig, survey: Survey | None) -> Plan:
     )
 
 
-def _trained(
-    leaves: Mapping[str, tuple[Path, Any]], targets: Sequence[str], config: MoRAConfig
-) -> tuple[TrainedArray, ...]:
-    """The arrays that `config.train` names, in the order of their paths."""
-    names = _select("train", config.train, leaves, leaves)
-    if both := sorted(names & set(targets)):
-        raise ValueError(
-            f"train: {both[0]!r} also gets an adapter, and one array cannot do both; "
-            f"say exclude={both[0]!r} to train the array itself, or take it out of "
-            "train"
+@dataclasses.dataclass(frozen=True)
+class _Model:
+    """Arrays of a model, and what is asked of them and known of them."""
+
+    leaves: dict[str, tuple[Path, Any]]
+    config: MoRAConfig
+    survey: Survey | None
+
+    @property
+    def by_default(self) -> bool:
+        return self.config.targets == DEFAULT_TARGETS
+
+    @functools.cached_property
+    def arrays(self) -> dict[str, Any]:
+        """{name: array} of two or more axes."""
+        return {n: leaf for n, (_, leaf) in self.leaves.items() if len(leaf.shape) > 1}
+
+    @functools.cached_property
+    def excluded(self) -> set[str]:
+        return _select("exclude", self.config.exclude, self.leaves, self.leaves)
+
+    def left_out(self, taken: Collection[str]) -> Any:
+        arrays = {n: leaf for n, leaf in self.arrays.items() if n not in taken}
+        return left_out_of(arrays, self.excluded, self.config, self.survey)
+
+    def targets(self) -> list[str]:
+        """The names of the kernels to adapt, in the order of their paths."""
+        known = self.survey.no_kernels(self.arrays) if self.survey is not None else ()
+        kernels = [name for name in self.arrays if name not in known]
+        if self.by_default:
+            names = self._default_targets(kernels)
+        else:
+            names = _select("targets", self.config.targets, kernels, self.leaves)
+        targets = self._in_order(names - self.excluded)
+        if not targets:
+            raise ValueError("exclude leaves no kernel to adapt")
+        self._refuse_shared(
+            targets,
+            "the kernel",
+            "an adapter on the first would not reach the second; exclude both, or copy "
+            "the kernel",
         )
-    trained = []
-    for name in sorted(names, key=lambda name: leaves[name][0]):
-        path, leaf = leaves[name]
-        if name.endswith(SUFFIX):
-            raise ValueError(f"train: {name!r} is an M, which is trained in any case")
-        dtype = config.settings(name)[0].param_dtype
-        trained.append(TrainedArray.of(path, leaf, dtype))
-    _refuse_shared(
-        leaves,
-        names,
-        "the array",
-        "a trained copy of the first would not reach the second; take both out of "
-        "train, or copy the array",
-    )
-    return tuple(trained)
+        return targets
 
-
-def _refuse_idle_overrides(
-    targets: Sequence[str], trained: Sequence[TrainedArray], config: MoRAConfig
-) -> None:
-    """Raise if an override matches nothing, or has settings without an effect."""
-    names = [*targets, *(one.name for one in trained)]
-    _select("overrides", config.overrides, names, names)
-    for pattern, settings in config.overrides.items():
-        adapted = any(re.fullmatch(pattern, name) for name in targets)
-        if not adapted and (idle := sorted(settings.keys() - {"param_dtype"})):
-            raise ValueError(
-                f"overrides[{pattern!r}] matches arrays that train themselves alone, "
-                f"whose only setting is param_dtype, got {idle}"
+    def _default_targets(self, kernels: Sequence[str]) -> set[str]:
+        """The names that the default targets choose among `kernels`."""
+        if self.survey is None:
+            pattern, dense = DEFAULT_TARGETS[0], set(kernels)
+        else:
+            pattern = default_targets("[^/]+")
+            products = self.survey.products
+            dense = {
+                name
+                for name in kernels
+                if name in products
+                and products[name].adapted_by_default
+                and not is_too_narrow(products[name], tuple(self.arrays[name].shape))
+            }
+        if names := {name for name in dense if re.fullmatch(pattern, name)}:
+            return names
+        why = "no array has two or more axes"
+        if self.arrays and self.survey is not None:
+            why = "; ".join(map(str, self.left_out(())))
+        elif self.arrays:
+            some = ", ".join(map(repr, kernels[:3]))
+            some += f" and {len(kernels) - 3} more" * (len(kernels) > 3)
+            why = (
+                "it is arrays that are called 'kernel' and are no head or embedding, "
+                f"got {some}; name yours, as in targets='.*/w'"
             )
-
-
-def _targets(
-    leaves: Mapping[str, tuple[Path, Any]],
-    arrays: Mapping[str, Any],
-    config: MoRAConfig,
-    survey: Survey | None,
-) -> tuple[list[str], set[str]]:
-    """The paths of the kernels to adapt, in order, and the paths to leave out."""
-    kernels = list(arrays)
-    if survey is not None:
-        no_kernels = survey.no_kernels(arrays)
-        kernels = [name for name in arrays if name not in no_kernels]
-    if config.targets == DEFAULT_TARGETS:
-        targets = _default_targets(arrays, kernels, config, survey)
-    else:
-        targets = _select("targets", config.targets, kernels, leaves)
-    excluded = _select("exclude", config.exclude, leaves, leaves)
-    targets = sorted(targets - excluded, key=lambda name: leaves[name][0])
-    if not targets:
-        raise ValueError("exclude leaves no kernel to adapt")
-    _refuse_shared(
-        leaves,
-        targets,
-        "the kernel",
-        "an adapter on the first would not reach the second; exclude both, or copy the "
-        "kernel",
-    )
-    return targets, excluded
-
-
-def _default_targets(
-    arrays: Mapping[str, Any],
-    kernels: Sequence[str],
-    config: MoRAConfig,
-    survey: Survey | None,
-) -> set[str]:
-    """The paths that the default targets choose among those of `kernels`."""
-    if survey is None:
-        found = {name for name in kernels if re.fullmatch(DEFAULT_TARGETS[0], name)}
-    else:
-        products, any_name = survey.products, default_targets("[^/]+")
-        found = {
-            name
-            for name in kernels
-            if name in products
-            and products[name].adapted_by_default
-            and not is_too_narrow(products[name], tuple(arrays[name].shape))
-            and re.fullmatch(any_name, name)
-        }
-    if found:
-        return found
-    why = "no array has two or more axes"
-    if arrays and survey is not None:
-        why = "; ".join(map(str, left_out_of(arrays, (), config, survey)))
-    elif arrays:
-        why = (
-            "it is arrays that are called 'kernel' and are no head or embedding, got "
-            f"{_some(kernels)}; name yours, as in targets='.*/w'"
+        raise ValueError(
+            "targets: the default matches no path of a kernel that can be adapted: "
+            + why
         )
-    raise ValueError(
-        "targets: the default matches no path of a kernel that can be adapted: " + why
-    )
 
-
-def _some(names: Sequence[str]) -> str:
-    """The first few names, quoted, and how many there are."""
-    shown = ", ".join(map(repr, names[:3]))
-    return shown + f" and {len(names) - 3} more" * (len(names) > 3)
-
-
-def _adapter(
-    name: str, path: Path, leaf: Any, config: MoRAConfig, survey: Survey | None
-) -> AdapterSpec:
-    check_kernel(leaf, name)
-    settings, override = config.settings(name)
-    try:
-        axes = override or _axes(name, leaf, survey)
-        return AdapterSpec.from_config(
-            settings, tuple(leaf.shape), axes, path=path, kernel_dtype=leaf.dtype
+    def trained(self, targets: Sequence[str]) -> tuple[TrainedArray, ...]:
+        """The arrays that `config.train` names, in the order of their paths."""
+        names = _select("train", self.config.train, self.leaves, self.leaves)
+        if both := sorted(names & set(targets)):
+            raise ValueError(
+                f"train: {both[0]!r} also gets an adapter, and one array cannot do "
+                f"both; say exclude={both[0]!r} to train the array itself, or take it "
+                "out of train"
+            )
+        for name in names:
+            if name.endswith(SUFFIX):
+                raise ValueError(
+                    f"train: {name!r} is an M, which is trained in any case"
+                )
+        self._refuse_shared(
+            names,
+            "the array",
+            "a trained copy of the first would not reach the second; take both out of "
+            "train, or copy the array",
         )
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error
+        return tuple(
+            TrainedArray.of(
+                *self.leaves[name], self.config.settings(name)[0].param_dtype
+            )
+            for name in self._in_order(names)
+        )
+
+    def refuse_idle_overrides(
+        self, targets: Sequence[str], trained: Sequence[TrainedArray]
+    ) -> None:
+        """Raise if an override matches nothing, or has settings without an effect."""
+        names = [*targets, *(array.name for array in trained)]
+        _select("overrides", self.config.overrides, names, names)
+        for pattern, settings in self.config.overrides.items():
+            adapted = any(re.fullmatch(pattern, name) for name in targets)
+            if not adapted and (idle := sorted(settings.keys() - {"param_dtype"})):
+                raise ValueError(
+                    f"overrides[{pattern!r}] matches arrays that train themselves "
+                    f"alone, whose only setting is param_dtype, got {idle}"
+                )
+
+    def adapter(self, name: str) -> AdapterSpec:
+        """The adapter of the kernel at `name`."""
+        path, leaf = self.leaves[name]
+        check_kernel(leaf, name)
+        config, axes = self.config.settings(name)
+        try:
+            return AdapterSpec.from_config(
+                config,
+                tuple(leaf.shape),
+                axes or self._axes(name, len(leaf.shape)),
+                path,
+                kernel_dtype=leaf.dtype,
+            )
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+
+    def _axes(self, name: str, ndim: int) -> str:
+        """The axes of a kernel, by its layer's product or by its name and shape."""
+        if self.survey is not None:
+            if name not in self.survey.products:
+                raise ValueError(self.survey.why_unknown(name))
+            axes = self.survey.products[name].axes
+            return "s" * (ndim - len(axes)) + axes
+        if ndim == 2:
+            return "io"
+        for pattern, axes in ATTENTION_AXES:
+            if ndim == 3 and re.fullmatch(pattern, name):
+                return axes
+        raise ValueError(
+            f"it is not known which of its axes {tuple(self.arrays[name].shape)} are "
+            "features; plan with mora_jax.linen.plan or mora_jax.nnx.plan, or say "
+            f"overrides={{{name!r}: {{'axes': ...}}}}"
+        )
+
+    def _in_order(self, names: Iterable[str]) -> list[str]:
+        return sorted(names, key=lambda name: self.leaves[name][0])
+
+    def _refuse_shared(self, chosen: Collection[str], kind: str, why: str) -> None:
+        """Raise if an array of `chosen` is at two paths; `why` ends the message."""
+        owners: dict[int, list[str]] = defaultdict(list)
+        for name, (_, leaf) in self.leaves.items():
+            if not isinstance(leaf, jax.ShapeDtypeStruct):  # shapes are often reused
+                owners[id(leaf)].append(name)
+        for names in owners.values():
+            if len(names) > 1 and not set(names).isdisjoint(chosen):
+                raise ValueError(
+                    f"{kind} at {names[0]!r} is shared with {names[1]!r}: {why}"
+                )
+
+
+_KINDS = {
+    "targets": " of a kernel that can be adapted (two or more axes, in a layer whose "
+    "product is known)",
+    "overrides": " that is adapted",
+}
 
 
 def _select(
@@ -235,40 +278,14 @@ def _select(
     """The names that the patterns match; a pattern that matches none is an error."""
     selected: set[str] = set()
     for pattern in patterns:
-        regex = re.compile(pattern)
-        matched = {name for name in candidates if regex.fullmatch(name)}
+        matched = {name for name in candidates if re.fullmatch(pattern, name)}
         if not matched:
-            which = {
-                "targets": " of a kernel that can be adapted (two or more axes, in a "
-                "layer of which it is known what it computes)",
-                "overrides": " that is adapted",
-            }
             raise ValueError(
-                f"{field}: {pattern!r} matches no path{which.get(field, '')}"
+                f"{field}: {pattern!r} matches no path{_KINDS.get(field, '')}"
                 + pattern_hint(pattern, candidates or known)
             )
         selected |= matched
     return selected
-
-
-def _axes(name: str, leaf: Any, survey: Survey | None) -> str:
-    """A kernel's axes, by what its layer computes or by its name and shape."""
-    ndim = len(leaf.shape)
-    if survey is not None:
-        if name not in survey.products:
-            raise ValueError(survey.why_unknown(name))
-        axes = survey.products[name].axes
-        return "s" * (ndim - len(axes)) + axes
-    if ndim == 2:
-        return "io"
-    for pattern, axes in ATTENTION_AXES:
-        if ndim == 3 and re.fullmatch(pattern, name):
-            return axes
-    raise ValueError(
-        f"it is not known which of its axes {tuple(leaf.shape)} are features; plan "
-        "with mora_jax.linen.plan or mora_jax.nnx.plan, or say "
-        f"overrides={{{name!r}: {{'axes': ...}}}}"
-    )
 
 
 def _refuse_unproven(targets: Sequence[str], survey: Survey) -> None:
@@ -293,19 +310,4 @@ def _refuse_unproven(targets: Sequence[str], survey: Survey) -> None:
                 f"{name}: {faults[name]}, so that the adapted and the merged "
                 "model would differ; exclude it, or teach its class with "
                 "mora_jax.register_layer (scale= where a layer scales its kernel)"
-            )
-
-
-def _refuse_shared(
-    leaves: Mapping[str, tuple[Path, Any]], chosen: Collection[str], kind: str, why: str
-) -> None:
-    """Raise if one of the arrays `chosen` is at two paths; `why` ends the message."""
-    owners: dict[int, list[str]] = defaultdict(list)
-    for name, (_, leaf) in leaves.items():
-        if not isinstance(leaf, jax.ShapeDtypeStruct):  # those are often reused
-            owners[id(leaf)].append(name)
-    for names in owners.values():
-        if len(names) > 1 and any(name in chosen for name in names):
-            raise ValueError(
-                f"{kind} at {names[0]!r} is shared with {names[1]!r}: {why}"
             )

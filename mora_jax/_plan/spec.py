@@ -11,8 +11,8 @@ from mora_jax._common.axes import check_axes, sizes
 from mora_jax._common.checks import floating_dtype
 from mora_jax._common.types import Shape
 from mora_jax._mesh.layout import KernelLayout
-from mora_jax._plan.config import MoRAConfig, check_config
-from mora_jax._plan.settings import SETTINGS, AdapterChoice, AdapterSettings
+from mora_jax._plan.config import KernelConfig, check_config
+from mora_jax._plan.settings import SETTINGS, AdapterSettings
 from mora_jax.operators import Operator, make_operator, square_rank
 from mora_jax.operators._registry import resolve_auto
 
@@ -74,7 +74,7 @@ class AdapterSpec(AdapterSettings):
     @classmethod
     def from_config(
         cls,
-        config: MoRAConfig | None,
+        config: KernelConfig | None,
         kernel_shape: Shape,
         axes: str = "io",
         path: tuple[str, ...] = ("kernel",),
@@ -94,7 +94,14 @@ class AdapterSpec(AdapterSettings):
         Raises:
           ValueError: The axes do not fit the shape, or the kernel is too small.
         """
-        config = check_config(config)
+        if not isinstance(config, KernelConfig):
+            config = check_config(config)
+        if getattr(config, "train", ()):
+            raise ValueError(
+                f"train must be empty for one layer, got {config.train}: it names "
+                "arrays of a whole model, which mora_jax.plan, linen.plan and nnx.plan "
+                "find"
+            )
         check_axes(axes, len(kernel_shape))
         ins, outs = (math.prod(sizes(kernel_shape, axes, letter)) for letter in "io")
         operator = _operator(config, ins, outs)
@@ -201,7 +208,7 @@ class AdapterSpec(AdapterSettings):
         )
 
 
-def _operator(config: AdapterChoice, ins: int, outs: int) -> Operator:
+def _operator(config: KernelConfig, ins: int, outs: int) -> Operator:
     """The operator that `config` asks for, between `ins` and `outs` features."""
     q, operator = config.square_rank, config.operator
     if q is None:
