@@ -103,7 +103,7 @@ class MoRAConfig(KernelConfig):
         bfloat16 model to a sampler on another mesh. Otherwise keep float32: 16 bits
         lose steps of M that are small in comparison with M.
       execution: The way a dense layer computes. "activation" adds alpha D(C(x) M) to
-        its output; "fold" multiplies by W + alpha C M D, which it computes again in each
+        its output; "fold" multiplies by W + alpha C M D, which it computes in each
         step; "auto" takes what was faster in measurements, by the layer's shape, its
         rows and its dtype. The results are the same up to rounding. Other layers,
         stacks of kernels in one product, and layers under dropout never fold.

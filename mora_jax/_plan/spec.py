@@ -1,4 +1,4 @@
-"""How one kernel is adapted: everything except the arrays."""
+"""The adapter of one kernel: everything except its arrays."""
 
 import dataclasses
 import math
@@ -17,12 +17,12 @@ from mora_jax.operators import Operator, make_operator, square_rank
 from mora_jax.operators._registry import resolve_auto
 
 SUFFIX = "_mora"
-"""What the name of an M ends in, after the name of its kernel."""
+"""The end of the name of an M, after the name of its kernel."""
 
 
 @dataclasses.dataclass(frozen=True)
 class AdapterSpec(AdapterSettings):
-    """How one kernel is adapted: everything except the arrays; hashable.
+    """The adapter of one kernel: everything except its arrays; hashable.
 
     Attributes:
       operator: The maps C and D.
@@ -32,8 +32,8 @@ class AdapterSpec(AdapterSettings):
         the two factors of the delta, the rate of dropout on the adapter's input, how M
         starts ("zeros" or "gaussian"), the dtype of M, and how a dense layer computes.
       path: The kernel's place in its params tree, a tuple of keys.
-      layout: Where the kernel's features are on a mesh, as `sharding.plan_on_mesh`
-        finds it; None for one device.
+      layout: The places of the kernel's features on a mesh, as
+        `sharding.plan_on_mesh` finds them; None for one device.
       base_digest: Digests of the kernel that the adapter was trained on, one for each
         index of its stack axes; None if no file holds them. Two specs that differ in
         this alone are equal.
@@ -116,7 +116,7 @@ class AdapterSpec(AdapterSettings):
 
     @property
     def factor(self) -> float:
-        """What multiplies the delta: alpha times scale."""
+        """The factor of the delta: alpha times scale."""
         return self.alpha * self.scale
 
     @property
@@ -138,7 +138,7 @@ class AdapterSpec(AdapterSettings):
         """The shape and the axes of the kernel as a layer sees it.
 
         Args:
-          ndim: How many of the kernel's axes the layer sees, the last ones: a lifted
+          ndim: The number of axes, the last ones, that the layer sees: a lifted
             transformation takes off leading stack axes. None stands for all.
         """
         first = 0 if ndim is None else len(self.axes) - ndim
@@ -156,7 +156,7 @@ class AdapterSpec(AdapterSettings):
 
     @property
     def parameters(self) -> int:
-        """How many numbers M holds."""
+        """The number of parameters of M."""
         return math.prod(self.shape)
 
     @property

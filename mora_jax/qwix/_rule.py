@@ -1,4 +1,4 @@
-"""What a user asks for, for the modules that match a pattern."""
+"""Settings of the modules that match a pattern."""
 
 import dataclasses
 import functools
@@ -17,7 +17,8 @@ from mora_jax.qwix import _private
 class MoRARule(qwix.QuantizationRule, AdapterChoice):
     """`qwix.QuantizationRule` with adapters for the modules that it matches.
 
-    Its settings of adapters are those of `mora_jax.MoRAConfig`, from `rank` to `seed`.
+    It has settings of `mora_jax.MoRAConfig` as well, for the kernels of these: rank,
+    operator, alpha, scale, square_rank, multiple_of, init, dropout, param_dtype, seed.
 
     Example::
 
