@@ -14,12 +14,7 @@ from mora_jax._plan.patterns import (
     patterns_of,
     setting_hint,
 )
-from mora_jax._plan.settings import (
-    DEFAULT_RANK,
-    AdapterChoice,
-    check_execution,
-    setting,
-)
+from mora_jax._plan.settings import DEFAULT_RANK, KernelConfig, setting
 
 
 def default_targets(leaf: str) -> str:
@@ -36,13 +31,6 @@ def default_targets(leaf: str) -> str:
 DEFAULT_TARGETS = (default_targets("kernel"),)
 
 LARGEST_USUAL_ALPHA = 4.0
-
-
-@dataclasses.dataclass(frozen=True)
-class KernelConfig(AdapterChoice):
-    """Settings of one kernel; `MoRAConfig(overrides=)` changes them by paths."""
-
-    execution: str = setting("auto", check_execution)
 
 
 _KERNEL_SETTINGS = [field.name for field in dataclasses.fields(KernelConfig)]

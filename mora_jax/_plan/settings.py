@@ -75,11 +75,9 @@ def _operator(name: str, value: Any) -> OperatorSpec:
     return FrozenMapping(value) if isinstance(value, Mapping) else value
 
 
-check_init = functools.partial(check_choice, choices=("zeros", "gaussian"))
-check_scale = functools.partial(check_choice, choices=("paper", "fine-tuning"))
-check_execution = functools.partial(
-    check_choice, choices=("auto", "activation", "fold")
-)
+_init = functools.partial(check_choice, choices=("zeros", "gaussian"))
+_scale = functools.partial(check_choice, choices=("paper", "fine-tuning"))
+_execution = functools.partial(check_choice, choices=("auto", "activation", "fold"))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -100,9 +98,9 @@ class AdapterSettings:
     alpha: float = setting(1.0, check_number, meaning=True)
     scale: float = setting(1.0, _above_zero, meaning=True)
     dropout: float = setting(0.0, check_rate)
-    init: str = setting("zeros", check_init)
+    init: str = setting("zeros", _init)
     param_dtype: DTypeLike = setting(jnp.float32, _dtype)
-    execution: str = setting("auto", check_execution)
+    execution: str = setting("auto", _execution)
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -137,8 +135,11 @@ SETTINGS = {f.name: f.metadata["meaning"] for f in dataclasses.fields(AdapterSet
 
 
 @dataclasses.dataclass(frozen=True)
-class AdapterChoice:
-    """Settings that `MoRAConfig` and `qwix.MoRARule` share; the former explains them.
+class KernelConfig:
+    """Settings that a user chooses for a kernel; `MoRAConfig` explains them.
+
+    `qwix.MoRARule` has these fields as well, and `MoRAConfig(overrides=)` changes them
+    for the kernels of a pattern.
 
     Raises:
       TypeError, ValueError: A setting that no kernel could have; `rank` together with
@@ -148,12 +149,13 @@ class AdapterChoice:
     rank: int = setting(DEFAULT_RANK, positive_integer)
     operator: OperatorSpec = setting("auto", _operator)
     alpha: float = setting(1.0, _other_than_zero)
-    scale: str = setting("fine-tuning", check_scale)
+    scale: str = setting("fine-tuning", _scale)
     square_rank: int | None = setting(None, _optional(positive_integer))
     multiple_of: int | None = setting(None, _optional(positive_integer))
-    init: str = setting("zeros", check_init)
+    init: str = setting("zeros", _init)
     dropout: float = setting(0.0, check_rate)
     param_dtype: DTypeLike | None = setting(jnp.float32, _optional(_dtype))
+    execution: str = setting("auto", _execution)
     seed: int = setting(0, lambda _, value: check_seed(value))
 
     def __post_init__(self) -> None:

@@ -11,8 +11,8 @@ from mora_jax._common.axes import check_axes, sizes
 from mora_jax._common.checks import floating_dtype
 from mora_jax._common.types import Shape
 from mora_jax._mesh.layout import KernelLayout
-from mora_jax._plan.config import KernelConfig, check_config
-from mora_jax._plan.settings import SETTINGS, AdapterSettings
+from mora_jax._plan.config import MoRAConfig, check_config
+from mora_jax._plan.settings import SETTINGS, AdapterSettings, KernelConfig
 from mora_jax.operators import Operator, make_operator, square_rank
 from mora_jax.operators._registry import resolve_auto
 
@@ -96,7 +96,7 @@ class AdapterSpec(AdapterSettings):
         """
         if not isinstance(config, KernelConfig):
             config = check_config(config)
-        if getattr(config, "train", ()):
+        if isinstance(config, MoRAConfig) and config.train:
             raise ValueError(
                 f"train must be empty for one layer, got {config.train}: it names "
                 "arrays of a whole model, which mora_jax.plan, linen.plan and nnx.plan "
