@@ -49,5 +49,5 @@ def kernel_from_rows(weight: jax.Array, shape: Shape, axes: str) -> jax.Array:
 
 
 def _order(axes: str) -> list[int]:
-    """The numbers of the axes: those of the stack first, then inputs, then outputs."""
+    """The numbers of the axes: the stack first, then inputs, then outputs."""
     return [k for letter in "sio" for k, kind in enumerate(axes) if kind == letter]

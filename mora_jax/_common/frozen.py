@@ -7,7 +7,7 @@ from typing import Any
 class FrozenMapping(Mapping[str, Any]):
     """Mapping that cannot be changed, with mappings in it frozen as well.
 
-    Equality and hash are those of the content, whatever its order.
+    Mappings of equal content are equal and have the same hash, whatever their order.
     """
 
     def __init__(self, content: Mapping[str, Any] = {}):  # noqa: B006 (never changed)

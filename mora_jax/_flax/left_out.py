@@ -1,4 +1,4 @@
-"""Which arrays of a model get no adapter, and why."""
+"""Arrays of a model that get no adapter, and the reasons."""
 
 import math
 import re
@@ -30,8 +30,8 @@ def left_out_of(
     Args:
       arrays: {path: array} of those that have two or more axes and no adapter.
       excluded: The paths that `config.exclude` names.
-      config: What the user asked for.
-      survey: What is known of the arrays; None if only their shapes are.
+      config: The settings.
+      survey: The layers and the trace of a call; None if only shapes are known.
     """
     default = config.targets == DEFAULT_TARGETS
     quantized = {
@@ -70,12 +70,12 @@ def warn_of(left_out: Iterable[LeftOut]) -> None:
 
 
 def _matched(name: str, config: MoRAConfig) -> bool:
-    """Whether a pattern of the user's names the array; then that is not the reason."""
+    """True if a pattern of the user names the array; then that is not the reason."""
     return any(re.fullmatch(pattern, name) for pattern in config.targets)
 
 
 def _by_survey(name: str, shape: Shape, survey: Survey) -> tuple[str, bool]:
-    """Why the default targets leave an array out, and whether it multiplies inputs."""
+    """The reason why the default targets lack an array, and if it multiplies inputs."""
     uses = survey.uses
     if name in survey.products:
         product = survey.products[name]
@@ -92,7 +92,7 @@ def _by_survey(name: str, shape: Shape, survey: Survey) -> tuple[str, bool]:
 
 
 def is_too_narrow(product: Product, shape: Shape) -> bool:
-    """Whether a kernel has a single input or output feature, as a head of one number.
+    """True if a kernel has a single input or output feature, as a head of one number.
 
     The default operator's M cannot be as narrow, and one of another operator would hold
     a single number.

@@ -17,7 +17,7 @@ from mora_jax._common.types import ArrayLike
 from mora_jax._jax.linear_map import static
 from mora_jax._layer.adapted import adapted_product
 from mora_jax._mesh.layout import KernelLayout
-from mora_jax._plan.config import MoRAConfig, refuse_train
+from mora_jax._plan.config import MoRAConfig
 from mora_jax._plan.settings import AdapterSettings
 from mora_jax._plan.spec import SUFFIX, AdapterSpec
 from mora_jax._tree.paths import adapter_of
@@ -82,7 +82,6 @@ class FrozenDense(AdapterSettings):
             `train`.
         """
         check_kernel(kernel, "kernel")
-        refuse_train(config, "one layer")
         spec = AdapterSpec.from_config(
             config, tuple(kernel.shape), axes, kernel_dtype=kernel.dtype
         )

@@ -1,4 +1,4 @@
-"""How one kernel is adapted: everything except the arrays."""
+"""The adapter of one kernel: everything except its arrays."""
 
 import dataclasses
 import math
@@ -12,17 +12,17 @@ from mora_jax._common.checks import floating_dtype
 from mora_jax._common.types import Shape
 from mora_jax._mesh.layout import KernelLayout
 from mora_jax._plan.config import MoRAConfig, check_config
-from mora_jax._plan.settings import SETTINGS, AdapterChoice, AdapterSettings
+from mora_jax._plan.settings import SETTINGS, AdapterSettings, KernelConfig
 from mora_jax.operators import Operator, make_operator, square_rank
 from mora_jax.operators._registry import resolve_auto
 
 SUFFIX = "_mora"
-"""What the name of an M ends in, after the name of its kernel."""
+"""The end of the name of an M, after the name of its kernel."""
 
 
 @dataclasses.dataclass(frozen=True)
 class AdapterSpec(AdapterSettings):
-    """How one kernel is adapted: everything except the arrays; hashable.
+    """The adapter of one kernel: everything except its arrays; hashable.
 
     Attributes:
       operator: The maps C and D.
@@ -32,8 +32,8 @@ class AdapterSpec(AdapterSettings):
         the two factors of the delta, the rate of dropout on the adapter's input, how M
         starts ("zeros" or "gaussian"), the dtype of M, and how a dense layer computes.
       path: The kernel's place in its params tree, a tuple of keys.
-      layout: Where the kernel's features are on a mesh, as `sharding.plan_on_mesh`
-        finds it; None for one device.
+      layout: The places of the kernel's features on a mesh, as
+        `sharding.plan_on_mesh` finds them; None for one device.
       base_digest: Digests of the kernel that the adapter was trained on, one for each
         index of its stack axes; None if no file holds them. Two specs that differ in
         this alone are equal.
@@ -74,7 +74,7 @@ class AdapterSpec(AdapterSettings):
     @classmethod
     def from_config(
         cls,
-        config: MoRAConfig | None,
+        config: KernelConfig | None,
         kernel_shape: Shape,
         axes: str = "io",
         path: tuple[str, ...] = ("kernel",),
@@ -94,7 +94,14 @@ class AdapterSpec(AdapterSettings):
         Raises:
           ValueError: The axes do not fit the shape, or the kernel is too small.
         """
-        config = check_config(config)
+        if not isinstance(config, KernelConfig):
+            config = check_config(config)
+        if isinstance(config, MoRAConfig) and config.train:
+            raise ValueError(
+                f"train must be empty for one layer, got {config.train}: it names "
+                "arrays of a whole model, which mora_jax.plan, linen.plan and nnx.plan "
+                "find"
+            )
         check_axes(axes, len(kernel_shape))
         ins, outs = (math.prod(sizes(kernel_shape, axes, letter)) for letter in "io")
         operator = _operator(config, ins, outs)
@@ -109,7 +116,7 @@ class AdapterSpec(AdapterSettings):
 
     @property
     def factor(self) -> float:
-        """What multiplies the delta: alpha times scale."""
+        """The factor of the delta: alpha times scale."""
         return self.alpha * self.scale
 
     @property
@@ -131,7 +138,7 @@ class AdapterSpec(AdapterSettings):
         """The shape and the axes of the kernel as a layer sees it.
 
         Args:
-          ndim: How many of the kernel's axes the layer sees, the last ones: a lifted
+          ndim: The number of axes, the last ones, that the layer sees: a lifted
             transformation takes off leading stack axes. None stands for all.
         """
         first = 0 if ndim is None else len(self.axes) - ndim
@@ -149,7 +156,7 @@ class AdapterSpec(AdapterSettings):
 
     @property
     def parameters(self) -> int:
-        """How many numbers M holds."""
+        """The number of parameters of M."""
         return math.prod(self.shape)
 
     @property
@@ -201,7 +208,7 @@ class AdapterSpec(AdapterSettings):
         )
 
 
-def _operator(config: AdapterChoice, ins: int, outs: int) -> Operator:
+def _operator(config: KernelConfig, ins: int, outs: int) -> Operator:
     """The operator that `config` asks for, between `ins` and `outs` features."""
     q, operator = config.square_rank, config.operator
     if q is None:

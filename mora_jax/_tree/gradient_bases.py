@@ -45,7 +45,7 @@ def gradient_bases(grads: Any, plan: Plan) -> Plan:
     Raises:
       TypeError: `plan` is not a plan, or a gradient is not a concrete floating-point
         array.
-      ValueError: A kernel has no gradient, or two; a gradient has another shape than
+      ValueError: A kernel lacks a gradient, or has two; a gradient has another shape than
         its kernel, holds NaN or infinity, or is zero; or a path is not in the plan.
 
     Example::
@@ -58,22 +58,22 @@ def gradient_bases(grads: Any, plan: Plan) -> Plan:
       >>> plan["fc/kernel"].operator.name, plan["fc/kernel"].shape
       ('subspace', (4, 4))
     """
-    specs, made = dict(check_plan(plan)), {}
-    for name, gradient in _pairs(grads, specs):
-        if name not in specs:
+    specs: dict[str, AdapterSpec] = {}
+    for name, gradient in _pairs(grads, check_plan(plan)):
+        if name not in plan:
             raise ValueError(
-                f"grads have {name!r}, which the plan lacks{nearest_paths(name, specs)}"
+                f"grads have {name!r}, which the plan lacks{nearest_paths(name, plan)}"
             )
-        if name in made:
+        if name in specs:
             raise ValueError(f"grads have {name!r} twice")
-        made[name] = _with_bases(specs[name], gradient)
-    for name in specs:
-        if name not in made:
-            raise ValueError(f"grads lack the kernel {name!r}{lacking(name, made)}")
-    return dataclasses.replace(plan, specs=tuple(made[name] for name in specs))
+        specs[name] = _with_bases(plan[name], gradient)
+    for name in plan:
+        if name not in specs:
+            raise ValueError(f"grads lack the kernel {name!r}{lacking(name, specs)}")
+    return dataclasses.replace(plan, specs=tuple(specs[name] for name in plan))
 
 
-def _pairs(grads: Any, specs: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+def _pairs(grads: Any, plan: Plan) -> Iterator[tuple[str, Any]]:
     """(path, gradient) of each kernel."""
     if isinstance(grads, Iterator):
         for pair in grads:
@@ -89,12 +89,12 @@ def _pairs(grads: Any, specs: dict[str, Any]) -> Iterator[tuple[str, Any]]:
             * bool(grads)
         )
     for name, (_, gradient) in named_leaves(grads).items():
-        if name in specs:
+        if name in plan:
             yield name, gradient
 
 
 def _with_bases(spec: AdapterSpec, gradient: Any) -> AdapterSpec:
-    """An adapter between the leading directions of its kernel's gradient."""
+    """The adapter between the leading directions of its kernel's gradient."""
     old, what = spec.operator, f"the gradient of {spec.name!r}"
     is_array = isinstance(gradient, jax.Array | np.ndarray)
     if isinstance(gradient, Tracer) or not is_array:
@@ -114,14 +114,14 @@ def _with_bases(spec: AdapterSpec, gradient: Any) -> AdapterSpec:
     rows = rows_from_kernel(jnp.asarray(gradient, jnp.float32) / largest, spec.axes)
     rows = rows.reshape(-1, spec.in_features, spec.out_features)
     sizes = old.in_features, old.out_features, old.square_rank
-    made = Subspace(
+    new = Subspace(
         *sizes,
         in_basis=_leading(rows, old.square_rank),
         out_basis=_leading(rows.swapaxes(1, 2), old.square_rank),
     )
     scaled = spec.scale == old.fine_tuning_scale
-    scale = made.fine_tuning_scale if scaled else spec.scale
-    return dataclasses.replace(spec, operator=made, scale=scale)
+    scale = new.fine_tuning_scale if scaled else spec.scale
+    return dataclasses.replace(spec, operator=new, scale=scale)
 
 
 def _leading(matrices: jax.Array, count: int) -> np.ndarray:
@@ -150,7 +150,7 @@ def _span(matrices: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
 
     Between the rounds the columns are kept apart by an LU factorization: its L has
     their span, is cheaper than orthonormal columns, and is never deficient, since its
-    upper triangle is that of the unit matrix.
+    upper triangle is the one of the unit matrix.
 
     Returns:
       The columns, (features, a few more than count), and columns^T G G^T columns.
