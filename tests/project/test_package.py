@@ -68,8 +68,8 @@ def test_imports_run_one_way():
 
 
 APIS = "linen", "nnx"
-SHELLS = "mora_jax.qwix", "mora_jax.gemma"
-"""What is built on them for other libraries."""
+SHELLS = "mora_jax.qwix", "mora_jax.gemma", "mora_jax.diagnostics"
+"""What is built on them: for other libraries, and to compare models."""
 ROOMS = {
     "operators": ("_mesh", "_layer", "_plan", "products", "_flax"),
     "products": ("_mesh", "_layer", "_plan", "_flax"),
