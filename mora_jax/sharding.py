@@ -16,7 +16,13 @@ from mora_jax._mesh.layout import KernelLayout, mesh_axes
 from mora_jax._plan.plan import Plan, check_plan
 from mora_jax._plan.spec import AdapterSpec
 from mora_jax._tree.adapters import Tree, nest
-from mora_jax._tree.paths import Path, adapter_path, is_boxed, key_name, nearest_paths
+from mora_jax._tree.paths import (
+    Path,
+    adapter_path,
+    is_boxed,
+    located_leaves,
+    nearest_paths,
+)
 
 
 def adapter_shardings(
@@ -163,12 +169,8 @@ def _entries(kernel: NamedSharding, spec: AdapterSpec) -> list[tuple[str, ...]]:
 
 def _leaves(tree: Any) -> dict[str, Any]:
     """{path: leaf} of a tree that says how its leaves are sharded."""
-
-    def is_leaf(node: Any) -> bool:
-        return is_boxed(node) or isinstance(node, PartitionSpec | nnx.Variable)
-
-    flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
-    return {"/".join(map(key_name, keys)): leaf for keys, leaf in flat}
+    leaves = located_leaves(tree, "params_or_shardings")
+    return {"/".join(path): leaf for path, leaf in leaves.items()}
 
 
 def _sharding_of(

@@ -6,6 +6,7 @@ from zlib import crc32
 
 import jax
 import numpy as np
+from flax.traverse_util import unflatten_dict
 from jax.typing import DTypeLike
 from jaxtyping import PRNGKeyArray
 
@@ -74,7 +75,6 @@ def init(
     if isinstance(plan_or_frozen, FrozenDense):
         return {f"kernel{SUFFIX}": init_adapter(plan_or_frozen.spec, key)}
     check_plan(plan_or_frozen, "plan_or_frozen")
-
     ms = {}
     for spec in plan_or_frozen.specs:
         own = key
@@ -132,13 +132,7 @@ def refuse_nonlinear(specs: Iterable[AdapterSpec], why: str) -> None:
 
 def nest(items: Mapping[Path, Any]) -> Tree:
     """{path: leaf} as nested dicts."""
-    tree: Tree = {}
-    for path, leaf in items.items():
-        node = tree
-        for key in path[:-1]:
-            node = node.setdefault(key, {})
-        node[path[-1]] = leaf
-    return tree
+    return unflatten_dict(items)
 
 
 def adapter_items(

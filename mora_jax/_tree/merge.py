@@ -133,10 +133,9 @@ def merge(
       True
     """
     check_rounding(rounding)
-    items = finite_items(adapters, plan)
-    kernels = with_kernels(params, items, any_base=any_base)
-    trained = trained_items(adapters, plan)
-    return _merged(params, kernels, trained, dtype, rounding=rounding)
+    items, trained = finite_items(adapters, plan), trained_items(adapters, plan)
+    settings = {"any_base": any_base, "rounding": rounding}
+    return _merged(params, items, trained, dtype, **settings)
 
 
 def fold(params: Any, adapters: Any, plan: Plan, dtype: DTypeLike | None = None) -> Any:
@@ -178,8 +177,8 @@ def fold(params: Any, adapters: Any, plan: Plan, dtype: DTypeLike | None = None)
       >>> grads["kernel_mora"].shape
       (8, 8)
     """
-    kernels = with_kernels(params, _items(adapters, plan))
-    return _merged(params, kernels, trained_items(adapters, plan), dtype)
+    items, trained = _items(adapters, plan), trained_items(adapters, plan)
+    return _merged(params, items, trained, dtype)
 
 
 def unmerge(params: Any, adapters: Any, plan: Plan) -> Any:
@@ -212,14 +211,14 @@ def unmerge(params: Any, adapters: Any, plan: Plan) -> Any:
     refuse_trained(
         check_plan(plan).trained, "so that merging replaced it; keep the base instead"
     )
-    kernels = with_kernels(params, finite_items(adapters, plan))
-    for spec, _, _, kernel in kernels:
+    items = finite_items(adapters, plan)
+    for spec, _, _, kernel in with_kernels(params, items):
         if jnp.finfo(kernel.dtype).bits < 32:
             raise ValueError(
                 f"unmerge needs float32 kernels, got {kernel.dtype} at {spec.name!r}; "
                 "keep the base instead"
             )
-    return _merged(params, kernels, sign=-1)
+    return _merged(params, items, [], sign=-1)
 
 
 def finite_items(adapters: Any, plan: Plan) -> list[tuple[AdapterSpec, jax.Array]]:
@@ -232,30 +231,28 @@ def finite_items(adapters: Any, plan: Plan) -> list[tuple[AdapterSpec, jax.Array
     return items
 
 
-Adapted = tuple[AdapterSpec, jax.Array, Path, jax.Array]
-"""A spec and its M, with the path and the array of the kernel."""
-
-
 def with_kernels(
     params: Any, items: list[tuple[AdapterSpec, jax.Array]], *, any_base: bool = True
-) -> list[Adapted]:
+) -> list[tuple[AdapterSpec, jax.Array, Path, jax.Array]]:
     """Each spec and M with the path and the array of the kernel, which are checked."""
-    leaves, adapted = named_leaves(params), []
+    leaves, kernels = named_leaves(params), {}
     refuse_combined(leaves, [spec for spec, _ in items])
-    for spec, m in items:
+    for spec, _ in items:
         path, kernel = find_kernel(leaves, spec)
-        adapted.append((spec, m, path, as_jax_array(spec.name, kernel)))
+        kernels[spec.name] = path, as_jax_array(spec.name, kernel)
     if not any_base:
-        kernels = {spec.name: kernel for spec, _, _, kernel in adapted}
-        check_base([spec for spec, _ in items], kernels)
-    return adapted
+        arrays = {name: kernel for name, (_, kernel) in kernels.items()}
+        check_base([spec for spec, _ in items], arrays)
+    return [(spec, m, *kernels[spec.name]) for spec, m in items]
 
 
 def _merged(
     params: Any,
-    kernels: list[Adapted],
-    trained: Items | None = None,
+    items: list[tuple[AdapterSpec, jax.Array]],
+    trained: Items,
     dtype: DTypeLike | None = None,
+    *,
+    any_base: bool = True,
     **settings: Any,
 ) -> Any:
     """The params with merged kernels and trained arrays."""
@@ -263,9 +260,9 @@ def _merged(
         dtype = floating_dtype(dtype, "dtype")
     sums = {
         path: merged_kernel(spec, m, kernel, dtype=dtype, **settings)
-        for spec, m, path, kernel in kernels
+        for spec, m, path, kernel in with_kernels(params, items, any_base=any_base)
     }
-    return replace_leaves(with_trained(params, trained or [], dtype), sums)
+    return replace_leaves(with_trained(params, trained, dtype), sums)
 
 
 def merged_kernel(
@@ -280,14 +277,8 @@ def merged_kernel(
 ) -> jax.Array:
     """The kernel with its delta added in float32 or wider, and rounded once.
 
-    Args:
-      spec: The adapter.
-      m: M, (*stack, q, q).
-      kernel: The kernel.
-      sign: -1 to subtract the delta.
-      dtype: The dtype of the result; None for the kernel's.
-      rounding: The way to round, as in `merge`.
-      start: The features from which a dither counts: another start is another dither.
+    A sign of -1 subtracts the delta. Another `start`, the features from which a dither
+    counts, is another dither.
     """
     delta = sign * delta_kernel(spec, wide(m, kernel.dtype))
     dtype = jnp.dtype(dtype or kernel.dtype)

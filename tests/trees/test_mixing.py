@@ -13,6 +13,8 @@ from helpers import close, random, random_like, wide
 import mora_jax
 from mora_jax import AdapterSpec, MoRAConfig, Plan, delta_weight
 from mora_jax.mixing import project, scaled, weighted_sum
+from mora_jax.operators import Truncation
+from mora_jax.operators._pytree import operator
 
 PARAMS = {"a": {"kernel": random(0, 12, 16)}, "s": {"kernel": random(1, 3, 8, 12)}}
 SETTINGS = {"square_rank": 4, "overrides": {"s/kernel": {"axes": "sio"}}}
@@ -145,6 +147,38 @@ def other_base(seed):
 SEEDED = mora_jax.plan(PARAMS, MoRAConfig(operator="permutation", seed=1, **SETTINGS))
 NARROW = mora_jax.plan({"a": PARAMS["a"]}, MoRAConfig(square_rank=4))
 SHAPES = mora_jax.plan({"a": {"kernel": jnp.zeros((16, 12))}}, MoRAConfig(rank=1))
+
+
+@operator
+class Bent(Truncation):
+    """An operator that says of itself that its delta is not linear in M."""
+
+    name = "bent"
+    linear = False
+
+
+def test_an_operator_that_is_not_linear_is_refused_by_name():
+    """Where sums of M's would not be sums of deltas, and zeros might add something."""
+    spec = AdapterSpec(Bent(12, 16, 4), (12, 16), path=("a", "kernel"))
+    bent = pair(0, Plan((spec,), base_parameters=192))
+    state = {
+        "kernel_mora": mora_jax.nnx.MoRAParam.of(spec, bent[0]["a"]["kernel_mora"])
+    }
+    for call in (
+        lambda: weighted_sum([bent], [1]),
+        lambda: project([pair(0, NARROW)], [1], bent[1]),
+        lambda: scaled(state, 2),
+        lambda: mora_jax.serving.stack([bent[0]], bent[1]),
+        lambda: mora_jax.diagnostics.check(nnx.List([]), None, bent[1]),
+    ):
+        with pytest.raises(ValueError, match="delta of 'bent' is not linear in"):
+            call()
+    dense = MoRAConfig(operator="truncation", square_rank=12, scale="paper")
+    whole = mora_jax.plan({"a": PARAMS["a"]}, dense)
+    assert project([bent], [2], whole)[1]["a/kernel"] < 1e-5
+    (values,) = mora_jax.diagnostics.spectrum(*bent).values()
+    delta = deltas(*bent)["a"]["kernel"]
+    close(values, np.linalg.svd(delta, compute_uv=False), 1e-5)
 
 
 @pytest.mark.usefixtures("unchecked")
