@@ -88,7 +88,7 @@ def check_base(specs: Iterable[AdapterSpec], kernels: Mapping[str, Any]) -> None
 
 
 def check_digests(spec: AdapterSpec, digests: tuple[str, ...], at: int = 0) -> None:
-    """Raise unless `digests` are those of `spec` from the stack index `at` on."""
+    """Raise unless `spec` has `digests` from the stack index `at` on."""
     known = spec.base_digest
     if known is not None and known[at : at + len(digests)] != digests:
         raise ValueError(

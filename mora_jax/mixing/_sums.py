@@ -97,8 +97,8 @@ def weighted_sum(
       adapters: Pairs (adapters, plan), as `load` returns them.
       weights: A real number for each, or an array of them.
       params: The base's params, which are needed if the plan trains arrays of them.
-      any_base: Whether to take any params, also if the adapters were trained on others,
-        as in `merge`.
+      any_base: True to take any params, also if the adapters were trained on others, as
+        in `merge`.
 
     Returns:
       (adapters, plan). Each M, and each array that trains itself, is summed in float32
@@ -144,10 +144,7 @@ def _sum(
 ) -> jax.Array:
     r""":math:`b + \sum_i w_i (a_i - b)` in float32 or wider, then in the dtype of a.
 
-    Args:
-      column: What the adapters have in one place, each with its spec.
-      factors: A factor for each of them.
-      base: What all of them started with.
+    The column holds a specification and an array a for each adapter; b is the base.
     """
     arrays = [array for _, array in column]
     moves = (f * (wide(a) - base) for f, a in zip(factors, arrays, strict=True))
