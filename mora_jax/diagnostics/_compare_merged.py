@@ -18,12 +18,17 @@ from mora_jax._plan.plan import Plan, check_plan
 from mora_jax._plan.spec import AdapterSpec
 from mora_jax._plan.trained_arrays import copies
 from mora_jax._tree.adapters import nest, refuse_nonlinear
-from mora_jax._tree.merge import merge
-from mora_jax._tree.paths import adapter_path, named_leaves, replace_leaves
+from mora_jax._tree.merge import merged_kernel
+from mora_jax._tree.paths import (
+    adapter_path,
+    find_kernel,
+    named_leaves,
+    replace_leaves,
+)
 from mora_jax.linen._bound import params_of
 
 Outputs = Callable[[Any], list[jax.Array]]
-"""A function of adapters that returns the floating-point outputs of a model."""
+"""A function of adapters or params that returns a model's floating-point outputs."""
 
 
 def check(
@@ -79,9 +84,9 @@ def check(
         raise ValueError(f"tolerance must be at least 0, got {tolerance}")
     refuse_nonlinear(plan.specs, "so that no M is known whose delta has a given size")
     if isinstance(model, nnx.Module):
-        params, adapted, merged = _nnx_models(model, plan, inputs, kwargs)
+        params, adapted, plain = _nnx_models(model, plan, inputs, kwargs)
     elif isinstance(model, nn.Module):
-        params, adapted, merged = _linen_models(model, variables, plan, inputs, kwargs)
+        params, adapted, plain = _linen_models(model, variables, plan, inputs, kwargs)
     else:
         raise TypeError(f"model must be a Flax module, got {type(model).__name__}")
     leaves = named_leaves(params)
@@ -95,11 +100,13 @@ def check(
         )
     ratios = {}
     for number, spec in enumerate(plan.specs):
+        path, kernel = find_kernel(leaves, spec)
         key = jax.random.fold_in(jax.random.key(seed), number)
-        m = _as_large_as(leaves[spec.name][1], spec, key)
-        adapters = replace_leaves(zeros, {adapter_path(spec): m})
-        ys = adapted(adapters), merged(adapters)
-        ratios[spec.name] = _difference(*ys, base, spec.name)
+        m = _as_large_as(kernel, spec, key)
+        merged = merged_kernel(spec, m, jnp.asarray(kernel), rounding="dither")
+        y_adapted = adapted(replace_leaves(zeros, {adapter_path(spec): m}))
+        y_merged = plain(replace_leaves(params, {path: merged}))
+        ratios[spec.name] = _difference(y_adapted, y_merged, base, spec.name)
     if tolerance is None:
         epsilon = max(float(jnp.finfo(y.dtype).eps) for y in base)
         tolerance = 4 * epsilon**0.5
@@ -116,46 +123,47 @@ def check(
 def _linen_models(
     model: nn.Module, variables: Any, plan: Plan, inputs: Any, kwargs: Any
 ) -> tuple[Any, Outputs, Outputs]:
-    """Params, and the outputs of the adapted and the merged model."""
+    """Params, and outputs by adapters and by params."""
     apply = linen.wrap(model, plan)
     if any(spec.dropout > 0 for spec in plan.specs):
         apply = functools.partial(apply, adapter_deterministic=True)
 
-    def merged(adapters: Any, variables: Any, *inputs: Any, **kwargs: Any) -> Any:
-        params = merge(variables["params"], adapters, plan)
-        return model.apply({**variables, "params": params}, *inputs, **kwargs)
+    @jax.jit
+    def adapted(adapters: Any, variables: Any, inputs: Any) -> list[jax.Array]:
+        return _floating(apply(adapters, variables, *inputs, **kwargs))
 
-    def outputs(call: Callable[..., Any]) -> Outputs:
-        def floating(adapters: Any, variables: Any, inputs: Any) -> list[jax.Array]:
-            return _floating(call(adapters, variables, *inputs, **kwargs))
+    @jax.jit
+    def plain(params: Any, variables: Any, inputs: Any) -> list[jax.Array]:
+        variables = {**variables, "params": params}
+        return _floating(model.apply(variables, *inputs, **kwargs))
 
-        compiled = jax.jit(floating)
-        return lambda adapters: compiled(adapters, variables, inputs)
+    def outputs(call: Callable[..., list[jax.Array]]) -> Outputs:
+        return lambda trained: call(trained, variables, inputs)
 
-    return params_of(variables), outputs(apply), outputs(merged)
+    return params_of(variables), outputs(adapted), outputs(plain)
 
 
 def _nnx_models(
     model: nnx.Module, plan: Plan, inputs: Any, kwargs: Any
 ) -> tuple[Any, Outputs, Outputs]:
-    """Params, and the outputs of the adapted and the merged model."""
-    wrapped = shell.wrap(model, plan)
-    wrapped.eval()  # the adapters drop nothing
+    """Params, and outputs by adapters and by params."""
 
     @nnx.jit
     def run(model: Any, inputs: Any) -> list[jax.Array]:
         return _floating(model(*inputs, **kwargs))
 
-    def outputs(change: Callable[[Any], Any]) -> Outputs:
-        def call(adapters: Any) -> list[jax.Array]:
-            copy = nnx.clone(wrapped)
-            shell.set_adapters(copy, adapters)
-            return run(change(copy), inputs)
+    def outputs(model: Any, put: Callable[[Any, Any], None]) -> Outputs:
+        def call(trained: Any) -> list[jax.Array]:
+            copy = nnx.clone(model)
+            copy.eval()  # nothing is dropped
+            put(copy, trained)
+            return run(copy, inputs)
 
         return call
 
     params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
-    return params, outputs(lambda model: model), outputs(shell.merge_adapters)
+    adapted = outputs(shell.wrap(model, plan), shell.set_adapters)
+    return params, adapted, outputs(model, nnx.update)
 
 
 def _floating(outputs: Any) -> list[jax.Array]:
