@@ -26,6 +26,7 @@ from models import lesson, smollm2
 from models.lora import qwix_lora
 from models.options import positive
 from models.quantized import TYPES, megabytes, quantized
+from models.spectrum import plot_spectrum
 from mora_jax import MoRAConfig, linen
 
 LORA_RATE = 20
@@ -105,8 +106,7 @@ def main() -> None:
     adapters = mora_jax.init(plan)
     adapters = train(apply, adapters, variables, taught, rate, progress)
     mora_jax.save(args.out, adapters, plan)
-    figure = mora_jax.diagnostics.plot_spectrum(adapters, plan)
-    figure.savefig(args.out / "spectrum.png", dpi=150)
+    plot_spectrum(adapters, plan, args.out / "spectrum.png")
     if in_bits is None:
         merged = {"params": mora_jax.merge(params, adapters, plan)}
     else:

@@ -16,6 +16,7 @@ from flax import nnx
 
 import mora_jax
 from models import lesson, smollm2_nnx
+from models.spectrum import plot_spectrum
 from mora_jax import MoRAConfig
 
 
@@ -58,8 +59,7 @@ def main() -> None:
     progress = train(adapted, taught, args)
     adapters = mora_jax.nnx.adapters(adapted)
     mora_jax.save(args.out, adapters, plan)
-    figure = mora_jax.diagnostics.plot_spectrum(adapters, plan)
-    figure.savefig(args.out / "spectrum.png", dpi=150)
+    plot_spectrum(adapters, plan, args.out / "spectrum.png")
     merged = mora_jax.nnx.merge_adapters(adapted)
 
     lesson.save_histories({"MoRA": [progress]}, args.out)

@@ -1,8 +1,9 @@
 r"""ReMoRA: merge the adapters into the base, start them again, and train on.
 
 The rank of one delta is bounded by its operator. A *restart* adds the delta to the base
-and starts M at zero between other maps C and D, so that the sum of all deltas may have
-a higher rank: this is how the paper pretrains a model with adapters alone.
+and starts M with a delta of zero between other maps C and D, so that the sum of all
+deltas may have a higher rank: this is how the paper pretrains a model with adapters
+alone.
 
 The plan says where in the cycle a run is, so that a run which is resumed from a saved
 plan, base and adapters restarts as it would have.
@@ -16,17 +17,16 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.core import Tracer
 
 from mora_jax._common.checks import check_number, positive_integer
-from mora_jax._layer.equation import delta_kernel
-from mora_jax._layer.rounding import add_rounded
+from mora_jax._common.types import Path
 from mora_jax._plan.plan import Plan, check_plan
 from mora_jax._plan.spec import AdapterSpec
-from mora_jax._tree.base_digest import check_base
-from mora_jax._tree.merge import finite_items, with_kernels
-from mora_jax._tree.opt_state import is_m, with_new_moments
+from mora_jax._tree.merge import finite_items, merged_kernel, with_kernels
+from mora_jax._tree.opt_state import with_new_moments
 from mora_jax._tree.optim import check_transformation
-from mora_jax._tree.paths import replace_leaves
+from mora_jax._tree.paths import adapter_path, replace_leaves, unboxed
 from mora_jax.io._reference import REFERENCE_GROUPS
 from mora_jax.operators import Operator, Sharing
 
@@ -34,12 +34,12 @@ __all__ = ["Restarted", "next_plan", "restart", "restart_schedule"]
 
 
 class Restarted(NamedTuple):
-    """What training goes on with after a restart.
+    """Arrays and plan with which training goes on after a restart.
 
     Attributes:
       params: The base with the deltas merged in.
-      adapters: New adapters, whose M's are zero. Arrays that the plan trains go on as
-        they are, in the adapters alone.
+      adapters: New adapters, whose deltas are zero. Arrays that the plan trains go on
+        as they are, in the adapters alone.
       plan: Their plan, which has other operators.
       opt_state: The optimizer's state.
     """
@@ -77,16 +77,16 @@ def restart(
       opt_state: The state of `tx` for the adapters, or for the combined tree; or an
         `nnx.Optimizer`'s, if `adapters` are `nnx.state(model, MoRAParam)`.
       tx: The optimizer.
-      any_base: Whether to merge into any weights, as for `merge`.
-      keep_moments: Whether to keep the state of the M's. By default it is reset, with
-        the steps that it counts; schedules and the state of other leaves go on.
-      donate: Whether the old kernels may be overwritten. Memory then does not hold them
-        twice, and `params` cannot be used any more.
+      any_base: True to merge into any weights, as for `merge`.
+      keep_moments: True to keep the state of the M's. By default it is reset, with the
+        steps that it counts; schedules and the state of other leaves go on.
+      donate: True to overwrite the old kernels. Memory then does not hold them twice,
+        and `params` cannot be used any more.
 
     Raises:
       TypeError: As `merge`, or `tx` is not a transformation.
       ValueError: As `merge`; `opt_state` is not a state of `tx` for these adapters; or
-        an operator has no other maps to go on with, see `next_plan`.
+        an operator lacks other maps to go on with, see `next_plan`.
 
     Example::
 
@@ -100,18 +100,18 @@ def restart(
     """
     check_transformation(tx)
     following = next_plan(plan)
-    found = with_kernels(params, finite_items(adapters, plan))
-    if not any_base:
-        check_base(plan.specs, {spec.name: kernel for spec, _, _, kernel in found})
-    following_adapters = _at_zero(_with_next_specs(adapters))
+    items = finite_items(adapters, plan)
+    kernels = with_kernels(params, items, any_base=any_base)
+    ms = dict(_started(*pair) for pair in zip(following.specs, items, strict=True))
+    following_adapters = replace_leaves(_with_next_specs(adapters), ms)
     opt_state = _with_next_specs(opt_state)
     if not keep_moments:
         trained = params, following_adapters, following
         opt_state = with_new_moments(opt_state, tx, *trained)
-    merge = _merge_and_donate if donate else _merge
+    add = _add_and_donate if donate else _add
     sums = {
-        path: merge(dataclasses.replace(spec, path=()), m, kernel)
-        for spec, m, path, kernel in found
+        path: add(dataclasses.replace(spec, path=()), m, kernel)
+        for spec, m, path, kernel in kernels
     }
     params = replace_leaves(params, sums)
     return Restarted(params, following_adapters, following, opt_state)
@@ -126,7 +126,7 @@ def next_plan(plan: Plan) -> Plan:
 
     Raises:
       TypeError: `plan` is not a Plan.
-      ValueError: An operator has no other maps. The same ones would give deltas of the
+      ValueError: An operator lacks other maps. The same ones would give deltas of the
         same form, and the rank would not grow.
 
     Example::
@@ -192,34 +192,37 @@ def restart_schedule(
     return schedule
 
 
-def _at_zero(adapters: Any) -> Any:
-    """Zeros for the M's; arrays that train themselves go on as they are."""
-
-    def start(keys: Any, leaf: Any) -> Any:
-        return jnp.zeros_like(leaf) if is_m(keys) else leaf
-
-    return jax.tree_util.tree_map_with_path(start, adapters)
+def _started(
+    spec: AdapterSpec, item: tuple[AdapterSpec, jax.Array]
+) -> tuple[Path, jax.Array]:
+    """The path of an M, and a delta of zero in the dtype and place of the old one."""
+    _, old = item
+    # The plan determines what is random, so that a resumed run goes on as it would.
+    key = jax.random.key(crc32(repr((spec.path, spec.operator)).encode()))
+    m = spec.operator.start(spec.stack_shape, "zeros", key, old.dtype)
+    if not isinstance(old, Tracer) and old.committed:
+        m = jax.device_put(m, old.sharding)
+    return adapter_path(spec), m
 
 
 def _next_spec(spec: AdapterSpec) -> AdapterSpec:
-    # The kernel's digest is that of another base.
+    # The digest is of the kernel before this restart.
     return dataclasses.replace(spec, operator=_next_operator(spec), base_digest=None)
 
 
 def _with_next_specs(tree: Any) -> Any:
     """A state of NNX, or of an optimizer for one, whose M's say what they are for."""
 
-    def is_m(leaf: Any) -> bool:
-        is_variable = isinstance(leaf, nnx.Variable)
-        return is_variable and isinstance(getattr(leaf, "spec", None), AdapterSpec)
+    def is_variable(leaf: Any) -> bool:
+        return isinstance(leaf, nnx.Variable)
 
     def follow(leaf: Any) -> Any:
-        if not is_m(leaf):
+        spec = getattr(leaf, "spec", None) if is_variable(leaf) else None
+        if not isinstance(spec, AdapterSpec):
             return leaf
-        (m,) = jax.tree.leaves(leaf)
-        return leaf.replace(m, spec=_next_spec(leaf.spec))
+        return leaf.replace(unboxed(leaf), spec=_next_spec(spec))
 
-    return jax.tree.map(follow, tree, is_leaf=is_m)
+    return jax.tree.map(follow, tree, is_leaf=is_variable)
 
 
 def _next_operator(spec: AdapterSpec) -> Operator:
@@ -240,15 +243,12 @@ def _next_operator(spec: AdapterSpec) -> Operator:
     )
 
 
-def _merged(spec: AdapterSpec, m: jax.Array, kernel: jax.Array) -> jax.Array:
+def _dithered(spec: AdapterSpec, m: jax.Array, kernel: jax.Array) -> jax.Array:
     """The kernel plus the delta, rounded with the dither of the operator."""
-    wide = jnp.result_type(jnp.float32, m.dtype, kernel.dtype)
-    delta = delta_kernel(spec, m.astype(wide))
     # The dither is a hash of a number's place. Shifted, it is another one.
     shift = crc32(repr(spec.operator).encode()) % 2**31
-    start = (shift, shift)
-    return add_rounded(kernel, delta, spec.axes, kernel.dtype, "dither", start)
+    return merged_kernel(spec, m, kernel, rounding="dither", start=(shift, shift))
 
 
-_merge = jax.jit(_merged, static_argnums=0)
-_merge_and_donate = jax.jit(_merged, static_argnums=0, donate_argnums=2)
+_add = jax.jit(_dithered, static_argnums=0)
+_add_and_donate = jax.jit(_dithered, static_argnums=0, donate_argnums=2)

@@ -1,4 +1,4 @@
-"""Adapters on a mesh of devices, whose shardings follow from those of the base."""
+"""Adapters on a mesh of devices, sharded as the base is."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping
@@ -9,7 +9,7 @@ import jax
 from flax import nnx
 from flax.core import spmd
 from flax.linen.spmd import logical_to_mesh_axes
-from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mora_jax._common.suggestions import nearest_paths
 from mora_jax._common.types import Path, Shape
@@ -17,7 +17,7 @@ from mora_jax._mesh.layout import KernelLayout, mesh_axes
 from mora_jax._plan.plan import Plan, check_plan
 from mora_jax._plan.spec import AdapterSpec
 from mora_jax._tree.adapters import Tree, nest
-from mora_jax._tree.paths import adapter_path, is_boxed, key_name
+from mora_jax._tree.paths import adapter_path, is_boxed, located_leaves
 
 
 def adapter_shardings(
@@ -27,7 +27,7 @@ def adapter_shardings(
     mesh: Mesh | None = None,
     square: tuple[str | None, str | None] = (None, None),
 ) -> Tree:
-    """The shardings of a model's adapters, by those of its kernels.
+    """The shardings of a model's adapters, by the shardings of its kernels.
 
     Each device holds all of an M. If a kernel is a stack of layers or experts, each M
     of the stack is on the devices that hold its layer or expert. The copy of an array
@@ -35,9 +35,9 @@ def adapter_shardings(
 
     Args:
       plan: The plan of the adapters.
-      params_or_shardings: The base's params, or a tree of shardings in their place. Its
-        leaves may be arrays or shapes with a `NamedSharding`, or a `NamedSharding`, or
-        a `PartitionSpec`. They may also have Flax's metadata: Linen's boxes with mesh
+      params_or_shardings: The base's params, or a tree of their shardings. Its leaves
+        may be arrays or shapes with a `NamedSharding`, or a `NamedSharding`, or a
+        `PartitionSpec`. They may also have Flax's metadata: Linen's boxes with mesh
         axes, or with logical names for which `nn.logical_axis_rules` holds the rules,
         and the variables in the state of an NNX model.
       mesh: The devices, if the leaves do not name them.
@@ -45,12 +45,12 @@ def adapter_shardings(
         each step. There are none by default, since M is small.
 
     Returns:
-      A tree of `NamedSharding`s in place of the M's that `init` makes, for
+      A tree like the one that `init` makes, with a `NamedSharding` for each M, for
       `jax.device_put`, the `out_shardings` of `jax.jit`, or a checkpoint's target.
 
     Raises:
       TypeError: A leaf does not say how it is sharded.
-      ValueError: A kernel has no leaf, metadata has no mesh, or `square` names axes
+      ValueError: A kernel lacks a leaf, metadata lack a mesh, or `square` names axes
         that do not divide q.
 
     Example::
@@ -61,19 +61,21 @@ def adapter_shardings(
       >>> mesh = jax.make_mesh((1,), ("model",))
       >>> shardings = {"fc": {"kernel": PartitionSpec(None, "model")}}
       >>> plan = mora_jax.plan(params)
-      >>> found = mora_jax.sharding.adapter_shardings(plan, shardings, mesh=mesh)
-      >>> found["fc"]["kernel_mora"].is_fully_replicated
+      >>> shardings = mora_jax.sharding.adapter_shardings(plan, shardings, mesh=mesh)
+      >>> shardings["fc"]["kernel_mora"].is_fully_replicated
       True
-      >>> adapters = jax.device_put(mora_jax.init(plan), found)
+      >>> adapters = jax.device_put(mora_jax.init(plan), shardings)
     """
-    found: dict[Path, NamedSharding] = {}
-    for spec, base in _kernel_shardings(plan, params_or_shardings, mesh):
-        found[adapter_path(spec)] = adapter_sharding(spec, base, square)
-    if plan.trained:
-        leaves = _leaves(params_or_shardings)
-        for one in plan.trained:
-            found[one.path] = _sharding_of(leaves, "array", one.name, one.shape, mesh)
-    return nest(found)
+    check_plan(plan)
+    leaves = _leaves(params_or_shardings)
+    shardings: dict[Path, NamedSharding] = {}
+    for spec in plan.specs:
+        kernel = _sharding_of(leaves, "kernel", spec.name, spec.kernel_shape, mesh)
+        shardings[adapter_path(spec)] = adapter_sharding(spec, kernel, square)
+    for array in plan.trained:
+        place = _sharding_of(leaves, "array", array.name, array.shape, mesh)
+        shardings[array.path] = place
+    return nest(shardings)
 
 
 def adapter_sharding(
@@ -81,12 +83,12 @@ def adapter_sharding(
     kernel: NamedSharding,
     square: tuple[str | None, str | None] = (None, None),
 ) -> NamedSharding:
-    """The sharding of an M by that of its kernel; see `adapter_shardings`."""
+    """The sharding of an M by the sharding of its kernel; see `adapter_shardings`."""
     axes = zip(spec.axes, _entries(kernel, spec), strict=True)
     stack = [entry or None for letter, entry in axes if letter == "s"]
-    squares = [None] * (len(spec.shape) - len(spec.stack_shape) - 2)
+    whole = [None] * (len(spec.shape) - len(stack) - len(square))
     name = f"square, with q of {spec.operator.square_rank},"
-    axes = [*stack, *squares, *square]
+    axes = [*stack, *whole, *square]
     return _named_sharding(kernel.mesh, axes, spec.shape, name)
 
 
@@ -139,42 +141,31 @@ def plan_on_mesh(
             f"{batch_axes!r}"
         )
     batch = (batch_axes,) if isinstance(batch_axes, str) else tuple(batch_axes)
-    specs = []
-    for spec, base in _kernel_shardings(plan, params_or_shardings, mesh):
+    leaves, specs = _leaves(params_or_shardings), []
+    for spec in check_plan(plan).specs:
+        kernel = _sharding_of(leaves, "kernel", spec.name, spec.kernel_shape, mesh)
         for axis in batch:
-            if axis not in base.mesh.shape:
+            if axis not in kernel.mesh.shape:
                 raise ValueError(
-                    f"batch_axes must be of the mesh's {tuple(base.mesh.shape)}, "
+                    f"batch_axes must be of the mesh's {tuple(kernel.mesh.shape)}, "
                     f"got {axis!r}"
                 )
-        axes = tuple(reversed(_entries(base, spec)))
-        layout = KernelLayout(base.mesh, axes, batch)
+        axes = tuple(reversed(_entries(kernel, spec)))
+        layout = KernelLayout(kernel.mesh, axes, batch)
         specs.append(dataclasses.replace(spec, layout=layout))
     return dataclasses.replace(plan, specs=tuple(specs))
 
 
-def _entries(base: NamedSharding, spec: AdapterSpec) -> list[tuple[str, ...]]:
+def _entries(kernel: NamedSharding, spec: AdapterSpec) -> list[tuple[str, ...]]:
     """The mesh axes that split each axis of the kernel."""
-    entries = [mesh_axes(entry) for entry in base.spec]
+    entries = [mesh_axes(entry) for entry in kernel.spec]
     return [*entries, *[()] * (len(spec.axes) - len(entries))]
-
-
-def _kernel_shardings(
-    plan: Plan, tree: Any, mesh: Mesh | None
-) -> list[tuple[AdapterSpec, NamedSharding]]:
-    """Each spec of `plan` with its kernel's sharding."""
-    check_plan(plan)
-    leaves = _leaves(tree)
-    return [
-        (spec, _sharding_of(leaves, "kernel", spec.name, spec.kernel_shape, mesh))
-        for spec in plan.specs
-    ]
 
 
 def _leaves(tree: Any) -> dict[str, Any]:
     """{path: leaf} of a tree that says how its leaves are sharded."""
-    flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_leaf)
-    return {"/".join(map(key_name, keys)): leaf for keys, leaf in flat}
+    leaves = located_leaves(tree, "params_or_shardings")
+    return {"/".join(path): leaf for path, leaf in leaves.items()}
 
 
 def _sharding_of(
@@ -182,41 +173,38 @@ def _sharding_of(
 ) -> NamedSharding:
     """The sharding of the base's array of that name; `kind` is for the message."""
     if name not in leaves:
-        raise ValueError(
-            f"params_or_shardings lack the {kind} {name!r}{nearest_paths(name, leaves)}"
-        )
-    devices, axes = _read_sharding(leaves[name], mesh, name)
-    if devices is None:
+        near = nearest_paths(name, leaves)
+        raise ValueError(f"params_or_shardings lack the {kind} {name!r}{near}")
+    placed, axes = _read_sharding(leaves[name], name)
+    if (devices := placed or mesh) is None:
         raise ValueError(f"mesh must be given: {name} has names of axes alone")
     return _named_sharding(devices, axes, shape, name)
 
 
-def _is_leaf(node: Any) -> bool:
-    return is_boxed(node) or isinstance(node, PartitionSpec | nnx.Variable)
-
-
-def _read_sharding(
-    leaf: Any, mesh: Mesh | None, name: str
-) -> tuple[Mesh | AbstractMesh | None, PartitionSpec]:
+def _read_sharding(leaf: Any, name: str) -> tuple[Any, PartitionSpec]:
     """The mesh and the mesh axes that a leaf names: where it is, or is to be."""
-    value, names = leaf, None
+    value, axes, mesh = leaf, None, None
     if isinstance(leaf, nnx.Variable):
         (value,) = jax.tree.leaves(leaf)
-        names = nnx.spmd.get_var_pspec(leaf)
-        mesh = leaf.get_metadata().get("mesh") or mesh
+        axes, mesh = nnx.spmd.get_var_pspec(leaf), leaf.get_metadata().get("mesh")
+    elif isinstance(leaf, nn.Partitioned):
+        value, axes, mesh = leaf.value, leaf.get_partition_spec(), leaf.mesh
+        if isinstance(leaf, nn.LogicallyPartitioned):
+            rules = leaf.rules or spmd.get_logical_axis_rules()
+            axes = logical_to_mesh_axes(tuple(axes), rules)
     elif is_boxed(leaf):
-        value, names, mesh = _unbox(leaf, mesh)
+        value = leaf.unbox()
     placed = getattr(value, "sharding", value)
     if isinstance(placed, NamedSharding):
         return placed.mesh, placed.spec
     if isinstance(value, PartitionSpec):
-        names = value
-    if names is None:
+        axes = value
+    if axes is None:
         raise TypeError(
             f"{name} must have a NamedSharding or say which mesh axes split it, "
             f"got {type(leaf).__name__} without"
         )
-    return mesh, names
+    return mesh, axes
 
 
 def _named_sharding(mesh: Any, axes: Any, shape: Shape, name: str) -> NamedSharding:
@@ -229,16 +217,3 @@ def _named_sharding(mesh: Any, axes: Any, shape: Shape, name: str) -> NamedShard
             f"{name} must be split evenly by axes of the mesh, each used once: {error}"
         ) from error
     return sharding
-
-
-def _unbox(
-    box: Any, mesh: Mesh | None
-) -> tuple[Any, PartitionSpec | None, Mesh | None]:
-    """The value, the mesh axes and the mesh in a box of Linen."""
-    if not isinstance(box, nn.Partitioned):
-        return box.unbox(), None, mesh
-    names = box.get_partition_spec()
-    if isinstance(box, nn.LogicallyPartitioned):
-        rules = box.rules or spmd.get_logical_axis_rules()
-        names = logical_to_mesh_axes(tuple(names), rules)
-    return box.value, names, box.mesh or mesh

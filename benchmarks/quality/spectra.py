@@ -18,7 +18,7 @@ from benchmarks.common.harness import options, save, show
 from benchmarks.common.plots import figure
 from benchmarks.quality import cells, pairs, teaching
 from models.options import positive
-from mora_jax.diagnostics import count_above, effective_rank
+from mora_jax.diagnostics import effective_rank
 
 RATES = {
     "full": 2e-4,
@@ -52,7 +52,7 @@ def compute(cell: cells.Cell) -> cells.Cell:
         found["path"].append("/".join(path))
         found["width"].append(len(values))
         found["effective_rank"].append(round(float(effective_rank(values)), 2))
-        found["above"].append(int(count_above(values, SMALL)))
+        found["above"].append(int((values > SMALL).sum()))
         share = np.linspace(0, 1, 33)
         along = np.interp(share, np.linspace(0, 1, len(values)), values)
         found["spectrum"].append([float(f"{value:.3g}") for value in along])

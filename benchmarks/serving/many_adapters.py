@@ -34,7 +34,7 @@ from benchmarks.common import harness
 from benchmarks.common.harness import Contender, Row, check_close, race
 from models.options import positive
 from mora_jax import MoRAConfig, linen, serving
-from mora_jax._jax.tuning import by_platform
+from mora_jax._jax.tuning import current_tuning
 
 FROZEN, ONE, EACH = "no adapter", "one adapter", "one for each row"
 MERGED, LORA = "merged copies", "LoRA of rank q"
@@ -111,7 +111,7 @@ def each_row(index: jax.Array, x: jax.Array, *kernels: jax.Array) -> jax.Array:
 
         return jax.lax.map(one, (x, index))
 
-    return by_platform(lambda t: t.loops_over_rows, in_loop, at_once, x, index)
+    return (in_loop if current_tuning().loops_over_rows else at_once)(x, index)
 
 
 def megabytes(shapes: Any) -> float:

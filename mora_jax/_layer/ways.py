@@ -35,7 +35,7 @@ from jax.typing import DTypeLike
 from mora_jax._common.types import Shape
 from mora_jax._jax.linear_map import LinearMap, Static, static
 from mora_jax._jax.qwix_guard import intercepted
-from mora_jax._jax.tuning import Tuning, current_tuning
+from mora_jax._jax.tuning import Tuning, Work, current_tuning
 from mora_jax._jax.vma import shape_for
 from mora_jax._layer import chips
 from mora_jax._layer.equation import Delta, adapted
@@ -43,7 +43,6 @@ from mora_jax._layer.fold import barrier, schedule_after, sum_dtype
 from mora_jax._mesh.layout import FeatureSharding, KernelLayout, MeshAxes
 from mora_jax._mesh.shard_map import REPLICATED, ShardMappedMap
 from mora_jax._plan.spec import AdapterSpec
-from mora_jax.operators._base import Work
 from mora_jax.products import Contraction, Product
 
 Way = Literal["activation", "fold", "fused"]

@@ -1,4 +1,4 @@
-"""The tree of adapters: how it is made, and what a plan finds in it."""
+"""The tree of adapters: made for a plan, and read by one."""
 
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
@@ -6,6 +6,7 @@ from zlib import crc32
 
 import jax
 import numpy as np
+from flax.traverse_util import unflatten_dict
 from jax.typing import DTypeLike
 from jaxtyping import PRNGKeyArray
 
@@ -24,7 +25,6 @@ from mora_jax._tree.paths import (
     replace_leaves,
     unboxed,
 )
-from mora_jax._tree.start import init_adapter
 
 Tree = dict[str, Any]
 
@@ -43,8 +43,8 @@ def init(
       plan_or_frozen: The plan of a model, or one layer.
       key: The key for `init="gaussian"`. Each M depends on the key and its kernel's
         path.
-      params: The base's params, of which the adapters get copies of the arrays that
-        `MoRAConfig(train=...)` names. Other plans need none.
+      params: The base's params, whose arrays that `MoRAConfig(train=...)` names are
+        copied into the adapters. Other plans need no params.
 
     Returns:
       Nested dicts as in the base's params, with each M at `<kernel>_mora`, and each
@@ -75,13 +75,19 @@ def init(
     if isinstance(plan_or_frozen, FrozenDense):
         return {f"kernel{SUFFIX}": init_adapter(plan_or_frozen.spec, key)}
     check_plan(plan_or_frozen, "plan_or_frozen")
-
-    def start(spec: AdapterSpec) -> jax.Array:
-        number = np.uint32(crc32(spec.name.encode()))
-        return init_adapter(spec, None if key is None else _fold_in(key, number))
-
-    ms = {adapter_path(spec): start(spec) for spec in plan_or_frozen.specs}
+    ms = {}
+    for spec in plan_or_frozen.specs:
+        own = key
+        if key is not None:
+            own = _fold_in(key, np.uint32(crc32(spec.name.encode())))
+        ms[adapter_path(spec)] = init_adapter(spec, own)
     return nest(ms | _copies(plan_or_frozen, params))
+
+
+def init_adapter(spec: AdapterSpec, key: PRNGKeyArray | None = None) -> jax.Array:
+    """M at its start, of the shape `spec.shape`."""
+    check_key(key)
+    return spec.operator.start(spec.stack_shape, spec.init, key, spec.param_dtype)
 
 
 def _copies(plan: Plan, params: Any) -> dict[Path, jax.Array]:
@@ -100,7 +106,7 @@ def _copies(plan: Plan, params: Any) -> dict[Path, jax.Array]:
 
 
 def refuse_combined(leaves: Collection[str], specs: Iterable[AdapterSpec]) -> None:
-    """Raise if params hold the adapters too: they are no base any more.
+    """Raise if params hold the adapters too, so that they are not the base alone.
 
     Args:
       leaves: The paths of the params.
@@ -114,15 +120,19 @@ def refuse_combined(leaves: Collection[str], specs: Iterable[AdapterSpec]) -> No
             )
 
 
+def refuse_nonlinear(specs: Iterable[AdapterSpec], why: str) -> None:
+    """Raise if a delta is not linear in what is trained; `why` ends the message."""
+    for spec in specs:
+        if not spec.operator.linear:
+            raise ValueError(
+                f"{spec.name}: the delta of {spec.operator.name!r} is not linear in "
+                f"what is trained, {why}"
+            )
+
+
 def nest(items: Mapping[Path, Any]) -> Tree:
     """{path: leaf} as nested dicts."""
-    tree: Tree = {}
-    for path, leaf in items.items():
-        node = tree
-        for key in path[:-1]:
-            node = node.setdefault(key, {})
-        node[path[-1]] = leaf
-    return tree
+    return unflatten_dict(items)
 
 
 def adapter_items(
@@ -133,7 +143,7 @@ def adapter_items(
     Args:
       adapters: The adapters.
       plan: The plan.
-      by_row: Whether each row of a batch may have M's of its own (`serving.select`).
+      by_row: True to allow M's of its own for each row (`serving.select`).
     """
     return _items(adapters, plan, by_row)[0]
 
@@ -147,30 +157,29 @@ def _items(
     adapters: Any, plan: Plan, by_row: bool = True
 ) -> tuple[list[tuple[AdapterSpec, Any]], Items]:
     check_plan(plan)
-    found = located_leaves(adapters, "adapters")
+    leaves = located_leaves(adapters, "adapters")
     items, trained = [], []
     for spec in plan.specs:
         path = adapter_path(spec)
-        if path not in found:
+        if path not in leaves:
             raise ValueError(f"adapters lack {'/'.join(path)!r}, which the plan has")
-        items.append((spec, adapter_of(found.pop(path), spec, by_row)))
-    for one in plan.trained:
-        if one.path not in found:
+        items.append((spec, adapter_of(leaves.pop(path), spec, by_row)))
+    for array in plan.trained:
+        if array.path not in leaves:
             raise ValueError(
-                f"adapters lack {one.name!r}, which the plan trains: init(plan, "
+                f"adapters lack {array.name!r}, which the plan trains: init(plan, "
                 "params=params) and split(tree, plan) give it"
             )
-        copy = unboxed(found.pop(one.path))
-        one.check(copy, " in the adapters")
-        trained.append((one, copy))
-    if found:
-        path = "/".join(next(iter(found)))
-        raise ValueError(f"adapters hold {path!r}, which the plan lacks")
+        copy = unboxed(leaves.pop(array.path))
+        array.check(copy, " in the adapters")
+        trained.append((array, copy))
+    for path in leaves:
+        raise ValueError(f"adapters hold {'/'.join(path)!r}, which the plan lacks")
     return items, trained
 
 
 def with_trained(params: Any, trained: Items, dtype: DTypeLike | None = None) -> Any:
-    """The params with the trained copies in place of the base's arrays.
+    """The params with the trained copies instead of the base's arrays.
 
     Args:
       params: The base's params: any pytree.

@@ -1,4 +1,4 @@
-"""Which base an adapter was trained on: a digest of each kernel that it adapts."""
+"""Digests of adapted kernels, which tell the base of an adapter from others."""
 
 import hashlib
 import math
@@ -15,7 +15,7 @@ from mora_jax._common.types import Shape
 from mora_jax._plan.spec import AdapterSpec
 
 ROWS = 8
-"""How many rows of a kernel its digest covers."""
+"""The largest number of rows of a kernel that its digest covers."""
 
 
 def kernel_digests(spec: AdapterSpec, kernel: Any) -> tuple[str, ...]:
@@ -57,7 +57,7 @@ def row_numbers(in_features: int) -> np.ndarray:
 
 
 def readable(kernel: Any) -> bool:
-    """Whether this process has all values of `kernel`, which need not be an array."""
+    """True if this process has all values of `kernel`, which need not be an array."""
     if isinstance(kernel, jax.Array) and not isinstance(kernel, Tracer):
         return kernel.is_fully_addressable or kernel.is_fully_replicated
     return isinstance(kernel, np.ndarray)
@@ -66,16 +66,16 @@ def readable(kernel: Any) -> bool:
 def check_base(specs: Iterable[AdapterSpec], kernels: Mapping[str, Any]) -> None:
     """Raise if a kernel is not the one that its adapter was trained on.
 
-    Some kernels are left unchecked: those of adapters whose file holds no digests,
-    those whose values this process does not have, those of another shape, which callers
-    refuse, and those of modules that were stacked after their plan was made.
+    A kernel is left unchecked if the file of its adapter holds no digests, if this
+    process lacks some of its values, if it has another shape, which callers refuse, or
+    if its module was stacked after the plan was made.
 
     Args:
       specs: The adapters.
       kernels: {path of the kernel: the kernel, or its shape}.
 
     Raises:
-      ValueError: The rows of a kernel differ from those that its digest was made of.
+      ValueError: The rows of a kernel have another digest.
     """
     for spec in specs:
         kernel: Any = kernels.get(spec.name)
@@ -88,7 +88,7 @@ def check_base(specs: Iterable[AdapterSpec], kernels: Mapping[str, Any]) -> None
 
 
 def check_digests(spec: AdapterSpec, digests: tuple[str, ...], at: int = 0) -> None:
-    """Raise unless `digests` are those of `spec` from the stack index `at` on."""
+    """Raise unless `spec` has `digests` from the stack index `at` on."""
     known = spec.base_digest
     if known is not None and known[at : at + len(digests)] != digests:
         raise ValueError(
@@ -100,26 +100,25 @@ def check_digests(spec: AdapterSpec, digests: tuple[str, ...], at: int = 0) -> N
 
 def _rows(kernel: Any, shape: Shape, axes: str) -> np.ndarray:
     """(*stack, rows, out_features) of a kernel."""
-    ins, outs, stack = (sizes(shape, axes, letter) for letter in "ios")
+    # With the axes of the stack first and inputs before outputs, an index of rows is
+    # adjacent arrays, and NumPy leaves rows where the input axes are.
+    order = sorted(range(len(axes)), key=lambda k: "sio".index(axes[k]))
+    stack, ins, outs = (sizes(shape, axes, letter) for letter in "sio")
+    before, behind = len(stack), len(stack) + len(ins)
     numbers = row_numbers(math.prod(ins))
     places = np.stack(np.unravel_index(numbers, ins)).astype(np.int32)
     rows = np.empty((*stack, len(numbers), *outs), np.float32)
     for index, data in _pieces(kernel):
-        first = [part.start or 0 for part in _slices(index, axes, "i")]
-        local = places - np.array(first, np.int32)[:, None]
-        extent = np.array(sizes(data.shape, axes, "i"))[:, None]
+        index, data = [index[k] for k in order], data.transpose(order)
+        first = [[part.start or 0] for part in index[before:behind]]
+        extent = np.array(data.shape[before:behind])[:, None]
+        local = places - np.array(first, np.int32)
         inside = ((local >= 0) & (local < extent)).all(0)
         if inside.any():
-            here = np.flatnonzero(inside)
-            target = (*_slices(index, axes, "s"), here, *_slices(index, axes, "o"))
+            taken = data[(*[slice(None)] * before, *local[:, inside])]
             with np.errstate(over="ignore"):  # float64 beyond float32 is infinite
-                rows[target] = _take(data, axes, local[:, inside])
+                rows[(*index[:before], inside, *index[behind:])] = np.asarray(taken)
     return rows.reshape(*stack, len(numbers), -1)
-
-
-def _slices(index: tuple[slice, ...], axes: str, letter: str) -> list[slice]:
-    """The slices of the axes that `axes` marks with `letter`."""
-    return [part for part, kind in zip(index, axes, strict=True) if kind == letter]
 
 
 def _pieces(kernel: Any) -> list[tuple[tuple[slice, ...], Any]]:
@@ -133,23 +132,3 @@ def _pieces(kernel: Any) -> list[tuple[tuple[slice, ...], Any]]:
         )
     copies = {str(shard.index): shard for shard in kernel.addressable_shards}
     return [(shard.index, shard.data) for shard in copies.values()]
-
-
-def _take(data: Any, axes: str, places: np.ndarray) -> np.ndarray:
-    """The rows of one part: (*stack, rows, *outs).
-
-    Args:
-      data: The part, an array.
-      axes: The letters of its axes.
-      places: The indices of the rows in the part, (input axes, rows).
-    """
-    inputs = [k for k, kind in enumerate(axes) if kind == "i"]
-    index: list[Any] = [slice(None)] * len(axes)
-    for k, place in zip(inputs, places, strict=True):
-        index[k] = place
-    # NumPy puts the rows in place of adjacent input axes, and in front of other axes.
-    together = inputs[-1] - inputs[0] + 1 == len(inputs)
-    kinds = [kind for kind in axes if kind != "i"]
-    kinds.insert(inputs[0] if together else 0, "i")
-    order = [k for letter in "sio" for k, kind in enumerate(kinds) if kind == letter]
-    return np.asarray(data[tuple(index)]).transpose(order)

@@ -1,6 +1,7 @@
 """Params and adapters as one tree, and split again."""
 
-from collections.abc import Collection, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from flax import nnx
@@ -12,7 +13,6 @@ from mora_jax._plan.spec import SUFFIX
 from mora_jax._plan.trained_arrays import find_trained
 from mora_jax._tree.adapters import Tree, adapter_items, nest, trained_items
 from mora_jax._tree.paths import (
-    located_leaves,
     named_leaves,
     refuse_model,
     replace_leaves,
@@ -32,7 +32,7 @@ def combine(params: Any, adapters: Any, plan: Plan | None = None) -> Any:
 
     Raises:
       TypeError: An argument is not such a tree but, for example, a model or an array.
-      ValueError: An adapter has no kernel, or the tree is combined already; or the
+      ValueError: An adapter lacks its kernel, or the tree is combined already; or the
         adapters do not fit the plan.
 
     Example::
@@ -44,59 +44,51 @@ def combine(params: Any, adapters: Any, plan: Plan | None = None) -> Any:
       >>> sorted(mora_jax.combine(params, adapters)["fc"])
       ['kernel', 'kernel_mora']
     """
-    in_state = isinstance(params, nnx.State)
-
-    def insert(base: Any, extra: Any, path: Path) -> Any:
-        added, node = _children(extra), _children(base)
-        if added is None:
-            raise ValueError(
-                f"adapters hold {'/'.join(path)!r}, which is not an M; if their plan "
-                "trains it, write combine(params, adapters, plan)"
-            )
-        if node is None:
-            raise ValueError(f"params have no module at {'/'.join(path)!r}")
-        for key, value in added.items():
-            here = (*path, key)
-            if key.endswith(SUFFIX) and _children(value) is None:
-                if key.removesuffix(SUFFIX) not in node:
-                    raise ValueError(
-                        f"params have no kernel for the adapter {'/'.join(here)!r}"
-                    )
-                if key in node:
-                    raise ValueError(f"params already hold {'/'.join(here)!r}")
-                if not isinstance(base, Mapping):
-                    raise TypeError(
-                        f"the parent of {'/'.join(here)!r} must be a mapping, "
-                        f"got {type(base).__name__}"
-                    )
-                # An NNX variable keeps its box only in a state, among other variables.
-                alone = isinstance(value, nnx.Variable) and not in_state
-                node[key] = unboxed(value) if alone else value
-            elif key not in node:
-                raise ValueError(
-                    f"params have nothing at {'/'.join(here)!r}"
-                    + nearest_paths(key, list(node))
-                )
-            else:
-                node[key] = insert(node[key], value, here)
-        return _rebuild(base, node)
-
     for what, tree in (("params", params), ("adapters", adapters)):
         _check_nested(tree, what)
+    added = dict(_leaves(adapters))
     if plan is not None:
         adapter_items(adapters, plan)
-    if plan is not None and plan.trained:
-        trained, leaves = trained_items(adapters, plan), named_leaves(params)
-        new = {find_trained(leaves, one)[0]: copy for one, copy in trained}
+        trained, leaves = trained_items(adapters, plan), {}
+        if trained:
+            leaves = named_leaves(params)
+        new = {find_trained(leaves, array)[0]: copy for array, copy in trained}
         params = replace_leaves(params, new)
-        adapters = _without(adapters, {one.path for one, _ in trained})
-    return insert(params, adapters, ())
+        added = {path: leaf for path, leaf in added.items() if path not in new}
+    in_state = isinstance(params, nnx.State)
+    ms: dict[Path, Tree] = defaultdict(dict)
+    for path, m in added.items():
+        _check_place(params, path)
+        # An NNX variable keeps its box only in a state, among other variables.
+        alone = isinstance(m, nnx.Variable) and not in_state
+        ms[path[:-1]][path[-1]] = unboxed(m) if alone else m
+    return _edited(params, lambda path, children: children | ms.get(path, {}))
 
 
-def _without(adapters: Any, paths: Collection[Path]) -> Tree:
-    """The adapters as nested dicts, without the leaves at `paths`."""
-    leaves = located_leaves(adapters, "adapters")
-    return nest({path: leaf for path, leaf in leaves.items() if path not in paths})
+def _check_place(params: Any, path: Path) -> None:
+    """Raise unless `params` have the kernel of the adapter at `path`, and no such M."""
+    name, node = "/".join(path), params
+    if not path[-1].endswith(SUFFIX):
+        raise ValueError(
+            f"adapters hold {name!r}, which is not an M; if their plan trains it, "
+            "write combine(params, adapters, plan)"
+        )
+    children = _children(params) or {}
+    for depth, key in enumerate(path[:-1], 1):
+        here = "/".join(path[:depth])
+        if key not in children:
+            near = nearest_paths(key, list(children))
+            raise ValueError(f"params have nothing at {here!r}{near}")
+        node, children = children[key], _children(children[key])
+        if children is None:
+            raise ValueError(f"params have no module at {here!r}")
+    if path[-1].removesuffix(SUFFIX) not in children:
+        raise ValueError(f"params have no kernel for the adapter {name!r}")
+    if path[-1] in children:
+        raise ValueError(f"params already hold {name!r}")
+    if not isinstance(node, Mapping):
+        kind = type(node).__name__
+        raise TypeError(f"the parent of {name!r} must be a mapping, got {kind}")
 
 
 def split(tree: Any, plan: Plan | None = None) -> tuple[Any, Tree]:
@@ -107,8 +99,8 @@ def split(tree: Any, plan: Plan | None = None) -> tuple[Any, Tree]:
       plan: The plan of the adapters, which is needed if it trains arrays of the base.
 
     Returns:
-      The base's params, and the adapters. An array that trains itself is in both: the
-      tree has no other one. To have the base as it was, keep what `combine` was given.
+      The base's params, and the adapters. An array that trains itself is in both, since
+      the tree holds it once. To have the base as it was, keep what `combine` was given.
 
     Raises:
       TypeError: `tree` is not made of nested mappings, lists and tuples.
@@ -125,31 +117,21 @@ def split(tree: Any, plan: Plan | None = None) -> tuple[Any, Tree]:
       (['kernel'], ['kernel_mora'])
     """
     _check_nested(tree, "tree")
-    base, adapters = _split(tree)
-    if plan is None or not check_plan(plan).trained:
-        return base, adapters
-    leaves, found = named_leaves(base), located_leaves(adapters, "adapters")
-    found |= {one.path: find_trained(leaves, one)[1] for one in plan.trained}
-    rounded = {
-        leaves[one.name][0]: found[one.path].astype(one.base_dtype)
-        for one in plan.trained
-    }
-    return replace_leaves(base, rounded), nest(found)
+    leaves = _leaves(tree)
+    adapters = {path: leaf for path, leaf in leaves if path[-1].endswith(SUFFIX)}
 
+    def without(path: Path, children: Tree) -> Tree:
+        return {k: v for k, v in children.items() if (*path, k) not in adapters}
 
-def _split(tree: Any) -> tuple[Any, Tree]:
-    base, adapters = {}, {}
-    node = _children(tree)
-    if node is None:
-        return tree, {}
-    for key, value in node.items():
-        if key.endswith(SUFFIX) and _children(value) is None:
-            adapters[key] = value
-            continue
-        base[key], inner = _split(value)
-        if inner:
-            adapters[key] = inner
-    return _rebuild(tree, base), adapters
+    base = _edited(tree, without)
+    if plan is not None and check_plan(plan).trained:
+        named, rounded = named_leaves(base), {}
+        for array in plan.trained:
+            path, copy = find_trained(named, array)
+            adapters[array.path] = copy
+            rounded[path] = copy.astype(array.base_dtype)
+        base = replace_leaves(base, rounded)
+    return base, nest(adapters)
 
 
 def _check_nested(tree: Any, what: str) -> None:
@@ -171,6 +153,24 @@ def _children(node: Any) -> Tree | None:
     if isinstance(node, list | tuple):
         return {str(k): value for k, value in enumerate(node)}
     return None
+
+
+def _leaves(node: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
+    """The paths and values of the leaves, in their boxes."""
+    children = _children(node)
+    if children is None:
+        yield path, node
+    for key, child in (children or {}).items():
+        yield from _leaves(child, (*path, key))
+
+
+def _edited(node: Any, edit: Callable[[Path, Tree], Tree], path: Path = ()) -> Any:
+    """The tree with `edit(path, children)` for the children of each container."""
+    children = _children(node)
+    if children is None:
+        return node
+    edited = {key: _edited(v, edit, (*path, key)) for key, v in children.items()}
+    return _rebuild(node, edit(path, edited))
 
 
 def _rebuild(like: Any, children: Tree) -> Any:

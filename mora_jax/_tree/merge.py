@@ -14,7 +14,7 @@ from mora_jax._layer.equation import delta_kernel
 from mora_jax._layer.rounding import Rounding, add_rounded, check_rounding
 from mora_jax._plan.plan import Plan, check_plan
 from mora_jax._plan.spec import SUFFIX, AdapterSpec
-from mora_jax._plan.trained_arrays import refuse_trained
+from mora_jax._plan.trained_arrays import Items, refuse_trained
 from mora_jax._tree.adapters import (
     Tree,
     adapter_items,
@@ -34,7 +34,7 @@ def delta_weight(params: Any, frozen: Plan) -> Tree: ...
 def delta_weight(
     params: Any, frozen: FrozenDense | Plan
 ) -> Float[jax.Array, "..."] | Tree:
-    r"""What an adapter adds to its kernel, :math:`\alpha s\, C M D` (paper equation 3).
+    r"""The delta of a kernel, :math:`\alpha s\, C M D` (paper equation 3).
 
     s is the kernel's `scale`, which is 1 in the paper. Arrays that train themselves are
     left out.
@@ -99,25 +99,25 @@ def merge(
     The sum is taken in float32 (float64 where the kernel is) and rounded once, in
     16-bit kernels with a dither: rounding to nearest would lose a delta that is small
     beside its kernel. `diagnostics.merge_loss` says what is lost. Arrays that the plan
-    trains themselves take the place of the base's, rounded to nearest.
+    trains themselves replace the base's, rounded to nearest.
 
     Args:
       params: The base's params: any pytree, which may be `nnx.state(model, nnx.Param)`.
       adapters: The adapters, as `init` makes them, or `nnx.state(model, MoRAParam)`.
       plan: The plan of the adapters.
       dtype: The dtype of the merged kernels and of the trained arrays; by default each
-        has that of the base's.
-      any_base: Whether to merge into any weights, also if the adapters were trained on
+        has its dtype in the base.
+      any_base: True to merge into any weights, also if the adapters were trained on
         others. The plan knows the right ones if `save` was given `params`.
-      rounding: How to round to less than 32 bits: "dither" rounds as many numbers away
-        from zero as keeps the delta in the mean, the same ones in each run; "nearest"
-        rounds each by itself.
+      rounding: The way to round to less than 32 bits: "dither" rounds as many numbers
+        away from zero as keeps the delta in the mean, the same ones in each run;
+        "nearest" rounds each by itself.
 
     Returns:
       A new tree of the same structure; unadapted leaves are the same arrays.
 
     Raises:
-      TypeError: A leaf is not an array, a model stands in place of its params, or a
+      TypeError: A leaf is not an array, a model is given instead of its params, or a
         kernel is not floating-point but, for example, quantized.
       ValueError: Adapters or params do not fit the plan, an M holds NaN or infinity,
         `rounding` is unknown, or a kernel belongs to another base and `any_base` is
@@ -133,11 +133,9 @@ def merge(
       True
     """
     check_rounding(rounding)
-    finite_items(adapters, plan)
-    if not any_base:
-        leaves = named_leaves(params)
-        check_base(plan.specs, {s.name: find_kernel(leaves, s)[1] for s in plan.specs})
-    return _add(params, adapters, plan, dtype=dtype, rounding=rounding)
+    items, trained = finite_items(adapters, plan), trained_items(adapters, plan)
+    settings = {"any_base": any_base, "rounding": rounding}
+    return _merged(params, items, trained, dtype, **settings)
 
 
 def fold(params: Any, adapters: Any, plan: Plan, dtype: DTypeLike | None = None) -> Any:
@@ -157,7 +155,7 @@ def fold(params: Any, adapters: Any, plan: Plan, dtype: DTypeLike | None = None)
       plan: The plan of the adapters. Where a kernel's axes are not (in, out), an
         override of the config says so: `{".*weight": {"axes": "oi"}}`.
       dtype: The dtype of the folded kernels and of the trained arrays; by default each
-        has that of the base's.
+        has its dtype in the base.
 
     Returns:
       A new tree of the same structure; unadapted leaves are the same arrays.
@@ -179,7 +177,8 @@ def fold(params: Any, adapters: Any, plan: Plan, dtype: DTypeLike | None = None)
       >>> grads["kernel_mora"].shape
       (8, 8)
     """
-    return _add(params, adapters, plan, dtype=dtype)
+    items, trained = _items(adapters, plan), trained_items(adapters, plan)
+    return _merged(params, items, trained, dtype)
 
 
 def unmerge(params: Any, adapters: Any, plan: Plan) -> Any:
@@ -209,19 +208,17 @@ def unmerge(params: Any, adapters: Any, plan: Plan) -> Any:
       >>> bool(jnp.allclose(base["fc"]["kernel"], params["fc"]["kernel"]))
       True
     """
-    leaves = named_leaves(params)
     refuse_trained(
         check_plan(plan).trained, "so that merging replaced it; keep the base instead"
     )
-    for spec in plan.specs:
-        _, kernel = find_kernel(leaves, spec)
+    items = finite_items(adapters, plan)
+    for spec, _, _, kernel in with_kernels(params, items):
         if jnp.finfo(kernel.dtype).bits < 32:
             raise ValueError(
                 f"unmerge needs float32 kernels, got {kernel.dtype} at {spec.name!r}; "
                 "keep the base instead"
             )
-    finite_items(adapters, plan)
-    return _add(params, adapters, plan, sign=-1)
+    return _merged(params, items, [], sign=-1)
 
 
 def finite_items(adapters: Any, plan: Plan) -> list[tuple[AdapterSpec, jax.Array]]:
@@ -229,39 +226,60 @@ def finite_items(adapters: Any, plan: Plan) -> list[tuple[AdapterSpec, jax.Array
     items = _items(adapters, plan)
     for spec, m in items:
         check_finite(m, f"{spec.name}{SUFFIX}")
-    for one, copy in trained_items(adapters, plan):
-        check_finite(copy, f"{one.name} in the adapters")
+    for array, copy in trained_items(adapters, plan):
+        check_finite(copy, f"{array.name} in the adapters")
     return items
 
 
 def with_kernels(
-    params: Any, items: list[tuple[AdapterSpec, jax.Array]]
+    params: Any, items: list[tuple[AdapterSpec, jax.Array]], *, any_base: bool = True
 ) -> list[tuple[AdapterSpec, jax.Array, Path, jax.Array]]:
     """Each spec and M with the path and the array of the kernel, which are checked."""
-    found, leaves = [], named_leaves(params)
+    leaves, kernels = named_leaves(params), {}
     refuse_combined(leaves, [spec for spec, _ in items])
-    for spec, m in items:
+    for spec, _ in items:
         path, kernel = find_kernel(leaves, spec)
-        found.append((spec, m, path, as_jax_array(spec.name, kernel)))
-    return found
+        kernels[spec.name] = path, as_jax_array(spec.name, kernel)
+    if not any_base:
+        arrays = {name: kernel for name, (_, kernel) in kernels.items()}
+        check_base([spec for spec, _ in items], arrays)
+    return [(spec, m, *kernels[spec.name]) for spec, m in items]
 
 
-def _add(
+def _merged(
     params: Any,
-    adapters: Any,
-    plan: Plan,
+    items: list[tuple[AdapterSpec, jax.Array]],
+    trained: Items,
+    dtype: DTypeLike | None = None,
+    *,
+    any_base: bool = True,
+    **settings: Any,
+) -> Any:
+    """The params with merged kernels and trained arrays."""
+    if dtype is not None:
+        dtype = floating_dtype(dtype, "dtype")
+    sums = {
+        path: merged_kernel(spec, m, kernel, dtype=dtype, **settings)
+        for spec, m, path, kernel in with_kernels(params, items, any_base=any_base)
+    }
+    return replace_leaves(with_trained(params, trained, dtype), sums)
+
+
+def merged_kernel(
+    spec: AdapterSpec,
+    m: jax.Array,
+    kernel: jax.Array,
     *,
     sign: int = 1,
     dtype: DTypeLike | None = None,
     rounding: Rounding = "nearest",
-) -> Any:
-    if dtype is not None:
-        dtype = floating_dtype(dtype, "dtype")
-    sums: dict[Path, jax.Array] = {}
-    for spec, m, path, kernel in with_kernels(params, _items(adapters, plan)):
-        delta = sign * delta_kernel(spec, wide(m, kernel.dtype))
-        sums[path] = add_rounded(
-            kernel, delta, spec.axes, dtype or kernel.dtype, rounding
-        )
-    params = with_trained(params, trained_items(adapters, plan), dtype)
-    return replace_leaves(params, sums)
+    start: tuple[int, int] = (0, 0),
+) -> jax.Array:
+    """The kernel with its delta added in float32 or wider, and rounded once.
+
+    A sign of -1 subtracts the delta. Another `start`, the features from which a dither
+    counts, is another dither.
+    """
+    delta = sign * delta_kernel(spec, wide(m, kernel.dtype))
+    dtype = jnp.dtype(dtype or kernel.dtype)
+    return add_rounded(kernel, delta, spec.axes, dtype, rounding, start)

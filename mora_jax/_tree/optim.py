@@ -32,10 +32,10 @@ def trainable_mask(
 
     Returns:
       A tree of bools, one for each array. An array in a box of metadata has one bool
-      in place of both.
+      instead of both.
 
     Raises:
-      TypeError: A model stands in place of its params.
+      TypeError: A model is given instead of its params.
       ValueError: The tree holds no M, a pattern matches nothing, or the tree lacks an
         array that the plan trains.
 
@@ -48,28 +48,24 @@ def trainable_mask(
     """
     patterns = patterns_of("base", base)
     names = ["/".join(path) for path in located_leaves(params)]
-    structure = jax.tree.structure(params, is_leaf=is_boxed)
-    adapters = {name for name in names if name.endswith(SUFFIX)}
-    if not adapters:
+    trained = {name for name in names if name.endswith(SUFFIX)}
+    if not trained:
         raise ValueError(
             f"params hold no '*{SUFFIX}' leaf: pass combine(params, adapters)"
         )
-    trained, leaves = set(adapters), [name for name in names if name not in adapters]
+    leaves = [name for name in names if name not in trained]
     for pattern in patterns:
-        matched = {name for name in leaves if re.fullmatch(pattern, name)}
+        matched = [name for name in leaves if re.fullmatch(pattern, name)]
         if not matched:
-            raise ValueError(
-                f"base: {pattern!r} matches no base leaf"
-                + pattern_hint(pattern, leaves)
-            )
-        trained |= matched
-    for one in () if plan is None else check_plan(plan).trained:
-        if one.name not in leaves:
-            raise ValueError(
-                f"params lack {one.name!r}, which the plan trains"
-                + lacking(one.name, leaves)
-            )
-        trained.add(one.name)
+            hint = pattern_hint(pattern, leaves)
+            raise ValueError(f"base: {pattern!r} matches no base leaf{hint}")
+        trained.update(matched)
+    for array in () if plan is None else check_plan(plan).trained:
+        if array.name not in leaves:
+            hint = lacking(array.name, leaves)
+            raise ValueError(f"params lack {array.name!r}, which the plan trains{hint}")
+        trained.add(array.name)
+    structure = jax.tree.structure(params, is_leaf=is_boxed)
     return jax.tree.unflatten(structure, [name in trained for name in names])
 
 
@@ -147,9 +143,8 @@ def check_transformation(tx: Any) -> None:
 
 
 def _freeze() -> optax.GradientTransformation:
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        # -0.0 and not 0.0: x + -0.0 is x for every x, while -0.0 + 0.0 is 0.0.
-        zeros = jax.tree.map(lambda g: -jnp.zeros_like(g), updates)
-        return zeros, state
-
-    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+    """Updates that leave every leaf as it is, to the bit."""
+    # -0.0 and not 0.0: x + -0.0 is x for every x, while -0.0 + 0.0 is 0.0.
+    return optax.stateless(
+        lambda updates, _: jax.tree.map(lambda g: -jnp.zeros_like(g), updates)
+    )

@@ -1,10 +1,11 @@
-"""Slash-joined paths, which say where a leaf is in a tree."""
+"""Leaves of trees by their paths, out of their boxes and into them again."""
 
 from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from flax.core.meta import AxisMetadata
 
@@ -13,7 +14,6 @@ from mora_jax._common.suggestions import lacking
 from mora_jax._common.types import Path
 from mora_jax._layer.slots import Selected, Slots
 from mora_jax._plan.spec import SUFFIX, AdapterSpec, check_same
-from mora_jax._tree.start import check_adapter
 
 
 def located_leaves(tree: Any, what: str = "params") -> dict[Path, Any]:
@@ -21,7 +21,7 @@ def located_leaves(tree: Any, what: str = "params") -> dict[Path, Any]:
 
     Args:
       tree: Any pytree, which may be an `nnx.State`.
-      what: What error messages call the tree.
+      what: The name of the tree in error messages.
 
     Raises:
       TypeError: The tree is a model, or something that holds nothing under a name.
@@ -67,7 +67,7 @@ def find_kernel(
 
     Raises:
       TypeError: The kernel is not a floating-point array.
-      ValueError: There is no such kernel (a quantized kernel is several arrays, below
+      ValueError: The kernel is missing (a quantized kernel is several arrays, below
         its path), or it has another shape.
     """
     name = spec.name
@@ -104,36 +104,35 @@ def replace_leaves(tree: Any, new: Mapping[Path, Any]) -> Any:
 
 def key_name(key: Any) -> str:
     """The name of a pytree key in a path."""
-    for attribute in ("key", "idx", "name"):
-        if hasattr(key, attribute):
-            return str(getattr(key, attribute))
-    return str(key)
+    return jax.tree_util.keystr((key,), simple=True)
 
 
 def is_boxed(leaf: Any) -> bool:
-    """Whether `leaf` is an array in a box: Linen's metadata, or an NNX variable.
+    """True for an array in a box: Linen's metadata, or an NNX variable.
 
     A variable that holds a structure, such as a quantized kernel, is not a box: the
     parts of the structure are leaves themselves. But M's for rows count as one array.
     """
-    if isinstance(leaf, nnx.Variable):
-        inside = jax.tree.structure(leaf).children()
-        if len(inside) != 1:
-            return False
-        kind = inside[0].node_data()
-        one = jax.tree_util.treedef_is_leaf(inside[0])
-        return one or (kind is not None and kind[0] is Selected)
-    return isinstance(leaf, AxisMetadata)
+    if not isinstance(leaf, nnx.Variable):
+        return isinstance(leaf, AxisMetadata)
+    held = _held(leaf)
+    return jax.tree_util.all_leaves(held) or isinstance(held[0], Selected)
+
+
+def _held(variable: nnx.Variable[Any]) -> list[Any]:
+    """The value of a variable, in a list.
+
+    The attribute that holds it had several names in Flax's versions. As a pytree a
+    variable has had the value for its one child in all of them.
+    """
+    return jax.tree.leaves(variable, is_leaf=lambda node: node is not variable)
 
 
 def unboxed(leaf: Any) -> Any:
     """The array in `leaf`, if that is a box; otherwise `leaf` itself."""
     if not is_boxed(leaf):
         return leaf
-    # A variable's attribute had several names in Flax's versions; its leaf has none.
-    if not isinstance(leaf, nnx.Variable):
-        return leaf.unbox()
-    return jax.tree.leaves(leaf, is_leaf=lambda node: isinstance(node, Selected))[0]
+    return _held(leaf)[0] if isinstance(leaf, nnx.Variable) else leaf.unbox()
 
 
 def reboxed(box: Any, value: Any) -> Any:
@@ -148,28 +147,37 @@ def adapter_of(box: Any, spec: AdapterSpec, by_row: bool = False) -> Any:
     """The M that `box` holds or is, checked against `spec`.
 
     A variable of an NNX model knows the adapter that its M was made for, whose delta
-    must be that of `spec`.
+    must be the delta of `spec`.
 
     Args:
       box: The M, perhaps in a box.
       spec: The adapter.
-      by_row: Whether each row of a batch may have an M of its own.
+      by_row: True to allow M's of its own for each row of a batch.
+
+    Raises:
+      TypeError: It is not a floating-point array or the shape of one.
+      ValueError: It has another shape, or was made for another adapter.
     """
-    m = unboxed(box)
+    m, name = unboxed(box), f"{spec.name}{SUFFIX}"
     if isinstance(m, Slots):
         raise TypeError(
-            f"{spec.name}{SUFFIX} must be an M, got those of {m.number} slots: say "
-            "which row of the batch has which, by serving.select(stacked, index)"
+            f"{name} must be an M, got those of {m.number} slots: say which row of the "
+            "batch has which, by serving.select(stacked, index)"
         )
     if isinstance(m, Selected) and not by_row:
         raise TypeError(
-            f"{spec.name}{SUFFIX} must be an M, got one for each row of a batch, which "
-            "only linen.wrap and nnx.set_adapters take"
+            f"{name} must be an M, got one for each row of a batch, which only "
+            "linen.wrap and nnx.set_adapters take"
         )
-    check_adapter(m, spec)
+    if not hasattr(m, "shape") or not hasattr(m, "dtype"):
+        raise TypeError(f"{name} must be an array, got {type(m).__name__}")
+    if tuple(m.shape) != spec.shape:
+        raise ValueError(f"{name} must have shape {spec.shape}, got {tuple(m.shape)}")
+    if not jnp.issubdtype(m.dtype, jnp.floating):
+        raise TypeError(f"{name} must have a floating-point dtype, got {m.dtype}")
     made_for = getattr(box, "spec", None)
     if isinstance(made_for, AdapterSpec):
-        stack = tuple(m.shape[: m.ndim - len(made_for.shape)])
+        stack = m.shape[: m.ndim - len(made_for.shape)]
         check_same(made_for.stacked(stack, spec.path), spec)
     return m
 

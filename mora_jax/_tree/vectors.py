@@ -1,11 +1,10 @@
 """All M's of a model as one vector, and back."""
 
-import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+from jax.flatten_util import ravel_pytree
 from jaxtyping import Float
 
 from mora_jax._common.types import ArrayLike, Path
@@ -33,16 +32,16 @@ def ravel_adapters(adapters: Any) -> Float[jax.Array, " parameters"]:
       >>> mora_jax.ravel_adapters(adapters)
       Array([1., 2., 3., 4.], dtype=float32)
     """
-    leaves = _in_order(adapters)
+    leaves = _leaves(adapters)
     if not leaves:
         raise ValueError("adapters hold no M")
-    return jnp.concatenate([jnp.ravel(leaf) for leaf in leaves.values()])
+    return ravel_pytree(nest(leaves))[0]
 
 
-def _in_order(adapters: Any) -> dict[Path, Any]:
-    """{path: M}, in the order of nested dicts, whatever containers the tree has."""
+def _leaves(adapters: Any) -> dict[Path, Any]:
+    """{path: M}; as nested dicts they are in the order of their paths."""
     leaves = located_leaves(adapters, "adapters")
-    return {path: unboxed(leaves[path]) for path in sorted(leaves)}
+    return {path: unboxed(leaf) for path, leaf in leaves.items()}
 
 
 def unravel_adapters(
@@ -79,24 +78,20 @@ def unravel_adapters(
             adapter_path(spec): jax.ShapeDtypeStruct(spec.shape, spec.param_dtype)
             for spec in like.specs
         }
-        for one in like.trained:
-            shapes[one.path] = jax.ShapeDtypeStruct(one.shape, one.dtype)
+        for array in like.trained:
+            shapes[array.path] = jax.ShapeDtypeStruct(array.shape, array.dtype)
         like = nest(shapes)
-    leaves = _in_order(like)
-    for path, leaf in leaves.items():
+    zeros = {}
+    for path, leaf in _leaves(like).items():
         if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
             raise TypeError(
                 f"plan_or_adapters must hold arrays or shapes, got "
                 f"{type(leaf).__name__} at {'/'.join(path)!r}"
             )
-    ends = np.cumsum([math.prod(leaf.shape) for leaf in leaves.values()], dtype=int)
-    size = int(ends[-1]) if leaves else 0
-    if getattr(vector, "shape", None) != (size,):
+        zeros[path] = jnp.zeros(leaf.shape, leaf.dtype)
+    whole, unravel = ravel_pytree(nest(zeros))
+    if getattr(vector, "shape", None) != whole.shape:
         got = getattr(vector, "shape", type(vector).__name__)
-        raise ValueError(f"vector must have shape ({size},), got {got}")
-    parts = jnp.split(jnp.asarray(vector), ends[:-1])
-    restored = {
-        path: part.reshape(leaf.shape).astype(leaf.dtype)
-        for (path, leaf), part in zip(leaves.items(), parts, strict=True)
-    }
-    return replace_leaves(like, restored)
+        raise ValueError(f"vector must have shape {whole.shape}, got {got}")
+    restored = unravel(jnp.asarray(vector, whole.dtype))
+    return replace_leaves(like, located_leaves(restored))

@@ -5,36 +5,16 @@ import json
 from typing import Annotated
 
 import typer
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
 
 from mora_jax import io
-from mora_jax.cli._options import (
-    Adapter,
-    AnyBase,
-    AsJson,
-    Base,
-    Family,
-    Format,
-    Mergeable,
-    Rank,
-    RoundingTo16Bits,
-    Server,
-    check_apart,
-    names_of,
-    rank_of,
-)
-from mora_jax.cli._output import err, refusing, say, say_table
+from mora_jax._layer.rounding import Rounding
+from mora_jax.cli import _options as opt
+from mora_jax.cli._output import progress, refusing, say, say_table
 from mora_jax.cli._reports import compare, describe, grouped, open_adapter
 from mora_jax.io._native import replace_adapter
 from mora_jax.io._paths import as_path
 from mora_jax.io._read import format_of, read_adapter
+from mora_jax.io._serve import Server
 
 app = typer.Typer(
     name="mora-jax",
@@ -45,34 +25,31 @@ app = typer.Typer(
 )
 
 
-def _print_version(wanted: bool) -> bool:
+def _print_version(wanted: bool) -> None:
     if wanted:
         say(f"mora-jax {importlib.metadata.version('mora-jax')}")
         raise typer.Exit()
-    return wanted
+
+
+_Version = typer.Option(
+    "--version",
+    callback=_print_version,
+    is_eager=True,
+    help="Print the version and exit.",
+)
 
 
 @app.callback()
-def options(
-    version: Annotated[
-        bool,
-        typer.Option(
-            "--version",
-            callback=_print_version,
-            is_eager=True,
-            help="Print the version and exit.",
-        ),
-    ] = False,
-) -> None:
+def options(version: Annotated[bool, _Version] = False) -> None:
     """Look at MoRA adapters, merge them into a base, convert and compare them."""
 
 
 @app.command()
 @refusing
 def inspect(
-    adapter: Adapter,
-    base: Base = None,
-    names: Family = None,
+    adapter: opt.Adapter,
+    base: opt.Base = None,
+    names: opt.Family = None,
     all_layers: Annotated[
         bool,
         typer.Option(
@@ -81,10 +58,10 @@ def inspect(
             "numbers of their paths share a row.",
         ),
     ] = False,
-    as_json: AsJson = False,
+    as_json: opt.AsJson = False,
 ) -> None:
     """Show an adapter: its layers and sizes, the norms and ranks of its deltas."""
-    report = describe(adapter, base, names_of(names))
+    report = describe(adapter, base, opt.names_of(names))
     if as_json:
         typer.echo(json.dumps(report, indent=1))
         return
@@ -93,11 +70,9 @@ def inspect(
         say(f"{key.replace('_', ' ')}: {value}")
     rows = layers if all_layers else grouped(layers)
     say_table(rows)
-    for one in trained:
-        shape = " x ".join(map(str, one["shape"]))
-        say(
-            f"{one['path']} ({shape}) is trained itself: {one['parameters']} parameters"
-        )
+    for array in trained:
+        shape, size = " x ".join(map(str, array["shape"])), array["parameters"]
+        say(f"{array['path']} ({shape}) is trained itself: {size} parameters")
     if len(rows) < len(layers):
         say(
             "A row of several layers has the sum of their parameters, and the smallest "
@@ -108,49 +83,30 @@ def inspect(
 @app.command()
 @refusing
 def merge(
-    base: Annotated[
-        str,
-        typer.Option(
-            metavar="PATH",
-            help="The base's safetensors: a file, a directory or a URL.",
-        ),
-    ],
+    base: opt.WholeBase,
     adapter: Annotated[
         str, typer.Option(metavar="DIR", help="Directory of an adapter, or its URL.")
     ],
     to: Annotated[
         str, typer.Option("--out", metavar="DIR", help="Directory to make, or its URL.")
     ],
-    names: Family = None,
-    force: Annotated[
-        bool, typer.Option(help="Replace a checkpoint that is in OUT.")
-    ] = False,
-    any_base: AnyBase = False,
+    names: opt.Family = None,
+    force: opt.Force = False,
+    any_base: opt.AnyBase = False,
     rounding: Annotated[
-        RoundingTo16Bits,
+        Rounding,
         typer.Option(help="How to round to 16 bits; dither keeps small deltas."),
-    ] = RoundingTo16Bits.DITHER,
+    ] = "dither",
 ) -> None:
     """Merge an adapter into a base checkpoint, tensor by tensor, keeping its dtypes."""
-    known = names_of(names)
+    known = opt.names_of(names)
     checkpoint = io.Checkpoint(as_path("base", base))
-    adapters, plan = read_adapter(
-        as_path("adapter", adapter), checkpoint.shapes(known), known
-    )
-    check_apart("out", to, adapter)
-    with _progress() as bar:
-        task = bar.add_task("merging", total=checkpoint.size)
-        lost = io.merge_checkpoint(
-            base,
-            adapters,
-            plan,
-            to,
-            known,
-            force=force,
-            any_base=any_base,
-            rounding=rounding.value,
-            progress=lambda size: bar.advance(task, size),
-        )
+    shapes = checkpoint.shapes(known)
+    pair = _, plan = read_adapter(as_path("adapter", adapter), shapes, known)
+    opt.check_apart("out", to, adapter)
+    settings = {"force": force, "any_base": any_base, "rounding": rounding}
+    with progress("merging", checkpoint.size) as advance:
+        lost = io.merge_checkpoint(base, *pair, to, known, progress=advance, **settings)
     worst = max(lost, key=lost.__getitem__)
     also = f", {len(plan.trained)} trained arrays put in" if plan.trained else ""
     say(
@@ -162,52 +118,33 @@ def merge(
 @app.command()
 @refusing
 def convert(
-    source: Annotated[
-        str, typer.Argument(metavar="SOURCE", help="Directory of an adapter.")
-    ],
-    target: Annotated[str, typer.Argument(metavar="TARGET", help="Directory to make.")],
-    to: Annotated[Format, typer.Option(help="The format to write.")],
-    base: Base = None,
-    names: Family = None,
-    rank: Rank = None,
-    max_error: Annotated[
-        float,
-        typer.Option(
-            help="The largest share of its delta that a layer may lose in a LoRA; 1 "
-            "accepts any loss.",
-            min=0,
-            max=1,
-        ),
-    ] = 0.1,
-    force: Annotated[
-        bool, typer.Option(help="Replace an adapter that is in TARGET.")
-    ] = False,
+    source: opt.Adapter,
+    target: opt.Target,
+    to: Annotated[opt.Format, typer.Option(help="The format to write.")],
+    base: opt.Base = None,
+    names: opt.Family = None,
+    rank: opt.Rank = None,
+    max_error: opt.MaxError = 0.1,
+    force: opt.Force = False,
 ) -> None:
     """Write an adapter in another format: mora_jax's, the reference's, or LoRA."""
-    known = names_of(names)
-    adapters, plan = open_adapter("source", source, base, known)
-    path = as_path("target", target)
-    if format_of(source) != to:
-        check_apart("target", target, source)
+    known = opt.names_of(names)
+    pair = adapters, plan = open_adapter("source", source, base, known)
+    path, same = as_path("target", target), format_of(source) == to
+    if not same:
+        opt.check_apart("target", target, source)
     if path.exists() and not force:
         raise FileExistsError(
             f"target must not exist, got {target}; force=True replaces an adapter there"
         )
-    if to is Format.MORA:
-        kept = io.read_metadata(source) if format_of(source) == to else {}
+    if to == "mora":
+        kept = io.read_metadata(source) if same else {}
         replace_adapter(path, adapters, plan, kept, force=force)
-    elif to is Format.PEFT_MORA:
+    elif to == "peft-mora":
         io.save_peft_mora(path, adapters, plan, known, force=force)
     else:
-        lost = io.save_peft_lora(
-            path,
-            adapters,
-            plan,
-            known,
-            rank=rank_of(rank),
-            max_error=max_error,
-            force=force,
-        )
+        accepted = {"rank": opt.rank_of(rank), "max_error": max_error}
+        lost = io.save_peft_lora(path, *pair, known, force=force, **accepted)
         if any(lost.values()):
             say_table([{"module": m, "cut off": x} for m, x in lost.items()])
     say(f"{target}: {len(plan)} adapters as {to}")
@@ -216,87 +153,61 @@ def convert(
 @app.command()
 @refusing
 def export(
-    adapter: Adapter,
-    target: Annotated[str, typer.Argument(metavar="OUT", help="Directory to make.")],
+    adapter: opt.Adapter,
+    target: opt.Target,
     server: Annotated[
         Server, typer.Option("--for", help="The server that is to load it.")
     ],
-    base: Mergeable = None,
-    names: Family = None,
+    base: opt.Mergeable = None,
+    names: opt.Family = None,
     base_model: Annotated[
         str, typer.Option(help="The base that the server loads; BASE if not given.")
     ] = "",
-    max_error: Annotated[
-        float,
-        typer.Option(
-            help="The largest share of its delta that a layer may lose in a LoRA.",
-            min=0,
-            max=1,
-        ),
-    ] = 0.1,
-    force: Annotated[
-        bool,
-        typer.Option(
-            help="Replace an adapter in OUT, or a checkpoint by a merged one."
-        ),
-    ] = False,
-    any_base: AnyBase = False,
+    max_error: opt.MaxError = 0.1,
+    force: opt.Force = False,
+    any_base: opt.AnyBase = False,
 ) -> None:
     """Write what a server loads: a LoRA, or the base with the adapter merged in."""
-    known = names_of(names)
-    adapters, plan = open_adapter("adapter", adapter, base, known)
-    check_apart("out", target, adapter)
+    known = opt.names_of(names)
+    pair = _, plan = open_adapter("adapter", adapter, base, known)
+    opt.check_apart("out", target, adapter)
     size = io.Checkpoint(as_path("base", base)).size if base else 0
-    with _progress() as bar:
-        task = bar.add_task("writing", total=size)
+    with progress("writing", size) as advance:
         done = io.export(
             target,
-            adapters,
-            plan,
-            server.value,
+            *pair,
+            server,
             known,
             base=base,
             base_model=base_model,
             max_error=max_error,
             force=force,
             any_base=any_base,
-            progress=lambda size: bar.advance(task, size),
+            progress=advance,
         )
     worst = max(done.lost, key=done.lost.__getitem__)
+    share = f"at most {done.lost[worst]:.2%} of a delta, in {worst}"
     if done.rank is None:
         say(f"{target}: the base with {len(plan)} adapters merged in")
-        say(f"rounding lost at most {done.lost[worst]:.2%} of a delta, in {worst}")
+        say(f"rounding lost {share}")
     else:
         say(f"{target}: {len(plan)} adapters as a LoRA of rank {done.rank}")
-        say(f"it lacks at most {done.lost[worst]:.2%} of a delta, in {worst}")
+        say(f"it lacks {share}")
     say(done.command)
 
 
 @app.command()
 @refusing
 def diff(
-    first: Adapter,
-    second: Adapter,
-    base: Base = None,
-    names: Family = None,
-    as_json: AsJson = False,
+    first: opt.Adapter,
+    second: opt.Adapter,
+    base: opt.Base = None,
+    names: opt.Family = None,
+    as_json: opt.AsJson = False,
 ) -> None:
     """Compare two adapters layer by layer: settings, and the norms of deltas."""
-    rows = compare(first, second, base, names_of(names))
+    rows = compare(first, second, base, opt.names_of(names))
     if as_json:
         typer.echo(json.dumps(rows, indent=1))
     else:
         say_table(rows)
-
-
-def _progress() -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-        console=err,
-        transient=True,
-        disable=not err.is_terminal,
-    )

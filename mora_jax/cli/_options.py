@@ -1,7 +1,6 @@
 """The options that several commands have, and the values that they take."""
 
 import re
-from enum import StrEnum
 from typing import Annotated, Literal
 
 import typer
@@ -18,26 +17,29 @@ def _check_rank(text: str | None) -> str | None:
     return text
 
 
+_BASE = "The base's safetensors: a file, a directory or a URL."
+
 Adapter = Annotated[
     str, typer.Argument(metavar="DIR", help="Directory of an adapter, or its URL.")
 ]
+Target = Annotated[str, typer.Argument(help="Directory to make, or its URL.")]
 Base = Annotated[
     str | None,
     typer.Option(
         metavar="PATH",
-        help="The base's safetensors: a file, a directory or a URL. The reference's "
-        "adapters need it, since they do not say how large kernels are.",
+        help=f"{_BASE} The reference's adapters need it, since they do not say how "
+        "large kernels are.",
     ),
 ]
 Mergeable = Annotated[
     str | None,
     typer.Option(
         metavar="PATH",
-        help="The base's safetensors: a file, a directory or a URL. The adapter is "
-        "merged into it where a LoRA will not do. The reference's adapters need it in "
-        "any case.",
+        help=f"{_BASE} The adapter is merged into it where a LoRA will not do. The "
+        "reference's adapters need it in any case.",
     ),
 ]
+WholeBase = Annotated[str, typer.Option(metavar="PATH", help=_BASE)]
 Rank = Annotated[
     str | None,
     typer.Option(
@@ -45,6 +47,15 @@ Rank = Annotated[
         callback=_check_rank,
         help="How many singular values a LoRA keeps of a delta; auto keeps the fewest "
         "that --max-error allows.",
+    ),
+]
+MaxError = Annotated[
+    float,
+    typer.Option(
+        help="The largest share of its delta that a layer may lose in a LoRA; 1 "
+        "accepts any loss.",
+        min=0,
+        max=1,
     ),
 ]
 Family = Annotated[
@@ -57,6 +68,9 @@ Family = Annotated[
         "or a file of such JSON whose name ends in .json. By default any family.",
     ),
 ]
+Force = Annotated[
+    bool, typer.Option(help="Replace an adapter or a checkpoint that is there.")
+]
 AnyBase = Annotated[
     bool,
     typer.Option(
@@ -64,28 +78,8 @@ AnyBase = Annotated[
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, not a table.")]
-
-
-class Format(StrEnum):
-    """The formats that `convert` writes."""
-
-    MORA = "mora"
-    PEFT_MORA = "peft-mora"
-    PEFT_LORA = "peft-lora"
-
-
-class Server(StrEnum):
-    """The servers that `export` writes for."""
-
-    VLLM = "vllm"
-    SGLANG = "sglang"
-
-
-class RoundingTo16Bits(StrEnum):
-    """How `merge` rounds."""
-
-    DITHER = "dither"
-    NEAREST = "nearest"
+Format = Literal["mora", "peft-mora", "peft-lora"]
+"""The formats that `convert` writes."""
 
 
 def names_of(text: str | None) -> Names:
@@ -101,16 +95,14 @@ def names_of(text: str | None) -> Names:
 
 def rank_of(text: str | None) -> int | Literal["auto"] | None:
     """The `rank` of an option."""
-    if text is None or text == "auto":
-        return text
-    return int(text)
+    return text if text is None or text == "auto" else int(text)
 
 
 def check_apart(argument: str, target: str, adapter: str) -> None:
     """Raise if what is to be written would replace or mix with the adapter.
 
     Args:
-      argument: What messages call the target.
+      argument: The name of the target in messages.
       target: The directory to write.
       adapter: The directory of the adapter, which was read already.
     """

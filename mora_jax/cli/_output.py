@@ -1,13 +1,15 @@
-"""What the command line prints: lines, tables, and one line for an error."""
+"""Lines, tables, progress and errors of the command line."""
 
+import contextlib
 import functools
 import inspect
 import re
 import shlex
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 import typer
+from rich import progress as bars
 from rich.console import Console
 
 out, err = Console(), Console(stderr=True)
@@ -58,13 +60,11 @@ def say(text: str, console: Console = out, style: str | None = None) -> None:
 
 def say_table(rows: Sequence[Mapping[str, Any]]) -> None:
     """Print rows, a line each, under the names of their keys."""
-    names = list(rows[0])
-    cells = [[name.replace("_", " ") for name in names]]
-    cells += [[_cell(row[name]) for name in names] for row in rows]
+    cells = [[name.replace("_", " ") for name in rows[0]]]
+    cells += [[_cell(value) for value in row.values()] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     for line in cells:
-        padded = (cell.ljust(width) for cell, width in zip(line, widths, strict=True))
-        say("  ".join(padded).rstrip())
+        say("  ".join(map(str.ljust, line, widths)).rstrip())
 
 
 def _cell(value: object) -> str:
@@ -72,3 +72,13 @@ def _cell(value: object) -> str:
         low, high = map(_cell, value)
         return low if low == high else f"{low} to {high}"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+@contextlib.contextmanager
+def progress(task: str, size: int) -> Iterator[Callable[[int], None]]:
+    """Show a bar on a terminal; the result is called with the bytes that are done."""
+    amounts = bars.BarColumn(), bars.DownloadColumn(), bars.TransferSpeedColumn()
+    name, left = bars.TextColumn("{task.description}"), bars.TimeRemainingColumn()
+    settings = {"console": err, "transient": True, "disable": not err.is_terminal}
+    with bars.Progress(name, *amounts, left, **settings) as bar:
+        yield functools.partial(bar.advance, bar.add_task(task, total=size))

@@ -17,7 +17,8 @@ from mora_jax.io._base_leaf import axis_groups
 from mora_jax.io._errors import AdapterFileError
 from mora_jax.io._json import dump, short
 from mora_jax.io._matching import finder_of
-from mora_jax.io._names import Pair, Tensor, join_index
+from mora_jax.io._models import Pair
+from mora_jax.io._names import Tensor, join_index
 from mora_jax.io._tensors import DTYPES
 
 KEYS = frozenset({"path", "shape", "dtype", "base_dtype"})

@@ -12,7 +12,7 @@ from mora_jax._flax.adapted_call import adapt_call
 from mora_jax._flax.layer_rules import rules_of
 from mora_jax._plan.config import MoRAConfig, check_config
 from mora_jax._plan.spec import SUFFIX, AdapterSpec
-from mora_jax._tree.start import init_adapter
+from mora_jax._tree.adapters import init_adapter
 from mora_jax.products import DENSE, Contraction
 
 

@@ -1,4 +1,4 @@
-"""Adapters of one base mixed: scaled, added, cleaned of each other, cut back to a plan.
+"""Adapters of one base mixed: scaled, added, cut back to a plan.
 
 A delta is linear in its M (paper equation 3), so a sum of M's of one plan is the sum of
 their deltas, exactly. Here an adapter is a pair (adapters, plan), as `load` returns it
@@ -9,15 +9,8 @@ Adapters as numbers::
   scaled                adapters whose deltas are some factor as large
   weighted_sum          the sum of adapters of one plan, exactly
   project               the adapter of a plan that is nearest to a sum of any adapters
-
-Sums of many::
-
-  ties                  a sum without the numbers that contradict the majority
-  dare                  an adapter of which some numbers are dropped at random
 """
 
-from mora_jax.mixing._sparse import dare as dare
-from mora_jax.mixing._sparse import ties as ties
-from mora_jax.mixing._sums import project as project
+from mora_jax.mixing._project import project as project
 from mora_jax.mixing._sums import scaled as scaled
 from mora_jax.mixing._sums import weighted_sum as weighted_sum

@@ -1,7 +1,7 @@
 """Adapters with their plans, and the weights by which they are mixed, checked."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -10,14 +10,9 @@ import numpy as np
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from mora_jax._common.checks import check_finite, check_number
-from mora_jax._common.types import Path
-from mora_jax._plan.plan import Plan, check_plan, refuse_other_plan
-from mora_jax._plan.spec import AdapterSpec
-from mora_jax._plan.trained_arrays import refuse_trained
-from mora_jax._tree.adapters import Tree, nest
-from mora_jax._tree.merge import finite_items, wide
-from mora_jax._tree.paths import adapter_path
+from mora_jax._common.checks import check_number
+from mora_jax._plan.plan import Plan, refuse_other_plan
+from mora_jax._tree.adapters import refuse_nonlinear
 
 Adapter = tuple[Any, Plan]
 """Adapters, as `init` makes them, and the plan that they follow."""
@@ -25,11 +20,14 @@ Adapter = tuple[Any, Plan]
 Weights = Sequence[ArrayLike] | jax.Array
 """A real number for each adapter, or an array of them."""
 
+NOT_LINEAR = "so that sums of adapters are not sums of deltas: merge one after another"
+"""The reason to refuse an operator, and what to do instead."""
+
 NO_DELTA = (
     "and is no delta, which this needs: mixing.weighted_sum takes such arrays with "
     "params=, and merge puts them into a base"
 )
-"""Why arrays that train themselves are refused."""
+"""The reason to refuse arrays that train themselves."""
 
 
 def pairs_of(adapters: Any) -> list[Adapter]:
@@ -37,35 +35,28 @@ def pairs_of(adapters: Any) -> list[Adapter]:
     rule = "adapters must be pairs (adapters, plan), as load returns them"
     if isinstance(adapters, dict) or not isinstance(adapters, Iterable):
         raise TypeError(f"{rule}, got {type(adapters).__name__}")
-    found = list(adapters)
-    if not found:
+    pairs = list(adapters)
+    if not pairs:
         raise ValueError(f"{rule}, got none")
-    for pair in found:
+    for pair in pairs:
         fits = isinstance(pair, tuple | list) and len(pair) == 2
         if not fits or not isinstance(pair[1], Plan):
             raise TypeError(f"{rule}, got {type(pair).__name__} among them")
-    return found
+    return pairs
 
 
-def refuse_no_deltas(pairs: Sequence[Adapter]) -> None:
-    """Raise if a plan trains arrays themselves."""
-    for _, plan in pairs:
-        refuse_trained(plan.trained, NO_DELTA)
-
-
-def of_one_plan(
-    pairs: Sequence[Adapter],
-) -> tuple[Plan, list[list[tuple[AdapterSpec, jax.Array]]]]:
-    """The plan of all adapters, and the specs and M's of each."""
-    plans = [check_plan(plan) for _, plan in pairs]
+def one_plan_of(pairs: Sequence[Adapter]) -> Plan:
+    """The plan of all adapters; the one that knows the base, if any does."""
+    plans = [plan for _, plan in pairs]
     for other in plans[1:]:
         try:
             refuse_other_plan(other, plans[0])
         except ValueError as error:
             raise ValueError(f"{error}; mixing.project adds different plans") from None
     check_one_base(plans)
+    refuse_nonlinear(plans[0].specs, NOT_LINEAR)
     knows = [plan for plan in plans if any(s.base_digest for s in plan.specs)]
-    return (knows or plans)[0], [finite_items(tree, plan) for tree, plan in pairs]
+    return (knows or plans)[0]
 
 
 def check_one_base(plans: Sequence[Plan]) -> None:
@@ -107,24 +98,3 @@ def factor_of(value: Any, name: str) -> Any:
     if not isinstance(value, Tracer) and not math.isfinite(value):
         raise ValueError(f"{name} must be finite, got {value}")
     return value
-
-
-def mixed(
-    plan: Plan,
-    found: Sequence[Sequence[tuple[AdapterSpec, jax.Array]]],
-    mix: Callable[[Sequence[jax.Array], AdapterSpec], jax.Array],
-    trained: Mapping[Path, jax.Array] | None = None,
-) -> tuple[Tree, Plan]:
-    """`mix` of the M's of each kernel, in float32 or wider, then in their dtype.
-
-    `trained` are the arrays that train themselves, mixed already.
-    """
-    result = {}
-    for column in zip(*found, strict=True):
-        spec, ms = column[0][0], [m for _, m in column]
-        m = mix([wide(m) for m in ms], spec).astype(jnp.result_type(*ms))
-        result[adapter_path(spec)] = m
-    result |= dict(trained or {})
-    for path, array in result.items():
-        check_finite(array, f"the mixture's {'/'.join(path)}", f" in {array.dtype}")
-    return nest(result), plan

@@ -6,7 +6,7 @@ from flax import nnx
 
 from mora_jax._plan.config import MoRAConfig
 from mora_jax._plan.spec import SUFFIX, AdapterSpec
-from mora_jax._tree.start import init_adapter
+from mora_jax._tree.adapters import init_adapter
 from mora_jax.nnx._classes import DROPOUT, adapted_class
 from mora_jax.nnx._dropout import AdapterDropout
 from mora_jax.nnx._param import MoRAParam

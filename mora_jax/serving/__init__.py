@@ -9,6 +9,6 @@ mixture of adapters, also after one of them was replaced by another.
   select                the adapters for the rows of a batch
 """
 
-from mora_jax.serving._select import select as select
 from mora_jax.serving._stack import put as put
+from mora_jax.serving._stack import select as select
 from mora_jax.serving._stack import stack as stack

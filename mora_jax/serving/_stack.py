@@ -1,8 +1,8 @@
-"""Adapters of one plan in slots of one tree."""
+"""Adapters of one plan in slots of one tree, and a slot for each row of a batch."""
 
 import functools
+import operator
 from collections.abc import Iterable, Sequence
-from operator import index
 from typing import Any
 
 import jax
@@ -11,10 +11,11 @@ import numpy as np
 from jax.core import Tracer
 
 from mora_jax._common.checks import as_jax_array, check_finite, positive_integer
+from mora_jax._common.types import Path
 from mora_jax._layer.slots import Selected, Slots, beyond_if_none
 from mora_jax._plan.plan import Plan, check_plan
 from mora_jax._plan.trained_arrays import refuse_trained
-from mora_jax._tree.adapters import Tree, nest
+from mora_jax._tree.adapters import Tree, nest, refuse_nonlinear
 from mora_jax._tree.merge import finite_items
 from mora_jax._tree.paths import adapter_path, located_leaves, unboxed
 
@@ -27,21 +28,21 @@ def stack(adapters: Sequence[Any], plan: Plan, *, slots: int | None = None) -> T
     Args:
       adapters: Adapters of `plan`, as `init` makes them. With `slots` there may be
         none.
-      plan: Their plan, of which `linen.wrap` or `nnx.wrap` has made the model.
+      plan: Their plan, by which `linen.wrap` or `nnx.wrap` has made the model.
       slots: The number of slots, N; by default one for each adapter. Those that are
         left over hold zeros, which add nothing, until `put` fills them.
 
     Returns:
-      A tree like that of one adapter. In place of an M of the shape (q, q) it has an
-      array of the shape (N, q, q), in the widest dtype of the M's. Leading axes of a
-      stack of layers or experts stay in front: (layers, N, q, q). Several squares stay
-      behind: (N, K, q, q).
+      A tree as of one adapter. Instead of an M of the shape (q, q) it has an array of
+      the shape (N, q, q), in the widest dtype of the M's. Leading axes of a stack of
+      layers or experts stay in front: (layers, N, q, q).
 
     Raises:
-      TypeError: `adapters` is no sequence of trees of arrays, `plan` is not a Plan, or
-        `slots` is not an integer.
+      TypeError: `adapters` is not a sequence of trees of arrays, `plan` is not a Plan,
+        or `slots` is not an integer.
       ValueError: Adapters do not fit the plan or hold NaN or infinity; there are none,
-        or more than slots; or the plan trains arrays of the base, which all rows share.
+        or more than slots; the plan trains arrays of the base, which all rows share; or
+        a delta is not linear in what is trained, so that zeros may add something.
 
     Example::
 
@@ -52,26 +53,26 @@ def stack(adapters: Sequence[Any], plan: Plan, *, slots: int | None = None) -> T
       >>> serving.stack(adapters, plan, slots=8)["fc"]["kernel_mora"].shape
       (8, 16, 16)
     """
-    check_plan(plan)
     refuse_trained(
-        plan.trained, "and all rows of a batch share it; serve it by another base"
+        check_plan(plan).trained,
+        "and all rows of a batch share it; serve it by another base",
     )
+    refuse_nonlinear(plan.specs, "and a slot of zeros must add nothing")
     if isinstance(adapters, dict) or not isinstance(adapters, Iterable):
         raise TypeError(
             "adapters must be a sequence of adapters of one plan, got "
             f"{type(adapters).__name__}"
         )
-    found = [finite_items(one, plan) for one in adapters]
-    number = _number_of_slots(slots, len(found))
-    result = {}
+    trees = [finite_items(tree, plan) for tree in adapters]
+    number = _number_of_slots(slots, len(trees))
+    stacked = {}
     for position, spec in enumerate(plan.specs):
-        ms = [items[position][1] for items in found]
+        ms = [items[position][1] for items in trees]
         dtype = jnp.result_type(*ms) if ms else spec.param_dtype
         ms += [jnp.zeros(spec.shape, dtype)] * (number - len(ms))
-        ndim_m = len(spec.operator.m_shape)
         joined = jnp.stack([m.astype(dtype) for m in ms], len(spec.stack_shape))
-        result[adapter_path(spec)] = Slots(joined, ndim_m)
-    return nest(result)
+        stacked[adapter_path(spec)] = Slots(joined, len(spec.operator.m_shape))
+    return nest(stacked)
 
 
 def _number_of_slots(slots: Any, adapters: int) -> int:
@@ -84,7 +85,7 @@ def _number_of_slots(slots: Any, adapters: int) -> int:
         raise ValueError(
             f"slots must be at least the number of adapters, {adapters}, got {slots}"
         )
-    return index(slots)
+    return operator.index(slots)
 
 
 def put(stacked: Tree, slot: int | jax.Array, adapters: Any) -> Tree:
@@ -97,16 +98,16 @@ def put(stacked: Tree, slot: int | jax.Array, adapters: Any) -> Tree:
       stacked: Adapters in slots, as `stack` makes them.
       slot: The number of the slot, from 0 to N - 1. In a compiled function, where it is
         not known, another number changes nothing.
-      adapters: What is put there: adapters of the same plan, as `init` makes them. They
-        are rounded to the dtypes of the slots.
+      adapters: Adapters of the same plan, as `init` makes them. They are rounded to the
+        dtypes of the slots.
 
     Returns:
       The new tree, of the same structure and shapes.
 
     Raises:
       TypeError: An argument has another type.
-      ValueError: There is no such slot; or the adapters have other M's than the slots,
-        or hold NaN or infinity, or numbers that are infinite in the slots' dtype.
+      ValueError: The slot does not exist; or the adapters have other M's than the
+        slots, or hold numbers that are NaN or infinite, perhaps in the slots' dtype.
 
     Example::
 
@@ -118,24 +119,24 @@ def put(stacked: Tree, slot: int | jax.Array, adapters: Any) -> Tree:
       >>> stacked["fc"]["kernel_mora"].m[2:4, 0, 0]
       Array([0., 1.], dtype=float32)
     """
-    slots = slots_of(stacked)
-    number = next(iter(slots.values())).number
-    new = {
-        path: as_jax_array("/".join(path), unboxed(m))
-        for path, m in located_leaves(adapters, "adapters").items()
-    }
+    slots, number = _slots_of(stacked)
+    new = located_leaves(adapters, "adapters")
     for path in sorted(slots.keys() ^ new.keys()):
         has, lacks = ("stacked", "adapters")[:: 1 if path in slots else -1]
         raise ValueError(f"{has} hold {'/'.join(path)!r}, which {lacks} lack")
-    for path, m in new.items():
-        name, shape = "/".join(path), slots[path].shape_of_one
-        if m.shape != shape:
-            raise ValueError(f"{name} must have shape {shape}, got {m.shape}")
+    for path, held in slots.items():
+        name = "/".join(path)
+        new[path] = m = as_jax_array(name, unboxed(new[path]))
+        if m.shape != held.shape_of_one:
+            raise ValueError(
+                f"{name} must have shape {held.shape_of_one}, got {m.shape}"
+            )
         if not jnp.issubdtype(m.dtype, jnp.floating):
             raise TypeError(f"{name} must have a floating-point dtype, got {m.dtype}")
-        dtype = slots[path].dtype
-        check_finite(m.astype(dtype), name, f" in {dtype}, the dtype of the slots")
-    return _put(stacked, check_indices(slot, "slot", 0, number, ()), nest(new))
+        where = f" in {held.dtype}, the dtype of the slots"
+        check_finite(m.astype(held.dtype), name, where)
+    slot = _check_indices(slot, "slot", 0, number, ())
+    return _put(stacked, slot, nest(new))
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -146,41 +147,92 @@ def _put(stacked: Tree, slot: jax.Array, adapters: Tree) -> Tree:
         new = slots.m.at[at].set(m.astype(slots.dtype), mode="drop")
         return Slots(new, slots.ndim_m)
 
-    return jax.tree.map(changed, stacked, adapters, is_leaf=_is_slots)
+    return jax.tree.map(
+        changed, stacked, adapters, is_leaf=lambda node: isinstance(node, Slots)
+    )
 
 
-def _is_slots(node: Any) -> bool:
-    return isinstance(node, Slots)
+def select(stacked: Tree, index: Any) -> Tree:
+    """The adapters for the rows of a batch, one for each row.
+
+    They go wherever adapters of a single kind go: to the function that `linen.wrap`
+    returns, and to `nnx.set_adapters`. Call this inside of the compiled function: then
+    one program serves all indices.
+
+    The first axis of each adapted layer's input must be the batch (for an einsum the
+    first axis that the kernel lacks). A layer multiplies all rows by its kernel in one
+    product, and adds to each row the delta of its own adapter. Nothing is folded into
+    kernels.
+
+    Args:
+      stacked: Adapters in slots, as `stack` makes them. Gradients by them are gradients
+        by the M's that rows have used.
+      index: The number of the slot for each row, (B,), integers; -1 for no adapter. In
+        a compiled function, where nobody can check it, a number beyond the slots means
+        no adapter as well.
+
+    Returns:
+      A tree that holds the slots and the index instead of each M.
+
+    Raises:
+      TypeError: `stacked` was not made by `stack`, or `index` are not integers.
+      ValueError: `index` has more or fewer axes than one, or a number without a slot.
+
+    Example::
+
+      >>> import flax.linen as nn
+      >>> import jax, jax.numpy as jnp, mora_jax
+      >>> from mora_jax import serving
+      >>> model, x = nn.Dense(16), jnp.ones((4, 16))
+      >>> variables = model.init(jax.random.key(0), x)
+      >>> adapted = mora_jax.linen.wrap(model, None, variables, x)
+      >>> @jax.jit
+      ... def apply(stacked, variables, x, index):
+      ...     return adapted(serving.select(stacked, index), variables, x)
+      >>> ones = jax.tree.map(jnp.ones_like, mora_jax.init(adapted.plan))
+      >>> stacked = serving.stack([ones], adapted.plan, slots=2)
+      >>> y = apply(stacked, variables, x, jnp.array([0, -1, 1, 0]))
+      >>> (y != model.apply(variables, x)).any(axis=1)
+      Array([ True, False, False,  True], dtype=bool)
+    """
+    slots, number = _slots_of(stacked)
+    index = _check_indices(index, "index", -1, number, (None,))
+    rows = {}
+    for path, held in slots.items():
+        shape = *held.shape[: held.axis], *index.shape
+        rows[path] = Selected(held, jnp.broadcast_to(index, shape))
+    return nest(rows)
 
 
-def slots_of(stacked: Any) -> dict[tuple[str, ...], Slots]:
-    """{path of an M: its slots}, all of one number."""
+def _slots_of(stacked: Any) -> tuple[dict[Path, Slots], int]:
+    """{path of an M: its slots}, and the one number that all of them have."""
     rule = "stacked must be adapters in slots, as serving.stack makes them"
-    found = located_leaves(stacked, "stacked")
-    if not found:
+    slots = located_leaves(stacked, "stacked")
+    if not slots:
         raise ValueError(f"{rule}, got none")
-    for path, leaf in found.items():
+    for path, leaf in slots.items():
         if isinstance(leaf, Selected):
             raise TypeError(f"{rule}, got what serving.select returned")
         if not isinstance(leaf, Slots):
             kind = type(leaf).__name__
             raise TypeError(f"{rule}, got {kind} at {'/'.join(path)!r}")
-    if len(numbers := {slots.number for slots in found.values()}) > 1:
+    if len(numbers := {held.number for held in slots.values()}) > 1:
         raise ValueError(f"{rule} of one number, got {sorted(numbers)}")
-    return found
+    return slots, numbers.pop()
 
 
-def check_indices(value: Any, name: str, least: int, number: int, shape: Any) -> Any:
+def _check_indices(value: Any, name: str, least: int, number: int, shape: Any) -> Any:
     """`value` as an array of numbers of slots, checked as far as it is known.
 
     Args:
       value: The numbers.
-      name: What messages call them.
+      name: Their name in messages.
       least: The smallest one that is allowed.
       number: N; the largest one that is allowed is N - 1.
       shape: The shape that the array must have, with None for any size.
     """
-    indices = jnp.asarray(value) if isinstance(value, Tracer) else np.asarray(value)
+    known = not isinstance(value, Tracer)
+    indices = np.asarray(value) if known else jnp.asarray(value)
     if not indices.size:  # NumPy takes [] for floats
         indices = indices.astype(jnp.int32)
     if not jnp.issubdtype(indices.dtype, jnp.integer):
@@ -188,10 +240,7 @@ def check_indices(value: Any, name: str, least: int, number: int, shape: Any) ->
     if indices.ndim != len(shape):
         kind = "one integer" if not shape else "an integer for each row, (B,)"
         raise ValueError(f"{name} must be {kind}, got shape {indices.shape}")
-    if not isinstance(indices, Tracer) and indices.size:
-        for found in (indices.min(), indices.max()):
-            if not least <= found < number:
-                raise ValueError(
-                    f"{name} must be from {least} to {number - 1}, got {found}"
-                )
+    outside = indices[(indices < least) | (indices >= number)] if known else ()
+    for index in outside:
+        raise ValueError(f"{name} must be from {least} to {number - 1}, got {index}")
     return jnp.asarray(indices, jnp.int32)

@@ -255,7 +255,9 @@ def test_what_is_learned_is_as_measured():
 
 def summaries(experiment):
     """What an experiment found, by method and setting, each at its best rate."""
-    report = json.loads((ROOT / f"benchmarks/quality/results/{experiment}.json").read_text())
+    report = json.loads(
+        (ROOT / f"benchmarks/quality/results/{experiment}.json").read_text()
+    )
     return [
         {"setting": "r=8", "steps99": row.get("steps"), **row}
         for row in report["settings"]["summaries"]

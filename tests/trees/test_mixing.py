@@ -1,4 +1,4 @@
-"""Sums of adapters are sums of their deltas; what other mixtures are, NumPy says."""
+"""Sums of adapters are sums of their deltas, and projections are NumPy's."""
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,9 @@ from helpers import close, random, random_like, wide
 
 import mora_jax
 from mora_jax import AdapterSpec, MoRAConfig, Plan, delta_weight
-from mora_jax.mixing import dare, project, scaled, ties, weighted_sum
+from mora_jax.mixing import project, scaled, weighted_sum
+from mora_jax.operators import Truncation
+from mora_jax.operators._pytree import operator
 
 PARAMS = {"a": {"kernel": random(0, 12, 16)}, "s": {"kernel": random(1, 3, 8, 12)}}
 SETTINGS = {"square_rank": 4, "overrides": {"s/kernel": {"axes": "sio"}}}
@@ -90,55 +92,6 @@ def test_states_of_nnx_stay_states():
     close(jax.tree.leaves(mixed), [3 * m for m in jax.tree.leaves(state)])
 
 
-def numpy_ties(ms, weights, density):
-    """TIES of a few vectors, place by place."""
-    kept = []
-    for m, weight in zip(ms, weights, strict=True):
-        count = int(density * m.size)
-        largest = np.argsort(-np.abs(m), kind="stable")[:count]
-        kept.append(np.zeros_like(m))
-        kept[-1][largest] = weight * m[largest]
-    result = np.zeros_like(ms[0])
-    for place in range(result.size):
-        column = np.array([m[place] for m in kept])
-        sign = np.sign(column.sum())
-        agreeing = column[(column != 0) & (np.sign(column) == sign)]
-        result[place] = agreeing.mean() if agreeing.size else 0
-    return result
-
-
-@pytest.mark.parametrize("density", [0.2, 0.5, 1.0])
-@pytest.mark.parametrize("weights", [None, [1.0, 0.5, 2.0]])
-def test_ties_is_numpys(density, weights):
-    pairs = [pair(seed) for seed in SEEDS]
-    got, plan = ties(pairs, weights, density=density)
-    assert plan == PLAN
-    for name, stack in ("a", 1), ("s", 3):
-        ms = [
-            np.float64(tree[name]["kernel_mora"]).reshape(stack, -1)
-            for tree, _ in pairs
-        ]
-        expected = [
-            numpy_ties([m[k] for m in ms], weights or [1.0] * 3, density)
-            for k in range(stack)
-        ]
-        close(got[name]["kernel_mora"].reshape(stack, -1), np.array(expected))
-
-
-def test_what_dare_keeps_grows_and_the_mean_stays():
-    adapters, plan = pair(0)
-    found = [dare((adapters, plan), 0.75, jax.random.key(k))[0] for k in range(64)]
-    m = np.asarray(adapters["a"]["kernel_mora"])
-    every = np.stack([tree["a"]["kernel_mora"] for tree in found])
-    assert ((every == 0) | (every == 4 * m)).all()
-    assert 0.7 < (every == 0).mean() < 0.8
-    assert np.abs(every.mean(0) - m).max() < 4 * np.abs(m).max() / np.sqrt(64 / 3)
-    same = dare((adapters, plan), 0.75, jax.random.key(0))[0]
-    assert all(map(np.array_equal, *map(jax.tree.leaves, (same, found[0]))))
-    whole, _ = dare((adapters, plan), 0, jax.random.key(0))
-    assert all(map(np.array_equal, *map(jax.tree.leaves, (whole, adapters))))
-
-
 @by_kind
 @pytest.mark.parametrize("size", [(12, 20, 6), slow((9, 9, 8))], ids=str)
 def test_a_projection_is_the_least_squares_solution(case, size):
@@ -196,6 +149,38 @@ NARROW = mora_jax.plan({"a": PARAMS["a"]}, MoRAConfig(square_rank=4))
 SHAPES = mora_jax.plan({"a": {"kernel": jnp.zeros((16, 12))}}, MoRAConfig(rank=1))
 
 
+@operator
+class Bent(Truncation):
+    """An operator that says of itself that its delta is not linear in M."""
+
+    name = "bent"
+    linear = False
+
+
+def test_an_operator_that_is_not_linear_is_refused_by_name():
+    """Where sums of M's would not be sums of deltas, and zeros might add something."""
+    spec = AdapterSpec(Bent(12, 16, 4), (12, 16), path=("a", "kernel"))
+    bent = pair(0, Plan((spec,), base_parameters=192))
+    state = {
+        "kernel_mora": mora_jax.nnx.MoRAParam.of(spec, bent[0]["a"]["kernel_mora"])
+    }
+    for call in (
+        lambda: weighted_sum([bent], [1]),
+        lambda: project([pair(0, NARROW)], [1], bent[1]),
+        lambda: scaled(state, 2),
+        lambda: mora_jax.serving.stack([bent[0]], bent[1]),
+        lambda: mora_jax.diagnostics.check(nnx.List([]), None, bent[1]),
+    ):
+        with pytest.raises(ValueError, match="delta of 'bent' is not linear in"):
+            call()
+    dense = MoRAConfig(operator="truncation", square_rank=12, scale="paper")
+    whole = mora_jax.plan({"a": PARAMS["a"]}, dense)
+    assert project([bent], [2], whole)[1]["a/kernel"] < 1e-5
+    (values,) = mora_jax.diagnostics.spectrum(*bent).values()
+    delta = deltas(*bent)["a"]["kernel"]
+    close(values, np.linalg.svd(delta, compute_uv=False), 1e-5)
+
+
 @pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(
     ("call", "match"),
@@ -216,10 +201,6 @@ SHAPES = mora_jax.plan({"a": {"kernel": jnp.zeros((16, 12))}}, MoRAConfig(rank=1
         (lambda: project([pair(0)], [1], NARROW), "lacks 's/kernel'"),
         (lambda: project([pair(0, NARROW)], [1], SHAPES), r"shape \(12, 16\)"),
         (lambda: project([pair(0)], [1], "plan"), "plan must be a Plan"),
-        (lambda: ties([pair(0)], density=0), "density must be above 0"),
-        (lambda: ties([pair(0)], density="a"), "density must be a number"),
-        (lambda: dare(pair(0), 1, jax.random.key(0)), "rate must be at least 0"),
-        (lambda: dare(pair(0), 0.5, 0), "key"),
         (lambda: scaled(pair(0)[0], "2"), "factor must be a number"),
         (lambda: scaled(pair(0)[0], 1j), "factor must be a number"),
         (lambda: scaled(pair(0)[0], jnp.ones(2)), "factor must be a real number"),

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import optax.contrib
 import pytest
 from adapter_files import slow
 from flax import nnx
@@ -16,6 +17,7 @@ import mora_jax
 from mora_jax import MoRAConfig, remora
 from mora_jax._layer.rounding import share_lost
 from mora_jax.nnx import MoRAParam
+from mora_jax.operators import Permutation, _pytree
 
 SIZES = {"a": (12, 12), "b": (12, 8), "s": (3, 8, 12)}
 CHANGING = ["sharing", "permutation"]
@@ -141,6 +143,36 @@ def test_optimizers_that_know_the_adapters_start_again():
     assert (after.gradient_step, after.mini_step) == (2, 0)
     restarted = jax.tree.leaves((after.acc_grads, after.inner_opt_state))
     assert not any(map(np.any, restarted))
+
+
+@_pytree.operator
+class FromOnes(Permutation):
+    """An operator whose trained array has a start of its own."""
+
+    name = "from_ones"
+
+    def start(self, stack, init, key, dtype):
+        assert init == "zeros" and key is not None
+        return jnp.ones((*stack, *self.m_shape), dtype)
+
+
+def test_restarts_begin_as_the_operator_says():
+    """In the adapters, in their dtype; and in what an optimizer keeps of them."""
+    params, adapters, plan = made("permutation")
+    specs = [
+        dataclasses.replace(
+            spec, operator=FromOnes(spec.in_features, spec.out_features, 4, seed=1)
+        )
+        for spec in plan.specs
+    ]
+    plan = dataclasses.replace(plan, specs=tuple(specs))
+    adapters = jax.tree.map(lambda m: m.astype(jnp.bfloat16), adapters)
+    tx = optax.contrib.schedule_free(optax.sgd(1e-2), 1e-2, b1=0.9)
+    after = remora.restart(params, adapters, plan, tx.init(adapters), tx)
+    for m in jax.tree.leaves(after.adapters):
+        assert m.dtype == jnp.bfloat16 and (m == 1).all()
+    for z in jax.tree.leaves(after.opt_state.z):
+        assert (z == 1).all()
 
 
 @pytest.mark.slow

@@ -412,8 +412,6 @@ def test_mixing_refuses_what_is_no_delta(params, made):
         lambda: mixing.scaled(pair[0], 0),
         lambda: mixing.project([pair], [1.0], without),
         lambda: mixing.project([(init(without), without)], [1.0], made),
-        lambda: mixing.ties([pair]),
-        lambda: mixing.dare(pair, 0.5, jax.random.key(0)),
     ):
         with pytest.raises(ValueError, match="is no delta, which this needs"):
             call()

@@ -10,18 +10,25 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from mora_jax import linen
+from mora_jax import nnx as shell
 from mora_jax._common.checks import check_number, check_seed
-from mora_jax._common.types import Path
 from mora_jax._layer.equation import delta_kernel
 from mora_jax._plan.plan import Plan, check_plan
 from mora_jax._plan.spec import AdapterSpec
 from mora_jax._plan.trained_arrays import copies
-from mora_jax._tree.adapters import Tree, nest
-from mora_jax._tree.merge import merge
-from mora_jax._tree.paths import adapter_path, named_leaves
+from mora_jax._tree.adapters import nest, refuse_nonlinear
+from mora_jax._tree.merge import merged_kernel
+from mora_jax._tree.paths import (
+    adapter_path,
+    find_kernel,
+    named_leaves,
+    replace_leaves,
+)
+from mora_jax.linen._bound import params_of
 
 Outputs = Callable[[Any], list[jax.Array]]
-"""A function of adapters that returns the floating-point outputs of a model."""
+"""A function of adapters or params that returns a model's floating-point outputs."""
 
 
 def check(
@@ -37,7 +44,7 @@ def check(
 
     `linen.plan` and `nnx.plan` with inputs prove from a trace that both models compute
     the same. This function needs no trace, so it also serves plans that were made from
-    shapes alone, and kernels of which a trace proves nothing. It gives each layer in
+    shapes alone, and kernels about which a trace proves nothing. It gives each layer in
     turn, and no other layer, a random M whose delta is as large as the kernel.
 
     Args:
@@ -52,13 +59,13 @@ def check(
 
     Returns:
       {path: norm(adapted - merged) / norm(adapted - base)}, with all norms over the
-      model's floating-point outputs; NaN for a layer that has no effect on them.
+      model's floating-point outputs; NaN for a layer without an effect on them.
 
     Raises:
       TypeError: `model` is not a Flax module, or `plan` is not a Plan.
       ValueError: Layers differ by more than `tolerance` (the message has each figure),
-        the outputs are not finite, `tolerance` or `seed` is out of range, or a Linen
-        model's variables lack params.
+        the outputs are not finite, `tolerance` or `seed` is out of range, a Linen
+        model's variables lack params, or a delta is not linear in what is trained.
 
     Example::
 
@@ -75,58 +82,48 @@ def check(
     check_seed(seed)
     if tolerance is not None and check_number("tolerance", tolerance) < 0:
         raise ValueError(f"tolerance must be at least 0, got {tolerance}")
+    refuse_nonlinear(plan.specs, "so that no M is known whose delta has a given size")
     if isinstance(model, nnx.Module):
-        params, adapted, merged = _nnx_models(model, plan, inputs, kwargs)
+        params, adapted, plain = _nnx_models(model, plan, inputs, kwargs)
     elif isinstance(model, nn.Module):
-        params, adapted, merged = _linen_models(model, variables, plan, inputs, kwargs)
+        params, adapted, plain = _linen_models(model, variables, plan, inputs, kwargs)
     else:
         raise TypeError(f"model must be a Flax module, got {type(model).__name__}")
     leaves = named_leaves(params)
-    trained = copies(leaves, plan.trained)
-    base = adapted(_adapters(plan, trained))
+    ms = {adapter_path(s): jnp.zeros(s.shape, s.param_dtype) for s in plan.specs}
+    zeros = nest(ms | copies(leaves, plan.trained))
+    base = adapted(zeros)
     if not base or not _are_finite(base):
         raise ValueError(
             "the model must give finite floating-point outputs for these inputs, got "
             + ("NaN or infinity" if base else "no floating-point output")
         )
-    kernels = {name: leaf for name, (_, leaf) in leaves.items()}
-    found = {}
-    for number, (name, spec) in enumerate(plan.items()):
+    ratios = {}
+    for number, spec in enumerate(plan.specs):
+        path, kernel = find_kernel(leaves, spec)
         key = jax.random.fold_in(jax.random.key(seed), number)
-        adapters = _adapters(plan, trained, spec, kernels[name], key)
-        y_adapted, y_merged = adapted(adapters), merged(adapters)
-        if not _are_finite([*y_adapted, *y_merged]):
-            raise ValueError(
-                f"the model must give finite outputs with a delta of {name!r} that is "
-                "as large as its kernel, got NaN or infinity: give smaller inputs, or "
-                "compare in float32"
-            )
-        difference = _distance(y_adapted, y_merged)
-        # If the merged model alone has an effect, all of it is a difference: 1.
-        effect = _distance(y_adapted, base) or _distance(y_merged, base)
-        found[name] = difference / effect if effect else float("nan")
+        m = _as_large_as(kernel, spec, key)
+        merged = merged_kernel(spec, m, jnp.asarray(kernel), rounding="dither")
+        y_adapted = adapted(replace_leaves(zeros, {adapter_path(spec): m}))
+        y_merged = plain(replace_leaves(params, {path: merged}))
+        ratios[spec.name] = _difference(y_adapted, y_merged, base, spec.name)
     if tolerance is None:
         epsilon = max(float(jnp.finfo(y.dtype).eps) for y in base)
         tolerance = 4 * epsilon**0.5
-    wrong = {name: ratio for name, ratio in found.items() if ratio > tolerance}
+    wrong = [f"{name!r} by {r:.2g}" for name, r in ratios.items() if r > tolerance]
     if wrong:
-        listed = ", ".join(f"{name!r} by {ratio:.2g}" for name, ratio in wrong.items())
         raise ValueError(
             f"the adapted and the merged model differ by more than {tolerance:.2g} of "
-            f"the delta: {listed}; their layers use the kernel otherwise than planned"
+            f"the delta: {', '.join(wrong)}; their layers use the kernel otherwise "
+            "than planned"
         )
-    return found
+    return ratios
 
 
 def _linen_models(
     model: nn.Module, variables: Any, plan: Plan, inputs: Any, kwargs: Any
 ) -> tuple[Any, Outputs, Outputs]:
-    """Params, and the outputs of the adapted and the merged model."""
-    # Imported here, since the shells import the core and not the reverse.
-    from mora_jax import linen
-    from mora_jax.linen._bound import params_of
-
-    params = params_of(variables)
+    """Params, and outputs by adapters and by params."""
     apply = linen.wrap(model, plan)
     if any(spec.dropout > 0 for spec in plan.specs):
         apply = functools.partial(apply, adapter_deterministic=True)
@@ -136,42 +133,37 @@ def _linen_models(
         return _floating(apply(adapters, variables, *inputs, **kwargs))
 
     @jax.jit
-    def merged(adapters: Any, variables: Any, inputs: Any) -> list[jax.Array]:
-        new = merge(variables["params"], adapters, plan)
-        return _floating(model.apply({**variables, "params": new}, *inputs, **kwargs))
+    def plain(params: Any, variables: Any, inputs: Any) -> list[jax.Array]:
+        variables = {**variables, "params": params}
+        return _floating(model.apply(variables, *inputs, **kwargs))
 
-    def outputs(function: Callable[..., list[jax.Array]]) -> Outputs:
-        return lambda adapters: function(adapters, variables, inputs)
+    def outputs(call: Callable[..., list[jax.Array]]) -> Outputs:
+        return lambda trained: call(trained, variables, inputs)
 
-    return params, outputs(adapted), outputs(merged)
+    return params_of(variables), outputs(adapted), outputs(plain)
 
 
 def _nnx_models(
     model: nnx.Module, plan: Plan, inputs: Any, kwargs: Any
 ) -> tuple[Any, Outputs, Outputs]:
-    """Params, and the outputs of the adapted and the merged model."""
-    from mora_jax import nnx as shell
-
-    wrapped = shell.wrap(model, plan)
-    wrapped.eval()  # the adapters drop nothing
+    """Params, and outputs by adapters and by params."""
 
     @nnx.jit
     def run(model: Any, inputs: Any) -> list[jax.Array]:
         return _floating(model(*inputs, **kwargs))
 
-    def adapted_copy(adapters: Any) -> Any:
-        copy = nnx.clone(wrapped)
-        shell.set_adapters(copy, adapters)
-        return copy
+    def outputs(model: Any, put: Callable[[Any, Any], None]) -> Outputs:
+        def call(trained: Any) -> list[jax.Array]:
+            copy = nnx.clone(model)
+            copy.eval()  # nothing is dropped
+            put(copy, trained)
+            return run(copy, inputs)
 
-    def adapted(adapters: Any) -> list[jax.Array]:
-        return run(adapted_copy(adapters), inputs)
-
-    def merged(adapters: Any) -> list[jax.Array]:
-        return run(shell.merge_adapters(adapted_copy(adapters)), inputs)
+        return call
 
     params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
-    return params, adapted, merged
+    adapted = outputs(shell.wrap(model, plan), shell.set_adapters)
+    return params, adapted, outputs(model, nnx.update)
 
 
 def _floating(outputs: Any) -> list[jax.Array]:
@@ -183,29 +175,32 @@ def _are_finite(ys: list[jax.Array]) -> bool:
     return all(bool(jnp.isfinite(y).all()) for y in ys)
 
 
+def _as_large_as(kernel: Any, spec: AdapterSpec, key: Any) -> jax.Array:
+    """A random M with a delta of the norm of `kernel`; of norm 1 for a kernel of 0."""
+    m = jax.random.normal(key, spec.shape, spec.param_dtype)
+    delta = delta_kernel(spec, m.astype(jnp.float32))
+    size = jnp.linalg.norm(jnp.asarray(kernel, jnp.float32).ravel())
+    ratio = jnp.where(size > 0, size, 1) / jnp.linalg.norm(delta.ravel())
+    return m * ratio.astype(m.dtype)
+
+
+def _difference(
+    adapted: list[jax.Array], merged: list[jax.Array], base: list[jax.Array], name: str
+) -> float:
+    """The distance of two outputs, divided by their distance from the base's."""
+    if not _are_finite([*adapted, *merged]):
+        raise ValueError(
+            f"the model must give finite outputs with a delta of {name!r} that is as "
+            "large as its kernel, got NaN or infinity: give smaller inputs, or compare "
+            "in float32"
+        )
+    # If the merged model alone has an effect, all of it is a difference: 1.
+    effect = _distance(adapted, base) or _distance(merged, base)
+    return _distance(adapted, merged) / effect if effect else float("nan")
+
+
 def _distance(ys: list[jax.Array], references: list[jax.Array]) -> float:
     """The Frobenius norm of the differences of all arrays."""
     pairs = zip(ys, references, strict=True)
     squares = (np.sum(np.square(np.asarray(y - ref, float))) for y, ref in pairs)
     return float(np.sqrt(sum(squares)))
-
-
-def _adapters(
-    plan: Plan,
-    trained: dict[Path, jax.Array],
-    spec: AdapterSpec | None = None,
-    kernel: Any = None,
-    key: Any = None,
-) -> Tree:
-    """Adapters that are zero except for that of `spec`, and the `trained` arrays.
-
-    Its delta is as large as `kernel`. Without a `spec` all adapters are zero.
-    """
-    ms = {each: jnp.zeros(each.shape, each.param_dtype) for each in plan.specs}
-    if spec is not None:
-        m = jax.random.normal(key, spec.shape, spec.param_dtype)
-        delta = delta_kernel(spec, m.astype(jnp.float32))
-        size = jnp.linalg.norm(jnp.asarray(kernel, jnp.float32).ravel())
-        ratio = jnp.where(size > 0, size, 1) / jnp.linalg.norm(delta.ravel())
-        ms[spec] = m * ratio.astype(m.dtype)
-    return nest({adapter_path(each): m for each, m in ms.items()} | trained)

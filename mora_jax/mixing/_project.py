@@ -1,0 +1,120 @@
+"""Sums of any adapters cut back to a plan."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.core import Tracer
+
+from mora_jax._common.checks import check_finite
+from mora_jax._layer.equation import delta_kernel
+from mora_jax._plan.plan import Plan, check_plan
+from mora_jax._plan.spec import AdapterSpec
+from mora_jax._plan.trained_arrays import refuse_trained
+from mora_jax._tree.adapters import Tree, nest, refuse_nonlinear
+from mora_jax._tree.merge import finite_items, wide
+from mora_jax._tree.paths import adapter_path
+from mora_jax.mixing._pairs import (
+    NO_DELTA,
+    NOT_LINEAR,
+    Adapter,
+    Weights,
+    check_one_base,
+    factors_of,
+    pairs_of,
+)
+
+STEPS = 100
+"""The most steps of `project`. It takes one for each singular value that the map from M
+to the delta has, however often; operators have a few, isometric ones with equal blocks
+one."""
+
+
+def project(
+    adapters: Sequence[Adapter], weights: Weights, plan: Plan
+) -> tuple[Tree, dict[str, Any]]:
+    r"""The adapter of `plan` that is nearest to a weighted sum of any adapters.
+
+    Their plans may have other operators, square ranks and kernels. Of each kernel this
+    takes the M that minimises :math:`\lVert \sum_i w_i \Delta_i - \alpha s\, C M D
+    \rVert` in the Frobenius norm, by conjugate gradients on the normal equations.
+    Memory holds the deltas of one kernel at a time. It says what is lost, which may be
+    most of it: a delta between other maps has little in common with `plan`'s deltas.
+
+    Args:
+      adapters: Pairs (adapters, plan), of one base.
+      weights: A real number for each, or an array of them.
+      plan: The plan of the result. It has all kernels of the others.
+
+    Returns:
+      The adapters, and {path: norm(sum - delta) / norm(sum)}, which is 0 where nothing
+      is lost and 1 where all is: numbers, or arrays in a compiled function.
+
+    Raises:
+      TypeError: An argument has another type.
+      ValueError: `plan` lacks a kernel or has it in another shape, or its deltas are
+        not linear in what is trained; bases differ; or as `weighted_sum`.
+
+    Example::
+
+      >>> import jax, jax.numpy as jnp, mora_jax
+      >>> params = {"kernel": jnp.ones((4, 4))}
+      >>> small, large = (mora_jax.plan(params, mora_jax.MoRAConfig(
+      ...     operator="truncation", square_rank=q)) for q in (2, 4))
+      >>> ones = jax.tree.map(jnp.ones_like, mora_jax.init(small))
+      >>> mora_jax.mixing.project([(ones, small)], [1.0], large)[1]
+      {'kernel': 0.0}
+    """
+    pairs = pairs_of(adapters)
+    plans = [*(made_for for _, made_for in pairs), check_plan(plan)]
+    for other in plans:
+        refuse_trained(other.trained, NO_DELTA)
+    refuse_nonlinear(plan.specs, NOT_LINEAR)
+    factors = factors_of(weights, len(pairs))
+    check_one_base(plans)
+    terms = defaultdict(list)
+    for pair, factor in zip(pairs, factors, strict=True):
+        for spec, m in finite_items(*pair):
+            _check_kernel(plan, spec)
+            terms[spec.name].append((factor, spec, m))
+    ms, lost = {}, {}
+    for spec in plan.specs:
+        deltas = (f * delta_kernel(s, wide(m)) for f, s, m in terms[spec.name])
+        goal = sum(deltas, jnp.zeros(spec.kernel_shape, jnp.float32))
+        m, lost[spec.name] = _nearest(spec, goal)
+        ms[adapter_path(spec)] = m = m.astype(spec.param_dtype)
+        check_finite(m, f"the M of {spec.name}", f" in {m.dtype}")
+    return nest(ms), lost
+
+
+def _check_kernel(plan: Plan, spec: AdapterSpec) -> None:
+    """Raise unless `plan` has the kernel of `spec`."""
+    if spec.name not in plan:
+        raise ValueError(
+            f"plan must have all kernels of the adapters, and lacks {spec.name!r}"
+        )
+    if (shape := plan[spec.name].kernel_shape) != spec.kernel_shape:
+        raise ValueError(
+            f"plan must have {spec.name!r} in the shape {spec.kernel_shape}, got "
+            f"{shape}"
+        )
+
+
+def _nearest(spec: AdapterSpec, goal: jax.Array) -> tuple[jax.Array, Any]:
+    """The M whose delta is nearest to `goal`, and the share of `goal` that it lacks."""
+    start = jnp.zeros(spec.shape, goal.dtype)
+    with jax.default_matmul_precision("highest"):
+        _, transpose = jax.vjp(lambda m: delta_kernel(spec, m), start)
+
+        def normal(m: jax.Array) -> jax.Array:
+            return transpose(delta_kernel(spec, m))[0]
+
+        m, _ = jax.scipy.sparse.linalg.cg(
+            normal, transpose(goal)[0], x0=start, tol=1e-7, maxiter=STEPS
+        )
+        missing = jnp.linalg.norm((goal - delta_kernel(spec, m)).ravel())
+    size = jnp.linalg.norm(goal.ravel())
+    lost = jnp.where(size > 0, missing / jnp.where(size > 0, size, 1), 0)
+    return m, lost if isinstance(lost, Tracer) else float(lost)
