@@ -175,7 +175,7 @@ class AdapterSpec(AdapterSettings):
         if self.rank is None or 5 * self.lora_rank >= 4 * self.rank:
             return None
         asked = math.isqrt((self.in_features + self.out_features) * self.rank)
-        return asked if asked > self.operator.width else None
+        return asked if asked > self.operator.square_rank else None
 
     @property
     def meaning(self) -> dict[str, Any]:
