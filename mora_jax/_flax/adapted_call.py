@@ -16,7 +16,7 @@ from mora_jax._layer.adapted import adapted_product, check_product
 from mora_jax._layer.delta import add_delta
 from mora_jax._layer.slots import Selected
 from mora_jax._plan.spec import AdapterSpec
-from mora_jax.products import Contraction, Lookup, Product
+from mora_jax.products import Product
 
 
 def adapt_call(
@@ -65,17 +65,12 @@ def adapt_call(
     check_product(spec, product)
     y, out_factor = call(), None
     if (scale := rule.scale_of(module)) is not None:
-        if isinstance(product, Contraction):
+        try:
             in_factor, out_factor = product.factors(scale)
+        except ValueError as error:
+            raise ValueError(f"{spec.name}: {error}") from None
+        if in_factor is not None:
             x = jnp.asarray(x).astype(y.dtype) * in_factor.astype(y.dtype)
-        elif isinstance(product, Lookup) and jnp.ndim(scale) < 2:
-            out_factor = jnp.asarray(scale)
-        else:
-            raise ValueError(
-                f"{spec.name}: scale= of register_layer must be of an einsum, or a "
-                "number or one for each feature of an embedding, got "
-                f"{type(product).__name__} scaled by shape {jnp.shape(scale)}"
-            )
     return add_delta(y, spec, m(), x, product, dropout_key, precision, out_factor)
 
 

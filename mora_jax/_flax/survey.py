@@ -13,7 +13,7 @@ import jax
 
 from mora_jax._flax.layer_rules import LayerRule, planning_rules
 from mora_jax._trace_check import Call, Uses, follow, mark
-from mora_jax.products import Lookup, Product
+from mora_jax.products import Product
 
 
 @dataclasses.dataclass
@@ -179,7 +179,7 @@ class Survey:
 
 def refuse_untraced(name: str, product: Product | None) -> None:
     """Raise for an embedding in a plan that no trace has checked."""
-    if isinstance(product, Lookup):
+    if product is not None and product.needs_trace:
         raise ValueError(
             f"{name}: only a call shows whether the model also reads this embedding "
             "elsewhere (a tied head); plan with mora_jax.linen.plan or "

@@ -22,7 +22,6 @@ from mora_jax._plan.spec import SUFFIX, AdapterSpec
 from mora_jax._plan.trained_arrays import TrainedArray
 from mora_jax._trace_check import Uses
 from mora_jax._tree.paths import Path, named_leaves, pattern_hint, refuse_variables
-from mora_jax.products import Lookup
 
 ATTENTION_AXES = (
     (r"(.*/)?(query|key|value)/kernel", "ioo"),
@@ -278,7 +277,7 @@ def _refuse_unproven(targets: Sequence[str], survey: Survey) -> None:
             continue
         if name in uses.outside:
             kind, tied = "kernel", ""
-            if isinstance(survey.products[name], Lookup):
+            if survey.products[name].needs_trace:
                 kind, tied = "embedding", " (a tied head?)"
             by = f", by {uses.outside[name]}" if uses.outside[name] else ""
             raise ValueError(

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-from mora_jax.products import Contraction, Product
+from mora_jax.products import Product
 
 
 class Call:
@@ -28,10 +28,7 @@ class Call:
     @functools.cached_property
     def transposed(self) -> "Call":
         """The transposed call: a model that takes a gradient goes back through it."""
-        product = self.product
-        if isinstance(product, Contraction):
-            product = Contraction(product.outputs, product.kernel, product.inputs)
-        call = Call(self.name, product, self.scaled, self.method)
+        call = Call(self.name, self.product.transposed, self.scaled, self.method)
         call.__dict__["transposed"] = self
         return call
 

@@ -7,7 +7,6 @@ from typing import Any
 from mora_jax._trace_check.marks import Call
 from mora_jax._trace_check.trails import Trail, Value
 from mora_jax._trace_check.views import Piece, View, length, named
-from mora_jax.products import Contraction, Folded, Lookup
 
 
 def multiplied(
@@ -26,8 +25,8 @@ def multiplied(
     call = next((call for call in operand.inputs if call.name == kernel), None)
     if by == "dot_general" and call is not None and trail.view is not None:
         x = operand.inputs[call]
-        if isinstance(call.product, Contraction):
-            w = _lettered(trail.view, trail.ndim, call.product)
+        if (labels := call.product.einsum_labels) is not None:
+            w = _lettered(trail.view, trail.ndim, labels[1])
             numbers = eqn.params["dimension_numbers"]
             view = None if x is None else _dot(numbers, w, x, kernel_first)
             call = None if x is None else call  # the input was changed
@@ -40,10 +39,10 @@ def multiplied(
     return dataclasses.replace(trail, by=by, call=call, view=view)
 
 
-def _lettered(view: View, ndim: int, product: Contraction) -> View:
-    """The view of a kernel, with its axes named as in the equation of `product`."""
-    stacked = ndim - len(product.kernel)
-    names = [*(("stack", k) for k in range(stacked)), *product.kernel]
+def _lettered(view: View, ndim: int, letters: str) -> View:
+    """The view of a kernel, with its last axes named by the letters of an einsum."""
+    stacked = ndim - len(letters)
+    names = [*(("stack", k) for k in range(stacked)), *letters]
     return tuple(
         tuple(dataclasses.replace(piece, axis=names[piece.axis]) for piece in axis)  # type: ignore[call-overload]
         for axis in view
@@ -78,11 +77,11 @@ def _dot(dimension_numbers: Any, w: View, x: View, kernel_first: bool) -> View |
 def fault(call: Call, trail: Trail, lead: int) -> str:
     """Why an output of `call` is not the product that its rule describes, or ""."""
     product = call.product
-    if isinstance(product, Folded):
+    if product.reads_kernel:
         return _fault_of_read(trail, lead)
     steps = trail.through - product.passes
-    if not trail.by and isinstance(product, Lookup) and steps == {"broadcast_in_dim"}:
-        return ""  # Flax does not look up in an embedding of a single row
+    if not trail.by and steps and steps <= product.stand_ins:
+        return ""
     if not trail.by:
         return "returns it without a product"
     if trail.call is not call:
@@ -95,14 +94,16 @@ def fault(call: Call, trail: Trail, lead: int) -> str:
         return f"changes it, or its product, by {listed(sorted(steps))}"
     if product.primitive and trail.by != product.primitive:
         return f"multiplies it by `{trail.by}` and not by `{product.primitive}`"
-    if isinstance(product, Contraction):
-        outputs = trail.view[lead:] if trail.view is not None else ()
+    if (labels := product.einsum_labels) is not None:
+        inputs, kernel, outputs = labels
+        axes = trail.view[lead:] if trail.view is not None else ()
         whole = [
             axis in ((), (Piece(letter, length(axis)),))
-            for letter, axis in zip(product.outputs, outputs, strict=False)
+            for letter, axis in zip(outputs, axes, strict=False)
         ]
-        if len(outputs) != len(product.outputs) or not all(whole):
-            return f"does not compute {product.equation!r}, as its rule says"
+        if len(axes) != len(outputs) or not all(whole):
+            equation = f"{inputs},{kernel}->{outputs}"
+            return f"does not compute {equation!r}, as its rule says"
     return ""
 
 

@@ -14,7 +14,6 @@ from mora_jax._trace_check.primitives import IDENTITIES, OPAQUE, PREPARING, PROD
 from mora_jax._trace_check.trails import Trail, Uses, Value, joined, with_changed_inputs
 from mora_jax._trace_check.verdict import fault, listed, multiplied
 from mora_jax._trace_check.views import View, length, named, reshape, transpose
-from mora_jax.products import Contraction
 
 
 def follow(jaxpr: Jaxpr, names: Sequence[str], stacked: Mapping[str, int]) -> Uses:
@@ -193,10 +192,8 @@ class _Walk:
                 self._check(call, trail, lead)
             inputs = {c: view for c, view in value.inputs.items() if c is not call}
             return [Value(trails, inputs)]
-        shape, product = eqn.outvars[0].aval.shape, call.product
-        letters: Sequence[Any] = range(len(shape) - lead)
-        if isinstance(product, Contraction):
-            letters = product.inputs
+        shape, labels = eqn.outvars[0].aval.shape, call.product.einsum_labels
+        letters = labels[0] if labels else range(len(shape) - lead)
         view = named([*(("vmap", k) for k in range(lead)), *letters], shape)
         return [Value(value.trails, {**value.inputs, call: view})]
 

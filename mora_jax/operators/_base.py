@@ -365,7 +365,7 @@ _normal = jax.jit(jax.random.normal, static_argnums=(1, 2))
 
 @functools.singledispatch
 def delta_of(op: Operator, m: jax.Array, precision: jax.lax.PrecisionLike) -> Any:
-    """An operator with M between its maps, as a `mora_jax.products.Delta`.
+    """An operator with M between its maps, as a `mora_jax.products.KernelDelta`.
 
     Operators are C and D alone. How a product with M is computed is for the package
     above them, which registers it here.

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from mora_jax._common.axes import sizes
 from mora_jax._common.types import ArrayLike, Shape
-from mora_jax.products._base import Delta, Product
+from mora_jax.products._base import KernelDelta, Product
 
 DENSE = "...i,io->...o"
 """The equation of a dense layer."""
@@ -47,7 +47,7 @@ class Contraction(Product):
 
         Args:
           equation: An equation as for `jax.numpy.einsum`, of input and kernel.
-          inputs_ndim: How many axes the input has; None for as few as the equation
+          inputs_ndim: The number of the input's axes; None for as few as the equation
             allows.
 
         Raises:
@@ -83,10 +83,10 @@ class Contraction(Product):
         """The equation of Flax's general dense layer.
 
         Args:
-          inputs_ndim: How many axes the input has.
+          inputs_ndim: The number of the input's axes.
           axis: The axes of the input that the layer sums over.
           batch: The axes of the input that the kernel has as well, as stack axes.
-          outs: How many axes of output features the kernel has.
+          outs: The number of the kernel's axes of output features.
         """
         labels = string.ascii_letters[:inputs_ndim]
         stack, ins = (
@@ -133,6 +133,18 @@ class Contraction(Product):
         return "".join(kinds[c] for c in self.kernel)
 
     @property
+    def einsum_labels(self) -> tuple[str, str, str]:
+        return self.inputs, self.kernel, self.outputs
+
+    @property
+    def joins(self) -> bool:
+        return "s" not in self.axes  # a stack axis would need a batched product
+
+    @property
+    def transposed(self) -> "Contraction":
+        return Contraction(self.outputs, self.kernel, self.inputs)
+
+    @property
     def equation(self) -> str:
         """The equation for `jax.numpy.einsum`."""
         return f"{self.inputs},{self.kernel}->{self.outputs}"
@@ -144,30 +156,24 @@ class Contraction(Product):
     def fits(self, axes: str) -> bool:
         return axes in (self.axes, _swap(self.axes))
 
-    def delta(self, delta: Delta, x: jax.Array) -> jax.Array:
+    def delta(self, delta: KernelDelta, x: jax.Array) -> jax.Array:
         for_rows = delta.rows if self._as_planned(delta) else delta.transposed_rows
         outs = sizes(delta.kernel_shape, self.axes, "o")
         return self.from_rows(for_rows(self.to_rows(x)), outs)
 
-    def _as_planned(self, delta: Delta) -> bool:
-        """Whether the plan reads the kernel as this layer does, not transposed."""
+    def _as_planned(self, delta: KernelDelta) -> bool:
+        """True if the plan reads the kernel as this layer does, not transposed."""
         return delta.axes == self.axes
 
-    def factors(self, scale: ArrayLike | float) -> tuple[jax.Array, jax.Array]:
-        """Factors of input and output that have the effect of scaling the kernel.
+    def batch_axes(self, x: jax.Array) -> tuple[int, int] | None:
+        if not self._batch:
+            return None
+        return self.inputs.index(self._batch[0]), self.outputs.index(self._batch[0])
 
-        Args:
-          scale: The factor of the kernel, an array that broadcasts against it.
-
-        Returns:
-          An array that broadcasts against the input, and an array that broadcasts
-          against the output. At least one of them is 1.
-
-        Raises:
-          ValueError: `scale` has too many axes, or varies along input features and
-            along output features.
-        """
-        scale, unit = jnp.asarray(scale), jnp.ones(())
+    def factors(
+        self, scale: ArrayLike | float
+    ) -> tuple[jax.Array | None, jax.Array | None]:
+        scale = jnp.asarray(scale)
         shape = (1,) * (len(self.kernel) - scale.ndim) + scale.shape
         if len(shape) > len(self.kernel):
             raise ValueError(
@@ -181,7 +187,7 @@ class Contraction(Product):
                 axes = jnp.transpose(scale.squeeze(), [varies.index(c) for c in order])
                 sizes = {c: n for c, n in zip(self.kernel, shape, strict=True) if n > 1}
                 factor = axes.reshape([sizes.get(c, 1) for c in letters])
-                return (unit, factor) if letters is self.outputs else (factor, unit)
+                return (None, factor) if letters is self.outputs else (factor, None)
         raise ValueError(
             f"scale of shape {scale.shape} must vary along the input features or the "
             f"output features of a kernel with axes {self.axes!r}, not along both"
