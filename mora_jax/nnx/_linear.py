@@ -5,11 +5,9 @@ from typing import Any
 from flax import nnx
 
 from mora_jax._plan.config import MoRAConfig, refuse_train
-from mora_jax._plan.spec import SUFFIX, AdapterSpec
+from mora_jax._plan.spec import AdapterSpec
 from mora_jax._tree.start import init_adapter
-from mora_jax.nnx._classes import DROPOUT, adapted_class
-from mora_jax.nnx._dropout import AdapterDropout
-from mora_jax.nnx._param import MoRAParam
+from mora_jax.nnx._classes import adapted_class, hold_adapter
 
 
 class MoRALinear(nnx.Linear):
@@ -53,6 +51,4 @@ class MoRALinear(nnx.Linear):
         shape = (in_features, out_features)
         spec = AdapterSpec.from_config(config, shape, kernel_dtype=self.kernel.dtype)
         key = rngs.params() if spec.init == "gaussian" else None
-        setattr(self, f"kernel{SUFFIX}", MoRAParam.of(spec, init_adapter(spec, key)))
-        if spec.dropout > 0:
-            setattr(self, DROPOUT, AdapterDropout(spec.dropout, seed))
+        hold_adapter(self, spec, init_adapter(spec, key), seed)

@@ -6,16 +6,20 @@ from typing import Any
 
 from flax import nnx
 
-from mora_jax._flax.layer_rules import LayerRule, folded_kernels, planning_rules
+from mora_jax._flax.layer_rules import (
+    LayerRule,
+    folded_kernels,
+    planning_rules,
+    rules_of,
+)
 from mora_jax._flax.survey import Survey, refuse_untraced
 from mora_jax._plan.config import MoRAConfig, check_config
 from mora_jax._plan.plan import Plan
 from mora_jax._plan.planning import plan_surveyed
 from mora_jax._tree.paths import named_leaves
-from mora_jax.nnx._adapters import named_modules
-from mora_jax.nnx._classes import plain_class, subclass
-from mora_jax.nnx._folded import reading_class
+from mora_jax.nnx._derived import derived, plain_class, plain_copy
 from mora_jax.nnx._param import MoRAParam
+from mora_jax.nnx._state import named_modules
 
 
 def plan(
@@ -127,26 +131,26 @@ def _known(model: nnx.Module) -> Iterator[tuple[str, nnx.Module, LayerRule]]:
 def _trace(model: nnx.Module, survey: Survey, args: Any, kwargs: Any) -> None:
     """Add to `survey` what the trace of a call shows."""
     marked = nnx.clone(model)
-    found = list(_known(marked))
-
-    def record(
-        prefix: str, rule: LayerRule, module: Any, method: Any, args: Any, kwargs: Any
-    ) -> Any:
-        name = prefix + rule.name(module)
-        return survey.record_call(name, rule, module, method, args, kwargs)
 
     def read(prefix: str, module: Any, name: str, kernel: Any) -> Any:
-        product = folded_kernels(type(module))[name]
-        cls = plain_class(module).__name__
-        return survey.record_read(prefix + name, product, cls, kernel)
+        cls = plain_class(module)
+        product = folded_kernels(cls)[name]
+        return survey.record_read(prefix + name, product, cls.__name__, kernel)
 
-    for path, layer in {name.rpartition("/")[0]: m for name, m, _ in found}.items():
-        prefix, cls = f"{path}/" if path else "", type(layer)
-        if folded_kernels(cls):
-            cls = reading_class(cls, functools.partial(read, prefix))
-        else:
-            cls = subclass(cls, functools.partial(record, prefix), strict=False)
-        object.__setattr__(layer, "__class__", cls)
+    def record(
+        prefix: str, module: Any, name: str, method: Any, args: Any, kwargs: Any
+    ) -> Any:
+        with plain_copy(module, functools.partial(read, prefix)) as copy:
+            method = functools.partial(method, copy)
+            if (rule := rules_of(type(copy)).get(name)) is None:
+                return method(*args, **kwargs)
+            path = prefix + rule.name(copy)
+            return survey.record_call(path, rule, copy, method, args, kwargs)
+
+    layers = {name.rpartition("/")[0]: layer for name, layer, _ in _known(marked)}
+    for path, layer in layers.items():
+        through = functools.partial(record, f"{path}/" if path else "")
+        object.__setattr__(layer, "__class__", derived(type(layer), through))
     graph, state = nnx.split(marked)
 
     def call(state: Any, args: Any, kwargs: Any) -> Any:

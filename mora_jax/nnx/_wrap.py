@@ -13,18 +13,17 @@ from mora_jax._plan.spec import AdapterSpec
 from mora_jax._plan.trained_arrays import refuse_trained
 from mora_jax._tree.adapters import adapter_items, init, trained_items
 from mora_jax._tree.merge import merge
-from mora_jax.nnx._adapters import (
+from mora_jax.nnx._classes import attach, detach, train_array
+from mora_jax.nnx._param import MoRAParam
+from mora_jax.nnx._plan import check_model, normalised, refuse_shared
+from mora_jax.nnx._plan import plan as plan_model
+from mora_jax.nnx._state import (
     adapters,
     named_modules,
     named_sharding,
     parameters,
     plan_of,
 )
-from mora_jax.nnx._classes import attach, detach
-from mora_jax.nnx._param import MoRAParam
-from mora_jax.nnx._plan import check_model, normalised, refuse_shared
-from mora_jax.nnx._plan import plan as plan_model
-from mora_jax.nnx._trained import train_array
 from mora_jax.sharding import adapter_sharding
 
 Model = TypeVar("Model", bound=nnx.Module)
