@@ -18,18 +18,21 @@ def multiplied(
       eqn: The equation of the program that multiplies.
       kernel: The path of the kernel.
       trail: The trail of the kernel before its product.
-      operand: What the array that it is multiplied with depends on.
-      kernel_first: Whether the kernel is the first of the two.
+      operand: The trails of the array that it is multiplied with.
+      kernel_first: True if the kernel is the first of the two.
     """
     by, view = eqn.primitive.name, None
-    call = next((call for call in operand.inputs if call.name == kernel), None)
+    calls = (start for start in operand if isinstance(start, Call))
+    call = next((call for call in calls if call.name == kernel), None)
     if by == "dot_general" and call is not None and trail.view is not None:
-        x = operand.inputs[call]
         if (labels := call.product.einsum_labels) is not None:
             w = _lettered(trail.view, trail.ndim, labels[1])
-            numbers = eqn.params["dimension_numbers"]
-            view = None if x is None else _dot(numbers, w, x, kernel_first)
-            call = None if x is None else call  # the input was changed
+            x = operand[call]
+            if x.unchanged and x.view is not None:
+                numbers = eqn.params["dimension_numbers"]
+                view = _dot(numbers, w, x.view, kernel_first)
+            else:
+                call = None
     if by == "gather":
         # It must take whole rows of the unchanged kernel, which is not the indices.
         shape = eqn.invars[0].aval.shape

@@ -1,6 +1,7 @@
 """Adapters for unmodified models."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
@@ -210,9 +211,10 @@ class _Interceptor:
             return method(*args, **kwargs)
         scope = module.scope.path
         outermost = all(scope != outer for _, outer in self.running)
+        call = self._adapted(module, name, method, args, kwargs, adapters)
         self.running.append((module, scope))
         try:
-            y = self._adapt(method, module, name, args, kwargs, adapters)
+            y = call()
         finally:
             self.running.pop()
         for kernel in adapters if outermost else ():
@@ -220,44 +222,31 @@ class _Interceptor:
                 raise unknown_use("/".join((*scope, kernel)), type(module), name)
         return y
 
-    def _adapt(
+    def _adapted(
         self,
-        method: Callable[..., Any],
-        module: nn.Module,
+        module: Any,
         name: str,
+        method: Callable[..., Any],
         args: Any,
         kwargs: Any,
         adapters: Mapping[str, BoundAdapter],
-    ) -> Any:
-        assert module.scope is not None
+    ) -> Callable[[], Any]:
+        """The call of a method with the adapter of its kernel, if it has one."""
         scope, rules = module.scope.path, rules_of(type(module))
-        if name not in rules:
-            y = method(*args, **kwargs)
-            for rule in rules.values():
-                if (kernel := rule.name(module)) in adapters:
-                    raise unknown_use("/".join((*scope, kernel)), type(module), name)
-            return y
-        rule = rules[name]
-        kernel = rule.name(module)
-        if kernel not in adapters:
-            return method(*args, **kwargs)
+        kernels = {rule.name(module) for rule in rules.values()} & adapters.keys()
+        for kernel in () if name in rules else kernels:
+            raise unknown_use("/".join((*scope, kernel)), type(module), name)
+        if name not in rules or (kernel := rules[name].name(module)) not in kernels:
+            return functools.partial(method, *args, **kwargs)
         self.used.add((scope, kernel))
-        product, x = rule.read(module, args, kwargs)
+        adapter, key = adapters[kernel], None
+        spec = dataclasses.replace(adapter.spec, path=(*scope, *adapter.spec.path))
         if not self.traced:
-            refuse_untraced("/".join((*scope, kernel)), product)
-        spec, key = adapters[kernel].spec, None
+            refuse_untraced(spec.name, rules[name].read(module, args, kwargs)[0])
         if spec.dropout > 0 and not self.deterministic:
             key = module.make_rng("dropout")
-        return adapt_call(
-            lambda: method(*args, **kwargs),
-            module,
-            rule,
-            dataclasses.replace(spec, path=(*scope, *spec.path)),
-            lambda: adapters[kernel].m,
-            x,
-            product,
-            key,
-        )
+        call = rules[name], module, method, args, kwargs, spec, lambda: adapter.m, key
+        return functools.partial(adapt_call, *call)
 
 
 def _refuse_normalised(module: Any) -> None:

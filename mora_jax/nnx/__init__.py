@@ -22,9 +22,9 @@ Training::
   adapter_optimizer     an `nnx.Optimizer` of the adapters alone
 """
 
-import mora_jax.nnx._rules as _rules  # registers Flax's own layers
+import mora_jax._flax.flax_layers as _flax_layers  # registers them
 from mora_jax._flax.layer_rules import register_layer as register_layer
-from mora_jax.nnx._linear import MoRALinear as MoRALinear
+from mora_jax.nnx._mora_linear import MoRALinear as MoRALinear
 from mora_jax.nnx._param import MoRAParam as MoRAParam
 from mora_jax.nnx._plan import plan as plan
 from mora_jax.nnx._state import adapters as adapters

@@ -47,20 +47,19 @@ def call_adapted(
     cls = plain_class(module)
     rule = rules_of(cls).get(name)
     with plain_copy(module, with_delta) as copy:
-        call = functools.partial(method, copy, *args, **kwargs)
+        method = functools.partial(method, copy)
         if rule is None:
             _refuse_unknown(module, cls, name)
-            return call()
+            return method(*args, **kwargs)
         kernel = rule.name(module)
         m = getattr(module, kernel + SUFFIX, None)
         if m is None:  # another kernel of the layer is adapted
-            return call()
+            return method(*args, **kwargs)
         dropout, key = getattr(module, DROPOUT, None), None
         if dropout is not None and not dropout.deterministic:
             key = dropout.key(value_of(m), getattr(module, kernel))
-        product, x = rule.read(copy, args, kwargs)
         m_of = functools.partial(value_of, m)
-        return adapt_call(call, copy, rule, m.spec, m_of, x, product, key)
+        return adapt_call(rule, copy, method, args, kwargs, m.spec, m_of, key)
 
 
 def _refuse_unknown(module: nnx.Module, cls: type, method: str) -> None:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from mora_jax._common.axes import sizes
 from mora_jax._common.types import ArrayLike, Shape
-from mora_jax.products._base import KernelDelta, Product
+from mora_jax.products._product import KernelDelta, Product
 
 DENSE = "...i,io->...o"
 """The equation of a dense layer."""

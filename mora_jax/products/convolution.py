@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import jax
 
-from mora_jax.products._base import KernelDelta, Product
+from mora_jax.products._product import KernelDelta, Product
 
 Convolve = Callable[[jax.Array, jax.Array], jax.Array]
 

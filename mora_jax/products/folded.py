@@ -4,7 +4,7 @@ import dataclasses
 
 import jax
 
-from mora_jax.products._base import KernelDelta, Product
+from mora_jax.products._product import KernelDelta, Product
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,7 @@ from jax.typing import DTypeLike
 from jaxtyping import PRNGKeyArray
 
 from mora_jax._common.types import ArrayLike
-from mora_jax.products._base import KernelDelta, Product, drop
+from mora_jax.products._product import KernelDelta, Product, drop
 
 
 @dataclasses.dataclass(frozen=True)
