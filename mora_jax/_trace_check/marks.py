@@ -16,8 +16,8 @@ class Call:
 
     Attributes:
       name: The path of the kernel.
-      product: What the method computes, according to the layer's rule.
-      scaled: Whether the rule says that the layer scales its kernel.
+      product: The product that the method computes, according to the layer's rule.
+      scaled: True if the rule says that the layer scales its kernel.
       method: The method, such as "Dense.__call__".
     """
 

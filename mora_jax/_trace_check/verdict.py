@@ -1,4 +1,4 @@
-"""Whether a kernel's product is the one that the rule of its layer describes."""
+"""Verdicts: is a kernel's product the one that the rule of its layer describes?"""
 
 import dataclasses
 from collections.abc import Iterable
@@ -78,7 +78,7 @@ def _dot(dimension_numbers: Any, w: View, x: View, kernel_first: bool) -> View |
 
 
 def fault(call: Call, trail: Trail, lead: int) -> str:
-    """Why an output of `call` is not the product that its rule describes, or ""."""
+    """Reason why an output of `call` is not the product of its rule, or ""."""
     product = call.product
     if product.reads_kernel:
         return _fault_of_read(trail, lead)
@@ -111,7 +111,7 @@ def fault(call: Call, trail: Trail, lead: int) -> str:
 
 
 def _fault_of_read(trail: Trail, lead: int) -> str:
-    """Why the array that a layer reads is not the kernel itself, or ""."""
+    """Reason why the array that a layer reads is not the kernel itself, or ""."""
     if steps := {trail.by, *trail.through} - {""}:
         return f"reads it changed by {listed(sorted(steps))}"
     axes = [axis for axis in trail.view[lead:] if axis] if trail.view else []

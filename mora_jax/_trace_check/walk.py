@@ -1,4 +1,4 @@
-"""A walk through the program of a model's call, from its kernels to its outputs."""
+"""Walk through the program of a model's call, from its kernels to its outputs."""
 
 import dataclasses
 import functools
@@ -217,13 +217,9 @@ class _Walk:
             )
         )
         consts = unstacked - carry
-        fixed, start = values[:consts], values[consts:unstacked]
         layers = [_in_one_round(value) for value in values[unstacked:]]
-        state = self._steady(
-            body, lambda state: [*fixed, *state, *layers], start, self.depth + 1
-        )
-        walk = _Walk(self.uses, self.stacked, self.depth + 1)
-        results = walk.run(body, [*fixed, *state, *layers])
+        loop = body, values[:consts], values[consts:unstacked], layers
+        state, results = self._loop(*loop, self.depth + 1)
         return [*state, *(self._after_all_rounds(value) for value in results[carry:])]
 
     def _after_all_rounds(self, value: Value) -> Value:
@@ -243,28 +239,27 @@ class _Walk:
     def _while(self, eqn: Any, values: list[Value]) -> list[Value]:
         start = eqn.params["cond_nconsts"]
         stop = start + eqn.params["body_nconsts"]
-        body, fixed = _open(eqn.params["body_jaxpr"]), values[start:stop]
-        state = self._steady(
-            body, lambda state: [*fixed, *state], values[stop:], self.depth
-        )
-        self.run(body, [*fixed, *state])
-        return state
+        body = _open(eqn.params["body_jaxpr"])
+        return self._loop(body, values[start:stop], values[stop:], [], self.depth)[0]
 
-    def _steady(
+    def _loop(
         self,
         body: Jaxpr,
-        inputs: Callable[[list[Value]], list[Value]],
+        fixed: list[Value],
         state: list[Value],
+        layers: list[Value],
         depth: int,
-    ) -> list[Value]:
-        """A loop's state that holds before and after every round."""
-        while True:  # until nothing more is lost
-            # The uses are dropped, since these states may not hold in every round.
-            results = _Walk(Uses(), self.stacked, depth).run(body, inputs(state))
+    ) -> tuple[list[Value], list[Value]]:
+        """A state that holds before and after every round, and a round's outputs."""
+        while True:  # until nothing more is lost: a trail loses its view only once
+            # These uses are dropped, since the state may not hold in every round.
+            walk = _Walk(Uses(), self.stacked, depth)
+            results = walk.run(body, [*fixed, *state, *layers])
             pairs = zip(state, results, strict=False)
             weaker = [in_either(before, after) for before, after in pairs]
             if weaker == state:
-                return state
+                walk.uses = self.uses
+                return state, walk.run(body, [*fixed, *state, *layers])
             state = weaker
 
     def _cond(self, eqn: Any, values: list[Value]) -> list[Value]:

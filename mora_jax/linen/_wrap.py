@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import flax.linen as nn
 
@@ -22,14 +22,18 @@ from mora_jax.linen._bound import BoundAdapter, check_model, params_of
 from mora_jax.linen._plan import plan as plan_model
 
 
-class AdaptedApply(Protocol):
-    """What `wrap` returns.
+@dataclasses.dataclass(eq=False)
+class AdaptedApply:
+    """A model's `apply` with adapters, as `wrap` makes it.
 
     Attributes:
+      model: The model, which stays as it is.
       plan: The plan of the adapters.
     """
 
+    model: nn.Module
     plan: Plan
+    _warned: bool = dataclasses.field(default=False, init=False, repr=False)
 
     def __call__(
         self,
@@ -39,8 +43,33 @@ class AdaptedApply(Protocol):
         adapter_deterministic: bool | None = None,
         **kwargs: Any,
     ) -> Any:
-        """The model's `apply` with adapters."""
-        ...
+        """The model's `apply` with adapters; see `wrap`."""
+        plan = self.plan
+        needs_flag = any(spec.dropout > 0 for spec in plan.specs)
+        if needs_flag and adapter_deterministic is None:
+            raise ValueError(
+                "the plan has dropout: adapter_deterministic must be True or False, "
+                "got None"
+            )
+        items = adapter_items(adapters, plan, by_row=True)
+        bound = {adapter_path(spec): BoundAdapter.of(spec, m) for spec, m in items}
+        base = params_of(variables)
+        trained = trained_items(adapters, plan) if plan.trained else []
+        params = combine(with_trained(base, trained), nest(bound))
+        interceptor = _Interceptor(plan, bool(adapter_deterministic))
+        with nn.intercept_methods(interceptor):
+            result = self.model.apply({**variables, "params": params}, *args, **kwargs)
+        if not kwargs.get("mutable"):
+            return result
+        output, updated = result
+        kept = sorted(updated.keys() & variables.keys() - {"params", "cache"})
+        if kept and not self._warned:
+            self._warned = True
+            _warn_of_statistics(kept)
+        if "params" in updated:
+            new = split(updated["params"])[0]
+            updated = {**updated, "params": _with_base_of(new, base, trained)}
+        return output, updated
 
 
 def wrap(
@@ -101,49 +130,11 @@ def wrap(
     """
     check_model(model)
     plan = _given_or_made(model, config_or_plan, variables, args, kwargs)
-    warned = False
-    needs_flag = any(spec.dropout > 0 for spec in plan.specs)
-
-    def apply(
-        adapters: Any,
-        variables: Mapping[str, Any],
-        *args: Any,
-        adapter_deterministic: bool | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        if needs_flag and adapter_deterministic is None:
-            raise ValueError(
-                "the plan has dropout: adapter_deterministic must be True or False, "
-                "got None"
-            )
-        items = adapter_items(adapters, plan, by_row=True)
-        bound = {adapter_path(spec): BoundAdapter.of(spec, m) for spec, m in items}
-        base = params_of(variables)
-        trained = trained_items(adapters, plan) if plan.trained else []
-        params = combine(with_trained(base, trained), nest(bound))
-        interceptor = _Interceptor(plan, bool(adapter_deterministic))
-        with nn.intercept_methods(interceptor):
-            result = model.apply({**variables, "params": params}, *args, **kwargs)
-        if not kwargs.get("mutable"):
-            return result
-        output, updated = result
-        nonlocal warned
-        kept = sorted(updated.keys() & variables.keys() - {"params", "cache"})
-        if kept and not warned:
-            warned = True
-            _warn_of_statistics(kept)
-        if "params" in updated:
-            new = split(updated["params"])[0]
-            updated = {**updated, "params": _with_base_of(new, base, trained)}
-        return output, updated
-
-    adapted: Any = apply
-    adapted.plan = plan
-    return adapted
+    return AdaptedApply(model, plan)
 
 
 def _with_base_of(params: Any, base: Any, trained: Items) -> Any:
-    """The params of a call, with the base's arrays in place of the trained copies."""
+    """The params of a call, with the base's arrays instead of the trained copies."""
     if not trained:
         return params
     leaves = named_leaves(base)

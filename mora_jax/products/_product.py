@@ -57,6 +57,10 @@ class KernelDelta(Protocol):
         ...
 
 
+Factors = tuple[jax.Array | None, jax.Array | None]
+"""Factors of a product's input and output; None for no factor."""
+
+
 class Product(abc.ABC):
     """Product of a layer's input with its kernel; linear in both.
 
@@ -161,17 +165,14 @@ class Product(abc.ABC):
         """The delta's output `y` for the input `x`; arguments as for `dropped`."""
         return y
 
-    def factors(
-        self, scale: ArrayLike | float
-    ) -> tuple[jax.Array | None, jax.Array | None]:
+    def factors(self, scale: ArrayLike | float) -> Factors:
         """Factors of input and output that have the effect of scaling the kernel.
 
         Args:
           scale: The factor of the kernel, an array that broadcasts against it.
 
         Returns:
-          An array that broadcasts against the input, and an array that broadcasts
-          against the output. One of the two is None, for no factor.
+          Arrays that broadcast against the input and the output, or None for one.
 
         Raises:
           ValueError: No such factors exist, or the product does not know them.

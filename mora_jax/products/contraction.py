@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from mora_jax._common.axes import sizes
 from mora_jax._common.types import ArrayLike, Shape
-from mora_jax.products._product import KernelDelta, Product
+from mora_jax.products._product import Factors, KernelDelta, Product
 
 DENSE = "...i,io->...o"
 """The equation of a dense layer."""
@@ -66,10 +66,8 @@ class Contraction(Product):
             outputs = "..." * ("..." in inputs) + "".join(single)
         unused = [c for c in string.ascii_letters if c not in named]
         least = len(inputs.replace("...", ""))
-        if inputs_ndim is None:
-            inputs_ndim = least
-        missing = max(0, inputs_ndim - least)
-        hidden = "".join(unused[:missing])
+        inputs_ndim = least if inputs_ndim is None else inputs_ndim
+        hidden = "".join(unused[: max(0, inputs_ndim - least)])
         contraction = cls(
             inputs.replace("...", hidden), kernel, outputs.replace("...", hidden)
         )
@@ -154,25 +152,20 @@ class Contraction(Product):
         return True
 
     def fits(self, axes: str) -> bool:
-        return axes in (self.axes, _swap(self.axes))
+        exchanged = self.axes.translate(str.maketrans("io", "oi"))
+        return axes in (self.axes, exchanged)
 
     def delta(self, delta: KernelDelta, x: jax.Array) -> jax.Array:
-        for_rows = delta.rows if self._as_planned(delta) else delta.transposed_rows
+        for_rows = delta.rows if delta.axes == self.axes else delta.transposed_rows
         outs = sizes(delta.kernel_shape, self.axes, "o")
         return self.from_rows(for_rows(self.to_rows(x)), outs)
-
-    def _as_planned(self, delta: KernelDelta) -> bool:
-        """True if the plan reads the kernel as this layer does, not transposed."""
-        return delta.axes == self.axes
 
     def batch_axes(self, x: jax.Array) -> tuple[int, int] | None:
         if not self._batch:
             return None
         return self.inputs.index(self._batch[0]), self.outputs.index(self._batch[0])
 
-    def factors(
-        self, scale: ArrayLike | float
-    ) -> tuple[jax.Array | None, jax.Array | None]:
+    def factors(self, scale: ArrayLike | float) -> Factors:
         scale = jnp.asarray(scale)
         shape = (1,) * (len(self.kernel) - scale.ndim) + scale.shape
         if len(shape) > len(self.kernel):
@@ -180,13 +173,12 @@ class Contraction(Product):
                 f"scale of shape {shape} must broadcast against a kernel of "
                 f"{len(self.kernel)} axes"
             )
-        varies = [c for c, n in zip(self.kernel, shape, strict=True) if n > 1]
+        varies = {c: n for c, n in zip(self.kernel, shape, strict=True) if n > 1}
         for letters in (self.outputs, self.inputs):
-            if set(varies) <= set(letters):
-                order = sorted(varies, key=letters.index)
-                axes = jnp.transpose(scale.squeeze(), [varies.index(c) for c in order])
-                sizes = {c: n for c, n in zip(self.kernel, shape, strict=True) if n > 1}
-                factor = axes.reshape([sizes.get(c, 1) for c in letters])
+            if varies.keys() <= set(letters):
+                order = [[*varies].index(c) for c in letters if c in varies]
+                factor = jnp.transpose(scale.squeeze(), order)
+                factor = factor.reshape([varies.get(c, 1) for c in letters])
                 return (None, factor) if letters is self.outputs else (factor, None)
         raise ValueError(
             f"scale of shape {scale.shape} must vary along the input features or the "
@@ -229,7 +221,3 @@ class Contraction(Product):
     @property
     def _batch(self) -> str:
         return "".join(c for c in self.inputs if c not in self.kernel)
-
-
-def _swap(axes: str) -> str:
-    return axes.translate(str.maketrans("io", "oi"))

@@ -8,7 +8,7 @@ from jax.typing import DTypeLike
 from jaxtyping import PRNGKeyArray
 
 from mora_jax._common.types import ArrayLike
-from mora_jax.products._product import KernelDelta, Product, drop
+from mora_jax.products._product import Factors, KernelDelta, Product, drop
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,9 +70,7 @@ class Lookup(Product):
     ) -> jax.Array:
         return drop(y, (*x.shape, 1), key, rate)  # an index is dropped with its row
 
-    def factors(
-        self, scale: ArrayLike | float
-    ) -> tuple[jax.Array | None, jax.Array | None]:
+    def factors(self, scale: ArrayLike | float) -> Factors:
         if jnp.ndim(scale) > 1:  # it varies along the vocabulary
             return super().factors(scale)
         return None, jnp.asarray(scale)
