@@ -1,9 +1,10 @@
-"""The proof that a plan is right: what a model does with each of its kernels.
+"""The trace check: what a model does with each of its kernels, read from a program.
 
 An adapter is right if its kernel reaches the output of the model only through the
 product that the rule of its layer describes. While a model is traced, `mark` writes
 into the program where calls of known layers begin and end. `follow` then walks through
-the program, from the kernels to the outputs.
+the program, from the kernels to the outputs. `docs/trace-check.md` shows it on an
+example, and says what it proves and what it cannot.
 """
 
 from mora_jax._trace_check.marks import Call as Call

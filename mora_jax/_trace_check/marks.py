@@ -25,6 +25,9 @@ class Call:
         self.name, self.product = name, product
         self.scaled, self.method = scaled, method
 
+    def __repr__(self) -> str:  # in a printed program
+        return f"{self.method} of {self.name}"
+
     @functools.cached_property
     def transposed(self) -> "Call":
         """The transposed call: a model that takes a gradient goes back through it."""
