@@ -91,13 +91,13 @@ def kernels(value: Value) -> dict[str, Trail]:
 
 @dataclasses.dataclass
 class Uses:
-    """What a call of a model does with its arrays.
+    """Uses of a model's arrays in one call.
 
     Attributes:
       reached: The paths of the arrays that the outputs depend on.
       multiplied: The paths of the arrays that are multiplied with something.
-      faults: {path of a kernel: what its layer does instead of the rule's product}.
-      outside: {path of a kernel: what is done with it outside of its layer}.
+      faults: {path of a kernel: the fault of its layer, by the rule's product}.
+      outside: {path of a kernel: the primitives outside of its layer that use it}.
       unseen: {path of a kernel: the primitive that a trace cannot look into}.
     """
 

@@ -223,7 +223,7 @@ class _Walk:
         return [*state, *(self._after_all_rounds(value) for value in results[carry:])]
 
     def _after_all_rounds(self, value: Value) -> Value:
-        """What a scan makes by stacking: its slices of a kernel become the kernel."""
+        """The value that a scan stacks: its slices of a kernel become the kernel."""
         result = {}
         for start, trail in value.items():
             if trail.by:  # the walk does not follow which rows the products are of

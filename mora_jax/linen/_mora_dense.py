@@ -22,8 +22,8 @@ class MoRADense(nn.Dense):
     take the M's out of its parameters with `mora_jax.split`.
 
     Attributes:
-      config: The adapter's settings; `targets`, `exclude` and `overrides` have no
-        meaning here, and `train` must be empty.
+      config: The adapter's settings; `targets`, `exclude` and `overrides` mean
+        nothing here, and `train` must be empty.
       deterministic: True to turn the adapter's dropout off. It must be given, here or
         in the call, where `config.dropout` is above zero. The key comes from the
         "dropout" stream.

@@ -91,8 +91,8 @@ def wrap(
 
     Args:
       model: Any Linen module. It stays as it is.
-      config_or_plan: What to adapt, and how: a config, None for the defaults, or a
-        plan, as `linen.plan` makes it.
+      config_or_plan: The kernels to adapt and the settings: a config, None for the
+        defaults, or a plan, as `linen.plan` makes it.
       variables: The model's variables, arrays or shapes. They are given with a config,
         not with a plan.
       *args: The inputs of a call, arrays or shapes; with a config, like `variables`.
@@ -138,7 +138,7 @@ def _with_base_of(params: Any, base: Any, trained: Items) -> Any:
     if not trained:
         return params
     leaves = named_leaves(base)
-    old = dict(find_trained(leaves, one) for one, _ in trained)
+    old = dict(find_trained(leaves, array) for array, _ in trained)
     return replace_leaves(params, old)
 
 

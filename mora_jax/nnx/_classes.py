@@ -85,7 +85,7 @@ def with_delta(module: nnx.Module, name: str, kernel: jax.Array) -> jax.Array:
 def attach(
     module: nnx.Module, spec: AdapterSpec, m: Any, *, seed: int, traced: bool
 ) -> None:
-    """Give `module` its adapter, or raise if it would have no effect."""
+    """Give `module` its adapter, or raise if it would change nothing."""
     cls, kernel = plain_class(module), spec.path[-1]
     rule = planning_rules(module).get(kernel)
     if rule is None:

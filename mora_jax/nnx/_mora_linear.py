@@ -16,8 +16,8 @@ class MoRALinear(nnx.Linear):
     Args:
       in_features: The length of the input vectors.
       out_features: The length of the output vectors.
-      config: The adapter's settings; `targets`, `exclude` and `overrides` have no
-        meaning here, and `train` must be empty.
+      config: The adapter's settings; `targets`, `exclude` and `overrides` mean
+        nothing here, and `train` must be empty.
       rngs: The source of the keys for the parameters.
       seed: The seed of the dropout masks, as in `wrap`.
       **kwargs: Further arguments of `nnx.Linear`.

@@ -34,7 +34,7 @@ def plan(
 
     Args:
       model: Any NNX module, of arrays or (by `nnx.eval_shape`) of shapes.
-      config: What to adapt, and how; None for the defaults.
+      config: The kernels to adapt and the settings; None for the defaults.
       *args: The inputs of a call, arrays or shapes. They are only needed where the
         modules do not tell enough: an `nnx.Einsum` that gets its equation in the call,
         and embeddings, which a model might also read elsewhere (a tied head).
@@ -81,20 +81,18 @@ def plan(
         _trace(model, survey, args, kwargs)
     chosen = plan_surveyed(params, config, survey)
     refuse_shared(model, [spec.name for spec in chosen.specs], "exclude it")
-    refuse_shared(model, [one.name for one in chosen.trained], "take it out of train")
+    refuse_shared(model, [t.name for t in chosen.trained], "take it out of train")
     for spec in () if chosen.traced else chosen.specs:
         refuse_untraced(spec.name, survey.products.get(spec.name))
     return chosen
 
 
-NORMALISING = tuple(
-    getattr(nnx, name) for name in ("WeightNorm", "SpectralNorm") if hasattr(nnx, name)
-)
-"""Flax's modules that change the kernels of the layer inside; Flax 0.12.0 has none."""
+NORMALISING = nnx.WeightNorm, nnx.SpectralNorm
+"""Flax's modules that change the kernels of the layer inside."""
 
 
 def normalised(model: nnx.Module, kernels: Iterable[str]) -> dict[str, str]:
-    """{path: why} for those of `kernels` that a module changes before it uses them."""
+    """{path: reason} of the `kernels` that a module changes before it uses them."""
     inside = {
         "/".join((*path, "layer_instance", "")): type(module).__name__
         for path, module in named_modules(model)
