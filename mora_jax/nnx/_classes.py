@@ -20,7 +20,7 @@ from mora_jax._layer.adapted import check_product
 from mora_jax._layer.fold import folded_kernel
 from mora_jax._plan.spec import SUFFIX, AdapterSpec
 from mora_jax._plan.trained_arrays import TrainedArray
-from mora_jax.nnx._derived import derived, plain_class, plain_copy, plain_variable
+from mora_jax.nnx._derived import copied, derived, plain_class, plain_variable
 from mora_jax.nnx._dropout import AdapterDropout
 from mora_jax.nnx._param import MoRAParam, TrainedParam, is_m, value_of
 
@@ -46,10 +46,13 @@ def call_adapted(
     """The output of a layer's method, with the adapter's delta added."""
     cls = plain_class(module)
     rule = rules_of(cls).get(name)
-    with plain_copy(module, with_delta) as copy:
+    if rule is None and not folded_kernels(cls):
+        _refuse_unknown(module, cls, name)
+        with copied(module, None) as copy:  # which may call methods that have rules
+            return method(copy, *args, **kwargs)
+    with copied(module, with_delta) as copy:
         method = functools.partial(method, copy)
         if rule is None:
-            _refuse_unknown(module, cls, name)
             return method(*args, **kwargs)
         kernel = rule.name(module)
         m = getattr(module, kernel + SUFFIX, None)
@@ -65,7 +68,7 @@ def call_adapted(
 def _refuse_unknown(module: nnx.Module, cls: type, method: str) -> None:
     """Raise for a method without a rule that may use an adapted kernel."""
     public = method[0] != "_" or method == "__call__"
-    if public and not folded_kernels(cls) and any(map(is_m, vars(module).values())):
+    if public and any(map(is_m, vars(module).values())):
         raise unknown_use("kernel", cls, method)
 
 

@@ -1,10 +1,11 @@
 """Derived classes: layers whose methods run on a plain copy of the layer.
 
 A layer keeps its attributes and the name of its class, and with them the paths of its
-parameters. A method of the derived class makes a copy of the plain class, without M's,
-and runs there. So whatever the method does (`nnx.remat` of a part, calls of other
-methods) adds no delta a second time, other threads may be in the same layer, and qwix,
-which takes an array for a weight if a parameter has its shape, sees no M.
+parameters. A method that has a rule, or that reads folded kernels, makes a copy of the
+plain class, without M's, and runs there. So whatever the method does (`nnx.remat` of a
+part, calls of other methods) adds no delta a second time, other threads may be in the
+same layer, and qwix, which takes an array for a weight if a parameter has its shape,
+sees no M.
 """
 
 import contextlib
@@ -58,21 +59,22 @@ def plain_class(module: nnx.Module) -> type:
 
 
 @contextlib.contextmanager
-def plain_copy(module: nnx.Module, read: Read) -> Iterator[Any]:
-    """A copy of a layer, of its plain class and with the same variables, for one call.
+def copied(module: nnx.Module, read: Read | None) -> Iterator[Any]:
+    """A copy of a layer for one call, with the same variables.
 
-    A `products.Folded` kernel is what `read` makes of it. An array that trains in
-    float32 has the base's dtype, since the dtype of what a layer computes often follows
-    from its parameters. What the call sets, such as intermediate values, is set on the
-    layer as well.
+    With `read` it is of the plain class without M's, and a `products.Folded` kernel
+    is what `read` makes of it. Without, it is still an adapted layer. An array that
+    trains in float32 has the base's dtype, since the dtype of what a layer computes
+    often follows from its parameters. What the call sets, such as intermediate values,
+    is set on the layer as well.
     """
-    cls = plain_class(module)
+    cls = type(module) if read is None else plain_class(module)
     attributes = {
         name: plain_variable(value) if _is_wider(value) else value
         for name, value in vars(module).items()
-        if not is_m(value)
+        if read is None or not is_m(value)
     }
-    for name in folded_kernels(cls):
+    for name in () if read is None else folded_kernels(cls):
         if isinstance(variable := attributes.get(name), nnx.Variable):
             kernel = read(module, name, variable[...])
             metadata = dict(variable.get_metadata())

@@ -17,7 +17,7 @@ from mora_jax._plan.config import MoRAConfig, check_config
 from mora_jax._plan.plan import Plan
 from mora_jax._plan.planning import plan_surveyed
 from mora_jax._tree.paths import named_leaves
-from mora_jax.nnx._derived import derived, plain_class, plain_copy
+from mora_jax.nnx._derived import copied, derived, plain_class
 from mora_jax.nnx._param import MoRAParam
 from mora_jax.nnx._state import named_modules
 
@@ -138,9 +138,12 @@ def _trace(model: nnx.Module, survey: Survey, args: Any, kwargs: Any) -> None:
     def record(
         prefix: str, module: Any, name: str, method: Any, args: Any, kwargs: Any
     ) -> Any:
-        with plain_copy(module, functools.partial(read, prefix)) as copy:
+        rule = rules_of(type(module)).get(name)
+        if rule is None and not folded_kernels(type(module)):
+            return method(module, *args, **kwargs)  # it may call those that have rules
+        with copied(module, functools.partial(read, prefix)) as copy:
             method = functools.partial(method, copy)
-            if (rule := rules_of(type(copy)).get(name)) is None:
+            if rule is None:
                 return method(*args, **kwargs)
             path = prefix + rule.name(copy)
             return survey.record_call(path, rule, copy, method, args, kwargs)
