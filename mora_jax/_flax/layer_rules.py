@@ -21,17 +21,7 @@ Scale = str | Callable[[Any], ArrayLike | float | None]
 class LayerRule:
     """Computation of one method of a layer class: a product with a kernel, and a bias.
 
-    Attributes:
-      equation: The equation of input and kernel, or a product, or a function of the
-        call that returns either.
-      kernel: The name of the kernel's parameter, or a function of the module that
-        returns it.
-      method: The method that computes the product.
-      argument: The name of the input among the method's arguments; None for the first.
-      dot_general: True if the method multiplies by its attribute `dot_general`, as
-        Flax's dense layers do.
-      scale: The factor of the kernel: the name of a parameter, or a function of the
-        module that returns an array.
+    The attributes are the arguments of `register_layer`.
     """
 
     equation: Equation

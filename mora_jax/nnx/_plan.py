@@ -1,13 +1,12 @@
 """A plan of a model, by what its layers compute."""
 
 import functools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from flax import nnx
 
 from mora_jax._flax.layer_rules import (
-    LayerRule,
     folded_kernels,
     planning_rules,
     rules_of,
@@ -66,16 +65,15 @@ def plan(
     survey = Survey()
     for path, module in named_modules(model):
         survey.classes["/".join(path)] = type(module).__name__
-        rules = planning_rules(module)
-        # Methods that read their kernels may do anything with other arrays, too.
-        plain = rules and not folded_kernels(type(module))
-        for name, value in vars(module).items() if plain else ():
-            if isinstance(value, nnx.Variable) and name not in rules:
-                survey.non_kernels.add("/".join((*path, name)))
-    for name, layer, rule in _known(model):
-        product = rule.product(layer)
-        if product is not None:
-            survey.products[name] = product
+        rules, folded = planning_rules(module), folded_kernels(type(module))
+        for key, value in vars(module).items() if rules else ():
+            if not isinstance(value, nnx.Variable):
+                continue
+            name = "/".join((*path, key))
+            if key not in rules and not folded:  # or methods may do anything with it
+                survey.non_kernels.add(name)
+            elif key in rules and (product := rules[key].product(module)) is not None:
+                survey.products[name] = product
     survey.faults |= normalised(model, survey.products)
     if args or kwargs:
         _trace(model, survey, args, kwargs)
@@ -118,14 +116,6 @@ def check_model(model: Any) -> None:
             raise ValueError(f"model has adapters already, the first at {name!r}")
 
 
-def _known(model: nnx.Module) -> Iterator[tuple[str, nnx.Module, LayerRule]]:
-    """Each kernel in a layer of a known class: its path, the layer, its first rule."""
-    for path, module in named_modules(model):
-        for kernel, rule in planning_rules(module).items():
-            if isinstance(getattr(module, kernel, None), nnx.Variable):
-                yield "/".join((*path, kernel)), module, rule
-
-
 def _trace(model: nnx.Module, survey: Survey, args: Any, kwargs: Any) -> None:
     """Add to `survey` what the trace of a call shows."""
     marked = nnx.clone(model)
@@ -148,10 +138,11 @@ def _trace(model: nnx.Module, survey: Survey, args: Any, kwargs: Any) -> None:
             path = prefix + rule.name(copy)
             return survey.record_call(path, rule, copy, method, args, kwargs)
 
-    layers = {name.rpartition("/")[0]: layer for name, layer, _ in _known(marked)}
-    for path, layer in layers.items():
-        through = functools.partial(record, f"{path}/" if path else "")
-        object.__setattr__(layer, "__class__", derived(type(layer), through))
+    for path, layer in list(named_modules(marked)):
+        kernels = (getattr(layer, name, None) for name in planning_rules(layer))
+        if any(isinstance(kernel, nnx.Variable) for kernel in kernels):
+            through = functools.partial(record, "".join(f"{key}/" for key in path))
+            object.__setattr__(layer, "__class__", derived(type(layer), through))
     graph, state = nnx.split(marked)
 
     def call(state: Any, args: Any, kwargs: Any) -> Any:

@@ -183,16 +183,14 @@ def set_adapters(
             )
     elif plan is not None:
         raise TypeError(f"plan must be a Plan or its digest, got {type(plan).__name__}")
-    new: list[tuple[Any, Any]] = [
-        (spec, m if isinstance(m, Selected) else as_jax_array(spec.name + SUFFIX, m))
-        for spec, m in adapter_items(adapters, model_plan, by_row=True)
-    ]
-    new += [
-        (spec, as_jax_array(spec.name, copy))
-        for spec, copy in trained_items(adapters, model_plan)
-    ]
+    ms = adapter_items(adapters, model_plan, by_row=True)
+    copies = trained_items(adapters, model_plan)
+    named = [(spec.name + SUFFIX, m) for spec, m in ms]
+    named += [(array.name, copy) for array, copy in copies]
+    # All of them are checked before the first is set.
+    new = [m if isinstance(m, Selected) else as_jax_array(name, m) for name, m in named]
     variables = [*adapter_variables(model), *trained_variables(model)]
-    for (_, variable), (_, m) in zip(variables, new, strict=True):
+    for (_, variable), m in zip(variables, new, strict=True):
         if isinstance(m, Selected) or isinstance(value_of(variable), Selected):
             variable.copy_from(variable.replace(m))  # `[...]` sets arrays alone
             continue
