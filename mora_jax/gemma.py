@@ -46,15 +46,15 @@ def register() -> None:
       >>> mora_jax.gemma.register()  # doctest: +SKIP
     """
     try:
-        found = version("gemma")
+        release = version("gemma")
     except PackageNotFoundError as error:
         raise ImportError(
             f"mora_jax.gemma needs gemma {_KNOWN}, which is not installed: "
             "pip install 'mora-jax[gemma]', on Python 3.12 or newer"
         ) from error
     for package in _PACKAGES:
-        einsum = _class(f"{package}._layers", "Einsum", found)
-        embedder = _class(f"{package}._modules", "Embedder", found)
+        einsum = _class(f"{package}._layers", "Einsum", release)
+        embedder = _class(f"{package}._modules", "Embedder", release)
         register_layer(
             einsum, equation=_equation, kernel=_kernel, argument="x", scale=_scale
         )
@@ -71,9 +71,11 @@ _NEEDED = {
 """{class: the arguments, fields and methods that its rules read}."""
 
 
-def _class(module: str, name: str, found: str) -> type:
+def _class(module: str, name: str, release: str) -> type:
     """A class of gemma, with all that its rules need."""
-    lacking = f"mora_jax.gemma needs {module}.{name} as in gemma {_KNOWN}, but {found} "
+    lacking = (
+        f"mora_jax.gemma needs {module}.{name} as in gemma {_KNOWN}, but {release} "
+    )
     try:
         cls = getattr(importlib.import_module(module), name)
     except ModuleNotFoundError as error:
@@ -105,7 +107,7 @@ def _scale(layer: Any) -> float | None:
 
 
 def _root(layer: Any) -> jax.Array:
-    """What an Embedder multiplies its rows by, in their dtype."""
+    """The factor of an Embedder's rows, in their dtype."""
     return jnp.sqrt(layer.embed_dim).astype(layer.get_variable("params", _TABLE).dtype)
 
 
@@ -145,15 +147,15 @@ class MoRA(nn.Module):
 
     @nn.compact
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """What the model returns, with the adapters' deltas in its layers."""
+        """The model's output, with the adapters' deltas in its layers."""
         check_plan(self.plan)
         assert self.scope is not None
         model = self.model.clone(parent=None)
         rngs = {name: self.make_rng(name) for name in self.scope.rngs}
         if self.is_initializing():  # gemma replaces `self.param`, which needs a shape
-            output, made = model.init_with_output(rngs, *args, **kwargs)
-            adapters = init(self.plan, self.make_rng("params"), params=made["params"])
-            self._put({**made, "params": {"base": made["params"], "mora": adapters}})
+            output, new = model.init_with_output(rngs, *args, **kwargs)
+            adapters = init(self.plan, self.make_rng("params"), params=new["params"])
+            self._put({**new, "params": {"base": new["params"], "mora": adapters}})
             return output
         variables = dict(self.variables)
         params = variables.get("params", {})

@@ -3,9 +3,8 @@
 register              teach `nnx.plan` and `nnx.wrap` the layers of all its models
 """
 
-import dataclasses
 import importlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any
 
@@ -41,13 +40,14 @@ def register() -> None:
     if find_spec("tunix") is None:
         raise ImportError("mora_jax.tunix needs Tunix: pip install google-tunix")
     missing = []
-    for layer in _LAYERS:
+    for path, rules in _LAYERS.items():
+        module, _, name = f"tunix.models.{path}".rpartition(".")
         try:
-            cls = getattr(importlib.import_module(layer.module), layer.name)
+            cls = getattr(importlib.import_module(module), name)
         except (ImportError, AttributeError):
-            missing.append(f"{layer.module}.{layer.name}")
+            missing.append(f"{module}.{name}")
             continue
-        for rule in layer.rules:
+        for rule in rules:
             register_layer(cls, **rule)
     if missing:
         warn(
@@ -56,65 +56,35 @@ def register() -> None:
         )
 
 
-def _equation(layer: Any, x: Any) -> str:
-    return layer.einsum_str
+def _folded(**kernels: Folded) -> list[dict[str, Any]]:
+    return [{"equation": p, "kernel": name} for name, p in kernels.items()]
 
 
-def _scale(layer: Any) -> float | None:
-    return layer.w_scale
-
-
-@dataclasses.dataclass(frozen=True)
-class _Layer:
-    """A class of Tunix, and the arguments of `register_layer` for it."""
-
-    module: str
-    name: str
-    rules: tuple[Mapping[str, Any], ...]
-
-
-def _einsum(model: str, **settings: Any) -> _Layer:
-    rule = {"equation": _equation, "kernel": "w", **settings}
-    return _Layer(f"tunix.models.{model}.model", "Einsum", (rule,))
-
-
-def _embedder(model: str) -> _Layer:
-    lookup = {"equation": Lookup(), "method": "encode"}
-    head = {"equation": ATTEND, "method": "decode"}
-    rules = tuple(rule | {"kernel": "input_embedding"} for rule in (lookup, head))
-    return _Layer(f"tunix.models.{model}.model", "Embedder", rules)
-
-
-def _folded(module: str, name: str, **kernels: Folded) -> _Layer:
-    rules = tuple({"equation": p, "kernel": name} for name, p in kernels.items())
-    return _Layer(f"tunix.models.{module}", name, rules)
-
-
-_EXPERTS, _TABLE = Folded("sio"), Folded("io", by_default=False)
-_LAYERS = (
-    *(_einsum(model) for model in ("qwen2", "qwen3", "llama3", "gemma", "gemma3")),
-    _einsum("gemma4", scale=_scale),
-    *(_embedder(model) for model in ("qwen2", "qwen3", "llama3")),
-    _folded("gemma.model", "Embedder", input_embedding=_TABLE),
-    _folded("gemma3.model", "Embedder", input_embedding=_TABLE),
-    _folded(
-        "gemma4.model",
-        "Embedder",
-        input_embedding=_TABLE,
+_EINSUM = {"equation": lambda layer, x: layer.einsum_str, "kernel": "w"}
+_EINSUMS = "qwen2", "qwen3", "llama3", "gemma", "gemma3"
+_TABLE = {"kernel": "input_embedding"}
+_EMBEDDER = [
+    {"equation": Lookup(), "method": "encode", **_TABLE},
+    {"equation": ATTEND, "method": "decode", **_TABLE},
+]
+_EXPERTS, _LEFT_OUT = Folded("sio"), Folded("io", by_default=False)
+_LAYERS: Mapping[str, Sequence[Mapping[str, Any]]] = {
+    **{f"{model}.model.Einsum": [_EINSUM] for model in _EINSUMS},
+    "gemma4.model.Einsum": [{**_EINSUM, "scale": lambda layer: layer.w_scale}],
+    "qwen2.model.Embedder": _EMBEDDER,
+    "qwen3.model.Embedder": _EMBEDDER,
+    "llama3.model.Embedder": _EMBEDDER,
+    "gemma.model.Embedder": _folded(input_embedding=_LEFT_OUT),
+    "gemma3.model.Embedder": _folded(input_embedding=_LEFT_OUT),
+    "gemma4.model.Embedder": _folded(
+        input_embedding=_LEFT_OUT,
         per_layer_input_embedding=Folded("ioo", by_default=False),
     ),
-    _folded(
-        "qwen3.model",
-        "MoELayer",
-        gate_proj=_EXPERTS,
-        up_proj=_EXPERTS,
-        down_proj=_EXPERTS,
+    "qwen3.model.MoELayer": _folded(
+        gate_proj=_EXPERTS, up_proj=_EXPERTS, down_proj=_EXPERTS
     ),
-    _folded(
-        "gemma4.moe",
-        "MoERagged",
-        gating_einsum=Folded("sooi"),
-        linear=_EXPERTS,
-        router_logits=Folded("io", by_default=False),
+    "gemma4.moe.MoERagged": _folded(
+        gating_einsum=Folded("sooi"), linear=_EXPERTS, router_logits=_LEFT_OUT
     ),
-)
+}
+"""{path of a class in tunix.models: the arguments of `register_layer` for it}."""

@@ -1,1 +1,1 @@
-"""What Linen and NNX share: the rules of layer classes, and a call with an adapter."""
+"""Shared by Linen and NNX: the rules of layer classes, and a call with an adapter."""

@@ -15,35 +15,35 @@ from mora_jax._jax.qwix_guard import intercepted
 from mora_jax._layer.adapted import adapted_product, add_delta, check_product
 from mora_jax._layer.slots import Selected
 from mora_jax._plan.spec import AdapterSpec
-from mora_jax.products import Contraction, Lookup, Product
 
 
 def adapt_call(
-    call: Callable[[], jax.Array],
-    module: Any,
     rule: LayerRule,
+    module: Any,
+    method: Callable[..., jax.Array],
+    args: Any,
+    kwargs: Any,
     spec: AdapterSpec,
     m: Callable[[], ArrayLike | Selected],
-    x: Any,
-    product: Product,
     dropout_key: PRNGKeyArray | None = None,
 ) -> jax.Array:
-    """The output of `call()`, a method of a Flax layer, with the adapter's delta added.
+    """The output of a Flax layer's method, with the adapter's delta added.
 
     Args:
-      call: The method with its arguments.
-      module: The layer.
       rule: The rule of the method.
+      module: The layer.
+      method: The method, bound to the layer.
+      args: Its arguments.
+      kwargs: Its arguments by name.
       spec: The adapter.
       m: A function that returns M. It is called once, after the layer has made its own
         parameters.
-      x: The layer's input.
-      product: What the method computes, except for the bias.
       dropout_key: The key of the adapter's dropout; None for no dropout.
 
     Returns:
       An array of the shape and dtype of the layer's output.
     """
+    product, x = rule.read(module, args, kwargs)
     precision = getattr(module, "precision", None)
     replaceable = rule.multiplies_by_dot_general(module) and not intercepted()
     if replaceable and dropout_key is None:
@@ -60,21 +60,16 @@ def adapt_call(
             )
 
         with _replaced(module, "dot_general", dot_general):
-            return call()
+            return method(*args, **kwargs)
     check_product(spec, product)
-    y, out_factor = call(), None
+    y, out_factor = method(*args, **kwargs), None
     if (scale := rule.scale_of(module)) is not None:
-        if isinstance(product, Contraction):
+        try:
             in_factor, out_factor = product.factors(scale)
+        except ValueError as error:
+            raise ValueError(f"{spec.name}: {error}") from None
+        if in_factor is not None:
             x = jnp.asarray(x).astype(y.dtype) * in_factor.astype(y.dtype)
-        elif isinstance(product, Lookup) and jnp.ndim(scale) < 2:
-            out_factor = jnp.asarray(scale)
-        else:
-            raise ValueError(
-                f"{spec.name}: scale= of register_layer must be of an einsum, or a "
-                "number or one for each feature of an embedding, got "
-                f"{type(product).__name__} scaled by shape {jnp.shape(scale)}"
-            )
     return add_delta(y, spec, m(), x, product, dropout_key, precision, out_factor)
 
 

@@ -1,4 +1,4 @@
-"""Rules for layer classes: what their methods compute, so that they can be adapted."""
+"""Rules for layer classes: the products that methods compute, to be adapted."""
 
 import dataclasses
 import inspect
@@ -19,19 +19,9 @@ Scale = str | Callable[[Any], ArrayLike | float | None]
 
 @dataclasses.dataclass(frozen=True)
 class LayerRule:
-    """What one method of a layer class computes: a product with a kernel, and a bias.
+    """Computation of one method of a layer class: a product with a kernel, and a bias.
 
-    Attributes:
-      equation: The equation of input and kernel, or a function of the call that returns
-        it.
-      kernel: The name of the kernel's parameter, or a function of the module that
-        returns it.
-      method: The method that computes the product.
-      argument: The name of the input among the method's arguments; None for the first.
-      dot_general: Whether the method multiplies by its attribute `dot_general`, as
-        Flax's dense layers do.
-      scale: What the method multiplies the kernel by: the name of a parameter, or a
-        function of the module that returns an array.
+    The attributes are the arguments of `register_layer`.
     """
 
     equation: Equation
@@ -73,7 +63,7 @@ class LayerRule:
         return self.kernel if isinstance(self.kernel, str) else self.kernel(module)
 
     def scale_of(self, module: Any) -> Any:
-        """What the module multiplies its kernel by; None for nothing."""
+        """The factor that the module multiplies its kernel by; None for nothing."""
         if not isinstance(self.scale, str):
             return None if self.scale is None else self.scale(module)
         if isinstance(module, nn.Module):
@@ -81,7 +71,7 @@ class LayerRule:
         return getattr(module, self.scale)[...]
 
     def multiplies_by_dot_general(self, module: Any) -> bool:
-        """Whether the module's attribute decides how to multiply, and is JAX's own."""
+        """True if the module multiplies by an attribute that is JAX's own function."""
         if not self.dot_general or self.scale is not None:
             return False
         if getattr(module, "dot_general_cls", None) is not None:
@@ -101,9 +91,9 @@ class LayerRule:
         equation = self.equation
         if callable(equation):
             equation = equation(module, *args, **kw)
-        if isinstance(equation, Product):
-            return equation
-        return Contraction.parse(equation, ndim)
+        if isinstance(equation, str):
+            return Contraction.parse(equation, ndim)
+        return equation
 
 
 _RULES: dict[type, dict[str, LayerRule]] = {}
@@ -139,11 +129,11 @@ def register_layer(
       method: The method that computes the product.
       argument: The name of the method's argument that is the input; by default the
         first.
-      dot_general: Whether the method multiplies input and kernel, both of the same
+      dot_general: True if the method multiplies input and kernel, both of the same
         dtype, by `self.dot_general(input, kernel, dimension_numbers, ...)`. Then the
         delta can be folded into the kernel, as long as the attribute is None or
         `jax.lax.dot_general`.
-      scale: What the method multiplies the kernel by before an einsum: the name of a
+      scale: The factor of the kernel before an einsum: the name of a
         parameter, or a function of the module that returns an array, a number or None.
         It broadcasts against the kernel, and varies along the kernel's input features
         or along its output features, not along both. In an embedding it is a number,
@@ -155,8 +145,8 @@ def register_layer(
       TypeError: `cls` is not a class, or does not have the method; the method does not
         have the argument; another argument has a wrong type; `products.Folded` for a
         class of Linen.
-      ValueError: `equation` is none; or `products.Folded` for some kernels of a class
-        and not for all.
+      ValueError: `equation` is not one of input and kernel; or `products.Folded` for
+        some kernels of a class and not for all.
 
     Example: a layer that stores its kernel as (out, in)::
 
@@ -175,34 +165,30 @@ def register_layer(
         raise TypeError(f"cls must be a class, got {cls!r}")
     if not callable(getattr(cls, method, None)):
         raise TypeError(f"method must name a method of {cls.__name__}, got {method!r}")
-    if not (isinstance(equation, str | Product) or callable(equation)):
-        raise TypeError(
-            f"equation must be a string, a Product or a function, got {equation!r}"
-        )
+    named = "a parameter's name or a function"
+    for setting, value, types, rule in (
+        ("equation", equation, str | Product, "a string, a Product or a function"),
+        ("kernel", kernel, str, named),
+        ("scale", scale, str | None, named),
+    ):
+        if not (isinstance(value, types) or callable(value)):
+            raise TypeError(f"{setting} must be {rule}, got {value!r}")
     if isinstance(equation, str):
         try:
             Contraction.parse(equation, None)
         except ValueError as error:
             raise ValueError(f"{cls.__name__}: {error}") from None
-    if not (isinstance(kernel, str) or callable(kernel)):
-        raise TypeError(
-            f"kernel must be a parameter's name or a function, got {kernel!r}"
-        )
     names = list(inspect.signature(getattr(cls, method)).parameters)
     if argument is not None and argument not in names[1:]:
         raise TypeError(
             f"argument must be one of {names[1:]} of {cls.__name__}.{method}, "
             f"got {argument!r}"
         )
-    if not (scale is None or isinstance(scale, str) or callable(scale)):
-        raise TypeError(
-            f"scale must be a parameter's name or a function, got {scale!r}"
-        )
     if isinstance(equation, Folded) or folded_kernels(cls):
         _register_folded(cls, equation, kernel)
         return
-    rule = LayerRule(equation, kernel, method, argument, dot_general, scale)
-    _RULES[cls] = {**_RULES.get(cls, {}), method: rule}
+    layer_rule = LayerRule(equation, kernel, method, argument, dot_general, scale)
+    _RULES[cls] = {**_RULES.get(cls, {}), method: layer_rule}
 
 
 def _register_folded(cls: type, equation: Equation, kernel: Name) -> None:

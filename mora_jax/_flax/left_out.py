@@ -13,7 +13,7 @@ from mora_jax._common.warnings import LeftOutWarning, warn
 from mora_jax._flax.survey import Survey
 from mora_jax._plan.config import DEFAULT_TARGETS, MoRAConfig
 from mora_jax._plan.plan import LeftOut
-from mora_jax.products import Convolution, Lookup, Product
+from mora_jax.products import Product
 
 NO_KERNEL = re.compile(r"(?i).*(bias|scale|norm|pos|embed|token|mean|var|cache)[^/]*$")
 """Names of arrays that rarely multiply inputs, for models that were not traced."""
@@ -81,7 +81,8 @@ def _by_survey(name: str, shape: Shape, survey: Survey) -> tuple[str, bool]:
         product = survey.products[name]
         if product.adapted_by_default and is_too_narrow(product, shape):
             return "too narrow for a square; targets and operator may name it", False
-        return f"{_kind(product)}; targets may name it", False
+        kind = product.label or "a head, router or embedding by its name"
+        return f"{kind}; targets may name it", False
     if survey.no_kernels([name]):
         return "never multiplied with an input", False
     if uses is not None and name not in uses.reached:
@@ -99,11 +100,3 @@ def is_too_narrow(product: Product, shape: Shape) -> bool:
     """
     axes = "s" * (len(shape) - len(product.axes)) + product.axes
     return 1 in (math.prod(sizes(shape, axes, letter)) for letter in "io")
-
-
-def _kind(product: Product) -> str:
-    if isinstance(product, Convolution):
-        return "a convolution"
-    if isinstance(product, Lookup):
-        return "an embedding"
-    return "a head, router or embedding by its name"

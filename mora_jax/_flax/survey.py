@@ -1,8 +1,8 @@
-"""What is known of a model before it is planned: its layers, and what a call does.
+"""Survey of a model before it is planned: its layers, and the uses of its arrays.
 
 Linen's and NNX's `plan` fill in a `Survey`. For each layer of a known class, it says
 which product the layer computes with which kernel; and for one traced call, what the
-call does with every array.
+call does with every array (see `mora_jax._trace_check`).
 """
 
 import dataclasses
@@ -13,20 +13,20 @@ import jax
 
 from mora_jax._flax.layer_rules import LayerRule, planning_rules
 from mora_jax._trace_check import Call, Uses, follow, mark
-from mora_jax.products import Lookup, Product
+from mora_jax.products import Product
 
 
 @dataclasses.dataclass
 class Survey:
-    """What is known of the arrays of a model, by their paths.
+    """Knowledge of the arrays of a model, by their paths.
 
     Attributes:
-      products: {path of a kernel: what its layer computes with it}.
+      products: {path of a kernel: the product of its layer}.
       non_kernels: The paths of the arrays of known layers that are not their kernels,
         such as biases.
       classes: {path of a module: the name of its class}.
       faults: {path of a kernel: what another module does with it}.
-      uses: What a call of the model does with its arrays; None if no call was traced.
+      uses: The uses of the arrays in a call of the model; None if none was traced.
     """
 
     products: dict[str, Product] = dataclasses.field(default_factory=dict)
@@ -108,18 +108,17 @@ class Survey:
           *args: Further arguments.
         """
         inputs, structure = jax.tree.flatten(args)
-        traced = [hasattr(leaf, "shape") and hasattr(leaf, "dtype") for leaf in inputs]
+        arrays = {
+            k: leaf
+            for k, leaf in enumerate(inputs)
+            if hasattr(leaf, "shape") and hasattr(leaf, "dtype")
+        }
 
-        def call(tree: Any, arrays: list[Any]) -> list[Any]:
-            remaining = iter(arrays)
-            values = [
-                next(remaining) if is_array else leaf
-                for leaf, is_array in zip(inputs, traced, strict=True)
-            ]
+        def call(tree: Any, arrays: dict[int, Any]) -> list[Any]:
+            values = [arrays.get(k, leaf) for k, leaf in enumerate(inputs)]
             result = function(tree, *jax.tree.unflatten(structure, values))
             return jax.tree.leaves(result)
 
-        arrays = [x for x, is_array in zip(inputs, traced, strict=True) if is_array]
         jaxpr = jax.make_jaxpr(call)(tree, arrays).jaxpr
         stacked = {
             name: leaf.ndim - len(self.products[name].axes)
@@ -129,33 +128,31 @@ class Survey:
         self.uses = follow(jaxpr, list(leaves), stacked)
 
     def no_kernels(self, names: Iterable[str]) -> set[str]:
-        """Those of `names` that are known to be added or read, not multiplied."""
-        found = set(self.non_kernels)
-        if self.uses is not None:
-            kernels = (
-                self.uses.multiplied | self.products.keys() | self.uses.unseen.keys()
-            )
-            found |= self.uses.reached - kernels
-        return found & set(names)
+        """The arrays among `names` that are known to be never multiplied."""
+        known, uses = set(self.non_kernels), self.uses
+        if uses is not None:
+            kernels = uses.multiplied | self.products.keys() | uses.unseen.keys()
+            known |= uses.reached - kernels
+        return known & set(names)
 
     def unproven(self, names: Iterable[str]) -> tuple[tuple[str, str], ...]:
-        """(name, reason) for those of `names` of which the trace proves nothing."""
+        """(name, reason) for the kernels in `names` that the trace does not prove."""
         if self.uses is None:
             why = "no call was traced; nnx.plan takes the inputs of one"
             return tuple((name, why) for name in names)
-        found = {}
+        reasons = {}
         for name in names:
             if name in self.uses.unseen:
                 primitive = self.uses.unseen[name]
-                found[name] = f"a trace cannot look into `{primitive}`"
+                reasons[name] = f"a trace cannot look into `{primitive}`"
             elif name not in self.uses.reached:
-                found[name] = "the call that was traced does not use it"
+                reasons[name] = "the call that was traced does not use it"
             elif name not in self.products:
-                found[name] = f"nothing is known of its class{self.class_of(name)}"
-        return tuple(found.items())
+                reasons[name] = f"nothing is known of its class{self.class_of(name)}"
+        return tuple(reasons.items())
 
     def why_unknown(self, name: str) -> str:
-        """Why it is not known what a layer computes with the array at `name`."""
+        """Reason why nothing is known of the use of the array at `name`."""
         if self.uses is not None and name not in self.uses.reached:
             return (
                 "the call that was traced does not use it: plan with inputs for which "
@@ -179,7 +176,7 @@ class Survey:
 
 def refuse_untraced(name: str, product: Product | None) -> None:
     """Raise for an embedding in a plan that no trace has checked."""
-    if isinstance(product, Lookup):
+    if product is not None and product.needs_trace:
         raise ValueError(
             f"{name}: only a call shows whether the model also reads this embedding "
             "elsewhere (a tied head); plan with mora_jax.linen.plan or "

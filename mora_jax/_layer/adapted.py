@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -20,7 +19,7 @@ from mora_jax._layer.slots import Selected
 from mora_jax._layer.ways import Adapted, joins
 from mora_jax._mesh.placement import explicit_layout, explicit_sharding, with_auto_axes
 from mora_jax._plan.spec import AdapterSpec
-from mora_jax.products import Contraction, Lookup, Product
+from mora_jax.products import Product
 
 
 def adapted_product(
@@ -101,40 +100,28 @@ def add_delta(
       factor: An array that the layer multiplies its output by, instead of its kernel.
     """
     if (sharding := explicit_sharding(y)) is not None:
-        layout = None
-        if isinstance(product, Contraction):
-            labels = product.inputs, product.kernel, product.outputs
-            layout = explicit_layout(labels, x, sharding)
+        labels = product.einsum_labels
+        layout = None if labels is None else explicit_layout(labels, x, sharding)
         spec = dataclasses.replace(spec, layout=layout)
 
         def add(y: jax.Array, m: Any, x: ArrayLike, key: Any) -> jax.Array:
             return add_delta(y, spec, m, x, product, key, precision, factor)
 
         return with_auto_axes(add, sharding, y, m, x, dropout_key)
-    x, settings = jnp.asarray(x), {"dtype": y.dtype, "precision": precision}
-    delta_of = functools.partial(Delta.of, spec, ndim=len(product.axes), **settings)
-    added_to: Callable[[jax.Array], jax.Array]
-    if isinstance(m, Selected):
+    x, drop = jnp.asarray(x), (dropout_key, spec.dropout)
 
-        def for_one(m: ArrayLike, x: jax.Array) -> jax.Array:
-            return product.delta(delta_of(m, x=x), x)
+    def delta(m: ArrayLike, x: jax.Array) -> jax.Array:
+        settings = {"dtype": y.dtype, "ndim": len(product.axes), "precision": precision}
+        return product.delta(Delta.of(spec, m, x=x, **settings), x)
 
-        added_to = functools.partial(by_row, spec, product, for_one, precision, m)
-    else:
-        added_to = functools.partial(product.delta, delta_of(m, x=x))
-    if isinstance(product, Lookup):  # an index is dropped with its row
-        drop = functools.partial(_dropout, (*x.shape, 1), dropout_key, spec.dropout)
-        return adapted(y, lambda x: drop(undisturbed(added_to)(x)), x, factor)
-    x = _dropout(x.shape, dropout_key, spec.dropout, x.astype(y.dtype))
-    return adapted(y, undisturbed(added_to), x, factor)
+    def added(x: jax.Array) -> jax.Array:
+        if isinstance(m, Selected):
+            rows = undisturbed(by_row)(spec, product, delta, precision, m, x)
+        else:
+            rows = undisturbed(delta)(m, x)
+        return product.dropped_after(rows, x, *drop)
 
-
-def _dropout(
-    shape: Shape, key: PRNGKeyArray | None, rate: float, x: jax.Array
-) -> jax.Array:
-    if key is None or rate == 0:
-        return x
-    return jnp.where(jax.random.bernoulli(key, 1 - rate, shape), x / (1 - rate), 0)
+    return adapted(y, added, product.dropped(x, y.dtype, *drop), factor)
 
 
 def check_product(spec: AdapterSpec, product: Product) -> None:

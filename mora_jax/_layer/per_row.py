@@ -25,7 +25,7 @@ from mora_jax._layer.slots import Selected, Slots, beyond_if_none
 from mora_jax._mesh.placement import gather_m, mesh_of
 from mora_jax._plan.spec import AdapterSpec
 from mora_jax.operators._base import rows_product
-from mora_jax.products import Contraction, Convolution, Product
+from mora_jax.products import Contraction, Product
 
 Added = Callable[[jax.Array, jax.Array], jax.Array]
 """(M, x) to the delta of the layer's output."""
@@ -52,7 +52,13 @@ def by_row(
     Raises:
       ValueError: The input has no such batch.
     """
-    ins, outs = _batch_axes(spec, product, x)
+    batch_axes = product.batch_axes(x)
+    if batch_axes is None:
+        raise ValueError(
+            f"{spec.name}: the layer's input must have an axis of the batch, since "
+            f"each row has an adapter of its own; got an input of shape {x.shape}"
+        )
+    ins, outs = batch_axes
     if x.shape[ins] != m.rows:
         raise ValueError(
             f"{spec.name}: axis {ins} of the layer's input must be the batch, with a "
@@ -93,20 +99,6 @@ def by_row(
         like = shape_for(inputs, x.dtype, x)
         (y,) = jax.linear_transpose(for_rows, like)(x)
     return product.from_rows(y, sizes(shape, product.axes, "o"))
-
-
-def _batch_axes(spec: AdapterSpec, product: Product, x: jax.Array) -> tuple[int, int]:
-    """The axes of the batch in a layer's input and output."""
-    if isinstance(product, Contraction):
-        free = [c for c in product.inputs if c not in product.kernel]
-        if free:
-            return product.inputs.index(free[0]), product.outputs.index(free[0])
-    elif x.ndim >= (len(product.axes) if isinstance(product, Convolution) else 1):
-        return 0, 0
-    raise ValueError(
-        f"{spec.name}: the layer's input must have an axis of the batch, since each "
-        f"row has an adapter of its own; got an input of shape {x.shape}"
-    )
 
 
 @dataclasses.dataclass(frozen=True)

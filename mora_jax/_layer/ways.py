@@ -43,7 +43,7 @@ from mora_jax._layer.fold import barrier, schedule_after, sum_dtype
 from mora_jax._mesh.layout import FeatureSharding, KernelLayout, MeshAxes
 from mora_jax._mesh.shard_map import REPLICATED, ShardMappedMap
 from mora_jax._plan.spec import AdapterSpec
-from mora_jax.products import Contraction, Product
+from mora_jax.products import Product
 
 Way = Literal["activation", "fold", "fused"]
 
@@ -73,8 +73,7 @@ def joins(
         steps of the ways have no such types.
     """
     _, axes = spec.seen_by(len(product.axes))
-    one_product = isinstance(product, Contraction) and "s" not in axes
-    if not one_product or product.axes != axes or dtype is None:
+    if not product.joins or product.axes != axes or dtype is None:
         return False
     known = all(isinstance(size, int) for size in x.shape)  # unlike some of jax.export
     return known and not (dropout or explicit or intercepted())
@@ -264,7 +263,7 @@ class Folded(LinearMap):
 
 def fused(layer: Adapted) -> LinearMap:
     """The same where each device adds its parts of both terms."""
-    assert isinstance(layer.product, Contraction) and layer.layout is not None
+    assert layer.layout is not None
     features = layer.layout.for_activations(layer.axes, layer.kernel_shape)
     x_spec, kernel_spec, y_spec = _specs(layer, features)
     return ShardMappedMap(
@@ -290,7 +289,8 @@ def _specs(
     layer: Adapted, features: FeatureSharding
 ) -> tuple[PartitionSpec, PartitionSpec, PartitionSpec]:
     """PartitionSpecs of input, kernel and output."""
-    labels = layer.product.inputs, layer.product.kernel, layer.product.outputs
+    labels = layer.product.einsum_labels
+    assert labels is not None
     split: dict[str, MeshAxes] = {}
     for letter, axes in (("i", features.in_axes), ("o", features.out_axes)):
         kernel = zip(labels[1], layer.axes, layer.kernel_shape, strict=True)

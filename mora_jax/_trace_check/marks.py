@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-from mora_jax.products import Contraction, Product
+from mora_jax.products import Product
 
 
 class Call:
@@ -16,8 +16,8 @@ class Call:
 
     Attributes:
       name: The path of the kernel.
-      product: What the method computes, according to the layer's rule.
-      scaled: Whether the rule says that the layer scales its kernel.
+      product: The product that the method computes, according to the layer's rule.
+      scaled: True if the rule says that the layer scales its kernel.
       method: The method, such as "Dense.__call__".
     """
 
@@ -25,13 +25,13 @@ class Call:
         self.name, self.product = name, product
         self.scaled, self.method = scaled, method
 
+    def __repr__(self) -> str:  # in a printed program
+        return f"{self.method} of {self.name}"
+
     @functools.cached_property
     def transposed(self) -> "Call":
         """The transposed call: a model that takes a gradient goes back through it."""
-        product = self.product
-        if isinstance(product, Contraction):
-            product = Contraction(product.outputs, product.kernel, product.inputs)
-        call = Call(self.name, product, self.scaled, self.method)
+        call = Call(self.name, self.product.transposed, self.scaled, self.method)
         call.__dict__["transposed"] = self
         return call
 

@@ -1,7 +1,7 @@
-"""What is known of an array on the way from the kernels to the outputs."""
+"""Trails: how arrays depend on kernels, and on the inputs of layers."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from mora_jax._trace_check.marks import Call
 from mora_jax._trace_check.views import Axis, View
@@ -9,15 +9,16 @@ from mora_jax._trace_check.views import Axis, View
 
 @dataclasses.dataclass(frozen=True)
 class Trail:
-    """How an array depends on one kernel.
+    """Way from one kernel, or from the input of one call, to an array.
 
     Attributes:
-      view: The axes of the kernel, or of its product; None if they are lost.
-      ndim: How many axes the kernel has.
+      view: The axes of the kernel or the input, or of their product; None if they are
+        lost.
+      ndim: The number of axes at the start.
       by: The primitive that multiplied the kernel; "" before that.
       call: The call whose input the kernel was multiplied with; None for any other
         array.
-      through: The further primitives between kernel and array that change numbers.
+      through: The further primitives on the way that change numbers.
       unseen: A primitive among them that a trace cannot look into, or "".
       outer: The axes that surrounding scans have taken off.
     """
@@ -29,6 +30,11 @@ class Trail:
     through: frozenset[str] = frozenset()
     unseen: str = ""
     outer: tuple[Axis, ...] = ()
+
+    @property
+    def unchanged(self) -> bool:
+        """True if the array is the start of the trail, with its axes in some order."""
+        return self.view is not None and not (self.by or self.through or self.unseen)
 
     def passed(self, name: str, view: View | None = None) -> "Trail":
         """The trail after the primitive called `name`, which changes numbers."""
@@ -42,74 +48,56 @@ class Trail:
         return dataclasses.replace(self, view=None, through=through, unseen=unseen)
 
 
-@dataclasses.dataclass(frozen=True)
-class Value:
-    """What an array depends on.
+Start = str | Call
+"""The path of a kernel; or a call, which stands for its input."""
 
-    Attributes:
-      trails: {path of a kernel: how the array depends on it}.
-      inputs: {call on whose input the array depends: the axes of the input here, or
-        None if it was changed}.
-    """
-
-    trails: Mapping[str, Trail] = dataclasses.field(default_factory=dict)
-    inputs: Mapping[Call, View | None] = dataclasses.field(default_factory=dict)
-
-    def moved(self, function: Callable[[View], View | None]) -> "Value":
-        """The value with its axes moved by `function`."""
-
-        def move(view: View | None) -> View | None:
-            return None if view is None else function(view)
-
-        trails = {
-            name: dataclasses.replace(trail, view=move(trail.view))
-            for name, trail in self.trails.items()
-        }
-        return Value(trails, {call: move(v) for call, v in self.inputs.items()})
-
-    def in_either(self, value: "Value") -> "Value":
-        """What holds after either of two branches, or both before and after a loop."""
-        trails = {}
-        for name in self.trails.keys() | value.trails.keys():
-            found = [v.trails[name] for v in (self, value) if name in v.trails]
-            equal = len(found) == 2 and found[0] == found[1]
-            trail = found[0].joined(found[-1])
-            trails[name] = trail if equal else trail.passed("a branch or a loop")
-        inputs = {
-            call: view if self.inputs.get(call) == value.inputs.get(call) else None
-            for call, view in {**self.inputs, **value.inputs}.items()
-        }
-        return Value(trails, inputs)
+Value = Mapping[Start, Trail]
+"""All that an array depends on."""
 
 
-def with_changed_inputs(trails: Mapping[str, Trail], values: list[Value]) -> Value:
-    """What an array depends on that is computed from `values` and is not one of them.
+def moved(value: Value, function: Callable[[View], View | None]) -> Value:
+    """The value with its axes moved by `function`."""
+    return {
+        start: dataclasses.replace(
+            trail, view=None if trail.view is None else function(trail.view)
+        )
+        for start, trail in value.items()
+    }
 
-    Args:
-      trails: How it depends on kernels.
-      values: What it is computed from.
-    """
-    return Value(trails, dict.fromkeys(call for v in values for call in v.inputs))
 
-
-def joined(values: list[Value]) -> Value:
+def joined(values: Sequence[Value]) -> Value:
     """All that an array depends on that is computed from several arrays."""
-    trails: dict[str, Trail] = {}
+    trails: dict[Start, Trail] = {}
     for value in values:
-        for name, trail in value.trails.items():
-            trails[name] = trails.get(name, trail).joined(trail)
-    return with_changed_inputs(trails, values)
+        for start, trail in value.items():
+            trails[start] = trails.get(start, trail).joined(trail)
+    return trails
+
+
+def in_either(left: Value, right: Value) -> Value:
+    """A value that holds after either of two branches, or in every round of a loop."""
+    return {
+        start: trail
+        if left.get(start) == right.get(start)
+        else trail.passed("a branch or a loop")
+        for start, trail in joined([left, right]).items()
+    }
+
+
+def kernels(value: Value) -> dict[str, Trail]:
+    """The trails of a value that begin at kernels."""
+    return {start: t for start, t in value.items() if isinstance(start, str)}
 
 
 @dataclasses.dataclass
 class Uses:
-    """What a call of a model does with its arrays.
+    """Uses of a model's arrays in one call.
 
     Attributes:
       reached: The paths of the arrays that the outputs depend on.
       multiplied: The paths of the arrays that are multiplied with something.
-      faults: {path of a kernel: what its layer does instead of the rule's product}.
-      outside: {path of a kernel: what is done with it outside of its layer}.
+      faults: {path of a kernel: the fault of its layer, by the rule's product}.
+      outside: {path of a kernel: the primitives outside of its layer that use it}.
       unseen: {path of a kernel: the primitive that a trace cannot look into}.
     """
 

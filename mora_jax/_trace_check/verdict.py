@@ -1,4 +1,4 @@
-"""Whether a kernel's product is the one that the rule of its layer describes."""
+"""Verdicts: is a kernel's product the one that the rule of its layer describes?"""
 
 import dataclasses
 from collections.abc import Iterable
@@ -7,7 +7,6 @@ from typing import Any
 from mora_jax._trace_check.marks import Call
 from mora_jax._trace_check.trails import Trail, Value
 from mora_jax._trace_check.views import Piece, View, length, named
-from mora_jax.products import Contraction, Folded, Lookup
 
 
 def multiplied(
@@ -19,18 +18,21 @@ def multiplied(
       eqn: The equation of the program that multiplies.
       kernel: The path of the kernel.
       trail: The trail of the kernel before its product.
-      operand: What the array that it is multiplied with depends on.
-      kernel_first: Whether the kernel is the first of the two.
+      operand: The trails of the array that it is multiplied with.
+      kernel_first: True if the kernel is the first of the two.
     """
     by, view = eqn.primitive.name, None
-    call = next((call for call in operand.inputs if call.name == kernel), None)
+    calls = (start for start in operand if isinstance(start, Call))
+    call = next((call for call in calls if call.name == kernel), None)
     if by == "dot_general" and call is not None and trail.view is not None:
-        x = operand.inputs[call]
-        if isinstance(call.product, Contraction):
-            w = _lettered(trail.view, trail.ndim, call.product)
-            numbers = eqn.params["dimension_numbers"]
-            view = None if x is None else _dot(numbers, w, x, kernel_first)
-            call = None if x is None else call  # the input was changed
+        if (labels := call.product.einsum_labels) is not None:
+            w = _lettered(trail.view, trail.ndim, labels[1])
+            x = operand[call]
+            if x.unchanged and x.view is not None:
+                numbers = eqn.params["dimension_numbers"]
+                view = _dot(numbers, w, x.view, kernel_first)
+            else:
+                call = None
     if by == "gather":
         # It must take whole rows of the unchanged kernel, which is not the indices.
         shape = eqn.invars[0].aval.shape
@@ -40,10 +42,10 @@ def multiplied(
     return dataclasses.replace(trail, by=by, call=call, view=view)
 
 
-def _lettered(view: View, ndim: int, product: Contraction) -> View:
-    """The view of a kernel, with its axes named as in the equation of `product`."""
-    stacked = ndim - len(product.kernel)
-    names = [*(("stack", k) for k in range(stacked)), *product.kernel]
+def _lettered(view: View, ndim: int, letters: str) -> View:
+    """The view of a kernel, with its last axes named by the letters of an einsum."""
+    stacked = ndim - len(letters)
+    names = [*(("stack", k) for k in range(stacked)), *letters]
     return tuple(
         tuple(dataclasses.replace(piece, axis=names[piece.axis]) for piece in axis)  # type: ignore[call-overload]
         for axis in view
@@ -76,13 +78,13 @@ def _dot(dimension_numbers: Any, w: View, x: View, kernel_first: bool) -> View |
 
 
 def fault(call: Call, trail: Trail, lead: int) -> str:
-    """Why an output of `call` is not the product that its rule describes, or ""."""
+    """Reason why an output of `call` is not the product of its rule, or ""."""
     product = call.product
-    if isinstance(product, Folded):
+    if product.reads_kernel:
         return _fault_of_read(trail, lead)
     steps = trail.through - product.passes
-    if not trail.by and isinstance(product, Lookup) and steps == {"broadcast_in_dim"}:
-        return ""  # Flax does not look up in an embedding of a single row
+    if not trail.by and steps and steps <= product.stand_ins:
+        return ""
     if not trail.by:
         return "returns it without a product"
     if trail.call is not call:
@@ -95,19 +97,21 @@ def fault(call: Call, trail: Trail, lead: int) -> str:
         return f"changes it, or its product, by {listed(sorted(steps))}"
     if product.primitive and trail.by != product.primitive:
         return f"multiplies it by `{trail.by}` and not by `{product.primitive}`"
-    if isinstance(product, Contraction):
-        outputs = trail.view[lead:] if trail.view is not None else ()
+    if (labels := product.einsum_labels) is not None:
+        inputs, kernel, outputs = labels
+        axes = trail.view[lead:] if trail.view is not None else ()
         whole = [
             axis in ((), (Piece(letter, length(axis)),))
-            for letter, axis in zip(product.outputs, outputs, strict=False)
+            for letter, axis in zip(outputs, axes, strict=False)
         ]
-        if len(outputs) != len(product.outputs) or not all(whole):
-            return f"does not compute {product.equation!r}, as its rule says"
+        if len(axes) != len(outputs) or not all(whole):
+            equation = f"{inputs},{kernel}->{outputs}"
+            return f"does not compute {equation!r}, as its rule says"
     return ""
 
 
 def _fault_of_read(trail: Trail, lead: int) -> str:
-    """Why the array that a layer reads is not the kernel itself, or ""."""
+    """Reason why the array that a layer reads is not the kernel itself, or ""."""
     if steps := {trail.by, *trail.through} - {""}:
         return f"reads it changed by {listed(sorted(steps))}"
     axes = [axis for axis in trail.view[lead:] if axis] if trail.view else []

@@ -1,4 +1,4 @@
-"""Where the axes of an array are after reshapes and transposes.
+"""Views: the places of named axes after reshapes and transposes.
 
 `jnp.einsum` and Flax's layers move axes before and after they multiply. To compare a
 program with an equation, each axis of an array is followed by name. An axis of a view
@@ -18,8 +18,8 @@ class Piece:
 
     Attributes:
       axis: The name of the axis.
-      size: How many indices the piece has.
-      stride: How far apart they are; 1 for the fastest part of an axis.
+      size: The number of indices in the piece.
+      stride: The distance between them; 1 for the fastest part of an axis.
     """
 
     axis: Hashable
@@ -45,7 +45,7 @@ def named(axes: Iterable[Hashable], shape: Shape) -> View:
 
 
 def length(axis: Axis) -> int:
-    """How many indices an axis of a view has."""
+    """The number of indices of an axis of a view."""
     return math.prod(piece.size for piece in axis)
 
 
@@ -73,9 +73,8 @@ def reshape(view: View, shape: Shape) -> View | None:
             if size % piece.size == 0:
                 axis.append(piece)
                 size //= piece.size
-            elif (
-                piece.size % size == 0
-            ):  # its slower part; the next axis takes the rest
+            elif piece.size % size == 0:
+                # The axis is the slower part of the piece, the next one the faster.
                 inner = piece.size // size
                 axis.append(Piece(piece.axis, size, piece.stride * inner))
                 pieces.insert(0, Piece(piece.axis, inner, piece.stride))
@@ -95,13 +94,8 @@ def _joined(axis: Sequence[Piece]) -> Axis:
     """The same axis, with neighbouring pieces of one named axis joined."""
     joined: list[Piece] = []
     for piece in axis:
-        last = joined[-1] if joined else None
-        if (
-            last is not None
-            and last.axis == piece.axis
-            and last.stride == piece.stride * piece.size
-        ):
-            joined[-1] = Piece(piece.axis, last.size * piece.size, piece.stride)
-        else:
-            joined.append(piece)
+        step = piece.stride * piece.size
+        if joined and (joined[-1].axis, joined[-1].stride) == (piece.axis, step):
+            piece = Piece(piece.axis, joined.pop().size * piece.size, piece.stride)
+        joined.append(piece)
     return tuple(joined)

@@ -1,4 +1,4 @@
-"""A walk through the program of a model's call, from its kernels to its outputs."""
+"""Walk through the program of a model's call, from its kernels to its outputs."""
 
 import dataclasses
 import functools
@@ -11,10 +11,17 @@ from jax.interpreters import partial_eval
 
 from mora_jax._trace_check.marks import Call, mark_p
 from mora_jax._trace_check.primitives import IDENTITIES, OPAQUE, PREPARING, PRODUCTS
-from mora_jax._trace_check.trails import Trail, Uses, Value, joined, with_changed_inputs
+from mora_jax._trace_check.trails import (
+    Trail,
+    Uses,
+    Value,
+    in_either,
+    joined,
+    kernels,
+    moved,
+)
 from mora_jax._trace_check.verdict import fault, listed, multiplied
 from mora_jax._trace_check.views import View, length, named, reshape, transpose
-from mora_jax.products import Contraction
 
 
 def follow(jaxpr: Jaxpr, names: Sequence[str], stacked: Mapping[str, int]) -> Uses:
@@ -28,14 +35,14 @@ def follow(jaxpr: Jaxpr, names: Sequence[str], stacked: Mapping[str, int]) -> Us
     jaxpr, used = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
     paths = [name for name, use in zip(names, used, strict=False) if use]
     uses = Uses(reached=set(paths))
-    values = [Value() for _ in jaxpr.invars]
+    values: list[Value] = [{} for _ in jaxpr.invars]
     for k, (name, var) in enumerate(zip(paths, jaxpr.invars, strict=False)):
         shape: Any = var.aval.shape  # type: ignore[attr-defined]
         if len(shape) > 1:
             view = named(range(len(shape)), shape)
-            values[k] = Value({name: Trail(view, len(shape))})
+            values[k] = {name: Trail(view, len(shape))}
     for value in _Walk(uses, stacked).run(jaxpr, values):
-        for name, trail in value.trails.items():
+        for name, trail in kernels(value).items():
             if trail.unseen:
                 uses.unseen.setdefault(name, trail.unseen)
             else:
@@ -68,16 +75,15 @@ class _Walk:
         }
 
     def run(self, jaxpr: Jaxpr, inputs: Sequence[Value]) -> list[Value]:
-        """What the outputs of `jaxpr` depend on."""
+        """The values of the outputs of `jaxpr`."""
         known = dict(zip(jaxpr.invars, inputs, strict=True))
-        nothing = Value()
 
         def read(atom: Any) -> Value:
-            return nothing if isinstance(atom, Literal) else known.get(atom, nothing)
+            return {} if isinstance(atom, Literal) else known.get(atom, {})
 
         for eqn in jaxpr.eqns:
             values = [read(atom) for atom in eqn.invars]
-            if eqn.primitive is mark_p or any(v.trails or v.inputs for v in values):
+            if eqn.primitive is mark_p or any(values):
                 known |= zip(eqn.outvars, self._step(eqn, values), strict=True)
         return [read(atom) for atom in jaxpr.outvars]
 
@@ -93,37 +99,35 @@ class _Walk:
             if all(_shapes(inside) == _shapes(outside) for inside, outside in pairs):
                 return self.run(inner, values)
         if name in OPAQUE or name.endswith("_call") or programs:
-            trails = {
-                kernel: dataclasses.replace(trail, unseen=name)
-                for kernel, trail in joined(values).trails.items()
-            }
-            return [with_changed_inputs(trails, values)] * len(eqn.outvars)
+            trails = joined(values).items()
+            unseen = {k: dataclasses.replace(trail, unseen=name) for k, trail in trails}
+            return [unseen] * len(eqn.outvars)
         return self._change(eqn, values)
 
     def _change(self, eqn: Any, values: list[Value]) -> list[Value]:
         """The handler of every primitive that has none: it changes numbers."""
         name, shape = eqn.primitive.name, eqn.outvars[0].aval.shape
-        trails = {}
-        for kernel, trail in joined(values).trails.items():
-            at = [k for k, value in enumerate(values) if kernel in value.trails]
+        result = {}
+        for start, trail in joined(values).items():
+            at = [k for k, value in enumerate(values) if start in value]
             step = name if len(at) == 1 else f"{name} by itself"
             # A factor leaves the axes where they are.
             factor = name == "mul" or (name == "div" and at == [0])
             kept = factor and len(at) == 1 and eqn.invars[at[0]].aval.shape == shape
-            trails[kernel] = trail.passed(step, trail.view if kept else None)
-        return [with_changed_inputs(trails, values)] * len(eqn.outvars)
+            result[start] = trail.passed(step, trail.view if kept else None)
+        return [result] * len(eqn.outvars)
 
     def _identity(self, eqn: Any, values: list[Value]) -> list[Value]:
         results = []
         for var, value in zip(eqn.outvars, values, strict=False):
-            if value.trails and not jnp.issubdtype(var.aval.dtype, jnp.floating):
+            if kernels(value) and not jnp.issubdtype(var.aval.dtype, jnp.floating):
                 value, *_ = self._change(eqn, [value])
             results.append(value)
         return results
 
     def _reshape(self, eqn: Any, values: list[Value]) -> list[Value]:
         shape = eqn.outvars[0].aval.shape
-        return [values[0].moved(lambda view: reshape(view, shape))]
+        return [moved(values[0], lambda view: reshape(view, shape))]
 
     def _broadcast(self, eqn: Any, values: list[Value]) -> list[Value]:
         """Axes of length 1 make this a reshape; longer axes hold copies."""
@@ -133,18 +137,17 @@ class _Walk:
 
     def _transpose(self, eqn: Any, values: list[Value]) -> list[Value]:
         order = eqn.params["permutation"]
-        return [values[0].moved(lambda view: transpose(view, order))]
+        return [moved(values[0], lambda view: transpose(view, order))]
 
     def _slice(self, eqn: Any, values: list[Value]) -> list[Value]:
         """One layer of a stacked kernel is a kernel, since it has an M of its own."""
-        shape, (value, *_) = eqn.outvars[0].aval.shape, values
+        shape, (value, *indices) = eqn.outvars[0].aval.shape, values
         (result,) = self._change(eqn, values)
-        trails = dict(result.trails)
-        for name, trail in value.trails.items():
-            layer = self._layer_of_stack(name, trail, shape)
-            if layer is not None and len(joined(values[1:]).trails) == 0:
-                trails[name] = dataclasses.replace(trail, view=layer)
-        return [Value(trails, result.inputs)]
+        layers = {}
+        for name, trail in () if kernels(joined(indices)) else kernels(value).items():
+            if (layer := self._layer_of_stack(name, trail, shape)) is not None:
+                layers[name] = dataclasses.replace(trail, view=layer)
+        return [{**result, **layers}]
 
     def _layer_of_stack(self, name: str, trail: Trail, shape: Any) -> View | None:
         """The view of a slice that takes one layer of a stack and all else whole."""
@@ -164,41 +167,36 @@ class _Walk:
 
     def _add(self, eqn: Any, values: list[Value]) -> list[Value]:
         """A bias may be added to a product, since it does not depend on the kernel."""
-        trails = {}
-        for name, trail in joined(values).trails.items():
-            alone = sum(name in value.trails for value in values) == 1
-            trails[name] = trail if alone and trail.by else trail.passed("add")
-        return [with_changed_inputs(trails, values)]
+        result = {}
+        for start, trail in joined(values).items():
+            alone = sum(start in value for value in values) == 1
+            result[start] = trail if alone and trail.by else trail.passed("add")
+        return [result]
 
     def _product(self, eqn: Any, values: list[Value]) -> list[Value]:
-        name, trails = eqn.primitive.name, {}
+        (changed,) = self._change(eqn, values)
+        name, result = eqn.primitive.name, dict(changed)
         left, right, *_ = values
         for is_first, value, operand in ((True, left, right), (False, right, left)):
-            for kernel, trail in value.trails.items():
+            for kernel, trail in kernels(value).items():
                 if not trail.by and trail.through <= PREPARING and name != "gather":
                     self.uses.multiplied.add(kernel)
-                if kernel in operand.trails:
-                    trails[kernel] = trail.passed(f"{name} by itself")
-                elif trail.by:
-                    trails[kernel] = trail.passed(name)
-                else:
-                    trails[kernel] = multiplied(eqn, kernel, trail, operand, is_first)
-        return [with_changed_inputs(trails, values)]
+                if not trail.by and kernel not in operand:
+                    result[kernel] = multiplied(eqn, kernel, trail, operand, is_first)
+        return [result]
 
     def _mark(self, eqn: Any, values: list[Value]) -> list[Value]:
         call, lead, (value,) = eqn.params["call"], eqn.params["lead"], values
         if eqn.params["end"]:
-            trails = dict(value.trails)
-            if trail := trails.pop(call.name, None):
+            remaining = dict(value)
+            remaining.pop(call, None)
+            if trail := remaining.pop(call.name, None):
                 self._check(call, trail, lead)
-            inputs = {c: view for c, view in value.inputs.items() if c is not call}
-            return [Value(trails, inputs)]
-        shape, product = eqn.outvars[0].aval.shape, call.product
-        letters: Sequence[Any] = range(len(shape) - lead)
-        if isinstance(product, Contraction):
-            letters = product.inputs
+            return [remaining]
+        shape, labels = eqn.outvars[0].aval.shape, call.product.einsum_labels
+        letters = labels[0] if labels else range(len(shape) - lead)
         view = named([*(("vmap", k) for k in range(lead)), *letters], shape)
-        return [Value(value.trails, {**value.inputs, call: view})]
+        return [{**value, call: Trail(view, len(shape))}]
 
     def _check(self, call: Call, trail: Trail, lead: int) -> None:
         """Record what is wrong with the output of `call`, if anything is."""
@@ -219,76 +217,69 @@ class _Walk:
             )
         )
         consts = unstacked - carry
-        fixed, start = values[:consts], values[consts:unstacked]
         layers = [_in_one_round(value) for value in values[unstacked:]]
-        state = self._steady(
-            body, lambda state: [*fixed, *state, *layers], start, self.depth + 1
-        )
-        walk = _Walk(self.uses, self.stacked, self.depth + 1)
-        results = walk.run(body, [*fixed, *state, *layers])
+        loop = body, values[:consts], values[consts:unstacked], layers
+        state, results = self._loop(*loop, self.depth + 1)
         return [*state, *(self._after_all_rounds(value) for value in results[carry:])]
 
     def _after_all_rounds(self, value: Value) -> Value:
-        """What a scan makes by stacking: its slices of a kernel become the kernel."""
-        trails = {}
-        for name, trail in value.trails.items():
+        """The value that a scan stacks: its slices of a kernel become the kernel."""
+        result = {}
+        for start, trail in value.items():
             if trail.by:  # the walk does not follow which rows the products are of
-                trails[name] = dataclasses.replace(trail, unseen="scan")
+                result[start] = dataclasses.replace(trail, unseen="scan")
             elif trail.view is None or len(trail.outer) <= self.depth:
-                trails[name] = trail.passed("scan")
+                result[start] = trail.passed("scan")
             else:
                 *outer, axis = trail.outer
                 view = (axis, *trail.view)
-                trails[name] = dataclasses.replace(trail, view=view, outer=tuple(outer))
-        return Value(trails, dict.fromkeys(value.inputs))
+                result[start] = dataclasses.replace(trail, view=view, outer=(*outer,))
+        return result
 
     def _while(self, eqn: Any, values: list[Value]) -> list[Value]:
         start = eqn.params["cond_nconsts"]
         stop = start + eqn.params["body_nconsts"]
-        body, fixed = _open(eqn.params["body_jaxpr"]), values[start:stop]
-        state = self._steady(
-            body, lambda state: [*fixed, *state], values[stop:], self.depth
-        )
-        self.run(body, [*fixed, *state])
-        return state
+        body = _open(eqn.params["body_jaxpr"])
+        return self._loop(body, values[start:stop], values[stop:], [], self.depth)[0]
 
-    def _steady(
+    def _loop(
         self,
         body: Jaxpr,
-        inputs: Callable[[list[Value]], list[Value]],
+        fixed: list[Value],
         state: list[Value],
+        layers: list[Value],
         depth: int,
-    ) -> list[Value]:
-        """A loop's state that holds before and after every round."""
-        while True:  # until nothing more is lost
-            # The uses are dropped, since these states may not hold in every round.
-            results = _Walk(Uses(), self.stacked, depth).run(body, inputs(state))
+    ) -> tuple[list[Value], list[Value]]:
+        """A state that holds before and after every round, and a round's outputs."""
+        while True:  # until nothing more is lost: a trail loses its view only once
+            # These uses are dropped, since the state may not hold in every round.
+            walk = _Walk(Uses(), self.stacked, depth)
+            results = walk.run(body, [*fixed, *state, *layers])
             pairs = zip(state, results, strict=False)
-            weaker = [before.in_either(after) for before, after in pairs]
+            weaker = [in_either(before, after) for before, after in pairs]
             if weaker == state:
-                return state
+                walk.uses = self.uses
+                return state, walk.run(body, [*fixed, *state, *layers])
             state = weaker
 
     def _cond(self, eqn: Any, values: list[Value]) -> list[Value]:
         branches = [self.run(_open(b), values[1:]) for b in eqn.params["branches"]]
         return [
-            functools.reduce(Value.in_either, outputs)
+            functools.reduce(in_either, outputs)
             for outputs in zip(*branches, strict=True)
         ]
 
 
 def _in_one_round(value: Value) -> Value:
     """A stacked value as one round of a scan sees it: without the first axis."""
-    trails = {
-        name: trail
+    return {
+        start: trail
         if trail.view is None
         else dataclasses.replace(
             trail, view=trail.view[1:], outer=(*trail.outer, trail.view[0])
         )
-        for name, trail in value.trails.items()
+        for start, trail in value.items()
     }
-    inputs = {c: v if v is None else v[1:] for c, v in value.inputs.items()}
-    return Value(trails, inputs)
 
 
 def _open(jaxpr: Any) -> Any:

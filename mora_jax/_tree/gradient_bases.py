@@ -46,7 +46,8 @@ def gradient_bases(grads: Any, plan: Plan) -> Plan:
       TypeError: `plan` is not a plan, or a gradient is not a concrete floating-point
         array.
       ValueError: A kernel lacks a gradient, or has two; a gradient has another shape
-        than its kernel, holds NaN or infinity, or is zero; or a path is not in the plan.
+        than its kernel, holds NaN or infinity, or is zero; or a path is not in the
+        plan.
 
     Example::
 

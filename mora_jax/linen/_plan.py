@@ -35,7 +35,7 @@ def plan(
     Args:
       model: Any Linen module.
       variables: The model's variables, arrays or shapes.
-      config: What to adapt, and how; None for the defaults.
+      config: The kernels to adapt and the settings; None for the defaults.
       *args: The inputs of a call, arrays or shapes, as for `model.apply`.
       **kwargs: Further inputs, by name.
 
@@ -66,21 +66,21 @@ def plan(
     leaves = named_leaves(params)
     recorder = _Recorder()
     # Each kernel gets a mark next to it that no earlier call had. Otherwise nn.jit
-    # would use a trace again, of which the recorder would see nothing.
+    # would use an earlier trace again, and the recorder would see none of its calls.
     marks = {
         (*path[:-1], path[-1] + SUFFIX): BoundAdapter(None, (recorder, name))
         for name, (path, leaf) in leaves.items()
         if leaf.ndim > 1 and _in_a_module(params, path)
     }
-    rest = {name: value for name, value in variables.items() if name != "params"}
 
-    def call(params: Any, rest: Any, args: Any, kwargs: Any) -> Any:
-        variables = {**rest, "params": combine(params, nest(marks))}
+    def call(params: Any, variables: Any, args: Any, kwargs: Any) -> Any:
+        variables = {**variables, "params": combine(params, nest(marks))}
         with nn.intercept_methods(recorder):
             return model.apply(variables, *args, **kwargs)
 
     arrays = {name: leaf for name, (_, leaf) in leaves.items()}
-    recorder.survey.trace(call, arrays, params, rest, args, kwargs)
+    others = {name: value for name, value in variables.items() if name != "params"}
+    recorder.survey.trace(call, arrays, params, others, args, kwargs)
     for name, shape in recorder.shapes.items():
         whole = tuple(leaves[name][1].shape)
         if whole[len(whole) - len(shape) :] != shape:
@@ -92,7 +92,7 @@ def plan(
 
 
 def _in_a_module(params: Any, path: Path) -> bool:
-    """Whether `path` leads through modules alone: not into a quantized kernel."""
+    """True if `path` leads through modules alone: not into a quantized kernel."""
     node = params
     for key in path[:-1]:
         if isinstance(node, Mapping):
@@ -103,7 +103,7 @@ def _in_a_module(params: Any, path: Path) -> bool:
 
 
 class _Recorder:
-    """An interceptor that records what each layer of a known class computes."""
+    """Interceptor that records the product of each layer of a known class."""
 
     def __init__(self) -> None:
         self.survey = Survey()
@@ -120,11 +120,10 @@ class _Recorder:
         self.survey.classes.setdefault(path, type(module).__name__)
         rule = rules_of(type(module)).get(context.method_name)
         # A rule covers all that its method calls of the same layer.
-        if rule is None or any(module is running for running in self.running):
-            return method(*args, **kwargs)
-        kernel_name = rule.name(module)
-        adapter = module.get_variable("params", kernel_name + SUFFIX)
-        if not isinstance(adapter, BoundAdapter):
+        running = any(module is caller for caller in self.running)
+        kernel = "" if rule is None or running else rule.name(module)
+        adapter = module.get_variable("params", kernel + SUFFIX) if kernel else None
+        if rule is None or not isinstance(adapter, BoundAdapter):
             return method(*args, **kwargs)
         _, name = adapter.spec
         self.running.append(module)
@@ -132,6 +131,6 @@ class _Recorder:
             y = self.survey.record_call(name, rule, module, method, args, kwargs)
         finally:
             self.running.pop()
-        kernel = nn.unbox(module.get_variable("params", kernel_name))
-        self.shapes[name] = tuple(kernel.shape)
+        array = nn.unbox(module.get_variable("params", kernel))
+        self.shapes[name] = tuple(array.shape)
         return y

@@ -1,8 +1,9 @@
 """Adapters for unmodified models."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import flax.linen as nn
 
@@ -21,14 +22,18 @@ from mora_jax.linen._bound import BoundAdapter, check_model, params_of
 from mora_jax.linen._plan import plan as plan_model
 
 
-class AdaptedApply(Protocol):
-    """What `wrap` returns.
+@dataclasses.dataclass(eq=False)
+class AdaptedApply:
+    """A model's `apply` with adapters, as `wrap` makes it.
 
     Attributes:
+      model: The model, which stays as it is.
       plan: The plan of the adapters.
     """
 
+    model: nn.Module
     plan: Plan
+    _warned: bool = dataclasses.field(default=False, init=False, repr=False)
 
     def __call__(
         self,
@@ -38,8 +43,33 @@ class AdaptedApply(Protocol):
         adapter_deterministic: bool | None = None,
         **kwargs: Any,
     ) -> Any:
-        """The model's `apply` with adapters."""
-        ...
+        """The model's `apply` with adapters; see `wrap`."""
+        plan = self.plan
+        needs_flag = any(spec.dropout > 0 for spec in plan.specs)
+        if needs_flag and adapter_deterministic is None:
+            raise ValueError(
+                "the plan has dropout: adapter_deterministic must be True or False, "
+                "got None"
+            )
+        items = adapter_items(adapters, plan, by_row=True)
+        bound = {adapter_path(spec): BoundAdapter.of(spec, m) for spec, m in items}
+        base = params_of(variables)
+        trained = trained_items(adapters, plan) if plan.trained else []
+        params = combine(with_trained(base, trained), nest(bound))
+        interceptor = _Interceptor(plan, bool(adapter_deterministic))
+        with nn.intercept_methods(interceptor):
+            result = self.model.apply({**variables, "params": params}, *args, **kwargs)
+        if not kwargs.get("mutable"):
+            return result
+        output, updated = result
+        kept = sorted(updated.keys() & variables.keys() - {"params", "cache"})
+        if kept and not self._warned:
+            self._warned = True
+            _warn_of_statistics(kept)
+        if "params" in updated:
+            new = split(updated["params"])[0]
+            updated = {**updated, "params": _with_base_of(new, base, trained)}
+        return output, updated
 
 
 def wrap(
@@ -61,8 +91,8 @@ def wrap(
 
     Args:
       model: Any Linen module. It stays as it is.
-      config_or_plan: What to adapt, and how: a config, None for the defaults, or a
-        plan, as `linen.plan` makes it.
+      config_or_plan: The kernels to adapt and the settings: a config, None for the
+        defaults, or a plan, as `linen.plan` makes it.
       variables: The model's variables, arrays or shapes. They are given with a config,
         not with a plan.
       *args: The inputs of a call, arrays or shapes; with a config, like `variables`.
@@ -100,53 +130,15 @@ def wrap(
     """
     check_model(model)
     plan = _given_or_made(model, config_or_plan, variables, args, kwargs)
-    warned = False
-    needs_flag = any(spec.dropout > 0 for spec in plan.specs)
-
-    def apply(
-        adapters: Any,
-        variables: Mapping[str, Any],
-        *args: Any,
-        adapter_deterministic: bool | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        if needs_flag and adapter_deterministic is None:
-            raise ValueError(
-                "the plan has dropout: adapter_deterministic must be True or False, "
-                "got None"
-            )
-        items = adapter_items(adapters, plan, by_row=True)
-        bound = {adapter_path(spec): BoundAdapter.of(spec, m) for spec, m in items}
-        base = params_of(variables)
-        trained = trained_items(adapters, plan) if plan.trained else []
-        params = combine(with_trained(base, trained), nest(bound))
-        interceptor = _Interceptor(plan, bool(adapter_deterministic))
-        with nn.intercept_methods(interceptor):
-            result = model.apply({**variables, "params": params}, *args, **kwargs)
-        if not kwargs.get("mutable"):
-            return result
-        output, updated = result
-        nonlocal warned
-        kept = sorted(updated.keys() & variables.keys() - {"params", "cache"})
-        if kept and not warned:
-            warned = True
-            _warn_of_statistics(kept)
-        if "params" in updated:
-            new = split(updated["params"])[0]
-            updated = {**updated, "params": _with_base_of(new, base, trained)}
-        return output, updated
-
-    adapted: Any = apply
-    adapted.plan = plan
-    return adapted
+    return AdaptedApply(model, plan)
 
 
 def _with_base_of(params: Any, base: Any, trained: Items) -> Any:
-    """The params of a call, with the base's arrays in place of the trained copies."""
+    """The params of a call, with the base's arrays instead of the trained copies."""
     if not trained:
         return params
     leaves = named_leaves(base)
-    old = dict(find_trained(leaves, one) for one, _ in trained)
+    old = dict(find_trained(leaves, array) for array, _ in trained)
     return replace_leaves(params, old)
 
 
@@ -210,9 +202,10 @@ class _Interceptor:
             return method(*args, **kwargs)
         scope = module.scope.path
         outermost = all(scope != outer for _, outer in self.running)
+        call = self._adapted(module, name, method, args, kwargs, adapters)
         self.running.append((module, scope))
         try:
-            y = self._adapt(method, module, name, args, kwargs, adapters)
+            y = call()
         finally:
             self.running.pop()
         for kernel in adapters if outermost else ():
@@ -220,44 +213,31 @@ class _Interceptor:
                 raise unknown_use("/".join((*scope, kernel)), type(module), name)
         return y
 
-    def _adapt(
+    def _adapted(
         self,
-        method: Callable[..., Any],
-        module: nn.Module,
+        module: Any,
         name: str,
+        method: Callable[..., Any],
         args: Any,
         kwargs: Any,
         adapters: Mapping[str, BoundAdapter],
-    ) -> Any:
-        assert module.scope is not None
+    ) -> Callable[[], Any]:
+        """The call of a method with the adapter of its kernel, if it has one."""
         scope, rules = module.scope.path, rules_of(type(module))
-        if name not in rules:
-            y = method(*args, **kwargs)
-            for rule in rules.values():
-                if (kernel := rule.name(module)) in adapters:
-                    raise unknown_use("/".join((*scope, kernel)), type(module), name)
-            return y
-        rule = rules[name]
-        kernel = rule.name(module)
-        if kernel not in adapters:
-            return method(*args, **kwargs)
+        kernels = {rule.name(module) for rule in rules.values()} & adapters.keys()
+        for kernel in () if name in rules else kernels:
+            raise unknown_use("/".join((*scope, kernel)), type(module), name)
+        if name not in rules or (kernel := rules[name].name(module)) not in kernels:
+            return functools.partial(method, *args, **kwargs)
         self.used.add((scope, kernel))
-        product, x = rule.read(module, args, kwargs)
+        adapter, key = adapters[kernel], None
+        spec = dataclasses.replace(adapter.spec, path=(*scope, *adapter.spec.path))
         if not self.traced:
-            refuse_untraced("/".join((*scope, kernel)), product)
-        spec, key = adapters[kernel].spec, None
+            refuse_untraced(spec.name, rules[name].read(module, args, kwargs)[0])
         if spec.dropout > 0 and not self.deterministic:
             key = module.make_rng("dropout")
-        return adapt_call(
-            lambda: method(*args, **kwargs),
-            module,
-            rule,
-            dataclasses.replace(spec, path=(*scope, *spec.path)),
-            lambda: adapters[kernel].m,
-            x,
-            product,
-            key,
-        )
+        call = rules[name], module, method, args, kwargs, spec, lambda: adapter.m, key
+        return functools.partial(adapt_call, *call)
 
 
 def _refuse_normalised(module: Any) -> None:

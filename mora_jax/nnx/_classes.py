@@ -1,61 +1,30 @@
-"""Classes of adapted layers, each made from the class of the plain layer."""
+"""Layers with adapters: their classes, and how adapters are put in and taken out."""
 
-import contextlib
-import dataclasses
 import functools
-import inspect
-from collections.abc import Callable, Iterator
-from contextvars import ContextVar
+from collections.abc import Callable
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from mora_jax._flax.adapted_call import adapt_call
 from mora_jax._flax.layer_rules import (
-    LayerRule,
     folded_kernels,
     planning_rules,
     rules_of,
     unknown_use,
 )
 from mora_jax._flax.survey import refuse_untraced
-from mora_jax._jax.qwix_guard import intercepted
 from mora_jax._layer.adapted import check_product
+from mora_jax._layer.fold import folded_kernel
 from mora_jax._plan.spec import SUFFIX, AdapterSpec
+from mora_jax._plan.trained_arrays import TrainedArray
+from mora_jax.nnx._derived import copied, derived, plain_class, plain_variable
 from mora_jax.nnx._dropout import AdapterDropout
-from mora_jax.nnx._folded import derived, reading_class, with_delta
 from mora_jax.nnx._param import MoRAParam, TrainedParam, is_m, value_of
-from mora_jax.nnx._trained import restore_array
-from mora_jax.products import Folded
-
-CallWrapper = Callable[[LayerRule, nnx.Module, Callable[..., Any], Any, Any], Any]
-"""(rule, layer, its method, args, kwargs) to what the call returns."""
 
 DROPOUT = "dropout_mora"
-
-_running: ContextVar[tuple[int, ...]] = ContextVar("running", default=())
-
-
-def subclass(cls: type, wrap_call: CallWrapper, *, strict: bool) -> type:
-    """A subclass of `cls` that calls `wrap_call` for each method that has a rule.
-
-    Its name and its attributes stay as they were, and with them the parameters' paths.
-
-    Args:
-      cls: The class of a layer.
-      wrap_call: What is called in place of the methods, with the method.
-      strict: Whether public methods without a rule raise when they are called from
-        outside of the layer, since nobody knows how they use the kernel.
-    """
-    rules = rules_of(cls)
-    methods: dict[str, Any] = {}
-    for name, method in inspect.getmembers(cls, inspect.isfunction):
-        inherited = getattr(nnx.Module, name, None) is method
-        if name in rules:
-            methods[name] = _wrapped(method, rules[name], wrap_call)
-        elif strict and not inherited and (name[0] != "_" or name == "__call__"):
-            methods[name] = _refused(cls, method)
-    return derived(cls, methods)
 
 
 def adapted_class(cls: type) -> type:
@@ -64,85 +33,62 @@ def adapted_class(cls: type) -> type:
     return _adapted_class(cls, rules, tuple(folded_kernels(cls).items()))
 
 
-@functools.cache  # nnx.jit would compile a program for each of several classes
-def _adapted_class(
-    cls: type,
-    rules: tuple[LayerRule, ...],
-    folded: tuple[tuple[str, Folded], ...],
-) -> type:
-    if folded:
-        return reading_class(cls, with_delta)
-    return subclass(cls, call_adapted, strict=True)
-
-
-def plain_class(module: nnx.Module) -> type:
-    """The class that `module` had before it was adapted."""
-    return getattr(module, "plain_class", type(module))
+# nnx.jit would compile a program for each of several classes. Other rules need another
+# class, or it would run what it has compiled for the old ones.
+@functools.cache
+def _adapted_class(cls: type, *rules: Any) -> type:
+    return derived(cls, call_adapted)
 
 
 def call_adapted(
-    rule: LayerRule,
-    module: nnx.Module,
-    method: Callable[..., Any],
-    args: Any,
-    kwargs: Any,
+    module: Any, name: str, method: Callable[..., Any], args: Any, kwargs: Any
 ) -> Any:
     """The output of a layer's method, with the adapter's delta added."""
-    call = functools.partial(method, *args, **kwargs)
-    product, x = rule.read(module, args, kwargs)
-    kernel = rule.name(module)
-    m: Any = getattr(module, kernel + SUFFIX, None)
-    if m is None:  # another kernel of the layer is adapted
-        return call()
-    if isinstance(m, _Hidden):  # another thread is in the same layer
-        m = m.m
-    dropout: Any = getattr(module, DROPOUT, None)
-    key = None
-    if dropout is not None and not dropout.deterministic:
-        key = dropout.key(value_of(m), getattr(module, kernel))
-
-    def call_without_adapters() -> Any:
-        with _hidden_adapters(module):
-            return call()
-
-    plain_call = call_without_adapters if intercepted() else call
-    return adapt_call(
-        plain_call, module, rule, m.spec, lambda: value_of(m), x, product, key
-    )
+    cls = plain_class(module)
+    rule = rules_of(cls).get(name)
+    if rule is None and not folded_kernels(cls):
+        _refuse_unknown(module, cls, name)
+        with copied(module, None) as copy:  # which may call methods that have rules
+            return method(copy, *args, **kwargs)
+    with copied(module, with_delta) as copy:
+        method = functools.partial(method, copy)
+        if rule is None:
+            return method(*args, **kwargs)
+        kernel = rule.name(module)
+        m = getattr(module, kernel + SUFFIX, None)
+        if m is None:  # another kernel of the layer is adapted
+            return method(*args, **kwargs)
+        dropout, key = getattr(module, DROPOUT, None), None
+        if dropout is not None and not dropout.deterministic:
+            key = dropout.key(value_of(m), getattr(module, kernel))
+        m_of = functools.partial(value_of, m)
+        return adapt_call(rule, copy, method, args, kwargs, m.spec, m_of, key)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Hidden:
-    """An M that only `call_adapted` finds."""
+def _refuse_unknown(module: nnx.Module, cls: type, method: str) -> None:
+    """Raise for a method without a rule that may use an adapted kernel."""
+    public = method[0] != "_" or method == "__call__"
+    if public and any(map(is_m, vars(module).values())):
+        raise unknown_use("kernel", cls, method)
 
-    m: MoRAParam
 
-
-@contextlib.contextmanager
-def _hidden_adapters(module: nnx.Module) -> Iterator[None]:
-    """A context in which the module has no M among its parameters.
-
-    qwix takes each array that a product multiplies for a weight if a parameter of the
-    module has its shape. It would take an input of (q, q) numbers for M.
-    """
-    attributes = vars(module)
-    found = {name: v for name, v in attributes.items() if is_m(v)}
-    attributes.update({name: _Hidden(m) for name, m in found.items()})
-    try:
-        yield
-    finally:
-        attributes.update(found)
+def with_delta(module: nnx.Module, name: str, kernel: jax.Array) -> jax.Array:
+    """The kernel of a module with the delta of its adapter, if it has one."""
+    m: Any = getattr(module, name + SUFFIX, None)
+    if m is None:
+        return kernel
+    if not (hasattr(kernel, "dtype") and jnp.issubdtype(kernel.dtype, jnp.floating)):
+        raise TypeError(
+            f"{name} of {type(module).__name__} must be a floating-point array for "
+            f"products.Folded, got {type(kernel).__name__}; is it quantized?"
+        )
+    return folded_kernel(m.spec, value_of(m), kernel)
 
 
 def attach(
-    module: nnx.Module,
-    spec: AdapterSpec,
-    m: Any,
-    *,
-    seed: int,
-    traced: bool,
+    module: nnx.Module, spec: AdapterSpec, m: Any, *, seed: int, traced: bool
 ) -> None:
-    """Give `module` its adapter, or raise if it would have no effect."""
+    """Give `module` its adapter, or raise if it would change nothing."""
     cls, kernel = plain_class(module), spec.path[-1]
     rule = planning_rules(module).get(kernel)
     if rule is None:
@@ -152,50 +98,37 @@ def attach(
         refuse_untraced(spec.name, product)
     if product is not None:
         check_product(spec, product)
-    if isinstance(product, Folded) and spec.dropout > 0:
+    if folded_kernels(cls) and spec.dropout > 0:
         raise ValueError(
             f"{spec.name}: dropout must be 0 for a kernel that methods read "
             f"(products.Folded), got {spec.dropout}; say so in overrides"
         )
     object.__setattr__(module, "__class__", adapted_class(cls))
-    setattr(module, kernel + SUFFIX, MoRAParam.of(spec, m))
+    hold_adapter(module, spec, m, seed)
+
+
+def hold_adapter(module: nnx.Module, spec: AdapterSpec, m: Any, seed: int) -> None:
+    """Put M beside its kernel, and the switch of its dropout where it has any."""
+    setattr(module, spec.path[-1] + SUFFIX, MoRAParam.of(spec, m))
     if spec.dropout > 0:
         setattr(module, DROPOUT, AdapterDropout(spec.dropout, seed))
+
+
+def train_array(module: nnx.Module, trained: TrainedArray, copy: Any) -> None:
+    """Put the trained copy of an array into `module` instead of the base's."""
+    name = trained.path[-1]
+    variable = TrainedParam.in_place_of(getattr(module, name), trained, copy)
+    setattr(module, name, variable)
+    if trained.dtype != trained.base_dtype:
+        cls = adapted_class(plain_class(module))
+        object.__setattr__(module, "__class__", cls)
 
 
 def detach(module: nnx.Module) -> None:
     """Undo `attach` and `train_array`; trained numbers stay."""
     for name, value in list(vars(module).items()):
         if isinstance(value, TrainedParam):
-            restore_array(module, name)
+            setattr(module, name, plain_variable(value))
         elif isinstance(value, MoRAParam) or name == DROPOUT:
             delattr(module, name)
     object.__setattr__(module, "__class__", plain_class(module))
-
-
-def _wrapped(
-    method: Callable[..., Any], rule: LayerRule, wrap_call: CallWrapper
-) -> Callable[..., Any]:
-    @functools.wraps(method)
-    def call(self: nnx.Module, *args: Any, **kwargs: Any) -> Any:
-        # A rule covers all that its method calls of the same layer.
-        if id(self) in _running.get():
-            return method(self, *args, **kwargs)
-        token = _running.set((*_running.get(), id(self)))
-        try:
-            bound_method = functools.partial(method, self)
-            return wrap_call(rule, self, bound_method, args, kwargs)
-        finally:
-            _running.reset(token)
-
-    return call
-
-
-def _refused(cls: type, method: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(method)
-    def call(self: nnx.Module, *args: Any, **kwargs: Any) -> Any:
-        if id(self) in _running.get():
-            return method(self, *args, **kwargs)
-        raise unknown_use("kernel", cls, method.__name__)
-
-    return call

@@ -53,10 +53,10 @@ class MoRAParam(nnx.LoRAParam[Any]):
 
 
 class TrainedParam(MoRAParam):
-    """An array of the base that trains itself, in the place of the base's variable.
+    """Array of the base that trains itself, instead of the base's variable.
 
     It is a subclass of `MoRAParam`, so that what trains, saves or counts adapters by
-    that type does so with it too. Its metadata is that of the base's variable, with a
+    that type does so with it too. It has the metadata of the base's variable, with a
     `spec` that says which dtype the base has, and the base's type as `plain`.
     """
 
@@ -80,11 +80,11 @@ class TrainedParam(MoRAParam):
 
 
 def value_of(m: MoRAParam) -> Any:
-    """The numbers of an M; or what `serving.select` has made of those of many."""
+    """The numbers of an M; or the slots of many, as `serving.select` puts them."""
     held = unboxed(m)
     return held if isinstance(held, Selected) else m[...]
 
 
 def is_m(value: Any) -> bool:
-    """Whether `value` is the variable of an M, and not of an array that trains."""
+    """True if `value` is the variable of an M, and not of an array that trains."""
     return isinstance(value, MoRAParam) and not isinstance(value, TrainedParam)

@@ -1,21 +1,24 @@
 """A plan of a model, by what its layers compute."""
 
 import functools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from flax import nnx
 
-from mora_jax._flax.layer_rules import LayerRule, folded_kernels, planning_rules
+from mora_jax._flax.layer_rules import (
+    folded_kernels,
+    planning_rules,
+    rules_of,
+)
 from mora_jax._flax.planning import plan_surveyed
 from mora_jax._flax.survey import Survey, refuse_untraced
 from mora_jax._plan.config import MoRAConfig, check_config
 from mora_jax._plan.plan import Plan
 from mora_jax._tree.paths import named_leaves
-from mora_jax.nnx._adapters import named_modules
-from mora_jax.nnx._classes import plain_class, subclass
-from mora_jax.nnx._folded import reading_class
+from mora_jax.nnx._derived import copied, derived, plain_class
 from mora_jax.nnx._param import MoRAParam
+from mora_jax.nnx._state import named_modules
 
 
 def plan(
@@ -30,7 +33,7 @@ def plan(
 
     Args:
       model: Any NNX module, of arrays or (by `nnx.eval_shape`) of shapes.
-      config: What to adapt, and how; None for the defaults.
+      config: The kernels to adapt and the settings; None for the defaults.
       *args: The inputs of a call, arrays or shapes. They are only needed where the
         modules do not tell enough: an `nnx.Einsum` that gets its equation in the call,
         and embeddings, which a model might also read elsewhere (a tied head).
@@ -62,35 +65,32 @@ def plan(
     survey = Survey()
     for path, module in named_modules(model):
         survey.classes["/".join(path)] = type(module).__name__
-        rules = planning_rules(module)
-        # Methods that read their kernels may do anything with other arrays, too.
-        plain = rules and not folded_kernels(type(module))
-        for name, value in vars(module).items() if plain else ():
-            if isinstance(value, nnx.Variable) and name not in rules:
-                survey.non_kernels.add("/".join((*path, name)))
-    for name, layer, rule in _known(model):
-        product = rule.product(layer)
-        if product is not None:
-            survey.products[name] = product
+        rules, folded = planning_rules(module), folded_kernels(type(module))
+        for key, value in vars(module).items() if rules else ():
+            if not isinstance(value, nnx.Variable):
+                continue
+            name = "/".join((*path, key))
+            if key not in rules and not folded:  # or methods may do anything with it
+                survey.non_kernels.add(name)
+            elif key in rules and (product := rules[key].product(module)) is not None:
+                survey.products[name] = product
     survey.faults |= normalised(model, survey.products)
     if args or kwargs:
         _trace(model, survey, args, kwargs)
     chosen = plan_surveyed(params, config, survey)
     refuse_shared(model, [spec.name for spec in chosen.specs], "exclude it")
-    refuse_shared(model, [one.name for one in chosen.trained], "take it out of train")
+    refuse_shared(model, [t.name for t in chosen.trained], "take it out of train")
     for spec in () if chosen.traced else chosen.specs:
         refuse_untraced(spec.name, survey.products.get(spec.name))
     return chosen
 
 
-NORMALISING = tuple(
-    getattr(nnx, name) for name in ("WeightNorm", "SpectralNorm") if hasattr(nnx, name)
-)
-"""Flax's modules that change the kernels of the layer inside; Flax 0.12.0 has none."""
+NORMALISING = nnx.WeightNorm, nnx.SpectralNorm
+"""Flax's modules that change the kernels of the layer inside."""
 
 
 def normalised(model: nnx.Module, kernels: Iterable[str]) -> dict[str, str]:
-    """{path: why} for those of `kernels` that a module changes before it uses them."""
+    """{path: reason} of the `kernels` that a module changes before it uses them."""
     inside = {
         "/".join((*path, "layer_instance", "")): type(module).__name__
         for path, module in named_modules(model)
@@ -116,37 +116,33 @@ def check_model(model: Any) -> None:
             raise ValueError(f"model has adapters already, the first at {name!r}")
 
 
-def _known(model: nnx.Module) -> Iterator[tuple[str, nnx.Module, LayerRule]]:
-    """Each kernel in a layer of a known class: its path, the layer, its first rule."""
-    for path, module in named_modules(model):
-        for kernel, rule in planning_rules(module).items():
-            if isinstance(getattr(module, kernel, None), nnx.Variable):
-                yield "/".join((*path, kernel)), module, rule
-
-
 def _trace(model: nnx.Module, survey: Survey, args: Any, kwargs: Any) -> None:
     """Add to `survey` what the trace of a call shows."""
     marked = nnx.clone(model)
-    found = list(_known(marked))
-
-    def record(
-        prefix: str, rule: LayerRule, module: Any, method: Any, args: Any, kwargs: Any
-    ) -> Any:
-        name = prefix + rule.name(module)
-        return survey.record_call(name, rule, module, method, args, kwargs)
 
     def read(prefix: str, module: Any, name: str, kernel: Any) -> Any:
-        product = folded_kernels(type(module))[name]
-        cls = plain_class(module).__name__
-        return survey.record_read(prefix + name, product, cls, kernel)
+        cls = plain_class(module)
+        product = folded_kernels(cls)[name]
+        return survey.record_read(prefix + name, product, cls.__name__, kernel)
 
-    for path, layer in {name.rpartition("/")[0]: m for name, m, _ in found}.items():
-        prefix, cls = f"{path}/" if path else "", type(layer)
-        if folded_kernels(cls):
-            cls = reading_class(cls, functools.partial(read, prefix))
-        else:
-            cls = subclass(cls, functools.partial(record, prefix), strict=False)
-        object.__setattr__(layer, "__class__", cls)
+    def record(
+        prefix: str, module: Any, name: str, method: Any, args: Any, kwargs: Any
+    ) -> Any:
+        rule = rules_of(type(module)).get(name)
+        if rule is None and not folded_kernels(type(module)):
+            return method(module, *args, **kwargs)  # it may call those that have rules
+        with copied(module, functools.partial(read, prefix)) as copy:
+            method = functools.partial(method, copy)
+            if rule is None:
+                return method(*args, **kwargs)
+            path = prefix + rule.name(copy)
+            return survey.record_call(path, rule, copy, method, args, kwargs)
+
+    for path, layer in list(named_modules(marked)):
+        kernels = (getattr(layer, name, None) for name in planning_rules(layer))
+        if any(isinstance(kernel, nnx.Variable) for kernel in kernels):
+            through = functools.partial(record, "".join(f"{key}/" for key in path))
+            object.__setattr__(layer, "__class__", derived(type(layer), through))
     graph, state = nnx.split(marked)
 
     def call(state: Any, args: Any, kwargs: Any) -> Any:

@@ -11,8 +11,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from mora_jax._layer.slots import Selected
 from mora_jax._tree.optim import check_transformation
-from mora_jax.nnx._adapters import adapter_variables, named_sharding
 from mora_jax.nnx._param import MoRAParam, value_of
+from mora_jax.nnx._state import adapter_variables, named_sharding
 
 
 def value_and_grad(
@@ -27,11 +27,11 @@ def value_and_grad(
     Args:
       f: A function (model, *args) -> loss, or (loss, aux).
       argnums: The position of the model among the arguments.
-      has_aux: Whether `f` returns a pair.
+      has_aux: True if `f` returns a pair.
 
     Returns:
       A function like `f` that returns (loss, gradients), the gradients as a state of
-      `MoRAParam`s. Its calls raise ValueError if the model has no adapters, or if
+      `MoRAParam`s. Its calls raise ValueError if the model lacks adapters, or if
       `serving.select` has given each row its own: those train by the tree of
       `serving.stack`.
 
@@ -66,7 +66,7 @@ def adapter_optimizer(
 ) -> nnx.Optimizer:
     """An `nnx.Optimizer` of the adapters alone, for gradients of `value_and_grad`.
 
-    It has no state for the base. What `tx` computes over the whole, such as a norm to
+    It keeps nothing for the base. What `tx` computes over the whole, such as a norm to
     clip by, depends on the adapters only.
 
     Args:
@@ -78,7 +78,7 @@ def adapter_optimizer(
 
     Raises:
       TypeError: `tx` is not a transformation.
-      ValueError: The model has no adapters, or one for each row of a batch.
+      ValueError: The model lacks adapters, or has one for each row of a batch.
 
     Example: see `value_and_grad`.
 

@@ -13,18 +13,17 @@ from mora_jax._plan.spec import AdapterSpec
 from mora_jax._plan.trained_arrays import refuse_trained
 from mora_jax._tree.adapters import adapter_items, init, trained_items
 from mora_jax._tree.merge import merge
-from mora_jax.nnx._adapters import (
+from mora_jax.nnx._classes import attach, detach, train_array
+from mora_jax.nnx._param import MoRAParam
+from mora_jax.nnx._plan import check_model, normalised, refuse_shared
+from mora_jax.nnx._plan import plan as plan_model
+from mora_jax.nnx._state import (
     adapters,
     named_modules,
     named_sharding,
     parameters,
     plan_of,
 )
-from mora_jax.nnx._classes import attach, detach
-from mora_jax.nnx._param import MoRAParam
-from mora_jax.nnx._plan import check_model, normalised, refuse_shared
-from mora_jax.nnx._plan import plan as plan_model
-from mora_jax.nnx._trained import train_array
 from mora_jax.sharding import adapter_sharding
 
 Model = TypeVar("Model", bound=nnx.Module)
@@ -56,14 +55,14 @@ def wrap(
         step to which the whole state of the result is donated deletes the base, too.
         Donate the adapters alone, the first part of `nnx.split(model, MoRAParam, ...)`;
         see docs/training-nnx.md.
-      config_or_plan: What to adapt, and how: a config, None for the defaults, or a
-        plan, as `nnx.plan` makes it.
+      config_or_plan: The kernels to adapt and the settings: a config, None for the
+        defaults, or a plan, as `nnx.plan` makes it.
       rngs: The source of the key for `init="gaussian"`.
       seed: The seed of the dropout masks.
 
     Returns:
       A new model. Its trainable state is `nnx.state(model, MoRAParam)`, which also has
-      the arrays that the plan trains themselves, in place of the base's. Where a kernel
+      the arrays that the plan trains themselves, instead of the base's. Where a kernel
       is on a mesh of devices, its M is too, as `sharding.adapter_shardings` says.
 
     Raises:
@@ -93,7 +92,7 @@ def wrap(
     key = None
     if rngs is not None and any(spec.init == "gaussian" for spec in plan.specs):
         key = rngs.params()
-    refuse_shared(model, [one.name for one in plan.trained], "take it out of train")
+    refuse_shared(model, [t.name for t in plan.trained], "take it out of train")
     new = init(plan, key, params=parameters(model) if plan.trained else None)
     model = nnx.clone(model)
     modules = dict(named_modules(model))
@@ -108,15 +107,15 @@ def wrap(
             )
         m = _placed(m, spec, kernel)
         attach(module, spec, m, seed=seed, traced=plan.traced)
-    for one, copy in trained_items(new, plan):
-        module = modules.get(one.path[:-1])
-        if not isinstance(getattr(module, one.path[-1], None), nnx.Variable):
+    for trained, copy in trained_items(new, plan):
+        module = modules.get(trained.path[:-1])
+        if not isinstance(getattr(module, trained.path[-1], None), nnx.Variable):
             raise ValueError(
-                f"{one.name}: nnx.wrap trains variables that are attributes of a "
+                f"{trained.name}: nnx.wrap trains variables that are attributes of a "
                 "module, and this one is in a container; take it out of train"
             )
         assert module is not None
-        train_array(module, one, copy)
+        train_array(module, trained, copy)
     return model
 
 
@@ -136,7 +135,7 @@ def unwrap(model: Model) -> Model:
       A new model of the plain classes, with the kernels of the base.
 
     Raises:
-      ValueError: The model has no adapters; or it trains arrays of the base, whose old
+      ValueError: The model lacks adapters; or it trains arrays of the base, whose old
         values are in the model that `wrap` was given and not in this one.
 
     Example::
@@ -179,15 +178,15 @@ def merge_adapters(
     Args:
       model: An adapted model, as `wrap` makes it. It stays as it is.
       dtype: The dtype of the merged kernels; by default each keeps its own.
-      any_base: Whether to merge also into weights that are not those that the adapters
-        were trained on. Adapters know their base if `save` was given `params`.
-      rounding: How to round to less than 32 bits, as in `mora_jax.merge`.
+      any_base: True to merge also into other weights than the adapters were trained
+        on. Adapters know their base if `save` was given `params`.
+      rounding: The way to round to less than 32 bits, as in `mora_jax.merge`.
 
     Returns:
       A new model of the plain classes, which computes the same.
 
     Raises:
-      ValueError: The model has no adapters; an M holds NaN or infinity; the kernels are
+      ValueError: The model lacks adapters; an M holds NaN or infinity; the kernels are
         of another base, and `any_base` is False.
 
     Example::

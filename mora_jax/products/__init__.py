@@ -12,11 +12,11 @@ Kinds::
 
 For a product of your own::
 
-  Delta                 what an adapter adds to a kernel, as the product sees it
+  KernelDelta           the delta of a kernel, as the product sees it
 """
 
-from mora_jax.products._base import Delta as Delta
-from mora_jax.products._base import Product as Product
+from mora_jax.products._product import KernelDelta as KernelDelta
+from mora_jax.products._product import Product as Product
 from mora_jax.products.contraction import ATTEND as ATTEND
 from mora_jax.products.contraction import DENSE as DENSE
 from mora_jax.products.contraction import Contraction as Contraction

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from mora_jax._common.axes import sizes
 from mora_jax._common.types import ArrayLike, Shape
-from mora_jax.products._base import Delta, Product
+from mora_jax.products._product import Factors, KernelDelta, Product
 
 DENSE = "...i,io->...o"
 """The equation of a dense layer."""
@@ -47,7 +47,7 @@ class Contraction(Product):
 
         Args:
           equation: An equation as for `jax.numpy.einsum`, of input and kernel.
-          inputs_ndim: How many axes the input has; None for as few as the equation
+          inputs_ndim: The number of the input's axes; None for as few as the equation
             allows.
 
         Raises:
@@ -66,10 +66,8 @@ class Contraction(Product):
             outputs = "..." * ("..." in inputs) + "".join(single)
         unused = [c for c in string.ascii_letters if c not in named]
         least = len(inputs.replace("...", ""))
-        if inputs_ndim is None:
-            inputs_ndim = least
-        missing = max(0, inputs_ndim - least)
-        hidden = "".join(unused[:missing])
+        inputs_ndim = least if inputs_ndim is None else inputs_ndim
+        hidden = "".join(unused[: max(0, inputs_ndim - least)])
         contraction = cls(
             inputs.replace("...", hidden), kernel, outputs.replace("...", hidden)
         )
@@ -83,10 +81,10 @@ class Contraction(Product):
         """The equation of Flax's general dense layer.
 
         Args:
-          inputs_ndim: How many axes the input has.
+          inputs_ndim: The number of the input's axes.
           axis: The axes of the input that the layer sums over.
           batch: The axes of the input that the kernel has as well, as stack axes.
-          outs: How many axes of output features the kernel has.
+          outs: The number of the kernel's axes of output features.
         """
         labels = string.ascii_letters[:inputs_ndim]
         stack, ins = (
@@ -133,6 +131,18 @@ class Contraction(Product):
         return "".join(kinds[c] for c in self.kernel)
 
     @property
+    def einsum_labels(self) -> tuple[str, str, str]:
+        return self.inputs, self.kernel, self.outputs
+
+    @property
+    def joins(self) -> bool:
+        return "s" not in self.axes  # a stack axis would need a batched product
+
+    @property
+    def transposed(self) -> "Contraction":
+        return Contraction(self.outputs, self.kernel, self.inputs)
+
+    @property
     def equation(self) -> str:
         """The equation for `jax.numpy.einsum`."""
         return f"{self.inputs},{self.kernel}->{self.outputs}"
@@ -142,46 +152,34 @@ class Contraction(Product):
         return True
 
     def fits(self, axes: str) -> bool:
-        return axes in (self.axes, _swap(self.axes))
+        exchanged = self.axes.translate(str.maketrans("io", "oi"))
+        return axes in (self.axes, exchanged)
 
-    def delta(self, delta: Delta, x: jax.Array) -> jax.Array:
-        for_rows = delta.rows if self._as_planned(delta) else delta.transposed_rows
+    def delta(self, delta: KernelDelta, x: jax.Array) -> jax.Array:
+        for_rows = delta.rows if delta.axes == self.axes else delta.transposed_rows
         outs = sizes(delta.kernel_shape, self.axes, "o")
         return self.from_rows(for_rows(self.to_rows(x)), outs)
 
-    def _as_planned(self, delta: Delta) -> bool:
-        """Whether the plan reads the kernel as this layer does, not transposed."""
-        return delta.axes == self.axes
+    def batch_axes(self, x: jax.Array) -> tuple[int, int] | None:
+        if not self._batch:
+            return None
+        return self.inputs.index(self._batch[0]), self.outputs.index(self._batch[0])
 
-    def factors(self, scale: ArrayLike | float) -> tuple[jax.Array, jax.Array]:
-        """Factors of input and output that have the effect of scaling the kernel.
-
-        Args:
-          scale: The factor of the kernel, an array that broadcasts against it.
-
-        Returns:
-          An array that broadcasts against the input, and an array that broadcasts
-          against the output. At least one of them is 1.
-
-        Raises:
-          ValueError: `scale` has too many axes, or varies along input features and
-            along output features.
-        """
-        scale, unit = jnp.asarray(scale), jnp.ones(())
+    def factors(self, scale: ArrayLike | float) -> Factors:
+        scale = jnp.asarray(scale)
         shape = (1,) * (len(self.kernel) - scale.ndim) + scale.shape
         if len(shape) > len(self.kernel):
             raise ValueError(
                 f"scale of shape {shape} must broadcast against a kernel of "
                 f"{len(self.kernel)} axes"
             )
-        varies = [c for c, n in zip(self.kernel, shape, strict=True) if n > 1]
+        varies = {c: n for c, n in zip(self.kernel, shape, strict=True) if n > 1}
         for letters in (self.outputs, self.inputs):
-            if set(varies) <= set(letters):
-                order = sorted(varies, key=letters.index)
-                axes = jnp.transpose(scale.squeeze(), [varies.index(c) for c in order])
-                sizes = {c: n for c, n in zip(self.kernel, shape, strict=True) if n > 1}
-                factor = axes.reshape([sizes.get(c, 1) for c in letters])
-                return (unit, factor) if letters is self.outputs else (factor, unit)
+            if varies.keys() <= set(letters):
+                order = [[*varies].index(c) for c in letters if c in varies]
+                factor = jnp.transpose(scale.squeeze(), order)
+                factor = factor.reshape([varies.get(c, 1) for c in letters])
+                return (None, factor) if letters is self.outputs else (factor, None)
         raise ValueError(
             f"scale of shape {scale.shape} must vary along the input features or the "
             f"output features of a kernel with axes {self.axes!r}, not along both"
@@ -223,7 +221,3 @@ class Contraction(Product):
     @property
     def _batch(self) -> str:
         return "".join(c for c in self.inputs if c not in self.kernel)
-
-
-def _swap(axes: str) -> str:
-    return axes.translate(str.maketrans("io", "oi"))

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import jax
 
-from mora_jax.products._base import Delta, Product
+from mora_jax.products._product import KernelDelta, Product
 
 Convolve = Callable[[jax.Array, jax.Array], jax.Array]
 
@@ -22,9 +22,9 @@ class Convolution(Product):
     Attributes:
       kernel_axes: The kernel's axes as letters, such as "iiio".
       convolve: A function of (x, kernel) that returns the layer's output without bias.
-      any_outputs: Whether `convolve` takes a kernel of any number of output features.
+      any_outputs: True if `convolve` takes a kernel of any number of output features.
         It does not with groups of features or with a mask.
-      masked: Whether `convolve` multiplies the kernel by a mask.
+      masked: True if `convolve` multiplies the kernel by a mask.
     """
 
     kernel_axes: str
@@ -32,6 +32,7 @@ class Convolution(Product):
     any_outputs: bool = True
     masked: bool = False
 
+    label = "a convolution"
     primitive = "conv_general_dilated"
 
     @property
@@ -51,7 +52,10 @@ class Convolution(Product):
     def fits(self, axes: str) -> bool:
         return axes == self.axes
 
-    def delta(self, delta: Delta, x: jax.Array) -> jax.Array:
+    def batch_axes(self, x: jax.Array) -> tuple[int, int] | None:
+        return (0, 0) if x.ndim >= len(self.axes) else None  # else a single image
+
+    def delta(self, delta: KernelDelta, x: jax.Array) -> jax.Array:
         if delta.operator.block or not self.any_outputs:
             return self.convolve(x, delta.kernel())
         return delta.decompress(self.convolve(x, delta.compress_kernel()))

@@ -1,10 +1,10 @@
-"""Kernels that methods read: they get the kernel with its delta."""
+"""Folded kernels: the methods of a module read the kernel with its delta."""
 
 import dataclasses
 
 import jax
 
-from mora_jax.products._base import Delta, Product
+from mora_jax.products._product import KernelDelta, Product
 
 
 @dataclasses.dataclass(frozen=True)
@@ -14,12 +14,12 @@ class Folded(Product):
     It is for kernels whose use no einsum of one input describes, such as experts that
     are bare arrays of a module, and it is exact whatever the methods compute. But each
     call forms the sum, and its gradient has the kernel's shape. A module may have
-    several such kernels, and then has no others. In Linen there are none.
+    several such kernels, and then all its kernels are such. In Linen there are none.
 
     Attributes:
       kernel_axes: The kernel's axes as letters s, i and o. An expert axis is "s": each
         expert has an M.
-      by_default: Whether the default targets include the kernel.
+      by_default: True to have the kernel among the default targets.
 
     Example::
 
@@ -43,6 +43,8 @@ class Folded(Product):
     kernel_axes: str
     by_default: bool = True
 
+    reads_kernel = True
+
     @property
     def axes(self) -> str:
         return self.kernel_axes
@@ -54,6 +56,6 @@ class Folded(Product):
     def fits(self, axes: str) -> bool:
         return axes == self.axes
 
-    def delta(self, delta: Delta, x: jax.Array) -> jax.Array:
+    def delta(self, delta: KernelDelta, x: jax.Array) -> jax.Array:
         """The delta itself: what is read here is the kernel, and `x` is not used."""
         return delta.kernel()

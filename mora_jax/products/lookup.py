@@ -3,8 +3,12 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import PRNGKeyArray
 
-from mora_jax.products._base import Delta, Product
+from mora_jax._common.types import ArrayLike
+from mora_jax.products._product import Factors, KernelDelta, Product, drop
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +32,11 @@ class Lookup(Product):
       ...     Table, equation=tied, kernel="table", method="decode")
     """
 
+    label = "an embedding"
     primitive = "gather"
+    # Flax does not look up in an embedding of a single row, but copies it.
+    stand_ins = frozenset({"broadcast_in_dim"})
+    needs_trace = True  # its table is often a head as well
 
     @property
     def axes(self) -> str:
@@ -45,5 +53,24 @@ class Lookup(Product):
     def fits(self, axes: str) -> bool:
         return axes == self.axes
 
-    def delta(self, delta: Delta, x: jax.Array) -> jax.Array:
+    def delta(self, delta: KernelDelta, x: jax.Array) -> jax.Array:
         return delta.lookup(x)
+
+    def dropped(
+        self,
+        x: jax.Array,
+        dtype: DTypeLike,
+        key: PRNGKeyArray | None,
+        rate: float,
+    ) -> jax.Array:
+        return x
+
+    def dropped_after(
+        self, y: jax.Array, x: jax.Array, key: PRNGKeyArray | None, rate: float
+    ) -> jax.Array:
+        return drop(y, (*x.shape, 1), key, rate)  # an index is dropped with its row
+
+    def factors(self, scale: ArrayLike | float) -> Factors:
+        if jnp.ndim(scale) > 1:  # it varies along the vocabulary
+            return super().factors(scale)
+        return None, jnp.asarray(scale)

@@ -12,10 +12,10 @@ from mora_jax._common.types import Path
 from mora_jax._layer.slots import Selected
 from mora_jax._plan.spec import SUFFIX, AdapterSpec
 from mora_jax._tree.adapters import init_adapter
-from mora_jax.nnx._adapters import named_sharding
 from mora_jax.nnx._classes import DROPOUT
 from mora_jax.nnx._dropout import AdapterDropout
 from mora_jax.nnx._param import MoRAParam, is_m, value_of
+from mora_jax.nnx._state import named_sharding
 from mora_jax.qwix import _private
 from mora_jax.sharding import adapter_sharding
 

@@ -19,10 +19,10 @@ from mora_jax._plan.trained_arrays import refuse_trained
 from mora_jax._tree.base_digest import check_base
 from mora_jax._tree.merge import finite_items
 from mora_jax._tree.paths import is_boxed, key_name, located_leaves, reboxed, unboxed
-from mora_jax.nnx._adapters import adapters as adapters_of
-from mora_jax.nnx._adapters import named_modules, plan_of
 from mora_jax.nnx._classes import DROPOUT
 from mora_jax.nnx._param import MoRAParam
+from mora_jax.nnx._state import adapters as adapters_of
+from mora_jax.nnx._state import named_modules, plan_of
 from mora_jax.qwix import _private
 from mora_jax.qwix._private import WithAux
 

@@ -10,7 +10,7 @@ from mora_jax._plan.plan import Plan
 from mora_jax._plan.spec import SUFFIX
 from mora_jax._tree.combined import split
 from mora_jax._tree.paths import located_leaves
-from mora_jax.nnx._adapters import plan_of as plan_of_nnx
+from mora_jax.nnx._state import plan_of as plan_of_nnx
 from mora_jax.qwix._first_call import shapes_of
 from mora_jax.qwix._kernels import Run
 from mora_jax.qwix._provider import running

@@ -14,7 +14,7 @@ from flax import nnx
 
 from mora_jax._layer.adapted import add_delta, check_product
 from mora_jax._plan.spec import SUFFIX, AdapterSpec
-from mora_jax.nnx._adapters import named_modules
+from mora_jax.nnx._state import named_modules
 from mora_jax.products import Product
 from mora_jax.qwix import _private
 from mora_jax.qwix._first_call import check_used, repeat, tracing_anew

@@ -426,6 +426,35 @@ class ByEquation(Named):
         return jnp.einsum(eqn, x, self.w[...])
 
 
+def test_methods_without_a_rule_call_those_that_have_one():
+    class Twice(nnx.Module):
+        def __init__(self):
+            self.w = nnx.Param(random(1, 12, 12))
+
+        def half(self, x):
+            return x @ self.w[...]
+
+        def _both(self, x):
+            return self.half(self.half(x))
+
+        def both(self, x):
+            return self._both(x)
+
+    class Model(nnx.Module):
+        def __init__(self):
+            self.twice = Twice()
+
+        def __call__(self, x, method="_both"):
+            return getattr(self.twice, method)(x)
+
+    register_layer(Twice, equation="...i,io->...o", kernel="w", method="half")
+    x, config = random(2, 3, 12), MoRAConfig(rank=2, targets="twice/w")
+    adapted = trained(mora.wrap(Model(), mora.plan(Model(), config, x)))
+    close(adapted(x), mora.merge_adapters(adapted)(x))
+    with pytest.raises(TypeError, match="Twice.both may use this adapted kernel"):
+        adapted(x, "both")
+
+
 def test_equations_known_in_the_call():
     settings = {"kernel": "w", "argument": "x"}
     register_layer(ByEquation, equation=lambda layer, eqn, x: eqn, **settings)

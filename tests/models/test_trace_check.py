@@ -269,8 +269,6 @@ def test_normalised_layers_are_refused_with_plans_of_shapes_too(kind):
     apply, message = linen.wrap(model, shapes), f"{path}: {kind} changes"
     with pytest.raises(ValueError, match=f"{message} this kernel before its layer mul"):
         apply(mora_jax.init(shapes), variables, X, **settings)
-    if not hasattr(nnx, kind):  # in flax 0.12.0
-        return
     linear = nnx.Linear(WIDTH, WIDTH, rngs=nnx.Rngs(0))
     twin = getattr(nnx, kind)(linear, rngs=nnx.Rngs(1))
     for chosen in (config, shapes):

@@ -29,32 +29,37 @@ def named_modules(model: nnx.Module) -> Iterator[tuple[Path, nnx.Module]]:
             yield tuple(map(str, path)), node
 
 
+def _variables(model: nnx.Module) -> Iterator[tuple[Path, Any]]:
+    """The attributes of all modules inside a model, by path."""
+    for path, module in named_modules(model):
+        for name, value in vars(module).items():
+            yield (*path, name), value
+
+
 def adapter_variables(model: nnx.Module) -> list[tuple[AdapterSpec, MoRAParam]]:
     """The M's of an adapted model, each with a spec that has its present path."""
     if not isinstance(model, nnx.Module):
         raise TypeError(f"model must be a flax.nnx.Module, got {type(model).__name__}")
-    found = []
-    for path, module in named_modules(model):
-        for name, m in vars(module).items():
-            if is_m(m):
-                # The stack is M's and not the kernel's, which may be quantized by now.
-                stack = tuple(m.shape[: m.ndim - len(m.spec.shape)])
-                kernel = (*path, name.removesuffix(SUFFIX))
-                found.append((m.spec.stacked(stack, kernel), m))
-    if not found:
+    pairs = []
+    for (*path, name), m in _variables(model):
+        if is_m(m):
+            # The stack is M's and not the kernel's, which may be quantized by now.
+            stack = tuple(m.shape[: m.ndim - len(m.spec.shape)])
+            kernel = (*path, name.removesuffix(SUFFIX))
+            pairs.append((m.spec.stacked(stack, kernel), m))
+    if not pairs:
         raise ValueError("model has no adapters; see mora_jax.nnx.wrap")
-    return sorted(found, key=lambda pair: pair[0].path)
+    return sorted(pairs, key=lambda pair: pair[0].path)
 
 
 def trained_variables(model: nnx.Module) -> list[tuple[TrainedArray, TrainedParam]]:
     """The arrays of a model that train themselves, with their present paths."""
-    found = []
-    for path, module in named_modules(model):
-        for name, variable in vars(module).items():
-            if isinstance(variable, TrainedParam):
-                here = {"path": (*path, name), "shape": tuple(variable.shape)}
-                found.append((dataclasses.replace(variable.spec, **here), variable))
-    return sorted(found, key=lambda pair: pair[0].path)
+    pairs = [
+        (dataclasses.replace(v.spec, path=path, shape=tuple(v.shape)), v)
+        for path, v in _variables(model)
+        if isinstance(v, TrainedParam)
+    ]
+    return sorted(pairs, key=lambda pair: pair[0].path)
 
 
 def parameters(model: nnx.Module) -> Tree:
@@ -74,7 +79,7 @@ def plan_of(model: nnx.Module) -> Plan:
     """The plan that an adapted model follows.
 
     Raises:
-      ValueError: `model` has no adapters.
+      ValueError: `model` lacks adapters.
 
     Example::
 
@@ -86,9 +91,9 @@ def plan_of(model: nnx.Module) -> Plan:
       True
     """
     specs = tuple(spec for spec, _ in adapter_variables(model))
-    trained = tuple(one for one, _ in trained_variables(model))
+    trained = tuple(array for array, _ in trained_variables(model))
     size = sum(leaf.size for leaf in jax.tree.leaves(parameters(model)))
-    size += sum(one.parameters for one in trained)
+    size += sum(array.parameters for array in trained)
     # `attach` refuses what needs a trace.
     return Plan(specs, size, traced=True, trained=trained)
 
@@ -102,7 +107,7 @@ def adapters(model: nnx.Module) -> Tree:
       Nested dicts, as `mora_jax.init` makes them and as `linen.wrap` takes them.
 
     Raises:
-      ValueError: `model` has no adapters.
+      ValueError: `model` lacks adapters.
 
     Example::
 
@@ -115,7 +120,7 @@ def adapters(model: nnx.Module) -> Tree:
       {'layers': {'0': {'kernel_mora': (16, 16)}}}
     """
     ms = {adapter_path(spec): unboxed(m) for spec, m in adapter_variables(model)}
-    arrays = {one.path: unboxed(array) for one, array in trained_variables(model)}
+    arrays = {spec.path: unboxed(copy) for spec, copy in trained_variables(model)}
     return nest(ms | arrays)
 
 
@@ -136,15 +141,15 @@ def set_adapters(
       adapters: Nested dicts, as `mora_jax.init` and `nnx.adapters` make them, or
         `nnx.state(another_model, MoRAParam)`, whose M's say what they were made for. An
         M that is not committed to a device goes where the model has its M.
-      plan: What the adapters were made for: their plan, or its `digest()`. Nested dicts
+      plan: The plan that the adapters were made for, or its `digest()`. Nested dicts
         hold numbers alone, so without it nothing shows whether they are for the
         operators, seeds and alphas of this model. A plan of `load` also knows the base.
-      any_base: Whether to take adapters of any base, also if the plan knows that they
+      any_base: True to take adapters of any base, also if the plan knows that they
         were trained on other kernels than the model's.
 
     Raises:
       TypeError: The adapters are not arrays, or `plan` is neither a plan nor a digest.
-      ValueError: The model has no adapters; or the new ones do not fit its plan, were
+      ValueError: The model lacks adapters; or the new ones do not fit its plan, were
         made for another plan, or were trained on another base and `any_base` is False.
 
     Example::
@@ -179,16 +184,14 @@ def set_adapters(
             )
     elif plan is not None:
         raise TypeError(f"plan must be a Plan or its digest, got {type(plan).__name__}")
-    new: list[tuple[Any, Any]] = [
-        (spec, m if isinstance(m, Selected) else as_jax_array(spec.name + SUFFIX, m))
-        for spec, m in adapter_items(adapters, model_plan, by_row=True)
-    ]
-    new += [
-        (one, as_jax_array(one.name, copy))
-        for one, copy in trained_items(adapters, model_plan)
-    ]
+    ms = adapter_items(adapters, model_plan, by_row=True)
+    copies = trained_items(adapters, model_plan)
+    named = [(spec.name + SUFFIX, m) for spec, m in ms]
+    named += [(array.name, copy) for array, copy in copies]
+    # All of them are checked before the first is set.
+    new = [m if isinstance(m, Selected) else as_jax_array(name, m) for name, m in named]
     variables = [*adapter_variables(model), *trained_variables(model)]
-    for (_, variable), (_, m) in zip(variables, new, strict=True):
+    for (_, variable), m in zip(variables, new, strict=True):
         if isinstance(m, Selected) or isinstance(value_of(variable), Selected):
             variable.copy_from(variable.replace(m))  # `[...]` sets arrays alone
             continue

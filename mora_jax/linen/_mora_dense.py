@@ -1,6 +1,6 @@
 """A dense layer with its adapter."""
 
-from functools import partial
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -13,7 +13,6 @@ from mora_jax._flax.layer_rules import rules_of
 from mora_jax._plan.config import MoRAConfig, check_config
 from mora_jax._plan.spec import SUFFIX, AdapterSpec
 from mora_jax._tree.adapters import init_adapter
-from mora_jax.products import DENSE, Contraction
 
 
 class MoRADense(nn.Dense):
@@ -23,11 +22,11 @@ class MoRADense(nn.Dense):
     take the M's out of its parameters with `mora_jax.split`.
 
     Attributes:
-      config: The adapter's settings; `targets`, `exclude` and `overrides` have no
-        meaning here, and `train` must be empty.
-      deterministic: Whether the adapter's dropout is off. It must be given, here or in
-        the call, where `config.dropout` is above zero. The key comes from the "dropout"
-        stream.
+      config: The adapter's settings; `targets`, `exclude` and `overrides` mean
+        nothing here, and `train` must be empty.
+      deterministic: True to turn the adapter's dropout off. It must be given, here or
+        in the call, where `config.dropout` is above zero. The key comes from the
+        "dropout" stream.
 
     Example::
 
@@ -62,15 +61,16 @@ class MoRADense(nn.Dense):
 
         Args:
           inputs: (..., in_features).
-          deterministic: Whether the adapter's dropout is off.
+          deterministic: True to turn the adapter's dropout off.
 
         Returns:
           (..., features).
         """
-        shape = (inputs.shape[-1], self.features)
-        path = (*self.path, "kernel")
         spec = AdapterSpec.from_config(
-            self.config, shape, path=path, kernel_dtype=self.param_dtype
+            self.config,
+            (inputs.shape[-1], self.features),
+            path=(*self.path, "kernel"),
+            kernel_dtype=self.param_dtype,
         )
         key = None
         if spec.dropout > 0 and not nn.merge_param(
@@ -82,13 +82,7 @@ class MoRADense(nn.Dense):
         def start(key: PRNGKeyArray, *_: Any, **__: Any) -> jax.Array:
             return init_adapter(spec, key)
 
-        return adapt_call(
-            lambda: super(MoRADense, self).__call__(inputs),
-            self,
-            rules_of(nn.Dense)["__call__"],
-            spec,
-            partial(self.param, f"kernel{SUFFIX}", start, spec.shape),
-            inputs,
-            Contraction.parse(DENSE, inputs.ndim),
-            key,
-        )
+        rule, m = rules_of(nn.Dense)["__call__"], f"kernel{SUFFIX}"
+        get_m = functools.partial(self.param, m, start, spec.shape)
+        method = super().__call__
+        return adapt_call(rule, self, method, (inputs,), {}, spec, get_m, key)

@@ -5,11 +5,9 @@ from typing import Any
 from flax import nnx
 
 from mora_jax._plan.config import MoRAConfig
-from mora_jax._plan.spec import SUFFIX, AdapterSpec
+from mora_jax._plan.spec import AdapterSpec
 from mora_jax._tree.adapters import init_adapter
-from mora_jax.nnx._classes import DROPOUT, adapted_class
-from mora_jax.nnx._dropout import AdapterDropout
-from mora_jax.nnx._param import MoRAParam
+from mora_jax.nnx._classes import adapted_class, hold_adapter
 
 
 class MoRALinear(nnx.Linear):
@@ -18,8 +16,8 @@ class MoRALinear(nnx.Linear):
     Args:
       in_features: The length of the input vectors.
       out_features: The length of the output vectors.
-      config: The adapter's settings; `targets`, `exclude` and `overrides` have no
-        meaning here, and `train` must be empty.
+      config: The adapter's settings; `targets`, `exclude` and `overrides` mean
+        nothing here, and `train` must be empty.
       rngs: The source of the keys for the parameters.
       seed: The seed of the dropout masks, as in `wrap`.
       **kwargs: Further arguments of `nnx.Linear`.
@@ -52,6 +50,4 @@ class MoRALinear(nnx.Linear):
         shape = (in_features, out_features)
         spec = AdapterSpec.from_config(config, shape, kernel_dtype=self.kernel.dtype)
         key = rngs.params() if spec.init == "gaussian" else None
-        setattr(self, f"kernel{SUFFIX}", MoRAParam.of(spec, init_adapter(spec, key)))
-        if spec.dropout > 0:
-            setattr(self, DROPOUT, AdapterDropout(spec.dropout, seed))
+        hold_adapter(self, spec, init_adapter(spec, key), seed)

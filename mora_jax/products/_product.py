@@ -1,0 +1,193 @@
+"""Base class of products: how a layer multiplies its input with its kernel."""
+
+import abc
+from typing import ClassVar, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import PRNGKeyArray
+
+from mora_jax._common.types import ArrayLike, Shape
+from mora_jax.operators import Operator
+
+
+@runtime_checkable
+class KernelDelta(Protocol):
+    r"""Delta that an adapter adds to a kernel, :math:`\alpha\, C M D`, as a linear map.
+
+    A product asks it for what its layer would do if this were the kernel. The delta is
+    not formed unless `kernel` is called.
+
+    Attributes:
+      operator: C and D.
+      axes: The kernel's axes, a letter each (see `MoRAConfig.overrides`).
+      kernel_shape: The kernel's shape.
+    """
+
+    @property
+    def operator(self) -> Operator: ...
+    @property
+    def axes(self) -> str: ...
+    @property
+    def kernel_shape(self) -> Shape: ...
+
+    def rows(self, x: jax.Array) -> jax.Array:
+        """(*stack, *batch, in_features) -> (*stack, *batch, out_features)."""
+        ...
+
+    def transposed_rows(self, y: jax.Array) -> jax.Array:
+        """(*stack, *batch, out_features) -> (*stack, *batch, in_features)."""
+        ...
+
+    def lookup(self, indices: jax.Array) -> jax.Array:
+        """Integers (...) -> rows of the delta (..., out_features)."""
+        ...
+
+    def kernel(self) -> jax.Array:
+        """The delta as an array of the kernel's shape."""
+        ...
+
+    def compress_kernel(self) -> jax.Array:
+        """C as a kernel, with q outputs instead of the output features."""
+        ...
+
+    def decompress(self, h: jax.Array) -> jax.Array:
+        r""":math:`\alpha\, D(h M)`: (..., q) -> (..., out_features)."""
+        ...
+
+
+Factors = tuple[jax.Array | None, jax.Array | None]
+"""Factors of a product's input and output; None for no factor."""
+
+
+class Product(abc.ABC):
+    """Product of a layer's input with its kernel; linear in both.
+
+    Whatever depends on the kind of product is asked of the product itself. A product of
+    your own needs the abstract members alone.
+
+    The adapter's dropout is a pair of maps around the delta, since an index cannot be
+    zero: `dropped(x, ...)` gives what the delta sees of the input, and
+    `dropped_after(y, x, ...)` gives the delta's output. One of the two drops, and the
+    other returns its argument.
+
+    Attributes:
+      label: A name of such layers for a plan's list of what it leaves out; "" if only
+        the name of a kernel says why it is left out.
+      primitive: The primitive of JAX that multiplies, by which a trace recognises the
+        product; "" for any.
+      passes: The primitives that the kernel or the product may pass besides. They are
+        as linear as the product itself, and `delta` must pass them as well.
+      stand_ins: Primitives by which a layer does the product without `primitive`, where
+        the kernel is small.
+      needs_trace: True if kernels of this kind are often read elsewhere too, so that
+        only a trace of the model proves that an adapter is right.
+      reads_kernel: True if methods read the kernel itself, instead of an input.
+    """
+
+    label: ClassVar[str] = ""
+    primitive: ClassVar[str] = ""
+    stand_ins: ClassVar[frozenset[str]] = frozenset()
+    needs_trace: ClassVar[bool] = False
+    reads_kernel: ClassVar[bool] = False
+
+    @property
+    def passes(self) -> frozenset[str]:
+        return frozenset()
+
+    @property
+    @abc.abstractmethod
+    def axes(self) -> str:
+        """The kernel's axes as letters s, i and o (see `MoRAConfig.overrides`)."""
+
+    @property
+    @abc.abstractmethod
+    def adapted_by_default(self) -> bool:
+        """True if such layers are adapted where a config names no targets."""
+
+    @property
+    def einsum_labels(self) -> tuple[str, str, str] | None:
+        """The letters of input, kernel and output; None if this is not an einsum."""
+        return None
+
+    @property
+    def joins(self) -> bool:
+        """True if one product with kernel plus delta may take the place of two."""
+        return False
+
+    @property
+    def transposed(self) -> "Product":
+        """The product of a cotangent of the output with the same kernel."""
+        return self
+
+    @abc.abstractmethod
+    def fits(self, axes: str) -> bool:
+        """True if the layer can use a kernel that is planned with `axes`."""
+
+    @abc.abstractmethod
+    def delta(self, delta: KernelDelta, x: jax.Array) -> jax.Array:
+        """The output of the layer if the delta were its kernel.
+
+        Args:
+          delta: The delta that the adapter adds to the kernel.
+          x: The layer's input.
+
+        Returns:
+          An array of the layer's output shape.
+        """
+
+    def batch_axes(self, x: jax.Array) -> tuple[int, int] | None:
+        """The axes of the batch in the input `x` and the output; None without one."""
+        return (0, 0) if x.ndim else None
+
+    def dropped(
+        self,
+        x: jax.Array,
+        dtype: DTypeLike,
+        key: PRNGKeyArray | None,
+        rate: float,
+    ) -> jax.Array:
+        """The input as the delta sees it, in the dtype of the computation.
+
+        Args:
+          x: The layer's input.
+          dtype: The dtype of the layer's output.
+          key: The key of the mask; None to drop nothing.
+          rate: The part that is dropped, from 0 to 1.
+        """
+        x = x.astype(dtype)
+        return drop(x, x.shape, key, rate)
+
+    def dropped_after(
+        self, y: jax.Array, x: jax.Array, key: PRNGKeyArray | None, rate: float
+    ) -> jax.Array:
+        """The delta's output `y` for the input `x`; arguments as for `dropped`."""
+        return y
+
+    def factors(self, scale: ArrayLike | float) -> Factors:
+        """Factors of input and output that have the effect of scaling the kernel.
+
+        Args:
+          scale: The factor of the kernel, an array that broadcasts against it.
+
+        Returns:
+          Arrays that broadcast against the input and the output, or None for one.
+
+        Raises:
+          ValueError: No such factors exist, or the product does not know them.
+        """
+        raise ValueError(
+            "scale= of register_layer must be of an einsum, or a number or one for "
+            f"each feature of an embedding, got {type(self).__name__} scaled by shape "
+            f"{jnp.shape(scale)}"
+        )
+
+
+def drop(
+    x: jax.Array, shape: Shape, key: PRNGKeyArray | None, rate: float
+) -> jax.Array:
+    """Dropout of `x` by a mask of `shape`, which keeps the mean."""
+    if key is None or rate == 0:
+        return x
+    return jnp.where(jax.random.bernoulli(key, 1 - rate, shape), x / (1 - rate), 0)
