@@ -29,16 +29,16 @@ from jax.typing import DTypeLike
 
 from mora_jax._common.axes import kernel_from_rows
 from mora_jax._common.types import ArrayLike, Shape
-from mora_jax._jax.linear_map import LinearMap, static
+from mora_jax._jax.linear_map import LinearMap
 from mora_jax._jax.qwix_guard import last_with_first, undisturbed
 from mora_jax._jax.vma import shape_for
 from mora_jax._layer import chips
+from mora_jax._layer.on_mesh import OperatorOnMesh
 from mora_jax._layer.rounding import add_rounded
-from mora_jax._mesh import apply as on_mesh
 from mora_jax._mesh.layout import FeatureSharding, KernelLayout
 from mora_jax._mesh.placement import gather_m, row_shards
 from mora_jax._plan.spec import AdapterSpec
-from mora_jax.operators._base import in_range, rows_product
+from mora_jax.operators._base import Split, in_range, rows_product
 
 
 def adapted(
@@ -119,31 +119,6 @@ class MatrixByM(LinearMap):
         return m
 
 
-def _rows_on_mesh(precision: Any, residuals: Any, x: jax.Array) -> jax.Array:
-    part, m = residuals
-    return part.rows(x, m, precision)
-
-
-def _rows_by_m_on_mesh(precision: Any, residuals: Any, m: jax.Array) -> jax.Array:
-    part, x = residuals
-    return part.rows(x, m, precision)
-
-
-def _unit_rows_on_mesh(precision: Any, residuals: Any, m: jax.Array) -> jax.Array:
-    part, indices = residuals
-    return part.unit_rows(indices, m, precision)
-
-
-def _matrix_on_mesh(residuals: Any, m: jax.Array) -> jax.Array:
-    (part,) = residuals
-    return chips.matrix_of(part)(m)
-
-
-def _sum_on_mesh(residuals: Any, kernel: jax.Array) -> jax.Array:
-    part, m = residuals
-    return chips.add_of(part)(m, kernel)
-
-
 @dataclasses.dataclass(frozen=True)
 class Delta:
     r"""A kernel's delta :math:`\alpha\, C M D` as the linear map that it is.
@@ -207,9 +182,8 @@ class Delta:
         """The function from (*stack, *batch, in) to (*stack, *batch, out)."""
         if self._stack:
             return lambda x: jax.vmap(lambda m, x: self._with(m).rows(x))(self.m, x)
-        features = self._features(KernelLayout.for_activations)
-        if features is not None:
-            return functools.partial(self._rows_on_mesh, features)
+        if on_mesh := self._on_mesh(KernelLayout.for_activations):
+            return functools.partial(self._rows_on_mesh, on_mesh)
         if self.given_m:
             rows = chips.rows_of(self.operator)
             return functools.partial(rows, m=self.m, precision=self.precision)
@@ -220,20 +194,21 @@ class Delta:
         if op.keeps_input:
             by_m = ProductByM(self.precision, row_shards(self.layout, x))
             return by_m((op, x), self.m)
-        if not op.linear:
-            return op.rows(x, self.m, self.precision)
-        h, decompress = op.split(x)
-        return decompress(TimesM(self.precision)((h,), self.m))
+        return self._times_m(op.split(x)) if op.linear else self._plain_rows(op, x)
 
-    def _rows_on_mesh(self, features: FeatureSharding, x: jax.Array) -> jax.Array:
-        op, by_x = self.operator, static(_rows_on_mesh, self.precision)
+    def _rows_on_mesh(self, on_mesh: OperatorOnMesh, x: jax.Array) -> jax.Array:
+        op = self.operator
         if self.given_m or not op.linear:
-            return on_mesh.rows(by_x, op, features, self.m, x)
+            return self._plain_rows(on_mesh, x)
         if op.keeps_input or self.in_parts:
-            by_m = static(_rows_by_m_on_mesh, self.precision)
-            return on_mesh.product(by_m, by_x, op, features, self.m, x)
-        h, decompress = on_mesh.OperatorOnMesh(op, features).split(x)
-        return decompress(TimesM(self.precision)((h,), self.m))
+            return on_mesh.rows_by_m(x, self.m, self.precision)
+        return self._times_m(on_mesh.split(x))
+
+    def _plain_rows(self, op: Any, x: jax.Array) -> jax.Array:
+        return op.rows(x, self.m, self.precision)
+
+    def _times_m(self, split: Split) -> jax.Array:
+        return split.decompress(TimesM(self.precision)((split.h,), self.m))
 
     def transposed_rows(self, y: jax.Array) -> jax.Array:
         """(*stack, *batch, out_features) -> (*stack, *batch, in_features)."""
@@ -244,18 +219,16 @@ class Delta:
     def lookup(self, indices: jax.Array) -> jax.Array:
         """Integers (...) -> rows of the delta (..., out_features)."""
         op, indices = self.operator, in_range(indices, self.operator.in_features)
-        features = self._features(KernelLayout.for_activations)
-        if features is not None and features.out_axes:
-            rows = static(_unit_rows_on_mesh, self.precision)
-            return on_mesh.lookup(rows, op, features, self.m, indices)
-        if not op.linear:
-            return op.unit_rows(indices, self.m, self.precision)
-        h, decompress = op.split_units(indices, self.m.dtype)
-        return decompress(TimesM(self.precision)((h,), self.m))
+        on_mesh = self._on_mesh(KernelLayout.for_activations)
+        if on_mesh and on_mesh.features.out_axes:
+            return on_mesh.unit_rows(indices, self.m, self.precision)
+        if op.linear:
+            return self._times_m(op.split_units(indices, self.m.dtype))
+        return op.unit_rows(indices, self.m, self.precision)
 
     def decompress(self, h: jax.Array) -> jax.Array:
         r""":math:`\alpha\, D(h M)`: (..., q) -> (..., out_features)."""
-        return self.operator._decompress(TimesM(self.precision)((h,), self.m))
+        return self._times_m(Split(h, self.operator._decompress))
 
     def compress_kernel(self) -> jax.Array:
         """C as a kernel, with q output features."""
@@ -274,11 +247,10 @@ class Delta:
 
         A kernel of 16 bits is rounded with a dither, as `merge` does.
         """
-        split = self._features(KernelLayout.for_kernel)
-        if self.axes == "io" and split is not None:
-            add = static(_sum_on_mesh)
-            return on_mesh.folded(add, self.operator, split, self.m, kernel)
-        if self.axes.lstrip("s") != "io" or split is not None:
+        on_mesh = self._on_mesh(KernelLayout.for_kernel)
+        if self.axes == "io" and on_mesh:
+            return on_mesh.added(self.m, kernel)
+        if self.axes.lstrip("s") != "io" or on_mesh:
             return add_rounded(kernel, self.kernel(), self.axes, kernel.dtype, "dither")
         add = chips.add_of(self.operator)
         for _ in self._stack:
@@ -289,23 +261,20 @@ class Delta:
         """(*stack, in_features, out_features)."""
         if self._stack:
             return jax.vmap(lambda m: self._with(m)._matrix())(self.m)
-        features = self._features(KernelLayout.for_kernel)
-        if features is not None:
-            return on_mesh.kernel(
-                static(_matrix_on_mesh), self.operator, features, self.m
-            )
+        if on_mesh := self._on_mesh(KernelLayout.for_kernel):
+            return on_mesh.matrix(self.m)
         if not self.operator.linear:
             return self.operator.matrix(self.m)
         return MatrixByM(self.operator.m_shape)((self.operator,), self.m)
 
-    def _features(
+    def _on_mesh(
         self, split: Callable[[KernelLayout, str, Shape], FeatureSharding]
-    ) -> FeatureSharding | None:
-        """How devices share the features; None if they do not."""
+    ) -> OperatorOnMesh | None:
+        """The operator where devices share the features; None if they do not."""
         if self.layout is None:
             return None
         features = split(self.layout, self.axes, self.kernel_shape)
-        return features if features.splits else None
+        return OperatorOnMesh(self.operator, features) if features.splits else None
 
     @property
     def _stack(self) -> Shape:

@@ -1,0 +1,177 @@
+"""An operator where the devices of a mesh share the features.
+
+If inputs are split, a device has part of C(x), and the parts are summed: q numbers for
+each row. If outputs are split, the forward pass needs no communication and the backward
+pass one sum of (rows, q). If C(x) is as large as x, the outputs are summed instead; and
+so they are for every operator where the layer's own output is summed with them (see
+`ways.fused`). The gradient of M is a sum of arrays like M over all axes that split
+anything.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from mora_jax._jax.linear_map import static
+from mora_jax._layer import chips
+from mora_jax._mesh.layout import FeatureSharding
+from mora_jax._mesh.shard_map import REPLICATED, ShardMappedMap, last_axis
+from mora_jax.operators import Operator
+from mora_jax.operators._base import Split
+
+
+@dataclasses.dataclass(frozen=True)
+class OperatorOnMesh:
+    """An operator with the methods of `Operator`, where devices compute their parts.
+
+    Attributes:
+      operator: The operator.
+      features: Which axes of the mesh split inputs and outputs.
+    """
+
+    operator: Operator
+    features: FeatureSharding
+
+    def split(self, x: jax.Array) -> Split:
+        """Split with a C(x) that is the same on all devices, and D(h) in parts."""
+        split = self.operator.split(x)
+        h = self._compress(x) if self.features.in_axes else split.h
+        parts = self.features.out_axes
+        return Split(h, self._decompress if parts else split.decompress)
+
+    def rows(self, x: jax.Array, m: jax.Array, precision: Any = None) -> jax.Array:
+        """D(C(x) M) as a map of x: (..., in_features) -> (..., out_features)."""
+        return self._rows_map(x, precision)((self.operator, m), x)
+
+    def rows_by_m(self, x: jax.Array, m: jax.Array, precision: Any = None) -> jax.Array:
+        """D(C(x) M) as a map of M, of an operator that is linear in it.
+
+        A fold takes its transpose by M alone.
+        """
+        of_x = self._rows_map(x, precision)
+        of_m = _RowsByM(
+            self.features,
+            static(_rows_by_m, precision),
+            *(m.shape, m.dtype, REPLICATED, of_x.result_spec, (of_x.operand_spec,)),
+            of_x=of_x,
+        )
+        return of_m((self.operator, x), m)
+
+    def unit_rows(
+        self, indices: jax.Array, m: jax.Array, precision: Any = None
+    ) -> jax.Array:
+        """The outputs that each device has of single rows of the delta.
+
+        The inputs are not split: an index may be any, wherever the kernel's rows are.
+        """
+        outs = last_axis(self.features.out_axes, indices.ndim + 1)
+        of_m = ShardMappedMap(
+            self.features.outputs_only,
+            static(_unit_rows, precision),
+            *(m.shape, m.dtype, REPLICATED, outs, (REPLICATED,)),
+        )
+        return of_m((self.operator, indices), m)
+
+    def matrix(self, m: jax.Array) -> jax.Array:
+        """The rows and columns of the delta that each device has, (in, out)."""
+        of_m = ShardMappedMap(
+            self.features,
+            static(_matrix),
+            *(m.shape, m.dtype, REPLICATED, self._kernel_spec),
+        )
+        return of_m((self.operator,), m)
+
+    def added(self, m: jax.Array, kernel: jax.Array) -> jax.Array:
+        """A kernel with its delta, (in, out), split as the kernel is.
+
+        Each device adds its part of the delta to its part of the kernel. Where the
+        kernel is gathered before it is used, the sum is what is gathered.
+        """
+        spec = self._kernel_spec
+        sums = ShardMappedMap(
+            self.features,
+            static(_added),
+            *(kernel.shape, kernel.dtype, spec, spec, (REPLICATED,)),
+        )
+        # It is not linear, and so there is no transpose of it.
+        return sums.forward((self.operator, m), kernel)
+
+    @property
+    def _kernel_spec(self) -> PartitionSpec:
+        ins, outs = self.features.in_axes, self.features.out_axes
+        return PartitionSpec(ins or None, outs or None)
+
+    def _rows_map(self, x: jax.Array, precision: Any) -> ShardMappedMap:
+        both = self.features.in_axes, self.features.out_axes
+        ins, outs = (last_axis(axes, x.ndim) for axes in both)
+        by_x = static(_rows, precision)
+        return ShardMappedMap(
+            self.features, by_x, x.shape, x.dtype, ins, outs, (REPLICATED,)
+        )
+
+    def _compress(self, x: jax.Array) -> jax.Array:
+        ins = last_axis(self.features.in_axes, x.ndim)
+        features, here = self.features.inputs_only, static(_compress)
+        of_x = ShardMappedMap(features, here, x.shape, x.dtype, ins, REPLICATED)
+        return of_x((self.operator,), x)
+
+    def _decompress(self, h: jax.Array) -> jax.Array:
+        outs = last_axis(self.features.out_axes, h.ndim)
+        features, here = self.features.outputs_only, static(_decompress)
+        of_h = ShardMappedMap(features, here, h.shape, h.dtype, REPLICATED, outs)
+        return of_h((self.operator,), h)
+
+
+@dataclasses.dataclass(frozen=True)
+class _RowsByM(ShardMappedMap):
+    """A product as a map of M, which is linear in x as well."""
+
+    of_x: ShardMappedMap | None = None
+
+    def derivatives(self) -> Mapping[int, Callable[[Any, Any, Any], jax.Array]]:
+        of_x = self.of_x
+        assert of_x is not None
+        return {1: lambda residuals, m, tangent: of_x((residuals[0], m), tangent)}
+
+
+# What one device computes, with its part of the operator as the first residual.
+
+
+def _rows(precision: Any, residuals: Any, x: jax.Array) -> jax.Array:
+    part, m = residuals
+    return part.rows(x, m, precision)
+
+
+def _rows_by_m(precision: Any, residuals: Any, m: jax.Array) -> jax.Array:
+    part, x = residuals
+    return part.rows(x, m, precision)
+
+
+def _unit_rows(precision: Any, residuals: Any, m: jax.Array) -> jax.Array:
+    part, indices = residuals
+    return part.unit_rows(indices, m, precision)
+
+
+def _matrix(residuals: Any, m: jax.Array) -> jax.Array:
+    (part,) = residuals
+    return chips.matrix_of(part)(m)
+
+
+def _added(residuals: Any, kernel: jax.Array) -> jax.Array:
+    part, m = residuals
+    return chips.add_of(part)(m, kernel)
+
+
+def _compress(residuals: Any, x: jax.Array) -> jax.Array:
+    (part,) = residuals
+    return part.split(x).h
+
+
+def _decompress(residuals: Any, h: jax.Array) -> jax.Array:
+    (part,) = residuals
+    nothing = jnp.zeros((*h.shape[:-1], part.in_features), h.dtype)
+    return part.split(nothing).decompress(h)
