@@ -18,7 +18,7 @@ from benchmarks.common.cost import WAYS
 from benchmarks.common.flax_llama import flax_llama, inputs
 from mora_jax import FrozenDense, MoRAConfig, linen
 from mora_jax._jax.tuning import TUNING
-from mora_jax._layer.ways import choose
+from mora_jax._layer.adapted import choose
 from mora_jax.products import Contraction
 
 FROZEN = "frozen"

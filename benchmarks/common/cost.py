@@ -6,7 +6,7 @@ import jax
 from jax.typing import DTypeLike
 
 from mora_jax import AdapterSpec
-from mora_jax._layer.ways import choose
+from mora_jax._layer.adapted import choose
 from mora_jax.products import Contraction
 
 WAYS = ("activation", "fold")

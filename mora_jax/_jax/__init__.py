@@ -1,1 +1,1 @@
-"""What JAX lacks: linear maps with a transpose of their own, and ways around qwix."""
+"""Additions to JAX: linear maps with transposes of their own, tiles, constants."""

@@ -7,10 +7,14 @@ folded kernel, every block of an input), the transpose is given here instead.
 This is a primitive of our own, because nothing in JAX's public API has all that it
 needs. `jax.custom_vjp` forbids forward mode, and with it `jax.jvp`, `jax.linearize` and
 Hessian-vector products. `jax.custom_derivatives.linear_call` is the same idea, but up
-to JAX 0.12 it has no batching rule, so `jax.vmap` of it raises NotImplementedError, and
-it cannot be differentiated by its residuals, which M's own gradient needs when x has
-one, too. Here all of this works, and so do higher derivatives, since `forward` and
+to JAX 0.12 it lacks a batching rule, so `jax.vmap` of it raises NotImplementedError,
+and it cannot be differentiated by its residuals, which M's own gradient needs when x
+has one, too. Here all of this works, and so do higher derivatives, since `forward` and
 `backward` are each other's transposes.
+
+A primitive also has a lowering rule for each platform. So the platform is chosen there,
+once for a whole layer, and a program for several platforms holds a choice by layer and
+no more.
 """
 
 import abc
@@ -98,7 +102,7 @@ class LinearMap(abc.ABC):
 
 @dataclasses.dataclass(frozen=True)
 class _Call:
-    """What the primitive does with its arguments: the residuals' leaves, then x.
+    """Function of the primitive's arguments: the residuals' leaves, then x.
 
     Attributes:
       map: The linear map.

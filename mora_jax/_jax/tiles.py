@@ -77,7 +77,7 @@ class _Tile(LinearMap):
 
         It stores tiles of 8 rows and 128 features, tile by tile. To repeat features is
         to repeat whole tiles, which a broadcast of (..., rows / 8, n, q / 128, 8, 128)
-        along n does. Its result is the wanted array as it stands in memory, so that
+        along n does. Its result is the wanted array in the order of memory, so that
         the reshapes and transposes around it cost nothing. A broadcast of features as
         such, a tile or a concatenation XLA computes elsewhere and copies.
         """

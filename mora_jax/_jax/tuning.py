@@ -38,8 +38,7 @@ class Tuning:
       folds_16_bits: True if kernels of 16 bits are folded, too, with a dither.
       folds_gathered: True if kernels are folded that are split over batches (FSDP),
         and gathered before they are used.
-      chip: The forms that `chips` and `tiles` compute in: those of a TPU, those of a
-        GPU, or None for the plain ones.
+      chip: The chip whose forms `chips` and `tiles` take; None for the plain ones.
       loops_over_rows: True if rows of a batch that have M's of their own are multiplied
         one after another. Otherwise the M's are copied, one for each row, and one
         product has an axis of rows.

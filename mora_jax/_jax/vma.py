@@ -52,7 +52,7 @@ def zeros_for(shape: Shape, dtype: DTypeLike, *arrays: Any) -> jax.Array:
 
 
 def shape_for(shape: Shape, dtype: DTypeLike, *arrays: Any) -> Any:
-    """What stands for an argument that differs along the same axes as `arrays`.
+    """Stand-in for an argument that differs along the same axes as `arrays`.
 
     It is a shape, or zeros that nothing reads: versions of JAX differ in what says that
     a shape differs.

@@ -1,1 +1,1 @@
-"""How an adapted layer is computed: the equation, and the ways to compute it."""
+"""An adapted layer: the equation, and the ways to compute it."""

@@ -11,12 +11,13 @@ from jax.typing import DTypeLike
 from jaxtyping import PRNGKeyArray
 
 from mora_jax._common.types import ArrayLike, Shape
-from mora_jax._jax.linear_map import Static
-from mora_jax._jax.qwix_guard import undisturbed
+from mora_jax._jax.linear_map import Static, static
+from mora_jax._jax.qwix_guard import intercepted, undisturbed
+from mora_jax._jax.tuning import Tuning, current_tuning
 from mora_jax._layer.equation import Delta, adapted
 from mora_jax._layer.per_row import by_row
 from mora_jax._layer.slots import Selected
-from mora_jax._layer.ways import Adapted, joins
+from mora_jax._layer.ways import Adapted, Way
 from mora_jax._mesh.placement import explicit_layout, explicit_sharding, with_auto_axes
 from mora_jax._plan.spec import AdapterSpec
 from mora_jax.products import Product
@@ -42,7 +43,7 @@ def adapted_product(
       x: The layer's input.
       kernel: W, of the same dtype; or the stand-in of a quantized one, which `multiply`
         understands.
-      product: What `multiply` computes.
+      product: The product that `multiply` computes.
       multiply: The layer's own product of x and W, linear in both.
       dropout_key: A key to drop some of what the adapter sees of `x`; None for nothing.
       precision: The precision of the product with M.
@@ -59,22 +60,94 @@ def adapted_product(
     by_rows, dropout = isinstance(m, Selected), dropout_key is not None
     dtype = _floating_dtype(kernel)
     explicit = any(explicit_sharding(array) is not None for array in (x, kernel))
-    if by_rows or not joins(spec, product, x, dtype, dropout, explicit):
+    _, axes = spec.seen_by(len(product.axes))
+    if by_rows or not joins(product, axes, x, dtype, dropout, explicit):
         return add_delta(
             multiply(x, kernel), spec, m, x, product, dropout_key, precision
         )
-    kernel, ndim = jnp.asarray(kernel), len(product.axes)
-    _check_kernel_shape(spec, kernel, ndim)
-    delta = Delta.of(spec, m, ndim=ndim, precision=precision, x=x)
-    y_dtype = _result_dtype(multiply, x.shape, x.dtype, kernel.shape, kernel.dtype)
-    layer = Adapted(
+    kernel = jnp.asarray(kernel)
+    _check_kernel_shape(spec, kernel, len(product.axes))
+    delta = Delta.of(spec, m, ndim=len(product.axes), precision=precision, x=x)
+    layer = _layer(spec, product, multiply, x, kernel, precision)
+    return layer((delta.operator, delta.m, kernel), x)
+
+
+def joins(
+    product: Product,
+    axes: str,
+    x: Any,
+    dtype: DTypeLike | None,
+    dropout: bool = False,
+    explicit: bool = False,
+) -> bool:
+    """True if product and delta can be one map of the layer's input.
+
+    Shapes and dtypes alone decide, and whether another library computes the layer's
+    product: it would be given, instead of the kernel that it knows, one with a delta,
+    and round it.
+
+    Args:
+      product: The layer's product.
+      axes: The axes of the kernel that the plan has, without those taken off.
+      x: The layer's input, or its shape.
+      dtype: The kernel's dtype in the computation; None for a kernel that is not an
+        array of floating-point numbers, such as a quantized one.
+      dropout: True if the adapter drops some of its input, which the layer does not.
+      explicit: True if the type of the input or the kernel says how it is sharded: the
+        steps of the ways lack such types.
+    """
+    if not product.joins or product.axes != axes or dtype is None:
+        return False
+    known = all(isinstance(size, int) for size in x.shape)  # unlike some of jax.export
+    return known and not (dropout or explicit or intercepted())
+
+
+def choose(
+    spec: AdapterSpec,
+    product: Product,
+    x: Any,
+    dtype: DTypeLike | None,
+    *,
+    dropout: bool = False,
+    tuning: Tuning | None = None,
+) -> Way:
+    """Way in which a platform computes an adapted product; for tests and benchmarks.
+
+    Args:
+      spec: The adapter.
+      product: The layer's product.
+      x: The shape of the layer's input.
+      dtype: The kernel's dtype in the computation.
+      dropout: True if the adapter drops some of its input.
+      tuning: The constants of the platform; None for the current one.
+    """
+    shape, axes = spec.seen_by(len(product.axes))
+    if not joins(product, axes, x, dtype, dropout):
+        return "activation"
+    kernel = jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
+    layer = _layer(spec, product, static(jnp.matmul), x, kernel, None)
+    return layer.way(tuning or current_tuning())
+
+
+def _layer(
+    spec: AdapterSpec,
+    product: Product,
+    multiply: Static,
+    x: Any,
+    kernel: Any,
+    precision: jax.lax.PrecisionLike,
+) -> Adapted:
+    return Adapted(
         product,
         multiply,
-        *(delta.kernel_shape, delta.axes, precision, delta.layout),
-        *(x.shape, x.dtype, kernel.dtype, y_dtype),
-        *(spec.execution, delta.operator.work),
+        *spec.seen_by(len(product.axes)),
+        precision,
+        spec.layout,
+        *(tuple(x.shape), x.dtype, kernel.dtype),
+        _result_dtype(multiply, x.shape, x.dtype, kernel.shape, kernel.dtype),
+        spec.execution,
+        spec.operator.work,
     )
-    return layer((delta.operator, delta.m, kernel), x)
 
 
 def add_delta(
@@ -94,7 +167,7 @@ def add_delta(
       spec: The adapter.
       m: M, (*stack, *m_shape), with the stack axes of `product`; or one for each row.
       x: The layer's input.
-      product: What the layer computes.
+      product: The layer's product.
       dropout_key: A key to drop some of what the adapter sees of `x`; None for nothing.
       precision: The precision of the product with M.
       factor: An array that the layer multiplies its output by, instead of its kernel.

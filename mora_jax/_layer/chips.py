@@ -6,9 +6,9 @@ tests hold each against the matrices of C and D. They were found by rooflines of
 compiled programs (`make bench-chips`), which also tell what each of them is worth.
 
 What they use: on a TPU an array is stored as tiles of 8 rows and 128 features. A slice
-of whole tiles costs nothing, while an array of blocks, (rows, n, q), is another order
-of tiles, and is written anew. So blocks are cut from x, and instead of turning each
-block of x by R_k, M is: x_k (R_k M) = (x_k R_k) M. The gradient of M then is
+of whole tiles costs nothing, while an array of blocks, (rows, n, q), has another order
+of tiles and is written once more. So blocks are cut from x, and M is rotated by R_k
+instead of each block of x: x_k (R_k M) = (x_k R_k) M. The gradient of M then is
 
 .. math:: dM = \sum_k R_k^T (x_k^T g_k)
 

@@ -51,7 +51,7 @@ class FrozenDense(AdapterSettings):
       (3, 6)
     """
 
-    # Any, since JAX puts shapes and the leaves of a `jax.tree.map` in place of arrays.
+    # Any, since JAX puts shapes and the leaves of a `jax.tree.map` where arrays were.
     kernel: Any
     bias: Any
     operator: Operator
@@ -90,7 +90,7 @@ class FrozenDense(AdapterSettings):
 
     @property
     def spec(self) -> AdapterSpec:
-        """How the kernel is adapted."""
+        """The kernel's adapter."""
         check_kernel(self.kernel, "kernel")
         settings = {name: getattr(self, name) for name in _SHARED}
         return AdapterSpec(kernel_shape=tuple(self.kernel.shape), **settings)
@@ -145,7 +145,7 @@ def mora_apply(
 
     Raises:
       TypeError: An argument is not an array, or M or the kernel is not floating-point.
-      ValueError: The shapes do not fit, or dropout has no key.
+      ValueError: The shapes do not fit, or dropout lacks a key.
 
     Example::
 

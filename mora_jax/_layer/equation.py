@@ -33,9 +33,9 @@ from mora_jax._jax.linear_map import LinearMap
 from mora_jax._jax.qwix_guard import last_with_first, undisturbed
 from mora_jax._jax.vma import shape_for
 from mora_jax._layer import chips
-from mora_jax._layer.on_mesh import OperatorOnMesh
 from mora_jax._layer.rounding import add_rounded
 from mora_jax._mesh.layout import FeatureSharding, KernelLayout
+from mora_jax._mesh.on_mesh import OperatorOnMesh
 from mora_jax._mesh.placement import gather_m, row_shards
 from mora_jax._plan.spec import AdapterSpec
 from mora_jax.operators._base import Split, in_range, rows_product
@@ -84,8 +84,8 @@ class ProductByM(LinearMap):
 
     Attributes:
       precision: The precision of the products with M.
-      row_shards: The number of devices that share the rows of x, the first axis of
-        which they split; 1 if that is not known.
+      row_shards: The number of devices that share the rows of x and split its first
+        axis; 1 if that is not known.
     """
 
     precision: jax.lax.PrecisionLike
@@ -129,7 +129,7 @@ class Delta:
       kernel_shape: The kernel's shape.
       axes: The kernel's axes, a letter each.
       precision: The precision of the products with M.
-      layout: Where the kernel's features are on a mesh; None for one device.
+      layout: The places of the kernel's features on a mesh; None for one device.
       given_m: True where the derivative by M is taken elsewhere, so that it need not be
         fast here.
       in_parts: True if devices that share features each compute a part of the product
@@ -249,7 +249,7 @@ class Delta:
         """
         on_mesh = self._on_mesh(KernelLayout.for_kernel)
         if self.axes == "io" and on_mesh:
-            return on_mesh.added(self.m, kernel)
+            return on_mesh.added(self.m, kernel, chips.add_of)
         if self.axes.lstrip("s") != "io" or on_mesh:
             return add_rounded(kernel, self.kernel(), self.axes, kernel.dtype, "dither")
         add = chips.add_of(self.operator)
@@ -262,7 +262,7 @@ class Delta:
         if self._stack:
             return jax.vmap(lambda m: self._with(m)._matrix())(self.m)
         if on_mesh := self._on_mesh(KernelLayout.for_kernel):
-            return on_mesh.matrix(self.m)
+            return on_mesh.matrix(self.m, chips.matrix_of)
         if not self.operator.linear:
             return self.operator.matrix(self.m)
         return MatrixByM(self.operator.m_shape)((self.operator,), self.m)

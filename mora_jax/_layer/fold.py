@@ -57,7 +57,7 @@ def _fold(spec: AdapterSpec, m: ArrayLike, kernel: jax.Array) -> jax.Array:
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _rounded_sum(axes: str, kernel: jax.Array, delta: jax.Array) -> jax.Array:
-    """The rounded sum, whose derivatives are those of the sum itself."""
+    """The rounded sum, with the derivatives of the sum itself."""
     return add_rounded(kernel, delta, axes, kernel.dtype, "dither")
 
 
@@ -97,5 +97,5 @@ def _add_zero(x: jax.Array, m: jax.Array) -> jax.Array:
 
 
 def barrier(x: jax.Array, m: jax.Array) -> jax.Array:
-    """`m`, which is computed as it stands and after `x`."""
+    """`m`, which is computed unchanged and after `x`."""
     return jax.lax.optimization_barrier((x, m))[1]

@@ -2,7 +2,7 @@ r"""The equation where each row of a batch has an M of its own.
 
 .. math:: y_b = x_b W + \alpha\, D(C(x_b) M_{s(b)})
 
-s(b) is the slot of row b. The layer's own product, C and D are those of the whole
+s(b) is the slot of row b. The layer's own product, C and D take the whole
 batch; only the product with M is by row. `TimesSlots` is that product for dense layers.
 Other products, and layers whose features devices share, do all of what is behind W for
 each row by itself, with copies of the M's (`jax.vmap`).
@@ -43,14 +43,14 @@ def by_row(
 
     Args:
       spec: The adapter.
-      product: What the layer computes.
+      product: The layer's product.
       added: The delta of the layer's output by one M for all rows.
       precision: The precision of the product with M.
       m: The M's.
       x: The layer's input.
 
     Raises:
-      ValueError: The input has no such batch.
+      ValueError: The input lacks such a batch.
     """
     batch_axes = product.batch_axes(x)
     if batch_axes is None:
@@ -113,7 +113,7 @@ class TimesSlots(LinearMap):
       shape: The shape of the operand.
       dtype: The dtype of the operand.
       precision: The precision of the products.
-      one_device: Whether one device has all rows.
+      one_device: True if one device has all rows.
     """
 
     shape: Shape

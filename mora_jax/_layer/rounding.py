@@ -115,9 +115,9 @@ def _random_numbers(
 
     They are a hash of an input and an output feature. So a merge gives the same numbers
     if a kernel is stored transposed, or as one index of a stack; a fold in training
-    gives those of the merge; and nothing is stored. A step folds each kernel twice, so
-    the hash is a short one: a sum of two products, of which each bit is then mixed into
-    all others twice.
+    gives the numbers of the merge; and nothing is stored. A step folds each kernel
+    twice, so the hash is a short one: a sum of two products, each bit of it then mixed
+    into all others twice.
     """
     pairs = list(zip(shape, axes, strict=True))
     ins, outs = (math.prod(n for n, kind in pairs if kind == k) for k in "io")

@@ -15,13 +15,13 @@ from mora_jax._common.types import Shape
 class Slots:
     """The M's that several adapters have for one kernel.
 
-    It stands in the place of an M in a tree of adapters, and has its array for its one
-    leaf. It knows which axis is that of the slots: with stacks of layers before it and
+    It stands for an M in a tree of adapters, and has its array for its one leaf. It
+    knows the axis of the slots: with stacks of layers before it and
     several squares behind it, shapes alone do not say.
 
     Attributes:
       m: The M's, (*stack, N, q, q), or (*stack, N, K, q, q) for K squares.
-      ndim_m: How many axes a single M has without those of a stack: 2 or 3.
+      ndim_m: The number of axes of a single M without a stack's axes.
     """
 
     m: Any
@@ -65,7 +65,7 @@ class Slots:
 class Selected:
     """The M's in slots, and the slot of each row of a batch.
 
-    It stands in the place of an M where a model runs. No M is copied before a layer
+    It stands for an M where a model runs. No M is copied before a layer
     does so: which way is fast depends on the layer's input.
 
     Attributes:
@@ -114,7 +114,7 @@ class Selected:
 
 
 def beyond_if_none(index: jax.Array, number: int) -> jax.Array:
-    """Numbers of slots, of which those for none are beyond the slots.
+    """Slot of each row; rows without an adapter have a number past the last slot.
 
     JAX would count negative ones from the end.
     """

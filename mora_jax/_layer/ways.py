@@ -8,13 +8,12 @@ r"""Ways to compute an adapted layer, which give the same numbers up to rounding
   an input has many rows. The kernel is folded again in the backward pass, so that no
   folded kernel is kept.
 - "fused" is for meshes: each device adds its parts of both terms before the devices sum
-  them. XLA would not join the two sums, since one of the layer and one of the delta
-  stand between them.
+  them. XLA would not join the two sums.
 
-Each is a linear map of x whose transpose gives dx. The derivative by M is the delta of
+Each is a linear map of x, and its transpose is dx. The derivative by M is the delta of
 M's tangent in every way, computed from x, so that no gradient of a kernel's shape is
-formed. `Adapted` is the map that stands in a program; it takes one of the three when it
-is traced for a platform, by `choose`.
+formed. `Adapted` is the map that stands in a program; it becomes one of the three when
+it is traced for a platform.
 
 On a mesh each device folds the part of the kernel that it holds. If the kernel is split
 over batches (FSDP), it is folded before it is gathered: each device does its share of
@@ -30,124 +29,20 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
-from jax.typing import DTypeLike
 
+from mora_jax._common.axes import sizes
 from mora_jax._common.types import Shape
 from mora_jax._jax.linear_map import LinearMap, Static, static
-from mora_jax._jax.qwix_guard import intercepted
 from mora_jax._jax.tuning import Tuning, Work, current_tuning
 from mora_jax._jax.vma import shape_for
 from mora_jax._layer import chips
 from mora_jax._layer.equation import Delta, adapted
 from mora_jax._layer.fold import barrier, schedule_after, sum_dtype
-from mora_jax._mesh.layout import FeatureSharding, KernelLayout, MeshAxes
+from mora_jax._mesh.layout import KernelLayout, MeshAxes
 from mora_jax._mesh.shard_map import REPLICATED, ShardMappedMap
-from mora_jax._plan.spec import AdapterSpec
 from mora_jax.products import Product
 
 Way = Literal["activation", "fold", "fused"]
-
-
-def joins(
-    spec: AdapterSpec,
-    product: Product,
-    x: Any,
-    dtype: DTypeLike | None,
-    dropout: bool = False,
-    explicit: bool = False,
-) -> bool:
-    """True if product and delta can be one map of the layer's input.
-
-    Shapes and dtypes alone decide, and whether another library computes the layer's
-    product: it would be given, instead of the kernel that it knows, one with a delta,
-    and round it.
-
-    Args:
-      spec: The adapter.
-      product: What the layer computes.
-      x: The layer's input, or its shape.
-      dtype: The kernel's dtype in the computation; None for a kernel that is not an
-        array of floating-point numbers, such as a quantized one.
-      dropout: True if the adapter drops some of its input, which the layer does not.
-      explicit: True if the type of the input or the kernel says how it is sharded: the
-        steps of the ways have no such types.
-    """
-    _, axes = spec.seen_by(len(product.axes))
-    if not product.joins or product.axes != axes or dtype is None:
-        return False
-    known = all(isinstance(size, int) for size in x.shape)  # unlike some of jax.export
-    return known and not (dropout or explicit or intercepted())
-
-
-def choose(
-    spec: AdapterSpec,
-    product: Product,
-    x: Any,
-    dtype: DTypeLike | None,
-    *,
-    dropout: bool = False,
-    explicit: bool = False,
-    tuning: Tuning | None = None,
-) -> Way:
-    """Way in which a platform computes an adapted product.
-
-    Args:
-      spec: The adapter.
-      product: What the layer computes.
-      x: The layer's input, or its shape.
-      dtype: The kernel's dtype in the computation.
-      dropout: True if the adapter drops some of its input.
-      explicit: True if a type says how an array is sharded.
-      tuning: The constants of the platform; None for the current one.
-    """
-    if not joins(spec, product, x, dtype, dropout, explicit):
-        return "activation"
-    shape, axes = spec.seen_by(len(product.axes))
-    kind = spec.execution, spec.operator.work
-    return _way(shape, axes, x.shape, dtype, spec.layout, *kind, tuning)
-
-
-def _way(
-    shape: Shape,
-    axes: str,
-    x_shape: Shape,
-    dtype: DTypeLike | None,
-    layout: KernelLayout | None,
-    execution: str,
-    work: Work,
-    tuning: Tuning | None = None,
-) -> Way:
-    folds = execution == "fold"
-    if execution == "auto":
-        folds = _fold_pays(
-            shape, axes, x_shape, dtype, layout, work, tuning or current_tuning()
-        )
-    if folds:
-        return "fold"
-    splits = layout is not None and layout.for_activations(axes, shape).splits
-    return "fused" if splits else "activation"
-
-
-def _fold_pays(
-    shape: Shape,
-    axes: str,
-    x_shape: Shape,
-    dtype: Any,
-    layout: KernelLayout | None,
-    work: Work,
-    tuning: Tuning,
-) -> bool:
-    bits = jnp.finfo(dtype).bits
-    if bits < 16 or (bits == 16 and not tuning.folds_16_bits):
-        return False
-    if layout is not None and layout.gathers and not tuning.folds_gathered:
-        return False
-    ins, outs = (
-        math.prod(n for n, kind in zip(shape, axes, strict=True) if kind == letter)
-        for letter in "io"
-    )
-    rows = math.prod(x_shape) / ins
-    return rows >= tuning.fold_from[work] * ins * outs / (ins + outs)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,7 +50,7 @@ class Adapted(LinearMap):
     """x (W + alpha C M D) as a map of x. The residuals are (operator, alpha M, W).
 
     Attributes:
-      product: What `multiply` computes.
+      product: The product that `multiply` computes.
       multiply: The layer's own product of x and W, linear in both.
       kernel_shape, axes, precision, layout: As for `Delta`.
       x_shape: The shape of x.
@@ -179,13 +74,35 @@ class Adapted(LinearMap):
     execution: str
     work: Work
 
-    def chosen(self) -> LinearMap:
-        way = _way(
-            *(self.kernel_shape, self.axes, self.x_shape, self.kernel_dtype),
-            *(self.layout, self.execution, self.work),
+    def way(self, tuning: Tuning) -> Way:
+        """Way to compute on a platform, by shapes and dtypes alone."""
+        if self.execution == "fold" or (
+            self.execution == "auto" and self._fold_pays(tuning)
+        ):
+            return "fold"
+        if self.layout is None:
+            return "activation"
+        features = self.layout.for_activations(self.axes, self.kernel_shape)
+        return "fused" if features.splits else "activation"
+
+    def _fold_pays(self, tuning: Tuning) -> bool:
+        bits = jnp.finfo(self.kernel_dtype).bits
+        if bits < 16 or (bits == 16 and not tuning.folds_16_bits):
+            return False
+        gathers = self.layout is not None and self.layout.gathers
+        if gathers and not tuning.folds_gathered:
+            return False
+        ins, outs = (
+            math.prod(sizes(self.kernel_shape, self.axes, letter)) for letter in "io"
         )
-        ways = {"activation": self, "fold": Folded(self)}
-        return fused(self) if way == "fused" else ways[way]
+        rows = math.prod(self.x_shape) / ins
+        return rows >= tuning.fold_from[self.work] * ins * outs / (ins + outs)
+
+    def chosen(self) -> LinearMap:
+        way = self.way(current_tuning())
+        if way == "fused":
+            return fused(self)
+        return Folded(self) if way == "fold" else self
 
     def delta(self, operator: Any, m: jax.Array, **settings: Any) -> Delta:
         of_kernel = self.kernel_shape, self.axes, self.precision, self.layout
@@ -201,22 +118,6 @@ class Adapted(LinearMap):
     def backward(self, residuals: Any, cotangent: jax.Array) -> jax.Array:
         return self.transposed(functools.partial(self.forward, residuals), cotangent)
 
-    def derivatives(self) -> Mapping[int, Callable[[Any, Any, Any], jax.Array]]:
-        return {1: self.by_m}
-
-    def by_m(self, residuals: Any, x: jax.Array, tangent: jax.Array) -> jax.Array:
-        """The derivative by M, of M's tangent: the delta of the tangent."""
-        operator, m, _ = residuals
-        x, tangent = x.astype(self.dtype), tangent.astype(self.dtype)
-        if operator.linear:
-            delta = self.delta(operator, tangent, in_parts=True)
-            return self.product.delta(delta, x)
-
-        def of_m(m: jax.Array) -> jax.Array:
-            return self.product.delta(self.delta(operator, m, in_parts=True), x)
-
-        return jax.jvp(of_m, (m.astype(self.dtype),), (tangent,))[1]
-
     def transposed(
         self, function: Callable[[jax.Array], jax.Array], cotangent: jax.Array
     ) -> jax.Array:
@@ -224,6 +125,21 @@ class Adapted(LinearMap):
         x = shape_for(self.x_shape, self.x_dtype, cotangent)
         (x,) = jax.linear_transpose(function, x)(cotangent)
         return x
+
+    def derivatives(self) -> Mapping[int, Callable[[Any, Any, Any], jax.Array]]:
+        return {1: self.by_m}
+
+    def by_m(self, residuals: Any, x: jax.Array, tangent: jax.Array) -> jax.Array:
+        """The derivative by M, of M's tangent: the delta of the tangent."""
+        operator, m, _ = residuals
+        x, tangent = x.astype(self.dtype), tangent.astype(self.dtype)
+
+        def of_m(m: jax.Array) -> jax.Array:
+            return self.product.delta(self.delta(operator, m, in_parts=True), x)
+
+        if operator.linear:
+            return of_m(tangent)
+        return jax.jvp(of_m, (m.astype(self.dtype),), (tangent,))[1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -263,9 +179,17 @@ class Folded(LinearMap):
 
 def fused(layer: Adapted) -> LinearMap:
     """The same where each device adds its parts of both terms."""
-    assert layer.layout is not None
+    assert layer.layout is not None and layer.product.einsum_labels is not None
     features = layer.layout.for_activations(layer.axes, layer.kernel_shape)
-    x_spec, kernel_spec, y_spec = _specs(layer, features)
+    labels = layer.product.einsum_labels
+    split: dict[str, MeshAxes] = {}
+    for letter, axes in (("i", features.in_axes), ("o", features.out_axes)):
+        kernel = zip(labels[1], layer.axes, layer.kernel_shape, strict=True)
+        first = next((c for c, a, n in kernel if a == letter and n > 1), "")
+        split[first] = axes
+    x_spec, kernel_spec, y_spec = (
+        PartitionSpec(*(split.get(label) or None for label in part)) for part in labels
+    )
     return ShardMappedMap(
         features,
         static(_forward_here, dataclasses.replace(layer, layout=None)),
@@ -280,23 +204,5 @@ def fused(layer: Adapted) -> LinearMap:
 
 def _forward_here(layer: Adapted, residuals: Any, operand: jax.Array) -> jax.Array:
     """Both terms on one device, by its part of the operator and of the kernel."""
-    kernel_shape = residuals[2].shape
-    here = dataclasses.replace(layer, kernel_shape=kernel_shape)
+    here = dataclasses.replace(layer, kernel_shape=residuals[2].shape)
     return here.forward(residuals, operand)
-
-
-def _specs(
-    layer: Adapted, features: FeatureSharding
-) -> tuple[PartitionSpec, PartitionSpec, PartitionSpec]:
-    """PartitionSpecs of input, kernel and output."""
-    labels = layer.product.einsum_labels
-    assert labels is not None
-    split: dict[str, MeshAxes] = {}
-    for letter, axes in (("i", features.in_axes), ("o", features.out_axes)):
-        kernel = zip(labels[1], layer.axes, layer.kernel_shape, strict=True)
-        first = next((c for c, a, n in kernel if a == letter and n > 1), "")
-        split[first] = axes
-    x, kernel, y = (
-        PartitionSpec(*(split.get(label) or None for label in part)) for part in labels
-    )
-    return x, kernel, y

@@ -1,4 +1,4 @@
-"""Where a kernel's features are on a mesh."""
+"""Layouts: the places of a kernel's features on a mesh."""
 
 import dataclasses
 import math
@@ -13,7 +13,7 @@ MeshAxes = tuple[str, ...]
 
 @dataclasses.dataclass(frozen=True)
 class FeatureSharding:
-    """Which axes of a mesh split the input and the output features of a layer.
+    """Axes of a mesh that split the input and the output features of a layer.
 
     Each device has neighbouring features, in the order of the axes.
 
@@ -29,7 +29,7 @@ class FeatureSharding:
 
     @property
     def splits(self) -> bool:
-        """Whether any features are split."""
+        """True if any features are split."""
         return bool(self.in_axes or self.out_axes)
 
     @property
@@ -66,7 +66,7 @@ def mesh_axes(entry: Any) -> MeshAxes:
 
 @dataclasses.dataclass(frozen=True)
 class KernelLayout:
-    """How a mesh splits a kernel, and which of its axes split the rows of inputs.
+    """Split of a kernel by a mesh, and the axes that split the rows of inputs.
 
     Attributes:
       mesh: The devices.
@@ -84,14 +84,14 @@ class KernelLayout:
 
     @property
     def gathers(self) -> bool:
-        """Whether the kernel is gathered before it is used."""
+        """True if the kernel is gathered before it is used."""
         return any(axis in self.batch_axes for axes in self.mesh_axes for axis in axes)
 
     def gathered_sharding(self, ndim: int) -> NamedSharding:
-        """Where a kernel is while it is used.
+        """Sharding of a kernel while it is used.
 
         Args:
-          ndim: How many of the kernel's axes the layer sees, the last ones.
+          ndim: The number of the kernel's axes that the layer sees, the last ones.
         """
         kept = (
             tuple(axis for axis in axes if axis not in self.batch_axes)
@@ -100,7 +100,7 @@ class KernelLayout:
         return NamedSharding(self.mesh, PartitionSpec(*(axes or None for axes in kept)))
 
     def for_activations(self, axes: str, shape: Shape) -> FeatureSharding:
-        """How inputs and outputs are split, by the features of a kernel.
+        """Split of inputs and outputs, by the features of a kernel.
 
         Args:
           axes: The kernel's axes, a letter each.
@@ -109,7 +109,7 @@ class KernelLayout:
         return self._features(axes, shape, without=self.batch_axes)
 
     def for_kernel(self, axes: str, shape: Shape) -> FeatureSharding:
-        """How the kernel itself is split, as (in_features, out_features).
+        """Split of the kernel itself, as (in_features, out_features).
 
         On explicit axes the answer is not at all: there the types of arrays decide, and
         a delta gets its type from the sum with its kernel.

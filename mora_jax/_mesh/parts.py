@@ -40,8 +40,8 @@ class OperatorPart(abc.ABC):
       operator: The whole operator.
       in_start: The first input that is here, ().
       out_start: The first output that is here, ().
-      in_features: How many inputs are here.
-      out_features: How many outputs are here.
+      in_features: The number of inputs that are here.
+      out_features: The number of outputs that are here.
     """
 
     operator: Any  # an Operator; subclasses know which
@@ -85,7 +85,7 @@ class OperatorPart(abc.ABC):
     def rows(
         self, x: jax.Array, m: jax.Array, precision: jax.lax.PrecisionLike = None
     ) -> jax.Array:
-        """What the inputs here add to the outputs here: (..., in) -> (..., out)."""
+        """Share of the inputs here in the outputs here: (..., in) -> (..., out)."""
         h, decompress = self.split(x)
         axes = last_with_first(h)
         return decompress(jax.lax.dot_general(h, m, axes, precision=precision))
@@ -305,7 +305,7 @@ part_of.register(SignedSharing, PaddedPart)
 
 
 def _max_blocks_touched(size: int, q: int) -> int:
-    """How many blocks `size` neighbouring features touch at most.
+    """Largest number of blocks that `size` neighbouring features touch.
 
     The devices' features begin at multiples of `size`.
     """

@@ -16,7 +16,7 @@ def row_shards(layout: KernelLayout | None, x: jax.Array) -> int:
     """Into how many shards devices may split the first axis of a layer's input.
 
     Args:
-      layout: Where the kernel's features are; None if nobody has said.
+      layout: The places of the kernel's features; None if nobody has said.
       x: The layer's input.
 
     Returns:
@@ -43,9 +43,9 @@ def gather_m(
 
     Args:
       m: M, (*stack, q, q).
-      layout: Where the kernel's features are; None if nobody has said.
+      layout: The places of the kernel's features; None if nobody has said.
       x: The layer's input.
-      ndim: How many of M's axes are not a stack's: 3 for several squares.
+      ndim: The number of M's axes without a stack's.
     """
     if layout is None:
         return m if mesh_of(m) is mesh_of(x) is None else _Replicated(ndim)((), m)
@@ -97,7 +97,7 @@ def explicit_sharding(x: Any) -> NamedSharding | None:
 
 
 def explicit_layout(labels: tuple[str, str, str], x: Any, y: Any) -> KernelLayout:
-    """Where the features of a layer are, by the types of its input and output.
+    """Layout of a layer, by the types of its input and output.
 
     Args:
       labels: The letters of the einsum of input, kernel and output.

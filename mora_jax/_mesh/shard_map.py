@@ -1,4 +1,4 @@
-"""Linear maps of which each device computes its part."""
+"""Linear maps that devices compute in parts."""
 
 import dataclasses
 import functools
@@ -18,13 +18,13 @@ REPLICATED = PartitionSpec()
 
 
 def last_axis(axes: MeshAxes, ndim: int) -> PartitionSpec:
-    """The spec of an array of `ndim` axes of which `axes` split the last."""
+    """PartitionSpec of an array of `ndim` axes, the last one split by `axes`."""
     return PartitionSpec(*[None] * (ndim - 1), axes) if axes else REPLICATED
 
 
 @dataclasses.dataclass(frozen=True)
 class ShardMappedMap(LinearMap):
-    """A linear map around an operator, of which each device computes its part.
+    """A linear map around an operator that devices compute in parts.
 
     The first residual is the operator. The result is the sum of the parts over those
     axes of `features` that do not split it. Other axes of the mesh, such as those that
@@ -32,13 +32,13 @@ class ShardMappedMap(LinearMap):
 
     Attributes:
       features: The axes that split something, or whose devices have parts of a sum.
-      forward_here: What one device computes: a function of its residuals, the first of
-        which is its part of the operator, and of its operand.
+      forward_here: The function that one device computes, of its residuals and its
+        operand. Its first residual is its part of the operator.
       shape: The shape of the whole operand.
       dtype: The dtype of the operand.
-      operand_spec: How the mesh splits the operand.
-      result_spec: How it splits the result.
-      residual_specs: How it splits the residuals behind the operator.
+      operand_spec: The split of the operand.
+      result_spec: The split of the result.
+      residual_specs: The splits of the residuals behind the operator.
       gathers_last: Whether other axes may split the last residual as well, so that it
         has to be gathered from them: XLA might gather the operand instead. It is
         gathered again in the backward pass instead of being saved.

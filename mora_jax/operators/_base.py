@@ -26,7 +26,7 @@ class Split(NamedTuple):
     """Split of D(C(x) M) into what M multiplies and the map of the product.
 
     Attributes:
-      h: What M multiplies: (..., q), or blocks, (..., n, q).
+      h: The factor that M multiplies: (..., q), or blocks, (..., n, q).
       decompress: The function that makes D of h M, which has the shape of h.
     """
 
@@ -44,13 +44,13 @@ class Operator(abc.ABC):
     and three methods: `_compress` and `_decompress`, which are C and D, and
     `_matrix_rows`, which gives rows of both as matrices. All else follows from these:
     the product `rows`, the delta `matrix` and the `gradient` of M. A subclass gives
-    those as well where it knows a faster way. Equality and hash are those of the
-    settings. Arrays that a seed determines are pytree leaves, so that a jitted function
+    them as well where it knows a faster way. Equality and hash go by the settings.
+    Arrays that a seed determines are pytree leaves, so that a jitted function
     that is handed an operator takes them as arguments.
 
     The rest of the library asks an operator only for what it trains (`m_shape`,
-    `start`, `scaled`, `linear`), for `rows`, `matrix`, `tangent`, `gradient` and
-    `unit_rows`, and for `split` where rows have an M each.
+    `start`, `scaled`, `linear`), for `rows`, `matrix`, `gradient` and `unit_rows`, and
+    for `split` where rows have an M each.
 
     Attributes:
       in_features: The length of the vectors that `compress` takes.
@@ -67,22 +67,22 @@ class Operator(abc.ABC):
     arrays: ClassVar[tuple[str, ...]] = ()
     """The names of the fields that hold arrays, which `_seeded_arrays` gives."""
     bounded: ClassVar[bool] = True
-    """Whether q may not exceed `min(in_features, out_features)`."""
+    """True if q may not exceed `min(in_features, out_features)`."""
     given: ClassVar[bool] = False
-    """Whether the arrays are given, not determined by settings; it has a `digest`."""
+    """True if the arrays are given, not determined by settings; it has a `digest`."""
     block: ClassVar[bool] = False
     """True if M acts on several blocks of the input, one after another."""
     keeps_input: ClassVar[bool] = False
-    """True if x, and not C(x), is to be kept for the gradient: C(x) is no smaller."""
+    """True if x, and not C(x), is to be kept for the gradient: C(x) is as large."""
     work: ClassVar[Work] = "products"
     """The work of C and D, by which it is chosen how a layer computes."""
     q_multiple_of: ClassVar[int] = 1
-    """What q must be divisible by."""
+    """A divisor of q."""
     linear: ClassVar[bool] = True
     """True if the delta is linear in what is trained, so that weighted sums of what is
     trained are exact."""
     tiles: ClassVar[bool] = False
-    """Whether C and D cut features into pieces of q, the last of which may be short."""
+    """True if C and D cut features into pieces of q; the last one may be short."""
 
     def __post_init__(self) -> None:
         for field in ("in_features", "out_features", "square_rank"):
@@ -116,7 +116,7 @@ class Operator(abc.ABC):
 
     @property
     def isometry(self) -> bool:
-        """Whether C and D are orthonormal: C^T C = I and D D^T = I on (n, q).
+        """True if C and D are orthonormal: C^T C = I and D D^T = I on (n, q).
 
         The delta then has the Frobenius norm of M, times sqrt(n) with n blocks, at
         every width.
@@ -125,16 +125,16 @@ class Operator(abc.ABC):
 
     @property
     def gains(self) -> tuple[float, float]:
-        r"""How large C and D make numbers: c and d, each a root mean square.
+        r"""Sizes c and d that C and D give to numbers, each a root mean square.
 
         .. math:: c = \|C\|_F / \sqrt{n q}, \qquad d = \|D\|_F / \sqrt{out}
 
-        c is the size of a number of C(x) if those of x are independent and of size 1,
-        and d is the norm of the weights that an output has. An isometry has c = 1, and
-        the n q numbers of C(x) share the norms of its outputs.
+        c is the size of a number of C(x) if the numbers of x are independent and of
+        size 1, and d is the norm of the weights that an output has. An isometry has
+        c = 1, and the n q numbers of C(x) share the norms of its outputs.
 
         Raises:
-          NotImplementedError: The operator is none, and does not give its own.
+          NotImplementedError: The operator lacks gains, and is not an isometry.
         """
         if not self.isometry:
             raise NotImplementedError(
@@ -173,7 +173,7 @@ class Operator(abc.ABC):
           dtype: The dtype of the array.
 
         Raises:
-          ValueError: Random numbers are needed and there is no key.
+          ValueError: Random numbers are needed, and the key is None.
         """
         shape = (*stack, *self.m_shape)
         if init == "zeros":
@@ -250,19 +250,6 @@ class Operator(abc.ABC):
         transpose = jax.linear_transpose(self._compress, vector)
         (weight,) = jax.vmap(transpose, in_axes=-1, out_axes=-1)(rows)
         return weight
-
-    def tangent(
-        self,
-        x: jax.Array,
-        m: jax.Array,
-        direction: jax.Array,
-        precision: jax.lax.PrecisionLike = None,
-    ) -> jax.Array:
-        """Derivative of `rows(x, m)` by M in a direction, an array like M."""
-        if self.linear:
-            return self.rows(x, direction, precision)
-        of_m = functools.partial(self.rows, x, precision=precision)
-        return jax.jvp(of_m, (m,), (direction,))[1]
 
     def gradient(
         self, x: jax.Array, g: jax.Array, precision: jax.lax.PrecisionLike = None
@@ -387,12 +374,12 @@ class Operator(abc.ABC):
         *,
         precision: jax.lax.PrecisionLike = None,
     ) -> Float[jax.Array, "*batch out"]:
-        """Rows of `delta_weight(m)`, without the others, which an embedding wants.
+        """Rows of `delta_weight(m)` by their numbers, as an embedding needs them.
 
         Args:
           m: M, (q, q).
-          indices: (...); negative ones count from the end, and beyond either end there
-            is no meaningful row.
+          indices: (...); negative ones count from the end, and rows beyond either end
+            are meaningless.
           precision: The precision of the product with M.
 
         Returns:

@@ -9,7 +9,7 @@ from mora_jax._jax.tiles import pad_to, tile_to
 
 
 def num_blocks(features: int, square_rank: int) -> int:
-    """How many blocks of q cover `features`: ceil(features / q)."""
+    """Number of blocks of q that cover `features`: ceil(features / q)."""
     return -(-features // square_rank)
 
 
@@ -28,7 +28,7 @@ def from_blocks(h: jax.Array, features: int) -> jax.Array:
 def block_positions(
     indices: np.ndarray | jax.Array, features: int, square_rank: int
 ) -> tuple[Any, Any]:
-    """Where `to_blocks` puts single features: blocks and offsets, both (..., t).
+    """Places where `to_blocks` puts single features: blocks and offsets, (..., t).
 
     A feature that starts over has up to t positions; an offset of q or more stands for
     none. Numpy arrays give numpy arrays, which are constants of a program.

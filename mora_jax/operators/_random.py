@@ -1,8 +1,8 @@
 """Random arrays that a seed fixes once and for all.
 
-numpy promises that the streams of `RandomState` never change; those of `Generator` and
-of `jax.random` may, and have. Arrays are computed in float64 and rounded to float32,
-which is part of their definition: a layer in any dtype uses the same numbers.
+numpy promises that the streams of `RandomState` never change; `Generator` and
+`jax.random` may change theirs, and have. Arrays are computed in float64 and rounded to
+float32, which is part of their definition: a layer in any dtype uses the same numbers.
 """
 
 import functools

@@ -177,7 +177,7 @@ def make_operator(
       seed: The seed of the operators that are random.
 
     Raises:
-      TypeError, ValueError: There is no such operator or setting, or the operator
+      TypeError, ValueError: An operator or setting is unknown, or the operator
         cannot have such a size.
 
     Example::

@@ -124,5 +124,5 @@ class _Reorder(LinearMap):
 
 
 def _take(x: jax.Array, order: ArrayLike, unique: bool = True) -> jax.Array:
-    # A permutation has no index out of bounds, and none twice.
+    # Each index of a permutation is in bounds, and unique.
     return x.at[..., order].get(mode="promise_in_bounds", unique_indices=unique)

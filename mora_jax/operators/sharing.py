@@ -25,11 +25,11 @@ class Sharing(Operator):
     product with M.
 
     Attributes:
-      compress_groups: How inputs are grouped. Where q does not divide `in_features`,
+      compress_groups: Grouping of the inputs. Where q does not divide `in_features`,
         "strided" uses the first features once more, as the reference does, and
         "contiguous" balances the groups: the first ones are longer by one.
-      decompress_groups: How outputs are grouped.
-      normalised: Whether to divide by sqrt(in / q * out / q). The delta is then as
+      decompress_groups: Grouping of the outputs.
+      normalised: True to divide by sqrt(in / q * out / q). The delta is then as
         large as M (an isometry when q divides both widths), and one learning rate
         serves every width. The paper and the reference do not divide; their sharing
         wants a smaller rate.

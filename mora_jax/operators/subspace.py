@@ -1,4 +1,4 @@
-"""Subspace: directions that are given, as those of a gradient."""
+"""Subspace: given directions, such as the leading ones of a gradient."""
 
 import functools
 import hashlib
@@ -13,7 +13,7 @@ from mora_jax.operators._projection import Projection
 from mora_jax.operators._pytree import given_array_field, operator
 
 TOLERANCE = 1e-3
-"""How far the products of directions may be from those of orthonormal ones."""
+"""Largest distance of the columns' products from the unit matrix."""
 
 
 @operator
@@ -62,7 +62,7 @@ class Subspace(Projection):
     def digest(self) -> str:
         """A SHA-256 of both bases, in hexadecimal, by which operators are compared.
 
-        It is no part of the pytree: layers of one shape share their programs.
+        It does not belong to the pytree: layers of one shape share their programs.
         """
         both = np.asarray(self.in_basis), np.asarray(self.out_basis)
         return hashlib.sha256(b"".join(map(np.ndarray.tobytes, both))).hexdigest()
@@ -77,7 +77,7 @@ class Subspace(Projection):
 
     @property
     def gains(self) -> tuple[float, float]:
-        r"""How large C and D make numbers that lie in the subspace.
+        r"""Sizes c and d that C and D give to numbers that lie in the subspace.
 
         .. math:: c = \sqrt{in / q}, \qquad d = \sqrt{q / out}
 

@@ -21,7 +21,7 @@ import mora_jax
 from mora_jax import AdapterSpec, FrozenDense, MoRAConfig, linen, mora_apply
 from mora_jax import nnx as mora_nnx
 from mora_jax._jax.tuning import TUNING
-from mora_jax._layer.ways import choose
+from mora_jax._layer.adapted import choose
 from mora_jax.products import DENSE, Contraction, Lookup
 
 ALPHA = 0.7

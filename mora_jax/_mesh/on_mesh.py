@@ -17,11 +17,13 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from mora_jax._jax.linear_map import static
-from mora_jax._layer import chips
 from mora_jax._mesh.layout import FeatureSharding
 from mora_jax._mesh.shard_map import REPLICATED, ShardMappedMap, last_axis
 from mora_jax.operators import Operator
 from mora_jax.operators._base import Split
+
+PartForm = Callable[[Any], Callable[..., jax.Array]]
+"""A function that chooses how a part is computed, such as `chips.matrix_of`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +32,7 @@ class OperatorOnMesh:
 
     Attributes:
       operator: The operator.
-      features: Which axes of the mesh split inputs and outputs.
+      features: The axes of the mesh that split inputs and outputs.
     """
 
     operator: Operator
@@ -76,16 +78,16 @@ class OperatorOnMesh:
         )
         return of_m((self.operator, indices), m)
 
-    def matrix(self, m: jax.Array) -> jax.Array:
+    def matrix(self, m: jax.Array, matrix_of: PartForm) -> jax.Array:
         """The rows and columns of the delta that each device has, (in, out)."""
         of_m = ShardMappedMap(
             self.features,
-            static(_matrix),
+            static(_matrix, matrix_of),
             *(m.shape, m.dtype, REPLICATED, self._kernel_spec),
         )
         return of_m((self.operator,), m)
 
-    def added(self, m: jax.Array, kernel: jax.Array) -> jax.Array:
+    def added(self, m: jax.Array, kernel: jax.Array, add_of: PartForm) -> jax.Array:
         """A kernel with its delta, (in, out), split as the kernel is.
 
         Each device adds its part of the delta to its part of the kernel. Where the
@@ -94,10 +96,10 @@ class OperatorOnMesh:
         spec = self._kernel_spec
         sums = ShardMappedMap(
             self.features,
-            static(_added),
+            static(_added, add_of),
             *(kernel.shape, kernel.dtype, spec, spec, (REPLICATED,)),
         )
-        # It is not linear, and so there is no transpose of it.
+        # Without a transpose, since it is not linear.
         return sums.forward((self.operator, m), kernel)
 
     @property
@@ -156,14 +158,14 @@ def _unit_rows(precision: Any, residuals: Any, m: jax.Array) -> jax.Array:
     return part.unit_rows(indices, m, precision)
 
 
-def _matrix(residuals: Any, m: jax.Array) -> jax.Array:
+def _matrix(matrix_of: PartForm, residuals: Any, m: jax.Array) -> jax.Array:
     (part,) = residuals
-    return chips.matrix_of(part)(m)
+    return matrix_of(part)(m)
 
 
-def _added(residuals: Any, kernel: jax.Array) -> jax.Array:
+def _added(add_of: PartForm, residuals: Any, kernel: jax.Array) -> jax.Array:
     part, m = residuals
-    return chips.add_of(part)(m, kernel)
+    return add_of(part)(m, kernel)
 
 
 def _compress(residuals: Any, x: jax.Array) -> jax.Array:
