@@ -12,7 +12,7 @@ instead of each block of x: x_k (R_k M) = (x_k R_k) M. The gradient of M then is
 
 .. math:: dM = \sum_k R_k^T (x_k^T g_k)
 
-with n products of slices, whose results are turned back. On a GPU the products of the
+with n products of slices, whose results are rotated back. On a GPU the products of the
 gradient are one with an axis of blocks.
 """
 
@@ -33,6 +33,8 @@ from mora_jax._layer.rounding import add_rounded
 from mora_jax._mesh.parts import BlockPart, OperatorPart, PermutationPart, whole
 from mora_jax.operators import Decoupling, Permutation
 from mora_jax.operators._blocks import block_positions, divide
+
+Precision = jax.lax.PrecisionLike
 
 UNROLLED_PRODUCTS = 8
 """Number of products of the gradient of M in one step of a loop.
@@ -64,7 +66,7 @@ def gradient_of(op: Any, row_shards: int = 1) -> Callable[..., jax.Array]:
     Args:
       op: An operator, or one device's part of one.
       row_shards: The number of devices that share the rows of x. Products of blocks are
-        kept apart by these shards until they are turned back: so one array like M is
+        kept apart by these shards until they are rotated back: so one array like M is
         summed over devices, and not n.
     """
     if _has_few_slices(op):
@@ -133,15 +135,17 @@ def _unrotate(op: Decoupling, products: jax.Array) -> jax.Array:
 
     Args:
       op: The operator.
-      products: The gradients by shards of rows, (n, shards, q, q).
+      products: The gradients by shards of rows, (n, shards, q, q), or of the first
+        blocks alone, where the others are left out.
     """
+    products = pad_to(products, op.compressed_shape[0], axis=0)
     m = shape_for(op.m_shape, products.dtype, products)
     transpose = jax.linear_transpose(lambda m: _rotated_m(op, m), m)
     return jax.vmap(transpose, in_axes=1)(products)[0].sum(0)
 
 
 def _sliced_rows(
-    op: Decoupling, x: jax.Array, m: jax.Array, precision: jax.lax.PrecisionLike = None
+    op: Decoupling, x: jax.Array, m: jax.Array, precision: Precision = None
 ) -> jax.Array:
     rotated, q = _rotated_m(op, m), op.square_rank
     blocks = jax.lax.split(op.order_inputs(x), (q,) * len(rotated), axis=-1)
@@ -155,15 +159,11 @@ def _sliced_rows(
 
 
 def _sliced_gradient(
-    op: Decoupling,
-    row_shards: int,
-    x: jax.Array,
-    g: jax.Array,
-    precision: jax.lax.PrecisionLike,
+    op: Decoupling, shards: int, x: jax.Array, g: jax.Array, precision: Precision
 ) -> jax.Array:
     n, q, groups = op.compressed_shape[0], op.square_rank, op.num_groups
     y = sum_tiles(g, groups * q)
-    x, y = (a.reshape(row_shards, -1, a.shape[-1]) for a in (x, y))
+    x, y = (a.reshape(shards, -1, a.shape[-1]) for a in (x, y))
     sum_dtype = jnp.promote_types(y.dtype, jnp.float32)
 
     def put_product(k: jax.Array, products: jax.Array) -> jax.Array:
@@ -181,7 +181,7 @@ def _sliced_gradient(
         return jax.lax.dynamic_update_index_in_dim(products, gradient, k, axis=0)
 
     # A loop, since XLA takes as long for n products as for n layers.
-    products = zeros_for((n, row_shards, q, q), sum_dtype, x, y)
+    products = zeros_for((n, shards, q, q), sum_dtype, x, y)
     products = jax.lax.fori_loop(
         0, op.num_feeding, put_product, products, unroll=UNROLLED_PRODUCTS
     )
@@ -189,11 +189,7 @@ def _sliced_gradient(
 
 
 def _ordered_gradient(
-    op: Permutation,
-    row_shards: int,
-    x: jax.Array,
-    g: jax.Array,
-    precision: jax.lax.PrecisionLike,
+    op: Permutation, shards: int, x: jax.Array, g: jax.Array, precision: Precision
 ) -> jax.Array:
     """The same where features are in another order, some rows at a time.
 
@@ -201,48 +197,44 @@ def _ordered_gradient(
     some rows of x and y both fit in its fast memory, so that x and y are read once and
     nothing of their size is written.
     """
-    x, y = (a.reshape(row_shards, -1, a.shape[-1]) for a in (x, g))
+    x, y = (a.reshape(shards, -1, a.shape[-1]) for a in (x, g))
     rows = x.shape[1]
     steps = 1 if rows % ORDERED_ROWS else max(rows // ORDERED_ROWS, 1)
     # With an axis of steps. XLA would transpose all of x if it were to slice rows.
-    x, y = (a.reshape(row_shards, steps, rows // steps, a.shape[-1]) for a in (x, y))
-    sum_dtype = jnp.promote_types(y.dtype, jnp.float32)
+    x, y = (a.reshape(shards, steps, rows // steps, a.shape[-1]) for a in (x, y))
 
     def products(step: ArrayLike) -> jax.Array:
         at = functools.partial(jax.lax.dynamic_index_in_dim, axis=1, keepdims=False)
         h, decompress = op.split(at(x, step))
         (back,) = jax.linear_transpose(decompress, h)(at(y, step))
-        axes = ((1,), (1,)), ((2, 0), (2, 0))
-        settings = {"precision": precision, "preferred_element_type": sum_dtype}
-        return jax.lax.dot_general(h, back, axes, **settings)
+        return _block_products(h, back, precision)
 
-    total = zeros_for(jax.eval_shape(products, 0).shape, sum_dtype, x, y)
+    shape = jax.eval_shape(products, 0)
+    total = zeros_for(shape.shape, shape.dtype, x, y)
     total = jax.lax.fori_loop(
         0, steps, lambda step, total: total + products(step), total
     )
-    total = pad_to(total, op.compressed_shape[0], axis=0)
     return _unrotate(op, total).astype(g.dtype)
 
 
 def _batched_gradient(
-    op: Decoupling,
-    row_shards: int,
-    x: jax.Array,
-    g: jax.Array,
-    precision: jax.lax.PrecisionLike,
+    op: Decoupling, shards: int, x: jax.Array, g: jax.Array, precision: Precision
 ) -> jax.Array:
-    """One product with an axis of blocks, whose results are turned back."""
+    """One product with an axis of blocks, whose results are rotated back."""
     q, n = op.square_rank, op.num_feeding
-    x, y = op.order_inputs(x), op.order_outputs(g)
-    products = jax.lax.dot_general(
-        x[..., : n * q].reshape(row_shards, -1, n, q),
-        sum_tiles(y, n * q).reshape(row_shards, -1, n, q),
-        (((1,), (1,)), ((2, 0), (2, 0))),
-        precision=precision,
-        preferred_element_type=jnp.promote_types(y.dtype, jnp.float32),
+    x, g = op.order_inputs(x), op.order_outputs(g)
+    blocks = x[..., : n * q], sum_tiles(g, n * q)
+    h, back = (a.reshape(shards, -1, n, q) for a in blocks)
+    return _unrotate(op, _block_products(h, back, precision)).astype(g.dtype)
+
+
+def _block_products(h: jax.Array, g: jax.Array, precision: Precision) -> jax.Array:
+    """Sums over rows of h_k^T g_k, (shards, rows, n, q) twice to (n, shards, q, q)."""
+    axes = ((1,), (1,)), ((2, 0), (2, 0))
+    dtype = jnp.promote_types(g.dtype, jnp.float32)
+    return jax.lax.dot_general(
+        h, g, axes, precision=precision, preferred_element_type=dtype
     )
-    products = pad_to(products, op.compressed_shape[0], axis=0)
-    return _unrotate(op, products).astype(g.dtype)
 
 
 def _ordered_matrix(
