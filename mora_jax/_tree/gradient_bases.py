@@ -45,8 +45,9 @@ def gradient_bases(grads: Any, plan: Plan) -> Plan:
     Raises:
       TypeError: `plan` is not a plan, or a gradient is not a concrete floating-point
         array.
-      ValueError: A kernel lacks a gradient, or has two; a gradient has another shape than
-        its kernel, holds NaN or infinity, or is zero; or a path is not in the plan.
+      ValueError: A kernel lacks a gradient, or has two; a gradient has another shape
+        than its kernel, holds NaN or infinity, or is zero; or a path is not in the
+        plan.
 
     Example::
 
