@@ -1,6 +1,5 @@
 """Arrays of a model that get no adapter, and the reasons."""
 
-import math
 import re
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from mora_jax._common.alike import starred
-from mora_jax._common.axes import sizes
+from mora_jax._common.axes import features
 from mora_jax._common.types import Shape
 from mora_jax._common.warnings import LeftOutWarning, warn
 from mora_jax._flax.survey import Survey
@@ -98,7 +97,7 @@ def is_too_narrow(product: Product, shape: Shape) -> bool:
     hold a single number.
     """
     axes = "s" * (len(shape) - len(product.axes)) + product.axes
-    return 1 in (math.prod(sizes(shape, axes, letter)) for letter in "io")
+    return 1 in features(shape, axes)
 
 
 def _kind(product: Product) -> str:

@@ -90,7 +90,7 @@ class FrozenDense(AdapterSettings):
 
     @property
     def spec(self) -> AdapterSpec:
-        """How the kernel is adapted."""
+        """The adapter of the kernel."""
         check_kernel(self.kernel, "kernel")
         settings = {name: getattr(self, name) for name in _SHARED}
         return AdapterSpec(kernel_shape=tuple(self.kernel.shape), **settings)
