@@ -124,7 +124,7 @@ class MoRAConfig(KernelConfig):
     targets: str | Iterable[str] = setting(DEFAULT_TARGETS, patterns_of)
     exclude: str | Iterable[str] = setting((), patterns_of)
     overrides: Mapping[str, Mapping[str, Any]] = setting(
-        FrozenMapping(), _check_overrides
+        FrozenMapping({}), _check_overrides
     )
     train: str | Iterable[str] = setting((), patterns_of)
 
