@@ -221,15 +221,13 @@ def _operator(config: KernelConfig, ins: int, outs: int) -> Operator:
     return make_operator(operator, ins, outs, q, seed=config.seed)
 
 
-_SIZES = {"in_features", "out_features", "square_rank", "squares"}
-
-
 def operator_settings(operator: Operator) -> dict[str, Any]:
     """An operator's name and settings, with the seed and without sizes.
 
     A digest stands for arrays that are given.
     """
-    fields = {f.name for f in dataclasses.fields(operator) if f.compare} - _SIZES
+    fields = {field.name for field in dataclasses.fields(operator) if field.compare}
+    fields -= {size.name for size in dataclasses.fields(Operator)}
     fields |= {"digest"} if operator.given else set()
     values = {name: getattr(operator, name) for name in sorted(fields)}
     return {"name": operator.name, **values}
