@@ -1,5 +1,6 @@
 """Checks of arguments: settings and arrays."""
 
+import math
 import numbers
 from operator import index
 from typing import Any, SupportsIndex
@@ -56,7 +57,7 @@ def check_number(name: str, value: Any) -> float:
     if isinstance(value, bool | np.bool_) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, got {value!r}")
     number = float(value)
-    if not float("-inf") < number < float("inf"):
+    if not math.isfinite(number):
         raise ValueError(f"{name} must be finite, got {value}")
     return number
 

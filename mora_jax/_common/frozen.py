@@ -10,7 +10,7 @@ class FrozenMapping(Mapping[str, Any]):
     Mappings of equal content are equal and have the same hash, whatever their order.
     """
 
-    def __init__(self, content: Mapping[str, Any] = {}):  # noqa: B006 (never changed)
+    def __init__(self, content: Mapping[str, Any]):
         self._content = {
             key: FrozenMapping(value) if isinstance(value, Mapping) else value
             for key, value in content.items()

@@ -1,13 +1,13 @@
 """Arrays of a model that get no adapter, and the reasons."""
 
-import math
 import re
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
 
-from mora_jax._common.axes import sizes
+from mora_jax._common.alike import starred
+from mora_jax._common.axes import features
 from mora_jax._common.types import Shape
 from mora_jax._common.warnings import LeftOutWarning, warn
 from mora_jax._flax.survey import Survey
@@ -49,8 +49,7 @@ def left_out_of(
             why, multiplied = "no target", False
         else:
             why, multiplied = _by_survey(name, tuple(leaf.shape), survey)
-        pattern = re.sub(r"\d+", "*", name)
-        kinds.setdefault((pattern, why, multiplied), []).append(name)
+        kinds.setdefault((starred(name), why, multiplied), []).append(name)
     return tuple(
         LeftOut(names[0] if len(names) == 1 else pattern, len(names), why, multiplied)
         for (pattern, why, multiplied), names in kinds.items()
@@ -95,8 +94,8 @@ def _by_survey(name: str, shape: Shape, survey: Survey) -> tuple[str, bool]:
 def is_too_narrow(product: Product, shape: Shape) -> bool:
     """True if a kernel has a single input or output feature, as a head of one number.
 
-    The default operator's M cannot be as narrow, and one of another operator would hold
-    a single number.
+    The default operator's M cannot be as narrow, and the M of another operator would
+    hold a single number.
     """
     axes = "s" * (len(shape) - len(product.axes)) + product.axes
-    return 1 in (math.prod(sizes(shape, axes, letter)) for letter in "io")
+    return 1 in features(shape, axes)

@@ -32,7 +32,6 @@ DEFAULT_TARGETS = (default_targets("kernel"),)
 
 LARGEST_USUAL_ALPHA = 4.0
 
-
 _KERNEL_SETTINGS = [field.name for field in dataclasses.fields(KernelConfig)]
 
 
@@ -125,7 +124,7 @@ class MoRAConfig(KernelConfig):
     targets: str | Iterable[str] = setting(DEFAULT_TARGETS, patterns_of)
     exclude: str | Iterable[str] = setting((), patterns_of)
     overrides: Mapping[str, Mapping[str, Any]] = setting(
-        FrozenMapping(), _check_overrides
+        FrozenMapping({}), _check_overrides
     )
     train: str | Iterable[str] = setting((), patterns_of)
 
@@ -144,7 +143,7 @@ class MoRAConfig(KernelConfig):
         if not self.targets:
             raise ValueError("targets must hold at least one pattern, got none")
         for settings in self.overrides.values():
-            self._overridden(settings)
+            self._with([settings])
         for settings in ({"alpha": self.alpha}, *self.overrides.values()):
             if abs(alpha := settings.get("alpha", 1)) > LARGEST_USUAL_ALPHA:
                 warn(
@@ -154,26 +153,23 @@ class MoRAConfig(KernelConfig):
 
     def settings(self, path: str) -> tuple[KernelConfig, str | None]:
         """The settings of one kernel, and its axes where an override names them."""
-        merged: dict[str, Any] = {}
-        for pattern, settings in self.overrides.items():
-            if re.fullmatch(pattern, path):
-                # rank and square_rank exclude each other, and later patterns win.
-                if "rank" in settings:
-                    merged.pop("square_rank", None)
-                if "square_rank" in settings:
-                    merged.pop("rank", None)
-                merged |= settings
-        return self._overridden(merged), merged.get("axes")
+        overrides = self.overrides.items()
+        return self._with(s for pattern, s in overrides if re.fullmatch(pattern, path))
 
-    def _overridden(self, settings: Mapping[str, Any]) -> KernelConfig:
-        """The settings of a kernel, changed by the settings of an override."""
+    def _with(
+        self, overrides: Iterable[Mapping[str, Any]]
+    ) -> tuple[KernelConfig, str | None]:
+        """The settings of a kernel to which `overrides` apply, and its axes."""
         values = {name: getattr(self, name) for name in _KERNEL_SETTINGS}
-        if settings.get("square_rank") is not None:
-            values["rank"] = DEFAULT_RANK
-        elif "rank" in settings:
-            values["square_rank"] = None
-        changes = {name: value for name, value in settings.items() if name != "axes"}
-        return KernelConfig(**values | changes)
+        for settings in overrides:
+            # rank and square_rank exclude each other, and later patterns win.
+            if "rank" in settings:
+                values["square_rank"] = None
+            elif settings.get("square_rank") is not None:
+                values["rank"] = DEFAULT_RANK
+            values |= settings
+        axes = values.pop("axes", None)
+        return KernelConfig(**values), axes
 
 
 # `__new__` takes anything, so help() is led to the signature of `__init__`.

@@ -51,7 +51,8 @@ def _optional(check: Check) -> Check:
     return lambda name, value: None if value is None else check(name, value)
 
 
-def _dtype(name: str, value: Any) -> jnp.dtype:
+def check_dtype(name: str, value: Any) -> jnp.dtype:
+    """Return `value` as a NumPy dtype, if it is a real floating-point dtype."""
     return floating_dtype(value, name)
 
 
@@ -99,7 +100,7 @@ class AdapterSettings:
     scale: float = setting(1.0, _above_zero, meaning=True)
     dropout: float = setting(0.0, check_rate)
     init: str = setting("zeros", _init)
-    param_dtype: DTypeLike = setting(jnp.float32, _dtype)
+    param_dtype: DTypeLike = setting(jnp.float32, check_dtype)
     execution: str = setting("auto", _execution)
 
     def __post_init__(self) -> None:
@@ -154,7 +155,7 @@ class KernelConfig:
     multiple_of: int | None = setting(None, _optional(positive_integer))
     init: str = setting("zeros", _init)
     dropout: float = setting(0.0, check_rate)
-    param_dtype: DTypeLike | None = setting(jnp.float32, _optional(_dtype))
+    param_dtype: DTypeLike | None = setting(jnp.float32, _optional(check_dtype))
     execution: str = setting("auto", _execution)
     seed: int = setting(0, lambda _, value: check_seed(value))
 

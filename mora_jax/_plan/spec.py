@@ -7,7 +7,7 @@ from typing import Any
 
 from jax.typing import DTypeLike
 
-from mora_jax._common.axes import check_axes, sizes
+from mora_jax._common.axes import check_axes, features, sizes
 from mora_jax._common.checks import floating_dtype
 from mora_jax._common.types import Shape
 from mora_jax._mesh.layout import KernelLayout
@@ -62,12 +62,12 @@ class AdapterSpec(AdapterSettings):
         if not isinstance(self.operator, Operator):
             raise TypeError(f"operator must be an Operator, got {self.operator!r}")
         check_axes(self.axes, len(self.kernel_shape))
-        widths = self.operator.in_features, self.operator.out_features
-        if widths != (self.in_features, self.out_features):
+        ins, outs = features(self.kernel_shape, self.axes)
+        if (self.operator.in_features, self.operator.out_features) != (ins, outs):
             raise ValueError(
-                f"operator for {widths[0]} -> {widths[1]} features does not fit a "
-                f"kernel of shape {self.kernel_shape} with axes {self.axes!r}: "
-                f"{self.in_features} -> {self.out_features}"
+                f"operator for {self.operator.in_features} -> "
+                f"{self.operator.out_features} features does not fit a kernel of shape "
+                f"{self.kernel_shape} with axes {self.axes!r}: {ins} -> {outs}"
             )
         super().__post_init__()
 
@@ -103,8 +103,7 @@ class AdapterSpec(AdapterSettings):
                 "find"
             )
         check_axes(axes, len(kernel_shape))
-        ins, outs = (math.prod(sizes(kernel_shape, axes, letter)) for letter in "io")
-        operator = _operator(config, ins, outs)
+        operator = _operator(config, *features(kernel_shape, axes))
         scale = 1.0 if config.scale == "paper" else operator.fine_tuning_scale
         dtype = config.param_dtype
         settings = {name: getattr(config, name) for name in SETTINGS} | {
@@ -127,12 +126,12 @@ class AdapterSpec(AdapterSettings):
     @property
     def in_features(self) -> int:
         """The product of the kernel's input axes."""
-        return math.prod(sizes(self.kernel_shape, self.axes, "i"))
+        return features(self.kernel_shape, self.axes)[0]
 
     @property
     def out_features(self) -> int:
         """The product of the kernel's output axes."""
-        return math.prod(sizes(self.kernel_shape, self.axes, "o"))
+        return features(self.kernel_shape, self.axes)[1]
 
     def seen_by(self, ndim: int | None) -> tuple[Shape, str]:
         """The shape and the axes of the kernel as a layer sees it.
@@ -222,15 +221,13 @@ def _operator(config: KernelConfig, ins: int, outs: int) -> Operator:
     return make_operator(operator, ins, outs, q, seed=config.seed)
 
 
-_SIZES = {"in_features", "out_features", "square_rank", "squares"}
-
-
 def operator_settings(operator: Operator) -> dict[str, Any]:
     """An operator's name and settings, with the seed and without sizes.
 
     A digest stands for arrays that are given.
     """
-    fields = {f.name for f in dataclasses.fields(operator) if f.compare} - _SIZES
+    fields = {field.name for field in dataclasses.fields(operator) if field.compare}
+    fields -= {size.name for size in dataclasses.fields(Operator)}
     fields |= {"digest"} if operator.given else set()
     values = {name: getattr(operator, name) for name in sorted(fields)}
     return {"name": operator.name, **values}

@@ -10,66 +10,59 @@ from mora_jax._plan.trained_arrays import TrainedArray
 if TYPE_CHECKING:
     from mora_jax._plan.plan import Plan
 
-UNUSUAL = {"alpha": 1, "scale": 1, "dropout": 0}
-"""Settings that have a column only where a layer departs from these values."""
-
 LEFT_ALIGNED = ("path", "operator")
+COLUMNS = ("in -> out", "operator", "r", "q", "alpha", "scale", "dropout")
+USUAL = {"alpha": 1, "scale": 1, "dropout": 0}
+"""Values that need no column, if no layer departs from them."""
 
 
 def table(plan: "Plan", collapse: bool) -> str:
     """Return the text of `mora_jax.summary`."""
-    specs = alike(
-        plan.specs,
-        lambda spec: (
-            *(spec.name, collapse or spec.name, spec.shape, spec.kernel_shape),
-            *(spec.operator, spec.asked_square_rank),
-            *(getattr(spec, setting) for setting in UNUSUAL),
-        ),
-    )
-    trained = alike(
-        plan.trained, lambda array: (array.name, collapse or array.name, array.shape)
-    )
-    rows = [_adapter_row(kind) for kind in specs] + [_trained_row(k) for k in trained]
-    for row, kind in zip(rows, [*specs, *trained], strict=True):
-        size = sum(item.parameters for item in kind)
-        row["path"] = shown([item.name for item in kind])
-        row["parameters"] = f"{size:,}"
-        row["of base"] = _share(size, plan.base_parameters)
-    unusual = [
-        setting
-        for setting, usual in UNUSUAL.items()
-        if any(getattr(spec, setting) != usual for spec in plan.specs)
+    rows, base = [], plan.base_parameters
+    for parts in alike(
+        (*plan.specs, *plan.trained),
+        lambda part: (part.name, collapse or part.name, part.shape, *_kind(part)),
+    ):
+        size = sum(part.parameters for part in parts)
+        row = {"path": shown([part.name for part in parts]), **_cells(parts[0])}
+        rows.append(row | {"parameters": f"{size:,}", "of base": _share(size, base)})
+    columns = [
+        name
+        for name in COLUMNS
+        if name not in USUAL or any(getattr(s, name) != USUAL[name] for s in plan.specs)
     ]
-    size, base = plan.trainable_parameters, plan.base_parameters
+    size = plan.trainable_parameters
     counts = [_counted(len(plan), "adapter")]
     counts += [_counted(len(plan.trained), "trained array")] * bool(plan.trained)
-    columns = ["path", "in -> out", "operator", "r", "q", *unusual]
     return "\n".join(
         [
-            *_lines([*columns, "parameters", "of base"], rows),
+            *_lines(["path", *columns, "parameters", "of base"], rows),
             f"{' and '.join(counts)}: {size:,} trainable parameters, "
             f"{_share(size, base)} of {base:,}",
         ]
     )
 
 
-def _adapter_row(specs: Sequence[AdapterSpec]) -> dict[str, str]:
-    spec = specs[0]
-    asked = spec.asked_square_rank
+def _kind(part: AdapterSpec | TrainedArray) -> tuple[object, ...]:
+    operator = part.operator if isinstance(part, AdapterSpec) else None
+    return operator, *_cells(part).values()
+
+
+def _cells(part: AdapterSpec | TrainedArray) -> dict[str, str]:
+    """The cells of a part of the plan that say what it is."""
+    if isinstance(part, TrainedArray):
+        shape = " x ".join(map(str, part.shape)) or "1"
+        return {"in -> out": shape, "operator": "trained"}
+    q, asked = part.operator.square_rank, part.asked_square_rank
     return {
-        "in -> out": f"{spec.in_features} -> {spec.out_features}",
-        "operator": spec.operator.name,
-        "r": f"{spec.lora_rank:.1f}",
-        "q": f"{spec.operator.square_rank}" + (f" of {asked}" if asked else ""),
-        "alpha": f"{spec.alpha:g}",
-        "scale": f"{spec.scale:.3g}",
-        "dropout": f"{spec.dropout:g}",
+        "in -> out": f"{part.in_features} -> {part.out_features}",
+        "operator": part.operator.name,
+        "r": f"{part.lora_rank:.1f}",
+        "q": f"{q} of {asked}" if asked else f"{q}",
+        "alpha": f"{part.alpha:g}",
+        "scale": f"{part.scale:.3g}",
+        "dropout": f"{part.dropout:g}",
     }
-
-
-def _trained_row(arrays: Sequence[TrainedArray]) -> dict[str, str]:
-    shape = " x ".join(map(str, arrays[0].shape))
-    return {"in -> out": shape or "1", "operator": "trained"}
 
 
 def _lines(columns: Sequence[str], rows: Sequence[Mapping[str, str]]) -> list[str]:

@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from mora_jax._common.checks import DEQUANTISE, as_jax_array, floating_dtype
+from mora_jax._common.checks import DEQUANTISE, as_jax_array
 from mora_jax._common.suggestions import lacking
 from mora_jax._common.types import Path, Shape
+from mora_jax._plan.settings import check_dtype, check_settings, setting
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,13 +40,11 @@ class TrainedArray:
 
     path: Path
     shape: Shape
-    dtype: DTypeLike = jnp.float32
-    base_dtype: DTypeLike = jnp.float32
+    dtype: DTypeLike = setting(jnp.float32, check_dtype)
+    base_dtype: DTypeLike = setting(jnp.float32, check_dtype)
 
     def __post_init__(self) -> None:
-        for field in ("dtype", "base_dtype"):
-            dtype = floating_dtype(getattr(self, field), field)
-            object.__setattr__(self, field, dtype)
+        check_settings(self)
 
     @classmethod
     def of(cls, path: Path, leaf: Any, param_dtype: DTypeLike | None) -> "TrainedArray":
