@@ -86,7 +86,7 @@ def copied(module: nnx.Module, read: Read | None) -> Iterator[Any]:
     after, own = vars(copy), vars(module)
     own.update({k: v for k, v in after.items() if v is not attributes.get(k)})
     for name in attributes.keys() - after.keys():  # qwix deletes statistics
-        del own[name]
+        own.pop(name, None)
 
 
 def _is_wider(value: Any) -> bool:
