@@ -46,13 +46,7 @@ class Survey:
     ) -> jax.Array:
         """Call a layer's method, with marks, and record what it computes.
 
-        Args:
-          name: The path of the kernel.
-          rule: The rule of the method.
-          module: The layer.
-          method: The method, which gets `args` and `kwargs`.
-          args: The arguments.
-          kwargs: The arguments by name.
+        `name` is the path of the kernel; the other arguments are as for `adapt_call`.
         """
         product, x = rule.read(module, args, kwargs)
         self._record_product(name, rule, module, product)
@@ -73,13 +67,9 @@ class Survey:
     def record_read(
         self, name: str, product: Product, cls: str, kernel: jax.Array
     ) -> jax.Array:
-        """The kernel as the methods of its layer read it, with a mark.
+        """The kernel at path `name` as the methods of its layer read it, with a mark.
 
-        Args:
-          name: The path of the kernel.
-          product: The rule's product, which stands for anything that methods do.
-          cls: The name of the layer's class.
-          kernel: The kernel.
+        `product` stands for anything that the methods of class `cls` do.
         """
         self.products[name] = product
         return mark(kernel, Call(name, product, False, cls), end=True)
@@ -99,13 +89,8 @@ class Survey:
     ) -> None:
         """Follow the leaves of `tree` through `function(tree, *args)`.
 
-        In `args` only arrays and shapes are traced. Everything else is static.
-
-        Args:
-          function: The call, which marks its layers.
-          leaves: {path: leaf} of `tree`, in its order.
-          tree: The arrays to follow.
-          *args: Further arguments.
+        The function marks its layers. In `args` only arrays and shapes are traced, and
+        everything else is static. `leaves` are the `named_leaves` of `tree`.
         """
         inputs, structure = jax.tree.flatten(args)
         arrays = {
@@ -122,7 +107,7 @@ class Survey:
         jaxpr = jax.make_jaxpr(call)(tree, arrays).jaxpr
         stacked = {
             name: leaf.ndim - len(self.products[name].axes)
-            for name, leaf in leaves.items()
+            for name, (_, leaf) in leaves.items()
             if name in self.products
         }
         self.uses = follow(jaxpr, list(leaves), stacked)

@@ -155,14 +155,10 @@ class _Walk:
             return None
         axes, stacked = [], self.stacked.get(name, 0)
         for axis, size in zip(trail.view, shape, strict=True):
-            if size == 1 and all(
-                isinstance(p.axis, int) and p.axis < stacked for p in axis
-            ):
-                axes.append(())
-            elif length(axis) == size:
-                axes.append(axis)
-            else:
+            of_stack = all(isinstance(p.axis, int) and p.axis < stacked for p in axis)
+            if length(axis) != size and not (of_stack and size == 1):
                 return None
+            axes.append(axis if length(axis) == size else ())
         return tuple(axes)
 
     def _add(self, eqn: Any, values: list[Value]) -> list[Value]:

@@ -1,6 +1,7 @@
 """Adapters inside the params of a running model."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,10 +11,12 @@ import jax
 from mora_jax._plan.spec import AdapterSpec
 
 
-@jax.tree_util.register_pytree_node_class
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["m"], meta_fields=["spec"]
+)
 @dataclasses.dataclass(frozen=True)
 class BoundAdapter:
-    """An M in the params of a running model, with its spec as static metadata.
+    """M in the params of a running model, with its spec as static metadata.
 
     So the spec travels wherever Flax carries the parameters: into scanned and vmapped
     layers, and into the cache keys of `nn.jit`, which would otherwise serve a program
@@ -21,7 +24,7 @@ class BoundAdapter:
 
     Attributes:
       m: M, (*stack, q, q); None while a plan is made.
-      spec: The spec; while a plan is made, what identifies the kernel.
+      spec: The spec; while a plan is made, the recorder and the path of the kernel.
     """
 
     m: Any
@@ -31,13 +34,6 @@ class BoundAdapter:
     def of(cls, spec: AdapterSpec, m: Any) -> "BoundAdapter":
         # Without the path, so that equal layers under nn.jit share one program.
         return cls(m, dataclasses.replace(spec, path=spec.path[-1:]))
-
-    def tree_flatten(self) -> tuple[tuple[Any], Any]:
-        return (self.m,), self.spec
-
-    @classmethod
-    def tree_unflatten(cls, spec: Any, children: tuple[Any]) -> "BoundAdapter":
-        return cls(*children, spec)
 
 
 def check_model(model: Any) -> None:

@@ -78,9 +78,8 @@ def plan(
         with nn.intercept_methods(recorder):
             return model.apply(variables, *args, **kwargs)
 
-    arrays = {name: leaf for name, (_, leaf) in leaves.items()}
     others = {name: value for name, value in variables.items() if name != "params"}
-    recorder.survey.trace(call, arrays, params, others, args, kwargs)
+    recorder.survey.trace(call, leaves, params, others, args, kwargs)
     for name, shape in recorder.shapes.items():
         whole = tuple(leaves[name][1].shape)
         if whole[len(whole) - len(shape) :] != shape:

@@ -74,8 +74,9 @@ def copied(module: nnx.Module, read: Read | None) -> Iterator[Any]:
         for name, value in vars(module).items()
         if read is None or not is_m(value)
     }
-    for name in () if read is None else folded_kernels(cls):
-        if isinstance(variable := attributes.get(name), nnx.Variable):
+    for name in folded_kernels(cls):
+        variable = attributes.get(name)
+        if read is not None and isinstance(variable, nnx.Variable):
             kernel = read(module, name, variable[...])
             metadata = dict(variable.get_metadata())
             attributes[name] = type(variable).from_metadata(kernel, metadata)
@@ -85,7 +86,7 @@ def copied(module: nnx.Module, read: Read | None) -> Iterator[Any]:
     after, own = vars(copy), vars(module)
     own.update({k: v for k, v in after.items() if v is not attributes.get(k)})
     for name in attributes.keys() - after.keys():  # qwix deletes statistics
-        del own[name]
+        own.pop(name, None)
 
 
 def _is_wider(value: Any) -> bool:

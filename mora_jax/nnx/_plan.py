@@ -149,8 +149,7 @@ def _trace(model: nnx.Module, survey: Survey, args: Any, kwargs: Any) -> None:
         return nnx.merge(graph, state)(*args, **kwargs)  # type: ignore[operator]
 
     leaves = named_leaves(nnx.to_pure_dict(state))
-    arrays = {name: leaf for name, (_, leaf) in leaves.items()}
-    survey.trace(call, arrays, state, args, kwargs)
+    survey.trace(call, leaves, state, args, kwargs)
 
 
 def refuse_shared(model: nnx.Module, arrays: Sequence[str], remedy: str) -> None:

@@ -67,10 +67,10 @@ class Product(abc.ABC):
     Whatever depends on the kind of product is asked of the product itself. A product of
     your own needs the abstract members alone.
 
-    The adapter's dropout is a pair of maps around the delta, since an index cannot be
-    zero: `dropped(x, ...)` gives what the delta sees of the input, and
-    `dropped_after(y, x, ...)` gives the delta's output. One of the two drops, and the
-    other returns its argument.
+    The adapter's dropout is a pair of maps around the delta: `dropped(x, ...)` gives
+    what the delta sees of the input, and `dropped_after(y, x, ...)` the delta's output.
+    One of the two drops, and the other returns its argument: numbers are dropped from
+    the input, but an index cannot be zero, and is dropped with its row.
 
     Attributes:
       label: A name of such layers for a plan's list of what it leaves out; "" if only
@@ -81,6 +81,7 @@ class Product(abc.ABC):
         as linear as the product itself, and `delta` must pass them as well.
       stand_ins: Primitives by which a layer does the product without `primitive`, where
         the kernel is small.
+      takes_indices: True if the input is integers that number rows of the kernel.
       needs_trace: True if kernels of this kind are often read elsewhere too, so that
         only a trace of the model proves that an adapter is right.
       reads_kernel: True if methods read the kernel itself, instead of an input.
@@ -89,6 +90,7 @@ class Product(abc.ABC):
     label: ClassVar[str] = ""
     primitive: ClassVar[str] = ""
     stand_ins: ClassVar[frozenset[str]] = frozenset()
+    takes_indices: ClassVar[bool] = False
     needs_trace: ClassVar[bool] = False
     reads_kernel: ClassVar[bool] = False
 
@@ -142,11 +144,7 @@ class Product(abc.ABC):
         return (0, 0) if x.ndim else None
 
     def dropped(
-        self,
-        x: jax.Array,
-        dtype: DTypeLike,
-        key: PRNGKeyArray | None,
-        rate: float,
+        self, x: jax.Array, dtype: DTypeLike, key: PRNGKeyArray | None, rate: float
     ) -> jax.Array:
         """The input as the delta sees it, in the dtype of the computation.
 
@@ -156,14 +154,13 @@ class Product(abc.ABC):
           key: The key of the mask; None to drop nothing.
           rate: The part that is dropped, from 0 to 1.
         """
-        x = x.astype(dtype)
-        return drop(x, x.shape, key, rate)
+        return x if self.takes_indices else _drop(x.astype(dtype), x.shape, key, rate)
 
     def dropped_after(
         self, y: jax.Array, x: jax.Array, key: PRNGKeyArray | None, rate: float
     ) -> jax.Array:
         """The delta's output `y` for the input `x`; arguments as for `dropped`."""
-        return y
+        return _drop(y, (*x.shape, 1), key, rate) if self.takes_indices else y
 
     def factors(self, scale: ArrayLike | float) -> Factors:
         """Factors of input and output that have the effect of scaling the kernel.
@@ -184,7 +181,7 @@ class Product(abc.ABC):
         )
 
 
-def drop(
+def _drop(
     x: jax.Array, shape: Shape, key: PRNGKeyArray | None, rate: float
 ) -> jax.Array:
     """Dropout of `x` by a mask of `shape`, which keeps the mean."""

@@ -4,11 +4,9 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
-from jaxtyping import PRNGKeyArray
 
 from mora_jax._common.types import ArrayLike
-from mora_jax.products._product import Factors, KernelDelta, Product, drop
+from mora_jax.products._product import Factors, KernelDelta, Product
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +34,7 @@ class Lookup(Product):
     primitive = "gather"
     # Flax does not look up in an embedding of a single row, but copies it.
     stand_ins = frozenset({"broadcast_in_dim"})
+    takes_indices = True
     needs_trace = True  # its table is often a head as well
 
     @property
@@ -55,20 +54,6 @@ class Lookup(Product):
 
     def delta(self, delta: KernelDelta, x: jax.Array) -> jax.Array:
         return delta.lookup(x)
-
-    def dropped(
-        self,
-        x: jax.Array,
-        dtype: DTypeLike,
-        key: PRNGKeyArray | None,
-        rate: float,
-    ) -> jax.Array:
-        return x
-
-    def dropped_after(
-        self, y: jax.Array, x: jax.Array, key: PRNGKeyArray | None, rate: float
-    ) -> jax.Array:
-        return drop(y, (*x.shape, 1), key, rate)  # an index is dropped with its row
 
     def factors(self, scale: ArrayLike | float) -> Factors:
         if jnp.ndim(scale) > 1:  # it varies along the vocabulary
