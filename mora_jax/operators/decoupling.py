@@ -35,7 +35,7 @@ class Decoupling(Operator):
 
     Attributes:
       truncate: Leave out the input blocks beyond the p-th instead, as the reference
-        does. Its files need it; most inputs of a narrowing layer then lose their effect.
+        does. Its files need it; most inputs of a narrowing layer then do nothing.
 
     Example::
 
