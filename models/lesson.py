@@ -106,7 +106,7 @@ def batch(
 def loss_and_recall(
     logits: jax.Array, batch: Batch, rehearsed: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Distance of the answers from what they should be, and the number of right ones.
+    """Distance of the answers from what they should be, and the share of right ones.
 
     The loss is the cross-entropy of the facts, plus `HOLD` times the divergence from
     what the untouched model says to rehearsed questions; both are means over tokens.
