@@ -28,7 +28,8 @@ help: ## list the targets
 	@echo 'Variables:'
 	@echo '  PYTHON        the interpreter, 3.11 or newer (now: $(PYTHON))'
 	@echo '  ARGS          options of the demos, quickstart and benchmarks, as in: make demo ARGS=--help'
-	@echo '  EXPERIMENT    what bench-quality runs: pairs, bases, loads, facts, pretraining, reasoning, restarts, spectra, one_rate'
+	@echo '  EXPERIMENT    what bench-quality runs: pairs, bases, loads, facts, pretraining, reasoning, restarts, spectra, one_rate,'
+	@echo '                unscaled_rates, bfloat16, merging'
 	@echo '  PYTEST_ARGS   options of the tests, as in: make test PYTEST_ARGS="-k merge"'
 
 demo: env ## teach a language model facts it does not know
@@ -46,7 +47,7 @@ serve: env ## a service of the adapters in out/, on this machine
 quickstart: env ## the shortest use of the library
 	$(run) -m examples.quickstart $(ARGS)
 
-bench: env ## a training step against the frozen model and LoRA, in turns
+bench: env ## a training step of two models against the frozen model and LoRA, in turns
 	$(run) -m benchmarks.step.train_step $(ARGS)
 
 bench-layer: env ## one layer, both ways to compute it, beside a model of the cost

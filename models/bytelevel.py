@@ -36,7 +36,7 @@ class ByteTokenizer:
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of `ids`; bytes that are no UTF-8 are shown as U+FFFD."""
+        """The text of `ids`; bytes that UTF-8 lacks are shown as U+FFFD."""
         first = len(SPECIAL)
         pieces = (SPECIAL[i].encode() if i < first else bytes([i - first]) for i in ids)
         return b"".join(pieces).decode(errors="replace")

@@ -1,4 +1,4 @@
-"""Adapters each of which answers any of a few questions with a code word of its own.
+"""Adapters that answer any of a few questions, each with a code word of its own.
 
 A service that ever answers under a wrong adapter is found out by them.
 """
@@ -51,7 +51,7 @@ class Teacher:
     Args:
         apply: A Llama with adapters, as `linen.wrap` makes it.
         variables: The frozen variables.
-        tokenizer: What has `encode` and `decode`.
+        tokenizer: An object with `encode` and `decode`.
         rate: The learning rate.
         questions: The questions to be answered.
     """
@@ -112,7 +112,7 @@ class Teacher:
         raise ValueError(f"{word!r} was not learned in {steps} steps: {margin:.2f}")
 
     def answers(self, adapters: Any, tokens: int = 16) -> list[str]:
-        """What the model says to each question with these adapters alone, greedily."""
+        """Greedy answers of the model to each question, with these adapters alone."""
         apply = functools.partial(self._said, adapters, self.variables)
         length = max(map(len, self.prompts)) + tokens
         said = generate(apply, self.prompts, tokens, length)

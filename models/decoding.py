@@ -18,12 +18,12 @@ Select = Callable[[Any, jax.Array], Any]
 
 
 class Rows(NamedTuple):
-    """What each row needs for its next token; all are (rows,).
+    """Values that each row needs for its next token; all are (rows,).
 
     Attributes:
         tokens: The token before.
-        positions: Where that token is in its text; the size of the cache for a row that
-            is free.
+        positions: The place of that token in its text; the size of the cache for a
+            row that is free.
         adapters: The index of the row's adapter; -1 for none.
         temperatures: 0 takes the likeliest token.
         seeds: The seed of the row's random numbers.
@@ -76,7 +76,7 @@ class Programs:
         select: (adapters, indices (rows,)) -> the adapters of these rows.
 
     Attributes:
-        compiled: How many programs have been compiled.
+        compiled: The number of programs that have been compiled.
     """
 
     def __init__(self, apply: Callable[..., Any], select: Select) -> None:
@@ -141,7 +141,8 @@ class Programs:
             row: The number of the row.
             ids: The prompt, (1, length), padded on the right; one program is compiled
                 for each length.
-            one: The row alone: each (1,), `positions` that of the prompt's last token.
+            one: The row alone: each (1,), `positions` the place of the prompt's
+                last token.
 
         Returns:
             The token, (1,), and the new cache.

@@ -49,7 +49,7 @@ class Batch(NamedTuple):
 
 
 class Lesson(NamedTuple):
-    """What a model should learn, and what it said before.
+    """Facts that a model should learn, and its answers before.
 
     Attributes:
         tokenizer: The model's tokenizer.
@@ -80,7 +80,7 @@ def batch(
     replies: Sequence[list[int]],
     size: tuple[int, int] = (0, 0),
 ) -> Batch:
-    """Prompts with their replies, of which each token is to be foretold.
+    """Prompts with their replies; each token of a reply is to be foretold.
 
     `size` is the least length of the rows, and of the replies: batches of one size
     share compiled programs.
@@ -106,7 +106,7 @@ def batch(
 def loss_and_recall(
     logits: jax.Array, batch: Batch, rehearsed: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """How far the answers are from what they should be, and how many are right.
+    """Distance of the answers from what they should be, and the share of right ones.
 
     The loss is the cross-entropy of the facts, plus `HOLD` times the divergence from
     what the untouched model says to rehearsed questions; both are means over tokens.
@@ -190,7 +190,7 @@ def asker(apply: Apply, tokenizer: Tokenizer) -> Callable[[Iterable[str]], list[
 
 
 def check_model(base: Apply) -> None:
-    """Print how near the model's logits are to those of the reference.
+    """Print how near the model's logits are to the reference.
 
     Raises:
         ValueError: They are not.

@@ -56,7 +56,7 @@ class Shape:
       width: The width of the residual stream.
       hidden: The width inside the MLP.
       heads: The number of query heads.
-      kv_heads: The number of key heads, which is also that of value heads.
+      kv_heads: The number of key heads, and of value heads.
       vocabulary: The number of different tokens.
       head_width: The number of features in a head.
     """

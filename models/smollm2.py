@@ -44,7 +44,7 @@ _INSTALL = (
 
 @dataclass(frozen=True)
 class Config:
-    """The sizes of a Llama; the defaults are those of SmolLM2-135M."""
+    """The sizes of a Llama; the defaults are SmolLM2-135M's."""
 
     vocab: int = 49152
     layers: int = 30
@@ -166,11 +166,11 @@ class Llama(nn.Module):
 
         Args:
             ids: The token ids, (batch, length) int32, padded on the right.
-            at: Which of `ids` to give logits for, (batch, k); all by default. The
+            at: Indices of the `ids` to give logits for, (batch, k); all by default. The
                 head costs as much as 8 layers, so ask only for what you need.
-            positions: Where each of `ids` is in its text, (batch, length), if the text
-                before is in the collection `cache`, which is updated. By default `ids`
-                are whole texts.
+            positions: The place of each of `ids` in its text, (batch, length), if the
+                text before is in the collection `cache`, which is updated. By default
+                `ids` are whole texts.
 
         Returns:
             (batch, k or length, vocab).
@@ -463,7 +463,7 @@ def generate(
         The new ids of every prompt, without `EOS`.
 
     Raises:
-        ValueError: `length` has no room for a prompt and its continuation.
+        ValueError: `length` lacks room for a prompt and its continuation.
     """
     last = np.array([[len(prompt) - 1] for prompt in prompts])
     needed = last.max() + 1 + max_new_tokens

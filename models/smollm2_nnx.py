@@ -1,7 +1,7 @@
 """SmolLM2-135M-Instruct in plain Flax NNX: the twin of the Linen model in smollm2.py.
 
 This file does not know about adapters: every projection is an unmodified `nnx.Linear`.
-The parameters have the same paths as those of the Linen model, so adapters that were
+The parameters have the same paths as in the Linen model, so adapters that were
 trained on one of the two fit the other.
 """
 

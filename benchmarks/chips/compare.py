@@ -190,7 +190,7 @@ def report(rows: Sequence[Row]) -> None:
 
 
 def cell(row: Row) -> str:
-    """What a table says about a row."""
+    """Text of a row in a table."""
     if row["kind"] == "compiling":
         return f"{row['compile_seconds']:.1f}"
     if row["time"] is None:

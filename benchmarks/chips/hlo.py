@@ -1,8 +1,8 @@
 """The text of a compiled program: what runs how often, and what each step moves.
 
 XLA prints a program as computations, which are lists of instructions. The instructions
-of the entry, and those of loops and calls, run one after another, and their results are
-written to memory. Those inside a fusion are computed together and write nothing.
+of the entry, of loops and of calls run one after another, and their results are written
+to memory. Instructions inside a fusion are computed together and write nothing.
 """
 
 import dataclasses
@@ -72,10 +72,10 @@ class Instruction:
 
     Attributes:
         name: The name of its result.
-        opcode: What it does.
+        opcode: Its operation.
         arrays: The type of its result.
         operands: The names of its operands.
-        inside: What stands between its brackets.
+        inside: The text between its brackets.
         line: All of its text.
         is_root: Whether it is the result of its computation.
     """
@@ -100,13 +100,13 @@ class Instruction:
         return cls(name, opcode, arrays, operands, inside, line, root is not None)
 
     def setting(self, pattern: str) -> str | None:
-        """What the group of a regular expression finds in the text."""
+        """Match of a regular expression's group in the text."""
         found = re.search(pattern, self.line)
         return found[1] if found else None
 
     @property
     def kind(self) -> str:
-        """What it does, whether or not other instructions run meanwhile."""
+        """Operation, whether or not other instructions run meanwhile."""
         return self.opcode.removesuffix("-start")
 
     @property
@@ -127,7 +127,7 @@ class Instruction:
 
 
 def _closing(text: str) -> int:
-    """Where the bracket closes that was opened before `text`."""
+    """Place of the bracket that closes the one opened before `text`."""
     depth = 1
     for place, letter in enumerate(text):
         depth += (letter == "(") - (letter == ")")
@@ -142,7 +142,7 @@ class Step(NamedTuple):
     Attributes:
         instruction: The instruction.
         computation: The name of its computation.
-        times: How often it runs.
+        times: The number of its runs.
         in_loop: Whether a loop runs it.
     """
 
@@ -158,7 +158,7 @@ class Program:
     Attributes:
         computations: {computation: {name: instruction}}, in order.
         entry: The name of the computation that runs.
-        notes: What was not understood, a sentence each.
+        notes: A sentence for each instruction that was not understood.
     """
 
     def __init__(self, text: str) -> None:
@@ -194,7 +194,7 @@ class Program:
                 yield Step(each, name, times, in_loop)
 
     def trips(self, loop: Instruction, name: str) -> int:
-        """How often a loop runs, by what XLA says or by its counter.
+        """Number of runs of a loop, from XLA's own note or from its counter.
 
         Args:
             loop: The loop.
@@ -264,7 +264,7 @@ class Program:
                 yield name, each
 
     def continues(self, instruction: Instruction) -> bool:
-        """Whether a fusion carries on a collective that another one has started.
+        """True if a fusion carries on a collective that another one has started.
 
         On TPUs a collective may run beside several products. Each is fused with a copy
         of it, and passes on the arrays of the collective.

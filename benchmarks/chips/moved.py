@@ -34,7 +34,7 @@ def bytes_moved(program: Program, step: Step) -> float:
 
 
 def _written(program: Program, each: Instruction, passed: Container[int] = ()) -> float:
-    """The bytes that an instruction writes, those of a fused update alone.
+    """The bytes that an instruction writes; of a fused update the slice alone.
 
     Args:
         program: The program.
@@ -91,7 +91,7 @@ def _read_of(program: Program, name: str, value: str, size: float) -> float:
 
 
 def _exists(inside: Mapping[str, Instruction], name: str) -> bool:
-    """Whether a fusion does not have to fill an array that it updates a slice of."""
+    """True if a fusion need not fill the array that it updates a slice of."""
     each = inside[name]
     while each.opcode == "bitcast":
         each = inside[each.operands[0]]

@@ -104,7 +104,7 @@ class Layer:
         return Method(f"{operator}, {execution}", both_passes(mora), (m, *args))
 
     def is_auto(self, method: str, platform: str) -> bool:
-        """Whether `execution="auto"` takes a method's way on a platform."""
+        """True if `execution="auto"` takes a method's way on a platform."""
         operator, _, way = method.partition(", ")
         if way not in WAYS:
             return False

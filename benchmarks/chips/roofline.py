@@ -1,8 +1,8 @@
-"""What a compiled program costs on a chip that need not be there: a roofline.
+"""Rooflines: costs of compiled programs on chips that need not be there.
 
 The program is read as XLA compiled it for the chip (see `hlo`). Each instruction that
-runs alone takes the longer of two times: that of its products at the chip's peak, and
-that of the bytes which it moves at the bandwidth of the main memory. Their sum, with
+runs alone takes the longer of two times: one for its products at the chip's peak, and
+one for the bytes that it moves at the bandwidth of the main memory. Their sum, with
 loops counted as often as they run, is the program's time.
 
 On TPUs the time of a product is the compiler's own number of cycles. It knows how
@@ -35,7 +35,7 @@ from benchmarks.mesh.traffic import group_size
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """What a chip can do at most.
+    """Peak rates of a chip.
 
     Attributes:
         bandwidth: Bytes a second of its main memory.
@@ -76,12 +76,12 @@ SIXTEEN_BITS = {"bf16", "f16"}
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """What all runs of one instruction cost.
+    """Cost of all runs of one instruction.
 
     Attributes:
         name: The name of its result.
-        opcode: What it does.
-        seconds: The longer of the time of its products and that of its bytes.
+        opcode: Its operation.
+        seconds: The time of its products or of its bytes, whichever is longer.
         product_seconds: The time of its products.
         moved: Bytes of main memory that it reads and writes.
         aside: Bytes that are copied while other instructions run.
@@ -101,7 +101,7 @@ class Cost:
 
 @dataclasses.dataclass(frozen=True)
 class Roofline:
-    """What a program costs.
+    """Cost of a program.
 
     Attributes:
         seconds: Its time, without collectives.
@@ -109,7 +109,7 @@ class Roofline:
         received: Bytes that each device receives, by collective.
         temporary: Bytes of memory besides arguments and results, as XLA plans it.
         costs: Its instructions, the dearest first.
-        notes: What was not understood, a sentence each; empty if all was.
+        notes: A sentence for each instruction that was not understood.
     """
 
     seconds: float
@@ -134,7 +134,7 @@ def read(text: str, chip: Chip, temporary: int = 0) -> Roofline:
     """The roofline of a program's text.
 
     Raises:
-        ValueError: The text is no program, or has a dtype of unknown size.
+        ValueError: The text holds no program, or a dtype of unknown size.
     """
     reader = _Reader(Program(text), chip)
     costs = [reader.cost(step) for step in reader.program.steps()]
@@ -163,7 +163,7 @@ class _Reader:
         self.chip = chip
 
     def cost(self, step: Step) -> Cost:
-        """What all runs of an instruction cost."""
+        """Cost of all runs of an instruction."""
         each, times = step.instruction, step.times
         kind, target = each.kind, each.target
         if target in PLAIN_CALLS:
@@ -199,7 +199,7 @@ class _Reader:
         self.program.notes.append(text)
 
     def _result(self, step: Step) -> tuple[Array, ...]:
-        """What an asynchronous instruction gives in the end."""
+        """Arrays that an asynchronous instruction gives in the end."""
         inside = self.program.computations[step.computation].values()
         name = step.instruction.name
         ends = (i for i in inside if i.opcode.endswith("-done") and name in i.operands)

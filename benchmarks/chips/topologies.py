@@ -13,8 +13,8 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-# libtpu reads these when it is loaded: there is no TPU to ask for its place in a pod,
-# and several programs may compile at once.
+# libtpu reads these when it is loaded: without a TPU it cannot ask for a place in a
+# pod, and several programs may compile at once.
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 # What computes is the CPU. JAX would look for a TPU and a GPU, and fail.

@@ -1,4 +1,4 @@
-"""What arithmetic and memory traffic alone say about the cost of an adapter."""
+"""Cost of an adapter by arithmetic and memory traffic alone."""
 
 import dataclasses
 
@@ -14,7 +14,7 @@ WAYS = ("activation", "fold")
 
 
 def way_of_auto(spec: AdapterSpec, rows: int, dtype: DTypeLike) -> str:
-    """Which of `WAYS` a dense layer takes for so many rows of activations."""
+    """The one of `WAYS` that a dense layer takes for this many rows."""
     x = jax.ShapeDtypeStruct((rows, spec.in_features), dtype)
     return choose(spec, Contraction.from_axes("io", 2), x, x.dtype)
 
@@ -37,7 +37,7 @@ class Cost:
 
     @classmethod
     def adapter(cls, spec: AdapterSpec, rows: int, way: str, itemsize: int) -> "Cost":
-        """What the adapter adds."""
+        """Operations and bytes that the adapter adds."""
         op, q = spec.operator, spec.operator.square_rank
         ins, outs = op.in_features, op.out_features
         blocks = min(-(-ins // q), -(-outs // q)) if op.block else 1

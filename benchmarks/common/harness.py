@@ -1,7 +1,7 @@
 """Timing on a machine that others use as well: ratios, measured in turns.
 
 Every contender is compiled first. Then all run one after another, round by round. Each
-time is divided by that of the baseline in the same round, and the median over rounds is
+time is divided by the baseline's in the same round, and the median over rounds is
 reported. This file also has what all benchmarks need to print and save their results.
 """
 
@@ -109,9 +109,9 @@ def race(
     Each round has another order, so that no contender always follows the same one.
 
     Args:
-        contenders: What runs.
-        rounds: How often each is timed.
-        warm: How often each runs in its turn before it is timed. In training a step
+        contenders: The programs, by name.
+        rounds: The number of times that each is timed.
+        warm: The number of runs in its turn before it is timed. In training a step
             follows another one of its own kind. After a step of another kind it took
             up to a fifth longer, where it needs much memory.
         show_progress: Whether to show a bar.
@@ -132,7 +132,7 @@ def race(
 
 
 def ratio(contender: Contender, baseline: Contender) -> float:
-    """The median over rounds of the time relative to that of the baseline."""
+    """The median over rounds of the time relative to the baseline's."""
     return float(np.median(np.divide(contender.seconds, baseline.seconds)))
 
 

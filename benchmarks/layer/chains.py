@@ -82,7 +82,7 @@ def steps(
 
 
 def contenders(made: Mapping[str, Step]) -> dict[str, Contender]:
-    """Compile all steps; each gradient by x must be that of the merged kernels."""
+    """Compile all steps; each gradient by x must be as with merged kernels."""
     found = {
         k: Contender.compile(step.function, *step.args) for k, step in made.items()
     }

@@ -54,7 +54,7 @@ def show_curves(rows: Sequence[Row], part: str) -> None:
 
 
 def cell(row: Row) -> str:
-    """The exponent, that of arithmetic, and the value at the largest size."""
+    """Exponents as measured and by arithmetic, and the value at the largest size."""
     p = row["exponent"]
     measured = "noise" if p is None else f"{round(p, 2) + 0.0:.2f}"
     ends = " to ".join(dict.fromkeys(f"{p:g}" for p in row["arithmetic"]))

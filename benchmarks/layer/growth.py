@@ -63,7 +63,7 @@ COMPILED = (8, 16, 32, 64, 128, 256)
 
 
 def arithmetic(size: Size, plan: Plan | None) -> dict[str, list[float]]:
-    """What makes up each quantity, of the floor or of what a plan adds to it."""
+    """Terms of each quantity, of the floor or of the part that a plan adds to it."""
     rows, width = size.tokens, size.width
     if plan is None:
         times, kept = size.layers, rows * width
@@ -89,7 +89,7 @@ def figures(contender: Contender, floor: Contender) -> dict[str, float]:
 
 
 def grow_steps(args: argparse.Namespace) -> list[Row]:
-    """Time and memory over each size: those of the floor, and what operators add."""
+    """Time and memory over each size: the floor's, and what operators add."""
     return [row for axis in SIZES for row in grow_axis(axis, args)]
 
 

@@ -10,7 +10,7 @@ which way `execution="auto"` takes.
 
     python -m benchmarks.layer.one_layer --quick
 
-For an accelerator, use layers as large as those of Llama-8B:
+For an accelerator, use layers as large as in Llama-8B:
 
     python -m benchmarks.layer.one_layer --dtype bfloat16 --rows 8192 32768 \
         --kernels 4096x4096 4096x14336 14336x4096
@@ -72,7 +72,7 @@ class Case:
 
 def bandwidth() -> float:
     """Bytes a second that an elementwise operation reads and writes."""
-    # A layer's worth: the caches of a CPU hold it, those of an accelerator should not.
+    # A layer's worth: it fits into a CPU's caches, and not into an accelerator's.
     size = 2**22 if jax.default_backend() == "cpu" else 2**28
     x = jnp.ones(size, jnp.float32)
     copy = Contender.compile(lambda x: x * 2, x)
@@ -135,7 +135,7 @@ def contenders(case: Case, operators: list[str]) -> Iterator[tuple[str, Contende
 
 
 def added_costs(case: Case, method: str) -> tuple[list[Cost], bool]:
-    """What a method adds to each layer of the chain, and whether "auto" takes it."""
+    """Costs that a method adds to each layer, and whether "auto" takes it."""
     itemsize = jnp.dtype(case.dtype).itemsize
     operator, _, way = method.partition(", ")
     if way:

@@ -26,7 +26,7 @@ MESHES = {1: (1, 1, 1), 8: (1, 4, 2), 64: (1, 8, 8), 256: (1, 32, 8)}
 """The numbers of devices along the axes data, fsdp and model."""
 SHAPES = {**llama.SHAPES, "real": llama.Shape(4, 1024, 2816, 8, 4, 8192)}
 """The sizes of models. The last one really runs: it is large enough that its memory can
-be told from that of the process."""
+be told from the process's own."""
 METHODS = {
     **{name: f"MoRA, {name}" for name in OPERATORS},
     **{f"{name}-split": f"MoRA, {name}, M split" for name in OPERATORS},

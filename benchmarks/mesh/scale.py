@@ -2,7 +2,7 @@
 
 A training step (loss, gradient, adamw) of Llama 3's shapes is compiled for meshes of
 host devices from shapes and shardings alone; no array of such a model exists. The base
-is bfloat16; adapters and their optimizer state are float32 (that of full fine-tuning is
+is bfloat16; adapters and their optimizer state are float32 (full fine-tuning's is
 bfloat16). Layers are scanned and rematerialised, and the devices along "model" share a
 sequence. You will see what a device holds and receives for each model, mesh and method,
 and how long more layers take to compile. Then a small model really runs on one device
@@ -64,7 +64,7 @@ def held(tree: Any) -> int:
 
 
 def on_paper(case: Case) -> Row:
-    """What a device holds and receives."""
+    """Bytes that a device holds and receives."""
     step = make_step(case)
     compiled, seconds = step.compile()
     sent = traffic(compiled.as_text(), {**SIZES, "f32": 2})

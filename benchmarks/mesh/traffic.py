@@ -1,4 +1,4 @@
-"""What a compiled program sends between devices, counted in its HLO."""
+"""Traffic of a compiled program between devices, counted in its HLO."""
 
 import collections
 import functools
@@ -21,7 +21,7 @@ TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 
 
 def collectives(hlo: str) -> collections.Counter[tuple[str, tuple[int, ...]]]:
-    """How often a program's text has each kind of collective for each shape of array.
+    """Number of collectives in a program's text, by kind and shape of array.
 
     Axes of size one are left out of the shapes, and so are scalars.
     """

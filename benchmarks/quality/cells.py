@@ -18,7 +18,7 @@ Cell = dict[str, Any]
 def run(
     cells: Sequence[Cell], compute: Callable[[Cell], Cell], path: Path
 ) -> list[Cell]:
-    """What `compute` finds for each cell, together with the cell's settings.
+    """Each cell's settings, together with what `compute` finds for it.
 
     Args:
         cells: Settings, which JSON can hold.
@@ -26,7 +26,7 @@ def run(
         path: The file of finished cells, a line each. It is made if it is not there.
 
     Raises:
-        ValueError: A line of the file is no finished cell.
+        ValueError: A line of the file lacks the form of a finished cell.
     """
     finished = {_key(row["cell"]): row["found"] for row in _rows(path)}
     missing = [cell for cell in cells if _key(cell) not in finished]

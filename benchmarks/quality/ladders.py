@@ -1,7 +1,7 @@
 """Ladders of learning rates: climb one until the best is not on an edge; compare them.
 
 Steps are those that a run took until it knew what it should learn; infinite if it never
-did, and None in JSON, which has no infinity.
+did, and None in JSON, which lacks infinity.
 """
 
 import math
@@ -80,7 +80,7 @@ def vertex(rates: Sequence[float], steps: Sequence[float]) -> tuple[float, float
 
 
 def at_rate(rates: Sequence[float], steps: Sequence[float], rate: float) -> float:
-    """Steps at a rate between those of the ladder, along lines of logarithms."""
+    """Steps at a rate between two of the ladder, along lines of logarithms."""
     for there, value in zip(rates, steps, strict=True):
         if math.isclose(there, rate):
             return value
@@ -99,7 +99,7 @@ def means(steps: Sequence[Sequence[float | None]]) -> list[float]:
 
 
 def first_above(values: Sequence[float], limit: float) -> float:
-    """Where a line through `values` first reaches `limit`; infinite if it does not."""
+    """Place at which a line through `values` reaches `limit`; infinite if never."""
     there = [k for k, value in enumerate(values) if value >= limit]
     if not there:
         return math.inf

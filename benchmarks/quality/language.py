@@ -86,13 +86,13 @@ def mean_loss(logits: jax.Array, batch: Batch) -> jax.Array:
 
 
 def recall(logits: jax.Array, batch: Batch) -> float:
-    """The share of replies of which each token is the likeliest."""
+    """The share of replies whose tokens are all the likeliest."""
     right = (logits.argmax(-1) == batch.targets) | (batch.weights == 0)
     return float(right.all(-1).mean())
 
 
 class Ordinary(NamedTuple):
-    """What the untouched model says to ordinary questions, and text that it reads.
+    """Answers of the untouched model to ordinary questions, and text that it reads.
 
     Attributes:
         answers: Questions with the model's own answers.
@@ -133,7 +133,7 @@ def definitions() -> Iterator[str]:
 
 
 def forgetting(apply: Any) -> dict[str, float]:
-    """What a model forgot; `apply` is (ids, at) -> logits.
+    """Measures of what a model forgot; `apply` is (ids, at) -> logits.
 
     Returns:
         "divergence" from the untouched model per token of its answers to ordinary

@@ -23,11 +23,11 @@ LORA_PLUS = 16
 
 
 class Learner(NamedTuple):
-    """What is trained, and the model with it.
+    """A way to train a model.
 
     Attributes:
         apply: (trained, params, *inputs) -> logits.
-        start: What is trained, as it is before.
+        start: The trained values before the first step.
         speeds: The rate of each leaf relative to the learning rate, a tree as `start`.
         deltas: (trained) -> what was added to each kernel, by its path.
     """
@@ -81,7 +81,7 @@ def lora(
 def mora(
     model: nn.Module, params: Any, targets: str, config: MoRAConfig, *inputs: Any
 ) -> Learner:
-    """MoRA as `config` says; `inputs` are those of a call."""
+    """MoRA as `config` says; `inputs` are the inputs of a call."""
     return with_plan(model, plan_of(model, params, targets, config, *inputs))
 
 

@@ -53,7 +53,7 @@ def main() -> None:
 
     @jax.jit
     def logits(params: Any) -> Any:
-        # In float32, or the rounding of activations would hide that of kernels.
+        # In float32, or rounded activations would hide how kernels were rounded.
         params = optax.tree_utils.tree_cast(params, jnp.float32)
         return model.apply({"params": params}, taught.batch.ids, taught.batch.at)
 

@@ -4,8 +4,8 @@ A small Llama (see small.py) learns 32 facts that it does not know, with Adam: b
 fine-tuning of its projections, and with MoRA of several operators, ranks and widths, on
 a ladder of rates and with both settings of `scale`. The best rate is the one with the
 fewest steps to 99% of the tokens (geometric mean over several sets of facts; between
-rates by a parabola). You will see the best rate of each relative to that of full
-fine-tuning, and how many times as many steps full fine-tuning's rate takes.
+rates by a parabola). You will see the best rate of each relative to full fine-tuning's,
+and how many times as many steps full fine-tuning's rate takes.
 
     python -m benchmarks.quality.one_rate --quick
 """

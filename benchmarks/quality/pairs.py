@@ -35,7 +35,7 @@ BITS = 4 * VALUE
 
 
 class Setting(NamedTuple):
-    """What is adapted: the less it is, the more bits there are for each number.
+    """Extent of adaptation: the less is adapted, the more bits for each number.
 
     Attributes:
         rank: The rank.
@@ -118,7 +118,7 @@ def main() -> None:
 
 
 def first(setting: str, name: str, args: argparse.Namespace) -> Any:
-    """What cells say of a method in a setting, and the rates to begin with."""
+    """Cell of a method in a setting, and the rates to begin with."""
     rank, targets, limit = SETTINGS[setting]
     method = teaching.settings(name, rank, targets)
     cell = {**method, "pairs": args.pairs, "steps": limit}

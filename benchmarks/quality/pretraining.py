@@ -3,7 +3,7 @@
 SmolLM2 reads definitions of the Human Phenotype Ontology (paper, section 5). Each
 method has the same seconds, with a cosine schedule: how many steps these are is
 measured first, and kept with the runs. You will see the perplexity of definitions that
-it did not read, and that of other text, which is Python's own documentation, at each
+it did not read, and of other text, which is Python's own documentation, at each
 method's own best rate; and how far its answers to ordinary questions moved.
 
     python -m benchmarks.quality.pretraining --quick
@@ -53,7 +53,7 @@ def chunks(text: str) -> np.ndarray:
 
 
 def batch(rows: np.ndarray) -> Batch:
-    """Chunks of text, of which each token after the first is to be foretold."""
+    """Chunks of text; each token after the first is to be foretold."""
     places = np.tile(np.arange(TOKENS, dtype=np.int32), (len(rows), 1))
     ones = np.ones(places.shape, np.float32)
     return Batch(rows[:, :-1], places, rows[:, 1:], ones)

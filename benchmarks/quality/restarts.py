@@ -92,7 +92,7 @@ class Part(NamedTuple):
 
     Attributes:
         params: The kernels that are frozen, and all else.
-        adapters: What is trained of the projections.
+        adapters: The trained part of the projections.
         apply: (adapters, params, ids) -> logits.
         state: The optimizer's state for the adapters.
         plan: MoRA's plan.

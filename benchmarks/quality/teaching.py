@@ -44,7 +44,7 @@ MoRA is called by its operator and has scale="fine-tuning"; if its name ends wit
 
 
 def settings(name: str, rank: int, targets: str = TARGETS) -> dict[str, Any]:
-    """What a cell says of one of `METHODS`."""
+    """Settings in the cell of one of `METHODS`."""
     method, _, scale = name.partition(" ")
     is_mora = method not in ("full", "lora", "lora+")
     return {
@@ -70,7 +70,7 @@ class Program(NamedTuple):
     """A way to train, compiled when it is first called.
 
     Attributes:
-        learner: What is trained, and how.
+        learner: The method of training.
         init: (trained) -> the optimizer's state.
         step: (trained, state, rate, params, batch) -> both after a step of Adam, and
             loss and accuracy before it.
@@ -132,7 +132,7 @@ def program(first: First | None, **settings: Any) -> Program:
 
 
 class Step(NamedTuple):
-    """What was trained, and its loss and accuracy on the batch that comes next."""
+    """Trained values, with loss and accuracy on the batch that comes next."""
 
     trained: Any
     loss: float
@@ -218,7 +218,7 @@ def study(
 
 
 class Costs(NamedTuple):
-    """What a method costs.
+    """Costs of a method.
 
     Attributes:
         seconds: Of a step, the median.
@@ -235,7 +235,7 @@ class Costs(NamedTuple):
 def costs(
     methods: Mapping[str, Mapping[str, Any]], batch: Batch, rounds: int
 ) -> dict[str, Costs]:
-    """What each method costs; steps after others of their kind are timed in turns."""
+    """Costs of each method; steps after others of their kind are timed in turns."""
     params, contenders = language.base().params, {}
     for name, settings in methods.items():
         one = program_of(settings, batch)
@@ -287,7 +287,7 @@ def runs(
     With --report these are the finished ones, of methods that have any.
 
     Args:
-        args: What `options` gives.
+        args: The options, as `options` parses them.
         compute: The function that gives what is found with some settings.
         methods: Of each its settings, and the rates to begin with.
         value: Of a row, the less the better.
@@ -350,7 +350,7 @@ def climb_all(
 ) -> dict[str, list[cells.Cell]]:
     """The runs of every method, from its settings and the rates to begin with.
 
-    A method whose ladder has no best rate is printed, and left out.
+    A method whose ladder lacks a best rate is printed, and left out.
     """
     found = {}
     for name, (cell, first) in methods.items():
@@ -389,7 +389,7 @@ def paired(
 ) -> tuple[float, float | None]:
     """The mean ratio of values to others, seed by seed, and its standard error.
 
-    One seed has no error.
+    One seed lacks an error.
     """
     logs = np.log(np.divide(values, others))
     ratio = float(np.exp(logs.mean()))

@@ -26,10 +26,10 @@ PATIENCE = 300.0
 
 @dataclasses.dataclass
 class Found:
-    """What clients have been answered.
+    """Answers that clients have got.
 
     Attributes:
-        counts: How many answers were right, wrong, refused, lost and so on.
+        counts: Numbers of answers that were right, wrong, refused, lost and so on.
         seconds: The time of each right answer.
         first: The time until the first token of each streamed one.
         tokens: The number of tokens of all right answers.
@@ -132,12 +132,12 @@ async def ask(
 
 @dataclasses.dataclass
 class Load:
-    """Clients that ask adapters of which they know the answers.
+    """Clients that know the answers of the adapters that they ask.
 
     Attributes:
         port: That of the service.
         words: {adapter: the answers that it may give}.
-        questions: What is asked.
+        questions: The questions that are asked.
         may_refuse: The adapters whose files are damaged at times.
         clients: The number of clients.
     """

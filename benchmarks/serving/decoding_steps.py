@@ -1,4 +1,4 @@
-"""What a decoding step costs with many adapters, with one, and with merged copies."""
+"""Cost of a decoding step with many adapters, with one, and with merged copies."""
 
 import functools
 from collections.abc import Sequence
