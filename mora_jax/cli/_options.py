@@ -11,10 +11,13 @@ from mora_jax.io._names import pairs
 from mora_jax.io._paths import as_path, parts
 
 
-def _check_rank(text: str | None) -> str | None:
-    if text not in (None, "auto") and not re.fullmatch("0*[1-9][0-9]*", text):
+def _rank_of(text: str | None) -> int | str | None:
+    """The `rank` of an option."""
+    if text is None or text == "auto":
+        return text
+    if not re.fullmatch("0*[1-9][0-9]*", text):
         raise typer.BadParameter(f"{text!r} is neither a positive integer nor 'auto'.")
-    return text
+    return int(text)
 
 
 _BASE = "The base's safetensors: a file, a directory or a URL."
@@ -44,7 +47,7 @@ Rank = Annotated[
     str | None,
     typer.Option(
         metavar="NUMBER|auto",
-        callback=_check_rank,
+        callback=_rank_of,
         help="How many singular values a LoRA keeps of a delta; auto keeps the fewest "
         "that --max-error allows.",
     ),
@@ -91,11 +94,6 @@ def names_of(text: str | None) -> Names:
         names = read(as_path("--names", text))
     pairs(names)  # an error now, also for commands that come to need no names
     return names
-
-
-def rank_of(text: str | None) -> int | Literal["auto"] | None:
-    """The `rank` of an option."""
-    return text if text is None or text == "auto" else int(text)
 
 
 def check_apart(argument: str, target: str, adapter: str) -> None:

@@ -74,8 +74,8 @@ def check(
       >>> model, x = nn.Dense(8), jnp.ones((2, 8))
       >>> variables = model.init(jax.random.key(0), x)
       >>> plan = mora_jax.plan(variables["params"])
-      >>> found = mora_jax.diagnostics.check(model, variables, plan, x)
-      >>> found["kernel"] < 1e-3
+      >>> ratios = mora_jax.diagnostics.check(model, variables, plan, x)
+      >>> ratios["kernel"] < 1e-3
       True
     """
     check_plan(plan)
