@@ -106,8 +106,8 @@ def restart(
     following_adapters = replace_leaves(_with_next_specs(adapters), ms)
     opt_state = _with_next_specs(opt_state)
     if not keep_moments:
-        trained = params, following_adapters, following
-        opt_state = with_new_moments(opt_state, tx, *trained)
+        both = params, following_adapters
+        opt_state = with_new_moments(opt_state, tx, *both, following)
     add = _add_and_donate if donate else _add
     sums = {
         path: add(dataclasses.replace(spec, path=()), m, kernel)

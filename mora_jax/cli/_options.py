@@ -97,12 +97,9 @@ def names_of(text: str | None) -> Names:
 
 
 def check_apart(argument: str, target: str, adapter: str) -> None:
-    """Raise if what is to be written would replace or mix with the adapter.
+    """Raise if writing `target` would replace the adapter's directory or mix with it.
 
-    Args:
-      argument: The name of the target in messages.
-      target: The directory to write.
-      adapter: The directory of the adapter, which was read already.
+    Messages call the target by the name of its argument.
     """
     there, here = parts(as_path(argument, target)), parts(as_path("adapter", adapter))
     shorter = min(len(there), len(here))
