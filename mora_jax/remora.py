@@ -20,7 +20,6 @@ from flax import nnx
 from jax.core import Tracer
 
 from mora_jax._common.checks import check_number, positive_integer
-from mora_jax._common.types import Path
 from mora_jax._plan.plan import Plan, check_plan
 from mora_jax._plan.spec import AdapterSpec
 from mora_jax._tree.merge import finite_items, merged_kernel, with_kernels
@@ -102,12 +101,13 @@ def restart(
     following = next_plan(plan)
     items = finite_items(adapters, plan)
     kernels = with_kernels(params, items, any_base=any_base)
-    ms = dict(_started(*pair) for pair in zip(following.specs, items, strict=True))
+    pairs = zip(following.specs, items, strict=True)
+    ms = {adapter_path(spec): _started(spec, m) for spec, (_, m) in pairs}
     following_adapters = replace_leaves(_with_next_specs(adapters), ms)
     opt_state = _with_next_specs(opt_state)
     if not keep_moments:
-        trained = params, following_adapters, following
-        opt_state = with_new_moments(opt_state, tx, *trained)
+        both = params, following_adapters
+        opt_state = with_new_moments(opt_state, tx, *both, following)
     add = _add_and_donate if donate else _add
     sums = {
         path: add(dataclasses.replace(spec, path=()), m, kernel)
@@ -192,17 +192,14 @@ def restart_schedule(
     return schedule
 
 
-def _started(
-    spec: AdapterSpec, item: tuple[AdapterSpec, jax.Array]
-) -> tuple[Path, jax.Array]:
-    """The path of an M, and a delta of zero in the dtype and place of the old one."""
-    _, old = item
+def _started(spec: AdapterSpec, old: jax.Array) -> jax.Array:
+    """An M whose delta is zero, in the dtype and the place of the old M."""
     # The plan determines what is random, so that a resumed run goes on as it would.
     key = jax.random.key(crc32(repr((spec.path, spec.operator)).encode()))
     m = spec.operator.start(spec.stack_shape, "zeros", key, old.dtype)
-    if not isinstance(old, Tracer) and old.committed:
-        m = jax.device_put(m, old.sharding)
-    return adapter_path(spec), m
+    if isinstance(old, Tracer) or not old.committed:
+        return m
+    return jax.device_put(m, old.sharding)
 
 
 def _next_spec(spec: AdapterSpec) -> AdapterSpec:

@@ -10,18 +10,17 @@ from flax.traverse_util import unflatten_dict
 from jax.typing import DTypeLike
 from jaxtyping import PRNGKeyArray
 
-from mora_jax._common.checks import check_key
+from mora_jax._common.checks import as_jax_array, check_key
 from mora_jax._common.types import Path
 from mora_jax._layer.dense import FrozenDense
 from mora_jax._plan.plan import Plan, check_plan
 from mora_jax._plan.spec import SUFFIX, AdapterSpec
-from mora_jax._plan.trained_arrays import Items, copies, replacements
+from mora_jax._plan.trained_arrays import Items, copies, find_trained
 from mora_jax._tree.paths import (
     adapter_of,
     adapter_path,
     located_leaves,
     named_leaves,
-    refuse_variables,
     replace_leaves,
     unboxed,
 )
@@ -99,19 +98,13 @@ def _copies(plan: Plan, params: Any) -> dict[Path, jax.Array]:
             f"params must be given, since the plan trains {plan.trained[0].name!r} "
             "itself, from what the base has there; write init(plan, params=params)"
         )
-    refuse_variables(params)
     leaves = named_leaves(params)
     refuse_combined(leaves, plan.specs)
     return copies(leaves, plan.trained)
 
 
 def refuse_combined(leaves: Collection[str], specs: Iterable[AdapterSpec]) -> None:
-    """Raise if params hold the adapters too, so that they are not the base alone.
-
-    Args:
-      leaves: The paths of the params.
-      specs: The adapters.
-    """
+    """Raise if the paths of params include adapters: they are not the base alone."""
     for spec in specs:
         if f"{spec.name}{SUFFIX}" in leaves:
             raise ValueError(
@@ -140,10 +133,7 @@ def adapter_items(
 ) -> list[tuple[AdapterSpec, Any]]:
     """Each spec of `plan` with its M; `adapters` may hold nothing that it lacks.
 
-    Args:
-      adapters: The adapters.
-      plan: The plan.
-      by_row: True to allow M's of its own for each row (`serving.select`).
+    With `by_row`, each row of a batch may have M's of its own (`serving.select`).
     """
     return _items(adapters, plan, by_row)[0]
 
@@ -181,11 +171,12 @@ def _items(
 def with_trained(params: Any, trained: Items, dtype: DTypeLike | None = None) -> Any:
     """The params with the trained copies instead of the base's arrays.
 
-    Args:
-      params: The base's params: any pytree.
-      trained: The trained arrays with their copies.
-      dtype: The dtype of the copies; None for the dtypes of the base's arrays.
+    The copies are rounded to `dtype`; None stands for the dtypes of the base's arrays.
     """
     if not trained:
         return params
-    return replace_leaves(params, replacements(named_leaves(params), trained, dtype))
+    leaves, new = named_leaves(params), {}
+    for array, copy in trained:
+        path, leaf = find_trained(leaves, array)
+        new[path] = as_jax_array(array.name, copy).astype(dtype or leaf.dtype)
+    return replace_leaves(params, new)

@@ -38,13 +38,10 @@ def kernel_digests(spec: AdapterSpec, kernel: Any) -> tuple[str, ...]:
 
 
 def rows_digest(rows: np.ndarray) -> str:
-    """The SHA-256 of rows of a kernel (in_features, out_features).
+    """The SHA-256 of the rows of a kernel that `row_numbers` names: (rows, out).
 
     The rows are rounded to bfloat16 first, so that a float32 base and its bfloat16 copy
     have the same digest.
-
-    Args:
-      rows: The rows that `row_numbers` names, (rows, out_features).
     """
     rounded = np.asarray(rows, np.float32).astype(jnp.bfloat16)
     return hashlib.sha256(rounded.tobytes()).hexdigest()

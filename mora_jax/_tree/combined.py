@@ -46,48 +46,45 @@ def combine(params: Any, adapters: Any, plan: Plan | None = None) -> Any:
     """
     for what, tree in (("params", params), ("adapters", adapters)):
         _check_nested(tree, what)
-    added = dict(_leaves(adapters))
+    added = _leaves(adapters)
     if plan is not None:
         adapter_items(adapters, plan)
-        trained, leaves = trained_items(adapters, plan), {}
-        if trained:
-            leaves = named_leaves(params)
+        trained = trained_items(adapters, plan)
+        leaves = named_leaves(params) if trained else {}
         new = {find_trained(leaves, array)[0]: copy for array, copy in trained}
         params = replace_leaves(params, new)
         added = {path: leaf for path, leaf in added.items() if path not in new}
-    in_state = isinstance(params, nnx.State)
+    nodes, in_state = dict(_nodes(params)), isinstance(params, nnx.State)
     ms: dict[Path, Tree] = defaultdict(dict)
     for path, m in added.items():
-        _check_place(params, path)
+        _check_place(path, nodes)
         # An NNX variable keeps its box only in a state, among other variables.
         alone = isinstance(m, nnx.Variable) and not in_state
         ms[path[:-1]][path[-1]] = unboxed(m) if alone else m
     return _edited(params, lambda path, children: children | ms.get(path, {}))
 
 
-def _check_place(params: Any, path: Path) -> None:
-    """Raise unless `params` have the kernel of the adapter at `path`, and no such M."""
-    name, node = "/".join(path), params
+def _check_place(path: Path, nodes: Mapping[Path, tuple[Any, Tree | None]]) -> None:
+    """Raise unless the kernel of the adapter at `path` is there, and no such M."""
+    name = "/".join(path)
     if not path[-1].endswith(SUFFIX):
         raise ValueError(
             f"adapters hold {name!r}, which is not an M; if their plan trains it, "
             "write combine(params, adapters, plan)"
         )
-    children = _children(params) or {}
-    for depth, key in enumerate(path[:-1], 1):
-        here = "/".join(path[:depth])
-        if key not in children:
-            near = nearest_paths(key, list(children))
+    for end in range(1, len(path)):
+        here, above = "/".join(path[:end]), nodes[path[: end - 1]][1]
+        if path[:end] not in nodes:
+            near = nearest_paths(path[end - 1], list(above or ()))
             raise ValueError(f"params have nothing at {here!r}{near}")
-        node, children = children[key], _children(children[key])
-        if children is None:
+        if nodes[path[:end]][1] is None:
             raise ValueError(f"params have no module at {here!r}")
-    if path[-1].removesuffix(SUFFIX) not in children:
+    if (*path[:-1], path[-1].removesuffix(SUFFIX)) not in nodes:
         raise ValueError(f"params have no kernel for the adapter {name!r}")
-    if path[-1] in children:
+    if path in nodes:
         raise ValueError(f"params already hold {name!r}")
-    if not isinstance(node, Mapping):
-        kind = type(node).__name__
+    if not isinstance(parent := nodes[path[:-1]][0], Mapping):
+        kind = type(parent).__name__
         raise TypeError(f"the parent of {name!r} must be a mapping, got {kind}")
 
 
@@ -117,7 +114,7 @@ def split(tree: Any, plan: Plan | None = None) -> tuple[Any, Tree]:
       (['kernel'], ['kernel_mora'])
     """
     _check_nested(tree, "tree")
-    leaves = _leaves(tree)
+    leaves = _leaves(tree).items()
     adapters = {path: leaf for path, leaf in leaves if path[-1].endswith(SUFFIX)}
 
     def without(path: Path, children: Tree) -> Tree:
@@ -155,13 +152,17 @@ def _children(node: Any) -> Tree | None:
     return None
 
 
-def _leaves(node: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
-    """The paths and values of the leaves, in their boxes."""
+def _nodes(node: Any, path: Path = ()) -> Iterator[tuple[Path, tuple[Any, Any]]]:
+    """Each node of a tree by its path, with its children or None."""
     children = _children(node)
-    if children is None:
-        yield path, node
+    yield path, (node, children)
     for key, child in (children or {}).items():
-        yield from _leaves(child, (*path, key))
+        yield from _nodes(child, (*path, key))
+
+
+def _leaves(tree: Any) -> dict[Path, Any]:
+    """The leaves by their paths, in their boxes."""
+    return {path: leaf for path, (leaf, children) in _nodes(tree) if children is None}
 
 
 def _edited(node: Any, edit: Callable[[Path, Tree], Tree], path: Path = ()) -> Any:

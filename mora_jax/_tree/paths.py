@@ -61,10 +61,6 @@ def find_kernel(
 ) -> tuple[Path, Any]:
     """The path and the array of the kernel that `spec` adapts, checked.
 
-    Args:
-      leaves: The leaves of the params, as `named_leaves` gives them.
-      spec: The adapter.
-
     Raises:
       TypeError: The kernel is not a floating-point array.
       ValueError: The kernel is missing (a quantized kernel is several arrays, below
@@ -147,12 +143,7 @@ def adapter_of(box: Any, spec: AdapterSpec, by_row: bool = False) -> Any:
     """The M that `box` holds or is, checked against `spec`.
 
     A variable of an NNX model knows the adapter that its M was made for, whose delta
-    must be the delta of `spec`.
-
-    Args:
-      box: The M, perhaps in a box.
-      spec: The adapter.
-      by_row: True to allow M's of its own for each row of a batch.
+    must be the delta of `spec`. With `by_row`, each row of a batch may have an M.
 
     Raises:
       TypeError: It is not a floating-point array or the shape of one.

@@ -74,13 +74,10 @@ def unravel_adapters(
     """
     like = plan_or_adapters
     if isinstance(like, Plan):
-        shapes = {
-            adapter_path(spec): jax.ShapeDtypeStruct(spec.shape, spec.param_dtype)
-            for spec in like.specs
-        }
-        for array in like.trained:
-            shapes[array.path] = jax.ShapeDtypeStruct(array.shape, array.dtype)
-        like = nest(shapes)
+        shape_of = jax.ShapeDtypeStruct
+        ms = {adapter_path(s): shape_of(s.shape, s.param_dtype) for s in like.specs}
+        copies = {a.path: shape_of(a.shape, a.dtype) for a in like.trained}
+        like = nest(ms | copies)
     zeros = {}
     for path, leaf in _leaves(like).items():
         if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):

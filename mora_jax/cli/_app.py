@@ -18,7 +18,6 @@ from mora_jax.io._serve import Server
 
 app = typer.Typer(
     name="mora-jax",
-    help="Look at MoRA adapters, merge them into a base, convert and compare them.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -143,7 +142,7 @@ def convert(
     elif to == "peft-mora":
         io.save_peft_mora(path, adapters, plan, known, force=force)
     else:
-        accepted = {"rank": opt.rank_of(rank), "max_error": max_error}
+        accepted = {"rank": rank, "max_error": max_error}
         lost = io.save_peft_lora(path, *pair, known, force=force, **accepted)
         if any(lost.values()):
             say_table([{"module": m, "cut off": x} for m, x in lost.items()])

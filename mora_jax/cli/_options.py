@@ -11,10 +11,13 @@ from mora_jax.io._names import pairs
 from mora_jax.io._paths import as_path, parts
 
 
-def _check_rank(text: str | None) -> str | None:
-    if text not in (None, "auto") and not re.fullmatch("0*[1-9][0-9]*", text):
+def _rank_of(text: str | None) -> int | str | None:
+    """The `rank` of an option."""
+    if text is None or text == "auto":
+        return text
+    if not re.fullmatch("0*[1-9][0-9]*", text):
         raise typer.BadParameter(f"{text!r} is neither a positive integer nor 'auto'.")
-    return text
+    return int(text)
 
 
 _BASE = "The base's safetensors: a file, a directory or a URL."
@@ -44,7 +47,7 @@ Rank = Annotated[
     str | None,
     typer.Option(
         metavar="NUMBER|auto",
-        callback=_check_rank,
+        callback=_rank_of,
         help="How many singular values a LoRA keeps of a delta; auto keeps the fewest "
         "that --max-error allows.",
     ),
@@ -93,18 +96,10 @@ def names_of(text: str | None) -> Names:
     return names
 
 
-def rank_of(text: str | None) -> int | Literal["auto"] | None:
-    """The `rank` of an option."""
-    return text if text is None or text == "auto" else int(text)
-
-
 def check_apart(argument: str, target: str, adapter: str) -> None:
-    """Raise if what is to be written would replace or mix with the adapter.
+    """Raise if writing `target` would replace the adapter's directory or mix with it.
 
-    Args:
-      argument: The name of the target in messages.
-      target: The directory to write.
-      adapter: The directory of the adapter, which was read already.
+    Messages call the target by the name of its argument.
     """
     there, here = parts(as_path(argument, target)), parts(as_path("adapter", adapter))
     shorter = min(len(there), len(here))

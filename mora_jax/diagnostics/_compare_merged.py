@@ -1,6 +1,5 @@
 """The outputs of adapted and merged models, compared by their numbers."""
 
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -74,8 +73,8 @@ def check(
       >>> model, x = nn.Dense(8), jnp.ones((2, 8))
       >>> variables = model.init(jax.random.key(0), x)
       >>> plan = mora_jax.plan(variables["params"])
-      >>> found = mora_jax.diagnostics.check(model, variables, plan, x)
-      >>> found["kernel"] < 1e-3
+      >>> ratios = mora_jax.diagnostics.check(model, variables, plan, x)
+      >>> ratios["kernel"] < 1e-3
       True
     """
     check_plan(plan)
@@ -124,13 +123,11 @@ def _linen_models(
     model: nn.Module, variables: Any, plan: Plan, inputs: Any, kwargs: Any
 ) -> tuple[Any, Outputs, Outputs]:
     """Params, and outputs by adapters and by params."""
-    apply = linen.wrap(model, plan)
-    if any(spec.dropout > 0 for spec in plan.specs):
-        apply = functools.partial(apply, adapter_deterministic=True)
+    apply, settings = linen.wrap(model, plan), {"adapter_deterministic": True, **kwargs}
 
     @jax.jit
     def adapted(adapters: Any, variables: Any, inputs: Any) -> list[jax.Array]:
-        return _floating(apply(adapters, variables, *inputs, **kwargs))
+        return _floating(apply(adapters, variables, *inputs, **settings))
 
     @jax.jit
     def plain(params: Any, variables: Any, inputs: Any) -> list[jax.Array]:

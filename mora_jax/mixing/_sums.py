@@ -41,6 +41,9 @@ def scaled(adapters: Any, factor: ArrayLike) -> Any:
     where another alpha in a plan would be another program. -1 takes away what the
     adapter has learned, as task arithmetic forgets (https://arxiv.org/abs/2212.04089).
 
+    The deltas must be linear in the M's (`Operator.linear`). Arrays alone do not tell
+    their operator; NNX variables do, and are refused if their deltas are not linear.
+
     Args:
       adapters: The adapters, as `init` makes them, or `nnx.state(model, MoRAParam)`.
       factor: A real number, or an array of one.

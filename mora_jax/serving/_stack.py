@@ -222,14 +222,9 @@ def _slots_of(stacked: Any) -> tuple[dict[Path, Slots], int]:
 
 
 def _check_indices(value: Any, name: str, least: int, number: int, shape: Any) -> Any:
-    """`value` as an array of numbers of slots, checked as far as it is known.
+    """`value` as slots from `least` to `number` - 1, checked as far as it is known.
 
-    Args:
-      value: The numbers.
-      name: Their name in messages.
-      least: The smallest one that is allowed.
-      number: N; the largest one that is allowed is N - 1.
-      shape: The shape that the array must have, with None for any size.
+    Its shape must be `shape`, in which None stands for any size.
     """
     known = not isinstance(value, Tracer)
     indices = np.asarray(value) if known else jnp.asarray(value)
