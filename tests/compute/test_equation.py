@@ -56,3 +56,52 @@ def test_few_frames_lie_between_mora_apply_and_the_product_with_m():
     assert len(found) == 12
     for name, frames in found.items():
         assert 0 < frames <= (9 if name.endswith("1") else 12), found
+
+
+SHELLS = """
+import json, pathlib, sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+original, depths = jax.lax.dot_general, []
+
+def recording(x, y, *args, **kwargs):
+    if np.shape(y) == (8, 8):  # by M
+        frame, own = sys._getframe(1), 0
+        while frame is not None:
+            own += frame.f_code.co_filename.startswith(HOME)
+            frame = frame.f_back
+        depths.append(own)
+    return original(x, y, *args, **kwargs)
+
+jax.lax.dot_general = recording  # before the library, or it would be intercepted
+import flax.linen as nn
+from flax import nnx
+import mora_jax
+
+HOME = str(pathlib.Path(mora_jax.__file__).parent)
+x, model, found = jnp.ones((4, 32)), nn.Dense(32), {}
+variables = model.init(jax.random.key(0), x)
+for operator in ("sharing", "rotation", "orthogonal"):
+    for way in ("activation", "auto"):
+        config = mora_jax.MoRAConfig(operator=operator, square_rank=8, execution=way)
+        apply = mora_jax.linen.wrap(model, config, variables, x)
+        adapters = mora_jax.init(apply.plan)
+        depths.clear(), jax.clear_caches()
+        jax.jit(apply).lower(adapters, variables, x)
+        found[f"linen, {operator}, {way}"] = max(depths)
+        adapted = mora_jax.nnx.wrap(nnx.Linear(32, 32, rngs=nnx.Rngs(0)), config)
+        depths.clear(), jax.clear_caches()
+        nnx.jit(lambda model, x: model(x)).lower(adapted, x)
+        found[f"nnx, {operator}, {way}"] = max(depths)
+print(json.dumps(found))
+"""
+
+
+def test_few_frames_lie_between_a_wrapped_layer_and_the_product_with_m():
+    found = json.loads(python("-c", SHELLS))
+    assert len(found) == 12
+    for frames in found.values():
+        assert 0 < frames <= 12, found

@@ -169,3 +169,11 @@ print(*dir(mora_jax))
 
 def test_typed():
     assert (PACKAGE / "py.typed").exists()
+
+
+def test_rooms():
+    """Few private rooms, and no two files of one name but for what two shells share."""
+    assert len([*PACKAGE.glob("_*/__init__.py")]) <= 8
+    names = [path.name for path in PACKAGE.rglob("*.py") if path.name != "__init__.py"]
+    twice = {name for name in names if names.count(name) > 1}
+    assert twice <= {"_plan.py", "_wrap.py", "_rules.py"}, twice
