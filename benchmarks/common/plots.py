@@ -1,6 +1,7 @@
 """Plots of what the benchmarks measure."""
 
 import contextlib
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,10 +27,10 @@ def figure(
 
 
 def plot_bars(rows: Sequence[Row], path: Path) -> None:
-    """Plot the time relative to the baseline, with one bar for each method."""
+    """Plot the time relative to the frozen model, with one bar for each method."""
     names, times = zip(*((row["method"], row["time"]) for row in rows), strict=True)
-    colours = ["tab:blue" if n.startswith("MoRA") else "tab:orange" for n in names]
-    colours[0] = "tab:gray"
+    kinds = {"MoRA": "tab:blue", "frozen": "tab:gray"}
+    colours = [kinds.get(re.split(r"\W", n)[0], "tab:orange") for n in names]
     with figure(path, figsize=(7, 0.9 + 0.3 * len(rows))) as (_, axes):
         axis = axes[0, 0]
         bars = axis.barh(names, times, color=colours)
@@ -37,7 +38,7 @@ def plot_bars(rows: Sequence[Row], path: Path) -> None:
         axis.axvline(times[0], color="black", linewidth=0.8)
         axis.invert_yaxis()
         axis.set_xlim(0, max(times) * 1.1)
-        axis.set_xlabel(f"seconds a step, relative to: {names[0]}")
+        axis.set_xlabel("seconds a step, relative to the frozen model")
 
 
 def plot_lines(rows: Sequence[Row], columns: Sequence[str], path: Path) -> None:
