@@ -22,8 +22,7 @@ from jax.core import Tracer
 from mora_jax._common.checks import check_number, positive_integer
 from mora_jax._plan.plan import Plan, check_plan
 from mora_jax._plan.spec import AdapterSpec
-from mora_jax._tree.adapters import finite_items
-from mora_jax._tree.merge import merged_kernel, with_kernels
+from mora_jax._tree.merge import finite_items, merged_kernel, with_kernels
 from mora_jax._tree.opt_state import with_new_moments
 from mora_jax._tree.optim import check_transformation
 from mora_jax._tree.paths import adapter_path, replace_leaves, unboxed

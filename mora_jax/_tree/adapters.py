@@ -10,7 +10,7 @@ from flax.traverse_util import unflatten_dict
 from jax.typing import DTypeLike
 from jaxtyping import PRNGKeyArray
 
-from mora_jax._common.checks import check_finite, check_key
+from mora_jax._common.checks import check_key
 from mora_jax._layer.dense import FrozenDense, as_jax_array
 from mora_jax._plan.plan import Plan, check_plan
 from mora_jax._plan.spec import SUFFIX, AdapterSpec
@@ -166,22 +166,6 @@ def _items(
     for path in leaves:
         raise ValueError(f"adapters hold {'/'.join(path)!r}, which the plan lacks")
     return items, trained
-
-
-def array_items(adapters: Any, plan: Plan) -> list[tuple[AdapterSpec, jax.Array]]:
-    """Each spec with its M, which must be an array and not the shape of one."""
-    items = adapter_items(adapters, plan)
-    return [(spec, as_jax_array(f"{spec.name}{SUFFIX}", m)) for spec, m in items]
-
-
-def finite_items(adapters: Any, plan: Plan) -> list[tuple[AdapterSpec, jax.Array]]:
-    """Each spec with its M, which must be finite unless it is being traced."""
-    items = array_items(adapters, plan)
-    for spec, m in items:
-        check_finite(m, f"{spec.name}{SUFFIX}")
-    for array, copy in trained_items(adapters, plan):
-        check_finite(copy, f"{array.name} in the adapters")
-    return items
 
 
 def with_trained(params: Any, trained: Items, dtype: DTypeLike | None = None) -> Any:

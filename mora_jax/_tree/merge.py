@@ -7,18 +7,17 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Float
 
-from mora_jax._common.checks import floating_dtype
+from mora_jax._common.checks import check_finite, floating_dtype
 from mora_jax._common.types import ArrayLike
 from mora_jax._layer.delta import delta_kernel
 from mora_jax._layer.dense import FrozenDense, as_jax_array, params_adapter
 from mora_jax._layer.rounding import Rounding, add_rounded, check_rounding
 from mora_jax._plan.plan import Plan, check_plan
-from mora_jax._plan.spec import AdapterSpec
+from mora_jax._plan.spec import SUFFIX, AdapterSpec
 from mora_jax._plan.trained_arrays import Items, refuse_trained
 from mora_jax._tree.adapters import (
     Tree,
-    array_items,
-    finite_items,
+    adapter_items,
     nest,
     refuse_combined,
     trained_items,
@@ -64,8 +63,16 @@ def delta_weight(
     if isinstance(frozen, FrozenDense):
         m = wide(params_adapter(params, frozen), frozen.kernel.dtype)
         return delta_kernel(frozen.spec, m)
-    items = array_items(params, check_plan(frozen, "frozen"))
+    items = _items(params, check_plan(frozen, "frozen"))
     return nest({spec.path: delta_kernel(spec, wide(m)) for spec, m in items})
+
+
+def _items(adapters: Any, plan: Plan) -> list[tuple[AdapterSpec, jax.Array]]:
+    """Each spec with its M, which must be an array and not the shape of one."""
+    return [
+        (spec, as_jax_array(f"{spec.name}{SUFFIX}", m))
+        for spec, m in adapter_items(adapters, plan)
+    ]
 
 
 def wide(array: ArrayLike, *dtypes: DTypeLike) -> jax.Array:
@@ -170,7 +177,7 @@ def fold(params: Any, adapters: Any, plan: Plan, dtype: DTypeLike | None = None)
       >>> grads["kernel_mora"].shape
       (8, 8)
     """
-    items, trained = array_items(adapters, plan), trained_items(adapters, plan)
+    items, trained = _items(adapters, plan), trained_items(adapters, plan)
     return _merged(params, items, trained, dtype)
 
 
@@ -212,6 +219,16 @@ def unmerge(params: Any, adapters: Any, plan: Plan) -> Any:
                 "keep the base instead"
             )
     return _merged(params, items, [], sign=-1)
+
+
+def finite_items(adapters: Any, plan: Plan) -> list[tuple[AdapterSpec, jax.Array]]:
+    """Each spec with its M, which must be finite unless it is being traced."""
+    items = _items(adapters, plan)
+    for spec, m in items:
+        check_finite(m, f"{spec.name}{SUFFIX}")
+    for array, copy in trained_items(adapters, plan):
+        check_finite(copy, f"{array.name} in the adapters")
+    return items
 
 
 def with_kernels(

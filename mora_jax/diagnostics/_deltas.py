@@ -15,8 +15,7 @@ from mora_jax._layer.dense import as_jax_array
 from mora_jax._layer.rounding import Rounding, check_rounding, share_lost
 from mora_jax._plan.plan import Plan
 from mora_jax._plan.spec import AdapterSpec
-from mora_jax._tree.adapters import finite_items
-from mora_jax._tree.merge import merged_kernel, wide, with_kernels
+from mora_jax._tree.merge import finite_items, merged_kernel, wide, with_kernels
 from mora_jax._tree.paths import find_kernel, named_leaves
 
 

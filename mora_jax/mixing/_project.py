@@ -13,8 +13,8 @@ from mora_jax._layer.delta import delta_kernel
 from mora_jax._plan.plan import Plan, check_plan
 from mora_jax._plan.spec import AdapterSpec
 from mora_jax._plan.trained_arrays import refuse_trained
-from mora_jax._tree.adapters import Tree, finite_items, nest, refuse_nonlinear
-from mora_jax._tree.merge import wide
+from mora_jax._tree.adapters import Tree, nest, refuse_nonlinear
+from mora_jax._tree.merge import finite_items, wide
 from mora_jax._tree.paths import adapter_path
 from mora_jax.mixing._pairs import (
     NO_DELTA,

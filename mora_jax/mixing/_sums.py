@@ -14,14 +14,13 @@ from mora_jax._plan.spec import SUFFIX, AdapterSpec
 from mora_jax._plan.trained_arrays import find_trained
 from mora_jax._tree.adapters import (
     Tree,
-    finite_items,
     nest,
     refuse_combined,
     refuse_nonlinear,
     trained_items,
 )
 from mora_jax._tree.base_digest import check_base
-from mora_jax._tree.merge import wide
+from mora_jax._tree.merge import finite_items, wide
 from mora_jax._tree.paths import Path, adapter_path, located_leaves, named_leaves
 from mora_jax.mixing._pairs import (
     NO_DELTA,

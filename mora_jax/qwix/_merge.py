@@ -16,8 +16,8 @@ from mora_jax._layer.rounding import add_rounded, share_lost
 from mora_jax._plan.plan import Plan, check_plan
 from mora_jax._plan.spec import SUFFIX, AdapterSpec
 from mora_jax._plan.trained_arrays import refuse_trained
-from mora_jax._tree.adapters import finite_items
 from mora_jax._tree.base_digest import check_base
+from mora_jax._tree.merge import finite_items
 from mora_jax._tree.paths import (
     is_boxed,
     key_name,

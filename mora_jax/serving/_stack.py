@@ -14,7 +14,8 @@ from mora_jax._layer.dense import as_jax_array
 from mora_jax._layer.slots import Selected, Slots, beyond_if_none
 from mora_jax._plan.plan import Plan, check_plan
 from mora_jax._plan.trained_arrays import refuse_trained
-from mora_jax._tree.adapters import Tree, finite_items, nest, refuse_nonlinear
+from mora_jax._tree.adapters import Tree, nest, refuse_nonlinear
+from mora_jax._tree.merge import finite_items
 from mora_jax._tree.paths import Path, adapter_path, located_leaves, unboxed
 
 
