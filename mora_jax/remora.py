@@ -185,7 +185,11 @@ def restart_schedule(
         raise ValueError(f"floor must be from 0 to 1, got {floor}")
 
     cosine = optax.cosine_decay_schedule(peak, steps, alpha=floor)
-    return lambda count: cosine(count) * jnp.minimum((count % every + 1) / warmup, 1.0)
+
+    def schedule(count: Any) -> Any:
+        return cosine(count) * jnp.minimum((count % every + 1) / warmup, 1.0)
+
+    return schedule
 
 
 def _started(spec: AdapterSpec, old: jax.Array) -> jax.Array:
