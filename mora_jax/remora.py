@@ -184,10 +184,10 @@ def restart_schedule(
     if not 0 <= floor <= 1:
         raise ValueError(f"floor must be from 0 to 1, got {floor}")
 
+    cosine = optax.cosine_decay_schedule(peak, steps, alpha=floor)
+
     def schedule(count: Any) -> Any:
-        done = jnp.minimum(count / steps, 1.0)
-        cosine = floor + (1 - floor) * (1 + jnp.cos(jnp.pi * done)) / 2
-        return peak * cosine * jnp.minimum((count % every + 1) / warmup, 1.0)
+        return cosine(count) * jnp.minimum((count % every + 1) / warmup, 1.0)
 
     return schedule
 

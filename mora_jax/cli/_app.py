@@ -13,7 +13,7 @@ from mora_jax.cli._output import progress, refusing, say, say_table
 from mora_jax.cli._reports import compare, describe, grouped, open_adapter
 from mora_jax.io._native import replace_adapter
 from mora_jax.io._paths import as_path
-from mora_jax.io._read import format_of, read_adapter
+from mora_jax.io._read import format_of
 from mora_jax.io._serve import Server
 
 app = typer.Typer(
@@ -99,12 +99,10 @@ def merge(
 ) -> None:
     """Merge an adapter into a base checkpoint, tensor by tensor, keeping its dtypes."""
     known = opt.names_of(names)
-    checkpoint = io.Checkpoint(as_path("base", base))
-    shapes = checkpoint.shapes(known)
-    pair = _, plan = read_adapter(as_path("adapter", adapter), shapes, known)
+    pair = _, plan = open_adapter("adapter", adapter, base, known)
     opt.check_apart("out", to, adapter)
     settings = {"force": force, "any_base": any_base, "rounding": rounding}
-    with progress("merging", checkpoint.size) as advance:
+    with progress("merging", io.Checkpoint(as_path("base", base)).size) as advance:
         lost = io.merge_checkpoint(base, *pair, to, known, progress=advance, **settings)
     worst = max(lost, key=lost.__getitem__)
     also = f", {len(plan.trained)} trained arrays put in" if plan.trained else ""

@@ -1,13 +1,12 @@
 """Reports of the command line about adapters."""
 
-import re
-from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from mora_jax import diagnostics, io
+from mora_jax._common.alike import alike, shown
 from mora_jax._layer.equation import delta_kernel
 from mora_jax._plan.plan import Plan
 from mora_jax._plan.spec import AdapterSpec, differences
@@ -59,22 +58,16 @@ def grouped(layers: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     A row has the sum of the parameters, and (the smallest, the largest) of each other
     number.
     """
-    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)
-    for layer in layers:
-        kind = [layer[key] for key in ("in", "out", "operator", "q")]
-        groups[re.sub(r"\d+", "*", layer["path"]), *kind].append(layer)
-    return [_row(path, group) for (path, *_), group in groups.items()]
-
-
-def _row(path: str, group: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    if len(group) == 1:
-        return group[0]
-    row = group[0] | {"path": f"{path} ({len(group)})"}
-    row["parameters"] = sum(layer["parameters"] for layer in group)
-    for key in ("norm", "effective_rank", "above_0.1"):
-        values = [layer[key] for layer in group]
-        row[key] = min(values), max(values)
-    return row
+    kind = "path", "in", "out", "operator", "q"
+    rows = []
+    for group in alike(layers, lambda layer: tuple(layer[key] for key in kind)):
+        row = group[0] | {"path": shown([layer["path"] for layer in group])}
+        row["parameters"] = sum(layer["parameters"] for layer in group)
+        for key in ("norm", "effective_rank", "above_0.1"):
+            values = [layer[key] for layer in group]
+            row[key] = min(values), max(values)
+        rows.append(row)
+    return rows
 
 
 def compare(

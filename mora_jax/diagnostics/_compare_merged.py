@@ -1,5 +1,6 @@
 """The outputs of adapted and merged models, compared by their numbers."""
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -126,18 +127,17 @@ def _linen_models(
     apply, settings = linen.wrap(model, plan), {"adapter_deterministic": True, **kwargs}
 
     @jax.jit
-    def adapted(adapters: Any, variables: Any, inputs: Any) -> list[jax.Array]:
+    def adapted(variables: Any, inputs: Any, adapters: Any) -> list[jax.Array]:
         return _floating(apply(adapters, variables, *inputs, **settings))
 
     @jax.jit
-    def plain(params: Any, variables: Any, inputs: Any) -> list[jax.Array]:
+    def plain(variables: Any, inputs: Any, params: Any) -> list[jax.Array]:
         variables = {**variables, "params": params}
         return _floating(model.apply(variables, *inputs, **kwargs))
 
-    def outputs(call: Callable[..., list[jax.Array]]) -> Outputs:
-        return lambda trained: call(trained, variables, inputs)
-
-    return params_of(variables), outputs(adapted), outputs(plain)
+    given = variables, inputs
+    outputs = functools.partial(adapted, *given), functools.partial(plain, *given)
+    return params_of(variables), *outputs
 
 
 def _nnx_models(

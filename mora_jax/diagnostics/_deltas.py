@@ -119,9 +119,8 @@ def _spectrum(spec: AdapterSpec, m: np.ndarray) -> np.ndarray:
         delta = np.asarray(op.delta_weight(m), np.float64)
         delta = delta.T if op.in_features > op.out_features else delta
         values = np.sqrt(np.linalg.eigvalsh(delta @ delta.T).clip(0)[::-1])
-    full = np.zeros(min(op.in_features, op.out_features))
-    full[: len(values)] = abs(spec.factor) * values
-    return full
+    missing = min(op.in_features, op.out_features) - len(values)
+    return abs(spec.factor) * np.pad(values, (0, missing))
 
 
 def _svd(matrix: np.ndarray) -> np.ndarray:

@@ -1,7 +1,6 @@
 """Adapters of one plan in slots of one tree, and a slot for each row of a batch."""
 
 import functools
-import operator
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -64,7 +63,14 @@ def stack(adapters: Sequence[Any], plan: Plan, *, slots: int | None = None) -> T
             f"{type(adapters).__name__}"
         )
     trees = [finite_items(tree, plan) for tree in adapters]
-    number = _number_of_slots(slots, len(trees))
+    number = len(trees) if slots is None else slots
+    if slots is None and not trees:
+        raise ValueError("slots must be given where adapters are none")
+    positive_integer("slots", number)
+    if number < len(trees):
+        raise ValueError(
+            f"slots must be at least the number of adapters, {len(trees)}, got {slots}"
+        )
     stacked = {}
     for position, spec in enumerate(plan.specs):
         ms = [items[position][1] for items in trees]
@@ -73,19 +79,6 @@ def stack(adapters: Sequence[Any], plan: Plan, *, slots: int | None = None) -> T
         joined = jnp.stack([m.astype(dtype) for m in ms], len(spec.stack_shape))
         stacked[adapter_path(spec)] = Slots(joined, len(spec.operator.m_shape))
     return nest(stacked)
-
-
-def _number_of_slots(slots: Any, adapters: int) -> int:
-    if slots is None:
-        if not adapters:
-            raise ValueError("slots must be given where adapters are none")
-        return adapters
-    positive_integer("slots", slots)
-    if slots < adapters:
-        raise ValueError(
-            f"slots must be at least the number of adapters, {adapters}, got {slots}"
-        )
-    return operator.index(slots)
 
 
 def put(stacked: Tree, slot: int | jax.Array, adapters: Any) -> Tree:
