@@ -12,6 +12,7 @@ from typing import Any
 import jax
 
 from mora_jax._flax.layer_rules import LayerRule, planning_rules
+from mora_jax._jax.static_arguments import split_static
 from mora_jax._trace_check import Call, Uses, follow, mark
 from mora_jax.products import Lookup, Product
 
@@ -107,19 +108,11 @@ class Survey:
           tree: The arrays to follow.
           *args: Further arguments.
         """
-        inputs, structure = jax.tree.flatten(args)
-        traced = [hasattr(leaf, "shape") and hasattr(leaf, "dtype") for leaf in inputs]
+        arrays, join = split_static(args)
 
         def call(tree: Any, arrays: list[Any]) -> list[Any]:
-            remaining = iter(arrays)
-            values = [
-                next(remaining) if is_array else leaf
-                for leaf, is_array in zip(inputs, traced, strict=True)
-            ]
-            result = function(tree, *jax.tree.unflatten(structure, values))
-            return jax.tree.leaves(result)
+            return jax.tree.leaves(function(tree, *join(arrays)))
 
-        arrays = [x for x, is_array in zip(inputs, traced, strict=True) if is_array]
         jaxpr = jax.make_jaxpr(call)(tree, arrays).jaxpr
         stacked = {
             name: leaf.ndim - len(self.products[name].axes)

@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mora_jax._tree.paths import Path
+from mora_jax._tree.paths import Path, is_boxed, key_name, reboxed
+from mora_jax.nnx._held import named_modules
 
 OLDEST, NEWEST = "0.1.5", "0.1.8"
 
@@ -71,9 +72,17 @@ def path_of(module: Any) -> Path:
     return tuple(map(str, path))
 
 
-def is_first_call(module: nnx.Module) -> bool:
-    """Whether qwix calls an NNX model to see what it multiplies."""
-    return module.disable_quant_stats_update  # type: ignore[attr-defined]
+def is_first_call(module: Any) -> bool:
+    """True if a model is initialised, or called by qwix to see what it multiplies."""
+    if isinstance(module, nn.Module):
+        return module.is_initializing()
+    return module.disable_quant_stats_update
+
+
+def method_of(model: nnx.Module) -> str:
+    """The name of the one method of an NNX model that qwix intercepts."""
+    methods = vars(type(model)).items()
+    return next(name for name, method in methods if hasattr(method, "__wrapped__"))
 
 
 def rngs_of(module: nnx.Module) -> nnx.Rngs:
@@ -102,6 +111,26 @@ def parameters_of(module: Any) -> Mapping[str, Any]:
     return {name: v for name, v in vars(module).items() if isinstance(v, kinds)}
 
 
+def parameters_by_path(model: Any) -> dict[Path, Any]:
+    """The parameters of a model and of all its modules, by path."""
+    if isinstance(model, nnx.Module):
+        return {
+            (*path, name): parameter
+            for path, module in named_modules(model)
+            for name, parameter in parameters_of(module).items()
+        }
+    params = model.variables.get("params", {})
+    leaves = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_parameter)[0]
+    return {
+        (*path_of(model), *map(key_name, keys)): parameter for keys, parameter in leaves
+    }
+
+
+def is_parameter(node: Any) -> bool:
+    """True for a parameter in a tree of params, boxed or quantized as it is."""
+    return isinstance(node, WithAux) or is_boxed(node)
+
+
 def is_taken(array: Any) -> bool:
     """Whether qwix takes an operand for a parameter, by its shape at least."""
     try:
@@ -120,19 +149,6 @@ def first_array(parameter: Any) -> Any:
     return jax.tree.leaves(parameter)[0]
 
 
-def quantized(module: Any, name: str, dtype: Any) -> WithAux:
-    """A quantized parameter of a module, as an operand of a product."""
-    found = flax_util.unbox(parameters_of(module)[name])
-    scale = found.array.scale.astype(dtype)
-    return found.replace(array=found.array.replace(scale=scale))
-
-
-def dtype_of(operand: Any) -> Any:
-    """The dtype of an array; of a quantized one, that of the numbers it stands for."""
-    array = operand.array if isinstance(operand, WithAux) else operand
-    return array.scale.dtype if isinstance(array, qwix.QArray) else array.dtype
-
-
 def values_of(parameter: Any) -> Any:
     """The variable of a parameter, or that of the integers of a quantized one."""
     return parameter.array.qvalue if isinstance(parameter, WithAux) else parameter
@@ -141,7 +157,7 @@ def values_of(parameter: Any) -> Any:
 def boxed_as(like: Any, array: Any) -> Any:
     """`array` with the metadata of a parameter, all of its axes replicated."""
     box, replicated = values_of(like), (None,) * array.ndim
-    if not _is_box(box):
+    if not is_boxed(box):
         return array
     return flax_util.update_boxed(box, value=array, transpose=replicated)
 
@@ -156,7 +172,7 @@ def dequantized(parameter: WithAux) -> jax.Array:
 
 def plain(parameter: WithAux, values: jax.Array) -> Any:
     """`values` in the box of a quantized parameter, as it was before."""
-    return _boxed(parameter.array.qvalue, values)
+    return reboxed(parameter.array.qvalue, values)
 
 
 def requantized(parameter: WithAux, values: jax.Array) -> WithAux:
@@ -176,16 +192,8 @@ def requantized(parameter: WithAux, values: jax.Array) -> WithAux:
     else:
         raise ValueError(f"no way to quantize {values.shape} as {parameter.how}")
 
-    array = jax.tree.map(_boxed, parameter.array, quantize(values), is_leaf=_is_box)
+    array = jax.tree.map(reboxed, parameter.array, quantize(values), is_leaf=is_boxed)
     return parameter.replace(array=array)  # type: ignore[attr-defined]
-
-
-def _boxed(box: Any, value: Any) -> Any:
-    return flax_util.update_boxed(box, value=value) if _is_box(box) else value
-
-
-def _is_box(node: Any) -> bool:
-    return isinstance(node, nn.meta.AxisMetadata | nnx.Variable)
 
 
 def check_qtype(name: str, qtype: Any) -> None:

@@ -35,14 +35,19 @@ def of_einsum(equation: str, x_ndim: int, kernel_first: bool) -> Contraction:
     return Contraction.parse(f"{x},{kernel}{arrow}{outputs}", x_ndim)
 
 
-def of_convolution(lhs: Any, rhs: Any, *args: Any, **settings: Any) -> Convolution:
-    """The product of a `conv_general_dilated` with these arguments.
+def convolution_settings(*args: Any, **settings: Any) -> dict[str, Any]:
+    """The arguments of `conv_general_dilated` after its operands, by name."""
+    bound = dict(_CONVOLUTION.bind(None, None, *args, **settings).arguments)
+    return {name: value for name, value in bound.items() if name not in ("lhs", "rhs")}
+
+
+def of_convolution(lhs: Any, rhs: Any, settings: dict[str, Any]) -> Convolution:
+    """The product of a `conv_general_dilated` with these settings.
 
     Raises:
       ValueError: The output features are not the last axis of kernel and output.
     """
-    bound = dict(_CONVOLUTION.bind(lhs, rhs, *args, **settings).arguments)
-    given = bound.pop("dimension_numbers", None)
+    given = settings.get("dimension_numbers")
     numbers = jax.lax.conv_dimension_numbers(lhs.shape, rhs.shape, given)
     last = len(rhs.shape) - 1
     if numbers.rhs_spec[0] != last or numbers.out_spec[1] != last:
@@ -50,14 +55,11 @@ def of_convolution(lhs: Any, rhs: Any, *args: Any, **settings: Any) -> Convoluti
             "a convolution has an adapter if its output features are the last axis of "
             f"kernel and output, got {numbers}"
         )
-    rest = {k: v for k, v in bound.items() if k not in ("lhs", "rhs")}
+    settings = {**settings, "dimension_numbers": numbers}
 
     def convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
-        kernel = kernel.astype(x.dtype)
-        return jax.lax.conv_general_dilated(
-            x, kernel, dimension_numbers=numbers, **rest
-        )
+        return jax.lax.conv_general_dilated(x, kernel.astype(x.dtype), **settings)
 
     groups = "feature_group_count", "batch_group_count"
-    any_outputs = all(bound.get(name, 1) == 1 for name in groups)
+    any_outputs = all(settings.get(name, 1) == 1 for name in groups)
     return Convolution("i" * last + "o", convolve, any_outputs)

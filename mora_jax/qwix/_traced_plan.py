@@ -1,0 +1,107 @@
+"""Plan of a model with a `MoRAProvider`, by a trace that shows all its products."""
+
+import itertools
+from collections.abc import Callable
+from contextvars import ContextVar
+from typing import Any
+
+import flax.linen as nn
+import jax
+from flax import nnx
+from jax.experimental.xla_metadata import set_xla_metadata
+
+from mora_jax._jax.static_arguments import split_static
+from mora_jax._plan.plan import Plan
+from mora_jax._plan.spec import SUFFIX, AdapterSpec
+from mora_jax._tree.combined import split
+from mora_jax._tree.paths import located_leaves
+from mora_jax.nnx import _held
+
+Specs = dict[str, AdapterSpec]
+
+traced_specs: ContextVar[Specs | None] = ContextVar("traced_specs", default=None)
+"""{path of a kernel: its adapter} in a trace of this file; None outside of one."""
+
+_NUMBERS = itertools.count()
+
+
+def trace(function: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Any, Specs]:
+    """The shapes that a call returns, and the adapters of the kernels it multiplies.
+
+    In the trace nothing is quantized, and each operand is known by what made it.
+
+    JAX keeps traces of inner functions that it compiles, such as `x @ y`, and qwix
+    would not see their products. It keeps them by context, which includes the metadata
+    of operations; so a new value of it makes new traces.
+
+    Args:
+      function: The call.
+      *args: Arrays and shapes, which are traced. Everything else is static.
+      **kwargs: Further arguments.
+    """
+    arrays, join = split_static((args, kwargs))
+
+    def call(arrays: list[Any]) -> Any:
+        args, kwargs = join(arrays)
+        return function(*args, **kwargs)
+
+    specs: Specs = {}
+    token = traced_specs.set(specs)
+    try:
+        with set_xla_metadata(mora_jax_trace=str(next(_NUMBERS))):
+            return jax.eval_shape(call, arrays), specs
+    finally:
+        traced_specs.reset(token)
+
+
+def trace_nnx(model: nnx.Module, method: str, args: Any, kwargs: Any) -> Specs:
+    """The adapters of the kernels that a call of an NNX model multiplies."""
+    graph, state = nnx.split(model)
+
+    def call(state: Any, *args: Any, **kwargs: Any) -> Any:
+        return getattr(nnx.merge(graph, state), method)(*args, **kwargs)
+
+    return trace(call, state, *args, **kwargs)[1]
+
+
+def plan_of(model: Any, *args: Any, **kwargs: Any) -> Plan:
+    """The plan that a model with a `MoRAProvider` follows.
+
+    It is what `mora_jax.save` and `merge` want. A Linen model is initialised
+    abstractly for it, which computes nothing.
+
+    Args:
+      model: What `qwix.apply_lora_to_model` returns, of either Flax API.
+      *args: The inputs of a call for a Linen model: arrays or shapes, and static
+        arguments such as `train`. An NNX model has its adapters and needs none.
+      **kwargs: Further inputs, by name.
+
+    Raises:
+      TypeError: `model` is not a Flax module.
+      ValueError: It has no adapters; or a kernel is not multiplied as it stands.
+
+    Example::
+
+      >>> import flax.linen as nn, jax.numpy as jnp, mora_jax, qwix
+      >>> provider = mora_jax.qwix.MoRAProvider(module_path=".*", rank=2)
+      >>> model = qwix.apply_lora_to_model(nn.Dense(16), provider)
+      >>> plan = mora_jax.qwix.plan_of(model, jnp.ones((1, 16)))
+      >>> {path: spec.shape for path, spec in plan.items()}
+      {'kernel': (8, 8)}
+    """
+    if isinstance(model, nnx.Module):
+        return _held.plan_of(model)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a Flax module, got {type(model).__name__}")
+    rngs = {name: jax.random.key(0) for name in ("params", "dropout")}
+    shapes, traced = trace(model.init, rngs, *args, **kwargs)
+    base, adapters = split(nn.unbox(shapes.get("params", {})))
+    specs = []
+    for path, m in located_leaves(adapters, "adapters").items():
+        kernel = (*path[:-1], path[-1].removesuffix(SUFFIX))
+        spec = traced["/".join(kernel)]  # of one layer, if nn.scan stacks them
+        specs.append(spec.stacked(m.shape[: m.ndim - len(spec.shape)], kernel))
+    if not specs:
+        raise ValueError("model has no adapters: give qwix a MoRAProvider")
+    size = sum(leaf.size for leaf in jax.tree.leaves(base))
+    return Plan(tuple(sorted(specs, key=lambda s: s.path)), size, traced=True)
