@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from mora_jax._flax.layer_rules import LayerRule, planning_rules
-from mora_jax._jax.static_arguments import split_static
+from mora_jax._jax.fresh_trace import split_static
 from mora_jax._trace_check import Call, Uses, follow, mark
 from mora_jax.products import Lookup, Product
 

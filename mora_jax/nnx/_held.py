@@ -11,8 +11,10 @@ import jax
 from flax import nnx
 from jaxtyping import PRNGKeyArray
 
+from mora_jax._plan.plan import Plan
 from mora_jax._plan.spec import SUFFIX, AdapterSpec
 from mora_jax._tree.paths import Path
+from mora_jax._tree.start import init_adapter
 from mora_jax.nnx._adapters import adapters as adapters
 from mora_jax.nnx._adapters import named_modules as named_modules
 from mora_jax.nnx._adapters import named_sharding
@@ -24,20 +26,41 @@ from mora_jax.nnx._param import is_m, value_of
 from mora_jax.sharding import adapter_sharding
 
 
-def hold(module: nnx.Module, spec: AdapterSpec, m: jax.Array, kernel: Any) -> None:
-    """Put M beside its kernel, on the mesh of the variable `kernel`."""
-    if sharding := named_sharding(kernel):
+def hold(model: nnx.Module, spec: AdapterSpec, rngs: nnx.Rngs | None) -> None:
+    """Put a new M beside its kernel, on the mesh of the kernel.
+
+    Raises:
+      ValueError: The model has an M there, or multiplies a part of the kernel.
+    """
+    module, name = dict(named_modules(model))[spec.path[:-1]], spec.path[-1]
+    kernel = getattr(module, name)
+    if hasattr(module, name + SUFFIX):
+        raise ValueError(
+            f"{spec.name}: model has an M there already: give qwix a model without "
+            "adapters, such as the base or what mora_jax.qwix.merge_adapters makes"
+        )
+    if tuple(kernel.shape) != spec.kernel_shape:
+        raise ValueError(
+            f"{spec.name} of shape {kernel.shape} is multiplied as {spec.kernel_shape}:"
+            " qwix knows no kernels inside nnx.scan and nnx.vmap; leave it out of "
+            "module_path"
+        )
+    m = init_adapter(spec, rngs.params() if rngs and spec.init == "gaussian" else None)
+    if sharding := named_sharding(jax.tree.leaves(kernel)[0]):
         m = jax.device_put(m, adapter_sharding(spec, sharding))
-    setattr(module, spec.path[-1] + SUFFIX, MoRAParam.of(spec, m))
+    setattr(module, name + SUFFIX, MoRAParam.of(spec, m))
     if spec.dropout > 0:
         setattr(module, DROPOUT, AdapterDropout(spec.dropout, 0))
 
 
-def release(module: nnx.Module, name: str) -> None:
-    """Remove the M of the kernel `name`, and the dropout of its module."""
-    for own in (name + SUFFIX, DROPOUT):
-        if hasattr(module, own):
-            delattr(module, own)
+def release(model: nnx.Module, plan: Plan) -> None:
+    """Remove the M's of a plan, and the dropout of their modules."""
+    modules = dict(named_modules(model))
+    for spec in plan.specs:
+        module = modules[spec.path[:-1]]
+        for own in (spec.path[-1] + SUFFIX, DROPOUT):
+            if hasattr(module, own):
+                delattr(module, own)
 
 
 def held(module: nnx.Module, path: Path) -> tuple[AdapterSpec, Any] | None:

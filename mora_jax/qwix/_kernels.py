@@ -11,25 +11,8 @@ is an error.
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import jax
-from jax.core import Tracer
-
-from mora_jax._jax.origin import inside, steps_between
-from mora_jax._plan.spec import SUFFIX
+from mora_jax._jax.origin import ALIKE, DERIVED, ITSELF, relation
 from mora_jax.qwix import _private
-
-UNCHANGED = {"convert_element_type", "copy", "optimization_barrier"} | {
-    "sharding_constraint",
-    "reshard",
-    "stop_gradient",
-}
-"""JAX's primitives after which a kernel has the features it had, in the same order."""
-
-ALIKE, ITSELF, DERIVED = range(3)
-"""Relations of an operand to a kernel, by what they say about the product.
-
-An operand that is alike has the kernel's shape; a derived one is made of the kernel.
-"""
 
 
 class Kernel(NamedTuple):
@@ -60,7 +43,6 @@ def find_kernel(module: Any, operands: Sequence[Any], pattern: str) -> Kernel | 
     kernels = [
         Kernel(relation, at, name)
         for name, parameter in _private.parameters_of(module).items()
-        if not name.endswith(SUFFIX)
         for at, operand in enumerate(operands)
         if (relation := _relation(parameter, operand)) is not None
     ]
@@ -78,7 +60,7 @@ def find_kernel(module: Any, operands: Sequence[Any], pattern: str) -> Kernel | 
             "compiles for itself, as x @ kernel is, nothing tells: use jnp.dot or "
             "jnp.einsum of the kernel"
         )
-    name = "/".join((*_private.path_of(module), kernel.name))
+    name = "/".join((*_private.path_of_call(), kernel.name))
     raise ValueError(f"{name}: {why}; or leave it out of module_path={pattern!r}")
 
 
@@ -87,20 +69,8 @@ def _relation(parameter: Any, operand: Any) -> int | None:
     is_quantized = _private.is_quantized(parameter)
     if is_quantized != _private.is_quantized(operand):
         return None
-    kernel, array = map(_private.first_array, (parameter, operand))
-    steps = steps_between(kernel, array)
-    if steps is not None:  # a quantized kernel can be read, and nothing else
-        return ITSELF if is_quantized or steps <= UNCHANGED else DERIVED
-    if array.shape != kernel.shape:
-        return None
-    if _equal(inside(kernel), inside(array)):
-        return ITSELF
-    return ALIKE if array.ndim > 1 else None
-
-
-def _equal(kernel: Any, array: Any) -> bool:
-    """True if both arrays are known and have the same numbers, in any dtypes."""
-    if isinstance(kernel, Tracer) or isinstance(array, Tracer):
-        return False
-    with jax.ensure_compile_time_eval():  # a trace may run
-        return bool((array == kernel.astype(array.dtype)).all())
+    found = relation(*map(_private.first_array, (parameter, operand)))
+    if found == ALIKE and operand.ndim == 1:
+        return None  # as are biases
+    # A module can read a quantized kernel, and make nothing else of it.
+    return min(found, ITSELF) if found and is_quantized else found

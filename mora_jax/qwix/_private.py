@@ -4,8 +4,6 @@ Versions 0.1.5 to 0.1.8 have all of it; from one to the next only places differe
 """
 
 import functools
-import re
-from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -14,20 +12,17 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from mora_jax._plan.spec import SUFFIX
 from mora_jax._tree.paths import Path, is_boxed, key_name, reboxed
-from mora_jax.nnx._held import named_modules
+from mora_jax.nnx import _held
 
 OLDEST, NEWEST = "0.1.5", "0.1.8"
 
 try:
     import qwix
-    from qwix._src.core import numerics, qarray
+    from qwix._src.core import numerics
     from qwix._src.providers.ptq import WithAux as WithAux
-
-    try:
-        from qwix._src.utils import flax_util
-    except ImportError:  # before 0.1.8
-        from qwix._src import flax_util  # type: ignore[no-redef]
+    from qwix._src.providers.ptq import flax_util, qarray
 except ImportError as error:
     try:
         found = f"qwix {version('qwix')} is installed and lacks them"
@@ -39,91 +34,61 @@ except ImportError as error:
     ) from error
 
 
-def module_of_call() -> Any:
-    """The Flax module whose method runs now."""
-    return flax_util.get_current_module()
+module_of_call = flax_util.get_current_module
+"""The Flax module whose method runs now."""
 
 
-def rules_of(provider: qwix.QuantizationProvider) -> Sequence[qwix.QuantizationRule]:
-    """The rules that a provider goes by: its own copies."""
-    return provider._rules
+def path_of_call() -> Path:
+    """The path of that module in its model."""
+    return tuple(map(str, flax_util.get_current_module_path()))
 
 
-def rule_of_call(
-    provider: qwix.QuantizationProvider, op: str
-) -> qwix.QuantizationRule | None:
-    """The rule for an operation of the module that runs now, if any."""
-    return provider._get_current_rule_and_op_id(op, only_rule=True)[0]
+def first_call_of(model: Any) -> tuple[str, nnx.Rngs | None] | None:
+    """The method of the call that shows qwix an NNX model, and the generators for it.
 
-
-def rule_of_module(
-    provider: qwix.QuantizationProvider, path: str
-) -> qwix.QuantizationRule | None:
-    """The first rule for the products of a module at a slash-joined path, if any."""
-    for rule in provider._rules:
-        if re.fullmatch(rule.module_path, path):
-            return rule
-    return None
-
-
-def path_of(module: Any) -> Path:
-    """The path of a module in its model."""
-    path = module.path if isinstance(module, nn.Module) else module.qwix_path
-    return tuple(map(str, path))
-
-
-def is_first_call(module: Any) -> bool:
-    """True if a model is initialised, or called by qwix to see what it multiplies."""
-    if isinstance(module, nn.Module):
-        return module.is_initializing()
-    return module.disable_quant_stats_update
-
-
-def method_of(model: nnx.Module) -> str:
-    """The name of the one method of an NNX model that qwix intercepts."""
+    None for other calls, and for Linen models.
+    """
+    if isinstance(model, nn.Module) or not model.disable_quant_stats_update:
+        return None
     methods = vars(type(model)).items()
-    return next(name for name, method in methods if hasattr(method, "__wrapped__"))
+    name = next(name for name, method in methods if hasattr(method, "__wrapped__"))
+    return name, model.qwix_rngs
 
 
-def rngs_of(module: nnx.Module) -> nnx.Rngs:
-    """The generators that `apply_lora_to_model` was given; in its first call only."""
-    return module.qwix_rngs  # type: ignore[attr-defined]
-
-
-def forget_call(model: nnx.Module) -> None:
-    """Remove what qwix keeps of its first call, as for a model that it never saw."""
-    for _, module in nnx.iter_graph(model):
+def forget(model: nnx.Module) -> None:
+    """Make a model one that qwix never saw."""
+    for _, module in _held.named_modules(model):
         for name in ("qwix_path", "disable_quant_stats_update", "qwix_rngs"):
-            if isinstance(module, nnx.Module) and name in vars(module):
+            if name in vars(module):
                 delattr(module, name)
+    plain_class = getattr(type(model), "_unquantized_type", type(model))
+    object.__setattr__(model, "__class__", plain_class)
 
 
-def plain_class(model: Any) -> type:
-    """The class that a model had before qwix intercepted its methods."""
-    return getattr(type(model), "_unquantized_type", type(model))
-
-
-def parameters_of(module: Any) -> Mapping[str, Any]:
-    """The parameters of a module itself, boxed or quantized as they are, by name."""
+def parameters_of(module: Any) -> dict[str, Any]:
+    """The parameters of a module itself except M's, boxed or quantized as they are."""
     if isinstance(module, nn.Module):
-        return module.variables.get("params", {})
-    kinds = nnx.Param | WithAux
-    return {name: v for name, v in vars(module).items() if isinstance(v, kinds)}
+        own = module.variables.get("params", {})
+    else:
+        kinds = nnx.Param | WithAux
+        own = {name: v for name, v in vars(module).items() if isinstance(v, kinds)}
+    return {name: v for name, v in own.items() if not name.endswith(SUFFIX)}
 
 
-def parameters_by_path(model: Any) -> dict[Path, Any]:
-    """The parameters of a model and of all its modules, by path."""
+def named_parameters(model: Any) -> dict[str, Any]:
+    """{slash-joined path: parameter} of the model that runs or, if it is NNX, of any."""
     if isinstance(model, nnx.Module):
         return {
-            (*path, name): parameter
-            for path, module in named_modules(model)
+            "/".join((*path, name)): parameter
+            for path, module in _held.named_modules(model)
             for name, parameter in parameters_of(module).items()
         }
     params = model.variables.get("params", {})
     leaves = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_parameter)[0]
-    return {
-        (*path_of(model), *map(key_name, keys)): parameter for keys, parameter in leaves
+    named = {
+        "/".join((*model.path, *map(key_name, keys))): leaf for keys, leaf in leaves
     }
+    return {name: v for name, v in named.items() if not name.endswith(SUFFIX)}
 
 
 def is_parameter(node: Any) -> bool:
@@ -132,7 +97,7 @@ def is_parameter(node: Any) -> bool:
 
 
 def is_taken(array: Any) -> bool:
-    """Whether qwix takes an operand for a parameter, by its shape at least."""
+    """True if qwix takes an operand for a parameter, by its shape at least."""
     try:
         return flax_util.find_param(array) is not None
     except ValueError:  # for one of several
@@ -140,7 +105,7 @@ def is_taken(array: Any) -> bool:
 
 
 def is_quantized(parameter: Any) -> bool:
-    """Whether a parameter or an operand is one that qwix has quantized."""
+    """True for a parameter or an operand that qwix has quantized."""
     return isinstance(parameter, WithAux | qwix.QArray)
 
 
@@ -149,29 +114,26 @@ def first_array(parameter: Any) -> Any:
     return jax.tree.leaves(parameter)[0]
 
 
-def values_of(parameter: Any) -> Any:
-    """The variable of a parameter, or that of the integers of a quantized one."""
-    return parameter.array.qvalue if isinstance(parameter, WithAux) else parameter
-
-
 def boxed_as(like: Any, array: Any) -> Any:
     """`array` with the metadata of a parameter, all of its axes replicated."""
-    box, replicated = values_of(like), (None,) * array.ndim
+    box, replicated = jax.tree.leaves(like, is_leaf=is_boxed)[0], (None,) * array.ndim
     if not is_boxed(box):
         return array
     return flax_util.update_boxed(box, value=array, transpose=replicated)
 
 
-def dequantized(parameter: WithAux) -> jax.Array:
-    """The numbers that a quantized parameter stands for; or their shape."""
+def dequantized(parameter: Any) -> Any:
+    """The numbers that a quantized parameter stands for, or their shape, in its box.
+
+    Other parameters stay as they are.
+    """
+    if not isinstance(parameter, WithAux):
+        return parameter
     array = flax_util.unbox(parameter.array)
     if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(array)):
-        return jax.eval_shape(qwix.dequantize, array)
-    return qwix.dequantize(jax.tree.map(jnp.asarray, array))
-
-
-def plain(parameter: WithAux, values: jax.Array) -> Any:
-    """`values` in the box of a quantized parameter, as it was before."""
+        values = jax.eval_shape(qwix.dequantize, array)
+    else:
+        values = qwix.dequantize(jax.tree.map(jnp.asarray, array))
     return reboxed(parameter.array.qvalue, values)
 
 
@@ -183,15 +145,13 @@ def requantized(parameter: WithAux, values: jax.Array) -> WithAux:
     """
     quantize = functools.partial(qarray.quantize, how=parameter.how)
     old = flax_util.unbox(parameter.array)
-    values = values.astype(old.scale.dtype)
     for _ in range(values.ndim - 1):
-        found = jax.eval_shape(quantize, values)
-        if jax.tree.map(jnp.shape, found) == jax.tree.map(jnp.shape, old):
+        new = jax.eval_shape(quantize, values)
+        if jax.tree.map(jnp.shape, new) == jax.tree.map(jnp.shape, old):
             break
         quantize = jax.vmap(quantize)  # a scanned layer quantizes one kernel of a stack
     else:
         raise ValueError(f"no way to quantize {values.shape} as {parameter.how}")
-
     array = jax.tree.map(reboxed, parameter.array, quantize(values), is_leaf=is_boxed)
     return parameter.replace(array=array)  # type: ignore[attr-defined]
 

@@ -1,40 +1,29 @@
 """Adapters in models that qwix intercepts."""
 
-import functools
+import re
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import qwix
 from flax import nnx
+from jaxtyping import PRNGKeyArray
 
 from mora_jax._common.warnings import LeftOutWarning, warn
 from mora_jax._layer.adapted import check_product
 from mora_jax._layer.delta import add_delta
 from mora_jax._plan.spec import SUFFIX, AdapterSpec
+from mora_jax._tree.paths import adapter_of
+from mora_jax._tree.start import init_adapter
 from mora_jax.nnx import _held
 from mora_jax.products import Product
+from mora_jax.products._operations import OPERATIONS, named_settings
 from mora_jax.qwix import _private
 from mora_jax.qwix._kernels import find_kernel
-from mora_jax.qwix._matrix import attach, dropout_key, m_of
-from mora_jax.qwix._products import (
-    convolution_settings,
-    of_convolution,
-    of_dot_general,
-    of_einsum,
-)
 from mora_jax.qwix._rule import MoRARule, check_rules
 from mora_jax.qwix._traced_plan import trace_nnx, traced_specs
-
-PLAIN = {
-    "dot_general": jax.lax.dot_general,
-    "einsum": jnp.einsum,
-    "conv_general_dilated": jax.lax.conv_general_dilated,
-}
-"""JAX's own functions for the operations of qwix."""
 
 Planned = dict[tuple[str, tuple[int, ...]], tuple[MoRARule, AdapterSpec]]
 """{(path of a kernel, its shape): its rule and its adapter}."""
@@ -101,12 +90,12 @@ class MoRAProvider(qwix.PtqProvider):
         self, model: Any, model_args: Any, model_kwargs: Any
     ) -> Any:
         """Begin a call of a model; the first one gives an NNX model its M's."""
-        is_nnx = isinstance(model, nnx.Module)
-        if is_nnx and _private.is_first_call(model) and traced_specs.get() is None:
-            method = _private.method_of(model)
+        first = _private.first_call_of(model)
+        if first and traced_specs.get() is None:
+            method, rngs = first
             specs = trace_nnx(model, method, model_args, model_kwargs)
             for spec in specs.values():
-                attach(model, spec)
+                _held.hold(model, spec, rngs)
         self.planned.setdefault(type(model), {})
         self.running[threading.get_ident()] = type(model)
         return super().process_model_inputs(model, model_args, model_kwargs)
@@ -129,7 +118,7 @@ class MoRAProvider(qwix.PtqProvider):
         used = {id(rule) for rule, _ in planned.values()}
         unused = [
             rule.module_path
-            for rule in _private.rules_of(self)
+            for rule in self._rules
             if isinstance(rule, MoRARule) and id(rule) not in used
         ]
         if not used:
@@ -138,14 +127,15 @@ class MoRAProvider(qwix.PtqProvider):
             )
         if unused:
             warn(f"these rules adapt no kernel: module_path={unused}")
-        names = {name for name, _ in planned}
-        left = []
-        for path, parameter in _private.parameters_by_path(model).items():
-            rule = _private.rule_of_module(self, "/".join(path[:-1]))
-            is_kernel = _private.first_array(parameter).ndim > 1
-            is_kernel &= "bias" not in path[-1] and not path[-1].endswith(SUFFIX)
-            if isinstance(rule, MoRARule) and is_kernel and "/".join(path) not in names:
-                left.append("/".join(path))
+        adapted = {name for name, _ in planned}
+        left = [
+            name
+            for name, parameter in _private.named_parameters(model).items()
+            if _private.first_array(parameter).ndim > 1
+            and "bias" not in name.rpartition("/")[2]
+            and isinstance(self._rule_for(name), MoRARule)
+            and name not in adapted
+        ]
         if left:
             warn(
                 f"{', '.join(sorted(left))}: no product that qwix sees multiplies by "
@@ -153,90 +143,69 @@ class MoRAProvider(qwix.PtqProvider):
                 LeftOutWarning,
             )
 
-    def dot_general(
-        self,
-        lhs: Any,
-        rhs: Any,
-        dimension_numbers: Any,
-        precision: Any = None,
-        preferred_element_type: Any = None,
-        **settings: Any,
-    ) -> jax.Array:
+    def _rule_for(self, parameter: str) -> qwix.QuantizationRule | None:
+        """The first rule for the module that has a parameter, by its path."""
+        module = parameter.rpartition("/")[0]
+        rules = (r for r in self._rules if re.fullmatch(r.module_path, module))
+        return next(rules, None)
+
+    def dot_general(self, lhs: Any, rhs: Any, *args: Any, **settings: Any) -> jax.Array:
         """The product of qwix, with the delta added if one operand is a kernel."""
-        settings |= {
-            "dimension_numbers": dimension_numbers,
-            "precision": precision,
-            "preferred_element_type": preferred_element_type,
-        }
-
-        def product(kernel_first: bool) -> Product:
-            return of_dot_general(lhs.ndim, rhs.ndim, dimension_numbers, kernel_first)
-
-        own = functools.partial(super().dot_general, **settings)
-        return self._adapted("dot_general", own, (lhs, rhs), product)
+        settings = named_settings("dot_general", *args, **settings)
+        return self._adapted("dot_general", (), (lhs, rhs), settings)
 
     def einsum(self, equation: str, *operands: Any, **settings: Any) -> jax.Array:
         """The einsum of qwix, with the delta added if one operand is a kernel."""
-
-        def product(kernel_first: bool) -> Product:
-            return of_einsum(equation, operands[kernel_first].ndim, kernel_first)
-
-        own = functools.partial(super().einsum, equation, **settings)
-        return self._adapted("einsum", own, operands, product)
+        return self._adapted("einsum", (equation,), operands, settings)
 
     def conv_general_dilated(
         self, lhs: Any, rhs: Any, *args: Any, **settings: Any
     ) -> jax.Array:
         """The convolution of qwix, with the delta added."""
-        settings = convolution_settings(*args, **settings)
-
-        def product(kernel_first: bool) -> Product:
-            return of_convolution(lhs, rhs, settings)
-
-        own = functools.partial(super().conv_general_dilated, **settings)
-        return self._adapted("conv_general_dilated", own, (lhs, rhs), product)
+        settings = named_settings("conv_general_dilated", *args, **settings)
+        return self._adapted("conv_general_dilated", (), (lhs, rhs), settings)
 
     def _adapted(
         self,
         op: str,
-        own: functools.partial[jax.Array],
-        operands: Sequence[Any],
-        product_of: Callable[[bool], Product],
+        head: tuple[str, ...],
+        operands: tuple[Any, ...],
+        settings: dict[str, Any],
     ) -> jax.Array:
-        """The output of `own(*operands)`, with the delta of the kernel among them.
+        """The output of an operation, with the delta of the kernel that it multiplies.
 
         Args:
           op: qwix's name of the operation.
-          own: The product of qwix.
+          head: The arguments before the operands.
           operands: The input and the kernel, in any order, or other arrays.
-          product_of: A function of True if the kernel is the first operand.
+          settings: The arguments after the operands.
         """
-        rule = _private.rule_of_call(self, op)
+        own, args = getattr(super(), op), (*head, *operands)
+        rule, _ = self._get_current_rule_and_op_id(op, only_rule=True)
         if not isinstance(rule, MoRARule):
-            return own(*operands)
+            return own(*args, **settings)
         module = _private.module_of_call()
         kernel = find_kernel(module, operands, rule.module_path)
         is_last = kernel is not None and kernel.at == len(operands) - 1
         # qwix would quantize an input that has a parameter's shape in its place.
         mistaken = not is_last and _private.is_taken(operands[-1])
-        if mistaken or traced_specs.get() is not None:
-            own = functools.partial(PLAIN[op], *own.args, **own.keywords)
-        y = own(*operands)
+        is_plain = mistaken or traced_specs.get() is not None
+        y = (OPERATIONS[op].plain if is_plain else own)(*args, **settings)
         if kernel is None:
             return y
-        product, x = product_of(kernel.at == 0), operands[1 - kernel.at]
+        product = OPERATIONS[op].product(kernel.at == 0, *args, **settings)
         spec = self._spec(module, kernel.name, operands[kernel.at], product, rule)
-        m = m_of(module, spec)
+        m = _m_of(module, spec)
         if m is None:
             return y
-        key = dropout_key(module, spec, m)
-        return add_delta(y, spec, m, x, product, key, own.keywords.get("precision"))
+        x, key = operands[1 - kernel.at], _dropout_key(module, spec, m)
+        return add_delta(y, spec, m, x, product, key, settings.get("precision"))
 
     def _spec(
         self, module: Any, name: str, kernel: Any, product: Product, rule: MoRARule
     ) -> AdapterSpec:
         """The adapter of a kernel; as its first product has it, if it has several."""
-        path, shape = (*_private.path_of(module), name), tuple(kernel.shape)
+        path, shape = (*_private.path_of_call(), name), tuple(kernel.shape)
         planned = self.planned[self.running[threading.get_ident()]]
         place = "/".join(path), shape
         held = _held.held(module, path) if isinstance(module, nnx.Module) else None
@@ -252,3 +221,33 @@ class MoRAProvider(qwix.PtqProvider):
             specs[spec.name] = spec
         check_product(spec, product)
         return spec
+
+
+def _m_of(module: Any, spec: AdapterSpec) -> Any:
+    """M, or one for each row of a batch; None in an NNX model that has none.
+
+    A Linen module makes its M when it is initialised.
+    """
+    if not isinstance(module, nn.Module):
+        adapter = _held.held(module, spec.path)
+        return adapter and adapter[1]
+    assert module.scope is not None
+    kernel, name = spec.path[-1], spec.path[-1] + SUFFIX
+    given = module.scope.get_variable("params", name)
+    if given is not None:
+        return adapter_of(given, spec, by_row=True)
+
+    def start(key: PRNGKeyArray) -> Any:
+        box = _private.parameters_of(module)[kernel]
+        return _private.boxed_as(box, init_adapter(spec, key))
+
+    return module.scope.param(name, start)  # raises if a call lacks M
+
+
+def _dropout_key(module: Any, spec: AdapterSpec, m: Any) -> PRNGKeyArray | None:
+    """The key of a call's dropout; None where nothing is dropped."""
+    if spec.dropout == 0:
+        return None
+    if isinstance(module, nn.Module):
+        return module.make_rng("dropout") if module.has_rng("dropout") else None
+    return _held.dropout_key(module, m, getattr(module, spec.path[-1]))

@@ -1,6 +1,5 @@
 """Adapters merged into quantized kernels."""
 
-import functools
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
@@ -9,29 +8,24 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.core import Tracer
 
-from mora_jax._common.checks import check_choice, check_kernel
+from mora_jax._common.checks import check_choice
 from mora_jax._layer.delta import delta_kernel
-from mora_jax._layer.dense import as_jax_array
-from mora_jax._layer.rounding import add_rounded, share_lost
 from mora_jax._plan.plan import Plan, check_plan
-from mora_jax._plan.spec import SUFFIX, AdapterSpec
+from mora_jax._plan.spec import AdapterSpec
 from mora_jax._plan.trained_arrays import refuse_trained
-from mora_jax._tree.base_digest import check_base
-from mora_jax._tree.merge import finite_items
+from mora_jax._tree.adapters import nest, refuse_combined
+from mora_jax._tree.merge import finite_items, wide
+from mora_jax._tree.merge import merge as merge_arrays
 from mora_jax._tree.paths import (
-    is_boxed,
+    adapter_path,
     key_name,
     lacking,
     located_leaves,
-    reboxed,
     unboxed,
 )
-from mora_jax.nnx._adapters import adapters as adapters_of
-from mora_jax.nnx._adapters import named_modules, plan_of
-from mora_jax.nnx._classes import DROPOUT
-from mora_jax.nnx._param import MoRAParam
+from mora_jax.nnx import _held
 from mora_jax.qwix import _private
-from mora_jax.qwix._private import WithAux
+from mora_jax.qwix._private import WithAux, is_parameter
 
 Onto = Literal["dequantized", "requantized"]
 Model = TypeVar("Model", bound=nnx.Module)
@@ -86,8 +80,8 @@ def dequantize(params: Any) -> Any:
     """
     if isinstance(params, nnx.Module):
         model = nnx.clone(params)
-        _dequantize_modules(model)
-        return nnx.state(model, nnx.All(nnx.Param, nnx.Not(MoRAParam)))
+        _set_parameters(model, dequantize(_private.named_parameters(model)))
+        return nnx.state(model, nnx.All(nnx.Param, nnx.Not(_held.MoRAParam)))
     if not located_leaves(params) and not isinstance(params, Mapping):
         raise TypeError(
             f"params must be a tree of arrays, got {type(params).__name__}: give "
@@ -95,17 +89,15 @@ def dequantize(params: Any) -> Any:
         )
 
     def replace(keys: Any, leaf: Any) -> Any:
-        if isinstance(leaf, WithAux):
-            return _private.plain(leaf, _private.dequantized(leaf))
-        path = [key_name(key) for key in keys]
-        if path[-2:] == ["array", "qvalue"]:
+        name = "/".join(map(key_name, keys))
+        if name.endswith("/array/qvalue"):
             raise TypeError(
-                f"params hold parts of the quantized kernel {'/'.join(path[:-2])!r}, "
-                "which do not say how it is quantized: write dequantize(model)"
+                f"params hold parts of the quantized kernel {name[:-13]!r}, which do "
+                "not say how it is quantized: write dequantize(model)"
             )
-        return leaf
+        return _private.dequantized(leaf)
 
-    return jax.tree_util.tree_map_with_path(replace, params, is_leaf=_is_parameter)
+    return jax.tree_util.tree_map_with_path(replace, params, is_leaf=is_parameter)
 
 
 def merge(
@@ -157,31 +149,21 @@ def merge(
             f"params must be a tree of arrays, got the model {type(params).__name__}: "
             "write merge_adapters(model)"
         )
-    items = {spec.path: (spec, m) for spec, m in finite_items(adapters, plan)}
+    items = {spec.name: (spec, m) for spec, m in finite_items(adapters, plan)}
     losses: dict[str, MergeLoss] = {}
-    paths: set[tuple[str, ...]] = set()
+    names: list[str] = []
 
     def replace(keys: Any, leaf: Any) -> Any:
-        path = tuple(key_name(key) for key in keys)
-        paths.add(path)
-        if path[-1].endswith(SUFFIX):
-            raise ValueError(
-                f"params hold the adapter {'/'.join(path)}: give the base alone, as "
-                "mora_jax.split(params)[0]"
-            )
-        if path in items:
-            leaf, losses["/".join(path)] = _sum(leaf, *items[path], onto, any_base)
-        elif isinstance(leaf, WithAux) and onto == "dequantized":
-            leaf = _private.plain(leaf, _private.dequantized(leaf))
-        return leaf
+        names.append(name := "/".join(map(key_name, keys)))
+        if name in items:
+            leaf, losses[name] = _sum(leaf, *items[name], onto, any_base)
+        return _private.dequantized(leaf) if onto == "dequantized" else leaf
 
-    merged = jax.tree_util.tree_map_with_path(replace, params, is_leaf=_is_parameter)
-    for path, (spec, _) in items.items():
-        if path not in paths:
-            names = ["/".join(path) for path in paths]
-            raise ValueError(
-                f"params lack the kernel {spec.name!r}{lacking(spec.name, names)}"
-            )
+    merged = jax.tree_util.tree_map_with_path(replace, params, is_leaf=is_parameter)
+    refuse_combined(names, plan.specs)
+    for name in items:
+        if name not in names:
+            raise ValueError(f"params lack the kernel {name!r}{lacking(name, names)}")
     return merged, losses
 
 
@@ -216,87 +198,52 @@ def merge_adapters(
       (True, {'kernel': MergeLoss(share=0.0, error=0.0)})
     """
     check_choice("onto", onto, get_args(Onto))
-    plan = plan_of(model)
-    refuse_trained(plan.trained, _WHY)
-    items = finite_items(adapters_of(model), plan)
-    model, losses = nnx.clone(model), {}
-    modules = dict(named_modules(model))
-    for spec, m in items:
-        module, name = modules[spec.path[:-1]], spec.path[-1]
-        old = getattr(module, name)
-        new, losses[spec.name] = _sum(old, spec, m, onto, any_base)
-        setattr(module, name, new)
-        for own in (name + SUFFIX, DROPOUT):
-            if hasattr(module, own):
-                delattr(module, own)
+    plan, adapters, model = (
+        _held.plan_of(model),
+        _held.adapters(model),
+        nnx.clone(model),
+    )
+    params = _private.named_parameters(model)
+    params, losses = merge(params, adapters, plan, onto=onto, any_base=any_base)
+    _set_parameters(model, params)
+    _held.release(model, plan)
     if onto == "dequantized":
-        _dequantize_modules(model)
-        _private.forget_call(model)
-        object.__setattr__(model, "__class__", _private.plain_class(model))
+        _private.forget(model)
     return model, losses
 
 
-def _dequantize_modules(model: nnx.Module) -> None:
-    """Give each module of a model arrays in place of its quantized kernels."""
-    for _, module in named_modules(model):
-        for name in _names(module, WithAux):
-            old = getattr(module, name)
-            setattr(module, name, _private.plain(old, _private.dequantized(old)))
+def _set_parameters(model: nnx.Module, params: dict[str, Any]) -> None:
+    """Give a model parameters: {slash-joined path: a variable, or a quantized one}."""
+    modules = {"/".join(path): module for path, module in _held.named_modules(model)}
+    for name, parameter in params.items():
+        path, _, own = name.rpartition("/")
+        setattr(modules[path], own, parameter)
 
 
 def _sum(
     old: Any, spec: AdapterSpec, m: jax.Array, onto: Onto, any_base: bool
 ) -> tuple[Any, MergeLoss]:
     """A kernel with its delta, in the form and the box that it has; what was lost."""
-    quantized = isinstance(old, WithAux)
-    for leaf in jax.tree.leaves(old):
-        as_jax_array(spec.name, leaf)
-    base = _private.dequantized(old) if quantized else jnp.asarray(unboxed(old))
-    check_kernel(base, spec.name)
-    if tuple(base.shape) != spec.kernel_shape:
-        raise ValueError(
-            f"{spec.name} must have shape {spec.kernel_shape}, got {base.shape}"
-        )
-    if not any_base:
-        check_base((spec,), {spec.name: base})
-    wide = jnp.result_type(jnp.float32, base.dtype, m.dtype)
-    delta = delta_kernel(spec, m.astype(wide))
-    exact = base.astype(wide) + delta
-    if quantized and onto == "requantized":
-        new: Any = _private.requantized(old, exact)
-        values = _private.dequantized(new)
-    else:
-        values = add_rounded(base, delta, spec.axes, base.dtype, "dither")
-        new = _private.plain(old, values) if quantized else reboxed(old, values)
-    return new, _loss(delta, values.astype(wide), base.astype(wide), exact)
+    base, plan = {spec.name: _private.dequantized(old)}, Plan((spec,), 0, traced=True)
+    adapters = nest({adapter_path(spec): m})
+    new = merge_arrays(base, adapters, plan, any_base=any_base)[spec.name]
+    if onto == "requantized" and isinstance(old, WithAux):
+        new = _private.requantized(old, unboxed(new))
+    before, after = (
+        jnp.asarray(unboxed(leaf))
+        for leaf in (base[spec.name], _private.dequantized(new))
+    )
+    return new, _loss(before, after, delta_kernel(spec, wide(m, before.dtype)))
 
 
-def _loss(
-    delta: jax.Array, values: jax.Array, base: jax.Array, exact: jax.Array
-) -> MergeLoss:
-    """What the stored `values` lack of `exact`, which is base and delta."""
-
-    def norm(array: jax.Array) -> jax.Array:
-        return jnp.linalg.norm(array.ravel())
-
-    size = norm(delta)
-    if isinstance(size, Tracer):
-        scaled = delta / jnp.where(size > 0, size, 1)
-        # Exact products, as in `share_lost`, which wants numbers.
-        dot = functools.partial(jnp.vdot, precision=jax.lax.Precision.HIGHEST)
-        change = dot(values - base, scaled) / jnp.where(size > 0, size, 1)
-        share = jnp.where(size > 0, jnp.abs(1 - change), 0)
-        error = norm(values - exact) / jnp.where(size > 0, size, jnp.inf)
-        return MergeLoss(share, error)
-    if size == 0:
-        return MergeLoss(0.0, 0.0)
-    error = float(norm(values - exact)) / float(size)
-    return MergeLoss(share_lost(values - base, delta), error)
-
-
-def _names(module: nnx.Module, kind: type) -> list[str]:
-    return [name for name, value in vars(module).items() if isinstance(value, kind)]
-
-
-def _is_parameter(node: Any) -> bool:
-    return isinstance(node, WithAux) or is_boxed(node)
+def _loss(before: jax.Array, after: jax.Array, delta: jax.Array) -> MergeLoss:
+    """The part of `delta` that a kernel lacks in `after`, which was stored."""
+    before, after = before.astype(delta.dtype), after.astype(delta.dtype)
+    size = jnp.linalg.norm(delta.ravel())
+    scaled = delta / jnp.where(size > 0, size, 1)
+    # Exact products: accelerators would round what they multiply to 16 bits.
+    along = jnp.vdot(after - before, scaled, precision=jax.lax.Precision.HIGHEST)
+    share = jnp.abs(1 - along / jnp.where(size > 0, size, 1))
+    error = jnp.linalg.norm((after - (before + delta)).ravel())
+    loss = jnp.where(size > 0, share, 0), error / jnp.where(size > 0, size, jnp.inf)
+    return MergeLoss(*(loss if isinstance(size, Tracer) else map(float, loss)))

@@ -1,6 +1,5 @@
 """Plan of a model with a `MoRAProvider`, by a trace that shows all its products."""
 
-import itertools
 from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any
@@ -8,9 +7,8 @@ from typing import Any
 import flax.linen as nn
 import jax
 from flax import nnx
-from jax.experimental.xla_metadata import set_xla_metadata
 
-from mora_jax._jax.static_arguments import split_static
+from mora_jax._jax.fresh_trace import fresh_shapes
 from mora_jax._plan.plan import Plan
 from mora_jax._plan.spec import SUFFIX, AdapterSpec
 from mora_jax._tree.combined import split
@@ -22,34 +20,16 @@ Specs = dict[str, AdapterSpec]
 traced_specs: ContextVar[Specs | None] = ContextVar("traced_specs", default=None)
 """{path of a kernel: its adapter} in a trace of this file; None outside of one."""
 
-_NUMBERS = itertools.count()
-
 
 def trace(function: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Any, Specs]:
     """The shapes that a call returns, and the adapters of the kernels it multiplies.
 
     In the trace nothing is quantized, and each operand is known by what made it.
-
-    JAX keeps traces of inner functions that it compiles, such as `x @ y`, and qwix
-    would not see their products. It keeps them by context, which includes the metadata
-    of operations; so a new value of it makes new traces.
-
-    Args:
-      function: The call.
-      *args: Arrays and shapes, which are traced. Everything else is static.
-      **kwargs: Further arguments.
     """
-    arrays, join = split_static((args, kwargs))
-
-    def call(arrays: list[Any]) -> Any:
-        args, kwargs = join(arrays)
-        return function(*args, **kwargs)
-
     specs: Specs = {}
     token = traced_specs.set(specs)
     try:
-        with set_xla_metadata(mora_jax_trace=str(next(_NUMBERS))):
-            return jax.eval_shape(call, arrays), specs
+        return fresh_shapes(function, *args, **kwargs), specs
     finally:
         traced_specs.reset(token)
 
