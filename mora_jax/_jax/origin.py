@@ -24,7 +24,7 @@ stands, perhaps in another dtype. A derived one is made of the other array.
 """
 
 
-def relation(start: jax.Array, end: jax.Array) -> int | None:
+def relation_of(start: jax.Array, end: jax.Array) -> int | None:
     """The relation of `end` to `start`, if any is known."""
     start, end = _inside(start), _inside(end)
     steps = _steps(start, end)

@@ -5,6 +5,7 @@ classes: M is beside its kernel all the same, and the provider adds the delta.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -61,6 +62,14 @@ def release(model: nnx.Module, plan: Plan) -> None:
         for own in (spec.path[-1] + SUFFIX, DROPOUT):
             if hasattr(module, own):
                 delattr(module, own)
+
+
+def set_parameters(model: nnx.Module, params: Mapping[str, Any]) -> None:
+    """Give a model other parameters: {slash-joined path: parameter}."""
+    modules = {"/".join(path): module for path, module in named_modules(model)}
+    for name, parameter in params.items():
+        path, _, own = name.rpartition("/")
+        setattr(modules[path], own, parameter)
 
 
 def held(module: nnx.Module, path: Path) -> tuple[AdapterSpec, Any] | None:

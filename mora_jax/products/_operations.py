@@ -41,7 +41,12 @@ def of_einsum(
 
 
 def of_convolution(
-    kernel_first: bool, lhs: Any, rhs: Any, *, dimension_numbers: Any, **settings: Any
+    kernel_first: bool,
+    lhs: Any,
+    rhs: Any,
+    *,
+    dimension_numbers: Any = None,
+    **settings: Any,
 ) -> Convolution:
     """The product of a `conv_general_dilated`, whose second operand is the kernel.
 
@@ -63,7 +68,7 @@ def of_convolution(
         )
 
     groups = "feature_group_count", "batch_group_count"
-    any_outputs = all(settings[name] == 1 for name in groups)
+    any_outputs = all(settings.get(name, 1) == 1 for name in groups)
     return Convolution("i" * last + "o", convolve, any_outputs)
 
 
@@ -93,5 +98,4 @@ _SIGNATURES = {name: inspect.signature(op.plain) for name, op in OPERATIONS.item
 def named_settings(name: str, *args: Any, **settings: Any) -> dict[str, Any]:
     """The arguments of an operation after its two operands, by name."""
     bound = _SIGNATURES[name].bind(None, None, *args, **settings)
-    bound.apply_defaults()
     return dict(list(bound.arguments.items())[2:])

@@ -9,49 +9,39 @@ is an error.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
-from mora_jax._jax.origin import ALIKE, DERIVED, ITSELF, relation
+from mora_jax._jax.origin import ALIKE, DERIVED, ITSELF, relation_of
 from mora_jax.qwix import _private
 
 
-class Kernel(NamedTuple):
-    """Kernel among the operands of a product.
-
-    Attributes:
-      relation: The relation of the operand to the kernel.
-      at: The position of the operand.
-      name: The name of the kernel in its module.
-    """
-
-    relation: int
-    at: int
-    name: str
-
-
-def find_kernel(module: Any, operands: Sequence[Any], pattern: str) -> Kernel | None:
-    """The kernel among the operands; the last one, if all else is equal.
+def find_kernel(
+    module: Any, operands: Sequence[Any], pattern: str
+) -> tuple[str, int] | None:
+    """The name of the kernel that is an operand, and the position of the operand.
 
     Args:
       module: The module that runs.
-      operands: The operands of a product.
+      operands: The operands of a product. The last one counts, if all else is equal.
       pattern: The pattern of the rule, for messages.
 
     Raises:
       ValueError: An operand may be made of a kernel, or there are more than two.
     """
-    kernels = [
-        Kernel(relation, at, name)
+    found = [
+        (relation, at, name)
         for name, parameter in _private.parameters_of(module).items()
         for at, operand in enumerate(operands)
         if (relation := _relation(parameter, operand)) is not None
     ]
-    kernel = max(kernels, default=None)
-    if kernel is None or kernel.relation == ITSELF and len(operands) == 2:
-        return kernel
+    if not found:
+        return None
+    relation, at, name = max(found)
     if len(operands) != 2:
         why = f"an einsum with {len(operands)} operands has no adapter"
-    elif kernel.relation == DERIVED:
+    elif relation == ITSELF:
+        return name, at
+    elif relation == DERIVED:
         why = "its module multiplies by what it makes of the kernel, not by itself"
     else:
         why = (
@@ -60,8 +50,8 @@ def find_kernel(module: Any, operands: Sequence[Any], pattern: str) -> Kernel | 
             "compiles for itself, as x @ kernel is, nothing tells: use jnp.dot or "
             "jnp.einsum of the kernel"
         )
-    name = "/".join((*_private.path_of_call(), kernel.name))
-    raise ValueError(f"{name}: {why}; or leave it out of module_path={pattern!r}")
+    place = "/".join((*_private.path_of_call(), name))
+    raise ValueError(f"{place}: {why}; or leave it out of module_path={pattern!r}")
 
 
 def _relation(parameter: Any, operand: Any) -> int | None:
@@ -69,7 +59,7 @@ def _relation(parameter: Any, operand: Any) -> int | None:
     is_quantized = _private.is_quantized(parameter)
     if is_quantized != _private.is_quantized(operand):
         return None
-    found = relation(*map(_private.first_array, (parameter, operand)))
+    found = relation_of(*map(_private.first_array, (parameter, operand)))
     if found == ALIKE and operand.ndim == 1:
         return None  # as are biases
     # A module can read a quantized kernel, and make nothing else of it.

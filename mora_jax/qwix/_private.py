@@ -76,24 +76,24 @@ def parameters_of(module: Any) -> dict[str, Any]:
 
 
 def named_parameters(model: Any) -> dict[str, Any]:
-    """{slash-joined path: parameter} of the model that runs or, if it is NNX, of any."""
+    """{slash-joined path: parameter} of a model that runs, or of any NNX model."""
     if isinstance(model, nnx.Module):
         return {
             "/".join((*path, name)): parameter
             for path, module in _held.named_modules(model)
             for name, parameter in parameters_of(module).items()
         }
-    params = model.variables.get("params", {})
-    leaves = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_parameter)[0]
-    named = {
-        "/".join((*model.path, *map(key_name, keys))): leaf for keys, leaf in leaves
-    }
-    return {name: v for name, v in named.items() if not name.endswith(SUFFIX)}
+    named, _ = parameters_in(model.variables.get("params", {}))
+    names = (name for name in named if not name.endswith(SUFFIX))
+    return {"/".join((*model.path, name)): named[name] for name in names}
 
 
-def is_parameter(node: Any) -> bool:
-    """True for a parameter in a tree of params, boxed or quantized as it is."""
-    return isinstance(node, WithAux) or is_boxed(node)
+def parameters_in(params: Any) -> tuple[dict[str, Any], Any]:
+    """{slash-joined path: parameter} of a tree, and its structure."""
+    pairs, structure = jax.tree_util.tree_flatten_with_path(
+        params, is_leaf=lambda node: isinstance(node, WithAux) or is_boxed(node)
+    )
+    return {"/".join(map(key_name, keys)): leaf for keys, leaf in pairs}, structure
 
 
 def is_taken(array: Any) -> bool:

@@ -186,51 +186,50 @@ class MoRAProvider(qwix.PtqProvider):
             return own(*args, **settings)
         module = _private.module_of_call()
         kernel = find_kernel(module, operands, rule.module_path)
-        is_last = kernel is not None and kernel.at == len(operands) - 1
+        is_last = kernel is not None and kernel[1] == len(operands) - 1
         # qwix would quantize an input that has a parameter's shape in its place.
         mistaken = not is_last and _private.is_taken(operands[-1])
         is_plain = mistaken or traced_specs.get() is not None
         y = (OPERATIONS[op].plain if is_plain else own)(*args, **settings)
         if kernel is None:
             return y
-        product = OPERATIONS[op].product(kernel.at == 0, *args, **settings)
-        spec = self._spec(module, kernel.name, operands[kernel.at], product, rule)
-        m = _m_of(module, spec)
-        if m is None:
+        name, at = kernel
+        product = OPERATIONS[op].product(at == 0, *args, **settings)
+        adapter = self._adapter(module, name, operands[at], product, rule)
+        if adapter is None:
             return y
-        x, key = operands[1 - kernel.at], _dropout_key(module, spec, m)
-        return add_delta(y, spec, m, x, product, key, settings.get("precision"))
-
-    def _spec(
-        self, module: Any, name: str, kernel: Any, product: Product, rule: MoRARule
-    ) -> AdapterSpec:
-        """The adapter of a kernel; as its first product has it, if it has several."""
-        path, shape = (*_private.path_of_call(), name), tuple(kernel.shape)
-        planned = self.planned[self.running[threading.get_ident()]]
-        place = "/".join(path), shape
-        held = _held.held(module, path) if isinstance(module, nnx.Module) else None
-        if held:
-            planned[place] = rule, held[0]
-        elif place not in planned:
-            settings = {"kernel_dtype": kernel.dtype}
-            config, axes = rule.config, product.axes
-            spec = AdapterSpec.from_config(config, shape, axes, path, **settings)
-            planned[place] = rule, spec
-        _, spec = planned[place]
-        if (specs := traced_specs.get()) is not None:
-            specs[spec.name] = spec
+        spec, m = adapter
         check_product(spec, product)
-        return spec
+        key = _dropout_key(module, spec, m)
+        precision = settings.get("precision")
+        return add_delta(y, spec, m, operands[1 - at], product, key, precision)
+
+    def _adapter(
+        self, module: Any, name: str, kernel: Any, product: Product, rule: MoRARule
+    ) -> tuple[AdapterSpec, Any] | None:
+        """The adapter of a kernel and M; None in an NNX model that has no M for it.
+
+        A Linen module has adapters as the first product of each kernel had it.
+        """
+        path, specs = (*_private.path_of_call(), name), traced_specs.get()
+        if isinstance(module, nnx.Module) and specs is None:
+            return _held.held(module, path)
+        planned = self.planned[self.running[threading.get_ident()]]
+        place, shape = "/".join(path), tuple(kernel.shape)
+        if (place, shape) not in planned:
+            config, settings = rule.config, {"kernel_dtype": kernel.dtype}
+            spec = AdapterSpec.from_config(
+                config, shape, product.axes, path, **settings
+            )
+            planned[place, shape] = rule, spec
+        _, spec = planned[place, shape]
+        if specs is not None:
+            specs[place] = spec
+        return None if isinstance(module, nnx.Module) else (spec, _m_of(module, spec))
 
 
-def _m_of(module: Any, spec: AdapterSpec) -> Any:
-    """M, or one for each row of a batch; None in an NNX model that has none.
-
-    A Linen module makes its M when it is initialised.
-    """
-    if not isinstance(module, nn.Module):
-        adapter = _held.held(module, spec.path)
-        return adapter and adapter[1]
+def _m_of(module: nn.Module, spec: AdapterSpec) -> Any:
+    """M of a running module, which makes it when it is initialised."""
     assert module.scope is not None
     kernel, name = spec.path[-1], spec.path[-1] + SUFFIX
     given = module.scope.get_variable("params", name)

@@ -18,14 +18,13 @@ from mora_jax._tree.merge import finite_items, wide
 from mora_jax._tree.merge import merge as merge_arrays
 from mora_jax._tree.paths import (
     adapter_path,
-    key_name,
     lacking,
     located_leaves,
     unboxed,
 )
 from mora_jax.nnx import _held
 from mora_jax.qwix import _private
-from mora_jax.qwix._private import WithAux, is_parameter
+from mora_jax.qwix._private import WithAux
 
 Onto = Literal["dequantized", "requantized"]
 Model = TypeVar("Model", bound=nnx.Module)
@@ -80,7 +79,7 @@ def dequantize(params: Any) -> Any:
     """
     if isinstance(params, nnx.Module):
         model = nnx.clone(params)
-        _set_parameters(model, dequantize(_private.named_parameters(model)))
+        _held.set_parameters(model, dequantize(_private.named_parameters(model)))
         return nnx.state(model, nnx.All(nnx.Param, nnx.Not(_held.MoRAParam)))
     if not located_leaves(params) and not isinstance(params, Mapping):
         raise TypeError(
@@ -88,16 +87,14 @@ def dequantize(params: Any) -> Any:
             "variables['params'], or an NNX model"
         )
 
-    def replace(keys: Any, leaf: Any) -> Any:
-        name = "/".join(map(key_name, keys))
+    named, structure = _private.parameters_in(params)
+    for name in named:
         if name.endswith("/array/qvalue"):
             raise TypeError(
                 f"params hold parts of the quantized kernel {name[:-13]!r}, which do "
                 "not say how it is quantized: write dequantize(model)"
             )
-        return _private.dequantized(leaf)
-
-    return jax.tree_util.tree_map_with_path(replace, params, is_leaf=is_parameter)
+    return structure.unflatten(map(_private.dequantized, named.values()))
 
 
 def merge(
@@ -149,22 +146,16 @@ def merge(
             f"params must be a tree of arrays, got the model {type(params).__name__}: "
             "write merge_adapters(model)"
         )
-    items = {spec.name: (spec, m) for spec, m in finite_items(adapters, plan)}
-    losses: dict[str, MergeLoss] = {}
-    names: list[str] = []
-
-    def replace(keys: Any, leaf: Any) -> Any:
-        names.append(name := "/".join(map(key_name, keys)))
-        if name in items:
-            leaf, losses[name] = _sum(leaf, *items[name], onto, any_base)
-        return _private.dequantized(leaf) if onto == "dequantized" else leaf
-
-    merged = jax.tree_util.tree_map_with_path(replace, params, is_leaf=is_parameter)
-    refuse_combined(names, plan.specs)
-    for name in items:
-        if name not in names:
-            raise ValueError(f"params lack the kernel {name!r}{lacking(name, names)}")
-    return merged, losses
+    named, structure = _private.parameters_in(params)
+    refuse_combined(named, plan.specs)
+    losses = {}
+    for spec, m in finite_items(adapters, plan):
+        name = spec.name
+        if name not in named:
+            raise ValueError(f"params lack the kernel {name!r}{lacking(name, named)}")
+        named[name], losses[name] = _sum(named[name], spec, m, onto, any_base)
+    merged = structure.unflatten(named.values())
+    return dequantize(merged) if onto == "dequantized" else merged, losses
 
 
 def merge_adapters(
@@ -198,26 +189,15 @@ def merge_adapters(
       (True, {'kernel': MergeLoss(share=0.0, error=0.0)})
     """
     check_choice("onto", onto, get_args(Onto))
-    plan, adapters, model = (
-        _held.plan_of(model),
-        _held.adapters(model),
-        nnx.clone(model),
-    )
+    plan, adapters = _held.plan_of(model), _held.adapters(model)
+    model = nnx.clone(model)
     params = _private.named_parameters(model)
     params, losses = merge(params, adapters, plan, onto=onto, any_base=any_base)
-    _set_parameters(model, params)
+    _held.set_parameters(model, params)
     _held.release(model, plan)
     if onto == "dequantized":
         _private.forget(model)
     return model, losses
-
-
-def _set_parameters(model: nnx.Module, params: dict[str, Any]) -> None:
-    """Give a model parameters: {slash-joined path: a variable, or a quantized one}."""
-    modules = {"/".join(path): module for path, module in _held.named_modules(model)}
-    for name, parameter in params.items():
-        path, _, own = name.rpartition("/")
-        setattr(modules[path], own, parameter)
 
 
 def _sum(
