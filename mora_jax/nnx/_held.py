@@ -5,7 +5,7 @@ classes: M is beside its kernel all the same, and the provider adds the delta.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -81,9 +81,19 @@ def held(module: nnx.Module, path: Path) -> tuple[AdapterSpec, Any] | None:
     return (dataclasses.replace(m.spec, path=path), value_of(m)) if is_m(m) else None
 
 
-def dropout_key(module: nnx.Module, m: Any, kernel: Any) -> PRNGKeyArray | None:
+def dropout_key(module: nnx.Module, kernel: str, m: Any) -> PRNGKeyArray | None:
     """The key of a call's dropout; None where nothing is dropped."""
     dropout = getattr(module, DROPOUT, None)
     if dropout is None or dropout.deterministic:
         return None
-    return dropout.key(m, kernel)
+    return dropout.key(m, getattr(module, kernel))
+
+
+def traceable(model: nnx.Module, method: str) -> tuple[Callable[..., Any], Any]:
+    """A method as a function of the model's state and its arguments, and that state."""
+    graph, state = nnx.split(model)
+
+    def call(state: Any, *args: Any, **kwargs: Any) -> Any:
+        return getattr(nnx.merge(graph, state), method)(*args, **kwargs)
+
+    return call, state

@@ -1,9 +1,10 @@
-"""Products that functions of JAX compute, by the arguments of a call."""
+"""Calls of JAX's functions that multiply, and the products that they compute."""
 
+import dataclasses
+import functools
 import inspect
 import string
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,90 +13,89 @@ from mora_jax.products._base import Product
 from mora_jax.products.contraction import Contraction
 from mora_jax.products.convolution import Convolution
 
-
-def of_dot_general(
-    kernel_first: bool, lhs: Any, rhs: Any, *, dimension_numbers: Any, **_: Any
-) -> Contraction:
-    """The einsum of a `dot_general`."""
-    (lhs_sum, rhs_sum), (lhs_batch, rhs_batch) = dimension_numbers
-    left = list(string.ascii_letters[: lhs.ndim])
-    right = list(string.ascii_letters[lhs.ndim : lhs.ndim + rhs.ndim])
-    for here, there in zip((*lhs_sum, *lhs_batch), (*rhs_sum, *rhs_batch), strict=True):
-        right[there] = left[here]
-    batch = [left[k] for k in lhs_batch]
-    shared = {left[k] for k in (*lhs_sum, *lhs_batch)}
-    free = [letter for letter in (*left, *right) if letter not in shared]
-    equation = f"{''.join(left)},{''.join(right)}->{''.join([*batch, *free])}"
-    return of_einsum(kernel_first, equation, lhs, rhs)
+FUNCTIONS = {
+    "dot_general": jax.lax.dot_general,
+    "einsum": jnp.einsum,
+    "conv_general_dilated": jax.lax.conv_general_dilated,
+}
+_SIGNATURES = {name: inspect.signature(f) for name, f in FUNCTIONS.items()}
 
 
-def of_einsum(
-    kernel_first: bool, equation: str, *operands: Any, **_: Any
-) -> Contraction:
-    """The einsum of an input and a kernel, the input first."""
-    terms, arrow, outputs = equation.replace(" ", "").partition("->")
-    x, kernel = terms.split(",")[:: -1 if kernel_first else 1]
-    return Contraction.parse(
-        f"{x},{kernel}{arrow}{outputs}", operands[kernel_first].ndim
-    )
-
-
-def of_convolution(
-    kernel_first: bool,
-    lhs: Any,
-    rhs: Any,
-    *,
-    dimension_numbers: Any = None,
-    **settings: Any,
-) -> Convolution:
-    """The product of a `conv_general_dilated`, whose second operand is the kernel.
-
-    Raises:
-      ValueError: The output features are not the last axis of kernel and output.
-    """
-    numbers = jax.lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
-    last = len(rhs.shape) - 1
-    if kernel_first or numbers.rhs_spec[0] != last or numbers.out_spec[1] != last:
-        raise ValueError(
-            "a convolution has an adapter if its output features are the last axis of "
-            f"kernel and output, got {numbers}"
-        )
-
-    def convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
-        kernel = kernel.astype(x.dtype)
-        return jax.lax.conv_general_dilated(
-            x, kernel, dimension_numbers=numbers, **settings
-        )
-
-    groups = "feature_group_count", "batch_group_count"
-    any_outputs = all(settings.get(name, 1) == 1 for name in groups)
-    return Convolution("i" * last + "o", convolve, any_outputs)
-
-
-class Operation(NamedTuple):
-    """A function of JAX that multiplies two operands.
+@dataclasses.dataclass(frozen=True)
+class Operation:
+    """A call of a function of JAX that multiplies operands.
 
     Attributes:
-      plain: The function.
-      product: A function of True if the kernel is the first operand, and of the
-        arguments of a call, that returns the product of an input and a kernel.
+      name: The name of the function, of those in `FUNCTIONS`.
+      args: The arguments.
+      settings: The arguments by name.
     """
 
-    plain: Callable[..., jax.Array]
-    product: Callable[..., Product]
+    name: str
+    args: tuple[Any, ...]
+    settings: dict[str, Any]
 
+    def __call__(self) -> jax.Array:
+        """The output of the function."""
+        return FUNCTIONS[self.name](*self.args, **self.settings)
 
-OPERATIONS = {
-    "dot_general": Operation(jax.lax.dot_general, of_dot_general),
-    "einsum": Operation(jnp.einsum, of_einsum),
-    "conv_general_dilated": Operation(jax.lax.conv_general_dilated, of_convolution),
-}
-"""The operations by name."""
+    @functools.cached_property
+    def arguments(self) -> dict[str, Any]:
+        """{name: argument} of all that were given."""
+        bound = _SIGNATURES[self.name].bind(*self.args, **self.settings)
+        return dict(bound.arguments)
 
-_SIGNATURES = {name: inspect.signature(op.plain) for name, op in OPERATIONS.items()}
+    @property
+    def operands(self) -> tuple[Any, ...]:
+        """The arrays that are multiplied: two, or any number in an einsum."""
+        if self.name == "einsum":
+            return self.arguments["operands"]
+        return self.arguments["lhs"], self.arguments["rhs"]
 
+    def product(self, kernel_at: int) -> Product:
+        """The product of two operands, of which the one at `kernel_at` is a kernel.
 
-def named_settings(name: str, *args: Any, **settings: Any) -> dict[str, Any]:
-    """The arguments of an operation after its two operands, by name."""
-    bound = _SIGNATURES[name].bind(None, None, *args, **settings)
-    return dict(list(bound.arguments.items())[2:])
+        Raises:
+          ValueError: Adapters have no such product.
+        """
+        if self.name == "conv_general_dilated":
+            return self._convolution(kernel_at)
+        einsum = self.arguments.get("subscripts") or self._equation()
+        terms, arrow, outputs = einsum.replace(" ", "").partition("->")
+        x, kernel = terms.split(",")[:: 1 if kernel_at else -1]
+        ndim = self.operands[1 - kernel_at].ndim
+        return Contraction.parse(f"{x},{kernel}{arrow}{outputs}", ndim)
+
+    def _equation(self) -> str:
+        """The equation of a `dot_general`."""
+        ndim, numbers = self.operands[0].ndim, self.arguments["dimension_numbers"]
+        (lhs_sum, rhs_sum), (lhs_batch, rhs_batch) = numbers
+        left = list(string.ascii_letters[:ndim])
+        right = list(string.ascii_letters[ndim : ndim + self.operands[1].ndim])
+        pairs = zip((*lhs_sum, *lhs_batch), (*rhs_sum, *rhs_batch), strict=True)
+        for here, there in pairs:
+            right[there] = left[here]
+        batch = [left[k] for k in lhs_batch]
+        shared = {left[k] for k in (*lhs_sum, *lhs_batch)}
+        free = [letter for letter in (*left, *right) if letter not in shared]
+        return f"{''.join(left)},{''.join(right)}->{''.join([*batch, *free])}"
+
+    def _convolution(self, kernel_at: int) -> Convolution:
+        lhs, rhs = self.operands
+        settings = {k: v for k, v in self.arguments.items() if k not in ("lhs", "rhs")}
+        numbers = settings.get("dimension_numbers")
+        numbers = jax.lax.conv_dimension_numbers(lhs.shape, rhs.shape, numbers)
+        settings["dimension_numbers"] = numbers
+        last = rhs.ndim - 1
+        if (kernel_at, numbers.rhs_spec[0], numbers.out_spec[1]) != (1, last, last):
+            raise ValueError(
+                "a convolution has an adapter if its output features are the last axis "
+                f"of kernel and output, got {numbers}"
+            )
+
+        def convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
+            return jax.lax.conv_general_dilated(x, kernel.astype(x.dtype), **settings)
+
+        groups = "feature_group_count", "batch_group_count"
+        any_outputs = all(settings.get(name, 1) == 1 for name in groups)
+        return Convolution("i" * last + "o", convolve, any_outputs)

@@ -15,9 +15,9 @@ Its adapters, beside `mora_jax.nnx.adapters` and `set_adapters`, or `mora_jax.sp
   dequantize            the base as floating-point arrays
 """
 
+from mora_jax._layer.merge_loss import MergeLoss as MergeLoss
 from mora_jax.qwix import _private
 from mora_jax.qwix._provider import MoRAProvider as MoRAProvider
-from mora_jax.qwix._quantized_merge import MergeLoss as MergeLoss
 from mora_jax.qwix._quantized_merge import dequantize as dequantize
 from mora_jax.qwix._quantized_merge import merge as merge
 from mora_jax.qwix._quantized_merge import merge_adapters as merge_adapters

@@ -1,5 +1,6 @@
 """Adapters in models that qwix intercepts."""
 
+import functools
 import re
 import threading
 from collections.abc import Sequence
@@ -9,21 +10,19 @@ import flax.linen as nn
 import jax
 import qwix
 from flax import nnx
-from jaxtyping import PRNGKeyArray
 
 from mora_jax._common.warnings import LeftOutWarning, warn
 from mora_jax._layer.adapted import check_product
 from mora_jax._layer.delta import add_delta
-from mora_jax._plan.spec import SUFFIX, AdapterSpec
-from mora_jax._tree.paths import adapter_of
-from mora_jax._tree.start import init_adapter
+from mora_jax._plan.spec import AdapterSpec
+from mora_jax.linen._running import running_dropout_key, running_m
 from mora_jax.nnx import _held
 from mora_jax.products import Product
-from mora_jax.products._operations import OPERATIONS, named_settings
+from mora_jax.products._operations import Operation
 from mora_jax.qwix import _private
 from mora_jax.qwix._kernels import find_kernel
 from mora_jax.qwix._rule import MoRARule, check_rules
-from mora_jax.qwix._traced_plan import trace_nnx, traced_specs
+from mora_jax.qwix._traced_plan import trace, traced_specs
 
 Planned = dict[tuple[str, tuple[int, ...]], tuple[MoRARule, AdapterSpec]]
 """{(path of a kernel, its shape): its rule and its adapter}."""
@@ -93,7 +92,8 @@ class MoRAProvider(qwix.PtqProvider):
         first = _private.first_call_of(model)
         if first and traced_specs.get() is None:
             method, rngs = first
-            specs = trace_nnx(model, method, model_args, model_kwargs)
+            call, state = _held.traceable(model, method)
+            _, specs = trace(call, state, *model_args, **model_kwargs)
             for spec in specs.values():
                 _held.hold(model, spec, rngs)
         self.planned.setdefault(type(model), {})
@@ -149,60 +149,54 @@ class MoRAProvider(qwix.PtqProvider):
         rules = (r for r in self._rules if re.fullmatch(r.module_path, module))
         return next(rules, None)
 
-    def dot_general(self, lhs: Any, rhs: Any, *args: Any, **settings: Any) -> jax.Array:
+    def dot_general(self, *args: Any, **settings: Any) -> jax.Array:
         """The product of qwix, with the delta added if one operand is a kernel."""
-        settings = named_settings("dot_general", *args, **settings)
-        return self._adapted("dot_general", (), (lhs, rhs), settings)
+        return self._adapted("dot_general", args, settings)
 
-    def einsum(self, equation: str, *operands: Any, **settings: Any) -> jax.Array:
+    def einsum(self, *args: Any, **settings: Any) -> jax.Array:
         """The einsum of qwix, with the delta added if one operand is a kernel."""
-        return self._adapted("einsum", (equation,), operands, settings)
+        return self._adapted("einsum", args, settings)
 
-    def conv_general_dilated(
-        self, lhs: Any, rhs: Any, *args: Any, **settings: Any
-    ) -> jax.Array:
+    def conv_general_dilated(self, *args: Any, **settings: Any) -> jax.Array:
         """The convolution of qwix, with the delta added."""
-        settings = named_settings("conv_general_dilated", *args, **settings)
-        return self._adapted("conv_general_dilated", (), (lhs, rhs), settings)
+        return self._adapted("conv_general_dilated", args, settings)
 
     def _adapted(
-        self,
-        op: str,
-        head: tuple[str, ...],
-        operands: tuple[Any, ...],
-        settings: dict[str, Any],
+        self, op: str, args: tuple[Any, ...], settings: dict[str, Any]
     ) -> jax.Array:
         """The output of an operation, with the delta of the kernel that it multiplies.
 
         Args:
           op: qwix's name of the operation.
-          head: The arguments before the operands.
-          operands: The input and the kernel, in any order, or other arrays.
-          settings: The arguments after the operands.
+          args: The arguments.
+          settings: The arguments by name.
         """
-        own, args = getattr(super(), op), (*head, *operands)
+        own = functools.partial(getattr(super(), op), *args, **settings)
         rule, _ = self._get_current_rule_and_op_id(op, only_rule=True)
         if not isinstance(rule, MoRARule):
-            return own(*args, **settings)
-        module = _private.module_of_call()
+            return own()
+        module, operation = _private.module_of_call(), Operation(op, args, settings)
+        operands = operation.operands
         kernel = find_kernel(module, operands, rule.module_path)
         is_last = kernel is not None and kernel[1] == len(operands) - 1
         # qwix would quantize an input that has a parameter's shape in its place.
         mistaken = not is_last and _private.is_taken(operands[-1])
-        is_plain = mistaken or traced_specs.get() is not None
-        y = (OPERATIONS[op].plain if is_plain else own)(*args, **settings)
+        y = operation() if mistaken or traced_specs.get() is not None else own()
         if kernel is None:
             return y
         name, at = kernel
-        product = OPERATIONS[op].product(at == 0, *args, **settings)
+        product, x = operation.product(at), operands[1 - at]
         adapter = self._adapter(module, name, operands[at], product, rule)
         if adapter is None:
             return y
         spec, m = adapter
         check_product(spec, product)
-        key = _dropout_key(module, spec, m)
-        precision = settings.get("precision")
-        return add_delta(y, spec, m, operands[1 - at], product, key, precision)
+        key, precision = None, operation.arguments.get("precision")
+        if spec.dropout > 0:
+            is_linen = isinstance(module, nn.Module)
+            dropout_key = running_dropout_key if is_linen else _held.dropout_key
+            key = dropout_key(module, name, m)
+        return add_delta(y, spec, m, x, product, key, precision)
 
     def _adapter(
         self, module: Any, name: str, kernel: Any, product: Product, rule: MoRARule
@@ -225,28 +219,8 @@ class MoRAProvider(qwix.PtqProvider):
         _, spec = planned[place, shape]
         if specs is not None:
             specs[place] = spec
-        return None if isinstance(module, nnx.Module) else (spec, _m_of(module, spec))
-
-
-def _m_of(module: nn.Module, spec: AdapterSpec) -> Any:
-    """M of a running module, which makes it when it is initialised."""
-    assert module.scope is not None
-    kernel, name = spec.path[-1], spec.path[-1] + SUFFIX
-    given = module.scope.get_variable("params", name)
-    if given is not None:
-        return adapter_of(given, spec, by_row=True)
-
-    def start(key: PRNGKeyArray) -> Any:
-        box = _private.parameters_of(module)[kernel]
-        return _private.boxed_as(box, init_adapter(spec, key))
-
-    return module.scope.param(name, start)  # raises if a call lacks M
-
-
-def _dropout_key(module: Any, spec: AdapterSpec, m: Any) -> PRNGKeyArray | None:
-    """The key of a call's dropout; None where nothing is dropped."""
-    if spec.dropout == 0:
-        return None
-    if isinstance(module, nn.Module):
-        return module.make_rng("dropout") if module.has_rng("dropout") else None
-    return _held.dropout_key(module, m, getattr(module, spec.path[-1]))
+        if isinstance(module, nnx.Module):
+            return None
+        parameter = _private.parameters_of(module)[name]
+        box = functools.partial(_private.boxed_as, parameter)
+        return spec, running_m(module, spec, box)

@@ -1,15 +1,15 @@
 """Adapters merged into quantized kernels."""
 
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple, TypeVar, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.core import Tracer
 
 from mora_jax._common.checks import check_choice
 from mora_jax._layer.delta import delta_kernel
+from mora_jax._layer.merge_loss import MergeLoss
 from mora_jax._plan.plan import Plan, check_plan
 from mora_jax._plan.spec import AdapterSpec
 from mora_jax._plan.trained_arrays import refuse_trained
@@ -28,19 +28,6 @@ from mora_jax.qwix._private import WithAux
 
 Onto = Literal["dequantized", "requantized"]
 Model = TypeVar("Model", bound=nnx.Module)
-
-
-class MergeLoss(NamedTuple):
-    """What of a delta is lost when a kernel is stored.
-
-    Attributes:
-      share: The share that is lost in the mean, as `diagnostics.merge_loss` has it.
-      error: The norm of what the stored kernel lacks of the sum of base and delta,
-        divided by the norm of the delta; 0 for a delta of zeros.
-    """
-
-    share: float | jax.Array
-    error: float | jax.Array
 
 
 _WHY = (
@@ -209,21 +196,9 @@ def _sum(
     new = merge_arrays(base, adapters, plan, any_base=any_base)[spec.name]
     if onto == "requantized" and isinstance(old, WithAux):
         new = _private.requantized(old, unboxed(new))
-    before, after = (
+    kernel, stored = (
         jnp.asarray(unboxed(leaf))
         for leaf in (base[spec.name], _private.dequantized(new))
     )
-    return new, _loss(before, after, delta_kernel(spec, wide(m, before.dtype)))
-
-
-def _loss(before: jax.Array, after: jax.Array, delta: jax.Array) -> MergeLoss:
-    """The part of `delta` that a kernel lacks in `after`, which was stored."""
-    before, after = before.astype(delta.dtype), after.astype(delta.dtype)
-    size = jnp.linalg.norm(delta.ravel())
-    scaled = delta / jnp.where(size > 0, size, 1)
-    # Exact products: accelerators would round what they multiply to 16 bits.
-    along = jnp.vdot(after - before, scaled, precision=jax.lax.Precision.HIGHEST)
-    share = jnp.abs(1 - along / jnp.where(size > 0, size, 1))
-    error = jnp.linalg.norm((after - (before + delta)).ravel())
-    loss = jnp.where(size > 0, share, 0), error / jnp.where(size > 0, size, jnp.inf)
-    return MergeLoss(*(loss if isinstance(size, Tracer) else map(float, loss)))
+    delta = delta_kernel(spec, wide(m, kernel.dtype))
+    return new, MergeLoss.of(kernel, delta, stored)

@@ -34,16 +34,6 @@ def trace(function: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Any,
         traced_specs.reset(token)
 
 
-def trace_nnx(model: nnx.Module, method: str, args: Any, kwargs: Any) -> Specs:
-    """The adapters of the kernels that a call of an NNX model multiplies."""
-    graph, state = nnx.split(model)
-
-    def call(state: Any, *args: Any, **kwargs: Any) -> Any:
-        return getattr(nnx.merge(graph, state), method)(*args, **kwargs)
-
-    return trace(call, state, *args, **kwargs)[1]
-
-
 def plan_of(model: Any, *args: Any, **kwargs: Any) -> Plan:
     """The plan that a model with a `MoRAProvider` follows.
 
