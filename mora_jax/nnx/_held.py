@@ -64,6 +64,25 @@ def release(model: nnx.Module, plan: Plan) -> None:
                 delattr(module, own)
 
 
+def parameters_of(module: nnx.Module, kinds: Any) -> dict[str, Any]:
+    """The attributes of a module that are of certain classes, without M's."""
+    named = vars(module).items()
+    return {
+        name: value
+        for name, value in named
+        if isinstance(value, kinds) and not name.endswith(SUFFIX)
+    }
+
+
+def named_parameters(model: nnx.Module, kinds: Any) -> dict[str, Any]:
+    """{slash-joined path: parameter} of a model and of all its modules, without M's."""
+    return {
+        "/".join((*path, name)): parameter
+        for path, module in named_modules(model)
+        for name, parameter in parameters_of(module, kinds).items()
+    }
+
+
 def set_parameters(model: nnx.Module, params: Mapping[str, Any]) -> None:
     """Give a model other parameters: {slash-joined path: parameter}."""
     modules = {"/".join(path): module for path, module in named_modules(model)}

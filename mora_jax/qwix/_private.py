@@ -67,25 +67,18 @@ def forget(model: nnx.Module) -> None:
 
 def parameters_of(module: Any) -> dict[str, Any]:
     """The parameters of a module itself except M's, boxed or quantized as they are."""
-    if isinstance(module, nn.Module):
-        own = module.variables.get("params", {})
-    else:
-        kinds = nnx.Param | WithAux
-        own = {name: v for name, v in vars(module).items() if isinstance(v, kinds)}
-    return {name: v for name, v in own.items() if not name.endswith(SUFFIX)}
+    if isinstance(module, nnx.Module):
+        return _held.parameters_of(module, nnx.Param | WithAux)
+    params = module.variables.get("params", {})
+    return {name: v for name, v in params.items() if not name.endswith(SUFFIX)}
 
 
 def named_parameters(model: Any) -> dict[str, Any]:
     """{slash-joined path: parameter} of a model that runs, or of any NNX model."""
     if isinstance(model, nnx.Module):
-        return {
-            "/".join((*path, name)): parameter
-            for path, module in _held.named_modules(model)
-            for name, parameter in parameters_of(module).items()
-        }
+        return _held.named_parameters(model, nnx.Param | WithAux)
     named, _ = parameters_in(model.variables.get("params", {}))
-    names = (name for name in named if not name.endswith(SUFFIX))
-    return {"/".join((*model.path, name)): named[name] for name in names}
+    return {"/".join((*model.path, name)): leaf for name, leaf in named.items()}
 
 
 def parameters_in(params: Any) -> tuple[dict[str, Any], Any]:

@@ -14,7 +14,7 @@ from flax import nnx
 from mora_jax._common.warnings import LeftOutWarning, warn
 from mora_jax._layer.adapted import check_product
 from mora_jax._layer.delta import add_delta
-from mora_jax._plan.spec import AdapterSpec
+from mora_jax._plan.spec import SUFFIX, AdapterSpec
 from mora_jax.linen._running import running_dropout_key, running_m
 from mora_jax.nnx import _held
 from mora_jax.products import Product
@@ -85,20 +85,18 @@ class MoRAProvider(qwix.PtqProvider):
         self.planned: dict[type, Planned] = {}  # qwix makes a class for each model
         self.running: dict[int, type] = {}  # by thread
 
-    def process_model_inputs(
-        self, model: Any, model_args: Any, model_kwargs: Any
-    ) -> Any:
+    def process_model_inputs(self, model: Any, args: Any, kwargs: Any) -> Any:
         """Begin a call of a model; the first one gives an NNX model its M's."""
         first = _private.first_call_of(model)
         if first and traced_specs.get() is None:
             method, rngs = first
             call, state = _held.traceable(model, method)
-            _, specs = trace(call, state, *model_args, **model_kwargs)
+            _, specs = trace(call, state, *args, **kwargs)
             for spec in specs.values():
                 _held.hold(model, spec, rngs)
         self.planned.setdefault(type(model), {})
         self.running[threading.get_ident()] = type(model)
-        return super().process_model_inputs(model, model_args, model_kwargs)
+        return super().process_model_inputs(model, args, kwargs)
 
     def process_model_output(self, method_name: str, model_output: Any) -> Any:
         """End a call of a model, which is checked if it shows what is adapted."""
@@ -132,7 +130,7 @@ class MoRAProvider(qwix.PtqProvider):
             name
             for name, parameter in _private.named_parameters(model).items()
             if _private.first_array(parameter).ndim > 1
-            and "bias" not in name.rpartition("/")[2]
+            and not re.search(f"bias[^/]*$|{SUFFIX}$", name)
             and isinstance(self._rule_for(name), MoRARule)
             and name not in adapted
         ]
@@ -161,9 +159,7 @@ class MoRAProvider(qwix.PtqProvider):
         """The convolution of qwix, with the delta added."""
         return self._adapted("conv_general_dilated", args, settings)
 
-    def _adapted(
-        self, op: str, args: tuple[Any, ...], settings: dict[str, Any]
-    ) -> jax.Array:
+    def _adapted(self, op: str, args: Any, settings: dict[str, Any]) -> jax.Array:
         """The output of an operation, with the delta of the kernel that it multiplies.
 
         Args:

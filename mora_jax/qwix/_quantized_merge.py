@@ -16,24 +16,12 @@ from mora_jax._plan.trained_arrays import refuse_trained
 from mora_jax._tree.adapters import nest, refuse_combined
 from mora_jax._tree.merge import finite_items, wide
 from mora_jax._tree.merge import merge as merge_arrays
-from mora_jax._tree.paths import (
-    adapter_path,
-    lacking,
-    located_leaves,
-    unboxed,
-)
+from mora_jax._tree.paths import adapter_path, lacking, located_leaves, unboxed
 from mora_jax.nnx import _held
 from mora_jax.qwix import _private
-from mora_jax.qwix._private import WithAux
 
 Onto = Literal["dequantized", "requantized"]
 Model = TypeVar("Model", bound=nnx.Module)
-
-
-_WHY = (
-    "which is not merged into quantized models; merge into mora_jax.qwix.dequantize("
-    "params) with mora_jax.merge"
-)
 
 
 def dequantize(params: Any) -> Any:
@@ -127,7 +115,11 @@ def merge(
       (True, {'kernel': MergeLoss(share=0.0, error=0.0)})
     """
     check_choice("onto", onto, get_args(Onto))
-    refuse_trained(check_plan(plan).trained, _WHY)
+    refuse_trained(
+        check_plan(plan).trained,
+        "which is not merged into quantized models; merge into mora_jax.qwix.dequantize"
+        "(params) with mora_jax.merge",
+    )
     if isinstance(params, nnx.Module):
         raise TypeError(
             f"params must be a tree of arrays, got the model {type(params).__name__}: "
@@ -175,7 +167,6 @@ def merge_adapters(
       >>> type(merged) is nnx.Linear, losses
       (True, {'kernel': MergeLoss(share=0.0, error=0.0)})
     """
-    check_choice("onto", onto, get_args(Onto))
     plan, adapters = _held.plan_of(model), _held.adapters(model)
     model = nnx.clone(model)
     params = _private.named_parameters(model)
@@ -194,7 +185,7 @@ def _sum(
     base, plan = {spec.name: _private.dequantized(old)}, Plan((spec,), 0, traced=True)
     adapters = nest({adapter_path(spec): m})
     new = merge_arrays(base, adapters, plan, any_base=any_base)[spec.name]
-    if onto == "requantized" and isinstance(old, WithAux):
+    if onto == "requantized" and isinstance(old, _private.WithAux):
         new = _private.requantized(old, unboxed(new))
     kernel, stored = (
         jnp.asarray(unboxed(leaf))

@@ -11,8 +11,7 @@ from flax import nnx
 from mora_jax._jax.fresh_trace import fresh_shapes
 from mora_jax._plan.plan import Plan
 from mora_jax._plan.spec import SUFFIX, AdapterSpec
-from mora_jax._tree.combined import split
-from mora_jax._tree.paths import located_leaves
+from mora_jax._tree.paths import named_leaves
 from mora_jax.nnx import _held
 
 Specs = dict[str, AdapterSpec]
@@ -65,13 +64,14 @@ def plan_of(model: Any, *args: Any, **kwargs: Any) -> Plan:
         raise TypeError(f"model must be a Flax module, got {type(model).__name__}")
     rngs = {name: jax.random.key(0) for name in ("params", "dropout")}
     shapes, traced = trace(model.init, rngs, *args, **kwargs)
-    base, adapters = split(nn.unbox(shapes.get("params", {})))
-    specs = []
-    for path, m in located_leaves(adapters, "adapters").items():
-        kernel = (*path[:-1], path[-1].removesuffix(SUFFIX))
-        spec = traced["/".join(kernel)]  # of one layer, if nn.scan stacks them
-        specs.append(spec.stacked(m.shape[: m.ndim - len(spec.shape)], kernel))
-    if not specs:
+    if not traced:
         raise ValueError("model has no adapters: give qwix a MoRAProvider")
-    size = sum(leaf.size for leaf in jax.tree.leaves(base))
+    leaves = {name: leaf for name, (_, leaf) in named_leaves(shapes["params"]).items()}
+    # nn.scan stacks the M's of layers, each of which was seen alone.
+    ms = {name: leaves.pop(name + SUFFIX) for name in traced}
+    specs = [
+        spec.stacked(ms[name].shape[: ms[name].ndim - len(spec.shape)], spec.path)
+        for name, spec in traced.items()
+    ]
+    size = sum(leaf.size for leaf in leaves.values())
     return Plan(tuple(sorted(specs, key=lambda s: s.path)), size, traced=True)
