@@ -33,6 +33,9 @@ def running_m(
     return module.scope.param(name, lambda key: box(init_adapter(spec, key)))
 
 
-def running_dropout_key(module: nn.Module, *_: Any) -> PRNGKeyArray | None:
+def running_dropout_key(
+    module: nn.Module, spec: AdapterSpec, m: Any
+) -> PRNGKeyArray | None:
     """The key of dropout in a call that was given one; otherwise None."""
-    return module.make_rng("dropout") if module.has_rng("dropout") else None
+    drops = spec.dropout > 0 and module.has_rng("dropout")
+    return module.make_rng("dropout") if drops else None

@@ -100,12 +100,12 @@ def held(module: nnx.Module, path: Path) -> tuple[AdapterSpec, Any] | None:
     return (dataclasses.replace(m.spec, path=path), value_of(m)) if is_m(m) else None
 
 
-def dropout_key(module: nnx.Module, kernel: str, m: Any) -> PRNGKeyArray | None:
+def dropout_key(module: nnx.Module, spec: AdapterSpec, m: Any) -> PRNGKeyArray | None:
     """The key of a call's dropout; None where nothing is dropped."""
     dropout = getattr(module, DROPOUT, None)
     if dropout is None or dropout.deterministic:
         return None
-    return dropout.key(m, getattr(module, kernel))
+    return dropout.key(m, getattr(module, spec.path[-1]))
 
 
 def traceable(model: nnx.Module, method: str) -> tuple[Callable[..., Any], Any]:

@@ -13,10 +13,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mora_jax._plan.spec import SUFFIX
-from mora_jax._tree.paths import Path, is_boxed, key_name, reboxed
+from mora_jax._tree.paths import Path, is_boxed, key_name, reboxed, unboxed
 from mora_jax.nnx import _held
-
-OLDEST, NEWEST = "0.1.5", "0.1.8"
 
 try:
     import qwix
@@ -29,7 +27,7 @@ except ImportError as error:
     except PackageNotFoundError:
         found = "it is not installed"
     raise ImportError(
-        f"mora_jax.qwix needs names of qwix {OLDEST} to {NEWEST}, and {found}: "
+        f"mora_jax.qwix needs names of qwix 0.1.5 to 0.1.8, and {found}: "
         "pip install mora-jax[qwix]"
     ) from error
 
@@ -130,14 +128,14 @@ def dequantized(parameter: Any) -> Any:
     return reboxed(parameter.array.qvalue, values)
 
 
-def requantized(parameter: WithAux, values: jax.Array) -> WithAux:
+def requantized(parameter: WithAux, values: Any) -> WithAux:
     """A parameter with other values, quantized and boxed as it is.
 
     Raises:
       ValueError: It was quantized in another shape than it has.
     """
     quantize = functools.partial(qarray.quantize, how=parameter.how)
-    old = flax_util.unbox(parameter.array)
+    old, values = flax_util.unbox(parameter.array), unboxed(values)
     for _ in range(values.ndim - 1):
         new = jax.eval_shape(quantize, values)
         if jax.tree.map(jnp.shape, new) == jax.tree.map(jnp.shape, old):

@@ -114,11 +114,8 @@ class MoRAProvider(qwix.PtqProvider):
         """
         planned = self.planned[type(model)]
         used = {id(rule) for rule, _ in planned.values()}
-        unused = [
-            rule.module_path
-            for rule in self._rules
-            if isinstance(rule, MoRARule) and id(rule) not in used
-        ]
+        ours = [rule for rule in self._rules if isinstance(rule, MoRARule)]
+        unused = [rule.module_path for rule in ours if id(rule) not in used]
         if not used:
             raise ValueError(
                 f"no kernel is multiplied in a module that module_path={unused} matches"
@@ -160,13 +157,7 @@ class MoRAProvider(qwix.PtqProvider):
         return self._adapted("conv_general_dilated", args, settings)
 
     def _adapted(self, op: str, args: Any, settings: dict[str, Any]) -> jax.Array:
-        """The output of an operation, with the delta of the kernel that it multiplies.
-
-        Args:
-          op: qwix's name of the operation.
-          args: The arguments.
-          settings: The arguments by name.
-        """
+        """The output of qwix's operation `op`, with the delta of the kernel in it."""
         own = functools.partial(getattr(super(), op), *args, **settings)
         rule, _ = self._get_current_rule_and_op_id(op, only_rule=True)
         if not isinstance(rule, MoRARule):
@@ -187,11 +178,9 @@ class MoRAProvider(qwix.PtqProvider):
             return y
         spec, m = adapter
         check_product(spec, product)
-        key, precision = None, operation.arguments.get("precision")
-        if spec.dropout > 0:
-            is_linen = isinstance(module, nn.Module)
-            dropout_key = running_dropout_key if is_linen else _held.dropout_key
-            key = dropout_key(module, name, m)
+        is_nnx = isinstance(module, nnx.Module)
+        key = (_held.dropout_key if is_nnx else running_dropout_key)(module, spec, m)
+        precision = operation.arguments.get("precision")
         return add_delta(y, spec, m, x, product, key, precision)
 
     def _adapter(

@@ -1,22 +1,18 @@
 """Adapters merged into quantized kernels."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any, Literal, TypeVar, get_args
 
-import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from mora_jax._common.checks import check_choice
-from mora_jax._layer.delta import delta_kernel
-from mora_jax._layer.merge_loss import MergeLoss
 from mora_jax._plan.plan import Plan, check_plan
-from mora_jax._plan.spec import AdapterSpec
 from mora_jax._plan.trained_arrays import refuse_trained
-from mora_jax._tree.adapters import nest, refuse_combined
-from mora_jax._tree.merge import finite_items, wide
-from mora_jax._tree.merge import merge as merge_arrays
-from mora_jax._tree.paths import adapter_path, lacking, located_leaves, unboxed
+from mora_jax._tree.adapters import refuse_combined
+from mora_jax._tree.merge import finite_items
+from mora_jax._tree.paths import lacking, located_leaves
+from mora_jax._tree.stored_sum import MergeLoss, stored_sum
 from mora_jax.nnx import _held
 from mora_jax.qwix import _private
 
@@ -132,7 +128,16 @@ def merge(
         name = spec.name
         if name not in named:
             raise ValueError(f"params lack the kernel {name!r}{lacking(name, named)}")
-        named[name], losses[name] = _sum(named[name], spec, m, onto, any_base)
+        again = onto == "requantized" and isinstance(named[name], _private.WithAux)
+        store = functools.partial(_private.requantized, named[name])
+        named[name], losses[name] = stored_sum(
+            _private.dequantized(named[name]),
+            spec,
+            m,
+            store=store if again else lambda values: values,
+            load=_private.dequantized,
+            any_base=any_base,
+        )
     merged = structure.unflatten(named.values())
     return dequantize(merged) if onto == "dequantized" else merged, losses
 
@@ -176,20 +181,3 @@ def merge_adapters(
     if onto == "dequantized":
         _private.forget(model)
     return model, losses
-
-
-def _sum(
-    old: Any, spec: AdapterSpec, m: jax.Array, onto: Onto, any_base: bool
-) -> tuple[Any, MergeLoss]:
-    """A kernel with its delta, in the form and the box that it has; what was lost."""
-    base, plan = {spec.name: _private.dequantized(old)}, Plan((spec,), 0, traced=True)
-    adapters = nest({adapter_path(spec): m})
-    new = merge_arrays(base, adapters, plan, any_base=any_base)[spec.name]
-    if onto == "requantized" and isinstance(old, _private.WithAux):
-        new = _private.requantized(old, unboxed(new))
-    kernel, stored = (
-        jnp.asarray(unboxed(leaf))
-        for leaf in (base[spec.name], _private.dequantized(new))
-    )
-    delta = delta_kernel(spec, wide(m, kernel.dtype))
-    return new, MergeLoss.of(kernel, delta, stored)
