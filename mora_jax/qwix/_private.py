@@ -128,12 +128,16 @@ def dequantized(parameter: Any) -> Any:
     return reboxed(parameter.array.qvalue, values)
 
 
-def requantized(parameter: WithAux, values: Any) -> WithAux:
+def requantized(parameter: Any, values: Any) -> Any:
     """A parameter with other values, quantized and boxed as it is.
+
+    The values themselves for a parameter that is not quantized.
 
     Raises:
       ValueError: It was quantized in another shape than it has.
     """
+    if not isinstance(parameter, WithAux):
+        return values
     quantize = functools.partial(qarray.quantize, how=parameter.how)
     old, values = flax_util.unbox(parameter.array), unboxed(values)
     for _ in range(values.ndim - 1):

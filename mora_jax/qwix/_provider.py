@@ -122,27 +122,20 @@ class MoRAProvider(qwix.PtqProvider):
             )
         if unused:
             warn(f"these rules adapt no kernel: module_path={unused}")
-        adapted = {name for name, _ in planned}
-        left = [
-            name
-            for name, parameter in _private.named_parameters(model).items()
-            if _private.first_array(parameter).ndim > 1
-            and not re.search(f"bias[^/]*$|{SUFFIX}$", name)
-            and isinstance(self._rule_for(name), MoRARule)
-            and name not in adapted
-        ]
+        left, adapted = [], {name for name, _ in planned}
+        for name, parameter in _private.named_parameters(model).items():
+            module, _, own = name.rpartition("/")
+            matching = (r for r in self._rules if re.fullmatch(r.module_path, module))
+            is_ours = isinstance(next(matching, None), MoRARule) and name not in adapted
+            is_kernel = _private.first_array(parameter).ndim > 1 and "bias" not in own
+            if is_ours and is_kernel and not own.endswith(SUFFIX):
+                left.append(name)
         if left:
             warn(
                 f"{', '.join(sorted(left))}: no product that qwix sees multiplies by "
                 "it, so that it has no adapter; leave its module out of module_path",
                 LeftOutWarning,
             )
-
-    def _rule_for(self, parameter: str) -> qwix.QuantizationRule | None:
-        """The first rule for the module that has a parameter, by its path."""
-        module = parameter.rpartition("/")[0]
-        rules = (r for r in self._rules if re.fullmatch(r.module_path, module))
-        return next(rules, None)
 
     def dot_general(self, *args: Any, **settings: Any) -> jax.Array:
         """The product of qwix, with the delta added if one operand is a kernel."""
@@ -196,11 +189,12 @@ class MoRAProvider(qwix.PtqProvider):
         planned = self.planned[self.running[threading.get_ident()]]
         place, shape = "/".join(path), tuple(kernel.shape)
         if (place, shape) not in planned:
-            config, settings = rule.config, {"kernel_dtype": kernel.dtype}
-            spec = AdapterSpec.from_config(
-                config, shape, product.axes, path, **settings
+            planned[place, shape] = (
+                rule,
+                AdapterSpec.from_config(
+                    rule.config, shape, product.axes, path, kernel_dtype=kernel.dtype
+                ),
             )
-            planned[place, shape] = rule, spec
         _, spec = planned[place, shape]
         if specs is not None:
             specs[place] = spec

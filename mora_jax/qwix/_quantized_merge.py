@@ -128,15 +128,11 @@ def merge(
         name = spec.name
         if name not in named:
             raise ValueError(f"params lack the kernel {name!r}{lacking(name, named)}")
-        again = onto == "requantized" and isinstance(named[name], _private.WithAux)
-        store = functools.partial(_private.requantized, named[name])
+        old, load = named[name], _private.dequantized
+        again = functools.partial(_private.requantized, old)
+        forms = {"store": again if onto == "requantized" else load, "load": load}
         named[name], losses[name] = stored_sum(
-            _private.dequantized(named[name]),
-            spec,
-            m,
-            store=store if again else lambda values: values,
-            load=_private.dequantized,
-            any_base=any_base,
+            load(old), spec, m, **forms, any_base=any_base
         )
     merged = structure.unflatten(named.values())
     return dequantize(merged) if onto == "dequantized" else merged, losses

@@ -14,19 +14,20 @@ from mora_jax._plan.spec import SUFFIX, AdapterSpec
 from mora_jax._tree.paths import named_leaves
 from mora_jax.nnx import _held
 
-Specs = dict[str, AdapterSpec]
-
-traced_specs: ContextVar[Specs | None] = ContextVar("traced_specs", default=None)
+traced_specs: ContextVar[dict[str, AdapterSpec] | None]
+traced_specs = ContextVar("traced_specs", default=None)
 """{path of a kernel: its adapter} in a trace of this file; None outside of one."""
 
 
-def trace(function: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Any, Specs]:
+def trace(
+    function: Callable[..., Any], *args: Any, **kwargs: Any
+) -> tuple[Any, dict[str, AdapterSpec]]:
     """The shapes that a call returns, and the adapters of the kernels it multiplies.
 
     In the trace nothing is quantized, and each operand is known by what made it. Arrays
     and shapes among the arguments are traced, and everything else is static.
     """
-    specs: Specs = {}
+    specs: dict[str, AdapterSpec] = {}
     token = traced_specs.set(specs)
     try:
         return fresh_shapes(function, *args, **kwargs), specs
