@@ -1,1 +1,1 @@
-"""What JAX lacks: linear maps with a transpose of their own, and ways around qwix."""
+"""Tools that JAX lacks, such as linear maps with a transpose of their own."""

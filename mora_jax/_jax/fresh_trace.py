@@ -1,4 +1,4 @@
-"""Traces of calls with static arguments, and such as JAX has not made before."""
+"""Traces of calls with static arguments, and traces in which everything runs."""
 
 import itertools
 from collections.abc import Callable

@@ -1,6 +1,6 @@
 """Relation of an array to another one, as tracers know what made them.
 
-JAX has no public names for it. JAX 0.7.1 to 0.12 have all that is used here; a version
+JAX lacks public names for it. JAX 0.7.1 to 0.12 have all that is used here; a version
 that lacked it would know of no operations.
 """
 
@@ -19,8 +19,8 @@ UNCHANGED = {"convert_element_type", "copy", "optimization_barrier"} | {
 ALIKE, ITSELF, DERIVED = range(3)
 """Relations of an array to another one.
 
-An array that is alike has the same shape. One that is itself is the other array as it
-stands, perhaps in another dtype. A derived one is made of the other array.
+An array that is alike has the same shape. One that is itself is the other array,
+unchanged but perhaps in another dtype. A derived one is made of the other array.
 """
 
 

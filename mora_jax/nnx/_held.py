@@ -92,7 +92,7 @@ def set_parameters(model: nnx.Module, params: Mapping[str, Any]) -> None:
 
 
 def held(module: nnx.Module, path: Path) -> tuple[AdapterSpec, Any] | None:
-    """The adapter of the kernel at `path`, and M; None if `module` has no M for it.
+    """The adapter of the kernel at `path`, and M; None if `module` lacks M for it.
 
     M may come from another model, whose adapter it was made for.
     """

@@ -53,10 +53,10 @@ class Operation:
         return self.arguments["lhs"], self.arguments["rhs"]
 
     def product(self, kernel_at: int) -> Product:
-        """The product of two operands, of which the one at `kernel_at` is a kernel.
+        """The product of two operands; the one at `kernel_at` is the kernel.
 
         Raises:
-          ValueError: Adapters have no such product.
+          ValueError: Adapters are not defined for such a product.
         """
         if self.name == "conv_general_dilated":
             return self._convolution(kernel_at)

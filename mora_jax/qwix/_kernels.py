@@ -4,8 +4,8 @@ qwix's own `find_param` takes an operand for a parameter if it is the same array
 operations of one input make it of that array, or if it has the same shape. The last is
 a guess: an input has a kernel's shape if it has as many rows as features. A delta of
 the wrong product would go unseen. So an operand counts as a kernel here only if it is
-the kernel as it stands, perhaps in another dtype; if it may be made of a kernel, that
-is an error.
+the unchanged kernel, perhaps in another dtype; one that may be made of a kernel is an
+error.
 """
 
 from collections.abc import Sequence

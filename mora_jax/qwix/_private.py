@@ -1,4 +1,4 @@
-"""What qwix has no public names for, in this file alone.
+"""Names of qwix that are not public, in this file alone.
 
 Versions 0.1.5 to 0.1.8 have all of it; from one to the next only places differed.
 """

@@ -32,8 +32,7 @@ class MoRAProvider(qwix.PtqProvider):
     r"""qwix's provider of MoRA, used as its `LoraProvider` is.
 
     In the modules that a rule matches each kernel stays what qwix makes it, quantized
-    or not, and gets an M beside it. What the module multiplies the kernel with gets the
-    delta as well,
+    or not, and gets an M beside it. The product with the kernel gets the delta as well,
 
     .. math:: y = x\,Q(W) + \alpha\, D(C(x) M),
 
@@ -46,12 +45,12 @@ class MoRAProvider(qwix.PtqProvider):
     Args:
       rules: Rules in the order of precedence. `MoRARule`s adapt, others only quantize.
       disable_jit: As for other providers of qwix.
-      **settings: The settings of a single `MoRARule`, in place of `rules`.
+      **settings: The settings of a single `MoRARule`, instead of `rules`.
 
     Raises:
       TypeError, ValueError: A setting that no kernel could have; `rules` together with
-        `settings`. In the first call: no rule adapts a kernel; an operand that is not a
-        plain kernel, or one that is transposed or reshaped first.
+        `settings`. In a call: no rule adapts a kernel; or an operand may be made of a
+        kernel, which is transposed, reshaped or scaled first, or has a kernel's shape.
 
     Example::
 
@@ -79,9 +78,8 @@ class MoRAProvider(qwix.PtqProvider):
                 f"rules and settings exclude each other, got both: {sorted(settings)}"
             )
         check_rules(rules)
-        # Versions before 0.1.8 have no such argument.
-        more: dict[str, Any] = {"disable_jit": True} if disable_jit else {}
-        super().__init__(rules=rules, **more)
+        # Versions before 0.1.8 lack the argument.
+        super().__init__(rules=rules, **({"disable_jit": True} if disable_jit else {}))
         self.planned: dict[type, Planned] = {}  # qwix makes a class for each model
         self.running: dict[int, type] = {}  # by thread
 
@@ -179,7 +177,7 @@ class MoRAProvider(qwix.PtqProvider):
     def _adapter(
         self, module: Any, name: str, kernel: Any, product: Product, rule: MoRARule
     ) -> tuple[AdapterSpec, Any] | None:
-        """The adapter of a kernel and M; None in an NNX model that has no M for it.
+        """The adapter of a kernel and M; None in an NNX model without M for it.
 
         A Linen module has adapters as the first product of each kernel had it.
         """

@@ -21,7 +21,7 @@ Model = TypeVar("Model", bound=nnx.Module)
 
 
 def dequantize(params: Any) -> Any:
-    """Params with an array in place of each quantized kernel.
+    """Params with an array instead of each quantized kernel.
 
     It is the base that adapters were trained on, for `mora_jax.save(..., params=)` and
     `mora_jax.merge`, or to compute with without qwix. Shapes give shapes.
@@ -82,16 +82,16 @@ def merge(
       params: Params that qwix quantized, without adapters: nested dicts.
       adapters: The adapters, as `mora_jax.split` takes them out of params.
       plan: Their plan, as `plan_of` gives it.
-      onto: "dequantized" gives floating-point arrays, also in place of quantized
-        kernels that have no adapter: params for the model that qwix never saw.
+      onto: "dequantized" gives floating-point arrays, also instead of quantized
+        kernels without adapters: params for the model that qwix never saw.
         "requantized" quantizes each sum again as its kernel was: params for
         `qwix.quantize_model(model, qwix.PtqProvider(rules))`, with the same rules.
       any_base: Whether to merge into any weights, as in `mora_jax.merge`.
 
     Returns:
       The merged params, and {path: what was lost there}; in `jax.jit` the losses are
-      arrays. Quantizing again makes errors of the size that those of the first time
-      had, which may be many times a delta.
+      arrays. Quantizing again makes errors as large as the first time, which may be
+      many times a delta.
 
     Raises:
       TypeError, ValueError: As `mora_jax.merge`; `onto` is unknown; params are shapes.
@@ -144,7 +144,7 @@ def merge_adapters(
     """An NNX model with its adapters merged into its kernels.
 
     Args:
-      model: What `qwix.apply_lora_to_model` returns with a `MoRAProvider`. It stays as
+      model: A model of `qwix.apply_lora_to_model` with a `MoRAProvider`. It stays as
         it is.
       onto: As in `merge`: "dequantized" gives a plain model that qwix never saw;
         "requantized" one that qwix intercepts as before, without adapters.
@@ -155,7 +155,7 @@ def merge_adapters(
 
     Raises:
       TypeError: `model` is not an NNX module; for Linen's there is `merge`.
-      ValueError: It has no adapters; `onto` is unknown; an M holds NaN or infinity.
+      ValueError: It lacks adapters; `onto` is unknown; an M holds NaN or infinity.
 
     Example::
 

@@ -1,4 +1,4 @@
-"""What a user asks for, for the modules that match a pattern."""
+"""Rules of a provider: settings for the modules that match a pattern."""
 
 import dataclasses
 import functools

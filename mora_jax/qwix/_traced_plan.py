@@ -42,14 +42,14 @@ def plan_of(model: Any, *args: Any, **kwargs: Any) -> Plan:
     abstractly for it, which computes nothing.
 
     Args:
-      model: What `qwix.apply_lora_to_model` returns, of either Flax API.
+      model: A model of `qwix.apply_lora_to_model`, of either Flax API.
       *args: The inputs of a call for a Linen model: arrays or shapes, and static
         arguments such as `train`. An NNX model has its adapters and needs none.
       **kwargs: Further inputs, by name.
 
     Raises:
       TypeError: `model` is not a Flax module.
-      ValueError: It has no adapters; or a kernel is not multiplied as it stands.
+      ValueError: It lacks adapters; or it multiplies by what it makes of a kernel.
 
     Example::
 
@@ -69,7 +69,7 @@ def plan_of(model: Any, *args: Any, **kwargs: Any) -> Plan:
     if not traced:
         raise ValueError("model has no adapters: give qwix a MoRAProvider")
     leaves = {name: leaf for name, (_, leaf) in named_leaves(shapes["params"]).items()}
-    # nn.scan stacks the M's of layers, each of which was seen alone.
+    # nn.scan stacks the M's of layers; the trace saw a single layer.
     ms = {name: leaves.pop(name + SUFFIX) for name in traced}
     specs = [
         spec.stacked(ms[name].shape[: ms[name].ndim - len(spec.shape)], spec.path)
