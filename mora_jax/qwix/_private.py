@@ -42,10 +42,7 @@ def path_of_call() -> Path:
 
 
 def first_call_of(model: Any) -> tuple[str, nnx.Rngs | None] | None:
-    """The method of the call that shows qwix an NNX model, and the generators for it.
-
-    None for other calls, and for Linen models.
-    """
+    """The method and the generators of qwix's own call of an NNX model, else None."""
     if isinstance(model, nn.Module) or not model.disable_quant_stats_update:
         return None
     methods = vars(type(model)).items()
@@ -114,10 +111,7 @@ def boxed_as(like: Any, array: Any) -> Any:
 
 
 def dequantized(parameter: Any) -> Any:
-    """The numbers that a quantized parameter stands for, or their shape, in its box.
-
-    Other parameters stay as they are.
-    """
+    """The numbers of a quantized parameter, or their shape, in its box; or itself."""
     if not isinstance(parameter, WithAux):
         return parameter
     array = flax_util.unbox(parameter.array)
@@ -129,9 +123,7 @@ def dequantized(parameter: Any) -> Any:
 
 
 def requantized(parameter: Any, values: Any) -> Any:
-    """A parameter with other values, quantized and boxed as it is.
-
-    The values themselves for a parameter that is not quantized.
+    """A parameter with other values, boxed and, if it is, quantized as it is.
 
     Raises:
       ValueError: It was quantized in another shape than it has.

@@ -79,22 +79,25 @@ class MoRAProvider(qwix.PtqProvider):
             )
         check_rules(rules)
         # Versions before 0.1.8 lack the argument.
-        super().__init__(rules=rules, **({"disable_jit": True} if disable_jit else {}))
+        more: dict[str, Any] = {"disable_jit": True} if disable_jit else {}
+        super().__init__(rules=rules, **more)
         self.planned: dict[type, Planned] = {}  # qwix makes a class for each model
         self.running: dict[int, type] = {}  # by thread
 
-    def process_model_inputs(self, model: Any, args: Any, kwargs: Any) -> Any:
+    def process_model_inputs(
+        self, model: Any, model_args: Any, model_kwargs: Any
+    ) -> Any:
         """Begin a call of a model; the first one gives an NNX model its M's."""
         first = _private.first_call_of(model)
         if first and traced_specs.get() is None:
             method, rngs = first
             call, state = _held.traceable(model, method)
-            _, specs = trace(call, state, *args, **kwargs)
+            _, specs = trace(call, state, *model_args, **model_kwargs)
             for spec in specs.values():
                 _held.hold(model, spec, rngs)
         self.planned.setdefault(type(model), {})
         self.running[threading.get_ident()] = type(model)
-        return super().process_model_inputs(model, args, kwargs)
+        return super().process_model_inputs(model, model_args, model_kwargs)
 
     def process_model_output(self, method_name: str, model_output: Any) -> Any:
         """End a call of a model, which is checked if it shows what is adapted."""
@@ -153,7 +156,8 @@ class MoRAProvider(qwix.PtqProvider):
         rule, _ = self._get_current_rule_and_op_id(op, only_rule=True)
         if not isinstance(rule, MoRARule):
             return own()
-        module, operation = _private.module_of_call(), Operation(op, args, settings)
+        module: Any = _private.module_of_call()
+        operation = Operation(op, args, settings)
         operands = operation.operands
         kernel = find_kernel(module, operands, rule.module_path)
         is_last = kernel is not None and kernel[1] == len(operands) - 1

@@ -14,20 +14,19 @@ from mora_jax._plan.spec import SUFFIX, AdapterSpec
 from mora_jax._tree.paths import named_leaves
 from mora_jax.nnx import _held
 
-traced_specs: ContextVar[dict[str, AdapterSpec] | None]
-traced_specs = ContextVar("traced_specs", default=None)
+Specs = dict[str, AdapterSpec]
+
+traced_specs: ContextVar[Specs | None] = ContextVar("traced_specs", default=None)
 """{path of a kernel: its adapter} in a trace of this file; None outside of one."""
 
 
-def trace(
-    function: Callable[..., Any], *args: Any, **kwargs: Any
-) -> tuple[Any, dict[str, AdapterSpec]]:
+def trace(function: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Any, Specs]:
     """The shapes that a call returns, and the adapters of the kernels it multiplies.
 
     In the trace nothing is quantized, and each operand is known by what made it. Arrays
     and shapes among the arguments are traced, and everything else is static.
     """
-    specs: dict[str, AdapterSpec] = {}
+    specs: Specs = {}
     token = traced_specs.set(specs)
     try:
         return fresh_shapes(function, *args, **kwargs), specs
@@ -69,11 +68,9 @@ def plan_of(model: Any, *args: Any, **kwargs: Any) -> Plan:
     if not traced:
         raise ValueError("model has no adapters: give qwix a MoRAProvider")
     leaves = {name: leaf for name, (_, leaf) in named_leaves(shapes["params"]).items()}
-    # nn.scan stacks the M's of layers; the trace saw a single layer.
-    ms = {name: leaves.pop(name + SUFFIX) for name in traced}
-    specs = [
-        spec.stacked(ms[name].shape[: ms[name].ndim - len(spec.shape)], spec.path)
-        for name, spec in traced.items()
-    ]
+    specs = []
+    for name, spec in traced.items():
+        m = leaves.pop(name + SUFFIX)  # nn.scan stacks M's; the trace saw one layer
+        specs.append(spec.stacked(m.shape[: m.ndim - len(spec.shape)], spec.path))
     size = sum(leaf.size for leaf in leaves.values())
     return Plan(tuple(sorted(specs, key=lambda s: s.path)), size, traced=True)
