@@ -5,7 +5,7 @@ classes: M is beside its kernel all the same, and the provider adds the delta.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -27,31 +27,36 @@ from mora_jax.nnx._param import is_m, value_of
 from mora_jax.sharding import adapter_sharding
 
 
-def hold(model: nnx.Module, spec: AdapterSpec, rngs: nnx.Rngs | None) -> None:
-    """Put a new M beside its kernel, on the mesh of the kernel.
+def hold(
+    model: nnx.Module, specs: Iterable[AdapterSpec], rngs: nnx.Rngs | None
+) -> None:
+    """Put new M's beside their kernels, on the meshes of the kernels.
 
     Raises:
       ValueError: The model has an M there, or multiplies a part of the kernel.
     """
-    module, name = dict(named_modules(model))[spec.path[:-1]], spec.path[-1]
-    kernel = getattr(module, name)
-    if hasattr(module, name + SUFFIX):
-        raise ValueError(
-            f"{spec.name}: model has an M there already: give qwix a model without "
-            "adapters, such as the base or what mora_jax.qwix.merge_adapters makes"
-        )
-    if tuple(kernel.shape) != spec.kernel_shape:
-        raise ValueError(
-            f"{spec.name} of shape {kernel.shape} is multiplied as {spec.kernel_shape}:"
-            " qwix knows no kernels inside nnx.scan and nnx.vmap; leave it out of "
-            "module_path"
-        )
-    m = init_adapter(spec, rngs.params() if rngs and spec.init == "gaussian" else None)
-    if sharding := named_sharding(jax.tree.leaves(kernel)[0]):
-        m = jax.device_put(m, adapter_sharding(spec, sharding))
-    setattr(module, name + SUFFIX, MoRAParam.of(spec, m))
-    if spec.dropout > 0:
-        setattr(module, DROPOUT, AdapterDropout(spec.dropout, 0))
+    modules = dict(named_modules(model))
+    for spec in specs:
+        module, name = modules[spec.path[:-1]], spec.path[-1]
+        kernel = getattr(module, name)
+        if hasattr(module, name + SUFFIX):
+            raise ValueError(
+                f"{spec.name}: model has an M there already: give qwix a model without "
+                "adapters, such as the base or what mora_jax.qwix.merge_adapters makes"
+            )
+        if tuple(kernel.shape) != spec.kernel_shape:
+            raise ValueError(
+                f"{spec.name} of shape {kernel.shape} is multiplied as "
+                f"{spec.kernel_shape}: qwix knows no kernels inside nnx.scan and "
+                "nnx.vmap; leave it out of module_path"
+            )
+        key = rngs.params() if rngs and spec.init == "gaussian" else None
+        m = init_adapter(spec, key)
+        if sharding := named_sharding(jax.tree.leaves(kernel)[0]):
+            m = jax.device_put(m, adapter_sharding(spec, sharding))
+        setattr(module, name + SUFFIX, MoRAParam.of(spec, m))
+        if spec.dropout > 0:
+            setattr(module, DROPOUT, AdapterDropout(spec.dropout, 0))
 
 
 def release(model: nnx.Module, plan: Plan) -> None:

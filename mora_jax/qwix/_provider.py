@@ -93,8 +93,7 @@ class MoRAProvider(qwix.PtqProvider):
             method, rngs = first
             call, state = _held.traceable(model, method)
             _, specs = trace(call, state, *model_args, **model_kwargs)
-            for spec in specs.values():
-                _held.hold(model, spec, rngs)
+            _held.hold(model, specs.values(), rngs)
         self.planned.setdefault(type(model), {})
         self.running[threading.get_ident()] = type(model)
         return super().process_model_inputs(model, model_args, model_kwargs)
