@@ -12,6 +12,7 @@ from typing import Any
 import jax
 
 from mora_jax._flax.layer_rules import LayerRule, planning_rules
+from mora_jax._jax.fresh_trace import split_static
 from mora_jax._trace_check import Call, Uses, follow, mark
 from mora_jax.products import Product
 
@@ -92,17 +93,10 @@ class Survey:
         The function marks its layers. In `args` only arrays and shapes are traced, and
         everything else is static. `leaves` are the `named_leaves` of `tree`.
         """
-        inputs, structure = jax.tree.flatten(args)
-        arrays = {
-            k: leaf
-            for k, leaf in enumerate(inputs)
-            if hasattr(leaf, "shape") and hasattr(leaf, "dtype")
-        }
+        arrays, join = split_static(args)
 
-        def call(tree: Any, arrays: dict[int, Any]) -> list[Any]:
-            values = [arrays.get(k, leaf) for k, leaf in enumerate(inputs)]
-            result = function(tree, *jax.tree.unflatten(structure, values))
-            return jax.tree.leaves(result)
+        def call(tree: Any, arrays: list[Any]) -> list[Any]:
+            return jax.tree.leaves(function(tree, *join(arrays)))
 
         jaxpr = jax.make_jaxpr(call)(tree, arrays).jaxpr
         stacked = {

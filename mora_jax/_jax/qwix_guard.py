@@ -23,7 +23,7 @@ _CODE = getattr(_DOT_GENERAL, "__code__", None)
 
 
 def intercepted() -> bool:
-    """True if some library computes `jax.lax.dot_general` in its own way now.
+    """True while some library computes `jax.lax.dot_general` in its own way.
 
     The library may do so in another thread only. It is safe to assume that it does so
     in this one: the delta is then added to the layer's output, with the same result.
@@ -43,7 +43,7 @@ def undisturbed(function: F) -> F:
     0.1.4 to 0.1.8, and this is the only place that asks for it.
 
     Raises:
-      RuntimeError: A version of qwix intercepts products and lacks such a switch.
+      RuntimeError: A version of qwix intercepts products and lacks the switch.
     """
     if "qwix" not in sys.modules or not intercepted():
         return function

@@ -15,11 +15,11 @@ Its adapters, beside `mora_jax.nnx.adapters` and `set_adapters`, or `mora_jax.sp
   dequantize            the base as floating-point arrays
 """
 
+from mora_jax._tree.stored_sum import MergeLoss as MergeLoss
 from mora_jax.qwix import _private
-from mora_jax.qwix._merge import MergeLoss as MergeLoss
-from mora_jax.qwix._merge import dequantize as dequantize
-from mora_jax.qwix._merge import merge as merge
-from mora_jax.qwix._merge import merge_adapters as merge_adapters
-from mora_jax.qwix._plan import plan_of as plan_of
 from mora_jax.qwix._provider import MoRAProvider as MoRAProvider
+from mora_jax.qwix._quantized_merge import dequantize as dequantize
+from mora_jax.qwix._quantized_merge import merge as merge
+from mora_jax.qwix._quantized_merge import merge_adapters as merge_adapters
 from mora_jax.qwix._rule import MoRARule as MoRARule
+from mora_jax.qwix._traced_plan import plan_of as plan_of

@@ -1,4 +1,4 @@
-"""Settings of the modules that match a pattern."""
+"""Rules of a provider: settings for the modules that match a pattern."""
 
 import dataclasses
 import functools
@@ -49,13 +49,11 @@ def check_rules(rules: Any) -> None:
       TypeError: They are not a sequence of rules, or a rule has a wrong type.
       ValueError: None of them adapts; a pattern or a type is unknown.
     """
-    if isinstance(rules, qwix.QuantizationRule):
+    if not isinstance(rules, Sequence) or isinstance(rules, str):
         raise TypeError(
-            f"rules must be a list of rules, got one {type(rules).__name__}: write "
+            f"rules must be a list of rules, got {type(rules).__name__}: write "
             "MoRAProvider([rule])"
         )
-    if not isinstance(rules, Sequence) or isinstance(rules, str):
-        raise TypeError(f"rules must be a list of rules, got {type(rules).__name__}")
     for rule in rules:
         if not isinstance(rule, qwix.QuantizationRule):
             raise TypeError(

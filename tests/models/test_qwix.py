@@ -522,10 +522,11 @@ def test_an_input_of_the_shape_of_m():
     def product(x, kernel):
         return jnp.dot(jnp.dot(x, kernel), x[:, :8].T @ x[:, :8])
 
-    model = qwix.apply_lora_to_model(Own(product, 8), MoRAProvider(rank=2, **INT8))
+    provider = MoRAProvider(square_rank=8, **INT8)
+    model = qwix.apply_lora_to_model(Own(product, 8), provider)
     x = random(1, 3, 16)
     params = model.init(KEY, x)["params"]
-    assert params["kernel_mora"].shape == (6, 6)
+    assert params["kernel_mora"].shape == (8, 8)
     plan = plan_of(model, x)
     assert list(plan) == ["kernel"]
 

@@ -1,0 +1,180 @@
+"""Adapters merged into quantized kernels."""
+
+import functools
+from collections.abc import Mapping
+from typing import Any, Literal, TypeVar, get_args
+
+from flax import nnx
+
+from mora_jax._common.checks import check_choice
+from mora_jax._common.suggestions import lacking
+from mora_jax._plan.plan import Plan, check_plan
+from mora_jax._plan.trained_arrays import refuse_trained
+from mora_jax._tree.adapters import refuse_combined
+from mora_jax._tree.merge import finite_items
+from mora_jax._tree.paths import located_leaves
+from mora_jax._tree.stored_sum import MergeLoss, stored_sum
+from mora_jax.nnx import _held
+from mora_jax.qwix import _private
+
+Onto = Literal["dequantized", "requantized"]
+Model = TypeVar("Model", bound=nnx.Module)
+
+
+def dequantize(params: Any) -> Any:
+    """Params with an array instead of each quantized kernel.
+
+    It is the base that adapters were trained on, for `mora_jax.save(..., params=)` and
+    `mora_jax.merge`, or to compute with without qwix. Shapes give shapes.
+
+    Args:
+      params: Params that qwix quantized, without adapters: nested dicts. Or an NNX
+        model, with adapters or without; a state of it does not say how its numbers are
+        to be read.
+
+    Returns:
+      The params, in the same structure; for a model an `nnx.State` of its parameters
+      without adapters.
+
+    Raises:
+      TypeError: `params` is a Linen model, a state of a quantized model, or no tree of
+        arrays.
+
+    Example::
+
+      >>> import flax.linen as nn, jax, jax.numpy as jnp, mora_jax, qwix
+      >>> rule = qwix.QuantizationRule(weight_qtype="int8")
+      >>> model = qwix.quantize_model(nn.Dense(16), qwix.PtqProvider([rule]))
+      >>> params = model.init(jax.random.key(0), jnp.ones((1, 8)))["params"]
+      >>> mora_jax.qwix.dequantize(params)["kernel"].shape
+      (8, 16)
+    """
+    if isinstance(params, nnx.Module):
+        model = nnx.clone(params)
+        _held.set_parameters(model, dequantize(_private.named_parameters(model)))
+        return nnx.state(model, nnx.All(nnx.Param, nnx.Not(_held.MoRAParam)))
+    if not located_leaves(params) and not isinstance(params, Mapping):
+        raise TypeError(
+            f"params must be a tree of arrays, got {type(params).__name__}: give "
+            "variables['params'], or an NNX model"
+        )
+
+    named, structure = _private.parameters_in(params)
+    for name in named:
+        if name.endswith("/array/qvalue"):
+            raise TypeError(
+                f"params hold parts of the quantized kernel {name[:-13]!r}, which do "
+                "not say how it is quantized: write dequantize(model)"
+            )
+    return structure.unflatten(map(_private.dequantized, named.values()))
+
+
+def merge(
+    params: Any,
+    adapters: Any,
+    plan: Plan,
+    *,
+    onto: Onto = "dequantized",
+    any_base: bool = False,
+) -> tuple[Any, dict[str, MergeLoss]]:
+    r"""The base with its deltas added: :math:`W' = Q(W) + \alpha\, C M D`.
+
+    Args:
+      params: Params that qwix quantized, without adapters: nested dicts.
+      adapters: The adapters, as `mora_jax.split` takes them out of params.
+      plan: Their plan, as `plan_of` gives it.
+      onto: "dequantized" gives floating-point arrays, also instead of quantized
+        kernels without adapters: params for the model that qwix never saw.
+        "requantized" quantizes each sum again as its kernel was: params for
+        `qwix.quantize_model(model, qwix.PtqProvider(rules))`, with the same rules.
+      any_base: Whether to merge into any weights, as in `mora_jax.merge`.
+
+    Returns:
+      The merged params, and {path: what was lost there}; in `jax.jit` the losses are
+      arrays. Quantizing again makes errors as large as the first time, which may be
+      many times a delta.
+
+    Raises:
+      TypeError, ValueError: As `mora_jax.merge`; `onto` is unknown; params are shapes.
+
+    Example::
+
+      >>> import flax.linen as nn, jax, jax.numpy as jnp, mora_jax, qwix
+      >>> x, settings = jnp.ones((1, 16)), dict(rank=2, weight_qtype="int8")
+      >>> provider = mora_jax.qwix.MoRAProvider(module_path=".*", **settings)
+      >>> model = qwix.apply_lora_to_model(nn.Dense(16), provider)
+      >>> variables = model.init(jax.random.key(0), x)
+      >>> base, adapters = mora_jax.split(variables["params"])
+      >>> plan = mora_jax.qwix.plan_of(model, x)
+      >>> merged, losses = mora_jax.qwix.merge(base, adapters, plan)
+      >>> y = nn.Dense(16).apply({"params": merged}, x)
+      >>> bool(jnp.allclose(y, model.apply(variables, x), atol=1e-5)), losses
+      (True, {'kernel': MergeLoss(share=0.0, error=0.0)})
+    """
+    check_choice("onto", onto, get_args(Onto))
+    refuse_trained(
+        check_plan(plan).trained,
+        "which is not merged into quantized models; merge into mora_jax.qwix.dequantize"
+        "(params) with mora_jax.merge",
+    )
+    if isinstance(params, nnx.Module):
+        raise TypeError(
+            f"params must be a tree of arrays, got the model {type(params).__name__}: "
+            "write merge_adapters(model)"
+        )
+    named, structure = _private.parameters_in(params)
+    refuse_combined(named, plan.specs)
+    losses = {}
+    for spec, m in finite_items(adapters, plan):
+        name = spec.name
+        if name not in named:
+            raise ValueError(f"params lack the kernel {name!r}{lacking(name, named)}")
+        old, load = named[name], _private.dequantized
+        again = functools.partial(_private.requantized, old)
+        forms = {"store": again if onto == "requantized" else load, "load": load}
+        named[name], losses[name] = stored_sum(
+            load(old), spec, m, **forms, any_base=any_base
+        )
+    merged = structure.unflatten(named.values())
+    return dequantize(merged) if onto == "dequantized" else merged, losses
+
+
+def merge_adapters(
+    model: Model, onto: Onto = "dequantized", *, any_base: bool = False
+) -> tuple[Model, dict[str, MergeLoss]]:
+    """An NNX model with its adapters merged into its kernels.
+
+    Args:
+      model: A model of `qwix.apply_lora_to_model` with a `MoRAProvider`. It stays as
+        it is.
+      onto: As in `merge`: "dequantized" gives a plain model that qwix never saw;
+        "requantized" one that qwix intercepts as before, without adapters.
+      any_base: As in `merge`.
+
+    Returns:
+      A new model, and {path: what was lost there}.
+
+    Raises:
+      TypeError: `model` is not an NNX module; for Linen's there is `merge`.
+      ValueError: It lacks adapters; `onto` is unknown; an M holds NaN or infinity.
+
+    Example::
+
+      >>> import jax.numpy as jnp, mora_jax, qwix
+      >>> from flax import nnx
+      >>> base, x = nnx.Linear(16, 16, rngs=nnx.Rngs(0)), jnp.ones((1, 16))
+      >>> provider = mora_jax.qwix.MoRAProvider(rank=2, weight_qtype="int8")
+      >>> model = qwix.apply_lora_to_model(base, provider, x, rngs=nnx.Rngs(0))
+      >>> merged, losses = mora_jax.qwix.merge_adapters(model)
+      >>> type(merged) is nnx.Linear, losses
+      (True, {'kernel': MergeLoss(share=0.0, error=0.0)})
+    """
+    plan, adapters = _held.plan_of(model), _held.adapters(model)
+    model = nnx.clone(model)
+    params = _private.named_parameters(model)
+    params, losses = merge(params, adapters, plan, onto=onto, any_base=any_base)
+    _held.set_parameters(model, params)
+    _held.release(model, plan)
+    if onto == "dequantized":
+        _private.forget(model)
+    return model, losses
