@@ -7,10 +7,9 @@ import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 
 from mora_jax.io._errors import AdapterFileError
-from mora_jax.io._paths import Location, is_local, size
+from mora_jax.io._locations import Location, is_local, size
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 """The files in an adapter's directory, in PEFT's format and in this library's."""
@@ -23,72 +22,79 @@ Writer = Callable[[str, Iterable[bytes]], None]
 pieces."""
 
 
-def read_bytes(path: Location, limit: int | None = None) -> bytes:
-    """The content of a file.
+# --- Reading ---
+
+
+@contextlib.contextmanager
+def missing_files(path: Location) -> Iterator[None]:
+    """Turn the errors of a file that is missing, or is no file, into ours.
 
     Raises:
-      AdapterFileError: The file does not exist, or it has more than `limit` bytes.
+      AdapterFileError: The file does not exist, or is a directory.
     """
     try:
-        if limit is not None and (found := size(path)) > limit:
-            raise AdapterFileError(
-                f"{path.name} must be at most {limit:,} bytes long, got {found:,}"
-            )
-        if is_local(path) and path.exists() and not path.is_file():
-            raise AdapterFileError(f"{path} is not a regular file")
-        return path.read_bytes()
+        yield
     except FileNotFoundError:
         raise AdapterFileError(f"there is no {path.name} in {path.parent}") from None
     except NotADirectoryError:
         raise AdapterFileError(f"{path.parent} is not a directory") from None
     except IsADirectoryError:
-        raise AdapterFileError(f"{path} is not a regular file") from None
+        raise AdapterFileError(f"{path} is a directory, not a file") from None
 
 
-def read_if_of_size(path: Location, expected: int) -> bytes | None:
-    """The content of a file; None unless it exists with `expected` bytes."""
-    with contextlib.suppress(FileNotFoundError, IsADirectoryError):
-        if size(path) == expected:
-            return path.read_bytes()
-    return None
-
-
-def write_file(path: Location, chunks: Iterable[bytes]) -> None:
-    """Make or replace `path`, so that a reader sees the old content or the new.
-
-    An object store does that by itself: it shows an object when all of it has arrived.
+def read_bytes(path: Location, limit: int | None = None) -> bytes:
+    """Return the content of a file.
 
     Raises:
-      OSError: The file system refuses. The old content stays.
+      AdapterFileError: The file does not exist, or it has more than `limit` bytes.
     """
-    if is_local(path):
-        _write_local(path, chunks)
-        return
+    with missing_files(path):
+        if limit is not None and (length := size(path)) > limit:
+            raise AdapterFileError(
+                f"{path.name} must be at most {limit:,} bytes long, got {length:,}"
+            )
+        if is_local(path) and path.exists() and not path.is_file():
+            raise AdapterFileError(f"{path} is a directory or a device, not a file")
+        return path.read_bytes()
+
+
+def entries(directory: Location) -> list[Location]:
+    """Return the entries of a directory, none if it does not exist.
+
+    In an object store a directory without objects does not exist.
+    """
+    return list(directory.iterdir()) if directory.exists() else []
+
+
+# --- Writing ---
+
+
+@contextlib.contextmanager
+def unfinished_file(directory: Location, data: bytes) -> Iterator[Location]:
+    """Write a file under a temporary name, which is to be renamed within.
+
+    If it still has that name at the end, it is removed.
+    """
+    path = _temporary(directory)
+    try:
+        _write(path, [data])
+        yield path
+    finally:
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
+
+
+def _write(path: Location, chunks: Iterable[bytes]) -> None:
     with path.open("wb") as file:
         for chunk in chunks:
             file.write(chunk)
+        if is_local(path):
+            file.flush()
+            os.fsync(file.fileno())
 
 
-def _write_local(path: Path, chunks: Iterable[bytes]) -> None:
-    unfinished = _unfinished(path)
-    with naming(path):
-        try:
-            with unfinished.open("xb") as file:
-                for chunk in chunks:
-                    file.write(chunk)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(unfinished, path)
-        except BaseException:
-            unfinished.unlink(missing_ok=True)
-            raise
-        sync(path.parent)
-
-
-def new_directory(
-    path: Location,
-) -> contextlib.AbstractContextManager[Writer]:
-    """A directory to fill; if an error occurs, its files are removed again.
+def new_directory(path: Location) -> contextlib.AbstractContextManager[Writer]:
+    """Return a directory to fill; if an error occurs, its files are removed again.
 
     A local directory gets the name `path` only at the end, when it replaces what was
     there. If something was there, neither exists for an instant between two renames.
@@ -101,13 +107,13 @@ def new_directory(
 
 
 @contextlib.contextmanager
-def _renamed(path: Path) -> Iterator[Writer]:
+def _renamed(path: Location) -> Iterator[Writer]:
     with naming(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished, old = _unfinished(path), _unfinished(path)
+        unfinished, old = _temporary(path.parent), _temporary(path.parent)
         unfinished.mkdir()
         try:
-            yield lambda name, chunks: write_file(unfinished / name, chunks)
+            yield lambda name, chunks: _write(unfinished / name, chunks)
             sync(unfinished)
             with contextlib.suppress(FileNotFoundError):
                 os.rename(path, old)
@@ -131,7 +137,7 @@ def _in_place(path: Location) -> Iterator[Writer]:
 
     def write(name: str, chunks: Iterable[bytes]) -> None:
         written.append(path / name)
-        write_file(path / name, chunks)
+        _write(path / name, chunks)
 
     try:
         yield write
@@ -142,8 +148,8 @@ def _in_place(path: Location) -> Iterator[Writer]:
         raise
 
 
-def _unfinished(path: Path) -> Path:
-    return path.with_name(f"{TEMPORARY}{uuid.uuid4().hex}")
+def _temporary(directory: Location) -> Location:
+    return directory / f"{TEMPORARY}{uuid.uuid4().hex}"
 
 
 @contextlib.contextmanager
@@ -188,32 +194,19 @@ def sync(directory: Location) -> None:
         os.close(descriptor)
 
 
-def entries(directory: Location) -> list[Location]:
-    """The entries of a directory, none if it does not exist.
-
-    In an object store a directory without objects does not exist.
-    """
-    return list(directory.iterdir()) if directory.exists() else []
-
-
-def unfinished_files(directory: Location) -> list[Location]:
-    """The files that killed processes have left."""
-    return [path for path in entries(directory) if path.name.startswith(TEMPORARY)]
-
-
 @contextlib.contextmanager
 def locked(directory: Location) -> Iterator[None]:
     """Keep other writers out of `directory`, if the platform has locks."""
     try:
         import fcntl
-    except ImportError:  # Windows does not have it
+    except ImportError:  # Windows lacks it
         fcntl = None
     if fcntl is None or not is_local(directory):
         yield
         return
     descriptor = os.open(directory, os.O_RDONLY)
     try:
-        with contextlib.suppress(OSError):  # some network file systems have no locks
+        with contextlib.suppress(OSError):  # some network file systems lack locks
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:

@@ -17,8 +17,9 @@ import numpy as np
 
 from mora_jax._common.types import Shape
 from mora_jax.io._errors import AdapterFileError
+from mora_jax.io._files import missing_files
 from mora_jax.io._json import parse, short
-from mora_jax.io._paths import Location, is_local, size
+from mora_jax.io._locations import Location, is_local, size
 
 DTYPES = {
     "F64": np.dtype(np.float64),
@@ -34,7 +35,7 @@ CHUNK = 2**24
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """What the header says of a tensor.
+    """A tensor in a header.
 
     Attributes:
       dtype: The name of its dtype in the format, such as "BF16".
@@ -50,12 +51,11 @@ class Entry:
 
 
 class TensorFile:
-    """A safetensors file of which only the header is in memory.
+    """A safetensors file whose header alone is in memory.
 
     Attributes:
       path: The path of the file.
       entries: {name of a tensor: its entry}, in the order of the header.
-      metadata: The texts that were stored with the tensors.
       header: The file's first bytes, up to the first tensor.
       size: The number of bytes of the file.
     """
@@ -67,10 +67,10 @@ class TensorFile:
           AdapterFileError: `path` is not a safetensors file.
         """
         self.path = path
-        self.header, self.size = _header(path)
+        self.header, self.size = read_header(path), size(path)
         _validate(path, self.header, self.size)
         content = parse(self.header[8:], path.name)
-        self.metadata: dict[str, str] = content.pop("__metadata__", None) or {}
+        content.pop("__metadata__", None)
         start = len(self.header)
         self.entries = {
             name: Entry(
@@ -82,7 +82,7 @@ class TensorFile:
         }
 
     def __getitem__(self, name: str) -> np.ndarray:
-        """A tensor, which is read now.
+        """Return a tensor, which is read now.
 
         Raises:
           AdapterFileError: The tensor is not floating-point.
@@ -93,54 +93,77 @@ class TensorFile:
         return np.frombuffer(data, dtype).reshape(entry.shape)
 
     def rows(self, name: str, start: int, stop: int) -> Iterator[np.ndarray]:
-        """Rows of a tensor, in pieces of about `CHUNK` bytes.
+        """Yield rows of a tensor, in pieces of about `CHUNK` bytes.
 
         Raises:
           AdapterFileError: The tensor is not floating-point.
         """
         entry = self.entries[name]
         dtype = _dtype(entry.dtype, name, self.path.name)
-        size = dtype.itemsize * math.prod(entry.shape[1:])
-        with self.path.open("rb") as file:
-            file.seek(entry.start + start * size)
-            while start < stop:
-                count = min(max(1, CHUNK // max(1, size)), stop - start)
-                data = file.read(count * size)
-                if len(data) < count * size:
-                    raise AdapterFileError(f"{self.path.name} was cut off while read")
-                yield np.frombuffer(data, dtype).reshape(count, *entry.shape[1:])
-                start += count
+        row = dtype.itemsize * math.prod(entry.shape[1:])
+        piece = max(1, CHUNK // max(1, row)) * row
+        first, last = (entry.start + number * row for number in (start, stop))
+        if not row:
+            yield np.empty((stop - start, *entry.shape[1:]), dtype)
+            return
+        for data in self._pieces(first, last, piece):
+            yield np.frombuffer(data, dtype).reshape(-1, *entry.shape[1:])
 
     def chunks(self, name: str) -> Iterator[bytes]:
-        """The bytes of a tensor in pieces."""
+        """Yield the bytes of a tensor in pieces."""
         entry = self.entries[name]
+        return self._pieces(entry.start, entry.stop, CHUNK)
+
+    def _pieces(self, start: int, stop: int, length: int) -> Iterator[bytes]:
+        """Yield the bytes from `start` to `stop`, `length` at a time."""
         with self.path.open("rb") as file:
-            file.seek(entry.start)
-            left = entry.stop - entry.start
-            while left:
-                chunk = file.read(min(left, CHUNK))
-                if not chunk:
+            file.seek(start)
+            for position in range(start, stop, length):
+                wanted = min(length, stop - position)
+                data = file.read(wanted)
+                if len(data) < wanted:
                     raise AdapterFileError(f"{self.path.name} was cut off while read")
-                left -= len(chunk)
-                yield chunk
+                yield data
 
 
-def _header(path: Location) -> tuple[bytes, int]:
-    """The bytes before the first tensor, and the number of bytes of the file."""
-    library()
-    try:
-        with path.open("rb") as file:
-            length = file.read(8)
-            number = int.from_bytes(length, "little")
-            if number > MAX_HEADER:
-                raise AdapterFileError(_too_long(path.name, number))
-            return length + file.read(number), size(path)
-    except FileNotFoundError:
-        raise AdapterFileError(f"there is no {path.name} in {path.parent}") from None
-    except NotADirectoryError:
-        raise AdapterFileError(f"{path.parent} is not a directory") from None
-    except IsADirectoryError:
-        raise AdapterFileError(f"{path} is a directory, not a file") from None
+# --- Headers ---
+
+
+def read_header(path: Location) -> bytes:
+    """Return the bytes of a safetensors file before its first tensor.
+
+    Raises:
+      AdapterFileError: There is no such file, or its header would be too long.
+    """
+    with missing_files(path), path.open("rb") as file:
+        length = file.read(8)
+        return length + file.read(_header_size(length, path.name))
+
+
+def metadata_of(data: bytes, name: str) -> dict[str, Any]:
+    """Return the texts that a safetensors file has beside its tensors.
+
+    Args:
+      data: The file's content, or its header alone.
+      name: The name of the file in messages.
+
+    Raises:
+      AdapterFileError: The header is not valid.
+    """
+    header = parse(data[8 : 8 + _header_size(data, name)], name)
+    metadata = header.get("__metadata__", {}) if isinstance(header, dict) else None
+    if not isinstance(metadata, dict):
+        raise AdapterFileError(f"{name} is not a safetensors file")
+    return metadata
+
+
+def _header_size(data: bytes, name: str) -> int:
+    length = int.from_bytes(data[:8], "little")
+    if length > MAX_HEADER:
+        raise AdapterFileError(
+            f"{name} must have a header of at most {MAX_HEADER:,} bytes, got {length:,}"
+        )
+    return length
 
 
 def _validate(path: Location, header: bytes, size: int) -> None:
@@ -168,12 +191,11 @@ def _validate(path: Location, header: bytes, size: int) -> None:
             ) from error
 
 
-def _too_long(name: str, size: int) -> str:
-    return f"{name} must have a header of at most {MAX_HEADER:,} bytes, got {size:,}"
+# --- Whole files in memory ---
 
 
 def decode(data: bytes, name: str) -> dict[str, np.ndarray]:
-    """The arrays of a safetensors file that is in memory.
+    """Return the arrays of a safetensors file that is in memory.
 
     Args:
       data: The content of the file.
@@ -184,19 +206,17 @@ def decode(data: bytes, name: str) -> dict[str, np.ndarray]:
         floating-point.
     """
     safetensors = library()
-    size = int.from_bytes(data[:8], "little")
-    if size > MAX_HEADER:
-        raise AdapterFileError(_too_long(name, size))
+    length = _header_size(data, name)
     try:
-        found = safetensors.deserialize(data)
+        tensors = safetensors.deserialize(data)
     except safetensors.SafetensorError as error:
         raise AdapterFileError(f"{name} is not a safetensors file: {error}") from error
-    parse(data[8 : 8 + size], name)  # raises if a key occurs twice
+    parse(data[8 : 8 + length], name)  # raises if a key occurs twice
     return {
         key: np.frombuffer(tensor["data"], _dtype(tensor["dtype"], key, name)).reshape(
             tensor["shape"]
         )
-        for key, tensor in found
+        for key, tensor in tensors
     }
 
 
@@ -209,7 +229,7 @@ def _dtype(dtype: str, key: str, name: str) -> np.dtype:
 
 
 def encode(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> bytes:
-    """The content of a safetensors file."""
+    """Return the content of a safetensors file."""
     library()
     from safetensors.numpy import save
 
@@ -218,7 +238,7 @@ def encode(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> by
 
 
 def library() -> Any:
-    """The safetensors package.
+    """Return the safetensors package.
 
     Raises:
       ImportError: The package is missing. The message says how to install it.
