@@ -1,6 +1,8 @@
 """What arguments must be."""
 
 import numbers
+from collections.abc import Callable
+from operator import index
 from typing import Any, SupportsIndex
 
 import jax
@@ -20,27 +22,39 @@ DEQUANTISE = (
 # --- Settings ---
 
 
-def positive_integer(name: str, value: object) -> None:
-    """Raise unless `value` is an integer (not a bool) of at least 1."""
+def positive_integer(name: str, value: Any) -> int:
+    """Return `value` as an int, if it is an integer (not a bool) of at least 1."""
     # int comes first: to ask for a protocol is slow, and plans ask for every kernel.
     if isinstance(value, bool) or not isinstance(value, int | SupportsIndex):
         raise TypeError(f"{name} must be a positive integer, got {value!r}")
     if value.__index__() < 1:
         raise ValueError(f"{name} must be a positive integer, got {value!r}")
+    return index(value)
 
 
-def check_seed(seed: object) -> None:
-    """Raise unless `seed` is an integer that `RandomState` takes."""
+def check_seed(seed: Any) -> int:
+    """Return `seed` as an int, if it is an integer that `RandomState` takes."""
     if isinstance(seed, bool) or not isinstance(seed, SupportsIndex):
         raise TypeError(f"seed must be an integer, got {seed!r}")
     if not 0 <= seed.__index__() < 2**32:
         raise ValueError(f"seed must be in [0, 2**32), got {seed}")
+    return index(seed)
 
 
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     """Raise unless `value` is among `choices`."""
     if value not in choices:
         raise ValueError(f"{name} must be one of {choices}, got {value!r}")
+
+
+def one_of(*choices: str) -> Callable[[str, Any], str]:
+    """Check of a name and a value, which raises unless the value is a choice."""
+
+    def check(name: str, value: Any) -> str:
+        check_choice(name, value, choices)
+        return value
+
+    return check
 
 
 def check_number(name: str, value: Any) -> float:
@@ -57,11 +71,11 @@ def check_number(name: str, value: Any) -> float:
     return number
 
 
-def check_rate(value: Any) -> float:
-    """`value` as a Python float, if it is a dropout rate."""
-    rate = check_number("dropout", value)
+def check_rate(name: str, value: Any) -> float:
+    """`value` as a Python float, if it is a rate of dropout."""
+    rate = check_number(name, value)
     if not 0 <= rate < 1:
-        raise ValueError(f"dropout must be in [0, 1), got {value}")
+        raise ValueError(f"{name} must be in [0, 1), got {value}")
     return rate
 
 

@@ -10,7 +10,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import DTypeLike
 from jaxtyping import Float, PRNGKeyArray, Shaped
 
 from mora_jax._common.axes import sizes
@@ -20,6 +19,7 @@ from mora_jax._jax.linear_map import static
 from mora_jax._layer.adapted import adapted_product
 from mora_jax._mesh.layout import KernelLayout
 from mora_jax._plan.config import MoRAConfig, refuse_train
+from mora_jax._plan.settings import AdapterSettings
 from mora_jax._plan.spec import SUFFIX, AdapterSpec
 from mora_jax._tree.paths import adapter_of
 from mora_jax.operators import Operator
@@ -27,7 +27,7 @@ from mora_jax.products import Contraction
 
 
 @dataclasses.dataclass(frozen=True)
-class FrozenDense:
+class FrozenDense(AdapterSettings):
     """Everything of a dense layer that is not trained.
 
     It is a pytree: kernel, bias and the operator's arrays are leaves, and the rest is
@@ -57,12 +57,6 @@ class FrozenDense:
     bias: Any
     operator: Operator
     axes: str = "io"
-    alpha: float = 1.0
-    scale: float = 1.0
-    dropout: float = 0.0
-    init: str = "zeros"
-    param_dtype: DTypeLike = jnp.float32
-    execution: str = "auto"
     precision: jax.lax.PrecisionLike = None
     layout: KernelLayout | None = None
 
@@ -93,19 +87,19 @@ class FrozenDense:
         spec = AdapterSpec.from_config(
             config, tuple(kernel.shape), axes, kernel_dtype=kernel.dtype
         )
-        settings = {field: getattr(spec, field) for field in _SPEC_FIELDS}
+        settings = {name: getattr(spec, name) for name in _SHARED}
         return cls(kernel, bias, **settings)
 
     @property
     def spec(self) -> AdapterSpec:
         """How the kernel is adapted."""
         check_kernel(self.kernel, "kernel")
-        settings = {field: getattr(self, field) for field in _SPEC_FIELDS}
+        settings = {name: getattr(self, name) for name in _SHARED}
         return AdapterSpec(kernel_shape=tuple(self.kernel.shape), **settings)
 
 
 _FIELDS = {field.name for field in dataclasses.fields(FrozenDense)}
-_SPEC_FIELDS = _FIELDS & {field.name for field in dataclasses.fields(AdapterSpec)}
+_SHARED = _FIELDS & {field.name for field in dataclasses.fields(AdapterSpec)}
 _DATA_FIELDS = ["kernel", "bias", "operator"]
 jax.tree_util.register_dataclass(
     FrozenDense,

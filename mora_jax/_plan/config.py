@@ -5,29 +5,23 @@ import dataclasses
 import functools
 import re
 from collections.abc import Iterable, Mapping
-from operator import index
 from typing import Any
 
-import jax.numpy as jnp
-from flax.core import FrozenDict
-from jax.typing import DTypeLike
-
-from mora_jax._common.checks import (
-    check_choice,
-    check_number,
-    check_rate,
-    check_seed,
-    floating_dtype,
-    positive_integer,
-)
+from mora_jax._common.frozen import FrozenMapping
 from mora_jax._common.warnings import warn
-from mora_jax._plan.settings import (
+from mora_jax._plan.patterns import (
     NAMES_ELSEWHERE,
     check_pattern,
     patterns_of,
     setting_hint,
 )
-from mora_jax.operators._registry import OperatorSpec, parse_spec
+from mora_jax._plan.settings import (
+    DEFAULT_RANK,
+    AdapterChoice,
+    check_execution,
+    check_settings,
+    setting,
+)
 
 
 def default_targets(leaf: str) -> str:
@@ -43,16 +37,11 @@ def default_targets(leaf: str) -> str:
 
 DEFAULT_TARGETS = (default_targets("kernel"),)
 
-SCALES = ("paper", "fine-tuning")
-INITS = ("zeros", "gaussian")
-EXECUTIONS = ("auto", "activation", "fold")
-
-DEFAULT_RANK = 8
 LARGEST_USUAL_ALPHA = 4.0
 
 
 @dataclasses.dataclass(frozen=True)
-class MoRAConfig:
+class MoRAConfig(AdapterChoice):
     r"""The settings of an adaptation; frozen and hashable.
 
     In PEFT `targets` is called target_modules, and `overrides` is called rank_pattern
@@ -78,10 +67,6 @@ class MoRAConfig:
       multiple_of: The number whose multiple q is rounded down to. None chooses a q that
         suits the layer's widths and the chip, see `square_rank`; it may use as little
         as a quarter of the budget, which `Plan.summary` shows. 1 uses all of it.
-      squares: K, how many squares M is. Block k of C(x) is multiplied by square k mod
-        K. 1 is the paper's. "auto" chooses q as for one square, and then as many
-        squares as the budget of `rank` buys: it fills the budget where no larger q
-        suits a layer.
       init: How M starts. "zeros" starts as an exact identity. "gaussian", of standard
         deviation 1/sqrt(q), is AiDotNet's; it changes the model's outputs before the
         first step.
@@ -123,24 +108,11 @@ class MoRAConfig:
       16
     """
 
-    rank: int = DEFAULT_RANK
-    operator: OperatorSpec = "auto"
-    alpha: float = 1.0
-    scale: str = "fine-tuning"
-    square_rank: int | None = None
-    multiple_of: int | None = None
-    squares: int | str = 1
-    init: str = "zeros"
-    dropout: float = 0.0
-    param_dtype: DTypeLike | None = jnp.float32
-    execution: str = "auto"
-    targets: str | Iterable[str] = DEFAULT_TARGETS
-    exclude: str | Iterable[str] = ()
-    overrides: Mapping[str, Mapping[str, Any]] = dataclasses.field(
-        default_factory=FrozenDict
-    )
-    seed: int = 0
-    train: str | Iterable[str] = ()
+    execution: str = setting("auto", check_execution)
+    targets: str | Iterable[str] = setting(DEFAULT_TARGETS, patterns_of)
+    exclude: str | Iterable[str] = setting((), patterns_of)
+    overrides: Mapping[str, Mapping[str, Any]] = FrozenMapping()
+    train: str | Iterable[str] = setting((), patterns_of)
 
     def __new__(cls, *args: Any, **settings: Any) -> "MoRAConfig":
         """Refuse settings that this class does not have, before `__init__` does."""
@@ -163,42 +135,13 @@ class MoRAConfig:
 
     def _check(self) -> None:
         """Check all settings, and store them in types that hash and compare."""
-        self._set("rank", _positive_integer("rank", self.rank))
-        for field in ("square_rank", "multiple_of"):
-            if getattr(self, field) is not None:
-                self._set(field, _positive_integer(field, getattr(self, field)))
+        check_settings(self)
         if self.square_rank is not None and self.rank != DEFAULT_RANK:
             raise ValueError(
                 f"rank and square_rank exclude each other, got rank={self.rank} and "
                 f"square_rank={self.square_rank}: rank is a budget that q is chosen "
                 "by, square_rank is q itself"
             )
-        if self.squares != "auto":
-            self._set("squares", _positive_integer("squares", self.squares))
-        elif self.square_rank is not None:
-            raise ValueError(
-                "squares='auto' fills the budget of rank, and square_rank="
-                f"{self.square_rank} stands in its place; say how many squares, or rank"
-            )
-        parse_spec(self.operator)
-        if isinstance(self.operator, Mapping):
-            self._set("operator", FrozenDict(self.operator))
-        self._set("alpha", check_number("alpha", self.alpha))
-        if self.alpha == 0:
-            raise ValueError(
-                "alpha must not be 0, which would make every delta and every gradient "
-                "of the adapters 0"
-            )
-        self._set("dropout", check_rate(self.dropout))
-        check_choice("scale", self.scale, SCALES)
-        check_choice("init", self.init, INITS)
-        check_choice("execution", self.execution, EXECUTIONS)
-        if self.param_dtype is not None:
-            self._set("param_dtype", floating_dtype(self.param_dtype))
-        check_seed(self.seed)
-        self._set("seed", index(self.seed))
-        for field in ("targets", "exclude", "train"):
-            self._set(field, patterns_of(field, getattr(self, field)))
         if not self.targets:
             raise ValueError("targets must hold at least one pattern, got none")
         self._check_overrides()
@@ -211,7 +154,7 @@ class MoRAConfig:
             raise TypeError(
                 f"overrides must map patterns to settings, got {self.overrides!r}"
             )
-        self._set("overrides", FrozenDict(self.overrides))
+        self._set("overrides", FrozenMapping(self.overrides))
         for pattern, settings in self.overrides.items():
             check_pattern("overrides", pattern)
             if not isinstance(settings, Mapping):
@@ -251,7 +194,7 @@ class MoRAConfig:
         elif "rank" in settings:
             settings = {"square_rank": None, **settings}
         changed = copy.copy(self)  # a new config would warn again
-        for field, value in {**settings, "overrides": FrozenDict()}.items():
+        for field, value in {**settings, "overrides": FrozenMapping()}.items():
             if field != "axes":
                 changed._set(field, value)
         changed._check()
@@ -294,11 +237,6 @@ def check_config(config: Any, call: str = "MoRAConfig(rank=8)") -> MoRAConfig:
 
 def _values(overrides: Mapping[str, Mapping[str, Any]], name: str) -> list[Any]:
     return [settings[name] for settings in overrides.values() if name in settings]
-
-
-def _positive_integer(name: str, value: Any) -> int:
-    positive_integer(name, value)
-    return index(value)
 
 
 def refuse_train(config: Any, what: str) -> None:

@@ -89,16 +89,12 @@ class Plan(Mapping[str, AdapterSpec]):
         digest together with M's that are stored without their plan, and compare it
         before they are used: plans of equal digests make the same deltas of the same
         M's. The digest covers, by the kernels' paths, their shapes and axes, the
-        operators with all of their settings and seeds, the square ranks, the numbers of
-        squares, alpha and scale. It does not cover what decides how M's are trained or
+        operators with all of their settings and seeds, the square ranks, alpha and
+        scale. It does not cover what decides how M's are trained or
         computed: dropout, init, execution, param_dtype and layout. Of the arrays that
         train themselves it covers paths and shapes.
         """
         meanings = {spec.name: spec.meaning for spec in self.specs}
-        for meaning in meanings.values():
-            for setting in ("squares", "scale"):  # as in digests of before they came
-                if meaning[setting] == 1:
-                    del meaning[setting]
         meanings |= {one.name: {"trained": list(one.shape)} for one in self.trained}
         text = json.dumps(meanings, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
@@ -180,9 +176,9 @@ def summary(plan: Plan, *, collapse: bool = True) -> str:
     Its last line is what PEFT's print_trainable_parameters prints. The column r shows
     how much of the budget a layer uses. If that is less than four fifths, q is shown as
     "64 of 90", with the q that the budget would buy: the layer is too small for that
-    one, or it does not suit its widths. Two squares are shown as "2 x 64". The table
-    has columns for alpha, scale and dropout if a layer departs from their defaults.
-    Arrays that train themselves have "trained" for an operator, and their shape.
+    one, or it does not suit its widths. The table has columns for alpha, scale and
+    dropout if a layer departs from their defaults. Arrays that train themselves have
+    "trained" for an operator, and their shape.
 
     Args:
       plan: The plan.
@@ -264,13 +260,12 @@ def _cells(name: str, specs: list[AdapterSpec], base_parameters: int) -> dict[st
     """A row of `summary` for layers that are alike, by the names of its columns."""
     spec, size = specs[0], sum(spec.parameters for spec in specs)
     op, asked = spec.operator, spec.asked_square_rank
-    q = f"{op.squares} x {op.square_rank}" if op.squares > 1 else f"{op.square_rank}"
     return {
         "path": spec.name if len(specs) == 1 else f"{name} ({len(specs)})",
         "in -> out": f"{spec.in_features} -> {spec.out_features}",
         "operator": spec.operator.name,
         "r": f"{spec.lora_rank:.1f}",
-        "q": f"{q} of {asked}" if asked else q,
+        "q": f"{op.square_rank}" + f" of {asked}" * bool(asked),
         "alpha": f"{spec.alpha:g}",
         "scale": f"{spec.scale:.3g}",
         "dropout": f"{spec.dropout:g}",

@@ -1,54 +1,160 @@
-"""What settings are called, here and elsewhere, and how patterns are read."""
+"""Settings of an adapter: what a user may choose, and the record of what was chosen."""
 
-import re
-from collections.abc import Iterable
+import dataclasses
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from mora_jax._common.suggestions import did_you_mean
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
 
-PATTERNS = "regular expressions that match whole paths"
-NAMES_ELSEWHERE = {
-    "r": "rank",
-    "lora_rank": "rank",
-    "lora_alpha": "alpha, which multiplies the delta itself, as LoRA's lora_alpha / r",
-    "lora_dropout": "dropout",
-    "target_modules": f"targets, {PATTERNS}",
-    "exclude_modules": f"exclude, {PATTERNS}",
-    "modules_to_save": f"train, {PATTERNS}",
-    "rank_pattern": "overrides, as in {'.*/q_proj/kernel': {'rank': 16}}",
-    "alpha_pattern": "overrides, as in {'.*/q_proj/kernel': {'alpha': 2.0}}",
-    "init_lora_weights": "init, 'zeros' or 'gaussian'",
-}
-"""What other libraries call a setting, and what it is called here."""
+from mora_jax._common.checks import (
+    check_number,
+    check_rate,
+    check_seed,
+    floating_dtype,
+    one_of,
+    positive_integer,
+)
+from mora_jax._common.frozen import FrozenMapping
+from mora_jax.operators._registry import OperatorSpec, parse_spec
 
-
-def setting_hint(name: str, known: Iterable[str]) -> str:
-    """What a setting that does not exist is called here, as the end of a message."""
-    if name in NAMES_ELSEWHERE:
-        return f": here that is {NAMES_ELSEWHERE[name]}"
-    return did_you_mean(name, known)
+DEFAULT_RANK = 8
 
 
-def patterns_of(field: str, patterns: Any) -> tuple[str, ...]:
-    """A regular expression, or several of them, as a tuple."""
-    if isinstance(patterns, str):
-        patterns = (patterns,)
-    if not isinstance(patterns, Iterable):
-        hint = "; leave it out for the default" if patterns is None else ""
-        raise TypeError(f"{field} must be regular expressions, got {patterns!r}{hint}")
-    patterns = tuple(patterns)
-    for pattern in patterns:
-        check_pattern(field, pattern)
-    return patterns
+def setting(
+    default: Any, check: Callable[[str, Any], Any], *, meaning: bool = False
+) -> Any:
+    """Field of a record of settings.
+
+    Args:
+      default: The value of a setting that is not given.
+      check: A function of the setting's name and value, which raises an error for a
+        wrong value and returns a right one in the type that is stored.
+      meaning: True if the setting decides which delta an M stands for, and False if it
+        decides only how M is trained or computed.
+    """
+    return dataclasses.field(
+        default=default, metadata={"check": check, "meaning": meaning}
+    )
 
 
-def check_pattern(field: str, pattern: object) -> None:
-    """Raise unless `pattern` is a regular expression; `field` is for the message."""
-    if not isinstance(pattern, str):
-        raise TypeError(f"{field} must hold regular expressions, got {pattern!r}")
-    try:
-        re.compile(pattern)
-    except re.error as error:
+def check_settings(record: Any) -> None:
+    """Check the fields that `setting` made, and store what their checks return."""
+    for field in dataclasses.fields(record):
+        if check := field.metadata.get("check"):
+            value = check(field.name, getattr(record, field.name))
+            object.__setattr__(record, field.name, value)
+
+
+def optional(check: Callable[[str, Any], Any]) -> Callable[[str, Any], Any]:
+    """Check that also takes None."""
+    return lambda name, value: None if value is None else check(name, value)
+
+
+def _scale(name: str, value: Any) -> float:
+    scale = check_number(name, value)
+    if scale <= 0:
+        raise ValueError(f"scale must be above 0, got {scale}")
+    return scale
+
+
+def _nonzero(name: str, value: Any) -> float:
+    alpha = check_number(name, value)
+    if alpha == 0:
         raise ValueError(
-            f"{field} holds {pattern!r}, which is not a regular expression: {error}"
-        ) from error
+            "alpha must not be 0, which would make every delta and every gradient of "
+            "the adapters 0"
+        )
+    return alpha
+
+
+def _operator(name: str, value: Any) -> OperatorSpec:
+    parse_spec(value)
+    return FrozenMapping(value) if isinstance(value, Mapping) else value
+
+
+def _dtype(name: str, value: Any) -> jnp.dtype:
+    return floating_dtype(value, name)
+
+
+_init = one_of("zeros", "gaussian")
+check_execution = one_of("auto", "activation", "fold")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AdapterSettings:
+    """Settings of one adapter that are neither its operator nor its place.
+
+    `AdapterSpec` and `FrozenDense` have these fields, and files hold all of them.
+
+    Attributes:
+      alpha: The factor of the delta.
+      scale: A second factor, which `MoRAConfig(scale=)` chooses for the kernel.
+      dropout: The rate of dropout on the adapter's input.
+      init: How M starts, "zeros" or "gaussian".
+      param_dtype: The dtype of M.
+      execution: How a dense layer computes, as in `MoRAConfig`.
+    """
+
+    alpha: float = setting(1.0, check_number, meaning=True)
+    scale: float = setting(1.0, _scale, meaning=True)
+    dropout: float = setting(0.0, check_rate)
+    init: str = setting("zeros", _init)
+    param_dtype: DTypeLike = setting(jnp.float32, _dtype)
+    execution: str = setting("auto", check_execution)
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+
+    def to_json(self) -> dict[str, Any]:
+        """{name: value as JSON holds it} of all settings."""
+        return {
+            **{name: getattr(self, name) for name in SETTINGS},
+            "param_dtype": np.dtype(self.param_dtype).name,
+        }
+
+    @staticmethod
+    def from_json(values: Mapping[str, Any]) -> "AdapterSettings":
+        """The settings that `to_json` wrote; nothing is filled in.
+
+        Raises:
+          TypeError, ValueError: A setting is missing, unknown or wrong, or its value is
+            not written as `to_json` writes it.
+        """
+        if values.keys() != set(SETTINGS):
+            raise ValueError(
+                f"settings must be {sorted(SETTINGS)}, got {sorted(values)}"
+            )
+        settings = AdapterSettings(**values)
+        for name, value in settings.to_json().items():
+            # True == 1 == 1.0, so types are compared as well.
+            if type(values[name]) is not type(value) or values[name] != value:
+                raise ValueError(f"{name} must be {value!r}, got {values[name]!r}")
+        return settings
+
+
+SETTINGS = {
+    field.name: field.metadata["meaning"]
+    for field in dataclasses.fields(AdapterSettings)
+}
+"""{name of a setting: True if it decides which delta an M stands for}."""
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterChoice:
+    """Settings that a user may choose for each kernel; `MoRAConfig` explains them.
+
+    `MoRAConfig` and `qwix.MoRARule` have these fields.
+    """
+
+    rank: int = setting(DEFAULT_RANK, positive_integer)
+    operator: OperatorSpec = setting("auto", _operator)
+    alpha: float = setting(1.0, _nonzero)
+    scale: str = setting("fine-tuning", one_of("paper", "fine-tuning"))
+    square_rank: int | None = setting(None, optional(positive_integer))
+    multiple_of: int | None = setting(None, optional(positive_integer))
+    init: str = setting("zeros", _init)
+    dropout: float = setting(0.0, check_rate)
+    param_dtype: DTypeLike | None = setting(jnp.float32, optional(_dtype))
+    seed: int = setting(0, lambda _, value: check_seed(value))

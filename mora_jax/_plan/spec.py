@@ -5,40 +5,32 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from mora_jax._common.axes import check_axes, sizes
-from mora_jax._common.checks import (
-    check_choice,
-    check_number,
-    check_rate,
-    floating_dtype,
-)
+from mora_jax._common.checks import floating_dtype
 from mora_jax._common.types import Shape
 from mora_jax._mesh.layout import KernelLayout
-from mora_jax._plan.config import EXECUTIONS, INITS, MoRAConfig, check_config
+from mora_jax._plan.config import MoRAConfig, check_config
+from mora_jax._plan.settings import SETTINGS, AdapterChoice, AdapterSettings
 from mora_jax.operators import Operator, make_operator, square_rank
-from mora_jax.operators._registry import fill_squares, resolve_auto
+from mora_jax.operators._registry import resolve_auto
 
 SUFFIX = "_mora"
 """What the name of an M ends in, after the name of its kernel."""
 
 
 @dataclasses.dataclass(frozen=True)
-class AdapterSpec:
+class AdapterSpec(AdapterSettings):
     """How one kernel is adapted: everything except the arrays; hashable.
 
     Attributes:
       operator: The maps C and D.
       kernel_shape: The kernel's shape, stack axes included.
       axes: The meaning of the kernel's axes, a letter each: "i", "o" or "s".
-      alpha: The factor of the delta.
-      scale: A second factor, which `MoRAConfig(scale=)` chooses for the kernel.
-      dropout: The rate of dropout on the adapter's input.
-      init: How M starts, "zeros" or "gaussian".
-      param_dtype: The dtype of M.
-      execution: How a dense layer computes, as in `MoRAConfig`.
+      alpha, scale, dropout, init, param_dtype, execution: As in `AdapterSettings`:
+        the two factors of the delta, the rate of dropout on the adapter's input, how M
+        starts ("zeros" or "gaussian"), the dtype of M, and how a dense layer computes.
       path: The kernel's place in its params tree, a tuple of keys.
       layout: Where the kernel's features are on a mesh, as `sharding.plan_on_mesh`
         finds it; None for one device.
@@ -60,12 +52,6 @@ class AdapterSpec:
     operator: Operator
     kernel_shape: Shape
     axes: str = "io"
-    alpha: float = 1.0
-    scale: float = 1.0
-    dropout: float = 0.0
-    init: str = "zeros"
-    param_dtype: DTypeLike = jnp.float32
-    execution: str = "auto"
     path: tuple[str, ...] = ("kernel",)
     layout: KernelLayout | None = None
     base_digest: tuple[str, ...] | None = dataclasses.field(default=None, compare=False)
@@ -82,14 +68,7 @@ class AdapterSpec:
                 f"kernel of shape {self.kernel_shape} with axes {self.axes!r}: "
                 f"{self.in_features} -> {self.out_features}"
             )
-        object.__setattr__(self, "alpha", check_number("alpha", self.alpha))
-        object.__setattr__(self, "scale", check_number("scale", self.scale))
-        if self.scale <= 0:
-            raise ValueError(f"scale must be above 0, got {self.scale}")
-        object.__setattr__(self, "dropout", check_rate(self.dropout))
-        check_choice("init", self.init, INITS)
-        check_choice("execution", self.execution, EXECUTIONS)
-        object.__setattr__(self, "param_dtype", floating_dtype(self.param_dtype))
+        super().__post_init__()
 
     @classmethod
     def from_config(
@@ -116,44 +95,16 @@ class AdapterSpec:
         """
         config = check_config(config)
         check_axes(axes, len(kernel_shape))
-        in_features = math.prod(sizes(kernel_shape, axes, "i"))
-        out_features = math.prod(sizes(kernel_shape, axes, "o"))
-        param_dtype = config.param_dtype
-        if param_dtype is None:
-            param_dtype = floating_dtype(kernel_dtype)
-        q, operator = config.square_rank, config.operator
-        squares = config.squares if isinstance(config.squares, int) else None
-        if q is None:
-            operator = resolve_auto(operator, config.rank)
-            budget = config.rank, in_features, out_features, operator
-            q = square_rank(*budget, config.multiple_of, squares or 1)
-            squares = squares or fill_squares(*budget, q)
-        elif q > min(in_features, out_features):
-            raise ValueError(
-                f"square_rank must be at most min(in_features, out_features) = "
-                f"{min(in_features, out_features)}, got {q}"
-            )
-        made = make_operator(
-            operator,
-            in_features,
-            out_features,
-            q,
-            squares=squares or 1,
-            seed=config.seed,
-        )
-        return cls(
-            operator=made,
-            kernel_shape=kernel_shape,
-            axes=axes,
-            alpha=config.alpha,
-            scale=1.0 if config.scale == "paper" else made.fine_tuning_scale,
-            dropout=config.dropout,
-            init=config.init,
-            param_dtype=param_dtype,
-            execution=config.execution,
-            path=path,
-            rank=config.rank if config.square_rank is None else None,
-        )
+        ins, outs = (math.prod(sizes(kernel_shape, axes, letter)) for letter in "io")
+        operator = _operator(config, ins, outs)
+        scale = 1.0 if config.scale == "paper" else operator.fine_tuning_scale
+        dtype = config.param_dtype
+        settings = {name: getattr(config, name) for name in SETTINGS} | {
+            "scale": scale,
+            "param_dtype": floating_dtype(kernel_dtype) if dtype is None else dtype,
+        }
+        budget = config.rank if config.square_rank is None else None
+        return cls(operator, kernel_shape, axes, path, rank=budget, **settings)
 
     @property
     def factor(self) -> float:
@@ -192,7 +143,7 @@ class AdapterSpec:
 
     @property
     def shape(self) -> Shape:
-        """The shape of M: (*stack, q, q), or (*stack, K, q, q) for K squares."""
+        """The shape of M: (*stack, q, q)."""
         return (*self.stack_shape, *self.operator.m_shape)
 
     @property
@@ -202,7 +153,7 @@ class AdapterSpec:
 
     @property
     def lora_rank(self) -> float:
-        """The rank of a LoRA with as many parameters: K q^2 / (in + out)."""
+        """The rank of a LoRA with as many parameters: q^2 / (in + out)."""
         parameters = math.prod(self.operator.m_shape)
         return parameters / (self.in_features + self.out_features)
 
@@ -231,21 +182,13 @@ class AdapterSpec:
             "kernel_shape": list(self.kernel_shape),
             "axes": self.axes,
             "square_rank": self.operator.square_rank,
-            "squares": self.operator.squares,
-            "alpha": self.alpha,
-            "scale": self.scale,
+            **{name: getattr(self, name) for name in SETTINGS if SETTINGS[name]},
         }
 
     @property
     def settings(self) -> dict[str, Any]:
         """The meaning, and the settings that decide how M is trained and computed."""
-        return {
-            **self.meaning,
-            "dropout": self.dropout,
-            "init": self.init,
-            "execution": self.execution,
-            "param_dtype": jnp.dtype(self.param_dtype).name,
-        }
+        return self.meaning | self.to_json()
 
     def stacked(self, sizes: Shape, path: tuple[str, ...]) -> "AdapterSpec":
         """The same adapter for a stack of such kernels, whose axes come first."""
@@ -255,6 +198,20 @@ class AdapterSpec:
             kernel_shape=(*sizes, *self.kernel_shape),
             axes="s" * len(sizes) + self.axes,
         )
+
+
+def _operator(config: AdapterChoice, ins: int, outs: int) -> Operator:
+    """The operator that `config` asks for, between `ins` and `outs` features."""
+    q, operator = config.square_rank, config.operator
+    if q is None:
+        operator = resolve_auto(operator, config.rank)
+        q = square_rank(config.rank, ins, outs, operator, config.multiple_of)
+    elif q > min(ins, outs):
+        raise ValueError(
+            "square_rank must be at most min(in_features, out_features) = "
+            f"{min(ins, outs)}, got {q}"
+        )
+    return make_operator(operator, ins, outs, q, seed=config.seed)
 
 
 _SIZES = {"in_features", "out_features", "square_rank", "squares"}

@@ -6,21 +6,18 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-import jax.numpy as jnp
 import qwix
-from jax.typing import DTypeLike
 
-from mora_jax._plan.config import DEFAULT_RANK, MoRAConfig
-from mora_jax.operators._registry import OperatorSpec
+from mora_jax._plan.config import MoRAConfig
+from mora_jax._plan.settings import AdapterChoice
 from mora_jax.qwix import _private
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MoRARule(qwix.QuantizationRule):
+class MoRARule(qwix.QuantizationRule, AdapterChoice):
     """`qwix.QuantizationRule` with adapters for the modules that it matches.
 
-    Attributes:
-      rank: As all that follow, the setting of `mora_jax.MoRAConfig`.
+    Its settings of adapters are those of `mora_jax.MoRAConfig`, from `rank` to `seed`.
 
     Example::
 
@@ -30,18 +27,6 @@ class MoRARule(qwix.QuantizationRule):
       True
     """
 
-    rank: int = DEFAULT_RANK
-    operator: OperatorSpec = "auto"
-    alpha: float = 1.0
-    scale: str = "fine-tuning"
-    square_rank: int | None = None
-    multiple_of: int | None = None
-    squares: int | str = 1
-    init: str = "zeros"
-    dropout: float = 0.0
-    param_dtype: DTypeLike | None = jnp.float32
-    seed: int = 0
-
     def __post_init__(self) -> None:
         _ = self.config
         check_rule(self)
@@ -49,9 +34,8 @@ class MoRARule(qwix.QuantizationRule):
     @functools.cached_property
     def config(self) -> MoRAConfig:
         """The same settings as a config."""
-        ours = {f.name for f in dataclasses.fields(MoRARule)}
-        ours -= {f.name for f in dataclasses.fields(qwix.QuantizationRule)}
-        return MoRAConfig(**{name: getattr(self, name) for name in ours})
+        names = [field.name for field in dataclasses.fields(AdapterChoice)]
+        return MoRAConfig(**{name: getattr(self, name) for name in names})
 
 
 def check_rules(rules: Any) -> None:

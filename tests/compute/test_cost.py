@@ -108,8 +108,7 @@ def stack(case, way, width=200, rows=8):
     """Losses to differentiate by adapters and by the input, with their arguments."""
     model, x = Stack(), jax.ShapeDtypeStruct((rows, width), jnp.float32)
     variables = jax.eval_shape(model.init, jax.random.key(0), x)
-    settings = dict(operator=case.spec, squares=case.squares, execution=way)
-    config = MoRAConfig(square_rank=40, **settings)
+    config = MoRAConfig(square_rank=40, operator=case.spec, execution=way)
     plan = linen.plan(model, variables, config, x)
     adapters, apply = jax.eval_shape(lambda: init(plan)), linen.wrap(model, plan)
 

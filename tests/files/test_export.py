@@ -24,7 +24,7 @@ def base(tmp_path):
 
 def adapted(base, operator):
     """Adapters of a base's kernels, which are far from zero, with their plan."""
-    config = MoRAConfig(rank=2, operator=operator, squares=1)
+    config = MoRAConfig(rank=2, operator=operator)
     plan = mora_jax.plan(io.Checkpoint(base).shapes(), config)
     return random_like(mora_jax.init(plan)), plan
 

@@ -61,7 +61,7 @@ def exact(case, model):
 
 
 def with_operator(name, case):
-    model = case_of(name, "linen", tuple(case.spec.items()), case.squares)
+    model = case_of(name, "linen", tuple(case.spec.items()))
     return model, jax.jit(model.adapted)(model.params, model.adapters, model.x)
 
 

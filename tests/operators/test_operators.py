@@ -410,7 +410,6 @@ BAD_SETTINGS = {
         (lambda: make_operator("hadamard", 8, 6, 2, seed=0.5), "seed .* 0.5"),
         (lambda: MoRAConfig(multiple_of=2.0), "multiple_of .* 2.0"),
         (lambda: make_operator("sharing", 8, 8, 2, squares=2.0), "squares .* 2.0"),
-        (lambda: MoRAConfig(squares="all"), "squares .* 'all'"),
     ],
     ValueError: [
         (lambda: make_operator("rotate", 8, 8, 4), "did you mean 'rotation'"),

@@ -71,7 +71,7 @@ def nnx_functions(model, twin, plan):
 
 
 @functools.cache
-def case_of(name, api, operator=None, squares=1):
+def case_of(name, api, operator=None):
     """A twin with parameters, a plan, adapters as after training, and functions.
 
     These are `base(params, x)`, and `adapted` and `merged(params, adapters, x)`.
@@ -80,7 +80,7 @@ def case_of(name, api, operator=None, squares=1):
     twin = TWINS[name]
     if operator:
         operator = dict(operator) if isinstance(operator, tuple) else operator
-        config = dataclasses.replace(twin.config, operator=operator, squares=squares)
+        config = dataclasses.replace(twin.config, operator=operator)
         twin = dataclasses.replace(twin, config=config)
     model, variables, shapes = shapes_of(twin, api)
     plan = plan_of(model, variables, twin, twin.x)
@@ -93,14 +93,14 @@ def case_of(name, api, operator=None, squares=1):
 
 
 @functools.cache
-def results(name, api, operator=None, squares=1):
+def results(name, api, operator=None):
     """All that laws speak of.
 
     Nearly all of the time goes into tracing and compiling, so one program computes it:
     the base's output; loss, output and gradients of the adapted model; and those of the
     merged one. The loss is a sum of outputs with weights.
     """
-    case = case_of(name, api, operator, squares)
+    case = case_of(name, api, operator)
     traces = []
 
     @jax.jit

@@ -76,14 +76,13 @@ def frozen_step(params, x):
     return jax.value_and_grad(loss)(x)
 
 
-def adapted(operator, execution, devices, rows=ROWS, rank=16, squares=1):
+def adapted(operator, execution, devices, rows=ROWS, rank=16):
     """A training step by gradient descent with adapters, and its arguments.
 
     `traces` counts how often it was traced.
     """
     params, x = arrays(devices, rows)
-    settings = dict(operator=operator, execution=execution, squares=squares)
-    config = MoRAConfig(rank=rank, **settings)
+    config = MoRAConfig(rank=rank, operator=operator, execution=execution)
     plan = linen.plan(MODEL, {"params": params}, config, x)
     adapters = jax.eval_shape(lambda: mora_jax.init(plan))
     if len(devices) == 4:

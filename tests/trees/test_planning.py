@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import inspect
+import json
 import pickle
 import re
 import time
@@ -18,7 +19,6 @@ from flax.core import FrozenDict, meta
 
 import mora_jax
 from mora_jax import (
-    AdapterSpec,
     FrozenDense,
     MoRAConfig,
     MoRAWarning,
@@ -27,6 +27,7 @@ from mora_jax import (
     plan,
     summary,
 )
+from mora_jax._plan.settings import AdapterSettings
 
 
 def shape(*sizes, dtype=jnp.float32):
@@ -236,16 +237,12 @@ BAD_CONFIGS = {
         ({"scale": "best"}, r"scale must be one of \('paper', 'fine-tuning'\), got"),
         ({"alpha": float("nan")}, "alpha must be finite"),
         (BOTH, "exclude each other, got rank=4 and square_rank=16"),
-        ({"squares": 0}, "squares must be a positive integer, got 0"),
-        ({"squares": "auto", "square_rank": 16}, "fills the budget of rank"),
-        ({"overrides": {"a": {"squares": -1}}}, "squares must be a positive integer"),
         ({"execution": "fast"}, "execution must be one of .* got 'fast'"),
     ],
     TypeError: [
         ({"rank": 1.5}, "rank must be a positive integer, got 1.5"),
         ({"rank": True}, "rank"),
-        ({"squares": 1.5}, "squares must be a positive integer, got 1.5"),
-        ({"squares": "all"}, "squares must be a positive integer, got 'all'"),
+        ({"squares": 2}, "no setting 'squares'; did you mean 'square_rank'"),
         ({"operator": None}, "operator must be a name"),
         ({"alpha": "1"}, "alpha must be a number"),
         ({"param_dtype": int}, "param_dtype must be a floating-point"),
@@ -371,57 +368,26 @@ def test_alphas_as_of_lora_warn_once():
     dataclasses.replace(chosen.specs[0], alpha=100.0)
 
 
-@pytest.mark.parametrize(
-    ("operator", "ins", "outs", "squares", "expected"),
-    [
-        ("rotation", 4096, 14336, "auto", (2, 256)),  # of 384: 89% of the budget
-        ("rotation", 4096, 1024, "auto", (2, 128)),
-        ("rotation", 4096, 4096, "auto", (1, 256)),  # all of it
-        ("sharing", 4096, 14336, "auto", (2, 256)),
-        ("rotation", 1024, 3072, "auto", (2, 128)),
-        ("sharing", 768, 1536, "auto", (1, 128)),
-        ("rotation", 768, 3072, "auto", (1, 128)),
-        ("rotation", 4096, 4096, 4, (4, 128)),
-        ("sharing", 4096, 4096, 3, (3, 144)),  # no multiple of 64 suits three
-        ("hadamard", 4096, 4096, 3, (3, 128)),
-        ("rotation", 64, 64, 8, (8, 8)),  # the layer has no room for wider ones
-    ],
-)
-def test_squares_stay_within_the_budget(operator, ins, outs, squares, expected):
-    config = MoRAConfig(rank=8, operator=operator, squares=squares)
-    spec = AdapterSpec.from_config(config, (3, ins, outs), "sio")
-    found, q = spec.operator.squares, spec.operator.square_rank
-    assert (found, q) == expected
-    assert spec.shape == ((3, found, q, q) if found > 1 else (3, q, q))
-    assert spec.lora_rank == found * q * q / (ins + outs) <= 8
-    if squares == "auto":  # one more would be too many, or would not divide the widths
-        assert (found + 1) * q * q > 8 * (ins + outs) or ins % (q * (found + 1))
-
-
-def test_squares_by_path():
-    params = {name: {"kernel": shape(64, 64)} for name in "abc"}
-    overrides = {"b/kernel": {"squares": 3}, "c/kernel": {"square_rank": 16}}
-    config = MoRAConfig(rank=4, squares=2, scale="paper", overrides=overrides)
-    found = plan(params, config)
-    assert [found[f"{name}/kernel"].shape for name in "abc"] == [
-        (2, 16, 16),
-        (3, 12, 12),
-        (2, 16, 16),
-    ]
-    shown = [line.split()[4:-2] for line in summary(found).splitlines()[1:4]]
-    assert [" ".join(cells[2:]) for cells in shown] == ["2 x 16", "3 x 12", "2 x 16"]
-    with pytest.raises(ValueError, match=r"a/kernel: squares of rotation .* most 4 .*"):
-        plan(params, MoRAConfig(square_rank=16, squares=5))
-
-
-def test_digests_of_one_square_are_those_of_before_there_were_several():
+def test_digests_stay_what_they_are():
+    """They are stored, so a change of what they cover must be meant."""
     params = {"fc": {"kernel": shape(64, 64)}}
     config = MoRAConfig(rank=2, operator="sharing", scale="paper")
     digest = plan(params, config).digest()
-    assert digest == "1f4345d937b9d8af214b82d91d31546eed695f212a7ab30b41816a6aed319fd5"
-    several = dataclasses.replace(config, square_rank=16, rank=8, squares=2)
-    one = dataclasses.replace(several, squares=1)
-    assert plan(params, several).digest() != plan(params, one).digest() == digest
+    assert digest == "c28b82c1d189b06c72cbbb98f395fe5c5569b975e1a6ea253eb89aa53ceaa6a7"
+
+
+def test_settings_are_a_record_that_json_holds():
+    settings = AdapterSettings(alpha=2, dropout=0.5, param_dtype="bfloat16")
+    content = json.loads(json.dumps(settings.to_json()))
+    assert AdapterSettings.from_json(content) == settings
+    spec, frozen = plan(KERNEL)["kernel"], FrozenDense.from_config(K)
+    assert (
+        spec.to_json() == frozen.to_json() and frozen.spec.to_json() == spec.to_json()
+    )
+    lacking = {name: content[name] for name in content if name != "init"}
+    for wrong in (lacking, content | {"squares": 1}, content | {"alpha": 2}):
+        with pytest.raises(ValueError, match="must be"):
+            AdapterSettings.from_json(wrong)
 
 
 def test_summary_shows_what_is_not_usual():

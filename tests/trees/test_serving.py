@@ -84,10 +84,7 @@ def test_sixteen_bits():
 @by_kind
 def test_every_kind_of_operator(case):
     """One layer, also as chips compute it, and its gradients by slots and input."""
-    op = case.make(24, 36, 10)
-    config = MoRAConfig(
-        operator=case.spec, square_rank=10, squares=op.squares, alpha=0.5
-    )
+    config = MoRAConfig(operator=case.spec, square_rank=10, alpha=0.5)
     model, x = nn.Dense(36), random(0, 4, 3, 24)
     params = {"kernel": random(1, 24, 36), "bias": random(2, 36)}
     plan = mora_jax.plan(params, config)
@@ -193,14 +190,14 @@ def test_meshes(kind, operator):
 PARAMS = {"a": {"kernel": random(0, 12, 16)}, "s": {"kernel": random(1, 3, 8, 12)}}
 PLAN = mora_jax.plan(
     PARAMS,
-    MoRAConfig(square_rank=4, squares=2, overrides={"s/kernel": {"axes": "sio"}}),
+    MoRAConfig(square_rank=4, overrides={"s/kernel": {"axes": "sio"}}),
 )
 
 
-def test_slots_are_behind_layers_and_before_squares():
+def test_slots_are_behind_layers():
     stacked = serving.stack(several(PLAN), PLAN, slots=5)
     shapes = stacked["a"]["kernel_mora"].shape, stacked["s"]["kernel_mora"].shape
-    assert shapes == ((5, 2, 4, 4), (3, 5, 2, 4, 4))
+    assert shapes == ((5, 4, 4), (3, 5, 4, 4))
     assert not stacked["s"]["kernel_mora"].m[:, 3:].any()
     empty = serving.stack([], PLAN, slots=2)
     assert not any(map(np.any, jax.tree.leaves(empty)))
