@@ -32,9 +32,9 @@ from mora_jax.cli._options import (
 )
 from mora_jax.cli._output import err, refusing, say, say_table
 from mora_jax.cli._reports import compare, describe, grouped, open_adapter
-from mora_jax.io._native import replace_adapter
-from mora_jax.io._paths import as_path
-from mora_jax.io._read import format_of, read_adapter
+from mora_jax.io._formats import format_of, read_adapter
+from mora_jax.io._locations import as_path
+from mora_jax.io.native._save import replace_adapter
 
 app = typer.Typer(
     name="mora-jax",

@@ -76,7 +76,9 @@ def check_record(content: Any, kinds: Mapping[str, type], where: str) -> dict[st
       AdapterFileError: It is something else. Nothing is filled in or passed over.
     """
     if not isinstance(content, dict):
-        raise AdapterFileError(f"{where} must hold {sorted(kinds)}, got {short(content)}")
+        raise AdapterFileError(
+            f"{where} must hold {sorted(kinds)}, got {short(content)}"
+        )
     if content.keys() != kinds.keys():
         raise AdapterFileError(
             f"{where} must hold {sorted(kinds)}; "

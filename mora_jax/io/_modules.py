@@ -14,7 +14,7 @@ import numpy as np
 from mora_jax._common.axes import sizes
 from mora_jax._common.types import Shape
 from mora_jax._plan.spec import AdapterSpec
-from mora_jax.io._models import Pair
+from mora_jax.io._families import Pair
 from mora_jax.io._names import is_table, join_index, to_module
 
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from mora_jax._common.suggestions import did_you_mean
 from mora_jax._common.types import Shape
-from mora_jax.io._models import FAMILIES, LIBRARIES, TABLES, Pair
+from mora_jax.io._families import FAMILIES, LIBRARIES, TABLES, Pair
 
 Names = str | Mapping[str, str] | None
 """A family, a library, {module: kernel} as templates, or None for all families."""

@@ -9,9 +9,9 @@ import jax
 from mora_jax._tree.adapters import Tree, nest
 from mora_jax.io._errors import AdapterFileError
 from mora_jax.io._files import CONFIG
-from mora_jax.io._json import read, short
+from mora_jax.io._json import read_json, short
+from mora_jax.io._locations import Location, as_path
 from mora_jax.io._names import Names, pairs, to_kernel
-from mora_jax.io._paths import Location, as_path
 from mora_jax.io._tensors import DTYPES, TensorFile
 
 COPIED = (".json", ".txt", ".model", ".jinja", ".md")
@@ -96,7 +96,7 @@ def _tensor_files(path: Location) -> Sequence[Location]:
         if not found:
             raise AdapterFileError(f"there is no *.safetensors in {path}")
         return found
-    index = read(indices[0])
+    index = read_json(indices[0])
     names = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(names, dict) or not names:
         raise AdapterFileError(f"{indices[0].name} must have a weight_map")

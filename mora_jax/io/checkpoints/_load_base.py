@@ -20,12 +20,12 @@ from mora_jax._tree.paths import (
     refuse_variables,
     replace_leaves,
 )
-from mora_jax.io._base import Checkpoint
-from mora_jax.io._base_leaf import Leaf
 from mora_jax.io._errors import AdapterFileError
-from mora_jax.io._matching import find_tensors
 from mora_jax.io._names import Names, Tensor
 from mora_jax.io._tensors import DTYPES, TensorFile
+from mora_jax.io.checkpoints._checkpoint import Checkpoint
+from mora_jax.io.checkpoints._leaf import Leaf
+from mora_jax.io.checkpoints._matching import find_tensors
 
 
 def load_base(

@@ -9,10 +9,9 @@ import numpy as np
 
 from mora_jax._common.types import Shape
 from mora_jax._tree.paths import nearest_paths
-from mora_jax.io._base import Checkpoint
 from mora_jax.io._errors import AdapterFileError
-from mora_jax.io._json import read, short
-from mora_jax.io._models import BUFFERS, TIED, Pair
+from mora_jax.io._families import BUFFERS, TIED, Pair
+from mora_jax.io._json import read_json, short
 from mora_jax.io._names import (
     Names,
     Tensor,
@@ -23,6 +22,7 @@ from mora_jax.io._names import (
     to_tensors,
 )
 from mora_jax.io._suggest import suggestion
+from mora_jax.io.checkpoints._checkpoint import Checkpoint
 
 Stack = dict[Shape, Tensor]
 """{index in a leaf's stack: its tensor}; the index is () if the leaf is not stacked."""
@@ -210,7 +210,7 @@ def may_be_tied(checkpoint: Checkpoint) -> bool:
 
     A model of more than texts has another config in it, for its language model.
     """
-    config = None if checkpoint.config is None else read(checkpoint.config)
+    config = None if checkpoint.config is None else read_json(checkpoint.config)
     if not isinstance(config, dict):
         return True
     found = (config, config.get("text_config"))

@@ -22,16 +22,16 @@ from mora_jax._tree.base_digest import (
 )
 from mora_jax._tree.paths import nearest_paths
 from mora_jax.io._arrays import to_numpy
-from mora_jax.io._base import INDEX, Checkpoint
 from mora_jax.io._errors import AdapterFileError
-from mora_jax.io._existing import check_is_checkpoint
 from mora_jax.io._files import new_directory
+from mora_jax.io._locations import Location, as_path, parts
 from mora_jax.io._modules import Module, modules_of
 from mora_jax.io._names import Names, join_index, pairs
-from mora_jax.io._paths import Location, as_path, parts
 from mora_jax.io._suggest import suggestion
 from mora_jax.io._tensors import CHUNK, DTYPES, TensorFile
-from mora_jax.io._trained import Replacement, replacements
+from mora_jax.io.checkpoints._checkpoint import INDEX, Checkpoint
+from mora_jax.io.checkpoints._existing import check_is_checkpoint
+from mora_jax.io.checkpoints._trained import Replacement, replacements
 
 
 @dataclasses.dataclass(frozen=True)

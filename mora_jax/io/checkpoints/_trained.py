@@ -2,84 +2,20 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
-import jax.numpy as jnp
 import numpy as np
 
 from mora_jax._common.types import Shape
 from mora_jax._plan.trained_arrays import Items, TrainedArray
-from mora_jax._tree.paths import lacking, nearest_paths
+from mora_jax._tree.paths import nearest_paths
 from mora_jax.io._arrays import to_numpy
-from mora_jax.io._base import Checkpoint
-from mora_jax.io._base_leaf import axis_groups
 from mora_jax.io._errors import AdapterFileError
-from mora_jax.io._json import dump, short
-from mora_jax.io._matching import finder_of
 from mora_jax.io._names import Pair, Tensor, join_index
 from mora_jax.io._tensors import DTYPES
-
-KEYS = frozenset({"path", "shape", "dtype", "base_dtype"})
-
-
-def describe_trained(one: TrainedArray) -> dict[str, Any]:
-    """A trained array as JSON can hold it, without its numbers."""
-    return {
-        "path": list(one.path),
-        "shape": list(one.shape),
-        "dtype": jnp.dtype(one.dtype).name,
-        "base_dtype": jnp.dtype(one.base_dtype).name,
-    }
-
-
-def restore_trained(
-    content: Any, where: str, base: Mapping[str, Any] | None
-) -> tuple[TrainedArray, ...]:
-    """Undo `describe_trained` for a list. Everything is checked.
-
-    Args:
-      content: The parsed list.
-      where: What the list is called in messages.
-      base: {path: array or shape} of the model that it must fit; None for any model.
-
-    Raises:
-      AdapterFileError: Something is wrong.
-    """
-    if not isinstance(content, list) or not content:
-        raise AdapterFileError(
-            f"{where} must be a list of arrays, got {short(content)}"
-        )
-    found = [_restore(one, f"{where}[{k}]", base) for k, one in enumerate(content)]
-    if len({one.path for one in found}) < len(found):
-        raise AdapterFileError(f"{where} has an array twice")
-    return tuple(found)
-
-
-def _restore(content: Any, where: str, base: Mapping[str, Any] | None) -> TrainedArray:
-    if not isinstance(content, dict) or content.keys() != KEYS:
-        raise AdapterFileError(
-            f"{where} must hold {sorted(KEYS)}, got {short(content)}"
-        )
-    path, shape = content["path"], content["shape"]
-    names = isinstance(path, list) and path and all(isinstance(p, str) for p in path)
-    if not names or {"", ".", ".."} & set(path):
-        raise AdapterFileError(f"{where} must have a path of names, got {short(path)}")
-    name = "/".join(path)
-    if not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in shape):
-        raise AdapterFileError(f"{name}: shape must be integers, got {short(shape)}")
-    try:
-        dtypes = content["dtype"], content["base_dtype"]
-        one = TrainedArray(tuple(path), tuple(shape), *dtypes)
-        if dump(describe_trained(one)) != dump(content):
-            raise ValueError(f"its dtypes must be names of dtypes, got {short(dtypes)}")
-        if base is not None:
-            if name not in base:
-                raise ValueError(f"the model has no such array{lacking(name, base)}")
-            one.check(base[name], " in the model")
-    except (TypeError, ValueError) as error:
-        raise AdapterFileError(f"{name} in {where}: {error}") from error
-    return one
+from mora_jax.io.checkpoints._checkpoint import Checkpoint
+from mora_jax.io.checkpoints._leaf import axis_groups
+from mora_jax.io.checkpoints._matching import finder_of
 
 
 @dataclasses.dataclass(frozen=True)

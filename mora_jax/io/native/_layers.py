@@ -15,7 +15,7 @@ from mora_jax._common.checks import check_kernel
 from mora_jax._plan.settings import AdapterSettings
 from mora_jax._plan.spec import AdapterSpec, operator_settings
 from mora_jax._tree.paths import lacking
-from mora_jax.io._json import check_record, dump, short
+from mora_jax.io._json import dump, short
 from mora_jax.operators import Operator, Subspace, make_operator
 
 LARGEST_WIDTH = 2**22
@@ -58,8 +58,7 @@ def describe(spec: AdapterSpec, dtype: Any) -> dict[str, Any]:
 
 
 def restore(
-    record: Any,
-    where: str,
+    record: Mapping[str, Any],
     m: np.ndarray | None,
     base: Base,
     given: Mapping[str, np.ndarray],
@@ -67,8 +66,7 @@ def restore(
     """Undo `describe`. Everything is checked, and nothing is filled in.
 
     Args:
-      record: The parsed record.
-      where: The name of the record in messages.
+      record: The parsed record, with the keys and types of `KINDS`.
       m: The trained array as the file has it; None for a file without arrays.
       base: The model that the adapter must fit.
       given: {name: array} of the operator's arrays, where no settings determine them.
@@ -76,7 +74,6 @@ def restore(
     Raises:
       TypeError, ValueError: Something is wrong.
     """
-    record = check_record(record, KINDS, where)
     shape, q = tuple(record["kernel_shape"]), record["square_rank"]
     if not all(type(size) is int and size > 0 for size in (*shape, q)):
         raise ValueError(

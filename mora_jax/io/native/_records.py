@@ -14,6 +14,7 @@ from mora_jax._plan.trained_arrays import TrainedArray
 from mora_jax._tree.paths import Path, lacking
 from mora_jax.io._errors import AdapterFileError
 from mora_jax.io._json import check_record, dump, short
+from mora_jax.io.native._layers import KINDS as LAYER_KINDS
 from mora_jax.io.native._layers import Base, describe, restore
 
 VERSION = 1
@@ -109,22 +110,22 @@ def restore_plan(
     specs, trained, leaves = {}, {}, {}
     for number, record in enumerate(content["layers"]):
         place = f"layers[{number}] of {where}"
-        name = _name(record, place, specs)
+        name = _name(record, LAYER_KINDS, place, specs)
         m = given = None
         if arrays is not None:
             m = _take(arrays, f"{name}{SUFFIX}")
             leaves[*record["path"][:-1], record["path"][-1] + SUFFIX] = m
             given = _take_below(arrays, f"{name}{SUFFIX}/")
         try:
-            specs[name] = restore(record, place, m, base, given or {})
+            specs[name] = restore(record, m, base, given or {})
         except (TypeError, ValueError, OverflowError) as error:
             raise AdapterFileError(f"{name} of {where}: {error}") from error
     for number, record in enumerate(content["trained"]):
         place = f"trained[{number}] of {where}"
-        name = _name(record, place, trained)
+        name = _name(record, TRAINED_KINDS, place, trained)
         copy = None if arrays is None else _take(arrays, name)
         try:
-            trained[name] = array = _restore_trained(record, place, base)
+            trained[name] = array = _restore_trained(record, base)
             if copy is not None:
                 array.check(copy, " in the file")
                 leaves[array.path] = copy
@@ -151,14 +152,16 @@ def shapes_of(plan: Plan) -> dict[str, jax.ShapeDtypeStruct]:
     }
 
 
-def _name(record: Any, place: str, known: Mapping[str, Any]) -> str:
+def _name(
+    record: Any, kinds: Mapping[str, type], place: str, known: Mapping[str, Any]
+) -> str:
     """Return the path in a record, slash-joined, if it is a new one."""
-    path = record.get("path") if isinstance(record, dict) else None
-    if not isinstance(path, list) or not path or not all(map(_is_key, path)):
-        raise AdapterFileError(f"{place} must have a path of names, got {short(record)}")
+    path = check_record(record, kinds, place)["path"]
+    if not path or not all(map(_is_key, path)):
+        raise AdapterFileError(f"{place} must have a path of names, got {short(path)}")
     name = "/".join(path)
     if name in known:
-        raise AdapterFileError(f"{place} has {name!r} a second time")
+        raise AdapterFileError(f"{place} is {name!r}, which is there twice")
     return name
 
 
@@ -194,8 +197,7 @@ def _describe_trained(array: TrainedArray) -> dict[str, Any]:
     }
 
 
-def _restore_trained(record: Any, where: str, base: Base) -> TrainedArray:
-    record = check_record(record, TRAINED_KINDS, where)
+def _restore_trained(record: Mapping[str, Any], base: Base) -> TrainedArray:
     shape = tuple(record["shape"])
     if not all(type(size) is int and size >= 0 for size in shape):
         raise ValueError(f"shape must be integers, got {short(shape)}")

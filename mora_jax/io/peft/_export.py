@@ -8,14 +8,14 @@ from typing import Any, Literal, NamedTuple, get_args
 from mora_jax._common.checks import check_choice
 from mora_jax._layer.rounding import Rounding
 from mora_jax._plan.plan import Plan, check_plan
-from mora_jax.io._base import Checkpoint
-from mora_jax.io._checkpoint import merge_checkpoint
-from mora_jax.io._lora import make_lora
-from mora_jax.io._matching import stands_for_two
+from mora_jax.io._locations import as_path
 from mora_jax.io._modules import modules_of
 from mora_jax.io._names import Names, pairs
-from mora_jax.io._paths import as_path
-from mora_jax.io._peft_write import free
+from mora_jax.io.checkpoints._checkpoint import Checkpoint
+from mora_jax.io.checkpoints._matching import stands_for_two
+from mora_jax.io.checkpoints._merge_files import merge_checkpoint
+from mora_jax.io.peft._lora import make_lora
+from mora_jax.io.peft._write import free
 
 Server = Literal["vllm", "sglang"]
 

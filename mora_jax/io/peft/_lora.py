@@ -13,10 +13,10 @@ from mora_jax._layer.delta import scaled
 from mora_jax._layer.squares import block_diagonal
 from mora_jax._plan.plan import Plan
 from mora_jax._plan.spec import AdapterSpec
+from mora_jax.io._locations import Location
 from mora_jax.io._names import Names, pairs
-from mora_jax.io._paths import Location
-from mora_jax.io._peft_read import PREFIX
-from mora_jax.io._peft_write import free, modules, peft_config, write
+from mora_jax.io.peft._read_mora import PREFIX
+from mora_jax.io.peft._write import free, modules, peft_config, write
 
 Rank = int | Literal["auto"] | None
 

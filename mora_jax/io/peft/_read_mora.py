@@ -20,12 +20,12 @@ from mora_jax._tree.paths import adapter_path, named_leaves, nearest_paths
 from mora_jax.io._arrays import to_jax
 from mora_jax.io._errors import AdapterFileError
 from mora_jax.io._files import CONFIG, TENSORS, read_bytes
-from mora_jax.io._json import read, short
+from mora_jax.io._json import read_json, short
+from mora_jax.io._locations import as_path
 from mora_jax.io._names import Names, pairs, split_index, to_kernel
-from mora_jax.io._paths import as_path
-from mora_jax.io._reference import REFERENCE_GROUPS, reference_operator
 from mora_jax.io._suggest import suggestion_for
 from mora_jax.io._tensors import decode
+from mora_jax.io.peft._reference import REFERENCE_GROUPS, reference_operator
 from mora_jax.operators import Operator
 
 PREFIX = "base_model.model."
@@ -59,7 +59,7 @@ def load_peft_mora(
         fit the model.
     """
     path = as_path("directory", directory)
-    config = _Config.parse(read(path / CONFIG))
+    config = _Config.parse(read_json(path / CONFIG))
     arrays = decode(read_bytes(path / TENSORS), TENSORS)
     found: dict[str, dict[Shape, tuple[str, np.ndarray]]] = defaultdict(dict)
     known, matrices = pairs(names), dict(_matrices(arrays))
