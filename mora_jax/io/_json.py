@@ -17,14 +17,10 @@ MAX_BYTES = 2**26
 
 
 def parse(data: bytes, name: str) -> Any:
-    """Return the value that `data` holds.
-
-    Args:
-      data: The text, in UTF-8.
-      name: The name of the text in messages.
+    """Return the value that a JSON text holds; messages call the text `name`.
 
     Raises:
-      AdapterFileError: The data is too long or is not JSON, a key occurs twice, or a
+      AdapterFileError: The text is too long or is not JSON, a key occurs twice, or a
         number is not finite.
     """
     if len(data) > MAX_BYTES:
@@ -40,11 +36,11 @@ def parse(data: bytes, name: str) -> Any:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    mapping = dict(pairs)
-    if len(mapping) < len(pairs):
-        names = [key for key, _ in pairs]
-        twice = next(key for key in names if names.count(key) > 1)
-        raise ValueError(f"the key {short(twice)} occurs twice")
+    mapping: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in mapping:
+            raise ValueError(f"the key {short(key)} occurs twice")
+        mapping[key] = value
     return mapping
 
 
@@ -59,34 +55,30 @@ def read_json(path: Location) -> Any:
 
 def dump(value: Any) -> bytes:
     """Return readable JSON text; equal values give equal bytes."""
-    return (
-        json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n"
-    ).encode()
+    text = json.dumps(value, indent=1, sort_keys=True, allow_nan=False)
+    return f"{text}\n".encode()
 
 
 def check_record(content: Any, kinds: Mapping[str, type], where: str) -> dict[str, Any]:
-    """Return `content` if it is an object with exactly the expected keys.
+    """Return a parsed value if it is an object with exactly the expected keys.
 
     Args:
-      content: A parsed value.
+      content: The value.
       kinds: {key: type of its value}; `object` for values that are checked elsewhere.
       where: The name of the value in messages.
 
     Raises:
       AdapterFileError: It is something else. Nothing is filled in or passed over.
     """
-    if not isinstance(content, dict):
+    keys = content.keys() if isinstance(content, dict) else set()
+    if not isinstance(content, dict) or keys != kinds.keys():
         raise AdapterFileError(
-            f"{where} must hold {sorted(kinds)}, got {short(content)}"
-        )
-    if content.keys() != kinds.keys():
-        raise AdapterFileError(
-            f"{where} must hold {sorted(kinds)}; "
-            f"it lacks {sorted(kinds.keys() - content.keys())}, "
-            f"and also holds {short(sorted(content.keys() - kinds.keys()))}"
+            f"{where} must hold {sorted(kinds)}, got {short(content)}; "
+            f"it lacks {sorted(kinds.keys() - keys)}, "
+            f"and also holds {short(sorted(keys - kinds.keys()))}"
         )
     for key, kind in kinds.items():
-        # True is an int to isinstance, and not in JSON.
+        # True is an int for isinstance, but not in JSON.
         if kind is not object and type(content[key]) is not kind:
             raise AdapterFileError(
                 f"{key} of {where} must be of type {kind.__name__}, "
@@ -100,36 +92,28 @@ def plain(value: Any, name: str) -> Any:
 
     Args:
       value: A value that a user wants to keep.
-      name: The name of the value in messages, such as "metadata". The keys that lead to
-        the faulty part follow it.
+      name: The name of the value in messages. The keys that lead to the faulty part
+        follow it.
 
     Raises:
       TypeError: JSON cannot hold a part of the value, or a key is not a text.
       ValueError: A number is not finite, or the value holds itself.
     """
-    try:
-        return _plain(value, name)
-    except RecursionError:
-        raise ValueError(
-            f"{name} must be something that JSON can hold, and is nested too deeply"
-        ) from None
-
-
-def _plain(value: Any, name: str) -> Any:
     rule = f"{name} must be something that JSON can hold"
-    if value is None or isinstance(value, bool | int | str):
+    try:
+        if isinstance(value, Mapping):
+            for key in value:
+                if not isinstance(key, str):
+                    raise TypeError(f"{rule}: its keys must be texts, got {key!r}")
+            return {key: plain(part, f"{name}[{key!r}]") for key, part in value.items()}
+        if isinstance(value, list | tuple):
+            return [plain(part, f"{name}[{k}]") for k, part in enumerate(value)]
+    except RecursionError:
+        raise ValueError(f"{name.partition('[')[0]} is nested too deeply") from None
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{rule}, got {value!r}")
+    if value is None or isinstance(value, bool | int | float | str):
         return value
-    if isinstance(value, float):
-        if not math.isfinite(value):
-            raise ValueError(f"{rule}, got {value!r}")
-        return value
-    if isinstance(value, Mapping):
-        for key in value:
-            if not isinstance(key, str):
-                raise TypeError(f"{rule}: its keys must be texts, got {key!r}")
-        return {key: _plain(part, f"{name}[{key!r}]") for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(part, f"{name}[{k}]") for k, part in enumerate(value)]
     raise TypeError(f"{rule}, got {_described(value)}")
 
 
@@ -138,11 +122,9 @@ def _described(value: Any) -> str:
     kind = type(value).__name__
     if not isinstance(value, jax.Array | np.ndarray | np.generic):
         return f"an object of type {kind}"
-    if value.shape:
-        advice = ".tolist()"
-    else:
-        scalars = {"b": "bool", "i": "int", "u": "int"}
-        advice = f"{scalars.get(value.dtype.kind, 'float')}(...)"
+    scalars = {"b": "bool", "i": "int", "u": "int"}
+    scalar = scalars.get(value.dtype.kind, "float")
+    advice = ".tolist()" if value.shape else f"{scalar}(...)"
     name = "jax.Array" if isinstance(value, jax.Array) else f"numpy.{kind}"
     return f"a {name}: say {advice}"
 

@@ -1,25 +1,27 @@
 """Safetensors: named arrays in a file, without pickle.
 
-The safetensors library checks and writes files. But it accepts a key that occurs twice,
-and it cannot give bfloat16 to NumPy. So the header is read again here.
+The safetensors library writes files. It reads local ones alone, accepts a key that
+occurs twice, and cannot give bfloat16 to NumPy. So headers are read and checked here.
 """
 
-import contextlib
-import dataclasses
+import io
 import math
-import tempfile
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from mora_jax._common.types import Shape
+from mora_jax._layer.dense import as_jax_array
 from mora_jax.io._errors import AdapterFileError
 from mora_jax.io._files import missing_files
-from mora_jax.io._json import parse, short
-from mora_jax.io._locations import Location, is_local, size
+from mora_jax.io._json import check_record, parse, short
+from mora_jax.io._locations import Location, size
 
 DTYPES = {
     "F64": np.dtype(np.float64),
@@ -29,20 +31,13 @@ DTYPES = {
 }
 """The dtypes of tensors that can be an M or a kernel."""
 
+ENTRY = {"dtype": str, "shape": list, "data_offsets": list}
 MAX_HEADER = 2**25
 CHUNK = 2**24
 
 
-@dataclasses.dataclass(frozen=True)
-class Entry:
-    """A tensor in a header.
-
-    Attributes:
-      dtype: The name of its dtype in the format, such as "BF16".
-      shape: Its shape.
-      start: The position of its first byte in the file.
-      stop: The position after its last byte.
-    """
+class Entry(NamedTuple):
+    """A tensor in a header: its dtype, and its place in the file in bytes."""
 
     dtype: str
     shape: Shape
@@ -60,26 +55,43 @@ class TensorFile:
       size: The number of bytes of the file.
     """
 
-    def __init__(self, path: Location) -> None:
-        """Read the header of `path`.
+    def __init__(self, path: Location, data: bytes | None = None) -> None:
+        """Read the header of `path`, or of `data`, its content, if that is in memory.
 
         Raises:
           AdapterFileError: `path` is not a safetensors file.
         """
-        self.path = path
-        self.header, self.size = read_header(path), size(path)
-        _validate(path, self.header, self.size)
+        self.path, self._data = path, data
+        self.header = read_header(path) if data is None else header_of(data, path.name)
+        self.size = size(path) if data is None else len(data)
         content = parse(self.header[8:], path.name)
+        if not isinstance(content, dict):
+            self._refuse("its header must be a JSON object")
         content.pop("__metadata__", None)
-        start = len(self.header)
         self.entries = {
-            name: Entry(
-                entry["dtype"],
-                tuple(entry["shape"]),
-                *(start + offset for offset in entry["data_offsets"]),
-            )
-            for name, entry in content.items()
+            name: self._entry(name, record) for name, record in content.items()
         }
+        end = len(self.header)
+        for name, entry in sorted(self.entries.items(), key=lambda item: item[1][2:]):
+            bits = 8 * (entry.stop - entry.start)
+            if entry.start != end or bits != _bits(entry.dtype) * math.prod(
+                entry.shape
+            ):
+                self._refuse(f"{short(name)} does not begin or end where it should")
+            end = entry.stop
+        if end != self.size:
+            self._refuse(f"it must have {end:,} bytes, got {self.size:,}")
+
+    def _entry(self, name: str, record: Any) -> Entry:
+        check_record(record, ENTRY, f"{short(name)} of {self.path.name}")
+        shape, ends = record["shape"], record["data_offsets"]
+        if len(ends) != 2 or not all(type(n) is int and n >= 0 for n in shape + ends):
+            self._refuse(f"shape and data_offsets of {short(name)} must be integers")
+        start, stop = (len(self.header) + end for end in ends)
+        return Entry(record["dtype"], tuple(shape), start, stop)
+
+    def _refuse(self, why: str) -> None:
+        raise AdapterFileError(f"{self.path.name} is not a safetensors file: {why}")
 
     def __getitem__(self, name: str) -> np.ndarray:
         """Return a tensor, which is read now.
@@ -87,10 +99,8 @@ class TensorFile:
         Raises:
           AdapterFileError: The tensor is not floating-point.
         """
-        entry = self.entries[name]
-        dtype = _dtype(entry.dtype, name, self.path.name)
         data = b"".join(self.chunks(name))
-        return np.frombuffer(data, dtype).reshape(entry.shape)
+        return np.frombuffer(data, self._dtype(name)).reshape(self.entries[name].shape)
 
     def rows(self, name: str, start: int, stop: int) -> Iterator[np.ndarray]:
         """Yield rows of a tensor, in pieces of about `CHUNK` bytes.
@@ -98,35 +108,43 @@ class TensorFile:
         Raises:
           AdapterFileError: The tensor is not floating-point.
         """
-        entry = self.entries[name]
-        dtype = _dtype(entry.dtype, name, self.path.name)
+        entry, dtype = self.entries[name], self._dtype(name)
         row = dtype.itemsize * math.prod(entry.shape[1:])
-        piece = max(1, CHUNK // max(1, row)) * row
-        first, last = (entry.start + number * row for number in (start, stop))
-        if not row:
-            yield np.empty((stop - start, *entry.shape[1:]), dtype)
-            return
-        for data in self._pieces(first, last, piece):
+        step = max(1, CHUNK // max(1, row)) * row
+        ends = (entry.start + number * row for number in (start, stop))
+        for data in self._pieces(*ends, step):
             yield np.frombuffer(data, dtype).reshape(-1, *entry.shape[1:])
 
     def chunks(self, name: str) -> Iterator[bytes]:
         """Yield the bytes of a tensor in pieces."""
-        entry = self.entries[name]
-        return self._pieces(entry.start, entry.stop, CHUNK)
+        return self._pieces(*self.entries[name][2:], CHUNK)
 
-    def _pieces(self, start: int, stop: int, length: int) -> Iterator[bytes]:
-        """Yield the bytes from `start` to `stop`, `length` at a time."""
-        with self.path.open("rb") as file:
+    def _pieces(self, start: int, stop: int, step: int) -> Iterator[bytes]:
+        """Yield the bytes from `start` to `stop`, `step` at a time."""
+        in_memory = None if self._data is None else io.BytesIO(self._data)
+        with in_memory or self.path.open("rb") as file:
             file.seek(start)
-            for position in range(start, stop, length):
-                wanted = min(length, stop - position)
-                data = file.read(wanted)
-                if len(data) < wanted:
+            while start < stop:
+                data = file.read(min(step, stop - start))
+                if len(data) < min(step, stop - start):
                     raise AdapterFileError(f"{self.path.name} was cut off while read")
+                start += len(data)
                 yield data
 
+    def _dtype(self, name: str) -> np.dtype:
+        dtype = self.entries[name].dtype
+        if dtype not in DTYPES:
+            raise AdapterFileError(
+                f"{short(name)} in {self.path.name} must be one of {list(DTYPES)}, got "
+                f"{dtype}"
+            )
+        return DTYPES[dtype]
 
-# --- Headers ---
+
+def _bits(dtype: str) -> int:
+    """Return the bits of a number: the first in the name of any dtype but BOOL."""
+    found = re.search(r"\d+", dtype)
+    return int(found[0]) if found else 8
 
 
 def read_header(path: Location) -> bytes:
@@ -140,21 +158,9 @@ def read_header(path: Location) -> bytes:
         return length + file.read(_header_size(length, path.name))
 
 
-def metadata_of(data: bytes, name: str) -> dict[str, Any]:
-    """Return the texts that a safetensors file has beside its tensors.
-
-    Args:
-      data: The file's content, or its header alone.
-      name: The name of the file in messages.
-
-    Raises:
-      AdapterFileError: The header is not valid.
-    """
-    header = parse(data[8 : 8 + _header_size(data, name)], name)
-    metadata = header.get("__metadata__", {}) if isinstance(header, dict) else None
-    if not isinstance(metadata, dict):
-        raise AdapterFileError(f"{name} is not a safetensors file")
-    return metadata
+def header_of(data: bytes, name: str) -> bytes:
+    """Return the same bytes of a file's content, or of a header."""
+    return data[: 8 + _header_size(data, name)]
 
 
 def _header_size(data: bytes, name: str) -> int:
@@ -166,32 +172,18 @@ def _header_size(data: bytes, name: str) -> int:
     return length
 
 
-def _validate(path: Location, header: bytes, size: int) -> None:
-    """Raise unless `path` is a safetensors file.
+def metadata_of(data: bytes, name: str) -> dict[str, Any]:
+    """Return the texts that a safetensors file has beside its tensors.
 
-    The library reads only local files, and looks only at their header and size. So for
-    a remote file it gets a local file with the same header and size, whose tensors are
-    a hole.
+    Args:
+      data: The file's content, or its header alone.
+      name: The name of the file in messages.
     """
-    safetensors = library()
-    with contextlib.ExitStack() as stack:
-        local = path
-        if not is_local(path):
-            folder = stack.enter_context(tempfile.TemporaryDirectory())
-            local = Path(folder) / "header.safetensors"
-            with local.open("wb") as file:
-                file.write(header)
-                file.truncate(size)
-        try:
-            with safetensors.safe_open(local, framework="numpy"):
-                pass
-        except safetensors.SafetensorError as error:
-            raise AdapterFileError(
-                f"{path.name} is not a safetensors file: {error}"
-            ) from error
-
-
-# --- Whole files in memory ---
+    header = parse(header_of(data, name)[8:], name)
+    metadata = header.get("__metadata__", {}) if isinstance(header, dict) else None
+    if not isinstance(metadata, dict):
+        raise AdapterFileError(f"{name} is not a safetensors file")
+    return metadata
 
 
 def decode(data: bytes, name: str) -> dict[str, np.ndarray]:
@@ -205,48 +197,51 @@ def decode(data: bytes, name: str) -> dict[str, np.ndarray]:
       AdapterFileError: The data is not a safetensors file, or a tensor is not
         floating-point.
     """
-    safetensors = library()
-    length = _header_size(data, name)
-    try:
-        tensors = safetensors.deserialize(data)
-    except safetensors.SafetensorError as error:
-        raise AdapterFileError(f"{name} is not a safetensors file: {error}") from error
-    parse(data[8 : 8 + length], name)  # raises if a key occurs twice
-    return {
-        key: np.frombuffer(tensor["data"], _dtype(tensor["dtype"], key, name)).reshape(
-            tensor["shape"]
-        )
-        for key, tensor in tensors
-    }
-
-
-def _dtype(dtype: str, key: str, name: str) -> np.dtype:
-    if dtype not in DTYPES:
-        raise AdapterFileError(
-            f"{short(key)} in {name} must be one of {list(DTYPES)}, got {dtype}"
-        )
-    return DTYPES[dtype]
+    file = TensorFile(Path(name), data)
+    return {key: file[key] for key in file.entries}
 
 
 def encode(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> bytes:
-    """Return the content of a safetensors file."""
-    library()
-    from safetensors.numpy import save
-
-    arrays = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
-    return save(arrays, dict(metadata))
-
-
-def library() -> Any:
-    """Return the safetensors package.
+    """Return the content of a safetensors file.
 
     Raises:
-      ImportError: The package is missing. The message says how to install it.
+      ImportError: The safetensors library is missing.
     """
     try:
-        import safetensors
+        from safetensors.numpy import save
     except ImportError as error:
         raise ImportError(
             "files of adapters need safetensors: pip install mora-jax[io]"
         ) from error
-    return safetensors
+    arrays = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
+    return save(arrays, dict(metadata))
+
+
+def to_numpy(name: str, array: Any) -> np.ndarray:
+    """Return a trained array, which messages call `name`, for a file.
+
+    Raises:
+      TypeError: It is a tracer, or not an array.
+      ValueError: It holds NaN or infinity.
+    """
+    if isinstance(array, Tracer):
+        raise TypeError(f"{name} must be a concrete array, got a tracer of jit")
+    as_jax_array(name, array)
+    array = np.asarray(array)
+    if not np.isfinite(array).all():
+        raise ValueError(f"{name} holds NaN or infinity")
+    return array
+
+
+def to_jax(name: str, array: np.ndarray) -> jax.Array:
+    """Return an array from a file as a JAX array of the same dtype.
+
+    Raises:
+      AdapterFileError: The array is float64, which is not enabled in JAX.
+    """
+    converted = jnp.asarray(array)
+    if converted.dtype != array.dtype:
+        raise AdapterFileError(
+            f"{name} is {array.dtype}: set jax_enable_x64 to load it as it is"
+        )
+    return converted

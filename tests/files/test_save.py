@@ -179,7 +179,7 @@ NO_JSON = [
 def test_metadata_that_json_cannot_hold_is_named():
     cases = [(TypeError, *case) for case in NO_JSON]
     cases += [(ValueError, {"a": float("nan")}, "JSON")]
-    cases += [(ValueError, NESTED, "metadata .*nested too deeply")]
+    cases += [(ValueError, NESTED, "metadata is nested too deeply")]
     for error, metadata, match in cases:
         with pytest.raises(error, match=match):
             save("/nonexistent/x", made(PLAN), PLAN, metadata)

@@ -22,7 +22,7 @@ from base_files import files_of_at_most, kernels, sharded
 
 from mora_jax import Plan, io, load, make_operator, save
 from mora_jax.io import AdapterFileError
-from mora_jax.io._files import CONFIG, TEMPORARY, TENSORS
+from mora_jax.io._files import CONFIG, TENSORS
 
 OURS = os.path.dirname(io.__file__)
 

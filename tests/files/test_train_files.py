@@ -17,8 +17,7 @@ import mora_jax
 from mora_jax import MoRAConfig, init, io, load, merge, plan, save
 from mora_jax.io import AdapterFileError
 from mora_jax.io._files import TENSORS
-from mora_jax.io._names import pairs
-from mora_jax.io.checkpoints._trained import replacements
+from mora_jax.io.checkpoints._sites import replacements
 
 TRAIN = ".*norm.*", ".*q_proj/bias", "lm_head/kernel", "model/embed_tokens/.*"
 CONFIG = MoRAConfig(rank=2, operator="sharing", targets=".*q_proj/kernel", train=TRAIN)
@@ -175,7 +174,7 @@ def test_every_layout_that_a_base_is_read_into_is_written_back(
         for path, leaf in flatten(tree).items()
     ]
     tensors = load_file(file)
-    found = replacements(io.Checkpoint(file), items, pairs(names))
+    found = replacements(io.Checkpoint(file), items, names)
     assert all(re.search(SUPERFLUOUS, name) for name in tensors.keys() - found.keys())
     for name, new in found.items():
         tensor = tensors[name]

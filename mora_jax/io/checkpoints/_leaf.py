@@ -46,23 +46,21 @@ class Leaf:
         """The number of axes of the stack."""
         return len(next(iter(self.tensors)))
 
+    @property
+    def inner(self) -> Shape:
+        """The shape of the array in its stack."""
+        return self.shape[self.depth :]
+
     def check(self) -> None:
         """Raise unless all tensors have the shape that the array has in its stack."""
         for file, tensor in self.tensors.values():
             shape = file.entries[tensor.name].shape
-            if self.axis_groups(shape, tensor) is None:
-                turned = ", transposed," if tensor.axes == "oi" else ""
+            if axis_groups(self.inner, shape, tensor) is None:
+                transposed = ", transposed," if tensor.axes == "oi" else ""
                 raise AdapterFileError(
                     f"{self.name!r} in like has shape {self.shape}, which "
-                    f"{tensor.name!r} of shape {shape}{turned} does not fit"
+                    f"{tensor.name!r} of shape {shape}{transposed} does not fit"
                 )
-
-    def axis_groups(self, shape: Shape, tensor: Tensor) -> tuple[Shape, ...] | None:
-        """The array's axes for each axis of a tensor of `shape`; None if it differs."""
-        inner = self.shape[self.depth :]
-        if tensor.order and len(tensor.order) != len(inner):
-            return None
-        return axis_groups(_ordered(inner, tensor.order), shape, tensor.axes)
 
     def read(self) -> jax.Array:
         """The array. Memory of the host holds one device's part of it, beside the last.
@@ -94,17 +92,27 @@ class Leaf:
         )
 
 
-def axis_groups(inner: Shape, shape: Shape, axes: str) -> tuple[Shape, ...] | None:
-    """The axes of an array that stand for each axis of its tensor, in their own order.
+def axis_groups(inner: Shape, shape: Shape, tensor: Tensor) -> tuple[Shape, ...] | None:
+    """Return the axes of an array that are each axis of a tensor, in the array's order.
 
-    A weight (heads * width, in) is a kernel (in, heads, width). None if they do not
-    fit.
+    A weight (heads * width, in) is a kernel (in, heads, width).
+
+    Args:
+      inner: The shape of the array, without its stack.
+      shape: The shape of the tensor.
+      tensor: The tensor's name and the order of its axes.
+
+    Returns:
+      The sizes of the axes for each axis; None if the array does not fit the tensor.
     """
+    if tensor.order and len(tensor.order) != len(inner):
+        return None
+    inner = _ordered(inner, tensor.order)
     if len(shape) == 1:
         return (inner,) if math.prod(inner) == shape[0] and inner else None
-    if len(shape) != 2 or axes == "o":
+    if len(shape) != 2 or tensor.axes == "o":
         return None
-    sizes = shape[::-1] if axes == "oi" else shape
+    sizes = shape[::-1] if tensor.axes == "oi" else shape
     for k in range(1, len(inner)):
         groups = inner[:k], inner[k:]
         if tuple(map(math.prod, groups)) == sizes:
@@ -126,7 +134,7 @@ def _fill(
     leaf: Leaf, array: np.ndarray, part: Part, file: TensorFile, tensor: Tensor
 ) -> None:
     """Write a part of a tensor into `array`, which has the layout of the leaf."""
-    groups = leaf.axis_groups(file.entries[tensor.name].shape, tensor)
+    groups = axis_groups(leaf.inner, file.entries[tensor.name].shape, tensor)
     assert groups is not None
     if tensor.order:
         array, part = array.transpose(tensor.order), _ordered(part, tensor.order)

@@ -14,12 +14,18 @@ import numpy as np
 from mora_jax._plan.plan import Plan
 from mora_jax._tree.adapters import Tree, adapter_items, nest, trained_items
 from mora_jax._tree.paths import adapter_path
-from mora_jax.io._arrays import to_jax, to_numpy
 from mora_jax.io._errors import AdapterFileError
 from mora_jax.io._files import CONFIG, TENSORS, read_bytes
 from mora_jax.io._json import MAX_BYTES, check_record, dump, parse, short
 from mora_jax.io._locations import Location
-from mora_jax.io._tensors import decode, encode, metadata_of, read_header
+from mora_jax.io._tensors import (
+    decode,
+    encode,
+    metadata_of,
+    read_header,
+    to_jax,
+    to_numpy,
+)
 from mora_jax.io.native import _records
 from mora_jax.io.native._layers import Base
 from mora_jax.io.native._records import check_format, describe_plan, restore_plan

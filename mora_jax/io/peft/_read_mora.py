@@ -17,14 +17,13 @@ from mora_jax._plan.planning import plan
 from mora_jax._plan.spec import AdapterSpec
 from mora_jax._tree.adapters import Tree, nest
 from mora_jax._tree.paths import adapter_path, named_leaves, nearest_paths
-from mora_jax.io._arrays import to_jax
 from mora_jax.io._errors import AdapterFileError
 from mora_jax.io._files import CONFIG, TENSORS, read_bytes
 from mora_jax.io._json import read_json, short
 from mora_jax.io._locations import as_path
 from mora_jax.io._names import Names, pairs, split_index, to_kernel
 from mora_jax.io._suggest import suggestion_for
-from mora_jax.io._tensors import decode
+from mora_jax.io._tensors import decode, to_jax
 from mora_jax.io.peft._reference import REFERENCE_GROUPS, reference_operator
 from mora_jax.operators import Operator
 

@@ -13,7 +13,6 @@ from mora_jax._plan.plan import Plan
 from mora_jax._plan.spec import AdapterSpec
 from mora_jax._plan.trained_arrays import refuse_trained
 from mora_jax._tree.adapters import adapter_items
-from mora_jax.io._arrays import to_numpy
 from mora_jax.io._families import Pair
 from mora_jax.io._files import CONFIG, TENSORS, entries, new_directory
 from mora_jax.io._json import dump
@@ -21,7 +20,7 @@ from mora_jax.io._locations import Location, as_path
 from mora_jax.io._modules import Module, modules_of
 from mora_jax.io._names import Names, pairs
 from mora_jax.io._suggest import suggestion
-from mora_jax.io._tensors import encode
+from mora_jax.io._tensors import encode, to_numpy
 from mora_jax.io.peft._read_mora import PREFIX
 from mora_jax.io.peft._reference import REFERENCE_GROUPS, reference_square_rank
 from mora_jax.operators import Rotation, Sharing
