@@ -93,7 +93,10 @@ def export(
     if not force:
         free(path, force)  # raises before minutes are spent
     model = os.path.expanduser(base_model)
-    model = model or ("BASE" if base is None else _folder(base))
+    if not model and base is not None:  # servers load the directory, not one file of it
+        source = as_path("base", base)
+        model = str(source.parent if source.is_file() else source)
+    model = model or "BASE"
     if plan.trained:
         why = f"{plan.trained[0].name} trains itself, which a LoRA cannot hold, so"
     elif base is not None and _is_tied(base, plan, names):
@@ -112,51 +115,32 @@ def export(
         raise ValueError(
             f"{why} base must be the base's safetensors, to merge into them, got None"
         )
-    lost = merge_checkpoint(
-        base,
-        adapters,
-        plan,
-        directory,
-        names,
-        force=force,
-        any_base=any_base,
-        rounding=rounding,
-        progress=progress,
-    )
+    settings = {"any_base": any_base, "rounding": rounding, "progress": progress}
+    args = base, adapters, plan, directory, names
+    lost = merge_checkpoint(*args, force=force, **settings)
     return Export(None, lost, _command(server, str(path)))
 
 
 def _is_tied(base: str | os.PathLike[str], plan: Plan, names: Names) -> bool:
-    """Whether an adapted embedding is the head, too, which a LoRA would not change."""
+    """Return True if an adapted embedding is the head, too, which a LoRA would miss."""
     known = pairs(names)
-    found = [module for spec in plan.specs for module in modules_of(spec, known)[0]]
-    if not any(module.table for module in found):
+    named = [module for spec in plan.specs for module in modules_of(spec, known)[0]]
+    tables = [f"{module.name}.weight" for module in named if module.table]
+    if not tables:
         return False
     checkpoint = Checkpoint(base)
-    return any(
-        module.table and stands_for_two(checkpoint, f"{module.name}.weight")
-        for module in found
-    )
-
-
-def _folder(base: str | os.PathLike[str]) -> str:
-    """The directory of the base, which servers load, and not one of its files."""
-    path = as_path("base", base)
-    return str(path.parent if path.is_file() else path)
+    return any(stands_for_two(checkpoint, table) for table in tables)
 
 
 def _command(server: Server, model: str, rank: int = 0, adapter: str = "") -> str:
-    """The line that serves `model`, with the LoRA in `adapter` if there is one."""
-    named = f"{adapter.rpartition('/')[2]}={adapter}"
+    """Return the line that serves `model`, with the LoRA in `adapter` if there is one."""
     if server == "vllm":
         words = ["vllm", "serve", model]
-        if adapter:
-            room = next(size for size in RANKS if size >= rank)
-            words += ["--enable-lora", "--max-lora-rank", str(room)]
-            words += ["--lora-modules", named]
+        limit, option = next(n for n in RANKS if n >= rank), "--lora-modules"
     else:
         words = ["python", "-m", "sglang.launch_server", "--model-path", model]
-        if adapter:
-            words += ["--enable-lora", "--max-lora-rank", str(rank)]
-            words += ["--lora-paths", named]
+        limit, option = rank, "--lora-paths"
+    if adapter:
+        named = f"{adapter.rpartition('/')[2]}={adapter}"
+        words += ["--enable-lora", "--max-lora-rank", str(limit), option, named]
     return shlex.join(words)

@@ -10,11 +10,10 @@ import numpy as np
 from mora_jax._common.checks import check_number, positive_integer
 from mora_jax._common.warnings import warn
 from mora_jax._layer.delta import scaled
-from mora_jax._layer.squares import block_diagonal
 from mora_jax._plan.plan import Plan
 from mora_jax._plan.spec import AdapterSpec
 from mora_jax.io._locations import Location
-from mora_jax.io._names import Names, pairs
+from mora_jax.io._names import Names
 from mora_jax.io.peft._read_mora import PREFIX
 from mora_jax.io.peft._write import free, modules, peft_config, write
 
@@ -22,7 +21,7 @@ Rank = int | Literal["auto"] | None
 
 LAYER_NAMES = "lora_A.weight", "lora_B.weight"
 TABLE_NAMES = "lora_embedding_A", "lora_embedding_B"
-"""What PEFT calls A and B of a layer, and those of an embedding."""
+"""PEFT's names of A and B of a layer, and of an embedding."""
 
 
 def save_peft_lora(
@@ -40,12 +39,12 @@ def save_peft_lora(
     r"""Write adapters as a LoRA that Hugging Face PEFT and servers load.
 
     The deltas of operators without blocks (sharing, signed_sharing, truncation,
-    orthogonal, subspace and hadamard) have rank q, or K q with K squares, and are LoRAs
-    of that rank exactly: :math:`A = C`, :math:`B = \alpha M D`. The deltas of other
-    operators have full rank, and only the `rank` largest of their singular values are
-    kept. What each module loses by that is returned, and a loss of more than
-    `max_error` is refused. An adapter of an embedding changes what is looked up, and
-    not a head that is tied to it, of which a `MoRAWarning` tells.
+    orthogonal, subspace and hadamard) have rank q and are LoRAs of that rank exactly:
+    :math:`A = C`, :math:`B = \alpha M D`. The deltas of other operators have full rank,
+    and only the `rank` largest of their singular values are kept. What each module
+    loses by that is returned, and a loss of more than `max_error` is refused. An
+    adapter of an embedding changes what is looked up, and not a head that is tied to
+    it; a `MoRAWarning` says so.
 
     Args:
       directory: A path or a URL that `etils.epath` opens, new or empty. A local
@@ -105,19 +104,19 @@ class Lora:
 def make_lora(
     adapters: Any, plan: Plan, names: Names, rank: Rank, max_error: float | int
 ) -> Lora:
-    """Adapters as a LoRA. Arguments and errors are those of `save_peft_lora`."""
+    """Return adapters as a LoRA. Arguments and errors are as in `save_peft_lora`."""
     check_number("max_error", max_error)
     if not 0 <= max_error <= 1:
         raise ValueError(f"max_error must be between 0 and 1, got {max_error}")
     if rank is not None and rank != "auto":
-        positive_integer("rank", rank)
-        rank = int(rank)
+        rank = positive_integer("rank", rank)
     tensors: dict[str, np.ndarray] = {}
-    spectra: dict[str, _Spectrum] = {}
+    factors: dict[str, _Factors] = {}
     axes, full = set(), None
-    for module, spec, m in modules(adapters, plan, pairs(names)):
-        a, b, spectrum = _factors(spec, m, rank, max_error, module.outputs)
-        spectra[module.name] = spectrum
+    for module, spec, m in modules(adapters, plan, names):
+        a, b, _ = factors[module.name] = _factors(
+            spec, m, rank, max_error, module.outputs
+        )
         if module.table:
             warn(
                 f"{spec.name}: PEFT and servers adapt the lookup of {module.name}, and "
@@ -127,98 +126,97 @@ def make_lora(
             axes.add(module.axes)
         if spec.operator.block and rank is None:
             full = spec
-            continue
-        a_name, b_name = TABLE_NAMES if module.table else LAYER_NAMES
         if module.table and module.axes == "oi":  # the rows are its outputs
             a, b = b.T, a.T
+        a_name, b_name = TABLE_NAMES if module.table else LAYER_NAMES
         tensors[f"{PREFIX}{module.name}.{a_name}"] = a.T
         tensors[f"{PREFIX}{module.name}.{b_name}"] = b.T
     if len(axes) > 1:
         raise ValueError("modules must be all Linear or all Conv1D")
+    enough = max(f.enough(max_error) for f in factors.values())
+    advice = (
+        f"rank={enough} keeps every module within {max_error:.1%}, and max_error=1 "
+        "accepts any loss"
+    )
     if full is not None:
         raise ValueError(
             f"{full.name}: a delta of {full.operator.name} has full rank; rank must "
-            f"say how much of it to keep, got None; {_enough(spectra, max_error)}"
+            f"say how much of it to keep, got None; {advice}"
         )
-    lost = {module: spectrum.lost for module, spectrum in spectra.items()}
+    lost = {module: f.lost for module, f in factors.items()}
     worst = max(lost, key=lost.__getitem__)
     if lost[worst] > max_error:
         raise ValueError(
             f"{worst} would lose {lost[worst]:.1%} of its delta at rank {rank}, more "
-            f"than max_error={max_error:g}; {_enough(spectra, max_error)}"
+            f"than max_error={max_error:g}; {advice}"
         )
-    ranks = {module: spectrum.rank for module, spectrum in spectra.items()}
+    ranks = {module: f.rank for module, f in factors.items()}
     return Lora(tensors, ranks, lost, axes.pop() if axes else "oi")
 
 
-class _Spectrum(NamedTuple):
-    """The singular values of a delta, and how many of them a LoRA keeps.
+class _Factors(NamedTuple):
+    """A module's part in a LoRA.
 
     Attributes:
-      rank: The rank of the LoRA.
-      values: The singular values, the largest first; empty if they are not known
-        because nothing is cut off.
+      a: (in, r).
+      b: (r, out); `a @ b` is what the LoRA keeps of the delta.
+      values: All singular values of the delta, the largest first; empty if they are
+        not known because nothing is cut off.
     """
 
-    rank: int
+    a: np.ndarray
+    b: np.ndarray
     values: np.ndarray
+
+    @property
+    def rank(self) -> int:
+        """The rank r of the LoRA."""
+        return self.a.shape[1]
 
     @property
     def lost(self) -> float:
         """The share of the delta that is cut off."""
-        tails = self._tails()
-        return float(tails[self.rank]) if self.rank < len(tails) else 0.0
+        return float(_cut_off(self.values)[self.rank]) if len(self.values) else 0.0
 
     def enough(self, max_error: float) -> int:
-        """A rank that loses at most `max_error`, the smallest if values are known."""
-        tails = self._tails()
-        return max(1, int(np.sum(tails > max_error))) if len(tails) else self.rank
-
-    def _tails(self) -> np.ndarray:
-        """The share of the delta that each rank, from 0 on, cuts off."""
-        squares = np.cumsum(self.values[::-1] ** 2)[::-1]
-        return np.sqrt(squares / squares[0]) if squares.any() else squares
+        """Return a rank that loses at most `max_error`, the least if values are known."""
+        return _enough(self.values, max_error) if len(self.values) else self.rank
 
 
-def _enough(spectra: Mapping[str, _Spectrum], max_error: float) -> str:
-    """Arguments that would be accepted, as the end of a message."""
-    rank = max(spectrum.enough(max_error) for spectrum in spectra.values())
-    return (
-        f"rank={rank} keeps every module within {max_error:.1%}, and max_error=1 "
-        "accepts any loss"
-    )
+def _cut_off(values: np.ndarray) -> np.ndarray:
+    """Return the share of a delta that each rank, from 0 on, cuts off."""
+    squares = np.cumsum(np.append(values, 0)[::-1] ** 2)[::-1]
+    return np.sqrt(squares / squares[0]) if squares.any() else squares
+
+
+def _enough(values: np.ndarray, max_error: float) -> int:
+    """Return the least rank that cuts off at most `max_error`, but at least 1."""
+    return max(1, int(np.sum(_cut_off(values) > max_error)))
 
 
 def _factors(
-    spec: AdapterSpec,
-    m: np.ndarray,
-    rank: Rank,
-    max_error: float | int,
-    outputs: slice,
-) -> tuple[np.ndarray, np.ndarray, _Spectrum]:
-    """(in, r) and (r, out), whose product is what a LoRA keeps, and the spectrum.
+    spec: AdapterSpec, m: np.ndarray, rank: Rank, max_error: float, outputs: slice
+) -> _Factors:
+    """Return the factors of the delta's columns `outputs`.
 
-    They are those of the delta's columns `outputs`.
+    A block operator's delta is decomposed as a whole. Another one is C M D, with A = C
+    and B = M D already; where less is to be kept, the singular values of A B are those
+    of R B, with A = Q R.
     """
     op, m = spec.operator, scaled(spec, m)
     if op.block:
-        delta = np.asarray(op.delta_weight(m), np.float64)[:, outputs]
-        left, values, right = np.linalg.svd(delta, full_matrices=False)
-        a, b = left, values[:, None] * right
+        b = np.asarray(op.delta_weight(m), np.float64)[:, outputs]
+        basis = None
     else:
         a = np.asarray(op.compress_matrix(), np.float64)
-        b = np.asarray(op.decompress(block_diagonal(m)), np.float64)[:, outputs]
-        if not isinstance(rank, int) or rank >= op.width:
-            return _float32(a, b, np.zeros(0))
+        b = np.asarray(op.decompress(m), np.float64)[:, outputs]
+        if not isinstance(rank, int) or rank >= a.shape[1]:
+            return _Factors(np.float32(a), np.float32(b), np.zeros(0))
         basis, triangle = np.linalg.qr(a)
-        left, values, right = np.linalg.svd(triangle @ b, full_matrices=False)
-        a, b = basis @ left, values[:, None] * right
+        b = triangle @ b
+    left, values, right = np.linalg.svd(b, full_matrices=False)
+    a = left if basis is None else basis @ left
     if rank == "auto":
-        rank = _Spectrum(0, values).enough(max_error)
-    return _float32(a[:, :rank], b[:rank], values)
-
-
-def _float32(
-    a: np.ndarray, b: np.ndarray, values: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, _Spectrum]:
-    return a.astype(np.float32), b.astype(np.float32), _Spectrum(a.shape[1], values)
+        rank = _enough(values, max_error)
+    kept = a[:, :rank], (values[:, None] * right)[:rank]
+    return _Factors(*map(np.float32, kept), values)

@@ -4,8 +4,8 @@ import dataclasses
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -14,6 +14,7 @@ from mora_jax._common.types import Shape
 from mora_jax._plan.config import MoRAConfig
 from mora_jax._plan.plan import Plan
 from mora_jax._plan.planning import plan
+from mora_jax._plan.settings import AdapterSettings
 from mora_jax._plan.spec import AdapterSpec
 from mora_jax._tree.adapters import Tree, nest
 from mora_jax._tree.paths import adapter_path, named_leaves, nearest_paths
@@ -30,11 +31,14 @@ from mora_jax.operators import Operator
 PREFIX = "base_model.model."
 """The beginning of the names of tensors in PEFT."""
 
+ByIndex = dict[Shape, tuple[str, np.ndarray]]
+"""{index in a kernel's stack: the module there and its M}."""
+
 
 def load_peft_mora(
     directory: str | os.PathLike[str], model: Plan | Any, names: Names = None
 ) -> tuple[Tree, Plan]:
-    """Adapters that the paper's authors' code (peft-mora) saved.
+    """Read adapters that the paper's authors' code (peft-mora) saved.
 
     Args:
       directory: A path or a URL that `etils.epath` opens, of a directory with
@@ -58,54 +62,30 @@ def load_peft_mora(
         fit the model.
     """
     path = as_path("directory", directory)
-    config = _Config.parse(read_json(path / CONFIG))
+    config = _config_of(read_json(path / CONFIG))
     arrays = decode(read_bytes(path / TENSORS), TENSORS)
-    found: dict[str, dict[Shape, tuple[str, np.ndarray]]] = defaultdict(dict)
-    known, matrices = pairs(names), dict(_matrices(arrays))
-    unknown = [module for module in matrices if to_kernel(module, known) is None]
-    if unknown:
-        raise AdapterFileError(
-            f"names have no kernel for the module {short(unknown[0])}, which {TENSORS} "
-            f"adapts; {suggestion_for(unknown, _kernels(model))}"
-        )
-    for module, m in matrices.items():
-        kernel = to_kernel(module, known)
-        assert kernel is not None
-        path, index = split_index(kernel[0])
-        if index in found[path]:
-            raise AdapterFileError(f"{TENSORS} has two modules for {kernel[0]}")
-        found[path][index] = module, m
-    template = _template(model, found)
-    specs, adapters = [], {}
-    for spec in template.specs:
-        if spec.name not in found:
-            continue
-        try:
-            operator, m = _adapter(spec, found.pop(spec.name), config)
-        except ValueError as error:
-            raise AdapterFileError(f"{spec.name} in {TENSORS}: {error}") from error
-        spec = dataclasses.replace(
-            spec,
-            operator=operator,
-            alpha=1.0,
-            dropout=config.dropout,
-            init="zeros",
-            param_dtype=m.dtype,
-            execution="auto",
-        )
-        specs.append(spec)
-        adapters[adapter_path(spec)] = to_jax(spec.name, m)
-    if found:
-        name = next(iter(found))
+    kernels = _by_kernel(dict(_matrices(arrays)), model, names)
+    template = _template(model, kernels)
+    for name in kernels.keys() - template.keys():
         raise AdapterFileError(
             f"the plan has no kernel {name!r}, which {TENSORS} adapts"
-            + nearest_paths(name, [spec.name for spec in template.specs])
+            + nearest_paths(name, template)
         )
+    specs, adapters = [], {}
+    for spec in template.specs:
+        if spec.name in kernels:
+            try:
+                operator, m = _adapter(spec, kernels[spec.name], config)
+            except ValueError as error:
+                raise AdapterFileError(f"{spec.name} in {TENSORS}: {error}") from error
+            settings = AdapterSettings(dropout=config.dropout, param_dtype=m.dtype)
+            spec = dataclasses.replace(spec, operator=operator, **vars(settings))
+            specs.append(spec)
+            adapters[adapter_path(spec)] = to_jax(spec.name, m)
     return nest(adapters), Plan(tuple(specs), template.base_parameters, template.traced)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Config:
+class _Config(NamedTuple):
     """The settings that are used from the reference's config."""
 
     mora_type: int
@@ -113,72 +93,57 @@ class _Config:
     rank_pattern: Mapping[str, int]
     dropout: float
 
-    @classmethod
-    def parse(cls, content: Any) -> "_Config":
-        """The settings in a parsed config, checked."""
-        if not isinstance(content, dict) or content.get("peft_type") != "LORA":
-            raise AdapterFileError(f"peft_type in {CONFIG} must be 'LORA'")
-        if content.get("use_mora") is not True:
-            raise AdapterFileError(
-                f"{CONFIG} is of a plain LoRA: use_mora must be true, "
-                f"got {short(content.get('use_mora'))}"
-            )
-        for key, default in (("bias", "none"), ("use_dora", False)):
-            if content.get(key, default) != default:
-                raise AdapterFileError(
-                    f"{key} in {CONFIG} must be {default!r}, got {short(content[key])}"
-                )
-        mora_type = content.get("mora_type")
-        if type(mora_type) is not int or mora_type not in (*REFERENCE_GROUPS, 6):
-            raise AdapterFileError(
-                f"mora_type in {CONFIG} must be 1, 2, 3, 4 or 6, got {short(mora_type)}"
-            )
-        patterns = content.get("rank_pattern") or {}
-        ranks = {"r": content.get("r"), **_mapping("rank_pattern", patterns)}
-        for key, rank in ranks.items():
-            if type(rank) is not int or not 0 < rank < 2**31:
-                raise AdapterFileError(
-                    f"{short(key)} in {CONFIG} must be a positive integer, "
-                    f"got {short(rank)}"
-                )
-        dropout = content.get("lora_dropout", 0.0)
-        if type(dropout) not in (int, float) or not 0 <= dropout < 1:
-            raise AdapterFileError(
-                f"lora_dropout in {CONFIG} must be in [0, 1), got {short(dropout)}"
-            )
-        return cls(mora_type, ranks["r"], patterns, float(dropout))
-
     def rank_of(self, module: str) -> int:
-        """The rank of a module. A key is its name or the end of it, as in PEFT."""
-        for key, rank in self.rank_pattern.items():
-            if module == key or module.endswith(f".{key}"):
-                return rank
-        return self.rank
+        """Return the rank of a module. A key is its name or the end of it, as in PEFT."""
+        ends = (k for k in self.rank_pattern if f".{module}".endswith(f".{k}"))
+        return self.rank_pattern.get(next(ends, ""), self.rank)
 
 
-def _mapping(name: str, value: Any) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise AdapterFileError(
-            f"{name} in {CONFIG} must be an object, got {short(value)}"
-        )
-    for key in value:  # PEFT takes patterns; a stranger's may take forever to match
-        if not re.fullmatch(r"[\w.-]+", key):
+def _config_of(content: Any) -> _Config:
+    """Return the settings in a parsed config, checked."""
+    if not isinstance(content, dict):
+        raise AdapterFileError(f"{CONFIG} must be an object, got {short(content)}")
+    content = {"bias": "none", "use_dora": False, "lora_dropout": 0.0} | content
+    content["rank_pattern"] = content.get("rank_pattern") or {}
+    types = *REFERENCE_GROUPS, 6
+    for key, rule, is_right in (
+        ("peft_type", "'LORA'", lambda value: value == "LORA"),
+        ("use_mora", "true, not that of a plain LoRA", lambda value: value is True),
+        ("bias", "'none'", lambda value: value == "none"),
+        ("use_dora", "false", lambda value: value is False),
+        ("mora_type", "1, 2, 3, 4 or 6", lambda v: type(v) is int and v in types),
+        ("r", "a positive integer", _is_rank),
+        ("rank_pattern", "names of modules with positive integers", _is_pattern),
+        ("lora_dropout", "in [0, 1)", lambda v: type(v) in (int, float) and 0 <= v < 1),
+    ):
+        if not is_right(value := content.get(key)):
             raise AdapterFileError(
-                f"{name} in {CONFIG} must have names of modules, got {short(key)}"
+                f"{key} in {CONFIG} must be {rule}, got {short(value)}"
             )
-    return value
+    keys = "mora_type", "r", "rank_pattern", "lora_dropout"
+    return _Config(*(content[key] for key in keys))
+
+
+def _is_rank(value: Any) -> bool:
+    return type(value) is int and 0 < value < 2**31
+
+
+def _is_pattern(value: Any) -> bool:
+    # PEFT takes regular expressions; a stranger's may take forever to match.
+    return isinstance(value, dict) and all(
+        re.fullmatch(r"[\w.-]+", key) and _is_rank(rank) for key, rank in value.items()
+    )
 
 
 def _matrices(arrays: Mapping[str, np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
-    """Each module with its M, which the reference stores twice and transposed."""
+    """Yield each module with its M, which the reference stores twice and transposed."""
     for key in arrays:
         if not re.fullmatch(rf"{re.escape(PREFIX)}.+\.lora_[AB]\.weight", key):
             raise AdapterFileError(
                 f"tensors in {TENSORS} must be like {PREFIX}*.lora_A.weight, "
                 f"got {short(key)}"
             )
-    modules = dict.fromkeys(key.rsplit(".", 2)[0] for key in arrays)
-    for module in modules:
+    for module in dict.fromkeys(key.rsplit(".", 2)[0] for key in arrays):
         name = module.removeprefix(PREFIX)
         a, b = (arrays.get(f"{module}.lora_{letter}.weight") for letter in "AB")
         if a is None or b is None:
@@ -192,57 +157,68 @@ def _matrices(arrays: Mapping[str, np.ndarray]) -> Iterator[tuple[str, np.ndarra
         yield name, a.T
 
 
-def _kernels(model: Any) -> list[str]:
-    """The paths of all arrays that can be kernels."""
+def _by_kernel(
+    matrices: Mapping[str, np.ndarray], model: Any, names: Names
+) -> dict[str, ByIndex]:
+    """Return the M's of each kernel, by the names of their modules."""
+    known, kernels = pairs(names), defaultdict(dict)
+    if not matrices:
+        raise AdapterFileError(f"{TENSORS} holds no adapter")
+    unknown = [module for module in matrices if to_kernel(module, known) is None]
+    if unknown:
+        raise AdapterFileError(
+            f"names have no kernel for the module {short(unknown[0])}, which {TENSORS} "
+            f"adapts; {suggestion_for(unknown, _paths(model))}"
+        )
+    for module, m in matrices.items():
+        kernel = to_kernel(module, known)
+        assert kernel is not None
+        path, index = split_index(kernel[0])
+        if index in kernels[path]:
+            raise AdapterFileError(f"{TENSORS} has two modules for {kernel[0]}")
+        kernels[path][index] = module, m
+    return kernels
+
+
+def _paths(model: Any) -> list[str]:
+    """Return the paths of all arrays that can be kernels."""
     if isinstance(model, Plan):
         return list(model)
     leaves = named_leaves(model) if jax.tree.leaves(model) else {}
     return [name for name, (_, leaf) in leaves.items() if len(leaf.shape) >= 2]
 
 
-def _template(model: Any, found: Mapping[str, Any]) -> Plan:
-    """A plan with the found kernels, whose operators will be replaced."""
-    if not found:
-        raise AdapterFileError(f"{TENSORS} holds no adapter")
+def _template(model: Any, kernels: Iterable[str]) -> Plan:
+    """Return a plan with the kernels, whose operators will be replaced."""
     if isinstance(model, Plan):
         return model
-    config = MoRAConfig(
-        operator="truncation",
-        square_rank=1,
-        scale="paper",
-        targets=[re.escape(name) for name in found],
-    )
+    targets = [re.escape(name) for name in kernels]
     try:
-        return plan(model, config)
+        return plan(
+            model, MoRAConfig(operator="truncation", square_rank=1, targets=targets)
+        )
     except ValueError as error:
         raise AdapterFileError(f"{TENSORS} does not fit the model: {error}") from error
 
 
 def _adapter(
-    spec: AdapterSpec, by_index: Mapping[Shape, tuple[str, np.ndarray]], config: _Config
+    spec: AdapterSpec, modules: ByIndex, config: _Config
 ) -> tuple[Operator, np.ndarray]:
-    """The operator of a kernel, and its M, (*stack, q, q)."""
+    """Return the operator of a kernel, and its M, (*stack, q, q)."""
     stack = spec.stack_shape
-    if missing := set(np.ndindex(stack)) ^ set(by_index):
+    if missing := set(np.ndindex(stack)) ^ set(modules):
         raise ValueError(f"the kernel is stacked {stack}, and does not fit {missing}")
-    operators = {
-        reference_operator(
-            config.mora_type,
-            spec.in_features,
-            spec.out_features,
-            config.rank_of(module),
-        )
-        for module, _ in by_index.values()
-    }
+    widths = spec.in_features, spec.out_features
+    ranks = {config.rank_of(module) for module, _ in modules.values()}
+    operators = {reference_operator(config.mora_type, *widths, r) for r in ranks}
     if len(operators) > 1:
         raise ValueError("a stacked kernel must have one rank in all its layers")
     (operator,) = operators
-    q = operator.square_rank
-    for module, m in by_index.values():
-        if m.shape != (q, q):
+    for module, m in modules.values():
+        if m.shape != operator.m_shape:
             raise ValueError(
-                f"{module} must be of shape {(q, q)} for a kernel of "
-                f"{spec.in_features} -> {spec.out_features} features, got {m.shape}"
+                f"{module} must be of shape {operator.m_shape} for a kernel of "
+                f"{widths[0]} -> {widths[1]} features, got {m.shape}"
             )
-    rows = [by_index[index][1] for index in np.ndindex(stack)]
-    return operator, np.stack(rows).reshape(*stack, q, q)
+    ms = [modules[index][1] for index in np.ndindex(stack)]
+    return operator, np.stack(ms).reshape(*stack, *operator.m_shape)

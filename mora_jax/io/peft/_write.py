@@ -13,7 +13,6 @@ from mora_jax._plan.plan import Plan
 from mora_jax._plan.spec import AdapterSpec
 from mora_jax._plan.trained_arrays import refuse_trained
 from mora_jax._tree.adapters import adapter_items
-from mora_jax.io._families import Pair
 from mora_jax.io._files import CONFIG, TENSORS, entries, new_directory
 from mora_jax.io._json import dump
 from mora_jax.io._locations import Location, as_path
@@ -64,7 +63,7 @@ def save_peft_mora(
     tensors: dict[str, np.ndarray] = {}
     ranks: dict[str, int] = {}
     settings = set()
-    for module, spec, m in modules(adapters, plan, pairs(names)):
+    for module, spec, m in modules(adapters, plan, names):
         if module.table:
             raise ValueError(
                 f"{spec.name}: the reference has no squares for embeddings, got "
@@ -79,9 +78,8 @@ def save_peft_mora(
         mora_type, ranks[module.name], scale = _reference(spec)
         settings.add((mora_type, spec.dropout, module.axes))
         for letter in "AB":
-            tensors[f"{PREFIX}{module.name}.lora_{letter}.weight"] = (
-                scale * scaled(spec, m)
-            ).T
+            name = f"{PREFIX}{module.name}.lora_{letter}.weight"
+            tensors[name] = (scale * scaled(spec, m)).T
     if len(settings) > 1:
         raise ValueError(
             "the reference has one mora_type, dropout and fan_in_fan_out for all "
@@ -89,19 +87,12 @@ def save_peft_mora(
         )
     ((mora_type, dropout, axes),) = settings
     config = peft_config(ranks, dropout, axes, base_model, task_type)
-    config |= {"use_mora": True, "mora_type": mora_type}
-    write(path, config, tensors)
+    write(path, config | {"use_mora": True, "mora_type": mora_type}, tensors)
 
 
 def _reference(spec: AdapterSpec) -> tuple[int, int, float]:
-    """The reference's type and rank, and a factor that alpha M is multiplied by."""
+    """Return the reference's type and rank, and a factor of alpha M."""
     op, scale = spec.operator, 1.0
-    if op.squares > 1:
-        raise ValueError(
-            f"{spec.name}: the reference has one square for each module, got "
-            f"{op.squares}; io.save_peft_lora writes such adapters as a LoRA, and "
-            "io.merge_checkpoint merges them"
-        )
     ins, outs, q = op.in_features, op.out_features, op.square_rank
     if isinstance(op, Rotation) and (op.truncate or -(-ins // q) <= -(-outs // q)):
         mora_type = 6
@@ -134,7 +125,7 @@ def peft_config(
     base_model: str,
     task_type: str | None,
 ) -> dict[str, Any]:
-    """A LoraConfig that names each module and multiplies by 1.
+    """Return a LoraConfig that names each module and multiplies by 1.
 
     `r` is the largest rank, since servers make room for that rank.
     """
@@ -157,9 +148,9 @@ def peft_config(
 
 
 def modules(
-    adapters: Any, plan: Plan, known: tuple[Pair, ...]
+    adapters: Any, plan: Plan, names: Names
 ) -> Iterator[tuple[Module, AdapterSpec, np.ndarray]]:
-    """PyTorch's modules, with the spec and the M of each; none is a convolution."""
+    """Yield PyTorch's modules, with the spec and the M of each; no convolutions."""
     if not len(plan):
         raise ValueError("plan must have an adapter to write, got none")
     refuse_trained(
@@ -167,20 +158,19 @@ def modules(
         "which a file of PEFT's format made here cannot hold; mora_jax.save holds it, "
         "and io.merge_checkpoint merges it",
     )
-    items, unknown = [], []
+    known, items, unknown = pairs(names), [], []
     for spec, m in adapter_items(adapters, plan):
         _refuse_convolution(spec)
-        found, missing = modules_of(spec, known)
-        items.append((found, spec, to_numpy(spec.name, m).astype(np.float32)))
+        named, missing = modules_of(spec, known)
+        m = to_numpy(spec.name, m).astype(np.float32)
+        items += [(module, spec, m[module.index]) for module in named]
         unknown += missing
     if unknown:
         raise ValueError(
             f"names have no module for the kernel {unknown[0]!r}; "
             + suggestion(unknown, ())
         )
-    for found, spec, m in items:
-        for module in found:
-            yield module, spec, m[module.index]
+    yield from items
 
 
 def _refuse_convolution(spec: AdapterSpec) -> None:
@@ -201,7 +191,7 @@ def _refuse_convolution(spec: AdapterSpec) -> None:
 
 
 def free(directory: str | os.PathLike[str], force: bool) -> Location:
-    """The path of a directory that an adapter can be written to.
+    """Return the path of a directory that an adapter can be written to.
 
     Raises:
       FileExistsError: The directory holds something else, or it is a file.
@@ -209,16 +199,17 @@ def free(directory: str | os.PathLike[str], force: bool) -> Location:
     path = as_path("directory", directory)
     if path.exists() and not path.is_dir():
         raise FileExistsError(f"directory must be new or empty, got the file {path}")
-    found = {entry.name for entry in entries(path)}
-    if found and not force:
+    there = {entry.name for entry in entries(path)}
+    others = sorted(there - {CONFIG, TENSORS})
+    if there and not force:
         raise FileExistsError(
             f"directory must be new or empty, got {path}; force=True replaces an "
             "adapter there"
         )
-    if found and (CONFIG not in found or found - {CONFIG, TENSORS}):
+    if there and (CONFIG not in there or others):
         raise FileExistsError(
             f"force=True replaces a directory that holds nothing but an adapter, got "
-            f"{path} with {sorted(found - {CONFIG, TENSORS})[:3]}"
+            f"{path} with {others[:3]}"
         )
     return path
 
