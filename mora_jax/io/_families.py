@@ -1,4 +1,4 @@
-"""What the models that we know call their modules, in PyTorch and here."""
+"""Names of the modules of well-known models, in PyTorch and here."""
 
 import re
 from typing import NamedTuple
@@ -25,137 +25,125 @@ class Pair(NamedTuple):
     kernel_axes: str = "io"
 
 
-def _same(template: str, axes: str = "oi") -> Pair:
-    """A pair for transformers, which names its Flax models as its PyTorch models.
+def _same(*templates: str, axes: str = "oi") -> tuple[Pair, ...]:
+    """Return pairs for transformers, which has the same names in both libraries.
 
     It also keeps each kernel in Flax as the transpose of PyTorch's weight.
     """
-    return Pair(template, template.replace(".", "/") + "/kernel", axes, axes[::-1])
+    paths = (template.replace(".", "/") + "/kernel" for template in templates)
+    pairs = zip(templates, paths, strict=True)
+    return tuple(Pair(*pair, axes, axes[::-1]) for pair in pairs)
 
 
-def _table(template: str) -> Pair:
-    """A pair for an embedding, which has the same axes everywhere."""
-    return Pair(template, template.replace(".", "/") + "/embedding", "io")
+def _tables(*templates: str) -> tuple[Pair, ...]:
+    """Return pairs for embeddings, which have the same axes everywhere."""
+    return tuple(Pair(t, t.replace(".", "/") + "/embedding", "io") for t in templates)
 
 
-def _gemma(layer: str) -> tuple[Pair, ...]:
-    """Gemma's layers as Google writes them, with several modules in one kernel."""
-    kernels = {
-        "q": ("q_einsum/w", "qkv_einsum/w[0]"),
-        "k": ("kv_einsum/w[0]", "qkv_einsum/w[1]"),
-        "v": ("kv_einsum/w[1]", "qkv_einsum/w[2]"),
-        "o": ("attn_vec_einsum/w",),
-    }
-    norms = {
-        "input_layernorm": ("pre_attention_norm",),
-        "pre_feedforward_layernorm": ("pre_ffw_norm",),
-        "post_attention_layernorm": (
-            "post_attention_norm",
-            "post_attn_norm",
-            "pre_ffw_norm",  # of Gemma 1, which has fewer norms
-        ),
-        "post_feedforward_layernorm": ("post_ffw_norm",),
-        "self_attn.q_norm": ("attn/_query_norm", "attn/query_norm"),
-        "self_attn.k_norm": ("attn/_key_norm", "attn/key_norm"),
-    }
-    return (
-        *(
-            Pair(
-                f"model.layers.{{layer}}.self_attn.{letter}_proj",
-                f"{layer}/attn/{kernel}",
-                kernel_axes="io" if letter == "o" else "oio",
-            )
-            for letter, found in kernels.items()
-            for kernel in found
-        ),
-        *(
-            Pair(f"model.layers.{{layer}}.{name}", f"{layer}/{norm}/scale")
-            for name, found in norms.items()
-            for norm in found
-        ),
-        Pair("model.norm", "final_norm/scale"),
-        Pair("model.embed_tokens", "embedder/input_embedding", "io"),
+def _layers(root: str, table: str) -> tuple[Pair, ...]:
+    """Return the pairs of a table: module, kernel and the axes of both if unusual.
+
+    Args:
+      root: The beginning of the kernels' paths; that of modules is always the same.
+      table: A line for each pair.
+    """
+    lines = [line.split() for line in table.strip().splitlines()]
+    return tuple(
+        Pair(f"model.layers.{{layer}}.{module}", f"{root}{kernel}", *axes)
+        for module, kernel, *axes in lines
     )
 
 
+# Gemma 1 has fewer norms: its pre_ffw_norm comes after attention in PyTorch.
+_GEMMA = """
+self_attn.q_proj            /attn/q_einsum/w         oi oio
+self_attn.q_proj            /attn/qkv_einsum/w[0]    oi oio
+self_attn.k_proj            /attn/kv_einsum/w[0]     oi oio
+self_attn.k_proj            /attn/qkv_einsum/w[1]    oi oio
+self_attn.v_proj            /attn/kv_einsum/w[1]     oi oio
+self_attn.v_proj            /attn/qkv_einsum/w[2]    oi oio
+self_attn.o_proj            /attn/attn_vec_einsum/w
+input_layernorm             /pre_attention_norm/scale
+pre_feedforward_layernorm   /pre_ffw_norm/scale
+post_attention_layernorm    /post_attention_norm/scale
+post_attention_layernorm    /post_attn_norm/scale
+post_attention_layernorm    /pre_ffw_norm/scale
+post_feedforward_layernorm  /post_ffw_norm/scale
+self_attn.q_norm            /attn/_query_norm/scale
+self_attn.q_norm            /attn/query_norm/scale
+self_attn.k_norm            /attn/_key_norm/scale
+self_attn.k_norm            /attn/key_norm/scale
+"""
+_GEMMA_ENDS = (
+    Pair("model.norm", "final_norm/scale"),
+    Pair("model.embed_tokens", "embedder/input_embedding", "io"),
+)
+_GM = """
+mlp.gate_proj  /mlp/gating_einsum[0]  oi oi
+mlp.up_proj    /mlp/gating_einsum[1]  oi oi
+mlp.down_proj  /mlp/linear
+"""
+_TUNIX_ATTENTION = """
+self_attn.q_proj           /attn/q_proj/w
+self_attn.k_proj           /attn/k_proj/w
+self_attn.v_proj           /attn/v_proj/w
+self_attn.o_proj           /attn/o_proj/w
+self_attn.q_proj.bias      /attn/q_bias
+self_attn.k_proj.bias      /attn/k_bias
+self_attn.v_proj.bias      /attn/v_bias
+self_attn.{name}_norm      /attn/{name}_norm/w
+"""
+_TUNIX = """
+{norm}                       /{norm}/w
+mlp.gate                     /mlp/router/kernel
+mlp.{name}                   /mlp/{name}/kernel
+mlp.experts.{expert}.{name}  /mlp/{name}[{expert}]
+"""
+
 _DECODER = (
-    _same("model.layers.{layer}.{block}.{name}"),
-    _same("layers.{layer}.{block}.{name}"),
-    _table("model.embed_tokens"),
-    _table("embed_tokens"),
+    *_same("model.layers.{layer}.{block}.{name}", "layers.{layer}.{block}.{name}"),
+    *_tables("model.embed_tokens", "embed_tokens"),
 )
+_GPT2 = "h.{layer}.{block}.{name}"
 _BERT = (
-    "layer.{layer}.attention.self.{name}",
-    "layer.{layer}.attention.output.dense",
-    "layer.{layer}.intermediate.dense",
-    "layer.{layer}.output.dense",
+    "encoder.layer.{layer}.attention.self.{name}",
+    "encoder.layer.{layer}.attention.output.dense",
+    "encoder.layer.{layer}.intermediate.dense",
+    "encoder.layer.{layer}.output.dense",
 )
-_BERT_ROOTS, _GPT2_ROOTS = ("bert.", ""), ("transformer.", "")
+_BERT_TABLES = (
+    "embeddings.word_embeddings",
+    "embeddings.position_embeddings",
+    "embeddings.token_type_embeddings",
+)
 FAMILIES: dict[str, tuple[Pair, ...]] = {
     "llama": _DECODER,
     "gemma": _DECODER,
     "qwen": _DECODER,
     "gpt2": (
-        _same("transformer.h.{layer}.{block}.{name}", "io"),
-        _same("h.{layer}.{block}.{name}", "io"),
-        *(_table(f"{root}{name}") for root in _GPT2_ROOTS for name in ("wte", "wpe")),
+        *_same(f"transformer.{_GPT2}", _GPT2, axes="io"),
+        *_tables("transformer.wte", "transformer.wpe", "wte", "wpe"),
     ),
     "bert": (
-        *(_same(f"{root}encoder.{rest}") for root in _BERT_ROOTS for rest in _BERT),
-        *(
-            _table(f"{root}embeddings.{kind}_embeddings")
-            for root in _BERT_ROOTS
-            for kind in ("word", "position", "token_type")
-        ),
+        *_same(*(f"bert.{template}" for template in _BERT), *_BERT),
+        *_tables(*(f"bert.{template}" for template in _BERT_TABLES), *_BERT_TABLES),
     ),
 }
 """The models that are known, as transformers names them."""
 
 LIBRARIES: dict[str, tuple[Pair, ...]] = {
-    "gm": (
-        *_gemma("layer_{layer}"),
-        *(
-            Pair(
-                f"model.layers.{{layer}}.mlp.{name}_proj",
-                f"layer_{{layer}}/mlp/gating_einsum[{number}]",
-                kernel_axes="oi",
-            )
-            for number, name in enumerate(("gate", "up"))
-        ),
-        Pair("model.layers.{layer}.mlp.down_proj", "layer_{layer}/mlp/linear"),
-    ),
+    "gm": _layers("layer_{layer}", _GEMMA)
+    + _GEMMA_ENDS
+    + _layers("layer_{layer}", _GM),
     "tunix": (
-        *(
-            Pair(
-                f"model.layers.{{layer}}.self_attn.{name}_proj",
-                f"layers/{{layer}}/attn/{name}_proj/w",
-            )
-            for name in "qkvo"
-        ),
-        *(
-            Pair(
-                f"model.layers.{{layer}}.self_attn.{name}_proj.bias",
-                f"layers/{{layer}}/attn/{name}_bias",
-            )
-            for name in "qkv"
-        ),
-        Pair(
-            "model.layers.{layer}.self_attn.{name}_norm",
-            "layers/{layer}/attn/{name}_norm/w",
-        ),
-        *_gemma("layers/{layer}"),
-        Pair("model.layers.{layer}.{norm}", "layers/{layer}/{norm}/w"),
+        *_layers("layers/{layer}", _TUNIX_ATTENTION + _GEMMA.lstrip()),
+        *_GEMMA_ENDS,
+        *_layers("layers/{layer}", _TUNIX),
         Pair("model.norm", "final_norm/w"),
-        Pair("model.layers.{layer}.mlp.gate", "layers/{layer}/mlp/router/kernel"),
-        Pair("model.layers.{layer}.mlp.{name}", "layers/{layer}/mlp/{name}/kernel"),
-        Pair(
-            "model.layers.{layer}.mlp.experts.{expert}.{name}",
-            "layers/{layer}/mlp/{name}[{expert}]",
-        ),
         Pair("lm_head", "lm_head/w"),
     ),
 }
-"""Models of libraries that have names of their own for what transformers has, too."""
+"""Models of libraries that have names of their own for transformers' modules."""
 
 TABLES = {"embed_tokens", "embed_positions", "wte", "wpe", "word_embeddings"}
 TABLES |= {"position_embeddings", "token_type_embeddings"}
@@ -167,7 +155,7 @@ TIED = (
     ("embeddings.word_embeddings.weight", "cls.predictions.decoder.weight"),
     ("cls.predictions.bias", "cls.predictions.decoder.bias"),
 )
-"""Tensors by their canonical names, of which files often have but one."""
+"""Tensors by their canonical names; files often have but one of two."""
 
 BUFFERS = re.compile(
     r"(.*\.)?(rotary_emb\.inv_freq|h\.\d+\.attn\.(masked_)?bias"

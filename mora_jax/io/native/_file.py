@@ -16,7 +16,7 @@ from mora_jax._tree.adapters import Tree, adapter_items, nest, trained_items
 from mora_jax._tree.paths import adapter_path
 from mora_jax.io._errors import AdapterFileError
 from mora_jax.io._files import CONFIG, TENSORS, read_bytes
-from mora_jax.io._json import MAX_BYTES, check_record, dump, parse, short
+from mora_jax.io._json import MAX_BYTES, dump, parse, short
 from mora_jax.io._locations import Location
 from mora_jax.io._tensors import (
     decode,
@@ -28,7 +28,7 @@ from mora_jax.io._tensors import (
 )
 from mora_jax.io.native import _records
 from mora_jax.io.native._layers import Base
-from mora_jax.io.native._records import check_format, describe_plan, restore_plan
+from mora_jax.io.native._records import check_plan_record, describe_plan, restore_plan
 
 FORMAT = "mora_jax adapter"
 
@@ -108,9 +108,8 @@ def parse_config(data: bytes) -> dict[str, Any]:
             f"{TENSORS} is not of mora_jax: its metadata must hold {KEY!r} alone, got "
             f"{short(sorted(texts))}; io.load_peft_mora reads PEFT's"
         )
-    content = parse(texts[KEY].encode(), where)
-    check_format(content, FORMAT, where, "io.load_peft_mora reads PEFT's")
-    check_record(content, KINDS, where)
+    content, hint = parse(texts[KEY].encode(), where), "io.load_peft_mora reads PEFT's"
+    content = check_plan_record(content, FORMAT, KINDS, where, hint)
     signed = {key: value for key, value in content.items() if key != "sha256"}
     if content["sha256"] != _sha256(dump(signed)):
         raise AdapterFileError(f"{where} is damaged or edited: its SHA-256 differs")

@@ -2,10 +2,10 @@
 
 from mora_jax._plan.plan import Plan, check_plan, refuse_other_plan
 from mora_jax.io._errors import AdapterFileError
-from mora_jax.io._json import check_record, dump, parse
+from mora_jax.io._json import dump, parse
 from mora_jax.io.native import _records
 from mora_jax.io.native._records import (
-    check_format,
+    check_plan_record,
     describe_plan,
     restore_plan,
     shapes_of,
@@ -83,9 +83,8 @@ def plan_from_json(text: str, like: Plan | None = None) -> Plan:
     """
     if not isinstance(text, str):
         raise TypeError(f"text must be a str, got {type(text).__name__}")
-    where, content = "the plan", parse(text.encode(), "the plan")
-    check_format(content, FORMAT, where, "io.plan_to_json writes it")
-    check_record(content, KINDS, where)
+    where, hint = "the plan", "io.plan_to_json writes it"
+    content = check_plan_record(parse(text.encode(), where), FORMAT, KINDS, where, hint)
     # With a model, operators are made only for its shapes.
     base = None if like is None else shapes_of(check_plan(like, "like"))
     plan, _ = restore_plan(content, where, base, None)

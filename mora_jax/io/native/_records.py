@@ -1,8 +1,8 @@
 """The record of a plan: what both of this library's formats hold of it as JSON."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from mora_jax._plan.trained_arrays import TrainedArray
 from mora_jax._tree.paths import Path, lacking
 from mora_jax.io._errors import AdapterFileError
 from mora_jax.io._json import check_record, dump, short
-from mora_jax.io.native._layers import KINDS as LAYER_KINDS
+from mora_jax.io.native import _layers
 from mora_jax.io.native._layers import Base, describe, restore
 
 VERSION = 1
@@ -34,19 +34,19 @@ TRAINED_KINDS = {"path": list, "shape": list, "dtype": str, "base_dtype": str}
 Arrays = dict[str, np.ndarray]
 """{name: array} of the tensors in a file, from which each reader takes its own."""
 
+T = TypeVar("T")
 
-def describe_plan(
-    plan: Plan, file_format: str, dtypes: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Return the record of a plan.
+
+def describe_plan(plan: Plan, name: str, dtypes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the record of a plan in the format `name`.
 
     Args:
       plan: The plan.
-      file_format: The name of the format.
+      name: The name of the format.
       dtypes: {path of a kernel: dtype of its trained array}.
     """
     return {
-        "format": file_format,
+        "format": name,
         "format_version": VERSION,
         "library_version": version("mora-jax"),
         "base_parameters": plan.base_parameters,
@@ -56,21 +56,24 @@ def describe_plan(
     }
 
 
-def check_format(content: Any, file_format: str, where: str, hint: str) -> None:
-    """Raise unless a record is of a format, and of the version that is read here.
+def check_plan_record(
+    content: Any, name: str, kinds: Mapping[str, type], where: str, hint: str
+) -> dict[str, Any]:
+    """Return a parsed record if it is of the format `name`, in the version read here.
 
     Args:
-      content: The parsed record.
-      file_format: The name of the format.
+      content: The record.
+      name: The name of the format.
+      kinds: The types of its keys.
       where: The name of the record in messages.
-      hint: Where files of the format come from, as the end of a message.
+      hint: Where other records come from or go, as the end of a message.
 
     Raises:
       AdapterFileError: It is not.
     """
-    if not isinstance(content, dict) or content.get("format") != file_format:
+    if not isinstance(content, dict) or content.get("format") != name:
         raise AdapterFileError(
-            f"{where} is not of mora_jax: its format must be {file_format!r}; {hint}"
+            f"{where} is not of mora_jax: its format must be {name!r}; {hint}"
         )
     written = content.get("format_version")
     if type(written) is not int or written < 1:
@@ -83,6 +86,13 @@ def check_format(content: Any, file_format: str, where: str, hint: str) -> None:
             f"{where} is of format version {written}, and this mora_jax reads version "
             f"{VERSION}: a newer mora_jax is needed"
         )
+    check_record(content, kinds, where)
+    if content["base_parameters"] < 1:
+        raise AdapterFileError(
+            f"base_parameters of {where} must be a positive integer, "
+            f"got {short(content['base_parameters'])}"
+        )
+    return content
 
 
 def restore_plan(
@@ -91,7 +101,7 @@ def restore_plan(
     """Undo `describe_plan`. Everything is checked, and nothing is filled in.
 
     Args:
-      content: The record, whose own keys and types are checked.
+      content: The record, which `check_plan_record` has seen.
       where: The name of the record in messages.
       base: The model that the plan must fit.
       arrays: The arrays of the file, which must be the plan's; None for a file without.
@@ -102,71 +112,55 @@ def restore_plan(
     Raises:
       AdapterFileError: Something is wrong. The message names the layer.
     """
-    if content["base_parameters"] < 1:
-        raise AdapterFileError(
-            f"base_parameters of {where} must be a positive integer, "
-            f"got {short(content['base_parameters'])}"
-        )
-    specs, trained, leaves = {}, {}, {}
-    for number, record in enumerate(content["layers"]):
-        place = f"layers[{number}] of {where}"
-        name = _name(record, LAYER_KINDS, place, specs)
+    leaves: dict[Path, np.ndarray] = {}
+
+    def layer(record: dict[str, Any], *path: str) -> Any:
+        name = "/".join(path) + SUFFIX
         m = given = None
         if arrays is not None:
-            m = _take(arrays, f"{name}{SUFFIX}")
-            leaves[*record["path"][:-1], record["path"][-1] + SUFFIX] = m
-            given = _take_below(arrays, f"{name}{SUFFIX}/")
-        try:
-            specs[name] = restore(record, m, base, given or {})
-        except (TypeError, ValueError, OverflowError) as error:
-            raise AdapterFileError(f"{name} of {where}: {error}") from error
-    for number, record in enumerate(content["trained"]):
-        place = f"trained[{number}] of {where}"
-        name = _name(record, TRAINED_KINDS, place, trained)
-        copy = None if arrays is None else _take(arrays, name)
-        try:
-            trained[name] = array = _restore_trained(record, base)
-            if copy is not None:
-                array.check(copy, " in the file")
-                leaves[array.path] = copy
-        except (TypeError, ValueError) as error:
-            raise AdapterFileError(f"{name} of {where}: {error}") from error
-    plan = Plan(
-        tuple(specs.values()),
-        content["base_parameters"],
-        content["traced"],
-        trained=tuple(trained.values()),
-    )
+            m = leaves[*path[:-1], path[-1] + SUFFIX] = _take(arrays, name)
+            below = [other for other in arrays if other.startswith(f"{name}/")]
+            given = {n.removeprefix(f"{name}/"): arrays.pop(n) for n in below}
+        return restore(record, m, base, given or {})
+
+    def trained(record: dict[str, Any], *path: str) -> Any:
+        array = _restore_trained(record, base)
+        if arrays is not None:
+            leaves[path] = copy = _take(arrays, array.name)
+            array.check(copy, " in the file")
+        return array
+
+    specs = _each(content, "layers", _layers.KINDS, where, layer)
+    copied = _each(content, "trained", TRAINED_KINDS, where, trained)
+    plan = Plan(specs, content["base_parameters"], content["traced"], trained=copied)
     return plan, leaves
 
 
-def shapes_of(plan: Plan) -> dict[str, jax.ShapeDtypeStruct]:
-    """Return the base that a plan was made for, as far as the plan knows it."""
-    kernels = {
-        spec.name: jax.ShapeDtypeStruct(spec.kernel_shape, jnp.float32)
-        for spec in plan.specs
-    }
-    return kernels | {
-        array.name: jax.ShapeDtypeStruct(array.shape, array.dtype)
-        for array in plan.trained
-    }
-
-
-def _name(
-    record: Any, kinds: Mapping[str, type], place: str, known: Mapping[str, Any]
-) -> str:
-    """Return the path in a record, slash-joined, if it is a new one."""
-    path = check_record(record, kinds, place)["path"]
-    if not path or not all(map(_is_key, path)):
-        raise AdapterFileError(f"{place} must have a path of names, got {short(path)}")
-    name = "/".join(path)
-    if name in known:
-        raise AdapterFileError(f"{place} is {name!r}, which is there twice")
-    return name
-
-
-def _is_key(key: Any) -> bool:
-    return isinstance(key, str) and key not in ("", ".", "..")
+def _each(
+    content: Mapping[str, Any],
+    key: str,
+    kinds: Mapping[str, type],
+    where: str,
+    restore: Callable[..., T],
+) -> tuple[T, ...]:
+    """Return what a function makes of each record below a key, and of its path."""
+    restored: dict[str, T] = {}
+    for number, record in enumerate(content[key]):
+        place = f"{key}[{number}] of {where}"
+        path = check_record(record, kinds, place)["path"]
+        names = all(isinstance(p, str) and p not in ("", ".", "..") for p in path)
+        if not path or not names:
+            raise AdapterFileError(
+                f"{place} must have a path of names, got {short(path)}"
+            )
+        name = "/".join(path)
+        if name in restored:
+            raise AdapterFileError(f"{place} is {name!r}, which is there twice")
+        try:
+            restored[name] = restore(record, *path)
+        except (TypeError, ValueError, OverflowError) as error:
+            raise AdapterFileError(f"{name} of {where}: {error}") from error
+    return tuple(restored.values())
 
 
 def _take(arrays: Arrays, name: str) -> np.ndarray:
@@ -179,10 +173,11 @@ def _take(arrays: Arrays, name: str) -> np.ndarray:
     return array
 
 
-def _take_below(arrays: Arrays, start: str) -> Arrays:
-    """Take out the arrays of an operator, whose names start so."""
-    names = [name for name in arrays if name.startswith(start)]
-    return {name.removeprefix(start): arrays.pop(name) for name in names}
+def shapes_of(plan: Plan) -> dict[str, jax.ShapeDtypeStruct]:
+    """Return the base that a plan was made for, as far as the plan knows it."""
+    shape = jax.ShapeDtypeStruct
+    kernels = {spec.name: shape(spec.kernel_shape, jnp.float32) for spec in plan.specs}
+    return kernels | {a.name: shape(a.shape, a.dtype) for a in plan.trained}
 
 
 # --- Arrays that train themselves ---
@@ -198,10 +193,9 @@ def _describe_trained(array: TrainedArray) -> dict[str, Any]:
 
 
 def _restore_trained(record: Mapping[str, Any], base: Base) -> TrainedArray:
-    shape = tuple(record["shape"])
+    shape, dtypes = tuple(record["shape"]), (record["dtype"], record["base_dtype"])
     if not all(type(size) is int and size >= 0 for size in shape):
         raise ValueError(f"shape must be integers, got {short(shape)}")
-    dtypes = record["dtype"], record["base_dtype"]
     array = TrainedArray(tuple(record["path"]), shape, *dtypes)
     if dump(_describe_trained(array)) != dump(record):
         raise ValueError(f"its dtypes must be names of dtypes, got {short(dtypes)}")

@@ -179,7 +179,7 @@ class _Factors(NamedTuple):
         return float(_cut_off(self.values)[self.rank]) if len(self.values) else 0.0
 
     def enough(self, max_error: float) -> int:
-        """Return a rank that loses at most `max_error`, the least if values are known."""
+        """Return a rank that loses at most `max_error`, the least that is known."""
         return _enough(self.values, max_error) if len(self.values) else self.rank
 
 

@@ -94,7 +94,7 @@ class _Config(NamedTuple):
     dropout: float
 
     def rank_of(self, module: str) -> int:
-        """Return the rank of a module. A key is its name or the end of it, as in PEFT."""
+        """Return the rank of a module. Keys are names or ends of them, as in PEFT."""
         ends = (k for k in self.rank_pattern if f".{module}".endswith(f".{k}"))
         return self.rank_pattern.get(next(ends, ""), self.rank)
 
