@@ -4,7 +4,7 @@ This library's format::
 
   save                  write adapters and their plan to a directory
   load                  read them again, everything checked
-  read_metadata         what the caller of `save` gave as metadata
+  read_metadata         the metadata that `save` was given
   plan_to_json          a plan as text, for checkpoints that other libraries write
   plan_from_json        the plan again, compared with the model's
   AdapterFileError      raised for a file that is damaged or does not fit
@@ -14,15 +14,15 @@ PEFT's formats::
   load_peft_mora        read adapters of the paper's authors' code (peft-mora)
   save_peft_mora        write adapters for that code
   save_peft_lora        write adapters as a plain LoRA, for PEFT and servers
-  export                the same or a merged checkpoint, and how vLLM or SGLang serve it
-  Export                what `export` wrote
+  export                the same or a merged checkpoint, with the command that serves it
+  Export                the result of `export`
   reference_operator    the operator that the authors' code computes with
-  Names                 the type of `names`: which PyTorch module is which kernel
+  Names                 the type of `names`: PyTorch's modules as kernels
 
 Whole checkpoints::
 
   load_base             the params of a Flax model, from a base in safetensors
-  Checkpoint            a base in safetensors, of which only headers are in memory
+  Checkpoint            a base in safetensors, whose headers are in memory
   merge_checkpoint      merge adapters into a base, from file to file
 """
 

@@ -44,7 +44,7 @@ def _layers(root: str, table: str) -> tuple[Pair, ...]:
     """Return the pairs of a table: module, kernel and the axes of both if unusual.
 
     Args:
-      root: The beginning of the kernels' paths; that of modules is always the same.
+      root: The beginning of the kernels' paths; modules always have the same one.
       table: A line for each pair.
     """
     lines = [line.split() for line in table.strip().splitlines()]

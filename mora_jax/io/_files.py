@@ -1,12 +1,11 @@
 """Files and directories that are there whole or not at all."""
 
 import contextlib
-import errno
 import os
 import re
 import shutil
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 
 from mora_jax.io._errors import AdapterFileError
 from mora_jax.io._locations import Location, is_local, size
@@ -17,9 +16,8 @@ CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 TEMPORARY = ".mora-jax-"
 """The beginning of the names of unfinished files and directories."""
 
-Writer = Callable[[str, Iterable[bytes]], None]
-"""A function that writes a file of a directory, given its name and its content in
-pieces."""
+Files = Iterable[tuple[str, Iterable[bytes]]]
+"""The names of files, each with its content in pieces."""
 
 
 # --- Reading ---
@@ -27,7 +25,7 @@ pieces."""
 
 @contextlib.contextmanager
 def missing_files(path: Location) -> Iterator[None]:
-    """Turn the errors of a file that is missing, or is no file, into ours.
+    """Turn the errors of a missing file, or of a directory there, into ours.
 
     Raises:
       AdapterFileError: The file does not exist, or is a directory.
@@ -93,27 +91,28 @@ def _write(path: Location, chunks: Iterable[bytes]) -> None:
             os.fsync(file.fileno())
 
 
-def new_directory(path: Location) -> contextlib.AbstractContextManager[Writer]:
-    """Return a directory to fill; if an error occurs, its files are removed again.
+def write_directory(path: Location, files: Files) -> None:
+    """Write all files of a directory; if an error occurs, none of them is there.
 
     A local directory gets the name `path` only at the end, when it replaces what was
     there. If something was there, neither exists for an instant between two renames.
 
-    An object store has no directories to rename. What was at `path` is removed first,
-    and a process that is killed leaves the files that it had written. So write last
-    the file that readers look for first.
+    An object store lacks directories to rename. What was at `path` is removed first,
+    and a process that is killed leaves the files that it had written. So the last file
+    should be the one that readers look for first.
     """
-    return _renamed(path) if is_local(path) else _in_place(path)
-
-
-@contextlib.contextmanager
-def _renamed(path: Location) -> Iterator[Writer]:
     with naming(path):
+        if not is_local(path):
+            for file in sorted(entries(path), key=lambda file: file.suffix != ".json"):
+                if file.is_file():
+                    file.unlink(missing_ok=True)
+            _fill(path, files)
+            return
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished, old = _temporary(path.parent), _temporary(path.parent)
         unfinished.mkdir()
         try:
-            yield lambda name, chunks: _write(unfinished / name, chunks)
+            _fill(unfinished, files)
             sync(unfinished)
             with contextlib.suppress(FileNotFoundError):
                 os.rename(path, old)
@@ -127,20 +126,13 @@ def _renamed(path: Location) -> Iterator[Writer]:
         shutil.rmtree(old, ignore_errors=True)
 
 
-@contextlib.contextmanager
-def _in_place(path: Location) -> Iterator[Writer]:
-    path.mkdir(parents=True, exist_ok=True)
-    for file in sorted(entries(path), key=lambda file: file.suffix != ".json"):
-        if file.is_file():
-            file.unlink(missing_ok=True)
+def _fill(directory: Location, files: Files) -> None:
+    """Write files; if an error occurs, they are removed again."""
     written: list[Location] = []
-
-    def write(name: str, chunks: Iterable[bytes]) -> None:
-        written.append(path / name)
-        _write(path / name, chunks)
-
     try:
-        yield write
+        for name, chunks in files:
+            written.append(directory / name)
+            _write(directory / name, chunks)
     except BaseException:
         for file in written:
             with contextlib.suppress(Exception):
@@ -165,19 +157,6 @@ def naming(path: Location) -> Iterator[None]:
             text = re.sub(rf"{re.escape(TEMPORARY)}[\w.]*", path.name, str(error))
             raise OSError(text) from None
         raise
-
-
-def make_directory(path: Location) -> None:
-    """Make the directory `path` if it does not exist.
-
-    Raises:
-      NotADirectoryError: `path` is a file or below a file.
-    """
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError):
-        reason = os.strerror(errno.ENOTDIR)
-        raise NotADirectoryError(errno.ENOTDIR, reason, os.fspath(path)) from None
 
 
 def sync(directory: Location) -> None:

@@ -100,7 +100,7 @@ class TensorFile:
           AdapterFileError: The tensor is not floating-point.
         """
         data = b"".join(self.chunks(name))
-        return np.frombuffer(data, self._dtype(name)).reshape(self.entries[name].shape)
+        return np.frombuffer(data, self.dtype(name)).reshape(self.entries[name].shape)
 
     def rows(self, name: str, start: int, stop: int) -> Iterator[np.ndarray]:
         """Yield rows of a tensor, in pieces of about `CHUNK` bytes.
@@ -108,7 +108,7 @@ class TensorFile:
         Raises:
           AdapterFileError: The tensor is not floating-point.
         """
-        entry, dtype = self.entries[name], self._dtype(name)
+        entry, dtype = self.entries[name], self.dtype(name)
         row = dtype.itemsize * math.prod(entry.shape[1:])
         step = max(1, CHUNK // max(1, row)) * row
         ends = (entry.start + number * row for number in (start, stop))
@@ -131,12 +131,17 @@ class TensorFile:
                 start += len(data)
                 yield data
 
-    def _dtype(self, name: str) -> np.dtype:
+    def dtype(self, name: str, advice: str = "") -> np.dtype:
+        """Return the dtype of a tensor.
+
+        Raises:
+          AdapterFileError: The tensor is not floating-point; `advice` ends the message.
+        """
         dtype = self.entries[name].dtype
         if dtype not in DTYPES:
             raise AdapterFileError(
                 f"{short(name)} in {self.path.name} must be one of {list(DTYPES)}, got "
-                f"{dtype}"
+                f"{dtype}{': ' * bool(advice)}{advice}"
             )
         return DTYPES[dtype]
 
@@ -151,7 +156,7 @@ def read_header(path: Location) -> bytes:
     """Return the bytes of a safetensors file before its first tensor.
 
     Raises:
-      AdapterFileError: There is no such file, or its header would be too long.
+      AdapterFileError: The file does not exist, or its header would be too long.
     """
     with missing_files(path), path.open("rb") as file:
         length = file.read(8)

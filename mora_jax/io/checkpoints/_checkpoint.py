@@ -29,7 +29,7 @@ class Checkpoint:
       files: The files that hold tensors.
       beside: The other files of the directory that a copy needs, such as its config.
       config: The model's config.json, in the directory or beside the file; None if
-        there is none.
+        it is missing.
       place: {tensor: the file that holds it}.
     """
 
@@ -40,7 +40,7 @@ class Checkpoint:
           path: A path or a URL that `etils.epath` opens.
 
         Raises:
-          AdapterFileError: There is no safetensors file, a file that the index names
+          AdapterFileError: No safetensors file is there, a file that the index names
             is missing, or two files hold the same tensor.
         """
         path = as_path("path", path)
@@ -71,19 +71,11 @@ class Checkpoint:
         """Return what the headers say of a tensor."""
         return self.place[name].entries[name]
 
-    def check_dtype(self, name: str) -> None:
-        """Raise unless a tensor is floating-point."""
-        if (dtype := self.entry(name).dtype) not in DTYPES:
-            raise AdapterFileError(
-                f"{name!r} in the base must be one of {list(DTYPES)}, got {dtype}: "
-                "dequantise it first"
-            )
-
     def shapes(self, names: Names = None) -> Tree:
         """Return the shapes (in_features, out_features) of kernels, as a params tree.
 
         Args:
-          names: As in `load_peft_mora`. Tensors for which it has no path are left out.
+          names: As in `load_peft_mora`. Tensors without a path are left out.
         """
         known, leaves = pairs(names), {}
         for name in self.place:

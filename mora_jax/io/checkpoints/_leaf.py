@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,13 +26,13 @@ piece at once would take ten times as long."""
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-    """An array, and where its numbers are.
+    """An array, and the tensors that hold its numbers.
 
     Attributes:
       name: Its path in the model.
-      shape: Its shape, which begins with that of its stack.
+      shape: Its shape, which begins with its stack's.
       dtype: Its dtype, to which the tensors are converted.
-      sharding: Where it will be; None for the default device.
+      sharding: Its place; None for the default device.
       tensors: {index in the stack: the file and the tensor that hold it}.
     """
 
@@ -63,29 +64,24 @@ class Leaf:
                 )
 
     def read(self) -> jax.Array:
-        """The array. Memory of the host holds one device's part of it, beside the last.
+        """Return the array.
 
-        A transfer keeps the part that it reads, so each is awaited.
+        Memory of the host holds one device's part, beside the last. A transfer keeps
+        the part that it reads, so each is awaited.
         """
         if self.sharding is None:
             whole = tuple((0, size) for size in self.shape)
             return jnp.asarray(_read(self, whole)).block_until_ready()
-        devices: dict[Part, list[Any]] = {}
+        devices: dict[Part, list[Any]] = defaultdict(list)
         places = self.sharding.addressable_devices_indices_map(self.shape)
         for device, index in places.items():
-            assert index is not None
-            part = tuple(
-                axis.indices(size)[:2]
-                for axis, size in zip(index, self.shape, strict=True)
-            )
-            devices.setdefault(part, []).append(device)
+            ends = zip(index or (), self.shape, strict=True)
+            devices[tuple(a.indices(size)[:2] for a, size in ends)].append(device)
         memory, shards = self.sharding.memory_kind, []
         for part, holders in devices.items():
             array = _read(self, part)
-            copies = [
-                jax.device_put(array, SingleDeviceSharding(device, memory_kind=memory))
-                for device in holders
-            ]
+            where = (SingleDeviceSharding(d, memory_kind=memory) for d in holders)
+            copies = [jax.device_put(array, sharding) for sharding in where]
             shards += jax.block_until_ready(copies)
         return jax.make_array_from_single_device_arrays(
             self.shape, self.sharding, shards
@@ -121,7 +117,7 @@ def axis_groups(inner: Shape, shape: Shape, tensor: Tensor) -> tuple[Shape, ...]
 
 
 def _read(leaf: Leaf, part: Part) -> np.ndarray:
-    """A part of the array, of which nothing else is read than rows that it needs."""
+    """Return a part of the array, from rows of tensors that it needs and no others."""
     array = np.empty([stop - start for start, stop in part], leaf.dtype)
     stack = part[: leaf.depth]
     for position in np.ndindex(array.shape[: leaf.depth]):
@@ -155,26 +151,25 @@ def _fill(
         chosen = piece[_as_slice(wanted[0][here] - first)][:, columns]
         for k in range(0, len(chosen), BLOCK):
             block = slice(k, k + BLOCK)
-            converted = _converted(chosen[block], leaf.dtype, tensor.name)
-            rows[here][block] = converted
+            rows[here][block] = _converted(chosen[block], leaf.dtype, tensor.name)
         first += len(piece)
     if tensor.order:  # no two axes can be a view of these
         array[...] = whole.reshape(array.shape)
 
 
 def _ordered(axes: tuple[Any, ...], order: tuple[int, ...]) -> tuple[Any, ...]:
-    """What belongs to each axis, in another order of the axes."""
+    """Return the values for each axis in another order of the axes."""
     return tuple(axes[k] for k in order) if order else axes
 
 
 def _positions(axes: Shape, part: Part) -> np.ndarray:
-    """The positions of a part of some axes, when they are one axis."""
+    """Return the positions of a part of some axes, when they are one axis."""
     every = np.arange(math.prod(axes)).reshape(axes)
     return every[tuple(slice(*ends) for ends in part)].ravel()
 
 
 def _as_slice(positions: np.ndarray) -> slice | np.ndarray:
-    """Positions without gaps as a slice, which copies nothing."""
+    """Return positions without gaps as a slice, which copies nothing."""
     if len(positions) and positions[-1] - positions[0] == len(positions) - 1:
         return slice(int(positions[0]), int(positions[-1]) + 1)
     return positions

@@ -12,7 +12,7 @@ from mora_jax._layer.rounding import Rounding, add_rounded, check_rounding, shar
 from mora_jax._plan.plan import Plan
 from mora_jax._tree.adapters import trained_items
 from mora_jax.io._errors import AdapterFileError
-from mora_jax.io._files import entries, new_directory
+from mora_jax.io._files import Files, entries, write_directory
 from mora_jax.io._locations import Location, as_path, parts, size
 from mora_jax.io._names import Names
 from mora_jax.io._tensors import CHUNK, DTYPES
@@ -63,7 +63,7 @@ def merge_checkpoint(
         files are removed before anything is written.
       any_base: Whether to merge also into other weights than those that the adapter
         was trained on.
-      rounding: How to round to less than 32 bits, as in `mora_jax.merge`.
+      rounding: The rounding to less than 32 bits, as in `mora_jax.merge`.
       progress: A function that is called after each piece that is written, with the
         number of its bytes.
 
@@ -108,18 +108,20 @@ def merge_checkpoint(
         else:
             yield from file.chunks(name)
 
-    # Programs that read a checkpoint begin with its config and its index.
-    last = [p for p in checkpoint.beside if p.name == "config.json" or _is_index(p)]
-    with new_directory(target) as write:
+    def files() -> Files:
+        """Yield the files in order: programs begin with a checkpoint's config."""
+        last = [p for p in checkpoint.beside if p.name == "config.json" or _is_index(p)]
         for path in checkpoint.beside:
             if path not in last:
-                write(path.name, _chunks(path))
+                yield path.name, _chunks(path)
         for file in checkpoint.files:
-            names_in_order = sorted(file.entries, key=lambda n: file.entries[n].start)
-            content = (chunk for name in names_in_order for chunk in merged(name))
-            write(file.path.name, _counted(file.header, content, progress))
+            order = sorted(file.entries, key=lambda name: file.entries[name].start)
+            content = (chunk for name in order for chunk in merged(name))
+            yield file.path.name, _counted(file.header, content, progress)
         for path in sorted(last, key=lambda path: not _is_index(path)):
-            write(path.name, _chunks(path))
+            yield path.name, _chunks(path)
+
+    write_directory(target, files())
     return lost
 
 

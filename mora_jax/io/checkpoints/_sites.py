@@ -37,7 +37,7 @@ class Site:
 
     Attributes:
       spec: The adapter.
-      m: M, of all stacked layers if there is no module.
+      m: M, of all stacked layers if `module` is None.
       module: The tensor's module; None for a tensor with the shape of the whole kernel.
       together: The tensors that are the kernel of one layer, in order.
     """
@@ -139,7 +139,7 @@ def sites_of(
             raise AdapterFileError(
                 f"{name!r} in the base must have shape {site.shape}, got {shape}"
             )
-        checkpoint.check_dtype(name)
+        checkpoint.place[name].dtype(name, "dequantise it first")
     return sites
 
 
@@ -215,6 +215,6 @@ def replacements(
             replaced[tensor.name] = Replacement(part, numbers[index], tensor)
     source.check_missing()
     for name, replacement in replaced.items():
-        checkpoint.check_dtype(name)
+        checkpoint.place[name].dtype(name, "dequantise it first")
         replacement.as_tensor(checkpoint.entry(name).shape, replacement.copy.dtype)
     return replaced

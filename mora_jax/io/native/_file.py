@@ -33,7 +33,7 @@ from mora_jax.io.native._records import check_plan_record, describe_plan, restor
 FORMAT = "mora_jax adapter"
 
 KEY = "mora_jax"
-"""The key of the config in the file's metadata, beside which there is no other."""
+"""The only key of the file's metadata, whose text is the config."""
 
 KINDS = _records.KINDS | {"metadata": dict, "tensors_sha256": str, "sha256": str}
 

@@ -28,7 +28,7 @@ def load(
     """Return adapters and their plan, as `save` wrote them.
 
     PEFT calls this `from_pretrained`. Everything is checked before anything is
-    returned, and nothing is filled in. `adapter_config.json` is not needed; if it is
+    returned, and nothing is filled in. `adapter_config.json` may be missing; if it is
     there, it must say what the tensors' file says. While other processes save into the
     directory, the adapters are the old ones or the new ones of one process.
 
@@ -47,7 +47,7 @@ def load(
     Raises:
       io.AdapterFileError: Something is missing, unknown, damaged, of a wrong shape, not
         finite or of a newer format, or this platform computes an operator differently;
-        or, without `any_base`, the params are those of another base. The message names
+        or, without `any_base`, the params are of another base. The message names
         the layer.
       TypeError, ValueError: `directory` is neither a path nor a URL of a known scheme.
       ImportError: `mora-jax[io]` or the package that opens such a URL is missing.
@@ -64,9 +64,6 @@ def load(
       ...     adapters, same = mora_jax.load(directory, params)
       >>> float(adapters["fc"]["kernel_mora"].sum())
       0.0
-      >>> mora_jax.load("nowhere")
-      Traceback (most recent call last):
-      mora_jax.io.AdapterFileError: there is no adapter_model.safetensors in nowhere
     """
     path, kernels = as_path("directory", directory), None
     if params_or_shapes is not None:
@@ -115,7 +112,7 @@ def _settled(
 
     Another process may be saving. A local file is read whole all the same, but a store
     may give parts of two files, and the copy of the config may be of the next adapter.
-    So what is wrong counts only if the file has not changed since the last try.
+    So what is wrong counts only if the file is the same as at the last try.
     """
     lock, before = contextlib.nullcontext(), None
     while True:

@@ -66,7 +66,7 @@ def check_plan_record(
       name: The name of the format.
       kinds: The types of its keys.
       where: The name of the record in messages.
-      hint: Where other records come from or go, as the end of a message.
+      hint: Advice for other records, as the end of a message.
 
     Raises:
       AdapterFileError: It is not.
@@ -86,13 +86,7 @@ def check_plan_record(
             f"{where} is of format version {written}, and this mora_jax reads version "
             f"{VERSION}: a newer mora_jax is needed"
         )
-    check_record(content, kinds, where)
-    if content["base_parameters"] < 1:
-        raise AdapterFileError(
-            f"base_parameters of {where} must be a positive integer, "
-            f"got {short(content['base_parameters'])}"
-        )
-    return content
+    return check_record(content, kinds, where)
 
 
 def restore_plan(
@@ -112,6 +106,11 @@ def restore_plan(
     Raises:
       AdapterFileError: Something is wrong. The message names the layer.
     """
+    if content["base_parameters"] < 1:
+        raise AdapterFileError(
+            f"base_parameters of {where} must be a positive integer, "
+            f"got {short(content['base_parameters'])}"
+        )
     leaves: dict[Path, np.ndarray] = {}
 
     def layer(record: dict[str, Any], *path: str) -> Any:

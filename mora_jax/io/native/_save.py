@@ -21,7 +21,6 @@ from mora_jax.io._files import (
     TENSORS,
     entries,
     locked,
-    make_directory,
     naming,
     sync,
     unfinished_file,
@@ -68,7 +67,7 @@ def save(
     Raises:
       TypeError: JSON cannot hold the metadata, or params are not arrays.
       ValueError: Adapters or params do not fit the plan, adapters hold NaN or infinity,
-        the plan has no adapters, or the scheme of a URL is not known.
+        the plan lacks adapters, or the scheme of a URL is not known.
       FileExistsError: The directory holds an adapter of another format, such as PEFT's.
       OSError: The file system refuses. The directory is as it was.
       ImportError: `mora-jax[io]` or the package that opens such a URL is missing.
@@ -176,7 +175,9 @@ def _replace(directory: Location, tensors: bytes, config: bytes) -> None:
     is removed before the rename and written after it. So at any moment a copy that is
     there is of the adapter that is there, on a disk that loses its power, too.
     """
-    make_directory(directory)
+    if directory.exists() and not directory.is_dir():
+        raise NotADirectoryError(f"directory must be a directory, got {directory}")
+    directory.mkdir(parents=True, exist_ok=True)
     with naming(directory), locked(directory):
         # Listed before anything is written: clients of object stores keep a listing
         # until they write, and this listing will soon be out of date.

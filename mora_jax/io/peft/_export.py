@@ -25,7 +25,7 @@ above the last of these is not written either, since it costs as much as the ker
 
 
 class Export(NamedTuple):
-    """What was written for a server.
+    """Files that `export` wrote for a server.
 
     Attributes:
       rank: The largest rank of the LoRA; None if it is a merged checkpoint.
@@ -70,8 +70,8 @@ def export(
       names: As in `load_peft_mora`.
       base: The base's safetensors, as in `merge_checkpoint`, for adapters that have to
         be merged. A base that has an embedding and no head is taken to be tied.
-      base_model: What the server is to load: a directory or a name on the Hub. `base`
-        by default.
+      base_model: The model that the server loads: a directory or a name on the Hub.
+        `base` by default.
       max_error: The largest share of its delta that a module may lose in a LoRA.
       force: Whether to replace what is in `directory`: an adapter by a LoRA, or a
         checkpoint by a merged one.

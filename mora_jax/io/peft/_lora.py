@@ -68,9 +68,9 @@ def save_peft_lora(
     Raises:
       FileExistsError: The directory is not empty; with `force`, it holds something
         other than an adapter.
-      ValueError: `names` have no module for a kernel, a kernel is a convolution's, a
+      ValueError: `names` lack a module for a kernel, a kernel is a convolution's, a
         delta of full rank is given without `rank`, a module would lose more than
-        `max_error`, or the plan has no adapters or trains arrays itself. Nothing is
+        `max_error`, or the plan lacks adapters or trains arrays itself. Nothing is
         written then.
     """
     path = free(directory, force)
@@ -200,8 +200,8 @@ def _factors(
     """Return the factors of the delta's columns `outputs`.
 
     A block operator's delta is decomposed as a whole. Another one is C M D, with A = C
-    and B = M D already; where less is to be kept, the singular values of A B are those
-    of R B, with A = Q R.
+    and B = M D already. Where less is to be kept, A = Q R: since Q is orthonormal, A B
+    and R B have the same singular values.
     """
     op, m = spec.operator, scaled(spec, m)
     if op.block:

@@ -46,8 +46,8 @@ def load_peft_mora(
       model: The params of the model that gets the adapters, or their shapes. If kernels
         have other axes than (in, out), a plan by `linen.plan` or `nnx.plan` that has
         all kernels that the file adapts.
-      names: Which PyTorch module is which kernel. A family ("llama", "gemma", "qwen",
-        "gpt2" or "bert") for models with the names of transformers' Flax models;
+      names: The modules of PyTorch that are the kernels. A family ("llama", "gemma",
+        "qwen", "gpt2" or "bert") for models with the names of transformers' models;
         "tunix" for Tunix's Qwen2, Qwen3, Llama3 and Gemma, "gm" for Google's gemma;
         otherwise templates, such as
         `{"model.layers.{layer}.mlp.{name}": "layer_{layer}/{name}/kernel"}`, with

@@ -13,7 +13,7 @@ from mora_jax._plan.plan import Plan
 from mora_jax._plan.spec import AdapterSpec
 from mora_jax._plan.trained_arrays import refuse_trained
 from mora_jax._tree.adapters import adapter_items
-from mora_jax.io._files import CONFIG, TENSORS, entries, new_directory
+from mora_jax.io._files import CONFIG, TENSORS, entries, write_directory
 from mora_jax.io._json import dump
 from mora_jax.io._locations import Location, as_path
 from mora_jax.io._modules import Module, modules_of
@@ -55,9 +55,9 @@ def save_peft_mora(
     Raises:
       FileExistsError: The directory is not empty; with `force`, it holds something
         other than an adapter.
-      ValueError: The reference does not have an operator or a square rank, `names` have
-        no module for a kernel, a kernel is one of a convolution or an embedding, or the
-        plan has no adapters or trains arrays.
+      ValueError: The reference does not have an operator or a square rank, `names` lack
+        a module for a kernel, a kernel is one of a convolution or an embedding, or the
+        plan lacks adapters or trains arrays.
     """
     path = free(directory, force)
     tensors: dict[str, np.ndarray] = {}
@@ -176,9 +176,9 @@ def modules(
 def _refuse_convolution(spec: AdapterSpec) -> None:
     """Raise if the kernel is one of a convolution.
 
-    Its axes are those of a window, then "io" or "oi". With a window of two axes or
-    more no dense layer has the same. With a window of one axis some do, such as those
-    from heads to a width, "iio", and so only names tell them apart.
+    Its axes are a window's, then "io" or "oi". With a window of two axes or
+    more no dense layer has the same. With a window of one axis some do: a layer from
+    heads to a width has "iio". Only names tell these apart.
     """
     axes = spec.axes.replace("s", "")
     named = re.search("conv", spec.name, re.IGNORECASE)
@@ -218,6 +218,5 @@ def write(
     path: Location, config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]
 ) -> None:
     """Write a PEFT directory, its config last."""
-    with new_directory(path) as write_file:
-        write_file(TENSORS, [encode(tensors, {"format": "pt"})])
-        write_file(CONFIG, [dump(config)])
+    data = encode(tensors, {"format": "pt"})
+    write_directory(path, [(TENSORS, [data]), (CONFIG, [dump(config)])])
