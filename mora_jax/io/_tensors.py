@@ -91,7 +91,7 @@ class TensorFile:
         return Entry(record["dtype"], tuple(shape), start, stop)
 
     def _refuse(self, why: str) -> None:
-        raise AdapterFileError(f"{self.path.name} is not a safetensors file: {why}")
+        raise _damaged(self.path.name, why)
 
     def __getitem__(self, name: str) -> np.ndarray:
         """Return a tensor, which is read now.
@@ -160,12 +160,15 @@ def read_header(path: Location) -> bytes:
     """
     with missing_files(path), path.open("rb") as file:
         length = file.read(8)
-        return length + file.read(_header_size(length, path.name))
+        return header_of(length + file.read(_header_size(length, path.name)), path.name)
 
 
 def header_of(data: bytes, name: str) -> bytes:
     """Return the same bytes of a file's content, or of a header."""
-    return data[: 8 + _header_size(data, name)]
+    header = data[: 8 + _header_size(data, name)]
+    if len(header) < 8 + _header_size(data, name):
+        raise _damaged(name, "its header is cut off")
+    return header
 
 
 def _header_size(data: bytes, name: str) -> int:
@@ -187,8 +190,12 @@ def metadata_of(data: bytes, name: str) -> dict[str, Any]:
     header = parse(header_of(data, name)[8:], name)
     metadata = header.get("__metadata__", {}) if isinstance(header, dict) else None
     if not isinstance(metadata, dict):
-        raise AdapterFileError(f"{name} is not a safetensors file")
+        raise _damaged(name, "its header must be a JSON object")
     return metadata
+
+
+def _damaged(name: str, why: str) -> AdapterFileError:
+    return AdapterFileError(f"{name} is damaged, or not a safetensors file: {why}")
 
 
 def decode(data: bytes, name: str) -> dict[str, np.ndarray]:
