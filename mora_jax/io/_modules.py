@@ -5,8 +5,8 @@ PyTorch. M belongs to both. But its delta is a sum over outputs like any other, 
 module has some of them.
 """
 
+import dataclasses
 import re
-from typing import NamedTuple
 
 import numpy as np
 
@@ -17,7 +17,8 @@ from mora_jax.io._families import Pair
 from mora_jax.io._names import is_table, join_index, to_module
 
 
-class Module(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Module:
     """A module, and its part of a kernel.
 
     Attributes:

@@ -111,8 +111,8 @@ class TensorFile:
         entry, dtype = self.entries[name], self.dtype(name)
         row = dtype.itemsize * math.prod(entry.shape[1:])
         step = max(1, CHUNK // max(1, row)) * row
-        ends = (entry.start + number * row for number in (start, stop))
-        for data in self._pieces(*ends, step):
+        first, last = entry.start + start * row, entry.start + stop * row
+        for data in self._pieces(first, last, step):
             yield np.frombuffer(data, dtype).reshape(-1, *entry.shape[1:])
 
     def chunks(self, name: str) -> Iterator[bytes]:

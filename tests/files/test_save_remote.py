@@ -134,7 +134,7 @@ def test_damage_in_a_store_is_seen(tmp_path):
                 read(url)
         cloud.put(key, None)
         if name == CONFIG:  # a copy, which nobody needs
-            assert_same(read(url)[0], made(PLAN))
+            assert_same(load(url)[0], made(PLAN))
         else:
             with pytest.raises(AdapterFileError, match=f"there is no {name}"):
                 read(url)

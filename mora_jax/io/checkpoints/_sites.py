@@ -170,9 +170,9 @@ class Replacement:
           AdapterFileError: They do not fit it, or are too large for it.
         """
         array, tensor = self.copy, self.tensor
-        if array.shape != shape or tensor and shape:
-            groups = tensor and axis_groups(array.shape, shape, tensor)
-            if not groups:
+        if tensor is not None and not array.shape == shape == ():
+            groups = axis_groups(array.shape, shape, tensor)
+            if groups is None:
                 raise AdapterFileError(
                     f"the trained array {self.name!r} of shape {array.shape} does not "
                     f"fit its tensor in the base, of shape {shape}"

@@ -161,7 +161,7 @@ def _operator(
     settings: dict[str, Any],
     widths: tuple[int, int, int],
     base: Base,
-    given: Mapping[str, np.ndarray],
+    given: Mapping[str, Any],
 ) -> Operator:
     """Return the operator of (in, out, q), if it does not ask for too much memory."""
     chosen = dict(settings)

@@ -211,12 +211,12 @@ def _factors(
         a = np.asarray(op.compress_matrix(), np.float64)
         b = np.asarray(op.decompress(m), np.float64)[:, outputs]
         if not isinstance(rank, int) or rank >= a.shape[1]:
-            return _Factors(np.float32(a), np.float32(b), np.zeros(0))
+            return _Factors(a.astype(np.float32), b.astype(np.float32), np.zeros(0))
         basis, triangle = np.linalg.qr(a)
         b = triangle @ b
     left, values, right = np.linalg.svd(b, full_matrices=False)
     a = left if basis is None else basis @ left
     if rank == "auto":
         rank = _enough(values, max_error)
-    kept = a[:, :rank], (values[:, None] * right)[:rank]
-    return _Factors(*map(np.float32, kept), values)
+    a, b = a[:, :rank], (values[:, None] * right)[:rank]
+    return _Factors(a.astype(np.float32), b.astype(np.float32), values)
