@@ -28,9 +28,11 @@ def missing_files(path: Location) -> Iterator[None]:
     """Turn the errors of a missing file, or of a directory there, into ours.
 
     Raises:
-      AdapterFileError: The file does not exist, or is a directory.
+      AdapterFileError: The file does not exist, or is a directory or a device.
     """
     try:
+        if is_local(path) and path.exists() and not path.is_file():
+            raise AdapterFileError(f"{path} is a directory or a device, not a file")
         yield
     except FileNotFoundError:
         raise AdapterFileError(f"there is no {path.name} in {path.parent}") from None
@@ -51,8 +53,6 @@ def read_bytes(path: Location, limit: int | None = None) -> bytes:
             raise AdapterFileError(
                 f"{path.name} must be at most {limit:,} bytes long, got {length:,}"
             )
-        if is_local(path) and path.exists() and not path.is_file():
-            raise AdapterFileError(f"{path} is a directory or a device, not a file")
         return path.read_bytes()
 
 

@@ -147,9 +147,15 @@ class TensorFile:
 
 
 def _bits(dtype: str) -> int:
-    """Return the bits of a number: the first in the name of any dtype but BOOL."""
-    found = re.search(r"\d+", dtype)
-    return int(found[0]) if found else 8
+    """Return the bits of a number; -1, which fits no numbers, for an unknown dtype."""
+    if not _KNOWN.fullmatch(dtype):
+        return -1
+    digits = re.search(r"\d+", dtype)
+    return int(digits[0]) if digits else 8
+
+
+_KNOWN = re.compile(r"BOOL|[UI](8|16|32|64)|B?F16|F(32|64)|C64|F4|F[68]_[A-Z0-9]+")
+"""All dtypes of the format. The first number in a name is the number of bits."""
 
 
 def read_header(path: Location) -> bytes:

@@ -370,6 +370,15 @@ def test_missing_files(saved, tmp_path_factory):
             load(place)
 
 
+def test_a_pipe_is_no_file(saved):
+    """Reading one would wait for ever."""
+    (saved / TENSORS).unlink()
+    os.mkfifo(saved / TENSORS)
+    for read in (load, io.read_metadata, io.Checkpoint):
+        with pytest.raises(AdapterFileError, match="a device, not a file"):
+            read(saved if read is not io.Checkpoint else saved / TENSORS)
+
+
 def test_another_base(saved):
     for match, changes in (
         ("the model has no such kernel.*dec", {"dec": {"x": np.ones((2, 2))}}),
