@@ -11,6 +11,7 @@ What to adapt, and how::
   AdapterSpec           how one kernel is adapted
   TrainedArray          an array of the base that trains itself
   summary               a plan as a table
+  gradient_bases        a plan whose M's are between the directions of a gradient
   register_layer        teach linen.wrap and nnx.wrap a layer class
   LeftOutWarning        a plan leaves out kernels that you may have meant
   MoRAWarning           any warning of this library
@@ -74,17 +75,18 @@ from mora_jax import sharding as sharding
 from mora_jax._common.warnings import LeftOutWarning as LeftOutWarning
 from mora_jax._common.warnings import MoRAWarning as MoRAWarning
 from mora_jax._flax.layer_rules import register_layer as register_layer
+from mora_jax._flax.planning import plan as plan
 from mora_jax._layer.dense import FrozenDense as FrozenDense
 from mora_jax._layer.dense import mora_apply as mora_apply
 from mora_jax._plan.config import MoRAConfig as MoRAConfig
 from mora_jax._plan.plan import Plan as Plan
 from mora_jax._plan.plan import summary as summary
-from mora_jax._plan.planning import plan as plan
 from mora_jax._plan.spec import AdapterSpec as AdapterSpec
 from mora_jax._plan.trained_arrays import TrainedArray as TrainedArray
 from mora_jax._tree.adapters import init as init
 from mora_jax._tree.combined import combine as combine
 from mora_jax._tree.combined import split as split
+from mora_jax._tree.gradient_bases import gradient_bases as gradient_bases
 from mora_jax._tree.merge import delta_weight as delta_weight
 from mora_jax._tree.merge import fold as fold
 from mora_jax._tree.merge import merge as merge

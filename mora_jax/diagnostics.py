@@ -10,8 +10,8 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Float
 
+from mora_jax._common.checks import as_jax_array
 from mora_jax._layer.delta import scaled
-from mora_jax._layer.dense import as_jax_array
 from mora_jax._layer.rounding import Rounding, share_lost
 from mora_jax._layer.squares import block_diagonal
 from mora_jax._plan.plan import Plan

@@ -11,12 +11,13 @@ from flax.core import spmd
 from flax.linen.spmd import logical_to_mesh_axes
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from mora_jax._common.types import Shape
+from mora_jax._common.suggestions import nearest_paths
+from mora_jax._common.types import Path, Shape
 from mora_jax._mesh.layout import KernelLayout, mesh_axes
 from mora_jax._plan.plan import Plan, check_plan
 from mora_jax._plan.spec import AdapterSpec
 from mora_jax._tree.adapters import Tree, nest
-from mora_jax._tree.paths import Path, adapter_path, is_boxed, key_name, nearest_paths
+from mora_jax._tree.paths import adapter_path, is_boxed, key_name
 
 
 def adapter_shardings(

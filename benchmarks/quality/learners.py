@@ -103,7 +103,7 @@ def subspace(
 
     grads = gradient(way.start, params, *inputs)
     pairs = (("/".join(path), gradient) for path, gradient in grads.items())
-    return with_plan(model, mora_jax.operators.gradient_bases(pairs, plan))
+    return with_plan(model, mora_jax.gradient_bases(pairs, plan))
 
 
 def with_plan(model: nn.Module, plan: mora_jax.Plan) -> Learner:

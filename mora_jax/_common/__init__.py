@@ -1,1 +1,1 @@
-"""What every room needs: types, axes, checks, suggestions, warnings."""
+"""Types, axes, checks, suggestions and warnings, which every room needs."""

@@ -34,6 +34,12 @@ def sizes(shape: Shape, axes: str, letter: str) -> Shape:
     return tuple(n for n, kind in zip(shape, axes, strict=True) if kind == letter)
 
 
+def features(shape: Shape, axes: str) -> tuple[int, int]:
+    """The numbers of input and of output features of a kernel."""
+    ins, outs = (math.prod(sizes(shape, axes, letter)) for letter in "io")
+    return ins, outs
+
+
 def rows_from_kernel(kernel: jax.Array, axes: str) -> jax.Array:
     """A kernel as (*stack, in_features, out_features)."""
     stack, ins, outs = (sizes(kernel.shape, axes, letter) for letter in "sio")
@@ -49,5 +55,5 @@ def kernel_from_rows(weight: jax.Array, shape: Shape, axes: str) -> jax.Array:
 
 
 def _order(axes: str) -> list[int]:
-    """The numbers of the axes: those of the stack first, then inputs, then outputs."""
+    """The numbers of the axes: the stack first, then inputs, then outputs."""
     return [k for letter in "sio" for k, kind in enumerate(axes) if kind == letter]

@@ -1,7 +1,7 @@
-"""What arguments must be."""
+"""Checks of arguments: settings and arrays."""
 
+import math
 import numbers
-from collections.abc import Callable
 from operator import index
 from typing import Any, SupportsIndex
 
@@ -16,7 +16,7 @@ from mora_jax._common.types import Shape
 DEQUANTISE = (
     "dequantise it first (mora_jax.qwix.dequantize), or leave it out with exclude"
 )
-"""What messages advise where a kernel is not floating-point."""
+"""Advice of messages where a kernel is not floating-point."""
 
 
 # --- Settings ---
@@ -41,24 +41,15 @@ def check_seed(seed: Any) -> int:
     return index(seed)
 
 
-def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    """Raise unless `value` is among `choices`."""
+def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> str:
+    """Return `value`, if it is among `choices`."""
     if value not in choices:
         raise ValueError(f"{name} must be one of {choices}, got {value!r}")
-
-
-def one_of(*choices: str) -> Callable[[str, Any], str]:
-    """Check of a name and a value, which raises unless the value is a choice."""
-
-    def check(name: str, value: Any) -> str:
-        check_choice(name, value, choices)
-        return value
-
-    return check
+    return value
 
 
 def check_number(name: str, value: Any) -> float:
-    """`value` as a Python float, if it is a finite real number."""
+    """Return `value` as a Python float, if it is a finite real number."""
     if isinstance(value, jax.Array):  # it would make a config unhashable
         raise TypeError(
             f"{name} must be a number, got a JAX array; write float({name})"
@@ -66,13 +57,13 @@ def check_number(name: str, value: Any) -> float:
     if isinstance(value, bool | np.bool_) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, got {value!r}")
     number = float(value)
-    if not float("-inf") < number < float("inf"):
+    if not math.isfinite(number):
         raise ValueError(f"{name} must be finite, got {value}")
     return number
 
 
 def check_rate(name: str, value: Any) -> float:
-    """`value` as a Python float, if it is a rate of dropout."""
+    """Return `value` as a Python float, if it is a rate of dropout."""
     rate = check_number(name, value)
     if not 0 <= rate < 1:
         raise ValueError(f"{name} must be in [0, 1), got {value}")
@@ -80,14 +71,26 @@ def check_rate(name: str, value: Any) -> float:
 
 
 def floating_dtype(dtype: DTypeLike | None, name: str = "param_dtype") -> jnp.dtype:
-    """`dtype` as a NumPy dtype, if it is a real floating-point dtype."""
-    found = None if dtype is None else jnp.dtype(dtype)  # NumPy reads None as float64
-    if found is None or not jnp.issubdtype(found, jnp.floating):
-        raise TypeError(f"{name} must be a floating-point dtype, got {found}")
-    return found
+    """Return `dtype` as a NumPy dtype, if it is a real floating-point dtype."""
+    # NumPy reads None as float64.
+    numpy_dtype = None if dtype is None else jnp.dtype(dtype)
+    if numpy_dtype is None or not jnp.issubdtype(numpy_dtype, jnp.floating):
+        raise TypeError(f"{name} must be a floating-point dtype, got {numpy_dtype}")
+    return numpy_dtype
 
 
 # --- Arrays ---
+
+
+def as_jax_array(name: str, value: Any) -> jax.Array:
+    """Return `value` as a JAX array, tracers included, if it is an array."""
+    if not isinstance(value, jax.Array | np.ndarray | np.generic):
+        raise TypeError(
+            f"{name} must be an array, got {type(value).__name__}"
+            + "; for shapes alone call it under jax.eval_shape"
+            * isinstance(value, jax.ShapeDtypeStruct)
+        )
+    return jnp.asarray(value)
 
 
 def check_array(name: str, array: Any, end: Shape) -> None:
@@ -106,7 +109,7 @@ def check_finite(array: Any, name: str, where: str = "") -> None:
 
     Args:
       array: The numbers.
-      name: What messages call them.
+      name: Their name in the message.
       where: The end of the message.
     """
     if not isinstance(array, Tracer) and not np.isfinite(array).all():

@@ -7,10 +7,10 @@ from typing import Any
 class FrozenMapping(Mapping[str, Any]):
     """Mapping that cannot be changed, with mappings in it frozen as well.
 
-    Equality and hash are those of the content, whatever its order.
+    Mappings of equal content are equal and have the same hash, whatever their order.
     """
 
-    def __init__(self, content: Mapping[str, Any] = {}):  # noqa: B006 (never changed)
+    def __init__(self, content: Mapping[str, Any]):
         self._content = {
             key: FrozenMapping(value) if isinstance(value, Mapping) else value
             for key, value in content.items()

@@ -1,10 +1,58 @@
-"""The word that was most likely meant."""
+"""Ends of messages: the word, path or pattern that was most likely meant."""
 
 import difflib
+import re
 from collections.abc import Iterable
+
+from mora_jax._common.checks import DEQUANTISE
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """The known word that is most like `word`, as the end of a message, if any is."""
     close = difflib.get_close_matches(word, list(known), n=1)
     return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def lacking(name: str, names: Iterable[str]) -> str:
+    """A reason why a model lacks the path `name`, as the end of a message."""
+    parts = [path for path in names if path.startswith(f"{name}/")]
+    if parts:
+        return f"; they have parts of it, such as {parts[0]!r}: {DEQUANTISE}"
+    if f"params/{name}" in names:
+        return "; pass variables['params'], not all variables"
+    return nearest_paths(name, names)
+
+
+def pattern_hint(pattern: str, names: Iterable[str]) -> str:
+    """A pattern that may have been meant, as the end of a message."""
+    names = list(names)
+    group = f"(?:{pattern})" if "|" in pattern else pattern
+    wider = rf"(.*/)?{group}/kernel", rf"(.*/)?{group}(/.*)?", rf".*{group}.*"
+    for candidate in wider:
+        try:
+            matched = [name for name in names if re.fullmatch(candidate, name)]
+        except re.error:  # flags in the pattern, which must stand at the beginning
+            break
+        if matched:
+            more = f" and {len(matched) - 1} more" if len(matched) > 1 else ""
+            return (
+                f"; patterns match whole paths: {candidate!r} would match "
+                f"{matched[0]!r}{more}"
+            )
+    return nearest_paths(pattern, names)
+
+
+def nearest_paths(name: str, names: Iterable[str]) -> str:
+    """Paths that are most like `name`, as the end of a message."""
+    words = re.sub(r"\\?[.*+?()|\[\]^$\\]+", " ", name).strip(" /")
+    depth = words.count("/") + 1
+    # Paths are compared by runs of as many words as the name has. So layers of the same
+    # kind are one candidate, and a wrong word counts for more than a long path to it.
+    runs: dict[str, str] = {}
+    for path in names:
+        parts = path.split("/")
+        for end in range(len(parts), min(depth, len(parts)) - 1, -1):
+            runs.setdefault("/".join(parts[max(0, end - depth) : end]), path)
+    close = difflib.get_close_matches(words, runs, n=3, cutoff=0.0)
+    shown = ", ".join(map(repr, dict.fromkeys(runs[run] for run in close)))
+    return f"; the nearest are {shown}" if close else ""

@@ -7,3 +7,6 @@ ArrayLike = jax.Array | np.ndarray
 """A JAX array (tracers included) or a NumPy array; never a list or a scalar."""
 
 Shape = tuple[int, ...]
+
+Path = tuple[str, ...]
+"""The keys that lead to a leaf of a tree; joined by slashes they are its name."""

@@ -1,4 +1,4 @@
-"""What users are warned of, and the line that a warning points to."""
+"""Warnings, which point to the line that called this library."""
 
 import sys
 import warnings

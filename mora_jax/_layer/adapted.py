@@ -36,7 +36,7 @@ from mora_jax._layer.fused import FusedMap
 from mora_jax._layer.maps import ActivationMap, ByPlatform
 from mora_jax._layer.slots import Selected
 from mora_jax._layer.tuning import TUNING, Tuning, current_tuning
-from mora_jax._mesh.layout import explicit_sharding
+from mora_jax._mesh.placement import explicit_sharding
 from mora_jax._plan.spec import AdapterSpec
 from mora_jax.operators import Sharing, Truncation
 from mora_jax.products import Contraction, Product

@@ -34,16 +34,15 @@ from mora_jax._layer.per_row import by_row
 from mora_jax._layer.rounding import add_rounded
 from mora_jax._layer.slots import Selected
 from mora_jax._mesh import apply as on_mesh
-from mora_jax._mesh.layout import (
-    FeatureSharding,
-    KernelLayout,
+from mora_jax._mesh.layout import FeatureSharding, KernelLayout
+from mora_jax._mesh.parts import OperatorPart
+from mora_jax._mesh.placement import (
     explicit_layout,
     explicit_sharding,
     gather_m,
     row_shards,
     with_auto_axes,
 )
-from mora_jax._mesh.parts import OperatorPart
 from mora_jax._plan.spec import AdapterSpec
 from mora_jax.operators import Operator
 from mora_jax.operators._base import delta_of

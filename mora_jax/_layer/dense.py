@@ -9,16 +9,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Float, PRNGKeyArray, Shaped
 
 from mora_jax._common.axes import sizes
-from mora_jax._common.checks import check_kernel, check_key
+from mora_jax._common.checks import as_jax_array, check_kernel, check_key
 from mora_jax._common.types import ArrayLike
 from mora_jax._jax.linear_map import static
 from mora_jax._layer.adapted import adapted_product
 from mora_jax._mesh.layout import KernelLayout
-from mora_jax._plan.config import MoRAConfig, refuse_train
+from mora_jax._plan.config import MoRAConfig
 from mora_jax._plan.settings import AdapterSettings
 from mora_jax._plan.spec import SUFFIX, AdapterSpec
 from mora_jax._tree.paths import adapter_of
@@ -83,7 +82,6 @@ class FrozenDense(AdapterSettings):
             `train`.
         """
         check_kernel(kernel, "kernel")
-        refuse_train(config, "one layer")
         spec = AdapterSpec.from_config(
             config, tuple(kernel.shape), axes, kernel_dtype=kernel.dtype
         )
@@ -92,7 +90,7 @@ class FrozenDense(AdapterSettings):
 
     @property
     def spec(self) -> AdapterSpec:
-        """How the kernel is adapted."""
+        """The adapter of the kernel."""
         check_kernel(self.kernel, "kernel")
         settings = {name: getattr(self, name) for name in _SHARED}
         return AdapterSpec(kernel_shape=tuple(self.kernel.shape), **settings)
@@ -183,17 +181,6 @@ def _einsum(
     equation: str, precision: jax.lax.PrecisionLike, x: jax.Array, kernel: jax.Array
 ) -> jax.Array:
     return jnp.einsum(equation, x, kernel, precision=precision)
-
-
-def as_jax_array(name: str, value: Any) -> jax.Array:
-    """`value` as a JAX array, tracers included, if it is an array."""
-    if not isinstance(value, jax.Array | np.ndarray | np.generic):
-        raise TypeError(
-            f"{name} must be an array, got {type(value).__name__}"
-            + "; for shapes alone call it under jax.eval_shape"
-            * isinstance(value, jax.ShapeDtypeStruct)
-        )
-    return jnp.asarray(value)
 
 
 def params_adapter(params: Mapping[str, ArrayLike], frozen: FrozenDense) -> ArrayLike:

@@ -25,7 +25,7 @@ from mora_jax._layer.maps import AdaptedMap
 from mora_jax._layer.rounding import add_rounded
 from mora_jax._layer.slots import Selected
 from mora_jax._layer.tuning import Tuning, by_platform
-from mora_jax._mesh.layout import explicit_sharding, with_auto_axes
+from mora_jax._mesh.placement import explicit_sharding, with_auto_axes
 from mora_jax._plan.spec import AdapterSpec
 
 

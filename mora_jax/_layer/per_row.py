@@ -24,7 +24,7 @@ from mora_jax._layer.compressed import compressed_rows
 from mora_jax._layer.slots import Selected, Slots, beyond_if_none
 from mora_jax._layer.squares import times_squares
 from mora_jax._layer.tuning import Tuning, by_platform
-from mora_jax._mesh.layout import gather_m, mesh_of
+from mora_jax._mesh.placement import gather_m, mesh_of
 from mora_jax._plan.spec import AdapterSpec
 from mora_jax.products import Contraction, Convolution, Product
 

@@ -2,14 +2,11 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
 from typing import Any
 
-import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from mora_jax._common.types import Shape
-from mora_jax._jax.linear_map import LinearMap
 
 MeshAxes = tuple[str, ...]
 
@@ -144,110 +141,3 @@ class KernelLayout:
                 found.append(tuple(kept))
         *inner, first = found or [()]
         return () if any(inner) else first
-
-
-def row_shards(layout: KernelLayout | None, x: jax.Array) -> int:
-    """Into how many shards devices may split the first axis of a layer's input.
-
-    Args:
-      layout: Where the kernel's features are; None if nobody has said.
-      x: The layer's input.
-
-    Returns:
-      A number that divides the axis; 1 if x is on one device, or one vector.
-    """
-    mesh = mesh_of(x) if layout is None else layout.mesh
-    if mesh is None or x.ndim < 2:
-        return 1
-    axes = mesh.axis_names if layout is None else layout.batch_axes
-    return math.gcd(x.shape[0], math.prod(mesh.shape[axis] for axis in axes))
-
-
-# --- M, which each device needs whole ---
-
-
-def gather_m(
-    m: jax.Array, layout: KernelLayout | None, x: jax.Array, ndim: int = 2
-) -> jax.Array:
-    """M and its gradient, replicated wherever they are kept.
-
-    Without this constraint XLA may propagate a split of M to the activations. It may
-    also split the gradient as it likes, and with it the next M, so that the next step
-    is compiled again.
-
-    Args:
-      m: M, (*stack, q, q).
-      layout: Where the kernel's features are; None if nobody has said.
-      x: The layer's input.
-      ndim: How many of M's axes are not a stack's: 3 for several squares.
-    """
-    if layout is None:
-        return m if mesh_of(m) is mesh_of(x) is None else _Replicated(ndim)((), m)
-    if isinstance(layout.mesh, AbstractMesh):  # explicit: its type says the same
-        return m
-    return _replicate(m, layout.mesh, ndim)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Replicated(LinearMap):
-    """The identity, which replicates arrays whose type names a mesh.
-
-    Within a program a type names the mesh; a cotangent that was made outside of one, on
-    one device, has none.
-    """
-
-    ndim: int
-
-    def forward(self, residuals: Any, operand: jax.Array) -> jax.Array:
-        mesh = mesh_of(operand)
-        return operand if mesh is None else _replicate(operand, mesh, self.ndim)
-
-    def backward(self, residuals: Any, cotangent: jax.Array) -> jax.Array:
-        return self.forward(residuals, cotangent)
-
-
-def mesh_of(x: jax.Array) -> AbstractMesh | None:
-    """The mesh that `x` is on, if XLA decides how it splits `x`."""
-    mesh = jax.typeof(x).sharding.mesh
-    auto = not mesh.empty and set(mesh.axis_types) == {AxisType.Auto}
-    return mesh if auto else None
-
-
-def _replicate(m: jax.Array, mesh: Mesh | AbstractMesh, ndim: int) -> jax.Array:
-    stack = [PartitionSpec.UNCONSTRAINED] * (m.ndim - ndim)
-    spec = PartitionSpec(*stack, *[None] * ndim)
-    return jax.lax.with_sharding_constraint(m, NamedSharding(mesh, spec))
-
-
-# --- Explicit sharding: the type of an array says how a mesh splits it ---
-
-
-def explicit_sharding(x: Any) -> NamedSharding | None:
-    """The sharding in the type of `x`, if JAX holds programs to it."""
-    if not isinstance(x, jax.Array):
-        return None
-    sharding = jax.typeof(x).sharding
-    return sharding if AxisType.Explicit in sharding.mesh.axis_types else None
-
-
-def explicit_layout(labels: tuple[str, str, str], x: Any, y: Any) -> KernelLayout:
-    """Where the features of a layer are, by the types of its input and output.
-
-    Args:
-      labels: The letters of the einsum of input, kernel and output.
-      x: The layer's input.
-      y: The explicit sharding of its output.
-    """
-    inputs, kernel, outputs = labels
-    split: dict[str, MeshAxes] = {}
-    for letters, spec in ((inputs, jax.typeof(x).sharding.spec), (outputs, y.spec)):
-        split |= dict(zip(letters, map(mesh_axes, spec), strict=False))
-    return KernelLayout(y.mesh, tuple(split.get(c, ()) for c in reversed(kernel)))
-
-
-def with_auto_axes(
-    function: Callable[..., jax.Array], y: NamedSharding, *args: Any
-) -> jax.Array:
-    """`function(*args)` with the sharding `y`; XLA decides how to split its steps."""
-    free: Any = jax.sharding.auto_axes(function, out_sharding=y)
-    return free(*args)

@@ -1,6 +1,5 @@
-"""What a user asks for."""
+"""Settings of an adaptation, as a user asks for them."""
 
-import copy
 import dataclasses
 import functools
 import re
@@ -15,17 +14,11 @@ from mora_jax._plan.patterns import (
     patterns_of,
     setting_hint,
 )
-from mora_jax._plan.settings import (
-    DEFAULT_RANK,
-    AdapterChoice,
-    check_execution,
-    check_settings,
-    setting,
-)
+from mora_jax._plan.settings import DEFAULT_RANK, KernelConfig, setting
 
 
 def default_targets(leaf: str) -> str:
-    """The pattern of paths to `leaf`; no head, router, embedding or convolution."""
+    """Pattern of paths to `leaf`, except in heads, routers, embeddings and the like."""
     return (
         r"(?i)"
         r"(?!(.*/)?(([^/]*_)?(head|router)|classifier|(router_)?logits|score|cls)"
@@ -39,9 +32,29 @@ DEFAULT_TARGETS = (default_targets("kernel"),)
 
 LARGEST_USUAL_ALPHA = 4.0
 
+_KERNEL_SETTINGS = [field.name for field in dataclasses.fields(KernelConfig)]
+
+
+def _check_overrides(name: str, overrides: Any) -> FrozenMapping:
+    """Return `overrides` frozen, if they map patterns to settings of kernels."""
+    if not isinstance(overrides, Mapping):
+        raise TypeError(f"{name} must map patterns to settings, got {overrides!r}")
+    allowed = sorted([*_KERNEL_SETTINGS, "axes"])
+    for pattern, settings in overrides.items():
+        check_pattern(name, pattern)
+        where = f"{name}[{pattern!r}]"
+        if not isinstance(settings, Mapping):
+            raise TypeError(f"{where} must be a mapping, got {settings!r}")
+        if unknown := sorted(settings.keys() - allowed, key=str):
+            hint = setting_hint(str(unknown[0]), allowed)
+            raise ValueError(f"{where} must use {allowed}, got {unknown}{hint}")
+        if "rank" in settings and settings.get("square_rank") is not None:
+            raise ValueError(f"{where} must hold rank or square_rank, got both")
+    return FrozenMapping(overrides)
+
 
 @dataclasses.dataclass(frozen=True)
-class MoRAConfig(AdapterChoice):
+class MoRAConfig(KernelConfig):
     r"""The settings of an adaptation; frozen and hashable.
 
     In PEFT `targets` is called target_modules, and `overrides` is called rank_pattern
@@ -63,11 +76,11 @@ class MoRAConfig(AdapterChoice):
         and the kernel's shape: see `Operator.fine_tuning_scale`. With "paper" it is 1,
         and each of these wants a rate of its own. The number is kept in plans and
         files, so an adapter means the same wherever it is loaded.
-      square_rank: q itself, in place of `rank`.
+      square_rank: q itself, instead of `rank`.
       multiple_of: The number whose multiple q is rounded down to. None chooses a q that
         suits the layer's widths and the chip, see `square_rank`; it may use as little
         as a quarter of the budget, which `Plan.summary` shows. 1 uses all of it.
-      init: How M starts. "zeros" starts as an exact identity. "gaussian", of standard
+      init: The start of M. "zeros" starts as an exact identity. "gaussian", of standard
         deviation 1/sqrt(q), is AiDotNet's; it changes the model's outputs before the
         first step.
       dropout: The rate of dropout on the adapter's input; the frozen path sees all of
@@ -76,8 +89,8 @@ class MoRAConfig(AdapterChoice):
         which want one dtype in all leaves of a model, such as Tunix when it copies a
         bfloat16 model to a sampler on another mesh. Otherwise keep float32: 16 bits
         lose steps of M that are small in comparison with M.
-      execution: How a dense layer computes. "activation" adds alpha D(C(x) M) to its
-        output; "fold" multiplies by W + alpha C M D, which it computes again in each
+      execution: The way a dense layer computes. "activation" adds alpha D(C(x) M) to
+        its output; "fold" multiplies by W + alpha C M D, which it computes in each
         step; "auto" takes what was faster in measurements, by the layer's shape, its
         rows and its dtype. The results are the same up to rounding. Other layers,
         stacks of kernels in one product, and layers under dropout never fold.
@@ -108,10 +121,11 @@ class MoRAConfig(AdapterChoice):
       16
     """
 
-    execution: str = setting("auto", check_execution)
     targets: str | Iterable[str] = setting(DEFAULT_TARGETS, patterns_of)
     exclude: str | Iterable[str] = setting((), patterns_of)
-    overrides: Mapping[str, Mapping[str, Any]] = FrozenMapping()
+    overrides: Mapping[str, Mapping[str, Any]] = setting(
+        FrozenMapping({}), _check_overrides
+    )
     train: str | Iterable[str] = setting((), patterns_of)
 
     def __new__(cls, *args: Any, **settings: Any) -> "MoRAConfig":
@@ -125,80 +139,37 @@ class MoRAConfig(AdapterChoice):
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        self._check()
-        for alpha in (self.alpha, *_values(self.overrides, "alpha")):
-            if abs(alpha) > LARGEST_USUAL_ALPHA:
+        super().__post_init__()
+        if not self.targets:
+            raise ValueError("targets must hold at least one pattern, got none")
+        for settings in self.overrides.values():
+            self._with([settings])
+        for settings in ({"alpha": self.alpha}, *self.overrides.values()):
+            if abs(alpha := settings.get("alpha", 1)) > LARGEST_USUAL_ALPHA:
                 warn(
                     f"alpha={alpha:g} multiplies the delta itself, and 1 is usual: "
                     "what LoRA calls lora_alpha is alpha=lora_alpha / r here"
                 )
 
-    def _check(self) -> None:
-        """Check all settings, and store them in types that hash and compare."""
-        check_settings(self)
-        if self.square_rank is not None and self.rank != DEFAULT_RANK:
-            raise ValueError(
-                f"rank and square_rank exclude each other, got rank={self.rank} and "
-                f"square_rank={self.square_rank}: rank is a budget that q is chosen "
-                "by, square_rank is q itself"
-            )
-        if not self.targets:
-            raise ValueError("targets must hold at least one pattern, got none")
-        self._check_overrides()
+    def settings(self, path: str) -> tuple[KernelConfig, str | None]:
+        """The settings of one kernel, and its axes where an override names them."""
+        overrides = self.overrides.items()
+        return self._with(s for pattern, s in overrides if re.fullmatch(pattern, path))
 
-    def _set(self, field: str, value: Any) -> None:
-        object.__setattr__(self, field, value)
-
-    def _check_overrides(self) -> None:
-        if not isinstance(self.overrides, Mapping):
-            raise TypeError(
-                f"overrides must map patterns to settings, got {self.overrides!r}"
-            )
-        self._set("overrides", FrozenMapping(self.overrides))
-        for pattern, settings in self.overrides.items():
-            check_pattern("overrides", pattern)
-            if not isinstance(settings, Mapping):
-                raise TypeError(
-                    f"overrides[{pattern!r}] must be a mapping, got {settings!r}"
-                )
-            fields = {field.name for field in dataclasses.fields(self)}
-            whole = {"targets", "exclude", "overrides", "train"}
-            allowed = fields - whole | {"axes"}
-            if unknown := sorted(set(settings) - allowed, key=str):
-                raise ValueError(
-                    f"overrides[{pattern!r}] must use {sorted(allowed)}, "
-                    f"got {unknown}{setting_hint(str(unknown[0]), sorted(allowed))}"
-                )
-            if "rank" in settings and settings.get("square_rank") is not None:
-                raise ValueError(
-                    f"overrides[{pattern!r}] must hold rank or square_rank, got both"
-                )
-            self._override(settings)
-
-    def settings(self, path: str) -> tuple["MoRAConfig", str | None]:
-        """The config for one kernel, and its axes where an override names them."""
-        merged: dict[str, Any] = {}
-        for pattern, settings in self.overrides.items():
-            if re.fullmatch(pattern, path):
-                # rank and square_rank exclude each other, and later patterns win.
-                if "rank" in settings:
-                    merged.pop("square_rank", None)
-                if "square_rank" in settings:
-                    merged.pop("rank", None)
-                merged |= settings
-        return self._override(merged) if merged else self, merged.get("axes")
-
-    def _override(self, settings: Mapping[str, Any]) -> "MoRAConfig":
-        if settings.get("square_rank") is not None:
-            settings = {"rank": DEFAULT_RANK, **settings}
-        elif "rank" in settings:
-            settings = {"square_rank": None, **settings}
-        changed = copy.copy(self)  # a new config would warn again
-        for field, value in {**settings, "overrides": FrozenMapping()}.items():
-            if field != "axes":
-                changed._set(field, value)
-        changed._check()
-        return changed
+    def _with(
+        self, overrides: Iterable[Mapping[str, Any]]
+    ) -> tuple[KernelConfig, str | None]:
+        """The settings of a kernel to which `overrides` apply, and its axes."""
+        values = {name: getattr(self, name) for name in _KERNEL_SETTINGS}
+        for settings in overrides:
+            # rank and square_rank exclude each other, and later patterns win.
+            if "rank" in settings:
+                values["square_rank"] = None
+            elif settings.get("square_rank") is not None:
+                values["rank"] = DEFAULT_RANK
+            values |= settings
+        axes = values.pop("axes", None)
+        return KernelConfig(**values), axes
 
 
 # `__new__` takes anything, so help() is led to the signature of `__init__`.
@@ -208,10 +179,10 @@ functools.update_wrapper(
 
 
 def check_config(config: Any, call: str = "MoRAConfig(rank=8)") -> MoRAConfig:
-    """`config`, or the default config for None.
+    """Return `config`, or the default config for None.
 
     Args:
-      config: What a user gave as a config.
+      config: The argument of a user.
       call: The call of the function, for the message.
 
     Raises:
@@ -233,17 +204,3 @@ def check_config(config: Any, call: str = "MoRAConfig(rank=8)") -> MoRAConfig:
     else:
         hint = f"the call is {call}, where config may be None"
     raise TypeError(f"config must be a MoRAConfig, got {got}: {hint}")
-
-
-def _values(overrides: Mapping[str, Mapping[str, Any]], name: str) -> list[Any]:
-    return [settings[name] for settings in overrides.values() if name in settings]
-
-
-def refuse_train(config: Any, what: str) -> None:
-    """Raise if `config` names arrays to train and `what`, which it is for, has none."""
-    config = check_config(config)
-    if config.train:
-        raise ValueError(
-            f"train must be empty for {what}, got {config.train}: it names arrays of a "
-            "whole model, which mora_jax.plan, linen.plan and nnx.plan find"
-        )

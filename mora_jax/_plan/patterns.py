@@ -1,4 +1,4 @@
-"""What settings are called, here and elsewhere, and how patterns are read."""
+"""Names of settings here and elsewhere, and patterns of paths."""
 
 import re
 from collections.abc import Iterable
@@ -19,11 +19,11 @@ NAMES_ELSEWHERE = {
     "alpha_pattern": "overrides, as in {'.*/q_proj/kernel': {'alpha': 2.0}}",
     "init_lora_weights": "init, 'zeros' or 'gaussian'",
 }
-"""What other libraries call a setting, and what it is called here."""
+"""{name of a setting in other libraries: its name here}."""
 
 
 def setting_hint(name: str, known: Iterable[str]) -> str:
-    """What a setting that does not exist is called here, as the end of a message."""
+    """The name here of an unknown setting, as the end of a message."""
     if name in NAMES_ELSEWHERE:
         return f": here that is {NAMES_ELSEWHERE[name]}"
     return did_you_mean(name, known)

@@ -1,19 +1,19 @@
-"""Settings of an adapter: what a user may choose, and the record of what was chosen."""
+"""Settings of adapters: the record that files hold, and what a user may choose."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 from jax.typing import DTypeLike
 
 from mora_jax._common.checks import (
+    check_choice,
     check_number,
     check_rate,
     check_seed,
     floating_dtype,
-    one_of,
     positive_integer,
 )
 from mora_jax._common.frozen import FrozenMapping
@@ -21,22 +21,22 @@ from mora_jax.operators._registry import OperatorSpec, parse_spec
 
 DEFAULT_RANK = 8
 
+Check = Callable[[str, Any], Any]
+"""Function of a setting's name and value, which raises for a wrong value and returns a
+right one in the type that is stored."""
 
-def setting(
-    default: Any, check: Callable[[str, Any], Any], *, meaning: bool = False
-) -> Any:
+
+def setting(default: Any, check: Check, *, meaning: bool = False) -> Any:
     """Field of a record of settings.
 
     Args:
       default: The value of a setting that is not given.
-      check: A function of the setting's name and value, which raises an error for a
-        wrong value and returns a right one in the type that is stored.
+      check: The check of its values.
       meaning: True if the setting decides which delta an M stands for, and False if it
         decides only how M is trained or computed.
     """
-    return dataclasses.field(
-        default=default, metadata={"check": check, "meaning": meaning}
-    )
+    metadata = {"check": check, "meaning": meaning}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 def check_settings(record: Any) -> None:
@@ -47,26 +47,28 @@ def check_settings(record: Any) -> None:
             object.__setattr__(record, field.name, value)
 
 
-def optional(check: Callable[[str, Any], Any]) -> Callable[[str, Any], Any]:
-    """Check that also takes None."""
+def _optional(check: Check) -> Check:
     return lambda name, value: None if value is None else check(name, value)
 
 
-def _scale(name: str, value: Any) -> float:
-    scale = check_number(name, value)
-    if scale <= 0:
-        raise ValueError(f"scale must be above 0, got {scale}")
-    return scale
+def check_dtype(name: str, value: Any) -> jnp.dtype:
+    """Return `value` as a NumPy dtype, if it is a real floating-point dtype."""
+    return floating_dtype(value, name)
 
 
-def _nonzero(name: str, value: Any) -> float:
-    alpha = check_number(name, value)
-    if alpha == 0:
+def _above_zero(name: str, value: Any) -> float:
+    if (number := check_number(name, value)) <= 0:
+        raise ValueError(f"{name} must be above 0, got {number}")
+    return number
+
+
+def _other_than_zero(name: str, value: Any) -> float:
+    if (number := check_number(name, value)) == 0:
         raise ValueError(
-            "alpha must not be 0, which would make every delta and every gradient of "
+            f"{name} must not be 0, which would make every delta and every gradient of "
             "the adapters 0"
         )
-    return alpha
+    return number
 
 
 def _operator(name: str, value: Any) -> OperatorSpec:
@@ -74,12 +76,9 @@ def _operator(name: str, value: Any) -> OperatorSpec:
     return FrozenMapping(value) if isinstance(value, Mapping) else value
 
 
-def _dtype(name: str, value: Any) -> jnp.dtype:
-    return floating_dtype(value, name)
-
-
-_init = one_of("zeros", "gaussian")
-check_execution = one_of("auto", "activation", "fold")
+_init = functools.partial(check_choice, choices=("zeros", "gaussian"))
+_scale = functools.partial(check_choice, choices=("paper", "fine-tuning"))
+_execution = functools.partial(check_choice, choices=("auto", "activation", "fold"))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -92,27 +91,25 @@ class AdapterSettings:
       alpha: The factor of the delta.
       scale: A second factor, which `MoRAConfig(scale=)` chooses for the kernel.
       dropout: The rate of dropout on the adapter's input.
-      init: How M starts, "zeros" or "gaussian".
+      init: The start of M, "zeros" or "gaussian".
       param_dtype: The dtype of M.
-      execution: How a dense layer computes, as in `MoRAConfig`.
+      execution: The way a dense layer computes, as in `MoRAConfig`.
     """
 
     alpha: float = setting(1.0, check_number, meaning=True)
-    scale: float = setting(1.0, _scale, meaning=True)
+    scale: float = setting(1.0, _above_zero, meaning=True)
     dropout: float = setting(0.0, check_rate)
     init: str = setting("zeros", _init)
-    param_dtype: DTypeLike = setting(jnp.float32, _dtype)
-    execution: str = setting("auto", check_execution)
+    param_dtype: DTypeLike = setting(jnp.float32, check_dtype)
+    execution: str = setting("auto", _execution)
 
     def __post_init__(self) -> None:
         check_settings(self)
 
     def to_json(self) -> dict[str, Any]:
         """{name: value as JSON holds it} of all settings."""
-        return {
-            **{name: getattr(self, name) for name in SETTINGS},
-            "param_dtype": np.dtype(self.param_dtype).name,
-        }
+        values = {name: getattr(self, name) for name in SETTINGS}
+        return values | {"param_dtype": jnp.dtype(self.param_dtype).name}
 
     @staticmethod
     def from_json(values: Mapping[str, Any]) -> "AdapterSettings":
@@ -122,39 +119,51 @@ class AdapterSettings:
           TypeError, ValueError: A setting is missing, unknown or wrong, or its value is
             not written as `to_json` writes it.
         """
-        if values.keys() != set(SETTINGS):
+        if values.keys() != SETTINGS.keys():
             raise ValueError(
                 f"settings must be {sorted(SETTINGS)}, got {sorted(values)}"
             )
         settings = AdapterSettings(**values)
         for name, value in settings.to_json().items():
             # True == 1 == 1.0, so types are compared as well.
-            if type(values[name]) is not type(value) or values[name] != value:
+            if (type(values[name]), values[name]) != (type(value), value):
                 raise ValueError(f"{name} must be {value!r}, got {values[name]!r}")
         return settings
 
 
-SETTINGS = {
-    field.name: field.metadata["meaning"]
-    for field in dataclasses.fields(AdapterSettings)
-}
+SETTINGS = {f.name: f.metadata["meaning"] for f in dataclasses.fields(AdapterSettings)}
 """{name of a setting: True if it decides which delta an M stands for}."""
 
 
 @dataclasses.dataclass(frozen=True)
-class AdapterChoice:
-    """Settings that a user may choose for each kernel; `MoRAConfig` explains them.
+class KernelConfig:
+    """Settings that a user chooses for a kernel; `MoRAConfig` explains them.
 
-    `MoRAConfig` and `qwix.MoRARule` have these fields.
+    `qwix.MoRARule` has these fields as well, and `MoRAConfig(overrides=)` changes them
+    for the kernels of a pattern.
+
+    Raises:
+      TypeError, ValueError: A setting that no kernel could have; `rank` together with
+        `square_rank`.
     """
 
     rank: int = setting(DEFAULT_RANK, positive_integer)
     operator: OperatorSpec = setting("auto", _operator)
-    alpha: float = setting(1.0, _nonzero)
-    scale: str = setting("fine-tuning", one_of("paper", "fine-tuning"))
-    square_rank: int | None = setting(None, optional(positive_integer))
-    multiple_of: int | None = setting(None, optional(positive_integer))
+    alpha: float = setting(1.0, _other_than_zero)
+    scale: str = setting("fine-tuning", _scale)
+    square_rank: int | None = setting(None, _optional(positive_integer))
+    multiple_of: int | None = setting(None, _optional(positive_integer))
     init: str = setting("zeros", _init)
     dropout: float = setting(0.0, check_rate)
-    param_dtype: DTypeLike | None = setting(jnp.float32, optional(_dtype))
+    param_dtype: DTypeLike | None = setting(jnp.float32, _optional(check_dtype))
+    execution: str = setting("auto", _execution)
     seed: int = setting(0, lambda _, value: check_seed(value))
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+        if self.square_rank is not None and self.rank != DEFAULT_RANK:
+            raise ValueError(
+                f"rank and square_rank exclude each other, got rank={self.rank} and "
+                f"square_rank={self.square_rank}: rank is a budget that q is chosen "
+                "by, square_rank is q itself"
+            )

@@ -1,4 +1,4 @@
-"""How one kernel is adapted: everything except the arrays."""
+"""The adapter of one kernel: everything except its arrays."""
 
 import dataclasses
 import math
@@ -7,22 +7,22 @@ from typing import Any
 
 from jax.typing import DTypeLike
 
-from mora_jax._common.axes import check_axes, sizes
+from mora_jax._common.axes import check_axes, features, sizes
 from mora_jax._common.checks import floating_dtype
 from mora_jax._common.types import Shape
 from mora_jax._mesh.layout import KernelLayout
 from mora_jax._plan.config import MoRAConfig, check_config
-from mora_jax._plan.settings import SETTINGS, AdapterChoice, AdapterSettings
+from mora_jax._plan.settings import SETTINGS, AdapterSettings, KernelConfig
 from mora_jax.operators import Operator, make_operator, square_rank
 from mora_jax.operators._registry import resolve_auto
 
 SUFFIX = "_mora"
-"""What the name of an M ends in, after the name of its kernel."""
+"""The end of the name of an M, after the name of its kernel."""
 
 
 @dataclasses.dataclass(frozen=True)
 class AdapterSpec(AdapterSettings):
-    """How one kernel is adapted: everything except the arrays; hashable.
+    """The adapter of one kernel: everything except its arrays; hashable.
 
     Attributes:
       operator: The maps C and D.
@@ -32,8 +32,8 @@ class AdapterSpec(AdapterSettings):
         the two factors of the delta, the rate of dropout on the adapter's input, how M
         starts ("zeros" or "gaussian"), the dtype of M, and how a dense layer computes.
       path: The kernel's place in its params tree, a tuple of keys.
-      layout: Where the kernel's features are on a mesh, as `sharding.plan_on_mesh`
-        finds it; None for one device.
+      layout: The places of the kernel's features on a mesh, as
+        `sharding.plan_on_mesh` finds them; None for one device.
       base_digest: Digests of the kernel that the adapter was trained on, one for each
         index of its stack axes; None if no file holds them. Two specs that differ in
         this alone are equal.
@@ -42,6 +42,7 @@ class AdapterSpec(AdapterSettings):
 
     Example::
 
+      >>> import jax.numpy as jnp
       >>> import mora_jax
       >>> params = {"fc": {"kernel": jnp.ones((64, 64))}}
       >>> spec = mora_jax.plan(params, mora_jax.MoRAConfig(rank=2))["fc/kernel"]
@@ -61,19 +62,19 @@ class AdapterSpec(AdapterSettings):
         if not isinstance(self.operator, Operator):
             raise TypeError(f"operator must be an Operator, got {self.operator!r}")
         check_axes(self.axes, len(self.kernel_shape))
-        widths = self.operator.in_features, self.operator.out_features
-        if widths != (self.in_features, self.out_features):
+        ins, outs = features(self.kernel_shape, self.axes)
+        if (self.operator.in_features, self.operator.out_features) != (ins, outs):
             raise ValueError(
-                f"operator for {widths[0]} -> {widths[1]} features does not fit a "
-                f"kernel of shape {self.kernel_shape} with axes {self.axes!r}: "
-                f"{self.in_features} -> {self.out_features}"
+                f"operator for {self.operator.in_features} -> "
+                f"{self.operator.out_features} features does not fit a kernel of shape "
+                f"{self.kernel_shape} with axes {self.axes!r}: {ins} -> {outs}"
             )
         super().__post_init__()
 
     @classmethod
     def from_config(
         cls,
-        config: MoRAConfig | None,
+        config: KernelConfig | None,
         kernel_shape: Shape,
         axes: str = "io",
         path: tuple[str, ...] = ("kernel",),
@@ -93,10 +94,16 @@ class AdapterSpec(AdapterSettings):
         Raises:
           ValueError: The axes do not fit the shape, or the kernel is too small.
         """
-        config = check_config(config)
+        if not isinstance(config, KernelConfig):
+            config = check_config(config)
+        if isinstance(config, MoRAConfig) and config.train:
+            raise ValueError(
+                f"train must be empty for one layer, got {config.train}: it names "
+                "arrays of a whole model, which mora_jax.plan, linen.plan and nnx.plan "
+                "find"
+            )
         check_axes(axes, len(kernel_shape))
-        ins, outs = (math.prod(sizes(kernel_shape, axes, letter)) for letter in "io")
-        operator = _operator(config, ins, outs)
+        operator = _operator(config, *features(kernel_shape, axes))
         scale = 1.0 if config.scale == "paper" else operator.fine_tuning_scale
         dtype = config.param_dtype
         settings = {name: getattr(config, name) for name in SETTINGS} | {
@@ -108,7 +115,7 @@ class AdapterSpec(AdapterSettings):
 
     @property
     def factor(self) -> float:
-        """What multiplies the delta: alpha times scale."""
+        """The factor of the delta: alpha times scale."""
         return self.alpha * self.scale
 
     @property
@@ -119,18 +126,18 @@ class AdapterSpec(AdapterSettings):
     @property
     def in_features(self) -> int:
         """The product of the kernel's input axes."""
-        return math.prod(sizes(self.kernel_shape, self.axes, "i"))
+        return features(self.kernel_shape, self.axes)[0]
 
     @property
     def out_features(self) -> int:
         """The product of the kernel's output axes."""
-        return math.prod(sizes(self.kernel_shape, self.axes, "o"))
+        return features(self.kernel_shape, self.axes)[1]
 
     def seen_by(self, ndim: int | None) -> tuple[Shape, str]:
         """The shape and the axes of the kernel as a layer sees it.
 
         Args:
-          ndim: How many of the kernel's axes the layer sees, the last ones: a lifted
+          ndim: The number of axes, the last ones, that the layer sees: a lifted
             transformation takes off leading stack axes. None stands for all.
         """
         first = 0 if ndim is None else len(self.axes) - ndim
@@ -148,7 +155,7 @@ class AdapterSpec(AdapterSettings):
 
     @property
     def parameters(self) -> int:
-        """How many numbers M holds."""
+        """The number of parameters of M."""
         return math.prod(self.shape)
 
     @property
@@ -200,7 +207,7 @@ class AdapterSpec(AdapterSettings):
         )
 
 
-def _operator(config: AdapterChoice, ins: int, outs: int) -> Operator:
+def _operator(config: KernelConfig, ins: int, outs: int) -> Operator:
     """The operator that `config` asks for, between `ins` and `outs` features."""
     q, operator = config.square_rank, config.operator
     if q is None:
@@ -214,15 +221,13 @@ def _operator(config: AdapterChoice, ins: int, outs: int) -> Operator:
     return make_operator(operator, ins, outs, q, seed=config.seed)
 
 
-_SIZES = {"in_features", "out_features", "square_rank", "squares"}
-
-
 def operator_settings(operator: Operator) -> dict[str, Any]:
     """An operator's name and settings, with the seed and without sizes.
 
     A digest stands for arrays that are given.
     """
-    fields = {f.name for f in dataclasses.fields(operator) if f.compare} - _SIZES
+    fields = {field.name for field in dataclasses.fields(operator) if field.compare}
+    fields -= {size.name for size in dataclasses.fields(Operator)}
     fields |= {"digest"} if operator.given else set()
     values = {name: getattr(operator, name) for name in sorted(fields)}
     return {"name": operator.name, **values}

@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from mora_jax._common.checks import DEQUANTISE, floating_dtype
-from mora_jax._common.types import Shape
-from mora_jax._layer.dense import as_jax_array
-from mora_jax._tree.paths import Path, lacking
+from mora_jax._common.checks import DEQUANTISE, as_jax_array
+from mora_jax._common.suggestions import lacking
+from mora_jax._common.types import Path, Shape
+from mora_jax._plan.settings import check_dtype, check_settings, setting
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,22 +40,20 @@ class TrainedArray:
 
     path: Path
     shape: Shape
-    dtype: DTypeLike = jnp.float32
-    base_dtype: DTypeLike = jnp.float32
+    dtype: DTypeLike = setting(jnp.float32, check_dtype)
+    base_dtype: DTypeLike = setting(jnp.float32, check_dtype)
 
     def __post_init__(self) -> None:
-        for field in ("dtype", "base_dtype"):
-            dtype = floating_dtype(getattr(self, field), field)
-            object.__setattr__(self, field, dtype)
+        check_settings(self)
 
     @classmethod
     def of(cls, path: Path, leaf: Any, param_dtype: DTypeLike | None) -> "TrainedArray":
-        """The array `leaf` of the base, whose copy is no narrower than it is.
+        """The array `leaf` of the base, whose copy has its dtype or a wider one.
 
         Args:
           path: The array's place in the params tree.
           leaf: The array, or its shape.
-          param_dtype: The dtype that the copy has at least; None for that of `leaf`.
+          param_dtype: The narrowest dtype of the copy; None for the dtype of `leaf`.
 
         Raises:
           TypeError: The array is not floating-point.
@@ -71,7 +69,7 @@ class TrainedArray:
 
     @property
     def parameters(self) -> int:
-        """How many numbers it holds."""
+        """The number of its entries."""
         return math.prod(self.shape)
 
     def check(self, array: Any, where: str = "") -> None:
@@ -116,7 +114,7 @@ def find_trained(
 
     Raises:
       TypeError: The base's array is not floating-point.
-      ValueError: There is no such array, or it has another shape.
+      ValueError: The params lack the array, or it has another shape.
     """
     name = trained.name
     if name not in leaves:
@@ -132,17 +130,17 @@ def copies(
     leaves: Mapping[str, tuple[Path, Any]], trained: Iterable[TrainedArray]
 ) -> dict[Path, jax.Array]:
     """{path: a copy of the base's array, with which training starts}."""
-    found = {}
-    for one in trained:
-        _, leaf = find_trained(leaves, one)
+    arrays = {}
+    for array in trained:
+        _, leaf = find_trained(leaves, array)
         if isinstance(leaf, jax.ShapeDtypeStruct):
             raise TypeError(
-                f"params must hold arrays, got the shape of {one.name!r}, which the "
+                f"params must hold arrays, got the shape of {array.name!r}, which the "
                 "plan trains: call init under jax.eval_shape for shapes"
             )
         # A copy in any case: a step may be given the adapters to overwrite.
-        found[one.path] = jnp.array(leaf, dtype=one.dtype, copy=True)
-    return found
+        arrays[array.path] = jnp.array(leaf, dtype=array.dtype, copy=True)
+    return arrays
 
 
 def replacements(
@@ -155,17 +153,17 @@ def replacements(
     Args:
       leaves: The leaves of the params, as `named_leaves` gives them.
       items: The trained arrays with their copies.
-      dtype: The dtype of the results, in place of that of the base's arrays.
+      dtype: The dtype of the results; None for the dtypes of the base's arrays.
     """
-    found = {}
+    arrays = {}
     for trained, copy in items:
         path, leaf = find_trained(leaves, trained)
         array = as_jax_array(trained.name, copy)
-        found[path] = array.astype(dtype or leaf.dtype)
-    return found
+        arrays[path] = array.astype(dtype or leaf.dtype)
+    return arrays
 
 
 def refuse_trained(trained: Iterable[TrainedArray], why: str) -> None:
     """Raise if there are trained arrays; `why` says what cannot be done with them."""
-    for one in trained:
-        raise ValueError(f"{one.name}: the plan trains this array itself, {why}")
+    for array in trained:
+        raise ValueError(f"{array.name}: the plan trains this array itself, {why}")

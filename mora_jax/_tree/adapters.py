@@ -10,12 +10,12 @@ from jax.typing import DTypeLike
 from jaxtyping import PRNGKeyArray
 
 from mora_jax._common.checks import check_key
+from mora_jax._common.types import Path
 from mora_jax._layer.dense import FrozenDense
 from mora_jax._plan.plan import Plan, check_plan
 from mora_jax._plan.spec import SUFFIX, AdapterSpec
 from mora_jax._plan.trained_arrays import Items, copies, replacements
 from mora_jax._tree.paths import (
-    Path,
     adapter_of,
     adapter_path,
     located_leaves,

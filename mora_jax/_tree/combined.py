@@ -5,15 +5,15 @@ from typing import Any
 
 from flax import nnx
 
+from mora_jax._common.suggestions import nearest_paths
+from mora_jax._common.types import Path
 from mora_jax._plan.plan import Plan, check_plan
 from mora_jax._plan.spec import SUFFIX
 from mora_jax._plan.trained_arrays import find_trained
 from mora_jax._tree.adapters import Tree, adapter_items, nest, trained_items
 from mora_jax._tree.paths import (
-    Path,
     located_leaves,
     named_leaves,
-    nearest_paths,
     refuse_model,
     replace_leaves,
     unboxed,

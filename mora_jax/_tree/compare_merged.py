@@ -11,13 +11,14 @@ import numpy as np
 from flax import nnx
 
 from mora_jax._common.checks import check_number, check_seed
+from mora_jax._common.types import Path
 from mora_jax._layer.delta import delta_kernel
 from mora_jax._plan.plan import Plan, check_plan
 from mora_jax._plan.spec import AdapterSpec
 from mora_jax._plan.trained_arrays import copies
 from mora_jax._tree.adapters import Tree, nest
 from mora_jax._tree.merge import merge
-from mora_jax._tree.paths import Path, adapter_path, named_leaves
+from mora_jax._tree.paths import adapter_path, named_leaves
 
 Outputs = Callable[[Any], list[jax.Array]]
 """A function of adapters that returns the floating-point outputs of a model."""

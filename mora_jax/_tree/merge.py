@@ -7,10 +7,10 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Float
 
-from mora_jax._common.checks import check_finite, floating_dtype
-from mora_jax._common.types import ArrayLike
+from mora_jax._common.checks import as_jax_array, check_finite, floating_dtype
+from mora_jax._common.types import ArrayLike, Path
 from mora_jax._layer.delta import delta_kernel
-from mora_jax._layer.dense import FrozenDense, as_jax_array, params_adapter
+from mora_jax._layer.dense import FrozenDense, params_adapter
 from mora_jax._layer.rounding import Rounding, add_rounded, check_rounding
 from mora_jax._plan.plan import Plan, check_plan
 from mora_jax._plan.spec import SUFFIX, AdapterSpec
@@ -24,7 +24,7 @@ from mora_jax._tree.adapters import (
     with_trained,
 )
 from mora_jax._tree.base_digest import check_base
-from mora_jax._tree.paths import Path, find_kernel, named_leaves, replace_leaves
+from mora_jax._tree.paths import find_kernel, named_leaves, replace_leaves
 
 
 @overload

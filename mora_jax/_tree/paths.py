@@ -1,8 +1,6 @@
 """Slash-joined paths, which say where a leaf is in a tree."""
 
-import difflib
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -10,12 +8,12 @@ import jax
 from flax import nnx
 from flax.core.meta import AxisMetadata
 
-from mora_jax._common.checks import DEQUANTISE, check_kernel
+from mora_jax._common.checks import check_kernel
+from mora_jax._common.suggestions import lacking
+from mora_jax._common.types import Path
 from mora_jax._layer.slots import Selected, Slots
 from mora_jax._plan.spec import SUFFIX, AdapterSpec, check_same
 from mora_jax._tree.start import check_adapter
-
-Path = tuple[str, ...]
 
 
 def located_leaves(tree: Any, what: str = "params") -> dict[Path, Any]:
@@ -82,16 +80,6 @@ def find_kernel(
             )
         return path, kernel
     raise ValueError(f"params lack the kernel {name!r}{lacking(name, leaves)}")
-
-
-def lacking(name: str, names: Iterable[str]) -> str:
-    """Why a model may lack the path `name`, as the end of a message."""
-    parts = [path for path in names if path.startswith(f"{name}/")]
-    if parts:
-        return f"; they have parts of it, such as {parts[0]!r}: {DEQUANTISE}"
-    if f"params/{name}" in names:
-        return "; pass variables['params'], not all variables"
-    return nearest_paths(name, names)
 
 
 def refuse_variables(params: Any, what: str = "params") -> None:
@@ -211,41 +199,6 @@ def _kind(leaf: Any) -> str:
     if hasattr(leaf, "shape"):
         return f"an array of shape {tuple(leaf.shape)} without a name"
     return type(leaf).__name__
-
-
-def pattern_hint(pattern: str, names: Iterable[str]) -> str:
-    """What a pattern that matches nothing may mean, as the end of a message."""
-    names = list(names)
-    group = f"(?:{pattern})" if "|" in pattern else pattern
-    wider = rf"(.*/)?{group}/kernel", rf"(.*/)?{group}(/.*)?", rf".*{group}.*"
-    for candidate in wider:
-        try:
-            matched = [name for name in names if re.fullmatch(candidate, name)]
-        except re.error:  # flags in the pattern, which must stand at the beginning
-            break
-        if matched:
-            more = f" and {len(matched) - 1} more" if len(matched) > 1 else ""
-            return (
-                f"; patterns match whole paths: {candidate!r} would match "
-                f"{matched[0]!r}{more}"
-            )
-    return nearest_paths(pattern, names)
-
-
-def nearest_paths(name: str, names: Iterable[str]) -> str:
-    """The paths that are most like `name`, as the end of a message."""
-    words = re.sub(r"\\?[.*+?()|\[\]^$\\]+", " ", name).strip(" /")
-    depth = words.count("/") + 1
-    # Paths are compared by runs of as many words as the name has. So layers of the same
-    # kind are one candidate, and a wrong word counts for more than a long path to it.
-    runs: dict[str, str] = {}
-    for path in names:
-        parts = path.split("/")
-        for end in range(len(parts), min(depth, len(parts)) - 1, -1):
-            runs.setdefault("/".join(parts[max(0, end - depth) : end]), path)
-    close = difflib.get_close_matches(words, runs, n=3, cutoff=0.0)
-    shown = ", ".join(map(repr, dict.fromkeys(runs[run] for run in close)))
-    return f"; the nearest are {shown}" if close else ""
 
 
 def adapter_path(spec: AdapterSpec) -> Path:

@@ -8,16 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from mora_jax._common.types import ArrayLike
+from mora_jax._common.types import ArrayLike, Path
 from mora_jax._plan.plan import Plan
 from mora_jax._tree.adapters import nest
-from mora_jax._tree.paths import (
-    Path,
-    adapter_path,
-    located_leaves,
-    replace_leaves,
-    unboxed,
-)
+from mora_jax._tree.paths import adapter_path, located_leaves, replace_leaves, unboxed
 
 
 def ravel_adapters(adapters: Any) -> Float[jax.Array, " parameters"]:

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from mora_jax._common.checks import as_jax_array
 from mora_jax._common.types import Shape
-from mora_jax._layer.dense import as_jax_array
 from mora_jax.io._errors import AdapterFileError
 from mora_jax.io._files import missing_files
 from mora_jax.io._json import check_record, parse, short

@@ -10,7 +10,7 @@ from jaxtyping import Float, PRNGKeyArray, Shaped
 from mora_jax._common.types import ArrayLike
 from mora_jax._flax.adapted_call import adapt_call
 from mora_jax._flax.layer_rules import rules_of
-from mora_jax._plan.config import MoRAConfig, check_config, refuse_train
+from mora_jax._plan.config import MoRAConfig, check_config
 from mora_jax._plan.spec import SUFFIX, AdapterSpec
 from mora_jax._tree.start import init_adapter
 from mora_jax.products import DENSE, Contraction
@@ -68,7 +68,6 @@ class MoRADense(nn.Dense):
           (..., features).
         """
         shape = (inputs.shape[-1], self.features)
-        refuse_train(self.config, "one layer")
         path = (*self.path, "kernel")
         spec = AdapterSpec.from_config(
             self.config, shape, path=path, kernel_dtype=self.param_dtype

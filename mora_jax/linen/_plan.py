@@ -5,15 +5,16 @@ from typing import Any
 
 import flax.linen as nn
 
+from mora_jax._common.types import Path
 from mora_jax._flax.layer_rules import rules_of
+from mora_jax._flax.planning import plan_surveyed
 from mora_jax._flax.survey import Survey
 from mora_jax._plan.config import MoRAConfig, check_config
 from mora_jax._plan.plan import Plan
-from mora_jax._plan.planning import plan_surveyed
 from mora_jax._plan.spec import SUFFIX
 from mora_jax._tree.adapters import nest
 from mora_jax._tree.combined import combine
-from mora_jax._tree.paths import Path, named_leaves
+from mora_jax._tree.paths import named_leaves
 from mora_jax.linen._bound import BoundAdapter, check_model, params_of
 
 

@@ -11,12 +11,13 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from mora_jax._common.checks import check_finite, check_number
+from mora_jax._common.types import Path
 from mora_jax._plan.plan import Plan, check_plan, refuse_other_plan
 from mora_jax._plan.spec import AdapterSpec
 from mora_jax._plan.trained_arrays import refuse_trained
 from mora_jax._tree.adapters import Tree, nest
 from mora_jax._tree.merge import finite_items, wide
-from mora_jax._tree.paths import Path, adapter_path
+from mora_jax._tree.paths import adapter_path
 
 Adapter = tuple[Any, Plan]
 """Adapters, as `init` makes them, and the plan that they follow."""

@@ -8,16 +8,16 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from mora_jax._common.checks import check_finite
+from mora_jax._common.checks import as_jax_array, check_finite
+from mora_jax._common.types import Path
 from mora_jax._layer.delta import delta_kernel
-from mora_jax._layer.dense import as_jax_array
 from mora_jax._plan.plan import Plan, check_plan
 from mora_jax._plan.spec import SUFFIX, AdapterSpec
 from mora_jax._plan.trained_arrays import find_trained, refuse_trained
 from mora_jax._tree.adapters import Tree, nest, refuse_combined, trained_items
 from mora_jax._tree.base_digest import check_base
 from mora_jax._tree.merge import finite_items, wide
-from mora_jax._tree.paths import Path, adapter_path, located_leaves, named_leaves
+from mora_jax._tree.paths import adapter_path, located_leaves, named_leaves
 from mora_jax.mixing._pairs import (
     NO_DELTA,
     Adapter,

@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import PRNGKeyArray
 
 from mora_jax._common.checks import check_seed
-from mora_jax._mesh.layout import explicit_sharding, with_auto_axes
+from mora_jax._mesh.placement import explicit_sharding, with_auto_axes
 
 
 class AdapterDropout(nnx.Dropout):

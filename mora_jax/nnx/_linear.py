@@ -4,7 +4,7 @@ from typing import Any
 
 from flax import nnx
 
-from mora_jax._plan.config import MoRAConfig, refuse_train
+from mora_jax._plan.config import MoRAConfig
 from mora_jax._plan.spec import SUFFIX, AdapterSpec
 from mora_jax._tree.start import init_adapter
 from mora_jax.nnx._classes import DROPOUT, adapted_class
@@ -49,7 +49,6 @@ class MoRALinear(nnx.Linear):
         **kwargs: Any,
     ):
         super().__init__(in_features, out_features, rngs=rngs, **kwargs)
-        refuse_train(config, "one layer")
         shape = (in_features, out_features)
         spec = AdapterSpec.from_config(config, shape, kernel_dtype=self.kernel.dtype)
         key = rngs.params() if spec.init == "gaussian" else None

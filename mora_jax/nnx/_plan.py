@@ -7,10 +7,10 @@ from typing import Any
 from flax import nnx
 
 from mora_jax._flax.layer_rules import LayerRule, folded_kernels, planning_rules
+from mora_jax._flax.planning import plan_surveyed
 from mora_jax._flax.survey import Survey, refuse_untraced
 from mora_jax._plan.config import MoRAConfig, check_config
 from mora_jax._plan.plan import Plan
-from mora_jax._plan.planning import plan_surveyed
 from mora_jax._tree.paths import named_leaves
 from mora_jax.nnx._adapters import named_modules
 from mora_jax.nnx._classes import plain_class, subclass

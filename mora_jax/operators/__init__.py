@@ -1,7 +1,6 @@
 """The operators: the fixed maps C and D around M, one noun in each file."""
 
 from mora_jax.operators._base import Operator as Operator
-from mora_jax.operators._gradient_bases import gradient_bases as gradient_bases
 from mora_jax.operators._registry import OPERATORS as OPERATORS
 from mora_jax.operators._registry import make_operator as make_operator
 from mora_jax.operators._registry import square_rank as square_rank

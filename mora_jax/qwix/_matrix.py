@@ -8,9 +8,9 @@ import jax
 from flax import nnx
 from jaxtyping import PRNGKeyArray
 
+from mora_jax._common.types import Path
 from mora_jax._layer.slots import Selected
 from mora_jax._plan.spec import SUFFIX, AdapterSpec
-from mora_jax._tree.paths import Path
 from mora_jax._tree.start import init_adapter
 from mora_jax.nnx._adapters import named_sharding
 from mora_jax.nnx._classes import DROPOUT

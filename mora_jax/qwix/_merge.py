@@ -9,23 +9,16 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.core import Tracer
 
-from mora_jax._common.checks import check_choice, check_kernel
+from mora_jax._common.checks import as_jax_array, check_choice, check_kernel
+from mora_jax._common.suggestions import lacking
 from mora_jax._layer.delta import delta_kernel
-from mora_jax._layer.dense import as_jax_array
 from mora_jax._layer.rounding import add_rounded, share_lost
 from mora_jax._plan.plan import Plan, check_plan
 from mora_jax._plan.spec import SUFFIX, AdapterSpec
 from mora_jax._plan.trained_arrays import refuse_trained
 from mora_jax._tree.base_digest import check_base
 from mora_jax._tree.merge import finite_items
-from mora_jax._tree.paths import (
-    is_boxed,
-    key_name,
-    lacking,
-    located_leaves,
-    reboxed,
-    unboxed,
-)
+from mora_jax._tree.paths import is_boxed, key_name, located_leaves, reboxed, unboxed
 from mora_jax.nnx._adapters import adapters as adapters_of
 from mora_jax.nnx._adapters import named_modules, plan_of
 from mora_jax.nnx._classes import DROPOUT

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mora_jax._tree.paths import Path
+from mora_jax._common.types import Path
 
 OLDEST, NEWEST = "0.1.5", "0.1.8"
 

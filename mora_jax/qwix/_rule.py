@@ -1,23 +1,24 @@
-"""What a user asks for, for the modules that match a pattern."""
+"""Settings of the modules that match a pattern."""
 
 import dataclasses
 import functools
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import qwix
 
 from mora_jax._plan.config import MoRAConfig
-from mora_jax._plan.settings import AdapterChoice
+from mora_jax._plan.settings import KernelConfig
 from mora_jax.qwix import _private
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MoRARule(qwix.QuantizationRule, AdapterChoice):
+class MoRARule(qwix.QuantizationRule, KernelConfig):
     """`qwix.QuantizationRule` with adapters for the modules that it matches.
 
-    Its settings of adapters are those of `mora_jax.MoRAConfig`, from `rank` to `seed`.
+    It has settings of `mora_jax.MoRAConfig` as well, for the kernels of these: rank,
+    operator, alpha, scale, square_rank, multiple_of, init, dropout, param_dtype, seed.
 
     Example::
 
@@ -27,6 +28,9 @@ class MoRARule(qwix.QuantizationRule, AdapterChoice):
       True
     """
 
+    # qwix computes the products, so a rule lacks this setting.
+    execution: ClassVar[str] = "auto"  # type: ignore[misc]
+
     def __post_init__(self) -> None:
         _ = self.config
         check_rule(self)
@@ -34,7 +38,7 @@ class MoRARule(qwix.QuantizationRule, AdapterChoice):
     @functools.cached_property
     def config(self) -> MoRAConfig:
         """The same settings as a config."""
-        names = [field.name for field in dataclasses.fields(AdapterChoice)]
+        names = [field.name for field in dataclasses.fields(KernelConfig)]
         return MoRAConfig(**{name: getattr(self, name) for name in names})
 
 

@@ -10,8 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from mora_jax._common.checks import check_finite, positive_integer
-from mora_jax._layer.dense import as_jax_array
+from mora_jax._common.checks import as_jax_array, check_finite, positive_integer
 from mora_jax._layer.slots import Selected, Slots, beyond_if_none
 from mora_jax._plan.plan import Plan, check_plan
 from mora_jax._plan.trained_arrays import refuse_trained

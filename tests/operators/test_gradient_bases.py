@@ -11,9 +11,9 @@ from flax import nnx
 from helpers import close, random
 
 import mora_jax
-from mora_jax import MoRAConfig, io
+from mora_jax import MoRAConfig, gradient_bases, io
 from mora_jax.io import AdapterFileError
-from mora_jax.operators import Subspace, gradient_bases
+from mora_jax.operators import Subspace
 
 AXES = {"b/kernel": {"axes": "oi"}, "c/kernel": {"axes": "sio"}}
 SHAPES = {"a": (24, 36), "b": (20, 28), "c": (3, 16, 24)}

@@ -1,6 +1,7 @@
 """The package as a whole: names, layering, what importing it costs."""
 
 import ast
+import functools
 import inspect
 import re
 from graphlib import TopologicalSorter
@@ -41,60 +42,111 @@ def modules():
     return found
 
 
+class Imports(ast.NodeVisitor):
+    """Collects what a file imports anywhere: also in functions, not for types alone."""
+
+    def __init__(self, path):
+        self.found = set()
+        self.visit(ast.parse(path.read_text()))
+
+    def visit_If(self, node):
+        checks_types = "TYPE_CHECKING" in ast.unparse(node.test)
+        for child in node.orelse if checks_types else (*node.body, *node.orelse):
+            self.visit(child)
+
+    def visit_ImportFrom(self, node):
+        self.found |= {f"{node.module}.{alias.name}" for alias in node.names}
+
+    def visit_Import(self, node):
+        self.found |= {alias.name for alias in node.names}
+
+
+@functools.cache
 def imports():
-    """{module: modules of ours that it imports at its top level}."""
-    graph = {module: set() for module in modules()}
-    for module, path in modules().items():
-        for node in ast.parse(path.read_text()).body:
-            if isinstance(node, ast.ImportFrom) and node.module:
-                for alias in node.names:
-                    below = f"{node.module}.{alias.name}"
-                    graph[module].add(below if below in graph else node.module)
-    return {module: found & graph.keys() for module, found in graph.items()}
+    """{module: what it imports, where a name in a module of ours is that module}."""
+    files = modules()
+
+    def module_of(name):
+        module = name.rpartition(".")[0]
+        return module if name not in files and module in files else name
+
+    return {m: set(map(module_of, Imports(path).found)) for m, path in files.items()}
 
 
-def imported(path):
-    """The packages that a file imports anywhere."""
-    nodes = list(ast.walk(ast.parse(path.read_text())))
-    found = {n.module or "" for n in nodes if isinstance(n, ast.ImportFrom)}
-    found |= {a.name for n in nodes if isinstance(n, ast.Import) for a in n.names}
-    return {name.partition(".")[0] for name in found}
+def ours(module):
+    """The modules of ours that a module imports."""
+    return imports()[module] & imports().keys()
+
+
+def reached(module):
+    """All modules that importing `module`, and calling what is in it, can import."""
+    found, new = set(), {module}
+    while new:
+        found |= new
+        new = {name for old in new for name in imports().get(old, ())} - found
+    return found
 
 
 def test_imports_run_one_way():
-    graph = imports()
-    assert len(graph) > 15
+    assert len(imports()) > 15
+    graph = {module: ours(module) for module in imports()}
     list(TopologicalSorter(graph).static_order())  # raises a CycleError with the way
 
 
-APIS = "linen", "nnx"
-SHELLS = "mora_jax.qwix", "mora_jax.gemma"
-"""What is built on them for other libraries."""
-ROOMS = {
-    "operators": ("_mesh", "_layer", "_plan", "products", "_flax"),
-    "products": ("_mesh", "_layer", "_plan", "_flax"),
-    "_mesh": ("_layer", "_plan", "_flax"),
-    "_layer": ("_flax",),
-}
-"""What each room must not know, besides Flax and what is built on it."""
+FLOORS = [
+    "_common",
+    "_jax _layer.tuning",
+    "operators",
+    "products _mesh _layer.squares",
+    "_plan",
+    "_layer",
+    "_tree.paths _tree.start",
+    "_layer.dense",
+    "_tree",
+    "_trace_check",
+    "_flax",
+    "linen sharding",
+    "nnx",
+    "_tree.compare_merged gemma tunix",
+    "diagnostics io mixing serving",
+    "qwix remora",
+    "cli",
+]
+"""The rooms from the ground up. A room may import its own floor and those below it; a
+module that is named apart from its room is on the floor that names it."""
 
 
-@pytest.mark.parametrize("room", ROOMS)
-def test_rooms_do_not_know_what_is_above_them(room):
-    above = tuple(f"mora_jax.{name}" for name in (*APIS, "io", "cli", *ROOMS[room]))
-    inside = f"mora_jax.{room}"
-    found = {m: others for m, others in imports().items() if m.startswith(inside)}
-    assert found
-    for module, others in found.items():
-        assert not [other for other in others if other.startswith(above)], module
-        assert not imported(modules()[module]) & {"flax", "optax"}, module
+def floor_of(module):
+    """The number of a module's floor; the package itself is above all of them."""
+    name = module.removeprefix("mora_jax").removeprefix(".")
+    floors = {room: k for k, rooms in enumerate(FLOORS) for room in rooms.split()}
+    rooms = [room for room in floors if f"{name}.".startswith(f"{room}.")]
+    return floors[max(rooms, key=len)] if name else len(FLOORS)
 
 
-def test_the_core_does_not_know_the_two_apis():
-    apis = tuple(f"mora_jax.{name}" for name in APIS)
-    for module, found in imports().items():
-        if module != "mora_jax" and not module.startswith((*apis, *SHELLS)):
-            assert not [other for other in found if other.startswith(apis)], module
+def test_no_room_knows_what_is_above_it():
+    for module in imports():
+        above = {name for name in ours(module) if floor_of(name) > floor_of(module)}
+        assert not above, module
+
+
+def test_a_plan_is_a_record():
+    """It needs operators, and nothing that computes with them, traces or knows Flax."""
+    found = reached("mora_jax._plan.plan") - {"mora_jax._layer.tuning"}
+    packages = {name.partition(".")[0] for name in found}
+    assert "mora_jax._plan.spec" in found and not packages & {"flax", "optax"}
+    above = "_layer", "_tree", "_trace_check", "_flax", "products", "linen", "nnx"
+    above = tuple(f"mora_jax.{room}." for room in above)
+    assert not [name for name in found if name.startswith(above)]
+
+
+@pytest.mark.parametrize("room", ["operators", "products", "_mesh", "_plan", "_layer"])
+def test_what_computes_does_not_know_flax(room):
+    inside = [m for m in imports() if m.startswith(f"mora_jax.{room}")]
+    assert inside
+    for module in inside:
+        packages = {name.partition(".")[0] for name in imports()[module]}
+        assert not packages & {"flax", "optax"}, module
 
 
 def test_importing_needs_the_core_alone():

@@ -12,12 +12,12 @@ from jax.sharding import AbstractMesh, Sharding
 from jax.typing import DTypeLike
 
 from mora_jax._common.checks import floating_dtype
+from mora_jax._common.suggestions import nearest_paths
 from mora_jax._common.types import Shape
 from mora_jax._plan.spec import SUFFIX
 from mora_jax._tree.paths import (
     is_boxed,
     located_leaves,
-    nearest_paths,
     refuse_variables,
     replace_leaves,
 )

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
+from mora_jax._common.suggestions import nearest_paths
 from mora_jax._common.types import Shape
-from mora_jax._tree.paths import nearest_paths
 from mora_jax.io._errors import AdapterFileError
 from mora_jax.io._families import BUFFERS, TIED
 from mora_jax.io._json import read_json, short

@@ -8,6 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from mora_jax._common.suggestions import nearest_paths
 from mora_jax._common.types import Shape
 from mora_jax._layer.delta import delta_kernel, scaled
 from mora_jax._plan.plan import Plan
@@ -20,7 +21,6 @@ from mora_jax._tree.base_digest import (
     row_numbers,
     rows_digest,
 )
-from mora_jax._tree.paths import nearest_paths
 from mora_jax.io._errors import AdapterFileError
 from mora_jax.io._modules import Module, modules_of
 from mora_jax.io._names import Names, Tensor, join_index, pairs

@@ -12,9 +12,9 @@ import numpy as np
 
 from mora_jax._common.axes import check_axes, sizes
 from mora_jax._common.checks import check_kernel
+from mora_jax._common.suggestions import lacking
 from mora_jax._plan.settings import AdapterSettings
 from mora_jax._plan.spec import AdapterSpec, operator_settings
-from mora_jax._tree.paths import lacking
 from mora_jax.io._json import dump, short
 from mora_jax.operators import Operator, Subspace, make_operator
 

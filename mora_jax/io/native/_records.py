@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mora_jax._common.suggestions import lacking
+from mora_jax._common.types import Path
 from mora_jax._plan.plan import Plan
 from mora_jax._plan.spec import SUFFIX
 from mora_jax._plan.trained_arrays import TrainedArray
-from mora_jax._tree.paths import Path, lacking
 from mora_jax.io._errors import AdapterFileError
 from mora_jax.io._json import check_record, dump, short
 from mora_jax.io.native import _layers

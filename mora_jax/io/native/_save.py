@@ -10,10 +10,11 @@ import jax
 import numpy as np
 from jax.core import Tracer
 
+from mora_jax._common.suggestions import nearest_paths
 from mora_jax._plan.plan import Plan, check_plan
 from mora_jax._plan.spec import AdapterSpec
 from mora_jax._tree.base_digest import kernel_digests
-from mora_jax._tree.paths import named_leaves, nearest_paths
+from mora_jax._tree.paths import named_leaves
 from mora_jax.io._errors import AdapterFileError
 from mora_jax.io._files import (
     CONFIG,

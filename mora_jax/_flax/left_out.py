@@ -1,43 +1,22 @@
-"""Which arrays of a model get no adapter, and why."""
+"""Arrays of a model that get no adapter, and the reasons."""
 
-import dataclasses
-import math
 import re
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
 
-from mora_jax._common.axes import sizes
+from mora_jax._common.alike import starred
+from mora_jax._common.axes import features
 from mora_jax._common.types import Shape
 from mora_jax._common.warnings import LeftOutWarning, warn
 from mora_jax._flax.survey import Survey
 from mora_jax._plan.config import DEFAULT_TARGETS, MoRAConfig
+from mora_jax._plan.plan import LeftOut
 from mora_jax.products import Convolution, Lookup, Product
 
 NO_KERNEL = re.compile(r"(?i).*(bias|scale|norm|pos|embed|token|mean|var|cache)[^/]*$")
 """Names of arrays that rarely multiply inputs, for models that were not traced."""
-
-
-@dataclasses.dataclass(frozen=True)
-class LeftOut:
-    """Arrays of one kind that get no adapter.
-
-    Attributes:
-      pattern: Their path, with "*" in place of numbers.
-      count: The number of arrays.
-      why: The reason.
-      multiplied: Whether they multiply inputs, as far as is known.
-    """
-
-    pattern: str
-    count: int
-    why: str
-    multiplied: bool
-
-    def __str__(self) -> str:
-        count = f" ({self.count})" if self.count > 1 else ""
-        return f"{self.pattern}{count}: {self.why}"
 
 
 def left_out_of(
@@ -51,8 +30,8 @@ def left_out_of(
     Args:
       arrays: {path: array} of those that have two or more axes and no adapter.
       excluded: The paths that `config.exclude` names.
-      config: What the user asked for.
-      survey: What is known of the arrays; None if only their shapes are.
+      config: The settings.
+      survey: The layers and the trace of a call; None if only shapes are known.
     """
     default = config.targets == DEFAULT_TARGETS
     quantized = {
@@ -70,8 +49,7 @@ def left_out_of(
             why, multiplied = "no target", False
         else:
             why, multiplied = _by_survey(name, tuple(leaf.shape), survey)
-        pattern = re.sub(r"\d+", "*", name)
-        kinds.setdefault((pattern, why, multiplied), []).append(name)
+        kinds.setdefault((starred(name), why, multiplied), []).append(name)
     return tuple(
         LeftOut(names[0] if len(names) == 1 else pattern, len(names), why, multiplied)
         for (pattern, why, multiplied), names in kinds.items()
@@ -91,12 +69,12 @@ def warn_of(left_out: Iterable[LeftOut]) -> None:
 
 
 def _matched(name: str, config: MoRAConfig) -> bool:
-    """Whether a pattern of the user's names the array; then that is not the reason."""
+    """True if a pattern of the user names the array; then that is not the reason."""
     return any(re.fullmatch(pattern, name) for pattern in config.targets)
 
 
 def _by_survey(name: str, shape: Shape, survey: Survey) -> tuple[str, bool]:
-    """Why the default targets leave an array out, and whether it multiplies inputs."""
+    """The reason why the default targets lack an array, and if it multiplies inputs."""
     uses = survey.uses
     if name in survey.products:
         product = survey.products[name]
@@ -113,13 +91,13 @@ def _by_survey(name: str, shape: Shape, survey: Survey) -> tuple[str, bool]:
 
 
 def is_too_narrow(product: Product, shape: Shape) -> bool:
-    """Whether a kernel has a single input or output feature, as a head of one number.
+    """True if a kernel has a single input or output feature, as a head of one number.
 
-    The default operator's M cannot be as narrow, and one of another operator would hold
-    a single number.
+    The default operator's M cannot be as narrow, and the M of another operator would
+    hold a single number.
     """
     axes = "s" * (len(shape) - len(product.axes)) + product.axes
-    return 1 in (math.prod(sizes(shape, axes, letter)) for letter in "io")
+    return 1 in features(shape, axes)
 
 
 def _kind(product: Product) -> str:

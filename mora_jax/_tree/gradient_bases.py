@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,22 +11,22 @@ import numpy as np
 from jax.core import Tracer
 
 from mora_jax._common.axes import rows_from_kernel
-from mora_jax.operators.subspace import Subspace
-
-if TYPE_CHECKING:
-    from mora_jax._plan.plan import Plan
-    from mora_jax._plan.spec import AdapterSpec
+from mora_jax._common.suggestions import lacking, nearest_paths
+from mora_jax._plan.plan import Plan, check_plan
+from mora_jax._plan.spec import AdapterSpec
+from mora_jax._tree.paths import named_leaves
+from mora_jax.operators import Subspace
 
 ROUNDS = 3
 """How often a subspace is multiplied by G G^T, which brings out the leading ones."""
 
 
-def gradient_bases(grads: Any, plan: "Plan") -> "Plan":
+def gradient_bases(grads: Any, plan: Plan) -> Plan:
     r"""The same plan with a `Subspace` for each kernel: the directions of its gradient.
 
     .. math:: G \approx U S V^T, \qquad C = U, \quad D = V^T
 
-    with the K q largest singular values. Take the gradient of the base's loss on a
+    with the q largest singular values. Take the gradient of the base's loss on a
     first small batch. A stack of kernels has the directions in common that hold most of
     the squares of all its gradients. M has the size that it had, and `scale` is the new
     operator's if it was the old one's. docs/what-it-learns.md says what it gains, and
@@ -45,8 +45,9 @@ def gradient_bases(grads: Any, plan: "Plan") -> "Plan":
     Raises:
       TypeError: `plan` is not a plan, or a gradient is not a concrete floating-point
         array.
-      ValueError: A kernel has no gradient, or two; a gradient has another shape than
-        its kernel, holds NaN or infinity, or is zero; or a path is not in the plan.
+      ValueError: A kernel lacks a gradient, or has two; a gradient has another shape
+        than its kernel, holds NaN or infinity, or is zero; or a path is not in the
+        plan.
 
     Example::
 
@@ -54,33 +55,27 @@ def gradient_bases(grads: Any, plan: "Plan") -> "Plan":
       >>> params = {"fc": {"kernel": jnp.ones((8, 8))}}
       >>> plan = mora_jax.plan(params, mora_jax.MoRAConfig(rank=1))
       >>> loss = lambda params: jnp.sum(jnp.sin(jnp.eye(8) @ params["fc"]["kernel"]))
-      >>> plan = mora_jax.operators.gradient_bases(jax.grad(loss)(params), plan)
+      >>> plan = mora_jax.gradient_bases(jax.grad(loss)(params), plan)
       >>> plan["fc/kernel"].operator.name, plan["fc/kernel"].shape
       ('subspace', (4, 4))
     """
-    # Plans are made of operators: what knows plans is imported when it is needed.
-    from mora_jax._plan.plan import check_plan
-    from mora_jax._tree.paths import lacking, nearest_paths
-
-    specs, made = dict(check_plan(plan)), {}
-    for name, gradient in _pairs(grads, specs):
-        if name not in specs:
+    specs: dict[str, AdapterSpec] = {}
+    for name, gradient in _pairs(grads, check_plan(plan)):
+        if name not in plan:
             raise ValueError(
-                f"grads have {name!r}, which the plan lacks{nearest_paths(name, specs)}"
+                f"grads have {name!r}, which the plan lacks{nearest_paths(name, plan)}"
             )
-        if name in made:
+        if name in specs:
             raise ValueError(f"grads have {name!r} twice")
-        made[name] = _with_bases(specs[name], gradient)
-    for name in specs:
-        if name not in made:
-            raise ValueError(f"grads lack the kernel {name!r}{lacking(name, made)}")
-    return dataclasses.replace(plan, specs=tuple(made[name] for name in specs))
+        specs[name] = _with_bases(plan[name], gradient)
+    for name in plan:
+        if name not in specs:
+            raise ValueError(f"grads lack the kernel {name!r}{lacking(name, specs)}")
+    return dataclasses.replace(plan, specs=tuple(specs[name] for name in plan))
 
 
-def _pairs(grads: Any, specs: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+def _pairs(grads: Any, plan: Plan) -> Iterator[tuple[str, Any]]:
     """(path, gradient) of each kernel."""
-    from mora_jax._tree.paths import named_leaves
-
     if isinstance(grads, Iterator):
         for pair in grads:
             if not (isinstance(pair, tuple) and len(pair) == 2):
@@ -95,12 +90,12 @@ def _pairs(grads: Any, specs: dict[str, Any]) -> Iterator[tuple[str, Any]]:
             * bool(grads)
         )
     for name, (_, gradient) in named_leaves(grads).items():
-        if name in specs:
+        if name in plan:
             yield name, gradient
 
 
-def _with_bases(spec: "AdapterSpec", gradient: Any) -> "AdapterSpec":
-    """An adapter between the leading directions of its kernel's gradient."""
+def _with_bases(spec: AdapterSpec, gradient: Any) -> AdapterSpec:
+    """The adapter between the leading directions of its kernel's gradient."""
     old, what = spec.operator, f"the gradient of {spec.name!r}"
     is_array = isinstance(gradient, jax.Array | np.ndarray)
     if isinstance(gradient, Tracer) or not is_array:
@@ -120,15 +115,14 @@ def _with_bases(spec: "AdapterSpec", gradient: Any) -> "AdapterSpec":
     rows = rows_from_kernel(jnp.asarray(gradient, jnp.float32) / largest, spec.axes)
     rows = rows.reshape(-1, spec.in_features, spec.out_features)
     sizes = old.in_features, old.out_features, old.square_rank
-    made = Subspace(
+    new = Subspace(
         *sizes,
-        squares=old.squares,
         in_basis=_leading(rows, old.width),
         out_basis=_leading(rows.swapaxes(1, 2), old.width),
     )
     scaled = spec.scale == old.fine_tuning_scale
-    scale = made.fine_tuning_scale if scaled else spec.scale
-    return dataclasses.replace(spec, operator=made, scale=scale)
+    scale = new.fine_tuning_scale if scaled else spec.scale
+    return dataclasses.replace(spec, operator=new, scale=scale)
 
 
 def _leading(matrices: jax.Array, count: int) -> np.ndarray:
@@ -157,7 +151,7 @@ def _span(matrices: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
 
     Between the rounds the columns are kept apart by an LU factorization: its L has
     their span, is cheaper than orthonormal columns, and is never deficient, since its
-    upper triangle is that of the unit matrix.
+    upper triangle is the one of the unit matrix.
 
     Returns:
       The columns, (features, a few more than count), and columns^T G G^T columns.
