@@ -126,7 +126,7 @@ def of_width(width, q, **operator):
         (layer(square_rank=2**40), "a/kernel of the plan: "),
         (layer(dtype="float16"), "dtype must be 'float32', got 'float16'"),
         (layer(operator_check=[1.0] * 4), "is another operator here than where"),
-        (layer(squares=1), r"layers\[0\] of the plan must hold"),
+        (layer(more=1), r"layers\[0\] of the plan must hold"),
         (of_width(2**21, 2**10, name="orthogonal", seed=0), "too much memory"),
         (of_width(2**21, 2**20, name="rotation", truncate=False), "too much memory"),
     ],

@@ -97,7 +97,7 @@ def replace_adapter(
     params: Any = None,
     force: bool = False,
 ) -> None:
-    """The same as `save`, and with `force` it replaces adapters of other formats."""
+    """Do the same as `save`; with `force`, replace adapters of other formats, too."""
     path, metadata = as_path("directory", directory), _metadata(metadata)
     if params is not None:
         plan = _with_digests(check_plan(plan), params)
@@ -119,11 +119,10 @@ def _metadata(metadata: Any) -> dict[str, Any]:
 
 def _with_digests(plan: Plan, params: Any) -> Plan:
     """Return the plan with digests of the base's kernels."""
-    leaves = named_leaves(params)
+    kernels = {name: leaf for name, (_, leaf) in named_leaves(params).items()}
     specs = []
     for spec in plan.specs:
-        kernel = _kernel(spec, {name: leaf for name, (_, leaf) in leaves.items()})
-        digests = kernel_digests(spec, kernel)
+        digests = kernel_digests(spec, _kernel(spec, kernels))
         specs.append(dataclasses.replace(spec, base_digest=digests))
     return dataclasses.replace(plan, specs=tuple(specs))
 

@@ -1,6 +1,7 @@
 """MoRA as plain LoRA, for servers that know nothing else."""
 
 import dataclasses
+import functools
 import os
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
@@ -16,6 +17,7 @@ from mora_jax.io._locations import Location
 from mora_jax.io._names import Names
 from mora_jax.io.peft._read_mora import PREFIX
 from mora_jax.io.peft._write import free, modules, peft_config, write
+from mora_jax.operators import Operator
 
 Rank = int | Literal["auto"] | None
 
@@ -114,7 +116,7 @@ def make_lora(
     factors: dict[str, _Factors] = {}
     axes, full = set(), None
     for module, spec, m in modules(adapters, plan, names):
-        a, b, _ = factors[module.name] = _factors(
+        a, b, values = factors[module.name] = _factors(
             spec, m, rank, max_error, module.outputs
         )
         if module.table:
@@ -124,7 +126,7 @@ def make_lora(
             )
         else:
             axes.add(module.axes)
-        if spec.operator.block and rank is None:
+        if rank is None and len(values):
             full = spec
         if module.table and module.axes == "oi":  # the rows are its outputs
             a, b = b.T, a.T
@@ -194,22 +196,33 @@ def _enough(values: np.ndarray, max_error: float) -> int:
     return max(1, int(np.sum(_cut_off(values) > max_error)))
 
 
+@functools.singledispatch
+def exact_factors(op: Operator, m: np.ndarray) -> tuple[Any, Any] | None:
+    """Return A (in, r) and B (r, out) whose product is the delta; None if r is large.
+
+    A delta without blocks is C M D, so that A = C and B = M D. An operator of another
+    kind registers a function of its own.
+    """
+    return None if op.block else (op.compress_matrix(), op.decompress(m))
+
+
 def _factors(
     spec: AdapterSpec, m: np.ndarray, rank: Rank, max_error: float, outputs: slice
 ) -> _Factors:
     """Return the factors of the delta's columns `outputs`.
 
-    A block operator's delta is decomposed as a whole. Another one is C M D, with A = C
-    and B = M D already. Where less is to be kept, A = Q R: since Q is orthonormal, A B
-    and R B have the same singular values.
+    A delta of full rank is decomposed as a whole. Where less is to be kept of another
+    one, A B, A is Q R: since Q is orthonormal, A B and R B have the same singular
+    values.
     """
     op, m = spec.operator, scaled(spec, m)
-    if op.block:
+    exact = exact_factors(op, m)
+    if exact is None:
         b = np.asarray(op.delta_weight(m), np.float64)[:, outputs]
         basis = None
     else:
-        a = np.asarray(op.compress_matrix(), np.float64)
-        b = np.asarray(op.decompress(m), np.float64)[:, outputs]
+        a, b = (np.asarray(factor, np.float64) for factor in exact)
+        b = b[:, outputs]
         if not isinstance(rank, int) or rank >= a.shape[1]:
             return _Factors(a.astype(np.float32), b.astype(np.float32), np.zeros(0))
         basis, triangle = np.linalg.qr(a)
