@@ -33,15 +33,12 @@ def format_of(directory: str | os.PathLike[str]) -> str:
 def read_adapter(
     directory: str | os.PathLike[str], model: Any = None, names: Names = None
 ) -> tuple[Tree, Plan]:
-    """Return adapters in this library's format or the reference's.
+    """Return (adapters, plan), in this library's format or the reference's.
 
     Args:
       directory: A path or a URL that `etils.epath` opens.
       model: As in `load_peft_mora`; only the reference's format needs it.
       names: As in `load_peft_mora`.
-
-    Returns:
-      (adapters, plan).
 
     Raises:
       AdapterFileError: As in `load` and `load_peft_mora`; or the adapter is a plain

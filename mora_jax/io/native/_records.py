@@ -77,15 +77,10 @@ def check_plan_record(
             f"{where} is not of mora_jax: its format must be {name!r}; {hint}"
         )
     written = content.get("format_version")
-    if type(written) is not int or written < 1:
+    if type(written) is not int or written != VERSION:
         raise AdapterFileError(
-            f"format_version of {where} must be a positive integer, "
-            f"got {short(written)}"
-        )
-    if written != VERSION:
-        raise AdapterFileError(
-            f"{where} is of format version {written}, and this mora_jax reads version "
-            f"{VERSION}: a newer mora_jax is needed"
+            f"format_version of {where} must be {VERSION}, got {short(written)}: "
+            "another mora_jax is needed for other versions, such as a newer one"
         )
     return check_record(content, kinds, where)
 
