@@ -102,11 +102,11 @@ def export(
     elif base is not None and _is_tied(base, plan, names):
         why = ""  # the base is known
     else:
-        lora = make_lora(adapters, plan, names, "auto", max_error)
+        lora, lost = make_lora(adapters, plan, names, "auto", max_error)
         worst, rank = max(lora.ranks.items(), key=lambda item: item[1])
         if rank <= RANKS[-1]:
             lora.write(free(path, force), base_model, "CAUSAL_LM")
-            return Export(rank, lora.lost, _command(server, model, rank, str(path)))
+            return Export(rank, lost, _command(server, model, rank, str(path)))
         why = (
             f"{worst} needs rank {rank} to lose at most {max_error:.1%} of its delta, "
             f"and servers take {RANKS[-1]} at most; a larger max_error needs less, else"

@@ -1,9 +1,7 @@
 """MoRA as plain LoRA, for servers that know nothing else."""
 
-import dataclasses
 import functools
 import os
-from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -13,10 +11,9 @@ from mora_jax._common.warnings import warn
 from mora_jax._layer.delta import scaled
 from mora_jax._plan.plan import Plan
 from mora_jax._plan.spec import AdapterSpec
-from mora_jax.io._locations import Location
 from mora_jax.io._names import Names
 from mora_jax.io.peft._read_mora import PREFIX
-from mora_jax.io.peft._write import free, modules, peft_config, write
+from mora_jax.io.peft._write import PeftFiles, free, modules
 from mora_jax.operators import Operator
 
 Rank = int | Literal["auto"] | None
@@ -76,43 +73,24 @@ def save_peft_lora(
         written then.
     """
     path = free(directory, force)
-    lora = make_lora(adapters, plan, names, rank, max_error)
-    lora.write(path, base_model, task_type)
-    return lora.lost
-
-
-@dataclasses.dataclass(frozen=True)
-class Lora:
-    """Adapters as a LoRA.
-
-    Attributes:
-      tensors: {name in the file: array}.
-      ranks: {module: its rank}.
-      lost: {module: the share of its delta that is cut off}.
-      axes: The order of the axes of the modules' weights, "oi" or "io".
-    """
-
-    tensors: Mapping[str, np.ndarray]
-    ranks: dict[str, int]
-    lost: dict[str, float]
-    axes: str
-
-    def write(self, path: Location, base_model: str, task_type: str | None) -> None:
-        """Write a directory that PEFT loads."""
-        config = peft_config(self.ranks, 0.0, self.axes, base_model, task_type)
-        write(path, config, self.tensors)
+    files, lost = make_lora(adapters, plan, names, rank, max_error)
+    files.write(path, base_model, task_type)
+    return lost
 
 
 def make_lora(
     adapters: Any, plan: Plan, names: Names, rank: Rank, max_error: float | int
-) -> Lora:
-    """Return adapters as a LoRA. Arguments and errors are as in `save_peft_lora`."""
+) -> tuple[PeftFiles, dict[str, float]]:
+    """Return adapters as a LoRA, and {module: the share of its delta that is lost}.
+
+    Arguments and errors are as in `save_peft_lora`.
+    """
     check_number("max_error", max_error)
     if not 0 <= max_error <= 1:
         raise ValueError(f"max_error must be between 0 and 1, got {max_error}")
     if rank is not None and rank != "auto":
         rank = positive_integer("rank", rank)
-    tensors: dict[str, np.ndarray] = {}
+    files = PeftFiles()
     factors: dict[str, _Factors] = {}
     axes, full = set(), None
     for module, spec, m in modules(adapters, plan, names):
@@ -131,8 +109,8 @@ def make_lora(
         if module.table and module.axes == "oi":  # the rows are its outputs
             a, b = b.T, a.T
         a_name, b_name = TABLE_NAMES if module.table else LAYER_NAMES
-        tensors[f"{PREFIX}{module.name}.{a_name}"] = a.T
-        tensors[f"{PREFIX}{module.name}.{b_name}"] = b.T
+        files.tensors[f"{PREFIX}{module.name}.{a_name}"] = a.T
+        files.tensors[f"{PREFIX}{module.name}.{b_name}"] = b.T
     if len(axes) > 1:
         raise ValueError("modules must be all Linear or all Conv1D")
     enough = max(f.enough(max_error) for f in factors.values())
@@ -152,8 +130,9 @@ def make_lora(
             f"{worst} would lose {lost[worst]:.1%} of its delta at rank {rank}, more "
             f"than max_error={max_error:g}; {advice}"
         )
-    ranks = {module: f.rank for module, f in factors.items()}
-    return Lora(tensors, ranks, lost, axes.pop() if axes else "oi")
+    files.ranks = {module: f.rank for module, f in factors.items()}
+    files.axes = axes.pop() if axes else "oi"
+    return files, lost
 
 
 class _Factors(NamedTuple):

@@ -1,9 +1,10 @@
 """Writing PEFT directories: the reference's, and what all of them share."""
 
+import dataclasses
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -60,9 +61,7 @@ def save_peft_mora(
         plan lacks adapters or trains arrays.
     """
     path = free(directory, force)
-    tensors: dict[str, np.ndarray] = {}
-    ranks: dict[str, int] = {}
-    settings = set()
+    files, settings = PeftFiles(), set()
     for module, spec, m in modules(adapters, plan, names):
         if module.table:
             raise ValueError(
@@ -75,19 +74,19 @@ def save_peft_mora(
                 f"{module.name} is a part of this kernel; io.save_peft_lora writes "
                 "such adapters as a LoRA, and io.merge_checkpoint merges them"
             )
-        mora_type, ranks[module.name], scale = _reference(spec)
+        mora_type, files.ranks[module.name], scale = _reference(spec)
         settings.add((mora_type, spec.dropout, module.axes))
         for letter in "AB":
             name = f"{PREFIX}{module.name}.lora_{letter}.weight"
-            tensors[name] = (scale * scaled(spec, m)).T
+            files.tensors[name] = (scale * scaled(spec, m)).T
     if len(settings) > 1:
         raise ValueError(
             "the reference has one mora_type, dropout and fan_in_fan_out for all "
             f"layers, got {sorted(settings)}"
         )
-    ((mora_type, dropout, axes),) = settings
-    config = peft_config(ranks, dropout, axes, base_model, task_type)
-    write(path, config | {"use_mora": True, "mora_type": mora_type}, tensors)
+    ((mora_type, dropout, files.axes),) = settings
+    files.settings = {"use_mora": True, "mora_type": mora_type, "lora_dropout": dropout}
+    files.write(path, base_model, task_type)
 
 
 def _reference(spec: AdapterSpec) -> tuple[int, int, float]:
@@ -118,33 +117,47 @@ def _reference(spec: AdapterSpec) -> tuple[int, int, float]:
     return mora_type, choices[q], scale
 
 
-def peft_config(
-    ranks: Mapping[str, int],
-    dropout: float,
-    axes: str,
-    base_model: str,
-    task_type: str | None,
-) -> dict[str, Any]:
-    """Return a LoraConfig that names each module and multiplies by 1.
+@dataclasses.dataclass
+class PeftFiles:
+    """Adapters as PEFT has them.
 
-    `r` is the largest rank, since servers make room for that rank.
+    Attributes:
+      axes: The order of the axes of the modules' weights, "oi" or "io".
+      tensors: {name in the file: array}.
+      ranks: {module: its rank}.
+      settings: Settings in the config beside the usual ones.
     """
-    rank = max(ranks.values())
-    others = {module: r for module, r in ranks.items() if r != rank}
-    return {
-        "peft_type": "LORA",
-        "task_type": task_type,
-        "base_model_name_or_path": base_model,
-        "inference_mode": True,
-        "target_modules": sorted(ranks),
-        "r": rank,
-        "rank_pattern": others,
-        "lora_alpha": rank,  # PEFT multiplies by lora_alpha / r
-        "alpha_pattern": others,
-        "lora_dropout": dropout,
-        "bias": "none",
-        "fan_in_fan_out": axes == "io",
-    }
+
+    axes: str = "oi"
+    tensors: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    ranks: dict[str, int] = dataclasses.field(default_factory=dict)
+    settings: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def write(self, path: Location, base_model: str, task_type: str | None) -> None:
+        """Write a directory, its config last.
+
+        The config names each module and multiplies by 1. Its `r` is the largest rank,
+        since servers make room for that rank.
+        """
+        rank = max(self.ranks.values())
+        others = {module: r for module, r in self.ranks.items() if r != rank}
+        config = {
+            "peft_type": "LORA",
+            "task_type": task_type,
+            "base_model_name_or_path": base_model,
+            "inference_mode": True,
+            "target_modules": sorted(self.ranks),
+            "r": rank,
+            "rank_pattern": others,
+            "lora_alpha": rank,  # PEFT multiplies by lora_alpha / r
+            "alpha_pattern": others,
+            "lora_dropout": 0.0,
+            "bias": "none",
+            "fan_in_fan_out": self.axes == "io",
+        }
+        data = encode(self.tensors, {"format": "pt"})
+        text = dump(config | self.settings)
+        write_directory(path, [(TENSORS, [data]), (CONFIG, [text])])
 
 
 def modules(
@@ -212,11 +225,3 @@ def free(directory: str | os.PathLike[str], force: bool) -> Location:
             f"{path} with {others[:3]}"
         )
     return path
-
-
-def write(
-    path: Location, config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]
-) -> None:
-    """Write a PEFT directory, its config last."""
-    data = encode(tensors, {"format": "pt"})
-    write_directory(path, [(TENSORS, [data]), (CONFIG, [dump(config)])])
