@@ -26,7 +26,7 @@ from mora_jax._tree.merge import finite_items, merged_kernel, with_kernels
 from mora_jax._tree.opt_state import with_new_moments
 from mora_jax._tree.optim import check_transformation
 from mora_jax._tree.paths import adapter_path, replace_leaves, unboxed
-from mora_jax.io._reference import REFERENCE_GROUPS
+from mora_jax.io.peft._reference import REFERENCE_GROUPS
 from mora_jax.operators import Operator, Sharing
 
 __all__ = ["Restarted", "next_plan", "restart", "restart_schedule"]

@@ -7,6 +7,7 @@ version with which it began, since a new version gets another slot.
 """
 
 import asyncio
+import contextlib
 import os
 import re
 import time
@@ -22,6 +23,7 @@ from mora_jax import io
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 """The names that an adapter may have; none of them leads out of the directory."""
 FILES = "adapter_config.json", "adapter_model.safetensors"
+"""A copy of the settings for people, and the file that is the adapter."""
 SETTLED = 1.0
 """The age in seconds from which on a refused version is not read again."""
 
@@ -92,7 +94,7 @@ class Adapters:
         self._freed, self._turn = asyncio.Event(), asyncio.Lock()
         self._reader = ThreadPoolExecutor(1, "adapters")
         self._requests = self.loads = 0
-        self._largest = 8 * plan.trainable_parameters + 2**20
+        self._largest = 8 * plan.trainable_parameters + 2**23
 
     def names(self) -> list[str]:
         """The names of all adapters in the directory."""
@@ -101,7 +103,7 @@ class Adapters:
                 entry.name
                 for entry in found
                 if NAME.fullmatch(entry.name)
-                and os.path.exists(os.path.join(entry.path, FILES[0]))
+                and os.path.exists(os.path.join(entry.path, FILES[1]))
             )
 
     async def acquire(self, name: str) -> Held:
@@ -151,7 +153,9 @@ class Adapters:
             raise UnknownAdapter(name)
         path = Path(os.path.realpath(self.directory / name))
         try:
-            found = [os.stat(path / file) for file in FILES]
+            found = [os.stat(path / FILES[1])]
+            with contextlib.suppress(FileNotFoundError):  # saving removes it first
+                found.append(os.stat(path / FILES[0]))
         except (FileNotFoundError, NotADirectoryError):
             if os.path.exists(path / FILES[0]):
                 raise UnusableAdapter(f"there is no {FILES[1]}") from None

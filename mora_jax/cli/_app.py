@@ -11,10 +11,10 @@ from mora_jax._layer.rounding import Rounding
 from mora_jax.cli import _options as opt
 from mora_jax.cli._output import progress, refusing, say, say_table
 from mora_jax.cli._reports import compare, describe, grouped, open_adapter
-from mora_jax.io._native import replace_adapter
-from mora_jax.io._paths import as_path
-from mora_jax.io._read import format_of
-from mora_jax.io._serve import Server
+from mora_jax.io._formats import format_of
+from mora_jax.io._locations import as_path
+from mora_jax.io.native._save import replace_adapter
+from mora_jax.io.peft._export import Server
 
 app = typer.Typer(
     name="mora-jax",

@@ -6,9 +6,9 @@ from typing import Annotated, Literal
 import typer
 
 from mora_jax.io import Names
-from mora_jax.io._json import parse, read
+from mora_jax.io._json import parse, read_json
+from mora_jax.io._locations import as_path, parts
 from mora_jax.io._names import pairs
-from mora_jax.io._paths import as_path, parts
 
 
 def _rank_of(text: str | None) -> int | str | None:
@@ -91,7 +91,7 @@ def names_of(text: str | None) -> Names:
     if text is not None and text.lstrip().startswith("{"):
         names = parse(text.encode(), "--names")
     elif text is not None and text.endswith(".json"):
-        names = read(as_path("--names", text))
+        names = read_json(as_path("--names", text))
     pairs(names)  # an error now, also for commands that come to need no names
     return names
 

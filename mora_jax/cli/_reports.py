@@ -13,8 +13,8 @@ from mora_jax._plan.spec import AdapterSpec, differences
 from mora_jax._tree.adapters import Tree, adapter_items, trained_items
 from mora_jax._tree.merge import wide
 from mora_jax.io import Names
-from mora_jax.io._paths import as_path
-from mora_jax.io._read import format_of, read_adapter
+from mora_jax.io._formats import format_of, read_adapter
+from mora_jax.io._locations import as_path
 
 
 def describe(adapter: str, base: str | None, names: Names) -> dict[str, Any]:

@@ -4,7 +4,7 @@ This library's format::
 
   save                  write adapters and their plan to a directory
   load                  read them again, everything checked
-  read_metadata         what the caller of `save` gave as metadata
+  read_metadata         the metadata that `save` was given
   plan_to_json          a plan as text, for checkpoints that other libraries write
   plan_from_json        the plan again, compared with the model's
   AdapterFileError      raised for a file that is damaged or does not fit
@@ -14,31 +14,31 @@ PEFT's formats::
   load_peft_mora        read adapters of the paper's authors' code (peft-mora)
   save_peft_mora        write adapters for that code
   save_peft_lora        write adapters as a plain LoRA, for PEFT and servers
-  export                the same or a merged checkpoint, and how vLLM or SGLang serve it
-  Export                what `export` wrote
+  export                the same or a merged checkpoint, with the command that serves it
+  Export                the result of `export`
   reference_operator    the operator that the authors' code computes with
-  Names                 the type of `names`: which PyTorch module is which kernel
+  Names                 the type of `names`: PyTorch's modules as kernels
 
 Whole checkpoints::
 
   load_base             the params of a Flax model, from a base in safetensors
-  Checkpoint            a base in safetensors, of which only headers are in memory
+  Checkpoint            a base in safetensors, whose headers are in memory
   merge_checkpoint      merge adapters into a base, from file to file
 """
 
-from mora_jax.io._base import Checkpoint as Checkpoint
-from mora_jax.io._checkpoint import merge_checkpoint as merge_checkpoint
 from mora_jax.io._errors import AdapterFileError as AdapterFileError
-from mora_jax.io._load_base import load_base as load_base
-from mora_jax.io._lora import save_peft_lora as save_peft_lora
 from mora_jax.io._names import Names as Names
-from mora_jax.io._native import load as load
-from mora_jax.io._native import read_metadata as read_metadata
-from mora_jax.io._native import save as save
-from mora_jax.io._peft_read import load_peft_mora as load_peft_mora
-from mora_jax.io._peft_write import save_peft_mora as save_peft_mora
-from mora_jax.io._plan_json import plan_from_json as plan_from_json
-from mora_jax.io._plan_json import plan_to_json as plan_to_json
-from mora_jax.io._reference import reference_operator as reference_operator
-from mora_jax.io._serve import Export as Export
-from mora_jax.io._serve import export as export
+from mora_jax.io.checkpoints._checkpoint import Checkpoint as Checkpoint
+from mora_jax.io.checkpoints._load_base import load_base as load_base
+from mora_jax.io.checkpoints._merge_files import merge_checkpoint as merge_checkpoint
+from mora_jax.io.native._load import load as load
+from mora_jax.io.native._load import read_metadata as read_metadata
+from mora_jax.io.native._plan_json import plan_from_json as plan_from_json
+from mora_jax.io.native._plan_json import plan_to_json as plan_to_json
+from mora_jax.io.native._save import save as save
+from mora_jax.io.peft._export import Export as Export
+from mora_jax.io.peft._export import export as export
+from mora_jax.io.peft._lora import save_peft_lora as save_peft_lora
+from mora_jax.io.peft._read_mora import load_peft_mora as load_peft_mora
+from mora_jax.io.peft._reference import reference_operator as reference_operator
+from mora_jax.io.peft._write import save_peft_mora as save_peft_mora

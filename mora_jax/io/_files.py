@@ -1,16 +1,14 @@
 """Files and directories that are there whole or not at all."""
 
 import contextlib
-import errno
 import os
 import re
 import shutil
 import uuid
-from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
+from collections.abc import Iterable, Iterator
 
 from mora_jax.io._errors import AdapterFileError
-from mora_jax.io._paths import Location, is_local, size
+from mora_jax.io._locations import Location, is_local, size
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 """The files in an adapter's directory, in PEFT's format and in this library's."""
@@ -18,96 +16,103 @@ CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 TEMPORARY = ".mora-jax-"
 """The beginning of the names of unfinished files and directories."""
 
-Writer = Callable[[str, Iterable[bytes]], None]
-"""A function that writes a file of a directory, given its name and its content in
-pieces."""
+Files = Iterable[tuple[str, Iterable[bytes]]]
+"""The names of files, each with its content in pieces."""
 
 
-def read_bytes(path: Location, limit: int | None = None) -> bytes:
-    """The content of a file.
+# --- Reading ---
+
+
+@contextlib.contextmanager
+def missing_files(path: Location) -> Iterator[None]:
+    """Turn the errors of a missing file, or of a directory there, into ours.
 
     Raises:
-      AdapterFileError: The file does not exist, or it has more than `limit` bytes.
+      AdapterFileError: The file does not exist, or is a directory or a device.
     """
     try:
-        if limit is not None and (found := size(path)) > limit:
-            raise AdapterFileError(
-                f"{path.name} must be at most {limit:,} bytes long, got {found:,}"
-            )
         if is_local(path) and path.exists() and not path.is_file():
-            raise AdapterFileError(f"{path} is not a regular file")
-        return path.read_bytes()
+            raise AdapterFileError(f"{path} is a directory or a device, not a file")
+        yield
     except FileNotFoundError:
         raise AdapterFileError(f"there is no {path.name} in {path.parent}") from None
     except NotADirectoryError:
         raise AdapterFileError(f"{path.parent} is not a directory") from None
     except IsADirectoryError:
-        raise AdapterFileError(f"{path} is not a regular file") from None
+        raise AdapterFileError(f"{path} is a directory, not a file") from None
 
 
-def read_if_of_size(path: Location, expected: int) -> bytes | None:
-    """The content of a file; None unless it exists with `expected` bytes."""
-    with contextlib.suppress(FileNotFoundError, IsADirectoryError):
-        if size(path) == expected:
-            return path.read_bytes()
-    return None
-
-
-def write_file(path: Location, chunks: Iterable[bytes]) -> None:
-    """Make or replace `path`, so that a reader sees the old content or the new.
-
-    An object store does that by itself: it shows an object when all of it has arrived.
+def read_bytes(path: Location, limit: int | None = None) -> bytes:
+    """Return the content of a file.
 
     Raises:
-      OSError: The file system refuses. The old content stays.
+      AdapterFileError: The file does not exist, or it has more than `limit` bytes.
     """
-    if is_local(path):
-        _write_local(path, chunks)
-        return
+    with missing_files(path):
+        if limit is not None and (length := size(path)) > limit:
+            raise AdapterFileError(
+                f"{path.name} must be at most {limit:,} bytes long, got {length:,}"
+            )
+        return path.read_bytes()
+
+
+def entries(directory: Location) -> list[Location]:
+    """Return the entries of a directory, none if it does not exist.
+
+    In an object store a directory without objects does not exist.
+    """
+    return list(directory.iterdir()) if directory.exists() else []
+
+
+# --- Writing ---
+
+
+@contextlib.contextmanager
+def unfinished_file(directory: Location, data: bytes) -> Iterator[Location]:
+    """Write a file under a temporary name, which is to be renamed within.
+
+    If it still has that name at the end, it is removed.
+    """
+    path = _temporary(directory)
+    try:
+        _write(path, [data])
+        yield path
+    finally:
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
+
+
+def _write(path: Location, chunks: Iterable[bytes]) -> None:
     with path.open("wb") as file:
         for chunk in chunks:
             file.write(chunk)
+        if is_local(path):
+            file.flush()
+            os.fsync(file.fileno())
 
 
-def _write_local(path: Path, chunks: Iterable[bytes]) -> None:
-    unfinished = _unfinished(path)
-    with naming(path):
-        try:
-            with unfinished.open("xb") as file:
-                for chunk in chunks:
-                    file.write(chunk)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(unfinished, path)
-        except BaseException:
-            unfinished.unlink(missing_ok=True)
-            raise
-        sync(path.parent)
-
-
-def new_directory(
-    path: Location,
-) -> contextlib.AbstractContextManager[Writer]:
-    """A directory to fill; if an error occurs, its files are removed again.
+def write_directory(path: Location, files: Files) -> None:
+    """Write all files of a directory; if an error occurs, none of them is there.
 
     A local directory gets the name `path` only at the end, when it replaces what was
     there. If something was there, neither exists for an instant between two renames.
 
-    An object store has no directories to rename. What was at `path` is removed first,
-    and a process that is killed leaves the files that it had written. So write last
-    the file that readers look for first.
+    An object store lacks directories to rename. What was at `path` is removed first,
+    and a process that is killed leaves the files that it had written. So the last file
+    should be the one that readers look for first.
     """
-    return _renamed(path) if is_local(path) else _in_place(path)
-
-
-@contextlib.contextmanager
-def _renamed(path: Path) -> Iterator[Writer]:
     with naming(path):
+        if not is_local(path):
+            for file in sorted(entries(path), key=lambda file: file.suffix != ".json"):
+                if file.is_file():
+                    file.unlink(missing_ok=True)
+            _fill(path, files)
+            return
         path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished, old = _unfinished(path), _unfinished(path)
+        unfinished, old = _temporary(path.parent), _temporary(path.parent)
         unfinished.mkdir()
         try:
-            yield lambda name, chunks: write_file(unfinished / name, chunks)
+            _fill(unfinished, files)
             sync(unfinished)
             with contextlib.suppress(FileNotFoundError):
                 os.rename(path, old)
@@ -121,20 +126,13 @@ def _renamed(path: Path) -> Iterator[Writer]:
         shutil.rmtree(old, ignore_errors=True)
 
 
-@contextlib.contextmanager
-def _in_place(path: Location) -> Iterator[Writer]:
-    path.mkdir(parents=True, exist_ok=True)
-    for file in sorted(entries(path), key=lambda file: file.suffix != ".json"):
-        if file.is_file():
-            file.unlink(missing_ok=True)
+def _fill(directory: Location, files: Files) -> None:
+    """Write files; if an error occurs, they are removed again."""
     written: list[Location] = []
-
-    def write(name: str, chunks: Iterable[bytes]) -> None:
-        written.append(path / name)
-        write_file(path / name, chunks)
-
     try:
-        yield write
+        for name, chunks in files:
+            written.append(directory / name)
+            _write(directory / name, chunks)
     except BaseException:
         for file in written:
             with contextlib.suppress(Exception):
@@ -142,8 +140,8 @@ def _in_place(path: Location) -> Iterator[Writer]:
         raise
 
 
-def _unfinished(path: Path) -> Path:
-    return path.with_name(f"{TEMPORARY}{uuid.uuid4().hex}")
+def _temporary(directory: Location) -> Location:
+    return directory / f"{TEMPORARY}{uuid.uuid4().hex}"
 
 
 @contextlib.contextmanager
@@ -161,19 +159,6 @@ def naming(path: Location) -> Iterator[None]:
         raise
 
 
-def make_directory(path: Location) -> None:
-    """Make the directory `path` if it does not exist.
-
-    Raises:
-      NotADirectoryError: `path` is a file or below a file.
-    """
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError):
-        reason = os.strerror(errno.ENOTDIR)
-        raise NotADirectoryError(errno.ENOTDIR, reason, os.fspath(path)) from None
-
-
 def sync(directory: Location) -> None:
     """Write the names in `directory` to the disk.
 
@@ -188,32 +173,19 @@ def sync(directory: Location) -> None:
         os.close(descriptor)
 
 
-def entries(directory: Location) -> list[Location]:
-    """The entries of a directory, none if it does not exist.
-
-    In an object store a directory without objects does not exist.
-    """
-    return list(directory.iterdir()) if directory.exists() else []
-
-
-def unfinished_files(directory: Location) -> list[Location]:
-    """The files that killed processes have left."""
-    return [path for path in entries(directory) if path.name.startswith(TEMPORARY)]
-
-
 @contextlib.contextmanager
 def locked(directory: Location) -> Iterator[None]:
     """Keep other writers out of `directory`, if the platform has locks."""
     try:
         import fcntl
-    except ImportError:  # Windows does not have it
+    except ImportError:  # Windows lacks it
         fcntl = None
     if fcntl is None or not is_local(directory):
         yield
         return
     descriptor = os.open(directory, os.O_RDONLY)
     try:
-        with contextlib.suppress(OSError):  # some network file systems have no locks
+        with contextlib.suppress(OSError):  # some network file systems lack locks
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:

@@ -8,22 +8,22 @@ import numpy as np
 
 from mora_jax._common.suggestions import did_you_mean
 from mora_jax._common.types import Shape
-from mora_jax.io._models import FAMILIES, LIBRARIES, TABLES, Pair
+from mora_jax.io._families import FAMILIES, LIBRARIES, TABLES, Pair
 
 Names = str | Mapping[str, str] | None
 """A family, a library, {module: kernel} as templates, or None for all families."""
 
 
 def pairs(names: Names) -> tuple[Pair, ...]:
-    """The pairs that `names` stands for.
+    """Return the pairs that `names` stands for.
 
     Raises:
       TypeError: `names` is neither a text nor a mapping of texts to texts.
       ValueError: The family is unknown, or the two sides of a template have different
-        fields, or braces that are no field's.
+        fields, or braces around something else.
     """
     if names is None:
-        every = [pair for family in FAMILIES.values() for pair in family]
+        every = (pair for family in FAMILIES.values() for pair in family)
         return tuple(dict.fromkeys(every))
     if isinstance(names, str):
         known = FAMILIES | LIBRARIES
@@ -37,37 +37,33 @@ def pairs(names: Names) -> tuple[Pair, ...]:
     texts = [*names, *names.values()] if isinstance(names, Mapping) else [None]
     if not all(isinstance(text, str) for text in texts):
         raise TypeError(f"names must be a family or map texts to texts, got {names!r}")
-    found = tuple(Pair(module, kernel) for module, kernel in names.items())
-    for pair in found:
-        fields = [sorted(_fields(text)) for text in (pair.module, pair.kernel)]
-        if fields[0] != fields[1] or len(set(fields[0])) < len(fields[0]):
+    for module, kernel in names.items():
+        fields, others = sorted(_fields(module)), sorted(_fields(kernel))
+        if fields != others or len(set(fields)) < len(fields):
             raise ValueError(
                 f"names must have the same {{fields}} on both sides, once each, "
-                f"got {pair.module!r} and {pair.kernel!r}"
+                f"got {module!r} and {kernel!r}"
             )
-    return found
+    return tuple(Pair(*pair) for pair in names.items())
 
 
 _FIELD = re.compile(r"\{(\w+)\}")
 
 
 def _fields(template: str) -> list[str]:
-    """The names of a template's fields."""
-    found = _FIELD.findall(template)
-    if not all(map(str.isidentifier, found)) or re.search(
-        "[{}]", _FIELD.sub("", template)
-    ):
+    """Return the names of a template's fields."""
+    fields, rest = _FIELD.findall(template), _FIELD.sub("", template)
+    if not all(map(str.isidentifier, fields)) or re.search("[{}]", rest):
         raise ValueError(
             "names must have braces around the names of fields alone, as in {n}, "
             f"got {template!r}"
         )
-    return found
+    return fields
 
 
 def translate(text: str, source: str, target: str) -> str | None:
-    """`text` rewritten from `source` to `target`; None if `source` does not fit it."""
-    parts = _FIELD.split(source)
-    fixed, fields = parts[::2], parts[1::2]
+    """Return `text` in the words of `target`; None if `source` does not fit it."""
+    fixed, fields = _FIELD.split(source)[::2], _FIELD.split(source)[1::2]
     pattern = re.escape(fixed[0]) + "".join(
         rf"(?P<{field}>[^./\[\],]+){re.escape(after)}"
         for field, after in zip(fields, fixed[1:], strict=True)
@@ -77,9 +73,9 @@ def translate(text: str, source: str, target: str) -> str | None:
 
 
 def to_kernel(module: str, known: tuple[Pair, ...]) -> tuple[str, str] | None:
-    """The kernel of a module, and the axes of the module's weight.
+    """Return the kernel of a module, and the axes of the module's weight.
 
-    A table has those of the array here, which are called "io".
+    A table has the axes of the array here, which are called "io".
     """
     for pair in known:
         if kernel := translate(module, pair.module, pair.kernel):
@@ -89,7 +85,7 @@ def to_kernel(module: str, known: tuple[Pair, ...]) -> tuple[str, str] | None:
 
 
 def to_module(kernel: str, known: tuple[Pair, ...]) -> tuple[str, str] | None:
-    """The module of a kernel, and the axes of the module's weight."""
+    """Return the module of a kernel, and the axes of the module's weight."""
     for pair in known:
         if module := translate(kernel, pair.kernel, pair.module):
             return module, pair.axes
@@ -97,22 +93,17 @@ def to_module(kernel: str, known: tuple[Pair, ...]) -> tuple[str, str] | None:
 
 
 def is_table(module: str, path: str) -> bool:
-    """Whether a module of PyTorch looks up rows of its weight.
-
-    Args:
-      module: The module's name.
-      path: The path of its array here.
-    """
+    """Return True if the module of the array at `path` looks up rows of its weight."""
     return module.rpartition(".")[2] in TABLES or path.endswith("embedding")
 
 
 class Tensor(NamedTuple):
-    """What PyTorch may call the tensor of an array.
+    """A name that PyTorch may have for the tensor of an array.
 
     Attributes:
       name: The tensor's name, such as "model.norm.weight".
-      axes: The order of its axes if those of the array are "io"; "o" if it has one.
-      order: The axes of the array, those of inputs first, if they are not in order.
+      axes: The order of its axes if the array's are "io"; "o" if it has one.
+      order: The axes of the array with the inputs first, if they are not in order.
     """
 
     name: str
@@ -121,7 +112,7 @@ class Tensor(NamedTuple):
 
 
 def to_tensors(leaf: str, known: tuple[Pair, ...]) -> Iterator[Tensor]:
-    """What PyTorch may call the tensor of an array, likeliest first.
+    """Yield the tensors that may be an array, likeliest first.
 
     A template is of a module's weight and, at the same place, of its bias, or it names
     one of the two itself. Without one the array has the names that the tensor has.
@@ -158,26 +149,23 @@ _LEAVES = {
 
 
 def _bias(pair: Pair) -> str:
-    """The template of the bias beside a kernel that has a name of its own."""
+    """Return the template of the bias beside a kernel that has a name of its own."""
     return re.sub(r"/[^/\[{]+(\[.*)?$", r"/bias\1", pair.kernel)
 
 
 def canonical(tensor: str) -> str:
-    """The part of a tensor's name that is the same in all files of a model.
+    """Return the part of a tensor's name that is the same in all files of a model.
 
     A GPT-2 was saved as "transformer.wte.weight" or as "wte.weight", and BERT's norms
     had gammas and betas once.
     """
-    name = _ROOTS.sub("", tensor)
+    name = re.sub(r"^((model|transformer|bert|language_model)\.)+", "", tensor)
     name = re.sub(r"(?<=LayerNorm\.)gamma$", "weight", name)
     return re.sub(r"(?<=LayerNorm\.)beta$", "bias", name)
 
 
-_ROOTS = re.compile(r"^((model|transformer|bert|language_model)\.)+")
-
-
 def join_index(path: str, index: Shape) -> str:
-    """A kernel's path with an index in its stack: "layers/fc/kernel[3]"."""
+    """Return a kernel's path with an index in its stack: "layers/fc/kernel[3]"."""
     return f"{path}[{','.join(map(str, index))}]" if index else path
 
 
@@ -189,4 +177,4 @@ def split_index(kernel: str) -> tuple[str, Shape]:
     numbers = index.removesuffix("]").split(",")
     if not all(number.isdecimal() and number.isascii() for number in numbers):
         raise ValueError(f"an index in a stack must be numbers, got {kernel!r}")
-    return path, tuple(int(number) for number in numbers)
+    return path, tuple(map(int, numbers))

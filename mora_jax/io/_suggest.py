@@ -12,41 +12,40 @@ SHOWN = 6
 
 
 def suggestion(kernels: Iterable[str], modules: Collection[str]) -> str:
-    """The `names` that would fit, as the end of a message.
+    """Return the `names` that would fit, as the end of a message.
 
     Args:
       kernels: Paths of kernels that no template fits, with indices in their stacks.
       modules: The base's modules in PyTorch, if they are known.
     """
-    found: dict[str, str] = {}
-    guessed = False
-    for kernel in kernels:
-        module = _likeliest(kernel, modules)
-        guessed |= module is None
-        found.setdefault(*_templates(module or _guess(kernel), kernel))
-    shown = json.dumps(dict(list(found.items())[:SHOWN]))
-    doubt = ", with PyTorch's names of the modules on the left" * guessed
-    return f"templates name it, as in names={shown}{doubt}"
+    likeliest = {kernel: _likeliest(kernel, modules) for kernel in kernels}
+    shown = _shown((module or _guess(k), k) for k, module in likeliest.items())
+    doubt = ", with PyTorch's names of the modules on the left"
+    return f"templates name it, as in {shown}{doubt * (None in likeliest.values())}"
 
 
 def suggestion_for(modules: Collection[str], kernels: Iterable[str]) -> str:
-    """The same for modules that no template fits, and paths of a model's kernels."""
+    """Return the same for modules that no template fits, and paths of kernels."""
     paths = {kernel.rpartition("/")[0].replace("/", "."): kernel for kernel in kernels}
-    if not paths:  # such as those of a checkpoint that was read by the same names
+    if not paths:  # as for a checkpoint that was read by the same names
         paths = {name: name.replace(".", "/") + "/kernel" for name in modules}
-    found: dict[str, str] = {}
-    for module in modules:
-        name = _likeliest(module.replace(".", "/") + "/kernel", paths)
-        if name is not None:
-            found.setdefault(*_templates(module, paths[name]))
-    if not found:
+    likeliest = {m: _likeliest(m.replace(".", "/") + "/kernel", paths) for m in modules}
+    known = [(module, paths[name]) for module, name in likeliest.items() if name]
+    if not known:
         return "templates name them: give names={module: path of its kernel}"
-    shown = json.dumps(dict(list(found.items())[:SHOWN]))
-    return f"templates name them, as in names={shown}"
+    return f"templates name them, as in {_shown(known)}"
+
+
+def _shown(pairs: Iterable[tuple[str, str]]) -> str:
+    """Return templates of modules and kernels as an argument."""
+    templates: dict[str, str] = {}
+    for pair in pairs:
+        templates.setdefault(*_templates(*pair))
+    return f"names={json.dumps(dict(list(templates.items())[:SHOWN]))}"
 
 
 def _likeliest(kernel: str, modules: Iterable[str]) -> str | None:
-    """The module that is most like the kernel, with its numbers and its last name."""
+    """Return the module most like a kernel, with its numbers and its last name."""
     path, index = split_index(kernel)
     path = path.rpartition("/")[0]
     numbers = sorted([*re.findall(r"\d+", path), *map(str, index)])
@@ -66,31 +65,26 @@ def _likeliest(kernel: str, modules: Iterable[str]) -> str | None:
 
 
 def _guess(kernel: str) -> str:
-    """The name that a kernel's module has in PyTorch if the models' names agree."""
+    """Return the name that a kernel's module has in PyTorch if models' names agree."""
     path, index = split_index(kernel)
     parts = re.sub(r"_(\d+)(?=/)", r"/\1", path).split("/")[:-1] or [path]
     parts[1:1] = map(str, index)
-    known = pairs(None)
-    for root in ("model.", "transformer.", "bert."):
-        if to_kernel(module := root + ".".join(parts), known) is not None:
-            return module
-    return ".".join(parts)
+    name, known = ".".join(parts), pairs(None)
+    roots = ("model.", "transformer.", "bert.")
+    return next((r + name for r in roots if to_kernel(r + name, known)), name)
 
 
 def _templates(module: str, kernel: str) -> tuple[str, str]:
-    """A module and a kernel with `{fields}` in place of what they share.
+    """Return a module and a kernel with `{fields}` instead of what they share.
 
     They share numbers and, after a number, whole names. All layers of a model then have
     the same template.
     """
-    for number, field in zip(
-        dict.fromkeys(re.findall(r"\d+", module)), "nmk", strict=False
-    ):
-        pattern = rf"(?<!\d){number}(?!\d)"
-        if all(len(re.findall(pattern, text)) == 1 for text in (module, kernel)):
-            module, kernel = (
-                re.sub(pattern, f"{{{field}}}", text) for text in (module, kernel)
-            )
+    numbers = dict.fromkeys(re.findall(r"\d+", module))
+    for number, field in zip(numbers, "nmk", strict=False):
+        pattern, both = rf"(?<!\d){number}(?!\d)", (module, kernel)
+        if all(len(re.findall(pattern, text)) == 1 for text in both):
+            module, kernel = (re.sub(pattern, f"{{{field}}}", text) for text in both)
     root, number, names = module.rpartition("}.")
     path, bracket, index = kernel.partition("[")
     in_kernel, in_module = path.split("/"), names.split(".")

@@ -1,24 +1,27 @@
 """Safetensors: named arrays in a file, without pickle.
 
-The safetensors library checks and writes files. But it accepts a key that occurs twice,
-and it cannot give bfloat16 to NumPy. So the header is read again here.
+The safetensors library writes files. It reads local ones alone, accepts a key that
+occurs twice, and cannot give bfloat16 to NumPy. So headers are read and checked here.
 """
 
-import contextlib
-import dataclasses
+import io
 import math
-import tempfile
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
+from mora_jax._common.checks import as_jax_array
 from mora_jax._common.types import Shape
 from mora_jax.io._errors import AdapterFileError
-from mora_jax.io._json import parse, short
-from mora_jax.io._paths import Location, is_local, size
+from mora_jax.io._files import missing_files
+from mora_jax.io._json import check_record, parse, short
+from mora_jax.io._locations import Location, size
 
 DTYPES = {
     "F64": np.dtype(np.float64),
@@ -28,20 +31,13 @@ DTYPES = {
 }
 """The dtypes of tensors that can be an M or a kernel."""
 
+ENTRY = {"dtype": str, "shape": list, "data_offsets": list}
 MAX_HEADER = 2**25
 CHUNK = 2**24
 
 
-@dataclasses.dataclass(frozen=True)
-class Entry:
-    """What the header says of a tensor.
-
-    Attributes:
-      dtype: The name of its dtype in the format, such as "BF16".
-      shape: Its shape.
-      start: The position of its first byte in the file.
-      stop: The position after its last byte.
-    """
+class Entry(NamedTuple):
+    """A tensor in a header: its dtype, and its place in the file in bytes."""
 
     dtype: str
     shape: Shape
@@ -50,130 +46,166 @@ class Entry:
 
 
 class TensorFile:
-    """A safetensors file of which only the header is in memory.
+    """A safetensors file whose header alone is in memory.
 
     Attributes:
       path: The path of the file.
       entries: {name of a tensor: its entry}, in the order of the header.
-      metadata: The texts that were stored with the tensors.
       header: The file's first bytes, up to the first tensor.
       size: The number of bytes of the file.
     """
 
-    def __init__(self, path: Location) -> None:
-        """Read the header of `path`.
+    def __init__(self, path: Location, data: bytes | None = None) -> None:
+        """Read the header of `path`, or of `data`, its content, if that is in memory.
 
         Raises:
           AdapterFileError: `path` is not a safetensors file.
         """
-        self.path = path
-        self.header, self.size = _header(path)
-        _validate(path, self.header, self.size)
+        self.path, self._data = path, data
+        self.header = read_header(path) if data is None else header_of(data, path.name)
+        self.size = size(path) if data is None else len(data)
         content = parse(self.header[8:], path.name)
-        self.metadata: dict[str, str] = content.pop("__metadata__", None) or {}
-        start = len(self.header)
+        if not isinstance(content, dict):
+            self._refuse("its header must be a JSON object")
+        content.pop("__metadata__", None)
         self.entries = {
-            name: Entry(
-                entry["dtype"],
-                tuple(entry["shape"]),
-                *(start + offset for offset in entry["data_offsets"]),
-            )
-            for name, entry in content.items()
+            name: self._entry(name, record) for name, record in content.items()
         }
+        end = len(self.header)
+        for name, entry in sorted(self.entries.items(), key=lambda item: item[1][2:]):
+            bits = 8 * (entry.stop - entry.start)
+            if entry.start != end or bits != _bits(entry.dtype) * math.prod(
+                entry.shape
+            ):
+                self._refuse(f"{short(name)} does not begin or end where it should")
+            end = entry.stop
+        if end != self.size:
+            self._refuse(f"it must have {end:,} bytes, got {self.size:,}")
+
+    def _entry(self, name: str, record: Any) -> Entry:
+        check_record(record, ENTRY, f"{short(name)} of {self.path.name}")
+        shape, ends = record["shape"], record["data_offsets"]
+        if len(ends) != 2 or not all(type(n) is int and n >= 0 for n in shape + ends):
+            self._refuse(f"shape and data_offsets of {short(name)} must be integers")
+        start, stop = (len(self.header) + end for end in ends)
+        return Entry(record["dtype"], tuple(shape), start, stop)
+
+    def _refuse(self, why: str) -> None:
+        raise _damaged(self.path.name, why)
 
     def __getitem__(self, name: str) -> np.ndarray:
-        """A tensor, which is read now.
+        """Return a tensor, which is read now.
 
         Raises:
           AdapterFileError: The tensor is not floating-point.
         """
-        entry = self.entries[name]
-        dtype = _dtype(entry.dtype, name, self.path.name)
         data = b"".join(self.chunks(name))
-        return np.frombuffer(data, dtype).reshape(entry.shape)
+        return np.frombuffer(data, self.dtype(name)).reshape(self.entries[name].shape)
 
     def rows(self, name: str, start: int, stop: int) -> Iterator[np.ndarray]:
-        """Rows of a tensor, in pieces of about `CHUNK` bytes.
+        """Yield rows of a tensor, in pieces of about `CHUNK` bytes.
 
         Raises:
           AdapterFileError: The tensor is not floating-point.
         """
-        entry = self.entries[name]
-        dtype = _dtype(entry.dtype, name, self.path.name)
-        size = dtype.itemsize * math.prod(entry.shape[1:])
-        with self.path.open("rb") as file:
-            file.seek(entry.start + start * size)
-            while start < stop:
-                count = min(max(1, CHUNK // max(1, size)), stop - start)
-                data = file.read(count * size)
-                if len(data) < count * size:
-                    raise AdapterFileError(f"{self.path.name} was cut off while read")
-                yield np.frombuffer(data, dtype).reshape(count, *entry.shape[1:])
-                start += count
+        entry, dtype = self.entries[name], self.dtype(name)
+        row = dtype.itemsize * math.prod(entry.shape[1:])
+        step = max(1, CHUNK // max(1, row)) * row
+        first, last = entry.start + start * row, entry.start + stop * row
+        for data in self._pieces(first, last, step):
+            yield np.frombuffer(data, dtype).reshape(-1, *entry.shape[1:])
 
     def chunks(self, name: str) -> Iterator[bytes]:
-        """The bytes of a tensor in pieces."""
-        entry = self.entries[name]
-        with self.path.open("rb") as file:
-            file.seek(entry.start)
-            left = entry.stop - entry.start
-            while left:
-                chunk = file.read(min(left, CHUNK))
-                if not chunk:
+        """Yield the bytes of a tensor in pieces."""
+        return self._pieces(*self.entries[name][2:], CHUNK)
+
+    def _pieces(self, start: int, stop: int, step: int) -> Iterator[bytes]:
+        """Yield the bytes from `start` to `stop`, `step` at a time."""
+        in_memory = None if self._data is None else io.BytesIO(self._data)
+        with in_memory or self.path.open("rb") as file:
+            file.seek(start)
+            while start < stop:
+                data = file.read(min(step, stop - start))
+                if len(data) < min(step, stop - start):
                     raise AdapterFileError(f"{self.path.name} was cut off while read")
-                left -= len(chunk)
-                yield chunk
+                start += len(data)
+                yield data
 
+    def dtype(self, name: str, advice: str = "") -> np.dtype:
+        """Return the dtype of a tensor.
 
-def _header(path: Location) -> tuple[bytes, int]:
-    """The bytes before the first tensor, and the number of bytes of the file."""
-    library()
-    try:
-        with path.open("rb") as file:
-            length = file.read(8)
-            number = int.from_bytes(length, "little")
-            if number > MAX_HEADER:
-                raise AdapterFileError(_too_long(path.name, number))
-            return length + file.read(number), size(path)
-    except FileNotFoundError:
-        raise AdapterFileError(f"there is no {path.name} in {path.parent}") from None
-    except NotADirectoryError:
-        raise AdapterFileError(f"{path.parent} is not a directory") from None
-    except IsADirectoryError:
-        raise AdapterFileError(f"{path} is a directory, not a file") from None
-
-
-def _validate(path: Location, header: bytes, size: int) -> None:
-    """Raise unless `path` is a safetensors file.
-
-    The library reads only local files, and looks only at their header and size. So for
-    a remote file it gets a local file with the same header and size, whose tensors are
-    a hole.
-    """
-    safetensors = library()
-    with contextlib.ExitStack() as stack:
-        local = path
-        if not is_local(path):
-            folder = stack.enter_context(tempfile.TemporaryDirectory())
-            local = Path(folder) / "header.safetensors"
-            with local.open("wb") as file:
-                file.write(header)
-                file.truncate(size)
-        try:
-            with safetensors.safe_open(local, framework="numpy"):
-                pass
-        except safetensors.SafetensorError as error:
+        Raises:
+          AdapterFileError: The tensor is not floating-point; `advice` ends the message.
+        """
+        dtype = self.entries[name].dtype
+        if dtype not in DTYPES:
             raise AdapterFileError(
-                f"{path.name} is not a safetensors file: {error}"
-            ) from error
+                f"{short(name)} in {self.path.name} must be one of {list(DTYPES)}, got "
+                f"{dtype}{': ' * bool(advice)}{advice}"
+            )
+        return DTYPES[dtype]
 
 
-def _too_long(name: str, size: int) -> str:
-    return f"{name} must have a header of at most {MAX_HEADER:,} bytes, got {size:,}"
+def _bits(dtype: str) -> int:
+    """Return the bits of a number; -1, which fits no numbers, for an unknown dtype."""
+    if not _KNOWN.fullmatch(dtype):
+        return -1
+    digits = re.search(r"\d+", dtype)
+    return int(digits[0]) if digits else 8
+
+
+_KNOWN = re.compile(r"BOOL|[UI](8|16|32|64)|B?F16|F(32|64)|C64|F4|F[68]_[A-Z0-9]+")
+"""All dtypes of the format. The first number in a name is the number of bits."""
+
+
+def read_header(path: Location) -> bytes:
+    """Return the bytes of a safetensors file before its first tensor.
+
+    Raises:
+      AdapterFileError: The file does not exist, or its header would be too long.
+    """
+    with missing_files(path), path.open("rb") as file:
+        length = file.read(8)
+        return header_of(length + file.read(_header_size(length, path.name)), path.name)
+
+
+def header_of(data: bytes, name: str) -> bytes:
+    """Return the same bytes of a file's content, or of a header."""
+    header = data[: 8 + _header_size(data, name)]
+    if len(header) < 8 + _header_size(data, name):
+        raise _damaged(name, "its header is cut off")
+    return header
+
+
+def _header_size(data: bytes, name: str) -> int:
+    length = int.from_bytes(data[:8], "little")
+    if length > MAX_HEADER:
+        raise AdapterFileError(
+            f"{name} must have a header of at most {MAX_HEADER:,} bytes, got {length:,}"
+        )
+    return length
+
+
+def metadata_of(data: bytes, name: str) -> dict[str, Any]:
+    """Return the texts that a safetensors file has beside its tensors.
+
+    Args:
+      data: The file's content, or its header alone.
+      name: The name of the file in messages.
+    """
+    header = parse(header_of(data, name)[8:], name)
+    metadata = header.get("__metadata__", {}) if isinstance(header, dict) else None
+    if not isinstance(metadata, dict):
+        raise _damaged(name, "its header must be a JSON object")
+    return metadata
+
+
+def _damaged(name: str, why: str) -> AdapterFileError:
+    return AdapterFileError(f"{name} is damaged, or not a safetensors file: {why}")
 
 
 def decode(data: bytes, name: str) -> dict[str, np.ndarray]:
-    """The arrays of a safetensors file that is in memory.
+    """Return the arrays of a safetensors file that is in memory.
 
     Args:
       data: The content of the file.
@@ -183,50 +215,51 @@ def decode(data: bytes, name: str) -> dict[str, np.ndarray]:
       AdapterFileError: The data is not a safetensors file, or a tensor is not
         floating-point.
     """
-    safetensors = library()
-    size = int.from_bytes(data[:8], "little")
-    if size > MAX_HEADER:
-        raise AdapterFileError(_too_long(name, size))
-    try:
-        found = safetensors.deserialize(data)
-    except safetensors.SafetensorError as error:
-        raise AdapterFileError(f"{name} is not a safetensors file: {error}") from error
-    parse(data[8 : 8 + size], name)  # raises if a key occurs twice
-    return {
-        key: np.frombuffer(tensor["data"], _dtype(tensor["dtype"], key, name)).reshape(
-            tensor["shape"]
-        )
-        for key, tensor in found
-    }
-
-
-def _dtype(dtype: str, key: str, name: str) -> np.dtype:
-    if dtype not in DTYPES:
-        raise AdapterFileError(
-            f"{short(key)} in {name} must be one of {list(DTYPES)}, got {dtype}"
-        )
-    return DTYPES[dtype]
+    file = TensorFile(Path(name), data)
+    return {key: file[key] for key in file.entries}
 
 
 def encode(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> bytes:
-    """The content of a safetensors file."""
-    library()
-    from safetensors.numpy import save
-
-    arrays = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
-    return save(arrays, dict(metadata))
-
-
-def library() -> Any:
-    """The safetensors package.
+    """Return the content of a safetensors file.
 
     Raises:
-      ImportError: The package is missing. The message says how to install it.
+      ImportError: The safetensors library is missing.
     """
     try:
-        import safetensors
+        from safetensors.numpy import save
     except ImportError as error:
         raise ImportError(
             "files of adapters need safetensors: pip install mora-jax[io]"
         ) from error
-    return safetensors
+    arrays = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
+    return save(arrays, dict(metadata))
+
+
+def to_numpy(name: str, array: Any) -> np.ndarray:
+    """Return a trained array, which messages call `name`, for a file.
+
+    Raises:
+      TypeError: It is a tracer, or not an array.
+      ValueError: It holds NaN or infinity.
+    """
+    if isinstance(array, Tracer):
+        raise TypeError(f"{name} must be a concrete array, got a tracer of jit")
+    as_jax_array(name, array)
+    array = np.asarray(array)
+    if not np.isfinite(array).all():
+        raise ValueError(f"{name} holds NaN or infinity")
+    return array
+
+
+def to_jax(name: str, array: np.ndarray) -> jax.Array:
+    """Return an array from a file as a JAX array of the same dtype.
+
+    Raises:
+      AdapterFileError: The array is float64, which is not enabled in JAX.
+    """
+    converted = jnp.asarray(array)
+    if converted.dtype != array.dtype:
+        raise AdapterFileError(
+            f"{name} is {array.dtype}: set jax_enable_x64 to load it as it is"
+        )
+    return converted

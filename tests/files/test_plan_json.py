@@ -88,6 +88,10 @@ def layer(**entries):
     return changed(layers=[LAYERS[0] | entries, *LAYERS[1:]])
 
 
+def settings(**entries):
+    return layer(settings=LAYERS[0]["settings"] | entries)
+
+
 def of_width(width, q, **operator):
     """A layer that a file may describe, but of which it has no array."""
     return layer(kernel_shape=[width, width], square_rank=q, operator=operator)
@@ -97,28 +101,32 @@ def of_width(width, q, **operator):
     ("text", "message"),
     [
         ("", "the plan is not valid JSON"),
-        ("[]", "the text is not a plan: its format must be 'mora_jax plan'"),
-        ('{"format": "mora_jax adapter"}', "the text is not a plan"),
+        ("[]", "the plan is not of mora_jax: its format must be 'mora_jax plan'"),
+        ('{"format": "mora_jax adapter"}', "the plan is not of mora_jax"),
         (TEXT[:-9], "not valid JSON"),
         ("[" * 100_000, "nested too deeply"),
         (TEXT.replace("{", '{"format": "x",', 1), "'format' occurs twice"),
         (json.dumps(LACKING), "the plan must hold"),
         (changed(more=1), "the plan must hold"),
-        (changed(format_version=2), "the plan must hold .*trained"),
-        (changed(format_version=3), "format version 3, and this .* reads up to 2"),
-        (changed(format_version=True), "version of the plan must be of type int"),
+        (changed(format_version=2), "format_version of the plan must be 1, got 2"),
+        (changed(format_version=0), "format_version of the plan must be 1, got 0"),
+        (
+            changed(format_version=True),
+            "format_version .* must be 1, got True",
+        ),
         (changed(base_parameters=0), "must be a positive integer, got 0"),
         (changed(layers={}), "layers of the plan must be of type list"),
         (changed(layers=[3]), r"layers\[0\] of the plan must hold"),
-        (changed(layers=LAYERS * 2), "the plan has 'a/kernel' twice"),
+        (changed(layers=LAYERS * 2), "is 'a/kernel', which is there twice"),
         (changed(layers=[]), "damaged or edited: its digest differs"),
         (changed(digest="0" * 64), "damaged or edited: its digest differs"),
-        (layer(alpha=2.0), "damaged or edited: its digest differs"),
-        (layer(alpha="2"), "a/kernel of the plan: alpha must be a number"),
+        (settings(alpha=2.0), "damaged or edited: its digest differs"),
+        (settings(alpha="2"), "a/kernel of the plan: alpha must be a number"),
+        (changed(trained={}), "trained of the plan must be of type list"),
         (layer(square_rank=2**40), "a/kernel of the plan: "),
         (layer(dtype="float16"), "dtype must be 'float32', got 'float16'"),
         (layer(operator_check=[1.0] * 4), "is another operator here than where"),
-        (layer(squares=1), r"layers\[0\] of the plan must hold"),
+        (layer(more=1), r"layers\[0\] of the plan must hold"),
         (of_width(2**21, 2**10, name="orthogonal", seed=0), "too much memory"),
         (of_width(2**21, 2**20, name="rotation", truncate=False), "too much memory"),
     ],

@@ -1,6 +1,7 @@
 """Adapters come back from files bit for bit, or an error says why not."""
 
 import hashlib
+import json
 import os
 import struct
 from pathlib import Path
@@ -80,8 +81,11 @@ def test_others_read_the_tensors(tmp_path):
     paths = [layer["path"] for layer in config["layers"]]
     assert paths == [list(s.path) for s in PLAN.specs]
     assert config["layers"][-1]["operator"] == {"name": "orthogonal", "seed": 7}
-    digest = hashlib.sha256((tmp_path / TENSORS).read_bytes()).hexdigest()
+    pieces = [np.asarray(expected[name]).tobytes() for name in sorted(expected)]
+    digest = hashlib.sha256(b"".join(pieces)).hexdigest()
     assert config["tensors_sha256"] == digest
+    with safetensors.safe_open(tmp_path / TENSORS, "numpy") as file:
+        assert file.metadata() == {"mora_jax": (tmp_path / CONFIG).read_text()}
 
 
 def test_replaces_and_leaves_others_alone(tmp_path):
@@ -121,7 +125,7 @@ def test_somebody_elses_adapter_is_not_replaced(tmp_path, kept, config):
 def test_our_own_adapter_is_replaced_whatever_became_of_it(tmp_path):
     """Of a newer format, edited, damaged, or without one of its files."""
     save(tmp_path, made(PLAN), PLAN)
-    edited = (tmp_path / CONFIG).read_text().replace('"format_version": 2', '"x": 9')
+    edited = (tmp_path / CONFIG).read_text().replace('"format_version": 1', '"x": 9')
     for harm in (
         (tmp_path / CONFIG).unlink,
         (tmp_path / TENSORS).unlink,
@@ -175,7 +179,7 @@ NO_JSON = [
 def test_metadata_that_json_cannot_hold_is_named():
     cases = [(TypeError, *case) for case in NO_JSON]
     cases += [(ValueError, {"a": float("nan")}, "JSON")]
-    cases += [(ValueError, NESTED, "metadata .*nested too deeply")]
+    cases += [(ValueError, NESTED, "metadata is nested too deeply")]
     for error, metadata, match in cases:
         with pytest.raises(error, match=match):
             save("/nonexistent/x", made(PLAN), PLAN, metadata)
@@ -197,21 +201,28 @@ def layer(**changes):
     return lambda config: config["layers"][2].update(changes)
 
 
+def settings(**changes):
+    return lambda config: config["layers"][2]["settings"].update(changes)
+
+
 def operator(**entries):
     return layer(operator=entries)
 
 
 REFUSED = {
-    "newer": (lambda c: c.update(format_version=4), "newer"),
-    "version": (lambda c: c.update(format_version=True), "positive integer"),
+    "newer": (lambda c: c.update(format_version=2), "newer"),
+    "version": (lambda c: c.update(format_version=True), "must be 1, got True"),
     "format": (lambda c: c.update(format="other"), "load_peft_mora"),
     "lacks": (lambda c: c.pop("metadata"), "lacks .*metadata"),
     "too-much": (lambda c: c.update(more=1), "more"),
     "type": (lambda c: c.update(layers={}), "of type list"),
-    "digest": (lambda c: c.update(tensors_sha256="../../x"), "64 hex"),
+    "digest": (lambda c: c.update(tensors_sha256="../../x"), "SHA-256 of tensors"),
     "no-layer": (lambda c: c["layers"].pop(), "enc/kernel_mora"),
-    "twice": (lambda c: c["layers"].append(c["layers"][0]), "lacks dec/kernel_mora"),
-    "layer-lacks": (lambda c: c["layers"][2].pop("alpha"), "layers.2.*alpha"),
+    "twice": (lambda c: c["layers"].append(c["layers"][0]), "'dec/kernel'.*twice"),
+    "layer-lacks": (lambda c: c["layers"][2].pop("axes"), "layers.2.*lacks.*axes"),
+    "setting-lacks": (lambda c: c["layers"][2]["settings"].pop("alpha"), "enc/.*alpha"),
+    "setting-too-much": (settings(x=1), "enc/kernel.*settings must be .*'x'"),
+    "settings-type": (layer(settings=[]), "settings of layers.2.*of type dict"),
     "layer-type": (lambda c: c["layers"].append(3), "layers.3"),
     "operator": (operator(name="unheard"), "enc/kernel.*must be one of"),
     "auto": (operator(name="auto"), "enc/kernel"),
@@ -219,26 +230,26 @@ REFUSED = {
     "no-seed": (operator(name="orthogonal"), "enc/kernel.*operator must be"),
     "seed": (operator(name="orthogonal", seed=8), "another operator here"),
     "seed-type": (operator(name="orthogonal", seed=7.0), "seed"),
-    "operator-type": (layer(operator=[1]), "must be an object"),
+    "operator-type": (layer(operator=[1]), "operator of layers.2.*of type dict"),
     "check": (layer(operator_check=["x"] * 4), "enc/kernel"),
     "check-short": (layer(operator_check=[0.1]), "enc/kernel.*another operator"),
     "check-deep": (layer(operator_check=[[[1]], 2]), "enc/kernel"),
-    "q": (layer(square_rank=10**9), r"must have shape \(1000000000, 1000000000\)"),
-    "q-type": (layer(square_rank=True), "positive integers"),
-    "layer-too-much": (layer(squares=1), "layers.2.*must hold"),
+    "q": (layer(square_rank=10**9), "enc/kernel.*too much memory"),
+    "q-type": (layer(square_rank=True), "square_rank of layers.2.*of type int"),
+    "layer-too-much": (layer(more=1), "layers.2.*also holds .*more"),
     "shape": (layer(kernel_shape=[10**9, 10**9]), "at most 4,194,304 features"),
     "shape-0": (layer(kernel_shape=[0, 24]), "positive integers"),
-    "shape-type": (layer(kernel_shape="ab"), "must be a list"),
+    "shape-type": (layer(kernel_shape="ab"), "of type list"),
     "other-shape": (layer(kernel_shape=[24, 16]), "another operator here"),
     "axes": (layer(axes="xx"), "axes"),
-    "alpha": (layer(alpha="1"), "alpha"),
-    "alpha-int": (layer(alpha=1), "alpha must be"),
-    "dropout": (layer(dropout=1.5), "dropout"),
-    "init": (layer(init="ones"), "init"),
-    "execution": (layer(execution="fast"), "execution"),
+    "alpha": (settings(alpha="1"), "enc/kernel.*alpha"),
+    "alpha-int": (settings(alpha=1), "alpha must be"),
+    "dropout": (settings(dropout=1.5), "dropout"),
+    "init": (settings(init="ones"), "init"),
+    "execution": (settings(execution="fast"), "execution"),
     "dtype": (layer(dtype="bfloat16"), "dtype"),
-    "param_dtype": (layer(param_dtype="int8"), "param_dtype"),
-    "rank": (layer(rank=99), "rank must be"),
+    "param_dtype": (settings(param_dtype="int8"), "param_dtype"),
+    "scale": (settings(scale=0.0), "enc/kernel.*scale must be above 0"),
     "path-up": (layer(path=["..", "kernel"]), "path of names"),
     "path-type": (layer(path=["enc", 1]), "path of names"),
     "path-empty": (layer(path=[]), "path of names"),
@@ -329,16 +340,43 @@ def test_notices_damage(saved):
     load(saved)
 
 
+def test_the_copy_of_the_config_is_not_needed(saved):
+    """But one that says something else is refused, however it is written."""
+    adapters, plan = load(saved)
+    config = config_of(saved)
+    (saved / CONFIG).write_text(json.dumps(config))  # the same in other words
+    assert load(saved)[1] == plan
+    config["layers"][0]["settings"]["alpha"] = 2.0
+    (saved / CONFIG).write_text(json.dumps(config))
+    for read in (load, io.read_metadata):
+        with pytest.raises(AdapterFileError, match=f"{CONFIG} in .* is edited"):
+            read(saved)
+    (saved / CONFIG).unlink()
+    assert_same(load(saved)[0], adapters)
+    assert load(saved)[1] == plan and io.read_metadata(saved) == {}
+    save(saved, adapters, plan)
+    assert sorted(os.listdir(saved)) == [CONFIG, TENSORS]
+
+
 def test_missing_files(saved, tmp_path_factory):
     (saved / TENSORS).unlink()
     for place, match in (
         (saved, f"no {TENSORS}"),
-        (tmp_path_factory.mktemp("empty"), f"no {CONFIG}"),
-        ("/nonexistent", f"no {CONFIG}"),
+        (tmp_path_factory.mktemp("empty"), f"no {TENSORS}"),
+        ("/nonexistent", f"no {TENSORS}"),
         (saved / CONFIG, "not a directory"),
     ):
         with pytest.raises(AdapterFileError, match=match):
             load(place)
+
+
+def test_a_pipe_is_no_file(saved):
+    """Reading one would wait for ever."""
+    (saved / TENSORS).unlink()
+    os.mkfifo(saved / TENSORS)
+    for read in (load, io.read_metadata, io.Checkpoint):
+        with pytest.raises(AdapterFileError, match="a device, not a file"):
+            read(saved if read is not io.Checkpoint else saved / TENSORS)
 
 
 def test_another_base(saved):

@@ -10,7 +10,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import mora_jax
 from mora_jax.io import _files as files
-from mora_jax.io import _native as native
+from mora_jax.io.native import _save as native
 
 directory = Path(sys.argv[1])
 plan = mora_jax.plan({"fc": {"kernel": jnp.ones((64, 64))}})
@@ -20,7 +20,7 @@ adapters = [
 contents = []
 for one in adapters:
     mora_jax.save(directory, one, plan)
-    names = files.CONFIG, files.TENSORS
+    names = files.TENSORS, files.CONFIG
     contents.append([(directory / name).read_bytes() for name in names])
 
 

@@ -282,7 +282,7 @@ def test_bad_bases():
 
 def test_arrays_of_an_operator_that_has_none():
     """Nothing that a file holds is passed over in silence."""
-    from mora_jax.io._format import describe, restore
+    from mora_jax.io.native._layers import describe, restore
 
     (spec,) = single(mora_jax.make_operator("rotation", 6, 6, 2)).specs
     layer, m = describe(spec, "float32"), np.zeros((2, 2), np.float32)
@@ -293,6 +293,7 @@ def test_arrays_of_an_operator_that_has_none():
 
 def test_damaged_bases(tmp_path):
     """A file of other bases is not this adapter's."""
+    from safetensors import safe_open
     from safetensors.numpy import load_file, save_file
 
     plan = single(Subspace(6, 6, 2, in_basis=np.eye(6, 2), out_basis=np.eye(6, 2)))
@@ -305,6 +306,8 @@ def test_damaged_bases(tmp_path):
         "a/kernel_mora/out_basis",
     ]
     tensors["a/kernel_mora/in_basis"] = np.eye(6, 2, dtype="f")[::-1].copy()
-    save_file(tensors, file)
+    with safe_open(file, "numpy") as whole:
+        metadata = whole.metadata()
+    save_file(tensors, file, metadata)
     with pytest.raises(AdapterFileError, match="damaged"):
         mora_jax.load(tmp_path)

@@ -13,6 +13,7 @@ import flax.traverse_util
 import jax
 import numpy as np
 import pytest
+import safetensors
 from etils import epath
 
 import mora_jax
@@ -91,12 +92,16 @@ def config_of(directory):
 
 
 def rewrite(directory, change=lambda config: None, tensors=None):
-    """Change the parsed config, and sign it again as an attacker would."""
+    """Change the parsed config, and sign it again as an attacker would.
+
+    It goes into the tensors' file, and into its copy. `tensors` are another such file,
+    whose header may be anything.
+    """
     config = config_of(directory)
-    if tensors is not None:
-        (directory / TENSORS).write_bytes(tensors)
-        config["tensors_bytes"] = len(tensors)
-        config["tensors_sha256"] = hashlib.sha256(tensors).hexdigest()
+    if tensors is None:
+        tensors = (directory / TENSORS).read_bytes()
+    else:
+        config["tensors_sha256"] = digest_of_tensors(tensors)
     change(config)
     config.pop("sha256", None)
 
@@ -104,7 +109,40 @@ def rewrite(directory, change=lambda config: None, tensors=None):
         return json.dumps(config, indent=1, sort_keys=True, allow_nan=False) + "\n"
 
     digest = hashlib.sha256(text(config).encode()).hexdigest()
-    (directory / CONFIG).write_text(text(config | {"sha256": digest}))
+    config = text(config | {"sha256": digest})
+    (directory / CONFIG).write_text(config)
+    (directory / TENSORS).write_bytes(with_metadata(tensors, {"mora_jax": config}))
+
+
+def digest_of_tensors(data):
+    """SHA-256 of the bytes of all tensors in the order of their names."""
+    try:
+        tensors = safetensors.deserialize(data)
+    except safetensors.SafetensorError:
+        return "0" * 64
+    pieces = [tensor["data"] for _, tensor in sorted(tensors, key=lambda item: item[0])]
+    return hashlib.sha256(b"".join(pieces)).hexdigest()
+
+
+def with_metadata(data, metadata):
+    """A safetensors file with other metadata, and all its faults.
+
+    A file whose header has no beginning or no end stays as a whole.
+    """
+    size = int.from_bytes(data[:8], "little")
+    header, tensors = data[8 : 8 + size].decode("latin-1"), data[8 + size :]
+    if len(header) < size or not header.startswith("{"):
+        return data
+    before, key, after = header.partition('"__metadata__":')
+    if key:
+        with contextlib.suppress(ValueError):
+            _, end = json.JSONDecoder().raw_decode(after)
+            header = before + after[end:].removeprefix(",")
+    entry = f'"__metadata__":{json.dumps(metadata)}'
+    comma = "" if header[1:].lstrip().startswith("}") else ","
+    header = ("{" + entry + comma + header[1:]).encode("latin-1")
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + tensors
 
 
 def run(*args, code=0):

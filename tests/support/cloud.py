@@ -110,6 +110,8 @@ class MemoryPath(epath.Path):
             put(self.key, None)
 
     def replace(self, target):
+        if target.name in failures:
+            raise OSError(5, "the network is gone")
         put(target.key, self._data())
         self.unlink()
         return target

@@ -8,14 +8,14 @@ from typing import Any, Literal, NamedTuple, get_args
 from mora_jax._common.checks import check_choice
 from mora_jax._layer.rounding import Rounding
 from mora_jax._plan.plan import Plan, check_plan
-from mora_jax.io._base import Checkpoint
-from mora_jax.io._checkpoint import merge_checkpoint
-from mora_jax.io._lora import make_lora
-from mora_jax.io._matching import stands_for_two
+from mora_jax.io._locations import as_path
 from mora_jax.io._modules import modules_of
 from mora_jax.io._names import Names, pairs
-from mora_jax.io._paths import as_path
-from mora_jax.io._peft_write import free
+from mora_jax.io.checkpoints._checkpoint import Checkpoint
+from mora_jax.io.checkpoints._matching import stands_for_two
+from mora_jax.io.checkpoints._merge_files import merge_checkpoint
+from mora_jax.io.peft._lora import make_lora
+from mora_jax.io.peft._write import free
 
 Server = Literal["vllm", "sglang"]
 
@@ -25,7 +25,7 @@ above the last of these is not written either, since it costs as much as the ker
 
 
 class Export(NamedTuple):
-    """What was written for a server.
+    """Files that `export` wrote for a server.
 
     Attributes:
       rank: The largest rank of the LoRA; None if it is a merged checkpoint.
@@ -70,8 +70,8 @@ def export(
       names: As in `load_peft_mora`.
       base: The base's safetensors, as in `merge_checkpoint`, for adapters that have to
         be merged. A base that has an embedding and no head is taken to be tied.
-      base_model: What the server is to load: a directory or a name on the Hub. `base`
-        by default.
+      base_model: The model that the server loads: a directory or a name on the Hub.
+        `base` by default.
       max_error: The largest share of its delta that a module may lose in a LoRA.
       force: Whether to replace what is in `directory`: an adapter by a LoRA, or a
         checkpoint by a merged one.
@@ -93,17 +93,20 @@ def export(
     if not force:
         free(path, force)  # raises before minutes are spent
     model = os.path.expanduser(base_model)
-    model = model or ("BASE" if base is None else _folder(base))
+    if not model and base is not None:  # servers load the directory, not one file of it
+        source = as_path("base", base)
+        model = str(source.parent if source.is_file() else source)
+    model = model or "BASE"
     if plan.trained:
         why = f"{plan.trained[0].name} trains itself, which a LoRA cannot hold, so"
     elif base is not None and _is_tied(base, plan, names):
         why = ""  # the base is known
     else:
-        lora = make_lora(adapters, plan, names, "auto", max_error)
+        lora, lost = make_lora(adapters, plan, names, "auto", max_error)
         worst, rank = max(lora.ranks.items(), key=lambda item: item[1])
         if rank <= RANKS[-1]:
             lora.write(free(path, force), base_model, "CAUSAL_LM")
-            return Export(rank, lora.lost, _command(server, model, rank, str(path)))
+            return Export(rank, lost, _command(server, model, rank, str(path)))
         why = (
             f"{worst} needs rank {rank} to lose at most {max_error:.1%} of its delta, "
             f"and servers take {RANKS[-1]} at most; a larger max_error needs less, else"
@@ -112,51 +115,32 @@ def export(
         raise ValueError(
             f"{why} base must be the base's safetensors, to merge into them, got None"
         )
-    lost = merge_checkpoint(
-        base,
-        adapters,
-        plan,
-        directory,
-        names,
-        force=force,
-        any_base=any_base,
-        rounding=rounding,
-        progress=progress,
-    )
+    settings = {"any_base": any_base, "rounding": rounding, "progress": progress}
+    args = base, adapters, plan, directory, names
+    lost = merge_checkpoint(*args, force=force, **settings)
     return Export(None, lost, _command(server, str(path)))
 
 
 def _is_tied(base: str | os.PathLike[str], plan: Plan, names: Names) -> bool:
-    """Whether an adapted embedding is the head, too, which a LoRA would not change."""
+    """Return True if an adapted embedding is the head, too, which a LoRA would miss."""
     known = pairs(names)
-    found = [module for spec in plan.specs for module in modules_of(spec, known)[0]]
-    if not any(module.table for module in found):
+    named = [module for spec in plan.specs for module in modules_of(spec, known)[0]]
+    tables = [f"{module.name}.weight" for module in named if module.table]
+    if not tables:
         return False
     checkpoint = Checkpoint(base)
-    return any(
-        module.table and stands_for_two(checkpoint, f"{module.name}.weight")
-        for module in found
-    )
-
-
-def _folder(base: str | os.PathLike[str]) -> str:
-    """The directory of the base, which servers load, and not one of its files."""
-    path = as_path("base", base)
-    return str(path.parent if path.is_file() else path)
+    return any(stands_for_two(checkpoint, table) for table in tables)
 
 
 def _command(server: Server, model: str, rank: int = 0, adapter: str = "") -> str:
-    """The line that serves `model`, with the LoRA in `adapter` if there is one."""
-    named = f"{adapter.rpartition('/')[2]}={adapter}"
+    """Return the line that serves `model`, with the LoRA in `adapter` if any."""
     if server == "vllm":
         words = ["vllm", "serve", model]
-        if adapter:
-            room = next(size for size in RANKS if size >= rank)
-            words += ["--enable-lora", "--max-lora-rank", str(room)]
-            words += ["--lora-modules", named]
+        limit, option = next(n for n in RANKS if n >= rank), "--lora-modules"
     else:
         words = ["python", "-m", "sglang.launch_server", "--model-path", model]
-        if adapter:
-            words += ["--enable-lora", "--max-lora-rank", str(rank)]
-            words += ["--lora-paths", named]
+        limit, option = rank, "--lora-paths"
+    if adapter:
+        named = f"{adapter.rpartition('/')[2]}={adapter}"
+        words += ["--enable-lora", "--max-lora-rank", str(limit), option, named]
     return shlex.join(words)

@@ -13,6 +13,7 @@ from jax.typing import DTypeLike
 
 from mora_jax._common.checks import floating_dtype
 from mora_jax._common.suggestions import nearest_paths
+from mora_jax._common.types import Shape
 from mora_jax._plan.spec import SUFFIX
 from mora_jax._tree.paths import (
     is_boxed,
@@ -20,12 +21,12 @@ from mora_jax._tree.paths import (
     refuse_variables,
     replace_leaves,
 )
-from mora_jax.io._base import Checkpoint
-from mora_jax.io._base_leaf import Leaf
 from mora_jax.io._errors import AdapterFileError
-from mora_jax.io._matching import find_tensors
 from mora_jax.io._names import Names, Tensor
-from mora_jax.io._tensors import DTYPES, TensorFile
+from mora_jax.io._tensors import TensorFile
+from mora_jax.io.checkpoints._checkpoint import Checkpoint
+from mora_jax.io.checkpoints._leaf import Leaf
+from mora_jax.io.checkpoints._matching import find_tensors
 
 
 def load_base(
@@ -37,7 +38,7 @@ def load_base(
     sharding: Any = None,
     skip: str | Sequence[str] = (),
 ) -> Any:
-    """The params of a Flax model, from a checkpoint as PyTorch's models have it.
+    """Read the params of a Flax model from a checkpoint as PyTorch's models have it.
 
     Each leaf of `like` gets its tensor, found by name, in the leaf's layout: a kernel
     (in, out) is a weight (out, in) transposed, the axes of heads are split if the leaf
@@ -50,19 +51,19 @@ def load_base(
       like: The params of the model, as a tree of arrays or shapes: such as
         `jax.eval_shape(model.init, ...)["params"]` of a Linen model, or
         `nnx.state(model, nnx.Param)` of an NNX model, which may be abstract.
-      names: Which module of PyTorch is which leaf. A family ("llama", "gemma", "qwen",
-        "gpt2" or "bert", with or without a version as in "qwen3") for models with the
-        names of transformers' Flax models; "tunix" for Tunix's Qwen2, Qwen3,
+      names: The modules of PyTorch that are the leaves. A family ("llama", "gemma",
+        "qwen", "gpt2" or "bert", with or without a version as in "qwen3") for models
+        with the names of transformers' Flax models; "tunix" for Tunix's Qwen2, Qwen3,
         Llama3 and Gemma, "gm" for Google's gemma; otherwise templates as in
         `load_peft_mora`, such as
         `{"model.layers.{n}.{norm}": "layers/{norm}/scale[{n}]"}` for a stacked leaf.
-        A kernel's template is also that of its bias, and a template may name a
+        A kernel's template also serves its bias, and a template may name a
         tensor, as `{"out.bias": "out_bias"}` does. A leaf that is named as its tensor
         needs none. None tries all families.
-      dtype: The dtype of the result, or "like" for that of each leaf of `like`. None
-        demands that the file has the dtypes of `like`.
-      sharding: Where the result is to be: a sharding for all leaves, or a tree of them
-        with the paths of `like`. None asks the leaves of `like`; those that have no
+      dtype: The dtype of the result, or "like" for the dtype of each leaf of `like`.
+        None demands that the file has the dtypes of `like`.
+      sharding: The place of the result: a sharding for all leaves, or a tree of them
+        with the paths of `like`. None asks the leaves of `like`; leaves without a
         sharding come to the default device.
       skip: Regular expressions for whole names of tensors that `like` need not have.
 
@@ -70,11 +71,11 @@ def load_base(
       A tree like `like`, of `jax.Array`. Boxes and variables stay.
 
     Raises:
-      AdapterFileError: The files are damaged, a leaf has no tensor, a tensor has no
+      AdapterFileError: The files are damaged, a leaf lacks a tensor, a tensor lacks a
         leaf, or a shape or a dtype does not fit. Names, shapes and dtypes are compared
         before any tensor is read.
       TypeError: `like` is a model or holds tracers, `sharding` holds something other
-        than shardings, `skip` is no text, or a transformation of JAX is under way.
+        than shardings, `skip` is not a text, or a transformation of JAX is under way.
       ValueError: `like` has adapters, `names` are unknown, `skip` matches nothing, or a
         leaf cannot be split as its sharding says.
 
@@ -115,7 +116,7 @@ def load_base(
 
 
 def _unboxed(leaf: Any, name: str) -> Any:
-    """The array or the shape in `leaf`."""
+    """Return the array or the shape in `leaf`."""
     if is_boxed(leaf):  # without the constraints that Linen's `unbox` would add
         (leaf,) = jax.tree.leaves(leaf)
     if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
@@ -131,7 +132,7 @@ def _unboxed(leaf: Any, name: str) -> Any:
 def _dtype(
     name: str, own: Any, asked: Any, tensors: Iterable[tuple[TensorFile, Tensor]]
 ) -> np.dtype:
-    """The dtype of a leaf's result, checked against those of its tensors."""
+    """Return the dtype of a leaf's result, checked against its tensors."""
     if isinstance(asked, str) and asked == "like":
         asked = own
     try:
@@ -142,16 +143,11 @@ def _dtype(
             f"{error}"
         ) from None
     for file, tensor in tensors:
-        stored = file.entries[tensor.name].dtype
-        if stored not in DTYPES:
+        stored = file.dtype(tensor.name, "dequantise it first")
+        if asked is None and stored != wanted:
             raise AdapterFileError(
-                f"{tensor.name!r} in the base must be one of {list(DTYPES)}, got "
-                f"{stored}: dequantise it first"
-            )
-        if asked is None and DTYPES[stored] != wanted:
-            raise AdapterFileError(
-                f"{tensor.name!r} in the base is {DTYPES[stored]}, and {name!r} in "
-                f"like is {wanted}: dtype='like' or dtype='{DTYPES[stored]}' converts"
+                f"{tensor.name!r} in the base is {stored}, and {name!r} in like is "
+                f"{wanted}: dtype='like' or dtype='{stored}' converts"
             )
     if wanted == np.float64 and not jax.config.read("jax_enable_x64"):
         raise AdapterFileError(
@@ -161,35 +157,35 @@ def _dtype(
 
 
 def _shardings(sharding: Any, arrays: Mapping[str, Any]) -> dict[str, Sharding | None]:
-    """Where each leaf is to be, checked."""
+    """Return the place of each leaf, checked."""
     if sharding is None:
-        found = {name: _own_sharding(array) for name, array in arrays.items()}
+        shardings = {name: _own_sharding(array) for name, array in arrays.items()}
     elif jax.tree_util.treedef_is_leaf(jax.tree.structure(sharding)):
-        found = dict.fromkeys(arrays, sharding)
+        shardings = dict.fromkeys(arrays, sharding)
     else:
         given = located_leaves(sharding, "sharding")
-        found = {
+        shardings = {
             "/".join(place): jax.tree.leaves(leaf)[0] if is_boxed(leaf) else leaf
             for place, leaf in given.items()
         }
     for name, array in arrays.items():
-        if name not in found:
+        if name not in shardings:
             raise ValueError(
-                f"sharding lacks the leaf {name!r}{nearest_paths(name, found)}"
+                f"sharding lacks the leaf {name!r}{nearest_paths(name, shardings)}"
             )
-        if found[name] is not None:
-            _check_sharding(name, array, found[name])
-    return found
+        if shardings[name] is not None:
+            _check_sharding(name, tuple(array.shape), shardings[name])
+    return shardings
 
 
 def _own_sharding(array: Any) -> Sharding | None:
-    """Where a leaf of `like` says that it is, unless JAX chose that."""
+    """Return the sharding that a leaf of `like` has, unless JAX chose it."""
     if isinstance(array, jax.Array) and not array.committed:
         return None
     return getattr(array, "sharding", None)
 
 
-def _check_sharding(name: str, array: Any, sharding: Any) -> None:
+def _check_sharding(name: str, shape: Shape, sharding: Any) -> None:
     if not isinstance(sharding, Sharding):
         raise TypeError(
             f"sharding must hold shardings, such as NamedSharding(mesh, spec), got "
@@ -200,12 +196,12 @@ def _check_sharding(name: str, array: Any, sharding: Any) -> None:
             f"sharding must name devices, got a mesh without them for {name!r}"
         )
     spec = getattr(sharding, "spec", ())
-    if len(spec) > len(array.shape):
+    if len(spec) > len(shape):
         raise ValueError(
-            f"sharding must name no more axes than {name!r} has, of shape "
-            f"{tuple(array.shape)}, got {spec}; a tree may have one for each leaf"
+            f"sharding must name no more axes than {name!r} has, of shape {shape}, got "
+            f"{spec}; a tree may have one for each leaf"
         )
     try:
-        sharding.shard_shape(tuple(array.shape))
+        sharding.shard_shape(shape)
     except Exception as error:  # some of JAX's errors are not ValueErrors
         raise ValueError(f"sharding must split {name!r} evenly: {error}") from error

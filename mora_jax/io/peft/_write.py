@@ -1,9 +1,10 @@
 """Writing PEFT directories: the reference's, and what all of them share."""
 
+import dataclasses
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -13,17 +14,15 @@ from mora_jax._plan.plan import Plan
 from mora_jax._plan.spec import AdapterSpec
 from mora_jax._plan.trained_arrays import refuse_trained
 from mora_jax._tree.adapters import adapter_items
-from mora_jax.io._arrays import to_numpy
-from mora_jax.io._files import CONFIG, TENSORS, entries, new_directory
+from mora_jax.io._files import CONFIG, TENSORS, entries, write_directory
 from mora_jax.io._json import dump
-from mora_jax.io._models import Pair
+from mora_jax.io._locations import Location, as_path
 from mora_jax.io._modules import Module, modules_of
 from mora_jax.io._names import Names, pairs
-from mora_jax.io._paths import Location, as_path
-from mora_jax.io._peft_read import PREFIX
-from mora_jax.io._reference import REFERENCE_GROUPS, reference_square_rank
 from mora_jax.io._suggest import suggestion
-from mora_jax.io._tensors import encode
+from mora_jax.io._tensors import encode, to_numpy
+from mora_jax.io.peft._read_mora import PREFIX
+from mora_jax.io.peft._reference import REFERENCE_GROUPS, reference_square_rank
 from mora_jax.operators import Rotation, Sharing
 
 
@@ -57,15 +56,13 @@ def save_peft_mora(
     Raises:
       FileExistsError: The directory is not empty; with `force`, it holds something
         other than an adapter.
-      ValueError: The reference does not have an operator or a square rank, `names` have
-        no module for a kernel, a kernel is one of a convolution or an embedding, or the
-        plan has no adapters or trains arrays.
+      ValueError: The reference does not have an operator or a square rank, `names` lack
+        a module for a kernel, a kernel is one of a convolution or an embedding, or the
+        plan lacks adapters or trains arrays.
     """
     path = free(directory, force)
-    tensors: dict[str, np.ndarray] = {}
-    ranks: dict[str, int] = {}
-    settings = set()
-    for module, spec, m in modules(adapters, plan, pairs(names)):
+    files, settings = PeftFiles(), set()
+    for module, spec, m in modules(adapters, plan, names):
         if module.table:
             raise ValueError(
                 f"{spec.name}: the reference has no squares for embeddings, got "
@@ -77,32 +74,24 @@ def save_peft_mora(
                 f"{module.name} is a part of this kernel; io.save_peft_lora writes "
                 "such adapters as a LoRA, and io.merge_checkpoint merges them"
             )
-        mora_type, ranks[module.name], scale = _reference(spec)
+        mora_type, files.ranks[module.name], scale = _reference(spec)
         settings.add((mora_type, spec.dropout, module.axes))
         for letter in "AB":
-            tensors[f"{PREFIX}{module.name}.lora_{letter}.weight"] = (
-                scale * scaled(spec, m)
-            ).T
+            name = f"{PREFIX}{module.name}.lora_{letter}.weight"
+            files.tensors[name] = (scale * scaled(spec, m)).T
     if len(settings) > 1:
         raise ValueError(
             "the reference has one mora_type, dropout and fan_in_fan_out for all "
             f"layers, got {sorted(settings)}"
         )
-    ((mora_type, dropout, axes),) = settings
-    config = peft_config(ranks, dropout, axes, base_model, task_type)
-    config |= {"use_mora": True, "mora_type": mora_type}
-    write(path, config, tensors)
+    ((mora_type, dropout, files.axes),) = settings
+    files.settings = {"use_mora": True, "mora_type": mora_type, "lora_dropout": dropout}
+    files.write(path, base_model, task_type)
 
 
 def _reference(spec: AdapterSpec) -> tuple[int, int, float]:
-    """The reference's type and rank, and a factor that alpha M is multiplied by."""
+    """Return the reference's type and rank, and a factor of alpha M."""
     op, scale = spec.operator, 1.0
-    if op.squares > 1:
-        raise ValueError(
-            f"{spec.name}: the reference has one square for each module, got "
-            f"{op.squares}; io.save_peft_lora writes such adapters as a LoRA, and "
-            "io.merge_checkpoint merges them"
-        )
     ins, outs, q = op.in_features, op.out_features, op.square_rank
     if isinstance(op, Rotation) and (op.truncate or -(-ins // q) <= -(-outs // q)):
         mora_type = 6
@@ -128,39 +117,53 @@ def _reference(spec: AdapterSpec) -> tuple[int, int, float]:
     return mora_type, choices[q], scale
 
 
-def peft_config(
-    ranks: Mapping[str, int],
-    dropout: float,
-    axes: str,
-    base_model: str,
-    task_type: str | None,
-) -> dict[str, Any]:
-    """A LoraConfig that names each module and multiplies by 1.
+@dataclasses.dataclass
+class PeftFiles:
+    """Adapters as PEFT has them.
 
-    `r` is the largest rank, since servers make room for that rank.
+    Attributes:
+      axes: The order of the axes of the modules' weights, "oi" or "io".
+      tensors: {name in the file: array}.
+      ranks: {module: its rank}.
+      settings: Settings in the config beside the usual ones.
     """
-    rank = max(ranks.values())
-    others = {module: r for module, r in ranks.items() if r != rank}
-    return {
-        "peft_type": "LORA",
-        "task_type": task_type,
-        "base_model_name_or_path": base_model,
-        "inference_mode": True,
-        "target_modules": sorted(ranks),
-        "r": rank,
-        "rank_pattern": others,
-        "lora_alpha": rank,  # PEFT multiplies by lora_alpha / r
-        "alpha_pattern": others,
-        "lora_dropout": dropout,
-        "bias": "none",
-        "fan_in_fan_out": axes == "io",
-    }
+
+    axes: str = "oi"
+    tensors: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    ranks: dict[str, int] = dataclasses.field(default_factory=dict)
+    settings: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def write(self, path: Location, base_model: str, task_type: str | None) -> None:
+        """Write a directory, its config last.
+
+        The config names each module and multiplies by 1. Its `r` is the largest rank,
+        since servers make room for that rank.
+        """
+        rank = max(self.ranks.values())
+        others = {module: r for module, r in self.ranks.items() if r != rank}
+        config = {
+            "peft_type": "LORA",
+            "task_type": task_type,
+            "base_model_name_or_path": base_model,
+            "inference_mode": True,
+            "target_modules": sorted(self.ranks),
+            "r": rank,
+            "rank_pattern": others,
+            "lora_alpha": rank,  # PEFT multiplies by lora_alpha / r
+            "alpha_pattern": others,
+            "lora_dropout": 0.0,
+            "bias": "none",
+            "fan_in_fan_out": self.axes == "io",
+        }
+        data = encode(self.tensors, {"format": "pt"})
+        text = dump(config | self.settings)
+        write_directory(path, [(TENSORS, [data]), (CONFIG, [text])])
 
 
 def modules(
-    adapters: Any, plan: Plan, known: tuple[Pair, ...]
+    adapters: Any, plan: Plan, names: Names
 ) -> Iterator[tuple[Module, AdapterSpec, np.ndarray]]:
-    """PyTorch's modules, with the spec and the M of each; none is a convolution."""
+    """Yield PyTorch's modules, with the spec and the M of each; no convolutions."""
     if not len(plan):
         raise ValueError("plan must have an adapter to write, got none")
     refuse_trained(
@@ -168,28 +171,27 @@ def modules(
         "which a file of PEFT's format made here cannot hold; mora_jax.save holds it, "
         "and io.merge_checkpoint merges it",
     )
-    items, unknown = [], []
+    known, items, unknown = pairs(names), [], []
     for spec, m in adapter_items(adapters, plan):
         _refuse_convolution(spec)
-        found, missing = modules_of(spec, known)
-        items.append((found, spec, to_numpy(spec.name, m).astype(np.float32)))
+        named, missing = modules_of(spec, known)
+        m = to_numpy(spec.name, m).astype(np.float32)
+        items += [(module, spec, m[module.index]) for module in named]
         unknown += missing
     if unknown:
         raise ValueError(
             f"names have no module for the kernel {unknown[0]!r}; "
             + suggestion(unknown, ())
         )
-    for found, spec, m in items:
-        for module in found:
-            yield module, spec, m[module.index]
+    yield from items
 
 
 def _refuse_convolution(spec: AdapterSpec) -> None:
     """Raise if the kernel is one of a convolution.
 
-    Its axes are those of a window, then "io" or "oi". With a window of two axes or
-    more no dense layer has the same. With a window of one axis some do, such as those
-    from heads to a width, "iio", and so only names tell them apart.
+    Its axes are a window's, then "io" or "oi". With a window of two axes or
+    more no dense layer has the same. With a window of one axis some do: a layer from
+    heads to a width has "iio". Only names tell these apart.
     """
     axes = spec.axes.replace("s", "")
     named = re.search("conv", spec.name, re.IGNORECASE)
@@ -202,7 +204,7 @@ def _refuse_convolution(spec: AdapterSpec) -> None:
 
 
 def free(directory: str | os.PathLike[str], force: bool) -> Location:
-    """The path of a directory that an adapter can be written to.
+    """Return the path of a directory that an adapter can be written to.
 
     Raises:
       FileExistsError: The directory holds something else, or it is a file.
@@ -210,24 +212,16 @@ def free(directory: str | os.PathLike[str], force: bool) -> Location:
     path = as_path("directory", directory)
     if path.exists() and not path.is_dir():
         raise FileExistsError(f"directory must be new or empty, got the file {path}")
-    found = {entry.name for entry in entries(path)}
-    if found and not force:
+    there = {entry.name for entry in entries(path)}
+    others = sorted(there - {CONFIG, TENSORS})
+    if there and not force:
         raise FileExistsError(
             f"directory must be new or empty, got {path}; force=True replaces an "
             "adapter there"
         )
-    if found and (CONFIG not in found or found - {CONFIG, TENSORS}):
+    if there and (CONFIG not in there or others):
         raise FileExistsError(
             f"force=True replaces a directory that holds nothing but an adapter, got "
-            f"{path} with {sorted(found - {CONFIG, TENSORS})[:3]}"
+            f"{path} with {others[:3]}"
         )
     return path
-
-
-def write(
-    path: Location, config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]
-) -> None:
-    """Write a PEFT directory, its config last."""
-    with new_directory(path) as write_file:
-        write_file(TENSORS, [encode(tensors, {"format": "pt"})])
-        write_file(CONFIG, [dump(config)])

@@ -18,7 +18,7 @@ PACKAGES = {"gs": "gcsfs", "s3": "s3fs", "az": "adlfs"}
 
 
 def as_path(argument: str, value: object) -> Location:
-    """The path that a user's argument names.
+    """Return the path that a user's argument names.
 
     `~` is the home directory, and `file://` begins a local path. epath opens the other
     URLs: `gs://`, `s3://`, `az://` and the schemes that `epath.register_path_cls` has
@@ -42,7 +42,7 @@ def as_path(argument: str, value: object) -> Location:
             f"{argument} must be a path or a URL, got {value!r:.80} "
             f"of type {type(value).__name__}"
         )
-    if not isinstance(value, str | Path) and _is_epaths(value):
+    if not isinstance(value, str | Path) and _is_remote(value):
         return value  # type: ignore[return-value]
     text = os.fspath(value)
     if not isinstance(text, str) or not text:
@@ -50,8 +50,7 @@ def as_path(argument: str, value: object) -> Location:
     url = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):(/+)", text)
     if url is None:
         return _local(argument, text)
-    scheme, slashes = url.groups()
-    if scheme == "file":
+    if url[1] == "file":
         local = re.fullmatch("file:(?://(?:localhost)?)?(/[^/].*)", text)
         if local is None:
             raise ValueError(
@@ -59,34 +58,34 @@ def as_path(argument: str, value: object) -> Location:
                 f"machine, got {text!r}"
             )
         return Path(url2pathname(local[1]))
-    if len(slashes) == 1:
+    if len(url[2]) == 1:
         raise ValueError(
             f"{argument} must be a URL with '//', given as text because pathlib takes "
             f"one '/' out of URLs, got {text!r}"
         )
-    return _remote(argument, text, scheme)
+    return _remote(argument, text, url[1])
 
 
 def is_local(path: Location) -> TypeGuard[Path]:
-    """Whether `path` is local, so that it can be locked and renamed."""
+    """Return True if `path` is local, so that it can be locked and renamed."""
     return type(path) is type(Path())
 
 
 def size(path: Location) -> int:
-    """The number of bytes of a file."""
-    found: Any = path.stat()
-    return found.st_size if hasattr(found, "st_size") else found.length
+    """Return the number of bytes of a file."""
+    stat: Any = path.stat()
+    return stat.st_size if hasattr(stat, "st_size") else stat.length
 
 
 def parts(path: Location) -> tuple[str, ...]:
-    """The names that lead to a path, by which two paths can be compared."""
+    """Return the names that lead to a path, by which two paths can be compared."""
     if is_local(path):
         return path.resolve().parts
     return tuple(name for name in os.fspath(path).split("/") if name)
 
 
-def _is_epaths(value: os.PathLike[Any]) -> bool:
-    """Whether `value` is of a class of epath and not local."""
+def _is_remote(value: os.PathLike[Any]) -> bool:
+    """Return True if `value` is of a class of epath and not local."""
     try:
         from etils import epath
     except ImportError:
@@ -107,31 +106,24 @@ def _local(argument: str, text: str) -> Path:
 
 
 def _remote(argument: str, text: str, scheme: str) -> Location:
+    package, where = PACKAGES.get(scheme), f"{argument} is the URL {text!r}, which"
     try:
         from etils import epath
     except ImportError as error:
-        raise ImportError(
-            f"{argument} is the URL {text!r}, which needs etils: "
-            "pip install mora-jax[io]"
-        ) from error
+        raise ImportError(f"{where} needs etils: pip install mora-jax[io]") from error
     try:
         if scheme == "hf":  # each file that is written there would make a commit
             raise KeyError(scheme)
         path = epath.Path(text)
+        path.exists()
     except KeyError:
         known = ", ".join(f"{name}://" for name in PACKAGES)
+        advice = "; download it first" * (scheme in ("http", "https", "hf"))
         raise ValueError(
             f"{argument} must be a local path or a URL of {known} or of a scheme that "
-            f"is registered with epath, got {text!r}"
-            + "; download it first"
-            * (scheme in ("http", "https", "hf"))
+            f"is registered with epath, got {text!r}{advice}"
         ) from None
-    try:
-        path.exists()
     except ImportError as error:
-        package = PACKAGES.get(scheme)
-        raise ImportError(
-            f"{argument} is the URL {text!r}, which cannot be opened: {error}"
-            + f"; pip install {package}" * (package is not None)
-        ) from error
+        advice = f"; pip install {package}" * (package is not None)
+        raise ImportError(f"{where} cannot be opened: {error}{advice}") from error
     return path

@@ -1,4 +1,4 @@
-"""A base checkpoint, of which only the headers are in memory."""
+"""A base checkpoint, whose headers alone are in memory."""
 
 import os
 import re
@@ -9,10 +9,10 @@ import jax
 from mora_jax._tree.adapters import Tree, nest
 from mora_jax.io._errors import AdapterFileError
 from mora_jax.io._files import CONFIG
-from mora_jax.io._json import read, short
+from mora_jax.io._json import read_json, short
+from mora_jax.io._locations import Location, as_path
 from mora_jax.io._names import Names, pairs, to_kernel
-from mora_jax.io._paths import Location, as_path
-from mora_jax.io._tensors import DTYPES, TensorFile
+from mora_jax.io._tensors import DTYPES, Entry, TensorFile
 
 COPIED = (".json", ".txt", ".model", ".jinja", ".md")
 """The suffixes of the other files of a base that are copied: configs, tokenizers and
@@ -23,13 +23,13 @@ INDEX = ".safetensors.index.json"
 
 
 class Checkpoint:
-    """A base in one or several safetensors files, of which the headers are in memory.
+    """A base in one or several safetensors files, whose headers are in memory.
 
     Attributes:
       files: The files that hold tensors.
       beside: The other files of the directory that a copy needs, such as its config.
       config: The model's config.json, in the directory or beside the file; None if
-        there is none.
+        it is missing.
       place: {tensor: the file that holds it}.
     """
 
@@ -40,7 +40,7 @@ class Checkpoint:
           path: A path or a URL that `etils.epath` opens.
 
         Raises:
-          AdapterFileError: There is no safetensors file, a file that the index names
+          AdapterFileError: No safetensors file is there, a file that the index names
             is missing, or two files hold the same tensor.
         """
         path = as_path("path", path)
@@ -48,8 +48,8 @@ class Checkpoint:
         self.beside: list[Location] = []
         if path.is_dir():
             # With an adapter's config beside it, a merged model would be adapted twice.
-            found = sorted(entry for entry in path.iterdir() if entry.name != CONFIG)
-            self.beside = [p for p in found if p.suffix in COPIED and p.is_file()]
+            others = sorted(entry for entry in path.iterdir() if entry.name != CONFIG)
+            self.beside = [p for p in others if p.suffix in COPIED and p.is_file()]
         config = (path if path.is_dir() else path.parent) / "config.json"
         self.config = config if config.is_file() else None
         self.place: dict[str, TensorFile] = {}
@@ -67,23 +67,27 @@ class Checkpoint:
         """The number of bytes of all files that hold tensors."""
         return sum(file.size for file in self.files)
 
+    def entry(self, name: str) -> Entry:
+        """Return what the headers say of a tensor."""
+        return self.place[name].entries[name]
+
     def shapes(self, names: Names = None) -> Tree:
-        """The shapes (in_features, out_features) of kernels, as a params tree.
+        """Return the shapes (in_features, out_features) of kernels, as a params tree.
 
         Args:
-          names: As in `load_peft_mora`. Tensors for which it has no path are left out.
+          names: As in `load_peft_mora`. Tensors without a path are left out.
         """
-        known, found = pairs(names), {}
-        for name, file in self.place.items():
-            entry = file.entries[name]
+        known, leaves = pairs(names), {}
+        for name in self.place:
+            entry = self.entry(name)
             kernel = to_kernel(name.removesuffix(".weight"), known)
             if name.endswith(".weight") and kernel and len(entry.shape) == 2:
                 if entry.dtype in DTYPES and "[" not in kernel[0]:
                     path, axes = kernel
                     shape = entry.shape if axes == "io" else entry.shape[::-1]
                     dtype = DTYPES[entry.dtype]
-                    found[tuple(path.split("/"))] = jax.ShapeDtypeStruct(shape, dtype)
-        return nest(found)
+                    leaves[tuple(path.split("/"))] = jax.ShapeDtypeStruct(shape, dtype)
+        return nest(leaves)
 
 
 def _tensor_files(path: Location) -> Sequence[Location]:
@@ -92,11 +96,11 @@ def _tensor_files(path: Location) -> Sequence[Location]:
     entries = sorted(path.iterdir())
     indices = [entry for entry in entries if entry.name.endswith(INDEX)]
     if not indices:
-        found = [entry for entry in entries if entry.name.endswith(".safetensors")]
-        if not found:
+        files = [entry for entry in entries if entry.name.endswith(".safetensors")]
+        if not files:
             raise AdapterFileError(f"there is no *.safetensors in {path}")
-        return found
-    index = read(indices[0])
+        return files
+    index = read_json(indices[0])
     names = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(names, dict) or not names:
         raise AdapterFileError(f"{indices[0].name} must have a weight_map")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,13 +26,13 @@ piece at once would take ten times as long."""
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-    """An array, and where its numbers are.
+    """An array, and the tensors that hold its numbers.
 
     Attributes:
       name: Its path in the model.
-      shape: Its shape, which begins with that of its stack.
+      shape: Its shape, which begins with its stack's.
       dtype: Its dtype, to which the tensors are converted.
-      sharding: Where it will be; None for the default device.
+      sharding: Its place; None for the default device.
       tensors: {index in the stack: the file and the tensor that hold it}.
     """
 
@@ -46,65 +47,68 @@ class Leaf:
         """The number of axes of the stack."""
         return len(next(iter(self.tensors)))
 
+    @property
+    def inner(self) -> Shape:
+        """The shape of the array in its stack."""
+        return self.shape[self.depth :]
+
     def check(self) -> None:
         """Raise unless all tensors have the shape that the array has in its stack."""
         for file, tensor in self.tensors.values():
             shape = file.entries[tensor.name].shape
-            if self.axis_groups(shape, tensor) is None:
-                turned = ", transposed," if tensor.axes == "oi" else ""
+            if axis_groups(self.inner, shape, tensor) is None:
+                transposed = ", transposed," if tensor.axes == "oi" else ""
                 raise AdapterFileError(
                     f"{self.name!r} in like has shape {self.shape}, which "
-                    f"{tensor.name!r} of shape {shape}{turned} does not fit"
+                    f"{tensor.name!r} of shape {shape}{transposed} does not fit"
                 )
 
-    def axis_groups(self, shape: Shape, tensor: Tensor) -> tuple[Shape, ...] | None:
-        """The array's axes for each axis of a tensor of `shape`; None if it differs."""
-        inner = self.shape[self.depth :]
-        if tensor.order and len(tensor.order) != len(inner):
-            return None
-        return axis_groups(_ordered(inner, tensor.order), shape, tensor.axes)
-
     def read(self) -> jax.Array:
-        """The array. Memory of the host holds one device's part of it, beside the last.
+        """Return the array.
 
-        A transfer keeps the part that it reads, so each is awaited.
+        Memory of the host holds one device's part, beside the last. A transfer keeps
+        the part that it reads, so each is awaited.
         """
         if self.sharding is None:
             whole = tuple((0, size) for size in self.shape)
             return jnp.asarray(_read(self, whole)).block_until_ready()
-        devices: dict[Part, list[Any]] = {}
+        devices: dict[Part, list[Any]] = defaultdict(list)
         places = self.sharding.addressable_devices_indices_map(self.shape)
         for device, index in places.items():
-            assert index is not None
-            part = tuple(
-                axis.indices(size)[:2]
-                for axis, size in zip(index, self.shape, strict=True)
-            )
-            devices.setdefault(part, []).append(device)
+            ends = zip(index or (), self.shape, strict=True)
+            devices[tuple(a.indices(size)[:2] for a, size in ends)].append(device)
         memory, shards = self.sharding.memory_kind, []
         for part, holders in devices.items():
             array = _read(self, part)
-            copies = [
-                jax.device_put(array, SingleDeviceSharding(device, memory_kind=memory))
-                for device in holders
-            ]
+            where = (SingleDeviceSharding(d, memory_kind=memory) for d in holders)
+            copies = [jax.device_put(array, sharding) for sharding in where]
             shards += jax.block_until_ready(copies)
         return jax.make_array_from_single_device_arrays(
             self.shape, self.sharding, shards
         )
 
 
-def axis_groups(inner: Shape, shape: Shape, axes: str) -> tuple[Shape, ...] | None:
-    """The axes of an array that stand for each axis of its tensor, in their own order.
+def axis_groups(inner: Shape, shape: Shape, tensor: Tensor) -> tuple[Shape, ...] | None:
+    """Return the axes of an array that are each axis of a tensor, in the array's order.
 
-    A weight (heads * width, in) is a kernel (in, heads, width). None if they do not
-    fit.
+    A weight (heads * width, in) is a kernel (in, heads, width).
+
+    Args:
+      inner: The shape of the array, without its stack.
+      shape: The shape of the tensor.
+      tensor: The tensor's name and the order of its axes.
+
+    Returns:
+      The sizes of the axes for each axis; None if the array does not fit the tensor.
     """
+    if tensor.order and len(tensor.order) != len(inner):
+        return None
+    inner = _ordered(inner, tensor.order)
     if len(shape) == 1:
         return (inner,) if math.prod(inner) == shape[0] and inner else None
-    if len(shape) != 2 or axes == "o":
+    if len(shape) != 2 or tensor.axes == "o":
         return None
-    sizes = shape[::-1] if axes == "oi" else shape
+    sizes = shape[::-1] if tensor.axes == "oi" else shape
     for k in range(1, len(inner)):
         groups = inner[:k], inner[k:]
         if tuple(map(math.prod, groups)) == sizes:
@@ -113,7 +117,7 @@ def axis_groups(inner: Shape, shape: Shape, axes: str) -> tuple[Shape, ...] | No
 
 
 def _read(leaf: Leaf, part: Part) -> np.ndarray:
-    """A part of the array, of which nothing else is read than rows that it needs."""
+    """Return a part of the array, from rows of tensors that it needs and no others."""
     array = np.empty([stop - start for start, stop in part], leaf.dtype)
     stack = part[: leaf.depth]
     for position in np.ndindex(array.shape[: leaf.depth]):
@@ -126,7 +130,7 @@ def _fill(
     leaf: Leaf, array: np.ndarray, part: Part, file: TensorFile, tensor: Tensor
 ) -> None:
     """Write a part of a tensor into `array`, which has the layout of the leaf."""
-    groups = leaf.axis_groups(file.entries[tensor.name].shape, tensor)
+    groups = axis_groups(leaf.inner, file.entries[tensor.name].shape, tensor)
     assert groups is not None
     if tensor.order:
         array, part = array.transpose(tensor.order), _ordered(part, tensor.order)
@@ -147,26 +151,25 @@ def _fill(
         chosen = piece[_as_slice(wanted[0][here] - first)][:, columns]
         for k in range(0, len(chosen), BLOCK):
             block = slice(k, k + BLOCK)
-            converted = _converted(chosen[block], leaf.dtype, tensor.name)
-            rows[here][block] = converted
+            rows[here][block] = _converted(chosen[block], leaf.dtype, tensor.name)
         first += len(piece)
     if tensor.order:  # no two axes can be a view of these
         array[...] = whole.reshape(array.shape)
 
 
 def _ordered(axes: tuple[Any, ...], order: tuple[int, ...]) -> tuple[Any, ...]:
-    """What belongs to each axis, in another order of the axes."""
+    """Return the values for each axis in another order of the axes."""
     return tuple(axes[k] for k in order) if order else axes
 
 
 def _positions(axes: Shape, part: Part) -> np.ndarray:
-    """The positions of a part of some axes, when they are one axis."""
+    """Return the positions of a part of some axes, when they are one axis."""
     every = np.arange(math.prod(axes)).reshape(axes)
     return every[tuple(slice(*ends) for ends in part)].ravel()
 
 
 def _as_slice(positions: np.ndarray) -> slice | np.ndarray:
-    """Positions without gaps as a slice, which copies nothing."""
+    """Return positions without gaps as a slice, which copies nothing."""
     if len(positions) and positions[-1] - positions[0] == len(positions) - 1:
         return slice(int(positions[0]), int(positions[-1]) + 1)
     return positions

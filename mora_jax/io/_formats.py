@@ -6,41 +6,39 @@ from typing import Any
 from mora_jax._plan.plan import Plan
 from mora_jax._tree.adapters import Tree
 from mora_jax.io._errors import AdapterFileError
-from mora_jax.io._files import CONFIG
-from mora_jax.io._json import read
+from mora_jax.io._files import CONFIG, TENSORS
+from mora_jax.io._json import read_json
+from mora_jax.io._locations import as_path
 from mora_jax.io._names import Names
-from mora_jax.io._native import FORMAT, load
-from mora_jax.io._paths import as_path
-from mora_jax.io._peft_read import load_peft_mora
+from mora_jax.io.native._file import is_ours
+from mora_jax.io.native._load import load
+from mora_jax.io.peft._read_mora import load_peft_mora
 
 
 def format_of(directory: str | os.PathLike[str]) -> str:
-    """The format of the config: "mora", "peft-mora" or "peft-lora".
+    """Return the format of an adapter: "mora", "peft-mora" or "peft-lora".
 
     Raises:
-      AdapterFileError: The config has none of these formats.
+      AdapterFileError: It is none of these.
     """
-    config = read(as_path("directory", directory) / CONFIG)
-    if isinstance(config, dict):
-        if config.get("format") == FORMAT:
-            return "mora"
-        if config.get("peft_type") == "LORA":
-            return "peft-mora" if config.get("use_mora") else "peft-lora"
+    path = as_path("directory", directory)
+    if (path / TENSORS).is_file() and is_ours(path, TENSORS):
+        return "mora"
+    config = read_json(path / CONFIG)
+    if isinstance(config, dict) and config.get("peft_type") == "LORA":
+        return "peft-mora" if config.get("use_mora") else "peft-lora"
     raise AdapterFileError(f"{CONFIG} in {directory} is of no adapter that we know")
 
 
 def read_adapter(
     directory: str | os.PathLike[str], model: Any = None, names: Names = None
 ) -> tuple[Tree, Plan]:
-    """Adapters in this library's format or the reference's.
+    """Return (adapters, plan), in this library's format or the reference's.
 
     Args:
       directory: A path or a URL that `etils.epath` opens.
       model: As in `load_peft_mora`; only the reference's format needs it.
       names: As in `load_peft_mora`.
-
-    Returns:
-      (adapters, plan).
 
     Raises:
       AdapterFileError: As in `load` and `load_peft_mora`; or the adapter is a plain

@@ -1,0 +1,164 @@
+"""Names of the modules of well-known models, in PyTorch and here."""
+
+import re
+from typing import NamedTuple
+
+
+class Pair(NamedTuple):
+    """Two templates for a kernel, whose `{fields}` stand for the same texts.
+
+    Attributes:
+      module: The module's name in PyTorch, such as "model.layers.{layer}.mlp.{name}".
+      kernel: The kernel's path here, such as "model/layers/{layer}/mlp/{name}/kernel".
+        A stacked kernel has an index in its stack, as in "layers/{name}/kernel[{n}]",
+        and so has one whose first axis tells several modules apart.
+      axes: The order of the axes of PyTorch's weight: "oi" as in `Linear`, "io" as in
+        GPT-2's `Conv1D`.
+      kernel_axes: The order of the kernel's axes: "io" as in `nn.Dense`, "oi" as in
+        GPT-2's `FlaxConv1D`, "oio" as in Gemma's (heads, in, width). A plan knows that
+        by itself.
+    """
+
+    module: str
+    kernel: str
+    axes: str = "oi"
+    kernel_axes: str = "io"
+
+
+def _same(*templates: str, axes: str = "oi") -> tuple[Pair, ...]:
+    """Return pairs for transformers, which has the same names in both libraries.
+
+    It also keeps each kernel in Flax as the transpose of PyTorch's weight.
+    """
+    paths = (template.replace(".", "/") + "/kernel" for template in templates)
+    pairs = zip(templates, paths, strict=True)
+    return tuple(Pair(*pair, axes, axes[::-1]) for pair in pairs)
+
+
+def _tables(*templates: str) -> tuple[Pair, ...]:
+    """Return pairs for embeddings, which have the same axes everywhere."""
+    return tuple(Pair(t, t.replace(".", "/") + "/embedding", "io") for t in templates)
+
+
+def _layers(root: str, table: str) -> tuple[Pair, ...]:
+    """Return the pairs of a table: module, kernel and the axes of both if unusual.
+
+    Args:
+      root: The beginning of the kernels' paths; modules always have the same one.
+      table: A line for each pair.
+    """
+    lines = [line.split() for line in table.strip().splitlines()]
+    return tuple(
+        Pair(f"model.layers.{{layer}}.{module}", f"{root}{kernel}", *axes)
+        for module, kernel, *axes in lines
+    )
+
+
+# Gemma 1 has fewer norms: its pre_ffw_norm comes after attention in PyTorch.
+_GEMMA = """
+self_attn.q_proj            /attn/q_einsum/w         oi oio
+self_attn.q_proj            /attn/qkv_einsum/w[0]    oi oio
+self_attn.k_proj            /attn/kv_einsum/w[0]     oi oio
+self_attn.k_proj            /attn/qkv_einsum/w[1]    oi oio
+self_attn.v_proj            /attn/kv_einsum/w[1]     oi oio
+self_attn.v_proj            /attn/qkv_einsum/w[2]    oi oio
+self_attn.o_proj            /attn/attn_vec_einsum/w
+input_layernorm             /pre_attention_norm/scale
+pre_feedforward_layernorm   /pre_ffw_norm/scale
+post_attention_layernorm    /post_attention_norm/scale
+post_attention_layernorm    /post_attn_norm/scale
+post_attention_layernorm    /pre_ffw_norm/scale
+post_feedforward_layernorm  /post_ffw_norm/scale
+self_attn.q_norm            /attn/_query_norm/scale
+self_attn.q_norm            /attn/query_norm/scale
+self_attn.k_norm            /attn/_key_norm/scale
+self_attn.k_norm            /attn/key_norm/scale
+"""
+_GEMMA_ENDS = (
+    Pair("model.norm", "final_norm/scale"),
+    Pair("model.embed_tokens", "embedder/input_embedding", "io"),
+)
+_GM = """
+mlp.gate_proj  /mlp/gating_einsum[0]  oi oi
+mlp.up_proj    /mlp/gating_einsum[1]  oi oi
+mlp.down_proj  /mlp/linear
+"""
+_TUNIX_ATTENTION = """
+self_attn.q_proj           /attn/q_proj/w
+self_attn.k_proj           /attn/k_proj/w
+self_attn.v_proj           /attn/v_proj/w
+self_attn.o_proj           /attn/o_proj/w
+self_attn.q_proj.bias      /attn/q_bias
+self_attn.k_proj.bias      /attn/k_bias
+self_attn.v_proj.bias      /attn/v_bias
+self_attn.{name}_norm      /attn/{name}_norm/w
+"""
+_TUNIX = """
+{norm}                       /{norm}/w
+mlp.gate                     /mlp/router/kernel
+mlp.{name}                   /mlp/{name}/kernel
+mlp.experts.{expert}.{name}  /mlp/{name}[{expert}]
+"""
+
+_DECODER = (
+    *_same("model.layers.{layer}.{block}.{name}", "layers.{layer}.{block}.{name}"),
+    *_tables("model.embed_tokens", "embed_tokens"),
+)
+_GPT2 = "h.{layer}.{block}.{name}"
+_BERT = (
+    "encoder.layer.{layer}.attention.self.{name}",
+    "encoder.layer.{layer}.attention.output.dense",
+    "encoder.layer.{layer}.intermediate.dense",
+    "encoder.layer.{layer}.output.dense",
+)
+_BERT_TABLES = (
+    "embeddings.word_embeddings",
+    "embeddings.position_embeddings",
+    "embeddings.token_type_embeddings",
+)
+FAMILIES: dict[str, tuple[Pair, ...]] = {
+    "llama": _DECODER,
+    "gemma": _DECODER,
+    "qwen": _DECODER,
+    "gpt2": (
+        *_same(f"transformer.{_GPT2}", _GPT2, axes="io"),
+        *_tables("transformer.wte", "transformer.wpe", "wte", "wpe"),
+    ),
+    "bert": (
+        *_same(*(f"bert.{template}" for template in _BERT), *_BERT),
+        *_tables(*(f"bert.{template}" for template in _BERT_TABLES), *_BERT_TABLES),
+    ),
+}
+"""The models that are known, as transformers names them."""
+
+LIBRARIES: dict[str, tuple[Pair, ...]] = {
+    "gm": _layers("layer_{layer}", _GEMMA)
+    + _GEMMA_ENDS
+    + _layers("layer_{layer}", _GM),
+    "tunix": (
+        *_layers("layers/{layer}", _TUNIX_ATTENTION + _GEMMA.lstrip()),
+        *_GEMMA_ENDS,
+        *_layers("layers/{layer}", _TUNIX),
+        Pair("model.norm", "final_norm/w"),
+        Pair("lm_head", "lm_head/w"),
+    ),
+}
+"""Models of libraries that have names of their own for transformers' modules."""
+
+TABLES = {"embed_tokens", "embed_positions", "wte", "wpe", "word_embeddings"}
+TABLES |= {"position_embeddings", "token_type_embeddings"}
+"""The last names of modules in PyTorch whose weights are embeddings."""
+
+TIED = (
+    ("embed_tokens.weight", "lm_head.weight"),
+    ("wte.weight", "lm_head.weight"),
+    ("embeddings.word_embeddings.weight", "cls.predictions.decoder.weight"),
+    ("cls.predictions.bias", "cls.predictions.decoder.bias"),
+)
+"""Tensors by their canonical names; files often have but one of two."""
+
+BUFFERS = re.compile(
+    r"(.*\.)?(rotary_emb\.inv_freq|h\.\d+\.attn\.(masked_)?bias"
+    r"|embeddings\.(position|token_type)_ids)"
+)
+"""Tensors that PyTorch stores though they can be computed."""

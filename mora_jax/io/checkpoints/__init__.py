@@ -1,0 +1,1 @@
+"""Whole models in safetensors: read into params, and merged with adapters."""

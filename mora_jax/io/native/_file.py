@@ -1,0 +1,160 @@
+"""The file of an adapter: one safetensors file that holds all that counts.
+
+Its tensors are what is trained. Its metadata hold a text, the config: the plan, what
+the user wants to keep, and digests. `adapter_config.json` beside it is that text again
+for people to read, and no reader needs it.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from mora_jax._plan.plan import Plan
+from mora_jax._tree.adapters import Tree, adapter_items, nest, trained_items
+from mora_jax._tree.paths import adapter_path
+from mora_jax.io._errors import AdapterFileError
+from mora_jax.io._files import CONFIG, TENSORS, read_bytes
+from mora_jax.io._json import MAX_BYTES, dump, parse, short
+from mora_jax.io._locations import Location
+from mora_jax.io._tensors import (
+    decode,
+    encode,
+    metadata_of,
+    read_header,
+    to_jax,
+    to_numpy,
+)
+from mora_jax.io.native import _records
+from mora_jax.io.native._layers import Base
+from mora_jax.io.native._records import check_plan_record, describe_plan, restore_plan
+
+FORMAT = "mora_jax adapter"
+
+KEY = "mora_jax"
+"""The only key of the file's metadata, whose text is the config."""
+
+KINDS = _records.KINDS | {"metadata": dict, "tensors_sha256": str, "sha256": str}
+
+
+def encode_adapter(
+    adapters: Any, plan: Plan, metadata: dict[str, Any]
+) -> tuple[bytes, bytes]:
+    """Return the content of the file, and its config.
+
+    Args:
+      adapters: The adapters.
+      plan: The plan that they follow.
+      metadata: The values that the user wants to keep, as JSON holds them.
+
+    Raises:
+      TypeError, ValueError: The adapters are not arrays of finite numbers, or do not
+        fit the plan.
+    """
+    arrays: dict[str, np.ndarray] = {}
+    dtypes = {}
+    for spec, m in adapter_items(adapters, plan):
+        name = "/".join(adapter_path(spec))
+        arrays[name] = to_numpy(name, m)
+        dtypes[spec.name] = m.dtype
+        if spec.operator.given:
+            fields = spec.operator.arrays
+            arrays |= {f"{name}/{f}": getattr(spec.operator, f) for f in fields}
+    for array, copy in trained_items(adapters, plan):
+        arrays[array.name] = to_numpy(array.name, copy)
+    content = describe_plan(plan, FORMAT, dtypes)
+    content |= {"metadata": metadata, "tensors_sha256": _digest_of(arrays)}
+    config = dump(content | {"sha256": _sha256(dump(content))})
+    return encode(arrays, {KEY: config.decode()}), config
+
+
+def decode_adapter(
+    data: bytes, content: Mapping[str, Any], base: Base
+) -> tuple[Tree, Plan]:
+    """Return the adapters in a file and their plan, everything checked.
+
+    Args:
+      data: The content of the file.
+      content: Its config, as `parse_config` gives it.
+      base: The model that the adapters must fit.
+
+    Raises:
+      AdapterFileError: Something in the file is wrong.
+    """
+    arrays, where = decode(data, TENSORS), f"the config in {TENSORS}"
+    if not content["layers"]:
+        raise AdapterFileError(f"{where} must have an adapter, got none")
+    if content["tensors_sha256"] != _digest_of(arrays):
+        raise AdapterFileError(f"{TENSORS} is damaged: the SHA-256 of tensors differs")
+    plan, leaves = restore_plan(content, where, base, arrays)
+    if arrays:
+        raise AdapterFileError(
+            f"{TENSORS} holds {short(sorted(arrays))}, about which its config knows "
+            "nothing"
+        )
+    return nest({path: to_jax("/".join(path), a) for path, a in leaves.items()}), plan
+
+
+def parse_config(data: bytes) -> dict[str, Any]:
+    """Return the config of a file, its format, version, types and digest checked.
+
+    Args:
+      data: The content of the file, or its header alone.
+    """
+    where, texts = f"the config in {TENSORS}", metadata_of(data, TENSORS)
+    if texts.keys() != {KEY} or not isinstance(texts[KEY], str):
+        raise AdapterFileError(
+            f"{TENSORS} is not of mora_jax: its metadata must hold {KEY!r} alone, got "
+            f"{short(sorted(texts))}; io.load_peft_mora reads PEFT's"
+        )
+    content, hint = parse(texts[KEY].encode(), where), "io.load_peft_mora reads PEFT's"
+    content = check_plan_record(content, FORMAT, KINDS, where, hint)
+    signed = {key: value for key, value in content.items() if key != "sha256"}
+    if content["sha256"] != _sha256(dump(signed)):
+        raise AdapterFileError(f"{where} is damaged or edited: its SHA-256 differs")
+    return content
+
+
+def check_copy(directory: Location, content: Mapping[str, Any]) -> None:
+    """Raise if the readable copy of the config is there and says something else.
+
+    Someone has edited it then, or has replaced one of the two files.
+    """
+    path = directory / CONFIG
+    if not path.exists():
+        return
+    if dump(parse(read_bytes(path, MAX_BYTES), CONFIG)) != dump(content):
+        raise AdapterFileError(
+            f"{CONFIG} in {directory} is edited, damaged or of another adapter: it "
+            f"differs from the config in {TENSORS}, which alone is read; delete the "
+            "copy, and the next save writes it again"
+        )
+
+
+def is_ours(directory: Location, name: str) -> bool:
+    """Return True if a file of a directory says that it is of this format.
+
+    Args:
+      directory: The directory.
+      name: The name of the file: its config's or its tensors'.
+
+    Raises:
+      AdapterFileError: The file says nothing, since it is damaged.
+    """
+    if name == TENSORS:
+        return KEY in metadata_of(read_header(directory / name), name)
+    content = parse(read_bytes(directory / name, MAX_BYTES), name)
+    return isinstance(content, dict) and content.get("format") == FORMAT
+
+
+def _digest_of(arrays: Mapping[str, np.ndarray]) -> str:
+    """Return the SHA-256 of the bytes of all arrays in the order of their names."""
+    digest = hashlib.sha256()
+    for name in sorted(arrays):
+        digest.update(arrays[name].tobytes())
+    return digest.hexdigest()
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()

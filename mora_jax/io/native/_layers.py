@@ -1,0 +1,212 @@
+"""The record of one adapter in a file: its spec as JSON, and back."""
+
+import functools
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mora_jax._common.axes import check_axes, sizes
+from mora_jax._common.checks import check_kernel
+from mora_jax._common.suggestions import lacking
+from mora_jax._plan.settings import AdapterSettings
+from mora_jax._plan.spec import AdapterSpec, operator_settings
+from mora_jax.io._json import dump, short
+from mora_jax.operators import Operator, Subspace, make_operator
+
+LARGEST_WIDTH = 2**22
+"""The most features on either side of a kernel that a file may describe."""
+
+LARGEST_ARRAY = 2**28
+"""The most numbers in an array that is made from a file alone."""
+
+KINDS = {
+    "path": list,
+    "kernel_shape": list,
+    "axes": str,
+    "operator": dict,
+    "operator_check": list,
+    "square_rank": int,
+    "settings": dict,
+    "dtype": str,
+    "base_digest": object,
+}
+"""{key of a record: type of its value}; all keys are always there."""
+
+Base = Mapping[str, Any] | None
+"""{path: array or shape} of the model that a file must fit; None for any model."""
+
+
+def describe(spec: AdapterSpec, dtype: Any) -> dict[str, Any]:
+    """Return the record of an adapter whose trained array is of `dtype`."""
+    digests = spec.base_digest
+    return {
+        "path": list(spec.path),
+        "kernel_shape": list(spec.kernel_shape),
+        "axes": spec.axes,
+        "operator": operator_settings(spec.operator),
+        "operator_check": list(fingerprint(spec.operator)),
+        "square_rank": spec.operator.square_rank,
+        "settings": spec.to_json(),
+        "dtype": jnp.dtype(dtype).name,
+        "base_digest": None if digests is None else list(digests),
+    }
+
+
+def restore(
+    record: Mapping[str, Any],
+    m: np.ndarray | None,
+    base: Base,
+    given: Mapping[str, np.ndarray],
+) -> AdapterSpec:
+    """Undo `describe`. Everything is checked, and nothing is filled in.
+
+    Args:
+      record: The parsed record, with the keys and types of `KINDS`.
+      m: The trained array as the file has it; None for a file without arrays.
+      base: The model that the adapter must fit.
+      given: {name: array} of the operator's arrays, where no settings determine them.
+
+    Raises:
+      TypeError, ValueError: Something is wrong.
+    """
+    shape, q = tuple(record["kernel_shape"]), record["square_rank"]
+    if not all(type(size) is int and size > 0 for size in (*shape, q)):
+        raise ValueError(
+            "kernel_shape and square_rank must be positive integers, "
+            f"got {short(shape)} and {short(q)}"
+        )
+    axes = check_axes(record["axes"], len(shape))
+    ins, outs = (math.prod(sizes(shape, axes, letter)) for letter in "io")
+    if max(ins, outs) > LARGEST_WIDTH:
+        raise ValueError(
+            f"a kernel must have at most {LARGEST_WIDTH:,} features on either side, "
+            f"got {ins:,} and {outs:,}"
+        )
+    if base is not None:
+        _check_base(record, base)
+    operator = _operator(record["operator"], (ins, outs, q), base, given)
+    if m is None and base is None:
+        _check_size(operator.name, ins, outs, 4 * math.prod(operator.m_shape))
+    spec = AdapterSpec(
+        operator,
+        kernel_shape=shape,
+        axes=axes,
+        path=tuple(record["path"]),
+        base_digest=_digests(record["base_digest"], sizes(shape, axes, "s")),
+        **vars(AdapterSettings.from_json(record["settings"])),
+    )
+    if m is not None and m.shape != spec.shape:
+        raise ValueError(f"M must have shape {spec.shape}, got {m.shape}")
+    _check_same(record, describe(spec, spec.param_dtype if m is None else m.dtype))
+    return spec
+
+
+def _check_same(record: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    """Raise unless a record is the one that its own spec has."""
+    for key, value in expected.items():
+        # Texts are compared, since True == 1 == 1.0.
+        if key != "operator_check" and dump(value) != dump(record[key]):
+            raise ValueError(f"{key} must be {value!r}, got {short(record[key])}")
+    stored, here = record["operator_check"], np.array(expected["operator_check"])
+    there = np.array(stored, np.float64)
+    if here.shape != there.shape or not np.allclose(here, there, 1e-3, 1e-3):
+        raise ValueError(
+            f"{record['operator']['name']} with these settings is another operator "
+            f"here than where the file was made: its check gives {here.tolist()}, got "
+            f"{short(stored)}"
+        )
+
+
+def _check_base(record: Mapping[str, Any], base: Mapping[str, Any]) -> None:
+    name, shape = "/".join(record["path"]), tuple(record["kernel_shape"])
+    if name not in base:
+        raise ValueError(f"the model has no such kernel{lacking(name, base)}")
+    if tuple(base[name].shape) != shape:
+        raise ValueError(
+            f"the model's kernel must have shape {shape}, got {tuple(base[name].shape)}"
+        )
+    check_kernel(base[name], name)
+
+
+def _digests(digests: Any, stack: tuple[int, ...]) -> tuple[str, ...] | None:
+    """Return the digests of the base's kernel, one for each index of its stack."""
+    if digests is None:
+        return None
+    count = math.prod(stack)
+    if (
+        not isinstance(digests, list)
+        or len(digests) != count
+        or not all(map(_is_digest, digests))
+    ):
+        raise ValueError(
+            f"base_digest must be null or {count} times 64 hex digits, "
+            f"got {short(digests)}"
+        )
+    return tuple(digests)
+
+
+def _is_digest(text: Any) -> bool:
+    return isinstance(text, str) and re.fullmatch("[0-9a-f]{64}", text) is not None
+
+
+# --- Operators ---
+
+
+def _operator(
+    settings: dict[str, Any],
+    widths: tuple[int, int, int],
+    base: Base,
+    given: Mapping[str, Any],
+) -> Operator:
+    """Return the operator of (in, out, q), if it does not ask for too much memory."""
+    chosen = dict(settings)
+    seed, name = chosen.pop("seed", None), short(chosen.get("name"))
+    ins, outs, q = widths
+    if seed is not None and base is None:
+        _check_size(name, ins, outs, q * max(ins, outs))
+    if chosen.get("name") == Subspace.name:
+        if given.keys() != set(Subspace.arrays):
+            raise ValueError(
+                "a subspace has its directions in the file of an adapter, as "
+                f"mora_jax.save writes it, and they are not there: {sorted(given)}"
+            )
+        return Subspace(*widths, **given)
+    if given:
+        raise ValueError(f"a {name} has no arrays in a file, got {sorted(given)}")
+    return make_operator(chosen, *widths, seed=seed or 0)
+
+
+def _check_size(name: str, ins: int, outs: int, numbers: int) -> None:
+    if numbers > LARGEST_ARRAY:
+        raise ValueError(
+            f"a {name} of {ins} -> {outs} features takes too much memory for a file "
+            "alone to ask for; give the model's params or plan, too"
+        )
+
+
+def fingerprint(operator: Operator) -> tuple[float, ...]:
+    """Return four numbers that tell operators apart, computed from fixed arrays.
+
+    They differ on a platform or in a later version of the library that has other
+    random numbers or another definition of the operator.
+    """
+    # Those with given arrays differ from layer to layer, and would be kept for nothing.
+    return _fingerprint(operator) if operator.given else _kept_fingerprint(operator)
+
+
+def _fingerprint(operator: Operator) -> tuple[float, ...]:
+    random = np.random.RandomState(0).standard_normal
+    m, x = random(operator.m_shape), random(operator.in_features)
+    m, width = m / math.sqrt(m.shape[-1]), operator.out_features
+    with jax.default_matmul_precision("highest"):  # TPUs would round to bfloat16
+        y = operator.apply(m.astype(np.float32), x.astype(np.float32))
+    terms = np.asarray(y, np.float64) * random(width) / math.sqrt(width)
+    return tuple(float(f"{terms[k::4].sum():.5g}") for k in range(4))
+
+
+_kept_fingerprint = functools.lru_cache(maxsize=256)(_fingerprint)

@@ -1,0 +1,197 @@
+"""Writing adapters in this library's format."""
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.core import Tracer
+
+from mora_jax._common.suggestions import nearest_paths
+from mora_jax._plan.plan import Plan, check_plan
+from mora_jax._plan.spec import AdapterSpec
+from mora_jax._tree.base_digest import kernel_digests
+from mora_jax._tree.paths import named_leaves
+from mora_jax.io._errors import AdapterFileError
+from mora_jax.io._files import (
+    CONFIG,
+    TEMPORARY,
+    TENSORS,
+    entries,
+    locked,
+    naming,
+    sync,
+    unfinished_file,
+)
+from mora_jax.io._json import plain, short
+from mora_jax.io._locations import Location, as_path
+from mora_jax.io.native._file import (
+    decode_adapter,
+    encode_adapter,
+    is_ours,
+    parse_config,
+)
+from mora_jax.io.native._records import shapes_of
+
+
+def save(
+    directory: str | os.PathLike[str],
+    adapters: Any,
+    plan: Plan,
+    metadata: Mapping[str, Any] | None = None,
+    *,
+    params: Any = None,
+) -> None:
+    """Write adapters as files that `load` gives back bit for bit.
+
+    PEFT calls this `save_pretrained`. `adapter_model.safetensors` holds everything: the
+    trained arrays, the plan, the metadata, and digests. `adapter_config.json` is a copy
+    of all but the arrays, for people to read. Whenever the process is killed, the
+    directory holds the old adapter or the new adapter. Other files in it are left
+    alone, and an adapter of another format is not replaced.
+
+    On a local disk, processes that save into one directory wait for each other. On an
+    object store (`gs://`, `s3://`) only one process at a time may save into it.
+
+    Args:
+      directory: A path or a URL that `etils.epath` opens; made if it does not exist.
+      adapters: The adapters, as `init` makes them.
+      plan: The plan that they follow.
+      metadata: Values that JSON can hold, for `io.read_metadata`.
+      params: The base's params. The file then holds a digest of a few rows of each
+        adapted kernel, and `load` and `merge` refuse another base. By default the file
+        keeps the digests that the plan has.
+
+    Raises:
+      TypeError: JSON cannot hold the metadata, or params are not arrays.
+      ValueError: Adapters or params do not fit the plan, adapters hold NaN or infinity,
+        the plan lacks adapters, or the scheme of a URL is not known.
+      FileExistsError: The directory holds an adapter of another format, such as PEFT's.
+      OSError: The file system refuses. The directory is as it was.
+      ImportError: `mora-jax[io]` or the package that opens such a URL is missing.
+
+    Example::
+
+      >>> import tempfile
+      >>> import jax.numpy as jnp
+      >>> import mora_jax
+      >>> plan = mora_jax.plan({"fc": {"kernel": jnp.ones((8, 8))}})
+      >>> with tempfile.TemporaryDirectory() as directory:
+      ...     mora_jax.save(directory, mora_jax.init(plan), plan, metadata={"step": 3})
+      ...     adapters, same = mora_jax.load(directory)
+      >>> adapters["fc"]["kernel_mora"].shape, same == plan
+      ((8, 8), True)
+    """
+    replace_adapter(directory, adapters, plan, metadata, params=params)
+
+
+def replace_adapter(
+    directory: str | os.PathLike[str],
+    adapters: Any,
+    plan: Plan,
+    metadata: Mapping[str, Any] | None = None,
+    *,
+    params: Any = None,
+    force: bool = False,
+) -> None:
+    """Do the same as `save`; with `force`, replace adapters of other formats, too."""
+    path, metadata = as_path("directory", directory), _metadata(metadata)
+    if params is not None:
+        plan = _with_digests(check_plan(plan), params)
+    tensors, config = encode_adapter(adapters, plan, metadata)
+    # Nothing is written that cannot be read.
+    decode_adapter(tensors, parse_config(tensors), shapes_of(plan))
+    if not force:
+        refuse_foreign_adapter(path)
+    _replace(path, tensors, config)
+
+
+def _metadata(metadata: Any) -> dict[str, Any]:
+    if metadata is not None and not isinstance(metadata, Mapping):
+        raise TypeError(
+            f"metadata must map names to what JSON can hold, got {short(metadata)}"
+        )
+    return plain(metadata or {}, "metadata")
+
+
+def _with_digests(plan: Plan, params: Any) -> Plan:
+    """Return the plan with digests of the base's kernels."""
+    kernels = {name: leaf for name, (_, leaf) in named_leaves(params).items()}
+    specs = []
+    for spec in plan.specs:
+        digests = kernel_digests(spec, _kernel(spec, kernels))
+        specs.append(dataclasses.replace(spec, base_digest=digests))
+    return dataclasses.replace(plan, specs=tuple(specs))
+
+
+def _kernel(spec: AdapterSpec, kernels: Mapping[str, Any]) -> Any:
+    """Return the kernel of `spec` among the base's params."""
+    kernel = kernels.get(spec.name)
+    if kernel is None:
+        raise ValueError(
+            f"params lack the kernel {spec.name!r}{nearest_paths(spec.name, kernels)}"
+        )
+    if not isinstance(kernel, jax.Array | np.ndarray) or isinstance(kernel, Tracer):
+        raise TypeError(
+            f"params must hold concrete arrays, got {type(kernel).__name__} at "
+            f"{spec.name!r}"
+        )
+    if tuple(kernel.shape) != spec.kernel_shape:
+        raise ValueError(
+            f"{spec.name} in params must have shape {spec.kernel_shape}, got "
+            f"{tuple(kernel.shape)}"
+        )
+    return kernel
+
+
+def refuse_foreign_adapter(directory: Location) -> None:
+    """Raise if a directory holds an adapter that this library did not write.
+
+    Each of the two files says whose it is. If the config is damaged, the tensors do.
+
+    Raises:
+      FileExistsError: It does.
+    """
+    present = [name for name in (CONFIG, TENSORS) if (directory / name).is_file()]
+    for name in present:
+        with contextlib.suppress(AdapterFileError):
+            if is_ours(directory, name):
+                return
+            break
+    if present:
+        raise FileExistsError(
+            f"directory must not hold an adapter of another format, got {directory}, "
+            f"whose {present[0]} is not mora_jax's; save to another one, or delete that"
+        )
+
+
+def _replace(directory: Location, tensors: bytes, config: bytes) -> None:
+    """Replace the adapter by one rename, and the copy of its config around it.
+
+    The directory itself is not replaced, since it may hold files of the user. The copy
+    is removed before the rename and written after it. So at any moment a copy that is
+    there is of the adapter that is there, on a disk that loses its power, too.
+    """
+    if directory.exists() and not directory.is_dir():
+        raise NotADirectoryError(f"directory must be a directory, got {directory}")
+    directory.mkdir(parents=True, exist_ok=True)
+    with naming(directory), locked(directory):
+        # Listed before anything is written: clients of object stores keep a listing
+        # until they write, and this listing will soon be out of date.
+        left = [path for path in entries(directory) if path.name.startswith(TEMPORARY)]
+        with (
+            unfinished_file(directory, tensors) as new_tensors,
+            unfinished_file(directory, config) as new_copy,
+        ):
+            (directory / CONFIG).unlink(missing_ok=True)
+            sync(directory)
+            new_tensors.replace(directory / TENSORS)  # from here on the adapter is new
+            sync(directory)
+            new_copy.replace(directory / CONFIG)
+            sync(directory)
+        for path in left:
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)

@@ -1,0 +1,225 @@
+"""Reading PEFT directories that the reference (peft-mora) wrote."""
+
+import dataclasses
+import os
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from mora_jax._common.suggestions import nearest_paths
+from mora_jax._common.types import Shape
+from mora_jax._flax.planning import plan
+from mora_jax._plan.config import MoRAConfig
+from mora_jax._plan.plan import Plan
+from mora_jax._plan.settings import AdapterSettings
+from mora_jax._plan.spec import AdapterSpec
+from mora_jax._tree.adapters import Tree, nest
+from mora_jax._tree.paths import adapter_path, named_leaves
+from mora_jax.io._errors import AdapterFileError
+from mora_jax.io._files import CONFIG, TENSORS, read_bytes
+from mora_jax.io._json import read_json, short
+from mora_jax.io._locations import as_path
+from mora_jax.io._names import Names, pairs, split_index, to_kernel
+from mora_jax.io._suggest import suggestion_for
+from mora_jax.io._tensors import decode, to_jax
+from mora_jax.io.peft._reference import REFERENCE_GROUPS, reference_operator
+from mora_jax.operators import Operator
+
+PREFIX = "base_model.model."
+"""The beginning of the names of tensors in PEFT."""
+
+ByIndex = dict[Shape, tuple[str, np.ndarray]]
+"""{index in a kernel's stack: the module there and its M}."""
+
+
+def load_peft_mora(
+    directory: str | os.PathLike[str], model: Plan | Any, names: Names = None
+) -> tuple[Tree, Plan]:
+    """Read adapters that the paper's authors' code (peft-mora) saved.
+
+    Args:
+      directory: A path or a URL that `etils.epath` opens, of a directory with
+        adapter_config.json and adapter_model.safetensors.
+      model: The params of the model that gets the adapters, or their shapes. If kernels
+        have other axes than (in, out), a plan by `linen.plan` or `nnx.plan` that has
+        all kernels that the file adapts.
+      names: The modules of PyTorch that are the kernels. A family ("llama", "gemma",
+        "qwen", "gpt2" or "bert") for models with the names of transformers' models;
+        "tunix" for Tunix's Qwen2, Qwen3, Llama3 and Gemma, "gm" for Google's gemma;
+        otherwise templates, such as
+        `{"model.layers.{layer}.mlp.{name}": "layer_{layer}/{name}/kernel"}`, with
+        `"mlp/{name}/kernel[{layer}]"` for a stacked kernel. None tries all families.
+
+    Returns:
+      (adapters, plan), as `load` does. `reference_operator` makes the operators. Alpha
+      is 1, since the reference ignores it.
+
+    Raises:
+      AdapterFileError: The files are damaged or hold no MoRA adapter, or they do not
+        fit the model.
+    """
+    path = as_path("directory", directory)
+    config = _config_of(read_json(path / CONFIG))
+    arrays = decode(read_bytes(path / TENSORS), TENSORS)
+    kernels = _by_kernel(dict(_matrices(arrays)), model, names)
+    template = _template(model, kernels)
+    for name in kernels.keys() - template.keys():
+        raise AdapterFileError(
+            f"the plan has no kernel {name!r}, which {TENSORS} adapts"
+            + nearest_paths(name, template)
+        )
+    specs, adapters = [], {}
+    for spec in template.specs:
+        if spec.name in kernels:
+            try:
+                operator, m = _adapter(spec, kernels[spec.name], config)
+            except ValueError as error:
+                raise AdapterFileError(f"{spec.name} in {TENSORS}: {error}") from error
+            settings = AdapterSettings(dropout=config.dropout, param_dtype=m.dtype)
+            spec = dataclasses.replace(spec, operator=operator, **vars(settings))
+            specs.append(spec)
+            adapters[adapter_path(spec)] = to_jax(spec.name, m)
+    return nest(adapters), Plan(tuple(specs), template.base_parameters, template.traced)
+
+
+class _Config(NamedTuple):
+    """The settings that are used from the reference's config."""
+
+    mora_type: int
+    rank: int
+    rank_pattern: Mapping[str, int]
+    dropout: float
+
+    def rank_of(self, module: str) -> int:
+        """Return the rank of a module. Keys are names or ends of them, as in PEFT."""
+        ends = (k for k in self.rank_pattern if f".{module}".endswith(f".{k}"))
+        return self.rank_pattern.get(next(ends, ""), self.rank)
+
+
+def _config_of(content: Any) -> _Config:
+    """Return the settings in a parsed config, checked."""
+    if not isinstance(content, dict):
+        raise AdapterFileError(f"{CONFIG} must be an object, got {short(content)}")
+    content = {"bias": "none", "use_dora": False, "lora_dropout": 0.0} | content
+    content["rank_pattern"] = content.get("rank_pattern") or {}
+    types = *REFERENCE_GROUPS, 6
+    for key, rule, is_right in (
+        ("peft_type", "'LORA'", lambda value: value == "LORA"),
+        ("use_mora", "true, not that of a plain LoRA", lambda value: value is True),
+        ("bias", "'none'", lambda value: value == "none"),
+        ("use_dora", "false", lambda value: value is False),
+        ("mora_type", "1, 2, 3, 4 or 6", lambda v: type(v) is int and v in types),
+        ("r", "a positive integer", _is_rank),
+        ("rank_pattern", "names of modules with positive integers", _is_pattern),
+        ("lora_dropout", "in [0, 1)", lambda v: type(v) in (int, float) and 0 <= v < 1),
+    ):
+        if not is_right(value := content.get(key)):
+            raise AdapterFileError(
+                f"{key} in {CONFIG} must be {rule}, got {short(value)}"
+            )
+    keys = "mora_type", "r", "rank_pattern", "lora_dropout"
+    return _Config(*(content[key] for key in keys))
+
+
+def _is_rank(value: Any) -> bool:
+    return type(value) is int and 0 < value < 2**31
+
+
+def _is_pattern(value: Any) -> bool:
+    # PEFT takes regular expressions; a stranger's may take forever to match.
+    return isinstance(value, dict) and all(
+        re.fullmatch(r"[\w.-]+", key) and _is_rank(rank) for key, rank in value.items()
+    )
+
+
+def _matrices(arrays: Mapping[str, np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield each module with its M, which the reference stores twice and transposed."""
+    for key in arrays:
+        if not re.fullmatch(rf"{re.escape(PREFIX)}.+\.lora_[AB]\.weight", key):
+            raise AdapterFileError(
+                f"tensors in {TENSORS} must be like {PREFIX}*.lora_A.weight, "
+                f"got {short(key)}"
+            )
+    for module in dict.fromkeys(key.rsplit(".", 2)[0] for key in arrays):
+        name = module.removeprefix(PREFIX)
+        a, b = (arrays.get(f"{module}.lora_{letter}.weight") for letter in "AB")
+        if a is None or b is None:
+            raise AdapterFileError(f"{TENSORS} must have lora_A and lora_B of {name}")
+        if a.shape != b.shape or not np.array_equal(a, b):
+            raise AdapterFileError(
+                f"lora_A and lora_B of {name} in {TENSORS} must be the same matrix"
+            )
+        if not np.isfinite(a).all():
+            raise AdapterFileError(f"{name} in {TENSORS} holds NaN or infinity")
+        yield name, a.T
+
+
+def _by_kernel(
+    matrices: Mapping[str, np.ndarray], model: Any, names: Names
+) -> dict[str, ByIndex]:
+    """Return the M's of each kernel, by the names of their modules."""
+    known, kernels = pairs(names), defaultdict(dict)
+    if not matrices:
+        raise AdapterFileError(f"{TENSORS} holds no adapter")
+    unknown = [module for module in matrices if to_kernel(module, known) is None]
+    if unknown:
+        raise AdapterFileError(
+            f"names have no kernel for the module {short(unknown[0])}, which {TENSORS} "
+            f"adapts; {suggestion_for(unknown, _paths(model))}"
+        )
+    for module, m in matrices.items():
+        kernel = to_kernel(module, known)
+        assert kernel is not None
+        path, index = split_index(kernel[0])
+        if index in kernels[path]:
+            raise AdapterFileError(f"{TENSORS} has two modules for {kernel[0]}")
+        kernels[path][index] = module, m
+    return kernels
+
+
+def _paths(model: Any) -> list[str]:
+    """Return the paths of all arrays that can be kernels."""
+    if isinstance(model, Plan):
+        return list(model)
+    leaves = named_leaves(model) if jax.tree.leaves(model) else {}
+    return [name for name, (_, leaf) in leaves.items() if len(leaf.shape) >= 2]
+
+
+def _template(model: Any, kernels: Iterable[str]) -> Plan:
+    """Return a plan with the kernels, whose operators will be replaced."""
+    if isinstance(model, Plan):
+        return model
+    targets = [re.escape(name) for name in kernels]
+    try:
+        return plan(
+            model, MoRAConfig(operator="truncation", square_rank=1, targets=targets)
+        )
+    except ValueError as error:
+        raise AdapterFileError(f"{TENSORS} does not fit the model: {error}") from error
+
+
+def _adapter(
+    spec: AdapterSpec, modules: ByIndex, config: _Config
+) -> tuple[Operator, np.ndarray]:
+    """Return the operator of a kernel, and its M, (*stack, q, q)."""
+    stack = spec.stack_shape
+    if missing := set(np.ndindex(stack)) ^ set(modules):
+        raise ValueError(f"the kernel is stacked {stack}, and does not fit {missing}")
+    widths = spec.in_features, spec.out_features
+    ranks = {config.rank_of(module) for module, _ in modules.values()}
+    operators = {reference_operator(config.mora_type, *widths, r) for r in ranks}
+    if len(operators) > 1:
+        raise ValueError("a stacked kernel must have one rank in all its layers")
+    (operator,) = operators
+    for module, m in modules.values():
+        if m.shape != operator.m_shape:
+            raise ValueError(
+                f"{module} must be of shape {operator.m_shape} for a kernel of "
+                f"{widths[0]} -> {widths[1]} features, got {m.shape}"
+            )
+    ms = [modules[index][1] for index in np.ndindex(stack)]
+    return operator, np.stack(ms).reshape(*stack, *operator.m_shape)
