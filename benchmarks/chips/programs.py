@@ -16,9 +16,9 @@ import mora_jax
 from benchmarks.common.by_hand import lora_by_hand
 from benchmarks.common.cost import WAYS
 from benchmarks.common.flax_llama import flax_llama, inputs
+from benchmarks.common.ways import choose
 from mora_jax import FrozenDense, MoRAConfig, linen
 from mora_jax._jax.tuning import TUNING
-from mora_jax._layer.adapted import choose
 from mora_jax.products import Contraction
 
 FROZEN = "frozen"

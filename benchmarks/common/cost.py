@@ -5,8 +5,8 @@ import dataclasses
 import jax
 from jax.typing import DTypeLike
 
+from benchmarks.common.ways import choose
 from mora_jax import AdapterSpec
-from mora_jax._layer.adapted import choose
 from mora_jax.products import Contraction
 
 WAYS = ("activation", "fold")

@@ -1,7 +1,6 @@
 """Adapted products: a layer's own product, and the delta that its adapter adds."""
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -10,14 +9,13 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import PRNGKeyArray
 
-from mora_jax._common.types import ArrayLike, Shape
-from mora_jax._jax.linear_map import Static, static
+from mora_jax._common.types import ArrayLike
+from mora_jax._jax.linear_map import Static
 from mora_jax._jax.qwix_guard import intercepted, undisturbed
-from mora_jax._jax.tuning import Tuning, current_tuning
 from mora_jax._layer.equation import Delta, adapted
 from mora_jax._layer.per_row import by_row
 from mora_jax._layer.slots import Selected
-from mora_jax._layer.ways import Adapted, Way
+from mora_jax._layer.ways import Adapted
 from mora_jax._mesh.placement import explicit_layout, explicit_sharding, with_auto_axes
 from mora_jax._plan.spec import AdapterSpec
 from mora_jax.products import Product
@@ -68,7 +66,7 @@ def adapted_product(
     kernel = jnp.asarray(kernel)
     _check_kernel_shape(spec, kernel, len(product.axes))
     delta = Delta.of(spec, m, ndim=len(product.axes), precision=precision, x=x)
-    layer = _layer(spec, product, multiply, x, kernel, precision)
+    layer = Adapted.of(spec, product, multiply, x, kernel, precision)
     return layer((delta.operator, delta.m, kernel), x)
 
 
@@ -100,54 +98,6 @@ def joins(
         return False
     known = all(isinstance(size, int) for size in x.shape)  # unlike some of jax.export
     return known and not (dropout or explicit or intercepted())
-
-
-def choose(
-    spec: AdapterSpec,
-    product: Product,
-    x: Any,
-    dtype: DTypeLike | None,
-    *,
-    dropout: bool = False,
-    tuning: Tuning | None = None,
-) -> Way:
-    """Way in which a platform computes an adapted product; for tests and benchmarks.
-
-    Args:
-      spec: The adapter.
-      product: The layer's product.
-      x: The shape of the layer's input.
-      dtype: The kernel's dtype in the computation.
-      dropout: True if the adapter drops some of its input.
-      tuning: The constants of the platform; None for the current one.
-    """
-    shape, axes = spec.seen_by(len(product.axes))
-    if not joins(product, axes, x, dtype, dropout):
-        return "activation"
-    kernel = jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
-    layer = _layer(spec, product, static(jnp.matmul), x, kernel, None)
-    return layer.way(tuning or current_tuning())
-
-
-def _layer(
-    spec: AdapterSpec,
-    product: Product,
-    multiply: Static,
-    x: Any,
-    kernel: Any,
-    precision: jax.lax.PrecisionLike,
-) -> Adapted:
-    return Adapted(
-        product,
-        multiply,
-        *spec.seen_by(len(product.axes)),
-        precision,
-        spec.layout,
-        *(tuple(x.shape), x.dtype, kernel.dtype),
-        _result_dtype(multiply, x.shape, x.dtype, kernel.shape, kernel.dtype),
-        spec.execution,
-        spec.operator.work,
-    )
 
 
 def add_delta(
@@ -226,12 +176,3 @@ def _floating_dtype(kernel: Any) -> DTypeLike | None:
     is_array = isinstance(kernel, jax.Array | np.ndarray)
     floating = is_array and jnp.issubdtype(kernel.dtype, jnp.floating)
     return kernel.dtype if floating else None
-
-
-@functools.lru_cache(maxsize=1024)  # a model's layers ask the same again and again
-def _result_dtype(
-    multiply: Static, x_shape: Shape, x_dtype: Any, shape: Shape, dtype: Any
-) -> Any:
-    x = jax.ShapeDtypeStruct(x_shape, x_dtype)
-    kernel = jax.ShapeDtypeStruct(shape, dtype)
-    return jax.eval_shape(multiply, x, kernel).dtype

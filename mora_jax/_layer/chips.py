@@ -1,11 +1,10 @@
 r"""Forms for TPUs and GPUs: the one door to what is computed otherwise there.
 
-Each function here returns the faster form of an operator on the platform that is traced
-for, or the operator's own. A form must give what the operator's own method gives; the
-tests hold each against the matrices of C and D. They were found by rooflines of
-compiled programs (`make bench-chips`), which also tell what each of them is worth.
+Each function returns the faster form of an operator on the platform that is traced for,
+or the operator's own method, which gives the same. The forms were found by rooflines of
+compiled programs (`make bench-chips`), which tell what each of them is worth.
 
-What they use: on a TPU an array is stored as tiles of 8 rows and 128 features. A slice
+On a TPU an array is stored as tiles of 8 rows and 128 features. A slice
 of whole tiles costs nothing, while an array of blocks, (rows, n, q), has another order
 of tiles and is written once more. So blocks are cut from x, and M is rotated by R_k
 instead of each block of x: x_k (R_k M) = (x_k R_k) M. The gradient of M then is
@@ -40,16 +39,15 @@ UNROLLED_PRODUCTS = 8
 """Number of products of the gradient of M in one step of a loop.
 
 XLA fetches what a product reads while it computes the ones before it, in one step of a
-loop. To find the number, change it and run `make bench-chips`: with 1, all and 8 a
-Llama cost 0.92, 0.87 and 0.87 of the frozen one on a TPU v5e, and took 32, 101 and 37
-seconds of two cores to compile.
+loop. With 1, all and 8 a Llama cost 0.92, 0.87 and 0.87 of the frozen one on a TPU v5e,
+and took 32, 101 and 37 seconds of two cores to compile (`make bench-chips`).
 """
 
 ORDERED_ROWS = 1024
 """Number of rows of x that are reordered in one step of permutation's gradient of M.
 
-To find the number, change it and run `make bench-chips ARGS="--only layers --operators
-permutation"`: 512 and 1,024 cost the same on a TPU v5e, 2,048 more on a v6e.
+512 and 1,024 cost the same on a TPU v5e, 2,048 more on a v6e (`make bench-chips
+ARGS="--only layers --operators permutation"`).
 """
 
 
@@ -91,9 +89,8 @@ def matrix_of(op: Any) -> Callable[[jax.Array], jax.Array]:
 def add_of(op: Any) -> Callable[[jax.Array, jax.Array], jax.Array]:
     """The sum of a kernel and the delta, a function of (M, kernel).
 
-    The kernel is (in_features, out_features), and the result has its dtype. A kernel of
-    16 bits is rounded with a dither. A part of an operator is added to its part of the
-    kernel.
+    The kernel is (in_features, out_features), or the part of one that belongs to a part
+    of an operator. The sum has its dtype; 16 bits are rounded with a dither.
     """
     part = op if isinstance(op, OperatorPart) else whole(op)
     if _chip() == "tpu" and isinstance(part, BlockPart) and part.is_cut_evenly:
@@ -108,10 +105,7 @@ def folds_in_place(op: Any) -> bool:
 
 
 def stores_folds() -> bool:
-    """True if a folded kernel is to be an array before it is multiplied.
-
-    Otherwise each part of the product may form its own once more.
-    """
+    """True if each part of a product would form a folded kernel once more."""
     return _chip() == "tpu"
 
 

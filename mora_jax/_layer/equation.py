@@ -47,7 +47,7 @@ def adapted(
     x: jax.Array,
     factor: jax.Array | None = None,
 ) -> jax.Array:
-    """X W + alpha D(C(x) M), where the layer has computed y = x W.
+    """Sum of x W and alpha D(C(x) M), where the layer has computed y = x W.
 
     Args:
       y: The layer's output.
@@ -61,7 +61,7 @@ def adapted(
 
 @dataclasses.dataclass(frozen=True)
 class TimesM(LinearMap):
-    """h M as a map of M; the residual is h = C(x), which the gradient needs."""
+    """Product h M as a map of M; the residual is h = C(x)."""
 
     precision: jax.lax.PrecisionLike
 

@@ -40,6 +40,7 @@ from mora_jax._layer.equation import Delta, adapted
 from mora_jax._layer.fold import barrier, schedule_after, sum_dtype
 from mora_jax._mesh.layout import KernelLayout, MeshAxes
 from mora_jax._mesh.shard_map import REPLICATED, ShardMappedMap
+from mora_jax._plan.spec import AdapterSpec
 from mora_jax.products import Product
 
 Way = Literal["activation", "fold", "fused"]
@@ -73,6 +74,29 @@ class Adapted(LinearMap):
     dtype: Any
     execution: str
     work: Work
+
+    @classmethod
+    def of(
+        cls,
+        spec: AdapterSpec,
+        product: Product,
+        multiply: Static,
+        x: Any,
+        kernel: Any,
+        precision: jax.lax.PrecisionLike = None,
+    ) -> "Adapted":
+        """The map of a layer, by arrays x and W or their shapes."""
+        return cls(
+            product,
+            multiply,
+            *spec.seen_by(len(product.axes)),
+            precision,
+            spec.layout,
+            *(tuple(x.shape), x.dtype, kernel.dtype),
+            _result_dtype(multiply, x.shape, x.dtype, kernel.shape, kernel.dtype),
+            spec.execution,
+            spec.operator.work,
+        )
 
     def way(self, tuning: Tuning) -> Way:
         """Way to compute on a platform, by shapes and dtypes alone."""
@@ -206,3 +230,13 @@ def _forward_here(layer: Adapted, residuals: Any, operand: jax.Array) -> jax.Arr
     """Both terms on one device, by its part of the operator and of the kernel."""
     here = dataclasses.replace(layer, kernel_shape=residuals[2].shape)
     return here.forward(residuals, operand)
+
+
+@functools.lru_cache(maxsize=1024)  # a model's layers ask the same again and again
+def _result_dtype(
+    multiply: Static, x_shape: Shape, x_dtype: Any, shape: Shape, dtype: Any
+) -> Any:
+    x, kernel = (
+        jax.ShapeDtypeStruct(*array) for array in ((x_shape, x_dtype), (shape, dtype))
+    )
+    return jax.eval_shape(multiply, x, kernel).dtype

@@ -18,10 +18,10 @@ from helpers import close, random, trained
 from jax.test_util import check_grads
 
 import mora_jax
+from benchmarks.common.ways import choose
 from mora_jax import AdapterSpec, FrozenDense, MoRAConfig, linen, mora_apply
 from mora_jax import nnx as mora_nnx
 from mora_jax._jax.tuning import TUNING
-from mora_jax._layer.adapted import choose
 from mora_jax.products import DENSE, Contraction, Lookup
 
 ALPHA = 0.7

@@ -1,0 +1,40 @@
+"""The way in which a platform computes an adapted product, without computing it."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from mora_jax import AdapterSpec
+from mora_jax._jax.linear_map import static
+from mora_jax._jax.tuning import Tuning, current_tuning
+from mora_jax._layer.adapted import joins
+from mora_jax._layer.ways import Adapted, Way
+from mora_jax.products import Product
+
+
+def choose(
+    spec: AdapterSpec,
+    product: Product,
+    x: Any,
+    dtype: Any,
+    *,
+    dropout: bool = False,
+    tuning: Tuning | None = None,
+) -> Way:
+    """The way of a layer.
+
+    Args:
+      spec: The adapter.
+      product: The layer's product.
+      x: The shape of the layer's input.
+      dtype: The kernel's dtype; None for a kernel that is no array of such numbers.
+      dropout: True if the adapter drops some of its input.
+      tuning: The constants of the platform; None for the one JAX computes on.
+    """
+    shape, axes = spec.seen_by(len(product.axes))
+    if not joins(product, axes, x, dtype, dropout):
+        return "activation"
+    kernel = jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
+    layer = Adapted.of(spec, product, static(jnp.matmul), x, kernel)
+    return layer.way(tuning or current_tuning())
