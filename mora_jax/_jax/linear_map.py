@@ -142,6 +142,8 @@ class _Call:
         """{number of a leaf: its derivative, of all arguments and the tangent}."""
         if self.transposed:
             return {}
+        # A position in the tuple of residuals is not that of a leaf: the operator before
+        # M may have several arrays.
         starts = [0]
         for child in self.treedef.children():
             starts.append(starts[-1] + child.num_leaves)
@@ -190,6 +192,8 @@ def _abstract(*args: Any, call: _Call) -> Any:
 def _jvp(primals: Any, tangents: Any, *, call: _Call) -> Any:
     *residuals, operand = primals
     *residual_tangents, tangent = tangents
+    # y = A(r) x has two kinds of derivatives, A(r) dx and dA(r) x. The first is the map
+    # again; the second is given by hand for some residuals, and JAX's for the others.
     parts = []
     if not isinstance(tangent, ad.Zero):
         parts.append(linear_p.bind(*residuals, tangent, call=call))

@@ -71,6 +71,9 @@ class TimesM(LinearMap):
         return jax.lax.dot_general(h, operand, axes, precision=self.precision)
 
     def backward(self, residuals: Any, cotangent: jax.Array) -> jax.Array:
+        # d(h M) = h dM, so the gradient of M is the sum of h^T g over rows. JAX would
+        # derive the same sum with the axes of a batch kept apart, for which XLA's CPU
+        # compiler writes h once more in another order.
         (h,) = residuals
         return rows_product(h, cotangent, self.precision)
 
@@ -180,6 +183,8 @@ class Delta:
     @property
     def rows(self) -> Callable[[jax.Array], jax.Array]:
         """The function from (*stack, *batch, in) to (*stack, *batch, out)."""
+        # A function, chosen once: a method that asked on each call would be one more
+        # frame between a user's layer and the product.
         if self._stack:
             return lambda x: jax.vmap(lambda m, x: self._with(m).rows(x))(self.m, x)
         if on_mesh := self._on_mesh(KernelLayout.for_activations):
@@ -198,6 +203,8 @@ class Delta:
 
     def _rows_on_mesh(self, on_mesh: OperatorOnMesh, x: jax.Array) -> jax.Array:
         op = self.operator
+        # Two maps are linear in M, and differ in what the devices send each other: all
+        # parts of C(x), q numbers a row, or the parts of the output, which are as long.
         if self.given_m or not op.linear:
             return self._plain_rows(on_mesh, x)
         if op.keeps_input or self.in_parts:

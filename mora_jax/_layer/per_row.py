@@ -73,6 +73,7 @@ def by_row(
         # A batch of one row stays in its place, so that the product is the same.
         rows = jnp.moveaxis(jnp.expand_dims(x, ins + 1), ins, 0)
         return jax.vmap(added, out_axes=outs)(m.gathered(), rows).squeeze(outs + 1)
+    # C and D see all rows at once: they do not depend on M, and are fast in bulk.
     one_device = layout is None and mesh_of(x) is None
     ndim_m = len(spec.operator.m_shape) + 1
     slots = Slots(gather_m(m.slots.m, layout, x, ndim_m), m.slots.ndim_m)

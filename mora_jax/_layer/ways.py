@@ -110,6 +110,8 @@ class Adapted(LinearMap):
         return "fused" if features.splits else "activation"
 
     def _fold_pays(self, tuning: Tuning) -> bool:
+        # A fold moves in * out numbers of the kernel, and activations move in + out for
+        # each row; `fold_from` is the measured factor between the two, see `Tuning`.
         bits = jnp.finfo(self.kernel_dtype).bits
         if bits < 16 or (bits == 16 and not tuning.folds_16_bits):
             return False
@@ -140,6 +142,8 @@ class Adapted(LinearMap):
         return adapted(y, added, operand.astype(y.dtype))
 
     def backward(self, residuals: Any, cotangent: jax.Array) -> jax.Array:
+        # dx = g W^T + alpha g D^T M^T C^T: JAX transposes both terms of `forward`, which
+        # hold nothing but the residuals, so that no activation is kept for it.
         return self.transposed(functools.partial(self.forward, residuals), cotangent)
 
     def transposed(
@@ -155,6 +159,9 @@ class Adapted(LinearMap):
 
     def by_m(self, residuals: Any, x: jax.Array, tangent: jax.Array) -> jax.Array:
         """The derivative by M, of M's tangent: the delta of the tangent."""
+        # Of a linear operator the derivative does not depend on M: it is the delta with
+        # the tangent instead of M, and its transpose is dM. Without this JAX would take
+        # the derivative of a fold by M, through a gradient of the kernel's shape.
         operator, m, _ = residuals
         x, tangent = x.astype(self.dtype), tangent.astype(self.dtype)
 
@@ -180,6 +187,7 @@ class Folded(LinearMap):
         return self.layer.multiply(operand, self._fold(residuals, operand))
 
     def backward(self, residuals: Any, cotangent: jax.Array) -> jax.Array:
+        # dx = g (W + alpha C M D)^T, with the kernel folded once more.
         multiply, kernel = self.layer.multiply, self._fold(residuals, cotangent)
         return self.layer.transposed(lambda x: multiply(x, kernel), cotangent)
 

@@ -47,6 +47,7 @@ def gather_m(
       x: The layer's input.
       ndim: The number of M's axes without a stack's.
     """
+    # Nobody has said where the kernel is: only the types of arrays may name a mesh.
     if layout is None:
         return m if mesh_of(m) is mesh_of(x) is None else _Replicated(ndim)((), m)
     if isinstance(layout.mesh, AbstractMesh):  # explicit: its type says the same
