@@ -142,7 +142,7 @@ class _Call:
         """{number of a leaf: its derivative, of all arguments and the tangent}."""
         if self.transposed:
             return {}
-        # A position in the tuple of residuals is not that of a leaf: the operator before
+        # A position in the tuple of residuals differs from a leaf: the operator before
         # M may have several arrays.
         starts = [0]
         for child in self.treedef.children():

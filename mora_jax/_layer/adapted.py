@@ -63,7 +63,8 @@ def adapted_product(
         return add_delta(
             multiply(x, kernel), spec, m, x, product, dropout_key, precision
         )
-    # The residuals are arrays, and all else is static: layers of one shape share a trace.
+    # The residuals are arrays, and all else is static: layers of one shape share a
+    # trace.
     kernel = jnp.asarray(kernel)
     _check_kernel_shape(spec, kernel, len(product.axes))
     delta = Delta.of(spec, m, ndim=len(product.axes), precision=precision, x=x)

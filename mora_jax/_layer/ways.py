@@ -142,8 +142,8 @@ class Adapted(LinearMap):
         return adapted(y, added, operand.astype(y.dtype))
 
     def backward(self, residuals: Any, cotangent: jax.Array) -> jax.Array:
-        # dx = g W^T + alpha g D^T M^T C^T: JAX transposes both terms of `forward`, which
-        # hold nothing but the residuals, so that no activation is kept for it.
+        # dx = g W^T + alpha g D^T M^T C^T: JAX transposes both terms of `forward`,
+        # which hold nothing but the residuals, so that no activation is kept for it.
         return self.transposed(functools.partial(self.forward, residuals), cotangent)
 
     def transposed(

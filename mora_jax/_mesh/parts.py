@@ -236,8 +236,8 @@ class BlockPart(OperatorPart):
             )
             return functools.reduce(jnp.add, placed)[..., :wanted, :]
 
-        # M multiplies whichever are fewer: the blocks from here, or those for here. Both
-        # orders give the same sum, since M is the same for all blocks of a group.
+        # M multiplies whichever are fewer: the blocks from here, or those for here.
+        # Both orders give the same sum, since M is the same for all blocks of a group.
         sizes = [h.shape[-2] for h in blocks]
         if sum(sizes) > wanted:
             return Split(sum_wanted(blocks), self._outputs_of_groups)
@@ -259,9 +259,9 @@ class BlockPart(OperatorPart):
         op, q, size = self.operator, self.operator.square_rank, self.in_features
         if op.truncate or q > op.in_features or size == op.in_features:
             return [op.sum_groups(op._compress(self.pad_inputs(x)))], [0]
-        # The features here begin within block `first`, at an offset that only the device
-        # knows. Put at that offset among zeros, they are whole blocks, which are rotated
-        # as such; what is elsewhere adds zeros.
+        # The features here begin within block `first`, at an offset that only the
+        # device knows. Put at that offset among zeros, they are whole blocks, which are
+        # rotated as such; what is elsewhere adds zeros.
         first, touched = self.in_start // q, _max_blocks_touched(size, q)
         h = _put(x, touched * q, self.in_start % q)
         h = h.reshape(*x.shape[:-1], touched, q)
