@@ -55,11 +55,10 @@ def adapted_product(
     """
     check_product(spec, product)
     x = jnp.asarray(x)
-    by_rows, dropout = isinstance(m, Selected), dropout_key is not None
-    dtype = _floating_dtype(kernel)
+    dtype, dropout = _floating_dtype(kernel), dropout_key is not None
     explicit = any(explicit_sharding(array) is not None for array in (x, kernel))
     _, axes = spec.seen_by(len(product.axes))
-    if by_rows or not joins(product, axes, x, dtype, dropout, explicit):
+    if isinstance(m, Selected) or not joins(product, axes, x, dtype, dropout, explicit):
         return add_delta(
             multiply(x, kernel), spec, m, x, product, dropout_key, precision
         )

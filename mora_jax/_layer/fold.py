@@ -1,5 +1,6 @@
 """Folded kernels: W + alpha C M D, rounded to the dtype of W."""
 
+import dataclasses
 import functools
 from typing import Any
 

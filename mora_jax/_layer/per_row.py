@@ -68,8 +68,7 @@ def by_row(
     shape, axes = spec.seen_by(len(product.axes))
     layout = spec.layout
     splits = layout is not None and layout.for_activations(axes, shape).splits
-    joint = isinstance(product, Contraction) and spec.operator.linear
-    if splits or not joint:
+    if splits or not spec.operator.linear or not isinstance(product, Contraction):
         # A batch of one row stays in its place, so that the product is the same.
         rows = jnp.moveaxis(jnp.expand_dims(x, ins + 1), ins, 0)
         return jax.vmap(added, out_axes=outs)(m.gathered(), rows).squeeze(outs + 1)

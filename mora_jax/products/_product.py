@@ -1,6 +1,7 @@
 """Base class of products: how a layer multiplies its input with its kernel."""
 
 import abc
+from collections.abc import Callable
 from typing import ClassVar, Protocol, runtime_checkable
 
 import jax
@@ -32,7 +33,8 @@ class KernelDelta(Protocol):
     @property
     def kernel_shape(self) -> Shape: ...
 
-    def rows(self, x: jax.Array) -> jax.Array:
+    @property
+    def rows(self) -> Callable[[jax.Array], jax.Array]:
         """(*stack, *batch, in_features) -> (*stack, *batch, out_features)."""
         ...
 
