@@ -113,22 +113,15 @@ Up to here slices are added in one pass over memory, a third of the time on a CP
 of them would make programs long, which XLA takes long to compile.
 """
 
-# Rows with M's of their own (`loops_over_rows`): what the ways cost that were tried.
-# `make bench-many` measures the first two.
+# Rows with M's of their own (`loops_over_rows`): milliseconds on a CPU for 64 rows of
+# one token and q = 256, and the same on an H100 for 4096 -> 4096 relative to the layer
+# alone. `make bench-many` measures the first two; the others were tried.
 #
-#                                           4 slots   64 slots
-#   CPU, 64 rows of one token, q = 256, ms
-#     one after another                       0.66      1.02
-#     copied, in one product                 18        19
-#     sorted by slot, `jax.lax.ragged_dot`    2.1       2.1
-#     in groups of 16 rows, filled up         0.48      5.5
-#   H100, 4096 -> 4096, q = 256, of the layer alone
-#     one after another                      25        25
-#     copied                                  1.39      1.50
-#     `jax.lax.ragged_dot`                    1.91      2.55
-#
-# On a v5e copies and ragged_dot are within 0.02 of each other for 64 rows; for 8 x 512
-# tokens they cost 1.09 and 1.04, where the product inside ragged_dot is not priced.
+#                                  CPU, 4 slots   64 slots   H100, 4 slots   64 slots
+#   one after another                  0.66         1.02          25            25
+#   copied, in one product            18           19              1.39          1.50
+#   sorted, `jax.lax.ragged_dot`       2.1          2.1            1.91          2.55
+#   in groups of 16 rows, filled up    0.48         5.5
 
 _platform: ContextVar[str | None] = ContextVar("platform", default=None)
 
