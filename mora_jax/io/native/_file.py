@@ -15,8 +15,8 @@ from mora_jax._plan.plan import Plan
 from mora_jax._tree.adapters import Tree, adapter_items, nest, trained_items
 from mora_jax._tree.paths import adapter_path
 from mora_jax.io._errors import AdapterFileError
-from mora_jax.io._files import CONFIG, TENSORS, read_bytes
-from mora_jax.io._json import MAX_BYTES, dump, parse, short
+from mora_jax.io._files import CONFIG, TENSORS
+from mora_jax.io._json import dump, parse, read_json, short
 from mora_jax.io._locations import Location
 from mora_jax.io._tensors import (
     decode,
@@ -26,7 +26,6 @@ from mora_jax.io._tensors import (
     to_jax,
     to_numpy,
 )
-from mora_jax.io.native import _records
 from mora_jax.io.native._layers import Base
 from mora_jax.io.native._records import check_plan_record, describe_plan, restore_plan
 
@@ -35,7 +34,8 @@ FORMAT = "mora_jax adapter"
 KEY = "mora_jax"
 """The only key of the file's metadata, whose text is the config."""
 
-KINDS = _records.KINDS | {"metadata": dict, "tensors_sha256": str, "sha256": str}
+WHERE = f"the config in {TENSORS}"
+"""The name of the config in messages."""
 
 
 def encode_adapter(
@@ -78,16 +78,13 @@ def decode_adapter(
       data: The content of the file.
       content: Its config, as `parse_config` gives it.
       base: The model that the adapters must fit.
-
-    Raises:
-      AdapterFileError: Something in the file is wrong.
     """
-    arrays, where = decode(data, TENSORS), f"the config in {TENSORS}"
+    arrays = decode(data, TENSORS)
     if not content["layers"]:
-        raise AdapterFileError(f"{where} must have an adapter, got none")
+        raise AdapterFileError(f"{WHERE} must have an adapter, got none")
     if content["tensors_sha256"] != _digest_of(arrays):
         raise AdapterFileError(f"{TENSORS} is damaged: the SHA-256 of tensors differs")
-    plan, leaves = restore_plan(content, where, base, arrays)
+    plan, leaves = restore_plan(content, WHERE, base, arrays)
     if arrays:
         raise AdapterFileError(
             f"{TENSORS} holds {short(sorted(arrays))}, about which its config knows "
@@ -99,20 +96,20 @@ def decode_adapter(
 def parse_config(data: bytes) -> dict[str, Any]:
     """Return the config of a file, its format, version, types and digest checked.
 
-    Args:
-      data: The content of the file, or its header alone.
+    `data` is the content of the file, or its header alone.
     """
-    where, texts = f"the config in {TENSORS}", metadata_of(data, TENSORS)
+    texts, hint = metadata_of(data, TENSORS), "io.load_peft_mora reads PEFT's"
     if texts.keys() != {KEY} or not isinstance(texts[KEY], str):
         raise AdapterFileError(
             f"{TENSORS} is not of mora_jax: its metadata must hold {KEY!r} alone, got "
-            f"{short(sorted(texts))}; io.load_peft_mora reads PEFT's"
+            f"{short(sorted(texts))}; {hint}"
         )
-    content, hint = parse(texts[KEY].encode(), where), "io.load_peft_mora reads PEFT's"
-    content = check_plan_record(content, FORMAT, KINDS, where, hint)
+    kinds = {"metadata": dict, "tensors_sha256": str, "sha256": str}
+    content = parse(texts[KEY].encode(), WHERE)
+    content = check_plan_record(content, FORMAT, kinds, WHERE, hint)
     signed = {key: value for key, value in content.items() if key != "sha256"}
     if content["sha256"] != _sha256(dump(signed)):
-        raise AdapterFileError(f"{where} is damaged or edited: its SHA-256 differs")
+        raise AdapterFileError(f"{WHERE} is damaged or edited: its SHA-256 differs")
     return content
 
 
@@ -122,9 +119,7 @@ def check_copy(directory: Location, content: Mapping[str, Any]) -> None:
     Someone has edited it then, or has replaced one of the two files.
     """
     path = directory / CONFIG
-    if not path.exists():
-        return
-    if dump(parse(read_bytes(path, MAX_BYTES), CONFIG)) != dump(content):
+    if path.exists() and dump(read_json(path)) != dump(content):
         raise AdapterFileError(
             f"{CONFIG} in {directory} is edited, damaged or of another adapter: it "
             f"differs from the config in {TENSORS}, which alone is read; delete the "
@@ -135,16 +130,12 @@ def check_copy(directory: Location, content: Mapping[str, Any]) -> None:
 def is_ours(directory: Location, name: str) -> bool:
     """Return True if a file of a directory says that it is of this format.
 
-    Args:
-      directory: The directory.
-      name: The name of the file: its config's or its tensors'.
-
-    Raises:
-      AdapterFileError: The file says nothing, since it is damaged.
+    `name` is that of the config or of the tensors. If the file is so damaged that it
+    says nothing, that is an `AdapterFileError`.
     """
     if name == TENSORS:
         return KEY in metadata_of(read_header(directory / name), name)
-    content = parse(read_bytes(directory / name, MAX_BYTES), name)
+    content = read_json(directory / name)
     return isinstance(content, dict) and content.get("format") == FORMAT
 
 

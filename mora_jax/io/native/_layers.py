@@ -10,12 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mora_jax._common.axes import check_axes, sizes
+from mora_jax._common.axes import check_axes, features, sizes
 from mora_jax._common.checks import check_kernel
 from mora_jax._common.suggestions import lacking
 from mora_jax._plan.settings import AdapterSettings
 from mora_jax._plan.spec import AdapterSpec, operator_settings
-from mora_jax.io._json import dump, short
+from mora_jax.io._json import Fields, dump, record_of, short
 from mora_jax.operators import Operator, Subspace, make_operator
 
 LARGEST_WIDTH = 2**22
@@ -24,18 +24,18 @@ LARGEST_WIDTH = 2**22
 LARGEST_ARRAY = 2**28
 """The most numbers in an array that is made from a file alone."""
 
-KINDS = {
-    "path": list,
-    "kernel_shape": list,
-    "axes": str,
-    "operator": dict,
-    "operator_check": list,
-    "square_rank": int,
-    "settings": dict,
-    "dtype": str,
-    "base_digest": object,
+LAYER: Fields = {
+    "path": (list, lambda spec: list(spec.path)),
+    "kernel_shape": (list, lambda spec: list(spec.kernel_shape)),
+    "axes": (str, lambda spec: spec.axes),
+    "operator": (dict, lambda spec: operator_settings(spec.operator)),
+    "operator_check": (list, lambda spec: fingerprint(spec.operator)),
+    "square_rank": (int, lambda spec: spec.operator.square_rank),
+    "settings": (dict, lambda spec: spec.to_json()),
+    "dtype": (str, lambda spec: jnp.dtype(spec.param_dtype).name),
+    "base_digest": (object, lambda spec: spec.base_digest and list(spec.base_digest)),
 }
-"""{key of a record: type of its value}; all keys are always there."""
+"""The record of an adapter; its `dtype` is the one that M has in the file."""
 
 Base = Mapping[str, Any] | None
 """{path: array or shape} of the model that a file must fit; None for any model."""
@@ -43,18 +43,7 @@ Base = Mapping[str, Any] | None
 
 def describe(spec: AdapterSpec, dtype: Any) -> dict[str, Any]:
     """Return the record of an adapter whose trained array is of `dtype`."""
-    digests = spec.base_digest
-    return {
-        "path": list(spec.path),
-        "kernel_shape": list(spec.kernel_shape),
-        "axes": spec.axes,
-        "operator": operator_settings(spec.operator),
-        "operator_check": list(fingerprint(spec.operator)),
-        "square_rank": spec.operator.square_rank,
-        "settings": spec.to_json(),
-        "dtype": jnp.dtype(dtype).name,
-        "base_digest": None if digests is None else list(digests),
-    }
+    return record_of(spec, LAYER) | {"dtype": jnp.dtype(dtype).name}
 
 
 def restore(
@@ -66,7 +55,7 @@ def restore(
     """Undo `describe`. Everything is checked, and nothing is filled in.
 
     Args:
-      record: The parsed record, with the keys and types of `KINDS`.
+      record: The parsed record, with the keys and types of `LAYER`.
       m: The trained array as the file has it; None for a file without arrays.
       base: The model that the adapter must fit.
       given: {name: array} of the operator's arrays, where no settings determine them.
@@ -81,19 +70,26 @@ def restore(
             f"got {short(shape)} and {short(q)}"
         )
     axes = check_axes(record["axes"], len(shape))
-    ins, outs = (math.prod(sizes(shape, axes, letter)) for letter in "io")
-    if max(ins, outs) > LARGEST_WIDTH:
+    widths = ins, outs = features(shape, axes)
+    if max(widths) > LARGEST_WIDTH:
         raise ValueError(
             f"a kernel must have at most {LARGEST_WIDTH:,} features on either side, "
             f"got {ins:,} and {outs:,}"
         )
-    if base is not None:
+    if base is None:
+        seeded = "seed" in record["operator"]
+        # Random maps have q rows of the wider side. To check an M of which there is no
+        # array takes one, and a few copies.
+        numbers = max(seeded * q * max(widths), (m is None) * 4 * q * q)
+        if numbers > LARGEST_ARRAY:
+            raise ValueError(
+                f"a kernel of {ins} -> {outs} features with q = {q} takes too much "
+                "memory for a file alone to ask for; give the model's params or plan"
+            )
+    else:
         _check_base(record, base)
-    operator = _operator(record["operator"], (ins, outs, q), base, given)
-    if m is None and base is None:
-        _check_size(operator.name, ins, outs, 4 * math.prod(operator.m_shape))
     spec = AdapterSpec(
-        operator,
+        _operator(record["operator"], (ins, outs, q), given),
         kernel_shape=shape,
         axes=axes,
         path=tuple(record["path"]),
@@ -112,12 +108,12 @@ def _check_same(record: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
         # Texts are compared, since True == 1 == 1.0.
         if key != "operator_check" and dump(value) != dump(record[key]):
             raise ValueError(f"{key} must be {value!r}, got {short(record[key])}")
-    stored, here = record["operator_check"], np.array(expected["operator_check"])
+    stored, here = record["operator_check"], expected["operator_check"]
     there = np.array(stored, np.float64)
-    if here.shape != there.shape or not np.allclose(here, there, 1e-3, 1e-3):
+    if there.shape != (len(here),) or not np.allclose(here, there, 1e-3, 1e-3):
         raise ValueError(
             f"{record['operator']['name']} with these settings is another operator "
-            f"here than where the file was made: its check gives {here.tolist()}, got "
+            f"here than where the file was made: its check gives {here}, got "
             f"{short(stored)}"
         )
 
@@ -137,39 +133,31 @@ def _digests(digests: Any, stack: tuple[int, ...]) -> tuple[str, ...] | None:
     """Return the digests of the base's kernel, one for each index of its stack."""
     if digests is None:
         return None
-    count = math.prod(stack)
-    if (
-        not isinstance(digests, list)
-        or len(digests) != count
-        or not all(map(_is_digest, digests))
-    ):
+    count, texts = math.prod(stack), digests if isinstance(digests, list) else []
+    are_texts = all(isinstance(text, str) for text in texts)
+    if len(texts) != count or not are_texts or not all(map(_DIGEST.fullmatch, texts)):
         raise ValueError(
             f"base_digest must be null or {count} times 64 hex digits, "
             f"got {short(digests)}"
         )
-    return tuple(digests)
+    return tuple(texts)
 
 
-def _is_digest(text: Any) -> bool:
-    return isinstance(text, str) and re.fullmatch("[0-9a-f]{64}", text) is not None
+_DIGEST = re.compile("[0-9a-f]{64}")
 
 
 # --- Operators ---
 
 
 def _operator(
-    settings: dict[str, Any],
+    settings: Mapping[str, Any],
     widths: tuple[int, int, int],
-    base: Base,
     given: Mapping[str, Any],
 ) -> Operator:
-    """Return the operator of (in, out, q), if it does not ask for too much memory."""
+    """Return the operator of (in, out, q)."""
     chosen = dict(settings)
-    seed, name = chosen.pop("seed", None), short(chosen.get("name"))
-    ins, outs, q = widths
-    if seed is not None and base is None:
-        _check_size(name, ins, outs, q * max(ins, outs))
-    if chosen.get("name") == Subspace.name:
+    seed, name = chosen.pop("seed", 0), chosen.get("name")
+    if name == Subspace.name:
         if given.keys() != set(Subspace.arrays):
             raise ValueError(
                 "a subspace has its directions in the file of an adapter, as "
@@ -177,28 +165,22 @@ def _operator(
             )
         return Subspace(*widths, **given)
     if given:
-        raise ValueError(f"a {name} has no arrays in a file, got {sorted(given)}")
-    return make_operator(chosen, *widths, seed=seed or 0)
+        raise ValueError(f"a {name!r} has no arrays in a file, got {sorted(given)}")
+    return make_operator(chosen, *widths, seed=seed)
 
 
-def _check_size(name: str, ins: int, outs: int, numbers: int) -> None:
-    if numbers > LARGEST_ARRAY:
-        raise ValueError(
-            f"a {name} of {ins} -> {outs} features takes too much memory for a file "
-            "alone to ask for; give the model's params or plan, too"
-        )
-
-
-def fingerprint(operator: Operator) -> tuple[float, ...]:
+def fingerprint(operator: Operator) -> list[float]:
     """Return four numbers that tell operators apart, computed from fixed arrays.
 
     They differ on a platform or in a later version of the library that has other
     random numbers or another definition of the operator.
     """
     # Those with given arrays differ from layer to layer, and would be kept for nothing.
-    return _fingerprint(operator) if operator.given else _kept_fingerprint(operator)
+    compute = _fingerprint.__wrapped__ if operator.given else _fingerprint
+    return list(compute(operator))
 
 
+@functools.lru_cache(maxsize=256)
 def _fingerprint(operator: Operator) -> tuple[float, ...]:
     random = np.random.RandomState(0).standard_normal
     m, x = random(operator.m_shape), random(operator.in_features)
@@ -207,6 +189,3 @@ def _fingerprint(operator: Operator) -> tuple[float, ...]:
         y = operator.apply(m.astype(np.float32), x.astype(np.float32))
     terms = np.asarray(y, np.float64) * random(width) / math.sqrt(width)
     return tuple(float(f"{terms[k::4].sum():.5g}") for k in range(4))
-
-
-_kept_fingerprint = functools.lru_cache(maxsize=256)(_fingerprint)

@@ -3,7 +3,6 @@
 from mora_jax._plan.plan import Plan, check_plan, refuse_other_plan
 from mora_jax.io._errors import AdapterFileError
 from mora_jax.io._json import dump, parse
-from mora_jax.io.native import _records
 from mora_jax.io.native._records import (
     check_plan_record,
     describe_plan,
@@ -12,7 +11,6 @@ from mora_jax.io.native._records import (
 )
 
 FORMAT = "mora_jax plan"
-KINDS = _records.KINDS | {"digest": str}
 
 
 def plan_to_json(plan: Plan) -> str:
@@ -84,7 +82,8 @@ def plan_from_json(text: str, like: Plan | None = None) -> Plan:
     if not isinstance(text, str):
         raise TypeError(f"text must be a str, got {type(text).__name__}")
     where, hint = "the plan", "io.plan_to_json writes it"
-    content = check_plan_record(parse(text.encode(), where), FORMAT, KINDS, where, hint)
+    content = parse(text.encode(), where)
+    content = check_plan_record(content, FORMAT, {"digest": str}, where, hint)
     # With a model, operators are made only for its shapes.
     base = None if like is None else shapes_of(check_plan(like, "like"))
     plan, _ = restore_plan(content, where, base, None)

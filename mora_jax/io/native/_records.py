@@ -8,15 +8,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mora_jax._common.checks import check_finite
 from mora_jax._common.suggestions import lacking
 from mora_jax._common.types import Path
 from mora_jax._plan.plan import Plan
-from mora_jax._plan.spec import SUFFIX
+from mora_jax._plan.spec import SUFFIX, AdapterSpec
 from mora_jax._plan.trained_arrays import TrainedArray
 from mora_jax.io._errors import AdapterFileError
-from mora_jax.io._json import check_record, dump, short
-from mora_jax.io.native import _layers
-from mora_jax.io.native._layers import Base, describe, restore
+from mora_jax.io._json import Fields, check_record, dump, kinds_of, record_of, short
+from mora_jax.io.native._layers import LAYER, Base, describe, restore
 
 VERSION = 1
 """The version of both formats. A reader refuses every other version."""
@@ -30,10 +30,14 @@ KINDS = {
     "layers": list,
     "trained": list,
 }
-TRAINED_KINDS = {"path": list, "shape": list, "dtype": str, "base_dtype": str}
 
-Arrays = dict[str, np.ndarray]
-"""{name: array} of the tensors in a file, from which each reader takes its own."""
+TRAINED: Fields = {
+    "path": (list, lambda array: list(array.path)),
+    "shape": (list, lambda array: list(array.shape)),
+    "dtype": (str, lambda array: jnp.dtype(array.dtype).name),
+    "base_dtype": (str, lambda array: jnp.dtype(array.base_dtype).name),
+}
+"""The record of an array that trains itself."""
 
 T = TypeVar("T")
 
@@ -41,10 +45,7 @@ T = TypeVar("T")
 def describe_plan(plan: Plan, name: str, dtypes: Mapping[str, Any]) -> dict[str, Any]:
     """Return the record of a plan in the format `name`.
 
-    Args:
-      plan: The plan.
-      name: The name of the format.
-      dtypes: {path of a kernel: dtype of its trained array}.
+    `dtypes` are {path of a kernel: dtype of its trained array}.
     """
     return {
         "format": name,
@@ -53,7 +54,7 @@ def describe_plan(plan: Plan, name: str, dtypes: Mapping[str, Any]) -> dict[str,
         "base_parameters": plan.base_parameters,
         "traced": plan.traced,
         "layers": [describe(spec, dtypes[spec.name]) for spec in plan.specs],
-        "trained": [_describe_trained(array) for array in plan.trained],
+        "trained": [record_of(array, TRAINED) for array in plan.trained],
     }
 
 
@@ -62,15 +63,7 @@ def check_plan_record(
 ) -> dict[str, Any]:
     """Return a parsed record if it is of the format `name`, in the version read here.
 
-    Args:
-      content: The record.
-      name: The name of the format.
-      kinds: The types of its keys.
-      where: The name of the record in messages.
-      hint: Advice for other records, as the end of a message.
-
-    Raises:
-      AdapterFileError: It is not.
+    Messages call the record `where`, and `hint` says what else to do with others.
     """
     if not isinstance(content, dict) or content.get("format") != name:
         raise AdapterFileError(
@@ -82,11 +75,14 @@ def check_plan_record(
             f"format_version of {where} must be {VERSION}, got {short(written)}: "
             "another mora_jax is needed for other versions, such as a newer one"
         )
-    return check_record(content, kinds, where)
+    return check_record(content, KINDS | kinds, where)
 
 
 def restore_plan(
-    content: Mapping[str, Any], where: str, base: Base, arrays: Arrays | None
+    content: Mapping[str, Any],
+    where: str,
+    base: Base,
+    arrays: dict[str, np.ndarray] | None,
 ) -> tuple[Plan, dict[Path, np.ndarray]]:
     """Undo `describe_plan`. Everything is checked, and nothing is filled in.
 
@@ -94,7 +90,8 @@ def restore_plan(
       content: The record, which `check_plan_record` has seen.
       where: The name of the record in messages.
       base: The model that the plan must fit.
-      arrays: The arrays of the file, which must be the plan's; None for a file without.
+      arrays: The arrays of the file, from which the plan's are taken; None for a plan
+        without arrays.
 
     Returns:
       The plan, and {path: array} of what is trained.
@@ -108,25 +105,36 @@ def restore_plan(
             f"got {short(content['base_parameters'])}"
         )
     leaves: dict[Path, np.ndarray] = {}
+    stored = {} if arrays is None else arrays
 
-    def layer(record: dict[str, Any], *path: str) -> Any:
-        name = "/".join(path) + SUFFIX
-        m = given = None
-        if arrays is not None:
-            m = leaves[*path[:-1], path[-1] + SUFFIX] = _take(arrays, name)
-            below = [other for other in arrays if other.startswith(f"{name}/")]
-            given = {n.removeprefix(f"{name}/"): arrays.pop(n) for n in below}
-        return restore(record, m, base, given or {})
+    def take(*path: str) -> np.ndarray | None:
+        if arrays is None:
+            return None
+        name = "/".join(path)
+        if name not in stored:
+            raise ValueError(f"the file lacks {name}")
+        leaves[path] = array = stored.pop(name)
+        check_finite(array, name, " in the file")
+        return array
 
-    def trained(record: dict[str, Any], *path: str) -> Any:
+    def layer(record: dict[str, Any]) -> AdapterSpec:
+        *parents, last = record["path"]
+        m, below = (
+            take(*parents, last + SUFFIX),
+            "/".join(record["path"]) + f"{SUFFIX}/",
+        )
+        names = [name for name in stored if name.startswith(below)]
+        given = {name.removeprefix(below): stored.pop(name) for name in names}
+        return restore(record, m, base, given)
+
+    def trained(record: dict[str, Any]) -> TrainedArray:
         array = _restore_trained(record, base)
-        if arrays is not None:
-            leaves[path] = copy = _take(arrays, array.name)
+        if (copy := take(*array.path)) is not None:
             array.check(copy, " in the file")
         return array
 
-    specs = _each(content, "layers", _layers.KINDS, where, layer)
-    copied = _each(content, "trained", TRAINED_KINDS, where, trained)
+    specs = _each(content, "layers", LAYER, where, layer)
+    copied = _each(content, "trained", TRAINED, where, trained)
     plan = Plan(specs, content["base_parameters"], content["traced"], trained=copied)
     return plan, leaves
 
@@ -134,15 +142,15 @@ def restore_plan(
 def _each(
     content: Mapping[str, Any],
     key: str,
-    kinds: Mapping[str, type],
+    fields: Fields,
     where: str,
-    restore: Callable[..., T],
+    restore: Callable[[dict[str, Any]], T],
 ) -> tuple[T, ...]:
-    """Return what a function makes of each record below a key, and of its path."""
+    """Return what a function makes of each record below a key."""
     restored: dict[str, T] = {}
     for number, record in enumerate(content[key]):
         place = f"{key}[{number}] of {where}"
-        path = check_record(record, kinds, place)["path"]
+        path = check_record(record, kinds_of(fields), place)["path"]
         names = all(isinstance(p, str) and p not in ("", ".", "..") for p in path)
         if not path or not names:
             raise AdapterFileError(
@@ -152,19 +160,23 @@ def _each(
         if name in restored:
             raise AdapterFileError(f"{place} is {name!r}, which is there twice")
         try:
-            restored[name] = restore(record, *path)
+            restored[name] = restore(record)
         except (TypeError, ValueError, OverflowError) as error:
             raise AdapterFileError(f"{name} of {where}: {error}") from error
     return tuple(restored.values())
 
 
-def _take(arrays: Arrays, name: str) -> np.ndarray:
-    """Take an array of finite numbers out of `arrays`."""
-    if name not in arrays:
-        raise AdapterFileError(f"the file lacks {name}")
-    array = arrays.pop(name)
-    if not np.isfinite(array).all():
-        raise AdapterFileError(f"{name} in the file holds NaN or infinity")
+def _restore_trained(record: Mapping[str, Any], base: Base) -> TrainedArray:
+    shape, dtypes = tuple(record["shape"]), (record["dtype"], record["base_dtype"])
+    if not all(type(size) is int and size >= 0 for size in shape):
+        raise ValueError(f"shape must be integers, got {short(shape)}")
+    array = TrainedArray(tuple(record["path"]), shape, *dtypes)
+    if dump(record_of(array, TRAINED)) != dump(record):
+        raise ValueError(f"its dtypes must be names of dtypes, got {short(dtypes)}")
+    if base is not None:
+        if array.name not in base:
+            raise ValueError(f"the model has no such array{lacking(array.name, base)}")
+        array.check(base[array.name], " in the model")
     return array
 
 
@@ -173,29 +185,3 @@ def shapes_of(plan: Plan) -> dict[str, jax.ShapeDtypeStruct]:
     shape = jax.ShapeDtypeStruct
     kernels = {spec.name: shape(spec.kernel_shape, jnp.float32) for spec in plan.specs}
     return kernels | {a.name: shape(a.shape, a.dtype) for a in plan.trained}
-
-
-# --- Arrays that train themselves ---
-
-
-def _describe_trained(array: TrainedArray) -> dict[str, Any]:
-    return {
-        "path": list(array.path),
-        "shape": list(array.shape),
-        "dtype": jnp.dtype(array.dtype).name,
-        "base_dtype": jnp.dtype(array.base_dtype).name,
-    }
-
-
-def _restore_trained(record: Mapping[str, Any], base: Base) -> TrainedArray:
-    shape, dtypes = tuple(record["shape"]), (record["dtype"], record["base_dtype"])
-    if not all(type(size) is int and size >= 0 for size in shape):
-        raise ValueError(f"shape must be integers, got {short(shape)}")
-    array = TrainedArray(tuple(record["path"]), shape, *dtypes)
-    if dump(_describe_trained(array)) != dump(record):
-        raise ValueError(f"its dtypes must be names of dtypes, got {short(dtypes)}")
-    if base is not None:
-        if array.name not in base:
-            raise ValueError(f"the model has no such array{lacking(array.name, base)}")
-        array.check(base[array.name], " in the model")
-    return array

@@ -23,6 +23,7 @@ from mora_jax.io._files import (
     entries,
     locked,
     naming,
+    remove,
     sync,
     unfinished_file,
 )
@@ -178,20 +179,17 @@ def _replace(directory: Location, tensors: bytes, config: bytes) -> None:
     if directory.exists() and not directory.is_dir():
         raise NotADirectoryError(f"directory must be a directory, got {directory}")
     directory.mkdir(parents=True, exist_ok=True)
-    with naming(directory), locked(directory):
+    with naming(directory), locked(directory), contextlib.ExitStack() as files:
         # Listed before anything is written: clients of object stores keep a listing
         # until they write, and this listing will soon be out of date.
-        left = [path for path in entries(directory) if path.name.startswith(TEMPORARY)]
-        with (
-            unfinished_file(directory, tensors) as new_tensors,
-            unfinished_file(directory, config) as new_copy,
-        ):
-            (directory / CONFIG).unlink(missing_ok=True)
-            sync(directory)
-            new_tensors.replace(directory / TENSORS)  # from here on the adapter is new
-            sync(directory)
-            new_copy.replace(directory / CONFIG)
-            sync(directory)
-        for path in left:
-            with contextlib.suppress(OSError):
-                path.unlink(missing_ok=True)
+        for path in entries(directory):
+            if path.name.startswith(TEMPORARY):  # a killed process left it
+                files.callback(remove, path)
+        new_tensors = files.enter_context(unfinished_file(directory, tensors))
+        new_copy = files.enter_context(unfinished_file(directory, config))
+        (directory / CONFIG).unlink(missing_ok=True)
+        sync(directory)
+        new_tensors.replace(directory / TENSORS)  # from here on the adapter is new
+        sync(directory)
+        new_copy.replace(directory / CONFIG)
+        sync(directory)
