@@ -60,21 +60,35 @@ def entries(directory: Location) -> list[Location]:
 # --- Writing ---
 
 
-@contextlib.contextmanager
-def unfinished_file(directory: Location, data: bytes) -> Iterator[Location]:
-    """Write a file under a temporary name, which is to be renamed within.
+def replace_files(directory: Location, tensors: bytes, config: bytes) -> None:
+    """Replace an adapter by one rename, and the copy of its config around it.
 
-    If it still has that name at the end, it is removed.
+    The directory itself is not replaced, since it may hold files of the user. The copy
+    is removed before the rename and written after it. So at any moment a copy that is
+    there is of the adapter that is there, on a disk that loses its power, too.
     """
-    path = directory / f"{TEMPORARY}{uuid.uuid4().hex}"
-    try:
-        _write(path, [data])
-        yield path
-    finally:
-        remove(path)
+    if directory.exists() and not directory.is_dir():
+        raise NotADirectoryError(f"directory must be a directory, got {directory}")
+    directory.mkdir(parents=True, exist_ok=True)
+    with _naming(directory), locked(directory), contextlib.ExitStack() as left:
+        # Listed before anything is written: clients of object stores keep a listing
+        # until they write, and this listing will soon be out of date.
+        for path in entries(directory):
+            if path.name.startswith(TEMPORARY):  # of a process that was killed
+                left.callback(_remove, path)
+        new, copy = (directory / f"{TEMPORARY}{uuid.uuid4().hex}" for _ in range(2))
+        for path, data in ((new, tensors), (copy, config)):
+            left.callback(_remove, path)
+            _write(path, [data])
+        (directory / CONFIG).unlink(missing_ok=True)
+        _sync(directory)
+        new.replace(directory / TENSORS)  # from here on the adapter is new
+        _sync(directory)
+        copy.replace(directory / CONFIG)
+        _sync(directory)
 
 
-def remove(path: Location) -> None:
+def _remove(path: Location) -> None:
     """Remove a file if it is there and can be removed."""
     with contextlib.suppress(OSError):
         path.unlink(missing_ok=True)
@@ -99,7 +113,7 @@ def write_directory(path: Location, files: Files) -> None:
     and a process that is killed leaves the files that it had written. So the last file
     should be the one that readers look for first.
     """
-    with naming(path):
+    with _naming(path):
         if is_local(path):
             _replace_directory(path, files)
             return
@@ -109,7 +123,7 @@ def write_directory(path: Location, files: Files) -> None:
                 file.unlink(missing_ok=True)
         with contextlib.ExitStack() as written:
             for name, chunks in files:
-                written.callback(remove, path / name)
+                written.callback(_remove, path / name)
                 _write(path / name, chunks)
             written.pop_all()
 
@@ -122,7 +136,7 @@ def _replace_directory(path: Path, files: Files) -> None:
         new.mkdir()
         for name, chunks in files:
             _write(new / name, chunks)
-        sync(new)
+        _sync(new)
         try:
             with contextlib.suppress(FileNotFoundError):
                 os.rename(path, old)
@@ -131,11 +145,11 @@ def _replace_directory(path: Path, files: Files) -> None:
             if old.exists() and not path.exists():
                 os.rename(old, path)
             raise
-        sync(path.parent)
+        _sync(path.parent)
 
 
 @contextlib.contextmanager
-def naming(path: Location) -> Iterator[None]:
+def _naming(path: Location) -> Iterator[None]:
     """Make errors of the file system name `path` and not an unfinished file."""
     try:
         yield
@@ -162,7 +176,7 @@ def _descriptor(directory: Location) -> Iterator[int | None]:
         os.close(descriptor)
 
 
-def sync(directory: Location) -> None:
+def _sync(directory: Location) -> None:
     """Write the names in `directory` to the disk, where that can be asked for."""
     with _descriptor(directory) as descriptor:
         if descriptor is not None:

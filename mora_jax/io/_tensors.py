@@ -75,13 +75,13 @@ class TensorFile:
           AdapterFileError: `path` is not a safetensors file.
         """
         self.path, self._data = path, data
-        self.header = read_header(path) if data is None else header_of(data, path.name)
-        self.size = size(path) if data is None else len(data)
+        if data is None:
+            self.header, self.size = read_header(path), size(path)
+        else:
+            self.header, self.size = _header(io.BytesIO(data), path.name), len(data)
         content = _parsed(self.header, path.name)
         content.pop("__metadata__", None)
-        self.entries = {
-            name: self._entry(name, record) for name, record in content.items()
-        }
+        self.entries = {name: self._entry(name, content[name]) for name in content}
         end = len(self.header)
         for name, entry in sorted(self.entries.items(), key=lambda item: item[1][2:]):
             if entry.start != end or not entry.fits:
@@ -150,11 +150,6 @@ def read_header(path: Location) -> bytes:
         return _header(file, path.name)
 
 
-def header_of(data: bytes, name: str) -> bytes:
-    """Return the same bytes of a file's content, or of a header."""
-    return _header(io.BytesIO(data), name)
-
-
 def _header(file: IO[bytes], name: str) -> bytes:
     first = file.read(8)
     length = int.from_bytes(first, "little")
@@ -180,7 +175,8 @@ def metadata_of(data: bytes, name: str) -> dict[str, Any]:
 
     `data` is the file's content, or its header alone, and `name` is for messages.
     """
-    metadata = _parsed(header_of(data, name), name).get("__metadata__", {})
+    header = _header(io.BytesIO(data), name)
+    metadata = _parsed(header, name).get("__metadata__", {})
     if not isinstance(metadata, dict):
         raise _damaged(name, "its __metadata__ must be a JSON object")
     return metadata

@@ -14,18 +14,12 @@ import numpy as np
 from mora_jax._plan.plan import Plan
 from mora_jax._tree.adapters import Tree, adapter_items, nest, trained_items
 from mora_jax._tree.paths import adapter_path
+from mora_jax.io import _tensors
 from mora_jax.io._errors import AdapterFileError
 from mora_jax.io._files import CONFIG, TENSORS
 from mora_jax.io._json import dump, parse, read_json, short
 from mora_jax.io._locations import Location
-from mora_jax.io._tensors import (
-    decode,
-    encode,
-    metadata_of,
-    read_header,
-    to_jax,
-    to_numpy,
-)
+from mora_jax.io._tensors import metadata_of, read_header, to_jax, to_numpy
 from mora_jax.io.native._layers import Base
 from mora_jax.io.native._records import check_plan_record, describe_plan, restore_plan
 
@@ -38,19 +32,10 @@ WHERE = f"the config in {TENSORS}"
 """The name of the config in messages."""
 
 
-def encode_adapter(
-    adapters: Any, plan: Plan, metadata: dict[str, Any]
-) -> tuple[bytes, bytes]:
+def encode(adapters: Any, plan: Plan, metadata: dict[str, Any]) -> tuple[bytes, bytes]:
     """Return the content of the file, and its config.
 
-    Args:
-      adapters: The adapters.
-      plan: The plan that they follow.
-      metadata: The values that the user wants to keep, as JSON holds them.
-
-    Raises:
-      TypeError, ValueError: The adapters are not arrays of finite numbers, or do not
-        fit the plan.
+    `metadata` are the values that the user wants to keep, as JSON holds them.
     """
     arrays: dict[str, np.ndarray] = {}
     dtypes = {}
@@ -66,20 +51,16 @@ def encode_adapter(
     content = describe_plan(plan, FORMAT, dtypes)
     content |= {"metadata": metadata, "tensors_sha256": _digest_of(arrays)}
     config = dump(content | {"sha256": _sha256(dump(content))})
-    return encode(arrays, {KEY: config.decode()}), config
+    return _tensors.encode(arrays, {KEY: config.decode()}), config
 
 
-def decode_adapter(
-    data: bytes, content: Mapping[str, Any], base: Base
-) -> tuple[Tree, Plan]:
+def decode(data: bytes, content: Mapping[str, Any], base: Base) -> tuple[Tree, Plan]:
     """Return the adapters in a file and their plan, everything checked.
 
-    Args:
-      data: The content of the file.
-      content: Its config, as `parse_config` gives it.
-      base: The model that the adapters must fit.
+    `data` is the content of the file, `content` its config, as `parse_config` gives
+    it, and `base` the model that the adapters must fit.
     """
-    arrays = decode(data, TENSORS)
+    arrays = _tensors.decode(data, TENSORS)
     if not content["layers"]:
         raise AdapterFileError(f"{WHERE} must have an adapter, got none")
     if content["tensors_sha256"] != _digest_of(arrays):

@@ -1,6 +1,7 @@
 """The record of one adapter in a file: its spec as JSON, and back."""
 
 import functools
+import json
 import math
 import re
 from collections.abc import Mapping
@@ -59,9 +60,6 @@ def restore(
       m: The trained array as the file has it; None for a file without arrays.
       base: The model that the adapter must fit.
       given: {name: array} of the operator's arrays, where no settings determine them.
-
-    Raises:
-      TypeError, ValueError: Something is wrong.
     """
     shape, q = tuple(record["kernel_shape"]), record["square_rank"]
     if not all(type(size) is int and size > 0 for size in (*shape, q)):
@@ -93,7 +91,7 @@ def restore(
         kernel_shape=shape,
         axes=axes,
         path=tuple(record["path"]),
-        base_digest=_digests(record["base_digest"], sizes(shape, axes, "s")),
+        base_digest=_digests(record["base_digest"], math.prod(sizes(shape, axes, "s"))),
         **vars(AdapterSettings.from_json(record["settings"])),
     )
     if m is not None and m.shape != spec.shape:
@@ -129,43 +127,33 @@ def _check_base(record: Mapping[str, Any], base: Mapping[str, Any]) -> None:
     check_kernel(base[name], name)
 
 
-def _digests(digests: Any, stack: tuple[int, ...]) -> tuple[str, ...] | None:
+def _digests(digests: Any, count: int) -> tuple[str, ...] | None:
     """Return the digests of the base's kernel, one for each index of its stack."""
     if digests is None:
         return None
-    count, texts = math.prod(stack), digests if isinstance(digests, list) else []
-    are_texts = all(isinstance(text, str) for text in texts)
-    if len(texts) != count or not are_texts or not all(map(_DIGEST.fullmatch, texts)):
+    hexadecimal = re.fullmatch(r'\[("[0-9a-f]{64}",? ?)*\]', json.dumps(digests))
+    if not hexadecimal or len(digests) != count:
         raise ValueError(
             f"base_digest must be null or {count} times 64 hex digits, "
             f"got {short(digests)}"
         )
-    return tuple(texts)
-
-
-_DIGEST = re.compile("[0-9a-f]{64}")
-
-
-# --- Operators ---
+    return tuple(digests)
 
 
 def _operator(
-    settings: Mapping[str, Any],
-    widths: tuple[int, int, int],
-    given: Mapping[str, Any],
+    settings: Mapping[str, Any], widths: tuple[int, ...], given: Mapping[str, Any]
 ) -> Operator:
     """Return the operator of (in, out, q)."""
     chosen = dict(settings)
     seed, name = chosen.pop("seed", 0), chosen.get("name")
-    if name == Subspace.name:
-        if given.keys() != set(Subspace.arrays):
-            raise ValueError(
-                "a subspace has its directions in the file of an adapter, as "
-                f"mora_jax.save writes it, and they are not there: {sorted(given)}"
-            )
-        return Subspace(*widths, **given)
+    arrays = Subspace.arrays if name == Subspace.name else ()
+    if given.keys() != set(arrays):
+        raise ValueError(
+            f"a {name!r} has {' and '.join(arrays) or 'no arrays'} in a file that "
+            f"mora_jax.save writes, got {sorted(given) or 'none'}"
+        )
     if given:
-        raise ValueError(f"a {name!r} has no arrays in a file, got {sorted(given)}")
+        return Subspace(*widths, **given)
     return make_operator(chosen, *widths, seed=seed)
 
 

@@ -14,7 +14,7 @@ from mora_jax.io._errors import AdapterFileError
 from mora_jax.io._files import TENSORS, locked, read_bytes
 from mora_jax.io._locations import Location, as_path
 from mora_jax.io._tensors import read_header
-from mora_jax.io.native._file import check_copy, decode_adapter, parse_config
+from mora_jax.io.native._file import check_copy, decode, parse_config
 
 T = TypeVar("T")
 
@@ -38,7 +38,7 @@ def load(
         the shape that its adapter was made for. If `save` was given the base's params,
         arrays must also hold that base's weights, in float32 or bfloat16; kernels with
         parts on other processes are not compared.
-      any_base: Whether to accept also other weights than those that the adapter was
+      any_base: True to accept also other weights than those that the adapter was
         trained on.
 
     Returns:
@@ -69,8 +69,8 @@ def load(
     if params_or_shapes is not None:
         leaves = named_leaves(params_or_shapes)
         kernels = {name: leaf for name, (_, leaf) in leaves.items()}
-    decode = functools.partial(decode_adapter, base=kernels)
-    adapters, plan = _settled(path, read_bytes, decode)
+    use = functools.partial(decode, base=kernels)
+    adapters, plan = _settled(path, read_bytes, use)
     if kernels is not None and not any_base:
         try:
             check_base(plan.specs, kernels)

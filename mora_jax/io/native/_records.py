@@ -88,16 +88,13 @@ def restore_plan(
 
     Args:
       content: The record, which `check_plan_record` has seen.
-      where: The name of the record in messages.
+      where: The name of the record in messages, which also name the layer.
       base: The model that the plan must fit.
       arrays: The arrays of the file, from which the plan's are taken; None for a plan
         without arrays.
 
     Returns:
       The plan, and {path: array} of what is trained.
-
-    Raises:
-      AdapterFileError: Something is wrong. The message names the layer.
     """
     if content["base_parameters"] < 1:
         raise AdapterFileError(

@@ -10,31 +10,14 @@ import jax
 import numpy as np
 from jax.core import Tracer
 
-from mora_jax._common.suggestions import nearest_paths
 from mora_jax._plan.plan import Plan, check_plan
-from mora_jax._plan.spec import AdapterSpec
 from mora_jax._tree.base_digest import kernel_digests
-from mora_jax._tree.paths import named_leaves
+from mora_jax._tree.paths import find_kernel, named_leaves
 from mora_jax.io._errors import AdapterFileError
-from mora_jax.io._files import (
-    CONFIG,
-    TEMPORARY,
-    TENSORS,
-    entries,
-    locked,
-    naming,
-    remove,
-    sync,
-    unfinished_file,
-)
+from mora_jax.io._files import CONFIG, TENSORS, replace_files
 from mora_jax.io._json import plain, short
 from mora_jax.io._locations import Location, as_path
-from mora_jax.io.native._file import (
-    decode_adapter,
-    encode_adapter,
-    is_ours,
-    parse_config,
-)
+from mora_jax.io.native._file import decode, encode, is_ours, parse_config
 from mora_jax.io.native._records import shapes_of
 
 
@@ -99,62 +82,47 @@ def replace_adapter(
     force: bool = False,
 ) -> None:
     """Do the same as `save`; with `force`, replace adapters of other formats, too."""
-    path, metadata = as_path("directory", directory), _metadata(metadata)
-    if params is not None:
-        plan = _with_digests(check_plan(plan), params)
-    tensors, config = encode_adapter(adapters, plan, metadata)
-    # Nothing is written that cannot be read.
-    decode_adapter(tensors, parse_config(tensors), shapes_of(plan))
-    if not force:
-        refuse_foreign_adapter(path)
-    _replace(path, tensors, config)
-
-
-def _metadata(metadata: Any) -> dict[str, Any]:
+    path = as_path("directory", directory)
     if metadata is not None and not isinstance(metadata, Mapping):
         raise TypeError(
             f"metadata must map names to what JSON can hold, got {short(metadata)}"
         )
-    return plain(metadata or {}, "metadata")
+    kept = plain(metadata or {}, "metadata")
+    if params is not None:
+        plan = _with_digests(check_plan(plan), params)
+    tensors, config = encode(adapters, plan, kept)
+    # Nothing is written that cannot be read.
+    decode(tensors, parse_config(tensors), shapes_of(plan))
+    if not force:
+        _refuse_foreign_adapter(path)
+    replace_files(path, tensors, config)
 
 
 def _with_digests(plan: Plan, params: Any) -> Plan:
     """Return the plan with digests of the base's kernels."""
-    kernels = {name: leaf for name, (_, leaf) in named_leaves(params).items()}
-    specs = []
+    leaves, specs = named_leaves(params), []
     for spec in plan.specs:
-        digests = kernel_digests(spec, _kernel(spec, kernels))
+        _, kernel = leaves.get(spec.name, ((), None))
+        if kernel is not None and tuple(kernel.shape) != spec.kernel_shape:
+            raise ValueError(
+                f"{spec.name} in params must have shape {spec.kernel_shape}, got "
+                f"{tuple(kernel.shape)}"
+            )
+        _, kernel = find_kernel(leaves, spec)
+        if not isinstance(kernel, jax.Array | np.ndarray) or isinstance(kernel, Tracer):
+            raise TypeError(
+                f"params must hold concrete arrays, got {type(kernel).__name__} at "
+                f"{spec.name!r}"
+            )
+        digests = kernel_digests(spec, kernel)
         specs.append(dataclasses.replace(spec, base_digest=digests))
     return dataclasses.replace(plan, specs=tuple(specs))
 
 
-def _kernel(spec: AdapterSpec, kernels: Mapping[str, Any]) -> Any:
-    """Return the kernel of `spec` among the base's params."""
-    kernel = kernels.get(spec.name)
-    if kernel is None:
-        raise ValueError(
-            f"params lack the kernel {spec.name!r}{nearest_paths(spec.name, kernels)}"
-        )
-    if not isinstance(kernel, jax.Array | np.ndarray) or isinstance(kernel, Tracer):
-        raise TypeError(
-            f"params must hold concrete arrays, got {type(kernel).__name__} at "
-            f"{spec.name!r}"
-        )
-    if tuple(kernel.shape) != spec.kernel_shape:
-        raise ValueError(
-            f"{spec.name} in params must have shape {spec.kernel_shape}, got "
-            f"{tuple(kernel.shape)}"
-        )
-    return kernel
-
-
-def refuse_foreign_adapter(directory: Location) -> None:
+def _refuse_foreign_adapter(directory: Location) -> None:
     """Raise if a directory holds an adapter that this library did not write.
 
     Each of the two files says whose it is. If the config is damaged, the tensors do.
-
-    Raises:
-      FileExistsError: It does.
     """
     present = [name for name in (CONFIG, TENSORS) if (directory / name).is_file()]
     for name in present:
@@ -167,29 +135,3 @@ def refuse_foreign_adapter(directory: Location) -> None:
             f"directory must not hold an adapter of another format, got {directory}, "
             f"whose {present[0]} is not mora_jax's; save to another one, or delete that"
         )
-
-
-def _replace(directory: Location, tensors: bytes, config: bytes) -> None:
-    """Replace the adapter by one rename, and the copy of its config around it.
-
-    The directory itself is not replaced, since it may hold files of the user. The copy
-    is removed before the rename and written after it. So at any moment a copy that is
-    there is of the adapter that is there, on a disk that loses its power, too.
-    """
-    if directory.exists() and not directory.is_dir():
-        raise NotADirectoryError(f"directory must be a directory, got {directory}")
-    directory.mkdir(parents=True, exist_ok=True)
-    with naming(directory), locked(directory), contextlib.ExitStack() as files:
-        # Listed before anything is written: clients of object stores keep a listing
-        # until they write, and this listing will soon be out of date.
-        for path in entries(directory):
-            if path.name.startswith(TEMPORARY):  # a killed process left it
-                files.callback(remove, path)
-        new_tensors = files.enter_context(unfinished_file(directory, tensors))
-        new_copy = files.enter_context(unfinished_file(directory, config))
-        (directory / CONFIG).unlink(missing_ok=True)
-        sync(directory)
-        new_tensors.replace(directory / TENSORS)  # from here on the adapter is new
-        sync(directory)
-        new_copy.replace(directory / CONFIG)
-        sync(directory)
