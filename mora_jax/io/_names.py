@@ -16,13 +16,7 @@ Names = str | Mapping[str, str] | None
 
 
 def pairs(names: Names) -> tuple[Pair, ...]:
-    """Return the pairs that `names` stands for.
-
-    Raises:
-      TypeError: `names` is neither a text nor a mapping of texts to texts.
-      ValueError: The family is unknown, or the two sides of a template have different
-        fields, or braces around something else.
-    """
+    """Return the pairs that `names` stands for, if they are well-formed."""
     if names is None:
         return tuple(dict.fromkeys(itertools.chain(*FAMILIES.values())))
     if isinstance(names, str):
@@ -71,10 +65,7 @@ def translate(text: str, source: str, target: str) -> str | None:
 
 
 def to_kernel(module: str, known: tuple[Pair, ...]) -> tuple[str, str] | None:
-    """Return the kernel of a module, and the axes of the module's weight.
-
-    A table has the axes of the array here, which are called "io".
-    """
+    """Return the kernel of a module, and the axes of its weight: "io" for a table."""
     for pair in known:
         if kernel := translate(module, pair.module, pair.kernel):
             path = kernel.partition("[")[0]

@@ -85,7 +85,13 @@ def restore(
                 "memory for a file alone to ask for; give the model's params or plan"
             )
     else:
-        _check_base(record, base)
+        name = "/".join(record["path"])
+        kernel = in_model(base, name, "kernel")
+        if tuple(kernel.shape) != shape:
+            raise ValueError(
+                f"the model's kernel must have shape {shape}, got {tuple(kernel.shape)}"
+            )
+        check_kernel(kernel, name)
     spec = AdapterSpec(
         _operator(record["operator"], (ins, outs, q), given),
         kernel_shape=shape,
@@ -116,15 +122,11 @@ def _check_same(record: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
         )
 
 
-def _check_base(record: Mapping[str, Any], base: Mapping[str, Any]) -> None:
-    name, shape = "/".join(record["path"]), tuple(record["kernel_shape"])
+def in_model(base: Mapping[str, Any], name: str, kind: str) -> Any:
+    """Return what the model has at a path, which messages call `kind`."""
     if name not in base:
-        raise ValueError(f"the model has no such kernel{lacking(name, base)}")
-    if tuple(base[name].shape) != shape:
-        raise ValueError(
-            f"the model's kernel must have shape {shape}, got {tuple(base[name].shape)}"
-        )
-    check_kernel(base[name], name)
+        raise ValueError(f"the model has no such {kind}{lacking(name, base)}")
+    return base[name]
 
 
 def _digests(digests: Any, count: int) -> tuple[str, ...] | None:

@@ -14,17 +14,11 @@ FORMAT = "mora_jax plan"
 
 
 def plan_to_json(plan: Plan) -> str:
-    """Return a plan as JSON, to keep with adapters that another library stores.
+    """Return a plan as JSON, for `plan_from_json`.
 
     Adapters are only numbers. With another operator, seed or alpha they have the same
     shapes and mean another delta. `save` stores the plan with them. If another library
     stores them (Orbax, Tunix), keep this text in the checkpoint's metadata.
-
-    Args:
-      plan: The plan.
-
-    Returns:
-      The text, for `plan_from_json`.
 
     Raises:
       TypeError: `plan` is not a plan.
@@ -53,14 +47,12 @@ def plan_to_json(plan: Plan) -> str:
 def plan_from_json(text: str, like: Plan | None = None) -> Plan:
     """Return the plan that `plan_to_json` wrote.
 
-    Everything is checked, and nothing is filled in.
+    Everything is checked, and nothing is filled in. The plan lacks a layout on a mesh:
+    see `sharding.plan_on_mesh`.
 
     Args:
       text: The text that `plan_to_json` returned.
       like: The plan of the model that the adapters are for; None for any model.
-
-    Returns:
-      The plan, without a layout on a mesh: see `sharding.plan_on_mesh`.
 
     Raises:
       TypeError: `text` is not a string, or `like` is not a plan.

@@ -2,21 +2,20 @@
 
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from mora_jax._common.checks import check_finite
-from mora_jax._common.suggestions import lacking
 from mora_jax._common.types import Path
 from mora_jax._plan.plan import Plan
-from mora_jax._plan.spec import SUFFIX, AdapterSpec
+from mora_jax._plan.spec import SUFFIX
 from mora_jax._plan.trained_arrays import TrainedArray
 from mora_jax.io._errors import AdapterFileError
 from mora_jax.io._json import Fields, check_record, dump, kinds_of, record_of, short
-from mora_jax.io.native._layers import LAYER, Base, describe, restore
+from mora_jax.io.native._layers import LAYER, Base, describe, in_model, restore
 
 VERSION = 1
 """The version of both formats. A reader refuses every other version."""
@@ -39,7 +38,8 @@ TRAINED: Fields = {
 }
 """The record of an array that trains itself."""
 
-T = TypeVar("T")
+Restore = Callable[[dict[str, Any], Any, Base, Any], Any]
+"""Function of a record, its array, the model and the arrays of its operator."""
 
 
 def describe_plan(plan: Plan, name: str, dtypes: Mapping[str, Any]) -> dict[str, Any]:
@@ -102,79 +102,75 @@ def restore_plan(
             f"got {short(content['base_parameters'])}"
         )
     leaves: dict[Path, np.ndarray] = {}
-    stored = {} if arrays is None else arrays
 
-    def take(*path: str) -> np.ndarray | None:
-        if arrays is None:
-            return None
-        name = "/".join(path)
-        if name not in stored:
-            raise ValueError(f"the file lacks {name}")
-        leaves[path] = array = stored.pop(name)
-        check_finite(array, name, " in the file")
-        return array
-
-    def layer(record: dict[str, Any]) -> AdapterSpec:
-        *parents, last = record["path"]
-        m, below = (
-            take(*parents, last + SUFFIX),
-            "/".join(record["path"]) + f"{SUFFIX}/",
+    def each(key: str, fields: Fields, suffix: str, restore: Restore) -> tuple:
+        records, restored = (
+            _by_name(content[key], fields, f"{key}[{{}}] of {where}"),
+            [],
         )
-        names = [name for name in stored if name.startswith(below)]
-        given = {name.removeprefix(below): stored.pop(name) for name in names}
-        return restore(record, m, base, given)
+        for name, record in records.items():
+            *parents, last = record["path"]
+            array, given = None, {}
+            try:
+                if arrays is not None:
+                    array, given = _take(arrays, name + suffix)
+                    leaves[*parents, last + suffix] = array
+                restored.append(restore(record, array, base, given))
+            except (TypeError, ValueError, OverflowError) as error:
+                raise AdapterFileError(f"{name} of {where}: {error}") from error
+        return tuple(restored)
 
-    def trained(record: dict[str, Any]) -> TrainedArray:
-        array = _restore_trained(record, base)
-        if (copy := take(*array.path)) is not None:
-            array.check(copy, " in the file")
-        return array
-
-    specs = _each(content, "layers", LAYER, where, layer)
-    copied = _each(content, "trained", TRAINED, where, trained)
-    plan = Plan(specs, content["base_parameters"], content["traced"], trained=copied)
+    specs = each("layers", LAYER, SUFFIX, restore)
+    trained = each("trained", TRAINED, "", _restore_trained)
+    plan = Plan(specs, content["base_parameters"], content["traced"], trained=trained)
     return plan, leaves
 
 
-def _each(
-    content: Mapping[str, Any],
-    key: str,
-    fields: Fields,
-    where: str,
-    restore: Callable[[dict[str, Any]], T],
-) -> tuple[T, ...]:
-    """Return what a function makes of each record below a key."""
-    restored: dict[str, T] = {}
-    for number, record in enumerate(content[key]):
-        place = f"{key}[{number}] of {where}"
-        path = check_record(record, kinds_of(fields), place)["path"]
+def _by_name(records: list[Any], fields: Fields, place: str) -> dict[str, Any]:
+    """Return {slash-joined path: record}, each with the right keys, types and path."""
+    named: dict[str, Any] = {}
+    for number, record in enumerate(records):
+        here = place.format(number)
+        path = check_record(record, kinds_of(fields), here)["path"]
         names = all(isinstance(p, str) and p not in ("", ".", "..") for p in path)
         if not path or not names:
             raise AdapterFileError(
-                f"{place} must have a path of names, got {short(path)}"
+                f"{here} must have a path of names, got {short(path)}"
             )
-        name = "/".join(path)
-        if name in restored:
-            raise AdapterFileError(f"{place} is {name!r}, which is there twice")
-        try:
-            restored[name] = restore(record)
-        except (TypeError, ValueError, OverflowError) as error:
-            raise AdapterFileError(f"{name} of {where}: {error}") from error
-    return tuple(restored.values())
+        if "/".join(path) in named:
+            raise AdapterFileError(
+                f"{here} is {'/'.join(path)!r}, which is there twice"
+            )
+        named["/".join(path)] = record
+    return named
 
 
-def _restore_trained(record: Mapping[str, Any], base: Base) -> TrainedArray:
+def _take(
+    arrays: dict[str, np.ndarray], name: str
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Take an array out of a file's, and the operator's arrays if it is an M."""
+    if name not in arrays:
+        raise ValueError(f"the file lacks {name}")
+    check_finite(arrays[name], name, " in the file")
+    below = [key for key in arrays if key.startswith(f"{name}/")]
+    given = below if name.endswith(SUFFIX) else []
+    return arrays.pop(name), {n.removeprefix(f"{name}/"): arrays.pop(n) for n in given}
+
+
+def _restore_trained(
+    record: Mapping[str, Any], array: np.ndarray | None, base: Base, _: Any
+) -> TrainedArray:
     shape, dtypes = tuple(record["shape"]), (record["dtype"], record["base_dtype"])
     if not all(type(size) is int and size >= 0 for size in shape):
         raise ValueError(f"shape must be integers, got {short(shape)}")
-    array = TrainedArray(tuple(record["path"]), shape, *dtypes)
-    if dump(record_of(array, TRAINED)) != dump(record):
+    trained = TrainedArray(tuple(record["path"]), shape, *dtypes)
+    if dump(record_of(trained, TRAINED)) != dump(record):
         raise ValueError(f"its dtypes must be names of dtypes, got {short(dtypes)}")
     if base is not None:
-        if array.name not in base:
-            raise ValueError(f"the model has no such array{lacking(array.name, base)}")
-        array.check(base[array.name], " in the model")
-    return array
+        trained.check(in_model(base, trained.name, "array"), " in the model")
+    if array is not None:
+        trained.check(array, " in the file")
+    return trained
 
 
 def shapes_of(plan: Plan) -> dict[str, jax.ShapeDtypeStruct]:

@@ -11,14 +11,16 @@ import numpy as np
 from jax.core import Tracer
 
 from mora_jax._plan.plan import Plan, check_plan
+from mora_jax._tree.adapters import adapter_items, trained_items
 from mora_jax._tree.base_digest import kernel_digests
-from mora_jax._tree.paths import find_kernel, named_leaves
+from mora_jax._tree.paths import adapter_path, find_kernel, named_leaves
 from mora_jax.io._errors import AdapterFileError
 from mora_jax.io._files import CONFIG, TENSORS, replace_files
-from mora_jax.io._json import plain, short
+from mora_jax.io._json import dump, plain, short
 from mora_jax.io._locations import Location, as_path
-from mora_jax.io.native._file import decode, encode, is_ours, parse_config
-from mora_jax.io.native._records import shapes_of
+from mora_jax.io._tensors import encode, to_numpy
+from mora_jax.io.native import _load
+from mora_jax.io.native._records import describe_plan, shapes_of
 
 
 def save(
@@ -90,12 +92,35 @@ def replace_adapter(
     kept = plain(metadata or {}, "metadata")
     if params is not None:
         plan = _with_digests(check_plan(plan), params)
-    tensors, config = encode(adapters, plan, kept)
+    tensors, config = _encode(adapters, plan, kept)
     # Nothing is written that cannot be read.
-    decode(tensors, parse_config(tensors), shapes_of(plan))
+    _load.decode(tensors, _load.parse_config(tensors), shapes_of(plan))
     if not force:
         _refuse_foreign_adapter(path)
     replace_files(path, tensors, config)
+
+
+def _encode(adapters: Any, plan: Plan, metadata: dict[str, Any]) -> tuple[bytes, bytes]:
+    """Return the content of the file, and its config.
+
+    `metadata` are the values that the user wants to keep, as JSON holds them.
+    """
+    arrays: dict[str, np.ndarray] = {}
+    dtypes = {}
+    for spec, m in adapter_items(adapters, plan):
+        name = "/".join(adapter_path(spec))
+        arrays[name] = to_numpy(name, m)
+        dtypes[spec.name] = m.dtype
+        if spec.operator.given:
+            fields = spec.operator.arrays
+            arrays |= {f"{name}/{f}": getattr(spec.operator, f) for f in fields}
+    for array, copy in trained_items(adapters, plan):
+        arrays[array.name] = to_numpy(array.name, copy)
+    content = describe_plan(plan, _load.FORMAT, dtypes)
+    content |= {"metadata": metadata, "tensors_sha256": _load.digest_of(arrays)}
+    content["sha256"] = _load.signature(content)
+    config = dump(content)
+    return encode(arrays, {_load.KEY: config.decode()}), config
 
 
 def _with_digests(plan: Plan, params: Any) -> Plan:
@@ -127,7 +152,7 @@ def _refuse_foreign_adapter(directory: Location) -> None:
     present = [name for name in (CONFIG, TENSORS) if (directory / name).is_file()]
     for name in present:
         with contextlib.suppress(AdapterFileError):
-            if is_ours(directory, name):
+            if _load.is_ours(directory, name):
                 return
             break
     if present:
