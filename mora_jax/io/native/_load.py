@@ -64,9 +64,8 @@ def load(
 
     Raises:
       io.AdapterFileError: Something is missing, unknown, damaged, of a wrong shape, not
-        finite or of a newer format, or this platform computes an operator differently;
-        or, without `any_base`, the params are of another base. The message names
-        the layer.
+        finite or of a newer format; this platform computes an operator differently; or
+        the params are of another base, without `any_base`. Messages name the layer.
       TypeError, ValueError: `directory` is neither a path nor a URL of a known scheme.
       ImportError: `mora-jax[io]` or the package that opens such a URL is missing.
 

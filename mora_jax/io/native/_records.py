@@ -104,11 +104,8 @@ def restore_plan(
     leaves: dict[Path, np.ndarray] = {}
 
     def each(key: str, fields: Fields, suffix: str, restore: Restore) -> tuple:
-        records, restored = (
-            _by_name(content[key], fields, f"{key}[{{}}] of {where}"),
-            [],
-        )
-        for name, record in records.items():
+        restored = []
+        for name, record in _by_name(content, key, fields, where).items():
             *parents, last = record["path"]
             array, given = None, {}
             try:
@@ -126,22 +123,23 @@ def restore_plan(
     return plan, leaves
 
 
-def _by_name(records: list[Any], fields: Fields, place: str) -> dict[str, Any]:
+def _by_name(
+    content: Mapping[str, Any], key: str, fields: Fields, where: str
+) -> dict[str, Any]:
     """Return {slash-joined path: record}, each with the right keys, types and path."""
     named: dict[str, Any] = {}
-    for number, record in enumerate(records):
-        here = place.format(number)
+    for number, record in enumerate(content[key]):
+        here = f"{key}[{number}] of {where}"
         path = check_record(record, kinds_of(fields), here)["path"]
         names = all(isinstance(p, str) and p not in ("", ".", "..") for p in path)
         if not path or not names:
             raise AdapterFileError(
                 f"{here} must have a path of names, got {short(path)}"
             )
-        if "/".join(path) in named:
-            raise AdapterFileError(
-                f"{here} is {'/'.join(path)!r}, which is there twice"
-            )
-        named["/".join(path)] = record
+        name = "/".join(path)
+        if name in named:
+            raise AdapterFileError(f"{here} is {name!r}, which is there twice")
+        named[name] = record
     return named
 
 

@@ -33,23 +33,19 @@ def save(
 ) -> None:
     """Write adapters as files that `load` gives back bit for bit.
 
-    PEFT calls this `save_pretrained`. `adapter_model.safetensors` holds everything: the
-    trained arrays, the plan, the metadata, and digests. `adapter_config.json` is a copy
-    of all but the arrays, for people to read. Whenever the process is killed, the
-    directory holds the old adapter or the new adapter. Other files in it are left
-    alone, and an adapter of another format is not replaced.
-
-    On a local disk, processes that save into one directory wait for each other. On an
-    object store (`gs://`, `s3://`) only one process at a time may save into it.
+    PEFT calls this `save_pretrained`. `adapter_model.safetensors` holds everything, and
+    `adapter_config.json` is a copy of all but the arrays, for people to read. Whenever
+    the process is killed, the directory holds the old adapter or the new one. Other
+    files in it are left alone. On a local disk, processes that save into one directory
+    wait for each other; into an object store only one at a time may save.
 
     Args:
       directory: A path or a URL that `etils.epath` opens; made if it does not exist.
       adapters: The adapters, as `init` makes them.
       plan: The plan that they follow.
       metadata: Values that JSON can hold, for `io.read_metadata`.
-      params: The base's params. The file then holds a digest of a few rows of each
-        adapted kernel, and `load` and `merge` refuse another base. By default the file
-        keeps the digests that the plan has.
+      params: The base's params, of which the file then holds digests, so that `load`
+        and `merge` refuse another base. By default it keeps the digests in the plan.
 
     Raises:
       TypeError: JSON cannot hold the metadata, or params are not arrays.
