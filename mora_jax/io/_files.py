@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from mora_jax.io._errors import AdapterFileError
-from mora_jax.io._locations import Location, is_local, size
+from mora_jax.io._locations import Location, is_local
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 """The files in an adapter's directory, in PEFT's format and in this library's."""
@@ -39,13 +39,9 @@ def missing_files(path: Location) -> Iterator[None]:
         raise AdapterFileError(f"{path} is a directory, not a file") from None
 
 
-def read_bytes(path: Location, limit: int | None = None) -> bytes:
-    """Return the content of a file, which must have at most `limit` bytes."""
+def read_bytes(path: Location) -> bytes:
+    """Return the content of a file."""
     with missing_files(path):
-        if limit is not None and (length := size(path)) > limit:
-            raise AdapterFileError(
-                f"{path.name} must be at most {limit:,} bytes long, got {length:,}"
-            )
         return path.read_bytes()
 
 

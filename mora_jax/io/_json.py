@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from mora_jax.io._errors import AdapterFileError
-from mora_jax.io._files import read_bytes
+from mora_jax.io._files import missing_files
 from mora_jax.io._locations import Location
 
 MAX_BYTES = 2**26
@@ -24,7 +24,7 @@ def parse(data: bytes, name: str) -> Any:
     """
     if len(data) > MAX_BYTES:
         raise AdapterFileError(
-            f"{name} must be at most {MAX_BYTES:,} bytes long, got {len(data):,}"
+            f"{name} must have at most {MAX_BYTES:,} bytes, got {len(data):,} or more"
         )
     try:
         return json.loads(data, object_pairs_hook=_unique, parse_constant=_no_constant)
@@ -48,8 +48,9 @@ def _no_constant(text: str) -> Any:
 
 
 def read_json(path: Location) -> Any:
-    """Return the value that a JSON file holds."""
-    return parse(read_bytes(path, MAX_BYTES), path.name)
+    """Return the value that a JSON file holds; longer files are not read whole."""
+    with missing_files(path), path.open("rb") as file:
+        return parse(file.read(MAX_BYTES + 1), path.name)
 
 
 def dump(value: Any) -> bytes:

@@ -14,6 +14,7 @@ import numpy as np
 from mora_jax._common.axes import check_axes, features, sizes
 from mora_jax._common.checks import check_kernel
 from mora_jax._common.suggestions import lacking
+from mora_jax._common.types import Shape
 from mora_jax._plan.settings import AdapterSettings
 from mora_jax._plan.spec import AdapterSpec, operator_settings
 from mora_jax.io._json import Fields, dump, record_of, short
@@ -68,32 +69,13 @@ def restore(
             f"got {short(shape)} and {short(q)}"
         )
     axes = check_axes(record["axes"], len(shape))
-    widths = ins, outs = features(shape, axes)
-    if max(widths) > LARGEST_WIDTH:
-        raise ValueError(
-            f"a kernel must have at most {LARGEST_WIDTH:,} features on either side, "
-            f"got {ins:,} and {outs:,}"
-        )
+    widths = features(shape, axes)
     if base is None:
-        seeded = "seed" in record["operator"]
-        # Random maps have q rows of the wider side. To check an M of which there is no
-        # array takes one, and a few copies.
-        numbers = max(seeded * q * max(widths), (m is None) * 4 * q * q)
-        if numbers > LARGEST_ARRAY:
-            raise ValueError(
-                f"a kernel of {ins} -> {outs} features with q = {q} takes too much "
-                "memory for a file alone to ask for; give the model's params or plan"
-            )
+        _check_size(widths, q, "seed" in record["operator"], m is not None)
     else:
-        name = "/".join(record["path"])
-        kernel = in_model(base, name, "kernel")
-        if tuple(kernel.shape) != shape:
-            raise ValueError(
-                f"the model's kernel must have shape {shape}, got {tuple(kernel.shape)}"
-            )
-        check_kernel(kernel, name)
+        _check_kernel(base, "/".join(record["path"]), shape)
     spec = AdapterSpec(
-        _operator(record["operator"], (ins, outs, q), given),
+        _operator(record["operator"], (*widths, q), given),
         kernel_shape=shape,
         axes=axes,
         path=tuple(record["path"]),
@@ -122,6 +104,33 @@ def _check_same(record: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
         )
 
 
+def _check_size(widths: tuple[int, int], q: int, seeded: bool, has_array: bool) -> None:
+    """Raise if a file alone asks for arrays that are larger than any model has."""
+    if max(widths) > LARGEST_WIDTH:
+        raise ValueError(
+            f"a kernel must have at most {LARGEST_WIDTH:,} features on either side, "
+            f"got {widths[0]:,} and {widths[1]:,}"
+        )
+    # Random maps have q rows of the wider side. To check an M that the file lacks takes
+    # one of that size, and a few copies.
+    numbers = max(seeded * q * max(widths), (not has_array) * 4 * q * q)
+    if numbers > LARGEST_ARRAY:
+        raise ValueError(
+            f"a kernel of {widths[0]} -> {widths[1]} features with q = {q} takes too "
+            "much memory for a file alone to ask for; give the model's params or plan"
+        )
+
+
+def _check_kernel(base: Mapping[str, Any], name: str, shape: Shape) -> None:
+    """Raise unless the model has a kernel of a shape at a path."""
+    kernel = in_model(base, name, "kernel")
+    if tuple(kernel.shape) != shape:
+        raise ValueError(
+            f"the model's kernel must have shape {shape}, got {tuple(kernel.shape)}"
+        )
+    check_kernel(kernel, name)
+
+
 def in_model(base: Mapping[str, Any], name: str, kind: str) -> Any:
     """Return what the model has at a path, which messages call `kind`."""
     if name not in base:
@@ -143,7 +152,7 @@ def _digests(digests: Any, count: int) -> tuple[str, ...] | None:
 
 
 def _operator(
-    settings: Mapping[str, Any], widths: tuple[int, ...], given: Mapping[str, Any]
+    settings: Mapping[str, Any], widths: tuple[int, int, int], given: Mapping[str, Any]
 ) -> Operator:
     """Return the operator of (in, out, q)."""
     chosen = dict(settings)

@@ -59,7 +59,7 @@ def describe_plan(plan: Plan, name: str, dtypes: Mapping[str, Any]) -> dict[str,
 
 
 def check_plan_record(
-    content: Any, name: str, kinds: Mapping[str, type], where: str, hint: str
+    content: Any, name: str, kinds: dict[str, type], where: str, hint: str
 ) -> dict[str, Any]:
     """Return a parsed record if it is of the format `name`, in the version read here.
 
