@@ -68,11 +68,6 @@ def record_of(thing: Any, fields: Fields) -> dict[str, Any]:
     return {key: get(thing) for key, (_, get) in fields.items()}
 
 
-def kinds_of(fields: Fields) -> dict[str, type]:
-    """Return {key: type of its value}, for `check_record`."""
-    return {key: kind for key, (kind, _) in fields.items()}
-
-
 def check_record(content: Any, kinds: Mapping[str, type], where: str) -> dict[str, Any]:
     """Return a parsed value if it is an object with exactly the expected keys.
 

@@ -6,7 +6,6 @@ for people to read, and no reader needs it.
 """
 
 import contextlib
-import functools
 import hashlib
 import os
 from collections.abc import Callable, Mapping
@@ -86,8 +85,7 @@ def load(
     if params_or_shapes is not None:
         leaves = named_leaves(params_or_shapes)
         kernels = {name: leaf for name, (_, leaf) in leaves.items()}
-    use = functools.partial(decode, base=kernels)
-    adapters, plan = _settled(path, read_bytes, use)
+    adapters, plan = _settled(path, read_bytes, lambda *file: decode(*file, kernels))
     if kernels is not None and not any_base:
         try:
             check_base(plan.specs, kernels)
@@ -205,8 +203,8 @@ def _check_copy(directory: Location, content: Mapping[str, Any]) -> None:
 def is_ours(directory: Location, name: str) -> bool:
     """Return True if a file of a directory says that it is of this format.
 
-    `name` is that of the config or of the tensors. If the file is so damaged that it
-    says nothing, that is an `AdapterFileError`.
+    The file is the one of the config or of the tensors. One so damaged that it says
+    nothing is an `AdapterFileError`.
     """
     if name == TENSORS:
         return KEY in _tensors.metadata_of(_tensors.read_header(directory / name), name)

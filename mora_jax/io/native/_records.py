@@ -14,7 +14,7 @@ from mora_jax._plan.plan import Plan
 from mora_jax._plan.spec import SUFFIX
 from mora_jax._plan.trained_arrays import TrainedArray
 from mora_jax.io._errors import AdapterFileError
-from mora_jax.io._json import Fields, check_record, dump, kinds_of, record_of, short
+from mora_jax.io._json import Fields, check_record, dump, record_of, short
 from mora_jax.io.native._layers import LAYER, Base, describe, in_model, restore
 
 VERSION = 1
@@ -127,10 +127,11 @@ def _by_name(
     content: Mapping[str, Any], key: str, fields: Fields, where: str
 ) -> dict[str, Any]:
     """Return {slash-joined path: record}, each with the right keys, types and path."""
+    kinds = {key: kind for key, (kind, _) in fields.items()}
     named: dict[str, Any] = {}
     for number, record in enumerate(content[key]):
         here = f"{key}[{number}] of {where}"
-        path = check_record(record, kinds_of(fields), here)["path"]
+        path = check_record(record, kinds, here)["path"]
         names = all(isinstance(p, str) and p not in ("", ".", "..") for p in path)
         if not path or not names:
             raise AdapterFileError(

@@ -11,9 +11,10 @@ import numpy as np
 from jax.core import Tracer
 
 from mora_jax._plan.plan import Plan, check_plan
+from mora_jax._plan.spec import SUFFIX
 from mora_jax._tree.adapters import adapter_items, trained_items
 from mora_jax._tree.base_digest import kernel_digests
-from mora_jax._tree.paths import adapter_path, find_kernel, named_leaves
+from mora_jax._tree.paths import find_kernel, named_leaves
 from mora_jax.io._errors import AdapterFileError
 from mora_jax.io._files import CONFIG, TENSORS, replace_files
 from mora_jax.io._json import dump, plain, short
@@ -44,8 +45,8 @@ def save(
       adapters: The adapters, as `init` makes them.
       plan: The plan that they follow.
       metadata: Values that JSON can hold, for `io.read_metadata`.
-      params: The base's params, of which the file then holds digests, so that `load`
-        and `merge` refuse another base. By default it keeps the digests in the plan.
+      params: The base's params. The file then holds digests of them, and `load` and
+        `merge` refuse another base. By default it keeps the digests in the plan.
 
     Raises:
       TypeError: JSON cannot hold the metadata, or params are not arrays.
@@ -104,7 +105,7 @@ def _encode(adapters: Any, plan: Plan, metadata: dict[str, Any]) -> tuple[bytes,
     arrays: dict[str, np.ndarray] = {}
     dtypes = {}
     for spec, m in adapter_items(adapters, plan):
-        name = "/".join(adapter_path(spec))
+        name = f"{spec.name}{SUFFIX}"
         arrays[name] = to_numpy(name, m)
         dtypes[spec.name] = m.dtype
         if spec.operator.given:
