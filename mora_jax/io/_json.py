@@ -76,10 +76,10 @@ def check_record(content: Any, kinds: Mapping[str, type], where: str) -> dict[st
     """
     keys = content.keys() if isinstance(content, dict) else set()
     if not isinstance(content, dict) or keys != kinds.keys():
+        lacks, extra = sorted(kinds.keys() - keys), short(sorted(keys - kinds.keys()))
         raise AdapterFileError(
-            f"{where} must hold {sorted(kinds)}, got {short(content)}; "
-            f"it lacks {sorted(kinds.keys() - keys)}, "
-            f"and also holds {short(sorted(keys - kinds.keys()))}"
+            f"{where} must hold {sorted(kinds)}, got {short(content)}; it lacks "
+            f"{lacks}, and also holds {extra}"
         )
     for key, kind in kinds.items():
         # True is an int for isinstance, but not in JSON.

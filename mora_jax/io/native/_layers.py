@@ -98,9 +98,8 @@ def _check_same(record: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
     there = np.array(stored, np.float64)
     if there.shape != (len(here),) or not np.allclose(here, there, 1e-3, 1e-3):
         raise ValueError(
-            f"{record['operator']['name']} with these settings is another operator "
-            f"here than where the file was made: its check gives {here}, got "
-            f"{short(stored)}"
+            f"{record['operator']['name']} is another operator here than where the "
+            f"file was made: its check gives {here}, got {short(stored)}"
         )
 
 

@@ -178,9 +178,9 @@ def decode(data: bytes, content: Mapping[str, Any], base: Base) -> tuple[Tree, P
         raise AdapterFileError(f"{TENSORS} is damaged: the SHA-256 of tensors differs")
     plan, leaves = restore_plan(content, WHERE, base, arrays)
     if arrays:
+        names = short(sorted(arrays))
         raise AdapterFileError(
-            f"{TENSORS} holds {short(sorted(arrays))}, about which its config knows "
-            "nothing"
+            f"{TENSORS} holds {names}; its config knows nothing of it"
         )
     to_jax = _tensors.to_jax
     return nest({path: to_jax("/".join(path), a) for path, a in leaves.items()}), plan
@@ -194,9 +194,8 @@ def _check_copy(directory: Location, content: Mapping[str, Any]) -> None:
     path = directory / CONFIG
     if path.exists() and dump(read_json(path)) != dump(content):
         raise AdapterFileError(
-            f"{CONFIG} in {directory} is edited, damaged or of another adapter: it "
-            f"differs from the config in {TENSORS}, which alone is read; delete the "
-            "copy, and the next save writes it again"
+            f"{CONFIG} in {directory} is edited, damaged or of another adapter: unlike "
+            f"{TENSORS}, which alone is read; delete it, and the next save writes it"
         )
 
 
