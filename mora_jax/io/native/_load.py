@@ -85,7 +85,9 @@ def load(
     if params_or_shapes is not None:
         leaves = named_leaves(params_or_shapes)
         kernels = {name: leaf for name, (_, leaf) in leaves.items()}
-    adapters, plan = _settled(path, read_bytes, lambda *file: decode(*file, kernels))
+    adapters, plan = _settled(
+        path, read_bytes, lambda data, config: decode(data, config, kernels)
+    )
     if kernels is not None and not any_base:
         try:
             check_base(plan.specs, kernels)
