@@ -25,32 +25,35 @@ class Pair(NamedTuple):
     kernel_axes: str = "io"
 
 
-def _same(*templates: str, axes: str = "oi") -> tuple[Pair, ...]:
+TABLES = {"embed_tokens", "embed_positions", "wte", "wpe", "word_embeddings"}
+TABLES |= {"position_embeddings", "token_type_embeddings"}
+"""The last names of modules in PyTorch whose weights are embeddings."""
+
+
+def _same(*modules: str, axes: str = "oi") -> tuple[Pair, ...]:
     """Return pairs for transformers, which has the same names in both libraries.
 
-    It also keeps each kernel in Flax as the transpose of PyTorch's weight.
+    It also keeps each kernel in Flax as the transpose of PyTorch's weight. Embeddings
+    have the same axes everywhere.
     """
-    paths = (template.replace(".", "/") + "/kernel" for template in templates)
-    pairs = zip(templates, paths, strict=True)
-    return tuple(Pair(*pair, axes, axes[::-1]) for pair in pairs)
 
+    def pair(module: str) -> Pair:
+        path = module.replace(".", "/")
+        if module.rpartition(".")[2] in TABLES:
+            return Pair(module, f"{path}/embedding", "io")
+        return Pair(module, f"{path}/kernel", axes, axes[::-1])
 
-def _tables(*templates: str) -> tuple[Pair, ...]:
-    """Return pairs for embeddings, which have the same axes everywhere."""
-    return tuple(Pair(t, t.replace(".", "/") + "/embedding", "io") for t in templates)
+    return tuple(map(pair, modules))
 
 
 def _layers(root: str, table: str) -> tuple[Pair, ...]:
     """Return the pairs of a table: module, kernel and the axes of both if unusual.
 
-    Args:
-      root: The beginning of the kernels' paths; modules always have the same one.
-      table: A line for each pair.
+    The kernels' paths begin with `root`, and modules always with the same.
     """
-    lines = [line.split() for line in table.strip().splitlines()]
     return tuple(
         Pair(f"model.layers.{{layer}}.{module}", f"{root}{kernel}", *axes)
-        for module, kernel, *axes in lines
+        for module, kernel, *axes in map(str.split, filter(None, table.splitlines()))
     )
 
 
@@ -84,14 +87,9 @@ mlp.up_proj    /mlp/gating_einsum[1]  oi oi
 mlp.down_proj  /mlp/linear
 """
 _TUNIX_ATTENTION = """
-self_attn.q_proj           /attn/q_proj/w
-self_attn.k_proj           /attn/k_proj/w
-self_attn.v_proj           /attn/v_proj/w
-self_attn.o_proj           /attn/o_proj/w
-self_attn.q_proj.bias      /attn/q_bias
-self_attn.k_proj.bias      /attn/k_bias
-self_attn.v_proj.bias      /attn/v_bias
-self_attn.{name}_norm      /attn/{name}_norm/w
+self_attn.{name}_proj       /attn/{name}_proj/w
+self_attn.{name}_proj.bias  /attn/{name}_bias
+self_attn.{name}_norm       /attn/{name}_norm/w
 """
 _TUNIX = """
 {norm}                       /{norm}/w
@@ -100,18 +98,18 @@ mlp.{name}                   /mlp/{name}/kernel
 mlp.experts.{expert}.{name}  /mlp/{name}[{expert}]
 """
 
-_DECODER = (
-    *_same("model.layers.{layer}.{block}.{name}", "layers.{layer}.{block}.{name}"),
-    *_tables("model.embed_tokens", "embed_tokens"),
+_DECODER = _same(
+    "model.layers.{layer}.{block}.{name}",
+    "layers.{layer}.{block}.{name}",
+    "model.embed_tokens",
+    "embed_tokens",
 )
-_GPT2 = "h.{layer}.{block}.{name}"
+_GPT2 = "h.{layer}.{block}.{name}", "wte", "wpe"
 _BERT = (
     "encoder.layer.{layer}.attention.self.{name}",
     "encoder.layer.{layer}.attention.output.dense",
     "encoder.layer.{layer}.intermediate.dense",
     "encoder.layer.{layer}.output.dense",
-)
-_BERT_TABLES = (
     "embeddings.word_embeddings",
     "embeddings.position_embeddings",
     "embeddings.token_type_embeddings",
@@ -120,34 +118,21 @@ FAMILIES: dict[str, tuple[Pair, ...]] = {
     "llama": _DECODER,
     "gemma": _DECODER,
     "qwen": _DECODER,
-    "gpt2": (
-        *_same(f"transformer.{_GPT2}", _GPT2, axes="io"),
-        *_tables("transformer.wte", "transformer.wpe", "wte", "wpe"),
-    ),
-    "bert": (
-        *_same(*(f"bert.{template}" for template in _BERT), *_BERT),
-        *_tables(*(f"bert.{template}" for template in _BERT_TABLES), *_BERT_TABLES),
-    ),
+    "gpt2": _same(*(f"transformer.{name}" for name in _GPT2), *_GPT2, axes="io"),
+    "bert": _same(*(f"bert.{name}" for name in _BERT), *_BERT),
 }
 """The models that are known, as transformers names them."""
 
 LIBRARIES: dict[str, tuple[Pair, ...]] = {
-    "gm": _layers("layer_{layer}", _GEMMA)
-    + _GEMMA_ENDS
-    + _layers("layer_{layer}", _GM),
+    "gm": (*_layers("layer_{layer}", _GEMMA + _GM), *_GEMMA_ENDS),
     "tunix": (
-        *_layers("layers/{layer}", _TUNIX_ATTENTION + _GEMMA.lstrip()),
+        *_layers("layers/{layer}", _TUNIX_ATTENTION + _GEMMA + _TUNIX),
         *_GEMMA_ENDS,
-        *_layers("layers/{layer}", _TUNIX),
         Pair("model.norm", "final_norm/w"),
         Pair("lm_head", "lm_head/w"),
     ),
 }
 """Models of libraries that have names of their own for transformers' modules."""
-
-TABLES = {"embed_tokens", "embed_positions", "wte", "wpe", "word_embeddings"}
-TABLES |= {"position_embeddings", "token_type_embeddings"}
-"""The last names of modules in PyTorch whose weights are embeddings."""
 
 TIED = (
     ("embed_tokens.weight", "lm_head.weight"),

@@ -3,12 +3,13 @@
 import contextlib
 import os
 import re
-import shutil
+import tempfile
 import uuid
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 from mora_jax.io._errors import AdapterFileError
-from mora_jax.io._locations import Location, is_local, size
+from mora_jax.io._locations import Location, is_local
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 """The files in an adapter's directory, in PEFT's format and in this library's."""
@@ -25,11 +26,7 @@ Files = Iterable[tuple[str, Iterable[bytes]]]
 
 @contextlib.contextmanager
 def missing_files(path: Location) -> Iterator[None]:
-    """Turn the errors of a missing file, or of a directory there, into ours.
-
-    Raises:
-      AdapterFileError: The file does not exist, or is a directory or a device.
-    """
+    """Turn the errors of a missing file, or of a directory there, into ours."""
     try:
         if is_local(path) and path.exists() and not path.is_file():
             raise AdapterFileError(f"{path} is a directory or a device, not a file")
@@ -42,17 +39,9 @@ def missing_files(path: Location) -> Iterator[None]:
         raise AdapterFileError(f"{path} is a directory, not a file") from None
 
 
-def read_bytes(path: Location, limit: int | None = None) -> bytes:
-    """Return the content of a file.
-
-    Raises:
-      AdapterFileError: The file does not exist, or it has more than `limit` bytes.
-    """
+def read_bytes(path: Location) -> bytes:
+    """Return the content of a file."""
     with missing_files(path):
-        if limit is not None and (length := size(path)) > limit:
-            raise AdapterFileError(
-                f"{path.name} must be at most {limit:,} bytes long, got {length:,}"
-            )
         return path.read_bytes()
 
 
@@ -67,19 +56,38 @@ def entries(directory: Location) -> list[Location]:
 # --- Writing ---
 
 
-@contextlib.contextmanager
-def unfinished_file(directory: Location, data: bytes) -> Iterator[Location]:
-    """Write a file under a temporary name, which is to be renamed within.
+def replace_files(directory: Location, tensors: bytes, config: bytes) -> None:
+    """Replace an adapter by one rename, and the copy of its config around it.
 
-    If it still has that name at the end, it is removed.
+    The directory itself is not replaced, since it may hold files of the user. The copy
+    is removed before the rename and written after it. So at any moment a copy that is
+    there is of the adapter that is there, on a disk that loses its power, too.
     """
-    path = _temporary(directory)
-    try:
-        _write(path, [data])
-        yield path
-    finally:
-        with contextlib.suppress(OSError):
-            path.unlink(missing_ok=True)
+    if directory.exists() and not directory.is_dir():
+        raise NotADirectoryError(f"directory must be a directory, got {directory}")
+    directory.mkdir(parents=True, exist_ok=True)
+    with _naming(directory), locked(directory), contextlib.ExitStack() as left:
+        # Listed before anything is written: clients of object stores keep a listing
+        # until they write, and this listing will soon be out of date.
+        for path in entries(directory):
+            if path.name.startswith(TEMPORARY):  # of a process that was killed
+                left.callback(_remove, path)
+        new, copy = (directory / f"{TEMPORARY}{uuid.uuid4().hex}" for _ in range(2))
+        for path, data in ((new, tensors), (copy, config)):
+            left.callback(_remove, path)
+            _write(path, [data])
+        (directory / CONFIG).unlink(missing_ok=True)
+        _sync(directory)
+        new.replace(directory / TENSORS)  # from here on the adapter is new
+        _sync(directory)
+        copy.replace(directory / CONFIG)
+        _sync(directory)
+
+
+def _remove(path: Location) -> None:
+    """Remove a file if it is there and can be removed."""
+    with contextlib.suppress(Exception):  # clients of stores have errors of their own
+        path.unlink(missing_ok=True)
 
 
 def _write(path: Location, chunks: Iterable[bytes]) -> None:
@@ -101,51 +109,43 @@ def write_directory(path: Location, files: Files) -> None:
     and a process that is killed leaves the files that it had written. So the last file
     should be the one that readers look for first.
     """
-    with naming(path):
-        if not is_local(path):
-            for file in sorted(entries(path), key=lambda file: file.suffix != ".json"):
-                if file.is_file():
-                    file.unlink(missing_ok=True)
-            _fill(path, files)
+    with _naming(path):
+        if is_local(path):
+            _replace_directory(path, files)
             return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished, old = _temporary(path.parent), _temporary(path.parent)
-        unfinished.mkdir()
+        # A config goes first, so that nothing takes the remainder for a whole.
+        for file in sorted(entries(path), key=lambda file: file.suffix != ".json"):
+            if file.is_file():
+                file.unlink(missing_ok=True)
+        with contextlib.ExitStack() as written:
+            for name, chunks in files:
+                written.callback(_remove, path / name)
+                _write(path / name, chunks)
+            written.pop_all()
+
+
+def _replace_directory(path: Path, files: Files) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = {"prefix": TEMPORARY, "dir": path.parent, "ignore_cleanup_errors": True}
+    with tempfile.TemporaryDirectory(**beside) as place:
+        new, old = Path(place, "new"), Path(place, "old")
+        new.mkdir()
+        for name, chunks in files:
+            _write(new / name, chunks)
+        _sync(new)
         try:
-            _fill(unfinished, files)
-            sync(unfinished)
             with contextlib.suppress(FileNotFoundError):
                 os.rename(path, old)
-            os.rename(unfinished, path)
+            os.rename(new, path)
         except BaseException:
             if old.exists() and not path.exists():
                 os.rename(old, path)
-            shutil.rmtree(unfinished, ignore_errors=True)
             raise
-        sync(path.parent)
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def _fill(directory: Location, files: Files) -> None:
-    """Write files; if an error occurs, they are removed again."""
-    written: list[Location] = []
-    try:
-        for name, chunks in files:
-            written.append(directory / name)
-            _write(directory / name, chunks)
-    except BaseException:
-        for file in written:
-            with contextlib.suppress(Exception):
-                file.unlink(missing_ok=True)
-        raise
-
-
-def _temporary(directory: Location) -> Location:
-    return directory / f"{TEMPORARY}{uuid.uuid4().hex}"
+        _sync(path.parent)
 
 
 @contextlib.contextmanager
-def naming(path: Location) -> Iterator[None]:
+def _naming(path: Location) -> Iterator[None]:
     """Make errors of the file system name `path` and not an unfinished file."""
     try:
         yield
@@ -159,34 +159,33 @@ def naming(path: Location) -> Iterator[None]:
         raise
 
 
-def sync(directory: Location) -> None:
-    """Write the names in `directory` to the disk.
-
-    Windows and object stores offer nothing of the kind.
-    """
+@contextlib.contextmanager
+def _descriptor(directory: Location) -> Iterator[int | None]:
+    """Descriptor of a local directory; None on Windows and in object stores."""
     if os.name == "nt" or not is_local(directory):
+        yield None
         return
     descriptor = os.open(directory, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        yield descriptor
     finally:
         os.close(descriptor)
+
+
+def _sync(directory: Location) -> None:
+    """Write the names in `directory` to the disk, where that can be asked for."""
+    with _descriptor(directory) as descriptor:
+        if descriptor is not None:
+            os.fsync(descriptor)
 
 
 @contextlib.contextmanager
 def locked(directory: Location) -> Iterator[None]:
-    """Keep other writers out of `directory`, if the platform has locks."""
-    try:
-        import fcntl
-    except ImportError:  # Windows lacks it
-        fcntl = None
-    if fcntl is None or not is_local(directory):
+    """Keep other writers out of `directory`, where the file system has locks."""
+    with _descriptor(directory) as descriptor:
+        if descriptor is not None:
+            import fcntl  # Windows lacks it
+
+            with contextlib.suppress(OSError):  # some network file systems lack locks
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
-        return
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):  # some network file systems lack locks
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)

@@ -10,17 +10,12 @@ from mora_jax.io._files import CONFIG, TENSORS
 from mora_jax.io._json import read_json
 from mora_jax.io._locations import as_path
 from mora_jax.io._names import Names
-from mora_jax.io.native._file import is_ours
-from mora_jax.io.native._load import load
+from mora_jax.io.native._load import is_ours, load
 from mora_jax.io.peft._read_mora import load_peft_mora
 
 
 def format_of(directory: str | os.PathLike[str]) -> str:
-    """Return the format of an adapter: "mora", "peft-mora" or "peft-lora".
-
-    Raises:
-      AdapterFileError: It is none of these.
-    """
+    """Return the format of an adapter: "mora", "peft-mora" or "peft-lora"."""
     path = as_path("directory", directory)
     if (path / TENSORS).is_file() and is_ours(path, TENSORS):
         return "mora"
@@ -35,14 +30,8 @@ def read_adapter(
 ) -> tuple[Tree, Plan]:
     """Return (adapters, plan), in this library's format or the reference's.
 
-    Args:
-      directory: A path or a URL that `etils.epath` opens.
-      model: As in `load_peft_mora`; only the reference's format needs it.
-      names: As in `load_peft_mora`.
-
-    Raises:
-      AdapterFileError: As in `load` and `load_peft_mora`; or the adapter is a plain
-        LoRA and not a MoRA adapter.
+    Only the reference's format needs `model` and `names`, as in `load_peft_mora`. A
+    plain LoRA is an `AdapterFileError`.
     """
     kind = format_of(directory)
     if kind == "mora":

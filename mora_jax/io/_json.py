@@ -3,14 +3,14 @@
 import json
 import math
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
 from mora_jax.io._errors import AdapterFileError
-from mora_jax.io._files import read_bytes
+from mora_jax.io._files import missing_files
 from mora_jax.io._locations import Location
 
 MAX_BYTES = 2**26
@@ -19,13 +19,12 @@ MAX_BYTES = 2**26
 def parse(data: bytes, name: str) -> Any:
     """Return the value that a JSON text holds; messages call the text `name`.
 
-    Raises:
-      AdapterFileError: The text is too long or is not JSON, a key occurs twice, or a
-        number is not finite.
+    A text is refused if it is too long or not JSON, if a key occurs twice, or if a
+    number is not finite.
     """
     if len(data) > MAX_BYTES:
         raise AdapterFileError(
-            f"{name} must be at most {MAX_BYTES:,} bytes long, got {len(data):,}"
+            f"{name} must have at most {MAX_BYTES:,} bytes, got {len(data):,} or more"
         )
     try:
         return json.loads(data, object_pairs_hook=_unique, parse_constant=_no_constant)
@@ -49,8 +48,9 @@ def _no_constant(text: str) -> Any:
 
 
 def read_json(path: Location) -> Any:
-    """Return the value that a JSON file holds."""
-    return parse(read_bytes(path, MAX_BYTES), path.name)
+    """Return the value that a JSON file holds; longer files are not read whole."""
+    with missing_files(path), path.open("rb") as file:
+        return parse(file.read(MAX_BYTES + 1), path.name)
 
 
 def dump(value: Any) -> bytes:
@@ -59,23 +59,27 @@ def dump(value: Any) -> bytes:
     return f"{text}\n".encode()
 
 
+Fields = Mapping[str, tuple[type, Callable[[Any], Any]]]
+"""{key of a record: the type of its value, and how to get that from an object}."""
+
+
+def record_of(thing: Any, fields: Fields) -> dict[str, Any]:
+    """Return an object as a record that JSON can hold."""
+    return {key: get(thing) for key, (_, get) in fields.items()}
+
+
 def check_record(content: Any, kinds: Mapping[str, type], where: str) -> dict[str, Any]:
     """Return a parsed value if it is an object with exactly the expected keys.
 
-    Args:
-      content: The value.
-      kinds: {key: type of its value}; `object` for values that are checked elsewhere.
-      where: The name of the value in messages.
-
-    Raises:
-      AdapterFileError: It is something else. Nothing is filled in or passed over.
+    Nothing is filled in or passed over. Values of the type `object` are checked
+    elsewhere. Messages call the value `where`.
     """
     keys = content.keys() if isinstance(content, dict) else set()
     if not isinstance(content, dict) or keys != kinds.keys():
+        lacks, extra = sorted(kinds.keys() - keys), short(sorted(keys - kinds.keys()))
         raise AdapterFileError(
-            f"{where} must hold {sorted(kinds)}, got {short(content)}; "
-            f"it lacks {sorted(kinds.keys() - keys)}, "
-            f"and also holds {short(sorted(keys - kinds.keys()))}"
+            f"{where} must hold {sorted(kinds)}, got {short(content)}; it lacks "
+            f"{lacks}, and also holds {extra}"
         )
     for key, kind in kinds.items():
         # True is an int for isinstance, but not in JSON.
@@ -88,12 +92,9 @@ def check_record(content: Any, kinds: Mapping[str, type], where: str) -> dict[st
 
 
 def plain(value: Any, name: str) -> Any:
-    """Return `value` in the types that JSON gives back; all others are refused.
+    """Return what a user wants to keep in the types that JSON gives back.
 
-    Args:
-      value: A value that a user wants to keep.
-      name: The name of the value in messages. The keys that lead to the faulty part
-        follow it.
+    Messages call the value `name`, followed by the keys that lead to the faulty part.
 
     Raises:
       TypeError: JSON cannot hold a part of the value, or a key is not a text.
@@ -114,19 +115,13 @@ def plain(value: Any, name: str) -> Any:
         raise ValueError(f"{rule}, got {value!r}")
     if value is None or isinstance(value, bool | int | float | str):
         return value
-    raise TypeError(f"{rule}, got {_described(value)}")
-
-
-def _described(value: Any) -> str:
-    """Return the type of a value, with advice if it is an array, for a message."""
     kind = type(value).__name__
     if not isinstance(value, jax.Array | np.ndarray | np.generic):
-        return f"an object of type {kind}"
-    scalars = {"b": "bool", "i": "int", "u": "int"}
-    scalar = scalars.get(value.dtype.kind, "float")
+        raise TypeError(f"{rule}, got an object of type {kind}")
+    scalar = {"b": "bool", "i": "int", "u": "int"}.get(value.dtype.kind, "float")
     advice = ".tolist()" if value.shape else f"{scalar}(...)"
-    name = "jax.Array" if isinstance(value, jax.Array) else f"numpy.{kind}"
-    return f"a {name}: say {advice}"
+    kind = "jax.Array" if isinstance(value, jax.Array) else f"numpy.{kind}"
+    raise TypeError(f"{rule}, got a {kind}: say {advice}")
 
 
 def short(value: object) -> str:

@@ -2,6 +2,7 @@
 
 import os
 import re
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
 from urllib.request import url2pathname
@@ -18,15 +19,11 @@ PACKAGES = {"gs": "gcsfs", "s3": "s3fs", "az": "adlfs"}
 
 
 def as_path(argument: str, value: object) -> Location:
-    """Return the path that a user's argument names.
+    """Return the path that a user's argument names, a `str` or a path object.
 
     `~` is the home directory, and `file://` begins a local path. epath opens the other
     URLs: `gs://`, `s3://`, `az://` and the schemes that `epath.register_path_cls` has
     registered.
-
-    Args:
-      argument: The name of the argument, for messages.
-      value: A path or a URL as text, or a path object of pathlib or of epath.
 
     Returns:
       A `pathlib.Path` for a local path, since saving locks and renames it; otherwise an
@@ -42,14 +39,20 @@ def as_path(argument: str, value: object) -> Location:
             f"{argument} must be a path or a URL, got {value!r:.80} "
             f"of type {type(value).__name__}"
         )
-    if not isinstance(value, str | Path) and _is_remote(value):
+    if _is_remote(value):
         return value  # type: ignore[return-value]
     text = os.fspath(value)
     if not isinstance(text, str) or not text:
         raise ValueError(f"{argument} must be a path or a URL, got {text!r}")
     url = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):(/+)", text)
     if url is None:
-        return _local(argument, text)
+        try:
+            return Path(text).expanduser()
+        except RuntimeError:
+            raise ValueError(
+                f"{argument} begins with '~', and there is no such home directory, "
+                f"got {text!r}; write './{text}' for a file of that name"
+            ) from None
     if url[1] == "file":
         local = re.fullmatch("file:(?://(?:localhost)?)?(/[^/].*)", text)
         if local is None:
@@ -84,29 +87,16 @@ def parts(path: Location) -> tuple[str, ...]:
     return tuple(name for name in os.fspath(path).split("/") if name)
 
 
-def _is_remote(value: os.PathLike[Any]) -> bool:
+def _is_remote(value: Any) -> bool:
     """Return True if `value` is of a class of epath and not local."""
-    try:
-        from etils import epath
-    except ImportError:
-        return False
-    if type(epath.Path(value)) is not type(value):
+    epath = sys.modules.get("etils.epath")  # whoever has such an object imported it
+    if epath is None or not isinstance(value, epath.Path):
         return False
     return "://" in os.fspath(value) or type(value) is not type(epath.Path("."))
 
 
-def _local(argument: str, text: str) -> Path:
-    expanded = os.path.expanduser(text)
-    if expanded == text and text.startswith("~"):
-        raise ValueError(
-            f"{argument} begins with '~', and there is no such home directory, "
-            f"got {text!r}; write './{text}' for a file of that name"
-        )
-    return Path(expanded)
-
-
 def _remote(argument: str, text: str, scheme: str) -> Location:
-    package, where = PACKAGES.get(scheme), f"{argument} is the URL {text!r}, which"
+    where = f"{argument} is the URL {text!r}, which"
     try:
         from etils import epath
     except ImportError as error:
@@ -124,6 +114,7 @@ def _remote(argument: str, text: str, scheme: str) -> Location:
             f"is registered with epath, got {text!r}{advice}"
         ) from None
     except ImportError as error:
-        advice = f"; pip install {package}" * (package is not None)
+        package = PACKAGES.get(scheme)
+        advice = f"; pip install {package}" if package else ""
         raise ImportError(f"{where} cannot be opened: {error}{advice}") from error
     return path

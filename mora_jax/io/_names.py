@@ -1,5 +1,6 @@
 """Names of PyTorch's modules and tensors, and the paths of their arrays here."""
 
+import itertools
 import re
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
@@ -15,16 +16,9 @@ Names = str | Mapping[str, str] | None
 
 
 def pairs(names: Names) -> tuple[Pair, ...]:
-    """Return the pairs that `names` stands for.
-
-    Raises:
-      TypeError: `names` is neither a text nor a mapping of texts to texts.
-      ValueError: The family is unknown, or the two sides of a template have different
-        fields, or braces around something else.
-    """
+    """Return the pairs that `names` stands for, if they are well-formed."""
     if names is None:
-        every = (pair for family in FAMILIES.values() for pair in family)
-        return tuple(dict.fromkeys(every))
+        return tuple(dict.fromkeys(itertools.chain(*FAMILIES.values())))
     if isinstance(names, str):
         known = FAMILIES | LIBRARIES
         family = names if names in known else names.rstrip("0123456789")
@@ -52,8 +46,8 @@ _FIELD = re.compile(r"\{(\w+)\}")
 
 def _fields(template: str) -> list[str]:
     """Return the names of a template's fields."""
-    fields, rest = _FIELD.findall(template), _FIELD.sub("", template)
-    if not all(map(str.isidentifier, fields)) or re.search("[{}]", rest):
+    fields, text = _FIELD.findall(template), _FIELD.sub("", template)
+    if not all(map(str.isidentifier, fields)) or re.search("[{}]", text):
         raise ValueError(
             "names must have braces around the names of fields alone, as in {n}, "
             f"got {template!r}"
@@ -63,20 +57,15 @@ def _fields(template: str) -> list[str]:
 
 def translate(text: str, source: str, target: str) -> str | None:
     """Return `text` in the words of `target`; None if `source` does not fit it."""
-    fixed, fields = _FIELD.split(source)[::2], _FIELD.split(source)[1::2]
-    pattern = re.escape(fixed[0]) + "".join(
-        rf"(?P<{field}>[^./\[\],]+){re.escape(after)}"
-        for field, after in zip(fields, fixed[1:], strict=True)
-    )
-    match = re.fullmatch(pattern, text)
+    # Every second part of the escaped template is the name of a field.
+    parts = re.split(r"\\\{(\w+)\\\}", re.escape(source))
+    parts[1::2] = [rf"(?P<{field}>[^./\[\],]+)" for field in parts[1::2]]
+    match = re.fullmatch("".join(parts), text)
     return target.format(**match.groupdict()) if match else None
 
 
 def to_kernel(module: str, known: tuple[Pair, ...]) -> tuple[str, str] | None:
-    """Return the kernel of a module, and the axes of the module's weight.
-
-    A table has the axes of the array here, which are called "io".
-    """
+    """Return the kernel of a module, and the axes of its weight: "io" for a table."""
     for pair in known:
         if kernel := translate(module, pair.module, pair.kernel):
             path = kernel.partition("[")[0]
@@ -116,28 +105,27 @@ def to_tensors(leaf: str, known: tuple[Pair, ...]) -> Iterator[Tensor]:
 
     A template is of a module's weight and, at the same place, of its bias, or it names
     one of the two itself. Without one the array has the names that the tensor has.
-
-    Args:
-      leaf: The array's path, with its index in a stack.
-      known: The templates.
+    `leaf` is the array's path, with its index in a stack.
     """
     path, bracket, _ = leaf.partition("[")
     parent, _, last = path.rpartition("/")
     for pair in known:
         if module := translate(leaf, pair.kernel, pair.module):
             same = is_table(module, path) or pair.axes == pair.kernel_axes
-            name = module if module.endswith(_ENDS) else f"{module}.weight"
+            named = module.endswith((".weight", ".bias"))
+            name = module if named else f"{module}.weight"
             mixed = pair.kernel_axes not in ("io", "oi")
             order = np.argsort(list(pair.kernel_axes), kind="stable") if mixed else ()
             yield Tensor(name, "io" if same else "oi", tuple(map(int, order)))
-        if last == "bias" and (module := translate(leaf, _bias(pair), pair.module)):
-            yield Tensor(f"{module}.bias", "o")
+        if last == "bias":  # beside a kernel that has a name of its own
+            bias = re.sub(r"/[^/\[{]+(\[.*)?$", r"/bias\1", pair.kernel)
+            if module := translate(leaf, bias, pair.module):
+                yield Tensor(f"{module}.bias", "o")
     if parent and not bracket and last in _LEAVES:
         name, axes = _LEAVES[last]
         yield Tensor(f"{parent.replace('/', '.')}.{name}", axes)
 
 
-_ENDS = ".weight", ".bias"
 _LEAVES = {
     "kernel": ("weight", "oi"),
     "embedding": ("weight", "io"),
@@ -146,11 +134,6 @@ _LEAVES = {
     "bias": ("bias", "o"),
 }
 """PyTorch's name of a leaf, by Flax's name, and the order of its axes."""
-
-
-def _bias(pair: Pair) -> str:
-    """Return the template of the bias beside a kernel that has a name of its own."""
-    return re.sub(r"/[^/\[{]+(\[.*)?$", r"/bias\1", pair.kernel)
 
 
 def canonical(tensor: str) -> str:
@@ -172,9 +155,7 @@ def join_index(path: str, index: Shape) -> str:
 def split_index(kernel: str) -> tuple[str, Shape]:
     """Undo `join_index`."""
     path, bracket, index = kernel.partition("[")
-    if not bracket:
-        return path, ()
-    numbers = index.removesuffix("]").split(",")
+    numbers = index.removesuffix("]").split(",") if bracket else []
     if not all(number.isdecimal() and number.isascii() for number in numbers):
         raise ValueError(f"an index in a stack must be numbers, got {kernel!r}")
     return path, tuple(map(int, numbers))

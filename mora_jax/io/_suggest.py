@@ -14,23 +14,22 @@ SHOWN = 6
 def suggestion(kernels: Iterable[str], modules: Collection[str]) -> str:
     """Return the `names` that would fit, as the end of a message.
 
-    Args:
-      kernels: Paths of kernels that no template fits, with indices in their stacks.
-      modules: The base's modules in PyTorch, if they are known.
+    `kernels` are paths that no template fits, with indices in their stacks, and
+    `modules` the base's modules in PyTorch, if they are known.
     """
     likeliest = {kernel: _likeliest(kernel, modules) for kernel in kernels}
-    shown = _shown((module or _guess(k), k) for k, module in likeliest.items())
     doubt = ", with PyTorch's names of the modules on the left"
+    shown = _shown((module or _guess(k), k) for k, module in likeliest.items())
     return f"templates name it, as in {shown}{doubt * (None in likeliest.values())}"
 
 
 def suggestion_for(modules: Collection[str], kernels: Iterable[str]) -> str:
     """Return the same for modules that no template fits, and paths of kernels."""
+    own = {m: m.replace(".", "/") + "/kernel" for m in modules}
     paths = {kernel.rpartition("/")[0].replace("/", "."): kernel for kernel in kernels}
-    if not paths:  # as for a checkpoint that was read by the same names
-        paths = {name: name.replace(".", "/") + "/kernel" for name in modules}
-    likeliest = {m: _likeliest(m.replace(".", "/") + "/kernel", paths) for m in modules}
-    known = [(module, paths[name]) for module, name in likeliest.items() if name]
+    paths = paths or own  # a checkpoint that was read by the same names has none
+    likeliest = {m: _likeliest(kernel, paths) for m, kernel in own.items()}
+    known = [(m, paths[name]) for m, name in likeliest.items() if name]
     if not known:
         return "templates name them: give names={module: path of its kernel}"
     return f"templates name them, as in {_shown(known)}"
@@ -47,15 +46,14 @@ def _shown(pairs: Iterable[tuple[str, str]]) -> str:
 def _likeliest(kernel: str, modules: Iterable[str]) -> str | None:
     """Return the module most like a kernel, with its numbers and its last name."""
     path, index = split_index(kernel)
-    path = path.rpartition("/")[0]
+    path, _, _ = path.rpartition("/")
     numbers = sorted([*re.findall(r"\d+", path), *map(str, index)])
     last = path.rpartition("/")[2]
 
     def same_kind(module: str) -> bool:
         end = module.rpartition(".")[2]
-        return sorted(re.findall(r"\d+", module)) == numbers and (
-            end.startswith(last) or last.startswith(end)
-        )
+        same_end = end.startswith(last) or last.startswith(end)
+        return same_end and sorted(re.findall(r"\d+", module)) == numbers
 
     def alike(module: str) -> float:
         names = module.replace(".", "/")
@@ -82,18 +80,20 @@ def _templates(module: str, kernel: str) -> tuple[str, str]:
     """
     numbers = dict.fromkeys(re.findall(r"\d+", module))
     for number, field in zip(numbers, "nmk", strict=False):
-        pattern, both = rf"(?<!\d){number}(?!\d)", (module, kernel)
-        if all(len(re.findall(pattern, text)) == 1 for text in both):
-            module, kernel = (re.sub(pattern, f"{{{field}}}", text) for text in both)
+        pattern = rf"(?<!\d){number}(?!\d)"
+        if all(len(re.findall(pattern, text)) == 1 for text in (module, kernel)):
+            module, kernel = (
+                re.sub(pattern, f"{{{field}}}", text) for text in (module, kernel)
+            )
     root, number, names = module.rpartition("}.")
     path, bracket, index = kernel.partition("[")
     in_kernel, in_module = path.split("/"), names.split(".")
     shared = [name for name in in_module if number and name in in_kernel]
-    for name, field in zip(reversed(shared), ("name", "block", "part"), strict=False):
-        in_kernel, in_module = (
-            [f"{{{field}}}" if part == name else part for part in parts]
-            for parts in (in_kernel, in_module)
-        )
-    if any(in_kernel.count(part) > 1 for part in in_kernel):
+    shared = dict.fromkeys(reversed(shared))
+    fields = dict(zip(shared, ("{name}", "{block}", "{part}"), strict=False))
+    in_kernel, in_module = (
+        [fields.get(name, name) for name in names] for names in (in_kernel, in_module)
+    )
+    if any(in_kernel.count(name) > 1 for name in in_kernel):
         return module, kernel
     return root + number + ".".join(in_module), "/".join(in_kernel) + bracket + index

@@ -9,14 +9,14 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from mora_jax._common.checks import as_jax_array
+from mora_jax._common.checks import as_jax_array, check_finite
 from mora_jax._common.types import Shape
 from mora_jax.io._errors import AdapterFileError
 from mora_jax.io._files import missing_files
@@ -31,7 +31,12 @@ DTYPES = {
 }
 """The dtypes of tensors that can be an M or a kernel."""
 
+KNOWN = re.compile(r"BOOL|[UI](8|16|32|64)|B?F16|F(32|64)|C64|F4|F[68]_[A-Z0-9]+")
+"""All dtypes of the format. The first number in a name is the number of bits."""
+
 ENTRY = {"dtype": str, "shape": list, "data_offsets": list}
+"""The record of a tensor in a header."""
+
 MAX_HEADER = 2**25
 CHUNK = 2**24
 
@@ -43,6 +48,14 @@ class Entry(NamedTuple):
     shape: Shape
     start: int
     stop: int
+
+    @property
+    def fits(self) -> bool:
+        """True if the tensor has as many bytes as its dtype and shape say."""
+        digits = re.search(r"\d+", self.dtype)
+        bits = math.prod(self.shape) * (int(digits[0]) if digits else 8)
+        known = KNOWN.fullmatch(self.dtype) is not None
+        return known and 8 * (self.stop - self.start) == bits
 
 
 class TensorFile:
@@ -62,21 +75,16 @@ class TensorFile:
           AdapterFileError: `path` is not a safetensors file.
         """
         self.path, self._data = path, data
-        self.header = read_header(path) if data is None else header_of(data, path.name)
-        self.size = size(path) if data is None else len(data)
-        content = parse(self.header[8:], path.name)
-        if not isinstance(content, dict):
-            self._refuse("its header must be a JSON object")
+        if data is None:
+            self.header, self.size = read_header(path), size(path)
+        else:
+            self.header, self.size = _header(io.BytesIO(data), path.name), len(data)
+        content = _parsed(self.header, path.name)
         content.pop("__metadata__", None)
-        self.entries = {
-            name: self._entry(name, record) for name, record in content.items()
-        }
+        self.entries = {name: self._entry(name, content[name]) for name in content}
         end = len(self.header)
         for name, entry in sorted(self.entries.items(), key=lambda item: item[1][2:]):
-            bits = 8 * (entry.stop - entry.start)
-            if entry.start != end or bits != _bits(entry.dtype) * math.prod(
-                entry.shape
-            ):
+            if entry.start != end or not entry.fits:
                 self._refuse(f"{short(name)} does not begin or end where it should")
             end = entry.stop
         if end != self.size:
@@ -94,20 +102,12 @@ class TensorFile:
         raise _damaged(self.path.name, why)
 
     def __getitem__(self, name: str) -> np.ndarray:
-        """Return a tensor, which is read now.
-
-        Raises:
-          AdapterFileError: The tensor is not floating-point.
-        """
+        """Return a floating-point tensor, which is read now."""
         data = b"".join(self.chunks(name))
         return np.frombuffer(data, self.dtype(name)).reshape(self.entries[name].shape)
 
     def rows(self, name: str, start: int, stop: int) -> Iterator[np.ndarray]:
-        """Yield rows of a tensor, in pieces of about `CHUNK` bytes.
-
-        Raises:
-          AdapterFileError: The tensor is not floating-point.
-        """
+        """Yield rows of a floating-point tensor, in pieces of about `CHUNK` bytes."""
         entry, dtype = self.entries[name], self.dtype(name)
         row = dtype.itemsize * math.prod(entry.shape[1:])
         step = max(1, CHUNK // max(1, row)) * row
@@ -124,18 +124,16 @@ class TensorFile:
         in_memory = None if self._data is None else io.BytesIO(self._data)
         with in_memory or self.path.open("rb") as file:
             file.seek(start)
-            while start < stop:
-                data = file.read(min(step, stop - start))
-                if len(data) < min(step, stop - start):
+            for place in range(start, stop, step or 1):
+                data = file.read(min(step, stop - place))
+                if len(data) < min(step, stop - place):
                     raise AdapterFileError(f"{self.path.name} was cut off while read")
-                start += len(data)
                 yield data
 
     def dtype(self, name: str, advice: str = "") -> np.dtype:
-        """Return the dtype of a tensor.
+        """Return the dtype of a tensor, which must be floating-point.
 
-        Raises:
-          AdapterFileError: The tensor is not floating-point; `advice` ends the message.
+        Else the error ends in `advice`.
         """
         dtype = self.entries[name].dtype
         if dtype not in DTYPES:
@@ -146,57 +144,41 @@ class TensorFile:
         return DTYPES[dtype]
 
 
-def _bits(dtype: str) -> int:
-    """Return the bits of a number; -1, which fits no numbers, for an unknown dtype."""
-    if not _KNOWN.fullmatch(dtype):
-        return -1
-    digits = re.search(r"\d+", dtype)
-    return int(digits[0]) if digits else 8
-
-
-_KNOWN = re.compile(r"BOOL|[UI](8|16|32|64)|B?F16|F(32|64)|C64|F4|F[68]_[A-Z0-9]+")
-"""All dtypes of the format. The first number in a name is the number of bits."""
-
-
 def read_header(path: Location) -> bytes:
-    """Return the bytes of a safetensors file before its first tensor.
-
-    Raises:
-      AdapterFileError: The file does not exist, or its header would be too long.
-    """
+    """Return the bytes of a safetensors file before its first tensor."""
     with missing_files(path), path.open("rb") as file:
-        length = file.read(8)
-        return header_of(length + file.read(_header_size(length, path.name)), path.name)
+        return _header(file, path.name)
 
 
-def header_of(data: bytes, name: str) -> bytes:
-    """Return the same bytes of a file's content, or of a header."""
-    header = data[: 8 + _header_size(data, name)]
-    if len(header) < 8 + _header_size(data, name):
-        raise _damaged(name, "its header is cut off")
-    return header
-
-
-def _header_size(data: bytes, name: str) -> int:
-    length = int.from_bytes(data[:8], "little")
+def _header(file: IO[bytes], name: str) -> bytes:
+    first = file.read(8)
+    length = int.from_bytes(first, "little")
     if length > MAX_HEADER:
         raise AdapterFileError(
             f"{name} must have a header of at most {MAX_HEADER:,} bytes, got {length:,}"
         )
-    return length
+    header = first + file.read(length)
+    if len(header) < 8 + length:
+        raise _damaged(name, "its header is cut off")
+    return header
+
+
+def _parsed(header: bytes, name: str) -> dict[str, Any]:
+    content = parse(header[8:], name)
+    if not isinstance(content, dict):
+        raise _damaged(name, "its header must be a JSON object")
+    return content
 
 
 def metadata_of(data: bytes, name: str) -> dict[str, Any]:
     """Return the texts that a safetensors file has beside its tensors.
 
-    Args:
-      data: The file's content, or its header alone.
-      name: The name of the file in messages.
+    `data` is the file's content, or its header alone, and `name` is for messages.
     """
-    header = parse(header_of(data, name)[8:], name)
-    metadata = header.get("__metadata__", {}) if isinstance(header, dict) else None
+    header = _header(io.BytesIO(data), name)
+    metadata = _parsed(header, name).get("__metadata__", {})
     if not isinstance(metadata, dict):
-        raise _damaged(name, "its header must be a JSON object")
+        raise _damaged(name, "its __metadata__ must be a JSON object")
     return metadata
 
 
@@ -205,26 +187,16 @@ def _damaged(name: str, why: str) -> AdapterFileError:
 
 
 def decode(data: bytes, name: str) -> dict[str, np.ndarray]:
-    """Return the arrays of a safetensors file that is in memory.
+    """Return the arrays, all floating-point, of a safetensors file in memory.
 
-    Args:
-      data: The content of the file.
-      name: The name of the file in messages.
-
-    Raises:
-      AdapterFileError: The data is not a safetensors file, or a tensor is not
-        floating-point.
+    Messages call the file `name`.
     """
     file = TensorFile(Path(name), data)
     return {key: file[key] for key in file.entries}
 
 
 def encode(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> bytes:
-    """Return the content of a safetensors file.
-
-    Raises:
-      ImportError: The safetensors library is missing.
-    """
+    """Return the content of a safetensors file."""
     try:
         from safetensors.numpy import save
     except ImportError as error:
@@ -236,27 +208,17 @@ def encode(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> by
 
 
 def to_numpy(name: str, array: Any) -> np.ndarray:
-    """Return a trained array, which messages call `name`, for a file.
-
-    Raises:
-      TypeError: It is a tracer, or not an array.
-      ValueError: It holds NaN or infinity.
-    """
+    """Return a trained array of finite numbers, which messages call `name`."""
     if isinstance(array, Tracer):
         raise TypeError(f"{name} must be a concrete array, got a tracer of jit")
     as_jax_array(name, array)
     array = np.asarray(array)
-    if not np.isfinite(array).all():
-        raise ValueError(f"{name} holds NaN or infinity")
+    check_finite(array, name)
     return array
 
 
 def to_jax(name: str, array: np.ndarray) -> jax.Array:
-    """Return an array from a file as a JAX array of the same dtype.
-
-    Raises:
-      AdapterFileError: The array is float64, which is not enabled in JAX.
-    """
+    """Return an array from a file as a JAX array of the same dtype."""
     converted = jnp.asarray(array)
     if converted.dtype != array.dtype:
         raise AdapterFileError(

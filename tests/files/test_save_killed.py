@@ -10,7 +10,6 @@ from pathlib import Path
 import jax.numpy as jnp
 import mora_jax
 from mora_jax.io import _files as files
-from mora_jax.io.native import _save as native
 
 directory = Path(sys.argv[1])
 plan = mora_jax.plan({"fc": {"kernel": jnp.ones((64, 64))}})
@@ -39,7 +38,7 @@ while killed < 200:
         for name in ("fsync", "replace", "open", "close"):
             setattr(files.os, name, slow(getattr(files.os, name)))
         for number in range(killed, killed + 100):  # JAX itself is not for forks
-            native._replace(directory, *contents[number % 2])
+            files.replace_files(directory, *contents[number % 2])
         os._exit(0)
     time.sleep(chance.uniform(0, 0.05))
     os.kill(child, signal.SIGKILL)

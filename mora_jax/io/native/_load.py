@@ -1,20 +1,37 @@
-"""Reading adapters in this library's format."""
+"""Reading adapters in this library's format: one safetensors file that holds all.
+
+Its tensors are what is trained. Its metadata hold a text, the config: the plan, what
+the user wants to keep, and digests. `adapter_config.json` beside it is that text again
+for people to read, and no reader needs it.
+"""
 
 import contextlib
-import functools
+import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
+import numpy as np
+
 from mora_jax._plan.plan import Plan
-from mora_jax._tree.adapters import Tree
+from mora_jax._tree.adapters import Tree, nest
 from mora_jax._tree.base_digest import check_base
 from mora_jax._tree.paths import named_leaves
+from mora_jax.io import _tensors
 from mora_jax.io._errors import AdapterFileError
-from mora_jax.io._files import TENSORS, locked, read_bytes
+from mora_jax.io._files import CONFIG, TENSORS, locked, read_bytes
+from mora_jax.io._json import dump, parse, read_json, short
 from mora_jax.io._locations import Location, as_path
-from mora_jax.io._tensors import read_header
-from mora_jax.io.native._file import check_copy, decode_adapter, parse_config
+from mora_jax.io.native._layers import Base
+from mora_jax.io.native._records import check_plan_record, restore_plan
+
+FORMAT = "mora_jax adapter"
+
+KEY = "mora_jax"
+"""The only key of the file's metadata, whose text is the config."""
+
+WHERE = f"the config in {TENSORS}"
+"""The name of the config in messages."""
 
 T = TypeVar("T")
 
@@ -38,7 +55,7 @@ def load(
         the shape that its adapter was made for. If `save` was given the base's params,
         arrays must also hold that base's weights, in float32 or bfloat16; kernels with
         parts on other processes are not compared.
-      any_base: Whether to accept also other weights than those that the adapter was
+      any_base: True to accept also other weights than those that the adapter was
         trained on.
 
     Returns:
@@ -46,9 +63,8 @@ def load(
 
     Raises:
       io.AdapterFileError: Something is missing, unknown, damaged, of a wrong shape, not
-        finite or of a newer format, or this platform computes an operator differently;
-        or, without `any_base`, the params are of another base. The message names
-        the layer.
+        finite or of a newer format; this platform computes an operator differently; or
+        the params are of another base, without `any_base`. Messages name the layer.
       TypeError, ValueError: `directory` is neither a path nor a URL of a known scheme.
       ImportError: `mora-jax[io]` or the package that opens such a URL is missing.
 
@@ -69,8 +85,9 @@ def load(
     if params_or_shapes is not None:
         leaves = named_leaves(params_or_shapes)
         kernels = {name: leaf for name, (_, leaf) in leaves.items()}
-    decode = functools.partial(decode_adapter, base=kernels)
-    adapters, plan = _settled(path, read_bytes, decode)
+    adapters, plan = _settled(
+        path, read_bytes, lambda data, config: decode(data, config, kernels)
+    )
     if kernels is not None and not any_base:
         try:
             check_base(plan.specs, kernels)
@@ -100,7 +117,7 @@ def read_metadata(directory: str | os.PathLike[str]) -> dict[str, Any]:
       {'step': 3}
     """
     path = as_path("directory", directory)
-    return _settled(path, read_header, lambda _, config: config["metadata"])
+    return _settled(path, _tensors.read_header, lambda _, config: config["metadata"])
 
 
 def _settled(
@@ -120,9 +137,91 @@ def _settled(
             data = read(directory / TENSORS)
             try:
                 config = parse_config(data)
-                check_copy(directory, config)
+                _check_copy(directory, config)
                 return use(data, config)
             except AdapterFileError:
                 if data == before:
                     raise
         before, lock = data, locked(directory)
+
+
+# --- Content of the file ---
+
+
+def parse_config(data: bytes) -> dict[str, Any]:
+    """Return the config of a file, its format, version, types and digest checked.
+
+    `data` is the content of the file, or its header alone.
+    """
+    texts, hint = _tensors.metadata_of(data, TENSORS), "io.load_peft_mora reads PEFT's"
+    if texts.keys() != {KEY} or not isinstance(texts[KEY], str):
+        raise AdapterFileError(
+            f"{TENSORS} is not of mora_jax: its metadata must hold {KEY!r} alone, got "
+            f"{short(sorted(texts))}; {hint}"
+        )
+    kinds = {"metadata": dict, "tensors_sha256": str, "sha256": str}
+    content = parse(texts[KEY].encode(), WHERE)
+    content = check_plan_record(content, FORMAT, kinds, WHERE, hint)
+    if content["sha256"] != signature(content):
+        raise AdapterFileError(f"{WHERE} is damaged or edited: its SHA-256 differs")
+    return content
+
+
+def decode(data: bytes, content: Mapping[str, Any], base: Base) -> tuple[Tree, Plan]:
+    """Return the adapters in a file and their plan, everything checked.
+
+    `data` is the content of the file, `content` its config, as `parse_config` gives
+    it, and `base` the model that the adapters must fit.
+    """
+    arrays = _tensors.decode(data, TENSORS)
+    if not content["layers"]:
+        raise AdapterFileError(f"{WHERE} must have an adapter, got none")
+    if content["tensors_sha256"] != digest_of(arrays):
+        raise AdapterFileError(f"{TENSORS} is damaged: the SHA-256 of tensors differs")
+    plan, leaves = restore_plan(content, WHERE, base, arrays)
+    if arrays:
+        names = short(sorted(arrays))
+        raise AdapterFileError(
+            f"{TENSORS} holds {names}; its config knows nothing of it"
+        )
+    to_jax = _tensors.to_jax
+    return nest({path: to_jax("/".join(path), a) for path, a in leaves.items()}), plan
+
+
+def _check_copy(directory: Location, content: Mapping[str, Any]) -> None:
+    """Raise if the readable copy of the config is there and says something else.
+
+    Someone has edited it then, or has replaced one of the two files.
+    """
+    path = directory / CONFIG
+    if path.exists() and dump(read_json(path)) != dump(content):
+        raise AdapterFileError(
+            f"{CONFIG} in {directory} is edited, damaged or of another adapter: unlike "
+            f"{TENSORS}, which alone is read; delete it, and the next save writes it"
+        )
+
+
+def is_ours(directory: Location, name: str) -> bool:
+    """Return True if a file of a directory says that it is of this format.
+
+    The file is the one of the config or of the tensors. One so damaged that it says
+    nothing is an `AdapterFileError`.
+    """
+    if name == TENSORS:
+        return KEY in _tensors.metadata_of(_tensors.read_header(directory / name), name)
+    content = read_json(directory / name)
+    return isinstance(content, dict) and content.get("format") == FORMAT
+
+
+def digest_of(arrays: Mapping[str, np.ndarray]) -> str:
+    """Return the SHA-256 of the bytes of all arrays in the order of their names."""
+    digest = hashlib.sha256()
+    for name in sorted(arrays):
+        digest.update(arrays[name].tobytes())
+    return digest.hexdigest()
+
+
+def signature(content: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of a config without itself."""
+    signed = {key: value for key, value in content.items() if key != "sha256"}
+    return hashlib.sha256(dump(signed)).hexdigest()

@@ -3,7 +3,6 @@
 from mora_jax._plan.plan import Plan, check_plan, refuse_other_plan
 from mora_jax.io._errors import AdapterFileError
 from mora_jax.io._json import dump, parse
-from mora_jax.io.native import _records
 from mora_jax.io.native._records import (
     check_plan_record,
     describe_plan,
@@ -12,21 +11,14 @@ from mora_jax.io.native._records import (
 )
 
 FORMAT = "mora_jax plan"
-KINDS = _records.KINDS | {"digest": str}
 
 
 def plan_to_json(plan: Plan) -> str:
-    """Return a plan as JSON, to keep with adapters that another library stores.
+    """Return a plan as JSON, for `plan_from_json`.
 
     Adapters are only numbers. With another operator, seed or alpha they have the same
     shapes and mean another delta. `save` stores the plan with them. If another library
     stores them (Orbax, Tunix), keep this text in the checkpoint's metadata.
-
-    Args:
-      plan: The plan.
-
-    Returns:
-      The text, for `plan_from_json`.
 
     Raises:
       TypeError: `plan` is not a plan.
@@ -55,14 +47,12 @@ def plan_to_json(plan: Plan) -> str:
 def plan_from_json(text: str, like: Plan | None = None) -> Plan:
     """Return the plan that `plan_to_json` wrote.
 
-    Everything is checked, and nothing is filled in.
+    Everything is checked, and nothing is filled in. The plan lacks a layout on a mesh:
+    see `sharding.plan_on_mesh`.
 
     Args:
       text: The text that `plan_to_json` returned.
       like: The plan of the model that the adapters are for; None for any model.
-
-    Returns:
-      The plan, without a layout on a mesh: see `sharding.plan_on_mesh`.
 
     Raises:
       TypeError: `text` is not a string, or `like` is not a plan.
@@ -84,7 +74,8 @@ def plan_from_json(text: str, like: Plan | None = None) -> Plan:
     if not isinstance(text, str):
         raise TypeError(f"text must be a str, got {type(text).__name__}")
     where, hint = "the plan", "io.plan_to_json writes it"
-    content = check_plan_record(parse(text.encode(), where), FORMAT, KINDS, where, hint)
+    content = parse(text.encode(), where)
+    content = check_plan_record(content, FORMAT, {"digest": str}, where, hint)
     # With a model, operators are made only for its shapes.
     base = None if like is None else shapes_of(check_plan(like, "like"))
     plan, _ = restore_plan(content, where, base, None)

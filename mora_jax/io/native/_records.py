@@ -2,21 +2,20 @@
 
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mora_jax._common.suggestions import lacking
+from mora_jax._common.checks import check_finite
 from mora_jax._common.types import Path
 from mora_jax._plan.plan import Plan
 from mora_jax._plan.spec import SUFFIX
 from mora_jax._plan.trained_arrays import TrainedArray
 from mora_jax.io._errors import AdapterFileError
-from mora_jax.io._json import check_record, dump, short
-from mora_jax.io.native import _layers
-from mora_jax.io.native._layers import Base, describe, restore
+from mora_jax.io._json import Fields, check_record, dump, record_of, short
+from mora_jax.io.native._layers import LAYER, Base, describe, in_model, restore
 
 VERSION = 1
 """The version of both formats. A reader refuses every other version."""
@@ -30,21 +29,23 @@ KINDS = {
     "layers": list,
     "trained": list,
 }
-TRAINED_KINDS = {"path": list, "shape": list, "dtype": str, "base_dtype": str}
 
-Arrays = dict[str, np.ndarray]
-"""{name: array} of the tensors in a file, from which each reader takes its own."""
+TRAINED: Fields = {
+    "path": (list, lambda array: list(array.path)),
+    "shape": (list, lambda array: list(array.shape)),
+    "dtype": (str, lambda array: jnp.dtype(array.dtype).name),
+    "base_dtype": (str, lambda array: jnp.dtype(array.base_dtype).name),
+}
+"""The record of an array that trains itself."""
 
-T = TypeVar("T")
+Restore = Callable[[dict[str, Any], Any, Base, Any], Any]
+"""Function of a record, its array, the model and the arrays of its operator."""
 
 
 def describe_plan(plan: Plan, name: str, dtypes: Mapping[str, Any]) -> dict[str, Any]:
     """Return the record of a plan in the format `name`.
 
-    Args:
-      plan: The plan.
-      name: The name of the format.
-      dtypes: {path of a kernel: dtype of its trained array}.
+    `dtypes` are {path of a kernel: dtype of its trained array}.
     """
     return {
         "format": name,
@@ -53,24 +54,16 @@ def describe_plan(plan: Plan, name: str, dtypes: Mapping[str, Any]) -> dict[str,
         "base_parameters": plan.base_parameters,
         "traced": plan.traced,
         "layers": [describe(spec, dtypes[spec.name]) for spec in plan.specs],
-        "trained": [_describe_trained(array) for array in plan.trained],
+        "trained": [record_of(array, TRAINED) for array in plan.trained],
     }
 
 
 def check_plan_record(
-    content: Any, name: str, kinds: Mapping[str, type], where: str, hint: str
+    content: Any, name: str, kinds: dict[str, type], where: str, hint: str
 ) -> dict[str, Any]:
     """Return a parsed record if it is of the format `name`, in the version read here.
 
-    Args:
-      content: The record.
-      name: The name of the format.
-      kinds: The types of its keys.
-      where: The name of the record in messages.
-      hint: Advice for other records, as the end of a message.
-
-    Raises:
-      AdapterFileError: It is not.
+    Messages call the record `where`, and `hint` says what else to do with others.
     """
     if not isinstance(content, dict) or content.get("format") != name:
         raise AdapterFileError(
@@ -82,25 +75,26 @@ def check_plan_record(
             f"format_version of {where} must be {VERSION}, got {short(written)}: "
             "another mora_jax is needed for other versions, such as a newer one"
         )
-    return check_record(content, kinds, where)
+    return check_record(content, KINDS | kinds, where)
 
 
 def restore_plan(
-    content: Mapping[str, Any], where: str, base: Base, arrays: Arrays | None
+    content: Mapping[str, Any],
+    where: str,
+    base: Base,
+    arrays: dict[str, np.ndarray] | None,
 ) -> tuple[Plan, dict[Path, np.ndarray]]:
     """Undo `describe_plan`. Everything is checked, and nothing is filled in.
 
     Args:
       content: The record, which `check_plan_record` has seen.
-      where: The name of the record in messages.
+      where: The name of the record in messages, which also name the layer.
       base: The model that the plan must fit.
-      arrays: The arrays of the file, which must be the plan's; None for a file without.
+      arrays: The arrays of the file, from which the plan's are taken; None for a plan
+        without arrays.
 
     Returns:
       The plan, and {path: array} of what is trained.
-
-    Raises:
-      AdapterFileError: Something is wrong. The message names the layer.
     """
     if content["base_parameters"] < 1:
         raise AdapterFileError(
@@ -109,63 +103,73 @@ def restore_plan(
         )
     leaves: dict[Path, np.ndarray] = {}
 
-    def layer(record: dict[str, Any], *path: str) -> Any:
-        name = "/".join(path) + SUFFIX
-        m = given = None
-        if arrays is not None:
-            m = leaves[*path[:-1], path[-1] + SUFFIX] = _take(arrays, name)
-            below = [other for other in arrays if other.startswith(f"{name}/")]
-            given = {n.removeprefix(f"{name}/"): arrays.pop(n) for n in below}
-        return restore(record, m, base, given or {})
+    def each(key: str, fields: Fields, suffix: str, restore: Restore) -> tuple:
+        restored = []
+        for name, record in _by_name(content, key, fields, where).items():
+            *parents, last = record["path"]
+            array, given = None, {}
+            try:
+                if arrays is not None:
+                    array, given = _take(arrays, name + suffix)
+                    leaves[*parents, last + suffix] = array
+                restored.append(restore(record, array, base, given))
+            except (TypeError, ValueError, OverflowError) as error:
+                raise AdapterFileError(f"{name} of {where}: {error}") from error
+        return tuple(restored)
 
-    def trained(record: dict[str, Any], *path: str) -> Any:
-        array = _restore_trained(record, base)
-        if arrays is not None:
-            leaves[path] = copy = _take(arrays, array.name)
-            array.check(copy, " in the file")
-        return array
-
-    specs = _each(content, "layers", _layers.KINDS, where, layer)
-    copied = _each(content, "trained", TRAINED_KINDS, where, trained)
-    plan = Plan(specs, content["base_parameters"], content["traced"], trained=copied)
+    specs = each("layers", LAYER, SUFFIX, restore)
+    trained = each("trained", TRAINED, "", _restore_trained)
+    plan = Plan(specs, content["base_parameters"], content["traced"], trained=trained)
     return plan, leaves
 
 
-def _each(
-    content: Mapping[str, Any],
-    key: str,
-    kinds: Mapping[str, type],
-    where: str,
-    restore: Callable[..., T],
-) -> tuple[T, ...]:
-    """Return what a function makes of each record below a key, and of its path."""
-    restored: dict[str, T] = {}
+def _by_name(
+    content: Mapping[str, Any], key: str, fields: Fields, where: str
+) -> dict[str, Any]:
+    """Return {slash-joined path: record}, each with the right keys, types and path."""
+    kinds = {key: kind for key, (kind, _) in fields.items()}
+    named: dict[str, Any] = {}
     for number, record in enumerate(content[key]):
-        place = f"{key}[{number}] of {where}"
-        path = check_record(record, kinds, place)["path"]
+        here = f"{key}[{number}] of {where}"
+        path = check_record(record, kinds, here)["path"]
         names = all(isinstance(p, str) and p not in ("", ".", "..") for p in path)
         if not path or not names:
             raise AdapterFileError(
-                f"{place} must have a path of names, got {short(path)}"
+                f"{here} must have a path of names, got {short(path)}"
             )
         name = "/".join(path)
-        if name in restored:
-            raise AdapterFileError(f"{place} is {name!r}, which is there twice")
-        try:
-            restored[name] = restore(record, *path)
-        except (TypeError, ValueError, OverflowError) as error:
-            raise AdapterFileError(f"{name} of {where}: {error}") from error
-    return tuple(restored.values())
+        if name in named:
+            raise AdapterFileError(f"{here} is {name!r}, which is there twice")
+        named[name] = record
+    return named
 
 
-def _take(arrays: Arrays, name: str) -> np.ndarray:
-    """Take an array of finite numbers out of `arrays`."""
+def _take(
+    arrays: dict[str, np.ndarray], name: str
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Take an array out of a file's, and the operator's arrays if it is an M."""
     if name not in arrays:
-        raise AdapterFileError(f"the file lacks {name}")
-    array = arrays.pop(name)
-    if not np.isfinite(array).all():
-        raise AdapterFileError(f"{name} in the file holds NaN or infinity")
-    return array
+        raise ValueError(f"the file lacks {name}")
+    check_finite(arrays[name], name, " in the file")
+    below = [key for key in arrays if key.startswith(f"{name}/")]
+    given = below if name.endswith(SUFFIX) else []
+    return arrays.pop(name), {n.removeprefix(f"{name}/"): arrays.pop(n) for n in given}
+
+
+def _restore_trained(
+    record: Mapping[str, Any], array: np.ndarray | None, base: Base, _: Any
+) -> TrainedArray:
+    shape, dtypes = tuple(record["shape"]), (record["dtype"], record["base_dtype"])
+    if not all(type(size) is int and size >= 0 for size in shape):
+        raise ValueError(f"shape must be integers, got {short(shape)}")
+    trained = TrainedArray(tuple(record["path"]), shape, *dtypes)
+    if dump(record_of(trained, TRAINED)) != dump(record):
+        raise ValueError(f"its dtypes must be names of dtypes, got {short(dtypes)}")
+    if base is not None:
+        trained.check(in_model(base, trained.name, "array"), " in the model")
+    if array is not None:
+        trained.check(array, " in the file")
+    return trained
 
 
 def shapes_of(plan: Plan) -> dict[str, jax.ShapeDtypeStruct]:
@@ -173,29 +177,3 @@ def shapes_of(plan: Plan) -> dict[str, jax.ShapeDtypeStruct]:
     shape = jax.ShapeDtypeStruct
     kernels = {spec.name: shape(spec.kernel_shape, jnp.float32) for spec in plan.specs}
     return kernels | {a.name: shape(a.shape, a.dtype) for a in plan.trained}
-
-
-# --- Arrays that train themselves ---
-
-
-def _describe_trained(array: TrainedArray) -> dict[str, Any]:
-    return {
-        "path": list(array.path),
-        "shape": list(array.shape),
-        "dtype": jnp.dtype(array.dtype).name,
-        "base_dtype": jnp.dtype(array.base_dtype).name,
-    }
-
-
-def _restore_trained(record: Mapping[str, Any], base: Base) -> TrainedArray:
-    shape, dtypes = tuple(record["shape"]), (record["dtype"], record["base_dtype"])
-    if not all(type(size) is int and size >= 0 for size in shape):
-        raise ValueError(f"shape must be integers, got {short(shape)}")
-    array = TrainedArray(tuple(record["path"]), shape, *dtypes)
-    if dump(_describe_trained(array)) != dump(record):
-        raise ValueError(f"its dtypes must be names of dtypes, got {short(dtypes)}")
-    if base is not None:
-        if array.name not in base:
-            raise ValueError(f"the model has no such array{lacking(array.name, base)}")
-        array.check(base[array.name], " in the model")
-    return array

@@ -10,31 +10,18 @@ import jax
 import numpy as np
 from jax.core import Tracer
 
-from mora_jax._common.suggestions import nearest_paths
 from mora_jax._plan.plan import Plan, check_plan
-from mora_jax._plan.spec import AdapterSpec
+from mora_jax._plan.spec import SUFFIX
+from mora_jax._tree.adapters import adapter_items, trained_items
 from mora_jax._tree.base_digest import kernel_digests
-from mora_jax._tree.paths import named_leaves
+from mora_jax._tree.paths import find_kernel, named_leaves
 from mora_jax.io._errors import AdapterFileError
-from mora_jax.io._files import (
-    CONFIG,
-    TEMPORARY,
-    TENSORS,
-    entries,
-    locked,
-    naming,
-    sync,
-    unfinished_file,
-)
-from mora_jax.io._json import plain, short
+from mora_jax.io._files import CONFIG, TENSORS, replace_files
+from mora_jax.io._json import dump, plain, short
 from mora_jax.io._locations import Location, as_path
-from mora_jax.io.native._file import (
-    decode_adapter,
-    encode_adapter,
-    is_ours,
-    parse_config,
-)
-from mora_jax.io.native._records import shapes_of
+from mora_jax.io._tensors import encode, to_numpy
+from mora_jax.io.native import _load
+from mora_jax.io.native._records import describe_plan, shapes_of
 
 
 def save(
@@ -47,23 +34,19 @@ def save(
 ) -> None:
     """Write adapters as files that `load` gives back bit for bit.
 
-    PEFT calls this `save_pretrained`. `adapter_model.safetensors` holds everything: the
-    trained arrays, the plan, the metadata, and digests. `adapter_config.json` is a copy
-    of all but the arrays, for people to read. Whenever the process is killed, the
-    directory holds the old adapter or the new adapter. Other files in it are left
-    alone, and an adapter of another format is not replaced.
-
-    On a local disk, processes that save into one directory wait for each other. On an
-    object store (`gs://`, `s3://`) only one process at a time may save into it.
+    PEFT calls this `save_pretrained`. `adapter_model.safetensors` holds everything, and
+    `adapter_config.json` is a copy of all but the arrays, for people to read. Whenever
+    the process is killed, the directory holds the old adapter or the new one. Other
+    files in it are left alone. On a local disk, processes that save into one directory
+    wait for each other; into an object store only one at a time may save.
 
     Args:
       directory: A path or a URL that `etils.epath` opens; made if it does not exist.
       adapters: The adapters, as `init` makes them.
       plan: The plan that they follow.
       metadata: Values that JSON can hold, for `io.read_metadata`.
-      params: The base's params. The file then holds a digest of a few rows of each
-        adapted kernel, and `load` and `merge` refuse another base. By default the file
-        keeps the digests that the plan has.
+      params: The base's params. The file then holds digests of them, and `load` and
+        `merge` refuse another base. By default it keeps the digests in the plan.
 
     Raises:
       TypeError: JSON cannot hold the metadata, or params are not arrays.
@@ -98,67 +81,75 @@ def replace_adapter(
     force: bool = False,
 ) -> None:
     """Do the same as `save`; with `force`, replace adapters of other formats, too."""
-    path, metadata = as_path("directory", directory), _metadata(metadata)
-    if params is not None:
-        plan = _with_digests(check_plan(plan), params)
-    tensors, config = encode_adapter(adapters, plan, metadata)
-    # Nothing is written that cannot be read.
-    decode_adapter(tensors, parse_config(tensors), shapes_of(plan))
-    if not force:
-        refuse_foreign_adapter(path)
-    _replace(path, tensors, config)
-
-
-def _metadata(metadata: Any) -> dict[str, Any]:
+    path = as_path("directory", directory)
     if metadata is not None and not isinstance(metadata, Mapping):
         raise TypeError(
             f"metadata must map names to what JSON can hold, got {short(metadata)}"
         )
-    return plain(metadata or {}, "metadata")
+    kept = plain(metadata or {}, "metadata")
+    if params is not None:
+        plan = _with_digests(check_plan(plan), params)
+    tensors, config = _encode(adapters, plan, kept)
+    # Nothing is written that cannot be read.
+    _load.decode(tensors, _load.parse_config(tensors), shapes_of(plan))
+    if not force:
+        _refuse_foreign_adapter(path)
+    replace_files(path, tensors, config)
+
+
+def _encode(adapters: Any, plan: Plan, metadata: dict[str, Any]) -> tuple[bytes, bytes]:
+    """Return the content of the file, and its config.
+
+    `metadata` are the values that the user wants to keep, as JSON holds them.
+    """
+    arrays: dict[str, np.ndarray] = {}
+    dtypes = {}
+    for spec, m in adapter_items(adapters, plan):
+        name = f"{spec.name}{SUFFIX}"
+        arrays[name] = to_numpy(name, m)
+        dtypes[spec.name] = m.dtype
+        if spec.operator.given:
+            fields = spec.operator.arrays
+            arrays |= {f"{name}/{f}": getattr(spec.operator, f) for f in fields}
+    for array, copy in trained_items(adapters, plan):
+        arrays[array.name] = to_numpy(array.name, copy)
+    content = describe_plan(plan, _load.FORMAT, dtypes)
+    content |= {"metadata": metadata, "tensors_sha256": _load.digest_of(arrays)}
+    content["sha256"] = _load.signature(content)
+    config = dump(content)
+    return encode(arrays, {_load.KEY: config.decode()}), config
 
 
 def _with_digests(plan: Plan, params: Any) -> Plan:
     """Return the plan with digests of the base's kernels."""
-    kernels = {name: leaf for name, (_, leaf) in named_leaves(params).items()}
-    specs = []
+    leaves, specs = named_leaves(params), []
     for spec in plan.specs:
-        digests = kernel_digests(spec, _kernel(spec, kernels))
+        _, kernel = leaves.get(spec.name, ((), None))
+        if kernel is not None and tuple(kernel.shape) != spec.kernel_shape:
+            raise ValueError(
+                f"{spec.name} in params must have shape {spec.kernel_shape}, got "
+                f"{tuple(kernel.shape)}"
+            )
+        _, kernel = find_kernel(leaves, spec)
+        if not isinstance(kernel, jax.Array | np.ndarray) or isinstance(kernel, Tracer):
+            raise TypeError(
+                f"params must hold concrete arrays, got {type(kernel).__name__} at "
+                f"{spec.name!r}"
+            )
+        digests = kernel_digests(spec, kernel)
         specs.append(dataclasses.replace(spec, base_digest=digests))
     return dataclasses.replace(plan, specs=tuple(specs))
 
 
-def _kernel(spec: AdapterSpec, kernels: Mapping[str, Any]) -> Any:
-    """Return the kernel of `spec` among the base's params."""
-    kernel = kernels.get(spec.name)
-    if kernel is None:
-        raise ValueError(
-            f"params lack the kernel {spec.name!r}{nearest_paths(spec.name, kernels)}"
-        )
-    if not isinstance(kernel, jax.Array | np.ndarray) or isinstance(kernel, Tracer):
-        raise TypeError(
-            f"params must hold concrete arrays, got {type(kernel).__name__} at "
-            f"{spec.name!r}"
-        )
-    if tuple(kernel.shape) != spec.kernel_shape:
-        raise ValueError(
-            f"{spec.name} in params must have shape {spec.kernel_shape}, got "
-            f"{tuple(kernel.shape)}"
-        )
-    return kernel
-
-
-def refuse_foreign_adapter(directory: Location) -> None:
+def _refuse_foreign_adapter(directory: Location) -> None:
     """Raise if a directory holds an adapter that this library did not write.
 
     Each of the two files says whose it is. If the config is damaged, the tensors do.
-
-    Raises:
-      FileExistsError: It does.
     """
     present = [name for name in (CONFIG, TENSORS) if (directory / name).is_file()]
     for name in present:
         with contextlib.suppress(AdapterFileError):
-            if is_ours(directory, name):
+            if _load.is_ours(directory, name):
                 return
             break
     if present:
@@ -166,32 +157,3 @@ def refuse_foreign_adapter(directory: Location) -> None:
             f"directory must not hold an adapter of another format, got {directory}, "
             f"whose {present[0]} is not mora_jax's; save to another one, or delete that"
         )
-
-
-def _replace(directory: Location, tensors: bytes, config: bytes) -> None:
-    """Replace the adapter by one rename, and the copy of its config around it.
-
-    The directory itself is not replaced, since it may hold files of the user. The copy
-    is removed before the rename and written after it. So at any moment a copy that is
-    there is of the adapter that is there, on a disk that loses its power, too.
-    """
-    if directory.exists() and not directory.is_dir():
-        raise NotADirectoryError(f"directory must be a directory, got {directory}")
-    directory.mkdir(parents=True, exist_ok=True)
-    with naming(directory), locked(directory):
-        # Listed before anything is written: clients of object stores keep a listing
-        # until they write, and this listing will soon be out of date.
-        left = [path for path in entries(directory) if path.name.startswith(TEMPORARY)]
-        with (
-            unfinished_file(directory, tensors) as new_tensors,
-            unfinished_file(directory, config) as new_copy,
-        ):
-            (directory / CONFIG).unlink(missing_ok=True)
-            sync(directory)
-            new_tensors.replace(directory / TENSORS)  # from here on the adapter is new
-            sync(directory)
-            new_copy.replace(directory / CONFIG)
-            sync(directory)
-        for path in left:
-            with contextlib.suppress(OSError):
-                path.unlink(missing_ok=True)
