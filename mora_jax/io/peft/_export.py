@@ -12,7 +12,7 @@ from mora_jax.io._locations import as_path
 from mora_jax.io._modules import modules_of
 from mora_jax.io._names import Names, pairs
 from mora_jax.io.checkpoints._checkpoint import Checkpoint
-from mora_jax.io.checkpoints._matching import stands_for_two
+from mora_jax.io.checkpoints._matching import Source
 from mora_jax.io.checkpoints._merge_files import merge_checkpoint
 from mora_jax.io.peft._lora import make_lora
 from mora_jax.io.peft._write import free
@@ -126,10 +126,8 @@ def _is_tied(base: str | os.PathLike[str], plan: Plan, names: Names) -> bool:
     known = pairs(names)
     named = [module for spec in plan.specs for module in modules_of(spec, known)[0]]
     tables = [f"{module.name}.weight" for module in named if module.table]
-    if not tables:
-        return False
-    checkpoint = Checkpoint(base)
-    return any(stands_for_two(checkpoint, table) for table in tables)
+    source = Source(Checkpoint(base), names, "embedding") if tables else None
+    return source is not None and any(map(source.stands_for_two, tables))
 
 
 def _command(server: Server, model: str, rank: int = 0, adapter: str = "") -> str:
