@@ -122,7 +122,10 @@ class Leaf:
             start, stop = np.searchsorted(numbers, (first, first + len(piece)))
             for k in range(start, stop, BLOCK):
                 block = slice(k, min(k + BLOCK, stop))
-                values = piece[numbers[block] - first].reshape(-1, *columns)[:, *cut]
+                at = numbers[block] - first
+                dense = at[-1] - at[0] == len(at) - 1  # then a slice copies nothing
+                values = piece[at[0] : at[-1] + 1] if dense else piece[at]
+                values = values.reshape(-1, *columns)[:, *cut]
                 values = converted(values, self.dtype, name)
                 rows[block] = values.reshape(len(values), -1)
             first += len(piece)

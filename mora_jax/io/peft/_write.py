@@ -4,7 +4,7 @@ import dataclasses
 import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -39,8 +39,8 @@ def save_peft_mora(
     """Write adapters so that the paper's authors' code (peft-mora) loads them.
 
     That code computes q from a rank, has only sharing and rotation, and ignores alpha.
-    So M is written with alpha and the normalisation multiplied in, and adapters that
-    the code cannot express are refused.
+    So alpha and the normalisation are multiplied into M, and other adapters are
+    refused.
 
     Args:
       directory: A path or a URL that `etils.epath` opens, new or empty. A local
@@ -74,11 +74,10 @@ def save_peft_mora(
                 f"{module.name} is a part of this kernel; io.save_peft_lora writes "
                 "such adapters as a LoRA, and io.merge_checkpoint merges them"
             )
-        mora_type, files.ranks[module.name], scale = _reference(spec)
+        mora_type, rank, scale = _reference(spec)
         settings.add((mora_type, spec.dropout, module.axes))
-        for letter in "AB":
-            name = f"{PREFIX}{module.name}.lora_{letter}.weight"
-            files.tensors[name] = (scale * scaled(spec, m)).T
+        m = scale * scaled(spec, m)
+        files.add(module.name, rank, {f"lora_{x}.weight": m for x in "AB"})
     if len(settings) > 1:
         raise ValueError(
             "the reference has one mora_type, dropout and fan_in_fan_out for all "
@@ -133,6 +132,13 @@ class PeftFiles:
     ranks: dict[str, int] = dataclasses.field(default_factory=dict)
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
 
+    def add(self, module: str, rank: int, matrices: Mapping[str, Any]) -> None:
+        """Add a module with its matrices, which PyTorch has transposed."""
+        self.ranks[module] = rank
+        for name, matrix in matrices.items():
+            array = np.asarray(matrix, np.float32).T
+            self.tensors[f"{PREFIX}{module}.{name}"] = array
+
     def write(self, path: Location, base_model: str, task_type: str | None) -> None:
         """Write a directory, its config last.
 
@@ -162,8 +168,8 @@ class PeftFiles:
 
 def modules(
     adapters: Any, plan: Plan, names: Names
-) -> Iterator[tuple[Module, AdapterSpec, np.ndarray]]:
-    """Yield PyTorch's modules, with the spec and the M of each; no convolutions."""
+) -> list[tuple[Module, AdapterSpec, np.ndarray]]:
+    """Return PyTorch's modules, with the spec and the M of each; no convolutions."""
     if not len(plan):
         raise ValueError("plan must have an adapter to write, got none")
     refuse_trained(
@@ -183,7 +189,7 @@ def modules(
             f"names have no module for the kernel {unknown[0]!r}; "
             + suggestion(unknown, ())
         )
-    yield from items
+    return items
 
 
 def _refuse_convolution(spec: AdapterSpec) -> None:
@@ -210,15 +216,13 @@ def free(directory: str | os.PathLike[str], force: bool) -> Location:
       FileExistsError: The directory holds something else, or it is a file.
     """
     path = as_path("directory", directory)
+    rule = "directory must be new or empty, got"
     if path.exists() and not path.is_dir():
-        raise FileExistsError(f"directory must be new or empty, got the file {path}")
+        raise FileExistsError(f"{rule} the file {path}")
     there = {entry.name for entry in entries(path)}
-    others = sorted(there - {CONFIG, TENSORS})
     if there and not force:
-        raise FileExistsError(
-            f"directory must be new or empty, got {path}; force=True replaces an "
-            "adapter there"
-        )
+        raise FileExistsError(f"{rule} {path}; force=True replaces an adapter there")
+    others = sorted(there - {CONFIG, TENSORS})
     if there and (CONFIG not in there or others):
         raise FileExistsError(
             f"force=True replaces a directory that holds nothing but an adapter, got "
