@@ -21,33 +21,46 @@ BLOCK = 64
 piece at once would take ten times as long."""
 
 
-class Layout(NamedTuple):
-    """Axes of an array that are the rows of a tensor, and those that are its columns.
+class Part(NamedTuple):
+    """A tensor, and the axes of an array that are its rows and its columns.
 
     A weight (heads * width, in) that is a kernel (in, heads, width) has rows (1, 2) and
     columns (0,). A vector has no columns.
     """
 
+    file: TensorFile
+    name: str
     rows: Shape
     columns: Shape
 
+    @property
+    def shape(self) -> Shape:
+        """The tensor's shape."""
+        return self.file.entries[self.name].shape
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The tensor's dtype, which is floating-point."""
+        return self.file.dtype(self.name, "dequantise it first")
+
     @classmethod
-    def of(cls, array: Shape, stored: Shape, tensor: Tensor) -> "Layout | None":
-        """Return the layout of a tensor of shape `stored`; None if it does not fit."""
+    def of(cls, file: TensorFile, tensor: Tensor, array: Shape) -> "Part | None":
+        """Return the part for an array of a shape; None if the tensor does not fit."""
+        name, shape = tensor.name, file.entries[tensor.name].shape
         order = tensor.order or tuple(range(len(array)))
         if len(order) != len(array):
             return None
-        if len(stored) < 2:
-            return cls(order, ()) if math.prod(array) == math.prod(stored) else None
+        if len(shape) < 2:
+            fits = math.prod(array) == math.prod(shape)
+            return cls(file, name, order, ()) if fits else None
         for k in range(1, len(order) if tensor.axes != "o" else 1):
-            rows, columns = order[:k], order[k:]
-            layout = cls(columns, rows) if tensor.axes == "oi" else cls(rows, columns)
-            sizes = (math.prod(array[k] for k in axes) for axes in layout)
-            if tuple(sizes) == stored:
-                return layout
+            axes = order[:k], order[k:]
+            axes = axes[::-1] if tensor.axes == "oi" else axes
+            if tuple(math.prod(array[k] for k in group) for group in axes) == shape:
+                return cls(file, name, *axes)
         return None
 
-    def stored(self, array: np.ndarray) -> np.ndarray:
+    def transposed(self, array: np.ndarray) -> np.ndarray:
         """Return an array with the axes of rows first, and then those of columns."""
         return array.transpose(self.rows + self.columns)
 
@@ -60,13 +73,13 @@ class Leaf:
       shape: Its shape, which begins with its stack's.
       dtype: Its dtype, to which the tensors are converted.
       sharding: Its place; None for the default device.
-      tensors: {index in the stack: the file, the name and the layout of a tensor}.
+      tensors: {index in the stack: the tensor there}.
     """
 
     shape: Shape
     dtype: np.dtype
     sharding: Sharding | None
-    tensors: Mapping[Shape, tuple[TensorFile, str, Layout]]
+    tensors: Mapping[Shape, Part]
 
     def read(self) -> jax.Array:
         """Return the array.
@@ -76,7 +89,7 @@ class Leaf:
         """
         if self.sharding is None:
             whole = tuple(slice(0, size) for size in self.shape)
-            return jnp.asarray(self._part(whole)).block_until_ready()
+            return jnp.asarray(self._read(whole)).block_until_ready()
         parts, devices, shards = {}, defaultdict(list), []
         places = self.sharding.addressable_devices_indices_map(self.shape)
         for device, index in places.items():
@@ -84,7 +97,7 @@ class Leaf:
             devices[str(index)].append(device)
         memory = self.sharding.memory_kind
         for key, index in parts.items():
-            array = self._part(index)
+            array = self._read(index)
             where = (SingleDeviceSharding(d, memory_kind=memory) for d in devices[key])
             copies = [jax.device_put(array, sharding) for sharding in where]
             shards += jax.block_until_ready(copies)
@@ -92,33 +105,26 @@ class Leaf:
             self.shape, self.sharding, shards
         )
 
-    def _part(self, index: tuple[slice, ...]) -> np.ndarray:
+    def _read(self, index: tuple[slice, ...]) -> np.ndarray:
         """Return a part of the array, from rows of tensors that it needs alone."""
         ends = [part.indices(n)[:2] for part, n in zip(index, self.shape, strict=True)]
         array = np.empty([stop - start for start, stop in ends], self.dtype)
         depth = len(next(iter(self.tensors)))
         for place in np.ndindex(array.shape[:depth]) if array.size else ():
             at = tuple(k + start for k, (start, _) in zip(place, ends, strict=False))
-            self._fill(array[place], index[depth:], *self.tensors[at])
+            self._fill(array[place], index[depth:], self.tensors[at])
         return array
 
-    def _fill(
-        self,
-        array: np.ndarray,
-        part: tuple[slice, ...],
-        file: TensorFile,
-        name: str,
-        layout: Layout,
-    ) -> None:
-        """Write a part of a tensor into `array`, which is that part of one layer."""
+    def _fill(self, array: np.ndarray, box: tuple[slice, ...], part: Part) -> None:
+        """Write the box of a tensor into `array`, which is that box of one layer."""
         inner = self.shape[len(self.shape) - array.ndim :]
-        sizes, columns = ([inner[k] for k in axes] for axes in layout)
-        chosen, cut = (tuple(part[k] for k in axes) for axes in layout)
+        sizes, columns = ([inner[k] for k in axes] for axes in part[2:])
+        chosen, cut = (tuple(box[k] for k in axes) for axes in part[2:])
         numbers = np.arange(math.prod(sizes)).reshape(sizes)[chosen].ravel()
-        stored = layout.stored(array)
-        rows = stored.reshape(len(numbers), -1)
+        transposed = part.transposed(array)
+        rows = transposed.reshape(len(numbers), -1)
         first = int(numbers[0])
-        for piece in file.rows(name, first, int(numbers[-1]) + 1):
+        for piece in part.file.rows(part.name, first, int(numbers[-1]) + 1):
             start, stop = np.searchsorted(numbers, (first, first + len(piece)))
             for k in range(start, stop, BLOCK):
                 block = slice(k, min(k + BLOCK, stop))
@@ -126,12 +132,12 @@ class Leaf:
                 dense = at[-1] - at[0] == len(at) - 1  # then a slice copies nothing
                 values = piece[at[0] : at[-1] + 1] if dense else piece[at]
                 values = values.reshape(-1, *columns)[:, *cut]
-                values = converted(values, self.dtype, name)
+                values = converted(values, self.dtype, part.name)
                 rows[block] = values.reshape(len(values), -1)
             first += len(piece)
         # Axes that do not follow each other in the array cannot be a view of one axis.
         if not np.may_share_memory(rows, array):
-            stored[...] = rows.reshape(stored.shape)
+            transposed[...] = rows.reshape(transposed.shape)
 
 
 def converted(array: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:

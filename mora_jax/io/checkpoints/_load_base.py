@@ -15,16 +15,11 @@ from mora_jax._common.checks import floating_dtype
 from mora_jax._common.suggestions import nearest_paths
 from mora_jax._common.types import Shape
 from mora_jax._plan.spec import SUFFIX
-from mora_jax._tree.paths import (
-    is_boxed,
-    located_leaves,
-    refuse_variables,
-    replace_leaves,
-)
+from mora_jax._tree.paths import located_leaves, refuse_variables, replace_leaves
 from mora_jax.io._errors import AdapterFileError
-from mora_jax.io._names import Names, Tensor
+from mora_jax.io._names import Names
 from mora_jax.io.checkpoints._checkpoint import Checkpoint
-from mora_jax.io.checkpoints._leaf import Layout, Leaf
+from mora_jax.io.checkpoints._leaf import Leaf, Part
 from mora_jax.io.checkpoints._matching import Source
 
 
@@ -91,74 +86,53 @@ def load_base(
         )
     refuse_variables(like, "like")
     places = located_leaves(like, "like")
-    arrays = {"/".join(p): _unboxed(leaf, "/".join(p)) for p, leaf in places.items()}
+    arrays = {"/".join(path): _content(leaf) for path, leaf in places.items()}
+    for name, array in arrays.items():
+        if not hasattr(array, "shape") or not hasattr(array, "dtype"):
+            raise TypeError(
+                f"like must hold arrays, got {type(array).__name__} at {name!r}"
+            )
     if adapted := [name for name in arrays if name.endswith(SUFFIX)]:
         raise ValueError(
             f"like must be a base without adapters, got {adapted[0]!r}: load the base "
             "first, and adapt it then"
         )
     shardings = _shardings(sharding, arrays)
-    source = Source(Checkpoint(path), names, "leaf of like")
+    misfit = "{!r} in like has shape {}, which {} does not fit"
+    source = Source(Checkpoint(path), names, "leaf of like", misfit)
     stacks = {name: source.stack(name, tuple(a.shape)) for name, a in arrays.items()}
     source.check_missing()
     source.check_left(arrays, skip)
     leaves = [
-        _leaf(source.checkpoint, name, array, dtype, shardings[name], stacks[name])
-        for name, array in arrays.items()
+        Leaf(tuple(array.shape), _dtype(name, array.dtype, dtype, stack), place, stack)
+        for (name, array), stack, place in zip(
+            arrays.items(), stacks.values(), shardings, strict=True
+        )
     ]
     read = {place: leaf.read() for place, leaf in zip(places, leaves, strict=True)}
     return replace_leaves(like, read)
 
 
-def _unboxed(leaf: Any, name: str) -> Any:
-    """Return the array or the shape in `leaf`."""
-    if is_boxed(leaf):  # without the constraints that Linen's `unbox` would add
-        (leaf,) = jax.tree.leaves(leaf)
-    if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
-        raise TypeError(f"like must hold arrays, got {type(leaf).__name__} at {name!r}")
-    return leaf
+def _content(leaf: Any) -> Any:
+    """Return a leaf without its box, whose `unbox` in Linen would add constraints."""
+    return jax.tree.leaves(leaf)[0]
 
 
-def _leaf(
-    checkpoint: Checkpoint,
-    name: str,
-    array: Any,
-    asked: Any,
-    sharding: Sharding | None,
-    stack: Mapping[Shape, Tensor],
-) -> Leaf:
-    """Return the leaf `name` of `like`, whose dtype and shape fit its tensors."""
-    dtype, shape = _dtype(name, array.dtype, asked), tuple(array.shape)
-    tensors = {}
-    for index, tensor in stack.items():
-        file, entry = checkpoint.place[tensor.name], checkpoint.entry(tensor.name)
-        stored = file.dtype(tensor.name, "dequantise it first")
-        if asked is None and stored != dtype:
-            raise AdapterFileError(
-                f"{tensor.name!r} in the base is {stored}, and {name!r} in like is "
-                f"{dtype}: dtype='like' or dtype='{stored}' converts"
-            )
-        layout = Layout.of(shape[len(index) :], entry.shape, tensor)
-        if layout is None:
-            transposed = ", transposed," if tensor.axes == "oi" else ""
-            raise AdapterFileError(
-                f"{name!r} in like has shape {shape}, which {tensor.name!r} of shape "
-                f"{entry.shape}{transposed} does not fit"
-            )
-        tensors[index] = file, tensor.name, layout
-    return Leaf(shape, dtype, sharding, tensors)
-
-
-def _dtype(name: str, own: Any, asked: Any) -> np.dtype:
+def _dtype(name: str, own: Any, asked: Any, stack: Mapping[Shape, Part]) -> np.dtype:
     """Return the dtype of a leaf's result, where `own` is its dtype in `like`."""
     by_leaf = asked is None or isinstance(asked, str) and asked == "like"
     try:
         dtype = floating_dtype(own if by_leaf else asked, "dtype")
     except TypeError as error:
         raise TypeError(
-            f"dtype must be 'like' or a floating-point dtype, which {name!r} gets: "
-            f"{error}"
+            f"dtype must be 'like' or a floating-point dtype for {name!r}: {error}"
         ) from None
+    for part in stack.values():
+        if part.dtype != dtype and asked is None:
+            raise AdapterFileError(
+                f"{part.name!r} in the base is {part.dtype}, and {name!r} in like is "
+                f"{dtype}: dtype='like' or dtype='{part.dtype}' converts"
+            )
     if dtype == np.float64 and not jax.config.read("jax_enable_x64"):
         raise AdapterFileError(
             f"{name!r} would be float64: set jax_enable_x64, or give another dtype"
@@ -166,40 +140,35 @@ def _dtype(name: str, own: Any, asked: Any) -> np.dtype:
     return dtype
 
 
-def _shardings(sharding: Any, arrays: Mapping[str, Any]) -> dict[str, Sharding | None]:
+def _shardings(sharding: Any, arrays: Mapping[str, Any]) -> list[Sharding | None]:
     """Return the place of each leaf, checked."""
     if sharding is None:
         # JAX has chosen the sharding of an array that is not committed.
         own = {n: a for n, a in arrays.items() if getattr(a, "committed", True)}
-        shardings = {name: getattr(own.get(name), "sharding", None) for name in arrays}
+        given = {name: getattr(own.get(name), "sharding", None) for name in arrays}
     elif jax.tree_util.treedef_is_leaf(jax.tree.structure(sharding)):
-        shardings = dict.fromkeys(arrays, sharding)
+        given = dict.fromkeys(arrays, sharding)
     else:
-        given = located_leaves(sharding, "sharding")
-        shardings = {
-            "/".join(place): jax.tree.leaves(leaf)[0] if is_boxed(leaf) else leaf
-            for place, leaf in given.items()
-        }
+        places = located_leaves(sharding, "sharding")
+        given = {"/".join(p): _content(leaf) for p, leaf in places.items()}
     for name, array in arrays.items():
-        if name not in shardings:
+        if name not in given:
             raise ValueError(
-                f"sharding lacks the leaf {name!r}{nearest_paths(name, shardings)}"
+                f"sharding lacks the leaf {name!r}{nearest_paths(name, given)}"
             )
-        if shardings[name] is not None:
-            _check_sharding(name, tuple(array.shape), shardings[name])
-    return shardings
+        if given[name] is not None:
+            _check_sharding(name, tuple(array.shape), given[name])
+    return [given[name] for name in arrays]
 
 
 def _check_sharding(name: str, shape: Shape, sharding: Any) -> None:
     if not isinstance(sharding, Sharding):
         raise TypeError(
-            f"sharding must hold shardings, such as NamedSharding(mesh, spec), got "
+            "sharding must hold shardings, such as NamedSharding(mesh, spec), got "
             f"{sharding!r} for {name!r}"
         )
     if isinstance(getattr(sharding, "mesh", None), AbstractMesh):
-        raise ValueError(
-            f"sharding must name devices, got a mesh without them for {name!r}"
-        )
+        raise ValueError(f"sharding must name devices for {name!r}, got {sharding}")
     spec = getattr(sharding, "spec", ())
     if len(spec) > len(shape):
         raise ValueError(

@@ -22,6 +22,7 @@ from mora_jax.io._names import (
 )
 from mora_jax.io._suggest import suggestion
 from mora_jax.io.checkpoints._checkpoint import Checkpoint
+from mora_jax.io.checkpoints._leaf import Part
 
 
 class Source:
@@ -31,38 +32,50 @@ class Source:
       checkpoint: The checkpoint.
       known: The templates.
       what: The kind of leaves in messages.
+      misfit: The message for a leaf of another shape than its tensor's.
       tied: True if a tensor may stand for the one that it is tied to.
       taken: {tensor: the leaf that has it}.
       missing: The leaves without a tensor, with their indices.
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, names: Names, what: str, tied: bool | None = None
+        self,
+        checkpoint: Checkpoint,
+        names: Names,
+        what: str = "",
+        misfit: str = "",
+        tied: bool = True,
     ) -> None:
-        self.checkpoint, self.known, self.what = checkpoint, pairs(names), what
-        self.tied = _may_be_tied(checkpoint) if tied is None else tied
+        self.checkpoint, self.known = checkpoint, pairs(names)
+        self.what, self.misfit = what, misfit
+        self.tied = tied and _may_be_tied(checkpoint)
         self._by_canonical: dict[str, list[str]] = defaultdict(list)
         for name in checkpoint.place:
             self._by_canonical[canonical(name)].append(name)
         self.taken: dict[str, str] = {}
         self.missing: list[str] = []
 
-    def stack(self, leaf: str, shape: Shape) -> dict[Shape, Tensor]:
+    def stack(self, leaf: str, shape: Shape) -> dict[Shape, Part]:
         """Return {index in a leaf's stack: its tensor}; others are noted as missing.
 
         A leaf that is not stacked has the index ().
         """
         depths = (k for k in range(len(shape) + 1) if self._find(leaf, (0,) * k))
-        sizes, stack = shape[: next(depths, 0)], {}
-        if 0 in sizes:
+        depth, stack = next(depths, 0), {}
+        if 0 in shape[:depth]:
             self.missing.append(leaf)
-        for index in np.ndindex(sizes):
-            part = join_index(leaf, index)
+        for index in np.ndindex(shape[:depth]):
             if tensor := self._find(leaf, index):
-                stack[index] = tensor
-                self._take(tensor.name, part)
+                self._take(tensor.name, join_index(leaf, index))
+                file = self.checkpoint.place[tensor.name]
+                stack[index] = part = Part.of(file, tensor, shape[depth:])
+                if part is None:
+                    transposed = " transposed" * (tensor.axes == "oi")
+                    stored = self.checkpoint.entry(tensor.name).shape
+                    text = f"{tensor.name!r} of shape {stored}{transposed}"
+                    raise AdapterFileError(self.misfit.format(leaf, shape, text))
             else:
-                self.missing.append(part)
+                self.missing.append(join_index(leaf, index))
         return stack
 
     def _find(self, leaf: str, index: Shape) -> Tensor | None:

@@ -23,7 +23,6 @@ from mora_jax.io._names import Names, join_index, pairs
 from mora_jax.io._suggest import suggestion
 from mora_jax.io._tensors import to_numpy
 from mora_jax.io.checkpoints._checkpoint import Checkpoint
-from mora_jax.io.checkpoints._leaf import Layout
 from mora_jax.io.checkpoints._matching import Source
 
 
@@ -163,7 +162,8 @@ def replacements(
         shape or dtype.
     """
     replaced: dict[str, tuple[str, np.ndarray]] = {}
-    source = Source(checkpoint, names, "trained array", tied=False)
+    misfit = "the trained array {!r} of shape {} does not fit {} in the base"
+    source = Source(checkpoint, names, "trained array", misfit, tied=False)
     for array, copy in items:
         numbers, own = to_numpy(array.name, copy), _own_name(checkpoint, array.path)
         # A bias with axes for heads may have the name of its tensor by chance.
@@ -171,16 +171,9 @@ def replacements(
             replaced[own] = array.name, numbers
             source.taken[own] = array.name
             continue
-        for index, tensor in source.stack(array.name, array.shape).items():
-            part, layer = join_index(array.name, index), numbers[index]
-            stored = checkpoint.entry(tensor.name).shape
-            layout = Layout.of(layer.shape, stored, tensor)
-            if layout is None:
-                raise AdapterFileError(
-                    f"the trained array {part!r} of shape {layer.shape} does not fit "
-                    f"its tensor in the base, of shape {stored}"
-                )
-            replaced[tensor.name] = part, layout.stored(layer).reshape(stored)
+        for index, part in source.stack(array.name, array.shape).items():
+            layer = part.transposed(numbers[index]).reshape(part.shape)
+            replaced[part.name] = join_index(array.name, index), layer
     source.check_missing()
     for name in replaced:
         checkpoint.place[name].dtype(name, "dequantise it first")
