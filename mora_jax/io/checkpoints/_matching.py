@@ -68,12 +68,14 @@ class Source:
             if tensor := self._find(leaf, index):
                 self._take(tensor.name, join_index(leaf, index))
                 file = self.checkpoint.place[tensor.name]
-                stack[index] = part = Part.of(file, tensor, shape[depth:])
-                if part is None:
+                part = Part.of(file, tensor, shape[depth:])
+                # All layers have one order of axes.
+                if part is None or part[2:] != next(iter(stack.values()), part)[2:]:
                     transposed = " transposed" * (tensor.axes == "oi")
                     stored = self.checkpoint.entry(tensor.name).shape
                     text = f"{tensor.name!r} of shape {stored}{transposed}"
                     raise AdapterFileError(self.misfit.format(leaf, shape, text))
+                stack[index] = part
             else:
                 self.missing.append(join_index(leaf, index))
         return stack

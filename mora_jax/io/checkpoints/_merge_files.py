@@ -44,8 +44,8 @@ def merge_checkpoint(
     This is PEFT's `merge_and_unload` and `save_pretrained`, but without the model:
     tensors go from file to file, and memory holds one kernel and its delta. Names,
     dtypes and all tensors without an adapter stay bit for bit the same. Arrays that the
-    plan trains replace their tensors, rounded to their dtypes. The config,
-    tokenizer and templates in the base's directory are copied; pickles are not.
+    plan trains replace their tensors, rounded to nearest. The config, tokenizer and
+    templates in the base's directory are copied; pickles are not.
 
     A local `out` is there whole or not at all. On an object store the index and then
     config.json are written last, so a killed process leaves neither of them.
@@ -53,26 +53,24 @@ def merge_checkpoint(
     Args:
       base: A safetensors file, or a directory of them with or without an index; a path
         or a URL that `etils.epath` opens. A kernel is found by its path, joined by "/"
-        or ".". Otherwise `names` gives its name in PyTorch, `<module>.weight`.
+        or ".", or as `<module>.weight` by `names`.
       adapters: The adapters, as `init` makes them.
       plan: The plan that they follow.
       out: The directory to make, a path or a URL.
       names: As in `load_peft_mora`.
-      force: Whether to replace a checkpoint that is in `out`. On an object store its
-        files are removed before anything is written.
-      any_base: Whether to merge also into other weights than those that the adapter
-        was trained on.
+      force: True to replace a checkpoint that is in `out`; an object store's is removed
+        before anything is written.
+      any_base: True to merge into any weights, as in `mora_jax.merge`.
       rounding: The rounding to less than 32 bits, as in `mora_jax.merge`.
-      progress: A function that is called after each piece that is written, with the
-        number of its bytes.
+      progress: A function of the number of bytes, called after each piece is written.
 
     Returns:
       {tensor: the share of its delta that rounding lost in the mean}, as
       `diagnostics.merge_loss` has it.
 
     Raises:
-      AdapterFileError: The base is damaged, or the adapters do not fit it; or, without
-        `any_base`, the plan knows that they were trained on other weights.
+      AdapterFileError: The base is damaged, the adapters do not fit it, or they were
+        trained on other weights and `any_base` is False.
       FileExistsError: `out` exists, and `force` is False; or it holds something other
         than a checkpoint, such as an adapter.
       NotADirectoryError: `out` is a file.
@@ -90,7 +88,7 @@ def merge_checkpoint(
     if both := sorted(sites.keys() & trained.keys()):
         raise AdapterFileError(f"an adapter and a trained array go into {both[0]!r}")
     if sites and not any_base:  # most wrong bases are refused before a file is written
-        next(iter(sites.values())).check_base(checkpoint, {})
+        next(iter(sites.values())).check_base(checkpoint)
     lost: dict[str, float] = {}
 
     def merged(name: str) -> Iterator[bytes]:
@@ -99,7 +97,7 @@ def merge_checkpoint(
         if name in sites:
             kernel = file[name]
             if not any_base:
-                sites[name].check_base(checkpoint, {name: kernel})
+                sites[name].check_base(checkpoint, kernel)
             kernel, lost[name] = sites[name].add(kernel, rounding)
             yield kernel.tobytes()
         elif name in trained:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import jax.numpy as jnp
@@ -77,21 +77,16 @@ class Site:
             )
         return merged, share_lost(after - before, delta)
 
-    def check_base(
-        self, checkpoint: Checkpoint, read: Mapping[str, np.ndarray]
-    ) -> None:
+    def check_base(self, checkpoint: Checkpoint, own: np.ndarray | None = None) -> None:
         """Raise if the adapter is known to be trained on another kernel.
 
-        Args:
-          checkpoint: The base.
-          read: Tensors of the kernel that were read already.
+        `own` is the tensor itself, if it was read already.
         """
         if self.spec.base_digest is None:
             return
-        tensors = [
-            read[name] if name in read else checkpoint.place[name][name]
-            for name in self.tensors
-        ]
+        others = (name for name in self.tensors if own is None or name != self.name)
+        read = {name: checkpoint.place[name][name] for name in others}
+        tensors = [read.get(name, own) for name in self.tensors]
         kernel = np.concatenate(tensors, self.spec.axes.index("o"))
         try:
             check_digests(self.spec, kernel_digests(self.spec, kernel), self.layer)

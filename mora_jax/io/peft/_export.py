@@ -56,11 +56,9 @@ def export(
 ) -> Export:
     """Write adapters as what vLLM or SGLang serves best, and say how.
 
-    That is a LoRA where one of a rank that servers take is near enough: exactly, for
-    operators without blocks; for others with the fewest singular values of each module
-    that lose no more than `max_error` of its delta. Where that takes more than rank
-    512, the plan trains arrays of the base, or `base` shows that an adapted embedding
-    is also the head, it is the base with the adapters merged in.
+    That is a LoRA as `save_peft_lora` writes it with `rank="auto"`. Where that takes
+    more than rank 512, the plan trains arrays of the base, or `base` shows that an
+    adapted embedding is also the head, it is the base with the adapters merged in.
 
     Args:
       directory: The directory to make, a path or a URL.
@@ -73,14 +71,11 @@ def export(
       base_model: The model that the server loads: a directory or a name on the Hub.
         `base` by default.
       max_error: The largest share of its delta that a module may lose in a LoRA.
-      force: Whether to replace what is in `directory`: an adapter by a LoRA, or a
+      force: True to replace what is in `directory`: an adapter by a LoRA, or a
         checkpoint by a merged one.
       any_base: As in `merge_checkpoint`.
       rounding: As in `merge_checkpoint`.
       progress: As in `merge_checkpoint`.
-
-    Returns:
-      What was written, and the command that serves it.
 
     Raises:
       ValueError: `server` is unknown, or the adapters have to be merged and `base` is

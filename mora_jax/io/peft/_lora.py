@@ -15,10 +15,6 @@ from mora_jax.io.peft._write import PeftFiles, free, modules
 
 Rank = int | Literal["auto"] | None
 
-LAYER_NAMES = "lora_A.weight", "lora_B.weight"
-TABLE_NAMES = "lora_embedding_A", "lora_embedding_B"
-"""PEFT's names of A and B of a layer, and of an embedding."""
-
 
 def save_peft_lora(
     directory: str | os.PathLike[str],
@@ -35,12 +31,10 @@ def save_peft_lora(
     r"""Write adapters as a LoRA that Hugging Face PEFT and servers load.
 
     The deltas of operators without blocks (sharing, signed_sharing, truncation,
-    orthogonal, subspace and hadamard) have rank q and are LoRAs of that rank exactly:
-    :math:`A = C`, :math:`B = \alpha M D`. The deltas of other operators have full rank,
-    and only the `rank` largest of their singular values are kept. What each module
-    loses by that is returned, and a loss of more than `max_error` is refused. An
-    adapter of an embedding changes what is looked up, and not a head that is tied to
-    it; a `MoRAWarning` says so.
+    orthogonal, subspace and hadamard) are LoRAs of rank q exactly: :math:`A = C`,
+    :math:`B = \alpha M D`. The deltas of other operators have full rank, and only the
+    `rank` largest of their singular values are kept. An adapter of an embedding changes
+    what is looked up, and not a head that is tied to it; a `MoRAWarning` says so.
 
     Args:
       directory: A path or a URL that `etils.epath` opens, new or empty. A local
@@ -56,7 +50,7 @@ def save_peft_lora(
         1, measured by the Frobenius norm. 1 accepts any loss.
       base_model: PEFT's `base_model_name_or_path`.
       task_type: PEFT's `task_type`.
-      force: Whether to replace an adapter that is in the directory.
+      force: True to replace an adapter that is in the directory.
 
     Returns:
       {module: norm(delta - LoRA) / norm(delta)}; 0 where nothing is cut off.
@@ -66,8 +60,7 @@ def save_peft_lora(
         other than an adapter.
       ValueError: `names` lack a module for a kernel, a kernel is a convolution's, a
         delta of full rank is given without `rank`, a module would lose more than
-        `max_error`, or the plan lacks adapters or trains arrays itself. Nothing is
-        written then.
+        `max_error`, or the plan lacks adapters or trains arrays. Nothing is written.
     """
     path = free(directory, force)
     files, lost = make_lora(adapters, plan, names, rank, max_error)
@@ -87,14 +80,12 @@ def make_lora(
         raise ValueError(f"max_error must be between 0 and 1, got {max_error}")
     if rank is not None and rank != "auto":
         rank = positive_integer("rank", rank)
-    files, lost = PeftFiles(), {}
-    axes, full, enough = set(), None, 1
+    files, lost, full, enough = PeftFiles(), {}, None, 1
     for module, spec, m in modules(adapters, plan, names):
         a, b, cut = _factors(spec, m, module.outputs, rank, max_error)
         lost[module.name] = float(cut[len(b)])
         enough = max(enough, _enough(cut, max_error))
         full = spec if rank is None and spec.operator.block else full
-        matrices = dict(zip(LAYER_NAMES, (a, b), strict=True))
         if module.table:
             warn(
                 f"{spec.name}: PEFT and servers adapt the lookup of {module.name}, and "
@@ -102,13 +93,9 @@ def make_lora(
             )
             if module.axes == "oi":  # the rows of the table are its outputs
                 a, b = b.T, a.T
-            matrices = dict(zip(TABLE_NAMES, (a, b), strict=True))
-        else:
-            axes.add(module.axes)
-        files.add(module.name, len(b), matrices)
-    if len(axes) > 1:
+        files.add(module, len(b), a, b)
+    if len(files.axes) > 1:
         raise ValueError("modules must be all Linear or all Conv1D")
-    files.axes = axes.pop() if axes else "oi"
     advice = (
         f"rank={enough} keeps every module within {max_error:.1%}, and max_error=1 "
         "accepts any loss"

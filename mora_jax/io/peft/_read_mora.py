@@ -48,9 +48,9 @@ def load_peft_mora(
         have other axes than (in, out), a plan by `linen.plan` or `nnx.plan` that has
         all kernels that the file adapts.
       names: The modules of PyTorch that are the kernels. A family ("llama", "gemma",
-        "qwen", "gpt2" or "bert", with or without a version as in "qwen3") for models
-        with the names of transformers' models; "tunix" for Tunix's Qwen2, Qwen3, Llama3 and Gemma, "gm" for Google's gemma;
-        otherwise templates, such as
+        "qwen", "gpt2" or "bert", also with a version as in "qwen3") for models with the
+        names of transformers' models; "tunix" for Tunix's Qwen2, Qwen3, Llama3 and
+        Gemma, "gm" for Google's gemma; otherwise templates, such as
         `{"model.layers.{layer}.mlp.{name}": "layer_{layer}/{name}/kernel"}`, with
         `"mlp/{name}/kernel[{layer}]"` for a stacked kernel. None tries all families.
 

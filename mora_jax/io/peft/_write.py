@@ -4,7 +4,6 @@ import dataclasses
 import math
 import os
 import re
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -43,19 +42,16 @@ def save_peft_mora(
     refused.
 
     Args:
-      directory: A path or a URL that `etils.epath` opens, new or empty. A local
-        directory is there whole or not at all. On an object store the config is written
-        last, so a killed process leaves a directory without a config.
+      directory: As in `save_peft_lora`.
       adapters: The adapters, as `init` makes them.
       plan: The plan that they follow.
       names: As in `load_peft_mora`.
       base_model: PEFT's `base_model_name_or_path`.
       task_type: PEFT's `task_type`.
-      force: Whether to replace an adapter that is in the directory.
+      force: True to replace an adapter that is in the directory.
 
     Raises:
-      FileExistsError: The directory is not empty; with `force`, it holds something
-        other than an adapter.
+      FileExistsError: As `save_peft_lora`.
       ValueError: The reference does not have an operator or a square rank, `names` lack
         a module for a kernel, a kernel is one of a convolution or an embedding, or the
         plan lacks adapters or trains arrays.
@@ -76,14 +72,13 @@ def save_peft_mora(
             )
         mora_type, rank, scale = _reference(spec)
         settings.add((mora_type, spec.dropout, module.axes))
-        m = scale * scaled(spec, m)
-        files.add(module.name, rank, {f"lora_{x}.weight": m for x in "AB"})
+        files.add(module, rank, *[scale * scaled(spec, m)] * 2)
     if len(settings) > 1:
         raise ValueError(
             "the reference has one mora_type, dropout and fan_in_fan_out for all "
             f"layers, got {sorted(settings)}"
         )
-    ((mora_type, dropout, files.axes),) = settings
+    ((mora_type, dropout, _),) = settings
     files.settings = {"use_mora": True, "mora_type": mora_type, "lora_dropout": dropout}
     files.write(path, base_model, task_type)
 
@@ -103,17 +98,15 @@ def _reference(spec: AdapterSpec) -> tuple[int, int, float]:
             f"{spec.name}: the reference has sharing and rotation with truncate=True, "
             f"got {op}"
         )
-    near = max(1, q * q // (ins + outs))
-    choices = {
-        reference_square_rank(mora_type, ins, outs, rank): rank
-        for rank in range(near + 3, near - 1, -1)  # the least rank for a q comes last
-    }
-    if q not in choices:
+    # sqrt((in + out) r) rounds to q or more from (q - 1/2)^2 = q^2 - q + 1/4 on.
+    rank = -(-(q * q - q + 1) // (ins + outs))
+    near = [reference_square_rank(mora_type, ins, outs, rank - k) for k in (1, 0)]
+    if near[1] != q:
         raise ValueError(
             f"{spec.name}: no rank gives the reference a square_rank of {q}; "
-            f"the nearest are {sorted(choices)}"
+            f"the nearest are {near}"
         )
-    return mora_type, choices[q], scale
+    return mora_type, rank, scale
 
 
 @dataclasses.dataclass
@@ -121,23 +114,25 @@ class PeftFiles:
     """Adapters as PEFT has them.
 
     Attributes:
-      axes: The order of the axes of the modules' weights, "oi" or "io".
+      axes: The orders of the axes of the layers' weights, "oi" or "io".
       tensors: {name in the file: array}.
       ranks: {module: its rank}.
       settings: Settings in the config beside the usual ones.
     """
 
-    axes: str = "oi"
+    axes: set[str] = dataclasses.field(default_factory=set)
     tensors: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
     ranks: dict[str, int] = dataclasses.field(default_factory=dict)
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
 
-    def add(self, module: str, rank: int, matrices: Mapping[str, Any]) -> None:
-        """Add a module with its matrices, which PyTorch has transposed."""
-        self.ranks[module] = rank
-        for name, matrix in matrices.items():
-            array = np.asarray(matrix, np.float32).T
-            self.tensors[f"{PREFIX}{module}.{name}"] = array
+    def add(self, module: Module, rank: int, a: Any, b: Any) -> None:
+        """Add the matrices of a module, which PyTorch has transposed."""
+        self.ranks[module.name] = rank
+        self.axes |= set() if module.table else {module.axes}
+        kind = "lora_embedding_{}" if module.table else "lora_{}.weight"
+        for letter, matrix in (("A", a), ("B", b)):
+            name = f"{PREFIX}{module.name}.{kind.format(letter)}"
+            self.tensors[name] = np.asarray(matrix, np.float32).T
 
     def write(self, path: Location, base_model: str, task_type: str | None) -> None:
         """Write a directory, its config last.
@@ -159,11 +154,11 @@ class PeftFiles:
             "alpha_pattern": others,
             "lora_dropout": 0.0,
             "bias": "none",
-            "fan_in_fan_out": self.axes == "io",
+            "fan_in_fan_out": "io" in self.axes,
         }
-        data = encode(self.tensors, {"format": "pt"})
+        tensors = encode(self.tensors, {"format": "pt"})
         text = dump(config | self.settings)
-        write_directory(path, [(TENSORS, [data]), (CONFIG, [text])])
+        write_directory(path, [(TENSORS, [tensors]), (CONFIG, [text])])
 
 
 def modules(
