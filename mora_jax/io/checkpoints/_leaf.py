@@ -21,7 +21,7 @@ class Part(NamedTuple):
     """A tensor, and the axes of an array that are its rows and its columns.
 
     A weight (heads * width, in) that is a kernel (in, heads, width) has rows (1, 2) and
-    columns (0,). A vector has no columns.
+    columns (0,). A vector lacks columns.
     """
 
     file: TensorFile
@@ -57,19 +57,15 @@ class Part(NamedTuple):
         return None
 
     def transposed(self, array: np.ndarray) -> np.ndarray:
-        """Return an array with the axes of rows first, and then those of columns."""
+        """Return an array with the axes of rows before the axes of columns."""
         return array.transpose(self.rows + self.columns)
 
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-    """An array, and the tensors that hold its numbers.
+    """An array, and {index in its stack: the tensor that holds its numbers there}.
 
-    Attributes:
-      shape: Its shape, which begins with its stack's.
-      dtype: Its dtype, to which the tensors are converted.
-      sharding: Its place; None for the default device.
-      tensors: {index in the stack: the tensor there}.
+    The shape begins with the stack's. A sharding of None is the default device.
     """
 
     shape: Shape

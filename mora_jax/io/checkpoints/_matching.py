@@ -29,10 +29,6 @@ class Source:
     """The tensors of a checkpoint, found by the names that PyTorch may give them.
 
     Attributes:
-      checkpoint: The checkpoint.
-      known: The templates.
-      what: The kind of leaves in messages.
-      misfit: The message for a leaf of another shape than its tensor's.
       tied: True if a tensor may stand for the one that it is tied to.
       taken: {tensor: the leaf that has it}.
       missing: The leaves without a tensor, with their indices.
@@ -167,11 +163,11 @@ class Source:
         pieces = (self.checkpoint.place[name].chunks(name) for name in names)
         return all(left == right for left, right in zip(*pieces, strict=True))
 
-    def stands_for_two(self, tensor: str) -> bool:
+    def stand_for_two(self, tensors: Iterable[str]) -> bool:
         """Return True if a tensor is there, and not the one that may be tied to it."""
-        twins, there = _tied_to(tensor), self._by_canonical.keys()
-        known = canonical(tensor) in there and not there & set(twins)
-        return self.tied and bool(twins) and known
+        there = self._by_canonical.keys()
+        lone = (t for t in tensors if canonical(t) in there and _tied_to(t))
+        return self.tied and any(there.isdisjoint(_tied_to(t)) for t in lone)
 
 
 def _tied_to(name: str) -> tuple[str, ...]:
@@ -188,7 +184,6 @@ def _may_be_tied(checkpoint: Checkpoint) -> bool:
     A model of more than texts has another config in it, for its language model.
     """
     config = None if checkpoint.config is None else read_json(checkpoint.config)
-    if not isinstance(config, dict):
-        return True
-    configs = [c for c in (config, config.get("text_config")) if isinstance(c, dict)]
-    return all(c.get("tie_word_embeddings", True) for c in configs)
+    configs = [config, config.get("text_config")] if isinstance(config, dict) else []
+    known = (config for config in configs if isinstance(config, dict))
+    return all(config.get("tie_word_embeddings", True) for config in known)

@@ -114,19 +114,17 @@ def merge_checkpoint(
             progress(len(chunk))
 
     def files() -> Files:
-        """Yield the files in order: programs begin with a checkpoint's config."""
+        """Yield the files, last the index and the config, with which programs begin."""
         for file in checkpoint.files:
             yield file.path.name, content(file)
-        for path in sorted(checkpoint.beside, key=_is_read_early):
+        for path in sorted(
+            checkpoint.beside,
+            key=lambda path: (path.name == "config.json", path.name.endswith(INDEX)),
+        ):
             yield path.name, [path.read_bytes()]
 
     write_directory(target, files())
     return lost
-
-
-def _is_read_early(path: Location) -> tuple[bool, bool]:
-    """Return a key that sorts the index behind other files, and the config last."""
-    return path.name == "config.json", path.name.endswith(INDEX)
 
 
 def _check_target(target: Location, checkpoint: Checkpoint, force: bool) -> None:

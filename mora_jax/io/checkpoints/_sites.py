@@ -30,12 +30,9 @@ from mora_jax.io.checkpoints._matching import Source
 class Site:
     """A tensor of the base, and the adapter whose delta is added to it.
 
-    Attributes:
-      spec: The adapter of the kernel that the tensors are, which has their axes.
-      m: Its M.
-      tensors: The tensors that together are the kernel, each with as many outputs.
-      part: The tensor's number among them.
-      layer: The kernel's number in the stack that the adapter was made for.
+    The spec is of the kernel that one or several tensors are together, each with as
+    many outputs; this one is number `part`. The kernel is number `layer` in the stack
+    that the adapter was made for.
     """
 
     spec: AdapterSpec
@@ -150,12 +147,7 @@ def _own_name(checkpoint: Checkpoint, path: tuple[str, ...]) -> str | None:
 def replacements(
     checkpoint: Checkpoint, items: Items, names: Names
 ) -> dict[str, tuple[str, np.ndarray]]:
-    """Return {tensor: the trained array that replaces it, its name and its numbers}.
-
-    Raises:
-      AdapterFileError: The base lacks a tensor for an array, or has one of another
-        shape or dtype.
-    """
+    """Return {tensor: name and numbers of the trained array for it}, checked."""
     replaced: dict[str, tuple[str, np.ndarray]] = {}
     misfit = "the trained array {!r} of shape {} does not fit {} in the base"
     source = Source(checkpoint, names, "trained array", misfit, tied=False)

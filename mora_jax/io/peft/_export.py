@@ -121,8 +121,7 @@ def _is_tied(base: str | os.PathLike[str], plan: Plan, names: Names) -> bool:
     known = pairs(names)
     named = [module for spec in plan.specs for module in modules_of(spec, known)[0]]
     tables = [f"{module.name}.weight" for module in named if module.table]
-    source = Source(Checkpoint(base), names, "embedding") if tables else None
-    return source is not None and any(map(source.stands_for_two, tables))
+    return bool(tables) and Source(Checkpoint(base), names).stand_for_two(tables)
 
 
 def _command(server: Server, model: str, rank: int = 0, adapter: str = "") -> str:

@@ -66,12 +66,7 @@ def load_peft_mora(
     config = _checked(read_json(path / CONFIG))
     arrays = decode(read_bytes(path / TENSORS), TENSORS)
     kernels = _by_kernel(_matrices(arrays), model, names)
-    template = model if isinstance(model, Plan) else _template(model, kernels)
-    for name in kernels.keys() - template.keys():
-        raise AdapterFileError(
-            f"the plan has no kernel {name!r}, which {TENSORS} adapts"
-            + nearest_paths(name, template)
-        )
+    template = _template(model, kernels)
     specs, adapters = [], {}
     for spec in template.specs:
         if spec.name in kernels:
@@ -79,11 +74,9 @@ def load_peft_mora(
                 operator, m = _adapter(spec, kernels[spec.name], config)
             except ValueError as error:
                 raise AdapterFileError(f"{spec.name} in {TENSORS}: {error}") from error
-            settings = AdapterSettings(
-                dropout=config["lora_dropout"], param_dtype=m.dtype
-            )
-            spec = dataclasses.replace(spec, operator=operator, **vars(settings))
-            specs.append(spec)
+            dropout = config["lora_dropout"]
+            settings = AdapterSettings(dropout=dropout, param_dtype=m.dtype)
+            specs.append(dataclasses.replace(spec, operator=operator, **vars(settings)))
             adapters[adapter_path(spec)] = to_jax(spec.name, m)
     return nest(adapters), Plan(tuple(specs), template.base_parameters, template.traced)
 
@@ -181,12 +174,20 @@ def _paths(model: Any) -> list[str]:
     return [name for name, (_, leaf) in leaves.items() if len(leaf.shape) >= 2]
 
 
-def _template(params: Any, kernels: Iterable[str]) -> Plan:
+def _template(model: Any, kernels: Iterable[str]) -> Plan:
     """Return a plan with the kernels, whose operators will be replaced."""
+    if isinstance(model, Plan):
+        for name in kernels:
+            if name not in model:
+                raise AdapterFileError(
+                    f"the plan has no kernel {name!r}, which {TENSORS} adapts"
+                    f"{nearest_paths(name, model)}"
+                )
+        return model
     targets = [re.escape(name) for name in kernels]
     config = MoRAConfig(operator="truncation", square_rank=1, targets=targets)
     try:
-        return plan(params, config)
+        return plan(model, config)
     except ValueError as error:
         raise AdapterFileError(f"{TENSORS} does not fit the model: {error}") from error
 

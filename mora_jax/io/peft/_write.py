@@ -111,13 +111,10 @@ def _reference(spec: AdapterSpec) -> tuple[int, int, float]:
 
 @dataclasses.dataclass
 class PeftFiles:
-    """Adapters as PEFT has them.
+    """Adapters as PEFT has them: tensors by name, and ranks by module.
 
-    Attributes:
-      axes: The orders of the axes of the layers' weights, "oi" or "io".
-      tensors: {name in the file: array}.
-      ranks: {module: its rank}.
-      settings: Settings in the config beside the usual ones.
+    The axes are the orders in which layers have them, "oi" and "io". The settings go
+    into the config beside the usual ones.
     """
 
     axes: set[str] = dataclasses.field(default_factory=set)
@@ -182,7 +179,7 @@ def modules(
     if unknown:
         raise ValueError(
             f"names have no module for the kernel {unknown[0]!r}; "
-            + suggestion(unknown, ())
+            f"{suggestion(unknown, ())}"
         )
     return items
 
@@ -205,11 +202,7 @@ def _refuse_convolution(spec: AdapterSpec) -> None:
 
 
 def free(directory: str | os.PathLike[str], force: bool) -> Location:
-    """Return the path of a directory that an adapter can be written to.
-
-    Raises:
-      FileExistsError: The directory holds something else, or it is a file.
-    """
+    """Return the path of a directory, unless it holds something to be kept."""
     path = as_path("directory", directory)
     rule = "directory must be new or empty, got"
     if path.exists() and not path.is_dir():
