@@ -3,6 +3,7 @@
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -125,7 +126,7 @@ class Source:
         `skip` holds regular expressions for tensors that are passed over.
         """
         several = isinstance(skip, Iterable) and not isinstance(skip, str)
-        patterns = list(skip) if several else [skip]
+        patterns: list[Any] = list(skip) if several else [skip]
         if not all(isinstance(pattern, str) for pattern in patterns):
             raise TypeError(
                 f"skip must be a regular expression or several of them, got {skip!r}"

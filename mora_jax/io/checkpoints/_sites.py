@@ -81,9 +81,11 @@ class Site:
         """
         if self.spec.base_digest is None:
             return
-        others = (name for name in self.tensors if own is None or name != self.name)
-        read = {name: checkpoint.place[name][name] for name in others}
-        tensors = [read.get(name, own) for name in self.tensors]
+        place = checkpoint.place
+        tensors = [
+            place[name][name] if own is None or name != self.name else own
+            for name in self.tensors
+        ]
         kernel = np.concatenate(tensors, self.spec.axes.index("o"))
         try:
             check_digests(self.spec, kernel_digests(self.spec, kernel), self.layer)
