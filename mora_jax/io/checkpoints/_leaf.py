@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-from collections import defaultdict
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -80,17 +79,15 @@ class Leaf:
         the part that it reads, so each is awaited.
         """
         if self.sharding is None:
-            whole = tuple(slice(0, size) for size in self.shape)
+            whole = (slice(None),) * len(self.shape)
             return jnp.asarray(self._read(whole)).block_until_ready()
-        parts, devices, shards = {}, defaultdict(list), []
+        parts, shards, memory = {}, [], self.sharding.memory_kind
         places = self.sharding.addressable_devices_indices_map(self.shape)
         for device, index in places.items():
-            parts[str(index)] = index or ()
-            devices[str(index)].append(device)
-        memory = self.sharding.memory_kind
-        for key, index in parts.items():
+            parts.setdefault(str(index), (index or (), []))[1].append(device)
+        for index, devices in parts.values():
             array = self._read(index)
-            where = (SingleDeviceSharding(d, memory_kind=memory) for d in devices[key])
+            where = (SingleDeviceSharding(d, memory_kind=memory) for d in devices)
             copies = [jax.device_put(array, sharding) for sharding in where]
             shards += jax.block_until_ready(copies)
         return jax.make_array_from_single_device_arrays(
@@ -109,7 +106,7 @@ class Leaf:
         stored = np.empty([ends[k][1] - ends[k][0] for k in order], self.dtype)
         for place in np.ndindex(stored.shape[:depth]) if stored.size else ():
             at = tuple(k + start for k, (start, _) in zip(place, ends, strict=False))
-            self._fill(stored[place], index[depth:], self.tensors[at])
+            self._fill(stored[*place, ...], index[depth:], self.tensors[at])
         return stored.transpose(np.argsort(order))
 
     def _fill(self, stored: np.ndarray, box: tuple[slice, ...], part: Part) -> None:

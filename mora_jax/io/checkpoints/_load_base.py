@@ -103,14 +103,11 @@ def load_base(
     stacks = {name: source.stack(name, tuple(a.shape)) for name, a in arrays.items()}
     source.check_missing()
     source.check_left(arrays, skip)
-    leaves = [
-        Leaf(tuple(array.shape), _dtype(name, array.dtype, dtype, stack), place, stack)
-        for (name, array), stack, place in zip(
-            arrays.items(), stacks.values(), shardings, strict=True
-        )
-    ]
-    read = {place: leaf.read() for place, leaf in zip(places, leaves, strict=True)}
-    return replace_leaves(like, read)
+    leaves = {}
+    for place, (name, array) in zip(places, arrays.items(), strict=True):
+        wanted = _dtype(name, array.dtype, dtype, stacks[name])
+        leaves[place] = Leaf(tuple(array.shape), wanted, shardings[name], stacks[name])
+    return replace_leaves(like, {place: leaf.read() for place, leaf in leaves.items()})
 
 
 def _content(leaf: Any) -> Any:
@@ -140,8 +137,8 @@ def _dtype(name: str, own: Any, asked: Any, stack: Mapping[Shape, Part]) -> np.d
     return dtype
 
 
-def _shardings(sharding: Any, arrays: Mapping[str, Any]) -> list[Sharding | None]:
-    """Return the place of each leaf, checked."""
+def _shardings(sharding: Any, arrays: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the sharding of each leaf, or None, checked."""
     if sharding is None:
         # JAX has chosen the sharding of an array that is not committed.
         own = {n: a for n, a in arrays.items() if getattr(a, "committed", True)}
@@ -158,7 +155,7 @@ def _shardings(sharding: Any, arrays: Mapping[str, Any]) -> list[Sharding | None
             )
         if given[name] is not None:
             _check_sharding(name, tuple(array.shape), given[name])
-    return [given[name] for name in arrays]
+    return given
 
 
 def _check_sharding(name: str, shape: Shape, sharding: Any) -> None:

@@ -87,6 +87,8 @@ def merge_checkpoint(
     trained = replacements(checkpoint, trained_items(adapters, plan), names)
     if both := sorted(sites.keys() & trained.keys()):
         raise AdapterFileError(f"an adapter and a trained array go into {both[0]!r}")
+    for name in sites | trained:
+        checkpoint.place[name].dtype(name, "dequantise it first")
     if sites and not any_base:  # most wrong bases are refused before a file is written
         next(iter(sites.values())).check_base(checkpoint)
     lost: dict[str, float] = {}

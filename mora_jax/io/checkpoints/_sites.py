@@ -126,7 +126,6 @@ def sites_of(
             raise AdapterFileError(
                 f"{name!r} in the base must have shape {site.shape}, got {shape}"
             )
-        checkpoint.place[name].dtype(name, "dequantise it first")
     return sites
 
 
@@ -149,7 +148,7 @@ def _own_name(checkpoint: Checkpoint, path: tuple[str, ...]) -> str | None:
 def replacements(
     checkpoint: Checkpoint, items: Items, names: Names
 ) -> dict[str, tuple[str, np.ndarray]]:
-    """Return {tensor: name and numbers of the trained array for it}, checked."""
+    """Return {tensor: name and numbers of the trained array for it}."""
     replaced: dict[str, tuple[str, np.ndarray]] = {}
     misfit = "the trained array {!r} of shape {} does not fit {} in the base"
     source = Source(checkpoint, names, "trained array", misfit, tied=False)
@@ -164,6 +163,4 @@ def replacements(
             layer = part.transposed(numbers[index]).reshape(part.shape)
             replaced[part.name] = join_index(array.name, index), layer
     source.check_missing()
-    for name in replaced:
-        checkpoint.place[name].dtype(name, "dequantise it first")
     return replaced
