@@ -79,8 +79,8 @@ def save_peft_mora(
             f"layers, got {sorted(settings)}"
         )
     ((mora_type, dropout, _),) = settings
-    files.settings = {"use_mora": True, "mora_type": mora_type, "lora_dropout": dropout}
-    files.write(path, base_model, task_type)
+    special = {"use_mora": True, "mora_type": mora_type, "lora_dropout": dropout}
+    files.write(path, base_model, task_type, **special)
 
 
 def _reference(spec: AdapterSpec) -> tuple[int, int, float]:
@@ -113,14 +113,12 @@ def _reference(spec: AdapterSpec) -> tuple[int, int, float]:
 class PeftFiles:
     """Adapters as PEFT has them: tensors by name, and ranks by module.
 
-    The axes are the orders in which layers have them, "oi" and "io". The settings go
-    into the config beside the usual ones.
+    The axes are the orders in which layers have them, "oi" and "io".
     """
 
     axes: set[str] = dataclasses.field(default_factory=set)
     tensors: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
     ranks: dict[str, int] = dataclasses.field(default_factory=dict)
-    settings: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def add(self, module: Module, rank: int, a: Any, b: Any) -> None:
         """Add the matrices of a module, which PyTorch has transposed."""
@@ -131,8 +129,10 @@ class PeftFiles:
             name = f"{PREFIX}{module.name}.{kind.format(letter)}"
             self.tensors[name] = np.asarray(matrix, np.float32).T
 
-    def write(self, path: Location, base_model: str, task_type: str | None) -> None:
-        """Write a directory, its config last.
+    def write(
+        self, path: Location, base_model: str, task_type: str | None, **special: Any
+    ) -> None:
+        """Write a directory, its config last, in which `special` settings prevail.
 
         The config names each module and multiplies by 1. Its `r` is the largest rank,
         since servers make room for that rank.
@@ -154,7 +154,7 @@ class PeftFiles:
             "fan_in_fan_out": "io" in self.axes,
         }
         tensors = encode(self.tensors, {"format": "pt"})
-        text = dump(config | self.settings)
+        text = dump(config | special)
         write_directory(path, [(TENSORS, [tensors]), (CONFIG, [text])])
 
 
