@@ -86,7 +86,8 @@ def load_base(
         )
     refuse_variables(like, "like")
     places = located_leaves(like, "like")
-    arrays = {"/".join(path): _content(leaf) for path, leaf in places.items()}
+    # Linen's `unbox` would add constraints.
+    arrays = {"/".join(p): jax.tree.leaves(leaf)[0] for p, leaf in places.items()}
     for name, array in arrays.items():
         if not hasattr(array, "shape") or not hasattr(array, "dtype"):
             raise TypeError(
@@ -108,11 +109,6 @@ def load_base(
         wanted = _dtype(name, array.dtype, dtype, stacks[name])
         leaves[place] = Leaf(tuple(array.shape), wanted, shardings[name], stacks[name])
     return replace_leaves(like, {place: leaf.read() for place, leaf in leaves.items()})
-
-
-def _content(leaf: Any) -> Any:
-    """Return a leaf without its box, whose `unbox` in Linen would add constraints."""
-    return jax.tree.leaves(leaf)[0]
 
 
 def _dtype(name: str, own: Any, asked: Any, stack: Mapping[Shape, Part]) -> np.dtype:
@@ -147,7 +143,7 @@ def _shardings(sharding: Any, arrays: Mapping[str, Any]) -> dict[str, Any]:
         given = dict.fromkeys(arrays, sharding)
     else:
         places = located_leaves(sharding, "sharding")
-        given = {"/".join(p): _content(leaf) for p, leaf in places.items()}
+        given = {"/".join(p): jax.tree.leaves(leaf)[0] for p, leaf in places.items()}
     for name, array in arrays.items():
         if name not in given:
             raise ValueError(
