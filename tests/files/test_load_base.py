@@ -250,3 +250,12 @@ def test_memory_stays_near_the_result(file, mesh):
         tracemalloc.stop()
     assert len(params) == 32
     assert peak - held < 3 * 4 * 2**20 + 1_000_000
+
+
+def test_scalars_alone_and_in_stacks(file):
+    """Whether PyTorch has them without an axis or with one."""
+    values = {f"a.{k}.gain.weight": np.full((1,) * k, k + 1, "f4") for k in range(2)}
+    save_file({**values, "b.weight": np.array(3, np.float32)}, file)
+    names = {"a.{n}.gain": "gains[{n}]", "b": "b"}
+    expected = {"gains": np.array([1, 2], np.float32), "b": np.array(3, np.float32)}
+    assert_same(load_base(file, shapes(expected), names), expected)

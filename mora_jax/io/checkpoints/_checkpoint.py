@@ -44,13 +44,14 @@ class Checkpoint:
             is missing, or two files hold the same tensor.
         """
         path = as_path("path", path)
-        self.files = [TensorFile(file) for file in _tensor_files(path)]
-        self.beside: list[Location] = []
-        if path.is_dir():
-            # With an adapter's config beside it, a merged model would be adapted twice.
-            others = sorted(entry for entry in path.iterdir() if entry.name != CONFIG)
-            self.beside = [p for p in others if p.suffix in COPIED and p.is_file()]
-        config = (path if path.is_dir() else path.parent) / "config.json"
+        folder = path if path.is_dir() else path.parent
+        listed = sorted(folder.iterdir()) if path.is_dir() else []
+        files = _tensor_files(folder, listed) if path.is_dir() else [path]
+        self.files = [TensorFile(file) for file in files]
+        # With an adapter's config beside it, a merged model would be adapted twice.
+        copied = (p for p in listed if p.suffix in COPIED and p.name != CONFIG)
+        self.beside = [entry for entry in copied if entry.is_file()]
+        config = folder / "config.json"
         self.config = config if config.is_file() else None
         self.place: dict[str, TensorFile] = {}
         for file in self.files:
@@ -90,15 +91,13 @@ class Checkpoint:
         return nest(leaves)
 
 
-def _tensor_files(path: Location) -> Sequence[Location]:
-    if not path.is_dir():
-        return [path]
-    entries = sorted(path.iterdir())
-    indices = [entry for entry in entries if entry.name.endswith(INDEX)]
+def _tensor_files(folder: Location, listed: Sequence[Location]) -> list[Location]:
+    """Return the files that a directory's index names, or else all safetensors."""
+    indices = [entry for entry in listed if entry.name.endswith(INDEX)]
     if not indices:
-        files = [entry for entry in entries if entry.name.endswith(".safetensors")]
+        files = [entry for entry in listed if entry.name.endswith(".safetensors")]
         if not files:
-            raise AdapterFileError(f"there is no *.safetensors in {path}")
+            raise AdapterFileError(f"there is no *.safetensors in {folder}")
         return files
     index = read_json(indices[0])
     names = index.get("weight_map") if isinstance(index, dict) else None
@@ -110,4 +109,4 @@ def _tensor_files(path: Location) -> Sequence[Location]:
             raise AdapterFileError(
                 f"{indices[0].name} must name files next to it, got {short(name)}"
             )
-    return [path / name for name in files]
+    return [folder / name for name in files]

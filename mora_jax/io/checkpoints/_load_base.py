@@ -1,7 +1,7 @@
 """A base checkpoint as the params of a Flax model, read tensor by tensor."""
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,18 +15,12 @@ from mora_jax._common.checks import floating_dtype
 from mora_jax._common.suggestions import nearest_paths
 from mora_jax._common.types import Shape
 from mora_jax._plan.spec import SUFFIX
-from mora_jax._tree.paths import (
-    is_boxed,
-    located_leaves,
-    refuse_variables,
-    replace_leaves,
-)
+from mora_jax._tree.paths import located_leaves, refuse_variables, replace_leaves
 from mora_jax.io._errors import AdapterFileError
-from mora_jax.io._names import Names, Tensor
-from mora_jax.io._tensors import TensorFile
+from mora_jax.io._names import Names
 from mora_jax.io.checkpoints._checkpoint import Checkpoint
-from mora_jax.io.checkpoints._leaf import Leaf
-from mora_jax.io.checkpoints._matching import find_tensors
+from mora_jax.io.checkpoints._leaf import Leaf, Part
+from mora_jax.io.checkpoints._matching import Source
 
 
 def load_base(
@@ -51,15 +45,11 @@ def load_base(
       like: The params of the model, as a tree of arrays or shapes: such as
         `jax.eval_shape(model.init, ...)["params"]` of a Linen model, or
         `nnx.state(model, nnx.Param)` of an NNX model, which may be abstract.
-      names: The modules of PyTorch that are the leaves. A family ("llama", "gemma",
-        "qwen", "gpt2" or "bert", with or without a version as in "qwen3") for models
-        with the names of transformers' Flax models; "tunix" for Tunix's Qwen2, Qwen3,
-        Llama3 and Gemma, "gm" for Google's gemma; otherwise templates as in
-        `load_peft_mora`, such as
+      names: As in `load_peft_mora`, such as
         `{"model.layers.{n}.{norm}": "layers/{norm}/scale[{n}]"}` for a stacked leaf.
         A kernel's template also serves its bias, and a template may name a
         tensor, as `{"out.bias": "out_bias"}` does. A leaf that is named as its tensor
-        needs none. None tries all families.
+        needs none.
       dtype: The dtype of the result, or "like" for the dtype of each leaf of `like`.
         None demands that the file has the dtypes of `like`.
       sharding: The place of the result: a sharding for all leaves, or a tree of them
@@ -72,8 +62,8 @@ def load_base(
 
     Raises:
       AdapterFileError: The files are damaged, a leaf lacks a tensor, a tensor lacks a
-        leaf, or a shape or a dtype does not fit. Names, shapes and dtypes are compared
-        before any tensor is read.
+        leaf, or a shape or a dtype does not fit. All of this is compared before any
+        tensor is read.
       TypeError: `like` is a model or holds tracers, `sharding` holds something other
         than shardings, `skip` is not a text, or a transformation of JAX is under way.
       ValueError: `like` has adapters, `names` are unknown, `skip` matches nothing, or a
@@ -89,112 +79,89 @@ def load_base(
       >>> jax.tree.map(np.shape, mora_jax.io.load_base(file, like))
       {'fc': {'kernel': (2, 3)}}
     """
-    if isinstance(jnp.zeros(()), Tracer):
+    if any(isinstance(a, Tracer) for a in (jnp.zeros(()), *jax.tree.leaves(like))):
         raise TypeError(
-            "load_base must be called outside of jit and eval_shape, since it reads "
-            "files; give it the shapes as like"
+            "load_base must be called outside of jit, grad and eval_shape, since it "
+            "reads files; give it the shapes as like"
         )
     refuse_variables(like, "like")
     places = located_leaves(like, "like")
-    arrays = {"/".join(p): _unboxed(leaf, "/".join(p)) for p, leaf in places.items()}
+    # Linen's `unbox` would add constraints.
+    arrays = {"/".join(p): jax.tree.leaves(leaf)[0] for p, leaf in places.items()}
+    for name, array in arrays.items():
+        if not hasattr(array, "shape") or not hasattr(array, "dtype"):
+            raise TypeError(
+                f"like must hold arrays, got {type(array).__name__} at {name!r}"
+            )
     if adapted := [name for name in arrays if name.endswith(SUFFIX)]:
         raise ValueError(
             f"like must be a base without adapters, got {adapted[0]!r}: load the base "
             "first, and adapt it then"
         )
     shardings = _shardings(sharding, arrays)
-    checkpoint, leaves = Checkpoint(path), []
-    shapes = {name: tuple(array.shape) for name, array in arrays.items()}
-    for name, tensors in find_tensors(checkpoint, shapes, names, skip).items():
-        files = {i: (checkpoint.place[t.name], t) for i, t in tensors.items()}
-        wanted = _dtype(name, arrays[name].dtype, dtype, files.values())
-        leaf = Leaf(name, shapes[name], wanted, shardings[name], files)
-        leaf.check()
-        leaves.append(leaf)
-    made = {place: leaf.read() for place, leaf in zip(places, leaves, strict=True)}
-    return replace_leaves(like, made)
+    misfit = "{!r} in like has shape {}, which {} does not fit"
+    source = Source(Checkpoint(path), names, "leaf of like", misfit)
+    stacks = {name: source.stack(name, tuple(a.shape)) for name, a in arrays.items()}
+    source.check_missing()
+    source.check_left(arrays, skip)
+    leaves = {}
+    for place, (name, array) in zip(places, arrays.items(), strict=True):
+        wanted = _dtype(name, array.dtype, dtype, stacks[name])
+        leaves[place] = Leaf(tuple(array.shape), wanted, shardings[name], stacks[name])
+    return replace_leaves(like, {place: leaf.read() for place, leaf in leaves.items()})
 
 
-def _unboxed(leaf: Any, name: str) -> Any:
-    """Return the array or the shape in `leaf`."""
-    if is_boxed(leaf):  # without the constraints that Linen's `unbox` would add
-        (leaf,) = jax.tree.leaves(leaf)
-    if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
-        raise TypeError(f"like must hold arrays, got {type(leaf).__name__} at {name!r}")
-    if isinstance(leaf, Tracer):
-        raise TypeError(
-            f"like must hold arrays or shapes, got a tracer at {name!r}; load_base is "
-            "for use outside of jit and grad"
-        )
-    return leaf
-
-
-def _dtype(
-    name: str, own: Any, asked: Any, tensors: Iterable[tuple[TensorFile, Tensor]]
-) -> np.dtype:
-    """Return the dtype of a leaf's result, checked against its tensors."""
-    if isinstance(asked, str) and asked == "like":
-        asked = own
+def _dtype(name: str, own: Any, asked: Any, stack: Mapping[Shape, Part]) -> np.dtype:
+    """Return the dtype of a leaf's result, where `own` is its dtype in `like`."""
+    by_leaf = asked is None or isinstance(asked, str) and asked == "like"
     try:
-        wanted = floating_dtype(own if asked is None else asked, "dtype")
+        dtype = floating_dtype(own if by_leaf else asked, "dtype")
     except TypeError as error:
         raise TypeError(
-            f"dtype must be 'like' or a floating-point dtype, which {name!r} gets: "
-            f"{error}"
+            f"dtype must be 'like' or a floating-point dtype for {name!r}: {error}"
         ) from None
-    for file, tensor in tensors:
-        stored = file.dtype(tensor.name, "dequantise it first")
-        if asked is None and stored != wanted:
+    for part in stack.values():
+        if part.dtype != dtype and asked is None:
             raise AdapterFileError(
-                f"{tensor.name!r} in the base is {stored}, and {name!r} in like is "
-                f"{wanted}: dtype='like' or dtype='{stored}' converts"
+                f"{part.name!r} in the base is {part.dtype}, and {name!r} in like is "
+                f"{dtype}: dtype='like' or dtype='{part.dtype}' converts"
             )
-    if wanted == np.float64 and not jax.config.read("jax_enable_x64"):
+    if dtype == np.float64 and not jax.config.read("jax_enable_x64"):
         raise AdapterFileError(
             f"{name!r} would be float64: set jax_enable_x64, or give another dtype"
         )
-    return wanted
+    return dtype
 
 
-def _shardings(sharding: Any, arrays: Mapping[str, Any]) -> dict[str, Sharding | None]:
-    """Return the place of each leaf, checked."""
+def _shardings(sharding: Any, arrays: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the sharding of each leaf, or None, checked."""
     if sharding is None:
-        shardings = {name: _own_sharding(array) for name, array in arrays.items()}
+        # JAX has chosen the sharding of an array that is not committed.
+        own = {n: a for n, a in arrays.items() if getattr(a, "committed", True)}
+        given = {name: getattr(own.get(name), "sharding", None) for name in arrays}
     elif jax.tree_util.treedef_is_leaf(jax.tree.structure(sharding)):
-        shardings = dict.fromkeys(arrays, sharding)
+        given = dict.fromkeys(arrays, sharding)
     else:
-        given = located_leaves(sharding, "sharding")
-        shardings = {
-            "/".join(place): jax.tree.leaves(leaf)[0] if is_boxed(leaf) else leaf
-            for place, leaf in given.items()
-        }
+        places = located_leaves(sharding, "sharding")
+        given = {"/".join(p): jax.tree.leaves(leaf)[0] for p, leaf in places.items()}
     for name, array in arrays.items():
-        if name not in shardings:
+        if name not in given:
             raise ValueError(
-                f"sharding lacks the leaf {name!r}{nearest_paths(name, shardings)}"
+                f"sharding lacks the leaf {name!r}{nearest_paths(name, given)}"
             )
-        if shardings[name] is not None:
-            _check_sharding(name, tuple(array.shape), shardings[name])
-    return shardings
-
-
-def _own_sharding(array: Any) -> Sharding | None:
-    """Return the sharding that a leaf of `like` has, unless JAX chose it."""
-    if isinstance(array, jax.Array) and not array.committed:
-        return None
-    return getattr(array, "sharding", None)
+        if given[name] is not None:
+            _check_sharding(name, tuple(array.shape), given[name])
+    return given
 
 
 def _check_sharding(name: str, shape: Shape, sharding: Any) -> None:
     if not isinstance(sharding, Sharding):
         raise TypeError(
-            f"sharding must hold shardings, such as NamedSharding(mesh, spec), got "
+            "sharding must hold shardings, such as NamedSharding(mesh, spec), got "
             f"{sharding!r} for {name!r}"
         )
     if isinstance(getattr(sharding, "mesh", None), AbstractMesh):
-        raise ValueError(
-            f"sharding must name devices, got a mesh without them for {name!r}"
-        )
+        raise ValueError(f"sharding must name devices for {name!r}, got {sharding}")
     spec = getattr(sharding, "spec", ())
     if len(spec) > len(shape):
         raise ValueError(

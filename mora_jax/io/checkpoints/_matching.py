@@ -2,7 +2,8 @@
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -22,70 +23,74 @@ from mora_jax.io._names import (
 )
 from mora_jax.io._suggest import suggestion
 from mora_jax.io.checkpoints._checkpoint import Checkpoint
-
-Stack = dict[Shape, Tensor]
-"""{index in a leaf's stack: its tensor}; the index is () if the leaf is not stacked."""
+from mora_jax.io.checkpoints._leaf import Part
 
 
 class Source:
     """The tensors of a checkpoint, found by the names that PyTorch may give them.
 
     Attributes:
-      checkpoint: The checkpoint.
-      known: The templates.
-      what: The kind of leaves in messages.
       tied: True if a tensor may stand for the one that it is tied to.
       taken: {tensor: the leaf that has it}.
       missing: The leaves without a tensor, with their indices.
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, names: Names, what: str, tied: bool | None = None
+        self,
+        checkpoint: Checkpoint,
+        names: Names,
+        what: str = "",
+        misfit: str = "",
+        tied: bool = True,
     ) -> None:
-        self.checkpoint, self.known, self.what = checkpoint, pairs(names), what
-        self.tied = may_be_tied(checkpoint) if tied is None else tied
+        self.checkpoint, self.known = checkpoint, pairs(names)
+        self.what, self.misfit = what, misfit
+        self.tied = tied and _may_be_tied(checkpoint)
         self._by_canonical: dict[str, list[str]] = defaultdict(list)
         for name in checkpoint.place:
             self._by_canonical[canonical(name)].append(name)
         self.taken: dict[str, str] = {}
         self.missing: list[str] = []
 
-    def stack(self, leaf: str, shape: Shape) -> Stack:
-        """Return the tensors of a leaf that are there; others are noted as missing."""
+    def stack(self, leaf: str, shape: Shape) -> dict[Shape, Part]:
+        """Return {index in a leaf's stack: its tensor}; others are noted as missing.
+
+        A leaf that is not stacked has the index ().
+        """
         depths = (k for k in range(len(shape) + 1) if self._find(leaf, (0,) * k))
-        sizes, stack = shape[: next(depths, 0)], {}
-        if 0 in sizes:
+        depth, stack = next(depths, 0), {}
+        if 0 in shape[:depth]:
             self.missing.append(leaf)
-        for index in np.ndindex(sizes):
-            part = join_index(leaf, index)
+        for index in np.ndindex(shape[:depth]):
             if tensor := self._find(leaf, index):
-                stack[index] = tensor
-                self._take(tensor.name, part)
+                self._take(tensor.name, join_index(leaf, index))
+                file = self.checkpoint.place[tensor.name]
+                part = Part.of(file, tensor, shape[depth:])
+                # All layers have one order of axes.
+                if part is None or part[2:] != next(iter(stack.values()), part)[2:]:
+                    transposed = " transposed" * (tensor.axes == "oi")
+                    stored = self.checkpoint.entry(tensor.name).shape
+                    text = f"{tensor.name!r} of shape {stored}{transposed}"
+                    raise AdapterFileError(self.misfit.format(leaf, shape, text))
+                stack[index] = part
             else:
-                self.missing.append(part)
+                self.missing.append(join_index(leaf, index))
         return stack
 
     def _find(self, leaf: str, index: Shape) -> Tensor | None:
         """Return the tensor of one layer of a leaf, as the files call it."""
         for tensor in to_tensors(join_index(leaf, index), self.known):
-            if name := self._name_of(tensor.name):
-                return tensor._replace(name=name)
-        return None
-
-    def _name_of(self, tensor: str) -> str | None:
-        """Return the name in the files of a tensor, or of its tied twin."""
-        if tensor in self.checkpoint.place:
-            return tensor
-        name = canonical(tensor)
-        for other in (name, *(_tied_to(name) if self.tied else ())):
-            if len(names := self._by_canonical.get(other, ())) == 1:
-                return names[0]
+            if tensor.name in self.checkpoint.place:
+                return tensor
+            twins = _tied_to(tensor.name) if self.tied else ()
+            for name in (canonical(tensor.name), *twins):
+                if len(names := self._by_canonical.get(name, ())) == 1:
+                    return tensor._replace(name=names[0])
         return None
 
     def _take(self, tensor: str, leaf: str) -> None:
         """Note that a leaf has the tensor. Only tied ones serve two leaves."""
-        tied = self.tied and _tied_to(canonical(tensor))
-        if tensor in self.taken and not tied:
+        if tensor in self.taken and not (self.tied and _tied_to(tensor)):
             raise AdapterFileError(
                 f"{self.taken[tensor]!r} and {leaf!r} are both {tensor!r} in the base"
             )
@@ -96,65 +101,60 @@ class Source:
         if not self.missing:
             return
         leaf, place = self.missing[0], self.checkpoint.place
-        tensor = next(to_tensors(leaf, self.known), None)
+        name = next((tensor.name for tensor in to_tensors(leaf, self.known)), "")
         text = f"the base has no tensor for the {self.what} {leaf!r}"
-        if tensor and not self.tied and _tied_to(canonical(tensor.name)):
+        if _tied_to(name) and not self.tied:
             text += (
                 ", or has it only as another one that it is tied to, and here no "
                 "tensors are tied"
             )
-        if tensor:
-            text += f", which would be {tensor.name!r}"
-        text += nearest_paths(tensor.name if tensor else leaf, place)
+        text += f", which would be {name!r}" if name else ""
+        text += nearest_paths(name or leaf, place)
         unknown = [
             name
             for name in self.missing
             if to_module(name, self.known) is None and not name.endswith("/bias")
         ]
         if unknown:
-            free = [name for name in place if name not in self.taken]
-            modules = [name.removesuffix(".weight") for name in free]
-            text += f"; {suggestion(unknown, modules)}"
+            free = [n.removesuffix(".weight") for n in place if n not in self.taken]
+            text += f"; {suggestion(unknown, free)}"
         raise AdapterFileError(text)
 
     def check_left(self, leaves: Iterable[str], skip: str | Sequence[str]) -> None:
-        """Raise if a tensor lacks a leaf and is not known to be superfluous."""
-        several = skip if isinstance(skip, Iterable) else [skip]
-        patterns = [skip] if isinstance(skip, str) else list(several)
+        """Raise if a tensor lacks a leaf and is not known to be superfluous.
+
+        `skip` holds regular expressions for tensors that are passed over.
+        """
+        several = isinstance(skip, Iterable) and not isinstance(skip, str)
+        patterns: list[Any] = list(skip) if several else [skip]
         if not all(isinstance(pattern, str) for pattern in patterns):
             raise TypeError(
                 f"skip must be a regular expression or several of them, got {skip!r}"
             )
-        left = set(self.checkpoint.place)
+        place, settled = self.checkpoint.place, set(self.taken)
         for pattern in patterns:
             rule = f"skip must match names of tensors in the base, got {pattern!r}"
             try:
-                names = {n for n in self.checkpoint.place if re.fullmatch(pattern, n)}
+                skipped = {name for name in place if re.fullmatch(pattern, name)}
             except re.error as error:
                 raise ValueError(f"{rule}: {error}") from None
-            if not names:
-                raise ValueError(rule + nearest_paths(pattern, self.checkpoint.place))
-            left -= names
-        left -= self.taken.keys()
-        names = [
-            name
-            for name in self.checkpoint.place
-            if name in left and not BUFFERS.fullmatch(name) and not self._is_copy(name)
-        ]
-        if names:
-            others = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            if not skipped:
+                raise ValueError(rule + nearest_paths(pattern, place))
+            settled |= skipped
+        left = [name for name in place if not (name in settled or self._is_idle(name))]
+        if left:
+            others = f" and {len(left) - 1} more" if len(left) > 1 else ""
             raise AdapterFileError(
-                f"like has no leaf for {short(names[0])}{others} in the base"
-                f"{nearest_paths(names[0].replace('.', '/'), leaves)}; "
+                f"like has no leaf for {short(left[0])}{others} in the base"
+                f"{nearest_paths(left[0].replace('.', '/'), leaves)}; "
                 "skip=[...] leaves out tensors whose names it matches"
             )
 
-    def _is_copy(self, name: str) -> bool:
-        """Return True if a tensor equals the taken one that it is tied to."""
-        return any(
-            other in self.taken and self._are_equal(name, other)
-            for twin in _tied_to(canonical(name))
-            for other in self._by_canonical.get(twin, ())
+    def _is_idle(self, name: str) -> bool:
+        """Return True for a buffer, and if a taken tensor that is tied is the same."""
+        twins = (n for twin in _tied_to(name) for n in self._by_canonical.get(twin, ()))
+        return BUFFERS.fullmatch(name) is not None or any(
+            twin in self.taken and self._are_equal(name, twin) for twin in twins
         )
 
     def _are_equal(self, *names: str) -> bool:
@@ -164,56 +164,27 @@ class Source:
         pieces = (self.checkpoint.place[name].chunks(name) for name in names)
         return all(left == right for left, right in zip(*pieces, strict=True))
 
-
-def find_tensors(
-    checkpoint: Checkpoint,
-    shapes: Mapping[str, Shape],
-    names: Names,
-    skip: str | Sequence[str] = (),
-) -> dict[str, Stack]:
-    """Return the tensors of each leaf of a model.
-
-    Args:
-      checkpoint: The base.
-      shapes: {path of a leaf: its shape}.
-      names: As in `load_base`.
-      skip: As in `load_base`.
-
-    Raises:
-      AdapterFileError: A leaf lacks a tensor, two leaves have the same, or a tensor
-        lacks a leaf.
-      ValueError: `names` are unknown, or `skip` matches no tensor.
-    """
-    source = Source(checkpoint, names, "leaf of like")
-    stacks = {name: source.stack(name, shape) for name, shape in shapes.items()}
-    source.check_missing()
-    source.check_left(shapes, skip)
-    return stacks
+    def stand_for_two(self, tensors: Iterable[str]) -> bool:
+        """Return True if a tensor is there, and not the one that may be tied to it."""
+        there = self._by_canonical.keys()
+        lone = (t for t in tensors if canonical(t) in there and _tied_to(t))
+        return self.tied and any(there.isdisjoint(_tied_to(t)) for t in lone)
 
 
 def _tied_to(name: str) -> tuple[str, ...]:
-    """Return the tensors that may be tied to one, by canonical names."""
+    """Return the canonical names of the tensors that may be tied to one."""
+    name = canonical(name)
     return tuple(
         other for pair in TIED if name in pair for other in pair if other != name
     )
 
 
-def may_be_tied(checkpoint: Checkpoint) -> bool:
+def _may_be_tied(checkpoint: Checkpoint) -> bool:
     """Return True if the model's config, if there is one, allows tied tensors.
 
     A model of more than texts has another config in it, for its language model.
     """
     config = None if checkpoint.config is None else read_json(checkpoint.config)
-    if not isinstance(config, dict):
-        return True
-    configs = [c for c in (config, config.get("text_config")) if isinstance(c, dict)]
-    return all(c.get("tie_word_embeddings", True) for c in configs)
-
-
-def stands_for_two(checkpoint: Checkpoint, tensor: str) -> bool:
-    """Return True if the base has a tensor, and not the one that may be tied to it."""
-    there, name = set(map(canonical, checkpoint.place)), canonical(tensor)
-    twins = _tied_to(name)
-    if name not in there or not twins or there.intersection(twins):
-        return False
-    return may_be_tied(checkpoint)
+    configs = [config, config.get("text_config")] if isinstance(config, dict) else []
+    known = (config for config in configs if isinstance(config, dict))
+    return all(config.get("tie_word_embeddings", True) for config in known)

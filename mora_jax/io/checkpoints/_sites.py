@@ -1,8 +1,8 @@
 """The tensors of a base that adapters change, and the numbers that go into them."""
 
 import dataclasses
-import math
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import jax.numpy as jnp
@@ -10,24 +10,19 @@ import numpy as np
 
 from mora_jax._common.suggestions import nearest_paths
 from mora_jax._common.types import Shape
-from mora_jax._layer.equation import delta_kernel, scaled
+from mora_jax._layer.equation import delta_kernel
+from mora_jax._layer.rounding import Rounding, add_rounded, share_lost
 from mora_jax._plan.plan import Plan
 from mora_jax._plan.spec import AdapterSpec
 from mora_jax._plan.trained_arrays import Items
 from mora_jax._tree.adapters import adapter_items
-from mora_jax._tree.base_digest import (
-    check_digests,
-    kernel_digests,
-    row_numbers,
-    rows_digest,
-)
+from mora_jax._tree.base_digest import check_digests, kernel_digests
 from mora_jax.io._errors import AdapterFileError
 from mora_jax.io._modules import Module, modules_of
-from mora_jax.io._names import Names, Tensor, join_index, pairs
+from mora_jax.io._names import Names, join_index, pairs
 from mora_jax.io._suggest import suggestion
 from mora_jax.io._tensors import to_numpy
 from mora_jax.io.checkpoints._checkpoint import Checkpoint
-from mora_jax.io.checkpoints._leaf import axis_groups
 from mora_jax.io.checkpoints._matching import Source
 
 
@@ -35,71 +30,65 @@ from mora_jax.io.checkpoints._matching import Source
 class Site:
     """A tensor of the base, and the adapter whose delta is added to it.
 
-    Attributes:
-      spec: The adapter.
-      m: M, of all stacked layers if `module` is None.
-      module: The tensor's module; None for a tensor with the shape of the whole kernel.
-      together: The tensors that are the kernel of one layer, in order.
+    The spec is of the kernel that one or several tensors are together, each with as
+    many outputs; this one is number `part`. The kernel is number `layer` in the stack
+    that the adapter was made for.
     """
 
     spec: AdapterSpec
     m: np.ndarray
-    module: Module | None
-    together: tuple[str, ...]
+    tensors: tuple[str, ...]
+    part: int = 0
+    layer: int = 0
 
     @property
-    def axes(self) -> str:
-        """The order of the tensor's axes, a letter each."""
-        return self.module.axes if self.module else self.spec.axes
-
-    @property
-    def start(self) -> tuple[int, int]:
-        """The kernel's first input and first output that the tensor has."""
-        return 0, self.module.outputs.start if self.module else 0
+    def name(self) -> str:
+        """The tensor's name."""
+        return self.tensors[self.part]
 
     @property
     def shape(self) -> Shape:
         """The tensor's shape."""
-        if not self.module:
-            return self.spec.kernel_shape
-        outputs = self.module.outputs
-        widths = {"i": self.spec.in_features, "o": outputs.stop - outputs.start}
-        return tuple(widths[letter] for letter in self.axes)
+        shape, axis = list(self.spec.kernel_shape), self.spec.axes.index("o")
+        shape[axis] //= len(self.tensors)
+        return tuple(shape)
 
-    def delta(self) -> np.ndarray:
-        """Return the delta with the tensor's axes, in float32 or wider."""
-        if not self.module:
-            return np.asarray(delta_kernel(self.spec, self.m))
-        delta = self.spec.operator.delta_weight(scaled(self.spec, self.m))
-        delta = delta[:, self.module.outputs]
+    def add(self, kernel: np.ndarray, rounding: Rounding) -> tuple[np.ndarray, float]:
+        """Return the merged tensor, and the share of its delta that is lost."""
+        dtype = jnp.promote_types(kernel.dtype, jnp.float32)
         # JAX's transpose has the memory order of the tensor. NumPy's would not, and it
         # adds arrays of different orders slowly.
-        return np.asarray(delta.T if self.axes == "oi" else delta)
+        delta = np.asarray(delta_kernel(self.spec, self.m))
+        parts = np.split(delta, len(self.tensors), self.spec.axes.index("o"))
+        before, delta = kernel.astype(dtype), parts[self.part].astype(dtype)
+        if dtype == jnp.float32:
+            start = 0, self.part * self.spec.out_features // len(self.tensors)
+            settings = self.spec.axes, kernel.dtype, rounding, start
+            merged = np.asarray(add_rounded(kernel, delta, *settings))
+        else:  # JAX may lack float64, and nothing is rounded
+            merged = before + delta
+        after = merged.astype(dtype)
+        if not np.isfinite(after).all() and np.isfinite(before).all():
+            raise AdapterFileError(
+                f"{self.name!r} overflows {kernel.dtype} with its delta"
+            )
+        return merged, share_lost(after - before, delta)
 
-    def check_base(
-        self, checkpoint: Checkpoint, read: Mapping[str, np.ndarray]
-    ) -> None:
+    def check_base(self, checkpoint: Checkpoint, own: np.ndarray | None = None) -> None:
         """Raise if the adapter is known to be trained on another kernel.
 
-        Args:
-          checkpoint: The base.
-          read: Tensors of the kernel that were read already.
+        `own` is the tensor itself, if it was read already.
         """
         if self.spec.base_digest is None:
             return
+        place = checkpoint.place
         tensors = [
-            read[name] if name in read else checkpoint.place[name][name]
-            for name in self.together
+            place[name][name] if own is None or name != self.name else own
+            for name in self.tensors
         ]
-        if self.module:
-            numbers = row_numbers(self.spec.in_features)
-            kernels = [t.T if self.axes == "oi" else t for t in tensors]
-            rows = np.concatenate([kernel[numbers] for kernel in kernels], axis=1)
-            digests, layer = (rows_digest(rows),), self.module.layer
-        else:
-            digests, layer = kernel_digests(self.spec, tensors[0]), 0
+        kernel = np.concatenate(tensors, self.spec.axes.index("o"))
         try:
-            check_digests(self.spec, digests, layer)
+            check_digests(self.spec, kernel_digests(self.spec, kernel), self.layer)
         except ValueError as error:
             raise AdapterFileError(str(error)) from None
 
@@ -114,19 +103,17 @@ def sites_of(
         m = to_numpy(spec.name, m)
         m = m.astype(jnp.promote_types(m.dtype, jnp.float32))
         if name := _own_name(checkpoint, spec.path):
-            sites[name] = Site(spec, m, None, (name,))
+            sites[name] = Site(spec, m, (name,))
             continue
         modules, unnamed = modules_of(spec, known)
         missing |= dict.fromkeys(unnamed, spec.name)
-        for module in modules:
-            name = f"{module.name}.weight"
-            if name not in checkpoint.place:
-                missing[join_index(spec.name, module.index)] = name
-            elif name in sites:
-                raise AdapterFileError(f"two adapters go into {name!r}")
-            layer = [m.name for m in modules if m.layer == module.layer]
-            together = tuple(f"{other}.weight" for other in layer)
-            sites[name] = Site(spec, m[module.index], module, together)
+        for index, layer in itertools.groupby(modules, lambda module: module.index):
+            for site in _layer_sites(spec, m[index], *layer):
+                if site.name not in checkpoint.place:
+                    missing[join_index(spec.name, index)] = site.name
+                elif site.name in sites:
+                    raise AdapterFileError(f"two adapters go into {site.name!r}")
+                sites[site.name] = site
     if missing:
         kernel, name = next(iter(missing.items()))
         modules = [name.removesuffix(".weight") for name in checkpoint.place]
@@ -139,8 +126,17 @@ def sites_of(
             raise AdapterFileError(
                 f"{name!r} in the base must have shape {site.shape}, got {shape}"
             )
-        checkpoint.place[name].dtype(name, "dequantise it first")
     return sites
+
+
+def _layer_sites(spec: AdapterSpec, m: np.ndarray, *modules: Module) -> Iterator[Site]:
+    """Yield the sites of one layer of a kernel, by the modules that are the layer."""
+    axes, sizes = modules[0].axes, {"i": spec.in_features, "o": spec.out_features}
+    shape = tuple(sizes[letter] for letter in axes)
+    spec = dataclasses.replace(spec, kernel_shape=shape, axes=axes, layout=None)
+    tensors = tuple(f"{module.name}.weight" for module in modules)
+    for part, module in enumerate(modules):
+        yield Site(spec, m, tensors, part, module.layer)
 
 
 def _own_name(checkpoint: Checkpoint, path: tuple[str, ...]) -> str | None:
@@ -149,72 +145,22 @@ def _own_name(checkpoint: Checkpoint, path: tuple[str, ...]) -> str | None:
     return next((name for name in names if name in checkpoint.place), None)
 
 
-@dataclasses.dataclass(frozen=True)
-class Replacement:
-    """The numbers of a trained array, which replace a tensor.
-
-    Attributes:
-      name: The path of the trained array.
-      copy: Its numbers, of one layer of a stack.
-      tensor: The tensor; None for one with the shape of the array.
-    """
-
-    name: str
-    copy: np.ndarray
-    tensor: Tensor | None
-
-    def as_tensor(self, shape: Shape, dtype: np.dtype) -> np.ndarray:
-        """Return the numbers in the layout and the dtype of a tensor.
-
-        Raises:
-          AdapterFileError: They do not fit it, or are too large for it.
-        """
-        array, tensor = self.copy, self.tensor
-        if tensor is not None and not array.shape == shape == ():
-            groups = axis_groups(array.shape, shape, tensor)
-            if groups is None:
-                raise AdapterFileError(
-                    f"the trained array {self.name!r} of shape {array.shape} does not "
-                    f"fit its tensor in the base, of shape {shape}"
-                )
-            array = array.transpose(tensor.order) if tensor.order else array
-            array = array.reshape([math.prod(group) for group in groups])
-            array = (array.T if tensor.axes == "oi" else array).reshape(shape)
-        with np.errstate(over="ignore"):
-            array = np.ascontiguousarray(array).astype(dtype).reshape(shape)
-        if not np.isfinite(array).all():
-            raise AdapterFileError(f"the trained array {self.name!r} overflows {dtype}")
-        return array
-
-
 def replacements(
     checkpoint: Checkpoint, items: Items, names: Names
-) -> dict[str, Replacement]:
-    """Return {tensor: the numbers that replace it}, all of them checked.
-
-    Args:
-      checkpoint: The base.
-      items: The trained arrays with their copies.
-      names: As in `load_peft_mora`.
-
-    Raises:
-      AdapterFileError: The base lacks a tensor for an array, or has one of another
-        shape or dtype.
-    """
-    replaced: dict[str, Replacement] = {}
-    source = Source(checkpoint, names, "trained array", tied=False)
+) -> dict[str, tuple[str, np.ndarray]]:
+    """Return {tensor: name and numbers of the trained array for it}."""
+    replaced: dict[str, tuple[str, np.ndarray]] = {}
+    misfit = "the trained array {!r} of shape {} does not fit {} in the base"
+    source = Source(checkpoint, names, "trained array", misfit, tied=False)
     for array, copy in items:
         numbers, own = to_numpy(array.name, copy), _own_name(checkpoint, array.path)
         # A bias with axes for heads may have the name of its tensor by chance.
         if own and checkpoint.entry(own).shape == array.shape:
-            replaced[own] = Replacement(array.name, numbers, None)
+            replaced[own] = array.name, numbers
             source.taken[own] = array.name
             continue
-        for index, tensor in source.stack(array.name, array.shape).items():
-            part = join_index(array.name, index)
-            replaced[tensor.name] = Replacement(part, numbers[index], tensor)
+        for index, part in source.stack(array.name, array.shape).items():
+            layer = part.transposed(numbers[index]).reshape(part.shape)
+            replaced[part.name] = join_index(array.name, index), layer
     source.check_missing()
-    for name, replacement in replaced.items():
-        checkpoint.place[name].dtype(name, "dequantise it first")
-        replacement.as_tensor(checkpoint.entry(name).shape, replacement.copy.dtype)
     return replaced

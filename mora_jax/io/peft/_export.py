@@ -12,7 +12,7 @@ from mora_jax.io._locations import as_path
 from mora_jax.io._modules import modules_of
 from mora_jax.io._names import Names, pairs
 from mora_jax.io.checkpoints._checkpoint import Checkpoint
-from mora_jax.io.checkpoints._matching import stands_for_two
+from mora_jax.io.checkpoints._matching import Source
 from mora_jax.io.checkpoints._merge_files import merge_checkpoint
 from mora_jax.io.peft._lora import make_lora
 from mora_jax.io.peft._write import free
@@ -56,11 +56,9 @@ def export(
 ) -> Export:
     """Write adapters as what vLLM or SGLang serves best, and say how.
 
-    That is a LoRA where one of a rank that servers take is near enough: exactly, for
-    operators without blocks; for others with the fewest singular values of each module
-    that lose no more than `max_error` of its delta. Where that takes more than rank
-    512, the plan trains arrays of the base, or `base` shows that an adapted embedding
-    is also the head, it is the base with the adapters merged in.
+    That is a LoRA as `save_peft_lora` writes it with `rank="auto"`. Where that takes
+    more than rank 512, the plan trains arrays of the base, or `base` shows that an
+    adapted embedding is also the head, it is the base with the adapters merged in.
 
     Args:
       directory: The directory to make, a path or a URL.
@@ -73,14 +71,11 @@ def export(
       base_model: The model that the server loads: a directory or a name on the Hub.
         `base` by default.
       max_error: The largest share of its delta that a module may lose in a LoRA.
-      force: Whether to replace what is in `directory`: an adapter by a LoRA, or a
+      force: True to replace what is in `directory`: an adapter by a LoRA, or a
         checkpoint by a merged one.
       any_base: As in `merge_checkpoint`.
       rounding: As in `merge_checkpoint`.
       progress: As in `merge_checkpoint`.
-
-    Returns:
-      What was written, and the command that serves it.
 
     Raises:
       ValueError: `server` is unknown, or the adapters have to be merged and `base` is
@@ -126,10 +121,7 @@ def _is_tied(base: str | os.PathLike[str], plan: Plan, names: Names) -> bool:
     known = pairs(names)
     named = [module for spec in plan.specs for module in modules_of(spec, known)[0]]
     tables = [f"{module.name}.weight" for module in named if module.table]
-    if not tables:
-        return False
-    checkpoint = Checkpoint(base)
-    return any(stands_for_two(checkpoint, table) for table in tables)
+    return bool(tables) and Source(Checkpoint(base), names).stand_for_two(tables)
 
 
 def _command(server: Server, model: str, rank: int = 0, adapter: str = "") -> str:

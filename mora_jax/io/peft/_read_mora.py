@@ -4,8 +4,8 @@ import dataclasses
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -48,9 +48,9 @@ def load_peft_mora(
         have other axes than (in, out), a plan by `linen.plan` or `nnx.plan` that has
         all kernels that the file adapts.
       names: The modules of PyTorch that are the kernels. A family ("llama", "gemma",
-        "qwen", "gpt2" or "bert") for models with the names of transformers' models;
-        "tunix" for Tunix's Qwen2, Qwen3, Llama3 and Gemma, "gm" for Google's gemma;
-        otherwise templates, such as
+        "qwen", "gpt2" or "bert", also with a version as in "qwen3") for models with the
+        names of transformers' models; "tunix" for Tunix's Qwen2, Qwen3, Llama3 and
+        Gemma, "gm" for Google's gemma; otherwise templates, such as
         `{"model.layers.{layer}.mlp.{name}": "layer_{layer}/{name}/kernel"}`, with
         `"mlp/{name}/kernel[{layer}]"` for a stacked kernel. None tries all families.
 
@@ -63,15 +63,10 @@ def load_peft_mora(
         fit the model.
     """
     path = as_path("directory", directory)
-    config = _config_of(read_json(path / CONFIG))
+    config = _checked(read_json(path / CONFIG))
     arrays = decode(read_bytes(path / TENSORS), TENSORS)
-    kernels = _by_kernel(dict(_matrices(arrays)), model, names)
+    kernels = _by_kernel(_matrices(arrays), model, names)
     template = _template(model, kernels)
-    for name in kernels.keys() - template.keys():
-        raise AdapterFileError(
-            f"the plan has no kernel {name!r}, which {TENSORS} adapts"
-            + nearest_paths(name, template)
-        )
     specs, adapters = [], {}
     for spec in template.specs:
         if spec.name in kernels:
@@ -79,50 +74,11 @@ def load_peft_mora(
                 operator, m = _adapter(spec, kernels[spec.name], config)
             except ValueError as error:
                 raise AdapterFileError(f"{spec.name} in {TENSORS}: {error}") from error
-            settings = AdapterSettings(dropout=config.dropout, param_dtype=m.dtype)
-            spec = dataclasses.replace(spec, operator=operator, **vars(settings))
-            specs.append(spec)
+            dropout = config["lora_dropout"]
+            settings = AdapterSettings(dropout=dropout, param_dtype=m.dtype)
+            specs.append(dataclasses.replace(spec, operator=operator, **vars(settings)))
             adapters[adapter_path(spec)] = to_jax(spec.name, m)
     return nest(adapters), Plan(tuple(specs), template.base_parameters, template.traced)
-
-
-class _Config(NamedTuple):
-    """The settings that are used from the reference's config."""
-
-    mora_type: int
-    rank: int
-    rank_pattern: Mapping[str, int]
-    dropout: float
-
-    def rank_of(self, module: str) -> int:
-        """Return the rank of a module. Keys are names or ends of them, as in PEFT."""
-        ends = (k for k in self.rank_pattern if f".{module}".endswith(f".{k}"))
-        return self.rank_pattern.get(next(ends, ""), self.rank)
-
-
-def _config_of(content: Any) -> _Config:
-    """Return the settings in a parsed config, checked."""
-    if not isinstance(content, dict):
-        raise AdapterFileError(f"{CONFIG} must be an object, got {short(content)}")
-    content = {"bias": "none", "use_dora": False, "lora_dropout": 0.0} | content
-    content["rank_pattern"] = content.get("rank_pattern") or {}
-    types = *REFERENCE_GROUPS, 6
-    for key, rule, is_right in (
-        ("peft_type", "'LORA'", lambda value: value == "LORA"),
-        ("use_mora", "true, not that of a plain LoRA", lambda value: value is True),
-        ("bias", "'none'", lambda value: value == "none"),
-        ("use_dora", "false", lambda value: value is False),
-        ("mora_type", "1, 2, 3, 4 or 6", lambda v: type(v) is int and v in types),
-        ("r", "a positive integer", _is_rank),
-        ("rank_pattern", "names of modules with positive integers", _is_pattern),
-        ("lora_dropout", "in [0, 1)", lambda v: type(v) in (int, float) and 0 <= v < 1),
-    ):
-        if not is_right(value := content.get(key)):
-            raise AdapterFileError(
-                f"{key} in {CONFIG} must be {rule}, got {short(value)}"
-            )
-    keys = "mora_type", "r", "rank_pattern", "lora_dropout"
-    return _Config(*(content[key] for key in keys))
 
 
 def _is_rank(value: Any) -> bool:
@@ -134,6 +90,34 @@ def _is_pattern(value: Any) -> bool:
     return isinstance(value, dict) and all(
         re.fullmatch(r"[\w.-]+", key) and _is_rank(rank) for key, rank in value.items()
     )
+
+
+_TYPES = *REFERENCE_GROUPS, 6
+_RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "peft_type": ("'LORA'", lambda value: value == "LORA"),
+    "use_mora": ("true, not that of a plain LoRA", lambda value: value is True),
+    "bias": ("'none'", lambda value: value == "none"),
+    "use_dora": ("false", lambda value: value is False),
+    "mora_type": ("1, 2, 3, 4 or 6", lambda v: type(v) is int and v in _TYPES),
+    "r": ("a positive integer", _is_rank),
+    "rank_pattern": ("names of modules with positive integers", _is_pattern),
+    "lora_dropout": ("in [0, 1)", lambda v: type(v) in (int, float) and 0 <= v < 1),
+}
+"""{setting in the reference's config: the rule for its values, and a check}."""
+
+
+def _checked(content: Any) -> dict[str, Any]:
+    """Return a parsed config, checked."""
+    if not isinstance(content, dict):
+        raise AdapterFileError(f"{CONFIG} must be an object, got {short(content)}")
+    config = {"bias": "none", "use_dora": False, "lora_dropout": 0.0} | content
+    config["rank_pattern"] = config.get("rank_pattern") or {}
+    for key, (rule, is_right) in _RULES.items():
+        if not is_right(value := config.get(key)):
+            raise AdapterFileError(
+                f"{key} in {CONFIG} must be {rule}, got {short(value)}"
+            )
+    return config
 
 
 def _matrices(arrays: Mapping[str, np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
@@ -149,7 +133,7 @@ def _matrices(arrays: Mapping[str, np.ndarray]) -> Iterator[tuple[str, np.ndarra
         a, b = (arrays.get(f"{module}.lora_{letter}.weight") for letter in "AB")
         if a is None or b is None:
             raise AdapterFileError(f"{TENSORS} must have lora_A and lora_B of {name}")
-        if a.shape != b.shape or not np.array_equal(a, b):
+        if not np.array_equal(a, b):
             raise AdapterFileError(
                 f"lora_A and lora_B of {name} in {TENSORS} must be the same matrix"
             )
@@ -159,25 +143,26 @@ def _matrices(arrays: Mapping[str, np.ndarray]) -> Iterator[tuple[str, np.ndarra
 
 
 def _by_kernel(
-    matrices: Mapping[str, np.ndarray], model: Any, names: Names
+    matrices: Iterable[tuple[str, np.ndarray]], model: Any, names: Names
 ) -> dict[str, ByIndex]:
     """Return the M's of each kernel, by the names of their modules."""
-    known, kernels = pairs(names), defaultdict(dict)
-    if not matrices:
-        raise AdapterFileError(f"{TENSORS} holds no adapter")
-    unknown = [module for module in matrices if to_kernel(module, known) is None]
+    known, unknown = pairs(names), []
+    kernels: dict[str, ByIndex] = defaultdict(dict)
+    for module, m in matrices:
+        if (kernel := to_kernel(module, known)) is None:
+            unknown.append(module)
+            continue
+        path, index = split_index(kernel[0])
+        if index in kernels[path]:
+            raise AdapterFileError(f"{TENSORS} has two modules for {kernel[0]}")
+        kernels[path][index] = module, m
     if unknown:
         raise AdapterFileError(
             f"names have no kernel for the module {short(unknown[0])}, which {TENSORS} "
             f"adapts; {suggestion_for(unknown, _paths(model))}"
         )
-    for module, m in matrices.items():
-        kernel = to_kernel(module, known)
-        assert kernel is not None
-        path, index = split_index(kernel[0])
-        if index in kernels[path]:
-            raise AdapterFileError(f"{TENSORS} has two modules for {kernel[0]}")
-        kernels[path][index] = module, m
+    if not kernels:
+        raise AdapterFileError(f"{TENSORS} holds no adapter")
     return kernels
 
 
@@ -192,26 +177,30 @@ def _paths(model: Any) -> list[str]:
 def _template(model: Any, kernels: Iterable[str]) -> Plan:
     """Return a plan with the kernels, whose operators will be replaced."""
     if isinstance(model, Plan):
+        for name in kernels:
+            if name not in model:
+                raise AdapterFileError(
+                    f"the plan has no kernel {name!r}, which {TENSORS} adapts"
+                    f"{nearest_paths(name, model)}"
+                )
         return model
     targets = [re.escape(name) for name in kernels]
+    config = MoRAConfig(operator="truncation", square_rank=1, targets=targets)
     try:
-        return plan(
-            model, MoRAConfig(operator="truncation", square_rank=1, targets=targets)
-        )
+        return plan(model, config)
     except ValueError as error:
         raise AdapterFileError(f"{TENSORS} does not fit the model: {error}") from error
 
 
 def _adapter(
-    spec: AdapterSpec, modules: ByIndex, config: _Config
+    spec: AdapterSpec, modules: ByIndex, config: Mapping[str, Any]
 ) -> tuple[Operator, np.ndarray]:
     """Return the operator of a kernel, and its M, (*stack, q, q)."""
-    stack = spec.stack_shape
+    stack, widths = spec.stack_shape, (spec.in_features, spec.out_features)
     if missing := set(np.ndindex(stack)) ^ set(modules):
         raise ValueError(f"the kernel is stacked {stack}, and does not fit {missing}")
-    widths = spec.in_features, spec.out_features
-    ranks = {config.rank_of(module) for module, _ in modules.values()}
-    operators = {reference_operator(config.mora_type, *widths, r) for r in ranks}
+    ranks = {_rank(module, config) for module, _ in modules.values()}
+    operators = {reference_operator(config["mora_type"], *widths, r) for r in ranks}
     if len(operators) > 1:
         raise ValueError("a stacked kernel must have one rank in all its layers")
     (operator,) = operators
@@ -223,3 +212,10 @@ def _adapter(
             )
     ms = [modules[index][1] for index in np.ndindex(stack)]
     return operator, np.stack(ms).reshape(*stack, *operator.m_shape)
+
+
+def _rank(module: str, config: Mapping[str, Any]) -> int:
+    """Return the rank of a module. Keys are names or ends of them, as in PEFT."""
+    ranks = config["rank_pattern"]
+    ends = (key for key in ranks if f".{module}".endswith(f".{key}"))
+    return ranks.get(next(ends, ""), config["r"])

@@ -24,13 +24,12 @@ def reference_square_rank(
 def reference_operator(
     mora_type: int, in_features: int, out_features: int, rank: int
 ) -> Operator:
-    """The operator that the authors' code (peft-mora) computes with.
+    """Return the operator that the authors' code (peft-mora) computes with.
 
     Types 1 to 4 are sharing. Type 6 is rotation that leaves out inputs if a layer has
     fewer outputs than inputs. The code rounds the square rank to the nearest number, so
-    M may have more parameters than a LoRA of that rank; a square rank that this library
-    chooses never does that. The code's `lora_A` is M transposed. It ignores its
-    alpha, so keep alpha at 1.
+    M may have more parameters than a LoRA of that rank, unlike in this library. The
+    code's `lora_A` is M transposed. It ignores its alpha, so keep alpha at 1.
 
     Args:
       mora_type: The type in the reference's config: 1, 2, 3, 4 or 6.

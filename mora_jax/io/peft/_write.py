@@ -4,7 +4,6 @@ import dataclasses
 import math
 import os
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -39,23 +38,20 @@ def save_peft_mora(
     """Write adapters so that the paper's authors' code (peft-mora) loads them.
 
     That code computes q from a rank, has only sharing and rotation, and ignores alpha.
-    So M is written with alpha and the normalisation multiplied in, and adapters that
-    the code cannot express are refused.
+    So alpha and the normalisation are multiplied into M, and other adapters are
+    refused.
 
     Args:
-      directory: A path or a URL that `etils.epath` opens, new or empty. A local
-        directory is there whole or not at all. On an object store the config is written
-        last, so a killed process leaves a directory without a config.
+      directory: As in `save_peft_lora`.
       adapters: The adapters, as `init` makes them.
       plan: The plan that they follow.
       names: As in `load_peft_mora`.
       base_model: PEFT's `base_model_name_or_path`.
       task_type: PEFT's `task_type`.
-      force: Whether to replace an adapter that is in the directory.
+      force: True to replace an adapter that is in the directory.
 
     Raises:
-      FileExistsError: The directory is not empty; with `force`, it holds something
-        other than an adapter.
+      FileExistsError: As `save_peft_lora`.
       ValueError: The reference does not have an operator or a square rank, `names` lack
         a module for a kernel, a kernel is one of a convolution or an embedding, or the
         plan lacks adapters or trains arrays.
@@ -74,19 +70,17 @@ def save_peft_mora(
                 f"{module.name} is a part of this kernel; io.save_peft_lora writes "
                 "such adapters as a LoRA, and io.merge_checkpoint merges them"
             )
-        mora_type, files.ranks[module.name], scale = _reference(spec)
+        mora_type, rank, scale = _reference(spec)
         settings.add((mora_type, spec.dropout, module.axes))
-        for letter in "AB":
-            name = f"{PREFIX}{module.name}.lora_{letter}.weight"
-            files.tensors[name] = (scale * scaled(spec, m)).T
+        files.add(module, rank, *[scale * scaled(spec, m)] * 2)
     if len(settings) > 1:
         raise ValueError(
             "the reference has one mora_type, dropout and fan_in_fan_out for all "
             f"layers, got {sorted(settings)}"
         )
-    ((mora_type, dropout, files.axes),) = settings
-    files.settings = {"use_mora": True, "mora_type": mora_type, "lora_dropout": dropout}
-    files.write(path, base_model, task_type)
+    ((mora_type, dropout, _),) = settings
+    special = {"use_mora": True, "mora_type": mora_type, "lora_dropout": dropout}
+    files.write(path, base_model, task_type, **special)
 
 
 def _reference(spec: AdapterSpec) -> tuple[int, int, float]:
@@ -104,37 +98,41 @@ def _reference(spec: AdapterSpec) -> tuple[int, int, float]:
             f"{spec.name}: the reference has sharing and rotation with truncate=True, "
             f"got {op}"
         )
-    near = max(1, q * q // (ins + outs))
-    choices = {
-        reference_square_rank(mora_type, ins, outs, rank): rank
-        for rank in range(near + 3, near - 1, -1)  # the least rank for a q comes last
-    }
-    if q not in choices:
+    # sqrt((in + out) r) rounds to q or more from (q - 1/2)^2 = q^2 - q + 1/4 on.
+    rank = -(-(q * q - q + 1) // (ins + outs))
+    near = [reference_square_rank(mora_type, ins, outs, rank - k) for k in (1, 0)]
+    if near[1] != q:
         raise ValueError(
             f"{spec.name}: no rank gives the reference a square_rank of {q}; "
-            f"the nearest are {sorted(choices)}"
+            f"the nearest are {near}"
         )
-    return mora_type, choices[q], scale
+    return mora_type, rank, scale
 
 
 @dataclasses.dataclass
 class PeftFiles:
-    """Adapters as PEFT has them.
+    """Adapters as PEFT has them: tensors by name, and ranks by module.
 
-    Attributes:
-      axes: The order of the axes of the modules' weights, "oi" or "io".
-      tensors: {name in the file: array}.
-      ranks: {module: its rank}.
-      settings: Settings in the config beside the usual ones.
+    The axes are the orders in which layers have them, "oi" and "io".
     """
 
-    axes: str = "oi"
+    axes: set[str] = dataclasses.field(default_factory=set)
     tensors: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
     ranks: dict[str, int] = dataclasses.field(default_factory=dict)
-    settings: dict[str, Any] = dataclasses.field(default_factory=dict)
 
-    def write(self, path: Location, base_model: str, task_type: str | None) -> None:
-        """Write a directory, its config last.
+    def add(self, module: Module, rank: int, a: Any, b: Any) -> None:
+        """Add the matrices of a module, which PyTorch has transposed."""
+        self.ranks[module.name] = rank
+        self.axes |= set() if module.table else {module.axes}
+        kind = "lora_embedding_{}" if module.table else "lora_{}.weight"
+        for letter, matrix in (("A", a), ("B", b)):
+            name = f"{PREFIX}{module.name}.{kind.format(letter)}"
+            self.tensors[name] = np.asarray(matrix, np.float32).T
+
+    def write(
+        self, path: Location, base_model: str, task_type: str | None, **special: Any
+    ) -> None:
+        """Write a directory, its config last, in which `special` settings prevail.
 
         The config names each module and multiplies by 1. Its `r` is the largest rank,
         since servers make room for that rank.
@@ -153,17 +151,17 @@ class PeftFiles:
             "alpha_pattern": others,
             "lora_dropout": 0.0,
             "bias": "none",
-            "fan_in_fan_out": self.axes == "io",
+            "fan_in_fan_out": "io" in self.axes,
         }
-        data = encode(self.tensors, {"format": "pt"})
-        text = dump(config | self.settings)
-        write_directory(path, [(TENSORS, [data]), (CONFIG, [text])])
+        tensors = encode(self.tensors, {"format": "pt"})
+        text = dump(config | special)
+        write_directory(path, [(TENSORS, [tensors]), (CONFIG, [text])])
 
 
 def modules(
     adapters: Any, plan: Plan, names: Names
-) -> Iterator[tuple[Module, AdapterSpec, np.ndarray]]:
-    """Yield PyTorch's modules, with the spec and the M of each; no convolutions."""
+) -> list[tuple[Module, AdapterSpec, np.ndarray]]:
+    """Return PyTorch's modules, with the spec and the M of each; no convolutions."""
     if not len(plan):
         raise ValueError("plan must have an adapter to write, got none")
     refuse_trained(
@@ -181,9 +179,9 @@ def modules(
     if unknown:
         raise ValueError(
             f"names have no module for the kernel {unknown[0]!r}; "
-            + suggestion(unknown, ())
+            f"{suggestion(unknown, ())}"
         )
-    yield from items
+    return items
 
 
 def _refuse_convolution(spec: AdapterSpec) -> None:
@@ -204,21 +202,15 @@ def _refuse_convolution(spec: AdapterSpec) -> None:
 
 
 def free(directory: str | os.PathLike[str], force: bool) -> Location:
-    """Return the path of a directory that an adapter can be written to.
-
-    Raises:
-      FileExistsError: The directory holds something else, or it is a file.
-    """
+    """Return the path of a directory, unless it holds something to be kept."""
     path = as_path("directory", directory)
+    rule = "directory must be new or empty, got"
     if path.exists() and not path.is_dir():
-        raise FileExistsError(f"directory must be new or empty, got the file {path}")
+        raise FileExistsError(f"{rule} the file {path}")
     there = {entry.name for entry in entries(path)}
-    others = sorted(there - {CONFIG, TENSORS})
     if there and not force:
-        raise FileExistsError(
-            f"directory must be new or empty, got {path}; force=True replaces an "
-            "adapter there"
-        )
+        raise FileExistsError(f"{rule} {path}; force=True replaces an adapter there")
+    others = sorted(there - {CONFIG, TENSORS})
     if there and (CONFIG not in there or others):
         raise FileExistsError(
             f"force=True replaces a directory that holds nothing but an adapter, got "
