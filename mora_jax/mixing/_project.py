@@ -16,13 +16,12 @@ from mora_jax._plan.trained_arrays import refuse_trained
 from mora_jax._tree.adapters import Tree, nest, refuse_nonlinear
 from mora_jax._tree.merge import finite_items, wide
 from mora_jax._tree.paths import adapter_path
-from mora_jax.mixing._pairs import (
+from mora_jax.mixing._sums import (
     NO_DELTA,
     NOT_LINEAR,
     Adapter,
     Weights,
     check_one_base,
-    factors_of,
     pairs_of,
 )
 
@@ -67,12 +66,11 @@ def project(
       >>> mora_jax.mixing.project([(ones, small)], [1.0], large)[1]
       {'kernel': 0.0}
     """
-    pairs = pairs_of(adapters)
+    pairs, factors = pairs_of(adapters, weights)
     plans = [*(made_for for _, made_for in pairs), check_plan(plan)]
     for other in plans:
         refuse_trained(other.trained, NO_DELTA)
     refuse_nonlinear(plan.specs, NOT_LINEAR)
-    factors = factors_of(weights, len(pairs))
     check_one_base(plans)
     terms = defaultdict(list)
     for pair, factor in zip(pairs, factors, strict=True):

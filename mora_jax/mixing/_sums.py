@@ -1,15 +1,18 @@
 """Adapters scaled and summed."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from mora_jax._common.checks import as_jax_array, check_finite
+from mora_jax._common.checks import as_jax_array, check_finite, check_number
 from mora_jax._common.types import Path
-from mora_jax._plan.plan import Plan
+from mora_jax._plan.plan import Plan, refuse_other_plan
 from mora_jax._plan.spec import SUFFIX, AdapterSpec
 from mora_jax._plan.trained_arrays import find_trained
 from mora_jax._tree.adapters import (
@@ -22,16 +25,21 @@ from mora_jax._tree.adapters import (
 from mora_jax._tree.base_digest import check_base
 from mora_jax._tree.merge import finite_items, wide
 from mora_jax._tree.paths import adapter_path, located_leaves, named_leaves
-from mora_jax.mixing._pairs import (
-    NO_DELTA,
-    NOT_LINEAR,
-    Adapter,
-    Weights,
-    factor_of,
-    factors_of,
-    one_plan_of,
-    pairs_of,
+
+Adapter = tuple[Any, Plan]
+"""Adapters, as `init` makes them, and the plan that they follow."""
+
+Weights = Sequence[ArrayLike] | jax.Array
+"""A real number for each adapter, or an array of them."""
+
+NOT_LINEAR = "so that sums of adapters are not sums of deltas: merge one after another"
+"""The reason to refuse an operator, and what to do instead."""
+
+NO_DELTA = (
+    "and is no delta, which this needs: mixing.weighted_sum takes such arrays with "
+    "params=, and merge puts them into a base"
 )
+"""The reason to refuse arrays that train themselves."""
 
 
 def scaled(adapters: Any, factor: ArrayLike) -> Any:
@@ -70,7 +78,7 @@ def scaled(adapters: Any, factor: ArrayLike) -> Any:
             raise ValueError(f"{'/'.join(path)} is not an M, {NO_DELTA}")
         if isinstance(spec := getattr(leaf, "spec", None), AdapterSpec):
             refuse_nonlinear([spec], NOT_LINEAR)
-    factor = factor_of(factor, "factor")
+    factor = _factor(factor, "factor")
 
     def times(m: Any) -> jax.Array:
         dtype = getattr(m, "dtype", None)
@@ -123,41 +131,87 @@ def weighted_sum(
       >>> float(mixed["kernel_mora"][0, 0])
       0.75
     """
-    pairs = pairs_of(adapters)
-    plan = one_plan_of(pairs)
-    columns = list(zip(*(finite_items(*pair) for pair in pairs), strict=True))
-    factors = factors_of(weights, len(pairs))
-    sums = {adapter_path(column[0][0]): _sum(column, factors) for column in columns}
-    if plan.trained:
-        leaves = _base_leaves(plan, params, any_base)
-        for column in zip(*(trained_items(*pair) for pair in pairs), strict=True):
-            array = column[0][0]
-            base = find_trained(leaves, array)[1]
-            base = wide(as_jax_array(f"{array.name} in params", base))
-            sums[array.path] = _sum(column, factors, base)
-    for path, array in sums.items():
-        check_finite(array, f"the mixture's {'/'.join(path)}", f" in {array.dtype}")
+    pairs, factors = pairs_of(adapters, weights)
+    plan = _common_plan([plan for _, plan in pairs])
+    trees = [_arrays(*pair) for pair in pairs]
+    base = _base_arrays(plan, params, any_base) if plan.trained else {}
+    sums = {}
+    for path in trees[0]:
+        arrays, name = [tree[path] for tree in trees], "/".join(path)
+        sums[path] = total = _sum(arrays, factors, base.get(path, 0.0))
+        check_finite(total, f"the mixture's {name}", f" in {total.dtype}")
     return nest(sums), plan
 
 
-def _sum(
-    column: Sequence[tuple[Any, jax.Array]],
-    factors: Sequence[Any],
-    base: jax.Array | float = 0.0,
-) -> jax.Array:
-    r""":math:`b + \sum_i w_i (a_i - b)` in float32 or wider, then in the dtype of a.
+def pairs_of(adapters: Any, weights: Any) -> tuple[list[Adapter], list[Any]]:
+    """The adapters with their plans, and the factor of each of them, checked."""
+    rule = "adapters must be pairs (adapters, plan), as load returns them"
+    if isinstance(adapters, dict) or not isinstance(adapters, Iterable):
+        raise TypeError(f"{rule}, got {type(adapters).__name__}")
+    pairs = list(adapters)
+    if not pairs:
+        raise ValueError(f"{rule}, got none")
+    for pair in pairs:
+        fits = isinstance(pair, tuple | list) and len(pair) == 2
+        if not fits or not isinstance(pair[1], Plan):
+            raise TypeError(f"{rule}, got {type(pair).__name__} among them")
+    if isinstance(weights, jax.Array | np.ndarray) and weights.ndim == 1:
+        weights = list(weights)
+    if not isinstance(weights, list | tuple):
+        kind = type(weights).__name__
+        raise TypeError(f"weights must be a sequence of numbers, got {kind}")
+    if len(weights) != len(pairs):
+        raise ValueError(
+            f"weights must be one for each adapter, got {len(weights)} for {len(pairs)}"
+        )
+    return pairs, [_factor(w, f"weights[{k}]") for k, w in enumerate(weights)]
 
-    The column holds a specification and an array a for each adapter; b is the base.
-    """
-    arrays = [array for _, array in column]
-    moves = (f * (wide(a) - base) for f, a in zip(factors, arrays, strict=True))
-    return jnp.asarray(sum(moves, base)).astype(jnp.result_type(*arrays))
+
+def _factor(value: Any, name: str) -> Any:
+    """A real number, or an array of one, which a trace may have made."""
+    if not isinstance(value, jax.Array | np.ndarray | np.generic):
+        return check_number(name, value)
+    if value.shape != () or not jnp.issubdtype(value.dtype, jnp.floating):
+        raise TypeError(
+            f"{name} must be a real number, got {value.dtype}{list(value.shape)}"
+        )
+    if not isinstance(value, Tracer) and not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value}")
+    return value
 
 
-def _base_leaves(
-    plan: Plan, params: Any, any_base: bool
-) -> dict[str, tuple[Path, Any]]:
-    """The leaves of the base that the arrays were trained from."""
+def check_one_base(plans: Sequence[Plan]) -> None:
+    """Raise if two plans know that they were trained on different bases."""
+    known: dict[str, tuple[str, ...]] = {}
+    for spec in (spec for plan in plans for spec in plan.specs):
+        digest = spec.base_digest
+        if digest and known.setdefault(spec.name, digest) != digest:
+            raise ValueError(
+                "adapters must be of one base, and two of them were trained on "
+                f"different weights of {spec.name!r}"
+            )
+
+
+def _common_plan(plans: Sequence[Plan]) -> Plan:
+    """The plan of all adapters; the one that knows the base, if any does."""
+    for other in plans[1:]:
+        try:
+            refuse_other_plan(other, plans[0])
+        except ValueError as error:
+            raise ValueError(f"{error}; mixing.project adds different plans") from None
+    check_one_base(plans)
+    refuse_nonlinear(plans[0].specs, NOT_LINEAR)
+    return max(plans, key=lambda plan: any(s.base_digest for s in plan.specs))
+
+
+def _arrays(adapters: Any, plan: Plan) -> dict[Path, jax.Array]:
+    """{path: array} of all M's and all arrays that train themselves."""
+    ms = {adapter_path(spec): m for spec, m in finite_items(adapters, plan)}
+    return ms | {a.path: copy for a, copy in trained_items(adapters, plan)}
+
+
+def _base_arrays(plan: Plan, params: Any, any_base: bool) -> dict[Path, jax.Array]:
+    """{path: array of the base} for each array that trains itself."""
     if params is None:
         raise ValueError(
             f"params must be given, since the plan trains {plan.trained[0].name!r} "
@@ -167,4 +221,17 @@ def _base_leaves(
     refuse_combined(leaves, plan.specs)
     if not any_base:
         check_base(plan.specs, {name: leaf for name, (_, leaf) in leaves.items()})
-    return leaves
+    return {
+        array.path: wide(
+            as_jax_array(f"{array.name} in params", find_trained(leaves, array)[1])
+        )
+        for array in plan.trained
+    }
+
+
+def _sum(
+    arrays: Sequence[jax.Array], factors: Sequence[Any], base: jax.Array | float
+) -> jax.Array:
+    r""":math:`b + \sum_i w_i (a_i - b)` in float32 or wider, then in the dtype of a."""
+    moves = (f * (wide(a) - base) for f, a in zip(factors, arrays, strict=True))
+    return jnp.asarray(sum(moves, base)).astype(jnp.result_type(*arrays))
