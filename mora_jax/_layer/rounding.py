@@ -14,6 +14,7 @@ from typing import Literal, get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from mora_jax._common.axes import kernel_from_rows
 from mora_jax._common.checks import check_choice
@@ -57,17 +58,25 @@ def add_rounded(
     return _dithered(total, on_grid, start, axes, dtype)
 
 
-def share_lost(change: ArrayLike, delta: ArrayLike) -> float:
+def share_lost(change: ArrayLike, delta: ArrayLike) -> float | jax.Array:
     """The share of a delta that is missing from the change of a kernel, along it.
 
     Args:
       change: The merged kernel minus the base's.
       delta: The delta, of the same shape.
     """
+    # Divided first, since the squares of small numbers are zero in float32.
+    size = jnp.linalg.norm(jnp.ravel(delta))
+    scaled = delta / jnp.where(size > 0, size, 1)
     # Exact products: accelerators would round what they multiply to 16 bits.
-    dot = functools.partial(jnp.vdot, precision=jax.lax.Precision.HIGHEST)
-    size = dot(delta, delta)
-    return float(abs(1 - dot(change, delta) / size)) if size else 0.0
+    arrived = jnp.vdot(change, scaled, precision=jax.lax.Precision.HIGHEST)
+    return ratio(jnp.abs(size - arrived), size)
+
+
+def ratio(part: jax.Array, whole: jax.Array) -> float | jax.Array:
+    """`part / whole`, and 0 where the whole is zero; an array in a trace."""
+    quotient = jnp.where(whole > 0, part / jnp.where(whole > 0, whole, 1), 0)
+    return quotient if isinstance(quotient, Tracer) else float(quotient)
 
 
 @functools.partial(jax.jit, static_argnames=("axes", "dtype"))

@@ -37,9 +37,7 @@ def delta_weight(
     r"""The delta of a kernel, :math:`\alpha s\, C M D` (paper equation 3).
 
     s is the kernel's `scale`, which is 1 in the paper. Arrays that train themselves are
-    left out.
-
-    PEFT calls it get_delta_weight.
+    left out. PEFT calls it get_delta_weight.
 
     Args:
       params: `{"kernel_mora": M}` of one layer, or the adapters of a model.
@@ -134,28 +132,21 @@ def merge(
     """
     check_rounding(rounding)
     items, trained = finite_items(adapters, plan), trained_items(adapters, plan)
-    settings = {"any_base": any_base, "rounding": rounding}
-    return _merged(params, items, trained, dtype, **settings)
+    settings = {"dtype": dtype, "any_base": any_base, "rounding": rounding}
+    return _merged(params, items, trained, **settings)
 
 
 def fold(params: Any, adapters: Any, plan: Plan, dtype: DTypeLike | None = None) -> Any:
     r"""The base with its deltas added, inside of jit: :math:`W' = W + \alpha\, C M D`.
 
-    Unlike `merge`, `fold` checks no numbers and rounds to nearest, so that it can be
-    compiled and differentiated.
+    Unlike `merge`, whose first arguments it takes, `fold` checks no numbers and rounds
+    to nearest, so that it can be compiled and differentiated.
 
     It trains the adapters of any model that is a function of its params, such as a
-    Haiku, Equinox or hand-written model, by `loss(fold(params, adapters, plan))`. This
-    costs more than `linen.wrap` and `nnx.wrap`: each step forms every delta and its
-    gradient at the full size of the kernel.
-
-    Args:
-      params: The base's params: any pytree of arrays, which may be an `nnx.State`.
-      adapters: The adapters, as `init` makes them, or `nnx.state(model, MoRAParam)`.
-      plan: The plan of the adapters. Where a kernel's axes are not (in, out), an
-        override of the config says so: `{".*weight": {"axes": "oi"}}`.
-      dtype: The dtype of the folded kernels and of the trained arrays; by default each
-        has its dtype in the base.
+    Haiku, Equinox or hand-written model, by `loss(fold(params, adapters, plan))`. Where
+    a kernel's axes are not (in, out), an override of the config says so:
+    `{".*weight": {"axes": "oi"}}`. This costs more than `linen.wrap` and `nnx.wrap`:
+    each step forms every delta and its gradient at the full size of the kernel.
 
     Returns:
       A new tree of the same structure; unadapted leaves are the same arrays.
@@ -235,15 +226,14 @@ def with_kernels(
     params: Any, items: list[tuple[AdapterSpec, jax.Array]], *, any_base: bool = True
 ) -> list[tuple[AdapterSpec, jax.Array, Path, jax.Array]]:
     """Each spec and M with the path and the array of the kernel, which are checked."""
-    leaves, kernels = named_leaves(params), {}
-    refuse_combined(leaves, [spec for spec, _ in items])
-    for spec, _ in items:
+    leaves, specs, joined = named_leaves(params), [spec for spec, _ in items], []
+    refuse_combined(leaves, specs)
+    for spec, m in items:
         path, kernel = find_kernel(leaves, spec)
-        kernels[spec.name] = path, as_jax_array(spec.name, kernel)
+        joined.append((spec, m, path, as_jax_array(spec.name, kernel)))
     if not any_base:
-        arrays = {name: kernel for name, (_, kernel) in kernels.items()}
-        check_base([spec for spec, _ in items], arrays)
-    return [(spec, m, *kernels[spec.name]) for spec, m in items]
+        check_base(specs, {spec.name: kernel for spec, _, _, kernel in joined})
+    return joined
 
 
 def _merged(

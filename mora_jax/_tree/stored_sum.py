@@ -5,14 +5,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.core import Tracer
 
 from mora_jax._layer.equation import delta_kernel
-from mora_jax._plan.plan import Plan
+from mora_jax._layer.rounding import ratio, share_lost
 from mora_jax._plan.spec import AdapterSpec
-from mora_jax._tree.adapters import nest
-from mora_jax._tree.merge import merge, wide
-from mora_jax._tree.paths import adapter_path, unboxed
+from mora_jax._tree.merge import merged_kernel, wide, with_kernels
+from mora_jax._tree.paths import reboxed, unboxed
 
 
 class MergeLoss(NamedTuple):
@@ -26,20 +24,6 @@ class MergeLoss(NamedTuple):
 
     share: float | jax.Array
     error: float | jax.Array
-
-    @classmethod
-    def of(cls, base: jax.Array, delta: jax.Array, stored: jax.Array) -> "MergeLoss":
-        """The loss in the array `stored` for `base + delta`; arrays in a trace."""
-        base, stored = base.astype(delta.dtype), stored.astype(delta.dtype)
-        size = jnp.linalg.norm(delta.ravel())
-        # Divided first, since the squares of small numbers are zero in float32.
-        scaled = delta / jnp.where(size > 0, size, 1)
-        # Exact products: accelerators would round what they multiply to 16 bits.
-        along = jnp.vdot(stored - base, scaled, precision=jax.lax.Precision.HIGHEST)
-        share = jnp.abs(1 - along / jnp.where(size > 0, size, 1))
-        error = jnp.linalg.norm((stored - (base + delta)).ravel())
-        loss = jnp.where(size > 0, share, 0), error / jnp.where(size > 0, size, jnp.inf)
-        return cls(*(loss if isinstance(size, Tracer) else map(float, loss)))
 
 
 def stored_sum(
@@ -61,9 +45,12 @@ def stored_sum(
       load: The inverse of `store`, except for rounding.
       any_base: True to merge into any weights, as in `merge`.
     """
-    params, adapters = {spec.name: kernel}, nest({adapter_path(spec): m})
-    plan = Plan((spec,), 0, traced=True)
-    stored = store(merge(params, adapters, plan, any_base=any_base)[spec.name])
-    base, after = (jnp.asarray(unboxed(leaf)) for leaf in (kernel, load(stored)))
+    ((_, _, _, base),) = with_kernels(
+        {spec.name: kernel}, [(spec, m)], any_base=any_base
+    )
+    total = merged_kernel(spec, m, base, rounding="dither")
+    stored = store(reboxed(kernel, total))
     delta = delta_kernel(spec, wide(m, base.dtype))
-    return stored, MergeLoss.of(base, delta, after)
+    change = jnp.asarray(unboxed(load(stored)), delta.dtype) - base.astype(delta.dtype)
+    missing, size = (jnp.linalg.norm(a.ravel()) for a in (change - delta, delta))
+    return stored, MergeLoss(share_lost(change, delta), ratio(missing, size))

@@ -1,6 +1,5 @@
 """The outputs of adapted and merged models, compared by their numbers."""
 
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -43,9 +42,9 @@ def check(
     """Compare the adapted and the merged model, layer by layer, on real inputs.
 
     `linen.plan` and `nnx.plan` with inputs prove from a trace that both models compute
-    the same. This function needs no trace, so it also serves plans that were made from
-    shapes alone, and kernels about which a trace proves nothing. It gives each layer in
-    turn, and no other layer, a random M whose delta is as large as the kernel.
+    the same. This function serves plans that were made from shapes alone, and kernels
+    about which a trace proves nothing. It gives each layer in turn, and no other layer,
+    a random M whose delta is as large as the kernel.
 
     Args:
       model: A Linen or an NNX module without adapters.
@@ -93,11 +92,7 @@ def check(
     ms = {adapter_path(s): jnp.zeros(s.shape, s.param_dtype) for s in plan.specs}
     zeros = nest(ms | copies(leaves, plan.trained))
     base = adapted(zeros)
-    if not base or not _are_finite(base):
-        raise ValueError(
-            "the model must give finite floating-point outputs for these inputs, got "
-            + ("NaN or infinity" if base else "no floating-point output")
-        )
+    _check_finite(base, "floating-point outputs for these inputs")
     ratios = {}
     for number, spec in enumerate(plan.specs):
         path, kernel = find_kernel(leaves, spec)
@@ -124,20 +119,20 @@ def _linen_models(
     model: nn.Module, variables: Any, plan: Plan, inputs: Any, kwargs: Any
 ) -> tuple[Any, Outputs, Outputs]:
     """Params, and outputs by adapters and by params."""
-    apply, settings = linen.wrap(model, plan), {"adapter_deterministic": True, **kwargs}
+    params, apply = params_of(variables), linen.wrap(model, plan)
+    settings = {"adapter_deterministic": True, **kwargs}
 
-    @jax.jit
-    def adapted(variables: Any, inputs: Any, adapters: Any) -> list[jax.Array]:
-        return _floating(apply(adapters, variables, *inputs, **settings))
+    def outputs(call: Callable[..., Any]) -> Outputs:
+        jitted = jax.jit(lambda *arrays: _floating(call(*arrays)))
+        return lambda trained: jitted(trained, variables, inputs)
 
-    @jax.jit
-    def plain(variables: Any, inputs: Any, params: Any) -> list[jax.Array]:
-        variables = {**variables, "params": params}
-        return _floating(model.apply(variables, *inputs, **kwargs))
+    def adapted(adapters: Any, variables: Any, inputs: Any) -> Any:
+        return apply(adapters, variables, *inputs, **settings)
 
-    given = variables, inputs
-    outputs = functools.partial(adapted, *given), functools.partial(plain, *given)
-    return params_of(variables), *outputs
+    def plain(params: Any, variables: Any, inputs: Any) -> Any:
+        return model.apply({**variables, "params": params}, *inputs, **kwargs)
+
+    return params, outputs(adapted), outputs(plain)
 
 
 def _nnx_models(
@@ -168,8 +163,14 @@ def _floating(outputs: Any) -> list[jax.Array]:
     return [y for y in arrays if jnp.issubdtype(y.dtype, jnp.floating)]
 
 
-def _are_finite(ys: list[jax.Array]) -> bool:
-    return all(bool(jnp.isfinite(y).all()) for y in ys)
+def _check_finite(ys: list[jax.Array], what: str) -> None:
+    """Raise unless there are outputs, and all of them are finite."""
+    if not ys or not all(bool(jnp.isfinite(y).all()) for y in ys):
+        got = "NaN or infinity" if ys else "no floating-point output"
+        raise ValueError(
+            f"the model must give finite {what}, got {got}; smaller inputs or float32 "
+            "may help"
+        )
 
 
 def _as_large_as(kernel: Any, spec: AdapterSpec, key: Any) -> jax.Array:
@@ -185,12 +186,8 @@ def _difference(
     adapted: list[jax.Array], merged: list[jax.Array], base: list[jax.Array], name: str
 ) -> float:
     """The distance of two outputs, divided by their distance from the base's."""
-    if not _are_finite([*adapted, *merged]):
-        raise ValueError(
-            f"the model must give finite outputs with a delta of {name!r} that is as "
-            "large as its kernel, got NaN or infinity: give smaller inputs, or compare "
-            "in float32"
-        )
+    what = f"outputs with a delta of {name!r} that is as large as its kernel"
+    _check_finite([*adapted, *merged], what)
     # If the merged model alone has an effect, all of it is a difference: 1.
     effect = _distance(adapted, base) or _distance(merged, base)
     return _distance(adapted, merged) / effect if effect else float("nan")

@@ -9,13 +9,12 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Float
 
-from mora_jax._common.checks import as_jax_array, floating_dtype
+from mora_jax._common.checks import floating_dtype
 from mora_jax._layer.equation import delta_kernel
 from mora_jax._layer.rounding import Rounding, check_rounding, share_lost
 from mora_jax._plan.plan import Plan
 from mora_jax._plan.spec import AdapterSpec
 from mora_jax._tree.merge import finite_items, merged_kernel, wide, with_kernels
-from mora_jax._tree.paths import find_kernel, named_leaves
 
 
 def merge_loss(
@@ -29,16 +28,9 @@ def merge_loss(
     """The share of each delta that rounding loses in the mean when it is merged.
 
     The numbers of a 16-bit kernel are a coarse grid, and small deltas fall between its
-    points. What arrives of a delta D is measured along D itself: of a change C of the
-    kernel it is <C, D> / <D, D>. Errors that cancel in sums over many inputs, as the
-    errors of a dither do, do not count.
-
-    Args:
-      params: The base's params.
-      adapters: The adapters, as `init` makes them.
-      plan: The plan of the adapters.
-      dtype: The dtype of the merged kernels, as in `merge`.
-      rounding: The way to round, as in `merge`.
+    points. What arrives of a delta is measured along the delta itself. Errors that
+    cancel in sums over many inputs, as the errors of a dither do, do not count. The
+    arguments are as in `merge`.
 
     Returns:
       {path: the absolute value of 1 - <merged - base, delta> / <delta, delta>}, 0 where
@@ -64,7 +56,7 @@ def merge_loss(
         merged = merged_kernel(spec, m, kernel, dtype=dtype, rounding=rounding)
         delta = delta_kernel(spec, wide(m))
         change = merged.astype(delta.dtype) - kernel.astype(delta.dtype)
-        loss[spec.name] = share_lost(change, delta)
+        loss[spec.name] = float(share_lost(change, delta))
     return loss
 
 
@@ -72,9 +64,7 @@ def spectrum(adapters: Any, plan: Plan) -> dict[str, np.ndarray]:
     """The singular values of every delta, the largest first.
 
     Where the operator allows it, they are computed from matrices of q rows and not from
-    the delta at full size. The delta of an isometric block operator has M's singular
-    values, once for each block, and the delta of an operator without blocks is a
-    product of two thin factors.
+    the delta at full size.
 
     Args:
       adapters: The adapters, as `init` makes them.
@@ -106,9 +96,11 @@ def spectrum(adapters: Any, plan: Plan) -> dict[str, np.ndarray]:
 def _spectrum(spec: AdapterSpec, m: np.ndarray) -> np.ndarray:
     """The singular values of one M's delta: M -> (min(in, out),)."""
     op = spec.operator
-    if op.linear and op.block and op.isometry:
+    is_square = op.linear and op.m_shape == (op.square_rank, op.square_rank)
+    if is_square and op.block and op.isometry:
+        # The singular values of M, once for each block.
         values = np.repeat(_svd(m), op.compressed_shape[0])
-    elif op.linear and not op.block:
+    elif is_square and not op.block:
         # The delta is C times the rows of M as D maps them, and C = Q R: rotations by
         # Q leave singular values as they are.
         triangle = np.linalg.qr(np.asarray(op.compress_matrix(), np.float64), "r")
@@ -172,10 +164,7 @@ def effective_rank(
 def relative_norm(params: Any, adapters: Any, plan: Plan) -> dict[str, float]:
     """The Frobenius norm of each delta, relative to the norm of its kernel.
 
-    Args:
-      params: The base's params.
-      adapters: The adapters, as `init` makes them.
-      plan: The plan of the adapters.
+    The arguments are as in `merge`.
 
     Returns:
       {path: norm(delta) / norm(kernel)}; infinity where a kernel is zero.
@@ -193,11 +182,9 @@ def relative_norm(params: Any, adapters: Any, plan: Plan) -> dict[str, float]:
       >>> mora_jax.diagnostics.relative_norm(params, adapters, plan)
       {'kernel': 0.5}
     """
-    leaves, values = named_leaves(params), spectrum(adapters, plan)
-    shares = {}
-    for spec in plan.specs:
-        kernel = as_jax_array(spec.name, find_kernel(leaves, spec)[1])
-        delta_norm = float(np.linalg.norm(values[spec.name]))
+    norms, shares = spectrum(adapters, plan), {}
+    for spec, _, _, kernel in with_kernels(params, finite_items(adapters, plan)):
+        delta_norm = float(np.linalg.norm(norms[spec.name]))
         # In float32, since squares of a float16 kernel overflow.
         kernel_norm = float(jnp.linalg.norm(wide(kernel).ravel()))
         shares[spec.name] = delta_norm / kernel_norm if kernel_norm else math.inf

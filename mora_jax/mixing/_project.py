@@ -6,10 +6,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.core import Tracer
 
 from mora_jax._common.checks import check_finite
 from mora_jax._layer.equation import delta_kernel
+from mora_jax._layer.rounding import ratio
 from mora_jax._plan.plan import Plan, check_plan
 from mora_jax._plan.spec import AdapterSpec
 from mora_jax._plan.trained_arrays import refuse_trained
@@ -113,6 +113,4 @@ def _nearest(spec: AdapterSpec, goal: jax.Array) -> tuple[jax.Array, Any]:
             normal, transpose(goal)[0], x0=start, tol=1e-7, maxiter=STEPS
         )
         missing = jnp.linalg.norm((goal - delta_kernel(spec, m)).ravel())
-    size = jnp.linalg.norm(goal.ravel())
-    lost = jnp.where(size > 0, missing / jnp.where(size > 0, size, 1), 0)
-    return m, lost if isinstance(lost, Tracer) else float(lost)
+    return m, ratio(missing, jnp.linalg.norm(goal.ravel()))

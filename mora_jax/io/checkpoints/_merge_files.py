@@ -184,7 +184,7 @@ def _add(
     after = merged.astype(dtype)
     if not np.isfinite(after).all() and np.isfinite(before).all():
         raise AdapterFileError(f"{name!r} overflows {kernel.dtype} with its delta")
-    return merged, share_lost(after - before, delta)
+    return merged, float(share_lost(after - before, delta))
 
 
 def _counted(

@@ -1,4 +1,13 @@
-"""Adapters of one plan in slots of one tree, and a slot for each row of a batch."""
+"""Many adapters at once: a different one for each row of a batch.
+
+The M's of N adapters of one plan are one tree, and the rows of a batch say by an array
+of integers which of them they want. All of it is data: one compiled program serves any
+mixture of adapters, also after one of them was replaced by another.
+
+  stack                 the adapters of one plan in one tree, in slots
+  put                   the same tree with another adapter in one slot
+  select                the adapters for the rows of a batch
+"""
 
 import functools
 from collections.abc import Iterable, Sequence
@@ -16,7 +25,9 @@ from mora_jax._plan.plan import Plan, check_plan
 from mora_jax._plan.trained_arrays import refuse_trained
 from mora_jax._tree.adapters import Tree, nest, refuse_nonlinear
 from mora_jax._tree.merge import finite_items
-from mora_jax._tree.paths import adapter_path, located_leaves, unboxed
+from mora_jax._tree.paths import adapter_path, check_leaf, located_leaves, unboxed
+
+__all__ = ["put", "select", "stack"]
 
 
 def stack(adapters: Sequence[Any], plan: Plan, *, slots: int | None = None) -> Tree:
@@ -32,13 +43,11 @@ def stack(adapters: Sequence[Any], plan: Plan, *, slots: int | None = None) -> T
         left over hold zeros, which add nothing, until `put` fills them.
 
     Returns:
-      A tree as of one adapter. Instead of an M of the shape (q, q) it has an array of
-      the shape (N, q, q), in the widest dtype of the M's. Leading axes of a stack of
-      layers or experts stay in front: (layers, N, q, q).
+      A tree as of one adapter, with an array (N, q, q), in the widest dtype of the M's,
+      instead of each M. Axes of a stack stay in front: (layers, N, q, q).
 
     Raises:
-      TypeError: `adapters` is not a sequence of trees of arrays, `plan` is not a Plan,
-        or `slots` is not an integer.
+      TypeError: An argument has another type.
       ValueError: Adapters do not fit the plan or hold NaN or infinity; there are none,
         or more than slots; the plan trains arrays of the base, which all rows share; or
         a delta is not linear in what is trained, so that zeros may add something.
@@ -120,12 +129,7 @@ def put(stacked: Tree, slot: int | jax.Array, adapters: Any) -> Tree:
     for path, held in slots.items():
         name = "/".join(path)
         new[path] = m = as_jax_array(name, unboxed(new[path]))
-        if m.shape != held.shape_of_one:
-            raise ValueError(
-                f"{name} must have shape {held.shape_of_one}, got {m.shape}"
-            )
-        if not jnp.issubdtype(m.dtype, jnp.floating):
-            raise TypeError(f"{name} must have a floating-point dtype, got {m.dtype}")
+        check_leaf(m, name, held.shape_of_one)
         where = f" in {held.dtype}, the dtype of the slots"
         check_finite(m.astype(held.dtype), name, where)
     slot = _check_indices(slot, "slot", 0, number, ())
@@ -154,8 +158,7 @@ def select(stacked: Tree, index: Any) -> Tree:
 
     The first axis of each adapted layer's input must be the batch (for an einsum the
     first axis that the kernel lacks). A layer multiplies all rows by its kernel in one
-    product, and adds to each row the delta of its own adapter. Nothing is folded into
-    kernels.
+    product, and adds to each row the delta of its own adapter.
 
     Args:
       stacked: Adapters in slots, as `stack` makes them. Gradients by them are gradients
@@ -201,16 +204,14 @@ def _slots_of(stacked: Any) -> tuple[dict[Path, Slots], int]:
     """{path of an M: its slots}, and the one number that all of them have."""
     rule = "stacked must be adapters in slots, as serving.stack makes them"
     slots = located_leaves(stacked, "stacked")
-    if not slots:
-        raise ValueError(f"{rule}, got none")
     for path, leaf in slots.items():
         if isinstance(leaf, Selected):
             raise TypeError(f"{rule}, got what serving.select returned")
         if not isinstance(leaf, Slots):
             kind = type(leaf).__name__
             raise TypeError(f"{rule}, got {kind} at {'/'.join(path)!r}")
-    if len(numbers := {held.number for held in slots.values()}) > 1:
-        raise ValueError(f"{rule} of one number, got {sorted(numbers)}")
+    if len(numbers := {held.number for held in slots.values()}) != 1:
+        raise ValueError(f"{rule} of one number, got {sorted(numbers) or 'none'}")
     return slots, numbers.pop()
 
 
