@@ -25,7 +25,7 @@ from mora_jax._plan.spec import AdapterSpec
 from mora_jax._tree.merge import finite_items, merged_kernel, with_kernels
 from mora_jax._tree.opt_state import with_new_moments
 from mora_jax._tree.optim import check_transformation
-from mora_jax._tree.paths import adapter_path, replace_leaves, unboxed
+from mora_jax._tree.paths import adapter_path, is_boxed, replace_leaves, unboxed
 from mora_jax.io.peft._reference import REFERENCE_GROUPS
 from mora_jax.operators import Operator, Sharing
 
@@ -64,10 +64,8 @@ def restart(
 
     The model computes the same as before. In kernels of 16 bits the deltas are rounded
     with a dither that differs from restart to restart, so that small ones add up. All
-    other leaves are the same arrays.
-
-    Call it between two training steps, outside of jit: each plan is a program of its
-    own in any case. It works under jit as well.
+    other leaves are the same arrays. Call it between two training steps, outside of
+    jit: each plan is a program of its own in any case. It works under jit as well.
 
     Args:
       params: The base's params.
@@ -101,20 +99,18 @@ def restart(
     following = next_plan(plan)
     items = finite_items(adapters, plan)
     kernels = with_kernels(params, items, any_base=any_base)
-    pairs = zip(following.specs, items, strict=True)
-    ms = {adapter_path(spec): _started(spec, m) for spec, (_, m) in pairs}
-    following_adapters = replace_leaves(_with_next_specs(adapters), ms)
+    ms = {adapter_path(old): _started(following[old.name], m) for old, m in items}
+    adapters = replace_leaves(_with_next_specs(adapters), ms)
     opt_state = _with_next_specs(opt_state)
     if not keep_moments:
-        both = params, following_adapters
-        opt_state = with_new_moments(opt_state, tx, *both, following)
+        opt_state = with_new_moments(opt_state, tx, params, adapters, following)
     add = _add_and_donate if donate else _add
     sums = {
         path: add(dataclasses.replace(spec, path=()), m, kernel)
         for spec, m, path, kernel in kernels
     }
     params = replace_leaves(params, sums)
-    return Restarted(params, following_adapters, following, opt_state)
+    return Restarted(params, adapters, following, opt_state)
 
 
 def next_plan(plan: Plan) -> Plan:
@@ -210,16 +206,13 @@ def _next_spec(spec: AdapterSpec) -> AdapterSpec:
 def _with_next_specs(tree: Any) -> Any:
     """A state of NNX, or of an optimizer for one, whose M's say what they are for."""
 
-    def is_variable(leaf: Any) -> bool:
-        return isinstance(leaf, nnx.Variable)
-
     def follow(leaf: Any) -> Any:
-        spec = getattr(leaf, "spec", None) if is_variable(leaf) else None
+        spec = getattr(leaf, "spec", None) if isinstance(leaf, nnx.Variable) else None
         if not isinstance(spec, AdapterSpec):
             return leaf
         return leaf.replace(unboxed(leaf), spec=_next_spec(spec))
 
-    return jax.tree.map(follow, tree, is_leaf=is_variable)
+    return jax.tree.map(follow, tree, is_leaf=is_boxed)
 
 
 def _next_operator(spec: AdapterSpec) -> Operator:

@@ -1,7 +1,7 @@
 """Adapters on a mesh of devices, sharded as the base is."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import flax.linen as nn
@@ -12,10 +12,11 @@ from flax.linen.spmd import logical_to_mesh_axes
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mora_jax._common.suggestions import nearest_paths
-from mora_jax._common.types import Path, Shape
+from mora_jax._common.types import Shape
 from mora_jax._mesh.layout import KernelLayout, mesh_axes
 from mora_jax._plan.plan import Plan, check_plan
 from mora_jax._plan.spec import AdapterSpec
+from mora_jax._plan.trained_arrays import TrainedArray
 from mora_jax._tree.adapters import Tree, nest
 from mora_jax._tree.paths import adapter_path, is_boxed, located_leaves
 
@@ -45,8 +46,8 @@ def adapter_shardings(
         each step. There are none by default, since M is small.
 
     Returns:
-      A tree like the one that `init` makes, with a `NamedSharding` for each M, for
-      `jax.device_put`, the `out_shardings` of `jax.jit`, or a checkpoint's target.
+      A `NamedSharding` for each M in a tree as `init` makes it: for `jax.device_put`,
+      the `out_shardings` of `jax.jit`, or a checkpoint's target.
 
     Raises:
       TypeError: A leaf does not say how it is sharded.
@@ -66,16 +67,12 @@ def adapter_shardings(
       True
       >>> adapters = jax.device_put(mora_jax.init(plan), shardings)
     """
-    check_plan(plan)
-    leaves = _leaves(params_or_shardings)
-    shardings: dict[Path, NamedSharding] = {}
-    for spec in plan.specs:
-        kernel = _sharding_of(leaves, "kernel", spec.name, spec.kernel_shape, mesh)
-        shardings[adapter_path(spec)] = adapter_sharding(spec, kernel, square)
-    for array in plan.trained:
-        place = _sharding_of(leaves, "array", array.name, array.shape, mesh)
-        shardings[array.path] = place
-    return nest(shardings)
+    place_of = _places(params_or_shardings, mesh)
+    shardings = {
+        adapter_path(spec): adapter_sharding(spec, place_of(spec), square)
+        for spec in check_plan(plan).specs
+    }
+    return nest(shardings | {array.path: place_of(array) for array in plan.trained})
 
 
 def adapter_sharding(
@@ -101,10 +98,10 @@ def plan_on_mesh(
 ) -> Plan:
     """A plan that knows where the features of each kernel are.
 
-    Results do not depend on this. Without it, XLA may insert further collectives for
-    the adapters, of activations or kernels, where devices share features (tensor
-    parallelism) or kernels (FSDP). With it, the adapter of a dense layer adds a sum of
-    (q, q) for M's gradient, and nothing else.
+    Results do not depend on this. Without it, XLA may insert further collectives, of
+    activations or kernels, where devices share features (tensor parallelism) or kernels
+    (FSDP). With it, the adapter of a dense layer adds a sum of (q, q) for M's gradient,
+    and nothing else.
 
     Args:
       plan: The plan of the adapters, as `plan`, `linen.plan` or `nnx.plan` makes it.
@@ -120,8 +117,7 @@ def plan_on_mesh(
       so a plan that `load` returns needs this function again.
 
     Raises:
-      TypeError: As `adapter_shardings`.
-      ValueError: As `adapter_shardings`, or the mesh does not have a batch axis.
+      TypeError, ValueError: As `adapter_shardings`, or the mesh lacks a batch axis.
 
     Example::
 
@@ -141,9 +137,9 @@ def plan_on_mesh(
             f"{batch_axes!r}"
         )
     batch = (batch_axes,) if isinstance(batch_axes, str) else tuple(batch_axes)
-    leaves, specs = _leaves(params_or_shardings), []
+    place_of, specs = _places(params_or_shardings, mesh), []
     for spec in check_plan(plan).specs:
-        kernel = _sharding_of(leaves, "kernel", spec.name, spec.kernel_shape, mesh)
+        kernel = place_of(spec)
         for axis in batch:
             if axis not in kernel.mesh.shape:
                 raise ValueError(
@@ -162,23 +158,26 @@ def _entries(kernel: NamedSharding, spec: AdapterSpec) -> list[tuple[str, ...]]:
     return [*entries, *[()] * (len(spec.axes) - len(entries))]
 
 
-def _leaves(tree: Any) -> dict[str, Any]:
-    """{path: leaf} of a tree that says how its leaves are sharded."""
-    leaves = located_leaves(tree, "params_or_shardings")
-    return {"/".join(path): leaf for path, leaf in leaves.items()}
+def _places(
+    params_or_shardings: Any, mesh: Mesh | None
+) -> Callable[[AdapterSpec | TrainedArray], NamedSharding]:
+    """A function of a part of a plan to the sharding of the base's array for it."""
+    tree = located_leaves(params_or_shardings, "params_or_shardings")
+    leaves = {"/".join(path): leaf for path, leaf in tree.items()}
 
+    def place_of(part: AdapterSpec | TrainedArray) -> NamedSharding:
+        kind, name, shape = "array", part.name, part.shape
+        if isinstance(part, AdapterSpec):
+            kind, shape = "kernel", part.kernel_shape
+        if name not in leaves:
+            near = nearest_paths(name, leaves)
+            raise ValueError(f"params_or_shardings lack the {kind} {name!r}{near}")
+        placed, axes = _read_sharding(leaves[name], name)
+        if (devices := placed or mesh) is None:
+            raise ValueError(f"mesh must be given: {name} has names of axes alone")
+        return _named_sharding(devices, axes, shape, name)
 
-def _sharding_of(
-    leaves: Mapping[str, Any], kind: str, name: str, shape: Shape, mesh: Mesh | None
-) -> NamedSharding:
-    """The sharding of the base's array of that name; `kind` is for the message."""
-    if name not in leaves:
-        near = nearest_paths(name, leaves)
-        raise ValueError(f"params_or_shardings lack the {kind} {name!r}{near}")
-    placed, axes = _read_sharding(leaves[name], name)
-    if (devices := placed or mesh) is None:
-        raise ValueError(f"mesh must be given: {name} has names of axes alone")
-    return _named_sharding(devices, axes, shape, name)
+    return place_of
 
 
 def _read_sharding(leaf: Any, name: str) -> tuple[Any, PartitionSpec]:

@@ -40,8 +40,7 @@ def init(
 
     Args:
       plan_or_frozen: The plan of a model, or one layer.
-      key: The key for `init="gaussian"`. Each M depends on the key and its kernel's
-        path.
+      key: The key for `init="gaussian"`, from which each M's is made by its path.
       params: The base's params, whose arrays that `MoRAConfig(train=...)` names are
         copied into the adapters. Other plans need no params.
 
@@ -76,9 +75,8 @@ def init(
     check_plan(plan_or_frozen, "plan_or_frozen")
     ms = {}
     for spec in plan_or_frozen.specs:
-        own = key
-        if key is not None:
-            own = _fold_in(key, np.uint32(crc32(spec.name.encode())))
+        number = np.uint32(crc32(spec.name.encode()))
+        own = None if key is None else _fold_in(key, number)
         ms[adapter_path(spec)] = init_adapter(spec, own)
     return nest(ms | _copies(plan_or_frozen, params))
 
@@ -169,10 +167,7 @@ def _items(
 
 
 def with_trained(params: Any, trained: Items, dtype: DTypeLike | None = None) -> Any:
-    """The params with the trained copies instead of the base's arrays.
-
-    The copies are rounded to `dtype`; None stands for the dtypes of the base's arrays.
-    """
+    """The params with the trained copies, in `dtype` or in the base's dtypes."""
     if not trained:
         return params
     leaves, new = named_leaves(params), {}

@@ -118,8 +118,7 @@ def merge(
       TypeError: A leaf is not an array, a model is given instead of its params, or a
         kernel is not floating-point but, for example, quantized.
       ValueError: Adapters or params do not fit the plan, an M holds NaN or infinity,
-        `rounding` is unknown, or a kernel belongs to another base and `any_base` is
-        False.
+        `rounding` is unknown, or a kernel is of another base.
 
     Example::
 
@@ -175,18 +174,13 @@ def fold(params: Any, adapters: Any, plan: Plan, dtype: DTypeLike | None = None)
 def unmerge(params: Any, adapters: Any, plan: Plan) -> Any:
     r"""Subtract the deltas from merged kernels: :math:`W = W' - \alpha\, C M D`.
 
-    The result is approximate: each kernel comes back to within the rounding of its
-    dtype. To have the base exactly, keep it; `merge` does not change it.
-
-    Args:
-      params: The params that `merge` returned.
-      adapters: The adapters that were merged.
-      plan: The plan of the adapters.
+    `params` are what `merge` returned. The result is approximate: each kernel comes
+    back to within the rounding of its dtype. To have the base exactly, keep it; `merge`
+    does not change it.
 
     Raises:
-      TypeError: As `merge`.
-      ValueError: As `merge`; a kernel has fewer than 32 bits and so would drift; or the
-        plan trains arrays, whose old values are not in the merged params.
+      TypeError, ValueError: As `merge`; a kernel has fewer than 32 bits and so would
+        drift; or the plan trains arrays, whose old values are in no merged params.
 
     Example::
 

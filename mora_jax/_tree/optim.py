@@ -31,8 +31,7 @@ def trainable_mask(
       plan: The plan of the adapters, if it trains arrays of the base: they train too.
 
     Returns:
-      A tree of bools, one for each array. An array in a box of metadata has one bool
-      instead of both.
+      A tree of bools, one for each array, also for an array in a box of metadata.
 
     Raises:
       TypeError: A model is given instead of its params.
@@ -55,8 +54,7 @@ def trainable_mask(
         )
     leaves = [name for name in names if name not in trained]
     for pattern in patterns:
-        matched = [name for name in leaves if re.fullmatch(pattern, name)]
-        if not matched:
+        if not (matched := [name for name in leaves if re.fullmatch(pattern, name)]):
             hint = pattern_hint(pattern, leaves)
             raise ValueError(f"base: {pattern!r} matches no base leaf{hint}")
         trained.update(matched)
@@ -73,11 +71,6 @@ def trainable_labels(
     params: Any, base: str | Iterable[str] = (), *, plan: Plan | None = None
 ) -> Any:
     """`trainable_mask` as labels for `optax.transforms.partition`.
-
-    Args:
-      params: A tree as `combine` makes it, or the state of a model with adapters.
-      base: Patterns of base leaves to train as well, as in `trainable_mask`.
-      plan: The plan of the adapters, as in `trainable_mask`.
 
     Returns:
       A tree of the labels "trainable" and "frozen".
@@ -105,17 +98,10 @@ def optimizer(
     The state holds arrays for the trained leaves only, and what `tx` computes over the
     whole tree, such as the norm for clipping, covers those leaves alone. A separate
     tree of adapters needs `tx` itself and not this function; no gradient of the base is
-    computed then.
-
-    Args:
-      tx: Any optax transformation.
-      params: A tree as `combine` makes it.
-      base: Patterns of base leaves to train as well, as in `trainable_mask`; PEFT's
-        modules_to_save.
-      plan: The plan of the adapters, as in `trainable_mask`.
+    computed then. `params`, `base` and `plan` are as in `trainable_mask`.
 
     Raises:
-      TypeError: As `trainable_mask`, or `tx` is not a transformation.
+      TypeError: As `trainable_mask`, or `tx` is not a transformation of optax.
       ValueError: As `trainable_mask`.
 
     Example::

@@ -43,7 +43,7 @@ def stored_sum(
       m: M.
       store: A function of the sum, in the box of the kernel, to what is stored.
       load: The inverse of `store`, except for rounding.
-      any_base: True to merge into any weights, as in `merge`.
+      any_base: True to merge into any weights.
     """
     ((_, _, _, base),) = with_kernels(
         {spec.name: kernel}, [(spec, m)], any_base=any_base
