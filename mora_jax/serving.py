@@ -7,6 +7,25 @@ mixture of adapters, also after one of them was replaced by another.
   stack                 the adapters of one plan in one tree, in slots
   put                   the same tree with another adapter in one slot
   select                the adapters for the rows of a batch
+
+Example::
+
+  >>> import flax.linen as nn
+  >>> import jax, jax.numpy as jnp, mora_jax
+  >>> from mora_jax import serving
+  >>> model, x = nn.Dense(16), jnp.ones((4, 16))
+  >>> variables = model.init(jax.random.key(0), x)
+  >>> adapted = mora_jax.linen.wrap(model, None, variables, x)
+  >>> @jax.jit
+  ... def is_adapted(stacked, index):
+  ...     y = adapted(serving.select(stacked, index), variables, x)
+  ...     return (y != model.apply(variables, x)).any(axis=1)
+  >>> ones = jax.tree.map(jnp.ones_like, mora_jax.init(adapted.plan))
+  >>> stacked = serving.stack([ones], adapted.plan, slots=2)
+  >>> is_adapted(stacked, jnp.array([0, -1, 1, 0]))
+  Array([ True, False, False,  True], dtype=bool)
+  >>> is_adapted(serving.put(stacked, 1, ones), jnp.array([0, -1, 1, 0]))
+  Array([ True, False,  True,  True], dtype=bool)
 """
 
 import functools
@@ -51,15 +70,6 @@ def stack(adapters: Sequence[Any], plan: Plan, *, slots: int | None = None) -> T
       ValueError: Adapters do not fit the plan or hold NaN or infinity; there are none,
         or more than slots; the plan trains arrays of the base, which all rows share; or
         a delta is not linear in what is trained, so that zeros may add something.
-
-    Example::
-
-      >>> import jax, jax.numpy as jnp, mora_jax
-      >>> from mora_jax import serving
-      >>> plan = mora_jax.plan({"fc": {"kernel": jnp.ones((16, 16))}})
-      >>> adapters = [mora_jax.init(plan) for _ in range(3)]
-      >>> serving.stack(adapters, plan, slots=8)["fc"]["kernel_mora"].shape
-      (8, 16, 16)
     """
     refuse_trained(
         check_plan(plan).trained,
@@ -67,15 +77,12 @@ def stack(adapters: Sequence[Any], plan: Plan, *, slots: int | None = None) -> T
     )
     refuse_nonlinear(plan.specs, "and a slot of zeros must add nothing")
     if isinstance(adapters, dict) or not isinstance(adapters, Iterable):
-        raise TypeError(
-            "adapters must be a sequence of adapters of one plan, got "
-            f"{type(adapters).__name__}"
-        )
+        kind = type(adapters).__name__
+        raise TypeError(f"adapters must be a sequence of adapters, got {kind}")
     trees = [finite_items(tree, plan) for tree in adapters]
-    number = len(trees) if slots is None else slots
     if slots is None and not trees:
         raise ValueError("slots must be given where adapters are none")
-    positive_integer("slots", number)
+    number = positive_integer("slots", len(trees) if slots is None else slots)
     if number < len(trees):
         raise ValueError(
             f"slots must be at least the number of adapters, {len(trees)}, got {slots}"
@@ -103,23 +110,10 @@ def put(stacked: Tree, slot: int | jax.Array, adapters: Any) -> Tree:
       adapters: Adapters of the same plan, as `init` makes them. They are rounded to the
         dtypes of the slots.
 
-    Returns:
-      The new tree, of the same structure and shapes.
-
     Raises:
       TypeError: An argument has another type.
       ValueError: The slot does not exist; or the adapters have other M's than the
         slots, or hold numbers that are NaN or infinite, perhaps in the slots' dtype.
-
-    Example::
-
-      >>> import jax, jax.numpy as jnp, mora_jax
-      >>> from mora_jax import serving
-      >>> plan = mora_jax.plan({"fc": {"kernel": jnp.ones((16, 16))}})
-      >>> ones = jax.tree.map(jnp.ones_like, mora_jax.init(plan))
-      >>> stacked = serving.put(serving.stack([], plan, slots=8), 3, ones)
-      >>> stacked["fc"]["kernel_mora"].m[2:4, 0, 0]
-      Array([0., 1.], dtype=float32)
     """
     slots, number = _slots_of(stacked)
     new = located_leaves(adapters, "adapters")
@@ -152,9 +146,8 @@ def _put(stacked: Tree, slot: jax.Array, adapters: Tree) -> Tree:
 def select(stacked: Tree, index: Any) -> Tree:
     """The adapters for the rows of a batch, one for each row.
 
-    They go wherever adapters of a single kind go: to the function that `linen.wrap`
-    returns, and to `nnx.set_adapters`. Call this inside of the compiled function: then
-    one program serves all indices.
+    They go to the function that `linen.wrap` returns, and to `nnx.set_adapters`. Call
+    this inside of the compiled function: then one program serves all indices.
 
     The first axis of each adapted layer's input must be the batch (for an einsum the
     first axis that the kernel lacks). A layer multiplies all rows by its kernel in one
@@ -167,29 +160,9 @@ def select(stacked: Tree, index: Any) -> Tree:
         a compiled function, where nobody can check it, a number beyond the slots means
         no adapter as well.
 
-    Returns:
-      A tree that holds the slots and the index instead of each M.
-
     Raises:
       TypeError: `stacked` was not made by `stack`, or `index` are not integers.
       ValueError: `index` has more or fewer axes than one, or a number without a slot.
-
-    Example::
-
-      >>> import flax.linen as nn
-      >>> import jax, jax.numpy as jnp, mora_jax
-      >>> from mora_jax import serving
-      >>> model, x = nn.Dense(16), jnp.ones((4, 16))
-      >>> variables = model.init(jax.random.key(0), x)
-      >>> adapted = mora_jax.linen.wrap(model, None, variables, x)
-      >>> @jax.jit
-      ... def apply(stacked, variables, x, index):
-      ...     return adapted(serving.select(stacked, index), variables, x)
-      >>> ones = jax.tree.map(jnp.ones_like, mora_jax.init(adapted.plan))
-      >>> stacked = serving.stack([ones], adapted.plan, slots=2)
-      >>> y = apply(stacked, variables, x, jnp.array([0, -1, 1, 0]))
-      >>> (y != model.apply(variables, x)).any(axis=1)
-      Array([ True, False, False,  True], dtype=bool)
     """
     slots, number = _slots_of(stacked)
     index = _check_indices(index, "index", -1, number, (None,))

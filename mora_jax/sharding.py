@@ -1,4 +1,21 @@
-"""Adapters on a mesh of devices, sharded as the base is."""
+"""Adapters on a mesh of devices, sharded as the base is.
+
+Example::
+
+  >>> import jax, jax.numpy as jnp, mora_jax
+  >>> from jax.sharding import PartitionSpec
+  >>> mesh = jax.make_mesh((1, 1), ("data", "model"))
+  >>> where = {"fc": {"kernel": PartitionSpec("data", "model")}}
+  >>> plan = mora_jax.plan({"fc": {"kernel": jnp.ones((8, 8))}})
+  >>> shardings = mora_jax.sharding.adapter_shardings(plan, where, mesh=mesh)
+  >>> adapters = jax.device_put(mora_jax.init(plan), shardings)
+  >>> adapters["fc"]["kernel_mora"].is_fully_replicated
+  True
+  >>> plan = mora_jax.sharding.plan_on_mesh(
+  ...     plan, where, batch_axes="data", mesh=mesh)
+  >>> plan["fc/kernel"].layout.mesh_axes
+  (('model',), ('data',))
+"""
 
 import dataclasses
 from collections.abc import Callable, Iterable
@@ -7,8 +24,6 @@ from typing import Any
 import flax.linen as nn
 import jax
 from flax import nnx
-from flax.core import spmd
-from flax.linen.spmd import logical_to_mesh_axes
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mora_jax._common.suggestions import nearest_paths
@@ -53,19 +68,6 @@ def adapter_shardings(
       TypeError: A leaf does not say how it is sharded.
       ValueError: A kernel lacks a leaf, metadata lack a mesh, or `square` names axes
         that do not divide q.
-
-    Example::
-
-      >>> import jax, jax.numpy as jnp, mora_jax
-      >>> from jax.sharding import NamedSharding, PartitionSpec
-      >>> params = {"fc": {"kernel": jnp.ones((8, 8))}}
-      >>> mesh = jax.make_mesh((1,), ("model",))
-      >>> shardings = {"fc": {"kernel": PartitionSpec(None, "model")}}
-      >>> plan = mora_jax.plan(params)
-      >>> shardings = mora_jax.sharding.adapter_shardings(plan, shardings, mesh=mesh)
-      >>> shardings["fc"]["kernel_mora"].is_fully_replicated
-      True
-      >>> adapters = jax.device_put(mora_jax.init(plan), shardings)
     """
     place_of = _places(params_or_shardings, mesh)
     shardings = {
@@ -118,24 +120,10 @@ def plan_on_mesh(
 
     Raises:
       TypeError, ValueError: As `adapter_shardings`, or the mesh lacks a batch axis.
-
-    Example::
-
-      >>> import jax, jax.numpy as jnp, mora_jax
-      >>> from jax.sharding import PartitionSpec
-      >>> params = {"fc": {"kernel": jnp.ones((8, 8))}}
-      >>> mesh = jax.make_mesh((1, 1), ("data", "model"))
-      >>> shardings = {"fc": {"kernel": PartitionSpec("data", "model")}}
-      >>> plan = mora_jax.sharding.plan_on_mesh(
-      ...     mora_jax.plan(params), shardings, batch_axes="data", mesh=mesh)
-      >>> plan["fc/kernel"].layout.mesh_axes
-      (('model',), ('data',))
     """
     if not isinstance(batch_axes, Iterable):
-        raise TypeError(
-            "batch_axes must be names of mesh axes, such as 'data' or (), got "
-            f"{batch_axes!r}"
-        )
+        rule = "batch_axes must be names of mesh axes, such as 'data' or ()"
+        raise TypeError(f"{rule}, got {batch_axes!r}")
     batch = (batch_axes,) if isinstance(batch_axes, str) else tuple(batch_axes)
     place_of, specs = _places(params_or_shardings, mesh), []
     for spec in check_plan(plan).specs:
@@ -189,8 +177,7 @@ def _read_sharding(leaf: Any, name: str) -> tuple[Any, PartitionSpec]:
     elif isinstance(leaf, nn.Partitioned):
         value, axes, mesh = leaf.value, leaf.get_partition_spec(), leaf.mesh
         if isinstance(leaf, nn.LogicallyPartitioned):
-            rules = leaf.rules or spmd.get_logical_axis_rules()
-            axes = logical_to_mesh_axes(tuple(axes), rules)
+            axes = nn.logical_to_mesh_axes(tuple(axes), leaf.rules or None)
     elif is_boxed(leaf):
         value = leaf.unbox()
     placed = getattr(value, "sharding", value)

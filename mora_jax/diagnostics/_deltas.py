@@ -38,16 +38,6 @@ def merge_loss(
 
     Raises:
       TypeError, ValueError: As `merge`.
-
-    Example::
-
-      >>> import mora_jax
-      >>> params = {"kernel": jnp.ones((4, 4), jnp.bfloat16)}
-      >>> config = mora_jax.MoRAConfig(operator="truncation", square_rank=4)
-      >>> plan = mora_jax.plan(params, config)
-      >>> adapters = {"kernel_mora": jnp.full((4, 4), 1e-4)}
-      >>> mora_jax.diagnostics.merge_loss(params, adapters, plan, rounding="nearest")
-      {'kernel': 1.0}
     """
     check_rounding(rounding)
     dtype = None if dtype is None else floating_dtype(dtype, "dtype")
@@ -76,14 +66,6 @@ def spectrum(adapters: Any, plan: Plan) -> dict[str, np.ndarray]:
     Raises:
       TypeError, ValueError: Adapters do not fit the plan, or an M holds NaN or
         infinity.
-
-    Example::
-
-      >>> import mora_jax
-      >>> config = mora_jax.MoRAConfig(square_rank=2, scale="paper")
-      >>> plan = mora_jax.plan({"kernel": jnp.ones((4, 4))}, config)
-      >>> mora_jax.diagnostics.spectrum({"kernel_mora": 3 * jnp.eye(2)}, plan)
-      {'kernel': array([3., 3., 3., 3.])}
     """
     values = {}
     for spec, m in finite_items(adapters, plan):
@@ -138,12 +120,6 @@ def effective_rank(
     Raises:
       TypeError: `values` are what `spectrum` returns, and not one of its values.
       ValueError: `values` are a single number, or one is negative or not finite.
-
-    Example::
-
-      >>> import mora_jax
-      >>> mora_jax.diagnostics.effective_rank(np.array([2.0, 2.0, 0.0])).round(6)
-      np.float64(2.0)
     """
     if isinstance(values, Mapping):
         raise TypeError(
@@ -171,16 +147,6 @@ def relative_norm(params: Any, adapters: Any, plan: Plan) -> dict[str, float]:
 
     Raises:
       TypeError, ValueError: As `merge`.
-
-    Example::
-
-      >>> import mora_jax
-      >>> params = {"kernel": jnp.ones((4, 4))}
-      >>> config = mora_jax.MoRAConfig(operator="truncation", square_rank=4)
-      >>> plan = mora_jax.plan(params, config)
-      >>> adapters = {"kernel_mora": jnp.full((4, 4), 0.5)}
-      >>> mora_jax.diagnostics.relative_norm(params, adapters, plan)
-      {'kernel': 0.5}
     """
     norms, shares = spectrum(adapters, plan), {}
     for spec, _, _, kernel in with_kernels(params, finite_items(adapters, plan)):

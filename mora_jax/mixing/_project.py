@@ -26,9 +26,8 @@ from mora_jax.mixing._sums import (
 )
 
 STEPS = 100
-"""The most steps of `project`. It takes one for each singular value that the map from M
-to the delta has, however often; operators have a few, isometric ones with equal blocks
-one."""
+"""The most steps of `project`: one for each different singular value of the map from M
+to the delta. Operators have a few, isometric ones with equal blocks one."""
 
 
 def project(
@@ -55,16 +54,6 @@ def project(
       TypeError: An argument has another type.
       ValueError: `plan` lacks a kernel or has it in another shape, or its deltas are
         not linear in what is trained; bases differ; or as `weighted_sum`.
-
-    Example::
-
-      >>> import jax, jax.numpy as jnp, mora_jax
-      >>> params = {"kernel": jnp.ones((4, 4))}
-      >>> small, large = (mora_jax.plan(params, mora_jax.MoRAConfig(
-      ...     operator="truncation", square_rank=q)) for q in (2, 4))
-      >>> ones = jax.tree.map(jnp.ones_like, mora_jax.init(small))
-      >>> mora_jax.mixing.project([(ones, small)], [1.0], large)[1]
-      {'kernel': 0.0}
     """
     pairs, factors = pairs_of(adapters, weights)
     plans = [*(made_for for _, made_for in pairs), check_plan(plan)]
@@ -89,15 +78,11 @@ def project(
 
 def _check_kernel(plan: Plan, spec: AdapterSpec) -> None:
     """Raise unless `plan` has the kernel of `spec`."""
-    if spec.name not in plan:
-        raise ValueError(
-            f"plan must have all kernels of the adapters, and lacks {spec.name!r}"
-        )
-    if (shape := plan[spec.name].kernel_shape) != spec.kernel_shape:
-        raise ValueError(
-            f"plan must have {spec.name!r} in the shape {spec.kernel_shape}, got "
-            f"{shape}"
-        )
+    name, shape = spec.name, spec.kernel_shape
+    if name not in plan:
+        raise ValueError(f"plan must have the adapters' kernels, and lacks {name!r}")
+    if (other := plan[name].kernel_shape) != shape:
+        raise ValueError(f"plan must have {name!r} in the shape {shape}, got {other}")
 
 
 def _nearest(spec: AdapterSpec, goal: jax.Array) -> tuple[jax.Array, Any]:

@@ -49,11 +49,10 @@ def scaled(adapters: Any, factor: ArrayLike) -> Any:
     where another alpha in a plan would be another program. -1 takes away what the
     adapter has learned, as task arithmetic forgets (https://arxiv.org/abs/2212.04089).
 
-    The deltas must be linear in the M's (`Operator.linear`). Arrays alone do not tell
-    their operator; NNX variables do, and are refused if their deltas are not linear.
-
     Args:
       adapters: The adapters, as `init` makes them, or `nnx.state(model, MoRAParam)`.
+        Their deltas must be linear in the M's (`Operator.linear`); only NNX variables
+        know their operator, and are refused otherwise.
       factor: A real number, or an array of one.
 
     Returns:
@@ -61,15 +60,8 @@ def scaled(adapters: Any, factor: ArrayLike) -> Any:
 
     Raises:
       TypeError: `factor` is not a real number, or a leaf is not an array.
-      ValueError: `factor` is not finite, the result is infinite in its dtype, the
-        adapters hold arrays that train themselves, or an NNX variable is of an operator
-        whose deltas are not linear.
-
-    Example::
-
-      >>> import jax.numpy as jnp, mora_jax
-      >>> mora_jax.mixing.scaled({"kernel_mora": jnp.ones((1, 1))}, -0.5)
-      {'kernel_mora': Array([[-0.5]], dtype=float32)}
+      ValueError: `factor` or the result is not finite, or the adapters hold arrays that
+        train themselves or are not linear.
     """
     if isinstance(adapters, tuple) and any(isinstance(x, Plan) for x in adapters):
         raise TypeError("adapters must be a tree of M's, got a pair: give pair[0]")
@@ -117,19 +109,9 @@ def weighted_sum(
 
     Raises:
       TypeError: An argument is not such a sequence, or a weight is not a real number.
-      ValueError: There is none, plans differ, bases differ, the number of weights is
-        another, an M, a weight or the sum is not finite, an operator's deltas are not
-        linear in what is trained, or the plan trains arrays and `params` are not given,
-        lack one, are of another base, or hold the adapters.
-
-    Example::
-
-      >>> import jax, jax.numpy as jnp, mora_jax
-      >>> plan = mora_jax.plan({"kernel": jnp.ones((4, 4))})
-      >>> ones = jax.tree.map(jnp.ones_like, mora_jax.init(plan))
-      >>> mixed, _ = mora_jax.mixing.weighted_sum([(ones, plan)] * 2, [0.5, 0.25])
-      >>> float(mixed["kernel_mora"][0, 0])
-      0.75
+      ValueError: Plans, bases or numbers of adapters and weights differ; an M, a weight
+        or the sum is not finite; deltas are not linear in what is trained; or `params`
+        lack an array that the plan trains, or are not the base alone.
     """
     pairs, factors = pairs_of(adapters, weights)
     plan = _common_plan([plan for _, plan in pairs])
