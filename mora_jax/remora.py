@@ -7,6 +7,21 @@ alone.
 
 The plan says where in the cycle a run is, so that a run which is resumed from a saved
 plan, base and adapters restarts as it would have.
+
+Example::
+
+  >>> import jax.numpy as jnp, mora_jax, optax
+  >>> from mora_jax import remora
+  >>> params = {"fc": {"kernel": jnp.ones((8, 8))}}
+  >>> config = mora_jax.MoRAConfig(rank=1, operator="permutation", seed=3)
+  >>> plan = mora_jax.plan(params, config)
+  >>> rate = remora.restart_schedule(1.0, 1000, every=100, warmup=10)
+  >>> [round(float(rate(step)), 3) for step in (0, 9, 99, 100, 1000)]
+  [0.1, 1.0, 0.978, 0.098, 0.01]
+  >>> adapters, tx = mora_jax.init(plan), optax.adam(rate)
+  >>> after = remora.restart(params, adapters, plan, tx.init(adapters), tx)
+  >>> after.plan["fc/kernel"].operator.seed
+  4
 """
 
 import dataclasses
@@ -84,16 +99,6 @@ def restart(
       TypeError: As `merge`, or `tx` is not a transformation.
       ValueError: As `merge`; `opt_state` is not a state of `tx` for these adapters; or
         an operator lacks other maps to go on with, see `next_plan`.
-
-    Example::
-
-      >>> import mora_jax
-      >>> params = {"fc": {"kernel": jnp.ones((8, 8))}}
-      >>> plan = mora_jax.plan(params, mora_jax.MoRAConfig(rank=1, operator="sharing"))
-      >>> adapters, tx = mora_jax.init(plan), optax.adam(1e-3)
-      >>> after = mora_jax.remora.restart(params, adapters, plan, tx.init(adapters), tx)
-      >>> after.plan["fc/kernel"].operator.compress_groups
-      'contiguous'
     """
     check_transformation(tx)
     following = next_plan(plan)
@@ -124,15 +129,6 @@ def next_plan(plan: Plan) -> Plan:
       TypeError: `plan` is not a Plan.
       ValueError: An operator lacks other maps. The same ones would give deltas of the
         same form, and the rank would not grow.
-
-    Example::
-
-      >>> import mora_jax
-      >>> params = {"fc": {"kernel": jnp.ones((8, 8))}}
-      >>> config = mora_jax.MoRAConfig(rank=1, operator="permutation", seed=3)
-      >>> following = mora_jax.remora.next_plan(mora_jax.plan(params, config))
-      >>> following["fc/kernel"].operator.seed
-      4
     """
     specs = tuple(map(_next_spec, check_plan(plan).specs))
     return dataclasses.replace(plan, specs=specs)
@@ -161,13 +157,6 @@ def restart_schedule(
     Raises:
       TypeError, ValueError: A number of steps is not a positive integer, `warmup` is
         more than `every`, or `floor` is not between 0 and 1.
-
-    Example::
-
-      >>> import mora_jax
-      >>> rate = mora_jax.remora.restart_schedule(1.0, 1000, every=100, warmup=10)
-      >>> [round(float(rate(step)), 3) for step in (0, 9, 99, 100, 1000)]
-      [0.1, 1.0, 0.978, 0.098, 0.01]
     """
     for name, value in (("steps", steps), ("every", every), ("warmup", warmup)):
         positive_integer(name, value)

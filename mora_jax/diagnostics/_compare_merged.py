@@ -65,17 +65,6 @@ def check(
       ValueError: Layers differ by more than `tolerance` (the message has each figure),
         the outputs are not finite, `tolerance` or `seed` is out of range, a Linen
         model's variables lack params, or a delta is not linear in what is trained.
-
-    Example::
-
-      >>> import flax.linen as nn
-      >>> import mora_jax
-      >>> model, x = nn.Dense(8), jnp.ones((2, 8))
-      >>> variables = model.init(jax.random.key(0), x)
-      >>> plan = mora_jax.plan(variables["params"])
-      >>> ratios = mora_jax.diagnostics.check(model, variables, plan, x)
-      >>> ratios["kernel"] < 1e-3
-      True
     """
     check_plan(plan)
     check_seed(seed)
