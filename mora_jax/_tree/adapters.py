@@ -133,37 +133,32 @@ def adapter_items(
 
     With `by_row`, each row of a batch may have M's of its own (`serving.select`).
     """
-    return _items(adapters, plan, by_row)[0]
+    leaves = _leaves_of(plan, adapters)
+    return [(s, adapter_of(leaves[adapter_path(s)], s, by_row)) for s in plan.specs]
 
 
 def trained_items(adapters: Any, plan: Plan) -> Items:
     """Each array that trains itself with its copy, checked as in `adapter_items`."""
-    return _items(adapters, plan)[1]
-
-
-def _items(
-    adapters: Any, plan: Plan, by_row: bool = True
-) -> tuple[list[tuple[AdapterSpec, Any]], Items]:
-    check_plan(plan)
-    leaves = located_leaves(adapters, "adapters")
-    items, trained = [], []
-    for spec in plan.specs:
-        path = adapter_path(spec)
-        if path not in leaves:
-            raise ValueError(f"adapters lack {'/'.join(path)!r}, which the plan has")
-        items.append((spec, adapter_of(leaves.pop(path), spec, by_row)))
+    leaves, items = _leaves_of(plan, adapters), []
     for array in plan.trained:
-        if array.path not in leaves:
-            raise ValueError(
-                f"adapters lack {array.name!r}, which the plan trains: init(plan, "
-                "params=params) and split(tree, plan) give it"
-            )
-        copy = unboxed(leaves.pop(array.path))
-        array.check(copy, " in the adapters")
-        trained.append((array, copy))
+        items.append((array, unboxed(leaves[array.path])))
+        array.check(items[-1][1], " in the adapters")
+    return items
+
+
+def _leaves_of(plan: Plan, adapters: Any) -> dict[Path, Any]:
+    """{path: leaf} of the adapters, which have a leaf for each part of the plan."""
+    leaves = located_leaves(adapters, "adapters")
+    known = {adapter_path(spec): "has" for spec in check_plan(plan).specs}
+    remedy = "trains: init(plan, params=params) and split(tree, plan) give it"
+    known |= {array.path: remedy for array in plan.trained}
+    for path, verb in known.items():
+        if path not in leaves:
+            raise ValueError(f"adapters lack {'/'.join(path)!r}, which the plan {verb}")
     for path in leaves:
-        raise ValueError(f"adapters hold {'/'.join(path)!r}, which the plan lacks")
-    return items, trained
+        if path not in known:
+            raise ValueError(f"adapters hold {'/'.join(path)!r}, which the plan lacks")
+    return leaves
 
 
 def with_trained(params: Any, trained: Items, dtype: DTypeLike | None = None) -> Any:

@@ -11,6 +11,7 @@ import numpy as np
 from jax.core import Tracer
 
 from mora_jax._common.axes import rows_from_kernel
+from mora_jax._common.checks import check_finite
 from mora_jax._common.suggestions import lacking, nearest_paths
 from mora_jax._plan.plan import Plan, check_plan
 from mora_jax._plan.spec import AdapterSpec
@@ -102,19 +103,15 @@ def _with_bases(spec: AdapterSpec, gradient: Any) -> AdapterSpec:
             f"{what} must have the kernel's shape {spec.kernel_shape}, "
             f"got {tuple(gradient.shape)}"
         )
-    largest = float(jnp.abs(gradient).max())
-    if not np.isfinite(largest):
-        raise ValueError(f"{what} holds NaN or infinity")
+    check_finite(largest := float(jnp.abs(gradient).max()), what)
     if largest == 0:
         raise ValueError(f"{what} is zero, and has no directions")
     rows = rows_from_kernel(jnp.asarray(gradient, jnp.float32) / largest, spec.axes)
     rows = rows.reshape(-1, spec.in_features, spec.out_features)
-    sizes = old.in_features, old.out_features, old.square_rank
-    new = Subspace(
-        *sizes,
-        in_basis=_leading(rows, old.square_rank),
-        out_basis=_leading(rows.swapaxes(1, 2), old.square_rank),
-    )
+    q = old.square_rank
+    bases = {"in_basis": _leading(rows, q)}
+    bases["out_basis"] = _leading(rows.swapaxes(1, 2), q)
+    new = Subspace(old.in_features, old.out_features, q, **bases)
     scaled = spec.scale == old.fine_tuning_scale
     scale = new.fine_tuning_scale if scaled else spec.scale
     return dataclasses.replace(spec, operator=new, scale=scale)

@@ -27,7 +27,7 @@ def located_leaves(tree: Any, what: str = "params") -> dict[Path, Any]:
 
     leaves: dict[Path, Any] = {}
     for keys, leaf in jax.tree.leaves_with_path(tree, is_leaf=is_end):
-        path = tuple(key_name(key) for key in keys)
+        path = tuple(map(key_name, keys))
         refuse_model(leaf, what)
         if not path:
             kind = type(leaf).__name__
@@ -94,10 +94,10 @@ def replace_leaves(tree: Any, new: Mapping[Path, Any]) -> Any:
     """`tree` with the values of `new` at their paths, in the boxes that are there."""
 
     def replace(keys: Any, leaf: Any) -> Any:
-        path = tuple(key_name(key) for key in keys)
+        path = tuple(map(key_name, keys))
         return reboxed(leaf, new[path]) if path in new else leaf
 
-    return jax.tree_util.tree_map_with_path(replace, tree, is_leaf=is_boxed)
+    return jax.tree.map_with_path(replace, tree, is_leaf=is_boxed)
 
 
 def key_name(key: Any) -> str:

@@ -21,8 +21,8 @@ def _rank_of(text: str | None) -> int | str | None:
 
 def _base(use: str = "") -> Any:
     """An option for the base, with a help text that ends in its `use`."""
-    what = "The base's safetensors: a file, a directory or a URL."
-    return typer.Option(metavar="PATH", help=f"{what} {use}".rstrip())
+    text = f"The base's safetensors: a file, a directory or a URL. {use}"
+    return typer.Option(metavar="PATH", help=text.rstrip())
 
 
 Adapter = Annotated[

@@ -165,10 +165,9 @@ def _check_finite(ys: list[jax.Array], what: str) -> None:
 def _as_large_as(kernel: Any, spec: AdapterSpec, key: Any) -> jax.Array:
     """A random M with a delta of the norm of `kernel`; of norm 1 for a kernel of 0."""
     m = jax.random.normal(key, spec.shape, spec.param_dtype)
-    delta = delta_kernel(spec, m.astype(jnp.float32))
-    size = jnp.linalg.norm(jnp.asarray(kernel, jnp.float32).ravel())
-    ratio = jnp.where(size > 0, size, 1) / jnp.linalg.norm(delta.ravel())
-    return m * ratio.astype(m.dtype)
+    arrays = jnp.asarray(kernel, jnp.float32), delta_kernel(spec, m.astype(jnp.float32))
+    size, delta_size = (float(jnp.linalg.norm(a.ravel())) for a in arrays)
+    return m * ((size or 1.0) / delta_size)
 
 
 def _difference(
