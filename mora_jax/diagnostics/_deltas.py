@@ -90,7 +90,7 @@ def _spectrum(spec: AdapterSpec, m: np.ndarray) -> np.ndarray:
     else:
         # The smaller Gram matrix is ten times as fast as an SVD, and in float64 it is
         # exact enough for a delta in float32.
-        delta = np.asarray(op.delta_weight(m), np.float64)
+        delta = np.asarray(op.matrix(jnp.asarray(m)), np.float64)
         delta = delta.T if op.in_features > op.out_features else delta
         values = np.sqrt(np.linalg.eigvalsh(delta @ delta.T).clip(0)[::-1])
     missing = min(op.in_features, op.out_features) - len(values)
