@@ -127,8 +127,7 @@ def next_plan(plan: Plan) -> Plan:
 
     Raises:
       TypeError: `plan` is not a Plan.
-      ValueError: An operator lacks other maps. The same ones would give deltas of the
-        same form, and the rank would not grow.
+      ValueError: An operator lacks other maps, and the rank would not grow.
     """
     specs = tuple(map(_next_spec, check_plan(plan).specs))
     return dataclasses.replace(plan, specs=specs)

@@ -107,8 +107,7 @@ def put(stacked: Tree, slot: int | jax.Array, adapters: Any) -> Tree:
       stacked: Adapters in slots, as `stack` makes them.
       slot: The number of the slot, from 0 to N - 1. In a compiled function, where it is
         not known, another number changes nothing.
-      adapters: Adapters of the same plan, as `init` makes them. They are rounded to the
-        dtypes of the slots.
+      adapters: Adapters of the same plan, which are rounded to the slots' dtypes.
 
     Raises:
       TypeError: An argument has another type.

@@ -54,15 +54,13 @@ def adapter_shardings(
       params_or_shardings: The base's params, or a tree of their shardings. Its leaves
         may be arrays or shapes with a `NamedSharding`, or a `NamedSharding`, or a
         `PartitionSpec`. They may also have Flax's metadata: Linen's boxes with mesh
-        axes, or with logical names for which `nn.logical_axis_rules` holds the rules,
-        and the variables in the state of an NNX model.
+        axes or logical names (see `nn.logical_axis_rules`), and NNX's variables.
       mesh: The devices, if the leaves do not name them.
       square: The mesh axes that split the last two axes of M, which is then gathered in
         each step. There are none by default, since M is small.
 
     Returns:
-      A `NamedSharding` for each M in a tree as `init` makes it: for `jax.device_put`,
-      the `out_shardings` of `jax.jit`, or a checkpoint's target.
+      A `NamedSharding` for each M, in a tree as `init` makes it.
 
     Raises:
       TypeError: A leaf does not say how it is sharded.
@@ -87,8 +85,7 @@ def adapter_sharding(
     stack = [entry or None for letter, entry in axes if letter == "s"]
     whole = [None] * (len(spec.shape) - len(stack) - len(square))
     name = f"square, with q of {spec.operator.square_rank},"
-    axes = [*stack, *whole, *square]
-    return _named_sharding(kernel.mesh, axes, spec.shape, name)
+    return _named_sharding(kernel.mesh, [*stack, *whole, *square], spec.shape, name)
 
 
 def plan_on_mesh(

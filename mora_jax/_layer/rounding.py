@@ -9,7 +9,7 @@ cancel in a sum over many inputs, which is what a layer computes.
 
 import functools
 import math
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -71,6 +71,25 @@ def share_lost(change: ArrayLike, delta: ArrayLike) -> float | jax.Array:
     # Exact products: accelerators would round what they multiply to 16 bits.
     arrived = jnp.vdot(change, scaled, precision=jax.lax.Precision.HIGHEST)
     return ratio(jnp.abs(size - arrived), size)
+
+
+class MergeLoss(NamedTuple):
+    """Loss of a delta when a kernel is stored.
+
+    Attributes:
+      share: The share that is lost in the mean, as `diagnostics.merge_loss` has it.
+      error: The norm of what the stored kernel lacks of the sum of base and delta,
+        divided by the norm of the delta; 0 for a delta of zeros.
+    """
+
+    share: float | jax.Array
+    error: float | jax.Array
+
+    @classmethod
+    def of(cls, change: jax.Array, delta: jax.Array) -> "MergeLoss":
+        """The loss where a stored kernel differs from the base's by `change`."""
+        missing, size = (jnp.linalg.norm(a.ravel()) for a in (change - delta, delta))
+        return cls(share_lost(change, delta), ratio(missing, size))
 
 
 def ratio(part: jax.Array, whole: jax.Array) -> float | jax.Array:

@@ -78,7 +78,11 @@ def init(
         number = np.uint32(crc32(spec.name.encode()))
         own = None if key is None else _fold_in(key, number)
         ms[adapter_path(spec)] = init_adapter(spec, own)
-    return nest(ms | _copies(plan_or_frozen, params))
+    if plan_or_frozen.trained:
+        why = "from what the base has there; write init(plan, params=params)"
+        leaves = base_leaves(plan_or_frozen, params, why)
+        ms |= copies(leaves, plan_or_frozen.trained)
+    return nest(ms)
 
 
 def init_adapter(spec: AdapterSpec, key: PRNGKeyArray | None = None) -> jax.Array:
@@ -87,18 +91,16 @@ def init_adapter(spec: AdapterSpec, key: PRNGKeyArray | None = None) -> jax.Arra
     return spec.operator.start(spec.stack_shape, spec.init, key, spec.param_dtype)
 
 
-def _copies(plan: Plan, params: Any) -> dict[Path, jax.Array]:
-    """{path: copy} of the arrays that train themselves."""
-    if not plan.trained:
-        return {}
+def base_leaves(plan: Plan, params: Any, why: str) -> dict[str, tuple[Path, Any]]:
+    """Leaves of the base of a plan that trains arrays; `why` says what for."""
     if params is None:
+        trained = plan.trained[0].name
         raise ValueError(
-            f"params must be given, since the plan trains {plan.trained[0].name!r} "
-            "itself, from what the base has there; write init(plan, params=params)"
+            f"params must be given, since the plan trains {trained!r} itself, {why}"
         )
     leaves = named_leaves(params)
     refuse_combined(leaves, plan.specs)
-    return copies(leaves, plan.trained)
+    return leaves
 
 
 def refuse_combined(leaves: Collection[str], specs: Iterable[AdapterSpec]) -> None:

@@ -24,10 +24,7 @@ def kernel_digests(spec: AdapterSpec, kernel: Any) -> tuple[str, ...]:
     Only the rows that the digest covers are copied to the host. The shards of a kernel
     may be on several devices, if this process can read them all.
     """
-    stack = sizes(spec.kernel_shape, spec.axes, "s")
-    rows = _rows(kernel, spec.kernel_shape, spec.axes)
-    rows = rows.reshape(-1, *rows.shape[len(stack) :])
-    return tuple(rows_digest(kernel_rows) for kernel_rows in rows)
+    return tuple(map(rows_digest, _rows(kernel, spec.kernel_shape, spec.axes)))
 
 
 def rows_digest(rows: np.ndarray) -> str:
@@ -82,7 +79,7 @@ def check_digests(spec: AdapterSpec, digests: tuple[str, ...], at: int = 0) -> N
 
 
 def _rows(kernel: Any, shape: Shape, axes: str) -> np.ndarray:
-    """(*stack, rows, out_features) of a kernel."""
+    """(stack, rows, out_features) of a kernel."""
     # With the axes of the stack first and inputs before outputs, an index of rows is
     # adjacent arrays, and NumPy leaves rows where the input axes are.
     order = sorted(range(len(axes)), key=lambda k: "sio".index(axes[k]))
@@ -101,7 +98,7 @@ def _rows(kernel: Any, shape: Shape, axes: str) -> np.ndarray:
             taken = data[(*[slice(None)] * before, *local[:, inside])]
             with np.errstate(over="ignore"):  # float64 beyond float32 is infinite
                 rows[(*index[:before], inside, *index[behind:])] = np.asarray(taken)
-    return rows.reshape(*stack, len(numbers), -1)
+    return rows.reshape(math.prod(stack), len(numbers), -1)
 
 
 def _pieces(kernel: Any) -> list[tuple[tuple[slice, ...], Any]]:

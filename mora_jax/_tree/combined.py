@@ -26,7 +26,7 @@ def combine(params: Any, adapters: Any, plan: Plan | None = None) -> Any:
       plan: Their plan, which is needed if it trains arrays of the base.
 
     Raises:
-      TypeError: An argument is not such a tree but, for example, a model or an array.
+      TypeError: An argument is not such a tree but, for example, a model.
       ValueError: An adapter lacks its kernel, or the tree is combined already; or the
         adapters do not fit the plan.
 

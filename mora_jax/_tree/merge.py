@@ -45,8 +45,7 @@ def delta_weight(
 
     Returns:
       An array of the kernel's shape; for a model a tree of such arrays, under the names
-      of their kernels. They are in float32, or in float64 where M or the layer's kernel
-      is.
+      of their kernels. They are in float32, or in float64 where an argument is.
 
     Example::
 
@@ -138,8 +137,8 @@ def merge(
 def fold(params: Any, adapters: Any, plan: Plan, dtype: DTypeLike | None = None) -> Any:
     r"""The base with its deltas added, inside of jit: :math:`W' = W + \alpha\, C M D`.
 
-    Unlike `merge`, whose first arguments it takes, `fold` checks no numbers and rounds
-    to nearest, so that it can be compiled and differentiated.
+    Unlike `merge`, whose arguments, results and errors it shares, `fold` checks no
+    numbers and rounds to nearest, so that it can be compiled and differentiated.
 
     It trains the adapters of any model that is a function of its params, such as a
     Haiku, Equinox or hand-written model, by `loss(fold(params, adapters, plan))`. Where
@@ -147,23 +146,14 @@ def fold(params: Any, adapters: Any, plan: Plan, dtype: DTypeLike | None = None)
     `{".*weight": {"axes": "oi"}}`. This costs more than `linen.wrap` and `nnx.wrap`:
     each step forms every delta and its gradient at the full size of the kernel.
 
-    Returns:
-      A new tree of the same structure; unadapted leaves are the same arrays.
-
-    Raises:
-      TypeError: As `merge`.
-      ValueError: Adapters or params do not fit the plan.
-
     Example::
 
       >>> import mora_jax
       >>> params = {"kernel": jnp.ones((8, 8))}
       >>> plan = mora_jax.plan(params)
-      >>> def loss(adapters, params, x):
-      ...     kernel = mora_jax.fold(params, adapters, plan)["kernel"]
-      ...     return jnp.mean((x @ kernel) ** 2)
-      >>> adapters = mora_jax.init(plan)
-      >>> grads = jax.jit(jax.grad(loss))(adapters, params, jnp.ones((1, 8)))
+      >>> def loss(adapters, params):
+      ...     return jnp.mean(mora_jax.fold(params, adapters, plan)["kernel"] ** 2)
+      >>> grads = jax.jit(jax.grad(loss))(mora_jax.init(plan), params)
       >>> grads["kernel_mora"].shape
       (8, 8)
     """

@@ -35,8 +35,8 @@ def trainable_mask(
 
     Raises:
       TypeError: A model is given instead of its params.
-      ValueError: The tree holds no M, a pattern matches nothing, or the tree lacks an
-        array that the plan trains.
+      ValueError: The tree lacks M's, or an array that the plan trains; or a pattern
+        matches nothing.
 
     Example::
 
@@ -71,9 +71,6 @@ def trainable_labels(
     params: Any, base: str | Iterable[str] = (), *, plan: Plan | None = None
 ) -> Any:
     """`trainable_mask` as labels for `optax.transforms.partition`.
-
-    Returns:
-      A tree of the labels "trainable" and "frozen".
 
     Example::
 
@@ -122,15 +119,11 @@ def optimizer(
 def check_transformation(tx: Any) -> None:
     """Raise unless `tx` is a transformation of optax."""
     if not isinstance(tx, optax.GradientTransformation):
-        raise TypeError(
-            "tx must be an optax transformation, such as optax.adamw(1e-3), "
-            f"got {type(tx).__name__}"
-        )
+        rule = "tx must be an optax transformation, such as optax.adamw(1e-3)"
+        raise TypeError(f"{rule}, got {type(tx).__name__}")
 
 
 def _freeze() -> optax.GradientTransformation:
     """Updates that leave every leaf as it is, to the bit."""
     # -0.0 and not 0.0: x + -0.0 is x for every x, while -0.0 + 0.0 is 0.0.
-    return optax.stateless(
-        lambda updates, _: jax.tree.map(lambda g: -jnp.zeros_like(g), updates)
-    )
+    return optax.stateless_with_tree_map(lambda g, _: -jnp.zeros_like(g))

@@ -129,7 +129,7 @@ def convert(
 ) -> None:
     """Write an adapter in another format: mora_jax's, the reference's, or LoRA."""
     known = opt.names_of(names)
-    pair = adapters, plan = open_adapter("source", source, base, known)
+    pair = _, plan = open_adapter("source", source, base, known)
     path, same = as_path("target", target), format_of(source) == to
     if not same:
         opt.check_apart("target", target, source)
@@ -139,9 +139,9 @@ def convert(
         )
     if to == "mora":
         kept = io.read_metadata(source) if same else {}
-        replace_adapter(path, adapters, plan, kept, force=force)
+        replace_adapter(path, *pair, kept, force=force)
     elif to == "peft-mora":
-        io.save_peft_mora(path, adapters, plan, known, force=force)
+        io.save_peft_mora(path, *pair, known, force=force)
     else:
         accepted = {"rank": rank, "max_error": max_error}
         lost = io.save_peft_lora(path, *pair, known, force=force, **accepted)
@@ -179,12 +179,10 @@ def export(
             target, *pair, server, known, **bases, **accepted, progress=advance
         )
     if done.rank is None:
-        typer.echo(f"{target}: the base with {len(plan)} adapters merged in")
-        typer.echo(f"rounding lost {_most(done.lost)}")
+        what, lost = f"the base with {len(plan)} adapters merged in", "rounding lost"
     else:
-        typer.echo(f"{target}: {len(plan)} adapters as a LoRA of rank {done.rank}")
-        typer.echo(f"it lacks {_most(done.lost)}")
-    typer.echo(done.command)
+        what, lost = f"{len(plan)} adapters as a LoRA of rank {done.rank}", "it lacks"
+    typer.echo(f"{target}: {what}\n{lost} {_most(done.lost)}\n{done.command}")
 
 
 @app.command()

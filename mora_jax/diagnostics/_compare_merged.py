@@ -15,15 +15,9 @@ from mora_jax._common.checks import check_number, check_seed
 from mora_jax._layer.equation import delta_kernel
 from mora_jax._plan.plan import Plan, check_plan
 from mora_jax._plan.spec import AdapterSpec
-from mora_jax._plan.trained_arrays import copies
-from mora_jax._tree.adapters import nest, refuse_nonlinear
-from mora_jax._tree.merge import merged_kernel
-from mora_jax._tree.paths import (
-    adapter_path,
-    find_kernel,
-    named_leaves,
-    replace_leaves,
-)
+from mora_jax._tree.adapters import init, refuse_nonlinear
+from mora_jax._tree.merge import merged_kernel, wide, with_kernels
+from mora_jax._tree.paths import adapter_path, replace_leaves
 from mora_jax.linen._bound import params_of
 
 Outputs = Callable[[Any], list[jax.Array]]
@@ -77,17 +71,15 @@ def check(
         params, adapted, plain = _linen_models(model, variables, plan, inputs, kwargs)
     else:
         raise TypeError(f"model must be a Flax module, got {type(model).__name__}")
-    leaves = named_leaves(params)
-    ms = {adapter_path(s): jnp.zeros(s.shape, s.param_dtype) for s in plan.specs}
-    zeros = nest(ms | copies(leaves, plan.trained))
+    key, ratios = jax.random.key(seed), {}
+    items = [(spec, jnp.zeros(spec.shape, spec.param_dtype)) for spec in plan.specs]
+    ms = {adapter_path(spec): m for spec, m in items}
+    zeros = replace_leaves(init(plan, key, params=params), ms)
     base = adapted(zeros)
     _check_finite(base, "floating-point outputs for these inputs")
-    ratios = {}
-    for number, spec in enumerate(plan.specs):
-        path, kernel = find_kernel(leaves, spec)
-        key = jax.random.fold_in(jax.random.key(seed), number)
-        m = _as_large_as(kernel, spec, key)
-        merged = merged_kernel(spec, m, jnp.asarray(kernel), rounding="dither")
+    for number, (spec, _, path, kernel) in enumerate(with_kernels(params, items)):
+        m = _as_large_as(kernel, spec, jax.random.fold_in(key, number))
+        merged = merged_kernel(spec, m, kernel, rounding="dither")
         y_adapted = adapted(replace_leaves(zeros, {adapter_path(spec): m}))
         y_merged = plain(replace_leaves(params, {path: merged}))
         ratios[spec.name] = _difference(y_adapted, y_merged, base, spec.name)
@@ -162,10 +154,10 @@ def _check_finite(ys: list[jax.Array], what: str) -> None:
         )
 
 
-def _as_large_as(kernel: Any, spec: AdapterSpec, key: Any) -> jax.Array:
+def _as_large_as(kernel: jax.Array, spec: AdapterSpec, key: jax.Array) -> jax.Array:
     """A random M with a delta of the norm of `kernel`; of norm 1 for a kernel of 0."""
     m = jax.random.normal(key, spec.shape, spec.param_dtype)
-    arrays = jnp.asarray(kernel, jnp.float32), delta_kernel(spec, m.astype(jnp.float32))
+    arrays = wide(kernel), delta_kernel(spec, wide(m))
     size, delta_size = (float(jnp.linalg.norm(a.ravel())) for a in arrays)
     return m * ((size or 1.0) / delta_size)
 

@@ -81,12 +81,12 @@ def _spectrum(spec: AdapterSpec, m: np.ndarray) -> np.ndarray:
     is_square = op.linear and op.m_shape == (op.square_rank, op.square_rank)
     if is_square and op.block and op.isometry:
         # The singular values of M, once for each block.
-        values = np.repeat(_svd(m), op.compressed_shape[0])
+        values = np.repeat(np.linalg.svdvals(m), op.compressed_shape[0])
     elif is_square and not op.block:
         # The delta is C times the rows of M as D maps them, and C = Q R: rotations by
         # Q leave singular values as they are.
         triangle = np.linalg.qr(np.asarray(op.compress_matrix(), np.float64), "r")
-        values = _svd(triangle @ np.asarray(op.decompress(m), np.float64))
+        values = np.linalg.svdvals(triangle @ np.asarray(op.decompress(m), np.float64))
     else:
         # The smaller Gram matrix is ten times as fast as an SVD, and in float64 it is
         # exact enough for a delta in float32.
@@ -95,10 +95,6 @@ def _spectrum(spec: AdapterSpec, m: np.ndarray) -> np.ndarray:
         values = np.sqrt(np.linalg.eigvalsh(delta @ delta.T).clip(0)[::-1])
     missing = min(op.in_features, op.out_features) - len(values)
     return abs(spec.factor) * np.pad(values, (0, missing))
-
-
-def _svd(matrix: np.ndarray) -> np.ndarray:
-    return np.linalg.svd(matrix, compute_uv=False)
 
 
 def effective_rank(
@@ -122,10 +118,8 @@ def effective_rank(
       ValueError: `values` are a single number, or one is negative or not finite.
     """
     if isinstance(values, Mapping):
-        raise TypeError(
-            "values must be an array of singular values, got a mapping: give one of "
-            "the values that spectrum returns"
-        )
+        rule = "values must be an array of singular values, got a mapping"
+        raise TypeError(f"{rule}: give one of the values that spectrum returns")
     values = np.asarray(values, np.float64)
     if not values.ndim:
         raise ValueError(f"values must have shape (..., k), got {values!r}")

@@ -17,14 +17,14 @@ from mora_jax._plan.spec import SUFFIX, AdapterSpec
 from mora_jax._plan.trained_arrays import find_trained
 from mora_jax._tree.adapters import (
     Tree,
+    base_leaves,
     nest,
-    refuse_combined,
     refuse_nonlinear,
     trained_items,
 )
 from mora_jax._tree.base_digest import check_base
 from mora_jax._tree.merge import finite_items, wide
-from mora_jax._tree.paths import adapter_path, located_leaves, named_leaves
+from mora_jax._tree.paths import adapter_path, located_leaves
 
 Adapter = tuple[Any, Plan]
 """Adapters, as `init` makes them, and the plan that they follow."""
@@ -194,21 +194,14 @@ def _arrays(adapters: Any, plan: Plan) -> dict[Path, jax.Array]:
 
 def _base_arrays(plan: Plan, params: Any, any_base: bool) -> dict[Path, jax.Array]:
     """{path: array of the base} for each array that trains itself."""
-    if params is None:
-        raise ValueError(
-            f"params must be given, since the plan trains {plan.trained[0].name!r} "
-            "itself, and its delta is what it has moved from the base's array"
-        )
-    leaves = named_leaves(params)
-    refuse_combined(leaves, plan.specs)
+    why = "and its delta is what it has moved from the base's array"
+    leaves, arrays = base_leaves(plan, params, why), {}
     if not any_base:
         check_base(plan.specs, {name: leaf for name, (_, leaf) in leaves.items()})
-    return {
-        array.path: wide(
-            as_jax_array(f"{array.name} in params", find_trained(leaves, array)[1])
-        )
-        for array in plan.trained
-    }
+    for array in plan.trained:
+        _, leaf = find_trained(leaves, array)
+        arrays[array.path] = wide(as_jax_array(f"{array.name} in params", leaf))
+    return arrays
 
 
 def _sum(
