@@ -66,10 +66,9 @@ def stack(adapters: Sequence[Any], plan: Plan, *, slots: int | None = None) -> T
       instead of each M. Axes of a stack stay in front: (layers, N, q, q).
 
     Raises:
-      TypeError: An argument has another type.
-      ValueError: Adapters do not fit the plan or hold NaN or infinity; there are none,
-        or more than slots; the plan trains arrays of the base, which all rows share; or
-        a delta is not linear in what is trained, so that zeros may add something.
+      TypeError, ValueError: Adapters do not fit the plan or hold NaN or infinity; there
+        are none, or more than slots; the plan trains arrays of the base, which all rows
+        share; or a delta is not linear in what is trained.
     """
     refuse_trained(
         check_plan(plan).trained,
@@ -110,9 +109,8 @@ def put(stacked: Tree, slot: int | jax.Array, adapters: Any) -> Tree:
       adapters: Adapters of the same plan, which are rounded to the slots' dtypes.
 
     Raises:
-      TypeError: An argument has another type.
-      ValueError: The slot does not exist; or the adapters have other M's than the
-        slots, or hold numbers that are NaN or infinite, perhaps in the slots' dtype.
+      TypeError, ValueError: The slot does not exist; or the adapters have other M's
+        than the slots, or hold numbers that are not finite in the slots' dtype.
     """
     slots, number = _slots_of(stacked)
     new = located_leaves(adapters, "adapters")

@@ -24,6 +24,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 from flax import nnx
+from flax.linen.spmd import logical_to_mesh_axes
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mora_jax._common.suggestions import nearest_paths
@@ -174,7 +175,7 @@ def _read_sharding(leaf: Any, name: str) -> tuple[Any, PartitionSpec]:
     elif isinstance(leaf, nn.Partitioned):
         value, axes, mesh = leaf.value, leaf.get_partition_spec(), leaf.mesh
         if isinstance(leaf, nn.LogicallyPartitioned):
-            axes = nn.logical_to_mesh_axes(tuple(axes), leaf.rules or None)
+            axes = logical_to_mesh_axes(tuple(axes), leaf.rules or None)
     elif is_boxed(leaf):
         value = leaf.unbox()
     placed = getattr(value, "sharding", value)

@@ -41,8 +41,7 @@ def gradient_bases(grads: Any, plan: Plan) -> Plan:
       plan: The plan.
 
     Raises:
-      TypeError: `plan` is not a plan, or a gradient is not a concrete floating-point
-        array.
+      TypeError: A gradient is not a concrete floating-point array.
       ValueError: A kernel lacks a gradient, or has two; a gradient has another shape
         than its kernel, holds NaN or infinity, or is zero; or the plan lacks a path.
 

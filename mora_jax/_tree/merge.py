@@ -129,9 +129,8 @@ def merge(
       True
     """
     check_rounding(rounding)
-    items, trained = finite_items(adapters, plan), trained_items(adapters, plan)
-    settings = {"dtype": dtype, "any_base": any_base, "rounding": rounding}
-    return _merged(params, items, trained, **settings)
+    parts = finite_items(adapters, plan), trained_items(adapters, plan)
+    return _merged(params, *parts, dtype, any_base=any_base, rounding=rounding)
 
 
 def fold(params: Any, adapters: Any, plan: Plan, dtype: DTypeLike | None = None) -> Any:
@@ -157,8 +156,8 @@ def fold(params: Any, adapters: Any, plan: Plan, dtype: DTypeLike | None = None)
       >>> grads["kernel_mora"].shape
       (8, 8)
     """
-    items, trained = _items(adapters, plan), trained_items(adapters, plan)
-    return _merged(params, items, trained, dtype)
+    parts = _items(adapters, plan), trained_items(adapters, plan)
+    return _merged(params, *parts, dtype)
 
 
 def unmerge(params: Any, adapters: Any, plan: Plan) -> Any:

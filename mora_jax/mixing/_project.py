@@ -51,9 +51,8 @@ def project(
       is lost and 1 where all is: numbers, or arrays in a compiled function.
 
     Raises:
-      TypeError: An argument has another type.
-      ValueError: `plan` lacks a kernel or has it in another shape, or its deltas are
-        not linear in what is trained; bases differ; or as `weighted_sum`.
+      TypeError, ValueError: `plan` lacks a kernel or has it in another shape, or its
+        deltas are not linear in what is trained; bases differ; or as `weighted_sum`.
     """
     pairs, factors = pairs_of(adapters, weights)
     plans = [*(made_for for _, made_for in pairs), check_plan(plan)]

@@ -1,6 +1,5 @@
 """Adapters scaled and summed."""
 
-import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -108,10 +107,9 @@ def weighted_sum(
       or wider and has the dtype that it has in the adapters.
 
     Raises:
-      TypeError: An argument is not such a sequence, or a weight is not a real number.
-      ValueError: Plans, bases or numbers of adapters and weights differ; an M, a weight
-        or the sum is not finite; deltas are not linear in what is trained; or `params`
-        lack an array that the plan trains, or are not the base alone.
+      TypeError, ValueError: Plans, bases or numbers of adapters and weights differ; an
+        M, a weight or the sum is not finite; deltas are not linear in what is trained;
+        or `params` lack an array that the plan trains, or are not the base alone.
     """
     pairs, factors = pairs_of(adapters, weights)
     plan = _common_plan([plan for _, plan in pairs])
@@ -151,15 +149,14 @@ def pairs_of(adapters: Any, weights: Any) -> tuple[list[Adapter], list[Any]]:
 
 def _factor(value: Any, name: str) -> Any:
     """A real number, or an array of one, which a trace may have made."""
-    if not isinstance(value, jax.Array | np.ndarray | np.generic):
-        return check_number(name, value)
-    if value.shape != () or not jnp.issubdtype(value.dtype, jnp.floating):
-        raise TypeError(
-            f"{name} must be a real number, got {value.dtype}{list(value.shape)}"
-        )
-    if not isinstance(value, Tracer) and not math.isfinite(value):
-        raise ValueError(f"{name} must be finite, got {value}")
-    return value
+    if isinstance(value, jax.Array | np.ndarray | np.generic):
+        if value.shape != () or not jnp.issubdtype(value.dtype, jnp.floating):
+            kind = f"{value.dtype}{list(value.shape)}"
+            raise TypeError(f"{name} must be a real number, got {kind}")
+        if isinstance(value, Tracer):
+            return value
+        value = value.item()
+    return check_number(name, value)
 
 
 def check_one_base(plans: Sequence[Plan]) -> None:
