@@ -22,7 +22,6 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import flax.linen as nn
-import jax
 from flax import nnx
 from flax.linen.spmd import logical_to_mesh_axes
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -34,7 +33,7 @@ from mora_jax._plan.plan import Plan, check_plan
 from mora_jax._plan.spec import AdapterSpec
 from mora_jax._plan.trained_arrays import TrainedArray
 from mora_jax._tree.adapters import Tree, nest
-from mora_jax._tree.paths import adapter_path, is_boxed, located_leaves
+from mora_jax._tree.paths import adapter_path, located_leaves, unboxed
 
 
 def adapter_shardings(
@@ -168,16 +167,14 @@ def _places(
 
 def _read_sharding(leaf: Any, name: str) -> tuple[Any, PartitionSpec]:
     """The mesh and the mesh axes that a leaf names: where it is, or is to be."""
-    value, axes, mesh = leaf, None, None
+    value = leaf.value if isinstance(leaf, nn.Partitioned) else unboxed(leaf)
+    axes = mesh = None
     if isinstance(leaf, nnx.Variable):
-        (value,) = jax.tree.leaves(leaf)
         axes, mesh = nnx.spmd.get_var_pspec(leaf), leaf.get_metadata().get("mesh")
     elif isinstance(leaf, nn.Partitioned):
-        value, axes, mesh = leaf.value, leaf.get_partition_spec(), leaf.mesh
+        axes, mesh = leaf.get_partition_spec(), leaf.mesh
         if isinstance(leaf, nn.LogicallyPartitioned):
             axes = logical_to_mesh_axes(tuple(axes), leaf.rules or None)
-    elif is_boxed(leaf):
-        value = leaf.unbox()
     placed = getattr(value, "sharding", value)
     if isinstance(placed, NamedSharding):
         return placed.mesh, placed.spec
