@@ -7,6 +7,21 @@ alone.
 
 The plan says where in the cycle a run is, so that a run which is resumed from a saved
 plan, base and adapters restarts as it would have.
+
+Example::
+
+  >>> import jax.numpy as jnp, mora_jax, optax
+  >>> from mora_jax import remora
+  >>> params = {"fc": {"kernel": jnp.ones((8, 8))}}
+  >>> config = mora_jax.MoRAConfig(rank=1, operator="permutation", seed=3)
+  >>> plan = mora_jax.plan(params, config)
+  >>> rate = remora.restart_schedule(1.0, 1000, every=100, warmup=10)
+  >>> [round(float(rate(step)), 3) for step in (0, 9, 99, 100, 1000)]
+  [0.1, 1.0, 0.978, 0.098, 0.01]
+  >>> adapters, tx = mora_jax.init(plan), optax.adam(rate)
+  >>> after = remora.restart(params, adapters, plan, tx.init(adapters), tx)
+  >>> after.plan["fc/kernel"].operator.seed
+  4
 """
 
 import dataclasses
@@ -25,7 +40,7 @@ from mora_jax._plan.spec import AdapterSpec
 from mora_jax._tree.merge import finite_items, merged_kernel, with_kernels
 from mora_jax._tree.opt_state import with_new_moments
 from mora_jax._tree.optim import check_transformation
-from mora_jax._tree.paths import adapter_path, replace_leaves, unboxed
+from mora_jax._tree.paths import adapter_path, is_boxed, replace_leaves, unboxed
 from mora_jax.io.peft._reference import REFERENCE_GROUPS
 from mora_jax.operators import Operator, Sharing
 
@@ -64,10 +79,8 @@ def restart(
 
     The model computes the same as before. In kernels of 16 bits the deltas are rounded
     with a dither that differs from restart to restart, so that small ones add up. All
-    other leaves are the same arrays.
-
-    Call it between two training steps, outside of jit: each plan is a program of its
-    own in any case. It works under jit as well.
+    other leaves are the same arrays. Call it between two training steps, outside of
+    jit: each plan is a program of its own in any case. It works under jit as well.
 
     Args:
       params: The base's params.
@@ -86,35 +99,23 @@ def restart(
       TypeError: As `merge`, or `tx` is not a transformation.
       ValueError: As `merge`; `opt_state` is not a state of `tx` for these adapters; or
         an operator lacks other maps to go on with, see `next_plan`.
-
-    Example::
-
-      >>> import mora_jax
-      >>> params = {"fc": {"kernel": jnp.ones((8, 8))}}
-      >>> plan = mora_jax.plan(params, mora_jax.MoRAConfig(rank=1, operator="sharing"))
-      >>> adapters, tx = mora_jax.init(plan), optax.adam(1e-3)
-      >>> after = mora_jax.remora.restart(params, adapters, plan, tx.init(adapters), tx)
-      >>> after.plan["fc/kernel"].operator.compress_groups
-      'contiguous'
     """
     check_transformation(tx)
     following = next_plan(plan)
     items = finite_items(adapters, plan)
     kernels = with_kernels(params, items, any_base=any_base)
-    pairs = zip(following.specs, items, strict=True)
-    ms = {adapter_path(spec): _started(spec, m) for spec, (_, m) in pairs}
-    following_adapters = replace_leaves(_with_next_specs(adapters), ms)
+    ms = {adapter_path(old): _started(following[old.name], m) for old, m in items}
+    adapters = replace_leaves(_with_next_specs(adapters), ms)
     opt_state = _with_next_specs(opt_state)
     if not keep_moments:
-        both = params, following_adapters
-        opt_state = with_new_moments(opt_state, tx, *both, following)
+        opt_state = with_new_moments(opt_state, tx, params, adapters, following)
     add = _add_and_donate if donate else _add
     sums = {
         path: add(dataclasses.replace(spec, path=()), m, kernel)
         for spec, m, path, kernel in kernels
     }
     params = replace_leaves(params, sums)
-    return Restarted(params, following_adapters, following, opt_state)
+    return Restarted(params, adapters, following, opt_state)
 
 
 def next_plan(plan: Plan) -> Plan:
@@ -126,17 +127,7 @@ def next_plan(plan: Plan) -> Plan:
 
     Raises:
       TypeError: `plan` is not a Plan.
-      ValueError: An operator lacks other maps. The same ones would give deltas of the
-        same form, and the rank would not grow.
-
-    Example::
-
-      >>> import mora_jax
-      >>> params = {"fc": {"kernel": jnp.ones((8, 8))}}
-      >>> config = mora_jax.MoRAConfig(rank=1, operator="permutation", seed=3)
-      >>> following = mora_jax.remora.next_plan(mora_jax.plan(params, config))
-      >>> following["fc/kernel"].operator.seed
-      4
+      ValueError: An operator lacks other maps, and the rank would not grow.
     """
     specs = tuple(map(_next_spec, check_plan(plan).specs))
     return dataclasses.replace(plan, specs=specs)
@@ -165,13 +156,6 @@ def restart_schedule(
     Raises:
       TypeError, ValueError: A number of steps is not a positive integer, `warmup` is
         more than `every`, or `floor` is not between 0 and 1.
-
-    Example::
-
-      >>> import mora_jax
-      >>> rate = mora_jax.remora.restart_schedule(1.0, 1000, every=100, warmup=10)
-      >>> [round(float(rate(step)), 3) for step in (0, 9, 99, 100, 1000)]
-      [0.1, 1.0, 0.978, 0.098, 0.01]
     """
     for name, value in (("steps", steps), ("every", every), ("warmup", warmup)):
         positive_integer(name, value)
@@ -210,16 +194,13 @@ def _next_spec(spec: AdapterSpec) -> AdapterSpec:
 def _with_next_specs(tree: Any) -> Any:
     """A state of NNX, or of an optimizer for one, whose M's say what they are for."""
 
-    def is_variable(leaf: Any) -> bool:
-        return isinstance(leaf, nnx.Variable)
-
     def follow(leaf: Any) -> Any:
-        spec = getattr(leaf, "spec", None) if is_variable(leaf) else None
+        spec = getattr(leaf, "spec", None) if isinstance(leaf, nnx.Variable) else None
         if not isinstance(spec, AdapterSpec):
             return leaf
         return leaf.replace(unboxed(leaf), spec=_next_spec(spec))
 
-    return jax.tree.map(follow, tree, is_leaf=is_variable)
+    return jax.tree.map(follow, tree, is_leaf=is_boxed)
 
 
 def _next_operator(spec: AdapterSpec) -> Operator:

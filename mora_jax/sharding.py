@@ -1,23 +1,39 @@
-"""Adapters on a mesh of devices, sharded as the base is."""
+"""Adapters on a mesh of devices, sharded as the base is.
+
+Example::
+
+  >>> import jax, jax.numpy as jnp, mora_jax
+  >>> from jax.sharding import PartitionSpec
+  >>> mesh = jax.make_mesh((1, 1), ("data", "model"))
+  >>> where = {"fc": {"kernel": PartitionSpec("data", "model")}}
+  >>> plan = mora_jax.plan({"fc": {"kernel": jnp.ones((8, 8))}})
+  >>> shardings = mora_jax.sharding.adapter_shardings(plan, where, mesh=mesh)
+  >>> adapters = jax.device_put(mora_jax.init(plan), shardings)
+  >>> adapters["fc"]["kernel_mora"].is_fully_replicated
+  True
+  >>> plan = mora_jax.sharding.plan_on_mesh(
+  ...     plan, where, batch_axes="data", mesh=mesh)
+  >>> plan["fc/kernel"].layout.mesh_axes
+  (('model',), ('data',))
+"""
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import flax.linen as nn
-import jax
 from flax import nnx
-from flax.core import spmd
 from flax.linen.spmd import logical_to_mesh_axes
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mora_jax._common.suggestions import nearest_paths
-from mora_jax._common.types import Path, Shape
+from mora_jax._common.types import Shape
 from mora_jax._mesh.layout import KernelLayout, mesh_axes
 from mora_jax._plan.plan import Plan, check_plan
 from mora_jax._plan.spec import AdapterSpec
+from mora_jax._plan.trained_arrays import TrainedArray
 from mora_jax._tree.adapters import Tree, nest
-from mora_jax._tree.paths import adapter_path, is_boxed, located_leaves
+from mora_jax._tree.paths import adapter_path, located_leaves, unboxed
 
 
 def adapter_shardings(
@@ -38,44 +54,25 @@ def adapter_shardings(
       params_or_shardings: The base's params, or a tree of their shardings. Its leaves
         may be arrays or shapes with a `NamedSharding`, or a `NamedSharding`, or a
         `PartitionSpec`. They may also have Flax's metadata: Linen's boxes with mesh
-        axes, or with logical names for which `nn.logical_axis_rules` holds the rules,
-        and the variables in the state of an NNX model.
+        axes or logical names (see `nn.logical_axis_rules`), and NNX's variables.
       mesh: The devices, if the leaves do not name them.
       square: The mesh axes that split the last two axes of M, which is then gathered in
         each step. There are none by default, since M is small.
 
     Returns:
-      A tree like the one that `init` makes, with a `NamedSharding` for each M, for
-      `jax.device_put`, the `out_shardings` of `jax.jit`, or a checkpoint's target.
+      A `NamedSharding` for each M, in a tree as `init` makes it.
 
     Raises:
       TypeError: A leaf does not say how it is sharded.
       ValueError: A kernel lacks a leaf, metadata lack a mesh, or `square` names axes
         that do not divide q.
-
-    Example::
-
-      >>> import jax, jax.numpy as jnp, mora_jax
-      >>> from jax.sharding import NamedSharding, PartitionSpec
-      >>> params = {"fc": {"kernel": jnp.ones((8, 8))}}
-      >>> mesh = jax.make_mesh((1,), ("model",))
-      >>> shardings = {"fc": {"kernel": PartitionSpec(None, "model")}}
-      >>> plan = mora_jax.plan(params)
-      >>> shardings = mora_jax.sharding.adapter_shardings(plan, shardings, mesh=mesh)
-      >>> shardings["fc"]["kernel_mora"].is_fully_replicated
-      True
-      >>> adapters = jax.device_put(mora_jax.init(plan), shardings)
     """
-    check_plan(plan)
-    leaves = _leaves(params_or_shardings)
-    shardings: dict[Path, NamedSharding] = {}
-    for spec in plan.specs:
-        kernel = _sharding_of(leaves, "kernel", spec.name, spec.kernel_shape, mesh)
-        shardings[adapter_path(spec)] = adapter_sharding(spec, kernel, square)
-    for array in plan.trained:
-        place = _sharding_of(leaves, "array", array.name, array.shape, mesh)
-        shardings[array.path] = place
-    return nest(shardings)
+    place_of = _places(params_or_shardings, mesh)
+    shardings = {
+        adapter_path(spec): adapter_sharding(spec, place_of(spec), square)
+        for spec in check_plan(plan).specs
+    }
+    return nest(shardings | {array.path: place_of(array) for array in plan.trained})
 
 
 def adapter_sharding(
@@ -88,8 +85,7 @@ def adapter_sharding(
     stack = [entry or None for letter, entry in axes if letter == "s"]
     whole = [None] * (len(spec.shape) - len(stack) - len(square))
     name = f"square, with q of {spec.operator.square_rank},"
-    axes = [*stack, *whole, *square]
-    return _named_sharding(kernel.mesh, axes, spec.shape, name)
+    return _named_sharding(kernel.mesh, [*stack, *whole, *square], spec.shape, name)
 
 
 def plan_on_mesh(
@@ -101,10 +97,10 @@ def plan_on_mesh(
 ) -> Plan:
     """A plan that knows where the features of each kernel are.
 
-    Results do not depend on this. Without it, XLA may insert further collectives for
-    the adapters, of activations or kernels, where devices share features (tensor
-    parallelism) or kernels (FSDP). With it, the adapter of a dense layer adds a sum of
-    (q, q) for M's gradient, and nothing else.
+    Results do not depend on this. Without it, XLA may insert further collectives, of
+    activations or kernels, where devices share features (tensor parallelism) or kernels
+    (FSDP). With it, the adapter of a dense layer adds a sum of (q, q) for M's gradient,
+    and nothing else.
 
     Args:
       plan: The plan of the adapters, as `plan`, `linen.plan` or `nnx.plan` makes it.
@@ -120,30 +116,15 @@ def plan_on_mesh(
       so a plan that `load` returns needs this function again.
 
     Raises:
-      TypeError: As `adapter_shardings`.
-      ValueError: As `adapter_shardings`, or the mesh does not have a batch axis.
-
-    Example::
-
-      >>> import jax, jax.numpy as jnp, mora_jax
-      >>> from jax.sharding import PartitionSpec
-      >>> params = {"fc": {"kernel": jnp.ones((8, 8))}}
-      >>> mesh = jax.make_mesh((1, 1), ("data", "model"))
-      >>> shardings = {"fc": {"kernel": PartitionSpec("data", "model")}}
-      >>> plan = mora_jax.sharding.plan_on_mesh(
-      ...     mora_jax.plan(params), shardings, batch_axes="data", mesh=mesh)
-      >>> plan["fc/kernel"].layout.mesh_axes
-      (('model',), ('data',))
+      TypeError, ValueError: As `adapter_shardings`, or the mesh lacks a batch axis.
     """
     if not isinstance(batch_axes, Iterable):
-        raise TypeError(
-            "batch_axes must be names of mesh axes, such as 'data' or (), got "
-            f"{batch_axes!r}"
-        )
+        rule = "batch_axes must be names of mesh axes, such as 'data' or ()"
+        raise TypeError(f"{rule}, got {batch_axes!r}")
     batch = (batch_axes,) if isinstance(batch_axes, str) else tuple(batch_axes)
-    leaves, specs = _leaves(params_or_shardings), []
+    place_of, specs = _places(params_or_shardings, mesh), []
     for spec in check_plan(plan).specs:
-        kernel = _sharding_of(leaves, "kernel", spec.name, spec.kernel_shape, mesh)
+        kernel = place_of(spec)
         for axis in batch:
             if axis not in kernel.mesh.shape:
                 raise ValueError(
@@ -162,38 +143,38 @@ def _entries(kernel: NamedSharding, spec: AdapterSpec) -> list[tuple[str, ...]]:
     return [*entries, *[()] * (len(spec.axes) - len(entries))]
 
 
-def _leaves(tree: Any) -> dict[str, Any]:
-    """{path: leaf} of a tree that says how its leaves are sharded."""
-    leaves = located_leaves(tree, "params_or_shardings")
-    return {"/".join(path): leaf for path, leaf in leaves.items()}
+def _places(
+    params_or_shardings: Any, mesh: Mesh | None
+) -> Callable[[AdapterSpec | TrainedArray], NamedSharding]:
+    """A function of a part of a plan to the sharding of the base's array for it."""
+    tree = located_leaves(params_or_shardings, "params_or_shardings")
+    leaves = {"/".join(path): leaf for path, leaf in tree.items()}
 
+    def place_of(part: AdapterSpec | TrainedArray) -> NamedSharding:
+        kind, name, shape = "array", part.name, part.shape
+        if isinstance(part, AdapterSpec):
+            kind, shape = "kernel", part.kernel_shape
+        if name not in leaves:
+            near = nearest_paths(name, leaves)
+            raise ValueError(f"params_or_shardings lack the {kind} {name!r}{near}")
+        placed, axes = _read_sharding(leaves[name], name)
+        if (devices := placed or mesh) is None:
+            raise ValueError(f"mesh must be given: {name} has names of axes alone")
+        return _named_sharding(devices, axes, shape, name)
 
-def _sharding_of(
-    leaves: Mapping[str, Any], kind: str, name: str, shape: Shape, mesh: Mesh | None
-) -> NamedSharding:
-    """The sharding of the base's array of that name; `kind` is for the message."""
-    if name not in leaves:
-        near = nearest_paths(name, leaves)
-        raise ValueError(f"params_or_shardings lack the {kind} {name!r}{near}")
-    placed, axes = _read_sharding(leaves[name], name)
-    if (devices := placed or mesh) is None:
-        raise ValueError(f"mesh must be given: {name} has names of axes alone")
-    return _named_sharding(devices, axes, shape, name)
+    return place_of
 
 
 def _read_sharding(leaf: Any, name: str) -> tuple[Any, PartitionSpec]:
     """The mesh and the mesh axes that a leaf names: where it is, or is to be."""
-    value, axes, mesh = leaf, None, None
+    value = leaf.value if isinstance(leaf, nn.Partitioned) else unboxed(leaf)
+    axes = mesh = None
     if isinstance(leaf, nnx.Variable):
-        (value,) = jax.tree.leaves(leaf)
         axes, mesh = nnx.spmd.get_var_pspec(leaf), leaf.get_metadata().get("mesh")
     elif isinstance(leaf, nn.Partitioned):
-        value, axes, mesh = leaf.value, leaf.get_partition_spec(), leaf.mesh
+        axes, mesh = leaf.get_partition_spec(), leaf.mesh
         if isinstance(leaf, nn.LogicallyPartitioned):
-            rules = leaf.rules or spmd.get_logical_axis_rules()
-            axes = logical_to_mesh_axes(tuple(axes), rules)
-    elif is_boxed(leaf):
-        value = leaf.unbox()
+            axes = logical_to_mesh_axes(tuple(axes), leaf.rules or None)
     placed = getattr(value, "sharding", value)
     if isinstance(placed, NamedSharding):
         return placed.mesh, placed.spec

@@ -9,11 +9,12 @@ cancel in a sum over many inputs, which is what a layer computes.
 
 import functools
 import math
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from mora_jax._common.axes import kernel_from_rows
 from mora_jax._common.checks import check_choice
@@ -57,17 +58,44 @@ def add_rounded(
     return _dithered(total, on_grid, start, axes, dtype)
 
 
-def share_lost(change: ArrayLike, delta: ArrayLike) -> float:
+def share_lost(change: ArrayLike, delta: ArrayLike) -> float | jax.Array:
     """The share of a delta that is missing from the change of a kernel, along it.
 
     Args:
       change: The merged kernel minus the base's.
       delta: The delta, of the same shape.
     """
+    # Divided first, since the squares of small numbers are zero in float32.
+    size = jnp.linalg.norm(jnp.ravel(delta))
+    scaled = delta / jnp.where(size > 0, size, 1)
     # Exact products: accelerators would round what they multiply to 16 bits.
-    dot = functools.partial(jnp.vdot, precision=jax.lax.Precision.HIGHEST)
-    size = dot(delta, delta)
-    return float(abs(1 - dot(change, delta) / size)) if size else 0.0
+    arrived = jnp.vdot(change, scaled, precision=jax.lax.Precision.HIGHEST)
+    return ratio(jnp.abs(size - arrived), size)
+
+
+class MergeLoss(NamedTuple):
+    """Loss of a delta when a kernel is stored.
+
+    Attributes:
+      share: The share that is lost in the mean, as `diagnostics.merge_loss` has it.
+      error: The norm of what the stored kernel lacks of the sum of base and delta,
+        divided by the norm of the delta; 0 for a delta of zeros.
+    """
+
+    share: float | jax.Array
+    error: float | jax.Array
+
+    @classmethod
+    def of(cls, change: jax.Array, delta: jax.Array) -> "MergeLoss":
+        """The loss where a stored kernel differs from the base's by `change`."""
+        missing, size = (jnp.linalg.norm(a.ravel()) for a in (change - delta, delta))
+        return cls(share_lost(change, delta), ratio(missing, size))
+
+
+def ratio(part: jax.Array, whole: jax.Array) -> float | jax.Array:
+    """`part / whole`, and 0 where the whole is zero; an array in a trace."""
+    quotient = jnp.where(whole > 0, part / jnp.where(whole > 0, whole, 1), 0)
+    return quotient if isinstance(quotient, Tracer) else float(quotient)
 
 
 @functools.partial(jax.jit, static_argnames=("axes", "dtype"))

@@ -40,8 +40,7 @@ def init(
 
     Args:
       plan_or_frozen: The plan of a model, or one layer.
-      key: The key for `init="gaussian"`. Each M depends on the key and its kernel's
-        path.
+      key: The key for `init="gaussian"`, from which each M's is made by its path.
       params: The base's params, whose arrays that `MoRAConfig(train=...)` names are
         copied into the adapters. Other plans need no params.
 
@@ -76,11 +75,14 @@ def init(
     check_plan(plan_or_frozen, "plan_or_frozen")
     ms = {}
     for spec in plan_or_frozen.specs:
-        own = key
-        if key is not None:
-            own = _fold_in(key, np.uint32(crc32(spec.name.encode())))
+        number = np.uint32(crc32(spec.name.encode()))
+        own = None if key is None else _fold_in(key, number)
         ms[adapter_path(spec)] = init_adapter(spec, own)
-    return nest(ms | _copies(plan_or_frozen, params))
+    if plan_or_frozen.trained:
+        why = "from what the base has there; write init(plan, params=params)"
+        leaves = base_leaves(plan_or_frozen, params, why)
+        ms |= copies(leaves, plan_or_frozen.trained)
+    return nest(ms)
 
 
 def init_adapter(spec: AdapterSpec, key: PRNGKeyArray | None = None) -> jax.Array:
@@ -89,18 +91,16 @@ def init_adapter(spec: AdapterSpec, key: PRNGKeyArray | None = None) -> jax.Arra
     return spec.operator.start(spec.stack_shape, spec.init, key, spec.param_dtype)
 
 
-def _copies(plan: Plan, params: Any) -> dict[Path, jax.Array]:
-    """{path: copy} of the arrays that train themselves."""
-    if not plan.trained:
-        return {}
+def base_leaves(plan: Plan, params: Any, why: str) -> dict[str, tuple[Path, Any]]:
+    """Leaves of the base of a plan that trains arrays; `why` says what for."""
     if params is None:
+        trained = plan.trained[0].name
         raise ValueError(
-            f"params must be given, since the plan trains {plan.trained[0].name!r} "
-            "itself, from what the base has there; write init(plan, params=params)"
+            f"params must be given, since the plan trains {trained!r} itself, {why}"
         )
     leaves = named_leaves(params)
     refuse_combined(leaves, plan.specs)
-    return copies(leaves, plan.trained)
+    return leaves
 
 
 def refuse_combined(leaves: Collection[str], specs: Iterable[AdapterSpec]) -> None:
@@ -135,44 +135,36 @@ def adapter_items(
 
     With `by_row`, each row of a batch may have M's of its own (`serving.select`).
     """
-    return _items(adapters, plan, by_row)[0]
+    leaves = _leaves_of(plan, adapters)
+    return [(s, adapter_of(leaves[adapter_path(s)], s, by_row)) for s in plan.specs]
 
 
 def trained_items(adapters: Any, plan: Plan) -> Items:
     """Each array that trains itself with its copy, checked as in `adapter_items`."""
-    return _items(adapters, plan)[1]
-
-
-def _items(
-    adapters: Any, plan: Plan, by_row: bool = True
-) -> tuple[list[tuple[AdapterSpec, Any]], Items]:
-    check_plan(plan)
-    leaves = located_leaves(adapters, "adapters")
-    items, trained = [], []
-    for spec in plan.specs:
-        path = adapter_path(spec)
-        if path not in leaves:
-            raise ValueError(f"adapters lack {'/'.join(path)!r}, which the plan has")
-        items.append((spec, adapter_of(leaves.pop(path), spec, by_row)))
+    leaves, items = _leaves_of(plan, adapters), []
     for array in plan.trained:
-        if array.path not in leaves:
-            raise ValueError(
-                f"adapters lack {array.name!r}, which the plan trains: init(plan, "
-                "params=params) and split(tree, plan) give it"
-            )
-        copy = unboxed(leaves.pop(array.path))
-        array.check(copy, " in the adapters")
-        trained.append((array, copy))
+        items.append((array, unboxed(leaves[array.path])))
+        array.check(items[-1][1], " in the adapters")
+    return items
+
+
+def _leaves_of(plan: Plan, adapters: Any) -> dict[Path, Any]:
+    """{path: leaf} of the adapters, which have a leaf for each part of the plan."""
+    leaves = located_leaves(adapters, "adapters")
+    known = {adapter_path(spec): "has" for spec in check_plan(plan).specs}
+    remedy = "trains: init(plan, params=params) and split(tree, plan) give it"
+    known |= {array.path: remedy for array in plan.trained}
+    for path, verb in known.items():
+        if path not in leaves:
+            raise ValueError(f"adapters lack {'/'.join(path)!r}, which the plan {verb}")
     for path in leaves:
-        raise ValueError(f"adapters hold {'/'.join(path)!r}, which the plan lacks")
-    return items, trained
+        if path not in known:
+            raise ValueError(f"adapters hold {'/'.join(path)!r}, which the plan lacks")
+    return leaves
 
 
 def with_trained(params: Any, trained: Items, dtype: DTypeLike | None = None) -> Any:
-    """The params with the trained copies instead of the base's arrays.
-
-    The copies are rounded to `dtype`; None stands for the dtypes of the base's arrays.
-    """
+    """The params with the trained copies, in `dtype` or in the base's dtypes."""
     if not trained:
         return params
     leaves, new = named_leaves(params), {}

@@ -21,20 +21,10 @@ ROWS = 8
 def kernel_digests(spec: AdapterSpec, kernel: Any) -> tuple[str, ...]:
     """The digest of a kernel for each index of its stack axes, in their order.
 
-    Only the rows that the digest covers are copied to the host.
-
-    Args:
-      spec: The adapter of the kernel.
-      kernel: An array of `spec.kernel_shape`, a NumPy or a JAX array. Its shards may be
-        on several devices, if this process can read them all.
-
-    Raises:
-      ValueError: Other processes hold parts of the kernel.
+    Only the rows that the digest covers are copied to the host. The shards of a kernel
+    may be on several devices, if this process can read them all.
     """
-    stack = sizes(spec.kernel_shape, spec.axes, "s")
-    rows = _rows(kernel, spec.kernel_shape, spec.axes)
-    rows = rows.reshape(-1, *rows.shape[len(stack) :])
-    return tuple(rows_digest(kernel_rows) for kernel_rows in rows)
+    return tuple(map(rows_digest, _rows(kernel, spec.kernel_shape, spec.axes)))
 
 
 def rows_digest(rows: np.ndarray) -> str:
@@ -65,14 +55,8 @@ def check_base(specs: Iterable[AdapterSpec], kernels: Mapping[str, Any]) -> None
 
     A kernel is left unchecked if the file of its adapter holds no digests, if this
     process lacks some of its values, if it has another shape, which callers refuse, or
-    if its module was stacked after the plan was made.
-
-    Args:
-      specs: The adapters.
-      kernels: {path of the kernel: the kernel, or its shape}.
-
-    Raises:
-      ValueError: The rows of a kernel have another digest.
+    if its module was stacked after the plan was made. `kernels` are arrays or shapes by
+    their paths.
     """
     for spec in specs:
         kernel: Any = kernels.get(spec.name)
@@ -90,13 +74,12 @@ def check_digests(spec: AdapterSpec, digests: tuple[str, ...], at: int = 0) -> N
     if known is not None and known[at : at + len(digests)] != digests:
         raise ValueError(
             f"the kernel {spec.name!r} holds other weights than the base that the "
-            "adapter was trained on: give that base, or set any_base=True to use these "
-            "weights"
+            "adapter was trained on: give that base, or set any_base=True"
         )
 
 
 def _rows(kernel: Any, shape: Shape, axes: str) -> np.ndarray:
-    """(*stack, rows, out_features) of a kernel."""
+    """(stack, rows, out_features) of a kernel."""
     # With the axes of the stack first and inputs before outputs, an index of rows is
     # adjacent arrays, and NumPy leaves rows where the input axes are.
     order = sorted(range(len(axes)), key=lambda k: "sio".index(axes[k]))
@@ -115,7 +98,7 @@ def _rows(kernel: Any, shape: Shape, axes: str) -> np.ndarray:
             taken = data[(*[slice(None)] * before, *local[:, inside])]
             with np.errstate(over="ignore"):  # float64 beyond float32 is infinite
                 rows[(*index[:before], inside, *index[behind:])] = np.asarray(taken)
-    return rows.reshape(*stack, len(numbers), -1)
+    return rows.reshape(math.prod(stack), len(numbers), -1)
 
 
 def _pieces(kernel: Any) -> list[tuple[tuple[slice, ...], Any]]:

@@ -12,12 +12,7 @@ from mora_jax._plan.plan import Plan, check_plan
 from mora_jax._plan.spec import SUFFIX
 from mora_jax._plan.trained_arrays import find_trained
 from mora_jax._tree.adapters import Tree, adapter_items, nest, trained_items
-from mora_jax._tree.paths import (
-    named_leaves,
-    refuse_model,
-    replace_leaves,
-    unboxed,
-)
+from mora_jax._tree.paths import named_leaves, refuse_model, replace_leaves, unboxed
 
 
 def combine(params: Any, adapters: Any, plan: Plan | None = None) -> Any:
@@ -31,14 +26,13 @@ def combine(params: Any, adapters: Any, plan: Plan | None = None) -> Any:
       plan: Their plan, which is needed if it trains arrays of the base.
 
     Raises:
-      TypeError: An argument is not such a tree but, for example, a model or an array.
+      TypeError: An argument is not such a tree but, for example, a model.
       ValueError: An adapter lacks its kernel, or the tree is combined already; or the
         adapters do not fit the plan.
 
     Example::
 
-      >>> import jax.numpy as jnp
-      >>> import mora_jax
+      >>> import jax.numpy as jnp, mora_jax
       >>> params = {"fc": {"kernel": jnp.ones((8, 8))}}
       >>> adapters = mora_jax.init(mora_jax.plan(params))
       >>> sorted(mora_jax.combine(params, adapters)["fc"])
@@ -89,11 +83,7 @@ def _check_place(path: Path, nodes: Mapping[Path, tuple[Any, Tree | None]]) -> N
 
 
 def split(tree: Any, plan: Plan | None = None) -> tuple[Any, Tree]:
-    """Undo `combine`.
-
-    Args:
-      tree: A tree as `combine` makes it.
-      plan: The plan of the adapters, which is needed if it trains arrays of the base.
+    """Undo `combine`, with the plan if it trains arrays of the base.
 
     Returns:
       The base's params, and the adapters. An array that trains itself is in both, since
@@ -105,8 +95,7 @@ def split(tree: Any, plan: Plan | None = None) -> tuple[Any, Tree]:
 
     Example::
 
-      >>> import jax.numpy as jnp
-      >>> import mora_jax
+      >>> import jax.numpy as jnp, mora_jax
       >>> params = {"fc": {"kernel": jnp.ones((8, 8))}}
       >>> adapters = mora_jax.init(mora_jax.plan(params))
       >>> base, adapters = mora_jax.split(mora_jax.combine(params, adapters))
@@ -135,10 +124,8 @@ def _check_nested(tree: Any, what: str) -> None:
     """Raise unless `tree` is a container whose children `_children` finds."""
     refuse_model(tree, what)
     if _children(tree) is None:
-        raise TypeError(
-            f"{what} must be nested mappings, lists and tuples, "
-            f"got {type(tree).__name__}"
-        )
+        kind = type(tree).__name__
+        raise TypeError(f"{what} must be nested mappings, lists and tuples, got {kind}")
 
 
 def _children(node: Any) -> Tree | None:

@@ -11,6 +11,7 @@ import numpy as np
 from jax.core import Tracer
 
 from mora_jax._common.axes import rows_from_kernel
+from mora_jax._common.checks import check_finite
 from mora_jax._common.suggestions import lacking, nearest_paths
 from mora_jax._plan.plan import Plan, check_plan
 from mora_jax._plan.spec import AdapterSpec
@@ -30,24 +31,19 @@ def gradient_bases(grads: Any, plan: Plan) -> Plan:
     first small batch. A stack of kernels has the directions in common that hold most of
     the squares of all its gradients. M has the size that it had, and `scale` is the new
     operator's if it was the old one's. docs/what-it-learns.md says what it gains, and
-    docs/operators.md what it costs.
-
-    The source is LoRA-SB (Ponkshe et al. 2024), which has a square between the bases of
-    a gradient; the factor and the stacks are ours.
+    docs/operators.md what it costs. The source is LoRA-SB (Ponkshe et al. 2024), which
+    has a square between the bases of a gradient; the factor and the stacks are ours.
 
     Args:
       grads: Gradients of the loss for the kernels, in a tree as the base's params are,
         which may hold others as well. Or an iterator of (path, gradient) pairs with
-        slash-joined paths, which is asked for one pair at a time: with it memory holds
-        one gradient.
+        slash-joined paths: with it memory holds one gradient at a time.
       plan: The plan.
 
     Raises:
-      TypeError: `plan` is not a plan, or a gradient is not a concrete floating-point
-        array.
+      TypeError: A gradient is not a concrete floating-point array.
       ValueError: A kernel lacks a gradient, or has two; a gradient has another shape
-        than its kernel, holds NaN or infinity, or is zero; or a path is not in the
-        plan.
+        than its kernel, holds NaN or infinity, or is zero; or the plan lacks a path.
 
     Example::
 
@@ -83,11 +79,10 @@ def _pairs(grads: Any, plan: Plan) -> Iterator[tuple[str, Any]]:
             yield pair
         return
     if grads is None or isinstance(grads, list | tuple):
+        hint = "; write iter(grads)" if grads else ""
         raise TypeError(
             "grads must be a tree as the base's params are, or an iterator of (path, "
-            f"gradient) pairs, got {type(grads).__name__}"
-            + "; write iter(grads)"
-            * bool(grads)
+            f"gradient) pairs, got {type(grads).__name__}{hint}"
         )
     for name, (_, gradient) in named_leaves(grads).items():
         if name in plan:
@@ -107,19 +102,15 @@ def _with_bases(spec: AdapterSpec, gradient: Any) -> AdapterSpec:
             f"{what} must have the kernel's shape {spec.kernel_shape}, "
             f"got {tuple(gradient.shape)}"
         )
-    largest = float(jnp.abs(gradient).max())
-    if not np.isfinite(largest):
-        raise ValueError(f"{what} holds NaN or infinity")
+    check_finite(largest := float(jnp.abs(gradient).max()), what)
     if largest == 0:
         raise ValueError(f"{what} is zero, and has no directions")
     rows = rows_from_kernel(jnp.asarray(gradient, jnp.float32) / largest, spec.axes)
     rows = rows.reshape(-1, spec.in_features, spec.out_features)
-    sizes = old.in_features, old.out_features, old.square_rank
-    new = Subspace(
-        *sizes,
-        in_basis=_leading(rows, old.square_rank),
-        out_basis=_leading(rows.swapaxes(1, 2), old.square_rank),
-    )
+    q = old.square_rank
+    bases = {"in_basis": _leading(rows, q)}
+    bases["out_basis"] = _leading(rows.swapaxes(1, 2), q)
+    new = Subspace(old.in_features, old.out_features, q, **bases)
     scaled = spec.scale == old.fine_tuning_scale
     scale = new.fine_tuning_scale if scaled else spec.scale
     return dataclasses.replace(spec, operator=new, scale=scale)
@@ -128,12 +119,7 @@ def _with_bases(spec: AdapterSpec, gradient: Any) -> AdapterSpec:
 def _leading(matrices: jax.Array, count: int) -> np.ndarray:
     """The leading `count` eigenvectors of the sum of all G G^T, the largest first.
 
-    Args:
-      matrices: The G's, (stack, features, others).
-      count: The number of eigenvectors.
-
-    Returns:
-      (features, count), orthonormal to the last digit of float32.
+    (stack, features, others) -> (features, count), orthonormal to the last digit.
     """
     columns, squares = jax.tree.map(np.float64, _span(matrices, count))
     # With columns^T columns = T T^T, the columns of Q = columns T^-T are orthonormal,
@@ -149,13 +135,11 @@ def _leading(matrices: jax.Array, count: int) -> np.ndarray:
 def _span(matrices: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
     """Columns between which the leading eigenvectors lie: subspace iteration.
 
-    Between the rounds the columns are kept apart by an LU factorization: its L has
-    their span, is cheaper than orthonormal columns, and is never deficient, since its
-    upper triangle is the one of the unit matrix.
-
-    Returns:
-      The columns, (features, a few more than count), and columns^T G G^T columns.
+    The columns are (features, a few more than count); columns^T G G^T columns follow.
     """
+    # Between the rounds the columns are kept apart by an LU factorization: its L has
+    # their span, is cheaper than orthonormal columns, and is never deficient, since its
+    # upper triangle is the one of the unit matrix.
 
     def halved(columns: jax.Array) -> jax.Array:
         return jnp.einsum("sio,ik->sok", matrices, columns)

@@ -37,9 +37,7 @@ def delta_weight(
     r"""The delta of a kernel, :math:`\alpha s\, C M D` (paper equation 3).
 
     s is the kernel's `scale`, which is 1 in the paper. Arrays that train themselves are
-    left out.
-
-    PEFT calls it get_delta_weight.
+    left out. PEFT calls it get_delta_weight.
 
     Args:
       params: `{"kernel_mora": M}` of one layer, or the adapters of a model.
@@ -47,8 +45,7 @@ def delta_weight(
 
     Returns:
       An array of the kernel's shape; for a model a tree of such arrays, under the names
-      of their kernels. They are in float32, or in float64 where M or the layer's kernel
-      is.
+      of their kernels. They are in float32, or in float64 where an argument is.
 
     Example::
 
@@ -120,8 +117,7 @@ def merge(
       TypeError: A leaf is not an array, a model is given instead of its params, or a
         kernel is not floating-point but, for example, quantized.
       ValueError: Adapters or params do not fit the plan, an M holds NaN or infinity,
-        `rounding` is unknown, or a kernel belongs to another base and `any_base` is
-        False.
+        `rounding` is unknown, or a kernel is of another base.
 
     Example::
 
@@ -133,69 +129,47 @@ def merge(
       True
     """
     check_rounding(rounding)
-    items, trained = finite_items(adapters, plan), trained_items(adapters, plan)
-    settings = {"any_base": any_base, "rounding": rounding}
-    return _merged(params, items, trained, dtype, **settings)
+    parts = finite_items(adapters, plan), trained_items(adapters, plan)
+    return _merged(params, *parts, dtype, any_base=any_base, rounding=rounding)
 
 
 def fold(params: Any, adapters: Any, plan: Plan, dtype: DTypeLike | None = None) -> Any:
     r"""The base with its deltas added, inside of jit: :math:`W' = W + \alpha\, C M D`.
 
-    Unlike `merge`, `fold` checks no numbers and rounds to nearest, so that it can be
-    compiled and differentiated.
+    Unlike `merge`, whose arguments, results and errors it shares, `fold` checks no
+    numbers and rounds to nearest, so that it can be compiled and differentiated.
 
     It trains the adapters of any model that is a function of its params, such as a
-    Haiku, Equinox or hand-written model, by `loss(fold(params, adapters, plan))`. This
-    costs more than `linen.wrap` and `nnx.wrap`: each step forms every delta and its
-    gradient at the full size of the kernel.
-
-    Args:
-      params: The base's params: any pytree of arrays, which may be an `nnx.State`.
-      adapters: The adapters, as `init` makes them, or `nnx.state(model, MoRAParam)`.
-      plan: The plan of the adapters. Where a kernel's axes are not (in, out), an
-        override of the config says so: `{".*weight": {"axes": "oi"}}`.
-      dtype: The dtype of the folded kernels and of the trained arrays; by default each
-        has its dtype in the base.
-
-    Returns:
-      A new tree of the same structure; unadapted leaves are the same arrays.
-
-    Raises:
-      TypeError: As `merge`.
-      ValueError: Adapters or params do not fit the plan.
+    Haiku, Equinox or hand-written model, by `loss(fold(params, adapters, plan))`. Where
+    a kernel's axes are not (in, out), an override of the config says so:
+    `{".*weight": {"axes": "oi"}}`. This costs more than `linen.wrap` and `nnx.wrap`:
+    each step forms every delta and its gradient at the full size of the kernel.
 
     Example::
 
       >>> import mora_jax
       >>> params = {"kernel": jnp.ones((8, 8))}
       >>> plan = mora_jax.plan(params)
-      >>> def loss(adapters, params, x):
-      ...     kernel = mora_jax.fold(params, adapters, plan)["kernel"]
-      ...     return jnp.mean((x @ kernel) ** 2)
-      >>> adapters = mora_jax.init(plan)
-      >>> grads = jax.jit(jax.grad(loss))(adapters, params, jnp.ones((1, 8)))
+      >>> def loss(adapters, params):
+      ...     return jnp.mean(mora_jax.fold(params, adapters, plan)["kernel"] ** 2)
+      >>> grads = jax.jit(jax.grad(loss))(mora_jax.init(plan), params)
       >>> grads["kernel_mora"].shape
       (8, 8)
     """
-    items, trained = _items(adapters, plan), trained_items(adapters, plan)
-    return _merged(params, items, trained, dtype)
+    parts = _items(adapters, plan), trained_items(adapters, plan)
+    return _merged(params, *parts, dtype)
 
 
 def unmerge(params: Any, adapters: Any, plan: Plan) -> Any:
     r"""Subtract the deltas from merged kernels: :math:`W = W' - \alpha\, C M D`.
 
-    The result is approximate: each kernel comes back to within the rounding of its
-    dtype. To have the base exactly, keep it; `merge` does not change it.
-
-    Args:
-      params: The params that `merge` returned.
-      adapters: The adapters that were merged.
-      plan: The plan of the adapters.
+    `params` are what `merge` returned. The result is approximate: each kernel comes
+    back to within the rounding of its dtype. To have the base exactly, keep it; `merge`
+    does not change it.
 
     Raises:
-      TypeError: As `merge`.
-      ValueError: As `merge`; a kernel has fewer than 32 bits and so would drift; or the
-        plan trains arrays, whose old values are not in the merged params.
+      TypeError, ValueError: As `merge`; a kernel has fewer than 32 bits and so would
+        drift; or the plan trains arrays, whose old values are in no merged params.
 
     Example::
 
@@ -235,15 +209,14 @@ def with_kernels(
     params: Any, items: list[tuple[AdapterSpec, jax.Array]], *, any_base: bool = True
 ) -> list[tuple[AdapterSpec, jax.Array, Path, jax.Array]]:
     """Each spec and M with the path and the array of the kernel, which are checked."""
-    leaves, kernels = named_leaves(params), {}
-    refuse_combined(leaves, [spec for spec, _ in items])
-    for spec, _ in items:
+    leaves, specs, joined = named_leaves(params), [spec for spec, _ in items], []
+    refuse_combined(leaves, specs)
+    for spec, m in items:
         path, kernel = find_kernel(leaves, spec)
-        kernels[spec.name] = path, as_jax_array(spec.name, kernel)
+        joined.append((spec, m, path, as_jax_array(spec.name, kernel)))
     if not any_base:
-        arrays = {name: kernel for name, (_, kernel) in kernels.items()}
-        check_base([spec for spec, _ in items], arrays)
-    return [(spec, m, *kernels[spec.name]) for spec, m in items]
+        check_base(specs, {spec.name: kernel for spec, _, _, kernel in joined})
+    return joined
 
 
 def _merged(

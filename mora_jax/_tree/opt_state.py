@@ -22,15 +22,7 @@ def with_new_moments(
 ) -> Any:
     """Optimizer state with the moments of the adapters reset and the rest unchanged.
 
-    Args:
-      opt_state: A state of `tx` for the adapters, or for the combined tree.
-      tx: The optimizer.
-      params: The base's params.
-      adapters: The adapters that start again.
-      plan: Their plan.
-
-    Raises:
-      ValueError: `opt_state` is not such a state.
+    `opt_state` must be a state of `tx` for the adapters, or for the combined tree.
     """
     bare = _bare(opt_state)
     for trained in (adapters, combine(params, adapters, plan)):

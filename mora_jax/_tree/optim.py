@@ -31,13 +31,12 @@ def trainable_mask(
       plan: The plan of the adapters, if it trains arrays of the base: they train too.
 
     Returns:
-      A tree of bools, one for each array. An array in a box of metadata has one bool
-      instead of both.
+      A tree of bools, one for each array, also for an array in a box of metadata.
 
     Raises:
       TypeError: A model is given instead of its params.
-      ValueError: The tree holds no M, a pattern matches nothing, or the tree lacks an
-        array that the plan trains.
+      ValueError: The tree lacks M's, or an array that the plan trains; or a pattern
+        matches nothing.
 
     Example::
 
@@ -55,8 +54,7 @@ def trainable_mask(
         )
     leaves = [name for name in names if name not in trained]
     for pattern in patterns:
-        matched = [name for name in leaves if re.fullmatch(pattern, name)]
-        if not matched:
+        if not (matched := [name for name in leaves if re.fullmatch(pattern, name)]):
             hint = pattern_hint(pattern, leaves)
             raise ValueError(f"base: {pattern!r} matches no base leaf{hint}")
         trained.update(matched)
@@ -73,14 +71,6 @@ def trainable_labels(
     params: Any, base: str | Iterable[str] = (), *, plan: Plan | None = None
 ) -> Any:
     """`trainable_mask` as labels for `optax.transforms.partition`.
-
-    Args:
-      params: A tree as `combine` makes it, or the state of a model with adapters.
-      base: Patterns of base leaves to train as well, as in `trainable_mask`.
-      plan: The plan of the adapters, as in `trainable_mask`.
-
-    Returns:
-      A tree of the labels "trainable" and "frozen".
 
     Example::
 
@@ -105,17 +95,10 @@ def optimizer(
     The state holds arrays for the trained leaves only, and what `tx` computes over the
     whole tree, such as the norm for clipping, covers those leaves alone. A separate
     tree of adapters needs `tx` itself and not this function; no gradient of the base is
-    computed then.
-
-    Args:
-      tx: Any optax transformation.
-      params: A tree as `combine` makes it.
-      base: Patterns of base leaves to train as well, as in `trainable_mask`; PEFT's
-        modules_to_save.
-      plan: The plan of the adapters, as in `trainable_mask`.
+    computed then. `params`, `base` and `plan` are as in `trainable_mask`.
 
     Raises:
-      TypeError: As `trainable_mask`, or `tx` is not a transformation.
+      TypeError: As `trainable_mask`, or `tx` is not a transformation of optax.
       ValueError: As `trainable_mask`.
 
     Example::
@@ -136,15 +119,11 @@ def optimizer(
 def check_transformation(tx: Any) -> None:
     """Raise unless `tx` is a transformation of optax."""
     if not isinstance(tx, optax.GradientTransformation):
-        raise TypeError(
-            "tx must be an optax transformation, such as optax.adamw(1e-3), "
-            f"got {type(tx).__name__}"
-        )
+        rule = "tx must be an optax transformation, such as optax.adamw(1e-3)"
+        raise TypeError(f"{rule}, got {type(tx).__name__}")
 
 
 def _freeze() -> optax.GradientTransformation:
     """Updates that leave every leaf as it is, to the bit."""
     # -0.0 and not 0.0: x + -0.0 is x for every x, while -0.0 + 0.0 is 0.0.
-    return optax.stateless(
-        lambda updates, _: jax.tree.map(lambda g: -jnp.zeros_like(g), updates)
-    )
+    return optax.stateless_with_tree_map(lambda g, _: -jnp.zeros_like(g))

@@ -11,28 +11,29 @@ from flax.core.meta import AxisMetadata
 
 from mora_jax._common.checks import check_kernel
 from mora_jax._common.suggestions import lacking
-from mora_jax._common.types import Path
+from mora_jax._common.types import Path, Shape
 from mora_jax._layer.slots import Selected, Slots
 from mora_jax._plan.spec import SUFFIX, AdapterSpec, check_same
 
 
 def located_leaves(tree: Any, what: str = "params") -> dict[Path, Any]:
-    """{path: leaf} of a tree, whose arrays stay in their boxes.
+    """{path: leaf} of any pytree, whose arrays stay in their boxes.
 
-    Args:
-      tree: Any pytree, which may be an `nnx.State`.
-      what: The name of the tree in error messages.
-
-    Raises:
-      TypeError: The tree is a model, or something that holds nothing under a name.
-      ValueError: Two leaves have the same path.
+    Error messages call the tree `what`. A model is refused, and a leaf without a name.
     """
+
+    def is_end(node: Any) -> bool:
+        return is_boxed(node) or isinstance(node, nnx.Module | Slots | Selected)
+
     leaves: dict[Path, Any] = {}
-    for keys, leaf in jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_end)[0]:
-        path = tuple(key_name(key) for key in keys)
+    for keys, leaf in jax.tree.leaves_with_path(tree, is_leaf=is_end):
+        path = tuple(map(key_name, keys))
         refuse_model(leaf, what)
         if not path:
-            raise TypeError(f"{what} must be a tree of arrays, got {_kind(leaf)}")
+            kind = type(leaf).__name__
+            if hasattr(leaf, "shape"):
+                kind = f"an array of shape {tuple(leaf.shape)} without a name"
+            raise TypeError(f"{what} must be a tree of arrays, got {kind}")
         if path in leaves:
             raise ValueError(f"{what} has two leaves of the path {'/'.join(path)!r}")
         leaves[path] = leaf
@@ -59,23 +60,24 @@ def named_leaves(params: Any) -> dict[str, tuple[Path, Any]]:
 def find_kernel(
     leaves: Mapping[str, tuple[Path, Any]], spec: AdapterSpec
 ) -> tuple[Path, Any]:
-    """The path and the array of the kernel that `spec` adapts, checked.
-
-    Raises:
-      TypeError: The kernel is not a floating-point array.
-      ValueError: The kernel is missing (a quantized kernel is several arrays, below
-        its path), or it has another shape.
-    """
+    """The path and the array of the kernel that `spec` adapts, checked."""
     name = spec.name
-    if name in leaves:
-        path, kernel = leaves[name]
-        check_kernel(kernel, name)
-        if tuple(kernel.shape) != spec.kernel_shape:
-            raise ValueError(
-                f"{name} must have shape {spec.kernel_shape}, got {kernel.shape}"
-            )
-        return path, kernel
-    raise ValueError(f"params lack the kernel {name!r}{lacking(name, leaves)}")
+    if name not in leaves:  # or quantized: then it is several arrays, below its path
+        raise ValueError(f"params lack the kernel {name!r}{lacking(name, leaves)}")
+    path, kernel = leaves[name]
+    check_kernel(kernel, name)
+    check_leaf(kernel, name, spec.kernel_shape)
+    return path, kernel
+
+
+def check_leaf(leaf: Any, name: str, shape: Shape) -> None:
+    """Raise unless `leaf` is a floating-point array of `shape`, or stands for one."""
+    if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
+        raise TypeError(f"{name} must be an array, got {type(leaf).__name__}")
+    if tuple(leaf.shape) != shape:
+        raise ValueError(f"{name} must have shape {shape}, got {tuple(leaf.shape)}")
+    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+        raise TypeError(f"{name} must have a floating-point dtype, got {leaf.dtype}")
 
 
 def refuse_variables(params: Any, what: str = "params") -> None:
@@ -92,10 +94,10 @@ def replace_leaves(tree: Any, new: Mapping[Path, Any]) -> Any:
     """`tree` with the values of `new` at their paths, in the boxes that are there."""
 
     def replace(keys: Any, leaf: Any) -> Any:
-        path = tuple(key_name(key) for key in keys)
+        path = tuple(map(key_name, keys))
         return reboxed(leaf, new[path]) if path in new else leaf
 
-    return jax.tree_util.tree_map_with_path(replace, tree, is_leaf=is_boxed)
+    return jax.tree.map_with_path(replace, tree, is_leaf=is_boxed)
 
 
 def key_name(key: Any) -> str:
@@ -116,11 +118,9 @@ def is_boxed(leaf: Any) -> bool:
 
 
 def _held(variable: nnx.Variable[Any]) -> list[Any]:
-    """The value of a variable, in a list.
-
-    The attribute that holds it had several names in Flax's versions. As a pytree a
-    variable has had the value for its one child in all of them.
-    """
+    """The value of a variable, in a list."""
+    # The attribute that holds it had several names in Flax's versions. As a pytree a
+    # variable has had the value for its one child in all of them.
     return jax.tree.leaves(variable, is_leaf=lambda node: node is not variable)
 
 
@@ -144,10 +144,6 @@ def adapter_of(box: Any, spec: AdapterSpec, by_row: bool = False) -> Any:
 
     A variable of an NNX model knows the adapter that its M was made for, whose delta
     must be the delta of `spec`. With `by_row`, each row of a batch may have an M.
-
-    Raises:
-      TypeError: It is not a floating-point array or the shape of one.
-      ValueError: It has another shape, or was made for another adapter.
     """
     m, name = unboxed(box), f"{spec.name}{SUFFIX}"
     if isinstance(m, Slots):
@@ -160,12 +156,7 @@ def adapter_of(box: Any, spec: AdapterSpec, by_row: bool = False) -> Any:
             f"{name} must be an M, got one for each row of a batch, which only "
             "linen.wrap and nnx.set_adapters take"
         )
-    if not hasattr(m, "shape") or not hasattr(m, "dtype"):
-        raise TypeError(f"{name} must be an array, got {type(m).__name__}")
-    if tuple(m.shape) != spec.shape:
-        raise ValueError(f"{name} must have shape {spec.shape}, got {tuple(m.shape)}")
-    if not jnp.issubdtype(m.dtype, jnp.floating):
-        raise TypeError(f"{name} must have a floating-point dtype, got {m.dtype}")
+    check_leaf(m, name, spec.shape)
     made_for = getattr(box, "spec", None)
     if isinstance(made_for, AdapterSpec):
         stack = m.shape[: m.ndim - len(made_for.shape)]
@@ -173,31 +164,20 @@ def adapter_of(box: Any, spec: AdapterSpec, by_row: bool = False) -> Any:
     return m
 
 
-def _is_end(node: Any) -> bool:
-    return is_boxed(node) or isinstance(node, nnx.Module | Slots | Selected)
-
-
 def refuse_model(leaf: Any, what: str) -> None:
     """Raise if `leaf` is a whole model: NNX's models are pytrees as well."""
     if isinstance(leaf, nnx.Module):
-        hint = "its params are nnx.state(model, nnx.Param)"
-        if what == "adapters":
-            hint = "its adapters are nnx.state(model, MoRAParam)"
-        hint += "; mora_jax.nnx's plan, wrap and merge_adapters take models"
+        kind = "adapters are nnx.state(model, MoRAParam)"
+        kind = kind if what == "adapters" else "params are nnx.state(model, nnx.Param)"
+        hint = f"its {kind}; mora_jax.nnx's plan, wrap and merge_adapters take models"
     elif isinstance(leaf, nn.Module):
-        hint = "its params are model.init(...)['params']"
-        hint += "; mora_jax.linen's plan and wrap take models"
+        hint = "its params are model.init(...)['params']; mora_jax.linen's plan and "
+        hint += "wrap take models"
     else:
         return
     raise TypeError(
         f"{what} must be a tree of arrays, got the model {type(leaf).__name__}: {hint}"
     )
-
-
-def _kind(leaf: Any) -> str:
-    if hasattr(leaf, "shape"):
-        return f"an array of shape {tuple(leaf.shape)} without a name"
-    return type(leaf).__name__
 
 
 def adapter_path(spec: AdapterSpec) -> Path:

@@ -8,9 +8,7 @@ def main() -> None:
     try:
         from mora_jax.cli._app import app
     except ImportError as error:
-        print(
-            f"error: {error}; the command line needs: pip install mora-jax[cli]",
-            file=sys.stderr,
-        )
+        remedy = "the command line needs: pip install mora-jax[cli]"
+        print(f"error: {error}; {remedy}", file=sys.stderr)
         raise SystemExit(1) from None
     app()

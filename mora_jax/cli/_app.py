@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+from collections.abc import Mapping
 from typing import Annotated
 
 import typer
@@ -9,7 +10,7 @@ import typer
 from mora_jax import io
 from mora_jax._layer.rounding import Rounding
 from mora_jax.cli import _options as opt
-from mora_jax.cli._output import progress, refusing, say, say_table
+from mora_jax.cli._output import progress, refusing, say_table
 from mora_jax.cli._reports import compare, describe, grouped, open_adapter
 from mora_jax.io._formats import format_of
 from mora_jax.io._locations import as_path
@@ -26,20 +27,17 @@ app = typer.Typer(
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        say(f"mora-jax {importlib.metadata.version('mora-jax')}")
+        typer.echo(f"mora-jax {importlib.metadata.version('mora-jax')}")
         raise typer.Exit()
 
 
-_Version = typer.Option(
-    "--version",
-    callback=_print_version,
-    is_eager=True,
-    help="Print the version and exit.",
+_VERSION = typer.Option(
+    "--version", callback=_print_version, is_eager=True, help="Print the version."
 )
 
 
 @app.callback()
-def options(version: Annotated[bool, _Version] = False) -> None:
+def options(version: Annotated[bool, _VERSION] = False) -> None:
     """Look at MoRA adapters, merge them into a base, convert and compare them."""
 
 
@@ -66,14 +64,14 @@ def inspect(
         return
     layers, trained = report.pop("layers"), report.pop("trained")
     for key, value in report.items():
-        say(f"{key.replace('_', ' ')}: {value}")
+        typer.echo(f"{key.replace('_', ' ')}: {value}")
     rows = layers if all_layers else grouped(layers)
     say_table(rows)
     for array in trained:
         shape, size = " x ".join(map(str, array["shape"])), array["parameters"]
-        say(f"{array['path']} ({shape}) is trained itself: {size} parameters")
+        typer.echo(f"{array['path']} ({shape}) is trained itself: {size} parameters")
     if len(rows) < len(layers):
-        say(
+        typer.echo(
             "A row of several layers has the sum of their parameters, and the smallest "
             "and largest of their other numbers; --all shows each layer."
         )
@@ -104,12 +102,17 @@ def merge(
     settings = {"force": force, "any_base": any_base, "rounding": rounding}
     with progress("merging", io.Checkpoint(as_path("base", base)).size) as advance:
         lost = io.merge_checkpoint(base, *pair, to, known, progress=advance, **settings)
-    worst = max(lost, key=lost.__getitem__)
     also = f", {len(plan.trained)} trained arrays put in" if plan.trained else ""
-    say(
-        f"{to}: {len(lost)} kernels merged{also}. Rounding lost at most "
-        f"{lost[worst]:.2%} of a delta in the mean, in {worst}."
+    typer.echo(
+        f"{to}: {len(lost)} kernels merged{also}. Rounding lost in the mean "
+        f"{_most(lost)}."
     )
+
+
+def _most(lost: Mapping[str, float]) -> str:
+    """The largest loss and its place, in words."""
+    worst = max(lost, key=lost.__getitem__)
+    return f"at most {lost[worst]:.2%} of a delta, in {worst}"
 
 
 @app.command()
@@ -126,7 +129,7 @@ def convert(
 ) -> None:
     """Write an adapter in another format: mora_jax's, the reference's, or LoRA."""
     known = opt.names_of(names)
-    pair = adapters, plan = open_adapter("source", source, base, known)
+    pair = _, plan = open_adapter("source", source, base, known)
     path, same = as_path("target", target), format_of(source) == to
     if not same:
         opt.check_apart("target", target, source)
@@ -136,15 +139,15 @@ def convert(
         )
     if to == "mora":
         kept = io.read_metadata(source) if same else {}
-        replace_adapter(path, adapters, plan, kept, force=force)
+        replace_adapter(path, *pair, kept, force=force)
     elif to == "peft-mora":
-        io.save_peft_mora(path, adapters, plan, known, force=force)
+        io.save_peft_mora(path, *pair, known, force=force)
     else:
         accepted = {"rank": rank, "max_error": max_error}
         lost = io.save_peft_lora(path, *pair, known, force=force, **accepted)
         if any(lost.values()):
             say_table([{"module": m, "cut off": x} for m, x in lost.items()])
-    say(f"{target}: {len(plan)} adapters as {to}")
+    typer.echo(f"{target}: {len(plan)} adapters as {to}")
 
 
 @app.command()
@@ -170,27 +173,16 @@ def export(
     opt.check_apart("out", target, adapter)
     size = io.Checkpoint(as_path("base", base)).size if base else 0
     with progress("writing", size) as advance:
+        accepted = {"max_error": max_error, "force": force, "any_base": any_base}
+        bases = {"base": base, "base_model": base_model}
         done = io.export(
-            target,
-            *pair,
-            server,
-            known,
-            base=base,
-            base_model=base_model,
-            max_error=max_error,
-            force=force,
-            any_base=any_base,
-            progress=advance,
+            target, *pair, server, known, **bases, **accepted, progress=advance
         )
-    worst = max(done.lost, key=done.lost.__getitem__)
-    share = f"at most {done.lost[worst]:.2%} of a delta, in {worst}"
     if done.rank is None:
-        say(f"{target}: the base with {len(plan)} adapters merged in")
-        say(f"rounding lost {share}")
+        what, lost = f"the base with {len(plan)} adapters merged in", "rounding lost"
     else:
-        say(f"{target}: {len(plan)} adapters as a LoRA of rank {done.rank}")
-        say(f"it lacks {share}")
-    say(done.command)
+        what, lost = f"{len(plan)} adapters as a LoRA of rank {done.rank}", "it lacks"
+    typer.echo(f"{target}: {what}\n{lost} {_most(done.lost)}\n{done.command}")
 
 
 @app.command()

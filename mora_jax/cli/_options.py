@@ -1,7 +1,6 @@
 """The options that several commands have, and the values that they take."""
 
-import re
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -15,12 +14,16 @@ def _rank_of(text: str | None) -> int | str | None:
     """The `rank` of an option."""
     if text is None or text == "auto":
         return text
-    if not re.fullmatch("0*[1-9][0-9]*", text):
+    if not text.isdecimal() or not int(text):
         raise typer.BadParameter(f"{text!r} is neither a positive integer nor 'auto'.")
     return int(text)
 
 
-_BASE = "The base's safetensors: a file, a directory or a URL."
+def _base(use: str = "") -> Any:
+    """An option for the base, with a help text that ends in its `use`."""
+    text = f"The base's safetensors: a file, a directory or a URL. {use}"
+    return typer.Option(metavar="PATH", help=text.rstrip())
+
 
 Adapter = Annotated[
     str, typer.Argument(metavar="DIR", help="Directory of an adapter, or its URL.")
@@ -28,21 +31,18 @@ Adapter = Annotated[
 Target = Annotated[str, typer.Argument(help="Directory to make, or its URL.")]
 Base = Annotated[
     str | None,
-    typer.Option(
-        metavar="PATH",
-        help=f"{_BASE} The reference's adapters need it, since they do not say how "
-        "large kernels are.",
+    _base(
+        "The reference's adapters need it, since they do not say how large kernels are."
     ),
 ]
 Mergeable = Annotated[
     str | None,
-    typer.Option(
-        metavar="PATH",
-        help=f"{_BASE} The adapter is merged into it where a LoRA will not do. The "
-        "reference's adapters need it in any case.",
+    _base(
+        "The adapter is merged into it where a LoRA will not do. The reference's "
+        "adapters need it in any case."
     ),
 ]
-WholeBase = Annotated[str, typer.Option(metavar="PATH", help=_BASE)]
+WholeBase = Annotated[str, _base()]
 Rank = Annotated[
     str | None,
     typer.Option(

@@ -1,4 +1,4 @@
-"""Lines, tables, progress and errors of the command line."""
+"""Tables, progress and errors of the command line."""
 
 import contextlib
 import functools
@@ -11,8 +11,6 @@ from typing import Any, ParamSpec, TypeVar
 import typer
 from rich import progress as bars
 from rich.console import Console
-
-out, err = Console(), Console(stderr=True)
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -30,7 +28,7 @@ def refusing(command: Callable[P, T]) -> Callable[P, T]:
             reason = " ".join(str(error).split())
             if not isinstance(error, ImportError | OSError | TypeError | ValueError):
                 reason = f"{type(error).__name__}: {reason}"
-            say(f"error: {as_options(reason, options)}", err, style="red")
+            typer.secho(f"error: {as_options(reason, options)}", fg="red", err=True)
             raise typer.Exit(1) from error
 
     return run
@@ -53,32 +51,29 @@ def as_options(text: str, options: Collection[str]) -> str:
     return re.sub(r"\b([a-z_]+)=(\{.*\}|[\w.]*\w)", option, text)
 
 
-def say(text: str, console: Console = out, style: str | None = None) -> None:
-    """Print a line without wrapping it; the terminal may wrap it."""
-    console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
-
-
 def say_table(rows: Sequence[Mapping[str, Any]]) -> None:
     """Print rows, a line each, under the names of their keys."""
     cells = [[name.replace("_", " ") for name in rows[0]]]
     cells += [[_cell(value) for value in row.values()] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     for line in cells:
-        say("  ".join(map(str.ljust, line, widths)).rstrip())
+        typer.echo("  ".join(map(str.ljust, line, widths)).rstrip())
 
 
 def _cell(value: object) -> str:
     if isinstance(value, tuple):
-        low, high = map(_cell, value)
-        return low if low == high else f"{low} to {high}"
+        return " to ".join(dict.fromkeys(map(_cell, value)))
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 @contextlib.contextmanager
 def progress(task: str, size: int) -> Iterator[Callable[[int], None]]:
     """Show a bar on a terminal; the result is called with the bytes that are done."""
+    console, name = Console(stderr=True), bars.TextColumn("{task.description}")
     amounts = bars.BarColumn(), bars.DownloadColumn(), bars.TransferSpeedColumn()
-    name, left = bars.TextColumn("{task.description}"), bars.TimeRemainingColumn()
-    settings = {"console": err, "transient": True, "disable": not err.is_terminal}
-    with bars.Progress(name, *amounts, left, **settings) as bar:
+    columns = name, *amounts, bars.TimeRemainingColumn()
+    hidden = not console.is_terminal
+    with bars.Progress(
+        *columns, console=console, transient=True, disable=hidden
+    ) as bar:
         yield functools.partial(bar.advance, bar.add_task(task, total=size))

@@ -16,20 +16,20 @@ from mora_jax.io import Names
 from mora_jax.io._formats import format_of, read_adapter
 from mora_jax.io._locations import as_path
 
+Row = dict[str, Any]
+"""{name of a column: what is printed there}."""
 
-def describe(adapter: str, base: str | None, names: Names) -> dict[str, Any]:
+
+def describe(adapter: str, base: str | None, names: Names) -> Row:
     """An adapter's format, metadata and size, and a row for each of its layers."""
     adapters, plan = open_adapter("adapter", adapter, base, names)
-    kind = format_of(adapter)
+    kind, spectra = format_of(adapter), diagnostics.spectrum(adapters, plan)
     return {
         "format": kind,
         "metadata": io.read_metadata(adapter) if kind == "mora" else {},
         "adapters": len(plan),
         "parameters": plan.trainable_parameters,
-        "layers": [
-            _layer(plan[name], values)
-            for name, values in diagnostics.spectrum(adapters, plan).items()
-        ],
+        "layers": [_layer(plan[name], values) for name, values in spectra.items()],
         "trained": [
             {"path": a.name, "shape": list(a.shape), "parameters": a.parameters}
             for a in plan.trained
@@ -37,7 +37,7 @@ def describe(adapter: str, base: str | None, names: Names) -> dict[str, Any]:
     }
 
 
-def _layer(spec: AdapterSpec, values: np.ndarray) -> dict[str, Any]:
+def _layer(spec: AdapterSpec, values: np.ndarray) -> Row:
     """A row of numbers for a layer and the singular values of its delta."""
     return {
         "path": spec.name,
@@ -52,7 +52,7 @@ def _layer(spec: AdapterSpec, values: np.ndarray) -> dict[str, Any]:
     }
 
 
-def grouped(layers: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def grouped(layers: Sequence[Row]) -> list[Row]:
     """One row for all layers that differ only in the numbers of their paths.
 
     A row has the sum of the parameters, and (the smallest, the largest) of each other
@@ -70,17 +70,15 @@ def grouped(layers: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
-def compare(
-    first: str, second: str, base: str | None, names: Names
-) -> list[dict[str, Any]]:
+def compare(first: str, second: str, base: str | None, names: Names) -> list[Row]:
     """A row for each layer of either adapter, and for each array that trains itself."""
-    left = _items(*open_adapter("first", first, base, names))
-    right = _items(*open_adapter("second", second, base, names))
+    left = _parts(*open_adapter("first", first, base, names))
+    right = _parts(*open_adapter("second", second, base, names))
     rows = []
     for key in sorted(left.keys() | right.keys()):
-        trained, name = key
-        settings = "trained itself" if trained else ""
-        row: dict[str, Any] = {"path": name, "settings": settings, "difference": ""}
+        part, _ = left.get(key) or right[key]
+        settings = "" if isinstance(part, AdapterSpec) else "trained itself"
+        row = {"path": part.name, "settings": settings, "difference": ""}
         if key in left and key in right:
             row |= _comparison(left[key], right[key])
         else:
@@ -90,14 +88,14 @@ def compare(
     return rows
 
 
-def _items(adapters: Tree, plan: Plan) -> dict[tuple[bool, str], tuple[Any, Any]]:
+def _parts(adapters: Tree, plan: Plan) -> dict[tuple[bool, str], tuple[Any, Any]]:
     """{(True for an array that trains itself, path): its spec and the array}."""
     ms, copies = adapter_items(adapters, plan), trained_items(adapters, plan)
-    items = {(False, spec.name): (spec, m) for spec, m in ms}
-    return items | {(True, array.name): (array, copy) for array, copy in copies}
+    parts = {(False, spec.name): (spec, m) for spec, m in ms}
+    return parts | {(True, array.name): (array, copy) for array, copy in copies}
 
 
-def _comparison(left: tuple[Any, Any], right: tuple[Any, Any]) -> dict[str, Any]:
+def _comparison(left: tuple[Any, Any], right: tuple[Any, Any]) -> Row:
     """The differing settings, and the distance of deltas or arrays of one shape."""
     row, arrays = {}, [np.asarray(array) for _, array in (left, right)]
     if isinstance(left[0], AdapterSpec):
@@ -105,15 +103,10 @@ def _comparison(left: tuple[Any, Any], right: tuple[Any, Any]) -> dict[str, Any]
         # For this layer only: the deltas of a model are as large as the model.
         arrays = [np.asarray(delta_kernel(s, wide(m))) for s, m in (left, right)]
     if arrays[0].shape == arrays[1].shape:
-        row["difference"] = _distance(*arrays)
+        array, other = (a.astype(np.float64) for a in arrays)
+        norm, distance = np.linalg.norm(array), np.linalg.norm(array - other)
+        row["difference"] = float(distance / norm if norm else distance > 0)
     return row
-
-
-def _distance(array: np.ndarray, other: np.ndarray) -> float:
-    """The norm of the difference, divided by the first array's norm."""
-    array, other = array.astype(np.float64), other.astype(np.float64)
-    norm, distance = float(np.linalg.norm(array)), float(np.linalg.norm(array - other))
-    return distance / norm if norm else float(distance > 0)
 
 
 def _differing(left: AdapterSpec, right: AdapterSpec) -> str:

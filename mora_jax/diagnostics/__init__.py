@@ -10,6 +10,25 @@ Deltas as numbers::
 Models::
 
   check                 compare the adapted and the merged model on real inputs
+
+Example::
+
+  >>> import flax.linen as nn, jax.numpy as jnp, mora_jax
+  >>> from mora_jax import diagnostics
+  >>> params = {"kernel": jnp.ones((4, 4), jnp.bfloat16)}
+  >>> config = mora_jax.MoRAConfig(operator="truncation", square_rank=4, scale="paper")
+  >>> plan = mora_jax.plan(params, config)
+  >>> adapters = {"kernel_mora": jnp.full((4, 4), 2.0**-10)}
+  >>> diagnostics.merge_loss(params, adapters, plan, rounding="nearest")
+  {'kernel': 1.0}
+  >>> diagnostics.relative_norm(params, adapters, plan)
+  {'kernel': 0.0009765625}
+  >>> values = diagnostics.spectrum(adapters, plan)["kernel"]
+  >>> values.shape, float(diagnostics.effective_rank(values).round(3))
+  ((4,), 1.0)
+  >>> model, variables, x = nn.Dense(4, use_bias=False), {"params": params}, jnp.eye(4)
+  >>> diagnostics.check(model, variables, plan, x, tolerance=0.01)["kernel"] < 0.01
+  True
 """
 
 from mora_jax.diagnostics._compare_merged import check as check

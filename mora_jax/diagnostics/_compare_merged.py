@@ -1,6 +1,5 @@
 """The outputs of adapted and merged models, compared by their numbers."""
 
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,15 +15,9 @@ from mora_jax._common.checks import check_number, check_seed
 from mora_jax._layer.equation import delta_kernel
 from mora_jax._plan.plan import Plan, check_plan
 from mora_jax._plan.spec import AdapterSpec
-from mora_jax._plan.trained_arrays import copies
-from mora_jax._tree.adapters import nest, refuse_nonlinear
-from mora_jax._tree.merge import merged_kernel
-from mora_jax._tree.paths import (
-    adapter_path,
-    find_kernel,
-    named_leaves,
-    replace_leaves,
-)
+from mora_jax._tree.adapters import init, refuse_nonlinear
+from mora_jax._tree.merge import merged_kernel, wide, with_kernels
+from mora_jax._tree.paths import adapter_path, replace_leaves
 from mora_jax.linen._bound import params_of
 
 Outputs = Callable[[Any], list[jax.Array]]
@@ -43,9 +36,9 @@ def check(
     """Compare the adapted and the merged model, layer by layer, on real inputs.
 
     `linen.plan` and `nnx.plan` with inputs prove from a trace that both models compute
-    the same. This function needs no trace, so it also serves plans that were made from
-    shapes alone, and kernels about which a trace proves nothing. It gives each layer in
-    turn, and no other layer, a random M whose delta is as large as the kernel.
+    the same. This function serves plans that were made from shapes alone, and kernels
+    about which a trace proves nothing. It gives each layer in turn, and no other layer,
+    a random M whose delta is as large as the kernel.
 
     Args:
       model: A Linen or an NNX module without adapters.
@@ -66,17 +59,6 @@ def check(
       ValueError: Layers differ by more than `tolerance` (the message has each figure),
         the outputs are not finite, `tolerance` or `seed` is out of range, a Linen
         model's variables lack params, or a delta is not linear in what is trained.
-
-    Example::
-
-      >>> import flax.linen as nn
-      >>> import mora_jax
-      >>> model, x = nn.Dense(8), jnp.ones((2, 8))
-      >>> variables = model.init(jax.random.key(0), x)
-      >>> plan = mora_jax.plan(variables["params"])
-      >>> ratios = mora_jax.diagnostics.check(model, variables, plan, x)
-      >>> ratios["kernel"] < 1e-3
-      True
     """
     check_plan(plan)
     check_seed(seed)
@@ -89,21 +71,15 @@ def check(
         params, adapted, plain = _linen_models(model, variables, plan, inputs, kwargs)
     else:
         raise TypeError(f"model must be a Flax module, got {type(model).__name__}")
-    leaves = named_leaves(params)
-    ms = {adapter_path(s): jnp.zeros(s.shape, s.param_dtype) for s in plan.specs}
-    zeros = nest(ms | copies(leaves, plan.trained))
+    key, ratios = jax.random.key(seed), {}
+    items = [(spec, jnp.zeros(spec.shape, spec.param_dtype)) for spec in plan.specs]
+    ms = {adapter_path(spec): m for spec, m in items}
+    zeros = replace_leaves(init(plan, key, params=params), ms)
     base = adapted(zeros)
-    if not base or not _are_finite(base):
-        raise ValueError(
-            "the model must give finite floating-point outputs for these inputs, got "
-            + ("NaN or infinity" if base else "no floating-point output")
-        )
-    ratios = {}
-    for number, spec in enumerate(plan.specs):
-        path, kernel = find_kernel(leaves, spec)
-        key = jax.random.fold_in(jax.random.key(seed), number)
-        m = _as_large_as(kernel, spec, key)
-        merged = merged_kernel(spec, m, jnp.asarray(kernel), rounding="dither")
+    _check_finite(base, "floating-point outputs for these inputs")
+    for number, (spec, _, path, kernel) in enumerate(with_kernels(params, items)):
+        m = _as_large_as(kernel, spec, jax.random.fold_in(key, number))
+        merged = merged_kernel(spec, m, kernel, rounding="dither")
         y_adapted = adapted(replace_leaves(zeros, {adapter_path(spec): m}))
         y_merged = plain(replace_leaves(params, {path: merged}))
         ratios[spec.name] = _difference(y_adapted, y_merged, base, spec.name)
@@ -124,20 +100,20 @@ def _linen_models(
     model: nn.Module, variables: Any, plan: Plan, inputs: Any, kwargs: Any
 ) -> tuple[Any, Outputs, Outputs]:
     """Params, and outputs by adapters and by params."""
-    apply, settings = linen.wrap(model, plan), {"adapter_deterministic": True, **kwargs}
+    params, apply = params_of(variables), linen.wrap(model, plan)
+    settings = {"adapter_deterministic": True, **kwargs}
 
-    @jax.jit
-    def adapted(variables: Any, inputs: Any, adapters: Any) -> list[jax.Array]:
-        return _floating(apply(adapters, variables, *inputs, **settings))
+    def outputs(call: Callable[..., Any]) -> Outputs:
+        jitted = jax.jit(lambda *arrays: _floating(call(*arrays)))
+        return lambda trained: jitted(trained, variables, inputs)
 
-    @jax.jit
-    def plain(variables: Any, inputs: Any, params: Any) -> list[jax.Array]:
-        variables = {**variables, "params": params}
-        return _floating(model.apply(variables, *inputs, **kwargs))
+    def adapted(adapters: Any, variables: Any, inputs: Any) -> Any:
+        return apply(adapters, variables, *inputs, **settings)
 
-    given = variables, inputs
-    outputs = functools.partial(adapted, *given), functools.partial(plain, *given)
-    return params_of(variables), *outputs
+    def plain(params: Any, variables: Any, inputs: Any) -> Any:
+        return model.apply({**variables, "params": params}, *inputs, **kwargs)
+
+    return params, outputs(adapted), outputs(plain)
 
 
 def _nnx_models(
@@ -168,29 +144,30 @@ def _floating(outputs: Any) -> list[jax.Array]:
     return [y for y in arrays if jnp.issubdtype(y.dtype, jnp.floating)]
 
 
-def _are_finite(ys: list[jax.Array]) -> bool:
-    return all(bool(jnp.isfinite(y).all()) for y in ys)
+def _check_finite(ys: list[jax.Array], what: str) -> None:
+    """Raise unless there are outputs, and all of them are finite."""
+    if not ys or not all(bool(jnp.isfinite(y).all()) for y in ys):
+        got = "NaN or infinity" if ys else "no floating-point output"
+        raise ValueError(
+            f"the model must give finite {what}, got {got}; smaller inputs or float32 "
+            "may help"
+        )
 
 
-def _as_large_as(kernel: Any, spec: AdapterSpec, key: Any) -> jax.Array:
+def _as_large_as(kernel: jax.Array, spec: AdapterSpec, key: jax.Array) -> jax.Array:
     """A random M with a delta of the norm of `kernel`; of norm 1 for a kernel of 0."""
     m = jax.random.normal(key, spec.shape, spec.param_dtype)
-    delta = delta_kernel(spec, m.astype(jnp.float32))
-    size = jnp.linalg.norm(jnp.asarray(kernel, jnp.float32).ravel())
-    ratio = jnp.where(size > 0, size, 1) / jnp.linalg.norm(delta.ravel())
-    return m * ratio.astype(m.dtype)
+    arrays = wide(kernel), delta_kernel(spec, wide(m))
+    size, delta_size = (float(jnp.linalg.norm(a.ravel())) for a in arrays)
+    return m * ((size or 1.0) / delta_size)
 
 
 def _difference(
     adapted: list[jax.Array], merged: list[jax.Array], base: list[jax.Array], name: str
 ) -> float:
     """The distance of two outputs, divided by their distance from the base's."""
-    if not _are_finite([*adapted, *merged]):
-        raise ValueError(
-            f"the model must give finite outputs with a delta of {name!r} that is as "
-            "large as its kernel, got NaN or infinity: give smaller inputs, or compare "
-            "in float32"
-        )
+    what = f"outputs with a delta of {name!r} that is as large as its kernel"
+    _check_finite([*adapted, *merged], what)
     # If the merged model alone has an effect, all of it is a difference: 1.
     effect = _distance(adapted, base) or _distance(merged, base)
     return _distance(adapted, merged) / effect if effect else float("nan")

@@ -9,13 +9,12 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Float
 
-from mora_jax._common.checks import as_jax_array, floating_dtype
+from mora_jax._common.checks import floating_dtype
 from mora_jax._layer.equation import delta_kernel
 from mora_jax._layer.rounding import Rounding, check_rounding, share_lost
 from mora_jax._plan.plan import Plan
 from mora_jax._plan.spec import AdapterSpec
 from mora_jax._tree.merge import finite_items, merged_kernel, wide, with_kernels
-from mora_jax._tree.paths import find_kernel, named_leaves
 
 
 def merge_loss(
@@ -29,16 +28,9 @@ def merge_loss(
     """The share of each delta that rounding loses in the mean when it is merged.
 
     The numbers of a 16-bit kernel are a coarse grid, and small deltas fall between its
-    points. What arrives of a delta D is measured along D itself: of a change C of the
-    kernel it is <C, D> / <D, D>. Errors that cancel in sums over many inputs, as the
-    errors of a dither do, do not count.
-
-    Args:
-      params: The base's params.
-      adapters: The adapters, as `init` makes them.
-      plan: The plan of the adapters.
-      dtype: The dtype of the merged kernels, as in `merge`.
-      rounding: The way to round, as in `merge`.
+    points. What arrives of a delta is measured along the delta itself. Errors that
+    cancel in sums over many inputs, as the errors of a dither do, do not count. The
+    arguments are as in `merge`.
 
     Returns:
       {path: the absolute value of 1 - <merged - base, delta> / <delta, delta>}, 0 where
@@ -46,16 +38,6 @@ def merge_loss(
 
     Raises:
       TypeError, ValueError: As `merge`.
-
-    Example::
-
-      >>> import mora_jax
-      >>> params = {"kernel": jnp.ones((4, 4), jnp.bfloat16)}
-      >>> config = mora_jax.MoRAConfig(operator="truncation", square_rank=4)
-      >>> plan = mora_jax.plan(params, config)
-      >>> adapters = {"kernel_mora": jnp.full((4, 4), 1e-4)}
-      >>> mora_jax.diagnostics.merge_loss(params, adapters, plan, rounding="nearest")
-      {'kernel': 1.0}
     """
     check_rounding(rounding)
     dtype = None if dtype is None else floating_dtype(dtype, "dtype")
@@ -64,7 +46,7 @@ def merge_loss(
         merged = merged_kernel(spec, m, kernel, dtype=dtype, rounding=rounding)
         delta = delta_kernel(spec, wide(m))
         change = merged.astype(delta.dtype) - kernel.astype(delta.dtype)
-        loss[spec.name] = share_lost(change, delta)
+        loss[spec.name] = float(share_lost(change, delta))
     return loss
 
 
@@ -72,9 +54,7 @@ def spectrum(adapters: Any, plan: Plan) -> dict[str, np.ndarray]:
     """The singular values of every delta, the largest first.
 
     Where the operator allows it, they are computed from matrices of q rows and not from
-    the delta at full size. The delta of an isometric block operator has M's singular
-    values, once for each block, and the delta of an operator without blocks is a
-    product of two thin factors.
+    the delta at full size.
 
     Args:
       adapters: The adapters, as `init` makes them.
@@ -86,14 +66,6 @@ def spectrum(adapters: Any, plan: Plan) -> dict[str, np.ndarray]:
     Raises:
       TypeError, ValueError: Adapters do not fit the plan, or an M holds NaN or
         infinity.
-
-    Example::
-
-      >>> import mora_jax
-      >>> config = mora_jax.MoRAConfig(square_rank=2, scale="paper")
-      >>> plan = mora_jax.plan({"kernel": jnp.ones((4, 4))}, config)
-      >>> mora_jax.diagnostics.spectrum({"kernel_mora": 3 * jnp.eye(2)}, plan)
-      {'kernel': array([3., 3., 3., 3.])}
     """
     values = {}
     for spec, m in finite_items(adapters, plan):
@@ -106,25 +78,23 @@ def spectrum(adapters: Any, plan: Plan) -> dict[str, np.ndarray]:
 def _spectrum(spec: AdapterSpec, m: np.ndarray) -> np.ndarray:
     """The singular values of one M's delta: M -> (min(in, out),)."""
     op = spec.operator
-    if op.linear and op.block and op.isometry:
-        values = np.repeat(_svd(m), op.compressed_shape[0])
-    elif op.linear and not op.block:
+    is_square = op.linear and op.m_shape == (op.square_rank, op.square_rank)
+    if is_square and op.block and op.isometry:
+        # The singular values of M, once for each block.
+        values = np.repeat(np.linalg.svdvals(m), op.compressed_shape[0])
+    elif is_square and not op.block:
         # The delta is C times the rows of M as D maps them, and C = Q R: rotations by
         # Q leave singular values as they are.
         triangle = np.linalg.qr(np.asarray(op.compress_matrix(), np.float64), "r")
-        values = _svd(triangle @ np.asarray(op.decompress(m), np.float64))
+        values = np.linalg.svdvals(triangle @ np.asarray(op.decompress(m), np.float64))
     else:
         # The smaller Gram matrix is ten times as fast as an SVD, and in float64 it is
         # exact enough for a delta in float32.
-        delta = np.asarray(op.delta_weight(m), np.float64)
+        delta = np.asarray(op.matrix(jnp.asarray(m)), np.float64)
         delta = delta.T if op.in_features > op.out_features else delta
         values = np.sqrt(np.linalg.eigvalsh(delta @ delta.T).clip(0)[::-1])
     missing = min(op.in_features, op.out_features) - len(values)
     return abs(spec.factor) * np.pad(values, (0, missing))
-
-
-def _svd(matrix: np.ndarray) -> np.ndarray:
-    return np.linalg.svd(matrix, compute_uv=False)
 
 
 def effective_rank(
@@ -146,18 +116,10 @@ def effective_rank(
     Raises:
       TypeError: `values` are what `spectrum` returns, and not one of its values.
       ValueError: `values` are a single number, or one is negative or not finite.
-
-    Example::
-
-      >>> import mora_jax
-      >>> mora_jax.diagnostics.effective_rank(np.array([2.0, 2.0, 0.0])).round(6)
-      np.float64(2.0)
     """
     if isinstance(values, Mapping):
-        raise TypeError(
-            "values must be an array of singular values, got a mapping: give one of "
-            "the values that spectrum returns"
-        )
+        rule = "values must be an array of singular values, got a mapping"
+        raise TypeError(f"{rule}: give one of the values that spectrum returns")
     values = np.asarray(values, np.float64)
     if not values.ndim:
         raise ValueError(f"values must have shape (..., k), got {values!r}")
@@ -172,32 +134,17 @@ def effective_rank(
 def relative_norm(params: Any, adapters: Any, plan: Plan) -> dict[str, float]:
     """The Frobenius norm of each delta, relative to the norm of its kernel.
 
-    Args:
-      params: The base's params.
-      adapters: The adapters, as `init` makes them.
-      plan: The plan of the adapters.
+    The arguments are as in `merge`.
 
     Returns:
       {path: norm(delta) / norm(kernel)}; infinity where a kernel is zero.
 
     Raises:
       TypeError, ValueError: As `merge`.
-
-    Example::
-
-      >>> import mora_jax
-      >>> params = {"kernel": jnp.ones((4, 4))}
-      >>> config = mora_jax.MoRAConfig(operator="truncation", square_rank=4)
-      >>> plan = mora_jax.plan(params, config)
-      >>> adapters = {"kernel_mora": jnp.full((4, 4), 0.5)}
-      >>> mora_jax.diagnostics.relative_norm(params, adapters, plan)
-      {'kernel': 0.5}
     """
-    leaves, values = named_leaves(params), spectrum(adapters, plan)
-    shares = {}
-    for spec in plan.specs:
-        kernel = as_jax_array(spec.name, find_kernel(leaves, spec)[1])
-        delta_norm = float(np.linalg.norm(values[spec.name]))
+    norms, shares = spectrum(adapters, plan), {}
+    for spec, _, _, kernel in with_kernels(params, finite_items(adapters, plan)):
+        delta_norm = float(np.linalg.norm(norms[spec.name]))
         # In float32, since squares of a float16 kernel overflow.
         kernel_norm = float(jnp.linalg.norm(wide(kernel).ravel()))
         shares[spec.name] = delta_norm / kernel_norm if kernel_norm else math.inf

@@ -6,30 +6,28 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.core import Tracer
 
 from mora_jax._common.checks import check_finite
 from mora_jax._layer.equation import delta_kernel
+from mora_jax._layer.rounding import ratio
 from mora_jax._plan.plan import Plan, check_plan
 from mora_jax._plan.spec import AdapterSpec
 from mora_jax._plan.trained_arrays import refuse_trained
 from mora_jax._tree.adapters import Tree, nest, refuse_nonlinear
 from mora_jax._tree.merge import finite_items, wide
 from mora_jax._tree.paths import adapter_path
-from mora_jax.mixing._pairs import (
+from mora_jax.mixing._sums import (
     NO_DELTA,
     NOT_LINEAR,
     Adapter,
     Weights,
     check_one_base,
-    factors_of,
     pairs_of,
 )
 
 STEPS = 100
-"""The most steps of `project`. It takes one for each singular value that the map from M
-to the delta has, however often; operators have a few, isometric ones with equal blocks
-one."""
+"""The most steps of `project`: one for each different singular value of the map from M
+to the delta. Operators have a few, isometric ones with equal blocks one."""
 
 
 def project(
@@ -53,26 +51,14 @@ def project(
       is lost and 1 where all is: numbers, or arrays in a compiled function.
 
     Raises:
-      TypeError: An argument has another type.
-      ValueError: `plan` lacks a kernel or has it in another shape, or its deltas are
-        not linear in what is trained; bases differ; or as `weighted_sum`.
-
-    Example::
-
-      >>> import jax, jax.numpy as jnp, mora_jax
-      >>> params = {"kernel": jnp.ones((4, 4))}
-      >>> small, large = (mora_jax.plan(params, mora_jax.MoRAConfig(
-      ...     operator="truncation", square_rank=q)) for q in (2, 4))
-      >>> ones = jax.tree.map(jnp.ones_like, mora_jax.init(small))
-      >>> mora_jax.mixing.project([(ones, small)], [1.0], large)[1]
-      {'kernel': 0.0}
+      TypeError, ValueError: `plan` lacks a kernel or has it in another shape, or its
+        deltas are not linear in what is trained; bases differ; or as `weighted_sum`.
     """
-    pairs = pairs_of(adapters)
+    pairs, factors = pairs_of(adapters, weights)
     plans = [*(made_for for _, made_for in pairs), check_plan(plan)]
     for other in plans:
         refuse_trained(other.trained, NO_DELTA)
     refuse_nonlinear(plan.specs, NOT_LINEAR)
-    factors = factors_of(weights, len(pairs))
     check_one_base(plans)
     terms = defaultdict(list)
     for pair, factor in zip(pairs, factors, strict=True):
@@ -91,15 +77,11 @@ def project(
 
 def _check_kernel(plan: Plan, spec: AdapterSpec) -> None:
     """Raise unless `plan` has the kernel of `spec`."""
-    if spec.name not in plan:
-        raise ValueError(
-            f"plan must have all kernels of the adapters, and lacks {spec.name!r}"
-        )
-    if (shape := plan[spec.name].kernel_shape) != spec.kernel_shape:
-        raise ValueError(
-            f"plan must have {spec.name!r} in the shape {spec.kernel_shape}, got "
-            f"{shape}"
-        )
+    name, shape = spec.name, spec.kernel_shape
+    if name not in plan:
+        raise ValueError(f"plan must have the adapters' kernels, and lacks {name!r}")
+    if (other := plan[name].kernel_shape) != shape:
+        raise ValueError(f"plan must have {name!r} in the shape {shape}, got {other}")
 
 
 def _nearest(spec: AdapterSpec, goal: jax.Array) -> tuple[jax.Array, Any]:
@@ -115,6 +97,4 @@ def _nearest(spec: AdapterSpec, goal: jax.Array) -> tuple[jax.Array, Any]:
             normal, transpose(goal)[0], x0=start, tol=1e-7, maxiter=STEPS
         )
         missing = jnp.linalg.norm((goal - delta_kernel(spec, m)).ravel())
-    size = jnp.linalg.norm(goal.ravel())
-    lost = jnp.where(size > 0, missing / jnp.where(size > 0, size, 1), 0)
-    return m, lost if isinstance(lost, Tracer) else float(lost)
+    return m, ratio(missing, jnp.linalg.norm(goal.ravel()))

@@ -1,37 +1,44 @@
 """Adapters scaled and summed."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from mora_jax._common.checks import as_jax_array, check_finite
+from mora_jax._common.checks import as_jax_array, check_finite, check_number
 from mora_jax._common.types import Path
-from mora_jax._plan.plan import Plan
+from mora_jax._plan.plan import Plan, refuse_other_plan
 from mora_jax._plan.spec import SUFFIX, AdapterSpec
 from mora_jax._plan.trained_arrays import find_trained
 from mora_jax._tree.adapters import (
     Tree,
+    base_leaves,
     nest,
-    refuse_combined,
     refuse_nonlinear,
     trained_items,
 )
 from mora_jax._tree.base_digest import check_base
 from mora_jax._tree.merge import finite_items, wide
-from mora_jax._tree.paths import adapter_path, located_leaves, named_leaves
-from mora_jax.mixing._pairs import (
-    NO_DELTA,
-    NOT_LINEAR,
-    Adapter,
-    Weights,
-    factor_of,
-    factors_of,
-    one_plan_of,
-    pairs_of,
+from mora_jax._tree.paths import adapter_path, located_leaves
+
+Adapter = tuple[Any, Plan]
+"""Adapters, as `init` makes them, and the plan that they follow."""
+
+Weights = Sequence[ArrayLike] | jax.Array
+"""A real number for each adapter, or an array of them."""
+
+NOT_LINEAR = "so that sums of adapters are not sums of deltas: merge one after another"
+"""The reason to refuse an operator, and what to do instead."""
+
+NO_DELTA = (
+    "and is no delta, which this needs: mixing.weighted_sum takes such arrays with "
+    "params=, and merge puts them into a base"
 )
+"""The reason to refuse arrays that train themselves."""
 
 
 def scaled(adapters: Any, factor: ArrayLike) -> Any:
@@ -41,11 +48,10 @@ def scaled(adapters: Any, factor: ArrayLike) -> Any:
     where another alpha in a plan would be another program. -1 takes away what the
     adapter has learned, as task arithmetic forgets (https://arxiv.org/abs/2212.04089).
 
-    The deltas must be linear in the M's (`Operator.linear`). Arrays alone do not tell
-    their operator; NNX variables do, and are refused if their deltas are not linear.
-
     Args:
       adapters: The adapters, as `init` makes them, or `nnx.state(model, MoRAParam)`.
+        Their deltas must be linear in the M's (`Operator.linear`); only NNX variables
+        know their operator, and are refused otherwise.
       factor: A real number, or an array of one.
 
     Returns:
@@ -53,15 +59,8 @@ def scaled(adapters: Any, factor: ArrayLike) -> Any:
 
     Raises:
       TypeError: `factor` is not a real number, or a leaf is not an array.
-      ValueError: `factor` is not finite, the result is infinite in its dtype, the
-        adapters hold arrays that train themselves, or an NNX variable is of an operator
-        whose deltas are not linear.
-
-    Example::
-
-      >>> import jax.numpy as jnp, mora_jax
-      >>> mora_jax.mixing.scaled({"kernel_mora": jnp.ones((1, 1))}, -0.5)
-      {'kernel_mora': Array([[-0.5]], dtype=float32)}
+      ValueError: `factor` or the result is not finite, or the adapters hold arrays that
+        train themselves or are not linear.
     """
     if isinstance(adapters, tuple) and any(isinstance(x, Plan) for x in adapters):
         raise TypeError("adapters must be a tree of M's, got a pair: give pair[0]")
@@ -70,7 +69,7 @@ def scaled(adapters: Any, factor: ArrayLike) -> Any:
             raise ValueError(f"{'/'.join(path)} is not an M, {NO_DELTA}")
         if isinstance(spec := getattr(leaf, "spec", None), AdapterSpec):
             refuse_nonlinear([spec], NOT_LINEAR)
-    factor = factor_of(factor, "factor")
+    factor = _factor(factor, "factor")
 
     def times(m: Any) -> jax.Array:
         dtype = getattr(m, "dtype", None)
@@ -108,63 +107,103 @@ def weighted_sum(
       or wider and has the dtype that it has in the adapters.
 
     Raises:
-      TypeError: An argument is not such a sequence, or a weight is not a real number.
-      ValueError: There is none, plans differ, bases differ, the number of weights is
-        another, an M, a weight or the sum is not finite, an operator's deltas are not
-        linear in what is trained, or the plan trains arrays and `params` are not given,
-        lack one, are of another base, or hold the adapters.
-
-    Example::
-
-      >>> import jax, jax.numpy as jnp, mora_jax
-      >>> plan = mora_jax.plan({"kernel": jnp.ones((4, 4))})
-      >>> ones = jax.tree.map(jnp.ones_like, mora_jax.init(plan))
-      >>> mixed, _ = mora_jax.mixing.weighted_sum([(ones, plan)] * 2, [0.5, 0.25])
-      >>> float(mixed["kernel_mora"][0, 0])
-      0.75
+      TypeError, ValueError: Plans, bases or numbers of adapters and weights differ; an
+        M, a weight or the sum is not finite; deltas are not linear in what is trained;
+        or `params` lack an array that the plan trains, or are not the base alone.
     """
-    pairs = pairs_of(adapters)
-    plan = one_plan_of(pairs)
-    columns = list(zip(*(finite_items(*pair) for pair in pairs), strict=True))
-    factors = factors_of(weights, len(pairs))
-    sums = {adapter_path(column[0][0]): _sum(column, factors) for column in columns}
-    if plan.trained:
-        leaves = _base_leaves(plan, params, any_base)
-        for column in zip(*(trained_items(*pair) for pair in pairs), strict=True):
-            array = column[0][0]
-            base = find_trained(leaves, array)[1]
-            base = wide(as_jax_array(f"{array.name} in params", base))
-            sums[array.path] = _sum(column, factors, base)
-    for path, array in sums.items():
-        check_finite(array, f"the mixture's {'/'.join(path)}", f" in {array.dtype}")
+    pairs, factors = pairs_of(adapters, weights)
+    plan = _common_plan([plan for _, plan in pairs])
+    trees = [_arrays(*pair) for pair in pairs]
+    base = _base_arrays(plan, params, any_base) if plan.trained else {}
+    sums = {}
+    for path in trees[0]:
+        arrays, name = [tree[path] for tree in trees], "/".join(path)
+        sums[path] = total = _sum(arrays, factors, base.get(path, 0.0))
+        check_finite(total, f"the mixture's {name}", f" in {total.dtype}")
     return nest(sums), plan
 
 
-def _sum(
-    column: Sequence[tuple[Any, jax.Array]],
-    factors: Sequence[Any],
-    base: jax.Array | float = 0.0,
-) -> jax.Array:
-    r""":math:`b + \sum_i w_i (a_i - b)` in float32 or wider, then in the dtype of a.
-
-    The column holds a specification and an array a for each adapter; b is the base.
-    """
-    arrays = [array for _, array in column]
-    moves = (f * (wide(a) - base) for f, a in zip(factors, arrays, strict=True))
-    return jnp.asarray(sum(moves, base)).astype(jnp.result_type(*arrays))
-
-
-def _base_leaves(
-    plan: Plan, params: Any, any_base: bool
-) -> dict[str, tuple[Path, Any]]:
-    """The leaves of the base that the arrays were trained from."""
-    if params is None:
+def pairs_of(adapters: Any, weights: Any) -> tuple[list[Adapter], list[Any]]:
+    """The adapters with their plans, and the factor of each of them, checked."""
+    rule = "adapters must be pairs (adapters, plan), as load returns them"
+    if isinstance(adapters, dict) or not isinstance(adapters, Iterable):
+        raise TypeError(f"{rule}, got {type(adapters).__name__}")
+    pairs = list(adapters)
+    if not pairs:
+        raise ValueError(f"{rule}, got none")
+    for pair in pairs:
+        fits = isinstance(pair, tuple | list) and len(pair) == 2
+        if not fits or not isinstance(pair[1], Plan):
+            raise TypeError(f"{rule}, got {type(pair).__name__} among them")
+    if isinstance(weights, jax.Array | np.ndarray) and weights.ndim == 1:
+        weights = list(weights)
+    if not isinstance(weights, list | tuple):
+        kind = type(weights).__name__
+        raise TypeError(f"weights must be a sequence of numbers, got {kind}")
+    if len(weights) != len(pairs):
         raise ValueError(
-            f"params must be given, since the plan trains {plan.trained[0].name!r} "
-            "itself, and its delta is what it has moved from the base's array"
+            f"weights must be one for each adapter, got {len(weights)} for {len(pairs)}"
         )
-    leaves = named_leaves(params)
-    refuse_combined(leaves, plan.specs)
+    return pairs, [_factor(w, f"weights[{k}]") for k, w in enumerate(weights)]
+
+
+def _factor(value: Any, name: str) -> Any:
+    """A real number, or an array of one, which a trace may have made."""
+    if isinstance(value, jax.Array | np.ndarray | np.generic):
+        if value.shape != () or not jnp.issubdtype(value.dtype, jnp.floating):
+            kind = f"{value.dtype}{list(value.shape)}"
+            raise TypeError(f"{name} must be a real number, got {kind}")
+        if isinstance(value, Tracer):
+            return value
+        value = value.item()
+    return check_number(name, value)
+
+
+def check_one_base(plans: Sequence[Plan]) -> None:
+    """Raise if two plans know that they were trained on different bases."""
+    known: dict[str, tuple[str, ...]] = {}
+    for spec in (spec for plan in plans for spec in plan.specs):
+        digest = spec.base_digest
+        if digest and known.setdefault(spec.name, digest) != digest:
+            raise ValueError(
+                "adapters must be of one base, and two of them were trained on "
+                f"different weights of {spec.name!r}"
+            )
+
+
+def _common_plan(plans: Sequence[Plan]) -> Plan:
+    """The plan of all adapters; the one that knows the base, if any does."""
+    for other in plans[1:]:
+        try:
+            refuse_other_plan(other, plans[0])
+        except ValueError as error:
+            raise ValueError(f"{error}; mixing.project adds different plans") from None
+    check_one_base(plans)
+    refuse_nonlinear(plans[0].specs, NOT_LINEAR)
+    return max(plans, key=lambda plan: any(s.base_digest for s in plan.specs))
+
+
+def _arrays(adapters: Any, plan: Plan) -> dict[Path, jax.Array]:
+    """{path: array} of all M's and all arrays that train themselves."""
+    ms = {adapter_path(spec): m for spec, m in finite_items(adapters, plan)}
+    return ms | {a.path: copy for a, copy in trained_items(adapters, plan)}
+
+
+def _base_arrays(plan: Plan, params: Any, any_base: bool) -> dict[Path, jax.Array]:
+    """{path: array of the base} for each array that trains itself."""
+    why = "and its delta is what it has moved from the base's array"
+    leaves, arrays = base_leaves(plan, params, why), {}
     if not any_base:
         check_base(plan.specs, {name: leaf for name, (_, leaf) in leaves.items()})
-    return leaves
+    for array in plan.trained:
+        _, leaf = find_trained(leaves, array)
+        arrays[array.path] = wide(as_jax_array(f"{array.name} in params", leaf))
+    return arrays
+
+
+def _sum(
+    arrays: Sequence[jax.Array], factors: Sequence[Any], base: jax.Array | float
+) -> jax.Array:
+    r""":math:`b + \sum_i w_i (a_i - b)` in float32 or wider, then in the dtype of a."""
+    moves = (f * (wide(a) - base) for f, a in zip(factors, arrays, strict=True))
+    return jnp.asarray(sum(moves, base)).astype(jnp.result_type(*arrays))

@@ -15,7 +15,7 @@ Its adapters, beside `mora_jax.nnx.adapters` and `set_adapters`, or `mora_jax.sp
   dequantize            the base as floating-point arrays
 """
 
-from mora_jax._tree.stored_sum import MergeLoss as MergeLoss
+from mora_jax._layer.rounding import MergeLoss as MergeLoss
 from mora_jax.qwix import _private
 from mora_jax.qwix._provider import MoRAProvider as MoRAProvider
 from mora_jax.qwix._quantized_merge import dequantize as dequantize

@@ -1,19 +1,20 @@
 """Adapters merged into quantized kernels."""
 
-import functools
 from collections.abc import Mapping
 from typing import Any, Literal, TypeVar, get_args
 
+import jax.numpy as jnp
 from flax import nnx
 
 from mora_jax._common.checks import check_choice
 from mora_jax._common.suggestions import lacking
+from mora_jax._layer.equation import delta_kernel
+from mora_jax._layer.rounding import MergeLoss
 from mora_jax._plan.plan import Plan, check_plan
 from mora_jax._plan.trained_arrays import refuse_trained
 from mora_jax._tree.adapters import refuse_combined
-from mora_jax._tree.merge import finite_items
-from mora_jax._tree.paths import located_leaves
-from mora_jax._tree.stored_sum import MergeLoss, stored_sum
+from mora_jax._tree.merge import finite_items, merged_kernel, wide, with_kernels
+from mora_jax._tree.paths import located_leaves, reboxed, unboxed
 from mora_jax.nnx import _held
 from mora_jax.qwix import _private
 
@@ -129,12 +130,14 @@ def merge(
         name = spec.name
         if name not in named:
             raise ValueError(f"params lack the kernel {name!r}{lacking(name, named)}")
-        old, load = named[name], _private.dequantized
-        again = functools.partial(_private.requantized, old)
-        forms = {"store": again if onto == "requantized" else load, "load": load}
-        named[name], losses[name] = stored_sum(
-            load(old), spec, m, **forms, any_base=any_base
-        )
+        base = _private.dequantized(named[name])
+        kernel = with_kernels({name: base}, [(spec, m)], any_base=any_base)[0][-1]
+        total = reboxed(base, merged_kernel(spec, m, kernel, rounding="dither"))
+        if onto == "requantized":
+            total = _private.requantized(named[name], total)
+        named[name], delta = total, delta_kernel(spec, wide(m, kernel.dtype))
+        stored = jnp.asarray(unboxed(_private.dequantized(total)), delta.dtype)
+        losses[name] = MergeLoss.of(stored - kernel.astype(delta.dtype), delta)
     merged = structure.unflatten(named.values())
     return dequantize(merged) if onto == "dequantized" else merged, losses
 

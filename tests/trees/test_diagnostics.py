@@ -13,6 +13,8 @@ from helpers import close, random, trained, wide
 import mora_jax
 from models.spectrum import plot_spectrum
 from mora_jax import AdapterSpec, MoRAConfig, Plan, diagnostics
+from mora_jax.operators import Truncation
+from mora_jax.operators._pytree import operator
 
 PARAMS = {
     "enc": {"kernel": random(0, 16, 24), "bias": random(1, 24)},
@@ -59,6 +61,36 @@ def test_spectrum_forms_no_kernel(name):
     assert most < size * size  # bytes, where the delta has as many numbers
     rank = size if operator.block else q
     assert (values > 1e-9).sum() == rank
+
+
+@operator
+class Narrow(Truncation):
+    """An operator that trains the first two columns of M alone."""
+
+    name = "narrow"
+
+    @property
+    def m_shape(self):
+        return self.square_rank, 2
+
+    def rows(self, x, m, precision=None):
+        return super().rows(x, self.square(m), precision)
+
+    def matrix(self, m):
+        return super().matrix(self.square(m))
+
+    def square(self, m):
+        return jnp.pad(m, ((0, 0), (0, self.square_rank - 2)))
+
+
+def test_the_spectrum_of_an_array_that_is_no_square():
+    plan = Plan((AdapterSpec(Narrow(12, 16, 4), (12, 16), alpha=2.0),), 0)
+    adapters = trained(plan)
+    delta = wide(mora_jax.delta_weight(adapters, plan)["kernel"])
+    expected = np.linalg.svd(delta, compute_uv=False)
+    values = diagnostics.spectrum(adapters, plan)["kernel"]
+    np.testing.assert_allclose(values, expected, atol=1e-5)
+    assert (values > 1e-3).sum() == 2
 
 
 def test_effective_rank(unchecked):

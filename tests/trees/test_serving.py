@@ -209,7 +209,7 @@ def test_a_slot_is_replaced_in_place_by_one_program():
     before = jax.tree.leaves(stacked)
     stacked = serving.put(stacked, 2, adapters[2])
     assert all(m.is_deleted() for m in before)
-    programs = serving._stack._put._cache_size
+    programs = serving._put._cache_size
     before, stacked = programs(), serving.put(stacked, jnp.int32(0), adapters[1])
     stacked = serving.put(stacked, 1, adapters[0])
     assert programs() == before

@@ -1,4 +1,32 @@
-"""Adapters of one plan in slots of one tree, and a slot for each row of a batch."""
+"""Many adapters at once: a different one for each row of a batch.
+
+The M's of N adapters of one plan are one tree, and the rows of a batch say by an array
+of integers which of them they want. All of it is data: one compiled program serves any
+mixture of adapters, also after one of them was replaced by another.
+
+  stack                 the adapters of one plan in one tree, in slots
+  put                   the same tree with another adapter in one slot
+  select                the adapters for the rows of a batch
+
+Example::
+
+  >>> import flax.linen as nn
+  >>> import jax, jax.numpy as jnp, mora_jax
+  >>> from mora_jax import serving
+  >>> model, x = nn.Dense(16), jnp.ones((4, 16))
+  >>> variables = model.init(jax.random.key(0), x)
+  >>> adapted = mora_jax.linen.wrap(model, None, variables, x)
+  >>> @jax.jit
+  ... def is_adapted(stacked, index):
+  ...     y = adapted(serving.select(stacked, index), variables, x)
+  ...     return (y != model.apply(variables, x)).any(axis=1)
+  >>> ones = jax.tree.map(jnp.ones_like, mora_jax.init(adapted.plan))
+  >>> stacked = serving.stack([ones], adapted.plan, slots=2)
+  >>> is_adapted(stacked, jnp.array([0, -1, 1, 0]))
+  Array([ True, False, False,  True], dtype=bool)
+  >>> is_adapted(serving.put(stacked, 1, ones), jnp.array([0, -1, 1, 0]))
+  Array([ True, False,  True,  True], dtype=bool)
+"""
 
 import functools
 from collections.abc import Iterable, Sequence
@@ -16,7 +44,9 @@ from mora_jax._plan.plan import Plan, check_plan
 from mora_jax._plan.trained_arrays import refuse_trained
 from mora_jax._tree.adapters import Tree, nest, refuse_nonlinear
 from mora_jax._tree.merge import finite_items
-from mora_jax._tree.paths import adapter_path, located_leaves, unboxed
+from mora_jax._tree.paths import adapter_path, check_leaf, located_leaves, unboxed
+
+__all__ = ["put", "select", "stack"]
 
 
 def stack(adapters: Sequence[Any], plan: Plan, *, slots: int | None = None) -> Tree:
@@ -32,25 +62,13 @@ def stack(adapters: Sequence[Any], plan: Plan, *, slots: int | None = None) -> T
         left over hold zeros, which add nothing, until `put` fills them.
 
     Returns:
-      A tree as of one adapter. Instead of an M of the shape (q, q) it has an array of
-      the shape (N, q, q), in the widest dtype of the M's. Leading axes of a stack of
-      layers or experts stay in front: (layers, N, q, q).
+      A tree as of one adapter, with an array (N, q, q), in the widest dtype of the M's,
+      instead of each M. Axes of a stack stay in front: (layers, N, q, q).
 
     Raises:
-      TypeError: `adapters` is not a sequence of trees of arrays, `plan` is not a Plan,
-        or `slots` is not an integer.
-      ValueError: Adapters do not fit the plan or hold NaN or infinity; there are none,
-        or more than slots; the plan trains arrays of the base, which all rows share; or
-        a delta is not linear in what is trained, so that zeros may add something.
-
-    Example::
-
-      >>> import jax, jax.numpy as jnp, mora_jax
-      >>> from mora_jax import serving
-      >>> plan = mora_jax.plan({"fc": {"kernel": jnp.ones((16, 16))}})
-      >>> adapters = [mora_jax.init(plan) for _ in range(3)]
-      >>> serving.stack(adapters, plan, slots=8)["fc"]["kernel_mora"].shape
-      (8, 16, 16)
+      TypeError, ValueError: Adapters do not fit the plan or hold NaN or infinity; there
+        are none, or more than slots; the plan trains arrays of the base, which all rows
+        share; or a delta is not linear in what is trained.
     """
     refuse_trained(
         check_plan(plan).trained,
@@ -58,15 +76,12 @@ def stack(adapters: Sequence[Any], plan: Plan, *, slots: int | None = None) -> T
     )
     refuse_nonlinear(plan.specs, "and a slot of zeros must add nothing")
     if isinstance(adapters, dict) or not isinstance(adapters, Iterable):
-        raise TypeError(
-            "adapters must be a sequence of adapters of one plan, got "
-            f"{type(adapters).__name__}"
-        )
+        kind = type(adapters).__name__
+        raise TypeError(f"adapters must be a sequence of adapters, got {kind}")
     trees = [finite_items(tree, plan) for tree in adapters]
-    number = len(trees) if slots is None else slots
     if slots is None and not trees:
         raise ValueError("slots must be given where adapters are none")
-    positive_integer("slots", number)
+    number = positive_integer("slots", len(trees) if slots is None else slots)
     if number < len(trees):
         raise ValueError(
             f"slots must be at least the number of adapters, {len(trees)}, got {slots}"
@@ -91,26 +106,11 @@ def put(stacked: Tree, slot: int | jax.Array, adapters: Any) -> Tree:
       stacked: Adapters in slots, as `stack` makes them.
       slot: The number of the slot, from 0 to N - 1. In a compiled function, where it is
         not known, another number changes nothing.
-      adapters: Adapters of the same plan, as `init` makes them. They are rounded to the
-        dtypes of the slots.
-
-    Returns:
-      The new tree, of the same structure and shapes.
+      adapters: Adapters of the same plan, which are rounded to the slots' dtypes.
 
     Raises:
-      TypeError: An argument has another type.
-      ValueError: The slot does not exist; or the adapters have other M's than the
-        slots, or hold numbers that are NaN or infinite, perhaps in the slots' dtype.
-
-    Example::
-
-      >>> import jax, jax.numpy as jnp, mora_jax
-      >>> from mora_jax import serving
-      >>> plan = mora_jax.plan({"fc": {"kernel": jnp.ones((16, 16))}})
-      >>> ones = jax.tree.map(jnp.ones_like, mora_jax.init(plan))
-      >>> stacked = serving.put(serving.stack([], plan, slots=8), 3, ones)
-      >>> stacked["fc"]["kernel_mora"].m[2:4, 0, 0]
-      Array([0., 1.], dtype=float32)
+      TypeError, ValueError: The slot does not exist; or the adapters have other M's
+        than the slots, or hold numbers that are not finite in the slots' dtype.
     """
     slots, number = _slots_of(stacked)
     new = located_leaves(adapters, "adapters")
@@ -120,12 +120,7 @@ def put(stacked: Tree, slot: int | jax.Array, adapters: Any) -> Tree:
     for path, held in slots.items():
         name = "/".join(path)
         new[path] = m = as_jax_array(name, unboxed(new[path]))
-        if m.shape != held.shape_of_one:
-            raise ValueError(
-                f"{name} must have shape {held.shape_of_one}, got {m.shape}"
-            )
-        if not jnp.issubdtype(m.dtype, jnp.floating):
-            raise TypeError(f"{name} must have a floating-point dtype, got {m.dtype}")
+        check_leaf(m, name, held.shape_of_one)
         where = f" in {held.dtype}, the dtype of the slots"
         check_finite(m.astype(held.dtype), name, where)
     slot = _check_indices(slot, "slot", 0, number, ())
@@ -148,14 +143,12 @@ def _put(stacked: Tree, slot: jax.Array, adapters: Tree) -> Tree:
 def select(stacked: Tree, index: Any) -> Tree:
     """The adapters for the rows of a batch, one for each row.
 
-    They go wherever adapters of a single kind go: to the function that `linen.wrap`
-    returns, and to `nnx.set_adapters`. Call this inside of the compiled function: then
-    one program serves all indices.
+    They go to the function that `linen.wrap` returns, and to `nnx.set_adapters`. Call
+    this inside of the compiled function: then one program serves all indices.
 
     The first axis of each adapted layer's input must be the batch (for an einsum the
     first axis that the kernel lacks). A layer multiplies all rows by its kernel in one
-    product, and adds to each row the delta of its own adapter. Nothing is folded into
-    kernels.
+    product, and adds to each row the delta of its own adapter.
 
     Args:
       stacked: Adapters in slots, as `stack` makes them. Gradients by them are gradients
@@ -164,29 +157,9 @@ def select(stacked: Tree, index: Any) -> Tree:
         a compiled function, where nobody can check it, a number beyond the slots means
         no adapter as well.
 
-    Returns:
-      A tree that holds the slots and the index instead of each M.
-
     Raises:
       TypeError: `stacked` was not made by `stack`, or `index` are not integers.
       ValueError: `index` has more or fewer axes than one, or a number without a slot.
-
-    Example::
-
-      >>> import flax.linen as nn
-      >>> import jax, jax.numpy as jnp, mora_jax
-      >>> from mora_jax import serving
-      >>> model, x = nn.Dense(16), jnp.ones((4, 16))
-      >>> variables = model.init(jax.random.key(0), x)
-      >>> adapted = mora_jax.linen.wrap(model, None, variables, x)
-      >>> @jax.jit
-      ... def apply(stacked, variables, x, index):
-      ...     return adapted(serving.select(stacked, index), variables, x)
-      >>> ones = jax.tree.map(jnp.ones_like, mora_jax.init(adapted.plan))
-      >>> stacked = serving.stack([ones], adapted.plan, slots=2)
-      >>> y = apply(stacked, variables, x, jnp.array([0, -1, 1, 0]))
-      >>> (y != model.apply(variables, x)).any(axis=1)
-      Array([ True, False, False,  True], dtype=bool)
     """
     slots, number = _slots_of(stacked)
     index = _check_indices(index, "index", -1, number, (None,))
@@ -201,16 +174,14 @@ def _slots_of(stacked: Any) -> tuple[dict[Path, Slots], int]:
     """{path of an M: its slots}, and the one number that all of them have."""
     rule = "stacked must be adapters in slots, as serving.stack makes them"
     slots = located_leaves(stacked, "stacked")
-    if not slots:
-        raise ValueError(f"{rule}, got none")
     for path, leaf in slots.items():
         if isinstance(leaf, Selected):
             raise TypeError(f"{rule}, got what serving.select returned")
         if not isinstance(leaf, Slots):
             kind = type(leaf).__name__
             raise TypeError(f"{rule}, got {kind} at {'/'.join(path)!r}")
-    if len(numbers := {held.number for held in slots.values()}) > 1:
-        raise ValueError(f"{rule} of one number, got {sorted(numbers)}")
+    if len(numbers := {held.number for held in slots.values()}) != 1:
+        raise ValueError(f"{rule} of one number, got {sorted(numbers) or 'none'}")
     return slots, numbers.pop()
 
 
