@@ -72,7 +72,7 @@ class Site:
             raise AdapterFileError(
                 f"{self.name!r} overflows {kernel.dtype} with its delta"
             )
-        return merged, share_lost(after - before, delta)
+        return merged, float(share_lost(after - before, delta))
 
     def check_base(self, checkpoint: Checkpoint, own: np.ndarray | None = None) -> None:
         """Raise if the adapter is known to be trained on another kernel.
