@@ -54,7 +54,6 @@ class Decoupling(Operator):
     name = "decoupling"
     work = "blocks"
     keeps_input = True
-    bounded = False
     block = True
     tiles = True
 

@@ -2,12 +2,10 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.typing import DTypeLike
 
 from mora_jax._common.types import ArrayLike
@@ -15,7 +13,7 @@ from mora_jax._jax.linear_map import LinearMap
 from mora_jax._jax.tiles import stored
 from mora_jax.operators._base import Side
 from mora_jax.operators._blocks import block_positions, divide
-from mora_jax.operators._pytree import array_field, operator
+from mora_jax.operators._pytree import operator, seeded
 from mora_jax.operators._random import inverse, permutation
 from mora_jax.operators.decoupling import Decoupling
 
@@ -37,23 +35,12 @@ class Permutation(Decoupling):
     """
 
     seed: int = 0
-    in_order: jax.Array | np.ndarray = array_field()
-    in_inverse: jax.Array | np.ndarray = array_field()
-    out_order: jax.Array | np.ndarray = array_field()
-    out_inverse: jax.Array | np.ndarray = array_field()
+    in_order: ArrayLike = seeded(lambda op: permutation(op.in_features, op.seed))
+    in_inverse: ArrayLike = seeded(lambda op: inverse(op.in_order))
+    out_order: ArrayLike = seeded(lambda op: permutation(op.out_features, op.seed))
+    out_inverse: ArrayLike = seeded(lambda op: inverse(op.out_order))
 
     name = "permutation"
-    arrays = ("in_order", "in_inverse", "out_order", "out_inverse")
-
-    def _seeded_arrays(self) -> Mapping[str, Any]:
-        in_order = permutation(self.in_features, self.seed)
-        out_order = permutation(self.out_features, self.seed)
-        return {
-            "in_order": in_order,
-            "in_inverse": inverse(in_order),
-            "out_order": out_order,
-            "out_inverse": inverse(out_order),
-        }
 
     def order_inputs(self, x: jax.Array) -> jax.Array:
         return _Reorder()((self.in_order, self.in_inverse), x)

@@ -33,11 +33,6 @@ class Rotation(Decoupling):
     name = "rotation"
     q_multiple_of = 2
 
-    @property
-    def isometry(self) -> bool:
-        q = self.square_rank
-        return self.in_features == self.out_features and self.in_features % q == 0
-
     def _compress(self, x: jax.Array) -> jax.Array:
         return _rotate(super()._compress(x), *self._tables(x.dtype))
 

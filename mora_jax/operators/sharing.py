@@ -50,7 +50,6 @@ class Sharing(Operator):
 
     name = "sharing"
     work = "sums"
-    bounded = False
     tiles = True
 
     def __post_init__(self) -> None:

@@ -1,13 +1,12 @@
 """Signed decoupling: random signs that tell the blocks apart."""
 
-from collections.abc import Mapping
-from typing import Any
+import math
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from mora_jax.operators._pytree import array_field, operator
+from mora_jax._common.types import ArrayLike
+from mora_jax.operators._pytree import operator, seeded
 from mora_jax.operators._random import signs
 from mora_jax.operators.decoupling import Decoupling
 
@@ -34,14 +33,13 @@ class SignedDecoupling(Decoupling):
     """
 
     seed: int = 0
-    in_signs: jax.Array | np.ndarray = array_field()
+    in_signs: ArrayLike = seeded(
+        lambda op: signs(math.prod(op.compressed_shape), op.seed).reshape(
+            op.compressed_shape
+        )
+    )
 
     name = "signed_decoupling"
-    arrays = ("in_signs",)
-
-    def _seeded_arrays(self) -> Mapping[str, Any]:
-        n, q = self.compressed_shape
-        return {"in_signs": signs(n * q, self.seed).reshape(n, q)}
 
     def _compress(self, x: jax.Array) -> jax.Array:
         return super()._compress(x) * jnp.asarray(self.in_signs, x.dtype)

@@ -3,14 +3,15 @@
 import functools
 import hashlib
 import math
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import numpy as np
 from jax.core import Tracer
 
+from mora_jax._common.types import ArrayLike
 from mora_jax.operators._projection import Projection
-from mora_jax.operators._pytree import given_array_field, operator
+from mora_jax.operators._pytree import given, operator
 
 TOLERANCE = 1e-3
 """Largest distance of the columns' products from the unit matrix."""
@@ -42,12 +43,11 @@ class Subspace(Projection):
       [0.0, 0.0, 0.0, 0.0, 0.0, 1.0]
     """
 
-    in_basis: jax.Array | np.ndarray = given_array_field()
-    out_basis: jax.Array | np.ndarray = given_array_field()
+    in_basis: ArrayLike = given()
+    out_basis: ArrayLike = given()
 
     name = "subspace"
-    arrays = ("in_basis", "out_basis")
-    given: ClassVar[bool] = True
+    given = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
