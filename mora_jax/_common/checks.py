@@ -93,8 +93,8 @@ def as_jax_array(name: str, value: Any) -> jax.Array:
     return jnp.asarray(value)
 
 
-def check_array(name: str, array: Any, end: Shape) -> None:
-    """Raise unless `array` is floating-point and its shape ends in `end`."""
+def check_array(name: str, array: Any, end: Shape) -> jax.Array:
+    """Return `array` if it is floating-point and its shape ends in `end`."""
     if not isinstance(array, jax.Array | np.ndarray):
         raise TypeError(f"{name} must be an array, got {type(array).__name__}")
     if not jnp.issubdtype(array.dtype, jnp.floating):
@@ -102,6 +102,7 @@ def check_array(name: str, array: Any, end: Shape) -> None:
     if array.shape[-len(end) :] != end:
         expected = ", ".join(map(str, end))
         raise ValueError(f"{name} must have shape (..., {expected}), got {array.shape}")
+    return jnp.asarray(array)
 
 
 def check_finite(array: Any, name: str, where: str = "") -> None:

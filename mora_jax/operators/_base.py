@@ -171,15 +171,8 @@ class Operator:
     ) -> jax.Array:
         """Trained array at its start, (*stack, *m_shape).
 
-        Args:
-          stack: The sizes of the kernel's stack axes.
-          init: "zeros" for a delta of zero; "gaussian" for numbers of standard
-            deviation 1/sqrt(q).
-          key: The key for random numbers; None where none are drawn.
-          dtype: The dtype of the array.
-
-        Raises:
-          ValueError: Random numbers are needed, and the key is None.
+        An `init` of "zeros" starts with a delta of zero. "gaussian" draws numbers of
+        standard deviation 1/sqrt(q) with `key`, and needs one.
         """
         shape = (*stack, *self.m_shape)
         if init == "zeros":
@@ -203,13 +196,10 @@ class Operator:
     def _matrix_rows(
         self, side: Side, indices: jax.Array, dtype: DTypeLike
     ) -> jax.Array:
-        """Rows of C, or of the transpose of D: (...) -> (..., *compressed_shape).
+        """Rows of a matrix by their numbers: (...) -> (..., *compressed_shape).
 
-        Args:
-          side: "in" for C, whose row i is C(e_i) for a unit vector e_i; "out" for the
-            transpose of D, whose row j holds the weights of output j.
-          indices: (...), each in range.
-          dtype: The dtype of the result.
+        The matrix of side "in" is C, whose row i is C(e_i) for a unit vector e_i; that
+        one of "out" is the transpose of D, whose row j holds the weights of output j.
         """
         raise NotImplementedError
 
@@ -267,17 +257,13 @@ class Operator:
         (back,) = jax.linear_transpose(decompress, h)(g)
         return rows_product(h, back, precision)
 
-    def compress(
-        self, x: Float[ArrayLike, "*batch features"]
-    ) -> Float[jax.Array, "..."]:
+    def compress(self, x: Float[ArrayLike, "*batch ins"]) -> Float[jax.Array, "..."]:
         """C(x): (..., in_features) -> (..., q), or (..., n, q) with several blocks."""
-        check_array("x", x, (self.in_features,))
-        return self._compress(jnp.asarray(x))
+        return self._compress(check_array("x", x, (self.in_features,)))
 
     def decompress(self, h: Float[ArrayLike, "..."]) -> Float[jax.Array, "*batch out"]:
         """D(h): (..., q), or (..., n, q) with several blocks -> (..., out_features)."""
-        check_array("h", h, self.compressed_shape)
-        return self._decompress(jnp.asarray(h))
+        return self._decompress(check_array("h", h, self.compressed_shape))
 
     def compress_matrix(self, dtype: DTypeLike = jnp.float32) -> jax.Array:
         """C itself: (in_features, q), or (in_features, n q) for a block operator."""
@@ -287,13 +273,13 @@ class Operator:
     def apply(
         self,
         m: Float[ArrayLike, "..."],
-        x: Float[ArrayLike, "*batch features"],
+        x: Float[ArrayLike, "*batch ins"],
         *,
         precision: Precision = None,
     ) -> Float[jax.Array, "*batch out"]:
         """D(C(x) M), the paper's equation 3 without alpha: (..., out_features)."""
-        check_array("x", x, (self.in_features,))
-        return undisturbed(self.rows)(jnp.asarray(x), self._checked(m), precision)
+        x = check_array("x", x, (self.in_features,))
+        return undisturbed(self.rows)(x, self._checked(m), precision)
 
     def apply_transpose(
         self,
@@ -301,7 +287,7 @@ class Operator:
         y: Float[ArrayLike, "*batch out"],
         *,
         precision: Precision = None,
-    ) -> Float[jax.Array, "*batch features"]:
+    ) -> Float[jax.Array, "*batch ins"]:
         r"""The transpose of `apply`, for a kernel that is used both ways.
 
         .. math:: ((y\, D^T)\, M^T)\, C^T
@@ -310,8 +296,7 @@ class Operator:
           (..., in_features): the product of `y` with the transpose of
           `delta_weight(m)`, which is not formed.
         """
-        check_array("y", y, (self.out_features,))
-        y = jnp.asarray(y)
+        y = check_array("y", y, (self.out_features,))
         x = shape_for((*y.shape[:-1], self.in_features), y.dtype, y)
         rows = functools.partial(self.rows, m=self._checked(m), precision=precision)
         (x,) = jax.linear_transpose(undisturbed(rows), x)(y)
@@ -336,9 +321,7 @@ class Operator:
         rows = undisturbed(self.unit_rows)
         return rows(in_range(indices, self.in_features), self._checked(m), precision)
 
-    def delta_weight(
-        self, m: Float[ArrayLike, "..."]
-    ) -> Float[jax.Array, "features out"]:
+    def delta_weight(self, m: Float[ArrayLike, "..."]) -> Float[jax.Array, "ins out"]:
         r"""The delta as a kernel, (in_features, out_features): `apply` is its product.
 
         .. math:: C (I_n \otimes M) D
@@ -346,12 +329,12 @@ class Operator:
         return undisturbed(self.matrix)(self._checked(m))
 
     def _checked(self, m: ArrayLike) -> jax.Array:
-        check_array("m", m, self.m_shape)
-        if m.ndim != len(self.m_shape):
+        array = check_array("m", m, self.m_shape)
+        if array.ndim != len(self.m_shape):
             raise ValueError(
                 f"m must have shape {self.m_shape}, got {m.shape}; use jax.vmap"
             )
-        return jnp.asarray(m)
+        return array
 
 
 def rows_product(h: jax.Array, g: jax.Array, precision: Precision = None) -> jax.Array:

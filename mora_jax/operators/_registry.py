@@ -35,10 +35,10 @@ OPERATORS: dict[str, type[Operator]] = {
 """Every operator class by its name."""
 
 SHARING_FROM_RANK = 128
-"""Where "auto" turns from rotation to sharing: the paper's best at r=8 and r=256."""
+"""The budget from which "auto" is sharing: the paper's best at r=8 and r=256."""
 
 LANES = 128
-"""How many numbers a TPU computes with at once: the width of its registers."""
+"""The width of a TPU's registers, in numbers."""
 
 OperatorSpec = str | Mapping[str, Any]
 """A name, or a mapping with "name" and settings: {"name": "sharing", ...}."""
@@ -140,12 +140,9 @@ def square_rank(
 
 
 def _fitting(q: int, common: int) -> int | None:
-    """The widest M of whole 128s or 64s, more than half of `q`; None if there is none.
+    """The widest M of whole 128s or 64s from q / 2 to q that divides `common`, or None.
 
-    Args:
-      q: The widest M that the budget allows.
-      common: The number that the width must divide: the greatest common divisor of
-        both features, or 0 if it need not.
+    Everything divides a `common` of 0.
     """
     eights = q - q % 8
     for step in (LANES, LANES // 2):
@@ -186,7 +183,6 @@ def make_operator(
       >>> make_operator("rotation", 8, 8, 4)
       Rotation(in_features=8, out_features=8, square_rank=4, truncate=False)
     """
-    parse_spec(spec)
     positive_integer("in_features", in_features)
     positive_integer("out_features", out_features)
     positive_integer("square_rank", square_rank)
