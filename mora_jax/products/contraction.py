@@ -38,8 +38,15 @@ class Contraction(Product):
     inputs: str
     kernel: str
     outputs: str
+    axes: str = dataclasses.field(init=False, compare=False, repr=False)
 
+    adapted_by_default = True
     primitive = "dot_general"
+
+    def __post_init__(self) -> None:
+        kinds = {c: "o" if c not in self.inputs else "i" for c in self.kernel}
+        kinds |= {c: "s" for c in kinds if c in self.inputs and c in self.outputs}
+        object.__setattr__(self, "axes", "".join(kinds[c] for c in self.kernel))
 
     @classmethod
     def parse(cls, equation: str, inputs_ndim: int | None = None) -> "Contraction":
@@ -99,10 +106,7 @@ class Contraction(Product):
     def from_axes(cls, axes: str, inputs_ndim: int) -> "Contraction":
         """The equation from (*stack, *batch, *in) to (*stack, *batch, *out)."""
         kernel = string.ascii_letters[: len(axes)]
-        stack, ins, outs = (
-            "".join(c for c, kind in zip(kernel, axes, strict=True) if kind == letter)
-            for letter in "sio"
-        )
+        stack, ins, outs = ("".join(sizes(kernel, axes, letter)) for letter in "sio")
         equation = f"{stack}...{ins},{kernel}->{stack}...{outs}"
         return cls.parse(equation, inputs_ndim)
 
@@ -125,18 +129,8 @@ class Contraction(Product):
             )
 
     @property
-    def axes(self) -> str:
-        kinds = {c: "o" if c not in self.inputs else "i" for c in self.kernel}
-        kinds |= {c: "s" for c in self.kernel if c in self.inputs and c in self.outputs}
-        return "".join(kinds[c] for c in self.kernel)
-
-    @property
     def einsum_labels(self) -> tuple[str, str, str]:
         return self.inputs, self.kernel, self.outputs
-
-    @property
-    def joins(self) -> bool:
-        return "s" not in self.axes  # a stack axis would need a batched product
 
     @property
     def transposed(self) -> "Contraction":
@@ -146,10 +140,6 @@ class Contraction(Product):
     def equation(self) -> str:
         """The equation for `jax.numpy.einsum`."""
         return f"{self.inputs},{self.kernel}->{self.outputs}"
-
-    @property
-    def adapted_by_default(self) -> bool:
-        return True
 
     def fits(self, axes: str) -> bool:
         exchanged = self.axes.translate(str.maketrans("io", "oi"))
@@ -211,8 +201,7 @@ class Contraction(Product):
         return jnp.transpose(y, [labels.index(c) for c in self.outputs])
 
     def _labels(self, letter: str) -> str:
-        pairs = zip(self.kernel, self.axes, strict=True)
-        return "".join(c for c, kind in pairs if kind == letter)
+        return "".join(sizes(self.kernel, self.axes, letter))
 
     @property
     def _stack(self) -> str:
