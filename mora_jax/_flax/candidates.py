@@ -111,12 +111,7 @@ class Candidates:
         return not is_too_narrow(product, tuple(self.arrays[name].shape))
 
     def adapter(self, name: str) -> AdapterSpec:
-        """The adapter of the kernel at `name`.
-
-        Raises:
-          TypeError, ValueError: The kernel cannot have it, or the model does something
-            with the kernel that an adapter would miss.
-        """
+        """The adapter of the kernel at `name`, if the model needs nothing beside it."""
         path, leaf = self.leaves[name]
         check_kernel(leaf, name)
         config, axes = self.config.settings(name)
@@ -189,11 +184,11 @@ class Candidates:
             "a trained copy of the first would not reach the second; take both out of "
             "train, or copy the array",
         )
-        trained = []
-        for name in self._in_order(names):
-            dtype = self.config.settings(name)[0].param_dtype
-            trained.append(TrainedArray.of(*self.leaves[name], dtype))
-        return tuple(trained)
+        settings = self.config.settings
+        return tuple(
+            TrainedArray.of(*self.leaves[name], settings(name)[0].param_dtype)
+            for name in self._in_order(names)
+        )
 
     def refuse_idle_overrides(
         self, targets: Sequence[str], trained: Sequence[TrainedArray]
@@ -202,8 +197,8 @@ class Candidates:
         names = [*targets, *(array.name for array in trained)]
         _select("overrides", self.config.overrides, names)
         for pattern, settings in self.config.overrides.items():
-            adapted = any(re.fullmatch(pattern, name) for name in targets)
-            if not adapted and (idle := sorted(settings.keys() - {"param_dtype"})):
+            idle = sorted(settings.keys() - {"param_dtype"})
+            if idle and not any(re.fullmatch(pattern, name) for name in targets):
                 raise ValueError(
                     f"overrides[{pattern!r}] matches arrays that train themselves "
                     f"alone, whose only setting is param_dtype, got {idle}"
@@ -235,13 +230,9 @@ _KINDS = {
 def _select(
     field: str, patterns: Any, names: Iterable[str], known: Iterable[str] = ()
 ) -> set[str]:
-    """Return the names that the patterns match; each pattern must match one.
+    """Return the names that the patterns of a setting match; each must match one.
 
-    Args:
-      field: The setting that holds the patterns.
-      patterns: The patterns.
-      names: The names to choose from.
-      known: Other names, for the message if there are none to choose from.
+    The names in `known` are for the message, if there are no names to choose from.
     """
     selected: set[str] = set()
     for pattern in patterns:

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from mora_jax._common.alike import starred
+from mora_jax._common.alike import alike, starred
 from mora_jax._common.axes import features
 from mora_jax._common.types import Shape
 from mora_jax._common.warnings import LeftOutWarning, warn
@@ -25,35 +25,33 @@ def left_out_of(
     config: MoRAConfig,
     survey: Survey | None,
 ) -> tuple[LeftOut, ...]:
-    """The arrays that get no adapter, by kinds.
+    """The kinds of `arrays`, {path: array} of two or more axes and without an adapter.
 
-    Args:
-      arrays: {path: array} of those that have two or more axes and no adapter.
-      excluded: The paths that `config.exclude` names.
-      config: The settings.
-      survey: The layers and the trace of a call; None if only shapes are known.
+    `excluded` are the paths that `config.exclude` names.
     """
-    default = config.targets == DEFAULT_TARGETS
     quantized = {
         name.rpartition("/")[0]
         for name, leaf in arrays.items()
         if jnp.issubdtype(leaf.dtype, jnp.integer)
     }
-    kinds: dict[tuple[str, str, bool], list[str]] = {}
-    for name, leaf in arrays.items():
+
+    def reason(name: str, shape: Shape) -> tuple[str, bool]:
         if name in excluded:
-            why, multiplied = "excluded", False
-        elif name.rpartition("/")[0] in quantized:
-            why, multiplied = "quantized; see mora_jax.qwix", True
-        elif survey is None or not (default or _matched(name, config)):
-            why, multiplied = "no target", False
-        else:
-            why, multiplied = _by_survey(name, tuple(leaf.shape), survey)
-        kinds.setdefault((starred(name), why, multiplied), []).append(name)
-    return tuple(
-        LeftOut(names[0] if len(names) == 1 else pattern, len(names), why, multiplied)
-        for (pattern, why, multiplied), names in kinds.items()
-    )
+            return "excluded", False
+        if name.rpartition("/")[0] in quantized:
+            return "quantized; see mora_jax.qwix", True
+        default = config.targets == DEFAULT_TARGETS
+        if survey is None or not (default or matches(config.targets, name)):
+            return "no target", False
+        return _by_survey(name, shape, survey)
+
+    reasons = [(name, *reason(name, leaf.shape)) for name, leaf in arrays.items()]
+    kinds = []
+    for kind in alike(reasons, lambda reason: reason):
+        name, why, multiplied = kind[0]
+        pattern = name if len(kind) == 1 else starred(name)
+        kinds.append(LeftOut(pattern, len(kind), why, multiplied))
+    return tuple(kinds)
 
 
 def warn_of(left_out: Iterable[LeftOut]) -> None:
@@ -68,9 +66,9 @@ def warn_of(left_out: Iterable[LeftOut]) -> None:
         )
 
 
-def _matched(name: str, config: MoRAConfig) -> bool:
-    """True if a pattern of the user names the array; then that is not the reason."""
-    return any(re.fullmatch(pattern, name) for pattern in config.targets)
+def matches(patterns: Iterable[str], name: str) -> bool:
+    """True if one of the patterns matches the whole of `name`."""
+    return any(re.fullmatch(pattern, name) for pattern in patterns)
 
 
 def _by_survey(name: str, shape: Shape, survey: Survey) -> tuple[str, bool]:

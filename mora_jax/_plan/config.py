@@ -131,20 +131,17 @@ class MoRAConfig(KernelConfig):
     def __new__(cls, *args: Any, **settings: Any) -> "MoRAConfig":
         """Refuse settings that this class does not have, before `__init__` does."""
         known = [field.name for field in dataclasses.fields(cls)]
-        for name in settings:
-            if name not in known:
-                raise TypeError(
-                    f"MoRAConfig has no setting {name!r}{setting_hint(name, known)}"
-                )
+        if unknown := [name for name in settings if name not in known]:
+            hint = setting_hint(unknown[0], known)
+            raise TypeError(f"MoRAConfig has no setting {unknown[0]!r}{hint}")
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.targets:
             raise ValueError("targets must hold at least one pattern, got none")
-        for settings in self.overrides.values():
-            self._with([settings])
         for settings in ({"alpha": self.alpha}, *self.overrides.values()):
+            self._with([settings])  # raises where no kernel could have them
             if abs(alpha := settings.get("alpha", 1)) > LARGEST_USUAL_ALPHA:
                 warn(
                     f"alpha={alpha:g} multiplies the delta itself, and 1 is usual: "
@@ -179,28 +176,17 @@ functools.update_wrapper(
 
 
 def check_config(config: Any, call: str = "MoRAConfig(rank=8)") -> MoRAConfig:
-    """Return `config`, or the default config for None.
-
-    Args:
-      config: The argument of a user.
-      call: The call of the function, for the message.
-
-    Raises:
-      TypeError: `config` is something else.
-    """
+    """Return `config`, or the default config for None; `call` is for the message."""
     if config is None:
         return MoRAConfig()
     if isinstance(config, MoRAConfig):
         return config
-    got = type(config).__name__
+    got, hint = type(config).__name__, f"the call is {call}, where config may be None"
     if hasattr(config, "shape"):
         got = f"an array of shape {tuple(config.shape)}"
     fields = {field.name for field in dataclasses.fields(MoRAConfig)}
-    if isinstance(config, int):
-        hint = f"write MoRAConfig(rank={config})"
-    elif isinstance(config, Mapping) and set(config) <= fields | set(NAMES_ELSEWHERE):
-        settings = ", ".join(f"{name}={value!r}" for name, value in config.items())
-        hint = f"write MoRAConfig({settings})"
-    else:
-        hint = f"the call is {call}, where config may be None"
+    settings = {"rank": config} if isinstance(config, int) else config
+    if isinstance(settings, Mapping) and set(settings) <= fields | set(NAMES_ELSEWHERE):
+        values = ", ".join(f"{name}={value!r}" for name, value in settings.items())
+        hint = f"write MoRAConfig({values})"
     raise TypeError(f"config must be a MoRAConfig, got {got}: {hint}")

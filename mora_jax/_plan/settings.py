@@ -29,11 +29,8 @@ right one in the type that is stored."""
 def setting(default: Any, check: Check, *, meaning: bool = False) -> Any:
     """Field of a record of settings.
 
-    Args:
-      default: The value of a setting that is not given.
-      check: The check of its values.
-      meaning: True if the setting decides which delta an M stands for, and False if it
-        decides only how M is trained or computed.
+    A setting with a `meaning` decides which delta an M stands for; the others decide
+    only how M is trained or computed.
     """
     metadata = {"check": check, "meaning": meaning}
     return dataclasses.field(default=default, metadata=metadata)
@@ -113,12 +110,7 @@ class AdapterSettings:
 
     @staticmethod
     def from_json(values: Mapping[str, Any]) -> "AdapterSettings":
-        """The settings that `to_json` wrote; nothing is filled in.
-
-        Raises:
-          TypeError, ValueError: A setting is missing, unknown or wrong, or its value is
-            not written as `to_json` writes it.
-        """
+        """The settings that `to_json` wrote, exactly so; nothing is filled in."""
         if values.keys() != SETTINGS.keys():
             raise ValueError(
                 f"settings must be {sorted(SETTINGS)}, got {sorted(values)}"

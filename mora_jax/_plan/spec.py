@@ -28,9 +28,8 @@ class AdapterSpec(AdapterSettings):
       operator: The maps C and D.
       kernel_shape: The kernel's shape, stack axes included.
       axes: The meaning of the kernel's axes, a letter each: "i", "o" or "s".
-      alpha, scale, dropout, init, param_dtype, execution: As in `AdapterSettings`:
-        the two factors of the delta, the rate of dropout on the adapter's input, how M
-        starts ("zeros" or "gaussian"), the dtype of M, and how a dense layer computes.
+      alpha, scale: The two factors of the delta.
+      dropout, init, param_dtype, execution: As in `MoRAConfig`.
       path: The kernel's place in its params tree, a tuple of keys.
       layout: The places of the kernel's features on a mesh, as
         `sharding.plan_on_mesh` finds them; None for one device.
@@ -126,19 +125,18 @@ class AdapterSpec(AdapterSettings):
     @property
     def in_features(self) -> int:
         """The product of the kernel's input axes."""
-        return features(self.kernel_shape, self.axes)[0]
+        return self.operator.in_features
 
     @property
     def out_features(self) -> int:
         """The product of the kernel's output axes."""
-        return features(self.kernel_shape, self.axes)[1]
+        return self.operator.out_features
 
     def seen_by(self, ndim: int | None) -> tuple[Shape, str]:
         """The shape and the axes of the kernel as a layer sees it.
 
-        Args:
-          ndim: The number of axes, the last ones, that the layer sees: a lifted
-            transformation takes off leading stack axes. None stands for all.
+        It sees the last `ndim` axes, or all if that is None: a lifted transformation
+        takes off leading stack axes.
         """
         first = 0 if ndim is None else len(self.axes) - ndim
         return self.kernel_shape[first:], self.axes[first:]
@@ -183,9 +181,9 @@ class AdapterSpec(AdapterSettings):
         Settings that decide how M is trained or computed (dropout, init, execution,
         param_dtype, layout) are not among them, and neither is the path.
         """
-        settings = operator_settings(self.operator)
+        settings = operator_settings(self.operator).items()
         return {
-            **{f"operator.{name}": value for name, value in settings.items()},
+            **{f"operator.{name}": value for name, value in settings},
             "kernel_shape": list(self.kernel_shape),
             "axes": self.axes,
             "square_rank": self.operator.square_rank,
@@ -222,10 +220,7 @@ def _operator(config: KernelConfig, ins: int, outs: int) -> Operator:
 
 
 def operator_settings(operator: Operator) -> dict[str, Any]:
-    """An operator's name and settings, with the seed and without sizes.
-
-    A digest stands for arrays that are given.
-    """
+    """An operator's name and settings without sizes, and a digest of given arrays."""
     fields = {field.name for field in dataclasses.fields(operator) if field.compare}
     fields -= {size.name for size in dataclasses.fields(Operator)}
     fields |= {"digest"} if operator.given else set()
