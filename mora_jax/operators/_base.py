@@ -42,7 +42,7 @@ class Operator:
 
     A subclass is decorated with `operator` and gives `name`, its settings as fields,
     and three methods: `_compress` and `_decompress`, which are C and D, and
-    `_matrix_rows`, which gives rows of both as matrices. All else follows from these:
+    `_compress_units`, which is C of unit vectors. All else follows from these:
     the product `rows`, the delta `matrix` and the `gradient` of M. A subclass gives
     them as well where it knows a faster way. If its delta is no M between two maps, it
     says that it is not `linear`, and gives `rows` alone. Equality and hash go by the
@@ -193,13 +193,10 @@ class Operator:
         """D: (..., *compressed_shape) -> (..., out_features)."""
         raise NotImplementedError
 
-    def _matrix_rows(
-        self, side: Side, indices: jax.Array, dtype: DTypeLike
-    ) -> jax.Array:
-        """Rows of a matrix by their numbers: (...) -> (..., *compressed_shape).
+    def _compress_units(self, indices: jax.Array, dtype: DTypeLike) -> jax.Array:
+        """C of unit vectors e_i by their numbers i: (...) -> (..., *compressed_shape).
 
-        The matrix of side "in" is C, whose row i is C(e_i) for a unit vector e_i; that
-        one of "out" is the transpose of D, whose row j holds the weights of output j.
+        These are rows of C as a matrix.
         """
         raise NotImplementedError
 
@@ -209,7 +206,7 @@ class Operator:
 
     def split_units(self, indices: jax.Array, dtype: DTypeLike) -> Split:
         """Split for unit vectors e_i, whose numbers i are `indices`, (...)."""
-        return Split(self._matrix_rows("in", indices, dtype), self._decompress)
+        return Split(self._compress_units(indices, dtype), self._decompress)
 
     def rows(
         self, x: jax.Array, m: jax.Array, precision: Precision = None
@@ -267,7 +264,7 @@ class Operator:
 
     def compress_matrix(self, dtype: DTypeLike = jnp.float32) -> jax.Array:
         """C itself: (in_features, q), or (in_features, n q) for a block operator."""
-        rows = self._matrix_rows("in", jnp.arange(self.in_features), dtype)
+        rows = self._compress_units(jnp.arange(self.in_features), dtype)
         return rows.reshape(self.in_features, math.prod(self.compressed_shape))
 
     def apply(

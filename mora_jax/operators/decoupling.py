@@ -10,7 +10,7 @@ from jax.typing import DTypeLike
 
 from mora_jax._common.types import Shape
 from mora_jax._jax.tiles import stored, sum_tiles, tile_to
-from mora_jax.operators._base import Operator, Side, Split
+from mora_jax.operators._base import Operator, Split
 from mora_jax.operators._blocks import (
     add_wrapped_rows,
     block_positions,
@@ -86,7 +86,7 @@ class Decoupling(Operator):
         return 1.0, math.sqrt(self.num_feeding / self.num_groups)
 
     def _compress(self, x: jax.Array) -> jax.Array:
-        return to_blocks(self.order_inputs(x), self.square_rank)
+        return self.rotate_rows(to_blocks(self.order_inputs(x), self.square_rank))
 
     def _decompress(self, h: jax.Array) -> jax.Array:
         return self.decompress_groups(self.sum_groups(h))
@@ -133,18 +133,10 @@ class Decoupling(Operator):
         rows = jnp.where(feeds, self.rotate_m(columns), 0)
         return add_wrapped_rows(rows.reshape(n * q, outs), self.in_features)
 
-    def _matrix_rows(
-        self, side: Side, indices: jax.Array, dtype: DTypeLike
-    ) -> jax.Array:
-        n, q = self.compressed_shape
-        if side == "in":
-            block, entries = self.block_rows(indices, dtype)
-            at_block = jax.nn.one_hot(block, n, dtype=dtype)
-            return jnp.sum(at_block[..., None] * entries[..., None, :], axis=-3)
-        block, offset = block_positions(indices, self.out_features, q)
-        block, offset = block[..., :1], offset[..., :1]  # each output is in one block
-        feeds = self.in_group(np.arange(n, dtype=np.uint32)) == self.out_group(block)
-        return feeds[..., None] * jax.nn.one_hot(offset, q, dtype=dtype)
+    def _compress_units(self, indices: jax.Array, dtype: DTypeLike) -> jax.Array:
+        block, entries = self.block_rows(indices, dtype)
+        at_block = jax.nn.one_hot(block, self.compressed_shape[0], dtype=dtype)
+        return jnp.sum(at_block[..., None] * entries[..., None, :], axis=-3)
 
     def block_rows(
         self, indices: jax.Array, dtype: DTypeLike
@@ -169,8 +161,11 @@ class Decoupling(Operator):
         """Undo `order_outputs`."""
         return y
 
-    def rotate_rows(self, h: jax.Array, block: jax.Array) -> jax.Array:
-        """Rows h of the blocks k times R_k: (..., q) and (...) to (..., q)."""
+    def rotate_rows(self, h: jax.Array, block: jax.Array | None = None) -> jax.Array:
+        """Rows h of the blocks k times R_k: (..., q) and (...) to (..., q).
+
+        Without the numbers of blocks, `h` has all of them in a row, (..., n, q).
+        """
         return h
 
     def rotate_m(self, m: jax.Array) -> jax.Array:

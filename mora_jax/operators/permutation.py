@@ -11,7 +11,6 @@ from jax.typing import DTypeLike
 from mora_jax._common.types import ArrayLike
 from mora_jax._jax.linear_map import LinearMap
 from mora_jax._jax.tiles import stored
-from mora_jax.operators._base import Side
 from mora_jax.operators._blocks import block_positions, divide
 from mora_jax.operators._pytree import operator, seeded
 from mora_jax.operators._random import inverse, permutation
@@ -83,13 +82,6 @@ class Permutation(Decoupling):
             for t in range(group.shape[1])
         )
         return functools.reduce(jnp.add, parts)
-
-    def _matrix_rows(
-        self, side: Side, indices: jax.Array, dtype: DTypeLike
-    ) -> jax.Array:
-        if side == "out":
-            indices = jnp.asarray(self.out_inverse)[indices]
-        return super()._matrix_rows(side, indices, dtype)
 
     def block_rows(
         self, indices: jax.Array, dtype: DTypeLike

@@ -91,20 +91,14 @@ class Sharing(Operator):
             return tile_to(h, self.out_features)
         return _repeat_contiguous(h, self.out_features)
 
-    def _matrix_rows(
-        self, side: Side, indices: jax.Array, dtype: DTypeLike
-    ) -> jax.Array:
-        width = self.square_rank
-        groups = self.compress_groups if side == "in" else self.decompress_groups
-        features = self.in_features if side == "in" else self.out_features
-        if groups == "contiguous":
+    def _compress_units(self, indices: jax.Array, dtype: DTypeLike) -> jax.Array:
+        width, features = self.square_rank, self.in_features
+        if self.compress_groups == "contiguous":
             group = _contiguous_group(indices, features, width)[..., None]
-        elif side == "in":  # the first features may be in two groups
+        else:  # the first features may be in two groups
             _, group = block_positions(indices, features, width)
-        else:
-            group = indices[..., None] % width
         member = jax.nn.one_hot(group, width, dtype=dtype).sum(-2)
-        return member * self._scale(side, dtype)
+        return member * self._scale("in", dtype)
 
     def _scale(self, side: Side, dtype: DTypeLike) -> np.ndarray:
         features = self.in_features if side == "in" else self.out_features

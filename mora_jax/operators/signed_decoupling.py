@@ -41,11 +41,9 @@ class SignedDecoupling(Decoupling):
 
     name = "signed_decoupling"
 
-    def _compress(self, x: jax.Array) -> jax.Array:
-        return super()._compress(x) * jnp.asarray(self.in_signs, x.dtype)
-
-    def rotate_rows(self, h: jax.Array, block: jax.Array) -> jax.Array:
-        return h * jnp.asarray(self.in_signs, h.dtype)[block]
+    def rotate_rows(self, h: jax.Array, block: jax.Array | None = None) -> jax.Array:
+        signs = jnp.asarray(self.in_signs, h.dtype)
+        return h * (signs if block is None else signs[block])
 
     def rotate_m(self, m: jax.Array) -> jax.Array:
         return m * jnp.asarray(self.in_signs, m.dtype)[..., None]

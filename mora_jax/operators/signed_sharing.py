@@ -5,7 +5,6 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from mora_jax._common.types import ArrayLike
-from mora_jax.operators._base import Side
 from mora_jax.operators._pytree import operator, seeded
 from mora_jax.operators._random import signs
 from mora_jax.operators.sharing import Sharing
@@ -46,8 +45,6 @@ class SignedSharing(Sharing):
         y = super()._decompress(h)
         return y * jnp.asarray(self.out_signs, y.dtype)
 
-    def _matrix_rows(
-        self, side: Side, indices: jax.Array, dtype: DTypeLike
-    ) -> jax.Array:
-        signs = jnp.asarray(self.in_signs if side == "in" else self.out_signs, dtype)
-        return super()._matrix_rows(side, indices, dtype) * signs[indices][..., None]
+    def _compress_units(self, indices: jax.Array, dtype: DTypeLike) -> jax.Array:
+        signs = jnp.asarray(self.in_signs, dtype)[indices]
+        return super()._compress_units(indices, dtype) * signs[..., None]
