@@ -95,14 +95,13 @@ def as_jax_array(name: str, value: Any) -> jax.Array:
 
 def check_array(name: str, array: Any, end: Shape) -> jax.Array:
     """Return `array` if it is floating-point and its shape ends in `end`."""
-    if not isinstance(array, jax.Array | np.ndarray):
-        raise TypeError(f"{name} must be an array, got {type(array).__name__}")
+    array = as_jax_array(name, array)
     if not jnp.issubdtype(array.dtype, jnp.floating):
         raise TypeError(f"{name} must be floating-point, got {array.dtype}")
     if array.shape[-len(end) :] != end:
         expected = ", ".join(map(str, end))
         raise ValueError(f"{name} must have shape (..., {expected}), got {array.shape}")
-    return jnp.asarray(array)
+    return array
 
 
 def check_finite(array: Any, name: str, where: str = "") -> None:

@@ -107,7 +107,8 @@ class Operator:
             )
         check_seed(getattr(self, "seed", 0))
         for field in dataclasses.fields(self):
-            if compute := field.metadata.get("compute"):
+            if field.metadata:
+                compute = field.metadata["compute"]
                 object.__setattr__(self, field.name, compute(self))
 
     @property

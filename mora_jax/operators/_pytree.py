@@ -9,15 +9,21 @@ import jax
 ClassT = TypeVar("ClassT", bound=type)
 
 
-def seeded(compute: Callable[[Any], Any], *, init: Literal[False] = False) -> Any:
+Compute = Callable[[Any], Any]
+
+
+def seeded(compute: Compute, *, init: Literal[False] = False) -> Any:
     """Array that settings determine, as `compute(operator)`: no part of eq and repr."""
+    return _array_field(compute, init)
+
+
+def given(check: Compute, *, init: Literal[True] = True) -> Any:
+    """Array that the caller gives, as `check(operator)` returns it: no part of repr."""
+    return _array_field(check, init)
+
+
+def _array_field(compute: Compute, init: bool) -> Any:
     metadata = {"compute": compute}
-    return dataclasses.field(init=init, compare=False, repr=False, metadata=metadata)
-
-
-def given(*, init: Literal[True] = True) -> Any:
-    """Array that the caller gives: no part of eq, hash or repr."""
-    metadata = {"compute": None}
     return dataclasses.field(init=init, compare=False, repr=False, metadata=metadata)
 
 
@@ -28,8 +34,9 @@ def operator(cls: ClassT) -> ClassT:
     """Make `cls` a frozen dataclass and a pytree whose leaves are its arrays."""
     cls = dataclasses.dataclass(frozen=True)(cls)  # type: ignore[assignment]
     fields = dataclasses.fields(cls)
-    cls.arrays = tuple(f.name for f in fields if "compute" in f.metadata)
-    static = [f.name for f in fields if "compute" not in f.metadata]
+    cls.arrays = tuple(f.name for f in fields if f.metadata)
+    cls.given = any(f.init for f in fields if f.metadata)
+    static = [f.name for f in fields if not f.metadata]
 
     def flatten_with_keys(op: Any) -> tuple[list[Any], tuple[Any, ...]]:
         children = [(jax.tree_util.GetAttrKey(n), getattr(op, n)) for n in cls.arrays]

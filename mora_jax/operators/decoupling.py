@@ -63,8 +63,7 @@ class Decoupling(Operator):
 
     @property
     def isometry(self) -> bool:
-        whole = self.in_features % self.square_rank == 0
-        return self.in_features == self.out_features and whole
+        return self.aligned and self.in_features == self.out_features
 
     @property
     def num_out_blocks(self) -> int:
