@@ -31,12 +31,6 @@ class LeftOutWarning(MoRAWarning):
 
     The default targets are the dense layers of known classes. `print(plan)` lists what
     they leave out. An array that `exclude` names is left out without a warning.
-
-    Example::
-
-      >>> import mora_jax
-      >>> issubclass(mora_jax.LeftOutWarning, mora_jax.MoRAWarning)
-      True
     """
 
 

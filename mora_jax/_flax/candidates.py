@@ -232,7 +232,7 @@ def _select(
 ) -> set[str]:
     """Return the names that the patterns of a setting match; each must match one.
 
-    The names in `known` are for the message, if there are no names to choose from.
+    The names in `known` are for the message, where `names` is empty.
     """
     selected: set[str] = set()
     for pattern in patterns:

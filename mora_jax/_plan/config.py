@@ -69,13 +69,11 @@ class MoRAConfig(KernelConfig):
         {"name": "sharing", "compress_groups": "contiguous"}.
       alpha: The factor of the delta itself, so 1 is usual; a `MoRAWarning` is given
         above 4. LoRA's libraries (PEFT, qwix) multiply by alpha / rank instead: what is
-        lora_alpha / r there is alpha here, and alpha=16 of theirs would be 16 times as
-        much here. (The reference ignores its alpha.)
+        lora_alpha / r there is alpha here. (The reference ignores its alpha.)
       scale: A factor of each delta beside alpha. "fine-tuning" takes the one with which
         the learning rate of full fine-tuning suits M, whatever its operator, its width
         and the kernel's shape: see `Operator.fine_tuning_scale`. With "paper" it is 1,
-        and each of these wants a rate of its own. The number is kept in plans and
-        files, so an adapter means the same wherever it is loaded.
+        and each of these wants a rate of its own. Plans and files keep the number.
       square_rank: q itself, instead of `rank`.
       multiple_of: The number whose multiple q is rounded down to. None chooses a q that
         suits the layer's widths and the chip, see `square_rank`; it may use as little
@@ -85,10 +83,9 @@ class MoRAConfig(KernelConfig):
         first step.
       dropout: The rate of dropout on the adapter's input; the frozen path sees all of
         its input.
-      param_dtype: The dtype of M. None takes each kernel's dtype. That is for tools
-        which want one dtype in all leaves of a model, such as Tunix when it copies a
-        bfloat16 model to a sampler on another mesh. Otherwise keep float32: 16 bits
-        lose steps of M that are small in comparison with M.
+      param_dtype: The dtype of M. None takes each kernel's dtype, for tools which want
+        one dtype in all leaves of a model, such as Tunix's samplers. Otherwise keep
+        float32: 16 bits lose steps of M that are small in comparison with M.
       execution: The way a dense layer computes. "activation" adds alpha D(C(x) M) to
         its output; "fold" multiplies by W + alpha C M D, which it computes in each
         step; "auto" takes what was faster in measurements, by the layer's shape, its
@@ -98,15 +95,14 @@ class MoRAConfig(KernelConfig):
         `.*/(q_proj|v_proj)/kernel`. By default these are the kernels of dense layers.
       exclude: Regular expressions that match the paths to leave out.
       overrides: {pattern: {setting: value}} for some targets; later patterns win. The
-        settings are all fields except `targets`, `exclude`, `overrides` and `train`.
-        "axes" is a setting in overrides alone, and not a field of the config: it gives
-        the meaning of a kernel's axes, a letter each, "i" for input features, "o" for
-        output features and "s" for a stack.
+        settings are all fields except `targets`, `exclude`, `overrides` and `train`,
+        and "axes", which gives the meaning of a kernel's axes, a letter each: "i" for
+        input features, "o" for output features and "s" for a stack.
       seed: The seed of the random operators.
       train: Regular expressions that match the paths of arrays of the base that are
-        trained themselves, beside the M's: norms, biases, a head. The adapters hold a
-        copy of each of them, in `param_dtype` or in the array's own dtype, whichever
-        is wider. PEFT calls this modules_to_save.
+        trained themselves: norms, biases, a head. The adapters hold copies of them, in
+        `param_dtype` or in the array's own dtype, whichever is wider. PEFT calls this
+        modules_to_save.
 
     Raises:
       TypeError, ValueError: A setting that no kernel could have; `rank` together with

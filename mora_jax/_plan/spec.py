@@ -34,10 +34,9 @@ class AdapterSpec(AdapterSettings):
       layout: The places of the kernel's features on a mesh, as
         `sharding.plan_on_mesh` finds them; None for one device.
       base_digest: Digests of the kernel that the adapter was trained on, one for each
-        index of its stack axes; None if no file holds them. Two specs that differ in
-        this alone are equal.
+        index of its stack axes; None if no file holds them.
       rank: The budget that q was chosen by; None if q itself was given, or was read
-        from a file. Two specs that differ in this alone are equal.
+        from a file. Specs that differ in this or in `base_digest` alone are equal.
 
     Example::
 
@@ -87,8 +86,7 @@ class AdapterSpec(AdapterSettings):
           kernel_shape: The kernel's shape.
           axes: The meaning of the kernel's axes, a letter each.
           path: The kernel's place in its params tree.
-          kernel_dtype: The kernel's dtype, which is needed if `config.param_dtype` is
-            None.
+          kernel_dtype: The kernel's dtype, for a `config.param_dtype` of None.
 
         Raises:
           ValueError: The axes do not fit the shape, or the kernel is too small.
@@ -164,11 +162,7 @@ class AdapterSpec(AdapterSettings):
 
     @property
     def asked_square_rank(self) -> int | None:
-        """The q that the budget would buy, if less than four fifths of it are used.
-
-        The layer is too small for it, or no wider M suits its widths. None if it is
-        what the layer has.
-        """
+        """The q that the budget would buy, if less than four fifths of it are used."""
         if self.rank is None or 5 * self.lora_rank >= 4 * self.rank:
             return None
         asked = math.isqrt((self.in_features + self.out_features) * self.rank)
@@ -178,8 +172,7 @@ class AdapterSpec(AdapterSettings):
     def meaning(self) -> dict[str, Any]:
         """The settings that decide which delta an M stands for, as JSON can hold them.
 
-        Settings that decide how M is trained or computed (dropout, init, execution,
-        param_dtype, layout) are not among them, and neither is the path.
+        The path, and what decides how M is trained or computed, are not among them.
         """
         settings = operator_settings(self.operator).items()
         return {
@@ -231,16 +224,12 @@ def operator_settings(operator: Operator) -> dict[str, Any]:
 def differences(
     first: Mapping[str, Any], second: Mapping[str, Any]
 ) -> dict[str, tuple[Any, Any]]:
-    """{name: its two values} where the settings of two adapters of a kernel differ.
+    """{name: its two values} where two adapters of a kernel differ.
 
-    A setting that only the first or only the second operator has is left out, since
-    the names of the operators differ then.
+    A setting that one of two operators lacks is left out: their names differ then.
     """
-    return {
-        name: (first[name], second[name])
-        for name in first
-        if name in second and first[name] != second[name]
-    }
+    shared = [name for name in first if name in second]
+    return {n: (first[n], second[n]) for n in shared if first[n] != second[n]}
 
 
 def check_same(made_for: AdapterSpec, used_with: AdapterSpec) -> None:

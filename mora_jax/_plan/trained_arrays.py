@@ -97,7 +97,7 @@ def find_trained(
 ) -> tuple[Path, Any]:
     """The path and the base's array of `trained`, checked.
 
-    `leaves` are those of the params, as `named_leaves` gives them.
+    `leaves` has all leaves of the params, as `named_leaves` gives them.
     """
     name = trained.name
     if name not in leaves:

@@ -20,6 +20,9 @@ from mora_jax._jax.vma import shape_for
 
 Side = Literal["in", "out"]
 Precision = jax.lax.PrecisionLike
+Trained = Float[ArrayLike, "..."]
+Inputs = Float[ArrayLike, "*batch ins"]
+Outputs = Float[ArrayLike, "*batch outs"]
 
 
 class Split(NamedTuple):
@@ -44,8 +47,8 @@ class Operator:
     and three methods: `_compress` and `_decompress`, which are C and D, and
     `_compress_units`, which is C of unit vectors. All else follows from these:
     the product `rows`, the delta `matrix` and the `gradient` of M. A subclass gives
-    them as well where it knows a faster way. If its delta is no M between two maps, it
-    says that it is not `linear`, and gives `rows` alone. Equality and hash go by the
+    them as well where it knows a faster way. If its delta is not an M between two maps,
+    it says that it is not `linear`, and gives `rows` alone. Equality and hash go by the
     settings. Arrays that a seed determines are pytree leaves, so that a jitted function
     that is handed an operator takes them as arguments.
 
@@ -55,7 +58,7 @@ class Operator:
 
     In all methods `x` is (..., in_features), `y` and `g` are (..., out_features), `h`
     is (..., *compressed_shape), `m` is M and has `m_shape`, `indices` are numbers of
-    inputs, and `precision` is that of the products with M, as in `jax.numpy.matmul`.
+    inputs, and `precision` is for the products with M, as in `jax.numpy.matmul`.
     Public methods raise a TypeError for arrays that are not of floating-point numbers,
     and a ValueError for arrays of another shape.
 
@@ -255,7 +258,7 @@ class Operator:
         (back,) = jax.linear_transpose(decompress, h)(g)
         return rows_product(h, back, precision)
 
-    def compress(self, x: Float[ArrayLike, "*batch ins"]) -> Float[jax.Array, "..."]:
+    def compress(self, x: Inputs) -> Float[jax.Array, "..."]:
         """C(x): (..., in_features) -> (..., q), or (..., n, q) with several blocks."""
         return self._compress(check_array("x", x, (self.in_features,)))
 
@@ -269,22 +272,14 @@ class Operator:
         return rows.reshape(self.in_features, math.prod(self.compressed_shape))
 
     def apply(
-        self,
-        m: Float[ArrayLike, "..."],
-        x: Float[ArrayLike, "*batch ins"],
-        *,
-        precision: Precision = None,
-    ) -> Float[jax.Array, "*batch out"]:
+        self, m: Trained, x: Inputs, *, precision: Precision = None
+    ) -> Float[jax.Array, "*batch outs"]:
         """D(C(x) M), the paper's equation 3 without alpha: (..., out_features)."""
         x = check_array("x", x, (self.in_features,))
         return undisturbed(self.rows)(x, self._checked(m), precision)
 
     def apply_transpose(
-        self,
-        m: Float[ArrayLike, "..."],
-        y: Float[ArrayLike, "*batch out"],
-        *,
-        precision: Precision = None,
+        self, m: Trained, y: Outputs, *, precision: Precision = None
     ) -> Float[jax.Array, "*batch ins"]:
         r"""The transpose of `apply`, for a kernel that is used both ways.
 
@@ -302,11 +297,11 @@ class Operator:
 
     def lookup(
         self,
-        m: Float[ArrayLike, "..."],
+        m: Trained,
         indices: Integer[ArrayLike, "*batch"],
         *,
         precision: Precision = None,
-    ) -> Float[jax.Array, "*batch out"]:
+    ) -> Float[jax.Array, "*batch outs"]:
         """Rows of `delta_weight(m)` by their numbers: (...) -> (..., out_features).
 
         Negative `indices` count from the end, and rows beyond either end are
@@ -319,7 +314,7 @@ class Operator:
         rows = undisturbed(self.unit_rows)
         return rows(in_range(indices, self.in_features), self._checked(m), precision)
 
-    def delta_weight(self, m: Float[ArrayLike, "..."]) -> Float[jax.Array, "ins out"]:
+    def delta_weight(self, m: Trained) -> Float[jax.Array, "ins out"]:
         r"""The delta as a kernel, (in_features, out_features): `apply` is its product.
 
         .. math:: C (I_n \otimes M) D
