@@ -15,11 +15,9 @@ from mora_jax._common.types import Path
 from mora_jax._flax.left_out import is_too_narrow, left_out_of
 from mora_jax._flax.survey import Survey
 from mora_jax._plan.config import DEFAULT_TARGETS, MoRAConfig, default_targets
-from mora_jax._plan.plan import LeftOut
 from mora_jax._plan.spec import SUFFIX, AdapterSpec
 from mora_jax._plan.trained_arrays import TrainedArray
 from mora_jax._trace_check import Uses
-from mora_jax.products import Lookup
 
 ATTENTION_AXES = (
     (r"(.*/)?(query|key|value)/kernel", "ioo"),
@@ -57,11 +55,6 @@ class Candidates:
         """The names that `config.exclude` matches."""
         return _select("exclude", self.config.exclude, self.leaves)
 
-    def left_out(self, taken: Collection[str]) -> tuple[LeftOut, ...]:
-        """The arrays that are not `taken`, by kinds, with reasons."""
-        arrays = {n: leaf for n, leaf in self.arrays.items() if n not in taken}
-        return left_out_of(arrays, self.excluded, self.config, self.survey)
-
     def targets(self) -> list[str]:
         """The names of the kernels to adapt, in the order of their paths."""
         known = self.survey.no_kernels(self.arrays) if self.survey is not None else ()
@@ -84,13 +77,19 @@ class Candidates:
     def _default_targets(self, kernels: Sequence[str]) -> set[str]:
         """The names that the default targets choose among `kernels`."""
         pattern, dense = DEFAULT_TARGETS[0], kernels
-        if self.survey is not None:
-            pattern, dense = default_targets("[^/]+"), filter(self._is_dense, kernels)
+        if self.survey is not None:  # then a layer may call its kernel as it likes
+            pattern, products = default_targets("[^/]+"), self.survey.products
+            dense = [
+                name
+                for name in kernels
+                if (product := products.get(name)) and product.adapted_by_default
+                if not is_too_narrow(product, self.arrays[name].shape)
+            ]
         if names := {name for name in dense if re.fullmatch(pattern, name)}:
             return names
         why = "no array has two or more axes"
         if self.arrays and self.survey is not None:
-            why = "; ".join(map(str, self.left_out(())))
+            why = "; ".join(map(str, left_out_of(self, ())))
         elif self.arrays:
             some = ", ".join(map(repr, kernels[:3]))
             some += f" and {len(kernels) - 3} more" * (len(kernels) > 3)
@@ -102,13 +101,6 @@ class Candidates:
             "targets: the default matches no path of a kernel that can be adapted: "
             + why
         )
-
-    def _is_dense(self, name: str) -> bool:
-        """True for a kernel that is adapted by default, whatever its layer's name."""
-        product = self.survey.products.get(name) if self.survey is not None else None
-        if product is None or not product.adapted_by_default:
-            return False
-        return not is_too_narrow(product, tuple(self.arrays[name].shape))
 
     def adapter(self, name: str) -> AdapterSpec:
         """The adapter of the kernel at `name`, if the model needs nothing beside it."""
@@ -149,9 +141,8 @@ class Candidates:
             return
         uses = self.survey.uses or Uses()
         if name in uses.outside:
-            kind, tied = "kernel", ""
-            if isinstance(self.survey.products[name], Lookup):
-                kind, tied = "embedding", " (a tied head?)"
+            table = self.survey.products[name].takes_indices
+            kind, tied = ("embedding", " (a tied head?)") if table else ("kernel", "")
             by = f", by {uses.outside[name]}" if uses.outside[name] else ""
             raise ValueError(
                 f"the model also reads this {kind} outside of its layer's known methods"

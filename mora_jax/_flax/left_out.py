@@ -1,8 +1,8 @@
 """Arrays of a model that get no adapter, and the reasons."""
 
 import re
-from collections.abc import Collection, Iterable, Mapping
-from typing import Any
+from collections.abc import Collection, Iterable
+from typing import TYPE_CHECKING
 
 import jax.numpy as jnp
 
@@ -11,24 +11,19 @@ from mora_jax._common.axes import features
 from mora_jax._common.types import Shape
 from mora_jax._common.warnings import LeftOutWarning, warn
 from mora_jax._flax.survey import Survey
-from mora_jax._plan.config import DEFAULT_TARGETS, MoRAConfig
 from mora_jax._plan.plan import LeftOut
 from mora_jax.products import Product
+
+if TYPE_CHECKING:
+    from mora_jax._flax.candidates import Candidates
 
 NO_KERNEL = re.compile(r"(?i).*(bias|scale|norm|pos|embed|token|mean|var|cache)[^/]*$")
 """Names of arrays that rarely multiply inputs, for models that were not traced."""
 
 
-def left_out_of(
-    arrays: Mapping[str, Any],
-    excluded: Collection[str],
-    config: MoRAConfig,
-    survey: Survey | None,
-) -> tuple[LeftOut, ...]:
-    """The kinds of `arrays`, {path: array} of two or more axes and without an adapter.
-
-    `excluded` are the paths that `config.exclude` names.
-    """
+def left_out_of(model: "Candidates", taken: Collection[str]) -> tuple[LeftOut, ...]:
+    """The kinds of the arrays of two or more axes that are not `taken`."""
+    arrays = {n: leaf for n, leaf in model.arrays.items() if n not in taken}
     quantized = {
         name.rpartition("/")[0]
         for name, leaf in arrays.items()
@@ -36,14 +31,14 @@ def left_out_of(
     }
 
     def reason(name: str, shape: Shape) -> tuple[str, bool]:
-        if name in excluded:
+        if name in model.excluded:
             return "excluded", False
         if name.rpartition("/")[0] in quantized:
             return "quantized; see mora_jax.qwix", True
-        default = config.targets == DEFAULT_TARGETS
-        if survey is None or not (default or matches(config.targets, name)):
+        named = any(re.fullmatch(p, name) for p in model.config.targets)
+        if model.survey is None or not (model.by_default or named):
             return "no target", False
-        return _by_survey(name, shape, survey)
+        return _by_survey(name, shape, model.survey)
 
     reasons = [(name, *reason(name, leaf.shape)) for name, leaf in arrays.items()]
     kinds = []
@@ -64,11 +59,6 @@ def warn_of(left_out: Iterable[LeftOut]) -> None:
             + ". Name them in exclude if that is meant",
             LeftOutWarning,
         )
-
-
-def matches(patterns: Iterable[str], name: str) -> bool:
-    """True if one of the patterns matches the whole of `name`."""
-    return any(re.fullmatch(pattern, name) for pattern in patterns)
 
 
 def _by_survey(name: str, shape: Shape, survey: Survey) -> tuple[str, bool]:

@@ -4,7 +4,7 @@ import math
 from typing import Any
 
 from mora_jax._flax.candidates import Candidates
-from mora_jax._flax.left_out import warn_of
+from mora_jax._flax.left_out import left_out_of, warn_of
 from mora_jax._flax.survey import Survey
 from mora_jax._plan.config import MoRAConfig, check_config
 from mora_jax._plan.plan import Plan
@@ -52,7 +52,7 @@ def plan_surveyed(params: Any, config: MoRAConfig, survey: Survey | None) -> Pla
     trained = model.trained(targets)
     model.refuse_idle_overrides(targets, trained)
     specs = tuple(map(model.adapter, targets))
-    left_out = model.left_out({*targets, *(array.name for array in trained)})
+    left_out = left_out_of(model, {*targets, *(array.name for array in trained)})
     if model.by_default:
         warn_of(left_out)
     return Plan(

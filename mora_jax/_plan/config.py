@@ -7,13 +7,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from mora_jax._common.frozen import FrozenMapping
+from mora_jax._common.suggestions import did_you_mean
 from mora_jax._common.warnings import warn
-from mora_jax._plan.patterns import (
-    NAMES_ELSEWHERE,
-    check_pattern,
-    patterns_of,
-    setting_hint,
-)
 from mora_jax._plan.settings import DEFAULT_RANK, KernelConfig, setting
 
 
@@ -30,9 +25,51 @@ def default_targets(leaf: str) -> str:
 
 DEFAULT_TARGETS = (default_targets("kernel"),)
 
+PATTERNS = "regular expressions that match whole paths"
+NAMES_ELSEWHERE = {
+    "r": "rank",
+    "lora_rank": "rank",
+    "lora_alpha": "alpha, which multiplies the delta itself, as LoRA's lora_alpha / r",
+    "lora_dropout": "dropout",
+    "target_modules": f"targets, {PATTERNS}",
+    "exclude_modules": f"exclude, {PATTERNS}",
+    "modules_to_save": f"train, {PATTERNS}",
+    "rank_pattern": "overrides, as in {'.*/q_proj/kernel': {'rank': 16}}",
+    "alpha_pattern": "overrides, as in {'.*/q_proj/kernel': {'alpha': 2.0}}",
+    "init_lora_weights": "init, 'zeros' or 'gaussian'",
+}
+"""{name of a setting in other libraries: its name here}."""
+
 LARGEST_USUAL_ALPHA = 4.0
 
 _KERNEL_SETTINGS = [field.name for field in dataclasses.fields(KernelConfig)]
+
+
+def setting_hint(name: str, known: Iterable[str]) -> str:
+    """The name here of an unknown setting, as the end of a message."""
+    if name in NAMES_ELSEWHERE:
+        return f": here that is {NAMES_ELSEWHERE[name]}"
+    return did_you_mean(name, known)
+
+
+def patterns_of(field: str, patterns: Any) -> tuple[str, ...]:
+    """A regular expression, or several of them, as a tuple."""
+    if isinstance(patterns, str):
+        patterns = (patterns,)
+    if not isinstance(patterns, Iterable):
+        hint = "; leave it out for the default" if patterns is None else ""
+        raise TypeError(f"{field} must be regular expressions, got {patterns!r}{hint}")
+    patterns = tuple(patterns)
+    for pattern in patterns:
+        if not isinstance(pattern, str):
+            raise TypeError(f"{field} must hold regular expressions, got {pattern!r}")
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(
+                f"{field} holds {pattern!r}, which is not a regular expression: {error}"
+            ) from error
+    return patterns
 
 
 def _check_overrides(name: str, overrides: Any) -> FrozenMapping:
@@ -40,9 +77,8 @@ def _check_overrides(name: str, overrides: Any) -> FrozenMapping:
     if not isinstance(overrides, Mapping):
         raise TypeError(f"{name} must map patterns to settings, got {overrides!r}")
     allowed = sorted([*_KERNEL_SETTINGS, "axes"])
-    for pattern, settings in overrides.items():
-        check_pattern(name, pattern)
-        where = f"{name}[{pattern!r}]"
+    for pattern in patterns_of(name, overrides):
+        settings, where = overrides[pattern], f"{name}[{pattern!r}]"
         if not isinstance(settings, Mapping):
             raise TypeError(f"{where} must be a mapping, got {settings!r}")
         if unknown := sorted(settings.keys() - allowed, key=str):

@@ -189,23 +189,19 @@ class Contraction(Product):
 
     def to_rows(self, x: jax.Array) -> jax.Array:
         """The input as (*stack, *batch, in_features)."""
-        lead = self._stack + self._batch
+        lead = self._labels("s") + self._batch
         order = [self.inputs.index(c) for c in lead + self._labels("i")]
         x = jnp.transpose(x, order)
         return x.reshape(*x.shape[: len(lead)], math.prod(x.shape[len(lead) :]))
 
     def from_rows(self, rows: jax.Array, out_shape: Shape) -> jax.Array:
         """(*stack, *batch, out_features) as the layer's output."""
-        labels = self._stack + self._batch + self._labels("o")
+        labels = self._labels("s") + self._batch + self._labels("o")
         y = rows.reshape(*rows.shape[:-1], *out_shape)
         return jnp.transpose(y, [labels.index(c) for c in self.outputs])
 
     def _labels(self, letter: str) -> str:
         return "".join(sizes(self.kernel, self.axes, letter))
-
-    @property
-    def _stack(self) -> str:
-        return self._labels("s")
 
     @property
     def _batch(self) -> str:
