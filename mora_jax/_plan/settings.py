@@ -22,8 +22,7 @@ from mora_jax.operators._registry import OperatorSpec, parse_spec
 DEFAULT_RANK = 8
 
 Check = Callable[[str, Any], Any]
-"""Function of a setting's name and value, which raises for a wrong value and returns a
-right one in the type that is stored."""
+"""Function of a setting's name and value that raises, or returns what is stored."""
 
 
 def setting(default: Any, check: Check, *, meaning: bool = False) -> Any:
@@ -82,15 +81,8 @@ _execution = functools.partial(check_choice, choices=("auto", "activation", "fol
 class AdapterSettings:
     """Settings of one adapter that are neither its operator nor its place.
 
-    `AdapterSpec` and `FrozenDense` have these fields, and files hold all of them.
-
-    Attributes:
-      alpha: The factor of the delta.
-      scale: A second factor, which `MoRAConfig(scale=)` chooses for the kernel.
-      dropout: The rate of dropout on the adapter's input.
-      init: The start of M, "zeros" or "gaussian".
-      param_dtype: The dtype of M.
-      execution: The way a dense layer computes, as in `MoRAConfig`.
+    `AdapterSpec` and `FrozenDense` have these fields, and files hold all of them. They
+    are as in `MoRAConfig`, which chooses a number for `scale` by the kernel.
     """
 
     alpha: float = setting(1.0, check_number, meaning=True)
@@ -133,10 +125,6 @@ class KernelConfig:
 
     `qwix.MoRARule` has these fields as well, and `MoRAConfig(overrides=)` changes them
     for the kernels of a pattern.
-
-    Raises:
-      TypeError, ValueError: A setting that no kernel could have; `rank` together with
-        `square_rank`.
     """
 
     rank: int = setting(DEFAULT_RANK, positive_integer)

@@ -86,23 +86,23 @@ def square_rank(
 
     .. math:: \hat r = \lfloor \sqrt{(in + out)\, r} \rfloor
 
-    is the largest one that trains no more parameters than LoRA of rank `rank` would
-    (paper section 3.2; the reference rounds to the nearest instead, which may exceed
-    the budget). q is at most min(in, out), and even for rotation.
+    trains no more parameters than LoRA of rank `rank` would (paper section 3.2; the
+    reference rounds to the nearest instead, which may exceed the budget). q is at most
+    min(in, out), and even for rotation.
 
     Chips compute with rows of 128 numbers. If a multiple of 128 divides both widths and
-    is more than half of that largest q, the widest such multiple is taken, and one of
-    64 if there is none: then no features are padded and no block is copied. Where
-    nothing is divided ("orthogonal", "hadamard", "truncation") any multiple will do.
+    is more than half of that q, the widest such multiple is taken, and one of 64 if
+    there is none: then no features are padded and no block is copied. Where nothing is
+    divided ("orthogonal", "hadamard", "truncation") any multiple will do.
 
     Args:
       rank: The budget r.
       in_features: The number of the kernel's input features.
       out_features: The number of the kernel's output features.
       operator: The operator that q is for.
-      multiple_of: A number that q is rounded down to a multiple of, instead of by the
-        rule above, unless q is below it; 1 takes all of the budget. Where no width
-        meets the rule, it is 8 for q from 64 on.
+      multiple_of: A number that q is rounded down to a multiple of, unless q is below
+        it; 1 takes all of the budget. By default it follows the rule above; where no
+        width meets that, it is 8 for q from 64 on.
 
     Raises:
       TypeError, ValueError: A number is not a positive integer, or the budget is too
@@ -169,7 +169,7 @@ def make_operator(
         ({"name": "sharing", "compress_groups": "contiguous"}). "auto" is rotation for
         small budgets and sharing from about LoRA rank 128 on.
       in_features: The number of the kernel's input features.
-      out_features: The number of the kernel's output features.
+      out_features: The number of its output features.
       square_rank: q, the width of M.
       seed: The seed of the operators that are random.
 
