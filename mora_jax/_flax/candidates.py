@@ -66,12 +66,7 @@ class Candidates:
         targets = self._in_order(names - self.excluded)
         if not targets:
             raise ValueError("exclude leaves no kernel to adapt")
-        self._refuse_shared(
-            targets,
-            "the kernel",
-            "an adapter on the first would not reach the second; exclude both, or copy "
-            "the kernel",
-        )
+        self._refuse_shared(targets, "exclude both")
         return targets
 
     def _default_targets(self, kernels: Sequence[str]) -> set[str]:
@@ -150,9 +145,8 @@ class Candidates:
             )
         if fault := (self.survey.faults | uses.faults).get(name):
             raise ValueError(
-                f"{fault}, so that the adapted and the merged model would differ; "
-                "exclude it, or teach its class with mora_jax.register_layer (scale= "
-                "where a layer scales its kernel)"
+                f"{fault}, so that adapted and merged model would differ; exclude it, "
+                "or teach its class by register_layer (scale= for a scaled kernel)"
             )
 
     def trained(self, targets: Sequence[str]) -> tuple[TrainedArray, ...]:
@@ -161,20 +155,12 @@ class Candidates:
         for name in sorted(names):
             if name in targets:
                 raise ValueError(
-                    f"train: {name!r} also gets an adapter, and one array cannot do "
-                    f"both; say exclude={name!r} to train the array itself, or take it "
-                    "out of train"
+                    f"train: {name!r} also gets an adapter; say exclude={name!r} to "
+                    "train the array itself, or take it out of train"
                 )
             if name.endswith(SUFFIX):
-                raise ValueError(
-                    f"train: {name!r} is an M, which is trained in any case"
-                )
-        self._refuse_shared(
-            names,
-            "the array",
-            "a trained copy of the first would not reach the second; take both out of "
-            "train, or copy the array",
-        )
+                raise ValueError(f"train: {name!r} is an M, which is always trained")
+        self._refuse_shared(names, "take both out of train")
         settings = self.config.settings
         return tuple(
             TrainedArray.of(*self.leaves[name], settings(name)[0].param_dtype)
@@ -198,8 +184,8 @@ class Candidates:
     def _in_order(self, names: Iterable[str]) -> list[str]:
         return sorted(names, key=lambda name: self.leaves[name][0])
 
-    def _refuse_shared(self, chosen: Collection[str], kind: str, why: str) -> None:
-        """Raise if an array of `chosen` is at two paths; `why` ends the message."""
+    def _refuse_shared(self, chosen: Collection[str], remedy: str) -> None:
+        """Raise if an array of `chosen` is at two paths, where one would be missed."""
         owners: dict[int, list[str]] = defaultdict(list)
         for name, (_, leaf) in self.leaves.items():
             if not isinstance(leaf, jax.ShapeDtypeStruct):  # shapes are often reused
@@ -207,7 +193,8 @@ class Candidates:
         for names in owners.values():
             if len(names) > 1 and not set(names).isdisjoint(chosen):
                 raise ValueError(
-                    f"{kind} at {names[0]!r} is shared with {names[1]!r}: {why}"
+                    f"the array at {names[0]!r} is shared with {names[1]!r}, which "
+                    f"training for the first would miss; {remedy}, or copy the array"
                 )
 
 

@@ -61,8 +61,7 @@ def _above_zero(name: str, value: Any) -> float:
 def _other_than_zero(name: str, value: Any) -> float:
     if (number := check_number(name, value)) == 0:
         raise ValueError(
-            f"{name} must not be 0, which would make every delta and every gradient of "
-            "the adapters 0"
+            f"{name} must not be 0, which would make all deltas and gradients 0"
         )
     return number
 
@@ -144,6 +143,5 @@ class KernelConfig:
         if self.square_rank is not None and self.rank != DEFAULT_RANK:
             raise ValueError(
                 f"rank and square_rank exclude each other, got rank={self.rank} and "
-                f"square_rank={self.square_rank}: rank is a budget that q is chosen "
-                "by, square_rank is q itself"
+                f"square_rank={self.square_rank}: a budget for q, and q itself"
             )

@@ -95,9 +95,8 @@ class AdapterSpec(AdapterSettings):
             config = check_config(config)
         if isinstance(config, MoRAConfig) and config.train:
             raise ValueError(
-                f"train must be empty for one layer, got {config.train}: it names "
-                "arrays of a whole model, which mora_jax.plan, linen.plan and nnx.plan "
-                "find"
+                f"train must be empty for one layer, got {config.train}: it is for "
+                "the plan of a whole model"
             )
         check_axes(axes, len(kernel_shape))
         operator = _operator(config, *features(kernel_shape, axes))

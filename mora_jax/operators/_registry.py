@@ -132,9 +132,8 @@ def square_rank(
     if q == 0:
         raise ValueError(
             f"rank {rank} on a kernel of {in_features} x {out_features} leaves no room "
-            f"for {cls.name}, whose square_rank is at least {cls.q_multiple_of}"
-            "; leave it out with exclude, or give it an operator that a narrower "
-            "square suits, such as 'sharing'"
+            f"for {cls.name}; leave it out with exclude, or give it an operator that "
+            "a narrower square suits, such as 'sharing'"
         )
     return q
 
