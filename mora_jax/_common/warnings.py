@@ -1,9 +1,9 @@
 """Warnings, which point to the line that called this library."""
 
 import sys
+import traceback
 import warnings
 from pathlib import Path
-from types import FrameType
 
 _HERE = str(Path(__file__).parents[1])
 
@@ -36,11 +36,7 @@ class LeftOutWarning(MoRAWarning):
 
 def warn(message: str, category: type[MoRAWarning] = MoRAWarning) -> None:
     """Warn at the line that called this library."""
-    frame: FrameType | None = sys._getframe()
-    level = outermost = 0
-    while frame is not None:
-        level += 1
-        if frame.f_code.co_filename.startswith(_HERE):
-            outermost = level
-        frame = frame.f_back
-    warnings.warn(message, category, stacklevel=outermost + 1)
+    stack = traceback.walk_stack(sys._getframe())  # from this function outwards
+    files = [frame.f_code.co_filename for frame, _ in stack]
+    outermost = max(k for k, file in enumerate(files) if file.startswith(_HERE))
+    warnings.warn(message, category, stacklevel=outermost + 2)

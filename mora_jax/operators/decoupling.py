@@ -39,7 +39,6 @@ class Decoupling(Operator):
 
     Example::
 
-      >>> import jax.numpy as jnp
       >>> from mora_jax.operators import Decoupling
       >>> op = Decoupling(in_features=4, out_features=4, square_rank=2)
       >>> op.delta_weight(jnp.array([[1.0, 2.0], [3.0, 4.0]]))

@@ -32,7 +32,6 @@ class Hadamard(Projection):
 
     Example::
 
-      >>> import jax.numpy as jnp
       >>> from mora_jax.operators import Hadamard
       >>> op = Hadamard(in_features=12, out_features=12, square_rank=4)
       >>> op.compress(op.decompress(jnp.eye(4))).round(3) + 0.0

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 
 from mora_jax._common.types import ArrayLike
@@ -13,7 +14,7 @@ from mora_jax._jax.linear_map import LinearMap
 from mora_jax._jax.tiles import stored
 from mora_jax.operators._blocks import block_positions, divide
 from mora_jax.operators._pytree import operator, seeded
-from mora_jax.operators._random import inverse, permutation
+from mora_jax.operators._random import permutation
 from mora_jax.operators.decoupling import Decoupling
 
 
@@ -26,7 +27,6 @@ class Permutation(Decoupling):
 
     Example::
 
-      >>> import jax.numpy as jnp
       >>> from mora_jax.operators import Permutation
       >>> op = Permutation(in_features=6, out_features=6, square_rank=3, seed=1)
       >>> op.decompress(op.compress(jnp.arange(6.0)))
@@ -35,9 +35,9 @@ class Permutation(Decoupling):
 
     seed: int = 0
     in_order: ArrayLike = seeded(lambda op: permutation(op.in_features, op.seed))
-    in_inverse: ArrayLike = seeded(lambda op: inverse(op.in_order))
+    in_inverse: ArrayLike = seeded(lambda op: _inverse(op.in_order))
     out_order: ArrayLike = seeded(lambda op: permutation(op.out_features, op.seed))
-    out_inverse: ArrayLike = seeded(lambda op: inverse(op.out_order))
+    out_inverse: ArrayLike = seeded(lambda op: _inverse(op.out_order))
 
     name = "permutation"
 
@@ -58,13 +58,7 @@ class Permutation(Decoupling):
     ) -> jax.Array:
         """Rows and columns of the delta, by their places in the two orders.
 
-        Args:
-          m: M, (q, q).
-          in_places: The places of some inputs in the order of the inputs, (k,).
-          out_places: The places of some outputs in the order of the outputs, (l,).
-
-        Returns:
-          (k, l).
+        `in_places`, (k,), and `out_places`, (l,), give a part (k, l) of the delta.
         """
         q = self.square_rank
         out_block, out_offset = divide(out_places, q)
@@ -87,6 +81,10 @@ class Permutation(Decoupling):
         self, indices: jax.Array, dtype: DTypeLike
     ) -> tuple[jax.Array, jax.Array]:
         return super().block_rows(jnp.asarray(self.in_inverse)[indices], dtype)
+
+
+def _inverse(order: np.ndarray) -> np.ndarray:
+    return np.argsort(order).astype(np.int32)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,7 +25,6 @@ class SignedDecoupling(Decoupling):
 
     Example::
 
-      >>> import jax.numpy as jnp
       >>> from mora_jax.operators import SignedDecoupling
       >>> op = SignedDecoupling(in_features=4, out_features=4, square_rank=2)
       >>> op.decompress(op.compress(op.decompress(op.compress(jnp.arange(4.0)))))

@@ -25,7 +25,6 @@ class SignedSharing(Sharing):
 
     Example::
 
-      >>> import jax.numpy as jnp
       >>> from mora_jax.operators import SignedSharing
       >>> op = SignedSharing(in_features=4, out_features=4, square_rank=2)
       >>> op.compress(op.decompress(jnp.array([1.0, 2.0]))).round(3)

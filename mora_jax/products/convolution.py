@@ -7,8 +7,6 @@ import jax
 
 from mora_jax.products._product import KernelDelta, Product
 
-Convolve = Callable[[jax.Array, jax.Array], jax.Array]
-
 
 @dataclasses.dataclass(frozen=True)
 class Convolution(Product):
@@ -28,7 +26,7 @@ class Convolution(Product):
     """
 
     axes: str
-    convolve: Convolve
+    convolve: Callable[[jax.Array, jax.Array], jax.Array]
     any_outputs: bool = True
     masked: bool = False
 
