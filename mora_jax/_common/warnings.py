@@ -3,9 +3,6 @@
 import sys
 import traceback
 import warnings
-from pathlib import Path
-
-_HERE = str(Path(__file__).parents[1])
 
 
 class MoRAWarning(UserWarning):
@@ -36,7 +33,9 @@ class LeftOutWarning(MoRAWarning):
 
 def warn(message: str, category: type[MoRAWarning] = MoRAWarning) -> None:
     """Warn at the line that called this library."""
-    stack = traceback.walk_stack(sys._getframe())  # from this function outwards
-    files = [frame.f_code.co_filename for frame, _ in stack]
-    outermost = max(k for k, file in enumerate(files) if file.startswith(_HERE))
-    warnings.warn(message, category, stacklevel=outermost + 2)
+    # From this function outwards. An `__init__` that `dataclasses` wrote is in no file
+    # of ours, but has the globals of its module.
+    stack = traceback.walk_stack(sys._getframe())
+    modules = [frame.f_globals.get("__name__", "") for frame, _ in stack]
+    ours = [k for k, name in enumerate(modules) if f"{name}.".startswith("mora_jax.")]
+    warnings.warn(message, category, stacklevel=ours[-1] + 2)
