@@ -44,13 +44,12 @@ class Operator:
     .. math:: x \mapsto D(C(x) M), \qquad C: in \to (n, q), \quad D: (n, q) \to out
 
     A subclass is decorated with `operator` and gives `name`, its settings as fields,
-    and three methods: `_compress` and `_decompress`, which are C and D, and
-    `_compress_units`, which is C of unit vectors. All else follows from these:
-    the product `rows`, the delta `matrix` and the `gradient` of M. A subclass gives
-    them as well where it knows a faster way. If its delta is not an M between two maps,
-    it says that it is not `linear`, and gives `rows` alone. Equality and hash go by the
-    settings. Arrays that a seed determines are pytree leaves, so that a jitted function
-    that is handed an operator takes them as arguments.
+    and C and D as the methods `_compress` and `_decompress`. All else follows from
+    these: the product `rows`, the delta `matrix` and the `gradient` of M. A subclass
+    gives them as well where it knows a faster way. If its delta is not an M between two
+    maps, it says that it is not `linear`, and gives `rows` alone. Equality and hash go
+    by the settings. Arrays that a seed determines are pytree leaves, so that a jitted
+    function that is handed an operator takes them as arguments.
 
     The rest of the library asks an operator only for what it trains (`m_shape`,
     `start`, `scaled`, `linear`), for `rows`, `matrix`, `gradient` and `unit_rows`, and
@@ -198,11 +197,12 @@ class Operator:
         raise NotImplementedError
 
     def _compress_units(self, indices: jax.Array, dtype: DTypeLike) -> jax.Array:
-        """C of unit vectors e_i by their numbers i: (...) -> (..., *compressed_shape).
+        """C of unit vectors by their numbers, which are rows of C as a matrix.
 
-        These are rows of C as a matrix.
+        `indices`: (...) -> (..., *compressed_shape), without `in_features` numbers for
+        each where a subclass knows how.
         """
-        raise NotImplementedError
+        return self._compress(jax.nn.one_hot(indices, self.in_features, dtype=dtype))
 
     def split(self, x: jax.Array) -> Split:
         """Split of D(C(x) M) into what M multiplies and the map of the product."""

@@ -131,11 +131,6 @@ class Decoupling(Operator):
         rows = jnp.where(feeds, self.rotate_m(columns), 0)
         return add_wrapped_rows(rows.reshape(n * q, outs), self.in_features)
 
-    def _compress_units(self, indices: jax.Array, dtype: DTypeLike) -> jax.Array:
-        block, entries = self.block_rows(indices, dtype)
-        at_block = jax.nn.one_hot(block, self.compressed_shape[0], dtype=dtype)
-        return jnp.sum(at_block[..., None] * entries[..., None, :], axis=-3)
-
     def block_rows(
         self, indices: jax.Array, dtype: DTypeLike
     ) -> tuple[jax.Array, jax.Array]:

@@ -270,9 +270,6 @@ def test_an_operator_without_gains_says_so():
         def _decompress(self, h):
             return h
 
-        def _compress_units(self, indices, dtype):
-            return jnp.eye(self.in_features, self.square_rank)[indices].astype(dtype)
-
     with pytest.raises(NotImplementedError, match=r"Halved .* property `gains`"):
         Halved(4, 4, 4).fine_tuning_scale  # noqa: B018
 
