@@ -14,7 +14,6 @@ from mora_jax.operators._base import Operator, Split
 from mora_jax.operators._blocks import (
     add_wrapped_rows,
     block_positions,
-    from_blocks,
     num_blocks,
     to_blocks,
 )
@@ -101,7 +100,9 @@ class Decoupling(Operator):
 
     def decompress_groups(self, h: jax.Array) -> jax.Array:
         """D of blocks whose groups are summed: (..., groups, q) -> (..., out)."""
-        return self.outputs_in_place(from_blocks(h, self.out_features))
+        *batch, groups, q = h.shape
+        y = tile_to(h.reshape(*batch, groups * q), self.out_features)
+        return self.outputs_in_place(y)
 
     def split(self, x: jax.Array) -> Split:
         # D sums the blocks of a group. M multiplies them all, so it may multiply the
