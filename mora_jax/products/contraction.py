@@ -50,12 +50,9 @@ class Contraction(Product):
 
     @classmethod
     def parse(cls, equation: str, inputs_ndim: int | None = None) -> "Contraction":
-        """Read an equation such as `"...i,io->...o"`.
+        """Read an equation as for `jax.numpy.einsum`, such as `"...i,io->...o"`.
 
-        Args:
-          equation: An equation as for `jax.numpy.einsum`, of input and kernel.
-          inputs_ndim: The number of the input's axes; None for as few as the equation
-            allows.
+        The input has `inputs_ndim` axes; None stands for as few as are allowed.
 
         Raises:
           ValueError: The equation is not a product of an input and a kernel that has
@@ -87,11 +84,8 @@ class Contraction(Product):
     ) -> "Contraction":
         """The equation of Flax's general dense layer.
 
-        Args:
-          inputs_ndim: The number of the input's axes.
-          axis: The axes of the input that the layer sums over.
-          batch: The axes of the input that the kernel has as well, as stack axes.
-          outs: The number of the kernel's axes of output features.
+        It sums over the axes `axis` of the input. The kernel has those in `batch` too,
+        as stack axes, and `outs` axes of output features.
         """
         labels = string.ascii_letters[:inputs_ndim]
         stack, ins = (
