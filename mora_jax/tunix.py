@@ -67,7 +67,7 @@ _EMBEDDER = [
     {"equation": Lookup(), "method": "encode", **_TABLE},
     {"equation": ATTEND, "method": "decode", **_TABLE},
 ]
-_EXPERTS, _LEFT_OUT = Folded("sio"), Folded("io", by_default=False)
+_EXPERTS, _LEFT_OUT = Folded("sio"), Folded("io", adapted_by_default=False)
 _LAYERS: Mapping[str, Sequence[Mapping[str, Any]]] = {
     **{f"{model}.model.Einsum": [_EINSUM] for model in _EINSUMS},
     "gemma4.model.Einsum": [{**_EINSUM, "scale": lambda layer: layer.w_scale}],
@@ -78,7 +78,7 @@ _LAYERS: Mapping[str, Sequence[Mapping[str, Any]]] = {
     "gemma3.model.Embedder": _folded(input_embedding=_LEFT_OUT),
     "gemma4.model.Embedder": _folded(
         input_embedding=_LEFT_OUT,
-        per_layer_input_embedding=Folded("ioo", by_default=False),
+        per_layer_input_embedding=Folded("ioo", adapted_by_default=False),
     ),
     "qwen3.model.MoELayer": _folded(
         gate_proj=_EXPERTS, up_proj=_EXPERTS, down_proj=_EXPERTS

@@ -20,9 +20,7 @@ def shown(paths: Sequence[str]) -> str:
 def alike(items: Iterable[T], kind: Callable[[T], tuple[Any, ...]]) -> list[list[T]]:
     """Return the items in lists of one kind each.
 
-    Args:
-      items: Anything that has a path.
-      kind: A function of an item that returns its path and what else must be equal.
+    `kind` is a function of an item to its path and to what else must be equal.
     """
     kinds: dict[tuple[Any, ...], list[T]] = {}
     for item in items:

@@ -1,11 +1,15 @@
 """A kernel's axes as letters: which are features, and which are stacked."""
 
 import math
+from collections.abc import Sequence
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 
 from mora_jax._common.types import Shape
+
+T = TypeVar("T")
 
 
 def check_axes(axes: str, ndim: int) -> str:
@@ -29,8 +33,8 @@ def check_axes(axes: str, ndim: int) -> str:
     return axes
 
 
-def sizes(shape: Shape, axes: str, letter: str) -> Shape:
-    """The sizes of the axes of `shape` that `axes` marks with `letter`."""
+def sizes(shape: Sequence[T], axes: str, letter: str) -> tuple[T, ...]:
+    """The sizes in `shape`, or other things, of the axes marked with `letter`."""
     return tuple(n for n, kind in zip(shape, axes, strict=True) if kind == letter)
 
 

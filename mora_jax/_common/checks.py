@@ -19,9 +19,6 @@ DEQUANTISE = (
 """Advice of messages where a kernel is not floating-point."""
 
 
-# --- Settings ---
-
-
 def positive_integer(name: str, value: Any) -> int:
     """Return `value` as an int, if it is an integer (not a bool) of at least 1."""
     # int comes first: to ask for a protocol is slow, and plans ask for every kernel.
@@ -79,9 +76,6 @@ def floating_dtype(dtype: DTypeLike | None, name: str = "param_dtype") -> jnp.dt
     return numpy_dtype
 
 
-# --- Arrays ---
-
-
 def as_jax_array(name: str, value: Any) -> jax.Array:
     """Return `value` as a JAX array, tracers included, if it is an array."""
     if not isinstance(value, jax.Array | np.ndarray | np.generic):
@@ -93,24 +87,21 @@ def as_jax_array(name: str, value: Any) -> jax.Array:
     return jnp.asarray(value)
 
 
-def check_array(name: str, array: Any, end: Shape) -> None:
-    """Raise unless `array` is floating-point and its shape ends in `end`."""
-    if not isinstance(array, jax.Array | np.ndarray):
-        raise TypeError(f"{name} must be an array, got {type(array).__name__}")
+def check_array(name: str, array: Any, end: Shape) -> jax.Array:
+    """Return `array` if it is floating-point and its shape ends in `end`."""
+    array = as_jax_array(name, array)
     if not jnp.issubdtype(array.dtype, jnp.floating):
         raise TypeError(f"{name} must be floating-point, got {array.dtype}")
     if array.shape[-len(end) :] != end:
         expected = ", ".join(map(str, end))
         raise ValueError(f"{name} must have shape (..., {expected}), got {array.shape}")
+    return array
 
 
 def check_finite(array: Any, name: str, where: str = "") -> None:
     """Raise if `array` holds NaN or infinity, unless it is being traced.
 
-    Args:
-      array: The numbers.
-      name: Their name in the message.
-      where: The end of the message.
+    `name` is in the message, and `where` ends it.
     """
     if not isinstance(array, Tracer) and not np.isfinite(array).all():
         raise ValueError(f"{name} holds NaN or infinity{where}")
@@ -140,10 +131,9 @@ def check_key(key: Any) -> None:
     """Raise unless `key` is a JAX PRNG key, or None."""
     if key is None:
         return
-    typed = raw = False
-    if isinstance(key, jax.Array | np.ndarray):
-        typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
-        raw = key.dtype == jnp.uint32 and key.ndim == 1  # made by jax.random.PRNGKey
+    is_array = isinstance(key, jax.Array | np.ndarray)
+    typed = is_array and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    raw = is_array and key.dtype == jnp.uint32 and key.ndim == 1  # of PRNGKey
     if not typed and not raw:
         raise TypeError(
             "key must be a JAX PRNG key, such as jax.random.key(42), "

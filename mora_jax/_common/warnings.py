@@ -1,11 +1,8 @@
 """Warnings, which point to the line that called this library."""
 
 import sys
+import traceback
 import warnings
-from pathlib import Path
-from types import FrameType
-
-_HERE = str(Path(__file__).parents[1])
 
 
 class MoRAWarning(UserWarning):
@@ -31,22 +28,14 @@ class LeftOutWarning(MoRAWarning):
 
     The default targets are the dense layers of known classes. `print(plan)` lists what
     they leave out. An array that `exclude` names is left out without a warning.
-
-    Example::
-
-      >>> import mora_jax
-      >>> issubclass(mora_jax.LeftOutWarning, mora_jax.MoRAWarning)
-      True
     """
 
 
 def warn(message: str, category: type[MoRAWarning] = MoRAWarning) -> None:
     """Warn at the line that called this library."""
-    frame: FrameType | None = sys._getframe()
-    level = outermost = 0
-    while frame is not None:
-        level += 1
-        if frame.f_code.co_filename.startswith(_HERE):
-            outermost = level
-        frame = frame.f_back
-    warnings.warn(message, category, stacklevel=outermost + 1)
+    # From this function outwards. An `__init__` that `dataclasses` wrote is in no file
+    # of ours, but has the globals of its module.
+    stack = traceback.walk_stack(sys._getframe())
+    modules = [frame.f_globals.get("__name__", "") for frame, _ in stack]
+    ours = [k for k, name in enumerate(modules) if f"{name}.".startswith("mora_jax.")]
+    warnings.warn(message, category, stacklevel=ours[-1] + 2)

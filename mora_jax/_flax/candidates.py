@@ -15,11 +15,9 @@ from mora_jax._common.types import Path
 from mora_jax._flax.left_out import is_too_narrow, left_out_of
 from mora_jax._flax.survey import Survey
 from mora_jax._plan.config import DEFAULT_TARGETS, MoRAConfig, default_targets
-from mora_jax._plan.plan import LeftOut
 from mora_jax._plan.spec import SUFFIX, AdapterSpec
 from mora_jax._plan.trained_arrays import TrainedArray
 from mora_jax._trace_check import Uses
-from mora_jax.products import Lookup
 
 ATTENTION_AXES = (
     (r"(.*/)?(query|key|value)/kernel", "ioo"),
@@ -57,11 +55,6 @@ class Candidates:
         """The names that `config.exclude` matches."""
         return _select("exclude", self.config.exclude, self.leaves)
 
-    def left_out(self, taken: Collection[str]) -> tuple[LeftOut, ...]:
-        """The arrays that are not `taken`, by kinds, with reasons."""
-        arrays = {n: leaf for n, leaf in self.arrays.items() if n not in taken}
-        return left_out_of(arrays, self.excluded, self.config, self.survey)
-
     def targets(self) -> list[str]:
         """The names of the kernels to adapt, in the order of their paths."""
         known = self.survey.no_kernels(self.arrays) if self.survey is not None else ()
@@ -73,24 +66,25 @@ class Candidates:
         targets = self._in_order(names - self.excluded)
         if not targets:
             raise ValueError("exclude leaves no kernel to adapt")
-        self._refuse_shared(
-            targets,
-            "the kernel",
-            "an adapter on the first would not reach the second; exclude both, or copy "
-            "the kernel",
-        )
+        self._refuse_shared(targets, "exclude both")
         return targets
 
     def _default_targets(self, kernels: Sequence[str]) -> set[str]:
         """The names that the default targets choose among `kernels`."""
         pattern, dense = DEFAULT_TARGETS[0], kernels
-        if self.survey is not None:
-            pattern, dense = default_targets("[^/]+"), filter(self._is_dense, kernels)
+        if self.survey is not None:  # then a layer may call its kernel as it likes
+            pattern, products = default_targets("[^/]+"), self.survey.products
+            dense = [
+                name
+                for name in kernels
+                if (product := products.get(name)) and product.adapted_by_default
+                if not is_too_narrow(product, self.arrays[name].shape)
+            ]
         if names := {name for name in dense if re.fullmatch(pattern, name)}:
             return names
         why = "no array has two or more axes"
         if self.arrays and self.survey is not None:
-            why = "; ".join(map(str, self.left_out(())))
+            why = "; ".join(map(str, left_out_of(self, ())))
         elif self.arrays:
             some = ", ".join(map(repr, kernels[:3]))
             some += f" and {len(kernels) - 3} more" * (len(kernels) > 3)
@@ -103,20 +97,8 @@ class Candidates:
             + why
         )
 
-    def _is_dense(self, name: str) -> bool:
-        """True for a kernel that is adapted by default, whatever its layer's name."""
-        product = self.survey.products.get(name) if self.survey is not None else None
-        if product is None or not product.adapted_by_default:
-            return False
-        return not is_too_narrow(product, tuple(self.arrays[name].shape))
-
     def adapter(self, name: str) -> AdapterSpec:
-        """The adapter of the kernel at `name`.
-
-        Raises:
-          TypeError, ValueError: The kernel cannot have it, or the model does something
-            with the kernel that an adapter would miss.
-        """
+        """The adapter of the kernel at `name`, if the model needs nothing beside it."""
         path, leaf = self.leaves[name]
         check_kernel(leaf, name)
         config, axes = self.config.settings(name)
@@ -154,9 +136,8 @@ class Candidates:
             return
         uses = self.survey.uses or Uses()
         if name in uses.outside:
-            kind, tied = "kernel", ""
-            if isinstance(self.survey.products[name], Lookup):
-                kind, tied = "embedding", " (a tied head?)"
+            table = self.survey.products[name].takes_indices
+            kind, tied = ("embedding", " (a tied head?)") if table else ("kernel", "")
             by = f", by {uses.outside[name]}" if uses.outside[name] else ""
             raise ValueError(
                 f"the model also reads this {kind} outside of its layer's known methods"
@@ -164,9 +145,8 @@ class Candidates:
             )
         if fault := (self.survey.faults | uses.faults).get(name):
             raise ValueError(
-                f"{fault}, so that the adapted and the merged model would differ; "
-                "exclude it, or teach its class with mora_jax.register_layer (scale= "
-                "where a layer scales its kernel)"
+                f"{fault}, so that adapted and merged model would differ; exclude it, "
+                "or teach its class by register_layer (scale= for a scaled kernel)"
             )
 
     def trained(self, targets: Sequence[str]) -> tuple[TrainedArray, ...]:
@@ -175,25 +155,17 @@ class Candidates:
         for name in sorted(names):
             if name in targets:
                 raise ValueError(
-                    f"train: {name!r} also gets an adapter, and one array cannot do "
-                    f"both; say exclude={name!r} to train the array itself, or take it "
-                    "out of train"
+                    f"train: {name!r} also gets an adapter; say exclude={name!r} to "
+                    "train the array itself, or take it out of train"
                 )
             if name.endswith(SUFFIX):
-                raise ValueError(
-                    f"train: {name!r} is an M, which is trained in any case"
-                )
-        self._refuse_shared(
-            names,
-            "the array",
-            "a trained copy of the first would not reach the second; take both out of "
-            "train, or copy the array",
+                raise ValueError(f"train: {name!r} is an M, which is always trained")
+        self._refuse_shared(names, "take both out of train")
+        settings = self.config.settings
+        return tuple(
+            TrainedArray.of(*self.leaves[name], settings(name)[0].param_dtype)
+            for name in self._in_order(names)
         )
-        trained = []
-        for name in self._in_order(names):
-            dtype = self.config.settings(name)[0].param_dtype
-            trained.append(TrainedArray.of(*self.leaves[name], dtype))
-        return tuple(trained)
 
     def refuse_idle_overrides(
         self, targets: Sequence[str], trained: Sequence[TrainedArray]
@@ -202,8 +174,8 @@ class Candidates:
         names = [*targets, *(array.name for array in trained)]
         _select("overrides", self.config.overrides, names)
         for pattern, settings in self.config.overrides.items():
-            adapted = any(re.fullmatch(pattern, name) for name in targets)
-            if not adapted and (idle := sorted(settings.keys() - {"param_dtype"})):
+            idle = sorted(settings.keys() - {"param_dtype"})
+            if idle and not any(re.fullmatch(pattern, name) for name in targets):
                 raise ValueError(
                     f"overrides[{pattern!r}] matches arrays that train themselves "
                     f"alone, whose only setting is param_dtype, got {idle}"
@@ -212,8 +184,8 @@ class Candidates:
     def _in_order(self, names: Iterable[str]) -> list[str]:
         return sorted(names, key=lambda name: self.leaves[name][0])
 
-    def _refuse_shared(self, chosen: Collection[str], kind: str, why: str) -> None:
-        """Raise if an array of `chosen` is at two paths; `why` ends the message."""
+    def _refuse_shared(self, chosen: Collection[str], remedy: str) -> None:
+        """Raise if an array of `chosen` is at two paths, where one would be missed."""
         owners: dict[int, list[str]] = defaultdict(list)
         for name, (_, leaf) in self.leaves.items():
             if not isinstance(leaf, jax.ShapeDtypeStruct):  # shapes are often reused
@@ -221,7 +193,8 @@ class Candidates:
         for names in owners.values():
             if len(names) > 1 and not set(names).isdisjoint(chosen):
                 raise ValueError(
-                    f"{kind} at {names[0]!r} is shared with {names[1]!r}: {why}"
+                    f"the array at {names[0]!r} is shared with {names[1]!r}, which "
+                    f"training for the first would miss; {remedy}, or copy the array"
                 )
 
 
@@ -235,13 +208,9 @@ _KINDS = {
 def _select(
     field: str, patterns: Any, names: Iterable[str], known: Iterable[str] = ()
 ) -> set[str]:
-    """Return the names that the patterns match; each pattern must match one.
+    """Return the names that the patterns of a setting match; each must match one.
 
-    Args:
-      field: The setting that holds the patterns.
-      patterns: The patterns.
-      names: The names to choose from.
-      known: Other names, for the message if there are none to choose from.
+    The names in `known` are for the message, where `names` is empty.
     """
     selected: set[str] = set()
     for pattern in patterns:

@@ -1,59 +1,52 @@
 """Arrays of a model that get no adapter, and the reasons."""
 
 import re
-from collections.abc import Collection, Iterable, Mapping
-from typing import Any
+from collections.abc import Collection, Iterable
+from typing import TYPE_CHECKING
 
 import jax.numpy as jnp
 
-from mora_jax._common.alike import starred
+from mora_jax._common.alike import alike, starred
 from mora_jax._common.axes import features
 from mora_jax._common.types import Shape
 from mora_jax._common.warnings import LeftOutWarning, warn
 from mora_jax._flax.survey import Survey
-from mora_jax._plan.config import DEFAULT_TARGETS, MoRAConfig
 from mora_jax._plan.plan import LeftOut
 from mora_jax.products import Product
+
+if TYPE_CHECKING:
+    from mora_jax._flax.candidates import Candidates
 
 NO_KERNEL = re.compile(r"(?i).*(bias|scale|norm|pos|embed|token|mean|var|cache)[^/]*$")
 """Names of arrays that rarely multiply inputs, for models that were not traced."""
 
 
-def left_out_of(
-    arrays: Mapping[str, Any],
-    excluded: Collection[str],
-    config: MoRAConfig,
-    survey: Survey | None,
-) -> tuple[LeftOut, ...]:
-    """The arrays that get no adapter, by kinds.
-
-    Args:
-      arrays: {path: array} of those that have two or more axes and no adapter.
-      excluded: The paths that `config.exclude` names.
-      config: The settings.
-      survey: The layers and the trace of a call; None if only shapes are known.
-    """
-    default = config.targets == DEFAULT_TARGETS
+def left_out_of(model: "Candidates", taken: Collection[str]) -> tuple[LeftOut, ...]:
+    """The kinds of the arrays of two or more axes that are not `taken`."""
+    arrays = {n: leaf for n, leaf in model.arrays.items() if n not in taken}
     quantized = {
         name.rpartition("/")[0]
         for name, leaf in arrays.items()
         if jnp.issubdtype(leaf.dtype, jnp.integer)
     }
-    kinds: dict[tuple[str, str, bool], list[str]] = {}
-    for name, leaf in arrays.items():
-        if name in excluded:
-            why, multiplied = "excluded", False
-        elif name.rpartition("/")[0] in quantized:
-            why, multiplied = "quantized; see mora_jax.qwix", True
-        elif survey is None or not (default or _matched(name, config)):
-            why, multiplied = "no target", False
-        else:
-            why, multiplied = _by_survey(name, tuple(leaf.shape), survey)
-        kinds.setdefault((starred(name), why, multiplied), []).append(name)
-    return tuple(
-        LeftOut(names[0] if len(names) == 1 else pattern, len(names), why, multiplied)
-        for (pattern, why, multiplied), names in kinds.items()
-    )
+
+    def reason(name: str, shape: Shape) -> tuple[str, bool]:
+        if name in model.excluded:
+            return "excluded", False
+        if name.rpartition("/")[0] in quantized:
+            return "quantized; see mora_jax.qwix", True
+        named = any(re.fullmatch(p, name) for p in model.config.targets)
+        if model.survey is None or not (model.by_default or named):
+            return "no target", False
+        return _by_survey(name, shape, model.survey)
+
+    reasons = [(name, *reason(name, leaf.shape)) for name, leaf in arrays.items()]
+    kinds = []
+    for kind in alike(reasons, lambda reason: reason):
+        name, why, multiplied = kind[0]
+        pattern = name if len(kind) == 1 else starred(name)
+        kinds.append(LeftOut(pattern, len(kind), why, multiplied))
+    return tuple(kinds)
 
 
 def warn_of(left_out: Iterable[LeftOut]) -> None:
@@ -66,11 +59,6 @@ def warn_of(left_out: Iterable[LeftOut]) -> None:
             + ". Name them in exclude if that is meant",
             LeftOutWarning,
         )
-
-
-def _matched(name: str, config: MoRAConfig) -> bool:
-    """True if a pattern of the user names the array; then that is not the reason."""
-    return any(re.fullmatch(pattern, name) for pattern in config.targets)
 
 
 def _by_survey(name: str, shape: Shape, survey: Survey) -> tuple[str, bool]:

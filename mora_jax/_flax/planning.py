@@ -4,7 +4,7 @@ import math
 from typing import Any
 
 from mora_jax._flax.candidates import Candidates
-from mora_jax._flax.left_out import warn_of
+from mora_jax._flax.left_out import left_out_of, warn_of
 from mora_jax._flax.survey import Survey
 from mora_jax._plan.config import MoRAConfig, check_config
 from mora_jax._plan.plan import Plan
@@ -42,25 +42,17 @@ def plan(params_or_shapes: Any, config: MoRAConfig | None = None) -> Plan:
     """
     config = check_config(config, "plan(params, config)")
     refuse_variables(params_or_shapes)
-    return plan_surveyed(params_or_shapes, config)
+    return plan_surveyed(params_or_shapes, config, None)
 
 
-def plan_surveyed(
-    params: Any, config: MoRAConfig | None, survey: Survey | None = None
-) -> Plan:
-    """`plan` for a model whose layers are known.
-
-    Args:
-      params: The model's params or their shapes, as in `plan`.
-      config: The settings, whose default targets are the dense layers.
-      survey: The layers, and the trace of a call; None to go by names and shapes.
-    """
-    model = Candidates(named_leaves(params), check_config(config), survey)
+def plan_surveyed(params: Any, config: MoRAConfig, survey: Survey | None) -> Plan:
+    """`plan` for a model that is known by a survey, if there is one."""
+    model = Candidates(named_leaves(params), config, survey)
     targets = model.targets()
     trained = model.trained(targets)
     model.refuse_idle_overrides(targets, trained)
     specs = tuple(map(model.adapter, targets))
-    left_out = model.left_out({*targets, *(array.name for array in trained)})
+    left_out = left_out_of(model, {*targets, *(array.name for array in trained)})
     if model.by_default:
         warn_of(left_out)
     return Plan(

@@ -7,13 +7,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from mora_jax._common.frozen import FrozenMapping
+from mora_jax._common.suggestions import did_you_mean
 from mora_jax._common.warnings import warn
-from mora_jax._plan.patterns import (
-    NAMES_ELSEWHERE,
-    check_pattern,
-    patterns_of,
-    setting_hint,
-)
 from mora_jax._plan.settings import DEFAULT_RANK, KernelConfig, setting
 
 
@@ -30,9 +25,51 @@ def default_targets(leaf: str) -> str:
 
 DEFAULT_TARGETS = (default_targets("kernel"),)
 
+PATTERNS = "regular expressions that match whole paths"
+NAMES_ELSEWHERE = {
+    "r": "rank",
+    "lora_rank": "rank",
+    "lora_alpha": "alpha, which multiplies the delta itself, as LoRA's lora_alpha / r",
+    "lora_dropout": "dropout",
+    "target_modules": f"targets, {PATTERNS}",
+    "exclude_modules": f"exclude, {PATTERNS}",
+    "modules_to_save": f"train, {PATTERNS}",
+    "rank_pattern": "overrides, as in {'.*/q_proj/kernel': {'rank': 16}}",
+    "alpha_pattern": "overrides, as in {'.*/q_proj/kernel': {'alpha': 2.0}}",
+    "init_lora_weights": "init, 'zeros' or 'gaussian'",
+}
+"""{name of a setting in other libraries: its name here}."""
+
 LARGEST_USUAL_ALPHA = 4.0
 
 _KERNEL_SETTINGS = [field.name for field in dataclasses.fields(KernelConfig)]
+
+
+def setting_hint(name: str, known: Iterable[str]) -> str:
+    """The name here of an unknown setting, as the end of a message."""
+    if name in NAMES_ELSEWHERE:
+        return f": here that is {NAMES_ELSEWHERE[name]}"
+    return did_you_mean(name, known)
+
+
+def patterns_of(field: str, patterns: Any) -> tuple[str, ...]:
+    """A regular expression, or several of them, as a tuple."""
+    if isinstance(patterns, str):
+        patterns = (patterns,)
+    if not isinstance(patterns, Iterable):
+        hint = "; leave it out for the default" if patterns is None else ""
+        raise TypeError(f"{field} must be regular expressions, got {patterns!r}{hint}")
+    patterns = tuple(patterns)
+    for pattern in patterns:
+        if not isinstance(pattern, str):
+            raise TypeError(f"{field} must hold regular expressions, got {pattern!r}")
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(
+                f"{field} holds {pattern!r}, which is not a regular expression: {error}"
+            ) from error
+    return patterns
 
 
 def _check_overrides(name: str, overrides: Any) -> FrozenMapping:
@@ -40,9 +77,8 @@ def _check_overrides(name: str, overrides: Any) -> FrozenMapping:
     if not isinstance(overrides, Mapping):
         raise TypeError(f"{name} must map patterns to settings, got {overrides!r}")
     allowed = sorted([*_KERNEL_SETTINGS, "axes"])
-    for pattern, settings in overrides.items():
-        check_pattern(name, pattern)
-        where = f"{name}[{pattern!r}]"
+    for pattern in patterns_of(name, overrides):
+        settings, where = overrides[pattern], f"{name}[{pattern!r}]"
         if not isinstance(settings, Mapping):
             raise TypeError(f"{where} must be a mapping, got {settings!r}")
         if unknown := sorted(settings.keys() - allowed, key=str):
@@ -69,13 +105,11 @@ class MoRAConfig(KernelConfig):
         {"name": "sharing", "compress_groups": "contiguous"}.
       alpha: The factor of the delta itself, so 1 is usual; a `MoRAWarning` is given
         above 4. LoRA's libraries (PEFT, qwix) multiply by alpha / rank instead: what is
-        lora_alpha / r there is alpha here, and alpha=16 of theirs would be 16 times as
-        much here. (The reference ignores its alpha.)
+        lora_alpha / r there is alpha here. (The reference ignores its alpha.)
       scale: A factor of each delta beside alpha. "fine-tuning" takes the one with which
         the learning rate of full fine-tuning suits M, whatever its operator, its width
         and the kernel's shape: see `Operator.fine_tuning_scale`. With "paper" it is 1,
-        and each of these wants a rate of its own. The number is kept in plans and
-        files, so an adapter means the same wherever it is loaded.
+        and each of these wants a rate of its own. Plans and files keep the number.
       square_rank: q itself, instead of `rank`.
       multiple_of: The number whose multiple q is rounded down to. None chooses a q that
         suits the layer's widths and the chip, see `square_rank`; it may use as little
@@ -85,10 +119,9 @@ class MoRAConfig(KernelConfig):
         first step.
       dropout: The rate of dropout on the adapter's input; the frozen path sees all of
         its input.
-      param_dtype: The dtype of M. None takes each kernel's dtype. That is for tools
-        which want one dtype in all leaves of a model, such as Tunix when it copies a
-        bfloat16 model to a sampler on another mesh. Otherwise keep float32: 16 bits
-        lose steps of M that are small in comparison with M.
+      param_dtype: The dtype of M. None takes each kernel's dtype, for tools which want
+        one dtype in all leaves of a model, such as Tunix's samplers. Otherwise keep
+        float32: 16 bits lose steps of M that are small in comparison with M.
       execution: The way a dense layer computes. "activation" adds alpha D(C(x) M) to
         its output; "fold" multiplies by W + alpha C M D, which it computes in each
         step; "auto" takes what was faster in measurements, by the layer's shape, its
@@ -98,15 +131,14 @@ class MoRAConfig(KernelConfig):
         `.*/(q_proj|v_proj)/kernel`. By default these are the kernels of dense layers.
       exclude: Regular expressions that match the paths to leave out.
       overrides: {pattern: {setting: value}} for some targets; later patterns win. The
-        settings are all fields except `targets`, `exclude`, `overrides` and `train`.
-        "axes" is a setting in overrides alone, and not a field of the config: it gives
-        the meaning of a kernel's axes, a letter each, "i" for input features, "o" for
-        output features and "s" for a stack.
+        settings are all fields except `targets`, `exclude`, `overrides` and `train`,
+        and "axes", which gives the meaning of a kernel's axes, a letter each: "i" for
+        input features, "o" for output features and "s" for a stack.
       seed: The seed of the random operators.
       train: Regular expressions that match the paths of arrays of the base that are
-        trained themselves, beside the M's: norms, biases, a head. The adapters hold a
-        copy of each of them, in `param_dtype` or in the array's own dtype, whichever
-        is wider. PEFT calls this modules_to_save.
+        trained themselves: norms, biases, a head. The adapters hold copies of them, in
+        `param_dtype` or in the array's own dtype, whichever is wider. PEFT calls this
+        modules_to_save.
 
     Raises:
       TypeError, ValueError: A setting that no kernel could have; `rank` together with
@@ -131,20 +163,17 @@ class MoRAConfig(KernelConfig):
     def __new__(cls, *args: Any, **settings: Any) -> "MoRAConfig":
         """Refuse settings that this class does not have, before `__init__` does."""
         known = [field.name for field in dataclasses.fields(cls)]
-        for name in settings:
-            if name not in known:
-                raise TypeError(
-                    f"MoRAConfig has no setting {name!r}{setting_hint(name, known)}"
-                )
+        if unknown := [name for name in settings if name not in known]:
+            hint = setting_hint(unknown[0], known)
+            raise TypeError(f"MoRAConfig has no setting {unknown[0]!r}{hint}")
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.targets:
             raise ValueError("targets must hold at least one pattern, got none")
-        for settings in self.overrides.values():
-            self._with([settings])
         for settings in ({"alpha": self.alpha}, *self.overrides.values()):
+            self._with([settings])  # raises where no kernel could have them
             if abs(alpha := settings.get("alpha", 1)) > LARGEST_USUAL_ALPHA:
                 warn(
                     f"alpha={alpha:g} multiplies the delta itself, and 1 is usual: "
@@ -179,28 +208,17 @@ functools.update_wrapper(
 
 
 def check_config(config: Any, call: str = "MoRAConfig(rank=8)") -> MoRAConfig:
-    """Return `config`, or the default config for None.
-
-    Args:
-      config: The argument of a user.
-      call: The call of the function, for the message.
-
-    Raises:
-      TypeError: `config` is something else.
-    """
+    """Return `config`, or the default config for None; `call` is for the message."""
     if config is None:
         return MoRAConfig()
     if isinstance(config, MoRAConfig):
         return config
-    got = type(config).__name__
+    got, hint = type(config).__name__, f"the call is {call}, where config may be None"
     if hasattr(config, "shape"):
         got = f"an array of shape {tuple(config.shape)}"
     fields = {field.name for field in dataclasses.fields(MoRAConfig)}
-    if isinstance(config, int):
-        hint = f"write MoRAConfig(rank={config})"
-    elif isinstance(config, Mapping) and set(config) <= fields | set(NAMES_ELSEWHERE):
-        settings = ", ".join(f"{name}={value!r}" for name, value in config.items())
-        hint = f"write MoRAConfig({settings})"
-    else:
-        hint = f"the call is {call}, where config may be None"
+    settings = {"rank": config} if isinstance(config, int) else config
+    if isinstance(settings, Mapping) and set(settings) <= fields | set(NAMES_ELSEWHERE):
+        values = ", ".join(f"{name}={value!r}" for name, value in settings.items())
+        hint = f"write MoRAConfig({values})"
     raise TypeError(f"config must be a MoRAConfig, got {got}: {hint}")

@@ -41,11 +41,9 @@ class Plan(Mapping[str, AdapterSpec]):
     """The adapters of a model, by the paths of their kernels; static and hashable.
 
     A mapping of paths to `AdapterSpec`s, in the order of the paths. `print(plan)` shows
-    it as a table.
-
-    It is a pytree whose leaves are the arrays of its operators. They are constants of a
-    program that uses the plan. Those of a `Subspace` may be too large for that, and
-    then the plan can be an argument of a function under jit.
+    it as a table. It is a pytree whose leaves are the arrays of its operators. They are
+    constants of a program that uses the plan. If they are too large for that, as those
+    a `Subspace` holds may be, the plan can be an argument of a function under jit.
 
     Attributes:
       specs: The adapters, one `AdapterSpec` for each adapted kernel.
@@ -104,14 +102,10 @@ class Plan(Mapping[str, AdapterSpec]):
     def digest(self) -> str:
         """SHA-256, in hexadecimal, of the settings that decide the meaning of the M's.
 
-        An M is a square of numbers, which only its plan makes a delta. So keep the
-        digest together with M's that are stored without their plan, and compare it
-        before they are used: plans of equal digests make the same deltas of the same
-        M's. The digest covers, by the kernels' paths, `AdapterSpec.meaning`: their
-        shapes and axes, the operators with all of their settings and seeds, the square
-        ranks, alpha and scale. Dropout, init, execution, param_dtype and layout only
-        decide how M's are trained or computed. Of the arrays that train themselves it
-        covers paths and shapes.
+        Plans of equal digests make the same deltas of the same M's. So keep the digest
+        together with M's that are stored without their plan, and compare it before they
+        are used. It covers, by the kernels' paths, `AdapterSpec.meaning`, and the paths
+        and shapes of the arrays that train themselves.
         """
         meanings = {spec.name: spec.meaning for spec in self.specs}
         meanings |= {a.name: {"trained": list(a.shape)} for a in self.trained}
@@ -163,27 +157,25 @@ def check_plan(plan: Any, name: str = "plan") -> Plan:
 
 
 def refuse_other_plan(made_for: Plan, used_with: Plan) -> None:
-    """Raise unless M's that were made for the first plan are right for the second.
-
-    Raises:
-      ValueError: They are not. The message names the first layer and what differs.
-    """
+    """Raise unless M's that were made for the first plan are right for the second."""
     for path in sorted(made_for.keys() ^ used_with.keys()):
-        here = path in used_with
+        there, here = ("with", "lacks") if path in made_for else ("without", "has")
         raise ValueError(
-            f"the adapters were made for a plan {'without' if here else 'with'} "
-            f"{path!r}, which this plan {'has' if here else 'lacks'}"
+            f"the adapters were made for a plan {there} {path!r}, "
+            f"which this plan {here}"
         )
     for path, spec in made_for.items():
         check_same(spec, used_with[path])
-    there, here = ({a.name: a.shape for a in p.trained} for p in (made_for, used_with))
-    for path in sorted(there.keys() | here.keys()):
-        shapes = there.get(path), here.get(path)
-        if shapes[0] != shapes[1]:
-            texts = ["not at all" if s is None else f"as {s}" for s in shapes]
+    shapes = [{a.name: a.shape for a in p.trained} for p in (made_for, used_with)]
+    for path in sorted(shapes[0].keys() | shapes[1].keys()):
+        there, here = (
+            f"as {arrays[path]}" if path in arrays else "not at all"
+            for arrays in shapes
+        )
+        if there != here:
             raise ValueError(
                 f"the adapters were made for a plan that trains {path!r} itself "
-                f"{texts[0]}, and this plan {texts[1]}"
+                f"{there}, and this plan {here}"
             )
 
 
@@ -191,19 +183,16 @@ def summary(plan: Plan, *, collapse: bool = True) -> str:
     """The plan as a table: in, out, operator, r, q, parameters, share of the base.
 
     Its last line is the one of PEFT's print_trainable_parameters. The column r shows
-    how much of the budget a layer uses. If that is less than four fifths, q is shown as
-    "64 of 90", with the q that the budget would buy: the layer is too small for that
-    one, or it does not suit its widths. The table has columns for alpha, scale and
-    dropout if a layer departs from their defaults. Arrays that train themselves have
-    "trained" for an operator, and their shape.
+    the rank of the LoRA with as many parameters. If that is less than four fifths of
+    the budget, q is shown as "64 of 90", with the q that the budget would buy: the
+    layer is too small for that one, or it does not suit its widths. The table has
+    columns for alpha, scale and dropout if a layer departs from their defaults. Arrays
+    that train themselves have "trained" for an operator, and their shape.
 
     Args:
       plan: The plan.
       collapse: True to show layers that differ only in the numbers of their paths in
         one row.
-
-    Returns:
-      The table as text; r is the rank of the LoRA with as many parameters.
 
     Raises:
       TypeError: `plan` is not a Plan.

@@ -22,18 +22,14 @@ from mora_jax.operators._registry import OperatorSpec, parse_spec
 DEFAULT_RANK = 8
 
 Check = Callable[[str, Any], Any]
-"""Function of a setting's name and value, which raises for a wrong value and returns a
-right one in the type that is stored."""
+"""Function of a setting's name and value that raises, or returns what is stored."""
 
 
 def setting(default: Any, check: Check, *, meaning: bool = False) -> Any:
     """Field of a record of settings.
 
-    Args:
-      default: The value of a setting that is not given.
-      check: The check of its values.
-      meaning: True if the setting decides which delta an M stands for, and False if it
-        decides only how M is trained or computed.
+    A setting with a `meaning` decides which delta an M stands for; the others decide
+    only how M is trained or computed.
     """
     metadata = {"check": check, "meaning": meaning}
     return dataclasses.field(default=default, metadata=metadata)
@@ -65,8 +61,7 @@ def _above_zero(name: str, value: Any) -> float:
 def _other_than_zero(name: str, value: Any) -> float:
     if (number := check_number(name, value)) == 0:
         raise ValueError(
-            f"{name} must not be 0, which would make every delta and every gradient of "
-            "the adapters 0"
+            f"{name} must not be 0, which would make all deltas and gradients 0"
         )
     return number
 
@@ -85,15 +80,8 @@ _execution = functools.partial(check_choice, choices=("auto", "activation", "fol
 class AdapterSettings:
     """Settings of one adapter that are neither its operator nor its place.
 
-    `AdapterSpec` and `FrozenDense` have these fields, and files hold all of them.
-
-    Attributes:
-      alpha: The factor of the delta.
-      scale: A second factor, which `MoRAConfig(scale=)` chooses for the kernel.
-      dropout: The rate of dropout on the adapter's input.
-      init: The start of M, "zeros" or "gaussian".
-      param_dtype: The dtype of M.
-      execution: The way a dense layer computes, as in `MoRAConfig`.
+    `AdapterSpec` and `FrozenDense` have these fields, and files hold all of them. They
+    are as in `MoRAConfig`, which chooses a number for `scale` by the kernel.
     """
 
     alpha: float = setting(1.0, check_number, meaning=True)
@@ -113,12 +101,7 @@ class AdapterSettings:
 
     @staticmethod
     def from_json(values: Mapping[str, Any]) -> "AdapterSettings":
-        """The settings that `to_json` wrote; nothing is filled in.
-
-        Raises:
-          TypeError, ValueError: A setting is missing, unknown or wrong, or its value is
-            not written as `to_json` writes it.
-        """
+        """The settings that `to_json` wrote, exactly so; nothing is filled in."""
         if values.keys() != SETTINGS.keys():
             raise ValueError(
                 f"settings must be {sorted(SETTINGS)}, got {sorted(values)}"
@@ -141,10 +124,6 @@ class KernelConfig:
 
     `qwix.MoRARule` has these fields as well, and `MoRAConfig(overrides=)` changes them
     for the kernels of a pattern.
-
-    Raises:
-      TypeError, ValueError: A setting that no kernel could have; `rank` together with
-        `square_rank`.
     """
 
     rank: int = setting(DEFAULT_RANK, positive_integer)
@@ -164,6 +143,5 @@ class KernelConfig:
         if self.square_rank is not None and self.rank != DEFAULT_RANK:
             raise ValueError(
                 f"rank and square_rank exclude each other, got rank={self.rank} and "
-                f"square_rank={self.square_rank}: rank is a budget that q is chosen "
-                "by, square_rank is q itself"
+                f"square_rank={self.square_rank}: a budget for q, and q itself"
             )

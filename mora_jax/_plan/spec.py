@@ -28,17 +28,15 @@ class AdapterSpec(AdapterSettings):
       operator: The maps C and D.
       kernel_shape: The kernel's shape, stack axes included.
       axes: The meaning of the kernel's axes, a letter each: "i", "o" or "s".
-      alpha, scale, dropout, init, param_dtype, execution: As in `AdapterSettings`:
-        the two factors of the delta, the rate of dropout on the adapter's input, how M
-        starts ("zeros" or "gaussian"), the dtype of M, and how a dense layer computes.
+      alpha, scale: The two factors of the delta.
+      dropout, init, param_dtype, execution: As in `MoRAConfig`.
       path: The kernel's place in its params tree, a tuple of keys.
       layout: The places of the kernel's features on a mesh, as
         `sharding.plan_on_mesh` finds them; None for one device.
       base_digest: Digests of the kernel that the adapter was trained on, one for each
-        index of its stack axes; None if no file holds them. Two specs that differ in
-        this alone are equal.
+        index of its stack axes; None if no file holds them.
       rank: The budget that q was chosen by; None if q itself was given, or was read
-        from a file. Two specs that differ in this alone are equal.
+        from a file. Specs that differ in this or in `base_digest` alone are equal.
 
     Example::
 
@@ -88,8 +86,7 @@ class AdapterSpec(AdapterSettings):
           kernel_shape: The kernel's shape.
           axes: The meaning of the kernel's axes, a letter each.
           path: The kernel's place in its params tree.
-          kernel_dtype: The kernel's dtype, which is needed if `config.param_dtype` is
-            None.
+          kernel_dtype: The kernel's dtype, for a `config.param_dtype` of None.
 
         Raises:
           ValueError: The axes do not fit the shape, or the kernel is too small.
@@ -98,9 +95,8 @@ class AdapterSpec(AdapterSettings):
             config = check_config(config)
         if isinstance(config, MoRAConfig) and config.train:
             raise ValueError(
-                f"train must be empty for one layer, got {config.train}: it names "
-                "arrays of a whole model, which mora_jax.plan, linen.plan and nnx.plan "
-                "find"
+                f"train must be empty for one layer, got {config.train}: it is for "
+                "the plan of a whole model"
             )
         check_axes(axes, len(kernel_shape))
         operator = _operator(config, *features(kernel_shape, axes))
@@ -126,19 +122,18 @@ class AdapterSpec(AdapterSettings):
     @property
     def in_features(self) -> int:
         """The product of the kernel's input axes."""
-        return features(self.kernel_shape, self.axes)[0]
+        return self.operator.in_features
 
     @property
     def out_features(self) -> int:
         """The product of the kernel's output axes."""
-        return features(self.kernel_shape, self.axes)[1]
+        return self.operator.out_features
 
     def seen_by(self, ndim: int | None) -> tuple[Shape, str]:
         """The shape and the axes of the kernel as a layer sees it.
 
-        Args:
-          ndim: The number of axes, the last ones, that the layer sees: a lifted
-            transformation takes off leading stack axes. None stands for all.
+        It sees the last `ndim` axes, or all if that is None: a lifted transformation
+        takes off leading stack axes.
         """
         first = 0 if ndim is None else len(self.axes) - ndim
         return self.kernel_shape[first:], self.axes[first:]
@@ -166,11 +161,7 @@ class AdapterSpec(AdapterSettings):
 
     @property
     def asked_square_rank(self) -> int | None:
-        """The q that the budget would buy, if less than four fifths of it are used.
-
-        The layer is too small for it, or no wider M suits its widths. None if it is
-        what the layer has.
-        """
+        """The q that the budget would buy, if less than four fifths of it are used."""
         if self.rank is None or 5 * self.lora_rank >= 4 * self.rank:
             return None
         asked = math.isqrt((self.in_features + self.out_features) * self.rank)
@@ -180,12 +171,11 @@ class AdapterSpec(AdapterSettings):
     def meaning(self) -> dict[str, Any]:
         """The settings that decide which delta an M stands for, as JSON can hold them.
 
-        Settings that decide how M is trained or computed (dropout, init, execution,
-        param_dtype, layout) are not among them, and neither is the path.
+        The path, and what decides how M is trained or computed, are not among them.
         """
-        settings = operator_settings(self.operator)
+        settings = operator_settings(self.operator).items()
         return {
-            **{f"operator.{name}": value for name, value in settings.items()},
+            **{f"operator.{name}": value for name, value in settings},
             "kernel_shape": list(self.kernel_shape),
             "axes": self.axes,
             "square_rank": self.operator.square_rank,
@@ -222,10 +212,7 @@ def _operator(config: KernelConfig, ins: int, outs: int) -> Operator:
 
 
 def operator_settings(operator: Operator) -> dict[str, Any]:
-    """An operator's name and settings, with the seed and without sizes.
-
-    A digest stands for arrays that are given.
-    """
+    """An operator's name and settings without sizes, and a digest of given arrays."""
     fields = {field.name for field in dataclasses.fields(operator) if field.compare}
     fields -= {size.name for size in dataclasses.fields(Operator)}
     fields |= {"digest"} if operator.given else set()
@@ -236,16 +223,12 @@ def operator_settings(operator: Operator) -> dict[str, Any]:
 def differences(
     first: Mapping[str, Any], second: Mapping[str, Any]
 ) -> dict[str, tuple[Any, Any]]:
-    """{name: its two values} where the settings of two adapters of a kernel differ.
+    """{name: its two values} where two adapters of a kernel differ.
 
-    A setting that only the first or only the second operator has is left out, since
-    the names of the operators differ then.
+    A setting that one of two operators lacks is left out: their names differ then.
     """
-    return {
-        name: (first[name], second[name])
-        for name in first
-        if name in second and first[name] != second[name]
-    }
+    shared = [name for name in first if name in second]
+    return {n: (first[n], second[n]) for n in shared if first[n] != second[n]}
 
 
 def check_same(made_for: AdapterSpec, used_with: AdapterSpec) -> None:

@@ -18,11 +18,14 @@ USUAL = {"alpha": 1, "scale": 1, "dropout": 0}
 
 def table(plan: "Plan", collapse: bool) -> str:
     """Return the text of `mora_jax.summary`."""
+
+    def kind(part: AdapterSpec | TrainedArray) -> tuple[object, ...]:
+        operator = getattr(part, "operator", None)
+        cells = _cells(part).values()
+        return part.name, collapse or part.name, part.shape, operator, *cells
+
     rows, base = [], plan.base_parameters
-    for parts in alike(
-        (*plan.specs, *plan.trained),
-        lambda part: (part.name, collapse or part.name, part.shape, *_kind(part)),
-    ):
+    for parts in alike((*plan.specs, *plan.trained), kind):
         size = sum(part.parameters for part in parts)
         row = {"path": shown([part.name for part in parts]), **_cells(parts[0])}
         rows.append(row | {"parameters": f"{size:,}", "of base": _share(size, base)})
@@ -41,11 +44,6 @@ def table(plan: "Plan", collapse: bool) -> str:
             f"{_share(size, base)} of {base:,}",
         ]
     )
-
-
-def _kind(part: AdapterSpec | TrainedArray) -> tuple[object, ...]:
-    operator = part.operator if isinstance(part, AdapterSpec) else None
-    return operator, *_cells(part).values()
 
 
 def _cells(part: AdapterSpec | TrainedArray) -> dict[str, str]:

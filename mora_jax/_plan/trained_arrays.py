@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from mora_jax._common.checks import DEQUANTISE, as_jax_array
+from mora_jax._common.checks import DEQUANTISE
 from mora_jax._common.suggestions import lacking
 from mora_jax._common.types import Path, Shape
 from mora_jax._plan.settings import check_dtype, check_settings, setting
@@ -48,15 +48,9 @@ class TrainedArray:
 
     @classmethod
     def of(cls, path: Path, leaf: Any, param_dtype: DTypeLike | None) -> "TrainedArray":
-        """The array `leaf` of the base, whose copy has its dtype or a wider one.
+        """The array `leaf` of the base, or its shape, whose copy has a dtype as wide.
 
-        Args:
-          path: The array's place in the params tree.
-          leaf: The array, or its shape.
-          param_dtype: The narrowest dtype of the copy; None for the dtype of `leaf`.
-
-        Raises:
-          TypeError: The array is not floating-point.
+        `param_dtype` is the narrowest dtype of the copy; None stands for any.
         """
         _check_floating("/".join(path), leaf)
         dtype = jnp.promote_types(leaf.dtype, param_dtype or leaf.dtype)
@@ -73,20 +67,15 @@ class TrainedArray:
         return math.prod(self.shape)
 
     def check(self, array: Any, where: str = "") -> None:
-        """Raise unless `array` can be this array; `where` is for the message.
-
-        Raises:
-          TypeError: It is not a floating-point array or the shape of one.
-          ValueError: It has another shape.
-        """
+        """Raise unless `array` can be this array; `where` is for the message."""
         if not hasattr(array, "shape") or not hasattr(array, "dtype"):
             raise TypeError(
                 f"{self.name}{where} must be an array, got {type(array).__name__}"
             )
         if tuple(array.shape) != self.shape:
             raise ValueError(
-                f"{self.name}{where} must have shape {self.shape}, got "
-                f"{tuple(array.shape)}"
+                f"{self.name}{where} must have shape {self.shape}, "
+                f"got {tuple(array.shape)}"
             )
         _check_floating(self.name, array)
 
@@ -108,13 +97,7 @@ def find_trained(
 ) -> tuple[Path, Any]:
     """The path and the base's array of `trained`, checked.
 
-    Args:
-      leaves: The leaves of the params, as `named_leaves` gives them.
-      trained: The array to find.
-
-    Raises:
-      TypeError: The base's array is not floating-point.
-      ValueError: The params lack the array, or it has another shape.
+    `leaves` has all leaves of the params, as `named_leaves` gives them.
     """
     name = trained.name
     if name not in leaves:
@@ -140,26 +123,6 @@ def copies(
             )
         # A copy in any case: a step may be given the adapters to overwrite.
         arrays[array.path] = jnp.array(leaf, dtype=array.dtype, copy=True)
-    return arrays
-
-
-def replacements(
-    leaves: Mapping[str, tuple[Path, Any]],
-    items: Items,
-    dtype: DTypeLike | None = None,
-) -> dict[Path, jax.Array]:
-    """{path: the trained copy as the model reads it}, in the dtype of the base's array.
-
-    Args:
-      leaves: The leaves of the params, as `named_leaves` gives them.
-      items: The trained arrays with their copies.
-      dtype: The dtype of the results; None for the dtypes of the base's arrays.
-    """
-    arrays = {}
-    for trained, copy in items:
-        path, leaf = find_trained(leaves, trained)
-        array = as_jax_array(trained.name, copy)
-        arrays[path] = array.astype(dtype or leaf.dtype)
     return arrays
 
 

@@ -1,10 +1,9 @@
 """Operators: the fixed pair of linear maps around M."""
 
-import abc
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
@@ -20,6 +19,10 @@ from mora_jax._jax.tuning import Work
 from mora_jax._jax.vma import shape_for
 
 Side = Literal["in", "out"]
+Precision = jax.lax.PrecisionLike
+Trained = Float[ArrayLike, "..."]
+Inputs = Float[ArrayLike, "*batch ins"]
+Outputs = Float[ArrayLike, "*batch outs"]
 
 
 class Split(NamedTuple):
@@ -35,22 +38,28 @@ class Split(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Operator(abc.ABC):
+class Operator:
     r"""The two fixed linear maps around the trained square matrix M.
 
     .. math:: x \mapsto D(C(x) M), \qquad C: in \to (n, q), \quad D: (n, q) \to out
 
     A subclass is decorated with `operator` and gives `name`, its settings as fields,
-    and three methods: `_compress` and `_decompress`, which are C and D, and
-    `_matrix_rows`, which gives rows of both as matrices. All else follows from these:
-    the product `rows`, the delta `matrix` and the `gradient` of M. A subclass gives
-    them as well where it knows a faster way. Equality and hash go by the settings.
-    Arrays that a seed determines are pytree leaves, so that a jitted function
-    that is handed an operator takes them as arguments.
+    and C and D as the methods `_compress` and `_decompress`. All else follows from
+    these: the product `rows`, the delta `matrix` and the `gradient` of M. A subclass
+    gives them as well where it knows a faster way. If its delta is not an M between two
+    maps, it says that it is not `linear`, and gives `rows` alone. Equality and hash go
+    by the settings. Arrays that a seed determines are pytree leaves, so that a jitted
+    function that is handed an operator takes them as arguments.
 
     The rest of the library asks an operator only for what it trains (`m_shape`,
     `start`, `scaled`, `linear`), for `rows`, `matrix`, `gradient` and `unit_rows`, and
     for `split` where rows have an M each.
+
+    In all methods `x` is (..., in_features), `y` and `g` are (..., out_features), `h`
+    is (..., *compressed_shape), `m` is M and has `m_shape`, `indices` are numbers of
+    inputs, and `precision` is for the products with M, as in `jax.numpy.matmul`.
+    Public methods raise a TypeError for arrays that are not of floating-point numbers,
+    and a ValueError for arrays of another shape.
 
     Attributes:
       in_features: The length of the vectors that `compress` takes.
@@ -65,30 +74,29 @@ class Operator(abc.ABC):
     name: ClassVar[str]
     """The word for it in `MoRAConfig(operator=...)`."""
     arrays: ClassVar[tuple[str, ...]] = ()
-    """The names of the fields that hold arrays, which `_seeded_arrays` gives."""
-    bounded: ClassVar[bool] = True
-    """True if q may not exceed `min(in_features, out_features)`."""
+    """The names of the fields that hold arrays."""
     given: ClassVar[bool] = False
     """True if the arrays are given, not determined by settings; it has a `digest`."""
+    tiles: ClassVar[bool] = False
+    """True if C and D cut features into pieces of q; the last one may be short. Without
+    it q may not exceed `min(in_features, out_features)`."""
+    q_multiple_of: ClassVar[int] = 1
+    """A divisor of q."""
     block: ClassVar[bool] = False
     """True if M acts on several blocks of the input, one after another."""
     keeps_input: ClassVar[bool] = False
     """True if x, and not C(x), is to be kept for the gradient: C(x) is as large."""
     work: ClassVar[Work] = "products"
     """The work of C and D, by which it is chosen how a layer computes."""
-    q_multiple_of: ClassVar[int] = 1
-    """A divisor of q."""
     linear: ClassVar[bool] = True
     """True if the delta is linear in what is trained, so that weighted sums of what is
     trained are exact."""
-    tiles: ClassVar[bool] = False
-    """True if C and D cut features into pieces of q; the last one may be short."""
 
     def __post_init__(self) -> None:
         for field in ("in_features", "out_features", "square_rank"):
             positive_integer(field, getattr(self, field))
         q, limit = self.square_rank, min(self.in_features, self.out_features)
-        if self.bounded and q > limit:
+        if not self.tiles and q > limit:
             raise ValueError(
                 f"square_rank of {self.name} must be at most "
                 f"min(in_features, out_features) = {limit}, got {q}"
@@ -99,10 +107,11 @@ class Operator(abc.ABC):
                 f"square_rank of {self.name} must be a multiple of {step}, "
                 f"got {q}; the nearest is {q + step - q % step}"
             )
-        if self.arrays:
-            check_seed(getattr(self, "seed", 0))
-            for field, array in self._seeded_arrays().items():
-                object.__setattr__(self, field, array)
+        check_seed(getattr(self, "seed", 0))
+        for field in dataclasses.fields(self):
+            if field.metadata:
+                compute = field.metadata["compute"]
+                object.__setattr__(self, field.name, compute(self))
 
     @property
     def compressed_shape(self) -> Shape:
@@ -165,15 +174,8 @@ class Operator(abc.ABC):
     ) -> jax.Array:
         """Trained array at its start, (*stack, *m_shape).
 
-        Args:
-          stack: The sizes of the kernel's stack axes.
-          init: "zeros" for a delta of zero; "gaussian" for numbers of standard
-            deviation 1/sqrt(q).
-          key: The key for random numbers; None where none are drawn.
-          dtype: The dtype of the array.
-
-        Raises:
-          ValueError: Random numbers are needed, and the key is None.
+        An `init` of "zeros" starts with a delta of zero. "gaussian" draws numbers of
+        standard deviation 1/sqrt(q) with `key`, and needs one.
         """
         shape = (*stack, *self.m_shape)
         if init == "zeros":
@@ -186,44 +188,32 @@ class Operator(abc.ABC):
         """Trained array that stands for `factor` times the delta of `m`."""
         return factor * m
 
-    @abc.abstractmethod
     def _compress(self, x: jax.Array) -> jax.Array:
-        """C. `x`: (..., in_features) -> (..., *compressed_shape)."""
+        """C: (..., in_features) -> (..., *compressed_shape)."""
+        raise NotImplementedError
 
-    @abc.abstractmethod
     def _decompress(self, h: jax.Array) -> jax.Array:
-        """D. `h`: (..., *compressed_shape) -> (..., out_features)."""
+        """D: (..., *compressed_shape) -> (..., out_features)."""
+        raise NotImplementedError
 
-    @abc.abstractmethod
-    def _matrix_rows(
-        self, side: Side, indices: jax.Array, dtype: DTypeLike
-    ) -> jax.Array:
-        """Rows of C, or of the transpose of D.
+    def _compress_units(self, indices: jax.Array, dtype: DTypeLike) -> jax.Array:
+        """C of unit vectors by their numbers, which are rows of C as a matrix.
 
-        Args:
-          side: "in" for C, whose row i is C(e_i) for a unit vector e_i; "out" for the
-            transpose of D, whose row j holds the weights of output j.
-          indices: (...), each in range.
-          dtype: The dtype of the result.
-
-        Returns:
-          (..., *compressed_shape).
+        `indices`: (...) -> (..., *compressed_shape), without `in_features` numbers for
+        each where a subclass knows how.
         """
+        return self._compress(jax.nn.one_hot(indices, self.in_features, dtype=dtype))
 
     def split(self, x: jax.Array) -> Split:
-        """Split of D(C(x) M) into what M multiplies and the map of the product.
-
-        Args:
-          x: (..., in_features).
-        """
+        """Split of D(C(x) M) into what M multiplies and the map of the product."""
         return Split(self._compress(x), self._decompress)
 
     def split_units(self, indices: jax.Array, dtype: DTypeLike) -> Split:
         """Split for unit vectors e_i, whose numbers i are `indices`, (...)."""
-        return Split(self._matrix_rows("in", indices, dtype), self._decompress)
+        return Split(self._compress_units(indices, dtype), self._decompress)
 
     def rows(
-        self, x: jax.Array, m: jax.Array, precision: jax.lax.PrecisionLike = None
+        self, x: jax.Array, m: jax.Array, precision: Precision = None
     ) -> jax.Array:
         """D(C(x) M), row by row: (..., in_features) -> (..., out_features)."""
         h, decompress = self.split(x)
@@ -231,9 +221,12 @@ class Operator(abc.ABC):
         return decompress(jax.lax.dot_general(h, m, axes, precision=precision))
 
     def unit_rows(
-        self, indices: jax.Array, m: jax.Array, precision: jax.lax.PrecisionLike = None
+        self, indices: jax.Array, m: jax.Array, precision: Precision = None
     ) -> jax.Array:
         """Rows of the delta by their numbers: (...) -> (..., out_features)."""
+        if not self.linear:
+            units = jax.nn.one_hot(indices, self.in_features, dtype=m.dtype)
+            return self.rows(units, m, precision)
         h, decompress = self.split_units(indices, m.dtype)
         return decompress(matmul(h, m, precision))
 
@@ -243,7 +236,7 @@ class Operator(abc.ABC):
         Of one block, D is applied to the rows of M, and the transpose of C to the
         columns of the result. Of several, each unit vector is multiplied.
         """
-        if self.block:
+        if self.block or not self.linear:
             return self.rows(jnp.eye(self.in_features, dtype=m.dtype), m)
         rows = self._decompress(m)
         vector = shape_for((self.in_features,), rows.dtype, rows)
@@ -252,7 +245,7 @@ class Operator(abc.ABC):
         return weight
 
     def gradient(
-        self, x: jax.Array, g: jax.Array, precision: jax.lax.PrecisionLike = None
+        self, x: jax.Array, g: jax.Array, precision: Precision = None
     ) -> jax.Array:
         r"""Gradient of M from rows x and the gradient g of the outputs.
 
@@ -260,108 +253,43 @@ class Operator(abc.ABC):
 
         A block is a row like any other. It is one product of all rows: the one that JAX
         would derive keeps their axes apart, and XLA writes C(x) once more for it.
-
-        Args:
-          x: (..., in_features).
-          g: (..., out_features).
-          precision: The precision of the product.
         """
         h, decompress = self.split(x)
         (back,) = jax.linear_transpose(decompress, h)(g)
         return rows_product(h, back, precision)
 
-    def _seeded_arrays(self) -> Mapping[str, Any]:
-        """The fields that `arrays` names, as the seed determines them."""
-        return {}
-
-    def compress(
-        self, x: Float[ArrayLike, "*batch features"]
-    ) -> Float[jax.Array, "..."]:
-        """C(x).
-
-        Args:
-          x: (..., in_features).
-
-        Returns:
-          (..., q), or (..., n, q) for a block operator.
-
-        Raises:
-          TypeError: `x` is not a floating-point array.
-          ValueError: Its last axis is not `in_features` long.
-        """
-        check_array("x", x, (self.in_features,))
-        return self._compress(jnp.asarray(x))
+    def compress(self, x: Inputs) -> Float[jax.Array, "..."]:
+        """C(x): (..., in_features) -> (..., q), or (..., n, q) with several blocks."""
+        return self._compress(check_array("x", x, (self.in_features,)))
 
     def decompress(self, h: Float[ArrayLike, "..."]) -> Float[jax.Array, "*batch out"]:
-        """D(h).
-
-        Args:
-          h: (..., q), or (..., n, q) for a block operator.
-
-        Returns:
-          (..., out_features).
-
-        Raises:
-          TypeError: `h` is not a floating-point array.
-          ValueError: Its last axes are not `compressed_shape`.
-        """
-        check_array("h", h, self.compressed_shape)
-        return self._decompress(jnp.asarray(h))
+        """D(h): (..., q), or (..., n, q) with several blocks -> (..., out_features)."""
+        return self._decompress(check_array("h", h, self.compressed_shape))
 
     def compress_matrix(self, dtype: DTypeLike = jnp.float32) -> jax.Array:
         """C itself: (in_features, q), or (in_features, n q) for a block operator."""
-        rows = self._matrix_rows("in", jnp.arange(self.in_features), dtype)
+        rows = self._compress_units(jnp.arange(self.in_features), dtype)
         return rows.reshape(self.in_features, math.prod(self.compressed_shape))
 
     def apply(
-        self,
-        m: Float[ArrayLike, "q q"],
-        x: Float[ArrayLike, "*batch features"],
-        *,
-        precision: jax.lax.PrecisionLike = None,
-    ) -> Float[jax.Array, "*batch out"]:
-        """D(C(x) M), the paper's equation 3 without alpha.
-
-        Args:
-          m: M, (q, q).
-          x: (..., in_features).
-          precision: The precision of the product with M, as in `jax.numpy.matmul`.
-
-        Returns:
-          (..., out_features).
-
-        Raises:
-          TypeError: `m` or `x` is not a floating-point array.
-          ValueError: A shape does not fit.
-        """
-        check_array("x", x, (self.in_features,))
-        return undisturbed(self.rows)(jnp.asarray(x), self._checked(m), precision)
+        self, m: Trained, x: Inputs, *, precision: Precision = None
+    ) -> Float[jax.Array, "*batch outs"]:
+        """D(C(x) M), the paper's equation 3 without alpha: (..., out_features)."""
+        x = check_array("x", x, (self.in_features,))
+        return undisturbed(self.rows)(x, self._checked(m), precision)
 
     def apply_transpose(
-        self,
-        m: Float[ArrayLike, "q q"],
-        y: Float[ArrayLike, "*batch out"],
-        *,
-        precision: jax.lax.PrecisionLike = None,
-    ) -> Float[jax.Array, "*batch features"]:
+        self, m: Trained, y: Outputs, *, precision: Precision = None
+    ) -> Float[jax.Array, "*batch ins"]:
         r"""The transpose of `apply`, for a kernel that is used both ways.
 
         .. math:: ((y\, D^T)\, M^T)\, C^T
 
-        Args:
-          m: M, (q, q).
-          y: (..., out_features).
-          precision: The precision of the product with M.
-
         Returns:
           (..., in_features): the product of `y` with the transpose of
           `delta_weight(m)`, which is not formed.
-
-        Raises:
-          TypeError, ValueError: As `apply`.
         """
-        check_array("y", y, (self.out_features,))
-        y = jnp.asarray(y)
+        y = check_array("y", y, (self.out_features,))
         x = shape_for((*y.shape[:-1], self.in_features), y.dtype, y)
         rows = functools.partial(self.rows, m=self._checked(m), precision=precision)
         (x,) = jax.linear_transpose(undisturbed(rows), x)(y)
@@ -369,24 +297,15 @@ class Operator(abc.ABC):
 
     def lookup(
         self,
-        m: Float[ArrayLike, "q q"],
+        m: Trained,
         indices: Integer[ArrayLike, "*batch"],
         *,
-        precision: jax.lax.PrecisionLike = None,
-    ) -> Float[jax.Array, "*batch out"]:
-        """Rows of `delta_weight(m)` by their numbers, as an embedding needs them.
+        precision: Precision = None,
+    ) -> Float[jax.Array, "*batch outs"]:
+        """Rows of `delta_weight(m)` by their numbers: (...) -> (..., out_features).
 
-        Args:
-          m: M, (q, q).
-          indices: (...); negative ones count from the end, and rows beyond either end
-            are meaningless.
-          precision: The precision of the product with M.
-
-        Returns:
-          (..., out_features).
-
-        Raises:
-          TypeError: `indices` holds no integers.
+        Negative `indices` count from the end, and rows beyond either end are
+        meaningless. Indices that are not integers raise a TypeError.
         """
         if not isinstance(indices, jax.Array | np.ndarray):
             raise TypeError(f"indices must be an array, got {type(indices).__name__}")
@@ -395,36 +314,23 @@ class Operator(abc.ABC):
         rows = undisturbed(self.unit_rows)
         return rows(in_range(indices, self.in_features), self._checked(m), precision)
 
-    def delta_weight(
-        self, m: Float[ArrayLike, "q q"]
-    ) -> Float[jax.Array, "features out"]:
-        r"""The delta as a kernel: a product of `x` with it is `apply(m, x)`.
+    def delta_weight(self, m: Trained) -> Float[jax.Array, "ins out"]:
+        r"""The delta as a kernel, (in_features, out_features): `apply` is its product.
 
         .. math:: C (I_n \otimes M) D
-
-        Args:
-          m: M, (q, q).
-
-        Returns:
-          (in_features, out_features).
-
-        Raises:
-          TypeError, ValueError: As `apply`.
         """
         return undisturbed(self.matrix)(self._checked(m))
 
     def _checked(self, m: ArrayLike) -> jax.Array:
-        check_array("m", m, self.m_shape)
-        if m.ndim != len(self.m_shape):
+        array = check_array("m", m, self.m_shape)
+        if array.ndim != len(self.m_shape):
             raise ValueError(
                 f"m must have shape {self.m_shape}, got {m.shape}; use jax.vmap"
             )
-        return jnp.asarray(m)
+        return array
 
 
-def rows_product(
-    h: jax.Array, g: jax.Array, precision: jax.lax.PrecisionLike = None
-) -> jax.Array:
+def rows_product(h: jax.Array, g: jax.Array, precision: Precision = None) -> jax.Array:
     """Sum of h^T g over all rows: (..., q) and (..., k) to (q, k)."""
     h, g = (a.reshape(-1, a.shape[-1]) for a in (h, g))
     return matmul(h.T, g, precision)

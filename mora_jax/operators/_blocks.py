@@ -19,12 +19,6 @@ def to_blocks(x: jax.Array, square_rank: int) -> jax.Array:
     return tile_to(x, n * square_rank).reshape(*x.shape[:-1], n, square_rank)
 
 
-def from_blocks(h: jax.Array, features: int) -> jax.Array:
-    """(..., n, q) -> (..., features): the blocks in a row, over and over."""
-    *batch, n, square_rank = h.shape
-    return tile_to(h.reshape(*batch, n * square_rank), features)
-
-
 def block_positions(
     indices: np.ndarray | jax.Array, features: int, square_rank: int
 ) -> tuple[Any, Any]:

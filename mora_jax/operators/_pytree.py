@@ -1,6 +1,7 @@
 """Operators as dataclasses and pytrees."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, Literal, TypeVar, dataclass_transform
 
 import jax
@@ -8,24 +9,34 @@ import jax
 ClassT = TypeVar("ClassT", bound=type)
 
 
-def array_field(*, init: Literal[False] = False) -> Any:
-    """A field that `__post_init__` fills from the seed: no part of eq, hash or repr."""
-    return dataclasses.field(init=init, compare=False, repr=False)
+Compute = Callable[[Any], Any]
 
 
-def given_array_field(*, init: Literal[True] = True) -> Any:
-    """A field whose array the caller gives: no part of eq, hash or repr."""
-    return dataclasses.field(init=init, compare=False, repr=False)
+def seeded(compute: Compute, *, init: Literal[False] = False) -> Any:
+    """Array that settings determine, as `compute(operator)`: no part of eq and repr."""
+    return _array_field(compute, init)
 
 
-_FIELDS = array_field, given_array_field, dataclasses.field
+def given(check: Compute, *, init: Literal[True] = True) -> Any:
+    """Array that the caller gives, as `check(operator)` returns it: no part of repr."""
+    return _array_field(check, init)
 
 
-@dataclass_transform(frozen_default=True, field_specifiers=_FIELDS)
+def _array_field(compute: Compute, init: bool) -> Any:
+    metadata = {"compute": compute}
+    return dataclasses.field(init=init, compare=False, repr=False, metadata=metadata)
+
+
+@dataclass_transform(
+    frozen_default=True, field_specifiers=(seeded, given, dataclasses.field)
+)
 def operator(cls: ClassT) -> ClassT:
-    """Make `cls` a frozen dataclass and a pytree whose leaves are its `arrays`."""
+    """Make `cls` a frozen dataclass and a pytree whose leaves are its arrays."""
     cls = dataclasses.dataclass(frozen=True)(cls)  # type: ignore[assignment]
-    static = [f.name for f in dataclasses.fields(cls) if f.name not in cls.arrays]
+    fields = dataclasses.fields(cls)
+    cls.arrays = tuple(f.name for f in fields if f.metadata)
+    cls.given = any(f.init for f in fields if f.metadata)
+    static = [f.name for f in fields if not f.metadata]
 
     def flatten_with_keys(op: Any) -> tuple[list[Any], tuple[Any, ...]]:
         children = [(jax.tree_util.GetAttrKey(n), getattr(op, n)) for n in cls.arrays]

@@ -37,11 +37,6 @@ def permutation(features: int, seed: int) -> np.ndarray:
     return _frozen(np.argsort(keys, kind="stable"), np.int32)
 
 
-def inverse(order: np.ndarray) -> np.ndarray:
-    """(features,) the place of each index in a permutation."""
-    return _frozen(np.argsort(order), np.int32)
-
-
 @functools.cache
 def signs(features: int, seed: int) -> np.ndarray:
     """(features,) of -1 and 1."""

@@ -35,10 +35,10 @@ OPERATORS: dict[str, type[Operator]] = {
 """Every operator class by its name."""
 
 SHARING_FROM_RANK = 128
-"""Where "auto" turns from rotation to sharing: the paper's best at r=8 and r=256."""
+"""The budget from which "auto" is sharing: the paper's best at r=8 and r=256."""
 
 LANES = 128
-"""How many numbers a TPU computes with at once: the width of its registers."""
+"""The width of a TPU's registers, in numbers."""
 
 OperatorSpec = str | Mapping[str, Any]
 """A name, or a mapping with "name" and settings: {"name": "sharing", ...}."""
@@ -86,23 +86,23 @@ def square_rank(
 
     .. math:: \hat r = \lfloor \sqrt{(in + out)\, r} \rfloor
 
-    is the largest one that trains no more parameters than LoRA of rank `rank` would
-    (paper section 3.2; the reference rounds to the nearest instead, which may exceed
-    the budget). q is at most min(in, out), and even for rotation.
+    trains no more parameters than LoRA of rank `rank` would (paper section 3.2; the
+    reference rounds to the nearest instead, which may exceed the budget). q is at most
+    min(in, out), and even for rotation.
 
     Chips compute with rows of 128 numbers. If a multiple of 128 divides both widths and
-    is more than half of that largest q, the widest such multiple is taken, and one of
-    64 if there is none: then no features are padded and no block is copied. Where
-    nothing is divided ("orthogonal", "hadamard", "truncation") any multiple will do.
+    is more than half of that q, the widest such multiple is taken, and one of 64 if
+    there is none: then no features are padded and no block is copied. Where nothing is
+    divided ("orthogonal", "hadamard", "truncation") any multiple will do.
 
     Args:
       rank: The budget r.
       in_features: The number of the kernel's input features.
       out_features: The number of the kernel's output features.
       operator: The operator that q is for.
-      multiple_of: A number that q is rounded down to a multiple of, instead of by the
-        rule above, unless q is below it; 1 takes all of the budget. Where no width
-        meets the rule, it is 8 for q from 64 on.
+      multiple_of: A number that q is rounded down to a multiple of, unless q is below
+        it; 1 takes all of the budget. By default it follows the rule above; where no
+        width meets that, it is 8 for q from 64 on.
 
     Raises:
       TypeError, ValueError: A number is not a positive integer, or the budget is too
@@ -132,20 +132,16 @@ def square_rank(
     if q == 0:
         raise ValueError(
             f"rank {rank} on a kernel of {in_features} x {out_features} leaves no room "
-            f"for {cls.name}, whose square_rank is at least {cls.q_multiple_of}"
-            "; leave it out with exclude, or give it an operator that a narrower "
-            "square suits, such as 'sharing'"
+            f"for {cls.name}; leave it out with exclude, or give it an operator that "
+            "a narrower square suits, such as 'sharing'"
         )
     return q
 
 
 def _fitting(q: int, common: int) -> int | None:
-    """The widest M of whole 128s or 64s, more than half of `q`; None if there is none.
+    """The widest M of whole 128s or 64s from q / 2 to q that divides `common`, or None.
 
-    Args:
-      q: The widest M that the budget allows.
-      common: The number that the width must divide: the greatest common divisor of
-        both features, or 0 if it need not.
+    Everything divides a `common` of 0.
     """
     eights = q - q % 8
     for step in (LANES, LANES // 2):
@@ -172,7 +168,7 @@ def make_operator(
         ({"name": "sharing", "compress_groups": "contiguous"}). "auto" is rotation for
         small budgets and sharing from about LoRA rank 128 on.
       in_features: The number of the kernel's input features.
-      out_features: The number of the kernel's output features.
+      out_features: The number of its output features.
       square_rank: q, the width of M.
       seed: The seed of the operators that are random.
 
@@ -186,7 +182,6 @@ def make_operator(
       >>> make_operator("rotation", 8, 8, 4)
       Rotation(in_features=8, out_features=8, square_rank=4, truncate=False)
     """
-    parse_spec(spec)
     positive_integer("in_features", in_features)
     positive_integer("out_features", out_features)
     positive_integer("square_rank", square_rank)

@@ -10,11 +10,10 @@ from jax.typing import DTypeLike
 
 from mora_jax._common.types import Shape
 from mora_jax._jax.tiles import stored, sum_tiles, tile_to
-from mora_jax.operators._base import Operator, Side, Split
+from mora_jax.operators._base import Operator, Split
 from mora_jax.operators._blocks import (
     add_wrapped_rows,
     block_positions,
-    from_blocks,
     num_blocks,
     to_blocks,
 )
@@ -39,7 +38,6 @@ class Decoupling(Operator):
 
     Example::
 
-      >>> import jax.numpy as jnp
       >>> from mora_jax.operators import Decoupling
       >>> op = Decoupling(in_features=4, out_features=4, square_rank=2)
       >>> op.delta_weight(jnp.array([[1.0, 2.0], [3.0, 4.0]]))
@@ -54,7 +52,6 @@ class Decoupling(Operator):
     name = "decoupling"
     work = "blocks"
     keeps_input = True
-    bounded = False
     block = True
     tiles = True
 
@@ -64,8 +61,7 @@ class Decoupling(Operator):
 
     @property
     def isometry(self) -> bool:
-        whole = self.in_features % self.square_rank == 0
-        return self.in_features == self.out_features and whole
+        return self.aligned and self.in_features == self.out_features
 
     @property
     def num_out_blocks(self) -> int:
@@ -87,7 +83,7 @@ class Decoupling(Operator):
         return 1.0, math.sqrt(self.num_feeding / self.num_groups)
 
     def _compress(self, x: jax.Array) -> jax.Array:
-        return to_blocks(self.order_inputs(x), self.square_rank)
+        return self.rotate_rows(to_blocks(self.order_inputs(x), self.square_rank))
 
     def _decompress(self, h: jax.Array) -> jax.Array:
         return self.decompress_groups(self.sum_groups(h))
@@ -104,7 +100,9 @@ class Decoupling(Operator):
 
     def decompress_groups(self, h: jax.Array) -> jax.Array:
         """D of blocks whose groups are summed: (..., groups, q) -> (..., out)."""
-        return self.outputs_in_place(from_blocks(h, self.out_features))
+        *batch, groups, q = h.shape
+        y = tile_to(h.reshape(*batch, groups * q), self.out_features)
+        return self.outputs_in_place(y)
 
     def split(self, x: jax.Array) -> Split:
         # D sums the blocks of a group. M multiplies them all, so it may multiply the
@@ -134,19 +132,6 @@ class Decoupling(Operator):
         rows = jnp.where(feeds, self.rotate_m(columns), 0)
         return add_wrapped_rows(rows.reshape(n * q, outs), self.in_features)
 
-    def _matrix_rows(
-        self, side: Side, indices: jax.Array, dtype: DTypeLike
-    ) -> jax.Array:
-        n, q = self.compressed_shape
-        if side == "in":
-            block, entries = self.block_rows(indices, dtype)
-            at_block = jax.nn.one_hot(block, n, dtype=dtype)
-            return jnp.sum(at_block[..., None] * entries[..., None, :], axis=-3)
-        block, offset = block_positions(indices, self.out_features, q)
-        block, offset = block[..., :1], offset[..., :1]  # each output is in one block
-        feeds = self.in_group(np.arange(n, dtype=np.uint32)) == self.out_group(block)
-        return feeds[..., None] * jax.nn.one_hot(offset, q, dtype=dtype)
-
     def block_rows(
         self, indices: jax.Array, dtype: DTypeLike
     ) -> tuple[jax.Array, jax.Array]:
@@ -170,8 +155,11 @@ class Decoupling(Operator):
         """Undo `order_outputs`."""
         return y
 
-    def rotate_rows(self, h: jax.Array, block: jax.Array) -> jax.Array:
-        """Rows h of the blocks k times R_k: (..., q) and (...) to (..., q)."""
+    def rotate_rows(self, h: jax.Array, block: jax.Array | None = None) -> jax.Array:
+        """Rows h of the blocks k times R_k: (..., q) and (...) to (..., q).
+
+        Without the numbers of blocks, `h` has all of them in a row, (..., n, q).
+        """
         return h
 
     def rotate_m(self, m: jax.Array) -> jax.Array:

@@ -1,18 +1,17 @@
 """Hadamard: a random subspace whose directions take little memory."""
 
 import math
-from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from mora_jax._common.types import ArrayLike
 from mora_jax.operators._base import Side
 from mora_jax.operators._blocks import divide
 from mora_jax.operators._projection import Projection
-from mora_jax.operators._pytree import array_field, operator
+from mora_jax.operators._pytree import operator, seeded
 from mora_jax.operators._random import orthonormal, permutation, signs
 
 
@@ -33,7 +32,6 @@ class Hadamard(Projection):
 
     Example::
 
-      >>> import jax.numpy as jnp
       >>> from mora_jax.operators import Hadamard
       >>> op = Hadamard(in_features=12, out_features=12, square_rank=4)
       >>> op.compress(op.decompress(jnp.eye(4))).round(3) + 0.0
@@ -44,18 +42,10 @@ class Hadamard(Projection):
     """
 
     seed: int = 0
-    in_arrays: tuple[jax.Array | np.ndarray, ...] = array_field()
-    out_arrays: tuple[jax.Array | np.ndarray, ...] = array_field()
+    in_arrays: tuple[ArrayLike, ...] = seeded(lambda op: _seeded(op, op.in_features))
+    out_arrays: tuple[ArrayLike, ...] = seeded(lambda op: _seeded(op, op.out_features))
 
     name = "hadamard"
-    arrays = ("in_arrays", "out_arrays")
-
-    def _seeded_arrays(self) -> Mapping[str, Any]:
-        q, seed = self.square_rank, self.seed
-        return {
-            "in_arrays": _seeded(self.in_features, q, seed),
-            "out_arrays": _seeded(self.out_features, q, seed),
-        }
 
     def basis(self, side: Side, dtype: DTypeLike) -> jax.Array:
         arrays = self.in_arrays if side == "in" else self.out_arrays
@@ -73,8 +63,8 @@ class Hadamard(Projection):
         return jax.lax.optimization_barrier((signs[:, None] * basis).astype(dtype))
 
 
-def _seeded(features: int, q: int, seed: int) -> tuple[np.ndarray, ...]:
+def _seeded(op: Hadamard, features: int) -> tuple[np.ndarray, ...]:
     """Signs (features,), Q (b, b) and coordinates (q,)."""
     b = features // (features & -features)  # without its factors of two
-    coordinates = permutation(features, seed)[:q]
-    return signs(features, seed), orthonormal(b, b, seed), coordinates
+    coordinates = permutation(features, op.seed)[: op.square_rank]
+    return signs(features, op.seed), orthonormal(b, b, op.seed), coordinates

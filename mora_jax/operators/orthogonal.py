@@ -1,13 +1,8 @@
 """Orthogonal: a fixed random subspace."""
 
-from collections.abc import Mapping
-from typing import Any
-
-import jax
-import numpy as np
-
+from mora_jax._common.types import ArrayLike
 from mora_jax.operators._projection import Projection
-from mora_jax.operators._pytree import array_field, operator
+from mora_jax.operators._pytree import operator, seeded
 from mora_jax.operators._random import orthonormal
 
 
@@ -32,15 +27,11 @@ class Orthogonal(Projection):
     """
 
     seed: int = 0
-    in_basis: jax.Array | np.ndarray = array_field()
-    out_basis: jax.Array | np.ndarray = array_field()
+    in_basis: ArrayLike = seeded(
+        lambda op: orthonormal(op.in_features, op.square_rank, op.seed)
+    )
+    out_basis: ArrayLike = seeded(
+        lambda op: orthonormal(op.out_features, op.square_rank, op.seed)
+    )
 
     name = "orthogonal"
-    arrays = ("in_basis", "out_basis")
-
-    def _seeded_arrays(self) -> Mapping[str, Any]:
-        q, seed = self.square_rank, self.seed
-        return {
-            "in_basis": orthonormal(self.in_features, q, seed),
-            "out_basis": orthonormal(self.out_features, q, seed),
-        }

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -13,10 +12,9 @@ from jax.typing import DTypeLike
 from mora_jax._common.types import ArrayLike
 from mora_jax._jax.linear_map import LinearMap
 from mora_jax._jax.tiles import stored
-from mora_jax.operators._base import Side
 from mora_jax.operators._blocks import block_positions, divide
-from mora_jax.operators._pytree import array_field, operator
-from mora_jax.operators._random import inverse, permutation
+from mora_jax.operators._pytree import operator, seeded
+from mora_jax.operators._random import permutation
 from mora_jax.operators.decoupling import Decoupling
 
 
@@ -29,7 +27,6 @@ class Permutation(Decoupling):
 
     Example::
 
-      >>> import jax.numpy as jnp
       >>> from mora_jax.operators import Permutation
       >>> op = Permutation(in_features=6, out_features=6, square_rank=3, seed=1)
       >>> op.decompress(op.compress(jnp.arange(6.0)))
@@ -37,23 +34,12 @@ class Permutation(Decoupling):
     """
 
     seed: int = 0
-    in_order: jax.Array | np.ndarray = array_field()
-    in_inverse: jax.Array | np.ndarray = array_field()
-    out_order: jax.Array | np.ndarray = array_field()
-    out_inverse: jax.Array | np.ndarray = array_field()
+    in_order: ArrayLike = seeded(lambda op: permutation(op.in_features, op.seed))
+    in_inverse: ArrayLike = seeded(lambda op: _inverse(op.in_order))
+    out_order: ArrayLike = seeded(lambda op: permutation(op.out_features, op.seed))
+    out_inverse: ArrayLike = seeded(lambda op: _inverse(op.out_order))
 
     name = "permutation"
-    arrays = ("in_order", "in_inverse", "out_order", "out_inverse")
-
-    def _seeded_arrays(self) -> Mapping[str, Any]:
-        in_order = permutation(self.in_features, self.seed)
-        out_order = permutation(self.out_features, self.seed)
-        return {
-            "in_order": in_order,
-            "in_inverse": inverse(in_order),
-            "out_order": out_order,
-            "out_inverse": inverse(out_order),
-        }
 
     def order_inputs(self, x: jax.Array) -> jax.Array:
         return _Reorder()((self.in_order, self.in_inverse), x)
@@ -72,13 +58,7 @@ class Permutation(Decoupling):
     ) -> jax.Array:
         """Rows and columns of the delta, by their places in the two orders.
 
-        Args:
-          m: M, (q, q).
-          in_places: The places of some inputs in the order of the inputs, (k,).
-          out_places: The places of some outputs in the order of the outputs, (l,).
-
-        Returns:
-          (k, l).
+        `in_places`, (k,), and `out_places`, (l,), give a part (k, l) of the delta.
         """
         q = self.square_rank
         out_block, out_offset = divide(out_places, q)
@@ -97,17 +77,14 @@ class Permutation(Decoupling):
         )
         return functools.reduce(jnp.add, parts)
 
-    def _matrix_rows(
-        self, side: Side, indices: jax.Array, dtype: DTypeLike
-    ) -> jax.Array:
-        if side == "out":
-            indices = jnp.asarray(self.out_inverse)[indices]
-        return super()._matrix_rows(side, indices, dtype)
-
     def block_rows(
         self, indices: jax.Array, dtype: DTypeLike
     ) -> tuple[jax.Array, jax.Array]:
         return super().block_rows(jnp.asarray(self.in_inverse)[indices], dtype)
+
+
+def _inverse(order: np.ndarray) -> np.ndarray:
+    return np.argsort(order).astype(np.int32)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -33,17 +33,11 @@ class Rotation(Decoupling):
     name = "rotation"
     q_multiple_of = 2
 
-    @property
-    def isometry(self) -> bool:
-        q = self.square_rank
-        return self.in_features == self.out_features and self.in_features % q == 0
-
-    def _compress(self, x: jax.Array) -> jax.Array:
-        return _rotate(super()._compress(x), *self._tables(x.dtype))
-
-    def rotate_rows(self, h: jax.Array, block: jax.Array) -> jax.Array:
-        tables = self._tables(h.dtype)
-        return _rotate(h, *(jnp.asarray(table)[block] for table in tables))
+    def rotate_rows(self, h: jax.Array, block: jax.Array | None = None) -> jax.Array:
+        cos, sin = self._tables(h.dtype)
+        if block is not None:
+            cos, sin = jnp.asarray(cos)[block], jnp.asarray(sin)[block]
+        return h * cos + _swap_halves(h, axis=-1) * sin
 
     def rotate_m(self, m: jax.Array) -> jax.Array:
         # x R = x * cos + swap(x) * sin, where swap exchanges the halves of a row, so
@@ -60,12 +54,6 @@ class Rotation(Decoupling):
         cos, sin = np.cos(angle), np.sin(angle)
         tables = np.concatenate([cos, cos], -1), np.concatenate([-sin, sin], -1)
         return tables[0].astype(dtype), tables[1].astype(dtype)
-
-
-def _rotate(
-    h: jax.Array, cos: jax.Array | np.ndarray, sin: jax.Array | np.ndarray
-) -> jax.Array:
-    return h * cos + _swap_halves(h, axis=-1) * sin
 
 
 def _swap_halves(h: jax.Array, axis: int) -> jax.Array:

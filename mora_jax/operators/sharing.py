@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from mora_jax._common.checks import check_choice
 from mora_jax._jax.tiles import sum_tiles, tile_to
 from mora_jax.operators._base import Operator, Side
 from mora_jax.operators._blocks import block_positions
@@ -50,17 +51,13 @@ class Sharing(Operator):
 
     name = "sharing"
     work = "sums"
-    bounded = False
     tiles = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for side, field in (("in", "compress_groups"), ("out", "decompress_groups")):
             groups, features = getattr(self, field), getattr(self, f"{side}_features")
-            if groups not in get_args(Grouping):
-                raise ValueError(
-                    f"{field} must be one of {get_args(Grouping)}, got {groups!r}"
-                )
+            check_choice(field, groups, get_args(Grouping))
             if groups == "contiguous" and self.square_rank > features:
                 raise ValueError(
                     f"square_rank of contiguous {self.name} must be at most "
@@ -70,8 +67,7 @@ class Sharing(Operator):
     @property
     def isometry(self) -> bool:
         q, ins, outs = self.square_rank, self.in_features, self.out_features
-        whole = ins % q == outs % q == 0
-        return whole and (self.normalised or ins == outs == q)
+        return ins % q == outs % q == 0 and (self.normalised or ins == outs == q)
 
     @property
     def gains(self) -> tuple[float, float]:
@@ -85,22 +81,9 @@ class Sharing(Operator):
         return math.sqrt(group) * c_scale, d_scale
 
     def _compress(self, x: jax.Array) -> jax.Array:
-        if self.compress_groups == "strided":
-            h = self._sum_strided(x)
-        else:
-            h = _sum_contiguous(x, self.square_rank)
-        return h * self._scale("in", h.dtype)
-
-    def _sum_strided(self, x: jax.Array) -> jax.Array:
-        """Sums of strided groups, the last ones completed by the first features."""
-        width = self.square_rank
-        if width >= self.in_features:
-            return tile_to(x, width)
-        missing = -self.in_features % width
-        if not missing:
-            return sum_tiles(x, width)
-        before = [(0, 0)] * (x.ndim - 1) + [(width - missing, 0)]
-        return sum_tiles(x, width) + jnp.pad(x[..., :missing], before)
+        strided = self.compress_groups == "strided"
+        sums = _sum_strided if strided else _sum_contiguous
+        return sums(x, self.square_rank) * self._scale("in", x.dtype)
 
     def _decompress(self, h: jax.Array) -> jax.Array:
         h = h * self._scale("out", h.dtype)  # q numbers, and not all outputs
@@ -108,20 +91,14 @@ class Sharing(Operator):
             return tile_to(h, self.out_features)
         return _repeat_contiguous(h, self.out_features)
 
-    def _matrix_rows(
-        self, side: Side, indices: jax.Array, dtype: DTypeLike
-    ) -> jax.Array:
-        width = self.square_rank
-        groups = self.compress_groups if side == "in" else self.decompress_groups
-        features = self.in_features if side == "in" else self.out_features
-        if groups == "contiguous":
+    def _compress_units(self, indices: jax.Array, dtype: DTypeLike) -> jax.Array:
+        width, features = self.square_rank, self.in_features
+        if self.compress_groups == "contiguous":
             group = _contiguous_group(indices, features, width)[..., None]
-        elif side == "in":  # the first features may be in two groups
+        else:  # the first features may be in two groups
             _, group = block_positions(indices, features, width)
-        else:
-            group = indices[..., None] % width
         member = jax.nn.one_hot(group, width, dtype=dtype).sum(-2)
-        return member * self._scale(side, dtype)
+        return member * self._scale("in", dtype)
 
     def _scale(self, side: Side, dtype: DTypeLike) -> np.ndarray:
         features = self.in_features if side == "in" else self.out_features
@@ -129,15 +106,25 @@ class Sharing(Operator):
         return np.asarray(scale, dtype)
 
 
-def _group_lengths(features: int, groups: int) -> tuple[int, int]:
-    """The length of the shorter groups, and how many groups are longer by one."""
-    return divmod(features, groups)
+def _sum_strided(x: jax.Array, groups: int) -> jax.Array:
+    """(..., features) -> (..., groups): the last ones have the first features, too."""
+    features = x.shape[-1]
+    if groups >= features:
+        return tile_to(x, groups)
+    missing = -features % groups
+    if not missing:
+        return sum_tiles(x, groups)
+    before = [(0, 0)] * (x.ndim - 1) + [(groups - missing, 0)]
+    return sum_tiles(x, groups) + jnp.pad(x[..., :missing], before)
+
+
+# Contiguous groups have `length` features, and the first `longer` of them one more.
 
 
 def _sum_contiguous(x: jax.Array, groups: int) -> jax.Array:
     """(..., features) -> (..., groups): the sum of each contiguous group."""
     *batch, features = x.shape
-    length, longer = _group_lengths(features, groups)
+    length, longer = divmod(features, groups)
     head, tail = jnp.split(x, [longer * (length + 1)], axis=-1)
     head = head.reshape(*batch, longer, length + 1).sum(-1)
     tail = tail.reshape(*batch, groups - longer, length).sum(-1)
@@ -146,14 +133,14 @@ def _sum_contiguous(x: jax.Array, groups: int) -> jax.Array:
 
 def _contiguous_group(indices: jax.Array, features: int, groups: int) -> jax.Array:
     """The group that each feature is in: (...) -> (...)."""
-    length, longer = _group_lengths(features, groups)
+    length, longer = divmod(features, groups)
     tail = indices - longer * (length + 1)
     return jnp.where(tail < 0, indices // (length + 1), longer + tail // length)
 
 
 def _repeat_contiguous(h: jax.Array, features: int) -> jax.Array:
     """(..., groups) -> (..., features): each value for all features of its group."""
-    length, longer = _group_lengths(features, h.shape[-1])
+    length, longer = divmod(features, h.shape[-1])
     head, tail = jnp.split(h, [longer], axis=-1)
     head, tail = jnp.repeat(head, length + 1, -1), jnp.repeat(tail, length, -1)
     return jnp.concatenate([head, tail], axis=-1)

@@ -1,13 +1,12 @@
 """Signed decoupling: random signs that tell the blocks apart."""
 
-from collections.abc import Mapping
-from typing import Any
+import math
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from mora_jax.operators._pytree import array_field, operator
+from mora_jax._common.types import ArrayLike
+from mora_jax.operators._pytree import operator, seeded
 from mora_jax.operators._random import signs
 from mora_jax.operators.decoupling import Decoupling
 
@@ -26,7 +25,6 @@ class SignedDecoupling(Decoupling):
 
     Example::
 
-      >>> import jax.numpy as jnp
       >>> from mora_jax.operators import SignedDecoupling
       >>> op = SignedDecoupling(in_features=4, out_features=4, square_rank=2)
       >>> op.decompress(op.compress(op.decompress(op.compress(jnp.arange(4.0)))))
@@ -34,20 +32,17 @@ class SignedDecoupling(Decoupling):
     """
 
     seed: int = 0
-    in_signs: jax.Array | np.ndarray = array_field()
+    in_signs: ArrayLike = seeded(
+        lambda op: signs(math.prod(op.compressed_shape), op.seed).reshape(
+            op.compressed_shape
+        )
+    )
 
     name = "signed_decoupling"
-    arrays = ("in_signs",)
 
-    def _seeded_arrays(self) -> Mapping[str, Any]:
-        n, q = self.compressed_shape
-        return {"in_signs": signs(n * q, self.seed).reshape(n, q)}
-
-    def _compress(self, x: jax.Array) -> jax.Array:
-        return super()._compress(x) * jnp.asarray(self.in_signs, x.dtype)
-
-    def rotate_rows(self, h: jax.Array, block: jax.Array) -> jax.Array:
-        return h * jnp.asarray(self.in_signs, h.dtype)[block]
+    def rotate_rows(self, h: jax.Array, block: jax.Array | None = None) -> jax.Array:
+        signs = jnp.asarray(self.in_signs, h.dtype)
+        return h * (signs if block is None else signs[block])
 
     def rotate_m(self, m: jax.Array) -> jax.Array:
         return m * jnp.asarray(self.in_signs, m.dtype)[..., None]

@@ -1,15 +1,11 @@
 """Signed sharing: sharing between random signs."""
 
-from collections.abc import Mapping
-from typing import Any
-
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.typing import DTypeLike
 
-from mora_jax.operators._base import Side
-from mora_jax.operators._pytree import array_field, operator
+from mora_jax._common.types import ArrayLike
+from mora_jax.operators._pytree import operator, seeded
 from mora_jax.operators._random import signs
 from mora_jax.operators.sharing import Sharing
 
@@ -29,7 +25,6 @@ class SignedSharing(Sharing):
 
     Example::
 
-      >>> import jax.numpy as jnp
       >>> from mora_jax.operators import SignedSharing
       >>> op = SignedSharing(in_features=4, out_features=4, square_rank=2)
       >>> op.compress(op.decompress(jnp.array([1.0, 2.0]))).round(3)
@@ -37,17 +32,10 @@ class SignedSharing(Sharing):
     """
 
     seed: int = 0
-    in_signs: jax.Array | np.ndarray = array_field()
-    out_signs: jax.Array | np.ndarray = array_field()
+    in_signs: ArrayLike = seeded(lambda op: signs(op.in_features, op.seed))
+    out_signs: ArrayLike = seeded(lambda op: signs(op.out_features, op.seed))
 
     name = "signed_sharing"
-    arrays = ("in_signs", "out_signs")
-
-    def _seeded_arrays(self) -> Mapping[str, Any]:
-        return {
-            "in_signs": signs(self.in_features, self.seed),
-            "out_signs": signs(self.out_features, self.seed),
-        }
 
     def _compress(self, x: jax.Array) -> jax.Array:
         return super()._compress(x * jnp.asarray(self.in_signs, x.dtype))
@@ -56,8 +44,6 @@ class SignedSharing(Sharing):
         y = super()._decompress(h)
         return y * jnp.asarray(self.out_signs, y.dtype)
 
-    def _matrix_rows(
-        self, side: Side, indices: jax.Array, dtype: DTypeLike
-    ) -> jax.Array:
-        signs = jnp.asarray(self.in_signs if side == "in" else self.out_signs, dtype)
-        return super()._matrix_rows(side, indices, dtype) * signs[indices][..., None]
+    def _compress_units(self, indices: jax.Array, dtype: DTypeLike) -> jax.Array:
+        signs = jnp.asarray(self.in_signs, dtype)[indices]
+        return super()._compress_units(indices, dtype) * signs[..., None]

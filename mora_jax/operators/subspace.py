@@ -3,14 +3,16 @@
 import functools
 import hashlib
 import math
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import numpy as np
 from jax.core import Tracer
 
+from mora_jax._common.types import ArrayLike
+from mora_jax.operators._base import Side
 from mora_jax.operators._projection import Projection
-from mora_jax.operators._pytree import given_array_field, operator
+from mora_jax.operators._pytree import given, operator
 
 TOLERANCE = 1e-3
 """Largest distance of the columns' products from the unit matrix."""
@@ -42,21 +44,10 @@ class Subspace(Projection):
       [0.0, 0.0, 0.0, 0.0, 0.0, 1.0]
     """
 
-    in_basis: jax.Array | np.ndarray = given_array_field()
-    out_basis: jax.Array | np.ndarray = given_array_field()
+    in_basis: ArrayLike = given(lambda op: _orthonormal(op, "in"))
+    out_basis: ArrayLike = given(lambda op: _orthonormal(op, "out"))
 
     name = "subspace"
-    arrays = ("in_basis", "out_basis")
-    given: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        widths = {"in_basis": self.in_features, "out_basis": self.out_features}
-        for name, features in widths.items():
-            basis = _orthonormal(
-                name, getattr(self, name), (features, self.square_rank)
-            )
-            object.__setattr__(self, name, basis)
 
     @functools.cached_property
     def digest(self) -> str:
@@ -88,17 +79,19 @@ class Subspace(Projection):
         return c, math.sqrt(self.square_rank / self.out_features)
 
 
-def _orthonormal(name: str, basis: Any, shape: tuple[int, int]) -> np.ndarray:
-    """A basis as a float32 array of its own, checked."""
+def _orthonormal(op: Subspace, side: Side) -> np.ndarray:
+    """A basis of `op` as a float32 array of its own, checked."""
+    name = f"{side}_basis"
+    basis: Any = getattr(op, name)
+    shape = getattr(op, f"{side}_features"), op.square_rank
     if isinstance(basis, Tracer) or not isinstance(basis, jax.Array | np.ndarray):
         raise TypeError(f"{name} must be a concrete array, got {type(basis).__name__}")
     if not np.issubdtype(np.asarray(basis).dtype, np.floating):
         raise TypeError(f"{name} must be floating-point, got {basis.dtype}")
     if basis.shape != shape:
         raise ValueError(f"{name} must have shape {shape}, got {tuple(basis.shape)}")
-    made = np.array(basis, np.float32)
-    products = made.T @ made
-    if not np.allclose(products, np.eye(shape[1]), atol=TOLERANCE):
+    basis = np.array(basis, np.float32)
+    if not np.allclose(basis.T @ basis, np.eye(op.square_rank), atol=TOLERANCE):
         raise ValueError(f"the columns of {name} must be orthonormal")
-    made.setflags(write=False)
-    return made
+    basis.setflags(write=False)
+    return basis

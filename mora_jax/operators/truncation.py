@@ -4,7 +4,7 @@ import jax
 from jax.typing import DTypeLike
 
 from mora_jax._jax.tiles import pad_to
-from mora_jax.operators._base import Operator, Side
+from mora_jax.operators._base import Operator
 from mora_jax.operators._pytree import operator
 
 
@@ -42,7 +42,5 @@ class Truncation(Operator):
     def _decompress(self, h: jax.Array) -> jax.Array:
         return pad_to(h, self.out_features)
 
-    def _matrix_rows(
-        self, side: Side, indices: jax.Array, dtype: DTypeLike
-    ) -> jax.Array:
+    def _compress_units(self, indices: jax.Array, dtype: DTypeLike) -> jax.Array:
         return jax.nn.one_hot(indices, self.square_rank, dtype=dtype)

@@ -67,7 +67,7 @@ class Product(abc.ABC):
     """Product of a layer's input with its kernel; linear in both.
 
     Whatever depends on the kind of product is asked of the product itself. A product of
-    your own needs the abstract members alone.
+    your own needs `axes` and `delta`; all else has a default.
 
     The adapter's dropout is a pair of maps around the delta: `dropped(x, ...)` gives
     what the delta sees of the input, and `dropped_after(y, x, ...)` the delta's output.
@@ -75,12 +75,13 @@ class Product(abc.ABC):
     the input, but an index cannot be zero, and is dropped with its row.
 
     Attributes:
+      axes: The kernel's axes as letters s, i and o (see `MoRAConfig.overrides`).
+      adapted_by_default: True if such layers are adapted where a config names no
+        targets.
       label: A name of such layers for a plan's list of what it leaves out; "" if only
         the name of a kernel says why it is left out.
       primitive: The primitive of JAX that multiplies, by which a trace recognises the
         product; "" for any.
-      passes: The primitives that the kernel or the product may pass besides. They are
-        as linear as the product itself, and `delta` must pass them as well.
       stand_ins: Primitives by which a layer does the product without `primitive`, where
         the kernel is small.
       takes_indices: True if the input is integers that number rows of the kernel.
@@ -89,6 +90,8 @@ class Product(abc.ABC):
       reads_kernel: True if methods read the kernel itself, instead of an input.
     """
 
+    axes: str
+    adapted_by_default: bool = False
     label: ClassVar[str] = ""
     primitive: ClassVar[str] = ""
     stand_ins: ClassVar[frozenset[str]] = frozenset()
@@ -98,17 +101,11 @@ class Product(abc.ABC):
 
     @property
     def passes(self) -> frozenset[str]:
+        """The primitives that the kernel or the product may pass besides.
+
+        They are as linear as the product itself, and `delta` passes them as well.
+        """
         return frozenset()
-
-    @property
-    @abc.abstractmethod
-    def axes(self) -> str:
-        """The kernel's axes as letters s, i and o (see `MoRAConfig.overrides`)."""
-
-    @property
-    @abc.abstractmethod
-    def adapted_by_default(self) -> bool:
-        """True if such layers are adapted where a config names no targets."""
 
     @property
     def einsum_labels(self) -> tuple[str, str, str] | None:
@@ -118,28 +115,21 @@ class Product(abc.ABC):
     @property
     def joins(self) -> bool:
         """True if one product with kernel plus delta may take the place of two."""
-        return False
+        # With a stack axis it would be a batched product.
+        return self.einsum_labels is not None and "s" not in self.axes
 
     @property
     def transposed(self) -> "Product":
         """The product of a cotangent of the output with the same kernel."""
         return self
 
-    @abc.abstractmethod
     def fits(self, axes: str) -> bool:
         """True if the layer can use a kernel that is planned with `axes`."""
+        return axes == self.axes
 
     @abc.abstractmethod
     def delta(self, delta: KernelDelta, x: jax.Array) -> jax.Array:
-        """The output of the layer if the delta were its kernel.
-
-        Args:
-          delta: The delta that the adapter adds to the kernel.
-          x: The layer's input.
-
-        Returns:
-          An array of the layer's output shape.
-        """
+        """The output of the layer for its input `x`, if the delta were its kernel."""
 
     def batch_axes(self, x: jax.Array) -> tuple[int, int] | None:
         """The axes of the batch in the input `x` and the output; None without one."""

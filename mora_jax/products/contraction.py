@@ -38,17 +38,21 @@ class Contraction(Product):
     inputs: str
     kernel: str
     outputs: str
+    axes: str = dataclasses.field(init=False, compare=False, repr=False)
 
+    adapted_by_default = True
     primitive = "dot_general"
+
+    def __post_init__(self) -> None:
+        kinds = {c: "o" if c not in self.inputs else "i" for c in self.kernel}
+        kinds |= {c: "s" for c in kinds if c in self.inputs and c in self.outputs}
+        object.__setattr__(self, "axes", "".join(kinds[c] for c in self.kernel))
 
     @classmethod
     def parse(cls, equation: str, inputs_ndim: int | None = None) -> "Contraction":
-        """Read an equation such as `"...i,io->...o"`.
+        """Read an equation as for `jax.numpy.einsum`, such as `"...i,io->...o"`.
 
-        Args:
-          equation: An equation as for `jax.numpy.einsum`, of input and kernel.
-          inputs_ndim: The number of the input's axes; None for as few as the equation
-            allows.
+        The input has `inputs_ndim` axes; None stands for as few as are allowed.
 
         Raises:
           ValueError: The equation is not a product of an input and a kernel that has
@@ -80,11 +84,8 @@ class Contraction(Product):
     ) -> "Contraction":
         """The equation of Flax's general dense layer.
 
-        Args:
-          inputs_ndim: The number of the input's axes.
-          axis: The axes of the input that the layer sums over.
-          batch: The axes of the input that the kernel has as well, as stack axes.
-          outs: The number of the kernel's axes of output features.
+        It sums over the axes `axis` of the input. The kernel has those in `batch` too,
+        as stack axes, and `outs` axes of output features.
         """
         labels = string.ascii_letters[:inputs_ndim]
         stack, ins = (
@@ -99,10 +100,7 @@ class Contraction(Product):
     def from_axes(cls, axes: str, inputs_ndim: int) -> "Contraction":
         """The equation from (*stack, *batch, *in) to (*stack, *batch, *out)."""
         kernel = string.ascii_letters[: len(axes)]
-        stack, ins, outs = (
-            "".join(c for c, kind in zip(kernel, axes, strict=True) if kind == letter)
-            for letter in "sio"
-        )
+        stack, ins, outs = ("".join(sizes(kernel, axes, letter)) for letter in "sio")
         equation = f"{stack}...{ins},{kernel}->{stack}...{outs}"
         return cls.parse(equation, inputs_ndim)
 
@@ -125,18 +123,8 @@ class Contraction(Product):
             )
 
     @property
-    def axes(self) -> str:
-        kinds = {c: "o" if c not in self.inputs else "i" for c in self.kernel}
-        kinds |= {c: "s" for c in self.kernel if c in self.inputs and c in self.outputs}
-        return "".join(kinds[c] for c in self.kernel)
-
-    @property
     def einsum_labels(self) -> tuple[str, str, str]:
         return self.inputs, self.kernel, self.outputs
-
-    @property
-    def joins(self) -> bool:
-        return "s" not in self.axes  # a stack axis would need a batched product
 
     @property
     def transposed(self) -> "Contraction":
@@ -146,10 +134,6 @@ class Contraction(Product):
     def equation(self) -> str:
         """The equation for `jax.numpy.einsum`."""
         return f"{self.inputs},{self.kernel}->{self.outputs}"
-
-    @property
-    def adapted_by_default(self) -> bool:
-        return True
 
     def fits(self, axes: str) -> bool:
         exchanged = self.axes.translate(str.maketrans("io", "oi"))
@@ -199,24 +183,19 @@ class Contraction(Product):
 
     def to_rows(self, x: jax.Array) -> jax.Array:
         """The input as (*stack, *batch, in_features)."""
-        lead = self._stack + self._batch
+        lead = self._labels("s") + self._batch
         order = [self.inputs.index(c) for c in lead + self._labels("i")]
         x = jnp.transpose(x, order)
         return x.reshape(*x.shape[: len(lead)], math.prod(x.shape[len(lead) :]))
 
     def from_rows(self, rows: jax.Array, out_shape: Shape) -> jax.Array:
         """(*stack, *batch, out_features) as the layer's output."""
-        labels = self._stack + self._batch + self._labels("o")
+        labels = self._labels("s") + self._batch + self._labels("o")
         y = rows.reshape(*rows.shape[:-1], *out_shape)
         return jnp.transpose(y, [labels.index(c) for c in self.outputs])
 
     def _labels(self, letter: str) -> str:
-        pairs = zip(self.kernel, self.axes, strict=True)
-        return "".join(c for c, kind in pairs if kind == letter)
-
-    @property
-    def _stack(self) -> str:
-        return self._labels("s")
+        return "".join(sizes(self.kernel, self.axes, letter))
 
     @property
     def _batch(self) -> str:

@@ -7,8 +7,6 @@ import jax
 
 from mora_jax.products._product import KernelDelta, Product
 
-Convolve = Callable[[jax.Array, jax.Array], jax.Array]
-
 
 @dataclasses.dataclass(frozen=True)
 class Convolution(Product):
@@ -20,15 +18,15 @@ class Convolution(Product):
     delta itself.
 
     Attributes:
-      kernel_axes: The kernel's axes as letters, such as "iiio".
+      axes: The kernel's axes as letters, such as "iiio".
       convolve: A function of (x, kernel) that returns the layer's output without bias.
       any_outputs: True if `convolve` takes a kernel of any number of output features.
         It does not with groups of features or with a mask.
       masked: True if `convolve` multiplies the kernel by a mask.
     """
 
-    kernel_axes: str
-    convolve: Convolve
+    axes: str
+    convolve: Callable[[jax.Array, jax.Array], jax.Array]
     any_outputs: bool = True
     masked: bool = False
 
@@ -36,21 +34,10 @@ class Convolution(Product):
     primitive = "conv_general_dilated"
 
     @property
-    def axes(self) -> str:
-        return self.kernel_axes
-
-    @property
-    def adapted_by_default(self) -> bool:
-        return False
-
-    @property
     def passes(self) -> frozenset[str]:
         # Some paddings change the kernel or the output by these; so does `convolve`.
         steps = {"concatenate", "pad", "reduce_sum", "rev", "slice"}
         return frozenset(steps | {"mul"} if self.masked else steps)
-
-    def fits(self, axes: str) -> bool:
-        return axes == self.axes
 
     def batch_axes(self, x: jax.Array) -> tuple[int, int] | None:
         return (0, 0) if x.ndim >= len(self.axes) else None  # else a single image

@@ -17,9 +17,9 @@ class Folded(Product):
     several such kernels, and then all its kernels are such. In Linen there are none.
 
     Attributes:
-      kernel_axes: The kernel's axes as letters s, i and o. An expert axis is "s": each
-        expert has an M.
-      by_default: True to have the kernel among the default targets.
+      axes: The kernel's axes as letters s, i and o. An expert axis is "s": each expert
+        has an M.
+      adapted_by_default: True to have the kernel among the default targets.
 
     Example::
 
@@ -40,21 +40,10 @@ class Folded(Product):
       (4, 8, 8)
     """
 
-    kernel_axes: str
-    by_default: bool = True
+    axes: str
+    adapted_by_default: bool = True
 
     reads_kernel = True
-
-    @property
-    def axes(self) -> str:
-        return self.kernel_axes
-
-    @property
-    def adapted_by_default(self) -> bool:
-        return self.by_default
-
-    def fits(self, axes: str) -> bool:
-        return axes == self.axes
 
     def delta(self, delta: KernelDelta, x: jax.Array) -> jax.Array:
         """The delta itself: what is read here is the kernel, and `x` is not used."""

@@ -30,6 +30,7 @@ class Lookup(Product):
       ...     Table, equation=tied, kernel="table", method="decode")
     """
 
+    axes = "io"
     label = "an embedding"
     primitive = "gather"
     # Flax does not look up in an embedding of a single row, but copies it.
@@ -38,19 +39,8 @@ class Lookup(Product):
     needs_trace = True  # its table is often a head as well
 
     @property
-    def axes(self) -> str:
-        return "io"
-
-    @property
-    def adapted_by_default(self) -> bool:
-        return False
-
-    @property
     def passes(self) -> frozenset[str]:
         return frozenset({"select_n"})  # it selects NaN for an index out of bounds
-
-    def fits(self, axes: str) -> bool:
-        return axes == self.axes
 
     def delta(self, delta: KernelDelta, x: jax.Array) -> jax.Array:
         return delta.lookup(x)

@@ -1,0 +1,86 @@
+"""An operator of another kind, in one class: the protocol asks for nothing else."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import close, random
+
+import mora_jax
+from mora_jax import AdapterSpec, FrozenDense, Plan
+from mora_jax.operators import Operator
+from mora_jax.operators._pytree import operator
+
+INS, OUTS, RANK, ALPHA, SCALE = 12, 10, 3, 1.5, 0.5
+
+
+@operator
+class LowRank(Operator):
+    """x A B: two factors instead of a square, and a delta that is not linear in them.
+
+    They train as one array, A above the transpose of B.
+    """
+
+    name = "low_rank"
+    linear = False
+
+    @property
+    def m_shape(self):
+        return self.in_features + self.out_features, self.square_rank
+
+    def rows(self, x, m, precision=None):
+        product = jnp.matmul(x, m[: self.in_features], precision=precision)
+        return jnp.matmul(product, m[self.in_features :].T, precision=precision)
+
+    def matrix(self, m):
+        return m[: self.in_features] @ m[self.in_features :].T
+
+    def scaled(self, m, factor):
+        return m.at[..., self.in_features :, :].multiply(factor)
+
+
+def plain(m, x, kernel):
+    """The formula that the layer must compute, as JAX differentiates it."""
+    a, b = m[:INS], m[INS:].T
+    return x @ (kernel + ALPHA * SCALE * (a @ b))
+
+
+@pytest.fixture
+def arrays():
+    return random(0, INS + OUTS, RANK), random(1, 5, INS), random(2, INS, OUTS)
+
+
+@pytest.mark.parametrize("execution", ["activation", "fold"])
+def test_a_layer_and_its_gradients(execution, arrays):
+    m, x, kernel = arrays
+
+    def adapted(m, x, kernel):
+        op = LowRank(INS, OUTS, RANK)
+        settings = {"alpha": ALPHA, "scale": SCALE, "execution": execution}
+        frozen = FrozenDense(kernel, None, op, **settings)
+        return mora_jax.mora_apply({"kernel_mora": m}, frozen, x)
+
+    def results(function):
+        y, gradients = jax.vjp(function, m, x, kernel)
+        tangents = jax.jvp(function, (m, x, kernel), (m + 1, x - 1, kernel * 2))
+        return y, gradients(jnp.cos(y)), tangents
+
+    close(jax.jit(lambda: results(adapted))(), jax.jit(lambda: results(plain))())
+
+
+@pytest.mark.parametrize("execution", ["activation", "fold"])
+def test_its_delta_and_the_merged_kernel(execution, arrays):
+    m, x, kernel = arrays
+    settings = {"alpha": ALPHA, "scale": SCALE, "execution": execution}
+    spec = AdapterSpec(LowRank(INS, OUTS, RANK), (INS, OUTS), **settings)
+    plan = Plan((spec,), base_parameters=kernel.size)
+    adapters, base = {"kernel_mora": m}, {"kernel": kernel}
+    delta = mora_jax.delta_weight(adapters, plan)["kernel"]
+    merged = mora_jax.merge(base, adapters, plan)["kernel"]
+    close(x @ merged, plain(m, x, kernel))
+    close(kernel + delta, merged)
+    op = spec.operator
+    close(Operator.matrix(op, m), op.delta_weight(m))
+    close(op.lookup(m, jnp.arange(-2, 2)), op.delta_weight(m)[np.arange(-2, 2)])
+    assert plan.trainable_parameters == (INS + OUTS) * RANK
+    assert mora_jax.init(plan)["kernel_mora"].shape == m.shape
