@@ -8,7 +8,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from mora_jax._plan.spec import AdapterSpec
+from mora_jax._plan.spec import SUFFIX, AdapterSpec
 
 
 @functools.partial(
@@ -34,6 +34,16 @@ class BoundAdapter:
     def of(cls, spec: AdapterSpec, m: Any) -> "BoundAdapter":
         # Without the path, so that equal layers under nn.jit share one program.
         return cls(m, dataclasses.replace(spec, path=spec.path[-1:]))
+
+
+def adapters_of(module: nn.Module) -> dict[str, BoundAdapter]:
+    """The adapters in a module's scope, by the names of their kernels."""
+    params = {} if module.scope is None else module.scope.variables().get("params", {})
+    return {
+        key.removesuffix(SUFFIX): value
+        for key, value in params.items()
+        if isinstance(value, BoundAdapter)
+    }
 
 
 def check_model(model: Any) -> None:

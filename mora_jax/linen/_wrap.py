@@ -13,12 +13,16 @@ from mora_jax._flax.layer_rules import rules_of, unknown_use
 from mora_jax._flax.survey import refuse_untraced
 from mora_jax._plan.config import MoRAConfig, check_config
 from mora_jax._plan.plan import Plan
-from mora_jax._plan.spec import SUFFIX
-from mora_jax._plan.trained_arrays import Items, find_trained
+from mora_jax._plan.trained_arrays import find_trained
 from mora_jax._tree.adapters import adapter_items, nest, trained_items, with_trained
 from mora_jax._tree.combined import combine, split
 from mora_jax._tree.paths import adapter_path, named_leaves, replace_leaves
-from mora_jax.linen._bound import BoundAdapter, check_model, params_of
+from mora_jax.linen._bound import (
+    BoundAdapter,
+    adapters_of,
+    check_model,
+    params_of,
+)
 from mora_jax.linen._plan import plan as plan_model
 
 
@@ -66,9 +70,11 @@ class AdaptedApply:
         if kept and not self._warned:
             self._warned = True
             _warn_of_statistics(kept)
-        if "params" in updated:
+        if "params" in updated:  # with the base's arrays for the trained copies
+            leaves = named_leaves(base) if trained else {}
             new = split(updated["params"])[0]
-            updated = {**updated, "params": _with_base_of(new, base, trained)}
+            old = dict(find_trained(leaves, array) for array, _ in trained)
+            updated = {**updated, "params": replace_leaves(new, old)}
         return output, updated
 
 
@@ -129,37 +135,21 @@ def wrap(
       True
     """
     check_model(model)
-    plan = _given_or_made(model, config_or_plan, variables, args, kwargs)
-    return AdaptedApply(model, plan)
-
-
-def _with_base_of(params: Any, base: Any, trained: Items) -> Any:
-    """The params of a call, with the base's arrays instead of the trained copies."""
-    if not trained:
-        return params
-    leaves = named_leaves(base)
-    old = dict(find_trained(leaves, array) for array, _ in trained)
-    return replace_leaves(params, old)
-
-
-def _given_or_made(
-    model: nn.Module, config_or_plan: Any, variables: Any, args: Any, kwargs: Any
-) -> Plan:
-    """The plan that `wrap` was given, or the one that it makes by a config."""
     if isinstance(config_or_plan, Plan):
         if variables is not None or args or kwargs:
             raise TypeError(
                 "variables and inputs must not be given with a plan: the call is "
                 "wrap(model, plan)"
             )
-        return config_or_plan
+        return AdaptedApply(model, config_or_plan)
     if variables is None:
         check_config(config_or_plan, "wrap(model, config, variables, *inputs)")
         raise TypeError(
             "variables must be given with a config, got None: the call is "
             "wrap(model, config, variables, *inputs), or wrap(model, plan)"
         )
-    return plan_model(model, variables, config_or_plan, *args, **kwargs)
+    plan = plan_model(model, variables, config_or_plan, *args, **kwargs)
+    return AdaptedApply(model, plan)
 
 
 def _warn_of_statistics(collections: list[str]) -> None:
@@ -185,8 +175,7 @@ class _Interceptor:
     """
 
     def __init__(self, plan: Plan, deterministic: bool) -> None:
-        self.traced = plan.traced
-        self.deterministic = deterministic
+        self.traced, self.deterministic = plan.traced, deterministic
         self.running: list[tuple[nn.Module, Any]] = []
         self.used: set[tuple[Any, str]] = set()
 
@@ -196,9 +185,9 @@ class _Interceptor:
         module, name = context.module, context.method_name
         if isinstance(module, NORMALISING):
             _refuse_normalised(module)
-        adapters = _adapters_of(module)
+        adapters = adapters_of(module)
         running = any(module is caller for caller, _ in self.running)
-        if name == "setup" or module.scope is None or not adapters or running:
+        if name == "setup" or not adapters or running:
             return method(*args, **kwargs)
         scope = module.scope.path
         outermost = all(scope != outer for _, outer in self.running)
@@ -243,20 +232,10 @@ class _Interceptor:
 def _refuse_normalised(module: Any) -> None:
     """Raise if the layer inside has an adapter, whose delta would be normalised."""
     inside = module.layer_instance
-    for kernel in _adapters_of(inside):
+    for kernel in adapters_of(inside):
         name = "/".join((*inside.scope.path, kernel))
         raise ValueError(
             f"{name}: {type(module).__name__} changes this kernel before its layer "
             "multiplies, so that the adapted and the merged model would differ; "
             "exclude it"
         )
-
-
-def _adapters_of(module: nn.Module) -> dict[str, BoundAdapter]:
-    """The adapters in a module's scope, by the names of their kernels."""
-    params = {} if module.scope is None else module.scope.variables().get("params", {})
-    return {
-        key.removesuffix(SUFFIX): value
-        for key, value in params.items()
-        if isinstance(value, BoundAdapter)
-    }

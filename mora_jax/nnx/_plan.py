@@ -1,22 +1,17 @@
 """A plan of a model, by what its layers compute."""
 
-import functools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from flax import nnx
 
-from mora_jax._flax.layer_rules import (
-    folded_kernels,
-    planning_rules,
-    rules_of,
-)
+from mora_jax._flax.layer_rules import LayerRule, folded_kernels, planning_rules
 from mora_jax._flax.planning import plan_surveyed
 from mora_jax._flax.survey import Survey, refuse_untraced
 from mora_jax._plan.config import MoRAConfig, check_config
 from mora_jax._plan.plan import Plan
 from mora_jax._tree.paths import named_leaves
-from mora_jax.nnx._derived import copied, derived, plain_class
+from mora_jax.nnx._classes import derived, set_class
 from mora_jax.nnx._param import MoRAParam
 from mora_jax.nnx._state import named_modules
 
@@ -106,43 +101,21 @@ def normalised(model: nnx.Module, kernels: Iterable[str]) -> dict[str, str]:
 
 def check_model(model: Any) -> None:
     """Raise unless `model` is an NNX module without adapters."""
-    if not isinstance(model, nnx.Module):
-        is_class = isinstance(model, type)
-        got = f"the class {model.__name__}" if is_class else type(model).__name__
-        raise TypeError(f"model must be a flax.nnx.Module, got {got}")
-    for path, node in nnx.iter_graph(model):
-        if isinstance(node, MoRAParam):
-            name = "/".join(map(str, path))
-            raise ValueError(f"model has adapters already, the first at {name!r}")
+    for path, module in named_modules(model):
+        for name, value in vars(module).items():
+            if isinstance(value, MoRAParam):
+                name = "/".join((*path, name))
+                raise ValueError(f"model has adapters already, the first at {name!r}")
 
 
 def _trace(model: nnx.Module, survey: Survey, args: Any, kwargs: Any) -> None:
     """Add to `survey` what the trace of a call shows."""
     marked = nnx.clone(model)
-
-    def read(prefix: str, module: Any, name: str, kernel: Any) -> Any:
-        cls = plain_class(module)
-        product = folded_kernels(cls)[name]
-        return survey.record_read(prefix + name, product, cls.__name__, kernel)
-
-    def record(
-        prefix: str, module: Any, name: str, method: Any, args: Any, kwargs: Any
-    ) -> Any:
-        rule = rules_of(type(module)).get(name)
-        if rule is None and not folded_kernels(type(module)):
-            return method(module, *args, **kwargs)  # it may call those that have rules
-        with copied(module, functools.partial(read, prefix)) as copy:
-            method = functools.partial(method, copy)
-            if rule is None:
-                return method(*args, **kwargs)
-            path = prefix + rule.name(copy)
-            return survey.record_call(path, rule, copy, method, args, kwargs)
-
     for path, layer in list(named_modules(marked)):
         kernels = (getattr(layer, name, None) for name in planning_rules(layer))
         if any(isinstance(kernel, nnx.Variable) for kernel in kernels):
-            through = functools.partial(record, "".join(f"{key}/" for key in path))
-            object.__setattr__(layer, "__class__", derived(type(layer), through))
+            prefix = "".join(f"{key}/" for key in path)
+            set_class(layer, _marked_class(type(layer), prefix, survey))
     graph, state = nnx.split(marked)
 
     def call(state: Any, args: Any, kwargs: Any) -> Any:
@@ -150,6 +123,22 @@ def _trace(model: nnx.Module, survey: Survey, args: Any, kwargs: Any) -> None:
 
     leaves = named_leaves(nnx.to_pure_dict(state))
     survey.trace(call, leaves, state, args, kwargs)
+
+
+def _marked_class(cls: type, prefix: str, survey: Survey) -> type:
+    """The class of a layer whose calls `survey` records; `prefix` is its path."""
+
+    def run(
+        rule: LayerRule, _: Any, copy: Any, method: Any, args: Any, kwargs: Any
+    ) -> Any:
+        path = prefix + rule.name(copy)
+        return survey.record_call(path, rule, copy, method, args, kwargs)
+
+    def read(_: Any, name: str, kernel: Any) -> Any:
+        product = folded_kernels(cls)[name]
+        return survey.record_read(prefix + name, product, cls.__name__, kernel)
+
+    return derived(cls, run, read)
 
 
 def refuse_shared(model: nnx.Module, arrays: Sequence[str], remedy: str) -> None:

@@ -20,9 +20,9 @@ def value_and_grad(
 ) -> Callable[..., Any]:
     """`nnx.value_and_grad` with respect to the adapters alone.
 
-    Flax's own function takes a filter, all of `nnx.Param` by default, and its optimizer
-    takes another. If they differ, the base is trained, or an error comes far from the
-    cause. This function and `adapter_optimizer` have the same filter.
+    Flax's own function and its optimizer each take a filter. If the two differ, the
+    base is trained, or an error comes far from the cause. This function and
+    `adapter_optimizer` have the same filter.
 
     Args:
       f: A function (model, *args) -> loss, or (loss, aux).
@@ -55,7 +55,7 @@ def value_and_grad(
     @functools.wraps(f)
     def of_adapters(*args: Any, **kwargs: Any) -> Any:
         for model in args[argnums:][:1]:  # without one Flax says so
-            refuse_rows(model)
+            _refuse_rows(model)
         return grad(*args, **kwargs)
 
     return of_adapters
@@ -66,8 +66,7 @@ def adapter_optimizer(
 ) -> nnx.Optimizer:
     """An `nnx.Optimizer` of the adapters alone, for gradients of `value_and_grad`.
 
-    It keeps nothing for the base. What `tx` computes over the whole, such as a norm to
-    clip by, depends on the adapters only.
+    It keeps nothing for the base, and a norm to clip by is of the adapters only.
 
     Args:
       model: An adapted model, as `wrap` makes it.
@@ -81,28 +80,20 @@ def adapter_optimizer(
       ValueError: The model lacks adapters, or has one for each row of a batch.
 
     Example: see `value_and_grad`.
-
-      >>> import optax
-      >>> from flax import nnx
-      >>> import mora_jax
-      >>> model = mora_jax.nnx.wrap(nnx.Linear(16, 16, rngs=nnx.Rngs(0)))
-      >>> opt = mora_jax.nnx.adapter_optimizer(model, optax.sgd(0.1))
-      >>> opt.wrt.__name__
-      'MoRAParam'
     """
     check_transformation(tx)
-    refuse_rows(model)
+    _refuse_rows(model)
     optimizer = nnx.Optimizer(model, tx, wrt=MoRAParam)
-    for _, m in adapter_variables(model):
+    for _, m in adapter_variables(model)[0]:
         if (sharding := named_sharding(m)) is not None:
             _replicate_counters(optimizer, sharding.mesh)
             break
     return optimizer
 
 
-def refuse_rows(model: nnx.Module) -> None:
+def _refuse_rows(model: nnx.Module) -> None:
     """Raise if rows have adapters of their own: an index is nothing to train."""
-    for spec, m in adapter_variables(model):
+    for spec, m in adapter_variables(model)[0]:
         if isinstance(value_of(m), Selected):
             raise ValueError(
                 f"model must have one adapter, got one for each row at {spec.name!r}; "

@@ -6,15 +6,19 @@ import jax
 from flax import nnx
 from jax.typing import DTypeLike
 
+from mora_jax._flax.layer_rules import folded_kernels, planning_rules, unknown_use
+from mora_jax._flax.survey import refuse_untraced
+from mora_jax._layer.adapted import check_product
 from mora_jax._layer.rounding import Rounding
 from mora_jax._plan.config import MoRAConfig
 from mora_jax._plan.plan import Plan
-from mora_jax._plan.spec import AdapterSpec
+from mora_jax._plan.spec import SUFFIX, AdapterSpec
 from mora_jax._plan.trained_arrays import refuse_trained
 from mora_jax._tree.adapters import adapter_items, init, trained_items
 from mora_jax._tree.merge import merge
-from mora_jax.nnx._classes import attach, detach, train_array
-from mora_jax.nnx._param import MoRAParam
+from mora_jax.nnx._classes import DROPOUT, adapted_class, plain_class, set_class
+from mora_jax.nnx._dropout import AdapterDropout
+from mora_jax.nnx._param import MoRAParam, TrainedParam
 from mora_jax.nnx._plan import check_model, normalised, refuse_shared
 from mora_jax.nnx._plan import plan as plan_model
 from mora_jax.nnx._state import (
@@ -105,24 +109,50 @@ def wrap(
                 f"the plan has a kernel of shape {spec.kernel_shape} at {spec.name!r}, "
                 f"the model has {shape}"
             )
-        m = _placed(m, spec, kernel)
-        attach(module, spec, m, seed=seed, traced=plan.traced)
+        _check_layer(module, spec, plan.traced)
+        set_class(module, adapted_class(plain_class(module)))
+        hold_adapter(module, spec, m, seed)
     for trained, copy in trained_items(new, plan):
-        module = modules.get(trained.path[:-1])
-        if not isinstance(getattr(module, trained.path[-1], None), nnx.Variable):
+        module: Any = modules.get(trained.path[:-1])
+        variable = getattr(module, trained.path[-1], None)
+        if not isinstance(variable, nnx.Variable):
             raise ValueError(
                 f"{trained.name}: nnx.wrap trains variables that are attributes of a "
                 "module, and this one is in a container; take it out of train"
             )
-        assert module is not None
-        train_array(module, trained, copy)
+        own = TrainedParam.in_place_of(variable, trained, copy)
+        setattr(module, trained.path[-1], own)
+        if trained.dtype != trained.base_dtype:
+            set_class(module, adapted_class(plain_class(module)))
     return model
 
 
-def _placed(m: jax.Array, spec: AdapterSpec, kernel: Any) -> jax.Array:
-    """M on the mesh of its kernel, so that no step has to move it there."""
-    sharding = named_sharding(kernel)
-    return jax.device_put(m, adapter_sharding(spec, sharding)) if sharding else m
+def _check_layer(module: nnx.Module, spec: AdapterSpec, traced: bool) -> None:
+    """Raise if an adapter would change nothing in a layer, or something else."""
+    cls = plain_class(module)
+    rule = planning_rules(module).get(spec.path[-1])
+    if rule is None:
+        raise unknown_use(spec.name, cls, "__call__")
+    product = rule.product(module)
+    if not traced:
+        refuse_untraced(spec.name, product)
+    if product is not None:
+        check_product(spec, product)
+    if folded_kernels(cls) and spec.dropout > 0:
+        raise ValueError(
+            f"{spec.name}: dropout must be 0 for a kernel that methods read "
+            f"(products.Folded), got {spec.dropout}; say so in overrides"
+        )
+
+
+def hold_adapter(module: nnx.Module, spec: AdapterSpec, m: Any, seed: int) -> None:
+    """Put M beside its kernel, on the same mesh, and the switch of its dropout."""
+    name = spec.path[-1]
+    if sharding := named_sharding(getattr(module, name)):
+        m = jax.device_put(m, adapter_sharding(spec, sharding))
+    setattr(module, name + SUFFIX, MoRAParam.of(spec, m))
+    if spec.dropout > 0:
+        setattr(module, DROPOUT, AdapterDropout(spec.dropout, seed))
 
 
 def unwrap(model: Model) -> Model:
@@ -156,11 +186,15 @@ def unwrap(model: Model) -> Model:
 
 
 def _detached(model: Model) -> Model:
-    """A copy without adapters, in which trained arrays stay."""
+    """A copy without adapters, in which the numbers of trained arrays stay."""
     model = nnx.clone(model)
     for _, module in list(named_modules(model)):
-        if any(isinstance(value, MoRAParam) for value in vars(module).values()):
-            detach(module)
+        for name, value in list(vars(module).items()):
+            if isinstance(value, TrainedParam):
+                setattr(module, name, value.plain())
+            elif isinstance(value, MoRAParam) or name == DROPOUT:
+                delattr(module, name)
+        set_class(module, plain_class(module))
     return model
 
 
