@@ -29,19 +29,9 @@ def adapt_call(
 ) -> jax.Array:
     """The output of a Flax layer's method, with the adapter's delta added.
 
-    Args:
-      rule: The rule of the method.
-      module: The layer.
-      method: The method, bound to the layer.
-      args: Its arguments.
-      kwargs: Its arguments by name.
-      spec: The adapter.
-      m: A function that returns M. It is called once, after the layer has made its own
-        parameters.
-      dropout_key: The key of the adapter's dropout; None for no dropout.
-
-    Returns:
-      An array of the shape and dtype of the layer's output.
+    `rule` is the rule of `method`, which is bound to the layer `module`. `m` returns M;
+    it is called once, after the layer has made its own parameters. `dropout_key` is
+    None for no dropout.
     """
     product, x = rule.read(module, args, kwargs)
     precision = getattr(module, "precision", None)

@@ -21,7 +21,8 @@ Scale = str | Callable[[Any], ArrayLike | float | None]
 class LayerRule:
     """Computation of one method of a layer class: a product with a kernel, and a bias.
 
-    The attributes are the arguments of `register_layer`.
+    The attributes are the arguments of `register_layer`. The method is "" for a
+    `products.Folded` kernel, which all methods read.
     """
 
     equation: Equation
@@ -97,7 +98,7 @@ class LayerRule:
 
 
 _RULES: dict[type, dict[str, LayerRule]] = {}
-_FOLDED: dict[type, dict[str, Folded]] = {}
+"""The rules of each class by method, or by kernel if they have no method."""
 
 
 def register_layer(
@@ -184,15 +185,23 @@ def register_layer(
             f"argument must be one of {names[1:]} of {cls.__name__}.{method}, "
             f"got {argument!r}"
         )
-    if isinstance(equation, Folded) or folded_kernels(cls):
-        _register_folded(cls, equation, kernel)
-        return
-    layer_rule = LayerRule(equation, kernel, method, argument, dot_general, scale)
-    _RULES[cls] = {**_RULES.get(cls, {}), method: layer_rule}
+    folded = isinstance(equation, Folded)
+    if folded:
+        _check_folded(cls, kernel)
+    if rules_of(cls) if folded else folded_kernels(cls):
+        raise ValueError(
+            f"equation must be a products.Folded for all kernels of {cls.__name__} or "
+            f"for none, got {equation!r} for {kernel!r}"
+        )
+    known = _registered(cls) if folded else _RULES.get(cls, {})
+    key: Any = kernel if folded else method
+    method = "" if folded else method
+    rule = LayerRule(equation, kernel, method, argument, dot_general, scale)
+    _RULES[cls] = {**known, key: rule}
 
 
-def _register_folded(cls: type, equation: Equation, kernel: Name) -> None:
-    """`register_layer` for a kernel of a class whose methods read their kernels."""
+def _check_folded(cls: type, kernel: Name) -> None:
+    """Raise if the methods of a class could not read a kernel with its delta."""
     if issubclass(cls, nn.Module):
         raise TypeError(
             f"products.Folded is for classes of Flax NNX, got {cls.__name__} of Linen"
@@ -201,39 +210,34 @@ def _register_folded(cls: type, equation: Equation, kernel: Name) -> None:
         raise TypeError(
             f"kernel must be a parameter's name with products.Folded, got {kernel!r}"
         )
-    if rules_of(cls) or not isinstance(equation, Folded):
-        raise ValueError(
-            f"equation must be a products.Folded for all kernels of {cls.__name__} or "
-            f"for none, got {equation!r} for {kernel!r}"
-        )
-    _FOLDED[cls] = {**folded_kernels(cls), kernel: equation}
 
 
-def folded_kernels(cls: type) -> Mapping[str, Folded]:
-    """{kernel: its product} of a class, or a base class, whose methods read them."""
-    cls = vars(cls).get("plain_class", cls)
-    return next((_FOLDED[base] for base in cls.__mro__ if base in _FOLDED), {})
+def _registered(cls: type) -> Mapping[str, LayerRule]:
+    """The rules of `cls`, or of a base class for the methods that it inherits."""
+    cls = vars(cls).get("plain_class", cls)  # a class that `mora_jax.nnx` adapted
+    base = next((base for base in cls.__mro__ if base in _RULES), cls)
+    return {
+        key: rule
+        for key, rule in _RULES.get(base, {}).items()
+        if not rule.method or _owner(cls, rule.method) is _owner(base, rule.method)
+    }
+
+
+def folded_kernels(cls: type) -> Mapping[str, Product]:
+    """{kernel: its product} of a class whose methods read the kernels themselves."""
+    rules = _registered(cls).items()
+    return {key: rule.equation for key, rule in rules if not rule.method}  # type: ignore[misc]
 
 
 def rules_of(cls: type) -> Mapping[str, LayerRule]:
-    """{method: rule} of `cls`, or of a base class for the methods that it inherits."""
-    cls = vars(cls).get("plain_class", cls)  # a class that `mora_jax.nnx` adapted
-    for base in cls.__mro__:
-        if base in _RULES:
-            return {
-                method: rule
-                for method, rule in _RULES[base].items()
-                if _owner(cls, method) is _owner(base, method)
-            }
-    return {}
+    """{method: its rule} of a class."""
+    return {key: rule for key, rule in _registered(cls).items() if rule.method}
 
 
 def planning_rules(module: Any) -> Mapping[str, LayerRule]:
     """{kernel: the rule that plans go by} of a module."""
-    if folded := folded_kernels(type(module)):
-        return {k: LayerRule(product, k, "__call__") for k, product in folded.items()}
     rules: dict[str, LayerRule] = {}
-    for rule in rules_of(type(module)).values():
+    for rule in _registered(type(module)).values():
         rules.setdefault(rule.name(module), rule)
     return rules
 

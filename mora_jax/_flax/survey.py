@@ -49,7 +49,9 @@ class Survey:
         `name` is the path of the kernel; the other arguments are as for `adapt_call`.
         """
         product, x = rule.read(module, args, kwargs)
-        self._record_product(name, rule, module, product)
+        planning_rule = planning_rules(module)[rule.name(module)]
+        planned = product if rule is planning_rule else planning_rule.product(module)
+        self.products[name] = planned or self.products.get(name, product)
         scaled = rule.scale_of(module) is not None
         call = Call(name, product, scaled, f"{type(module).__name__}.{rule.method}")
         x = mark(x, call, end=False)
@@ -74,16 +76,6 @@ class Survey:
         self.products[name] = product
         return mark(kernel, Call(name, product, False, cls), end=True)
 
-    def _record_product(
-        self, name: str, rule: LayerRule, module: Any, product: Product
-    ) -> None:
-        planning_rule = planning_rules(module)[rule.name(module)]
-        planned = product if rule is planning_rule else planning_rule.product(module)
-        if planned is None:
-            self.products.setdefault(name, product)
-        else:
-            self.products[name] = planned
-
     def trace(
         self, function: Callable[..., Any], leaves: Any, tree: Any, *args: Any
     ) -> None:
@@ -99,16 +91,16 @@ class Survey:
             if hasattr(leaf, "shape") and hasattr(leaf, "dtype")
         }
 
-        def call(tree: Any, arrays: dict[int, Any]) -> list[Any]:
+        def call(tree: Any, arrays: dict[int, Any]) -> Any:
             values = [arrays.get(k, leaf) for k, leaf in enumerate(inputs)]
             result = function(tree, *jax.tree.unflatten(structure, values))
             return jax.tree.leaves(result)
 
         jaxpr = jax.make_jaxpr(call)(tree, arrays).jaxpr
         stacked = {
-            name: leaf.ndim - len(self.products[name].axes)
-            for name, (_, leaf) in leaves.items()
-            if name in self.products
+            name: leaves[name][1].ndim - len(product.axes)
+            for name, product in self.products.items()
+            if name in leaves
         }
         self.uses = follow(jaxpr, list(leaves), stacked)
 
@@ -127,8 +119,7 @@ class Survey:
             return tuple((name, why) for name in names)
         reasons = {}
         for name in names:
-            if name in self.uses.unseen:
-                primitive = self.uses.unseen[name]
+            if primitive := self.uses.unseen.get(name):
                 reasons[name] = f"a trace cannot look into `{primitive}`"
             elif name not in self.uses.reached:
                 reasons[name] = "the call that was traced does not use it"

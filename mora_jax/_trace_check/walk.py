@@ -10,27 +10,44 @@ from jax.extend.core import Jaxpr, Literal
 from jax.interpreters import partial_eval
 
 from mora_jax._trace_check.marks import Call, mark_p
-from mora_jax._trace_check.primitives import IDENTITIES, OPAQUE, PREPARING, PRODUCTS
 from mora_jax._trace_check.trails import (
     Trail,
     Uses,
     Value,
+    changed,
     in_either,
     joined,
     kernels,
-    moved,
 )
 from mora_jax._trace_check.verdict import fault, listed, multiplied
-from mora_jax._trace_check.views import View, length, named, reshape, transpose
+from mora_jax._trace_check.views import View, length, named, reshape
+
+IDENTITIES = frozenset(
+    "convert_element_type copy copy_p device_put layout_constraint mesh_cast "
+    "optimization_barrier pbroadcast pvary reduce_precision reshard "
+    "sharding_constraint stop_gradient".split()
+)
+"""Primitives that leave numbers as they are, apart from rounding."""
+
+PRODUCTS = frozenset(
+    "dot_general conv_general_dilated gather ragged_dot_general".split()
+)
+"""Primitives by which layers multiply an input with a kernel."""
+
+PREPARING = frozenset(
+    "concatenate div dynamic_slice gather mul reduce_sum slice".split()
+)
+"""Primitives that a kernel may pass before it multiplies."""
+
+OPAQUE = frozenset("pure_callback io_callback shard_map custom_partitioning".split())
+"""Primitives whose inside says nothing about whole arrays, as do all `*_call`."""
 
 
 def follow(jaxpr: Jaxpr, names: Sequence[str], stacked: Mapping[str, int]) -> Uses:
-    """Follow the arrays of a model through the program of one call.
+    """Follow the arrays of a model through the program of one call, with marks.
 
-    Args:
-      jaxpr: The program, with marks.
-      names: The paths of its first inputs, the arrays of the model.
-      stacked: {path of a kernel: how many of its leading axes are stack axes}.
+    `names` are the paths of its first inputs, the arrays of the model, and `stacked`
+    says how many of a kernel's leading axes are stack axes.
     """
     jaxpr, used = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
     paths = [name for name, use in zip(names, used, strict=False) if use]
@@ -39,9 +56,9 @@ def follow(jaxpr: Jaxpr, names: Sequence[str], stacked: Mapping[str, int]) -> Us
     for k, (name, var) in enumerate(zip(paths, jaxpr.invars, strict=False)):
         shape: Any = var.aval.shape  # type: ignore[attr-defined]
         if len(shape) > 1:
-            view = named(range(len(shape)), shape)
-            values[k] = {name: Trail(view, len(shape))}
-    for value in _Walk(uses, stacked).run(jaxpr, values):
+            first = -stacked.get(name, 0)
+            values[k] = {name: Trail(named(range(first, first + len(shape)), shape))}
+    for value in _Walk(uses).run(jaxpr, values):
         for name, trail in kernels(value).items():
             if trail.unseen:
                 uses.unseen.setdefault(name, trail.unseen)
@@ -54,14 +71,14 @@ def follow(jaxpr: Jaxpr, names: Sequence[str], stacked: Mapping[str, int]) -> Us
 class _Walk:
     """A walk through a program and the programs inside it."""
 
-    def __init__(self, uses: Uses, stacked: Mapping[str, int], depth: int = 0) -> None:
-        self.uses, self.stacked, self.depth = uses, stacked, depth
+    def __init__(self, uses: Uses, depth: int = 0) -> None:
+        self.uses, self.depth = uses, depth
         self.handlers: Mapping[str, Callable[[Any, list[Value]], list[Value]]] = {
             "mora_mark": self._mark,
             "reshape": self._reshape,
             "squeeze": self._reshape,
             "expand_dims": self._reshape,
-            "broadcast_in_dim": self._broadcast,
+            "broadcast_in_dim": self._reshape,
             "transpose": self._transpose,
             "slice": self._slice,
             "dynamic_slice": self._slice,
@@ -99,9 +116,8 @@ class _Walk:
             if all(_shapes(inside) == _shapes(outside) for inside, outside in pairs):
                 return self.run(inner, values)
         if name in OPAQUE or name.endswith("_call") or programs:
-            trails = joined(values).items()
-            unseen = {k: dataclasses.replace(trail, unseen=name) for k, trail in trails}
-            return [unseen] * len(eqn.outvars)
+            hide = functools.partial(dataclasses.replace, unseen=name)
+            return [changed(joined(values), hide)] * len(eqn.outvars)
         return self._change(eqn, values)
 
     def _change(self, eqn: Any, values: list[Value]) -> list[Value]:
@@ -126,18 +142,18 @@ class _Walk:
         return results
 
     def _reshape(self, eqn: Any, values: list[Value]) -> list[Value]:
-        shape = eqn.outvars[0].aval.shape
-        return [moved(values[0], lambda view: reshape(view, shape))]
-
-    def _broadcast(self, eqn: Any, values: list[Value]) -> list[Value]:
-        """Axes of length 1 make this a reshape; longer axes hold copies."""
-        if eqn.invars[0].aval.size == eqn.outvars[0].aval.size:
-            return self._reshape(eqn, values)
-        return self._change(eqn, values)
+        """A broadcast is a reshape too, unless it makes copies of numbers."""
+        (before, *_), (after,) = eqn.invars, eqn.outvars
+        if before.aval.size != after.aval.size:
+            return self._change(eqn, values)
+        move = functools.partial(reshape, shape=after.aval.shape)
+        return [changed(values[0], lambda trail: trail.moved(move))]
 
     def _transpose(self, eqn: Any, values: list[Value]) -> list[Value]:
-        order = eqn.params["permutation"]
-        return [moved(values[0], lambda view: transpose(view, order))]
+        def move(view: View) -> View:
+            return tuple(view[k] for k in eqn.params["permutation"])
+
+        return [changed(values[0], lambda trail: trail.moved(move))]
 
     def _slice(self, eqn: Any, values: list[Value]) -> list[Value]:
         """One layer of a stacked kernel is a kernel, since it has an M of its own."""
@@ -145,21 +161,9 @@ class _Walk:
         (result,) = self._change(eqn, values)
         layers = {}
         for name, trail in () if kernels(joined(indices)) else kernels(value).items():
-            if (layer := self._layer_of_stack(name, trail, shape)) is not None:
+            if (layer := _layer_of_stack(trail, shape)) is not None:
                 layers[name] = dataclasses.replace(trail, view=layer)
         return [{**result, **layers}]
-
-    def _layer_of_stack(self, name: str, trail: Trail, shape: Any) -> View | None:
-        """The view of a slice that takes one layer of a stack and all else whole."""
-        if trail.by or trail.view is None:
-            return None
-        axes, stacked = [], self.stacked.get(name, 0)
-        for axis, size in zip(trail.view, shape, strict=True):
-            of_stack = all(isinstance(p.axis, int) and p.axis < stacked for p in axis)
-            if length(axis) != size and not (of_stack and size == 1):
-                return None
-            axes.append(axis if length(axis) == size else ())
-        return tuple(axes)
 
     def _add(self, eqn: Any, values: list[Value]) -> list[Value]:
         """A bias may be added to a product, since it does not depend on the kernel."""
@@ -192,7 +196,7 @@ class _Walk:
         shape, labels = eqn.outvars[0].aval.shape, call.product.einsum_labels
         letters = labels[0] if labels else range(len(shape) - lead)
         view = named([*(("vmap", k) for k in range(lead)), *letters], shape)
-        return [{**value, call: Trail(view, len(shape))}]
+        return [{**value, call: Trail(view)}]
 
     def _check(self, call: Call, trail: Trail, lead: int) -> None:
         """Record what is wrong with the output of `call`, if anything is."""
@@ -213,24 +217,14 @@ class _Walk:
             )
         )
         consts = unstacked - carry
-        layers = [_in_one_round(value) for value in values[unstacked:]]
+        layers = [changed(value, Trail.in_one_round) for value in values[unstacked:]]
         loop = body, values[:consts], values[consts:unstacked], layers
         state, results = self._loop(*loop, self.depth + 1)
-        return [*state, *(self._after_all_rounds(value) for value in results[carry:])]
 
-    def _after_all_rounds(self, value: Value) -> Value:
-        """The value that a scan stacks: its slices of a kernel become the kernel."""
-        result = {}
-        for start, trail in value.items():
-            if trail.by:  # the walk does not follow which rows the products are of
-                result[start] = dataclasses.replace(trail, unseen="scan")
-            elif trail.view is None or len(trail.outer) <= self.depth:
-                result[start] = trail.passed("scan")
-            else:
-                *outer, axis = trail.outer
-                view = (axis, *trail.view)
-                result[start] = dataclasses.replace(trail, view=view, outer=(*outer,))
-        return result
+        def stacked(trail: Trail) -> Trail:
+            return trail.after_all_rounds(self.depth)
+
+        return [*state, *(changed(value, stacked) for value in results[carry:])]
 
     def _while(self, eqn: Any, values: list[Value]) -> list[Value]:
         start = eqn.params["cond_nconsts"]
@@ -249,7 +243,7 @@ class _Walk:
         """A state that holds before and after every round, and a round's outputs."""
         while True:  # until nothing more is lost: a trail loses its view only once
             # These uses are dropped, since the state may not hold in every round.
-            walk = _Walk(Uses(), self.stacked, depth)
+            walk = _Walk(Uses(), depth)
             results = walk.run(body, [*fixed, *state, *layers])
             pairs = zip(state, results, strict=False)
             weaker = [in_either(before, after) for before, after in pairs]
@@ -266,16 +260,18 @@ class _Walk:
         ]
 
 
-def _in_one_round(value: Value) -> Value:
-    """A stacked value as one round of a scan sees it: without the first axis."""
-    return {
-        start: trail
-        if trail.view is None
-        else dataclasses.replace(
-            trail, view=trail.view[1:], outer=(*trail.outer, trail.view[0])
-        )
-        for start, trail in value.items()
-    }
+def _layer_of_stack(trail: Trail, shape: Any) -> View | None:
+    """The view of a slice that takes one layer of a stack and all else whole."""
+    if trail.by or trail.view is None:
+        return None
+    axes = []
+    for axis, size in zip(trail.view, shape, strict=True):
+        names: Any = [piece.axis for piece in axis]
+        whole = length(axis) == size
+        if not whole and (size > 1 or any(name >= 0 for name in names)):
+            return None
+        axes.append(axis if whole else ())
+    return tuple(axes)
 
 
 def _open(jaxpr: Any) -> Any:
