@@ -44,9 +44,6 @@ def plan(
       *args: The inputs of a call, arrays or shapes, as for `model.apply`.
       **kwargs: Further inputs, by name.
 
-    Returns:
-      The plan.
-
     Raises:
       TypeError, ValueError: As `mora_jax.plan`; a target whose layer class is not known
         (see `register_layer`), or whose layer computes something that its rule does not

@@ -9,7 +9,7 @@ import flax.linen as nn
 
 from mora_jax._common.warnings import warn
 from mora_jax._flax.adapted_call import adapt_call
-from mora_jax._flax.layer_rules import rules_of, unknown_use
+from mora_jax._flax.layer_rules import LayerRule, rules_of, unknown_use
 from mora_jax._flax.survey import refuse_untraced
 from mora_jax._plan.config import MoRAConfig, check_config
 from mora_jax._plan.plan import Plan
@@ -89,7 +89,7 @@ def wrap(
 
     The model's own code runs. Each planned layer adds its adapter's delta to what its
     methods return, wherever the layer is: in `nn.scan`, `nn.remat`, `nn.vmap` or
-    `nn.jit`, in modules with `setup` or `nn.compact`. Everything else is as it was.
+    `nn.jit`, in modules with `setup` or `nn.compact`.
 
     With `MoRAConfig(dropout=...)` each call says whether it drops:
     `adapter_deterministic=` must be given. With False, the keys come from
@@ -97,11 +97,10 @@ def wrap(
 
     Args:
       model: Any Linen module. It stays as it is.
-      config_or_plan: The kernels to adapt and the settings: a config, None for the
-        defaults, or a plan, as `linen.plan` makes it.
-      variables: The model's variables, arrays or shapes. They are given with a config,
-        not with a plan.
-      *args: The inputs of a call, arrays or shapes; with a config, like `variables`.
+      config_or_plan: A config, None for the defaults, or a plan, as `linen.plan` makes
+        it.
+      variables: With a config, the model's variables, arrays or shapes.
+      *args: With a config, the inputs of a call, arrays or shapes.
       **kwargs: Further inputs, by name.
 
     Returns:
@@ -154,12 +153,11 @@ def wrap(
 
 def _warn_of_statistics(collections: list[str]) -> None:
     """Warn that training changes more than the adapters."""
-    name = collections[0]
     warn(
         f"the call updates {', '.join(collections)}, which are part of the base and "
         "neither in the adapters nor in what mora_jax.save and mora_jax.merge make. "
-        f"Keep updated[{name!r}] next to the adapters and pass it in variables, or "
-        "freeze it (BatchNorm: use_running_average=True, and not in mutable)"
+        f"Keep updated[{collections[0]!r}] next to the adapters and pass it in "
+        "variables, or freeze it (BatchNorm: use_running_average=True, not in mutable)"
     )
 
 
@@ -189,9 +187,15 @@ class _Interceptor:
         running = any(module is caller for caller, _ in self.running)
         if name == "setup" or not adapters or running:
             return method(*args, **kwargs)
-        scope = module.scope.path
+        scope, rules = module.scope.path, rules_of(type(module))
         outermost = all(scope != outer for _, outer in self.running)
-        call = self._adapted(module, name, method, args, kwargs, adapters)
+        call, rule = functools.partial(method, *args, **kwargs), rules.get(name)
+        lacking_rule = {r.name(module) for r in rules.values()} if rule is None else ()
+        for kernel in adapters.keys() & lacking_rule:
+            raise unknown_use("/".join((*scope, kernel)), type(module), name)
+        if rule is not None and (kernel := rule.name(module)) in adapters:
+            self.used.add((scope, kernel))
+            call = self._adapted(rule, module, method, args, kwargs, adapters[kernel])
         self.running.append((module, scope))
         try:
             y = call()
@@ -204,28 +208,21 @@ class _Interceptor:
 
     def _adapted(
         self,
+        rule: LayerRule,
         module: Any,
-        name: str,
         method: Callable[..., Any],
         args: Any,
         kwargs: Any,
-        adapters: Mapping[str, BoundAdapter],
+        adapter: BoundAdapter,
     ) -> Callable[[], Any]:
-        """The call of a method with the adapter of its kernel, if it has one."""
-        scope, rules = module.scope.path, rules_of(type(module))
-        kernels = {rule.name(module) for rule in rules.values()} & adapters.keys()
-        for kernel in () if name in rules else kernels:
-            raise unknown_use("/".join((*scope, kernel)), type(module), name)
-        if name not in rules or (kernel := rules[name].name(module)) not in kernels:
-            return functools.partial(method, *args, **kwargs)
-        self.used.add((scope, kernel))
-        adapter, key = adapters[kernel], None
-        spec = dataclasses.replace(adapter.spec, path=(*scope, *adapter.spec.path))
+        """The call of a method with the adapter of its kernel."""
+        path = (*module.scope.path, *adapter.spec.path)
+        spec, key = dataclasses.replace(adapter.spec, path=path), None
         if not self.traced:
-            refuse_untraced(spec.name, rules[name].read(module, args, kwargs)[0])
+            refuse_untraced(spec.name, rule.read(module, args, kwargs)[0])
         if spec.dropout > 0 and not self.deterministic:
             key = module.make_rng("dropout")
-        call = rules[name], module, method, args, kwargs, spec, lambda: adapter.m, key
+        call = rule, module, method, args, kwargs, spec, lambda: adapter.m, key
         return functools.partial(adapt_call, *call)
 
 
