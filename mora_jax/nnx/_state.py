@@ -90,10 +90,9 @@ def plan_of(model: nnx.Module) -> Plan:
       True
     """
     ms, copies = adapter_variables(model)
-    trained = tuple(array for array, _ in copies)
+    specs, trained = (tuple(spec for spec, _ in pairs) for pairs in (ms, copies))
     size = sum(leaf.size for leaf in jax.tree.leaves(parameters(model)))
     size += sum(array.parameters for array in trained)
-    specs = tuple(spec for spec, _ in ms)
     return Plan(specs, size, traced=True, trained=trained)  # `wrap` refused the rest
 
 
@@ -143,8 +142,7 @@ def set_adapters(
       plan: The plan that the adapters were made for, or its `digest()`. Nested dicts
         hold numbers alone, so without it nothing shows whether they are for the
         operators, seeds and alphas of this model. A plan of `load` also knows the base.
-      any_base: True to take adapters of any base, also if the plan knows that they
-        were trained on other kernels than the model's.
+      any_base: True to take adapters that were trained on other kernels as well.
 
     Raises:
       TypeError: The adapters are not arrays, or `plan` is neither a plan nor a digest.
@@ -159,8 +157,7 @@ def set_adapters(
       >>> model = nnx.Sequential(nnx.Linear(16, 16, rngs=nnx.Rngs(0)))
       >>> model = mora_jax.nnx.wrap(model)
       >>> ones = jax.tree.map(jnp.ones_like, mora_jax.nnx.adapters(model))
-      >>> plan = mora_jax.nnx.plan_of(model)
-      >>> mora_jax.nnx.set_adapters(model, ones, plan.digest())
+      >>> mora_jax.nnx.set_adapters(model, ones, mora_jax.nnx.plan_of(model).digest())
       >>> float(mora_jax.nnx.adapters(model)["layers"]["0"]["kernel_mora"].sum())
       256.0
     """

@@ -31,9 +31,8 @@ def value_and_grad(
 
     Returns:
       A function like `f` that returns (loss, gradients), the gradients as a state of
-      `MoRAParam`s. Its calls raise ValueError if the model lacks adapters, or if
-      `serving.select` has given each row its own: those train by the tree of
-      `serving.stack`.
+      `MoRAParam`s. Its calls raise ValueError if the model lacks adapters, or has one
+      for each row of a batch (`serving.select`).
 
     Example::
 
@@ -84,10 +83,10 @@ def adapter_optimizer(
     check_transformation(tx)
     _refuse_rows(model)
     optimizer = nnx.Optimizer(model, tx, wrt=MoRAParam)
-    for _, m in adapter_variables(model)[0]:
-        if (sharding := named_sharding(m)) is not None:
-            _replicate_counters(optimizer, sharding.mesh)
-            break
+    shardings = (named_sharding(m) for _, m in adapter_variables(model)[0])
+    for sharding in filter(None, shardings):
+        _replicate_counters(optimizer, sharding.mesh)
+        break
     return optimizer
 
 

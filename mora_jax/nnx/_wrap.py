@@ -44,23 +44,23 @@ def wrap(
 
     The model's own code runs. Each planned layer adds its adapter's delta to what its
     methods return: it gets a `MoRAParam` next to its kernel, and a subclass of its
-    class. Everything else is as it was: names, types and the paths of the parameters,
-    so that a checkpoint of the base loads into the result.
+    class. Names, types and the paths of the parameters stay, so that a checkpoint of
+    the base loads into the result.
 
     With `MoRAConfig(dropout=...)` the model drops in training until `model.eval()`,
-    which sampling and evaluation need; `model.train()` turns it on again. No generator
-    is in the model: what a layer drops depends on `seed`, on its M and on its kernel.
-    So the masks change whenever an optimizer changes M, and differ between layers. But
-    several calls with the same M's, such as the microbatches of one step, drop the same
-    positions.
+    which sampling and evaluation need; `model.train()` turns it on again. What a layer
+    drops depends on `seed`, on its M and on its kernel, and no generator is in the
+    model. So the masks change whenever an optimizer changes M, and differ between
+    layers, but calls with the same M's, such as the microbatches of one step, drop the
+    same positions.
 
     Args:
       model: Any NNX module. It stays as it is, and shares its arrays with the result: a
         step to which the whole state of the result is donated deletes the base, too.
         Donate the adapters alone, the first part of `nnx.split(model, MoRAParam, ...)`;
         see docs/training-nnx.md.
-      config_or_plan: The kernels to adapt and the settings: a config, None for the
-        defaults, or a plan, as `nnx.plan` makes it.
+      config_or_plan: A config, None for the defaults, or a plan, as `nnx.plan` makes
+        it.
       rngs: The source of the key for `init="gaussian"`.
       seed: The seed of the dropout masks.
 
@@ -81,8 +81,7 @@ def wrap(
       >>> import mora_jax
       >>> layers = [nnx.Linear(16, 16, rngs=nnx.Rngs(k)) for k in range(2)]
       >>> model, x = nnx.Sequential(*layers), jnp.ones((1, 16))
-      >>> config = mora_jax.MoRAConfig(rank=2)
-      >>> adapted = mora_jax.nnx.wrap(model, config)
+      >>> adapted = mora_jax.nnx.wrap(model, mora_jax.MoRAConfig(rank=2))
       >>> bool((adapted(x) == model(x)).all())
       True
     """
@@ -232,10 +231,8 @@ def merge_adapters(
       >>> bool((merged.layers[0].kernel[...] == model.layers[0].kernel[...]).all())
       True
     """
-    plan = plan_of(model)
-    plain = _detached(model)
-    params = parameters(plain)
-    settings = {"any_base": any_base, "rounding": rounding}
-    merged = merge(params, adapters(model), plan, dtype, **settings)
+    plan, plain = plan_of(model), _detached(model)
+    settings: Any = {"any_base": any_base, "rounding": rounding}
+    merged = merge(parameters(plain), adapters(model), plan, dtype, **settings)
     nnx.update(plain, merged)
     return plain
