@@ -162,7 +162,7 @@ class Candidates:
                 f"the model also reads this {kind} outside of its layer's known methods"
                 f"{tied}{by}, where the adapter would have no effect; exclude it"
             )
-        if fault := (self.survey.faults | uses.faults).get(name):
+        if fault := uses.faults.get(name):
             raise ValueError(
                 f"{fault}, so that the adapted and the merged model would differ; "
                 "exclude it, or teach its class with mora_jax.register_layer (scale= "

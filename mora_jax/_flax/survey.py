@@ -25,14 +25,12 @@ class Survey:
       non_kernels: The paths of the arrays of known layers that are not their kernels,
         such as biases.
       classes: {path of a module: the name of its class}.
-      faults: {path of a kernel: what another module does with it}.
       uses: The uses of the arrays in a call of the model; None if none was traced.
     """
 
     products: dict[str, Product] = dataclasses.field(default_factory=dict)
     non_kernels: set[str] = dataclasses.field(default_factory=set)
     classes: dict[str, str] = dataclasses.field(default_factory=dict)
-    faults: dict[str, str] = dataclasses.field(default_factory=dict)
     uses: Uses | None = None
 
     def record_call(

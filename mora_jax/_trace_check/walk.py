@@ -2,14 +2,14 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax.numpy as jnp
 from jax.extend.core import Jaxpr, Literal
 from jax.interpreters import partial_eval
 
-from mora_jax._trace_check.marks import Call, mark_p
+from mora_jax._trace_check.marks import mark_p
+from mora_jax._trace_check.steps import IDENTITIES, OPAQUE, PREPARING, PRODUCTS, after
 from mora_jax._trace_check.trails import (
     Trail,
     Uses,
@@ -20,27 +20,7 @@ from mora_jax._trace_check.trails import (
     kernels,
 )
 from mora_jax._trace_check.verdict import fault, listed, multiplied
-from mora_jax._trace_check.views import View, length, named, reshape
-
-IDENTITIES = frozenset(
-    "convert_element_type copy copy_p device_put layout_constraint mesh_cast "
-    "optimization_barrier pbroadcast pvary reduce_precision reshard "
-    "sharding_constraint stop_gradient".split()
-)
-"""Primitives that leave numbers as they are, apart from rounding."""
-
-PRODUCTS = frozenset(
-    "dot_general conv_general_dilated gather ragged_dot_general".split()
-)
-"""Primitives by which layers multiply an input with a kernel."""
-
-PREPARING = frozenset(
-    "concatenate div dynamic_slice gather mul reduce_sum slice".split()
-)
-"""Primitives that a kernel may pass before it multiplies."""
-
-OPAQUE = frozenset("pure_callback io_callback shard_map custom_partitioning".split())
-"""Primitives whose inside says nothing about whole arrays, as do all `*_call`."""
+from mora_jax._trace_check.views import named
 
 
 def follow(jaxpr: Jaxpr, names: Sequence[str], stacked: Mapping[str, int]) -> Uses:
@@ -73,22 +53,13 @@ class _Walk:
 
     def __init__(self, uses: Uses, depth: int = 0) -> None:
         self.uses, self.depth = uses, depth
-        self.handlers: Mapping[str, Callable[[Any, list[Value]], list[Value]]] = {
+        self.handlers = {
             "mora_mark": self._mark,
-            "reshape": self._reshape,
-            "squeeze": self._reshape,
-            "expand_dims": self._reshape,
-            "broadcast_in_dim": self._reshape,
-            "transpose": self._transpose,
-            "slice": self._slice,
-            "dynamic_slice": self._slice,
-            "add": self._add,
-            "add_any": self._add,
             "scan": self._scan,
             "while": self._while,
             "cond": self._cond,
-            **dict.fromkeys(IDENTITIES, self._identity),
             **dict.fromkeys(PRODUCTS, self._product),
+            **dict.fromkeys(IDENTITIES, lambda eqn, values: values),
         }
 
     def run(self, jaxpr: Jaxpr, inputs: Sequence[Value]) -> list[Value]:
@@ -118,64 +89,10 @@ class _Walk:
         if name in OPAQUE or name.endswith("_call") or programs:
             hide = functools.partial(dataclasses.replace, unseen=name)
             return [changed(joined(values), hide)] * len(eqn.outvars)
-        return self._change(eqn, values)
-
-    def _change(self, eqn: Any, values: list[Value]) -> list[Value]:
-        """The handler of every primitive that has none: it changes numbers."""
-        name, shape = eqn.primitive.name, eqn.outvars[0].aval.shape
-        result = {}
-        for start, trail in joined(values).items():
-            at = [k for k, value in enumerate(values) if start in value]
-            step = name if len(at) == 1 else f"{name} by itself"
-            # A factor leaves the axes where they are.
-            factor = name == "mul" or (name == "div" and at == [0])
-            kept = factor and len(at) == 1 and eqn.invars[at[0]].aval.shape == shape
-            result[start] = trail.passed(step, trail.view if kept else None)
-        return [result] * len(eqn.outvars)
-
-    def _identity(self, eqn: Any, values: list[Value]) -> list[Value]:
-        results = []
-        for var, value in zip(eqn.outvars, values, strict=False):
-            if kernels(value) and not jnp.issubdtype(var.aval.dtype, jnp.floating):
-                value, *_ = self._change(eqn, [value])
-            results.append(value)
-        return results
-
-    def _reshape(self, eqn: Any, values: list[Value]) -> list[Value]:
-        """A broadcast is a reshape too, unless it makes copies of numbers."""
-        (before, *_), (after,) = eqn.invars, eqn.outvars
-        if before.aval.size != after.aval.size:
-            return self._change(eqn, values)
-        move = functools.partial(reshape, shape=after.aval.shape)
-        return [changed(values[0], lambda trail: trail.moved(move))]
-
-    def _transpose(self, eqn: Any, values: list[Value]) -> list[Value]:
-        def move(view: View) -> View:
-            return tuple(view[k] for k in eqn.params["permutation"])
-
-        return [changed(values[0], lambda trail: trail.moved(move))]
-
-    def _slice(self, eqn: Any, values: list[Value]) -> list[Value]:
-        """One layer of a stacked kernel is a kernel, since it has an M of its own."""
-        shape, (value, *indices) = eqn.outvars[0].aval.shape, values
-        (result,) = self._change(eqn, values)
-        layers = {}
-        for name, trail in () if kernels(joined(indices)) else kernels(value).items():
-            if (layer := _layer_of_stack(trail, shape)) is not None:
-                layers[name] = dataclasses.replace(trail, view=layer)
-        return [{**result, **layers}]
-
-    def _add(self, eqn: Any, values: list[Value]) -> list[Value]:
-        """A bias may be added to a product, since it does not depend on the kernel."""
-        result = {}
-        for start, trail in joined(values).items():
-            alone = sum(start in value for value in values) == 1
-            result[start] = trail if alone and trail.by else trail.passed("add")
-        return [result]
+        return [after(eqn, values)] * len(eqn.outvars)
 
     def _product(self, eqn: Any, values: list[Value]) -> list[Value]:
-        (changed,) = self._change(eqn, values)
-        name, result = eqn.primitive.name, dict(changed)
+        name, result = eqn.primitive.name, dict(after(eqn, values))
         left, right, *_ = values
         for is_first, value, operand in ((True, left, right), (False, right, left)):
             for kernel, trail in kernels(value).items():
@@ -186,40 +103,35 @@ class _Walk:
         return [result]
 
     def _mark(self, eqn: Any, values: list[Value]) -> list[Value]:
-        call, lead, (value,) = eqn.params["call"], eqn.params["lead"], values
-        if eqn.params["end"]:
-            remaining = dict(value)
-            remaining.pop(call, None)
-            if trail := remaining.pop(call.name, None):
-                self._check(call, trail, lead)
-            return [remaining]
-        shape, labels = eqn.outvars[0].aval.shape, call.product.einsum_labels
-        letters = labels[0] if labels else range(len(shape) - lead)
-        view = named([*(("vmap", k) for k in range(lead)), *letters], shape)
-        return [{**value, call: Trail(view)}]
-
-    def _check(self, call: Call, trail: Trail, lead: int) -> None:
-        """Record what is wrong with the output of `call`, if anything is."""
-        if trail.unseen:
+        call, lead = eqn.params["call"], eqn.params["lead"]
+        value, product = dict(values[0]), call.product
+        if not eqn.params["end"]:
+            shape = eqn.outvars[0].aval.shape
+            letters = (product.einsum_labels or [range(len(shape) - lead)])[0]
+            view = named([*(("vmap", k) for k in range(lead)), *letters], shape)
+            return [{**value, call: Trail(view)}]
+        value.pop(call, None)
+        trail = value.pop(call.name, None)
+        if trail is not None and trail.unseen:
             self.uses.unseen.setdefault(call.name, trail.unseen)
-        elif wrong := fault(call, trail, lead):
+        elif trail is not None and (wrong := fault(call, trail, lead)):
             self.uses.faults.setdefault(call.name, f"{call.method} {wrong}")
+        return [value]
 
     def _scan(self, eqn: Any, values: list[Value]) -> list[Value]:
         body = _open(eqn.params["jaxpr"])
         # JAX has had several names for these numbers, so shapes must tell: what is
         # stacked has one more axis outside of the body.
         carry, unstacked = (
-            sum(len(a) == len(b) for a, b in zip(*shapes, strict=True))
-            for shapes in (
-                (_shapes(body.outvars), _shapes(eqn.outvars)),
-                (_shapes(body.invars), _shapes(eqn.invars)),
-            )
+            sum(len(a) == len(b) for a, b in zip(*map(_shapes, pair), strict=True))
+            for pair in ((body.outvars, eqn.outvars), (body.invars, eqn.invars))
         )
-        consts = unstacked - carry
+        fixed, state = (
+            values[: unstacked - carry],
+            values[unstacked - carry : unstacked],
+        )
         layers = [changed(value, Trail.in_one_round) for value in values[unstacked:]]
-        loop = body, values[:consts], values[consts:unstacked], layers
-        state, results = self._loop(*loop, self.depth + 1)
+        state, results = self._loop(body, fixed, state, layers, self.depth + 1)
 
         def stacked(trail: Trail) -> Trail:
             return trail.after_all_rounds(self.depth)
@@ -245,8 +157,7 @@ class _Walk:
             # These uses are dropped, since the state may not hold in every round.
             walk = _Walk(Uses(), depth)
             results = walk.run(body, [*fixed, *state, *layers])
-            pairs = zip(state, results, strict=False)
-            weaker = [in_either(before, after) for before, after in pairs]
+            weaker = list(map(in_either, state, results))
             if weaker == state:
                 walk.uses = self.uses
                 return state, walk.run(body, [*fixed, *state, *layers])
@@ -254,24 +165,8 @@ class _Walk:
 
     def _cond(self, eqn: Any, values: list[Value]) -> list[Value]:
         branches = [self.run(_open(b), values[1:]) for b in eqn.params["branches"]]
-        return [
-            functools.reduce(in_either, outputs)
-            for outputs in zip(*branches, strict=True)
-        ]
-
-
-def _layer_of_stack(trail: Trail, shape: Any) -> View | None:
-    """The view of a slice that takes one layer of a stack and all else whole."""
-    if trail.by or trail.view is None:
-        return None
-    axes = []
-    for axis, size in zip(trail.view, shape, strict=True):
-        names: Any = [piece.axis for piece in axis]
-        whole = length(axis) == size
-        if not whole and (size > 1 or any(name >= 0 for name in names)):
-            return None
-        axes.append(axis if whole else ())
-    return tuple(axes)
+        outputs = zip(*branches, strict=True)
+        return [functools.reduce(in_either, values) for values in outputs]
 
 
 def _open(jaxpr: Any) -> Any:

@@ -1,6 +1,6 @@
 """A plan of a model, by what its layers compute."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from flax import nnx
@@ -69,12 +69,10 @@ def plan(
                 survey.non_kernels.add(name)
             elif key in rules and (product := rules[key].product(module)) is not None:
                 survey.products[name] = product
-    survey.faults |= normalised(model, survey.products)
     if args or kwargs:
         _trace(model, survey, args, kwargs)
     chosen = plan_surveyed(params, config, survey)
-    refuse_shared(model, [spec.name for spec in chosen.specs], "exclude it")
-    refuse_shared(model, [t.name for t in chosen.trained], "take it out of train")
+    refuse_unfit(model, chosen)
     for spec in () if chosen.traced else chosen.specs:
         refuse_untraced(spec.name, survey.products.get(spec.name))
     return chosen
@@ -84,19 +82,18 @@ NORMALISING = nnx.WeightNorm, nnx.SpectralNorm
 """Flax's modules that change the kernels of the layer inside."""
 
 
-def normalised(model: nnx.Module, kernels: Iterable[str]) -> dict[str, str]:
-    """{path: reason} of the `kernels` that a module changes before it uses them."""
-    inside = {
-        "/".join((*path, "layer_instance", "")): type(module).__name__
-        for path, module in named_modules(model)
-        if isinstance(module, NORMALISING)
-    }
-    return {
-        kernel: f"{cls} changes it before its layer multiplies"
-        for kernel in kernels
-        for start, cls in inside.items()
-        if kernel.startswith(start)
-    }
+def refuse_unfit(model: nnx.Module, plan: Plan) -> None:
+    """Raise if a kernel of `plan` is shared, or changed before it is used."""
+    _refuse_shared(model, [spec.name for spec in plan.specs], "exclude it")
+    _refuse_shared(model, [t.name for t in plan.trained], "take it out of train")
+    for path, module in named_modules(model):
+        start = "/".join((*path, "layer_instance", ""))
+        for name in plan if isinstance(module, NORMALISING) else ():
+            if name.startswith(start):
+                raise ValueError(
+                    f"{name}: {type(module).__name__} changes it before its layer "
+                    "multiplies; exclude it"
+                )
 
 
 def check_model(model: Any) -> None:
@@ -141,7 +138,7 @@ def _marked_class(cls: type, prefix: str, survey: Survey) -> type:
     return derived(cls, run, read)
 
 
-def refuse_shared(model: nnx.Module, arrays: Sequence[str], remedy: str) -> None:
+def _refuse_shared(model: nnx.Module, arrays: Sequence[str], remedy: str) -> None:
     """Raise if the model holds one of `arrays`, or its module, in two places."""
     for paths in nnx.find_duplicates(model) if arrays else ():
         names = ["/".join(map(str, path)) for path in paths]

@@ -19,7 +19,7 @@ from mora_jax._tree.merge import merge
 from mora_jax.nnx._classes import DROPOUT, adapted_class, plain_class, set_class
 from mora_jax.nnx._dropout import AdapterDropout
 from mora_jax.nnx._param import MoRAParam, TrainedParam
-from mora_jax.nnx._plan import check_model, normalised, refuse_shared
+from mora_jax.nnx._plan import check_model, refuse_unfit
 from mora_jax.nnx._plan import plan as plan_model
 from mora_jax.nnx._state import (
     adapters,
@@ -89,13 +89,11 @@ def wrap(
     plan = config_or_plan
     if not isinstance(plan, Plan):
         plan = plan_model(model, plan)
-    # A plan that was given may name such a kernel, if names and shapes made it.
-    for name, why in normalised(model, plan).items():
-        raise ValueError(f"{name}: {why}; exclude it")
+    else:  # names and shapes may have made it
+        refuse_unfit(model, plan)
     key = None
     if rngs is not None and any(spec.init == "gaussian" for spec in plan.specs):
         key = rngs.params()
-    refuse_shared(model, [t.name for t in plan.trained], "take it out of train")
     new = init(plan, key, params=parameters(model) if plan.trained else None)
     model = nnx.clone(model)
     modules = dict(named_modules(model))
