@@ -131,16 +131,14 @@ def register_layer(
       argument: The name of the method's argument that is the input; by default the
         first.
       dot_general: True if the method multiplies input and kernel, both of the same
-        dtype, by `self.dot_general(input, kernel, dimension_numbers, ...)`. Then the
-        delta can be folded into the kernel, as long as the attribute is None or
-        `jax.lax.dot_general`.
-      scale: The factor of the kernel before an einsum: the name of a
-        parameter, or a function of the module that returns an array, a number or None.
-        It broadcasts against the kernel, and varies along the kernel's input features
-        or along its output features, not along both. In an embedding it is a number,
-        or one for each feature, and may multiply the rows that are looked up. The delta
-        is multiplied by the same, so the adapter is still merged into the kernel
-        itself.
+        dtype, by `self.dot_general(input, kernel, dimension_numbers, ...)`. As long as
+        the attribute is None or `jax.lax.dot_general`, the delta can be folded into the
+        kernel.
+      scale: The factor of the kernel before an einsum: the name of a parameter, or a
+        function of the module that returns an array, a number or None. It broadcasts
+        against the kernel, and varies along its input or its output features, not along
+        both. In an embedding it is a number, or one for each feature, and may multiply
+        the rows that are looked up. Adapters are merged into the kernel itself.
 
     Raises:
       TypeError: `cls` is not a class, or does not have the method; the method does not
@@ -186,8 +184,14 @@ def register_layer(
             f"got {argument!r}"
         )
     folded = isinstance(equation, Folded)
-    if folded:
-        _check_folded(cls, kernel)
+    if folded and issubclass(cls, nn.Module):
+        raise TypeError(
+            f"products.Folded is for classes of Flax NNX, got {cls.__name__} of Linen"
+        )
+    if folded and not isinstance(kernel, str):
+        raise TypeError(
+            f"kernel must be a parameter's name with products.Folded, got {kernel!r}"
+        )
     if rules_of(cls) if folded else folded_kernels(cls):
         raise ValueError(
             f"equation must be a products.Folded for all kernels of {cls.__name__} or "
@@ -198,18 +202,6 @@ def register_layer(
     method = "" if folded else method
     rule = LayerRule(equation, kernel, method, argument, dot_general, scale)
     _RULES[cls] = {**known, key: rule}
-
-
-def _check_folded(cls: type, kernel: Name) -> None:
-    """Raise if the methods of a class could not read a kernel with its delta."""
-    if issubclass(cls, nn.Module):
-        raise TypeError(
-            f"products.Folded is for classes of Flax NNX, got {cls.__name__} of Linen"
-        )
-    if not isinstance(kernel, str):
-        raise TypeError(
-            f"kernel must be a parameter's name with products.Folded, got {kernel!r}"
-        )
 
 
 def _registered(cls: type) -> Mapping[str, LayerRule]:
@@ -240,11 +232,6 @@ def planning_rules(module: Any) -> Mapping[str, LayerRule]:
     for rule in _registered(type(module)).values():
         rules.setdefault(rule.name(module), rule)
     return rules
-
-
-def registered() -> Mapping[type, Mapping[str, LayerRule]]:
-    """All classes that have rules, with their rules."""
-    return dict(_RULES)
 
 
 def unknown_use(name: str, cls: type, method: str) -> TypeError:

@@ -42,7 +42,7 @@ class Survey:
         args: Any,
         kwargs: Any,
     ) -> jax.Array:
-        """Call a layer's method, with marks, and record what it computes.
+        """The output of a layer's method, with marks, whose product is recorded.
 
         `name` is the path of the kernel; the other arguments are as for `adapt_call`.
         """

@@ -61,10 +61,7 @@ class MoRADense(nn.Dense):
 
         Args:
           inputs: (..., in_features).
-          deterministic: True to turn the adapter's dropout off.
-
-        Returns:
-          (..., features).
+          deterministic: As the attribute.
         """
         spec = AdapterSpec.from_config(
             self.config,
@@ -78,11 +75,10 @@ class MoRADense(nn.Dense):
         ):
             key = self.make_rng("dropout")
 
-        # Other libraries, such as gemma, put a `param` in place that wants a shape.
+        # Other libraries, such as gemma, replace `param` by one that wants a shape.
         def start(key: PRNGKeyArray, *_: Any, **__: Any) -> jax.Array:
             return init_adapter(spec, key)
 
-        rule, m = rules_of(nn.Dense)["__call__"], f"kernel{SUFFIX}"
-        get_m = functools.partial(self.param, m, start, spec.shape)
-        method = super().__call__
+        rule, method = rules_of(nn.Dense)["__call__"], super().__call__
+        get_m = functools.partial(self.param, f"kernel{SUFFIX}", start, spec.shape)
         return adapt_call(rule, self, method, (inputs,), {}, spec, get_m, key)

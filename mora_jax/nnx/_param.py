@@ -18,17 +18,6 @@ class MoRAParam(nnx.LoRAParam[Any]):
     works as it is. Where Flax copies a whole variable (`nnx.update`, `nnx.merge`,
     `copy_from`), it copies the spec with the numbers, and they keep their meaning.
     Assigning a variable that has another spec raises an error.
-
-    Example::
-
-      >>> from flax import nnx
-      >>> import mora_jax
-      >>> config = mora_jax.MoRAConfig(rank=2)
-      >>> layer = mora_jax.nnx.MoRALinear(16, 16, config=config, rngs=nnx.Rngs(0))
-      >>> isinstance(layer.kernel_mora, nnx.LoRAParam)
-      True
-      >>> layer.kernel_mora.spec.parameters
-      64
     """
 
     spec: AdapterSpec

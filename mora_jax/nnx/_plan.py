@@ -29,9 +29,9 @@ def plan(
     Args:
       model: Any NNX module, of arrays or (by `nnx.eval_shape`) of shapes.
       config: The kernels to adapt and the settings; None for the defaults.
-      *args: The inputs of a call, arrays or shapes. They are only needed where the
-        modules do not tell enough: an `nnx.Einsum` that gets its equation in the call,
-        and embeddings, which a model might also read elsewhere (a tied head).
+      *args: The inputs of a call, arrays or shapes, where the modules do not tell
+        enough: an `nnx.Einsum` that gets its equation in the call, and embeddings,
+        which a model might also read elsewhere (a tied head).
       **kwargs: Further inputs, by name.
 
     Returns:

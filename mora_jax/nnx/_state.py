@@ -80,14 +80,7 @@ def plan_of(model: nnx.Module) -> Plan:
     Raises:
       ValueError: `model` lacks adapters.
 
-    Example::
-
-      >>> from flax import nnx
-      >>> import mora_jax
-      >>> model = nnx.Sequential(nnx.Linear(16, 16, rngs=nnx.Rngs(0)))
-      >>> adapted = mora_jax.nnx.wrap(model)
-      >>> mora_jax.nnx.plan_of(adapted) == mora_jax.nnx.plan(model)
-      True
+    Example: see `wrap`.
     """
     ms, copies = adapter_variables(model)
     specs, trained = (tuple(spec for spec, _ in pairs) for pairs in (ms, copies))
@@ -107,15 +100,7 @@ def adapters(model: nnx.Module) -> Tree:
     Raises:
       ValueError: `model` lacks adapters.
 
-    Example::
-
-      >>> import jax, jax.numpy as jnp
-      >>> from flax import nnx
-      >>> import mora_jax
-      >>> model = nnx.Sequential(nnx.Linear(16, 16, rngs=nnx.Rngs(0)))
-      >>> adapters = mora_jax.nnx.adapters(mora_jax.nnx.wrap(model))
-      >>> jax.tree.map(jnp.shape, adapters)
-      {'layers': {'0': {'kernel_mora': (16, 16)}}}
+    Example: see `wrap`.
     """
     ms, copies = adapter_variables(model)
     arrays = {adapter_path(spec): unboxed(m) for spec, m in ms}
@@ -149,17 +134,7 @@ def set_adapters(
       ValueError: The model lacks adapters; or the new ones do not fit its plan, were
         made for another plan, or were trained on another base and `any_base` is False.
 
-    Example::
-
-      >>> import jax, jax.numpy as jnp
-      >>> from flax import nnx
-      >>> import mora_jax
-      >>> model = nnx.Sequential(nnx.Linear(16, 16, rngs=nnx.Rngs(0)))
-      >>> model = mora_jax.nnx.wrap(model)
-      >>> ones = jax.tree.map(jnp.ones_like, mora_jax.nnx.adapters(model))
-      >>> mora_jax.nnx.set_adapters(model, ones, mora_jax.nnx.plan_of(model).digest())
-      >>> float(mora_jax.nnx.adapters(model)["layers"]["0"]["kernel_mora"].sum())
-      256.0
+    Example: see `wrap`.
     """
     model_plan = plan_of(model)
     _check_made_for(plan, model_plan)

@@ -84,9 +84,17 @@ def adapter_optimizer(
     _refuse_rows(model)
     optimizer = nnx.Optimizer(model, tx, wrt=MoRAParam)
     shardings = (named_sharding(m) for _, m in adapter_variables(model)[0])
-    for sharding in filter(None, shardings):
-        _replicate_counters(optimizer, sharding.mesh)
-        break
+    sharding = next(filter(None, shardings), None)
+    if sharding is None:
+        return optimizer
+    replicated = NamedSharding(sharding.mesh, PartitionSpec())
+
+    # The first step would put what is not committed to a device, such as counters, onto
+    # the mesh, and the second would be compiled again.
+    def put(leaf: jax.Array) -> jax.Array:
+        return leaf if leaf.committed else jax.device_put(leaf, replicated)
+
+    nnx.update(optimizer, jax.tree.map(put, nnx.state(optimizer)))
     return optimizer
 
 
@@ -99,16 +107,3 @@ def _refuse_rows(model: nnx.Module) -> None:
                 "many train at once by the gradient of a function of what "
                 "serving.stack returns"
             )
-
-
-def _replicate_counters(optimizer: nnx.Optimizer, mesh: Any) -> None:
-    """Put what is not committed to a device, such as counters, onto `mesh`.
-
-    Otherwise the first step would put it there, and the second would be compiled again.
-    """
-    replicated = NamedSharding(mesh, PartitionSpec())
-
-    def put(leaf: jax.Array) -> jax.Array:
-        return leaf if leaf.committed else jax.device_put(leaf, replicated)
-
-    nnx.update(optimizer, jax.tree.map(put, nnx.state(optimizer)))
