@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 
 from mora_jax._trace_check.marks import Call
-from mora_jax._trace_check.views import Axis, View
+from mora_jax._trace_check.views import View
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,7 +19,6 @@ class Trail:
         array.
       through: The further primitives on the way that change numbers.
       unseen: A primitive among them that a trace cannot look into, or "".
-      outer: The axes that surrounding scans have taken off.
     """
 
     view: View | None
@@ -27,7 +26,6 @@ class Trail:
     call: Call | None = None
     through: frozenset[str] = frozenset()
     unseen: str = ""
-    outer: tuple[Axis, ...] = ()
 
     @property
     def unchanged(self) -> bool:
@@ -49,26 +47,6 @@ class Trail:
             return self
         through, unseen = self.through | trail.through, self.unseen or trail.unseen
         return dataclasses.replace(self, view=None, through=through, unseen=unseen)
-
-    def in_one_round(self) -> "Trail":
-        """The trail as one round of a scan sees it: without the first axis."""
-        if self.view is None:
-            return self
-        outer = (*self.outer, self.view[0])
-        return dataclasses.replace(self, view=self.view[1:], outer=outer)
-
-    def after_all_rounds(self, depth: int) -> "Trail":
-        """The trail of what a scan stacks, inside `depth` others.
-
-        The slices of a kernel become the kernel again. A product is not followed: it
-        is not known which rows it is of.
-        """
-        if self.by:
-            return dataclasses.replace(self, unseen="scan")
-        if self.view is None or len(self.outer) <= depth:
-            return self.passed("scan")
-        *outer, axis = self.outer
-        return dataclasses.replace(self, view=(axis, *self.view), outer=(*outer,))
 
 
 Start = str | Call

@@ -119,5 +119,4 @@ def listed(names: Iterable[str]) -> str:
     shown = [f"`{name}`" for name in names]
     if len(shown) > 3:
         shown[2:] = [f"{len(shown) - 2} more primitives"]
-    *most, last = shown or [""]
-    return f"{', '.join(most)} and {last}" if most else last
+    return " and ".join(shown)

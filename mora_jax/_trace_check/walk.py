@@ -51,8 +51,8 @@ def follow(jaxpr: Jaxpr, names: Sequence[str], stacked: Mapping[str, int]) -> Us
 class _Walk:
     """A walk through a program and the programs inside it."""
 
-    def __init__(self, uses: Uses, depth: int = 0) -> None:
-        self.uses, self.depth = uses, depth
+    def __init__(self, uses: Uses) -> None:
+        self.uses = uses
         self.handlers = {
             "mora_mark": self._mark,
             "scan": self._scan,
@@ -130,19 +130,15 @@ class _Walk:
             values[: unstacked - carry],
             values[unstacked - carry : unstacked],
         )
-        layers = [changed(value, Trail.in_one_round) for value in values[unstacked:]]
-        state, results = self._loop(body, fixed, state, layers, self.depth + 1)
-
-        def stacked(trail: Trail) -> Trail:
-            return trail.after_all_rounds(self.depth)
-
-        return [*state, *(changed(value, stacked) for value in results[carry:])]
+        layers = [changed(value, _in_one_round) for value in values[unstacked:]]
+        state, results = self._loop(body, fixed, state, layers)
+        return [*state, *(changed(value, _of_all_rounds) for value in results[carry:])]
 
     def _while(self, eqn: Any, values: list[Value]) -> list[Value]:
         start = eqn.params["cond_nconsts"]
         stop = start + eqn.params["body_nconsts"]
         body = _open(eqn.params["body_jaxpr"])
-        return self._loop(body, values[start:stop], values[stop:], [], self.depth)[0]
+        return self._loop(body, values[start:stop], values[stop:], [])[0]
 
     def _loop(
         self,
@@ -150,12 +146,11 @@ class _Walk:
         fixed: list[Value],
         state: list[Value],
         layers: list[Value],
-        depth: int,
     ) -> tuple[list[Value], list[Value]]:
         """A state that holds before and after every round, and a round's outputs."""
         while True:  # until nothing more is lost: a trail loses its view only once
             # These uses are dropped, since the state may not hold in every round.
-            walk = _Walk(Uses(), depth)
+            walk = _Walk(Uses())
             results = walk.run(body, [*fixed, *state, *layers])
             weaker = list(map(in_either, state, results))
             if weaker == state:
@@ -167,6 +162,16 @@ class _Walk:
         branches = [self.run(_open(b), values[1:]) for b in eqn.params["branches"]]
         outputs = zip(*branches, strict=True)
         return [functools.reduce(in_either, values) for values in outputs]
+
+
+def _in_one_round(trail: Trail) -> Trail:
+    return trail.moved(lambda view: view[1:])
+
+
+def _of_all_rounds(trail: Trail) -> Trail:
+    """The trail of what a scan stacks: it is not known which rows a product is of."""
+    hidden = dataclasses.replace(trail, unseen="scan")
+    return hidden if trail.by else trail.passed("scan")
 
 
 def _open(jaxpr: Any) -> Any:

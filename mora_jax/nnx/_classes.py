@@ -111,8 +111,7 @@ def _copied(module: nnx.Module, read: Read | None) -> Iterator[Any]:
         variable = attributes.get(name)
         if read is not None and isinstance(variable, nnx.Variable):
             kernel = read(module, name, variable[...])
-            metadata = dict(variable.get_metadata())
-            attributes[name] = type(variable).from_metadata(kernel, metadata)
+            attributes[name] = variable.replace(kernel)
     copy = object.__new__(cls)
     vars(copy).update(attributes)
     yield copy
