@@ -1,8 +1,7 @@
 """Survey of a model before it is planned: its layers, and the uses of its arrays.
 
-Linen's and NNX's `plan` fill in a `Survey`. For each layer of a known class, it says
-which product the layer computes with which kernel; and for one traced call, what the
-call does with every array (see `mora_jax._trace_check`).
+Linen's and NNX's `plan` fill it in: the product of each layer of a known class, and
+what one traced call does with every array (see `mora_jax._trace_check`).
 """
 
 import dataclasses
@@ -140,11 +139,10 @@ class Survey:
 
     def class_of(self, name: str) -> str:
         """The class of the module that has the array at `name`: " Dense", or ""."""
-        path = name
-        while path:
-            path = path.rpartition("/")[0]
-            if path in self.classes:
-                return f" {self.classes[path]}"
+        while name:
+            name = name.rpartition("/")[0]
+            if name in self.classes:
+                return f" {self.classes[name]}"
         return ""
 
 

@@ -20,11 +20,8 @@ class BoundAdapter:
 
     So the spec travels wherever Flax carries the parameters: into scanned and vmapped
     layers, and into the cache keys of `nn.jit`, which would otherwise serve a program
-    that was traced for another plan.
-
-    Attributes:
-      m: M, (*stack, q, q); None while a plan is made.
-      spec: The spec; while a plan is made, the recorder and the path of the kernel.
+    that was traced for another plan. While a plan is made, M is None, and the spec is
+    the recorder with the path of the kernel.
     """
 
     m: Any
@@ -49,9 +46,8 @@ def adapters_of(module: nn.Module) -> dict[str, BoundAdapter]:
 def check_model(model: Any) -> None:
     """Raise unless `model` is a Linen module."""
     if not isinstance(model, nn.Module):
-        raise TypeError(
-            f"model must be a flax.linen.Module, got {type(model).__name__}"
-        )
+        got = type(model).__name__
+        raise TypeError(f"model must be a flax.linen.Module, got {got}")
 
 
 def params_of(variables: Any) -> Any:

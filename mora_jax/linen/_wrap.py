@@ -48,9 +48,8 @@ class AdaptedApply:
         **kwargs: Any,
     ) -> Any:
         """The model's `apply` with adapters; see `wrap`."""
-        plan = self.plan
-        needs_flag = any(spec.dropout > 0 for spec in plan.specs)
-        if needs_flag and adapter_deterministic is None:
+        plan, drops = self.plan, any(spec.dropout > 0 for spec in self.plan.specs)
+        if drops and adapter_deterministic is None:
             raise ValueError(
                 "the plan has dropout: adapter_deterministic must be True or False, "
                 "got None"
