@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import PRNGKeyArray
 
 from mora_jax._common.types import ArrayLike
-from mora_jax._flax.layer_rules import LayerRule
+from mora_jax._flax.layer_rules import LayerCall
 from mora_jax._jax.linear_map import static
 from mora_jax._jax.qwix_guard import intercepted
 from mora_jax._layer.adapted import adapted_product, add_delta, check_product
@@ -18,22 +18,18 @@ from mora_jax._plan.spec import AdapterSpec
 
 
 def adapt_call(
-    rule: LayerRule,
-    module: Any,
-    method: Callable[..., jax.Array],
-    args: Any,
-    kwargs: Any,
+    call: LayerCall,
     spec: AdapterSpec,
     m: Callable[[], ArrayLike | Selected],
     dropout_key: PRNGKeyArray | None = None,
 ) -> jax.Array:
     """The output of a Flax layer's method, with the adapter's delta added.
 
-    `rule` is the rule of `method`, which is bound to the layer `module`. `m` returns M;
-    it is called once, after the layer has made its own parameters. `dropout_key` is
-    None for no dropout.
+    `m` returns M; it is called once, after the layer has made its own parameters.
+    `dropout_key` is None for no dropout.
     """
-    product, x = rule.read(module, args, kwargs)
+    product, x = call.read()
+    rule, module, method = call.rule, call.module, call.method
     precision = getattr(module, "precision", None)
     replaceable = rule.multiplies_by_dot_general(module) and not intercepted()
     if replaceable and dropout_key is None:
@@ -50,9 +46,9 @@ def adapt_call(
             )
 
         with _replaced(module, "dot_general", dot_general):
-            return method(*args, **kwargs)
+            return method(*call.args, **call.kwargs)
     check_product(spec, product)
-    y, out_factor = method(*args, **kwargs), None
+    y, out_factor = method(*call.args, **call.kwargs), None
     if (scale := rule.scale_of(module)) is not None:
         try:
             in_factor, out_factor = product.factors(scale)

@@ -32,33 +32,6 @@ class LayerRule:
     dot_general: bool = False
     scale: Scale | None = None
 
-    def read(self, module: Any, args: Any, kwargs: Any) -> tuple[Product, Any]:
-        """The product of one call, and its input."""
-        call, argument = self._bind(module, args, kwargs)
-        x = call.arguments[argument]
-        if not hasattr(x, "shape"):
-            raise TypeError(
-                f"{argument!r} of {type(module).__name__}.{self.method} must be the "
-                f"input, an array, got {x!r}; see argument= of mora_jax.register_layer"
-            )
-        return self._product(jnp.ndim(x), module, *args, **kwargs), x
-
-    def with_input(
-        self, x: Any, module: Any, args: Any, kwargs: Any
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments of a call with `x` for its input."""
-        call, argument = self._bind(module, args, kwargs)
-        call.arguments[argument] = x
-        return call.args[1:], call.kwargs
-
-    def _bind(
-        self, module: Any, args: Any, kwargs: Any
-    ) -> tuple[inspect.BoundArguments, str]:
-        """The arguments of a call by name, and the name of the input."""
-        signature = inspect.signature(getattr(type(module), self.method))
-        call = signature.bind(module, *args, **kwargs)
-        return call, self.argument or list(call.arguments)[1]
-
     def name(self, module: Any) -> str:
         """The name of the kernel's parameter."""
         return self.kernel if isinstance(self.kernel, str) else self.kernel(module)
@@ -84,17 +57,54 @@ class LayerRule:
         # The kernel's axes do not depend on how many batch axes an input has.
         x = jax.ShapeDtypeStruct((1,) * 8, jnp.float32)
         try:
-            return self._product(None, module, x)
+            return self.of_call(None, module, x)
         except Exception:  # from a user's function, which may need a real input
             return None
 
-    def _product(self, ndim: int | None, module: Any, *args: Any, **kw: Any) -> Product:
+    def of_call(self, ndim: int | None, module: Any, *args: Any, **kw: Any) -> Product:
+        """The product of a call with an input of `ndim` axes; None if it is unknown."""
         equation = self.equation
         if callable(equation):
             equation = equation(module, *args, **kw)
         if isinstance(equation, str):
             return Contraction.parse(equation, ndim)
         return equation
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerCall:
+    """One call of a method that has a rule, bound to the layer `module`."""
+
+    rule: LayerRule
+    module: Any
+    method: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+    def read(self) -> tuple[Product, Any]:
+        """The product, and its input."""
+        call, argument = self._bound()
+        x = call.arguments[argument]
+        if not hasattr(x, "shape"):
+            raise TypeError(
+                f"{argument!r} of {type(self.module).__name__}.{self.rule.method} must "
+                f"be the input, an array, got {x!r}; see argument= of "
+                "mora_jax.register_layer"
+            )
+        ndim = jnp.ndim(x)
+        return self.rule.of_call(ndim, self.module, *self.args, **self.kwargs), x
+
+    def with_input(self, x: Any) -> "LayerCall":
+        """The call with `x` for its input."""
+        call, argument = self._bound()
+        call.arguments[argument] = x
+        return dataclasses.replace(self, args=call.args[1:], kwargs=call.kwargs)
+
+    def _bound(self) -> tuple[inspect.BoundArguments, str]:
+        """The arguments by name, and the name of the input."""
+        signature = inspect.signature(getattr(type(self.module), self.rule.method))
+        call = signature.bind(self.module, *self.args, **self.kwargs)
+        return call, self.rule.argument or list(call.arguments)[1]
 
 
 _RULES: dict[type, dict[str, LayerRule]] = {}

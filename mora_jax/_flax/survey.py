@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from mora_jax._flax.layer_rules import LayerRule, planning_rules
+from mora_jax._flax.layer_rules import LayerCall, planning_rules
 from mora_jax._trace_check import Call, Uses, follow, mark
 from mora_jax.products import Product
 
@@ -32,36 +32,25 @@ class Survey:
     classes: dict[str, str] = dataclasses.field(default_factory=dict)
     uses: Uses | None = None
 
-    def record_call(
-        self,
-        name: str,
-        rule: LayerRule,
-        module: Any,
-        method: Callable[..., Any],
-        args: Any,
-        kwargs: Any,
-    ) -> jax.Array:
-        """The output of a layer's method, with marks, whose product is recorded.
-
-        `name` is the path of the kernel; the other arguments are as for `adapt_call`.
-        """
-        product, x = rule.read(module, args, kwargs)
+    def record_call(self, name: str, call: LayerCall) -> jax.Array:
+        """The output of a layer's method, with marks; `name` is its kernel's path."""
+        product, x = call.read()
+        rule, module = call.rule, call.module
         planning_rule = planning_rules(module)[rule.name(module)]
         planned = product if rule is planning_rule else planning_rule.product(module)
         self.products[name] = planned or self.products.get(name, product)
         scaled = rule.scale_of(module) is not None
-        call = Call(name, product, scaled, f"{type(module).__name__}.{rule.method}")
-        x = mark(x, call, end=False)
-        args, kwargs = rule.with_input(x, module, args, kwargs)
-        y = method(*args, **kwargs)
+        marked = Call(name, product, scaled, f"{type(module).__name__}.{rule.method}")
+        call = call.with_input(mark(x, marked, end=False))
+        y = call.method(*call.args, **call.kwargs)
         if not hasattr(y, "shape"):
             raise ValueError(
-                f"{name}: {call.method} must return the product of its input and its "
+                f"{name}: {marked.method} must return the product of its input and its "
                 f"kernel, as its rule says, got {type(y).__name__}: a class that hands "
                 "its kernel to another module cannot be taught; leave it out with "
                 "exclude"
             )
-        return mark(y, call, end=True)
+        return mark(y, marked, end=True)
 
     def record_read(
         self, name: str, product: Product, cls: str, kernel: jax.Array

@@ -9,7 +9,7 @@ from jaxtyping import Float, PRNGKeyArray, Shaped
 
 from mora_jax._common.types import ArrayLike
 from mora_jax._flax.adapted_call import adapt_call
-from mora_jax._flax.layer_rules import rules_of
+from mora_jax._flax.layer_rules import LayerCall, rules_of
 from mora_jax._plan.config import MoRAConfig, check_config
 from mora_jax._plan.spec import SUFFIX, AdapterSpec
 from mora_jax._tree.adapters import init_adapter
@@ -80,5 +80,6 @@ class MoRADense(nn.Dense):
             return init_adapter(spec, key)
 
         rule, method = rules_of(nn.Dense)["__call__"], super().__call__
+        call = LayerCall(rule, self, method, (inputs,), {})
         get_m = functools.partial(self.param, f"kernel{SUFFIX}", start, spec.shape)
-        return adapt_call(rule, self, method, (inputs,), {}, spec, get_m, key)
+        return adapt_call(call, spec, get_m, key)

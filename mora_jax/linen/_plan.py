@@ -6,7 +6,7 @@ from typing import Any
 import flax.linen as nn
 
 from mora_jax._common.types import Path
-from mora_jax._flax.layer_rules import rules_of
+from mora_jax._flax.layer_rules import LayerCall, rules_of
 from mora_jax._flax.planning import plan_surveyed
 from mora_jax._flax.survey import Survey
 from mora_jax._plan.config import MoRAConfig, check_config
@@ -125,7 +125,8 @@ class _Recorder:
         _, name = adapter.spec
         self.running.append(module)
         try:
-            y = self.survey.record_call(name, rule, module, method, args, kwargs)
+            call = LayerCall(rule, module, method, args, kwargs)
+            y = self.survey.record_call(name, call)
         finally:
             self.running.pop()
         array = nn.unbox(module.get_variable("params", kernel))

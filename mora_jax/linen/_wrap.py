@@ -9,7 +9,7 @@ import flax.linen as nn
 
 from mora_jax._common.warnings import warn
 from mora_jax._flax.adapted_call import adapt_call
-from mora_jax._flax.layer_rules import LayerRule, rules_of, unknown_use
+from mora_jax._flax.layer_rules import LayerCall, rules_of, unknown_use
 from mora_jax._flax.survey import refuse_untraced
 from mora_jax._plan.config import MoRAConfig, check_config
 from mora_jax._plan.plan import Plan
@@ -194,7 +194,8 @@ class _Interceptor:
             raise unknown_use("/".join((*scope, kernel)), type(module), name)
         if rule is not None and (kernel := rule.name(module)) in adapters:
             self.used.add((scope, kernel))
-            call = self._adapted(rule, module, method, args, kwargs, adapters[kernel])
+            adapted = LayerCall(rule, module, method, args, kwargs)
+            call = self._adapted(adapted, adapters[kernel])
         self.running.append((module, scope))
         try:
             y = call()
@@ -205,24 +206,15 @@ class _Interceptor:
                 raise unknown_use("/".join((*scope, kernel)), type(module), name)
         return y
 
-    def _adapted(
-        self,
-        rule: LayerRule,
-        module: Any,
-        method: Callable[..., Any],
-        args: Any,
-        kwargs: Any,
-        adapter: BoundAdapter,
-    ) -> Callable[[], Any]:
+    def _adapted(self, call: LayerCall, adapter: BoundAdapter) -> Callable[[], Any]:
         """The call of a method with the adapter of its kernel."""
-        path = (*module.scope.path, *adapter.spec.path)
+        path = (*call.module.scope.path, *adapter.spec.path)
         spec, key = dataclasses.replace(adapter.spec, path=path), None
         if not self.traced:
-            refuse_untraced(spec.name, rule.read(module, args, kwargs)[0])
+            refuse_untraced(spec.name, call.read()[0])
         if spec.dropout > 0 and not self.deterministic:
-            key = module.make_rng("dropout")
-        call = rule, module, method, args, kwargs, spec, lambda: adapter.m, key
-        return functools.partial(adapt_call, *call)
+            key = call.module.make_rng("dropout")
+        return functools.partial(adapt_call, call, spec, lambda: adapter.m, key)
 
 
 def _refuse_normalised(module: Any) -> None:

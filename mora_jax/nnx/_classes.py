@@ -20,7 +20,7 @@ from flax import nnx
 
 from mora_jax._flax.adapted_call import adapt_call
 from mora_jax._flax.layer_rules import (
-    LayerRule,
+    LayerCall,
     folded_kernels,
     rules_of,
     unknown_use,
@@ -32,8 +32,8 @@ from mora_jax.nnx._param import TrainedParam, is_m, value_of
 
 DROPOUT = "dropout_mora"
 
-Run = Callable[[LayerRule, nnx.Module, Any, Callable[..., Any], Any, Any], Any]
-"""(rule, layer, plain copy, the copy's method, args, kwargs) to what a call returns."""
+Run = Callable[[nnx.Module, LayerCall], Any]
+"""(layer, call of its plain copy) to what the call returns."""
 
 Read = Callable[[nnx.Module, str, jax.Array], jax.Array]
 """(layer, name of its kernel, the kernel) to what its methods read."""
@@ -60,7 +60,7 @@ def derived(cls: type, run: Run, read: Read) -> type:
                 own = functools.partial(method, copy)
                 if rule is None:
                     return own(*args, **kwargs)
-                return run(rule, self, copy, own, args, kwargs)
+                return run(self, LayerCall(rule, copy, own, args, kwargs))
 
         return call
 
@@ -141,19 +141,16 @@ def _adapted_class(cls: type, *rules: Any) -> type:
     return derived(cls, _with_adapter, _with_delta)
 
 
-def _with_adapter(
-    rule: LayerRule, module: Any, copy: Any, method: Any, args: Any, kwargs: Any
-) -> Any:
+def _with_adapter(module: Any, call: LayerCall) -> Any:
     """The output of a method that has a rule, with the adapter's delta added."""
-    kernel = rule.name(module)
+    kernel = call.rule.name(module)
     m = getattr(module, kernel + SUFFIX, None)
     if m is None:  # another kernel of the layer is adapted
-        return method(*args, **kwargs)
+        return call.method(*call.args, **call.kwargs)
     dropout, key = getattr(module, DROPOUT, None), None
     if isinstance(dropout, AdapterDropout) and not dropout.deterministic:
         key = dropout.key(value_of(m), getattr(module, kernel))
-    m_of = functools.partial(value_of, m)
-    return adapt_call(rule, copy, method, args, kwargs, m.spec, m_of, key)
+    return adapt_call(call, m.spec, functools.partial(value_of, m), key)
 
 
 def _with_delta(module: nnx.Module, name: str, kernel: jax.Array) -> jax.Array:

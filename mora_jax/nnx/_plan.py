@@ -5,7 +5,7 @@ from typing import Any
 
 from flax import nnx
 
-from mora_jax._flax.layer_rules import LayerRule, folded_kernels, planning_rules
+from mora_jax._flax.layer_rules import LayerCall, folded_kernels, planning_rules
 from mora_jax._flax.planning import plan_surveyed
 from mora_jax._flax.survey import Survey, refuse_untraced
 from mora_jax._plan.config import MoRAConfig, check_config
@@ -125,11 +125,8 @@ def _trace(model: nnx.Module, survey: Survey, args: Any, kwargs: Any) -> None:
 def _marked_class(cls: type, prefix: str, survey: Survey) -> type:
     """The class of a layer whose calls `survey` records; `prefix` is its path."""
 
-    def run(
-        rule: LayerRule, _: Any, copy: Any, method: Any, args: Any, kwargs: Any
-    ) -> Any:
-        path = prefix + rule.name(copy)
-        return survey.record_call(path, rule, copy, method, args, kwargs)
+    def run(_: Any, call: LayerCall) -> Any:
+        return survey.record_call(prefix + call.rule.name(call.module), call)
 
     def read(_: Any, name: str, kernel: Any) -> Any:
         product = folded_kernels(cls)[name]
