@@ -35,14 +35,15 @@ def _einsum(
 
 def convolution(layer: Any, *_: Any, **__: Any) -> Convolution:
     """The product of `Conv` or `ConvTranspose`; Linen's class computes it."""
-    cls: Any = nn.ConvTranspose if hasattr(layer, "transpose_kernel") else nn.Conv
+    transposed = hasattr(layer, "transpose_kernel")
+    cls = getattr(nn, "ConvTranspose" if transposed else "Conv")
     names = ["strides", "padding", "kernel_dilation", "mask", "precision"]
-    if cls is nn.Conv:
-        plain, features = layer.feature_group_count == 1, "io"
-        names += ["input_dilation", "feature_group_count"]
-    else:
+    if transposed:
         plain, features = True, "oi" if layer.transpose_kernel else "io"
         names += ["transpose_kernel"]
+    else:
+        plain, features = layer.feature_group_count == 1, "io"
+        names += ["input_dilation", "feature_group_count"]
     window, masked = _axes(layer.kernel_size), layer.mask is not None
     copied = {name: getattr(layer, name) for name in names}
 

@@ -108,7 +108,7 @@ class LayerCall:
 
 
 _RULES: dict[type, dict[str, LayerRule]] = {}
-"""The rules of each class by method, or by kernel if they have no method."""
+"""The rules of each class by method, or by kernel where all methods read it."""
 
 
 def register_layer(

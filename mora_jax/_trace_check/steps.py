@@ -43,7 +43,7 @@ def after(eqn: Any, values: list[Value]) -> Value:
 
 
 def _changed(eqn: Any, trail: Trail, at: list[int]) -> Trail:
-    """The step of every primitive that has no other: it changes numbers."""
+    """The step of every primitive that is not in `STEPS`: it changes numbers."""
     name, alone = eqn.primitive.name, len(at) == 1
     # A factor leaves the axes where they are.
     factor = alone and (name == "mul" or (name == "div" and at == [0]))

@@ -36,6 +36,8 @@ def follow(jaxpr: Jaxpr, names: Sequence[str], stacked: Mapping[str, int]) -> Us
     for k, (name, var) in enumerate(zip(paths, jaxpr.invars, strict=False)):
         shape: Any = var.aval.shape  # type: ignore[attr-defined]
         if len(shape) > 1:
+            # Stack axes have negative numbers, so that the others are the positions
+            # of the letters in the einsum of the layer, which sees one of the stack.
             first = -stacked.get(name, 0)
             values[k] = {name: Trail(named(range(first, first + len(shape)), shape))}
     for value in _Walk(uses).run(jaxpr, values):

@@ -68,7 +68,13 @@ class AdaptedApply:
         kept = sorted(updated.keys() & variables.keys() - {"params", "cache"})
         if kept and not self._warned:
             self._warned = True
-            _warn_of_statistics(kept)
+            warn(
+                f"the call updates {', '.join(kept)}, which are part of the base and "
+                "neither in the adapters nor in what mora_jax.save and mora_jax.merge "
+                f"make. Keep updated[{kept[0]!r}] next to the adapters and pass it in "
+                "variables, or freeze it (BatchNorm: use_running_average=True, and "
+                "not in mutable)"
+            )
         if "params" in updated:  # with the base's arrays for the trained copies
             leaves = named_leaves(base) if trained else {}
             new = split(updated["params"])[0]
@@ -150,16 +156,6 @@ def wrap(
     return AdaptedApply(model, plan)
 
 
-def _warn_of_statistics(collections: list[str]) -> None:
-    """Warn that training changes more than the adapters."""
-    warn(
-        f"the call updates {', '.join(collections)}, which are part of the base and "
-        "neither in the adapters nor in what mora_jax.save and mora_jax.merge make. "
-        f"Keep updated[{collections[0]!r}] next to the adapters and pass it in "
-        "variables, or freeze it (BatchNorm: use_running_average=True, not in mutable)"
-    )
-
-
 NORMALISING = (nn.WeightNorm, nn.SpectralNorm)
 """Flax's modules that change the kernels of the layer that they hold."""
 
@@ -179,9 +175,10 @@ class _Interceptor:
     def __call__(
         self, method: Callable[..., Any], args: Any, kwargs: Any, context: Any
     ) -> Any:
-        module, name = context.module, context.method_name
-        if isinstance(module, NORMALISING):
-            _refuse_normalised(module)
+        if isinstance(context.module, NORMALISING):
+            _refuse_normalised(context.module)
+        module: Any = context.module
+        name = context.method_name
         adapters = adapters_of(module)
         running = any(module is caller for caller, _ in self.running)
         if name == "setup" or not adapters or running:

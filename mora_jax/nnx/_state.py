@@ -83,7 +83,7 @@ def plan_of(model: nnx.Module) -> Plan:
     Example: see `wrap`.
     """
     ms, copies = adapter_variables(model)
-    specs, trained = (tuple(spec for spec, _ in pairs) for pairs in (ms, copies))
+    specs, trained = tuple(s for s, _ in ms), tuple(array for array, _ in copies)
     size = sum(leaf.size for leaf in jax.tree.leaves(parameters(model)))
     size += sum(array.parameters for array in trained)
     return Plan(specs, size, traced=True, trained=trained)  # `wrap` refused the rest
