@@ -1,7 +1,9 @@
-"""A call of a Flax layer with its adapter."""
+"""A call of a Flax layer, without and with its adapter."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+import dataclasses
+import inspect
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -9,12 +11,49 @@ import jax.numpy as jnp
 from jaxtyping import PRNGKeyArray
 
 from mora_jax._common.types import ArrayLike
-from mora_jax._flax.layer_rules import LayerCall
+from mora_jax._flax.layer_rules import LayerRule
 from mora_jax._jax.linear_map import static
 from mora_jax._jax.qwix_guard import intercepted
 from mora_jax._layer.adapted import adapted_product, add_delta, check_product
 from mora_jax._layer.slots import Selected
 from mora_jax._plan.spec import AdapterSpec
+from mora_jax.products import Product
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerCall:
+    """One call of a method that has a rule, bound to the layer `module`."""
+
+    rule: LayerRule
+    module: Any
+    method: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+    def read(self) -> tuple[Product, Any]:
+        """The product, and its input."""
+        call, argument = self._bound()
+        x = call.arguments[argument]
+        if not hasattr(x, "shape"):
+            raise TypeError(
+                f"{argument!r} of {type(self.module).__name__}.{self.rule.method} must "
+                f"be the input, an array, got {x!r}; see argument= of "
+                "mora_jax.register_layer"
+            )
+        ndim = jnp.ndim(x)
+        return self.rule.of_call(ndim, self.module, *self.args, **self.kwargs), x
+
+    def with_input(self, x: Any) -> "LayerCall":
+        """The call with `x` for its input."""
+        call, argument = self._bound()
+        call.arguments[argument] = x
+        return dataclasses.replace(self, args=call.args[1:], kwargs=call.kwargs)
+
+    def _bound(self) -> tuple[inspect.BoundArguments, str]:
+        """The arguments by name, and the name of the input."""
+        signature = inspect.signature(getattr(type(self.module), self.rule.method))
+        call = signature.bind(self.module, *self.args, **self.kwargs)
+        return call, self.rule.argument or list(call.arguments)[1]
 
 
 def adapt_call(

@@ -71,42 +71,6 @@ class LayerRule:
         return equation
 
 
-@dataclasses.dataclass(frozen=True)
-class LayerCall:
-    """One call of a method that has a rule, bound to the layer `module`."""
-
-    rule: LayerRule
-    module: Any
-    method: Callable[..., Any]
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
-
-    def read(self) -> tuple[Product, Any]:
-        """The product, and its input."""
-        call, argument = self._bound()
-        x = call.arguments[argument]
-        if not hasattr(x, "shape"):
-            raise TypeError(
-                f"{argument!r} of {type(self.module).__name__}.{self.rule.method} must "
-                f"be the input, an array, got {x!r}; see argument= of "
-                "mora_jax.register_layer"
-            )
-        ndim = jnp.ndim(x)
-        return self.rule.of_call(ndim, self.module, *self.args, **self.kwargs), x
-
-    def with_input(self, x: Any) -> "LayerCall":
-        """The call with `x` for its input."""
-        call, argument = self._bound()
-        call.arguments[argument] = x
-        return dataclasses.replace(self, args=call.args[1:], kwargs=call.kwargs)
-
-    def _bound(self) -> tuple[inspect.BoundArguments, str]:
-        """The arguments by name, and the name of the input."""
-        signature = inspect.signature(getattr(type(self.module), self.rule.method))
-        call = signature.bind(self.module, *self.args, **self.kwargs)
-        return call, self.rule.argument or list(call.arguments)[1]
-
-
 _RULES: dict[type, dict[str, LayerRule]] = {}
 """The rules of each class by method, or by kernel where all methods read it."""
 

@@ -10,7 +10,8 @@ from typing import Any
 
 import jax
 
-from mora_jax._flax.layer_rules import LayerCall, planning_rules
+from mora_jax._flax.adapted_call import LayerCall
+from mora_jax._flax.layer_rules import planning_rules
 from mora_jax._trace_check import Call, Uses, follow, mark
 from mora_jax.products import Product
 

@@ -6,7 +6,8 @@ from typing import Any
 import flax.linen as nn
 
 from mora_jax._common.types import Path
-from mora_jax._flax.layer_rules import LayerCall, rules_of
+from mora_jax._flax.adapted_call import LayerCall
+from mora_jax._flax.layer_rules import rules_of
 from mora_jax._flax.planning import plan_surveyed
 from mora_jax._flax.survey import Survey
 from mora_jax._plan.config import MoRAConfig, check_config

@@ -8,8 +8,8 @@ from typing import Any
 import flax.linen as nn
 
 from mora_jax._common.warnings import warn
-from mora_jax._flax.adapted_call import adapt_call
-from mora_jax._flax.layer_rules import LayerCall, rules_of, unknown_use
+from mora_jax._flax.adapted_call import LayerCall, adapt_call
+from mora_jax._flax.layer_rules import rules_of, unknown_use
 from mora_jax._flax.survey import refuse_untraced
 from mora_jax._plan.config import MoRAConfig, check_config
 from mora_jax._plan.plan import Plan

@@ -18,13 +18,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mora_jax._flax.adapted_call import adapt_call
-from mora_jax._flax.layer_rules import (
-    LayerCall,
-    folded_kernels,
-    rules_of,
-    unknown_use,
-)
+from mora_jax._flax.adapted_call import LayerCall, adapt_call
+from mora_jax._flax.layer_rules import folded_kernels, rules_of, unknown_use
 from mora_jax._layer.fold import folded_kernel
 from mora_jax._plan.spec import SUFFIX
 from mora_jax.nnx._dropout import AdapterDropout

@@ -5,7 +5,8 @@ from typing import Any
 
 from flax import nnx
 
-from mora_jax._flax.layer_rules import LayerCall, folded_kernels, planning_rules
+from mora_jax._flax.adapted_call import LayerCall
+from mora_jax._flax.layer_rules import folded_kernels, planning_rules
 from mora_jax._flax.planning import plan_surveyed
 from mora_jax._flax.survey import Survey, refuse_untraced
 from mora_jax._plan.config import MoRAConfig, check_config
