@@ -29,6 +29,26 @@ _PACKAGES = "gemma.gm.nn", "gemma.gm.nn.gemma3n", "gemma.gm.nn.gemma4"
 _TABLE = "input_embedding"
 
 
+def _root(layer: Any) -> jax.Array:
+    """The factor of an Embedder's rows, in their dtype."""
+    return jnp.sqrt(layer.embed_dim).astype(layer.get_variable("params", _TABLE).dtype)
+
+
+_EINSUM = {
+    "equation": lambda layer, eqn, x: eqn,
+    "kernel": lambda layer: layer.weight_name,
+    "argument": "x",
+    "scale": lambda layer: getattr(layer, "w_scale", None),  # Gemma 3n and 4 have it
+}
+_ENCODE = {"equation": Lookup(), "kernel": _TABLE, "method": "encode", "scale": _root}
+_DECODE = {"equation": ATTEND, "kernel": _TABLE, "method": "decode"}
+_LAYERS = {
+    "_layers.Einsum": (("eqn", "x", "weight_name"), [_EINSUM]),
+    "_modules.Embedder": (("encode", "decode", "embed_dim"), [_ENCODE, _DECODE]),
+}
+"""{class: (the arguments, fields and methods that its rules read, the rules)}."""
+
+
 def register() -> None:
     """Teach `mora_jax.linen.plan` and `mora_jax.linen.wrap` the layers of gemma.
 
@@ -53,62 +73,29 @@ def register() -> None:
             "pip install 'mora-jax[gemma]', on Python 3.12 or newer"
         ) from error
     for package in _PACKAGES:
-        einsum = _class(f"{package}._layers", "Einsum", release)
-        embedder = _class(f"{package}._modules", "Embedder", release)
-        register_layer(
-            einsum, equation=_equation, kernel=_kernel, argument="x", scale=_scale
-        )
-        register_layer(
-            embedder, equation=Lookup(), kernel=_TABLE, method="encode", scale=_root
-        )
-        register_layer(embedder, equation=ATTEND, kernel=_TABLE, method="decode")
+        for path, (needed, rules) in _LAYERS.items():
+            cls = _class(f"{package}.{path}", needed, release)
+            for rule in rules:
+                register_layer(cls, **rule)
 
 
-_NEEDED = {
-    "Einsum": ("eqn", "x", "weight_name"),
-    "Embedder": ("encode", "decode", "embed_dim"),
-}
-"""{class: the arguments, fields and methods that its rules read}."""
-
-
-def _class(module: str, name: str, release: str) -> type:
+def _class(path: str, needed: tuple[str, ...], release: str) -> type:
     """A class of gemma, with all that its rules need."""
-    lacking = (
-        f"mora_jax.gemma needs {module}.{name} as in gemma {_KNOWN}, but {release} "
-    )
+    lacking = f"mora_jax.gemma needs {path} as in gemma {_KNOWN}, but {release} has "
+    module, _, name = path.rpartition(".")
     try:
-        cls = getattr(importlib.import_module(module), name)
+        cls: Any = getattr(importlib.import_module(module), name)
     except ModuleNotFoundError as error:
         if not (error.name or "").startswith("gemma"):
             raise  # another package is missing
-        raise ImportError(f"{lacking}has no module {error.name}") from error
+        raise ImportError(f"{lacking}no module {error.name}") from error
     except AttributeError as error:
-        raise ImportError(f"{lacking}has no such class") from error
-    known = {*dir(cls), *inspect.signature(cls.__call__).parameters, *_fields(cls)}
-    if missing := [part for part in _NEEDED[name] if part not in known]:
-        raise ImportError(f"{lacking}has it without {', '.join(missing)}")
+        raise ImportError(f"{lacking}no such class") from error
+    known = {*dir(cls), *cls.__dataclass_fields__}
+    known |= inspect.signature(cls.__call__).parameters.keys()
+    if missing := [part for part in needed if part not in known]:
+        raise ImportError(f"{lacking}it without {', '.join(missing)}")
     return cls
-
-
-def _fields(cls: Any) -> list[str]:
-    return [field.name for field in dataclasses.fields(cls)]
-
-
-def _equation(layer: Any, eqn: str, x: Any) -> str:
-    return eqn
-
-
-def _kernel(layer: Any) -> str:
-    return layer.weight_name
-
-
-def _scale(layer: Any) -> float | None:
-    return getattr(layer, "w_scale", None)  # Gemma 3n and 4 have it
-
-
-def _root(layer: Any) -> jax.Array:
-    """The factor of an Embedder's rows, in their dtype."""
-    return jnp.sqrt(layer.embed_dim).astype(layer.get_variable("params", _TABLE).dtype)
 
 
 class MoRA(nn.Module):
@@ -116,12 +103,11 @@ class MoRA(nn.Module):
 
     The samplers of gemma and the trainer of Kauldron take a module and its params. The
     params of this one are `{"base": params, "mora": adapters}`, so that
-    `kd.optim.select("mora")` selects the adapters. Everything else of the model is
-    found here as well. In code of your own, `mora_jax.linen.wrap` is simpler.
+    `kd.optim.select("mora")` selects the adapters. All else of the model is found here
+    as well. In code of your own, `mora_jax.linen.wrap` is simpler.
 
     The adapter's dropout is on where a call has a key for the "dropout" stream. All
-    collections of the model beside its params, and all random streams, are as they are
-    without adapters. Calls with `mutable` change the former.
+    other collections and random streams of the model are as without adapters.
 
     Attributes:
       model: The model, which stays as it is.
@@ -157,8 +143,7 @@ class MoRA(nn.Module):
             adapters = init(self.plan, self.make_rng("params"), params=new["params"])
             self._put({**new, "params": {"base": new["params"], "mora": adapters}})
             return output
-        variables = dict(self.variables)
-        params = variables.get("params", {})
+        params = self.variables.get("params", {})
         if set(params) != {"base", "mora"}:
             raise ValueError(
                 "params must be {'base': the model's params, 'mora': its adapters}, "
@@ -168,7 +153,7 @@ class MoRA(nn.Module):
         mutable = subtract_filters(self.scope.mutable, "params") or False
         result = wrap(model, self.plan)(
             params["mora"],
-            {**variables, "params": params["base"]},
+            {**self.variables, "params": params["base"]},
             *args,
             adapter_deterministic="dropout" not in rngs,
             rngs=rngs,
@@ -182,14 +167,13 @@ class MoRA(nn.Module):
         return output
 
     def _put(self, variables: Mapping[str, Any]) -> None:
-        """Set those variables that a call may change."""
-        for collection, values in variables.items():
-            for name, value in values.items():
-                if self.is_mutable_collection(collection):
-                    self.put_variable(collection, name, value)
+        """Set the variables that a call may change."""
+        for collection in filter(self.is_mutable_collection, variables):
+            for name, value in variables[collection].items():
+                self.put_variable(collection, name, value)
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("_") or name in _fields(MoRA):
+        if name.startswith("_") or name in MoRA.__dataclass_fields__:
             return super().__getattr__(name)
         return getattr(self.model, name)
 

@@ -31,11 +31,7 @@ def register() -> None:
     Example::
 
       >>> import mora_jax.tunix
-      >>> try:
-      ...     mora_jax.tunix.register()
-      ... except ImportError as error:
-      ...     print(error)  # doctest: +SKIP
-      mora_jax.tunix needs Tunix: pip install google-tunix
+      >>> mora_jax.tunix.register()  # doctest: +SKIP
     """
     if find_spec("tunix") is None:
         raise ImportError("mora_jax.tunix needs Tunix: pip install google-tunix")
@@ -61,25 +57,20 @@ def _folded(**kernels: Folded) -> list[dict[str, Any]]:
 
 
 _EINSUM = {"equation": lambda layer, x: layer.einsum_str, "kernel": "w"}
-_EINSUMS = "qwen2", "qwen3", "llama3", "gemma", "gemma3"
-_TABLE = {"kernel": "input_embedding"}
 _EMBEDDER = [
-    {"equation": Lookup(), "method": "encode", **_TABLE},
-    {"equation": ATTEND, "method": "decode", **_TABLE},
+    {"equation": Lookup(), "kernel": "input_embedding", "method": "encode"},
+    {"equation": ATTEND, "kernel": "input_embedding", "method": "decode"},
 ]
 _EXPERTS, _LEFT_OUT = Folded("sio"), Folded("io", adapted_by_default=False)
+_SCALED_TABLE = _folded(input_embedding=_LEFT_OUT)
+_QWEN_AND_LLAMA, _GEMMA = ("qwen2", "qwen3", "llama3"), ("gemma", "gemma3")
 _LAYERS: Mapping[str, Sequence[Mapping[str, Any]]] = {
-    **{f"{model}.model.Einsum": [_EINSUM] for model in _EINSUMS},
-    "gemma4.model.Einsum": [{**_EINSUM, "scale": lambda layer: layer.w_scale}],
-    "qwen2.model.Embedder": _EMBEDDER,
-    "qwen3.model.Embedder": _EMBEDDER,
-    "llama3.model.Embedder": _EMBEDDER,
-    "gemma.model.Embedder": _folded(input_embedding=_LEFT_OUT),
-    "gemma3.model.Embedder": _folded(input_embedding=_LEFT_OUT),
-    "gemma4.model.Embedder": _folded(
-        input_embedding=_LEFT_OUT,
-        per_layer_input_embedding=Folded("ioo", adapted_by_default=False),
-    ),
+    **{f"{model}.model.Einsum": [_EINSUM] for model in (*_QWEN_AND_LLAMA, *_GEMMA)},
+    **{f"{model}.model.Embedder": _EMBEDDER for model in _QWEN_AND_LLAMA},
+    **{f"{model}.model.Embedder": _SCALED_TABLE for model in _GEMMA},
+    "gemma4.model.Einsum": [_EINSUM | {"scale": lambda layer: layer.w_scale}],
+    "gemma4.model.Embedder": _SCALED_TABLE
+    + _folded(per_layer_input_embedding=Folded("ioo", adapted_by_default=False)),
     "qwen3.model.MoELayer": _folded(
         gate_proj=_EXPERTS, up_proj=_EXPERTS, down_proj=_EXPERTS
     ),

@@ -1,7 +1,9 @@
-"""A call of a Flax layer with its adapter."""
+"""A call of a Flax layer, without and with its adapter."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+import dataclasses
+import inspect
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -15,35 +17,58 @@ from mora_jax._jax.qwix_guard import intercepted
 from mora_jax._layer.adapted import adapted_product, add_delta, check_product
 from mora_jax._layer.slots import Selected
 from mora_jax._plan.spec import AdapterSpec
+from mora_jax.products import Product
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerCall:
+    """One call of a method that has a rule, bound to the layer `module`."""
+
+    rule: LayerRule
+    module: Any
+    method: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+    def read(self) -> tuple[Product, Any]:
+        """The product, and its input."""
+        call, argument = self._bound()
+        x = call.arguments[argument]
+        if not hasattr(x, "shape"):
+            raise TypeError(
+                f"{argument!r} of {type(self.module).__name__}.{self.rule.method} must "
+                f"be the input, an array, got {x!r}; see argument= of "
+                "mora_jax.register_layer"
+            )
+        ndim = jnp.ndim(x)
+        return self.rule.of_call(ndim, self.module, *self.args, **self.kwargs), x
+
+    def with_input(self, x: Any) -> "LayerCall":
+        """The call with `x` for its input."""
+        call, argument = self._bound()
+        call.arguments[argument] = x
+        return dataclasses.replace(self, args=call.args[1:], kwargs=call.kwargs)
+
+    def _bound(self) -> tuple[inspect.BoundArguments, str]:
+        """The arguments by name, and the name of the input."""
+        signature = inspect.signature(getattr(type(self.module), self.rule.method))
+        call = signature.bind(self.module, *self.args, **self.kwargs)
+        return call, self.rule.argument or list(call.arguments)[1]
 
 
 def adapt_call(
-    rule: LayerRule,
-    module: Any,
-    method: Callable[..., jax.Array],
-    args: Any,
-    kwargs: Any,
+    call: LayerCall,
     spec: AdapterSpec,
     m: Callable[[], ArrayLike | Selected],
     dropout_key: PRNGKeyArray | None = None,
 ) -> jax.Array:
     """The output of a Flax layer's method, with the adapter's delta added.
 
-    Args:
-      rule: The rule of the method.
-      module: The layer.
-      method: The method, bound to the layer.
-      args: Its arguments.
-      kwargs: Its arguments by name.
-      spec: The adapter.
-      m: A function that returns M. It is called once, after the layer has made its own
-        parameters.
-      dropout_key: The key of the adapter's dropout; None for no dropout.
-
-    Returns:
-      An array of the shape and dtype of the layer's output.
+    `m` returns M; it is called once, after the layer has made its own parameters.
+    `dropout_key` is None for no dropout.
     """
-    product, x = rule.read(module, args, kwargs)
+    product, x = call.read()
+    rule, module, method = call.rule, call.module, call.method
     precision = getattr(module, "precision", None)
     replaceable = rule.multiplies_by_dot_general(module) and not intercepted()
     if replaceable and dropout_key is None:
@@ -60,9 +85,9 @@ def adapt_call(
             )
 
         with _replaced(module, "dot_general", dot_general):
-            return method(*args, **kwargs)
+            return method(*call.args, **call.kwargs)
     check_product(spec, product)
-    y, out_factor = method(*args, **kwargs), None
+    y, out_factor = method(*call.args, **call.kwargs), None
     if (scale := rule.scale_of(module)) is not None:
         try:
             in_factor, out_factor = product.factors(scale)

@@ -143,7 +143,7 @@ class Candidates:
                 f"the model also reads this {kind} outside of its layer's known methods"
                 f"{tied}{by}, where the adapter would have no effect; exclude it"
             )
-        if fault := (self.survey.faults | uses.faults).get(name):
+        if fault := uses.faults.get(name):
             raise ValueError(
                 f"{fault}, so that adapted and merged model would differ; exclude it, "
                 "or teach its class by register_layer (scale= for a scaled kernel)"

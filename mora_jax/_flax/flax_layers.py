@@ -34,27 +34,18 @@ def _einsum(
 
 
 def convolution(layer: Any, *_: Any, **__: Any) -> Convolution:
-    """The product of `Conv`."""
-    plain = layer.feature_group_count == 1 and layer.mask is None
-    settings = "input_dilation", "feature_group_count"
-    return _convolution(layer, nn.Conv, settings, "io", plain)
-
-
-def _transposed_convolution(layer: Any, *_: Any, **__: Any) -> Convolution:
-    """The product of `ConvTranspose`."""
-    features = "oi" if layer.transpose_kernel else "io"
-    settings = ("transpose_kernel",)
-    plain = layer.mask is None
-    return _convolution(layer, nn.ConvTranspose, settings, features, plain)
-
-
-def _convolution(
-    layer: Any, cls: Any, fields: tuple[str, ...], features: str, any_outputs: bool
-) -> Convolution:
-    """The product of a layer of either API; Linen's `cls` computes it."""
-    window = _axes(layer.kernel_size)
-    shared = "strides", "padding", "kernel_dilation", "mask", "precision"
-    copied = {name: getattr(layer, name) for name in (*shared, *fields)}
+    """The product of `Conv` or `ConvTranspose`; Linen's class computes it."""
+    transposed = hasattr(layer, "transpose_kernel")
+    cls = getattr(nn, "ConvTranspose" if transposed else "Conv")
+    names = ["strides", "padding", "kernel_dilation", "mask", "precision"]
+    if transposed:
+        plain, features = True, "oi" if layer.transpose_kernel else "io"
+        names += ["transpose_kernel"]
+    else:
+        plain, features = layer.feature_group_count == 1, "io"
+        names += ["input_dilation", "feature_group_count"]
+    window, masked = _axes(layer.kernel_size), layer.mask is not None
+    copied = {name: getattr(layer, name) for name in names}
 
     def convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
         outputs = kernel.shape[len(window) + features.index("o")]
@@ -64,7 +55,7 @@ def _convolution(
         return convolution.apply({"params": {"kernel": kernel}}, x)
 
     axes = "i" * len(window) + features
-    return Convolution(axes, convolve, any_outputs, masked=layer.mask is not None)
+    return Convolution(axes, convolve, plain and not masked, masked)
 
 
 for api, dense, general, equation in (
@@ -75,6 +66,6 @@ for api, dense, general, equation in (
     register_layer(general, equation=equation, dot_general=True)
     register_layer(api.Einsum, equation=_einsum)
     register_layer(api.Conv, equation=convolution)
-    register_layer(api.ConvTranspose, equation=_transposed_convolution)
+    register_layer(api.ConvTranspose, equation=convolution)
     register_layer(api.Embed, equation=Lookup(), kernel="embedding")
     register_layer(api.Embed, equation=ATTEND, kernel="embedding", method="attend")

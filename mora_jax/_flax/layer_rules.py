@@ -21,7 +21,8 @@ Scale = str | Callable[[Any], ArrayLike | float | None]
 class LayerRule:
     """Computation of one method of a layer class: a product with a kernel, and a bias.
 
-    The attributes are the arguments of `register_layer`.
+    The attributes are the arguments of `register_layer`. The method is "" for a
+    `products.Folded` kernel, which all methods read.
     """
 
     equation: Equation
@@ -30,33 +31,6 @@ class LayerRule:
     argument: str | None = None
     dot_general: bool = False
     scale: Scale | None = None
-
-    def read(self, module: Any, args: Any, kwargs: Any) -> tuple[Product, Any]:
-        """The product of one call, and its input."""
-        call, argument = self._bind(module, args, kwargs)
-        x = call.arguments[argument]
-        if not hasattr(x, "shape"):
-            raise TypeError(
-                f"{argument!r} of {type(module).__name__}.{self.method} must be the "
-                f"input, an array, got {x!r}; see argument= of mora_jax.register_layer"
-            )
-        return self._product(jnp.ndim(x), module, *args, **kwargs), x
-
-    def with_input(
-        self, x: Any, module: Any, args: Any, kwargs: Any
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments of a call with `x` for its input."""
-        call, argument = self._bind(module, args, kwargs)
-        call.arguments[argument] = x
-        return call.args[1:], call.kwargs
-
-    def _bind(
-        self, module: Any, args: Any, kwargs: Any
-    ) -> tuple[inspect.BoundArguments, str]:
-        """The arguments of a call by name, and the name of the input."""
-        signature = inspect.signature(getattr(type(module), self.method))
-        call = signature.bind(module, *args, **kwargs)
-        return call, self.argument or list(call.arguments)[1]
 
     def name(self, module: Any) -> str:
         """The name of the kernel's parameter."""
@@ -83,11 +57,12 @@ class LayerRule:
         # The kernel's axes do not depend on how many batch axes an input has.
         x = jax.ShapeDtypeStruct((1,) * 8, jnp.float32)
         try:
-            return self._product(None, module, x)
+            return self.of_call(None, module, x)
         except Exception:  # from a user's function, which may need a real input
             return None
 
-    def _product(self, ndim: int | None, module: Any, *args: Any, **kw: Any) -> Product:
+    def of_call(self, ndim: int | None, module: Any, *args: Any, **kw: Any) -> Product:
+        """The product of a call with an input of `ndim` axes; None if it is unknown."""
         equation = self.equation
         if callable(equation):
             equation = equation(module, *args, **kw)
@@ -97,7 +72,7 @@ class LayerRule:
 
 
 _RULES: dict[type, dict[str, LayerRule]] = {}
-_FOLDED: dict[type, dict[str, Folded]] = {}
+"""The rules of each class by method, or by kernel where all methods read it."""
 
 
 def register_layer(
@@ -130,16 +105,14 @@ def register_layer(
       argument: The name of the method's argument that is the input; by default the
         first.
       dot_general: True if the method multiplies input and kernel, both of the same
-        dtype, by `self.dot_general(input, kernel, dimension_numbers, ...)`. Then the
-        delta can be folded into the kernel, as long as the attribute is None or
-        `jax.lax.dot_general`.
-      scale: The factor of the kernel before an einsum: the name of a
-        parameter, or a function of the module that returns an array, a number or None.
-        It broadcasts against the kernel, and varies along the kernel's input features
-        or along its output features, not along both. In an embedding it is a number,
-        or one for each feature, and may multiply the rows that are looked up. The delta
-        is multiplied by the same, so the adapter is still merged into the kernel
-        itself.
+        dtype, by `self.dot_general(input, kernel, dimension_numbers, ...)`. As long as
+        the attribute is None or `jax.lax.dot_general`, the delta can be folded into the
+        kernel.
+      scale: The factor of the kernel before an einsum: the name of a parameter, or a
+        function of the module that returns an array, a number or None. It broadcasts
+        against the kernel, and varies along its input or its output features, not along
+        both. In an embedding it is a number, or one for each feature, and may multiply
+        the rows that are looked up. Adapters are merged into the kernel itself.
 
     Raises:
       TypeError: `cls` is not a class, or does not have the method; the method does not
@@ -184,63 +157,55 @@ def register_layer(
             f"argument must be one of {names[1:]} of {cls.__name__}.{method}, "
             f"got {argument!r}"
         )
-    if isinstance(equation, Folded) or folded_kernels(cls):
-        _register_folded(cls, equation, kernel)
-        return
-    layer_rule = LayerRule(equation, kernel, method, argument, dot_general, scale)
-    _RULES[cls] = {**_RULES.get(cls, {}), method: layer_rule}
-
-
-def _register_folded(cls: type, equation: Equation, kernel: Name) -> None:
-    """`register_layer` for a kernel of a class whose methods read their kernels."""
-    if issubclass(cls, nn.Module):
+    folded = isinstance(equation, Folded)
+    if folded and issubclass(cls, nn.Module):
         raise TypeError(
             f"products.Folded is for classes of Flax NNX, got {cls.__name__} of Linen"
         )
-    if not isinstance(kernel, str):
+    if folded and not isinstance(kernel, str):
         raise TypeError(
             f"kernel must be a parameter's name with products.Folded, got {kernel!r}"
         )
-    if rules_of(cls) or not isinstance(equation, Folded):
+    if rules_of(cls) if folded else folded_kernels(cls):
         raise ValueError(
             f"equation must be a products.Folded for all kernels of {cls.__name__} or "
             f"for none, got {equation!r} for {kernel!r}"
         )
-    _FOLDED[cls] = {**folded_kernels(cls), kernel: equation}
+    known = _registered(cls) if folded else _RULES.get(cls, {})
+    key: Any = kernel if folded else method
+    method = "" if folded else method
+    rule = LayerRule(equation, kernel, method, argument, dot_general, scale)
+    _RULES[cls] = {**known, key: rule}
 
 
-def folded_kernels(cls: type) -> Mapping[str, Folded]:
-    """{kernel: its product} of a class, or a base class, whose methods read them."""
-    cls = vars(cls).get("plain_class", cls)
-    return next((_FOLDED[base] for base in cls.__mro__ if base in _FOLDED), {})
+def _registered(cls: type) -> Mapping[str, LayerRule]:
+    """The rules of `cls`, or of a base class for the methods that it inherits."""
+    cls = vars(cls).get("plain_class", cls)  # a class that `mora_jax.nnx` adapted
+    base = next((base for base in cls.__mro__ if base in _RULES), cls)
+    return {
+        key: rule
+        for key, rule in _RULES.get(base, {}).items()
+        if not rule.method or _owner(cls, rule.method) is _owner(base, rule.method)
+    }
+
+
+def folded_kernels(cls: type) -> Mapping[str, Product]:
+    """{kernel: its product} of a class whose methods read the kernels themselves."""
+    rules = _registered(cls).items()
+    return {key: rule.equation for key, rule in rules if not rule.method}  # type: ignore[misc]
 
 
 def rules_of(cls: type) -> Mapping[str, LayerRule]:
-    """{method: rule} of `cls`, or of a base class for the methods that it inherits."""
-    cls = vars(cls).get("plain_class", cls)  # a class that `mora_jax.nnx` adapted
-    for base in cls.__mro__:
-        if base in _RULES:
-            return {
-                method: rule
-                for method, rule in _RULES[base].items()
-                if _owner(cls, method) is _owner(base, method)
-            }
-    return {}
+    """{method: its rule} of a class."""
+    return {key: rule for key, rule in _registered(cls).items() if rule.method}
 
 
 def planning_rules(module: Any) -> Mapping[str, LayerRule]:
     """{kernel: the rule that plans go by} of a module."""
-    if folded := folded_kernels(type(module)):
-        return {k: LayerRule(product, k, "__call__") for k, product in folded.items()}
     rules: dict[str, LayerRule] = {}
-    for rule in rules_of(type(module)).values():
+    for rule in _registered(type(module)).values():
         rules.setdefault(rule.name(module), rule)
     return rules
-
-
-def registered() -> Mapping[type, Mapping[str, LayerRule]]:
-    """All classes that have rules, with their rules."""
-    return dict(_RULES)
 
 
 def unknown_use(name: str, cls: type, method: str) -> TypeError:

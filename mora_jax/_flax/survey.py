@@ -1,8 +1,7 @@
 """Survey of a model before it is planned: its layers, and the uses of its arrays.
 
-Linen's and NNX's `plan` fill in a `Survey`. For each layer of a known class, it says
-which product the layer computes with which kernel; and for one traced call, what the
-call does with every array (see `mora_jax._trace_check`).
+Linen's and NNX's `plan` fill it in: the product of each layer of a known class, and
+what one traced call does with every array (see `mora_jax._trace_check`).
 """
 
 import dataclasses
@@ -11,7 +10,8 @@ from typing import Any
 
 import jax
 
-from mora_jax._flax.layer_rules import LayerRule, planning_rules
+from mora_jax._flax.adapted_call import LayerCall
+from mora_jax._flax.layer_rules import planning_rules
 from mora_jax._jax.fresh_trace import split_static
 from mora_jax._trace_check import Call, Uses, follow, mark
 from mora_jax.products import Product
@@ -26,44 +26,33 @@ class Survey:
       non_kernels: The paths of the arrays of known layers that are not their kernels,
         such as biases.
       classes: {path of a module: the name of its class}.
-      faults: {path of a kernel: what another module does with it}.
       uses: The uses of the arrays in a call of the model; None if none was traced.
     """
 
     products: dict[str, Product] = dataclasses.field(default_factory=dict)
     non_kernels: set[str] = dataclasses.field(default_factory=set)
     classes: dict[str, str] = dataclasses.field(default_factory=dict)
-    faults: dict[str, str] = dataclasses.field(default_factory=dict)
     uses: Uses | None = None
 
-    def record_call(
-        self,
-        name: str,
-        rule: LayerRule,
-        module: Any,
-        method: Callable[..., Any],
-        args: Any,
-        kwargs: Any,
-    ) -> jax.Array:
-        """Call a layer's method, with marks, and record what it computes.
-
-        `name` is the path of the kernel; the other arguments are as for `adapt_call`.
-        """
-        product, x = rule.read(module, args, kwargs)
-        self._record_product(name, rule, module, product)
+    def record_call(self, name: str, call: LayerCall) -> jax.Array:
+        """The output of a layer's method, with marks; `name` is its kernel's path."""
+        product, x = call.read()
+        rule, module = call.rule, call.module
+        planning_rule = planning_rules(module)[rule.name(module)]
+        planned = product if rule is planning_rule else planning_rule.product(module)
+        self.products[name] = planned or self.products.get(name, product)
         scaled = rule.scale_of(module) is not None
-        call = Call(name, product, scaled, f"{type(module).__name__}.{rule.method}")
-        x = mark(x, call, end=False)
-        args, kwargs = rule.with_input(x, module, args, kwargs)
-        y = method(*args, **kwargs)
+        marked = Call(name, product, scaled, f"{type(module).__name__}.{rule.method}")
+        call = call.with_input(mark(x, marked, end=False))
+        y = call.method(*call.args, **call.kwargs)
         if not hasattr(y, "shape"):
             raise ValueError(
-                f"{name}: {call.method} must return the product of its input and its "
+                f"{name}: {marked.method} must return the product of its input and its "
                 f"kernel, as its rule says, got {type(y).__name__}: a class that hands "
                 "its kernel to another module cannot be taught; leave it out with "
                 "exclude"
             )
-        return mark(y, call, end=True)
+        return mark(y, marked, end=True)
 
     def record_read(
         self, name: str, product: Product, cls: str, kernel: jax.Array
@@ -74,16 +63,6 @@ class Survey:
         """
         self.products[name] = product
         return mark(kernel, Call(name, product, False, cls), end=True)
-
-    def _record_product(
-        self, name: str, rule: LayerRule, module: Any, product: Product
-    ) -> None:
-        planning_rule = planning_rules(module)[rule.name(module)]
-        planned = product if rule is planning_rule else planning_rule.product(module)
-        if planned is None:
-            self.products.setdefault(name, product)
-        else:
-            self.products[name] = planned
 
     def trace(
         self, function: Callable[..., Any], leaves: Any, tree: Any, *args: Any
@@ -100,9 +79,9 @@ class Survey:
 
         jaxpr = jax.make_jaxpr(call)(tree, arrays).jaxpr
         stacked = {
-            name: leaf.ndim - len(self.products[name].axes)
-            for name, (_, leaf) in leaves.items()
-            if name in self.products
+            name: leaves[name][1].ndim - len(product.axes)
+            for name, product in self.products.items()
+            if name in leaves
         }
         self.uses = follow(jaxpr, list(leaves), stacked)
 
@@ -121,8 +100,7 @@ class Survey:
             return tuple((name, why) for name in names)
         reasons = {}
         for name in names:
-            if name in self.uses.unseen:
-                primitive = self.uses.unseen[name]
+            if primitive := self.uses.unseen.get(name):
                 reasons[name] = f"a trace cannot look into `{primitive}`"
             elif name not in self.uses.reached:
                 reasons[name] = "the call that was traced does not use it"
@@ -145,11 +123,10 @@ class Survey:
 
     def class_of(self, name: str) -> str:
         """The class of the module that has the array at `name`: " Dense", or ""."""
-        path = name
-        while path:
-            path = path.rpartition("/")[0]
-            if path in self.classes:
-                return f" {self.classes[path]}"
+        while name:
+            name = name.rpartition("/")[0]
+            if name in self.classes:
+                return f" {self.classes[name]}"
         return ""
 
 

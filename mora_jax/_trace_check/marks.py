@@ -1,5 +1,6 @@
 """Marks in a program: where calls of known layers begin and end."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -11,6 +12,7 @@ from jax.interpreters import ad, batching, mlir
 from mora_jax.products import Product
 
 
+@dataclasses.dataclass(eq=False, repr=False)
 class Call:
     """One call of a method of a known layer; two calls are never equal.
 
@@ -21,9 +23,10 @@ class Call:
       method: The method, such as "Dense.__call__".
     """
 
-    def __init__(self, name: str, product: Product, scaled: bool, method: str) -> None:
-        self.name, self.product = name, product
-        self.scaled, self.method = scaled, method
+    name: str
+    product: Product
+    scaled: bool
+    method: str
 
     def __repr__(self) -> str:  # in a printed program
         return f"{self.method} of {self.name}"
@@ -31,7 +34,7 @@ class Call:
     @functools.cached_property
     def transposed(self) -> "Call":
         """The transposed call: a model that takes a gradient goes back through it."""
-        call = Call(self.name, self.product.transposed, self.scaled, self.method)
+        call = dataclasses.replace(self, product=self.product.transposed)
         call.__dict__["transposed"] = self
         return call
 

@@ -1,10 +1,10 @@
 """Trails: how arrays depend on kernels, and on the inputs of layers."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 
 from mora_jax._trace_check.marks import Call
-from mora_jax._trace_check.views import Axis, View
+from mora_jax._trace_check.views import View
 
 
 @dataclasses.dataclass(frozen=True)
@@ -12,29 +12,30 @@ class Trail:
     """Way from one kernel, or from the input of one call, to an array.
 
     Attributes:
-      view: The axes of the kernel or the input, or of their product; None if they are
-        lost.
-      ndim: The number of axes at the start.
+      view: The axes of the kernel (numbers, negative for stack axes), of the input or
+        of their product (letters of the einsum); None if they are lost.
       by: The primitive that multiplied the kernel; "" before that.
       call: The call whose input the kernel was multiplied with; None for any other
         array.
       through: The further primitives on the way that change numbers.
       unseen: A primitive among them that a trace cannot look into, or "".
-      outer: The axes that surrounding scans have taken off.
     """
 
     view: View | None
-    ndim: int
     by: str = ""
     call: Call | None = None
     through: frozenset[str] = frozenset()
     unseen: str = ""
-    outer: tuple[Axis, ...] = ()
 
     @property
     def unchanged(self) -> bool:
         """True if the array is the start of the trail, with its axes in some order."""
         return self.view is not None and not (self.by or self.through or self.unseen)
+
+    def moved(self, move: Callable[[View], View | None]) -> "Trail":
+        """The trail with its axes moved."""
+        view = None if self.view is None else move(self.view)
+        return dataclasses.replace(self, view=view)
 
     def passed(self, name: str, view: View | None = None) -> "Trail":
         """The trail after the primitive called `name`, which changes numbers."""
@@ -55,17 +56,12 @@ Value = Mapping[Start, Trail]
 """All that an array depends on."""
 
 
-def moved(value: Value, function: Callable[[View], View | None]) -> Value:
-    """The value with its axes moved by `function`."""
-    return {
-        start: dataclasses.replace(
-            trail, view=None if trail.view is None else function(trail.view)
-        )
-        for start, trail in value.items()
-    }
+def changed(value: Value, change: Callable[[Trail], Trail]) -> Value:
+    """The value with each of its trails changed."""
+    return {start: change(trail) for start, trail in value.items()}
 
 
-def joined(values: Sequence[Value]) -> Value:
+def joined(values: Iterable[Value]) -> Value:
     """All that an array depends on that is computed from several arrays."""
     trails: dict[Start, Trail] = {}
     for value in values:

@@ -6,33 +6,28 @@ from typing import Any
 
 from mora_jax._trace_check.marks import Call
 from mora_jax._trace_check.trails import Trail, Value
-from mora_jax._trace_check.views import Piece, View, length, named
+from mora_jax._trace_check.views import Axis, Piece, View, length, named
 
 
 def multiplied(
     eqn: Any, kernel: str, trail: Trail, operand: Value, kernel_first: bool
 ) -> Trail:
-    """The trail of a kernel after its product.
+    """The trail of the array at path `kernel` after `eqn` has multiplied it.
 
-    Args:
-      eqn: The equation of the program that multiplies.
-      kernel: The path of the kernel.
-      trail: The trail of the kernel before its product.
-      operand: The trails of the array that it is multiplied with.
-      kernel_first: True if the kernel is the first of the two.
+    `operand` has the trails of the other factor, the second one if `kernel_first`.
     """
     by, view = eqn.primitive.name, None
     calls = (start for start in operand if isinstance(start, Call))
     call = next((call for call in calls if call.name == kernel), None)
-    if by == "dot_general" and call is not None and trail.view is not None:
-        if (labels := call.product.einsum_labels) is not None:
-            w = _lettered(trail.view, trail.ndim, labels[1])
-            x = operand[call]
-            if x.unchanged and x.view is not None:
-                numbers = eqn.params["dimension_numbers"]
-                view = _dot(numbers, w, x.view, kernel_first)
-            else:
-                call = None
+    labels = call.product.einsum_labels if call is not None else None
+    if by == "dot_general" and labels is not None and trail.view is not None:
+        assert call is not None
+        x = operand[call]
+        if x.unchanged and x.view is not None:
+            w = tuple(_lettered(axis, labels[1]) for axis in trail.view)
+            view = _dot(eqn.params["dimension_numbers"], w, x.view, kernel_first)
+        else:
+            call = None
     if by == "gather":
         # It must take whole rows of the unchanged kernel, which is not the indices.
         shape = eqn.invars[0].aval.shape
@@ -42,39 +37,37 @@ def multiplied(
     return dataclasses.replace(trail, by=by, call=call, view=view)
 
 
-def _lettered(view: View, ndim: int, letters: str) -> View:
-    """The view of a kernel, with its last axes named by the letters of an einsum."""
-    stacked = ndim - len(letters)
-    names = [*(("stack", k) for k in range(stacked)), *letters]
+def _lettered(axis: Axis, letters: str) -> Axis:
+    """A kernel's axis by the letters of an einsum; stack axes keep their numbers."""
+    names: Any = [piece.axis for piece in axis]
     return tuple(
-        tuple(dataclasses.replace(piece, axis=names[piece.axis]) for piece in axis)  # type: ignore[call-overload]
-        for axis in view
+        dataclasses.replace(piece, axis=name if name < 0 else letters[name])
+        for piece, name in zip(axis, names, strict=True)
     )
 
 
-def _dot(dimension_numbers: Any, w: View, x: View, kernel_first: bool) -> View | None:
+def _dot(numbers: Any, w: View, x: View, kernel_first: bool) -> View | None:
     """The view of the product of kernel `w` and `x`, if they sum over the same axes."""
-    contracted, batch = dimension_numbers
     views = (w, x) if kernel_first else (x, w)
-    for left, right in zip(*contracted, strict=True):
-        if views[0][left] != views[1][right]:
-            return None
-    shared = []
-    for pair in zip(*batch, strict=True):
-        by_w, by_x = (views[k][axis] for k, axis in enumerate(pair))
-        by_w, by_x = (by_w, by_x) if kernel_first else (by_x, by_w)
-        # Under vmap, each of many inputs has its layer of a stack.
-        lifted = [piece.axis[0] for piece in by_w if isinstance(piece.axis, tuple)]
-        if by_w != by_x and not lifted:
-            return None
-        shared.append(by_x)
+    contracted, batch = (
+        [(views[0][k], views[1][n]) for k, n in zip(*axes, strict=True)]
+        for axes in numbers
+    )
+    # Under vmap, each of many inputs has its layer of a stack.
+    lifted = [pair for pair in batch if _is_of_stack(pair[not kernel_first])]
+    if any(a != b and (a, b) not in lifted for a, b in (*contracted, *batch)):
+        return None
     free = [
         axis
-        for view, summed, stacked in zip(views, contracted, batch, strict=True)
+        for view, *taken in zip(views, *numbers, strict=True)
         for k, axis in enumerate(view)
-        if k not in summed and k not in stacked
+        if not any(k in axes for axes in taken)
     ]
-    return (*shared, *free)
+    return (*(pair[kernel_first] for pair in batch), *free)
+
+
+def _is_of_stack(axis: Axis) -> bool:
+    return any(isinstance(piece.axis, int) for piece in axis)
 
 
 def fault(call: Call, trail: Trail, lead: int) -> str:
@@ -115,8 +108,8 @@ def _fault_of_read(trail: Trail, lead: int) -> str:
     if steps := {trail.by, *trail.through} - {""}:
         return f"reads it changed by {listed(sorted(steps))}"
     axes = [axis for axis in trail.view[lead:] if axis] if trail.view else []
-    order = [piece.axis for axis in axes for piece in axis]
-    if trail.view is None or len(order) > len(axes) or order != sorted(order):  # type: ignore[type-var]
+    order: list[Any] = [piece.axis for axis in axes for piece in axis]
+    if trail.view is None or len(order) > len(axes) or order != sorted(order):
         return "reads it with other axes"
     return ""
 
@@ -126,5 +119,4 @@ def listed(names: Iterable[str]) -> str:
     shown = [f"`{name}`" for name in names]
     if len(shown) > 3:
         shown[2:] = [f"{len(shown) - 2} more primitives"]
-    *most, last = shown or [""]
-    return f"{', '.join(most)} and {last}" if most else last
+    return " and ".join(shown)

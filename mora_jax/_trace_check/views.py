@@ -7,20 +7,14 @@ is a sequence of pieces of named axes, as "(h d)" is in einops.
 
 import dataclasses
 import math
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable
 
 from mora_jax._common.types import Shape
 
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """A part of a named axis: every `stride`-th index, `size` of them.
-
-    Attributes:
-      axis: The name of the axis.
-      size: The number of indices in the piece.
-      stride: The distance between them; 1 for the fastest part of an axis.
-    """
+    """A part of a named axis: every `stride`-th index, `size` of them."""
 
     axis: Hashable
     size: int
@@ -33,13 +27,7 @@ View = tuple[Axis, ...]
 
 
 def named(axes: Iterable[Hashable], shape: Shape) -> View:
-    """The view of an array of `shape` whose axes have the names `axes`.
-
-    Example::
-
-      >>> named("io", (4, 1))
-      ((Piece(axis='i', size=4, stride=1),), ())
-    """
+    """The view of an array of `shape` whose axes have the names `axes`."""
     pairs = zip(axes, shape, strict=True)
     return tuple((Piece(axis, size),) if size != 1 else () for axis, size in pairs)
 
@@ -62,35 +50,28 @@ def reshape(view: View, shape: Shape) -> View | None:
       >>> reshape(view, (4, 6)) is None
       True
     """
-    pieces = [piece for axis in view for piece in axis]
-    if math.prod(piece.size for piece in pieces) != math.prod(shape):
-        return None
-    axes = []
+    pieces, axes = [piece for axis in view for piece in axis], []
     for size in shape:
         axis: list[Piece] = []
-        while size > 1:
+        while size > 1 and pieces:
             piece = pieces.pop(0)
-            if size % piece.size == 0:
-                axis.append(piece)
-                size //= piece.size
-            elif piece.size % size == 0:
-                # The axis is the slower part of the piece, the next one the faster.
-                inner = piece.size // size
-                axis.append(Piece(piece.axis, size, piece.stride * inner))
-                pieces.insert(0, Piece(piece.axis, inner, piece.stride))
-                size = 1
-            else:
+            part = math.gcd(size, piece.size)
+            if part < min(size, piece.size):
                 return None
+            if part < piece.size:
+                # The axis is the slower part of the piece, the next one the faster.
+                inner = piece.size // part
+                pieces.insert(0, Piece(piece.axis, inner, piece.stride))
+                piece = Piece(piece.axis, part, piece.stride * inner)
+            axis.append(piece)
+            size //= part
+        if size > 1:
+            return None
         axes.append(_joined(axis))
-    return tuple(axes)
+    return None if pieces else tuple(axes)
 
 
-def transpose(view: View, order: Sequence[int]) -> View:
-    """The view after a transpose."""
-    return tuple(view[k] for k in order)
-
-
-def _joined(axis: Sequence[Piece]) -> Axis:
+def _joined(axis: list[Piece]) -> Axis:
     """The same axis, with neighbouring pieces of one named axis joined."""
     joined: list[Piece] = []
     for piece in axis:

@@ -2,35 +2,32 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax.numpy as jnp
 from jax.extend.core import Jaxpr, Literal
 from jax.interpreters import partial_eval
 
-from mora_jax._trace_check.marks import Call, mark_p
-from mora_jax._trace_check.primitives import IDENTITIES, OPAQUE, PREPARING, PRODUCTS
+from mora_jax._trace_check.marks import mark_p
+from mora_jax._trace_check.steps import IDENTITIES, OPAQUE, PREPARING, PRODUCTS, after
 from mora_jax._trace_check.trails import (
     Trail,
     Uses,
     Value,
+    changed,
     in_either,
     joined,
     kernels,
-    moved,
 )
 from mora_jax._trace_check.verdict import fault, listed, multiplied
-from mora_jax._trace_check.views import View, length, named, reshape, transpose
+from mora_jax._trace_check.views import named
 
 
 def follow(jaxpr: Jaxpr, names: Sequence[str], stacked: Mapping[str, int]) -> Uses:
-    """Follow the arrays of a model through the program of one call.
+    """Follow the arrays of a model through the program of one call, with marks.
 
-    Args:
-      jaxpr: The program, with marks.
-      names: The paths of its first inputs, the arrays of the model.
-      stacked: {path of a kernel: how many of its leading axes are stack axes}.
+    `names` are the paths of its first inputs, the arrays of the model, and `stacked`
+    says how many of a kernel's leading axes are stack axes.
     """
     jaxpr, used = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
     paths = [name for name, use in zip(names, used, strict=False) if use]
@@ -39,9 +36,11 @@ def follow(jaxpr: Jaxpr, names: Sequence[str], stacked: Mapping[str, int]) -> Us
     for k, (name, var) in enumerate(zip(paths, jaxpr.invars, strict=False)):
         shape: Any = var.aval.shape  # type: ignore[attr-defined]
         if len(shape) > 1:
-            view = named(range(len(shape)), shape)
-            values[k] = {name: Trail(view, len(shape))}
-    for value in _Walk(uses, stacked).run(jaxpr, values):
+            # Stack axes have negative numbers, so that the others are the positions
+            # of the letters in the einsum of the layer, which sees one of the stack.
+            first = -stacked.get(name, 0)
+            values[k] = {name: Trail(named(range(first, first + len(shape)), shape))}
+    for value in _Walk(uses).run(jaxpr, values):
         for name, trail in kernels(value).items():
             if trail.unseen:
                 uses.unseen.setdefault(name, trail.unseen)
@@ -54,24 +53,15 @@ def follow(jaxpr: Jaxpr, names: Sequence[str], stacked: Mapping[str, int]) -> Us
 class _Walk:
     """A walk through a program and the programs inside it."""
 
-    def __init__(self, uses: Uses, stacked: Mapping[str, int], depth: int = 0) -> None:
-        self.uses, self.stacked, self.depth = uses, stacked, depth
-        self.handlers: Mapping[str, Callable[[Any, list[Value]], list[Value]]] = {
+    def __init__(self, uses: Uses) -> None:
+        self.uses = uses
+        self.handlers = {
             "mora_mark": self._mark,
-            "reshape": self._reshape,
-            "squeeze": self._reshape,
-            "expand_dims": self._reshape,
-            "broadcast_in_dim": self._broadcast,
-            "transpose": self._transpose,
-            "slice": self._slice,
-            "dynamic_slice": self._slice,
-            "add": self._add,
-            "add_any": self._add,
             "scan": self._scan,
             "while": self._while,
             "cond": self._cond,
-            **dict.fromkeys(IDENTITIES, self._identity),
             **dict.fromkeys(PRODUCTS, self._product),
+            **dict.fromkeys(IDENTITIES, lambda eqn, values: values),
         }
 
     def run(self, jaxpr: Jaxpr, inputs: Sequence[Value]) -> list[Value]:
@@ -99,79 +89,12 @@ class _Walk:
             if all(_shapes(inside) == _shapes(outside) for inside, outside in pairs):
                 return self.run(inner, values)
         if name in OPAQUE or name.endswith("_call") or programs:
-            trails = joined(values).items()
-            unseen = {k: dataclasses.replace(trail, unseen=name) for k, trail in trails}
-            return [unseen] * len(eqn.outvars)
-        return self._change(eqn, values)
-
-    def _change(self, eqn: Any, values: list[Value]) -> list[Value]:
-        """The handler of every primitive that has none: it changes numbers."""
-        name, shape = eqn.primitive.name, eqn.outvars[0].aval.shape
-        result = {}
-        for start, trail in joined(values).items():
-            at = [k for k, value in enumerate(values) if start in value]
-            step = name if len(at) == 1 else f"{name} by itself"
-            # A factor leaves the axes where they are.
-            factor = name == "mul" or (name == "div" and at == [0])
-            kept = factor and len(at) == 1 and eqn.invars[at[0]].aval.shape == shape
-            result[start] = trail.passed(step, trail.view if kept else None)
-        return [result] * len(eqn.outvars)
-
-    def _identity(self, eqn: Any, values: list[Value]) -> list[Value]:
-        results = []
-        for var, value in zip(eqn.outvars, values, strict=False):
-            if kernels(value) and not jnp.issubdtype(var.aval.dtype, jnp.floating):
-                value, *_ = self._change(eqn, [value])
-            results.append(value)
-        return results
-
-    def _reshape(self, eqn: Any, values: list[Value]) -> list[Value]:
-        shape = eqn.outvars[0].aval.shape
-        return [moved(values[0], lambda view: reshape(view, shape))]
-
-    def _broadcast(self, eqn: Any, values: list[Value]) -> list[Value]:
-        """Axes of length 1 make this a reshape; longer axes hold copies."""
-        if eqn.invars[0].aval.size == eqn.outvars[0].aval.size:
-            return self._reshape(eqn, values)
-        return self._change(eqn, values)
-
-    def _transpose(self, eqn: Any, values: list[Value]) -> list[Value]:
-        order = eqn.params["permutation"]
-        return [moved(values[0], lambda view: transpose(view, order))]
-
-    def _slice(self, eqn: Any, values: list[Value]) -> list[Value]:
-        """One layer of a stacked kernel is a kernel, since it has an M of its own."""
-        shape, (value, *indices) = eqn.outvars[0].aval.shape, values
-        (result,) = self._change(eqn, values)
-        layers = {}
-        for name, trail in () if kernels(joined(indices)) else kernels(value).items():
-            if (layer := self._layer_of_stack(name, trail, shape)) is not None:
-                layers[name] = dataclasses.replace(trail, view=layer)
-        return [{**result, **layers}]
-
-    def _layer_of_stack(self, name: str, trail: Trail, shape: Any) -> View | None:
-        """The view of a slice that takes one layer of a stack and all else whole."""
-        if trail.by or trail.view is None:
-            return None
-        axes, stacked = [], self.stacked.get(name, 0)
-        for axis, size in zip(trail.view, shape, strict=True):
-            of_stack = all(isinstance(p.axis, int) and p.axis < stacked for p in axis)
-            if length(axis) != size and not (of_stack and size == 1):
-                return None
-            axes.append(axis if length(axis) == size else ())
-        return tuple(axes)
-
-    def _add(self, eqn: Any, values: list[Value]) -> list[Value]:
-        """A bias may be added to a product, since it does not depend on the kernel."""
-        result = {}
-        for start, trail in joined(values).items():
-            alone = sum(start in value for value in values) == 1
-            result[start] = trail if alone and trail.by else trail.passed("add")
-        return [result]
+            hide = functools.partial(dataclasses.replace, unseen=name)
+            return [changed(joined(values), hide)] * len(eqn.outvars)
+        return [after(eqn, values)] * len(eqn.outvars)
 
     def _product(self, eqn: Any, values: list[Value]) -> list[Value]:
-        (changed,) = self._change(eqn, values)
-        name, result = eqn.primitive.name, dict(changed)
+        name, result = eqn.primitive.name, dict(after(eqn, values))
         left, right, *_ = values
         for is_first, value, operand in ((True, left, right), (False, right, left)):
             for kernel, trail in kernels(value).items():
@@ -182,61 +105,42 @@ class _Walk:
         return [result]
 
     def _mark(self, eqn: Any, values: list[Value]) -> list[Value]:
-        call, lead, (value,) = eqn.params["call"], eqn.params["lead"], values
-        if eqn.params["end"]:
-            remaining = dict(value)
-            remaining.pop(call, None)
-            if trail := remaining.pop(call.name, None):
-                self._check(call, trail, lead)
-            return [remaining]
-        shape, labels = eqn.outvars[0].aval.shape, call.product.einsum_labels
-        letters = labels[0] if labels else range(len(shape) - lead)
-        view = named([*(("vmap", k) for k in range(lead)), *letters], shape)
-        return [{**value, call: Trail(view, len(shape))}]
-
-    def _check(self, call: Call, trail: Trail, lead: int) -> None:
-        """Record what is wrong with the output of `call`, if anything is."""
-        if trail.unseen:
+        call, lead = eqn.params["call"], eqn.params["lead"]
+        value, product = dict(values[0]), call.product
+        if not eqn.params["end"]:
+            shape = eqn.outvars[0].aval.shape
+            letters = (product.einsum_labels or [range(len(shape) - lead)])[0]
+            view = named([*(("vmap", k) for k in range(lead)), *letters], shape)
+            return [{**value, call: Trail(view)}]
+        value.pop(call, None)
+        trail = value.pop(call.name, None)
+        if trail is not None and trail.unseen:
             self.uses.unseen.setdefault(call.name, trail.unseen)
-        elif wrong := fault(call, trail, lead):
+        elif trail is not None and (wrong := fault(call, trail, lead)):
             self.uses.faults.setdefault(call.name, f"{call.method} {wrong}")
+        return [value]
 
     def _scan(self, eqn: Any, values: list[Value]) -> list[Value]:
         body = _open(eqn.params["jaxpr"])
         # JAX has had several names for these numbers, so shapes must tell: what is
         # stacked has one more axis outside of the body.
         carry, unstacked = (
-            sum(len(a) == len(b) for a, b in zip(*shapes, strict=True))
-            for shapes in (
-                (_shapes(body.outvars), _shapes(eqn.outvars)),
-                (_shapes(body.invars), _shapes(eqn.invars)),
-            )
+            sum(len(a) == len(b) for a, b in zip(*map(_shapes, pair), strict=True))
+            for pair in ((body.outvars, eqn.outvars), (body.invars, eqn.invars))
         )
-        consts = unstacked - carry
-        layers = [_in_one_round(value) for value in values[unstacked:]]
-        loop = body, values[:consts], values[consts:unstacked], layers
-        state, results = self._loop(*loop, self.depth + 1)
-        return [*state, *(self._after_all_rounds(value) for value in results[carry:])]
-
-    def _after_all_rounds(self, value: Value) -> Value:
-        """The value that a scan stacks: its slices of a kernel become the kernel."""
-        result = {}
-        for start, trail in value.items():
-            if trail.by:  # the walk does not follow which rows the products are of
-                result[start] = dataclasses.replace(trail, unseen="scan")
-            elif trail.view is None or len(trail.outer) <= self.depth:
-                result[start] = trail.passed("scan")
-            else:
-                *outer, axis = trail.outer
-                view = (axis, *trail.view)
-                result[start] = dataclasses.replace(trail, view=view, outer=(*outer,))
-        return result
+        fixed, state = (
+            values[: unstacked - carry],
+            values[unstacked - carry : unstacked],
+        )
+        layers = [changed(value, _in_one_round) for value in values[unstacked:]]
+        state, results = self._loop(body, fixed, state, layers)
+        return [*state, *(changed(value, _of_all_rounds) for value in results[carry:])]
 
     def _while(self, eqn: Any, values: list[Value]) -> list[Value]:
         start = eqn.params["cond_nconsts"]
         stop = start + eqn.params["body_nconsts"]
         body = _open(eqn.params["body_jaxpr"])
-        return self._loop(body, values[start:stop], values[stop:], [], self.depth)[0]
+        return self._loop(body, values[start:stop], values[stop:], [])[0]
 
     def _loop(
         self,
@@ -244,15 +148,13 @@ class _Walk:
         fixed: list[Value],
         state: list[Value],
         layers: list[Value],
-        depth: int,
     ) -> tuple[list[Value], list[Value]]:
         """A state that holds before and after every round, and a round's outputs."""
         while True:  # until nothing more is lost: a trail loses its view only once
             # These uses are dropped, since the state may not hold in every round.
-            walk = _Walk(Uses(), self.stacked, depth)
+            walk = _Walk(Uses())
             results = walk.run(body, [*fixed, *state, *layers])
-            pairs = zip(state, results, strict=False)
-            weaker = [in_either(before, after) for before, after in pairs]
+            weaker = list(map(in_either, state, results))
             if weaker == state:
                 walk.uses = self.uses
                 return state, walk.run(body, [*fixed, *state, *layers])
@@ -260,22 +162,18 @@ class _Walk:
 
     def _cond(self, eqn: Any, values: list[Value]) -> list[Value]:
         branches = [self.run(_open(b), values[1:]) for b in eqn.params["branches"]]
-        return [
-            functools.reduce(in_either, outputs)
-            for outputs in zip(*branches, strict=True)
-        ]
+        outputs = zip(*branches, strict=True)
+        return [functools.reduce(in_either, values) for values in outputs]
 
 
-def _in_one_round(value: Value) -> Value:
-    """A stacked value as one round of a scan sees it: without the first axis."""
-    return {
-        start: trail
-        if trail.view is None
-        else dataclasses.replace(
-            trail, view=trail.view[1:], outer=(*trail.outer, trail.view[0])
-        )
-        for start, trail in value.items()
-    }
+def _in_one_round(trail: Trail) -> Trail:
+    return trail.moved(lambda view: view[1:])
+
+
+def _of_all_rounds(trail: Trail) -> Trail:
+    """The trail of what a scan stacks: it is not known which rows a product is of."""
+    hidden = dataclasses.replace(trail, unseen="scan")
+    return hidden if trail.by else trail.passed("scan")
 
 
 def _open(jaxpr: Any) -> Any:

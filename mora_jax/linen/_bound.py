@@ -8,7 +8,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from mora_jax._plan.spec import AdapterSpec
+from mora_jax._plan.spec import SUFFIX, AdapterSpec
 
 
 @functools.partial(
@@ -20,11 +20,8 @@ class BoundAdapter:
 
     So the spec travels wherever Flax carries the parameters: into scanned and vmapped
     layers, and into the cache keys of `nn.jit`, which would otherwise serve a program
-    that was traced for another plan.
-
-    Attributes:
-      m: M, (*stack, q, q); None while a plan is made.
-      spec: The spec; while a plan is made, the recorder and the path of the kernel.
+    that was traced for another plan. While a plan is made, M is None, and the spec is
+    the recorder with the path of the kernel.
     """
 
     m: Any
@@ -36,12 +33,21 @@ class BoundAdapter:
         return cls(m, dataclasses.replace(spec, path=spec.path[-1:]))
 
 
+def adapters_of(module: nn.Module) -> dict[str, BoundAdapter]:
+    """The adapters in a module's scope, by the names of their kernels."""
+    params = {} if module.scope is None else module.scope.variables().get("params", {})
+    return {
+        key.removesuffix(SUFFIX): value
+        for key, value in params.items()
+        if isinstance(value, BoundAdapter)
+    }
+
+
 def check_model(model: Any) -> None:
     """Raise unless `model` is a Linen module."""
     if not isinstance(model, nn.Module):
-        raise TypeError(
-            f"model must be a flax.linen.Module, got {type(model).__name__}"
-        )
+        got = type(model).__name__
+        raise TypeError(f"model must be a flax.linen.Module, got {got}")
 
 
 def params_of(variables: Any) -> Any:

@@ -8,7 +8,7 @@ import jax
 from jaxtyping import Float, PRNGKeyArray, Shaped
 
 from mora_jax._common.types import ArrayLike
-from mora_jax._flax.adapted_call import adapt_call
+from mora_jax._flax.adapted_call import LayerCall, adapt_call
 from mora_jax._flax.layer_rules import rules_of
 from mora_jax._plan.config import MoRAConfig, check_config
 from mora_jax._plan.spec import SUFFIX, AdapterSpec
@@ -61,10 +61,7 @@ class MoRADense(nn.Dense):
 
         Args:
           inputs: (..., in_features).
-          deterministic: True to turn the adapter's dropout off.
-
-        Returns:
-          (..., features).
+          deterministic: As the attribute.
         """
         spec = AdapterSpec.from_config(
             self.config,
@@ -78,11 +75,11 @@ class MoRADense(nn.Dense):
         ):
             key = self.make_rng("dropout")
 
-        # Other libraries, such as gemma, put a `param` in place that wants a shape.
+        # Other libraries, such as gemma, replace `param` by one that wants a shape.
         def start(key: PRNGKeyArray, *_: Any, **__: Any) -> jax.Array:
             return init_adapter(spec, key)
 
-        rule, m = rules_of(nn.Dense)["__call__"], f"kernel{SUFFIX}"
-        get_m = functools.partial(self.param, m, start, spec.shape)
-        method = super().__call__
-        return adapt_call(rule, self, method, (inputs,), {}, spec, get_m, key)
+        rule, method = rules_of(nn.Dense)["__call__"], super().__call__
+        call = LayerCall(rule, self, method, (inputs,), {})
+        get_m = functools.partial(self.param, f"kernel{SUFFIX}", start, spec.shape)
+        return adapt_call(call, spec, get_m, key)

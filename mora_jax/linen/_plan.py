@@ -6,6 +6,7 @@ from typing import Any
 import flax.linen as nn
 
 from mora_jax._common.types import Path
+from mora_jax._flax.adapted_call import LayerCall
 from mora_jax._flax.layer_rules import rules_of
 from mora_jax._flax.planning import plan_surveyed
 from mora_jax._flax.survey import Survey
@@ -15,7 +16,12 @@ from mora_jax._plan.spec import SUFFIX
 from mora_jax._tree.adapters import nest
 from mora_jax._tree.combined import combine
 from mora_jax._tree.paths import named_leaves
-from mora_jax.linen._bound import BoundAdapter, check_model, params_of
+from mora_jax.linen._bound import (
+    BoundAdapter,
+    adapters_of,
+    check_model,
+    params_of,
+)
 
 
 def plan(
@@ -38,9 +44,6 @@ def plan(
       config: The kernels to adapt and the settings; None for the defaults.
       *args: The inputs of a call, arrays or shapes, as for `model.apply`.
       **kwargs: Further inputs, by name.
-
-    Returns:
-      The plan.
 
     Raises:
       TypeError, ValueError: As `mora_jax.plan`; a target whose layer class is not known
@@ -92,13 +95,9 @@ def plan(
 
 def _in_a_module(params: Any, path: Path) -> bool:
     """True if `path` leads through modules alone: not into a quantized kernel."""
-    node = params
     for key in path[:-1]:
-        if isinstance(node, Mapping):
-            node = node.get(key)
-        else:
-            node = node[int(key)] if isinstance(node, list | tuple) else None
-    return isinstance(node, Mapping)
+        params = params.get(key) if isinstance(params, Mapping) else None
+    return isinstance(params, Mapping)
 
 
 class _Recorder:
@@ -119,15 +118,16 @@ class _Recorder:
         self.survey.classes.setdefault(path, type(module).__name__)
         rule = rules_of(type(module)).get(context.method_name)
         # A rule covers all that its method calls of the same layer.
-        running = any(module is caller for caller in self.running)
-        kernel = "" if rule is None or running else rule.name(module)
-        adapter = module.get_variable("params", kernel + SUFFIX) if kernel else None
-        if rule is None or not isinstance(adapter, BoundAdapter):
+        if rule is None or any(module is caller for caller in self.running):
+            return method(*args, **kwargs)
+        kernel = rule.name(module)
+        if (adapter := adapters_of(module).get(kernel)) is None:
             return method(*args, **kwargs)
         _, name = adapter.spec
         self.running.append(module)
         try:
-            y = self.survey.record_call(name, rule, module, method, args, kwargs)
+            call = LayerCall(rule, module, method, args, kwargs)
+            y = self.survey.record_call(name, call)
         finally:
             self.running.pop()
         array = nn.unbox(module.get_variable("params", kernel))

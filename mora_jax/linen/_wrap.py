@@ -8,17 +8,21 @@ from typing import Any
 import flax.linen as nn
 
 from mora_jax._common.warnings import warn
-from mora_jax._flax.adapted_call import adapt_call
+from mora_jax._flax.adapted_call import LayerCall, adapt_call
 from mora_jax._flax.layer_rules import rules_of, unknown_use
 from mora_jax._flax.survey import refuse_untraced
 from mora_jax._plan.config import MoRAConfig, check_config
 from mora_jax._plan.plan import Plan
-from mora_jax._plan.spec import SUFFIX
-from mora_jax._plan.trained_arrays import Items, find_trained
+from mora_jax._plan.trained_arrays import find_trained
 from mora_jax._tree.adapters import adapter_items, nest, trained_items, with_trained
 from mora_jax._tree.combined import combine, split
 from mora_jax._tree.paths import adapter_path, named_leaves, replace_leaves
-from mora_jax.linen._bound import BoundAdapter, check_model, params_of
+from mora_jax.linen._bound import (
+    BoundAdapter,
+    adapters_of,
+    check_model,
+    params_of,
+)
 from mora_jax.linen._plan import plan as plan_model
 
 
@@ -44,9 +48,8 @@ class AdaptedApply:
         **kwargs: Any,
     ) -> Any:
         """The model's `apply` with adapters; see `wrap`."""
-        plan = self.plan
-        needs_flag = any(spec.dropout > 0 for spec in plan.specs)
-        if needs_flag and adapter_deterministic is None:
+        plan, drops = self.plan, any(spec.dropout > 0 for spec in self.plan.specs)
+        if drops and adapter_deterministic is None:
             raise ValueError(
                 "the plan has dropout: adapter_deterministic must be True or False, "
                 "got None"
@@ -65,10 +68,18 @@ class AdaptedApply:
         kept = sorted(updated.keys() & variables.keys() - {"params", "cache"})
         if kept and not self._warned:
             self._warned = True
-            _warn_of_statistics(kept)
-        if "params" in updated:
+            warn(
+                f"the call updates {', '.join(kept)}, which are part of the base and "
+                "neither in the adapters nor in what mora_jax.save and mora_jax.merge "
+                f"make. Keep updated[{kept[0]!r}] next to the adapters and pass it in "
+                "variables, or freeze it (BatchNorm: use_running_average=True, and "
+                "not in mutable)"
+            )
+        if "params" in updated:  # with the base's arrays for the trained copies
+            leaves = named_leaves(base) if trained else {}
             new = split(updated["params"])[0]
-            updated = {**updated, "params": _with_base_of(new, base, trained)}
+            old = dict(find_trained(leaves, array) for array, _ in trained)
+            updated = {**updated, "params": replace_leaves(new, old)}
         return output, updated
 
 
@@ -83,7 +94,7 @@ def wrap(
 
     The model's own code runs. Each planned layer adds its adapter's delta to what its
     methods return, wherever the layer is: in `nn.scan`, `nn.remat`, `nn.vmap` or
-    `nn.jit`, in modules with `setup` or `nn.compact`. Everything else is as it was.
+    `nn.jit`, in modules with `setup` or `nn.compact`.
 
     With `MoRAConfig(dropout=...)` each call says whether it drops:
     `adapter_deterministic=` must be given. With False, the keys come from
@@ -91,11 +102,10 @@ def wrap(
 
     Args:
       model: Any Linen module. It stays as it is.
-      config_or_plan: The kernels to adapt and the settings: a config, None for the
-        defaults, or a plan, as `linen.plan` makes it.
-      variables: The model's variables, arrays or shapes. They are given with a config,
-        not with a plan.
-      *args: The inputs of a call, arrays or shapes; with a config, like `variables`.
+      config_or_plan: A config, None for the defaults, or a plan, as `linen.plan` makes
+        it.
+      variables: With a config, the model's variables, arrays or shapes.
+      *args: With a config, the inputs of a call, arrays or shapes.
       **kwargs: Further inputs, by name.
 
     Returns:
@@ -129,48 +139,21 @@ def wrap(
       True
     """
     check_model(model)
-    plan = _given_or_made(model, config_or_plan, variables, args, kwargs)
-    return AdaptedApply(model, plan)
-
-
-def _with_base_of(params: Any, base: Any, trained: Items) -> Any:
-    """The params of a call, with the base's arrays instead of the trained copies."""
-    if not trained:
-        return params
-    leaves = named_leaves(base)
-    old = dict(find_trained(leaves, array) for array, _ in trained)
-    return replace_leaves(params, old)
-
-
-def _given_or_made(
-    model: nn.Module, config_or_plan: Any, variables: Any, args: Any, kwargs: Any
-) -> Plan:
-    """The plan that `wrap` was given, or the one that it makes by a config."""
     if isinstance(config_or_plan, Plan):
         if variables is not None or args or kwargs:
             raise TypeError(
                 "variables and inputs must not be given with a plan: the call is "
                 "wrap(model, plan)"
             )
-        return config_or_plan
+        return AdaptedApply(model, config_or_plan)
     if variables is None:
         check_config(config_or_plan, "wrap(model, config, variables, *inputs)")
         raise TypeError(
             "variables must be given with a config, got None: the call is "
             "wrap(model, config, variables, *inputs), or wrap(model, plan)"
         )
-    return plan_model(model, variables, config_or_plan, *args, **kwargs)
-
-
-def _warn_of_statistics(collections: list[str]) -> None:
-    """Warn that training changes more than the adapters."""
-    name = collections[0]
-    warn(
-        f"the call updates {', '.join(collections)}, which are part of the base and "
-        "neither in the adapters nor in what mora_jax.save and mora_jax.merge make. "
-        f"Keep updated[{name!r}] next to the adapters and pass it in variables, or "
-        "freeze it (BatchNorm: use_running_average=True, and not in mutable)"
-    )
+    plan = plan_model(model, variables, config_or_plan, *args, **kwargs)
+    return AdaptedApply(model, plan)
 
 
 NORMALISING = (nn.WeightNorm, nn.SpectralNorm)
@@ -185,24 +168,31 @@ class _Interceptor:
     """
 
     def __init__(self, plan: Plan, deterministic: bool) -> None:
-        self.traced = plan.traced
-        self.deterministic = deterministic
+        self.traced, self.deterministic = plan.traced, deterministic
         self.running: list[tuple[nn.Module, Any]] = []
         self.used: set[tuple[Any, str]] = set()
 
     def __call__(
         self, method: Callable[..., Any], args: Any, kwargs: Any, context: Any
     ) -> Any:
-        module, name = context.module, context.method_name
-        if isinstance(module, NORMALISING):
-            _refuse_normalised(module)
-        adapters = _adapters_of(module)
+        if isinstance(context.module, NORMALISING):
+            _refuse_normalised(context.module)
+        module: Any = context.module
+        name = context.method_name
+        adapters = adapters_of(module)
         running = any(module is caller for caller, _ in self.running)
-        if name == "setup" or module.scope is None or not adapters or running:
+        if name == "setup" or not adapters or running:
             return method(*args, **kwargs)
-        scope = module.scope.path
+        scope, rules = module.scope.path, rules_of(type(module))
         outermost = all(scope != outer for _, outer in self.running)
-        call = self._adapted(module, name, method, args, kwargs, adapters)
+        call, rule = functools.partial(method, *args, **kwargs), rules.get(name)
+        lacking_rule = {r.name(module) for r in rules.values()} if rule is None else ()
+        for kernel in adapters.keys() & lacking_rule:
+            raise unknown_use("/".join((*scope, kernel)), type(module), name)
+        if rule is not None and (kernel := rule.name(module)) in adapters:
+            self.used.add((scope, kernel))
+            adapted = LayerCall(rule, module, method, args, kwargs)
+            call = self._adapted(adapted, adapters[kernel])
         self.running.append((module, scope))
         try:
             y = call()
@@ -213,50 +203,24 @@ class _Interceptor:
                 raise unknown_use("/".join((*scope, kernel)), type(module), name)
         return y
 
-    def _adapted(
-        self,
-        module: Any,
-        name: str,
-        method: Callable[..., Any],
-        args: Any,
-        kwargs: Any,
-        adapters: Mapping[str, BoundAdapter],
-    ) -> Callable[[], Any]:
-        """The call of a method with the adapter of its kernel, if it has one."""
-        scope, rules = module.scope.path, rules_of(type(module))
-        kernels = {rule.name(module) for rule in rules.values()} & adapters.keys()
-        for kernel in () if name in rules else kernels:
-            raise unknown_use("/".join((*scope, kernel)), type(module), name)
-        if name not in rules or (kernel := rules[name].name(module)) not in kernels:
-            return functools.partial(method, *args, **kwargs)
-        self.used.add((scope, kernel))
-        adapter, key = adapters[kernel], None
-        spec = dataclasses.replace(adapter.spec, path=(*scope, *adapter.spec.path))
+    def _adapted(self, call: LayerCall, adapter: BoundAdapter) -> Callable[[], Any]:
+        """The call of a method with the adapter of its kernel."""
+        path = (*call.module.scope.path, *adapter.spec.path)
+        spec, key = dataclasses.replace(adapter.spec, path=path), None
         if not self.traced:
-            refuse_untraced(spec.name, rules[name].read(module, args, kwargs)[0])
+            refuse_untraced(spec.name, call.read()[0])
         if spec.dropout > 0 and not self.deterministic:
-            key = module.make_rng("dropout")
-        call = rules[name], module, method, args, kwargs, spec, lambda: adapter.m, key
-        return functools.partial(adapt_call, *call)
+            key = call.module.make_rng("dropout")
+        return functools.partial(adapt_call, call, spec, lambda: adapter.m, key)
 
 
 def _refuse_normalised(module: Any) -> None:
     """Raise if the layer inside has an adapter, whose delta would be normalised."""
     inside = module.layer_instance
-    for kernel in _adapters_of(inside):
+    for kernel in adapters_of(inside):
         name = "/".join((*inside.scope.path, kernel))
         raise ValueError(
             f"{name}: {type(module).__name__} changes this kernel before its layer "
             "multiplies, so that the adapted and the merged model would differ; "
             "exclude it"
         )
-
-
-def _adapters_of(module: nn.Module) -> dict[str, BoundAdapter]:
-    """The adapters in a module's scope, by the names of their kernels."""
-    params = {} if module.scope is None else module.scope.variables().get("params", {})
-    return {
-        key.removesuffix(SUFFIX): value
-        for key, value in params.items()
-        if isinstance(value, BoundAdapter)
-    }

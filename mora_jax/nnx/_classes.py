@@ -1,30 +1,126 @@
-"""Layers with adapters: their classes, and how adapters are put in and taken out."""
+"""Derived classes: layers whose methods run on a plain copy of the layer.
 
+A layer keeps its attributes and the name of its class, and with them the paths of its
+parameters. A method that has a rule, or that reads folded kernels, makes a copy of the
+plain class, without M's, and runs there. So whatever the method does (`nnx.remat` of a
+part, calls of other methods) adds no delta a second time, other threads may be in the
+same layer, and qwix, which takes an array for a weight if a parameter has its shape,
+sees no M.
+"""
+
+import contextlib
 import functools
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mora_jax._flax.adapted_call import adapt_call
-from mora_jax._flax.layer_rules import (
-    folded_kernels,
-    planning_rules,
-    rules_of,
-    unknown_use,
-)
-from mora_jax._flax.survey import refuse_untraced
-from mora_jax._layer.adapted import check_product
+from mora_jax._flax.adapted_call import LayerCall, adapt_call
+from mora_jax._flax.layer_rules import folded_kernels, rules_of, unknown_use
 from mora_jax._layer.fold import folded_kernel
-from mora_jax._plan.spec import SUFFIX, AdapterSpec
-from mora_jax._plan.trained_arrays import TrainedArray
-from mora_jax.nnx._derived import copied, derived, plain_class, plain_variable
+from mora_jax._plan.spec import SUFFIX
 from mora_jax.nnx._dropout import AdapterDropout
-from mora_jax.nnx._param import MoRAParam, TrainedParam, is_m, value_of
+from mora_jax.nnx._param import TrainedParam, is_m, value_of
 
 DROPOUT = "dropout_mora"
+
+Run = Callable[[nnx.Module, LayerCall], Any]
+"""(layer, call of its plain copy) to what the call returns."""
+
+Read = Callable[[nnx.Module, str, jax.Array], jax.Array]
+"""(layer, name of its kernel, the kernel) to what its methods read."""
+
+
+def derived(cls: type, run: Run, read: Read) -> type:
+    """A subclass of `cls` with the same name, whose methods run on plain copies.
+
+    A method that has a rule runs through `run`. A `products.Folded` kernel of a copy is
+    what `read` makes of it.
+    """
+    rules, folded = rules_of(cls), folded_kernels(cls)
+
+    def wrapped(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+        rule = rules.get(name)
+
+        @functools.wraps(method)
+        def call(self: nnx.Module, *args: Any, **kwargs: Any) -> Any:
+            if rule is None and not folded:
+                _refuse_unknown(self, cls, name)
+                with _copied(self, None) as copy:  # may call methods that have rules
+                    return method(copy, *args, **kwargs)
+            with _copied(self, read) as copy:
+                own = functools.partial(method, copy)
+                if rule is None:
+                    return own(*args, **kwargs)
+                return run(self, LayerCall(rule, copy, own, args, kwargs))
+
+        return call
+
+    methods = {
+        name: wrapped(name, method)
+        for name, method in inspect.getmembers(cls, inspect.isfunction)
+        if getattr(nnx.Module, name, None) is not method
+        and (not name.startswith("__") or name == "__call__")
+        and not isinstance(inspect.getattr_static(cls, name), staticmethod)
+    }
+    kept = {key: getattr(cls, key) for key in ("__module__", "__qualname__", "__doc__")}
+    return type(cls)(cls.__name__, (cls,), {**kept, "plain_class": cls, **methods})
+
+
+def plain_class(module: nnx.Module) -> type:
+    """The class that `module` had before it was adapted."""
+    return getattr(module, "plain_class", type(module))
+
+
+def set_class(module: nnx.Module, cls: type) -> None:
+    """Change the class of a module, which Flax does not let an assignment do."""
+    object.__setattr__(module, "__class__", cls)
+
+
+def _refuse_unknown(module: nnx.Module, cls: type, method: str) -> None:
+    """Raise for a method without a rule that may use an adapted kernel."""
+    public = method[0] != "_" or method == "__call__"
+    if public and any(map(is_m, vars(module).values())):
+        raise unknown_use("kernel", cls, method)
+
+
+@contextlib.contextmanager
+def _copied(module: nnx.Module, read: Read | None) -> Iterator[Any]:
+    """A copy of a layer for one call, with the same variables.
+
+    With `read` it is of the plain class without M's. Without, it is still an adapted
+    layer. An array that trains in float32 has the base's dtype, since the dtype of what
+    a layer computes often follows from its parameters. What the call sets, such as
+    intermediate values, is set on the layer as well.
+    """
+    cls = type(module) if read is None else plain_class(module)
+    attributes = {
+        name: value.plain() if _is_wider(value) else value
+        for name, value in vars(module).items()
+        if read is None or not is_m(value)
+    }
+    for name in folded_kernels(cls):
+        variable = attributes.get(name)
+        if read is not None and isinstance(variable, nnx.Variable):
+            kernel = read(module, name, variable[...])
+            attributes[name] = variable.replace(kernel)
+    copy = object.__new__(cls)
+    vars(copy).update(attributes)
+    yield copy
+    after, own = vars(copy), vars(module)
+    own.update({k: v for k, v in after.items() if v is not attributes.get(k)})
+    for name in attributes.keys() - after.keys():  # qwix deletes statistics
+        own.pop(name, None)
+
+
+def _is_wider(value: Any) -> bool:
+    return isinstance(value, TrainedParam) and value.spec.dtype != value.spec.base_dtype
+
+
+# --- Adapted layers ---
 
 
 def adapted_class(cls: type) -> type:
@@ -37,42 +133,22 @@ def adapted_class(cls: type) -> type:
 # class, or it would run what it has compiled for the old ones.
 @functools.cache
 def _adapted_class(cls: type, *rules: Any) -> type:
-    return derived(cls, call_adapted)
+    return derived(cls, _with_adapter, _with_delta)
 
 
-def call_adapted(
-    module: Any, name: str, method: Callable[..., Any], args: Any, kwargs: Any
-) -> Any:
-    """The output of a layer's method, with the adapter's delta added."""
-    cls = plain_class(module)
-    rule = rules_of(cls).get(name)
-    if rule is None and not folded_kernels(cls):
-        _refuse_unknown(module, cls, name)
-        with copied(module, None) as copy:  # which may call methods that have rules
-            return method(copy, *args, **kwargs)
-    with copied(module, with_delta) as copy:
-        method = functools.partial(method, copy)
-        if rule is None:
-            return method(*args, **kwargs)
-        kernel = rule.name(module)
-        m = getattr(module, kernel + SUFFIX, None)
-        if m is None:  # another kernel of the layer is adapted
-            return method(*args, **kwargs)
-        dropout, key = getattr(module, DROPOUT, None), None
-        if dropout is not None and not dropout.deterministic:
-            key = dropout.key(value_of(m), getattr(module, kernel))
-        m_of = functools.partial(value_of, m)
-        return adapt_call(rule, copy, method, args, kwargs, m.spec, m_of, key)
+def _with_adapter(module: Any, call: LayerCall) -> Any:
+    """The output of a method that has a rule, with the adapter's delta added."""
+    kernel = call.rule.name(module)
+    m = getattr(module, kernel + SUFFIX, None)
+    if m is None:  # another kernel of the layer is adapted
+        return call.method(*call.args, **call.kwargs)
+    dropout, key = getattr(module, DROPOUT, None), None
+    if isinstance(dropout, AdapterDropout) and not dropout.deterministic:
+        key = dropout.key(value_of(m), getattr(module, kernel))
+    return adapt_call(call, m.spec, functools.partial(value_of, m), key)
 
 
-def _refuse_unknown(module: nnx.Module, cls: type, method: str) -> None:
-    """Raise for a method without a rule that may use an adapted kernel."""
-    public = method[0] != "_" or method == "__call__"
-    if public and any(map(is_m, vars(module).values())):
-        raise unknown_use("kernel", cls, method)
-
-
-def with_delta(module: nnx.Module, name: str, kernel: jax.Array) -> jax.Array:
+def _with_delta(module: nnx.Module, name: str, kernel: jax.Array) -> jax.Array:
     """The kernel of a module with the delta of its adapter, if it has one."""
     m: Any = getattr(module, name + SUFFIX, None)
     if m is None:
@@ -83,52 +159,3 @@ def with_delta(module: nnx.Module, name: str, kernel: jax.Array) -> jax.Array:
             f"products.Folded, got {type(kernel).__name__}; is it quantized?"
         )
     return folded_kernel(m.spec, value_of(m), kernel)
-
-
-def attach(
-    module: nnx.Module, spec: AdapterSpec, m: Any, *, seed: int, traced: bool
-) -> None:
-    """Give `module` its adapter, or raise if it would change nothing."""
-    cls, kernel = plain_class(module), spec.path[-1]
-    rule = planning_rules(module).get(kernel)
-    if rule is None:
-        raise unknown_use(spec.name, cls, "__call__")
-    product = rule.product(module)
-    if not traced:
-        refuse_untraced(spec.name, product)
-    if product is not None:
-        check_product(spec, product)
-    if folded_kernels(cls) and spec.dropout > 0:
-        raise ValueError(
-            f"{spec.name}: dropout must be 0 for a kernel that methods read "
-            f"(products.Folded), got {spec.dropout}; say so in overrides"
-        )
-    object.__setattr__(module, "__class__", adapted_class(cls))
-    hold_adapter(module, spec, m, seed)
-
-
-def hold_adapter(module: nnx.Module, spec: AdapterSpec, m: Any, seed: int) -> None:
-    """Put M beside its kernel, and the switch of its dropout where it has any."""
-    setattr(module, spec.path[-1] + SUFFIX, MoRAParam.of(spec, m))
-    if spec.dropout > 0:
-        setattr(module, DROPOUT, AdapterDropout(spec.dropout, seed))
-
-
-def train_array(module: nnx.Module, trained: TrainedArray, copy: Any) -> None:
-    """Put the trained copy of an array into `module` instead of the base's."""
-    name = trained.path[-1]
-    variable = TrainedParam.in_place_of(getattr(module, name), trained, copy)
-    setattr(module, name, variable)
-    if trained.dtype != trained.base_dtype:
-        cls = adapted_class(plain_class(module))
-        object.__setattr__(module, "__class__", cls)
-
-
-def detach(module: nnx.Module) -> None:
-    """Undo `attach` and `train_array`; trained numbers stay."""
-    for name, value in list(vars(module).items()):
-        if isinstance(value, TrainedParam):
-            setattr(module, name, plain_variable(value))
-        elif isinstance(value, MoRAParam) or name == DROPOUT:
-            delattr(module, name)
-    object.__setattr__(module, "__class__", plain_class(module))

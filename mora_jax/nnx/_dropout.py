@@ -31,29 +31,18 @@ class AdapterDropout(nnx.Dropout):
         self.seed = seed
 
     def key(self, m: Any, kernel: Any) -> PRNGKeyArray:
-        """The key for one call of a layer.
-
-        Args:
-          m: M, (*stack, q, q); or a tree with the M's of many adapters first.
-          kernel: The kernel, or the tree of arrays that a quantized kernel is.
-        """
+        """The key for one call of a layer; M and the kernel may be trees of arrays."""
         m, leaf = jax.tree.leaves(m)[0], jax.tree.leaves(kernel)[0]
 
         def make_key(m: jax.Array, leaf: jax.Array) -> PRNGKeyArray:
+            first = leaf[(0,) * (leaf.ndim - 1)][:16]  # to read all would take long
             key = jax.random.fold_in(jax.random.key(np.uint32(self.seed)), _hash(m))
-            return jax.random.fold_in(key, _hash(_sample(leaf)))
+            return jax.random.fold_in(key, _hash(first))
 
-        for array in (m, leaf):
-            sharding = explicit_sharding(array)
-            if sharding is not None:
-                replicated = NamedSharding(sharding.mesh, PartitionSpec())
-                return with_auto_axes(make_key, replicated, m, leaf)
+        for sharding in filter(None, map(explicit_sharding, (m, leaf))):
+            replicated = NamedSharding(sharding.mesh, PartitionSpec())
+            return with_auto_axes(make_key, replicated, m, leaf)
         return make_key(m, leaf)
-
-
-def _sample(x: jax.Array) -> jax.Array:
-    """The first few numbers of a kernel; to read all of them would take long."""
-    return x[(0,) * (x.ndim - 1)][:16]
 
 
 def _hash(x: jax.Array) -> jax.Array:

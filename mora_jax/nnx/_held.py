@@ -16,13 +16,14 @@ from mora_jax._common.types import Path
 from mora_jax._plan.plan import Plan
 from mora_jax._plan.spec import SUFFIX, AdapterSpec
 from mora_jax._tree.adapters import init_adapter
-from mora_jax.nnx._classes import DROPOUT, hold_adapter
+from mora_jax.nnx._classes import DROPOUT
 from mora_jax.nnx._param import MoRAParam as MoRAParam
 from mora_jax.nnx._param import is_m, value_of
 from mora_jax.nnx._state import adapters as adapters
 from mora_jax.nnx._state import named_modules as named_modules
 from mora_jax.nnx._state import named_sharding
 from mora_jax.nnx._state import plan_of as plan_of
+from mora_jax.nnx._wrap import hold_adapter
 from mora_jax.sharding import adapter_sharding
 
 

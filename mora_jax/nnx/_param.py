@@ -15,21 +15,9 @@ class MoRAParam(nnx.LoRAParam[Any]):
     """The square matrix M of one kernel; its metadata `spec` says how it is adapted.
 
     It is a subclass of `nnx.LoRAParam`, so that code that filters adapters by this type
-    works as it is. Where Flax copies a whole variable (`nnx.update` with another
-    model's state, `nnx.merge`, `copy_from`), it copies the spec with the numbers, and
-    they keep their meaning. If a variable is assigned to a variable with another spec,
-    an error is raised.
-
-    Example::
-
-      >>> from flax import nnx
-      >>> import mora_jax
-      >>> config = mora_jax.MoRAConfig(rank=2)
-      >>> layer = mora_jax.nnx.MoRALinear(16, 16, config=config, rngs=nnx.Rngs(0))
-      >>> isinstance(layer.kernel_mora, nnx.LoRAParam)
-      True
-      >>> layer.kernel_mora.spec.parameters
-      64
+    works as it is. Where Flax copies a whole variable (`nnx.update`, `nnx.merge`,
+    `copy_from`), it copies the spec with the numbers, and they keep their meaning.
+    Assigning a variable that has another spec raises an error.
     """
 
     spec: AdapterSpec
@@ -57,7 +45,7 @@ class TrainedParam(MoRAParam):
 
     It is a subclass of `MoRAParam`, so that what trains, saves or counts adapters by
     that type does so with it too. It has the metadata of the base's variable, with a
-    `spec` that says which dtype the base has, and the base's type as `plain`.
+    `spec` that says which dtype the base has, and the base's type as `base_type`.
     """
 
     spec: TrainedArray  # type: ignore[assignment]
@@ -68,8 +56,14 @@ class TrainedParam(MoRAParam):
     ) -> "TrainedParam":
         """The trained copy of what `variable` holds."""
         spec = dataclasses.replace(spec, path=spec.path[-1:])
-        metadata = {**variable.get_metadata(), "spec": spec, "plain": type(variable)}
-        return cls.from_metadata(copy, metadata)  # type: ignore[return-value]
+        own = {"spec": spec, "base_type": type(variable)}
+        return cls.from_metadata(copy, {**variable.get_metadata(), **own})  # type: ignore[return-value]
+
+    def plain(self) -> nnx.Variable[Any]:
+        """A variable as the base has it, with the trained numbers rounded."""
+        metadata = dict(self.get_metadata())
+        spec, base_type = metadata.pop("spec"), metadata.pop("base_type")
+        return base_type.from_metadata(self[...].astype(spec.base_dtype), metadata)
 
     def _check(self, value: Any) -> None:
         if isinstance(value, MoRAParam) and value.spec != self.spec:

@@ -1,22 +1,18 @@
 """A plan of a model, by what its layers compute."""
 
-import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from flax import nnx
 
-from mora_jax._flax.layer_rules import (
-    folded_kernels,
-    planning_rules,
-    rules_of,
-)
+from mora_jax._flax.adapted_call import LayerCall
+from mora_jax._flax.layer_rules import folded_kernels, planning_rules
 from mora_jax._flax.planning import plan_surveyed
 from mora_jax._flax.survey import Survey, refuse_untraced
 from mora_jax._plan.config import MoRAConfig, check_config
 from mora_jax._plan.plan import Plan
 from mora_jax._tree.paths import named_leaves
-from mora_jax.nnx._derived import copied, derived, plain_class
+from mora_jax.nnx._classes import derived, set_class
 from mora_jax.nnx._param import MoRAParam
 from mora_jax.nnx._state import named_modules
 
@@ -34,9 +30,9 @@ def plan(
     Args:
       model: Any NNX module, of arrays or (by `nnx.eval_shape`) of shapes.
       config: The kernels to adapt and the settings; None for the defaults.
-      *args: The inputs of a call, arrays or shapes. They are only needed where the
-        modules do not tell enough: an `nnx.Einsum` that gets its equation in the call,
-        and embeddings, which a model might also read elsewhere (a tied head).
+      *args: The inputs of a call, arrays or shapes, where the modules do not tell
+        enough: an `nnx.Einsum` that gets its equation in the call, and embeddings,
+        which a model might also read elsewhere (a tied head).
       **kwargs: Further inputs, by name.
 
     Returns:
@@ -74,12 +70,10 @@ def plan(
                 survey.non_kernels.add(name)
             elif key in rules and (product := rules[key].product(module)) is not None:
                 survey.products[name] = product
-    survey.faults |= normalised(model, survey.products)
     if args or kwargs:
         _trace(model, survey, args, kwargs)
     chosen = plan_surveyed(params, config, survey)
-    refuse_shared(model, [spec.name for spec in chosen.specs], "exclude it")
-    refuse_shared(model, [t.name for t in chosen.trained], "take it out of train")
+    refuse_unfit(model, chosen)
     for spec in () if chosen.traced else chosen.specs:
         refuse_untraced(spec.name, survey.products.get(spec.name))
     return chosen
@@ -89,60 +83,37 @@ NORMALISING = nnx.WeightNorm, nnx.SpectralNorm
 """Flax's modules that change the kernels of the layer inside."""
 
 
-def normalised(model: nnx.Module, kernels: Iterable[str]) -> dict[str, str]:
-    """{path: reason} of the `kernels` that a module changes before it uses them."""
-    inside = {
-        "/".join((*path, "layer_instance", "")): type(module).__name__
-        for path, module in named_modules(model)
-        if isinstance(module, NORMALISING)
-    }
-    return {
-        kernel: f"{cls} changes it before its layer multiplies"
-        for kernel in kernels
-        for start, cls in inside.items()
-        if kernel.startswith(start)
-    }
+def refuse_unfit(model: nnx.Module, plan: Plan) -> None:
+    """Raise if a kernel of `plan` is shared, or changed before it is used."""
+    _refuse_shared(model, [spec.name for spec in plan.specs], "exclude it")
+    _refuse_shared(model, [t.name for t in plan.trained], "take it out of train")
+    for path, module in named_modules(model):
+        start = "/".join((*path, "layer_instance", ""))
+        for name in plan if isinstance(module, NORMALISING) else ():
+            if name.startswith(start):
+                raise ValueError(
+                    f"{name}: {type(module).__name__} changes it before its layer "
+                    "multiplies; exclude it"
+                )
 
 
 def check_model(model: Any) -> None:
     """Raise unless `model` is an NNX module without adapters."""
-    if not isinstance(model, nnx.Module):
-        is_class = isinstance(model, type)
-        got = f"the class {model.__name__}" if is_class else type(model).__name__
-        raise TypeError(f"model must be a flax.nnx.Module, got {got}")
-    for path, node in nnx.iter_graph(model):
-        if isinstance(node, MoRAParam):
-            name = "/".join(map(str, path))
-            raise ValueError(f"model has adapters already, the first at {name!r}")
+    for path, module in named_modules(model):
+        for name, value in vars(module).items():
+            if isinstance(value, MoRAParam):
+                name = "/".join((*path, name))
+                raise ValueError(f"model has adapters already, the first at {name!r}")
 
 
 def _trace(model: nnx.Module, survey: Survey, args: Any, kwargs: Any) -> None:
     """Add to `survey` what the trace of a call shows."""
     marked = nnx.clone(model)
-
-    def read(prefix: str, module: Any, name: str, kernel: Any) -> Any:
-        cls = plain_class(module)
-        product = folded_kernels(cls)[name]
-        return survey.record_read(prefix + name, product, cls.__name__, kernel)
-
-    def record(
-        prefix: str, module: Any, name: str, method: Any, args: Any, kwargs: Any
-    ) -> Any:
-        rule = rules_of(type(module)).get(name)
-        if rule is None and not folded_kernels(type(module)):
-            return method(module, *args, **kwargs)  # it may call those that have rules
-        with copied(module, functools.partial(read, prefix)) as copy:
-            method = functools.partial(method, copy)
-            if rule is None:
-                return method(*args, **kwargs)
-            path = prefix + rule.name(copy)
-            return survey.record_call(path, rule, copy, method, args, kwargs)
-
     for path, layer in list(named_modules(marked)):
         kernels = (getattr(layer, name, None) for name in planning_rules(layer))
         if any(isinstance(kernel, nnx.Variable) for kernel in kernels):
-            through = functools.partial(record, "".join(f"{key}/" for key in path))
-            object.__setattr__(layer, "__class__", derived(type(layer), through))
+            prefix = "".join(f"{key}/" for key in path)
+            set_class(layer, _marked_class(type(layer), prefix, survey))
     graph, state = nnx.split(marked)
 
     def call(state: Any, args: Any, kwargs: Any) -> Any:
@@ -152,7 +123,20 @@ def _trace(model: nnx.Module, survey: Survey, args: Any, kwargs: Any) -> None:
     survey.trace(call, leaves, state, args, kwargs)
 
 
-def refuse_shared(model: nnx.Module, arrays: Sequence[str], remedy: str) -> None:
+def _marked_class(cls: type, prefix: str, survey: Survey) -> type:
+    """The class of a layer whose calls `survey` records; `prefix` is its path."""
+
+    def run(_: Any, call: LayerCall) -> Any:
+        return survey.record_call(prefix + call.rule.name(call.module), call)
+
+    def read(_: Any, name: str, kernel: Any) -> Any:
+        product = folded_kernels(cls)[name]
+        return survey.record_read(prefix + name, product, cls.__name__, kernel)
+
+    return derived(cls, run, read)
+
+
+def _refuse_shared(model: nnx.Module, arrays: Sequence[str], remedy: str) -> None:
     """Raise if the model holds one of `arrays`, or its module, in two places."""
     for paths in nnx.find_duplicates(model) if arrays else ():
         names = ["/".join(map(str, path)) for path in paths]

@@ -19,47 +19,46 @@ from mora_jax._plan.trained_arrays import TrainedArray
 from mora_jax._tree.adapters import Tree, adapter_items, nest, trained_items
 from mora_jax._tree.base_digest import check_base
 from mora_jax._tree.paths import adapter_path, named_leaves, unboxed
-from mora_jax.nnx._param import MoRAParam, TrainedParam, is_m, value_of
+from mora_jax.nnx._param import MoRAParam, TrainedParam, value_of
 
 
 def named_modules(model: nnx.Module) -> Iterator[tuple[Path, nnx.Module]]:
     """The modules inside a model by path, each of them once."""
+    if not isinstance(model, nnx.Module):
+        is_class = isinstance(model, type)
+        got = f"the class {model.__name__}" if is_class else type(model).__name__
+        raise TypeError(f"model must be a flax.nnx.Module, got {got}")
     for path, node in nnx.iter_graph(model):
         if isinstance(node, nnx.Module):
             yield tuple(map(str, path)), node
 
 
-def _variables(model: nnx.Module) -> Iterator[tuple[Path, Any]]:
-    """The attributes of all modules inside a model, by path."""
+Variables = tuple[
+    list[tuple[AdapterSpec, MoRAParam]], list[tuple[TrainedArray, TrainedParam]]
+]
+
+
+def adapter_variables(model: nnx.Module) -> Variables:
+    """The M's of an adapted model, and its arrays that train themselves.
+
+    Each comes with a spec that has its present path; they are in order of the paths.
+    """
+    ms, copies = [], []
     for path, module in named_modules(model):
-        for name, value in vars(module).items():
-            yield (*path, name), value
-
-
-def adapter_variables(model: nnx.Module) -> list[tuple[AdapterSpec, MoRAParam]]:
-    """The M's of an adapted model, each with a spec that has its present path."""
-    if not isinstance(model, nnx.Module):
-        raise TypeError(f"model must be a flax.nnx.Module, got {type(model).__name__}")
-    pairs = []
-    for (*path, name), m in _variables(model):
-        if is_m(m):
-            # The stack is M's and not the kernel's, which may be quantized by now.
-            stack = tuple(m.shape[: m.ndim - len(m.spec.shape)])
-            kernel = (*path, name.removesuffix(SUFFIX))
-            pairs.append((m.spec.stacked(stack, kernel), m))
-    if not pairs:
+        for name, m in vars(module).items():
+            if isinstance(m, TrainedParam):
+                at = {"path": (*path, name), "shape": tuple(m.shape)}
+                copies.append((dataclasses.replace(m.spec, **at), m))
+            elif isinstance(m, MoRAParam):
+                # The stack is M's and not the kernel's, which may be quantized by now.
+                stack = tuple(m.shape[: m.ndim - len(m.spec.shape)])
+                kernel = (*path, name.removesuffix(SUFFIX))
+                ms.append((m.spec.stacked(stack, kernel), m))
+    if not ms:
         raise ValueError("model has no adapters; see mora_jax.nnx.wrap")
-    return sorted(pairs, key=lambda pair: pair[0].path)
-
-
-def trained_variables(model: nnx.Module) -> list[tuple[TrainedArray, TrainedParam]]:
-    """The arrays of a model that train themselves, with their present paths."""
-    pairs = [
-        (dataclasses.replace(v.spec, path=path, shape=tuple(v.shape)), v)
-        for path, v in _variables(model)
-        if isinstance(v, TrainedParam)
-    ]
-    return sorted(pairs, key=lambda pair: pair[0].path)
+    for pairs in (ms, copies):
+        pairs.sort(key=lambda pair: pair[0].path)
+    return ms, copies
 
 
 def parameters(model: nnx.Module) -> Tree:
@@ -81,21 +80,13 @@ def plan_of(model: nnx.Module) -> Plan:
     Raises:
       ValueError: `model` lacks adapters.
 
-    Example::
-
-      >>> from flax import nnx
-      >>> import mora_jax
-      >>> model = nnx.Sequential(nnx.Linear(16, 16, rngs=nnx.Rngs(0)))
-      >>> adapted = mora_jax.nnx.wrap(model)
-      >>> mora_jax.nnx.plan_of(adapted) == mora_jax.nnx.plan(model)
-      True
+    Example: see `wrap`.
     """
-    specs = tuple(spec for spec, _ in adapter_variables(model))
-    trained = tuple(array for array, _ in trained_variables(model))
+    ms, copies = adapter_variables(model)
+    specs, trained = tuple(s for s, _ in ms), tuple(array for array, _ in copies)
     size = sum(leaf.size for leaf in jax.tree.leaves(parameters(model)))
     size += sum(array.parameters for array in trained)
-    # `attach` refuses what needs a trace.
-    return Plan(specs, size, traced=True, trained=trained)
+    return Plan(specs, size, traced=True, trained=trained)  # `wrap` refused the rest
 
 
 def adapters(model: nnx.Module) -> Tree:
@@ -109,19 +100,11 @@ def adapters(model: nnx.Module) -> Tree:
     Raises:
       ValueError: `model` lacks adapters.
 
-    Example::
-
-      >>> import jax, jax.numpy as jnp
-      >>> from flax import nnx
-      >>> import mora_jax
-      >>> model = nnx.Sequential(nnx.Linear(16, 16, rngs=nnx.Rngs(0)))
-      >>> adapters = mora_jax.nnx.adapters(mora_jax.nnx.wrap(model))
-      >>> jax.tree.map(jnp.shape, adapters)
-      {'layers': {'0': {'kernel_mora': (16, 16)}}}
+    Example: see `wrap`.
     """
-    ms = {adapter_path(spec): unboxed(m) for spec, m in adapter_variables(model)}
-    arrays = {spec.path: unboxed(copy) for spec, copy in trained_variables(model)}
-    return nest(ms | arrays)
+    ms, copies = adapter_variables(model)
+    arrays = {adapter_path(spec): unboxed(m) for spec, m in ms}
+    return nest(arrays | {array.path: unboxed(copy) for array, copy in copies})
 
 
 def set_adapters(
@@ -144,33 +127,40 @@ def set_adapters(
       plan: The plan that the adapters were made for, or its `digest()`. Nested dicts
         hold numbers alone, so without it nothing shows whether they are for the
         operators, seeds and alphas of this model. A plan of `load` also knows the base.
-      any_base: True to take adapters of any base, also if the plan knows that they
-        were trained on other kernels than the model's.
+      any_base: True to take adapters that were trained on other kernels as well.
 
     Raises:
       TypeError: The adapters are not arrays, or `plan` is neither a plan nor a digest.
       ValueError: The model lacks adapters; or the new ones do not fit its plan, were
         made for another plan, or were trained on another base and `any_base` is False.
 
-    Example::
-
-      >>> import jax, jax.numpy as jnp
-      >>> from flax import nnx
-      >>> import mora_jax
-      >>> model = nnx.Sequential(nnx.Linear(16, 16, rngs=nnx.Rngs(0)))
-      >>> model = mora_jax.nnx.wrap(model)
-      >>> ones = jax.tree.map(jnp.ones_like, mora_jax.nnx.adapters(model))
-      >>> plan = mora_jax.nnx.plan_of(model)
-      >>> mora_jax.nnx.set_adapters(model, ones, plan.digest())
-      >>> float(mora_jax.nnx.adapters(model)["layers"]["0"]["kernel_mora"].sum())
-      256.0
+    Example: see `wrap`.
     """
     model_plan = plan_of(model)
+    _check_made_for(plan, model_plan)
+    if isinstance(plan, Plan) and not any_base:
+        leaves = named_leaves(parameters(model))
+        check_base(plan.specs, {name: leaf for name, (_, leaf) in leaves.items()})
+    items = adapter_items(adapters, model_plan, by_row=True)
+    named = [(spec.name + SUFFIX, m) for spec, m in items]
+    named += [(a.name, copy) for a, copy in trained_items(adapters, model_plan)]
+    # All of them are checked before the first is set.
+    new = [m if isinstance(m, Selected) else as_jax_array(name, m) for name, m in named]
+    ms, copies = adapter_variables(model)
+    for (_, variable), m in zip([*ms, *copies], new, strict=True):
+        if isinstance(m, Selected) or isinstance(value_of(variable), Selected):
+            variable.copy_from(variable.replace(m))  # `[...]` sets arrays alone
+            continue
+        sharding = named_sharding(variable)
+        if sharding is not None and not isinstance(m, Tracer) and not m.committed:
+            m = jax.device_put(m, sharding)
+        variable[...] = m
+
+
+def _check_made_for(plan: Any, model_plan: Plan) -> None:
+    """Raise unless adapters of `plan`, a plan or its digest, are right for a model."""
     if isinstance(plan, Plan):
         refuse_other_plan(plan, model_plan)
-        if not any_base:
-            leaves = named_leaves(parameters(model))
-            check_base(plan.specs, {name: leaf for name, (_, leaf) in leaves.items()})
     elif isinstance(plan, str):
         if not re.fullmatch("[0-9a-f]{64}", plan):
             raise ValueError(
@@ -184,18 +174,3 @@ def set_adapters(
             )
     elif plan is not None:
         raise TypeError(f"plan must be a Plan or its digest, got {type(plan).__name__}")
-    ms = adapter_items(adapters, model_plan, by_row=True)
-    copies = trained_items(adapters, model_plan)
-    named = [(spec.name + SUFFIX, m) for spec, m in ms]
-    named += [(array.name, copy) for array, copy in copies]
-    # All of them are checked before the first is set.
-    new = [m if isinstance(m, Selected) else as_jax_array(name, m) for name, m in named]
-    variables = [*adapter_variables(model), *trained_variables(model)]
-    for (_, variable), m in zip(variables, new, strict=True):
-        if isinstance(m, Selected) or isinstance(value_of(variable), Selected):
-            variable.copy_from(variable.replace(m))  # `[...]` sets arrays alone
-            continue
-        sharding = named_sharding(variable)
-        if sharding is not None and not isinstance(m, Tracer) and not m.committed:
-            m = jax.device_put(m, sharding)
-        variable[...] = m

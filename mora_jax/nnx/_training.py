@@ -20,9 +20,9 @@ def value_and_grad(
 ) -> Callable[..., Any]:
     """`nnx.value_and_grad` with respect to the adapters alone.
 
-    Flax's own function takes a filter, all of `nnx.Param` by default, and its optimizer
-    takes another. If they differ, the base is trained, or an error comes far from the
-    cause. This function and `adapter_optimizer` have the same filter.
+    Flax's own function and its optimizer each take a filter. If the two differ, the
+    base is trained, or an error comes far from the cause. This function and
+    `adapter_optimizer` have the same filter.
 
     Args:
       f: A function (model, *args) -> loss, or (loss, aux).
@@ -31,9 +31,8 @@ def value_and_grad(
 
     Returns:
       A function like `f` that returns (loss, gradients), the gradients as a state of
-      `MoRAParam`s. Its calls raise ValueError if the model lacks adapters, or if
-      `serving.select` has given each row its own: those train by the tree of
-      `serving.stack`.
+      `MoRAParam`s. Its calls raise ValueError if the model lacks adapters, or has one
+      for each row of a batch (`serving.select`).
 
     Example::
 
@@ -55,7 +54,7 @@ def value_and_grad(
     @functools.wraps(f)
     def of_adapters(*args: Any, **kwargs: Any) -> Any:
         for model in args[argnums:][:1]:  # without one Flax says so
-            refuse_rows(model)
+            _refuse_rows(model)
         return grad(*args, **kwargs)
 
     return of_adapters
@@ -66,8 +65,7 @@ def adapter_optimizer(
 ) -> nnx.Optimizer:
     """An `nnx.Optimizer` of the adapters alone, for gradients of `value_and_grad`.
 
-    It keeps nothing for the base. What `tx` computes over the whole, such as a norm to
-    clip by, depends on the adapters only.
+    It keeps nothing for the base, and a norm to clip by is of the adapters only.
 
     Args:
       model: An adapted model, as `wrap` makes it.
@@ -81,44 +79,31 @@ def adapter_optimizer(
       ValueError: The model lacks adapters, or has one for each row of a batch.
 
     Example: see `value_and_grad`.
-
-      >>> import optax
-      >>> from flax import nnx
-      >>> import mora_jax
-      >>> model = mora_jax.nnx.wrap(nnx.Linear(16, 16, rngs=nnx.Rngs(0)))
-      >>> opt = mora_jax.nnx.adapter_optimizer(model, optax.sgd(0.1))
-      >>> opt.wrt.__name__
-      'MoRAParam'
     """
     check_transformation(tx)
-    refuse_rows(model)
+    _refuse_rows(model)
     optimizer = nnx.Optimizer(model, tx, wrt=MoRAParam)
-    for _, m in adapter_variables(model):
-        if (sharding := named_sharding(m)) is not None:
-            _replicate_counters(optimizer, sharding.mesh)
-            break
+    shardings = (named_sharding(m) for _, m in adapter_variables(model)[0])
+    sharding = next(filter(None, shardings), None)
+    if sharding is None:
+        return optimizer
+    replicated = NamedSharding(sharding.mesh, PartitionSpec())
+
+    # The first step would put what is not committed to a device, such as counters, onto
+    # the mesh, and the second would be compiled again.
+    def put(leaf: jax.Array) -> jax.Array:
+        return leaf if leaf.committed else jax.device_put(leaf, replicated)
+
+    nnx.update(optimizer, jax.tree.map(put, nnx.state(optimizer)))
     return optimizer
 
 
-def refuse_rows(model: nnx.Module) -> None:
+def _refuse_rows(model: nnx.Module) -> None:
     """Raise if rows have adapters of their own: an index is nothing to train."""
-    for spec, m in adapter_variables(model):
+    for spec, m in adapter_variables(model)[0]:
         if isinstance(value_of(m), Selected):
             raise ValueError(
                 f"model must have one adapter, got one for each row at {spec.name!r}; "
                 "many train at once by the gradient of a function of what "
                 "serving.stack returns"
             )
-
-
-def _replicate_counters(optimizer: nnx.Optimizer, mesh: Any) -> None:
-    """Put what is not committed to a device, such as counters, onto `mesh`.
-
-    Otherwise the first step would put it there, and the second would be compiled again.
-    """
-    replicated = NamedSharding(mesh, PartitionSpec())
-
-    def put(leaf: jax.Array) -> jax.Array:
-        return leaf if leaf.committed else jax.device_put(leaf, replicated)
-
-    nnx.update(optimizer, jax.tree.map(put, nnx.state(optimizer)))

@@ -6,16 +6,20 @@ import jax
 from flax import nnx
 from jax.typing import DTypeLike
 
+from mora_jax._flax.layer_rules import folded_kernels, planning_rules, unknown_use
+from mora_jax._flax.survey import refuse_untraced
+from mora_jax._layer.adapted import check_product
 from mora_jax._layer.rounding import Rounding
 from mora_jax._plan.config import MoRAConfig
 from mora_jax._plan.plan import Plan
-from mora_jax._plan.spec import AdapterSpec
+from mora_jax._plan.spec import SUFFIX, AdapterSpec
 from mora_jax._plan.trained_arrays import refuse_trained
 from mora_jax._tree.adapters import adapter_items, init, trained_items
 from mora_jax._tree.merge import merge
-from mora_jax.nnx._classes import attach, detach, train_array
-from mora_jax.nnx._param import MoRAParam
-from mora_jax.nnx._plan import check_model, normalised, refuse_shared
+from mora_jax.nnx._classes import DROPOUT, adapted_class, plain_class, set_class
+from mora_jax.nnx._dropout import AdapterDropout
+from mora_jax.nnx._param import MoRAParam, TrainedParam
+from mora_jax.nnx._plan import check_model, refuse_unfit
 from mora_jax.nnx._plan import plan as plan_model
 from mora_jax.nnx._state import (
     adapters,
@@ -40,23 +44,23 @@ def wrap(
 
     The model's own code runs. Each planned layer adds its adapter's delta to what its
     methods return: it gets a `MoRAParam` next to its kernel, and a subclass of its
-    class. Everything else is as it was: names, types and the paths of the parameters,
-    so that a checkpoint of the base loads into the result.
+    class. Names, types and the paths of the parameters stay, so that a checkpoint of
+    the base loads into the result.
 
     With `MoRAConfig(dropout=...)` the model drops in training until `model.eval()`,
-    which sampling and evaluation need; `model.train()` turns it on again. No generator
-    is in the model: what a layer drops depends on `seed`, on its M and on its kernel.
-    So the masks change whenever an optimizer changes M, and differ between layers. But
-    several calls with the same M's, such as the microbatches of one step, drop the same
-    positions.
+    which sampling and evaluation need; `model.train()` turns it on again. What a layer
+    drops depends on `seed`, on its M and on its kernel, and no generator is in the
+    model. So the masks change whenever an optimizer changes M, and differ between
+    layers, but calls with the same M's, such as the microbatches of one step, drop the
+    same positions.
 
     Args:
       model: Any NNX module. It stays as it is, and shares its arrays with the result: a
         step to which the whole state of the result is donated deletes the base, too.
         Donate the adapters alone, the first part of `nnx.split(model, MoRAParam, ...)`;
         see docs/training-nnx.md.
-      config_or_plan: The kernels to adapt and the settings: a config, None for the
-        defaults, or a plan, as `nnx.plan` makes it.
+      config_or_plan: A config, None for the defaults, or a plan, as `nnx.plan` makes
+        it.
       rngs: The source of the key for `init="gaussian"`.
       seed: The seed of the dropout masks.
 
@@ -72,27 +76,34 @@ def wrap(
 
     Example::
 
-      >>> import jax.numpy as jnp
+      >>> import jax, jax.numpy as jnp
       >>> from flax import nnx
       >>> import mora_jax
       >>> layers = [nnx.Linear(16, 16, rngs=nnx.Rngs(k)) for k in range(2)]
       >>> model, x = nnx.Sequential(*layers), jnp.ones((1, 16))
-      >>> config = mora_jax.MoRAConfig(rank=2)
-      >>> adapted = mora_jax.nnx.wrap(model, config)
+      >>> adapted = mora_jax.nnx.wrap(model, mora_jax.MoRAConfig(rank=2))
       >>> bool((adapted(x) == model(x)).all())
+      True
+      >>> plan, ms = mora_jax.nnx.plan_of(adapted), mora_jax.nnx.adapters(adapted)
+      >>> jax.tree.map(jnp.shape, ms)
+      {'layers': {'0': {'kernel_mora': (8, 8)}, '1': {'kernel_mora': (8, 8)}}}
+      >>> ones = jax.tree.map(jnp.ones_like, ms)
+      >>> mora_jax.nnx.set_adapters(adapted, ones, plan)
+      >>> merged = mora_jax.nnx.merge_adapters(adapted)
+      >>> bool(jnp.allclose(merged(x), adapted(x), atol=1e-4))
+      True
+      >>> type(mora_jax.nnx.unwrap(adapted).layers[0]) is nnx.Linear
       True
     """
     check_model(model)
     plan = config_or_plan
     if not isinstance(plan, Plan):
         plan = plan_model(model, plan)
-    # A plan that was given may name such a kernel, if names and shapes made it.
-    for name, why in normalised(model, plan).items():
-        raise ValueError(f"{name}: {why}; exclude it")
+    else:  # names and shapes may have made it
+        refuse_unfit(model, plan)
     key = None
     if rngs is not None and any(spec.init == "gaussian" for spec in plan.specs):
         key = rngs.params()
-    refuse_shared(model, [t.name for t in plan.trained], "take it out of train")
     new = init(plan, key, params=parameters(model) if plan.trained else None)
     model = nnx.clone(model)
     modules = dict(named_modules(model))
@@ -105,24 +116,50 @@ def wrap(
                 f"the plan has a kernel of shape {spec.kernel_shape} at {spec.name!r}, "
                 f"the model has {shape}"
             )
-        m = _placed(m, spec, kernel)
-        attach(module, spec, m, seed=seed, traced=plan.traced)
+        _check_layer(module, spec, plan.traced)
+        set_class(module, adapted_class(plain_class(module)))
+        hold_adapter(module, spec, m, seed)
     for trained, copy in trained_items(new, plan):
-        module = modules.get(trained.path[:-1])
-        if not isinstance(getattr(module, trained.path[-1], None), nnx.Variable):
+        module: Any = modules.get(trained.path[:-1])
+        variable = getattr(module, trained.path[-1], None)
+        if not isinstance(variable, nnx.Variable):
             raise ValueError(
                 f"{trained.name}: nnx.wrap trains variables that are attributes of a "
                 "module, and this one is in a container; take it out of train"
             )
-        assert module is not None
-        train_array(module, trained, copy)
+        own = TrainedParam.in_place_of(variable, trained, copy)
+        setattr(module, trained.path[-1], own)
+        if trained.dtype != trained.base_dtype:
+            set_class(module, adapted_class(plain_class(module)))
     return model
 
 
-def _placed(m: jax.Array, spec: AdapterSpec, kernel: Any) -> jax.Array:
-    """M on the mesh of its kernel, so that no step has to move it there."""
-    sharding = named_sharding(kernel)
-    return jax.device_put(m, adapter_sharding(spec, sharding)) if sharding else m
+def _check_layer(module: nnx.Module, spec: AdapterSpec, traced: bool) -> None:
+    """Raise if an adapter would change nothing in a layer, or something else."""
+    cls = plain_class(module)
+    rule = planning_rules(module).get(spec.path[-1])
+    if rule is None:
+        raise unknown_use(spec.name, cls, "__call__")
+    product = rule.product(module)
+    if not traced:
+        refuse_untraced(spec.name, product)
+    if product is not None:
+        check_product(spec, product)
+    if folded_kernels(cls) and spec.dropout > 0:
+        raise ValueError(
+            f"{spec.name}: dropout must be 0 for a kernel that methods read "
+            f"(products.Folded), got {spec.dropout}; say so in overrides"
+        )
+
+
+def hold_adapter(module: nnx.Module, spec: AdapterSpec, m: Any, seed: int) -> None:
+    """Put M beside its kernel, on the same mesh, and the switch of its dropout."""
+    name = spec.path[-1]
+    if sharding := named_sharding(getattr(module, name)):
+        m = jax.device_put(m, adapter_sharding(spec, sharding))
+    setattr(module, name + SUFFIX, MoRAParam.of(spec, m))
+    if spec.dropout > 0:
+        setattr(module, DROPOUT, AdapterDropout(spec.dropout, seed))
 
 
 def unwrap(model: Model) -> Model:
@@ -138,14 +175,7 @@ def unwrap(model: Model) -> Model:
       ValueError: The model lacks adapters; or it trains arrays of the base, whose old
         values are in the model that `wrap` was given and not in this one.
 
-    Example::
-
-      >>> from flax import nnx
-      >>> import mora_jax
-      >>> model = nnx.Sequential(nnx.Linear(16, 16, rngs=nnx.Rngs(0)))
-      >>> plain = mora_jax.nnx.unwrap(mora_jax.nnx.wrap(model))
-      >>> type(plain.layers[0]) is nnx.Linear
-      True
+    Example: see `wrap`.
     """
     refuse_trained(
         plan_of(model).trained,
@@ -156,11 +186,15 @@ def unwrap(model: Model) -> Model:
 
 
 def _detached(model: Model) -> Model:
-    """A copy without adapters, in which trained arrays stay."""
+    """A copy without adapters, in which the numbers of trained arrays stay."""
     model = nnx.clone(model)
     for _, module in list(named_modules(model)):
-        if any(isinstance(value, MoRAParam) for value in vars(module).values()):
-            detach(module)
+        for name, value in list(vars(module).items()):
+            if isinstance(value, TrainedParam):
+                setattr(module, name, value.plain())
+            elif isinstance(value, MoRAParam) or name == DROPOUT:
+                delattr(module, name)
+        set_class(module, plain_class(module))
     return model
 
 
@@ -189,19 +223,10 @@ def merge_adapters(
       ValueError: The model lacks adapters; an M holds NaN or infinity; the kernels are
         of another base, and `any_base` is False.
 
-    Example::
-
-      >>> from flax import nnx
-      >>> import mora_jax
-      >>> model = nnx.Sequential(nnx.Linear(16, 16, rngs=nnx.Rngs(0)))
-      >>> merged = mora_jax.nnx.merge_adapters(mora_jax.nnx.wrap(model))
-      >>> bool((merged.layers[0].kernel[...] == model.layers[0].kernel[...]).all())
-      True
+    Example: see `wrap`.
     """
-    plan = plan_of(model)
-    plain = _detached(model)
-    params = parameters(plain)
-    settings = {"any_base": any_base, "rounding": rounding}
-    merged = merge(params, adapters(model), plan, dtype, **settings)
+    plan, plain = plan_of(model), _detached(model)
+    settings: Any = {"any_base": any_base, "rounding": rounding}
+    merged = merge(parameters(plain), adapters(model), plan, dtype, **settings)
     nnx.update(plain, merged)
     return plain

@@ -62,6 +62,7 @@ def product(how, x, w, scale):
         "jitted": lambda: jax.jit(lambda x, w: x @ w)(x, w),
         "vmapped": lambda: jax.vmap(lambda x: x @ w)(x),
         "halves": halves,
+        "printed": lambda: (jax.debug.callback(lambda w: None, w), x @ w)[1],
         "turned": lambda: jnp.swapaxes(w.T @ jnp.swapaxes(x, -1, -2), -1, -2),
         "cast": lambda: (x.astype(jnp.bfloat16) @ w.astype(jnp.bfloat16)) * 1,
         "transposed": lambda: x @ w.T,
@@ -90,7 +91,7 @@ for cls in (Own, OwnTwin):
     register_layer(cls, equation=DENSE, kernel="w")
 register_layer(Scaled, equation=DENSE, kernel="w", scale=scale_of)
 
-RIGHT = ("plain", "biased", "jitted", "vmapped", "halves", "turned")
+RIGHT = ("plain", "biased", "jitted", "vmapped", "halves", "printed", "turned")
 WRONG = {
     "cast": "by `mul`",
     "transposed": r"Own\w*.__call__ does not compute 'abi,io->abo'",

@@ -20,7 +20,7 @@ from processes import ROOT, python
 
 import mora_jax
 from mora_jax import MoRAConfig
-from mora_jax._flax.layer_rules import registered
+from mora_jax._flax.layer_rules import _RULES
 from mora_jax.io.peft._export import RANKS
 from mora_jax.operators import OPERATORS
 
@@ -160,7 +160,7 @@ def test_table_of_layers_is_the_registry():
     for api, cells in zip((nn, nnx), zip(*rows, strict=True), strict=True):
         known = {
             f"{cls.__name__}.{method}".removesuffix(".__call__")
-            for cls, methods in registered().items()
+            for cls, methods in _RULES.items()
             for method in methods
             if getattr(api, cls.__name__, None) is cls
         }

@@ -28,7 +28,6 @@ def unregistered(monkeypatch):
     """Each test registers what it needs, and no other test sees it."""
     flax = {cls: r for cls, r in layer_rules._RULES.items() if "flax" in cls.__module__}
     monkeypatch.setattr(layer_rules, "_RULES", flax)
-    monkeypatch.setattr(layer_rules, "_FOLDED", {})
 
 
 def tunix_model(name, **settings):
