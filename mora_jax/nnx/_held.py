@@ -8,7 +8,6 @@ import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-import jax
 from flax import nnx
 from jaxtyping import PRNGKeyArray
 
@@ -21,10 +20,8 @@ from mora_jax.nnx._param import MoRAParam as MoRAParam
 from mora_jax.nnx._param import is_m, value_of
 from mora_jax.nnx._state import adapters as adapters
 from mora_jax.nnx._state import named_modules as named_modules
-from mora_jax.nnx._state import named_sharding
 from mora_jax.nnx._state import plan_of as plan_of
 from mora_jax.nnx._wrap import hold_adapter
-from mora_jax.sharding import adapter_sharding
 
 
 def hold(
@@ -51,10 +48,7 @@ def hold(
                 "nnx.vmap; leave it out of module_path"
             )
         key = rngs.params() if rngs and spec.init == "gaussian" else None
-        m = init_adapter(spec, key)
-        if sharding := named_sharding(jax.tree.leaves(kernel)[0]):
-            m = jax.device_put(m, adapter_sharding(spec, sharding))
-        hold_adapter(module, spec, m, 0)
+        hold_adapter(module, spec, init_adapter(spec, key), 0)
 
 
 def release(model: nnx.Module, plan: Plan) -> None:
