@@ -1,18 +1,17 @@
 r"""Forms for TPUs and GPUs: the one door to what is computed otherwise there.
 
 Each function returns the faster form of an operator on the platform that is traced for,
-or the operator's own method, which gives the same. The forms were found by rooflines of
-compiled programs (`make bench-chips`), which tell what each of them is worth.
+or the operator's own method, which gives the same. Rooflines of compiled programs found
+the forms (`make bench-chips`).
 
-On a TPU an array is stored as tiles of 8 rows and 128 features. A slice
-of whole tiles costs nothing, while an array of blocks, (rows, n, q), has another order
-of tiles and is written once more. So blocks are cut from x, and M is rotated by R_k
-instead of each block of x: x_k (R_k M) = (x_k R_k) M. The gradient of M then is
+On a TPU an array is stored as tiles of 8 rows and 128 features. A slice of whole tiles
+costs nothing, while an array of blocks, (rows, n, q), is written once more. So blocks
+are cut from x, and M is rotated by R_k instead of each block of x: x_k (R_k M) = (x_k
+R_k) M. The gradient of M then is
 
 .. math:: dM = \sum_k R_k^T (x_k^T g_k)
 
-with n products of slices, whose results are rotated back. On a GPU the products of the
-gradient are one with an axis of blocks.
+with n products of slices; on a GPU these are one product with an axis of blocks.
 """
 
 import functools
@@ -61,11 +60,8 @@ def rows_of(op: Any) -> Callable[..., jax.Array]:
 def gradient_of(op: Any, row_shards: int = 1) -> Callable[..., jax.Array]:
     """`op.gradient` in the form for the platform, a function of (x, g, precision).
 
-    Args:
-      op: An operator, or one device's part of one.
-      row_shards: The number of devices that share the rows of x. Products of blocks are
-        kept apart by these shards until they are rotated back: so one array like M is
-        summed over devices, and not n.
+    Products of blocks are kept apart by the `row_shards` devices that share the rows of
+    x until they are rotated back: one array like M is summed over devices, and not n.
     """
     if _has_few_slices(op):
         if _chip() == "tpu":

@@ -13,9 +13,8 @@ of C(x) are rows like any other, so that the sum goes over both. dx follows from
 transpose of a map of x, see `ways`. alpha multiplies M before anything else is done
 with it, since alpha D(C(x) M) = D(C(x) (alpha M)).
 
-The rest of this file says what stands in these equations for x (the rows of a batch,
-the unit vectors of an embedding, the outputs of a convolution), and where the devices
-are that compute them.
+The rest of this file says what stands here for x (rows of a batch, unit vectors of an
+embedding, outputs of a convolution), and where the devices are that compute it.
 """
 
 import dataclasses
@@ -116,10 +115,8 @@ class MatrixByM(LinearMap):
 
     def backward(self, residuals: Any, cotangent: jax.Array) -> jax.Array:
         m = shape_for(self.m_shape, cotangent.dtype, cotangent)
-        (m,) = jax.linear_transpose(functools.partial(self.forward, residuals), m)(
-            cotangent
-        )
-        return m
+        of_m = functools.partial(self.forward, residuals)
+        return jax.linear_transpose(of_m, m)(cotangent)[0]
 
 
 @dataclasses.dataclass(frozen=True)
