@@ -9,7 +9,7 @@ cancel in a sum over many inputs, which is what a layer computes.
 
 import functools
 import math
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -65,12 +65,21 @@ def share_lost(change: ArrayLike, delta: ArrayLike) -> float | jax.Array:
       change: The merged kernel minus the base's.
       delta: The delta, of the same shape.
     """
+    share = _share_lost(change, delta)
+    return share if isinstance(share, Tracer) else float(share)
+
+
+# Compiled, so that no array of the kernel's size is made on the way.
+@jax.jit
+def _share_lost(change: jax.Array, delta: jax.Array) -> Any:
     # Divided first, since the squares of small numbers are zero in float32.
     size = jnp.linalg.norm(jnp.ravel(delta))
     scaled = delta / jnp.where(size > 0, size, 1)
     # Exact products: accelerators would round what they multiply to 16 bits.
     arrived = jnp.vdot(change, scaled, precision=jax.lax.Precision.HIGHEST)
-    return ratio(jnp.abs(size - arrived), size)
+    return jnp.where(
+        size > 0, jnp.abs(size - arrived) / jnp.where(size > 0, size, 1), 0
+    )
 
 
 class MergeLoss(NamedTuple):

@@ -57,7 +57,6 @@ class Adapted(LinearMap):
       x_shape: The shape of x.
       x_dtype: The dtype of x.
       kernel_dtype: The dtype of W.
-      dtype: The dtype of the layer's output.
       execution: The way that was asked for, as in `MoRAConfig`.
       work: The work of the operator's maps.
     """
@@ -71,7 +70,6 @@ class Adapted(LinearMap):
     x_shape: Shape
     x_dtype: Any
     kernel_dtype: Any
-    dtype: Any
     execution: str
     work: Work
 
@@ -93,7 +91,6 @@ class Adapted(LinearMap):
             precision,
             spec.layout,
             *(tuple(x.shape), x.dtype, kernel.dtype),
-            _result_dtype(multiply, x.shape, x.dtype, kernel.shape, kernel.dtype),
             spec.execution,
             spec.operator.work,
         )
@@ -162,15 +159,17 @@ class Adapted(LinearMap):
         # Of a linear operator the derivative does not depend on M: it is the delta with
         # the tangent instead of M, and its transpose is dM. Without this JAX would take
         # the derivative of a fold by M, through a gradient of the kernel's shape.
-        operator, m, _ = residuals
-        x, tangent = x.astype(self.dtype), tangent.astype(self.dtype)
+        operator, m, kernel = residuals
+        arrays = x.shape, x.dtype, kernel.shape, kernel.dtype
+        dtype = _result_dtype(self.multiply, *arrays)
+        x, tangent = x.astype(dtype), tangent.astype(dtype)
 
         def of_m(m: jax.Array) -> jax.Array:
             return self.product.delta(self.delta(operator, m, in_parts=True), x)
 
         if operator.linear:
             return of_m(tangent)
-        return jax.jvp(of_m, (m.astype(self.dtype),), (tangent,))[1]
+        return jax.jvp(of_m, (m.astype(dtype),), (tangent,))[1]
 
 
 @dataclasses.dataclass(frozen=True)
