@@ -368,3 +368,10 @@ def test_rows_with_adapters_of_their_own_are_as_measured(name):
     for label, cells in found.items():
         line = " | ".join(cells.get(method, "-") for method in methods)
         assert f"| {label} | {line} |" in page, label
+
+
+def test_files_that_pages_name_exist():
+    ours = [*(ROOT / "mora_jax").rglob("*.py"), *(ROOT / "tests").rglob("*.py")]
+    for page in (ROOT / "docs/inside.md", ROOT / "CONTRIBUTING.md"):
+        for name in re.findall(r"`((?:\w+/)*\w+\.py)`", page.read_text()):
+            assert any(f"{path}".endswith(f"/{name}") for path in ours), (page, name)
