@@ -122,8 +122,16 @@ class TimesSlots(LinearMap):
     one_device: bool
 
     def forward(self, residuals: Any, operand: jax.Array) -> jax.Array:
-        product = self._in_loop if self._loops else self._at_once
-        return product(residuals, operand)
+        def product(row: tuple[jax.Array, jax.Array]) -> jax.Array:
+            h, slot = row
+            m = jax.lax.dynamic_index_in_dim(operand, slot, keepdims=False)
+            y = matmul(h, m.astype(h.dtype), self.precision)
+            return jnp.where((slot >= 0) & (slot < self.shape[0]), y, 0)
+
+        # One row after another takes no copies of M's; all at once, each row has one.
+        if self._loops:
+            return jax.lax.map(product, residuals)
+        return jax.vmap(product)(residuals)
 
     def backward(self, residuals: Any, cotangent: jax.Array) -> jax.Array:
         gradient = self._gradient_in_loop if self._loops else self._gradient_at_once
@@ -133,23 +141,6 @@ class TimesSlots(LinearMap):
     def _loops(self) -> bool:
         # XLA splits a batch between devices, and no loop.
         return self.one_device and current_tuning().loops_over_rows
-
-    def _at_once(self, residuals: Any, m: jax.Array) -> jax.Array:
-        """All rows in one product, with a copy of an M for each."""
-        h, index = residuals
-        at = beyond_if_none(index, self.shape[0])
-        copies = m.at[at].get(mode="fill", fill_value=0)
-        return jax.vmap(self._product)(h, copies)
-
-    def _in_loop(self, residuals: Any, m: jax.Array) -> jax.Array:
-        """One row after another, without copies."""
-
-        def one(row: tuple[jax.Array, jax.Array]) -> jax.Array:
-            h, slot = row
-            y = self._product(h, jax.lax.dynamic_index_in_dim(m, slot, keepdims=False))
-            return jnp.where((slot >= 0) & (slot < self.shape[0]), y, 0)
-
-        return jax.lax.map(one, residuals)
 
     def _gradient_at_once(self, residuals: Any, cotangent: jax.Array) -> jax.Array:
         h, index = residuals
@@ -167,9 +158,6 @@ class TimesSlots(LinearMap):
 
         zeros = zeros_for(self.shape, self._wide(h), h, cotangent)
         return jax.lax.fori_loop(0, index.size, add_row, zeros)
-
-    def _product(self, h: jax.Array, m: jax.Array) -> jax.Array:
-        return matmul(h, m.astype(h.dtype), self.precision)
 
     def _gradient(self, h: jax.Array, cotangent: jax.Array) -> jax.Array:
         """The gradient of one row's M, which is to be added to others."""
