@@ -3,8 +3,9 @@
 Example::
 
   >>> import jax, jax.numpy as jnp, mora_jax
-  >>> from jax.sharding import PartitionSpec
-  >>> mesh = jax.make_mesh((1, 1), ("data", "model"))
+  >>> from jax.sharding import AxisType, PartitionSpec
+  >>> auto = (AxisType.Auto,) * 2
+  >>> mesh = jax.make_mesh((1, 1), ("data", "model"), axis_types=auto)
   >>> where = {"fc": {"kernel": PartitionSpec("data", "model")}}
   >>> plan = mora_jax.plan({"fc": {"kernel": jnp.ones((8, 8))}})
   >>> shardings = mora_jax.sharding.adapter_shardings(plan, where, mesh=mesh)

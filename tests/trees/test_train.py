@@ -271,7 +271,8 @@ def test_a_restart_keeps_them(params):
 
 
 def test_shardings_vectors_and_checks(params, made):
-    mesh = jax.make_mesh((1,), ("model",))
+    auto = (jax.sharding.AxisType.Auto,)
+    mesh = jax.make_mesh((1,), ("model",), axis_types=auto)
     place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("model"))
     shardings = jax.tree.map(lambda _: place, params)
     found = mora_jax.sharding.adapter_shardings(made, shardings)
