@@ -183,9 +183,8 @@ def _ordered_gradient(
 ) -> jax.Array:
     """The same where features are in another order, some rows at a time.
 
-    To reorder features, a TPU transposes an array and moves whole rows of memory. Of
-    some rows of x and y both fit in its fast memory, so that x and y are read once and
-    nothing of their size is written.
+    A TPU reorders features by transposes that move whole rows of memory. Some rows of x
+    and y fit in its fast memory, so that both are read once and none is written.
     """
     x, y = (a.reshape(shards, -1, a.shape[-1]) for a in (x, g))
     rows = x.shape[1]
@@ -261,11 +260,10 @@ def _add_matrix(part: OperatorPart, m: jax.Array, kernel: jax.Array) -> jax.Arra
 def _add_copies(part: BlockPart, m: jax.Array, kernel: jax.Array) -> jax.Array:
     """The kernel with the copies of M added one after another, in place.
 
-    The rest of the kernel, 1 - 1/n of it, is only copied. XLA copies it to the chip's
-    fast memory, where the product that follows reads it. Where devices share the
-    features, one has whole blocks, or a part of one block. It goes through its blocks
-    of that side which has more of them in the whole kernel: each of those meets one
-    block of the other side. If that block is elsewhere, zeros are added.
+    The rest of the kernel, 1 - 1/n of it, is only copied, to the chip's fast memory,
+    where the product that follows reads it. A device has whole blocks, or a part of
+    one. It goes through its blocks of that side which has more of them in the whole
+    kernel; each meets one block of the other side. If that is elsewhere, it adds zeros.
     """
     op, q = part.operator, part.operator.square_rank
     n, p = op.compressed_shape[0], op.num_out_blocks
@@ -289,7 +287,9 @@ def _add_copies(part: BlockPart, m: jax.Array, kernel: jax.Array) -> jax.Array:
         is_here = (row < here_in) & (column < here_out) & (block_in < op.num_feeding)
         row = jnp.minimum(row, np.uint32(here_in - 1)) * np.uint32(ins)
         column = jnp.minimum(column, np.uint32(here_out - 1)) * np.uint32(outs)
-        block = jax.lax.dynamic_slice(folded, (row, column), (ins, outs))
+        # Of a whole kernel each block comes once. XLA keeps an array more for `folded`.
+        source = kernel if part.is_whole else folded
+        block = jax.lax.dynamic_slice(source, (row, column), (ins, outs))
         copy = jax.lax.dynamic_index_in_dim(rotated, block_in, keepdims=False)
         start = starts[0] + row, starts[1] + column
         block = add_rounded(
