@@ -78,12 +78,14 @@ from mora_jax._flax.layer_rules import register_layer as register_layer
 from mora_jax._flax.planning import plan as plan
 from mora_jax._layer.dense import FrozenDense as FrozenDense
 from mora_jax._layer.dense import mora_apply as mora_apply
-from mora_jax._plan.config import MoRAConfig as MoRAConfig
 from mora_jax._plan.plan import Plan as Plan
 from mora_jax._plan.plan import summary as summary
+from mora_jax._plan.settings import MoRAConfig as MoRAConfig
 from mora_jax._plan.spec import AdapterSpec as AdapterSpec
 from mora_jax._plan.trained_arrays import TrainedArray as TrainedArray
 from mora_jax._tree.adapters import init as init
+from mora_jax._tree.adapters import ravel_adapters as ravel_adapters
+from mora_jax._tree.adapters import unravel_adapters as unravel_adapters
 from mora_jax._tree.combined import combine as combine
 from mora_jax._tree.combined import split as split
 from mora_jax._tree.gradient_bases import gradient_bases as gradient_bases
@@ -94,8 +96,6 @@ from mora_jax._tree.merge import unmerge as unmerge
 from mora_jax._tree.optim import optimizer as optimizer
 from mora_jax._tree.optim import trainable_labels as trainable_labels
 from mora_jax._tree.optim import trainable_mask as trainable_mask
-from mora_jax._tree.vectors import ravel_adapters as ravel_adapters
-from mora_jax._tree.vectors import unravel_adapters as unravel_adapters
 from mora_jax.io import load as load
 from mora_jax.io import save as save
 from mora_jax.linen import MoRADense as MoRADense

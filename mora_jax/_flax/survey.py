@@ -12,7 +12,7 @@ import jax
 
 from mora_jax._flax.adapted_call import LayerCall
 from mora_jax._flax.layer_rules import planning_rules
-from mora_jax._jax.fresh_trace import split_static
+from mora_jax._jax.traces import split_static
 from mora_jax._trace_check import Call, Uses, follow, mark
 from mora_jax.products import Product
 

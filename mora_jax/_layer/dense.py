@@ -17,8 +17,7 @@ from mora_jax._common.types import ArrayLike
 from mora_jax._jax.linear_map import static
 from mora_jax._layer.adapted import adapted_product
 from mora_jax._mesh.layout import KernelLayout
-from mora_jax._plan.config import MoRAConfig
-from mora_jax._plan.settings import AdapterSettings
+from mora_jax._plan.settings import AdapterSettings, MoRAConfig
 from mora_jax._plan.spec import SUFFIX, AdapterSpec
 from mora_jax._tree.paths import adapter_of
 from mora_jax.operators import Operator

@@ -39,7 +39,7 @@ from mora_jax._layer import chips
 from mora_jax._layer.equation import Delta, adapted
 from mora_jax._layer.fold import barrier, schedule_after, sum_dtype
 from mora_jax._mesh.layout import KernelLayout, MeshAxes
-from mora_jax._mesh.shard_map import REPLICATED, ShardMappedMap
+from mora_jax._mesh.on_mesh import REPLICATED, ShardMappedMap
 from mora_jax._plan.spec import AdapterSpec
 from mora_jax.products import Product
 

@@ -2,7 +2,8 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -16,8 +17,38 @@ from mora_jax._common.checks import (
     floating_dtype,
     positive_integer,
 )
-from mora_jax._common.frozen import FrozenMapping
+from mora_jax._common.suggestions import did_you_mean
+from mora_jax._common.warnings import warn
 from mora_jax.operators._registry import OperatorSpec, parse_spec
+
+
+class FrozenMapping(Mapping[str, Any]):
+    """Mapping that cannot be changed, with mappings in it frozen as well.
+
+    Mappings of equal content are equal and have the same hash, whatever their order.
+    """
+
+    def __init__(self, content: Mapping[str, Any]):
+        self._content = {
+            key: FrozenMapping(value) if isinstance(value, Mapping) else value
+            for key, value in content.items()
+        }
+
+    def __getitem__(self, key: str) -> Any:
+        return self._content[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._content)
+
+    def __len__(self) -> int:
+        return len(self._content)
+
+    def __hash__(self) -> int:
+        return hash(frozenset(self._content.items()))
+
+    def __repr__(self) -> str:
+        return repr(self._content)
+
 
 DEFAULT_RANK = 8
 
@@ -145,3 +176,215 @@ class KernelConfig:
                 f"rank and square_rank exclude each other, got rank={self.rank} and "
                 f"square_rank={self.square_rank}: a budget for q, and q itself"
             )
+
+
+def default_targets(leaf: str) -> str:
+    """Pattern of paths to `leaf`, except in heads, routers, embeddings and the like."""
+    return (
+        r"(?i)"
+        r"(?!(.*/)?(([^/]*_)?(head|router)|classifier|(router_)?logits|score|cls)"
+        r"(_\d+)?/)"
+        r"(?!.*(embed|conv)[^/]*/)(?!(.*/)?embedding$)"
+        rf"(.*/)?{leaf}"
+    )
+
+
+DEFAULT_TARGETS = (default_targets("kernel"),)
+
+PATTERNS = "regular expressions that match whole paths"
+NAMES_ELSEWHERE = {
+    "r": "rank",
+    "lora_rank": "rank",
+    "lora_alpha": "alpha, which multiplies the delta itself, as LoRA's lora_alpha / r",
+    "lora_dropout": "dropout",
+    "target_modules": f"targets, {PATTERNS}",
+    "exclude_modules": f"exclude, {PATTERNS}",
+    "modules_to_save": f"train, {PATTERNS}",
+    "rank_pattern": "overrides, as in {'.*/q_proj/kernel': {'rank': 16}}",
+    "alpha_pattern": "overrides, as in {'.*/q_proj/kernel': {'alpha': 2.0}}",
+    "init_lora_weights": "init, 'zeros' or 'gaussian'",
+}
+"""{name of a setting in other libraries: its name here}."""
+
+LARGEST_USUAL_ALPHA = 4.0
+
+_KERNEL_SETTINGS = [field.name for field in dataclasses.fields(KernelConfig)]
+
+
+def setting_hint(name: str, known: Iterable[str]) -> str:
+    """The name here of an unknown setting, as the end of a message."""
+    if name in NAMES_ELSEWHERE:
+        return f": here that is {NAMES_ELSEWHERE[name]}"
+    return did_you_mean(name, known)
+
+
+def patterns_of(field: str, patterns: Any) -> tuple[str, ...]:
+    """A regular expression, or several of them, as a tuple."""
+    if isinstance(patterns, str):
+        patterns = (patterns,)
+    if not isinstance(patterns, Iterable):
+        hint = "; leave it out for the default" if patterns is None else ""
+        raise TypeError(f"{field} must be regular expressions, got {patterns!r}{hint}")
+    patterns = tuple(patterns)
+    for pattern in patterns:
+        if not isinstance(pattern, str):
+            raise TypeError(f"{field} must hold regular expressions, got {pattern!r}")
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(
+                f"{field} holds {pattern!r}, which is not a regular expression: {error}"
+            ) from error
+    return patterns
+
+
+def _check_overrides(name: str, overrides: Any) -> FrozenMapping:
+    """Return `overrides` frozen, if they map patterns to settings of kernels."""
+    if not isinstance(overrides, Mapping):
+        raise TypeError(f"{name} must map patterns to settings, got {overrides!r}")
+    allowed = sorted([*_KERNEL_SETTINGS, "axes"])
+    for pattern in patterns_of(name, overrides):
+        settings, where = overrides[pattern], f"{name}[{pattern!r}]"
+        if not isinstance(settings, Mapping):
+            raise TypeError(f"{where} must be a mapping, got {settings!r}")
+        if unknown := sorted(settings.keys() - allowed, key=str):
+            hint = setting_hint(str(unknown[0]), allowed)
+            raise ValueError(f"{where} must use {allowed}, got {unknown}{hint}")
+        if "rank" in settings and settings.get("square_rank") is not None:
+            raise ValueError(f"{where} must hold rank or square_rank, got both")
+    return FrozenMapping(overrides)
+
+
+@dataclasses.dataclass(frozen=True)
+class MoRAConfig(KernelConfig):
+    r"""The settings of an adaptation; frozen and hashable.
+
+    In PEFT `targets` is called target_modules, and `overrides` is called rank_pattern
+    and alpha_pattern.
+
+    Attributes:
+      rank: The budget r. No M has more parameters than a LoRA of rank r would:
+        q <= sqrt((in + out) r).
+      operator: The fixed maps around M: "rotation", "sharing", "signed_sharing",
+        "decoupling", "signed_decoupling", "truncation", "orthogonal", "hadamard",
+        "permutation", or "auto"; or a mapping with further settings,
+        {"name": "sharing", "compress_groups": "contiguous"}.
+      alpha: The factor of the delta itself, so 1 is usual; a `MoRAWarning` is given
+        above 4. LoRA's libraries (PEFT, qwix) multiply by alpha / rank instead: what is
+        lora_alpha / r there is alpha here. (The reference ignores its alpha.)
+      scale: A factor of each delta beside alpha. "fine-tuning" takes the one with which
+        the learning rate of full fine-tuning suits M, whatever its operator, its width
+        and the kernel's shape: see `Operator.fine_tuning_scale`. With "paper" it is 1,
+        and each of these wants a rate of its own. Plans and files keep the number.
+      square_rank: q itself, instead of `rank`.
+      multiple_of: The number whose multiple q is rounded down to. None chooses a q that
+        suits the layer's widths and the chip, see `square_rank`; it may use as little
+        as a quarter of the budget, which `Plan.summary` shows. 1 uses all of it.
+      init: The start of M. "zeros" starts as an exact identity. "gaussian", of standard
+        deviation 1/sqrt(q), is AiDotNet's; it changes the model's outputs before the
+        first step.
+      dropout: The rate of dropout on the adapter's input; the frozen path sees all of
+        its input.
+      param_dtype: The dtype of M. None takes each kernel's dtype, for tools which want
+        one dtype in all leaves of a model, such as Tunix's samplers. Otherwise keep
+        float32: 16 bits lose steps of M that are small in comparison with M.
+      execution: The way a dense layer computes. "activation" adds alpha D(C(x) M) to
+        its output; "fold" multiplies by W + alpha C M D, which it computes in each
+        step; "auto" takes what was faster in measurements, by the layer's shape, its
+        rows and its dtype. The results are the same up to rounding. Other layers,
+        stacks of kernels in one product, and layers under dropout never fold.
+      targets: Regular expressions that match the whole path of a kernel, such as
+        `.*/(q_proj|v_proj)/kernel`. By default these are the kernels of dense layers.
+      exclude: Regular expressions that match the paths to leave out.
+      overrides: {pattern: {setting: value}} for some targets; later patterns win. The
+        settings are all fields except `targets`, `exclude`, `overrides` and `train`,
+        and "axes", which gives the meaning of a kernel's axes, a letter each: "i" for
+        input features, "o" for output features and "s" for a stack.
+      seed: The seed of the random operators.
+      train: Regular expressions that match the paths of arrays of the base that are
+        trained themselves: norms, biases, a head. The adapters hold copies of them, in
+        `param_dtype` or in the array's own dtype, whichever is wider. PEFT calls this
+        modules_to_save.
+
+    Raises:
+      TypeError, ValueError: A setting that no kernel could have; `rank` together with
+        `square_rank`; alpha=0, which would train nothing.
+
+    Example::
+
+      >>> import mora_jax
+      >>> overrides = {".*/q_proj/kernel": {"rank": 16}}
+      >>> config = mora_jax.MoRAConfig(rank=4, overrides=overrides)
+      >>> config.settings("layer/q_proj/kernel")[0].rank
+      16
+    """
+
+    targets: str | Iterable[str] = setting(DEFAULT_TARGETS, patterns_of)
+    exclude: str | Iterable[str] = setting((), patterns_of)
+    overrides: Mapping[str, Mapping[str, Any]] = setting(
+        FrozenMapping({}), _check_overrides
+    )
+    train: str | Iterable[str] = setting((), patterns_of)
+
+    def __new__(cls, *args: Any, **settings: Any) -> "MoRAConfig":
+        """Refuse settings that this class does not have, before `__init__` does."""
+        known = [field.name for field in dataclasses.fields(cls)]
+        if unknown := [name for name in settings if name not in known]:
+            hint = setting_hint(unknown[0], known)
+            raise TypeError(f"MoRAConfig has no setting {unknown[0]!r}{hint}")
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.targets:
+            raise ValueError("targets must hold at least one pattern, got none")
+        for settings in ({"alpha": self.alpha}, *self.overrides.values()):
+            self._with([settings])  # raises where no kernel could have them
+            if abs(alpha := settings.get("alpha", 1)) > LARGEST_USUAL_ALPHA:
+                warn(
+                    f"alpha={alpha:g} multiplies the delta itself, and 1 is usual: "
+                    "what LoRA calls lora_alpha is alpha=lora_alpha / r here"
+                )
+
+    def settings(self, path: str) -> tuple[KernelConfig, str | None]:
+        """The settings of one kernel, and its axes where an override names them."""
+        overrides = self.overrides.items()
+        return self._with(s for pattern, s in overrides if re.fullmatch(pattern, path))
+
+    def _with(
+        self, overrides: Iterable[Mapping[str, Any]]
+    ) -> tuple[KernelConfig, str | None]:
+        """The settings of a kernel to which `overrides` apply, and its axes."""
+        values = {name: getattr(self, name) for name in _KERNEL_SETTINGS}
+        for settings in overrides:
+            # rank and square_rank exclude each other, and later patterns win.
+            if "rank" in settings:
+                values["square_rank"] = None
+            elif settings.get("square_rank") is not None:
+                values["rank"] = DEFAULT_RANK
+            values |= settings
+        axes = values.pop("axes", None)
+        return KernelConfig(**values), axes
+
+
+# `__new__` takes anything, so help() is led to the signature of `__init__`.
+functools.update_wrapper(
+    MoRAConfig.__new__, MoRAConfig.__init__, assigned=(), updated=()
+)
+
+
+def check_config(config: Any, call: str = "MoRAConfig(rank=8)") -> MoRAConfig:
+    """Return `config`, or the default config for None; `call` is for the message."""
+    if config is None:
+        return MoRAConfig()
+    if isinstance(config, MoRAConfig):
+        return config
+    got, hint = type(config).__name__, f"the call is {call}, where config may be None"
+    if hasattr(config, "shape"):
+        got = f"an array of shape {tuple(config.shape)}"
+    fields = {field.name for field in dataclasses.fields(MoRAConfig)}
+    settings = {"rank": config} if isinstance(config, int) else config
+    if isinstance(settings, Mapping) and set(settings) <= fields | set(NAMES_ELSEWHERE):
+        values = ", ".join(f"{name}={value!r}" for name, value in settings.items())
+        hint = f"write MoRAConfig({values})"
+    raise TypeError(f"config must be a MoRAConfig, got {got}: {hint}")

@@ -11,8 +11,13 @@ from mora_jax._common.axes import check_axes, features, sizes
 from mora_jax._common.checks import floating_dtype
 from mora_jax._common.types import Shape
 from mora_jax._mesh.layout import KernelLayout
-from mora_jax._plan.config import MoRAConfig, check_config
-from mora_jax._plan.settings import SETTINGS, AdapterSettings, KernelConfig
+from mora_jax._plan.settings import (
+    SETTINGS,
+    AdapterSettings,
+    KernelConfig,
+    MoRAConfig,
+    check_config,
+)
 from mora_jax.operators import Operator, make_operator, square_rank
 from mora_jax.operators._registry import resolve_auto
 

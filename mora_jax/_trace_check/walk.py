@@ -8,8 +8,16 @@ from typing import Any
 from jax.extend.core import Jaxpr, Literal
 from jax.interpreters import partial_eval
 
-from mora_jax._trace_check.marks import mark_p
-from mora_jax._trace_check.steps import IDENTITIES, OPAQUE, PREPARING, PRODUCTS, after
+from mora_jax._trace_check.steps import (
+    IDENTITIES,
+    OPAQUE,
+    PREPARING,
+    PRODUCTS,
+    after,
+    fault,
+    listed,
+    multiplied,
+)
 from mora_jax._trace_check.trails import (
     Trail,
     Uses,
@@ -18,8 +26,8 @@ from mora_jax._trace_check.trails import (
     in_either,
     joined,
     kernels,
+    mark_p,
 )
-from mora_jax._trace_check.verdict import fault, listed, multiplied
 from mora_jax._trace_check.views import named
 
 

@@ -5,13 +5,15 @@ from typing import Any
 from zlib import crc32
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import unflatten_dict
+from jax.flatten_util import ravel_pytree
 from jax.typing import DTypeLike
-from jaxtyping import PRNGKeyArray
+from jaxtyping import Float, PRNGKeyArray
 
 from mora_jax._common.checks import as_jax_array, check_key
-from mora_jax._common.types import Path
+from mora_jax._common.types import ArrayLike, Path
 from mora_jax._layer.dense import FrozenDense
 from mora_jax._plan.plan import Plan, check_plan
 from mora_jax._plan.spec import SUFFIX, AdapterSpec
@@ -172,3 +174,74 @@ def with_trained(params: Any, trained: Items, dtype: DTypeLike | None = None) ->
         path, leaf = find_trained(leaves, array)
         new[path] = as_jax_array(array.name, copy).astype(dtype or leaf.dtype)
     return replace_leaves(params, new)
+
+
+def ravel_adapters(adapters: Any) -> Float[jax.Array, " parameters"]:
+    """All M's as one vector, in the order of their paths, each M row by row.
+
+    Arrays that train themselves are among them.
+
+    Raises:
+      TypeError: `adapters` is not a tree of arrays.
+      ValueError: The tree holds no adapters.
+
+    Example::
+
+      >>> import mora_jax
+      >>> adapters = {"fc": {"kernel_mora": jnp.array([[1.0, 2.0], [3.0, 4.0]])}}
+      >>> mora_jax.ravel_adapters(adapters)
+      Array([1., 2., 3., 4.], dtype=float32)
+    """
+    if not (leaves := _leaves(adapters)):
+        raise ValueError("adapters hold no M")
+    return ravel_pytree(nest(leaves))[0]
+
+
+def _leaves(adapters: Any) -> dict[Path, Any]:
+    """{path: M}; as nested dicts they are in the order of their paths."""
+    leaves = located_leaves(adapters, "adapters")
+    return {path: unboxed(leaf) for path, leaf in leaves.items()}
+
+
+def unravel_adapters(
+    vector: Float[ArrayLike, " parameters"], plan_or_adapters: Any
+) -> Any:
+    """Undo `ravel_adapters`.
+
+    Args:
+      vector: All M's as one vector, (parameters,).
+      plan_or_adapters: The plan, or adapters of the wanted shapes and dtypes.
+
+    Returns:
+      Nested dicts for a plan, otherwise a tree like the given adapters.
+
+    Raises:
+      TypeError: The second argument is neither a plan nor a tree of arrays or shapes.
+      ValueError: The vector has another length.
+
+    Example::
+
+      >>> import mora_jax
+      >>> plan = mora_jax.plan({"fc": {"kernel": jnp.ones((8, 8))}})
+      >>> vector = mora_jax.ravel_adapters(mora_jax.init(plan))
+      >>> mora_jax.unravel_adapters(vector, plan)["fc"]["kernel_mora"].shape
+      (8, 8)
+    """
+    like, zeros = plan_or_adapters, {}
+    if isinstance(like, Plan):
+        shape_of = jax.ShapeDtypeStruct
+        ms = {adapter_path(s): shape_of(s.shape, s.param_dtype) for s in like.specs}
+        like = nest(ms | {a.path: shape_of(a.shape, a.dtype) for a in like.trained})
+    for path, leaf in _leaves(like).items():
+        if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
+            kind, name = type(leaf).__name__, "/".join(path)
+            raise TypeError(
+                f"plan_or_adapters must hold arrays or shapes, got {kind} at {name!r}"
+            )
+        zeros[path] = jnp.zeros(leaf.shape, leaf.dtype)
+    whole, unravel = ravel_pytree(nest(zeros))
+    if getattr(vector, "shape", None) != whole.shape:
+        got = getattr(vector, "shape", type(vector).__name__)
+        raise ValueError(f"vector must have shape {whole.shape}, got {got}")
+    restored = unravel(jnp.asarray(vector, whole.dtype))
+    return replace_leaves(like, located_leaves(restored))

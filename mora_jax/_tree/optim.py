@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import optax
 
 from mora_jax._common.suggestions import lacking, pattern_hint
-from mora_jax._plan.config import patterns_of
 from mora_jax._plan.plan import Plan, check_plan
+from mora_jax._plan.settings import patterns_of
 from mora_jax._plan.spec import SUFFIX
 from mora_jax._tree.paths import is_boxed, located_leaves
 

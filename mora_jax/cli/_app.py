@@ -9,12 +9,11 @@ import typer
 
 from mora_jax import io
 from mora_jax._layer.rounding import Rounding
-from mora_jax.cli import _options as opt
+from mora_jax.cli import _output as opt
 from mora_jax.cli._output import progress, refusing, say_table
-from mora_jax.cli._reports import compare, describe, grouped, open_adapter
-from mora_jax.io._formats import format_of
-from mora_jax.io._locations import as_path
-from mora_jax.io.native._save import replace_adapter
+from mora_jax.cli._reports import compare, describe, format_of, grouped, open_adapter
+from mora_jax.io._files import as_path
+from mora_jax.io.native._adapter import replace_adapter
 from mora_jax.io.peft._export import Server
 
 app = typer.Typer(

@@ -1,20 +1,56 @@
 """Reports of the command line about adapters."""
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from mora_jax import diagnostics, io
-from mora_jax._common.alike import alike, shown
+from mora_jax._common.suggestions import alike, shown
 from mora_jax._layer.equation import delta_kernel
 from mora_jax._plan.plan import Plan
 from mora_jax._plan.spec import AdapterSpec, differences
 from mora_jax._tree.adapters import Tree, adapter_items, trained_items
 from mora_jax._tree.merge import wide
-from mora_jax.io import Names
-from mora_jax.io._formats import format_of, read_adapter
-from mora_jax.io._locations import as_path
+from mora_jax.io._files import CONFIG, TENSORS, AdapterFileError, as_path
+from mora_jax.io._json import read_json
+from mora_jax.io._names import Names
+from mora_jax.io.native._adapter import is_ours, load
+from mora_jax.io.peft._read_mora import load_peft_mora
+
+
+def format_of(directory: str | os.PathLike[str]) -> str:
+    """Return the format of an adapter: "mora", "peft-mora" or "peft-lora"."""
+    path = as_path("directory", directory)
+    if (path / TENSORS).is_file() and is_ours(path, TENSORS):
+        return "mora"
+    config = read_json(path / CONFIG)
+    if isinstance(config, dict) and config.get("peft_type") == "LORA":
+        return "peft-mora" if config.get("use_mora") else "peft-lora"
+    raise AdapterFileError(f"{CONFIG} in {directory} is of no adapter that we know")
+
+
+def read_adapter(
+    directory: str | os.PathLike[str], model: Any = None, names: Names = None
+) -> tuple[Tree, Plan]:
+    """Return (adapters, plan), in this library's format or the reference's.
+
+    Only the reference's format needs `model` and `names`, as in `load_peft_mora`. A
+    plain LoRA is an `AdapterFileError`.
+    """
+    kind = format_of(directory)
+    if kind == "mora":
+        return load(directory)
+    if kind == "peft-lora":
+        raise AdapterFileError(f"{directory} is a plain LoRA, which no M can stand for")
+    if model is None:
+        raise AdapterFileError(
+            f"{directory} is the reference's, and does not say how large kernels are: "
+            "the base is needed too"
+        )
+    return load_peft_mora(directory, model, names)
+
 
 Row = dict[str, Any]
 """{name of a column: what is printed there}."""

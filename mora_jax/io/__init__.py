@@ -26,16 +26,16 @@ Whole checkpoints::
   merge_checkpoint      merge adapters into a base, from file to file
 """
 
-from mora_jax.io._errors import AdapterFileError as AdapterFileError
+from mora_jax.io._files import AdapterFileError as AdapterFileError
 from mora_jax.io._names import Names as Names
 from mora_jax.io.checkpoints._checkpoint import Checkpoint as Checkpoint
 from mora_jax.io.checkpoints._load_base import load_base as load_base
 from mora_jax.io.checkpoints._merge_files import merge_checkpoint as merge_checkpoint
-from mora_jax.io.native._load import load as load
-from mora_jax.io.native._load import read_metadata as read_metadata
+from mora_jax.io.native._adapter import load as load
+from mora_jax.io.native._adapter import read_metadata as read_metadata
+from mora_jax.io.native._adapter import save as save
 from mora_jax.io.native._plan_json import plan_from_json as plan_from_json
 from mora_jax.io.native._plan_json import plan_to_json as plan_to_json
-from mora_jax.io.native._save import save as save
 from mora_jax.io.peft._export import Export as Export
 from mora_jax.io.peft._export import export as export
 from mora_jax.io.peft._lora import save_peft_lora as save_peft_lora

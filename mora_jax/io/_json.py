@@ -9,9 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from mora_jax.io._errors import AdapterFileError
-from mora_jax.io._files import missing_files
-from mora_jax.io._locations import Location
+from mora_jax.io._files import AdapterFileError, Location, missing_files
 
 MAX_BYTES = 2**26
 

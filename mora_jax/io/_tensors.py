@@ -18,10 +18,8 @@ from jax.core import Tracer
 
 from mora_jax._common.checks import as_jax_array, check_finite
 from mora_jax._common.types import Shape
-from mora_jax.io._errors import AdapterFileError
-from mora_jax.io._files import missing_files
+from mora_jax.io._files import AdapterFileError, Location, missing_files, size
 from mora_jax.io._json import check_record, parse, short
-from mora_jax.io._locations import Location, size
 
 DTYPES = {
     "F64": np.dtype(np.float64),

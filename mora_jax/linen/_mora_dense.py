@@ -10,7 +10,7 @@ from jaxtyping import Float, PRNGKeyArray, Shaped
 from mora_jax._common.types import ArrayLike
 from mora_jax._flax.adapted_call import LayerCall, adapt_call
 from mora_jax._flax.layer_rules import rules_of
-from mora_jax._plan.config import MoRAConfig, check_config
+from mora_jax._plan.settings import MoRAConfig, check_config
 from mora_jax._plan.spec import SUFFIX, AdapterSpec
 from mora_jax._tree.adapters import init_adapter
 

@@ -10,8 +10,8 @@ from mora_jax._flax.adapted_call import LayerCall
 from mora_jax._flax.layer_rules import rules_of
 from mora_jax._flax.planning import plan_surveyed
 from mora_jax._flax.survey import Survey
-from mora_jax._plan.config import MoRAConfig, check_config
 from mora_jax._plan.plan import Plan
+from mora_jax._plan.settings import MoRAConfig, check_config
 from mora_jax._plan.spec import SUFFIX
 from mora_jax._tree.adapters import nest
 from mora_jax._tree.combined import combine

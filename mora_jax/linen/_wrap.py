@@ -11,8 +11,8 @@ from mora_jax._common.warnings import warn
 from mora_jax._flax.adapted_call import LayerCall, adapt_call
 from mora_jax._flax.layer_rules import rules_of, unknown_use
 from mora_jax._flax.survey import refuse_untraced
-from mora_jax._plan.config import MoRAConfig, check_config
 from mora_jax._plan.plan import Plan
+from mora_jax._plan.settings import MoRAConfig, check_config
 from mora_jax._plan.trained_arrays import find_trained
 from mora_jax._tree.adapters import adapter_items, nest, trained_items, with_trained
 from mora_jax._tree.combined import combine, split

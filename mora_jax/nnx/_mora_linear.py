@@ -4,7 +4,7 @@ from typing import Any
 
 from flax import nnx
 
-from mora_jax._plan.config import MoRAConfig
+from mora_jax._plan.settings import MoRAConfig
 from mora_jax._plan.spec import AdapterSpec
 from mora_jax._tree.adapters import init_adapter
 from mora_jax.nnx._classes import adapted_class

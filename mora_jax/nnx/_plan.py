@@ -9,8 +9,8 @@ from mora_jax._flax.adapted_call import LayerCall
 from mora_jax._flax.layer_rules import folded_kernels, planning_rules
 from mora_jax._flax.planning import plan_surveyed
 from mora_jax._flax.survey import Survey, refuse_untraced
-from mora_jax._plan.config import MoRAConfig, check_config
 from mora_jax._plan.plan import Plan
+from mora_jax._plan.settings import MoRAConfig, check_config
 from mora_jax._tree.paths import named_leaves
 from mora_jax.nnx._classes import derived, set_class
 from mora_jax.nnx._param import MoRAParam

@@ -10,15 +10,14 @@ from mora_jax._flax.layer_rules import folded_kernels, planning_rules, unknown_u
 from mora_jax._flax.survey import refuse_untraced
 from mora_jax._layer.adapted import check_product
 from mora_jax._layer.rounding import Rounding
-from mora_jax._plan.config import MoRAConfig
 from mora_jax._plan.plan import Plan
+from mora_jax._plan.settings import MoRAConfig
 from mora_jax._plan.spec import SUFFIX, AdapterSpec
 from mora_jax._plan.trained_arrays import refuse_trained
 from mora_jax._tree.adapters import adapter_items, init, trained_items
 from mora_jax._tree.merge import merge
 from mora_jax.nnx._classes import DROPOUT, adapted_class, plain_class, set_class
-from mora_jax.nnx._dropout import AdapterDropout
-from mora_jax.nnx._param import MoRAParam, TrainedParam
+from mora_jax.nnx._param import AdapterDropout, MoRAParam, TrainedParam
 from mora_jax.nnx._plan import check_model, refuse_unfit
 from mora_jax.nnx._plan import plan as plan_model
 from mora_jax.nnx._state import (

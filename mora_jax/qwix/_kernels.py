@@ -11,7 +11,7 @@ error.
 from collections.abc import Sequence
 from typing import Any
 
-from mora_jax._jax.origin import ALIKE, DERIVED, ITSELF, relation_of
+from mora_jax._jax.traces import ALIKE, DERIVED, ITSELF, relation_of
 from mora_jax.qwix import _private
 
 

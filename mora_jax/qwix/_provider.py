@@ -14,7 +14,7 @@ from flax import nnx
 from mora_jax._common.warnings import LeftOutWarning, warn
 from mora_jax._layer.adapted import add_delta, check_product
 from mora_jax._plan.spec import SUFFIX, AdapterSpec
-from mora_jax.linen._running import running_dropout_key, running_m
+from mora_jax.linen._bound import running_dropout_key, running_m
 from mora_jax.nnx import _held
 from mora_jax.products import Product
 from mora_jax.products._operations import Operation

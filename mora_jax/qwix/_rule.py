@@ -8,8 +8,7 @@ from typing import Any, ClassVar
 
 import qwix
 
-from mora_jax._plan.config import MoRAConfig
-from mora_jax._plan.settings import KernelConfig
+from mora_jax._plan.settings import KernelConfig, MoRAConfig
 from mora_jax.qwix import _private
 
 

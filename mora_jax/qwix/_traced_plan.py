@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 from flax import nnx
 
-from mora_jax._jax.fresh_trace import fresh_shapes
+from mora_jax._jax.traces import fresh_shapes
 from mora_jax._plan.plan import Plan
 from mora_jax._plan.spec import SUFFIX, AdapterSpec
 from mora_jax._tree.paths import named_leaves

@@ -125,7 +125,7 @@ def test_load_tries_again_while_files_are_replaced(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Path, "read_bytes", read_bytes)
     monkeypatch.setattr(
-        "mora_jax.io.native._load.locked", lambda path: contextlib.nullcontext()
+        "mora_jax.io.native._adapter.locked", lambda path: contextlib.nullcontext()
     )  # or the reader, which has the lock, would wait for itself
     assert_same(load(tmp_path)[0], adapters[0])
     assert not left

@@ -18,9 +18,9 @@ from safetensors.numpy import save as as_bytes
 
 import mora_jax
 from mora_jax import MoRAConfig, io, load, save
+from mora_jax.cli._reports import format_of, read_adapter
 from mora_jax.io import AdapterFileError
 from mora_jax.io._files import CONFIG, TEMPORARY, TENSORS
-from mora_jax.io._formats import format_of, read_adapter
 
 PLAN_OF_ONE = single(io.reference_operator(1, 24, 40, 2), path=UP_PROJ)
 ADAPTED = made(PLAN_OF_ONE), PLAN_OF_ONE

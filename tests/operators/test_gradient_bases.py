@@ -282,7 +282,7 @@ def test_bad_bases():
 
 def test_arrays_of_an_operator_that_has_none():
     """Nothing that a file holds is passed over in silence."""
-    from mora_jax.io.native._layers import describe, restore
+    from mora_jax.io.native._records import describe, restore
 
     (spec,) = single(mora_jax.make_operator("rotation", 6, 6, 2)).specs
     layer, m = describe(spec, "float32"), np.zeros((2, 2), np.float32)

@@ -7,10 +7,8 @@ from collections.abc import Sequence
 import jax
 
 from mora_jax._tree.adapters import Tree, nest
-from mora_jax.io._errors import AdapterFileError
-from mora_jax.io._files import CONFIG
+from mora_jax.io._files import CONFIG, AdapterFileError, Location, as_path
 from mora_jax.io._json import read_json, short
-from mora_jax.io._locations import Location, as_path
 from mora_jax.io._names import Names, pairs, to_kernel
 from mora_jax.io._tensors import DTYPES, Entry, TensorFile
 

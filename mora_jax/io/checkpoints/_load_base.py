@@ -16,11 +16,10 @@ from mora_jax._common.suggestions import nearest_paths
 from mora_jax._common.types import Shape
 from mora_jax._plan.spec import SUFFIX
 from mora_jax._tree.paths import located_leaves, refuse_variables, replace_leaves
-from mora_jax.io._errors import AdapterFileError
+from mora_jax.io._files import AdapterFileError
 from mora_jax.io._names import Names
 from mora_jax.io.checkpoints._checkpoint import Checkpoint
-from mora_jax.io.checkpoints._leaf import Leaf, Part
-from mora_jax.io.checkpoints._matching import Source
+from mora_jax.io.checkpoints._matching import Leaf, Part, Source
 
 
 def load_base(

@@ -1,7 +1,7 @@
 """A plan as text, without its adapters, for the metadata of any checkpoint."""
 
 from mora_jax._plan.plan import Plan, check_plan, refuse_other_plan
-from mora_jax.io._errors import AdapterFileError
+from mora_jax.io._files import AdapterFileError
 from mora_jax.io._json import dump, parse
 from mora_jax.io.native._records import (
     check_plan_record,

@@ -1,5 +1,9 @@
-"""The record of a plan: what both of this library's formats hold of it as JSON."""
+"""The record of a plan and of its adapters: specs as JSON, and back."""
 
+import functools
+import json
+import math
+import re
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from typing import Any
@@ -8,14 +12,186 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mora_jax._common.checks import check_finite
-from mora_jax._common.types import Path
+from mora_jax._common.axes import check_axes, features, sizes
+from mora_jax._common.checks import check_finite, check_kernel
+from mora_jax._common.suggestions import lacking
+from mora_jax._common.types import Path, Shape
 from mora_jax._plan.plan import Plan
-from mora_jax._plan.spec import SUFFIX
+from mora_jax._plan.settings import AdapterSettings
+from mora_jax._plan.spec import SUFFIX, AdapterSpec, operator_settings
 from mora_jax._plan.trained_arrays import TrainedArray
-from mora_jax.io._errors import AdapterFileError
+from mora_jax.io._files import AdapterFileError
 from mora_jax.io._json import Fields, check_record, dump, record_of, short
-from mora_jax.io.native._layers import LAYER, Base, describe, in_model, restore
+from mora_jax.operators import Operator, Subspace, make_operator
+
+LARGEST_WIDTH = 2**22
+"""The most features on either side of a kernel that a file may describe."""
+
+LARGEST_ARRAY = 2**28
+"""The most numbers in an array that is made from a file alone."""
+
+LAYER: Fields = {
+    "path": (list, lambda spec: list(spec.path)),
+    "kernel_shape": (list, lambda spec: list(spec.kernel_shape)),
+    "axes": (str, lambda spec: spec.axes),
+    "operator": (dict, lambda spec: operator_settings(spec.operator)),
+    "operator_check": (list, lambda spec: fingerprint(spec.operator)),
+    "square_rank": (int, lambda spec: spec.operator.square_rank),
+    "settings": (dict, lambda spec: spec.to_json()),
+    "dtype": (str, lambda spec: jnp.dtype(spec.param_dtype).name),
+    "base_digest": (object, lambda spec: spec.base_digest and list(spec.base_digest)),
+}
+"""The record of an adapter; its `dtype` is the one that M has in the file."""
+
+Base = Mapping[str, Any] | None
+"""{path: array or shape} of the model that a file must fit; None for any model."""
+
+
+def describe(spec: AdapterSpec, dtype: Any) -> dict[str, Any]:
+    """Return the record of an adapter whose trained array is of `dtype`."""
+    return record_of(spec, LAYER) | {"dtype": jnp.dtype(dtype).name}
+
+
+def restore(
+    record: Mapping[str, Any],
+    m: np.ndarray | None,
+    base: Base,
+    given: Mapping[str, np.ndarray],
+) -> AdapterSpec:
+    """Undo `describe`. Everything is checked, and nothing is filled in.
+
+    Args:
+      record: The parsed record, with the keys and types of `LAYER`.
+      m: The trained array as the file has it; None for a file without arrays.
+      base: The model that the adapter must fit.
+      given: {name: array} of the operator's arrays, where no settings determine them.
+    """
+    shape, q = tuple(record["kernel_shape"]), record["square_rank"]
+    if not all(type(size) is int and size > 0 for size in (*shape, q)):
+        raise ValueError(
+            "kernel_shape and square_rank must be positive integers, "
+            f"got {short(shape)} and {short(q)}"
+        )
+    axes = check_axes(record["axes"], len(shape))
+    widths = features(shape, axes)
+    if base is None:
+        _check_size(widths, q, "seed" in record["operator"], m is not None)
+    else:
+        _check_kernel(base, "/".join(record["path"]), shape)
+    spec = AdapterSpec(
+        _operator(record["operator"], (*widths, q), given),
+        kernel_shape=shape,
+        axes=axes,
+        path=tuple(record["path"]),
+        base_digest=_digests(record["base_digest"], math.prod(sizes(shape, axes, "s"))),
+        **vars(AdapterSettings.from_json(record["settings"])),
+    )
+    if m is not None and m.shape != spec.shape:
+        raise ValueError(f"M must have shape {spec.shape}, got {m.shape}")
+    _check_same(record, describe(spec, spec.param_dtype if m is None else m.dtype))
+    return spec
+
+
+def _check_same(record: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    """Raise unless a record is the one that its own spec has."""
+    for key, value in expected.items():
+        # Texts are compared, since True == 1 == 1.0.
+        if key != "operator_check" and dump(value) != dump(record[key]):
+            raise ValueError(f"{key} must be {value!r}, got {short(record[key])}")
+    stored, here = record["operator_check"], expected["operator_check"]
+    there = np.array(stored, np.float64)
+    if there.shape != (len(here),) or not np.allclose(here, there, 1e-3, 1e-3):
+        raise ValueError(
+            f"{record['operator']['name']} is another operator here than where the "
+            f"file was made: its check gives {here}, got {short(stored)}"
+        )
+
+
+def _check_size(widths: tuple[int, int], q: int, seeded: bool, has_array: bool) -> None:
+    """Raise if a file alone asks for arrays that are larger than any model has."""
+    if max(widths) > LARGEST_WIDTH:
+        raise ValueError(
+            f"a kernel must have at most {LARGEST_WIDTH:,} features on either side, "
+            f"got {widths[0]:,} and {widths[1]:,}"
+        )
+    # Random maps have q rows of the wider side. To check an M that the file lacks takes
+    # one of that size, and a few copies.
+    numbers = max(seeded * q * max(widths), (not has_array) * 4 * q * q)
+    if numbers > LARGEST_ARRAY:
+        raise ValueError(
+            f"a kernel of {widths[0]} -> {widths[1]} features with q = {q} takes too "
+            "much memory for a file alone to ask for; give the model's params or plan"
+        )
+
+
+def _check_kernel(base: Mapping[str, Any], name: str, shape: Shape) -> None:
+    """Raise unless the model has a kernel of a shape at a path."""
+    kernel = in_model(base, name, "kernel")
+    if tuple(kernel.shape) != shape:
+        raise ValueError(
+            f"the model's kernel must have shape {shape}, got {tuple(kernel.shape)}"
+        )
+    check_kernel(kernel, name)
+
+
+def in_model(base: Mapping[str, Any], name: str, kind: str) -> Any:
+    """Return what the model has at a path, which messages call `kind`."""
+    if name not in base:
+        raise ValueError(f"the model has no such {kind}{lacking(name, base)}")
+    return base[name]
+
+
+def _digests(digests: Any, count: int) -> tuple[str, ...] | None:
+    """Return the digests of the base's kernel, one for each index of its stack."""
+    if digests is None:
+        return None
+    hexadecimal = re.fullmatch(r'\[("[0-9a-f]{64}",? ?)*\]', json.dumps(digests))
+    if not hexadecimal or len(digests) != count:
+        raise ValueError(
+            f"base_digest must be null or {count} times 64 hex digits, "
+            f"got {short(digests)}"
+        )
+    return tuple(digests)
+
+
+def _operator(
+    settings: Mapping[str, Any], widths: tuple[int, int, int], given: Mapping[str, Any]
+) -> Operator:
+    """Return the operator of (in, out, q)."""
+    chosen = dict(settings)
+    seed, name = chosen.pop("seed", 0), chosen.get("name")
+    arrays = Subspace.arrays if name == Subspace.name else ()
+    if given.keys() != set(arrays):
+        raise ValueError(
+            f"a {name!r} has {' and '.join(arrays) or 'no arrays'} in a file that "
+            f"mora_jax.save writes, got {sorted(given) or 'none'}"
+        )
+    if given:
+        return Subspace(*widths, **given)
+    return make_operator(chosen, *widths, seed=seed)
+
+
+def fingerprint(operator: Operator) -> list[float]:
+    """Return four numbers that tell operators apart, computed from fixed arrays.
+
+    They differ on a platform or in a later version of the library that has other
+    random numbers or another definition of the operator.
+    """
+    # Those with given arrays differ from layer to layer, and would be kept for nothing.
+    compute = _fingerprint.__wrapped__ if operator.given else _fingerprint
+    return list(compute(operator))
+
+
+@functools.lru_cache(maxsize=256)
+def _fingerprint(operator: Operator) -> tuple[float, ...]:
+    random = np.random.RandomState(0).standard_normal
+    m, x = random(operator.m_shape), random(operator.in_features)
+    m, width = m / math.sqrt(m.shape[-1]), operator.out_features
+    with jax.default_matmul_precision("highest"):  # TPUs would round to bfloat16
+        y = operator.apply(m.astype(np.float32), x.astype(np.float32))
+    terms = np.asarray(y, np.float64) * random(width) / math.sqrt(width)
+    return tuple(float(f"{terms[k::4].sum():.5g}") for k in range(4))
+
 
 VERSION = 1
 """The version of both formats. A reader refuses every other version."""

@@ -8,9 +8,8 @@ from typing import Any, Literal, NamedTuple, get_args
 from mora_jax._common.checks import check_choice
 from mora_jax._layer.rounding import Rounding
 from mora_jax._plan.plan import Plan, check_plan
-from mora_jax.io._locations import as_path
-from mora_jax.io._modules import modules_of
-from mora_jax.io._names import Names, pairs
+from mora_jax.io._files import as_path
+from mora_jax.io._names import Names, modules_of, pairs
 from mora_jax.io.checkpoints._checkpoint import Checkpoint
 from mora_jax.io.checkpoints._matching import Source
 from mora_jax.io.checkpoints._merge_files import merge_checkpoint

@@ -13,16 +13,13 @@ import numpy as np
 from mora_jax._common.suggestions import nearest_paths
 from mora_jax._common.types import Shape
 from mora_jax._flax.planning import plan
-from mora_jax._plan.config import MoRAConfig
 from mora_jax._plan.plan import Plan
-from mora_jax._plan.settings import AdapterSettings
+from mora_jax._plan.settings import AdapterSettings, MoRAConfig
 from mora_jax._plan.spec import AdapterSpec
 from mora_jax._tree.adapters import Tree, nest
 from mora_jax._tree.paths import adapter_path, named_leaves
-from mora_jax.io._errors import AdapterFileError
-from mora_jax.io._files import CONFIG, TENSORS, read_bytes
+from mora_jax.io._files import CONFIG, TENSORS, AdapterFileError, as_path, read_bytes
 from mora_jax.io._json import read_json, short
-from mora_jax.io._locations import as_path
 from mora_jax.io._names import Names, pairs, split_index, to_kernel
 from mora_jax.io._suggest import suggestion_for
 from mora_jax.io._tensors import decode, to_jax

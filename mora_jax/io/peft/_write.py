@@ -13,11 +13,16 @@ from mora_jax._plan.plan import Plan
 from mora_jax._plan.spec import AdapterSpec
 from mora_jax._plan.trained_arrays import refuse_trained
 from mora_jax._tree.adapters import adapter_items
-from mora_jax.io._files import CONFIG, TENSORS, entries, write_directory
+from mora_jax.io._files import (
+    CONFIG,
+    TENSORS,
+    Location,
+    as_path,
+    entries,
+    write_directory,
+)
 from mora_jax.io._json import dump
-from mora_jax.io._locations import Location, as_path
-from mora_jax.io._modules import Module, modules_of
-from mora_jax.io._names import Names, pairs
+from mora_jax.io._names import Module, Names, modules_of, pairs
 from mora_jax.io._suggest import suggestion
 from mora_jax.io._tensors import encode, to_numpy
 from mora_jax.io.peft._read_mora import PREFIX
