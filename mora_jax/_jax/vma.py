@@ -4,6 +4,7 @@ JAX adds what its own functions need. It cannot do so for a primitive that is no
 own, for zeros that a loop adds to, and for the shapes that a function is transposed by.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -60,3 +61,18 @@ def shape_for(shape: Shape, dtype: DTypeLike, *arrays: Any) -> Any:
     if not _axes_of(*arrays):
         return jax.ShapeDtypeStruct(shape, dtype)
     return zeros_for(shape, dtype, *arrays)
+
+
+def transposed(
+    function: Callable[[jax.Array], jax.Array],
+    shape: Shape,
+    cotangent: jax.Array,
+    dtype: DTypeLike | None = None,
+) -> jax.Array:
+    """The transpose of a linear function of an array of `shape`, at `cotangent`.
+
+    The array has the dtype of the cotangent if none is given.
+    """
+    like = shape_for(shape, dtype or cotangent.dtype, cotangent)
+    (result,) = jax.linear_transpose(function, like)(cotangent)
+    return result

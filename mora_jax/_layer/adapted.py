@@ -57,15 +57,19 @@ def adapted_product(
     x = jnp.asarray(x)
     dtype, dropout = _floating_dtype(kernel), dropout_key is not None
     explicit = any(explicit_sharding(array) is not None for array in (x, kernel))
-    _, axes = spec.seen_by(len(product.axes))
+    shape, axes = spec.seen_by(len(product.axes))
     if isinstance(m, Selected) or not joins(product, axes, x, dtype, dropout, explicit):
         return add_delta(
             multiply(x, kernel), spec, m, x, product, dropout_key, precision
         )
+    kernel = jnp.asarray(kernel)
+    if kernel.shape != shape:
+        raise ValueError(
+            f"{spec.name}: the layer multiplies by a kernel of shape {kernel.shape}, "
+            f"the plan's has {shape}; say execution='activation' in overrides for it"
+        )
     # The residuals are arrays, and all else is static: layers of one shape share a
     # trace.
-    kernel = jnp.asarray(kernel)
-    _check_kernel_shape(spec, kernel, len(product.axes))
     delta = Delta.of(spec, m, ndim=len(product.axes), precision=precision, x=x)
     layer = Adapted.of(spec, product, multiply, x, kernel, precision)
     return layer((delta.operator, delta.m, kernel), x)
@@ -79,24 +83,16 @@ def joins(
     dropout: bool = False,
     explicit: bool = False,
 ) -> bool:
-    """True if product and delta can be one map of the layer's input.
+    """True if product and delta can be one map of the layer's input `x`, or its shape.
 
-    Shapes and dtypes alone decide, and whether another library computes the layer's
-    product: it would be given, instead of the kernel that it knows, one with a delta,
-    and round it.
-
-    Args:
-      product: The layer's product.
-      axes: The axes of the kernel that the plan has, without those taken off.
-      x: The layer's input, or its shape.
-      dtype: The kernel's dtype in the computation; None for a kernel that is not an
-        array of floating-point numbers, such as a quantized one.
-      dropout: True if the adapter drops some of its input, which the layer does not.
-      explicit: True if the type of the input or the kernel says how it is sharded: the
-        steps of the ways lack such types.
+    `axes` are the kernel's in the plan, without those taken off, and `dtype` is the
+    kernel's; None for one that is not floating-point, such as a quantized kernel.
     """
     if not product.joins or product.axes != axes or dtype is None:
         return False
+    # The adapter sees another input than the layer under dropout. Steps of the ways
+    # lack explicit shardings. A library that computes the layer's product would be
+    # given, instead of the kernel that it knows, one with a delta, and round it.
     known = all(isinstance(size, int) for size in x.shape)  # unlike some of jax.export
     return known and not (dropout or explicit or intercepted())
 
@@ -111,17 +107,10 @@ def add_delta(
     precision: jax.lax.PrecisionLike = None,
     factor: jax.Array | None = None,
 ) -> jax.Array:
-    """A layer's output with its delta, times `factor` if there is one.
+    """A layer's output `y` with its delta, times `factor` if there is one.
 
-    Args:
-      y: The layer's output.
-      spec: The adapter.
-      m: M, (*stack, *m_shape), with the stack axes of `product`; or one for each row.
-      x: The layer's input.
-      product: The layer's product.
-      dropout_key: A key to drop some of what the adapter sees of `x`; None for nothing.
-      precision: The precision of the product with M.
-      factor: An array that the layer multiplies its output by, instead of its kernel.
+    The layer multiplies its output by that factor, instead of its kernel. The other
+    arguments are as for `adapted_product`.
     """
     if (sharding := explicit_sharding(y)) is not None:
         labels = product.einsum_labels
@@ -160,15 +149,6 @@ def check_product(spec: AdapterSpec, product: Product) -> None:
             f"computes {product.axes!r}; plan with mora_jax.linen.plan or "
             f"mora_jax.nnx.plan, or say overrides={{{spec.name!r}: "
             f"{{'axes': {product.axes!r}}}}}"
-        )
-
-
-def _check_kernel_shape(spec: AdapterSpec, kernel: jax.Array, ndim: int) -> None:
-    shape, _ = spec.seen_by(ndim)
-    if kernel.shape != shape:
-        raise ValueError(
-            f"{spec.name}: the layer multiplies by a kernel of shape {kernel.shape}, "
-            f"the plan's has {shape}; say execution='activation' in overrides for it"
         )
 
 

@@ -26,7 +26,7 @@ from mora_jax._common.types import ArrayLike
 from mora_jax._jax.qwix_guard import last_with_first, matmul
 from mora_jax._jax.tiles import pad_to, sum_tiles, tile_to
 from mora_jax._jax.tuning import MAX_UNROLLED_SLICES, current_tuning
-from mora_jax._jax.vma import shape_for, zeros_for
+from mora_jax._jax.vma import transposed, zeros_for
 from mora_jax._layer.rounding import add_rounded
 from mora_jax._mesh.parts import BlockPart, OperatorPart, PermutationPart, whole
 from mora_jax.operators import Decoupling, Permutation
@@ -129,9 +129,9 @@ def _unrotate(op: Decoupling, products: jax.Array) -> jax.Array:
         blocks alone, where the others are left out.
     """
     products = pad_to(products, op.compressed_shape[0], axis=0)
-    m = shape_for(op.m_shape, products.dtype, products)
-    transpose = jax.linear_transpose(lambda m: _rotated_m(op, m), m)
-    return jax.vmap(transpose, in_axes=1)(products)[0].sum(0)
+    rotated = functools.partial(_rotated_m, op)
+    unrotate = functools.partial(transposed, rotated, op.m_shape)
+    return jax.vmap(unrotate, in_axes=1)(products).sum(0)
 
 
 def _sliced_rows(

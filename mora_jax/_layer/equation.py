@@ -30,7 +30,7 @@ from mora_jax._common.axes import kernel_from_rows
 from mora_jax._common.types import ArrayLike, Shape
 from mora_jax._jax.linear_map import LinearMap
 from mora_jax._jax.qwix_guard import last_with_first, undisturbed
-from mora_jax._jax.vma import shape_for
+from mora_jax._jax.vma import transposed
 from mora_jax._layer import chips
 from mora_jax._layer.rounding import add_rounded
 from mora_jax._mesh.layout import FeatureSharding, KernelLayout
@@ -46,13 +46,9 @@ def adapted(
     x: jax.Array,
     factor: jax.Array | None = None,
 ) -> jax.Array:
-    """Sum of x W and alpha D(C(x) M), where the layer has computed y = x W.
+    """Sum of y = x W, as the layer has computed it, and alpha D(C(x) M) = delta(x).
 
-    Args:
-      y: The layer's output.
-      delta: The function alpha D(C(x) M) of x.
-      x: The layer's input.
-      factor: An array that the layer multiplies its output by, instead of its kernel.
+    `factor` is an array that the layer multiplies its output by, instead of its kernel.
     """
     added = delta(x)
     return y + (added if factor is None else added * factor.astype(y.dtype))
@@ -81,15 +77,12 @@ class TimesM(LinearMap):
 class ProductByM(LinearMap):
     """D(C(x) M) as a map of M; the residuals are (operator, x).
 
-    It is for operators whose C(x) is as large as x: x is kept for the gradient, and no
-    blocks of it. Layers that read the same x (queries, keys, values) keep it once.
-
-    Attributes:
-      precision: The precision of the products with M.
-      row_shards: The number of devices that share the rows of x and split its first
-        axis; 1 if that is not known.
+    `row_shards` devices share the rows of x and split its first axis; 1 if that is not
+    known.
     """
 
+    # For operators whose C(x) is as large as x: x is kept for the gradient, and no
+    # blocks of it. Layers that read the same x (queries, keys, values) keep it once.
     precision: jax.lax.PrecisionLike
     row_shards: int = 1
 
@@ -107,6 +100,7 @@ class ProductByM(LinearMap):
 class MatrixByM(LinearMap):
     """C M D as a map of M; the residual is the operator."""
 
+    # JAX knows its transpose; it is a map so that the form is chosen by the platform.
     m_shape: Shape
 
     def forward(self, residuals: Any, operand: jax.Array) -> jax.Array:
@@ -114,9 +108,8 @@ class MatrixByM(LinearMap):
         return chips.matrix_of(op)(operand)
 
     def backward(self, residuals: Any, cotangent: jax.Array) -> jax.Array:
-        m = shape_for(self.m_shape, cotangent.dtype, cotangent)
         of_m = functools.partial(self.forward, residuals)
-        return jax.linear_transpose(of_m, m)(cotangent)[0]
+        return transposed(of_m, self.m_shape, cotangent)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,11 +123,9 @@ class Delta:
       axes: The kernel's axes, a letter each.
       precision: The precision of the products with M.
       layout: The places of the kernel's features on a mesh; None for one device.
-      given_m: True where the derivative by M is taken elsewhere, so that it need not be
-        fast here.
+      given_m: True where the derivative by M is taken elsewhere.
       in_parts: True if devices that share features each compute a part of the product
-        with M, whatever the operator, instead of sharing C(x). M's gradient then needs
-        a sum of arrays like M and nothing else.
+        with M, instead of sharing C(x).
     """
 
     operator: Any
@@ -157,16 +148,10 @@ class Delta:
         precision: jax.lax.PrecisionLike = None,
         x: jax.Array | None = None,
     ) -> "Delta":
-        """The delta of an adapter.
+        """The delta of an adapter with M, computed in `dtype` or in M's own.
 
-        Args:
-          spec: The adapter.
-          m: M, (*stack, *m_shape).
-          dtype: The dtype to compute in; M's own if it is None.
-          ndim: The number of the kernel's axes that the layer sees, the last ones; a
-            lifted transformation takes off leading stack axes.
-          precision: The precision of the products with M.
-          x: The layer's input. M is replicated over the devices that it is on.
+        The layer sees the last `ndim` of the kernel's axes. M is replicated over the
+        devices that the layer's input `x` is on.
         """
         shape, axes = spec.seen_by(ndim)
         scaled_m = scaled(spec, jnp.asarray(m))
@@ -184,41 +169,32 @@ class Delta:
         # frame between a user's layer and the product.
         if self._stack:
             return lambda x: jax.vmap(lambda m, x: self._with(m).rows(x))(self.m, x)
-        if on_mesh := self._on_mesh(KernelLayout.for_activations):
-            return functools.partial(self._rows_on_mesh, on_mesh)
-        if self.given_m:
-            rows = chips.rows_of(self.operator)
+        on_mesh = self._on_mesh(KernelLayout.for_activations)
+        op, whole = on_mesh or self.operator, self.operator
+        # With a given M the product need be fast as a map of x alone; and where it is
+        # not linear in M, JAX differentiates it by M.
+        if self.given_m or not whole.linear:
+            rows = chips.rows_of(op)
             return functools.partial(rows, m=self.m, precision=self.precision)
-        return self._rows_by_m
+        # Two maps are linear in M, and differ in what the devices send each other: the
+        # parts of the output, or all parts of C(x), q numbers a row. In the first M's
+        # gradient needs a sum of arrays like M and nothing else.
+        if whole.keeps_input or (on_mesh and self.in_parts):
+            return functools.partial(self._rows_by_m, on_mesh)
+        return lambda x: self._times_m(op.split(x))
 
-    def _rows_by_m(self, x: jax.Array) -> jax.Array:
-        op = self.operator
-        if op.keeps_input:
-            by_m = ProductByM(self.precision, row_shards(self.layout, x))
-            return by_m((op, x), self.m)
-        return self._times_m(op.split(x)) if op.linear else self._plain_rows(op, x)
-
-    def _rows_on_mesh(self, on_mesh: OperatorOnMesh, x: jax.Array) -> jax.Array:
-        op = self.operator
-        # Two maps are linear in M, and differ in what the devices send each other: all
-        # parts of C(x), q numbers a row, or the parts of the output, which are as long.
-        if self.given_m or not op.linear:
-            return self._plain_rows(on_mesh, x)
-        if op.keeps_input or self.in_parts:
+    def _rows_by_m(self, on_mesh: OperatorOnMesh | None, x: jax.Array) -> jax.Array:
+        if on_mesh is not None:
             return on_mesh.rows_by_m(x, self.m, self.precision)
-        return self._times_m(on_mesh.split(x))
-
-    def _plain_rows(self, op: Any, x: jax.Array) -> jax.Array:
-        return op.rows(x, self.m, self.precision)
+        by_m = ProductByM(self.precision, row_shards(self.layout, x))
+        return by_m((self.operator, x), self.m)
 
     def _times_m(self, split: Split) -> jax.Array:
         return split.decompress(TimesM(self.precision)((split.h,), self.m))
 
     def transposed_rows(self, y: jax.Array) -> jax.Array:
         """(*stack, *batch, out_features) -> (*stack, *batch, in_features)."""
-        x = shape_for((*y.shape[:-1], self.operator.in_features), y.dtype, y)
-        (x,) = jax.linear_transpose(self.rows, x)(y)
-        return x
+        return transposed(self.rows, (*y.shape[:-1], self.operator.in_features), y)
 
     def lookup(self, indices: jax.Array) -> jax.Array:
         """Integers (...) -> rows of the delta (..., out_features)."""

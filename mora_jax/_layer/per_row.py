@@ -20,7 +20,7 @@ from mora_jax._common.types import Shape
 from mora_jax._jax.linear_map import LinearMap
 from mora_jax._jax.qwix_guard import matmul
 from mora_jax._jax.tuning import current_tuning
-from mora_jax._jax.vma import shape_for, zeros_for
+from mora_jax._jax.vma import transposed, zeros_for
 from mora_jax._layer.slots import Selected, Slots, beyond_if_none
 from mora_jax._mesh.placement import gather_m, mesh_of
 from mora_jax._plan.spec import AdapterSpec
@@ -41,16 +41,10 @@ def by_row(
 ) -> jax.Array:
     """The delta of a layer's output, where each row of a batch has an M of its own.
 
-    Args:
-      spec: The adapter.
-      product: The layer's product.
-      added: The delta of the layer's output by one M for all rows.
-      precision: The precision of the product with M.
-      m: The M's.
-      x: The layer's input.
+    `added` is the delta of the output by one M for all rows.
 
     Raises:
-      ValueError: The input lacks such a batch.
+      ValueError: The input `x` lacks such a batch.
     """
     batch_axes = product.batch_axes(x)
     if batch_axes is None:
@@ -95,25 +89,17 @@ def by_row(
     if axes == product.axes:
         y = for_rows(x)
     else:
-        inputs = (*x.shape[:-1], spec.operator.in_features)
-        like = shape_for(inputs, x.dtype, x)
-        (y,) = jax.linear_transpose(for_rows, like)(x)
+        y = transposed(for_rows, (*x.shape[:-1], spec.operator.in_features), x)
     return product.from_rows(y, sizes(shape, product.axes, "o"))
 
 
 @dataclasses.dataclass(frozen=True)
 class TimesSlots(LinearMap):
-    """The product of each row with the M in its slot, as a map of the M's.
+    """The product of each row with the M in its slot, as a map of the M's, (N, q, q).
 
     The residuals are (h, index): what is multiplied, (B, ..., q) or blocks; and the
-    slots of the rows, (B,), where those out of range stand for an M of zeros. The
-    operand is (N, q, q).
-
-    Attributes:
-      shape: The shape of the operand.
-      dtype: The dtype of the operand.
-      precision: The precision of the products.
-      one_device: True if one device has all rows.
+    slots of the rows, (B,), where those out of range stand for an M of zeros. `shape`
+    and `dtype` are the M's. With `one_device` one has all rows.
     """
 
     shape: Shape
@@ -134,35 +120,24 @@ class TimesSlots(LinearMap):
         return jax.vmap(product)(residuals)
 
     def backward(self, residuals: Any, cotangent: jax.Array) -> jax.Array:
-        gradient = self._gradient_in_loop if self._loops else self._gradient_at_once
-        return gradient(residuals, cotangent).astype(self.dtype)
+        h, index = residuals
+        at = beyond_if_none(index, self.shape[0])
+        wide = jnp.promote_types(h.dtype, jnp.float32)  # several rows are added up
+
+        def gradient(h: jax.Array, g: jax.Array) -> jax.Array:
+            return rows_product(h, g, self.precision).astype(wide)
+
+        def add_row(row: jax.Array, total: jax.Array) -> jax.Array:
+            return total.at[at[row]].add(gradient(h[row], cotangent[row]), mode="drop")
+
+        zeros = zeros_for(self.shape, wide, h, cotangent)
+        if self._loops:
+            total = jax.lax.fori_loop(0, index.size, add_row, zeros)
+        else:
+            total = zeros.at[at].add(jax.vmap(gradient)(h, cotangent), mode="drop")
+        return total.astype(self.dtype)
 
     @property
     def _loops(self) -> bool:
         # XLA splits a batch between devices, and no loop.
         return self.one_device and current_tuning().loops_over_rows
-
-    def _gradient_at_once(self, residuals: Any, cotangent: jax.Array) -> jax.Array:
-        h, index = residuals
-        at, gradients = beyond_if_none(index, self.shape[0]), jax.vmap(self._gradient)
-        zeros = jnp.zeros(self.shape, self._wide(h))
-        return zeros.at[at].add(gradients(h, cotangent), mode="drop")
-
-    def _gradient_in_loop(self, residuals: Any, cotangent: jax.Array) -> jax.Array:
-        h, index = residuals
-        at = beyond_if_none(index, self.shape[0])
-
-        def add_row(row: jax.Array, total: jax.Array) -> jax.Array:
-            gradient = self._gradient(h[row], cotangent[row])
-            return total.at[at[row]].add(gradient, mode="drop")
-
-        zeros = zeros_for(self.shape, self._wide(h), h, cotangent)
-        return jax.lax.fori_loop(0, index.size, add_row, zeros)
-
-    def _gradient(self, h: jax.Array, cotangent: jax.Array) -> jax.Array:
-        """The gradient of one row's M, which is to be added to others."""
-        product = rows_product(h, cotangent, self.precision)
-        return product.astype(self._wide(h))
-
-    def _wide(self, h: jax.Array) -> Any:
-        return jnp.promote_types(h.dtype, jnp.float32)

@@ -31,13 +31,12 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from mora_jax._common.axes import sizes
-from mora_jax._common.types import Shape
+from mora_jax._common.types import ArrayLike, Shape
 from mora_jax._jax.linear_map import LinearMap, Static, static
 from mora_jax._jax.tuning import Tuning, Work, current_tuning
-from mora_jax._jax.vma import shape_for
+from mora_jax._jax.vma import transposed
 from mora_jax._layer import chips
 from mora_jax._layer.equation import Delta, adapted
-from mora_jax._layer.fold import barrier, schedule_after, sum_dtype
 from mora_jax._mesh.layout import KernelLayout, MeshAxes
 from mora_jax._mesh.on_mesh import REPLICATED, ShardMappedMap
 from mora_jax._plan.spec import AdapterSpec
@@ -84,16 +83,10 @@ class Adapted(LinearMap):
         precision: jax.lax.PrecisionLike = None,
     ) -> "Adapted":
         """The map of a layer, by arrays x and W or their shapes."""
-        return cls(
-            product,
-            multiply,
-            *spec.seen_by(len(product.axes)),
-            precision,
-            spec.layout,
-            *(tuple(x.shape), x.dtype, kernel.dtype),
-            spec.execution,
-            spec.operator.work,
-        )
+        of_kernel = *spec.seen_by(len(product.axes)), precision, spec.layout
+        of_arrays = tuple(x.shape), x.dtype, kernel.dtype
+        chosen_by = spec.execution, spec.operator.work
+        return cls(product, multiply, *of_kernel, *of_arrays, *chosen_by)
 
     def way(self, tuning: Tuning) -> Way:
         """Way to compute on a platform, by shapes and dtypes alone."""
@@ -147,9 +140,7 @@ class Adapted(LinearMap):
         self, function: Callable[[jax.Array], jax.Array], cotangent: jax.Array
     ) -> jax.Array:
         """The transpose of a linear function of x."""
-        x = shape_for(self.x_shape, self.x_dtype, cotangent)
-        (x,) = jax.linear_transpose(function, x)(cotangent)
-        return x
+        return transposed(function, self.x_shape, cotangent, self.x_dtype)
 
     def derivatives(self) -> Mapping[int, Callable[[Any, Any, Any], jax.Array]]:
         return {1: self.by_m}
@@ -160,7 +151,7 @@ class Adapted(LinearMap):
         # the tangent instead of M, and its transpose is dM. Without this JAX would take
         # the derivative of a fold by M, through a gradient of the kernel's shape.
         operator, m, kernel = residuals
-        arrays = x.shape, x.dtype, kernel.shape, kernel.dtype
+        arrays = ((array.shape, array.dtype) for array in (x, kernel))
         dtype = _result_dtype(self.multiply, *arrays)
         x, tangent = x.astype(dtype), tangent.astype(dtype)
 
@@ -208,6 +199,40 @@ class Folded(LinearMap):
         return barrier(after, folded) if chips.stores_folds() else folded
 
 
+def sum_dtype(m: ArrayLike, kernel: ArrayLike) -> Any:
+    """The dtype of the sum of a kernel and its delta: float32, or a wider one."""
+    return jnp.promote_types(jnp.result_type(m, kernel), jnp.float32)
+
+
+def schedule_after(x: jax.Array, m: jax.Array) -> jax.Array:
+    """`m` with a dependency on `x`."""
+    # Without it nothing that a fold needs depends on the layers before it, so XLA would
+    # fold every kernel of a model at its start and keep them all in memory. A barrier
+    # says just this, but XLA's CPU compiler drops barriers before it decides the order
+    # of the program.
+    if x.size == 0:
+        return m
+    return barrier(x, m) if current_tuning().chip else _add_zero(x, m)
+
+
+def _add_zero(x: jax.Array, m: jax.Array) -> jax.Array:
+    """`m` plus a zero that is computed from `x`."""
+    # The zero is the sign bit of a number of x, shifted down to the last place, and
+    # then out: 0 or 1, and so 0. A product with 0 would be NaN where x is infinite. One
+    # shift by all bits, or a subtraction of a number from itself, XLA simplifies to the
+    # constant 0, and the dependency is gone; two shifts it leaves alone.
+    bits = jnp.finfo(x.dtype).bits
+    first = jax.lax.bitcast_convert_type(x[(0,) * x.ndim], f"uint{bits}")
+    one = jnp.ones((), first.dtype)
+    zero = (first >> (bits - 1) * one) >> one
+    return m + zero.astype(m.dtype)
+
+
+def barrier(x: jax.Array, m: jax.Array) -> jax.Array:
+    """`m`, which is computed unchanged and after `x`."""
+    return jax.lax.optimization_barrier((x, m))[1]
+
+
 def fused(layer: Adapted) -> LinearMap:
     """The same where each device adds its parts of both terms."""
     assert layer.layout is not None and layer.product.einsum_labels is not None
@@ -240,10 +265,6 @@ def _forward_here(layer: Adapted, residuals: Any, operand: jax.Array) -> jax.Arr
 
 
 @functools.lru_cache(maxsize=1024)  # a model's layers ask the same again and again
-def _result_dtype(
-    multiply: Static, x_shape: Shape, x_dtype: Any, shape: Shape, dtype: Any
-) -> Any:
-    x, kernel = (
-        jax.ShapeDtypeStruct(*array) for array in ((x_shape, x_dtype), (shape, dtype))
-    )
-    return jax.eval_shape(multiply, x, kernel).dtype
+def _result_dtype(multiply: Static, *arrays: tuple[Shape, Any]) -> Any:
+    shapes = (jax.ShapeDtypeStruct(*array) for array in arrays)
+    return jax.eval_shape(multiply, *shapes).dtype

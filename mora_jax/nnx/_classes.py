@@ -20,7 +20,7 @@ from flax import nnx
 
 from mora_jax._flax.adapted_call import LayerCall, adapt_call
 from mora_jax._flax.layer_rules import folded_kernels, rules_of, unknown_use
-from mora_jax._layer.fold import folded_kernel
+from mora_jax._layer.folded_kernel import folded_kernel
 from mora_jax._plan.spec import SUFFIX
 from mora_jax.nnx._param import AdapterDropout, TrainedParam, is_m, value_of
 

@@ -16,7 +16,7 @@ from mora_jax._common.checks import check_array, check_seed, positive_integer
 from mora_jax._common.types import ArrayLike, Shape
 from mora_jax._jax.qwix_guard import last_with_first, matmul, undisturbed
 from mora_jax._jax.tuning import Work
-from mora_jax._jax.vma import shape_for
+from mora_jax._jax.vma import transposed
 
 Side = Literal["in", "out"]
 Precision = jax.lax.PrecisionLike
@@ -238,11 +238,11 @@ class Operator:
         """
         if self.block or not self.linear:
             return self.rows(jnp.eye(self.in_features, dtype=m.dtype), m)
-        rows = self._decompress(m)
-        vector = shape_for((self.in_features,), rows.dtype, rows)
-        transpose = jax.linear_transpose(self._compress, vector)
-        (weight,) = jax.vmap(transpose, in_axes=-1, out_axes=-1)(rows)
-        return weight
+
+        def column(column: jax.Array) -> jax.Array:
+            return transposed(self._compress, (self.in_features,), column)
+
+        return jax.vmap(column, in_axes=-1, out_axes=-1)(self._decompress(m))
 
     def gradient(
         self, x: jax.Array, g: jax.Array, precision: Precision = None
@@ -290,10 +290,8 @@ class Operator:
           `delta_weight(m)`, which is not formed.
         """
         y = check_array("y", y, (self.out_features,))
-        x = shape_for((*y.shape[:-1], self.in_features), y.dtype, y)
         rows = functools.partial(self.rows, m=self._checked(m), precision=precision)
-        (x,) = jax.linear_transpose(undisturbed(rows), x)(y)
-        return x
+        return transposed(undisturbed(rows), (*y.shape[:-1], self.in_features), y)
 
     def lookup(
         self,
