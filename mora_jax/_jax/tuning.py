@@ -150,21 +150,3 @@ def traced_for(platform: str | None) -> Iterator[None]:
         yield
     finally:
         _platform.reset(token)
-
-
-@contextlib.contextmanager
-def as_if_on(platform: str) -> Iterator[None]:
-    """Compute within, on the default platform, as another one would.
-
-    So the tests compute here what a chip would compute. Nothing that was traced before
-    is used within, nor afterwards what was traced within.
-
-    Args:
-      platform: One of `TUNING`.
-    """
-    jax.clear_caches()
-    try:
-        with traced_for(platform):
-            yield
-    finally:
-        jax.clear_caches()

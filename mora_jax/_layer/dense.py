@@ -97,27 +97,8 @@ class FrozenDense(AdapterSettings):
 
 _FIELDS = {field.name for field in dataclasses.fields(FrozenDense)}
 _SHARED = _FIELDS & {field.name for field in dataclasses.fields(AdapterSpec)}
-_DATA_FIELDS = ["kernel", "bias", "operator"]
-jax.tree_util.register_dataclass(
-    FrozenDense,
-    data_fields=_DATA_FIELDS,
-    meta_fields=sorted(_FIELDS - {*_DATA_FIELDS}),
-)
-
-
-def choose_dropout_key(
-    spec: AdapterSpec, key: PRNGKeyArray | None, deterministic: bool
-) -> PRNGKeyArray | None:
-    """The key for dropout, or None if nothing is dropped; a missing key is an error."""
-    check_key(key)
-    if spec.dropout == 0 or deterministic:
-        return None
-    if key is None:
-        raise ValueError(
-            f"dropout={spec.dropout} needs a key, got None; "
-            "pass one, or deterministic=True"
-        )
-    return key
+_ARRAYS = ["kernel", "bias", "operator"]
+jax.tree_util.register_dataclass(FrozenDense, _ARRAYS, sorted(_FIELDS - {*_ARRAYS}))
 
 
 def mora_apply(
@@ -155,8 +136,14 @@ def mora_apply(
       >>> mora_jax.mora_apply(params, frozen, jnp.ones((1, 3)))
       Array([[1.5, 1. , 1. ]], dtype=float32)
     """
-    m = params_adapter(params, frozen)
-    spec = frozen.spec
+    m, spec = params_adapter(params, frozen), frozen.spec
+    check_key(key)
+    drops = spec.dropout > 0 and not deterministic
+    if drops and key is None:
+        raise ValueError(
+            f"dropout={spec.dropout} needs a key, got None; "
+            "pass one, or deterministic=True"
+        )
     x = as_jax_array("x", x)
     kernel = as_jax_array("kernel", frozen.kernel)
     bias = None if frozen.bias is None else as_jax_array("bias", frozen.bias)
@@ -170,7 +157,7 @@ def mora_apply(
         kernel.astype(dtype),
         contraction,
         static(_einsum, contraction.equation, frozen.precision),
-        dropout_key=choose_dropout_key(spec, key, deterministic),
+        dropout_key=key if drops else None,
         precision=frozen.precision,
     )
     return y if bias is None else y + _broadcast_bias(bias, spec, y.ndim).astype(dtype)

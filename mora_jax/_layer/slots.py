@@ -5,27 +5,23 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.tree_util import GetAttrKey
 
 from mora_jax._common.types import Shape
 
 
-@jax.tree_util.register_pytree_with_keys_class
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Slots:
-    """The M's that several adapters have for one kernel.
-
-    It stands for an M in a tree of adapters, and has its array for its one leaf. It
-    knows the axis of the slots: with stacks of layers before it and
-    several squares behind it, shapes alone do not say.
+    """The M's that several adapters have for one kernel, instead of an M in a tree.
 
     Attributes:
-      m: The M's, (*stack, N, q, q), or (*stack, N, K, q, q) for K squares.
-      ndim_m: The number of axes of a single M without a stack's axes.
+      m: The M's, (*stack, N, q, q).
+      ndim_m: The number of axes of a single M without a stack's axes: with stacks of
+        layers before the axis of the slots, shapes alone do not say where it is.
     """
 
     m: Any
-    ndim_m: int
+    ndim_m: int = dataclasses.field(metadata={"static": True})
 
     @property
     def shape(self) -> Shape:
@@ -49,27 +45,18 @@ class Slots:
 
     @property
     def shape_of_one(self) -> Shape:
-        """The shape of the M of one adapter: (*stack, q, q), or (*stack, K, q, q)."""
+        """The shape of the M of one adapter, (*stack, q, q)."""
         return self.shape[: self.axis] + self.shape[self.axis + 1 :]
 
-    def tree_flatten_with_keys(self) -> tuple[tuple[Any, ...], int]:
-        return ((GetAttrKey("m"), self.m),), self.ndim_m
 
-    @classmethod
-    def tree_unflatten(cls, ndim_m: int, children: tuple[Any]) -> "Slots":
-        return cls(*children, ndim_m)
-
-
-@jax.tree_util.register_pytree_with_keys_class
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Selected:
-    """The M's in slots, and the slot of each row of a batch.
-
-    It stands for an M where a model runs. No M is copied before a layer
-    does so: which way is fast depends on the layer's input.
+    """The M's in slots, and the slot of each row of a batch, instead of an M.
 
     Attributes:
-      slots: The M's.
+      slots: The M's. None is copied before a layer does so: which way is fast depends
+        on the layer's input.
       index: The number of the slot for each row, (*stack, B), the same for all of the
         stack; -1 for none.
     """
@@ -104,18 +91,8 @@ class Selected:
         slots = jnp.moveaxis(self.slots.m, axis, 0)
         return slots.at[index].get(mode="fill", fill_value=0)
 
-    def tree_flatten_with_keys(self) -> tuple[tuple[Any, ...], None]:
-        children = (GetAttrKey("slots"), self.slots), (GetAttrKey("index"), self.index)
-        return children, None
-
-    @classmethod
-    def tree_unflatten(cls, _: None, children: Any) -> "Selected":
-        return cls(*children)
-
 
 def beyond_if_none(index: jax.Array, number: int) -> jax.Array:
-    """Slot of each row; rows without an adapter have a number past the last slot.
-
-    JAX would count negative ones from the end.
-    """
+    """Slot of each row; rows without an adapter have a number past the last slot."""
+    # JAX would count negative numbers from the end.
     return jnp.where(index < 0, number, index)

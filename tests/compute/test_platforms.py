@@ -11,10 +11,10 @@ from adapter_files import slow
 from cases import by_kind
 from helpers import close, random
 from jax.test_util import check_grads
+from platforms import as_if_on
 
 import mora_jax
 from mora_jax import FrozenDense, Plan, mora_apply
-from mora_jax._jax.tuning import as_if_on
 from mora_jax._layer.chips import ORDERED_ROWS
 
 ALPHA = 0.7

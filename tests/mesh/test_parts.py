@@ -9,8 +9,8 @@ import pytest
 from adapter_files import slow
 from cases import by_case, by_kind
 from helpers import close, random
+from platforms import as_if_on
 
-from mora_jax._jax.tuning import as_if_on
 from mora_jax._layer.chips import add_of
 from mora_jax._layer.equation import Delta
 from mora_jax._mesh.parts import part_of

@@ -23,10 +23,10 @@ from meshes import (
     sent,
     shardings,
 )
+from platforms import as_if_on
 
 import mora_jax
 from mora_jax import FrozenDense, MoRAConfig, mora_apply, sharding
-from mora_jax._jax.tuning import as_if_on
 from mora_jax.operators import OPERATORS, Truncation
 
 MESH = make_mesh(data=2, fsdp=2, model=2)

@@ -15,13 +15,13 @@ from flax import nnx
 from helpers import close, random, trained
 from jax.sharding import PartitionSpec as P
 from meshes import make_mesh, put, shardings
+from platforms import as_if_on
 from programs import case_of
 from twins import TWINS, nnx_model
 
 import mora_jax
 from mora_jax import MoRAConfig, linen, serving, sharding
 from mora_jax import nnx as mora
-from mora_jax._jax.tuning import as_if_on
 
 INDICES = np.array([[0, 2], [2, -1], [1, 1]], np.int32)
 """Of batches of two rows; three adapters are in four slots."""

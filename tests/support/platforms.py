@@ -1,0 +1,26 @@
+"""Computing here what another platform would compute."""
+
+import contextlib
+from collections.abc import Iterator
+
+import jax
+
+from mora_jax._jax.tuning import traced_for
+
+
+@contextlib.contextmanager
+def as_if_on(platform: str) -> Iterator[None]:
+    """Compute within, on the default platform, as another one would.
+
+    So the tests compute here what a chip would compute. Nothing that was traced before
+    is used within, nor afterwards what was traced within.
+
+    Args:
+      platform: One of `TUNING`.
+    """
+    jax.clear_caches()
+    try:
+        with traced_for(platform):
+            yield
+    finally:
+        jax.clear_caches()
