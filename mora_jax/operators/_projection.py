@@ -30,15 +30,15 @@ class Projection(Operator):
         return matmul(x, self.basis("in", x.dtype))
 
     def _decompress(self, h: jax.Array) -> jax.Array:
-        return matmul(h, self.basis("out", h.dtype).T)
+        return _times_transpose(h, self.basis("out", h.dtype))
 
     def matrix(self, m: jax.Array) -> jax.Array:
         # The product with the narrower side comes first: it is the smaller one. On TPUs
         # XLA would compute it again for each tile of the second without a barrier.
         c, d = self.basis("in", m.dtype), self.basis("out", m.dtype)
         if self.in_features < self.out_features:
-            return matmul(jax.lax.optimization_barrier(matmul(c, m)), d.T)
-        return matmul(c, jax.lax.optimization_barrier(matmul(m, d.T)))
+            return _times_transpose(jax.lax.optimization_barrier(matmul(c, m)), d)
+        return matmul(c, jax.lax.optimization_barrier(_times_transpose(m, d)))
 
     def _compress_units(self, indices: jax.Array, dtype: DTypeLike) -> jax.Array:
         return self._matrix_rows("in", indices, dtype)
@@ -48,3 +48,10 @@ class Projection(Operator):
     ) -> jax.Array:
         """Rows of C, or of the transpose of D: (...) -> (..., q)."""
         return self.basis(side, dtype)[indices]
+
+
+def _times_transpose(h: jax.Array, basis: jax.Array) -> jax.Array:
+    """`h @ basis.T`, (..., q) and (features, q) to (..., features)."""
+    # Not by a transpose: XLA would compute that of a constant basis while it compiles,
+    # once for each layer.
+    return jax.lax.dot_general(h, basis, (((h.ndim - 1,), (1,)), ((), ())))
