@@ -4,17 +4,8 @@ JAX derives the transpose of a linear function from its steps, and keeps for it 
 the steps computed. Where that is slow (a gather becomes a scatter) or keeps too much (a
 folded kernel, every block of an input), the transpose is given here instead.
 
-This is a primitive of our own, because nothing in JAX's public API has all that it
-needs. `jax.custom_vjp` forbids forward mode, and with it `jax.jvp`, `jax.linearize` and
-Hessian-vector products. `jax.custom_derivatives.linear_call` is the same idea, but up
-to JAX 0.12 it lacks a batching rule, so `jax.vmap` of it raises NotImplementedError,
-and it cannot be differentiated by its residuals, which M's own gradient needs when x
-has one, too. Here all of this works, and so do higher derivatives, since `forward` and
+Derivatives of all orders and modes work, and so does `jax.vmap`, since `forward` and
 `backward` are each other's transposes.
-
-A primitive also has a lowering rule for each platform. So the platform is chosen there,
-once for a whole layer, and a program for several platforms holds a choice by layer and
-no more.
 """
 
 import abc
@@ -41,12 +32,10 @@ from mora_jax._jax.vma import alike
 
 @dataclasses.dataclass(frozen=True)
 class Static:
-    """A function with its settings in front, which hashes and compares by both.
+    """A function with its settings in front, which hashes and compares by both."""
 
-    A part of a compiled program must: `functools.partial` compares by identity, so
-    every call would compile again.
-    """
-
+    # A part of a compiled program must. `functools.partial` compares by identity, so
+    # that every call would compile again.
     function: Callable[..., Any]
     settings: tuple[Any, ...]
 
@@ -144,12 +133,10 @@ class _Call:
             return {}
         # A position in the tuple of residuals differs from a leaf: the operator before
         # M may have several arrays.
-        starts = [0]
-        for child in self.treedef.children():
-            starts.append(starts[-1] + child.num_leaves)
+        sizes = [child.num_leaves for child in self.treedef.children()]
         found = {}
         for position in self.map.derivatives():
-            leaf = starts[position]
+            leaf = sum(sizes[:position])
             derivative = functools.partial(_Call._derivative, position=position)
             found[leaf] = self._batched(derivative, (leaf,))
         return found
@@ -173,6 +160,13 @@ class _Call:
         return function
 
 
+# A primitive of our own, because nothing in JAX's public API has all that is needed.
+# `jax.custom_vjp` forbids forward mode, and with it Hessian-vector products.
+# `jax.custom_derivatives.linear_call` is the same idea, but up to JAX 0.12 it lacks a
+# batching rule, and cannot be differentiated by its residuals, which M's own gradient
+# needs when x has one, too. A primitive also has a lowering rule for each platform. So
+# the platform is chosen there, once for a whole layer, and a program for several
+# platforms holds a choice by layer and no more.
 linear_p = Primitive("linear_map")
 _run = jax.jit(_Call.__call__, static_argnums=0)
 

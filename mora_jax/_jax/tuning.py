@@ -1,9 +1,5 @@
 """Constants of each platform: measured on CPUs, chosen by rooflines for chips.
 
-A program is compiled for the platform that it is lowered for, which need not be the one
-that it is traced on: an exported program may be for several. `linear_map` traces each
-layer for the platform when it is lowered, so that `current_tuning` is right within.
-
 A constant belongs here if another machine could want another value. To add a platform,
 measure with the command that is named beside each constant, and add an entry to
 `TUNING` under JAX's name of it. Until then a platform has the constants of the CPU.
@@ -30,11 +26,6 @@ class Tuning:
     Attributes:
       fold_from: For each kind of work of an operator, the number of rows from which on
         a fold is faster than the activation path, in units of in * out / (in + out).
-        Theory: a fold reads and writes the kernel, in * out numbers; the activation
-        path reads the input and the output again, in + out numbers for each row. Both
-        move as much memory at 1.0. The fold also has to form C M D and to do all of it
-        again in the backward pass, so that it pays later. With blocks it pays earlier:
-        their activation path also rearranges C(x), which is as long as x.
       folds_16_bits: True if kernels of 16 bits are folded, too, with a dither.
       folds_gathered: True if kernels are folded that are split over batches (FSDP),
         and gathered before they are used.
@@ -44,6 +35,11 @@ class Tuning:
         product has an axis of rows.
     """
 
+    # A fold reads and writes the kernel, in * out numbers; the activation path reads
+    # input and output again, in + out numbers for each row. Both move as much memory at
+    # 1.0. The fold also has to form C M D and to do all of it again in the backward
+    # pass, so that it pays later. With blocks it pays earlier: their activation path
+    # also rearranges C(x), which is as long as x.
     fold_from: Mapping[Work, float]
     folds_16_bits: bool
     folds_gathered: bool
@@ -123,6 +119,9 @@ of them would make programs long, which XLA takes long to compile.
 #   sorted, `jax.lax.ragged_dot`       2.1          2.1            1.91          2.55
 #   in groups of 16 rows, filled up    0.48         5.5
 
+# A program is compiled for the platform that it is lowered for, which need not be the
+# one that it is traced on: an exported program may be for several. `linear_map` traces
+# each layer for the platform when it is lowered, so that `current_tuning` is right.
 _platform: ContextVar[str | None] = ContextVar("platform", default=None)
 
 

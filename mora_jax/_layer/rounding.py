@@ -9,7 +9,7 @@ cancel in a sum over many inputs, which is what a layer computes.
 
 import functools
 import math
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -38,10 +38,6 @@ def add_rounded(
 ) -> jax.Array:
     """`kernel + delta` in `dtype`, computed in the dtype of `delta`.
 
-    A number whose kernel is not on the grid of `dtype` is rounded to nearest in either
-    way: what the kernel has beyond the grid is a dither already. Where the delta is
-    zero, a kernel on the grid stays as it is.
-
     Args:
       kernel: The kernel, of any floating-point dtype, or a part of one.
       delta: The delta, with the kernel's shape, in float32 or float64.
@@ -54,6 +50,9 @@ def add_rounded(
     total = kernel.astype(delta.dtype) + delta
     if rounding == "nearest" or jnp.finfo(dtype).bits >= 32:
         return total.astype(dtype)
+    # A number whose kernel is not on the grid of `dtype` is rounded to nearest in both
+    # ways: what the kernel has beyond the grid is a dither already. Where the delta is
+    # zero, a kernel on the grid stays as it is.
     on_grid = kernel.astype(dtype).astype(delta.dtype) == kernel.astype(delta.dtype)
     return _dithered(total, on_grid, start, axes, dtype)
 
@@ -61,25 +60,26 @@ def add_rounded(
 def share_lost(change: ArrayLike, delta: ArrayLike) -> float | jax.Array:
     """The share of a delta that is missing from the change of a kernel, along it.
 
-    Args:
-      change: The merged kernel minus the base's.
-      delta: The delta, of the same shape.
+    `change` is the merged kernel minus the base's, of the delta's shape.
     """
-    share = _share_lost(change, delta)
-    return share if isinstance(share, Tracer) else float(share)
+    return ratio(*_lost_along(change, delta))
 
 
 # Compiled, so that no array of the kernel's size is made on the way.
 @jax.jit
-def _share_lost(change: jax.Array, delta: jax.Array) -> Any:
+def _lost_along(change: jax.Array, delta: jax.Array) -> tuple[jax.Array, jax.Array]:
     # Divided first, since the squares of small numbers are zero in float32.
     size = jnp.linalg.norm(jnp.ravel(delta))
     scaled = delta / jnp.where(size > 0, size, 1)
     # Exact products: accelerators would round what they multiply to 16 bits.
     arrived = jnp.vdot(change, scaled, precision=jax.lax.Precision.HIGHEST)
-    return jnp.where(
-        size > 0, jnp.abs(size - arrived) / jnp.where(size > 0, size, 1), 0
-    )
+    return jnp.abs(size - arrived), size
+
+
+def ratio(part: jax.Array, whole: jax.Array) -> float | jax.Array:
+    """`part / whole`, and 0 where the whole is zero; an array in a trace."""
+    quotient = jnp.where(whole > 0, part / jnp.where(whole > 0, whole, 1), 0)
+    return quotient if isinstance(quotient, Tracer) else float(quotient)
 
 
 class MergeLoss(NamedTuple):
@@ -99,12 +99,6 @@ class MergeLoss(NamedTuple):
         """The loss where a stored kernel differs from the base's by `change`."""
         missing, size = (jnp.linalg.norm(a.ravel()) for a in (change - delta, delta))
         return cls(share_lost(change, delta), ratio(missing, size))
-
-
-def ratio(part: jax.Array, whole: jax.Array) -> float | jax.Array:
-    """`part / whole`, and 0 where the whole is zero; an array in a trace."""
-    quotient = jnp.where(whole > 0, part / jnp.where(whole > 0, whole, 1), 0)
-    return quotient if isinstance(quotient, Tracer) else float(quotient)
 
 
 @functools.partial(jax.jit, static_argnames=("axes", "dtype"))
@@ -148,14 +142,12 @@ def _stepped(total: jax.Array, numbers: jax.Array, dtype: jnp.dtype) -> jax.Arra
 def _random_numbers(
     shape: Shape, start: tuple[ArrayLike, ArrayLike], axes: str
 ) -> jax.Array:
-    """Random 32 bits for each number of a kernel, the same in each run.
-
-    They are a hash of an input and an output feature. So a merge gives the same numbers
-    if a kernel is stored transposed, or as one index of a stack; a fold in training
-    gives the numbers of the merge; and nothing is stored. A step folds each kernel
-    twice, so the hash is a short one: a sum of two products, each bit of it then mixed
-    into all others twice.
-    """
+    """Random 32 bits for each number of a kernel, the same in each run."""
+    # They are a hash of an input and an output feature. So a merge gives the same
+    # numbers if a kernel is stored transposed, or as one index of a stack; a fold in
+    # training gives the numbers of the merge; and nothing is stored. A step folds each
+    # kernel twice, so the hash is a short one: a sum of two products, each bit of it
+    # then mixed into all others twice.
     pairs = list(zip(shape, axes, strict=True))
     ins, outs = (math.prod(n for n, kind in pairs if kind == k) for k in "io")
     stack = [n for n, kind in pairs if kind == "s"]

@@ -30,7 +30,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from mora_jax._common.axes import sizes
+from mora_jax._common.axes import features
 from mora_jax._common.types import ArrayLike, Shape
 from mora_jax._jax.linear_map import LinearMap, Static, static
 from mora_jax._jax.tuning import Tuning, Work, current_tuning
@@ -49,15 +49,9 @@ Way = Literal["activation", "fold", "fused"]
 class Adapted(LinearMap):
     """x (W + alpha C M D) as a map of x. The residuals are (operator, alpha M, W).
 
-    Attributes:
-      product: The product that `multiply` computes.
-      multiply: The layer's own product of x and W, linear in both.
-      kernel_shape, axes, precision, layout: As for `Delta`.
-      x_shape: The shape of x.
-      x_dtype: The dtype of x.
-      kernel_dtype: The dtype of W.
-      execution: The way that was asked for, as in `MoRAConfig`.
-      work: The work of the operator's maps.
+    `multiply` is the layer's own product of x and W, linear in both, and `product` says
+    which. `execution` is the way that was asked for, and `work` the operator's. The
+    other attributes are as for `Delta`, and of x and W.
     """
 
     product: Product
@@ -90,27 +84,24 @@ class Adapted(LinearMap):
 
     def way(self, tuning: Tuning) -> Way:
         """Way to compute on a platform, by shapes and dtypes alone."""
-        if self.execution == "fold" or (
-            self.execution == "auto" and self._fold_pays(tuning)
-        ):
+        pays = self.execution == "auto" and self._fold_pays(tuning)
+        if self.execution == "fold" or pays:
             return "fold"
         if self.layout is None:
             return "activation"
-        features = self.layout.for_activations(self.axes, self.kernel_shape)
-        return "fused" if features.splits else "activation"
+        of_rows = self.layout.for_activations(self.axes, self.kernel_shape)
+        return "fused" if of_rows.splits else "activation"
 
     def _fold_pays(self, tuning: Tuning) -> bool:
-        # A fold moves in * out numbers of the kernel, and activations move in + out for
-        # each row; `fold_from` is the measured factor between the two, see `Tuning`.
         bits = jnp.finfo(self.kernel_dtype).bits
         if bits < 16 or (bits == 16 and not tuning.folds_16_bits):
             return False
         gathers = self.layout is not None and self.layout.gathers
         if gathers and not tuning.folds_gathered:
             return False
-        ins, outs = (
-            math.prod(sizes(self.kernel_shape, self.axes, letter)) for letter in "io"
-        )
+        # A fold moves in * out numbers of the kernel, and activations move in + out for
+        # each row; `fold_from` is the measured factor between the two, see `Tuning`.
+        ins, outs = features(self.kernel_shape, self.axes)
         rows = math.prod(self.x_shape) / ins
         return rows >= tuning.fold_from[self.work] * ins * outs / (ins + outs)
 
@@ -146,7 +137,7 @@ class Adapted(LinearMap):
         return {1: self.by_m}
 
     def by_m(self, residuals: Any, x: jax.Array, tangent: jax.Array) -> jax.Array:
-        """The derivative by M, of M's tangent: the delta of the tangent."""
+        """The derivative by M, of M's tangent."""
         # Of a linear operator the derivative does not depend on M: it is the delta with
         # the tangent instead of M, and its transpose is dM. Without this JAX would take
         # the derivative of a fold by M, through a gradient of the kernel's shape.
@@ -165,11 +156,7 @@ class Adapted(LinearMap):
 
 @dataclasses.dataclass(frozen=True)
 class Folded(LinearMap):
-    """The same as x times the folded kernel.
-
-    Attributes:
-      layer: The layer.
-    """
+    """The same as x times the folded kernel."""
 
     layer: Adapted
 
@@ -235,26 +222,22 @@ def barrier(x: jax.Array, m: jax.Array) -> jax.Array:
 
 def fused(layer: Adapted) -> LinearMap:
     """The same where each device adds its parts of both terms."""
-    assert layer.layout is not None and layer.product.einsum_labels is not None
-    features = layer.layout.for_activations(layer.axes, layer.kernel_shape)
     labels = layer.product.einsum_labels
+    assert layer.layout is not None and labels is not None
+    on_mesh = layer.layout.for_activations(layer.axes, layer.kernel_shape)
     split: dict[str, MeshAxes] = {}
-    for letter, axes in (("i", features.in_axes), ("o", features.out_axes)):
+    for letter, axes in (("i", on_mesh.in_axes), ("o", on_mesh.out_axes)):
+        # Of several axes of a kind (heads and their features) the first one is split.
         kernel = zip(labels[1], layer.axes, layer.kernel_shape, strict=True)
         first = next((c for c, a, n in kernel if a == letter and n > 1), "")
         split[first] = axes
     x_spec, kernel_spec, y_spec = (
         PartitionSpec(*(split.get(label) or None for label in part)) for part in labels
     )
+    here = static(_forward_here, dataclasses.replace(layer, layout=None))
+    x, residuals = (layer.x_shape, layer.x_dtype), (REPLICATED, kernel_spec)
     return ShardMappedMap(
-        features,
-        static(_forward_here, dataclasses.replace(layer, layout=None)),
-        layer.x_shape,
-        layer.x_dtype,
-        x_spec,
-        y_spec,
-        residual_specs=(REPLICATED, kernel_spec),
-        gathers_last=True,
+        on_mesh, here, *x, x_spec, y_spec, residuals, gathers_last=True
     )
 
 

@@ -51,10 +51,6 @@ class Operator:
     by the settings. Arrays that a seed determines are pytree leaves, so that a jitted
     function that is handed an operator takes them as arguments.
 
-    The rest of the library asks an operator only for what it trains (`m_shape`,
-    `start`, `scaled`, `linear`), for `rows`, `matrix`, `gradient` and `unit_rows`, and
-    for `split` where rows have an M each.
-
     In all methods `x` is (..., in_features), `y` and `g` are (..., out_features), `h`
     is (..., *compressed_shape), `m` is M and has `m_shape`, `indices` are numbers of
     inputs, and `precision` is for the products with M, as in `jax.numpy.matmul`.
@@ -67,6 +63,9 @@ class Operator:
       square_rank: q, the width of M (r-hat in the paper).
     """
 
+    # The rest of the library asks an operator only for what it trains (`m_shape`,
+    # `start`, `scaled`, `linear`), for the product and its derivatives (`rows`,
+    # `matrix`, `gradient`, `unit_rows`), and for `split` where rows have an M each.
     in_features: int
     out_features: int
     square_rank: int
@@ -197,11 +196,8 @@ class Operator:
         raise NotImplementedError
 
     def _compress_units(self, indices: jax.Array, dtype: DTypeLike) -> jax.Array:
-        """C of unit vectors by their numbers, which are rows of C as a matrix.
-
-        `indices`: (...) -> (..., *compressed_shape), without `in_features` numbers for
-        each where a subclass knows how.
-        """
+        """C of unit vectors by their numbers: (...) -> (..., *compressed_shape)."""
+        # Subclasses need not make `in_features` numbers for each.
         return self._compress(jax.nn.one_hot(indices, self.in_features, dtype=dtype))
 
     def split(self, x: jax.Array) -> Split:
@@ -231,11 +227,9 @@ class Operator:
         return decompress(matmul(h, m, precision))
 
     def matrix(self, m: jax.Array) -> jax.Array:
-        """Delta C (I_n x M) D as a matrix: M -> (in_features, out_features).
-
-        Of one block, D is applied to the rows of M, and the transpose of C to the
-        columns of the result. Of several, each unit vector is multiplied.
-        """
+        """Delta C (I_n x M) D as a matrix: M -> (in_features, out_features)."""
+        # Of one block, D is applied to the rows of M, and the transpose of C to the
+        # columns of the result. Of several, each unit vector is multiplied.
         if self.block or not self.linear:
             return self.rows(jnp.eye(self.in_features, dtype=m.dtype), m)
 
@@ -250,10 +244,9 @@ class Operator:
         r"""Gradient of M from rows x and the gradient g of the outputs.
 
         .. math:: dM = \sum_{rows} C(x)^T D^T(g)
-
-        A block is a row like any other. It is one product of all rows: the one that JAX
-        would derive keeps their axes apart, and XLA writes C(x) once more for it.
         """
+        # A block is a row like any other. It is one product of all rows: the one that
+        # JAX would derive keeps their axes apart, and XLA writes C(x) once more for it.
         h, decompress = self.split(x)
         (back,) = jax.linear_transpose(decompress, h)(g)
         return rows_product(h, back, precision)
