@@ -30,7 +30,7 @@ from mora_jax._jax.vma import transposed, zeros_for
 from mora_jax._layer.rounding import add_rounded
 from mora_jax._mesh.parts import BlockPart, OperatorPart, PermutationPart, whole
 from mora_jax.operators import Decoupling, Permutation
-from mora_jax.operators._blocks import block_positions, divide
+from mora_jax.operators._blocks import divide
 
 Precision = jax.lax.PrecisionLike
 
@@ -230,21 +230,15 @@ def _ordered_matrix(
     op: Permutation, in_places: ArrayLike, out_places: ArrayLike, m: jax.Array
 ) -> jax.Array:
     """`Permutation.matrix_part` by products with unit vectors, instead of gathers."""
-    q = op.square_rank
-    out_block, out_offset = divide(out_places, q)
-    block, offset = block_positions(in_places, op.in_features, q)
-    group, out_group = op.in_group(block), op.out_group(out_block)
-    columns = matmul(m, jax.nn.one_hot(out_offset, q, dtype=m.dtype).T)
-    columns = jax.lax.optimization_barrier(columns)
 
-    def rows(t: int) -> jax.Array:
-        return matmul(jax.nn.one_hot(offset[:, t], q, dtype=m.dtype), columns)
+    def rows_of(m: jax.Array, numbers: jax.Array) -> jax.Array:
+        return matmul(jax.nn.one_hot(numbers, op.square_rank, dtype=m.dtype), m)
 
-    parts = (
-        jnp.where(group[:, t, None] == out_group, rows(t), 0)
-        for t in range(group.shape[1])
-    )
-    return functools.reduce(jnp.add, parts)
+    def columns_of(m: jax.Array, numbers: jax.Array) -> jax.Array:
+        unit = jax.nn.one_hot(numbers, op.square_rank, dtype=m.dtype)
+        return jax.lax.optimization_barrier(matmul(m, unit.T))
+
+    return op.matrix_part(m, in_places, out_places, columns_of, rows_of)
 
 
 def _add_matrix(part: OperatorPart, m: jax.Array, kernel: jax.Array) -> jax.Array:

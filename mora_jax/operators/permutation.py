@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,6 +17,8 @@ from mora_jax.operators._blocks import block_positions, divide
 from mora_jax.operators._pytree import operator, seeded
 from mora_jax.operators._random import permutation
 from mora_jax.operators.decoupling import Decoupling
+
+Pick = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 @operator
@@ -54,25 +57,27 @@ class Permutation(Decoupling):
         return self.matrix_part(m, self.in_inverse, self.out_inverse)
 
     def matrix_part(
-        self, m: jax.Array, in_places: ArrayLike, out_places: ArrayLike
+        self,
+        m: jax.Array,
+        in_places: ArrayLike,
+        out_places: ArrayLike,
+        columns_of: Pick = lambda m, k: stored(lambda m: _take(m, k, unique=False), m),
+        rows_of: Pick = lambda m, k: m.at[k].get(mode="clip"),
     ) -> jax.Array:
         """Rows and columns of the delta, by their places in the two orders.
 
         `in_places`, (k,), and `out_places`, (l,), give a part (k, l) of the delta.
+        `columns_of` and `rows_of` pick the columns and rows of M with some numbers.
         """
         q = self.square_rank
         out_block, out_offset = divide(out_places, q)
         block, offset = block_positions(in_places, self.in_features, q)
         group, out_group = self.in_group(block), self.out_group(out_block)
-        columns = stored(lambda m: _take(m, out_offset, unique=False), m)
+        columns = columns_of(m, out_offset)
         # A feature that starts over is in up to t blocks. An offset of q or more is in
         # no group, whatever row of M it is clipped to.
         parts = (
-            jnp.where(
-                group[:, t, None] == out_group,
-                columns.at[offset[:, t]].get(mode="clip"),
-                0,
-            )
+            jnp.where(group[:, t, None] == out_group, rows_of(columns, offset[:, t]), 0)
             for t in range(group.shape[1])
         )
         return functools.reduce(jnp.add, parts)
