@@ -2,14 +2,12 @@
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from mora_jax import AdapterSpec
 from mora_jax._jax.linear_map import static
 from mora_jax._jax.tuning import Tuning, current_tuning
-from mora_jax._layer.adapted import joins
-from mora_jax._layer.ways import Adapted, Way
+from mora_jax._layer.ways import Adapted, Way, joins
 from mora_jax.products import Product
 
 
@@ -35,6 +33,8 @@ def choose(
     shape, axes = spec.seen_by(len(product.axes))
     if not joins(product, axes, x, dtype, dropout):
         return "activation"
-    kernel = jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
-    layer = Adapted.of(spec, product, static(jnp.matmul), x, kernel)
+    of_arrays = tuple(x.shape), x.dtype, jnp.dtype(dtype)
+    chosen_by = spec.execution, spec.operator.work
+    of_kernel = shape, axes, None, spec.layout
+    layer = Adapted(product, static(jnp.matmul), *of_kernel, *of_arrays, *chosen_by)
     return layer.way(tuning or current_tuning())

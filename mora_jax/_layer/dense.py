@@ -15,7 +15,7 @@ from mora_jax._common.axes import sizes
 from mora_jax._common.checks import as_jax_array, check_kernel, check_key
 from mora_jax._common.types import ArrayLike
 from mora_jax._jax.linear_map import static
-from mora_jax._layer.adapted import adapted_product
+from mora_jax._layer.ways import adapted_product
 from mora_jax._mesh.layout import KernelLayout
 from mora_jax._plan.settings import AdapterSettings, MoRAConfig
 from mora_jax._plan.spec import SUFFIX, AdapterSpec

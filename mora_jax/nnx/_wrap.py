@@ -8,8 +8,8 @@ from jax.typing import DTypeLike
 
 from mora_jax._flax.layer_rules import folded_kernels, planning_rules, unknown_use
 from mora_jax._flax.survey import refuse_untraced
-from mora_jax._layer.adapted import check_product
 from mora_jax._layer.rounding import Rounding
+from mora_jax._layer.ways import check_product
 from mora_jax._plan.plan import Plan
 from mora_jax._plan.settings import MoRAConfig
 from mora_jax._plan.spec import SUFFIX, AdapterSpec

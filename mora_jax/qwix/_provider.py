@@ -12,7 +12,7 @@ import qwix
 from flax import nnx
 
 from mora_jax._common.warnings import LeftOutWarning, warn
-from mora_jax._layer.adapted import add_delta, check_product
+from mora_jax._layer.ways import add_delta, check_product
 from mora_jax._plan.spec import SUFFIX, AdapterSpec
 from mora_jax.linen._bound import running_dropout_key, running_m
 from mora_jax.nnx import _held
