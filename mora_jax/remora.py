@@ -40,7 +40,7 @@ from mora_jax._common.checks import check_number, positive_integer
 from mora_jax._plan.plan import Plan, check_plan
 from mora_jax._plan.spec import SUFFIX, AdapterSpec
 from mora_jax._tree.combined import combine
-from mora_jax._tree.merge import finite_items, merged_kernel, with_kernels
+from mora_jax._tree.merge import array_items, merged_kernel, with_kernels
 from mora_jax._tree.optim import check_transformation
 from mora_jax._tree.paths import (
     adapter_path,
@@ -110,7 +110,7 @@ def restart(
     """
     check_transformation(tx)
     following = next_plan(plan)
-    items = finite_items(adapters, plan)
+    items = array_items(adapters, plan)
     kernels = with_kernels(params, items, any_base=any_base)
     ms = {adapter_path(old): _started(following[old.name], m) for old, m in items}
     adapters = replace_leaves(_with_next_specs(adapters), ms)

@@ -43,7 +43,7 @@ from mora_jax._layer.slots import Selected, Slots, beyond_if_none
 from mora_jax._plan.plan import Plan, check_plan
 from mora_jax._plan.trained_arrays import refuse_trained
 from mora_jax._tree.adapters import Tree, nest, refuse_nonlinear
-from mora_jax._tree.merge import finite_items
+from mora_jax._tree.merge import array_items
 from mora_jax._tree.paths import adapter_path, check_leaf, located_leaves, unboxed
 
 __all__ = ["put", "select", "stack"]
@@ -78,7 +78,7 @@ def stack(adapters: Sequence[Any], plan: Plan, *, slots: int | None = None) -> T
     if isinstance(adapters, dict) or not isinstance(adapters, Iterable):
         kind = type(adapters).__name__
         raise TypeError(f"adapters must be a sequence of adapters, got {kind}")
-    trees = [finite_items(tree, plan) for tree in adapters]
+    trees = [array_items(tree, plan) for tree in adapters]
     if slots is None and not trees:
         raise ValueError("slots must be given where adapters are none")
     number = positive_integer("slots", len(trees) if slots is None else slots)

@@ -10,9 +10,14 @@ from mora_jax._common.suggestions import nearest_paths
 from mora_jax._common.types import Path
 from mora_jax._plan.plan import Plan, check_plan
 from mora_jax._plan.spec import SUFFIX
-from mora_jax._plan.trained_arrays import find_trained
 from mora_jax._tree.adapters import Tree, adapter_items, nest, trained_items
-from mora_jax._tree.paths import named_leaves, refuse_model, replace_leaves, unboxed
+from mora_jax._tree.paths import (
+    find_part,
+    named_leaves,
+    refuse_model,
+    replace_leaves,
+    unboxed,
+)
 
 
 def combine(params: Any, adapters: Any, plan: Plan | None = None) -> Any:
@@ -45,7 +50,7 @@ def combine(params: Any, adapters: Any, plan: Plan | None = None) -> Any:
         adapter_items(adapters, plan)
         trained = trained_items(adapters, plan)
         leaves = named_leaves(params) if trained else {}
-        new = {find_trained(leaves, array)[0]: copy for array, copy in trained}
+        new = {find_part(leaves, array)[0]: copy for array, copy in trained}
         params = replace_leaves(params, new)
         added = {path: leaf for path, leaf in added.items() if path not in new}
     nodes, in_state = dict(_nodes(params)), isinstance(params, nnx.State)
@@ -113,7 +118,7 @@ def split(tree: Any, plan: Plan | None = None) -> tuple[Any, Tree]:
     if plan is not None and check_plan(plan).trained:
         named, rounded = named_leaves(base), {}
         for array in plan.trained:
-            path, copy = find_trained(named, array)
+            path, copy = find_part(named, array)
             adapters[array.path] = copy
             rounded[path] = copy.astype(array.base_dtype)
         base = replace_leaves(base, rounded)
@@ -132,11 +137,10 @@ def _children(node: Any) -> Tree | None:
     """The children of a container by name; None for a leaf."""
     if isinstance(node, nnx.State):
         node = node.raw_mapping  # a state wraps its items, and they differ in structure
-    if isinstance(node, Mapping):
-        return {str(key): value for key, value in node.items()}
     if isinstance(node, list | tuple):
-        return {str(k): value for k, value in enumerate(node)}
-    return None
+        node = dict(enumerate(node))
+    is_mapping = isinstance(node, Mapping)
+    return {str(key): node[key] for key in node} if is_mapping else None
 
 
 def _nodes(node: Any, path: Path = ()) -> Iterator[tuple[Path, tuple[Any, Any]]]:

@@ -5,15 +5,15 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from flax.core.meta import AxisMetadata
 
-from mora_jax._common.checks import check_kernel
+from mora_jax._common.checks import check_kernel, check_leaf
 from mora_jax._common.suggestions import lacking
-from mora_jax._common.types import Path, Shape
+from mora_jax._common.types import Path
 from mora_jax._layer.slots import Selected, Slots
 from mora_jax._plan.spec import SUFFIX, AdapterSpec, check_same
+from mora_jax._plan.trained_arrays import TrainedArray
 
 
 def located_leaves(tree: Any, what: str = "params") -> dict[Path, Any]:
@@ -40,44 +40,39 @@ def located_leaves(tree: Any, what: str = "params") -> dict[Path, Any]:
     return leaves
 
 
-def named_leaves(params: Any) -> dict[str, tuple[Path, Any]]:
+def named_leaves(tree: Any, what: str = "params") -> dict[str, tuple[Path, Any]]:
     """{slash-joined path: (path, leaf)} of a tree of arrays or shapes, unboxed."""
     leaves: dict[str, tuple[Path, Any]] = {}
-    for path, leaf in located_leaves(params).items():
+    for path, leaf in located_leaves(tree, what).items():
         name, leaf = "/".join(path), unboxed(leaf)
         if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
             raise TypeError(
-                f"params must hold arrays only, got {type(leaf).__name__} at {name!r}"
+                f"{what} must hold arrays only, got {type(leaf).__name__} at {name!r}"
             )
         if name in leaves:
-            raise ValueError(f"params has two leaves of the path {name!r}")
+            raise ValueError(f"{what} has two leaves of the path {name!r}")
         leaves[name] = path, leaf
     if not leaves:
-        raise ValueError("params holds no array")
+        raise ValueError(f"{what} holds no array")
     return leaves
 
 
-def find_kernel(
-    leaves: Mapping[str, tuple[Path, Any]], spec: AdapterSpec
+def find_part(
+    leaves: Mapping[str, tuple[Path, Any]], part: AdapterSpec | TrainedArray
 ) -> tuple[Path, Any]:
-    """The path and the array of the kernel that `spec` adapts, checked."""
-    name = spec.name
+    """The path and the array that a part of a plan has in the base, checked."""
+    name = part.name
     if name not in leaves:  # or quantized: then it is several arrays, below its path
-        raise ValueError(f"params lack the kernel {name!r}{lacking(name, leaves)}")
-    path, kernel = leaves[name]
-    check_kernel(kernel, name)
-    check_leaf(kernel, name, spec.kernel_shape)
-    return path, kernel
-
-
-def check_leaf(leaf: Any, name: str, shape: Shape) -> None:
-    """Raise unless `leaf` is a floating-point array of `shape`, or stands for one."""
-    if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
-        raise TypeError(f"{name} must be an array, got {type(leaf).__name__}")
-    if tuple(leaf.shape) != shape:
-        raise ValueError(f"{name} must have shape {shape}, got {tuple(leaf.shape)}")
-    if not jnp.issubdtype(leaf.dtype, jnp.floating):
-        raise TypeError(f"{name} must have a floating-point dtype, got {leaf.dtype}")
+        what = f"{name!r}, which the plan trains"
+        what = f"the kernel {name!r}" if isinstance(part, AdapterSpec) else what
+        raise ValueError(f"params lack {what}{lacking(name, leaves)}")
+    path, leaf = leaves[name]
+    if isinstance(part, AdapterSpec):
+        check_kernel(leaf, name)
+        check_leaf(leaf, name, part.kernel_shape)
+    else:
+        part.check(leaf, " in params")
+    return path, leaf
 
 
 def refuse_variables(params: Any, what: str = "params") -> None:

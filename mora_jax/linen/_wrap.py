@@ -13,10 +13,14 @@ from mora_jax._flax.layer_rules import rules_of, unknown_use
 from mora_jax._flax.survey import refuse_untraced
 from mora_jax._plan.plan import Plan
 from mora_jax._plan.settings import MoRAConfig, check_config
-from mora_jax._plan.trained_arrays import find_trained
 from mora_jax._tree.adapters import adapter_items, nest, trained_items, with_trained
 from mora_jax._tree.combined import combine, split
-from mora_jax._tree.paths import adapter_path, named_leaves, replace_leaves
+from mora_jax._tree.paths import (
+    adapter_path,
+    find_part,
+    named_leaves,
+    replace_leaves,
+)
 from mora_jax.linen._bound import (
     BoundAdapter,
     adapters_of,
@@ -78,7 +82,7 @@ class AdaptedApply:
         if "params" in updated:  # with the base's arrays for the trained copies
             leaves = named_leaves(base) if trained else {}
             new = split(updated["params"])[0]
-            old = dict(find_trained(leaves, array) for array, _ in trained)
+            old = dict(find_part(leaves, array) for array, _ in trained)
             updated = {**updated, "params": replace_leaves(new, old)}
         return output, updated
 
