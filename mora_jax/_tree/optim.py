@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mora_jax._common.suggestions import lacking, pattern_hint
+from mora_jax._common.suggestions import pattern_hint
 from mora_jax._plan.plan import Plan, check_plan
 from mora_jax._plan.settings import patterns_of
 from mora_jax._plan.spec import SUFFIX
-from mora_jax._tree.paths import is_boxed, located_leaves
+from mora_jax._tree.paths import find_part, is_boxed, located_leaves, named_leaves
 
 
 def trainable_mask(
@@ -58,11 +58,9 @@ def trainable_mask(
             hint = pattern_hint(pattern, leaves)
             raise ValueError(f"base: {pattern!r} matches no base leaf{hint}")
         trained.update(matched)
-    for array in () if plan is None else check_plan(plan).trained:
-        if array.name not in leaves:
-            hint = lacking(array.name, leaves)
-            raise ValueError(f"params lack {array.name!r}, which the plan trains{hint}")
-        trained.add(array.name)
+    if plan is not None and check_plan(plan).trained:
+        named = named_leaves(params)
+        trained |= {"/".join(find_part(named, array)[0]) for array in plan.trained}
     structure = jax.tree.structure(params, is_leaf=is_boxed)
     return jax.tree.unflatten(structure, [name in trained for name in names])
 
