@@ -145,7 +145,7 @@ def weighted_sum(
     plan = _common_plan([plan for _, plan in pairs])
     trees = [_arrays(*pair) for pair in pairs]
     why = "and its delta is what it has moved from the base's array"
-    in_base = trained_in_base(plan, params, why, any_base=any_base)
+    in_base = trained_in_base(plan, params, why, any_base)
     starts, sums = {array.path: wide(leaf) for array, leaf in in_base}, {}
     for path in trees[0]:
         arrays, start = [tree[path] for tree in trees], starts.get(path, 0.0)

@@ -17,7 +17,7 @@ from mora_jax._common.types import ArrayLike, Path
 from mora_jax._layer.dense import FrozenDense
 from mora_jax._plan.plan import Plan, check_plan
 from mora_jax._plan.spec import SUFFIX, AdapterSpec
-from mora_jax._plan.trained_arrays import Items, TrainedArray
+from mora_jax._plan.trained_arrays import Items
 from mora_jax._tree.base_digest import check_base
 from mora_jax._tree.paths import (
     adapter_of,
@@ -94,9 +94,7 @@ def init_adapter(spec: AdapterSpec, key: PRNGKeyArray | None = None) -> jax.Arra
     return spec.operator.start(spec.stack_shape, spec.init, key, spec.param_dtype)
 
 
-def trained_in_base(
-    plan: Plan, params: Any, why: str, *, any_base: bool = True
-) -> Items:
+def trained_in_base(plan: Plan, params: Any, why: str, any_base: bool = True) -> Items:
     """Each array that trains itself with the base's; `why` says what that is for."""
     if not plan.trained:
         return []
@@ -105,38 +103,28 @@ def trained_in_base(
         raise ValueError(
             f"params must be given, since the plan trains {trained!r} itself, {why}"
         )
-    found = parts_in_base(plan.trained, params, plan.specs, any_base).values()
-    pairs = zip(plan.trained, found, strict=True)
+    leaves = base_leaves(params, plan.specs, any_base)
+    pairs = [(array, find_part(leaves, array)[1]) for array in plan.trained]
     return [(array, as_jax_array(f"{array.name} in params", a)) for array, a in pairs]
 
 
-def parts_in_base(
-    parts: Iterable[AdapterSpec | TrainedArray],
-    params: Any,
-    specs: Sequence[AdapterSpec],
-    any_base: bool,
-) -> dict[Path, Any]:
-    """{path: the base's array} of parts of a plan, in their order.
-
-    The params must be the base alone, by the specs of the plan, and the base that they
-    were trained on, unless it may be any.
-    """
+def base_leaves(
+    params: Any, specs: Sequence[AdapterSpec], any_base: bool
+) -> dict[str, tuple[Path, Any]]:
+    """Leaves of params, which must be the base alone, and the one that specs know."""
     leaves = named_leaves(params)
     refuse_combined(leaves, specs)
-    found = dict(find_part(leaves, part) for part in parts)
     if not any_base:
         check_base(specs, {name: leaf for name, (_, leaf) in leaves.items()})
-    return found
+    return leaves
 
 
 def refuse_combined(leaves: Collection[str], specs: Iterable[AdapterSpec]) -> None:
     """Raise if the paths of params include adapters: they are not the base alone."""
-    for spec in specs:
-        if f"{spec.name}{SUFFIX}" in leaves:
-            raise ValueError(
-                f"params hold the adapter {spec.name}{SUFFIX}: give the base alone, "
-                "as split(params)[0]"
-            )
+    for name in (f"{spec.name}{SUFFIX}" for spec in specs):
+        if name in leaves:
+            rule = "give the base alone, as split(params)[0]"
+            raise ValueError(f"params hold the adapter {name}: {rule}")
 
 
 def refuse_nonlinear(specs: Iterable[AdapterSpec], why: str) -> None:

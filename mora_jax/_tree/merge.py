@@ -18,12 +18,12 @@ from mora_jax._plan.trained_arrays import refuse_trained
 from mora_jax._tree.adapters import (
     Tree,
     adapter_items,
+    base_leaves,
     nest,
-    parts_in_base,
     trained_items,
     with_trained,
 )
-from mora_jax._tree.paths import replace_leaves
+from mora_jax._tree.paths import find_part, replace_leaves
 
 
 @overload
@@ -209,10 +209,11 @@ def with_kernels(
     params: Any, items: list[tuple[AdapterSpec, jax.Array]], *, any_base: bool = True
 ) -> list[tuple[AdapterSpec, jax.Array, Path, jax.Array]]:
     """Each spec and M with the path and the array of the kernel, which are checked."""
-    specs = [spec for spec, _ in items]
-    found = parts_in_base(specs, params, specs, any_base)
-    kernels = zip(items, found.items(), strict=True)
-    return [(s, m, path, as_jax_array(s.name, k)) for (s, m), (path, k) in kernels]
+    leaves, joined = base_leaves(params, [spec for spec, _ in items], any_base), []
+    for spec, m in items:
+        path, kernel = find_part(leaves, spec)
+        joined.append((spec, m, path, as_jax_array(spec.name, kernel)))
+    return joined
 
 
 def _merged(

@@ -111,7 +111,10 @@ def optimizer(
     """
     check_transformation(tx)
     labels = trainable_labels(params, base, plan=plan)
-    return optax.transforms.partition({"trainable": tx, "frozen": _freeze()}, labels)
+    # Updates of -0.0 leave every leaf as it is, to the bit: x + -0.0 is x for every x,
+    # while -0.0 + 0.0 is 0.0.
+    freeze = optax.stateless_with_tree_map(lambda g, _: -jnp.zeros_like(g))
+    return optax.transforms.partition({"trainable": tx, "frozen": freeze}, labels)
 
 
 def check_transformation(tx: Any) -> None:
@@ -119,9 +122,3 @@ def check_transformation(tx: Any) -> None:
     if not isinstance(tx, optax.GradientTransformation):
         rule = "tx must be an optax transformation, such as optax.adamw(1e-3)"
         raise TypeError(f"{rule}, got {type(tx).__name__}")
-
-
-def _freeze() -> optax.GradientTransformation:
-    """Updates that leave every leaf as it is, to the bit."""
-    # -0.0 and not 0.0: x + -0.0 is x for every x, while -0.0 + 0.0 is 0.0.
-    return optax.stateless_with_tree_map(lambda g, _: -jnp.zeros_like(g))
