@@ -23,6 +23,7 @@ def located_leaves(tree: Any, what: str = "params") -> dict[Path, Any]:
     """
 
     def is_end(node: Any) -> bool:
+        # JAX would go on into these, and call a model's parts or M's in slots arrays.
         return is_boxed(node) or isinstance(node, nnx.Module | Slots | Selected)
 
     leaves: dict[Path, Any] = {}
@@ -62,7 +63,7 @@ def find_part(
 ) -> tuple[Path, Any]:
     """The path and the array that a part of a plan has in the base, checked."""
     name = part.name
-    if name not in leaves:  # or quantized: then it is several arrays, below its path
+    if name not in leaves:  # or it is quantized: several arrays, below its path
         what = f"{name!r}, which the plan trains"
         what = f"the kernel {name!r}" if isinstance(part, AdapterSpec) else what
         raise ValueError(f"params lack {what}{lacking(name, leaves)}")
@@ -101,13 +102,11 @@ def key_name(key: Any) -> str:
 
 
 def is_boxed(leaf: Any) -> bool:
-    """True for an array in a box: Linen's metadata, or an NNX variable.
-
-    A variable that holds a structure, such as a quantized kernel, is not a box: the
-    parts of the structure are leaves themselves. But M's for rows count as one array.
-    """
+    """True for an array in a box: Linen's metadata, or an NNX variable."""
     if not isinstance(leaf, nnx.Variable):
         return isinstance(leaf, AxisMetadata)
+    # A variable that holds a structure, such as a quantized kernel, is not a box: the
+    # parts of the structure are leaves themselves. But M's for rows count as one array.
     held = _held(leaf)
     return jax.tree_util.all_leaves(held) or isinstance(held[0], Selected)
 
@@ -135,11 +134,7 @@ def reboxed(box: Any, value: Any) -> Any:
 
 
 def adapter_of(box: Any, spec: AdapterSpec, by_row: bool = False) -> Any:
-    """The M that `box` holds or is, checked against `spec`.
-
-    A variable of an NNX model knows the adapter that its M was made for, whose delta
-    must be the delta of `spec`. With `by_row`, each row of a batch may have an M.
-    """
+    """The M that `box` holds or is; with `by_row`, each row of a batch may have one."""
     m, name = unboxed(box), f"{spec.name}{SUFFIX}"
     if isinstance(m, Slots):
         raise TypeError(
@@ -152,6 +147,8 @@ def adapter_of(box: Any, spec: AdapterSpec, by_row: bool = False) -> Any:
             "linen.wrap and nnx.set_adapters take"
         )
     check_leaf(m, name, spec.shape)
+    # A variable of an NNX model knows the adapter that its M was made for, whose delta
+    # must be the delta of `spec`.
     made_for = getattr(box, "spec", None)
     if isinstance(made_for, AdapterSpec):
         stack = m.shape[: m.ndim - len(made_for.shape)]

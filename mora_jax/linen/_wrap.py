@@ -13,8 +13,8 @@ from mora_jax._flax.layer_rules import rules_of, unknown_use
 from mora_jax._flax.survey import refuse_untraced
 from mora_jax._plan.plan import Plan
 from mora_jax._plan.settings import MoRAConfig, check_config
-from mora_jax._tree.adapters import adapter_items, nest, trained_items, with_trained
-from mora_jax._tree.combined import combine, split
+from mora_jax._tree.adapters import adapter_items, trained_items, with_trained
+from mora_jax._tree.combined import split, with_ms
 from mora_jax._tree.paths import (
     adapter_path,
     find_part,
@@ -62,7 +62,7 @@ class AdaptedApply:
         bound = {adapter_path(spec): BoundAdapter.of(spec, m) for spec, m in items}
         base = params_of(variables)
         trained = trained_items(adapters, plan) if plan.trained else []
-        params = combine(with_trained(base, trained), nest(bound))
+        params = with_ms(with_trained(base, trained), bound)
         interceptor = _Interceptor(plan, bool(adapter_deterministic))
         with nn.intercept_methods(interceptor):
             result = self.model.apply({**variables, "params": params}, *args, **kwargs)
