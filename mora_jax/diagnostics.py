@@ -190,8 +190,8 @@ def relative_norm(params: Any, adapters: Any, plan: Plan) -> dict[str, float]:
     return shares
 
 
-Outputs = Callable[[Any], list[jax.Array]]
-"""A function of adapters or params that returns a model's floating-point outputs."""
+Outputs = Callable[[Any], Any]
+"""A function of adapters or params that returns a model's outputs."""
 
 
 def check(
@@ -246,14 +246,16 @@ def check(
     items = [(spec, jnp.zeros(spec.shape, spec.param_dtype)) for spec in plan.specs]
     ms = {adapter_path(spec): m for spec, m in items}
     zeros = replace_leaves(init(plan, key, params=params), ms)
-    base = adapted(zeros)
-    _check_finite(base, "floating-point outputs for these inputs")
+    base = _floats(adapted(zeros), "floating-point outputs for these inputs")
     for number, (spec, _, path, kernel) in enumerate(with_kernels(params, items)):
         m = _as_large_as(kernel, spec, jax.random.fold_in(key, number))
         merged = merged_kernel(spec, m, kernel, rounding="dither")
-        y_adapted = adapted(replace_leaves(zeros, {adapter_path(spec): m}))
-        y_merged = plain(replace_leaves(params, {path: merged}))
-        ratios[spec.name] = _difference(y_adapted, y_merged, base, spec.name)
+        what = f"outputs with a delta of {spec.name!r} that is as large as its kernel"
+        left = _floats(adapted(replace_leaves(zeros, {adapter_path(spec): m})), what)
+        right = _floats(plain(replace_leaves(params, {path: merged})), what)
+        # If the merged model alone has an effect, all of it is a difference: 1.
+        effect = _distance(left, base) or _distance(right, base)
+        ratios[spec.name] = _distance(left, right) / effect if effect else math.nan
     if tolerance is None:
         # Far above errors of rounding, and far below 1, where a layer is another one.
         epsilon = max(float(jnp.finfo(y.dtype).eps) for y in base)
@@ -276,13 +278,12 @@ def _linen_models(
     settings = {"adapter_deterministic": True, **kwargs}
 
     @jax.jit
-    def adapted(adapters: Any, variables: Any, inputs: Any) -> list[jax.Array]:
-        return _floating(apply(adapters, variables, *inputs, **settings))
+    def adapted(adapters: Any, variables: Any, inputs: Any) -> Any:
+        return apply(adapters, variables, *inputs, **settings)
 
     @jax.jit
-    def plain(params: Any, variables: Any, inputs: Any) -> list[jax.Array]:
-        variables = {**variables, "params": params}
-        return _floating(model.apply(variables, *inputs, **kwargs))
+    def plain(params: Any, variables: Any, inputs: Any) -> Any:
+        return model.apply({**variables, "params": params}, *inputs, **kwargs)
 
     # Arrays are arguments. As constants XLA would copy them, and try to compute them.
     given = variables, inputs
@@ -293,10 +294,7 @@ def _nnx_models(
     model: nnx.Module, plan: Plan, inputs: Any, kwargs: Any
 ) -> tuple[Any, Outputs, Outputs]:
     """Params, and outputs by adapters and by params."""
-
-    @nnx.jit
-    def run(model: Any, inputs: Any) -> list[jax.Array]:
-        return _floating(model(*inputs, **kwargs))
+    run = nnx.jit(lambda model, inputs: model(*inputs, **kwargs))
 
     def outputs(model: nnx.Module, put: Callable[..., None], trained: Any) -> Any:
         copy = nnx.clone(model)
@@ -309,19 +307,17 @@ def _nnx_models(
     return params, adapted, functools.partial(outputs, model, nnx.update)
 
 
-def _floating(outputs: Any) -> list[jax.Array]:
-    arrays = [jnp.asarray(y) for y in jax.tree.leaves(outputs)]
-    return [y for y in arrays if jnp.issubdtype(y.dtype, jnp.floating)]
-
-
-def _check_finite(ys: list[jax.Array], what: str) -> None:
-    """Raise unless there are outputs, and all of them are finite."""
+def _floats(outputs: Any, what: str) -> list[jax.Array]:
+    """The floating-point arrays that a model returned, which must be finite."""
+    ys = [jnp.asarray(y) for y in jax.tree.leaves(outputs)]
+    ys = [y for y in ys if jnp.issubdtype(y.dtype, jnp.floating)]
     if not ys or not all(bool(jnp.isfinite(y).all()) for y in ys):
         got = "NaN or infinity" if ys else "no floating-point output"
         raise ValueError(
             f"the model must give finite {what}, got {got}; smaller inputs or float32 "
             "may help"
         )
+    return ys
 
 
 def _as_large_as(kernel: jax.Array, spec: AdapterSpec, key: jax.Array) -> jax.Array:
@@ -330,17 +326,6 @@ def _as_large_as(kernel: jax.Array, spec: AdapterSpec, key: jax.Array) -> jax.Ar
     arrays = wide(kernel), delta_kernel(spec, wide(m))
     size, delta_size = (float(jnp.linalg.norm(a.ravel())) for a in arrays)
     return m * ((size or 1.0) / delta_size)
-
-
-def _difference(
-    adapted: list[jax.Array], merged: list[jax.Array], base: list[jax.Array], name: str
-) -> float:
-    """The distance of two outputs, divided by their distance from the base's."""
-    what = f"outputs with a delta of {name!r} that is as large as its kernel"
-    _check_finite([*adapted, *merged], what)
-    # If the merged model alone has an effect, all of it is a difference: 1.
-    effect = _distance(adapted, base) or _distance(merged, base)
-    return _distance(adapted, merged) / effect if effect else float("nan")
 
 
 def _distance(ys: list[jax.Array], references: list[jax.Array]) -> float:
