@@ -31,6 +31,7 @@ from mora_jax._tree.paths import (
 
 Tree = dict[str, Any]
 
+# Compiled, since a plan has hundreds of kernels, and each key is several operations.
 _fold_in = jax.jit(jax.random.fold_in)
 
 
@@ -78,6 +79,7 @@ def init(
         return {f"kernel{SUFFIX}": init_adapter(plan_or_frozen.spec, key)}
     plan, arrays = check_plan(plan_or_frozen, "plan_or_frozen"), {}
     for spec in plan.specs:
+        # By the path, so that an M does not depend on which other kernels are adapted.
         number = np.uint32(crc32(spec.name.encode()))
         own = None if key is None else _fold_in(key, number)
         arrays[adapter_path(spec)] = init_adapter(spec, own)

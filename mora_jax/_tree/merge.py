@@ -182,6 +182,7 @@ def unmerge(params: Any, adapters: Any, plan: Plan) -> Any:
                 f"unmerge needs float32 kernels, got {kernel.dtype} at {spec.name!r}; "
                 "keep the base instead"
             )
+        # Not `merged_kernel` of -M: the delta of some operators is not linear in M.
         delta = delta_kernel(spec, wide(m, kernel.dtype))
         kernels[path] = (kernel - delta).astype(kernel.dtype)
     return replace_leaves(params, kernels)
@@ -250,5 +251,6 @@ def merged_kernel(
     Another `start`, the features from which a dither counts, is another dither.
     """
     dtype = kernel.dtype if dtype is None else floating_dtype(dtype, "dtype")
+    # In 16 bits the product C M D would lose more than the sum is rounded by.
     delta = delta_kernel(spec, wide(m, kernel.dtype))
     return add_rounded(kernel, delta, spec.axes, dtype, rounding, start)
