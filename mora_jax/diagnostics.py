@@ -190,10 +190,6 @@ def relative_norm(params: Any, adapters: Any, plan: Plan) -> dict[str, float]:
     return shares
 
 
-Outputs = Callable[[Any], Any]
-"""A function of adapters or params that returns a model's outputs."""
-
-
 def check(
     model: nn.Module | nnx.Module,
     variables: Mapping[str, Any] | None,
@@ -272,8 +268,8 @@ def check(
 
 def _linen_models(
     model: nn.Module, variables: Any, plan: Plan, inputs: Any, kwargs: Any
-) -> tuple[Any, Outputs, Outputs]:
-    """Params, and outputs by adapters and by params."""
+) -> tuple[Any, Callable[[Any], Any], Callable[[Any], Any]]:
+    """Params, and the model's outputs as functions of adapters and of params."""
     params, apply = params_of(variables), linen.wrap(model, plan)
     settings = {"adapter_deterministic": True, **kwargs}
 
@@ -292,8 +288,8 @@ def _linen_models(
 
 def _nnx_models(
     model: nnx.Module, plan: Plan, inputs: Any, kwargs: Any
-) -> tuple[Any, Outputs, Outputs]:
-    """Params, and outputs by adapters and by params."""
+) -> tuple[Any, Callable[[Any], Any], Callable[[Any], Any]]:
+    """Params, and the model's outputs as functions of adapters and of params."""
     run = nnx.jit(lambda model, inputs: model(*inputs, **kwargs))
 
     def outputs(model: nnx.Module, put: Callable[..., None], trained: Any) -> Any:
