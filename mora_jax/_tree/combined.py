@@ -156,6 +156,7 @@ def _without_ms(node: Any) -> Any:
     """The tree without the M's, or what stands for them."""
     if (children := _children(node)) is None:
         return node
+    # While a Linen model runs, an M and its spec stand where the array was.
     ms = [k for k in children if k.endswith(SUFFIX) and _children(children[k]) is None]
     kept = {k: _without_ms(child) for k, child in children.items() if k not in ms}
     return _rebuild(node, kept)
@@ -163,6 +164,7 @@ def _without_ms(node: Any) -> Any:
 
 def _rebuild(like: Any, children: Tree) -> Any:
     if isinstance(like, Mapping):
+        # The keys of a state are numbers where it has lists. Paths are made of strings.
         original = {str(key): key for key in like}
         items = {original.get(key, key): value for key, value in children.items()}
         kind: Any = type(like)
