@@ -31,6 +31,7 @@ Example::
   True
 """
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -45,13 +46,13 @@ from jaxtyping import Float
 
 from mora_jax import linen
 from mora_jax import nnx as shell
-from mora_jax._common.checks import check_number, check_seed, floating_dtype
+from mora_jax._common.checks import check_number, check_seed
 from mora_jax._layer.equation import delta_kernel
 from mora_jax._layer.rounding import Rounding, check_rounding, share_lost
 from mora_jax._plan.plan import Plan, check_plan
 from mora_jax._plan.spec import AdapterSpec
 from mora_jax._tree.adapters import init, refuse_nonlinear
-from mora_jax._tree.merge import finite_items, merged_kernel, wide, with_kernels
+from mora_jax._tree.merge import array_items, merged_kernel, wide, with_kernels
 from mora_jax._tree.paths import adapter_path, replace_leaves
 from mora_jax.linen._bound import params_of
 
@@ -79,9 +80,8 @@ def merge_loss(
       TypeError, ValueError: As `merge`.
     """
     check_rounding(rounding)
-    dtype = None if dtype is None else floating_dtype(dtype, "dtype")
     loss = {}
-    for spec, m, _, kernel in with_kernels(params, finite_items(adapters, plan)):
+    for spec, m, _, kernel in with_kernels(params, array_items(adapters, plan)):
         merged = merged_kernel(spec, m, kernel, dtype=dtype, rounding=rounding)
         delta = delta_kernel(spec, wide(m))
         change = merged.astype(delta.dtype) - kernel.astype(delta.dtype)
@@ -107,7 +107,7 @@ def spectrum(adapters: Any, plan: Plan) -> dict[str, np.ndarray]:
         infinity.
     """
     values = {}
-    for spec, m in finite_items(adapters, plan):
+    for spec, m in array_items(adapters, plan):
         stack = np.asarray(m, np.float64).reshape(-1, *spec.operator.m_shape)
         spectra = [_spectrum(spec, m) for m in stack]
         values[spec.name] = np.reshape(spectra, (*spec.stack_shape, -1))
@@ -182,16 +182,12 @@ def relative_norm(params: Any, adapters: Any, plan: Plan) -> dict[str, float]:
       TypeError, ValueError: As `merge`.
     """
     norms, shares = spectrum(adapters, plan), {}
-    for spec, _, _, kernel in with_kernels(params, finite_items(adapters, plan)):
+    for spec, _, _, kernel in with_kernels(params, array_items(adapters, plan)):
         delta_norm = float(np.linalg.norm(norms[spec.name]))
         # In float32, since squares of a float16 kernel overflow.
         kernel_norm = float(jnp.linalg.norm(wide(kernel).ravel()))
         shares[spec.name] = delta_norm / kernel_norm if kernel_norm else math.inf
     return shares
-
-
-Outputs = Callable[[Any], list[jax.Array]]
-"""A function of adapters or params that returns a model's floating-point outputs."""
 
 
 def check(
@@ -242,18 +238,22 @@ def check(
     else:
         raise TypeError(f"model must be a Flax module, got {type(model).__name__}")
     key, ratios = jax.random.key(seed), {}
+    # An adapter may start at random, and each layer is to be the only one adapted.
     items = [(spec, jnp.zeros(spec.shape, spec.param_dtype)) for spec in plan.specs]
     ms = {adapter_path(spec): m for spec, m in items}
     zeros = replace_leaves(init(plan, key, params=params), ms)
-    base = adapted(zeros)
-    _check_finite(base, "floating-point outputs for these inputs")
+    base = _floats(adapted(zeros), "floating-point outputs for these inputs")
     for number, (spec, _, path, kernel) in enumerate(with_kernels(params, items)):
         m = _as_large_as(kernel, spec, jax.random.fold_in(key, number))
         merged = merged_kernel(spec, m, kernel, rounding="dither")
-        y_adapted = adapted(replace_leaves(zeros, {adapter_path(spec): m}))
-        y_merged = plain(replace_leaves(params, {path: merged}))
-        ratios[spec.name] = _difference(y_adapted, y_merged, base, spec.name)
+        what = f"outputs with a delta of {spec.name!r} that is as large as its kernel"
+        left = _floats(adapted(replace_leaves(zeros, {adapter_path(spec): m})), what)
+        right = _floats(plain(replace_leaves(params, {path: merged})), what)
+        # If the merged model alone has an effect, all of it is a difference: 1.
+        effect = _distance(left, base) or _distance(right, base)
+        ratios[spec.name] = _distance(left, right) / effect if effect else math.nan
     if tolerance is None:
+        # Far above errors of rounding, and far below 1, where a layer is another one.
         epsilon = max(float(jnp.finfo(y.dtype).eps) for y in base)
         tolerance = 4 * epsilon**0.5
     wrong = [f"{name!r} by {r:.2g}" for name, r in ratios.items() if r > tolerance]
@@ -268,60 +268,52 @@ def check(
 
 def _linen_models(
     model: nn.Module, variables: Any, plan: Plan, inputs: Any, kwargs: Any
-) -> tuple[Any, Outputs, Outputs]:
-    """Params, and outputs by adapters and by params."""
+) -> tuple[Any, Callable[[Any], Any], Callable[[Any], Any]]:
+    """Params, and the model's outputs as functions of adapters and of params."""
     params, apply = params_of(variables), linen.wrap(model, plan)
     settings = {"adapter_deterministic": True, **kwargs}
 
-    def outputs(call: Callable[..., Any]) -> Outputs:
-        jitted = jax.jit(lambda *arrays: _floating(call(*arrays)))
-        return lambda trained: jitted(trained, variables, inputs)
-
+    @jax.jit
     def adapted(adapters: Any, variables: Any, inputs: Any) -> Any:
         return apply(adapters, variables, *inputs, **settings)
 
+    @jax.jit
     def plain(params: Any, variables: Any, inputs: Any) -> Any:
         return model.apply({**variables, "params": params}, *inputs, **kwargs)
 
-    return params, outputs(adapted), outputs(plain)
+    # Arrays are arguments. As constants XLA would copy them, and try to compute them.
+    given = variables, inputs
+    return params, lambda ms: adapted(ms, *given), lambda params: plain(params, *given)
 
 
 def _nnx_models(
     model: nnx.Module, plan: Plan, inputs: Any, kwargs: Any
-) -> tuple[Any, Outputs, Outputs]:
-    """Params, and outputs by adapters and by params."""
+) -> tuple[Any, Callable[[Any], Any], Callable[[Any], Any]]:
+    """Params, and the model's outputs as functions of adapters and of params."""
+    run = nnx.jit(lambda model, inputs: model(*inputs, **kwargs))
 
-    @nnx.jit
-    def run(model: Any, inputs: Any) -> list[jax.Array]:
-        return _floating(model(*inputs, **kwargs))
-
-    def outputs(model: Any, put: Callable[[Any, Any], None]) -> Outputs:
-        def call(trained: Any) -> list[jax.Array]:
-            copy = nnx.clone(model)
-            copy.eval()  # nothing is dropped
-            put(copy, trained)
-            return run(copy, inputs)
-
-        return call
+    def outputs(model: nnx.Module, put: Callable[..., None], trained: Any) -> Any:
+        copy = nnx.clone(model)
+        copy.eval()  # nothing is dropped
+        put(copy, trained)
+        return run(copy, inputs)
 
     params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
-    adapted = outputs(shell.wrap(model, plan), shell.set_adapters)
-    return params, adapted, outputs(model, nnx.update)
+    adapted = functools.partial(outputs, shell.wrap(model, plan), shell.set_adapters)
+    return params, adapted, functools.partial(outputs, model, nnx.update)
 
 
-def _floating(outputs: Any) -> list[jax.Array]:
-    arrays = [jnp.asarray(y) for y in jax.tree.leaves(outputs)]
-    return [y for y in arrays if jnp.issubdtype(y.dtype, jnp.floating)]
-
-
-def _check_finite(ys: list[jax.Array], what: str) -> None:
-    """Raise unless there are outputs, and all of them are finite."""
+def _floats(outputs: Any, what: str) -> list[jax.Array]:
+    """The floating-point arrays that a model returned, which must be finite."""
+    ys = [jnp.asarray(y) for y in jax.tree.leaves(outputs)]
+    ys = [y for y in ys if jnp.issubdtype(y.dtype, jnp.floating)]
     if not ys or not all(bool(jnp.isfinite(y).all()) for y in ys):
         got = "NaN or infinity" if ys else "no floating-point output"
         raise ValueError(
             f"the model must give finite {what}, got {got}; smaller inputs or float32 "
             "may help"
         )
+    return ys
 
 
 def _as_large_as(kernel: jax.Array, spec: AdapterSpec, key: jax.Array) -> jax.Array:
@@ -330,17 +322,6 @@ def _as_large_as(kernel: jax.Array, spec: AdapterSpec, key: jax.Array) -> jax.Ar
     arrays = wide(kernel), delta_kernel(spec, wide(m))
     size, delta_size = (float(jnp.linalg.norm(a.ravel())) for a in arrays)
     return m * ((size or 1.0) / delta_size)
-
-
-def _difference(
-    adapted: list[jax.Array], merged: list[jax.Array], base: list[jax.Array], name: str
-) -> float:
-    """The distance of two outputs, divided by their distance from the base's."""
-    what = f"outputs with a delta of {name!r} that is as large as its kernel"
-    _check_finite([*adapted, *merged], what)
-    # If the merged model alone has an effect, all of it is a difference: 1.
-    effect = _distance(adapted, base) or _distance(merged, base)
-    return _distance(adapted, merged) / effect if effect else float("nan")
 
 
 def _distance(ys: list[jax.Array], references: list[jax.Array]) -> float:

@@ -25,6 +25,7 @@ Example::
   {'kernel': 0.0}
 """
 
+import functools
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -41,17 +42,18 @@ from mora_jax._layer.equation import delta_kernel
 from mora_jax._layer.rounding import ratio
 from mora_jax._plan.plan import Plan, check_plan, refuse_other_plan
 from mora_jax._plan.spec import SUFFIX, AdapterSpec
-from mora_jax._plan.trained_arrays import find_trained, refuse_trained
+from mora_jax._plan.trained_arrays import refuse_trained
 from mora_jax._tree.adapters import (
     Tree,
-    base_leaves,
     nest,
     refuse_nonlinear,
+    trained_in_base,
     trained_items,
 )
-from mora_jax._tree.base_digest import check_base
-from mora_jax._tree.merge import finite_items, wide
+from mora_jax._tree.merge import array_items, wide
 from mora_jax._tree.paths import adapter_path, located_leaves
+
+__all__ = ["project", "scaled", "weighted_sum"]
 
 Adapter = tuple[Any, Plan]
 """Adapters, as `init` makes them, and the plan that they follow."""
@@ -139,19 +141,23 @@ def weighted_sum(
         M, a weight or the sum is not finite; deltas are not linear in what is trained;
         or `params` lack an array that the plan trains, or are not the base alone.
     """
-    pairs, factors = pairs_of(adapters, weights)
+    pairs, factors = _pairs_of(adapters, weights)
     plan = _common_plan([plan for _, plan in pairs])
     trees = [_arrays(*pair) for pair in pairs]
-    base = _base_arrays(plan, params, any_base) if plan.trained else {}
-    sums = {}
+    why = "and its delta is what it has moved from the base's array"
+    in_base = trained_in_base(plan, params, why, any_base)
+    starts, sums = {array.path: wide(leaf) for array, leaf in in_base}, {}
     for path in trees[0]:
-        arrays, name = [tree[path] for tree in trees], "/".join(path)
-        sums[path] = total = _sum(arrays, factors, base.get(path, 0.0))
-        check_finite(total, f"the mixture's {name}", f" in {total.dtype}")
+        arrays, start = [tree[path] for tree in trees], starts.get(path, 0.0)
+        # An M starts at zero, and an array that trains itself where the base has it.
+        moves = (f * (wide(a) - start) for f, a in zip(factors, arrays, strict=True))
+        total = jnp.asarray(sum(moves, start)).astype(jnp.result_type(*arrays))
+        check_finite(total, f"the mixture's {'/'.join(path)}", f" in {total.dtype}")
+        sums[path] = total
     return nest(sums), plan
 
 
-def pairs_of(adapters: Any, weights: Any) -> tuple[list[Adapter], list[Any]]:
+def _pairs_of(adapters: Any, weights: Any) -> tuple[list[Adapter], list[Any]]:
     """The adapters with their plans, and the factor of each of them, checked."""
     rule = "adapters must be pairs (adapters, plan), as load returns them"
     if isinstance(adapters, dict) or not isinstance(adapters, Iterable):
@@ -182,12 +188,12 @@ def _factor(value: Any, name: str) -> Any:
             kind = f"{value.dtype}{list(value.shape)}"
             raise TypeError(f"{name} must be a real number, got {kind}")
         if isinstance(value, Tracer):
-            return value
+            return value  # an argument of the program, whose number nobody knows yet
         value = value.item()
     return check_number(name, value)
 
 
-def check_one_base(plans: Sequence[Plan]) -> None:
+def _check_one_base(plans: Sequence[Plan]) -> None:
     """Raise if two plans know that they were trained on different bases."""
     known: dict[str, tuple[str, ...]] = {}
     for spec in (spec for plan in plans for spec in plan.specs):
@@ -200,46 +206,22 @@ def check_one_base(plans: Sequence[Plan]) -> None:
 
 
 def _common_plan(plans: Sequence[Plan]) -> Plan:
-    """The plan of all adapters; the one that knows the base, if any does."""
+    """The plan of all adapters, checked."""
     for other in plans[1:]:
         try:
             refuse_other_plan(other, plans[0])
         except ValueError as error:
             raise ValueError(f"{error}; mixing.project adds different plans") from None
-    check_one_base(plans)
+    _check_one_base(plans)
     refuse_nonlinear(plans[0].specs, NOT_LINEAR)
+    # The one that knows the base, if any does: the others compare equal to it.
     return max(plans, key=lambda plan: any(s.base_digest for s in plan.specs))
 
 
 def _arrays(adapters: Any, plan: Plan) -> dict[Path, jax.Array]:
     """{path: array} of all M's and all arrays that train themselves."""
-    ms = {adapter_path(spec): m for spec, m in finite_items(adapters, plan)}
+    ms = {adapter_path(spec): m for spec, m in array_items(adapters, plan)}
     return ms | {a.path: copy for a, copy in trained_items(adapters, plan)}
-
-
-def _base_arrays(plan: Plan, params: Any, any_base: bool) -> dict[Path, jax.Array]:
-    """{path: array of the base} for each array that trains itself."""
-    why = "and its delta is what it has moved from the base's array"
-    leaves, arrays = base_leaves(plan, params, why), {}
-    if not any_base:
-        check_base(plan.specs, {name: leaf for name, (_, leaf) in leaves.items()})
-    for array in plan.trained:
-        _, leaf = find_trained(leaves, array)
-        arrays[array.path] = wide(as_jax_array(f"{array.name} in params", leaf))
-    return arrays
-
-
-def _sum(
-    arrays: Sequence[jax.Array], factors: Sequence[Any], base: jax.Array | float
-) -> jax.Array:
-    r""":math:`b + \sum_i w_i (a_i - b)` in float32 or wider, then in the dtype of a."""
-    moves = (f * (wide(a) - base) for f, a in zip(factors, arrays, strict=True))
-    return jnp.asarray(sum(moves, base)).astype(jnp.result_type(*arrays))
-
-
-STEPS = 100
-"""The most steps of `project`: one for each different singular value of the map from M
-to the delta. Operators have a few, isometric ones with equal blocks one."""
 
 
 def project(
@@ -266,17 +248,23 @@ def project(
       TypeError, ValueError: `plan` lacks a kernel or has it in another shape, or its
         deltas are not linear in what is trained; bases differ; or as `weighted_sum`.
     """
-    pairs, factors = pairs_of(adapters, weights)
+    pairs, factors = _pairs_of(adapters, weights)
     plans = [*(made_for for _, made_for in pairs), check_plan(plan)]
     for other in plans:
         refuse_trained(other.trained, NO_DELTA)
     refuse_nonlinear(plan.specs, NOT_LINEAR)
-    check_one_base(plans)
+    _check_one_base(plans)
     terms = defaultdict(list)
     for pair, factor in zip(pairs, factors, strict=True):
-        for spec, m in finite_items(*pair):
-            _check_kernel(plan, spec)
-            terms[spec.name].append((factor, spec, m))
+        for spec, m in array_items(*pair):
+            name, shape = spec.name, spec.kernel_shape
+            if name not in plan:
+                rule = "plan must have the adapters' kernels"
+                raise ValueError(f"{rule}, and lacks {name!r}")
+            if (other := plan[name].kernel_shape) != shape:
+                rule = f"plan must have {name!r} in the shape {shape}"
+                raise ValueError(f"{rule}, got {other}")
+            terms[name].append((factor, spec, m))
     ms, lost = {}, {}
     for spec in plan.specs:
         deltas = (f * delta_kernel(s, wide(m)) for f, s, m in terms[spec.name])
@@ -287,26 +275,16 @@ def project(
     return nest(ms), lost
 
 
-def _check_kernel(plan: Plan, spec: AdapterSpec) -> None:
-    """Raise unless `plan` has the kernel of `spec`."""
-    name, shape = spec.name, spec.kernel_shape
-    if name not in plan:
-        raise ValueError(f"plan must have the adapters' kernels, and lacks {name!r}")
-    if (other := plan[name].kernel_shape) != shape:
-        raise ValueError(f"plan must have {name!r} in the shape {shape}, got {other}")
-
-
 def _nearest(spec: AdapterSpec, goal: jax.Array) -> tuple[jax.Array, Any]:
     """The M whose delta is nearest to `goal`, and the share of `goal` that it lacks."""
-    start = jnp.zeros(spec.shape, goal.dtype)
+    delta = functools.partial(delta_kernel, spec)
     with jax.default_matmul_precision("highest"):
-        _, transpose = jax.vjp(lambda m: delta_kernel(spec, m), start)
-
-        def normal(m: jax.Array) -> jax.Array:
-            return transpose(delta_kernel(spec, m))[0]
-
+        # The delta is A m with a linear map A, so the nearest m has A^T A m = A^T goal.
+        # Conjugate gradients take a step for each different eigenvalue of A^T A, until
+        # they are exact. Operators have a few, isometric ones with equal blocks one.
+        _, transpose = jax.vjp(delta, jnp.zeros(spec.shape, goal.dtype))
         m, _ = jax.scipy.sparse.linalg.cg(
-            normal, transpose(goal)[0], x0=start, tol=1e-7, maxiter=STEPS
+            lambda m: transpose(delta(m))[0], transpose(goal)[0], tol=1e-7, maxiter=100
         )
-        missing = jnp.linalg.norm((goal - delta_kernel(spec, m)).ravel())
+        missing = jnp.linalg.norm((goal - delta(m)).ravel())
     return m, ratio(missing, jnp.linalg.norm(goal.ravel()))

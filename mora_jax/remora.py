@@ -40,7 +40,7 @@ from mora_jax._common.checks import check_number, positive_integer
 from mora_jax._plan.plan import Plan, check_plan
 from mora_jax._plan.spec import SUFFIX, AdapterSpec
 from mora_jax._tree.combined import combine
-from mora_jax._tree.merge import finite_items, merged_kernel, with_kernels
+from mora_jax._tree.merge import array_items, merged_kernel, with_kernels
 from mora_jax._tree.optim import check_transformation
 from mora_jax._tree.paths import (
     adapter_path,
@@ -50,7 +50,7 @@ from mora_jax._tree.paths import (
     unboxed,
 )
 from mora_jax.io.peft._reference import REFERENCE_GROUPS
-from mora_jax.operators import Operator, Sharing
+from mora_jax.operators import Sharing
 
 __all__ = ["Restarted", "next_plan", "restart", "restart_schedule"]
 
@@ -110,20 +110,18 @@ def restart(
     """
     check_transformation(tx)
     following = next_plan(plan)
-    items = finite_items(adapters, plan)
+    items = array_items(adapters, plan)
     kernels = with_kernels(params, items, any_base=any_base)
     ms = {adapter_path(old): _started(following[old.name], m) for old, m in items}
     adapters = replace_leaves(_with_next_specs(adapters), ms)
     opt_state = _with_next_specs(opt_state)
     if not keep_moments:
-        opt_state = with_new_moments(opt_state, tx, params, adapters, following)
-    add = _add_and_donate if donate else _add
-    sums = {
-        path: add(dataclasses.replace(spec, path=()), m, kernel)
-        for spec, m, path, kernel in kernels
-    }
-    params = replace_leaves(params, sums)
-    return Restarted(params, adapters, following, opt_state)
+        opt_state = _with_new_moments(opt_state, tx, params, adapters, following)
+    add, sums = _add_and_donate if donate else _add, {}
+    for spec, m, path, kernel in kernels:
+        # Without its path a spec is the same for equal layers, which share a program.
+        sums[path] = add(dataclasses.replace(spec, path=()), m, kernel)
+    return Restarted(replace_leaves(params, sums), adapters, following, opt_state)
 
 
 def next_plan(plan: Plan) -> Plan:
@@ -195,8 +193,23 @@ def _started(spec: AdapterSpec, old: jax.Array) -> jax.Array:
 
 
 def _next_spec(spec: AdapterSpec) -> AdapterSpec:
+    op = spec.operator
+    if hasattr(op, "seed"):
+        op = dataclasses.replace(op, seed=op.seed + 1)  # type: ignore[call-arg]
+    elif isinstance(op, Sharing):
+        types = list(REFERENCE_GROUPS.values())
+        at = types.index((op.compress_groups, op.decompress_groups))
+        names = "compress_groups", "decompress_groups"
+        groups = dict(zip(names, types[(at + 1) % len(types)], strict=True))
+        op = dataclasses.replace(op, **groups)
+    else:
+        raise ValueError(
+            f"{spec.name}: {op.name} has the same maps after each restart, so that the "
+            "rank of what is learned would not grow; plan with 'permutation', "
+            "'signed_decoupling' or 'sharing'"
+        )
     # The digest is of the kernel before this restart.
-    return dataclasses.replace(spec, operator=_next_operator(spec), base_digest=None)
+    return dataclasses.replace(spec, operator=op, base_digest=None)
 
 
 def _with_next_specs(tree: Any) -> Any:
@@ -211,24 +224,6 @@ def _with_next_specs(tree: Any) -> Any:
     return jax.tree.map(follow, tree, is_leaf=is_boxed)
 
 
-def _next_operator(spec: AdapterSpec) -> Operator:
-    op = spec.operator
-    if hasattr(op, "seed"):
-        return dataclasses.replace(op, seed=op.seed + 1)  # type: ignore[call-arg]
-    if isinstance(op, Sharing):
-        types = list(REFERENCE_GROUPS.values())
-        at = types.index((op.compress_groups, op.decompress_groups))
-        compress, decompress = types[(at + 1) % len(types)]
-        return dataclasses.replace(
-            op, compress_groups=compress, decompress_groups=decompress
-        )
-    raise ValueError(
-        f"{spec.name}: {op.name} has the same maps after each restart, so that the "
-        "rank of what is learned would not grow; plan with 'permutation', "
-        "'signed_decoupling' or 'sharing'"
-    )
-
-
 def _dithered(spec: AdapterSpec, m: jax.Array, kernel: jax.Array) -> jax.Array:
     """The kernel plus the delta, rounded with the dither of the operator."""
     # The dither is a hash of a number's place. Shifted, it is another one.
@@ -240,20 +235,17 @@ _add = jax.jit(_dithered, static_argnums=0)
 _add_and_donate = jax.jit(_dithered, static_argnums=0, donate_argnums=2)
 
 
-def with_new_moments(
+def _with_new_moments(
     opt_state: Any,
     tx: optax.GradientTransformation,
     params: Any,
     adapters: Any,
     plan: Plan,
 ) -> Any:
-    """Optimizer state with the moments of the adapters reset and the rest unchanged.
-
-    `opt_state` must be a state of `tx` for the adapters, or for the combined tree.
-    """
+    """Optimizer state with the moments of the adapters reset and the rest unchanged."""
     bare = _bare(opt_state)
     for trained in (adapters, combine(params, adapters, plan)):
-        try:
+        try:  # without memory for the moments of all params
             shapes = jax.eval_shape(tx.init, trained)
         except (TypeError, ValueError):  # tx has labels or a mask for the other tree
             continue
@@ -268,44 +260,39 @@ def with_new_moments(
 
 
 def _bare(opt_state: Any) -> Any:
-    """The state with arrays instead of boxes.
-
-    An `nnx.Optimizer` keeps them in variables of another type than the adapters'.
-    """
+    """The state with arrays instead of boxes."""
+    # An nnx.Optimizer keeps them in variables of another type than the adapters'.
     return jax.tree.map(unboxed, opt_state, is_leaf=is_boxed)
 
 
 def _renewed(old: Any, new: Any) -> list[Any]:
-    """The leaves of `new` that belong to M's, and the other leaves of `old`.
-
-    An optimizer's state is a tree of named tuples. A named tuple such as Adam's holds
-    trees like the trained one, and counts. Its counts start again with its trees if
-    these hold M's alone: Adam would otherwise correct the bias of new moments as if
-    they were old, and its first steps would be large.
-    """
-    leaves = tree_leaves_with_path(old)
-    owners: dict[str, set[bool]] = defaultdict(set)
+    """The leaves of `new` that start again, and the other leaves of `old`."""
+    leaves, renewed = tree_leaves_with_path(old), []
+    owners: dict[str, set[bool | None]] = defaultdict(set)
     for keys, _ in leaves:
-        state, inside = _split(keys)
-        if inside:
-            owners[state].add(is_m(inside))
-    renewed = []
+        state, of_m = _owner(keys)
+        owners[state].add(of_m)
     for (keys, before), after in zip(leaves, jax.tree.leaves(new), strict=True):
-        state, inside = _split(keys)
-        starts = is_m(inside) if inside else owners[state] == {True}
+        state, starts = _owner(keys)
+        if starts is None:
+            # The count of a named tuple such as Adam's starts again with its trees, if
+            # these hold M's alone. Adam would otherwise correct the bias of new moments
+            # as if they were old, and its first steps would be large.
+            starts = owners[state] == {True, None}
         # The steps of `optax.MultiSteps` are the steps of a schedule.
         starts &= key_name(keys[-1]) != "gradient_step"
         renewed.append(after if starts else before)
     return renewed
 
 
-def _split(keys: Any) -> tuple[str, Any]:
-    """The named tuple that holds a leaf, and the path of the leaf inside a field."""
+def _owner(keys: Any) -> tuple[str, bool | None]:
+    """The named tuple that holds a leaf, and True if the leaf belongs to an M.
+
+    An optimizer's state is a tree of named tuples, whose fields are trees like the
+    trained one or single arrays. Those belong to no leaf, which None stands for.
+    """
     fields = [k for k, key in enumerate(keys) if isinstance(key, GetAttrKey)]
     last = fields[-1] if fields else -1
-    return keystr(keys[: max(last, 0)]), keys[last + 1 :]
-
-
-def is_m(keys: Any) -> bool:
-    """True if the keys lead to an M, or to what an optimizer keeps of it."""
-    return any(key_name(key).endswith(SUFFIX) for key in keys)
+    names = [key_name(key) for key in keys[last + 1 :]]
+    of_m = any(name.endswith(SUFFIX) for name in names) if names else None
+    return keystr(keys[: max(last, 0)]), of_m

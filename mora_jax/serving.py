@@ -37,14 +37,19 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from mora_jax._common.checks import as_jax_array, check_finite, positive_integer
+from mora_jax._common.checks import (
+    as_jax_array,
+    check_finite,
+    check_leaf,
+    positive_integer,
+)
 from mora_jax._common.types import Path
 from mora_jax._layer.slots import Selected, Slots, beyond_if_none
 from mora_jax._plan.plan import Plan, check_plan
 from mora_jax._plan.trained_arrays import refuse_trained
 from mora_jax._tree.adapters import Tree, nest, refuse_nonlinear
-from mora_jax._tree.merge import finite_items
-from mora_jax._tree.paths import adapter_path, check_leaf, located_leaves, unboxed
+from mora_jax._tree.merge import array_items
+from mora_jax._tree.paths import adapter_path, located_leaves, unboxed
 
 __all__ = ["put", "select", "stack"]
 
@@ -70,15 +75,13 @@ def stack(adapters: Sequence[Any], plan: Plan, *, slots: int | None = None) -> T
         are none, or more than slots; the plan trains arrays of the base, which all rows
         share; or a delta is not linear in what is trained.
     """
-    refuse_trained(
-        check_plan(plan).trained,
-        "and all rows of a batch share it; serve it by another base",
-    )
+    why = "and all rows of a batch share it; serve it by another base"
+    refuse_trained(check_plan(plan).trained, why)
     refuse_nonlinear(plan.specs, "and a slot of zeros must add nothing")
     if isinstance(adapters, dict) or not isinstance(adapters, Iterable):
         kind = type(adapters).__name__
         raise TypeError(f"adapters must be a sequence of adapters, got {kind}")
-    trees = [finite_items(tree, plan) for tree in adapters]
+    trees = [array_items(tree, plan) for tree in adapters]
     if slots is None and not trees:
         raise ValueError("slots must be given where adapters are none")
     number = positive_integer("slots", len(trees) if slots is None else slots)
@@ -117,13 +120,14 @@ def put(stacked: Tree, slot: int | jax.Array, adapters: Any) -> Tree:
     for path in sorted(slots.keys() ^ new.keys()):
         has, lacks = ("stacked", "adapters")[:: 1 if path in slots else -1]
         raise ValueError(f"{has} hold {'/'.join(path)!r}, which {lacks} lack")
+    # All of them are checked before the slots, which are donated, are lost.
     for path, held in slots.items():
         name = "/".join(path)
         new[path] = m = as_jax_array(name, unboxed(new[path]))
         check_leaf(m, name, held.shape_of_one)
         where = f" in {held.dtype}, the dtype of the slots"
         check_finite(m.astype(held.dtype), name, where)
-    slot = _check_indices(slot, "slot", 0, number, ())
+    slot = _check_indices(slot, "slot", 0, number, ndim=0)
     return _put(stacked, slot, nest(new))
 
 
@@ -162,9 +166,10 @@ def select(stacked: Tree, index: Any) -> Tree:
       ValueError: `index` has more or fewer axes than one, or a number without a slot.
     """
     slots, number = _slots_of(stacked)
-    index = _check_indices(index, "index", -1, number, (None,))
+    index = _check_indices(index, "index", -1, number, ndim=1)
     rows = {}
     for path, held in slots.items():
+        # Flax's lifted transformations take one index off the stack of all arrays.
         shape = *held.shape[: held.axis], *index.shape
         rows[path] = Selected(held, jnp.broadcast_to(index, shape))
     return nest(rows)
@@ -185,19 +190,16 @@ def _slots_of(stacked: Any) -> tuple[dict[Path, Slots], int]:
     return slots, numbers.pop()
 
 
-def _check_indices(value: Any, name: str, least: int, number: int, shape: Any) -> Any:
-    """`value` as slots from `least` to `number` - 1, checked as far as it is known.
-
-    Its shape must be `shape`, in which None stands for any size.
-    """
+def _check_indices(value: Any, name: str, least: int, number: int, ndim: int) -> Any:
+    """`value` as slots from `least` to `number` - 1, checked as far as it is known."""
     known = not isinstance(value, Tracer)
-    indices = np.asarray(value) if known else jnp.asarray(value)
+    indices = np.asarray(value) if known else value
     if not indices.size:  # NumPy takes [] for floats
         indices = indices.astype(jnp.int32)
     if not jnp.issubdtype(indices.dtype, jnp.integer):
         raise TypeError(f"{name} must be integers, got {indices.dtype}")
-    if indices.ndim != len(shape):
-        kind = "one integer" if not shape else "an integer for each row, (B,)"
+    if indices.ndim != ndim:
+        kind = "an integer for each row, (B,)" if ndim else "one integer"
         raise ValueError(f"{name} must be {kind}, got shape {indices.shape}")
     outside = indices[(indices < least) | (indices >= number)] if known else ()
     for index in outside:

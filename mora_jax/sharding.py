@@ -27,6 +27,7 @@ from flax import nnx
 from flax.linen.spmd import logical_to_mesh_axes
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from mora_jax._common.axes import sizes
 from mora_jax._common.suggestions import nearest_paths
 from mora_jax._common.types import Shape
 from mora_jax._mesh.layout import KernelLayout, mesh_axes
@@ -82,8 +83,9 @@ def adapter_sharding(
     square: tuple[str | None, str | None] = (None, None),
 ) -> NamedSharding:
     """The sharding of an M by the sharding of its kernel; see `adapter_shardings`."""
-    axes = zip(spec.axes, _entries(kernel, spec), strict=True)
-    stack = [entry or None for letter, entry in axes if letter == "s"]
+    entries = sizes(_entries(kernel, spec), spec.axes, "s")
+    stack = [entry or None for entry in entries]
+    # More axes than two: some operators train several squares.
     whole = [None] * (len(spec.shape) - len(stack) - len(square))
     name = f"square, with q of {spec.operator.square_rank},"
     return _named_sharding(kernel.mesh, [*stack, *whole, *square], spec.shape, name)
@@ -132,6 +134,7 @@ def plan_on_mesh(
                     f"batch_axes must be of the mesh's {tuple(kernel.mesh.shape)}, "
                     f"got {axis!r}"
                 )
+        # The last axis comes first, since Flax's transformations take off leading ones.
         axes = tuple(reversed(_entries(kernel, spec)))
         layout = KernelLayout(kernel.mesh, axes, batch)
         specs.append(dataclasses.replace(spec, layout=layout))
@@ -168,7 +171,11 @@ def _places(
 
 def _read_sharding(leaf: Any, name: str) -> tuple[Any, PartitionSpec]:
     """The mesh and the mesh axes that a leaf names: where it is, or is to be."""
+    # Linen's `unbox` would constrain what is in the box, which may be a mere shape.
     value = leaf.value if isinstance(leaf, nn.Partitioned) else unboxed(leaf)
+    placed = getattr(value, "sharding", value)
+    if isinstance(placed, NamedSharding):
+        return placed.mesh, placed.spec
     axes = mesh = None
     if isinstance(leaf, nnx.Variable):
         axes, mesh = nnx.spmd.get_var_pspec(leaf), leaf.get_metadata().get("mesh")
@@ -176,9 +183,6 @@ def _read_sharding(leaf: Any, name: str) -> tuple[Any, PartitionSpec]:
         axes, mesh = leaf.get_partition_spec(), leaf.mesh
         if isinstance(leaf, nn.LogicallyPartitioned):
             axes = logical_to_mesh_axes(tuple(axes), leaf.rules or None)
-    placed = getattr(value, "sharding", value)
-    if isinstance(placed, NamedSharding):
-        return placed.mesh, placed.spec
     if isinstance(value, PartitionSpec):
         axes = value
     if axes is None:

@@ -98,6 +98,16 @@ def check_array(name: str, array: Any, end: Shape) -> jax.Array:
     return array
 
 
+def check_leaf(leaf: Any, name: str, shape: Shape) -> None:
+    """Raise unless `leaf` is a floating-point array of `shape`, or stands for one."""
+    if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
+        raise TypeError(f"{name} must be an array, got {type(leaf).__name__}")
+    if tuple(leaf.shape) != shape:
+        raise ValueError(f"{name} must have shape {shape}, got {tuple(leaf.shape)}")
+    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+        raise TypeError(f"{name} must have a floating-point dtype, got {leaf.dtype}")
+
+
 def check_finite(array: Any, name: str, where: str = "") -> None:
     """Raise if `array` holds NaN or infinity, unless it is being traced.
 

@@ -2,15 +2,13 @@
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from mora_jax._common.checks import DEQUANTISE
-from mora_jax._common.suggestions import lacking
+from mora_jax._common.checks import DEQUANTISE, check_leaf
 from mora_jax._common.types import Path, Shape
 from mora_jax._plan.settings import check_dtype, check_settings, setting
 
@@ -52,7 +50,12 @@ class TrainedArray:
 
         `param_dtype` is the narrowest dtype of the copy; None stands for any.
         """
-        _check_floating("/".join(path), leaf)
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise TypeError(
+                f"{'/'.join(path)} must have a floating-point dtype to be trained, got "
+                f"{leaf.dtype}; {DEQUANTISE.partition(',')[0]}, or take it out of train"
+            )
+        # A step of training is smaller than what 16 bits can tell beside the array.
         dtype = jnp.promote_types(leaf.dtype, param_dtype or leaf.dtype)
         return cls(path, tuple(leaf.shape), dtype, leaf.dtype)
 
@@ -68,62 +71,11 @@ class TrainedArray:
 
     def check(self, array: Any, where: str = "") -> None:
         """Raise unless `array` can be this array; `where` is for the message."""
-        if not hasattr(array, "shape") or not hasattr(array, "dtype"):
-            raise TypeError(
-                f"{self.name}{where} must be an array, got {type(array).__name__}"
-            )
-        if tuple(array.shape) != self.shape:
-            raise ValueError(
-                f"{self.name}{where} must have shape {self.shape}, "
-                f"got {tuple(array.shape)}"
-            )
-        _check_floating(self.name, array)
+        check_leaf(array, f"{self.name}{where}", self.shape)
 
 
 Items = list[tuple[TrainedArray, Any]]
 """Each trained array of a plan with its copy."""
-
-
-def _check_floating(name: str, array: Any) -> None:
-    if not jnp.issubdtype(array.dtype, jnp.floating):
-        raise TypeError(
-            f"{name} must have a floating-point dtype to be trained, got "
-            f"{array.dtype}; {DEQUANTISE.partition(',')[0]}, or take it out of train"
-        )
-
-
-def find_trained(
-    leaves: Mapping[str, tuple[Path, Any]], trained: TrainedArray
-) -> tuple[Path, Any]:
-    """The path and the base's array of `trained`, checked.
-
-    `leaves` has all leaves of the params, as `named_leaves` gives them.
-    """
-    name = trained.name
-    if name not in leaves:
-        raise ValueError(
-            f"params lack {name!r}, which the plan trains{lacking(name, leaves)}"
-        )
-    path, leaf = leaves[name]
-    trained.check(leaf, " in params")
-    return path, leaf
-
-
-def copies(
-    leaves: Mapping[str, tuple[Path, Any]], trained: Iterable[TrainedArray]
-) -> dict[Path, jax.Array]:
-    """{path: a copy of the base's array, with which training starts}."""
-    arrays = {}
-    for array in trained:
-        _, leaf = find_trained(leaves, array)
-        if isinstance(leaf, jax.ShapeDtypeStruct):
-            raise TypeError(
-                f"params must hold arrays, got the shape of {array.name!r}, which the "
-                "plan trains: call init under jax.eval_shape for shapes"
-            )
-        # A copy in any case: a step may be given the adapters to overwrite.
-        arrays[array.path] = jnp.array(leaf, dtype=array.dtype, copy=True)
-    return arrays
 
 
 def refuse_trained(trained: Iterable[TrainedArray], why: str) -> None:

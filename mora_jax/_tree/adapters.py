@@ -1,6 +1,6 @@
 """The tree of adapters: made for a plan, and read by one."""
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 from zlib import crc32
 
@@ -17,10 +17,12 @@ from mora_jax._common.types import ArrayLike, Path
 from mora_jax._layer.dense import FrozenDense
 from mora_jax._plan.plan import Plan, check_plan
 from mora_jax._plan.spec import SUFFIX, AdapterSpec
-from mora_jax._plan.trained_arrays import Items, copies, find_trained
+from mora_jax._plan.trained_arrays import Items
+from mora_jax._tree.base_digest import check_base
 from mora_jax._tree.paths import (
     adapter_of,
     adapter_path,
+    find_part,
     located_leaves,
     named_leaves,
     replace_leaves,
@@ -29,6 +31,7 @@ from mora_jax._tree.paths import (
 
 Tree = dict[str, Any]
 
+# Compiled, since a plan has hundreds of kernels, and each key is several operations.
 _fold_in = jax.jit(jax.random.fold_in)
 
 
@@ -74,17 +77,17 @@ def init(
     check_key(key)
     if isinstance(plan_or_frozen, FrozenDense):
         return {f"kernel{SUFFIX}": init_adapter(plan_or_frozen.spec, key)}
-    check_plan(plan_or_frozen, "plan_or_frozen")
-    ms = {}
-    for spec in plan_or_frozen.specs:
+    plan, arrays = check_plan(plan_or_frozen, "plan_or_frozen"), {}
+    for spec in plan.specs:
+        # By the path, so that an M does not depend on which other kernels are adapted.
         number = np.uint32(crc32(spec.name.encode()))
         own = None if key is None else _fold_in(key, number)
-        ms[adapter_path(spec)] = init_adapter(spec, own)
-    if plan_or_frozen.trained:
-        why = "from what the base has there; write init(plan, params=params)"
-        leaves = base_leaves(plan_or_frozen, params, why)
-        ms |= copies(leaves, plan_or_frozen.trained)
-    return nest(ms)
+        arrays[adapter_path(spec)] = init_adapter(spec, own)
+    why = "from what the base has there; write init(plan, params=params)"
+    for array, base in trained_in_base(plan, params, why):
+        # A copy in any case: a step may be given the adapters to overwrite.
+        arrays[array.path] = jnp.array(base, dtype=array.dtype, copy=True)
+    return nest(arrays)
 
 
 def init_adapter(spec: AdapterSpec, key: PRNGKeyArray | None = None) -> jax.Array:
@@ -93,26 +96,37 @@ def init_adapter(spec: AdapterSpec, key: PRNGKeyArray | None = None) -> jax.Arra
     return spec.operator.start(spec.stack_shape, spec.init, key, spec.param_dtype)
 
 
-def base_leaves(plan: Plan, params: Any, why: str) -> dict[str, tuple[Path, Any]]:
-    """Leaves of the base of a plan that trains arrays; `why` says what for."""
+def trained_in_base(plan: Plan, params: Any, why: str, any_base: bool = True) -> Items:
+    """Each array that trains itself with the base's; `why` says what that is for."""
+    if not plan.trained:
+        return []
     if params is None:
         trained = plan.trained[0].name
         raise ValueError(
             f"params must be given, since the plan trains {trained!r} itself, {why}"
         )
+    leaves = base_leaves(params, plan.specs, any_base)
+    pairs = [(array, find_part(leaves, array)[1]) for array in plan.trained]
+    return [(array, as_jax_array(f"{array.name} in params", a)) for array, a in pairs]
+
+
+def base_leaves(
+    params: Any, specs: Sequence[AdapterSpec], any_base: bool
+) -> dict[str, tuple[Path, Any]]:
+    """Leaves of params, which must be the base alone, and the one that specs know."""
     leaves = named_leaves(params)
-    refuse_combined(leaves, plan.specs)
+    refuse_combined(leaves, specs)
+    if not any_base:
+        check_base(specs, {name: leaf for name, (_, leaf) in leaves.items()})
     return leaves
 
 
 def refuse_combined(leaves: Collection[str], specs: Iterable[AdapterSpec]) -> None:
     """Raise if the paths of params include adapters: they are not the base alone."""
-    for spec in specs:
-        if f"{spec.name}{SUFFIX}" in leaves:
-            raise ValueError(
-                f"params hold the adapter {spec.name}{SUFFIX}: give the base alone, "
-                "as split(params)[0]"
-            )
+    for name in (f"{spec.name}{SUFFIX}" for spec in specs):
+        if name in leaves:
+            rule = "give the base alone, as split(params)[0]"
+            raise ValueError(f"params hold the adapter {name}: {rule}")
 
 
 def refuse_nonlinear(specs: Iterable[AdapterSpec], why: str) -> None:
@@ -171,7 +185,7 @@ def with_trained(params: Any, trained: Items, dtype: DTypeLike | None = None) ->
         return params
     leaves, new = named_leaves(params), {}
     for array, copy in trained:
-        path, leaf = find_trained(leaves, array)
+        path, leaf = find_part(leaves, array)
         new[path] = as_jax_array(array.name, copy).astype(dtype or leaf.dtype)
     return replace_leaves(params, new)
 
@@ -192,15 +206,10 @@ def ravel_adapters(adapters: Any) -> Float[jax.Array, " parameters"]:
       >>> mora_jax.ravel_adapters(adapters)
       Array([1., 2., 3., 4.], dtype=float32)
     """
-    if not (leaves := _leaves(adapters)):
+    if not (leaves := located_leaves(adapters, "adapters")):
         raise ValueError("adapters hold no M")
-    return ravel_pytree(nest(leaves))[0]
-
-
-def _leaves(adapters: Any) -> dict[Path, Any]:
-    """{path: M}; as nested dicts they are in the order of their paths."""
-    leaves = located_leaves(adapters, "adapters")
-    return {path: unboxed(leaf) for path, leaf in leaves.items()}
+    # A state of NNX may sort its layers as numbers. Nested dicts have them by name.
+    return ravel_pytree(nest({path: unboxed(m) for path, m in leaves.items()}))[0]
 
 
 def unravel_adapters(
@@ -227,18 +236,13 @@ def unravel_adapters(
       >>> mora_jax.unravel_adapters(vector, plan)["fc"]["kernel_mora"].shape
       (8, 8)
     """
-    like, zeros = plan_or_adapters, {}
+    like = plan_or_adapters
     if isinstance(like, Plan):
         shape_of = jax.ShapeDtypeStruct
         ms = {adapter_path(s): shape_of(s.shape, s.param_dtype) for s in like.specs}
         like = nest(ms | {a.path: shape_of(a.shape, a.dtype) for a in like.trained})
-    for path, leaf in _leaves(like).items():
-        if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
-            kind, name = type(leaf).__name__, "/".join(path)
-            raise TypeError(
-                f"plan_or_adapters must hold arrays or shapes, got {kind} at {name!r}"
-            )
-        zeros[path] = jnp.zeros(leaf.shape, leaf.dtype)
+    leaves = named_leaves(like, "plan_or_adapters").values()
+    zeros = {path: jnp.zeros(leaf.shape, leaf.dtype) for path, leaf in leaves}
     whole, unravel = ravel_pytree(nest(zeros))
     if getattr(vector, "shape", None) != whole.shape:
         got = getattr(vector, "shape", type(vector).__name__)

@@ -14,33 +14,16 @@ from mora_jax._common.axes import sizes
 from mora_jax._common.types import Shape
 from mora_jax._plan.spec import AdapterSpec
 
-ROWS = 8
-"""The largest number of rows of a kernel that its digest covers."""
-
 
 def kernel_digests(spec: AdapterSpec, kernel: Any) -> tuple[str, ...]:
-    """The digest of a kernel for each index of its stack axes, in their order.
+    """The SHA-256 of up to eight rows of a kernel, for each index of its stack axes.
 
-    Only the rows that the digest covers are copied to the host. The shards of a kernel
-    may be on several devices, if this process can read them all.
+    Only these rows are copied to the host. The shards of a kernel may be on several
+    devices, if this process can read them all.
     """
-    return tuple(map(rows_digest, _rows(kernel, spec.kernel_shape, spec.axes)))
-
-
-def rows_digest(rows: np.ndarray) -> str:
-    """The SHA-256 of the rows of a kernel that `row_numbers` names: (rows, out).
-
-    The rows are rounded to bfloat16 first, so that a float32 base and its bfloat16 copy
-    have the same digest.
-    """
-    rounded = np.asarray(rows, np.float32).astype(jnp.bfloat16)
-    return hashlib.sha256(rounded.tobytes()).hexdigest()
-
-
-def row_numbers(in_features: int) -> np.ndarray:
-    """The numbers of the rows that a digest covers, up to `ROWS` of them."""
-    count = min(ROWS, in_features)
-    return np.arange(count) * (in_features - 1) // max(count - 1, 1)
+    # In bfloat16, so that a float32 base and its bfloat16 copy have the same digest.
+    rows = _rows(kernel, spec.kernel_shape, spec.axes).astype(jnp.bfloat16)
+    return tuple(hashlib.sha256(each.tobytes()).hexdigest() for each in rows)
 
 
 def readable(kernel: Any) -> bool:
@@ -79,15 +62,16 @@ def check_digests(spec: AdapterSpec, digests: tuple[str, ...], at: int = 0) -> N
 
 
 def _rows(kernel: Any, shape: Shape, axes: str) -> np.ndarray:
-    """(stack, rows, out_features) of a kernel."""
+    """(stack, rows, out_features) of a kernel, rows from the first to the last one."""
     # With the axes of the stack first and inputs before outputs, an index of rows is
     # adjacent arrays, and NumPy leaves rows where the input axes are.
     order = sorted(range(len(axes)), key=lambda k: "sio".index(axes[k]))
     stack, ins, outs = (sizes(shape, axes, letter) for letter in "sio")
     before, behind = len(stack), len(stack) + len(ins)
-    numbers = row_numbers(math.prod(ins))
+    count = min(8, math.prod(ins))
+    numbers = np.arange(count) * (math.prod(ins) - 1) // max(count - 1, 1)
     places = np.stack(np.unravel_index(numbers, ins)).astype(np.int32)
-    rows = np.empty((*stack, len(numbers), *outs), np.float32)
+    rows = np.empty((*stack, count, *outs), np.float32)
     for index, data in _pieces(kernel):
         index, data = [index[k] for k in order], data.transpose(order)
         first = [[part.start or 0] for part in index[before:behind]]
@@ -98,7 +82,7 @@ def _rows(kernel: Any, shape: Shape, axes: str) -> np.ndarray:
             taken = data[(*[slice(None)] * before, *local[:, inside])]
             with np.errstate(over="ignore"):  # float64 beyond float32 is infinite
                 rows[(*index[:before], inside, *index[behind:])] = np.asarray(taken)
-    return rows.reshape(math.prod(stack), len(numbers), -1)
+    return rows.reshape(math.prod(stack), count, -1)
 
 
 def _pieces(kernel: Any) -> list[tuple[tuple[slice, ...], Any]]:

@@ -1,7 +1,6 @@
 """Params and adapters as one tree, and split again."""
 
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from flax import nnx
@@ -10,9 +9,15 @@ from mora_jax._common.suggestions import nearest_paths
 from mora_jax._common.types import Path
 from mora_jax._plan.plan import Plan, check_plan
 from mora_jax._plan.spec import SUFFIX
-from mora_jax._plan.trained_arrays import find_trained
 from mora_jax._tree.adapters import Tree, adapter_items, nest, trained_items
-from mora_jax._tree.paths import named_leaves, refuse_model, replace_leaves, unboxed
+from mora_jax._tree.paths import (
+    find_part,
+    located_leaves,
+    named_leaves,
+    refuse_model,
+    replace_leaves,
+    unboxed,
+)
 
 
 def combine(params: Any, adapters: Any, plan: Plan | None = None) -> Any:
@@ -38,46 +43,59 @@ def combine(params: Any, adapters: Any, plan: Plan | None = None) -> Any:
       >>> sorted(mora_jax.combine(params, adapters)["fc"])
       ['kernel', 'kernel_mora']
     """
-    for what, tree in (("params", params), ("adapters", adapters)):
-        _check_nested(tree, what)
-    added = _leaves(adapters)
+    added = located_leaves(adapters, "adapters")
     if plan is not None:
-        adapter_items(adapters, plan)
+        adapter_items(adapters, plan)  # checks the M's
         trained = trained_items(adapters, plan)
         leaves = named_leaves(params) if trained else {}
-        new = {find_trained(leaves, array)[0]: copy for array, copy in trained}
+        new = {find_part(leaves, array)[0]: copy for array, copy in trained}
         params = replace_leaves(params, new)
         added = {path: leaf for path, leaf in added.items() if path not in new}
-    nodes, in_state = dict(_nodes(params)), isinstance(params, nnx.State)
-    ms: dict[Path, Tree] = defaultdict(dict)
-    for path, m in added.items():
-        _check_place(path, nodes)
+    if not isinstance(params, nnx.State):
         # An NNX variable keeps its box only in a state, among other variables.
-        alone = isinstance(m, nnx.Variable) and not in_state
-        ms[path[:-1]][path[-1]] = unboxed(m) if alone else m
-    return _edited(params, lambda path, children: children | ms.get(path, {}))
+        for path, m in added.items():
+            added[path] = unboxed(m) if isinstance(m, nnx.Variable) else m
+    return with_ms(params, added)
 
 
-def _check_place(path: Path, nodes: Mapping[Path, tuple[Any, Tree | None]]) -> None:
-    """Raise unless the kernel of the adapter at `path` is there, and no such M."""
-    name = "/".join(path)
-    if not path[-1].endswith(SUFFIX):
+def with_ms(params: Any, ms: Mapping[Path, Any]) -> Any:
+    """The params with each M, or what stands for it, at its path beside its kernel."""
+    _check_nested(params, "params")
+    return _joined(params, nest(ms), ())
+
+
+def _joined(node: Any, added: Tree, path: Path) -> Any:
+    """The part of the params at `path`, with the M's of `added` inside it."""
+    children = _children(node)
+    if children is None and added:
+        raise ValueError(f"params have no module at {'/'.join(path)!r}")
+    if children is None:
+        return node
+    for key, new in added.items():
+        _check_place(node, children, (*path, key), new)
+    pairs = children.items()
+    joined = {k: _joined(child, added.get(k, {}), (*path, k)) for k, child in pairs}
+    return _rebuild(node, joined | {k: m for k, m in added.items() if k not in joined})
+
+
+def _check_place(parent: Any, children: Tree, path: Path, new: Any) -> None:
+    """Raise unless `new`, an M or a tree of M's, belongs at `path` in the params."""
+    key, name = path[-1], "/".join(path)
+    if isinstance(new, dict):
+        if key in children:
+            return
+        near = nearest_paths(key, list(children))
+        raise ValueError(f"params have nothing at {name!r}{near}")
+    if not key.endswith(SUFFIX):
         raise ValueError(
             f"adapters hold {name!r}, which is not an M; if their plan trains it, "
             "write combine(params, adapters, plan)"
         )
-    for end in range(1, len(path)):
-        here, above = "/".join(path[:end]), nodes[path[: end - 1]][1]
-        if path[:end] not in nodes:
-            near = nearest_paths(path[end - 1], list(above or ()))
-            raise ValueError(f"params have nothing at {here!r}{near}")
-        if nodes[path[:end]][1] is None:
-            raise ValueError(f"params have no module at {here!r}")
-    if (*path[:-1], path[-1].removesuffix(SUFFIX)) not in nodes:
+    if key.removesuffix(SUFFIX) not in children:
         raise ValueError(f"params have no kernel for the adapter {name!r}")
-    if path in nodes:
+    if key in children:
         raise ValueError(f"params already hold {name!r}")
-    if not isinstance(parent := nodes[path[:-1]][0], Mapping):
+    if not isinstance(parent, Mapping):
         kind = type(parent).__name__
         raise TypeError(f"the parent of {name!r} must be a mapping, got {kind}")
 
@@ -103,17 +121,13 @@ def split(tree: Any, plan: Plan | None = None) -> tuple[Any, Tree]:
       (['kernel'], ['kernel_mora'])
     """
     _check_nested(tree, "tree")
-    leaves = _leaves(tree).items()
+    leaves = located_leaves(tree, "tree").items()
     adapters = {path: leaf for path, leaf in leaves if path[-1].endswith(SUFFIX)}
-
-    def without(path: Path, children: Tree) -> Tree:
-        return {k: v for k, v in children.items() if (*path, k) not in adapters}
-
-    base = _edited(tree, without)
+    base = _without_ms(tree)
     if plan is not None and check_plan(plan).trained:
         named, rounded = named_leaves(base), {}
         for array in plan.trained:
-            path, copy = find_trained(named, array)
+            path, copy = find_part(named, array)
             adapters[array.path] = copy
             rounded[path] = copy.astype(array.base_dtype)
         base = replace_leaves(base, rounded)
@@ -132,37 +146,25 @@ def _children(node: Any) -> Tree | None:
     """The children of a container by name; None for a leaf."""
     if isinstance(node, nnx.State):
         node = node.raw_mapping  # a state wraps its items, and they differ in structure
-    if isinstance(node, Mapping):
-        return {str(key): value for key, value in node.items()}
     if isinstance(node, list | tuple):
-        return {str(k): value for k, value in enumerate(node)}
-    return None
+        node = dict(enumerate(node))
+    is_mapping = isinstance(node, Mapping)
+    return {str(key): node[key] for key in node} if is_mapping else None
 
 
-def _nodes(node: Any, path: Path = ()) -> Iterator[tuple[Path, tuple[Any, Any]]]:
-    """Each node of a tree by its path, with its children or None."""
-    children = _children(node)
-    yield path, (node, children)
-    for key, child in (children or {}).items():
-        yield from _nodes(child, (*path, key))
-
-
-def _leaves(tree: Any) -> dict[Path, Any]:
-    """The leaves by their paths, in their boxes."""
-    return {path: leaf for path, (leaf, children) in _nodes(tree) if children is None}
-
-
-def _edited(node: Any, edit: Callable[[Path, Tree], Tree], path: Path = ()) -> Any:
-    """The tree with `edit(path, children)` for the children of each container."""
-    children = _children(node)
-    if children is None:
+def _without_ms(node: Any) -> Any:
+    """The tree without the M's, or what stands for them."""
+    if (children := _children(node)) is None:
         return node
-    edited = {key: _edited(v, edit, (*path, key)) for key, v in children.items()}
-    return _rebuild(node, edit(path, edited))
+    # While a Linen model runs, an M and its spec stand where the array was.
+    ms = [k for k in children if k.endswith(SUFFIX) and _children(children[k]) is None]
+    kept = {k: _without_ms(child) for k, child in children.items() if k not in ms}
+    return _rebuild(node, kept)
 
 
 def _rebuild(like: Any, children: Tree) -> Any:
     if isinstance(like, Mapping):
+        # The keys of a state are numbers where it has lists. Paths are made of strings.
         original = {str(key): key for key in like}
         items = {original.get(key, key): value for key, value in children.items()}
         kind: Any = type(like)

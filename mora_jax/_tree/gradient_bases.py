@@ -18,9 +18,6 @@ from mora_jax._plan.spec import AdapterSpec
 from mora_jax._tree.paths import named_leaves
 from mora_jax.operators import Subspace
 
-ROUNDS = 3
-"""How often a subspace is multiplied by G G^T, which brings out the leading ones."""
-
 
 def gradient_bases(grads: Any, plan: Plan) -> Plan:
     r"""The same plan with a `Subspace` for each kernel: the directions of its gradient.
@@ -92,25 +89,22 @@ def _pairs(grads: Any, plan: Plan) -> Iterator[tuple[str, Any]]:
 def _with_bases(spec: AdapterSpec, gradient: Any) -> AdapterSpec:
     """The adapter between the leading directions of its kernel's gradient."""
     old, what = spec.operator, f"the gradient of {spec.name!r}"
-    is_array = isinstance(gradient, jax.Array | np.ndarray)
-    if isinstance(gradient, Tracer) or not is_array:
+    if isinstance(gradient, Tracer) or not isinstance(gradient, jax.Array | np.ndarray):
         raise TypeError(f"{what} must be a concrete array, got {type(gradient)}")
     if not jnp.issubdtype(gradient.dtype, jnp.floating):
         raise TypeError(f"{what} must be floating-point, got {gradient.dtype}")
-    if tuple(gradient.shape) != spec.kernel_shape:
-        raise ValueError(
-            f"{what} must have the kernel's shape {spec.kernel_shape}, "
-            f"got {tuple(gradient.shape)}"
-        )
+    if gradient.shape != spec.kernel_shape:
+        rule = f"{what} must have the kernel's shape {spec.kernel_shape}"
+        raise ValueError(f"{rule}, got {gradient.shape}")
+    # Squares of small numbers would be zero in float32, so the largest becomes 1.
     check_finite(largest := float(jnp.abs(gradient).max()), what)
     if largest == 0:
         raise ValueError(f"{what} is zero, and has no directions")
     rows = rows_from_kernel(jnp.asarray(gradient, jnp.float32) / largest, spec.axes)
     rows = rows.reshape(-1, spec.in_features, spec.out_features)
-    q = old.square_rank
-    bases = {"in_basis": _leading(rows, q)}
-    bases["out_basis"] = _leading(rows.swapaxes(1, 2), q)
-    new = Subspace(old.in_features, old.out_features, q, **bases)
+    q, features = old.square_rank, (spec.in_features, spec.out_features)
+    bases = _leading(rows, q), _leading(rows.swapaxes(1, 2), q)
+    new = Subspace(*features, q, in_basis=bases[0], out_basis=bases[1])
     scaled = spec.scale == old.fine_tuning_scale
     scale = new.fine_tuning_scale if scaled else spec.scale
     return dataclasses.replace(spec, operator=new, scale=scale)
@@ -148,7 +142,7 @@ def _span(matrices: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
     width = min(features, count + 8)  # a few more come nearer to the last ones
     columns = jax.random.normal(jax.random.key(0), (features, width), jnp.float32)
     with jax.default_matmul_precision("highest"):
-        for _ in range(ROUNDS):
+        for _ in range(3):  # products with G G^T bring out the leading directions
             columns = jnp.einsum("sio,sok->ik", matrices, halved(columns))
             factors, _, order = jax.lax.linalg.lu(columns)
             columns = jnp.tril(factors, -1) + jnp.eye(features, width, dtype="float32")

@@ -14,17 +14,16 @@ from mora_jax._layer.equation import delta_kernel
 from mora_jax._layer.rounding import Rounding, add_rounded, check_rounding
 from mora_jax._plan.plan import Plan, check_plan
 from mora_jax._plan.spec import SUFFIX, AdapterSpec
-from mora_jax._plan.trained_arrays import Items, refuse_trained
+from mora_jax._plan.trained_arrays import refuse_trained
 from mora_jax._tree.adapters import (
     Tree,
     adapter_items,
+    base_leaves,
     nest,
-    refuse_combined,
     trained_items,
     with_trained,
 )
-from mora_jax._tree.base_digest import check_base
-from mora_jax._tree.paths import find_kernel, named_leaves, replace_leaves
+from mora_jax._tree.paths import find_part, replace_leaves
 
 
 @overload
@@ -60,16 +59,8 @@ def delta_weight(
     if isinstance(frozen, FrozenDense):
         m = wide(params_adapter(params, frozen), frozen.kernel.dtype)
         return delta_kernel(frozen.spec, m)
-    items = _items(params, check_plan(frozen, "frozen"))
+    items = array_items(params, check_plan(frozen, "frozen"))
     return nest({spec.path: delta_kernel(spec, wide(m)) for spec, m in items})
-
-
-def _items(adapters: Any, plan: Plan) -> list[tuple[AdapterSpec, jax.Array]]:
-    """Each spec with its M, which must be an array and not the shape of one."""
-    return [
-        (spec, as_jax_array(f"{spec.name}{SUFFIX}", m))
-        for spec, m in adapter_items(adapters, plan)
-    ]
 
 
 def wide(array: ArrayLike, *dtypes: DTypeLike) -> jax.Array:
@@ -129,8 +120,8 @@ def merge(
       True
     """
     check_rounding(rounding)
-    parts = finite_items(adapters, plan), trained_items(adapters, plan)
-    return _merged(params, *parts, dtype, any_base=any_base, rounding=rounding)
+    given = params, adapters, plan, dtype
+    return _merged(*given, finite=True, any_base=any_base, rounding=rounding)
 
 
 def fold(params: Any, adapters: Any, plan: Plan, dtype: DTypeLike | None = None) -> Any:
@@ -156,8 +147,7 @@ def fold(params: Any, adapters: Any, plan: Plan, dtype: DTypeLike | None = None)
       >>> grads["kernel_mora"].shape
       (8, 8)
     """
-    parts = _items(adapters, plan), trained_items(adapters, plan)
-    return _merged(params, *parts, dtype)
+    return _merged(params, adapters, plan, dtype)
 
 
 def unmerge(params: Any, adapters: Any, plan: Plan) -> Any:
@@ -185,23 +175,34 @@ def unmerge(params: Any, adapters: Any, plan: Plan) -> Any:
     refuse_trained(
         check_plan(plan).trained, "so that merging replaced it; keep the base instead"
     )
-    items = finite_items(adapters, plan)
-    for spec, _, _, kernel in with_kernels(params, items):
+    kernels = {}
+    for spec, m, path, kernel in with_kernels(params, array_items(adapters, plan)):
         if jnp.finfo(kernel.dtype).bits < 32:
             raise ValueError(
                 f"unmerge needs float32 kernels, got {kernel.dtype} at {spec.name!r}; "
                 "keep the base instead"
             )
-    return _merged(params, items, [], sign=-1)
+        # Not `merged_kernel` of -M: the delta of some operators is not linear in M.
+        delta = delta_kernel(spec, wide(m, kernel.dtype))
+        kernels[path] = (kernel - delta).astype(kernel.dtype)
+    return replace_leaves(params, kernels)
 
 
-def finite_items(adapters: Any, plan: Plan) -> list[tuple[AdapterSpec, jax.Array]]:
-    """Each spec with its M, which must be finite unless it is being traced."""
-    items = _items(adapters, plan)
-    for spec, m in items:
-        check_finite(m, f"{spec.name}{SUFFIX}")
-    for array, copy in trained_items(adapters, plan):
-        check_finite(copy, f"{array.name} in the adapters")
+def array_items(
+    adapters: Any, plan: Plan, *, finite: bool = True
+) -> list[tuple[AdapterSpec, jax.Array]]:
+    """Each spec with its M, an array and not the shape of one.
+
+    With `finite`, all that is trained must be finite, unless it is being traced.
+    """
+    items = []
+    for spec, m in adapter_items(adapters, plan):
+        items.append((spec, as_jax_array(f"{spec.name}{SUFFIX}", m)))
+    if finite:
+        for spec, m in items:
+            check_finite(m, f"{spec.name}{SUFFIX}")
+        for array, copy in trained_items(adapters, plan):
+            check_finite(copy, f"{array.name} in the adapters")
     return items
 
 
@@ -209,33 +210,31 @@ def with_kernels(
     params: Any, items: list[tuple[AdapterSpec, jax.Array]], *, any_base: bool = True
 ) -> list[tuple[AdapterSpec, jax.Array, Path, jax.Array]]:
     """Each spec and M with the path and the array of the kernel, which are checked."""
-    leaves, specs, joined = named_leaves(params), [spec for spec, _ in items], []
-    refuse_combined(leaves, specs)
+    leaves, joined = base_leaves(params, [spec for spec, _ in items], any_base), []
     for spec, m in items:
-        path, kernel = find_kernel(leaves, spec)
+        path, kernel = find_part(leaves, spec)
         joined.append((spec, m, path, as_jax_array(spec.name, kernel)))
-    if not any_base:
-        check_base(specs, {spec.name: kernel for spec, _, _, kernel in joined})
     return joined
 
 
 def _merged(
     params: Any,
-    items: list[tuple[AdapterSpec, jax.Array]],
-    trained: Items,
-    dtype: DTypeLike | None = None,
+    adapters: Any,
+    plan: Plan,
+    dtype: DTypeLike | None,
     *,
+    finite: bool = False,
     any_base: bool = True,
-    **settings: Any,
+    rounding: Rounding = "nearest",
 ) -> Any:
     """The params with merged kernels and trained arrays."""
-    if dtype is not None:
-        dtype = floating_dtype(dtype, "dtype")
+    items = array_items(adapters, plan, finite=finite)
     sums = {
-        path: merged_kernel(spec, m, kernel, dtype=dtype, **settings)
+        path: merged_kernel(spec, m, kernel, dtype=dtype, rounding=rounding)
         for spec, m, path, kernel in with_kernels(params, items, any_base=any_base)
     }
-    return replace_leaves(with_trained(params, trained, dtype), sums)
+    params = with_trained(params, trained_items(adapters, plan), dtype)
+    return replace_leaves(params, sums)
 
 
 def merged_kernel(
@@ -243,16 +242,15 @@ def merged_kernel(
     m: jax.Array,
     kernel: jax.Array,
     *,
-    sign: int = 1,
     dtype: DTypeLike | None = None,
     rounding: Rounding = "nearest",
     start: tuple[int, int] = (0, 0),
 ) -> jax.Array:
     """The kernel with its delta added in float32 or wider, and rounded once.
 
-    A sign of -1 subtracts the delta. Another `start`, the features from which a dither
-    counts, is another dither.
+    Another `start`, the features from which a dither counts, is another dither.
     """
-    delta = sign * delta_kernel(spec, wide(m, kernel.dtype))
-    dtype = jnp.dtype(dtype or kernel.dtype)
+    dtype = kernel.dtype if dtype is None else floating_dtype(dtype, "dtype")
+    # In 16 bits the product C M D would lose more than the sum is rounded by.
+    delta = delta_kernel(spec, wide(m, kernel.dtype))
     return add_rounded(kernel, delta, spec.axes, dtype, rounding, start)

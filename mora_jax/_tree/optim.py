@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mora_jax._common.suggestions import lacking, pattern_hint
+from mora_jax._common.suggestions import pattern_hint
 from mora_jax._plan.plan import Plan, check_plan
 from mora_jax._plan.settings import patterns_of
 from mora_jax._plan.spec import SUFFIX
-from mora_jax._tree.paths import is_boxed, located_leaves
+from mora_jax._tree.paths import find_part, is_boxed, located_leaves, named_leaves
 
 
 def trainable_mask(
@@ -58,11 +58,9 @@ def trainable_mask(
             hint = pattern_hint(pattern, leaves)
             raise ValueError(f"base: {pattern!r} matches no base leaf{hint}")
         trained.update(matched)
-    for array in () if plan is None else check_plan(plan).trained:
-        if array.name not in leaves:
-            hint = lacking(array.name, leaves)
-            raise ValueError(f"params lack {array.name!r}, which the plan trains{hint}")
-        trained.add(array.name)
+    if plan is not None and check_plan(plan).trained:
+        named = named_leaves(params)
+        trained |= {"/".join(find_part(named, array)[0]) for array in plan.trained}
     structure = jax.tree.structure(params, is_leaf=is_boxed)
     return jax.tree.unflatten(structure, [name in trained for name in names])
 
@@ -113,7 +111,10 @@ def optimizer(
     """
     check_transformation(tx)
     labels = trainable_labels(params, base, plan=plan)
-    return optax.transforms.partition({"trainable": tx, "frozen": _freeze()}, labels)
+    # Updates of -0.0 leave every leaf as it is, to the bit: x + -0.0 is x for every x,
+    # while -0.0 + 0.0 is 0.0.
+    freeze = optax.stateless_with_tree_map(lambda g, _: -jnp.zeros_like(g))
+    return optax.transforms.partition({"trainable": tx, "frozen": freeze}, labels)
 
 
 def check_transformation(tx: Any) -> None:
@@ -121,9 +122,3 @@ def check_transformation(tx: Any) -> None:
     if not isinstance(tx, optax.GradientTransformation):
         rule = "tx must be an optax transformation, such as optax.adamw(1e-3)"
         raise TypeError(f"{rule}, got {type(tx).__name__}")
-
-
-def _freeze() -> optax.GradientTransformation:
-    """Updates that leave every leaf as it is, to the bit."""
-    # -0.0 and not 0.0: x + -0.0 is x for every x, while -0.0 + 0.0 is 0.0.
-    return optax.stateless_with_tree_map(lambda g, _: -jnp.zeros_like(g))

@@ -5,15 +5,15 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from flax.core.meta import AxisMetadata
 
-from mora_jax._common.checks import check_kernel
+from mora_jax._common.checks import check_kernel, check_leaf
 from mora_jax._common.suggestions import lacking
-from mora_jax._common.types import Path, Shape
+from mora_jax._common.types import Path
 from mora_jax._layer.slots import Selected, Slots
 from mora_jax._plan.spec import SUFFIX, AdapterSpec, check_same
+from mora_jax._plan.trained_arrays import TrainedArray
 
 
 def located_leaves(tree: Any, what: str = "params") -> dict[Path, Any]:
@@ -23,6 +23,7 @@ def located_leaves(tree: Any, what: str = "params") -> dict[Path, Any]:
     """
 
     def is_end(node: Any) -> bool:
+        # JAX would go on into these, and call a model's parts or M's in slots arrays.
         return is_boxed(node) or isinstance(node, nnx.Module | Slots | Selected)
 
     leaves: dict[Path, Any] = {}
@@ -40,44 +41,39 @@ def located_leaves(tree: Any, what: str = "params") -> dict[Path, Any]:
     return leaves
 
 
-def named_leaves(params: Any) -> dict[str, tuple[Path, Any]]:
+def named_leaves(tree: Any, what: str = "params") -> dict[str, tuple[Path, Any]]:
     """{slash-joined path: (path, leaf)} of a tree of arrays or shapes, unboxed."""
     leaves: dict[str, tuple[Path, Any]] = {}
-    for path, leaf in located_leaves(params).items():
+    for path, leaf in located_leaves(tree, what).items():
         name, leaf = "/".join(path), unboxed(leaf)
         if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
             raise TypeError(
-                f"params must hold arrays only, got {type(leaf).__name__} at {name!r}"
+                f"{what} must hold arrays only, got {type(leaf).__name__} at {name!r}"
             )
         if name in leaves:
-            raise ValueError(f"params has two leaves of the path {name!r}")
+            raise ValueError(f"{what} has two leaves of the path {name!r}")
         leaves[name] = path, leaf
     if not leaves:
-        raise ValueError("params holds no array")
+        raise ValueError(f"{what} holds no array")
     return leaves
 
 
-def find_kernel(
-    leaves: Mapping[str, tuple[Path, Any]], spec: AdapterSpec
+def find_part(
+    leaves: Mapping[str, tuple[Path, Any]], part: AdapterSpec | TrainedArray
 ) -> tuple[Path, Any]:
-    """The path and the array of the kernel that `spec` adapts, checked."""
-    name = spec.name
-    if name not in leaves:  # or quantized: then it is several arrays, below its path
-        raise ValueError(f"params lack the kernel {name!r}{lacking(name, leaves)}")
-    path, kernel = leaves[name]
-    check_kernel(kernel, name)
-    check_leaf(kernel, name, spec.kernel_shape)
-    return path, kernel
-
-
-def check_leaf(leaf: Any, name: str, shape: Shape) -> None:
-    """Raise unless `leaf` is a floating-point array of `shape`, or stands for one."""
-    if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
-        raise TypeError(f"{name} must be an array, got {type(leaf).__name__}")
-    if tuple(leaf.shape) != shape:
-        raise ValueError(f"{name} must have shape {shape}, got {tuple(leaf.shape)}")
-    if not jnp.issubdtype(leaf.dtype, jnp.floating):
-        raise TypeError(f"{name} must have a floating-point dtype, got {leaf.dtype}")
+    """The path and the array that a part of a plan has in the base, checked."""
+    name = part.name
+    if name not in leaves:  # or it is quantized: several arrays, below its path
+        what = f"{name!r}, which the plan trains"
+        what = f"the kernel {name!r}" if isinstance(part, AdapterSpec) else what
+        raise ValueError(f"params lack {what}{lacking(name, leaves)}")
+    path, leaf = leaves[name]
+    if isinstance(part, AdapterSpec):
+        check_kernel(leaf, name)
+        check_leaf(leaf, name, part.kernel_shape)
+    else:
+        part.check(leaf, " in params")
+    return path, leaf
 
 
 def refuse_variables(params: Any, what: str = "params") -> None:
@@ -106,13 +102,11 @@ def key_name(key: Any) -> str:
 
 
 def is_boxed(leaf: Any) -> bool:
-    """True for an array in a box: Linen's metadata, or an NNX variable.
-
-    A variable that holds a structure, such as a quantized kernel, is not a box: the
-    parts of the structure are leaves themselves. But M's for rows count as one array.
-    """
+    """True for an array in a box: Linen's metadata, or an NNX variable."""
     if not isinstance(leaf, nnx.Variable):
         return isinstance(leaf, AxisMetadata)
+    # A variable that holds a structure, such as a quantized kernel, is not a box: the
+    # parts of the structure are leaves themselves. But M's for rows count as one array.
     held = _held(leaf)
     return jax.tree_util.all_leaves(held) or isinstance(held[0], Selected)
 
@@ -140,11 +134,7 @@ def reboxed(box: Any, value: Any) -> Any:
 
 
 def adapter_of(box: Any, spec: AdapterSpec, by_row: bool = False) -> Any:
-    """The M that `box` holds or is, checked against `spec`.
-
-    A variable of an NNX model knows the adapter that its M was made for, whose delta
-    must be the delta of `spec`. With `by_row`, each row of a batch may have an M.
-    """
+    """The M that `box` holds or is; with `by_row`, each row of a batch may have one."""
     m, name = unboxed(box), f"{spec.name}{SUFFIX}"
     if isinstance(m, Slots):
         raise TypeError(
@@ -157,6 +147,8 @@ def adapter_of(box: Any, spec: AdapterSpec, by_row: bool = False) -> Any:
             "linen.wrap and nnx.set_adapters take"
         )
     check_leaf(m, name, spec.shape)
+    # A variable of an NNX model knows the adapter that its M was made for, whose delta
+    # must be the delta of `spec`.
     made_for = getattr(box, "spec", None)
     if isinstance(made_for, AdapterSpec):
         stack = m.shape[: m.ndim - len(made_for.shape)]

@@ -13,8 +13,7 @@ from mora_jax._flax.survey import Survey
 from mora_jax._plan.plan import Plan
 from mora_jax._plan.settings import MoRAConfig, check_config
 from mora_jax._plan.spec import SUFFIX
-from mora_jax._tree.adapters import nest
-from mora_jax._tree.combined import combine
+from mora_jax._tree.combined import with_ms
 from mora_jax._tree.paths import named_leaves
 from mora_jax.linen._bound import (
     BoundAdapter,
@@ -77,7 +76,7 @@ def plan(
     }
 
     def call(params: Any, variables: Any, args: Any, kwargs: Any) -> Any:
-        variables = {**variables, "params": combine(params, nest(marks))}
+        variables = {**variables, "params": with_ms(params, marks)}
         with nn.intercept_methods(recorder):
             return model.apply(variables, *args, **kwargs)
 

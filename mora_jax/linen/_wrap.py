@@ -13,10 +13,14 @@ from mora_jax._flax.layer_rules import rules_of, unknown_use
 from mora_jax._flax.survey import refuse_untraced
 from mora_jax._plan.plan import Plan
 from mora_jax._plan.settings import MoRAConfig, check_config
-from mora_jax._plan.trained_arrays import find_trained
-from mora_jax._tree.adapters import adapter_items, nest, trained_items, with_trained
-from mora_jax._tree.combined import combine, split
-from mora_jax._tree.paths import adapter_path, named_leaves, replace_leaves
+from mora_jax._tree.adapters import adapter_items, trained_items, with_trained
+from mora_jax._tree.combined import split, with_ms
+from mora_jax._tree.paths import (
+    adapter_path,
+    find_part,
+    named_leaves,
+    replace_leaves,
+)
 from mora_jax.linen._bound import (
     BoundAdapter,
     adapters_of,
@@ -58,7 +62,7 @@ class AdaptedApply:
         bound = {adapter_path(spec): BoundAdapter.of(spec, m) for spec, m in items}
         base = params_of(variables)
         trained = trained_items(adapters, plan) if plan.trained else []
-        params = combine(with_trained(base, trained), nest(bound))
+        params = with_ms(with_trained(base, trained), bound)
         interceptor = _Interceptor(plan, bool(adapter_deterministic))
         with nn.intercept_methods(interceptor):
             result = self.model.apply({**variables, "params": params}, *args, **kwargs)
@@ -78,7 +82,7 @@ class AdaptedApply:
         if "params" in updated:  # with the base's arrays for the trained copies
             leaves = named_leaves(base) if trained else {}
             new = split(updated["params"])[0]
-            old = dict(find_trained(leaves, array) for array, _ in trained)
+            old = dict(find_part(leaves, array) for array, _ in trained)
             updated = {**updated, "params": replace_leaves(new, old)}
         return output, updated
 

@@ -13,7 +13,7 @@ from mora_jax._layer.rounding import MergeLoss
 from mora_jax._plan.plan import Plan, check_plan
 from mora_jax._plan.trained_arrays import refuse_trained
 from mora_jax._tree.adapters import refuse_combined
-from mora_jax._tree.merge import finite_items, merged_kernel, wide, with_kernels
+from mora_jax._tree.merge import array_items, merged_kernel, wide, with_kernels
 from mora_jax._tree.paths import located_leaves, reboxed, unboxed
 from mora_jax.nnx import _held
 from mora_jax.qwix import _private
@@ -126,7 +126,7 @@ def merge(
     named, structure = _private.parameters_in(params)
     refuse_combined(named, plan.specs)
     losses = {}
-    for spec, m in finite_items(adapters, plan):
+    for spec, m in array_items(adapters, plan):
         name = spec.name
         if name not in named:
             raise ValueError(f"params lack the kernel {name!r}{lacking(name, named)}")

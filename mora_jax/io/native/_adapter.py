@@ -20,7 +20,7 @@ from mora_jax._plan.plan import Plan, check_plan
 from mora_jax._plan.spec import SUFFIX
 from mora_jax._tree.adapters import Tree, adapter_items, nest, trained_items
 from mora_jax._tree.base_digest import check_base, kernel_digests
-from mora_jax._tree.paths import find_kernel, named_leaves
+from mora_jax._tree.paths import find_part, named_leaves
 from mora_jax.io import _tensors
 from mora_jax.io._files import (
     CONFIG,
@@ -350,7 +350,7 @@ def _with_digests(plan: Plan, params: Any) -> Plan:
                 f"{spec.name} in params must have shape {spec.kernel_shape}, got "
                 f"{tuple(kernel.shape)}"
             )
-        _, kernel = find_kernel(leaves, spec)
+        _, kernel = find_part(leaves, spec)
         if not isinstance(kernel, jax.Array | np.ndarray) or isinstance(kernel, Tracer):
             raise TypeError(
                 f"params must hold concrete arrays, got {type(kernel).__name__} at "
