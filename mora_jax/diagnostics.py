@@ -45,7 +45,7 @@ from jaxtyping import Float
 
 from mora_jax import linen
 from mora_jax import nnx as shell
-from mora_jax._common.checks import check_number, check_seed, floating_dtype
+from mora_jax._common.checks import check_dtype, check_number, check_seed
 from mora_jax._layer.equation import delta_kernel
 from mora_jax._layer.rounding import Rounding, check_rounding, share_lost
 from mora_jax._plan.plan import Plan, check_plan
@@ -79,7 +79,7 @@ def merge_loss(
       TypeError, ValueError: As `merge`.
     """
     check_rounding(rounding)
-    dtype = None if dtype is None else floating_dtype(dtype, "dtype")
+    dtype = None if dtype is None else check_dtype("dtype", dtype)
     loss = {}
     for spec, m, _, kernel in with_kernels(params, finite_items(adapters, plan)):
         merged = merged_kernel(spec, m, kernel, dtype=dtype, rounding=rounding)

@@ -67,13 +67,13 @@ def check_rate(name: str, value: Any) -> float:
     return rate
 
 
-def floating_dtype(dtype: DTypeLike | None, name: str = "param_dtype") -> jnp.dtype:
-    """Return `dtype` as a NumPy dtype, if it is a real floating-point dtype."""
+def check_dtype(name: str, value: DTypeLike | None) -> jnp.dtype:
+    """Return `value` as a NumPy dtype, if it is a real floating-point dtype."""
     # NumPy reads None as float64.
-    numpy_dtype = None if dtype is None else jnp.dtype(dtype)
-    if numpy_dtype is None or not jnp.issubdtype(numpy_dtype, jnp.floating):
-        raise TypeError(f"{name} must be a floating-point dtype, got {numpy_dtype}")
-    return numpy_dtype
+    dtype = None if value is None else jnp.dtype(value)
+    if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(f"{name} must be a floating-point dtype, got {dtype}")
+    return dtype
 
 
 def as_jax_array(name: str, value: Any) -> jax.Array:

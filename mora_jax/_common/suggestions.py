@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 from mora_jax._common.checks import DEQUANTISE
@@ -15,9 +15,9 @@ def starred(path: str) -> str:
     return re.sub(r"\d+", "*", path)
 
 
-def shown(paths: Sequence[str]) -> str:
-    """Return paths that are alike as one text: "l1/kernel" or "l*/kernel (3)"."""
-    return paths[0] if len(paths) == 1 else f"{starred(paths[0])} ({len(paths)})"
+def shown(path: str, count: int) -> str:
+    """Return one path, or one of `count` that are alike, as "l*/kernel (3)"."""
+    return path if count == 1 else f"{starred(path)} ({count})"
 
 
 def alike(items: Iterable[T], kind: Callable[[T], tuple[Any, ...]]) -> list[list[T]]:

@@ -10,43 +10,9 @@ from typing import Any
 import jax
 
 from mora_jax._common.suggestions import alike, nearest_paths, shown
+from mora_jax._plan.settings import AdapterSettings
 from mora_jax._plan.spec import AdapterSpec, check_same
 from mora_jax._plan.trained_arrays import TrainedArray
-
-LEFT_ALIGNED = ("path", "operator")
-COLUMNS = ("in -> out", "operator", "r", "q", "alpha", "scale", "dropout")
-USUAL = {"alpha": 1, "scale": 1, "dropout": 0}
-"""Values that need no column, if no layer departs from them."""
-
-
-def table(plan: "Plan", collapse: bool) -> str:
-    """Return the text of `mora_jax.summary`."""
-
-    def kind(part: AdapterSpec | TrainedArray) -> tuple[object, ...]:
-        operator = getattr(part, "operator", None)
-        cells = _cells(part).values()
-        return part.name, collapse or part.name, part.shape, operator, *cells
-
-    rows, base = [], plan.base_parameters
-    for parts in alike((*plan.specs, *plan.trained), kind):
-        size = sum(part.parameters for part in parts)
-        row = {"path": shown([part.name for part in parts]), **_cells(parts[0])}
-        rows.append(row | {"parameters": f"{size:,}", "of base": _share(size, base)})
-    columns = [
-        name
-        for name in COLUMNS
-        if name not in USUAL or any(getattr(s, name) != USUAL[name] for s in plan.specs)
-    ]
-    size = plan.trainable_parameters
-    counts = [_counted(len(plan), "adapter")]
-    counts += [_counted(len(plan.trained), "trained array")] * bool(plan.trained)
-    return "\n".join(
-        [
-            *_lines(["path", *columns, "parameters", "of base"], rows),
-            f"{' and '.join(counts)}: {size:,} trainable parameters, "
-            f"{_share(size, base)} of {base:,}",
-        ]
-    )
 
 
 def _cells(part: AdapterSpec | TrainedArray) -> dict[str, str]:
@@ -64,6 +30,9 @@ def _cells(part: AdapterSpec | TrainedArray) -> dict[str, str]:
         "scale": f"{part.scale:.3g}",
         "dropout": f"{part.dropout:g}",
     }
+
+
+LEFT_ALIGNED = ("path", "operator")
 
 
 def _lines(columns: Sequence[str], rows: Sequence[Mapping[str, str]]) -> list[str]:
@@ -87,20 +56,6 @@ def _share(size: int, base_parameters: int) -> str:
     return f"{size / base_parameters:.2%}" if base_parameters else "-"
 
 
-def remarks(plan: "Plan") -> list[str]:
-    """Return lines on the arrays left out and the adapters that are not proven."""
-    lines = [f"  {kind}" for kind in plan.left_out]
-    if lines:
-        lines.insert(0, "left out:")
-    if plan.unproven:
-        lines.append(
-            "not proven (mora_jax.diagnostics.check compares numbers instead):"
-        )
-    for kind in alike(plan.unproven, lambda pair: pair):
-        lines.append(f"  {shown([path for path, _ in kind])}: {kind[0][1]}")
-    return lines
-
-
 @dataclasses.dataclass(frozen=True)
 class LeftOut:
     """Arrays of one kind that get no adapter.
@@ -118,8 +73,7 @@ class LeftOut:
     multiplied: bool
 
     def __str__(self) -> str:
-        count = f" ({self.count})" if self.count > 1 else ""
-        return f"{self.pattern}{count}: {self.why}"
+        return f"{shown(self.pattern, self.count)}: {self.why}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,7 +137,16 @@ class Plan(Mapping[str, AdapterSpec]):
         return {spec.name: spec for spec in self.specs}
 
     def __str__(self) -> str:
-        return "\n".join([table(self, collapse=True), *remarks(self)])
+        lines = [summary(self)]
+        if self.left_out:
+            lines += ["left out:", *(f"  {kind}" for kind in self.left_out)]
+        if self.unproven:
+            lines.append(
+                "not proven (mora_jax.diagnostics.check compares numbers instead):"
+            )
+        for (path, why), *others in alike(self.unproven, lambda pair: pair):
+            lines.append(f"  {shown(path, 1 + len(others))}: {why}")
+        return "\n".join(lines)
 
     def digest(self) -> str:
         """SHA-256, in hexadecimal, of the settings that decide the meaning of the M's.
@@ -215,17 +178,18 @@ def _flatten(plan: Plan) -> tuple[list[tuple[Any, Any]], Plan]:
 
 
 def _unflatten(plan: Plan, operators: Iterable[Any]) -> Plan:
-    # Not through __init__: the leaves of a tree_map may be anything.
     pairs = zip(plan.specs, operators, strict=True)
     specs = tuple(_changed(spec, operator=operator) for spec, operator in pairs)
     return _changed(plan, specs=specs)
 
 
 def _changed(instance: Any, **values: Any) -> Any:
-    fields = {f.name: getattr(instance, f.name) for f in dataclasses.fields(instance)}
+    # Without `__init__` and its checks: the leaves of a tree_map may be anything. And
+    # without what is cached of the old values, which is no field.
     changed = object.__new__(type(instance))
-    for name, value in (fields | values).items():
-        object.__setattr__(changed, name, value)
+    for field in dataclasses.fields(instance):
+        value = values.get(field.name, getattr(instance, field.name))
+        object.__setattr__(changed, field.name, value)
     return changed
 
 
@@ -293,4 +257,30 @@ def summary(plan: Plan, *, collapse: bool = True) -> str:
       l*/kernel (3)   64 -> 64  rotation  8.0  32      2       3,072   25.00%
       3 adapters: 3,072 trainable parameters, 25.00% of 12,288
     """
-    return table(check_plan(plan), collapse)
+
+    def kind(part: AdapterSpec | TrainedArray) -> tuple[object, ...]:
+        operator = getattr(part, "operator", None)
+        cells = _cells(part).values()
+        return part.name, collapse or part.name, part.shape, operator, *cells
+
+    rows, base = [], check_plan(plan).base_parameters
+    for parts in alike((*plan.specs, *plan.trained), kind):
+        size = sum(part.parameters for part in parts)
+        row = {"path": shown(parts[0].name, len(parts)), **_cells(parts[0])}
+        rows.append(row | {"parameters": f"{size:,}", "of base": _share(size, base)})
+    departures = [
+        name
+        for name in ("alpha", "scale", "dropout")
+        if any(getattr(s, name) != getattr(AdapterSettings, name) for s in plan.specs)
+    ]
+    columns = "path", "in -> out", "operator", "r", "q", *departures
+    size = plan.trainable_parameters
+    counts = [_counted(len(plan), "adapter")]
+    counts += [_counted(len(plan.trained), "trained array")] * bool(plan.trained)
+    return "\n".join(
+        [
+            *_lines([*columns, "parameters", "of base"], rows),
+            f"{' and '.join(counts)}: {size:,} trainable parameters, "
+            f"{_share(size, base)} of {base:,}",
+        ]
+    )

@@ -3,52 +3,24 @@
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
+from flax.core import FrozenDict
 from jax.typing import DTypeLike
 
 from mora_jax._common.checks import (
     check_choice,
+    check_dtype,
     check_number,
     check_rate,
     check_seed,
-    floating_dtype,
     positive_integer,
 )
 from mora_jax._common.suggestions import did_you_mean
 from mora_jax._common.warnings import warn
 from mora_jax.operators._registry import OperatorSpec, parse_spec
-
-
-class FrozenMapping(Mapping[str, Any]):
-    """Mapping that cannot be changed, with mappings in it frozen as well.
-
-    Mappings of equal content are equal and have the same hash, whatever their order.
-    """
-
-    def __init__(self, content: Mapping[str, Any]):
-        self._content = {
-            key: FrozenMapping(value) if isinstance(value, Mapping) else value
-            for key, value in content.items()
-        }
-
-    def __getitem__(self, key: str) -> Any:
-        return self._content[key]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._content)
-
-    def __len__(self) -> int:
-        return len(self._content)
-
-    def __hash__(self) -> int:
-        return hash(frozenset(self._content.items()))
-
-    def __repr__(self) -> str:
-        return repr(self._content)
-
 
 DEFAULT_RANK = 8
 
@@ -78,11 +50,6 @@ def _optional(check: Check) -> Check:
     return lambda name, value: None if value is None else check(name, value)
 
 
-def check_dtype(name: str, value: Any) -> jnp.dtype:
-    """Return `value` as a NumPy dtype, if it is a real floating-point dtype."""
-    return floating_dtype(value, name)
-
-
 def _above_zero(name: str, value: Any) -> float:
     if (number := check_number(name, value)) <= 0:
         raise ValueError(f"{name} must be above 0, got {number}")
@@ -99,7 +66,7 @@ def _other_than_zero(name: str, value: Any) -> float:
 
 def _operator(name: str, value: Any) -> OperatorSpec:
     parse_spec(value)
-    return FrozenMapping(value) if isinstance(value, Mapping) else value
+    return FrozenDict(value) if isinstance(value, Mapping) else value
 
 
 _init = functools.partial(check_choice, choices=("zeros", "gaussian"))
@@ -238,7 +205,7 @@ def patterns_of(field: str, patterns: Any) -> tuple[str, ...]:
     return patterns
 
 
-def _check_overrides(name: str, overrides: Any) -> FrozenMapping:
+def _check_overrides(name: str, overrides: Any) -> FrozenDict[str, Any]:
     """Return `overrides` frozen, if they map patterns to settings of kernels."""
     if not isinstance(overrides, Mapping):
         raise TypeError(f"{name} must map patterns to settings, got {overrides!r}")
@@ -252,7 +219,9 @@ def _check_overrides(name: str, overrides: Any) -> FrozenMapping:
             raise ValueError(f"{where} must use {allowed}, got {unknown}{hint}")
         if "rank" in settings and settings.get("square_rank") is not None:
             raise ValueError(f"{where} must hold rank or square_rank, got both")
-    return FrozenMapping(overrides)
+        # Raises for values that no kernel could have.
+        KernelConfig(**{k: v for k, v in settings.items() if k != "axes"})
+    return FrozenDict(overrides)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -321,9 +290,7 @@ class MoRAConfig(KernelConfig):
 
     targets: str | Iterable[str] = setting(DEFAULT_TARGETS, patterns_of)
     exclude: str | Iterable[str] = setting((), patterns_of)
-    overrides: Mapping[str, Mapping[str, Any]] = setting(
-        FrozenMapping({}), _check_overrides
-    )
+    overrides: Mapping[str, Mapping[str, Any]] = setting(FrozenDict(), _check_overrides)
     train: str | Iterable[str] = setting((), patterns_of)
 
     def __new__(cls, *args: Any, **settings: Any) -> "MoRAConfig":
@@ -338,9 +305,9 @@ class MoRAConfig(KernelConfig):
         super().__post_init__()
         if not self.targets:
             raise ValueError("targets must hold at least one pattern, got none")
-        for settings in ({"alpha": self.alpha}, *self.overrides.values()):
-            self._with([settings])  # raises where no kernel could have them
-            if abs(alpha := settings.get("alpha", 1)) > LARGEST_USUAL_ALPHA:
+        overridden = [s["alpha"] for s in self.overrides.values() if "alpha" in s]
+        for alpha in (self.alpha, *overridden):
+            if abs(alpha) > LARGEST_USUAL_ALPHA:
                 warn(
                     f"alpha={alpha:g} multiplies the delta itself, and 1 is usual: "
                     "what LoRA calls lora_alpha is alpha=lora_alpha / r here"
@@ -348,15 +315,10 @@ class MoRAConfig(KernelConfig):
 
     def settings(self, path: str) -> tuple[KernelConfig, str | None]:
         """The settings of one kernel, and its axes where an override names them."""
-        overrides = self.overrides.items()
-        return self._with(s for pattern, s in overrides if re.fullmatch(pattern, path))
-
-    def _with(
-        self, overrides: Iterable[Mapping[str, Any]]
-    ) -> tuple[KernelConfig, str | None]:
-        """The settings of a kernel to which `overrides` apply, and its axes."""
         values = {name: getattr(self, name) for name in _KERNEL_SETTINGS}
-        for settings in overrides:
+        for pattern, settings in self.overrides.items():
+            if not re.fullmatch(pattern, path):
+                continue
             # rank and square_rank exclude each other, and later patterns win.
             if "rank" in settings:
                 values["square_rank"] = None

@@ -7,8 +7,7 @@ from typing import Any
 
 from jax.typing import DTypeLike
 
-from mora_jax._common.axes import check_axes, features, sizes
-from mora_jax._common.checks import floating_dtype
+from mora_jax._common.axes import features, sizes
 from mora_jax._common.types import Shape
 from mora_jax._mesh.layout import KernelLayout
 from mora_jax._plan.settings import (
@@ -64,7 +63,6 @@ class AdapterSpec(AdapterSettings):
     def __post_init__(self) -> None:
         if not isinstance(self.operator, Operator):
             raise TypeError(f"operator must be an Operator, got {self.operator!r}")
-        check_axes(self.axes, len(self.kernel_shape))
         ins, outs = features(self.kernel_shape, self.axes)
         if (self.operator.in_features, self.operator.out_features) != (ins, outs):
             raise ValueError(
@@ -103,14 +101,12 @@ class AdapterSpec(AdapterSettings):
                 f"train must be empty for one layer, got {config.train}: it is for "
                 "the plan of a whole model"
             )
-        check_axes(axes, len(kernel_shape))
         operator = _operator(config, *features(kernel_shape, axes))
-        scale = 1.0 if config.scale == "paper" else operator.fine_tuning_scale
-        dtype = config.param_dtype
-        settings = {name: getattr(config, name) for name in SETTINGS} | {
-            "scale": scale,
-            "param_dtype": floating_dtype(kernel_dtype) if dtype is None else dtype,
-        }
+        settings = {name: getattr(config, name) for name in SETTINGS}
+        by_paper = config.scale == "paper"
+        settings["scale"] = 1.0 if by_paper else operator.fine_tuning_scale
+        if config.param_dtype is None:
+            settings["param_dtype"] = kernel_dtype
         budget = config.rank if config.square_rank is None else None
         return cls(operator, kernel_shape, axes, path, rank=budget, **settings)
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Float
 
-from mora_jax._common.checks import as_jax_array, check_finite, floating_dtype
+from mora_jax._common.checks import as_jax_array, check_dtype, check_finite
 from mora_jax._common.types import ArrayLike, Path
 from mora_jax._layer.dense import FrozenDense, params_adapter
 from mora_jax._layer.equation import delta_kernel
@@ -230,7 +230,7 @@ def _merged(
 ) -> Any:
     """The params with merged kernels and trained arrays."""
     if dtype is not None:
-        dtype = floating_dtype(dtype, "dtype")
+        dtype = check_dtype("dtype", dtype)
     sums = {
         path: merged_kernel(spec, m, kernel, dtype=dtype, **settings)
         for spec, m, path, kernel in with_kernels(params, items, any_base=any_base)

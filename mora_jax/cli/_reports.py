@@ -97,7 +97,7 @@ def grouped(layers: Sequence[Row]) -> list[Row]:
     kind = "path", "in", "out", "operator", "q"
     rows = []
     for group in alike(layers, lambda layer: tuple(layer[key] for key in kind)):
-        row = group[0] | {"path": shown([layer["path"] for layer in group])}
+        row = group[0] | {"path": shown(group[0]["path"], len(group))}
         row["parameters"] = sum(layer["parameters"] for layer in group)
         for key in ("norm", "effective_rank", "above_0.1"):
             values = [layer[key] for layer in group]
