@@ -59,14 +59,6 @@ def check_number(name: str, value: Any) -> float:
     return number
 
 
-def check_rate(name: str, value: Any) -> float:
-    """Return `value` as a Python float, if it is a rate of dropout."""
-    rate = check_number(name, value)
-    if not 0 <= rate < 1:
-        raise ValueError(f"{name} must be in [0, 1), got {value}")
-    return rate
-
-
 def check_dtype(name: str, value: DTypeLike | None) -> jnp.dtype:
     """Return `value` as a NumPy dtype, if it is a real floating-point dtype."""
     # NumPy reads None as float64.

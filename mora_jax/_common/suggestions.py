@@ -10,26 +10,28 @@ from mora_jax._common.checks import DEQUANTISE
 T = TypeVar("T")
 
 
-def starred(path: str) -> str:
-    """Return `path` with "*" instead of numbers."""
-    return re.sub(r"\d+", "*", path)
+def shown(pattern: str, count: int) -> str:
+    """Return a pattern of `alike` and the number of its paths, as "l*/kernel (3)"."""
+    return pattern if count == 1 else f"{pattern} ({count})"
 
 
-def shown(path: str, count: int) -> str:
-    """Return one path, or one of `count` that are alike, as "l*/kernel (3)"."""
-    return path if count == 1 else f"{starred(path)} ({count})"
+def alike(
+    items: Iterable[T], kind: Callable[[T], tuple[Any, ...]]
+) -> list[tuple[str, list[T]]]:
+    """Return the items in lists of one kind each, with the pattern of their paths.
 
-
-def alike(items: Iterable[T], kind: Callable[[T], tuple[Any, ...]]) -> list[list[T]]:
-    """Return the items in lists of one kind each.
-
-    `kind` is a function of an item to its path and to what else must be equal.
+    `kind` is a function of an item to its path and to what else must be equal. Paths
+    are alike if only numbers differ, for which the pattern has "*".
     """
-    kinds: dict[tuple[Any, ...], list[T]] = {}
+    kinds: dict[tuple[Any, ...], list[tuple[str, T]]] = {}
     for item in items:
         path, *others = kind(item)
-        kinds.setdefault((starred(path), *others), []).append(item)
-    return list(kinds.values())
+        starred = re.sub(r"\d+", "*", path)
+        kinds.setdefault((starred, *others), []).append((path, item))
+    return [
+        (starred if len(pairs) > 1 else pairs[0][0], [item for _, item in pairs])
+        for (starred, *_), pairs in kinds.items()
+    ]
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from mora_jax._common.axes import features
 from mora_jax._common.checks import check_kernel
-from mora_jax._common.suggestions import alike, pattern_hint, starred
+from mora_jax._common.suggestions import alike, pattern_hint
 from mora_jax._common.types import Path
 from mora_jax._common.warnings import LeftOutWarning, warn
 from mora_jax._flax.survey import Survey
@@ -265,12 +265,10 @@ class Candidates:
         """The kinds of the arrays of two or more axes that are not `taken`."""
         names = [name for name in self.arrays if name not in taken]
         reasons = [(name, *self._why_left_out(name)) for name in names]
-        kinds = []
-        for kind in alike(reasons, lambda reason: reason):
-            name, why, multiplied = kind[0]
-            pattern = name if len(kind) == 1 else starred(name)
-            kinds.append(LeftOut(pattern, len(kind), why, multiplied))
-        return tuple(kinds)
+        return tuple(
+            LeftOut(pattern, len(kind), *kind[0][1:])
+            for pattern, kind in alike(reasons, lambda reason: reason)
+        )
 
     def _why_left_out(self, name: str) -> tuple[str, bool]:
         """The reason why an array gets no adapter, and if it multiplies inputs."""

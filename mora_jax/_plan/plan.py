@@ -144,8 +144,8 @@ class Plan(Mapping[str, AdapterSpec]):
             lines.append(
                 "not proven (mora_jax.diagnostics.check compares numbers instead):"
             )
-        for (path, why), *others in alike(self.unproven, lambda pair: pair):
-            lines.append(f"  {shown(path, 1 + len(others))}: {why}")
+        for pattern, kind in alike(self.unproven, lambda pair: pair):
+            lines.append(f"  {shown(pattern, len(kind))}: {kind[0][1]}")
         return "\n".join(lines)
 
     def digest(self) -> str:
@@ -216,12 +216,10 @@ def refuse_other_plan(made_for: Plan, used_with: Plan) -> None:
         )
     for path, spec in made_for.items():
         check_same(spec, used_with[path])
-    shapes = [{a.name: a.shape for a in p.trained} for p in (made_for, used_with)]
+    plans = made_for, used_with
+    shapes = [{a.name: f"as {a.shape}" for a in plan.trained} for plan in plans]
     for path in sorted(shapes[0].keys() | shapes[1].keys()):
-        there, here = (
-            f"as {arrays[path]}" if path in arrays else "not at all"
-            for arrays in shapes
-        )
+        there, here = (shape.get(path, "not at all") for shape in shapes)
         if there != here:
             raise ValueError(
                 f"the adapters were made for a plan that trains {path!r} itself "
@@ -264,9 +262,9 @@ def summary(plan: Plan, *, collapse: bool = True) -> str:
         return part.name, collapse or part.name, part.shape, operator, *cells
 
     rows, base = [], check_plan(plan).base_parameters
-    for parts in alike((*plan.specs, *plan.trained), kind):
+    for pattern, parts in alike((*plan.specs, *plan.trained), kind):
         size = sum(part.parameters for part in parts)
-        row = {"path": shown(parts[0].name, len(parts)), **_cells(parts[0])}
+        row = {"path": shown(pattern, len(parts)), **_cells(parts[0])}
         rows.append(row | {"parameters": f"{size:,}", "of base": _share(size, base)})
     departures = [
         name

@@ -14,7 +14,6 @@ from mora_jax._common.checks import (
     check_choice,
     check_dtype,
     check_number,
-    check_rate,
     check_seed,
     positive_integer,
 )
@@ -50,18 +49,16 @@ def _optional(check: Check) -> Check:
     return lambda name, value: None if value is None else check(name, value)
 
 
-def _above_zero(name: str, value: Any) -> float:
-    if (number := check_number(name, value)) <= 0:
-        raise ValueError(f"{name} must be above 0, got {number}")
-    return number
+def _number(fits: Callable[[float], bool], must: str) -> Check:
+    """A check for numbers that fit; `must` says in the message what they must."""
 
+    def check(name: str, value: Any) -> float:
+        number = check_number(name, value)
+        if not fits(number):
+            raise ValueError(f"{name} must {must}, got {number}")
+        return number
 
-def _other_than_zero(name: str, value: Any) -> float:
-    if (number := check_number(name, value)) == 0:
-        raise ValueError(
-            f"{name} must not be 0, which would make all deltas and gradients 0"
-        )
-    return number
+    return check
 
 
 def _operator(name: str, value: Any) -> OperatorSpec:
@@ -69,6 +66,9 @@ def _operator(name: str, value: Any) -> OperatorSpec:
     return FrozenDict(value) if isinstance(value, Mapping) else value
 
 
+_not_zero = _number(bool, "not be 0, which would make all deltas and gradients 0")
+_above_zero = _number(lambda number: number > 0, "be above 0")
+_rate = _number(lambda number: 0 <= number < 1, "be in [0, 1)")
 _init = functools.partial(check_choice, choices=("zeros", "gaussian"))
 _scale = functools.partial(check_choice, choices=("paper", "fine-tuning"))
 _execution = functools.partial(check_choice, choices=("auto", "activation", "fold"))
@@ -84,7 +84,7 @@ class AdapterSettings:
 
     alpha: float = setting(1.0, check_number, meaning=True)
     scale: float = setting(1.0, _above_zero, meaning=True)
-    dropout: float = setting(0.0, check_rate)
+    dropout: float = setting(0.0, _rate)
     init: str = setting("zeros", _init)
     param_dtype: DTypeLike = setting(jnp.float32, check_dtype)
     execution: str = setting("auto", _execution)
@@ -126,12 +126,12 @@ class KernelConfig:
 
     rank: int = setting(DEFAULT_RANK, positive_integer)
     operator: OperatorSpec = setting("auto", _operator)
-    alpha: float = setting(1.0, _other_than_zero)
+    alpha: float = setting(1.0, _not_zero)
     scale: str = setting("fine-tuning", _scale)
     square_rank: int | None = setting(None, _optional(positive_integer))
     multiple_of: int | None = setting(None, _optional(positive_integer))
     init: str = setting("zeros", _init)
-    dropout: float = setting(0.0, check_rate)
+    dropout: float = setting(0.0, _rate)
     param_dtype: DTypeLike | None = setting(jnp.float32, _optional(check_dtype))
     execution: str = setting("auto", _execution)
     seed: int = setting(0, lambda _, value: check_seed(value))

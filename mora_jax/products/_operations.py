@@ -3,14 +3,13 @@
 import dataclasses
 import functools
 import inspect
-import string
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from mora_jax.products._product import Product
-from mora_jax.products.contraction import Contraction
+from mora_jax.products.contraction import Contraction, dot_general_equation
 from mora_jax.products.convolution import Convolution
 
 FUNCTIONS = {
@@ -18,6 +17,7 @@ FUNCTIONS = {
     "einsum": jnp.einsum,
     "conv_general_dilated": jax.lax.conv_general_dilated,
 }
+# Read at once: while a model runs, qwix replaces the code of these functions.
 _SIGNATURES = {name: inspect.signature(f) for name, f in FUNCTIONS.items()}
 
 
@@ -60,25 +60,16 @@ class Operation:
         """
         if self.name == "conv_general_dilated":
             return self._convolution(kernel_at)
-        einsum = self.arguments.get("subscripts") or self._equation()
-        terms, arrow, outputs = einsum.replace(" ", "").partition("->")
+        if self.name == "einsum":
+            einsum = self.arguments["subscripts"].replace(" ", "")
+        else:
+            lhs, rhs = self.operands
+            numbers = self.arguments["dimension_numbers"]
+            einsum = dot_general_equation(lhs.ndim, rhs.ndim, numbers)
+        terms, arrow, outputs = einsum.partition("->")
         x, kernel = terms.split(",")[:: 1 if kernel_at else -1]
         ndim = self.operands[1 - kernel_at].ndim
         return Contraction.parse(f"{x},{kernel}{arrow}{outputs}", ndim)
-
-    def _equation(self) -> str:
-        """The equation of a `dot_general`."""
-        ndim, numbers = self.operands[0].ndim, self.arguments["dimension_numbers"]
-        (lhs_sum, rhs_sum), (lhs_batch, rhs_batch) = numbers
-        left = list(string.ascii_letters[:ndim])
-        right = list(string.ascii_letters[ndim : ndim + self.operands[1].ndim])
-        pairs = zip((*lhs_sum, *lhs_batch), (*rhs_sum, *rhs_batch), strict=True)
-        for here, there in pairs:
-            right[there] = left[here]
-        batch = [left[k] for k in lhs_batch]
-        shared = {left[k] for k in (*lhs_sum, *lhs_batch)}
-        free = [letter for letter in (*left, *right) if letter not in shared]
-        return f"{''.join(left)},{''.join(right)}->{''.join([*batch, *free])}"
 
     def _convolution(self, kernel_at: int) -> Convolution:
         lhs, rhs = self.operands
