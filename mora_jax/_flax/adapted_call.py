@@ -72,8 +72,10 @@ def adapt_call(
     precision = getattr(module, "precision", None)
     replaceable = rule.multiplies_by_dot_general(module) and not intercepted()
     if replaceable and dropout_key is None:
-        # The layer casts both operands to its dtype before it multiplies them, so that
-        # how to compute is chosen where they are multiplied.
+        # The layer casts both operands to its dtype before it multiplies them. So the
+        # choice of how to compute is made there, by a replaced `dot_general`. Not under
+        # qwix, which replaces that function itself, and not with dropout, where layer
+        # and adapter see different inputs.
         def dot_general(
             x: ArrayLike, kernel: Any, dimension_numbers: Any, **settings: Any
         ) -> jax.Array:
@@ -88,6 +90,7 @@ def adapt_call(
             return method(*call.args, **call.kwargs)
     check_product(spec, product)
     y, out_factor = method(*call.args, **call.kwargs), None
+    # The adapter adds to the kernel itself, which the layer scales afterwards.
     if (scale := rule.scale_of(module)) is not None:
         try:
             in_factor, out_factor = product.factors(scale)

@@ -170,7 +170,7 @@ def register_layer(
         )
     method = "" if folded else method
     rule = LayerRule(equation, kernel, method, argument, dot_general, scale)
-    # All kernels of a class are folded or none, so those of its base class stay.
+    # All kernels of a class are folded or none, so the base class's rules stay.
     known = _registered(cls) if folded else _RULES.get(cls, {})
     _RULES[cls] = {**known, method or str(kernel): rule}
 

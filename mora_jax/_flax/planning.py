@@ -104,10 +104,8 @@ NO_KERNEL = re.compile(r"(?i).*(bias|scale|norm|pos|embed|token|mean|var|cache)[
 class Candidates:
     """Arrays of a model, among which a config chooses.
 
-    Attributes:
-      leaves: {name: (path, array)} of the params, as `named_leaves` gives them.
-      config: The settings.
-      survey: The layers and the trace of a call; None to go by names and shapes.
+    The leaves are as `named_leaves` gives them. Without a survey the choice goes by
+    names and shapes.
     """
 
     leaves: dict[str, tuple[Path, Any]]
@@ -296,7 +294,7 @@ class Candidates:
 
     @functools.cached_property
     def _quantized(self) -> set[str]:
-        """The paths above arrays of integers, whose scales are beside them."""
+        # The paths above integers: a quantized kernel's scales are beside its numbers.
         arrays = self.arrays.items()
         integers = [n for n, a in arrays if jnp.issubdtype(a.dtype, jnp.integer)]
         return {name.rpartition("/")[0] for name in integers}
@@ -305,7 +303,9 @@ class Candidates:
         return sorted(names, key=lambda name: self.leaves[name][0])
 
     def _refuse_shared(self, chosen: Collection[str], remedy: str) -> None:
-        """Raise if an array of `chosen` is at two paths, where one would be missed."""
+        """Raise if an array of `chosen` is at two paths."""
+        # A step trains the copy at one path, and the model would go on to use the
+        # untrained one at the other.
         owners: dict[int, list[str]] = defaultdict(list)
         for name, (_, leaf) in self.leaves.items():
             if not isinstance(leaf, jax.ShapeDtypeStruct):  # shapes are often reused
@@ -328,10 +328,8 @@ _KINDS = {
 def _select(
     field: str, patterns: Any, names: Iterable[str], known: Iterable[str] = ()
 ) -> set[str]:
-    """Return the names that the patterns of a setting match; each must match one.
-
-    The names in `known` are for the message, where `names` is empty.
-    """
+    """Return the names that the patterns of a setting match; each must match one."""
+    # The names in `known` are for the message, where `names` is empty.
     selected: set[str] = set()
     for pattern in patterns:
         matched = {name for name in names if re.fullmatch(pattern, name)}

@@ -42,6 +42,8 @@ class Survey:
         rule, module = call.rule, call.module
         planning_rule = planning_rules(module)[rule.name(module)]
         planned = product if rule is planning_rule else planning_rule.product(module)
+        # Of several methods with one kernel (an embedding and its tied head) the first
+        # registered decides. If it needs a call, that call may come later.
         self.products[name] = planned or self.products.get(name, product)
         scaled = rule.scale_of(module) is not None
         marked = Call(name, product, scaled, f"{type(module).__name__}.{rule.method}")

@@ -1,5 +1,6 @@
 """A plan: the adapters of a model by the paths of their kernels."""
 
+import copy
 import dataclasses
 import functools
 import hashlib
@@ -32,16 +33,13 @@ def _cells(part: AdapterSpec | TrainedArray) -> dict[str, str]:
     }
 
 
-LEFT_ALIGNED = ("path", "operator")
-
-
 def _lines(columns: Sequence[str], rows: Sequence[Mapping[str, str]]) -> list[str]:
     """The rows under the names of their columns, with "-" for what a row lacks."""
     cells = [columns, *([row.get(name, "-") for name in columns] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return [
         "  ".join(
-            cell.ljust(width) if name in LEFT_ALIGNED else cell.rjust(width)
+            cell.ljust(width) if name in ("path", "operator") else cell.rjust(width)
             for name, cell, width in zip(columns, line, widths, strict=True)
         ).rstrip()
         for line in cells
@@ -125,6 +123,7 @@ class Plan(Mapping[str, AdapterSpec]):
         return len(self.specs)
 
     def __contains__(self, path: object) -> bool:
+        # Else Mapping would ask `__getitem__`, whose error looks for similar paths.
         return path in self._by_path
 
     def __getitem__(self, path: str) -> AdapterSpec:
@@ -178,18 +177,12 @@ def _flatten(plan: Plan) -> tuple[list[tuple[Any, Any]], Plan]:
 
 
 def _unflatten(plan: Plan, operators: Iterable[Any]) -> Plan:
-    pairs = zip(plan.specs, operators, strict=True)
-    specs = tuple(_changed(spec, operator=operator) for spec, operator in pairs)
-    return _changed(plan, specs=specs)
-
-
-def _changed(instance: Any, **values: Any) -> Any:
-    # Without `__init__` and its checks: the leaves of a tree_map may be anything. And
-    # without what is cached of the old values, which is no field.
-    changed = object.__new__(type(instance))
-    for field in dataclasses.fields(instance):
-        value = values.get(field.name, getattr(instance, field.name))
-        object.__setattr__(changed, field.name, value)
+    # Copies, since `__init__` checks, and the leaves of a tree_map may be anything.
+    changed, specs = copy.copy(plan), tuple(map(copy.copy, plan.specs))
+    for spec, operator in zip(specs, operators, strict=True):
+        vars(spec)["operator"] = operator
+    vars(changed).pop("_by_path", None)  # is cached, with the old specs
+    vars(changed)["specs"] = specs
     return changed
 
 
@@ -266,6 +259,7 @@ def summary(plan: Plan, *, collapse: bool = True) -> str:
         size = sum(part.parameters for part in parts)
         row = {"path": shown(pattern, len(parts)), **_cells(parts[0])}
         rows.append(row | {"parameters": f"{size:,}", "of base": _share(size, base)})
+    # A column is there if a layer departs from the default.
     departures = [
         name
         for name in ("alpha", "scale", "dropout")

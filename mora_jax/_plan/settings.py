@@ -42,6 +42,7 @@ def check_settings(record: Any) -> None:
     for field in dataclasses.fields(record):
         if check := field.metadata.get("check"):
             value = check(field.name, getattr(record, field.name))
+            # The records are frozen, also for their own `__post_init__`.
             object.__setattr__(record, field.name, value)
 
 
@@ -63,6 +64,7 @@ def _number(fits: Callable[[float], bool], must: str) -> Check:
 
 def _operator(name: str, value: Any) -> OperatorSpec:
     parse_spec(value)
+    # Frozen, so that configs can be hashed.
     return FrozenDict(value) if isinstance(value, Mapping) else value
 
 
@@ -138,6 +140,7 @@ class KernelConfig:
 
     def __post_init__(self) -> None:
         check_settings(self)
+        # The default rank may be one that nobody chose, so it counts as none.
         if self.square_rank is not None and self.rank != DEFAULT_RANK:
             raise ValueError(
                 f"rank and square_rank exclude each other, got rank={self.rank} and "
@@ -219,7 +222,7 @@ def _check_overrides(name: str, overrides: Any) -> FrozenDict[str, Any]:
             raise ValueError(f"{where} must use {allowed}, got {unknown}{hint}")
         if "rank" in settings and settings.get("square_rank") is not None:
             raise ValueError(f"{where} must hold rank or square_rank, got both")
-        # Raises for values that no kernel could have.
+        # Values that no kernel could have are errors now, and not where they apply.
         KernelConfig(**{k: v for k, v in settings.items() if k != "axes"})
     return FrozenDict(overrides)
 

@@ -165,6 +165,7 @@ class AdapterSpec(AdapterSettings):
         """The q that the budget would buy, if less than four fifths of it are used."""
         if self.rank is None or 5 * self.lora_rank >= 4 * self.rank:
             return None
+        # q^2 = (in + out) r, rounded down.
         asked = math.isqrt((self.in_features + self.out_features) * self.rank)
         return asked if asked > self.operator.square_rank else None
 
@@ -202,6 +203,7 @@ def _operator(config: KernelConfig, ins: int, outs: int) -> Operator:
     """The operator that `config` asks for, between `ins` and `outs` features."""
     q, operator = config.square_rank, config.operator
     if q is None:
+        # "auto" goes by the budget, and not by the q that is left of it.
         operator = resolve_auto(operator, config.rank)
         q = square_rank(config.rank, ins, outs, operator, config.multiple_of)
     elif q > min(ins, outs):
@@ -214,6 +216,7 @@ def _operator(config: KernelConfig, ins: int, outs: int) -> Operator:
 
 def operator_settings(operator: Operator) -> dict[str, Any]:
     """An operator's name and settings without sizes, and a digest of given arrays."""
+    # Arrays that the settings determine are not compared.
     fields = {field.name for field in dataclasses.fields(operator) if field.compare}
     fields -= {size.name for size in dataclasses.fields(Operator)}
     fields |= {"digest"} if operator.given else set()
@@ -224,10 +227,8 @@ def operator_settings(operator: Operator) -> dict[str, Any]:
 def differences(
     first: Mapping[str, Any], second: Mapping[str, Any]
 ) -> dict[str, tuple[Any, Any]]:
-    """{name: its two values} where two adapters of a kernel differ.
-
-    A setting that one of two operators lacks is left out: their names differ then.
-    """
+    """{name: its two values} where two adapters of a kernel differ."""
+    # If an operator lacks a setting of the other one, their names differ already.
     shared = [name for name in first if name in second]
     return {n: (first[n], second[n]) for n in shared if first[n] != second[n]}
 

@@ -23,13 +23,7 @@ _SIGNATURES = {name: inspect.signature(f) for name, f in FUNCTIONS.items()}
 
 @dataclasses.dataclass(frozen=True)
 class Operation:
-    """A call of a function of JAX that multiplies operands.
-
-    Attributes:
-      name: The name of the function, of those in `FUNCTIONS`.
-      args: The arguments.
-      settings: The arguments by name.
-    """
+    """A call of a function of JAX that multiplies operands, one of `FUNCTIONS`."""
 
     name: str
     args: tuple[Any, ...]
@@ -66,6 +60,7 @@ class Operation:
             lhs, rhs = self.operands
             numbers = self.arguments["dimension_numbers"]
             einsum = dot_general_equation(lhs.ndim, rhs.ndim, numbers)
+        # A product has the kernel last, whichever operand of the call it is.
         terms, arrow, outputs = einsum.partition("->")
         x, kernel = terms.split(",")[:: 1 if kernel_at else -1]
         ndim = self.operands[1 - kernel_at].ndim
@@ -77,6 +72,7 @@ class Operation:
         numbers = settings.get("dimension_numbers")
         numbers = jax.lax.conv_dimension_numbers(lhs.shape, rhs.shape, numbers)
         settings["dimension_numbers"] = numbers
+        # As Flax stores kernels, (*window, in, out), so that neither is transposed.
         last = rhs.ndim - 1
         if (kernel_at, numbers.rhs_spec[0], numbers.out_spec[1]) != (1, last, last):
             raise ValueError(

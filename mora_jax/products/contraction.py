@@ -56,9 +56,9 @@ class Contraction(Product):
     primitive = "dot_general"
 
     def __post_init__(self) -> None:
-        kinds = {c: "o" if c not in self.inputs else "i" for c in self.kernel}
-        kinds |= {c: "s" for c in kinds if c in self.inputs and c in self.outputs}
-        object.__setattr__(self, "axes", "".join(kinds[c] for c in self.kernel))
+        kinds = {(True, False): "i", (False, True): "o", (True, True): "s"}
+        axes = (kinds[c in self.inputs, c in self.outputs] for c in self.kernel)
+        object.__setattr__(self, "axes", "".join(axes))
 
     @classmethod
     def parse(cls, equation: str, inputs_ndim: int | None = None) -> "Contraction":
@@ -80,6 +80,7 @@ class Contraction(Product):
         if not arrow:  # numpy's rule for a missing right-hand side
             single = sorted(c for c in named if named.count(c) == 1)
             outputs = "..." * ("..." in inputs) + "".join(single)
+        # "..." stands for so many letters that the input has all its axes.
         unused = [c for c in string.ascii_letters if c not in named]
         least = len(inputs.replace("...", ""))
         ndim = least if inputs_ndim is None else inputs_ndim
@@ -145,6 +146,9 @@ class Contraction(Product):
                 f"scale of shape {shape} must broadcast against a kernel of "
                 f"{len(self.kernel)} axes"
             )
+        # sum_i x_i s_i w_io = sum_i (x_i s_i) w_io, and sum_i x_i w_io s_o =
+        # (sum_i x_i w_io) s_o: along inputs it goes to x, along outputs to y, and along
+        # a stack axis, which both have, to y.
         varies = {c: n for c, n in zip(self.kernel, shape, strict=True) if n > 1}
         for letters in (self.outputs, self.inputs):
             if varies.keys() <= set(letters):
