@@ -123,8 +123,8 @@ class Survey:
         )
 
     def _class_of(self, name: str) -> str:
-        # Of the innermost module whose class is known: a kernel may lie deeper, in a
-        # structure that is no module.
+        # Of the innermost module whose class is known: a kernel may lie deeper, such as
+        # in a list.
         while name:
             name = name.rpartition("/")[0]
             if name in self.classes:
