@@ -3,11 +3,10 @@
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax.numpy as jnp
-from flax.core import FrozenDict
 from jax.typing import DTypeLike
 
 from mora_jax._common.checks import (
@@ -20,6 +19,35 @@ from mora_jax._common.checks import (
 from mora_jax._common.suggestions import did_you_mean
 from mora_jax._common.warnings import warn
 from mora_jax.operators._registry import OperatorSpec, parse_spec
+
+
+class FrozenMapping(Mapping[str, Any]):
+    """Mapping that cannot be changed, with mappings in it frozen as well.
+
+    Mappings of equal content are equal and have the same hash, whatever their order.
+    """
+
+    def __init__(self, content: Mapping[str, Any]):
+        self._content = {
+            key: FrozenMapping(value) if isinstance(value, Mapping) else value
+            for key, value in content.items()
+        }
+
+    def __getitem__(self, key: str) -> Any:
+        return self._content[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._content)
+
+    def __len__(self) -> int:
+        return len(self._content)
+
+    def __hash__(self) -> int:
+        return hash(frozenset(self._content.items()))
+
+    def __repr__(self) -> str:
+        return repr(self._content)
+
 
 DEFAULT_RANK = 8
 
@@ -65,7 +93,7 @@ def _number(fits: Callable[[float], bool], must: str) -> Check:
 def _operator(name: str, value: Any) -> OperatorSpec:
     parse_spec(value)
     # Frozen, so that configs can be hashed.
-    return FrozenDict(value) if isinstance(value, Mapping) else value
+    return FrozenMapping(value) if isinstance(value, Mapping) else value
 
 
 _not_zero = _number(bool, "not be 0, which would make all deltas and gradients 0")
@@ -208,7 +236,7 @@ def patterns_of(field: str, patterns: Any) -> tuple[str, ...]:
     return patterns
 
 
-def _check_overrides(name: str, overrides: Any) -> FrozenDict[str, Any]:
+def _check_overrides(name: str, overrides: Any) -> FrozenMapping:
     """Return `overrides` frozen, if they map patterns to settings of kernels."""
     if not isinstance(overrides, Mapping):
         raise TypeError(f"{name} must map patterns to settings, got {overrides!r}")
@@ -224,7 +252,7 @@ def _check_overrides(name: str, overrides: Any) -> FrozenDict[str, Any]:
             raise ValueError(f"{where} must hold rank or square_rank, got both")
         # Values that no kernel could have are errors now, and not where they apply.
         KernelConfig(**{k: v for k, v in settings.items() if k != "axes"})
-    return FrozenDict(overrides)
+    return FrozenMapping(overrides)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -293,7 +321,7 @@ class MoRAConfig(KernelConfig):
 
     targets: str | Iterable[str] = setting(DEFAULT_TARGETS, patterns_of)
     exclude: str | Iterable[str] = setting((), patterns_of)
-    overrides: Mapping[str, Mapping[str, Any]] = setting(FrozenDict(), _check_overrides)
+    overrides: Mapping[str, Mapping[str, Any]] = setting(FrozenMapping({}), _check_overrides)
     train: str | Iterable[str] = setting((), patterns_of)
 
     def __new__(cls, *args: Any, **settings: Any) -> "MoRAConfig":
