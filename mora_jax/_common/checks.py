@@ -51,6 +51,7 @@ def check_number(name: str, value: Any) -> float:
         raise TypeError(
             f"{name} must be a number, got a JAX array; write float({name})"
         )
+    # To Python, True is a number as well.
     if isinstance(value, bool | np.bool_) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, got {value!r}")
     number = float(value)

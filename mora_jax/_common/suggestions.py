@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any, TypeVar
 
 from mora_jax._common.checks import DEQUANTISE
@@ -50,9 +50,27 @@ def lacking(name: str, names: Iterable[str]) -> str:
     return nearest_paths(name, names)
 
 
-def pattern_hint(pattern: str, names: Iterable[str]) -> str:
+def matching(
+    field: str,
+    patterns: Iterable[str],
+    names: Collection[str],
+    what: str = "path",
+    known: Collection[str] = (),
+) -> set[str]:
+    """Return the names that the patterns of a setting match; each must match one."""
+    selected: set[str] = set()
+    for pattern in patterns:
+        matched = {name for name in names if re.fullmatch(pattern, name)}
+        if not matched:
+            # If there are no names, similar ones among `known` are the best advice.
+            hint = _pattern_hint(pattern, names or known)
+            raise ValueError(f"{field}: {pattern!r} matches no {what}{hint}")
+        selected |= matched
+    return selected
+
+
+def _pattern_hint(pattern: str, names: Collection[str]) -> str:
     """A pattern that may have been meant, as the end of a message."""
-    names = list(names)
     group = f"(?:{pattern})" if "|" in pattern else pattern
     wider = rf"(.*/)?{group}/kernel", rf"(.*/)?{group}(/.*)?", rf".*{group}.*"
     for candidate in wider:

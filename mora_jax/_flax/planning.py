@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from mora_jax._common.axes import features
 from mora_jax._common.checks import check_kernel
-from mora_jax._common.suggestions import alike, pattern_hint
+from mora_jax._common.suggestions import alike, matching
 from mora_jax._common.types import Path
 from mora_jax._common.warnings import LeftOutWarning, warn
 from mora_jax._flax.survey import Survey
@@ -125,7 +125,7 @@ class Candidates:
     @functools.cached_property
     def excluded(self) -> set[str]:
         """The names that `config.exclude` matches."""
-        return _select("exclude", self.config.exclude, self.leaves)
+        return matching("exclude", self.config.exclude, self.leaves)
 
     def targets(self) -> list[str]:
         """The names of the kernels to adapt, in the order of their paths."""
@@ -134,7 +134,10 @@ class Candidates:
         if self.by_default:
             names = self._default_targets(kernels)
         else:
-            names = _select("targets", self.config.targets, kernels, self.leaves)
+            kind = "path of a kernel that can be adapted (two or more axes, in a layer "
+            kind += "whose product is known)"
+            patterns = self.config.targets
+            names = matching("targets", patterns, kernels, kind, self.leaves)
         targets = self._in_order(names - self.excluded)
         if not targets:
             raise ValueError("exclude leaves no kernel to adapt")
@@ -229,7 +232,7 @@ class Candidates:
 
     def trained(self, targets: Sequence[str]) -> tuple[TrainedArray, ...]:
         """The arrays that `config.train` names, in the order of their paths."""
-        names = _select("train", self.config.train, self.leaves)
+        names = matching("train", self.config.train, self.leaves)
         for name in sorted(names):
             if name in targets:
                 raise ValueError(
@@ -250,7 +253,7 @@ class Candidates:
     ) -> None:
         """Raise if an override matches nothing, or has settings without an effect."""
         names = [*targets, *(array.name for array in trained)]
-        _select("overrides", self.config.overrides, names)
+        matching("overrides", self.config.overrides, names, "path that is adapted")
         for pattern, settings in self.config.overrides.items():
             idle = sorted(settings.keys() - {"param_dtype"})
             if idle and not any(re.fullmatch(pattern, name) for name in targets):
@@ -316,27 +319,3 @@ class Candidates:
                     f"the array at {names[0]!r} is shared with {names[1]!r}, which "
                     f"training for the first would miss; {remedy}, or copy the array"
                 )
-
-
-_KINDS = {
-    "targets": " of a kernel that can be adapted (two or more axes, in a layer whose "
-    "product is known)",
-    "overrides": " that is adapted",
-}
-
-
-def _select(
-    field: str, patterns: Any, names: Iterable[str], known: Iterable[str] = ()
-) -> set[str]:
-    """Return the names that the patterns of a setting match; each must match one."""
-    # The names in `known` are for the message, where `names` is empty.
-    selected: set[str] = set()
-    for pattern in patterns:
-        matched = {name for name in names if re.fullmatch(pattern, name)}
-        if not matched:
-            raise ValueError(
-                f"{field}: {pattern!r} matches no path{_KINDS.get(field, '')}"
-                + pattern_hint(pattern, names or known)
-            )
-        selected |= matched
-    return selected

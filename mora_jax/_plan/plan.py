@@ -157,6 +157,7 @@ class Plan(Mapping[str, AdapterSpec]):
         """
         meanings = {spec.name: spec.meaning for spec in self.specs}
         meanings |= {a.name: {"trained": list(a.shape)} for a in self.trained}
+        # The same text for the same meanings, in any order and any version of Python.
         text = json.dumps(meanings, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
 

@@ -27,6 +27,8 @@ class FrozenMapping(Mapping[str, Any]):
     Mappings of equal content are equal and have the same hash, whatever their order.
     """
 
+    # A class of our own: Python's `MappingProxyType` cannot be pickled, and plans know
+    # nothing of Flax and its FrozenDict.
     def __init__(self, content: Mapping[str, Any]):
         self._content = {
             key: FrozenMapping(value) if isinstance(value, Mapping) else value
@@ -321,7 +323,9 @@ class MoRAConfig(KernelConfig):
 
     targets: str | Iterable[str] = setting(DEFAULT_TARGETS, patterns_of)
     exclude: str | Iterable[str] = setting((), patterns_of)
-    overrides: Mapping[str, Mapping[str, Any]] = setting(FrozenMapping({}), _check_overrides)
+    overrides: Mapping[str, Mapping[str, Any]] = setting(
+        FrozenMapping({}), _check_overrides
+    )
     train: str | Iterable[str] = setting((), patterns_of)
 
     def __new__(cls, *args: Any, **settings: Any) -> "MoRAConfig":

@@ -94,6 +94,7 @@ class AdapterSpec(AdapterSettings):
         Raises:
           ValueError: The axes do not fit the shape, or the kernel is too small.
         """
+        # A plan has chosen the settings of the kernel already; users give a MoRAConfig.
         if not isinstance(config, KernelConfig):
             config = check_config(config)
         if isinstance(config, MoRAConfig) and config.train:
