@@ -62,7 +62,7 @@ def matching(
     for pattern in patterns:
         matched = {name for name in names if re.fullmatch(pattern, name)}
         if not matched:
-            # If there are no names, similar ones among `known` are the best advice.
+            # Without any names, similar ones among `known` are the best advice.
             hint = _pattern_hint(pattern, names or known)
             raise ValueError(f"{field}: {pattern!r} matches no {what}{hint}")
         selected |= matched
