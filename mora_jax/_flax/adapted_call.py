@@ -86,7 +86,7 @@ def adapt_call(
                 spec, m(), x, kernel, product, multiply, precision=precision
             )
 
-        with _replaced(module, "dot_general", dot_general):
+        with _multiplying_by(dot_general, module):
             return method(*call.args, **call.kwargs)
     check_product(spec, product)
     y, out_factor = method(*call.args, **call.kwargs), None
@@ -111,11 +111,11 @@ def _dot_general(
 
 
 @contextlib.contextmanager
-def _replaced(module: Any, name: str, value: Any) -> Iterator[None]:
+def _multiplying_by(dot_general: Callable[..., Any], module: Any) -> Iterator[None]:
     # By `object`, since both Flax APIs forbid such an assignment to a module.
-    before = getattr(module, name)
-    object.__setattr__(module, name, value)
+    before = module.dot_general
+    object.__setattr__(module, "dot_general", dot_general)
     try:
         yield
     finally:
-        object.__setattr__(module, name, before)
+        object.__setattr__(module, "dot_general", before)
