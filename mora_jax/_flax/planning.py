@@ -26,7 +26,6 @@ from mora_jax._plan.settings import (
 )
 from mora_jax._plan.spec import SUFFIX, AdapterSpec
 from mora_jax._plan.trained_arrays import TrainedArray
-from mora_jax._trace_check import Uses
 from mora_jax._tree.paths import named_leaves, refuse_variables
 
 
@@ -212,12 +211,12 @@ class Candidates:
         )
 
     def _refuse_other_uses(self, name: str) -> None:
+        survey = self.survey
         # A kernel of an unknown layer has axes by an override, taken at its word.
-        if self.survey is None or name not in self.survey.products:
+        if survey is None or survey.uses is None or name not in survey.products:
             return
-        uses = self.survey.uses or Uses()
-        if name in uses.outside:
-            table = self.survey.products[name].takes_indices
+        if name in (uses := survey.uses).outside:
+            table = survey.products[name].takes_indices
             kind, tied = ("embedding", " (a tied head?)") if table else ("kernel", "")
             by = f", by {uses.outside[name]}" if uses.outside[name] else ""
             raise ValueError(

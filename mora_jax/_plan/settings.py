@@ -281,7 +281,7 @@ class MoRAConfig(KernelConfig):
       square_rank: q itself, instead of `rank`.
       multiple_of: The number whose multiple q is rounded down to. None chooses a q that
         suits the layer's widths and the chip, see `square_rank`; it may use as little
-        as a quarter of the budget, which `Plan.summary` shows. 1 uses all of it.
+        as a quarter of the budget, which `mora_jax.summary` shows. 1 uses all of it.
       init: The start of M. "zeros" starts as an exact identity. "gaussian", of standard
         deviation 1/sqrt(q), is AiDotNet's; it changes the model's outputs before the
         first step.
