@@ -39,16 +39,16 @@ def sizes(shape: Sequence[T], axes: str, letter: str) -> tuple[T, ...]:
 
 
 def features(shape: Shape, axes: str) -> tuple[int, int]:
-    """The numbers of input and of output features of a kernel."""
+    """The numbers of input and of output features of a kernel, with `axes` checked."""
+    check_axes(axes, len(shape))
     ins, outs = (math.prod(sizes(shape, axes, letter)) for letter in "io")
     return ins, outs
 
 
 def rows_from_kernel(kernel: jax.Array, axes: str) -> jax.Array:
     """A kernel as (*stack, in_features, out_features)."""
-    stack, ins, outs = (sizes(kernel.shape, axes, letter) for letter in "sio")
-    kernel = jnp.transpose(kernel, _order(axes))
-    return kernel.reshape(*stack, math.prod(ins), math.prod(outs))
+    stack, flat = sizes(kernel.shape, axes, "s"), features(kernel.shape, axes)
+    return jnp.transpose(kernel, _order(axes)).reshape(*stack, *flat)
 
 
 def kernel_from_rows(weight: jax.Array, shape: Shape, axes: str) -> jax.Array:

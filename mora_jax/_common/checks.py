@@ -51,6 +51,7 @@ def check_number(name: str, value: Any) -> float:
         raise TypeError(
             f"{name} must be a number, got a JAX array; write float({name})"
         )
+    # To Python, True is a number as well.
     if isinstance(value, bool | np.bool_) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, got {value!r}")
     number = float(value)
@@ -59,21 +60,13 @@ def check_number(name: str, value: Any) -> float:
     return number
 
 
-def check_rate(name: str, value: Any) -> float:
-    """Return `value` as a Python float, if it is a rate of dropout."""
-    rate = check_number(name, value)
-    if not 0 <= rate < 1:
-        raise ValueError(f"{name} must be in [0, 1), got {value}")
-    return rate
-
-
-def floating_dtype(dtype: DTypeLike | None, name: str = "param_dtype") -> jnp.dtype:
-    """Return `dtype` as a NumPy dtype, if it is a real floating-point dtype."""
+def check_dtype(name: str, value: DTypeLike | None) -> jnp.dtype:
+    """Return `value` as a NumPy dtype, if it is a real floating-point dtype."""
     # NumPy reads None as float64.
-    numpy_dtype = None if dtype is None else jnp.dtype(dtype)
-    if numpy_dtype is None or not jnp.issubdtype(numpy_dtype, jnp.floating):
-        raise TypeError(f"{name} must be a floating-point dtype, got {numpy_dtype}")
-    return numpy_dtype
+    dtype = None if value is None else jnp.dtype(value)
+    if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(f"{name} must be a floating-point dtype, got {dtype}")
+    return dtype
 
 
 def as_jax_array(name: str, value: Any) -> jax.Array:

@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable
 from typing import Any, TypeVar
 
 from mora_jax._common.checks import DEQUANTISE
@@ -10,26 +10,28 @@ from mora_jax._common.checks import DEQUANTISE
 T = TypeVar("T")
 
 
-def starred(path: str) -> str:
-    """Return `path` with "*" instead of numbers."""
-    return re.sub(r"\d+", "*", path)
+def shown(pattern: str, count: int) -> str:
+    """Return a pattern of `alike` and the number of its paths, as "l*/kernel (3)"."""
+    return pattern if count == 1 else f"{pattern} ({count})"
 
 
-def shown(paths: Sequence[str]) -> str:
-    """Return paths that are alike as one text: "l1/kernel" or "l*/kernel (3)"."""
-    return paths[0] if len(paths) == 1 else f"{starred(paths[0])} ({len(paths)})"
+def alike(
+    items: Iterable[T], kind: Callable[[T], tuple[Any, ...]]
+) -> list[tuple[str, list[T]]]:
+    """Return the items in lists of one kind each, with the pattern of their paths.
 
-
-def alike(items: Iterable[T], kind: Callable[[T], tuple[Any, ...]]) -> list[list[T]]:
-    """Return the items in lists of one kind each.
-
-    `kind` is a function of an item to its path and to what else must be equal.
+    `kind` is a function of an item to its path and to what else must be equal. Paths
+    are alike if only numbers differ, for which the pattern has "*".
     """
-    kinds: dict[tuple[Any, ...], list[T]] = {}
+    kinds: dict[tuple[Any, ...], list[tuple[str, T]]] = {}
     for item in items:
         path, *others = kind(item)
-        kinds.setdefault((starred(path), *others), []).append(item)
-    return list(kinds.values())
+        starred = re.sub(r"\d+", "*", path)
+        kinds.setdefault((starred, *others), []).append((path, item))
+    return [
+        (starred if len(pairs) > 1 else pairs[0][0], [item for _, item in pairs])
+        for (starred, *_), pairs in kinds.items()
+    ]
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
@@ -48,9 +50,27 @@ def lacking(name: str, names: Iterable[str]) -> str:
     return nearest_paths(name, names)
 
 
-def pattern_hint(pattern: str, names: Iterable[str]) -> str:
+def matching(
+    field: str,
+    patterns: Iterable[str],
+    names: Collection[str],
+    what: str = "path",
+    known: Collection[str] = (),
+) -> set[str]:
+    """Return the names that the patterns of a setting match; each must match one."""
+    selected: set[str] = set()
+    for pattern in patterns:
+        matched = {name for name in names if re.fullmatch(pattern, name)}
+        if not matched:
+            # Without any names, similar ones among `known` are the best advice.
+            hint = _pattern_hint(pattern, names or known)
+            raise ValueError(f"{field}: {pattern!r} matches no {what}{hint}")
+        selected |= matched
+    return selected
+
+
+def _pattern_hint(pattern: str, names: Collection[str]) -> str:
     """A pattern that may have been meant, as the end of a message."""
-    names = list(names)
     group = f"(?:{pattern})" if "|" in pattern else pattern
     wider = rf"(.*/)?{group}/kernel", rf"(.*/)?{group}(/.*)?", rf".*{group}.*"
     for candidate in wider:

@@ -72,8 +72,10 @@ def adapt_call(
     precision = getattr(module, "precision", None)
     replaceable = rule.multiplies_by_dot_general(module) and not intercepted()
     if replaceable and dropout_key is None:
-        # The layer casts both operands to its dtype before it multiplies them, so that
-        # how to compute is chosen where they are multiplied.
+        # The layer casts both operands to its dtype before it multiplies them. So the
+        # choice of how to compute is made there, by a replaced `dot_general`. Not under
+        # qwix, which replaces that function itself, and not with dropout, where layer
+        # and adapter see different inputs.
         def dot_general(
             x: ArrayLike, kernel: Any, dimension_numbers: Any, **settings: Any
         ) -> jax.Array:
@@ -84,10 +86,11 @@ def adapt_call(
                 spec, m(), x, kernel, product, multiply, precision=precision
             )
 
-        with _replaced(module, "dot_general", dot_general):
+        with _multiplying_by(dot_general, module):
             return method(*call.args, **call.kwargs)
     check_product(spec, product)
     y, out_factor = method(*call.args, **call.kwargs), None
+    # The adapter adds to the kernel itself, which the layer scales afterwards.
     if (scale := rule.scale_of(module)) is not None:
         try:
             in_factor, out_factor = product.factors(scale)
@@ -108,11 +111,11 @@ def _dot_general(
 
 
 @contextlib.contextmanager
-def _replaced(module: Any, name: str, value: Any) -> Iterator[None]:
+def _multiplying_by(dot_general: Callable[..., Any], module: Any) -> Iterator[None]:
     # By `object`, since both Flax APIs forbid such an assignment to a module.
-    before = getattr(module, name)
-    object.__setattr__(module, name, value)
+    before = module.dot_general
+    object.__setattr__(module, "dot_general", dot_general)
     try:
         yield
     finally:
-        object.__setattr__(module, name, before)
+        object.__setattr__(module, "dot_general", before)

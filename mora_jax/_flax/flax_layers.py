@@ -8,23 +8,24 @@ from flax import nnx
 
 from mora_jax._common.types import ArrayLike
 from mora_jax._flax.layer_rules import register_layer
-from mora_jax.products import ATTEND, DENSE, Contraction, Convolution, Lookup
+from mora_jax.products import ATTEND, DENSE, Convolution, Lookup
+from mora_jax.products.contraction import dot_general_equation
 
 
 def _axes(value: Any) -> tuple[int, ...]:
     return (value,) if isinstance(value, int) else tuple(value)
 
 
-def _linen_general(module: nn.DenseGeneral, inputs: ArrayLike) -> Contraction:
-    axis, batch, outs = map(_axes, (module.axis, module.batch_dims, module.features))
-    return Contraction.general(inputs.ndim, axis, batch, len(outs))
-
-
-def _nnx_general(
-    module: nnx.LinearGeneral, inputs: Any, *_: Any, **__: Any
-) -> Contraction:
-    outs = len(module.out_features)
-    return Contraction.general(inputs.ndim, module.axis, module.batch_axis, outs)
+def _general(module: Any, inputs: ArrayLike, *_: Any, **__: Any) -> str:
+    linen = isinstance(module, nn.Module)
+    names = ("batch_dims", "features") if linen else ("batch_axis", "out_features")
+    axis, batch, outs = (_axes(getattr(module, name)) for name in ("axis", *names))
+    batch, axis = (sorted(k % inputs.ndim for k in axes) for axes in (batch, axis))
+    # The kernel's axes are (*batch, *in, *out).
+    summed = range(len(batch), len(batch) + len(axis))
+    numbers = (axis, summed), (batch, range(len(batch)))
+    ndim = summed.stop + len(outs)
+    return dot_general_equation(inputs.ndim, ndim, numbers)
 
 
 def _einsum(
@@ -58,12 +59,12 @@ def convolution(layer: Any, *_: Any, **__: Any) -> Convolution:
     return Convolution(axes, convolve, plain and not masked, masked)
 
 
-for api, dense, general, equation in (
-    (nn, nn.Dense, nn.DenseGeneral, _linen_general),
-    (nnx, nnx.Linear, nnx.LinearGeneral, _nnx_general),
+for api, dense, general in (
+    (nn, nn.Dense, nn.DenseGeneral),
+    (nnx, nnx.Linear, nnx.LinearGeneral),
 ):
     register_layer(dense, equation=DENSE, dot_general=True)
-    register_layer(general, equation=equation, dot_general=True)
+    register_layer(general, equation=_general, dot_general=True)
     register_layer(api.Einsum, equation=_einsum)
     register_layer(api.Conv, equation=convolution)
     register_layer(api.ConvTranspose, equation=convolution)

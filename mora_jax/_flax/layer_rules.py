@@ -62,13 +62,10 @@ class LayerRule:
             return None
 
     def of_call(self, ndim: int | None, module: Any, *args: Any, **kw: Any) -> Product:
-        """The product of a call with an input of `ndim` axes; None if it is unknown."""
-        equation = self.equation
-        if callable(equation):
-            equation = equation(module, *args, **kw)
-        if isinstance(equation, str):
-            return Contraction.parse(equation, ndim)
-        return equation
+        """The product of a call with an input of `ndim` axes; None for the fewest."""
+        rule = self.equation
+        product = rule(module, *args, **kw) if callable(rule) else rule
+        return Contraction.parse(product, ndim) if isinstance(product, str) else product
 
 
 _RULES: dict[type, dict[str, LayerRule]] = {}
@@ -171,21 +168,23 @@ def register_layer(
             f"equation must be a products.Folded for all kernels of {cls.__name__} or "
             f"for none, got {equation!r} for {kernel!r}"
         )
-    known = _registered(cls) if folded else _RULES.get(cls, {})
-    key: Any = kernel if folded else method
     method = "" if folded else method
     rule = LayerRule(equation, kernel, method, argument, dot_general, scale)
-    _RULES[cls] = {**known, key: rule}
+    # All kernels of a class are folded or none, so the base class's rules stay.
+    known = _registered(cls) if folded else _RULES.get(cls, {})
+    _RULES[cls] = {**known, method or str(kernel): rule}
 
 
 def _registered(cls: type) -> Mapping[str, LayerRule]:
     """The rules of `cls`, or of a base class for the methods that it inherits."""
     cls = vars(cls).get("plain_class", cls)  # a class that `mora_jax.nnx` adapted
     base = next((base for base in cls.__mro__ if base in _RULES), cls)
+    # Statically, since a bound method is a new object each time it is asked for.
+    static = inspect.getattr_static
     return {
         key: rule
         for key, rule in _RULES.get(base, {}).items()
-        if not rule.method or _owner(cls, rule.method) is _owner(base, rule.method)
+        if not rule.method or static(cls, rule.method) is static(base, rule.method)
     }
 
 
@@ -216,8 +215,3 @@ def unknown_use(name: str, cls: type, method: str) -> TypeError:
         f"{name}: {cls.__name__}.{method} may use this adapted kernel, but {known} "
         "is known of its class; see mora_jax.register_layer"
     )
-
-
-def _owner(cls: type, method: str) -> type:
-    """The class that defines a method of `cls`."""
-    return next(base for base in cls.__mro__ if method in vars(base))

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 
 from mora_jax._common.axes import features
 from mora_jax._common.checks import check_kernel
-from mora_jax._common.suggestions import alike, pattern_hint, starred
-from mora_jax._common.types import Path, Shape
+from mora_jax._common.suggestions import alike, matching
+from mora_jax._common.types import Path
 from mora_jax._common.warnings import LeftOutWarning, warn
 from mora_jax._flax.survey import Survey
 from mora_jax._plan.plan import LeftOut, Plan
@@ -26,9 +26,7 @@ from mora_jax._plan.settings import (
 )
 from mora_jax._plan.spec import SUFFIX, AdapterSpec
 from mora_jax._plan.trained_arrays import TrainedArray
-from mora_jax._trace_check import Uses
 from mora_jax._tree.paths import named_leaves, refuse_variables
-from mora_jax.products import Product
 
 
 def plan(params_or_shapes: Any, config: MoRAConfig | None = None) -> Plan:
@@ -72,9 +70,15 @@ def plan_surveyed(params: Any, config: MoRAConfig, survey: Survey | None) -> Pla
     trained = model.trained(targets)
     model.refuse_idle_overrides(targets, trained)
     specs = tuple(map(model.adapter, targets))
-    left_out = left_out_of(model, {*targets, *(array.name for array in trained)})
-    if model.by_default:
-        warn_of(left_out)
+    left_out = model.left_out({*targets, *(array.name for array in trained)})
+    surprising = [str(kind) for kind in left_out if kind.multiplied]
+    if surprising and model.by_default:
+        # Whoever named no targets may not know of them.
+        warn(
+            f"arrays that multiply inputs get no adapter: {'; '.join(surprising)}. "
+            "Name them in exclude if that is meant",
+            LeftOutWarning,
+        )
     return Plan(
         specs,
         base_parameters=sum(math.prod(a.shape) for _, a in model.leaves.values()),
@@ -91,15 +95,16 @@ ATTENTION_AXES = (
 )
 """Kernels of three axes in Flax's own attention modules, known by name."""
 
+NO_KERNEL = re.compile(r"(?i).*(bias|scale|norm|pos|embed|token|mean|var|cache)[^/]*$")
+"""Names of arrays that rarely multiply inputs, for models that were not traced."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Candidates:
     """Arrays of a model, among which a config chooses.
 
-    Attributes:
-      leaves: {name: (path, array)} of the params, as `named_leaves` gives them.
-      config: The settings.
-      survey: The layers and the trace of a call; None to go by names and shapes.
+    The leaves are as `named_leaves` gives them. Without a survey the choice goes by
+    names and shapes.
     """
 
     leaves: dict[str, tuple[Path, Any]]
@@ -119,16 +124,19 @@ class Candidates:
     @functools.cached_property
     def excluded(self) -> set[str]:
         """The names that `config.exclude` matches."""
-        return _select("exclude", self.config.exclude, self.leaves)
+        return matching("exclude", self.config.exclude, self.leaves)
 
     def targets(self) -> list[str]:
         """The names of the kernels to adapt, in the order of their paths."""
-        known = self.survey.no_kernels(self.arrays) if self.survey is not None else ()
-        kernels = [name for name in self.arrays if name not in known]
+        survey = self.survey
+        kernels = [n for n in self.arrays if survey is None or not survey.no_kernel(n)]
         if self.by_default:
             names = self._default_targets(kernels)
         else:
-            names = _select("targets", self.config.targets, kernels, self.leaves)
+            kind = "path of a kernel that can be adapted (two or more axes, in a layer "
+            kind += "whose product is known)"
+            patterns = self.config.targets
+            names = matching("targets", patterns, kernels, kind, self.leaves)
         targets = self._in_order(names - self.excluded)
         if not targets:
             raise ValueError("exclude leaves no kernel to adapt")
@@ -136,21 +144,21 @@ class Candidates:
         return targets
 
     def _default_targets(self, kernels: Sequence[str]) -> set[str]:
-        """The names that the default targets choose among `kernels`."""
         pattern, dense = DEFAULT_TARGETS[0], kernels
-        if self.survey is not None:  # then a layer may call its kernel as it likes
+        if self.survey is not None:
+            # The layers tell which arrays are kernels, whatever they are called.
             pattern, products = default_targets("[^/]+"), self.survey.products
             dense = [
                 name
                 for name in kernels
                 if (product := products.get(name)) and product.adapted_by_default
-                if not is_too_narrow(product, self.arrays[name].shape)
+                if not self._too_narrow(name)
             ]
         if names := {name for name in dense if re.fullmatch(pattern, name)}:
             return names
         why = "no array has two or more axes"
         if self.arrays and self.survey is not None:
-            why = "; ".join(map(str, left_out_of(self, ())))
+            why = "; ".join(map(str, self.left_out(())))
         elif self.arrays:
             some = ", ".join(map(repr, kernels[:3]))
             some += f" and {len(kernels) - 3} more" * (len(kernels) > 3)
@@ -163,46 +171,52 @@ class Candidates:
             + why
         )
 
+    def _too_narrow(self, name: str) -> bool:
+        # As is a head of one number: the default operator's M cannot be as narrow, and
+        # the M of another operator would hold a single number.
+        return 1 in features(self.arrays[name].shape, self._axes(name))
+
     def adapter(self, name: str) -> AdapterSpec:
         """The adapter of the kernel at `name`, if the model needs nothing beside it."""
         path, leaf = self.leaves[name]
         check_kernel(leaf, name)
         config, axes = self.config.settings(name)
         try:
-            axes = axes or self._axes(name, len(leaf.shape))
+            axes = axes or self._axes(name)
             spec = AdapterSpec.from_config(
                 config, tuple(leaf.shape), axes, path, kernel_dtype=leaf.dtype
             )
-            self._refuse_unproven(name)
+            self._refuse_other_uses(name)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
         return spec
 
-    def _axes(self, name: str, ndim: int) -> str:
+    def _axes(self, name: str) -> str:
         """The axes of a kernel, by its layer's product or by its name and shape."""
+        shape = tuple(self.arrays[name].shape)
         if self.survey is not None:
             if name not in self.survey.products:
                 raise ValueError(self.survey.why_unknown(name))
             axes = self.survey.products[name].axes
-            return "s" * (ndim - len(axes)) + axes
-        if ndim == 2:
+            return "s" * (len(shape) - len(axes)) + axes
+        if len(shape) == 2:
             return "io"
         for pattern, axes in ATTENTION_AXES:
-            if ndim == 3 and re.fullmatch(pattern, name):
+            if len(shape) == 3 and re.fullmatch(pattern, name):
                 return axes
         raise ValueError(
-            f"it is not known which of its axes {tuple(self.arrays[name].shape)} are "
-            "features; plan with mora_jax.linen.plan or mora_jax.nnx.plan, or say "
+            f"it is not known which of its axes {shape} are features; plan with "
+            "mora_jax.linen.plan or mora_jax.nnx.plan, or say "
             f"overrides={{{name!r}: {{'axes': ...}}}}"
         )
 
-    def _refuse_unproven(self, name: str) -> None:
+    def _refuse_other_uses(self, name: str) -> None:
+        survey = self.survey
         # A kernel of an unknown layer has axes by an override, taken at its word.
-        if self.survey is None or name not in self.survey.products:
+        if survey is None or survey.uses is None or name not in survey.products:
             return
-        uses = self.survey.uses or Uses()
-        if name in uses.outside:
-            table = self.survey.products[name].takes_indices
+        if name in (uses := survey.uses).outside:
+            table = survey.products[name].takes_indices
             kind, tied = ("embedding", " (a tied head?)") if table else ("kernel", "")
             by = f", by {uses.outside[name]}" if uses.outside[name] else ""
             raise ValueError(
@@ -217,7 +231,7 @@ class Candidates:
 
     def trained(self, targets: Sequence[str]) -> tuple[TrainedArray, ...]:
         """The arrays that `config.train` names, in the order of their paths."""
-        names = _select("train", self.config.train, self.leaves)
+        names = matching("train", self.config.train, self.leaves)
         for name in sorted(names):
             if name in targets:
                 raise ValueError(
@@ -238,7 +252,7 @@ class Candidates:
     ) -> None:
         """Raise if an override matches nothing, or has settings without an effect."""
         names = [*targets, *(array.name for array in trained)]
-        _select("overrides", self.config.overrides, names)
+        matching("overrides", self.config.overrides, names, "path that is adapted")
         for pattern, settings in self.config.overrides.items():
             idle = sorted(settings.keys() - {"param_dtype"})
             if idle and not any(re.fullmatch(pattern, name) for name in targets):
@@ -247,11 +261,53 @@ class Candidates:
                     f"alone, whose only setting is param_dtype, got {idle}"
                 )
 
+    def left_out(self, taken: Collection[str]) -> tuple[LeftOut, ...]:
+        """The kinds of the arrays of two or more axes that are not `taken`."""
+        names = [name for name in self.arrays if name not in taken]
+        reasons = [(name, *self._why_left_out(name)) for name in names]
+        return tuple(
+            LeftOut(pattern, len(kind), *kind[0][1:])
+            for pattern, kind in alike(reasons, lambda reason: reason)
+        )
+
+    def _why_left_out(self, name: str) -> tuple[str, bool]:
+        """The reason why an array gets no adapter, and if it multiplies inputs."""
+        if name in self.excluded:
+            return "excluded", False
+        if name.rpartition("/")[0] in self._quantized:
+            return "quantized; see mora_jax.qwix", True
+        survey, targets = self.survey, self.config.targets
+        named = any(re.fullmatch(pattern, name) for pattern in targets)
+        if survey is None or not (self.by_default or named):
+            return "no target", False
+        if product := survey.products.get(name):
+            why = product.label or "a head, router or embedding by its name"
+            why += "; targets may name it"
+            if product.adapted_by_default and self._too_narrow(name):
+                why = "too narrow for a square; targets and operator may name it"
+            return why, False
+        if survey.no_kernel(name):
+            return "never multiplied with an input", False
+        # Without a trace it is a guess, by shape (not of a token or a row of scales)
+        # and by name.
+        matrix = sum(size > 1 for size in self.arrays[name].shape) > 1
+        guess = matrix and not NO_KERNEL.fullmatch(name)
+        return survey.why_unknown(name), survey.uses is not None or guess
+
+    @functools.cached_property
+    def _quantized(self) -> set[str]:
+        # The paths above integers: a quantized kernel's scales are beside its numbers.
+        arrays = self.arrays.items()
+        integers = [n for n, a in arrays if jnp.issubdtype(a.dtype, jnp.integer)]
+        return {name.rpartition("/")[0] for name in integers}
+
     def _in_order(self, names: Iterable[str]) -> list[str]:
         return sorted(names, key=lambda name: self.leaves[name][0])
 
     def _refuse_shared(self, chosen: Collection[str], remedy: str) -> None:
-        """Raise if an array of `chosen` is at two paths, where one would be missed."""
+        """Raise if an array of `chosen` is at two paths."""
+        # A step trains the copy at one path, and the model would go on to use the
+        # untrained one at the other.
         owners: dict[int, list[str]] = defaultdict(list)
         for name, (_, leaf) in self.leaves.items():
             if not isinstance(leaf, jax.ShapeDtypeStruct):  # shapes are often reused
@@ -262,101 +318,3 @@ class Candidates:
                     f"the array at {names[0]!r} is shared with {names[1]!r}, which "
                     f"training for the first would miss; {remedy}, or copy the array"
                 )
-
-
-_KINDS = {
-    "targets": " of a kernel that can be adapted (two or more axes, in a layer whose "
-    "product is known)",
-    "overrides": " that is adapted",
-}
-
-
-def _select(
-    field: str, patterns: Any, names: Iterable[str], known: Iterable[str] = ()
-) -> set[str]:
-    """Return the names that the patterns of a setting match; each must match one.
-
-    The names in `known` are for the message, where `names` is empty.
-    """
-    selected: set[str] = set()
-    for pattern in patterns:
-        matched = {name for name in names if re.fullmatch(pattern, name)}
-        if not matched:
-            raise ValueError(
-                f"{field}: {pattern!r} matches no path{_KINDS.get(field, '')}"
-                + pattern_hint(pattern, names or known)
-            )
-        selected |= matched
-    return selected
-
-
-NO_KERNEL = re.compile(r"(?i).*(bias|scale|norm|pos|embed|token|mean|var|cache)[^/]*$")
-"""Names of arrays that rarely multiply inputs, for models that were not traced."""
-
-
-def left_out_of(model: "Candidates", taken: Collection[str]) -> tuple[LeftOut, ...]:
-    """The kinds of the arrays of two or more axes that are not `taken`."""
-    arrays = {n: leaf for n, leaf in model.arrays.items() if n not in taken}
-    quantized = {
-        name.rpartition("/")[0]
-        for name, leaf in arrays.items()
-        if jnp.issubdtype(leaf.dtype, jnp.integer)
-    }
-
-    def reason(name: str, shape: Shape) -> tuple[str, bool]:
-        if name in model.excluded:
-            return "excluded", False
-        if name.rpartition("/")[0] in quantized:
-            return "quantized; see mora_jax.qwix", True
-        named = any(re.fullmatch(p, name) for p in model.config.targets)
-        if model.survey is None or not (model.by_default or named):
-            return "no target", False
-        return _by_survey(name, shape, model.survey)
-
-    reasons = [(name, *reason(name, leaf.shape)) for name, leaf in arrays.items()]
-    kinds = []
-    for kind in alike(reasons, lambda reason: reason):
-        name, why, multiplied = kind[0]
-        pattern = name if len(kind) == 1 else starred(name)
-        kinds.append(LeftOut(pattern, len(kind), why, multiplied))
-    return tuple(kinds)
-
-
-def warn_of(left_out: Iterable[LeftOut]) -> None:
-    """Warn of arrays that multiply inputs, since the user may not know of them."""
-    surprising = [str(kind) for kind in left_out if kind.multiplied]
-    if surprising:
-        warn(
-            "arrays that multiply inputs get no adapter: "
-            + "; ".join(surprising)
-            + ". Name them in exclude if that is meant",
-            LeftOutWarning,
-        )
-
-
-def _by_survey(name: str, shape: Shape, survey: Survey) -> tuple[str, bool]:
-    """The reason why the default targets lack an array, and if it multiplies inputs."""
-    uses = survey.uses
-    if name in survey.products:
-        product = survey.products[name]
-        if product.adapted_by_default and is_too_narrow(product, shape):
-            return "too narrow for a square; targets and operator may name it", False
-        kind = product.label or "a head, router or embedding by its name"
-        return f"{kind}; targets may name it", False
-    if survey.no_kernels([name]):
-        return "never multiplied with an input", False
-    if uses is not None and name not in uses.reached:
-        return "the call that was traced does not use it", True
-    matrix = sum(size > 1 for size in shape) > 1  # not a token or a row of scales
-    guess = matrix and not NO_KERNEL.fullmatch(name)
-    return survey.why_unknown(name), uses is not None or guess
-
-
-def is_too_narrow(product: Product, shape: Shape) -> bool:
-    """True if a kernel has a single input or output feature, as a head of one number.
-
-    The default operator's M cannot be as narrow, and the M of another operator would
-    hold a single number.
-    """
-    axes = "s" * (len(shape) - len(product.axes)) + product.axes
-    return 1 in features(shape, axes)

@@ -16,6 +16,8 @@ from mora_jax._jax.traces import split_static
 from mora_jax._trace_check import Call, Uses, follow, mark
 from mora_jax.products import Product
 
+NOT_USED = "the call that was traced does not use it"
+
 
 @dataclasses.dataclass
 class Survey:
@@ -40,6 +42,8 @@ class Survey:
         rule, module = call.rule, call.module
         planning_rule = planning_rules(module)[rule.name(module)]
         planned = product if rule is planning_rule else planning_rule.product(module)
+        # Of several methods with one kernel (an embedding and its tied head) the first
+        # registered decides. If it needs a call, that call may come later.
         self.products[name] = planned or self.products.get(name, product)
         scaled = rule.scale_of(module) is not None
         marked = Call(name, product, scaled, f"{type(module).__name__}.{rule.method}")
@@ -85,44 +89,42 @@ class Survey:
         }
         self.uses = follow(jaxpr, list(leaves), stacked)
 
-    def no_kernels(self, names: Iterable[str]) -> set[str]:
-        """The arrays among `names` that are known to be never multiplied."""
-        known, uses = set(self.non_kernels), self.uses
-        if uses is not None:
-            kernels = uses.multiplied | self.products.keys() | uses.unseen.keys()
-            known |= uses.reached - kernels
-        return known & set(names)
+    def no_kernel(self, name: str) -> bool:
+        """True if the array at `name` is known to be never multiplied."""
+        if name in self.non_kernels or self.uses is None:
+            return name in self.non_kernels
+        kernels = self.products, self.uses.multiplied, self.uses.unseen
+        return name in self.uses.reached and not any(name in them for them in kernels)
 
     def unproven(self, names: Iterable[str]) -> tuple[tuple[str, str], ...]:
         """(name, reason) for the kernels in `names` that the trace does not prove."""
+        reasons = {name: self._why_unproven(name) for name in names}
+        return tuple((name, why) for name, why in reasons.items() if why)
+
+    def _why_unproven(self, name: str) -> str:
         if self.uses is None:
-            why = "no call was traced; nnx.plan takes the inputs of one"
-            return tuple((name, why) for name in names)
-        reasons = {}
-        for name in names:
-            if primitive := self.uses.unseen.get(name):
-                reasons[name] = f"a trace cannot look into `{primitive}`"
-            elif name not in self.uses.reached:
-                reasons[name] = "the call that was traced does not use it"
-            elif name not in self.products:
-                reasons[name] = f"nothing is known of its class{self.class_of(name)}"
-        return tuple(reasons.items())
+            return "no call was traced; nnx.plan takes the inputs of one"
+        if primitive := self.uses.unseen.get(name):
+            return f"a trace cannot look into `{primitive}`"
+        if name not in self.uses.reached:
+            return NOT_USED
+        known = name in self.products
+        return "" if known else f"nothing is known of its class{self._class_of(name)}"
 
     def why_unknown(self, name: str) -> str:
-        """Reason why nothing is known of the use of the array at `name`."""
+        """The reason why nothing is known of the use of the array at `name`."""
         if self.uses is not None and name not in self.uses.reached:
-            return (
-                "the call that was traced does not use it: plan with inputs for which "
-                "its layer runs, or exclude it"
-            )
+            runs = "plan with inputs for which its layer runs, or exclude it"
+            return f"{NOT_USED}: {runs}"
         calls = "" if self.uses is not None else ", and plan with inputs of a call"
         return (
             "it is not known how a layer uses it: teach its class"
-            f"{self.class_of(name)} with mora_jax.register_layer{calls}"
+            f"{self._class_of(name)} with mora_jax.register_layer{calls}"
         )
 
-    def class_of(self, name: str) -> str:
-        """The class of the module that has the array at `name`: " Dense", or ""."""
+    def _class_of(self, name: str) -> str:
+        # Of the innermost module whose class is known: a kernel may lie deeper, such as
+        # in a list.
         while name:
             name = name.rpartition("/")[0]
             if name in self.classes:

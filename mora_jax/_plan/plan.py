@@ -1,5 +1,6 @@
 """A plan: the adapters of a model by the paths of their kernels."""
 
+import copy
 import dataclasses
 import functools
 import hashlib
@@ -10,43 +11,9 @@ from typing import Any
 import jax
 
 from mora_jax._common.suggestions import alike, nearest_paths, shown
+from mora_jax._plan.settings import AdapterSettings
 from mora_jax._plan.spec import AdapterSpec, check_same
 from mora_jax._plan.trained_arrays import TrainedArray
-
-LEFT_ALIGNED = ("path", "operator")
-COLUMNS = ("in -> out", "operator", "r", "q", "alpha", "scale", "dropout")
-USUAL = {"alpha": 1, "scale": 1, "dropout": 0}
-"""Values that need no column, if no layer departs from them."""
-
-
-def table(plan: "Plan", collapse: bool) -> str:
-    """Return the text of `mora_jax.summary`."""
-
-    def kind(part: AdapterSpec | TrainedArray) -> tuple[object, ...]:
-        operator = getattr(part, "operator", None)
-        cells = _cells(part).values()
-        return part.name, collapse or part.name, part.shape, operator, *cells
-
-    rows, base = [], plan.base_parameters
-    for parts in alike((*plan.specs, *plan.trained), kind):
-        size = sum(part.parameters for part in parts)
-        row = {"path": shown([part.name for part in parts]), **_cells(parts[0])}
-        rows.append(row | {"parameters": f"{size:,}", "of base": _share(size, base)})
-    columns = [
-        name
-        for name in COLUMNS
-        if name not in USUAL or any(getattr(s, name) != USUAL[name] for s in plan.specs)
-    ]
-    size = plan.trainable_parameters
-    counts = [_counted(len(plan), "adapter")]
-    counts += [_counted(len(plan.trained), "trained array")] * bool(plan.trained)
-    return "\n".join(
-        [
-            *_lines(["path", *columns, "parameters", "of base"], rows),
-            f"{' and '.join(counts)}: {size:,} trainable parameters, "
-            f"{_share(size, base)} of {base:,}",
-        ]
-    )
 
 
 def _cells(part: AdapterSpec | TrainedArray) -> dict[str, str]:
@@ -72,7 +39,7 @@ def _lines(columns: Sequence[str], rows: Sequence[Mapping[str, str]]) -> list[st
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return [
         "  ".join(
-            cell.ljust(width) if name in LEFT_ALIGNED else cell.rjust(width)
+            cell.ljust(width) if name in ("path", "operator") else cell.rjust(width)
             for name, cell, width in zip(columns, line, widths, strict=True)
         ).rstrip()
         for line in cells
@@ -85,20 +52,6 @@ def _counted(number: int, noun: str) -> str:
 
 def _share(size: int, base_parameters: int) -> str:
     return f"{size / base_parameters:.2%}" if base_parameters else "-"
-
-
-def remarks(plan: "Plan") -> list[str]:
-    """Return lines on the arrays left out and the adapters that are not proven."""
-    lines = [f"  {kind}" for kind in plan.left_out]
-    if lines:
-        lines.insert(0, "left out:")
-    if plan.unproven:
-        lines.append(
-            "not proven (mora_jax.diagnostics.check compares numbers instead):"
-        )
-    for kind in alike(plan.unproven, lambda pair: pair):
-        lines.append(f"  {shown([path for path, _ in kind])}: {kind[0][1]}")
-    return lines
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,8 +71,7 @@ class LeftOut:
     multiplied: bool
 
     def __str__(self) -> str:
-        count = f" ({self.count})" if self.count > 1 else ""
-        return f"{self.pattern}{count}: {self.why}"
+        return f"{shown(self.pattern, self.count)}: {self.why}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,6 +123,7 @@ class Plan(Mapping[str, AdapterSpec]):
         return len(self.specs)
 
     def __contains__(self, path: object) -> bool:
+        # Else Mapping would ask `__getitem__`, whose error looks for similar paths.
         return path in self._by_path
 
     def __getitem__(self, path: str) -> AdapterSpec:
@@ -183,7 +136,16 @@ class Plan(Mapping[str, AdapterSpec]):
         return {spec.name: spec for spec in self.specs}
 
     def __str__(self) -> str:
-        return "\n".join([table(self, collapse=True), *remarks(self)])
+        lines = [summary(self)]
+        if self.left_out:
+            lines += ["left out:", *(f"  {kind}" for kind in self.left_out)]
+        if self.unproven:
+            lines.append(
+                "not proven (mora_jax.diagnostics.check compares numbers instead):"
+            )
+        for pattern, kind in alike(self.unproven, lambda pair: pair):
+            lines.append(f"  {shown(pattern, len(kind))}: {kind[0][1]}")
+        return "\n".join(lines)
 
     def digest(self) -> str:
         """SHA-256, in hexadecimal, of the settings that decide the meaning of the M's.
@@ -195,6 +157,7 @@ class Plan(Mapping[str, AdapterSpec]):
         """
         meanings = {spec.name: spec.meaning for spec in self.specs}
         meanings |= {a.name: {"trained": list(a.shape)} for a in self.trained}
+        # The same text for the same meanings, in any order and any version of Python.
         text = json.dumps(meanings, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -215,17 +178,12 @@ def _flatten(plan: Plan) -> tuple[list[tuple[Any, Any]], Plan]:
 
 
 def _unflatten(plan: Plan, operators: Iterable[Any]) -> Plan:
-    # Not through __init__: the leaves of a tree_map may be anything.
-    pairs = zip(plan.specs, operators, strict=True)
-    specs = tuple(_changed(spec, operator=operator) for spec, operator in pairs)
-    return _changed(plan, specs=specs)
-
-
-def _changed(instance: Any, **values: Any) -> Any:
-    fields = {f.name: getattr(instance, f.name) for f in dataclasses.fields(instance)}
-    changed = object.__new__(type(instance))
-    for name, value in (fields | values).items():
-        object.__setattr__(changed, name, value)
+    # Copies, since `__init__` checks, and the leaves of a tree_map may be anything.
+    changed, specs = copy.copy(plan), tuple(map(copy.copy, plan.specs))
+    for spec, operator in zip(specs, operators, strict=True):
+        vars(spec)["operator"] = operator
+    vars(changed).pop("_by_path", None)  # is cached, with the old specs
+    vars(changed)["specs"] = specs
     return changed
 
 
@@ -252,12 +210,10 @@ def refuse_other_plan(made_for: Plan, used_with: Plan) -> None:
         )
     for path, spec in made_for.items():
         check_same(spec, used_with[path])
-    shapes = [{a.name: a.shape for a in p.trained} for p in (made_for, used_with)]
+    plans = made_for, used_with
+    shapes = [{a.name: f"as {a.shape}" for a in plan.trained} for plan in plans]
     for path in sorted(shapes[0].keys() | shapes[1].keys()):
-        there, here = (
-            f"as {arrays[path]}" if path in arrays else "not at all"
-            for arrays in shapes
-        )
+        there, here = (shape.get(path, "not at all") for shape in shapes)
         if there != here:
             raise ValueError(
                 f"the adapters were made for a plan that trains {path!r} itself "
@@ -293,4 +249,31 @@ def summary(plan: Plan, *, collapse: bool = True) -> str:
       l*/kernel (3)   64 -> 64  rotation  8.0  32      2       3,072   25.00%
       3 adapters: 3,072 trainable parameters, 25.00% of 12,288
     """
-    return table(check_plan(plan), collapse)
+
+    def kind(part: AdapterSpec | TrainedArray) -> tuple[object, ...]:
+        operator = getattr(part, "operator", None)
+        cells = _cells(part).values()
+        return part.name, collapse or part.name, part.shape, operator, *cells
+
+    rows, base = [], check_plan(plan).base_parameters
+    for pattern, parts in alike((*plan.specs, *plan.trained), kind):
+        size = sum(part.parameters for part in parts)
+        row = {"path": shown(pattern, len(parts)), **_cells(parts[0])}
+        rows.append(row | {"parameters": f"{size:,}", "of base": _share(size, base)})
+    # A column is there if a layer departs from the default.
+    departures = [
+        name
+        for name in ("alpha", "scale", "dropout")
+        if any(getattr(s, name) != getattr(AdapterSettings, name) for s in plan.specs)
+    ]
+    columns = "path", "in -> out", "operator", "r", "q", *departures
+    size = plan.trainable_parameters
+    counts = [_counted(len(plan), "adapter")]
+    counts += [_counted(len(plan.trained), "trained array")] * bool(plan.trained)
+    return "\n".join(
+        [
+            *_lines([*columns, "parameters", "of base"], rows),
+            f"{' and '.join(counts)}: {size:,} trainable parameters, "
+            f"{_share(size, base)} of {base:,}",
+        ]
+    )

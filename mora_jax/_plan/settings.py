@@ -11,10 +11,9 @@ from jax.typing import DTypeLike
 
 from mora_jax._common.checks import (
     check_choice,
+    check_dtype,
     check_number,
-    check_rate,
     check_seed,
-    floating_dtype,
     positive_integer,
 )
 from mora_jax._common.suggestions import did_you_mean
@@ -28,6 +27,8 @@ class FrozenMapping(Mapping[str, Any]):
     Mappings of equal content are equal and have the same hash, whatever their order.
     """
 
+    # A class of our own: Python's `MappingProxyType` cannot be pickled, and plans know
+    # nothing of Flax and its FrozenDict.
     def __init__(self, content: Mapping[str, Any]):
         self._content = {
             key: FrozenMapping(value) if isinstance(value, Mapping) else value
@@ -71,6 +72,7 @@ def check_settings(record: Any) -> None:
     for field in dataclasses.fields(record):
         if check := field.metadata.get("check"):
             value = check(field.name, getattr(record, field.name))
+            # The records are frozen, also for their own `__post_init__`.
             object.__setattr__(record, field.name, value)
 
 
@@ -78,30 +80,27 @@ def _optional(check: Check) -> Check:
     return lambda name, value: None if value is None else check(name, value)
 
 
-def check_dtype(name: str, value: Any) -> jnp.dtype:
-    """Return `value` as a NumPy dtype, if it is a real floating-point dtype."""
-    return floating_dtype(value, name)
+def _number(fits: Callable[[float], bool], must: str) -> Check:
+    """A check for numbers that fit; `must` says in the message what they must."""
 
+    def check(name: str, value: Any) -> float:
+        number = check_number(name, value)
+        if not fits(number):
+            raise ValueError(f"{name} must {must}, got {number}")
+        return number
 
-def _above_zero(name: str, value: Any) -> float:
-    if (number := check_number(name, value)) <= 0:
-        raise ValueError(f"{name} must be above 0, got {number}")
-    return number
-
-
-def _other_than_zero(name: str, value: Any) -> float:
-    if (number := check_number(name, value)) == 0:
-        raise ValueError(
-            f"{name} must not be 0, which would make all deltas and gradients 0"
-        )
-    return number
+    return check
 
 
 def _operator(name: str, value: Any) -> OperatorSpec:
     parse_spec(value)
+    # Frozen, so that configs can be hashed.
     return FrozenMapping(value) if isinstance(value, Mapping) else value
 
 
+_not_zero = _number(bool, "not be 0, which would make all deltas and gradients 0")
+_above_zero = _number(lambda number: number > 0, "be above 0")
+_rate = _number(lambda number: 0 <= number < 1, "be in [0, 1)")
 _init = functools.partial(check_choice, choices=("zeros", "gaussian"))
 _scale = functools.partial(check_choice, choices=("paper", "fine-tuning"))
 _execution = functools.partial(check_choice, choices=("auto", "activation", "fold"))
@@ -117,7 +116,7 @@ class AdapterSettings:
 
     alpha: float = setting(1.0, check_number, meaning=True)
     scale: float = setting(1.0, _above_zero, meaning=True)
-    dropout: float = setting(0.0, check_rate)
+    dropout: float = setting(0.0, _rate)
     init: str = setting("zeros", _init)
     param_dtype: DTypeLike = setting(jnp.float32, check_dtype)
     execution: str = setting("auto", _execution)
@@ -159,18 +158,19 @@ class KernelConfig:
 
     rank: int = setting(DEFAULT_RANK, positive_integer)
     operator: OperatorSpec = setting("auto", _operator)
-    alpha: float = setting(1.0, _other_than_zero)
+    alpha: float = setting(1.0, _not_zero)
     scale: str = setting("fine-tuning", _scale)
     square_rank: int | None = setting(None, _optional(positive_integer))
     multiple_of: int | None = setting(None, _optional(positive_integer))
     init: str = setting("zeros", _init)
-    dropout: float = setting(0.0, check_rate)
+    dropout: float = setting(0.0, _rate)
     param_dtype: DTypeLike | None = setting(jnp.float32, _optional(check_dtype))
     execution: str = setting("auto", _execution)
     seed: int = setting(0, lambda _, value: check_seed(value))
 
     def __post_init__(self) -> None:
         check_settings(self)
+        # The default rank may be one that nobody chose, so it counts as none.
         if self.square_rank is not None and self.rank != DEFAULT_RANK:
             raise ValueError(
                 f"rank and square_rank exclude each other, got rank={self.rank} and "
@@ -252,6 +252,8 @@ def _check_overrides(name: str, overrides: Any) -> FrozenMapping:
             raise ValueError(f"{where} must use {allowed}, got {unknown}{hint}")
         if "rank" in settings and settings.get("square_rank") is not None:
             raise ValueError(f"{where} must hold rank or square_rank, got both")
+        # Values that no kernel could have are errors now, and not where they apply.
+        KernelConfig(**{k: v for k, v in settings.items() if k != "axes"})
     return FrozenMapping(overrides)
 
 
@@ -279,7 +281,7 @@ class MoRAConfig(KernelConfig):
       square_rank: q itself, instead of `rank`.
       multiple_of: The number whose multiple q is rounded down to. None chooses a q that
         suits the layer's widths and the chip, see `square_rank`; it may use as little
-        as a quarter of the budget, which `Plan.summary` shows. 1 uses all of it.
+        as a quarter of the budget, which `mora_jax.summary` shows. 1 uses all of it.
       init: The start of M. "zeros" starts as an exact identity. "gaussian", of standard
         deviation 1/sqrt(q), is AiDotNet's; it changes the model's outputs before the
         first step.
@@ -338,9 +340,9 @@ class MoRAConfig(KernelConfig):
         super().__post_init__()
         if not self.targets:
             raise ValueError("targets must hold at least one pattern, got none")
-        for settings in ({"alpha": self.alpha}, *self.overrides.values()):
-            self._with([settings])  # raises where no kernel could have them
-            if abs(alpha := settings.get("alpha", 1)) > LARGEST_USUAL_ALPHA:
+        overridden = [s["alpha"] for s in self.overrides.values() if "alpha" in s]
+        for alpha in (self.alpha, *overridden):
+            if abs(alpha) > LARGEST_USUAL_ALPHA:
                 warn(
                     f"alpha={alpha:g} multiplies the delta itself, and 1 is usual: "
                     "what LoRA calls lora_alpha is alpha=lora_alpha / r here"
@@ -348,15 +350,10 @@ class MoRAConfig(KernelConfig):
 
     def settings(self, path: str) -> tuple[KernelConfig, str | None]:
         """The settings of one kernel, and its axes where an override names them."""
-        overrides = self.overrides.items()
-        return self._with(s for pattern, s in overrides if re.fullmatch(pattern, path))
-
-    def _with(
-        self, overrides: Iterable[Mapping[str, Any]]
-    ) -> tuple[KernelConfig, str | None]:
-        """The settings of a kernel to which `overrides` apply, and its axes."""
         values = {name: getattr(self, name) for name in _KERNEL_SETTINGS}
-        for settings in overrides:
+        for pattern, settings in self.overrides.items():
+            if not re.fullmatch(pattern, path):
+                continue
             # rank and square_rank exclude each other, and later patterns win.
             if "rank" in settings:
                 values["square_rank"] = None

@@ -7,8 +7,7 @@ from typing import Any
 
 from jax.typing import DTypeLike
 
-from mora_jax._common.axes import check_axes, features, sizes
-from mora_jax._common.checks import floating_dtype
+from mora_jax._common.axes import features, sizes
 from mora_jax._common.types import Shape
 from mora_jax._mesh.layout import KernelLayout
 from mora_jax._plan.settings import (
@@ -64,7 +63,6 @@ class AdapterSpec(AdapterSettings):
     def __post_init__(self) -> None:
         if not isinstance(self.operator, Operator):
             raise TypeError(f"operator must be an Operator, got {self.operator!r}")
-        check_axes(self.axes, len(self.kernel_shape))
         ins, outs = features(self.kernel_shape, self.axes)
         if (self.operator.in_features, self.operator.out_features) != (ins, outs):
             raise ValueError(
@@ -96,6 +94,7 @@ class AdapterSpec(AdapterSettings):
         Raises:
           ValueError: The axes do not fit the shape, or the kernel is too small.
         """
+        # A plan has chosen the settings of the kernel already; users give a MoRAConfig.
         if not isinstance(config, KernelConfig):
             config = check_config(config)
         if isinstance(config, MoRAConfig) and config.train:
@@ -103,14 +102,12 @@ class AdapterSpec(AdapterSettings):
                 f"train must be empty for one layer, got {config.train}: it is for "
                 "the plan of a whole model"
             )
-        check_axes(axes, len(kernel_shape))
         operator = _operator(config, *features(kernel_shape, axes))
-        scale = 1.0 if config.scale == "paper" else operator.fine_tuning_scale
-        dtype = config.param_dtype
-        settings = {name: getattr(config, name) for name in SETTINGS} | {
-            "scale": scale,
-            "param_dtype": floating_dtype(kernel_dtype) if dtype is None else dtype,
-        }
+        settings = {name: getattr(config, name) for name in SETTINGS}
+        by_paper = config.scale == "paper"
+        settings["scale"] = 1.0 if by_paper else operator.fine_tuning_scale
+        if config.param_dtype is None:
+            settings["param_dtype"] = kernel_dtype
         budget = config.rank if config.square_rank is None else None
         return cls(operator, kernel_shape, axes, path, rank=budget, **settings)
 
@@ -169,6 +166,7 @@ class AdapterSpec(AdapterSettings):
         """The q that the budget would buy, if less than four fifths of it are used."""
         if self.rank is None or 5 * self.lora_rank >= 4 * self.rank:
             return None
+        # q^2 = (in + out) r, rounded down.
         asked = math.isqrt((self.in_features + self.out_features) * self.rank)
         return asked if asked > self.operator.square_rank else None
 
@@ -206,6 +204,7 @@ def _operator(config: KernelConfig, ins: int, outs: int) -> Operator:
     """The operator that `config` asks for, between `ins` and `outs` features."""
     q, operator = config.square_rank, config.operator
     if q is None:
+        # "auto" goes by the budget, and not by the q that is left of it.
         operator = resolve_auto(operator, config.rank)
         q = square_rank(config.rank, ins, outs, operator, config.multiple_of)
     elif q > min(ins, outs):
@@ -218,6 +217,7 @@ def _operator(config: KernelConfig, ins: int, outs: int) -> Operator:
 
 def operator_settings(operator: Operator) -> dict[str, Any]:
     """An operator's name and settings without sizes, and a digest of given arrays."""
+    # Arrays that the settings determine are not compared.
     fields = {field.name for field in dataclasses.fields(operator) if field.compare}
     fields -= {size.name for size in dataclasses.fields(Operator)}
     fields |= {"digest"} if operator.given else set()
@@ -228,10 +228,8 @@ def operator_settings(operator: Operator) -> dict[str, Any]:
 def differences(
     first: Mapping[str, Any], second: Mapping[str, Any]
 ) -> dict[str, tuple[Any, Any]]:
-    """{name: its two values} where two adapters of a kernel differ.
-
-    A setting that one of two operators lacks is left out: their names differ then.
-    """
+    """{name: its two values} where two adapters of a kernel differ."""
+    # If an operator lacks a setting of the other one, their names differ already.
     shared = [name for name in first if name in second]
     return {n: (first[n], second[n]) for n in shared if first[n] != second[n]}
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Float
 
-from mora_jax._common.checks import as_jax_array, check_finite, floating_dtype
+from mora_jax._common.checks import as_jax_array, check_dtype, check_finite
 from mora_jax._common.types import ArrayLike, Path
 from mora_jax._layer.dense import FrozenDense, params_adapter
 from mora_jax._layer.equation import delta_kernel
@@ -250,7 +250,7 @@ def merged_kernel(
 
     Another `start`, the features from which a dither counts, is another dither.
     """
-    dtype = kernel.dtype if dtype is None else floating_dtype(dtype, "dtype")
+    dtype = kernel.dtype if dtype is None else check_dtype("dtype", dtype)
     # In 16 bits the product C M D would lose more than the sum is rounded by.
     delta = delta_kernel(spec, wide(m, kernel.dtype))
     return add_rounded(kernel, delta, spec.axes, dtype, rounding, start)

@@ -1,6 +1,5 @@
 """Optax on a combined tree: the M's are trained, the base stays bitwise the same."""
 
-import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -8,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mora_jax._common.suggestions import pattern_hint
+from mora_jax._common.suggestions import matching
 from mora_jax._plan.plan import Plan, check_plan
 from mora_jax._plan.settings import patterns_of
 from mora_jax._plan.spec import SUFFIX
@@ -53,11 +52,7 @@ def trainable_mask(
             f"params hold no '*{SUFFIX}' leaf: pass combine(params, adapters)"
         )
     leaves = [name for name in names if name not in trained]
-    for pattern in patterns:
-        if not (matched := [name for name in leaves if re.fullmatch(pattern, name)]):
-            hint = pattern_hint(pattern, leaves)
-            raise ValueError(f"base: {pattern!r} matches no base leaf{hint}")
-        trained.update(matched)
+    trained |= matching("base", patterns, leaves, "base leaf")
     if plan is not None and check_plan(plan).trained:
         named = named_leaves(params)
         trained |= {"/".join(find_part(named, array)[0]) for array in plan.trained}

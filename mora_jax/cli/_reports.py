@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -94,10 +95,10 @@ def grouped(layers: Sequence[Row]) -> list[Row]:
     A row has the sum of the parameters, and (the smallest, the largest) of each other
     number.
     """
-    kind = "path", "in", "out", "operator", "q"
+    kind = itemgetter("path", "in", "out", "operator", "q")
     rows = []
-    for group in alike(layers, lambda layer: tuple(layer[key] for key in kind)):
-        row = group[0] | {"path": shown([layer["path"] for layer in group])}
+    for pattern, group in alike(layers, kind):
+        row = group[0] | {"path": shown(pattern, len(group))}
         row["parameters"] = sum(layer["parameters"] for layer in group)
         for key in ("norm", "effective_rank", "above_0.1"):
             values = [layer[key] for layer in group]

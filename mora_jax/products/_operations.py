@@ -3,14 +3,13 @@
 import dataclasses
 import functools
 import inspect
-import string
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from mora_jax.products._product import Product
-from mora_jax.products.contraction import Contraction
+from mora_jax.products.contraction import Contraction, dot_general_equation
 from mora_jax.products.convolution import Convolution
 
 FUNCTIONS = {
@@ -18,18 +17,13 @@ FUNCTIONS = {
     "einsum": jnp.einsum,
     "conv_general_dilated": jax.lax.conv_general_dilated,
 }
+# Read at once: while a model runs, qwix replaces the code of these functions.
 _SIGNATURES = {name: inspect.signature(f) for name, f in FUNCTIONS.items()}
 
 
 @dataclasses.dataclass(frozen=True)
 class Operation:
-    """A call of a function of JAX that multiplies operands.
-
-    Attributes:
-      name: The name of the function, of those in `FUNCTIONS`.
-      args: The arguments.
-      settings: The arguments by name.
-    """
+    """A call of a function of JAX that multiplies operands, one of `FUNCTIONS`."""
 
     name: str
     args: tuple[Any, ...]
@@ -60,25 +54,17 @@ class Operation:
         """
         if self.name == "conv_general_dilated":
             return self._convolution(kernel_at)
-        einsum = self.arguments.get("subscripts") or self._equation()
-        terms, arrow, outputs = einsum.replace(" ", "").partition("->")
+        if self.name == "einsum":
+            einsum = self.arguments["subscripts"].replace(" ", "")
+        else:
+            lhs, rhs = self.operands
+            numbers = self.arguments["dimension_numbers"]
+            einsum = dot_general_equation(lhs.ndim, rhs.ndim, numbers)
+        # A product has the kernel last, whichever operand of the call it is.
+        terms, arrow, outputs = einsum.partition("->")
         x, kernel = terms.split(",")[:: 1 if kernel_at else -1]
         ndim = self.operands[1 - kernel_at].ndim
         return Contraction.parse(f"{x},{kernel}{arrow}{outputs}", ndim)
-
-    def _equation(self) -> str:
-        """The equation of a `dot_general`."""
-        ndim, numbers = self.operands[0].ndim, self.arguments["dimension_numbers"]
-        (lhs_sum, rhs_sum), (lhs_batch, rhs_batch) = numbers
-        left = list(string.ascii_letters[:ndim])
-        right = list(string.ascii_letters[ndim : ndim + self.operands[1].ndim])
-        pairs = zip((*lhs_sum, *lhs_batch), (*rhs_sum, *rhs_batch), strict=True)
-        for here, there in pairs:
-            right[there] = left[here]
-        batch = [left[k] for k in lhs_batch]
-        shared = {left[k] for k in (*lhs_sum, *lhs_batch)}
-        free = [letter for letter in (*left, *right) if letter not in shared]
-        return f"{''.join(left)},{''.join(right)}->{''.join([*batch, *free])}"
 
     def _convolution(self, kernel_at: int) -> Convolution:
         lhs, rhs = self.operands
@@ -86,6 +72,7 @@ class Operation:
         numbers = settings.get("dimension_numbers")
         numbers = jax.lax.conv_dimension_numbers(lhs.shape, rhs.shape, numbers)
         settings["dimension_numbers"] = numbers
+        # As Flax stores kernels, (*window, in, out), so that neither is transposed.
         last = rhs.ndim - 1
         if (kernel_at, numbers.rhs_spec[0], numbers.out_spec[1]) != (1, last, last):
             raise ValueError(

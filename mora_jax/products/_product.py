@@ -69,11 +69,6 @@ class Product(abc.ABC):
     Whatever depends on the kind of product is asked of the product itself. A product of
     your own needs `axes` and `delta`; all else has a default.
 
-    The adapter's dropout is a pair of maps around the delta: `dropped(x, ...)` gives
-    what the delta sees of the input, and `dropped_after(y, x, ...)` the delta's output.
-    One of the two drops, and the other returns its argument: numbers are dropped from
-    the input, but an index cannot be zero, and is dropped with its row.
-
     Attributes:
       axes: The kernel's axes as letters s, i and o (see `MoRAConfig.overrides`).
       adapted_by_default: True if such layers are adapted where a config names no
@@ -138,11 +133,11 @@ class Product(abc.ABC):
     def dropped(
         self, x: jax.Array, dtype: DTypeLike, key: PRNGKeyArray | None, rate: float
     ) -> jax.Array:
-        """The input as the delta sees it, in the dtype of the computation.
+        """The input as the delta sees it under the adapter's dropout.
 
         Args:
           x: The layer's input.
-          dtype: The dtype of the layer's output.
+          dtype: The dtype of the computation.
           key: The key of the mask; None to drop nothing.
           rate: The part that is dropped, from 0 to 1.
         """
@@ -152,6 +147,7 @@ class Product(abc.ABC):
         self, y: jax.Array, x: jax.Array, key: PRNGKeyArray | None, rate: float
     ) -> jax.Array:
         """The delta's output `y` for the input `x`; arguments as for `dropped`."""
+        # An index cannot be zero, and is dropped with its row.
         return _drop(y, (*x.shape, 1), key, rate) if self.takes_indices else y
 
     def factors(self, scale: ArrayLike | float) -> Factors:
@@ -176,7 +172,8 @@ class Product(abc.ABC):
 def _drop(
     x: jax.Array, shape: Shape, key: PRNGKeyArray | None, rate: float
 ) -> jax.Array:
-    """Dropout of `x` by a mask of `shape`, which keeps the mean."""
+    """Dropout of `x` by a mask of `shape`."""
     if key is None or rate == 0:
         return x
+    # What stays is scaled up, which keeps the mean.
     return jnp.where(jax.random.bernoulli(key, 1 - rate, shape), x / (1 - rate), 0)

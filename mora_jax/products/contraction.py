@@ -3,8 +3,7 @@
 import dataclasses
 import math
 import string
-from collections import Counter
-from collections.abc import Iterable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +17,19 @@ DENSE = "...i,io->...o"
 
 ATTEND = "...d,vd->...v"
 """The equation of a head that is tied to an embedding of a vocabulary v."""
+
+
+def dot_general_equation(lhs_ndim: int, rhs_ndim: int, dimension_numbers: Any) -> str:
+    """The equation of a `dot_general` of operands of so many axes."""
+    (lhs_sum, rhs_sum), (lhs_batch, rhs_batch) = dimension_numbers
+    left = list(string.ascii_letters[:lhs_ndim])
+    right = list(string.ascii_letters[lhs_ndim : lhs_ndim + rhs_ndim])
+    pairs = zip((*lhs_sum, *lhs_batch), (*rhs_sum, *rhs_batch), strict=True)
+    for here, there in pairs:
+        right[there] = left[here]
+    free = [c for c in (*left, *right) if (c in left) != (c in right)]
+    outputs = [*(left[k] for k in lhs_batch), *free]
+    return f"{''.join(left)},{''.join(right)}->{''.join(outputs)}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,9 +56,9 @@ class Contraction(Product):
     primitive = "dot_general"
 
     def __post_init__(self) -> None:
-        kinds = {c: "o" if c not in self.inputs else "i" for c in self.kernel}
-        kinds |= {c: "s" for c in kinds if c in self.inputs and c in self.outputs}
-        object.__setattr__(self, "axes", "".join(kinds[c] for c in self.kernel))
+        kinds = {(True, False): "i", (False, True): "o", (True, True): "s"}
+        axes = (kinds[c in self.inputs, c in self.outputs] for c in self.kernel)
+        object.__setattr__(self, "axes", "".join(axes))
 
     @classmethod
     def parse(cls, equation: str, inputs_ndim: int | None = None) -> "Contraction":
@@ -66,35 +78,31 @@ class Contraction(Product):
         inputs, kernel = operands.split(",")
         named = [c for c in inputs + kernel if c != "."]
         if not arrow:  # numpy's rule for a missing right-hand side
-            single = sorted(c for c, n in Counter(named).items() if n == 1)
+            single = sorted(c for c in named if named.count(c) == 1)
             outputs = "..." * ("..." in inputs) + "".join(single)
+        # "..." stands for so many letters that the input has all its axes.
         unused = [c for c in string.ascii_letters if c not in named]
         least = len(inputs.replace("...", ""))
-        inputs_ndim = least if inputs_ndim is None else inputs_ndim
-        hidden = "".join(unused[: max(0, inputs_ndim - least)])
-        contraction = cls(
-            inputs.replace("...", hidden), kernel, outputs.replace("...", hidden)
-        )
-        contraction._check(equation, inputs_ndim)
-        return contraction
-
-    @classmethod
-    def general(
-        cls, inputs_ndim: int, axis: Iterable[int], batch: Iterable[int], outs: int
-    ) -> "Contraction":
-        """The equation of Flax's general dense layer.
-
-        It sums over the axes `axis` of the input. The kernel has those in `batch` too,
-        as stack axes, and `outs` axes of output features.
-        """
-        labels = string.ascii_letters[:inputs_ndim]
-        stack, ins = (
-            "".join(labels[k] for k in sorted(k % inputs_ndim for k in axes))
-            for axes in (batch, axis)
-        )
-        out = string.ascii_letters[inputs_ndim : inputs_ndim + outs]
-        free = "".join(c for c in labels if c not in stack + ins)
-        return cls(labels, stack + ins + out, stack + free + out)
+        ndim = least if inputs_ndim is None else inputs_ndim
+        hidden = "".join(unused[: max(0, ndim - least)])
+        inputs, outputs = (term.replace("...", hidden) for term in (inputs, outputs))
+        if len(inputs) != ndim:
+            raise ValueError(
+                f"{equation!r} takes an input of at least {len(inputs)} axes, "
+                f"got {ndim}"
+            )
+        x, w, y = map(set, terms := (inputs, kernel, outputs))
+        if "." in kernel or any(len(set(term)) < len(term) for term in terms):
+            raise ValueError(
+                f"{equation!r} must name each axis of the kernel, and each axis once"
+            )
+        summed = (x | w) - y
+        if not (y <= x | w and summed and summed <= x & w and w - x):
+            raise ValueError(
+                f"{equation!r} must sum over the axes that input and kernel share and "
+                "no other, and the kernel must add axes to the output"
+            )
+        return cls(inputs, kernel, outputs)
 
     @classmethod
     def from_axes(cls, axes: str, inputs_ndim: int) -> "Contraction":
@@ -103,24 +111,6 @@ class Contraction(Product):
         stack, ins, outs = ("".join(sizes(kernel, axes, letter)) for letter in "sio")
         equation = f"{stack}...{ins},{kernel}->{stack}...{outs}"
         return cls.parse(equation, inputs_ndim)
-
-    def _check(self, equation: str, inputs_ndim: int) -> None:
-        if len(self.inputs) != inputs_ndim:
-            raise ValueError(
-                f"{equation!r} takes an input of at least {len(self.inputs)} axes, "
-                f"got {inputs_ndim}"
-            )
-        x, w, y = set(self.inputs), set(self.kernel), set(self.outputs)
-        terms = (self.inputs, self.kernel, self.outputs)
-        if "." in self.kernel or any(len(set(t)) < len(t) for t in terms):
-            raise ValueError(
-                f"{equation!r} must name each axis of the kernel, and each axis once"
-            )
-        if y - (x | w) or (x | w) - y != x & w - y or not (x & w - y) or not w - x:
-            raise ValueError(
-                f"{equation!r} must sum over the axes that input and kernel share and "
-                "no other, and the kernel must add axes to the output"
-            )
 
     @property
     def einsum_labels(self) -> tuple[str, str, str]:
@@ -136,8 +126,7 @@ class Contraction(Product):
         return f"{self.inputs},{self.kernel}->{self.outputs}"
 
     def fits(self, axes: str) -> bool:
-        exchanged = self.axes.translate(str.maketrans("io", "oi"))
-        return axes in (self.axes, exchanged)
+        return axes in (self.axes, self.transposed.axes)
 
     def delta(self, delta: KernelDelta, x: jax.Array) -> jax.Array:
         for_rows = delta.rows if delta.axes == self.axes else delta.transposed_rows
@@ -157,6 +146,9 @@ class Contraction(Product):
                 f"scale of shape {shape} must broadcast against a kernel of "
                 f"{len(self.kernel)} axes"
             )
+        # sum_i x_i s_i w_io = sum_i (x_i s_i) w_io, and sum_i x_i w_io s_o =
+        # (sum_i x_i w_io) s_o: along inputs it goes to x, along outputs to y, and along
+        # a stack axis, which both have, to y.
         varies = {c: n for c, n in zip(self.kernel, shape, strict=True) if n > 1}
         for letters in (self.outputs, self.inputs):
             if varies.keys() <= set(letters):

@@ -43,6 +43,7 @@ class Convolution(Product):
         return (0, 0) if x.ndim >= len(self.axes) else None  # else a single image
 
     def delta(self, delta: KernelDelta, x: jax.Array) -> jax.Array:
+        # With several blocks C(x) is not one vector of q numbers.
         if delta.operator.block or not self.any_outputs:
             return self.convolve(x, delta.kernel())
         return delta.decompress(self.convolve(x, delta.compress_kernel()))

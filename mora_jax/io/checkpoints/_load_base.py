@@ -11,7 +11,7 @@ from jax.core import Tracer
 from jax.sharding import AbstractMesh, Sharding
 from jax.typing import DTypeLike
 
-from mora_jax._common.checks import floating_dtype
+from mora_jax._common.checks import check_dtype
 from mora_jax._common.suggestions import nearest_paths
 from mora_jax._common.types import Shape
 from mora_jax._plan.spec import SUFFIX
@@ -114,7 +114,7 @@ def _dtype(name: str, own: Any, asked: Any, stack: Mapping[Shape, Part]) -> np.d
     """Return the dtype of a leaf's result, where `own` is its dtype in `like`."""
     by_leaf = asked is None or isinstance(asked, str) and asked == "like"
     try:
-        dtype = floating_dtype(own if by_leaf else asked, "dtype")
+        dtype = check_dtype("dtype", own if by_leaf else asked)
     except TypeError as error:
         raise TypeError(
             f"dtype must be 'like' or a floating-point dtype for {name!r}: {error}"
