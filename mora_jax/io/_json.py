@@ -3,7 +3,7 @@
 import json
 import math
 import reprlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -55,15 +55,6 @@ def dump(value: Any) -> bytes:
     """Return readable JSON text; equal values give equal bytes."""
     text = json.dumps(value, indent=1, sort_keys=True, allow_nan=False)
     return f"{text}\n".encode()
-
-
-Fields = Mapping[str, tuple[type, Callable[[Any], Any]]]
-"""{key of a record: the type of its value, and how to get that from an object}."""
-
-
-def record_of(thing: Any, fields: Fields) -> dict[str, Any]:
-    """Return an object as a record that JSON can hold."""
-    return {key: get(thing) for key, (_, get) in fields.items()}
 
 
 def check_record(content: Any, kinds: Mapping[str, type], where: str) -> dict[str, Any]:

@@ -4,6 +4,7 @@ The safetensors library writes files. It reads local ones alone, accepts a key t
 occurs twice, and cannot give bfloat16 to NumPy. So headers are read and checked here.
 """
 
+import contextlib
 import io
 import math
 import re
@@ -73,31 +74,27 @@ class TensorFile:
           AdapterFileError: `path` is not a safetensors file.
         """
         self.path, self._data = path, data
-        if data is None:
-            self.header, self.size = read_header(path), size(path)
-        else:
-            self.header, self.size = _header(io.BytesIO(data), path.name), len(data)
-        content = _parsed(self.header, path.name)
-        content.pop("__metadata__", None)
-        self.entries = {name: self._entry(name, content[name]) for name in content}
+        self.header = read_header(path, data)
+        self.size = size(path) if data is None else len(data)
+        _, records = parse_header(self.header, path.name)
+        self.entries = {name: self._entry(name, records[name]) for name in records}
         end = len(self.header)
         for name, entry in sorted(self.entries.items(), key=lambda item: item[1][2:]):
             if entry.start != end or not entry.fits:
-                self._refuse(f"{short(name)} does not begin or end where it should")
+                raise _damaged(path.name, f"{short(name)} begins or ends elsewhere")
             end = entry.stop
         if end != self.size:
-            self._refuse(f"it must have {end:,} bytes, got {self.size:,}")
+            why = f"it must have {end:,} bytes, got {self.size:,}"
+            raise _damaged(path.name, why)
 
     def _entry(self, name: str, record: Any) -> Entry:
         check_record(record, ENTRY, f"{short(name)} of {self.path.name}")
         shape, ends = record["shape"], record["data_offsets"]
         if len(ends) != 2 or not all(type(n) is int and n >= 0 for n in shape + ends):
-            self._refuse(f"shape and data_offsets of {short(name)} must be integers")
+            why = f"shape and data_offsets of {short(name)} must be integers"
+            raise _damaged(self.path.name, why)
         start, stop = (len(self.header) + end for end in ends)
         return Entry(record["dtype"], tuple(shape), start, stop)
-
-    def _refuse(self, why: str) -> None:
-        raise _damaged(self.path.name, why)
 
     def __getitem__(self, name: str) -> np.ndarray:
         """Return a floating-point tensor, which is read now."""
@@ -119,8 +116,7 @@ class TensorFile:
 
     def _pieces(self, start: int, stop: int, step: int) -> Iterator[bytes]:
         """Yield the bytes from `start` to `stop`, `step` at a time."""
-        in_memory = None if self._data is None else io.BytesIO(self._data)
-        with in_memory or self.path.open("rb") as file:
+        with _opened(self.path, self._data) as file:
             file.seek(start)
             for place in range(start, stop, step or 1):
                 data = file.read(min(step, stop - place))
@@ -142,42 +138,39 @@ class TensorFile:
         return DTYPES[dtype]
 
 
-def read_header(path: Location) -> bytes:
-    """Return the bytes of a safetensors file before its first tensor."""
-    with missing_files(path), path.open("rb") as file:
-        return _header(file, path.name)
+@contextlib.contextmanager
+def _opened(path: Location, data: bytes | None) -> Iterator[IO[bytes]]:
+    if data is not None:
+        yield io.BytesIO(data)
+    else:
+        with missing_files(path), path.open("rb") as file:
+            yield file
 
 
-def _header(file: IO[bytes], name: str) -> bytes:
-    first = file.read(8)
-    length = int.from_bytes(first, "little")
-    if length > MAX_HEADER:
-        raise AdapterFileError(
-            f"{name} must have a header of at most {MAX_HEADER:,} bytes, got {length:,}"
-        )
-    header = first + file.read(length)
-    if len(header) < 8 + length:
-        raise _damaged(name, "its header is cut off")
-    return header
+def read_header(path: Location, data: bytes | None = None) -> bytes:
+    """Return the bytes of a safetensors file before its first tensor.
 
-
-def _parsed(header: bytes, name: str) -> dict[str, Any]:
-    content = parse(header[8:], name)
-    if not isinstance(content, dict):
-        raise _damaged(name, "its header must be a JSON object")
-    return content
-
-
-def metadata_of(data: bytes, name: str) -> dict[str, Any]:
-    """Return the texts that a safetensors file has beside its tensors.
-
-    `data` is the file's content, or its header alone, and `name` is for messages.
+    They are read from `data`, if the file's content is in memory.
     """
-    header = _header(io.BytesIO(data), name)
-    metadata = _parsed(header, name).get("__metadata__", {})
+    with _opened(path, data) as file:
+        first = file.read(8)
+        return first + file.read(min(int.from_bytes(first, "little"), MAX_HEADER))
+
+
+def parse_header(header: bytes, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the metadata of a safetensors file, and {name of a tensor: its record}.
+
+    Messages call the file `name`. The metadata are the texts beside the tensors.
+    """
+    whole = len(header) == 8 + int.from_bytes(header[:8], "little")
+    content = parse(header[8:], name) if whole else None
+    if not isinstance(content, dict):
+        why = f"it must begin with a JSON object of at most {MAX_HEADER:,} bytes"
+        raise _damaged(name, why)
+    metadata = content.pop("__metadata__", None) or {}
     if not isinstance(metadata, dict):
         raise _damaged(name, "its __metadata__ must be a JSON object")
-    return metadata
+    return metadata, content
 
 
 def _damaged(name: str, why: str) -> AdapterFileError:

@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import os
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
@@ -20,7 +21,7 @@ from mora_jax._plan.plan import Plan, check_plan
 from mora_jax._plan.spec import SUFFIX
 from mora_jax._tree.adapters import Tree, adapter_items, nest, trained_items
 from mora_jax._tree.base_digest import check_base, kernel_digests
-from mora_jax._tree.paths import find_kernel, named_leaves
+from mora_jax._tree.paths import check_leaf, find_kernel, named_leaves
 from mora_jax.io import _tensors
 from mora_jax.io._files import (
     CONFIG,
@@ -33,14 +34,7 @@ from mora_jax.io._files import (
     replace_files,
 )
 from mora_jax.io._json import dump, parse, plain, read_json, short
-from mora_jax.io._tensors import encode, to_numpy
-from mora_jax.io.native._records import (
-    Base,
-    check_plan_record,
-    describe_plan,
-    restore_plan,
-    shapes_of,
-)
+from mora_jax.io.native import _records
 
 FORMAT = "mora_jax adapter"
 
@@ -103,7 +97,7 @@ def load(
         leaves = named_leaves(params_or_shapes)
         kernels = {name: leaf for name, (_, leaf) in leaves.items()}
     adapters, plan = _settled(
-        path, read_bytes, lambda data, config: decode(data, config, kernels)
+        path, read_bytes, lambda data, config: _restored(data, config, kernels)
     )
     if kernels is not None and not any_base:
         try:
@@ -142,18 +136,16 @@ def _settled(
     read: Callable[[Location], bytes],
     use: Callable[[bytes, dict[str, Any]], T],
 ) -> T:
-    """Return what `use` makes of the bytes that `read` gives, and of the config.
-
-    Another process may be saving. A local file is read whole all the same, but a store
-    may give parts of two files, and the copy of the config may be of the next adapter.
-    So what is wrong counts only if the file is the same as at the last try.
-    """
+    """Return what `use` makes of the bytes that `read` gives, and of the config."""
+    # Another process may be saving. A local file is read whole all the same, but a
+    # store may give parts of two files, and the copy of the config may be of the next
+    # adapter. So an error counts only if the file is the same as at the last try.
     lock, before = contextlib.nullcontext(), None
     while True:
         with lock:
             data = read(directory / TENSORS)
             try:
-                config = parse_config(data)
+                config = _parse_config(data)
                 _check_copy(directory, config)
                 return use(data, config)
             except AdapterFileError:
@@ -165,12 +157,11 @@ def _settled(
 # --- Content of the file ---
 
 
-def parse_config(data: bytes) -> dict[str, Any]:
-    """Return the config of a file, its format, version, types and digest checked.
-
-    `data` is the content of the file, or its header alone.
-    """
-    texts, hint = _tensors.metadata_of(data, TENSORS), "io.load_peft_mora reads PEFT's"
+def _parse_config(data: bytes) -> dict[str, Any]:
+    """Return the config in a file or its header: format, version and digest checked."""
+    header = _tensors.read_header(Path(TENSORS), data)
+    texts, _ = _tensors.parse_header(header, TENSORS)
+    hint = "io.load_peft_mora reads PEFT's"
     if texts.keys() != {KEY} or not isinstance(texts[KEY], str):
         raise AdapterFileError(
             f"{TENSORS} is not of mora_jax: its metadata must hold {KEY!r} alone, got "
@@ -178,24 +169,22 @@ def parse_config(data: bytes) -> dict[str, Any]:
         )
     kinds = {"metadata": dict, "tensors_sha256": str, "sha256": str}
     content = parse(texts[KEY].encode(), WHERE)
-    content = check_plan_record(content, FORMAT, kinds, WHERE, hint)
-    if content["sha256"] != signature(content):
+    content = _records.check_plan_record(content, FORMAT, kinds, WHERE, hint)
+    if content["sha256"] != _signature(content):
         raise AdapterFileError(f"{WHERE} is damaged or edited: its SHA-256 differs")
     return content
 
 
-def decode(data: bytes, content: Mapping[str, Any], base: Base) -> tuple[Tree, Plan]:
-    """Return the adapters in a file and their plan, everything checked.
-
-    `data` is the content of the file, `content` its config, as `parse_config` gives
-    it, and `base` the model that the adapters must fit.
-    """
+def _restored(
+    data: bytes, content: Mapping[str, Any], base: _records.Base
+) -> tuple[Tree, Plan]:
+    """Return the adapters in a file, whose config is `content`, and their plan."""
     arrays = _tensors.decode(data, TENSORS)
     if not content["layers"]:
         raise AdapterFileError(f"{WHERE} must have an adapter, got none")
-    if content["tensors_sha256"] != digest_of(arrays):
+    if content["tensors_sha256"] != _digest(arrays):
         raise AdapterFileError(f"{TENSORS} is damaged: the SHA-256 of tensors differs")
-    plan, leaves = restore_plan(content, WHERE, base, arrays)
+    plan, leaves = _records.restore_plan(content, WHERE, base, arrays)
     if arrays:
         names = short(sorted(arrays))
         raise AdapterFileError(
@@ -225,12 +214,13 @@ def is_ours(directory: Location, name: str) -> bool:
     nothing is an `AdapterFileError`.
     """
     if name == TENSORS:
-        return KEY in _tensors.metadata_of(_tensors.read_header(directory / name), name)
+        header = _tensors.read_header(directory / name)
+        return KEY in _tensors.parse_header(header, name)[0]
     content = read_json(directory / name)
     return isinstance(content, dict) and content.get("format") == FORMAT
 
 
-def digest_of(arrays: Mapping[str, np.ndarray]) -> str:
+def _digest(arrays: Mapping[str, np.ndarray]) -> str:
     """Return the SHA-256 of the bytes of all arrays in the order of their names."""
     digest = hashlib.sha256()
     for name in sorted(arrays):
@@ -238,7 +228,7 @@ def digest_of(arrays: Mapping[str, np.ndarray]) -> str:
     return digest.hexdigest()
 
 
-def signature(content: Mapping[str, Any]) -> str:
+def _signature(content: Mapping[str, Any]) -> str:
     """Return the SHA-256 of a config without itself."""
     signed = {key: value for key, value in content.items() if key != "sha256"}
     return hashlib.sha256(dump(signed)).hexdigest()
@@ -311,45 +301,39 @@ def replace_adapter(
         plan = _with_digests(check_plan(plan), params)
     tensors, config = _encode(adapters, plan, kept)
     # Nothing is written that cannot be read.
-    decode(tensors, parse_config(tensors), shapes_of(plan))
+    _restored(tensors, _parse_config(tensors), _records.shapes_of(plan))
     if not force:
         _refuse_foreign_adapter(path)
     replace_files(path, tensors, config)
 
 
 def _encode(adapters: Any, plan: Plan, metadata: dict[str, Any]) -> tuple[bytes, bytes]:
-    """Return the content of the file, and its config.
-
-    `metadata` are the values that the user wants to keep, as JSON holds them.
-    """
-    arrays: dict[str, np.ndarray] = {}
-    dtypes = {}
-    for spec, m in adapter_items(adapters, plan):
+    """Return the content of the file, and its config with the user's `metadata`."""
+    to_numpy, arrays = _tensors.to_numpy, {}
+    items = adapter_items(adapters, plan)
+    content = _records.describe_plan(plan, FORMAT)
+    for (spec, m), layer in zip(items, content["layers"], strict=True):
         name = f"{spec.name}{SUFFIX}"
         arrays[name] = to_numpy(name, m)
-        dtypes[spec.name] = m.dtype
+        layer["dtype"] = arrays[name].dtype.name
         if spec.operator.given:
             fields = spec.operator.arrays
             arrays |= {f"{name}/{f}": getattr(spec.operator, f) for f in fields}
     for array, copy in trained_items(adapters, plan):
         arrays[array.name] = to_numpy(array.name, copy)
-    content = describe_plan(plan, FORMAT, dtypes)
-    content |= {"metadata": metadata, "tensors_sha256": digest_of(arrays)}
-    content["sha256"] = signature(content)
+    content |= {"metadata": metadata, "tensors_sha256": _digest(arrays)}
+    content["sha256"] = _signature(content)
     config = dump(content)
-    return encode(arrays, {KEY: config.decode()}), config
+    return _tensors.encode(arrays, {KEY: config.decode()}), config
 
 
 def _with_digests(plan: Plan, params: Any) -> Plan:
     """Return the plan with digests of the base's kernels."""
     leaves, specs = named_leaves(params), []
     for spec in plan.specs:
-        _, kernel = leaves.get(spec.name, ((), None))
-        if kernel is not None and tuple(kernel.shape) != spec.kernel_shape:
-            raise ValueError(
-                f"{spec.name} in params must have shape {spec.kernel_shape}, got "
-                f"{tuple(kernel.shape)}"
-            )
+        if spec.name in leaves:
+            _, kernel = leaves[spec.name]
+            check_leaf(kernel, f"{spec.name} in params", spec.kernel_shape)
         _, kernel = find_kernel(leaves, spec)
         if not isinstance(kernel, jax.Array | np.ndarray) or isinstance(kernel, Tracer):
             raise TypeError(

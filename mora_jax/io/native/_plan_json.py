@@ -39,9 +39,7 @@ def plan_to_json(plan: Plan) -> str:
                 f"{spec.name}: JSON cannot hold the directions of a "
                 f"{spec.operator.name}; keep the plan with mora_jax.save"
             )
-    dtypes = {spec.name: spec.param_dtype for spec in plan.specs}
-    content = describe_plan(plan, FORMAT, dtypes)
-    return dump(content | {"digest": plan.digest()}).decode()
+    return dump(describe_plan(plan, FORMAT) | {"digest": plan.digest()}).decode()
 
 
 def plan_from_json(text: str, like: Plan | None = None) -> Plan:

@@ -15,20 +15,26 @@ import numpy as np
 from mora_jax._common.axes import check_axes, features, sizes
 from mora_jax._common.checks import check_finite, check_kernel
 from mora_jax._common.suggestions import lacking
-from mora_jax._common.types import Path, Shape
+from mora_jax._common.types import Path
 from mora_jax._plan.plan import Plan
 from mora_jax._plan.settings import AdapterSettings
 from mora_jax._plan.spec import SUFFIX, AdapterSpec, operator_settings
 from mora_jax._plan.trained_arrays import TrainedArray
 from mora_jax.io._files import AdapterFileError
-from mora_jax.io._json import Fields, check_record, dump, record_of, short
+from mora_jax.io._json import check_record, dump, short
 from mora_jax.operators import Operator, Subspace, make_operator
+
+VERSION = 1
+"""The version of both formats. A reader refuses every other version."""
 
 LARGEST_WIDTH = 2**22
 """The most features on either side of a kernel that a file may describe."""
 
 LARGEST_ARRAY = 2**28
 """The most numbers in an array that is made from a file alone."""
+
+Fields = Mapping[str, tuple[type, Callable[[Any], Any]]]
+"""{key of a record: the type of its value, and how to get that from an object}."""
 
 LAYER: Fields = {
     "path": (list, lambda spec: list(spec.path)),
@@ -43,8 +49,131 @@ LAYER: Fields = {
 }
 """The record of an adapter; its `dtype` is the one that M has in the file."""
 
+TRAINED: Fields = {
+    "path": (list, lambda array: list(array.path)),
+    "shape": (list, lambda array: list(array.shape)),
+    "dtype": (str, lambda array: jnp.dtype(array.dtype).name),
+    "base_dtype": (str, lambda array: jnp.dtype(array.base_dtype).name),
+}
+"""The record of an array that trains itself."""
+
+PLAN: Fields = {
+    "library_version": (str, lambda plan: version("mora-jax")),
+    "base_parameters": (int, lambda plan: plan.base_parameters),
+    "traced": (bool, lambda plan: plan.traced),
+    "layers": (list, lambda plan: [record_of(s, LAYER) for s in plan.specs]),
+    "trained": (list, lambda plan: [record_of(a, TRAINED) for a in plan.trained]),
+}
+"""The record of a plan, beside its format and version."""
+
 Base = Mapping[str, Any] | None
 """{path: array or shape} of the model that a file must fit; None for any model."""
+
+
+def record_of(thing: Any, fields: Fields) -> dict[str, Any]:
+    """Return an object as a record that JSON can hold."""
+    return {key: get(thing) for key, (_, get) in fields.items()}
+
+
+def describe_plan(plan: Plan, name: str) -> dict[str, Any]:
+    """Return the record of a plan in the format `name`."""
+    return {"format": name, "format_version": VERSION} | record_of(plan, PLAN)
+
+
+def check_plan_record(
+    content: Any, name: str, kinds: dict[str, type], where: str, hint: str
+) -> dict[str, Any]:
+    """Return a parsed record if it is of the format `name`, in the version read here.
+
+    Messages call the record `where`, and `hint` says what else to do with others.
+    """
+    if not isinstance(content, dict) or content.get("format") != name:
+        raise AdapterFileError(
+            f"{where} is not of mora_jax: its format must be {name!r}; {hint}"
+        )
+    written = content.get("format_version")
+    if type(written) is not int or written != VERSION:
+        raise AdapterFileError(
+            f"format_version of {where} must be {VERSION}, got {short(written)}: "
+            "another mora_jax is needed for other versions, such as a newer one"
+        )
+    kinds = {key: kind for key, (kind, _) in PLAN.items()} | kinds
+    kinds |= {"format": str, "format_version": int}
+    if (count := check_record(content, kinds, where)["base_parameters"]) < 1:
+        raise AdapterFileError(
+            f"base_parameters of {where} must be a positive integer, got {short(count)}"
+        )
+    return content
+
+
+def restore_plan(
+    content: Mapping[str, Any],
+    where: str,
+    base: Base,
+    arrays: dict[str, np.ndarray] | None,
+) -> tuple[Plan, dict[Path, np.ndarray]]:
+    """Undo `describe_plan`: return the plan, and {path: array} of what is trained.
+
+    Everything is checked, and nothing is filled in. `content` has passed
+    `check_plan_record`; messages call it `where`, and name the layer. What belongs to
+    the plan is taken out of `arrays`, the file's; None stands for a plan alone.
+    """
+    leaves: dict[Path, np.ndarray] = {}
+    parts: dict[str, dict[str, Any]] = {"layers": {}, "trained": {}}
+    for key, kind, suffix, fields, undo in (
+        ("layers", "kernel", SUFFIX, LAYER, restore),
+        ("trained", "array", "", TRAINED, _restore_trained),
+    ):
+        for number, record in enumerate(content[key]):
+            here = f"{key}[{number}] of {where}"
+            path = _path_of(record, fields, here)
+            if (name := "/".join(path)) in parts[key]:
+                raise AdapterFileError(f"{here} is {name!r}, which is there twice")
+            try:
+                array, given = _take(arrays, name + suffix)
+                own = _in_model(base, name, kind)
+                parts[key][name] = undo(record, array, own, given)
+            except (TypeError, ValueError, OverflowError) as error:
+                raise AdapterFileError(f"{name} of {where}: {error}") from error
+            if array is not None:
+                leaves[*path[:-1], path[-1] + suffix] = array
+    specs, trained = (tuple(named.values()) for named in parts.values())
+    plan = Plan(specs, content["base_parameters"], content["traced"], trained=trained)
+    return plan, leaves
+
+
+def _path_of(record: Any, fields: Fields, where: str) -> list[str]:
+    """Return the path in a record, whose keys, types and path are checked."""
+    kinds = {key: kind for key, (kind, _) in fields.items()}
+    path = check_record(record, kinds, where)["path"]
+    # A user may write the tree as directories.
+    names = all(isinstance(p, str) and p not in ("", ".", "..") for p in path)
+    if not path or not names:
+        raise AdapterFileError(f"{where} must have a path of names, got {short(path)}")
+    return path
+
+
+def _take(
+    arrays: dict[str, np.ndarray] | None, name: str
+) -> tuple[np.ndarray | None, dict[str, np.ndarray]]:
+    """Take an array out of a file's, and the operator's arrays if it is an M."""
+    if arrays is None:
+        return None, {}
+    if name not in arrays:
+        raise ValueError(f"the file lacks {name}")
+    check_finite(arrays[name], name, " in the file")
+    below = [key for key in arrays if key.startswith(f"{name}/")]
+    given = below if name.endswith(SUFFIX) else []
+    return arrays.pop(name), {n.removeprefix(f"{name}/"): arrays.pop(n) for n in given}
+
+
+def _in_model(base: Base, name: str, kind: str) -> Any:
+    """Return what the model has at a path, if a model is given."""
+    if base is None:
+        return None
+    if name not in base:
+        raise ValueError(f"the model has no such {kind}{lacking(name, base)}")
+    return base[name]
 
 
 def describe(spec: AdapterSpec, dtype: Any) -> dict[str, Any]:
@@ -55,16 +184,13 @@ def describe(spec: AdapterSpec, dtype: Any) -> dict[str, Any]:
 def restore(
     record: Mapping[str, Any],
     m: np.ndarray | None,
-    base: Base,
+    kernel: Any,
     given: Mapping[str, np.ndarray],
 ) -> AdapterSpec:
-    """Undo `describe`. Everything is checked, and nothing is filled in.
+    """Undo `describe` for the trained array `m`; None if a file has no arrays.
 
-    Args:
-      record: The parsed record, with the keys and types of `LAYER`.
-      m: The trained array as the file has it; None for a file without arrays.
-      base: The model that the adapter must fit.
-      given: {name: array} of the operator's arrays, where no settings determine them.
+    `kernel` is the model's, None for any model, and `given` are {name: array} of the
+    operator, where no settings determine them.
     """
     shape, q = tuple(record["kernel_shape"]), record["square_rank"]
     if not all(type(size) is int and size > 0 for size in (*shape, q)):
@@ -72,18 +198,28 @@ def restore(
             "kernel_shape and square_rank must be positive integers, "
             f"got {short(shape)} and {short(q)}"
         )
-    axes = check_axes(record["axes"], len(shape))
-    widths = features(shape, axes)
-    if base is None:
+    axes, digests = check_axes(record["axes"], len(shape)), record["base_digest"]
+    widths, stack = features(shape, axes), math.prod(sizes(shape, axes, "s"))
+    if kernel is None:
         _check_size(widths, q, "seed" in record["operator"], m is not None)
     else:
-        _check_kernel(base, "/".join(record["path"]), shape)
+        check_kernel(kernel, "the model's kernel")
+        if tuple(kernel.shape) != shape:
+            raise ValueError(
+                f"the model's kernel must have shape {shape}, got {tuple(kernel.shape)}"
+            )
+    listed = re.fullmatch(r'\[("[0-9a-f]{64}",? ?)*\]', json.dumps(digests))
+    if digests is not None and not (listed and len(digests) == stack):
+        raise ValueError(
+            f"base_digest must be null or {stack} times 64 hex digits, "
+            f"got {short(digests)}"
+        )
     spec = AdapterSpec(
         _operator(record["operator"], (*widths, q), given),
         kernel_shape=shape,
         axes=axes,
         path=tuple(record["path"]),
-        base_digest=_digests(record["base_digest"], math.prod(sizes(shape, axes, "s"))),
+        base_digest=digests and tuple(digests),
         **vars(AdapterSettings.from_json(record["settings"])),
     )
     if m is not None and m.shape != spec.shape:
@@ -122,36 +258,6 @@ def _check_size(widths: tuple[int, int], q: int, seeded: bool, has_array: bool) 
             f"a kernel of {widths[0]} -> {widths[1]} features with q = {q} takes too "
             "much memory for a file alone to ask for; give the model's params or plan"
         )
-
-
-def _check_kernel(base: Mapping[str, Any], name: str, shape: Shape) -> None:
-    """Raise unless the model has a kernel of a shape at a path."""
-    kernel = in_model(base, name, "kernel")
-    if tuple(kernel.shape) != shape:
-        raise ValueError(
-            f"the model's kernel must have shape {shape}, got {tuple(kernel.shape)}"
-        )
-    check_kernel(kernel, name)
-
-
-def in_model(base: Mapping[str, Any], name: str, kind: str) -> Any:
-    """Return what the model has at a path, which messages call `kind`."""
-    if name not in base:
-        raise ValueError(f"the model has no such {kind}{lacking(name, base)}")
-    return base[name]
-
-
-def _digests(digests: Any, count: int) -> tuple[str, ...] | None:
-    """Return the digests of the base's kernel, one for each index of its stack."""
-    if digests is None:
-        return None
-    hexadecimal = re.fullmatch(r'\[("[0-9a-f]{64}",? ?)*\]', json.dumps(digests))
-    if not hexadecimal or len(digests) != count:
-        raise ValueError(
-            f"base_digest must be null or {count} times 64 hex digits, "
-            f"got {short(digests)}"
-        )
-    return tuple(digests)
 
 
 def _operator(
@@ -193,147 +299,8 @@ def _fingerprint(operator: Operator) -> tuple[float, ...]:
     return tuple(float(f"{terms[k::4].sum():.5g}") for k in range(4))
 
 
-VERSION = 1
-"""The version of both formats. A reader refuses every other version."""
-
-KINDS = {
-    "format": str,
-    "format_version": int,
-    "library_version": str,
-    "base_parameters": int,
-    "traced": bool,
-    "layers": list,
-    "trained": list,
-}
-
-TRAINED: Fields = {
-    "path": (list, lambda array: list(array.path)),
-    "shape": (list, lambda array: list(array.shape)),
-    "dtype": (str, lambda array: jnp.dtype(array.dtype).name),
-    "base_dtype": (str, lambda array: jnp.dtype(array.base_dtype).name),
-}
-"""The record of an array that trains itself."""
-
-Restore = Callable[[dict[str, Any], Any, Base, Any], Any]
-"""Function of a record, its array, the model and the arrays of its operator."""
-
-
-def describe_plan(plan: Plan, name: str, dtypes: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the record of a plan in the format `name`.
-
-    `dtypes` are {path of a kernel: dtype of its trained array}.
-    """
-    return {
-        "format": name,
-        "format_version": VERSION,
-        "library_version": version("mora-jax"),
-        "base_parameters": plan.base_parameters,
-        "traced": plan.traced,
-        "layers": [describe(spec, dtypes[spec.name]) for spec in plan.specs],
-        "trained": [record_of(array, TRAINED) for array in plan.trained],
-    }
-
-
-def check_plan_record(
-    content: Any, name: str, kinds: dict[str, type], where: str, hint: str
-) -> dict[str, Any]:
-    """Return a parsed record if it is of the format `name`, in the version read here.
-
-    Messages call the record `where`, and `hint` says what else to do with others.
-    """
-    if not isinstance(content, dict) or content.get("format") != name:
-        raise AdapterFileError(
-            f"{where} is not of mora_jax: its format must be {name!r}; {hint}"
-        )
-    written = content.get("format_version")
-    if type(written) is not int or written != VERSION:
-        raise AdapterFileError(
-            f"format_version of {where} must be {VERSION}, got {short(written)}: "
-            "another mora_jax is needed for other versions, such as a newer one"
-        )
-    return check_record(content, KINDS | kinds, where)
-
-
-def restore_plan(
-    content: Mapping[str, Any],
-    where: str,
-    base: Base,
-    arrays: dict[str, np.ndarray] | None,
-) -> tuple[Plan, dict[Path, np.ndarray]]:
-    """Undo `describe_plan`. Everything is checked, and nothing is filled in.
-
-    Args:
-      content: The record, which `check_plan_record` has seen.
-      where: The name of the record in messages, which also name the layer.
-      base: The model that the plan must fit.
-      arrays: The arrays of the file, from which the plan's are taken; None for a plan
-        without arrays.
-
-    Returns:
-      The plan, and {path: array} of what is trained.
-    """
-    if content["base_parameters"] < 1:
-        raise AdapterFileError(
-            f"base_parameters of {where} must be a positive integer, "
-            f"got {short(content['base_parameters'])}"
-        )
-    leaves: dict[Path, np.ndarray] = {}
-
-    def each(key: str, fields: Fields, suffix: str, restore: Restore) -> tuple:
-        restored = []
-        for name, record in _by_name(content, key, fields, where).items():
-            *parents, last = record["path"]
-            array, given = None, {}
-            try:
-                if arrays is not None:
-                    array, given = _take(arrays, name + suffix)
-                    leaves[*parents, last + suffix] = array
-                restored.append(restore(record, array, base, given))
-            except (TypeError, ValueError, OverflowError) as error:
-                raise AdapterFileError(f"{name} of {where}: {error}") from error
-        return tuple(restored)
-
-    specs = each("layers", LAYER, SUFFIX, restore)
-    trained = each("trained", TRAINED, "", _restore_trained)
-    plan = Plan(specs, content["base_parameters"], content["traced"], trained=trained)
-    return plan, leaves
-
-
-def _by_name(
-    content: Mapping[str, Any], key: str, fields: Fields, where: str
-) -> dict[str, Any]:
-    """Return {slash-joined path: record}, each with the right keys, types and path."""
-    kinds = {key: kind for key, (kind, _) in fields.items()}
-    named: dict[str, Any] = {}
-    for number, record in enumerate(content[key]):
-        here = f"{key}[{number}] of {where}"
-        path = check_record(record, kinds, here)["path"]
-        names = all(isinstance(p, str) and p not in ("", ".", "..") for p in path)
-        if not path or not names:
-            raise AdapterFileError(
-                f"{here} must have a path of names, got {short(path)}"
-            )
-        name = "/".join(path)
-        if name in named:
-            raise AdapterFileError(f"{here} is {name!r}, which is there twice")
-        named[name] = record
-    return named
-
-
-def _take(
-    arrays: dict[str, np.ndarray], name: str
-) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Take an array out of a file's, and the operator's arrays if it is an M."""
-    if name not in arrays:
-        raise ValueError(f"the file lacks {name}")
-    check_finite(arrays[name], name, " in the file")
-    below = [key for key in arrays if key.startswith(f"{name}/")]
-    given = below if name.endswith(SUFFIX) else []
-    return arrays.pop(name), {n.removeprefix(f"{name}/"): arrays.pop(n) for n in given}
-
-
 def _restore_trained(
-    record: Mapping[str, Any], array: np.ndarray | None, base: Base, _: Any
+    record: Mapping[str, Any], array: np.ndarray | None, own: Any, _: Any
 ) -> TrainedArray:
     shape, dtypes = tuple(record["shape"]), (record["dtype"], record["base_dtype"])
     if not all(type(size) is int and size >= 0 for size in shape):
@@ -341,8 +308,8 @@ def _restore_trained(
     trained = TrainedArray(tuple(record["path"]), shape, *dtypes)
     if dump(record_of(trained, TRAINED)) != dump(record):
         raise ValueError(f"its dtypes must be names of dtypes, got {short(dtypes)}")
-    if base is not None:
-        trained.check(in_model(base, trained.name, "array"), " in the model")
+    if own is not None:
+        trained.check(own, " in the model")
     if array is not None:
         trained.check(array, " in the file")
     return trained
