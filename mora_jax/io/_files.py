@@ -1,6 +1,7 @@
 """Paths and URLs, and files that are there whole or not at all."""
 
 import contextlib
+import errno
 import os
 import re
 import sys
@@ -33,18 +34,8 @@ PACKAGES = {"gs": "gcsfs", "s3": "s3fs", "az": "adlfs"}
 def as_path(argument: str, value: object) -> Location:
     """Return the path that a user's argument names, a `str` or a path object.
 
-    `~` is the home directory, and `file://` begins a local path. epath opens the other
-    URLs: `gs://`, `s3://`, `az://` and the schemes that `epath.register_path_cls` has
-    registered.
-
-    Returns:
-      A `pathlib.Path` for a local path, since saving locks and renames it; otherwise an
-      `epath.Path`.
-
-    Raises:
-      TypeError: The value is neither text nor a path.
-      ValueError: The scheme of a URL is unknown, or the value is empty or malformed.
-      ImportError: The package that opens such URLs is not installed.
+    A local one is a `pathlib.Path`, without `~` and `file://`. The others are those of
+    epath: `gs://`, `s3://`, `az://` and what `epath.register_path_cls` has registered.
     """
     if not isinstance(value, str | os.PathLike):
         raise TypeError(
@@ -150,14 +141,16 @@ def missing_files(path: Location) -> Iterator[None]:
     """Turn the errors of a missing file, or of a directory there, into ours."""
     try:
         if is_local(path) and path.exists() and not path.is_file():
-            raise AdapterFileError(f"{path} is a directory or a device, not a file")
+            raise IsADirectoryError  # or a pipe, of which a read might never end
         yield
+    except IsADirectoryError:
+        raise AdapterFileError(
+            f"{path} is a directory or a device, not a file"
+        ) from None
     except FileNotFoundError:
         raise AdapterFileError(f"there is no {path.name} in {path.parent}") from None
     except NotADirectoryError:
         raise AdapterFileError(f"{path.parent} is not a directory") from None
-    except IsADirectoryError:
-        raise AdapterFileError(f"{path} is a directory, not a file") from None
 
 
 def read_bytes(path: Location) -> bytes:
@@ -167,10 +160,8 @@ def read_bytes(path: Location) -> bytes:
 
 
 def entries(directory: Location) -> list[Location]:
-    """Return the entries of a directory, none if it does not exist.
-
-    In an object store a directory without objects does not exist.
-    """
+    """Return the entries of a directory, none if it does not exist."""
+    # In an object store a directory without objects does not exist.
     return list(directory.iterdir()) if directory.exists() else []
 
 
@@ -180,10 +171,10 @@ def entries(directory: Location) -> list[Location]:
 def replace_files(directory: Location, tensors: bytes, config: bytes) -> None:
     """Replace an adapter by one rename, and the copy of its config around it.
 
-    The directory itself is not replaced, since it may hold files of the user. The copy
-    is removed before the rename and written after it. So at any moment a copy that is
-    there is of the adapter that is there, on a disk that loses its power, too.
+    So at any moment a copy that is there is of the adapter that is there, on a disk
+    that loses its power, too.
     """
+    # The directory itself is not replaced, since it may hold files of the user.
     if directory.exists() and not directory.is_dir():
         raise NotADirectoryError(f"directory must be a directory, got {directory}")
     directory.mkdir(parents=True, exist_ok=True)
@@ -223,18 +214,16 @@ def _write(path: Location, chunks: Iterable[bytes]) -> None:
 def write_directory(path: Location, files: Files) -> None:
     """Write all files of a directory; if an error occurs, none of them is there.
 
-    A local directory gets the name `path` only at the end, when it replaces what was
-    there. If something was there, neither exists for an instant between two renames.
-
-    An object store lacks directories to rename. What was at `path` is removed first,
-    and a process that is killed leaves the files that it had written. So the last file
-    should be the one that readers look for first.
+    A process that is killed leaves a local directory that is whole or as it was, but of
+    an object store's the files that it had written. So the last file should be the one
+    that readers look for first.
     """
     with _naming(path):
         if is_local(path):
             _replace_directory(path, files)
             return
-        # A config goes first, so that nothing takes the remainder for a whole.
+        # A store lacks directories to rename, so the old files make room. A config goes
+        # first, so that nothing takes the remainder for a whole.
         for file in sorted(entries(path), key=lambda file: file.suffix != ".json"):
             if file.is_file():
                 file.unlink(missing_ok=True)
@@ -257,7 +246,7 @@ def _replace_directory(path: Path, files: Files) -> None:
         try:
             with contextlib.suppress(FileNotFoundError):
                 os.rename(path, old)
-            os.rename(new, path)
+            os.rename(new, path)  # before, for an instant, neither is there
         except BaseException:
             if old.exists() and not path.exists():
                 os.rename(old, path)
@@ -271,18 +260,16 @@ def _naming(path: Location) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        named = None if error.filename is None else os.fspath(error.filename)
-        if error.errno is not None and (named is None or TEMPORARY in named):
-            raise OSError(error.errno, error.strerror, os.fspath(path)) from None
-        if TEMPORARY in str(error):
-            text = re.sub(rf"{re.escape(TEMPORARY)}[\w.]*", path.name, str(error))
-            raise OSError(text) from None
-        raise
+        nameless = error.errno is not None and error.filename is None
+        if not nameless and TEMPORARY not in str(error):
+            raise
+        why = error.strerror or re.sub(rf"{TEMPORARY}[\w.]*", path.name, str(error))
+        raise OSError(error.errno or errno.EIO, why, os.fspath(path)) from None
 
 
 @contextlib.contextmanager
 def _descriptor(directory: Location) -> Iterator[int | None]:
-    """Descriptor of a local directory; None on Windows and in object stores."""
+    """Open a local directory; None on Windows and in object stores."""
     if os.name == "nt" or not is_local(directory):
         yield None
         return

@@ -83,18 +83,15 @@ def check_record(content: Any, kinds: Mapping[str, type], where: str) -> dict[st
 def plain(value: Any, name: str) -> Any:
     """Return what a user wants to keep in the types that JSON gives back.
 
-    Messages call the value `name`, followed by the keys that lead to the faulty part.
-
-    Raises:
-      TypeError: JSON cannot hold a part of the value, or a key is not a text.
-      ValueError: A number is not finite, or the value holds itself.
+    An error calls the value `name`, followed by the keys that lead to the faulty part:
+    a TypeError if JSON cannot hold it, and a ValueError for NaN, infinity, and values
+    that hold themselves.
     """
     rule = f"{name} must be something that JSON can hold"
     try:
         if isinstance(value, Mapping):
-            for key in value:
-                if not isinstance(key, str):
-                    raise TypeError(f"{rule}: its keys must be texts, got {key!r}")
+            if odd := [key for key in value if not isinstance(key, str)]:
+                raise TypeError(f"{rule}: its keys must be texts, got {odd[0]!r}")
             return {key: plain(part, f"{name}[{key!r}]") for key, part in value.items()}
         if isinstance(value, list | tuple):
             return [plain(part, f"{name}[{k}]") for k, part in enumerate(value)]
@@ -104,13 +101,13 @@ def plain(value: Any, name: str) -> Any:
         raise ValueError(f"{rule}, got {value!r}")
     if value is None or isinstance(value, bool | int | float | str):
         return value
-    kind = type(value).__name__
-    if not isinstance(value, jax.Array | np.ndarray | np.generic):
-        raise TypeError(f"{rule}, got an object of type {kind}")
-    scalar = {"b": "bool", "i": "int", "u": "int"}.get(value.dtype.kind, "float")
-    advice = ".tolist()" if value.shape else f"{scalar}(...)"
-    kind = "jax.Array" if isinstance(value, jax.Array) else f"numpy.{kind}"
-    raise TypeError(f"{rule}, got a {kind}: say {advice}")
+    kind, advice = f"an object of type {type(value).__name__}", ""
+    if isinstance(value, jax.Array | np.ndarray | np.generic):
+        is_jax, number = isinstance(value, jax.Array), value.dtype.kind
+        kind = "a jax.Array" if is_jax else f"a numpy.{type(value).__name__}"
+        scalar = {"b": "bool", "i": "int", "u": "int"}.get(number, "float")
+        advice = ": say .tolist()" if value.shape else f": say {scalar}(...)"
+    raise TypeError(f"{rule}, got {kind}{advice}")
 
 
 def short(value: object) -> str:

@@ -278,20 +278,19 @@ def save(
       >>> adapters["fc"]["kernel_mora"].shape, same == plan
       ((8, 8), True)
     """
-    replace_adapter(directory, adapters, plan, metadata, params=params)
+    path = as_path("directory", directory)
+    _refuse_foreign_adapter(path)
+    replace_adapter(path, adapters, plan, metadata, params)
 
 
 def replace_adapter(
-    directory: str | os.PathLike[str],
+    directory: Location,
     adapters: Any,
     plan: Plan,
-    metadata: Mapping[str, Any] | None = None,
-    *,
+    metadata: Mapping[str, Any] | None,
     params: Any = None,
-    force: bool = False,
 ) -> None:
-    """Do the same as `save`; with `force`, replace adapters of other formats, too."""
-    path = as_path("directory", directory)
+    """Do the same as `save`, also where the adapter of another format is."""
     if metadata is not None and not isinstance(metadata, Mapping):
         raise TypeError(
             f"metadata must map names to what JSON can hold, got {short(metadata)}"
@@ -302,9 +301,7 @@ def replace_adapter(
     tensors, config = _encode(adapters, plan, kept)
     # Nothing is written that cannot be read.
     _restored(tensors, _parse_config(tensors), _records.shapes_of(plan))
-    if not force:
-        _refuse_foreign_adapter(path)
-    replace_files(path, tensors, config)
+    replace_files(directory, tensors, config)
 
 
 def _encode(adapters: Any, plan: Plan, metadata: dict[str, Any]) -> tuple[bytes, bytes]:
