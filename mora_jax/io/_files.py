@@ -99,16 +99,13 @@ def _is_remote(value: Any) -> bool:
 
 
 def _remote(argument: str, text: str, scheme: str) -> Location:
-    where = f"{argument} is the URL {text!r}, which"
     try:
         from etils import epath
-    except ImportError as error:
-        raise ImportError(f"{where} needs etils: pip install mora-jax[io]") from error
-    try:
+
         if scheme == "hf":  # each file that is written there would make a commit
             raise KeyError(scheme)
         path = epath.Path(text)
-        path.exists()
+        path.exists()  # raises if the package that opens such URLs is missing
     except KeyError:
         known = ", ".join(f"{name}://" for name in PACKAGES)
         advice = "; download it first" * (scheme in ("http", "https", "hf"))
@@ -117,9 +114,11 @@ def _remote(argument: str, text: str, scheme: str) -> Location:
             f"is registered with epath, got {text!r}{advice}"
         ) from None
     except ImportError as error:
-        package = PACKAGES.get(scheme)
-        advice = f"; pip install {package}" if package else ""
-        raise ImportError(f"{where} cannot be opened: {error}{advice}") from error
+        package = "mora-jax[io]" if error.name == "etils" else PACKAGES.get(scheme)
+        raise ImportError(
+            f"{argument} is the URL {text!r}, which cannot be opened: {error}"
+            + f"; pip install {package}" * bool(package)
+        ) from error
     return path
 
 

@@ -77,8 +77,18 @@ class TensorFile:
         self.header = read_header(path, data)
         self.size = size(path) if data is None else len(data)
         _, records = parse_header(self.header, path.name)
-        self.entries = {name: self._entry(name, records[name]) for name in records}
+        self.entries: dict[str, Entry] = {}
+        for name, record in records.items():
+            check_record(record, ENTRY, f"{short(name)} of {path.name}")
+            shape, ends = record["shape"], record["data_offsets"]
+            counts = all(type(n) is int and n >= 0 for n in shape + ends)
+            if not counts or len(ends) != 2:
+                why = f"shape and data_offsets of {short(name)} must be integers"
+                raise _damaged(path.name, why)
+            start, stop = (len(self.header) + end for end in ends)
+            self.entries[name] = Entry(record["dtype"], tuple(shape), start, stop)
         end = len(self.header)
+        # Tensors lie one after the other, so that no byte is of two or of none.
         for name, entry in sorted(self.entries.items(), key=lambda item: item[1][2:]):
             if entry.start != end or not entry.fits:
                 raise _damaged(path.name, f"{short(name)} begins or ends elsewhere")
@@ -86,15 +96,6 @@ class TensorFile:
         if end != self.size:
             why = f"it must have {end:,} bytes, got {self.size:,}"
             raise _damaged(path.name, why)
-
-    def _entry(self, name: str, record: Any) -> Entry:
-        check_record(record, ENTRY, f"{short(name)} of {self.path.name}")
-        shape, ends = record["shape"], record["data_offsets"]
-        if len(ends) != 2 or not all(type(n) is int and n >= 0 for n in shape + ends):
-            why = f"shape and data_offsets of {short(name)} must be integers"
-            raise _damaged(self.path.name, why)
-        start, stop = (len(self.header) + end for end in ends)
-        return Entry(record["dtype"], tuple(shape), start, stop)
 
     def __getitem__(self, name: str) -> np.ndarray:
         """Return a floating-point tensor, which is read now."""
