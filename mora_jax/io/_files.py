@@ -34,8 +34,8 @@ PACKAGES = {"gs": "gcsfs", "s3": "s3fs", "az": "adlfs"}
 def as_path(argument: str, value: object) -> Location:
     """Return the path that a user's argument names, a `str` or a path object.
 
-    A local one is a `pathlib.Path`, without `~` and `file://`. The others are those of
-    epath: `gs://`, `s3://`, `az://` and what `epath.register_path_cls` has registered.
+    A local one is a `pathlib.Path`, without `~` and `file://`. Others are of epath:
+    `gs://`, `s3://`, `az://` and what `epath.register_path_cls` has registered.
     """
     if not isinstance(value, str | os.PathLike):
         raise TypeError(
@@ -140,7 +140,7 @@ def missing_files(path: Location) -> Iterator[None]:
     """Turn the errors of a missing file, or of a directory there, into ours."""
     try:
         if is_local(path) and path.exists() and not path.is_file():
-            raise IsADirectoryError  # or a pipe, of which a read might never end
+            raise IsADirectoryError  # or a pipe, whose reader may wait for ever
         yield
     except IsADirectoryError:
         raise AdapterFileError(

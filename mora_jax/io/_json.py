@@ -15,10 +15,9 @@ MAX_BYTES = 2**26
 
 
 def parse(data: bytes, name: str) -> Any:
-    """Return the value that a JSON text holds; messages call the text `name`.
+    """Return the value that a JSON text holds, if it is all that JSON demands.
 
-    A text is refused if it is too long or not JSON, if a key occurs twice, or if a
-    number is not finite.
+    So keys occur once, and numbers are finite. Messages call the text `name`.
     """
     if len(data) > MAX_BYTES:
         raise AdapterFileError(
@@ -58,13 +57,12 @@ def dump(value: Any) -> bytes:
 
 
 def check_record(content: Any, kinds: Mapping[str, type], where: str) -> dict[str, Any]:
-    """Return a parsed value if it is an object with exactly the expected keys.
+    """Return the object `where` if it has exactly the expected keys, of these types.
 
-    Nothing is filled in or passed over. Values of the type `object` are checked
-    elsewhere. Messages call the value `where`.
+    Values of the type `object` are checked elsewhere.
     """
     keys = content.keys() if isinstance(content, dict) else set()
-    if not isinstance(content, dict) or keys != kinds.keys():
+    if keys != kinds.keys():
         lacks, extra = sorted(kinds.keys() - keys), short(sorted(keys - kinds.keys()))
         raise AdapterFileError(
             f"{where} must hold {sorted(kinds)}, got {short(content)}; it lacks "

@@ -92,10 +92,8 @@ def is_table(module: str, path: str) -> bool:
 class Tensor(NamedTuple):
     """A name that PyTorch may have for the tensor of an array.
 
-    Attributes:
-      name: The tensor's name, such as "model.norm.weight".
-      axes: The order of its axes if the array's are "io"; "o" if it has one.
-      order: The axes of the array with the inputs first, if they are not in order.
+    `axes` is the order of its axes if the array's are "io", or "o" if it has one, and
+    `order` has the array's axes with the inputs first, if they are not in order.
     """
 
     name: str
@@ -104,12 +102,9 @@ class Tensor(NamedTuple):
 
 
 def to_tensors(leaf: str, known: tuple[Pair, ...]) -> Iterator[Tensor]:
-    """Yield the tensors that may be an array, likeliest first.
-
-    A template is of a module's weight and, at the same place, of its bias, or it names
-    one of the two itself. Without one the array has the names that the tensor has.
-    `leaf` is the array's path, with its index in a stack.
-    """
+    """Yield the tensors that the array at `leaf`, a path, may be, likeliest first."""
+    # A template is of a module's weight and, at the same place, of its bias, or it
+    # names one of the two itself. Without one the array is named as its tensor is.
     path, bracket, _ = leaf.partition("[")
     parent, _, last = path.rpartition("/")
     for pair in known:
@@ -140,11 +135,9 @@ _LEAVES = {
 
 
 def canonical(tensor: str) -> str:
-    """Return the part of a tensor's name that is the same in all files of a model.
-
-    A GPT-2 was saved as "transformer.wte.weight" or as "wte.weight", and BERT's norms
-    had gammas and betas once.
-    """
+    """Return the part of a tensor's name that is the same in all files of a model."""
+    # A GPT-2 was saved as "transformer.wte.weight" or as "wte.weight", and BERT's norms
+    # had gammas and betas once.
     name = re.sub(r"^((model|transformer|bert|language_model)\.)+", "", tensor)
     name = re.sub(r"(?<=LayerNorm\.)gamma$", "weight", name)
     return re.sub(r"(?<=LayerNorm\.)beta$", "bias", name)
@@ -168,14 +161,9 @@ def split_index(kernel: str) -> tuple[str, Shape]:
 class Module:
     """A module, and its part of a kernel.
 
-    Attributes:
-      name: The module's name, such as "model.layers.0.self_attn.k_proj".
-      axes: The order of the axes of its weight, "oi" or "io". Weights of layers are the
-        other way round in PyTorch, but its embeddings are not.
-      table: True if it looks up rows of its weight.
-      index: The index of its layer in the kernel's stack.
-      layer: The same as one number.
-      outputs: The kernel's outputs that it has.
+    Its weight has the `axes` "oi" or "io", and it may be a `table`, which looks up rows
+    of that. It belongs to one layer of the kernel's stack, of an `index` that is also
+    one number, `layer`, and has the slice `outputs` of the kernel's.
     """
 
     name: str
@@ -193,6 +181,7 @@ def modules_of(
     modules, missing = [], []
     first, *others = sizes(spec.kernel_shape, spec.axes, "o")
     inner = spec.axes.replace("s", "")
+    # PyTorch has one axis where a kernel has heads, and tables are as they are here.
     table_axes = re.sub(r"(.)\1+", r"\1", inner)
     for layer, index in enumerate(np.ndindex(spec.stack_shape)):
         kernel = join_index(spec.name, index)

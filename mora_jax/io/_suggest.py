@@ -15,8 +15,8 @@ SHOWN = 6
 def suggestion(kernels: Collection[str], modules: Iterable[str]) -> str:
     """Return the `names` that would fit, as the end of a message.
 
-    `kernels` are paths with indices in their stacks, and `modules` those of PyTorch
-    that may be the kernels. If none of them is like a kernel, names are guessed.
+    `kernels` are paths with indices in their stacks, and `modules` are PyTorch's that
+    may be the kernels. If none of them is like a kernel, names are guessed.
     """
     found = [(m, kernel) for kernel in kernels if (m := _likeliest(kernel, modules))]
     # All layers of a model have one template.

@@ -68,11 +68,7 @@ class TensorFile:
     """
 
     def __init__(self, path: Location, data: bytes | None = None) -> None:
-        """Read the header of `path`, or of `data`, its content, if that is in memory.
-
-        Raises:
-          AdapterFileError: `path` is not a safetensors file.
-        """
+        """Read the header of `path`, or of `data`, if its content is in memory."""
         self.path, self._data = path, data
         self.header = read_header(path, data)
         self.size = size(path) if data is None else len(data)
@@ -126,10 +122,7 @@ class TensorFile:
                 yield data
 
     def dtype(self, name: str, advice: str = "") -> np.dtype:
-        """Return the dtype of a tensor, which must be floating-point.
-
-        Else the error ends in `advice`.
-        """
+        """Return the dtype of a floating-point tensor; `advice` ends the error else."""
         dtype = self.entries[name].dtype
         if dtype not in DTYPES:
             raise AdapterFileError(
@@ -149,20 +142,15 @@ def _opened(path: Location, data: bytes | None) -> Iterator[IO[bytes]]:
 
 
 def read_header(path: Location, data: bytes | None = None) -> bytes:
-    """Return the bytes of a safetensors file before its first tensor.
-
-    They are read from `data`, if the file's content is in memory.
-    """
+    """Return the bytes before the first tensor, of a path or of `data` in memory."""
     with _opened(path, data) as file:
         first = file.read(8)
+        # No more is read than a header may have, whatever a damaged file says.
         return first + file.read(min(int.from_bytes(first, "little"), MAX_HEADER))
 
 
 def parse_header(header: bytes, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the metadata of a safetensors file, and {name of a tensor: its record}.
-
-    Messages call the file `name`. The metadata are the texts beside the tensors.
-    """
+    """Return {name: text} of the metadata, and {name: record} of the tensors."""
     whole = len(header) == 8 + int.from_bytes(header[:8], "little")
     content = parse(header[8:], name) if whole else None
     if not isinstance(content, dict):
@@ -179,10 +167,7 @@ def _damaged(name: str, why: str) -> AdapterFileError:
 
 
 def decode(data: bytes, name: str) -> dict[str, np.ndarray]:
-    """Return the arrays, all floating-point, of a safetensors file in memory.
-
-    Messages call the file `name`.
-    """
+    """Return the arrays, all floating-point, of a file in memory, called `name`."""
     file = TensorFile(Path(name), data)
     return {key: file[key] for key in file.entries}
 

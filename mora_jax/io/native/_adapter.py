@@ -195,10 +195,8 @@ def _restored(
 
 
 def _check_copy(directory: Location, content: Mapping[str, Any]) -> None:
-    """Raise if the readable copy of the config is there and says something else.
-
-    Someone has edited it then, or has replaced one of the two files.
-    """
+    """Raise if the readable copy of the config is there and says something else."""
+    # Someone has edited it then, or has replaced one of the two files.
     path = directory / CONFIG
     if path.exists() and dump(read_json(path)) != dump(content):
         raise AdapterFileError(
@@ -208,11 +206,7 @@ def _check_copy(directory: Location, content: Mapping[str, Any]) -> None:
 
 
 def is_ours(directory: Location, name: str) -> bool:
-    """Return True if a file of a directory says that it is of this format.
-
-    The file is the one of the config or of the tensors. One so damaged that it says
-    nothing is an `AdapterFileError`.
-    """
+    """Return True if the file `CONFIG` or `TENSORS` says that it is of this format."""
     if name == TENSORS:
         header = _tensors.read_header(directory / name)
         return KEY in _tensors.parse_header(header, name)[0]
@@ -343,12 +337,10 @@ def _with_digests(plan: Plan, params: Any) -> Plan:
 
 
 def _refuse_foreign_adapter(directory: Location) -> None:
-    """Raise if a directory holds an adapter that this library did not write.
-
-    Each of the two files says whose it is. If the config is damaged, the tensors do.
-    """
+    """Raise if a directory holds an adapter that this library did not write."""
     present = [name for name in (CONFIG, TENSORS) if (directory / name).is_file()]
     for name in present:
+        # A file so damaged that it says nothing leaves that to the other.
         with contextlib.suppress(AdapterFileError):
             if is_ours(directory, name):
                 return

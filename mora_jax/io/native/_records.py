@@ -176,21 +176,16 @@ def _in_model(base: Base, name: str, kind: str) -> Any:
     return base[name]
 
 
-def describe(spec: AdapterSpec, dtype: Any) -> dict[str, Any]:
-    """Return the record of an adapter whose trained array is of `dtype`."""
-    return record_of(spec, LAYER) | {"dtype": jnp.dtype(dtype).name}
-
-
 def restore(
     record: Mapping[str, Any],
     m: np.ndarray | None,
     kernel: Any,
     given: Mapping[str, np.ndarray],
 ) -> AdapterSpec:
-    """Undo `describe` for the trained array `m`; None if a file has no arrays.
+    """Return the adapter of a record whose trained array is `m`, everything checked.
 
-    `kernel` is the model's, None for any model, and `given` are {name: array} of the
-    operator, where no settings determine them.
+    Without arrays `m` is None, and for any model `kernel` is. `given` are {name: array}
+    of an operator that no settings determine.
     """
     shape, q = tuple(record["kernel_shape"]), record["square_rank"]
     if not all(type(size) is int and size > 0 for size in (*shape, q)):
@@ -224,7 +219,8 @@ def restore(
     )
     if m is not None and m.shape != spec.shape:
         raise ValueError(f"M must have shape {spec.shape}, got {m.shape}")
-    _check_same(record, describe(spec, spec.param_dtype if m is None else m.dtype))
+    expected = record_of(spec, LAYER)
+    _check_same(record, expected if m is None else expected | {"dtype": m.dtype.name})
     return spec
 
 

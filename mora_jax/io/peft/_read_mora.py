@@ -154,7 +154,7 @@ def _by_kernel(
             raise AdapterFileError(f"{TENSORS} has two modules for {kernel[0]}")
         kernels[path][index] = module, m
     if unknown:
-        # A checkpoint that was read by the same names has no paths.
+        # A checkpoint that was read by the same names lacks paths.
         paths = _paths(model) or [m.replace(".", "/") + "/kernel" for m in unknown]
         raise AdapterFileError(
             f"names have no kernel for the module {short(unknown[0])}, which {TENSORS} "
