@@ -24,7 +24,8 @@ def parse(data: bytes, name: str) -> Any:
             f"{name} must have at most {MAX_BYTES:,} bytes, got {len(data):,} or more"
         )
     try:
-        return json.loads(data, object_pairs_hook=_unique, parse_constant=_no_constant)
+        numbers = {"parse_float": _finite, "parse_constant": _finite}
+        return json.loads(data, object_pairs_hook=_unique, **numbers)
     except RecursionError:
         raise AdapterFileError(f"{name} is nested too deeply") from None
     except ValueError as error:
@@ -40,8 +41,11 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return mapping
 
 
-def _no_constant(text: str) -> Any:
-    raise ValueError(f"{text} is not a number in JSON")
+def _finite(text: str) -> float:
+    # Python takes NaN, Infinity and 1e999, which `dump` and other readers refuse.
+    if not math.isfinite(number := float(text)):
+        raise ValueError(f"{text} is not a finite number")
+    return number
 
 
 def read_json(path: Location) -> Any:

@@ -1,9 +1,11 @@
 """Names of PyTorch's modules and tensors, and the kernels that they are here."""
 
 import dataclasses
+import difflib
 import itertools
+import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -16,6 +18,9 @@ from mora_jax.io._families import FAMILIES, LIBRARIES, TABLES, Pair
 
 Names = str | Mapping[str, str] | None
 """A family, a library, {module: kernel} as templates, or None for all families."""
+
+SHOWN = 6
+"""The most templates that are proposed where none fits."""
 
 
 def pairs(names: Names) -> tuple[Pair, ...]:
@@ -71,8 +76,7 @@ def to_kernel(module: str, known: tuple[Pair, ...]) -> tuple[str, str] | None:
     """Return the kernel of a module, and the axes of its weight: "io" for a table."""
     for pair in known:
         if kernel := translate(module, pair.module, pair.kernel):
-            path = kernel.partition("[")[0]
-            return kernel, "io" if is_table(module, path) else pair.axes
+            return kernel, "io" if is_table(module, kernel) else pair.axes
     return None
 
 
@@ -84,8 +88,9 @@ def to_module(kernel: str, known: tuple[Pair, ...]) -> tuple[str, str] | None:
     return None
 
 
-def is_table(module: str, path: str) -> bool:
-    """Return True if the module of the array at `path` looks up rows of its weight."""
+def is_table(module: str, kernel: str) -> bool:
+    """Return True if the module of a kernel looks up rows of its weight."""
+    path, _, _ = kernel.partition("[")
     return module.rpartition(".")[2] in TABLES or path.endswith("embedding")
 
 
@@ -109,7 +114,7 @@ def to_tensors(leaf: str, known: tuple[Pair, ...]) -> Iterator[Tensor]:
     parent, _, last = path.rpartition("/")
     for pair in known:
         if module := translate(leaf, pair.kernel, pair.module):
-            same = is_table(module, path) or pair.axes == pair.kernel_axes
+            same = is_table(module, leaf) or pair.axes == pair.kernel_axes
             named = module.endswith((".weight", ".bias"))
             name = module if named else f"{module}.weight"
             mixed = pair.kernel_axes not in ("io", "oi")
@@ -120,18 +125,12 @@ def to_tensors(leaf: str, known: tuple[Pair, ...]) -> Iterator[Tensor]:
             if module := translate(leaf, bias, pair.module):
                 yield Tensor(f"{module}.bias", "o")
     if parent and not bracket and last in _LEAVES:
-        name, axes = _LEAVES[last]
-        yield Tensor(f"{parent.replace('/', '.')}.{name}", axes)
+        name = "bias" if last == "bias" else "weight"
+        yield Tensor(f"{parent.replace('/', '.')}.{name}", _LEAVES[last])
 
 
-_LEAVES = {
-    "kernel": ("weight", "oi"),
-    "embedding": ("weight", "io"),
-    "scale": ("weight", "o"),
-    "weight": ("weight", "o"),
-    "bias": ("bias", "o"),
-}
-"""PyTorch's name of a leaf, by Flax's name, and the order of its axes."""
+_LEAVES = {"kernel": "oi", "embedding": "io", "scale": "o", "weight": "o", "bias": "o"}
+"""{Flax's name of a leaf: the order of the axes of its tensor in PyTorch}."""
 
 
 def canonical(tensor: str) -> str:
@@ -200,3 +199,64 @@ def modules_of(
             order = table_axes if table else axes
             modules.append(Module(name, order, table, index, layer, outputs))
     return modules, missing
+
+
+def suggestion(kernels: Collection[str], modules: Iterable[str]) -> str:
+    """Return the `names` that would fit, as the end of a message.
+
+    `kernels` are paths with indices in their stacks, and `modules` are PyTorch's that
+    may be the kernels. If none of them is like a kernel, names are guessed.
+    """
+    found = [(m, kernel) for kernel in kernels if (m := _likeliest(kernel, modules))]
+    # All layers of a model have one template.
+    templates: dict[str, str] = {}
+    for module, kernel in found or [(_guess(kernel), kernel) for kernel in kernels]:
+        templates.setdefault(*_template(module, kernel))
+    shown = json.dumps(dict(itertools.islice(templates.items(), SHOWN)))
+    return f"templates name them, as in names={shown}, with PyTorch's names on the left"
+
+
+def _likeliest(kernel: str, modules: Iterable[str]) -> str | None:
+    """Return the module most like a kernel, with its numbers and its last name."""
+    path, index = split_index(kernel)
+    path, _, _ = path.rpartition("/")
+    last, numbers = path.rpartition("/")[2], re.findall(r"\d+", f"{path}{index}")
+    alike = {}
+    for module in modules:
+        end, own = module.rpartition(".")[2], re.findall(r"\d+", module)
+        same_end = end.startswith(last) or last.startswith(end)
+        if same_end and sorted(own) == sorted(numbers):
+            names = module.replace(".", "/")
+            matcher = difflib.SequenceMatcher(None, path, names, autojunk=False)
+            alike[module] = matcher.ratio()
+    return max(alike, key=alike.__getitem__, default=None)
+
+
+def _guess(kernel: str) -> str:
+    """Return the name that a kernel's module has in PyTorch if models' names agree."""
+    path, index = split_index(kernel)
+    parts = re.sub(r"_(\d+)(?=/)", r"/\1", path).split("/")[:-1] or [path]
+    parts[1:1] = map(str, index)
+    name, known = ".".join(parts), pairs(None)
+    roots = ("model.", "transformer.", "bert.")
+    return next((r + name for r in roots if to_kernel(r + name, known)), name)
+
+
+def _template(module: str, kernel: str) -> tuple[str, str]:
+    """Return a module and a kernel with `{fields}` instead of what they share.
+
+    They share numbers and, after a number, whole names.
+    """
+    _, *behind = re.split(r"\.\d+\.", module)
+    numbers, names = re.findall(r"\d+", module), behind[-1].split(".") if behind else []
+    for words, character, fields in (
+        (numbers, r"\d", iter("nmk")),
+        (reversed(names), r"[^./\[]", iter(("name", "block", "part"))),
+    ):
+        for word in dict.fromkeys(words):
+            texts = module, kernel
+            whole = rf"(?<!{character}){re.escape(word)}(?!{character})"
+            once = all(len(re.findall(whole, text)) == 1 for text in texts)
+            if once and (field := next(fields, "")):
+                module, kernel = (re.sub(whole, f"{{{field}}}", t) for t in texts)
+    return module, kernel

@@ -154,7 +154,7 @@ def parse_header(header: bytes, name: str) -> tuple[dict[str, Any], dict[str, An
     whole = len(header) == 8 + int.from_bytes(header[:8], "little")
     content = parse(header[8:], name) if whole else None
     if not isinstance(content, dict):
-        why = f"it must begin with a JSON object of at most {MAX_HEADER:,} bytes"
+        why = f"it lacks a header of at most {MAX_HEADER:,} bytes, a JSON object"
         raise _damaged(name, why)
     metadata = content.pop("__metadata__", None) or {}
     if not isinstance(metadata, dict):

@@ -99,11 +99,7 @@ def check_plan_record(
         )
     kinds = {key: kind for key, (kind, _) in PLAN.items()} | kinds
     kinds |= {"format": str, "format_version": int}
-    if (count := check_record(content, kinds, where)["base_parameters"]) < 1:
-        raise AdapterFileError(
-            f"base_parameters of {where} must be a positive integer, got {short(count)}"
-        )
-    return content
+    return check_record(content, kinds, where)
 
 
 def restore_plan(
@@ -118,6 +114,10 @@ def restore_plan(
     `check_plan_record`; messages call it `where`, and name the layer. What belongs to
     the plan is taken out of `arrays`, the file's; None stands for a plan alone.
     """
+    if (count := content["base_parameters"]) < 1:
+        raise AdapterFileError(
+            f"base_parameters of {where} must be a positive integer, got {short(count)}"
+        )
     leaves: dict[Path, np.ndarray] = {}
     parts: dict[str, dict[str, Any]] = {"layers": {}, "trained": {}}
     for key, kind, suffix, fields, undo in (

@@ -20,8 +20,7 @@ from mora_jax._tree.adapters import Tree, nest
 from mora_jax._tree.paths import adapter_path, named_leaves
 from mora_jax.io._files import CONFIG, TENSORS, AdapterFileError, as_path, read_bytes
 from mora_jax.io._json import read_json, short
-from mora_jax.io._names import Names, pairs, split_index, to_kernel
-from mora_jax.io._suggest import suggestion
+from mora_jax.io._names import Names, pairs, split_index, suggestion, to_kernel
 from mora_jax.io._tensors import decode, to_jax
 from mora_jax.io.peft._reference import REFERENCE_GROUPS, reference_operator
 from mora_jax.operators import Operator
