@@ -106,6 +106,7 @@ def _remote(argument: str, text: str, scheme: str) -> Location:
             raise KeyError(scheme)
         path = epath.Path(text)
         path.exists()  # raises if the package that opens such URLs is missing
+        return path
     except KeyError:
         known = ", ".join(f"{name}://" for name in PACKAGES)
         advice = "; download it first" * (scheme in ("http", "https", "hf"))
@@ -119,7 +120,6 @@ def _remote(argument: str, text: str, scheme: str) -> Location:
             f"{argument} is the URL {text!r}, which cannot be opened: {error}"
             + f"; pip install {package}" * bool(package)
         ) from error
-    return path
 
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -187,12 +187,12 @@ def replace_files(directory: Location, tensors: bytes, config: bytes) -> None:
         for path, data in ((new, tensors), (copy, config)):
             left.callback(_remove, path)
             _write(path, [data])
+        # From here to the end there is either no copy or the one of the adapter there.
         (directory / CONFIG).unlink(missing_ok=True)
         _sync(directory)
-        new.replace(directory / TENSORS)  # from here on the adapter is new
-        _sync(directory)
-        copy.replace(directory / CONFIG)
-        _sync(directory)
+        for path, name in ((new, TENSORS), (copy, CONFIG)):
+            path.replace(directory / name)
+            _sync(directory)
 
 
 def _remove(path: Location) -> None:

@@ -56,23 +56,27 @@ def read_json(path: Location) -> Any:
 
 def dump(value: Any) -> bytes:
     """Return readable JSON text; equal values give equal bytes."""
-    text = json.dumps(value, indent=1, sort_keys=True, allow_nan=False)
-    return f"{text}\n".encode()
+    text = json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n"
+    return text.encode()
 
 
-def check_record(content: Any, kinds: Mapping[str, type], where: str) -> dict[str, Any]:
-    """Return the object `where` if it has exactly the expected keys, of these types.
+Fields = Mapping[str, tuple[Any, ...]]
+"""{key of a record: the type of its value, and what else is known of it}."""
+
+
+def check_record(content: Any, fields: Fields, where: str) -> dict[str, Any]:
+    """Return the object `where` if it has exactly these keys and types of values.
 
     Values of the type `object` are checked elsewhere.
     """
     keys = content.keys() if isinstance(content, dict) else set()
-    if keys != kinds.keys():
-        lacks, extra = sorted(kinds.keys() - keys), short(sorted(keys - kinds.keys()))
+    if keys != fields.keys():
+        lacks, extra = sorted(fields.keys() - keys), short(sorted(keys - fields.keys()))
         raise AdapterFileError(
-            f"{where} must hold {sorted(kinds)}, got {short(content)}; it lacks "
+            f"{where} must hold {sorted(fields)}, got {short(content)}; it lacks "
             f"{lacks}, and also holds {extra}"
         )
-    for key, kind in kinds.items():
+    for key, (kind, *_) in fields.items():
         # True is an int for isinstance, but not in JSON.
         if kind is not object and type(content[key]) is not kind:
             raise AdapterFileError(

@@ -19,9 +19,6 @@ from mora_jax.io._families import FAMILIES, LIBRARIES, TABLES, Pair
 Names = str | Mapping[str, str] | None
 """A family, a library, {module: kernel} as templates, or None for all families."""
 
-SHOWN = 6
-"""The most templates that are proposed where none fits."""
-
 
 def pairs(names: Names) -> tuple[Pair, ...]:
     """Return the pairs that `names` stands for, if they are well-formed."""
@@ -29,7 +26,7 @@ def pairs(names: Names) -> tuple[Pair, ...]:
         return tuple(dict.fromkeys(itertools.chain(*FAMILIES.values())))
     if isinstance(names, str):
         known = FAMILIES | LIBRARIES
-        family = names if names in known else names.rstrip("0123456789")
+        family = names if names in known else names.rstrip("0123456789")  # qwen3
         if family not in known:
             raise ValueError(
                 f"names must be one of {list(known)} or a mapping, got {names!r}"
@@ -212,7 +209,7 @@ def suggestion(kernels: Collection[str], modules: Iterable[str]) -> str:
     templates: dict[str, str] = {}
     for module, kernel in found or [(_guess(kernel), kernel) for kernel in kernels]:
         templates.setdefault(*_template(module, kernel))
-    shown = json.dumps(dict(itertools.islice(templates.items(), SHOWN)))
+    shown = json.dumps(dict(list(templates.items())[:6]))
     return f"templates name them, as in names={shown}, with PyTorch's names on the left"
 
 
@@ -236,7 +233,7 @@ def _guess(kernel: str) -> str:
     """Return the name that a kernel's module has in PyTorch if models' names agree."""
     path, index = split_index(kernel)
     parts = re.sub(r"_(\d+)(?=/)", r"/\1", path).split("/")[:-1] or [path]
-    parts[1:1] = map(str, index)
+    parts[1:1] = map(str, index)  # layers/up/kernel[3] is layers.3.up
     name, known = ".".join(parts), pairs(None)
     roots = ("model.", "transformer.", "bert.")
     return next((r + name for r in roots if to_kernel(r + name, known)), name)

@@ -33,7 +33,7 @@ DTYPES = {
 KNOWN = re.compile(r"BOOL|[UI](8|16|32|64)|B?F16|F(32|64)|C64|F4|F[68]_[A-Z0-9]+")
 """All dtypes of the format. The first number in a name is the number of bits."""
 
-ENTRY = {"dtype": str, "shape": list, "data_offsets": list}
+ENTRY = {"dtype": (str,), "shape": (list,), "data_offsets": (list,)}
 """The record of a tensor in a header."""
 
 MAX_HEADER = 2**25
@@ -102,7 +102,7 @@ class TensorFile:
         """Yield rows of a floating-point tensor, in pieces of about `CHUNK` bytes."""
         entry, dtype = self.entries[name], self.dtype(name)
         row = dtype.itemsize * math.prod(entry.shape[1:])
-        step = max(1, CHUNK // max(1, row)) * row
+        step = max(1, CHUNK // max(1, row)) * row  # rows are not cut, and may be empty
         first, last = entry.start + start * row, entry.start + stop * row
         for data in self._pieces(first, last, step):
             yield np.frombuffer(data, dtype).reshape(-1, *entry.shape[1:])
@@ -180,6 +180,7 @@ def encode(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> by
         raise ImportError(
             "files of adapters need safetensors: pip install mora-jax[io]"
         ) from error
+    # The library writes the memory of an array, whatever the order of its axes there.
     arrays = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
     return save(arrays, dict(metadata))
 
@@ -198,6 +199,7 @@ def to_jax(name: str, array: np.ndarray) -> jax.Array:
     """Return an array from a file as a JAX array of the same dtype."""
     converted = jnp.asarray(array)
     if converted.dtype != array.dtype:
+        # JAX makes float32 of float64 unless it is told otherwise.
         raise AdapterFileError(
             f"{name} is {array.dtype}: set jax_enable_x64 to load it as it is"
         )

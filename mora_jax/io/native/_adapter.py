@@ -167,9 +167,9 @@ def _parse_config(data: bytes) -> dict[str, Any]:
             f"{TENSORS} is not of mora_jax: its metadata must hold {KEY!r} alone, got "
             f"{short(sorted(texts))}; {hint}"
         )
-    kinds = {"metadata": dict, "tensors_sha256": str, "sha256": str}
+    more = {"metadata": (dict,), "tensors_sha256": (str,), "sha256": (str,)}
     content = parse(texts[KEY].encode(), WHERE)
-    content = _records.check_plan_record(content, FORMAT, kinds, WHERE, hint)
+    content = _records.check_plan_record(content, FORMAT, more, WHERE, hint)
     if content["sha256"] != _signature(content):
         raise AdapterFileError(f"{WHERE} is damaged or edited: its SHA-256 differs")
     return content
@@ -186,9 +186,8 @@ def _restored(
         raise AdapterFileError(f"{TENSORS} is damaged: the SHA-256 of tensors differs")
     plan, leaves = _records.restore_plan(content, WHERE, base, arrays)
     if arrays:
-        names = short(sorted(arrays))
         raise AdapterFileError(
-            f"{TENSORS} holds {names}; its config knows nothing of it"
+            f"{TENSORS} holds {short(sorted(arrays))}; its config knows nothing of it"
         )
     to_jax = _tensors.to_jax
     return nest({path: to_jax("/".join(path), a) for path, a in leaves.items()}), plan
@@ -302,7 +301,7 @@ def _encode(adapters: Any, plan: Plan, metadata: dict[str, Any]) -> tuple[bytes,
     """Return the content of the file, and its config with the user's `metadata`."""
     to_numpy, arrays = _tensors.to_numpy, {}
     items = adapter_items(adapters, plan)
-    content = _records.describe_plan(plan, FORMAT)
+    content = {"format": FORMAT} | _records.record_of(plan, _records.PLAN)
     for (spec, m), layer in zip(items, content["layers"], strict=True):
         name = f"{spec.name}{SUFFIX}"
         arrays[name] = to_numpy(name, m)

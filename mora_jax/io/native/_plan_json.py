@@ -4,8 +4,9 @@ from mora_jax._plan.plan import Plan, check_plan, refuse_other_plan
 from mora_jax.io._files import AdapterFileError
 from mora_jax.io._json import dump, parse
 from mora_jax.io.native._records import (
+    PLAN,
     check_plan_record,
-    describe_plan,
+    record_of,
     restore_plan,
     shapes_of,
 )
@@ -39,7 +40,8 @@ def plan_to_json(plan: Plan) -> str:
                 f"{spec.name}: JSON cannot hold the directions of a "
                 f"{spec.operator.name}; keep the plan with mora_jax.save"
             )
-    return dump(describe_plan(plan, FORMAT) | {"digest": plan.digest()}).decode()
+    content = {"format": FORMAT} | record_of(plan, PLAN)
+    return dump(content | {"digest": plan.digest()}).decode()
 
 
 def plan_from_json(text: str, like: Plan | None = None) -> Plan:
@@ -73,7 +75,7 @@ def plan_from_json(text: str, like: Plan | None = None) -> Plan:
         raise TypeError(f"text must be a str, got {type(text).__name__}")
     where, hint = "the plan", "io.plan_to_json writes it"
     content = parse(text.encode(), where)
-    content = check_plan_record(content, FORMAT, {"digest": str}, where, hint)
+    content = check_plan_record(content, FORMAT, {"digest": (str,)}, where, hint)
     # With a model, operators are made only for its shapes.
     base = None if like is None else shapes_of(check_plan(like, "like"))
     plan, _ = restore_plan(content, where, base, None)

@@ -4,7 +4,7 @@ import functools
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Any
 
@@ -21,7 +21,7 @@ from mora_jax._plan.settings import AdapterSettings
 from mora_jax._plan.spec import SUFFIX, AdapterSpec, operator_settings
 from mora_jax._plan.trained_arrays import TrainedArray
 from mora_jax.io._files import AdapterFileError
-from mora_jax.io._json import check_record, dump, short
+from mora_jax.io._json import Fields, check_record, dump, short
 from mora_jax.operators import Operator, Subspace, make_operator
 
 VERSION = 1
@@ -32,9 +32,6 @@ LARGEST_WIDTH = 2**22
 
 LARGEST_ARRAY = 2**28
 """The most numbers in an array that is made from a file alone."""
-
-Fields = Mapping[str, tuple[type, Callable[[Any], Any]]]
-"""{key of a record: the type of its value, and how to get that from an object}."""
 
 LAYER: Fields = {
     "path": (list, lambda spec: list(spec.path)),
@@ -47,7 +44,10 @@ LAYER: Fields = {
     "dtype": (str, lambda spec: jnp.dtype(spec.param_dtype).name),
     "base_digest": (object, lambda spec: spec.base_digest and list(spec.base_digest)),
 }
-"""The record of an adapter; its `dtype` is the one that M has in the file."""
+"""{key: type of the value, and how to get that from a spec}, for each adapter.
+
+In a file `dtype` is the one that M has there.
+"""
 
 TRAINED: Fields = {
     "path": (list, lambda array: list(array.path)),
@@ -58,13 +58,14 @@ TRAINED: Fields = {
 """The record of an array that trains itself."""
 
 PLAN: Fields = {
+    "format_version": (int, lambda plan: VERSION),
     "library_version": (str, lambda plan: version("mora-jax")),
     "base_parameters": (int, lambda plan: plan.base_parameters),
     "traced": (bool, lambda plan: plan.traced),
     "layers": (list, lambda plan: [record_of(s, LAYER) for s in plan.specs]),
     "trained": (list, lambda plan: [record_of(a, TRAINED) for a in plan.trained]),
 }
-"""The record of a plan, beside its format and version."""
+"""The record of a plan, beside its `format`."""
 
 Base = Mapping[str, Any] | None
 """{path: array or shape} of the model that a file must fit; None for any model."""
@@ -75,17 +76,12 @@ def record_of(thing: Any, fields: Fields) -> dict[str, Any]:
     return {key: get(thing) for key, (_, get) in fields.items()}
 
 
-def describe_plan(plan: Plan, name: str) -> dict[str, Any]:
-    """Return the record of a plan in the format `name`."""
-    return {"format": name, "format_version": VERSION} | record_of(plan, PLAN)
-
-
 def check_plan_record(
-    content: Any, name: str, kinds: dict[str, type], where: str, hint: str
+    content: Any, name: str, more: Fields, where: str, hint: str
 ) -> dict[str, Any]:
     """Return a parsed record if it is of the format `name`, in the version read here.
 
-    Messages call the record `where`, and `hint` says what else to do with others.
+    It also holds `more`. Messages call it `where`, and `hint` is advice for others.
     """
     if not isinstance(content, dict) or content.get("format") != name:
         raise AdapterFileError(
@@ -97,9 +93,7 @@ def check_plan_record(
             f"format_version of {where} must be {VERSION}, got {short(written)}: "
             "another mora_jax is needed for other versions, such as a newer one"
         )
-    kinds = {key: kind for key, (kind, _) in PLAN.items()} | kinds
-    kinds |= {"format": str, "format_version": int}
-    return check_record(content, kinds, where)
+    return check_record(content, {"format": (str,), **PLAN, **more}, where)
 
 
 def restore_plan(
@@ -108,7 +102,7 @@ def restore_plan(
     base: Base,
     arrays: dict[str, np.ndarray] | None,
 ) -> tuple[Plan, dict[Path, np.ndarray]]:
-    """Undo `describe_plan`: return the plan, and {path: array} of what is trained.
+    """Return the plan of a record, and {path: array} of what is trained.
 
     Everything is checked, and nothing is filled in. `content` has passed
     `check_plan_record`; messages call it `where`, and name the layer. What belongs to
@@ -144,8 +138,7 @@ def restore_plan(
 
 def _path_of(record: Any, fields: Fields, where: str) -> list[str]:
     """Return the path in a record, whose keys, types and path are checked."""
-    kinds = {key: kind for key, (kind, _) in fields.items()}
-    path = check_record(record, kinds, where)["path"]
+    path = check_record(record, fields, where)["path"]
     # A user may write the tree as directories.
     names = all(isinstance(p, str) and p not in ("", ".", "..") for p in path)
     if not path or not names:
@@ -231,6 +224,7 @@ def _check_same(record: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
         if key != "operator_check" and dump(value) != dump(record[key]):
             raise ValueError(f"{key} must be {value!r}, got {short(record[key])}")
     stored, here = record["operator_check"], expected["operator_check"]
+    # Chips round differently; other random numbers differ by more.
     there = np.array(stored, np.float64)
     if there.shape != (len(here),) or not np.allclose(here, there, 1e-3, 1e-3):
         raise ValueError(
