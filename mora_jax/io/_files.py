@@ -77,12 +77,6 @@ def is_local(path: Location) -> TypeGuard[Path]:
     return type(path) is type(Path())
 
 
-def size(path: Location) -> int:
-    """Return the number of bytes of a file."""
-    stat: Any = path.stat()
-    return stat.st_size if hasattr(stat, "st_size") else stat.length
-
-
 def parts(path: Location) -> tuple[str, ...]:
     """Return the names that lead to a path, by which two paths can be compared."""
     if is_local(path):

@@ -19,7 +19,7 @@ from jax.core import Tracer
 
 from mora_jax._common.checks import as_jax_array, check_finite
 from mora_jax._common.types import Shape
-from mora_jax.io._files import AdapterFileError, Location, missing_files, size
+from mora_jax.io._files import AdapterFileError, Location, missing_files
 from mora_jax.io._json import check_record, parse, short
 
 DTYPES = {
@@ -71,7 +71,9 @@ class TensorFile:
         """Read the header of `path`, or of `data`, if its content is in memory."""
         self.path, self._data = path, data
         self.header = read_header(path, data)
-        self.size = size(path) if data is None else len(data)
+        with _opened(path, data) as file:
+            file.seek(0, io.SEEK_END)
+            self.size = file.tell()
         _, records = parse_header(self.header, path.name)
         self.entries: dict[str, Entry] = {}
         for name, record in records.items():
