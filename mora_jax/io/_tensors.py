@@ -57,43 +57,74 @@ class Entry(NamedTuple):
         return known and 8 * (self.stop - self.start) == bits
 
 
-class TensorFile:
-    """A safetensors file whose header alone is in memory.
+class Header:
+    """A safetensors file up to its first tensor.
 
     Attributes:
       path: The path of the file.
-      entries: {name of a tensor: its entry}, in the order of the header.
-      header: The file's first bytes, up to the first tensor.
+      header: The bytes before the first tensor.
       size: The number of bytes of the file.
+      metadata: {name: text} of what the file says beside its tensors.
+      records: {name of a tensor: its record}, in their order in the header.
     """
 
     def __init__(self, path: Location, data: bytes | None = None) -> None:
         """Read the header of `path`, or of `data`, if its content is in memory."""
         self.path, self._data = path, data
-        self.header = read_header(path, data)
-        with _opened(path, data) as file:
+        with self._open() as file:
+            first = file.read(8)
+            length = int.from_bytes(first, "little")
+            # No more is read than a header may have, whatever a damaged file says.
+            self.header = first + file.read(min(length, MAX_HEADER))
             file.seek(0, io.SEEK_END)
             self.size = file.tell()
-        _, records = parse_header(self.header, path.name)
+        whole = len(self.header) == 8 + length
+        content = parse(self.header[8:], path.name) if whole else None
+        if not isinstance(content, dict):
+            raise self._damaged(f"no JSON header of at most {MAX_HEADER:,} bytes")
+        self.metadata = content.pop("__metadata__", None) or {}
+        if not isinstance(self.metadata, dict):
+            raise self._damaged("its __metadata__ must be a JSON object")
+        self.records: dict[str, Any] = content
+
+    def _damaged(self, why: str) -> AdapterFileError:
+        start = f"{self.path.name} is damaged, or not a safetensors file"
+        return AdapterFileError(f"{start}: {why}")
+
+    @contextlib.contextmanager
+    def _open(self) -> Iterator[IO[bytes]]:
+        if self._data is not None:
+            yield io.BytesIO(self._data)
+        else:
+            with missing_files(self.path), self.path.open("rb") as file:
+                yield file
+
+
+class TensorFile(Header):
+    """A safetensors file whose header alone is in memory, and checked.
+
+    It has `entries` as well: {name of a tensor: its entry}, in the same order.
+    """
+
+    def __init__(self, path: Location, data: bytes | None = None) -> None:
+        super().__init__(path, data)
         self.entries: dict[str, Entry] = {}
-        for name, record in records.items():
+        for name, record in self.records.items():
             check_record(record, ENTRY, f"{short(name)} of {path.name}")
             shape, ends = record["shape"], record["data_offsets"]
             counts = all(type(n) is int and n >= 0 for n in shape + ends)
             if not counts or len(ends) != 2:
-                why = f"shape and data_offsets of {short(name)} must be integers"
-                raise _damaged(path.name, why)
+                raise self._damaged(f"{short(name)} must have integers for its place")
             start, stop = (len(self.header) + end for end in ends)
             self.entries[name] = Entry(record["dtype"], tuple(shape), start, stop)
         end = len(self.header)
         # Tensors lie one after the other, so that no byte is of two or of none.
         for name, entry in sorted(self.entries.items(), key=lambda item: item[1][2:]):
             if entry.start != end or not entry.fits:
-                raise _damaged(path.name, f"{short(name)} begins or ends elsewhere")
+                raise self._damaged(f"{short(name)} begins or ends elsewhere")
             end = entry.stop
         if end != self.size:
-            why = f"it must have {end:,} bytes, got {self.size:,}"
-            raise _damaged(path.name, why)
+            raise self._damaged(f"it must have {end:,} bytes, got {self.size:,}")
 
     def __getitem__(self, name: str) -> np.ndarray:
         """Return a floating-point tensor, which is read now."""
@@ -115,7 +146,7 @@ class TensorFile:
 
     def _pieces(self, start: int, stop: int, step: int) -> Iterator[bytes]:
         """Yield the bytes from `start` to `stop`, `step` at a time."""
-        with _opened(self.path, self._data) as file:
+        with self._open() as file:
             file.seek(start)
             for place in range(start, stop, step or 1):
                 data = file.read(min(step, stop - place))
@@ -132,40 +163,6 @@ class TensorFile:
                 f"{dtype}{': ' * bool(advice)}{advice}"
             )
         return DTYPES[dtype]
-
-
-@contextlib.contextmanager
-def _opened(path: Location, data: bytes | None) -> Iterator[IO[bytes]]:
-    if data is not None:
-        yield io.BytesIO(data)
-    else:
-        with missing_files(path), path.open("rb") as file:
-            yield file
-
-
-def read_header(path: Location, data: bytes | None = None) -> bytes:
-    """Return the bytes before the first tensor, of a path or of `data` in memory."""
-    with _opened(path, data) as file:
-        first = file.read(8)
-        # No more is read than a header may have, whatever a damaged file says.
-        return first + file.read(min(int.from_bytes(first, "little"), MAX_HEADER))
-
-
-def parse_header(header: bytes, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return {name: text} of the metadata, and {name: record} of the tensors."""
-    whole = len(header) == 8 + int.from_bytes(header[:8], "little")
-    content = parse(header[8:], name) if whole else None
-    if not isinstance(content, dict):
-        why = f"it lacks a header of at most {MAX_HEADER:,} bytes, a JSON object"
-        raise _damaged(name, why)
-    metadata = content.pop("__metadata__", None) or {}
-    if not isinstance(metadata, dict):
-        raise _damaged(name, "its __metadata__ must be a JSON object")
-    return metadata, content
-
-
-def _damaged(name: str, why: str) -> AdapterFileError:
-    return AdapterFileError(f"{name} is damaged, or not a safetensors file: {why}")
 
 
 def decode(data: bytes, name: str) -> dict[str, np.ndarray]:

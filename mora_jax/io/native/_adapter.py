@@ -128,7 +128,11 @@ def read_metadata(directory: str | os.PathLike[str]) -> dict[str, Any]:
       {'step': 3}
     """
     path = as_path("directory", directory)
-    return _settled(path, _tensors.read_header, lambda _, config: config["metadata"])
+    return _settled(
+        path,
+        lambda file: _tensors.Header(file).header,
+        lambda _, config: config["metadata"],
+    )
 
 
 def _settled(
@@ -159,8 +163,7 @@ def _settled(
 
 def _parse_config(data: bytes) -> dict[str, Any]:
     """Return the config in a file or its header: format, version and digest checked."""
-    header = _tensors.read_header(Path(TENSORS), data)
-    texts, _ = _tensors.parse_header(header, TENSORS)
+    texts = _tensors.Header(Path(TENSORS), data).metadata
     hint = "io.load_peft_mora reads PEFT's"
     if texts.keys() != {KEY} or not isinstance(texts[KEY], str):
         raise AdapterFileError(
@@ -207,8 +210,7 @@ def _check_copy(directory: Location, content: Mapping[str, Any]) -> None:
 def is_ours(directory: Location, name: str) -> bool:
     """Return True if the file `CONFIG` or `TENSORS` says that it is of this format."""
     if name == TENSORS:
-        header = _tensors.read_header(directory / name)
-        return KEY in _tensors.parse_header(header, name)[0]
+        return KEY in _tensors.Header(directory / name).metadata
     content = read_json(directory / name)
     return isinstance(content, dict) and content.get("format") == FORMAT
 
