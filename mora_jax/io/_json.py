@@ -24,8 +24,8 @@ def parse(data: bytes, name: str) -> Any:
             f"{name} must have at most {MAX_BYTES:,} bytes, got {len(data):,} or more"
         )
     try:
-        numbers = {"parse_float": _finite, "parse_constant": _finite}
-        return json.loads(data, object_pairs_hook=_unique, **numbers)
+        hooks: dict[str, Any] = {"parse_float": _finite, "parse_constant": _finite}
+        return json.loads(data, object_pairs_hook=_unique, **hooks)
     except RecursionError:
         raise AdapterFileError(f"{name} is nested too deeply") from None
     except ValueError as error:

@@ -303,7 +303,7 @@ def _encode(adapters: Any, plan: Plan, metadata: dict[str, Any]) -> tuple[bytes,
     """Return the content of the file, and its config with the user's `metadata`."""
     to_numpy, arrays = _tensors.to_numpy, {}
     items = adapter_items(adapters, plan)
-    content = {"format": FORMAT} | _records.record_of(plan, _records.PLAN)
+    content = _records.record_of(plan, _records.PLAN)
     for (spec, m), layer in zip(items, content["layers"], strict=True):
         name = f"{spec.name}{SUFFIX}"
         arrays[name] = to_numpy(name, m)
@@ -313,7 +313,8 @@ def _encode(adapters: Any, plan: Plan, metadata: dict[str, Any]) -> tuple[bytes,
             arrays |= {f"{name}/{f}": getattr(spec.operator, f) for f in fields}
     for array, copy in trained_items(adapters, plan):
         arrays[array.name] = to_numpy(array.name, copy)
-    content |= {"metadata": metadata, "tensors_sha256": _digest(arrays)}
+    content |= {"format": FORMAT, "metadata": metadata}
+    content["tensors_sha256"] = _digest(arrays)
     content["sha256"] = _signature(content)
     config = dump(content)
     return _tensors.encode(arrays, {KEY: config.decode()}), config
