@@ -33,7 +33,7 @@ from mora_jax.io._files import (
     read_bytes,
     replace_files,
 )
-from mora_jax.io._json import dump, parse, plain, read_json, short
+from mora_jax.io._json import dump, plain, read_json, short
 from mora_jax.io.native import _records
 
 FORMAT = "mora_jax adapter"
@@ -171,8 +171,7 @@ def _parse_config(data: bytes) -> dict[str, Any]:
             f"{short(sorted(texts))}; {hint}"
         )
     more = {"metadata": (dict,), "tensors_sha256": (str,), "sha256": (str,)}
-    content = parse(texts[KEY].encode(), WHERE)
-    content = _records.check_plan_record(content, FORMAT, more, WHERE, hint)
+    content = _records.parse_plan(texts[KEY], FORMAT, more, WHERE, hint)
     if content["sha256"] != _signature(content):
         raise AdapterFileError(f"{WHERE} is damaged or edited: its SHA-256 differs")
     return content

@@ -1,4 +1,4 @@
-"""The record of a plan and of its adapters: specs as JSON, and back."""
+"""A plan and its adapters as records in JSON, and back."""
 
 import functools
 import json
@@ -16,13 +16,16 @@ from mora_jax._common.axes import check_axes, features, sizes
 from mora_jax._common.checks import check_finite, check_kernel
 from mora_jax._common.suggestions import lacking
 from mora_jax._common.types import Path
-from mora_jax._plan.plan import Plan
+from mora_jax._plan.plan import Plan, check_plan, refuse_other_plan
 from mora_jax._plan.settings import AdapterSettings
 from mora_jax._plan.spec import SUFFIX, AdapterSpec, operator_settings
 from mora_jax._plan.trained_arrays import TrainedArray
 from mora_jax.io._files import AdapterFileError
-from mora_jax.io._json import Fields, check_record, dump, short
+from mora_jax.io._json import Fields, check_record, dump, parse, short
 from mora_jax.operators import Operator, Subspace, make_operator
+
+FORMAT = "mora_jax plan"
+"""The format of a plan without adapters, for the metadata of any checkpoint."""
 
 VERSION = 1
 """The version of both formats. A reader refuses every other version."""
@@ -76,13 +79,15 @@ def record_of(thing: Any, fields: Fields) -> dict[str, Any]:
     return {key: get(thing) for key, (_, get) in fields.items()}
 
 
-def check_plan_record(
-    content: Any, name: str, more: Fields, where: str, hint: str
+def parse_plan(
+    text: str, name: str, more: Fields, where: str, hint: str
 ) -> dict[str, Any]:
-    """Return a parsed record if it is of the format `name`, in the version read here.
+    """Return the record of a plan in the format `name`, which also holds `more`.
 
-    It also holds `more`. Messages call it `where`, and `hint` is advice for others.
+    Messages call the text `where`, and `hint` says what else to do with others.
     """
+    # Half of a character, which JSON may hold, lacks bytes: it makes another text.
+    content = parse(text.encode(errors="replace"), where)
     if not isinstance(content, dict) or content.get("format") != name:
         raise AdapterFileError(
             f"{where} is not of mora_jax: its format must be {name!r}; {hint}"
@@ -104,9 +109,9 @@ def restore_plan(
 ) -> tuple[Plan, dict[Path, np.ndarray]]:
     """Return the plan of a record, and {path: array} of what is trained.
 
-    Everything is checked, and nothing is filled in. `content` has passed
-    `check_plan_record`; messages call it `where`, and name the layer. What belongs to
-    the plan is taken out of `arrays`, the file's; None stands for a plan alone.
+    Everything is checked, and nothing is filled in. Messages call the record `where`,
+    and name the layer. What belongs to the plan is taken out of `arrays`, the file's;
+    None stands for a plan alone.
     """
     if (count := content["base_parameters"]) < 1:
         raise AdapterFileError(
@@ -306,3 +311,77 @@ def shapes_of(plan: Plan) -> dict[str, jax.ShapeDtypeStruct]:
     shape = jax.ShapeDtypeStruct
     kernels = {spec.name: shape(spec.kernel_shape, jnp.float32) for spec in plan.specs}
     return kernels | {a.name: shape(a.shape, a.dtype) for a in plan.trained}
+
+
+def plan_to_json(plan: Plan) -> str:
+    """Return a plan as JSON, for `plan_from_json`.
+
+    Adapters are only numbers. With another operator, seed or alpha they have the same
+    shapes and mean another delta. `save` stores the plan with them. If another library
+    stores them (Orbax, Tunix), keep this text in the checkpoint's metadata.
+
+    Raises:
+      TypeError: `plan` is not a plan.
+      ValueError: An operator has arrays that no settings determine, as a subspace.
+
+    Example::
+
+      >>> import jax.numpy as jnp
+      >>> import mora_jax
+      >>> plan = mora_jax.plan({"fc": {"kernel": jnp.ones((8, 8))}})
+      >>> text = mora_jax.io.plan_to_json(plan)
+      >>> mora_jax.io.plan_from_json(text) == plan
+      True
+    """
+    for spec in check_plan(plan).specs:
+        if spec.operator.given:
+            raise ValueError(
+                f"{spec.name}: JSON cannot hold the directions of a "
+                f"{spec.operator.name}; keep the plan with mora_jax.save"
+            )
+    content = {"format": FORMAT} | record_of(plan, PLAN)
+    return dump(content | {"digest": plan.digest()}).decode()
+
+
+def plan_from_json(text: str, like: Plan | None = None) -> Plan:
+    """Return the plan that `plan_to_json` wrote.
+
+    Everything is checked, and nothing is filled in. The plan lacks a layout on a mesh:
+    see `sharding.plan_on_mesh`.
+
+    Args:
+      text: The text that `plan_to_json` returned.
+      like: The plan of the model that the adapters are for; None for any model.
+
+    Raises:
+      TypeError: `text` is not a string, or `like` is not a plan.
+      io.AdapterFileError: The text is not a plan, is damaged or of a newer format, or
+        this platform computes an operator differently; or M's mean another delta with
+        this plan than with `like`. The message names the layer and the settings.
+
+    Example::
+
+      >>> import jax.numpy as jnp
+      >>> import mora_jax
+      >>> params = {"fc": {"kernel": jnp.ones((8, 8))}}
+      >>> doubled = mora_jax.plan(params, mora_jax.MoRAConfig(alpha=2.0))
+      >>> text = mora_jax.io.plan_to_json(doubled)
+      >>> mora_jax.io.plan_from_json(text, like=mora_jax.plan(params))
+      Traceback (most recent call last):
+      mora_jax.io.AdapterFileError: fc/kernel_mora was made for alpha 2.0, not 1.0
+    """
+    if not isinstance(text, str):
+        raise TypeError(f"text must be a str, got {type(text).__name__}")
+    where, hint = "the plan", "io.plan_to_json writes it"
+    content = parse_plan(text, FORMAT, {"digest": (str,)}, where, hint)
+    # With a model, operators are made only for its shapes.
+    base = None if like is None else shapes_of(check_plan(like, "like"))
+    plan, _ = restore_plan(content, where, base, None)
+    if plan.digest() != content["digest"]:
+        raise AdapterFileError("the plan is damaged or edited: its digest differs")
+    if like is not None:
+        try:
+            refuse_other_plan(plan, like)
+        except ValueError as error:
+            raise AdapterFileError(str(error)) from error
+    return plan
