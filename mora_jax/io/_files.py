@@ -109,7 +109,8 @@ def _remote(argument: str, text: str, scheme: str) -> Location:
             f"is registered with epath, got {text!r}{advice}"
         ) from None
     except ImportError as error:
-        package = "mora-jax[io]" if error.name == "etils" else PACKAGES.get(scheme)
+        has_epath = sys.modules.get("etils.epath")
+        package = PACKAGES.get(scheme) if has_epath else "mora-jax[io]"
         raise ImportError(
             f"{argument} is the URL {text!r}, which cannot be opened: {error}"
             + f"; pip install {package}" * bool(package)
