@@ -5,7 +5,7 @@ import difflib
 import itertools
 import json
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -198,7 +198,7 @@ def modules_of(
     return modules, missing
 
 
-def suggestion(kernels: Collection[str], modules: Iterable[str]) -> str:
+def suggestion(kernels: Collection[str], modules: Collection[str]) -> str:
     """Return the `names` that would fit, as the end of a message.
 
     `kernels` are paths with indices in their stacks, and `modules` are PyTorch's that
@@ -213,7 +213,7 @@ def suggestion(kernels: Collection[str], modules: Iterable[str]) -> str:
     return f"templates name them, as in names={shown}, with PyTorch's names on the left"
 
 
-def _likeliest(kernel: str, modules: Iterable[str]) -> str | None:
+def _likeliest(kernel: str, modules: Collection[str]) -> str | None:
     """Return the module most like a kernel, with its numbers and its last name."""
     path, index = split_index(kernel)
     path, _, _ = path.rpartition("/")
@@ -246,9 +246,9 @@ def _template(module: str, kernel: str) -> tuple[str, str]:
     """
     _, *behind = re.split(r"\.\d+\.", module)
     numbers, names = re.findall(r"\d+", module), behind[-1].split(".") if behind else []
-    for words, character, fields in (
-        (numbers, r"\d", iter("nmk")),
+    for words, character, fields in (  # names first, since "fc1" is not the layer 1
         (reversed(names), r"[^./\[]", iter(("name", "block", "part"))),
+        (numbers, r"\d", iter("nmk")),
     ):
         for word in dict.fromkeys(words):
             texts = module, kernel
