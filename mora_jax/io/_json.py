@@ -61,7 +61,7 @@ def dump(value: Any) -> bytes:
 
 
 Fields = Mapping[str, tuple[Any, ...]]
-"""{key of a record: the type of its value, and what else is known of it}."""
+"""{key of a record: the type of its value, and how to get it, if from an object}."""
 
 
 def check_record(content: Any, fields: Fields, where: str) -> dict[str, Any]:

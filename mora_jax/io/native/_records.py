@@ -47,10 +47,7 @@ LAYER: Fields = {
     "dtype": (str, lambda spec: jnp.dtype(spec.param_dtype).name),
     "base_digest": (object, lambda spec: spec.base_digest and list(spec.base_digest)),
 }
-"""{key: type of the value, and how to get that from a spec}, for each adapter.
-
-In a file `dtype` is the one that M has there.
-"""
+"""The record of an adapter; its `dtype` is the one that M has in the file."""
 
 TRAINED: Fields = {
     "path": (list, lambda array: list(array.path)),
