@@ -138,7 +138,7 @@ def convert(
         )
     if to == "mora":
         kept = io.read_metadata(source) if same else {}
-        replace_adapter(path, *pair, kept, force=force)
+        replace_adapter(path, *pair, kept)
     elif to == "peft-mora":
         io.save_peft_mora(path, *pair, known, force=force)
     else:

@@ -30,26 +30,25 @@ TABLES |= {"position_embeddings", "token_type_embeddings"}
 """The last names of modules in PyTorch whose weights are embeddings."""
 
 
-def _same(*modules: str, axes: str = "oi") -> tuple[Pair, ...]:
+def _same(root: str, *names: str, axes: str = "oi") -> tuple[Pair, ...]:
     """Return pairs for transformers, which has the same names in both libraries.
 
-    It also keeps each kernel in Flax as the transpose of PyTorch's weight. Embeddings
-    have the same axes everywhere.
+    Modules may have the root before their names or not.
     """
-
-    def pair(module: str) -> Pair:
-        path = module.replace(".", "/")
-        if module.rpartition(".")[2] in TABLES:
-            return Pair(module, f"{path}/embedding", "io")
-        return Pair(module, f"{path}/kernel", axes, axes[::-1])
-
-    return tuple(map(pair, modules))
+    pairs = []
+    for module in (*(f"{root}.{name}" for name in names), *names):
+        path, is_table = module.replace(".", "/"), module.rpartition(".")[2] in TABLES
+        # Each kernel in Flax is the transpose of PyTorch's weight, and embeddings have
+        # the same axes everywhere.
+        layer = Pair(module, f"{path}/kernel", axes, axes[::-1])
+        pairs.append(Pair(module, f"{path}/embedding", "io") if is_table else layer)
+    return tuple(pairs)
 
 
 def _layers(root: str, table: str) -> tuple[Pair, ...]:
     """Return the pairs of a table: module, kernel and the axes of both if unusual.
 
-    The kernels' paths begin with `root`, and modules always with the same.
+    Kernels' paths begin with `root`, and modules' names always with the same.
     """
     return tuple(
         Pair(f"model.layers.{{layer}}.{module}", f"{root}{kernel}", *axes)
@@ -98,28 +97,22 @@ mlp.{name}                   /mlp/{name}/kernel
 mlp.experts.{expert}.{name}  /mlp/{name}[{expert}]
 """
 
-_DECODER = _same(
-    "model.layers.{layer}.{block}.{name}",
-    "layers.{layer}.{block}.{name}",
-    "model.embed_tokens",
-    "embed_tokens",
-)
-_GPT2 = "h.{layer}.{block}.{name}", "wte", "wpe"
-_BERT = (
-    "encoder.layer.{layer}.attention.self.{name}",
-    "encoder.layer.{layer}.attention.output.dense",
-    "encoder.layer.{layer}.intermediate.dense",
-    "encoder.layer.{layer}.output.dense",
-    "embeddings.word_embeddings",
-    "embeddings.position_embeddings",
-    "embeddings.token_type_embeddings",
-)
+_DECODER = _same("model", "layers.{layer}.{block}.{name}", "embed_tokens")
 FAMILIES: dict[str, tuple[Pair, ...]] = {
     "llama": _DECODER,
     "gemma": _DECODER,
     "qwen": _DECODER,
-    "gpt2": _same(*(f"transformer.{name}" for name in _GPT2), *_GPT2, axes="io"),
-    "bert": _same(*(f"bert.{name}" for name in _BERT), *_BERT),
+    "gpt2": _same("transformer", "h.{layer}.{block}.{name}", "wte", "wpe", axes="io"),
+    "bert": _same(
+        "bert",
+        "encoder.layer.{layer}.attention.self.{name}",
+        "encoder.layer.{layer}.attention.output.dense",
+        "encoder.layer.{layer}.intermediate.dense",
+        "encoder.layer.{layer}.output.dense",
+        "embeddings.word_embeddings",
+        "embeddings.position_embeddings",
+        "embeddings.token_type_embeddings",
+    ),
 }
 """The models that are known, as transformers names them."""
 

@@ -1,6 +1,7 @@
 """Paths and URLs, and files that are there whole or not at all."""
 
 import contextlib
+import errno
 import os
 import re
 import sys
@@ -33,18 +34,8 @@ PACKAGES = {"gs": "gcsfs", "s3": "s3fs", "az": "adlfs"}
 def as_path(argument: str, value: object) -> Location:
     """Return the path that a user's argument names, a `str` or a path object.
 
-    `~` is the home directory, and `file://` begins a local path. epath opens the other
-    URLs: `gs://`, `s3://`, `az://` and the schemes that `epath.register_path_cls` has
-    registered.
-
-    Returns:
-      A `pathlib.Path` for a local path, since saving locks and renames it; otherwise an
-      `epath.Path`.
-
-    Raises:
-      TypeError: The value is neither text nor a path.
-      ValueError: The scheme of a URL is unknown, or the value is empty or malformed.
-      ImportError: The package that opens such URLs is not installed.
+    A local one is a `pathlib.Path`, without `~` and `file://`. Others are of epath:
+    `gs://`, `s3://`, `az://` and what `epath.register_path_cls` has registered.
     """
     if not isinstance(value, str | os.PathLike):
         raise TypeError(
@@ -86,12 +77,6 @@ def is_local(path: Location) -> TypeGuard[Path]:
     return type(path) is type(Path())
 
 
-def size(path: Location) -> int:
-    """Return the number of bytes of a file."""
-    stat: Any = path.stat()
-    return stat.st_size if hasattr(stat, "st_size") else stat.length
-
-
 def parts(path: Location) -> tuple[str, ...]:
     """Return the names that lead to a path, by which two paths can be compared."""
     if is_local(path):
@@ -108,16 +93,14 @@ def _is_remote(value: Any) -> bool:
 
 
 def _remote(argument: str, text: str, scheme: str) -> Location:
-    where = f"{argument} is the URL {text!r}, which"
     try:
         from etils import epath
-    except ImportError as error:
-        raise ImportError(f"{where} needs etils: pip install mora-jax[io]") from error
-    try:
+
         if scheme == "hf":  # each file that is written there would make a commit
             raise KeyError(scheme)
         path = epath.Path(text)
-        path.exists()
+        path.exists()  # raises if the package that opens such URLs is missing
+        return path
     except KeyError:
         known = ", ".join(f"{name}://" for name in PACKAGES)
         advice = "; download it first" * (scheme in ("http", "https", "hf"))
@@ -126,10 +109,12 @@ def _remote(argument: str, text: str, scheme: str) -> Location:
             f"is registered with epath, got {text!r}{advice}"
         ) from None
     except ImportError as error:
-        package = PACKAGES.get(scheme)
-        advice = f"; pip install {package}" if package else ""
-        raise ImportError(f"{where} cannot be opened: {error}{advice}") from error
-    return path
+        has_epath = sys.modules.get("etils.epath")
+        package = PACKAGES.get(scheme) if has_epath else "mora-jax[io]"
+        raise ImportError(
+            f"{argument} is the URL {text!r}, which cannot be opened: {error}"
+            + f"; pip install {package}" * bool(package)
+        ) from error
 
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -150,14 +135,16 @@ def missing_files(path: Location) -> Iterator[None]:
     """Turn the errors of a missing file, or of a directory there, into ours."""
     try:
         if is_local(path) and path.exists() and not path.is_file():
-            raise AdapterFileError(f"{path} is a directory or a device, not a file")
+            raise IsADirectoryError  # or a pipe, whose reader may wait for ever
         yield
+    except IsADirectoryError:
+        raise AdapterFileError(
+            f"{path} is a directory or a device, not a file"
+        ) from None
     except FileNotFoundError:
         raise AdapterFileError(f"there is no {path.name} in {path.parent}") from None
     except NotADirectoryError:
         raise AdapterFileError(f"{path.parent} is not a directory") from None
-    except IsADirectoryError:
-        raise AdapterFileError(f"{path} is a directory, not a file") from None
 
 
 def read_bytes(path: Location) -> bytes:
@@ -167,10 +154,8 @@ def read_bytes(path: Location) -> bytes:
 
 
 def entries(directory: Location) -> list[Location]:
-    """Return the entries of a directory, none if it does not exist.
-
-    In an object store a directory without objects does not exist.
-    """
+    """Return the entries of a directory, none if it does not exist."""
+    # In an object store a directory without objects does not exist.
     return list(directory.iterdir()) if directory.exists() else []
 
 
@@ -180,10 +165,10 @@ def entries(directory: Location) -> list[Location]:
 def replace_files(directory: Location, tensors: bytes, config: bytes) -> None:
     """Replace an adapter by one rename, and the copy of its config around it.
 
-    The directory itself is not replaced, since it may hold files of the user. The copy
-    is removed before the rename and written after it. So at any moment a copy that is
-    there is of the adapter that is there, on a disk that loses its power, too.
+    So at any moment a copy that is there is of the adapter that is there, on a disk
+    that loses its power, too.
     """
+    # The directory itself is not replaced, since it may hold files of the user.
     if directory.exists() and not directory.is_dir():
         raise NotADirectoryError(f"directory must be a directory, got {directory}")
     directory.mkdir(parents=True, exist_ok=True)
@@ -197,12 +182,12 @@ def replace_files(directory: Location, tensors: bytes, config: bytes) -> None:
         for path, data in ((new, tensors), (copy, config)):
             left.callback(_remove, path)
             _write(path, [data])
+        # From here to the end there is either no copy or the one of the adapter there.
         (directory / CONFIG).unlink(missing_ok=True)
         _sync(directory)
-        new.replace(directory / TENSORS)  # from here on the adapter is new
-        _sync(directory)
-        copy.replace(directory / CONFIG)
-        _sync(directory)
+        for path, name in ((new, TENSORS), (copy, CONFIG)):
+            path.replace(directory / name)
+            _sync(directory)
 
 
 def _remove(path: Location) -> None:
@@ -223,18 +208,16 @@ def _write(path: Location, chunks: Iterable[bytes]) -> None:
 def write_directory(path: Location, files: Files) -> None:
     """Write all files of a directory; if an error occurs, none of them is there.
 
-    A local directory gets the name `path` only at the end, when it replaces what was
-    there. If something was there, neither exists for an instant between two renames.
-
-    An object store lacks directories to rename. What was at `path` is removed first,
-    and a process that is killed leaves the files that it had written. So the last file
-    should be the one that readers look for first.
+    A process that is killed leaves a local directory that is whole or as it was, but of
+    an object store's the files that it had written. So the last file should be the one
+    that readers look for first.
     """
     with _naming(path):
         if is_local(path):
             _replace_directory(path, files)
             return
-        # A config goes first, so that nothing takes the remainder for a whole.
+        # A store lacks directories to rename, so the old files make room. A config goes
+        # first, so that nothing takes the remainder for a whole.
         for file in sorted(entries(path), key=lambda file: file.suffix != ".json"):
             if file.is_file():
                 file.unlink(missing_ok=True)
@@ -257,7 +240,7 @@ def _replace_directory(path: Path, files: Files) -> None:
         try:
             with contextlib.suppress(FileNotFoundError):
                 os.rename(path, old)
-            os.rename(new, path)
+            os.rename(new, path)  # before, for an instant, neither is there
         except BaseException:
             if old.exists() and not path.exists():
                 os.rename(old, path)
@@ -271,18 +254,16 @@ def _naming(path: Location) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        named = None if error.filename is None else os.fspath(error.filename)
-        if error.errno is not None and (named is None or TEMPORARY in named):
-            raise OSError(error.errno, error.strerror, os.fspath(path)) from None
-        if TEMPORARY in str(error):
-            text = re.sub(rf"{re.escape(TEMPORARY)}[\w.]*", path.name, str(error))
-            raise OSError(text) from None
-        raise
+        nameless = error.errno is not None and error.filename is None
+        if not nameless and TEMPORARY not in str(error):
+            raise
+        why = error.strerror or re.sub(rf"{TEMPORARY}[\w.]*", path.name, str(error))
+        raise OSError(error.errno or errno.EIO, why, os.fspath(path)) from None
 
 
 @contextlib.contextmanager
 def _descriptor(directory: Location) -> Iterator[int | None]:
-    """Descriptor of a local directory; None on Windows and in object stores."""
+    """Open a local directory; None on Windows and in object stores."""
     if os.name == "nt" or not is_local(directory):
         yield None
         return

@@ -3,7 +3,7 @@
 import json
 import math
 import reprlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -15,17 +15,17 @@ MAX_BYTES = 2**26
 
 
 def parse(data: bytes, name: str) -> Any:
-    """Return the value that a JSON text holds; messages call the text `name`.
+    """Return the value that a JSON text holds, if it is all that JSON demands.
 
-    A text is refused if it is too long or not JSON, if a key occurs twice, or if a
-    number is not finite.
+    So keys occur once, and numbers are finite. Messages call the text `name`.
     """
     if len(data) > MAX_BYTES:
         raise AdapterFileError(
             f"{name} must have at most {MAX_BYTES:,} bytes, got {len(data):,} or more"
         )
     try:
-        return json.loads(data, object_pairs_hook=_unique, parse_constant=_no_constant)
+        hooks: dict[str, Any] = {"parse_float": _finite, "parse_constant": _finite}
+        return json.loads(data, object_pairs_hook=_unique, **hooks)
     except RecursionError:
         raise AdapterFileError(f"{name} is nested too deeply") from None
     except ValueError as error:
@@ -41,8 +41,11 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return mapping
 
 
-def _no_constant(text: str) -> Any:
-    raise ValueError(f"{text} is not a number in JSON")
+def _finite(text: str) -> float:
+    # Python takes NaN, Infinity and 1e999, which `dump` and other readers refuse.
+    if not math.isfinite(number := float(text)):
+        raise ValueError(f"{text} is not a finite number")
+    return number
 
 
 def read_json(path: Location) -> Any:
@@ -53,33 +56,27 @@ def read_json(path: Location) -> Any:
 
 def dump(value: Any) -> bytes:
     """Return readable JSON text; equal values give equal bytes."""
-    text = json.dumps(value, indent=1, sort_keys=True, allow_nan=False)
-    return f"{text}\n".encode()
+    text = json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n"
+    return text.encode()
 
 
-Fields = Mapping[str, tuple[type, Callable[[Any], Any]]]
-"""{key of a record: the type of its value, and how to get that from an object}."""
+Fields = Mapping[str, tuple[Any, ...]]
+"""{key of a record: the type of its value, and how to get it, if from an object}."""
 
 
-def record_of(thing: Any, fields: Fields) -> dict[str, Any]:
-    """Return an object as a record that JSON can hold."""
-    return {key: get(thing) for key, (_, get) in fields.items()}
+def check_record(content: Any, fields: Fields, where: str) -> dict[str, Any]:
+    """Return the object `where` if it has exactly these keys and types of values.
 
-
-def check_record(content: Any, kinds: Mapping[str, type], where: str) -> dict[str, Any]:
-    """Return a parsed value if it is an object with exactly the expected keys.
-
-    Nothing is filled in or passed over. Values of the type `object` are checked
-    elsewhere. Messages call the value `where`.
+    Values of the type `object` are checked elsewhere.
     """
     keys = content.keys() if isinstance(content, dict) else set()
-    if not isinstance(content, dict) or keys != kinds.keys():
-        lacks, extra = sorted(kinds.keys() - keys), short(sorted(keys - kinds.keys()))
+    if keys != fields.keys():
+        lacks, extra = sorted(fields.keys() - keys), short(sorted(keys - fields.keys()))
         raise AdapterFileError(
-            f"{where} must hold {sorted(kinds)}, got {short(content)}; it lacks "
+            f"{where} must hold {sorted(fields)}, got {short(content)}; it lacks "
             f"{lacks}, and also holds {extra}"
         )
-    for key, kind in kinds.items():
+    for key, (kind, *_) in fields.items():
         # True is an int for isinstance, but not in JSON.
         if kind is not object and type(content[key]) is not kind:
             raise AdapterFileError(
@@ -92,18 +89,15 @@ def check_record(content: Any, kinds: Mapping[str, type], where: str) -> dict[st
 def plain(value: Any, name: str) -> Any:
     """Return what a user wants to keep in the types that JSON gives back.
 
-    Messages call the value `name`, followed by the keys that lead to the faulty part.
-
-    Raises:
-      TypeError: JSON cannot hold a part of the value, or a key is not a text.
-      ValueError: A number is not finite, or the value holds itself.
+    An error calls the value `name`, followed by the keys that lead to the faulty part:
+    a TypeError if JSON cannot hold it, and a ValueError for NaN, infinity, and values
+    that hold themselves.
     """
     rule = f"{name} must be something that JSON can hold"
     try:
         if isinstance(value, Mapping):
-            for key in value:
-                if not isinstance(key, str):
-                    raise TypeError(f"{rule}: its keys must be texts, got {key!r}")
+            if odd := [key for key in value if not isinstance(key, str)]:
+                raise TypeError(f"{rule}: its keys must be texts, got {odd[0]!r}")
             return {key: plain(part, f"{name}[{key!r}]") for key, part in value.items()}
         if isinstance(value, list | tuple):
             return [plain(part, f"{name}[{k}]") for k, part in enumerate(value)]
@@ -113,13 +107,13 @@ def plain(value: Any, name: str) -> Any:
         raise ValueError(f"{rule}, got {value!r}")
     if value is None or isinstance(value, bool | int | float | str):
         return value
-    kind = type(value).__name__
-    if not isinstance(value, jax.Array | np.ndarray | np.generic):
-        raise TypeError(f"{rule}, got an object of type {kind}")
-    scalar = {"b": "bool", "i": "int", "u": "int"}.get(value.dtype.kind, "float")
-    advice = ".tolist()" if value.shape else f"{scalar}(...)"
-    kind = "jax.Array" if isinstance(value, jax.Array) else f"numpy.{kind}"
-    raise TypeError(f"{rule}, got a {kind}: say {advice}")
+    kind, advice = f"an object of type {type(value).__name__}", ""
+    if isinstance(value, jax.Array | np.ndarray | np.generic):
+        is_jax, number = isinstance(value, jax.Array), value.dtype.kind
+        kind = "a jax.Array" if is_jax else f"a numpy.{type(value).__name__}"
+        scalar = {"b": "bool", "i": "int", "u": "int"}.get(number, "float")
+        advice = ": say .tolist()" if value.shape else f": say {scalar}(...)"
+    raise TypeError(f"{rule}, got {kind}{advice}")
 
 
 def short(value: object) -> str:

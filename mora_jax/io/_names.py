@@ -1,9 +1,11 @@
 """Names of PyTorch's modules and tensors, and the kernels that they are here."""
 
 import dataclasses
+import difflib
 import itertools
+import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -24,7 +26,7 @@ def pairs(names: Names) -> tuple[Pair, ...]:
         return tuple(dict.fromkeys(itertools.chain(*FAMILIES.values())))
     if isinstance(names, str):
         known = FAMILIES | LIBRARIES
-        family = names if names in known else names.rstrip("0123456789")
+        family = names if names in known else names.rstrip("0123456789")  # qwen3
         if family not in known:
             raise ValueError(
                 f"names must be one of {list(known)} or a mapping, got {names!r}"
@@ -71,8 +73,7 @@ def to_kernel(module: str, known: tuple[Pair, ...]) -> tuple[str, str] | None:
     """Return the kernel of a module, and the axes of its weight: "io" for a table."""
     for pair in known:
         if kernel := translate(module, pair.module, pair.kernel):
-            path = kernel.partition("[")[0]
-            return kernel, "io" if is_table(module, path) else pair.axes
+            return kernel, "io" if is_table(module, kernel) else pair.axes
     return None
 
 
@@ -84,18 +85,17 @@ def to_module(kernel: str, known: tuple[Pair, ...]) -> tuple[str, str] | None:
     return None
 
 
-def is_table(module: str, path: str) -> bool:
-    """Return True if the module of the array at `path` looks up rows of its weight."""
+def is_table(module: str, kernel: str) -> bool:
+    """Return True if the module of a kernel looks up rows of its weight."""
+    path, _, _ = kernel.partition("[")
     return module.rpartition(".")[2] in TABLES or path.endswith("embedding")
 
 
 class Tensor(NamedTuple):
     """A name that PyTorch may have for the tensor of an array.
 
-    Attributes:
-      name: The tensor's name, such as "model.norm.weight".
-      axes: The order of its axes if the array's are "io"; "o" if it has one.
-      order: The axes of the array with the inputs first, if they are not in order.
+    `axes` is the order of its axes if the array's are "io", or "o" if it has one, and
+    `order` has the array's axes with the inputs first, if they are not in order.
     """
 
     name: str
@@ -104,17 +104,14 @@ class Tensor(NamedTuple):
 
 
 def to_tensors(leaf: str, known: tuple[Pair, ...]) -> Iterator[Tensor]:
-    """Yield the tensors that may be an array, likeliest first.
-
-    A template is of a module's weight and, at the same place, of its bias, or it names
-    one of the two itself. Without one the array has the names that the tensor has.
-    `leaf` is the array's path, with its index in a stack.
-    """
+    """Yield the tensors that the array at `leaf`, a path, may be, likeliest first."""
+    # A template is of a module's weight and, at the same place, of its bias, or it
+    # names one of the two itself. Without one the array is named as its tensor is.
     path, bracket, _ = leaf.partition("[")
     parent, _, last = path.rpartition("/")
     for pair in known:
         if module := translate(leaf, pair.kernel, pair.module):
-            same = is_table(module, path) or pair.axes == pair.kernel_axes
+            same = is_table(module, leaf) or pair.axes == pair.kernel_axes
             named = module.endswith((".weight", ".bias"))
             name = module if named else f"{module}.weight"
             mixed = pair.kernel_axes not in ("io", "oi")
@@ -125,26 +122,18 @@ def to_tensors(leaf: str, known: tuple[Pair, ...]) -> Iterator[Tensor]:
             if module := translate(leaf, bias, pair.module):
                 yield Tensor(f"{module}.bias", "o")
     if parent and not bracket and last in _LEAVES:
-        name, axes = _LEAVES[last]
-        yield Tensor(f"{parent.replace('/', '.')}.{name}", axes)
+        name = "bias" if last == "bias" else "weight"
+        yield Tensor(f"{parent.replace('/', '.')}.{name}", _LEAVES[last])
 
 
-_LEAVES = {
-    "kernel": ("weight", "oi"),
-    "embedding": ("weight", "io"),
-    "scale": ("weight", "o"),
-    "weight": ("weight", "o"),
-    "bias": ("bias", "o"),
-}
-"""PyTorch's name of a leaf, by Flax's name, and the order of its axes."""
+_LEAVES = {"kernel": "oi", "embedding": "io", "scale": "o", "weight": "o", "bias": "o"}
+"""{Flax's name of a leaf: the order of the axes of its tensor in PyTorch}."""
 
 
 def canonical(tensor: str) -> str:
-    """Return the part of a tensor's name that is the same in all files of a model.
-
-    A GPT-2 was saved as "transformer.wte.weight" or as "wte.weight", and BERT's norms
-    had gammas and betas once.
-    """
+    """Return the part of a tensor's name that is the same in all files of a model."""
+    # A GPT-2 was saved as "transformer.wte.weight" or as "wte.weight", and BERT's norms
+    # had gammas and betas once.
     name = re.sub(r"^((model|transformer|bert|language_model)\.)+", "", tensor)
     name = re.sub(r"(?<=LayerNorm\.)gamma$", "weight", name)
     return re.sub(r"(?<=LayerNorm\.)beta$", "bias", name)
@@ -168,14 +157,9 @@ def split_index(kernel: str) -> tuple[str, Shape]:
 class Module:
     """A module, and its part of a kernel.
 
-    Attributes:
-      name: The module's name, such as "model.layers.0.self_attn.k_proj".
-      axes: The order of the axes of its weight, "oi" or "io". Weights of layers are the
-        other way round in PyTorch, but its embeddings are not.
-      table: True if it looks up rows of its weight.
-      index: The index of its layer in the kernel's stack.
-      layer: The same as one number.
-      outputs: The kernel's outputs that it has.
+    Its weight has the `axes` "oi" or "io", and it may be a `table`, which looks up rows
+    of that. It belongs to one layer of the kernel's stack, of an `index` that is also
+    one number, `layer`, and has the slice `outputs` of the kernel's.
     """
 
     name: str
@@ -193,6 +177,7 @@ def modules_of(
     modules, missing = [], []
     first, *others = sizes(spec.kernel_shape, spec.axes, "o")
     inner = spec.axes.replace("s", "")
+    # PyTorch has one axis where a kernel has heads, and tables are as they are here.
     table_axes = re.sub(r"(.)\1+", r"\1", inner)
     for layer, index in enumerate(np.ndindex(spec.stack_shape)):
         kernel = join_index(spec.name, index)
@@ -211,3 +196,64 @@ def modules_of(
             order = table_axes if table else axes
             modules.append(Module(name, order, table, index, layer, outputs))
     return modules, missing
+
+
+def suggestion(kernels: Collection[str], modules: Collection[str]) -> str:
+    """Return the `names` that would fit, as the end of a message.
+
+    `kernels` are paths with indices in their stacks, and `modules` are PyTorch's that
+    may be the kernels. If none of them is like a kernel, names are guessed.
+    """
+    found = [(m, kernel) for kernel in kernels if (m := _likeliest(kernel, modules))]
+    # All layers of a model have one template.
+    templates: dict[str, str] = {}
+    for module, kernel in found or [(_guess(kernel), kernel) for kernel in kernels]:
+        templates.setdefault(*_template(module, kernel))
+    shown = json.dumps(dict(list(templates.items())[:6]))
+    return f"templates name them, as in names={shown}, with PyTorch's names on the left"
+
+
+def _likeliest(kernel: str, modules: Collection[str]) -> str | None:
+    """Return the module most like a kernel, with its numbers and its last name."""
+    path, index = split_index(kernel)
+    path, _, _ = path.rpartition("/")
+    last, numbers = path.rpartition("/")[2], re.findall(r"\d+", f"{path}{index}")
+    alike = {}
+    for module in modules:
+        end, own = module.rpartition(".")[2], re.findall(r"\d+", module)
+        same_end = end.startswith(last) or last.startswith(end)
+        if same_end and sorted(own) == sorted(numbers):
+            names = module.replace(".", "/")
+            matcher = difflib.SequenceMatcher(None, path, names, autojunk=False)
+            alike[module] = matcher.ratio()
+    return max(alike, key=alike.__getitem__, default=None)
+
+
+def _guess(kernel: str) -> str:
+    """Return the name that a kernel's module has in PyTorch if models' names agree."""
+    path, index = split_index(kernel)
+    parts = re.sub(r"_(\d+)(?=/)", r"/\1", path).split("/")[:-1] or [path]
+    parts[1:1] = map(str, index)  # layers/up/kernel[3] is layers.3.up
+    name, known = ".".join(parts), pairs(None)
+    roots = ("model.", "transformer.", "bert.")
+    return next((r + name for r in roots if to_kernel(r + name, known)), name)
+
+
+def _template(module: str, kernel: str) -> tuple[str, str]:
+    """Return a module and a kernel with `{fields}` instead of what they share.
+
+    They share numbers and, after a number, whole names.
+    """
+    _, *behind = re.split(r"\.\d+\.", module)
+    numbers, names = re.findall(r"\d+", module), behind[-1].split(".") if behind else []
+    for words, character, fields in (  # names first, since "fc1" is not the layer 1
+        (reversed(names), r"[^./\[]", iter(("name", "block", "part"))),
+        (numbers, r"\d", iter("nmk")),
+    ):
+        for word in dict.fromkeys(words):
+            texts = module, kernel
+            whole = rf"(?<!{character}){re.escape(word)}(?!{character})"
+            once = all(len(re.findall(whole, text)) == 1 for text in texts)
+            if once and (field := next(fields, "")):
+                module, kernel = (re.sub(whole, f"{{{field}}}", t) for t in texts)
+    return module, kernel

@@ -4,6 +4,7 @@ The safetensors library writes files. It reads local ones alone, accepts a key t
 occurs twice, and cannot give bfloat16 to NumPy. So headers are read and checked here.
 """
 
+import contextlib
 import io
 import math
 import re
@@ -18,7 +19,7 @@ from jax.core import Tracer
 
 from mora_jax._common.checks import as_jax_array, check_finite
 from mora_jax._common.types import Shape
-from mora_jax.io._files import AdapterFileError, Location, missing_files, size
+from mora_jax.io._files import AdapterFileError, Location, missing_files
 from mora_jax.io._json import check_record, parse, short
 
 DTYPES = {
@@ -32,7 +33,7 @@ DTYPES = {
 KNOWN = re.compile(r"BOOL|[UI](8|16|32|64)|B?F16|F(32|64)|C64|F4|F[68]_[A-Z0-9]+")
 """All dtypes of the format. The first number in a name is the number of bits."""
 
-ENTRY = {"dtype": str, "shape": list, "data_offsets": list}
+ENTRY = {"dtype": (str,), "shape": (list,), "data_offsets": (list,)}
 """The record of a tensor in a header."""
 
 MAX_HEADER = 2**25
@@ -56,48 +57,74 @@ class Entry(NamedTuple):
         return known and 8 * (self.stop - self.start) == bits
 
 
-class TensorFile:
-    """A safetensors file whose header alone is in memory.
+class Header:
+    """A safetensors file up to its first tensor.
 
     Attributes:
       path: The path of the file.
-      entries: {name of a tensor: its entry}, in the order of the header.
-      header: The file's first bytes, up to the first tensor.
+      header: The bytes before the first tensor.
       size: The number of bytes of the file.
+      metadata: {name: text} of what the file says beside its tensors.
+      records: {name of a tensor: its record}, in their order in the header.
     """
 
     def __init__(self, path: Location, data: bytes | None = None) -> None:
-        """Read the header of `path`, or of `data`, its content, if that is in memory.
-
-        Raises:
-          AdapterFileError: `path` is not a safetensors file.
-        """
+        """Read the header of `path`, or of `data`, if its content is in memory."""
         self.path, self._data = path, data
-        if data is None:
-            self.header, self.size = read_header(path), size(path)
+        with self._open() as file:
+            first = file.read(8)
+            length = int.from_bytes(first, "little")
+            # No more is read than a header may have, whatever a damaged file says.
+            self.header = first + file.read(min(length, MAX_HEADER))
+            file.seek(0, io.SEEK_END)
+            self.size = file.tell()
+        whole = len(self.header) == 8 + length
+        content = parse(self.header[8:], path.name) if whole else None
+        if not isinstance(content, dict):
+            raise self._damaged(f"no JSON header of at most {MAX_HEADER:,} bytes")
+        self.metadata = content.pop("__metadata__", None) or {}
+        if not isinstance(self.metadata, dict):
+            raise self._damaged("its __metadata__ must be a JSON object")
+        self.records: dict[str, Any] = content
+
+    def _damaged(self, why: str) -> AdapterFileError:
+        start = f"{self.path.name} is damaged, or not a safetensors file"
+        return AdapterFileError(f"{start}: {why}")
+
+    @contextlib.contextmanager
+    def _open(self) -> Iterator[IO[bytes]]:
+        if self._data is not None:
+            yield io.BytesIO(self._data)
         else:
-            self.header, self.size = _header(io.BytesIO(data), path.name), len(data)
-        content = _parsed(self.header, path.name)
-        content.pop("__metadata__", None)
-        self.entries = {name: self._entry(name, content[name]) for name in content}
+            with missing_files(self.path), self.path.open("rb") as file:
+                yield file
+
+
+class TensorFile(Header):
+    """A safetensors file whose header alone is in memory, and checked.
+
+    It has `entries` as well: {name of a tensor: its entry}, in the same order.
+    """
+
+    def __init__(self, path: Location, data: bytes | None = None) -> None:
+        super().__init__(path, data)
+        self.entries: dict[str, Entry] = {}
+        for name, record in self.records.items():
+            check_record(record, ENTRY, f"{short(name)} of {path.name}")
+            shape, ends = record["shape"], record["data_offsets"]
+            counts = all(type(n) is int and n >= 0 for n in shape + ends)
+            if not counts or len(ends) != 2:
+                raise self._damaged(f"{short(name)} must have integers for its place")
+            start, stop = (len(self.header) + end for end in ends)
+            self.entries[name] = Entry(record["dtype"], tuple(shape), start, stop)
         end = len(self.header)
+        # Tensors lie one after the other, so that no byte is of two or of none.
         for name, entry in sorted(self.entries.items(), key=lambda item: item[1][2:]):
             if entry.start != end or not entry.fits:
-                self._refuse(f"{short(name)} does not begin or end where it should")
+                raise self._damaged(f"{short(name)} begins or ends elsewhere")
             end = entry.stop
         if end != self.size:
-            self._refuse(f"it must have {end:,} bytes, got {self.size:,}")
-
-    def _entry(self, name: str, record: Any) -> Entry:
-        check_record(record, ENTRY, f"{short(name)} of {self.path.name}")
-        shape, ends = record["shape"], record["data_offsets"]
-        if len(ends) != 2 or not all(type(n) is int and n >= 0 for n in shape + ends):
-            self._refuse(f"shape and data_offsets of {short(name)} must be integers")
-        start, stop = (len(self.header) + end for end in ends)
-        return Entry(record["dtype"], tuple(shape), start, stop)
-
-    def _refuse(self, why: str) -> None:
-        raise _damaged(self.path.name, why)
+            raise self._damaged(f"it must have {end:,} bytes, got {self.size:,}")
 
     def __getitem__(self, name: str) -> np.ndarray:
         """Return a floating-point tensor, which is read now."""
@@ -108,7 +135,7 @@ class TensorFile:
         """Yield rows of a floating-point tensor, in pieces of about `CHUNK` bytes."""
         entry, dtype = self.entries[name], self.dtype(name)
         row = dtype.itemsize * math.prod(entry.shape[1:])
-        step = max(1, CHUNK // max(1, row)) * row
+        step = max(1, CHUNK // max(1, row)) * row  # rows are not cut, and may be empty
         first, last = entry.start + start * row, entry.start + stop * row
         for data in self._pieces(first, last, step):
             yield np.frombuffer(data, dtype).reshape(-1, *entry.shape[1:])
@@ -119,8 +146,7 @@ class TensorFile:
 
     def _pieces(self, start: int, stop: int, step: int) -> Iterator[bytes]:
         """Yield the bytes from `start` to `stop`, `step` at a time."""
-        in_memory = None if self._data is None else io.BytesIO(self._data)
-        with in_memory or self.path.open("rb") as file:
+        with self._open() as file:
             file.seek(start)
             for place in range(start, stop, step or 1):
                 data = file.read(min(step, stop - place))
@@ -129,10 +155,7 @@ class TensorFile:
                 yield data
 
     def dtype(self, name: str, advice: str = "") -> np.dtype:
-        """Return the dtype of a tensor, which must be floating-point.
-
-        Else the error ends in `advice`.
-        """
+        """Return the dtype of a floating-point tensor; `advice` ends the error else."""
         dtype = self.entries[name].dtype
         if dtype not in DTYPES:
             raise AdapterFileError(
@@ -142,53 +165,8 @@ class TensorFile:
         return DTYPES[dtype]
 
 
-def read_header(path: Location) -> bytes:
-    """Return the bytes of a safetensors file before its first tensor."""
-    with missing_files(path), path.open("rb") as file:
-        return _header(file, path.name)
-
-
-def _header(file: IO[bytes], name: str) -> bytes:
-    first = file.read(8)
-    length = int.from_bytes(first, "little")
-    if length > MAX_HEADER:
-        raise AdapterFileError(
-            f"{name} must have a header of at most {MAX_HEADER:,} bytes, got {length:,}"
-        )
-    header = first + file.read(length)
-    if len(header) < 8 + length:
-        raise _damaged(name, "its header is cut off")
-    return header
-
-
-def _parsed(header: bytes, name: str) -> dict[str, Any]:
-    content = parse(header[8:], name)
-    if not isinstance(content, dict):
-        raise _damaged(name, "its header must be a JSON object")
-    return content
-
-
-def metadata_of(data: bytes, name: str) -> dict[str, Any]:
-    """Return the texts that a safetensors file has beside its tensors.
-
-    `data` is the file's content, or its header alone, and `name` is for messages.
-    """
-    header = _header(io.BytesIO(data), name)
-    metadata = _parsed(header, name).get("__metadata__", {})
-    if not isinstance(metadata, dict):
-        raise _damaged(name, "its __metadata__ must be a JSON object")
-    return metadata
-
-
-def _damaged(name: str, why: str) -> AdapterFileError:
-    return AdapterFileError(f"{name} is damaged, or not a safetensors file: {why}")
-
-
 def decode(data: bytes, name: str) -> dict[str, np.ndarray]:
-    """Return the arrays, all floating-point, of a safetensors file in memory.
-
-    Messages call the file `name`.
-    """
+    """Return the arrays, all floating-point, of a file in memory, called `name`."""
     file = TensorFile(Path(name), data)
     return {key: file[key] for key in file.entries}
 
@@ -201,6 +179,7 @@ def encode(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> by
         raise ImportError(
             "files of adapters need safetensors: pip install mora-jax[io]"
         ) from error
+    # The library writes the memory of an array, whatever the order of its axes there.
     arrays = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
     return save(arrays, dict(metadata))
 
@@ -219,6 +198,7 @@ def to_jax(name: str, array: np.ndarray) -> jax.Array:
     """Return an array from a file as a JAX array of the same dtype."""
     converted = jnp.asarray(array)
     if converted.dtype != array.dtype:
+        # JAX makes float32 of float64 unless it is told otherwise.
         raise AdapterFileError(
             f"{name} is {array.dtype}: set jax_enable_x64 to load it as it is"
         )

@@ -23,10 +23,10 @@ from mora_jax.io._names import (
     canonical,
     join_index,
     pairs,
+    suggestion,
     to_module,
     to_tensors,
 )
-from mora_jax.io._suggest import suggestion
 from mora_jax.io._tensors import TensorFile
 from mora_jax.io.checkpoints._checkpoint import Checkpoint
 

@@ -28,8 +28,7 @@ from mora_jax.io._files import (
     parts,
     write_directory,
 )
-from mora_jax.io._names import Module, Names, join_index, modules_of, pairs
-from mora_jax.io._suggest import suggestion
+from mora_jax.io._names import Module, Names, join_index, modules_of, pairs, suggestion
 from mora_jax.io._tensors import TensorFile, to_numpy
 from mora_jax.io.checkpoints._checkpoint import INDEX, Checkpoint
 from mora_jax.io.checkpoints._matching import Source, converted

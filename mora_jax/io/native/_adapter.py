@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import os
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
@@ -20,7 +21,7 @@ from mora_jax._plan.plan import Plan, check_plan
 from mora_jax._plan.spec import SUFFIX
 from mora_jax._tree.adapters import Tree, adapter_items, nest, trained_items
 from mora_jax._tree.base_digest import check_base, kernel_digests
-from mora_jax._tree.paths import find_part, named_leaves
+from mora_jax._tree.paths import check_leaf, find_part, named_leaves
 from mora_jax.io import _tensors
 from mora_jax.io._files import (
     CONFIG,
@@ -32,15 +33,8 @@ from mora_jax.io._files import (
     read_bytes,
     replace_files,
 )
-from mora_jax.io._json import dump, parse, plain, read_json, short
-from mora_jax.io._tensors import encode, to_numpy
-from mora_jax.io.native._records import (
-    Base,
-    check_plan_record,
-    describe_plan,
-    restore_plan,
-    shapes_of,
-)
+from mora_jax.io._json import dump, plain, read_json, short
+from mora_jax.io.native import _records
 
 FORMAT = "mora_jax adapter"
 
@@ -103,7 +97,7 @@ def load(
         leaves = named_leaves(params_or_shapes)
         kernels = {name: leaf for name, (_, leaf) in leaves.items()}
     adapters, plan = _settled(
-        path, read_bytes, lambda data, config: decode(data, config, kernels)
+        path, read_bytes, lambda data, config: _restored(data, config, kernels)
     )
     if kernels is not None and not any_base:
         try:
@@ -134,7 +128,11 @@ def read_metadata(directory: str | os.PathLike[str]) -> dict[str, Any]:
       {'step': 3}
     """
     path = as_path("directory", directory)
-    return _settled(path, _tensors.read_header, lambda _, config: config["metadata"])
+    return _settled(
+        path,
+        lambda file: _tensors.Header(file).header,
+        lambda _, config: config["metadata"],
+    )
 
 
 def _settled(
@@ -142,18 +140,16 @@ def _settled(
     read: Callable[[Location], bytes],
     use: Callable[[bytes, dict[str, Any]], T],
 ) -> T:
-    """Return what `use` makes of the bytes that `read` gives, and of the config.
-
-    Another process may be saving. A local file is read whole all the same, but a store
-    may give parts of two files, and the copy of the config may be of the next adapter.
-    So what is wrong counts only if the file is the same as at the last try.
-    """
+    """Return what `use` makes of the bytes that `read` gives, and of the config."""
+    # Another process may be saving. A local file is read whole all the same, but a
+    # store may give parts of two files, and the copy of the config may be of the next
+    # adapter. So an error counts only if the file is the same as at the last try.
     lock, before = contextlib.nullcontext(), None
     while True:
         with lock:
             data = read(directory / TENSORS)
             try:
-                config = parse_config(data)
+                config = _parse_config(data)
                 _check_copy(directory, config)
                 return use(data, config)
             except AdapterFileError:
@@ -165,51 +161,43 @@ def _settled(
 # --- Content of the file ---
 
 
-def parse_config(data: bytes) -> dict[str, Any]:
-    """Return the config of a file, its format, version, types and digest checked.
-
-    `data` is the content of the file, or its header alone.
-    """
-    texts, hint = _tensors.metadata_of(data, TENSORS), "io.load_peft_mora reads PEFT's"
+def _parse_config(data: bytes) -> dict[str, Any]:
+    """Return the config in a file or its header: format, version and digest checked."""
+    texts = _tensors.Header(Path(TENSORS), data).metadata
+    hint = "io.load_peft_mora reads PEFT's"
     if texts.keys() != {KEY} or not isinstance(texts[KEY], str):
         raise AdapterFileError(
             f"{TENSORS} is not of mora_jax: its metadata must hold {KEY!r} alone, got "
             f"{short(sorted(texts))}; {hint}"
         )
-    kinds = {"metadata": dict, "tensors_sha256": str, "sha256": str}
-    content = parse(texts[KEY].encode(), WHERE)
-    content = check_plan_record(content, FORMAT, kinds, WHERE, hint)
-    if content["sha256"] != signature(content):
+    more = {"metadata": (dict,), "tensors_sha256": (str,), "sha256": (str,)}
+    content = _records.parse_plan(texts[KEY], FORMAT, more, WHERE, hint)
+    if content["sha256"] != _signature(content):
         raise AdapterFileError(f"{WHERE} is damaged or edited: its SHA-256 differs")
     return content
 
 
-def decode(data: bytes, content: Mapping[str, Any], base: Base) -> tuple[Tree, Plan]:
-    """Return the adapters in a file and their plan, everything checked.
-
-    `data` is the content of the file, `content` its config, as `parse_config` gives
-    it, and `base` the model that the adapters must fit.
-    """
+def _restored(
+    data: bytes, content: Mapping[str, Any], base: _records.Base
+) -> tuple[Tree, Plan]:
+    """Return the adapters in a file, whose config is `content`, and their plan."""
     arrays = _tensors.decode(data, TENSORS)
     if not content["layers"]:
         raise AdapterFileError(f"{WHERE} must have an adapter, got none")
-    if content["tensors_sha256"] != digest_of(arrays):
+    if content["tensors_sha256"] != _digest(arrays):
         raise AdapterFileError(f"{TENSORS} is damaged: the SHA-256 of tensors differs")
-    plan, leaves = restore_plan(content, WHERE, base, arrays)
+    plan, leaves = _records.restore_plan(content, WHERE, base, arrays)
     if arrays:
-        names = short(sorted(arrays))
         raise AdapterFileError(
-            f"{TENSORS} holds {names}; its config knows nothing of it"
+            f"{TENSORS} holds {short(sorted(arrays))}; its config knows nothing of it"
         )
     to_jax = _tensors.to_jax
     return nest({path: to_jax("/".join(path), a) for path, a in leaves.items()}), plan
 
 
 def _check_copy(directory: Location, content: Mapping[str, Any]) -> None:
-    """Raise if the readable copy of the config is there and says something else.
-
-    Someone has edited it then, or has replaced one of the two files.
-    """
+    """Raise if the readable copy of the config is there and says something else."""
+    # Someone has edited it then, or has replaced one of the two files.
     path = directory / CONFIG
     if path.exists() and dump(read_json(path)) != dump(content):
         raise AdapterFileError(
@@ -219,18 +207,14 @@ def _check_copy(directory: Location, content: Mapping[str, Any]) -> None:
 
 
 def is_ours(directory: Location, name: str) -> bool:
-    """Return True if a file of a directory says that it is of this format.
-
-    The file is the one of the config or of the tensors. One so damaged that it says
-    nothing is an `AdapterFileError`.
-    """
+    """Return True if the file `CONFIG` or `TENSORS` says that it is of this format."""
     if name == TENSORS:
-        return KEY in _tensors.metadata_of(_tensors.read_header(directory / name), name)
+        return KEY in _tensors.Header(directory / name).metadata
     content = read_json(directory / name)
     return isinstance(content, dict) and content.get("format") == FORMAT
 
 
-def digest_of(arrays: Mapping[str, np.ndarray]) -> str:
+def _digest(arrays: Mapping[str, np.ndarray]) -> str:
     """Return the SHA-256 of the bytes of all arrays in the order of their names."""
     digest = hashlib.sha256()
     for name in sorted(arrays):
@@ -238,7 +222,7 @@ def digest_of(arrays: Mapping[str, np.ndarray]) -> str:
     return digest.hexdigest()
 
 
-def signature(content: Mapping[str, Any]) -> str:
+def _signature(content: Mapping[str, Any]) -> str:
     """Return the SHA-256 of a config without itself."""
     signed = {key: value for key, value in content.items() if key != "sha256"}
     return hashlib.sha256(dump(signed)).hexdigest()
@@ -288,20 +272,19 @@ def save(
       >>> adapters["fc"]["kernel_mora"].shape, same == plan
       ((8, 8), True)
     """
-    replace_adapter(directory, adapters, plan, metadata, params=params)
+    path = as_path("directory", directory)
+    _refuse_foreign_adapter(path)
+    replace_adapter(path, adapters, plan, metadata, params)
 
 
 def replace_adapter(
-    directory: str | os.PathLike[str],
+    directory: Location,
     adapters: Any,
     plan: Plan,
-    metadata: Mapping[str, Any] | None = None,
-    *,
+    metadata: Mapping[str, Any] | None,
     params: Any = None,
-    force: bool = False,
 ) -> None:
-    """Do the same as `save`; with `force`, replace adapters of other formats, too."""
-    path = as_path("directory", directory)
+    """Do the same as `save`, also where the adapter of another format is."""
     if metadata is not None and not isinstance(metadata, Mapping):
         raise TypeError(
             f"metadata must map names to what JSON can hold, got {short(metadata)}"
@@ -311,45 +294,38 @@ def replace_adapter(
         plan = _with_digests(check_plan(plan), params)
     tensors, config = _encode(adapters, plan, kept)
     # Nothing is written that cannot be read.
-    decode(tensors, parse_config(tensors), shapes_of(plan))
-    if not force:
-        _refuse_foreign_adapter(path)
-    replace_files(path, tensors, config)
+    _restored(tensors, _parse_config(tensors), _records.shapes_of(plan))
+    replace_files(directory, tensors, config)
 
 
 def _encode(adapters: Any, plan: Plan, metadata: dict[str, Any]) -> tuple[bytes, bytes]:
-    """Return the content of the file, and its config.
-
-    `metadata` are the values that the user wants to keep, as JSON holds them.
-    """
-    arrays: dict[str, np.ndarray] = {}
-    dtypes = {}
-    for spec, m in adapter_items(adapters, plan):
+    """Return the content of the file, and its config with the user's `metadata`."""
+    to_numpy, arrays = _tensors.to_numpy, {}
+    items = adapter_items(adapters, plan)
+    content = _records.record_of(plan, _records.PLAN)
+    for (spec, m), layer in zip(items, content["layers"], strict=True):
         name = f"{spec.name}{SUFFIX}"
         arrays[name] = to_numpy(name, m)
-        dtypes[spec.name] = m.dtype
+        layer["dtype"] = arrays[name].dtype.name
         if spec.operator.given:
             fields = spec.operator.arrays
             arrays |= {f"{name}/{f}": getattr(spec.operator, f) for f in fields}
     for array, copy in trained_items(adapters, plan):
         arrays[array.name] = to_numpy(array.name, copy)
-    content = describe_plan(plan, FORMAT, dtypes)
-    content |= {"metadata": metadata, "tensors_sha256": digest_of(arrays)}
-    content["sha256"] = signature(content)
+    content |= {"format": FORMAT, "metadata": metadata}
+    content["tensors_sha256"] = _digest(arrays)
+    content["sha256"] = _signature(content)
     config = dump(content)
-    return encode(arrays, {KEY: config.decode()}), config
+    return _tensors.encode(arrays, {KEY: config.decode()}), config
 
 
 def _with_digests(plan: Plan, params: Any) -> Plan:
     """Return the plan with digests of the base's kernels."""
     leaves, specs = named_leaves(params), []
     for spec in plan.specs:
-        _, kernel = leaves.get(spec.name, ((), None))
-        if kernel is not None and tuple(kernel.shape) != spec.kernel_shape:
-            raise ValueError(
-                f"{spec.name} in params must have shape {spec.kernel_shape}, got "
-                f"{tuple(kernel.shape)}"
-            )
+        if spec.name in leaves:
+            _, kernel = leaves[spec.name]
+            check_leaf(kernel, f"{spec.name} in params", spec.kernel_shape)
         _, kernel = find_part(leaves, spec)
         if not isinstance(kernel, jax.Array | np.ndarray) or isinstance(kernel, Tracer):
             raise TypeError(
@@ -362,12 +338,10 @@ def _with_digests(plan: Plan, params: Any) -> Plan:
 
 
 def _refuse_foreign_adapter(directory: Location) -> None:
-    """Raise if a directory holds an adapter that this library did not write.
-
-    Each of the two files says whose it is. If the config is damaged, the tensors do.
-    """
+    """Raise if a directory holds an adapter that this library did not write."""
     present = [name for name in (CONFIG, TENSORS) if (directory / name).is_file()]
     for name in present:
+        # A file so damaged that it says nothing leaves that to the other.
         with contextlib.suppress(AdapterFileError):
             if is_ours(directory, name):
                 return

@@ -1,10 +1,10 @@
-"""The record of a plan and of its adapters: specs as JSON, and back."""
+"""A plan and its adapters as records in JSON, and back."""
 
 import functools
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Any
 
@@ -15,14 +15,20 @@ import numpy as np
 from mora_jax._common.axes import check_axes, features, sizes
 from mora_jax._common.checks import check_finite, check_kernel
 from mora_jax._common.suggestions import lacking
-from mora_jax._common.types import Path, Shape
-from mora_jax._plan.plan import Plan
+from mora_jax._common.types import Path
+from mora_jax._plan.plan import Plan, check_plan, refuse_other_plan
 from mora_jax._plan.settings import AdapterSettings
 from mora_jax._plan.spec import SUFFIX, AdapterSpec, operator_settings
 from mora_jax._plan.trained_arrays import TrainedArray
 from mora_jax.io._files import AdapterFileError
-from mora_jax.io._json import Fields, check_record, dump, record_of, short
+from mora_jax.io._json import Fields, check_record, dump, parse, short
 from mora_jax.operators import Operator, Subspace, make_operator
+
+FORMAT = "mora_jax plan"
+"""The format of a plan without adapters, for the metadata of any checkpoint."""
+
+VERSION = 1
+"""The version of both formats. A reader refuses every other version."""
 
 LARGEST_WIDTH = 2**22
 """The most features on either side of a kernel that a file may describe."""
@@ -43,28 +49,138 @@ LAYER: Fields = {
 }
 """The record of an adapter; its `dtype` is the one that M has in the file."""
 
+TRAINED: Fields = {
+    "path": (list, lambda array: list(array.path)),
+    "shape": (list, lambda array: list(array.shape)),
+    "dtype": (str, lambda array: jnp.dtype(array.dtype).name),
+    "base_dtype": (str, lambda array: jnp.dtype(array.base_dtype).name),
+}
+"""The record of an array that trains itself."""
+
+PLAN: Fields = {
+    "format_version": (int, lambda plan: VERSION),
+    "library_version": (str, lambda plan: version("mora-jax")),
+    "base_parameters": (int, lambda plan: plan.base_parameters),
+    "traced": (bool, lambda plan: plan.traced),
+    "layers": (list, lambda plan: [record_of(s, LAYER) for s in plan.specs]),
+    "trained": (list, lambda plan: [record_of(a, TRAINED) for a in plan.trained]),
+}
+"""The record of a plan, beside its `format`."""
+
 Base = Mapping[str, Any] | None
 """{path: array or shape} of the model that a file must fit; None for any model."""
 
 
-def describe(spec: AdapterSpec, dtype: Any) -> dict[str, Any]:
-    """Return the record of an adapter whose trained array is of `dtype`."""
-    return record_of(spec, LAYER) | {"dtype": jnp.dtype(dtype).name}
+def record_of(thing: Any, fields: Fields) -> dict[str, Any]:
+    """Return an object as a record that JSON can hold."""
+    return {key: get(thing) for key, (_, get) in fields.items()}
+
+
+def parse_plan(
+    text: str, name: str, more: Fields, where: str, hint: str
+) -> dict[str, Any]:
+    """Return the record of a plan in the format `name`, which also holds `more`.
+
+    Messages call the text `where`, and `hint` says what else to do with others.
+    """
+    # Half of a character, which JSON may hold, lacks bytes: it makes another text.
+    content = parse(text.encode(errors="replace"), where)
+    if not isinstance(content, dict) or content.get("format") != name:
+        raise AdapterFileError(
+            f"{where} is not of mora_jax: its format must be {name!r}; {hint}"
+        )
+    written = content.get("format_version")
+    if type(written) is not int or written != VERSION:
+        raise AdapterFileError(
+            f"format_version of {where} must be {VERSION}, got {short(written)}: "
+            "another mora_jax is needed for other versions, such as a newer one"
+        )
+    return check_record(content, {"format": (str,), **PLAN, **more}, where)
+
+
+def restore_plan(
+    content: Mapping[str, Any],
+    where: str,
+    base: Base,
+    arrays: dict[str, np.ndarray] | None,
+) -> tuple[Plan, dict[Path, np.ndarray]]:
+    """Return the plan of a record, and {path: array} of what is trained.
+
+    Everything is checked, and nothing is filled in. Messages call the record `where`,
+    and name the layer. What belongs to the plan is taken out of `arrays`, the file's;
+    None stands for a plan alone.
+    """
+    if (count := content["base_parameters"]) < 1:
+        raise AdapterFileError(
+            f"base_parameters of {where} must be a positive integer, got {short(count)}"
+        )
+    leaves: dict[Path, np.ndarray] = {}
+    parts: dict[str, dict[str, Any]] = {"layers": {}, "trained": {}}
+    for key, kind, suffix, fields, undo in (
+        ("layers", "kernel", SUFFIX, LAYER, restore),
+        ("trained", "array", "", TRAINED, _restore_trained),
+    ):
+        for number, record in enumerate(content[key]):
+            here = f"{key}[{number}] of {where}"
+            path = _path_of(record, fields, here)
+            if (name := "/".join(path)) in parts[key]:
+                raise AdapterFileError(f"{here} is {name!r}, which is there twice")
+            try:
+                array, given = _take(arrays, name + suffix)
+                own = _in_model(base, name, kind)
+                parts[key][name] = undo(record, array, own, given)
+            except (TypeError, ValueError, OverflowError) as error:
+                raise AdapterFileError(f"{name} of {where}: {error}") from error
+            if array is not None:
+                leaves[*path[:-1], path[-1] + suffix] = array
+    specs, trained = (tuple(named.values()) for named in parts.values())
+    plan = Plan(specs, content["base_parameters"], content["traced"], trained=trained)
+    return plan, leaves
+
+
+def _path_of(record: Any, fields: Fields, where: str) -> list[str]:
+    """Return the path in a record, whose keys, types and path are checked."""
+    path = check_record(record, fields, where)["path"]
+    # A user may write the tree as directories.
+    names = all(isinstance(p, str) and p not in ("", ".", "..") for p in path)
+    if not path or not names:
+        raise AdapterFileError(f"{where} must have a path of names, got {short(path)}")
+    return path
+
+
+def _take(
+    arrays: dict[str, np.ndarray] | None, name: str
+) -> tuple[np.ndarray | None, dict[str, np.ndarray]]:
+    """Take an array out of a file's, and the operator's arrays if it is an M."""
+    if arrays is None:
+        return None, {}
+    if name not in arrays:
+        raise ValueError(f"the file lacks {name}")
+    check_finite(arrays[name], name, " in the file")
+    below = [key for key in arrays if key.startswith(f"{name}/")]
+    given = below if name.endswith(SUFFIX) else []
+    return arrays.pop(name), {n.removeprefix(f"{name}/"): arrays.pop(n) for n in given}
+
+
+def _in_model(base: Base, name: str, kind: str) -> Any:
+    """Return what the model has at a path, if a model is given."""
+    if base is None:
+        return None
+    if name not in base:
+        raise ValueError(f"the model has no such {kind}{lacking(name, base)}")
+    return base[name]
 
 
 def restore(
     record: Mapping[str, Any],
     m: np.ndarray | None,
-    base: Base,
+    kernel: Any,
     given: Mapping[str, np.ndarray],
 ) -> AdapterSpec:
-    """Undo `describe`. Everything is checked, and nothing is filled in.
+    """Return the adapter of a record whose trained array is `m`, everything checked.
 
-    Args:
-      record: The parsed record, with the keys and types of `LAYER`.
-      m: The trained array as the file has it; None for a file without arrays.
-      base: The model that the adapter must fit.
-      given: {name: array} of the operator's arrays, where no settings determine them.
+    Without arrays `m` is None, and for any model `kernel` is. `given` are {name: array}
+    of an operator that no settings determine.
     """
     shape, q = tuple(record["kernel_shape"]), record["square_rank"]
     if not all(type(size) is int and size > 0 for size in (*shape, q)):
@@ -72,23 +188,34 @@ def restore(
             "kernel_shape and square_rank must be positive integers, "
             f"got {short(shape)} and {short(q)}"
         )
-    axes = check_axes(record["axes"], len(shape))
-    widths = features(shape, axes)
-    if base is None:
+    axes, digests = check_axes(record["axes"], len(shape)), record["base_digest"]
+    widths, stack = features(shape, axes), math.prod(sizes(shape, axes, "s"))
+    if kernel is None:
         _check_size(widths, q, "seed" in record["operator"], m is not None)
     else:
-        _check_kernel(base, "/".join(record["path"]), shape)
+        check_kernel(kernel, "the model's kernel")
+        if tuple(kernel.shape) != shape:
+            raise ValueError(
+                f"the model's kernel must have shape {shape}, got {tuple(kernel.shape)}"
+            )
+    listed = re.fullmatch(r'\[("[0-9a-f]{64}",? ?)*\]', json.dumps(digests))
+    if digests is not None and not (listed and len(digests) == stack):
+        raise ValueError(
+            f"base_digest must be null or {stack} times 64 hex digits, "
+            f"got {short(digests)}"
+        )
     spec = AdapterSpec(
         _operator(record["operator"], (*widths, q), given),
         kernel_shape=shape,
         axes=axes,
         path=tuple(record["path"]),
-        base_digest=_digests(record["base_digest"], math.prod(sizes(shape, axes, "s"))),
+        base_digest=digests and tuple(digests),
         **vars(AdapterSettings.from_json(record["settings"])),
     )
     if m is not None and m.shape != spec.shape:
         raise ValueError(f"M must have shape {spec.shape}, got {m.shape}")
-    _check_same(record, describe(spec, spec.param_dtype if m is None else m.dtype))
+    expected = record_of(spec, LAYER)
+    _check_same(record, expected if m is None else expected | {"dtype": m.dtype.name})
     return spec
 
 
@@ -99,6 +226,7 @@ def _check_same(record: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
         if key != "operator_check" and dump(value) != dump(record[key]):
             raise ValueError(f"{key} must be {value!r}, got {short(record[key])}")
     stored, here = record["operator_check"], expected["operator_check"]
+    # Chips round differently; other random numbers differ by more.
     there = np.array(stored, np.float64)
     if there.shape != (len(here),) or not np.allclose(here, there, 1e-3, 1e-3):
         raise ValueError(
@@ -124,50 +252,16 @@ def _check_size(widths: tuple[int, int], q: int, seeded: bool, has_array: bool) 
         )
 
 
-def _check_kernel(base: Mapping[str, Any], name: str, shape: Shape) -> None:
-    """Raise unless the model has a kernel of a shape at a path."""
-    kernel = in_model(base, name, "kernel")
-    if tuple(kernel.shape) != shape:
-        raise ValueError(
-            f"the model's kernel must have shape {shape}, got {tuple(kernel.shape)}"
-        )
-    check_kernel(kernel, name)
-
-
-def in_model(base: Mapping[str, Any], name: str, kind: str) -> Any:
-    """Return what the model has at a path, which messages call `kind`."""
-    if name not in base:
-        raise ValueError(f"the model has no such {kind}{lacking(name, base)}")
-    return base[name]
-
-
-def _digests(digests: Any, count: int) -> tuple[str, ...] | None:
-    """Return the digests of the base's kernel, one for each index of its stack."""
-    if digests is None:
-        return None
-    hexadecimal = re.fullmatch(r'\[("[0-9a-f]{64}",? ?)*\]', json.dumps(digests))
-    if not hexadecimal or len(digests) != count:
-        raise ValueError(
-            f"base_digest must be null or {count} times 64 hex digits, "
-            f"got {short(digests)}"
-        )
-    return tuple(digests)
-
-
 def _operator(
     settings: Mapping[str, Any], widths: tuple[int, int, int], given: Mapping[str, Any]
 ) -> Operator:
     """Return the operator of (in, out, q)."""
     chosen = dict(settings)
     seed, name = chosen.pop("seed", 0), chosen.get("name")
-    arrays = Subspace.arrays if name == Subspace.name else ()
-    if given.keys() != set(arrays):
-        raise ValueError(
-            f"a {name!r} has {' and '.join(arrays) or 'no arrays'} in a file that "
-            f"mora_jax.save writes, got {sorted(given) or 'none'}"
-        )
-    if given:
+    if name == Subspace.name:
         return Subspace(*widths, **given)
+    if given:
+        raise ValueError(f"a {name!r} has no arrays in a file, got {sorted(given)}")
     return make_operator(chosen, *widths, seed=seed)
 
 
@@ -193,147 +287,8 @@ def _fingerprint(operator: Operator) -> tuple[float, ...]:
     return tuple(float(f"{terms[k::4].sum():.5g}") for k in range(4))
 
 
-VERSION = 1
-"""The version of both formats. A reader refuses every other version."""
-
-KINDS = {
-    "format": str,
-    "format_version": int,
-    "library_version": str,
-    "base_parameters": int,
-    "traced": bool,
-    "layers": list,
-    "trained": list,
-}
-
-TRAINED: Fields = {
-    "path": (list, lambda array: list(array.path)),
-    "shape": (list, lambda array: list(array.shape)),
-    "dtype": (str, lambda array: jnp.dtype(array.dtype).name),
-    "base_dtype": (str, lambda array: jnp.dtype(array.base_dtype).name),
-}
-"""The record of an array that trains itself."""
-
-Restore = Callable[[dict[str, Any], Any, Base, Any], Any]
-"""Function of a record, its array, the model and the arrays of its operator."""
-
-
-def describe_plan(plan: Plan, name: str, dtypes: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the record of a plan in the format `name`.
-
-    `dtypes` are {path of a kernel: dtype of its trained array}.
-    """
-    return {
-        "format": name,
-        "format_version": VERSION,
-        "library_version": version("mora-jax"),
-        "base_parameters": plan.base_parameters,
-        "traced": plan.traced,
-        "layers": [describe(spec, dtypes[spec.name]) for spec in plan.specs],
-        "trained": [record_of(array, TRAINED) for array in plan.trained],
-    }
-
-
-def check_plan_record(
-    content: Any, name: str, kinds: dict[str, type], where: str, hint: str
-) -> dict[str, Any]:
-    """Return a parsed record if it is of the format `name`, in the version read here.
-
-    Messages call the record `where`, and `hint` says what else to do with others.
-    """
-    if not isinstance(content, dict) or content.get("format") != name:
-        raise AdapterFileError(
-            f"{where} is not of mora_jax: its format must be {name!r}; {hint}"
-        )
-    written = content.get("format_version")
-    if type(written) is not int or written != VERSION:
-        raise AdapterFileError(
-            f"format_version of {where} must be {VERSION}, got {short(written)}: "
-            "another mora_jax is needed for other versions, such as a newer one"
-        )
-    return check_record(content, KINDS | kinds, where)
-
-
-def restore_plan(
-    content: Mapping[str, Any],
-    where: str,
-    base: Base,
-    arrays: dict[str, np.ndarray] | None,
-) -> tuple[Plan, dict[Path, np.ndarray]]:
-    """Undo `describe_plan`. Everything is checked, and nothing is filled in.
-
-    Args:
-      content: The record, which `check_plan_record` has seen.
-      where: The name of the record in messages, which also name the layer.
-      base: The model that the plan must fit.
-      arrays: The arrays of the file, from which the plan's are taken; None for a plan
-        without arrays.
-
-    Returns:
-      The plan, and {path: array} of what is trained.
-    """
-    if content["base_parameters"] < 1:
-        raise AdapterFileError(
-            f"base_parameters of {where} must be a positive integer, "
-            f"got {short(content['base_parameters'])}"
-        )
-    leaves: dict[Path, np.ndarray] = {}
-
-    def each(key: str, fields: Fields, suffix: str, restore: Restore) -> tuple:
-        restored = []
-        for name, record in _by_name(content, key, fields, where).items():
-            *parents, last = record["path"]
-            array, given = None, {}
-            try:
-                if arrays is not None:
-                    array, given = _take(arrays, name + suffix)
-                    leaves[*parents, last + suffix] = array
-                restored.append(restore(record, array, base, given))
-            except (TypeError, ValueError, OverflowError) as error:
-                raise AdapterFileError(f"{name} of {where}: {error}") from error
-        return tuple(restored)
-
-    specs = each("layers", LAYER, SUFFIX, restore)
-    trained = each("trained", TRAINED, "", _restore_trained)
-    plan = Plan(specs, content["base_parameters"], content["traced"], trained=trained)
-    return plan, leaves
-
-
-def _by_name(
-    content: Mapping[str, Any], key: str, fields: Fields, where: str
-) -> dict[str, Any]:
-    """Return {slash-joined path: record}, each with the right keys, types and path."""
-    kinds = {key: kind for key, (kind, _) in fields.items()}
-    named: dict[str, Any] = {}
-    for number, record in enumerate(content[key]):
-        here = f"{key}[{number}] of {where}"
-        path = check_record(record, kinds, here)["path"]
-        names = all(isinstance(p, str) and p not in ("", ".", "..") for p in path)
-        if not path or not names:
-            raise AdapterFileError(
-                f"{here} must have a path of names, got {short(path)}"
-            )
-        name = "/".join(path)
-        if name in named:
-            raise AdapterFileError(f"{here} is {name!r}, which is there twice")
-        named[name] = record
-    return named
-
-
-def _take(
-    arrays: dict[str, np.ndarray], name: str
-) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Take an array out of a file's, and the operator's arrays if it is an M."""
-    if name not in arrays:
-        raise ValueError(f"the file lacks {name}")
-    check_finite(arrays[name], name, " in the file")
-    below = [key for key in arrays if key.startswith(f"{name}/")]
-    given = below if name.endswith(SUFFIX) else []
-    return arrays.pop(name), {n.removeprefix(f"{name}/"): arrays.pop(n) for n in given}
-
-
 def _restore_trained(
-    record: Mapping[str, Any], array: np.ndarray | None, base: Base, _: Any
+    record: Mapping[str, Any], array: np.ndarray | None, own: Any, _: Any
 ) -> TrainedArray:
     shape, dtypes = tuple(record["shape"]), (record["dtype"], record["base_dtype"])
     if not all(type(size) is int and size >= 0 for size in shape):
@@ -341,8 +296,8 @@ def _restore_trained(
     trained = TrainedArray(tuple(record["path"]), shape, *dtypes)
     if dump(record_of(trained, TRAINED)) != dump(record):
         raise ValueError(f"its dtypes must be names of dtypes, got {short(dtypes)}")
-    if base is not None:
-        trained.check(in_model(base, trained.name, "array"), " in the model")
+    if own is not None:
+        trained.check(own, " in the model")
     if array is not None:
         trained.check(array, " in the file")
     return trained
@@ -353,3 +308,77 @@ def shapes_of(plan: Plan) -> dict[str, jax.ShapeDtypeStruct]:
     shape = jax.ShapeDtypeStruct
     kernels = {spec.name: shape(spec.kernel_shape, jnp.float32) for spec in plan.specs}
     return kernels | {a.name: shape(a.shape, a.dtype) for a in plan.trained}
+
+
+def plan_to_json(plan: Plan) -> str:
+    """Return a plan as JSON, for `plan_from_json`.
+
+    Adapters are only numbers. With another operator, seed or alpha they have the same
+    shapes and mean another delta. `save` stores the plan with them. If another library
+    stores them (Orbax, Tunix), keep this text in the checkpoint's metadata.
+
+    Raises:
+      TypeError: `plan` is not a plan.
+      ValueError: An operator has arrays that no settings determine, as a subspace.
+
+    Example::
+
+      >>> import jax.numpy as jnp
+      >>> import mora_jax
+      >>> plan = mora_jax.plan({"fc": {"kernel": jnp.ones((8, 8))}})
+      >>> text = mora_jax.io.plan_to_json(plan)
+      >>> mora_jax.io.plan_from_json(text) == plan
+      True
+    """
+    for spec in check_plan(plan).specs:
+        if spec.operator.given:
+            raise ValueError(
+                f"{spec.name}: JSON cannot hold the directions of a "
+                f"{spec.operator.name}; keep the plan with mora_jax.save"
+            )
+    content = {"format": FORMAT} | record_of(plan, PLAN)
+    return dump(content | {"digest": plan.digest()}).decode()
+
+
+def plan_from_json(text: str, like: Plan | None = None) -> Plan:
+    """Return the plan that `plan_to_json` wrote.
+
+    Everything is checked, and nothing is filled in. The plan lacks a layout on a mesh:
+    see `sharding.plan_on_mesh`.
+
+    Args:
+      text: The text that `plan_to_json` returned.
+      like: The plan of the model that the adapters are for; None for any model.
+
+    Raises:
+      TypeError: `text` is not a string, or `like` is not a plan.
+      io.AdapterFileError: The text is not a plan, is damaged or of a newer format, or
+        this platform computes an operator differently; or M's mean another delta with
+        this plan than with `like`. The message names the layer and the settings.
+
+    Example::
+
+      >>> import jax.numpy as jnp
+      >>> import mora_jax
+      >>> params = {"fc": {"kernel": jnp.ones((8, 8))}}
+      >>> doubled = mora_jax.plan(params, mora_jax.MoRAConfig(alpha=2.0))
+      >>> text = mora_jax.io.plan_to_json(doubled)
+      >>> mora_jax.io.plan_from_json(text, like=mora_jax.plan(params))
+      Traceback (most recent call last):
+      mora_jax.io.AdapterFileError: fc/kernel_mora was made for alpha 2.0, not 1.0
+    """
+    if not isinstance(text, str):
+        raise TypeError(f"text must be a str, got {type(text).__name__}")
+    where, hint = "the plan", "io.plan_to_json writes it"
+    content = parse_plan(text, FORMAT, {"digest": (str,)}, where, hint)
+    # With a model, operators are made only for its shapes.
+    base = None if like is None else shapes_of(check_plan(like, "like"))
+    plan, _ = restore_plan(content, where, base, None)
+    if plan.digest() != content["digest"]:
+        raise AdapterFileError("the plan is damaged or edited: its digest differs")
+    if like is not None:
+        try:
+            refuse_other_plan(plan, like)
+        except ValueError as error:
+            raise AdapterFileError(str(error)) from error
+    return plan

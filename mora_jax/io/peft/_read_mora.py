@@ -20,8 +20,7 @@ from mora_jax._tree.adapters import Tree, nest
 from mora_jax._tree.paths import adapter_path, named_leaves
 from mora_jax.io._files import CONFIG, TENSORS, AdapterFileError, as_path, read_bytes
 from mora_jax.io._json import read_json, short
-from mora_jax.io._names import Names, pairs, split_index, to_kernel
-from mora_jax.io._suggest import suggestion_for
+from mora_jax.io._names import Names, pairs, split_index, suggestion, to_kernel
 from mora_jax.io._tensors import decode, to_jax
 from mora_jax.io.peft._reference import REFERENCE_GROUPS, reference_operator
 from mora_jax.operators import Operator
@@ -154,9 +153,11 @@ def _by_kernel(
             raise AdapterFileError(f"{TENSORS} has two modules for {kernel[0]}")
         kernels[path][index] = module, m
     if unknown:
+        # A checkpoint that was read by the same names lacks paths.
+        paths = _paths(model) or [m.replace(".", "/") + "/kernel" for m in unknown]
         raise AdapterFileError(
             f"names have no kernel for the module {short(unknown[0])}, which {TENSORS} "
-            f"adapts; {suggestion_for(unknown, _paths(model))}"
+            f"adapts; {suggestion(paths, unknown)}"
         )
     if not kernels:
         raise AdapterFileError(f"{TENSORS} holds no adapter")

@@ -22,8 +22,7 @@ from mora_jax.io._files import (
     write_directory,
 )
 from mora_jax.io._json import dump
-from mora_jax.io._names import Module, Names, modules_of, pairs
-from mora_jax.io._suggest import suggestion
+from mora_jax.io._names import Module, Names, modules_of, pairs, suggestion
 from mora_jax.io._tensors import encode, to_numpy
 from mora_jax.io.peft._read_mora import PREFIX
 from mora_jax.io.peft._reference import REFERENCE_GROUPS, reference_square_rank
