@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Sharding, SingleDeviceSharding
 
 from mora_jax._common.suggestions import nearest_paths
-from mora_jax._common.types import Shape
+from mora_jax._common.types import Path, Shape
 from mora_jax.io._families import BUFFERS, TIED
 from mora_jax.io._files import AdapterFileError
 from mora_jax.io._json import read_json, short
@@ -44,11 +44,6 @@ class Part(NamedTuple):
     columns: Shape
 
     @property
-    def shape(self) -> Shape:
-        """The tensor's shape."""
-        return self.file.entries[self.name].shape
-
-    @property
     def dtype(self) -> np.dtype:
         """The tensor's dtype, which is floating-point."""
         return self.file.dtype(self.name, "dequantise it first")
@@ -70,9 +65,10 @@ class Part(NamedTuple):
                 return cls(file, name, *axes)
         return None
 
-    def transposed(self, array: np.ndarray) -> np.ndarray:
-        """Return an array with the axes of rows before the axes of columns."""
-        return array.transpose(self.rows + self.columns)
+    def in_rows(self, array: np.ndarray) -> np.ndarray:
+        """Return an array in the layout of the tensor."""
+        array = array.transpose(self.rows + self.columns)
+        return array.reshape(self.file.entries[self.name].shape)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,7 +188,7 @@ class Source:
             self.missing.append(leaf)
         for index in np.ndindex(shape[:depth]):
             if tensor := self._find(leaf, index):
-                self._take(tensor.name, join_index(leaf, index))
+                self.take(tensor.name, join_index(leaf, index))
                 file = self.checkpoint.place[tensor.name]
                 part = Part.of(file, tensor, shape[depth:])
                 # All layers have one order of axes.
@@ -206,6 +202,11 @@ class Source:
                 self.missing.append(join_index(leaf, index))
         return stack
 
+    def own_name(self, path: Path) -> str | None:
+        """Return the tensor that is named as an array's path is, if there is one."""
+        names = (separator.join(path) for separator in "/.")
+        return next((name for name in names if name in self.checkpoint.place), None)
+
     def _find(self, leaf: str, index: Shape) -> Tensor | None:
         """Return the tensor of one layer of a leaf, as the files call it."""
         for tensor in to_tensors(join_index(leaf, index), self.known):
@@ -217,7 +218,7 @@ class Source:
                     return tensor._replace(name=names[0])
         return None
 
-    def _take(self, tensor: str, leaf: str) -> None:
+    def take(self, tensor: str, leaf: str) -> None:
         """Note that a leaf has the tensor. Only tied ones serve two leaves."""
         if tensor in self.taken and not (self.tied and _tied_to(tensor)):
             raise AdapterFileError(

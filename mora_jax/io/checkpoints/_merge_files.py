@@ -10,7 +10,6 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from mora_jax._common.suggestions import nearest_paths
 from mora_jax._common.types import Shape
 from mora_jax._layer.equation import delta_kernel
 from mora_jax._layer.rounding import Rounding, add_rounded, check_rounding, share_lost
@@ -28,8 +27,7 @@ from mora_jax.io._files import (
     parts,
     write_directory,
 )
-from mora_jax.io._names import Module, Names, join_index, modules_of, pairs
-from mora_jax.io._suggest import suggestion
+from mora_jax.io._names import Names, join_index, modules_of
 from mora_jax.io._tensors import TensorFile, to_numpy
 from mora_jax.io.checkpoints._checkpoint import INDEX, Checkpoint
 from mora_jax.io.checkpoints._matching import Source, converted
@@ -106,30 +104,15 @@ def sites_of(
     checkpoint: Checkpoint, adapters: Any, plan: Plan, names: Names
 ) -> dict[str, Site]:
     """Return the site of each tensor that an adapter changes, all of them checked."""
-    known, missing = pairs(names), {}
+    source = Source(checkpoint, names, "kernel", tied=False)
     sites: dict[str, Site] = {}
     for spec, m in adapter_items(adapters, plan):
         m = to_numpy(spec.name, m)
         m = m.astype(jnp.promote_types(m.dtype, jnp.float32))
-        if name := _own_name(checkpoint, spec.path):
-            sites[name] = Site(spec, m, (name,))
-            continue
-        modules, unnamed = modules_of(spec, known)
-        missing |= dict.fromkeys(unnamed, spec.name)
-        for index, layer in itertools.groupby(modules, lambda module: module.index):
-            for site in _layer_sites(spec, m[index], *layer):
-                if site.name not in checkpoint.place:
-                    missing[join_index(spec.name, index)] = site.name
-                elif site.name in sites:
-                    raise AdapterFileError(f"two adapters go into {site.name!r}")
-                sites[site.name] = site
-    if missing:
-        kernel, name = next(iter(missing.items()))
-        modules = [name.removesuffix(".weight") for name in checkpoint.place]
-        raise AdapterFileError(
-            f"the base has no tensor for the kernel {kernel!r}"
-            f"{nearest_paths(name, checkpoint.place)}; {suggestion(missing, modules)}"
-        )
+        for site in _sites(source, spec, m):
+            source.take(site.name, spec.name)
+            sites[site.name] = site
+    source.check_missing()
     for name, site in sites.items():
         if (shape := checkpoint.entry(name).shape) != site.shape:
             raise AdapterFileError(
@@ -138,20 +121,28 @@ def sites_of(
     return sites
 
 
-def _layer_sites(spec: AdapterSpec, m: np.ndarray, *modules: Module) -> Iterator[Site]:
-    """Yield the sites of one layer of a kernel, by the modules that are the layer."""
-    axes, sizes = modules[0].axes, {"i": spec.in_features, "o": spec.out_features}
-    shape = tuple(sizes[letter] for letter in axes)
-    spec = dataclasses.replace(spec, kernel_shape=shape, axes=axes, layout=None)
-    tensors = tuple(f"{module.name}.weight" for module in modules)
-    for part, module in enumerate(modules):
-        yield Site(spec, m, tensors, part, module.layer)
-
-
-def _own_name(checkpoint: Checkpoint, path: tuple[str, ...]) -> str | None:
-    """Return the tensor that is named as an array's path is, if there is one."""
-    names = (separator.join(path) for separator in "/.")
-    return next((name for name in names if name in checkpoint.place), None)
+def _sites(source: Source, spec: AdapterSpec, m: np.ndarray) -> Iterator[Site]:
+    """Yield the sites of a kernel. What the base lacks is noted as missing."""
+    if own := source.own_name(spec.path):
+        yield Site(spec, m, (own,))
+        return
+    modules, unnamed = modules_of(spec, source.known)
+    source.missing += unnamed
+    for index, layer in itertools.groupby(modules, lambda module: module.index):
+        first, *others = layer
+        # One layer at a time: the delta of a whole stack may not fit in memory.
+        sizes = {"i": spec.in_features, "o": spec.out_features}
+        shape = tuple(sizes[letter] for letter in first.axes)
+        alone = dataclasses.replace(
+            spec, kernel_shape=shape, axes=first.axes, layout=None
+        )
+        tensors = tuple(f"{module.name}.weight" for module in (first, *others))
+        for part, name in enumerate(tensors):
+            if name in source.checkpoint.place:
+                yield Site(alone, m[index], tensors, part, first.layer)
+            else:
+                at = (*index, part) if others else index
+                source.missing.append(join_index(spec.name, at))
 
 
 def replacements(
@@ -162,14 +153,14 @@ def replacements(
     misfit = "the trained array {!r} of shape {} does not fit {} in the base"
     source = Source(checkpoint, names, "trained array", misfit, tied=False)
     for array, copy in items:
-        numbers, own = to_numpy(array.name, copy), _own_name(checkpoint, array.path)
+        numbers, own = to_numpy(array.name, copy), source.own_name(array.path)
         # A bias with axes for heads may have the name of its tensor by chance.
         if own and checkpoint.entry(own).shape == array.shape:
+            source.take(own, array.name)
             replaced[own] = array.name, numbers
-            source.taken[own] = array.name
             continue
         for index, part in source.stack(array.name, array.shape).items():
-            layer = part.transposed(numbers[index]).reshape(part.shape)
+            layer = part.in_rows(numbers[index])
             replaced[part.name] = join_index(array.name, index), layer
     source.check_missing()
     return replaced
@@ -304,11 +295,10 @@ def _check_target(target: Location, checkpoint: Checkpoint, force: bool) -> None
     copied = {path.name: path for path in checkpoint.beside}
 
     def is_known(path: Location) -> bool:
-        if not path.is_file():
-            return False
         if path.name in tensors or BESIDE_A_MODEL.fullmatch(path.name):
-            return True
-        twin = copied.get(path.name)
+            return path.is_file()
+        # A copy that was edited since, such as a model's card, is a person's work.
+        twin = copied.get(path.name) if path.is_file() else None
         return twin is not None and path.read_bytes() == twin.read_bytes()
 
     there = entries(target)
