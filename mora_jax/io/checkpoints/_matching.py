@@ -210,13 +210,19 @@ class Source:
     def _find(self, leaf: str, index: Shape) -> Tensor | None:
         """Return the tensor of one layer of a leaf, as the files call it."""
         for tensor in to_tensors(join_index(leaf, index), self.known):
-            if tensor.name in self.checkpoint.place:
-                return tensor
-            twins = _tied_to(tensor.name) if self.tied else ()
-            for name in (canonical(tensor.name), *twins):
-                if len(names := self._by_canonical.get(name, ())) == 1:
-                    return tensor._replace(name=names[0])
+            if name := self.named(tensor.name):
+                return tensor._replace(name=name)
         return None
+
+    def named(self, tensor: str) -> str:
+        """Return the name that the files have for a tensor; "" if they lack it."""
+        if tensor in self.checkpoint.place:
+            return tensor
+        twins = _tied_to(tensor) if self.tied else ()
+        for name in (canonical(tensor), *twins):
+            if len(names := self._by_canonical.get(name, ())) == 1:
+                return names[0]
+        return ""
 
     def take(self, tensor: str, leaf: str) -> None:
         """Note that a leaf has the tensor. Only tied ones serve two leaves."""
@@ -231,7 +237,9 @@ class Source:
         if not self.missing:
             return
         leaf, place = self.missing[0], self.checkpoint.place
-        name = next((tensor.name for tensor in to_tensors(leaf, self.known)), "")
+        names = (tensor.name for tensor in to_tensors(leaf, self.known))
+        # Kernels need a template, though a tensor may have their name.
+        name = next((name for name in names if name not in place), "")
         text = f"the base has no tensor for the {self.what} {leaf!r}"
         if _tied_to(name) and not self.tied:
             text += (

@@ -111,13 +111,13 @@ def sites_of(
         m = m.astype(jnp.promote_types(m.dtype, jnp.float32))
         for site in _sites(source, spec, m):
             source.take(site.name, spec.name)
+            if (shape := checkpoint.entry(site.name).shape) != site.shape:
+                raise AdapterFileError(
+                    f"{site.name!r} in the base must have shape {site.shape}, got "
+                    f"{shape}"
+                )
             sites[site.name] = site
     source.check_missing()
-    for name, site in sites.items():
-        if (shape := checkpoint.entry(name).shape) != site.shape:
-            raise AdapterFileError(
-                f"{name!r} in the base must have shape {site.shape}, got {shape}"
-            )
     return sites
 
 
@@ -136,9 +136,10 @@ def _sites(source: Source, spec: AdapterSpec, m: np.ndarray) -> Iterator[Site]:
         alone = dataclasses.replace(
             spec, kernel_shape=shape, axes=first.axes, layout=None
         )
-        tensors = tuple(f"{module.name}.weight" for module in (first, *others))
+        names = (f"{module.name}.weight" for module in (first, *others))
+        tensors = tuple(map(source.named, names))
         for part, name in enumerate(tensors):
-            if name in source.checkpoint.place:
+            if name:
                 yield Site(alone, m[index], tensors, part, first.layer)
             else:
                 at = (*index, part) if others else index

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from mora_jax._common.checks import check_finite
 from mora_jax._common.suggestions import nearest_paths
 from mora_jax._common.types import Shape
 from mora_jax._flax.planning import plan
@@ -119,24 +120,23 @@ def _checked(content: Any) -> dict[str, Any]:
 
 def _matrices(arrays: Mapping[str, np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
     """Yield each module with its M, which the reference stores twice and transposed."""
-    for key in arrays:
-        if not re.fullmatch(rf"{re.escape(PREFIX)}.+\.lora_[AB]\.weight", key):
+    pairs: dict[str, dict[str, np.ndarray]] = defaultdict(dict)
+    for key, array in arrays.items():
+        named = re.fullmatch(rf"{re.escape(PREFIX)}(.+)\.lora_([AB])\.weight", key)
+        if named is None:
             raise AdapterFileError(
                 f"tensors in {TENSORS} must be like {PREFIX}*.lora_A.weight, "
                 f"got {short(key)}"
             )
-    for module in dict.fromkeys(key.rsplit(".", 2)[0] for key in arrays):
-        name = module.removeprefix(PREFIX)
-        a, b = (arrays.get(f"{module}.lora_{letter}.weight") for letter in "AB")
-        if a is None or b is None:
+        pairs[named[1]][named[2]] = array
+    for name, pair in pairs.items():
+        if len(pair) < 2:
             raise AdapterFileError(f"{TENSORS} must have lora_A and lora_B of {name}")
-        if not np.array_equal(a, b):
+        if not np.array_equal(pair["A"], pair["B"]):
             raise AdapterFileError(
                 f"lora_A and lora_B of {name} in {TENSORS} must be the same matrix"
             )
-        if not np.isfinite(a).all():
-            raise AdapterFileError(f"{name} in {TENSORS} holds NaN or infinity")
-        yield name, a.T
+        yield name, pair["A"].T
 
 
 def _by_kernel(
@@ -197,11 +197,13 @@ def _adapter(
     if missing := set(np.ndindex(stack)) ^ set(modules):
         raise ValueError(f"the kernel is stacked {stack}, and does not fit {missing}")
     ranks = {_rank(module, config) for module, _ in modules.values()}
+    # One M has one size: an operator for the whole stack.
     operators = {reference_operator(config["mora_type"], *widths, r) for r in ranks}
     if len(operators) > 1:
         raise ValueError("a stacked kernel must have one rank in all its layers")
     (operator,) = operators
     for module, m in modules.values():
+        check_finite(m, module)
         if m.shape != operator.m_shape:
             raise ValueError(
                 f"{module} must be of shape {operator.m_shape} for a kernel of "
