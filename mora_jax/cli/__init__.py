@@ -6,9 +6,9 @@ import sys
 def main() -> None:
     """Run `mora-jax`."""
     try:
-        from mora_jax.cli._app import app
+        from mora_jax.cli._app import run
     except ImportError as error:
         remedy = "the command line needs: pip install mora-jax[cli]"
         print(f"error: {error}; {remedy}", file=sys.stderr)
         raise SystemExit(1) from None
-    app()
+    run()

@@ -2,11 +2,10 @@
 
 import contextlib
 import functools
-import inspect
 import re
 import shlex
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import Annotated, Any, Literal, ParamSpec, TypeVar
+from typing import Annotated, Any, Literal
 
 import typer
 from rich import progress as bars
@@ -25,6 +24,17 @@ def _rank_of(text: str | None) -> int | str | None:
     if not text.isdecimal() or not int(text):
         raise typer.BadParameter(f"{text!r} is neither a positive integer nor 'auto'.")
     return int(text)
+
+
+def _names_of(text: str | None) -> Names:
+    """The `names` of an option: a family, templates, or templates in a file."""
+    names: Names = text
+    if text is not None and text.lstrip().startswith("{"):
+        names = parse(text.encode(), "--names")
+    elif text is not None and text.endswith(".json"):
+        names = read_json(as_path("--names", text))
+    pairs(names)  # refuses them now, also for commands that come to need none
+    return names
 
 
 def _base(use: str = "") -> Any:
@@ -73,6 +83,7 @@ Family = Annotated[
     str | None,
     typer.Option(
         "--names",
+        callback=_names_of,
         help="Which PyTorch module is which kernel: llama, gemma, qwen, gpt2, bert, "
         "tunix, gm; templates as JSON, "
         '{"model.layers.{n}.mlp.{p}": "h_{n}/{p}/kernel"}, '
@@ -93,17 +104,6 @@ Format = Literal["mora", "peft-mora", "peft-lora"]
 """The formats that `convert` writes."""
 
 
-def names_of(text: str | None) -> Names:
-    """The `names` of an option: a family, templates, or templates in a file."""
-    names: Names = text
-    if text is not None and text.lstrip().startswith("{"):
-        names = parse(text.encode(), "--names")
-    elif text is not None and text.endswith(".json"):
-        names = read_json(as_path("--names", text))
-    pairs(names)  # an error now, also for commands that come to need no names
-    return names
-
-
 def check_apart(argument: str, target: str, adapter: str) -> None:
     """Raise if writing `target` would replace the adapter's directory or mix with it.
 
@@ -116,28 +116,6 @@ def check_apart(argument: str, target: str, adapter: str) -> None:
             f"{argument} must not be the adapter's directory, hold it or lie in it, "
             f"got {target}"
         )
-
-
-P = ParamSpec("P")
-T = TypeVar("T")
-
-
-def refusing(command: Callable[P, T]) -> Callable[P, T]:
-    """Wrap `command`, so that an error prints one line and exits with 1."""
-    options = inspect.signature(command).parameters
-
-    @functools.wraps(command)
-    def run(*args: P.args, **kwargs: P.kwargs) -> T:
-        try:
-            return command(*args, **kwargs)
-        except Exception as error:
-            reason = " ".join(str(error).split())
-            if not isinstance(error, ImportError | OSError | TypeError | ValueError):
-                reason = f"{type(error).__name__}: {reason}"
-            typer.secho(f"error: {as_options(reason, options)}", fg="red", err=True)
-            raise typer.Exit(1) from error
-
-    return run
 
 
 def as_options(text: str, options: Collection[str]) -> str:

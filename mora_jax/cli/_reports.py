@@ -32,24 +32,31 @@ def format_of(directory: str | os.PathLike[str]) -> str:
 
 
 def read_adapter(
-    directory: str | os.PathLike[str], model: Any = None, names: Names = None
+    directory: str | os.PathLike[str],
+    base: str | None = None,
+    names: Names = None,
+    argument: str = "directory",
 ) -> tuple[Tree, Plan]:
     """Return (adapters, plan), in this library's format or the reference's.
 
-    Only the reference's format needs `model` and `names`, as in `load_peft_mora`. A
-    plain LoRA is an `AdapterFileError`.
+    Only the reference's format needs the `base`, whose modules have `names`. A plain
+    LoRA is an `AdapterFileError`. Messages call the directory `argument`.
     """
-    kind = format_of(directory)
+    shapes = None
+    if base is not None:
+        shapes = io.Checkpoint(as_path("base", base)).shapes(names)
+    path = as_path(argument, directory)
+    kind = format_of(path)
     if kind == "mora":
-        return load(directory)
+        return load(path)
     if kind == "peft-lora":
-        raise AdapterFileError(f"{directory} is a plain LoRA, which no M can stand for")
-    if model is None:
+        raise AdapterFileError(f"{path} is a plain LoRA, which no M can stand for")
+    if shapes is None:
         raise AdapterFileError(
-            f"{directory} is the reference's, and does not say how large kernels are: "
+            f"{path} is the reference's, and does not say how large kernels are: "
             "the base is needed too"
         )
-    return load_peft_mora(directory, model, names)
+    return load_peft_mora(path, shapes, names)
 
 
 Row = dict[str, Any]
@@ -58,7 +65,7 @@ Row = dict[str, Any]
 
 def describe(adapter: str, base: str | None, names: Names) -> Row:
     """An adapter's format, metadata and size, and a row for each of its layers."""
-    adapters, plan = open_adapter("adapter", adapter, base, names)
+    adapters, plan = read_adapter(adapter, base, names, "adapter")
     kind, spectra = format_of(adapter), diagnostics.spectrum(adapters, plan)
     return {
         "format": kind,
@@ -108,19 +115,17 @@ def grouped(layers: Sequence[Row]) -> list[Row]:
 
 def compare(first: str, second: str, base: str | None, names: Names) -> list[Row]:
     """A row for each layer of either adapter, and for each array that trains itself."""
-    left = _parts(*open_adapter("first", first, base, names))
-    right = _parts(*open_adapter("second", second, base, names))
+    left = _parts(*read_adapter(first, base, names, "first"))
+    right = _parts(*read_adapter(second, base, names, "second"))
     rows = []
     for key in sorted(left.keys() | right.keys()):
-        part, _ = left.get(key) or right[key]
-        settings = "" if isinstance(part, AdapterSpec) else "trained itself"
-        row = {"path": part.name, "settings": settings, "difference": ""}
+        (trained, path), difference = key, ""
         if key in left and key in right:
-            row |= _comparison(left[key], right[key])
+            settings, difference = _comparison(left[key], right[key])
         else:
-            only = f"only in {first if key in left else second}"
-            row["settings"] = f"{settings} {only}".lstrip()
-        rows.append(row)
+            settings = f"only in {first if key in left else second}"
+        settings = f"{'trained itself ' * trained}{settings}".rstrip()
+        rows.append({"path": path, "settings": settings, "difference": difference})
     return rows
 
 
@@ -131,18 +136,21 @@ def _parts(adapters: Tree, plan: Plan) -> dict[tuple[bool, str], tuple[Any, Any]
     return parts | {(True, array.name): (array, copy) for array, copy in copies}
 
 
-def _comparison(left: tuple[Any, Any], right: tuple[Any, Any]) -> Row:
+def _comparison(
+    left: tuple[Any, Any], right: tuple[Any, Any]
+) -> tuple[str, float | str]:
     """The differing settings, and the distance of deltas or arrays of one shape."""
-    row, arrays = {}, [np.asarray(array) for _, array in (left, right)]
-    if isinstance(left[0], AdapterSpec):
-        row["settings"] = _differing(left[0], right[0]) or "same"
+    (one, m), (other, n) = left, right
+    settings, difference = "", ""
+    if isinstance(one, AdapterSpec):
+        settings = _differing(one, other) or "same"
         # For this layer only: the deltas of a model are as large as the model.
-        arrays = [np.asarray(delta_kernel(s, wide(m))) for s, m in (left, right)]
-    if arrays[0].shape == arrays[1].shape:
-        array, other = (a.astype(np.float64) for a in arrays)
-        norm, distance = np.linalg.norm(array), np.linalg.norm(array - other)
-        row["difference"] = float(distance / norm if norm else distance > 0)
-    return row
+        m, n = delta_kernel(one, wide(m)), delta_kernel(other, wide(n))
+    if m.shape == n.shape:
+        m, n = (np.asarray(array).astype(np.float64) for array in (m, n))
+        norm, distance = np.linalg.norm(m), np.linalg.norm(m - n)
+        difference = float(distance / norm if norm else distance > 0)
+    return settings, difference
 
 
 def _differing(left: AdapterSpec, right: AdapterSpec) -> str:
@@ -152,13 +160,3 @@ def _differing(left: AdapterSpec, right: AdapterSpec) -> str:
     if None not in (digests := (left.base_digest, right.base_digest)):
         differing += ["other weights of the base"] * (digests[0] != digests[1])
     return ", ".join(differing)
-
-
-def open_adapter(
-    argument: str, adapter: str, base: str | None, names: Names
-) -> tuple[Tree, Plan]:
-    """An adapter of any format; `argument` is what messages call its path."""
-    shapes = None
-    if base is not None:
-        shapes = io.Checkpoint(as_path("base", base)).shapes(names)
-    return read_adapter(as_path(argument, adapter), shapes, names)
