@@ -84,11 +84,7 @@ class Leaf:
     tensors: Mapping[Shape, Part]
 
     def read(self) -> jax.Array:
-        """Return the array.
-
-        Memory of the host holds one device's part, beside the last. A transfer keeps
-        the part that it reads, so each is awaited.
-        """
+        """Return the array, while the host holds one device's part beside the last."""
         if self.sharding is None:
             whole = (slice(None),) * len(self.shape)
             return jnp.asarray(self._read(whole)).block_until_ready()
@@ -100,17 +96,14 @@ class Leaf:
             array = self._read(index)
             where = (SingleDeviceSharding(d, memory_kind=memory) for d in devices)
             copies = [jax.device_put(array, sharding) for sharding in where]
+            # A transfer that is under way keeps the part that it reads.
             shards += jax.block_until_ready(copies)
         return jax.make_array_from_single_device_arrays(
             self.shape, self.sharding, shards
         )
 
     def _read(self, index: tuple[slice, ...]) -> np.ndarray:
-        """Return a part of the array, from rows of tensors that it needs alone.
-
-        It is a view of numbers in the order of the tensors. JAX transposes it, faster
-        than NumPy would.
-        """
+        """Return a part of the array, from rows of tensors that it needs alone."""
         ends = [part.indices(n)[:2] for part, n in zip(index, self.shape, strict=True)]
         depth, part = next((len(at), part) for at, part in self.tensors.items())
         order = [*range(depth), *(depth + k for k in part.rows + part.columns)]
@@ -118,6 +111,7 @@ class Leaf:
         for place in np.ndindex(stored.shape[:depth]) if stored.size else ():
             at = tuple(k + start for k, (start, _) in zip(place, ends, strict=False))
             self._fill(stored[*place, ...], index[depth:], self.tensors[at])
+        # A view: JAX transposes the numbers when it copies them, faster than NumPy.
         return stored.transpose(np.argsort(order))
 
     def _fill(self, stored: np.ndarray, box: tuple[slice, ...], part: Part) -> None:
@@ -154,10 +148,8 @@ def converted(array: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
 class Source:
     """The tensors of a checkpoint, found by the names that PyTorch may give them.
 
-    Attributes:
-      tied: True if a tensor may stand for the one that it is tied to.
-      taken: {tensor: the leaf that has it}.
-      missing: The leaves without a tensor, with their indices.
+    `taken` is {tensor: the leaf that has it}, and `missing` are the leaves without a
+    tensor, with their indices. With `tied`, a tensor may stand for one it is tied to.
     """
 
     def __init__(
@@ -178,28 +170,28 @@ class Source:
         self.missing: list[str] = []
 
     def stack(self, leaf: str, shape: Shape) -> dict[Shape, Part]:
-        """Return {index in a leaf's stack: its tensor}; others are noted as missing.
-
-        A leaf that is not stacked has the index ().
-        """
+        """Return {index in a leaf's stack: its tensor}; others are noted as missing."""
+        # Without a stack the index is (). No more is known of its depth than that the
+        # first layer has a tensor.
         depths = (k for k in range(len(shape) + 1) if self._find(leaf, (0,) * k))
         depth, stack = next(depths, 0), {}
         if 0 in shape[:depth]:
             self.missing.append(leaf)
         for index in np.ndindex(shape[:depth]):
-            if tensor := self._find(leaf, index):
-                self.take(tensor.name, join_index(leaf, index))
-                file = self.checkpoint.place[tensor.name]
-                part = Part.of(file, tensor, shape[depth:])
-                # All layers have one order of axes.
-                if part is None or part[2:] != next(iter(stack.values()), part)[2:]:
-                    transposed = " transposed" * (tensor.axes == "oi")
-                    stored = self.checkpoint.entry(tensor.name).shape
-                    text = f"{tensor.name!r} of shape {stored}{transposed}"
-                    raise AdapterFileError(self.misfit.format(leaf, shape, text))
-                stack[index] = part
-            else:
-                self.missing.append(join_index(leaf, index))
+            tensor, name = self._find(leaf, index), join_index(leaf, index)
+            if tensor is None:
+                self.missing.append(name)
+                continue
+            self.take(tensor.name, name)
+            file = self.checkpoint.place[tensor.name]
+            part = Part.of(file, tensor, shape[depth:])
+            # All layers have one order of axes, since they are one array.
+            if part is None or part[2:] != next(iter(stack.values()), part)[2:]:
+                transposed = " transposed" * (tensor.axes == "oi")
+                stored = file.entries[tensor.name].shape
+                text = f"{tensor.name!r} of shape {stored}{transposed}"
+                raise AdapterFileError(self.misfit.format(leaf, shape, text))
+            stack[index] = part
         return stack
 
     def own_name(self, path: Path) -> str | None:
@@ -225,7 +217,8 @@ class Source:
         return ""
 
     def take(self, tensor: str, leaf: str) -> None:
-        """Note that a leaf has the tensor. Only tied ones serve two leaves."""
+        """Note that a leaf has the tensor."""
+        # A model may have two leaves where the file has one of two tied tensors.
         if tensor in self.taken and not (self.tied and _tied_to(tensor)):
             raise AdapterFileError(
                 f"{self.taken[tensor]!r} and {leaf!r} are both {tensor!r} in the base"
@@ -296,11 +289,11 @@ class Source:
         )
 
     def _are_equal(self, *names: str) -> bool:
-        a, b = map(self.checkpoint.entry, names)
-        if (a.dtype, a.shape) != (b.dtype, b.shape):
-            return False
+        one, other = map(self.checkpoint.entry, names)
         pieces = (self.checkpoint.place[name].chunks(name) for name in names)
-        return all(left == right for left, right in zip(*pieces, strict=True))
+        # Piece by piece, since a head is among the largest of tensors.
+        equal = (a == b for a, b in zip(*pieces, strict=True))
+        return (one.dtype, one.shape) == (other.dtype, other.shape) and all(equal)
 
     def stand_for_two(self, tensors: Iterable[str]) -> bool:
         """Return True if a tensor is there, and not the one that may be tied to it."""
@@ -318,11 +311,9 @@ def _tied_to(name: str) -> tuple[str, ...]:
 
 
 def _may_be_tied(checkpoint: Checkpoint) -> bool:
-    """Return True if the model's config, if there is one, allows tied tensors.
-
-    A model of more than texts has another config in it, for its language model.
-    """
+    """Return True if the model's config, if there is one, allows tied tensors."""
     config = None if checkpoint.config is None else read_json(checkpoint.config)
+    # A model of more than texts has another config in it, for its language model.
     configs = [config, config.get("text_config")] if isinstance(config, dict) else []
     known = (config for config in configs if isinstance(config, dict))
     return all(config.get("tie_word_embeddings", True) for config in known)

@@ -1,6 +1,7 @@
 """Adapters merged into a base checkpoint, from file to file."""
 
 import dataclasses
+import functools
 import itertools
 import os
 import re
@@ -35,13 +36,11 @@ from mora_jax.io.checkpoints._matching import Source, converted
 
 @dataclasses.dataclass(frozen=True)
 class Site:
-    """A tensor of the base, and the adapter whose delta is added to it.
+    """A tensor of the base, and the adapter whose delta is added to it."""
 
-    The spec is of the kernel that one or several tensors are together, each with as
-    many outputs; this one is number `part`. The kernel is number `layer` in the stack
-    that the adapter was made for.
-    """
-
+    # The spec is of the kernel that one or several tensors are together, each with as
+    # many outputs; this one is number `part`. The kernel is number `layer` in the stack
+    # that the adapter was made for.
     spec: AdapterSpec
     m: np.ndarray
     tensors: tuple[str, ...]
@@ -69,6 +68,7 @@ class Site:
         parts = np.split(delta, len(self.tensors), self.spec.axes.index("o"))
         before, delta = kernel.astype(dtype), parts[self.part].astype(dtype)
         if dtype == jnp.float32:
+            # The dither is the one that `merge` gives the whole kernel.
             start = 0, self.part * self.spec.out_features // len(self.tensors)
             settings = self.spec.axes, kernel.dtype, rounding, start
             merged = np.asarray(add_rounded(kernel, delta, *settings))
@@ -81,19 +81,12 @@ class Site:
             )
         return merged, float(share_lost(after - before, delta))
 
-    def check_base(self, checkpoint: Checkpoint, own: np.ndarray | None = None) -> None:
-        """Raise if the adapter is known to be trained on another kernel.
-
-        `own` is the tensor itself, if it was read already.
-        """
+    def check_base(self, read: Callable[[str], np.ndarray]) -> None:
+        """Raise if the adapter is known to be trained on another kernel."""
         if self.spec.base_digest is None:
             return
-        place = checkpoint.place
-        tensors = [
-            place[name][name] if own is None or name != self.name else own
-            for name in self.tensors
-        ]
-        kernel = np.concatenate(tensors, self.spec.axes.index("o"))
+        axis = self.spec.axes.index("o")
+        kernel = np.concatenate([read(name) for name in self.tensors], axis)
         try:
             check_digests(self.spec, kernel_digests(self.spec, kernel), self.layer)
         except ValueError as error:
@@ -173,7 +166,7 @@ BESIDE_A_MODEL = re.compile(
     r"|(vocab|merges)\.txt|chat_template\.jinja|[\w.-]+\.model"
     r"|model[\w.-]*\.safetensors(\.index\.json)?"
 )
-"""Files that tools write beside a model, and never a person."""
+"""The names of files that tools write beside a model, and never a person."""
 
 
 def merge_checkpoint(
@@ -236,20 +229,24 @@ def merge_checkpoint(
     trained = replacements(checkpoint, trained_items(adapters, plan), names)
     if both := sorted(sites.keys() & trained.keys()):
         raise AdapterFileError(f"an adapter and a trained array go into {both[0]!r}")
-    for name in sites | trained:
+    for name in sites | trained:  # all of them before a file is written
         checkpoint.place[name].dtype(name, "dequantise it first")
+
+    @functools.lru_cache(maxsize=1)  # a kernel is compared and then merged
+    def read(name: str) -> np.ndarray:
+        return checkpoint.place[name][name]
+
     if sites and not any_base:  # most wrong bases are refused before a file is written
-        next(iter(sites.values())).check_base(checkpoint)
+        next(iter(sites.values())).check_base(read)
     lost: dict[str, float] = {}
 
     def merged(name: str) -> Iterator[bytes]:
         """Yield the bytes of a tensor with its delta, whose loss is noted."""
         file = checkpoint.place[name]
         if name in sites:
-            kernel = file[name]
             if not any_base:
-                sites[name].check_base(checkpoint, kernel)
-            kernel, lost[name] = sites[name].add(kernel, rounding)
+                sites[name].check_base(read)
+            kernel, lost[name] = sites[name].add(read(name), rounding)
             yield kernel.tobytes()
         elif name in trained:
             array, numbers = trained[name]
@@ -265,9 +262,9 @@ def merge_checkpoint(
             progress(len(chunk))
 
     def files() -> Files:
-        """Yield the files, last the index and the config, with which programs begin."""
         for file in checkpoint.files:
             yield file.path.name, content(file)
+        # Programs begin with the config and the index: without them nothing is read.
         for path in sorted(
             checkpoint.beside,
             key=lambda path: (path.name == "config.json", path.name.endswith(INDEX)),
@@ -279,11 +276,7 @@ def merge_checkpoint(
 
 
 def _check_target(target: Location, checkpoint: Checkpoint, force: bool) -> None:
-    """Raise if there is anything that a merged checkpoint may not replace.
-
-    Its tensors have the names that they will have, and copies of the base's other
-    files are replaced by the same.
-    """
+    """Raise if there is anything that a merged checkpoint may not replace."""
     if not target.exists():
         return
     if not target.is_dir():

@@ -18,9 +18,10 @@ from mora_jax.io.peft._write import free, write_peft
 
 Server = Literal["vllm", "sglang"]
 
+# SGLang takes any number. There a rank above the last of these is not written either,
+# since it costs as much as the kernel.
 RANKS = 1, 8, 16, 32, 64, 128, 256, 320, 512
-"""What vLLM 0.32 takes for `--max-lora-rank`. SGLang takes any number; there a rank
-above the last of these is not written either, since it costs as much as the kernel."""
+"""The numbers that vLLM 0.32 takes for `--max-lora-rank`."""
 
 
 class Export(NamedTuple):

@@ -109,7 +109,7 @@ def _checked(content: Any) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise AdapterFileError(f"{CONFIG} must be an object, got {short(content)}")
     config = {"bias": "none", "use_dora": False, "lora_dropout": 0.0} | content
-    config["rank_pattern"] = config.get("rank_pattern") or {}
+    config["rank_pattern"] = config.get("rank_pattern") or {}  # it may be null
     for key, (rule, is_right) in _RULES.items():
         if not is_right(value := config.get(key)):
             raise AdapterFileError(
@@ -119,7 +119,8 @@ def _checked(content: Any) -> dict[str, Any]:
 
 
 def _matrices(arrays: Mapping[str, np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield each module with its M, which the reference stores twice and transposed."""
+    """Yield each module with its M."""
+    # The reference's layers are LoRA's: M is stored for A and for B, and transposed.
     pairs: dict[str, dict[str, np.ndarray]] = defaultdict(dict)
     for key, array in arrays.items():
         named = re.fullmatch(rf"{re.escape(PREFIX)}(.+)\.lora_([AB])\.weight", key)
@@ -172,7 +173,7 @@ def _paths(model: Any) -> list[str]:
 
 
 def _template(model: Any, kernels: Iterable[str]) -> Plan:
-    """Return a plan with the kernels, whose operators will be replaced."""
+    """Return a plan with the kernels, of any operators."""
     if isinstance(model, Plan):
         for name in kernels:
             if name not in model:
@@ -181,6 +182,7 @@ def _template(model: Any, kernels: Iterable[str]) -> Plan:
                     f"{nearest_paths(name, model)}"
                 )
         return model
+    # The smallest operator fits every kernel.
     targets = [re.escape(name) for name in kernels]
     config = MoRAConfig(operator="truncation", square_rank=1, targets=targets)
     try:
@@ -197,9 +199,9 @@ def _adapter(
     if missing := set(np.ndindex(stack)) ^ set(modules):
         raise ValueError(f"the kernel is stacked {stack}, and does not fit {missing}")
     ranks = {_rank(module, config) for module, _ in modules.values()}
-    # One M has one size: an operator for the whole stack.
     operators = {reference_operator(config["mora_type"], *widths, r) for r in ranks}
     if len(operators) > 1:
+        # Its M's are one array.
         raise ValueError("a stacked kernel must have one rank in all its layers")
     (operator,) = operators
     for module, m in modules.values():
@@ -214,7 +216,7 @@ def _adapter(
 
 
 def _rank(module: str, config: Mapping[str, Any]) -> int:
-    """Return the rank of a module. Keys are names or ends of them, as in PEFT."""
-    ranks = config["rank_pattern"]
+    """Return the rank of a module."""
+    ranks = config["rank_pattern"]  # by names or, as in PEFT, by ends of names
     ends = (key for key in ranks if f".{module}".endswith(f".{key}"))
     return ranks.get(next(ends, ""), config["r"])
