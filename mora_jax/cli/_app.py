@@ -32,7 +32,7 @@ def options(
     ] = False,
 ) -> None:
     """Look at MoRA adapters, merge them into a base, convert and compare them."""
-    if version:
+    if version:  # also where no command follows
         typer.echo(f"mora-jax {importlib.metadata.version('mora-jax')}")
         raise typer.Exit()
 
@@ -121,6 +121,7 @@ def convert(
 ) -> None:
     """Write an adapter in another format: mora_jax's, the reference's, or LoRA."""
     pair = _, plan = read_adapter(source, base, names, "source")
+    # In its own format an adapter may be written over itself: it is in memory by now.
     path, same = as_path("target", target), format_of(source) == to
     if not same:
         opt.check_apart("target", target, source)
@@ -129,7 +130,7 @@ def convert(
             f"target must not exist, got {target}; force=True replaces an adapter there"
         )
     if to == "mora":
-        kept = io.read_metadata(source) if same else {}
+        kept = io.read_metadata(source) if same else {}  # others have none
         replace_adapter(path, *pair, kept, force=force)
     elif to == "peft-mora":
         io.save_peft_mora(path, *pair, names, force=force)
@@ -148,7 +149,7 @@ def export(
     server: Annotated[
         Server, typer.Option("--for", help="The server that is to load it.")
     ],
-    base: opt.Mergeable = None,
+    base: opt.Base = None,
     names: opt.Family = None,
     base_model: Annotated[
         str, typer.Option(help="The base that the server loads; BASE if not given.")
@@ -157,7 +158,10 @@ def export(
     force: opt.Force = False,
     any_base: opt.AnyBase = False,
 ) -> None:
-    """Write what a server loads: a LoRA, or the base with the adapter merged in."""
+    """Write what a server loads: a LoRA.
+
+    Where that will not do, the adapter is merged into the base.
+    """
     pair = _, plan = read_adapter(adapter, base, names, "adapter")
     opt.check_apart("out", target, adapter)
     size = io.Checkpoint(as_path("base", base)).size if base else 0
@@ -196,6 +200,8 @@ def run() -> None:
         app()
     except Exception as error:
         reason = " ".join(str(error).split())
+        # Errors of these kinds are ours or the system's, and say what is wrong. Clients
+        # of object stores have errors of their own, which may be a word.
         if not isinstance(error, ImportError | OSError | TypeError | ValueError):
             reason = f"{type(error).__name__}: {reason}"
         commands = [command.callback for command in app.registered_commands]

@@ -19,6 +19,7 @@ from mora_jax.io._names import pairs
 
 def _rank_of(text: str | None) -> int | str | None:
     """The `rank` of an option."""
+    # Typer takes an option of two types for a text.
     if text is None or text == "auto":
         return text
     if not text.isdecimal() or not int(text):
@@ -37,30 +38,21 @@ def _names_of(text: str | None) -> Names:
     return names
 
 
-def _base(use: str = "") -> Any:
-    """An option for the base, with a help text that ends in its `use`."""
-    text = f"The base's safetensors: a file, a directory or a URL. {use}"
-    return typer.Option(metavar="PATH", help=text.rstrip())
-
+_BASE = "The base's safetensors: a file, a directory or a URL."
 
 Adapter = Annotated[
     str, typer.Argument(metavar="DIR", help="Directory of an adapter, or its URL.")
 ]
 Target = Annotated[str, typer.Argument(help="Directory to make, or its URL.")]
+WholeBase = Annotated[str, typer.Option(metavar="PATH", help=_BASE)]
 Base = Annotated[
     str | None,
-    _base(
-        "The reference's adapters need it, since they do not say how large kernels are."
+    typer.Option(
+        metavar="PATH",
+        help=f"{_BASE} The reference's adapters need it, since they do not say how "
+        "large kernels are.",
     ),
 ]
-Mergeable = Annotated[
-    str | None,
-    _base(
-        "The adapter is merged into it where a LoRA will not do. The reference's "
-        "adapters need it in any case."
-    ),
-]
-WholeBase = Annotated[str, _base()]
 Rank = Annotated[
     str | None,
     typer.Option(
@@ -105,11 +97,9 @@ Format = Literal["mora", "peft-mora", "peft-lora"]
 
 
 def check_apart(argument: str, target: str, adapter: str) -> None:
-    """Raise if writing `target` would replace the adapter's directory or mix with it.
-
-    Messages call the target by the name of its argument.
-    """
+    """Raise if `target` is the adapter's directory, holds it or lies in it."""
     there, here = parts(as_path(argument, target)), parts(as_path("adapter", adapter))
+    # One path holds the other if all of the shorter one is the beginning of the longer.
     shorter = min(len(there), len(here))
     if there[:shorter] == here[:shorter]:
         raise ValueError(
@@ -119,12 +109,9 @@ def check_apart(argument: str, target: str, adapter: str) -> None:
 
 
 def as_options(text: str, options: Collection[str]) -> str:
-    """A message of the library, rewritten for the command line.
+    """A message of the library with `options` as the command line has them."""
 
-    Arguments that are options of the command become options: `force=True` becomes
-    `--force`, and `names={...}` becomes `--names '{...}'`.
-    """
-
+    # `force=True` becomes `--force`, and `names={...}` becomes `--names '{...}'`.
     def option(match: re.Match[str]) -> str:
         name, value = match.groups()
         if name not in options:
@@ -137,6 +124,7 @@ def as_options(text: str, options: Collection[str]) -> str:
 
 def say_table(rows: Sequence[Mapping[str, Any]]) -> None:
     """Print rows, a line each, under the names of their keys."""
+    # Rich's tables wrap and cut at the width of a terminal. Paths must stay whole.
     cells = [[name.replace("_", " ") for name in rows[0]]]
     cells += [[_cell(value) for value in row.values()] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
@@ -145,7 +133,7 @@ def say_table(rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _cell(value: object) -> str:
-    if isinstance(value, tuple):
+    if isinstance(value, tuple):  # a range, which may be of one number
         return " to ".join(dict.fromkeys(map(_cell, value)))
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
@@ -156,7 +144,7 @@ def progress(task: str, size: int) -> Iterator[Callable[[int], None]]:
     console, name = Console(stderr=True), bars.TextColumn("{task.description}")
     amounts = bars.BarColumn(), bars.DownloadColumn(), bars.TransferSpeedColumn()
     columns = name, *amounts, bars.TimeRemainingColumn()
-    hidden = not console.is_terminal
+    hidden = not console.is_terminal  # a log would keep every state of the bar
     with bars.Progress(
         *columns, console=console, transient=True, disable=hidden
     ) as bar:

@@ -96,11 +96,9 @@ def _layer(spec: AdapterSpec, values: np.ndarray) -> Row:
 
 
 def grouped(layers: Sequence[Row]) -> list[Row]:
-    """One row for all layers that differ only in the numbers of their paths.
-
-    A row has the sum of the parameters, and (the smallest, the largest) of each other
-    number.
-    """
+    """One row for all layers that differ only in the numbers of their paths."""
+    # It has the sum of their parameters, which are what one pays for, and the smallest
+    # and largest of the numbers that training has made.
     kind = "path", "in", "out", "operator", "q"
     rows = []
     for group in alike(layers, lambda layer: tuple(layer[key] for key in kind)):
@@ -143,7 +141,12 @@ def _comparison(
     (one, m), (other, n) = left, right
     settings, difference = "", ""
     if isinstance(one, AdapterSpec):
-        settings = _differing(one, other) or "same"
+        changes = differences(one.settings, other.settings).items()
+        differing = [f"{name}: {a} -> {b}" for name, (a, b) in changes]
+        digests = one.base_digest, other.base_digest
+        if None not in digests and digests[0] != digests[1]:
+            differing.append("other weights of the base")
+        settings = ", ".join(differing) or "same"
         # For this layer only: the deltas of a model are as large as the model.
         m, n = delta_kernel(one, wide(m)), delta_kernel(other, wide(n))
     if m.shape == n.shape:
@@ -151,12 +154,3 @@ def _comparison(
         norm, distance = np.linalg.norm(m), np.linalg.norm(m - n)
         difference = float(distance / norm if norm else distance > 0)
     return settings, difference
-
-
-def _differing(left: AdapterSpec, right: AdapterSpec) -> str:
-    """The settings in which two adapters of a kernel differ."""
-    pairs = differences(left.settings, right.settings).items()
-    differing = [f"{name}: {a} -> {b}" for name, (a, b) in pairs]
-    if None not in (digests := (left.base_digest, right.base_digest)):
-        differing += ["other weights of the base"] * (digests[0] != digests[1])
-    return ", ".join(differing)

@@ -155,21 +155,18 @@ def _by_kernel(
             raise AdapterFileError(f"{TENSORS} has two modules for {kernel[0]}")
         kernels[path][index] = module, m
     if unknown:
+        paths = list(model) if isinstance(model, Plan) else []
+        # The shapes of a checkpoint are an empty tree if the same names read it.
+        if not isinstance(model, Plan) and jax.tree.leaves(model):
+            leaves = named_leaves(model).items()
+            paths = [name for name, (_, leaf) in leaves if len(leaf.shape) >= 2]
         raise AdapterFileError(
             f"names have no kernel for the module {short(unknown[0])}, which {TENSORS} "
-            f"adapts; {suggestion_for(unknown, _paths(model))}"
+            f"adapts; {suggestion_for(unknown, paths)}"
         )
     if not kernels:
         raise AdapterFileError(f"{TENSORS} holds no adapter")
     return kernels
-
-
-def _paths(model: Any) -> list[str]:
-    """Return the paths of all arrays that can be kernels."""
-    if isinstance(model, Plan):
-        return list(model)
-    leaves = named_leaves(model) if jax.tree.leaves(model) else {}
-    return [name for name, (_, leaf) in leaves.items() if len(leaf.shape) >= 2]
 
 
 def _template(model: Any, kernels: Iterable[str]) -> Plan:
