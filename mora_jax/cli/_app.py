@@ -4,7 +4,7 @@ import importlib.metadata
 import json
 from collections.abc import Mapping
 from inspect import signature
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -165,12 +165,10 @@ def export(
     pair = _, plan = read_adapter(adapter, base, names, "adapter")
     opt.check_apart("out", target, adapter)
     size = io.Checkpoint(as_path("base", base)).size if base else 0
+    settings: dict[str, Any] = {"base": base, "base_model": base_model, "force": force}
+    settings |= {"max_error": max_error, "any_base": any_base}
     with progress("writing", size) as advance:
-        accepted = {"max_error": max_error, "force": force, "any_base": any_base}
-        bases = {"base": base, "base_model": base_model}
-        done = io.export(
-            target, *pair, server, names, **bases, **accepted, progress=advance
-        )
+        done = io.export(target, *pair, server, names, progress=advance, **settings)
     if done.rank is None:
         what, lost = f"the base with {len(plan)} adapters merged in", "rounding lost"
     else:

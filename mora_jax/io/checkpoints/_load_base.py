@@ -99,9 +99,9 @@ def load_base(
         )
     shardings = _shardings(sharding, arrays)
     misfit = "{!r} in like has shape {}, which {} does not fit"
-    source = Source(Checkpoint(path), names, "leaf of like", misfit)
-    stacks = {name: source.stack(name, tuple(a.shape)) for name, a in arrays.items()}
-    source.check_missing()
+    source = Source(Checkpoint(path), names)
+    stacks = {n: source.stack(n, tuple(a.shape), misfit) for n, a in arrays.items()}
+    source.check_missing("leaf of like")
     source.check_left(arrays, skip)
     leaves = {}
     for place, (name, array) in zip(places, arrays.items(), strict=True):

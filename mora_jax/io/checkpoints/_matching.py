@@ -152,16 +152,8 @@ class Source:
     tensor, with their indices. With `tied`, a tensor may stand for one it is tied to.
     """
 
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        names: Names,
-        what: str = "",
-        misfit: str = "",
-        tied: bool = True,
-    ) -> None:
+    def __init__(self, checkpoint: Checkpoint, names: Names, tied: bool = True) -> None:
         self.checkpoint, self.known = checkpoint, pairs(names)
-        self.what, self.misfit = what, misfit
         self.tied = tied and _may_be_tied(checkpoint)
         self._by_canonical: dict[str, list[str]] = defaultdict(list)
         for name in checkpoint.place:
@@ -169,8 +161,11 @@ class Source:
         self.taken: dict[str, str] = {}
         self.missing: list[str] = []
 
-    def stack(self, leaf: str, shape: Shape) -> dict[Shape, Part]:
-        """Return {index in a leaf's stack: its tensor}; others are noted as missing."""
+    def stack(self, leaf: str, shape: Shape, misfit: str) -> dict[Shape, Part]:
+        """Return {index in a leaf's stack: its tensor}; others are noted as missing.
+
+        `misfit` is a message, as a template of the leaf, its shape and the tensor.
+        """
         # Without a stack the index is (). No more is known of its depth than that the
         # first layer has a tensor.
         depths = (k for k in range(len(shape) + 1) if self._find(leaf, (0,) * k))
@@ -190,7 +185,7 @@ class Source:
                 transposed = " transposed" * (tensor.axes == "oi")
                 stored = file.entries[tensor.name].shape
                 text = f"{tensor.name!r} of shape {stored}{transposed}"
-                raise AdapterFileError(self.misfit.format(leaf, shape, text))
+                raise AdapterFileError(misfit.format(leaf, shape, text))
             stack[index] = part
         return stack
 
@@ -225,15 +220,15 @@ class Source:
             )
         self.taken[tensor] = leaf
 
-    def check_missing(self) -> None:
-        """Raise if a leaf lacks a tensor."""
+    def check_missing(self, what: str) -> None:
+        """Raise if a leaf lacks a tensor; messages call it `what`."""
         if not self.missing:
             return
         leaf, place = self.missing[0], self.checkpoint.place
         names = (tensor.name for tensor in to_tensors(leaf, self.known))
         # Kernels need a template, though a tensor may have their name.
         name = next((name for name in names if name not in place), "")
-        text = f"the base has no tensor for the {self.what} {leaf!r}"
+        text = f"the base has no tensor for the {what} {leaf!r}"
         if _tied_to(name) and not self.tied:
             text += (
                 ", or has it only as another one that it is tied to, and here no "

@@ -97,8 +97,7 @@ def sites_of(
     checkpoint: Checkpoint, adapters: Any, plan: Plan, names: Names
 ) -> dict[str, Site]:
     """Return the site of each tensor that an adapter changes, all of them checked."""
-    source = Source(checkpoint, names, "kernel", tied=False)
-    sites: dict[str, Site] = {}
+    source, sites = Source(checkpoint, names, tied=False), {}
     for spec, m in adapter_items(adapters, plan):
         m = to_numpy(spec.name, m)
         m = m.astype(jnp.promote_types(m.dtype, jnp.float32))
@@ -110,7 +109,7 @@ def sites_of(
                     f"{shape}"
                 )
             sites[site.name] = site
-    source.check_missing()
+    source.check_missing("kernel")
     return sites
 
 
@@ -143,9 +142,8 @@ def replacements(
     checkpoint: Checkpoint, items: Items, names: Names
 ) -> dict[str, tuple[str, np.ndarray]]:
     """Return {tensor: name and numbers of the trained array for it}."""
-    replaced: dict[str, tuple[str, np.ndarray]] = {}
     misfit = "the trained array {!r} of shape {} does not fit {} in the base"
-    source = Source(checkpoint, names, "trained array", misfit, tied=False)
+    source, replaced = Source(checkpoint, names, tied=False), {}
     for array, copy in items:
         numbers, own = to_numpy(array.name, copy), source.own_name(array.path)
         # A bias with axes for heads may have the name of its tensor by chance.
@@ -153,10 +151,10 @@ def replacements(
             source.take(own, array.name)
             replaced[own] = array.name, numbers
             continue
-        for index, part in source.stack(array.name, array.shape).items():
+        for index, part in source.stack(array.name, array.shape, misfit).items():
             layer = part.in_rows(numbers[index])
             replaced[part.name] = join_index(array.name, index), layer
-    source.check_missing()
+    source.check_missing("trained array")
     return replaced
 
 

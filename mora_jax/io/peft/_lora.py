@@ -95,7 +95,8 @@ def make_lora(
             if module.axes == "oi":  # the rows of the table are its outputs
                 a, b = b.T, a.T
         # At once in 32 bits, since the matrices of all modules are in memory together.
-        pairs.append(MatrixPair(module, len(b), *map(np.float32, (a, b))))
+        narrow = (np.asarray(matrix, np.float32) for matrix in (a, b))
+        pairs.append(MatrixPair(module, len(b), *narrow))
     advice = (
         f"rank={enough} keeps every module within {max_error:.1%}, and max_error=1 "
         "accepts any loss"

@@ -77,7 +77,7 @@ def save_peft_mora(
             )
         mora_type, rank, scale = _reference(spec)
         settings.add((mora_type, spec.dropout))
-        m = scale * scaled(spec, m)
+        m = np.asarray(scale * scaled(spec, m), np.float32)
         pairs.append(MatrixPair(module, rank, m, m))
     if len(settings) > 1:
         raise ValueError(
@@ -116,7 +116,7 @@ def _reference(spec: AdapterSpec) -> tuple[int, int, float]:
 
 
 class MatrixPair(NamedTuple):
-    """PEFT's two matrices of a module, (in, r) and (r, out), and their rank there."""
+    """PEFT's two float32 matrices of a module, (in, r) and (r, out), and their rank."""
 
     module: Module
     rank: int
@@ -139,8 +139,7 @@ def write_peft(
     for module, _, *matrices in pairs:
         kind = "lora_embedding_{}" if module.table else "lora_{}.weight"
         for letter, matrix in zip("AB", matrices, strict=True):
-            name = f"{PREFIX}{module.name}.{kind.format(letter)}"
-            tensors[name] = np.asarray(matrix, np.float32).T
+            tensors[f"{PREFIX}{module.name}.{kind.format(letter)}"] = matrix.T
     # Servers make room for `r`, so it is the largest rank.
     rank = max(pair.rank for pair in pairs)
     others = {pair.module.name: pair.rank for pair in pairs if pair.rank != rank}
