@@ -21,7 +21,7 @@ app = typer.Typer(
     name="mora-jax",
     no_args_is_help=True,
     add_completion=False,
-    pretty_exceptions_enable=False,
+    pretty_exceptions_enable=False,  # `run` says what an error says
 )
 
 

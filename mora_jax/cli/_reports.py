@@ -23,6 +23,7 @@ from mora_jax.io.peft._read_mora import load_peft_mora
 def format_of(directory: str | os.PathLike[str]) -> str:
     """Return the format of an adapter: "mora", "peft-mora" or "peft-lora"."""
     path = as_path("directory", directory)
+    # Ours are known by their tensors, since their config may be missing.
     if (path / TENSORS).is_file() and is_ours(path, TENSORS):
         return "mora"
     config = read_json(path / CONFIG)
@@ -129,6 +130,7 @@ def compare(first: str, second: str, base: str | None, names: Names) -> list[Row
 
 def _parts(adapters: Tree, plan: Plan) -> dict[tuple[bool, str], tuple[Any, Any]]:
     """{(True for an array that trains itself, path): its spec and the array}."""
+    # Two plans may have the same path, one for an adapter and one for such an array.
     ms, copies = adapter_items(adapters, plan), trained_items(adapters, plan)
     parts = {(False, spec.name): (spec, m) for spec, m in ms}
     return parts | {(True, array.name): (array, copy) for array, copy in copies}
@@ -138,7 +140,7 @@ def _comparison(
     left: tuple[Any, Any], right: tuple[Any, Any]
 ) -> tuple[str, float | str]:
     """The differing settings, and the distance of deltas or arrays of one shape."""
-    (one, m), (other, n) = left, right
+    (one, array), (other, second) = left, right
     settings, difference = "", ""
     if isinstance(one, AdapterSpec):
         changes = differences(one.settings, other.settings).items()
@@ -148,9 +150,9 @@ def _comparison(
             differing.append("other weights of the base")
         settings = ", ".join(differing) or "same"
         # For this layer only: the deltas of a model are as large as the model.
-        m, n = delta_kernel(one, wide(m)), delta_kernel(other, wide(n))
-    if m.shape == n.shape:
-        m, n = (np.asarray(array).astype(np.float64) for array in (m, n))
-        norm, distance = np.linalg.norm(m), np.linalg.norm(m - n)
+        array, second = (delta_kernel(s, wide(m)) for s, m in (left, right))
+    if array.shape == second.shape:
+        array, second = (np.asarray(a).astype(np.float64) for a in (array, second))
+        norm, distance = np.linalg.norm(array), np.linalg.norm(array - second)
         difference = float(distance / norm if norm else distance > 0)
     return settings, difference

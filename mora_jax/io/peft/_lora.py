@@ -63,8 +63,8 @@ def save_peft_lora(
         `max_error`, or the plan lacks adapters or trains arrays. Nothing is written.
     """
     path = free(directory, force)
-    pairs, lost = make_lora(adapters, plan, names, rank, max_error)
-    write_peft(path, pairs, base_model, task_type)
+    matrices, lost = make_lora(adapters, plan, names, rank, max_error)
+    write_peft(path, matrices, base_model, task_type)
     return lost
 
 
@@ -80,7 +80,7 @@ def make_lora(
         raise ValueError(f"max_error must be between 0 and 1, got {max_error}")
     if rank is not None and rank != "auto":
         rank = positive_integer("rank", rank)
-    pairs, lost, full, enough = [], {}, None, 1
+    matrices, lost, full, enough = [], {}, None, 1
     for module, spec, m in modules(adapters, plan, names):
         a, b, lost[module.name], own = _factors(
             spec, m, module.outputs, rank, max_error
@@ -96,7 +96,7 @@ def make_lora(
                 a, b = b.T, a.T
         # At once in 32 bits, since the matrices of all modules are in memory together.
         narrow = (np.asarray(matrix, np.float32) for matrix in (a, b))
-        pairs.append(MatrixPair(module, len(b), *narrow))
+        matrices.append(MatrixPair(module, len(b), *narrow))
     advice = (
         f"rank={enough} keeps every module within {max_error:.1%}, and max_error=1 "
         "accepts any loss"
@@ -112,7 +112,7 @@ def make_lora(
             f"{worst} would lose {lost[worst]:.1%} of its delta at rank {rank}, more "
             f"than max_error={max_error:g}; {advice}"
         )
-    return pairs, lost
+    return matrices, lost
 
 
 def _factors(

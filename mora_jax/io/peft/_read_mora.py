@@ -121,7 +121,7 @@ def _checked(content: Any) -> dict[str, Any]:
 def _matrices(arrays: Mapping[str, np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
     """Yield each module with its M."""
     # The reference's layers are LoRA's: M is stored for A and for B, and transposed.
-    pairs: dict[str, dict[str, np.ndarray]] = defaultdict(dict)
+    twins: dict[str, dict[str, np.ndarray]] = defaultdict(dict)
     for key, array in arrays.items():
         named = re.fullmatch(rf"{re.escape(PREFIX)}(.+)\.lora_([AB])\.weight", key)
         if named is None:
@@ -129,8 +129,8 @@ def _matrices(arrays: Mapping[str, np.ndarray]) -> Iterator[tuple[str, np.ndarra
                 f"tensors in {TENSORS} must be like {PREFIX}*.lora_A.weight, "
                 f"got {short(key)}"
             )
-        pairs[named[1]][named[2]] = array
-    for name, pair in pairs.items():
+        twins[named[1]][named[2]] = array
+    for name, pair in twins.items():
         if len(pair) < 2:
             raise AdapterFileError(f"{TENSORS} must have lora_A and lora_B of {name}")
         if not np.array_equal(pair["A"], pair["B"]):

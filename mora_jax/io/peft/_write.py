@@ -62,7 +62,7 @@ def save_peft_mora(
         plan lacks adapters or trains arrays.
     """
     path = free(directory, force)
-    pairs, settings = [], set()
+    squares, settings = [], set()
     for module, spec, m in modules(adapters, plan, names):
         if module.table:
             raise ValueError(
@@ -78,7 +78,7 @@ def save_peft_mora(
         mora_type, rank, scale = _reference(spec)
         settings.add((mora_type, spec.dropout))
         m = np.asarray(scale * scaled(spec, m), np.float32)
-        pairs.append(MatrixPair(module, rank, m, m))
+        squares.append(MatrixPair(module, rank, m, m))
     if len(settings) > 1:
         raise ValueError(
             "the reference has one mora_type and dropout for all layers, got "
@@ -86,7 +86,7 @@ def save_peft_mora(
         )
     ((mora_type, dropout),) = settings
     special = {"use_mora": True, "mora_type": mora_type, "lora_dropout": dropout}
-    write_peft(path, pairs, base_model, task_type, **special)
+    write_peft(path, squares, base_model, task_type, **special)
 
 
 def _reference(spec: AdapterSpec) -> tuple[int, int, float]:
@@ -126,29 +126,29 @@ class MatrixPair(NamedTuple):
 
 def write_peft(
     path: Location,
-    pairs: Sequence[MatrixPair],
+    matrices: Sequence[MatrixPair],
     base_model: str,
     task_type: str | None,
     **special: Any,
 ) -> None:
     """Write a directory, its config last, in which `special` settings prevail."""
-    axes = {pair.module.axes for pair in pairs if not pair.module.table}
+    axes = {pair.module.axes for pair in matrices if not pair.module.table}
     if len(axes) > 1:
         raise ValueError("modules must be all Linear or all Conv1D")
     tensors = {}
-    for module, _, *matrices in pairs:
+    for module, _, *two in matrices:
         kind = "lora_embedding_{}" if module.table else "lora_{}.weight"
-        for letter, matrix in zip("AB", matrices, strict=True):
+        for letter, matrix in zip("AB", two, strict=True):
             tensors[f"{PREFIX}{module.name}.{kind.format(letter)}"] = matrix.T
     # Servers make room for `r`, so it is the largest rank.
-    rank = max(pair.rank for pair in pairs)
-    others = {pair.module.name: pair.rank for pair in pairs if pair.rank != rank}
+    rank = max(pair.rank for pair in matrices)
+    others = {pair.module.name: pair.rank for pair in matrices if pair.rank != rank}
     config = {
         "peft_type": "LORA",
         "task_type": task_type,
         "base_model_name_or_path": base_model,
         "inference_mode": True,
-        "target_modules": sorted(pair.module.name for pair in pairs),
+        "target_modules": sorted(pair.module.name for pair in matrices),
         "r": rank,
         "rank_pattern": others,
         # PEFT multiplies by lora_alpha / r, which is 1: alpha is in the matrices.
