@@ -5,7 +5,7 @@ import sys
 
 def main() -> None:
     """Run `mora-jax`."""
-    try:
+    try:  # Typer and Rich are in an extra, which may be missing
         from mora_jax.cli._app import run
     except ImportError as error:
         remedy = "the command line needs: pip install mora-jax[cli]"

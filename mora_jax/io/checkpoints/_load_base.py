@@ -107,6 +107,7 @@ def load_base(
     for place, (name, array) in zip(places, arrays.items(), strict=True):
         wanted = _dtype(name, array.dtype, dtype, stacks[name])
         leaves[place] = Leaf(tuple(array.shape), wanted, shardings[name], stacks[name])
+    # Now that all of them fit, the first tensor is read.
     return replace_leaves(like, {place: leaf.read() for place, leaf in leaves.items()})
 
 
@@ -154,6 +155,7 @@ def _shardings(sharding: Any, arrays: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_sharding(name: str, shape: Shape, sharding: Any) -> None:
+    """Raise unless a leaf of a shape can be placed by `sharding`."""
     if not isinstance(sharding, Sharding):
         raise TypeError(
             "sharding must hold shardings, such as NamedSharding(mesh, spec), got "

@@ -230,10 +230,8 @@ class Source:
         name = next((name for name in names if name not in place), "")
         text = f"the base has no tensor for the {what} {leaf!r}"
         if _tied_to(name) and not self.tied:
-            text += (
-                ", or has it only as another one that it is tied to, and here no "
-                "tensors are tied"
-            )
+            text += ", or has it only as another one that it is tied to, and here no "
+            text += "tensors are tied"
         text += f", which would be {name!r}" if name else ""
         text += nearest_paths(name or leaf, place)
         unknown = [
@@ -300,9 +298,7 @@ class Source:
 def _tied_to(name: str) -> tuple[str, ...]:
     """Return the canonical names of the tensors that may be tied to one."""
     name = canonical(name)
-    return tuple(
-        other for pair in TIED if name in pair for other in pair if other != name
-    )
+    return tuple(twin for pair in TIED if name in pair for twin in pair if twin != name)
 
 
 def _may_be_tied(checkpoint: Checkpoint) -> bool:
