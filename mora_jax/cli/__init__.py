@@ -5,10 +5,10 @@ import sys
 
 def main() -> None:
     """Run `mora-jax`."""
-    try:
-        from mora_jax.cli._app import app
+    try:  # Typer and Rich are in an extra, which may be missing
+        from mora_jax.cli._app import run
     except ImportError as error:
         remedy = "the command line needs: pip install mora-jax[cli]"
         print(f"error: {error}; {remedy}", file=sys.stderr)
         raise SystemExit(1) from None
-    app()
+    run()

@@ -3,15 +3,16 @@
 import importlib.metadata
 import json
 from collections.abc import Mapping
-from typing import Annotated
+from inspect import signature
+from typing import Annotated, Any
 
 import typer
 
 from mora_jax import io
 from mora_jax._layer.rounding import Rounding
 from mora_jax.cli import _output as opt
-from mora_jax.cli._output import progress, refusing, say_table
-from mora_jax.cli._reports import compare, describe, format_of, grouped, open_adapter
+from mora_jax.cli._output import as_options, progress, say_table
+from mora_jax.cli._reports import compare, describe, format_of, grouped, read_adapter
 from mora_jax.io._files import as_path
 from mora_jax.io.native._adapter import replace_adapter
 from mora_jax.io.peft._export import Server
@@ -20,28 +21,23 @@ app = typer.Typer(
     name="mora-jax",
     no_args_is_help=True,
     add_completion=False,
-    pretty_exceptions_enable=False,
+    pretty_exceptions_enable=False,  # `run` says what an error says
 )
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
+@app.callback(invoke_without_command=True)
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.")
+    ] = False,
+) -> None:
+    """Look at MoRA adapters, merge them into a base, convert and compare them."""
+    if version:  # also where no command follows
         typer.echo(f"mora-jax {importlib.metadata.version('mora-jax')}")
         raise typer.Exit()
 
 
-_VERSION = typer.Option(
-    "--version", callback=_print_version, is_eager=True, help="Print the version."
-)
-
-
-@app.callback()
-def options(version: Annotated[bool, _VERSION] = False) -> None:
-    """Look at MoRA adapters, merge them into a base, convert and compare them."""
-
-
 @app.command()
-@refusing
 def inspect(
     adapter: opt.Adapter,
     base: opt.Base = None,
@@ -57,7 +53,7 @@ def inspect(
     as_json: opt.AsJson = False,
 ) -> None:
     """Show an adapter: its layers and sizes, the norms and ranks of its deltas."""
-    report = describe(adapter, base, opt.names_of(names))
+    report = describe(adapter, base, names)
     if as_json:
         typer.echo(json.dumps(report, indent=1))
         return
@@ -77,7 +73,6 @@ def inspect(
 
 
 @app.command()
-@refusing
 def merge(
     base: opt.WholeBase,
     adapter: Annotated[
@@ -95,12 +90,11 @@ def merge(
     ] = "dither",
 ) -> None:
     """Merge an adapter into a base checkpoint, tensor by tensor, keeping its dtypes."""
-    known = opt.names_of(names)
-    pair = _, plan = open_adapter("adapter", adapter, base, known)
+    pair = _, plan = read_adapter(adapter, base, names, "adapter")
     opt.check_apart("out", to, adapter)
     settings = {"force": force, "any_base": any_base, "rounding": rounding}
     with progress("merging", io.Checkpoint(as_path("base", base)).size) as advance:
-        lost = io.merge_checkpoint(base, *pair, to, known, progress=advance, **settings)
+        lost = io.merge_checkpoint(base, *pair, to, names, progress=advance, **settings)
     also = f", {len(plan.trained)} trained arrays put in" if plan.trained else ""
     typer.echo(
         f"{to}: {len(lost)} kernels merged{also}. Rounding lost in the mean "
@@ -115,7 +109,6 @@ def _most(lost: Mapping[str, float]) -> str:
 
 
 @app.command()
-@refusing
 def convert(
     source: opt.Adapter,
     target: opt.Target,
@@ -127,8 +120,8 @@ def convert(
     force: opt.Force = False,
 ) -> None:
     """Write an adapter in another format: mora_jax's, the reference's, or LoRA."""
-    known = opt.names_of(names)
-    pair = _, plan = open_adapter("source", source, base, known)
+    pair = _, plan = read_adapter(source, base, names, "source")
+    # In its own format an adapter may be written over itself: it is in memory by now.
     path, same = as_path("target", target), format_of(source) == to
     if not same:
         opt.check_apart("target", target, source)
@@ -137,27 +130,26 @@ def convert(
             f"target must not exist, got {target}; force=True replaces an adapter there"
         )
     if to == "mora":
-        kept = io.read_metadata(source) if same else {}
+        kept = io.read_metadata(source) if same else {}  # others have none
         replace_adapter(path, *pair, kept)
     elif to == "peft-mora":
-        io.save_peft_mora(path, *pair, known, force=force)
+        io.save_peft_mora(path, *pair, names, force=force)
     else:
         accepted = {"rank": rank, "max_error": max_error}
-        lost = io.save_peft_lora(path, *pair, known, force=force, **accepted)
+        lost = io.save_peft_lora(path, *pair, names, force=force, **accepted)
         if any(lost.values()):
             say_table([{"module": m, "cut off": x} for m, x in lost.items()])
     typer.echo(f"{target}: {len(plan)} adapters as {to}")
 
 
 @app.command()
-@refusing
 def export(
     adapter: opt.Adapter,
     target: opt.Target,
     server: Annotated[
         Server, typer.Option("--for", help="The server that is to load it.")
     ],
-    base: opt.Mergeable = None,
+    base: opt.Base = None,
     names: opt.Family = None,
     base_model: Annotated[
         str, typer.Option(help="The base that the server loads; BASE if not given.")
@@ -166,17 +158,17 @@ def export(
     force: opt.Force = False,
     any_base: opt.AnyBase = False,
 ) -> None:
-    """Write what a server loads: a LoRA, or the base with the adapter merged in."""
-    known = opt.names_of(names)
-    pair = _, plan = open_adapter("adapter", adapter, base, known)
+    """Write what a server loads: a LoRA.
+
+    Where that will not do, the adapter is merged into the base.
+    """
+    pair = _, plan = read_adapter(adapter, base, names, "adapter")
     opt.check_apart("out", target, adapter)
     size = io.Checkpoint(as_path("base", base)).size if base else 0
+    settings: dict[str, Any] = {"base": base, "base_model": base_model, "force": force}
+    settings |= {"max_error": max_error, "any_base": any_base}
     with progress("writing", size) as advance:
-        accepted = {"max_error": max_error, "force": force, "any_base": any_base}
-        bases = {"base": base, "base_model": base_model}
-        done = io.export(
-            target, *pair, server, known, **bases, **accepted, progress=advance
-        )
+        done = io.export(target, *pair, server, names, progress=advance, **settings)
     if done.rank is None:
         what, lost = f"the base with {len(plan)} adapters merged in", "rounding lost"
     else:
@@ -185,7 +177,6 @@ def export(
 
 
 @app.command()
-@refusing
 def diff(
     first: opt.Adapter,
     second: opt.Adapter,
@@ -194,8 +185,24 @@ def diff(
     as_json: opt.AsJson = False,
 ) -> None:
     """Compare two adapters layer by layer: settings, and the norms of deltas."""
-    rows = compare(first, second, base, opt.names_of(names))
+    rows = compare(first, second, base, names)
     if as_json:
         typer.echo(json.dumps(rows, indent=1))
     else:
         say_table(rows)
+
+
+def run() -> None:
+    """Run a command. Its error is one line, and the exit code is 1."""
+    try:
+        app()
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        # Errors of these kinds are ours or the system's, and say what is wrong. Clients
+        # of object stores have errors of their own, which may be a word.
+        if not isinstance(error, ImportError | OSError | TypeError | ValueError):
+            reason = f"{type(error).__name__}: {reason}"
+        commands = [command.callback for command in app.registered_commands]
+        options = {name for c in commands if c for name in signature(c).parameters}
+        typer.secho(f"error: {as_options(reason, options)}", fg="red", err=True)
+        raise SystemExit(1) from error

@@ -2,11 +2,10 @@
 
 import contextlib
 import functools
-import inspect
 import re
 import shlex
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import Annotated, Any, Literal, ParamSpec, TypeVar
+from typing import Annotated, Any, Literal
 
 import typer
 from rich import progress as bars
@@ -20,6 +19,7 @@ from mora_jax.io._names import pairs
 
 def _rank_of(text: str | None) -> int | str | None:
     """The `rank` of an option."""
+    # Typer takes an option of two types for a text.
     if text is None or text == "auto":
         return text
     if not text.isdecimal() or not int(text):
@@ -27,30 +27,32 @@ def _rank_of(text: str | None) -> int | str | None:
     return int(text)
 
 
-def _base(use: str = "") -> Any:
-    """An option for the base, with a help text that ends in its `use`."""
-    text = f"The base's safetensors: a file, a directory or a URL. {use}"
-    return typer.Option(metavar="PATH", help=text.rstrip())
+def _names_of(text: str | None) -> Names:
+    """The `names` of an option: a family, templates, or templates in a file."""
+    names: Names = text
+    if text is not None and text.lstrip().startswith("{"):
+        names = parse(text.encode(), "--names")
+    elif text is not None and text.endswith(".json"):
+        names = read_json(as_path("--names", text))
+    pairs(names)  # refuses them now, also for commands that come to need none
+    return names
 
+
+_BASE = "The base's safetensors: a file, a directory or a URL."
 
 Adapter = Annotated[
     str, typer.Argument(metavar="DIR", help="Directory of an adapter, or its URL.")
 ]
 Target = Annotated[str, typer.Argument(help="Directory to make, or its URL.")]
+WholeBase = Annotated[str, typer.Option(metavar="PATH", help=_BASE)]
 Base = Annotated[
     str | None,
-    _base(
-        "The reference's adapters need it, since they do not say how large kernels are."
+    typer.Option(
+        metavar="PATH",
+        help=f"{_BASE} The reference's adapters need it, since they do not say how "
+        "large kernels are.",
     ),
 ]
-Mergeable = Annotated[
-    str | None,
-    _base(
-        "The adapter is merged into it where a LoRA will not do. The reference's "
-        "adapters need it in any case."
-    ),
-]
-WholeBase = Annotated[str, _base()]
 Rank = Annotated[
     str | None,
     typer.Option(
@@ -73,6 +75,7 @@ Family = Annotated[
     str | None,
     typer.Option(
         "--names",
+        callback=_names_of,
         help="Which PyTorch module is which kernel: llama, gemma, qwen, gpt2, bert, "
         "tunix, gm; templates as JSON, "
         '{"model.layers.{n}.mlp.{p}": "h_{n}/{p}/kernel"}, '
@@ -93,23 +96,10 @@ Format = Literal["mora", "peft-mora", "peft-lora"]
 """The formats that `convert` writes."""
 
 
-def names_of(text: str | None) -> Names:
-    """The `names` of an option: a family, templates, or templates in a file."""
-    names: Names = text
-    if text is not None and text.lstrip().startswith("{"):
-        names = parse(text.encode(), "--names")
-    elif text is not None and text.endswith(".json"):
-        names = read_json(as_path("--names", text))
-    pairs(names)  # an error now, also for commands that come to need no names
-    return names
-
-
 def check_apart(argument: str, target: str, adapter: str) -> None:
-    """Raise if writing `target` would replace the adapter's directory or mix with it.
-
-    Messages call the target by the name of its argument.
-    """
+    """Raise if `target` is the adapter's directory, holds it or lies in it."""
     there, here = parts(as_path(argument, target)), parts(as_path("adapter", adapter))
+    # One path holds the other if all of the shorter one is the beginning of the longer.
     shorter = min(len(there), len(here))
     if there[:shorter] == here[:shorter]:
         raise ValueError(
@@ -118,35 +108,10 @@ def check_apart(argument: str, target: str, adapter: str) -> None:
         )
 
 
-P = ParamSpec("P")
-T = TypeVar("T")
-
-
-def refusing(command: Callable[P, T]) -> Callable[P, T]:
-    """Wrap `command`, so that an error prints one line and exits with 1."""
-    options = inspect.signature(command).parameters
-
-    @functools.wraps(command)
-    def run(*args: P.args, **kwargs: P.kwargs) -> T:
-        try:
-            return command(*args, **kwargs)
-        except Exception as error:
-            reason = " ".join(str(error).split())
-            if not isinstance(error, ImportError | OSError | TypeError | ValueError):
-                reason = f"{type(error).__name__}: {reason}"
-            typer.secho(f"error: {as_options(reason, options)}", fg="red", err=True)
-            raise typer.Exit(1) from error
-
-    return run
-
-
 def as_options(text: str, options: Collection[str]) -> str:
-    """A message of the library, rewritten for the command line.
+    """A message of the library with `options` as the command line has them."""
 
-    Arguments that are options of the command become options: `force=True` becomes
-    `--force`, and `names={...}` becomes `--names '{...}'`.
-    """
-
+    # `force=True` becomes `--force`, and `names={...}` becomes `--names '{...}'`.
     def option(match: re.Match[str]) -> str:
         name, value = match.groups()
         if name not in options:
@@ -159,6 +124,7 @@ def as_options(text: str, options: Collection[str]) -> str:
 
 def say_table(rows: Sequence[Mapping[str, Any]]) -> None:
     """Print rows, a line each, under the names of their keys."""
+    # Rich's tables wrap and cut at the width of a terminal. Paths must stay whole.
     cells = [[name.replace("_", " ") for name in rows[0]]]
     cells += [[_cell(value) for value in row.values()] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
@@ -167,7 +133,7 @@ def say_table(rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _cell(value: object) -> str:
-    if isinstance(value, tuple):
+    if isinstance(value, tuple):  # a range, which may be of one number
         return " to ".join(dict.fromkeys(map(_cell, value)))
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
@@ -178,7 +144,7 @@ def progress(task: str, size: int) -> Iterator[Callable[[int], None]]:
     console, name = Console(stderr=True), bars.TextColumn("{task.description}")
     amounts = bars.BarColumn(), bars.DownloadColumn(), bars.TransferSpeedColumn()
     columns = name, *amounts, bars.TimeRemainingColumn()
-    hidden = not console.is_terminal
+    hidden = not console.is_terminal  # a log would keep every state of the bar
     with bars.Progress(
         *columns, console=console, transient=True, disable=hidden
     ) as bar:

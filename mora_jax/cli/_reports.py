@@ -24,6 +24,7 @@ from mora_jax.io.peft._read_mora import load_peft_mora
 def format_of(directory: str | os.PathLike[str]) -> str:
     """Return the format of an adapter: "mora", "peft-mora" or "peft-lora"."""
     path = as_path("directory", directory)
+    # Ours are known by their tensors, since their config may be missing.
     if (path / TENSORS).is_file() and is_ours(path, TENSORS):
         return "mora"
     config = read_json(path / CONFIG)
@@ -33,24 +34,31 @@ def format_of(directory: str | os.PathLike[str]) -> str:
 
 
 def read_adapter(
-    directory: str | os.PathLike[str], model: Any = None, names: Names = None
+    directory: str | os.PathLike[str],
+    base: str | None = None,
+    names: Names = None,
+    argument: str = "directory",
 ) -> tuple[Tree, Plan]:
     """Return (adapters, plan), in this library's format or the reference's.
 
-    Only the reference's format needs `model` and `names`, as in `load_peft_mora`. A
-    plain LoRA is an `AdapterFileError`.
+    Only the reference's format needs the `base`, whose modules have `names`. A plain
+    LoRA is an `AdapterFileError`. Messages call the directory `argument`.
     """
-    kind = format_of(directory)
+    shapes = None
+    if base is not None:
+        shapes = io.Checkpoint(as_path("base", base)).shapes(names)
+    path = as_path(argument, directory)
+    kind = format_of(path)
     if kind == "mora":
-        return load(directory)
+        return load(path)
     if kind == "peft-lora":
-        raise AdapterFileError(f"{directory} is a plain LoRA, which no M can stand for")
-    if model is None:
+        raise AdapterFileError(f"{path} is a plain LoRA, which no M can stand for")
+    if shapes is None:
         raise AdapterFileError(
-            f"{directory} is the reference's, and does not say how large kernels are: "
+            f"{path} is the reference's, and does not say how large kernels are: "
             "the base is needed too"
         )
-    return load_peft_mora(directory, model, names)
+    return load_peft_mora(path, shapes, names)
 
 
 Row = dict[str, Any]
@@ -59,7 +67,7 @@ Row = dict[str, Any]
 
 def describe(adapter: str, base: str | None, names: Names) -> Row:
     """An adapter's format, metadata and size, and a row for each of its layers."""
-    adapters, plan = open_adapter("adapter", adapter, base, names)
+    adapters, plan = read_adapter(adapter, base, names, "adapter")
     kind, spectra = format_of(adapter), diagnostics.spectrum(adapters, plan)
     return {
         "format": kind,
@@ -90,11 +98,9 @@ def _layer(spec: AdapterSpec, values: np.ndarray) -> Row:
 
 
 def grouped(layers: Sequence[Row]) -> list[Row]:
-    """One row for all layers that differ only in the numbers of their paths.
-
-    A row has the sum of the parameters, and (the smallest, the largest) of each other
-    number.
-    """
+    """One row for all layers that differ only in the numbers of their paths."""
+    # It has the sum of their parameters, which are what one pays for, and the smallest
+    # and largest of the numbers that training has made.
     kind = itemgetter("path", "in", "out", "operator", "q")
     rows = []
     for pattern, group in alike(layers, kind):
@@ -109,57 +115,45 @@ def grouped(layers: Sequence[Row]) -> list[Row]:
 
 def compare(first: str, second: str, base: str | None, names: Names) -> list[Row]:
     """A row for each layer of either adapter, and for each array that trains itself."""
-    left = _parts(*open_adapter("first", first, base, names))
-    right = _parts(*open_adapter("second", second, base, names))
+    left = _parts(*read_adapter(first, base, names, "first"))
+    right = _parts(*read_adapter(second, base, names, "second"))
     rows = []
     for key in sorted(left.keys() | right.keys()):
-        part, _ = left.get(key) or right[key]
-        settings = "" if isinstance(part, AdapterSpec) else "trained itself"
-        row = {"path": part.name, "settings": settings, "difference": ""}
+        (trained, path), difference = key, ""
         if key in left and key in right:
-            row |= _comparison(left[key], right[key])
+            settings, difference = _comparison(left[key], right[key])
         else:
-            only = f"only in {first if key in left else second}"
-            row["settings"] = f"{settings} {only}".lstrip()
-        rows.append(row)
+            settings = f"only in {first if key in left else second}"
+        settings = f"{'trained itself ' * trained}{settings}".rstrip()
+        rows.append({"path": path, "settings": settings, "difference": difference})
     return rows
 
 
 def _parts(adapters: Tree, plan: Plan) -> dict[tuple[bool, str], tuple[Any, Any]]:
     """{(True for an array that trains itself, path): its spec and the array}."""
+    # Two plans may have the same path, one for an adapter and one for such an array.
     ms, copies = adapter_items(adapters, plan), trained_items(adapters, plan)
     parts = {(False, spec.name): (spec, m) for spec, m in ms}
     return parts | {(True, array.name): (array, copy) for array, copy in copies}
 
 
-def _comparison(left: tuple[Any, Any], right: tuple[Any, Any]) -> Row:
+def _comparison(
+    left: tuple[Any, Any], right: tuple[Any, Any]
+) -> tuple[str, float | str]:
     """The differing settings, and the distance of deltas or arrays of one shape."""
-    row, arrays = {}, [np.asarray(array) for _, array in (left, right)]
-    if isinstance(left[0], AdapterSpec):
-        row["settings"] = _differing(left[0], right[0]) or "same"
+    (one, array), (other, second) = left, right
+    settings, difference = "", ""
+    if isinstance(one, AdapterSpec):
+        changes = differences(one.settings, other.settings).items()
+        differing = [f"{name}: {a} -> {b}" for name, (a, b) in changes]
+        digests = one.base_digest, other.base_digest
+        if None not in digests and digests[0] != digests[1]:
+            differing.append("other weights of the base")
+        settings = ", ".join(differing) or "same"
         # For this layer only: the deltas of a model are as large as the model.
-        arrays = [np.asarray(delta_kernel(s, wide(m))) for s, m in (left, right)]
-    if arrays[0].shape == arrays[1].shape:
-        array, other = (a.astype(np.float64) for a in arrays)
-        norm, distance = np.linalg.norm(array), np.linalg.norm(array - other)
-        row["difference"] = float(distance / norm if norm else distance > 0)
-    return row
-
-
-def _differing(left: AdapterSpec, right: AdapterSpec) -> str:
-    """The settings in which two adapters of a kernel differ."""
-    pairs = differences(left.settings, right.settings).items()
-    differing = [f"{name}: {a} -> {b}" for name, (a, b) in pairs]
-    if None not in (digests := (left.base_digest, right.base_digest)):
-        differing += ["other weights of the base"] * (digests[0] != digests[1])
-    return ", ".join(differing)
-
-
-def open_adapter(
-    argument: str, adapter: str, base: str | None, names: Names
-) -> tuple[Tree, Plan]:
-    """An adapter of any format; `argument` is what messages call its path."""
-    shapes = None
-    if base is not None:
-        shapes = io.Checkpoint(as_path("base", base)).shapes(names)
-    return read_adapter(as_path(argument, adapter), shapes, names)
+        array, second = (delta_kernel(s, wide(m)) for s, m in (left, right))
+    if array.shape == second.shape:
+        array, second = (np.asarray(a).astype(np.float64) for a in (array, second))
+        norm, distance = np.linalg.norm(array), np.linalg.norm(array - second)
+        difference = float(distance / norm if norm else distance > 0)
+    return settings, difference

@@ -12,9 +12,9 @@ from mora_jax.io._json import read_json, short
 from mora_jax.io._names import Names, pairs, to_kernel
 from mora_jax.io._tensors import DTYPES, Entry, TensorFile
 
+# Configs, tokenizers and templates. Never pickles, which may run anything.
 COPIED = (".json", ".txt", ".model", ".jinja", ".md")
-"""The suffixes of the other files of a base that are copied: configs, tokenizers and
-templates, but never pickles."""
+"""The suffixes of the other files of a base that are copied."""
 
 INDEX = ".safetensors.index.json"
 """The end of the name of the file that says which file has which tensor."""
@@ -42,9 +42,10 @@ class Checkpoint:
             is missing, or two files hold the same tensor.
         """
         path = as_path("path", path)
-        folder = path if path.is_dir() else path.parent
-        listed = sorted(folder.iterdir()) if path.is_dir() else []
-        files = _tensor_files(folder, listed) if path.is_dir() else [path]
+        folder, listed, files = path.parent, [], [path]
+        if path.is_dir():
+            folder, listed = path, sorted(path.iterdir())
+            files = _tensor_files(folder, listed)
         self.files = [TensorFile(file) for file in files]
         # With an adapter's config beside it, a merged model would be adapted twice.
         copied = (p for p in listed if p.suffix in COPIED and p.name != CONFIG)
@@ -81,8 +82,9 @@ class Checkpoint:
             entry = self.entry(name)
             kernel = to_kernel(name.removesuffix(".weight"), known)
             if name.endswith(".weight") and kernel and len(entry.shape) == 2:
-                if entry.dtype in DTYPES and "[" not in kernel[0]:
-                    path, axes = kernel
+                path, axes = kernel
+                # One layer does not tell how large its stack is.
+                if entry.dtype in DTYPES and "[" not in path:
                     shape = entry.shape if axes == "io" else entry.shape[::-1]
                     dtype = DTYPES[entry.dtype]
                     leaves[tuple(path.split("/"))] = jax.ShapeDtypeStruct(shape, dtype)
@@ -102,7 +104,7 @@ def _tensor_files(folder: Location, listed: Sequence[Location]) -> list[Location
     if not isinstance(names, dict) or not names:
         raise AdapterFileError(f"{indices[0].name} must have a weight_map")
     files = sorted({str(name) for name in names.values()})
-    for name in files:
+    for name in files:  # an index from a stranger may name any file of the machine
         if not re.fullmatch(r"[\w.-]+\.safetensors", name):
             raise AdapterFileError(
                 f"{indices[0].name} must name files next to it, got {short(name)}"

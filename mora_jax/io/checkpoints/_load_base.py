@@ -99,14 +99,15 @@ def load_base(
         )
     shardings = _shardings(sharding, arrays)
     misfit = "{!r} in like has shape {}, which {} does not fit"
-    source = Source(Checkpoint(path), names, "leaf of like", misfit)
-    stacks = {name: source.stack(name, tuple(a.shape)) for name, a in arrays.items()}
-    source.check_missing()
+    source = Source(Checkpoint(path), names)
+    stacks = {n: source.stack(n, tuple(a.shape), misfit) for n, a in arrays.items()}
+    source.check_missing("leaf of like")
     source.check_left(arrays, skip)
     leaves = {}
     for place, (name, array) in zip(places, arrays.items(), strict=True):
         wanted = _dtype(name, array.dtype, dtype, stacks[name])
         leaves[place] = Leaf(tuple(array.shape), wanted, shardings[name], stacks[name])
+    # Now that all of them fit, the first tensor is read.
     return replace_leaves(like, {place: leaf.read() for place, leaf in leaves.items()})
 
 
@@ -154,6 +155,7 @@ def _shardings(sharding: Any, arrays: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_sharding(name: str, shape: Shape, sharding: Any) -> None:
+    """Raise unless a leaf of a shape can be placed by `sharding`."""
     if not isinstance(sharding, Sharding):
         raise TypeError(
             "sharding must hold shardings, such as NamedSharding(mesh, spec), got "

@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Sharding, SingleDeviceSharding
 
 from mora_jax._common.suggestions import nearest_paths
-from mora_jax._common.types import Shape
+from mora_jax._common.types import Path, Shape
 from mora_jax.io._families import BUFFERS, TIED
 from mora_jax.io._files import AdapterFileError
 from mora_jax.io._json import read_json, short
@@ -44,11 +44,6 @@ class Part(NamedTuple):
     columns: Shape
 
     @property
-    def shape(self) -> Shape:
-        """The tensor's shape."""
-        return self.file.entries[self.name].shape
-
-    @property
     def dtype(self) -> np.dtype:
         """The tensor's dtype, which is floating-point."""
         return self.file.dtype(self.name, "dequantise it first")
@@ -70,9 +65,10 @@ class Part(NamedTuple):
                 return cls(file, name, *axes)
         return None
 
-    def transposed(self, array: np.ndarray) -> np.ndarray:
-        """Return an array with the axes of rows before the axes of columns."""
-        return array.transpose(self.rows + self.columns)
+    def in_rows(self, array: np.ndarray) -> np.ndarray:
+        """Return an array in the layout of the tensor."""
+        array = array.transpose(self.rows + self.columns)
+        return array.reshape(self.file.entries[self.name].shape)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,11 +84,7 @@ class Leaf:
     tensors: Mapping[Shape, Part]
 
     def read(self) -> jax.Array:
-        """Return the array.
-
-        Memory of the host holds one device's part, beside the last. A transfer keeps
-        the part that it reads, so each is awaited.
-        """
+        """Return the array, while the host holds one device's part beside the last."""
         if self.sharding is None:
             whole = (slice(None),) * len(self.shape)
             return jnp.asarray(self._read(whole)).block_until_ready()
@@ -104,17 +96,14 @@ class Leaf:
             array = self._read(index)
             where = (SingleDeviceSharding(d, memory_kind=memory) for d in devices)
             copies = [jax.device_put(array, sharding) for sharding in where]
+            # A transfer that is under way keeps the part that it reads.
             shards += jax.block_until_ready(copies)
         return jax.make_array_from_single_device_arrays(
             self.shape, self.sharding, shards
         )
 
     def _read(self, index: tuple[slice, ...]) -> np.ndarray:
-        """Return a part of the array, from rows of tensors that it needs alone.
-
-        It is a view of numbers in the order of the tensors. JAX transposes it, faster
-        than NumPy would.
-        """
+        """Return a part of the array, from rows of tensors that it needs alone."""
         ends = [part.indices(n)[:2] for part, n in zip(index, self.shape, strict=True)]
         depth, part = next((len(at), part) for at, part in self.tensors.items())
         order = [*range(depth), *(depth + k for k in part.rows + part.columns)]
@@ -122,6 +111,7 @@ class Leaf:
         for place in np.ndindex(stored.shape[:depth]) if stored.size else ():
             at = tuple(k + start for k, (start, _) in zip(place, ends, strict=False))
             self._fill(stored[*place, ...], index[depth:], self.tensors[at])
+        # A view: JAX transposes the numbers when it copies them, faster than NumPy.
         return stored.transpose(np.argsort(order))
 
     def _fill(self, stored: np.ndarray, box: tuple[slice, ...], part: Part) -> None:
@@ -158,22 +148,12 @@ def converted(array: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
 class Source:
     """The tensors of a checkpoint, found by the names that PyTorch may give them.
 
-    Attributes:
-      tied: True if a tensor may stand for the one that it is tied to.
-      taken: {tensor: the leaf that has it}.
-      missing: The leaves without a tensor, with their indices.
+    `taken` is {tensor: the leaf that has it}, and `missing` are the leaves without a
+    tensor, with their indices. With `tied`, a tensor may stand for one it is tied to.
     """
 
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        names: Names,
-        what: str = "",
-        misfit: str = "",
-        tied: bool = True,
-    ) -> None:
+    def __init__(self, checkpoint: Checkpoint, names: Names, tied: bool = True) -> None:
         self.checkpoint, self.known = checkpoint, pairs(names)
-        self.what, self.misfit = what, misfit
         self.tied = tied and _may_be_tied(checkpoint)
         self._by_canonical: dict[str, list[str]] = defaultdict(list)
         for name in checkpoint.place:
@@ -181,62 +161,77 @@ class Source:
         self.taken: dict[str, str] = {}
         self.missing: list[str] = []
 
-    def stack(self, leaf: str, shape: Shape) -> dict[Shape, Part]:
+    def stack(self, leaf: str, shape: Shape, misfit: str) -> dict[Shape, Part]:
         """Return {index in a leaf's stack: its tensor}; others are noted as missing.
 
-        A leaf that is not stacked has the index ().
+        `misfit` is a message, as a template of the leaf, its shape and the tensor.
         """
+        # Without a stack the index is (). No more is known of its depth than that the
+        # first layer has a tensor.
         depths = (k for k in range(len(shape) + 1) if self._find(leaf, (0,) * k))
         depth, stack = next(depths, 0), {}
         if 0 in shape[:depth]:
             self.missing.append(leaf)
         for index in np.ndindex(shape[:depth]):
-            if tensor := self._find(leaf, index):
-                self._take(tensor.name, join_index(leaf, index))
-                file = self.checkpoint.place[tensor.name]
-                part = Part.of(file, tensor, shape[depth:])
-                # All layers have one order of axes.
-                if part is None or part[2:] != next(iter(stack.values()), part)[2:]:
-                    transposed = " transposed" * (tensor.axes == "oi")
-                    stored = self.checkpoint.entry(tensor.name).shape
-                    text = f"{tensor.name!r} of shape {stored}{transposed}"
-                    raise AdapterFileError(self.misfit.format(leaf, shape, text))
-                stack[index] = part
-            else:
-                self.missing.append(join_index(leaf, index))
+            tensor, name = self._find(leaf, index), join_index(leaf, index)
+            if tensor is None:
+                self.missing.append(name)
+                continue
+            self.take(tensor.name, name)
+            file = self.checkpoint.place[tensor.name]
+            part = Part.of(file, tensor, shape[depth:])
+            # All layers have one order of axes, since they are one array.
+            if part is None or part[2:] != next(iter(stack.values()), part)[2:]:
+                transposed = " transposed" * (tensor.axes == "oi")
+                stored = file.entries[tensor.name].shape
+                text = f"{tensor.name!r} of shape {stored}{transposed}"
+                raise AdapterFileError(misfit.format(leaf, shape, text))
+            stack[index] = part
         return stack
+
+    def own_name(self, path: Path) -> str | None:
+        """Return the tensor that is named as an array's path is, if there is one."""
+        names = (separator.join(path) for separator in "/.")
+        return next((name for name in names if name in self.checkpoint.place), None)
 
     def _find(self, leaf: str, index: Shape) -> Tensor | None:
         """Return the tensor of one layer of a leaf, as the files call it."""
         for tensor in to_tensors(join_index(leaf, index), self.known):
-            if tensor.name in self.checkpoint.place:
-                return tensor
-            twins = _tied_to(tensor.name) if self.tied else ()
-            for name in (canonical(tensor.name), *twins):
-                if len(names := self._by_canonical.get(name, ())) == 1:
-                    return tensor._replace(name=names[0])
+            if name := self.named(tensor.name):
+                return tensor._replace(name=name)
         return None
 
-    def _take(self, tensor: str, leaf: str) -> None:
-        """Note that a leaf has the tensor. Only tied ones serve two leaves."""
+    def named(self, tensor: str) -> str:
+        """Return the name that the files have for a tensor; "" if they lack it."""
+        if tensor in self.checkpoint.place:
+            return tensor
+        twins = _tied_to(tensor) if self.tied else ()
+        for name in (canonical(tensor), *twins):
+            if len(names := self._by_canonical.get(name, ())) == 1:
+                return names[0]
+        return ""
+
+    def take(self, tensor: str, leaf: str) -> None:
+        """Note that a leaf has the tensor."""
+        # A model may have two leaves where the file has one of two tied tensors.
         if tensor in self.taken and not (self.tied and _tied_to(tensor)):
             raise AdapterFileError(
                 f"{self.taken[tensor]!r} and {leaf!r} are both {tensor!r} in the base"
             )
         self.taken[tensor] = leaf
 
-    def check_missing(self) -> None:
-        """Raise if a leaf lacks a tensor."""
+    def check_missing(self, what: str) -> None:
+        """Raise if a leaf lacks a tensor; messages call it `what`."""
         if not self.missing:
             return
         leaf, place = self.missing[0], self.checkpoint.place
-        name = next((tensor.name for tensor in to_tensors(leaf, self.known)), "")
-        text = f"the base has no tensor for the {self.what} {leaf!r}"
+        names = (tensor.name for tensor in to_tensors(leaf, self.known))
+        # Kernels need a template, though a tensor may have their name.
+        name = next((name for name in names if name not in place), "")
+        text = f"the base has no tensor for the {what} {leaf!r}"
         if _tied_to(name) and not self.tied:
-            text += (
-                ", or has it only as another one that it is tied to, and here no "
-                "tensors are tied"
-            )
+            text += ", or has it only as another one that it is tied to, and here no "
+            text += "tensors are tied"
         text += f", which would be {name!r}" if name else ""
         text += nearest_paths(name or leaf, place)
         unknown = [
@@ -287,11 +282,11 @@ class Source:
         )
 
     def _are_equal(self, *names: str) -> bool:
-        a, b = map(self.checkpoint.entry, names)
-        if (a.dtype, a.shape) != (b.dtype, b.shape):
-            return False
+        one, other = map(self.checkpoint.entry, names)
         pieces = (self.checkpoint.place[name].chunks(name) for name in names)
-        return all(left == right for left, right in zip(*pieces, strict=True))
+        # Piece by piece, since a head is among the largest of tensors.
+        equal = (a == b for a, b in zip(*pieces, strict=True))
+        return (one.dtype, one.shape) == (other.dtype, other.shape) and all(equal)
 
     def stand_for_two(self, tensors: Iterable[str]) -> bool:
         """Return True if a tensor is there, and not the one that may be tied to it."""
@@ -303,17 +298,13 @@ class Source:
 def _tied_to(name: str) -> tuple[str, ...]:
     """Return the canonical names of the tensors that may be tied to one."""
     name = canonical(name)
-    return tuple(
-        other for pair in TIED if name in pair for other in pair if other != name
-    )
+    return tuple(twin for pair in TIED if name in pair for twin in pair if twin != name)
 
 
 def _may_be_tied(checkpoint: Checkpoint) -> bool:
-    """Return True if the model's config, if there is one, allows tied tensors.
-
-    A model of more than texts has another config in it, for its language model.
-    """
+    """Return True if the model's config, if there is one, allows tied tensors."""
     config = None if checkpoint.config is None else read_json(checkpoint.config)
+    # A model of more than texts has another config in it, for its language model.
     configs = [config, config.get("text_config")] if isinstance(config, dict) else []
     known = (config for config in configs if isinstance(config, dict))
     return all(config.get("tie_word_embeddings", True) for config in known)

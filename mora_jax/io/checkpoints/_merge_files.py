@@ -1,6 +1,7 @@
 """Adapters merged into a base checkpoint, from file to file."""
 
 import dataclasses
+import functools
 import itertools
 import os
 import re
@@ -10,7 +11,6 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from mora_jax._common.suggestions import nearest_paths
 from mora_jax._common.types import Shape
 from mora_jax._layer.equation import delta_kernel
 from mora_jax._layer.rounding import Rounding, add_rounded, check_rounding, share_lost
@@ -28,7 +28,7 @@ from mora_jax.io._files import (
     parts,
     write_directory,
 )
-from mora_jax.io._names import Module, Names, join_index, modules_of, pairs, suggestion
+from mora_jax.io._names import Names, join_index, modules_of
 from mora_jax.io._tensors import TensorFile, to_numpy
 from mora_jax.io.checkpoints._checkpoint import INDEX, Checkpoint
 from mora_jax.io.checkpoints._matching import Source, converted
@@ -36,13 +36,11 @@ from mora_jax.io.checkpoints._matching import Source, converted
 
 @dataclasses.dataclass(frozen=True)
 class Site:
-    """A tensor of the base, and the adapter whose delta is added to it.
+    """A tensor of the base, and the adapter whose delta is added to it."""
 
-    The spec is of the kernel that one or several tensors are together, each with as
-    many outputs; this one is number `part`. The kernel is number `layer` in the stack
-    that the adapter was made for.
-    """
-
+    # The spec is of the kernel that one or several tensors are together, each with as
+    # many outputs; this one is number `part`. The kernel is number `layer` in the stack
+    # that the adapter was made for.
     spec: AdapterSpec
     m: np.ndarray
     tensors: tuple[str, ...]
@@ -70,6 +68,7 @@ class Site:
         parts = np.split(delta, len(self.tensors), self.spec.axes.index("o"))
         before, delta = kernel.astype(dtype), parts[self.part].astype(dtype)
         if dtype == jnp.float32:
+            # The dither is the one that `merge` gives the whole kernel.
             start = 0, self.part * self.spec.out_features // len(self.tensors)
             settings = self.spec.axes, kernel.dtype, rounding, start
             merged = np.asarray(add_rounded(kernel, delta, *settings))
@@ -82,19 +81,12 @@ class Site:
             )
         return merged, float(share_lost(after - before, delta))
 
-    def check_base(self, checkpoint: Checkpoint, own: np.ndarray | None = None) -> None:
-        """Raise if the adapter is known to be trained on another kernel.
-
-        `own` is the tensor itself, if it was read already.
-        """
+    def check_base(self, read: Callable[[str], np.ndarray]) -> None:
+        """Raise if the adapter is known to be trained on another kernel."""
         if self.spec.base_digest is None:
             return
-        place = checkpoint.place
-        tensors = [
-            place[name][name] if own is None or name != self.name else own
-            for name in self.tensors
-        ]
-        kernel = np.concatenate(tensors, self.spec.axes.index("o"))
+        axis = self.spec.axes.index("o")
+        kernel = np.concatenate([read(name) for name in self.tensors], axis)
         try:
             check_digests(self.spec, kernel_digests(self.spec, kernel), self.layer)
         except ValueError as error:
@@ -105,72 +97,64 @@ def sites_of(
     checkpoint: Checkpoint, adapters: Any, plan: Plan, names: Names
 ) -> dict[str, Site]:
     """Return the site of each tensor that an adapter changes, all of them checked."""
-    known, missing = pairs(names), {}
-    sites: dict[str, Site] = {}
+    source, sites = Source(checkpoint, names, tied=False), {}
     for spec, m in adapter_items(adapters, plan):
         m = to_numpy(spec.name, m)
         m = m.astype(jnp.promote_types(m.dtype, jnp.float32))
-        if name := _own_name(checkpoint, spec.path):
-            sites[name] = Site(spec, m, (name,))
-            continue
-        modules, unnamed = modules_of(spec, known)
-        missing |= dict.fromkeys(unnamed, spec.name)
-        for index, layer in itertools.groupby(modules, lambda module: module.index):
-            for site in _layer_sites(spec, m[index], *layer):
-                if site.name not in checkpoint.place:
-                    missing[join_index(spec.name, index)] = site.name
-                elif site.name in sites:
-                    raise AdapterFileError(f"two adapters go into {site.name!r}")
-                sites[site.name] = site
-    if missing:
-        kernel, name = next(iter(missing.items()))
-        modules = [name.removesuffix(".weight") for name in checkpoint.place]
-        raise AdapterFileError(
-            f"the base has no tensor for the kernel {kernel!r}"
-            f"{nearest_paths(name, checkpoint.place)}; {suggestion(missing, modules)}"
-        )
-    for name, site in sites.items():
-        if (shape := checkpoint.entry(name).shape) != site.shape:
-            raise AdapterFileError(
-                f"{name!r} in the base must have shape {site.shape}, got {shape}"
-            )
+        for site in _sites(source, spec, m):
+            source.take(site.name, spec.name)
+            if (shape := checkpoint.entry(site.name).shape) != site.shape:
+                raise AdapterFileError(
+                    f"{site.name!r} in the base must have shape {site.shape}, got "
+                    f"{shape}"
+                )
+            sites[site.name] = site
+    source.check_missing("kernel")
     return sites
 
 
-def _layer_sites(spec: AdapterSpec, m: np.ndarray, *modules: Module) -> Iterator[Site]:
-    """Yield the sites of one layer of a kernel, by the modules that are the layer."""
-    axes, sizes = modules[0].axes, {"i": spec.in_features, "o": spec.out_features}
-    shape = tuple(sizes[letter] for letter in axes)
-    spec = dataclasses.replace(spec, kernel_shape=shape, axes=axes, layout=None)
-    tensors = tuple(f"{module.name}.weight" for module in modules)
-    for part, module in enumerate(modules):
-        yield Site(spec, m, tensors, part, module.layer)
-
-
-def _own_name(checkpoint: Checkpoint, path: tuple[str, ...]) -> str | None:
-    """Return the tensor that is named as an array's path is, if there is one."""
-    names = (separator.join(path) for separator in "/.")
-    return next((name for name in names if name in checkpoint.place), None)
+def _sites(source: Source, spec: AdapterSpec, m: np.ndarray) -> Iterator[Site]:
+    """Yield the sites of a kernel. What the base lacks is noted as missing."""
+    if own := source.own_name(spec.path):
+        yield Site(spec, m, (own,))
+        return
+    modules, unnamed = modules_of(spec, source.known)
+    source.missing += unnamed
+    for index, layer in itertools.groupby(modules, lambda module: module.index):
+        first, *others = layer
+        # One layer at a time: the delta of a whole stack may not fit in memory.
+        sizes = {"i": spec.in_features, "o": spec.out_features}
+        shape = tuple(sizes[letter] for letter in first.axes)
+        alone = dataclasses.replace(
+            spec, kernel_shape=shape, axes=first.axes, layout=None
+        )
+        names = (f"{module.name}.weight" for module in (first, *others))
+        tensors = tuple(map(source.named, names))
+        for part, name in enumerate(tensors):
+            if name:
+                yield Site(alone, m[index], tensors, part, first.layer)
+            else:
+                at = (*index, part) if others else index
+                source.missing.append(join_index(spec.name, at))
 
 
 def replacements(
     checkpoint: Checkpoint, items: Items, names: Names
 ) -> dict[str, tuple[str, np.ndarray]]:
     """Return {tensor: name and numbers of the trained array for it}."""
-    replaced: dict[str, tuple[str, np.ndarray]] = {}
     misfit = "the trained array {!r} of shape {} does not fit {} in the base"
-    source = Source(checkpoint, names, "trained array", misfit, tied=False)
+    source, replaced = Source(checkpoint, names, tied=False), {}
     for array, copy in items:
-        numbers, own = to_numpy(array.name, copy), _own_name(checkpoint, array.path)
+        numbers, own = to_numpy(array.name, copy), source.own_name(array.path)
         # A bias with axes for heads may have the name of its tensor by chance.
         if own and checkpoint.entry(own).shape == array.shape:
+            source.take(own, array.name)
             replaced[own] = array.name, numbers
-            source.taken[own] = array.name
             continue
-        for index, part in source.stack(array.name, array.shape).items():
-            layer = part.transposed(numbers[index]).reshape(part.shape)
+        for index, part in source.stack(array.name, array.shape, misfit).items():
+            layer = part.in_rows(numbers[index])
             replaced[part.name] = join_index(array.name, index), layer
-    source.check_missing()
+    source.check_missing("trained array")
     return replaced
 
 
@@ -180,7 +164,7 @@ BESIDE_A_MODEL = re.compile(
     r"|(vocab|merges)\.txt|chat_template\.jinja|[\w.-]+\.model"
     r"|model[\w.-]*\.safetensors(\.index\.json)?"
 )
-"""Files that tools write beside a model, and never a person."""
+"""The names of files that tools write beside a model, and never a person."""
 
 
 def merge_checkpoint(
@@ -243,20 +227,24 @@ def merge_checkpoint(
     trained = replacements(checkpoint, trained_items(adapters, plan), names)
     if both := sorted(sites.keys() & trained.keys()):
         raise AdapterFileError(f"an adapter and a trained array go into {both[0]!r}")
-    for name in sites | trained:
+    for name in sites | trained:  # all of them before a file is written
         checkpoint.place[name].dtype(name, "dequantise it first")
+
+    @functools.lru_cache(maxsize=1)  # a kernel is compared and then merged
+    def read(name: str) -> np.ndarray:
+        return checkpoint.place[name][name]
+
     if sites and not any_base:  # most wrong bases are refused before a file is written
-        next(iter(sites.values())).check_base(checkpoint)
+        next(iter(sites.values())).check_base(read)
     lost: dict[str, float] = {}
 
     def merged(name: str) -> Iterator[bytes]:
         """Yield the bytes of a tensor with its delta, whose loss is noted."""
         file = checkpoint.place[name]
         if name in sites:
-            kernel = file[name]
             if not any_base:
-                sites[name].check_base(checkpoint, kernel)
-            kernel, lost[name] = sites[name].add(kernel, rounding)
+                sites[name].check_base(read)
+            kernel, lost[name] = sites[name].add(read(name), rounding)
             yield kernel.tobytes()
         elif name in trained:
             array, numbers = trained[name]
@@ -272,9 +260,9 @@ def merge_checkpoint(
             progress(len(chunk))
 
     def files() -> Files:
-        """Yield the files, last the index and the config, with which programs begin."""
         for file in checkpoint.files:
             yield file.path.name, content(file)
+        # Programs begin with the config and the index: without them nothing is read.
         for path in sorted(
             checkpoint.beside,
             key=lambda path: (path.name == "config.json", path.name.endswith(INDEX)),
@@ -286,11 +274,7 @@ def merge_checkpoint(
 
 
 def _check_target(target: Location, checkpoint: Checkpoint, force: bool) -> None:
-    """Raise if there is anything that a merged checkpoint may not replace.
-
-    Its tensors have the names that they will have, and copies of the base's other
-    files are replaced by the same.
-    """
+    """Raise if there is anything that a merged checkpoint may not replace."""
     if not target.exists():
         return
     if not target.is_dir():
@@ -303,11 +287,10 @@ def _check_target(target: Location, checkpoint: Checkpoint, force: bool) -> None
     copied = {path.name: path for path in checkpoint.beside}
 
     def is_known(path: Location) -> bool:
-        if not path.is_file():
-            return False
         if path.name in tensors or BESIDE_A_MODEL.fullmatch(path.name):
-            return True
-        twin = copied.get(path.name)
+            return path.is_file()
+        # A copy that was edited since, such as a model's card, is a person's work.
+        twin = copied.get(path.name) if path.is_file() else None
         return twin is not None and path.read_bytes() == twin.read_bytes()
 
     there = entries(target)

@@ -14,13 +14,14 @@ from mora_jax.io.checkpoints._checkpoint import Checkpoint
 from mora_jax.io.checkpoints._matching import Source
 from mora_jax.io.checkpoints._merge_files import merge_checkpoint
 from mora_jax.io.peft._lora import make_lora
-from mora_jax.io.peft._write import free
+from mora_jax.io.peft._write import free, write_peft
 
 Server = Literal["vllm", "sglang"]
 
+# SGLang takes any number. There a rank above the last of these is not written either,
+# since it costs as much as the kernel.
 RANKS = 1, 8, 16, 32, 64, 128, 256, 320, 512
-"""What vLLM 0.32 takes for `--max-lora-rank`. SGLang takes any number; there a rank
-above the last of these is not written either, since it costs as much as the kernel."""
+"""The numbers that vLLM 0.32 takes for `--max-lora-rank`."""
 
 
 class Export(NamedTuple):
@@ -96,21 +97,22 @@ def export(
     elif base is not None and _is_tied(base, plan, names):
         why = ""  # the base is known
     else:
-        lora, lost = make_lora(adapters, plan, names, "auto", max_error)
-        worst, rank = max(lora.ranks.items(), key=lambda item: item[1])
+        matrices, lost = make_lora(adapters, plan, names, "auto", max_error)
+        worst, rank, *_ = max(matrices, key=lambda pair: pair.rank)
         if rank <= RANKS[-1]:
-            lora.write(free(path, force), base_model, "CAUSAL_LM")
+            write_peft(free(path, force), matrices, base_model, "CAUSAL_LM")
             return Export(rank, lost, _command(server, model, rank, str(path)))
         why = (
-            f"{worst} needs rank {rank} to lose at most {max_error:.1%} of its delta, "
-            f"and servers take {RANKS[-1]} at most; a larger max_error needs less, else"
+            f"{worst.name} needs rank {rank} to lose at most {max_error:.1%} of its "
+            f"delta, and servers take {RANKS[-1]} at most; a larger max_error needs "
+            "less, else"
         )
     if base is None:
         raise ValueError(
             f"{why} base must be the base's safetensors, to merge into them, got None"
         )
     settings = {"any_base": any_base, "rounding": rounding, "progress": progress}
-    args = base, adapters, plan, directory, names
+    args = base, adapters, plan, path, names
     lost = merge_checkpoint(*args, force=force, **settings)
     return Export(None, lost, _command(server, str(path)))
 
@@ -120,6 +122,7 @@ def _is_tied(base: str | os.PathLike[str], plan: Plan, names: Names) -> bool:
     known = pairs(names)
     named = [module for spec in plan.specs for module in modules_of(spec, known)[0]]
     tables = [f"{module.name}.weight" for module in named if module.table]
+    # A base that nothing is merged into need not be of safetensors.
     return bool(tables) and Source(Checkpoint(base), names).stand_for_two(tables)
 
 

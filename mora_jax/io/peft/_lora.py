@@ -11,7 +11,7 @@ from mora_jax._layer.equation import scaled
 from mora_jax._plan.plan import Plan
 from mora_jax._plan.spec import AdapterSpec
 from mora_jax.io._names import Names
-from mora_jax.io.peft._write import PeftFiles, free, modules
+from mora_jax.io.peft._write import MatrixPair, free, modules, write_peft
 
 Rank = int | Literal["auto"] | None
 
@@ -63,14 +63,14 @@ def save_peft_lora(
         `max_error`, or the plan lacks adapters or trains arrays. Nothing is written.
     """
     path = free(directory, force)
-    files, lost = make_lora(adapters, plan, names, rank, max_error)
-    files.write(path, base_model, task_type)
+    matrices, lost = make_lora(adapters, plan, names, rank, max_error)
+    write_peft(path, matrices, base_model, task_type)
     return lost
 
 
 def make_lora(
     adapters: Any, plan: Plan, names: Names, rank: Rank, max_error: float | int
-) -> tuple[PeftFiles, dict[str, float]]:
+) -> tuple[list[MatrixPair], dict[str, float]]:
     """Return adapters as a LoRA, and {module: the share of its delta that is lost}.
 
     Arguments and errors are as in `save_peft_lora`.
@@ -80,11 +80,12 @@ def make_lora(
         raise ValueError(f"max_error must be between 0 and 1, got {max_error}")
     if rank is not None and rank != "auto":
         rank = positive_integer("rank", rank)
-    files, lost, full, enough = PeftFiles(), {}, None, 1
+    matrices, lost, full, enough = [], {}, None, 1
     for module, spec, m in modules(adapters, plan, names):
-        a, b, cut = _factors(spec, m, module.outputs, rank, max_error)
-        lost[module.name] = float(cut[len(b)])
-        enough = max(enough, _enough(cut, max_error))
+        a, b, lost[module.name], own = _factors(
+            spec, m, module.outputs, rank, max_error
+        )
+        enough = max(enough, own)
         full = spec if rank is None and spec.operator.block else full
         if module.table:
             warn(
@@ -93,9 +94,9 @@ def make_lora(
             )
             if module.axes == "oi":  # the rows of the table are its outputs
                 a, b = b.T, a.T
-        files.add(module, len(b), a, b)
-    if len(files.axes) > 1:
-        raise ValueError("modules must be all Linear or all Conv1D")
+        # At once in 32 bits, since the matrices of all modules are in memory together.
+        narrow = (np.asarray(matrix, np.float32) for matrix in (a, b))
+        matrices.append(MatrixPair(module, len(b), *narrow))
     advice = (
         f"rank={enough} keeps every module within {max_error:.1%}, and max_error=1 "
         "accepts any loss"
@@ -111,38 +112,34 @@ def make_lora(
             f"{worst} would lose {lost[worst]:.1%} of its delta at rank {rank}, more "
             f"than max_error={max_error:g}; {advice}"
         )
-    return files, lost
+    return matrices, lost
 
 
 def _factors(
     spec: AdapterSpec, m: np.ndarray, outputs: slice, rank: Rank, max_error: float
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return A (in, r), B (r, out) and the share of the delta that each rank cuts off.
+) -> tuple[np.ndarray, np.ndarray, float, int]:
+    """Return A (in, r), B (r, out), what they lose, and the least rank that would do.
 
-    Their product is what the LoRA keeps of the delta's columns `outputs`. A delta
-    without blocks is C M D, so that A = C and B = M D keep all of it; lower ranks are
-    infinitely bad then, as long as no singular values are known.
+    Their product is what the LoRA keeps of the delta's columns `outputs`.
     """
     op, m, basis = spec.operator, scaled(spec, m), None
     if op.block:
         product = np.asarray(op.delta_weight(m), np.float64)[:, outputs]
     else:
+        # The delta is C M D, so that A = C and B = M D keep all of it.
         a = np.asarray(op.compress_matrix(), np.float64)
         b = np.asarray(op.decompress(m), np.float64)[:, outputs]
         if not isinstance(rank, int) or rank >= len(b):
-            return a, b, np.append(np.full(len(b), np.inf), 0)
+            return a, b, 0.0, len(b)
         # The basis is orthonormal: A B and R B, where A is Q R, have the same values.
         basis, triangle = np.linalg.qr(a)
         product = triangle @ b
     left, values, right = np.linalg.svd(product, full_matrices=False)
+    # Rank r cuts off the norm of the values from number r on, a share cut[r].
     squares = np.cumsum(np.append(values, 0)[::-1] ** 2)[::-1]
     cut = np.sqrt(squares / squares[0]) if squares.any() else squares
-    if rank == "auto":
-        rank = _enough(cut, max_error)
+    enough = max(1, int(np.sum(cut > max_error)))
+    rank = enough if rank == "auto" else rank
     a = left if basis is None else basis @ left
-    return a[:, :rank], (values[:, None] * right)[:rank], cut
-
-
-def _enough(cut: np.ndarray, max_error: float) -> int:
-    """Return the least rank that cuts off at most `max_error`, but at least 1."""
-    return max(1, int(np.sum(cut > max_error)))
+    a, b = a[:, :rank], (values[:, None] * right)[:rank]
+    return a, b, float(cut[len(b)]), enough

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from mora_jax._common.checks import check_finite
 from mora_jax._common.suggestions import nearest_paths
 from mora_jax._common.types import Shape
 from mora_jax._flax.planning import plan
@@ -107,7 +108,7 @@ def _checked(content: Any) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise AdapterFileError(f"{CONFIG} must be an object, got {short(content)}")
     config = {"bias": "none", "use_dora": False, "lora_dropout": 0.0} | content
-    config["rank_pattern"] = config.get("rank_pattern") or {}
+    config["rank_pattern"] = config.get("rank_pattern") or {}  # it may be null
     for key, (rule, is_right) in _RULES.items():
         if not is_right(value := config.get(key)):
             raise AdapterFileError(
@@ -117,25 +118,25 @@ def _checked(content: Any) -> dict[str, Any]:
 
 
 def _matrices(arrays: Mapping[str, np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield each module with its M, which the reference stores twice and transposed."""
-    for key in arrays:
-        if not re.fullmatch(rf"{re.escape(PREFIX)}.+\.lora_[AB]\.weight", key):
+    """Yield each module with its M."""
+    # The reference's layers are LoRA's: M is stored for A and for B, and transposed.
+    twins: dict[str, dict[str, np.ndarray]] = defaultdict(dict)
+    for key, array in arrays.items():
+        named = re.fullmatch(rf"{re.escape(PREFIX)}(.+)\.lora_([AB])\.weight", key)
+        if named is None:
             raise AdapterFileError(
                 f"tensors in {TENSORS} must be like {PREFIX}*.lora_A.weight, "
                 f"got {short(key)}"
             )
-    for module in dict.fromkeys(key.rsplit(".", 2)[0] for key in arrays):
-        name = module.removeprefix(PREFIX)
-        a, b = (arrays.get(f"{module}.lora_{letter}.weight") for letter in "AB")
-        if a is None or b is None:
+        twins[named[1]][named[2]] = array
+    for name, pair in twins.items():
+        if len(pair) < 2:
             raise AdapterFileError(f"{TENSORS} must have lora_A and lora_B of {name}")
-        if not np.array_equal(a, b):
+        if not np.array_equal(pair["A"], pair["B"]):
             raise AdapterFileError(
                 f"lora_A and lora_B of {name} in {TENSORS} must be the same matrix"
             )
-        if not np.isfinite(a).all():
-            raise AdapterFileError(f"{name} in {TENSORS} holds NaN or infinity")
-        yield name, a.T
+        yield name, pair["A"].T
 
 
 def _by_kernel(
@@ -153,8 +154,12 @@ def _by_kernel(
             raise AdapterFileError(f"{TENSORS} has two modules for {kernel[0]}")
         kernels[path][index] = module, m
     if unknown:
+        paths = list(model) if isinstance(model, Plan) else []
+        if not isinstance(model, Plan) and jax.tree.leaves(model):
+            leaves = named_leaves(model).items()
+            paths = [name for name, (_, leaf) in leaves if len(leaf.shape) >= 2]
         # A checkpoint that was read by the same names lacks paths.
-        paths = _paths(model) or [m.replace(".", "/") + "/kernel" for m in unknown]
+        paths = paths or [m.replace(".", "/") + "/kernel" for m in unknown]
         raise AdapterFileError(
             f"names have no kernel for the module {short(unknown[0])}, which {TENSORS} "
             f"adapts; {suggestion(paths, unknown)}"
@@ -164,16 +169,8 @@ def _by_kernel(
     return kernels
 
 
-def _paths(model: Any) -> list[str]:
-    """Return the paths of all arrays that can be kernels."""
-    if isinstance(model, Plan):
-        return list(model)
-    leaves = named_leaves(model) if jax.tree.leaves(model) else {}
-    return [name for name, (_, leaf) in leaves.items() if len(leaf.shape) >= 2]
-
-
 def _template(model: Any, kernels: Iterable[str]) -> Plan:
-    """Return a plan with the kernels, whose operators will be replaced."""
+    """Return a plan with the kernels, of any operators."""
     if isinstance(model, Plan):
         for name in kernels:
             if name not in model:
@@ -182,6 +179,7 @@ def _template(model: Any, kernels: Iterable[str]) -> Plan:
                     f"{nearest_paths(name, model)}"
                 )
         return model
+    # The smallest operator fits every kernel.
     targets = [re.escape(name) for name in kernels]
     config = MoRAConfig(operator="truncation", square_rank=1, targets=targets)
     try:
@@ -200,9 +198,11 @@ def _adapter(
     ranks = {_rank(module, config) for module, _ in modules.values()}
     operators = {reference_operator(config["mora_type"], *widths, r) for r in ranks}
     if len(operators) > 1:
+        # Its M's are one array.
         raise ValueError("a stacked kernel must have one rank in all its layers")
     (operator,) = operators
     for module, m in modules.values():
+        check_finite(m, module)
         if m.shape != operator.m_shape:
             raise ValueError(
                 f"{module} must be of shape {operator.m_shape} for a kernel of "
@@ -213,7 +213,7 @@ def _adapter(
 
 
 def _rank(module: str, config: Mapping[str, Any]) -> int:
-    """Return the rank of a module. Keys are names or ends of them, as in PEFT."""
-    ranks = config["rank_pattern"]
+    """Return the rank of a module."""
+    ranks = config["rank_pattern"]  # by names or, as in PEFT, by ends of names
     ends = (key for key in ranks if f".{module}".endswith(f".{key}"))
     return ranks.get(next(ends, ""), config["r"])

@@ -18,6 +18,7 @@ def reference_square_rank(
 ) -> int:
     """The q that the reference computes: rounded to the nearest, for type 6 to even."""
     q = int(((in_features + out_features) * rank) ** 0.5 + 0.5)
+    # A rotation turns pairs of numbers.
     return q // 2 * 2 if mora_type == 6 else q
 
 

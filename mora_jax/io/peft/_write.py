@@ -1,10 +1,10 @@
 """Writing PEFT directories: the reference's, and what all of them share."""
 
-import dataclasses
 import math
 import os
 import re
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -61,7 +61,7 @@ def save_peft_mora(
         plan lacks adapters or trains arrays.
     """
     path = free(directory, force)
-    files, settings = PeftFiles(), set()
+    squares, settings = [], set()
     for module, spec, m in modules(adapters, plan, names):
         if module.table:
             raise ValueError(
@@ -75,16 +75,17 @@ def save_peft_mora(
                 "such adapters as a LoRA, and io.merge_checkpoint merges them"
             )
         mora_type, rank, scale = _reference(spec)
-        settings.add((mora_type, spec.dropout, module.axes))
-        files.add(module, rank, *[scale * scaled(spec, m)] * 2)
+        settings.add((mora_type, spec.dropout))
+        m = np.asarray(scale * scaled(spec, m), np.float32)
+        squares.append(MatrixPair(module, rank, m, m))
     if len(settings) > 1:
         raise ValueError(
-            "the reference has one mora_type, dropout and fan_in_fan_out for all "
-            f"layers, got {sorted(settings)}"
+            "the reference has one mora_type and dropout for all layers, got "
+            f"{sorted(settings)}"
         )
-    ((mora_type, dropout, _),) = settings
+    ((mora_type, dropout),) = settings
     special = {"use_mora": True, "mora_type": mora_type, "lora_dropout": dropout}
-    files.write(path, base_model, task_type, **special)
+    write_peft(path, squares, base_model, task_type, **special)
 
 
 def _reference(spec: AdapterSpec) -> tuple[int, int, float]:
@@ -113,53 +114,51 @@ def _reference(spec: AdapterSpec) -> tuple[int, int, float]:
     return mora_type, rank, scale
 
 
-@dataclasses.dataclass
-class PeftFiles:
-    """Adapters as PEFT has them: tensors by name, and ranks by module.
+class MatrixPair(NamedTuple):
+    """PEFT's two float32 matrices of a module, (in, r) and (r, out), and their rank."""
 
-    The axes are the orders in which layers have them, "oi" and "io".
-    """
+    module: Module
+    rank: int
+    a: np.ndarray
+    b: np.ndarray
 
-    axes: set[str] = dataclasses.field(default_factory=set)
-    tensors: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
-    ranks: dict[str, int] = dataclasses.field(default_factory=dict)
 
-    def add(self, module: Module, rank: int, a: Any, b: Any) -> None:
-        """Add the matrices of a module, which PyTorch has transposed."""
-        self.ranks[module.name] = rank
-        self.axes |= set() if module.table else {module.axes}
+def write_peft(
+    path: Location,
+    matrices: Sequence[MatrixPair],
+    base_model: str,
+    task_type: str | None,
+    **special: Any,
+) -> None:
+    """Write a directory, its config last, in which `special` settings prevail."""
+    axes = {pair.module.axes for pair in matrices if not pair.module.table}
+    if len(axes) > 1:
+        raise ValueError("modules must be all Linear or all Conv1D")
+    tensors = {}
+    for module, _, *two in matrices:
         kind = "lora_embedding_{}" if module.table else "lora_{}.weight"
-        for letter, matrix in (("A", a), ("B", b)):
-            name = f"{PREFIX}{module.name}.{kind.format(letter)}"
-            self.tensors[name] = np.asarray(matrix, np.float32).T
-
-    def write(
-        self, path: Location, base_model: str, task_type: str | None, **special: Any
-    ) -> None:
-        """Write a directory, its config last, in which `special` settings prevail.
-
-        The config names each module and multiplies by 1. Its `r` is the largest rank,
-        since servers make room for that rank.
-        """
-        rank = max(self.ranks.values())
-        others = {module: r for module, r in self.ranks.items() if r != rank}
-        config = {
-            "peft_type": "LORA",
-            "task_type": task_type,
-            "base_model_name_or_path": base_model,
-            "inference_mode": True,
-            "target_modules": sorted(self.ranks),
-            "r": rank,
-            "rank_pattern": others,
-            "lora_alpha": rank,  # PEFT multiplies by lora_alpha / r
-            "alpha_pattern": others,
-            "lora_dropout": 0.0,
-            "bias": "none",
-            "fan_in_fan_out": "io" in self.axes,
-        }
-        tensors = encode(self.tensors, {"format": "pt"})
-        text = dump(config | special)
-        write_directory(path, [(TENSORS, [tensors]), (CONFIG, [text])])
+        for letter, matrix in zip("AB", two, strict=True):
+            tensors[f"{PREFIX}{module.name}.{kind.format(letter)}"] = matrix.T
+    # Servers make room for `r`, so it is the largest rank.
+    rank = max(pair.rank for pair in matrices)
+    others = {pair.module.name: pair.rank for pair in matrices if pair.rank != rank}
+    config = {
+        "peft_type": "LORA",
+        "task_type": task_type,
+        "base_model_name_or_path": base_model,
+        "inference_mode": True,
+        "target_modules": sorted(pair.module.name for pair in matrices),
+        "r": rank,
+        "rank_pattern": others,
+        # PEFT multiplies by lora_alpha / r, which is 1: alpha is in the matrices.
+        "lora_alpha": rank,
+        "alpha_pattern": others,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": "io" in axes,
+    }
+    content = encode(tensors, {"format": "pt"})
+    write_directory(path, [(TENSORS, [content]), (CONFIG, [dump(config | special)])])
 
 
 def modules(
@@ -189,12 +188,10 @@ def modules(
 
 
 def _refuse_convolution(spec: AdapterSpec) -> None:
-    """Raise if the kernel is one of a convolution.
-
-    Its axes are a window's, then "io" or "oi". With a window of two axes or
-    more no dense layer has the same. With a window of one axis some do: a layer from
-    heads to a width has "iio". Only names tell these apart.
-    """
+    """Raise if the kernel is one of a convolution."""
+    # Its axes are a window's, then "io" or "oi". With a window of two axes or more no
+    # dense layer has the same. With a window of one axis some do: a layer from heads to
+    # a width has "iio". Only names tell these apart.
     axes = spec.axes.replace("s", "")
     named = re.search("conv", spec.name, re.IGNORECASE)
     if re.fullmatch("ii+(io|oi)", axes) or named and axes in ("iio", "ioi"):
