@@ -1,4 +1,4 @@
-"""Adapters inside the params of a running model."""
+"""Adapters inside the params of a running model, and the calls that meet them."""
 
 import dataclasses
 import functools
@@ -9,6 +9,9 @@ import flax.linen as nn
 import jax
 from jaxtyping import PRNGKeyArray
 
+from mora_jax._common.types import Path
+from mora_jax._flax.adapted_call import LayerCall
+from mora_jax._flax.layer_rules import rules_of
 from mora_jax._plan.spec import SUFFIX, AdapterSpec
 from mora_jax._tree.adapters import init_adapter
 from mora_jax._tree.paths import adapter_of
@@ -21,12 +24,13 @@ from mora_jax._tree.paths import adapter_of
 class BoundAdapter:
     """M in the params of a running model, with its spec as static metadata.
 
-    So the spec travels wherever Flax carries the parameters: into scanned and vmapped
-    layers, and into the cache keys of `nn.jit`, which would otherwise serve a program
-    that was traced for another plan. While a plan is made, M is None, and the spec is
-    the recorder with the path of the kernel.
+    While a plan is made, M is None, and the spec is the recorder with the path of the
+    kernel.
     """
 
+    # As metadata the spec travels wherever Flax carries the parameters: into scanned
+    # and vmapped layers, and into the cache keys of `nn.jit`, which would otherwise
+    # serve a program that was traced for another plan.
     m: Any
     spec: Any
 
@@ -46,6 +50,38 @@ def adapters_of(module: nn.Module) -> dict[str, BoundAdapter]:
     }
 
 
+def layer_calls(
+    see: Callable[[nn.Module, Path, str, Mapping[str, BoundAdapter]], None],
+    run: Callable[[LayerCall, BoundAdapter], Any],
+) -> Callable[..., Any]:
+    """A function for `nn.intercept_methods` that finds the adapter of each call.
+
+    `see` is told of any call: the module, the path of its scope, the method, and the
+    adapters in the scope. `run` returns the output of a call whose kernel has one.
+    """
+    running: list[nn.Module] = []
+
+    def intercept(
+        method: Callable[..., Any], args: Any, kwargs: Any, context: Any
+    ) -> Any:
+        module, name = context.module, context.method_name
+        # A rule covers all that its method calls of the same layer.
+        if module.scope is None or any(module is caller for caller in running):
+            return method(*args, **kwargs)
+        adapters = adapters_of(module)
+        see(module, module.scope.path, name, adapters)
+        rule = rules_of(type(module)).get(name)
+        if rule is None or (adapter := adapters.get(rule.name(module))) is None:
+            return method(*args, **kwargs)
+        running.append(module)
+        try:
+            return run(LayerCall(rule, module, method, args, kwargs), adapter)
+        finally:
+            running.pop()
+
+    return intercept
+
+
 def check_model(model: Any) -> None:
     """Raise unless `model` is a Linen module."""
     if not isinstance(model, nn.Module):
@@ -62,17 +98,13 @@ def params_of(variables: Any) -> Any:
 
 
 def running_m(
-    module: nn.Module, spec: AdapterSpec, box: Callable[[jax.Array], Any]
+    module: nn.Module,
+    spec: AdapterSpec,
+    box: Callable[[jax.Array], Any] = lambda m: m,
 ) -> Any:
     """M, or one for each row of a batch; made where the module is initialised.
 
-    Args:
-      module: The module that runs.
-      spec: The adapter of one of its kernels.
-      box: A function of a new M that puts it in the box that it is stored in.
-
-    Raises:
-      flax.errors.ScopeParamNotFoundError: The params of a call lack M.
+    `box` puts a new M in the box that it is stored in.
     """
     assert module.scope is not None
     name = spec.path[-1] + SUFFIX

@@ -1,13 +1,12 @@
 """A plan of a model, by what its layers compute."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
 
 from mora_jax._common.types import Path
 from mora_jax._flax.adapted_call import LayerCall
-from mora_jax._flax.layer_rules import rules_of
 from mora_jax._flax.planning import plan_surveyed
 from mora_jax._flax.survey import Survey
 from mora_jax._plan.plan import Plan
@@ -16,12 +15,7 @@ from mora_jax._plan.spec import SUFFIX
 from mora_jax._tree.adapters import nest
 from mora_jax._tree.combined import combine
 from mora_jax._tree.paths import named_leaves
-from mora_jax.linen._bound import (
-    BoundAdapter,
-    adapters_of,
-    check_model,
-    params_of,
-)
+from mora_jax.linen._bound import BoundAdapter, check_model, layer_calls, params_of
 
 
 def plan(
@@ -67,7 +61,7 @@ def plan(
     config = check_config(config, "plan(model, variables, config, *inputs)")
     params = params_of(variables)
     leaves = named_leaves(params)
-    recorder = _Recorder()
+    recorder = _Recorder(leaves)
     # Each kernel gets a mark next to it that no earlier call had. Otherwise nn.jit
     # would use an earlier trace again, and the recorder would see none of its calls.
     marks = {
@@ -78,18 +72,11 @@ def plan(
 
     def call(params: Any, variables: Any, args: Any, kwargs: Any) -> Any:
         variables = {**variables, "params": combine(params, nest(marks))}
-        with nn.intercept_methods(recorder):
+        with nn.intercept_methods(layer_calls(recorder.see, recorder.run)):
             return model.apply(variables, *args, **kwargs)
 
     others = {name: value for name, value in variables.items() if name != "params"}
     recorder.survey.trace(call, leaves, params, others, args, kwargs)
-    for name, shape in recorder.shapes.items():
-        whole = tuple(leaves[name][1].shape)
-        if whole[len(whole) - len(shape) :] != shape:
-            raise ValueError(
-                f"{name} of shape {whole} is used as {shape}: stacked axes must come "
-                "first (variable_axes={'params': 0})"
-            )
     return plan_surveyed(params, config, recorder.survey)
 
 
@@ -101,35 +88,22 @@ def _in_a_module(params: Any, path: Path) -> bool:
 
 
 class _Recorder:
-    """Interceptor that records the product of each layer of a known class."""
+    """Records the product of each layer of a known class."""
 
-    def __init__(self) -> None:
-        self.survey = Survey()
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        self.running: list[nn.Module] = []
+    def __init__(self, leaves: Mapping[str, tuple[Path, Any]]) -> None:
+        self.survey, self.leaves = Survey(), leaves
 
-    def __call__(
-        self, method: Callable[..., Any], args: Any, kwargs: Any, context: Any
-    ) -> Any:
-        module = context.module
-        if module.scope is None:
-            return method(*args, **kwargs)
-        path = "/".join(module.scope.path)
-        self.survey.classes.setdefault(path, type(module).__name__)
-        rule = rules_of(type(module)).get(context.method_name)
-        # A rule covers all that its method calls of the same layer.
-        if rule is None or any(module is caller for caller in self.running):
-            return method(*args, **kwargs)
-        kernel = rule.name(module)
-        if (adapter := adapters_of(module).get(kernel)) is None:
-            return method(*args, **kwargs)
+    def see(self, module: nn.Module, scope: Path, *_: Any) -> None:
+        self.survey.classes.setdefault("/".join(scope), type(module).__name__)
+
+    def run(self, call: LayerCall, adapter: BoundAdapter) -> Any:
         _, name = adapter.spec
-        self.running.append(module)
-        try:
-            call = LayerCall(rule, module, method, args, kwargs)
-            y = self.survey.record_call(name, call)
-        finally:
-            self.running.pop()
-        array = nn.unbox(module.get_variable("params", kernel))
-        self.shapes[name] = tuple(array.shape)
+        y = self.survey.record_call(name, call)
+        kernel = call.module.get_variable("params", call.rule.name(call.module))
+        shape, whole = nn.unbox(kernel).shape, tuple(self.leaves[name][1].shape)
+        if whole[len(whole) - len(shape) :] != tuple(shape):
+            raise ValueError(
+                f"{name} of shape {whole} is used as {tuple(shape)}: stacked axes must "
+                "come first (variable_axes={'params': 0})"
+            )
         return y

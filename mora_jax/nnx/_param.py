@@ -1,4 +1,4 @@
-"""What an adapted module holds: M, arrays that train themselves, and dropout."""
+"""Variables and the dropout of an adapted module."""
 
 import dataclasses
 from typing import Any
@@ -13,7 +13,7 @@ from jaxtyping import PRNGKeyArray
 from mora_jax._common.checks import check_seed
 from mora_jax._layer.slots import Selected
 from mora_jax._mesh.placement import explicit_sharding, with_auto_axes
-from mora_jax._plan.spec import AdapterSpec, check_same
+from mora_jax._plan.spec import SUFFIX, AdapterSpec, check_same
 from mora_jax._plan.trained_arrays import TrainedArray
 from mora_jax._tree.paths import unboxed
 
@@ -50,11 +50,12 @@ class MoRAParam(nnx.LoRAParam[Any]):
 class TrainedParam(MoRAParam):
     """Array of the base that trains itself, instead of the base's variable.
 
-    It is a subclass of `MoRAParam`, so that what trains, saves or counts adapters by
-    that type does so with it too. It has the metadata of the base's variable, with a
-    `spec` that says which dtype the base has, and the base's type as `base_type`.
+    It has the metadata of that variable, its type as `base_type`, and a `spec`, which
+    says which dtype the base has.
     """
 
+    # A subclass of `MoRAParam`, so that all that trains, saves or counts adapters by
+    # that type does so with it too.
     spec: TrainedArray  # type: ignore[assignment]
 
     @classmethod
@@ -91,18 +92,30 @@ def is_m(value: Any) -> bool:
     return isinstance(value, MoRAParam) and not isinstance(value, TrainedParam)
 
 
+def held(module: nnx.Module, kernel: str) -> tuple[AdapterSpec, Any] | None:
+    """The adapter of one of a module's kernels, and M; None without one."""
+    m: Any = getattr(module, kernel + SUFFIX, None)
+    return (m.spec, value_of(m)) if is_m(m) else None
+
+
+DROPOUT = "dropout_mora"
+
+
+def dropout_key(module: nnx.Module, spec: AdapterSpec, m: Any) -> PRNGKeyArray | None:
+    """The key of a call's dropout; None where nothing is dropped."""
+    dropout = getattr(module, DROPOUT, None)
+    if dropout is None or dropout.deterministic:
+        return None
+    return dropout.key(m, getattr(module, spec.path[-1]))
+
+
 class AdapterDropout(nnx.Dropout):
-    """Flax's switch of dropout, with keys that follow from what the layer holds.
+    """Flax's switch of dropout, with keys that follow from what the layer holds."""
 
-    The key of a call depends on the seed, on M, which each step of an optimizer
-    changes, and on the kernel, which differs between layers. All of these are inputs of
-    the layer. So lifted transformations, rematerialization and resumed runs draw the
-    same masks, and the model's state holds nothing except its parameters.
-
-    Attributes:
-      seed: The seed that all masks share.
-    """
-
+    # The key of a call depends on the seed, on M, which each step of an optimizer
+    # changes, and on the kernel, which differs between layers. All of these are inputs
+    # of the layer. So lifted transformations, rematerialization and resumed runs draw
+    # the same masks, and the model's state holds nothing except its parameters.
     def __init__(self, rate: float, seed: int):
         super().__init__(rate)
         check_seed(seed)
@@ -124,11 +137,9 @@ class AdapterDropout(nnx.Dropout):
 
 
 def _hash(x: jax.Array) -> jax.Array:
-    """32 bits that change with any number in `x`, and with its position.
-
-    They are the sum of the numbers' bits, each multiplied by another odd number, modulo
-    2^32. There an odd number has an inverse, so no factor loses any bits.
-    """
+    """32 bits that change with any number in `x`, and with its position."""
+    # The sum of the numbers' bits, each multiplied by another odd number, modulo 2^32.
+    # There an odd number has an inverse, so no factor loses any bits.
     bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32).ravel()
     position = jax.lax.iota(jnp.uint32, bits.size)
     odd = (position * jnp.uint32(2) + jnp.uint32(1)) * jnp.uint32(0x9E3779B1)

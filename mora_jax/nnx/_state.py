@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -33,6 +33,15 @@ def named_modules(model: nnx.Module) -> Iterator[tuple[Path, nnx.Module]]:
             yield tuple(map(str, path)), node
 
 
+def attributes(model: nnx.Module, kinds: Any) -> Iterator[tuple[nnx.Module, Path, Any]]:
+    """(module, path, value) of each attribute of `kinds` in the modules of a model."""
+    # As lists, since the caller may remove an attribute that it is given.
+    for path, module in list(named_modules(model)):
+        for name, value in list(vars(module).items()):
+            if isinstance(value, kinds):
+                yield module, (*path, name), value
+
+
 Variables = tuple[
     list[tuple[AdapterSpec, MoRAParam]], list[tuple[TrainedArray, TrainedParam]]
 ]
@@ -44,21 +53,32 @@ def adapter_variables(model: nnx.Module) -> Variables:
     Each comes with a spec that has its present path; they are in order of the paths.
     """
     ms, copies = [], []
-    for path, module in named_modules(model):
-        for name, m in vars(module).items():
-            if isinstance(m, TrainedParam):
-                at = {"path": (*path, name), "shape": tuple(m.shape)}
-                copies.append((dataclasses.replace(m.spec, **at), m))
-            elif isinstance(m, MoRAParam):
-                # The stack is M's and not the kernel's, which may be quantized by now.
-                stack = tuple(m.shape[: m.ndim - len(m.spec.shape)])
-                kernel = (*path, name.removesuffix(SUFFIX))
-                ms.append((m.spec.stacked(stack, kernel), m))
+    for _, path, m in attributes(model, MoRAParam):
+        if isinstance(m, TrainedParam):
+            spec = dataclasses.replace(m.spec, path=path, shape=tuple(m.shape))
+            copies.append((spec, m))
+        else:
+            # The stack is M's and not the kernel's, which may be quantized by now.
+            stack = tuple(m.shape[: m.ndim - len(m.spec.shape)])
+            kernel = (*path[:-1], path[-1].removesuffix(SUFFIX))
+            ms.append((m.spec.stacked(stack, kernel), m))
     if not ms:
         raise ValueError("model has no adapters; see mora_jax.nnx.wrap")
     for pairs in (ms, copies):
         pairs.sort(key=lambda pair: pair[0].path)
     return ms, copies
+
+
+def traceable(
+    model: nnx.Module, method: str = "__call__"
+) -> tuple[Callable[[Any, Any, Any], Any], Any]:
+    """A method as a function of (state, args, kwargs), and the model's state."""
+    graph, state = nnx.split(model)
+
+    def call(state: Any, args: Any, kwargs: Any) -> Any:
+        return getattr(nnx.merge(graph, state), method)(*args, **kwargs)
+
+    return call, state
 
 
 def parameters(model: nnx.Module) -> Tree:
@@ -90,9 +110,7 @@ def plan_of(model: nnx.Module) -> Plan:
 
 
 def adapters(model: nnx.Module) -> Tree:
-    """The M's of a model (PEFT's `get_peft_model_state_dict`).
-
-    Arrays that train themselves are among them, under their own names.
+    """The M's of a model, and the arrays that train themselves, under their own names.
 
     Returns:
       Nested dicts, as `mora_jax.init` makes them and as `linen.wrap` takes them.
@@ -114,10 +132,10 @@ def set_adapters(
     *,
     any_base: bool = False,
 ) -> None:
-    """Put M's into an adapted model (PEFT's `set_peft_model_state_dict`).
+    """Put M's into an adapted model: of a file, a Linen twin or another model.
 
-    They come from a file, a Linen twin or another model. What `serving.select` returns
-    gives each row of the batches to come an adapter of its own.
+    What `serving.select` returns gives each row of the batches to come an adapter of
+    its own.
 
     Args:
       model: An adapted model, as `wrap` makes it. It is changed in place.

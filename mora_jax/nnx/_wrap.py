@@ -16,12 +16,13 @@ from mora_jax._plan.spec import SUFFIX, AdapterSpec
 from mora_jax._plan.trained_arrays import refuse_trained
 from mora_jax._tree.adapters import adapter_items, init, trained_items
 from mora_jax._tree.merge import merge
-from mora_jax.nnx._classes import DROPOUT, adapted_class, plain_class, set_class
-from mora_jax.nnx._param import AdapterDropout, MoRAParam, TrainedParam
+from mora_jax.nnx._classes import adapted_class, plain_class, set_class
+from mora_jax.nnx._param import DROPOUT, AdapterDropout, MoRAParam, TrainedParam
 from mora_jax.nnx._plan import check_model, refuse_unfit
 from mora_jax.nnx._plan import plan as plan_model
 from mora_jax.nnx._state import (
     adapters,
+    attributes,
     named_modules,
     named_sharding,
     parameters,
@@ -39,7 +40,7 @@ def wrap(
     rngs: nnx.Rngs | None = None,
     seed: int = 0,
 ) -> Model:
-    """An unmodified model, with adapters (PEFT's `get_peft_model`).
+    """An unmodified model, with adapters.
 
     The model's own code runs. Each planned layer adds its adapter's delta to what its
     methods return: it gets a `MoRAParam` next to its kernel, and a subclass of its
@@ -56,8 +57,7 @@ def wrap(
     Args:
       model: Any NNX module. It stays as it is, and shares its arrays with the result: a
         step to which the whole state of the result is donated deletes the base, too.
-        Donate the adapters alone, the first part of `nnx.split(model, MoRAParam, ...)`;
-        see docs/training-nnx.md.
+        Donate `nnx.state(model, MoRAParam)` alone; see docs/training-nnx.md.
       config_or_plan: A config, None for the defaults, or a plan, as `nnx.plan` makes
         it.
       rngs: The source of the key for `init="gaussian"`.
@@ -162,7 +162,7 @@ def hold_adapter(module: nnx.Module, spec: AdapterSpec, m: Any, seed: int) -> No
 
 
 def unwrap(model: Model) -> Model:
-    """The model without its adapters, as it was before `wrap` (PEFT's `unload`).
+    """The model without its adapters, as it was before `wrap`.
 
     Args:
       model: An adapted model, as `wrap` makes it. It stays as it is.
@@ -181,20 +181,20 @@ def unwrap(model: Model) -> Model:
         "in place of the base's: use the model that nnx.wrap was given, or "
         "nnx.merge_adapters",
     )
-    return _detached(model)
+    plain = nnx.clone(model)
+    detach(plain)
+    return plain
 
 
-def _detached(model: Model) -> Model:
-    """A copy without adapters, in which the numbers of trained arrays stay."""
-    model = nnx.clone(model)
-    for _, module in list(named_modules(model)):
-        for name, value in list(vars(module).items()):
-            if isinstance(value, TrainedParam):
-                setattr(module, name, value.plain())
-            elif isinstance(value, MoRAParam) or name == DROPOUT:
-                delattr(module, name)
+def detach(model: nnx.Module) -> None:
+    """Remove the adapters; the numbers of trained arrays stay."""
+    for module, path, value in attributes(model, MoRAParam | AdapterDropout):
+        if isinstance(value, TrainedParam):
+            setattr(module, path[-1], value.plain())
+        else:
+            delattr(module, path[-1])
+    for _, module in named_modules(model):
         set_class(module, plain_class(module))
-    return model
 
 
 def merge_adapters(
@@ -206,14 +206,11 @@ def merge_adapters(
 ) -> Model:
     r"""The model with its adapters merged into its kernels: :math:`W + \alpha\, C M D`.
 
-    This is PEFT's `merge_and_unload`.
-
     Args:
       model: An adapted model, as `wrap` makes it. It stays as it is.
-      dtype: The dtype of the merged kernels; by default each keeps its own.
-      any_base: True to merge also into other weights than the adapters were trained
-        on. Adapters know their base if `save` was given `params`.
-      rounding: The way to round to less than 32 bits, as in `mora_jax.merge`.
+      dtype: As in `mora_jax.merge`.
+      any_base: As in `mora_jax.merge`.
+      rounding: As in `mora_jax.merge`.
 
     Returns:
       A new model of the plain classes, which computes the same.
@@ -224,7 +221,8 @@ def merge_adapters(
 
     Example: see `wrap`.
     """
-    plan, plain = plan_of(model), _detached(model)
+    plan, plain = plan_of(model), nnx.clone(model)
+    detach(plain)
     settings: Any = {"any_base": any_base, "rounding": rounding}
     merged = merge(parameters(plain), adapters(model), plan, dtype, **settings)
     nnx.update(plain, merged)

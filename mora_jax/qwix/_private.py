@@ -4,6 +4,7 @@ Versions 0.1.5 to 0.1.8 have all of it; from one to the next only places differe
 """
 
 import functools
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -64,17 +65,34 @@ def forget(model: nnx.Module) -> None:
 def parameters_of(module: Any) -> dict[str, Any]:
     """The parameters of a module itself except M's, boxed or quantized as they are."""
     if isinstance(module, nnx.Module):
-        return _held.parameters_of(module, nnx.Param | WithAux)
-    params = module.variables.get("params", {})
-    return {name: v for name, v in params.items() if not name.endswith(SUFFIX)}
+        kinds, own = nnx.Param | WithAux, vars(module)
+    else:
+        kinds, own = object, module.variables.get("params", {})
+    return {
+        name: value
+        for name, value in own.items()
+        if isinstance(value, kinds) and not name.endswith(SUFFIX)
+    }
 
 
 def named_parameters(model: Any) -> dict[str, Any]:
     """{slash-joined path: parameter} of a model that runs, or of any NNX model."""
-    if isinstance(model, nnx.Module):
-        return _held.named_parameters(model, nnx.Param | WithAux)
-    named, _ = parameters_in(model.variables.get("params", {}))
-    return {"/".join((*model.path, name)): leaf for name, leaf in named.items()}
+    if not isinstance(model, nnx.Module):
+        named, _ = parameters_in(model.variables.get("params", {}))
+        return {"/".join((*model.path, name)): leaf for name, leaf in named.items()}
+    return {
+        "/".join((*path, name)): parameter
+        for path, module in _held.named_modules(model)
+        for name, parameter in parameters_of(module).items()
+    }
+
+
+def set_parameters(model: nnx.Module, params: Mapping[str, Any]) -> None:
+    """Give an NNX model other parameters: {slash-joined path: parameter}."""
+    modules = {"/".join(path): module for path, module in _held.named_modules(model)}
+    for name, parameter in params.items():
+        path, _, own = name.rpartition("/")
+        setattr(modules[path], own, parameter)
 
 
 def parameters_in(params: Any) -> tuple[dict[str, Any], Any]:

@@ -1,5 +1,6 @@
 """Adapters in models that qwix intercepts."""
 
+import dataclasses
 import functools
 import re
 import threading
@@ -81,7 +82,7 @@ class MoRAProvider(qwix.PtqProvider):
         more: dict[str, Any] = {"disable_jit": True} if disable_jit else {}
         super().__init__(rules=rules, **more)
         self.planned: dict[type, Planned] = {}  # qwix makes a class for each model
-        self.running: dict[int, type] = {}  # by thread
+        self.running: dict[int, Planned] = {}  # by thread
 
     def process_model_inputs(
         self, model: Any, model_args: Any, model_kwargs: Any
@@ -91,10 +92,10 @@ class MoRAProvider(qwix.PtqProvider):
         if first and traced_specs.get() is None:
             method, rngs = first
             call, state = _held.traceable(model, method)
-            _, specs = trace(call, state, *model_args, **model_kwargs)
+            _, specs = trace(call, state, model_args, model_kwargs)
             _held.hold(model, specs.values(), rngs)
-        self.planned.setdefault(type(model), {})
-        self.running[threading.get_ident()] = type(model)
+        planned = self.planned.setdefault(type(model), {})
+        self.running[threading.get_ident()] = planned
         return super().process_model_inputs(model, model_args, model_kwargs)
 
     def process_model_output(self, method_name: str, model_output: Any) -> Any:
@@ -106,11 +107,7 @@ class MoRAProvider(qwix.PtqProvider):
         return super().process_model_output(method_name, model_output)
 
     def _check_planned(self, model: Any) -> None:
-        """Look whether each rule adapts a kernel, and each kernel has an adapter.
-
-        Raises:
-          ValueError: No rule adapts anything.
-        """
+        """Raise unless a rule adapts a kernel; warn of other rules, other kernels."""
         planned = self.planned[type(model)]
         used = {id(rule) for rule, _ in planned.values()}
         ours = [rule for rule in self._rules if isinstance(rule, MoRARule)]
@@ -136,20 +133,8 @@ class MoRAProvider(qwix.PtqProvider):
                 LeftOutWarning,
             )
 
-    def dot_general(self, *args: Any, **settings: Any) -> jax.Array:
-        """The product of qwix, with the delta added if one operand is a kernel."""
-        return self._adapted("dot_general", args, settings)
-
-    def einsum(self, *args: Any, **settings: Any) -> jax.Array:
-        """The einsum of qwix, with the delta added if one operand is a kernel."""
-        return self._adapted("einsum", args, settings)
-
-    def conv_general_dilated(self, *args: Any, **settings: Any) -> jax.Array:
-        """The convolution of qwix, with the delta added."""
-        return self._adapted("conv_general_dilated", args, settings)
-
-    def _adapted(self, op: str, args: Any, settings: dict[str, Any]) -> jax.Array:
-        """The output of qwix's operation `op`, with the delta of the kernel in it."""
+    def _adapted(self, op: str, *args: Any, **settings: Any) -> jax.Array:
+        """The output of qwix's operation `op`, with the delta if a kernel is in it."""
         own = functools.partial(getattr(super(), op), *args, **settings)
         rule, _ = self._get_current_rule_and_op_id(op, only_rule=True)
         if not isinstance(rule, MoRARule):
@@ -176,29 +161,34 @@ class MoRAProvider(qwix.PtqProvider):
         precision = operation.arguments.get("precision")
         return add_delta(y, spec, m, x, product, key, precision)
 
+    # The operations that qwix hands to its provider.
+    dot_general: Any = functools.partialmethod(_adapted, "dot_general")
+    einsum: Any = functools.partialmethod(_adapted, "einsum")
+    conv_general_dilated: Any = functools.partialmethod(
+        _adapted, "conv_general_dilated"
+    )
+
     def _adapter(
         self, module: Any, name: str, kernel: Any, product: Product, rule: MoRARule
     ) -> tuple[AdapterSpec, Any] | None:
-        """The adapter of a kernel and M; None in an NNX model without M for it.
-
-        A Linen module has adapters as the first product of each kernel had it.
-        """
+        """The adapter of a kernel and M; None in an NNX model without M for it."""
         path, specs = (*_private.path_of_call(), name), traced_specs.get()
-        if isinstance(module, nnx.Module) and specs is None:
-            return _held.held(module, path)
-        planned = self.planned[self.running[threading.get_ident()]]
-        place, shape = "/".join(path), tuple(kernel.shape)
-        if (place, shape) not in planned:
-            planned[place, shape] = (
-                rule,
-                AdapterSpec.from_config(
-                    rule.config, shape, product.axes, path, kernel_dtype=kernel.dtype
-                ),
+        is_nnx = isinstance(module, nnx.Module)
+        if is_nnx and specs is None:
+            adapter = _held.held(module, name)
+            return adapter and (dataclasses.replace(adapter[0], path=path), adapter[1])
+        # A Linen module has adapters as the first product of each kernel had it.
+        planned = self.running[threading.get_ident()]
+        key = "/".join(path), tuple(kernel.shape)
+        if key not in planned:
+            spec = AdapterSpec.from_config(
+                rule.config, key[1], product.axes, path, kernel_dtype=kernel.dtype
             )
-        _, spec = planned[place, shape]
+            planned[key] = rule, spec
+        _, spec = planned[key]
         if specs is not None:
-            specs[place] = spec
-        if isinstance(module, nnx.Module):
+            specs[spec.name] = spec
+        if is_nnx:
             return None
         parameter = _private.parameters_of(module)[name]
         box = functools.partial(_private.boxed_as, parameter)

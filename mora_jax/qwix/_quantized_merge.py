@@ -52,7 +52,7 @@ def dequantize(params: Any) -> Any:
     """
     if isinstance(params, nnx.Module):
         model = nnx.clone(params)
-        _held.set_parameters(model, dequantize(_private.named_parameters(model)))
+        _private.set_parameters(model, dequantize(_private.named_parameters(model)))
         return nnx.state(model, nnx.All(nnx.Param, nnx.Not(_held.MoRAParam)))
     if not located_leaves(params) and not isinstance(params, Mapping):
         raise TypeError(
@@ -176,8 +176,8 @@ def merge_adapters(
     model = nnx.clone(model)
     params = _private.named_parameters(model)
     params, losses = merge(params, adapters, plan, onto=onto, any_base=any_base)
-    _held.set_parameters(model, params)
-    _held.release(model, plan)
+    _private.set_parameters(model, params)
+    _held.detach(model)
     if onto == "dequantized":
         _private.forget(model)
     return model, losses
