@@ -24,8 +24,7 @@ from mora_jax._tree.paths import adapter_of
 class BoundAdapter:
     """M in the params of a running model, with its spec as static metadata.
 
-    While a plan is made, M is None, and the spec is the recorder with the path of the
-    kernel.
+    While a plan is made, M is None, and the spec is a mark with the path of the kernel.
     """
 
     # As metadata the spec travels wherever Flax carries the parameters: into scanned

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
+from flax.traverse_util import flatten_dict
 
 from mora_jax._common.types import Path
 from mora_jax._flax.adapted_call import LayerCall
@@ -60,50 +61,38 @@ def plan(
     check_model(model)
     config = check_config(config, "plan(model, variables, config, *inputs)")
     params = params_of(variables)
-    leaves = named_leaves(params)
-    recorder = _Recorder(leaves)
+    leaves, modules, survey = named_leaves(params), flatten_dict(params), Survey()
+
+    def see(module: nn.Module, scope: Path, *_: Any) -> None:
+        survey.classes.setdefault("/".join(scope), type(module).__name__)
+
+    def record(call: LayerCall, mark: BoundAdapter) -> Any:
+        _, name = mark.spec
+        y = survey.record_call(name, call)
+        kernel = call.module.get_variable("params", call.rule.name(call.module))
+        shape, whole = tuple(nn.unbox(kernel).shape), tuple(leaves[name][1].shape)
+        if whole[len(whole) - len(shape) :] != shape:
+            raise ValueError(
+                f"{name} of shape {whole} is used as {shape}: stacked axes must come "
+                "first (variable_axes={'params': 0})"
+            )
+        return y
+
     # Each kernel gets a mark next to it that no earlier call had. Otherwise nn.jit
-    # would use an earlier trace again, and the recorder would see none of its calls.
+    # would use an earlier trace again, and none of its calls would be recorded. The
+    # parts of a quantized kernel are in no module, and get none.
+    new = object()
     marks = {
-        (*path[:-1], path[-1] + SUFFIX): BoundAdapter(None, (recorder, name))
+        (*path[:-1], path[-1] + SUFFIX): BoundAdapter(None, (new, name))
         for name, (path, leaf) in leaves.items()
-        if leaf.ndim > 1 and _in_a_module(params, path)
+        if leaf.ndim > 1 and path in modules
     }
 
     def call(params: Any, variables: Any, args: Any, kwargs: Any) -> Any:
         variables = {**variables, "params": combine(params, nest(marks))}
-        with nn.intercept_methods(layer_calls(recorder.see, recorder.run)):
+        with nn.intercept_methods(layer_calls(see, record)):
             return model.apply(variables, *args, **kwargs)
 
     others = {name: value for name, value in variables.items() if name != "params"}
-    recorder.survey.trace(call, leaves, params, others, args, kwargs)
-    return plan_surveyed(params, config, recorder.survey)
-
-
-def _in_a_module(params: Any, path: Path) -> bool:
-    """True if `path` leads through modules alone: not into a quantized kernel."""
-    for key in path[:-1]:
-        params = params.get(key) if isinstance(params, Mapping) else None
-    return isinstance(params, Mapping)
-
-
-class _Recorder:
-    """Records the product of each layer of a known class."""
-
-    def __init__(self, leaves: Mapping[str, tuple[Path, Any]]) -> None:
-        self.survey, self.leaves = Survey(), leaves
-
-    def see(self, module: nn.Module, scope: Path, *_: Any) -> None:
-        self.survey.classes.setdefault("/".join(scope), type(module).__name__)
-
-    def run(self, call: LayerCall, adapter: BoundAdapter) -> Any:
-        _, name = adapter.spec
-        y = self.survey.record_call(name, call)
-        kernel = call.module.get_variable("params", call.rule.name(call.module))
-        shape, whole = nn.unbox(kernel).shape, tuple(self.leaves[name][1].shape)
-        if whole[len(whole) - len(shape) :] != tuple(shape):
-            raise ValueError(
-                f"{name} of shape {whole} is used as {tuple(shape)}: stacked axes must "
-                "come first (variable_axes={'params': 0})"
-            )
-        return y
+    survey.trace(call, leaves, params, others, args, kwargs)
+    return plan_surveyed(params, config, survey)

@@ -17,7 +17,7 @@ from mora_jax.nnx._state import adapters as adapters
 from mora_jax.nnx._state import named_modules as named_modules
 from mora_jax.nnx._state import plan_of as plan_of
 from mora_jax.nnx._state import traceable as traceable
-from mora_jax.nnx._wrap import detach as detach
+from mora_jax.nnx._wrap import detached as detached
 from mora_jax.nnx._wrap import hold_adapter
 
 

@@ -42,12 +42,11 @@ def attributes(model: nnx.Module, kinds: Any) -> Iterator[tuple[nnx.Module, Path
                 yield module, (*path, name), value
 
 
-Variables = tuple[
+def adapter_variables(
+    model: nnx.Module,
+) -> tuple[
     list[tuple[AdapterSpec, MoRAParam]], list[tuple[TrainedArray, TrainedParam]]
-]
-
-
-def adapter_variables(model: nnx.Module) -> Variables:
+]:
     """The M's of an adapted model, and its arrays that train themselves.
 
     Each comes with a spec that has its present path; they are in order of the paths.

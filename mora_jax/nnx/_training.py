@@ -20,9 +20,8 @@ def value_and_grad(
 ) -> Callable[..., Any]:
     """`nnx.value_and_grad` with respect to the adapters alone.
 
-    Flax's own function and its optimizer each take a filter. If the two differ, the
-    base is trained, or an error comes far from the cause. This function and
-    `adapter_optimizer` have the same filter.
+    It has the filter of `adapter_optimizer`. If Flax's own two were given filters that
+    differ, the base would be trained, or an error would come far from the cause.
 
     Args:
       f: A function (model, *args) -> loss, or (loss, aux).

@@ -47,12 +47,11 @@ def wrap(
     class. Names, types and the paths of the parameters stay, so that a checkpoint of
     the base loads into the result.
 
-    With `MoRAConfig(dropout=...)` the model drops in training until `model.eval()`,
-    which sampling and evaluation need; `model.train()` turns it on again. What a layer
-    drops depends on `seed`, on its M and on its kernel, and no generator is in the
-    model. So the masks change whenever an optimizer changes M, and differ between
-    layers, but calls with the same M's, such as the microbatches of one step, drop the
-    same positions.
+    With `MoRAConfig(dropout=...)` the model drops until `model.eval()`, which sampling
+    and evaluation need; `model.train()` turns it on again. The masks follow from
+    `seed`, M and the kernel. So they change whenever an optimizer changes M, and differ
+    between layers, but calls with the same M's, such as the microbatches of one step,
+    drop the same positions.
 
     Args:
       model: Any NNX module. It stays as it is, and shares its arrays with the result: a
@@ -100,9 +99,8 @@ def wrap(
         plan = plan_model(model, plan)
     else:  # names and shapes may have made it
         refuse_unfit(model, plan)
-    key = None
-    if rngs is not None and any(spec.init == "gaussian" for spec in plan.specs):
-        key = rngs.params()
+    is_random = any(spec.init == "gaussian" for spec in plan.specs)
+    key = rngs.params() if rngs and is_random else None
     new = init(plan, key, params=parameters(model) if plan.trained else None)
     model = nnx.clone(model)
     modules = dict(named_modules(model))
@@ -181,13 +179,12 @@ def unwrap(model: Model) -> Model:
         "in place of the base's: use the model that nnx.wrap was given, or "
         "nnx.merge_adapters",
     )
-    plain = nnx.clone(model)
-    detach(plain)
-    return plain
+    return detached(model)
 
 
-def detach(model: nnx.Module) -> None:
-    """Remove the adapters; the numbers of trained arrays stay."""
+def detached(model: Model) -> Model:
+    """A copy without adapters, in which the numbers of trained arrays stay."""
+    model = nnx.clone(model)
     for module, path, value in attributes(model, MoRAParam | AdapterDropout):
         if isinstance(value, TrainedParam):
             setattr(module, path[-1], value.plain())
@@ -195,6 +192,7 @@ def detach(model: nnx.Module) -> None:
             delattr(module, path[-1])
     for _, module in named_modules(model):
         set_class(module, plain_class(module))
+    return model
 
 
 def merge_adapters(
@@ -221,8 +219,7 @@ def merge_adapters(
 
     Example: see `wrap`.
     """
-    plan, plain = plan_of(model), nnx.clone(model)
-    detach(plain)
+    plan, plain = plan_of(model), detached(model)
     settings: Any = {"any_base": any_base, "rounding": rounding}
     merged = merge(parameters(plain), adapters(model), plan, dtype, **settings)
     nnx.update(plain, merged)

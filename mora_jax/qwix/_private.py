@@ -142,11 +142,7 @@ def dequantized(parameter: Any) -> Any:
 
 
 def requantized(parameter: Any, values: Any) -> Any:
-    """A parameter with other values, boxed and, if it is, quantized as it is.
-
-    Raises:
-      ValueError: It was quantized in another shape than it has.
-    """
+    """A parameter with other values, boxed and, if it is, quantized as it is."""
     if not isinstance(parameter, WithAux):
         return values
     quantize = functools.partial(qarray.quantize, how=parameter.how)
@@ -163,11 +159,7 @@ def requantized(parameter: Any, values: Any) -> Any:
 
 
 def check_qtype(name: str, qtype: Any) -> None:
-    """Raise unless qwix knows a type of quantized numbers.
-
-    Raises:
-      ValueError: It does not.
-    """
+    """Raise unless qwix knows a type of quantized numbers."""
     try:
         numerics.get_symmetric_bound(qtype)
     except (TypeError, ValueError) as error:

@@ -13,6 +13,7 @@ import qwix
 from flax import nnx
 
 from mora_jax._common.warnings import LeftOutWarning, warn
+from mora_jax._jax.traces import ALIKE, DERIVED, ITSELF, relation_of
 from mora_jax._layer.adapted import add_delta, check_product
 from mora_jax._plan.spec import SUFFIX, AdapterSpec
 from mora_jax.linen._bound import running_dropout_key, running_m
@@ -20,7 +21,6 @@ from mora_jax.nnx import _held
 from mora_jax.products import Product
 from mora_jax.products._operations import Operation
 from mora_jax.qwix import _private
-from mora_jax.qwix._kernels import find_kernel
 from mora_jax.qwix._rule import MoRARule, check_rules
 from mora_jax.qwix._traced_plan import trace, traced_specs
 
@@ -62,6 +62,9 @@ class MoRAProvider(qwix.PtqProvider):
       >>> model = qwix.apply_lora_to_model(base, provider, x, rngs=nnx.Rngs(0))
       >>> jax.tree.map(jnp.shape, mora_jax.nnx.adapters(model))
       {'kernel_mora': (8, 8)}
+      >>> merged, losses = mora_jax.qwix.merge_adapters(model)
+      >>> type(merged) is nnx.Linear, losses
+      (True, {'kernel': MergeLoss(share=0.0, error=0.0)})
     """
 
     def __init__(
@@ -142,7 +145,7 @@ class MoRAProvider(qwix.PtqProvider):
         module: Any = _private.module_of_call()
         operation = Operation(op, args, settings)
         operands = operation.operands
-        kernel = find_kernel(module, operands, rule.module_path)
+        kernel = _find_kernel(module, operands, rule.module_path)
         is_last = kernel is not None and kernel[1] == len(operands) - 1
         # qwix would quantize an input that has a parameter's shape in its place.
         mistaken = not is_last and _private.is_taken(operands[-1])
@@ -193,3 +196,54 @@ class MoRAProvider(qwix.PtqProvider):
         parameter = _private.parameters_of(module)[name]
         box = functools.partial(_private.boxed_as, parameter)
         return spec, running_m(module, spec, box)
+
+
+def _find_kernel(
+    module: Any, operands: Sequence[Any], pattern: str
+) -> tuple[str, int] | None:
+    """The name of the kernel that is an operand, and the position of the operand.
+
+    The last operand counts, if all else is equal; `pattern` is for messages.
+    """
+    # qwix's own `find_param` takes an operand for a parameter if it is the same array,
+    # if operations of one input make it of that array, or if it has the same shape. The
+    # last is a guess: an input has a kernel's shape if it has as many rows as features.
+    # A delta of the wrong product would go unseen. So an operand counts as a kernel
+    # here only if it is the unchanged kernel, perhaps in another dtype; one that may be
+    # made of a kernel is an error.
+    found = [
+        (relation, at, name)
+        for name, parameter in _private.parameters_of(module).items()
+        for at, operand in enumerate(operands)
+        if (relation := _relation(parameter, operand)) is not None
+    ]
+    if not found:
+        return None
+    relation, at, name = max(found)
+    if len(operands) != 2:
+        why = f"an einsum with {len(operands)} operands has no adapter"
+    elif relation == ITSELF:
+        return name, at
+    elif relation == DERIVED:
+        why = "its module multiplies by what it makes of the kernel, not by itself"
+    else:
+        why = (
+            "its module multiplies by an array of this shape that is not the kernel "
+            "itself and may be what it makes of the kernel; in a function that JAX "
+            "compiles for itself, as x @ kernel is, nothing tells: use jnp.dot or "
+            "jnp.einsum of the kernel"
+        )
+    place = "/".join((*_private.path_of_call(), name))
+    raise ValueError(f"{place}: {why}; or leave it out of module_path={pattern!r}")
+
+
+def _relation(parameter: Any, operand: Any) -> int | None:
+    """The relation of an operand to a parameter, if it has any."""
+    is_quantized = _private.is_quantized(parameter)
+    if is_quantized != _private.is_quantized(operand):
+        return None
+    found = relation_of(*map(_private.first_array, (parameter, operand)))
+    if found == ALIKE and operand.ndim == 1:
+        return None  # as are biases
+    # A module can read a quantized kernel, and make nothing else of it.
+    return min(found, ITSELF) if found and is_quantized else found

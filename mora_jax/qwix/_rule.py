@@ -42,12 +42,7 @@ class MoRARule(qwix.QuantizationRule, KernelConfig):
 
 
 def check_rules(rules: Any) -> None:
-    """Raise unless a provider can go by these rules.
-
-    Raises:
-      TypeError: They are not a sequence of rules, or a rule has a wrong type.
-      ValueError: None of them adapts; a pattern or a type is unknown.
-    """
+    """Raise unless a provider can go by these rules."""
     if not isinstance(rules, Sequence) or isinstance(rules, str):
         raise TypeError(
             f"rules must be a list of rules, got {type(rules).__name__}: write "

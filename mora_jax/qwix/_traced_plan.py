@@ -23,9 +23,9 @@ traced_specs: ContextVar[Specs | None] = ContextVar("traced_specs", default=None
 def trace(function: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Any, Specs]:
     """The shapes that a call returns, and the adapters of the kernels it multiplies.
 
-    In the trace nothing is quantized, and each operand is known by what made it. Arrays
-    and shapes among the arguments are traced, and everything else is static.
+    Arrays and shapes among the arguments are traced, and everything else is static.
     """
+    # In the trace nothing is quantized, and each operand is known by what made it.
     specs: Specs = {}
     token = traced_specs.set(specs)
     try:
@@ -50,14 +50,7 @@ def plan_of(model: Any, *args: Any, **kwargs: Any) -> Plan:
       TypeError: `model` is not a Flax module.
       ValueError: It lacks adapters; or it multiplies by what it makes of a kernel.
 
-    Example::
-
-      >>> import flax.linen as nn, jax.numpy as jnp, mora_jax, qwix
-      >>> provider = mora_jax.qwix.MoRAProvider(module_path=".*", rank=2)
-      >>> model = qwix.apply_lora_to_model(nn.Dense(16), provider)
-      >>> plan = mora_jax.qwix.plan_of(model, jnp.ones((1, 16)))
-      >>> {path: spec.shape for path, spec in plan.items()}
-      {'kernel': (8, 8)}
+    Example: see `merge`.
     """
     if isinstance(model, nnx.Module):
         return _held.plan_of(model)
