@@ -7,7 +7,6 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-from jaxtyping import PRNGKeyArray
 
 from mora_jax._common.types import Path
 from mora_jax._flax.adapted_call import LayerCall
@@ -111,11 +110,3 @@ def running_m(
     if given is not None:
         return adapter_of(given, spec, by_row=True)
     return module.scope.param(name, lambda key: box(init_adapter(spec, key)))
-
-
-def running_dropout_key(
-    module: nn.Module, spec: AdapterSpec, m: Any
-) -> PRNGKeyArray | None:
-    """The key of dropout in a call that was given one; otherwise None."""
-    drops = spec.dropout > 0 and module.has_rng("dropout")
-    return module.make_rng("dropout") if drops else None

@@ -29,12 +29,7 @@ from mora_jax.linen._plan import plan as plan_model
 
 @dataclasses.dataclass(eq=False)
 class AdaptedApply:
-    """A model's `apply` with adapters, as `wrap` makes it.
-
-    Attributes:
-      model: The model, which stays as it is.
-      plan: The plan of the adapters.
-    """
+    """A model's `apply` with adapters, as `wrap` makes it."""
 
     model: nn.Module
     plan: Plan
@@ -157,15 +152,12 @@ def wrap(
 
 
 class _Adapting:
-    """Adds each adapter's delta to the output of the layer that has it in its params.
-
-    Attributes:
-      unused: {path of a kernel: class and method of the first call that could use it};
-        None for a kernel whose delta was added.
-    """
+    """Adds the delta of each adapter to the output of the layer that has it."""
 
     def __init__(self, plan: Plan, deterministic: bool) -> None:
         self.traced, self.deterministic = plan.traced, deterministic
+        # {path of a kernel: class and method of the first call that could use it}; None
+        # for a kernel whose delta was added.
         self.unused: dict[Path, tuple[type, str] | None] = {}
 
     def see(

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import PRNGKeyArray
 
@@ -16,6 +17,7 @@ from mora_jax._mesh.placement import explicit_sharding, with_auto_axes
 from mora_jax._plan.spec import SUFFIX, AdapterSpec, check_same
 from mora_jax._plan.trained_arrays import TrainedArray
 from mora_jax._tree.paths import unboxed
+from mora_jax.sharding import adapter_sharding
 
 
 class MoRAParam(nnx.LoRAParam[Any]):
@@ -33,10 +35,6 @@ class MoRAParam(nnx.LoRAParam[Any]):
     def of(cls, spec: AdapterSpec, m: Any) -> "MoRAParam":
         """M with its spec, without the path, so that equal layers can be stacked."""
         return cls(m, spec=dataclasses.replace(spec, path=spec.path[-1:]))
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        self._check(value)
-        super().__setitem__(key, value)
 
     def set_value(self, value: Any, **kwargs: Any) -> None:
         self._check(value)
@@ -98,6 +96,24 @@ def held(module: nnx.Module, kernel: str) -> tuple[AdapterSpec, Any] | None:
     return (m.spec, value_of(m)) if is_m(m) else None
 
 
+def named_sharding(variable: nnx.Variable[Any]) -> NamedSharding | None:
+    """The sharding of a variable over a mesh; None in a trace and on one device."""
+    value, *others = jax.tree.leaves(variable)
+    if others or not isinstance(value, jax.Array) or isinstance(value, Tracer):
+        return None
+    return value.sharding if isinstance(value.sharding, NamedSharding) else None
+
+
+def hold_adapter(module: nnx.Module, spec: AdapterSpec, m: Any, seed: int) -> None:
+    """Put M beside its kernel, on the same mesh, and the switch of its dropout."""
+    name = spec.path[-1]
+    if sharding := named_sharding(getattr(module, name)):
+        m = jax.device_put(m, adapter_sharding(spec, sharding))
+    setattr(module, name + SUFFIX, MoRAParam.of(spec, m))
+    if spec.dropout > 0:
+        setattr(module, DROPOUT, AdapterDropout(spec.dropout, seed))
+
+
 DROPOUT = "dropout_mora"
 
 
@@ -106,11 +122,22 @@ def dropout_key(module: nnx.Module, spec: AdapterSpec, m: Any) -> PRNGKeyArray |
     dropout = getattr(module, DROPOUT, None)
     if dropout is None or dropout.deterministic:
         return None
-    return dropout.key(m, getattr(module, spec.path[-1]))
+    kernel = jax.tree.leaves(getattr(module, spec.path[-1]))[0]  # it may be quantized
+    m = jax.tree.leaves(m)[0]  # or one for each row
+
+    def make_key(m: jax.Array, kernel: jax.Array) -> PRNGKeyArray:
+        first = kernel[(0,) * (kernel.ndim - 1)][:16]  # to read all would take long
+        key = jax.random.fold_in(jax.random.key(np.uint32(dropout.seed)), _hash(m))
+        return jax.random.fold_in(key, _hash(first))
+
+    for sharding in filter(None, map(explicit_sharding, (m, kernel))):
+        replicated = NamedSharding(sharding.mesh, PartitionSpec())
+        return with_auto_axes(make_key, replicated, m, kernel)
+    return make_key(m, kernel)
 
 
 class AdapterDropout(nnx.Dropout):
-    """Flax's switch of dropout, with keys that follow from what the layer holds."""
+    """Flax's switch of dropout, with the seed that all masks share."""
 
     # The key of a call depends on the seed, on M, which each step of an optimizer
     # changes, and on the kernel, which differs between layers. All of these are inputs
@@ -120,20 +147,6 @@ class AdapterDropout(nnx.Dropout):
         super().__init__(rate)
         check_seed(seed)
         self.seed = seed
-
-    def key(self, m: Any, kernel: Any) -> PRNGKeyArray:
-        """The key for one call of a layer; M and the kernel may be trees of arrays."""
-        m, leaf = jax.tree.leaves(m)[0], jax.tree.leaves(kernel)[0]
-
-        def make_key(m: jax.Array, leaf: jax.Array) -> PRNGKeyArray:
-            first = leaf[(0,) * (leaf.ndim - 1)][:16]  # to read all would take long
-            key = jax.random.fold_in(jax.random.key(np.uint32(self.seed)), _hash(m))
-            return jax.random.fold_in(key, _hash(first))
-
-        for sharding in filter(None, map(explicit_sharding, (m, leaf))):
-            replicated = NamedSharding(sharding.mesh, PartitionSpec())
-            return with_auto_axes(make_key, replicated, m, leaf)
-        return make_key(m, leaf)
 
 
 def _hash(x: jax.Array) -> jax.Array:

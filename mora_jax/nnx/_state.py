@@ -8,7 +8,6 @@ from typing import Any
 import jax
 from flax import nnx
 from jax.core import Tracer
-from jax.sharding import NamedSharding
 
 from mora_jax._common.checks import as_jax_array
 from mora_jax._common.types import Path
@@ -19,7 +18,7 @@ from mora_jax._plan.trained_arrays import TrainedArray
 from mora_jax._tree.adapters import Tree, adapter_items, nest, trained_items
 from mora_jax._tree.base_digest import check_base
 from mora_jax._tree.paths import adapter_path, named_leaves, unboxed
-from mora_jax.nnx._param import MoRAParam, TrainedParam, value_of
+from mora_jax.nnx._param import MoRAParam, TrainedParam, named_sharding, value_of
 
 
 def named_modules(model: nnx.Module) -> Iterator[tuple[Path, nnx.Module]]:
@@ -83,14 +82,6 @@ def traceable(
 def parameters(model: nnx.Module) -> Tree:
     """The parameters of the base as nested dicts."""
     return nnx.to_pure_dict(nnx.state(model, nnx.All(nnx.Param, nnx.Not(MoRAParam))))
-
-
-def named_sharding(variable: nnx.Variable[Any]) -> NamedSharding | None:
-    """The sharding of a variable over a mesh; None in a trace and on one device."""
-    value, *others = jax.tree.leaves(variable)
-    if others or not isinstance(value, jax.Array) or isinstance(value, Tracer):
-        return None
-    return value.sharding if isinstance(value.sharding, NamedSharding) else None
 
 
 def plan_of(model: nnx.Module) -> Plan:

@@ -11,8 +11,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from mora_jax._layer.slots import Selected
 from mora_jax._tree.optim import check_transformation
-from mora_jax.nnx._param import MoRAParam, value_of
-from mora_jax.nnx._state import adapter_variables, named_sharding
+from mora_jax.nnx._param import MoRAParam, named_sharding, value_of
+from mora_jax.nnx._state import adapter_variables
 
 
 def value_and_grad(

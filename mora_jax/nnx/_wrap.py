@@ -2,7 +2,6 @@
 
 from typing import Any, TypeVar
 
-import jax
 from flax import nnx
 from jax.typing import DTypeLike
 
@@ -12,23 +11,15 @@ from mora_jax._layer.adapted import check_product
 from mora_jax._layer.rounding import Rounding
 from mora_jax._plan.plan import Plan
 from mora_jax._plan.settings import MoRAConfig
-from mora_jax._plan.spec import SUFFIX, AdapterSpec
+from mora_jax._plan.spec import AdapterSpec
 from mora_jax._plan.trained_arrays import refuse_trained
 from mora_jax._tree.adapters import adapter_items, init, trained_items
 from mora_jax._tree.merge import merge
 from mora_jax.nnx._classes import adapted_class, plain_class, set_class
-from mora_jax.nnx._param import DROPOUT, AdapterDropout, MoRAParam, TrainedParam
+from mora_jax.nnx._param import AdapterDropout, MoRAParam, TrainedParam, hold_adapter
 from mora_jax.nnx._plan import check_model, refuse_unfit
 from mora_jax.nnx._plan import plan as plan_model
-from mora_jax.nnx._state import (
-    adapters,
-    attributes,
-    named_modules,
-    named_sharding,
-    parameters,
-    plan_of,
-)
-from mora_jax.sharding import adapter_sharding
+from mora_jax.nnx._state import adapters, attributes, named_modules, parameters, plan_of
 
 Model = TypeVar("Model", bound=nnx.Module)
 
@@ -147,16 +138,6 @@ def _check_layer(module: nnx.Module, spec: AdapterSpec, traced: bool) -> None:
             f"{spec.name}: dropout must be 0 for a kernel that methods read "
             f"(products.Folded), got {spec.dropout}; say so in overrides"
         )
-
-
-def hold_adapter(module: nnx.Module, spec: AdapterSpec, m: Any, seed: int) -> None:
-    """Put M beside its kernel, on the same mesh, and the switch of its dropout."""
-    name = spec.path[-1]
-    if sharding := named_sharding(getattr(module, name)):
-        m = jax.device_put(m, adapter_sharding(spec, sharding))
-    setattr(module, name + SUFFIX, MoRAParam.of(spec, m))
-    if spec.dropout > 0:
-        setattr(module, DROPOUT, AdapterDropout(spec.dropout, seed))
 
 
 def unwrap(model: Model) -> Model:

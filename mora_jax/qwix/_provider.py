@@ -16,7 +16,7 @@ from mora_jax._common.warnings import LeftOutWarning, warn
 from mora_jax._jax.traces import ALIKE, DERIVED, ITSELF, relation_of
 from mora_jax._layer.adapted import add_delta, check_product
 from mora_jax._plan.spec import SUFFIX, AdapterSpec
-from mora_jax.linen._bound import running_dropout_key, running_m
+from mora_jax.linen._bound import running_m
 from mora_jax.nnx import _held
 from mora_jax.products import Product
 from mora_jax.products._operations import Operation
@@ -159,8 +159,11 @@ class MoRAProvider(qwix.PtqProvider):
             return y
         spec, m = adapter
         check_product(spec, product)
-        is_nnx = isinstance(module, nnx.Module)
-        key = (_held.dropout_key if is_nnx else running_dropout_key)(module, spec, m)
+        key = None
+        if isinstance(module, nnx.Module):
+            key = _held.dropout_key(module, spec, m)
+        elif spec.dropout > 0 and module.has_rng("dropout"):
+            key = module.make_rng("dropout")
         precision = operation.arguments.get("precision")
         return add_delta(y, spec, m, x, product, key, precision)
 

@@ -60,10 +60,9 @@ def plan_of(model: Any, *args: Any, **kwargs: Any) -> Plan:
     shapes, traced = trace(model.init, rngs, *args, **kwargs)
     if not traced:
         raise ValueError("model has no adapters: give qwix a MoRAProvider")
-    leaves = {name: leaf for name, (_, leaf) in named_leaves(shapes["params"]).items()}
-    specs = []
+    leaves, specs = named_leaves(shapes["params"]), []
     for name, spec in traced.items():
-        m = leaves.pop(name + SUFFIX)  # nn.scan stacks M's; the trace saw one layer
+        _, m = leaves.pop(name + SUFFIX)  # nn.scan stacks M's; the trace saw one layer
         specs.append(spec.stacked(m.shape[: m.ndim - len(spec.shape)], spec.path))
-    size = sum(leaf.size for leaf in leaves.values())
+    size = sum(leaf.size for _, leaf in leaves.values())
     return Plan(tuple(sorted(specs, key=lambda s: s.path)), size, traced=True)
