@@ -1,7 +1,6 @@
 """Adapters inside the params of a running model, and the calls that meet them."""
 
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,9 +15,7 @@ from mora_jax._tree.adapters import init_adapter
 from mora_jax._tree.paths import adapter_of
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["m"], meta_fields=["spec"]
-)
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class BoundAdapter:
     """M in the params of a running model, with its spec as static metadata.
@@ -30,12 +27,7 @@ class BoundAdapter:
     # and vmapped layers, and into the cache keys of `nn.jit`, which would otherwise
     # serve a program that was traced for another plan.
     m: Any
-    spec: Any
-
-    @classmethod
-    def of(cls, spec: AdapterSpec, m: Any) -> "BoundAdapter":
-        # Without the path, so that equal layers under nn.jit share one program.
-        return cls(m, dataclasses.replace(spec, path=spec.path[-1:]))
+    spec: Any = dataclasses.field(metadata={"static": True})
 
 
 def adapters_of(module: nn.Module) -> dict[str, BoundAdapter]:

@@ -50,8 +50,11 @@ class AdaptedApply:
                 "the plan has dropout: adapter_deterministic must be True or False, "
                 "got None"
             )
-        items = adapter_items(adapters, plan, by_row=True)
-        bound = {adapter_path(spec): BoundAdapter.of(spec, m) for spec, m in items}
+        bound = {}
+        for spec, m in adapter_items(adapters, plan, by_row=True):
+            # Without their paths equal layers under nn.jit share one program.
+            own = dataclasses.replace(spec, path=spec.path[-1:])
+            bound[adapter_path(spec)] = BoundAdapter(m, own)
         base = params_of(variables)
         trained = trained_items(adapters, plan) if plan.trained else []
         params = combine(with_trained(base, trained), nest(bound))
@@ -98,8 +101,7 @@ def wrap(
 
     Args:
       model: Any Linen module. It stays as it is.
-      config_or_plan: A config, None for the defaults; or a plan, as `linen.plan` makes
-        it.
+      config_or_plan: A config, None for the defaults, or a plan of `linen.plan`.
       variables: With a config, the model's variables, arrays or shapes.
       *args: With a config, the inputs of a call, arrays or shapes.
       **kwargs: Further inputs, by name.

@@ -13,20 +13,18 @@ from flax import nnx
 from mora_jax._flax.adapted_call import LayerCall, adapt_call
 from mora_jax._flax.layer_rules import folded_kernels, rules_of, unknown_use
 from mora_jax._layer.fold import folded_kernel
-from mora_jax.nnx._param import TrainedParam, dropout_key, held, is_m
-
-Run = Callable[[nnx.Module, LayerCall], Any]
-"""(layer, call of its plain copy) to what the call returns."""
+from mora_jax._plan.spec import SUFFIX
+from mora_jax.nnx._param import TrainedParam, dropout_key, held
 
 Read = Callable[[nnx.Module, str, jax.Array], jax.Array]
 """(layer, name of its kernel, the kernel) to what its methods read."""
 
 
-def derived(cls: type, run: Run, read: Read) -> type:
+def derived(cls: type, run: Callable[[nnx.Module, LayerCall], Any], read: Read) -> type:
     """A subclass of `cls` with the same name, whose methods run on plain copies.
 
-    A method that has a rule runs through `run`. A `products.Folded` kernel of a copy is
-    what `read` makes of it.
+    `run(layer, call of its copy)` returns what a method that has a rule returns, and
+    `read` the `products.Folded` kernels of a copy.
     """
     # A layer keeps its attributes and the name of its class, and with them the paths of
     # its parameters. On a copy without M's, whatever the method does (`nnx.remat` of a
@@ -43,7 +41,8 @@ def derived(cls: type, run: Run, read: Read) -> type:
 
         @functools.wraps(method)
         def call(self: nnx.Module, *args: Any, **kwargs: Any) -> Any:
-            if inside is None and is_public and any(map(is_m, vars(self).values())):
+            is_adapted = any(key.endswith(SUFFIX) for key in vars(self))
+            if is_adapted and is_public and inside is None:
                 raise unknown_use("kernel", cls, name)
             with _copied(self, inside) as copy:
                 own = functools.partial(method, copy)
@@ -81,14 +80,17 @@ def _copied(module: nnx.Module, read: Read | None) -> Iterator[Any]:
     With `read` it is of the plain class without M's. Without, it is still an adapted
     layer. What the call sets, such as intermediate values, is set on the layer as well.
     """
-    # An array that trains in float32 has the base's dtype in the copy, since the dtype
-    # of what a layer computes often follows from its parameters.
-    cls = type(module) if read is None else plain_class(module)
-    attributes = {
-        name: value.plain() if _is_wider(value) else value
-        for name, value in vars(module).items()
-        if read is None or not is_m(value)
-    }
+    cls, attributes = type(module) if read is None else plain_class(module), {}
+    for name, value in vars(module).items():
+        # An array that trains in float32 has the base's dtype in the copy, since the
+        # dtype of what a layer computes often follows from its parameters.
+        if (
+            isinstance(value, TrainedParam)
+            and value.spec.dtype != value.spec.base_dtype
+        ):
+            value = value.plain()
+        if read is None or not name.endswith(SUFFIX):
+            attributes[name] = value
     for name in folded_kernels(cls):
         variable = attributes.get(name)
         if read is not None and isinstance(variable, nnx.Variable):
@@ -101,10 +103,6 @@ def _copied(module: nnx.Module, read: Read | None) -> Iterator[Any]:
     own.update({k: v for k, v in after.items() if v is not attributes.get(k)})
     for name in attributes.keys() - after.keys():  # qwix deletes statistics
         own.pop(name, None)
-
-
-def _is_wider(value: Any) -> bool:
-    return isinstance(value, TrainedParam) and value.spec.dtype != value.spec.base_dtype
 
 
 # --- Adapted layers ---

@@ -37,12 +37,12 @@ class MoRAParam(nnx.LoRAParam[Any]):
         return cls(m, spec=dataclasses.replace(spec, path=spec.path[-1:]))
 
     def set_value(self, value: Any, **kwargs: Any) -> None:
-        self._check(value)
+        if isinstance(value, MoRAParam):
+            self._check(value.spec)
         super().set_value(value, **kwargs)
 
-    def _check(self, value: Any) -> None:
-        if isinstance(value, MoRAParam):
-            check_same(value.spec, self.spec)
+    def _check(self, spec: AdapterSpec) -> None:
+        check_same(spec, self.spec)
 
 
 class TrainedParam(MoRAParam):
@@ -71,29 +71,23 @@ class TrainedParam(MoRAParam):
         spec, base_type = metadata.pop("spec"), metadata.pop("base_type")
         return base_type.from_metadata(self[...].astype(spec.base_dtype), metadata)
 
-    def _check(self, value: Any) -> None:
-        if isinstance(value, MoRAParam) and value.spec != self.spec:
+    def _check(self, spec: Any) -> None:
+        if spec != self.spec:
             raise ValueError(
-                f"{self.spec.name} is trained as {self.spec}, got a variable of "
-                f"{value.spec}"
+                f"{self.spec.name} is trained as {self.spec}, got a variable of {spec}"
             )
 
 
-def value_of(m: MoRAParam) -> Any:
-    """The numbers of an M; or the slots of many, as `serving.select` puts them."""
-    held = unboxed(m)
-    return held if isinstance(held, Selected) else m[...]
-
-
-def is_m(value: Any) -> bool:
-    """True if `value` is the variable of an M, and not of an array that trains."""
-    return isinstance(value, MoRAParam) and not isinstance(value, TrainedParam)
-
-
 def held(module: nnx.Module, kernel: str) -> tuple[AdapterSpec, Any] | None:
-    """The adapter of one of a module's kernels, and M; None without one."""
+    """The adapter of one of a module's kernels, and M; None without one.
+
+    Instead of M it may have the slots of many, as `serving.select` puts them.
+    """
     m: Any = getattr(module, kernel + SUFFIX, None)
-    return (m.spec, value_of(m)) if is_m(m) else None
+    if m is None:
+        return None
+    value = unboxed(m)
+    return m.spec, value if isinstance(value, Selected) else m[...]
 
 
 def named_sharding(variable: nnx.Variable[Any]) -> NamedSharding | None:
@@ -111,15 +105,23 @@ def hold_adapter(module: nnx.Module, spec: AdapterSpec, m: Any, seed: int) -> No
         m = jax.device_put(m, adapter_sharding(spec, sharding))
     setattr(module, name + SUFFIX, MoRAParam.of(spec, m))
     if spec.dropout > 0:
-        setattr(module, DROPOUT, AdapterDropout(spec.dropout, seed))
+        check_seed(seed)
+        dropout: Any = nnx.Dropout(spec.dropout)
+        dropout.seed = seed
+        setattr(module, DROPOUT, dropout)
 
 
 DROPOUT = "dropout_mora"
+"""The name of Flax's switch of dropout in a module whose kernels are adapted."""
 
 
 def dropout_key(module: nnx.Module, spec: AdapterSpec, m: Any) -> PRNGKeyArray | None:
     """The key of a call's dropout; None where nothing is dropped."""
-    dropout = getattr(module, DROPOUT, None)
+    # It depends on the seed, on M, which each step of an optimizer changes, and on the
+    # kernel, which differs between layers. All of these are inputs of the layer. So
+    # lifted transformations, rematerialization and resumed runs draw the same masks,
+    # and the model's state holds nothing except its parameters.
+    dropout: Any = getattr(module, DROPOUT, None)
     if dropout is None or dropout.deterministic:
         return None
     kernel = jax.tree.leaves(getattr(module, spec.path[-1]))[0]  # it may be quantized
@@ -134,19 +136,6 @@ def dropout_key(module: nnx.Module, spec: AdapterSpec, m: Any) -> PRNGKeyArray |
         replicated = NamedSharding(sharding.mesh, PartitionSpec())
         return with_auto_axes(make_key, replicated, m, kernel)
     return make_key(m, kernel)
-
-
-class AdapterDropout(nnx.Dropout):
-    """Flax's switch of dropout, with the seed that all masks share."""
-
-    # The key of a call depends on the seed, on M, which each step of an optimizer
-    # changes, and on the kernel, which differs between layers. All of these are inputs
-    # of the layer. So lifted transformations, rematerialization and resumed runs draw
-    # the same masks, and the model's state holds nothing except its parameters.
-    def __init__(self, rate: float, seed: int):
-        super().__init__(rate)
-        check_seed(seed)
-        self.seed = seed
 
 
 def _hash(x: jax.Array) -> jax.Array:

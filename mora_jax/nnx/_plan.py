@@ -54,17 +54,23 @@ def plan(
     survey = Survey()
     for path, module in named_modules(model):
         survey.classes["/".join(path)] = type(module).__name__
-        rules, folded = planning_rules(module), folded_kernels(type(module))
-        for key, value in vars(module).items() if rules else ():
-            if not isinstance(value, nnx.Variable):
-                continue
-            name = "/".join((*path, key))
-            if key not in rules and not folded:  # or methods may do anything with it
-                survey.non_kernels.add(name)
-            elif key in rules and (product := rules[key].product(module)) is not None:
+    for module, path, _ in attributes(model, nnx.Variable):
+        rules, name = planning_rules(module), "/".join(path)
+        if (rule := rules.get(path[-1])) is not None:
+            if (product := rule.product(module)) is not None:
                 survey.products[name] = product
+        elif rules and not folded_kernels(type(module)):  # or methods may do anything
+            survey.non_kernels.add(name)
     if args or kwargs:
-        _trace(model, survey, args, kwargs)
+        marked = nnx.clone(model)
+        for path, layer in list(named_modules(marked)):
+            kernels = (getattr(layer, name, None) for name in planning_rules(layer))
+            if any(isinstance(kernel, nnx.Variable) for kernel in kernels):
+                prefix = "".join(f"{key}/" for key in path)
+                set_class(layer, _marked_class(type(layer), prefix, survey))
+        call, state = traceable(marked)
+        leaves = named_leaves(nnx.to_pure_dict(state))
+        survey.trace(call, leaves, state, args, kwargs)
     chosen = plan_surveyed(params, config, survey)
     refuse_unfit(model, chosen)
     for spec in () if chosen.traced else chosen.specs:
@@ -100,19 +106,6 @@ def check_model(model: Any) -> None:
     """Raise unless `model` is an NNX module without adapters."""
     for _, path, _ in attributes(model, MoRAParam):
         raise ValueError(f"model has adapters already, the first at {'/'.join(path)!r}")
-
-
-def _trace(model: nnx.Module, survey: Survey, args: Any, kwargs: Any) -> None:
-    """Add to `survey` what the trace of a call shows."""
-    marked = nnx.clone(model)
-    for path, layer in list(named_modules(marked)):
-        kernels = (getattr(layer, name, None) for name in planning_rules(layer))
-        if any(isinstance(kernel, nnx.Variable) for kernel in kernels):
-            prefix = "".join(f"{key}/" for key in path)
-            set_class(layer, _marked_class(type(layer), prefix, survey))
-    call, state = traceable(marked)
-    leaves = named_leaves(nnx.to_pure_dict(state))
-    survey.trace(call, leaves, state, args, kwargs)
 
 
 def _marked_class(cls: type, prefix: str, survey: Survey) -> type:

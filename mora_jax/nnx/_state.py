@@ -18,7 +18,7 @@ from mora_jax._plan.trained_arrays import TrainedArray
 from mora_jax._tree.adapters import Tree, adapter_items, nest, trained_items
 from mora_jax._tree.base_digest import check_base
 from mora_jax._tree.paths import adapter_path, named_leaves, unboxed
-from mora_jax.nnx._param import MoRAParam, TrainedParam, named_sharding, value_of
+from mora_jax.nnx._param import MoRAParam, TrainedParam, named_sharding
 
 
 def named_modules(model: nnx.Module) -> Iterator[tuple[Path, nnx.Module]]:
@@ -145,10 +145,23 @@ def set_adapters(
     Example: see `wrap`.
     """
     model_plan = plan_of(model)
-    _check_made_for(plan, model_plan)
-    if isinstance(plan, Plan) and not any_base:
-        leaves = named_leaves(parameters(model))
-        check_base(plan.specs, {name: leaf for name, (_, leaf) in leaves.items()})
+    if isinstance(plan, Plan):
+        refuse_other_plan(plan, model_plan)
+        if not any_base:
+            leaves = named_leaves(parameters(model))
+            check_base(plan.specs, {name: leaf for name, (_, leaf) in leaves.items()})
+    elif isinstance(plan, str) and not re.fullmatch("[0-9a-f]{64}", plan):
+        raise ValueError(
+            "plan must be a Plan or its digest of 64 hexadecimal digits; got "
+            f"{plan[:64]!r} (mora_jax.io.plan_from_json makes a plan of its JSON)"
+        )
+    elif isinstance(plan, str) and plan != model_plan.digest():
+        raise ValueError(
+            "the adapters were made for another plan than the model's: its digest is "
+            f"{model_plan.digest()}, got {plan}"
+        )
+    elif not isinstance(plan, str | None):
+        raise TypeError(f"plan must be a Plan or its digest, got {type(plan).__name__}")
     items = adapter_items(adapters, model_plan, by_row=True)
     named = [(spec.name + SUFFIX, m) for spec, m in items]
     named += [(a.name, copy) for a, copy in trained_items(adapters, model_plan)]
@@ -156,29 +169,10 @@ def set_adapters(
     new = [m if isinstance(m, Selected) else as_jax_array(name, m) for name, m in named]
     ms, copies = adapter_variables(model)
     for (_, variable), m in zip([*ms, *copies], new, strict=True):
-        if isinstance(m, Selected) or isinstance(value_of(variable), Selected):
+        if isinstance(m, Selected) or isinstance(unboxed(variable), Selected):
             variable.copy_from(variable.replace(m))  # `[...]` sets arrays alone
             continue
         sharding = named_sharding(variable)
         if sharding is not None and not isinstance(m, Tracer) and not m.committed:
             m = jax.device_put(m, sharding)
         variable[...] = m
-
-
-def _check_made_for(plan: Any, model_plan: Plan) -> None:
-    """Raise unless adapters of `plan`, a plan or its digest, are right for a model."""
-    if isinstance(plan, Plan):
-        refuse_other_plan(plan, model_plan)
-    elif isinstance(plan, str):
-        if not re.fullmatch("[0-9a-f]{64}", plan):
-            raise ValueError(
-                "plan must be a Plan or its digest of 64 hexadecimal digits; got "
-                f"{plan[:64]!r} (mora_jax.io.plan_from_json makes a plan of its JSON)"
-            )
-        if plan != model_plan.digest():
-            raise ValueError(
-                "the adapters were made for another plan than the model's: its digest "
-                f"is {model_plan.digest()}, got {plan}"
-            )
-    elif plan is not None:
-        raise TypeError(f"plan must be a Plan or its digest, got {type(plan).__name__}")

@@ -11,7 +11,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from mora_jax._layer.slots import Selected
 from mora_jax._tree.optim import check_transformation
-from mora_jax.nnx._param import MoRAParam, named_sharding, value_of
+from mora_jax._tree.paths import unboxed
+from mora_jax.nnx._param import MoRAParam, named_sharding
 from mora_jax.nnx._state import adapter_variables
 
 
@@ -100,7 +101,7 @@ def adapter_optimizer(
 def _refuse_rows(model: nnx.Module) -> None:
     """Raise if rows have adapters of their own: an index is nothing to train."""
     for spec, m in adapter_variables(model)[0]:
-        if isinstance(value_of(m), Selected):
+        if isinstance(unboxed(m), Selected):
             raise ValueError(
                 f"model must have one adapter, got one for each row at {spec.name!r}; "
                 "many train at once by the gradient of a function of what "

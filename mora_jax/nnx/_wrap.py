@@ -16,7 +16,7 @@ from mora_jax._plan.trained_arrays import refuse_trained
 from mora_jax._tree.adapters import adapter_items, init, trained_items
 from mora_jax._tree.merge import merge
 from mora_jax.nnx._classes import adapted_class, plain_class, set_class
-from mora_jax.nnx._param import AdapterDropout, MoRAParam, TrainedParam, hold_adapter
+from mora_jax.nnx._param import DROPOUT, MoRAParam, TrainedParam, hold_adapter
 from mora_jax.nnx._plan import check_model, refuse_unfit
 from mora_jax.nnx._plan import plan as plan_model
 from mora_jax.nnx._state import adapters, attributes, named_modules, parameters, plan_of
@@ -46,10 +46,9 @@ def wrap(
 
     Args:
       model: Any NNX module. It stays as it is, and shares its arrays with the result: a
-        step to which the whole state of the result is donated deletes the base, too.
-        Donate `nnx.state(model, MoRAParam)` alone; see docs/training-nnx.md.
-      config_or_plan: A config, None for the defaults, or a plan, as `nnx.plan` makes
-        it.
+        step to which the whole state of the result is donated deletes the base, too
+        (see docs/training-nnx.md).
+      config_or_plan: A config, None for the defaults, or a plan of `nnx.plan`.
       rngs: The source of the key for `init="gaussian"`.
       seed: The seed of the dropout masks.
 
@@ -166,11 +165,11 @@ def unwrap(model: Model) -> Model:
 def detached(model: Model) -> Model:
     """A copy without adapters, in which the numbers of trained arrays stay."""
     model = nnx.clone(model)
-    for module, path, value in attributes(model, MoRAParam | AdapterDropout):
+    for module, (*_, name), value in attributes(model, MoRAParam | nnx.Dropout):
         if isinstance(value, TrainedParam):
-            setattr(module, path[-1], value.plain())
-        else:
-            delattr(module, path[-1])
+            setattr(module, name, value.plain())
+        elif isinstance(value, MoRAParam) or name == DROPOUT:
+            delattr(module, name)
     for _, module in named_modules(model):
         set_class(module, plain_class(module))
     return model

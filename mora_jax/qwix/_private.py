@@ -37,6 +37,9 @@ except ImportError as error:
 module_of_call = flax_util.get_current_module
 """The Flax module whose method runs now."""
 
+bound_of_type = numerics.get_symmetric_bound
+"""The largest number of a type; an error for one that qwix does not know."""
+
 
 def path_of_call() -> Path:
     """The path of that module in its model."""
@@ -81,9 +84,9 @@ def named_parameters(model: Any) -> dict[str, Any]:
         named, _ = parameters_in(model.variables.get("params", {}))
         return {"/".join((*model.path, name)): leaf for name, leaf in named.items()}
     return {
-        "/".join((*path, name)): parameter
-        for path, module in _held.named_modules(model)
-        for name, parameter in parameters_of(module).items()
+        "/".join(path): value
+        for _, path, value in _held.attributes(model, nnx.Param | WithAux)
+        if not path[-1].endswith(SUFFIX)
     }
 
 
@@ -156,14 +159,3 @@ def requantized(parameter: Any, values: Any) -> Any:
         raise ValueError(f"no way to quantize {values.shape} as {parameter.how}")
     array = jax.tree.map(reboxed, parameter.array, quantize(values), is_leaf=is_boxed)
     return parameter.replace(array=array)  # type: ignore[attr-defined]
-
-
-def check_qtype(name: str, qtype: Any) -> None:
-    """Raise unless qwix knows a type of quantized numbers."""
-    try:
-        numerics.get_symmetric_bound(qtype)
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"{name} must be a type that qwix quantizes to, such as 'int8', 'int4', "
-            f"'nf4' or 'float8_e4m3fn', got {qtype!r}"
-        ) from error

@@ -214,12 +214,19 @@ def _find_kernel(
     # A delta of the wrong product would go unseen. So an operand counts as a kernel
     # here only if it is the unchanged kernel, perhaps in another dtype; one that may be
     # made of a kernel is an error.
-    found = [
-        (relation, at, name)
-        for name, parameter in _private.parameters_of(module).items()
-        for at, operand in enumerate(operands)
-        if (relation := _relation(parameter, operand)) is not None
-    ]
+    found: list[tuple[int, int, str]] = []
+    for name, parameter in _private.parameters_of(module).items():
+        is_quantized = _private.is_quantized(parameter)
+        for at, operand in enumerate(operands):
+            if is_quantized != _private.is_quantized(operand):
+                continue
+            relation = relation_of(*map(_private.first_array, (parameter, operand)))
+            if relation is None or (relation == ALIKE and operand.ndim == 1):
+                continue  # as are biases
+            # A module can read a quantized kernel, and make nothing else of it.
+            found.append(
+                (min(relation, ITSELF) if is_quantized else relation, at, name)
+            )
     if not found:
         return None
     relation, at, name = max(found)
@@ -238,15 +245,3 @@ def _find_kernel(
         )
     place = "/".join((*_private.path_of_call(), name))
     raise ValueError(f"{place}: {why}; or leave it out of module_path={pattern!r}")
-
-
-def _relation(parameter: Any, operand: Any) -> int | None:
-    """The relation of an operand to a parameter, if it has any."""
-    is_quantized = _private.is_quantized(parameter)
-    if is_quantized != _private.is_quantized(operand):
-        return None
-    found = relation_of(*map(_private.first_array, (parameter, operand)))
-    if found == ALIKE and operand.ndim == 1:
-        return None  # as are biases
-    # A module can read a quantized kernel, and make nothing else of it.
-    return min(found, ITSELF) if found and is_quantized else found

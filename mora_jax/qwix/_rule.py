@@ -74,5 +74,11 @@ def check_rule(rule: qwix.QuantizationRule) -> None:
             f"module_path must be a regular expression, got {pattern!r}: {error}"
         ) from error
     for name in ("weight_qtype", "act_qtype"):
-        if (found := getattr(rule, name)) is not None:
-            _private.check_qtype(name, found)
+        if (qtype := getattr(rule, name)) is not None:
+            try:
+                _private.bound_of_type(qtype)
+            except (TypeError, ValueError) as error:
+                raise ValueError(
+                    f"{name} must be a type that qwix quantizes to, such as 'int8', "
+                    f"'int4', 'nf4' or 'float8_e4m3fn', got {qtype!r}"
+                ) from error
