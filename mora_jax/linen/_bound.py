@@ -88,14 +88,9 @@ def params_of(variables: Any) -> Any:
 
 
 def running_m(
-    module: nn.Module,
-    spec: AdapterSpec,
-    box: Callable[[jax.Array], Any] = lambda m: m,
+    module: nn.Module, spec: AdapterSpec, box: Callable[[jax.Array], Any] = lambda m: m
 ) -> Any:
-    """M, or one for each row of a batch; made where the module is initialised.
-
-    `box` puts a new M in the box that it is stored in.
-    """
+    """M, or one for each row of a batch; made and boxed where the module is new."""
     assert module.scope is not None
     name = spec.path[-1] + SUFFIX
     given = module.scope.get_variable("params", name)

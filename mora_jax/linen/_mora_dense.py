@@ -31,8 +31,7 @@ class MoRADense(nn.Dense):
 
       >>> import jax, jax.numpy as jnp
       >>> import mora_jax
-      >>> config = mora_jax.MoRAConfig(rank=2)
-      >>> layer = mora_jax.MoRADense(features=16, config=config)
+      >>> layer = mora_jax.MoRADense(features=16, config=mora_jax.MoRAConfig(rank=2))
       >>> variables = layer.init(jax.random.key(0), jnp.ones((1, 16)))
       >>> jax.tree.map(jnp.shape, variables["params"])
       {'bias': (16,), 'kernel': (16, 16), 'kernel_mora': (8, 8)}

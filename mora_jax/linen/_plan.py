@@ -52,8 +52,7 @@ def plan(
       >>> import mora_jax
       >>> model, x = nn.MultiHeadDotProductAttention(num_heads=4), jnp.ones((1, 3, 64))
       >>> variables = jax.eval_shape(model.init, jax.random.key(0), x)
-      >>> config = mora_jax.MoRAConfig(rank=2)
-      >>> plan = mora_jax.linen.plan(model, variables, config, x)
+      >>> plan = mora_jax.linen.plan(model, variables, mora_jax.MoRAConfig(rank=2), x)
       >>> {path: spec.axes for path, spec in plan.items()}
       {'key/kernel': 'ioo', 'out/kernel': 'iio', 'query/kernel': 'ioo',
        'value/kernel': 'ioo'}

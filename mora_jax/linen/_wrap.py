@@ -110,16 +110,14 @@ def wrap(
       A function `apply(adapters, variables, *args, **kwargs)`: `model.apply` with the
       adapters first, so that `jax.grad` differentiates by them alone. Arrays that the
       plan trains are read from the adapters, and not from `variables`. Its attribute
-      `plan` is the plan, from which `mora_jax.init` makes the adapters. These are
-      numbers alone, so a checkpoint should hold `io.plan_to_json(plan)` as well.
-      Collections that a call updates, such as the statistics of BatchNorm, are not
-      among them; a `MoRAWarning` says so.
+      `plan` is the plan, from which `mora_jax.init` makes the adapters; a checkpoint
+      should hold `io.plan_to_json(plan)` beside them. Collections that a call updates,
+      such as BatchNorm's statistics, are not among them; a `MoRAWarning` says so.
 
     Raises:
       TypeError, ValueError: As `linen.plan`; a config without variables, or variables
-        with a plan. In a call: adapters that do not fit the plan; a plan that does not
-        fit the model; an adapter on a layer class that is not known (see
-        `register_layer`).
+        with a plan. In a call: adapters or a model that do not fit the plan; an adapter
+        on a layer class that is not known (see `register_layer`).
 
     Example::
 
@@ -129,8 +127,7 @@ def wrap(
       >>> layers = [nn.Dense(16) for _ in range(2)]
       >>> model, x = nn.Sequential(layers), jnp.ones((1, 16))
       >>> variables = model.init(jax.random.key(0), x)
-      >>> config = mora_jax.MoRAConfig(rank=2)
-      >>> apply = mora_jax.linen.wrap(model, config, variables, x)
+      >>> apply = mora_jax.linen.wrap(model, mora_jax.MoRAConfig(rank=2), variables, x)
       >>> adapters = mora_jax.init(apply.plan)
       >>> bool((apply(adapters, variables, x) == model.apply(variables, x)).all())
       True

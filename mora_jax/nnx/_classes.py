@@ -26,11 +26,10 @@ def derived(cls: type, run: Callable[[nnx.Module, LayerCall], Any], read: Read) 
     `run(layer, call of its copy)` returns what a method that has a rule returns, and
     `read` the `products.Folded` kernels of a copy.
     """
-    # A layer keeps its attributes and the name of its class, and with them the paths of
-    # its parameters. On a copy without M's, whatever the method does (`nnx.remat` of a
-    # part, calls of other methods) adds no delta a second time, other threads may be in
-    # the same layer, and qwix, which takes an array for a weight if a parameter has its
-    # shape, sees no M.
+    # On a copy without M's, whatever the method does (`nnx.remat` of a part, calls of
+    # other methods) adds no delta a second time, other threads may be in the same
+    # layer, and qwix, which takes an array for a weight if a parameter has its shape,
+    # sees no M.
     rules, folded = rules_of(cls), folded_kernels(cls)
 
     def wrapped(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
@@ -84,10 +83,7 @@ def _copied(module: nnx.Module, read: Read | None) -> Iterator[Any]:
     for name, value in vars(module).items():
         # An array that trains in float32 has the base's dtype in the copy, since the
         # dtype of what a layer computes often follows from its parameters.
-        if (
-            isinstance(value, TrainedParam)
-            and value.spec.dtype != value.spec.base_dtype
-        ):
+        if isinstance(value, TrainedParam) and value.dtype != value.spec.base_dtype:
             value = value.plain()
         if read is None or not name.endswith(SUFFIX):
             attributes[name] = value

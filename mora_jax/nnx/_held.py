@@ -1,8 +1,4 @@
-"""Adapters in NNX modules whose classes stay as they are: all that `qwix` needs of NNX.
-
-`wrap` gives a layer a class that adds the delta. A model that qwix intercepts keeps its
-classes: M is beside its kernel all the same, and the provider adds the delta.
-"""
+"""All that `qwix` needs of NNX: adapters in modules whose classes stay as they are."""
 
 from collections.abc import Iterable
 

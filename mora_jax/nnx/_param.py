@@ -79,10 +79,7 @@ class TrainedParam(MoRAParam):
 
 
 def held(module: nnx.Module, kernel: str) -> tuple[AdapterSpec, Any] | None:
-    """The adapter of one of a module's kernels, and M; None without one.
-
-    Instead of M it may have the slots of many, as `serving.select` puts them.
-    """
+    """The adapter of a module's kernel, and M or the slots of many; None without."""
     m: Any = getattr(module, kernel + SUFFIX, None)
     if m is None:
         return None

@@ -42,8 +42,7 @@ def plan(
       >>> from flax import nnx
       >>> import mora_jax
       >>> model = nnx.MultiHeadAttention(4, 64, decode=False, rngs=nnx.Rngs(0))
-      >>> config = mora_jax.MoRAConfig(rank=2)
-      >>> plan = mora_jax.nnx.plan(model, config)
+      >>> plan = mora_jax.nnx.plan(model, mora_jax.MoRAConfig(rank=2))
       >>> {path: spec.axes for path, spec in plan.items()}
       {'key/kernel': 'ioo', 'out/kernel': 'iio', 'query/kernel': 'ioo',
        'value/kernel': 'ioo'}

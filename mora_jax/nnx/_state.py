@@ -46,10 +46,7 @@ def adapter_variables(
 ) -> tuple[
     list[tuple[AdapterSpec, MoRAParam]], list[tuple[TrainedArray, TrainedParam]]
 ]:
-    """The M's of an adapted model, and its arrays that train themselves.
-
-    Each comes with a spec that has its present path; they are in order of the paths.
-    """
+    """The M's of a model and its arrays that train, in the order of their paths."""
     ms, copies = [], []
     for _, path, m in attributes(model, MoRAParam):
         if isinstance(m, TrainedParam):

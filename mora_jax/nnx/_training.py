@@ -54,7 +54,7 @@ def value_and_grad(
     @functools.wraps(f)
     def of_adapters(*args: Any, **kwargs: Any) -> Any:
         for model in args[argnums:][:1]:  # without one Flax says so
-            _refuse_rows(model)
+            _single_ms(model)
         return grad(*args, **kwargs)
 
     return of_adapters
@@ -81,9 +81,8 @@ def adapter_optimizer(
     Example: see `value_and_grad`.
     """
     check_transformation(tx)
-    _refuse_rows(model)
+    shardings = map(named_sharding, _single_ms(model))
     optimizer = nnx.Optimizer(model, tx, wrt=MoRAParam)
-    shardings = (named_sharding(m) for _, m in adapter_variables(model)[0])
     sharding = next(filter(None, shardings), None)
     if sharding is None:
         return optimizer
@@ -98,12 +97,14 @@ def adapter_optimizer(
     return optimizer
 
 
-def _refuse_rows(model: nnx.Module) -> None:
-    """Raise if rows have adapters of their own: an index is nothing to train."""
-    for spec, m in adapter_variables(model)[0]:
+def _single_ms(model: nnx.Module) -> list[MoRAParam]:
+    """The M's of a model, which must not have one for each row: an index."""
+    ms = adapter_variables(model)[0]
+    for spec, m in ms:
         if isinstance(unboxed(m), Selected):
             raise ValueError(
                 f"model must have one adapter, got one for each row at {spec.name!r}; "
                 "many train at once by the gradient of a function of what "
                 "serving.stack returns"
             )
+    return [m for _, m in ms]

@@ -75,8 +75,7 @@ def wrap(
       >>> plan, ms = mora_jax.nnx.plan_of(adapted), mora_jax.nnx.adapters(adapted)
       >>> jax.tree.map(jnp.shape, ms)
       {'layers': {'0': {'kernel_mora': (8, 8)}, '1': {'kernel_mora': (8, 8)}}}
-      >>> ones = jax.tree.map(jnp.ones_like, ms)
-      >>> mora_jax.nnx.set_adapters(adapted, ones, plan)
+      >>> mora_jax.nnx.set_adapters(adapted, jax.tree.map(jnp.ones_like, ms), plan)
       >>> merged = mora_jax.nnx.merge_adapters(adapted)
       >>> bool(jnp.allclose(merged(x), adapted(x), atol=1e-4))
       True

@@ -97,8 +97,7 @@ class MoRAProvider(qwix.PtqProvider):
             call, state = _held.traceable(model, method)
             _, specs = trace(call, state, model_args, model_kwargs)
             _held.hold(model, specs.values(), rngs)
-        planned = self.planned.setdefault(type(model), {})
-        self.running[threading.get_ident()] = planned
+        self.running[threading.get_ident()] = self.planned.setdefault(type(model), {})
         return super().process_model_inputs(model, model_args, model_kwargs)
 
     def process_model_output(self, method_name: str, model_output: Any) -> Any:
@@ -204,16 +203,12 @@ class MoRAProvider(qwix.PtqProvider):
 def _find_kernel(
     module: Any, operands: Sequence[Any], pattern: str
 ) -> tuple[str, int] | None:
-    """The name of the kernel that is an operand, and the position of the operand.
-
-    The last operand counts, if all else is equal; `pattern` is for messages.
-    """
-    # qwix's own `find_param` takes an operand for a parameter if it is the same array,
-    # if operations of one input make it of that array, or if it has the same shape. The
-    # last is a guess: an input has a kernel's shape if it has as many rows as features.
-    # A delta of the wrong product would go unseen. So an operand counts as a kernel
-    # here only if it is the unchanged kernel, perhaps in another dtype; one that may be
-    # made of a kernel is an error.
+    """The name of the kernel that is an operand, and the position of the operand."""
+    # qwix's own `find_param` also takes an operand for a parameter if operations of one
+    # input make it of that, or if it has the same shape. This is a guess: an input has
+    # a kernel's shape if it has as many rows as features, and a delta of the wrong
+    # product would go unseen. So an operand counts as a kernel here only if it is the
+    # unchanged kernel, perhaps in another dtype; what may be made of one is an error.
     found: list[tuple[int, int, str]] = []
     for name, parameter in _private.parameters_of(module).items():
         is_quantized = _private.is_quantized(parameter)
@@ -223,13 +218,12 @@ def _find_kernel(
             relation = relation_of(*map(_private.first_array, (parameter, operand)))
             if relation is None or (relation == ALIKE and operand.ndim == 1):
                 continue  # as are biases
-            # A module can read a quantized kernel, and make nothing else of it.
-            found.append(
-                (min(relation, ITSELF) if is_quantized else relation, at, name)
-            )
+            if is_quantized:  # a module can read it, and make nothing else of it
+                relation = min(relation, ITSELF)
+            found.append((relation, at, name))
     if not found:
         return None
-    relation, at, name = max(found)
+    relation, at, name = max(found)  # the last operand, if all else is equal
     if len(operands) != 2:
         why = f"an einsum with {len(operands)} operands has no adapter"
     elif relation == ITSELF:

@@ -21,10 +21,7 @@ traced_specs: ContextVar[Specs | None] = ContextVar("traced_specs", default=None
 
 
 def trace(function: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Any, Specs]:
-    """The shapes that a call returns, and the adapters of the kernels it multiplies.
-
-    Arrays and shapes among the arguments are traced, and everything else is static.
-    """
+    """The shapes that a call returns, and the adapters of the kernels it multiplies."""
     # In the trace nothing is quantized, and each operand is known by what made it.
     specs: Specs = {}
     token = traced_specs.set(specs)
