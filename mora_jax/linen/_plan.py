@@ -60,13 +60,13 @@ def plan(
     check_model(model)
     config = check_config(config, "plan(model, variables, config, *inputs)")
     params = params_of(variables)
-    leaves, modules, survey = named_leaves(params), flatten_dict(params), Survey()
+    leaves, modules, survey = named_leaves(params), flatten_dict(dict(params)), Survey()
 
     def see(module: nn.Module, scope: Path, *_: Any) -> None:
         survey.classes.setdefault("/".join(scope), type(module).__name__)
 
-    def record(call: LayerCall, mark: BoundAdapter) -> Any:
-        _, name = mark.spec
+    def record(call: LayerCall, adapter: BoundAdapter) -> Any:
+        _, name = adapter.spec
         y = survey.record_call(name, call)
         kernel = call.module.get_variable("params", call.rule.name(call.module))
         shape, whole = tuple(nn.unbox(kernel).shape), tuple(leaves[name][1].shape)
@@ -80,9 +80,9 @@ def plan(
     # Each kernel gets a mark next to it that no earlier call had. Otherwise nn.jit
     # would use an earlier trace again, and none of its calls would be recorded. The
     # parts of a quantized kernel are in no module, and get none.
-    new = object()
+    mark = object()
     marks = {
-        (*path[:-1], path[-1] + SUFFIX): BoundAdapter(None, (new, name))
+        (*path[:-1], path[-1] + SUFFIX): BoundAdapter(None, (mark, name))
         for name, (path, leaf) in leaves.items()
         if leaf.ndim > 1 and path in modules
     }

@@ -109,7 +109,6 @@ def hold_adapter(module: nnx.Module, spec: AdapterSpec, m: Any, seed: int) -> No
 
 
 DROPOUT = "dropout_mora"
-"""The name of Flax's switch of dropout in a module whose kernels are adapted."""
 
 
 def dropout_key(module: nnx.Module, spec: AdapterSpec, m: Any) -> PRNGKeyArray | None:

@@ -121,8 +121,7 @@ def set_adapters(
 ) -> None:
     """Put M's into an adapted model: of a file, a Linen twin or another model.
 
-    What `serving.select` returns gives each row of the batches to come an adapter of
-    its own.
+    What `serving.select` returns gives each row of later batches an adapter of its own.
 
     Args:
       model: An adapted model, as `wrap` makes it. It is changed in place.

@@ -123,8 +123,7 @@ def wrap(
 def _check_layer(module: nnx.Module, spec: AdapterSpec, traced: bool) -> None:
     """Raise if an adapter would change nothing in a layer, or something else."""
     cls = plain_class(module)
-    rule = planning_rules(module).get(spec.path[-1])
-    if rule is None:
+    if (rule := planning_rules(module).get(spec.path[-1])) is None:
         raise unknown_use(spec.name, cls, "__call__")
     product = rule.product(module)
     if not traced:

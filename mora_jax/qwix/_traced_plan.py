@@ -32,10 +32,9 @@ def trace(function: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Any,
 
 
 def plan_of(model: Any, *args: Any, **kwargs: Any) -> Plan:
-    """The plan that a model with a `MoRAProvider` follows.
+    """The plan that a model with a `MoRAProvider` follows, for `merge` and `save`.
 
-    It is what `mora_jax.save` and `merge` want. A Linen model is initialised
-    abstractly for it, which computes nothing.
+    A Linen model is initialised abstractly for it, which computes nothing.
 
     Args:
       model: A model of `qwix.apply_lora_to_model`, of either Flax API.
