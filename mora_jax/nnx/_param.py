@@ -19,6 +19,8 @@ from mora_jax._plan.trained_arrays import TrainedArray
 from mora_jax._tree.paths import unboxed
 from mora_jax.sharding import adapter_sharding
 
+DROPOUT = "dropout_mora"
+
 
 class MoRAParam(nnx.LoRAParam[Any]):
     """The square matrix M of one kernel; its metadata `spec` says how it is adapted.
@@ -106,9 +108,6 @@ def hold_adapter(module: nnx.Module, spec: AdapterSpec, m: Any, seed: int) -> No
         dropout: Any = nnx.Dropout(spec.dropout)
         dropout.seed = seed
         setattr(module, DROPOUT, dropout)
-
-
-DROPOUT = "dropout_mora"
 
 
 def dropout_key(module: nnx.Module, spec: AdapterSpec, m: Any) -> PRNGKeyArray | None:
