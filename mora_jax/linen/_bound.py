@@ -90,10 +90,11 @@ def params_of(variables: Any) -> Any:
 def running_m(
     module: nn.Module, spec: AdapterSpec, box: Callable[[jax.Array], Any] = lambda m: m
 ) -> Any:
-    """M, or one for each row of a batch; made and boxed where the module is new."""
+    """M, or one for each row of a batch; made and boxed in the module's `init`."""
     assert module.scope is not None
     name = spec.path[-1] + SUFFIX
     given = module.scope.get_variable("params", name)
     if given is not None:
         return adapter_of(given, spec, by_row=True)
+    # Other libraries, such as gemma, replace `module.param`; one wants a shape.
     return module.scope.param(name, lambda key: box(init_adapter(spec, key)))

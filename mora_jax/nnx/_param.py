@@ -81,7 +81,7 @@ class TrainedParam(MoRAParam):
 
 
 def held(module: nnx.Module, kernel: str) -> tuple[AdapterSpec, Any] | None:
-    """The adapter of a module's kernel, and M or the slots of many; None without."""
+    """A kernel's adapter, and its M or the slots of many; None without an adapter."""
     m: Any = getattr(module, kernel + SUFFIX, None)
     if m is None:
         return None

@@ -46,7 +46,7 @@ def adapter_variables(
 ) -> tuple[
     list[tuple[AdapterSpec, MoRAParam]], list[tuple[TrainedArray, TrainedParam]]
 ]:
-    """The M's of a model and its arrays that train, in the order of their paths."""
+    """(present spec, variable) of each M, and of each array that trains, by path."""
     ms, copies = [], []
     for _, path, m in attributes(model, MoRAParam):
         if isinstance(m, TrainedParam):
