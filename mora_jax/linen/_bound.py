@@ -96,5 +96,5 @@ def running_m(
     given = module.scope.get_variable("params", name)
     if given is not None:
         return adapter_of(given, spec, by_row=True)
-    # Other libraries, such as gemma, replace `module.param`; one wants a shape.
+    # Not by `module.param`, which other libraries, such as gemma, replace.
     return module.scope.param(name, lambda key: box(init_adapter(spec, key)))
