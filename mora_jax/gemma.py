@@ -179,5 +179,4 @@ class MoRA(nn.Module):
 
     def __kontext_keys__(self) -> dict[str, str | None]:
         """The keys by which Kauldron finds the model's inputs in a batch."""
-        kontext = importlib.import_module("kauldron.kontext")
-        return kontext.get_keypaths(self.model)
+        return importlib.import_module("kauldron.kontext").get_keypaths(self.model)

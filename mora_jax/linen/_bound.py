@@ -1,39 +1,33 @@
-"""Adapters inside the params of a running model."""
+"""Adapters inside the params of a running model, and the calls that meet them."""
 
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
-from jaxtyping import PRNGKeyArray
 
+from mora_jax._common.types import Path
+from mora_jax._flax.adapted_call import LayerCall
+from mora_jax._flax.layer_rules import rules_of
 from mora_jax._plan.spec import SUFFIX, AdapterSpec
 from mora_jax._tree.adapters import init_adapter
 from mora_jax._tree.paths import adapter_of
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["m"], meta_fields=["spec"]
-)
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class BoundAdapter:
     """M in the params of a running model, with its spec as static metadata.
 
-    So the spec travels wherever Flax carries the parameters: into scanned and vmapped
-    layers, and into the cache keys of `nn.jit`, which would otherwise serve a program
-    that was traced for another plan. While a plan is made, M is None, and the spec is
-    the recorder with the path of the kernel.
+    While a plan is made, M is None, and the spec is a mark with the path of the kernel.
     """
 
+    # As metadata the spec travels wherever Flax carries the parameters: into scanned
+    # and vmapped layers, and into the cache keys of `nn.jit`, which would otherwise
+    # serve a program that was traced for another plan.
     m: Any
-    spec: Any
-
-    @classmethod
-    def of(cls, spec: AdapterSpec, m: Any) -> "BoundAdapter":
-        # Without the path, so that equal layers under nn.jit share one program.
-        return cls(m, dataclasses.replace(spec, path=spec.path[-1:]))
+    spec: Any = dataclasses.field(metadata={"static": True})
 
 
 def adapters_of(module: nn.Module) -> dict[str, BoundAdapter]:
@@ -44,6 +38,38 @@ def adapters_of(module: nn.Module) -> dict[str, BoundAdapter]:
         for key, value in params.items()
         if isinstance(value, BoundAdapter)
     }
+
+
+def layer_calls(
+    see: Callable[[nn.Module, Path, str, Mapping[str, BoundAdapter]], None],
+    run: Callable[[LayerCall, BoundAdapter], Any],
+) -> Callable[..., Any]:
+    """A function for `nn.intercept_methods` that finds the adapter of each call.
+
+    `see` is told of any call: the module, the path of its scope, the method, and the
+    adapters in the scope. `run` returns the output of a call whose kernel has one.
+    """
+    running: list[nn.Module] = []
+
+    def intercept(
+        method: Callable[..., Any], args: Any, kwargs: Any, context: Any
+    ) -> Any:
+        module, name = context.module, context.method_name
+        # A rule covers all that its method calls of the same layer.
+        if module.scope is None or any(module is caller for caller in running):
+            return method(*args, **kwargs)
+        adapters = adapters_of(module)
+        see(module, module.scope.path, name, adapters)
+        rule = rules_of(type(module)).get(name)
+        if rule is None or (adapter := adapters.get(rule.name(module))) is None:
+            return method(*args, **kwargs)
+        running.append(module)
+        try:
+            return run(LayerCall(rule, module, method, args, kwargs), adapter)
+        finally:
+            running.pop()
+
+    return intercept
 
 
 def check_model(model: Any) -> None:
@@ -62,29 +88,13 @@ def params_of(variables: Any) -> Any:
 
 
 def running_m(
-    module: nn.Module, spec: AdapterSpec, box: Callable[[jax.Array], Any]
+    module: nn.Module, spec: AdapterSpec, box: Callable[[jax.Array], Any] = lambda m: m
 ) -> Any:
-    """M, or one for each row of a batch; made where the module is initialised.
-
-    Args:
-      module: The module that runs.
-      spec: The adapter of one of its kernels.
-      box: A function of a new M that puts it in the box that it is stored in.
-
-    Raises:
-      flax.errors.ScopeParamNotFoundError: The params of a call lack M.
-    """
+    """M, or one for each row of a batch; made and boxed in the module's `init`."""
     assert module.scope is not None
     name = spec.path[-1] + SUFFIX
     given = module.scope.get_variable("params", name)
     if given is not None:
         return adapter_of(given, spec, by_row=True)
+    # Not by `module.param`, which other libraries, such as gemma, replace.
     return module.scope.param(name, lambda key: box(init_adapter(spec, key)))
-
-
-def running_dropout_key(
-    module: nn.Module, spec: AdapterSpec, m: Any
-) -> PRNGKeyArray | None:
-    """The key of dropout in a call that was given one; otherwise None."""
-    drops = spec.dropout > 0 and module.has_rng("dropout")
-    return module.make_rng("dropout") if drops else None

@@ -1,18 +1,17 @@
 """A dense layer with its adapter."""
 
 import functools
-from typing import Any
 
 import flax.linen as nn
 import jax
-from jaxtyping import Float, PRNGKeyArray, Shaped
+from jaxtyping import Float, Shaped
 
 from mora_jax._common.types import ArrayLike
 from mora_jax._flax.adapted_call import LayerCall, adapt_call
 from mora_jax._flax.layer_rules import rules_of
 from mora_jax._plan.settings import MoRAConfig, check_config
-from mora_jax._plan.spec import SUFFIX, AdapterSpec
-from mora_jax._tree.adapters import init_adapter
+from mora_jax._plan.spec import AdapterSpec
+from mora_jax.linen._bound import running_m
 
 
 class MoRADense(nn.Dense):
@@ -32,8 +31,7 @@ class MoRADense(nn.Dense):
 
       >>> import jax, jax.numpy as jnp
       >>> import mora_jax
-      >>> config = mora_jax.MoRAConfig(rank=2)
-      >>> layer = mora_jax.MoRADense(features=16, config=config)
+      >>> layer = mora_jax.MoRADense(features=16, config=mora_jax.MoRAConfig(rank=2))
       >>> variables = layer.init(jax.random.key(0), jnp.ones((1, 16)))
       >>> jax.tree.map(jnp.shape, variables["params"])
       {'bias': (16,), 'kernel': (16, 16), 'kernel_mora': (8, 8)}
@@ -74,12 +72,6 @@ class MoRADense(nn.Dense):
             "deterministic", self.deterministic, deterministic
         ):
             key = self.make_rng("dropout")
-
-        # Other libraries, such as gemma, replace `param` by one that wants a shape.
-        def start(key: PRNGKeyArray, *_: Any, **__: Any) -> jax.Array:
-            return init_adapter(spec, key)
-
         rule, method = rules_of(nn.Dense)["__call__"], super().__call__
         call = LayerCall(rule, self, method, (inputs,), {})
-        get_m = functools.partial(self.param, f"kernel{SUFFIX}", start, spec.shape)
-        return adapt_call(call, spec, get_m, key)
+        return adapt_call(call, spec, functools.partial(running_m, self, spec), key)

@@ -1,12 +1,12 @@
 """Adapters for unmodified models."""
 
 import dataclasses
-import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
 
+from mora_jax._common.types import Path
 from mora_jax._common.warnings import warn
 from mora_jax._flax.adapted_call import LayerCall, adapt_call
 from mora_jax._flax.layer_rules import rules_of, unknown_use
@@ -25,6 +25,7 @@ from mora_jax.linen._bound import (
     BoundAdapter,
     adapters_of,
     check_model,
+    layer_calls,
     params_of,
 )
 from mora_jax.linen._plan import plan as plan_model
@@ -32,12 +33,7 @@ from mora_jax.linen._plan import plan as plan_model
 
 @dataclasses.dataclass(eq=False)
 class AdaptedApply:
-    """A model's `apply` with adapters, as `wrap` makes it.
-
-    Attributes:
-      model: The model, which stays as it is.
-      plan: The plan of the adapters.
-    """
+    """A model's `apply` with adapters, as `wrap` makes it."""
 
     model: nn.Module
     plan: Plan
@@ -52,20 +48,24 @@ class AdaptedApply:
         **kwargs: Any,
     ) -> Any:
         """The model's `apply` with adapters; see `wrap`."""
-        plan, drops = self.plan, any(spec.dropout > 0 for spec in self.plan.specs)
-        if drops and adapter_deterministic is None:
+        plan = self.plan
+        if adapter_deterministic is None and any(s.dropout > 0 for s in plan.specs):
             raise ValueError(
                 "the plan has dropout: adapter_deterministic must be True or False, "
                 "got None"
             )
-        items = adapter_items(adapters, plan, by_row=True)
-        bound = {adapter_path(spec): BoundAdapter.of(spec, m) for spec, m in items}
+        bound = {}
+        for spec, m in adapter_items(adapters, plan, by_row=True):
+            # Without their paths equal layers under nn.jit share one program.
+            own = dataclasses.replace(spec, path=spec.path[-1:])
+            bound[adapter_path(spec)] = BoundAdapter(m, own)
         base = params_of(variables)
         trained = trained_items(adapters, plan) if plan.trained else []
         params = with_ms(with_trained(base, trained), bound)
-        interceptor = _Interceptor(plan, bool(adapter_deterministic))
-        with nn.intercept_methods(interceptor):
+        adapting = _Adapting(plan, bool(adapter_deterministic))
+        with nn.intercept_methods(layer_calls(adapting.see, adapting.run)):
             result = self.model.apply({**variables, "params": params}, *args, **kwargs)
+        adapting.refuse_unused()
         if not kwargs.get("mutable"):
             return result
         output, updated = result
@@ -94,20 +94,18 @@ def wrap(
     *args: Any,
     **kwargs: Any,
 ) -> AdaptedApply:
-    """The `apply` of an unmodified model, with adapters (PEFT's `get_peft_model`).
+    """The `apply` of an unmodified model, with adapters.
 
     The model's own code runs. Each planned layer adds its adapter's delta to what its
     methods return, wherever the layer is: in `nn.scan`, `nn.remat`, `nn.vmap` or
     `nn.jit`, in modules with `setup` or `nn.compact`.
 
-    With `MoRAConfig(dropout=...)` each call says whether it drops:
-    `adapter_deterministic=` must be given. With False, the keys come from
-    `rngs={"dropout": key}`.
+    With `MoRAConfig(dropout=...)` each call says by `adapter_deterministic=` whether it
+    drops. With False, the keys come from `rngs={"dropout": key}`.
 
     Args:
       model: Any Linen module. It stays as it is.
-      config_or_plan: A config, None for the defaults, or a plan, as `linen.plan` makes
-        it.
+      config_or_plan: A config, None for the defaults, or a plan of `linen.plan`.
       variables: With a config, the model's variables, arrays or shapes.
       *args: With a config, the inputs of a call, arrays or shapes.
       **kwargs: Further inputs, by name.
@@ -116,17 +114,14 @@ def wrap(
       A function `apply(adapters, variables, *args, **kwargs)`: `model.apply` with the
       adapters first, so that `jax.grad` differentiates by them alone. Arrays that the
       plan trains are read from the adapters, and not from `variables`. Its attribute
-      `plan` is the plan, from which `mora_jax.init` makes the adapters. The adapters
-      are numbers alone, which cannot tell whether they were made for this plan: a
-      checkpoint should hold `io.plan_to_json(plan)` as well. Collections that a call
-      updates, such as the statistics of BatchNorm, are not part of the adapters; a
-      `MoRAWarning` says so.
+      `plan` is the plan, from which `mora_jax.init` makes the adapters; a checkpoint
+      should hold `io.plan_to_json(plan)` beside them. Collections that a call updates,
+      such as BatchNorm's statistics, are not among them; a `MoRAWarning` says so.
 
     Raises:
       TypeError, ValueError: As `linen.plan`; a config without variables, or variables
-        with a plan. In a call: adapters that do not fit the plan; a plan that does not
-        fit the model; an adapter on a layer class that is not known (see
-        `register_layer`).
+        with a plan. In a call: adapters or a model that do not fit the plan; an adapter
+        on a layer class that is not known (see `register_layer`).
 
     Example::
 
@@ -136,8 +131,7 @@ def wrap(
       >>> layers = [nn.Dense(16) for _ in range(2)]
       >>> model, x = nn.Sequential(layers), jnp.ones((1, 16))
       >>> variables = model.init(jax.random.key(0), x)
-      >>> config = mora_jax.MoRAConfig(rank=2)
-      >>> apply = mora_jax.linen.wrap(model, config, variables, x)
+      >>> apply = mora_jax.linen.wrap(model, mora_jax.MoRAConfig(rank=2), variables, x)
       >>> adapters = mora_jax.init(apply.plan)
       >>> bool((apply(adapters, variables, x) == model.apply(variables, x)).all())
       True
@@ -160,71 +154,49 @@ def wrap(
     return AdaptedApply(model, plan)
 
 
-NORMALISING = (nn.WeightNorm, nn.SpectralNorm)
-"""Flax's modules that change the kernels of the layer that they hold."""
-
-
-class _Interceptor:
-    """Adds each adapter's delta to the output of the layer that has it in its params.
-
-    Modules that share a scope (`nn.share_scope`) see each other's adapters. So it is
-    checked when the outermost of them is done that every adapter was used.
-    """
+class _Adapting:
+    """Adds the delta of each adapter to the output of the layer that has it."""
 
     def __init__(self, plan: Plan, deterministic: bool) -> None:
         self.traced, self.deterministic = plan.traced, deterministic
-        self.running: list[tuple[nn.Module, Any]] = []
-        self.used: set[tuple[Any, str]] = set()
+        # {path of a kernel: class and method of the first call that could use it}; None
+        # for a kernel whose delta was added.
+        self.unused: dict[Path, tuple[type, str] | None] = {}
 
-    def __call__(
-        self, method: Callable[..., Any], args: Any, kwargs: Any, context: Any
-    ) -> Any:
-        if isinstance(context.module, NORMALISING):
-            _refuse_normalised(context.module)
-        module: Any = context.module
-        name = context.method_name
-        adapters = adapters_of(module)
-        running = any(module is caller for caller, _ in self.running)
-        if name == "setup" or not adapters or running:
-            return method(*args, **kwargs)
-        scope, rules = module.scope.path, rules_of(type(module))
-        outermost = all(scope != outer for _, outer in self.running)
-        call, rule = functools.partial(method, *args, **kwargs), rules.get(name)
-        lacking_rule = {r.name(module) for r in rules.values()} if rule is None else ()
-        for kernel in adapters.keys() & lacking_rule:
-            raise unknown_use("/".join((*scope, kernel)), type(module), name)
-        if rule is not None and (kernel := rule.name(module)) in adapters:
-            self.used.add((scope, kernel))
-            adapted = LayerCall(rule, module, method, args, kwargs)
-            call = self._adapted(adapted, adapters[kernel])
-        self.running.append((module, scope))
-        try:
-            y = call()
-        finally:
-            self.running.pop()
-        for kernel in adapters if outermost else ():
-            if (scope, kernel) not in self.used:
-                raise unknown_use("/".join((*scope, kernel)), type(module), name)
-        return y
+    def see(
+        self, module: Any, scope: Path, method: str, adapters: Mapping[str, Any]
+    ) -> None:
+        cls, rules = type(module), rules_of(type(module))
+        if isinstance(module, nn.WeightNorm | nn.SpectralNorm):
+            inside: Any = module.layer_instance
+            for kernel in adapters_of(inside):  # its delta would not be normalised
+                name = "/".join((*inside.scope.path, kernel))
+                raise ValueError(
+                    f"{name}: {cls.__name__} changes this kernel before its layer "
+                    "multiplies, so that the adapted and the merged model would "
+                    "differ; exclude it"
+                )
+        if method == "setup":
+            return
+        # Modules that share a scope (`nn.share_scope`) see each other's adapters. So
+        # only the whole call shows that no method used one.
+        for kernel in adapters:
+            self.unused.setdefault((*scope, kernel), (cls, method))
+        for rule in rules.values() if adapters and method not in rules else ():
+            if (kernel := rule.name(module)) in adapters:
+                raise unknown_use("/".join((*scope, kernel)), cls, method)
 
-    def _adapted(self, call: LayerCall, adapter: BoundAdapter) -> Callable[[], Any]:
-        """The call of a method with the adapter of its kernel."""
+    def run(self, call: LayerCall, adapter: BoundAdapter) -> Any:
         path = (*call.module.scope.path, *adapter.spec.path)
         spec, key = dataclasses.replace(adapter.spec, path=path), None
+        self.unused[path] = None
         if not self.traced:
             refuse_untraced(spec.name, call.read()[0])
         if spec.dropout > 0 and not self.deterministic:
             key = call.module.make_rng("dropout")
-        return functools.partial(adapt_call, call, spec, lambda: adapter.m, key)
+        return adapt_call(call, spec, lambda: adapter.m, key)
 
-
-def _refuse_normalised(module: Any) -> None:
-    """Raise if the layer inside has an adapter, whose delta would be normalised."""
-    inside = module.layer_instance
-    for kernel in adapters_of(inside):
-        name = "/".join((*inside.scope.path, kernel))
-        raise ValueError(
-            f"{name}: {type(module).__name__} changes this kernel before its layer "
-            "multiplies, so that the adapted and the merged model would differ; "
-            "exclude it"
-        )
+    def refuse_unused(self) -> None:
+        for path, use in self.unused.items():
+            if use is not None:
+                raise unknown_use("/".join(path), *use)

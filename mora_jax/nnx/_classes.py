@@ -1,12 +1,4 @@
-"""Derived classes: layers whose methods run on a plain copy of the layer.
-
-A layer keeps its attributes and the name of its class, and with them the paths of its
-parameters. A method that has a rule, or that reads folded kernels, makes a copy of the
-plain class, without M's, and runs there. So whatever the method does (`nnx.remat` of a
-part, calls of other methods) adds no delta a second time, other threads may be in the
-same layer, and qwix, which takes an array for a weight if a parameter has its shape,
-sees no M.
-"""
+"""Derived classes: layers whose methods run on a plain copy of the layer."""
 
 import contextlib
 import functools
@@ -22,35 +14,36 @@ from mora_jax._flax.adapted_call import LayerCall, adapt_call
 from mora_jax._flax.layer_rules import folded_kernels, rules_of, unknown_use
 from mora_jax._layer.folded_kernel import folded_kernel
 from mora_jax._plan.spec import SUFFIX
-from mora_jax.nnx._param import AdapterDropout, TrainedParam, is_m, value_of
-
-DROPOUT = "dropout_mora"
-
-Run = Callable[[nnx.Module, LayerCall], Any]
-"""(layer, call of its plain copy) to what the call returns."""
+from mora_jax.nnx._param import TrainedParam, dropout_key, held
 
 Read = Callable[[nnx.Module, str, jax.Array], jax.Array]
 """(layer, name of its kernel, the kernel) to what its methods read."""
 
 
-def derived(cls: type, run: Run, read: Read) -> type:
+def derived(cls: type, run: Callable[[nnx.Module, LayerCall], Any], read: Read) -> type:
     """A subclass of `cls` with the same name, whose methods run on plain copies.
 
-    A method that has a rule runs through `run`. A `products.Folded` kernel of a copy is
-    what `read` makes of it.
+    `run(layer, call of its copy)` returns what a method that has a rule returns, and
+    `read` the `products.Folded` kernels of a copy.
     """
+    # On a copy without M's, whatever the method does (`nnx.remat` of a part, calls of
+    # other methods) adds no delta a second time, other threads may be in the same
+    # layer, and qwix, which takes an array for a weight if a parameter has its shape,
+    # sees no M.
     rules, folded = rules_of(cls), folded_kernels(cls)
 
     def wrapped(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
         rule = rules.get(name)
+        # A method without a rule may call those that have one, so its copy is adapted.
+        inside = read if rule is not None or folded else None
+        is_public = name[0] != "_" or name == "__call__"
 
         @functools.wraps(method)
         def call(self: nnx.Module, *args: Any, **kwargs: Any) -> Any:
-            if rule is None and not folded:
-                _refuse_unknown(self, cls, name)
-                with _copied(self, None) as copy:  # may call methods that have rules
-                    return method(copy, *args, **kwargs)
-            with _copied(self, read) as copy:
+            is_adapted = any(key.endswith(SUFFIX) for key in vars(self))
+            if is_adapted and is_public and inside is None:
+                raise unknown_use("kernel", cls, name)
+            with _copied(self, inside) as copy:
                 own = functools.partial(method, copy)
                 if rule is None:
                     return own(*args, **kwargs)
@@ -79,28 +72,21 @@ def set_class(module: nnx.Module, cls: type) -> None:
     object.__setattr__(module, "__class__", cls)
 
 
-def _refuse_unknown(module: nnx.Module, cls: type, method: str) -> None:
-    """Raise for a method without a rule that may use an adapted kernel."""
-    public = method[0] != "_" or method == "__call__"
-    if public and any(map(is_m, vars(module).values())):
-        raise unknown_use("kernel", cls, method)
-
-
 @contextlib.contextmanager
 def _copied(module: nnx.Module, read: Read | None) -> Iterator[Any]:
     """A copy of a layer for one call, with the same variables.
 
     With `read` it is of the plain class without M's. Without, it is still an adapted
-    layer. An array that trains in float32 has the base's dtype, since the dtype of what
-    a layer computes often follows from its parameters. What the call sets, such as
-    intermediate values, is set on the layer as well.
+    layer. What the call sets, such as intermediate values, is set on the layer as well.
     """
-    cls = type(module) if read is None else plain_class(module)
-    attributes = {
-        name: value.plain() if _is_wider(value) else value
-        for name, value in vars(module).items()
-        if read is None or not is_m(value)
-    }
+    cls, attributes = type(module) if read is None else plain_class(module), {}
+    for name, value in vars(module).items():
+        # An array that trains in float32 has the base's dtype in the copy, since the
+        # dtype of what a layer computes often follows from its parameters.
+        if isinstance(value, TrainedParam) and value.dtype != value.spec.base_dtype:
+            value = value.plain()
+        if read is None or not name.endswith(SUFFIX):
+            attributes[name] = value
     for name in folded_kernels(cls):
         variable = attributes.get(name)
         if read is not None and isinstance(variable, nnx.Variable):
@@ -113,10 +99,6 @@ def _copied(module: nnx.Module, read: Read | None) -> Iterator[Any]:
     own.update({k: v for k, v in after.items() if v is not attributes.get(k)})
     for name in attributes.keys() - after.keys():  # qwix deletes statistics
         own.pop(name, None)
-
-
-def _is_wider(value: Any) -> bool:
-    return isinstance(value, TrainedParam) and value.spec.dtype != value.spec.base_dtype
 
 
 # --- Adapted layers ---
@@ -137,24 +119,21 @@ def _adapted_class(cls: type, *rules: Any) -> type:
 
 def _with_adapter(module: Any, call: LayerCall) -> Any:
     """The output of a method that has a rule, with the adapter's delta added."""
-    kernel = call.rule.name(module)
-    m = getattr(module, kernel + SUFFIX, None)
-    if m is None:  # another kernel of the layer is adapted
+    adapter = held(module, call.rule.name(module))
+    if adapter is None:  # another kernel of the layer is adapted
         return call.method(*call.args, **call.kwargs)
-    dropout, key = getattr(module, DROPOUT, None), None
-    if isinstance(dropout, AdapterDropout) and not dropout.deterministic:
-        key = dropout.key(value_of(m), getattr(module, kernel))
-    return adapt_call(call, m.spec, functools.partial(value_of, m), key)
+    spec, m = adapter
+    return adapt_call(call, spec, lambda: m, dropout_key(module, spec, m))
 
 
 def _with_delta(module: nnx.Module, name: str, kernel: jax.Array) -> jax.Array:
     """The kernel of a module with the delta of its adapter, if it has one."""
-    m: Any = getattr(module, name + SUFFIX, None)
-    if m is None:
+    adapter = held(module, name)
+    if adapter is None:
         return kernel
     if not (hasattr(kernel, "dtype") and jnp.issubdtype(kernel.dtype, jnp.floating)):
         raise TypeError(
             f"{name} of {type(module).__name__} must be a floating-point array for "
             f"products.Folded, got {type(kernel).__name__}; is it quantized?"
         )
-    return folded_kernel(m.spec, value_of(m), kernel)
+    return folded_kernel(*adapter, kernel)

@@ -1,4 +1,4 @@
-"""What an adapted module holds: M, arrays that train themselves, and dropout."""
+"""Variables and the dropout of an adapted module."""
 
 import dataclasses
 from typing import Any
@@ -7,15 +7,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import PRNGKeyArray
 
 from mora_jax._common.checks import check_seed
 from mora_jax._layer.slots import Selected
 from mora_jax._mesh.placement import explicit_sharding, with_auto_axes
-from mora_jax._plan.spec import AdapterSpec, check_same
+from mora_jax._plan.spec import SUFFIX, AdapterSpec, check_same
 from mora_jax._plan.trained_arrays import TrainedArray
 from mora_jax._tree.paths import unboxed
+from mora_jax.sharding import adapter_sharding
+
+DROPOUT = "dropout_mora"
 
 
 class MoRAParam(nnx.LoRAParam[Any]):
@@ -34,27 +38,24 @@ class MoRAParam(nnx.LoRAParam[Any]):
         """M with its spec, without the path, so that equal layers can be stacked."""
         return cls(m, spec=dataclasses.replace(spec, path=spec.path[-1:]))
 
-    def __setitem__(self, key: Any, value: Any) -> None:
-        self._check(value)
-        super().__setitem__(key, value)
-
     def set_value(self, value: Any, **kwargs: Any) -> None:
-        self._check(value)
+        if isinstance(value, MoRAParam):
+            self._check(value.spec)
         super().set_value(value, **kwargs)
 
-    def _check(self, value: Any) -> None:
-        if isinstance(value, MoRAParam):
-            check_same(value.spec, self.spec)
+    def _check(self, spec: AdapterSpec) -> None:
+        check_same(spec, self.spec)
 
 
 class TrainedParam(MoRAParam):
     """Array of the base that trains itself, instead of the base's variable.
 
-    It is a subclass of `MoRAParam`, so that what trains, saves or counts adapters by
-    that type does so with it too. It has the metadata of the base's variable, with a
-    `spec` that says which dtype the base has, and the base's type as `base_type`.
+    It has the metadata of that variable, its type as `base_type`, and a `spec`, which
+    says which dtype the base has.
     """
 
+    # A subclass of `MoRAParam`, so that all that trains, saves or counts adapters by
+    # that type does so with it too.
     spec: TrainedArray  # type: ignore[assignment]
 
     @classmethod
@@ -72,63 +73,70 @@ class TrainedParam(MoRAParam):
         spec, base_type = metadata.pop("spec"), metadata.pop("base_type")
         return base_type.from_metadata(self[...].astype(spec.base_dtype), metadata)
 
-    def _check(self, value: Any) -> None:
-        if isinstance(value, MoRAParam) and value.spec != self.spec:
+    def _check(self, spec: Any) -> None:
+        if spec != self.spec:
             raise ValueError(
-                f"{self.spec.name} is trained as {self.spec}, got a variable of "
-                f"{value.spec}"
+                f"{self.spec.name} is trained as {self.spec}, got a variable of {spec}"
             )
 
 
-def value_of(m: MoRAParam) -> Any:
-    """The numbers of an M; or the slots of many, as `serving.select` puts them."""
-    held = unboxed(m)
-    return held if isinstance(held, Selected) else m[...]
+def held(module: nnx.Module, kernel: str) -> tuple[AdapterSpec, Any] | None:
+    """A kernel's adapter, and its M or the slots of many; None without an adapter."""
+    m: Any = getattr(module, kernel + SUFFIX, None)
+    if m is None:
+        return None
+    value = unboxed(m)
+    return m.spec, value if isinstance(value, Selected) else m[...]
 
 
-def is_m(value: Any) -> bool:
-    """True if `value` is the variable of an M, and not of an array that trains."""
-    return isinstance(value, MoRAParam) and not isinstance(value, TrainedParam)
+def named_sharding(variable: nnx.Variable[Any]) -> NamedSharding | None:
+    """The sharding of a variable over a mesh; None in a trace and on one device."""
+    value, *others = jax.tree.leaves(variable)
+    if others or not isinstance(value, jax.Array) or isinstance(value, Tracer):
+        return None
+    return value.sharding if isinstance(value.sharding, NamedSharding) else None
 
 
-class AdapterDropout(nnx.Dropout):
-    """Flax's switch of dropout, with keys that follow from what the layer holds.
-
-    The key of a call depends on the seed, on M, which each step of an optimizer
-    changes, and on the kernel, which differs between layers. All of these are inputs of
-    the layer. So lifted transformations, rematerialization and resumed runs draw the
-    same masks, and the model's state holds nothing except its parameters.
-
-    Attributes:
-      seed: The seed that all masks share.
-    """
-
-    def __init__(self, rate: float, seed: int):
-        super().__init__(rate)
+def hold_adapter(module: nnx.Module, spec: AdapterSpec, m: Any, seed: int) -> None:
+    """Put M beside its kernel, on the same mesh, and the switch of its dropout."""
+    name = spec.path[-1]
+    if sharding := named_sharding(getattr(module, name)):
+        m = jax.device_put(m, adapter_sharding(spec, sharding))
+    setattr(module, name + SUFFIX, MoRAParam.of(spec, m))
+    if spec.dropout > 0:
         check_seed(seed)
-        self.seed = seed
+        dropout: Any = nnx.Dropout(spec.dropout)
+        dropout.seed = seed
+        setattr(module, DROPOUT, dropout)
 
-    def key(self, m: Any, kernel: Any) -> PRNGKeyArray:
-        """The key for one call of a layer; M and the kernel may be trees of arrays."""
-        m, leaf = jax.tree.leaves(m)[0], jax.tree.leaves(kernel)[0]
 
-        def make_key(m: jax.Array, leaf: jax.Array) -> PRNGKeyArray:
-            first = leaf[(0,) * (leaf.ndim - 1)][:16]  # to read all would take long
-            key = jax.random.fold_in(jax.random.key(np.uint32(self.seed)), _hash(m))
-            return jax.random.fold_in(key, _hash(first))
+def dropout_key(module: nnx.Module, spec: AdapterSpec, m: Any) -> PRNGKeyArray | None:
+    """The key of a call's dropout; None where nothing is dropped."""
+    # It depends on the seed, on M, which each step of an optimizer changes, and on the
+    # kernel, which differs between layers. All of these are inputs of the layer. So
+    # lifted transformations, rematerialization and resumed runs draw the same masks,
+    # and the model's state holds nothing except its parameters.
+    dropout: Any = getattr(module, DROPOUT, None)
+    if dropout is None or dropout.deterministic:
+        return None
+    kernel = jax.tree.leaves(getattr(module, spec.path[-1]))[0]  # it may be quantized
+    m = jax.tree.leaves(m)[0]  # or one for each row
 
-        for sharding in filter(None, map(explicit_sharding, (m, leaf))):
-            replicated = NamedSharding(sharding.mesh, PartitionSpec())
-            return with_auto_axes(make_key, replicated, m, leaf)
-        return make_key(m, leaf)
+    def make_key(m: jax.Array, kernel: jax.Array) -> PRNGKeyArray:
+        first = kernel[(0,) * (kernel.ndim - 1)][:16]  # to read all would take long
+        key = jax.random.fold_in(jax.random.key(np.uint32(dropout.seed)), _hash(m))
+        return jax.random.fold_in(key, _hash(first))
+
+    for sharding in filter(None, map(explicit_sharding, (m, kernel))):
+        replicated = NamedSharding(sharding.mesh, PartitionSpec())
+        return with_auto_axes(make_key, replicated, m, kernel)
+    return make_key(m, kernel)
 
 
 def _hash(x: jax.Array) -> jax.Array:
-    """32 bits that change with any number in `x`, and with its position.
-
-    They are the sum of the numbers' bits, each multiplied by another odd number, modulo
-    2^32. There an odd number has an inverse, so no factor loses any bits.
-    """
+    """32 bits that change with any number in `x`, and with its position."""
+    # The sum of the numbers' bits, each multiplied by another odd number, modulo 2^32.
+    # There an odd number has an inverse, so no factor loses any bits.
     bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32).ravel()
     position = jax.lax.iota(jnp.uint32, bits.size)
     odd = (position * jnp.uint32(2) + jnp.uint32(1)) * jnp.uint32(0x9E3779B1)

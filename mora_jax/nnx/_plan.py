@@ -1,6 +1,5 @@
 """A plan of a model, by what its layers compute."""
 
-from collections.abc import Sequence
 from typing import Any
 
 from flax import nnx
@@ -14,7 +13,7 @@ from mora_jax._plan.settings import MoRAConfig, check_config
 from mora_jax._tree.paths import named_leaves
 from mora_jax.nnx._classes import derived, set_class
 from mora_jax.nnx._param import MoRAParam
-from mora_jax.nnx._state import named_modules
+from mora_jax.nnx._state import attributes, named_modules, traceable
 
 
 def plan(
@@ -22,10 +21,8 @@ def plan(
 ) -> Plan:
     """`mora_jax.plan` for an NNX model, by what each of its layers computes.
 
-    The model is traced if the inputs of a call are given. Kernels of any number of axes
-    are understood, also stacked ones (`nnx.scan`, `nnx.vmap`). The default targets are
-    the kernels of all dense layers, except those whose names say head, classifier,
-    embedding and the like.
+    Kernels and default targets are those that `linen.plan` says. The model is traced
+    if the inputs of a call are given.
 
     Args:
       model: Any NNX module, of arrays or (by `nnx.eval_shape`) of shapes.
@@ -35,22 +32,17 @@ def plan(
         which a model might also read elsewhere (a tied head).
       **kwargs: Further inputs, by name.
 
-    Returns:
-      The plan.
-
     Raises:
-      TypeError, ValueError: As `mora_jax.plan`; a target whose layer class is not known
-        (see `register_layer`), or whose layer computes something that its rule does not
-        say; an embedding that is read outside of its layer, or might be; a module or a
-        kernel that the model holds twice; a model that has adapters already.
+      TypeError, ValueError: As `linen.plan`; an embedding that might be read outside of
+        its layer; a module or a kernel that the model holds twice; a model that has
+        adapters already.
 
     Example::
 
       >>> from flax import nnx
       >>> import mora_jax
       >>> model = nnx.MultiHeadAttention(4, 64, decode=False, rngs=nnx.Rngs(0))
-      >>> config = mora_jax.MoRAConfig(rank=2)
-      >>> plan = mora_jax.nnx.plan(model, config)
+      >>> plan = mora_jax.nnx.plan(model, mora_jax.MoRAConfig(rank=2))
       >>> {path: spec.axes for path, spec in plan.items()}
       {'key/kernel': 'ioo', 'out/kernel': 'iio', 'query/kernel': 'ioo',
        'value/kernel': 'ioo'}
@@ -61,17 +53,23 @@ def plan(
     survey = Survey()
     for path, module in named_modules(model):
         survey.classes["/".join(path)] = type(module).__name__
-        rules, folded = planning_rules(module), folded_kernels(type(module))
-        for key, value in vars(module).items() if rules else ():
-            if not isinstance(value, nnx.Variable):
-                continue
-            name = "/".join((*path, key))
-            if key not in rules and not folded:  # or methods may do anything with it
-                survey.non_kernels.add(name)
-            elif key in rules and (product := rules[key].product(module)) is not None:
+    for module, path, _ in attributes(model, nnx.Variable):
+        rules, name = planning_rules(module), "/".join(path)
+        if (rule := rules.get(path[-1])) is not None:
+            if (product := rule.product(module)) is not None:
                 survey.products[name] = product
+        elif rules and not folded_kernels(type(module)):  # or methods may do anything
+            survey.non_kernels.add(name)
     if args or kwargs:
-        _trace(model, survey, args, kwargs)
+        marked = nnx.clone(model)
+        for path, layer in list(named_modules(marked)):
+            kernels = (getattr(layer, name, None) for name in planning_rules(layer))
+            if any(isinstance(kernel, nnx.Variable) for kernel in kernels):
+                prefix = "".join(f"{key}/" for key in path)
+                set_class(layer, _marked_class(type(layer), prefix, survey))
+        call, state = traceable(marked)
+        leaves = named_leaves(nnx.to_pure_dict(state))
+        survey.trace(call, leaves, state, args, kwargs)
     chosen = plan_surveyed(params, config, survey)
     refuse_unfit(model, chosen)
     for spec in () if chosen.traced else chosen.specs:
@@ -79,48 +77,34 @@ def plan(
     return chosen
 
 
-NORMALISING = nnx.WeightNorm, nnx.SpectralNorm
-"""Flax's modules that change the kernels of the layer inside."""
-
-
 def refuse_unfit(model: nnx.Module, plan: Plan) -> None:
     """Raise if a kernel of `plan` is shared, or changed before it is used."""
-    _refuse_shared(model, [spec.name for spec in plan.specs], "exclude it")
-    _refuse_shared(model, [t.name for t in plan.trained], "take it out of train")
-    for path, module in named_modules(model):
-        start = "/".join((*path, "layer_instance", ""))
-        for name in plan if isinstance(module, NORMALISING) else ():
-            if name.startswith(start):
+    remedies = {spec.name: "exclude it" for spec in plan.specs}
+    remedies |= {array.name: "take it out of train" for array in plan.trained}
+    for paths in nnx.find_duplicates(model):
+        names = ["/".join(map(str, path)) for path in paths]
+        for array, remedy in remedies.items():
+            # A shared module has all of its arrays twice.
+            if any(array == name or array.startswith(f"{name}/") for name in names):
                 raise ValueError(
-                    f"{name}: {type(module).__name__} changes it before its layer "
-                    "multiplies; exclude it"
+                    f"{array} is shared: the model holds {names[0]!r} also as "
+                    f"{names[1]!r}; {remedy}, or copy it"
                 )
+    for path, module in named_modules(model):
+        if isinstance(module, nnx.WeightNorm | nnx.SpectralNorm):
+            start = "/".join((*path, "layer_instance", ""))
+            for name in plan:
+                if name.startswith(start):
+                    raise ValueError(
+                        f"{name}: {type(module).__name__} changes it before its layer "
+                        "multiplies; exclude it"
+                    )
 
 
 def check_model(model: Any) -> None:
     """Raise unless `model` is an NNX module without adapters."""
-    for path, module in named_modules(model):
-        for name, value in vars(module).items():
-            if isinstance(value, MoRAParam):
-                name = "/".join((*path, name))
-                raise ValueError(f"model has adapters already, the first at {name!r}")
-
-
-def _trace(model: nnx.Module, survey: Survey, args: Any, kwargs: Any) -> None:
-    """Add to `survey` what the trace of a call shows."""
-    marked = nnx.clone(model)
-    for path, layer in list(named_modules(marked)):
-        kernels = (getattr(layer, name, None) for name in planning_rules(layer))
-        if any(isinstance(kernel, nnx.Variable) for kernel in kernels):
-            prefix = "".join(f"{key}/" for key in path)
-            set_class(layer, _marked_class(type(layer), prefix, survey))
-    graph, state = nnx.split(marked)
-
-    def call(state: Any, args: Any, kwargs: Any) -> Any:
-        return nnx.merge(graph, state)(*args, **kwargs)  # type: ignore[operator]
-
-    leaves = named_leaves(nnx.to_pure_dict(state))
-    survey.trace(call, leaves, state, args, kwargs)
+    for _, path, _ in attributes(model, MoRAParam):
+        raise ValueError(f"model has adapters already, the first at {'/'.join(path)!r}")
 
 
 def _marked_class(cls: type, prefix: str, survey: Survey) -> type:
@@ -134,15 +118,3 @@ def _marked_class(cls: type, prefix: str, survey: Survey) -> type:
         return survey.record_read(prefix + name, product, cls.__name__, kernel)
 
     return derived(cls, run, read)
-
-
-def _refuse_shared(model: nnx.Module, arrays: Sequence[str], remedy: str) -> None:
-    """Raise if the model holds one of `arrays`, or its module, in two places."""
-    for paths in nnx.find_duplicates(model) if arrays else ():
-        names = ["/".join(map(str, path)) for path in paths]
-        for array in arrays:
-            if any(array == name or array.startswith(f"{name}/") for name in names):
-                raise ValueError(
-                    f"{array} is shared: the model holds {names[0]!r} also as "
-                    f"{names[1]!r}; {remedy}, or copy it"
-                )

@@ -2,13 +2,12 @@
 
 import dataclasses
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 from flax import nnx
 from jax.core import Tracer
-from jax.sharding import NamedSharding
 
 from mora_jax._common.checks import as_jax_array
 from mora_jax._common.types import Path
@@ -19,7 +18,7 @@ from mora_jax._plan.trained_arrays import TrainedArray
 from mora_jax._tree.adapters import Tree, adapter_items, nest, trained_items
 from mora_jax._tree.base_digest import check_base
 from mora_jax._tree.paths import adapter_path, named_leaves, unboxed
-from mora_jax.nnx._param import MoRAParam, TrainedParam, value_of
+from mora_jax.nnx._param import MoRAParam, TrainedParam, named_sharding
 
 
 def named_modules(model: nnx.Module) -> Iterator[tuple[Path, nnx.Module]]:
@@ -33,27 +32,31 @@ def named_modules(model: nnx.Module) -> Iterator[tuple[Path, nnx.Module]]:
             yield tuple(map(str, path)), node
 
 
-Variables = tuple[
+def attributes(model: nnx.Module, kinds: Any) -> Iterator[tuple[nnx.Module, Path, Any]]:
+    """(module, path, value) of each attribute of `kinds` in the modules of a model."""
+    # As lists, since the caller may remove an attribute that it is given.
+    for path, module in list(named_modules(model)):
+        for name, value in list(vars(module).items()):
+            if isinstance(value, kinds):
+                yield module, (*path, name), value
+
+
+def adapter_variables(
+    model: nnx.Module,
+) -> tuple[
     list[tuple[AdapterSpec, MoRAParam]], list[tuple[TrainedArray, TrainedParam]]
-]
-
-
-def adapter_variables(model: nnx.Module) -> Variables:
-    """The M's of an adapted model, and its arrays that train themselves.
-
-    Each comes with a spec that has its present path; they are in order of the paths.
-    """
+]:
+    """(present spec, variable) of each M, and of each array that trains, by path."""
     ms, copies = [], []
-    for path, module in named_modules(model):
-        for name, m in vars(module).items():
-            if isinstance(m, TrainedParam):
-                at = {"path": (*path, name), "shape": tuple(m.shape)}
-                copies.append((dataclasses.replace(m.spec, **at), m))
-            elif isinstance(m, MoRAParam):
-                # The stack is M's and not the kernel's, which may be quantized by now.
-                stack = tuple(m.shape[: m.ndim - len(m.spec.shape)])
-                kernel = (*path, name.removesuffix(SUFFIX))
-                ms.append((m.spec.stacked(stack, kernel), m))
+    for _, path, m in attributes(model, MoRAParam):
+        if isinstance(m, TrainedParam):
+            spec = dataclasses.replace(m.spec, path=path, shape=tuple(m.shape))
+            copies.append((spec, m))
+        else:
+            # The stack is M's and not the kernel's, which may be quantized by now.
+            stack = tuple(m.shape[: m.ndim - len(m.spec.shape)])
+            kernel = (*path[:-1], path[-1].removesuffix(SUFFIX))
+            ms.append((m.spec.stacked(stack, kernel), m))
     if not ms:
         raise ValueError("model has no adapters; see mora_jax.nnx.wrap")
     for pairs in (ms, copies):
@@ -61,17 +64,21 @@ def adapter_variables(model: nnx.Module) -> Variables:
     return ms, copies
 
 
+def traceable(
+    model: nnx.Module, method: str = "__call__"
+) -> tuple[Callable[[Any, Any, Any], Any], Any]:
+    """A method as a function of (state, args, kwargs), and the model's state."""
+    graph, state = nnx.split(model)
+
+    def call(state: Any, args: Any, kwargs: Any) -> Any:
+        return getattr(nnx.merge(graph, state), method)(*args, **kwargs)
+
+    return call, state
+
+
 def parameters(model: nnx.Module) -> Tree:
     """The parameters of the base as nested dicts."""
     return nnx.to_pure_dict(nnx.state(model, nnx.All(nnx.Param, nnx.Not(MoRAParam))))
-
-
-def named_sharding(variable: nnx.Variable[Any]) -> NamedSharding | None:
-    """The sharding of a variable over a mesh; None in a trace and on one device."""
-    value, *others = jax.tree.leaves(variable)
-    if others or not isinstance(value, jax.Array) or isinstance(value, Tracer):
-        return None
-    return value.sharding if isinstance(value.sharding, NamedSharding) else None
 
 
 def plan_of(model: nnx.Module) -> Plan:
@@ -90,9 +97,7 @@ def plan_of(model: nnx.Module) -> Plan:
 
 
 def adapters(model: nnx.Module) -> Tree:
-    """The M's of a model (PEFT's `get_peft_model_state_dict`).
-
-    Arrays that train themselves are among them, under their own names.
+    """The M's of a model, and the arrays that train themselves, under their own names.
 
     Returns:
       Nested dicts, as `mora_jax.init` makes them and as `linen.wrap` takes them.
@@ -114,10 +119,9 @@ def set_adapters(
     *,
     any_base: bool = False,
 ) -> None:
-    """Put M's into an adapted model (PEFT's `set_peft_model_state_dict`).
+    """Put M's into an adapted model: of a file, a Linen twin or another model.
 
-    They come from a file, a Linen twin or another model. What `serving.select` returns
-    gives each row of the batches to come an adapter of its own.
+    What `serving.select` returns gives each row of later batches an adapter of its own.
 
     Args:
       model: An adapted model, as `wrap` makes it. It is changed in place.
@@ -137,10 +141,23 @@ def set_adapters(
     Example: see `wrap`.
     """
     model_plan = plan_of(model)
-    _check_made_for(plan, model_plan)
-    if isinstance(plan, Plan) and not any_base:
-        leaves = named_leaves(parameters(model))
-        check_base(plan.specs, {name: leaf for name, (_, leaf) in leaves.items()})
+    if isinstance(plan, Plan):
+        refuse_other_plan(plan, model_plan)
+        if not any_base:
+            leaves = named_leaves(parameters(model))
+            check_base(plan.specs, {name: leaf for name, (_, leaf) in leaves.items()})
+    elif isinstance(plan, str) and not re.fullmatch("[0-9a-f]{64}", plan):
+        raise ValueError(
+            "plan must be a Plan or its digest of 64 hexadecimal digits; got "
+            f"{plan[:64]!r} (mora_jax.io.plan_from_json makes a plan of its JSON)"
+        )
+    elif isinstance(plan, str) and plan != model_plan.digest():
+        raise ValueError(
+            "the adapters were made for another plan than the model's: its digest is "
+            f"{model_plan.digest()}, got {plan}"
+        )
+    elif not isinstance(plan, str | None):
+        raise TypeError(f"plan must be a Plan or its digest, got {type(plan).__name__}")
     items = adapter_items(adapters, model_plan, by_row=True)
     named = [(spec.name + SUFFIX, m) for spec, m in items]
     named += [(a.name, copy) for a, copy in trained_items(adapters, model_plan)]
@@ -148,29 +165,10 @@ def set_adapters(
     new = [m if isinstance(m, Selected) else as_jax_array(name, m) for name, m in named]
     ms, copies = adapter_variables(model)
     for (_, variable), m in zip([*ms, *copies], new, strict=True):
-        if isinstance(m, Selected) or isinstance(value_of(variable), Selected):
+        if isinstance(m, Selected) or isinstance(unboxed(variable), Selected):
             variable.copy_from(variable.replace(m))  # `[...]` sets arrays alone
             continue
         sharding = named_sharding(variable)
         if sharding is not None and not isinstance(m, Tracer) and not m.committed:
             m = jax.device_put(m, sharding)
         variable[...] = m
-
-
-def _check_made_for(plan: Any, model_plan: Plan) -> None:
-    """Raise unless adapters of `plan`, a plan or its digest, are right for a model."""
-    if isinstance(plan, Plan):
-        refuse_other_plan(plan, model_plan)
-    elif isinstance(plan, str):
-        if not re.fullmatch("[0-9a-f]{64}", plan):
-            raise ValueError(
-                "plan must be a Plan or its digest of 64 hexadecimal digits; got "
-                f"{plan[:64]!r} (mora_jax.io.plan_from_json makes a plan of its JSON)"
-            )
-        if plan != model_plan.digest():
-            raise ValueError(
-                "the adapters were made for another plan than the model's: its digest "
-                f"is {model_plan.digest()}, got {plan}"
-            )
-    elif plan is not None:
-        raise TypeError(f"plan must be a Plan or its digest, got {type(plan).__name__}")

@@ -11,8 +11,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from mora_jax._layer.slots import Selected
 from mora_jax._tree.optim import check_transformation
-from mora_jax.nnx._param import MoRAParam, value_of
-from mora_jax.nnx._state import adapter_variables, named_sharding
+from mora_jax._tree.paths import unboxed
+from mora_jax.nnx._param import MoRAParam, named_sharding
+from mora_jax.nnx._state import adapter_variables
 
 
 def value_and_grad(
@@ -20,9 +21,8 @@ def value_and_grad(
 ) -> Callable[..., Any]:
     """`nnx.value_and_grad` with respect to the adapters alone.
 
-    Flax's own function and its optimizer each take a filter. If the two differ, the
-    base is trained, or an error comes far from the cause. This function and
-    `adapter_optimizer` have the same filter.
+    It has the filter of `adapter_optimizer`. If Flax's own two were given filters that
+    differ, the base would be trained, or an error would come far from the cause.
 
     Args:
       f: A function (model, *args) -> loss, or (loss, aux).
@@ -54,7 +54,7 @@ def value_and_grad(
     @functools.wraps(f)
     def of_adapters(*args: Any, **kwargs: Any) -> Any:
         for model in args[argnums:][:1]:  # without one Flax says so
-            _refuse_rows(model)
+            _single_ms(model)
         return grad(*args, **kwargs)
 
     return of_adapters
@@ -81,9 +81,8 @@ def adapter_optimizer(
     Example: see `value_and_grad`.
     """
     check_transformation(tx)
-    _refuse_rows(model)
+    shardings = map(named_sharding, _single_ms(model))
     optimizer = nnx.Optimizer(model, tx, wrt=MoRAParam)
-    shardings = (named_sharding(m) for _, m in adapter_variables(model)[0])
     sharding = next(filter(None, shardings), None)
     if sharding is None:
         return optimizer
@@ -98,12 +97,14 @@ def adapter_optimizer(
     return optimizer
 
 
-def _refuse_rows(model: nnx.Module) -> None:
-    """Raise if rows have adapters of their own: an index is nothing to train."""
-    for spec, m in adapter_variables(model)[0]:
-        if isinstance(value_of(m), Selected):
+def _single_ms(model: nnx.Module) -> list[MoRAParam]:
+    """The M's of a model, which must not have one for each row: an index."""
+    ms = adapter_variables(model)[0]
+    for spec, m in ms:
+        if isinstance(unboxed(m), Selected):
             raise ValueError(
                 f"model must have one adapter, got one for each row at {spec.name!r}; "
                 "many train at once by the gradient of a function of what "
                 "serving.stack returns"
             )
+    return [m for _, m in ms]

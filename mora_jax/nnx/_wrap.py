@@ -2,7 +2,6 @@
 
 from typing import Any, TypeVar
 
-import jax
 from flax import nnx
 from jax.typing import DTypeLike
 
@@ -12,22 +11,15 @@ from mora_jax._layer.rounding import Rounding
 from mora_jax._layer.ways import check_product
 from mora_jax._plan.plan import Plan
 from mora_jax._plan.settings import MoRAConfig
-from mora_jax._plan.spec import SUFFIX, AdapterSpec
+from mora_jax._plan.spec import AdapterSpec
 from mora_jax._plan.trained_arrays import refuse_trained
 from mora_jax._tree.adapters import adapter_items, init, trained_items
 from mora_jax._tree.merge import merge
-from mora_jax.nnx._classes import DROPOUT, adapted_class, plain_class, set_class
-from mora_jax.nnx._param import AdapterDropout, MoRAParam, TrainedParam
+from mora_jax.nnx._classes import adapted_class, plain_class, set_class
+from mora_jax.nnx._param import DROPOUT, MoRAParam, TrainedParam, hold_adapter
 from mora_jax.nnx._plan import check_model, refuse_unfit
 from mora_jax.nnx._plan import plan as plan_model
-from mora_jax.nnx._state import (
-    adapters,
-    named_modules,
-    named_sharding,
-    parameters,
-    plan_of,
-)
-from mora_jax.sharding import adapter_sharding
+from mora_jax.nnx._state import adapters, attributes, named_modules, parameters, plan_of
 
 Model = TypeVar("Model", bound=nnx.Module)
 
@@ -39,27 +31,24 @@ def wrap(
     rngs: nnx.Rngs | None = None,
     seed: int = 0,
 ) -> Model:
-    """An unmodified model, with adapters (PEFT's `get_peft_model`).
+    """An unmodified model, with adapters.
 
     The model's own code runs. Each planned layer adds its adapter's delta to what its
     methods return: it gets a `MoRAParam` next to its kernel, and a subclass of its
     class. Names, types and the paths of the parameters stay, so that a checkpoint of
     the base loads into the result.
 
-    With `MoRAConfig(dropout=...)` the model drops in training until `model.eval()`,
-    which sampling and evaluation need; `model.train()` turns it on again. What a layer
-    drops depends on `seed`, on its M and on its kernel, and no generator is in the
-    model. So the masks change whenever an optimizer changes M, and differ between
-    layers, but calls with the same M's, such as the microbatches of one step, drop the
-    same positions.
+    With `MoRAConfig(dropout=...)` the model drops until `model.eval()`, which sampling
+    and evaluation need; `model.train()` turns it on again. The masks follow from
+    `seed`, M and the kernel. So they change whenever an optimizer changes M, and differ
+    between layers, but calls with the same M's, such as the microbatches of one step,
+    drop the same positions.
 
     Args:
       model: Any NNX module. It stays as it is, and shares its arrays with the result: a
-        step to which the whole state of the result is donated deletes the base, too.
-        Donate the adapters alone, the first part of `nnx.split(model, MoRAParam, ...)`;
-        see docs/training-nnx.md.
-      config_or_plan: A config, None for the defaults, or a plan, as `nnx.plan` makes
-        it.
+        step to which the whole state of the result is donated deletes the base, too
+        (see docs/training-nnx.md).
+      config_or_plan: A config, None for the defaults, or a plan of `nnx.plan`.
       rngs: The source of the key for `init="gaussian"`.
       seed: The seed of the dropout masks.
 
@@ -86,8 +75,7 @@ def wrap(
       >>> plan, ms = mora_jax.nnx.plan_of(adapted), mora_jax.nnx.adapters(adapted)
       >>> jax.tree.map(jnp.shape, ms)
       {'layers': {'0': {'kernel_mora': (8, 8)}, '1': {'kernel_mora': (8, 8)}}}
-      >>> ones = jax.tree.map(jnp.ones_like, ms)
-      >>> mora_jax.nnx.set_adapters(adapted, ones, plan)
+      >>> mora_jax.nnx.set_adapters(adapted, jax.tree.map(jnp.ones_like, ms), plan)
       >>> merged = mora_jax.nnx.merge_adapters(adapted)
       >>> bool(jnp.allclose(merged(x), adapted(x), atol=1e-4))
       True
@@ -100,9 +88,8 @@ def wrap(
         plan = plan_model(model, plan)
     else:  # names and shapes may have made it
         refuse_unfit(model, plan)
-    key = None
-    if rngs is not None and any(spec.init == "gaussian" for spec in plan.specs):
-        key = rngs.params()
+    is_random = any(spec.init == "gaussian" for spec in plan.specs)
+    key = rngs.params() if rngs and is_random else None
     new = init(plan, key, params=parameters(model) if plan.trained else None)
     model = nnx.clone(model)
     modules = dict(named_modules(model))
@@ -136,8 +123,7 @@ def wrap(
 def _check_layer(module: nnx.Module, spec: AdapterSpec, traced: bool) -> None:
     """Raise if an adapter would change nothing in a layer, or something else."""
     cls = plain_class(module)
-    rule = planning_rules(module).get(spec.path[-1])
-    if rule is None:
+    if (rule := planning_rules(module).get(spec.path[-1])) is None:
         raise unknown_use(spec.name, cls, "__call__")
     product = rule.product(module)
     if not traced:
@@ -151,18 +137,8 @@ def _check_layer(module: nnx.Module, spec: AdapterSpec, traced: bool) -> None:
         )
 
 
-def hold_adapter(module: nnx.Module, spec: AdapterSpec, m: Any, seed: int) -> None:
-    """Put M beside its kernel, on the same mesh, and the switch of its dropout."""
-    name = spec.path[-1]
-    if sharding := named_sharding(getattr(module, name)):
-        m = jax.device_put(m, adapter_sharding(spec, sharding))
-    setattr(module, name + SUFFIX, MoRAParam.of(spec, m))
-    if spec.dropout > 0:
-        setattr(module, DROPOUT, AdapterDropout(spec.dropout, seed))
-
-
 def unwrap(model: Model) -> Model:
-    """The model without its adapters, as it was before `wrap` (PEFT's `unload`).
+    """The model without its adapters, as it was before `wrap`.
 
     Args:
       model: An adapted model, as `wrap` makes it. It stays as it is.
@@ -181,18 +157,18 @@ def unwrap(model: Model) -> Model:
         "in place of the base's: use the model that nnx.wrap was given, or "
         "nnx.merge_adapters",
     )
-    return _detached(model)
+    return detached(model)
 
 
-def _detached(model: Model) -> Model:
+def detached(model: Model) -> Model:
     """A copy without adapters, in which the numbers of trained arrays stay."""
     model = nnx.clone(model)
-    for _, module in list(named_modules(model)):
-        for name, value in list(vars(module).items()):
-            if isinstance(value, TrainedParam):
-                setattr(module, name, value.plain())
-            elif isinstance(value, MoRAParam) or name == DROPOUT:
-                delattr(module, name)
+    for module, (*_, name), value in attributes(model, MoRAParam | nnx.Dropout):
+        if isinstance(value, TrainedParam):
+            setattr(module, name, value.plain())
+        elif isinstance(value, MoRAParam) or name == DROPOUT:
+            delattr(module, name)
+    for _, module in named_modules(model):
         set_class(module, plain_class(module))
     return model
 
@@ -206,14 +182,11 @@ def merge_adapters(
 ) -> Model:
     r"""The model with its adapters merged into its kernels: :math:`W + \alpha\, C M D`.
 
-    This is PEFT's `merge_and_unload`.
-
     Args:
       model: An adapted model, as `wrap` makes it. It stays as it is.
-      dtype: The dtype of the merged kernels; by default each keeps its own.
-      any_base: True to merge also into other weights than the adapters were trained
-        on. Adapters know their base if `save` was given `params`.
-      rounding: The way to round to less than 32 bits, as in `mora_jax.merge`.
+      dtype: As in `mora_jax.merge`.
+      any_base: As in `mora_jax.merge`.
+      rounding: As in `mora_jax.merge`.
 
     Returns:
       A new model of the plain classes, which computes the same.
@@ -224,7 +197,7 @@ def merge_adapters(
 
     Example: see `wrap`.
     """
-    plan, plain = plan_of(model), _detached(model)
+    plan, plain = plan_of(model), detached(model)
     settings: Any = {"any_base": any_base, "rounding": rounding}
     merged = merge(parameters(plain), adapters(model), plan, dtype, **settings)
     nnx.update(plain, merged)

@@ -4,6 +4,7 @@ Versions 0.1.5 to 0.1.8 have all of it; from one to the next only places differe
 """
 
 import functools
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -36,6 +37,9 @@ except ImportError as error:
 module_of_call = flax_util.get_current_module
 """The Flax module whose method runs now."""
 
+bound_of_type = numerics.get_symmetric_bound
+"""The largest number of a type; an error for one that qwix does not know."""
+
 
 def path_of_call() -> Path:
     """The path of that module in its model."""
@@ -64,17 +68,34 @@ def forget(model: nnx.Module) -> None:
 def parameters_of(module: Any) -> dict[str, Any]:
     """The parameters of a module itself except M's, boxed or quantized as they are."""
     if isinstance(module, nnx.Module):
-        return _held.parameters_of(module, nnx.Param | WithAux)
-    params = module.variables.get("params", {})
-    return {name: v for name, v in params.items() if not name.endswith(SUFFIX)}
+        kinds, own = nnx.Param | WithAux, vars(module)
+    else:
+        kinds, own = object, module.variables.get("params", {})
+    return {
+        name: value
+        for name, value in own.items()
+        if isinstance(value, kinds) and not name.endswith(SUFFIX)
+    }
 
 
 def named_parameters(model: Any) -> dict[str, Any]:
     """{slash-joined path: parameter} of a model that runs, or of any NNX model."""
-    if isinstance(model, nnx.Module):
-        return _held.named_parameters(model, nnx.Param | WithAux)
-    named, _ = parameters_in(model.variables.get("params", {}))
-    return {"/".join((*model.path, name)): leaf for name, leaf in named.items()}
+    if not isinstance(model, nnx.Module):
+        named, _ = parameters_in(model.variables.get("params", {}))
+        return {"/".join((*model.path, name)): leaf for name, leaf in named.items()}
+    return {
+        "/".join(path): value
+        for _, path, value in _held.attributes(model, nnx.Param | WithAux)
+        if not path[-1].endswith(SUFFIX)
+    }
+
+
+def set_parameters(model: nnx.Module, params: Mapping[str, Any]) -> None:
+    """Give an NNX model other parameters: {slash-joined path: parameter}."""
+    modules = {"/".join(path): module for path, module in _held.named_modules(model)}
+    for name, parameter in params.items():
+        path, _, own = name.rpartition("/")
+        setattr(modules[path], own, parameter)
 
 
 def parameters_in(params: Any) -> tuple[dict[str, Any], Any]:
@@ -124,11 +145,7 @@ def dequantized(parameter: Any) -> Any:
 
 
 def requantized(parameter: Any, values: Any) -> Any:
-    """A parameter with other values, boxed and, if it is, quantized as it is.
-
-    Raises:
-      ValueError: It was quantized in another shape than it has.
-    """
+    """A parameter with other values, boxed and, if it is, quantized as it is."""
     if not isinstance(parameter, WithAux):
         return values
     quantize = functools.partial(qarray.quantize, how=parameter.how)
@@ -142,18 +159,3 @@ def requantized(parameter: Any, values: Any) -> Any:
         raise ValueError(f"no way to quantize {values.shape} as {parameter.how}")
     array = jax.tree.map(reboxed, parameter.array, quantize(values), is_leaf=is_boxed)
     return parameter.replace(array=array)  # type: ignore[attr-defined]
-
-
-def check_qtype(name: str, qtype: Any) -> None:
-    """Raise unless qwix knows a type of quantized numbers.
-
-    Raises:
-      ValueError: It does not.
-    """
-    try:
-        numerics.get_symmetric_bound(qtype)
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"{name} must be a type that qwix quantizes to, such as 'int8', 'int4', "
-            f"'nf4' or 'float8_e4m3fn', got {qtype!r}"
-        ) from error

@@ -1,5 +1,6 @@
 """Adapters in models that qwix intercepts."""
 
+import dataclasses
 import functools
 import re
 import threading
@@ -12,14 +13,14 @@ import qwix
 from flax import nnx
 
 from mora_jax._common.warnings import LeftOutWarning, warn
+from mora_jax._jax.traces import ALIKE, DERIVED, ITSELF, relation_of
 from mora_jax._layer.ways import add_delta, check_product
 from mora_jax._plan.spec import SUFFIX, AdapterSpec
-from mora_jax.linen._bound import running_dropout_key, running_m
+from mora_jax.linen._bound import running_m
 from mora_jax.nnx import _held
 from mora_jax.products import Product
 from mora_jax.products._operations import Operation
 from mora_jax.qwix import _private
-from mora_jax.qwix._kernels import find_kernel
 from mora_jax.qwix._rule import MoRARule, check_rules
 from mora_jax.qwix._traced_plan import trace, traced_specs
 
@@ -61,6 +62,9 @@ class MoRAProvider(qwix.PtqProvider):
       >>> model = qwix.apply_lora_to_model(base, provider, x, rngs=nnx.Rngs(0))
       >>> jax.tree.map(jnp.shape, mora_jax.nnx.adapters(model))
       {'kernel_mora': (8, 8)}
+      >>> merged, losses = mora_jax.qwix.merge_adapters(model)
+      >>> type(merged) is nnx.Linear, losses
+      (True, {'kernel': MergeLoss(share=0.0, error=0.0)})
     """
 
     def __init__(
@@ -81,7 +85,7 @@ class MoRAProvider(qwix.PtqProvider):
         more: dict[str, Any] = {"disable_jit": True} if disable_jit else {}
         super().__init__(rules=rules, **more)
         self.planned: dict[type, Planned] = {}  # qwix makes a class for each model
-        self.running: dict[int, type] = {}  # by thread
+        self.running: dict[int, Planned] = {}  # by thread
 
     def process_model_inputs(
         self, model: Any, model_args: Any, model_kwargs: Any
@@ -91,10 +95,9 @@ class MoRAProvider(qwix.PtqProvider):
         if first and traced_specs.get() is None:
             method, rngs = first
             call, state = _held.traceable(model, method)
-            _, specs = trace(call, state, *model_args, **model_kwargs)
+            _, specs = trace(call, state, model_args, model_kwargs)
             _held.hold(model, specs.values(), rngs)
-        self.planned.setdefault(type(model), {})
-        self.running[threading.get_ident()] = type(model)
+        self.running[threading.get_ident()] = self.planned.setdefault(type(model), {})
         return super().process_model_inputs(model, model_args, model_kwargs)
 
     def process_model_output(self, method_name: str, model_output: Any) -> Any:
@@ -106,11 +109,7 @@ class MoRAProvider(qwix.PtqProvider):
         return super().process_model_output(method_name, model_output)
 
     def _check_planned(self, model: Any) -> None:
-        """Look whether each rule adapts a kernel, and each kernel has an adapter.
-
-        Raises:
-          ValueError: No rule adapts anything.
-        """
+        """Raise unless a rule adapts a kernel; warn of other rules, other kernels."""
         planned = self.planned[type(model)]
         used = {id(rule) for rule, _ in planned.values()}
         ours = [rule for rule in self._rules if isinstance(rule, MoRARule)]
@@ -136,20 +135,8 @@ class MoRAProvider(qwix.PtqProvider):
                 LeftOutWarning,
             )
 
-    def dot_general(self, *args: Any, **settings: Any) -> jax.Array:
-        """The product of qwix, with the delta added if one operand is a kernel."""
-        return self._adapted("dot_general", args, settings)
-
-    def einsum(self, *args: Any, **settings: Any) -> jax.Array:
-        """The einsum of qwix, with the delta added if one operand is a kernel."""
-        return self._adapted("einsum", args, settings)
-
-    def conv_general_dilated(self, *args: Any, **settings: Any) -> jax.Array:
-        """The convolution of qwix, with the delta added."""
-        return self._adapted("conv_general_dilated", args, settings)
-
-    def _adapted(self, op: str, args: Any, settings: dict[str, Any]) -> jax.Array:
-        """The output of qwix's operation `op`, with the delta of the kernel in it."""
+    def _adapted(self, op: str, *args: Any, **settings: Any) -> jax.Array:
+        """The output of qwix's operation `op`, with the delta if a kernel is in it."""
         own = functools.partial(getattr(super(), op), *args, **settings)
         rule, _ = self._get_current_rule_and_op_id(op, only_rule=True)
         if not isinstance(rule, MoRARule):
@@ -157,7 +144,7 @@ class MoRAProvider(qwix.PtqProvider):
         module: Any = _private.module_of_call()
         operation = Operation(op, args, settings)
         operands = operation.operands
-        kernel = find_kernel(module, operands, rule.module_path)
+        kernel = _find_kernel(module, operands, rule.module_path)
         is_last = kernel is not None and kernel[1] == len(operands) - 1
         # qwix would quantize an input that has a parameter's shape in its place.
         mistaken = not is_last and _private.is_taken(operands[-1])
@@ -171,35 +158,84 @@ class MoRAProvider(qwix.PtqProvider):
             return y
         spec, m = adapter
         check_product(spec, product)
-        is_nnx = isinstance(module, nnx.Module)
-        key = (_held.dropout_key if is_nnx else running_dropout_key)(module, spec, m)
+        key = None
+        if isinstance(module, nnx.Module):
+            key = _held.dropout_key(module, spec, m)
+        elif spec.dropout > 0 and module.has_rng("dropout"):
+            key = module.make_rng("dropout")
         precision = operation.arguments.get("precision")
         return add_delta(y, spec, m, x, product, key, precision)
+
+    # The operations that qwix hands to its provider.
+    dot_general: Any = functools.partialmethod(_adapted, "dot_general")
+    einsum: Any = functools.partialmethod(_adapted, "einsum")
+    conv_general_dilated: Any = functools.partialmethod(
+        _adapted, "conv_general_dilated"
+    )
 
     def _adapter(
         self, module: Any, name: str, kernel: Any, product: Product, rule: MoRARule
     ) -> tuple[AdapterSpec, Any] | None:
-        """The adapter of a kernel and M; None in an NNX model without M for it.
-
-        A Linen module has adapters as the first product of each kernel had it.
-        """
+        """The adapter of a kernel and M; None in an NNX model without M for it."""
         path, specs = (*_private.path_of_call(), name), traced_specs.get()
-        if isinstance(module, nnx.Module) and specs is None:
-            return _held.held(module, path)
-        planned = self.planned[self.running[threading.get_ident()]]
-        place, shape = "/".join(path), tuple(kernel.shape)
-        if (place, shape) not in planned:
-            planned[place, shape] = (
-                rule,
-                AdapterSpec.from_config(
-                    rule.config, shape, product.axes, path, kernel_dtype=kernel.dtype
-                ),
+        is_nnx = isinstance(module, nnx.Module)
+        if is_nnx and specs is None:
+            adapter = _held.held(module, name)
+            return adapter and (dataclasses.replace(adapter[0], path=path), adapter[1])
+        # A Linen module has adapters as the first product of each kernel had it.
+        planned = self.running[threading.get_ident()]
+        key = "/".join(path), tuple(kernel.shape)
+        if key not in planned:
+            spec = AdapterSpec.from_config(
+                rule.config, key[1], product.axes, path, kernel_dtype=kernel.dtype
             )
-        _, spec = planned[place, shape]
+            planned[key] = rule, spec
+        _, spec = planned[key]
         if specs is not None:
-            specs[place] = spec
-        if isinstance(module, nnx.Module):
+            specs[spec.name] = spec
+        if is_nnx:
             return None
         parameter = _private.parameters_of(module)[name]
         box = functools.partial(_private.boxed_as, parameter)
         return spec, running_m(module, spec, box)
+
+
+def _find_kernel(
+    module: Any, operands: Sequence[Any], pattern: str
+) -> tuple[str, int] | None:
+    """The name of the kernel that is an operand, and the position of the operand."""
+    # qwix's own `find_param` also takes an operand for a parameter if operations of one
+    # input make it of that, or if it has the same shape. This is a guess: an input has
+    # a kernel's shape if it has as many rows as features, and a delta of the wrong
+    # product would go unseen. So an operand counts as a kernel here only if it is the
+    # unchanged kernel, perhaps in another dtype; what may be made of one is an error.
+    found: list[tuple[int, int, str]] = []
+    for name, parameter in _private.parameters_of(module).items():
+        is_quantized = _private.is_quantized(parameter)
+        for at, operand in enumerate(operands):
+            if is_quantized != _private.is_quantized(operand):
+                continue
+            relation = relation_of(*map(_private.first_array, (parameter, operand)))
+            if relation is None or (relation == ALIKE and operand.ndim == 1):
+                continue  # as are biases
+            if is_quantized:  # a module can read it, and make nothing else of it
+                relation = min(relation, ITSELF)
+            found.append((relation, at, name))
+    if not found:
+        return None
+    relation, at, name = max(found)  # the last operand, if all else is equal
+    if len(operands) != 2:
+        why = f"an einsum with {len(operands)} operands has no adapter"
+    elif relation == ITSELF:
+        return name, at
+    elif relation == DERIVED:
+        why = "its module multiplies by what it makes of the kernel, not by itself"
+    else:
+        why = (
+            "its module multiplies by an array of this shape that is not the kernel "
+            "itself and may be what it makes of the kernel; in a function that JAX "
+            "compiles for itself, as x @ kernel is, nothing tells: use jnp.dot or "
+            "jnp.einsum of the kernel"
+        )
+    place = "/".join((*_private.path_of_call(), name))
+    raise ValueError(f"{place}: {why}; or leave it out of module_path={pattern!r}")

@@ -52,7 +52,7 @@ def dequantize(params: Any) -> Any:
     """
     if isinstance(params, nnx.Module):
         model = nnx.clone(params)
-        _held.set_parameters(model, dequantize(_private.named_parameters(model)))
+        _private.set_parameters(model, dequantize(_private.named_parameters(model)))
         return nnx.state(model, nnx.All(nnx.Param, nnx.Not(_held.MoRAParam)))
     if not located_leaves(params) and not isinstance(params, Mapping):
         raise TypeError(
@@ -161,23 +161,13 @@ def merge_adapters(
       TypeError: `model` is not an NNX module; for Linen's there is `merge`.
       ValueError: It lacks adapters; `onto` is unknown; an M holds NaN or infinity.
 
-    Example::
-
-      >>> import jax.numpy as jnp, mora_jax, qwix
-      >>> from flax import nnx
-      >>> base, x = nnx.Linear(16, 16, rngs=nnx.Rngs(0)), jnp.ones((1, 16))
-      >>> provider = mora_jax.qwix.MoRAProvider(rank=2, weight_qtype="int8")
-      >>> model = qwix.apply_lora_to_model(base, provider, x, rngs=nnx.Rngs(0))
-      >>> merged, losses = mora_jax.qwix.merge_adapters(model)
-      >>> type(merged) is nnx.Linear, losses
-      (True, {'kernel': MergeLoss(share=0.0, error=0.0)})
+    Example: see `MoRAProvider`.
     """
     plan, adapters = _held.plan_of(model), _held.adapters(model)
-    model = nnx.clone(model)
     params = _private.named_parameters(model)
     params, losses = merge(params, adapters, plan, onto=onto, any_base=any_base)
-    _held.set_parameters(model, params)
-    _held.release(model, plan)
+    model = _held.detached(model)
+    _private.set_parameters(model, params)
     if onto == "dequantized":
         _private.forget(model)
     return model, losses

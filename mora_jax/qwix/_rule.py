@@ -42,12 +42,7 @@ class MoRARule(qwix.QuantizationRule, KernelConfig):
 
 
 def check_rules(rules: Any) -> None:
-    """Raise unless a provider can go by these rules.
-
-    Raises:
-      TypeError: They are not a sequence of rules, or a rule has a wrong type.
-      ValueError: None of them adapts; a pattern or a type is unknown.
-    """
+    """Raise unless a provider can go by these rules."""
     if not isinstance(rules, Sequence) or isinstance(rules, str):
         raise TypeError(
             f"rules must be a list of rules, got {type(rules).__name__}: write "
@@ -79,5 +74,11 @@ def check_rule(rule: qwix.QuantizationRule) -> None:
             f"module_path must be a regular expression, got {pattern!r}: {error}"
         ) from error
     for name in ("weight_qtype", "act_qtype"):
-        if (found := getattr(rule, name)) is not None:
-            _private.check_qtype(name, found)
+        if (qtype := getattr(rule, name)) is not None:
+            try:
+                _private.bound_of_type(qtype)
+            except (TypeError, ValueError) as error:
+                raise ValueError(
+                    f"{name} must be a type that qwix quantizes to, such as 'int8', "
+                    f"'int4', 'nf4' or 'float8_e4m3fn', got {qtype!r}"
+                ) from error

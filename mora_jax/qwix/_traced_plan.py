@@ -21,11 +21,8 @@ traced_specs: ContextVar[Specs | None] = ContextVar("traced_specs", default=None
 
 
 def trace(function: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Any, Specs]:
-    """The shapes that a call returns, and the adapters of the kernels it multiplies.
-
-    In the trace nothing is quantized, and each operand is known by what made it. Arrays
-    and shapes among the arguments are traced, and everything else is static.
-    """
+    """The shapes that a call returns, and the adapters of the kernels it multiplies."""
+    # In the trace nothing is quantized, and each operand is known by what made it.
     specs: Specs = {}
     token = traced_specs.set(specs)
     try:
@@ -35,10 +32,9 @@ def trace(function: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Any,
 
 
 def plan_of(model: Any, *args: Any, **kwargs: Any) -> Plan:
-    """The plan that a model with a `MoRAProvider` follows.
+    """The plan that a model with a `MoRAProvider` follows, for `merge` and `save`.
 
-    It is what `mora_jax.save` and `merge` want. A Linen model is initialised
-    abstractly for it, which computes nothing.
+    A Linen model is initialised abstractly for it, which computes nothing.
 
     Args:
       model: A model of `qwix.apply_lora_to_model`, of either Flax API.
@@ -50,14 +46,7 @@ def plan_of(model: Any, *args: Any, **kwargs: Any) -> Plan:
       TypeError: `model` is not a Flax module.
       ValueError: It lacks adapters; or it multiplies by what it makes of a kernel.
 
-    Example::
-
-      >>> import flax.linen as nn, jax.numpy as jnp, mora_jax, qwix
-      >>> provider = mora_jax.qwix.MoRAProvider(module_path=".*", rank=2)
-      >>> model = qwix.apply_lora_to_model(nn.Dense(16), provider)
-      >>> plan = mora_jax.qwix.plan_of(model, jnp.ones((1, 16)))
-      >>> {path: spec.shape for path, spec in plan.items()}
-      {'kernel': (8, 8)}
+    Example: see `merge`.
     """
     if isinstance(model, nnx.Module):
         return _held.plan_of(model)
@@ -67,10 +56,9 @@ def plan_of(model: Any, *args: Any, **kwargs: Any) -> Plan:
     shapes, traced = trace(model.init, rngs, *args, **kwargs)
     if not traced:
         raise ValueError("model has no adapters: give qwix a MoRAProvider")
-    leaves = {name: leaf for name, (_, leaf) in named_leaves(shapes["params"]).items()}
-    specs = []
+    leaves, specs = named_leaves(shapes["params"]), []
     for name, spec in traced.items():
-        m = leaves.pop(name + SUFFIX)  # nn.scan stacks M's; the trace saw one layer
+        _, m = leaves.pop(name + SUFFIX)  # nn.scan stacks M's; the trace saw one layer
         specs.append(spec.stacked(m.shape[: m.ndim - len(spec.shape)], spec.path))
-    size = sum(leaf.size for leaf in leaves.values())
+    size = sum(leaf.size for _, leaf in leaves.values())
     return Plan(tuple(sorted(specs, key=lambda s: s.path)), size, traced=True)
