@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from mora_jax._common.types import Shape
 from mora_jax._jax.qwix_guard import last_with_first, matmul
-from mora_jax._jax.tiles import sum_tiles, tile_to
+from mora_jax._jax.tiles import pad_to, sum_tiles, tile_to
 from mora_jax._jax.vma import shape_for
 from mora_jax.operators import (
     Decoupling,
@@ -217,7 +217,7 @@ class BlockPart(OperatorPart):
         def sum_wanted(blocks: Sequence[jax.Array]) -> jax.Array:
             """The sums of the groups that outputs here want: (..., wanted, q)."""
             placed = (
-                _place(h, first - start, groups)
+                jnp.roll(pad_to(h, groups, axis=-2), first - start, axis=-2)
                 for h, first in zip(blocks, firsts, strict=True)
             )
             return functools.reduce(jnp.add, placed)[..., :wanted, :]
@@ -298,10 +298,3 @@ def _put(x: jax.Array, size: int, start: Any) -> jax.Array:
     """`x` among zeros: (..., k) -> (..., size), from `start` on."""
     zeros = jnp.zeros((*x.shape[:-1], size), x.dtype)
     return jax.lax.dynamic_update_slice_in_dim(zeros, x, start, axis=-1)
-
-
-def _place(h: jax.Array, first: Any, groups: int) -> jax.Array:
-    """(..., k, q) among zeros as (..., groups, q), from group `first` on, around."""
-    before = [(0, 0)] * (h.ndim - 2)
-    h = jnp.pad(h, [*before, (0, groups - h.shape[-2]), (0, 0)])
-    return h if isinstance(first, int) and first == 0 else jnp.roll(h, first, axis=-2)
