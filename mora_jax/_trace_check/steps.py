@@ -106,10 +106,8 @@ def _is_of_stack(axis: Axis) -> bool:
 
 
 def axis_names(labels: tuple[str, str, str], k: int) -> list[str | int]:
-    """The names of the axes of the k-th array of an einsum, in a view.
-
-    An axis that the kernel has is named by its position in the kernel.
-    """
+    """The names of the axes of the k-th array of an einsum, in a view."""
+    # A kernel's axes are numbered, since it may be read by several einsums.
     kernel = labels[1]
     return [kernel.index(c) if c in kernel else c for c in labels[k]]
 

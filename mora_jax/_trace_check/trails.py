@@ -35,7 +35,9 @@ class Call:
 
     @functools.cached_property
     def transposed(self) -> "Call":
-        """The transposed call: a model that takes a gradient goes back through it."""
+        """The transposed call, through which a gradient goes."""
+        # Kept, and each is the other's: two calls are never equal, and a model that
+        # takes a gradient of a gradient is back in the call where it began.
         call = dataclasses.replace(self, product=self.product.transposed)
         call.__dict__["transposed"] = self
         return call
@@ -73,7 +75,8 @@ class Trail:
 
     Attributes:
       view: The axes of the kernel (numbers, negative for stack axes), of the input or
-        of their product (letters of the einsum); None if they are lost.
+        of their product (the kernel's, or letters of the einsum); None if they are
+        lost.
       by: The primitive that multiplied the kernel; "" before that.
       call: The call whose input the kernel was multiplied with; None for any other
         array.

@@ -128,8 +128,7 @@ class _Walk:
         call, lead = eqn.params["call"], eqn.params["lead"]
         value, product = dict(values[0]), call.product
         if not eqn.params["end"]:
-            shape = eqn.outvars[0].aval.shape
-            labels = product.einsum_labels
+            shape, labels = eqn.outvars[0].aval.shape, product.einsum_labels
             names = axis_names(labels, 0) if labels else range(len(shape) - lead)
             lifted = [("vmap", k) for k in range(lead)]
             return [{**value, call: Trail(named([*lifted, *names], shape))}]
@@ -186,13 +185,13 @@ def _in_one_round(trail: Trail) -> Trail:
 
 
 def _of_all_rounds(trail: Trail) -> Trail:
-    """The trail of what a scan stacks: it is not known which rows a product is of."""
+    # Of a product that a scan stacks, it is not known which rows it is of.
     hidden = dataclasses.replace(trail, unseen="scan")
     return hidden if trail.by else trail.passed("scan")
 
 
 def _open(jaxpr: Any) -> Any:
-    """The program inside of a closed one, which JAX 0.12 no longer tells apart."""
+    # JAX 0.12 no longer tells closed programs and others apart.
     return getattr(jaxpr, "jaxpr", jaxpr)
 
 
