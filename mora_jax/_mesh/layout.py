@@ -1,7 +1,6 @@
 """Layouts: the places of a kernel's features on a mesh."""
 
 import dataclasses
-import math
 from typing import Any
 
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
@@ -32,25 +31,6 @@ class FeatureSharding:
         """True if any features are split."""
         return bool(self.in_axes or self.out_axes)
 
-    @property
-    def inputs_only(self) -> "FeatureSharding":
-        """The same without the axes of the outputs."""
-        return dataclasses.replace(self, out_axes=())
-
-    @property
-    def outputs_only(self) -> "FeatureSharding":
-        """The same without the axes of the inputs."""
-        return dataclasses.replace(self, in_axes=())
-
-    def num_shards(self, axes: MeshAxes) -> int:
-        """Into how many shards `axes` split what they split."""
-        return math.prod(self.mesh.shape[axis] for axis in axes)
-
-    def local_shape(self, shape: Shape, spec: PartitionSpec) -> Shape:
-        """The shape of one device's part of an array."""
-        axes = [*map(mesh_axes, spec), *[()] * (len(shape) - len(spec))]
-        return tuple(n // self.num_shards(a) for n, a in zip(shape, axes, strict=True))
-
 
 def mesh_axes(entry: Any) -> MeshAxes:
     """The mesh axes in an entry of a `PartitionSpec`."""
@@ -71,14 +51,14 @@ class KernelLayout:
     Attributes:
       mesh: The devices.
       mesh_axes: For each axis of the kernel, its last one first, the mesh axes that
-        split it. The order is reversed because `nn.scan` and `nn.vmap` remove leading
-        axes.
+        split it.
       batch_axes: The mesh axes that split the rows of inputs. Where they also split a
         kernel, the kernel is gathered before it is used (FSDP). Features that other
         axes split stay split.
     """
 
     mesh: Mesh | AbstractMesh
+    # The last axis comes first, since `nn.scan` and `nn.vmap` remove leading axes.
     mesh_axes: tuple[MeshAxes, ...]
     batch_axes: MeshAxes = ()
 
@@ -88,11 +68,7 @@ class KernelLayout:
         return any(axis in self.batch_axes for axes in self.mesh_axes for axis in axes)
 
     def gathered_sharding(self, ndim: int) -> NamedSharding:
-        """Sharding of a kernel while it is used.
-
-        Args:
-          ndim: The number of the kernel's axes that the layer sees, the last ones.
-        """
+        """Sharding of a kernel while it is used, by a layer that sees `ndim` axes."""
         kept = (
             tuple(axis for axis in axes if axis not in self.batch_axes)
             for axes in reversed(self.mesh_axes[:ndim])
@@ -100,44 +76,31 @@ class KernelLayout:
         return NamedSharding(self.mesh, PartitionSpec(*(axes or None for axes in kept)))
 
     def for_activations(self, axes: str, shape: Shape) -> FeatureSharding:
-        """Split of inputs and outputs, by the features of a kernel.
-
-        Args:
-          axes: The kernel's axes, a letter each.
-          shape: The kernel's shape.
-        """
+        """Split of inputs and outputs, by the kernel's axes, a letter each."""
         return self._features(axes, shape, without=self.batch_axes)
 
     def for_kernel(self, axes: str, shape: Shape) -> FeatureSharding:
-        """Split of the kernel itself, as (in_features, out_features).
-
-        On explicit axes the answer is not at all: there the types of arrays decide, and
-        a delta gets its type from the sum with its kernel.
-        """
+        """Split of the kernel itself, as (in_features, out_features)."""
+        # On explicit axes the types of arrays decide, and a delta gets its type from
+        # the sum with its kernel.
         explicit = AxisType.Explicit in self.mesh.axis_types
         return FeatureSharding(self.mesh) if explicit else self._features(axes, shape)
 
     def _features(
         self, axes: str, shape: Shape, without: MeshAxes = ()
     ) -> FeatureSharding:
-        ins, outs = (self._split(axes, shape, letter, without) for letter in "io")
-        return FeatureSharding(self.mesh, ins, outs)
+        def split(letter: str) -> MeshAxes:
+            # An axis of one device splits nothing, and XLA fails to sum over it.
+            *inner, first = [
+                tuple(a for a in split if a not in without and self.mesh.shape[a] > 1)
+                for axis, size, split in zip(
+                    reversed(axes), reversed(shape), self.mesh_axes, strict=False
+                )
+                if axis == letter and size > 1
+            ] or [()]
+            # Of several axes (heads and their features) the first one alone may be
+            # split, or a device's features would not be neighbours. XLA's partitioner
+            # finds a way for others.
+            return () if any(inner) else first
 
-    def _split(
-        self, axes: str, shape: Shape, letter: str, without: MeshAxes
-    ) -> MeshAxes:
-        """The mesh axes that split the features of one kind between devices.
-
-        If a kind has several axes (heads and their features), only the first of them
-        may be split. Otherwise the answer is none, and XLA's partitioner finds a way.
-        """
-        found: list[MeshAxes] = []
-        for k in range(1, len(axes) + 1):
-            if axes[-k] == letter and shape[-k] > 1:
-                split = self.mesh_axes[k - 1] if k <= len(self.mesh_axes) else ()
-                # An axis of one device splits nothing, and XLA fails to sum over it.
-                sizes = self.mesh.shape
-                kept = (a for a in split if a not in without and sizes[a] > 1)
-                found.append(tuple(kept))
-        *inner, first = found or [()]
-        return () if any(inner) else first
+        return FeatureSharding(self.mesh, split("i"), split("o"))

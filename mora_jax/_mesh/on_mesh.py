@@ -10,6 +10,7 @@ anything.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -20,16 +21,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from mora_jax._common.types import Shape
 from mora_jax._jax.linear_map import LinearMap, Static, static
 from mora_jax._mesh.layout import FeatureSharding, MeshAxes, mesh_axes
-from mora_jax._mesh.parts import OperatorPart, part_of
+from mora_jax._mesh.parts import part_of
 from mora_jax.operators import Operator
 from mora_jax.operators._base import Split
 
 REPLICATED = PartitionSpec()
-
-
-def last_axis(axes: MeshAxes, ndim: int) -> PartitionSpec:
-    """PartitionSpec of an array of `ndim` axes, the last one split by `axes`."""
-    return PartitionSpec(*[None] * (ndim - 1), axes) if axes else REPLICATED
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,9 +45,10 @@ class ShardMappedMap(LinearMap):
       operand_spec: The split of the operand.
       result_spec: The split of the result.
       residual_specs: The splits of the residuals behind the operator.
-      gathers_last: Whether other axes may split the last residual as well, so that it
-        has to be gathered from them: XLA might gather the operand instead. It is
-        gathered again in the backward pass instead of being saved.
+      gathers_last: True if other axes may split the last residual as well, so that it
+        has to be gathered from them.
+      by_residual: The same as a map of the residual behind the operator, if it is
+        linear in that, too. Its own residual is the operand.
     """
 
     features: FeatureSharding
@@ -62,51 +59,67 @@ class ShardMappedMap(LinearMap):
     result_spec: PartitionSpec
     residual_specs: tuple[PartitionSpec, ...] = ()
     gathers_last: bool = False
+    by_residual: "ShardMappedMap | None" = None
+
+    @classmethod
+    def of(
+        cls,
+        features: FeatureSharding,
+        forward_here: Static,
+        operand: jax.Array,
+        *specs: PartitionSpec,
+        **settings: Any,
+    ) -> "ShardMappedMap":
+        """The map of an array; `specs` are of it, the result and the residuals."""
+        of_operand, of_result, *of_residuals = specs
+        like = operand.shape, operand.dtype, of_operand, of_result
+        return cls(features, forward_here, *like, tuple(of_residuals), **settings)
 
     def forward(self, residuals: Any, operand: jax.Array) -> jax.Array:
-        function, settings = self.forward_here.function, self.forward_here.settings
-
-        def local(
-            in_shard: Any, out_shard: Any, x: jax.Array, op: Any, *rest: Any
-        ) -> Any:
-            part = self._part(op, in_shard[0], out_shard[0])
-            return self._sum(function(*settings, (part, *rest), x), self.result_spec)
-
-        mapped = self._shard_map(local, self.operand_spec, self.result_spec)
-        return mapped(operand, *self._gather(residuals))
+        # A call of `forward_here` would be one more frame between a layer and M.
+        here = self.forward_here
+        apply = functools.partial(here.function, *here.settings)
+        mapped = self._mapped(apply, self.operand_spec, self.result_spec)
+        return mapped(operand, *self._gathered(residuals))
 
     def backward(self, residuals: Any, cotangent: jax.Array) -> jax.Array:
-        shape = self.features.local_shape(self.shape, self.operand_spec)
-        like = jax.ShapeDtypeStruct(shape, self.dtype)
+        place = NamedSharding(self.features.mesh, self.operand_spec)
+        like = jax.ShapeDtypeStruct(place.shard_shape(self.shape), self.dtype)
 
-        def local(
-            in_shard: Any, out_shard: Any, y: jax.Array, op: Any, *rest: Any
-        ) -> Any:
-            here = self._part(op, in_shard[0], out_shard[0]), *rest
-            transposed = jax.linear_transpose(
-                lambda x: self.forward_here(here, x), like
-            )
-            return self._sum(transposed(y)[0], self.operand_spec)
+        def transposed(here: Any, y: jax.Array) -> jax.Array:
+            of_x = functools.partial(self.forward_here, here)
+            return jax.linear_transpose(of_x, like)(y)[0]
 
-        mapped = self._shard_map(local, self.result_spec, self.operand_spec)
-        return mapped(cotangent, *self._gather(residuals))
+        mapped = self._mapped(transposed, self.result_spec, self.operand_spec)
+        return mapped(cotangent, *self._gathered(residuals))
 
-    def _part(self, op: Any, in_shard: jax.Array, out_shard: jax.Array) -> OperatorPart:
-        """The part of `op` on the device with these numbers of inputs and outputs."""
-        features = self.features
-        ins = op.in_features // features.num_shards(features.in_axes)
-        outs = op.out_features // features.num_shards(features.out_axes)
-        return part_of(op, in_shard * ins, out_shard * outs, ins, outs)
+    def derivatives(self) -> Mapping[int, Callable[[Any, Any, Any], jax.Array]]:
+        # JAX would transpose the sum over devices as well, to another sum.
+        if (by_residual := self.by_residual) is None:
+            return {}
+        return {1: lambda given, x, tangent: by_residual((given[0], x), tangent)}
 
-    def _shard_map(
-        self, local: Callable[..., Any], in_spec: PartitionSpec, out_spec: PartitionSpec
+    def _mapped(
+        self,
+        apply: Callable[[Any, jax.Array], jax.Array],
+        in_spec: PartitionSpec,
+        out_spec: PartitionSpec,
     ) -> Callable[..., jax.Array]:
-        """`local` on each device, given the numbers of its inputs and outputs."""
+        """The function of an array and residuals that is `apply` on each device."""
         features = self.features
         both = features.in_axes, features.out_axes
+        shards = [math.prod(features.mesh.shape[a] for a in axes) for axes in both]
+
+        def local(
+            in_shard: jax.Array, out_shard: jax.Array, x: jax.Array, op: Any, *rest: Any
+        ) -> jax.Array:
+            ins, outs = op.in_features // shards[0], op.out_features // shards[1]
+            part = part_of(op, in_shard[0] * ins, out_shard[0] * outs, ins, outs)
+            return self._sum(apply((part, *rest), x), out_spec)
+
         # The numbers are data: with some axes mapped and others left to XLA, a device
         # cannot ask for its index along the first.
-        numbers = [jnp.arange(features.num_shards(axes)) for axes in both]
+        numbers = map(jnp.arange, shards)
         context = jax.sharding.get_abstract_mesh()
         mapped = jax.shard_map(
             local,
@@ -137,9 +150,11 @@ class ShardMappedMap(LinearMap):
             return jax.lax.psum(wide, axes).astype(x.dtype)
         return jax.lax.psum(x, axes)
 
-    def _gather(self, residuals: Any) -> Any:
+    def _gathered(self, residuals: Any) -> Any:
         if not self.gathers_last:
             return residuals
+        # XLA might gather the operand instead. The residual is gathered again in the
+        # backward pass, so that it is not saved.
         *others, last = residuals
         sharding = NamedSharding(self.features.mesh, self.residual_specs[-1])
         return *others, jax.lax.with_sharding_constraint(last, sharding)
@@ -163,10 +178,18 @@ class OperatorOnMesh:
 
     def split(self, x: jax.Array) -> Split:
         """Split with a C(x) that is the same on all devices, and D(h) in parts."""
-        split = self.operator.split(x)
-        h = self._compress(x) if self.features.in_axes else split.h
-        parts = self.features.out_axes
-        return Split(h, self._decompress if parts else split.decompress)
+        h, decompress = self.operator.split(x)
+        if axes := self.features.in_axes:
+            inputs, here = dataclasses.replace(self.features, out_axes=()), "compress"
+            spec = last_axis(axes, x.ndim)
+            of_x = ShardMappedMap.of(inputs, static(_here, here), x, spec, REPLICATED)
+            h = of_x((self.operator,), x)
+        return Split(h, self._decompress if self.features.out_axes else decompress)
+
+    def _decompress(self, h: jax.Array) -> jax.Array:
+        here, outputs = static(_here, "decompress"), self._outputs_only
+        specs = REPLICATED, last_axis(outputs.out_axes, h.ndim)
+        return ShardMappedMap.of(outputs, here, h, *specs)((self.operator,), h)
 
     def rows(self, x: jax.Array, m: jax.Array, precision: Any = None) -> jax.Array:
         """D(C(x) M) as a map of x: (..., in_features) -> (..., out_features)."""
@@ -177,13 +200,9 @@ class OperatorOnMesh:
 
         A fold takes its transpose by M alone.
         """
-        of_x = self._rows_map(x, precision)
-        of_m = _RowsByM(
-            self.features,
-            static(_rows_by_m, precision),
-            *(m.shape, m.dtype, REPLICATED, of_x.result_spec, (of_x.operand_spec,)),
-            of_x=of_x,
-        )
+        of_x, here = self._rows_map(x, precision), static(_here, "rows", precision)
+        specs = REPLICATED, of_x.result_spec, of_x.operand_spec
+        of_m = ShardMappedMap.of(self.features, here, m, *specs, by_residual=of_x)
         return of_m((self.operator, x), m)
 
     def unit_rows(
@@ -193,22 +212,16 @@ class OperatorOnMesh:
 
         The inputs are not split: an index may be any, wherever the kernel's rows are.
         """
-        outs = last_axis(self.features.out_axes, indices.ndim + 1)
-        of_m = ShardMappedMap(
-            self.features.outputs_only,
-            static(_unit_rows, precision),
-            *(m.shape, m.dtype, REPLICATED, outs, (REPLICATED,)),
-        )
-        return of_m((self.operator, indices), m)
+        here, outputs = static(_here, "unit_rows", precision), self._outputs_only
+        rows = last_axis(outputs.out_axes, indices.ndim + 1)
+        of_m = ShardMappedMap.of(outputs, here, m, REPLICATED, rows, REPLICATED)
+        return self._by_m(of_m, m, indices)
 
     def matrix(self, m: jax.Array, matrix_of: PartForm) -> jax.Array:
         """The rows and columns of the delta that each device has, (in, out)."""
-        of_m = ShardMappedMap(
-            self.features,
-            static(_matrix, matrix_of),
-            *(m.shape, m.dtype, REPLICATED, self._kernel_spec),
-        )
-        return of_m((self.operator,), m)
+        here, specs = static(_here, matrix_of), (REPLICATED, self._kernel_spec)
+        of_m = ShardMappedMap.of(self.features, here, m, *specs)
+        return self._by_m(of_m, m)
 
     def added(self, m: jax.Array, kernel: jax.Array, add_of: PartForm) -> jax.Array:
         """A kernel with its delta, (in, out), split as the kernel is.
@@ -216,88 +229,46 @@ class OperatorOnMesh:
         Each device adds its part of the delta to its part of the kernel. Where the
         kernel is gathered before it is used, the sum is what is gathered.
         """
-        spec = self._kernel_spec
-        sums = ShardMappedMap(
-            self.features,
-            static(_added, add_of),
-            *(kernel.shape, kernel.dtype, spec, spec, (REPLICATED,)),
-        )
+        spec, here = self._kernel_spec, static(_here, add_of)
+        sums = ShardMappedMap.of(self.features, here, kernel, spec, spec, REPLICATED)
         # Without a transpose, since it is not linear.
         return sums.forward((self.operator, m), kernel)
 
+    def _by_m(self, of_m: ShardMappedMap, m: jax.Array, *arrays: Any) -> jax.Array:
+        # Of a delta that is not linear in M JAX takes the derivative.
+        apply = of_m if self.operator.linear else of_m.forward
+        return apply((self.operator, *arrays), m)
+
+    @property
+    def _outputs_only(self) -> FeatureSharding:
+        return dataclasses.replace(self.features, in_axes=())
+
     @property
     def _kernel_spec(self) -> PartitionSpec:
-        ins, outs = self.features.in_axes, self.features.out_axes
-        return PartitionSpec(ins or None, outs or None)
+        return PartitionSpec(self.features.in_axes, self.features.out_axes)
 
     def _rows_map(self, x: jax.Array, precision: Any) -> ShardMappedMap:
         both = self.features.in_axes, self.features.out_axes
-        ins, outs = (last_axis(axes, x.ndim) for axes in both)
-        by_x = static(_rows, precision)
-        return ShardMappedMap(
-            self.features, by_x, x.shape, x.dtype, ins, outs, (REPLICATED,)
-        )
-
-    def _compress(self, x: jax.Array) -> jax.Array:
-        ins = last_axis(self.features.in_axes, x.ndim)
-        features, here = self.features.inputs_only, static(_compress)
-        of_x = ShardMappedMap(features, here, x.shape, x.dtype, ins, REPLICATED)
-        return of_x((self.operator,), x)
-
-    def _decompress(self, h: jax.Array) -> jax.Array:
-        outs = last_axis(self.features.out_axes, h.ndim)
-        features, here = self.features.outputs_only, static(_decompress)
-        of_h = ShardMappedMap(features, here, h.shape, h.dtype, REPLICATED, outs)
-        return of_h((self.operator,), h)
+        specs = *(last_axis(axes, x.ndim) for axes in both), REPLICATED
+        here = static(_rows_of_x, precision)
+        return ShardMappedMap.of(self.features, here, x, *specs)
 
 
-@dataclasses.dataclass(frozen=True)
-class _RowsByM(ShardMappedMap):
-    """A product as a map of M, which is linear in x as well."""
-
-    of_x: ShardMappedMap | None = None
-
-    def derivatives(self) -> Mapping[int, Callable[[Any, Any, Any], jax.Array]]:
-        of_x = self.of_x
-        assert of_x is not None
-        return {1: lambda residuals, m, tangent: of_x((residuals[0], m), tangent)}
+def last_axis(axes: MeshAxes, ndim: int) -> PartitionSpec:
+    """PartitionSpec of an array of `ndim` axes, the last one split by `axes`."""
+    return PartitionSpec(*[None] * (ndim - 1), axes)
 
 
-# What one device computes, with its part of the operator as the first residual.
+def _here(method: str | PartForm, *args: Any) -> jax.Array:
+    """A method of the operator's part on one device, in some form.
+
+    The arguments are the method's last ones, the residuals and the operand.
+    """
+    *settings, (part, *arrays), operand = args
+    function = getattr(part, method) if isinstance(method, str) else method(part)
+    return function(*arrays, operand, *settings)
 
 
-def _rows(precision: Any, residuals: Any, x: jax.Array) -> jax.Array:
+def _rows_of_x(precision: Any, residuals: Any, x: jax.Array) -> jax.Array:
     part, m = residuals
     return part.rows(x, m, precision)
-
-
-def _rows_by_m(precision: Any, residuals: Any, m: jax.Array) -> jax.Array:
-    part, x = residuals
-    return part.rows(x, m, precision)
-
-
-def _unit_rows(precision: Any, residuals: Any, m: jax.Array) -> jax.Array:
-    part, indices = residuals
-    return part.unit_rows(indices, m, precision)
-
-
-def _matrix(matrix_of: PartForm, residuals: Any, m: jax.Array) -> jax.Array:
-    (part,) = residuals
-    return matrix_of(part)(m)
-
-
-def _added(add_of: PartForm, residuals: Any, kernel: jax.Array) -> jax.Array:
-    part, m = residuals
-    return add_of(part)(m, kernel)
-
-
-def _compress(residuals: Any, x: jax.Array) -> jax.Array:
-    (part,) = residuals
-    return part.split(x).h
-
-
-def _decompress(residuals: Any, h: jax.Array) -> jax.Array:
-    (part,) = residuals
-    # D does not depend on x, and XLA drops what C would make of these zeros.
-    nothing = jnp.zeros((*h.shape[:-1], part.in_features), h.dtype)
-    return part.split(nothing).decompress(h)

@@ -6,10 +6,10 @@ the inputs is the operator. `part_of` finds the part by the operator's type: the
 general one for every operator, and others that do less work.
 """
 
-import abc
 import dataclasses
 import functools
 import itertools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from mora_jax._common.types import Shape
 from mora_jax._jax.qwix_guard import last_with_first, matmul
-from mora_jax._jax.tiles import sum_tiles, tile_to
+from mora_jax._jax.tiles import pad_to, sum_tiles, tile_to
 from mora_jax._jax.vma import shape_for
 from mora_jax.operators import (
     Decoupling,
@@ -27,14 +27,23 @@ from mora_jax.operators import (
     Sharing,
     SignedSharing,
 )
-from mora_jax.operators._base import Side, Split
+from mora_jax.operators._base import Split
 from mora_jax.operators._blocks import num_blocks
 from mora_jax.operators._projection import Projection
 
+_part = functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["operator", "in_start", "out_start"],
+    meta_fields=["in_features", "out_features"],
+)
 
+
+@_part
 @dataclasses.dataclass(frozen=True)
-class OperatorPart(abc.ABC):
-    """The part of an operator for some of its inputs and outputs.
+class OperatorPart:
+    """The part of any operator for some of its inputs and outputs.
+
+    It computes with zeros for the inputs that are elsewhere. Subclasses do less work.
 
     Attributes:
       operator: The whole operator.
@@ -49,21 +58,6 @@ class OperatorPart(abc.ABC):
     out_start: jax.Array
     in_features: int
     out_features: int
-
-    def __init_subclass__(cls) -> None:
-        jax.tree_util.register_dataclass(
-            cls,
-            data_fields=["operator", "in_start", "out_start"],
-            meta_fields=["in_features", "out_features"],
-        )
-
-    @abc.abstractmethod
-    def split(self, x: jax.Array) -> Split:
-        """Split of the product of the inputs that are here, for the outputs here.
-
-        Args:
-          x: (..., in_features).
-        """
 
     @property
     def m_shape(self) -> Shape:
@@ -82,10 +76,28 @@ class OperatorPart(abc.ABC):
         here = self.in_features, self.out_features
         return here == (op.in_features, op.out_features)
 
+    def split(self, x: jax.Array) -> Split:
+        """Split of the product of the inputs that are here, for the outputs here."""
+        h, decompress = self.operator.split(self.pad_inputs(x))
+        return Split(h, lambda h: self.take_outputs(decompress(h)))
+
+    def compress(self, x: jax.Array) -> jax.Array:
+        """C of the inputs that are here, for an operator of one block."""
+        return self.split(x).h
+
+    def decompress(self, h: jax.Array) -> jax.Array:
+        """D for the outputs that are here, for an operator of one block."""
+        # D does not depend on x, and XLA drops what C would make of these zeros.
+        nothing = jnp.zeros((*h.shape[:-1], self.in_features), h.dtype)
+        return self.split(nothing).decompress(h)
+
     def rows(
         self, x: jax.Array, m: jax.Array, precision: jax.lax.PrecisionLike = None
     ) -> jax.Array:
         """Share of the inputs here in the outputs here: (..., in) -> (..., out)."""
+        if not self.linear:
+            rows = self.operator.rows(self.pad_inputs(x), m, precision)
+            return self.take_outputs(rows)
         h, decompress = self.split(x)
         axes = last_with_first(h)
         return decompress(jax.lax.dot_general(h, m, axes, precision=precision))
@@ -119,82 +131,53 @@ class OperatorPart(abc.ABC):
         return jax.lax.dynamic_slice_in_dim(y, self.out_start, size, axis=-1)
 
 
-@functools.singledispatch
-def part_of(
-    op: Operator,
-    in_start: jax.Array,
-    out_start: jax.Array,
-    in_features: int,
-    out_features: int,
-) -> OperatorPart:
-    """The part of `op` for neighbouring inputs and outputs."""
-    return PaddedPart(op, in_start, out_start, in_features, out_features)
-
-
-class PaddedPart(OperatorPart):
-    """The part of any operator: zeros for inputs that are elsewhere."""
-
-    def split(self, x: jax.Array) -> Split:
-        h, decompress = self.operator.split(self.pad_inputs(x))
-        return Split(h, lambda h: self.take_outputs(decompress(h)))
-
-
-class SharingPart(PaddedPart):
+@_part
+class SharingPart(OperatorPart):
     """The part of sharing.
 
     A device that has each group equally often sums and repeats its own features alone.
     """
 
     def split(self, x: jax.Array) -> Split:
-        op, (h, decompress) = self.operator, super().split(x)
-        if op.compress_groups == "strided" and not self.in_features % op.square_rank:
-            h = sum_tiles(x, op.square_rank) * op._scale("in", x.dtype)
-        return Split(h, self._repeat if self._repeats else decompress)
+        op, q = self.operator, self.operator.square_rank
+        h, decompress = super().split(x)
+        if op.compress_groups == "strided" and not self.in_features % q:
+            h = sum_tiles(x, q) * op._scale("in", x.dtype)
+        if op.decompress_groups == "strided" and not self.out_features % q:
+            return Split(h, self._repeat)
+        return Split(h, decompress)
 
     def matrix(self, m: jax.Array) -> jax.Array:
-        rows = (
-            self._repeat(m)
-            if self._repeats
-            else self.take_outputs(self.operator._decompress(m))
-        )
+        # As `Operator.matrix`, without the features that are elsewhere.
+        rows = self.decompress(m)
         vector = shape_for((self.in_features,), rows.dtype, rows)
-        transpose = jax.linear_transpose(lambda x: self.split(x).h, vector)
+        transpose = jax.linear_transpose(self.compress, vector)
         (weight,) = jax.vmap(transpose, in_axes=-1, out_axes=-1)(rows)
         return weight
-
-    @property
-    def _repeats(self) -> bool:
-        op = self.operator
-        whole_groups = not self.out_features % op.square_rank
-        return op.decompress_groups == "strided" and whole_groups
 
     def _repeat(self, h: jax.Array) -> jax.Array:
         return tile_to(h * self.operator._scale("out", h.dtype), self.out_features)
 
 
+@_part
 class BasisPart(OperatorPart):
     """The part of an operator whose C and D are dense matrices: some of their rows."""
 
     def split(self, x: jax.Array) -> Split:
-        return Split(matmul(x, self._basis("in", x.dtype)), self._decompress)
+        return Split(matmul(x, self._in_basis(x)), self._decompress)
 
     def matrix(self, m: jax.Array) -> jax.Array:
-        return matmul(self._basis("in", m.dtype), self._decompress(m))
+        return matmul(self._in_basis(m), self._decompress(m))
+
+    def _in_basis(self, like: jax.Array) -> jax.Array:
+        return self.take_inputs(self.operator.basis("in", like.dtype))
 
     def _decompress(self, h: jax.Array) -> jax.Array:
-        return matmul(h, self._basis("out", h.dtype).T)
-
-    def _basis(self, side: Side, dtype: Any) -> jax.Array:
-        """The rows of C, or of D's transpose, that belong to the features here."""
-        start, size = (
-            (self.in_start, self.in_features)
-            if side == "in"
-            else (self.out_start, self.out_features)
-        )
-        return self.operator._matrix_rows(side, start + jnp.arange(size), dtype)
+        return matmul(h, self.take_outputs(self.operator.basis("out", h.dtype).T))
 
 
-class PermutationPart(PaddedPart):
+@_part
+class PermutationPart(OperatorPart):
     """The part of a permutation, each of whose blocks has features from everywhere."""
 
     @property
@@ -208,12 +191,12 @@ class PermutationPart(PaddedPart):
         return self.operator.matrix_part(m, *self.places)
 
 
+@_part
 class BlockPart(OperatorPart):
     """The part of a block operator.
 
     The device computes with the blocks that hold features of its own, and with the
-    groups of blocks that its outputs want. Neighbouring features touch whole blocks
-    where q divides their number; otherwise M multiplies up to two blocks more.
+    groups of blocks that its outputs want.
     """
 
     @property
@@ -224,14 +207,17 @@ class BlockPart(OperatorPart):
         return self.operator.aligned and all(n % q == 0 or q % n == 0 for n in sizes)
 
     def split(self, x: jax.Array) -> Split:
-        groups = self.operator.num_groups
+        op, groups = self.operator, self.operator.num_groups
+        start, wanted = 0, groups
+        if self.out_features < op.out_features:
+            start = self.out_start // op.square_rank
+            wanted = min(groups, self._max_blocks(self.out_features))
         blocks, firsts = self._touched_blocks(x)
-        start, wanted = self._wanted_groups()
 
         def sum_wanted(blocks: Sequence[jax.Array]) -> jax.Array:
             """The sums of the groups that outputs here want: (..., wanted, q)."""
             placed = (
-                _place(self.operator.sum_groups(h), first - start, groups)
+                jnp.roll(pad_to(h, groups, axis=-2), first - start, axis=-2)
                 for h, first in zip(blocks, firsts, strict=True)
             )
             return functools.reduce(jnp.add, placed)[..., :wanted, :]
@@ -262,7 +248,7 @@ class BlockPart(OperatorPart):
         # The features here begin within block `first`, at an offset that only the
         # device knows. Put at that offset among zeros, they are whole blocks, which are
         # rotated as such; what is elsewhere adds zeros.
-        first, touched = self.in_start // q, _max_blocks_touched(size, q)
+        first, touched = self.in_start // q, self._max_blocks(size)
         h = _put(x, touched * q, self.in_start % q)
         h = h.reshape(*x.shape[:-1], touched, q)
         h = op.rotate_rows(h, first + jnp.arange(touched))
@@ -282,17 +268,15 @@ class BlockPart(OperatorPart):
         *batch, wanted, q = h.shape
         if wanted == op.num_groups and size == op.out_features:
             return op.decompress_groups(h)
-        y = h.reshape(*batch, wanted * q)
-        y = tile_to(y, _max_blocks_touched(size, q) * q)
+        y = tile_to(h.reshape(*batch, wanted * q), self._max_blocks(size) * q)
         return jax.lax.dynamic_slice_in_dim(y, self.out_start % q, size, axis=-1)
 
-    def _wanted_groups(self) -> tuple[Any, int]:
-        """The first group that outputs here take, and how many follow each other."""
-        groups, q = self.operator.num_groups, self.operator.square_rank
-        if self.out_features == self.operator.out_features:
-            return 0, groups
-        wanted = min(groups, _max_blocks_touched(self.out_features, q))
-        return self.out_start // q, wanted
+    def _max_blocks(self, size: int) -> int:
+        """Largest number of blocks that the `size` features of one device touch."""
+        # Devices' features begin at multiples of `size`, so that the offsets in a block
+        # are multiples of the common divisor: q - divisor is the last one.
+        q = self.operator.square_rank
+        return num_blocks(q - math.gcd(q, size) + size, q)
 
 
 def whole(op: Operator) -> OperatorPart:
@@ -301,29 +285,16 @@ def whole(op: Operator) -> OperatorPart:
     return part_of(op, start, start, op.in_features, op.out_features)
 
 
+part_of = functools.singledispatch(OperatorPart)
+"""The part of an operator, by its type, with the arguments of `OperatorPart`."""
 part_of.register(Projection, BasisPart)
 part_of.register(Decoupling, BlockPart)
 part_of.register(Permutation, PermutationPart)
 part_of.register(Sharing, SharingPart)
-part_of.register(SignedSharing, PaddedPart)
-
-
-def _max_blocks_touched(size: int, q: int) -> int:
-    """Largest number of blocks that `size` neighbouring features touch.
-
-    The devices' features begin at multiples of `size`.
-    """
-    return size // q if size % q == 0 else num_blocks(size - 1, q) + 1
+part_of.register(SignedSharing, OperatorPart)  # whose signs differ by feature
 
 
 def _put(x: jax.Array, size: int, start: Any) -> jax.Array:
     """`x` among zeros: (..., k) -> (..., size), from `start` on."""
     zeros = jnp.zeros((*x.shape[:-1], size), x.dtype)
     return jax.lax.dynamic_update_slice_in_dim(zeros, x, start, axis=-1)
-
-
-def _place(h: jax.Array, first: Any, groups: int) -> jax.Array:
-    """(..., k, q) among zeros as (..., groups, q), from group `first` on, around."""
-    before = [(0, 0)] * (h.ndim - 2)
-    h = jnp.pad(h, [*before, (0, groups - h.shape[-2]), (0, 0)])
-    return h if isinstance(first, int) and first == 0 else jnp.roll(h, first, axis=-2)

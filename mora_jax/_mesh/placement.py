@@ -13,14 +13,10 @@ from mora_jax._mesh.layout import KernelLayout, MeshAxes, mesh_axes
 
 
 def row_shards(layout: KernelLayout | None, x: jax.Array) -> int:
-    """Into how many shards devices may split the first axis of a layer's input.
+    """The number of shards into which devices may split the rows of a layer's input.
 
-    Args:
-      layout: The places of the kernel's features; None if nobody has said.
-      x: The layer's input.
-
-    Returns:
-      A number that divides the axis; 1 if x is on one device, or one vector.
+    It divides the first axis of x. It is 1 if x is on one device, or one vector. The
+    layout is None if nobody has said where the kernel's features are.
     """
     mesh = mesh_of(x) if layout is None else layout.mesh
     if mesh is None or x.ndim < 2:
@@ -37,18 +33,16 @@ def gather_m(
 ) -> jax.Array:
     """M and its gradient, replicated wherever they are kept.
 
-    Without this constraint XLA may propagate a split of M to the activations. It may
-    also split the gradient as it likes, and with it the next M, so that the next step
-    is compiled again.
-
     Args:
       m: M, (*stack, q, q).
       layout: The places of the kernel's features; None if nobody has said.
       x: The layer's input.
       ndim: The number of M's axes without a stack's.
     """
-    # Nobody has said where the kernel is: only the types of arrays may name a mesh.
-    if layout is None:
+    # Without this constraint XLA may propagate a split of M to the activations. It may
+    # also split the gradient as it likes, and with it the next M, so that the next step
+    # is compiled again.
+    if layout is None:  # only the types of arrays may name a mesh
         return m if mesh_of(m) is mesh_of(x) is None else _Replicated(ndim)((), m)
     if isinstance(layout.mesh, AbstractMesh):  # explicit: its type says the same
         return m
@@ -57,15 +51,13 @@ def gather_m(
 
 @dataclasses.dataclass(frozen=True)
 class _Replicated(LinearMap):
-    """The identity, which replicates arrays whose type names a mesh.
-
-    Within a program a type names the mesh; a cotangent that was made outside of one, on
-    one device, has none.
-    """
+    """The identity, which replicates arrays whose type names a mesh."""
 
     ndim: int
 
     def forward(self, residuals: Any, operand: jax.Array) -> jax.Array:
+        # Within a program a type names the mesh; a cotangent that was made outside of
+        # one, on one device, has none.
         mesh = mesh_of(operand)
         return operand if mesh is None else _replicate(operand, mesh, self.ndim)
 
@@ -98,12 +90,9 @@ def explicit_sharding(x: Any) -> NamedSharding | None:
 
 
 def explicit_layout(labels: tuple[str, str, str], x: Any, y: Any) -> KernelLayout:
-    """Layout of a layer, by the types of its input and output.
+    """Layout of a layer, by the type of its input x and the sharding y of its output.
 
-    Args:
-      labels: The letters of the einsum of input, kernel and output.
-      x: The layer's input.
-      y: The explicit sharding of its output.
+    `labels` are the letters of the einsum of input, kernel and output.
     """
     inputs, kernel, outputs = labels
     split: dict[str, MeshAxes] = {}

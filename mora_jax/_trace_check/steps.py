@@ -1,105 +1,58 @@
 """Steps: what primitives make of the trails that pass them, and what is right."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import jax.numpy as jnp
 
+from mora_jax._common.types import Shape
 from mora_jax._trace_check.trails import Call, Trail, Value, joined
-from mora_jax._trace_check.views import Axis, Piece, View, length, named, reshape
-
-IDENTITIES = frozenset(
-    "copy copy_p device_put layout_constraint mesh_cast optimization_barrier "
-    "pbroadcast pvary reduce_precision reshard sharding_constraint "
-    "stop_gradient".split()
-)
-"""Primitives that leave numbers as they are, apart from rounding."""
-
-PRODUCTS = frozenset(
-    "dot_general conv_general_dilated gather ragged_dot_general".split()
-)
-"""Primitives by which layers multiply an input with a kernel."""
-
-PREPARING = frozenset(
-    "concatenate div dynamic_slice gather mul reduce_sum slice".split()
-)
-"""Primitives that a kernel may pass before it multiplies."""
-
-OPAQUE = frozenset("pure_callback io_callback shard_map custom_partitioning".split())
-"""Primitives whose inside says nothing about whole arrays, as do all `*_call`."""
-
-Step = Callable[[Any, Trail, list[int]], Trail]
-"""(equation of a program, trail, numbers of its operands that have the trail)."""
+from mora_jax._trace_check.views import Axis, View, length, named, reshape
 
 
 def after(eqn: Any, values: list[Value]) -> Value:
     """The value of the outputs of an equation whose operands have `values`."""
-    step = STEPS.get(eqn.primitive.name, _changed)
     return {
-        start: step(eqn, trail, [k for k, v in enumerate(values) if start in v])
+        start: _step(eqn, trail, [k for k, v in enumerate(values) if start in v])
         for start, trail in joined(values).items()
     }
 
 
-def _changed(eqn: Any, trail: Trail, at: list[int]) -> Trail:
-    """The step of every primitive that is not in `STEPS`: it changes numbers."""
+def _step(eqn: Any, trail: Trail, at: list[int]) -> Trail:
+    """The trail of the outputs of an equation whose operands at `at` have `trail`."""
     name, alone = eqn.primitive.name, len(at) == 1
-    # A factor leaves the axes where they are.
+    before, result = ([v.aval for v in side] for side in (eqn.invars, eqn.outvars))
+    match name:
+        case "add" | "add_any":
+            # A bias may be added to a product, since it does not depend on the kernel.
+            return trail if alone and trail.by else trail.passed("add")
+        case "convert_element_type" if jnp.issubdtype(result[0].dtype, jnp.floating):
+            return trail
+        case "transpose":
+            order = eqn.params["permutation"]
+            return trail.moved(lambda view: tuple(view[k] for k in order))
+        case "reshape" | "squeeze" | "expand_dims" | "broadcast_in_dim":
+            # A broadcast is a reshape too, unless it makes copies of numbers.
+            if before[0].size == result[0].size:
+                return trail.moved(lambda view: reshape(view, result[0].shape))
+        case "slice" | "dynamic_slice" if at == [0] and trail.view and not trail.by:
+            if layer := _layer(trail.view, result[0].shape):
+                return dataclasses.replace(trail, view=layer)
+    # All others change numbers. A factor leaves the axes where they are.
     factor = alone and (name == "mul" or (name == "div" and at == [0]))
-    kept = factor and eqn.invars[at[0]].aval.shape == eqn.outvars[0].aval.shape
+    kept = factor and before[at[0]].shape == result[0].shape
     step = name if alone else f"{name} by itself"
     return trail.passed(step, trail.view if kept else None)
 
 
-def _converted(eqn: Any, trail: Trail, at: list[int]) -> Trail:
-    floating = jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.floating)
-    return trail if floating else _changed(eqn, trail, at)
-
-
-def _reshaped(eqn: Any, trail: Trail, at: list[int]) -> Trail:
-    """A broadcast is a reshape too, unless it makes copies of numbers."""
-    before, result = eqn.invars[0].aval, eqn.outvars[0].aval
-    if before.size != result.size:
-        return _changed(eqn, trail, at)
-    return trail.moved(lambda view: reshape(view, result.shape))
-
-
-def _transposed(eqn: Any, trail: Trail, at: list[int]) -> Trail:
-    order = eqn.params["permutation"]
-    return trail.moved(lambda view: tuple(view[k] for k in order))
-
-
-def _sliced(eqn: Any, trail: Trail, at: list[int]) -> Trail:
-    """One layer of a stacked kernel is a kernel, since it has an M of its own."""
-    if at != [0] or trail.by or trail.view is None:
-        return _changed(eqn, trail, at)
-    axes = []
-    for axis, size in zip(trail.view, eqn.outvars[0].aval.shape, strict=True):
-        of_stack = all(isinstance(p.axis, int) and p.axis < 0 for p in axis)
-        if length(axis) != size and not (of_stack and size == 1):
-            return _changed(eqn, trail, at)
-        axes.append(axis if length(axis) == size else ())
-    return dataclasses.replace(trail, view=tuple(axes))
-
-
-def _added(eqn: Any, trail: Trail, at: list[int]) -> Trail:
-    """A bias may be added to a product, since it does not depend on the kernel."""
-    return trail if len(at) == 1 and trail.by else trail.passed("add")
-
-
-STEPS: Mapping[str, Step] = {
-    "convert_element_type": _converted,
-    "reshape": _reshaped,
-    "squeeze": _reshaped,
-    "expand_dims": _reshaped,
-    "broadcast_in_dim": _reshaped,
-    "transpose": _transposed,
-    "slice": _sliced,
-    "dynamic_slice": _sliced,
-    "add": _added,
-    "add_any": _added,
-}
+def _layer(view: View, shape: Shape) -> View | None:
+    """The view of one layer of a stacked kernel; None for any other slice."""
+    # One layer is a kernel, since it has an M of its own.
+    pairs = list(zip(view, shape, strict=True))
+    if all(length(a) == size or (size == 1 and _is_of_stack(a)) for a, size in pairs):
+        return tuple(axis if length(axis) == size else () for axis, size in pairs)
+    return None
 
 
 def multiplied(
@@ -112,15 +65,12 @@ def multiplied(
     by, view = eqn.primitive.name, None
     calls = (start for start in operand if isinstance(start, Call))
     call = next((call for call in calls if call.name == kernel), None)
-    labels = call.product.einsum_labels if call is not None else None
-    if by == "dot_general" and labels is not None and trail.view is not None:
-        assert call is not None
-        x = operand[call]
-        if x.unchanged and x.view is not None:
-            w = tuple(_lettered(axis, labels[1]) for axis in trail.view)
-            view = _dot(eqn.params["dimension_numbers"], w, x.view, kernel_first)
-        else:
+    if by == "dot_general" and call and call.product.einsum_labels and trail.view:
+        x = operand[call].view
+        if x is None or operand[call] != Trail(x):  # the input was changed
             call = None
+        else:
+            view = _dot(eqn.params["dimension_numbers"], trail.view, x, kernel_first)
     if by == "gather":
         # It must take whole rows of the unchanged kernel, which is not the indices.
         shape = eqn.invars[0].aval.shape
@@ -128,15 +78,6 @@ def multiplied(
         if not (kernel_first and rows and trail.view == named(range(2), shape)):
             trail = trail.passed("gather of something other than rows")
     return dataclasses.replace(trail, by=by, call=call, view=view)
-
-
-def _lettered(axis: Axis, letters: str) -> Axis:
-    """A kernel's axis by the letters of an einsum; stack axes keep their numbers."""
-    names: Any = [piece.axis for piece in axis]
-    return tuple(
-        dataclasses.replace(piece, axis=name if name < 0 else letters[name])
-        for piece, name in zip(axis, names, strict=True)
-    )
 
 
 def _dot(numbers: Any, w: View, x: View, kernel_first: bool) -> View | None:
@@ -160,7 +101,15 @@ def _dot(numbers: Any, w: View, x: View, kernel_first: bool) -> View | None:
 
 
 def _is_of_stack(axis: Axis) -> bool:
-    return any(isinstance(piece.axis, int) for piece in axis)
+    """True if the axis is of one or more stack axes, whose names are negative."""
+    return bool(axis) and all(isinstance(p.axis, int) and p.axis < 0 for p in axis)
+
+
+def axis_names(labels: tuple[str, str, str], k: int) -> list[str | int]:
+    """The names of the axes of the k-th array of an einsum, in a view."""
+    # A kernel's axes are numbered, since it may be read by several einsums.
+    kernel = labels[1]
+    return [kernel.index(c) if c in kernel else c for c in labels[k]]
 
 
 def fault(call: Call, trail: Trail, lead: int) -> str:
@@ -184,13 +133,10 @@ def fault(call: Call, trail: Trail, lead: int) -> str:
     if product.primitive and trail.by != product.primitive:
         return f"multiplies it by `{trail.by}` and not by `{product.primitive}`"
     if (labels := product.einsum_labels) is not None:
-        inputs, kernel, outputs = labels
-        axes = trail.view[lead:] if trail.view is not None else ()
-        whole = [
-            axis in ((), (Piece(letter, length(axis)),))
-            for letter, axis in zip(outputs, axes, strict=False)
-        ]
-        if len(axes) != len(outputs) or not all(whole):
+        axes, names = (trail.view or ())[lead:], axis_names(labels, 2)
+        sizes = tuple(map(length, axes))
+        if len(axes) != len(names) or axes != named(names, sizes):
+            inputs, kernel, outputs = labels
             equation = f"{inputs},{kernel}->{outputs}"
             return f"does not compute {equation!r}, as its rule says"
     return ""

@@ -35,7 +35,9 @@ class Call:
 
     @functools.cached_property
     def transposed(self) -> "Call":
-        """The transposed call: a model that takes a gradient goes back through it."""
+        """The transposed call, through which a gradient goes."""
+        # Kept, and each is the other's: two calls are never equal, and a model that
+        # takes a gradient of a gradient is back in the call where it began.
         call = dataclasses.replace(self, product=self.product.transposed)
         call.__dict__["transposed"] = self
         return call
@@ -73,7 +75,8 @@ class Trail:
 
     Attributes:
       view: The axes of the kernel (numbers, negative for stack axes), of the input or
-        of their product (letters of the einsum); None if they are lost.
+        of their product (the kernel's, or letters of the einsum); None if they are
+        lost.
       by: The primitive that multiplied the kernel; "" before that.
       call: The call whose input the kernel was multiplied with; None for any other
         array.
@@ -87,11 +90,6 @@ class Trail:
     through: frozenset[str] = frozenset()
     unseen: str = ""
 
-    @property
-    def unchanged(self) -> bool:
-        """True if the array is the start of the trail, with its axes in some order."""
-        return self.view is not None and not (self.by or self.through or self.unseen)
-
     def moved(self, move: Callable[[View], View | None]) -> "Trail":
         """The trail with its axes moved."""
         view = None if self.view is None else move(self.view)
@@ -100,13 +98,6 @@ class Trail:
     def passed(self, name: str, view: View | None = None) -> "Trail":
         """The trail after the primitive called `name`, which changes numbers."""
         return dataclasses.replace(self, through=self.through | {name}, view=view)
-
-    def joined(self, trail: "Trail") -> "Trail":
-        """A trail that holds where either of the two does."""
-        if self == trail:
-            return self
-        through, unseen = self.through | trail.through, self.unseen or trail.unseen
-        return dataclasses.replace(self, view=None, through=through, unseen=unseen)
 
 
 Start = str | Call
@@ -124,9 +115,11 @@ def changed(value: Value, change: Callable[[Trail], Trail]) -> Value:
 def joined(values: Iterable[Value]) -> Value:
     """All that an array depends on that is computed from several arrays."""
     trails: dict[Start, Trail] = {}
-    for value in values:
-        for start, trail in value.items():
-            trails[start] = trails.get(start, trail).joined(trail)
+    for start, trail in (pair for value in values for pair in value.items()):
+        if (other := trails.setdefault(start, trail)) != trail:
+            through = trail.through | other.through
+            unseen = trail.unseen or other.unseen
+            trails[start] = Trail(None, other.by, other.call, through, unseen)
     return trails
 
 

@@ -63,20 +63,13 @@ def reshape(view: View, shape: Shape) -> View | None:
                 inner = piece.size // part
                 pieces.insert(0, Piece(piece.axis, inner, piece.stride))
                 piece = Piece(piece.axis, part, piece.stride * inner)
+            step = piece.stride * piece.size
+            if axis and (axis[-1].axis, axis[-1].stride) == (piece.axis, step):
+                # The piece continues the one before it: the two are one piece.
+                piece = Piece(piece.axis, axis.pop().size * piece.size, piece.stride)
             axis.append(piece)
             size //= part
         if size > 1:
             return None
-        axes.append(_joined(axis))
+        axes.append(tuple(axis))
     return None if pieces else tuple(axes)
-
-
-def _joined(axis: list[Piece]) -> Axis:
-    """The same axis, with neighbouring pieces of one named axis joined."""
-    joined: list[Piece] = []
-    for piece in axis:
-        step = piece.stride * piece.size
-        if joined and (joined[-1].axis, joined[-1].stride) == (piece.axis, step):
-            piece = Piece(piece.axis, joined.pop().size * piece.size, piece.stride)
-        joined.append(piece)
-    return tuple(joined)

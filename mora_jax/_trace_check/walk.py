@@ -8,16 +8,7 @@ from typing import Any
 from jax.extend.core import Jaxpr, Literal
 from jax.interpreters import partial_eval
 
-from mora_jax._trace_check.steps import (
-    IDENTITIES,
-    OPAQUE,
-    PREPARING,
-    PRODUCTS,
-    after,
-    fault,
-    listed,
-    multiplied,
-)
+from mora_jax._trace_check.steps import after, axis_names, fault, listed, multiplied
 from mora_jax._trace_check.trails import (
     Trail,
     Uses,
@@ -30,6 +21,28 @@ from mora_jax._trace_check.trails import (
 )
 from mora_jax._trace_check.views import named
 
+IDENTITIES = frozenset(
+    "copy copy_p device_put layout_constraint mesh_cast optimization_barrier "
+    "pbroadcast pvary reduce_precision reshard sharding_constraint "
+    "stop_gradient".split()
+)
+"""Primitives that leave numbers as they are, apart from rounding."""
+
+PRODUCTS = frozenset(
+    "dot_general conv_general_dilated gather ragged_dot_general".split()
+)
+"""Primitives by which layers multiply an input with a kernel."""
+
+PREPARING = frozenset(
+    "concatenate div dynamic_slice gather mul reduce_sum slice".split()
+)
+"""Primitives that a kernel may pass before it multiplies."""
+
+OPAQUE = frozenset("pure_callback io_callback shard_map custom_partitioning".split())
+"""Primitives whose inside says nothing about whole arrays, as do all `*_call`."""
+
+Values = list[Value]
+
 
 def follow(jaxpr: Jaxpr, names: Sequence[str], stacked: Mapping[str, int]) -> Uses:
     """Follow the arrays of a model through the program of one call, with marks.
@@ -40,7 +53,7 @@ def follow(jaxpr: Jaxpr, names: Sequence[str], stacked: Mapping[str, int]) -> Us
     jaxpr, used = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
     paths = [name for name, use in zip(names, used, strict=False) if use]
     uses = Uses(reached=set(paths))
-    values: list[Value] = [{} for _ in jaxpr.invars]
+    values: Values = [{} for _ in jaxpr.invars]
     for k, (name, var) in enumerate(zip(paths, jaxpr.invars, strict=False)):
         shape: Any = var.aval.shape  # type: ignore[attr-defined]
         if len(shape) > 1:
@@ -72,7 +85,7 @@ class _Walk:
             **dict.fromkeys(IDENTITIES, lambda eqn, values: values),
         }
 
-    def run(self, jaxpr: Jaxpr, inputs: Sequence[Value]) -> list[Value]:
+    def run(self, jaxpr: Jaxpr, inputs: Sequence[Value]) -> Values:
         """The values of the outputs of `jaxpr`."""
         known = dict(zip(jaxpr.invars, inputs, strict=True))
 
@@ -85,12 +98,11 @@ class _Walk:
                 known |= zip(eqn.outvars, self._step(eqn, values), strict=True)
         return [read(atom) for atom in jaxpr.outvars]
 
-    def _step(self, eqn: Any, values: list[Value]) -> list[Value]:
+    def _step(self, eqn: Any, values: Values) -> Values:
         name = eqn.primitive.name
         if handler := self.handlers.get(name):
             return handler(eqn, values)
-        opened = [_open(value) for value in eqn.params.values()]
-        programs = [value for value in opened if isinstance(value, Jaxpr)]
+        programs = [p for p in map(_open, eqn.params.values()) if isinstance(p, Jaxpr)]
         if len(programs) == 1:
             (inner,) = programs
             pairs = (inner.invars, eqn.invars), (inner.outvars, eqn.outvars)
@@ -101,7 +113,7 @@ class _Walk:
             return [changed(joined(values), hide)] * len(eqn.outvars)
         return [after(eqn, values)] * len(eqn.outvars)
 
-    def _product(self, eqn: Any, values: list[Value]) -> list[Value]:
+    def _product(self, eqn: Any, values: Values) -> Values:
         name, result = eqn.primitive.name, dict(after(eqn, values))
         left, right, *_ = values
         for is_first, value, operand in ((True, left, right), (False, right, left)):
@@ -112,14 +124,14 @@ class _Walk:
                     result[kernel] = multiplied(eqn, kernel, trail, operand, is_first)
         return [result]
 
-    def _mark(self, eqn: Any, values: list[Value]) -> list[Value]:
+    def _mark(self, eqn: Any, values: Values) -> Values:
         call, lead = eqn.params["call"], eqn.params["lead"]
         value, product = dict(values[0]), call.product
         if not eqn.params["end"]:
-            shape = eqn.outvars[0].aval.shape
-            letters = (product.einsum_labels or [range(len(shape) - lead)])[0]
-            view = named([*(("vmap", k) for k in range(lead)), *letters], shape)
-            return [{**value, call: Trail(view)}]
+            shape, labels = eqn.outvars[0].aval.shape, product.einsum_labels
+            names = axis_names(labels, 0) if labels else range(len(shape) - lead)
+            lifted = [("vmap", k) for k in range(lead)]
+            return [{**value, call: Trail(named([*lifted, *names], shape))}]
         value.pop(call, None)
         trail = value.pop(call.name, None)
         if trail is not None and trail.unseen:
@@ -128,7 +140,7 @@ class _Walk:
             self.uses.faults.setdefault(call.name, f"{call.method} {wrong}")
         return [value]
 
-    def _scan(self, eqn: Any, values: list[Value]) -> list[Value]:
+    def _scan(self, eqn: Any, values: Values) -> Values:
         body = _open(eqn.params["jaxpr"])
         # JAX has had several names for these numbers, so shapes must tell: what is
         # stacked has one more axis outside of the body.
@@ -136,27 +148,21 @@ class _Walk:
             sum(len(a) == len(b) for a, b in zip(*map(_shapes, pair), strict=True))
             for pair in ((body.outvars, eqn.outvars), (body.invars, eqn.invars))
         )
-        fixed, state = (
-            values[: unstacked - carry],
-            values[unstacked - carry : unstacked],
-        )
+        start = unstacked - carry
+        fixed, state = values[:start], values[start:unstacked]
         layers = [changed(value, _in_one_round) for value in values[unstacked:]]
         state, results = self._loop(body, fixed, state, layers)
         return [*state, *(changed(value, _of_all_rounds) for value in results[carry:])]
 
-    def _while(self, eqn: Any, values: list[Value]) -> list[Value]:
+    def _while(self, eqn: Any, values: Values) -> Values:
         start = eqn.params["cond_nconsts"]
         stop = start + eqn.params["body_nconsts"]
         body = _open(eqn.params["body_jaxpr"])
         return self._loop(body, values[start:stop], values[stop:], [])[0]
 
     def _loop(
-        self,
-        body: Jaxpr,
-        fixed: list[Value],
-        state: list[Value],
-        layers: list[Value],
-    ) -> tuple[list[Value], list[Value]]:
+        self, body: Jaxpr, fixed: Values, state: Values, layers: Values
+    ) -> tuple[Values, Values]:
         """A state that holds before and after every round, and a round's outputs."""
         while True:  # until nothing more is lost: a trail loses its view only once
             # These uses are dropped, since the state may not hold in every round.
@@ -168,7 +174,7 @@ class _Walk:
                 return state, walk.run(body, [*fixed, *state, *layers])
             state = weaker
 
-    def _cond(self, eqn: Any, values: list[Value]) -> list[Value]:
+    def _cond(self, eqn: Any, values: Values) -> Values:
         branches = [self.run(_open(b), values[1:]) for b in eqn.params["branches"]]
         outputs = zip(*branches, strict=True)
         return [functools.reduce(in_either, values) for values in outputs]
@@ -179,13 +185,13 @@ def _in_one_round(trail: Trail) -> Trail:
 
 
 def _of_all_rounds(trail: Trail) -> Trail:
-    """The trail of what a scan stacks: it is not known which rows a product is of."""
+    # Of a product that a scan stacks, it is not known which rows it is of.
     hidden = dataclasses.replace(trail, unseen="scan")
     return hidden if trail.by else trail.passed("scan")
 
 
 def _open(jaxpr: Any) -> Any:
-    """The program inside of a closed one, which JAX 0.12 no longer tells apart."""
+    # JAX 0.12 no longer tells closed programs and others apart.
     return getattr(jaxpr, "jaxpr", jaxpr)
 
 

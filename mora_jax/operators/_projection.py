@@ -41,13 +41,7 @@ class Projection(Operator):
         return matmul(c, jax.lax.optimization_barrier(_times_transpose(m, d)))
 
     def _compress_units(self, indices: jax.Array, dtype: DTypeLike) -> jax.Array:
-        return self._matrix_rows("in", indices, dtype)
-
-    def _matrix_rows(
-        self, side: Side, indices: jax.Array, dtype: DTypeLike
-    ) -> jax.Array:
-        """Rows of C, or of the transpose of D: (...) -> (..., q)."""
-        return self.basis(side, dtype)[indices]
+        return self.basis("in", dtype)[indices]
 
 
 def _times_transpose(h: jax.Array, basis: jax.Array) -> jax.Array:

@@ -17,7 +17,7 @@ class Texts(Adapters):
 
     def __init__(self, directory, slots):
         super().__init__(directory, PLAN, {}, slots, self.change)
-        self.put, self.told = {}, []
+        self.put, self.told, self.wanted = {}, [], []
         self.goes_on = asyncio.Event()
         self.goes_on.set()
 
@@ -25,6 +25,10 @@ class Texts(Adapters):
         text = (self.directory / path / FILES[0]).read_text()
         self.told.append(f"read {text}")
         return text
+
+    async def _take_slot(self, held):
+        self.wanted.append(held.name)
+        await super()._take_slot(held)
 
     async def change(self, slot, text):
         self.told.append(f"put {text}")
@@ -53,6 +57,12 @@ async def until(true):
             await asyncio.sleep(0.001)
 
 
+async def at_rest(adapters):
+    """All has happened that can: one thread reads, and each round lets tasks go on."""
+    for _ in range(10):
+        await asyncio.get_running_loop().run_in_executor(adapters._reader, int)
+
+
 async def cancelled(tasks):
     for task in tasks:
         task.cancel()
@@ -64,13 +74,16 @@ def test_loads_that_nobody_waits_for_are_given_up(directory):
 
     async def run():
         adapters = Texts(directory, slots=1)
-        held = await adapters.acquire("a")
-        tasks = [asyncio.create_task(adapters.acquire(name)) for name in "bcdbe"]
-        await until(lambda: len(adapters._loading) == 4)
+        held, tasks = await adapters.acquire("a"), []
+        for name in "bcdbe":  # one after another: threads look at the files
+            tasks.append(asyncio.create_task(adapters.acquire(name)))
+            asked = adapters._requests + 1
+            await until(lambda asked=asked: adapters._requests == asked)
+        assert len(adapters._loading) == 4
         await cancelled(tasks[:-2])
         await until(lambda: len(adapters._loading) == 2)
-        await until(lambda: "read b" in adapters.told)
-        await asyncio.sleep(0.01)
+        await until(lambda: adapters.wanted == ["a", "b"])
+        await at_rest(adapters)
         assert adapters.told == ["read a", "put a", "done a", "read b"]
         adapters.release(held)
         for task in tasks[-2:]:
@@ -92,8 +105,8 @@ def test_a_slot_that_is_being_changed_is_not_given_away(directory):
         await cancelled([task])
         task = asyncio.create_task(adapters.acquire("b"))
         await until(lambda: len(adapters._loading) == 2)
-        await until(lambda: "read b" in adapters.told)
-        await asyncio.sleep(0.01)
+        await until(lambda: adapters.wanted == ["a", "b"])
+        await at_rest(adapters)
         assert adapters.told == ["read a", "put a", "read b"]
         adapters.goes_on.set()
         held = await task

@@ -1,13 +1,18 @@
 """An operator of another kind, in one class: the protocol asks for nothing else."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import close, random
+from jax.sharding import PartitionSpec
+from meshes import make_mesh, put
 
 import mora_jax
-from mora_jax import AdapterSpec, FrozenDense, Plan
+from mora_jax import AdapterSpec, FrozenDense, Plan, sharding
+from mora_jax._layer.equation import Delta
 from mora_jax.operators import Operator
 from mora_jax.operators._pytree import operator
 
@@ -84,3 +89,33 @@ def test_its_delta_and_the_merged_kernel(execution, arrays):
     close(op.lookup(m, jnp.arange(-2, 2)), op.delta_weight(m)[np.arange(-2, 2)])
     assert plan.trainable_parameters == (INS + OUTS) * RANK
     assert mora_jax.init(plan)["kernel_mora"].shape == m.shape
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"execution": "activation"}, {"execution": "fold"}, {"dropout": 1e-12}],
+    ids=str,
+)
+def test_on_a_mesh(settings, arrays):
+    """A layer, rows of its delta and the delta, with their gradients by M and x."""
+    mesh, split = make_mesh(inputs=2, outputs=2), PartitionSpec("inputs", "outputs")
+    spec = AdapterSpec(LowRank(INS, OUTS, RANK), (INS, OUTS))
+    plan = Plan((spec,), base_parameters=INS * OUTS)
+    plan = sharding.plan_on_mesh(plan, {"kernel": split}, batch_axes=(), mesh=mesh)
+    places = PartitionSpec(), PartitionSpec(None, "inputs"), split
+
+    def adapted(m, x, kernel, layout=plan.specs[0].layout):
+        op = LowRank(INS, OUTS, RANK)
+        frozen = FrozenDense(kernel, None, op, alpha=ALPHA, layout=layout, **settings)
+        key = jax.random.key(0)
+        y = mora_jax.mora_apply({"kernel_mora": m}, frozen, x, key=key)
+        delta = Delta(op, m, kernel.shape, "io", layout=layout)
+        return y, delta.lookup(jnp.arange(4)), delta.kernel()
+
+    def results(m, x, kernel, **layout):
+        apply = functools.partial(adapted, kernel=kernel, **layout)
+        y, gradients = jax.vjp(apply, m, x)
+        return y, gradients(jax.tree.map(jnp.cos, y))
+
+    expected = results(*arrays, layout=None)
+    close(jax.jit(results)(*put(arrays, mesh, places)), expected)

@@ -56,8 +56,7 @@ def _matrices(op, dtype):
     """C and the transpose of D, where rows of both are what devices compute with."""
     if not isinstance(op, Projection):
         return {}
-    widths = {"in": op.in_features, "out": op.out_features}
-    return {s: op._matrix_rows(s, jnp.arange(n), dtype) for s, n in widths.items()}
+    return {side: op.basis(side, dtype) for side in ("in", "out")}
 
 
 GENERAL = "general delta", "general lookup"
