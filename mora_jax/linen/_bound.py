@@ -42,12 +42,12 @@ def adapters_of(module: nn.Module) -> dict[str, BoundAdapter]:
 
 def layer_calls(
     see: Callable[[nn.Module, Path, str, Mapping[str, BoundAdapter]], None],
-    run: Callable[[LayerCall, BoundAdapter], Any],
+    output_of: Callable[[LayerCall, BoundAdapter], Callable[[], Any]],
 ) -> Callable[..., Any]:
     """A function for `nn.intercept_methods` that finds the adapter of each call.
 
     `see` is told of any call: the module, the path of its scope, the method, and the
-    adapters in the scope. `run` returns the output of a call whose kernel has one.
+    adapters in the scope. `output_of` a call whose kernel has one is a function.
     """
     running: list[nn.Module] = []
 
@@ -65,7 +65,8 @@ def layer_calls(
             return method(*args, **kwargs)
         running.append(module)
         try:
-            return run(LayerCall(rule, module, method, args, kwargs), adapter)
+            call = LayerCall(rule, module, method, args, kwargs)
+            return output_of(call, adapter)()
         finally:
             running.pop()
 

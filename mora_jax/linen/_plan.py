@@ -1,6 +1,7 @@
 """A plan of a model, by what its layers compute."""
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -76,6 +77,9 @@ def plan(
             )
         return y
 
+    def recording(*call: Any) -> Callable[[], Any]:
+        return functools.partial(record, *call)
+
     # Each kernel gets a mark next to it that no earlier call had. Otherwise nn.jit
     # would use an earlier trace again, and none of its calls would be recorded. The
     # parts of a quantized kernel are in no module, and get none.
@@ -88,7 +92,7 @@ def plan(
 
     def call(params: Any, variables: Any, args: Any, kwargs: Any) -> Any:
         variables = {**variables, "params": with_ms(params, marks)}
-        with nn.intercept_methods(layer_calls(see, record)):
+        with nn.intercept_methods(layer_calls(see, recording)):
             return model.apply(variables, *args, **kwargs)
 
     others = {name: value for name, value in variables.items() if name != "params"}

@@ -1,7 +1,8 @@
 """Adapters for unmodified models."""
 
 import dataclasses
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -63,7 +64,7 @@ class AdaptedApply:
         trained = trained_items(adapters, plan) if plan.trained else []
         params = with_ms(with_trained(base, trained), bound)
         adapting = _Adapting(plan, bool(adapter_deterministic))
-        with nn.intercept_methods(layer_calls(adapting.see, adapting.run)):
+        with nn.intercept_methods(layer_calls(adapting.see, adapting.output_of)):
             result = self.model.apply({**variables, "params": params}, *args, **kwargs)
         adapting.refuse_unused()
         if not kwargs.get("mutable"):
@@ -186,7 +187,7 @@ class _Adapting:
             if (kernel := rule.name(module)) in adapters:
                 raise unknown_use("/".join((*scope, kernel)), cls, method)
 
-    def run(self, call: LayerCall, adapter: BoundAdapter) -> Any:
+    def output_of(self, call: LayerCall, adapter: BoundAdapter) -> Callable[[], Any]:
         path = (*call.module.scope.path, *adapter.spec.path)
         spec, key = dataclasses.replace(adapter.spec, path=path), None
         self.unused[path] = None
@@ -194,7 +195,8 @@ class _Adapting:
             refuse_untraced(spec.name, call.read()[0])
         if spec.dropout > 0 and not self.deterministic:
             key = call.module.make_rng("dropout")
-        return adapt_call(call, spec, lambda: adapter.m, key)
+        # Not called here: that would be one more frame between a layer and M.
+        return functools.partial(adapt_call, call, spec, lambda: adapter.m, key)
 
     def refuse_unused(self) -> None:
         for path, use in self.unused.items():

@@ -46,6 +46,6 @@ class Projection(Operator):
 
 def _times_transpose(h: jax.Array, basis: jax.Array) -> jax.Array:
     """`h @ basis.T`, (..., q) and (features, q) to (..., features)."""
-    # Not by a transpose: XLA would compute that of a constant basis while it compiles,
+    # Not by a transpose: XLA would compute it, for a constant basis, while it compiles,
     # once for each layer.
     return jax.lax.dot_general(h, basis, (((h.ndim - 1,), (1,)), ((), ())))
