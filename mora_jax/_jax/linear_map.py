@@ -65,10 +65,8 @@ class LinearMap(abc.ABC):
     def derivatives(self) -> Mapping[int, Callable[[Any, Any, Any], jax.Array]]:
         """The derivatives by some residuals, where JAX would do more than it must.
 
-        Returns:
-          {position of an array in the tuple of residuals: a function of the residuals,
-          the operand and the array's tangent, linear in the last}. JAX differentiates
-          by the residuals that are not named.
+        They are {position in the tuple of residuals: a function of the residuals, the
+        operand and the array's tangent, linear in the last}.
         """
         return {}
 
@@ -94,8 +92,7 @@ class _Call:
     """Function of the primitive's arguments: the residuals' leaves, then x.
 
     Attributes:
-      map: The linear map.
-      treedef: The structure of its residuals.
+      map, treedef: The linear map, and the structure of its residuals.
       platform: The platform that it is traced for; None for the default one, and until
         it is lowered for another.
       transposed: True if it computes `backward`.
