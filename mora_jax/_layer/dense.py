@@ -28,8 +28,7 @@ from mora_jax.products import Contraction
 class FrozenDense(AdapterSettings):
     """Everything of a dense layer that is not trained.
 
-    It is a pytree: kernel, bias and the operator's arrays are leaves, and the rest is
-    static.
+    It is a pytree, whose leaves are kernel, bias and the operator's arrays.
 
     Attributes:
       kernel: W, (in, out), or an array of any number of axes that `axes` explains.
@@ -37,8 +36,7 @@ class FrozenDense(AdapterSettings):
       operator: C and D for the kernel's flattened widths.
       precision: The precision of both products, as in `jax.lax.dot_general`.
       axes, alpha, scale, dropout, init, param_dtype, execution, layout: As for
-        `AdapterSpec`. They stand here and not in a spec, which holds the kernel's
-        shape: `jax.vmap` over a stack of kernels changes that.
+        `AdapterSpec`.
 
     Example::
 
@@ -50,7 +48,9 @@ class FrozenDense(AdapterSettings):
       (3, 6)
     """
 
-    # Any, since JAX puts shapes and the leaves of a `jax.tree.map` where arrays were.
+    # The settings stand here and not in a spec, which holds the kernel's shape:
+    # `jax.vmap` over a stack of kernels changes that. Arrays are Any, since JAX puts
+    # shapes and the leaves of a `jax.tree.map` in their places.
     kernel: Any
     bias: Any
     operator: Operator
@@ -77,8 +77,7 @@ class FrozenDense(AdapterSettings):
 
         Raises:
           TypeError: `kernel` is not a floating-point array.
-          ValueError: `axes` do not fit the kernel, the rank does not, or `config` has
-            `train`.
+          ValueError: `axes` or the rank do not fit the kernel, or `config` has `train`.
         """
         check_kernel(kernel, "kernel")
         spec = AdapterSpec.from_config(

@@ -57,8 +57,7 @@ class Adapted(LinearMap):
     """x (W + alpha C M D) as a map of x. The residuals are (operator, alpha M, W).
 
     `multiply` is the layer's own product of x and W, linear in both, and `product` says
-    which. `execution` is the way that was asked for, and `work` the operator's. The
-    other attributes are as for `Delta`, and of x and W.
+    which. `execution` is as asked for, `work` the operator's, and the rest of x and W.
     """
 
     product: Product
@@ -260,24 +259,11 @@ def adapted_product(
 ) -> jax.Array:
     r"""A layer's product with its adapter: :math:`x W + \alpha\, D(C(x) M)`.
 
-    Args:
-      spec: The adapter.
-      m: M, (*stack, *m_shape), with the stack axes of `product`; or one for each row of
-        a batch.
-      x: The layer's input.
-      kernel: W, of the same dtype; or the stand-in of a quantized one, which `multiply`
-        understands.
-      product: The product that `multiply` computes.
-      multiply: The layer's own product of x and W, linear in both.
-      dropout_key: A key to drop some of what the adapter sees of `x`; None for nothing.
-      precision: The precision of the product with M.
-
-    Returns:
-      An array of the shape and dtype of the layer's output.
-
-    Raises:
-      ValueError: The plan reads the kernel's axes otherwise than the layer, or the
-        layer's kernel has another shape than the plan's.
+    M is (*stack, *m_shape), with the stack axes of `product`, or one for each row of a
+    batch. `multiply` is the layer's own product of x and W, as `product` describes it,
+    linear in both; W may be the stand-in of a quantized kernel that it understands.
+    `dropout_key` drops some of what the adapter sees of `x`, and `precision` is for the
+    product with M. The result has the shape and dtype of the layer's output.
     """
     check_product(spec, product)
     x = jnp.asarray(x)
@@ -336,11 +322,7 @@ def add_delta(
     precision: jax.lax.PrecisionLike = None,
     factor: jax.Array | None = None,
 ) -> jax.Array:
-    """A layer's output `y` with its delta, times `factor` if there is one.
-
-    The layer multiplies its output by that factor, instead of its kernel. The other
-    arguments are as for `adapted_product`.
-    """
+    """A layer's output `y` with its delta, as for `adapted_product` and `adapted`."""
     if (sharding := explicit_sharding(y)) is not None:
         labels = product.einsum_labels
         layout = None if labels is None else explicit_layout(labels, x, sharding)
@@ -367,10 +349,8 @@ def add_delta(
 
 
 def check_product(spec: AdapterSpec, product: Product) -> None:
-    """Raise unless the layer reads the kernel's axes as the plan does.
-
-    Leading stack axes of the plan may be ones that a lifted transformation takes off.
-    """
+    """Raise unless the layer reads the kernel's axes as the plan does."""
+    # A lifted transformation may take off leading stack axes of the plan.
     lead = len(spec.axes) - len(product.axes)
     if set(spec.axes[:lead]) - {"s"} or not product.fits(spec.axes[lead:]):
         raise ValueError(
