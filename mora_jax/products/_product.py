@@ -22,8 +22,7 @@ class KernelDelta(Protocol):
 
     Attributes:
       operator: C and D.
-      axes: The kernel's axes, a letter each (see `MoRAConfig.overrides`).
-      kernel_shape: The kernel's shape.
+      axes, kernel_shape: The kernel's axes, a letter each, and its shape.
     """
 
     @property
@@ -71,17 +70,13 @@ class Product(abc.ABC):
 
     Attributes:
       axes: The kernel's axes as letters s, i and o (see `MoRAConfig.overrides`).
-      adapted_by_default: True if such layers are adapted where a config names no
-        targets.
+      adapted_by_default: True if the default targets include such layers.
       label: A name of such layers for a plan's list of what it leaves out; "" if only
         the name of a kernel says why it is left out.
-      primitive: The primitive of JAX that multiplies, by which a trace recognises the
-        product; "" for any.
-      stand_ins: Primitives by which a layer does the product without `primitive`, where
-        the kernel is small.
+      primitive: The primitive by which a trace recognises the product; "" for any.
+      stand_ins: Primitives that do the product instead where the kernel is small.
       takes_indices: True if the input is integers that number rows of the kernel.
-      needs_trace: True if kernels of this kind are often read elsewhere too, so that
-        only a trace of the model proves that an adapter is right.
+      needs_trace: True if only a trace shows that such kernels are not read elsewhere.
       reads_kernel: True if methods read the kernel itself, instead of an input.
     """
 
