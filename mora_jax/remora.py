@@ -87,8 +87,8 @@ def restart(
 
     The model computes the same as before. In kernels of 16 bits the deltas are rounded
     with a dither that differs from restart to restart, so that small ones add up. All
-    other leaves are the same arrays. Call it between two training steps, outside of
-    jit: each plan is a program of its own in any case. It works under jit as well.
+    other leaves are the same arrays. Call it between two training steps; it works under
+    jit as well, but each plan is a program of its own.
 
     Args:
       params: The base's params.
@@ -127,9 +127,8 @@ def restart(
 def next_plan(plan: Plan) -> Plan:
     """The plan after a restart: the same kernels and widths, between other maps.
 
-    - `sharing` goes through the groupings of the reference's types 1, 2, 3 and 4, and
-      then begins again.
-    - An operator with a seed takes the next seed: other signs, features or directions.
+    `sharing` goes through the groupings of the reference's types 1, 2, 3 and 4, in a
+    circle. An operator with a seed takes the next: other signs, features or directions.
 
     Raises:
       TypeError: `plan` is not a Plan.
@@ -286,11 +285,9 @@ def _renewed(old: Any, new: Any) -> list[Any]:
 
 
 def _owner(keys: Any) -> tuple[str, bool | None]:
-    """The named tuple that holds a leaf, and True if the leaf belongs to an M.
-
-    An optimizer's state is a tree of named tuples, whose fields are trees like the
-    trained one or single arrays. Those belong to no leaf, which None stands for.
-    """
+    """The named tuple that holds a leaf, and True if the leaf belongs to an M."""
+    # An optimizer's state is a tree of named tuples, whose fields are trees like the
+    # trained one, or single arrays. Those belong to no leaf, which None stands for.
     fields = [k for k, key in enumerate(keys) if isinstance(key, GetAttrKey)]
     last = fields[-1] if fields else -1
     names = [key_name(key) for key in keys[last + 1 :]]

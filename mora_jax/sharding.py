@@ -100,15 +100,13 @@ def plan_on_mesh(
 ) -> Plan:
     """A plan that knows where the features of each kernel are.
 
-    Results do not depend on this. Without it, XLA may insert further collectives, of
-    activations or kernels, where devices share features (tensor parallelism) or kernels
-    (FSDP). With it, the adapter of a dense layer adds a sum of (q, q) for M's gradient,
-    and nothing else.
+    Results do not depend on this. Without it, XLA may move activations or kernels where
+    devices share features (tensor parallelism) or kernels (FSDP). With it, the adapter
+    of a dense layer adds a sum of (q, q) for M's gradient, and nothing else.
 
     Args:
       plan: The plan of the adapters, as `plan`, `linen.plan` or `nnx.plan` makes it.
-      params_or_shardings: The base's params or their shardings, as in
-        `adapter_shardings`.
+      params_or_shardings: As in `adapter_shardings`.
       batch_axes: The mesh axes that split the rows of inputs; () for none. A kernel
         that these axes split is gathered before it is used. Features that other axes
         split stay split.
