@@ -74,7 +74,7 @@ NO_DELTA = (
 def scaled(adapters: Any, factor: ArrayLike) -> Any:
     """Adapters whose deltas are `factor` times as large; 0 turns them off.
 
-    A compiled function may take it for an argument; another alpha is another program.
+    A jitted function may take `factor` as an argument; each alpha is another program.
     -1 takes away what was learned (task arithmetic, https://arxiv.org/abs/2212.04089).
 
     Args:

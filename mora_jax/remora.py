@@ -2,11 +2,9 @@ r"""ReMoRA: merge the adapters into the base, start them again, and train on.
 
 The rank of one delta is bounded by its operator. A *restart* adds the delta to the base
 and starts M with a delta of zero between other maps C and D, so that the sum of all
-deltas may have a higher rank: this is how the paper pretrains a model with adapters
-alone.
-
-The plan says where in the cycle a run is, so that a run which is resumed from a saved
-plan, base and adapters restarts as it would have.
+deltas may have a higher rank: so the paper pretrains with adapters alone. The plan says
+where in the cycle a run is, so that a run which is resumed from a saved plan, base and
+adapters restarts as it would have.
 
 Example::
 

@@ -154,8 +154,7 @@ def select(stacked: Tree, index: Any) -> Tree:
       stacked: Adapters in slots, as `stack` makes them. Gradients by them are gradients
         by the M's that rows have used.
       index: The number of the slot for each row, (B,), integers; -1 for no adapter. In
-        a compiled function, where nobody can check it, a number beyond the slots means
-        no adapter as well.
+        a compiled function a number beyond the slots means no adapter as well.
 
     Raises:
       TypeError: `stacked` was not made by `stack`, or `index` are not integers.

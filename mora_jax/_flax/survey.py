@@ -25,8 +25,7 @@ class Survey:
 
     Attributes:
       products: {path of a kernel: the product of its layer}.
-      non_kernels: The paths of the arrays of known layers that are not their kernels,
-        such as biases.
+      non_kernels: The paths of other arrays of known layers, such as biases.
       classes: {path of a module: the name of its class}.
       uses: The uses of the arrays in a call of the model; None if none was traced.
     """

@@ -43,8 +43,7 @@ class FrozenDense(AdapterSettings):
       >>> import mora_jax
       >>> config = mora_jax.MoRAConfig(square_rank=2, operator="rotation")
       >>> frozen = mora_jax.FrozenDense.from_config(jnp.ones((4, 6)), config=config)
-      >>> params = mora_jax.init(frozen)
-      >>> mora_jax.mora_apply(params, frozen, jnp.ones((3, 4))).shape
+      >>> mora_jax.mora_apply(mora_jax.init(frozen), frozen, jnp.ones((3, 4))).shape
       (3, 6)
     """
 
@@ -108,9 +107,7 @@ def mora_apply(
     key: PRNGKeyArray | None = None,
     deterministic: bool = False,
 ) -> Float[jax.Array, "..."]:
-    r"""One adapted dense layer (paper equation 3).
-
-    .. math:: y = x W + b + \alpha\, D(C(x) M)
+    r"""One adapted dense layer, :math:`y = x W + b + \alpha\, D(C(x) M)`.
 
     Args:
       params: The trained part, `{"kernel_mora": M}`, with M of shape (*stack, q, q).

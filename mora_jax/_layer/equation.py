@@ -74,11 +74,9 @@ class TimesM(LinearMap):
 
 @dataclasses.dataclass(frozen=True)
 class ProductByM(LinearMap):
-    """D(C(x) M) as a map of M; the residuals are (operator, x).
+    """D(C(x) M) as a map of M; the residuals are (operator, x)."""
 
-    `row_shards` devices share the rows of x and split its first axis; 1 if unknown.
-    """
-
+    # `row_shards` devices share the rows of x and split its first axis; 1 if unknown.
     # For operators whose C(x) is as large as x: x is kept for the gradient, and no
     # blocks of it. Layers that read the same x (queries, keys, values) keep it once.
     precision: jax.lax.PrecisionLike
@@ -145,10 +143,8 @@ class Delta:
         precision: jax.lax.PrecisionLike = None,
         x: jax.Array | None = None,
     ) -> "Delta":
-        """The delta of an adapter with M, computed in `dtype` or in M's own.
-
-        The layer sees the last `ndim` axes. M is replicated over the devices of `x`.
-        """
+        """The delta of an adapter, in `dtype` or M's own, on the last `ndim` axes."""
+        # M is replicated over the devices that the layer's input `x` is on.
         shape, axes = spec.seen_by(ndim)
         scaled_m = scaled(spec, jnp.asarray(m))
         if dtype is not None:

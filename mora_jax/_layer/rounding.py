@@ -78,8 +78,7 @@ class MergeLoss(NamedTuple):
 
     Attributes:
       share: The share that is lost in the mean, as `diagnostics.merge_loss` has it.
-      error: The norm of stored - (base + delta), of the delta's; 0 for a delta of
-        zeros.
+      error: norm(stored - base - delta) / norm(delta); 0 for a delta of zeros.
     """
 
     share: float | jax.Array

@@ -1,11 +1,8 @@
-r"""Ways to compute an adapted layer, which give the same numbers up to rounding.
+"""Ways to compute an adapted layer, which give the same numbers up to rounding.
 
-.. math:: y = x W + \alpha\, D(C(x) M) = x\,(W + \alpha\, C M D)
-
-- "activation" is the equation as it is written on the left. It reads the input and the
-  output once more.
-- "fold" computes the right-hand side. It reads the kernel once more, so it pays where
-  an input has many rows. The kernel is folded again in the backward pass, so that no
+- "activation" is x W + alpha D(C(x) M). It reads the input and the output once more.
+- "fold" is x (W + alpha C M D). It reads the kernel once more, so it pays where an
+  input has many rows. The kernel is folded again in the backward pass, so that no
   folded kernel is kept.
 - "fused" is for meshes: each device adds its parts of both terms before the devices sum
   them. XLA would not join the two sums.
@@ -300,8 +297,7 @@ def joins(
 ) -> bool:
     """True if product and delta can be one map of the layer's input `x`, or its shape.
 
-    `axes` are the kernel's in the plan, without those taken off, and `dtype` is the
-    kernel's; None for one that is not floating-point, such as a quantized kernel.
+    `axes` and `dtype` are the kernel's; None for one that is not floating-point.
     """
     if not product.joins or product.axes != axes or dtype is None:
         return False

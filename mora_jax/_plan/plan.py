@@ -56,12 +56,9 @@ def _share(size: int, base_parameters: int) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class LeftOut:
-    """Arrays of one kind that get no adapter.
+    """Arrays of one kind, by the pattern of their paths, that get no adapter, and why.
 
-    Attributes:
-      pattern: Their path, with "*" for numbers that differ.
-      count, why: The number of arrays, and the reason.
-      multiplied: True if they multiply inputs, as far as is known.
+    They are `multiplied` if they multiply inputs, as far as is known.
     """
 
     pattern: str

@@ -268,8 +268,7 @@ class MoRAConfig(KernelConfig):
         as a quarter of the budget, which `mora_jax.summary` shows. 1 uses all of it.
       init: The start of M. "zeros" leaves the model's outputs as they are. "gaussian",
         of standard deviation 1/sqrt(q), is AiDotNet's, and changes them.
-      dropout: The rate of dropout on the adapter's input; the frozen path sees all of
-        its input.
+      dropout: The rate of dropout on the adapter's input; the layer itself sees all.
       param_dtype: The dtype of M. None takes each kernel's dtype, for tools that want
         one dtype in a model, such as Tunix's samplers. Otherwise keep float32: 16 bits
         lose small steps of M.

@@ -183,9 +183,7 @@ def with_trained(params: Any, trained: Items, dtype: DTypeLike | None = None) ->
 
 
 def ravel_adapters(adapters: Any) -> Float[jax.Array, " parameters"]:
-    """All M's as one vector, in the order of their paths, each M row by row.
-
-    Arrays that train themselves are among them.
+    """All M's and trained arrays as one vector, in the order of their paths, by rows.
 
     Raises:
       TypeError, ValueError: `adapters` is not a tree of arrays, or holds none.

@@ -109,10 +109,7 @@ def _with_bases(spec: AdapterSpec, gradient: Any) -> AdapterSpec:
 
 
 def _leading(matrices: jax.Array, count: int) -> np.ndarray:
-    """The leading `count` eigenvectors of the sum of all G G^T, the largest first.
-
-    (stack, features, others) -> (features, count), orthonormal to the last digit.
-    """
+    """The leading eigenvectors of all G G^T, (features, count), the largest first."""
     columns, squares = jax.tree.map(np.float64, _span(matrices, count))
     # With columns^T columns = T T^T, the columns of Q = columns T^-T are orthonormal,
     # and Q^T G G^T Q = T^-1 squares T^-T. In float64 T is exact enough: after partial

@@ -88,8 +88,7 @@ def merge(
       params: The base's params: any pytree, which may be `nnx.state(model, nnx.Param)`.
       adapters: The adapters, as `init` makes them, or `nnx.state(model, MoRAParam)`.
       plan: The plan of the adapters.
-      dtype: The dtype of the merged kernels and of the trained arrays; by default each
-        has its dtype in the base.
+      dtype: The dtype of merged kernels and trained arrays; None for their own dtypes.
       any_base: True to merge into other weights than the adapters were trained on. The
         plan knows those if `save` was given `params`.
       rounding: The way to round to less than 32 bits: "dither" rounds as many numbers
@@ -181,10 +180,7 @@ def unmerge(params: Any, adapters: Any, plan: Plan) -> Any:
 def array_items(
     adapters: Any, plan: Plan, *, finite: bool = True
 ) -> list[tuple[AdapterSpec, jax.Array]]:
-    """Each spec with its M, an array and not the shape of one.
-
-    With `finite`, all that is trained must be finite, unless it is being traced.
-    """
+    """Each spec with its M, an array; with `finite` all that is trained is finite."""
     items = []
     for spec, m in adapter_items(adapters, plan):
         items.append((spec, as_jax_array(f"{spec.name}{SUFFIX}", m)))
@@ -236,10 +232,8 @@ def merged_kernel(
     rounding: Rounding = "nearest",
     start: tuple[int, int] = (0, 0),
 ) -> jax.Array:
-    """The kernel with its delta added in float32 or wider, and rounded once.
-
-    Another `start`, the features from which a dither counts, is another dither.
-    """
+    """The kernel with its delta added in float32 or wider, and rounded once."""
+    # Another `start`, the features from which a dither counts, is another dither.
     dtype = kernel.dtype if dtype is None else check_dtype("dtype", dtype)
     # In 16 bits the product C M D would lose more than the sum is rounded by.
     delta = delta_kernel(spec, wide(m, kernel.dtype))

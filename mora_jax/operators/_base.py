@@ -145,9 +145,7 @@ class Operator:
 
     @property
     def fine_tuning_scale(self) -> float:
-        r"""The factor with which M learns at the learning rate of full fine-tuning.
-
-        .. math:: s = \frac{in}{q\, c\, d}
+        """The factor in / (q c d), with which M learns at full fine-tuning's rate.
 
         Adam changes each trained number by about its rate. With numbers of x of size 1
         a trained kernel then changes an output by up to rate * in, and M changes it by
@@ -225,10 +223,7 @@ class Operator:
     def gradient(
         self, x: jax.Array, g: jax.Array, precision: Precision = None
     ) -> jax.Array:
-        r"""Gradient of M from rows x and the gradient g of the outputs.
-
-        .. math:: dM = \sum_{rows} C(x)^T D^T(g)
-        """
+        r"""Gradient of M from x and g: :math:`dM = \sum_{rows} C(x)^T D^T(g)`."""
         # A block is a row like any other. It is one product of all rows: the one that
         # JAX would derive keeps their axes apart, and XLA writes C(x) once more for it.
         h, decompress = self.split(x)

@@ -99,8 +99,7 @@ def square_rank(
       out_features: The number of the kernel's output features.
       operator: The operator that q is for.
       multiple_of: A number that q is rounded down to a multiple of, unless q is below
-        it; 1 takes all of the budget. None is for the rule above, and for multiples of
-        8 from 64 on where no width meets that.
+        it; 1 takes all of the budget. None is for the rule above, or 8 from q = 64 on.
 
     Raises:
       TypeError, ValueError: A number is not a positive integer, or the budget is too

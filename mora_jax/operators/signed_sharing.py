@@ -12,9 +12,7 @@ from mora_jax.operators.sharing import Sharing
 
 @operator
 class SignedSharing(Sharing):
-    r"""Sharing with a fixed random sign on each input and on each output.
-
-    .. math:: C = S_{in} C_{sharing}, \qquad D = D_{sharing} S_{out}
+    """Sharing with a fixed random sign on each input and on each output.
 
     Plain sums cancel features that differ in sign and add up what all have in common;
     random signs treat all directions alike. This is an isometry where sharing is.

@@ -65,12 +65,9 @@ class Subspace(Projection):
 
     @property
     def gains(self) -> tuple[float, float]:
-        r"""Sizes c and d that C and D give to numbers that lie in the subspace.
-
-        .. math:: c = \sqrt{in / q}, \qquad d = \sqrt{q / out}
-
-        If all of x lies in the directions of C, then C(x) has its sum of squares.
-        """
+        """Sizes c = sqrt(in / q) and d = sqrt(q / out) for numbers in the subspace."""
+        # If all of x lies in the directions of C, then the q numbers of C(x) hold what
+        # the `in` numbers of x held: their sum of squares is the same.
         c = math.sqrt(self.in_features / self.square_rank)
         return c, math.sqrt(self.square_rank / self.out_features)
 

@@ -65,8 +65,7 @@ Factors = tuple[jax.Array | None, jax.Array | None]
 class Product(abc.ABC):
     """Product of a layer's input with its kernel; linear in both.
 
-    Whatever depends on the kind of product is asked of the product itself. A product of
-    your own needs `axes` and `delta`; all else has a default.
+    A product of your own needs `axes` and `delta`; all else has a default.
 
     Attributes:
       axes: The kernel's axes as letters s, i and o (see `MoRAConfig.overrides`).
@@ -91,10 +90,7 @@ class Product(abc.ABC):
 
     @property
     def passes(self) -> frozenset[str]:
-        """The primitives that the kernel or the product may pass besides.
-
-        They are as linear as the product itself, and `delta` passes them as well.
-        """
+        """The other linear primitives that kernel, product and `delta` may pass."""
         return frozenset()
 
     @property

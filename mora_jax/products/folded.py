@@ -12,9 +12,8 @@ class Folded(Product):
     r"""Any use of a kernel: all methods of its module read :math:`W + \alpha\, C M D`.
 
     It is for kernels whose use no einsum of one input describes, such as experts that
-    are bare arrays of an NNX module, and exact whatever the methods compute. But each
-    call forms the sum, and its gradient has the kernel's shape. All kernels of a class
-    are such, or none.
+    are bare arrays of an NNX module, for all of a class or none. It is exact whatever
+    the methods compute, but each call forms the sum and a gradient of its shape.
 
     Attributes:
       axes: The kernel's axes as letters i, o, and s for experts, which have an M each.
