@@ -164,9 +164,7 @@ def effective_rank(
 
 
 def relative_norm(params: Any, adapters: Any, plan: Plan) -> dict[str, float]:
-    """The Frobenius norm of each delta, relative to the norm of its kernel.
-
-    The arguments are as in `merge`.
+    """The Frobenius norm of each delta over its kernel's; arguments as in `merge`.
 
     Returns:
       {path: norm(delta) / norm(kernel)}; infinity where a kernel is zero.

@@ -102,9 +102,8 @@ def restart(
         and `params` cannot be used any more.
 
     Raises:
-      TypeError: As `merge`, or `tx` is not a transformation.
-      ValueError: As `merge`; `opt_state` is not a state of `tx` for these adapters; or
-        an operator lacks other maps to go on with, see `next_plan`.
+      TypeError, ValueError: As `merge` or `next_plan`; or `tx` is not a transformation,
+        or `opt_state` is not its state for these adapters.
     """
     check_transformation(tx)
     following = next_plan(plan)

@@ -56,13 +56,11 @@ __all__ = ["put", "select", "stack"]
 def stack(adapters: Sequence[Any], plan: Plan, *, slots: int | None = None) -> Tree:
     """The adapters of one plan in one tree, a slot for each of them.
 
-    A tree of N slots takes the memory of N adapters, whether or not they are used.
-
     Args:
       adapters: Adapters of `plan`, as `init` makes them; with `slots` perhaps none.
       plan: Their plan, by which `linen.wrap` or `nnx.wrap` has made the model.
-      slots: The number of slots, N; by default one for each adapter. Those that are
-        left over hold zeros, which add nothing, until `put` fills them.
+      slots: The number of slots, N, each of which takes memory; None for one for each
+        adapter. Others hold zeros, which add nothing, until `put` fills them.
 
     Returns:
       A tree as of one adapter, with an array (N, q, q), in the widest dtype of the M's,

@@ -28,15 +28,14 @@ from mora_jax.products import Contraction
 class FrozenDense(AdapterSettings):
     """Everything of a dense layer that is not trained.
 
-    It is a pytree, whose leaves are kernel, bias and the operator's arrays.
+    It is a pytree, whose leaves are kernel, bias and the operator's arrays. Fields that
+    are not listed here are as for `AdapterSpec`.
 
     Attributes:
       kernel: W, (in, out), or an array of any number of axes that `axes` explains.
       bias: b, of the shape (*stack, *out); or None.
       operator: C and D for the kernel's flattened widths.
       precision: The precision of both products, as in `jax.lax.dot_general`.
-      axes, alpha, scale, dropout, init, param_dtype, execution, layout: As for
-        `AdapterSpec`.
 
     Example::
 
