@@ -59,7 +59,7 @@ def stack(adapters: Sequence[Any], plan: Plan, *, slots: int | None = None) -> T
     Args:
       adapters: Adapters of `plan`, as `init` makes them; with `slots` perhaps none.
       plan: Their plan, by which `linen.wrap` or `nnx.wrap` has made the model.
-      slots: The number of slots, N, each of which takes memory; None for one for each
+      slots: The number of slots, N, which all take memory; None for one for each
         adapter. Others hold zeros, which add nothing, until `put` fills them.
 
     Returns:
