@@ -67,14 +67,11 @@ def merge_loss(
 ) -> dict[str, float]:
     """The share of each delta that rounding loses in the mean when it is merged.
 
-    The numbers of a 16-bit kernel are a coarse grid, and small deltas fall between its
-    points. What arrives of a delta is measured along the delta itself. Errors that
-    cancel in sums over many inputs, as the errors of a dither do, do not count. The
-    arguments are as in `merge`.
+    What arrives is measured along the delta itself: errors that cancel in sums over
+    many inputs, as a dither's do, do not count. The arguments are as in `merge`.
 
     Returns:
-      {path: the absolute value of 1 - <merged - base, delta> / <delta, delta>}, 0 where
-      the delta is zero.
+      {path: abs(1 - <merged - base, delta> / <delta, delta>)}; 0 for a zero delta.
 
     Raises:
       TypeError, ValueError: As `merge`.
@@ -92,9 +89,6 @@ def merge_loss(
 def spectrum(adapters: Any, plan: Plan) -> dict[str, np.ndarray]:
     """The singular values of every delta, the largest first.
 
-    Where the operator allows it, they are computed from matrices of q rows and not from
-    the delta at full size.
-
     Args:
       adapters: The adapters, as `init` makes them.
       plan: The plan of the adapters.
@@ -103,8 +97,7 @@ def spectrum(adapters: Any, plan: Plan) -> dict[str, np.ndarray]:
       {path: (*stack, min(in, out))}, in float64.
 
     Raises:
-      TypeError, ValueError: Adapters do not fit the plan, or an M holds NaN or
-        infinity.
+      TypeError, ValueError: Adapters do not fit the plan, or an M is not finite.
     """
     values = {}
     for spec, m in array_items(adapters, plan):
@@ -171,9 +164,7 @@ def effective_rank(
 
 
 def relative_norm(params: Any, adapters: Any, plan: Plan) -> dict[str, float]:
-    """The Frobenius norm of each delta, relative to the norm of its kernel.
-
-    The arguments are as in `merge`.
+    """The Frobenius norm of each delta over its kernel's; arguments as in `merge`.
 
     Returns:
       {path: norm(delta) / norm(kernel)}; infinity where a kernel is zero.
@@ -201,18 +192,17 @@ def check(
 ) -> dict[str, float]:
     """Compare the adapted and the merged model, layer by layer, on real inputs.
 
-    `linen.plan` and `nnx.plan` with inputs prove from a trace that both models compute
-    the same. This function serves plans that were made from shapes alone, and kernels
-    about which a trace proves nothing. It gives each layer in turn, and no other layer,
-    a random M whose delta is as large as the kernel.
+    It gives each layer in turn, and no other layer, a random M whose delta is as large
+    as the kernel. `linen.plan` and `nnx.plan` with inputs prove from a trace that both
+    compute the same: this is for other plans, and kernels in `Plan.unproven`.
 
     Args:
       model: A Linen or an NNX module without adapters.
       variables: The variables of a Linen model; None for an NNX model.
       plan: The plan to check.
       *inputs: The positional arguments of a call of the model.
-      tolerance: The largest difference that passes. By default it is four times the
-        square root of the machine epsilon of the outputs, 0.0014 for float32.
+      tolerance: The largest difference that passes; None for four times the square root
+        of the machine epsilon of the outputs, 0.0014 for float32.
       seed: The seed of the random M's.
       **kwargs: The keyword arguments of the call.
 
@@ -223,8 +213,8 @@ def check(
     Raises:
       TypeError: `model` is not a Flax module, or `plan` is not a Plan.
       ValueError: Layers differ by more than `tolerance` (the message has each figure),
-        the outputs are not finite, `tolerance` or `seed` is out of range, a Linen
-        model's variables lack params, or a delta is not linear in what is trained.
+        outputs are not finite, an argument is out of range, `variables` lack params, or
+        a delta is not linear in what is trained.
     """
     check_plan(plan)
     check_seed(seed)

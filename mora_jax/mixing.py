@@ -74,14 +74,12 @@ NO_DELTA = (
 def scaled(adapters: Any, factor: ArrayLike) -> Any:
     """Adapters whose deltas are `factor` times as large; 0 turns them off.
 
-    The factor may be an argument of a compiled function, which then serves all factors,
-    where another alpha in a plan would be another program. -1 takes away what the
-    adapter has learned, as task arithmetic forgets (https://arxiv.org/abs/2212.04089).
+    A jitted function may take `factor` as an argument; each alpha is another program.
+    -1 takes away what was learned (task arithmetic, https://arxiv.org/abs/2212.04089).
 
     Args:
       adapters: The adapters, as `init` makes them, or `nnx.state(model, MoRAParam)`.
-        Their deltas must be linear in the M's (`Operator.linear`); only NNX variables
-        know their operator, and are refused otherwise.
+        Deltas must be linear in M (`Operator.linear`), which only the latter can check.
       factor: A real number, or an array of one.
 
     Returns:
@@ -89,8 +87,7 @@ def scaled(adapters: Any, factor: ArrayLike) -> Any:
 
     Raises:
       TypeError: `factor` is not a real number, or a leaf is not an array.
-      ValueError: `factor` or the result is not finite, or the adapters hold arrays that
-        train themselves or are not linear.
+      ValueError: A number is not finite, a delta not linear in M, or a leaf not an M.
     """
     if isinstance(adapters, tuple) and any(isinstance(x, Plan) for x in adapters):
         raise TypeError("adapters must be a tree of M's, got a pair: give pair[0]")
@@ -129,8 +126,7 @@ def weighted_sum(
       adapters: Pairs (adapters, plan), as `load` returns them.
       weights: A real number for each, or an array of them.
       params: The base's params, which are needed if the plan trains arrays of them.
-      any_base: True to take any params, also if the adapters were trained on others, as
-        in `merge`.
+      any_base: As in `merge`.
 
     Returns:
       (adapters, plan). Each M, and each array that trains itself, is summed in float32
@@ -229,11 +225,10 @@ def project(
 ) -> tuple[Tree, dict[str, Any]]:
     r"""The adapter of `plan` that is nearest to a weighted sum of any adapters.
 
-    Their plans may have other operators, square ranks and kernels. Of each kernel this
-    takes the M that minimises :math:`\lVert \sum_i w_i \Delta_i - \alpha s\, C M D
-    \rVert` in the Frobenius norm, by conjugate gradients on the normal equations.
-    Memory holds the deltas of one kernel at a time. It says what is lost, which may be
-    most of it: a delta between other maps has little in common with `plan`'s deltas.
+    Their plans may have other operators, square ranks and kernels. Each M minimises
+    :math:`\lVert \sum_i w_i \Delta_i - \alpha s\, C M D \rVert` in the Frobenius norm,
+    by conjugate gradients on the normal equations, one kernel at a time. Most of it may
+    be lost: a delta between other maps has little in common with `plan`'s deltas.
 
     Args:
       adapters: Pairs (adapters, plan), of one base.

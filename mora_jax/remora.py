@@ -2,11 +2,9 @@ r"""ReMoRA: merge the adapters into the base, start them again, and train on.
 
 The rank of one delta is bounded by its operator. A *restart* adds the delta to the base
 and starts M with a delta of zero between other maps C and D, so that the sum of all
-deltas may have a higher rank: this is how the paper pretrains a model with adapters
-alone.
-
-The plan says where in the cycle a run is, so that a run which is resumed from a saved
-plan, base and adapters restarts as it would have.
+deltas may have a higher rank: so the paper pretrains with adapters alone. The plan says
+where in the cycle a run is, so that a run which is resumed from a saved plan, base and
+adapters restarts as it would have.
 
 Example::
 
@@ -87,8 +85,8 @@ def restart(
 
     The model computes the same as before. In kernels of 16 bits the deltas are rounded
     with a dither that differs from restart to restart, so that small ones add up. All
-    other leaves are the same arrays. Call it between two training steps, outside of
-    jit: each plan is a program of its own in any case. It works under jit as well.
+    other leaves are the same arrays. Call it between two training steps; it works under
+    jit as well, but each plan is a program of its own.
 
     Args:
       params: The base's params.
@@ -104,9 +102,8 @@ def restart(
         and `params` cannot be used any more.
 
     Raises:
-      TypeError: As `merge`, or `tx` is not a transformation.
-      ValueError: As `merge`; `opt_state` is not a state of `tx` for these adapters; or
-        an operator lacks other maps to go on with, see `next_plan`.
+      TypeError, ValueError: As `merge` or `next_plan`; or `tx` is not a transformation,
+        or `opt_state` is not its state for these adapters.
     """
     check_transformation(tx)
     following = next_plan(plan)
@@ -127,9 +124,8 @@ def restart(
 def next_plan(plan: Plan) -> Plan:
     """The plan after a restart: the same kernels and widths, between other maps.
 
-    - `sharing` goes through the groupings of the reference's types 1, 2, 3 and 4, and
-      then begins again.
-    - An operator with a seed takes the next seed: other signs, features or directions.
+    `sharing` goes through the groupings of the reference's types 1, 2, 3 and 4, in a
+    circle. An operator with a seed takes the next: other signs, features or directions.
 
     Raises:
       TypeError: `plan` is not a Plan.
@@ -286,11 +282,9 @@ def _renewed(old: Any, new: Any) -> list[Any]:
 
 
 def _owner(keys: Any) -> tuple[str, bool | None]:
-    """The named tuple that holds a leaf, and True if the leaf belongs to an M.
-
-    An optimizer's state is a tree of named tuples, whose fields are trees like the
-    trained one or single arrays. Those belong to no leaf, which None stands for.
-    """
+    """The named tuple that holds a leaf, and True if the leaf belongs to an M."""
+    # An optimizer's state is a tree of named tuples, whose fields are trees like the
+    # trained one, or single arrays. Those belong to no leaf, which None stands for.
     fields = [k for k, key in enumerate(keys) if isinstance(key, GetAttrKey)]
     last = fields[-1] if fields else -1
     names = [key_name(key) for key in keys[last + 1 :]]

@@ -10,8 +10,7 @@ mixture of adapters, also after one of them was replaced by another.
 
 Example::
 
-  >>> import flax.linen as nn
-  >>> import jax, jax.numpy as jnp, mora_jax
+  >>> import flax.linen as nn, jax, jax.numpy as jnp, mora_jax
   >>> from mora_jax import serving
   >>> model, x = nn.Dense(16), jnp.ones((4, 16))
   >>> variables = model.init(jax.random.key(0), x)
@@ -57,14 +56,11 @@ __all__ = ["put", "select", "stack"]
 def stack(adapters: Sequence[Any], plan: Plan, *, slots: int | None = None) -> Tree:
     """The adapters of one plan in one tree, a slot for each of them.
 
-    A tree of N slots takes the memory of N adapters, whether or not they are used.
-
     Args:
-      adapters: Adapters of `plan`, as `init` makes them. With `slots` there may be
-        none.
+      adapters: Adapters of `plan`, as `init` makes them; with `slots` perhaps none.
       plan: Their plan, by which `linen.wrap` or `nnx.wrap` has made the model.
-      slots: The number of slots, N; by default one for each adapter. Those that are
-        left over hold zeros, which add nothing, until `put` fills them.
+      slots: The number of slots, N, which all take memory; None for one for each
+        adapter. Others hold zeros, which add nothing, until `put` fills them.
 
     Returns:
       A tree as of one adapter, with an array (N, q, q), in the widest dtype of the M's,
@@ -148,18 +144,15 @@ def select(stacked: Tree, index: Any) -> Tree:
     """The adapters for the rows of a batch, one for each row.
 
     They go to the function that `linen.wrap` returns, and to `nnx.set_adapters`. Call
-    this inside of the compiled function: then one program serves all indices.
-
-    The first axis of each adapted layer's input must be the batch (for an einsum the
-    first axis that the kernel lacks). A layer multiplies all rows by its kernel in one
-    product, and adds to each row the delta of its own adapter.
+    this inside of the compiled function: then one program serves all indices. The first
+    axis of each adapted layer's input must be the batch (for an einsum the first axis
+    that the kernel lacks).
 
     Args:
       stacked: Adapters in slots, as `stack` makes them. Gradients by them are gradients
         by the M's that rows have used.
       index: The number of the slot for each row, (B,), integers; -1 for no adapter. In
-        a compiled function, where nobody can check it, a number beyond the slots means
-        no adapter as well.
+        a compiled function a number beyond the slots means no adapter as well.
 
     Raises:
       TypeError: `stacked` was not made by `stack`, or `index` are not integers.

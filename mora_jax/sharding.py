@@ -4,16 +4,14 @@ Example::
 
   >>> import jax, jax.numpy as jnp, mora_jax
   >>> from jax.sharding import AxisType, PartitionSpec
-  >>> auto = (AxisType.Auto,) * 2
-  >>> mesh = jax.make_mesh((1, 1), ("data", "model"), axis_types=auto)
+  >>> mesh = jax.make_mesh((1, 1), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
   >>> where = {"fc": {"kernel": PartitionSpec("data", "model")}}
   >>> plan = mora_jax.plan({"fc": {"kernel": jnp.ones((8, 8))}})
   >>> shardings = mora_jax.sharding.adapter_shardings(plan, where, mesh=mesh)
   >>> adapters = jax.device_put(mora_jax.init(plan), shardings)
   >>> adapters["fc"]["kernel_mora"].is_fully_replicated
   True
-  >>> plan = mora_jax.sharding.plan_on_mesh(
-  ...     plan, where, batch_axes="data", mesh=mesh)
+  >>> plan = mora_jax.sharding.plan_on_mesh(plan, where, batch_axes="data", mesh=mesh)
   >>> plan["fc/kernel"].layout.mesh_axes
   (('model',), ('data',))
 """
@@ -47,9 +45,8 @@ def adapter_shardings(
 ) -> Tree:
     """The shardings of a model's adapters, by the shardings of its kernels.
 
-    Each device holds all of an M. If a kernel is a stack of layers or experts, each M
-    of the stack is on the devices that hold its layer or expert. The copy of an array
-    that trains itself is where the base's array is.
+    Each device holds all of an M. Of a stack of layers or experts each M is where its
+    layer or expert is, and a copy of an array that trains itself where that is.
 
     Args:
       plan: The plan of the adapters.
@@ -100,18 +97,15 @@ def plan_on_mesh(
 ) -> Plan:
     """A plan that knows where the features of each kernel are.
 
-    Results do not depend on this. Without it, XLA may insert further collectives, of
-    activations or kernels, where devices share features (tensor parallelism) or kernels
-    (FSDP). With it, the adapter of a dense layer adds a sum of (q, q) for M's gradient,
-    and nothing else.
+    Results do not depend on this. Without it, XLA may move activations or kernels where
+    devices share features (tensor parallelism) or kernels (FSDP). With it, the adapter
+    of a dense layer adds a sum of (q, q) for M's gradient, and nothing else.
 
     Args:
       plan: The plan of the adapters, as `plan`, `linen.plan` or `nnx.plan` makes it.
-      params_or_shardings: The base's params or their shardings, as in
-        `adapter_shardings`.
+      params_or_shardings: As in `adapter_shardings`.
       batch_axes: The mesh axes that split the rows of inputs; () for none. A kernel
-        that these axes split is gathered before it is used. Features that other axes
-        split stay split.
+        that they split is gathered before use; what other axes split stays split.
       mesh: The devices, if the leaves do not name them.
 
     Returns:

@@ -17,9 +17,8 @@ def check_axes(axes: str, ndim: int) -> str:
 
     "i" is an axis of input features, "o" an axis of output features, and "s" a stack
     axis with an M for each index (the layers of `nn.scan`, the experts of a mixture).
-    So "io" is a dense layer, "oi" a dense layer that is stored transposed, "sio" a
-    stack of dense layers, and "ioo" the heads of attention. Several axes of a kind are
-    flattened in the kernel's order.
+    "oi" is a dense layer that is stored transposed, and "ioo" the heads of attention.
+    Several axes of a kind are flattened in the kernel's order.
     """
     if not isinstance(axes, str) or set(axes) - set("sio"):
         raise ValueError(f"axes must be made of the letters s, i and o, got {axes!r}")

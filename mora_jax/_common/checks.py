@@ -102,10 +102,7 @@ def check_leaf(leaf: Any, name: str, shape: Shape) -> None:
 
 
 def check_finite(array: Any, name: str, where: str = "") -> None:
-    """Raise if `array` holds NaN or infinity, unless it is being traced.
-
-    `name` is in the message, and `where` ends it.
-    """
+    """Raise if `array` holds NaN or infinity, unless it is being traced."""
     if not isinstance(array, Tracer) and not np.isfinite(array).all():
         raise ValueError(f"{name} holds NaN or infinity{where}")
 

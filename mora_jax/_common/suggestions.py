@@ -20,8 +20,7 @@ def alike(
 ) -> list[tuple[str, list[T]]]:
     """Return the items in lists of one kind each, with the pattern of their paths.
 
-    `kind` is a function of an item to its path and to what else must be equal. Paths
-    are alike if only numbers differ, for which the pattern has "*".
+    `kind(item)` is its path, where numbers may differ ("*"), and what else is equal.
     """
     kinds: dict[tuple[Any, ...], list[tuple[str, T]]] = {}
     for item in items:

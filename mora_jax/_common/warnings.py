@@ -6,15 +6,11 @@ import warnings
 
 
 class MoRAWarning(UserWarning):
-    """A warning of what is allowed but most likely not meant.
-
-    All warnings of this library are of this class, so that they can be filtered, or
-    turned into errors.
+    """A warning of what is allowed but most likely not meant: the class of all ours.
 
     Example::
 
-      >>> import warnings
-      >>> import mora_jax
+      >>> import mora_jax, warnings
       >>> with warnings.catch_warnings():
       ...     warnings.simplefilter("ignore", mora_jax.MoRAWarning)
       ...     config = mora_jax.MoRAConfig(alpha=16.0)

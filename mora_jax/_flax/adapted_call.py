@@ -65,7 +65,6 @@ def adapt_call(
     """The output of a Flax layer's method, with the adapter's delta added.
 
     `m` returns M; it is called once, after the layer has made its own parameters.
-    `dropout_key` is None for no dropout.
     """
     product, x = call.read()
     rule, module, method = call.rule, call.module, call.method

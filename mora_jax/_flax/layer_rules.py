@@ -21,8 +21,7 @@ Scale = str | Callable[[Any], ArrayLike | float | None]
 class LayerRule:
     """Computation of one method of a layer class: a product with a kernel, and a bias.
 
-    The attributes are the arguments of `register_layer`. The method is "" for a
-    `products.Folded` kernel, which all methods read.
+    The attributes are as in `register_layer`; `method` is "" for `products.Folded`.
     """
 
     equation: Equation
@@ -86,25 +85,20 @@ def register_layer(
 
     The method must multiply its input by one kernel, and may add a bias; the class is
     used as it is. If several methods use one kernel, register each of them; plans go by
-    the first. A subclass that overrides `method` needs its own registration.
-
-    With `products.Folded` the methods of a class may do anything with their kernels.
-    Register each kernel of the class.
+    the first. A subclass that overrides `method` needs its own registration. With
+    `products.Folded` methods may do anything; register each kernel of the class.
 
     Args:
       cls: The class, of either Flax API.
       equation: The einsum of input and kernel, "...i,io->...o" for a dense layer; or
         one of `mora_jax.products`, such as `Lookup()` for an embedding; or a function
         of (module, *args, **kwargs) that returns either.
-      kernel: The name of the kernel's parameter, or a function of the module that
-        returns it.
+      kernel: The name of the kernel's parameter, or a function from the module to it.
       method: The method that computes the product.
-      argument: The name of the method's argument that is the input; by default the
-        first.
+      argument: The name of the method's input; None for its first argument.
       dot_general: True if the method multiplies input and kernel, both of the same
-        dtype, by `self.dot_general(input, kernel, dimension_numbers, ...)`. As long as
-        the attribute is None or `jax.lax.dot_general`, the delta can be folded into the
-        kernel.
+        dtype, by `self.dot_general(input, kernel, dimension_numbers, ...)`. Where that
+        is None or `jax.lax.dot_general`, the delta can be folded into the kernel.
       scale: The factor of the kernel before an einsum: the name of a parameter, or a
         function of the module that returns an array, a number or None. It broadcasts
         against the kernel, and varies along its input or its output features, not along
@@ -112,19 +106,16 @@ def register_layer(
         the rows that are looked up. Adapters are merged into the kernel itself.
 
     Raises:
-      TypeError: `cls` is not a class, or does not have the method; the method does not
-        have the argument; another argument has a wrong type; `products.Folded` for a
-        class of Linen.
-      ValueError: `equation` is not one of input and kernel; or `products.Folded` for
+      TypeError: An argument has a wrong type, `cls` lacks the method, the method lacks
+        the argument, or `products.Folded` is for a class of Linen.
+      ValueError: `equation` is not one of input and kernel, or `products.Folded` is for
         some kernels of a class and not for all.
 
     Example: a layer that stores its kernel as (out, in)::
 
-      >>> import flax.linen as nn
-      >>> import mora_jax
+      >>> import flax.linen as nn, mora_jax
       >>> class Transposed(nn.Module):
       ...     features: int
-      ...
       ...     @nn.compact
       ...     def __call__(self, x):
       ...         init = nn.initializers.lecun_normal(1, 0)

@@ -42,16 +42,13 @@ def plan(params_or_shapes: Any, config: MoRAConfig | None = None) -> Plan:
       config: The settings; None for the defaults.
 
     Raises:
-      TypeError: A leaf is not an array, or a target or an array to train is not
-        floating-point.
-      ValueError: A pattern matches nothing, the meaning of a kernel's axes is not
-        known, an array is found twice or shared by two paths, or is to be adapted and
-        trained, or a rank does not fit.
+      TypeError: A leaf is not an array, or one to adapt or train not floating-point.
+      ValueError: A pattern matches nothing, a kernel's axes are not known, a rank does
+        not fit, or an array is at two paths, or is to be both adapted and trained.
 
     Example::
 
-      >>> import jax.numpy as jnp
-      >>> import mora_jax
+      >>> import jax.numpy as jnp, mora_jax
       >>> params = {"fc": {"kernel": jnp.ones((64, 64)), "bias": jnp.ones(64)}}
       >>> print(mora_jax.plan(params, mora_jax.MoRAConfig(rank=2)))
       path       in -> out  operator    r   q  scale  parameters  of base
@@ -101,11 +98,7 @@ NO_KERNEL = re.compile(r"(?i).*(bias|scale|norm|pos|embed|token|mean|var|cache)[
 
 @dataclasses.dataclass(frozen=True)
 class Candidates:
-    """Arrays of a model, among which a config chooses.
-
-    The leaves are as `named_leaves` gives them. Without a survey the choice goes by
-    names and shapes.
-    """
+    """Arrays of a model, as `named_leaves`, and what decides which are adapted."""
 
     leaves: dict[str, tuple[Path, Any]]
     config: MoRAConfig

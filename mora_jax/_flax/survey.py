@@ -25,8 +25,7 @@ class Survey:
 
     Attributes:
       products: {path of a kernel: the product of its layer}.
-      non_kernels: The paths of the arrays of known layers that are not their kernels,
-        such as biases.
+      non_kernels: The paths of other arrays of known layers, such as biases.
       classes: {path of a module: the name of its class}.
       uses: The uses of the arrays in a call of the model; None if none was traced.
     """
@@ -61,21 +60,15 @@ class Survey:
     def record_read(
         self, name: str, product: Product, cls: str, kernel: jax.Array
     ) -> jax.Array:
-        """The kernel at path `name` as the methods of its layer read it, with a mark.
-
-        `product` stands for anything that the methods of class `cls` do.
-        """
+        """The kernel at `name` as any methods of its layer's class read it, marked."""
         self.products[name] = product
         return mark(kernel, Call(name, product, False, cls), end=True)
 
     def trace(
         self, function: Callable[..., Any], leaves: Any, tree: Any, *args: Any
     ) -> None:
-        """Follow the leaves of `tree` through `function(tree, *args)`.
-
-        The function marks its layers. In `args` only arrays and shapes are traced, and
-        everything else is static. `leaves` are the `named_leaves` of `tree`.
-        """
+        """Follow `leaves`, `named_leaves(tree)`, through `function(tree, *args)`."""
+        # The function marks its layers. All else than arrays and shapes is static.
         arrays, join = split_static(args)
 
         def call(tree: Any, arrays: list[Any]) -> list[Any]:

@@ -2,10 +2,9 @@
 
 JAX derives the transpose of a linear function from its steps, and keeps for it what
 the steps computed. Where that is slow (a gather becomes a scatter) or keeps too much (a
-folded kernel, every block of an input), the transpose is given here instead.
-
-Derivatives of all orders and modes work, and so does `jax.vmap`, since `forward` and
-`backward` are each other's transposes.
+folded kernel, every block of an input), the transpose is given here instead. Since
+`forward` and `backward` are each other's transposes, derivatives of all orders and
+modes work, and so does `jax.vmap`.
 """
 
 import abc
@@ -49,10 +48,9 @@ def static(function: Callable[..., Any], *settings: Any) -> Static:
 
 
 class LinearMap(abc.ABC):
-    """y = A(r) x, linear in the operand x; the residuals r are any pytree of arrays.
+    """y = A(r) x, linear in the operand x; the residuals r are any pytree of arrays."""
 
-    Instances must be hashable, since they become part of programs.
-    """
+    # Instances must be hashable, since they become part of programs.
 
     @abc.abstractmethod
     def forward(self, residuals: Any, operand: jax.Array) -> jax.Array:
@@ -65,10 +63,8 @@ class LinearMap(abc.ABC):
     def derivatives(self) -> Mapping[int, Callable[[Any, Any, Any], jax.Array]]:
         """The derivatives by some residuals, where JAX would do more than it must.
 
-        Returns:
-          {position of an array in the tuple of residuals: a function of the residuals,
-          the operand and the array's tangent, linear in the last}. JAX differentiates
-          by the residuals that are not named.
+        They are {position in the tuple of residuals: a function of the residuals, the
+        operand and the array's tangent, linear in the last}.
         """
         return {}
 
@@ -94,8 +90,7 @@ class _Call:
     """Function of the primitive's arguments: the residuals' leaves, then x.
 
     Attributes:
-      map: The linear map.
-      treedef: The structure of its residuals.
+      map, treedef: The linear map, and the structure of its residuals.
       platform: The platform that it is traced for; None for the default one, and until
         it is lowered for another.
       transposed: True if it computes `backward`.
@@ -149,10 +144,7 @@ class _Call:
     def _batched(
         self, method: Callable[..., Any], like: tuple[int, ...] = ()
     ) -> Callable[..., Any]:
-        """`method` of the plain call under all of the maps.
-
-        Extra arguments are batched like the arguments whose positions are in `like`.
-        """
+        """`method` of the plain call under all maps; extra arguments mapped `like`."""
         plain = dataclasses.replace(self, batch_axes=())
         function: Callable[..., Any] = functools.partial(method, plain)
         for axes in reversed(self.batch_axes):

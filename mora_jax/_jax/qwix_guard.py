@@ -23,28 +23,20 @@ _CODE = getattr(_DOT_GENERAL, "__code__", None)
 
 
 def intercepted() -> bool:
-    """True while some library computes `jax.lax.dot_general` in its own way.
-
-    The library may do so in another thread only. It is safe to assume that it does so
-    in this one: the delta is then added to the layer's output, with the same result.
-    """
+    """True while some library computes `jax.lax.dot_general` in its own way."""
+    # The library may do so in another thread only. It is safe to assume this one: the
+    # delta is then added to the layer's output, with the same result.
     now = jax.lax.dot_general
     return now is not _DOT_GENERAL or getattr(now, "__code__", None) is not _CODE
 
 
 def undisturbed(function: F) -> F:
-    """`function` with the interceptions of this thread turned off.
-
-    Where nothing is intercepted now, this is `function` itself. Otherwise it is
-    `function` as qwix's own switch wraps it. The switch is private, but no public name
-    and nothing in JAX can do the same: qwix decides inside which of the replaced
-    functions act in each thread, and a trace in another thread would lose JAX's
-    settings (mesh, precision, 64 bits). It has had this name and meaning from qwix
-    0.1.4 to 0.1.8, and this is the only place that asks for it.
-
-    Raises:
-      RuntimeError: A version of qwix intercepts products and lacks the switch.
-    """
+    """`function` with the interceptions of this thread turned off."""
+    # qwix's own switch is private, but no public name and nothing in JAX can do the
+    # same: qwix decides inside which of the replaced functions act in each thread, and
+    # a trace in another thread would lose JAX's settings (mesh, precision, 64 bits).
+    # The switch has had this name and meaning from qwix 0.1.4 to 0.1.8, and this is the
+    # only place that asks for it.
     if "qwix" not in sys.modules or not intercepted():
         return function
     module = sys.modules.get("qwix._src.interception")
@@ -61,12 +53,10 @@ def undisturbed(function: F) -> F:
 def matmul(
     a: ArrayLike, b: ArrayLike, precision: jax.lax.PrecisionLike = None
 ) -> jax.Array:
-    """`a @ b`, (..., k) and (k, n) to (..., n).
-
-    This does not call `jax.numpy.matmul`, which JAX compiles on its own. It keeps that
-    program, and one that was traced in a quantized model would then be used in a plain
-    model, or the other way round.
-    """
+    """`a @ b`, (..., k) and (k, n) to (..., n)."""
+    # Not `jax.numpy.matmul`, which JAX compiles on its own. It keeps that program, and
+    # one that was traced in a quantized model would then be used in a plain model, or
+    # the other way round.
     dtype = jnp.result_type(a, b)
     a, b = jnp.asarray(a).astype(dtype), jnp.asarray(b).astype(dtype)
     return jax.lax.dot_general(a, b, last_with_first(a), precision=precision)

@@ -31,15 +31,9 @@ def pad_to(x: jax.Array, size: int, axis: int = -1) -> jax.Array:
 
 
 def stored(by_rows: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
-    """`by_rows(x)`, which XLA is to write to memory and not to compute at each use.
-
-    Its first row is written once more: XLA fuses nothing with what it updates in place.
-    A concatenation has the same effect, and takes XLA's CPU compiler 8 ms.
-
-    Args:
-      by_rows: A function whose result has a row for each row of `x`.
-      x: An array.
-    """
+    """`by_rows(x)`, a row for each of `x`, which XLA is to write to memory once."""
+    # The first row is written once more: XLA fuses nothing with what it updates in
+    # place. A concatenation has the same effect, and takes XLA's CPU compiler 8 ms.
     whole = by_rows(x)
     return jax.lax.dynamic_update_slice(whole, by_rows(x[:1]), (0,) * whole.ndim)
 
@@ -73,14 +67,12 @@ class _Tile(LinearMap):
         return y.reshape(*batch, n * width)[..., : self.features]
 
     def _broadcast(self, operand: jax.Array) -> jax.Array:
-        """One broadcast, in the order in which a TPU stores an array.
-
-        It stores tiles of 8 rows and 128 features, tile by tile. To repeat features is
-        to repeat whole tiles, which a broadcast of (..., rows / 8, n, q / 128, 8, 128)
-        along n does. Its result is the wanted array in the order of memory, so that
-        the reshapes and transposes around it cost nothing. A broadcast of features as
-        such, a tile or a concatenation XLA computes elsewhere and copies.
-        """
+        """One broadcast, in the order in which a TPU stores an array."""
+        # It stores tiles of 8 rows and 128 features, tile by tile. To repeat features
+        # is to repeat whole tiles, which a broadcast of (..., rows / 8, n, q / 128, 8,
+        # 128) along n does. Its result is the wanted array in the order of memory, so
+        # that the reshapes and transposes around it cost nothing. A broadcast of
+        # features as such, a tile or a concatenation XLA computes elsewhere and copies.
         *batch, rows, width = operand.shape
         n, tiles = -(-self.features // width), width // _LANES
         stored = (*batch, rows // _SUBLANES, _SUBLANES, tiles, _LANES)

@@ -12,11 +12,7 @@ _NUMBERS = itertools.count()
 
 
 def split_static(args: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
-    """Take the arrays and shapes, which are traced, out of a tree of arguments.
-
-    Returns:
-      The arrays, and a function that gives `args` with other arrays instead.
-    """
+    """The arrays and shapes in a tree of arguments, and a function to replace them."""
     leaves, structure = jax.tree.flatten(args)
     traced = [hasattr(leaf, "shape") and hasattr(leaf, "dtype") for leaf in leaves]
     pairs = list(zip(leaves, traced, strict=True))
@@ -30,12 +26,10 @@ def split_static(args: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
 
 
 def fresh_shapes(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """The shapes of `function(*args, **kwargs)`, by a trace in which all of it runs.
-
-    JAX keeps traces of inner functions that it compiles, such as `x @ y`, and does not
-    run them again. It keeps them by context, which includes the metadata of operations;
-    so a new value of it makes new traces.
-    """
+    """The shapes of `function(*args, **kwargs)`, by a trace in which all of it runs."""
+    # JAX keeps traces of inner functions that it compiles, such as `x @ y`, and does
+    # not run them again. It keeps them by context, which includes the metadata of
+    # operations; so a new value of it makes new traces.
     arrays, join = split_static((args, kwargs))
 
     def call(arrays: list[Any]) -> Any:
@@ -53,12 +47,10 @@ UNCHANGED = {"convert_element_type", "copy", "optimization_barrier"} | {
 }
 """JAX's primitives after which an array has the numbers it had, in the same order."""
 
+# Relations of an array to another one. An array that is alike has the same shape. One
+# that is itself is the other array, unchanged but perhaps in another dtype. A derived
+# one is made of the other array.
 ALIKE, ITSELF, DERIVED = range(3)
-"""Relations of an array to another one.
-
-An array that is alike has the same shape. One that is itself is the other array,
-unchanged but perhaps in another dtype. A derived one is made of the other array.
-"""
 
 
 def relation_of(start: jax.Array, end: jax.Array) -> int | None:

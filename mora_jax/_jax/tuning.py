@@ -30,9 +30,8 @@ class Tuning:
       folds_gathered: True if kernels are folded that are split over batches (FSDP),
         and gathered before they are used.
       chip: The chip whose forms `chips` and `tiles` take; None for the plain ones.
-      loops_over_rows: True if rows of a batch that have M's of their own are multiplied
-        one after another. Otherwise the M's are copied, one for each row, and one
-        product has an axis of rows.
+      loops_over_rows: True if rows with M's of their own are multiplied one after
+        another, and not in one product with a copy of an M for each row.
     """
 
     # A fold reads and writes the kernel, in * out numbers; the activation path reads
@@ -102,12 +101,10 @@ TUNING: Mapping[str, Tuning] = MappingProxyType(
 )
 """The constants of each platform, by JAX's name of it."""
 
+# A sum of more slices than this is one sum over an axis. Up to here slices are added in
+# one pass over memory, a third of the time on a CPU. More of them would make programs
+# long, which XLA takes long to compile.
 MAX_UNROLLED_SLICES = 64
-"""A sum of more slices than this is one sum over an axis.
-
-Up to here slices are added in one pass over memory, a third of the time on a CPU. More
-of them would make programs long, which XLA takes long to compile.
-"""
 
 # Rows with M's of their own (`loops_over_rows`): milliseconds on a CPU for 64 rows of
 # one token and q = 256, and the same on an H100 for 4096 -> 4096 relative to the layer

@@ -39,10 +39,8 @@ def _vary(x: Any, axes: Axes) -> Any:
 
 
 def alike(*arrays: ArrayLike) -> list[Any]:
-    """The arrays, as ones that differ along the same axes.
-
-    The gradient of one that did not is then summed over the devices, as it must be.
-    """
+    """The arrays, as ones that differ along the same axes."""
+    # The gradient of one that did not is then summed over devices, as it must be.
     axes = _axes_of(*arrays)
     return [_vary(x, axes) for x in arrays] if axes else list(arrays)
 
@@ -53,11 +51,9 @@ def zeros_for(shape: Shape, dtype: DTypeLike, *arrays: Any) -> jax.Array:
 
 
 def shape_for(shape: Shape, dtype: DTypeLike, *arrays: Any) -> Any:
-    """Stand-in for an argument that differs along the same axes as `arrays`.
-
-    It is a shape, or zeros that nothing reads: versions of JAX differ in what says that
-    a shape differs.
-    """
+    """Stand-in for an argument that differs along the same axes as `arrays`."""
+    # A shape, or zeros that nothing reads: versions of JAX differ in what says that a
+    # shape differs.
     if not _axes_of(*arrays):
         return jax.ShapeDtypeStruct(shape, dtype)
     return zeros_for(shape, dtype, *arrays)
@@ -69,10 +65,7 @@ def transposed(
     cotangent: jax.Array,
     dtype: DTypeLike | None = None,
 ) -> jax.Array:
-    """The transpose of a linear function of an array of `shape`, at `cotangent`.
-
-    The array has the dtype of the cotangent if none is given.
-    """
+    """The transpose of a linear function of an array of `shape`, at `cotangent`."""
     like = shape_for(shape, dtype or cotangent.dtype, cotangent)
     (result,) = jax.linear_transpose(function, like)(cotangent)
     return result

@@ -1,4 +1,4 @@
-r"""Forms for TPUs and GPUs: the one door to what is computed otherwise there.
+"""Forms for TPUs and GPUs: the one door to what is computed otherwise there.
 
 Each function returns the faster form of an operator on the platform that is traced for,
 or the operator's own method, which gives the same. Rooflines of compiled programs found
@@ -7,11 +7,8 @@ the forms (`make bench-chips`).
 On a TPU an array is stored as tiles of 8 rows and 128 features. A slice of whole tiles
 costs nothing, while an array of blocks, (rows, n, q), is written once more. So blocks
 are cut from x, and M is rotated by R_k instead of each block of x: x_k (R_k M) = (x_k
-R_k) M. The gradient of M then is
-
-.. math:: dM = \sum_k R_k^T (x_k^T g_k)
-
-with n products of slices; on a GPU these are one product with an axis of blocks.
+R_k) M. The gradient of M, the sum of R_k^T (x_k^T g_k), then takes n products of
+slices; on a GPU these are one product with an axis of blocks.
 """
 
 import functools
@@ -34,20 +31,16 @@ from mora_jax.operators._blocks import divide
 
 Precision = jax.lax.PrecisionLike
 
+# Products of the gradient of M in one step of a loop. XLA fetches what a product reads
+# while it computes the ones before it, in one step of a loop. With 1, all and 8 a Llama
+# cost 0.92, 0.87 and 0.87 of the frozen one on a TPU v5e, and took 32, 101 and 37
+# seconds of two cores to compile (`make bench-chips`).
 UNROLLED_PRODUCTS = 8
-"""Number of products of the gradient of M in one step of a loop.
 
-XLA fetches what a product reads while it computes the ones before it, in one step of a
-loop. With 1, all and 8 a Llama cost 0.92, 0.87 and 0.87 of the frozen one on a TPU v5e,
-and took 32, 101 and 37 seconds of two cores to compile (`make bench-chips`).
-"""
-
+# Rows of x that are reordered in one step of permutation's gradient of M. 512 and 1,024
+# cost the same on a TPU v5e, 2,048 more on a v6e (`make bench-chips
+# ARGS="--only layers --operators permutation"`).
 ORDERED_ROWS = 1024
-"""Number of rows of x that are reordered in one step of permutation's gradient of M.
-
-512 and 1,024 cost the same on a TPU v5e, 2,048 more on a v6e (`make bench-chips
-ARGS="--only layers --operators permutation"`).
-"""
 
 
 def rows_of(op: Any) -> Callable[..., jax.Array]:
@@ -58,11 +51,9 @@ def rows_of(op: Any) -> Callable[..., jax.Array]:
 
 
 def gradient_of(op: Any, row_shards: int = 1) -> Callable[..., jax.Array]:
-    """`op.gradient` in the form for the platform, a function of (x, g, precision).
-
-    Products of blocks are kept apart by the `row_shards` devices that share the rows of
-    x until they are rotated back: one array like M is summed over devices, and not n.
-    """
+    """`op.gradient` in the form for the platform, a function of (x, g, precision)."""
+    # Products of blocks are kept apart by the `row_shards` devices that share the rows
+    # of x, until they are rotated back: one array like M is summed over devices, not n.
     if _has_few_slices(op):
         if _chip() == "tpu":
             ordered = isinstance(op, Permutation)
@@ -85,8 +76,8 @@ def matrix_of(op: Any) -> Callable[[jax.Array], jax.Array]:
 def add_of(op: Any) -> Callable[[jax.Array, jax.Array], jax.Array]:
     """The sum of a kernel and the delta, a function of (M, kernel).
 
-    The kernel is (in_features, out_features), or the part of one that belongs to a part
-    of an operator. The sum has its dtype; 16 bits are rounded with a dither.
+    The kernel is (in_features, out_features), or a part of one for a part of an
+    operator. The sum has its dtype; 16 bits are rounded with a dither.
     """
     part = op if isinstance(op, OperatorPart) else whole(op)
     if _chip() == "tpu" and isinstance(part, BlockPart) and part.is_cut_evenly:
@@ -121,13 +112,8 @@ def _rotated_m(op: Decoupling, m: jax.Array) -> jax.Array:
 
 
 def _unrotate(op: Decoupling, products: jax.Array) -> jax.Array:
-    """Gradient of M, summed from the gradients of its rotated copies R_k M.
-
-    Args:
-      op: The operator.
-      products: The gradients by shards of rows, (n, shards, q, q), or of the first
-        blocks alone, where the others are left out.
-    """
+    """Gradient of M, from the gradients of its copies R_k M, (n, shards, q, q)."""
+    # Blocks that are left out come last, and lack gradients.
     products = pad_to(products, op.compressed_shape[0], axis=0)
     rotated = functools.partial(_rotated_m, op)
     unrotate = functools.partial(transposed, rotated, op.m_shape)
@@ -181,11 +167,9 @@ def _sliced_gradient(
 def _ordered_gradient(
     op: Permutation, shards: int, x: jax.Array, g: jax.Array, precision: Precision
 ) -> jax.Array:
-    """The same where features are in another order, some rows at a time.
-
-    A TPU reorders features by transposes that move whole rows of memory. Some rows of x
-    and y fit in its fast memory, so that both are read once and none is written.
-    """
+    """The same where features are in another order, some rows at a time."""
+    # A TPU reorders features by transposes that move whole rows of memory. Some rows of
+    # x and y fit in its fast memory, so that both are read once and none is written.
     x, y = (a.reshape(shards, -1, a.shape[-1]) for a in (x, g))
     rows = x.shape[1]
     steps = 1 if rows % ORDERED_ROWS else max(rows // ORDERED_ROWS, 1)
@@ -252,13 +236,11 @@ def _add_matrix(part: OperatorPart, m: jax.Array, kernel: jax.Array) -> jax.Arra
 
 
 def _add_copies(part: BlockPart, m: jax.Array, kernel: jax.Array) -> jax.Array:
-    """The kernel with the copies of M added one after another, in place.
-
-    The rest of the kernel, 1 - 1/n of it, is only copied, to the chip's fast memory,
-    where the product that follows reads it. A device has whole blocks, or a part of
-    one. It goes through its blocks of that side which has more of them in the whole
-    kernel; each meets one block of the other side. If that is elsewhere, it adds zeros.
-    """
+    """The kernel with the copies of M added one after another, in place."""
+    # The rest of the kernel, 1 - 1/n of it, is only copied, to the chip's fast memory,
+    # where the product that follows reads it. A device has whole blocks, or a part of
+    # one. It goes through its blocks of that side which has more of them in the whole
+    # kernel; each meets one block of the other side, and adds zeros if that is away.
     op, q = part.operator, part.operator.square_rank
     n, p = op.compressed_shape[0], op.num_out_blocks
     ins, outs = min(q, part.in_features), min(q, part.out_features)

@@ -28,29 +28,27 @@ from mora_jax.products import Contraction
 class FrozenDense(AdapterSettings):
     """Everything of a dense layer that is not trained.
 
-    It is a pytree: kernel, bias and the operator's arrays are leaves, and the rest is
-    static.
+    It is a pytree, whose leaves are kernel, bias and the operator's arrays. Fields that
+    are not listed here are as for `AdapterSpec`.
 
     Attributes:
       kernel: W, (in, out), or an array of any number of axes that `axes` explains.
       bias: b, of the shape (*stack, *out); or None.
       operator: C and D for the kernel's flattened widths.
       precision: The precision of both products, as in `jax.lax.dot_general`.
-      axes, alpha, scale, dropout, init, param_dtype, execution, layout: As for
-        `AdapterSpec`. They stand here and not in a spec, which holds the kernel's
-        shape: `jax.vmap` over a stack of kernels changes that.
 
     Example::
 
       >>> import mora_jax
       >>> config = mora_jax.MoRAConfig(square_rank=2, operator="rotation")
       >>> frozen = mora_jax.FrozenDense.from_config(jnp.ones((4, 6)), config=config)
-      >>> params = mora_jax.init(frozen)
-      >>> mora_jax.mora_apply(params, frozen, jnp.ones((3, 4))).shape
+      >>> mora_jax.mora_apply(mora_jax.init(frozen), frozen, jnp.ones((3, 4))).shape
       (3, 6)
     """
 
-    # Any, since JAX puts shapes and the leaves of a `jax.tree.map` where arrays were.
+    # The settings stand here and not in a spec, which holds the kernel's shape:
+    # `jax.vmap` over a stack of kernels changes that. Arrays are Any, since JAX puts
+    # shapes and the leaves of a `jax.tree.map` in their places.
     kernel: Any
     bias: Any
     operator: Operator
@@ -77,8 +75,7 @@ class FrozenDense(AdapterSettings):
 
         Raises:
           TypeError: `kernel` is not a floating-point array.
-          ValueError: `axes` do not fit the kernel, the rank does not, or `config` has
-            `train`.
+          ValueError: `axes` or the rank do not fit the kernel, or `config` has `train`.
         """
         check_kernel(kernel, "kernel")
         spec = AdapterSpec.from_config(
@@ -109,9 +106,7 @@ def mora_apply(
     key: PRNGKeyArray | None = None,
     deterministic: bool = False,
 ) -> Float[jax.Array, "..."]:
-    r"""One adapted dense layer (paper equation 3).
-
-    .. math:: y = x W + b + \alpha\, D(C(x) M)
+    r"""One adapted dense layer, :math:`y = x W + b + \alpha\, D(C(x) M)`.
 
     Args:
       params: The trained part, `{"kernel_mora": M}`, with M of shape (*stack, q, q).

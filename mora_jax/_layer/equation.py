@@ -4,8 +4,7 @@ r"""The equation of an adapted layer, and its derivatives.
 
     y = x W + \alpha\, D(C(x) M) = x\,(W + \alpha\, C M D)
 
-    dM = \alpha \sum_{rows} C(x)^T D^T(g), \qquad
-    dx = g\,(W + \alpha\, C M D)^T
+    dM = \alpha \sum_{rows} C(x)^T D^T(g), \qquad dx = g\,(W + \alpha\, C M D)^T
 
 Here g is the gradient of y. `adapted` adds the two terms of y, for every layer. The
 operator computes D(C(x) M), as `Operator.rows`, and dM, as `Operator.gradient`: blocks
@@ -75,12 +74,9 @@ class TimesM(LinearMap):
 
 @dataclasses.dataclass(frozen=True)
 class ProductByM(LinearMap):
-    """D(C(x) M) as a map of M; the residuals are (operator, x).
+    """D(C(x) M) as a map of M; the residuals are (operator, x)."""
 
-    `row_shards` devices share the rows of x and split its first axis; 1 if that is not
-    known.
-    """
-
+    # `row_shards` devices share the rows of x and split its first axis; 1 if unknown.
     # For operators whose C(x) is as large as x: x is kept for the gradient, and no
     # blocks of it. Layers that read the same x (queries, keys, values) keep it once.
     precision: jax.lax.PrecisionLike
@@ -119,8 +115,7 @@ class Delta:
     Attributes:
       operator: C and D; or one device's part of them, where a device computes.
       m: alpha M, (*stack, *m_shape).
-      kernel_shape: The kernel's shape.
-      axes: The kernel's axes, a letter each.
+      kernel_shape, axes: The kernel's shape, and its axes, a letter each.
       precision: The precision of the products with M.
       layout: The places of the kernel's features on a mesh; None for one device.
       given_m: True where the derivative by M is taken elsewhere.
@@ -148,11 +143,8 @@ class Delta:
         precision: jax.lax.PrecisionLike = None,
         x: jax.Array | None = None,
     ) -> "Delta":
-        """The delta of an adapter with M, computed in `dtype` or in M's own.
-
-        The layer sees the last `ndim` of the kernel's axes. M is replicated over the
-        devices that the layer's input `x` is on.
-        """
+        """The delta of an adapter, in `dtype` or M's own, on the last `ndim` axes."""
+        # M is replicated over the devices that the layer's input `x` is on.
         shape, axes = spec.seen_by(ndim)
         scaled_m = scaled(spec, jnp.asarray(m))
         if dtype is not None:
@@ -223,10 +215,7 @@ class Delta:
         return kernel_from_rows(self._matrix(), self.kernel_shape, self.axes)
 
     def added_to(self, kernel: jax.Array) -> jax.Array:
-        """`kernel` plus the delta, which is computed in the dtype of `m`.
-
-        A kernel of 16 bits is rounded with a dither, as `merge` does.
-        """
+        """`kernel` plus the delta in M's dtype; 16 bits are rounded with a dither."""
         on_mesh = self._on_mesh(KernelLayout.for_kernel)
         if self.axes == "io" and on_mesh:
             return on_mesh.added(self.m, kernel, chips.add_of)

@@ -19,11 +19,7 @@ from mora_jax._plan.spec import AdapterSpec
 def folded_kernel(
     spec: AdapterSpec, m: ArrayLike | Selected, kernel: jax.Array
 ) -> jax.Array:
-    """Kernel with the delta added, as `merge` adds it, for M with its stack axes.
-
-    Raises:
-      ValueError: Each row of a batch has an M of its own.
-    """
+    """Kernel with the delta added, as `merge` adds it, for M with its stack axes."""
     if isinstance(m, Selected):
         raise ValueError(
             f"{spec.name}: the layer reads its kernel with the delta in it "

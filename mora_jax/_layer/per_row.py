@@ -39,13 +39,7 @@ def by_row(
     m: Selected,
     x: jax.Array,
 ) -> jax.Array:
-    """The delta of a layer's output, where each row of a batch has an M of its own.
-
-    `added` is the delta of the output by one M for all rows.
-
-    Raises:
-      ValueError: The input `x` lacks such a batch.
-    """
+    """The delta of a layer's output, where each row of a batch has an M of its own."""
     batch_axes = product.batch_axes(x)
     if batch_axes is None:
         raise ValueError(
@@ -97,9 +91,8 @@ def by_row(
 class TimesSlots(LinearMap):
     """The product of each row with the M in its slot, as a map of the M's, (N, q, q).
 
-    The residuals are (h, index): what is multiplied, (B, ..., q) or blocks; and the
-    slots of the rows, (B,), where those out of range stand for an M of zeros. `shape`
-    and `dtype` are the M's. With `one_device` one has all rows.
+    The residuals are h, (B, ..., q) or blocks, and the slots of the rows, (B,), where
+    those out of range stand for an M of zeros. With `one_device` one has all rows.
     """
 
     shape: Shape

@@ -36,15 +36,9 @@ def add_rounded(
     rounding: Rounding,
     start: tuple[ArrayLike | int, ArrayLike | int] = (0, 0),
 ) -> jax.Array:
-    """`kernel + delta` in `dtype`, computed in the dtype of `delta`.
+    """`kernel + delta` in `dtype`, computed in the delta's, float32 or float64.
 
-    Args:
-      kernel: The kernel, of any floating-point dtype, or a part of one.
-      delta: The delta, with the kernel's shape, in float32 or float64.
-      axes: The kernel's axes, a letter each.
-      dtype: The dtype of the result.
-      rounding: "dither" or "nearest"; they differ for dtypes of less than 32 bits.
-      start: The first input and the first output feature of a part.
+    `start` has the first input and the first output feature of a part of a kernel.
     """
     kernel = jnp.asarray(kernel)
     total = kernel.astype(delta.dtype) + delta
@@ -58,10 +52,7 @@ def add_rounded(
 
 
 def share_lost(change: ArrayLike, delta: ArrayLike) -> float | jax.Array:
-    """The share of a delta that is missing from the change of a kernel, along it.
-
-    `change` is the merged kernel minus the base's, of the delta's shape.
-    """
+    """The share of a delta that a kernel's change, merged - base, lacks along it."""
     return ratio(*_lost_along(change, delta))
 
 
@@ -87,8 +78,7 @@ class MergeLoss(NamedTuple):
 
     Attributes:
       share: The share that is lost in the mean, as `diagnostics.merge_loss` has it.
-      error: The norm of what the stored kernel lacks of the sum of base and delta,
-        divided by the norm of the delta; 0 for a delta of zeros.
+      error: norm(stored - base - delta) / norm(delta); 0 for a delta of zeros.
     """
 
     share: float | jax.Array

@@ -12,13 +12,10 @@ from mora_jax._common.types import Shape
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Slots:
-    """The M's that several adapters have for one kernel, instead of an M in a tree.
+    """The M's of several adapters for one kernel, (*stack, N, q, q)."""
 
-    Attributes:
-      m: The M's, (*stack, N, q, q).
-      ndim_m: The number of axes of a single M without a stack's axes: with stacks of
-        layers before the axis of the slots, shapes alone do not say where it is.
-    """
+    # `ndim_m` counts the axes of one M without a stack's: with stacks of layers before
+    # the axis of the slots, shapes alone do not say where it is.
 
     m: Any
     ndim_m: int = dataclasses.field(metadata={"static": True})
@@ -52,14 +49,10 @@ class Slots:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Selected:
-    """The M's in slots, and the slot of each row of a batch, instead of an M.
+    """The M's in slots, and the slot of each row, `index`, (*stack, B); -1 for none."""
 
-    Attributes:
-      slots: The M's. None is copied before a layer does so: which way is fast depends
-        on the layer's input.
-      index: The number of the slot for each row, (*stack, B), the same for all of the
-        stack; -1 for none.
-    """
+    # No M is copied before a layer does so: which way is fast depends on its input. The
+    # index is the same for all of the stack.
 
     slots: Slots
     index: Any

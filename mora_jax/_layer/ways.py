@@ -1,11 +1,8 @@
-r"""Ways to compute an adapted layer, which give the same numbers up to rounding.
+"""Ways to compute an adapted layer, which give the same numbers up to rounding.
 
-.. math:: y = x W + \alpha\, D(C(x) M) = x\,(W + \alpha\, C M D)
-
-- "activation" is the equation as it is written on the left. It reads the input and the
-  output once more.
-- "fold" computes the right-hand side. It reads the kernel once more, so it pays where
-  an input has many rows. The kernel is folded again in the backward pass, so that no
+- "activation" is x W + alpha D(C(x) M). It reads the input and the output once more.
+- "fold" is x (W + alpha C M D). It reads the kernel once more, so it pays where an
+  input has many rows. The kernel is folded again in the backward pass, so that no
   folded kernel is kept.
 - "fused" is for meshes: each device adds its parts of both terms before the devices sum
   them. XLA would not join the two sums.
@@ -57,8 +54,7 @@ class Adapted(LinearMap):
     """x (W + alpha C M D) as a map of x. The residuals are (operator, alpha M, W).
 
     `multiply` is the layer's own product of x and W, linear in both, and `product` says
-    which. `execution` is the way that was asked for, and `work` the operator's. The
-    other attributes are as for `Delta`, and of x and W.
+    which. `execution` is as asked for, `work` the operator's, and the rest of x and W.
     """
 
     product: Product
@@ -260,24 +256,11 @@ def adapted_product(
 ) -> jax.Array:
     r"""A layer's product with its adapter: :math:`x W + \alpha\, D(C(x) M)`.
 
-    Args:
-      spec: The adapter.
-      m: M, (*stack, *m_shape), with the stack axes of `product`; or one for each row of
-        a batch.
-      x: The layer's input.
-      kernel: W, of the same dtype; or the stand-in of a quantized one, which `multiply`
-        understands.
-      product: The product that `multiply` computes.
-      multiply: The layer's own product of x and W, linear in both.
-      dropout_key: A key to drop some of what the adapter sees of `x`; None for nothing.
-      precision: The precision of the product with M.
-
-    Returns:
-      An array of the shape and dtype of the layer's output.
-
-    Raises:
-      ValueError: The plan reads the kernel's axes otherwise than the layer, or the
-        layer's kernel has another shape than the plan's.
+    M is (*stack, *m_shape), with the stack axes of `product`, or one for each row of a
+    batch. `multiply` is the layer's own product of x and W, as `product` describes it,
+    linear in both; W may be the stand-in of a quantized kernel that it understands.
+    `dropout_key` drops some of what the adapter sees of `x`, and `precision` is for the
+    product with M. The result has the shape and dtype of the layer's output.
     """
     check_product(spec, product)
     x = jnp.asarray(x)
@@ -314,8 +297,7 @@ def joins(
 ) -> bool:
     """True if product and delta can be one map of the layer's input `x`, or its shape.
 
-    `axes` are the kernel's in the plan, without those taken off, and `dtype` is the
-    kernel's; None for one that is not floating-point, such as a quantized kernel.
+    `axes` and `dtype` are the kernel's; None for one that is not floating-point.
     """
     if not product.joins or product.axes != axes or dtype is None:
         return False
@@ -336,11 +318,7 @@ def add_delta(
     precision: jax.lax.PrecisionLike = None,
     factor: jax.Array | None = None,
 ) -> jax.Array:
-    """A layer's output `y` with its delta, times `factor` if there is one.
-
-    The layer multiplies its output by that factor, instead of its kernel. The other
-    arguments are as for `adapted_product`.
-    """
+    """A layer's output `y` with its delta, as for `adapted_product` and `adapted`."""
     if (sharding := explicit_sharding(y)) is not None:
         labels = product.einsum_labels
         layout = None if labels is None else explicit_layout(labels, x, sharding)
@@ -367,10 +345,8 @@ def add_delta(
 
 
 def check_product(spec: AdapterSpec, product: Product) -> None:
-    """Raise unless the layer reads the kernel's axes as the plan does.
-
-    Leading stack axes of the plan may be ones that a lifted transformation takes off.
-    """
+    """Raise unless the layer reads the kernel's axes as the plan does."""
+    # A lifted transformation may take off leading stack axes of the plan.
     lead = len(spec.axes) - len(product.axes)
     if set(spec.axes[:lead]) - {"s"} or not product.fits(spec.axes[lead:]):
         raise ValueError(

@@ -56,13 +56,9 @@ def _share(size: int, base_parameters: int) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class LeftOut:
-    """Arrays of one kind that get no adapter.
+    """Arrays of one kind, by the pattern of their paths, that get no adapter, and why.
 
-    Attributes:
-      pattern: Their path, with "*" for numbers that differ.
-      count: The number of arrays.
-      why: The reason.
-      multiplied: True if they multiply inputs, as far as is known.
+    They are `multiplied` if they multiply inputs, as far as is known.
     """
 
     pattern: str
@@ -79,26 +75,23 @@ class Plan(Mapping[str, AdapterSpec]):
     """The adapters of a model, by the paths of their kernels; static and hashable.
 
     A mapping of paths to `AdapterSpec`s, in the order of the paths. `print(plan)` shows
-    it as a table. It is a pytree whose leaves are the arrays of its operators. They are
-    constants of a program that uses the plan. If they are too large for that, as those
-    a `Subspace` holds may be, the plan can be an argument of a function under jit.
+    it as a table. The arrays of its operators are its leaves as a pytree, and constants
+    of a program that uses it. If those are too large, as a `Subspace` may be, give the
+    plan to a function under jit as an argument.
 
     Attributes:
       specs: The adapters, one `AdapterSpec` for each adapted kernel.
       base_parameters: The number of parameters of the model without adapters.
-      traced: True if a trace has shown that each kernel reaches the model's output
-        only through the product of its layer; embeddings need it. Plans that differ
-        only in this, `left_out` and `unproven` are equal.
+      traced: True if a trace has shown that each kernel reaches the model's output only
+        through the product of its layer; embeddings need it. Equality ignores this,
+        `left_out` and `unproven`.
       left_out: The other arrays of two or more axes, and why they are left out.
-      unproven: (path, reason) for each adapted kernel about which no trace proves
-        anything.
-      trained: The arrays of the base that `MoRAConfig(train=...)` names, which train
-        themselves. Their copies are part of the adapters; plans compare them.
+      unproven: (path, reason) for each adapted kernel that no trace has proven.
+      trained: The arrays that `MoRAConfig(train=...)` names; the adapters hold copies.
 
     Example::
 
-      >>> import jax.numpy as jnp
-      >>> import mora_jax
+      >>> import jax.numpy as jnp, mora_jax
       >>> params = {"fc": {"kernel": jnp.ones((64, 64))}}
       >>> plan = mora_jax.plan(params, mora_jax.MoRAConfig(rank=2))
       >>> plan.trainable_parameters, plan.total_parameters
@@ -150,10 +143,9 @@ class Plan(Mapping[str, AdapterSpec]):
     def digest(self) -> str:
         """SHA-256, in hexadecimal, of the settings that decide the meaning of the M's.
 
-        Plans of equal digests make the same deltas of the same M's. So keep the digest
-        together with M's that are stored without their plan, and compare it before they
-        are used. It covers, by the kernels' paths, `AdapterSpec.meaning`, and the paths
-        and shapes of the arrays that train themselves.
+        Plans of equal digests make the same deltas of the same M's: compare it before
+        use where M's are stored without their plan. It covers `AdapterSpec.meaning` by
+        path, and the paths and shapes of the arrays that train themselves.
         """
         meanings = {spec.name: spec.meaning for spec in self.specs}
         meanings |= {a.name: {"trained": list(a.shape)} for a in self.trained}
@@ -224,25 +216,22 @@ def refuse_other_plan(made_for: Plan, used_with: Plan) -> None:
 def summary(plan: Plan, *, collapse: bool = True) -> str:
     """The plan as a table: in, out, operator, r, q, parameters, share of the base.
 
-    Its last line is the one of PEFT's print_trainable_parameters. The column r shows
-    the rank of the LoRA with as many parameters. If that is less than four fifths of
-    the budget, q is shown as "64 of 90", with the q that the budget would buy: the
-    layer is too small for that one, or it does not suit its widths. The table has
+    The column r shows the rank of the LoRA with as many parameters. If that is less
+    than four fifths of the budget, q is shown as "64 of 90", with the q that the budget
+    would buy: it is too large for the layer, or does not suit its widths. There are
     columns for alpha, scale and dropout if a layer departs from their defaults. Arrays
     that train themselves have "trained" for an operator, and their shape.
 
     Args:
       plan: The plan.
-      collapse: True to show layers that differ only in the numbers of their paths in
-        one row.
+      collapse: True for one row of layers that differ only in numbers of their paths.
 
     Raises:
       TypeError: `plan` is not a Plan.
 
     Example::
 
-      >>> import jax.numpy as jnp
-      >>> import mora_jax
+      >>> import jax.numpy as jnp, mora_jax
       >>> params = {f"l{k}": {"kernel": jnp.ones((64, 64)) + k} for k in range(3)}
       >>> print(mora_jax.summary(mora_jax.plan(params)))
       path           in -> out  operator    r   q  scale  parameters  of base

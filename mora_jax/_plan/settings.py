@@ -22,10 +22,7 @@ from mora_jax.operators._registry import OperatorSpec, parse_spec
 
 
 class FrozenMapping(Mapping[str, Any]):
-    """Mapping that cannot be changed, with mappings in it frozen as well.
-
-    Mappings of equal content are equal and have the same hash, whatever their order.
-    """
+    """Frozen mapping, as are the mappings in it; equal content has an equal hash."""
 
     # A class of our own: Python's `MappingProxyType` cannot be pickled, and plans know
     # nothing of Flax and its FrozenDict.
@@ -58,11 +55,7 @@ Check = Callable[[str, Any], Any]
 
 
 def setting(default: Any, check: Check, *, meaning: bool = False) -> Any:
-    """Field of a record of settings.
-
-    A setting with a `meaning` decides which delta an M stands for; the others decide
-    only how M is trained or computed.
-    """
+    """Field of a record; one with a `meaning` decides which delta an M stands for."""
     metadata = {"check": check, "meaning": meaning}
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -110,8 +103,7 @@ _execution = functools.partial(check_choice, choices=("auto", "activation", "fol
 class AdapterSettings:
     """Settings of one adapter that are neither its operator nor its place.
 
-    `AdapterSpec` and `FrozenDense` have these fields, and files hold all of them. They
-    are as in `MoRAConfig`, which chooses a number for `scale` by the kernel.
+    They are as in `MoRAConfig`, but `scale` is a number. Files hold all of them.
     """
 
     alpha: float = setting(1.0, check_number, meaning=True)
@@ -150,11 +142,7 @@ SETTINGS = {f.name: f.metadata["meaning"] for f in dataclasses.fields(AdapterSet
 
 @dataclasses.dataclass(frozen=True)
 class KernelConfig:
-    """Settings that a user chooses for a kernel; `MoRAConfig` explains them.
-
-    `qwix.MoRARule` has these fields as well, and `MoRAConfig(overrides=)` changes them
-    for the kernels of a pattern.
-    """
+    """Settings that a user chooses for a kernel; `MoRAConfig` explains them."""
 
     rank: int = setting(DEFAULT_RANK, positive_integer)
     operator: OperatorSpec = setting("auto", _operator)
@@ -261,9 +249,6 @@ def _check_overrides(name: str, overrides: Any) -> FrozenMapping:
 class MoRAConfig(KernelConfig):
     r"""The settings of an adaptation; frozen and hashable.
 
-    In PEFT `targets` is called target_modules, and `overrides` is called rank_pattern
-    and alpha_pattern.
-
     Attributes:
       rank: The budget r. No M has more parameters than a LoRA of rank r would:
         q <= sqrt((in + out) r).
@@ -271,9 +256,8 @@ class MoRAConfig(KernelConfig):
         "decoupling", "signed_decoupling", "truncation", "orthogonal", "hadamard",
         "permutation", or "auto"; or a mapping with further settings,
         {"name": "sharing", "compress_groups": "contiguous"}.
-      alpha: The factor of the delta itself, so 1 is usual; a `MoRAWarning` is given
-        above 4. LoRA's libraries (PEFT, qwix) multiply by alpha / rank instead: what is
-        lora_alpha / r there is alpha here. (The reference ignores its alpha.)
+      alpha: The factor of the delta itself, lora_alpha / r of PEFT and qwix, so 1 is
+        usual; above 4 a `MoRAWarning` is given. (The reference ignores its alpha.)
       scale: A factor of each delta beside alpha. "fine-tuning" takes the one with which
         the learning rate of full fine-tuning suits M, whatever its operator, its width
         and the kernel's shape: see `Operator.fine_tuning_scale`. With "paper" it is 1,
@@ -282,31 +266,28 @@ class MoRAConfig(KernelConfig):
       multiple_of: The number whose multiple q is rounded down to. None chooses a q that
         suits the layer's widths and the chip, see `square_rank`; it may use as little
         as a quarter of the budget, which `mora_jax.summary` shows. 1 uses all of it.
-      init: The start of M. "zeros" starts as an exact identity. "gaussian", of standard
-        deviation 1/sqrt(q), is AiDotNet's; it changes the model's outputs before the
-        first step.
-      dropout: The rate of dropout on the adapter's input; the frozen path sees all of
-        its input.
-      param_dtype: The dtype of M. None takes each kernel's dtype, for tools which want
-        one dtype in all leaves of a model, such as Tunix's samplers. Otherwise keep
-        float32: 16 bits lose steps of M that are small in comparison with M.
+      init: The start of M. "zeros" leaves the model's outputs as they are. "gaussian",
+        of standard deviation 1/sqrt(q), is AiDotNet's, and changes them.
+      dropout: The rate of dropout on the adapter's input; the layer itself sees all.
+      param_dtype: The dtype of M. None takes each kernel's dtype, for tools that want
+        one dtype in a model, such as Tunix's samplers. Otherwise keep float32: 16 bits
+        lose small steps of M.
       execution: The way a dense layer computes. "activation" adds alpha D(C(x) M) to
         its output; "fold" multiplies by W + alpha C M D, which it computes in each
-        step; "auto" takes what was faster in measurements, by the layer's shape, its
-        rows and its dtype. The results are the same up to rounding. Other layers,
-        stacks of kernels in one product, and layers under dropout never fold.
+        step; "auto" takes what was faster in measurements, by shape, rows and dtype.
+        They differ by rounding alone. Other layers, stacks of kernels in one product,
+        and layers under dropout never fold.
       targets: Regular expressions that match the whole path of a kernel, such as
         `.*/(q_proj|v_proj)/kernel`. By default these are the kernels of dense layers.
       exclude: Regular expressions that match the paths to leave out.
       overrides: {pattern: {setting: value}} for some targets; later patterns win. The
         settings are all fields except `targets`, `exclude`, `overrides` and `train`,
-        and "axes", which gives the meaning of a kernel's axes, a letter each: "i" for
-        input features, "o" for output features and "s" for a stack.
+        and "axes", the meaning of a kernel's axes, a letter each: "i" for input
+        features, "o" for output features and "s" for a stack.
       seed: The seed of the random operators.
       train: Regular expressions that match the paths of arrays of the base that are
         trained themselves: norms, biases, a head. The adapters hold copies of them, in
-        `param_dtype` or in the array's own dtype, whichever is wider. PEFT calls this
-        modules_to_save.
+        `param_dtype` or in the array's own dtype, whichever is wider.
 
     Raises:
       TypeError, ValueError: A setting that no kernel could have; `rank` together with

@@ -32,8 +32,7 @@ class AdapterSpec(AdapterSettings):
       operator: The maps C and D.
       kernel_shape: The kernel's shape, stack axes included.
       axes: The meaning of the kernel's axes, a letter each: "i", "o" or "s".
-      alpha, scale: The two factors of the delta.
-      dropout, init, param_dtype, execution: As in `MoRAConfig`.
+      alpha, scale, dropout, init, param_dtype, execution: As in `MoRAConfig`.
       path: The kernel's place in its params tree, a tuple of keys.
       layout: The places of the kernel's features on a mesh, as
         `sharding.plan_on_mesh` finds them; None for one device.
@@ -44,8 +43,7 @@ class AdapterSpec(AdapterSettings):
 
     Example::
 
-      >>> import jax.numpy as jnp
-      >>> import mora_jax
+      >>> import jax.numpy as jnp, mora_jax
       >>> params = {"fc": {"kernel": jnp.ones((64, 64))}}
       >>> spec = mora_jax.plan(params, mora_jax.MoRAConfig(rank=2))["fc/kernel"]
       >>> spec.name, spec.shape, spec.parameters
@@ -132,11 +130,8 @@ class AdapterSpec(AdapterSettings):
         return self.operator.out_features
 
     def seen_by(self, ndim: int | None) -> tuple[Shape, str]:
-        """The shape and the axes of the kernel as a layer sees it.
-
-        It sees the last `ndim` axes, or all if that is None: a lifted transformation
-        takes off leading stack axes.
-        """
+        """The shape and the axes of the kernel as a layer sees it: the last `ndim`."""
+        # None is for all. A lifted transformation takes off leading stack axes.
         first = 0 if ndim is None else len(self.axes) - ndim
         return self.kernel_shape[first:], self.axes[first:]
 
@@ -172,10 +167,7 @@ class AdapterSpec(AdapterSettings):
 
     @property
     def meaning(self) -> dict[str, Any]:
-        """The settings that decide which delta an M stands for, as JSON can hold them.
-
-        The path, and what decides how M is trained or computed, are not among them.
-        """
+        """The settings, without the path, that decide an M's delta, as JSON values."""
         settings = operator_settings(self.operator).items()
         return {
             **{f"operator.{name}": value for name, value in settings},

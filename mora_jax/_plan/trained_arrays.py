@@ -22,10 +22,8 @@ class TrainedArray:
     puts that into the base.
 
     Attributes:
-      path: The array's place in the params tree.
-      shape: Its shape.
-      dtype: The dtype of the copy.
-      base_dtype: The dtype of the base's array.
+      path, shape: The array's place in the params tree, and its shape.
+      dtype, base_dtype: The dtypes of the copy and of the base's array.
 
     Example::
 
@@ -46,10 +44,7 @@ class TrainedArray:
 
     @classmethod
     def of(cls, path: Path, leaf: Any, param_dtype: DTypeLike | None) -> "TrainedArray":
-        """The array `leaf` of the base, or its shape, whose copy has a dtype as wide.
-
-        `param_dtype` is the narrowest dtype of the copy; None stands for any.
-        """
+        """The base's array or shape `leaf`; the copy has `param_dtype`, or is wider."""
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
             raise TypeError(
                 f"{'/'.join(path)} must have a floating-point dtype to be trained, got "

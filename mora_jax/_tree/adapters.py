@@ -46,25 +46,20 @@ def init(
     Args:
       plan_or_frozen: The plan of a model, or one layer.
       key: The key for `init="gaussian"`, from which each M's is made by its path.
-      params: The base's params, whose arrays that `MoRAConfig(train=...)` names are
-        copied into the adapters. Other plans need no params.
+      params: The base's params, needed where `MoRAConfig(train=...)` copies arrays.
 
     Returns:
       Nested dicts as in the base's params, with each M at `<kernel>_mora`, and each
       copy at its own path; for one layer `{"kernel_mora": M}`.
 
     Raises:
-      TypeError: The first argument is neither a plan nor a layer, or `key` is not a
-        key, or `params` hold something other than arrays.
-      ValueError: `init="gaussian"` without a key; or the plan trains arrays, and
-        `params` are not given or lack one.
+      TypeError: An argument, or a leaf of `params`, is of another kind.
+      ValueError: `init="gaussian"` lacks a key, or `params` lack an array to train.
 
     Example::
 
       >>> import jax, jax.numpy as jnp, mora_jax
       >>> params = {"fc": {"kernel": jnp.ones((8, 8)), "bias": jnp.ones(8)}}
-      >>> jax.tree.map(jnp.shape, mora_jax.init(mora_jax.plan(params)))
-      {'fc': {'kernel_mora': (8, 8)}}
       >>> plan = mora_jax.plan(params, mora_jax.MoRAConfig(train="fc/bias"))
       >>> jax.tree.map(jnp.shape, mora_jax.init(plan, params=params))
       {'fc': {'bias': (8,), 'kernel_mora': (8, 8)}}
@@ -147,10 +142,7 @@ def nest(items: Mapping[Path, Any]) -> Tree:
 def adapter_items(
     adapters: Any, plan: Plan, *, by_row: bool = False
 ) -> list[tuple[AdapterSpec, Any]]:
-    """Each spec of `plan` with its M; `adapters` may hold nothing that it lacks.
-
-    With `by_row`, each row of a batch may have M's of its own (`serving.select`).
-    """
+    """Each spec with its M; with `by_row` each row of a batch may have one."""
     leaves = _leaves_of(plan, adapters)
     return [(s, adapter_of(leaves[adapter_path(s)], s, by_row)) for s in plan.specs]
 
@@ -165,7 +157,7 @@ def trained_items(adapters: Any, plan: Plan) -> Items:
 
 
 def _leaves_of(plan: Plan, adapters: Any) -> dict[Path, Any]:
-    """{path: leaf} of the adapters, which have a leaf for each part of the plan."""
+    """{path: leaf} of the adapters: a leaf for each part of the plan, and no other."""
     leaves = located_leaves(adapters, "adapters")
     known = {adapter_path(spec): "has" for spec in check_plan(plan).specs}
     remedy = "trains: init(plan, params=params) and split(tree, plan) give it"
@@ -191,17 +183,14 @@ def with_trained(params: Any, trained: Items, dtype: DTypeLike | None = None) ->
 
 
 def ravel_adapters(adapters: Any) -> Float[jax.Array, " parameters"]:
-    """All M's as one vector, in the order of their paths, each M row by row.
-
-    Arrays that train themselves are among them.
+    """All M's and trained arrays as one vector, in the order of their paths, by rows.
 
     Raises:
-      TypeError: `adapters` is not a tree of arrays.
-      ValueError: The tree holds no adapters.
+      TypeError, ValueError: `adapters` is not a tree of arrays, or holds none.
 
     Example::
 
-      >>> import mora_jax
+      >>> import jax.numpy as jnp, mora_jax
       >>> adapters = {"fc": {"kernel_mora": jnp.array([[1.0, 2.0], [3.0, 4.0]])}}
       >>> mora_jax.ravel_adapters(adapters)
       Array([1., 2., 3., 4.], dtype=float32)
@@ -230,7 +219,7 @@ def unravel_adapters(
 
     Example::
 
-      >>> import mora_jax
+      >>> import jax.numpy as jnp, mora_jax
       >>> plan = mora_jax.plan({"fc": {"kernel": jnp.ones((8, 8))}})
       >>> vector = mora_jax.ravel_adapters(mora_jax.init(plan))
       >>> mora_jax.unravel_adapters(vector, plan)["fc"]["kernel_mora"].shape

@@ -16,12 +16,9 @@ from mora_jax._plan.spec import AdapterSpec
 
 
 def kernel_digests(spec: AdapterSpec, kernel: Any) -> tuple[str, ...]:
-    """The SHA-256 of up to eight rows of a kernel, for each index of its stack axes.
-
-    Only these rows are copied to the host. The shards of a kernel may be on several
-    devices, if this process can read them all.
-    """
-    # In bfloat16, so that a float32 base and its bfloat16 copy have the same digest.
+    """The SHA-256 of up to eight rows of a kernel, for each index of its stack axes."""
+    # Only these rows are copied to the host. They are rounded to bfloat16, so that a
+    # float32 base and its bfloat16 copy have the same digest.
     rows = _rows(kernel, spec.kernel_shape, spec.axes).astype(jnp.bfloat16)
     return tuple(hashlib.sha256(each.tobytes()).hexdigest() for each in rows)
 
@@ -34,19 +31,18 @@ def readable(kernel: Any) -> bool:
 
 
 def check_base(specs: Iterable[AdapterSpec], kernels: Mapping[str, Any]) -> None:
-    """Raise if a kernel is not the one that its adapter was trained on.
+    """Raise if a kernel, by its path, is not the one that its adapter was trained on.
 
-    A kernel is left unchecked if the file of its adapter holds no digests, if this
-    process lacks some of its values, if it has another shape, which callers refuse, or
-    if its module was stacked after the plan was made. `kernels` are arrays or shapes by
-    their paths.
+    Nothing is known without a digest, or where this process lacks some of the values.
     """
     for spec in specs:
         kernel: Any = kernels.get(spec.name)
         if spec.base_digest is None or not readable(kernel):
             continue
         stack = sizes(spec.kernel_shape, spec.axes, "s")
-        fits = len(spec.base_digest) == math.prod(stack)  # False for modules in a stack
+        # Modules that were stacked after their plan was made have too few digests, and
+        # callers refuse other shapes.
+        fits = len(spec.base_digest) == math.prod(stack)
         if fits and tuple(kernel.shape) == spec.kernel_shape:
             check_digests(spec, kernel_digests(spec, kernel))
 

@@ -31,9 +31,8 @@ def combine(params: Any, adapters: Any, plan: Plan | None = None) -> Any:
       plan: Their plan, which is needed if it trains arrays of the base.
 
     Raises:
-      TypeError: An argument is not such a tree but, for example, a model.
-      ValueError: An adapter lacks its kernel, or the tree is combined already; or the
-        adapters do not fit the plan.
+      TypeError, ValueError: An argument is not such a tree, `params` hold adapters, an
+        adapter lacks its kernel, or the adapters do not fit the plan.
 
     Example::
 
@@ -108,17 +107,14 @@ def split(tree: Any, plan: Plan | None = None) -> tuple[Any, Tree]:
       the tree holds it once. To have the base as it was, keep what `combine` was given.
 
     Raises:
-      TypeError: `tree` is not made of nested mappings, lists and tuples.
-      ValueError: The tree lacks an array that the plan trains.
+      TypeError, ValueError: As `combine`, or `tree` lacks an array to train.
 
     Example::
 
-      >>> import jax.numpy as jnp, mora_jax
-      >>> params = {"fc": {"kernel": jnp.ones((8, 8))}}
-      >>> adapters = mora_jax.init(mora_jax.plan(params))
-      >>> base, adapters = mora_jax.split(mora_jax.combine(params, adapters))
-      >>> sorted(base["fc"]), sorted(adapters["fc"])
-      (['kernel'], ['kernel_mora'])
+      >>> import jax, jax.numpy as jnp, mora_jax
+      >>> tree = {"kernel": jnp.ones((8, 8)), "kernel_mora": jnp.ones((4, 4))}
+      >>> jax.tree.map(jnp.shape, mora_jax.split(tree))
+      ({'kernel': (8, 8)}, {'kernel_mora': (4, 4)})
     """
     _check_nested(tree, "tree")
     leaves = located_leaves(tree, "tree").items()

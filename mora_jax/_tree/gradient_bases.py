@@ -24,23 +24,21 @@ def gradient_bases(grads: Any, plan: Plan) -> Plan:
 
     .. math:: G \approx U S V^T, \qquad C = U, \quad D = V^T
 
-    with the q largest singular values. Take the gradient of the base's loss on a
-    first small batch. A stack of kernels has the directions in common that hold most of
-    the squares of all its gradients. M has the size that it had, and `scale` is the new
-    operator's if it was the old one's. docs/what-it-learns.md says what it gains, and
-    docs/operators.md what it costs. The source is LoRA-SB (Ponkshe et al. 2024), which
-    has a square between the bases of a gradient; the factor and the stacks are ours.
+    with the q largest singular values. Take the gradients of the base's loss on a first
+    small batch. Kernels of a stack share the directions that hold most of the squares
+    of all gradients. M keeps its size, and `scale` is the new operator's if it was the
+    old one's. The source is LoRA-SB (Ponkshe et al. 2024); factor and stacks are ours.
+    docs/what-it-learns.md says what it gains, and docs/operators.md what it costs.
 
     Args:
-      grads: Gradients of the loss for the kernels, in a tree as the base's params are,
-        which may hold others as well. Or an iterator of (path, gradient) pairs with
-        slash-joined paths: with it memory holds one gradient at a time.
+      grads: Gradients of the loss, in a tree as the base's params are, or in an
+        iterator of (slash-joined path, gradient): then memory holds one at a time.
       plan: The plan.
 
     Raises:
       TypeError: A gradient is not a concrete floating-point array.
-      ValueError: A kernel lacks a gradient, or has two; a gradient has another shape
-        than its kernel, holds NaN or infinity, or is zero; or the plan lacks a path.
+      ValueError: A kernel lacks a gradient or has two, the plan lacks a path, or a
+        gradient is zero, not finite, or of another shape than its kernel.
 
     Example::
 
@@ -111,10 +109,7 @@ def _with_bases(spec: AdapterSpec, gradient: Any) -> AdapterSpec:
 
 
 def _leading(matrices: jax.Array, count: int) -> np.ndarray:
-    """The leading `count` eigenvectors of the sum of all G G^T, the largest first.
-
-    (stack, features, others) -> (features, count), orthonormal to the last digit.
-    """
+    """The leading eigenvectors of all G G^T, (features, count), the largest first."""
     columns, squares = jax.tree.map(np.float64, _span(matrices, count))
     # With columns^T columns = T T^T, the columns of Q = columns T^-T are orthonormal,
     # and Q^T G G^T Q = T^-1 squares T^-T. In float64 T is exact enough: after partial
@@ -127,13 +122,10 @@ def _leading(matrices: jax.Array, count: int) -> np.ndarray:
 
 @functools.partial(jax.jit, static_argnames="count")
 def _span(matrices: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
-    """Columns between which the leading eigenvectors lie: subspace iteration.
-
-    The columns are (features, a few more than count); columns^T G G^T columns follow.
-    """
-    # Between the rounds the columns are kept apart by an LU factorization: its L has
-    # their span, is cheaper than orthonormal columns, and is never deficient, since its
-    # upper triangle is the one of the unit matrix.
+    """Columns around the leading eigenvectors, (features, some), and C^T G G^T C."""
+    # Subspace iteration. Between its rounds the columns are kept apart by an LU
+    # factorization: its L has their span, is cheaper than orthonormal columns, and is
+    # never deficient, since its upper triangle is the one of the unit matrix.
 
     def halved(columns: jax.Array) -> jax.Array:
         return jnp.einsum("sio,ik->sok", matrices, columns)

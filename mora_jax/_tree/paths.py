@@ -17,10 +17,7 @@ from mora_jax._plan.trained_arrays import TrainedArray
 
 
 def located_leaves(tree: Any, what: str = "params") -> dict[Path, Any]:
-    """{path: leaf} of any pytree, whose arrays stay in their boxes.
-
-    Error messages call the tree `what`. A model is refused, and a leaf without a name.
-    """
+    """{path: leaf} of any pytree but a model; arrays stay in their boxes."""
 
     def is_end(node: Any) -> bool:
         # JAX would go on into these, and call a model's parts or M's in slots arrays.

@@ -26,12 +26,7 @@ Outputs = Float[ArrayLike, "*batch outs"]
 
 
 class Split(NamedTuple):
-    """Split of D(C(x) M) into what M multiplies and the map of the product.
-
-    Attributes:
-      h: The factor that M multiplies: (..., q), or blocks, (..., n, q).
-      decompress: The function that makes D of h M, which has the shape of h.
-    """
+    """Split of D(C(x) M) into h, (..., q) or (..., n, q), and the map of h M to it."""
 
     h: jax.Array
     decompress: Callable[[jax.Array], jax.Array]
@@ -44,18 +39,17 @@ class Operator:
     .. math:: x \mapsto D(C(x) M), \qquad C: in \to (n, q), \quad D: (n, q) \to out
 
     A subclass is decorated with `operator` and gives `name`, its settings as fields,
-    and C and D as the methods `_compress` and `_decompress`. All else follows from
-    these: the product `rows`, the delta `matrix` and the `gradient` of M. A subclass
-    gives them as well where it knows a faster way. If its delta is not an M between two
-    maps, it says that it is not `linear`, and gives `rows` alone. Equality and hash go
-    by the settings. Arrays that a seed determines are pytree leaves, so that a jitted
-    function that is handed an operator takes them as arguments.
+    and C and D as `_compress` and `_decompress`. All else follows: the product `rows`,
+    the delta `matrix` and the `gradient` of M, which it also gives where it knows a
+    faster way. If its delta is not an M between two maps, it says that it is not
+    `linear`, and gives `rows` alone. Equality and hash go by the settings. Arrays that
+    a seed determines are pytree leaves: a jitted function takes them as arguments.
 
     In all methods `x` is (..., in_features), `y` and `g` are (..., out_features), `h`
-    is (..., *compressed_shape), `m` is M and has `m_shape`, `indices` are numbers of
-    inputs, and `precision` is for the products with M, as in `jax.numpy.matmul`.
-    Public methods raise a TypeError for arrays that are not of floating-point numbers,
-    and a ValueError for arrays of another shape.
+    is (..., *compressed_shape), `m` is M of `m_shape`, `indices` are numbers of inputs,
+    and `precision` is for the products with M, as in `jax.numpy.matmul`. Public methods
+    raise a TypeError for arrays that are not floating-point, and a ValueError for
+    arrays of another shape.
 
     Attributes:
       in_features: The length of the vectors that `compress` takes.
@@ -88,8 +82,7 @@ class Operator:
     work: ClassVar[Work] = "products"
     """The work of C and D, by which it is chosen how a layer computes."""
     linear: ClassVar[bool] = True
-    """True if the delta is linear in what is trained, so that weighted sums of what is
-    trained are exact."""
+    """True if the delta is linear in what is trained, and weighted sums are exact."""
 
     def __post_init__(self) -> None:
         for field in ("in_features", "out_features", "square_rank"):
@@ -126,8 +119,7 @@ class Operator:
     def isometry(self) -> bool:
         """True if C and D are orthonormal: C^T C = I and D D^T = I on (n, q).
 
-        The delta then has the Frobenius norm of M, times sqrt(n) with n blocks, at
-        every width.
+        The delta of n blocks then has sqrt(n) times M's Frobenius norm at every width.
         """
         return False
 
@@ -138,8 +130,7 @@ class Operator:
         .. math:: c = \|C\|_F / \sqrt{n q}, \qquad d = \|D\|_F / \sqrt{out}
 
         c is the size of a number of C(x) if the numbers of x are independent and of
-        size 1, and d is the norm of the weights that an output has. An isometry has
-        c = 1, and the n q numbers of C(x) share the norms of its outputs.
+        size 1, and d is the norm of the weights of an output. An isometry has c = 1.
 
         Raises:
           NotImplementedError: The operator lacks gains, and is not an isometry.
@@ -154,16 +145,11 @@ class Operator:
 
     @property
     def fine_tuning_scale(self) -> float:
-        r"""The factor with which M learns at the learning rate of full fine-tuning.
+        """The factor in / (q c d), with which M learns at full fine-tuning's rate.
 
-        .. math:: s = \frac{in}{q\, c\, d}
-
-        Adam changes each trained number by about the rate, eta, whatever its gradient.
-        Let the numbers of x be of size 1. If the kernel is trained, an output changes
-        by up to eta in: all `in` changes can have the sign that counts. If M is
-        trained, the numbers of C(x) have the size c. Each number of C(x) M changes by
-        up to eta q c, and an output, which adds them up with weights of norm d and of
-        either sign, by eta q c d. So s makes the two alike (see `gains`).
+        Adam changes each trained number by about its rate. With numbers of x of size 1
+        a trained kernel then changes an output by up to rate * in, and M changes it by
+        rate * q c d (see `gains`). docs/learning-rates.md derives it.
         """
         c, d = self.gains
         return self.in_features / (self.square_rank * c * d)
@@ -171,11 +157,7 @@ class Operator:
     def start(
         self, stack: Shape, init: str, key: PRNGKeyArray | None, dtype: DTypeLike
     ) -> jax.Array:
-        """Trained array at its start, (*stack, *m_shape).
-
-        An `init` of "zeros" starts with a delta of zero. "gaussian" draws numbers of
-        standard deviation 1/sqrt(q) with `key`, and needs one.
-        """
+        """Trained array at its start, (*stack, *m_shape): see `MoRAConfig.init`."""
         shape = (*stack, *self.m_shape)
         if init == "zeros":
             return _zeros(shape, dtype)
@@ -241,10 +223,7 @@ class Operator:
     def gradient(
         self, x: jax.Array, g: jax.Array, precision: Precision = None
     ) -> jax.Array:
-        r"""Gradient of M from rows x and the gradient g of the outputs.
-
-        .. math:: dM = \sum_{rows} C(x)^T D^T(g)
-        """
+        r"""Gradient of M from x and g: :math:`dM = \sum_{rows} C(x)^T D^T(g)`."""
         # A block is a row like any other. It is one product of all rows: the one that
         # JAX would derive keeps their axes apart, and XLA writes C(x) once more for it.
         h, decompress = self.split(x)
@@ -274,13 +253,9 @@ class Operator:
     def apply_transpose(
         self, m: Trained, y: Outputs, *, precision: Precision = None
     ) -> Float[jax.Array, "*batch ins"]:
-        r"""The transpose of `apply`, for a kernel that is used both ways.
+        r"""The transpose of `apply`, (..., in_features): :math:`y D^T M^T C^T`.
 
-        .. math:: ((y\, D^T)\, M^T)\, C^T
-
-        Returns:
-          (..., in_features): the product of `y` with the transpose of
-          `delta_weight(m)`, which is not formed.
+        It is `y` times the transpose of `delta_weight(m)`, which is not formed.
         """
         y = check_array("y", y, (self.out_features,))
         rows = functools.partial(self.rows, m=self._checked(m), precision=precision)
@@ -295,8 +270,8 @@ class Operator:
     ) -> Float[jax.Array, "*batch outs"]:
         """Rows of `delta_weight(m)` by their numbers: (...) -> (..., out_features).
 
-        Negative `indices` count from the end, and rows beyond either end are
-        meaningless. Indices that are not integers raise a TypeError.
+        Negative `indices` count from the end, and rows beyond either end mean nothing.
+        Indices that are not integers raise a TypeError.
         """
         if not isinstance(indices, jax.Array | np.ndarray):
             raise TypeError(f"indices must be an array, got {type(indices).__name__}")
@@ -306,10 +281,7 @@ class Operator:
         return rows(in_range(indices, self.in_features), self._checked(m), precision)
 
     def delta_weight(self, m: Trained) -> Float[jax.Array, "ins out"]:
-        r"""The delta as a kernel, (in_features, out_features): `apply` is its product.
-
-        .. math:: C (I_n \otimes M) D
-        """
+        r"""The delta :math:`C (I_n \otimes M) D`, (in, out): `apply` is its product."""
         return undisturbed(self.matrix)(self._checked(m))
 
     def _checked(self, m: ArrayLike) -> jax.Array:

@@ -24,9 +24,9 @@ def block_positions(
 ) -> tuple[Any, Any]:
     """Places where `to_blocks` puts single features: blocks and offsets, (..., t).
 
-    A feature that starts over has up to t positions; an offset of q or more stands for
-    none. Numpy arrays give numpy arrays, which are constants of a program.
+    A feature that starts over has up to t positions; an offset from q on is for none.
     """
+    # NumPy arrays stay such, and are constants of a program.
     size = num_blocks(features, square_rank) * square_rank
     starts = features * np.arange(-(-size // features), dtype=np.uint32)
     at = indices.astype(np.uint32)[..., None] + starts
@@ -35,11 +35,8 @@ def block_positions(
 
 
 def divide(indices: np.ndarray | jax.Array, by: int) -> tuple[Any, Any]:
-    """Quotients and remainders of indices, which are not negative.
-
-    They are unsigned: for signed integers XLA would compile a dozen more operations
-    that look at the sign.
-    """
+    """Quotients and remainders of indices, which are not negative."""
+    # Unsigned, or XLA would compile a dozen more operations that look at the sign.
     indices = indices.astype(np.uint32)
     return indices // np.uint32(by), indices % np.uint32(by)
 

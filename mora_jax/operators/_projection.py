@@ -13,8 +13,7 @@ from mora_jax.operators._base import Operator, Side
 class Projection(Operator):
     """Projection on q orthonormal directions of the inputs, and back along others.
 
-    A subclass has both as fields, `in_basis`, (in_features, q), and `out_basis`,
-    (out_features, q), or gives `basis`.
+    A subclass has `in_basis` and `out_basis`, (features, q), for fields, or `basis`.
     """
 
     @property
@@ -46,6 +45,6 @@ class Projection(Operator):
 
 def _times_transpose(h: jax.Array, basis: jax.Array) -> jax.Array:
     """`h @ basis.T`, (..., q) and (features, q) to (..., features)."""
-    # Not by a transpose: XLA would compute it, for a constant basis, while it compiles,
-    # once for each layer.
+    # Not by a transpose: if the basis is a constant, XLA would compute its transpose
+    # while it compiles, once for each layer.
     return jax.lax.dot_general(h, basis, (((h.ndim - 1,), (1,)), ((), ())))

@@ -1,15 +1,13 @@
-"""Random arrays that a seed fixes once and for all.
-
-numpy promises that the streams of `RandomState` never change; `Generator` and
-`jax.random` may change theirs, and have. Arrays are computed in float64 and rounded to
-float32, which is part of their definition: a layer in any dtype uses the same numbers.
-"""
+"""Random arrays that a seed fixes once and for all, for layers of any dtype."""
 
 import functools
 
 import numpy as np
 
 
+# NumPy promises that the streams of `RandomState` never change; `Generator` and
+# `jax.random` may change theirs, and have. Arrays are computed in float64 and rounded
+# to float32, which is part of their definition.
 def _state(kind: int, features: int, seed: int) -> np.random.RandomState:
     """One stream for each kind of array and width: equal widths get equal arrays."""
     return np.random.RandomState([seed, features, kind])

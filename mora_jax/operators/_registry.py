@@ -88,12 +88,10 @@ def square_rank(
 
     trains no more parameters than LoRA of rank `rank` would (paper section 3.2; the
     reference rounds to the nearest instead, which may exceed the budget). q is at most
-    min(in, out), and even for rotation.
-
-    Chips compute with rows of 128 numbers. If a multiple of 128 divides both widths and
-    is more than half of that q, the widest such multiple is taken, and one of 64 if
-    there is none: then no features are padded and no block is copied. Where nothing is
-    divided ("orthogonal", "hadamard", "truncation") any multiple will do.
+    min(in, out), and even for rotation. For chips the widest multiple of 128, or else
+    of 64, is taken that divides both widths, if it is more than half of that q. Where
+    nothing is divided ("orthogonal", "hadamard", "truncation") any multiple will do.
+    docs/operators.md has the reasons.
 
     Args:
       rank: The budget r.
@@ -101,8 +99,7 @@ def square_rank(
       out_features: The number of the kernel's output features.
       operator: The operator that q is for.
       multiple_of: A number that q is rounded down to a multiple of, unless q is below
-        it; 1 takes all of the budget. By default it follows the rule above; where no
-        width meets that, it is 8 for q from 64 on.
+        it; 1 takes all of the budget. None is for the rule above, or 8 from q = 64 on.
 
     Raises:
       TypeError, ValueError: A number is not a positive integer, or the budget is too
@@ -139,10 +136,7 @@ def square_rank(
 
 
 def _fitting(q: int, common: int) -> int | None:
-    """The widest M of whole 128s or 64s from q / 2 to q that divides `common`, or None.
-
-    Everything divides a `common` of 0.
-    """
+    """The widest M of whole 128s or 64s, above q / 2, that divides `common`, if any."""
     eights = q - q % 8
     for step in (LANES, LANES // 2):
         widths = range(q - q % step, q // 2, -step)
@@ -173,8 +167,7 @@ def make_operator(
       seed: The seed of the operators that are random.
 
     Raises:
-      TypeError, ValueError: An operator or setting is unknown, or the operator
-        cannot have such a size.
+      TypeError, ValueError: A name or setting is unknown, or the size is not possible.
 
     Example::
 

@@ -28,10 +28,6 @@ class Decoupling(Operator):
     input blocks repeat them, so every input has an effect whatever the two widths. The
     input blocks that feed the same output block are a *group*; there are min(n, p).
 
-    Subclasses move the numbers of each block before M does: block k is multiplied by a
-    fixed matrix R_k from the right, and since (x_k R_k) M = x_k (R_k M), it is as well
-    to multiply M by it from the left. They give both, `rotate_rows` and `rotate_m`.
-
     Attributes:
       truncate: Leave out the input blocks beyond the p-th instead, as the reference
         does. Its files need it; most inputs of a narrowing layer then do nothing.
@@ -75,11 +71,8 @@ class Decoupling(Operator):
 
     @property
     def gains(self) -> tuple[float, float]:
-        """1 each, since C and D move numbers; an output is the sum of a group of them.
-
-        Where n input blocks feed p < n output blocks, n / p numbers are added, whose
-        changes have either sign.
-        """
+        """1 each, since C and D move numbers; an output adds up n / p if p < n."""
+        # Their changes have either sign, so that the squares of the changes add up.
         return 1.0, math.sqrt(self.num_feeding / self.num_groups)
 
     def _compress(self, x: jax.Array) -> jax.Array:
@@ -135,10 +128,7 @@ class Decoupling(Operator):
     def block_rows(
         self, indices: jax.Array, dtype: DTypeLike
     ) -> tuple[jax.Array, jax.Array]:
-        """C of unit vectors where it is not zero: (...) -> (..., t) and (..., t, q).
-
-        A feature is in up to t blocks; this gives their numbers, and what they hold.
-        """
+        """C of unit vectors: blocks of each, (..., t), and rows there, (..., t, q)."""
         block, offset = block_positions(indices, self.in_features, self.square_rank)
         unit = jax.nn.one_hot(offset, self.square_rank, dtype=dtype)
         return block, self.rotate_rows(unit, block)
@@ -156,10 +146,9 @@ class Decoupling(Operator):
         return y
 
     def rotate_rows(self, h: jax.Array, block: jax.Array | None = None) -> jax.Array:
-        """Rows h of the blocks k times R_k: (..., q) and (...) to (..., q).
-
-        Without the numbers of blocks, `h` has all of them in a row, (..., n, q).
-        """
+        """Rows h of the blocks k times R_k: (..., q) and (...), or all, (..., n, q)."""
+        # R_k is a fixed matrix for block k, which subclasses give here and in
+        # `rotate_m`: since (x_k R_k) M = x_k (R_k M), M may be multiplied instead.
         return h
 
     def rotate_m(self, m: jax.Array) -> jax.Array:
@@ -179,10 +168,7 @@ class Decoupling(Operator):
         return self.num_groups if self.truncate else self.compressed_shape[0]
 
     def in_group(self, block: Any) -> Any:
-        """The group of each input block, (...); its outputs are those it feeds.
-
-        Blocks that are left out, or beyond the n-th, are in a group without outputs.
-        """
+        """The group of each input block, (...), or one without outputs if left out."""
         groups = np.uint32(self.num_groups)
         last = groups if self.truncate else self.compressed_shape[0]
         return block % groups + groups * (block >= last)

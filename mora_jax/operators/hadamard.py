@@ -24,8 +24,7 @@ class Hadamard(Projection):
     S holds signs, H is the Walsh-Hadamard matrix scaled to be orthogonal, Q a random
     orthogonal matrix, and P picks coordinates. D is the transpose of the same for
     `out_features`. It computes as `Orthogonal` does and stores b * b numbers instead of
-    q * in: C is made of them whenever it is used. A fast transform in their place was
-    slower than the product with C from a few rows on, on CPUs and on chips.
+    q * in: C is made of them whenever it is used.
 
     Attributes:
       seed: The seed of the signs, Q and the picked coordinates.
@@ -33,12 +32,10 @@ class Hadamard(Projection):
     Example::
 
       >>> from mora_jax.operators import Hadamard
-      >>> op = Hadamard(in_features=12, out_features=12, square_rank=4)
-      >>> op.compress(op.decompress(jnp.eye(4))).round(3) + 0.0
-      Array([[1., 0., 0., 0.],
-             [0., 1., 0., 0.],
-             [0., 0., 1., 0.],
-             [0., 0., 0., 1.]], dtype=float32)
+      >>> op = Hadamard(in_features=12, out_features=12, square_rank=2)
+      >>> op.compress(op.decompress(jnp.eye(2))).round(3) + 0.0
+      Array([[1., 0.],
+             [0., 1.]], dtype=float32)
     """
 
     seed: int = 0
@@ -59,7 +56,8 @@ class Hadamard(Projection):
         walsh = jnp.where(shared % 2 == 1, -scale, scale)
         picked = odd.at[:, entry].get(mode="promise_in_bounds")
         basis = (walsh[:, None, :] * picked).reshape(len(signs), -1)
-        # Made once: XLA would compute it again for each tile of a product.
+        # Made once: XLA would compute it again for each tile of a product. A fast
+        # transform was slower than that product from a few rows on, on CPUs and chips.
         return jax.lax.optimization_barrier((signs[:, None] * basis).astype(dtype))
 
 

@@ -10,9 +10,8 @@ from mora_jax.operators._random import orthonormal
 class Orthogonal(Projection):
     """Projection on q fixed random orthonormal directions, and the transpose back.
 
-    The AiDotNet document's operator. A layer with in != out has two sets of directions,
-    otherwise one. Each is stored, (features, q), once for all layers of its width and
-    seed.
+    The AiDotNet document's operator. Each width has its directions, (features, q),
+    which are stored once for all layers of that width and seed.
 
     Attributes:
       seed: The seed of the directions.

@@ -64,11 +64,8 @@ class Permutation(Decoupling):
         columns_of: Pick = lambda m, k: stored(lambda m: _take(m, k, unique=False), m),
         rows_of: Pick = lambda m, k: m.at[k].get(mode="clip"),
     ) -> jax.Array:
-        """Rows and columns of the delta, by their places in the two orders.
-
-        `in_places`, (k,), and `out_places`, (l,), give a part (k, l) of the delta.
-        `columns_of` and `rows_of` pick the columns and rows of M with some numbers.
-        """
+        """The part of the delta, (k, l), at places (k,) and (l,) in the two orders."""
+        # `columns_of` and `rows_of` pick the columns and rows of M with some numbers.
         q = self.square_rank
         out_block, out_offset = divide(out_places, q)
         block, offset = block_positions(in_places, self.in_features, q)

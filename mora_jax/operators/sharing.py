@@ -19,21 +19,19 @@ Grouping = Literal["strided", "contiguous"]
 
 @operator
 class Sharing(Operator):
-    """Sums of q groups of inputs; each output repeats one of q results.
+    """Sums of q groups of inputs; outputs repeat the q results (paper equations 6-7).
 
-    Paper equations 6-7. A group is strided (all features with the same index mod q) or
-    contiguous (neighbouring features). The delta is dense, and costs no more than the
-    product with M.
+    A group is strided (equal index mod q) or contiguous (neighbouring features). The
+    delta is dense, and costs no more than the product with M.
 
     Attributes:
       compress_groups: Grouping of the inputs. Where q does not divide `in_features`,
         "strided" uses the first features once more, as the reference does, and
         "contiguous" balances the groups: the first ones are longer by one.
       decompress_groups: Grouping of the outputs.
-      normalised: True to divide by sqrt(in / q * out / q). The delta is then as
-        large as M (an isometry when q divides both widths), and one learning rate
-        serves every width. The paper and the reference do not divide; their sharing
-        wants a smaller rate.
+      normalised: True to divide by sqrt(in / q * out / q): the delta is as large as M
+        (an isometry when q divides both widths), and one learning rate serves every
+        width. The paper and the reference do not; their sharing wants a smaller rate.
 
     Example::
 
@@ -71,11 +69,8 @@ class Sharing(Operator):
 
     @property
     def gains(self) -> tuple[float, float]:
-        """An output has one weight; a number of C(x) is a sum over a group.
-
-        The in / q numbers of a group are taken to be of either sign. What they have in
-        common adds up instead, and makes sharing without signs want a smaller rate.
-        """
+        """An output has one weight, and C(x) sums groups of numbers of either sign."""
+        # What a group has in common adds up instead, and wants a smaller rate.
         group = max(1.0, self.in_features / self.square_rank)
         c_scale, d_scale = (float(self._scale(s, np.float64)) for s in ("in", "out"))
         return math.sqrt(group) * c_scale, d_scale

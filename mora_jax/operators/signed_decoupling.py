@@ -13,9 +13,7 @@ from mora_jax.operators.decoupling import Decoupling
 
 @operator
 class SignedDecoupling(Decoupling):
-    r"""Decoupling with a fixed random sign on each number of each block before M.
-
-    .. math:: x_k \mapsto s_k \odot x_k, \qquad s_k \in \{-1, 1\}^q
+    """Decoupling with a fixed random sign on each number of each block before M.
 
     Signs tell blocks apart as the angles of `Rotation` do, and cost one multiplication.
     What all blocks have in common cancels in the gradient of M instead of adding up.

@@ -12,13 +12,10 @@ from mora_jax.operators.sharing import Sharing
 
 @operator
 class SignedSharing(Sharing):
-    r"""Sharing with a fixed random sign on each input and on each output.
+    """Sharing with a fixed random sign on each input and on each output.
 
-    .. math:: C = S_{in} C_{sharing}, \qquad D = D_{sharing} S_{out}
-
-    Plain sums cancel features that differ in sign and add up what all features have in
-    common; random signs treat all directions alike. The signs are isometries, so this
-    is one where sharing is.
+    Plain sums cancel features that differ in sign and add up what all have in common;
+    random signs treat all directions alike. This is an isometry where sharing is.
 
     Attributes:
       seed: The seed of the signs; equal widths share them.

@@ -22,13 +22,12 @@ TOLERANCE = 1e-3
 class Subspace(Projection):
     r"""Projection on q given orthonormal directions, and back along others.
 
-    `gradient_bases` makes it from a gradient, whose leading directions are those in
-    which the inputs of the layer lie, and in which its outputs should move. No seed
-    gives such directions, so they are stored with the adapter: q (in + out) numbers.
+    `gradient_bases` makes it from a gradient: inputs of the layer lie in its leading
+    directions, and outputs should move in them. No seed gives such directions, so they
+    are stored with the adapter: q (in + out) numbers.
 
     Attributes:
-      in_basis: The directions of the inputs, (in_features, q), as float32.
-      out_basis: Those of the outputs, (out_features, q), as float32.
+      in_basis, out_basis: The directions of each side, (features, q), as float32.
 
     Raises:
       TypeError: A basis is not a floating-point array, or is a tracer.
@@ -51,10 +50,8 @@ class Subspace(Projection):
 
     @functools.cached_property
     def digest(self) -> str:
-        """A SHA-256 of both bases, in hexadecimal, by which operators are compared.
-
-        It does not belong to the pytree: layers of one shape share their programs.
-        """
+        """A SHA-256 of both bases, in hexadecimal, by which operators are compared."""
+        # It does not belong to the pytree: layers of one shape share their programs.
         both = np.asarray(self.in_basis), np.asarray(self.out_basis)
         return hashlib.sha256(b"".join(map(np.ndarray.tobytes, both))).hexdigest()
 
@@ -68,13 +65,9 @@ class Subspace(Projection):
 
     @property
     def gains(self) -> tuple[float, float]:
-        r"""Sizes c and d that C and D give to numbers that lie in the subspace.
-
-        .. math:: c = \sqrt{in / q}, \qquad d = \sqrt{q / out}
-
-        If all of x lies in the directions of C, then the q numbers of C(x) hold what
-        the `in` numbers of x held: their sum of squares is the same.
-        """
+        """Sizes c = sqrt(in / q) and d = sqrt(q / out) for numbers in the subspace."""
+        # If all of x lies in the directions of C, then the q numbers of C(x) hold what
+        # the `in` numbers of x held: their sum of squares is the same.
         c = math.sqrt(self.in_features / self.square_rank)
         return c, math.sqrt(self.square_rank / self.out_features)
 

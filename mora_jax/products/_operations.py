@@ -47,11 +47,7 @@ class Operation:
         return self.arguments["lhs"], self.arguments["rhs"]
 
     def product(self, kernel_at: int) -> Product:
-        """The product of two operands; the one at `kernel_at` is the kernel.
-
-        Raises:
-          ValueError: Adapters are not defined for such a product.
-        """
+        """The product of two operands; the one at `kernel_at` is the kernel."""
         if self.name == "conv_general_dilated":
             return self._convolution(kernel_at)
         if self.name == "einsum":

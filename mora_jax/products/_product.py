@@ -22,8 +22,7 @@ class KernelDelta(Protocol):
 
     Attributes:
       operator: C and D.
-      axes: The kernel's axes, a letter each (see `MoRAConfig.overrides`).
-      kernel_shape: The kernel's shape.
+      axes, kernel_shape: The kernel's axes, a letter each, and its shape.
     """
 
     @property
@@ -66,22 +65,17 @@ Factors = tuple[jax.Array | None, jax.Array | None]
 class Product(abc.ABC):
     """Product of a layer's input with its kernel; linear in both.
 
-    Whatever depends on the kind of product is asked of the product itself. A product of
-    your own needs `axes` and `delta`; all else has a default.
+    A product of your own needs `axes` and `delta`; all else has a default.
 
     Attributes:
       axes: The kernel's axes as letters s, i and o (see `MoRAConfig.overrides`).
-      adapted_by_default: True if such layers are adapted where a config names no
-        targets.
+      adapted_by_default: True if the default targets include such layers.
       label: A name of such layers for a plan's list of what it leaves out; "" if only
         the name of a kernel says why it is left out.
-      primitive: The primitive of JAX that multiplies, by which a trace recognises the
-        product; "" for any.
-      stand_ins: Primitives by which a layer does the product without `primitive`, where
-        the kernel is small.
+      primitive: The primitive by which a trace recognises the product; "" for any.
+      stand_ins: Primitives that do the product instead where the kernel is small.
       takes_indices: True if the input is integers that number rows of the kernel.
-      needs_trace: True if kernels of this kind are often read elsewhere too, so that
-        only a trace of the model proves that an adapter is right.
+      needs_trace: True if only a trace shows that such kernels are not read elsewhere.
       reads_kernel: True if methods read the kernel itself, instead of an input.
     """
 
@@ -96,10 +90,7 @@ class Product(abc.ABC):
 
     @property
     def passes(self) -> frozenset[str]:
-        """The primitives that the kernel or the product may pass besides.
-
-        They are as linear as the product itself, and `delta` passes them as well.
-        """
+        """The other linear primitives that kernel, product and `delta` may pass."""
         return frozenset()
 
     @property

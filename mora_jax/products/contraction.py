@@ -37,14 +37,11 @@ class Contraction(Product):
     """An einsum equation of input, kernel and output, with a letter for each axis.
 
     It brings any dense-like layer to the form that operators know: from rows of
-    `in_features` numbers to rows of `out_features` numbers. If the plan has the
-    kernel's inputs and outputs exchanged, as in the tied head of an embedding, the
-    delta is used transposed.
+    `in_features` numbers to rows of `out_features` numbers. If the plan has inputs and
+    outputs exchanged, as in a tied head, the delta is used transposed.
 
     Attributes:
-      inputs: The letters of the input's axes.
-      kernel: The letters of the kernel's axes.
-      outputs: The letters of the output's axes.
+      inputs, kernel, outputs: The letters of the axes of each.
     """
 
     inputs: str

@@ -20,8 +20,7 @@ class Convolution(Product):
     Attributes:
       axes: The kernel's axes as letters, such as "iiio".
       convolve: A function of (x, kernel) that returns the layer's output without bias.
-      any_outputs: True if `convolve` takes a kernel of any number of output features.
-        It does not with groups of features or with a mask.
+      any_outputs: True if `convolve` takes any number of outputs: no groups, no mask.
       masked: True if `convolve` multiplies the kernel by a mask.
     """
 

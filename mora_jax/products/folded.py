@@ -12,20 +12,17 @@ class Folded(Product):
     r"""Any use of a kernel: all methods of its module read :math:`W + \alpha\, C M D`.
 
     It is for kernels whose use no einsum of one input describes, such as experts that
-    are bare arrays of a module, and it is exact whatever the methods compute. But each
-    call forms the sum, and its gradient has the kernel's shape. A module may have
-    several such kernels, and then all its kernels are such. In Linen there are none.
+    are bare arrays of an NNX module, for all of a class or none. It is exact whatever
+    the methods compute, but each call forms the sum and a gradient of its shape.
 
     Attributes:
-      axes: The kernel's axes as letters s, i and o. An expert axis is "s": each expert
-        has an M.
+      axes: The kernel's axes as letters i, o, and s for experts, which have an M each.
       adapted_by_default: True to have the kernel among the default targets.
 
     Example::
 
       >>> from flax import nnx
-      >>> import jax, jax.numpy as jnp
-      >>> import mora_jax
+      >>> import jax, jax.numpy as jnp, mora_jax
       >>> class Experts(nnx.Module):
       ...     def __init__(self, rngs):
       ...         self.w = nnx.Param(jax.random.normal(rngs.params(), (4, 16, 16)))
@@ -35,8 +32,7 @@ class Folded(Product):
       >>> mora_jax.register_layer(Experts, equation=folded, kernel="w")
       >>> model, config = Experts(nnx.Rngs(0)), mora_jax.MoRAConfig(rank=2)
       >>> x, best = jnp.ones((3, 16)), jnp.array([0, 3, 0])
-      >>> plan = mora_jax.nnx.plan(model, config, x, best)
-      >>> plan["w"].shape
+      >>> mora_jax.nnx.plan(model, config, x, best)["w"].shape
       (4, 8, 8)
     """
 

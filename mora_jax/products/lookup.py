@@ -19,15 +19,13 @@ class Lookup(Product):
     Example: an embedding class of your own, and its tied head::
 
       >>> from flax import nnx
-      >>> import mora_jax
+      >>> from mora_jax import register_layer
+      >>> from mora_jax.products import ATTEND, Lookup
       >>> class Table(nnx.Module):
       ...     def encode(self, ids): return self.table[...][ids]
       ...     def decode(self, x): return x @ self.table[...].T
-      >>> lookup, tied = mora_jax.products.Lookup(), mora_jax.products.ATTEND
-      >>> mora_jax.register_layer(
-      ...     Table, equation=lookup, kernel="table", method="encode")
-      >>> mora_jax.register_layer(
-      ...     Table, equation=tied, kernel="table", method="decode")
+      >>> register_layer(Table, equation=Lookup(), kernel="table", method="encode")
+      >>> register_layer(Table, equation=ATTEND, kernel="table", method="decode")
     """
 
     axes = "io"
