@@ -19,7 +19,7 @@ def trainable_mask(
 ) -> Any:
     """True for each M of a combined tree, False for the frozen leaves.
 
-    Freeze by `optimizer`, not by `optax.masked`: that lets the other gradients through.
+    Freeze by `optimizer`: `optax.masked` lets the gradients of masked leaves *through*.
 
     Args:
       params: A tree as `combine` makes it, or the state of a model with adapters.
