@@ -10,7 +10,6 @@ import dataclasses
 import math
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
-from types import MappingProxyType
 from typing import Literal
 
 import jax
@@ -96,9 +95,7 @@ _GPU = Tuning(
     chip="gpu",
     loops_over_rows=False,
 )
-TUNING: Mapping[str, Tuning] = MappingProxyType(
-    {"cpu": _CPU, "tpu": _TPU, "cuda": _GPU, "rocm": _GPU}
-)
+TUNING: Mapping[str, Tuning] = {"cpu": _CPU, "tpu": _TPU, "cuda": _GPU, "rocm": _GPU}
 """The constants of each platform, by JAX's name of it."""
 
 # A sum of more slices than this is one sum over an axis. Up to here slices are added in
@@ -108,13 +105,12 @@ MAX_UNROLLED_SLICES = 64
 
 # Rows with M's of their own (`loops_over_rows`): milliseconds on a CPU for 64 rows of
 # one token and q = 256, and the same on an H100 for 4096 -> 4096 relative to the layer
-# alone. `make bench-many` measures the first two; the others were tried.
+# alone. `make bench-many` measures the first two; the third was tried.
 #
 #                                  CPU, 4 slots   64 slots   H100, 4 slots   64 slots
 #   one after another                  0.66         1.02          25            25
 #   copied, in one product            18           19              1.39          1.50
 #   sorted, `jax.lax.ragged_dot`       2.1          2.1            1.91          2.55
-#   in groups of 16 rows, filled up    0.48         5.5
 
 # A program is compiled for the platform that it is lowered for, which need not be the
 # one that it is traced on: an exported program may be for several. `linear_map` traces
