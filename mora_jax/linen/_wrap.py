@@ -9,18 +9,13 @@ import flax.linen as nn
 from mora_jax._common.types import Path
 from mora_jax._common.warnings import warn
 from mora_jax._flax.adapted_call import LayerCall, adapt_call
-from mora_jax._flax.layer_rules import rules_of, unknown_use
+from mora_jax._flax.layer_rules import changed_first, rules_of, unknown_use
 from mora_jax._flax.survey import refuse_untraced
 from mora_jax._plan.plan import Plan
 from mora_jax._plan.settings import MoRAConfig, check_config
 from mora_jax._tree.adapters import adapter_items, trained_items, with_trained
 from mora_jax._tree.combined import split, with_ms
-from mora_jax._tree.paths import (
-    adapter_path,
-    find_part,
-    named_leaves,
-    replace_leaves,
-)
+from mora_jax._tree.paths import adapter_path, find_part, named_leaves, replace_leaves
 from mora_jax.linen._bound import (
     BoundAdapter,
     adapters_of,
@@ -170,12 +165,7 @@ class _Adapting:
         if isinstance(module, nn.WeightNorm | nn.SpectralNorm):
             inside: Any = module.layer_instance
             for kernel in adapters_of(inside):  # its delta would not be normalised
-                name = "/".join((*inside.scope.path, kernel))
-                raise ValueError(
-                    f"{name}: {cls.__name__} changes this kernel before its layer "
-                    "multiplies, so that the adapted and the merged model would "
-                    "differ; exclude it"
-                )
+                raise changed_first("/".join((*inside.scope.path, kernel)), module)
         if method == "setup":
             return
         # Modules that share a scope (`nn.share_scope`) see each other's adapters. So

@@ -5,7 +5,7 @@ from typing import Any
 from flax import nnx
 
 from mora_jax._flax.adapted_call import LayerCall
-from mora_jax._flax.layer_rules import folded_kernels, planning_rules
+from mora_jax._flax.layer_rules import changed_first, folded_kernels, planning_rules
 from mora_jax._flax.planning import plan_surveyed
 from mora_jax._flax.survey import Survey, refuse_untraced
 from mora_jax._plan.plan import Plan
@@ -95,10 +95,7 @@ def refuse_unfit(model: nnx.Module, plan: Plan) -> None:
             start = "/".join((*path, "layer_instance", ""))
             for name in plan:
                 if name.startswith(start):
-                    raise ValueError(
-                        f"{name}: {type(module).__name__} changes it before its layer "
-                        "multiplies; exclude it"
-                    )
+                    raise changed_first(name, module)
 
 
 def check_model(model: Any) -> None:

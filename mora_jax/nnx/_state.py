@@ -54,9 +54,8 @@ def adapter_variables(
             copies.append((spec, m))
         else:
             # The stack is M's and not the kernel's, which may be quantized by now.
-            stack = tuple(m.shape[: m.ndim - len(m.spec.shape)])
             kernel = (*path[:-1], path[-1].removesuffix(SUFFIX))
-            ms.append((m.spec.stacked(stack, kernel), m))
+            ms.append((m.spec.stacked(m.shape, kernel), m))
     if not ms:
         raise ValueError("model has no adapters; see mora_jax.nnx.wrap")
     for pairs in (ms, copies):

@@ -59,6 +59,6 @@ def plan_of(model: Any, *args: Any, **kwargs: Any) -> Plan:
     leaves, specs = named_leaves(shapes["params"]), []
     for name, spec in traced.items():
         _, m = leaves.pop(name + SUFFIX)  # nn.scan stacks M's; the trace saw one layer
-        specs.append(spec.stacked(m.shape[: m.ndim - len(spec.shape)], spec.path))
+        specs.append(spec.stacked(m.shape, spec.path))
     size = sum(leaf.size for _, leaf in leaves.values())
     return Plan(tuple(sorted(specs, key=lambda s: s.path)), size, traced=True)
