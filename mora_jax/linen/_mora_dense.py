@@ -21,16 +21,14 @@ class MoRADense(nn.Dense):
     take the M's out of its parameters with `mora_jax.split`.
 
     Attributes:
-      config: The adapter's settings; `targets`, `exclude` and `overrides` mean
-        nothing here, and `train` must be empty.
+      config: The adapter's settings; `targets`, `exclude` and `overrides` mean nothing
+        here, and `train` must be empty.
       deterministic: True to turn the adapter's dropout off. It must be given, here or
-        in the call, where `config.dropout` is above zero. The key comes from the
-        "dropout" stream.
+        in the call, if `config.dropout` is not zero. The stream of keys is "dropout".
 
     Example::
 
-      >>> import jax, jax.numpy as jnp
-      >>> import mora_jax
+      >>> import jax, jax.numpy as jnp, mora_jax
       >>> layer = mora_jax.MoRADense(features=16, config=mora_jax.MoRAConfig(rank=2))
       >>> variables = layer.init(jax.random.key(0), jnp.ones((1, 16)))
       >>> jax.tree.map(jnp.shape, variables["params"])

@@ -27,10 +27,9 @@ def plan(
 ) -> Plan:
     """`mora_jax.plan` for a Linen model, by what each of its layers computes.
 
-    The model is traced with the inputs of a call. Kernels of any number of axes are
-    understood, also stacked ones (`nn.scan`, `nn.vmap`). The default targets are the
-    kernels of all dense layers, except those whose names say head, classifier,
-    embedding and the like.
+    A call of the model is traced. Kernels may have any number of axes, and be stacked
+    (`nn.scan`, `nn.vmap`). The default targets are the kernels of all dense layers,
+    except those whose names say head, classifier, embedding and the like.
 
     Args:
       model: Any Linen module.
@@ -46,9 +45,7 @@ def plan(
 
     Example::
 
-      >>> import flax.linen as nn
-      >>> import jax, jax.numpy as jnp
-      >>> import mora_jax
+      >>> import flax.linen as nn, jax, jax.numpy as jnp, mora_jax
       >>> model, x = nn.MultiHeadDotProductAttention(num_heads=4), jnp.ones((1, 3, 64))
       >>> variables = jax.eval_shape(model.init, jax.random.key(0), x)
       >>> plan = mora_jax.linen.plan(model, variables, mora_jax.MoRAConfig(rank=2), x)

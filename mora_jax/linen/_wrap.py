@@ -92,17 +92,16 @@ def wrap(
     """The `apply` of an unmodified model, with adapters.
 
     The model's own code runs. Each planned layer adds its adapter's delta to what its
-    methods return, wherever the layer is: in `nn.scan`, `nn.remat`, `nn.vmap` or
-    `nn.jit`, in modules with `setup` or `nn.compact`.
+    methods return, also in `nn.scan`, `nn.remat`, `nn.vmap` and `nn.jit`.
 
-    With `MoRAConfig(dropout=...)` each call says by `adapter_deterministic=` whether it
-    drops. With False, the keys come from `rngs={"dropout": key}`.
+    With `MoRAConfig(dropout=...)` each call must be given `adapter_deterministic=True`,
+    or False and `rngs={"dropout": key}` to drop.
 
     Args:
       model: Any Linen module. It stays as it is.
       config_or_plan: A config, None for the defaults, or a plan of `linen.plan`.
-      variables: With a config, the model's variables, arrays or shapes.
-      *args: With a config, the inputs of a call, arrays or shapes.
+      variables: With a config, as in `linen.plan`.
+      *args: With a config, as in `linen.plan`.
       **kwargs: Further inputs, by name.
 
     Returns:
@@ -120,9 +119,7 @@ def wrap(
 
     Example::
 
-      >>> import flax.linen as nn
-      >>> import jax, jax.numpy as jnp
-      >>> import mora_jax
+      >>> import flax.linen as nn, jax, jax.numpy as jnp, mora_jax
       >>> layers = [nn.Dense(16) for _ in range(2)]
       >>> model, x = nn.Sequential(layers), jnp.ones((1, 16))
       >>> variables = model.init(jax.random.key(0), x)

@@ -21,15 +21,14 @@ def plan(
 ) -> Plan:
     """`mora_jax.plan` for an NNX model, by what each of its layers computes.
 
-    Kernels and default targets are those that `linen.plan` says. The model is traced
-    if the inputs of a call are given.
+    Kernels and default targets are those that `linen.plan` says.
 
     Args:
       model: Any NNX module, of arrays or (by `nnx.eval_shape`) of shapes.
-      config: The kernels to adapt and the settings; None for the defaults.
-      *args: The inputs of a call, arrays or shapes, where the modules do not tell
-        enough: an `nnx.Einsum` that gets its equation in the call, and embeddings,
-        which a model might also read elsewhere (a tied head).
+      config: As in `linen.plan`.
+      *args: The inputs of a call to trace, arrays or shapes. Only a trace tells the
+        equation of an `nnx.Einsum` that gets it in the call, and if an embedding is
+        also read elsewhere (a tied head). See docs/what-is-adapted.md.
       **kwargs: Further inputs, by name.
 
     Raises:
@@ -39,8 +38,8 @@ def plan(
 
     Example::
 
-      >>> from flax import nnx
       >>> import mora_jax
+      >>> from flax import nnx
       >>> model = nnx.MultiHeadAttention(4, 64, decode=False, rngs=nnx.Rngs(0))
       >>> plan = mora_jax.nnx.plan(model, mora_jax.MoRAConfig(rank=2))
       >>> {path: spec.axes for path, spec in plan.items()}

@@ -33,16 +33,15 @@ def wrap(
 ) -> Model:
     """An unmodified model, with adapters.
 
-    The model's own code runs. Each planned layer adds its adapter's delta to what its
-    methods return: it gets a `MoRAParam` next to its kernel, and a subclass of its
-    class. Names, types and the paths of the parameters stay, so that a checkpoint of
-    the base loads into the result.
+    The model's own code runs. Each planned layer gets a `MoRAParam` next to its kernel,
+    and a subclass of its class, which adds the adapter's delta to what its methods
+    return. Names, types and paths stay, so that a checkpoint of the base loads into the
+    result.
 
     With `MoRAConfig(dropout=...)` the model drops until `model.eval()`, which sampling
     and evaluation need; `model.train()` turns it on again. The masks follow from
-    `seed`, M and the kernel. So they change whenever an optimizer changes M, and differ
-    between layers, but calls with the same M's, such as the microbatches of one step,
-    drop the same positions.
+    `seed`, M and the kernel: calls with the same M's, such as the microbatches of one
+    step, drop the same positions.
 
     Args:
       model: Any NNX module. It stays as it is, and shares its arrays with the result: a
@@ -54,8 +53,8 @@ def wrap(
 
     Returns:
       A new model. Its trainable state is `nnx.state(model, MoRAParam)`, which also has
-      the arrays that the plan trains themselves, instead of the base's. Where a kernel
-      is on a mesh of devices, its M is too, as `sharding.adapter_shardings` says.
+      the arrays that the plan trains themselves, instead of the base's. An M is on the
+      mesh of its kernel, as `sharding.adapter_shardings` says.
 
     Raises:
       TypeError, ValueError: As `nnx.plan`; a plan that does not fit the model; an
@@ -64,9 +63,8 @@ def wrap(
 
     Example::
 
-      >>> import jax, jax.numpy as jnp
+      >>> import jax, jax.numpy as jnp, mora_jax
       >>> from flax import nnx
-      >>> import mora_jax
       >>> layers = [nnx.Linear(16, 16, rngs=nnx.Rngs(k)) for k in range(2)]
       >>> model, x = nnx.Sequential(*layers), jnp.ones((1, 16))
       >>> adapted = mora_jax.nnx.wrap(model, mora_jax.MoRAConfig(rank=2))
@@ -148,7 +146,7 @@ def unwrap(model: Model) -> Model:
 
     Raises:
       ValueError: The model lacks adapters; or it trains arrays of the base, whose old
-        values are in the model that `wrap` was given and not in this one.
+        values only the model that `wrap` was given has.
 
     Example: see `wrap`.
     """

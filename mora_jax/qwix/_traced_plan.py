@@ -12,7 +12,7 @@ from mora_jax._jax.traces import fresh_shapes
 from mora_jax._plan.plan import Plan
 from mora_jax._plan.spec import SUFFIX, AdapterSpec
 from mora_jax._tree.paths import named_leaves
-from mora_jax.nnx import _held
+from mora_jax.nnx._state import plan_of as nnx_plan_of
 
 Specs = dict[str, AdapterSpec]
 
@@ -49,7 +49,7 @@ def plan_of(model: Any, *args: Any, **kwargs: Any) -> Plan:
     Example: see `merge`.
     """
     if isinstance(model, nnx.Module):
-        return _held.plan_of(model)
+        return nnx_plan_of(model)
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a Flax module, got {type(model).__name__}")
     rngs = {name: jax.random.key(0) for name in ("params", "dropout")}
