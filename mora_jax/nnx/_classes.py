@@ -74,11 +74,7 @@ def set_class(module: nnx.Module, cls: type) -> None:
 
 @contextlib.contextmanager
 def _copied(module: nnx.Module, read: Read | None) -> Iterator[Any]:
-    """A copy of a layer for one call, with the same variables.
-
-    With `read` it is of the plain class without M's. Without, it is still an adapted
-    layer. What the call sets, such as intermediate values, is set on the layer as well.
-    """
+    """A copy of a layer for one call: plain with `read`, still adapted without it."""
     cls, attributes = type(module) if read is None else plain_class(module), {}
     for name, value in vars(module).items():
         # An array that trains in float32 has the base's dtype in the copy, since the
@@ -95,6 +91,7 @@ def _copied(module: nnx.Module, read: Read | None) -> Iterator[Any]:
     copy = object.__new__(cls)
     vars(copy).update(attributes)
     yield copy
+    # What the call sets, such as intermediate values, is set on the layer as well.
     after, own = vars(copy), vars(module)
     own.update({k: v for k, v in after.items() if v is not attributes.get(k)})
     for name in attributes.keys() - after.keys():  # qwix deletes statistics

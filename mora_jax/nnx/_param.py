@@ -47,10 +47,7 @@ class MoRAParam(nnx.LoRAParam[Any]):
 
 
 class TrainedParam(MoRAParam):
-    """Array of the base that trains itself, with the metadata of the base's variable.
-
-    Beside these it has the type of that variable, `base_type`, and a `spec`.
-    """
+    """Array of the base that trains itself, with the metadata of its variable there."""
 
     # A subclass of `MoRAParam`, so that all that trains, saves or counts adapters by
     # that type does so with it too.

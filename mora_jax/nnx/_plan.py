@@ -13,7 +13,7 @@ from mora_jax._plan.settings import MoRAConfig, check_config
 from mora_jax._tree.paths import named_leaves
 from mora_jax.nnx._classes import derived, set_class
 from mora_jax.nnx._param import MoRAParam
-from mora_jax.nnx._state import attributes, named_modules, traceable
+from mora_jax.nnx._state import attributes, named_modules, parameters, traceable
 
 
 def plan(
@@ -26,15 +26,13 @@ def plan(
     Args:
       model: Any NNX module, of arrays or (by `nnx.eval_shape`) of shapes.
       config: As in `linen.plan`.
-      *args: The inputs of a call to trace, arrays or shapes. Only a trace tells the
-        equation of an `nnx.Einsum` that gets it in the call, and if an embedding is
-        also read elsewhere (a tied head). See docs/what-is-adapted.md.
+      *args: Inputs of a call to trace, arrays or shapes. It alone tells the equation
+        that an `nnx.Einsum` gets in calls, and other uses of embeddings (tied heads).
       **kwargs: Further inputs, by name.
 
     Raises:
       TypeError, ValueError: As `linen.plan`; an embedding that might be read outside of
-        its layer; a module or a kernel that the model holds twice; a model that has
-        adapters already.
+        its layer; a module or kernel that the model holds twice; a model with adapters.
 
     Example::
 
@@ -48,8 +46,7 @@ def plan(
     """
     check_model(model)
     config = check_config(config, "plan(model, config, *inputs)")
-    params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
-    survey = Survey()
+    params, survey = parameters(model), Survey()
     for path, module in named_modules(model):
         survey.classes["/".join(path)] = type(module).__name__
     for module, path, _ in attributes(model, nnx.Variable):

@@ -35,8 +35,7 @@ def wrap(
 
     The model's own code runs. Each planned layer gets a `MoRAParam` next to its kernel,
     and a subclass of its class, which adds the adapter's delta to what its methods
-    return. Names, types and paths stay, so that a checkpoint of the base loads into the
-    result.
+    return. Names, types and paths stay, so that a checkpoint of the base still loads.
 
     With `MoRAConfig(dropout=...)` the model drops until `model.eval()`, which sampling
     and evaluation need; `model.train()` turns it on again. The masks follow from
@@ -45,8 +44,7 @@ def wrap(
 
     Args:
       model: Any NNX module. It stays as it is, and shares its arrays with the result: a
-        step to which the whole state of the result is donated deletes the base, too
-        (see docs/training-nnx.md).
+        step that donates all of the result's state deletes them (docs/training-nnx.md).
       config_or_plan: A config, None for the defaults, or a plan of `nnx.plan`.
       rngs: The source of the key for `init="gaussian"`.
       seed: The seed of the dropout masks.

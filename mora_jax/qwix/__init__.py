@@ -1,13 +1,10 @@
 """Adapters for models that qwix quantizes (QMoRA); `pip install mora-jax[qwix]`.
 
-A model::
+Public names, beside `mora_jax.nnx.adapters` and `set_adapters`, or `mora_jax.split` and
+`combine`, for the M's::
 
   MoRAProvider          what `qwix.apply_lora_to_model` takes
   MoRARule              the settings of the modules that match a pattern
-
-Its adapters, beside `mora_jax.nnx.adapters` and `set_adapters`, or `mora_jax.split` and
-`combine`::
-
   plan_of               the plan that a model follows
   merge                 a base with adapters merged into it, quantized again or not
   merge_adapters        the same for an NNX model

@@ -56,8 +56,7 @@ class MoRAProvider(qwix.PtqProvider):
       >>> import jax, jax.numpy as jnp, mora_jax, qwix
       >>> from flax import nnx
       >>> base, x = nnx.Linear(16, 16, rngs=nnx.Rngs(0)), jnp.ones((1, 16))
-      >>> settings = dict(rank=2, weight_qtype="nf4", tile_size=8)
-      >>> provider = mora_jax.qwix.MoRAProvider(module_path=".*", **settings)
+      >>> provider = mora_jax.qwix.MoRAProvider(rank=2, weight_qtype="nf4", tile_size=8)
       >>> model = qwix.apply_lora_to_model(base, provider, x, rngs=nnx.Rngs(0))
       >>> jax.tree.map(jnp.shape, mora_jax.nnx.adapters(model))
       {'kernel_mora': (8, 8)}

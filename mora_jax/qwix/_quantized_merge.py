@@ -39,8 +39,7 @@ def dequantize(params: Any) -> Any:
       The params, in the same structure; for a model an `nnx.State` without adapters.
 
     Raises:
-      TypeError: `params` is a Linen model, a state of a quantized model, or no tree of
-        arrays.
+      TypeError: A Linen model, a state of a quantized model, or not a tree of arrays.
 
     Example::
 
@@ -87,13 +86,12 @@ def merge(
       plan: Their plan, as `plan_of` gives it.
       onto: "dequantized" gives floating-point arrays, also instead of quantized kernels
         without adapters: params for the model that qwix never saw. "requantized"
-        quantizes each sum again as its kernel was: params for `qwix.quantize_model(
-        model, qwix.PtqProvider(rules))`. Its errors may be many times a delta.
+        quantizes each sum again as its kernel was, for a model of `qwix.quantize_model`
+        with the same rules. Its errors may be many times a delta.
       any_base: As in `mora_jax.merge`.
 
     Returns:
-      The merged params, and {path: what was lost there}; in `jax.jit` the losses are
-      arrays.
+      The merged params, and {path: what was lost there}: arrays in `jax.jit`.
 
     Raises:
       TypeError, ValueError: As `mora_jax.merge`; `onto` is unknown; params are shapes.
@@ -101,10 +99,9 @@ def merge(
     Example::
 
       >>> import flax.linen as nn, jax, jax.numpy as jnp, mora_jax, qwix
-      >>> x, settings = jnp.ones((1, 16)), dict(rank=2, weight_qtype="int8")
-      >>> provider = mora_jax.qwix.MoRAProvider(module_path=".*", **settings)
+      >>> provider = mora_jax.qwix.MoRAProvider(rank=2, weight_qtype="int8")
       >>> model = qwix.apply_lora_to_model(nn.Dense(16), provider)
-      >>> variables = model.init(jax.random.key(0), x)
+      >>> variables = model.init(jax.random.key(0), x := jnp.ones((1, 16)))
       >>> base, adapters = mora_jax.split(variables["params"])
       >>> plan = mora_jax.qwix.plan_of(model, x)
       >>> merged, losses = mora_jax.qwix.merge(base, adapters, plan)
