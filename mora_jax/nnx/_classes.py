@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
+from mora_jax._common.checks import check_kernel
 from mora_jax._flax.adapted_call import LayerCall, adapt_call
 from mora_jax._flax.layer_rules import folded_kernels, rules_of, unknown_use
 from mora_jax._layer.folded_kernel import folded_kernel
@@ -128,9 +128,5 @@ def _with_delta(module: nnx.Module, name: str, kernel: jax.Array) -> jax.Array:
     adapter = held(module, name)
     if adapter is None:
         return kernel
-    if not (hasattr(kernel, "dtype") and jnp.issubdtype(kernel.dtype, jnp.floating)):
-        raise TypeError(
-            f"{name} of {type(module).__name__} must be a floating-point array for "
-            f"products.Folded, got {type(kernel).__name__}; is it quantized?"
-        )
+    check_kernel(kernel, f"{name} of {type(module).__name__}")  # it may be quantized
     return folded_kernel(*adapter, kernel)

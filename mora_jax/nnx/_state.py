@@ -14,7 +14,7 @@ from mora_jax._common.types import Path
 from mora_jax._layer.slots import Selected
 from mora_jax._plan.plan import Plan, refuse_other_plan
 from mora_jax._plan.spec import SUFFIX, AdapterSpec
-from mora_jax._plan.trained_arrays import TrainedArray
+from mora_jax._plan.trained_arrays import Items
 from mora_jax._tree.adapters import Tree, adapter_items, nest, trained_items
 from mora_jax._tree.base_digest import check_base
 from mora_jax._tree.paths import adapter_path, named_leaves, unboxed
@@ -43,9 +43,7 @@ def attributes(model: nnx.Module, kinds: Any) -> Iterator[tuple[nnx.Module, Path
 
 def adapter_variables(
     model: nnx.Module,
-) -> tuple[
-    list[tuple[AdapterSpec, MoRAParam]], list[tuple[TrainedArray, TrainedParam]]
-]:
+) -> tuple[list[tuple[AdapterSpec, MoRAParam]], Items]:
     """(present spec, variable) of each M, and of each array that trains, by path."""
     ms, copies = [], []
     for _, path, m in attributes(model, MoRAParam):

@@ -88,12 +88,12 @@ def wrap(
     key = rngs.params() if rngs and is_random else None
     new = init(plan, key, params=parameters(model) if plan.trained else None)
     model = nnx.clone(model)
-    modules = dict(named_modules(model))
+    modules: dict[Any, Any] = dict(named_modules(model))
     for spec, m in adapter_items(new, plan):
         module = modules.get(spec.path[:-1])
         kernel = getattr(module, spec.path[-1], None)
         shape = tuple(kernel.shape) if isinstance(kernel, nnx.Variable) else None
-        if module is None or shape != spec.kernel_shape:
+        if shape != spec.kernel_shape:
             raise ValueError(
                 f"the plan has a kernel of shape {spec.kernel_shape} at {spec.name!r}, "
                 f"the model has {shape}"
@@ -102,7 +102,7 @@ def wrap(
         set_class(module, adapted_class(plain_class(module)))
         hold_adapter(module, spec, m, seed)
     for trained, copy in trained_items(new, plan):
-        module: Any = modules.get(trained.path[:-1])
+        module = modules.get(trained.path[:-1])
         variable = getattr(module, trained.path[-1], None)
         if not isinstance(variable, nnx.Variable):
             raise ValueError(

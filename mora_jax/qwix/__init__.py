@@ -15,8 +15,8 @@ Public names, beside `mora_jax.nnx.adapters` and `set_adapters`, or `mora_jax.sp
 from mora_jax._layer.rounding import MergeLoss as MergeLoss
 from mora_jax.qwix import _private
 from mora_jax.qwix._provider import MoRAProvider as MoRAProvider
+from mora_jax.qwix._provider import plan_of as plan_of
 from mora_jax.qwix._quantized_merge import dequantize as dequantize
 from mora_jax.qwix._quantized_merge import merge as merge
 from mora_jax.qwix._quantized_merge import merge_adapters as merge_adapters
 from mora_jax.qwix._rule import MoRARule as MoRARule
-from mora_jax.qwix._traced_plan import plan_of as plan_of
