@@ -143,15 +143,11 @@ class MoRA(nn.Module):
             )
         # What a call may change except the params, as the caller says by `mutable`.
         mutable = subtract_filters(self.scope.mutable, "params") or False
-        result = wrap(model, self.plan)(
-            params["mora"],
-            {**self.variables, "params": params["base"]},
-            *args,
-            adapter_deterministic="dropout" not in rngs,
-            rngs=rngs,
-            mutable=mutable,
-            **kwargs,
-        )
+        variables = {**self.variables, "params": params["base"]}
+        settings: Any = {"rngs": rngs, "mutable": mutable}
+        settings["adapter_deterministic"] = "dropout" not in rngs
+        apply = wrap(model, self.plan)
+        result = apply(params["mora"], variables, *args, **settings, **kwargs)
         if mutable is False:
             return result
         output, updated = result

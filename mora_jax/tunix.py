@@ -58,8 +58,7 @@ _EMBEDDER = [
 ]
 # Experts are bare arrays, whose method sorts tokens and multiplies groups of them.
 _EXPERTS, _LEFT_OUT = Folded("sio"), Folded("io", adapted_by_default=False)
-# Gemma scales what it looks up, so that its whole table is added to its delta in each
-# call.
+# Gemma scales what it looks up, so that each call adds its whole table to its delta.
 _SCALED_TABLE = _folded(input_embedding=_LEFT_OUT)
 _QWEN_AND_LLAMA, _GEMMA = ("qwen2", "qwen3", "llama3"), ("gemma", "gemma3")
 _LAYERS: Mapping[str, Sequence[Mapping[str, Any]]] = {

@@ -59,11 +59,9 @@ class MoRADense(nn.Dense):
           inputs: (..., in_features).
           deterministic: As the attribute.
         """
+        shape, path = (inputs.shape[-1], self.features), (*self.path, "kernel")
         spec = AdapterSpec.from_config(
-            self.config,
-            (inputs.shape[-1], self.features),
-            path=(*self.path, "kernel"),
-            kernel_dtype=self.param_dtype,
+            self.config, shape, path=path, kernel_dtype=self.param_dtype
         )
         key = None
         if spec.dropout > 0 and not nn.merge_param(

@@ -108,9 +108,9 @@ def wrap(
       A function `apply(adapters, variables, *args, **kwargs)`: `model.apply` with the
       adapters first, so that `jax.grad` differentiates by them alone. Arrays that the
       plan trains are read from the adapters, and not from `variables`. Its attribute
-      `plan` is the plan, from which `mora_jax.init` makes the adapters; a checkpoint
-      should hold `io.plan_to_json(plan)` beside them. Collections that a call updates,
-      such as BatchNorm's statistics, are not among them; a `MoRAWarning` says so.
+      `plan` is for `mora_jax.init`, and a checkpoint should hold `io.plan_to_json` of
+      it. Collections that a call updates, such as BatchNorm's statistics, are not among
+      the adapters; a `MoRAWarning` says so.
 
     Raises:
       TypeError, ValueError: As `linen.plan`; a config without variables, or variables
@@ -120,8 +120,7 @@ def wrap(
     Example::
 
       >>> import flax.linen as nn, jax, jax.numpy as jnp, mora_jax
-      >>> layers = [nn.Dense(16) for _ in range(2)]
-      >>> model, x = nn.Sequential(layers), jnp.ones((1, 16))
+      >>> model, x = nn.Sequential([nn.Dense(16), nn.Dense(16)]), jnp.ones((1, 16))
       >>> variables = model.init(jax.random.key(0), x)
       >>> apply = mora_jax.linen.wrap(model, mora_jax.MoRAConfig(rank=2), variables, x)
       >>> adapters = mora_jax.init(apply.plan)

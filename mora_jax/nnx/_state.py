@@ -118,13 +118,12 @@ def set_adapters(
 ) -> None:
     """Put M's into an adapted model: of a file, a Linen twin or another model.
 
-    What `serving.select` returns gives each row of later batches an adapter of its own.
-
     Args:
       model: An adapted model, as `wrap` makes it. It is changed in place.
-      adapters: Nested dicts, as `mora_jax.init` and `nnx.adapters` make them, or
-        `nnx.state(another_model, MoRAParam)`, whose M's say what they were made for. An
-        M that is not committed to a device goes where the model has its M.
+      adapters: Nested dicts, as `mora_jax.init` and `nnx.adapters` make them; or
+        `nnx.state(another_model, MoRAParam)`, whose M's say what they were made for; or
+        what `serving.select` returns, an adapter for each row of later batches. An M
+        that is not committed to a device goes where the model has its M.
       plan: The plan that the adapters were made for, or its `digest()`. Nested dicts
         hold numbers alone, so without it nothing shows whether they are for the
         operators, seeds and alphas of this model. A plan of `load` also knows the base.

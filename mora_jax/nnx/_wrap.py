@@ -188,8 +188,7 @@ def merge_adapters(
       A new model of the plain classes, which computes the same.
 
     Raises:
-      ValueError: The model lacks adapters; an M holds NaN or infinity; the kernels are
-        of another base, and `any_base` is False.
+      TypeError, ValueError: As `mora_jax.merge`; or the model lacks adapters.
 
     Example: see `wrap`.
     """

@@ -16,7 +16,7 @@ from flax import nnx
 from mora_jax._common.types import Path
 from mora_jax._plan.spec import SUFFIX
 from mora_jax._tree.paths import is_boxed, key_name, reboxed, unboxed
-from mora_jax.nnx._state import attributes, named_modules
+from mora_jax.nnx._state import named_modules
 
 try:
     import qwix
@@ -84,9 +84,9 @@ def named_parameters(model: Any) -> dict[str, Any]:
         named, _ = parameters_in(model.variables.get("params", {}))
         return {"/".join((*model.path, name)): leaf for name, leaf in named.items()}
     return {
-        "/".join(path): value
-        for _, path, value in attributes(model, nnx.Param | WithAux)
-        if not path[-1].endswith(SUFFIX)
+        "/".join((*path, name)): parameter
+        for path, module in named_modules(model)
+        for name, parameter in parameters_of(module).items()
     }
 
 

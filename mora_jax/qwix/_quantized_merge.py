@@ -59,7 +59,6 @@ def dequantize(params: Any) -> Any:
             f"params must be a tree of arrays, got {type(params).__name__}: give "
             "variables['params'], or an NNX model"
         )
-
     named, structure = _private.parameters_in(params)
     for name in named:
         if name.endswith("/array/qvalue"):
@@ -154,8 +153,7 @@ def merge_adapters(
       A new model, and {path: what was lost there}.
 
     Raises:
-      TypeError: `model` is not an NNX module; for Linen's there is `merge`.
-      ValueError: It lacks adapters; `onto` is unknown; an M holds NaN or infinity.
+      TypeError, ValueError: As `merge`; `model` is not of NNX, or lacks adapters.
 
     Example: see `MoRAProvider`.
     """
