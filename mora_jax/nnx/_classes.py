@@ -98,9 +98,6 @@ def _copied(module: nnx.Module, read: Read | None) -> Iterator[Any]:
         own.pop(name, None)
 
 
-# --- Adapted layers ---
-
-
 def adapted_class(cls: type) -> type:
     """The class that a layer of class `cls` has once it is adapted."""
     rules = tuple(rules_of(cls).values())

@@ -39,16 +39,14 @@ def plan(
       >>> import mora_jax
       >>> from flax import nnx
       >>> model = nnx.MultiHeadAttention(4, 64, decode=False, rngs=nnx.Rngs(0))
-      >>> plan = mora_jax.nnx.plan(model, mora_jax.MoRAConfig(rank=2))
-      >>> {path: spec.axes for path, spec in plan.items()}
+      >>> {path: spec.axes for path, spec in mora_jax.nnx.plan(model).items()}
       {'key/kernel': 'ioo', 'out/kernel': 'iio', 'query/kernel': 'ioo',
        'value/kernel': 'ioo'}
     """
     check_model(model)
     config = check_config(config, "plan(model, config, *inputs)")
-    params, survey = parameters(model), Survey()
-    for path, module in named_modules(model):
-        survey.classes["/".join(path)] = type(module).__name__
+    classes = {"/".join(path): type(m).__name__ for path, m in named_modules(model)}
+    params, survey = parameters(model), Survey(classes=classes)
     for module, path, _ in attributes(model, nnx.Variable):
         rules, name = planning_rules(module), "/".join(path)
         if (rule := rules.get(path[-1])) is not None:

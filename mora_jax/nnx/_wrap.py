@@ -63,19 +63,18 @@ def wrap(
 
       >>> import jax, jax.numpy as jnp, mora_jax
       >>> from flax import nnx
-      >>> layers = [nnx.Linear(16, 16, rngs=nnx.Rngs(k)) for k in range(2)]
-      >>> model, x = nnx.Sequential(*layers), jnp.ones((1, 16))
+      >>> model, x = nnx.Linear(16, 16, rngs=nnx.Rngs(0)), jnp.ones((1, 16))
       >>> adapted = mora_jax.nnx.wrap(model, mora_jax.MoRAConfig(rank=2))
       >>> bool((adapted(x) == model(x)).all())
       True
       >>> plan, ms = mora_jax.nnx.plan_of(adapted), mora_jax.nnx.adapters(adapted)
       >>> jax.tree.map(jnp.shape, ms)
-      {'layers': {'0': {'kernel_mora': (8, 8)}, '1': {'kernel_mora': (8, 8)}}}
+      {'kernel_mora': (8, 8)}
       >>> mora_jax.nnx.set_adapters(adapted, jax.tree.map(jnp.ones_like, ms), plan)
       >>> merged = mora_jax.nnx.merge_adapters(adapted)
       >>> bool(jnp.allclose(merged(x), adapted(x), atol=1e-4))
       True
-      >>> type(mora_jax.nnx.unwrap(adapted).layers[0]) is nnx.Linear
+      >>> type(mora_jax.nnx.unwrap(adapted)) is nnx.Linear
       True
     """
     check_model(model)

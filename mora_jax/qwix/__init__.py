@@ -13,7 +13,7 @@ Public names, beside `mora_jax.nnx.adapters` and `set_adapters`, or `mora_jax.sp
 """
 
 from mora_jax._layer.rounding import MergeLoss as MergeLoss
-from mora_jax.qwix import _private
+from mora_jax.qwix import _private  # first: its error says what to install
 from mora_jax.qwix._provider import MoRAProvider as MoRAProvider
 from mora_jax.qwix._provider import plan_of as plan_of
 from mora_jax.qwix._quantized_merge import dequantize as dequantize

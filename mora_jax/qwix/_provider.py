@@ -117,7 +117,7 @@ class MoRAProvider(qwix.PtqProvider):
     def _check_planned(self, model: Any) -> None:
         """Raise unless a rule adapts a kernel; warn of other rules, other kernels."""
         planned = self.planned[type(model)]
-        used = {id(rule) for rule, _ in planned.values()}
+        used = {id(rule) for rule, _ in planned.values()}  # two may be equal
         ours = [rule for rule in self._rules if isinstance(rule, MoRARule)]
         unused = [rule.module_path for rule in ours if id(rule) not in used]
         if not used:
