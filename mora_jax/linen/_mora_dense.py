@@ -63,10 +63,8 @@ class MoRADense(nn.Dense):
         spec = AdapterSpec.from_config(
             self.config, shape, path=path, kernel_dtype=self.param_dtype
         )
-        key = None
-        if spec.dropout > 0 and not nn.merge_param(
-            "deterministic", self.deterministic, deterministic
-        ):
+        key, given = None, (self.deterministic, deterministic)
+        if spec.dropout > 0 and not nn.merge_param("deterministic", *given):
             key = self.make_rng("dropout")
         rule, method = rules_of(nn.Dense)["__call__"], super().__call__
         call = LayerCall(rule, self, method, (inputs,), {})

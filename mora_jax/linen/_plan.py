@@ -15,7 +15,7 @@ from mora_jax._plan.settings import MoRAConfig, check_config
 from mora_jax._plan.spec import SUFFIX
 from mora_jax._tree.combined import with_ms
 from mora_jax._tree.paths import named_leaves
-from mora_jax.linen._bound import BoundAdapter, check_model, layer_calls, params_of
+from mora_jax.linen._bound import BoundAdapter, layer_calls, params_of
 
 
 def plan(
@@ -91,3 +91,10 @@ def plan(
     others = {name: value for name, value in variables.items() if name != "params"}
     survey.trace(call, leaves, params, others, args, kwargs)
     return plan_surveyed(params, config, survey)
+
+
+def check_model(model: Any) -> None:
+    """Raise unless `model` is a Linen module."""
+    if not isinstance(model, nn.Module):
+        got = type(model).__name__
+        raise TypeError(f"model must be a flax.linen.Module, got {got}")

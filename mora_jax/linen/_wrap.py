@@ -16,13 +16,8 @@ from mora_jax._plan.settings import MoRAConfig, check_config
 from mora_jax._tree.adapters import adapter_items, trained_items, with_trained
 from mora_jax._tree.combined import split, with_ms
 from mora_jax._tree.paths import adapter_path, find_part, named_leaves, replace_leaves
-from mora_jax.linen._bound import (
-    BoundAdapter,
-    adapters_of,
-    check_model,
-    layer_calls,
-    params_of,
-)
+from mora_jax.linen._bound import BoundAdapter, adapters_of, layer_calls, params_of
+from mora_jax.linen._plan import check_model
 from mora_jax.linen._plan import plan as plan_model
 
 

@@ -87,9 +87,9 @@ def wrap(
     key = rngs.params() if rngs and is_random else None
     new = init(plan, key, params=parameters(model) if plan.trained else None)
     model = nnx.clone(model)
-    modules: dict[Any, Any] = dict(named_modules(model))
+    modules = dict(named_modules(model))
     for spec, m in adapter_items(new, plan):
-        module = modules.get(spec.path[:-1])
+        module: Any = modules.get(spec.path[:-1])
         kernel = getattr(module, spec.path[-1], None)
         shape = tuple(kernel.shape) if isinstance(kernel, nnx.Variable) else None
         if shape != spec.kernel_shape:
