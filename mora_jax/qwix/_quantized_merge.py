@@ -36,7 +36,7 @@ def dequantize(params: Any) -> Any:
         adapters or without. A state of it does not say how its numbers are to be read.
 
     Returns:
-      The params, in the same structure; for a model their `nnx.State`, without adapters.
+      The params, in the same structure; for a model their `nnx.State` without adapters.
 
     Raises:
       TypeError: A Linen model, a state of a quantized model, or not a tree of arrays.
