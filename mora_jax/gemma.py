@@ -34,6 +34,8 @@ def _root(layer: Any) -> jax.Array:
     return jnp.sqrt(layer.embed_dim).astype(layer.get_variable("params", _TABLE).dtype)
 
 
+# Gemma 2 and 3, 3n, and 4 each have an `Einsum` of their own, by which they multiply,
+# and an `Embedder`, whose table is also their head.
 _EINSUM = {
     "equation": lambda layer, eqn, x: eqn,
     "kernel": lambda layer: layer.weight_name,
@@ -52,18 +54,12 @@ _LAYERS = {
 def register() -> None:
     """Teach `mora_jax.linen.plan` and `mora_jax.linen.wrap` the layers of gemma.
 
-    Gemma 2 and 3, 3n, and 4 each have an `Einsum` of their own, by which they multiply,
-    and an `Embedder`, whose table is also their head. Default targets take all kernels
-    of the first and leave out the second. Call this before planning; a second call
-    changes nothing.
+    Call this before planning; a second call changes nothing.
 
     Raises:
       ImportError: gemma is not installed, or its version lacks what the rules need.
 
-    Example::
-
-      >>> import mora_jax.gemma
-      >>> mora_jax.gemma.register()  # doctest: +SKIP
+    Example: see docs/gemma.md, which also says what is adapted by default.
     """
     try:
         release = version("gemma")
@@ -102,25 +98,21 @@ class MoRA(nn.Module):
     """A Linen model with its adapters as one module, as `gm.nn.LoRA` is.
 
     The samplers of gemma and the trainer of Kauldron take a module and its params. The
-    params of this one are `{"base": params, "mora": adapters}`, so that
-    `kd.optim.select("mora")` selects the adapters. All else of the model is found here
-    as well. In code of your own, `mora_jax.linen.wrap` is simpler.
-
-    The adapter's dropout is on where a call has a key for the "dropout" stream. All
-    other collections and random streams of the model are as without adapters.
+    params of this one are `{"base": params, "mora": adapters}`, and
+    `kd.optim.select("mora")` selects the adapters. The model's attributes, other
+    collections and random streams are as without them. The adapter's dropout is on
+    where a call has a key for "dropout". In code of your own `linen.wrap` is simpler.
 
     Attributes:
       model: The model, which stays as it is.
-      plan: The plan of the adapters, as `mora_jax.linen.plan` makes it.
+      plan: The adapters' plan, as `mora_jax.linen.plan` makes it.
 
     Example::
 
-      >>> import jax, jax.numpy as jnp
-      >>> import mora_jax.gemma
+      >>> import flax.linen as nn, jax, jax.numpy as jnp, mora_jax.gemma
       >>> model, x = nn.Dense(8), jnp.ones((1, 8))
       >>> params = model.init(jax.random.key(0), x)["params"]
-      >>> config = mora_jax.MoRAConfig(rank=2, targets="kernel")
-      >>> plan = mora_jax.linen.plan(model, {"params": params}, config, x)
+      >>> plan = mora_jax.linen.plan(model, {"params": params}, None, x)
       >>> adapted = mora_jax.gemma.MoRA(model=model, plan=plan)
       >>> params = {"base": params, "mora": mora_jax.init(plan)}
       >>> adapted.apply({"params": params}, x).shape
@@ -151,15 +143,11 @@ class MoRA(nn.Module):
             )
         # What a call may change except the params, as the caller says by `mutable`.
         mutable = subtract_filters(self.scope.mutable, "params") or False
-        result = wrap(model, self.plan)(
-            params["mora"],
-            {**self.variables, "params": params["base"]},
-            *args,
-            adapter_deterministic="dropout" not in rngs,
-            rngs=rngs,
-            mutable=mutable,
-            **kwargs,
-        )
+        variables = {**self.variables, "params": params["base"]}
+        settings: Any = {"rngs": rngs, "mutable": mutable}
+        settings["adapter_deterministic"] = "dropout" not in rngs
+        apply = wrap(model, self.plan)
+        result = apply(params["mora"], variables, *args, **settings, **kwargs)
         if mutable is False:
             return result
         output, updated = result

@@ -16,22 +16,17 @@ from mora_jax.products import ATTEND, Folded, Lookup
 def register() -> None:
     """Teach `nnx.plan` and `nnx.wrap` the layers of all of Tunix's models.
 
-    These are Qwen2, Qwen3, Llama3 and Gemma 1 to 4, with their mixtures of experts: an
-    expert has an M of its own. Embeddings and the heads that are tied to them are left
-    out unless targets name them. Gemma scales what it looks up, so that its whole
-    embedding is added to its delta in each call. A second call changes nothing.
+    These are Qwen2, Qwen3, Llama3 and Gemma 1 to 4, with their mixtures of experts. A
+    second call changes nothing.
 
     Raises:
       ImportError: Tunix is not installed.
 
     Warns:
-      MoRAWarning: This version of Tunix lacks a class that the version 0.1.7 has.
-        All other classes are registered.
+      MoRAWarning: This version of Tunix lacks a class that the version 0.1.7 has. All
+        other classes are registered.
 
-    Example::
-
-      >>> import mora_jax.tunix
-      >>> mora_jax.tunix.register()  # doctest: +SKIP
+    Example: see docs/tunix.md, which also says what is adapted by default.
     """
     if find_spec("tunix") is None:
         raise ImportError("mora_jax.tunix needs Tunix: pip install google-tunix")
@@ -61,7 +56,9 @@ _EMBEDDER = [
     {"equation": Lookup(), "kernel": "input_embedding", "method": "encode"},
     {"equation": ATTEND, "kernel": "input_embedding", "method": "decode"},
 ]
+# Experts are bare arrays, whose method sorts tokens and multiplies groups of them.
 _EXPERTS, _LEFT_OUT = Folded("sio"), Folded("io", adapted_by_default=False)
+# Gemma scales what it looks up, so that each call adds its whole table to its delta.
 _SCALED_TABLE = _folded(input_embedding=_LEFT_OUT)
 _QWEN_AND_LLAMA, _GEMMA = ("qwen2", "qwen3", "llama3"), ("gemma", "gemma3")
 _LAYERS: Mapping[str, Sequence[Mapping[str, Any]]] = {

@@ -182,8 +182,9 @@ class AdapterSpec(AdapterSettings):
         """The meaning, and the settings that decide how M is trained and computed."""
         return self.meaning | self.to_json()
 
-    def stacked(self, sizes: Shape, path: tuple[str, ...]) -> "AdapterSpec":
-        """The same adapter for a stack of such kernels, whose axes come first."""
+    def stacked(self, m_shape: Shape, path: tuple[str, ...]) -> "AdapterSpec":
+        """The same adapter for a stack of such kernels, whose M's have `m_shape`."""
+        sizes = m_shape[: len(m_shape) - len(self.shape)]
         return dataclasses.replace(
             self,
             path=path,

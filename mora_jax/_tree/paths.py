@@ -148,8 +148,7 @@ def adapter_of(box: Any, spec: AdapterSpec, by_row: bool = False) -> Any:
     # must be the delta of `spec`.
     made_for = getattr(box, "spec", None)
     if isinstance(made_for, AdapterSpec):
-        stack = m.shape[: m.ndim - len(made_for.shape)]
-        check_same(made_for.stacked(stack, spec.path), spec)
+        check_same(made_for.stacked(m.shape, spec.path), spec)
     return m
 
 

@@ -73,13 +73,6 @@ def layer_calls(
     return intercept
 
 
-def check_model(model: Any) -> None:
-    """Raise unless `model` is a Linen module."""
-    if not isinstance(model, nn.Module):
-        got = type(model).__name__
-        raise TypeError(f"model must be a flax.linen.Module, got {got}")
-
-
 def params_of(variables: Any) -> Any:
     """The params collection of `variables`, which must have it."""
     if not isinstance(variables, Mapping) or "params" not in variables:

@@ -21,16 +21,14 @@ class MoRADense(nn.Dense):
     take the M's out of its parameters with `mora_jax.split`.
 
     Attributes:
-      config: The adapter's settings; `targets`, `exclude` and `overrides` mean
-        nothing here, and `train` must be empty.
+      config: The adapter's settings; `targets`, `exclude` and `overrides` mean nothing
+        here, and `train` must be empty.
       deterministic: True to turn the adapter's dropout off. It must be given, here or
-        in the call, where `config.dropout` is above zero. The key comes from the
-        "dropout" stream.
+        in the call, if `config.dropout` is not zero. The stream of keys is "dropout".
 
     Example::
 
-      >>> import jax, jax.numpy as jnp
-      >>> import mora_jax
+      >>> import jax, jax.numpy as jnp, mora_jax
       >>> layer = mora_jax.MoRADense(features=16, config=mora_jax.MoRAConfig(rank=2))
       >>> variables = layer.init(jax.random.key(0), jnp.ones((1, 16)))
       >>> jax.tree.map(jnp.shape, variables["params"])
@@ -61,16 +59,12 @@ class MoRADense(nn.Dense):
           inputs: (..., in_features).
           deterministic: As the attribute.
         """
+        shape, path = (inputs.shape[-1], self.features), (*self.path, "kernel")
         spec = AdapterSpec.from_config(
-            self.config,
-            (inputs.shape[-1], self.features),
-            path=(*self.path, "kernel"),
-            kernel_dtype=self.param_dtype,
+            self.config, shape, path=path, kernel_dtype=self.param_dtype
         )
-        key = None
-        if spec.dropout > 0 and not nn.merge_param(
-            "deterministic", self.deterministic, deterministic
-        ):
+        key, given = None, (self.deterministic, deterministic)
+        if spec.dropout > 0 and not nn.merge_param("deterministic", *given):
             key = self.make_rng("dropout")
         rule, method = rules_of(nn.Dense)["__call__"], super().__call__
         call = LayerCall(rule, self, method, (inputs,), {})

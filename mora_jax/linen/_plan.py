@@ -16,7 +16,7 @@ from mora_jax._plan.settings import MoRAConfig, check_config
 from mora_jax._plan.spec import SUFFIX
 from mora_jax._tree.combined import with_ms
 from mora_jax._tree.paths import named_leaves
-from mora_jax.linen._bound import BoundAdapter, check_model, layer_calls, params_of
+from mora_jax.linen._bound import BoundAdapter, layer_calls, params_of
 
 
 def plan(
@@ -28,10 +28,9 @@ def plan(
 ) -> Plan:
     """`mora_jax.plan` for a Linen model, by what each of its layers computes.
 
-    The model is traced with the inputs of a call. Kernels of any number of axes are
-    understood, also stacked ones (`nn.scan`, `nn.vmap`). The default targets are the
-    kernels of all dense layers, except those whose names say head, classifier,
-    embedding and the like.
+    A call of the model is traced. Kernels may have any number of axes, and be stacked
+    (`nn.scan`, `nn.vmap`). The default targets are the kernels of all dense layers,
+    except those whose names say head, classifier, embedding and the like.
 
     Args:
       model: Any Linen module.
@@ -47,9 +46,7 @@ def plan(
 
     Example::
 
-      >>> import flax.linen as nn
-      >>> import jax, jax.numpy as jnp
-      >>> import mora_jax
+      >>> import flax.linen as nn, jax, jax.numpy as jnp, mora_jax
       >>> model, x = nn.MultiHeadDotProductAttention(num_heads=4), jnp.ones((1, 3, 64))
       >>> variables = jax.eval_shape(model.init, jax.random.key(0), x)
       >>> plan = mora_jax.linen.plan(model, variables, mora_jax.MoRAConfig(rank=2), x)
@@ -98,3 +95,10 @@ def plan(
     others = {name: value for name, value in variables.items() if name != "params"}
     survey.trace(call, leaves, params, others, args, kwargs)
     return plan_surveyed(params, config, survey)
+
+
+def check_model(model: Any) -> None:
+    """Raise unless `model` is a Linen module."""
+    if not isinstance(model, nn.Module):
+        got = type(model).__name__
+        raise TypeError(f"model must be a flax.linen.Module, got {got}")

@@ -10,25 +10,15 @@ import flax.linen as nn
 from mora_jax._common.types import Path
 from mora_jax._common.warnings import warn
 from mora_jax._flax.adapted_call import LayerCall, adapt_call
-from mora_jax._flax.layer_rules import rules_of, unknown_use
+from mora_jax._flax.layer_rules import changed_first, rules_of, unknown_use
 from mora_jax._flax.survey import refuse_untraced
 from mora_jax._plan.plan import Plan
 from mora_jax._plan.settings import MoRAConfig, check_config
 from mora_jax._tree.adapters import adapter_items, trained_items, with_trained
 from mora_jax._tree.combined import split, with_ms
-from mora_jax._tree.paths import (
-    adapter_path,
-    find_part,
-    named_leaves,
-    replace_leaves,
-)
-from mora_jax.linen._bound import (
-    BoundAdapter,
-    adapters_of,
-    check_model,
-    layer_calls,
-    params_of,
-)
+from mora_jax._tree.paths import adapter_path, find_part, named_leaves, replace_leaves
+from mora_jax.linen._bound import BoundAdapter, adapters_of, layer_calls, params_of
+from mora_jax.linen._plan import check_model
 from mora_jax.linen._plan import plan as plan_model
 
 
@@ -98,26 +88,25 @@ def wrap(
     """The `apply` of an unmodified model, with adapters.
 
     The model's own code runs. Each planned layer adds its adapter's delta to what its
-    methods return, wherever the layer is: in `nn.scan`, `nn.remat`, `nn.vmap` or
-    `nn.jit`, in modules with `setup` or `nn.compact`.
+    methods return, also in `nn.scan`, `nn.remat`, `nn.vmap` and `nn.jit`.
 
-    With `MoRAConfig(dropout=...)` each call says by `adapter_deterministic=` whether it
-    drops. With False, the keys come from `rngs={"dropout": key}`.
+    With `MoRAConfig(dropout=...)` each call must be given `adapter_deterministic=True`,
+    or False and `rngs={"dropout": key}` to drop.
 
     Args:
       model: Any Linen module. It stays as it is.
       config_or_plan: A config, None for the defaults, or a plan of `linen.plan`.
-      variables: With a config, the model's variables, arrays or shapes.
-      *args: With a config, the inputs of a call, arrays or shapes.
+      variables: With a config, as in `linen.plan`.
+      *args: With a config, as in `linen.plan`.
       **kwargs: Further inputs, by name.
 
     Returns:
       A function `apply(adapters, variables, *args, **kwargs)`: `model.apply` with the
       adapters first, so that `jax.grad` differentiates by them alone. Arrays that the
       plan trains are read from the adapters, and not from `variables`. Its attribute
-      `plan` is the plan, from which `mora_jax.init` makes the adapters; a checkpoint
-      should hold `io.plan_to_json(plan)` beside them. Collections that a call updates,
-      such as BatchNorm's statistics, are not among them; a `MoRAWarning` says so.
+      `plan` is for `mora_jax.init`, and a checkpoint should hold `io.plan_to_json` of
+      it. Collections that a call updates, such as BatchNorm's statistics, are not among
+      the adapters; a `MoRAWarning` says so.
 
     Raises:
       TypeError, ValueError: As `linen.plan`; a config without variables, or variables
@@ -126,11 +115,8 @@ def wrap(
 
     Example::
 
-      >>> import flax.linen as nn
-      >>> import jax, jax.numpy as jnp
-      >>> import mora_jax
-      >>> layers = [nn.Dense(16) for _ in range(2)]
-      >>> model, x = nn.Sequential(layers), jnp.ones((1, 16))
+      >>> import flax.linen as nn, jax, jax.numpy as jnp, mora_jax
+      >>> model, x = nn.Sequential([nn.Dense(16), nn.Dense(16)]), jnp.ones((1, 16))
       >>> variables = model.init(jax.random.key(0), x)
       >>> apply = mora_jax.linen.wrap(model, mora_jax.MoRAConfig(rank=2), variables, x)
       >>> adapters = mora_jax.init(apply.plan)
@@ -171,12 +157,7 @@ class _Adapting:
         if isinstance(module, nn.WeightNorm | nn.SpectralNorm):
             inside: Any = module.layer_instance
             for kernel in adapters_of(inside):  # its delta would not be normalised
-                name = "/".join((*inside.scope.path, kernel))
-                raise ValueError(
-                    f"{name}: {cls.__name__} changes this kernel before its layer "
-                    "multiplies, so that the adapted and the merged model would "
-                    "differ; exclude it"
-                )
+                raise changed_first("/".join((*inside.scope.path, kernel)), module)
         if method == "setup":
             return
         # Modules that share a scope (`nn.share_scope`) see each other's adapters. So

@@ -1,6 +1,6 @@
 """Flax NNX: adapters for unmodified models, and a linear layer that has its own.
 
-Models::
+Public names::
 
   plan                  which kernels of a model get an adapter, by what layers compute
   wrap                  a model with adapters
@@ -9,15 +9,9 @@ Models::
   MoRALinear            `nnx.Linear` with an adapter
   MoRAParam             the variable that holds an M
   register_layer        teach `plan` and `wrap` a layer class
-
-The adapters of a model::
-
   adapters              the M's as nested dicts
   set_adapters          put M's into a model
   plan_of               the plan that a model follows
-
-Training::
-
   value_and_grad        `nnx.value_and_grad` with respect to the adapters alone
   adapter_optimizer     an `nnx.Optimizer` of the adapters alone
 """

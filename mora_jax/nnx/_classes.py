@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
+from mora_jax._common.checks import check_kernel
 from mora_jax._flax.adapted_call import LayerCall, adapt_call
 from mora_jax._flax.layer_rules import folded_kernels, rules_of, unknown_use
 from mora_jax._layer.folded_kernel import folded_kernel
@@ -74,11 +74,7 @@ def set_class(module: nnx.Module, cls: type) -> None:
 
 @contextlib.contextmanager
 def _copied(module: nnx.Module, read: Read | None) -> Iterator[Any]:
-    """A copy of a layer for one call, with the same variables.
-
-    With `read` it is of the plain class without M's. Without, it is still an adapted
-    layer. What the call sets, such as intermediate values, is set on the layer as well.
-    """
+    """A copy of a layer for one call: plain with `read`, still adapted without it."""
     cls, attributes = type(module) if read is None else plain_class(module), {}
     for name, value in vars(module).items():
         # An array that trains in float32 has the base's dtype in the copy, since the
@@ -95,13 +91,11 @@ def _copied(module: nnx.Module, read: Read | None) -> Iterator[Any]:
     copy = object.__new__(cls)
     vars(copy).update(attributes)
     yield copy
+    # What the call sets, such as intermediate values, is set on the layer as well.
     after, own = vars(copy), vars(module)
     own.update({k: v for k, v in after.items() if v is not attributes.get(k)})
     for name in attributes.keys() - after.keys():  # qwix deletes statistics
         own.pop(name, None)
-
-
-# --- Adapted layers ---
 
 
 def adapted_class(cls: type) -> type:
@@ -131,9 +125,5 @@ def _with_delta(module: nnx.Module, name: str, kernel: jax.Array) -> jax.Array:
     adapter = held(module, name)
     if adapter is None:
         return kernel
-    if not (hasattr(kernel, "dtype") and jnp.issubdtype(kernel.dtype, jnp.floating)):
-        raise TypeError(
-            f"{name} of {type(module).__name__} must be a floating-point array for "
-            f"products.Folded, got {type(kernel).__name__}; is it quantized?"
-        )
+    check_kernel(kernel, f"{name} of {type(module).__name__}")  # it may be quantized
     return folded_kernel(*adapter, kernel)

@@ -15,19 +15,16 @@ class MoRALinear(nnx.Linear):
     """`nnx.Linear` with an adapter: the same attributes, and `kernel_mora`.
 
     Args:
-      in_features: The length of the input vectors.
-      out_features: The length of the output vectors.
-      config: The adapter's settings; `targets`, `exclude` and `overrides` mean
-        nothing here, and `train` must be empty.
+      in_features, out_features: The lengths of the input and the output vectors.
+      config: As in `MoRADense`; None for the defaults.
       rngs: The source of the keys for the parameters.
       seed: The seed of the dropout masks, as in `wrap`.
       **kwargs: Further arguments of `nnx.Linear`.
 
     Example::
 
-      >>> import jax.numpy as jnp
+      >>> import jax.numpy as jnp, mora_jax
       >>> from flax import nnx
-      >>> import mora_jax
       >>> config = mora_jax.MoRAConfig(rank=2)
       >>> layer = mora_jax.nnx.MoRALinear(16, 8, config=config, rngs=nnx.Rngs(0))
       >>> layer(jnp.ones((3, 16))).shape, layer.kernel_mora.shape

@@ -25,10 +25,9 @@ DROPOUT = "dropout_mora"
 class MoRAParam(nnx.LoRAParam[Any]):
     """The square matrix M of one kernel; its metadata `spec` says how it is adapted.
 
-    It is a subclass of `nnx.LoRAParam`, so that code that filters adapters by this type
-    works as it is. Where Flax copies a whole variable (`nnx.update`, `nnx.merge`,
-    `copy_from`), it copies the spec with the numbers, and they keep their meaning.
-    Assigning a variable that has another spec raises an error.
+    Code that filters adapters by the type `nnx.LoRAParam` finds it. Where Flax copies a
+    whole variable (`nnx.update`, `nnx.merge`, `copy_from`), it copies the spec with the
+    numbers. Assigning a variable that has another spec raises an error.
     """
 
     spec: AdapterSpec
@@ -48,11 +47,7 @@ class MoRAParam(nnx.LoRAParam[Any]):
 
 
 class TrainedParam(MoRAParam):
-    """Array of the base that trains itself, instead of the base's variable.
-
-    It has the metadata of that variable, its type as `base_type`, and a `spec`, which
-    says which dtype the base has.
-    """
+    """Array of the base that trains itself, with the metadata of its variable there."""
 
     # A subclass of `MoRAParam`, so that all that trains, saves or counts adapters by
     # that type does so with it too.

@@ -5,7 +5,7 @@ from typing import Any
 from flax import nnx
 
 from mora_jax._flax.adapted_call import LayerCall
-from mora_jax._flax.layer_rules import folded_kernels, planning_rules
+from mora_jax._flax.layer_rules import changed_first, folded_kernels, planning_rules
 from mora_jax._flax.planning import plan_surveyed
 from mora_jax._flax.survey import Survey, refuse_untraced
 from mora_jax._plan.plan import Plan
@@ -13,7 +13,7 @@ from mora_jax._plan.settings import MoRAConfig, check_config
 from mora_jax._tree.paths import named_leaves
 from mora_jax.nnx._classes import derived, set_class
 from mora_jax.nnx._param import MoRAParam
-from mora_jax.nnx._state import attributes, named_modules, traceable
+from mora_jax.nnx._state import attributes, named_modules, parameters, traceable
 
 
 def plan(
@@ -21,38 +21,32 @@ def plan(
 ) -> Plan:
     """`mora_jax.plan` for an NNX model, by what each of its layers computes.
 
-    Kernels and default targets are those that `linen.plan` says. The model is traced
-    if the inputs of a call are given.
+    Kernels and default targets are those that `linen.plan` says.
 
     Args:
       model: Any NNX module, of arrays or (by `nnx.eval_shape`) of shapes.
-      config: The kernels to adapt and the settings; None for the defaults.
-      *args: The inputs of a call, arrays or shapes, where the modules do not tell
-        enough: an `nnx.Einsum` that gets its equation in the call, and embeddings,
-        which a model might also read elsewhere (a tied head).
+      config: As in `linen.plan`.
+      *args: Inputs of a call to trace, arrays or shapes. It alone tells the equation
+        that an `nnx.Einsum` gets in calls, and other uses of embeddings (tied heads).
       **kwargs: Further inputs, by name.
 
     Raises:
       TypeError, ValueError: As `linen.plan`; an embedding that might be read outside of
-        its layer; a module or a kernel that the model holds twice; a model that has
-        adapters already.
+        its layer; a module or kernel that the model holds twice; a model with adapters.
 
     Example::
 
-      >>> from flax import nnx
       >>> import mora_jax
+      >>> from flax import nnx
       >>> model = nnx.MultiHeadAttention(4, 64, decode=False, rngs=nnx.Rngs(0))
-      >>> plan = mora_jax.nnx.plan(model, mora_jax.MoRAConfig(rank=2))
-      >>> {path: spec.axes for path, spec in plan.items()}
+      >>> {path: spec.axes for path, spec in mora_jax.nnx.plan(model).items()}
       {'key/kernel': 'ioo', 'out/kernel': 'iio', 'query/kernel': 'ioo',
        'value/kernel': 'ioo'}
     """
     check_model(model)
     config = check_config(config, "plan(model, config, *inputs)")
-    params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
-    survey = Survey()
-    for path, module in named_modules(model):
-        survey.classes["/".join(path)] = type(module).__name__
+    classes = {"/".join(path): type(m).__name__ for path, m in named_modules(model)}
+    params, survey = parameters(model), Survey(classes=classes)
     for module, path, _ in attributes(model, nnx.Variable):
         rules, name = planning_rules(module), "/".join(path)
         if (rule := rules.get(path[-1])) is not None:
@@ -95,10 +89,7 @@ def refuse_unfit(model: nnx.Module, plan: Plan) -> None:
             start = "/".join((*path, "layer_instance", ""))
             for name in plan:
                 if name.startswith(start):
-                    raise ValueError(
-                        f"{name}: {type(module).__name__} changes it before its layer "
-                        "multiplies; exclude it"
-                    )
+                    raise changed_first(name, module)
 
 
 def check_model(model: Any) -> None:

@@ -14,7 +14,7 @@ from mora_jax._common.types import Path
 from mora_jax._layer.slots import Selected
 from mora_jax._plan.plan import Plan, refuse_other_plan
 from mora_jax._plan.spec import SUFFIX, AdapterSpec
-from mora_jax._plan.trained_arrays import TrainedArray
+from mora_jax._plan.trained_arrays import Items
 from mora_jax._tree.adapters import Tree, adapter_items, nest, trained_items
 from mora_jax._tree.base_digest import check_base
 from mora_jax._tree.paths import adapter_path, named_leaves, unboxed
@@ -43,9 +43,7 @@ def attributes(model: nnx.Module, kinds: Any) -> Iterator[tuple[nnx.Module, Path
 
 def adapter_variables(
     model: nnx.Module,
-) -> tuple[
-    list[tuple[AdapterSpec, MoRAParam]], list[tuple[TrainedArray, TrainedParam]]
-]:
+) -> tuple[list[tuple[AdapterSpec, MoRAParam]], Items]:
     """(present spec, variable) of each M, and of each array that trains, by path."""
     ms, copies = [], []
     for _, path, m in attributes(model, MoRAParam):
@@ -54,9 +52,8 @@ def adapter_variables(
             copies.append((spec, m))
         else:
             # The stack is M's and not the kernel's, which may be quantized by now.
-            stack = tuple(m.shape[: m.ndim - len(m.spec.shape)])
             kernel = (*path[:-1], path[-1].removesuffix(SUFFIX))
-            ms.append((m.spec.stacked(stack, kernel), m))
+            ms.append((m.spec.stacked(m.shape, kernel), m))
     if not ms:
         raise ValueError("model has no adapters; see mora_jax.nnx.wrap")
     for pairs in (ms, copies):
@@ -121,13 +118,12 @@ def set_adapters(
 ) -> None:
     """Put M's into an adapted model: of a file, a Linen twin or another model.
 
-    What `serving.select` returns gives each row of later batches an adapter of its own.
-
     Args:
       model: An adapted model, as `wrap` makes it. It is changed in place.
-      adapters: Nested dicts, as `mora_jax.init` and `nnx.adapters` make them, or
-        `nnx.state(another_model, MoRAParam)`, whose M's say what they were made for. An
-        M that is not committed to a device goes where the model has its M.
+      adapters: Nested dicts, as `mora_jax.init` and `nnx.adapters` make them; or
+        `nnx.state(another_model, MoRAParam)`, whose M's say what they were made for; or
+        what `serving.select` returns, an adapter for each row of later batches. An M
+        that is not committed to a device goes where the model has its M.
       plan: The plan that the adapters were made for, or its `digest()`. Nested dicts
         hold numbers alone, so without it nothing shows whether they are for the
         operators, seeds and alphas of this model. A plan of `load` also knows the base.

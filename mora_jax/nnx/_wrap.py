@@ -33,29 +33,26 @@ def wrap(
 ) -> Model:
     """An unmodified model, with adapters.
 
-    The model's own code runs. Each planned layer adds its adapter's delta to what its
-    methods return: it gets a `MoRAParam` next to its kernel, and a subclass of its
-    class. Names, types and the paths of the parameters stay, so that a checkpoint of
-    the base loads into the result.
+    The model's own code runs. Each planned layer gets a `MoRAParam` next to its kernel,
+    and a subclass of its class, which adds the adapter's delta to what its methods
+    return. Names, types and paths stay, so that a checkpoint of the base still loads.
 
     With `MoRAConfig(dropout=...)` the model drops until `model.eval()`, which sampling
     and evaluation need; `model.train()` turns it on again. The masks follow from
-    `seed`, M and the kernel. So they change whenever an optimizer changes M, and differ
-    between layers, but calls with the same M's, such as the microbatches of one step,
-    drop the same positions.
+    `seed`, M and the kernel: calls with the same M's, such as the microbatches of one
+    step, drop the same positions.
 
     Args:
       model: Any NNX module. It stays as it is, and shares its arrays with the result: a
-        step to which the whole state of the result is donated deletes the base, too
-        (see docs/training-nnx.md).
+        step that donates all of the result's state deletes them (docs/training-nnx.md).
       config_or_plan: A config, None for the defaults, or a plan of `nnx.plan`.
       rngs: The source of the key for `init="gaussian"`.
       seed: The seed of the dropout masks.
 
     Returns:
       A new model. Its trainable state is `nnx.state(model, MoRAParam)`, which also has
-      the arrays that the plan trains themselves, instead of the base's. Where a kernel
-      is on a mesh of devices, its M is too, as `sharding.adapter_shardings` says.
+      the arrays that the plan trains themselves, instead of the base's. An M is on the
+      mesh of its kernel, as `sharding.adapter_shardings` says.
 
     Raises:
       TypeError, ValueError: As `nnx.plan`; a plan that does not fit the model; an
@@ -64,22 +61,20 @@ def wrap(
 
     Example::
 
-      >>> import jax, jax.numpy as jnp
+      >>> import jax, jax.numpy as jnp, mora_jax
       >>> from flax import nnx
-      >>> import mora_jax
-      >>> layers = [nnx.Linear(16, 16, rngs=nnx.Rngs(k)) for k in range(2)]
-      >>> model, x = nnx.Sequential(*layers), jnp.ones((1, 16))
+      >>> model, x = nnx.Linear(16, 16, rngs=nnx.Rngs(0)), jnp.ones((1, 16))
       >>> adapted = mora_jax.nnx.wrap(model, mora_jax.MoRAConfig(rank=2))
       >>> bool((adapted(x) == model(x)).all())
       True
       >>> plan, ms = mora_jax.nnx.plan_of(adapted), mora_jax.nnx.adapters(adapted)
       >>> jax.tree.map(jnp.shape, ms)
-      {'layers': {'0': {'kernel_mora': (8, 8)}, '1': {'kernel_mora': (8, 8)}}}
+      {'kernel_mora': (8, 8)}
       >>> mora_jax.nnx.set_adapters(adapted, jax.tree.map(jnp.ones_like, ms), plan)
       >>> merged = mora_jax.nnx.merge_adapters(adapted)
       >>> bool(jnp.allclose(merged(x), adapted(x), atol=1e-4))
       True
-      >>> type(mora_jax.nnx.unwrap(adapted).layers[0]) is nnx.Linear
+      >>> type(mora_jax.nnx.unwrap(adapted)) is nnx.Linear
       True
     """
     check_model(model)
@@ -94,10 +89,10 @@ def wrap(
     model = nnx.clone(model)
     modules = dict(named_modules(model))
     for spec, m in adapter_items(new, plan):
-        module = modules.get(spec.path[:-1])
+        module: Any = modules.get(spec.path[:-1])
         kernel = getattr(module, spec.path[-1], None)
         shape = tuple(kernel.shape) if isinstance(kernel, nnx.Variable) else None
-        if module is None or shape != spec.kernel_shape:
+        if shape != spec.kernel_shape:
             raise ValueError(
                 f"the plan has a kernel of shape {spec.kernel_shape} at {spec.name!r}, "
                 f"the model has {shape}"
@@ -106,7 +101,7 @@ def wrap(
         set_class(module, adapted_class(plain_class(module)))
         hold_adapter(module, spec, m, seed)
     for trained, copy in trained_items(new, plan):
-        module: Any = modules.get(trained.path[:-1])
+        module = modules.get(trained.path[:-1])
         variable = getattr(module, trained.path[-1], None)
         if not isinstance(variable, nnx.Variable):
             raise ValueError(
@@ -148,7 +143,7 @@ def unwrap(model: Model) -> Model:
 
     Raises:
       ValueError: The model lacks adapters; or it trains arrays of the base, whose old
-        values are in the model that `wrap` was given and not in this one.
+        values only the model that `wrap` was given has.
 
     Example: see `wrap`.
     """
@@ -192,8 +187,7 @@ def merge_adapters(
       A new model of the plain classes, which computes the same.
 
     Raises:
-      ValueError: The model lacks adapters; an M holds NaN or infinity; the kernels are
-        of another base, and `any_base` is False.
+      TypeError, ValueError: As `mora_jax.merge`; or the model lacks adapters.
 
     Example: see `wrap`.
     """

@@ -1,13 +1,10 @@
 """Adapters for models that qwix quantizes (QMoRA); `pip install mora-jax[qwix]`.
 
-A model::
+Public names, beside `mora_jax.nnx.adapters` and `set_adapters`, or `mora_jax.split` and
+`combine`, for the M's::
 
   MoRAProvider          what `qwix.apply_lora_to_model` takes
   MoRARule              the settings of the modules that match a pattern
-
-Its adapters, beside `mora_jax.nnx.adapters` and `set_adapters`, or `mora_jax.split` and
-`combine`::
-
   plan_of               the plan that a model follows
   merge                 a base with adapters merged into it, quantized again or not
   merge_adapters        the same for an NNX model
@@ -16,10 +13,10 @@ Its adapters, beside `mora_jax.nnx.adapters` and `set_adapters`, or `mora_jax.sp
 """
 
 from mora_jax._layer.rounding import MergeLoss as MergeLoss
-from mora_jax.qwix import _private
+from mora_jax.qwix import _private  # first: its error says what to install
 from mora_jax.qwix._provider import MoRAProvider as MoRAProvider
+from mora_jax.qwix._provider import plan_of as plan_of
 from mora_jax.qwix._quantized_merge import dequantize as dequantize
 from mora_jax.qwix._quantized_merge import merge as merge
 from mora_jax.qwix._quantized_merge import merge_adapters as merge_adapters
 from mora_jax.qwix._rule import MoRARule as MoRARule
-from mora_jax.qwix._traced_plan import plan_of as plan_of

@@ -16,7 +16,7 @@ from flax import nnx
 from mora_jax._common.types import Path
 from mora_jax._plan.spec import SUFFIX
 from mora_jax._tree.paths import is_boxed, key_name, reboxed, unboxed
-from mora_jax.nnx import _held
+from mora_jax.nnx._state import named_modules
 
 try:
     import qwix
@@ -57,7 +57,7 @@ def first_call_of(model: Any) -> tuple[str, nnx.Rngs | None] | None:
 
 def forget(model: nnx.Module) -> None:
     """Make a model one that qwix never saw."""
-    for _, module in _held.named_modules(model):
+    for _, module in named_modules(model):
         for name in ("qwix_path", "disable_quant_stats_update", "qwix_rngs"):
             if name in vars(module):
                 delattr(module, name)
@@ -84,15 +84,15 @@ def named_parameters(model: Any) -> dict[str, Any]:
         named, _ = parameters_in(model.variables.get("params", {}))
         return {"/".join((*model.path, name)): leaf for name, leaf in named.items()}
     return {
-        "/".join(path): value
-        for _, path, value in _held.attributes(model, nnx.Param | WithAux)
-        if not path[-1].endswith(SUFFIX)
+        "/".join((*path, name)): parameter
+        for path, module in named_modules(model)
+        for name, parameter in parameters_of(module).items()
     }
 
 
 def set_parameters(model: nnx.Module, params: Mapping[str, Any]) -> None:
     """Give an NNX model other parameters: {slash-joined path: parameter}."""
-    modules = {"/".join(path): module for path, module in _held.named_modules(model)}
+    modules = {"/".join(path): module for path, module in named_modules(model)}
     for name, parameter in params.items():
         path, _, own = name.rpartition("/")
         setattr(modules[path], own, parameter)

@@ -1,10 +1,11 @@
 """Adapters in models that qwix intercepts."""
 
 import dataclasses
-import functools
 import re
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextvars import ContextVar
+from functools import partial, partialmethod
 from typing import Any
 
 import flax.linen as nn
@@ -13,31 +14,37 @@ import qwix
 from flax import nnx
 
 from mora_jax._common.warnings import LeftOutWarning, warn
-from mora_jax._jax.traces import ALIKE, DERIVED, ITSELF, relation_of
+from mora_jax._jax.traces import ALIKE, DERIVED, ITSELF, fresh_shapes, relation_of
 from mora_jax._layer.ways import add_delta, check_product
+from mora_jax._plan.plan import Plan
 from mora_jax._plan.spec import SUFFIX, AdapterSpec
+from mora_jax._tree.adapters import init_adapter
+from mora_jax._tree.paths import named_leaves
 from mora_jax.linen._bound import running_m
-from mora_jax.nnx import _held
+from mora_jax.nnx._param import dropout_key, held, hold_adapter
+from mora_jax.nnx._state import named_modules, traceable
+from mora_jax.nnx._state import plan_of as nnx_plan_of
 from mora_jax.products import Product
 from mora_jax.products._operations import Operation
 from mora_jax.qwix import _private
 from mora_jax.qwix._rule import MoRARule, check_rules
-from mora_jax.qwix._traced_plan import trace, traced_specs
 
 Planned = dict[tuple[str, tuple[int, ...]], tuple[MoRARule, AdapterSpec]]
 """{(path of a kernel, its shape): its rule and its adapter}."""
+
+Specs = dict[str, AdapterSpec]
+
+traced_specs: ContextVar[Specs | None] = ContextVar("traced_specs", default=None)
+"""{path of a kernel: its adapter} in a `trace`; None outside of one."""
 
 
 class MoRAProvider(qwix.PtqProvider):
     r"""qwix's provider of MoRA, used as its `LoraProvider` is.
 
     In the modules that a rule matches each kernel stays what qwix makes it, quantized
-    or not, and gets an M beside it. The product with the kernel gets the delta as well,
-
-    .. math:: y = x\,Q(W) + \alpha\, D(C(x) M),
-
-    which is computed on the inputs and never quantized. There is nothing to register:
-    every `dot_general`, `einsum` and convolution of a kernel is found where it runs.
+    or not, and gets an M beside it: :math:`y = x\,Q(W) + \alpha\, D(C(x) M)`. The delta
+    is computed on the inputs and never quantized. No layer class is registered: every
+    `dot_general`, `einsum` and convolution of a kernel is found where it runs.
 
     With `dropout` a call of a Linen model drops if it is given `rngs={"dropout": key}`,
     an NNX model until `model.eval()`.
@@ -57,8 +64,7 @@ class MoRAProvider(qwix.PtqProvider):
       >>> import jax, jax.numpy as jnp, mora_jax, qwix
       >>> from flax import nnx
       >>> base, x = nnx.Linear(16, 16, rngs=nnx.Rngs(0)), jnp.ones((1, 16))
-      >>> settings = dict(rank=2, weight_qtype="nf4", tile_size=8)
-      >>> provider = mora_jax.qwix.MoRAProvider(module_path=".*", **settings)
+      >>> provider = mora_jax.qwix.MoRAProvider(rank=2, weight_qtype="nf4", tile_size=8)
       >>> model = qwix.apply_lora_to_model(base, provider, x, rngs=nnx.Rngs(0))
       >>> jax.tree.map(jnp.shape, mora_jax.nnx.adapters(model))
       {'kernel_mora': (8, 8)}
@@ -94,9 +100,9 @@ class MoRAProvider(qwix.PtqProvider):
         first = _private.first_call_of(model)
         if first and traced_specs.get() is None:
             method, rngs = first
-            call, state = _held.traceable(model, method)
+            call, state = traceable(model, method)
             _, specs = trace(call, state, model_args, model_kwargs)
-            _held.hold(model, specs.values(), rngs)
+            _hold_new(model, specs.values(), rngs)
         self.running[threading.get_ident()] = self.planned.setdefault(type(model), {})
         return super().process_model_inputs(model, model_args, model_kwargs)
 
@@ -111,7 +117,7 @@ class MoRAProvider(qwix.PtqProvider):
     def _check_planned(self, model: Any) -> None:
         """Raise unless a rule adapts a kernel; warn of other rules, other kernels."""
         planned = self.planned[type(model)]
-        used = {id(rule) for rule, _ in planned.values()}
+        used = {id(rule) for rule, _ in planned.values()}  # two may be equal
         ours = [rule for rule in self._rules if isinstance(rule, MoRARule)]
         unused = [rule.module_path for rule in ours if id(rule) not in used]
         if not used:
@@ -137,7 +143,7 @@ class MoRAProvider(qwix.PtqProvider):
 
     def _adapted(self, op: str, *args: Any, **settings: Any) -> jax.Array:
         """The output of qwix's operation `op`, with the delta if a kernel is in it."""
-        own = functools.partial(getattr(super(), op), *args, **settings)
+        own = partial(getattr(super(), op), *args, **settings)
         rule, _ = self._get_current_rule_and_op_id(op, only_rule=True)
         if not isinstance(rule, MoRARule):
             return own()
@@ -160,18 +166,16 @@ class MoRAProvider(qwix.PtqProvider):
         check_product(spec, product)
         key = None
         if isinstance(module, nnx.Module):
-            key = _held.dropout_key(module, spec, m)
+            key = dropout_key(module, spec, m)
         elif spec.dropout > 0 and module.has_rng("dropout"):
             key = module.make_rng("dropout")
         precision = operation.arguments.get("precision")
         return add_delta(y, spec, m, x, product, key, precision)
 
     # The operations that qwix hands to its provider.
-    dot_general: Any = functools.partialmethod(_adapted, "dot_general")
-    einsum: Any = functools.partialmethod(_adapted, "einsum")
-    conv_general_dilated: Any = functools.partialmethod(
-        _adapted, "conv_general_dilated"
-    )
+    dot_general: Any = partialmethod(_adapted, "dot_general")
+    einsum: Any = partialmethod(_adapted, "einsum")
+    conv_general_dilated: Any = partialmethod(_adapted, "conv_general_dilated")
 
     def _adapter(
         self, module: Any, name: str, kernel: Any, product: Product, rule: MoRARule
@@ -180,7 +184,7 @@ class MoRAProvider(qwix.PtqProvider):
         path, specs = (*_private.path_of_call(), name), traced_specs.get()
         is_nnx = isinstance(module, nnx.Module)
         if is_nnx and specs is None:
-            adapter = _held.held(module, name)
+            adapter = held(module, name)
             return adapter and (dataclasses.replace(adapter[0], path=path), adapter[1])
         # A Linen module has adapters as the first product of each kernel had it.
         planned = self.running[threading.get_ident()]
@@ -196,8 +200,31 @@ class MoRAProvider(qwix.PtqProvider):
         if is_nnx:
             return None
         parameter = _private.parameters_of(module)[name]
-        box = functools.partial(_private.boxed_as, parameter)
+        box = partial(_private.boxed_as, parameter)
         return spec, running_m(module, spec, box)
+
+
+def _hold_new(
+    model: nnx.Module, specs: Iterable[AdapterSpec], rngs: nnx.Rngs | None
+) -> None:
+    """Put new M's beside their kernels, on the meshes of the kernels."""
+    modules = dict(named_modules(model))
+    for spec in specs:
+        module, name = modules[spec.path[:-1]], spec.path[-1]
+        kernel = getattr(module, name)
+        if hasattr(module, name + SUFFIX):
+            raise ValueError(
+                f"{spec.name}: model has an M there already: give qwix a model without "
+                "adapters, such as the base or what mora_jax.qwix.merge_adapters makes"
+            )
+        if tuple(kernel.shape) != spec.kernel_shape:
+            raise ValueError(
+                f"{spec.name} of shape {kernel.shape} is multiplied as "
+                f"{spec.kernel_shape}: qwix knows no kernels inside nnx.scan and "
+                "nnx.vmap; leave it out of module_path"
+            )
+        key = rngs.params() if rngs and spec.init == "gaussian" else None
+        hold_adapter(module, spec, init_adapter(spec, key), 0)
 
 
 def _find_kernel(
@@ -239,3 +266,45 @@ def _find_kernel(
         )
     place = "/".join((*_private.path_of_call(), name))
     raise ValueError(f"{place}: {why}; or leave it out of module_path={pattern!r}")
+
+
+def trace(function: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Any, Specs]:
+    """The shapes that a call returns, and the adapters of the kernels it multiplies."""
+    # In the trace nothing is quantized, and each operand is known by what made it.
+    specs: Specs = {}
+    token = traced_specs.set(specs)
+    try:
+        return fresh_shapes(function, *args, **kwargs), specs
+    finally:
+        traced_specs.reset(token)
+
+
+def plan_of(model: Any, *args: Any, **kwargs: Any) -> Plan:
+    """The plan that a model with a `MoRAProvider` follows, for `merge` and `save`.
+
+    Args:
+      model: A model of `qwix.apply_lora_to_model`, of either Flax API.
+      *args: The inputs of a call for a Linen model: arrays or shapes, and static
+        arguments such as `train`. An NNX model has its adapters and needs none.
+      **kwargs: Further inputs, by name.
+
+    Raises:
+      TypeError: `model` is not a Flax module.
+      ValueError: It lacks adapters; or it multiplies by what it makes of a kernel.
+
+    Example: see `merge`.
+    """
+    if isinstance(model, nnx.Module):
+        return nnx_plan_of(model)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a Flax module, got {type(model).__name__}")
+    rngs = {name: jax.random.key(0) for name in ("params", "dropout")}
+    shapes, traced = trace(model.init, rngs, *args, **kwargs)
+    if not traced:
+        raise ValueError("model has no adapters: give qwix a MoRAProvider")
+    leaves, specs = named_leaves(shapes["params"]), []
+    for name, spec in traced.items():
+        _, m = leaves.pop(name + SUFFIX)  # nn.scan stacks M's; the trace saw one layer
+        specs.append(spec.stacked(m.shape, spec.path))
+    size = sum(leaf.size for _, leaf in leaves.values())
+    return Plan(tuple(sorted(specs, key=lambda s: s.path)), size, traced=True)

@@ -15,7 +15,10 @@ from mora_jax._plan.trained_arrays import refuse_trained
 from mora_jax._tree.adapters import refuse_combined
 from mora_jax._tree.merge import array_items, merged_kernel, wide, with_kernels
 from mora_jax._tree.paths import located_leaves, reboxed, unboxed
-from mora_jax.nnx import _held
+from mora_jax.nnx._param import MoRAParam
+from mora_jax.nnx._state import adapters as nnx_adapters
+from mora_jax.nnx._state import plan_of
+from mora_jax.nnx._wrap import detached
 from mora_jax.qwix import _private
 
 Onto = Literal["dequantized", "requantized"]
@@ -29,17 +32,14 @@ def dequantize(params: Any) -> Any:
     `mora_jax.merge`, or to compute with without qwix. Shapes give shapes.
 
     Args:
-      params: Params that qwix quantized, without adapters: nested dicts. Or an NNX
-        model, with adapters or without; a state of it does not say how its numbers are
-        to be read.
+      params: Nested dicts that qwix quantized, without adapters; or an NNX model, with
+        adapters or without. A state of it does not say how its numbers are to be read.
 
     Returns:
-      The params, in the same structure; for a model an `nnx.State` of its parameters
-      without adapters.
+      The params, in the same structure; for a model their `nnx.State` without adapters.
 
     Raises:
-      TypeError: `params` is a Linen model, a state of a quantized model, or no tree of
-        arrays.
+      TypeError: A Linen model, a state of a quantized model, or not a tree of arrays.
 
     Example::
 
@@ -53,13 +53,12 @@ def dequantize(params: Any) -> Any:
     if isinstance(params, nnx.Module):
         model = nnx.clone(params)
         _private.set_parameters(model, dequantize(_private.named_parameters(model)))
-        return nnx.state(model, nnx.All(nnx.Param, nnx.Not(_held.MoRAParam)))
+        return nnx.state(model, nnx.All(nnx.Param, nnx.Not(MoRAParam)))
     if not located_leaves(params) and not isinstance(params, Mapping):
         raise TypeError(
             f"params must be a tree of arrays, got {type(params).__name__}: give "
             "variables['params'], or an NNX model"
         )
-
     named, structure = _private.parameters_in(params)
     for name in named:
         if name.endswith("/array/qvalue"):
@@ -84,16 +83,14 @@ def merge(
       params: Params that qwix quantized, without adapters: nested dicts.
       adapters: The adapters, as `mora_jax.split` takes them out of params.
       plan: Their plan, as `plan_of` gives it.
-      onto: "dequantized" gives floating-point arrays, also instead of quantized
-        kernels without adapters: params for the model that qwix never saw.
-        "requantized" quantizes each sum again as its kernel was: params for
-        `qwix.quantize_model(model, qwix.PtqProvider(rules))`, with the same rules.
-      any_base: Whether to merge into any weights, as in `mora_jax.merge`.
+      onto: "dequantized" gives floating-point arrays, also instead of quantized kernels
+        without adapters: params for the model that qwix never saw. "requantized"
+        quantizes each sum again as its kernel was, for a model of `qwix.quantize_model`
+        with the same rules. Its errors may be many times a delta.
+      any_base: As in `mora_jax.merge`.
 
     Returns:
-      The merged params, and {path: what was lost there}; in `jax.jit` the losses are
-      arrays. Quantizing again makes errors as large as the first time, which may be
-      many times a delta.
+      The merged params, and {path: what was lost there}: arrays in `jax.jit`.
 
     Raises:
       TypeError, ValueError: As `mora_jax.merge`; `onto` is unknown; params are shapes.
@@ -101,10 +98,9 @@ def merge(
     Example::
 
       >>> import flax.linen as nn, jax, jax.numpy as jnp, mora_jax, qwix
-      >>> x, settings = jnp.ones((1, 16)), dict(rank=2, weight_qtype="int8")
-      >>> provider = mora_jax.qwix.MoRAProvider(module_path=".*", **settings)
+      >>> provider = mora_jax.qwix.MoRAProvider(rank=2, weight_qtype="int8")
       >>> model = qwix.apply_lora_to_model(nn.Dense(16), provider)
-      >>> variables = model.init(jax.random.key(0), x)
+      >>> variables = model.init(jax.random.key(0), x := jnp.ones((1, 16)))
       >>> base, adapters = mora_jax.split(variables["params"])
       >>> plan = mora_jax.qwix.plan_of(model, x)
       >>> merged, losses = mora_jax.qwix.merge(base, adapters, plan)
@@ -148,25 +144,23 @@ def merge_adapters(
     """An NNX model with its adapters merged into its kernels.
 
     Args:
-      model: A model of `qwix.apply_lora_to_model` with a `MoRAProvider`. It stays as
-        it is.
-      onto: As in `merge`: "dequantized" gives a plain model that qwix never saw;
-        "requantized" one that qwix intercepts as before, without adapters.
+      model: A model of `qwix.apply_lora_to_model` with a `MoRAProvider`, unchanged.
+      onto: "dequantized" gives a plain model that qwix never saw, "requantized" one
+        that qwix intercepts as before, without adapters; see `merge`.
       any_base: As in `merge`.
 
     Returns:
       A new model, and {path: what was lost there}.
 
     Raises:
-      TypeError: `model` is not an NNX module; for Linen's there is `merge`.
-      ValueError: It lacks adapters; `onto` is unknown; an M holds NaN or infinity.
+      TypeError, ValueError: As `merge`; `model` is not of NNX, or lacks adapters.
 
     Example: see `MoRAProvider`.
     """
-    plan, adapters = _held.plan_of(model), _held.adapters(model)
+    plan, adapters = plan_of(model), nnx_adapters(model)
     params = _private.named_parameters(model)
     params, losses = merge(params, adapters, plan, onto=onto, any_base=any_base)
-    model = _held.detached(model)
+    model = detached(model)
     _private.set_parameters(model, params)
     if onto == "dequantized":
         _private.forget(model)

@@ -16,8 +16,8 @@ from mora_jax.qwix import _private
 class MoRARule(qwix.QuantizationRule, KernelConfig):
     """`qwix.QuantizationRule` with adapters for the modules that it matches.
 
-    It has settings of `mora_jax.MoRAConfig` as well, for the kernels of these: rank,
-    operator, alpha, scale, square_rank, multiple_of, init, dropout, param_dtype, seed.
+    Their kernels have settings of `mora_jax.MoRAConfig` as well: rank, operator, alpha,
+    scale, square_rank, multiple_of, init, dropout, param_dtype, seed.
 
     Example::
 
