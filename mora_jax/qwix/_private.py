@@ -16,7 +16,7 @@ from flax import nnx
 from mora_jax._common.types import Path
 from mora_jax._plan.spec import SUFFIX
 from mora_jax._tree.paths import is_boxed, key_name, reboxed, unboxed
-from mora_jax.nnx._state import named_modules
+from mora_jax.nnx._held import named_modules
 
 try:
     import qwix

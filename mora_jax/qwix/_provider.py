@@ -21,9 +21,8 @@ from mora_jax._plan.spec import SUFFIX, AdapterSpec
 from mora_jax._tree.adapters import init_adapter
 from mora_jax._tree.paths import named_leaves
 from mora_jax.linen._bound import running_m
-from mora_jax.nnx._param import dropout_key, held, hold_adapter
-from mora_jax.nnx._state import named_modules, traceable
-from mora_jax.nnx._state import plan_of as nnx_plan_of
+from mora_jax.nnx._held import dropout_key, held, hold_adapter, named_modules, traceable
+from mora_jax.nnx._held import plan_of as nnx_plan_of
 from mora_jax.products import Product
 from mora_jax.products._operations import Operation
 from mora_jax.qwix import _private

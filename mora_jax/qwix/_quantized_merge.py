@@ -15,10 +15,8 @@ from mora_jax._plan.trained_arrays import refuse_trained
 from mora_jax._tree.adapters import refuse_combined
 from mora_jax._tree.merge import array_items, merged_kernel, wide, with_kernels
 from mora_jax._tree.paths import located_leaves, reboxed, unboxed
-from mora_jax.nnx._param import MoRAParam
-from mora_jax.nnx._state import adapters as nnx_adapters
-from mora_jax.nnx._state import plan_of
-from mora_jax.nnx._wrap import detached
+from mora_jax.nnx._held import MoRAParam, detached, plan_of
+from mora_jax.nnx._held import adapters as nnx_adapters
 from mora_jax.qwix import _private
 
 Onto = Literal["dequantized", "requantized"]

@@ -140,6 +140,13 @@ def test_a_plan_is_a_record():
     assert not [name for name in found if name.startswith(above)]
 
 
+def test_qwix_has_one_door_to_each_api():
+    doors = {"mora_jax.nnx._held", "mora_jax.linen._bound"}
+    for module in (m for m in imports() if m.startswith("mora_jax.qwix")):
+        apis = {m for m in ours(module) if re.match(r"mora_jax\.(nnx|linen)\b", m)}
+        assert apis <= doors, module
+
+
 @pytest.mark.parametrize("room", ["operators", "products", "_mesh", "_plan", "_layer"])
 def test_what_computes_does_not_know_flax(room):
     inside = [m for m in imports() if m.startswith(f"mora_jax.{room}")]
