@@ -33,10 +33,10 @@ def load_base(
 ) -> Any:
     """Read the params of a Flax model from a checkpoint as PyTorch's models have it.
 
-    Each leaf of `like` gets its tensor, found by name, in the leaf's layout: a kernel
-    (in, out) is a weight (out, in) transposed, the axes of heads are split if the leaf
-    has them, and layers are stacked if the leaf is. Beside the result, memory of the
-    host holds three leaves at most; on a mesh, one device's parts of them.
+    Each leaf of `like` gets its tensor in the leaf's layout: a kernel (in, out) is a
+    weight (out, in) transposed, with the axes of heads split and layers stacked as the
+    leaf has them. Beside the result, the host's memory holds three leaves at most; on a
+    mesh, one device's parts of them.
 
     Args:
       path: A safetensors file, or a directory of them with or without an index; a path
@@ -44,16 +44,13 @@ def load_base(
       like: The params of the model, as a tree of arrays or shapes: such as
         `jax.eval_shape(model.init, ...)["params"]` of a Linen model, or
         `nnx.state(model, nnx.Param)` of an NNX model, which may be abstract.
-      names: As in `load_peft_mora`, such as
-        `{"model.layers.{n}.{norm}": "layers/{norm}/scale[{n}]"}` for a stacked leaf.
-        A kernel's template also serves its bias, and a template may name a
-        tensor, as `{"out.bias": "out_bias"}` does. A leaf that is named as its tensor
-        needs none.
+      names: As in `load_peft_mora`. A kernel's template also serves its bias, and one
+        may name a tensor, as `{"out.bias": "out_bias"}` does. A leaf that is named as
+        its tensor needs none.
       dtype: The dtype of the result, or "like" for the dtype of each leaf of `like`.
         None demands that the file has the dtypes of `like`.
-      sharding: The place of the result: a sharding for all leaves, or a tree of them
-        with the paths of `like`. None asks the leaves of `like`; leaves without a
-        sharding come to the default device.
+      sharding: A sharding for all leaves, or a tree of them with the paths of `like`.
+        None asks the leaves of `like`, and others come to the default device.
       skip: Regular expressions for whole names of tensors that `like` need not have.
 
     Returns:
@@ -61,10 +58,9 @@ def load_base(
 
     Raises:
       AdapterFileError: The files are damaged, a leaf lacks a tensor, a tensor lacks a
-        leaf, or a shape or a dtype does not fit. All of this is compared before any
-        tensor is read.
-      TypeError: `like` is a model or holds tracers, `sharding` holds something other
-        than shardings, `skip` is not a text, or a transformation of JAX is under way.
+        leaf, or a shape or a dtype does not fit. No tensor is read before.
+      TypeError: `like` is a model or holds tracers, `sharding` or `skip` is of a wrong
+        type, or a transformation of JAX is under way.
       ValueError: `like` has adapters, `names` are unknown, `skip` matches nothing, or a
         leaf cannot be split as its sharding says.
 

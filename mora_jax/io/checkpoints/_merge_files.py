@@ -93,17 +93,15 @@ class Site:
             raise AdapterFileError(str(error)) from None
 
 
-def sites_of(
-    checkpoint: Checkpoint, adapters: Any, plan: Plan, names: Names
-) -> dict[str, Site]:
+def sites_of(source: Source, adapters: Any, plan: Plan) -> dict[str, Site]:
     """Return the site of each tensor that an adapter changes, all of them checked."""
-    source, sites = Source(checkpoint, names, tied=False), {}
+    sites = {}
     for spec, m in adapter_items(adapters, plan):
         m = to_numpy(spec.name, m)
         m = m.astype(jnp.promote_types(m.dtype, jnp.float32))
         for site in _sites(source, spec, m):
             source.take(site.name, spec.name)
-            if (shape := checkpoint.entry(site.name).shape) != site.shape:
+            if (shape := source.checkpoint.entry(site.name).shape) != site.shape:
                 raise AdapterFileError(
                     f"{site.name!r} in the base must have shape {site.shape}, got "
                     f"{shape}"
@@ -120,34 +118,32 @@ def _sites(source: Source, spec: AdapterSpec, m: np.ndarray) -> Iterator[Site]:
         return
     modules, unnamed = modules_of(spec, source.known)
     source.missing += unnamed
-    for index, layer in itertools.groupby(modules, lambda module: module.index):
-        first, *others = layer
-        # One layer at a time: the delta of a whole stack may not fit in memory.
+    layers = itertools.groupby(modules, lambda module: module.index)
+    # The numbers are right unless a layer is unnamed, which is an error in the end.
+    for layer, (index, group) in enumerate(layers):
+        first, *others = group
         sizes = {"i": spec.in_features, "o": spec.out_features}
         shape = tuple(sizes[letter] for letter in first.axes)
-        alone = dataclasses.replace(
-            spec, kernel_shape=shape, axes=first.axes, layout=None
-        )
-        names = (f"{module.name}.weight" for module in (first, *others))
-        tensors = tuple(map(source.named, names))
-        for part, name in enumerate(tensors):
-            if name:
-                yield Site(alone, m[index], tensors, part, first.layer)
+        # One layer at a time: the delta of a whole stack may not fit in memory.
+        own = {"kernel_shape": shape, "axes": first.axes, "layout": None}
+        alone = dataclasses.replace(spec, **own)
+        tensors = tuple(source.named(f"{one.name}.weight") for one in (first, *others))
+        for part, tensor in enumerate(tensors):
+            if tensor:
+                yield Site(alone, m[index], tensors, part, layer)
             else:
                 at = (*index, part) if others else index
                 source.missing.append(join_index(spec.name, at))
 
 
-def replacements(
-    checkpoint: Checkpoint, items: Items, names: Names
-) -> dict[str, tuple[str, np.ndarray]]:
+def replacements(source: Source, items: Items) -> dict[str, tuple[str, np.ndarray]]:
     """Return {tensor: name and numbers of the trained array for it}."""
     misfit = "the trained array {!r} of shape {} does not fit {} in the base"
-    source, replaced = Source(checkpoint, names, tied=False), {}
+    replaced = {}
     for array, copy in items:
         numbers, own = to_numpy(array.name, copy), source.own_name(array.path)
         # A bias with axes for heads may have the name of its tensor by chance.
-        if own and checkpoint.entry(own).shape == array.shape:
+        if own and source.checkpoint.entry(own).shape == array.shape:
             source.take(own, array.name)
             replaced[own] = array.name, numbers
             continue
@@ -181,27 +177,23 @@ def merge_checkpoint(
 ) -> dict[str, float]:
     """Merge adapters into a checkpoint that need not fit in memory.
 
-    This is PEFT's `merge_and_unload` and `save_pretrained`, but without the model:
-    tensors go from file to file, and memory holds one kernel and its delta. Names,
-    dtypes and all tensors without an adapter stay bit for bit the same. Arrays that the
+    Tensors go from file to file, and memory holds one kernel and its delta. Names,
+    dtypes and tensors without an adapter stay bit for bit the same. Arrays that the
     plan trains replace their tensors, rounded to nearest. The config, tokenizer and
-    templates in the base's directory are copied; pickles are not.
-
-    A local `out` is there whole or not at all. On an object store the index and then
-    config.json are written last, so a killed process leaves neither of them.
+    templates beside the base are copied; pickles are not. A local `out` is there whole
+    or not at all. On an object store config.json is written last.
 
     Args:
-      base: A safetensors file, or a directory of them with or without an index; a path
-        or a URL that `etils.epath` opens. A kernel is found by its path, joined by "/"
-        or ".", or as `<module>.weight` by `names`.
+      base: As the path in `load_base`. A kernel is found by its path, joined by "/" or
+        ".", or as `<module>.weight` by `names`.
       adapters: The adapters, as `init` makes them.
       plan: The plan that they follow.
       out: The directory to make, a path or a URL.
       names: As in `load_peft_mora`.
       force: True to replace a checkpoint that is in `out`; an object store's is removed
         before anything is written.
-      any_base: True to merge into any weights, as in `mora_jax.merge`.
-      rounding: The rounding to less than 32 bits, as in `mora_jax.merge`.
+      any_base: As in `mora_jax.merge`.
+      rounding: As in `mora_jax.merge`.
       progress: A function of the number of bytes, called after each piece is written.
 
     Returns:
@@ -211,9 +203,8 @@ def merge_checkpoint(
     Raises:
       AdapterFileError: The base is damaged, the adapters do not fit it, or they were
         trained on other weights and `any_base` is False.
-      FileExistsError: `out` exists, and `force` is False; or it holds something other
-        than a checkpoint, such as an adapter.
-      NotADirectoryError: `out` is a file.
+      FileExistsError, NotADirectoryError: `out` exists, and `force` is False; or it is
+        a file, or holds something other than a checkpoint, such as an adapter.
       ValueError: `out` is the base or holds it, or `rounding` is unknown.
     """
     check_rounding(rounding)
@@ -223,10 +214,9 @@ def merge_checkpoint(
     if parts(target) == home[: len(parts(target))]:
         raise ValueError(f"out must not be the base or hold it, got {target}")
     _check_target(target, checkpoint, force)
-    sites = sites_of(checkpoint, adapters, plan, names)
-    trained = replacements(checkpoint, trained_items(adapters, plan), names)
-    if both := sorted(sites.keys() & trained.keys()):
-        raise AdapterFileError(f"an adapter and a trained array go into {both[0]!r}")
+    tensors = Source(checkpoint, names, tied=False)
+    sites = sites_of(tensors, adapters, plan)
+    trained = replacements(tensors, trained_items(adapters, plan))
     for name in sites | trained:  # all of them before a file is written
         checkpoint.place[name].dtype(name, "dequantise it first")
 
@@ -254,8 +244,7 @@ def merge_checkpoint(
 
     def content(file: TensorFile) -> Iterator[bytes]:
         order = sorted(file.entries, key=lambda name: file.entries[name].start)
-        tensors = itertools.chain.from_iterable(map(merged, order))
-        for chunk in itertools.chain([file.header], tensors):
+        for chunk in itertools.chain([file.header], *map(merged, order)):
             yield chunk
             progress(len(chunk))
 

@@ -32,14 +32,13 @@ def save_peft_lora(
 
     The deltas of operators without blocks (sharing, signed_sharing, truncation,
     orthogonal, subspace and hadamard) are LoRAs of rank q exactly: :math:`A = C`,
-    :math:`B = \alpha M D`. The deltas of other operators have full rank, and only the
-    `rank` largest of their singular values are kept. An adapter of an embedding changes
-    what is looked up, and not a head that is tied to it; a `MoRAWarning` says so.
+    :math:`B = \alpha M D`. Others have full rank, and only the `rank` largest of their
+    singular values are kept. An adapter of an embedding changes what is looked up, and
+    not a head that is tied to it; a `MoRAWarning` says so.
 
     Args:
-      directory: A path or a URL that `etils.epath` opens, new or empty. A local
-        directory is there whole or not at all. On an object store the config is written
-        last, so a killed process leaves a directory without a config.
+      directory: A path or a URL that `etils.epath` opens, new or empty. A local one is
+        there whole or not at all. On an object store the config is written last.
       adapters: The adapters, as `init` makes them.
       plan: The plan that they follow.
       names: As in `load_peft_mora`.
@@ -58,9 +57,9 @@ def save_peft_lora(
     Raises:
       FileExistsError: The directory is not empty; with `force`, it holds something
         other than an adapter.
-      ValueError: `names` lack a module for a kernel, a kernel is a convolution's, a
-        delta of full rank is given without `rank`, a module would lose more than
-        `max_error`, or the plan lacks adapters or trains arrays. Nothing is written.
+      ValueError: `names` lack a kernel's module, a kernel is a convolution's, the plan
+        lacks adapters or trains arrays, a delta of full rank lacks a `rank`, or a
+        module would lose more than `max_error`. Nothing is written.
     """
     path = free(directory, force)
     matrices, lost = make_lora(adapters, plan, names, rank, max_error)

@@ -41,23 +41,20 @@ def load_peft_mora(
     Args:
       directory: A path or a URL that `etils.epath` opens, of a directory with
         adapter_config.json and adapter_model.safetensors.
-      model: The params of the model that gets the adapters, or their shapes. If kernels
-        have other axes than (in, out), a plan by `linen.plan` or `nnx.plan` that has
-        all kernels that the file adapts.
+      model: The params of the model, or their shapes. If kernels have other axes than
+        (in, out), a plan by `linen.plan` or `nnx.plan` with all kernels of the file.
       names: The modules of PyTorch that are the kernels. A family ("llama", "gemma",
-        "qwen", "gpt2" or "bert", also with a version as in "qwen3") for models with the
-        names of transformers' models; "tunix" for Tunix's Qwen2, Qwen3, Llama3 and
-        Gemma, "gm" for Google's gemma; otherwise templates, such as
+        "qwen", "gpt2" or "bert", also with a version as in "qwen3") for the names of
+        transformers' models; "tunix" for Tunix's Qwen2, Qwen3, Llama3 and Gemma, "gm"
+        for Google's gemma; otherwise templates, such as
         `{"model.layers.{layer}.mlp.{name}": "layer_{layer}/{name}/kernel"}`, with
         `"mlp/{name}/kernel[{layer}]"` for a stacked kernel. None tries all families.
 
     Returns:
-      (adapters, plan), as `load` does. `reference_operator` makes the operators. Alpha
-      is 1, since the reference ignores it.
+      (adapters, plan), with operators by `reference_operator` and an alpha of 1.
 
     Raises:
-      AdapterFileError: The files are damaged or hold no MoRA adapter, or they do not
-        fit the model.
+      AdapterFileError: The files are damaged or without MoRA, or do not fit the model.
     """
     path = as_path("directory", directory)
     config = _checked(read_json(path / CONFIG))

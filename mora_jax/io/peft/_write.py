@@ -47,18 +47,17 @@ def save_peft_mora(
 
     Args:
       directory: As in `save_peft_lora`.
-      adapters: The adapters, as `init` makes them.
-      plan: The plan that they follow.
-      names: As in `load_peft_mora`.
-      base_model: PEFT's `base_model_name_or_path`.
-      task_type: PEFT's `task_type`.
-      force: True to replace an adapter that is in the directory.
+      adapters: As in `save_peft_lora`.
+      plan: As in `save_peft_lora`.
+      names: As in `save_peft_lora`.
+      base_model: As in `save_peft_lora`.
+      task_type: As in `save_peft_lora`.
+      force: As in `save_peft_lora`.
 
     Raises:
       FileExistsError: As `save_peft_lora`.
-      ValueError: The reference does not have an operator or a square rank, `names` lack
-        a module for a kernel, a kernel is one of a convolution or an embedding, or the
-        plan lacks adapters or trains arrays.
+      ValueError: The reference lacks an operator or a square rank, a kernel is an
+        embedding's, or as `save_peft_lora`.
     """
     path = free(directory, force)
     squares, settings = [], set()
