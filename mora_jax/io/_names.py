@@ -183,8 +183,8 @@ def modules_of(
         names = [to_module(kernel, known)]
         if names == [None] and inner.startswith("o") and others:
             # The first axis may tell modules apart.
-            kernels = (join_index(spec.name, (*index, k)) for k in range(first))
-            names = [to_module(part, known) for part in kernels]
+            parts = (join_index(spec.name, (*index, k)) for k in range(first))
+            names = [to_module(part, known) for part in parts]
         width = spec.out_features // len(names)
         if None in names:
             missing.append(kernel)

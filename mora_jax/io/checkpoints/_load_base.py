@@ -97,7 +97,7 @@ def load_base(
     misfit = "{!r} in like has shape {}, which {} does not fit"
     source = Source(Checkpoint(path), names)
     stacks = {n: source.stack(n, tuple(a.shape), misfit) for n, a in arrays.items()}
-    source.check_missing("leaf of like")
+    source.check_missing()
     source.check_left(arrays, skip)
     leaves = {}
     for place, (name, array) in zip(places, arrays.items(), strict=True):

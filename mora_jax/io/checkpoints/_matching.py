@@ -220,15 +220,15 @@ class Source:
             )
         self.taken[tensor] = leaf
 
-    def check_missing(self, what: str) -> None:
-        """Raise if a leaf lacks a tensor; messages call it `what`."""
+    def check_missing(self) -> None:
+        """Raise if a leaf lacks a tensor."""
         if not self.missing:
             return
         leaf, place = self.missing[0], self.checkpoint.place
         names = (tensor.name for tensor in to_tensors(leaf, self.known))
         # Kernels need a template, though a tensor may have their name.
         name = next((name for name in names if name not in place), "")
-        text = f"the base has no tensor for the {what} {leaf!r}"
+        text = f"the base has no tensor for the leaf {leaf!r}"
         if _tied_to(name) and not self.tied:
             text += ", or has it only as another one that it is tied to, and here no "
             text += "tensors are tied"
@@ -249,8 +249,8 @@ class Source:
 
         `skip` holds regular expressions for tensors that are passed over.
         """
-        several = isinstance(skip, Iterable) and not isinstance(skip, str)
-        patterns: list[Any] = list(skip) if several else [skip]
+        one = isinstance(skip, str) or not isinstance(skip, Iterable)
+        patterns: list[Any] = [skip] if one else list(skip)
         if not all(isinstance(pattern, str) for pattern in patterns):
             raise TypeError(
                 f"skip must be a regular expression or several of them, got {skip!r}"

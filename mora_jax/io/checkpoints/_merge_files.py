@@ -21,10 +21,8 @@ from mora_jax._tree.adapters import adapter_items, trained_items
 from mora_jax._tree.base_digest import check_digests, kernel_digests
 from mora_jax.io._files import (
     AdapterFileError,
-    Files,
     Location,
     as_path,
-    entries,
     parts,
     write_directory,
 )
@@ -107,7 +105,6 @@ def sites_of(source: Source, adapters: Any, plan: Plan) -> dict[str, Site]:
                     f"{shape}"
                 )
             sites[site.name] = site
-    source.check_missing("kernel")
     return sites
 
 
@@ -150,7 +147,6 @@ def replacements(source: Source, items: Items) -> dict[str, tuple[str, np.ndarra
         for index, part in source.stack(array.name, array.shape, misfit).items():
             layer = part.in_rows(numbers[index])
             replaced[part.name] = join_index(array.name, index), layer
-    source.check_missing("trained array")
     return replaced
 
 
@@ -181,7 +177,7 @@ def merge_checkpoint(
     dtypes and tensors without an adapter stay bit for bit the same. Arrays that the
     plan trains replace their tensors, rounded to nearest. The config, tokenizer and
     templates beside the base are copied; pickles are not. A local `out` is there whole
-    or not at all. On an object store config.json is written last.
+    or not at all.
 
     Args:
       base: As the path in `load_base`. A kernel is found by its path, joined by "/" or
@@ -217,6 +213,7 @@ def merge_checkpoint(
     tensors = Source(checkpoint, names, tied=False)
     sites = sites_of(tensors, adapters, plan)
     trained = replacements(tensors, trained_items(adapters, plan))
+    tensors.check_missing()
     for name in sites | trained:  # all of them before a file is written
         checkpoint.place[name].dtype(name, "dequantise it first")
 
@@ -248,17 +245,14 @@ def merge_checkpoint(
             yield chunk
             progress(len(chunk))
 
-    def files() -> Files:
-        for file in checkpoint.files:
-            yield file.path.name, content(file)
+    def is_last(path: Location) -> tuple[bool, bool]:
         # Programs begin with the config and the index: without them nothing is read.
-        for path in sorted(
-            checkpoint.beside,
-            key=lambda path: (path.name == "config.json", path.name.endswith(INDEX)),
-        ):
-            yield path.name, [path.read_bytes()]
+        return path.name == "config.json", path.name.endswith(INDEX)
 
-    write_directory(target, files())
+    stored = ((file.path.name, content(file)) for file in checkpoint.files)
+    beside = sorted(checkpoint.beside, key=is_last)
+    copied = ((path.name, [path.read_bytes()]) for path in beside)
+    write_directory(target, itertools.chain(stored, copied))
     return lost
 
 
@@ -282,7 +276,7 @@ def _check_target(target: Location, checkpoint: Checkpoint, force: bool) -> None
         twin = copied.get(path.name) if path.is_file() else None
         return twin is not None and path.read_bytes() == twin.read_bytes()
 
-    there = entries(target)
+    there = list(target.iterdir())
     others = sorted(path.name for path in there if not is_known(path))
     if others or there and not any(p.name.endswith(".safetensors") for p in there):
         raise FileExistsError(

@@ -38,7 +38,7 @@ def save_peft_lora(
 
     Args:
       directory: A path or a URL that `etils.epath` opens, new or empty. A local one is
-        there whole or not at all. On an object store the config is written last.
+        there whole or not at all.
       adapters: The adapters, as `init` makes them.
       plan: The plan that they follow.
       names: As in `load_peft_mora`.

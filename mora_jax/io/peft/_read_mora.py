@@ -127,11 +127,9 @@ def _matrices(arrays: Mapping[str, np.ndarray]) -> Iterator[tuple[str, np.ndarra
             )
         twins[named[1]][named[2]] = array
     for name, pair in twins.items():
-        if len(pair) < 2:
-            raise AdapterFileError(f"{TENSORS} must have lora_A and lora_B of {name}")
-        if not np.array_equal(pair["A"], pair["B"]):
+        if len(pair) < 2 or not np.array_equal(pair["A"], pair["B"]):
             raise AdapterFileError(
-                f"lora_A and lora_B of {name} in {TENSORS} must be the same matrix"
+                f"{TENSORS} must have lora_A and lora_B of {name}, the same matrix"
             )
         yield name, pair["A"].T
 
