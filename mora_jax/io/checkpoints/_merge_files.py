@@ -11,7 +11,6 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from mora_jax._common.types import Shape
 from mora_jax._layer.equation import delta_kernel
 from mora_jax._layer.rounding import Rounding, add_rounded, check_rounding, share_lost
 from mora_jax._plan.plan import Plan
@@ -34,49 +33,36 @@ from mora_jax.io.checkpoints._matching import Source, converted
 
 @dataclasses.dataclass(frozen=True)
 class Site:
-    """A tensor of the base, and the adapter whose delta is added to it."""
+    """Tensors of the base that are a kernel together, and the adapter of that."""
 
-    # The spec is of the kernel that one or several tensors are together, each with as
-    # many outputs; this one is number `part`. The kernel is number `layer` in the stack
+    # The tensors have as many outputs each. The kernel is number `layer` in the stack
     # that the adapter was made for.
     spec: AdapterSpec
     m: np.ndarray
     tensors: tuple[str, ...]
-    part: int = 0
     layer: int = 0
 
-    @property
-    def name(self) -> str:
-        """The tensor's name."""
-        return self.tensors[self.part]
-
-    @property
-    def shape(self) -> Shape:
-        """The tensor's shape."""
-        shape, axis = list(self.spec.kernel_shape), self.spec.axes.index("o")
-        shape[axis] //= len(self.tensors)
-        return tuple(shape)
-
-    def add(self, kernel: np.ndarray, rounding: Rounding) -> tuple[np.ndarray, float]:
-        """Return the merged tensor, and the share of its delta that is lost."""
-        dtype = jnp.promote_types(kernel.dtype, jnp.float32)
+    def add(
+        self, name: str, tensor: np.ndarray, rounding: Rounding
+    ) -> tuple[np.ndarray, float]:
+        """Return a merged tensor, and the share of its delta that is lost."""
+        part = self.tensors.index(name)
+        dtype = jnp.promote_types(tensor.dtype, jnp.float32)
         # JAX's transpose has the memory order of the tensor. NumPy's would not, and it
         # adds arrays of different orders slowly.
         delta = np.asarray(delta_kernel(self.spec, self.m))
         parts = np.split(delta, len(self.tensors), self.spec.axes.index("o"))
-        before, delta = kernel.astype(dtype), parts[self.part].astype(dtype)
+        before, delta = tensor.astype(dtype), parts[part].astype(dtype)
         if dtype == jnp.float32:
             # The dither is the one that `merge` gives the whole kernel.
-            start = 0, self.part * self.spec.out_features // len(self.tensors)
-            settings = self.spec.axes, kernel.dtype, rounding, start
-            merged = np.asarray(add_rounded(kernel, delta, *settings))
+            start = 0, part * self.spec.out_features // len(self.tensors)
+            settings = self.spec.axes, tensor.dtype, rounding, start
+            merged = np.asarray(add_rounded(tensor, delta, *settings))
         else:  # JAX may lack float64, and nothing is rounded
             merged = before + delta
         after = merged.astype(dtype)
         if not np.isfinite(after).all() and np.isfinite(before).all():
-            raise AdapterFileError(
-                f"{self.name!r} overflows {kernel.dtype} with its delta"
-            )
+            raise AdapterFileError(f"{name!r} overflows {tensor.dtype} with its delta")
         return merged, float(share_lost(after - before, delta))
 
     def check_base(self, read: Callable[[str], np.ndarray]) -> None:
@@ -92,24 +78,27 @@ class Site:
 
 
 def sites_of(source: Source, adapters: Any, plan: Plan) -> dict[str, Site]:
-    """Return the site of each tensor that an adapter changes, all of them checked."""
+    """Return {tensor: its site} for all tensors that adapters change, checked."""
     sites = {}
     for spec, m in adapter_items(adapters, plan):
         m = to_numpy(spec.name, m)
         m = m.astype(jnp.promote_types(m.dtype, jnp.float32))
         for site in _sites(source, spec, m):
-            source.take(site.name, spec.name)
-            if (shape := source.checkpoint.entry(site.name).shape) != site.shape:
-                raise AdapterFileError(
-                    f"{site.name!r} in the base must have shape {site.shape}, got "
-                    f"{shape}"
-                )
-            sites[site.name] = site
+            shape, axis = list(site.spec.kernel_shape), site.spec.axes.index("o")
+            shape[axis] //= len(site.tensors)
+            for name in filter(None, site.tensors):
+                source.take(name, spec.name)
+                if (found := source.checkpoint.entry(name).shape) != tuple(shape):
+                    raise AdapterFileError(
+                        f"{name!r} in the base must have shape {tuple(shape)}, got "
+                        f"{found}"
+                    )
+                sites[name] = site
     return sites
 
 
 def _sites(source: Source, spec: AdapterSpec, m: np.ndarray) -> Iterator[Site]:
-    """Yield the sites of a kernel. What the base lacks is noted as missing."""
+    """Yield the sites of a kernel. What the base lacks is "", and noted as missing."""
     if own := source.own_name(spec.path):
         yield Site(spec, m, (own,))
         return
@@ -119,18 +108,16 @@ def _sites(source: Source, spec: AdapterSpec, m: np.ndarray) -> Iterator[Site]:
     # The numbers are right unless a layer is unnamed, which is an error in the end.
     for layer, (index, group) in enumerate(layers):
         first, *others = group
+        tensors = tuple(source.named(f"{one.name}.weight") for one in (first, *others))
+        for part, tensor in enumerate(tensors):
+            if not tensor:
+                at = (*index, part) if others else index
+                source.missing.append(join_index(spec.name, at))
         sizes = {"i": spec.in_features, "o": spec.out_features}
         shape = tuple(sizes[letter] for letter in first.axes)
         # One layer at a time: the delta of a whole stack may not fit in memory.
-        own = {"kernel_shape": shape, "axes": first.axes, "layout": None}
-        alone = dataclasses.replace(spec, **own)
-        tensors = tuple(source.named(f"{one.name}.weight") for one in (first, *others))
-        for part, tensor in enumerate(tensors):
-            if tensor:
-                yield Site(alone, m[index], tensors, part, layer)
-            else:
-                at = (*index, part) if others else index
-                source.missing.append(join_index(spec.name, at))
+        alone = {"kernel_shape": shape, "axes": first.axes, "layout": None}
+        yield Site(dataclasses.replace(spec, **alone), m[index], tensors, layer)
 
 
 def replacements(source: Source, items: Items) -> dict[str, tuple[str, np.ndarray]]:
@@ -231,7 +218,7 @@ def merge_checkpoint(
         if name in sites:
             if not any_base:
                 sites[name].check_base(read)
-            kernel, lost[name] = sites[name].add(read(name), rounding)
+            kernel, lost[name] = sites[name].add(name, read(name), rounding)
             yield kernel.tobytes()
         elif name in trained:
             array, numbers = trained[name]

@@ -190,7 +190,11 @@ def _adapter(
     stack, widths = spec.stack_shape, (spec.in_features, spec.out_features)
     if missing := set(np.ndindex(stack)) ^ set(modules):
         raise ValueError(f"the kernel is stacked {stack}, and does not fit {missing}")
-    ranks = {_rank(module, config) for module, _ in modules.values()}
+    own, ranks = config["rank_pattern"], set()
+    for module, _ in modules.values():
+        # By names or, as in PEFT, by ends of names.
+        ends = (key for key in own if f".{module}".endswith(f".{key}"))
+        ranks.add(own.get(next(ends, ""), config["r"]))
     operators = {reference_operator(config["mora_type"], *widths, r) for r in ranks}
     if len(operators) > 1:
         # Its M's are one array.
@@ -205,10 +209,3 @@ def _adapter(
             )
     ms = [modules[index][1] for index in np.ndindex(stack)]
     return operator, np.stack(ms).reshape(*stack, *operator.m_shape)
-
-
-def _rank(module: str, config: Mapping[str, Any]) -> int:
-    """Return the rank of a module."""
-    ranks = config["rank_pattern"]  # by names or, as in PEFT, by ends of names
-    ends = (key for key in ranks if f".{module}".endswith(f".{key}"))
-    return ranks.get(next(ends, ""), config["r"])
