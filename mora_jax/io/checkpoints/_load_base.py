@@ -88,11 +88,11 @@ def load_base(
             raise TypeError(
                 f"like must hold arrays, got {type(array).__name__} at {name!r}"
             )
-    if adapted := [name for name in arrays if name.endswith(SUFFIX)]:
-        raise ValueError(
-            f"like must be a base without adapters, got {adapted[0]!r}: load the base "
-            "first, and adapt it then"
-        )
+        if name.endswith(SUFFIX):
+            raise ValueError(
+                f"like must be a base without adapters, got {name!r}: load the base "
+                "first, and adapt it then"
+            )
     shardings = _shardings(sharding, arrays)
     misfit = "{!r} in like has shape {}, which {} does not fit"
     source = Source(Checkpoint(path), names)
@@ -117,10 +117,11 @@ def _dtype(name: str, own: Any, asked: Any, stack: Mapping[Shape, Part]) -> np.d
             f"dtype must be 'like' or a floating-point dtype for {name!r}: {error}"
         ) from None
     for part in stack.values():
-        if part.dtype != dtype and asked is None:
+        stored = part.file.dtype(part.name)
+        if stored != dtype and asked is None:
             raise AdapterFileError(
-                f"{part.name!r} in the base is {part.dtype}, and {name!r} in like is "
-                f"{dtype}: dtype='like' or dtype='{part.dtype}' converts"
+                f"{part.name!r} in the base is {stored}, and {name!r} in like is "
+                f"{dtype}: dtype='like' or dtype='{stored}' converts"
             )
     if dtype == np.float64 and not jax.config.read("jax_enable_x64"):
         raise AdapterFileError(

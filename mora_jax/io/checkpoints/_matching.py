@@ -43,11 +43,6 @@ class Part(NamedTuple):
     rows: Shape
     columns: Shape
 
-    @property
-    def dtype(self) -> np.dtype:
-        """The tensor's dtype, which is floating-point."""
-        return self.file.dtype(self.name, "dequantise it first")
-
     @classmethod
     def of(cls, file: TensorFile, tensor: Tensor, array: Shape) -> "Part | None":
         """Return the part for an array of a shape; None if the tensor does not fit."""
@@ -212,12 +207,13 @@ class Source:
         return ""
 
     def take(self, tensor: str, leaf: str) -> None:
-        """Note that a leaf has the tensor."""
+        """Note that a leaf has the tensor, which must be floating-point."""
         # A model may have two leaves where the file has one of two tied tensors.
         if tensor in self.taken and not (self.tied and _tied_to(tensor)):
             raise AdapterFileError(
                 f"{self.taken[tensor]!r} and {leaf!r} are both {tensor!r} in the base"
             )
+        self.checkpoint.place[tensor].dtype(tensor, "dequantise it first")
         self.taken[tensor] = leaf
 
     def check_missing(self) -> None:
@@ -230,25 +226,17 @@ class Source:
         name = next((name for name in names if name not in place), "")
         text = f"the base has no tensor for the leaf {leaf!r}"
         if _tied_to(name) and not self.tied:
-            text += ", or has it only as another one that it is tied to, and here no "
-            text += "tensors are tied"
+            text += ", or has it only as another one, and here no tensors are tied"
         text += f", which would be {name!r}" if name else ""
         text += nearest_paths(name or leaf, place)
-        unknown = [
-            name
-            for name in self.missing
-            if to_module(name, self.known) is None and not name.endswith("/bias")
-        ]
-        if unknown:
+        others = (name for name in self.missing if not name.endswith("/bias"))
+        if unknown := [name for name in others if not to_module(name, self.known)]:
             free = [n.removesuffix(".weight") for n in place if n not in self.taken]
             text += f"; {suggestion(unknown, free)}"
         raise AdapterFileError(text)
 
     def check_left(self, leaves: Iterable[str], skip: str | Sequence[str]) -> None:
-        """Raise if a tensor lacks a leaf and is not known to be superfluous.
-
-        `skip` holds regular expressions for tensors that are passed over.
-        """
+        """Raise if a tensor lacks a leaf, unless `skip` matches it or it is idle."""
         one = isinstance(skip, str) or not isinstance(skip, Iterable)
         patterns: list[Any] = [skip] if one else list(skip)
         if not all(isinstance(pattern, str) for pattern in patterns):

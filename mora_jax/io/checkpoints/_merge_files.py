@@ -201,8 +201,6 @@ def merge_checkpoint(
     sites = sites_of(tensors, adapters, plan)
     trained = replacements(tensors, trained_items(adapters, plan))
     tensors.check_missing()
-    for name in sites | trained:  # all of them before a file is written
-        checkpoint.place[name].dtype(name, "dequantise it first")
 
     @functools.lru_cache(maxsize=1)  # a kernel is compared and then merged
     def read(name: str) -> np.ndarray:

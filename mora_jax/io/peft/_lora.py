@@ -70,10 +70,7 @@ def save_peft_lora(
 def make_lora(
     adapters: Any, plan: Plan, names: Names, rank: Rank, max_error: float | int
 ) -> tuple[list[MatrixPair], dict[str, float]]:
-    """Return adapters as a LoRA, and {module: the share of its delta that is lost}.
-
-    Arguments and errors are as in `save_peft_lora`.
-    """
+    """Return what `save_peft_lora` writes, and what it returns."""
     check_number("max_error", max_error)
     if not 0 <= max_error <= 1:
         raise ValueError(f"max_error must be between 0 and 1, got {max_error}")
@@ -81,9 +78,8 @@ def make_lora(
         rank = positive_integer("rank", rank)
     matrices, lost, full, enough = [], {}, None, 1
     for module, spec, m in modules(adapters, plan, names):
-        a, b, lost[module.name], own = _factors(
-            spec, m, module.outputs, rank, max_error
-        )
+        factors = _factors(spec, m, module.outputs, rank, max_error)
+        a, b, lost[module.name], own = factors
         enough = max(enough, own)
         full = spec if rank is None and spec.operator.block else full
         if module.table:

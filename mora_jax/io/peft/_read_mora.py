@@ -190,22 +190,20 @@ def _adapter(
     stack, widths = spec.stack_shape, (spec.in_features, spec.out_features)
     if missing := set(np.ndindex(stack)) ^ set(modules):
         raise ValueError(f"the kernel is stacked {stack}, and does not fit {missing}")
-    own, ranks = config["rank_pattern"], set()
-    for module, _ in modules.values():
-        # By names or, as in PEFT, by ends of names.
-        ends = (key for key in own if f".{module}".endswith(f".{key}"))
-        ranks.add(own.get(next(ends, ""), config["r"]))
-    operators = {reference_operator(config["mora_type"], *widths, r) for r in ranks}
-    if len(operators) > 1:
-        # Its M's are one array.
-        raise ValueError("a stacked kernel must have one rank in all its layers")
-    (operator,) = operators
+    ranks, operators = config["rank_pattern"], set()
     for module, m in modules.values():
+        # By names or, as in PEFT, by ends of names.
+        ends = (key for key in ranks if f".{module}".endswith(f".{key}"))
+        rank = ranks.get(next(ends, ""), config["r"])
+        operator = reference_operator(config["mora_type"], *widths, rank)
+        operators.add(operator)
         check_finite(m, module)
         if m.shape != operator.m_shape:
             raise ValueError(
                 f"{module} must be of shape {operator.m_shape} for a kernel of "
                 f"{widths[0]} -> {widths[1]} features, got {m.shape}"
             )
+    if len(operators) > 1:  # the M's are to be one array
+        raise ValueError("a stacked kernel must have one rank in all its layers")
     ms = [modules[index][1] for index in np.ndindex(stack)]
-    return operator, np.stack(ms).reshape(*stack, *operator.m_shape)
+    return operators.pop(), np.stack(ms).reshape(*stack, *ms[0].shape)
