@@ -34,16 +34,14 @@ def load_base(
     """Read the params of a Flax model from a checkpoint as PyTorch's models have it.
 
     Each leaf of `like` gets its tensor in the leaf's layout: a kernel (in, out) is a
-    weight (out, in) transposed, with the axes of heads split and layers stacked as the
-    leaf has them. Beside the result, the host's memory holds three leaves at most; on a
-    mesh, one device's parts of them.
+    weight (out, in) transposed, with heads split and layers stacked as in `like`.
+    Beside the result, the host holds three leaves at most, or a device's parts of them.
 
     Args:
       path: A safetensors file, or a directory of them with or without an index; a path
         or a URL that `etils.epath` opens.
-      like: The params of the model, as a tree of arrays or shapes: such as
-        `jax.eval_shape(model.init, ...)["params"]` of a Linen model, or
-        `nnx.state(model, nnx.Param)` of an NNX model, which may be abstract.
+      like: The model's params as a tree of arrays or shapes: Linen's
+        `jax.eval_shape(model.init, ...)["params"]`, or `nnx.state(model, nnx.Param)`.
       names: As in `load_peft_mora`. A kernel's template also serves its bias, and one
         may name a tensor, as `{"out.bias": "out_bias"}` does. A leaf that is named as
         its tensor needs none.

@@ -50,9 +50,8 @@ class Part(NamedTuple):
         order = tensor.order or tuple(range(len(array)))
         if len(order) != len(array):
             return None
-        if len(shape) < 2:
-            fits = math.prod(array) == math.prod(shape)
-            return cls(file, name, order, ()) if fits else None
+        if len(shape) < 2 and math.prod(array) == math.prod(shape):
+            return cls(file, name, order, ())
         for k in range(1, len(order) if tensor.axes != "o" else 1):
             axes = order[:k], order[k:]
             axes = axes[::-1] if tensor.axes == "oi" else axes

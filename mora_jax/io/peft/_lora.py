@@ -55,8 +55,7 @@ def save_peft_lora(
       {module: norm(delta - LoRA) / norm(delta)}; 0 where nothing is cut off.
 
     Raises:
-      FileExistsError: The directory is not empty; with `force`, it holds something
-        other than an adapter.
+      FileExistsError: The directory holds files; with `force`, more than an adapter.
       ValueError: `names` lack a kernel's module, a kernel is a convolution's, the plan
         lacks adapters or trains arrays, a delta of full rank lacks a `rank`, or a
         module would lose more than `max_error`. Nothing is written.
