@@ -158,15 +158,14 @@ class Module:
     """A module, and its part of a kernel.
 
     Its weight has the `axes` "oi" or "io", and it may be a `table`, which looks up rows
-    of that. It belongs to one layer of the kernel's stack, of an `index` that is also
-    one number, `layer`, and has the slice `outputs` of the kernel's.
+    of that. It belongs to the layer `index` of the kernel's stack, and has the slice
+    `outputs` of the kernel's.
     """
 
     name: str
     axes: str
     table: bool
     index: Shape
-    layer: int
     outputs: slice
 
 
@@ -179,13 +178,13 @@ def modules_of(
     inner = spec.axes.replace("s", "")
     # PyTorch has one axis where a kernel has heads, and tables are as they are here.
     table_axes = re.sub(r"(.)\1+", r"\1", inner)
-    for layer, index in enumerate(np.ndindex(spec.stack_shape)):
+    for index in np.ndindex(spec.stack_shape):
         kernel = join_index(spec.name, index)
         names = [to_module(kernel, known)]
         if names == [None] and inner.startswith("o") and others:
             # The first axis may tell modules apart.
-            kernels = (join_index(spec.name, (*index, k)) for k in range(first))
-            names = [to_module(part, known) for part in kernels]
+            parts = (join_index(spec.name, (*index, k)) for k in range(first))
+            names = [to_module(part, known) for part in parts]
         width = spec.out_features // len(names)
         if None in names:
             missing.append(kernel)
@@ -194,7 +193,7 @@ def modules_of(
             table = is_table(name, spec.name)
             outputs = slice(k * width, (k + 1) * width)
             order = table_axes if table else axes
-            modules.append(Module(name, order, table, index, layer, outputs))
+            modules.append(Module(name, order, table, index, outputs))
     return modules, missing
 
 

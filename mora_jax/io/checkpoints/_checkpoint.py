@@ -26,8 +26,7 @@ class Checkpoint:
     Attributes:
       files: The files that hold tensors.
       beside: The other files of the directory that a copy needs, such as its config.
-      config: The model's config.json, in the directory or beside the file; None if
-        it is missing.
+      config: The model's config.json there or beside the file; None if it is missing.
       place: {tensor: the file that holds it}.
     """
 
@@ -35,11 +34,10 @@ class Checkpoint:
         """Read the headers of a file, or of all files that a directory's index names.
 
         Args:
-          path: A path or a URL that `etils.epath` opens.
+          path: As in `load_base`.
 
         Raises:
-          AdapterFileError: No safetensors file is there, a file that the index names
-            is missing, or two files hold the same tensor.
+          AdapterFileError: A file is missing, or two files hold the same tensor.
         """
         path = as_path("path", path)
         folder, listed, files = path.parent, [], [path]

@@ -33,27 +33,22 @@ def load_base(
 ) -> Any:
     """Read the params of a Flax model from a checkpoint as PyTorch's models have it.
 
-    Each leaf of `like` gets its tensor, found by name, in the leaf's layout: a kernel
-    (in, out) is a weight (out, in) transposed, the axes of heads are split if the leaf
-    has them, and layers are stacked if the leaf is. Beside the result, memory of the
-    host holds three leaves at most; on a mesh, one device's parts of them.
+    Each leaf of `like` gets its tensor in the leaf's layout: a kernel (in, out) is a
+    weight (out, in) transposed, with heads split and layers stacked as in `like`.
+    Beside the result, the host holds three leaves at most, or a device's parts of them.
 
     Args:
       path: A safetensors file, or a directory of them with or without an index; a path
         or a URL that `etils.epath` opens.
-      like: The params of the model, as a tree of arrays or shapes: such as
-        `jax.eval_shape(model.init, ...)["params"]` of a Linen model, or
-        `nnx.state(model, nnx.Param)` of an NNX model, which may be abstract.
-      names: As in `load_peft_mora`, such as
-        `{"model.layers.{n}.{norm}": "layers/{norm}/scale[{n}]"}` for a stacked leaf.
-        A kernel's template also serves its bias, and a template may name a
-        tensor, as `{"out.bias": "out_bias"}` does. A leaf that is named as its tensor
-        needs none.
+      like: The model's params as a tree of arrays or shapes: Linen's
+        `jax.eval_shape(model.init, ...)["params"]`, or `nnx.state(model, nnx.Param)`.
+      names: As in `load_peft_mora`. A kernel's template also serves its bias, and one
+        may name a tensor, as `{"out.bias": "out_bias"}` does. A leaf that is named as
+        its tensor needs none.
       dtype: The dtype of the result, or "like" for the dtype of each leaf of `like`.
         None demands that the file has the dtypes of `like`.
-      sharding: The place of the result: a sharding for all leaves, or a tree of them
-        with the paths of `like`. None asks the leaves of `like`; leaves without a
-        sharding come to the default device.
+      sharding: A sharding for all leaves, or a tree of them with the paths of `like`.
+        None asks the leaves of `like`, and others come to the default device.
       skip: Regular expressions for whole names of tensors that `like` need not have.
 
     Returns:
@@ -61,10 +56,9 @@ def load_base(
 
     Raises:
       AdapterFileError: The files are damaged, a leaf lacks a tensor, a tensor lacks a
-        leaf, or a shape or a dtype does not fit. All of this is compared before any
-        tensor is read.
-      TypeError: `like` is a model or holds tracers, `sharding` holds something other
-        than shardings, `skip` is not a text, or a transformation of JAX is under way.
+        leaf, or a shape or a dtype does not fit. No tensor is read before.
+      TypeError: `like` is a model or holds tracers, `sharding` or `skip` is of a wrong
+        type, or a transformation of JAX is under way.
       ValueError: `like` has adapters, `names` are unknown, `skip` matches nothing, or a
         leaf cannot be split as its sharding says.
 
@@ -92,16 +86,16 @@ def load_base(
             raise TypeError(
                 f"like must hold arrays, got {type(array).__name__} at {name!r}"
             )
-    if adapted := [name for name in arrays if name.endswith(SUFFIX)]:
-        raise ValueError(
-            f"like must be a base without adapters, got {adapted[0]!r}: load the base "
-            "first, and adapt it then"
-        )
+        if name.endswith(SUFFIX):
+            raise ValueError(
+                f"like must be a base without adapters, got {name!r}: load the base "
+                "first, and adapt it then"
+            )
     shardings = _shardings(sharding, arrays)
     misfit = "{!r} in like has shape {}, which {} does not fit"
     source = Source(Checkpoint(path), names)
     stacks = {n: source.stack(n, tuple(a.shape), misfit) for n, a in arrays.items()}
-    source.check_missing("leaf of like")
+    source.check_missing()
     source.check_left(arrays, skip)
     leaves = {}
     for place, (name, array) in zip(places, arrays.items(), strict=True):
@@ -121,10 +115,11 @@ def _dtype(name: str, own: Any, asked: Any, stack: Mapping[Shape, Part]) -> np.d
             f"dtype must be 'like' or a floating-point dtype for {name!r}: {error}"
         ) from None
     for part in stack.values():
-        if part.dtype != dtype and asked is None:
+        stored = part.file.dtype(part.name)
+        if stored != dtype and asked is None:
             raise AdapterFileError(
-                f"{part.name!r} in the base is {part.dtype}, and {name!r} in like is "
-                f"{dtype}: dtype='like' or dtype='{part.dtype}' converts"
+                f"{part.name!r} in the base is {stored}, and {name!r} in like is "
+                f"{dtype}: dtype='like' or dtype='{stored}' converts"
             )
     if dtype == np.float64 and not jax.config.read("jax_enable_x64"):
         raise AdapterFileError(

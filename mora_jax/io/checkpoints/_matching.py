@@ -43,11 +43,6 @@ class Part(NamedTuple):
     rows: Shape
     columns: Shape
 
-    @property
-    def dtype(self) -> np.dtype:
-        """The tensor's dtype, which is floating-point."""
-        return self.file.dtype(self.name, "dequantise it first")
-
     @classmethod
     def of(cls, file: TensorFile, tensor: Tensor, array: Shape) -> "Part | None":
         """Return the part for an array of a shape; None if the tensor does not fit."""
@@ -55,9 +50,8 @@ class Part(NamedTuple):
         order = tensor.order or tuple(range(len(array)))
         if len(order) != len(array):
             return None
-        if len(shape) < 2:
-            fits = math.prod(array) == math.prod(shape)
-            return cls(file, name, order, ()) if fits else None
+        if len(shape) < 2 and math.prod(array) == math.prod(shape):
+            return cls(file, name, order, ())
         for k in range(1, len(order) if tensor.axes != "o" else 1):
             axes = order[:k], order[k:]
             axes = axes[::-1] if tensor.axes == "oi" else axes
@@ -212,45 +206,38 @@ class Source:
         return ""
 
     def take(self, tensor: str, leaf: str) -> None:
-        """Note that a leaf has the tensor."""
+        """Note that a leaf has the tensor, which must be floating-point."""
         # A model may have two leaves where the file has one of two tied tensors.
         if tensor in self.taken and not (self.tied and _tied_to(tensor)):
             raise AdapterFileError(
                 f"{self.taken[tensor]!r} and {leaf!r} are both {tensor!r} in the base"
             )
+        self.checkpoint.place[tensor].dtype(tensor, "dequantise it first")
         self.taken[tensor] = leaf
 
-    def check_missing(self, what: str) -> None:
-        """Raise if a leaf lacks a tensor; messages call it `what`."""
+    def check_missing(self) -> None:
+        """Raise if a leaf lacks a tensor."""
         if not self.missing:
             return
         leaf, place = self.missing[0], self.checkpoint.place
         names = (tensor.name for tensor in to_tensors(leaf, self.known))
         # Kernels need a template, though a tensor may have their name.
         name = next((name for name in names if name not in place), "")
-        text = f"the base has no tensor for the {what} {leaf!r}"
+        text = f"the base has no tensor for the leaf {leaf!r}"
         if _tied_to(name) and not self.tied:
-            text += ", or has it only as another one that it is tied to, and here no "
-            text += "tensors are tied"
+            text += ", or has it only as another one, and here no tensors are tied"
         text += f", which would be {name!r}" if name else ""
         text += nearest_paths(name or leaf, place)
-        unknown = [
-            name
-            for name in self.missing
-            if to_module(name, self.known) is None and not name.endswith("/bias")
-        ]
-        if unknown:
+        others = (name for name in self.missing if not name.endswith("/bias"))
+        if unknown := [name for name in others if not to_module(name, self.known)]:
             free = [n.removesuffix(".weight") for n in place if n not in self.taken]
             text += f"; {suggestion(unknown, free)}"
         raise AdapterFileError(text)
 
     def check_left(self, leaves: Iterable[str], skip: str | Sequence[str]) -> None:
-        """Raise if a tensor lacks a leaf and is not known to be superfluous.
-
-        `skip` holds regular expressions for tensors that are passed over.
-        """
-        several = isinstance(skip, Iterable) and not isinstance(skip, str)
-        patterns: list[Any] = list(skip) if several else [skip]
+        """Raise if a tensor lacks a leaf, unless `skip` matches it or it is idle."""
+        one = isinstance(skip, str) or not isinstance(skip, Iterable)
+        patterns: list[Any] = [skip] if one else list(skip)
         if not all(isinstance(pattern, str) for pattern in patterns):
             raise TypeError(
                 f"skip must be a regular expression or several of them, got {skip!r}"

@@ -11,7 +11,6 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from mora_jax._common.types import Shape
 from mora_jax._layer.equation import delta_kernel
 from mora_jax._layer.rounding import Rounding, add_rounded, check_rounding, share_lost
 from mora_jax._plan.plan import Plan
@@ -21,10 +20,8 @@ from mora_jax._tree.adapters import adapter_items, trained_items
 from mora_jax._tree.base_digest import check_digests, kernel_digests
 from mora_jax.io._files import (
     AdapterFileError,
-    Files,
     Location,
     as_path,
-    entries,
     parts,
     write_directory,
 )
@@ -36,49 +33,36 @@ from mora_jax.io.checkpoints._matching import Source, converted
 
 @dataclasses.dataclass(frozen=True)
 class Site:
-    """A tensor of the base, and the adapter whose delta is added to it."""
+    """Tensors of the base that are a kernel together, and the adapter of that."""
 
-    # The spec is of the kernel that one or several tensors are together, each with as
-    # many outputs; this one is number `part`. The kernel is number `layer` in the stack
+    # The tensors have as many outputs each. The kernel is number `layer` in the stack
     # that the adapter was made for.
     spec: AdapterSpec
     m: np.ndarray
     tensors: tuple[str, ...]
-    part: int = 0
     layer: int = 0
 
-    @property
-    def name(self) -> str:
-        """The tensor's name."""
-        return self.tensors[self.part]
-
-    @property
-    def shape(self) -> Shape:
-        """The tensor's shape."""
-        shape, axis = list(self.spec.kernel_shape), self.spec.axes.index("o")
-        shape[axis] //= len(self.tensors)
-        return tuple(shape)
-
-    def add(self, kernel: np.ndarray, rounding: Rounding) -> tuple[np.ndarray, float]:
-        """Return the merged tensor, and the share of its delta that is lost."""
-        dtype = jnp.promote_types(kernel.dtype, jnp.float32)
+    def add(
+        self, name: str, tensor: np.ndarray, rounding: Rounding
+    ) -> tuple[np.ndarray, float]:
+        """Return a merged tensor, and the share of its delta that is lost."""
+        part = self.tensors.index(name)
+        dtype = jnp.promote_types(tensor.dtype, jnp.float32)
         # JAX's transpose has the memory order of the tensor. NumPy's would not, and it
         # adds arrays of different orders slowly.
         delta = np.asarray(delta_kernel(self.spec, self.m))
         parts = np.split(delta, len(self.tensors), self.spec.axes.index("o"))
-        before, delta = kernel.astype(dtype), parts[self.part].astype(dtype)
+        before, delta = tensor.astype(dtype), parts[part].astype(dtype)
         if dtype == jnp.float32:
             # The dither is the one that `merge` gives the whole kernel.
-            start = 0, self.part * self.spec.out_features // len(self.tensors)
-            settings = self.spec.axes, kernel.dtype, rounding, start
-            merged = np.asarray(add_rounded(kernel, delta, *settings))
+            start = 0, part * self.spec.out_features // len(self.tensors)
+            settings = self.spec.axes, tensor.dtype, rounding, start
+            merged = np.asarray(add_rounded(tensor, delta, *settings))
         else:  # JAX may lack float64, and nothing is rounded
             merged = before + delta
         after = merged.astype(dtype)
         if not np.isfinite(after).all() and np.isfinite(before).all():
-            raise AdapterFileError(
-                f"{self.name!r} overflows {kernel.dtype} with its delta"
-            )
+            raise AdapterFileError(f"{name!r} overflows {tensor.dtype} with its delta")
         return merged, float(share_lost(after - before, delta))
 
     def check_base(self, read: Callable[[str], np.ndarray]) -> None:
@@ -93,68 +77,63 @@ class Site:
             raise AdapterFileError(str(error)) from None
 
 
-def sites_of(
-    checkpoint: Checkpoint, adapters: Any, plan: Plan, names: Names
-) -> dict[str, Site]:
-    """Return the site of each tensor that an adapter changes, all of them checked."""
-    source, sites = Source(checkpoint, names, tied=False), {}
+def sites_of(source: Source, adapters: Any, plan: Plan) -> dict[str, Site]:
+    """Return {tensor: its site} for all tensors that adapters change, checked."""
+    sites = {}
     for spec, m in adapter_items(adapters, plan):
         m = to_numpy(spec.name, m)
         m = m.astype(jnp.promote_types(m.dtype, jnp.float32))
         for site in _sites(source, spec, m):
-            source.take(site.name, spec.name)
-            if (shape := checkpoint.entry(site.name).shape) != site.shape:
-                raise AdapterFileError(
-                    f"{site.name!r} in the base must have shape {site.shape}, got "
-                    f"{shape}"
-                )
-            sites[site.name] = site
-    source.check_missing("kernel")
+            shape, axis = list(site.spec.kernel_shape), site.spec.axes.index("o")
+            shape[axis] //= len(site.tensors)
+            for name in filter(None, site.tensors):
+                source.take(name, spec.name)
+                if (found := source.checkpoint.entry(name).shape) != tuple(shape):
+                    raise AdapterFileError(
+                        f"{name!r} in the base must have shape {tuple(shape)}, got "
+                        f"{found}"
+                    )
+                sites[name] = site
     return sites
 
 
 def _sites(source: Source, spec: AdapterSpec, m: np.ndarray) -> Iterator[Site]:
-    """Yield the sites of a kernel. What the base lacks is noted as missing."""
+    """Yield the sites of a kernel. What the base lacks is "", and noted as missing."""
     if own := source.own_name(spec.path):
         yield Site(spec, m, (own,))
         return
     modules, unnamed = modules_of(spec, source.known)
     source.missing += unnamed
-    for index, layer in itertools.groupby(modules, lambda module: module.index):
-        first, *others = layer
-        # One layer at a time: the delta of a whole stack may not fit in memory.
-        sizes = {"i": spec.in_features, "o": spec.out_features}
-        shape = tuple(sizes[letter] for letter in first.axes)
-        alone = dataclasses.replace(
-            spec, kernel_shape=shape, axes=first.axes, layout=None
-        )
-        names = (f"{module.name}.weight" for module in (first, *others))
-        tensors = tuple(map(source.named, names))
-        for part, name in enumerate(tensors):
-            if name:
-                yield Site(alone, m[index], tensors, part, first.layer)
-            else:
+    layers = itertools.groupby(modules, lambda module: module.index)
+    # The numbers are right unless a layer is unnamed, which is an error in the end.
+    for layer, (index, group) in enumerate(layers):
+        first, *others = group
+        tensors = tuple(source.named(f"{one.name}.weight") for one in (first, *others))
+        for part, tensor in enumerate(tensors):
+            if not tensor:
                 at = (*index, part) if others else index
                 source.missing.append(join_index(spec.name, at))
+        sizes = {"i": spec.in_features, "o": spec.out_features}
+        shape = tuple(sizes[letter] for letter in first.axes)
+        # One layer at a time: the delta of a whole stack may not fit in memory.
+        alone = {"kernel_shape": shape, "axes": first.axes, "layout": None}
+        yield Site(dataclasses.replace(spec, **alone), m[index], tensors, layer)
 
 
-def replacements(
-    checkpoint: Checkpoint, items: Items, names: Names
-) -> dict[str, tuple[str, np.ndarray]]:
+def replacements(source: Source, items: Items) -> dict[str, tuple[str, np.ndarray]]:
     """Return {tensor: name and numbers of the trained array for it}."""
     misfit = "the trained array {!r} of shape {} does not fit {} in the base"
-    source, replaced = Source(checkpoint, names, tied=False), {}
+    replaced = {}
     for array, copy in items:
         numbers, own = to_numpy(array.name, copy), source.own_name(array.path)
         # A bias with axes for heads may have the name of its tensor by chance.
-        if own and checkpoint.entry(own).shape == array.shape:
+        if own and source.checkpoint.entry(own).shape == array.shape:
             source.take(own, array.name)
             replaced[own] = array.name, numbers
             continue
         for index, part in source.stack(array.name, array.shape, misfit).items():
             layer = part.in_rows(numbers[index])
             replaced[part.name] = join_index(array.name, index), layer
-    source.check_missing("trained array")
     return replaced
 
 
@@ -181,27 +160,23 @@ def merge_checkpoint(
 ) -> dict[str, float]:
     """Merge adapters into a checkpoint that need not fit in memory.
 
-    This is PEFT's `merge_and_unload` and `save_pretrained`, but without the model:
-    tensors go from file to file, and memory holds one kernel and its delta. Names,
-    dtypes and all tensors without an adapter stay bit for bit the same. Arrays that the
+    Tensors go from file to file, and memory holds one kernel and its delta. Names,
+    dtypes and tensors without an adapter stay bit for bit the same. Arrays that the
     plan trains replace their tensors, rounded to nearest. The config, tokenizer and
-    templates in the base's directory are copied; pickles are not.
-
-    A local `out` is there whole or not at all. On an object store the index and then
-    config.json are written last, so a killed process leaves neither of them.
+    templates beside the base are copied; pickles are not. A local `out` is there whole
+    or not at all.
 
     Args:
-      base: A safetensors file, or a directory of them with or without an index; a path
-        or a URL that `etils.epath` opens. A kernel is found by its path, joined by "/"
-        or ".", or as `<module>.weight` by `names`.
+      base: As the path in `load_base`. A kernel is found by its path, joined by "/" or
+        ".", or as `<module>.weight` by `names`.
       adapters: The adapters, as `init` makes them.
       plan: The plan that they follow.
       out: The directory to make, a path or a URL.
       names: As in `load_peft_mora`.
       force: True to replace a checkpoint that is in `out`; an object store's is removed
         before anything is written.
-      any_base: True to merge into any weights, as in `mora_jax.merge`.
-      rounding: The rounding to less than 32 bits, as in `mora_jax.merge`.
+      any_base: As in `mora_jax.merge`.
+      rounding: As in `mora_jax.merge`.
       progress: A function of the number of bytes, called after each piece is written.
 
     Returns:
@@ -211,9 +186,8 @@ def merge_checkpoint(
     Raises:
       AdapterFileError: The base is damaged, the adapters do not fit it, or they were
         trained on other weights and `any_base` is False.
-      FileExistsError: `out` exists, and `force` is False; or it holds something other
-        than a checkpoint, such as an adapter.
-      NotADirectoryError: `out` is a file.
+      FileExistsError, NotADirectoryError: `out` exists, and `force` is False; or it is
+        a file, or holds something other than a checkpoint, such as an adapter.
       ValueError: `out` is the base or holds it, or `rounding` is unknown.
     """
     check_rounding(rounding)
@@ -223,12 +197,10 @@ def merge_checkpoint(
     if parts(target) == home[: len(parts(target))]:
         raise ValueError(f"out must not be the base or hold it, got {target}")
     _check_target(target, checkpoint, force)
-    sites = sites_of(checkpoint, adapters, plan, names)
-    trained = replacements(checkpoint, trained_items(adapters, plan), names)
-    if both := sorted(sites.keys() & trained.keys()):
-        raise AdapterFileError(f"an adapter and a trained array go into {both[0]!r}")
-    for name in sites | trained:  # all of them before a file is written
-        checkpoint.place[name].dtype(name, "dequantise it first")
+    tensors = Source(checkpoint, names, tied=False)
+    sites = sites_of(tensors, adapters, plan)
+    trained = replacements(tensors, trained_items(adapters, plan))
+    tensors.check_missing()
 
     @functools.lru_cache(maxsize=1)  # a kernel is compared and then merged
     def read(name: str) -> np.ndarray:
@@ -244,7 +216,7 @@ def merge_checkpoint(
         if name in sites:
             if not any_base:
                 sites[name].check_base(read)
-            kernel, lost[name] = sites[name].add(read(name), rounding)
+            kernel, lost[name] = sites[name].add(name, read(name), rounding)
             yield kernel.tobytes()
         elif name in trained:
             array, numbers = trained[name]
@@ -254,22 +226,18 @@ def merge_checkpoint(
 
     def content(file: TensorFile) -> Iterator[bytes]:
         order = sorted(file.entries, key=lambda name: file.entries[name].start)
-        tensors = itertools.chain.from_iterable(map(merged, order))
-        for chunk in itertools.chain([file.header], tensors):
+        for chunk in itertools.chain([file.header], *map(merged, order)):
             yield chunk
             progress(len(chunk))
 
-    def files() -> Files:
-        for file in checkpoint.files:
-            yield file.path.name, content(file)
+    def is_last(path: Location) -> tuple[bool, bool]:
         # Programs begin with the config and the index: without them nothing is read.
-        for path in sorted(
-            checkpoint.beside,
-            key=lambda path: (path.name == "config.json", path.name.endswith(INDEX)),
-        ):
-            yield path.name, [path.read_bytes()]
+        return path.name == "config.json", path.name.endswith(INDEX)
 
-    write_directory(target, files())
+    stored = ((file.path.name, content(file)) for file in checkpoint.files)
+    beside = sorted(checkpoint.beside, key=is_last)
+    copied = ((path.name, [path.read_bytes()]) for path in beside)
+    write_directory(target, itertools.chain(stored, copied))
     return lost
 
 
@@ -293,7 +261,7 @@ def _check_target(target: Location, checkpoint: Checkpoint, force: bool) -> None
         twin = copied.get(path.name) if path.is_file() else None
         return twin is not None and path.read_bytes() == twin.read_bytes()
 
-    there = entries(target)
+    there = list(target.iterdir())
     others = sorted(path.name for path in there if not is_known(path))
     if others or there and not any(p.name.endswith(".safetensors") for p in there):
         raise FileExistsError(

@@ -62,17 +62,16 @@ def export(
 
     Args:
       directory: The directory to make, a path or a URL.
-      adapters: The adapters, as `init` makes them.
-      plan: The plan that they follow.
+      adapters: As in `save_peft_lora`.
+      plan: As in `save_peft_lora`.
       server: "vllm" or "sglang".
-      names: As in `load_peft_mora`.
-      base: The base's safetensors, as in `merge_checkpoint`, for adapters that have to
-        be merged. A base that has an embedding and no head is taken to be tied.
+      names: As in `save_peft_lora`.
+      base: The base's safetensors, for adapters that have to be merged. A base that has
+        an embedding and no head is taken to be tied.
       base_model: The model that the server loads: a directory or a name on the Hub.
         `base` by default.
-      max_error: The largest share of its delta that a module may lose in a LoRA.
-      force: True to replace what is in `directory`: an adapter by a LoRA, or a
-        checkpoint by a merged one.
+      max_error: As in `save_peft_lora`.
+      force: True to replace an adapter by a LoRA, or a checkpoint by a merged one.
       any_base: As in `merge_checkpoint`.
       rounding: As in `merge_checkpoint`.
       progress: As in `merge_checkpoint`.

@@ -32,14 +32,13 @@ def save_peft_lora(
 
     The deltas of operators without blocks (sharing, signed_sharing, truncation,
     orthogonal, subspace and hadamard) are LoRAs of rank q exactly: :math:`A = C`,
-    :math:`B = \alpha M D`. The deltas of other operators have full rank, and only the
-    `rank` largest of their singular values are kept. An adapter of an embedding changes
-    what is looked up, and not a head that is tied to it; a `MoRAWarning` says so.
+    :math:`B = \alpha M D`. Others have full rank, and only the `rank` largest of their
+    singular values are kept. An adapter of an embedding changes what is looked up, and
+    not a head that is tied to it; a `MoRAWarning` says so.
 
     Args:
-      directory: A path or a URL that `etils.epath` opens, new or empty. A local
-        directory is there whole or not at all. On an object store the config is written
-        last, so a killed process leaves a directory without a config.
+      directory: A path or a URL that `etils.epath` opens, new or empty. A local one is
+        there whole or not at all.
       adapters: The adapters, as `init` makes them.
       plan: The plan that they follow.
       names: As in `load_peft_mora`.
@@ -56,11 +55,10 @@ def save_peft_lora(
       {module: norm(delta - LoRA) / norm(delta)}; 0 where nothing is cut off.
 
     Raises:
-      FileExistsError: The directory is not empty; with `force`, it holds something
-        other than an adapter.
-      ValueError: `names` lack a module for a kernel, a kernel is a convolution's, a
-        delta of full rank is given without `rank`, a module would lose more than
-        `max_error`, or the plan lacks adapters or trains arrays. Nothing is written.
+      FileExistsError: The directory holds files; with `force`, more than an adapter.
+      ValueError: `names` lack a kernel's module, a kernel is a convolution's, the plan
+        lacks adapters or trains arrays, a delta of full rank lacks a `rank`, or a
+        module would lose more than `max_error`. Nothing is written.
     """
     path = free(directory, force)
     matrices, lost = make_lora(adapters, plan, names, rank, max_error)
@@ -71,10 +69,7 @@ def save_peft_lora(
 def make_lora(
     adapters: Any, plan: Plan, names: Names, rank: Rank, max_error: float | int
 ) -> tuple[list[MatrixPair], dict[str, float]]:
-    """Return adapters as a LoRA, and {module: the share of its delta that is lost}.
-
-    Arguments and errors are as in `save_peft_lora`.
-    """
+    """Return what `save_peft_lora` writes, and what it returns."""
     check_number("max_error", max_error)
     if not 0 <= max_error <= 1:
         raise ValueError(f"max_error must be between 0 and 1, got {max_error}")
@@ -82,9 +77,8 @@ def make_lora(
         rank = positive_integer("rank", rank)
     matrices, lost, full, enough = [], {}, None, 1
     for module, spec, m in modules(adapters, plan, names):
-        a, b, lost[module.name], own = _factors(
-            spec, m, module.outputs, rank, max_error
-        )
+        factors = _factors(spec, m, module.outputs, rank, max_error)
+        a, b, lost[module.name], own = factors
         enough = max(enough, own)
         full = spec if rank is None and spec.operator.block else full
         if module.table:

@@ -41,23 +41,20 @@ def load_peft_mora(
     Args:
       directory: A path or a URL that `etils.epath` opens, of a directory with
         adapter_config.json and adapter_model.safetensors.
-      model: The params of the model that gets the adapters, or their shapes. If kernels
-        have other axes than (in, out), a plan by `linen.plan` or `nnx.plan` that has
-        all kernels that the file adapts.
+      model: The params of the model, or their shapes. If kernels have other axes than
+        (in, out), a plan by `linen.plan` or `nnx.plan` with all kernels of the file.
       names: The modules of PyTorch that are the kernels. A family ("llama", "gemma",
-        "qwen", "gpt2" or "bert", also with a version as in "qwen3") for models with the
-        names of transformers' models; "tunix" for Tunix's Qwen2, Qwen3, Llama3 and
-        Gemma, "gm" for Google's gemma; otherwise templates, such as
+        "qwen", "gpt2" or "bert", also with a version as in "qwen3") for the names of
+        transformers' models; "tunix" for Tunix's Qwen2, Qwen3, Llama3 and Gemma, "gm"
+        for Google's gemma; otherwise templates, such as
         `{"model.layers.{layer}.mlp.{name}": "layer_{layer}/{name}/kernel"}`, with
         `"mlp/{name}/kernel[{layer}]"` for a stacked kernel. None tries all families.
 
     Returns:
-      (adapters, plan), as `load` does. `reference_operator` makes the operators. Alpha
-      is 1, since the reference ignores it.
+      (adapters, plan), with operators by `reference_operator` and an alpha of 1.
 
     Raises:
-      AdapterFileError: The files are damaged or hold no MoRA adapter, or they do not
-        fit the model.
+      AdapterFileError: The files are damaged or without MoRA, or do not fit the model.
     """
     path = as_path("directory", directory)
     config = _checked(read_json(path / CONFIG))
@@ -130,11 +127,9 @@ def _matrices(arrays: Mapping[str, np.ndarray]) -> Iterator[tuple[str, np.ndarra
             )
         twins[named[1]][named[2]] = array
     for name, pair in twins.items():
-        if len(pair) < 2:
-            raise AdapterFileError(f"{TENSORS} must have lora_A and lora_B of {name}")
-        if not np.array_equal(pair["A"], pair["B"]):
+        if len(pair) < 2 or not np.array_equal(pair["A"], pair["B"]):
             raise AdapterFileError(
-                f"lora_A and lora_B of {name} in {TENSORS} must be the same matrix"
+                f"{TENSORS} must have lora_A and lora_B of {name}, the same matrix"
             )
         yield name, pair["A"].T
 
@@ -195,25 +190,20 @@ def _adapter(
     stack, widths = spec.stack_shape, (spec.in_features, spec.out_features)
     if missing := set(np.ndindex(stack)) ^ set(modules):
         raise ValueError(f"the kernel is stacked {stack}, and does not fit {missing}")
-    ranks = {_rank(module, config) for module, _ in modules.values()}
-    operators = {reference_operator(config["mora_type"], *widths, r) for r in ranks}
-    if len(operators) > 1:
-        # Its M's are one array.
-        raise ValueError("a stacked kernel must have one rank in all its layers")
-    (operator,) = operators
+    ranks, operators = config["rank_pattern"], set()
     for module, m in modules.values():
+        # By names or, as in PEFT, by ends of names.
+        ends = (key for key in ranks if f".{module}".endswith(f".{key}"))
+        rank = ranks.get(next(ends, ""), config["r"])
+        operator = reference_operator(config["mora_type"], *widths, rank)
+        operators.add(operator)
         check_finite(m, module)
         if m.shape != operator.m_shape:
             raise ValueError(
                 f"{module} must be of shape {operator.m_shape} for a kernel of "
                 f"{widths[0]} -> {widths[1]} features, got {m.shape}"
             )
+    if len(operators) > 1:  # the M's are to be one array
+        raise ValueError("a stacked kernel must have one rank in all its layers")
     ms = [modules[index][1] for index in np.ndindex(stack)]
-    return operator, np.stack(ms).reshape(*stack, *operator.m_shape)
-
-
-def _rank(module: str, config: Mapping[str, Any]) -> int:
-    """Return the rank of a module."""
-    ranks = config["rank_pattern"]  # by names or, as in PEFT, by ends of names
-    ends = (key for key in ranks if f".{module}".endswith(f".{key}"))
-    return ranks.get(next(ends, ""), config["r"])
+    return operators.pop(), np.stack(ms).reshape(*stack, *ms[0].shape)

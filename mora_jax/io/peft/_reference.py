@@ -28,9 +28,9 @@ def reference_operator(
     """Return the operator that the authors' code (peft-mora) computes with.
 
     Types 1 to 4 are sharing. Type 6 is rotation that leaves out inputs if a layer has
-    fewer outputs than inputs. The code rounds the square rank to the nearest number, so
-    M may have more parameters than a LoRA of that rank, unlike in this library. The
-    code's `lora_A` is M transposed. It ignores its alpha, so keep alpha at 1.
+    fewer outputs than inputs. The code rounds q to the nearest number, so M may have
+    more parameters than a LoRA of that rank, unlike in this library. Its `lora_A` is M
+    transposed. It ignores its alpha, so keep alpha at 1.
 
     Args:
       mora_type: The type in the reference's config: 1, 2, 3, 4 or 6.
@@ -39,8 +39,7 @@ def reference_operator(
       rank: The `r` in the reference's config.
 
     Raises:
-      TypeError: A number is not an integer.
-      ValueError: The type is not known, or a number is below 1.
+      TypeError, ValueError: The type is unknown, or a number is not an integer above 0.
 
     Example::
 

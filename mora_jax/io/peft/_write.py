@@ -47,32 +47,27 @@ def save_peft_mora(
 
     Args:
       directory: As in `save_peft_lora`.
-      adapters: The adapters, as `init` makes them.
-      plan: The plan that they follow.
-      names: As in `load_peft_mora`.
-      base_model: PEFT's `base_model_name_or_path`.
-      task_type: PEFT's `task_type`.
-      force: True to replace an adapter that is in the directory.
+      adapters: As in `save_peft_lora`.
+      plan: As in `save_peft_lora`.
+      names: As in `save_peft_lora`.
+      base_model: As in `save_peft_lora`.
+      task_type: As in `save_peft_lora`.
+      force: As in `save_peft_lora`.
 
     Raises:
       FileExistsError: As `save_peft_lora`.
-      ValueError: The reference does not have an operator or a square rank, `names` lack
-        a module for a kernel, a kernel is one of a convolution or an embedding, or the
-        plan lacks adapters or trains arrays.
+      ValueError: The reference lacks an operator or a square rank, a kernel is an
+        embedding's, or as `save_peft_lora`.
     """
     path = free(directory, force)
     squares, settings = [], set()
     for module, spec, m in modules(adapters, plan, names):
-        if module.table:
+        if module.table or module.outputs != slice(0, spec.out_features):
+            kind = "an embedding" if module.table else "a part of this kernel"
             raise ValueError(
-                f"{spec.name}: the reference has no squares for embeddings, got "
-                f"{module.name}; io.save_peft_lora writes them as a LoRA"
-            )
-        if module.outputs != slice(0, spec.out_features):
-            raise ValueError(
-                f"{spec.name}: the reference has one square for each module, and "
-                f"{module.name} is a part of this kernel; io.save_peft_lora writes "
-                "such adapters as a LoRA, and io.merge_checkpoint merges them"
+                f"{spec.name}: the reference has no squares for embeddings or parts of "
+                f"kernels, and {module.name} is {kind}; io.save_peft_lora writes it as "
+                "a LoRA, and io.merge_checkpoint merges it"
             )
         mora_type, rank, scale = _reference(spec)
         settings.add((mora_type, spec.dropout))
@@ -174,7 +169,17 @@ def modules(
     )
     known, items, unknown = pairs(names), [], []
     for spec, m in adapter_items(adapters, plan):
-        _refuse_convolution(spec)
+        # A convolution's axes are a window's, then "io" or "oi". With a window of two
+        # axes or more no dense layer has the same. With a window of one axis some do: a
+        # layer from heads to a width has "iio". Only names tell these apart.
+        axes = spec.axes.replace("s", "")
+        called = re.search("conv", spec.name, re.IGNORECASE)
+        if re.fullmatch("ii+(io|oi)", axes) or called and axes in ("iio", "ioi"):
+            raise ValueError(
+                f"{spec.name}: what is written here for PEFT must be of dense layers "
+                f"and embeddings, got axes {spec.axes!r}, those of a convolution; "
+                "mora_jax.merge merges it"
+            )
         named, missing = modules_of(spec, known)
         m = to_numpy(spec.name, m).astype(np.float32)
         items += [(module, spec, m[module.index]) for module in named]
@@ -185,21 +190,6 @@ def modules(
             f"{suggestion(unknown, ())}"
         )
     return items
-
-
-def _refuse_convolution(spec: AdapterSpec) -> None:
-    """Raise if the kernel is one of a convolution."""
-    # Its axes are a window's, then "io" or "oi". With a window of two axes or more no
-    # dense layer has the same. With a window of one axis some do: a layer from heads to
-    # a width has "iio". Only names tell these apart.
-    axes = spec.axes.replace("s", "")
-    named = re.search("conv", spec.name, re.IGNORECASE)
-    if re.fullmatch("ii+(io|oi)", axes) or named and axes in ("iio", "ioi"):
-        raise ValueError(
-            f"{spec.name}: what is written here for PEFT must be of dense layers and "
-            f"embeddings, got axes {spec.axes!r}, those of a convolution; "
-            "mora_jax.merge merges it"
-        )
 
 
 def free(directory: str | os.PathLike[str], force: bool) -> Location:
