@@ -3,7 +3,6 @@
 import importlib.metadata
 import json
 from collections.abc import Mapping
-from inspect import signature
 from typing import Annotated, Any
 
 import typer
@@ -202,7 +201,5 @@ def run() -> None:
         # of object stores have errors of their own, which may be a word.
         if not isinstance(error, ImportError | OSError | TypeError | ValueError):
             reason = f"{type(error).__name__}: {reason}"
-        commands = [command.callback for command in app.registered_commands]
-        options = {name for c in commands if c for name in signature(c).parameters}
-        typer.secho(f"error: {as_options(reason, options)}", fg="red", err=True)
+        typer.secho(f"error: {as_options(reason)}", fg="red", err=True)
         raise SystemExit(1) from error

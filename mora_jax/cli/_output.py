@@ -4,7 +4,7 @@ import contextlib
 import functools
 import re
 import shlex
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import typer
@@ -108,18 +108,17 @@ def check_apart(argument: str, target: str, adapter: str) -> None:
         )
 
 
-def as_options(text: str, options: Collection[str]) -> str:
-    """A message of the library with `options` as the command line has them."""
+def as_options(text: str) -> str:
+    """A message of the library with arguments as the command line has them."""
 
     # `force=True` becomes `--force`, and `names={...}` becomes `--names '{...}'`.
     def option(match: re.Match[str]) -> str:
         name, value = match.groups()
-        if name not in options:
-            return match[0]
         flag = "--" + name.replace("_", "-")
         return flag if value == "True" else f"{flag} {shlex.quote(value)}"
 
-    return re.sub(r"\b([a-z_]+)=(\{.*\}|[\w.]*\w)", option, text)
+    arguments = r"\b(any_base|base|force|max_error|names|rank|rounding)"
+    return re.sub(rf"{arguments}=(\{{.*\}}|[\w.]*\w)", option, text)
 
 
 def say_table(rows: Sequence[Mapping[str, Any]]) -> None:

@@ -56,16 +56,13 @@ def load(
     """Return adapters and their plan, as `save` wrote them.
 
     PEFT calls this `from_pretrained`. Everything is checked before anything is
-    returned, and nothing is filled in. `adapter_config.json` may be missing; if it is
-    there, it must say what the tensors' file says. While other processes save into the
-    directory, the adapters are the old ones or the new ones of one process.
+    returned, and nothing is filled in.
 
     Args:
       directory: A path or a URL that `etils.epath` opens.
-      params_or_shapes: The model's params or their shapes. Each kernel must then have
-        the shape that its adapter was made for. If `save` was given the base's params,
-        arrays must also hold that base's weights, in float32 or bfloat16; kernels with
-        parts on other processes are not compared.
+      params_or_shapes: The model's params or their shapes, which the adapters must fit.
+        If `save` was given the base's params, arrays must also hold that base's
+        weights, in float32 or bfloat16.
       any_base: True to accept also other weights than those that the adapter was
         trained on.
 
@@ -81,9 +78,7 @@ def load(
 
     Example::
 
-      >>> import tempfile
-      >>> import jax.numpy as jnp
-      >>> import mora_jax
+      >>> import tempfile, jax.numpy as jnp, mora_jax
       >>> params = {"fc": {"kernel": jnp.ones((8, 8))}}
       >>> plan = mora_jax.plan(params)
       >>> with tempfile.TemporaryDirectory() as directory:
@@ -111,16 +106,14 @@ def read_metadata(directory: str | os.PathLike[str]) -> dict[str, Any]:
     """Return the metadata that `save` was given.
 
     Args:
-      directory: A path or a URL that `etils.epath` opens.
+      directory: As in `load`.
 
     Raises:
       io.AdapterFileError: The file is missing, damaged or of a newer format.
 
     Example::
 
-      >>> import tempfile
-      >>> import jax.numpy as jnp
-      >>> import mora_jax
+      >>> import tempfile, jax.numpy as jnp, mora_jax
       >>> plan = mora_jax.plan({"fc": {"kernel": jnp.ones((8, 8))}})
       >>> with tempfile.TemporaryDirectory() as directory:
       ...     mora_jax.save(directory, mora_jax.init(plan), plan, metadata={"step": 3})
@@ -149,8 +142,14 @@ def _settled(
         with lock:
             data = read(directory / TENSORS)
             try:
-                config = _parse_config(data)
-                _check_copy(directory, config)
+                config, copy = _parse_config(data), directory / CONFIG
+                if copy.exists() and dump(read_json(copy)) != dump(config):
+                    # Someone has edited it, or has replaced one of the two files.
+                    raise AdapterFileError(
+                        f"{CONFIG} in {directory} is edited, damaged or of another "
+                        f"adapter: unlike {TENSORS}, which alone is read; delete it, "
+                        "and the next save writes it"
+                    )
                 return use(data, config)
             except AdapterFileError:
                 if data == before:
@@ -195,17 +194,6 @@ def _restored(
     return nest({path: to_jax("/".join(path), a) for path, a in leaves.items()}), plan
 
 
-def _check_copy(directory: Location, content: Mapping[str, Any]) -> None:
-    """Raise if the readable copy of the config is there and says something else."""
-    # Someone has edited it then, or has replaced one of the two files.
-    path = directory / CONFIG
-    if path.exists() and dump(read_json(path)) != dump(content):
-        raise AdapterFileError(
-            f"{CONFIG} in {directory} is edited, damaged or of another adapter: unlike "
-            f"{TENSORS}, which alone is read; delete it, and the next save writes it"
-        )
-
-
 def is_ours(directory: Location, name: str) -> bool:
     """Return True if the file `CONFIG` or `TENSORS` says that it is of this format."""
     if name == TENSORS:
@@ -240,12 +228,11 @@ def save(
 
     PEFT calls this `save_pretrained`. `adapter_model.safetensors` holds everything, and
     `adapter_config.json` is a copy of all but the arrays, for people to read. Whenever
-    the process is killed, the directory holds the old adapter or the new one. Other
-    files in it are left alone. On a local disk, processes that save into one directory
-    wait for each other; into an object store only one at a time may save.
+    the process is killed, the directory holds the old adapter or the new one. Into an
+    object store only one process at a time may save.
 
     Args:
-      directory: A path or a URL that `etils.epath` opens; made if it does not exist.
+      directory: As in `load`; made if it does not exist.
       adapters: The adapters, as `init` makes them.
       plan: The plan that they follow.
       metadata: Values that JSON can hold, for `io.read_metadata`.
@@ -258,13 +245,11 @@ def save(
         the plan lacks adapters, or the scheme of a URL is not known.
       FileExistsError: The directory holds an adapter of another format, such as PEFT's.
       OSError: The file system refuses. The directory is as it was.
-      ImportError: `mora-jax[io]` or the package that opens such a URL is missing.
+      ImportError: As in `load`.
 
     Example::
 
-      >>> import tempfile
-      >>> import jax.numpy as jnp
-      >>> import mora_jax
+      >>> import tempfile, jax.numpy as jnp, mora_jax
       >>> plan = mora_jax.plan({"fc": {"kernel": jnp.ones((8, 8))}})
       >>> with tempfile.TemporaryDirectory() as directory:
       ...     mora_jax.save(directory, mora_jax.init(plan), plan, metadata={"step": 3})
