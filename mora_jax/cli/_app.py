@@ -41,14 +41,7 @@ def inspect(
     adapter: opt.Adapter,
     base: opt.Base = None,
     names: opt.Family = None,
-    all_layers: Annotated[
-        bool,
-        typer.Option(
-            "--all",
-            help="Show a row for each layer. By default layers that differ only in the "
-            "numbers of their paths share a row.",
-        ),
-    ] = False,
+    all_layers: Annotated[bool, typer.Option("--all", help="Show each layer.")] = False,
     as_json: opt.AsJson = False,
 ) -> None:
     """Show an adapter: its layers and sizes, the norms and ranks of its deltas."""
@@ -74,25 +67,20 @@ def inspect(
 @app.command()
 def merge(
     base: opt.WholeBase,
-    adapter: Annotated[
-        str, typer.Option(metavar="DIR", help="Directory of an adapter, or its URL.")
-    ],
-    to: Annotated[
-        str, typer.Option("--out", metavar="DIR", help="Directory to make, or its URL.")
-    ],
+    adapter: Annotated[str, typer.Option(metavar="DIR", help=opt.ADAPTER)],
+    to: Annotated[str, typer.Option("--out", metavar="DIR", help=opt.TARGET)],
     names: opt.Family = None,
     force: opt.Force = False,
     any_base: opt.AnyBase = False,
     rounding: Annotated[
-        Rounding,
-        typer.Option(help="How to round to 16 bits; dither keeps small deltas."),
+        Rounding, typer.Option(help="Rounding to 16 bits; dither keeps small deltas.")
     ] = "dither",
 ) -> None:
     """Merge an adapter into a base checkpoint, tensor by tensor, keeping its dtypes."""
     pair = _, plan = read_adapter(adapter, base, names, "adapter")
     opt.check_apart("out", to, adapter)
     settings = {"force": force, "any_base": any_base, "rounding": rounding}
-    with progress("merging", io.Checkpoint(as_path("base", base)).size) as advance:
+    with progress("merging", base) as advance:
         lost = io.merge_checkpoint(base, *pair, to, names, progress=advance, **settings)
     also = f", {len(plan.trained)} trained arrays put in" if plan.trained else ""
     typer.echo(
@@ -145,9 +133,7 @@ def convert(
 def export(
     adapter: opt.Adapter,
     target: opt.Target,
-    server: Annotated[
-        Server, typer.Option("--for", help="The server that is to load it.")
-    ],
+    server: Annotated[Server, typer.Option("--for", help="The server to load it.")],
     base: opt.Base = None,
     names: opt.Family = None,
     base_model: Annotated[
@@ -157,16 +143,12 @@ def export(
     force: opt.Force = False,
     any_base: opt.AnyBase = False,
 ) -> None:
-    """Write what a server loads: a LoRA.
-
-    Where that will not do, the adapter is merged into the base.
-    """
+    """Write what a server loads: a LoRA, or the base into which it is merged."""
     pair = _, plan = read_adapter(adapter, base, names, "adapter")
     opt.check_apart("out", target, adapter)
-    size = io.Checkpoint(as_path("base", base)).size if base else 0
     settings: dict[str, Any] = {"base": base, "base_model": base_model, "force": force}
     settings |= {"max_error": max_error, "any_base": any_base}
-    with progress("writing", size) as advance:
+    with progress("writing", base) as advance:
         done = io.export(target, *pair, server, names, progress=advance, **settings)
     if done.rank is None:
         what, lost = f"the base with {len(plan)} adapters merged in", "rounding lost"

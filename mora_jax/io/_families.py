@@ -25,8 +25,8 @@ class Pair(NamedTuple):
     kernel_axes: str = "io"
 
 
-TABLES = {"embed_tokens", "embed_positions", "wte", "wpe", "word_embeddings"}
-TABLES |= {"position_embeddings", "token_type_embeddings"}
+_BERTS = "word_embeddings", "position_embeddings", "token_type_embeddings"
+TABLES = {"embed_tokens", "embed_positions", "wte", "wpe", *_BERTS}
 """The last names of modules in PyTorch whose weights are embeddings."""
 
 
@@ -104,9 +104,7 @@ FAMILIES: dict[str, tuple[Pair, ...]] = {
         "encoder.layer.{layer}.attention.self.{name}",
         "encoder.layer.{layer}.attention.output.dense",
         "encoder.layer.{layer}.{block}.dense",
-        "embeddings.word_embeddings",
-        "embeddings.position_embeddings",
-        "embeddings.token_type_embeddings",
+        *(f"embeddings.{name}" for name in _BERTS),
     ),
 }
 """The models that are known, as transformers names them."""

@@ -166,11 +166,7 @@ def replace_files(directory: Location, tensors: bytes, config: bytes) -> None:
     if directory.exists() and not directory.is_dir():
         raise NotADirectoryError(f"directory must be a directory, got {directory}")
     directory.mkdir(parents=True, exist_ok=True)
-    with (
-        _naming(directory),
-        locked(directory) as sync,
-        contextlib.ExitStack() as left,
-    ):
+    with _naming(directory), locked(directory) as sync, contextlib.ExitStack() as left:
         # Listed before anything is written: clients of object stores keep a listing
         # until they write, and this listing will soon be out of date.
         for path in entries(directory):
