@@ -9,7 +9,7 @@ import tempfile
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, TypeAlias, TypeGuard
 from urllib.request import url2pathname
 
 
@@ -23,9 +23,7 @@ class AdapterFileError(ValueError):
 if TYPE_CHECKING:
     from etils import epath
 
-    Location = Path | epath.Path
-else:
-    Location = Any
+Location: TypeAlias = "Path | epath.Path"
 
 PACKAGES = {"gs": "gcsfs", "s3": "s3fs", "az": "adlfs"}
 """{scheme: the package with which epath opens its URLs}."""
@@ -132,9 +130,8 @@ def missing_files(path: Location) -> Iterator[None]:
             raise IsADirectoryError  # or a pipe, whose reader may wait for ever
         yield
     except IsADirectoryError:
-        raise AdapterFileError(
-            f"{path} is a directory or a device, not a file"
-        ) from None
+        reason = f"{path} is a directory or a device, not a file"
+        raise AdapterFileError(reason) from None
     except FileNotFoundError:
         raise AdapterFileError(f"there is no {path.name} in {path.parent}") from None
     except NotADirectoryError:
@@ -157,11 +154,7 @@ def entries(directory: Location) -> list[Location]:
 
 
 def replace_files(directory: Location, tensors: bytes, config: bytes) -> None:
-    """Replace an adapter by one rename, and the copy of its config around it.
-
-    So at any moment a copy that is there is of the adapter that is there, on a disk
-    that loses its power, too.
-    """
+    """Replace an adapter by one rename, and the copy of its config around it."""
     # The directory itself is not replaced, since it may hold files of the user.
     if directory.exists() and not directory.is_dir():
         raise NotADirectoryError(f"directory must be a directory, got {directory}")
@@ -176,7 +169,8 @@ def replace_files(directory: Location, tensors: bytes, config: bytes) -> None:
         for path, data in ((new, tensors), (copy, config)):
             left.callback(_remove, path)
             _write(path, [data])
-        # From here to the end there is either no copy or the one of the adapter there.
+        # From here to the end there is either no copy or the one of the adapter there,
+        # on a disk that loses its power, too.
         (directory / CONFIG).unlink(missing_ok=True)
         sync()
         for path, name in ((new, TENSORS), (copy, CONFIG)):

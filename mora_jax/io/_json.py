@@ -89,9 +89,7 @@ def check_record(content: Any, fields: Fields, where: str) -> dict[str, Any]:
 def plain(value: Any, name: str) -> Any:
     """Return what a user wants to keep in the types that JSON gives back.
 
-    An error calls the value `name`, followed by the keys that lead to the faulty part:
-    a TypeError if JSON cannot hold it, and a ValueError for NaN, infinity, and values
-    that hold themselves.
+    An error calls the value `name`, followed by the keys that lead to the faulty part.
     """
     rule = f"{name} must be something that JSON can hold"
     try:

@@ -1,8 +1,7 @@
-"""Reading adapters in this library's format: one safetensors file that holds all.
+"""Adapters in this library's format, one safetensors file that holds all.
 
-Its tensors are what is trained. Its metadata hold a text, the config: the plan, what
-the user wants to keep, and digests. `adapter_config.json` beside it is that text again
-for people to read, and no reader needs it.
+Its metadata hold a text, the config: the plan, what the user wants to keep, and
+digests. The file `CONFIG` beside it is that text again.
 """
 
 import contextlib
@@ -22,24 +21,13 @@ from mora_jax._plan.spec import SUFFIX
 from mora_jax._tree.adapters import Tree, adapter_items, nest, trained_items
 from mora_jax._tree.base_digest import check_base, kernel_digests
 from mora_jax._tree.paths import check_leaf, find_part, named_leaves
-from mora_jax.io import _tensors
-from mora_jax.io._files import (
-    CONFIG,
-    TENSORS,
-    AdapterFileError,
-    Location,
-    as_path,
-    locked,
-    read_bytes,
-    replace_files,
-)
+from mora_jax.io import _files, _tensors
+from mora_jax.io._files import CONFIG, TENSORS, AdapterFileError, Location, locked
 from mora_jax.io._json import dump, plain, read_json, short
 from mora_jax.io.native import _records
 
-FORMAT = "mora_jax adapter"
-
-KEY = "mora_jax"
-"""The only key of the file's metadata, whose text is the config."""
+FORMAT, KEY = "mora_jax adapter", "mora_jax"
+"""The format, and the only key of the file's metadata, whose text is the config."""
 
 WHERE = f"the config in {TENSORS}"
 """The name of the config in messages."""
@@ -87,12 +75,12 @@ def load(
       >>> float(adapters["fc"]["kernel_mora"].sum())
       0.0
     """
-    path, kernels = as_path("directory", directory), None
+    path, kernels = _files.as_path("directory", directory), None
     if params_or_shapes is not None:
         leaves = named_leaves(params_or_shapes)
         kernels = {name: leaf for name, (_, leaf) in leaves.items()}
     adapters, plan = _settled(
-        path, read_bytes, lambda data, config: _restored(data, config, kernels)
+        path, _files.read_bytes, lambda data, config: _restored(data, config, kernels)
     )
     if kernels is not None and not any_base:
         try:
@@ -120,9 +108,8 @@ def read_metadata(directory: str | os.PathLike[str]) -> dict[str, Any]:
       ...     mora_jax.io.read_metadata(directory)
       {'step': 3}
     """
-    path = as_path("directory", directory)
     return _settled(
-        path,
+        _files.as_path("directory", directory),
         lambda file: _tensors.Header(file).header,
         lambda _, config: config["metadata"],
     )
@@ -257,7 +244,7 @@ def save(
       >>> adapters["fc"]["kernel_mora"].shape, same == plan
       ((8, 8), True)
     """
-    path = as_path("directory", directory)
+    path = _files.as_path("directory", directory)
     _refuse_foreign_adapter(path)
     replace_adapter(path, adapters, plan, metadata, params)
 
@@ -280,7 +267,7 @@ def replace_adapter(
     tensors, config = _encode(adapters, plan, kept)
     # Nothing is written that cannot be read.
     _restored(tensors, _parse_config(tensors), _records.shapes_of(plan))
-    replace_files(directory, tensors, config)
+    _files.replace_files(directory, tensors, config)
 
 
 def _encode(adapters: Any, plan: Plan, metadata: dict[str, Any]) -> tuple[bytes, bytes]:

@@ -24,17 +24,11 @@ from mora_jax.io._files import AdapterFileError
 from mora_jax.io._json import Fields, check_record, dump, parse, short
 from mora_jax.operators import Operator, Subspace, make_operator
 
-FORMAT = "mora_jax plan"
-"""The format of a plan without adapters, for the metadata of any checkpoint."""
+FORMAT, VERSION = "mora_jax plan", 1
+"""The format of a plan without adapters, and the version of that and of adapters."""
 
-VERSION = 1
-"""The version of both formats. A reader refuses every other version."""
-
-LARGEST_WIDTH = 2**22
-"""The most features on either side of a kernel that a file may describe."""
-
-LARGEST_ARRAY = 2**28
-"""The most numbers in an array that is made from a file alone."""
+LARGEST_WIDTH, LARGEST_ARRAY = 2**22, 2**28
+"""The most features on a side of a kernel, and numbers in an array, of a file alone."""
 
 LAYER: Fields = {
     "path": (list, lambda spec: list(spec.path)),
@@ -330,8 +324,7 @@ def plan_to_json(plan: Plan) -> str:
 def plan_from_json(text: str, like: Plan | None = None) -> Plan:
     """Return the plan that `plan_to_json` wrote.
 
-    Everything is checked, and nothing is filled in. The plan lacks a layout on a mesh:
-    see `sharding.plan_on_mesh`.
+    The plan lacks a layout on a mesh: see `sharding.plan_on_mesh`.
 
     Args:
       text: The text that `plan_to_json` returned.
