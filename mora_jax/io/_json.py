@@ -35,7 +35,7 @@ def parse(data: bytes, name: str) -> Any:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     mapping: dict[str, Any] = {}
     for key, value in pairs:
-        if key in mapping:
+        if key in mapping:  # Python would take the last, and other readers the first
             raise ValueError(f"the key {short(key)} occurs twice")
         mapping[key] = value
     return mapping

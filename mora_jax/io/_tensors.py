@@ -50,8 +50,8 @@ class Entry(NamedTuple):
     @property
     def fits(self) -> bool:
         """True if the tensor has as many bytes as its dtype and shape say."""
-        digits = re.search(r"\d+", self.dtype)
-        bits = math.prod(self.shape) * (int(digits[0]) if digits else 8)
+        digits = re.findall(r"\d+", self.dtype) or ["8"]  # a BOOL is a byte
+        bits = math.prod(self.shape) * int(digits[0])
         known = KNOWN.fullmatch(self.dtype) is not None
         return known and 8 * (self.stop - self.start) == bits
 

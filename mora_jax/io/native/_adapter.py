@@ -295,14 +295,13 @@ def _with_digests(plan: Plan, params: Any) -> Plan:
     """Return the plan with digests of the base's kernels."""
     leaves, specs = named_leaves(params), []
     for spec in plan.specs:
-        if spec.name in leaves:
-            _, kernel = leaves[spec.name]
-            check_leaf(kernel, f"{spec.name} in params", spec.kernel_shape)
+        if (name := spec.name) in leaves:
+            check_leaf(leaves[name][1], f"{name} in params", spec.kernel_shape)
         _, kernel = find_part(leaves, spec)
         if not isinstance(kernel, jax.Array | np.ndarray) or isinstance(kernel, Tracer):
             raise TypeError(
                 f"params must hold concrete arrays, got {type(kernel).__name__} at "
-                f"{spec.name!r}"
+                f"{name!r}"
             )
         digests = kernel_digests(spec, kernel)
         specs.append(dataclasses.replace(spec, base_digest=digests))
