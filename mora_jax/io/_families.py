@@ -81,12 +81,10 @@ mlp.gate_proj  oi oi  /mlp/gating_einsum[0]
 mlp.up_proj    oi oi  /mlp/gating_einsum[1]
 mlp.down_proj         /mlp/linear
 """
-_TUNIX_ATTENTION = """
-self_attn.{name}_proj       /attn/{name}_proj/w
-self_attn.{name}_proj.bias  /attn/{name}_bias
-self_attn.{name}_norm       /attn/{name}_norm/w
-"""
 _TUNIX = """
+self_attn.{name}_proj        /attn/{name}_proj/w
+self_attn.{name}_proj.bias   /attn/{name}_bias
+self_attn.{name}_norm        /attn/{name}_norm/w
 {norm}                       /{norm}/w
 mlp.gate                     /mlp/router/kernel
 mlp.{name}                   /mlp/{name}/kernel
@@ -112,7 +110,7 @@ FAMILIES: dict[str, tuple[Pair, ...]] = {
 LIBRARIES: dict[str, tuple[Pair, ...]] = {
     "gm": (*_layers("layer_{layer}", _GEMMA + _GM), *_GEMMA_ENDS),
     "tunix": (
-        *_layers("layers/{layer}", _TUNIX_ATTENTION + _GEMMA + _TUNIX),
+        *_layers("layers/{layer}", _TUNIX + _GEMMA),
         *_GEMMA_ENDS,
         Pair("model.norm", "final_norm/w"),
         Pair("lm_head", "lm_head/w"),

@@ -224,7 +224,7 @@ def _replace_directory(path: Path, files: Files) -> None:
         new.mkdir()
         for name, chunks in files:
             _write(new / name, chunks)
-        # First the names of the files, then that of their directory.
+        # First the files' names go to the disk, and then their directory's.
         with locked(new) as sync:
             sync()
         with locked(path.parent) as sync:
