@@ -25,11 +25,7 @@ app = typer.Typer(
 
 
 @app.callback(invoke_without_command=True)
-def options(
-    version: Annotated[
-        bool, typer.Option("--version", help="Print the version.")
-    ] = False,
-) -> None:
+def options(version: opt.Version = False) -> None:
     """Look at MoRA adapters, merge them into a base, convert and compare them."""
     if version:  # also where no command follows
         typer.echo(f"mora-jax {importlib.metadata.version('mora-jax')}")

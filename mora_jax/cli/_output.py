@@ -52,8 +52,7 @@ Rank = Annotated[
     typer.Option(
         metavar="NUMBER|auto",
         callback=_rank_of,
-        help="How many singular values a LoRA keeps of a delta; auto keeps the fewest "
-        "that --max-error allows.",
+        help="How many singular values a LoRA keeps; auto: as --max-error allows.",
     ),
 ]
 MaxError = Annotated[
@@ -76,9 +75,9 @@ Force = Annotated[bool, typer.Option(help="Replace an adapter or a checkpoint.")
 AnyBase = Annotated[
     bool, typer.Option(help="Merge into weights that it was not trained on, too.")
 ]
+Version = Annotated[bool, typer.Option("--version", help="Print the version.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, not a table.")]
 Format = Literal["mora", "peft-mora", "peft-lora"]
-"""The formats that `convert` writes."""
 
 
 def check_apart(argument: str, target: str, adapter: str) -> None:

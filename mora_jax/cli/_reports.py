@@ -41,9 +41,9 @@ def read_adapter(
 
     Only the reference's needs the `base`. Messages call the directory `argument`.
     """
-    shapes = None
-    if base is not None:
-        shapes = io.Checkpoint(as_path("base", base)).shapes(names)
+    shapes = (
+        None if base is None else io.Checkpoint(as_path("base", base)).shapes(names)
+    )
     path = as_path(argument, directory)
     kind = format_of(path)
     if kind == "mora":
