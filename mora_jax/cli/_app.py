@@ -3,7 +3,6 @@
 import importlib.metadata
 import json
 from collections.abc import Mapping
-from inspect import signature
 from typing import Annotated, Any
 
 import typer
@@ -26,11 +25,7 @@ app = typer.Typer(
 
 
 @app.callback(invoke_without_command=True)
-def options(
-    version: Annotated[
-        bool, typer.Option("--version", help="Print the version.")
-    ] = False,
-) -> None:
+def options(version: opt.Version = False) -> None:
     """Look at MoRA adapters, merge them into a base, convert and compare them."""
     if version:  # also where no command follows
         typer.echo(f"mora-jax {importlib.metadata.version('mora-jax')}")
@@ -42,14 +37,7 @@ def inspect(
     adapter: opt.Adapter,
     base: opt.Base = None,
     names: opt.Family = None,
-    all_layers: Annotated[
-        bool,
-        typer.Option(
-            "--all",
-            help="Show a row for each layer. By default layers that differ only in the "
-            "numbers of their paths share a row.",
-        ),
-    ] = False,
+    all_layers: Annotated[bool, typer.Option("--all", help="Show each layer.")] = False,
     as_json: opt.AsJson = False,
 ) -> None:
     """Show an adapter: its layers and sizes, the norms and ranks of its deltas."""
@@ -75,25 +63,20 @@ def inspect(
 @app.command()
 def merge(
     base: opt.WholeBase,
-    adapter: Annotated[
-        str, typer.Option(metavar="DIR", help="Directory of an adapter, or its URL.")
-    ],
-    to: Annotated[
-        str, typer.Option("--out", metavar="DIR", help="Directory to make, or its URL.")
-    ],
+    adapter: Annotated[str, typer.Option(metavar="DIR", help=opt.ADAPTER)],
+    to: Annotated[str, typer.Option("--out", metavar="DIR", help=opt.TARGET)],
     names: opt.Family = None,
     force: opt.Force = False,
     any_base: opt.AnyBase = False,
     rounding: Annotated[
-        Rounding,
-        typer.Option(help="How to round to 16 bits; dither keeps small deltas."),
+        Rounding, typer.Option(help="Rounding to 16 bits; dither keeps small deltas.")
     ] = "dither",
 ) -> None:
     """Merge an adapter into a base checkpoint, tensor by tensor, keeping its dtypes."""
     pair = _, plan = read_adapter(adapter, base, names, "adapter")
     opt.check_apart("out", to, adapter)
     settings = {"force": force, "any_base": any_base, "rounding": rounding}
-    with progress("merging", io.Checkpoint(as_path("base", base)).size) as advance:
+    with progress("merging", base) as advance:
         lost = io.merge_checkpoint(base, *pair, to, names, progress=advance, **settings)
     also = f", {len(plan.trained)} trained arrays put in" if plan.trained else ""
     typer.echo(
@@ -146,9 +129,7 @@ def convert(
 def export(
     adapter: opt.Adapter,
     target: opt.Target,
-    server: Annotated[
-        Server, typer.Option("--for", help="The server that is to load it.")
-    ],
+    server: Annotated[Server, typer.Option("--for", help="The server to load it.")],
     base: opt.Base = None,
     names: opt.Family = None,
     base_model: Annotated[
@@ -158,16 +139,12 @@ def export(
     force: opt.Force = False,
     any_base: opt.AnyBase = False,
 ) -> None:
-    """Write what a server loads: a LoRA.
-
-    Where that will not do, the adapter is merged into the base.
-    """
+    """Write what a server loads: a LoRA, or the base into which it is merged."""
     pair = _, plan = read_adapter(adapter, base, names, "adapter")
     opt.check_apart("out", target, adapter)
-    size = io.Checkpoint(as_path("base", base)).size if base else 0
     settings: dict[str, Any] = {"base": base, "base_model": base_model, "force": force}
     settings |= {"max_error": max_error, "any_base": any_base}
-    with progress("writing", size) as advance:
+    with progress("writing", base) as advance:
         done = io.export(target, *pair, server, names, progress=advance, **settings)
     if done.rank is None:
         what, lost = f"the base with {len(plan)} adapters merged in", "rounding lost"
@@ -202,7 +179,5 @@ def run() -> None:
         # of object stores have errors of their own, which may be a word.
         if not isinstance(error, ImportError | OSError | TypeError | ValueError):
             reason = f"{type(error).__name__}: {reason}"
-        commands = [command.callback for command in app.registered_commands]
-        options = {name for c in commands if c for name in signature(c).parameters}
-        typer.secho(f"error: {as_options(reason, options)}", fg="red", err=True)
+        typer.secho(f"error: {as_options(reason)}", fg="red", err=True)
         raise SystemExit(1) from error

@@ -4,14 +4,14 @@ import contextlib
 import functools
 import re
 import shlex
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import typer
 from rich import progress as bars
 from rich.console import Console
 
-from mora_jax.io import Names
+from mora_jax.io import Checkpoint, Names
 from mora_jax.io._files import as_path, parts
 from mora_jax.io._json import parse, read_json
 from mora_jax.io._names import pairs
@@ -38,37 +38,27 @@ def _names_of(text: str | None) -> Names:
     return names
 
 
+ADAPTER = "Directory of an adapter, or its URL."
+TARGET = "Directory to make, or its URL."
 _BASE = "The base's safetensors: a file, a directory or a URL."
+_WHY = "The reference's adapters need it, since they do not say how large kernels are."
 
-Adapter = Annotated[
-    str, typer.Argument(metavar="DIR", help="Directory of an adapter, or its URL.")
-]
-Target = Annotated[str, typer.Argument(help="Directory to make, or its URL.")]
+Adapter = Annotated[str, typer.Argument(metavar="DIR", help=ADAPTER)]
+Target = Annotated[str, typer.Argument(help=TARGET)]
 WholeBase = Annotated[str, typer.Option(metavar="PATH", help=_BASE)]
-Base = Annotated[
-    str | None,
-    typer.Option(
-        metavar="PATH",
-        help=f"{_BASE} The reference's adapters need it, since they do not say how "
-        "large kernels are.",
-    ),
-]
+Base = Annotated[str | None, typer.Option(metavar="PATH", help=f"{_BASE} {_WHY}")]
 Rank = Annotated[
     str | None,
     typer.Option(
         metavar="NUMBER|auto",
         callback=_rank_of,
-        help="How many singular values a LoRA keeps of a delta; auto keeps the fewest "
-        "that --max-error allows.",
+        help="How many singular values a LoRA keeps; auto: as --max-error allows.",
     ),
 ]
 MaxError = Annotated[
     float,
     typer.Option(
-        help="The largest share of its delta that a layer may lose in a LoRA; 1 "
-        "accepts any loss.",
-        min=0,
-        max=1,
+        min=0, max=1, help="The share of its delta a LoRA may lose; 1 accepts any loss."
     ),
 ]
 Family = Annotated[
@@ -77,49 +67,41 @@ Family = Annotated[
         "--names",
         callback=_names_of,
         help="Which PyTorch module is which kernel: llama, gemma, qwen, gpt2, bert, "
-        "tunix, gm; templates as JSON, "
-        '{"model.layers.{n}.mlp.{p}": "h_{n}/{p}/kernel"}, '
-        "or a file of such JSON whose name ends in .json. By default any family.",
+        'tunix, gm; or JSON, {"model.layers.{n}.mlp.{p}": "h_{n}/{p}/kernel"}, or a '
+        "file of it whose name ends in .json. By default any family.",
     ),
 ]
-Force = Annotated[
-    bool, typer.Option(help="Replace an adapter or a checkpoint that is there.")
-]
+Force = Annotated[bool, typer.Option(help="Replace an adapter or a checkpoint.")]
 AnyBase = Annotated[
-    bool,
-    typer.Option(
-        help="Merge also into other weights than those the adapter was trained on."
-    ),
+    bool, typer.Option(help="Merge into weights that it was not trained on, too.")
 ]
+Version = Annotated[bool, typer.Option("--version", help="Print the version.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, not a table.")]
 Format = Literal["mora", "peft-mora", "peft-lora"]
-"""The formats that `convert` writes."""
 
 
 def check_apart(argument: str, target: str, adapter: str) -> None:
     """Raise if `target` is the adapter's directory, holds it or lies in it."""
     there, here = parts(as_path(argument, target)), parts(as_path("adapter", adapter))
-    # One path holds the other if all of the shorter one is the beginning of the longer.
-    shorter = min(len(there), len(here))
-    if there[:shorter] == here[:shorter]:
+    # One holds the other if all of the shorter path is the beginning of the longer.
+    if all(a == b for a, b in zip(there, here, strict=False)):
         raise ValueError(
             f"{argument} must not be the adapter's directory, hold it or lie in it, "
             f"got {target}"
         )
 
 
-def as_options(text: str, options: Collection[str]) -> str:
-    """A message of the library with `options` as the command line has them."""
+def as_options(text: str) -> str:
+    """A message of the library with arguments as the command line has them."""
 
     # `force=True` becomes `--force`, and `names={...}` becomes `--names '{...}'`.
     def option(match: re.Match[str]) -> str:
         name, value = match.groups()
-        if name not in options:
-            return match[0]
         flag = "--" + name.replace("_", "-")
         return flag if value == "True" else f"{flag} {shlex.quote(value)}"
 
-    return re.sub(r"\b([a-z_]+)=(\{.*\}|[\w.]*\w)", option, text)
+    arguments = r"\b(any_base|base|force|max_error|names|rank|rounding)"
+    return re.sub(rf"{arguments}=(\{{.*\}}|[\w.]*\w)", option, text)
 
 
 def say_table(rows: Sequence[Mapping[str, Any]]) -> None:
@@ -139,8 +121,9 @@ def _cell(value: object) -> str:
 
 
 @contextlib.contextmanager
-def progress(task: str, size: int) -> Iterator[Callable[[int], None]]:
-    """Show a bar on a terminal; the result is called with the bytes that are done."""
+def progress(task: str, base: str | None) -> Iterator[Callable[[int], None]]:
+    """Show a bar up to the base's size on a terminal, moved by what is yielded."""
+    size = Checkpoint(as_path("base", base)).size if base else 0
     console, name = Console(stderr=True), bars.TextColumn("{task.description}")
     amounts = bars.BarColumn(), bars.DownloadColumn(), bars.TransferSpeedColumn()
     columns = name, *amounts, bars.TimeRemainingColumn()

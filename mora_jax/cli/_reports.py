@@ -16,9 +16,7 @@ from mora_jax._tree.adapters import Tree, adapter_items, trained_items
 from mora_jax._tree.merge import wide
 from mora_jax.io._files import CONFIG, TENSORS, AdapterFileError, as_path
 from mora_jax.io._json import read_json
-from mora_jax.io._names import Names
-from mora_jax.io.native._adapter import is_ours, load
-from mora_jax.io.peft._read_mora import load_peft_mora
+from mora_jax.io.native._adapter import is_ours
 
 
 def format_of(directory: str | os.PathLike[str]) -> str:
@@ -36,21 +34,20 @@ def format_of(directory: str | os.PathLike[str]) -> str:
 def read_adapter(
     directory: str | os.PathLike[str],
     base: str | None = None,
-    names: Names = None,
+    names: io.Names = None,
     argument: str = "directory",
 ) -> tuple[Tree, Plan]:
     """Return (adapters, plan), in this library's format or the reference's.
 
-    Only the reference's format needs the `base`, whose modules have `names`. A plain
-    LoRA is an `AdapterFileError`. Messages call the directory `argument`.
+    Only the reference's needs the `base`. Messages call the directory `argument`.
     """
-    shapes = None
-    if base is not None:
-        shapes = io.Checkpoint(as_path("base", base)).shapes(names)
+    shapes = (
+        None if base is None else io.Checkpoint(as_path("base", base)).shapes(names)
+    )
     path = as_path(argument, directory)
     kind = format_of(path)
     if kind == "mora":
-        return load(path)
+        return io.load(path)
     if kind == "peft-lora":
         raise AdapterFileError(f"{path} is a plain LoRA, which no M can stand for")
     if shapes is None:
@@ -58,14 +55,14 @@ def read_adapter(
             f"{path} is the reference's, and does not say how large kernels are: "
             "the base is needed too"
         )
-    return load_peft_mora(path, shapes, names)
+    return io.load_peft_mora(path, shapes, names)
 
 
 Row = dict[str, Any]
 """{name of a column: what is printed there}."""
 
 
-def describe(adapter: str, base: str | None, names: Names) -> Row:
+def describe(adapter: str, base: str | None, names: io.Names) -> Row:
     """An adapter's format, metadata and size, and a row for each of its layers."""
     adapters, plan = read_adapter(adapter, base, names, "adapter")
     kind, spectra = format_of(adapter), diagnostics.spectrum(adapters, plan)
@@ -113,17 +110,17 @@ def grouped(layers: Sequence[Row]) -> list[Row]:
     return rows
 
 
-def compare(first: str, second: str, base: str | None, names: Names) -> list[Row]:
+def compare(first: str, second: str, base: str | None, names: io.Names) -> list[Row]:
     """A row for each layer of either adapter, and for each array that trains itself."""
     left = _parts(*read_adapter(first, base, names, "first"))
     right = _parts(*read_adapter(second, base, names, "second"))
     rows = []
-    for key in sorted(left.keys() | right.keys()):
-        (trained, path), difference = key, ""
-        if key in left and key in right:
-            settings, difference = _comparison(left[key], right[key])
+    for trained, path in sorted(left.keys() | right.keys()):
+        one, other = left.get((trained, path)), right.get((trained, path))
+        if one and other:
+            settings, difference = _comparison(one, other)
         else:
-            settings = f"only in {first if key in left else second}"
+            settings, difference = f"only in {first if one else second}", ""
         settings = f"{'trained itself ' * trained}{settings}".rstrip()
         rows.append({"path": path, "settings": settings, "difference": difference})
     return rows
@@ -132,9 +129,8 @@ def compare(first: str, second: str, base: str | None, names: Names) -> list[Row
 def _parts(adapters: Tree, plan: Plan) -> dict[tuple[bool, str], tuple[Any, Any]]:
     """{(True for an array that trains itself, path): its spec and the array}."""
     # Two plans may have the same path, one for an adapter and one for such an array.
-    ms, copies = adapter_items(adapters, plan), trained_items(adapters, plan)
-    parts = {(False, spec.name): (spec, m) for spec, m in ms}
-    return parts | {(True, array.name): (array, copy) for array, copy in copies}
+    items = *adapter_items(adapters, plan), *trained_items(adapters, plan)
+    return {(not isinstance(p, AdapterSpec), p.name): (p, array) for p, array in items}
 
 
 def _comparison(

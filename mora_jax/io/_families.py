@@ -25,8 +25,8 @@ class Pair(NamedTuple):
     kernel_axes: str = "io"
 
 
-TABLES = {"embed_tokens", "embed_positions", "wte", "wpe", "word_embeddings"}
-TABLES |= {"position_embeddings", "token_type_embeddings"}
+_BERTS = "word_embeddings", "position_embeddings", "token_type_embeddings"
+TABLES = {"embed_tokens", "embed_positions", "wte", "wpe", *_BERTS}
 """The last names of modules in PyTorch whose weights are embeddings."""
 
 
@@ -46,51 +46,45 @@ def _same(root: str, *names: str, axes: str = "oi") -> tuple[Pair, ...]:
 
 
 def _layers(root: str, table: str) -> tuple[Pair, ...]:
-    """Return the pairs of a table: module, kernel and the axes of both if unusual.
+    """Return the pairs of a table: module, the axes of both if unusual, kernels.
 
     Kernels' paths begin with `root`, and modules' names always with the same.
     """
-    return tuple(
-        Pair(f"model.layers.{{layer}}.{module}", f"{root}{kernel}", *axes)
-        for module, kernel, *axes in map(str.split, filter(None, table.splitlines()))
-    )
+    pairs = []
+    for module, *words in map(str.split, filter(None, table.splitlines())):
+        axes = [word for word in words if not word.startswith("/")]
+        name = f"model.layers.{{layer}}.{module}"
+        pairs += [Pair(name, root + word, *axes) for word in words if word not in axes]
+    return tuple(pairs)
 
 
 # Gemma 1 has fewer norms: its pre_ffw_norm comes after attention in PyTorch.
 _GEMMA = """
-self_attn.q_proj            /attn/q_einsum/w         oi oio
-self_attn.q_proj            /attn/qkv_einsum/w[0]    oi oio
-self_attn.k_proj            /attn/kv_einsum/w[0]     oi oio
-self_attn.k_proj            /attn/qkv_einsum/w[1]    oi oio
-self_attn.v_proj            /attn/kv_einsum/w[1]     oi oio
-self_attn.v_proj            /attn/qkv_einsum/w[2]    oi oio
+self_attn.q_proj  oi oio    /attn/q_einsum/w  /attn/qkv_einsum/w[0]
+self_attn.k_proj  oi oio    /attn/kv_einsum/w[0]  /attn/qkv_einsum/w[1]
+self_attn.v_proj  oi oio    /attn/kv_einsum/w[1]  /attn/qkv_einsum/w[2]
 self_attn.o_proj            /attn/attn_vec_einsum/w
 input_layernorm             /pre_attention_norm/scale
 pre_feedforward_layernorm   /pre_ffw_norm/scale
-post_attention_layernorm    /post_attention_norm/scale
-post_attention_layernorm    /post_attn_norm/scale
+post_attention_layernorm    /post_attention_norm/scale  /post_attn_norm/scale
 post_attention_layernorm    /pre_ffw_norm/scale
 post_feedforward_layernorm  /post_ffw_norm/scale
-self_attn.q_norm            /attn/_query_norm/scale
-self_attn.q_norm            /attn/query_norm/scale
-self_attn.k_norm            /attn/_key_norm/scale
-self_attn.k_norm            /attn/key_norm/scale
+self_attn.q_norm            /attn/_query_norm/scale  /attn/query_norm/scale
+self_attn.k_norm            /attn/_key_norm/scale  /attn/key_norm/scale
 """
 _GEMMA_ENDS = (
     Pair("model.norm", "final_norm/scale"),
     Pair("model.embed_tokens", "embedder/input_embedding", "io"),
 )
 _GM = """
-mlp.gate_proj  /mlp/gating_einsum[0]  oi oi
-mlp.up_proj    /mlp/gating_einsum[1]  oi oi
-mlp.down_proj  /mlp/linear
-"""
-_TUNIX_ATTENTION = """
-self_attn.{name}_proj       /attn/{name}_proj/w
-self_attn.{name}_proj.bias  /attn/{name}_bias
-self_attn.{name}_norm       /attn/{name}_norm/w
+mlp.gate_proj  oi oi  /mlp/gating_einsum[0]
+mlp.up_proj    oi oi  /mlp/gating_einsum[1]
+mlp.down_proj         /mlp/linear
 """
 _TUNIX = """
+self_attn.{name}_proj        /attn/{name}_proj/w
+self_attn.{name}_proj.bias   /attn/{name}_bias
+self_attn.{name}_norm        /attn/{name}_norm/w
 {norm}                       /{norm}/w
 mlp.gate                     /mlp/router/kernel
 mlp.{name}                   /mlp/{name}/kernel
@@ -107,11 +101,8 @@ FAMILIES: dict[str, tuple[Pair, ...]] = {
         "bert",
         "encoder.layer.{layer}.attention.self.{name}",
         "encoder.layer.{layer}.attention.output.dense",
-        "encoder.layer.{layer}.intermediate.dense",
-        "encoder.layer.{layer}.output.dense",
-        "embeddings.word_embeddings",
-        "embeddings.position_embeddings",
-        "embeddings.token_type_embeddings",
+        "encoder.layer.{layer}.{block}.dense",
+        *(f"embeddings.{name}" for name in _BERTS),
     ),
 }
 """The models that are known, as transformers names them."""
@@ -119,7 +110,7 @@ FAMILIES: dict[str, tuple[Pair, ...]] = {
 LIBRARIES: dict[str, tuple[Pair, ...]] = {
     "gm": (*_layers("layer_{layer}", _GEMMA + _GM), *_GEMMA_ENDS),
     "tunix": (
-        *_layers("layers/{layer}", _TUNIX_ATTENTION + _GEMMA + _TUNIX),
+        *_layers("layers/{layer}", _TUNIX + _GEMMA),
         *_GEMMA_ENDS,
         Pair("model.norm", "final_norm/w"),
         Pair("lm_head", "lm_head/w"),

@@ -7,9 +7,9 @@ import re
 import sys
 import tempfile
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, TypeAlias, TypeGuard
 from urllib.request import url2pathname
 
 
@@ -23,9 +23,7 @@ class AdapterFileError(ValueError):
 if TYPE_CHECKING:
     from etils import epath
 
-    Location = Path | epath.Path
-else:
-    Location = Any
+Location: TypeAlias = "Path | epath.Path"
 
 PACKAGES = {"gs": "gcsfs", "s3": "s3fs", "az": "adlfs"}
 """{scheme: the package with which epath opens its URLs}."""
@@ -34,16 +32,18 @@ PACKAGES = {"gs": "gcsfs", "s3": "s3fs", "az": "adlfs"}
 def as_path(argument: str, value: object) -> Location:
     """Return the path that a user's argument names, a `str` or a path object.
 
-    A local one is a `pathlib.Path`, without `~` and `file://`. Others are of epath:
-    `gs://`, `s3://`, `az://` and what `epath.register_path_cls` has registered.
+    A local one is a `pathlib.Path`, without `~` and `file://`. Others are of epath.
     """
     if not isinstance(value, str | os.PathLike):
         raise TypeError(
             f"{argument} must be a path or a URL, got {value!r:.80} "
             f"of type {type(value).__name__}"
         )
-    if _is_remote(value):
-        return value  # type: ignore[return-value]
+    epath = sys.modules.get("etils.epath")  # whoever has such a path imported it
+    if epath and isinstance(value, epath.Path):
+        # The text of a class that is registered for a scheme may have lost a slash.
+        if type(value) is not type(epath.Path()):
+            return value  # type: ignore[return-value]
     text = os.fspath(value)
     if not isinstance(text, str) or not text:
         raise ValueError(f"{argument} must be a path or a URL, got {text!r}")
@@ -82,14 +82,6 @@ def parts(path: Location) -> tuple[str, ...]:
     if is_local(path):
         return path.resolve().parts
     return tuple(name for name in os.fspath(path).split("/") if name)
-
-
-def _is_remote(value: Any) -> bool:
-    """Return True if `value` is of a class of epath and not local."""
-    epath = sys.modules.get("etils.epath")  # whoever has such an object imported it
-    if epath is None or not isinstance(value, epath.Path):
-        return False
-    return "://" in os.fspath(value) or type(value) is not type(epath.Path("."))
 
 
 def _remote(argument: str, text: str, scheme: str) -> Location:
@@ -138,9 +130,8 @@ def missing_files(path: Location) -> Iterator[None]:
             raise IsADirectoryError  # or a pipe, whose reader may wait for ever
         yield
     except IsADirectoryError:
-        raise AdapterFileError(
-            f"{path} is a directory or a device, not a file"
-        ) from None
+        reason = f"{path} is a directory or a device, not a file"
+        raise AdapterFileError(reason) from None
     except FileNotFoundError:
         raise AdapterFileError(f"there is no {path.name} in {path.parent}") from None
     except NotADirectoryError:
@@ -163,16 +154,12 @@ def entries(directory: Location) -> list[Location]:
 
 
 def replace_files(directory: Location, tensors: bytes, config: bytes) -> None:
-    """Replace an adapter by one rename, and the copy of its config around it.
-
-    So at any moment a copy that is there is of the adapter that is there, on a disk
-    that loses its power, too.
-    """
+    """Replace an adapter by one rename, and the copy of its config around it."""
     # The directory itself is not replaced, since it may hold files of the user.
     if directory.exists() and not directory.is_dir():
         raise NotADirectoryError(f"directory must be a directory, got {directory}")
     directory.mkdir(parents=True, exist_ok=True)
-    with _naming(directory), locked(directory), contextlib.ExitStack() as left:
+    with _naming(directory), locked(directory) as sync, contextlib.ExitStack() as left:
         # Listed before anything is written: clients of object stores keep a listing
         # until they write, and this listing will soon be out of date.
         for path in entries(directory):
@@ -182,12 +169,13 @@ def replace_files(directory: Location, tensors: bytes, config: bytes) -> None:
         for path, data in ((new, tensors), (copy, config)):
             left.callback(_remove, path)
             _write(path, [data])
-        # From here to the end there is either no copy or the one of the adapter there.
+        # From here to the end there is either no copy or the one of the adapter there,
+        # on a disk that loses its power, too.
         (directory / CONFIG).unlink(missing_ok=True)
-        _sync(directory)
+        sync()
         for path, name in ((new, TENSORS), (copy, CONFIG)):
             path.replace(directory / name)
-            _sync(directory)
+            sync()
 
 
 def _remove(path: Location) -> None:
@@ -236,16 +224,19 @@ def _replace_directory(path: Path, files: Files) -> None:
         new.mkdir()
         for name, chunks in files:
             _write(new / name, chunks)
-        _sync(new)
-        try:
-            with contextlib.suppress(FileNotFoundError):
-                os.rename(path, old)
-            os.rename(new, path)  # before, for an instant, neither is there
-        except BaseException:
-            if old.exists() and not path.exists():
-                os.rename(old, path)
-            raise
-        _sync(path.parent)
+        # First the files' names go to the disk, and then their directory's.
+        with locked(new) as sync:
+            sync()
+        with locked(path.parent) as sync:
+            try:
+                with contextlib.suppress(FileNotFoundError):
+                    os.rename(path, old)
+                os.rename(new, path)  # before, for an instant, neither is there
+            except BaseException:
+                if old.exists() and not path.exists():
+                    os.rename(old, path)
+                raise
+            sync()
 
 
 @contextlib.contextmanager
@@ -262,32 +253,20 @@ def _naming(path: Location) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _descriptor(directory: Location) -> Iterator[int | None]:
-    """Open a local directory; None on Windows and in object stores."""
+def locked(directory: Location) -> Iterator[Callable[[], None]]:
+    """Keep other writers out of `directory`, where the file system has locks.
+
+    The result writes the names in it to the disk, where that can be asked for.
+    """
     if os.name == "nt" or not is_local(directory):
-        yield None
+        yield lambda: None
         return
+    import fcntl  # Windows lacks it
+
     descriptor = os.open(directory, os.O_RDONLY)
     try:
-        yield descriptor
+        with contextlib.suppress(OSError):  # some network file systems lack locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield lambda: os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _sync(directory: Location) -> None:
-    """Write the names in `directory` to the disk, where that can be asked for."""
-    with _descriptor(directory) as descriptor:
-        if descriptor is not None:
-            os.fsync(descriptor)
-
-
-@contextlib.contextmanager
-def locked(directory: Location) -> Iterator[None]:
-    """Keep other writers out of `directory`, where the file system has locks."""
-    with _descriptor(directory) as descriptor:
-        if descriptor is not None:
-            import fcntl  # Windows lacks it
-
-            with contextlib.suppress(OSError):  # some network file systems lack locks
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield

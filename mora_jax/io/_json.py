@@ -35,7 +35,7 @@ def parse(data: bytes, name: str) -> Any:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     mapping: dict[str, Any] = {}
     for key, value in pairs:
-        if key in mapping:
+        if key in mapping:  # Python would take the last, and other readers the first
             raise ValueError(f"the key {short(key)} occurs twice")
         mapping[key] = value
     return mapping
@@ -89,9 +89,7 @@ def check_record(content: Any, fields: Fields, where: str) -> dict[str, Any]:
 def plain(value: Any, name: str) -> Any:
     """Return what a user wants to keep in the types that JSON gives back.
 
-    An error calls the value `name`, followed by the keys that lead to the faulty part:
-    a TypeError if JSON cannot hold it, and a ValueError for NaN, infinity, and values
-    that hold themselves.
+    An error calls the value `name`, followed by the keys that lead to the faulty part.
     """
     rule = f"{name} must be something that JSON can hold"
     try:

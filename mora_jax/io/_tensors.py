@@ -36,8 +36,7 @@ KNOWN = re.compile(r"BOOL|[UI](8|16|32|64)|B?F16|F(32|64)|C64|F4|F[68]_[A-Z0-9]+
 ENTRY = {"dtype": (str,), "shape": (list,), "data_offsets": (list,)}
 """The record of a tensor in a header."""
 
-MAX_HEADER = 2**25
-CHUNK = 2**24
+MAX_HEADER, CHUNK = 2**25, 2**24
 
 
 class Entry(NamedTuple):
@@ -51,8 +50,8 @@ class Entry(NamedTuple):
     @property
     def fits(self) -> bool:
         """True if the tensor has as many bytes as its dtype and shape say."""
-        digits = re.search(r"\d+", self.dtype)
-        bits = math.prod(self.shape) * (int(digits[0]) if digits else 8)
+        digits = re.findall(r"\d+", self.dtype) or ["8"]  # a BOOL is a byte
+        bits = math.prod(self.shape) * int(digits[0])
         known = KNOWN.fullmatch(self.dtype) is not None
         return known and 8 * (self.stop - self.start) == bits
 
@@ -61,7 +60,6 @@ class Header:
     """A safetensors file up to its first tensor.
 
     Attributes:
-      path: The path of the file.
       header: The bytes before the first tensor.
       size: The number of bytes of the file.
       metadata: {name: text} of what the file says beside its tensors.

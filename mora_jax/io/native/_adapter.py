@@ -1,8 +1,7 @@
-"""Reading adapters in this library's format: one safetensors file that holds all.
+"""Adapters in this library's format, one safetensors file that holds all.
 
-Its tensors are what is trained. Its metadata hold a text, the config: the plan, what
-the user wants to keep, and digests. `adapter_config.json` beside it is that text again
-for people to read, and no reader needs it.
+Its metadata hold a text, the config: the plan, what the user wants to keep, and
+digests. The file `CONFIG` beside it is that text again.
 """
 
 import contextlib
@@ -22,24 +21,13 @@ from mora_jax._plan.spec import SUFFIX
 from mora_jax._tree.adapters import Tree, adapter_items, nest, trained_items
 from mora_jax._tree.base_digest import check_base, kernel_digests
 from mora_jax._tree.paths import check_leaf, find_part, named_leaves
-from mora_jax.io import _tensors
-from mora_jax.io._files import (
-    CONFIG,
-    TENSORS,
-    AdapterFileError,
-    Location,
-    as_path,
-    locked,
-    read_bytes,
-    replace_files,
-)
+from mora_jax.io import _files, _tensors
+from mora_jax.io._files import CONFIG, TENSORS, AdapterFileError, Location, locked
 from mora_jax.io._json import dump, plain, read_json, short
 from mora_jax.io.native import _records
 
-FORMAT = "mora_jax adapter"
-
-KEY = "mora_jax"
-"""The only key of the file's metadata, whose text is the config."""
+FORMAT, KEY = "mora_jax adapter", "mora_jax"
+"""The format, and the only key of the file's metadata, whose text is the config."""
 
 WHERE = f"the config in {TENSORS}"
 """The name of the config in messages."""
@@ -56,16 +44,13 @@ def load(
     """Return adapters and their plan, as `save` wrote them.
 
     PEFT calls this `from_pretrained`. Everything is checked before anything is
-    returned, and nothing is filled in. `adapter_config.json` may be missing; if it is
-    there, it must say what the tensors' file says. While other processes save into the
-    directory, the adapters are the old ones or the new ones of one process.
+    returned, and nothing is filled in.
 
     Args:
       directory: A path or a URL that `etils.epath` opens.
-      params_or_shapes: The model's params or their shapes. Each kernel must then have
-        the shape that its adapter was made for. If `save` was given the base's params,
-        arrays must also hold that base's weights, in float32 or bfloat16; kernels with
-        parts on other processes are not compared.
+      params_or_shapes: The model's params or their shapes, which the adapters must fit.
+        If `save` was given the base's params, arrays must also hold that base's
+        weights, in float32 or bfloat16.
       any_base: True to accept also other weights than those that the adapter was
         trained on.
 
@@ -81,9 +66,7 @@ def load(
 
     Example::
 
-      >>> import tempfile
-      >>> import jax.numpy as jnp
-      >>> import mora_jax
+      >>> import tempfile, jax.numpy as jnp, mora_jax
       >>> params = {"fc": {"kernel": jnp.ones((8, 8))}}
       >>> plan = mora_jax.plan(params)
       >>> with tempfile.TemporaryDirectory() as directory:
@@ -92,12 +75,12 @@ def load(
       >>> float(adapters["fc"]["kernel_mora"].sum())
       0.0
     """
-    path, kernels = as_path("directory", directory), None
+    path, kernels = _files.as_path("directory", directory), None
     if params_or_shapes is not None:
         leaves = named_leaves(params_or_shapes)
         kernels = {name: leaf for name, (_, leaf) in leaves.items()}
     adapters, plan = _settled(
-        path, read_bytes, lambda data, config: _restored(data, config, kernels)
+        path, _files.read_bytes, lambda data, config: _restored(data, config, kernels)
     )
     if kernels is not None and not any_base:
         try:
@@ -111,25 +94,22 @@ def read_metadata(directory: str | os.PathLike[str]) -> dict[str, Any]:
     """Return the metadata that `save` was given.
 
     Args:
-      directory: A path or a URL that `etils.epath` opens.
+      directory: As in `load`.
 
     Raises:
       io.AdapterFileError: The file is missing, damaged or of a newer format.
 
     Example::
 
-      >>> import tempfile
-      >>> import jax.numpy as jnp
-      >>> import mora_jax
+      >>> import tempfile, jax.numpy as jnp, mora_jax
       >>> plan = mora_jax.plan({"fc": {"kernel": jnp.ones((8, 8))}})
       >>> with tempfile.TemporaryDirectory() as directory:
       ...     mora_jax.save(directory, mora_jax.init(plan), plan, metadata={"step": 3})
       ...     mora_jax.io.read_metadata(directory)
       {'step': 3}
     """
-    path = as_path("directory", directory)
     return _settled(
-        path,
+        _files.as_path("directory", directory),
         lambda file: _tensors.Header(file).header,
         lambda _, config: config["metadata"],
     )
@@ -149,8 +129,14 @@ def _settled(
         with lock:
             data = read(directory / TENSORS)
             try:
-                config = _parse_config(data)
-                _check_copy(directory, config)
+                config, copy = _parse_config(data), directory / CONFIG
+                if copy.exists() and dump(read_json(copy)) != dump(config):
+                    # Someone has edited it, or has replaced one of the two files.
+                    raise AdapterFileError(
+                        f"{CONFIG} in {directory} is edited, damaged or of another "
+                        f"adapter: unlike {TENSORS}, which alone is read; delete it, "
+                        "and the next save writes it"
+                    )
                 return use(data, config)
             except AdapterFileError:
                 if data == before:
@@ -195,17 +181,6 @@ def _restored(
     return nest({path: to_jax("/".join(path), a) for path, a in leaves.items()}), plan
 
 
-def _check_copy(directory: Location, content: Mapping[str, Any]) -> None:
-    """Raise if the readable copy of the config is there and says something else."""
-    # Someone has edited it then, or has replaced one of the two files.
-    path = directory / CONFIG
-    if path.exists() and dump(read_json(path)) != dump(content):
-        raise AdapterFileError(
-            f"{CONFIG} in {directory} is edited, damaged or of another adapter: unlike "
-            f"{TENSORS}, which alone is read; delete it, and the next save writes it"
-        )
-
-
 def is_ours(directory: Location, name: str) -> bool:
     """Return True if the file `CONFIG` or `TENSORS` says that it is of this format."""
     if name == TENSORS:
@@ -240,12 +215,11 @@ def save(
 
     PEFT calls this `save_pretrained`. `adapter_model.safetensors` holds everything, and
     `adapter_config.json` is a copy of all but the arrays, for people to read. Whenever
-    the process is killed, the directory holds the old adapter or the new one. Other
-    files in it are left alone. On a local disk, processes that save into one directory
-    wait for each other; into an object store only one at a time may save.
+    the process is killed, the directory holds the old adapter or the new one. Into an
+    object store only one process at a time may save.
 
     Args:
-      directory: A path or a URL that `etils.epath` opens; made if it does not exist.
+      directory: As in `load`; made if it does not exist.
       adapters: The adapters, as `init` makes them.
       plan: The plan that they follow.
       metadata: Values that JSON can hold, for `io.read_metadata`.
@@ -258,13 +232,11 @@ def save(
         the plan lacks adapters, or the scheme of a URL is not known.
       FileExistsError: The directory holds an adapter of another format, such as PEFT's.
       OSError: The file system refuses. The directory is as it was.
-      ImportError: `mora-jax[io]` or the package that opens such a URL is missing.
+      ImportError: As in `load`.
 
     Example::
 
-      >>> import tempfile
-      >>> import jax.numpy as jnp
-      >>> import mora_jax
+      >>> import tempfile, jax.numpy as jnp, mora_jax
       >>> plan = mora_jax.plan({"fc": {"kernel": jnp.ones((8, 8))}})
       >>> with tempfile.TemporaryDirectory() as directory:
       ...     mora_jax.save(directory, mora_jax.init(plan), plan, metadata={"step": 3})
@@ -272,7 +244,7 @@ def save(
       >>> adapters["fc"]["kernel_mora"].shape, same == plan
       ((8, 8), True)
     """
-    path = as_path("directory", directory)
+    path = _files.as_path("directory", directory)
     _refuse_foreign_adapter(path)
     replace_adapter(path, adapters, plan, metadata, params)
 
@@ -295,7 +267,7 @@ def replace_adapter(
     tensors, config = _encode(adapters, plan, kept)
     # Nothing is written that cannot be read.
     _restored(tensors, _parse_config(tensors), _records.shapes_of(plan))
-    replace_files(directory, tensors, config)
+    _files.replace_files(directory, tensors, config)
 
 
 def _encode(adapters: Any, plan: Plan, metadata: dict[str, Any]) -> tuple[bytes, bytes]:
@@ -323,14 +295,13 @@ def _with_digests(plan: Plan, params: Any) -> Plan:
     """Return the plan with digests of the base's kernels."""
     leaves, specs = named_leaves(params), []
     for spec in plan.specs:
-        if spec.name in leaves:
-            _, kernel = leaves[spec.name]
-            check_leaf(kernel, f"{spec.name} in params", spec.kernel_shape)
+        if (name := spec.name) in leaves:
+            check_leaf(leaves[name][1], f"{name} in params", spec.kernel_shape)
         _, kernel = find_part(leaves, spec)
         if not isinstance(kernel, jax.Array | np.ndarray) or isinstance(kernel, Tracer):
             raise TypeError(
                 f"params must hold concrete arrays, got {type(kernel).__name__} at "
-                f"{spec.name!r}"
+                f"{name!r}"
             )
         digests = kernel_digests(spec, kernel)
         specs.append(dataclasses.replace(spec, base_digest=digests))

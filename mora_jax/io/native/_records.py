@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mora_jax._common.axes import check_axes, features, sizes
-from mora_jax._common.checks import check_finite, check_kernel
+from mora_jax._common.checks import check_finite, check_kernel, check_leaf
 from mora_jax._common.suggestions import lacking
 from mora_jax._common.types import Path
 from mora_jax._plan.plan import Plan, check_plan, refuse_other_plan
@@ -24,17 +24,11 @@ from mora_jax.io._files import AdapterFileError
 from mora_jax.io._json import Fields, check_record, dump, parse, short
 from mora_jax.operators import Operator, Subspace, make_operator
 
-FORMAT = "mora_jax plan"
-"""The format of a plan without adapters, for the metadata of any checkpoint."""
+FORMAT, VERSION = "mora_jax plan", 1
+"""The format of a plan without adapters, and the version of that and of adapters."""
 
-VERSION = 1
-"""The version of both formats. A reader refuses every other version."""
-
-LARGEST_WIDTH = 2**22
-"""The most features on either side of a kernel that a file may describe."""
-
-LARGEST_ARRAY = 2**28
-"""The most numbers in an array that is made from a file alone."""
+LARGEST_WIDTH, LARGEST_ARRAY = 2**22, 2**28
+"""The most features on a side of a kernel, and numbers in an array, of a file alone."""
 
 LAYER: Fields = {
     "path": (list, lambda spec: list(spec.path)),
@@ -106,9 +100,8 @@ def restore_plan(
 ) -> tuple[Plan, dict[Path, np.ndarray]]:
     """Return the plan of a record, and {path: array} of what is trained.
 
-    Everything is checked, and nothing is filled in. Messages call the record `where`,
-    and name the layer. What belongs to the plan is taken out of `arrays`, the file's;
-    None stands for a plan alone.
+    Messages call the record `where`, and name the layer. What belongs to the plan is
+    taken out of `arrays`, the file's; None stands for a plan alone.
     """
     if (count := content["base_parameters"]) < 1:
         raise AdapterFileError(
@@ -127,15 +120,16 @@ def restore_plan(
                 raise AdapterFileError(f"{here} is {name!r}, which is there twice")
             try:
                 array, given = _take(arrays, name + suffix)
-                own = _in_model(base, name, kind)
-                parts[key][name] = undo(record, array, own, given)
+                if base is not None and name not in base:
+                    why = lacking(name, base)
+                    raise ValueError(f"the model has no such {kind}{why}")
+                parts[key][name] = undo(record, array, base and base[name], given)
             except (TypeError, ValueError, OverflowError) as error:
                 raise AdapterFileError(f"{name} of {where}: {error}") from error
             if array is not None:
                 leaves[*path[:-1], path[-1] + suffix] = array
     specs, trained = (tuple(named.values()) for named in parts.values())
-    plan = Plan(specs, content["base_parameters"], content["traced"], trained=trained)
-    return plan, leaves
+    return Plan(specs, count, content["traced"], trained=trained), leaves
 
 
 def _path_of(record: Any, fields: Fields, where: str) -> list[str]:
@@ -162,15 +156,6 @@ def _take(
     return arrays.pop(name), {n.removeprefix(f"{name}/"): arrays.pop(n) for n in given}
 
 
-def _in_model(base: Base, name: str, kind: str) -> Any:
-    """Return what the model has at a path, if a model is given."""
-    if base is None:
-        return None
-    if name not in base:
-        raise ValueError(f"the model has no such {kind}{lacking(name, base)}")
-    return base[name]
-
-
 def restore(
     record: Mapping[str, Any],
     m: np.ndarray | None,
@@ -194,10 +179,7 @@ def restore(
         _check_size(widths, q, "seed" in record["operator"], m is not None)
     else:
         check_kernel(kernel, "the model's kernel")
-        if tuple(kernel.shape) != shape:
-            raise ValueError(
-                f"the model's kernel must have shape {shape}, got {tuple(kernel.shape)}"
-            )
+        check_leaf(kernel, "the model's kernel", shape)
     listed = re.fullmatch(r'\[("[0-9a-f]{64}",? ?)*\]', json.dumps(digests))
     if digests is not None and not (listed and len(digests) == stack):
         raise ValueError(
@@ -313,9 +295,9 @@ def shapes_of(plan: Plan) -> dict[str, jax.ShapeDtypeStruct]:
 def plan_to_json(plan: Plan) -> str:
     """Return a plan as JSON, for `plan_from_json`.
 
-    Adapters are only numbers. With another operator, seed or alpha they have the same
-    shapes and mean another delta. `save` stores the plan with them. If another library
-    stores them (Orbax, Tunix), keep this text in the checkpoint's metadata.
+    Adapters are only numbers, which mean another delta with another operator, seed or
+    alpha. `save` stores the plan with them. If another library stores them (Orbax,
+    Tunix), keep this text in the checkpoint's metadata.
 
     Raises:
       TypeError: `plan` is not a plan.
@@ -323,8 +305,7 @@ def plan_to_json(plan: Plan) -> str:
 
     Example::
 
-      >>> import jax.numpy as jnp
-      >>> import mora_jax
+      >>> import jax.numpy as jnp, mora_jax
       >>> plan = mora_jax.plan({"fc": {"kernel": jnp.ones((8, 8))}})
       >>> text = mora_jax.io.plan_to_json(plan)
       >>> mora_jax.io.plan_from_json(text) == plan
@@ -343,8 +324,7 @@ def plan_to_json(plan: Plan) -> str:
 def plan_from_json(text: str, like: Plan | None = None) -> Plan:
     """Return the plan that `plan_to_json` wrote.
 
-    Everything is checked, and nothing is filled in. The plan lacks a layout on a mesh:
-    see `sharding.plan_on_mesh`.
+    The plan lacks a layout on a mesh: see `sharding.plan_on_mesh`.
 
     Args:
       text: The text that `plan_to_json` returned.
@@ -352,14 +332,12 @@ def plan_from_json(text: str, like: Plan | None = None) -> Plan:
 
     Raises:
       TypeError: `text` is not a string, or `like` is not a plan.
-      io.AdapterFileError: The text is not a plan, is damaged or of a newer format, or
-        this platform computes an operator differently; or M's mean another delta with
-        this plan than with `like`. The message names the layer and the settings.
+      io.AdapterFileError: The text is not a plan, or as in `load`; or M's mean another
+        delta with this plan than with `like`. The message names the settings.
 
     Example::
 
-      >>> import jax.numpy as jnp
-      >>> import mora_jax
+      >>> import jax.numpy as jnp, mora_jax
       >>> params = {"fc": {"kernel": jnp.ones((8, 8))}}
       >>> doubled = mora_jax.plan(params, mora_jax.MoRAConfig(alpha=2.0))
       >>> text = mora_jax.io.plan_to_json(doubled)
