@@ -1,8 +1,10 @@
 """Merging files gives what merging trees gives, and harms no file."""
 
+import multiprocessing
 import os
 import shutil
 import struct
+from concurrent.futures import ProcessPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -266,9 +268,9 @@ def test_refuses_bases(tmp_path, base, harm, match):
     assert not (tmp_path / "out").exists()
 
 
-def test_memory_stays_near_one_tensor(tmp_path):
-    """A quarter of 192 MB of kernels, 2 MB each; allocators keep up to 30 MB more."""
-    base, found = tmp_path / "base", []
+def memory_of_a_merge(folder):
+    """Bytes that merging 192 MB of kernels, 2 MB each, takes, and its progress."""
+    base, found = folder / "base", []
     base.mkdir()
     params = {f"l{k}": {"kernel": np.ones((512, 1024), np.float32)} for k in range(96)}
     for name, layer in params.items():
@@ -279,7 +281,15 @@ def test_memory_stays_near_one_tensor(tmp_path):
         found.append(resident())
 
     one = mora_jax.plan({"l0": params["l0"]}, MoRAConfig(rank=1))
-    merge_checkpoint(base, made(one), one, tmp_path / "first")  # compiles everything
+    merge_checkpoint(base, made(one), one, folder / "first")  # compiles everything
     adapters, before = made(plan), resident()
-    merge_checkpoint(base, adapters, plan, tmp_path / "out", progress=measure)
-    assert len(found) > 96 and max(found) - before < 48_000_000
+    merge_checkpoint(base, adapters, plan, folder / "out", progress=measure)
+    return max(found) - before, len(found)
+
+
+def test_memory_stays_near_one_tensor(tmp_path):
+    """A quarter of the kernels; allocators keep up to 30 MB more."""
+    # In a process of its own: what other tests have left decides what is allocated.
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        memory, calls = pool.submit(memory_of_a_merge, tmp_path).result()
+    assert calls > 96 and memory < 48_000_000
