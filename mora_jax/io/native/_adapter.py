@@ -16,11 +16,12 @@ import jax
 import numpy as np
 from jax.core import Tracer
 
+from mora_jax._common.checks import check_kernel, check_leaf
 from mora_jax._plan.plan import Plan, check_plan
 from mora_jax._plan.spec import SUFFIX
 from mora_jax._tree.adapters import Tree, adapter_items, nest, trained_items
 from mora_jax._tree.base_digest import check_base, kernel_digests
-from mora_jax._tree.paths import check_leaf, find_part, named_leaves
+from mora_jax._tree.paths import find_part, named_leaves
 from mora_jax.io import _files, _tensors
 from mora_jax.io._files import CONFIG, TENSORS, AdapterFileError, Location, locked
 from mora_jax.io._json import dump, plain, read_json, short
@@ -296,6 +297,7 @@ def _with_digests(plan: Plan, params: Any) -> Plan:
     leaves, specs = named_leaves(params), []
     for spec in plan.specs:
         if (name := spec.name) in leaves:
+            check_kernel(leaves[name][1], name)  # a quantized one has a remedy
             check_leaf(leaves[name][1], f"{name} in params", spec.kernel_shape)
         _, kernel = find_part(leaves, spec)
         if not isinstance(kernel, jax.Array | np.ndarray) or isinstance(kernel, Tracer):

@@ -240,10 +240,12 @@ def _operator(
     """Return the operator of (in, out, q)."""
     chosen = dict(settings)
     seed, name = chosen.pop("seed", 0), chosen.get("name")
-    if name == Subspace.name:
-        return Subspace(*widths, **given)
+    arrays = Subspace.arrays if name == Subspace.name else ()
+    if given.keys() != set(arrays):
+        rule = f"a {name!r} has {' and '.join(arrays) or 'no arrays'} in a file"
+        raise ValueError(f"{rule}, got {' and '.join(sorted(given)) or 'none'}")
     if given:
-        raise ValueError(f"a {name!r} has no arrays in a file, got {sorted(given)}")
+        return Subspace(*widths, **given)
     return make_operator(chosen, *widths, seed=seed)
 
 
