@@ -31,7 +31,7 @@ def positive_integer(name: str, value: Any) -> int:
 
 def check_seed(seed: Any) -> int:
     """Return `seed` as an int, if it is an integer that `RandomState` takes."""
-    if isinstance(seed, bool) or not isinstance(seed, SupportsIndex):
+    if isinstance(seed, bool) or not isinstance(seed, int | SupportsIndex):
         raise TypeError(f"seed must be an integer, got {seed!r}")
     if not 0 <= seed.__index__() < 2**32:
         raise ValueError(f"seed must be in [0, 2**32), got {seed}")

@@ -100,10 +100,9 @@ class Operator:
                 f"got {q}; the nearest is {q + step - q % step}"
             )
         check_seed(getattr(self, "seed", 0))
-        for field in dataclasses.fields(self):
-            if field.metadata:
-                compute = field.metadata["compute"]
-                object.__setattr__(self, field.name, compute(self))
+        for field in self.arrays:
+            compute = type(self).__dataclass_fields__[field].metadata["compute"]
+            object.__setattr__(self, field, compute(self))
 
     @property
     def compressed_shape(self) -> Shape:

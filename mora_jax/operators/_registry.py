@@ -46,6 +46,8 @@ OperatorSpec = str | Mapping[str, Any]
 
 def parse_spec(spec: OperatorSpec) -> tuple[str, dict[str, Any]]:
     """The name and the settings of `spec`, checked."""
+    if isinstance(spec, str) and spec in OPERATORS:  # as for nearly every kernel
+        return spec, {}
     if not isinstance(spec, str | Mapping):
         raise TypeError(f"operator must be a name or a mapping, got {spec!r}")
     settings = {"name": spec} if isinstance(spec, str) else dict(spec)
@@ -181,6 +183,6 @@ def make_operator(
     rank = square_rank**2 / (in_features + out_features)
     name, settings = parse_spec(resolve_auto(spec, rank))
     cls = OPERATORS[name]
-    if any(f.name == "seed" for f in dataclasses.fields(cls)):
+    if hasattr(cls, "seed"):
         settings["seed"] = seed
     return cls(in_features, out_features, square_rank, **settings)
