@@ -47,7 +47,7 @@ from mora_jax._tree.paths import (
     replace_leaves,
     unboxed,
 )
-from mora_jax.io.peft._read_mora import REFERENCE_GROUPS
+from mora_jax.io.peft._reference import REFERENCE_GROUPS
 from mora_jax.operators import Sharing
 
 __all__ = ["Restarted", "next_plan", "restart", "restart_schedule"]

@@ -14,7 +14,7 @@ from mora_jax.cli._output import as_options, progress, say_table
 from mora_jax.cli._reports import compare, describe, format_of, grouped, read_adapter
 from mora_jax.io._files import as_path
 from mora_jax.io.native._adapter import replace_adapter
-from mora_jax.io.peft._lora import Server
+from mora_jax.io.peft._export import Server
 
 app = typer.Typer(
     name="mora-jax",

@@ -13,8 +13,8 @@ from rich.console import Console
 
 from mora_jax.io import Checkpoint, Names
 from mora_jax.io._files import as_path, parts
+from mora_jax.io._json import parse, read_json
 from mora_jax.io._names import pairs
-from mora_jax.io._tensors import parse, read_json
 
 
 def _rank_of(text: str | None) -> int | str | None:

@@ -15,7 +15,7 @@ from mora_jax._plan.spec import AdapterSpec, differences
 from mora_jax._tree.adapters import Tree, adapter_items, trained_items
 from mora_jax._tree.merge import wide
 from mora_jax.io._files import CONFIG, TENSORS, AdapterFileError, as_path
-from mora_jax.io._tensors import read_json
+from mora_jax.io._json import read_json
 from mora_jax.io.native._adapter import is_ours
 
 

@@ -75,7 +75,7 @@ def test_a_lora_of_the_fewest_singular_values(tmp_path, base, server, operator):
 
 
 def test_what_no_server_takes_is_merged(tmp_path, base, monkeypatch):
-    monkeypatch.setattr("mora_jax.io.peft._lora.RANKS", (1, 8))
+    monkeypatch.setattr("mora_jax.io.peft._export.RANKS", (1, 8))
     adapters, plan = adapted(base, "rotation")
     out = tmp_path / "out"
     with pytest.raises(ValueError, match="needs rank .* servers take 8 .* base"):
@@ -145,7 +145,7 @@ def test_an_embedding_that_is_the_head_is_merged(tmp_path, head, config, merged)
 
 
 def test_a_merged_base_replaces_no_adapter(tmp_path, base, monkeypatch):
-    monkeypatch.setattr("mora_jax.io.peft._lora.RANKS", (1, 8))
+    monkeypatch.setattr("mora_jax.io.peft._export.RANKS", (1, 8))
     adapters, plan = adapted(base, "rotation")
     out = tmp_path / "out"
     mora_jax.save(out, adapters, plan)
@@ -165,7 +165,7 @@ def test_bad_input(tmp_path, base, monkeypatch):
         io.export(out, adapters, plan, "vllm", max_error=2)
     with pytest.raises(ValueError, match="adapters lack"):
         io.export(out, {}, plan, "vllm")
-    monkeypatch.setattr("mora_jax.io.peft._lora.RANKS", (1, 2))
+    monkeypatch.setattr("mora_jax.io.peft._export.RANKS", (1, 2))
     with pytest.raises(AdapterFileError, match="there is no"):
         io.export(out, adapters, plan, "vllm", base=tmp_path / "none")
     with pytest.raises(TypeError, match="rank must be a positive integer"):

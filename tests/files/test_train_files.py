@@ -17,7 +17,7 @@ import mora_jax
 from mora_jax import MoRAConfig, init, io, load, merge, plan, save
 from mora_jax.io import AdapterFileError
 from mora_jax.io._files import TENSORS
-from mora_jax.io.checkpoints._checkpoint import Source
+from mora_jax.io.checkpoints._matching import Source
 from mora_jax.io.checkpoints._merge_files import replacements
 
 TRAIN = ".*norm.*", ".*q_proj/bias", "lm_head/kernel", "model/embed_tokens/.*"

@@ -21,7 +21,7 @@ from processes import ROOT, python
 import mora_jax
 from mora_jax import MoRAConfig
 from mora_jax._flax.layer_rules import _RULES
-from mora_jax.io.peft._lora import RANKS
+from mora_jax.io.peft._export import RANKS
 from mora_jax.operators import OPERATORS
 
 README = ROOT / "README.md"

@@ -9,7 +9,8 @@ from pytorch_states import in_flax, shapes
 
 import mora_jax
 from mora_jax import MoRAConfig, io
-from mora_jax.io._names import FAMILIES, pairs, to_kernel, to_module
+from mora_jax.io._families import FAMILIES
+from mora_jax.io._names import pairs, to_kernel, to_module
 from mora_jax.operators import OPERATORS
 
 peft = pytest.importorskip("peft")

@@ -1,36 +1,16 @@
-"""A base checkpoint, and its tensors that are a model's leaves, found by names."""
+"""A base checkpoint, whose headers alone are in memory."""
 
-import dataclasses
-import math
 import os
 import re
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-from jax.sharding import Sharding, SingleDeviceSharding
 
-from mora_jax._common.suggestions import nearest_paths
-from mora_jax._common.types import Path, Shape
 from mora_jax._tree.adapters import Tree, nest
 from mora_jax.io._files import CONFIG, AdapterFileError, Location, as_path
-from mora_jax.io._names import (
-    BUFFERS,
-    TIED,
-    Names,
-    Tensor,
-    canonical,
-    join_index,
-    pairs,
-    suggestion,
-    to_kernel,
-    to_module,
-    to_tensors,
-)
-from mora_jax.io._tensors import DTYPES, Entry, TensorFile, read_json, short
+from mora_jax.io._json import read_json, short
+from mora_jax.io._names import Names, pairs, to_kernel
+from mora_jax.io._tensors import DTYPES, Entry, TensorFile
 
 # Configs, tokenizers and templates. Never pickles, which may run anything.
 COPIED = (".json", ".txt", ".model", ".jinja", ".md")
@@ -51,7 +31,10 @@ class Checkpoint:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        """Read the headers at a `path` as for `load_base`.
+        """Read the headers of a file, or of all files that a directory's index names.
+
+        Args:
+          path: As in `load_base`.
 
         Raises:
           AdapterFileError: A file is missing, or two files hold the same tensor.
@@ -89,7 +72,8 @@ class Checkpoint:
     def shapes(self, names: Names = None) -> Tree:
         """Return the shapes (in_features, out_features) of kernels, as a params tree.
 
-        Tensors without a path by `names`, as in `load_peft_mora`, are left out.
+        Args:
+          names: As in `load_peft_mora`. Tensors without a path are left out.
         """
         known, leaves = pairs(names), {}
         for name in self.place:
@@ -124,269 +108,3 @@ def _tensor_files(folder: Location, listed: Sequence[Location]) -> list[Location
                 f"{indices[0].name} must name files next to it, got {short(name)}"
             )
     return [folder / name for name in files]
-
-
-class Part(NamedTuple):
-    """A tensor, and the axes of an array that are its rows and its columns.
-
-    A weight (heads * width, in) that is a kernel (in, heads, width) has rows (1, 2) and
-    columns (0,). A vector lacks columns.
-    """
-
-    file: TensorFile
-    name: str
-    rows: Shape
-    columns: Shape
-
-    @classmethod
-    def of(cls, file: TensorFile, tensor: Tensor, array: Shape) -> "Part | None":
-        """Return the part for an array of a shape; None if the tensor does not fit."""
-        name, shape = tensor.name, file.entries[tensor.name].shape
-        order = tensor.order or tuple(range(len(array)))
-        if len(order) != len(array):
-            return None
-        if len(shape) < 2 and math.prod(array) == math.prod(shape):
-            return cls(file, name, order, ())
-        for k in range(1, len(order) if tensor.axes != "o" else 1):
-            axes = order[:k], order[k:]
-            axes = axes[::-1] if tensor.axes == "oi" else axes
-            if tuple(math.prod(array[k] for k in group) for group in axes) == shape:
-                return cls(file, name, *axes)
-        return None
-
-    def in_rows(self, array: np.ndarray) -> np.ndarray:
-        """Return an array in the layout of the tensor."""
-        array = array.transpose(self.rows + self.columns)
-        return array.reshape(self.file.entries[self.name].shape)
-
-
-@dataclasses.dataclass(frozen=True)
-class Leaf:
-    """An array, and {index in its stack: the tensor that holds its numbers there}.
-
-    The shape begins with the stack's. A sharding of None is the default device.
-    """
-
-    shape: Shape
-    dtype: np.dtype
-    sharding: Sharding | None
-    tensors: Mapping[Shape, Part]
-
-    def read(self) -> jax.Array:
-        """Return the array, while the host holds one device's part beside the last."""
-        if self.sharding is None:
-            whole = (slice(None),) * len(self.shape)
-            return jnp.asarray(self._read(whole)).block_until_ready()
-        parts, shards, memory = {}, [], self.sharding.memory_kind
-        places = self.sharding.addressable_devices_indices_map(self.shape)
-        for device, index in places.items():
-            parts.setdefault(str(index), (index or (), []))[1].append(device)
-        for index, devices in parts.values():
-            array = self._read(index)
-            where = (SingleDeviceSharding(d, memory_kind=memory) for d in devices)
-            copies = [jax.device_put(array, sharding) for sharding in where]
-            # A transfer that is under way keeps the part that it reads.
-            shards += jax.block_until_ready(copies)
-        return jax.make_array_from_single_device_arrays(
-            self.shape, self.sharding, shards
-        )
-
-    def _read(self, index: tuple[slice, ...]) -> np.ndarray:
-        """Return a part of the array, from rows of tensors that it needs alone."""
-        ends = [part.indices(n)[:2] for part, n in zip(index, self.shape, strict=True)]
-        depth, part = next((len(at), part) for at, part in self.tensors.items())
-        order = [*range(depth), *(depth + k for k in part.rows + part.columns)]
-        stored = np.empty([ends[k][1] - ends[k][0] for k in order], self.dtype)
-        for place in np.ndindex(stored.shape[:depth]) if stored.size else ():
-            at = tuple(k + start for k, (start, _) in zip(place, ends, strict=False))
-            self._fill(stored[*place, ...], index[depth:], self.tensors[at])
-        # A view: JAX transposes the numbers when it copies them, faster than NumPy.
-        return stored.transpose(np.argsort(order))
-
-    def _fill(self, stored: np.ndarray, box: tuple[slice, ...], part: Part) -> None:
-        """Write the box of a tensor into `stored`, which is that box of one layer."""
-        inner = self.shape[len(self.shape) - stored.ndim :]
-        sizes, columns = ([inner[k] for k in axes] for axes in part[2:])
-        chosen, cut = (tuple(box[k] for k in axes) for axes in part[2:])
-        numbers = np.arange(math.prod(sizes)).reshape(sizes)[chosen].ravel()
-        rows = stored.reshape(len(numbers), *stored.shape[len(sizes) :])
-        first = int(numbers[0])
-        for piece in part.file.rows(part.name, first, int(numbers[-1]) + 1):
-            start, stop = np.searchsorted(numbers, (first, first + len(piece)))
-            values = piece[numbers[start:stop] - first].reshape(-1, *columns)[:, *cut]
-            rows[start:stop] = converted(values, self.dtype, part.name)
-            first += len(piece)
-
-
-def converted(array: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
-    """Return `array` in `dtype`, unless numbers are too large for that."""
-    if array.dtype == dtype:
-        return array
-    with np.errstate(over="ignore", invalid="ignore"):
-        result = array.astype(dtype)
-        saturates = np.isfinite(np.array(np.inf, np.float32).astype(dtype))
-    largest = jnp.finfo(dtype).max
-    if largest < jnp.finfo(array.dtype).max:
-        # Some dtypes have NaN beyond their largest number, and others have that number.
-        lost = ~(abs(array) <= largest) if saturates else ~np.isfinite(result)
-        if (lost & np.isfinite(array)).any():
-            raise AdapterFileError(f"{name!r} overflows {dtype}")
-    return result
-
-
-class Source:
-    """The tensors of a checkpoint, found by the names that PyTorch may give them.
-
-    `taken` is {tensor: the leaf that has it}, and `missing` are the leaves without a
-    tensor, with their indices. With `tied`, a tensor may stand for one it is tied to.
-    """
-
-    def __init__(self, checkpoint: Checkpoint, names: Names, tied: bool = True) -> None:
-        self.checkpoint, self.known = checkpoint, pairs(names)
-        self.tied = tied and _may_be_tied(checkpoint)
-        self._by_canonical: dict[str, list[str]] = defaultdict(list)
-        for name in checkpoint.place:
-            self._by_canonical[canonical(name)].append(name)
-        self.taken: dict[str, str] = {}
-        self.missing: list[str] = []
-
-    def stack(self, leaf: str, shape: Shape, misfit: str) -> dict[Shape, Part]:
-        """Return {index in a leaf's stack: its tensor}; others are noted as missing.
-
-        `misfit` is a message, as a template of the leaf, its shape and the tensor.
-        """
-        # Without a stack the index is (). No more is known of its depth than that the
-        # first layer has a tensor.
-        depths = (k for k in range(len(shape) + 1) if self._find(leaf, (0,) * k))
-        depth, stack = next(depths, 0), {}
-        if 0 in shape[:depth]:
-            self.missing.append(leaf)
-        for index in np.ndindex(shape[:depth]):
-            tensor, name = self._find(leaf, index), join_index(leaf, index)
-            if tensor is None:
-                self.missing.append(name)
-                continue
-            self.take(tensor.name, name)
-            file = self.checkpoint.place[tensor.name]
-            part = Part.of(file, tensor, shape[depth:])
-            # All layers have one order of axes, since they are one array.
-            if part is None or part[2:] != next(iter(stack.values()), part)[2:]:
-                transposed = " transposed" * (tensor.axes == "oi")
-                stored = file.entries[tensor.name].shape
-                text = f"{tensor.name!r} of shape {stored}{transposed}"
-                raise AdapterFileError(misfit.format(leaf, shape, text))
-            stack[index] = part
-        return stack
-
-    def own_name(self, path: Path) -> str | None:
-        """Return the tensor that is named as an array's path is, if there is one."""
-        names = (separator.join(path) for separator in "/.")
-        return next((name for name in names if name in self.checkpoint.place), None)
-
-    def _find(self, leaf: str, index: Shape) -> Tensor | None:
-        """Return the tensor of one layer of a leaf, as the files call it."""
-        for tensor in to_tensors(join_index(leaf, index), self.known):
-            if name := self.named(tensor.name):
-                return tensor._replace(name=name)
-        return None
-
-    def named(self, tensor: str) -> str:
-        """Return the name that the files have for a tensor; "" if they lack it."""
-        if tensor in self.checkpoint.place:
-            return tensor
-        twins = _tied_to(tensor) if self.tied else ()
-        for name in (canonical(tensor), *twins):
-            if len(names := self._by_canonical.get(name, ())) == 1:
-                return names[0]
-        return ""
-
-    def take(self, tensor: str, leaf: str) -> None:
-        """Note that a leaf has the tensor, which must be floating-point."""
-        # A model may have two leaves where the file has one of two tied tensors.
-        if tensor in self.taken and not (self.tied and _tied_to(tensor)):
-            raise AdapterFileError(
-                f"{self.taken[tensor]!r} and {leaf!r} are both {tensor!r} in the base"
-            )
-        self.checkpoint.place[tensor].dtype(tensor, "dequantise it first")
-        self.taken[tensor] = leaf
-
-    def check_missing(self) -> None:
-        """Raise if a leaf lacks a tensor."""
-        if not self.missing:
-            return
-        leaf, place = self.missing[0], self.checkpoint.place
-        names = (tensor.name for tensor in to_tensors(leaf, self.known))
-        # Kernels need a template, though a tensor may have their name.
-        name = next((name for name in names if name not in place), "")
-        text = f"the base has no tensor for the leaf {leaf!r}"
-        if _tied_to(name) and not self.tied:
-            text += ", or has it only as another one, and here no tensors are tied"
-        text += f", which would be {name!r}" if name else ""
-        text += nearest_paths(name or leaf, place)
-        others = (name for name in self.missing if not name.endswith("/bias"))
-        if unknown := [name for name in others if not to_module(name, self.known)]:
-            free = [n.removesuffix(".weight") for n in place if n not in self.taken]
-            text += f"; {suggestion(unknown, free)}"
-        raise AdapterFileError(text)
-
-    def check_left(self, leaves: Iterable[str], skip: str | Sequence[str]) -> None:
-        """Raise if a tensor lacks a leaf, unless `skip` matches it or it is idle."""
-        one = isinstance(skip, str) or not isinstance(skip, Iterable)
-        patterns: list[Any] = [skip] if one else list(skip)
-        if not all(isinstance(pattern, str) for pattern in patterns):
-            raise TypeError(
-                f"skip must be a regular expression or several of them, got {skip!r}"
-            )
-        place, settled = self.checkpoint.place, set(self.taken)
-        for pattern in patterns:
-            rule = f"skip must match names of tensors in the base, got {pattern!r}"
-            try:
-                skipped = {name for name in place if re.fullmatch(pattern, name)}
-            except re.error as error:
-                raise ValueError(f"{rule}: {error}") from None
-            if not skipped:
-                raise ValueError(rule + nearest_paths(pattern, place))
-            settled |= skipped
-        left = [name for name in place if not (name in settled or self._is_idle(name))]
-        if left:
-            others = f" and {len(left) - 1} more" if len(left) > 1 else ""
-            raise AdapterFileError(
-                f"like has no leaf for {short(left[0])}{others} in the base"
-                f"{nearest_paths(left[0].replace('.', '/'), leaves)}; "
-                "skip=[...] leaves out tensors whose names it matches"
-            )
-
-    def _is_idle(self, name: str) -> bool:
-        """Return True for a buffer, and if a taken tensor that is tied is the same."""
-        twins = (n for twin in _tied_to(name) for n in self._by_canonical.get(twin, ()))
-        return BUFFERS.fullmatch(name) is not None or any(
-            twin in self.taken and self._are_equal(name, twin) for twin in twins
-        )
-
-    def _are_equal(self, *names: str) -> bool:
-        one, other = map(self.checkpoint.entry, names)
-        pieces = (self.checkpoint.place[name].chunks(name) for name in names)
-        # Piece by piece, since a head is among the largest of tensors.
-        equal = (a == b for a, b in zip(*pieces, strict=True))
-        return (one.dtype, one.shape) == (other.dtype, other.shape) and all(equal)
-
-    def stand_for_two(self, tensors: Iterable[str]) -> bool:
-        """Return True if a tensor is there, and not the one that may be tied to it."""
-        there = self._by_canonical.keys()
-        lone = (t for t in tensors if canonical(t) in there and _tied_to(t))
-        return self.tied and any(there.isdisjoint(_tied_to(t)) for t in lone)
-
-
-def _tied_to(name: str) -> tuple[str, ...]:
-    """Return the canonical names of the tensors that may be tied to one."""
-    name = canonical(name)
-    return tuple(twin for pair in TIED if name in pair for twin in pair if twin != name)
-
-
-def _may_be_tied(checkpoint: Checkpoint) -> bool:
-    """Return True if the model's config, if there is one, allows tied tensors."""
-    config = None if checkpoint.config is None else read_json(checkpoint.config)
-    # A model of more than texts has another config in it, for its language model.
-    configs = [config, config.get("text_config")] if isinstance(config, dict) else []
-    known = (config for config in configs if isinstance(config, dict))
-    return all(config.get("tie_word_embeddings", True) for config in known)

@@ -18,7 +18,8 @@ from mora_jax._plan.spec import SUFFIX
 from mora_jax._tree.paths import located_leaves, refuse_variables, replace_leaves
 from mora_jax.io._files import AdapterFileError
 from mora_jax.io._names import Names
-from mora_jax.io.checkpoints._checkpoint import Checkpoint, Leaf, Part, Source
+from mora_jax.io.checkpoints._checkpoint import Checkpoint
+from mora_jax.io.checkpoints._matching import Leaf, Part, Source
 
 
 def load_base(

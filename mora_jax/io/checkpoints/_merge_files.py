@@ -27,7 +27,8 @@ from mora_jax.io._files import (
 )
 from mora_jax.io._names import Names, join_index, modules_of
 from mora_jax.io._tensors import TensorFile, to_numpy
-from mora_jax.io.checkpoints._checkpoint import INDEX, Checkpoint, Source, converted
+from mora_jax.io.checkpoints._checkpoint import INDEX, Checkpoint
+from mora_jax.io.checkpoints._matching import Source, converted
 
 
 @dataclasses.dataclass(frozen=True)

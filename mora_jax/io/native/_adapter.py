@@ -24,7 +24,7 @@ from mora_jax._tree.base_digest import check_base, kernel_digests
 from mora_jax._tree.paths import find_part, named_leaves
 from mora_jax.io import _files, _tensors
 from mora_jax.io._files import CONFIG, TENSORS, AdapterFileError, Location, locked
-from mora_jax.io._tensors import dump, plain, read_json, short
+from mora_jax.io._json import dump, plain, read_json, short
 from mora_jax.io.native import _records
 
 FORMAT, KEY = "mora_jax adapter", "mora_jax"
@@ -92,7 +92,10 @@ def load(
 
 
 def read_metadata(directory: str | os.PathLike[str]) -> dict[str, Any]:
-    """Return the metadata that `save` was given, from a `directory` as for `load`.
+    """Return the metadata that `save` was given.
+
+    Args:
+      directory: As in `load`.
 
     Raises:
       io.AdapterFileError: The file is missing, damaged or of a newer format.

@@ -21,7 +21,7 @@ from mora_jax._plan.settings import AdapterSettings
 from mora_jax._plan.spec import SUFFIX, AdapterSpec, operator_settings
 from mora_jax._plan.trained_arrays import TrainedArray
 from mora_jax.io._files import AdapterFileError
-from mora_jax.io._tensors import Fields, check_record, dump, parse, short
+from mora_jax.io._json import Fields, check_record, dump, parse, short
 from mora_jax.operators import Operator, Subspace, make_operator
 
 FORMAT, VERSION = "mora_jax plan", 1

@@ -1,22 +1,16 @@
 """MoRA as plain LoRA, for servers that know nothing else."""
 
 import os
-import shlex
-from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal
 
 import numpy as np
 
-from mora_jax._common.checks import check_choice, check_number, positive_integer
+from mora_jax._common.checks import check_number, positive_integer
 from mora_jax._common.warnings import warn
 from mora_jax._layer.equation import scaled
-from mora_jax._layer.rounding import Rounding
-from mora_jax._plan.plan import Plan, check_plan
+from mora_jax._plan.plan import Plan
 from mora_jax._plan.spec import AdapterSpec
-from mora_jax.io._files import as_path
-from mora_jax.io._names import Names, modules_of, pairs
-from mora_jax.io.checkpoints._checkpoint import Checkpoint, Source
-from mora_jax.io.checkpoints._merge_files import merge_checkpoint
+from mora_jax.io._names import Names
 from mora_jax.io.peft._write import MatrixPair, free, modules, write_peft
 
 Rank = int | Literal["auto"] | None
@@ -143,126 +137,3 @@ def _factors(
     a = left if basis is None else basis @ left
     a, b = a[:, :rank], (values[:, None] * right)[:rank]
     return a, b, float(cut[len(b)]), enough
-
-
-Server = Literal["vllm", "sglang"]
-
-# SGLang takes any number. There a rank above the last of these is not written either,
-# since it costs as much as the kernel.
-RANKS = 1, 8, 16, 32, 64, 128, 256, 320, 512
-"""The numbers that vLLM 0.32 takes for `--max-lora-rank`."""
-
-
-class Export(NamedTuple):
-    """Files that `export` wrote for a server.
-
-    Attributes:
-      rank: The largest rank of the LoRA; None if it is a merged checkpoint.
-      lost: {module: the share of its delta that the LoRA cuts off}; for a merged
-        checkpoint {tensor: the share that rounding lost}.
-      command: A line for the shell that serves it.
-    """
-
-    rank: int | None
-    lost: dict[str, float]
-    command: str
-
-
-def export(
-    directory: str | os.PathLike[str],
-    adapters: Any,
-    plan: Plan,
-    server: Server,
-    names: Names = None,
-    *,
-    base: str | os.PathLike[str] | None = None,
-    base_model: str = "",
-    max_error: float | int = 0.1,
-    force: bool = False,
-    any_base: bool = False,
-    rounding: Rounding = "dither",
-    progress: Callable[[int], object] = lambda size: None,
-) -> Export:
-    """Write adapters as what vLLM or SGLang serves best, and say how.
-
-    That is a LoRA as `save_peft_lora` writes it with `rank="auto"`. Where that takes
-    more than rank 512, the plan trains arrays of the base, or `base` shows that an
-    adapted embedding is also the head, it is the base with the adapters merged in.
-
-    Args:
-      directory: The directory to make, a path or a URL.
-      adapters: As in `save_peft_lora`.
-      plan: As in `save_peft_lora`.
-      server: "vllm" or "sglang".
-      names: As in `save_peft_lora`.
-      base: The base's safetensors, for adapters that have to be merged. A base that has
-        an embedding and no head is taken to be tied.
-      base_model: The model that the server loads: a directory or a name on the Hub.
-        `base` by default.
-      max_error: As in `save_peft_lora`.
-      force: True to replace an adapter by a LoRA, or a checkpoint by a merged one.
-      any_base: As in `merge_checkpoint`.
-      rounding: As in `merge_checkpoint`.
-      progress: As in `merge_checkpoint`.
-
-    Raises:
-      ValueError: `server` is unknown, or the adapters have to be merged and `base` is
-        None; or as `save_peft_lora`.
-      AdapterFileError, OSError: As `merge_checkpoint`.
-    """
-    check_choice("server", server, get_args(Server))
-    check_plan(plan)
-    path = as_path("directory", directory)
-    if not force:
-        free(path, force)  # raises before minutes are spent
-    model = os.path.expanduser(base_model)
-    if not model and base is not None:  # servers load the directory, not one file of it
-        source = as_path("base", base)
-        model = str(source.parent if source.is_file() else source)
-    model = model or "BASE"
-    if plan.trained:
-        why = f"{plan.trained[0].name} trains itself, which a LoRA cannot hold, so"
-    elif base is not None and _is_tied(base, plan, names):
-        why = ""  # the base is known
-    else:
-        matrices, lost = make_lora(adapters, plan, names, "auto", max_error)
-        worst, rank, *_ = max(matrices, key=lambda pair: pair.rank)
-        if rank <= RANKS[-1]:
-            write_peft(free(path, force), matrices, base_model, "CAUSAL_LM")
-            return Export(rank, lost, _command(server, model, rank, str(path)))
-        why = (
-            f"{worst.name} needs rank {rank} to lose at most {max_error:.1%} of its "
-            f"delta, and servers take {RANKS[-1]} at most; a larger max_error needs "
-            "less, else"
-        )
-    if base is None:
-        raise ValueError(
-            f"{why} base must be the base's safetensors, to merge into them, got None"
-        )
-    settings = {"any_base": any_base, "rounding": rounding, "progress": progress}
-    args = base, adapters, plan, path, names
-    lost = merge_checkpoint(*args, force=force, **settings)
-    return Export(None, lost, _command(server, str(path)))
-
-
-def _is_tied(base: str | os.PathLike[str], plan: Plan, names: Names) -> bool:
-    """Return True if an adapted embedding is the head, too, which a LoRA would miss."""
-    known = pairs(names)
-    named = [module for spec in plan.specs for module in modules_of(spec, known)[0]]
-    tables = [f"{module.name}.weight" for module in named if module.table]
-    # A base that nothing is merged into need not be of safetensors.
-    return bool(tables) and Source(Checkpoint(base), names).stand_for_two(tables)
-
-
-def _command(server: Server, model: str, rank: int = 0, adapter: str = "") -> str:
-    """Return the line that serves `model`, with the LoRA in `adapter` if any."""
-    if server == "vllm":
-        words = ["vllm", "serve", model]
-        limit, option = next(n for n in RANKS if n >= rank), "--lora-modules"
-    else:
-        words = ["python", "-m", "sglang.launch_server", "--model-path", model]
-        limit, option = rank, "--lora-paths"
-    if adapter:
-        named = f"{adapter.rpartition('/')[2]}={adapter}"
-        words += ["--enable-lora", "--max-lora-rank", str(limit), option, named]
-    return shlex.join(words)

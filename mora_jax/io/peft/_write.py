@@ -21,9 +21,11 @@ from mora_jax.io._files import (
     entries,
     write_directory,
 )
+from mora_jax.io._json import dump
 from mora_jax.io._names import Module, Names, modules_of, pairs, suggestion
-from mora_jax.io._tensors import dump, encode, to_numpy
-from mora_jax.io.peft._read_mora import PREFIX, REFERENCE_GROUPS, reference_square_rank
+from mora_jax.io._tensors import encode, to_numpy
+from mora_jax.io.peft._read_mora import PREFIX
+from mora_jax.io.peft._reference import REFERENCE_GROUPS, reference_square_rank
 from mora_jax.operators import Rotation, Sharing
 
 
@@ -39,9 +41,18 @@ def save_peft_mora(
 ) -> None:
     """Write adapters so that the paper's authors' code (peft-mora) loads them.
 
-    The arguments are as in `save_peft_lora`. That code computes q from a rank, has only
-    sharing and rotation, and ignores alpha. So alpha and the normalisation are
-    multiplied into M, and other adapters are refused.
+    That code computes q from a rank, has only sharing and rotation, and ignores alpha.
+    So alpha and the normalisation are multiplied into M, and other adapters are
+    refused.
+
+    Args:
+      directory: As in `save_peft_lora`.
+      adapters: As in `save_peft_lora`.
+      plan: As in `save_peft_lora`.
+      names: As in `save_peft_lora`.
+      base_model: As in `save_peft_lora`.
+      task_type: As in `save_peft_lora`.
+      force: As in `save_peft_lora`.
 
     Raises:
       FileExistsError: As `save_peft_lora`.

@@ -1,0 +1,123 @@
+"""JSON from strangers: of bounded size, with unique keys and finite numbers."""
+
+import json
+import math
+import reprlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from mora_jax.io._files import AdapterFileError, Location, missing_files
+
+MAX_BYTES = 2**26
+
+
+def parse(data: bytes, name: str) -> Any:
+    """Return the value that a JSON text holds, if it is all that JSON demands.
+
+    So keys occur once, and numbers are finite. Messages call the text `name`.
+    """
+    if len(data) > MAX_BYTES:
+        raise AdapterFileError(
+            f"{name} must have at most {MAX_BYTES:,} bytes, got {len(data):,} or more"
+        )
+    try:
+        hooks: dict[str, Any] = {"parse_float": _finite, "parse_constant": _finite}
+        return json.loads(data, object_pairs_hook=_unique, **hooks)
+    except RecursionError:
+        raise AdapterFileError(f"{name} is nested too deeply") from None
+    except ValueError as error:
+        raise AdapterFileError(f"{name} is not valid JSON: {error}") from error
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    mapping: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in mapping:  # Python would take the last, and other readers the first
+            raise ValueError(f"the key {short(key)} occurs twice")
+        mapping[key] = value
+    return mapping
+
+
+def _finite(text: str) -> float:
+    # Python takes NaN, Infinity and 1e999, which `dump` and other readers refuse.
+    if not math.isfinite(number := float(text)):
+        raise ValueError(f"{text} is not a finite number")
+    return number
+
+
+def read_json(path: Location) -> Any:
+    """Return the value that a JSON file holds; longer files are not read whole."""
+    with missing_files(path), path.open("rb") as file:
+        return parse(file.read(MAX_BYTES + 1), path.name)
+
+
+def dump(value: Any) -> bytes:
+    """Return readable JSON text; equal values give equal bytes."""
+    text = json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n"
+    return text.encode()
+
+
+Fields = Mapping[str, tuple[Any, ...]]
+"""{key of a record: the type of its value, and how to get it, if from an object}."""
+
+
+def check_record(content: Any, fields: Fields, where: str) -> dict[str, Any]:
+    """Return the object `where` if it has exactly these keys and types of values.
+
+    Values of the type `object` are checked elsewhere.
+    """
+    keys = content.keys() if isinstance(content, dict) else set()
+    if keys != fields.keys():
+        lacks, extra = sorted(fields.keys() - keys), short(sorted(keys - fields.keys()))
+        raise AdapterFileError(
+            f"{where} must hold {sorted(fields)}, got {short(content)}; it lacks "
+            f"{lacks}, and also holds {extra}"
+        )
+    for key, (kind, *_) in fields.items():
+        # True is an int for isinstance, but not in JSON.
+        if kind is not object and type(content[key]) is not kind:
+            raise AdapterFileError(
+                f"{key} of {where} must be of type {kind.__name__}, "
+                f"got {short(content[key])}"
+            )
+    return content
+
+
+def plain(value: Any, name: str) -> Any:
+    """Return what a user wants to keep in the types that JSON gives back.
+
+    An error calls the value `name`, followed by the keys that lead to the faulty part.
+    """
+    rule = f"{name} must be something that JSON can hold"
+    try:
+        if isinstance(value, Mapping):
+            if odd := [key for key in value if not isinstance(key, str)]:
+                raise TypeError(f"{rule}: its keys must be texts, got {odd[0]!r}")
+            return {key: plain(part, f"{name}[{key!r}]") for key, part in value.items()}
+        if isinstance(value, list | tuple):
+            return [plain(part, f"{name}[{k}]") for k, part in enumerate(value)]
+    except RecursionError:
+        raise ValueError(f"{name.partition('[')[0]} is nested too deeply") from None
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{rule}, got {value!r}")
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    kind, advice = f"an object of type {type(value).__name__}", ""
+    if isinstance(value, jax.Array | np.ndarray | np.generic):
+        is_jax, number = isinstance(value, jax.Array), value.dtype.kind
+        kind = "a jax.Array" if is_jax else f"a numpy.{type(value).__name__}"
+        scalar = {"b": "bool", "i": "int", "u": "int"}.get(number, "float")
+        advice = ": say .tolist()" if value.shape else f": say {scalar}(...)"
+    raise TypeError(f"{rule}, got {kind}{advice}")
+
+
+def short(value: object) -> str:
+    """Return a `repr` that is cut off: a message should not repeat a megabyte."""
+    return _SHORT.repr(value)
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 80
