@@ -106,6 +106,7 @@ def test_conversations_have_turns_and_parts(service):
         model="law",
         messages=turns,
         max_completion_tokens=2,
+        temperature=0,
         user="me",
         response_format={"type": "text"},
         tool_choice="none",
