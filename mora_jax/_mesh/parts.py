@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from mora_jax._common.types import Shape
 from mora_jax._jax.qwix_guard import last_with_first, matmul
 from mora_jax._jax.tiles import pad_to, sum_tiles, tile_to
-from mora_jax._jax.vma import shape_for
+from mora_jax._jax.vma import transposed
 from mora_jax.operators import (
     Decoupling,
     Operator,
@@ -149,11 +149,8 @@ class SharingPart(OperatorPart):
 
     def matrix(self, m: jax.Array) -> jax.Array:
         # As `Operator.matrix`, without the features that are elsewhere.
-        rows = self.decompress(m)
-        vector = shape_for((self.in_features,), rows.dtype, rows)
-        transpose = jax.linear_transpose(self.compress, vector)
-        (weight,) = jax.vmap(transpose, in_axes=-1, out_axes=-1)(rows)
-        return weight
+        transpose = functools.partial(transposed, self.compress, (self.in_features,))
+        return jax.vmap(transpose, in_axes=-1, out_axes=-1)(self.decompress(m))
 
     def _repeat(self, h: jax.Array) -> jax.Array:
         return tile_to(h * self.operator._scale("out", h.dtype), self.out_features)

@@ -9,7 +9,6 @@ import io
 import math
 import re
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import jax
@@ -56,14 +55,14 @@ class Entry(NamedTuple):
         return known and 8 * (self.stop - self.start) == bits
 
 
-class Header:
-    """A safetensors file up to its first tensor.
+class TensorFile:
+    """A safetensors file whose header alone is in memory, and checked.
 
     Attributes:
       header: The bytes before the first tensor.
       size: The number of bytes of the file.
       metadata: {name: text} of what the file says beside its tensors.
-      records: {name of a tensor: its record}, in their order in the header.
+      entries: {name of a tensor: its entry}, in their order in the header.
     """
 
     def __init__(self, path: Location, data: bytes | None = None) -> None:
@@ -76,14 +75,29 @@ class Header:
             self.header = first + file.read(min(length, MAX_HEADER))
             file.seek(0, io.SEEK_END)
             self.size = file.tell()
-        whole = len(self.header) == 8 + length
-        content = parse(self.header[8:], path.name) if whole else None
+        end = len(self.header)
+        content = parse(self.header[8:], path.name) if end == 8 + length else None
         if not isinstance(content, dict):
             raise self._damaged(f"no JSON header of at most {MAX_HEADER:,} bytes")
         self.metadata = content.pop("__metadata__", None) or {}
         if not isinstance(self.metadata, dict):
             raise self._damaged("its __metadata__ must be a JSON object")
-        self.records: dict[str, Any] = content
+        self.entries: dict[str, Entry] = {}
+        for name, record in content.items():
+            check_record(record, ENTRY, f"{short(name)} of {path.name}")
+            shape, ends = record["shape"], record["data_offsets"]
+            counts = all(type(n) is int and n >= 0 for n in shape + ends)
+            if not counts or len(ends) != 2:
+                raise self._damaged(f"{short(name)} must have integers for its place")
+            start, stop = (len(self.header) + end for end in ends)
+            self.entries[name] = Entry(record["dtype"], tuple(shape), start, stop)
+        # Tensors lie one after the other, so that no byte is of two or of none.
+        for name, entry in sorted(self.entries.items(), key=lambda item: item[1][2:]):
+            if entry.start != end or not entry.fits:
+                raise self._damaged(f"{short(name)} begins or ends elsewhere")
+            end = entry.stop
+        if end != self.size:
+            raise self._damaged(f"it must have {end:,} bytes, got {self.size:,}")
 
     def _damaged(self, why: str) -> AdapterFileError:
         start = f"{self.path.name} is damaged, or not a safetensors file"
@@ -97,37 +111,14 @@ class Header:
             with missing_files(self.path), self.path.open("rb") as file:
                 yield file
 
-
-class TensorFile(Header):
-    """A safetensors file whose header alone is in memory, and checked.
-
-    It has `entries` as well: {name of a tensor: its entry}, in the same order.
-    """
-
-    def __init__(self, path: Location, data: bytes | None = None) -> None:
-        super().__init__(path, data)
-        self.entries: dict[str, Entry] = {}
-        for name, record in self.records.items():
-            check_record(record, ENTRY, f"{short(name)} of {path.name}")
-            shape, ends = record["shape"], record["data_offsets"]
-            counts = all(type(n) is int and n >= 0 for n in shape + ends)
-            if not counts or len(ends) != 2:
-                raise self._damaged(f"{short(name)} must have integers for its place")
-            start, stop = (len(self.header) + end for end in ends)
-            self.entries[name] = Entry(record["dtype"], tuple(shape), start, stop)
-        end = len(self.header)
-        # Tensors lie one after the other, so that no byte is of two or of none.
-        for name, entry in sorted(self.entries.items(), key=lambda item: item[1][2:]):
-            if entry.start != end or not entry.fits:
-                raise self._damaged(f"{short(name)} begins or ends elsewhere")
-            end = entry.stop
-        if end != self.size:
-            raise self._damaged(f"it must have {end:,} bytes, got {self.size:,}")
-
     def __getitem__(self, name: str) -> np.ndarray:
         """Return a floating-point tensor, which is read now."""
         data = b"".join(self.chunks(name))
         return np.frombuffer(data, self.dtype(name)).reshape(self.entries[name].shape)
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Return all tensors, which must be floating-point."""
+        return {name: self[name] for name in self.entries}
 
     def rows(self, name: str, start: int, stop: int) -> Iterator[np.ndarray]:
         """Yield rows of a floating-point tensor, in pieces of about `CHUNK` bytes."""
@@ -161,12 +152,6 @@ class TensorFile(Header):
                 f"{dtype}{': ' * bool(advice)}{advice}"
             )
         return DTYPES[dtype]
-
-
-def decode(data: bytes, name: str) -> dict[str, np.ndarray]:
-    """Return the arrays, all floating-point, of a file in memory, called `name`."""
-    file = TensorFile(Path(name), data)
-    return {key: file[key] for key in file.entries}
 
 
 def encode(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> bytes:

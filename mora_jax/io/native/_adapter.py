@@ -22,9 +22,10 @@ from mora_jax._plan.spec import SUFFIX
 from mora_jax._tree.adapters import Tree, adapter_items, nest, trained_items
 from mora_jax._tree.base_digest import check_base, kernel_digests
 from mora_jax._tree.paths import find_part, named_leaves
-from mora_jax.io import _files, _tensors
+from mora_jax.io import _files
 from mora_jax.io._files import CONFIG, TENSORS, AdapterFileError, Location, locked
 from mora_jax.io._json import dump, plain, read_json, short
+from mora_jax.io._tensors import TensorFile, encode, to_jax, to_numpy
 from mora_jax.io.native import _records
 
 FORMAT, KEY = "mora_jax adapter", "mora_jax"
@@ -81,7 +82,7 @@ def load(
         leaves = named_leaves(params_or_shapes)
         kernels = {name: leaf for name, (_, leaf) in leaves.items()}
     adapters, plan = _settled(
-        path, _files.read_bytes, lambda data, config: _restored(data, config, kernels)
+        path, lambda file, config: _restored(file, config, kernels)
     )
     if kernels is not None and not any_base:
         try:
@@ -110,27 +111,22 @@ def read_metadata(directory: str | os.PathLike[str]) -> dict[str, Any]:
       {'step': 3}
     """
     return _settled(
-        _files.as_path("directory", directory),
-        lambda file: _tensors.Header(file).header,
-        lambda _, config: config["metadata"],
+        _files.as_path("directory", directory), lambda _, config: config["metadata"]
     )
 
 
-def _settled(
-    directory: Location,
-    read: Callable[[Location], bytes],
-    use: Callable[[bytes, dict[str, Any]], T],
-) -> T:
-    """Return what `use` makes of the bytes that `read` gives, and of the config."""
+def _settled(directory: Location, use: Callable[[TensorFile, dict[str, Any]], T]) -> T:
+    """Return what `use` makes of an adapter's file, and of the config in it."""
     # Another process may be saving. A local file is read whole all the same, but a
     # store may give parts of two files, and the copy of the config may be of the next
     # adapter. So an error counts only if the file is the same as at the last try.
     lock, before = contextlib.nullcontext(), None
     while True:
         with lock:
-            data = read(directory / TENSORS)
+            data = _files.read_bytes(directory / TENSORS)
             try:
-                config, copy = _parse_config(data), directory / CONFIG
+                file = TensorFile(Path(TENSORS), data)
+                config, copy = _parse_config(file), directory / CONFIG
                 if copy.exists() and dump(read_json(copy)) != dump(config):
                     # Someone has edited it, or has replaced one of the two files.
                     raise AdapterFileError(
@@ -138,7 +134,7 @@ def _settled(
                         f"adapter: unlike {TENSORS}, which alone is read; delete it, "
                         "and the next save writes it"
                     )
-                return use(data, config)
+                return use(file, config)
             except AdapterFileError:
                 if data == before:
                     raise
@@ -148,9 +144,9 @@ def _settled(
 # --- Content of the file ---
 
 
-def _parse_config(data: bytes) -> dict[str, Any]:
-    """Return the config in a file or its header: format, version and digest checked."""
-    texts = _tensors.Header(Path(TENSORS), data).metadata
+def _parse_config(file: TensorFile) -> dict[str, Any]:
+    """Return the config in a file, whose format, version and digest are checked."""
+    texts = file.metadata
     hint = "io.load_peft_mora reads PEFT's"
     if texts.keys() != {KEY} or not isinstance(texts[KEY], str):
         raise AdapterFileError(
@@ -165,10 +161,10 @@ def _parse_config(data: bytes) -> dict[str, Any]:
 
 
 def _restored(
-    data: bytes, content: Mapping[str, Any], base: _records.Base
+    file: TensorFile, content: Mapping[str, Any], base: _records.Base
 ) -> tuple[Tree, Plan]:
     """Return the adapters in a file, whose config is `content`, and their plan."""
-    arrays = _tensors.decode(data, TENSORS)
+    arrays = file.arrays()
     if not content["layers"]:
         raise AdapterFileError(f"{WHERE} must have an adapter, got none")
     if content["tensors_sha256"] != _digest(arrays):
@@ -178,14 +174,13 @@ def _restored(
         raise AdapterFileError(
             f"{TENSORS} holds {short(sorted(arrays))}; its config knows nothing of it"
         )
-    to_jax = _tensors.to_jax
     return nest({path: to_jax("/".join(path), a) for path, a in leaves.items()}), plan
 
 
 def is_ours(directory: Location, name: str) -> bool:
     """Return True if the file `CONFIG` or `TENSORS` says that it is of this format."""
     if name == TENSORS:
-        return KEY in _tensors.Header(directory / name).metadata
+        return KEY in TensorFile(directory / name).metadata
     content = read_json(directory / name)
     return isinstance(content, dict) and content.get("format") == FORMAT
 
@@ -267,13 +262,14 @@ def replace_adapter(
         plan = _with_digests(check_plan(plan), params)
     tensors, config = _encode(adapters, plan, kept)
     # Nothing is written that cannot be read.
-    _restored(tensors, _parse_config(tensors), _records.shapes_of(plan))
+    file = TensorFile(Path(TENSORS), tensors)
+    _restored(file, _parse_config(file), _records.shapes_of(plan))
     _files.replace_files(directory, tensors, config)
 
 
 def _encode(adapters: Any, plan: Plan, metadata: dict[str, Any]) -> tuple[bytes, bytes]:
     """Return the content of the file, and its config with the user's `metadata`."""
-    to_numpy, arrays = _tensors.to_numpy, {}
+    arrays: dict[str, np.ndarray] = {}
     items = adapter_items(adapters, plan)
     content = _records.record_of(plan, _records.PLAN)
     for (spec, m), layer in zip(items, content["layers"], strict=True):
@@ -289,7 +285,7 @@ def _encode(adapters: Any, plan: Plan, metadata: dict[str, Any]) -> tuple[bytes,
     content["tensors_sha256"] = _digest(arrays)
     content["sha256"] = _signature(content)
     config = dump(content)
-    return _tensors.encode(arrays, {KEY: config.decode()}), config
+    return encode(arrays, {KEY: config.decode()}), config
 
 
 def _with_digests(plan: Plan, params: Any) -> Plan:

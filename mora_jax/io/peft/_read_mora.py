@@ -22,7 +22,7 @@ from mora_jax._tree.paths import adapter_path, named_leaves
 from mora_jax.io._files import CONFIG, TENSORS, AdapterFileError, as_path, read_bytes
 from mora_jax.io._json import read_json, short
 from mora_jax.io._names import Names, pairs, split_index, suggestion, to_kernel
-from mora_jax.io._tensors import decode, to_jax
+from mora_jax.io._tensors import TensorFile, to_jax
 from mora_jax.io.peft._reference import REFERENCE_GROUPS, reference_operator
 from mora_jax.operators import Operator
 
@@ -58,7 +58,7 @@ def load_peft_mora(
     """
     path = as_path("directory", directory)
     config = _checked(read_json(path / CONFIG))
-    arrays = decode(read_bytes(path / TENSORS), TENSORS)
+    arrays = TensorFile(path / TENSORS, read_bytes(path / TENSORS)).arrays()
     kernels = _by_kernel(_matrices(arrays), model, names)
     template = _template(model, kernels)
     specs, adapters = [], {}
