@@ -12,6 +12,7 @@ What to adapt, and how::
   TrainedArray          an array of the base that trains itself
   summary               a plan as a table
   gradient_bases        a plan whose M's are between the directions of a gradient
+  Call                  the inputs of one of several calls that a plan is for
   register_layer        teach linen.wrap and nnx.wrap a layer class
   LeftOutWarning        a plan leaves out kernels that you may have meant
   MoRAWarning           any warning of this library
@@ -74,6 +75,7 @@ from mora_jax import serving as serving
 from mora_jax import sharding as sharding
 from mora_jax._common.warnings import LeftOutWarning as LeftOutWarning
 from mora_jax._common.warnings import MoRAWarning as MoRAWarning
+from mora_jax._flax.calls import Call as Call
 from mora_jax._flax.layer_rules import register_layer as register_layer
 from mora_jax._flax.planning import plan as plan
 from mora_jax._layer.dense import FrozenDense as FrozenDense

@@ -47,6 +47,7 @@ from jaxtyping import Float
 from mora_jax import linen
 from mora_jax import nnx as shell
 from mora_jax._common.checks import check_number, check_seed
+from mora_jax._flax.calls import unchecked
 from mora_jax._layer.equation import delta_kernel
 from mora_jax._layer.rounding import Rounding, check_rounding, share_lost
 from mora_jax._plan.plan import Plan, check_plan
@@ -181,6 +182,7 @@ def relative_norm(params: Any, adapters: Any, plan: Plan) -> dict[str, float]:
     return shares
 
 
+@unchecked()  # by a trace: numbers are to show what layers do
 def check(
     model: nn.Module | nnx.Module,
     variables: Mapping[str, Any] | None,

@@ -179,7 +179,9 @@ class Candidates:
             spec = AdapterSpec.from_config(
                 config, tuple(leaf.shape), axes, path, kernel_dtype=leaf.dtype
             )
-            self._refuse_other_uses(name)
+            # An unknown layer's kernel has axes by an override, taken at its word.
+            if self.survey is not None and name in self.survey.products:
+                self.survey.refuse_other_uses(name)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
         return spec
@@ -202,25 +204,6 @@ class Candidates:
             "mora_jax.linen.plan or mora_jax.nnx.plan, or say "
             f"overrides={{{name!r}: {{'axes': ...}}}}"
         )
-
-    def _refuse_other_uses(self, name: str) -> None:
-        survey = self.survey
-        # A kernel of an unknown layer has axes by an override, taken at its word.
-        if survey is None or survey.uses is None or name not in survey.products:
-            return
-        if name in (uses := survey.uses).outside:
-            table = survey.products[name].takes_indices
-            kind, tied = ("embedding", " (a tied head?)") if table else ("kernel", "")
-            by = f", by {uses.outside[name]}" if uses.outside[name] else ""
-            raise ValueError(
-                f"the model also reads this {kind} outside of its layer's known methods"
-                f"{tied}{by}, where the adapter would have no effect; exclude it"
-            )
-        if fault := uses.faults.get(name):
-            raise ValueError(
-                f"{fault}, so that adapted and merged model would differ; exclude it, "
-                "or teach its class by register_layer (scale= for a scaled kernel)"
-            )
 
     def trained(self, targets: Sequence[str]) -> tuple[TrainedArray, ...]:
         """The arrays that `config.train` names, in the order of their paths."""

@@ -5,15 +5,19 @@ what one traced call does with every array (see `mora_jax._trace_check`).
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable
+import traceback
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
+from jax.extend.core import Jaxpr
 
+from mora_jax._common.warnings import warn
 from mora_jax._flax.adapted_call import LayerCall
 from mora_jax._flax.layer_rules import planning_rules
-from mora_jax._jax.traces import split_static
-from mora_jax._trace_check import Call, Uses, follow, mark
+from mora_jax._plan.plan import Plan
+from mora_jax._plan.spec import SUFFIX, AdapterSpec
+from mora_jax._trace_check import Call, Uses, difference, follow, mark
 from mora_jax.products import Product
 
 NOT_USED = "the call that was traced does not use it"
@@ -35,8 +39,11 @@ class Survey:
     classes: dict[str, str] = dataclasses.field(default_factory=dict)
     uses: Uses | None = None
 
-    def record_call(self, name: str, call: LayerCall) -> jax.Array:
-        """The output of a layer's method, with marks; `name` is its kernel's path."""
+    def record_call(self, name: str, call: LayerCall, m: Any = None) -> jax.Array:
+        """The output of a layer's method, with marks; `name` is its kernel's path.
+
+        `m` is the M that arrives there, if the model has its adapters.
+        """
         product, x = call.read()
         rule, module = call.rule, call.module
         planning_rule = planning_rules(module)[rule.name(module)]
@@ -55,32 +62,72 @@ class Survey:
                 "its kernel to another module cannot be taught; leave it out with "
                 "exclude"
             )
-        return mark(y, marked, end=True)
+        return mark(y, marked, end=True, m=m)
 
     def record_read(
-        self, name: str, product: Product, cls: str, kernel: jax.Array
+        self, name: str, product: Product, cls: str, kernel: jax.Array, m: Any = None
     ) -> jax.Array:
         """The kernel at `name` as any methods of its layer's class read it, marked."""
         self.products[name] = product
-        return mark(kernel, Call(name, product, False, cls), end=True)
+        return mark(kernel, Call(name, product, False, cls), end=True, m=m)
 
-    def trace(
-        self, function: Callable[..., Any], leaves: Any, tree: Any, *args: Any
-    ) -> None:
-        """Follow `leaves`, `named_leaves(tree)`, through `function(tree, *args)`."""
-        # The function marks its layers. All else than arrays and shapes is static.
-        arrays, join = split_static(args)
+    def add(self, program: Jaxpr, leaves: Mapping[str, Any], more: Any = ()) -> None:
+        """Follow arrays through the program of a call, in which layers are marked.
 
-        def call(tree: Any, arrays: list[Any]) -> list[Any]:
-            return jax.tree.leaves(function(tree, *join(arrays)))
-
-        jaxpr = jax.make_jaxpr(call)(tree, arrays).jaxpr
+        `leaves` are {path: array} of the first inputs of the program, and `more` says
+        of M's among them how many of their axes are stack axes.
+        """
         stacked = {
-            name: leaves[name][1].ndim - len(product.axes)
+            name: leaves[name].ndim - len(product.axes)
             for name, product in self.products.items()
             if name in leaves
         }
-        self.uses = follow(jaxpr, list(leaves), stacked)
+        self.uses = self.uses or Uses()
+        follow(program, list(leaves), stacked | dict(more), self.uses)
+
+    def refuse_other_uses(self, name: str) -> None:
+        """Raise if an adapter of the kernel at `name` would not be what a merge is."""
+        if self.uses is None:
+            return
+        if name in (uses := self.uses).outside:
+            table = name in self.products and self.products[name].takes_indices
+            kind, tied = ("embedding", " (a tied head?)") if table else ("kernel", "")
+            by = f", by {uses.outside[name]}" if uses.outside[name] else ""
+            raise ValueError(
+                f"the model also reads this {kind} outside of its layer's known methods"
+                f"{tied}{by}, where the adapter would have no effect; exclude it"
+            )
+        if fault := uses.faults.get(name):
+            raise ValueError(
+                f"{fault}, so that adapted and merged model would differ; exclude it, "
+                "or teach its class by register_layer (scale= for a scaled kernel)"
+            )
+
+    def refuse_adapted(self, specs: Iterable[AdapterSpec]) -> None:
+        """Raise if an adapter is not what a merge is, in a program with M's."""
+        assert self.uses is not None
+        for spec in specs:
+            try:
+                if spec.name in self.uses.outside and spec.name not in self.uses.called:
+                    raise ValueError(
+                        f"{self._class_of(spec.name).strip() or 'the model'} may use "
+                        "this adapted kernel, but no M arrives there: teach its class "
+                        "with mora_jax.register_layer, or exclude it if code rebuilds "
+                        "the params, as nn.map_variables may"
+                    )
+                self.refuse_other_uses(spec.name)
+                if (m := spec.name + SUFFIX) in self.uses.outside:
+                    raise ValueError(
+                        "the model reads the M beside this kernel, by "
+                        f"{self.uses.outside[m]}; exclude it"
+                    )
+            except ValueError as error:
+                raise ValueError(f"{spec.name}: {error}") from None
+
+    def known_part(self, plan: Plan) -> Plan:
+        """The plan of the kernels whose layers are known; others are for `fold`."""
+        specs = (spec for spec in plan.specs if spec.name in self.products)
+        return dataclasses.replace(plan, specs=tuple(specs))
 
     def no_kernel(self, name: str) -> bool:
         """True if the array at `name` is known to be never multiplied."""
@@ -123,6 +170,56 @@ class Survey:
             if name in self.classes:
                 return f" {self.classes[name]}"
         return ""
+
+
+Programs = Callable[[Survey | None], tuple[Jaxpr, Mapping[str, Any]]]
+"""The program of a call and {path: array} of its first inputs; marked for a survey."""
+
+
+def check_call(plan: Plan, programs: Programs) -> bool:
+    """Raise unless a call with M's computes what it does without, and the deltas.
+
+    `programs` traces the call, with marks and M's if it is given a survey. The result
+    is False, with a warning, if the call cannot be traced.
+    """
+    try:
+        base, _ = programs(None)
+    except Exception as error:
+        # Python needs numbers, such as of a loop that stops at a token.
+        warn(
+            f"this call of the model cannot be traced ({type(error).__name__}), so it "
+            "is not proven what it does with adapted kernels"
+        )
+        return False
+    survey = Survey()
+    try:
+        adapted, leaves = programs(survey)
+    except Exception as error:
+        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+        if frame.f_globals.get("__name__", "").startswith("mora_jax."):
+            raise
+        raise ValueError(
+            f"the model fails with an M beside {', '.join(plan)}: "
+            f"{type(error).__name__}: {error}; exclude kernels whose params code "
+            "takes apart, as nn.WeightNorm and nn.map_variables do"
+        ) from error
+    stacked = {spec.name + SUFFIX: len(spec.stack_shape) for spec in plan.specs}
+    survey.add(adapted, leaves, stacked)
+    survey.refuse_adapted(plan.specs)
+    is_m = [name in stacked for name in leaves]
+    rest = [False] * (len(adapted.invars) - len(is_m))
+    if found := difference(base, adapted, is_m + rest):
+        raise ValueError(
+            "the model computes something else with an M beside its kernels, even if "
+            f"M = 0: {found}. Code that counts the arrays of a module or asks for the "
+            "type of a layer does so; exclude the kernels of such modules"
+        )
+    known = dict(plan.unproven)
+    unproven = dict(survey.unproven(spec.name for spec in plan.specs))
+    new = [f"{n}: {why}" for n, why in unproven.items() if n not in known]
+    if new := [told for told in new if NOT_USED not in told]:
+        warn(f"this call of the model is not proven: {'; '.join(new)}")
+    return True
 
 
 def refuse_untraced(name: str, product: Product | None) -> None:

@@ -116,7 +116,7 @@ def fault(call: Call, trail: Trail, lead: int) -> str:
     """Reason why an output of `call` is not the product of its rule, or ""."""
     product = call.product
     if product.reads_kernel:
-        return _fault_of_read(trail, lead)
+        return fault_of_read(trail, lead)
     steps = trail.through - product.passes
     if not trail.by and steps and steps <= product.stand_ins:
         return ""
@@ -142,7 +142,7 @@ def fault(call: Call, trail: Trail, lead: int) -> str:
     return ""
 
 
-def _fault_of_read(trail: Trail, lead: int) -> str:
+def fault_of_read(trail: Trail, lead: int) -> str:
     """Reason why the array that a layer reads is not the kernel itself, or ""."""
     if steps := {trail.by, *trail.through} - {""}:
         return f"reads it changed by {listed(sorted(steps))}"

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import Primitive
+from jax.extend.core import Jaxpr, Primitive
 from jax.interpreters import ad, batching, mlir
 
 from mora_jax._trace_check.views import View
@@ -43,30 +43,61 @@ class Call:
         return call
 
 
+def opened(jaxpr: Any) -> Any:
+    """A program, which may be closed."""
+    # JAX 0.12 no longer tells closed programs and others apart.
+    return getattr(jaxpr, "jaxpr", jaxpr)
+
+
+def inside(eqn: Any) -> list[Jaxpr]:
+    """The programs inside a step of a program."""
+    values: list[Any] = []
+    for value in eqn.params.values():
+        values += value if isinstance(value, tuple | list) else [value]
+    return [p for p in map(opened, values) if isinstance(p, Jaxpr)]
+
+
 mark_p = Primitive("mora_mark")
 
 
-def mark(x: Any, call: Call, *, end: bool) -> jax.Array:
-    """`x`, with a mark that it is the input or (`end`) the output of `call`."""
-    return mark_p.bind(jnp.asarray(x), call=call, end=end, lead=0)
+def mark(x: Any, call: Call, *, end: bool, m: Any = None) -> jax.Array:
+    """`x`, with a mark that it is the input or (`end`) the output of `call`.
+
+    `m` is the M that arrives at the call, if the model has its adapters.
+    """
+    operands = [jnp.asarray(x)] + ([] if m is None else [jnp.asarray(m)])
+    return mark_p.bind(*operands, call=call, end=end, leads=(0,) * len(operands))
 
 
-def _batch_mark(args: Any, axes: Any, *, lead: int, **settings: Any) -> Any:
-    (x,), (axis,) = args, axes
-    return mark_p.bind(jnp.moveaxis(x, axis, 0), lead=lead + 1, **settings), 0
+def _batch_mark(args: Any, axes: Any, *, leads: Any, **settings: Any) -> Any:
+    mapped = [axis is not None for axis in axes]
+    args = [
+        jnp.moveaxis(x, axis, 0) if one else x
+        for x, axis, one in zip(args, axes, mapped, strict=True)
+    ]
+    leads = tuple(lead + one for lead, one in zip(leads, mapped, strict=True))
+    return mark_p.bind(*args, leads=leads, **settings), 0 if mapped[0] else None
 
 
-def _transpose_mark(y: Any, x: Any, *, call: Call, end: bool, lead: int) -> Any:
+def _differentiate_mark(args: Any, dots: Any, *, leads: Any, **settings: Any) -> Any:
+    y, tangent = mark_p.bind(*args, leads=leads, **settings), dots[0]
+    if not isinstance(tangent, ad.Zero):
+        tangent = mark_p.bind(tangent, leads=leads[:1], **settings)
+    return y, tangent
+
+
+def _transpose_mark(y: Any, x: Any, *, call: Call, end: bool, leads: Any) -> Any:
     if isinstance(y, ad.Zero):
         return [y]
-    return [mark_p.bind(y, call=call.transposed, end=not end, lead=lead)]
+    return [mark_p.bind(y, call=call.transposed, end=not end, leads=leads)]
 
 
-mark_p.def_impl(lambda x, **_: x)
-mark_p.def_abstract_eval(lambda x, **_: x)
-ad.deflinear2(mark_p, _transpose_mark)
+mark_p.def_impl(lambda x, *_, **__: x)
+mark_p.def_abstract_eval(lambda x, *_, **__: x)
+ad.primitive_jvps[mark_p] = _differentiate_mark
+ad.primitive_transposes[mark_p] = _transpose_mark
 batching.primitive_batchers[mark_p] = _batch_mark
-mlir.register_lowering(mark_p, lambda context, x, **_: [x])
+mlir.register_lowering(mark_p, lambda context, x, *_, **__: [x])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,6 +179,7 @@ class Uses:
       faults: {path of a kernel: the fault of its layer, by the rule's product}.
       outside: {path of a kernel: the primitives outside of its layer that use it}.
       unseen: {path of a kernel: the primitive that a trace cannot look into}.
+      called: The paths of the kernels whose layers were called.
     """
 
     reached: set[str] = dataclasses.field(default_factory=set)
@@ -155,3 +187,4 @@ class Uses:
     faults: dict[str, str] = dataclasses.field(default_factory=dict)
     outside: dict[str, str] = dataclasses.field(default_factory=dict)
     unseen: dict[str, str] = dataclasses.field(default_factory=dict)
+    called: set[str] = dataclasses.field(default_factory=set)

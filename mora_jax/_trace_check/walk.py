@@ -8,16 +8,26 @@ from typing import Any
 from jax.extend.core import Jaxpr, Literal
 from jax.interpreters import partial_eval
 
-from mora_jax._trace_check.steps import after, axis_names, fault, listed, multiplied
+from mora_jax._plan.spec import SUFFIX
+from mora_jax._trace_check.steps import (
+    after,
+    axis_names,
+    fault,
+    fault_of_read,
+    listed,
+    multiplied,
+)
 from mora_jax._trace_check.trails import (
     Trail,
     Uses,
     Value,
     changed,
     in_either,
+    inside,
     joined,
     kernels,
     mark_p,
+    opened,
 )
 from mora_jax._trace_check.views import named
 
@@ -44,15 +54,17 @@ OPAQUE = frozenset("pure_callback io_callback shard_map custom_partitioning".spl
 Values = list[Value]
 
 
-def follow(jaxpr: Jaxpr, names: Sequence[str], stacked: Mapping[str, int]) -> Uses:
-    """Follow the arrays of a model through the program of one call, with marks.
+def follow(
+    jaxpr: Jaxpr, names: Sequence[str], stacked: Mapping[str, int], uses: Uses
+) -> None:
+    """Add to `uses` those in the program of one call of a model, with marks.
 
     `names` are the paths of its first inputs, the arrays of the model, and `stacked`
-    says how many of a kernel's leading axes are stack axes.
+    says how many of the leading axes of a kernel or an M are stack axes.
     """
     jaxpr, used = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
     paths = [name for name, use in zip(names, used, strict=False) if use]
-    uses = Uses(reached=set(paths))
+    uses.reached.update(paths)
     values: Values = [{} for _ in jaxpr.invars]
     for k, (name, var) in enumerate(zip(paths, jaxpr.invars, strict=False)):
         shape: Any = var.aval.shape  # type: ignore[attr-defined]
@@ -68,7 +80,6 @@ def follow(jaxpr: Jaxpr, names: Sequence[str], stacked: Mapping[str, int]) -> Us
             else:
                 steps = [trail.by, *sorted(trail.through)]
                 uses.outside.setdefault(name, listed(step for step in steps if step))
-    return uses
 
 
 class _Walk:
@@ -102,8 +113,7 @@ class _Walk:
         name = eqn.primitive.name
         if handler := self.handlers.get(name):
             return handler(eqn, values)
-        programs = [p for p in map(_open, eqn.params.values()) if isinstance(p, Jaxpr)]
-        if len(programs) == 1:
+        if len(programs := inside(eqn)) == 1:
             (inner,) = programs
             pairs = (inner.invars, eqn.invars), (inner.outvars, eqn.outvars)
             if all(_shapes(inside) == _shapes(outside) for inside, outside in pairs):
@@ -125,14 +135,21 @@ class _Walk:
         return [result]
 
     def _mark(self, eqn: Any, values: Values) -> Values:
-        call, lead = eqn.params["call"], eqn.params["lead"]
+        call, (lead, *leads) = eqn.params["call"], eqn.params["leads"]
         value, product = dict(values[0]), call.product
         if not eqn.params["end"]:
             shape, labels = eqn.outvars[0].aval.shape, product.einsum_labels
             names = axis_names(labels, 0) if labels else range(len(shape) - lead)
             lifted = [("vmap", k) for k in range(lead)]
             return [{**value, call: Trail(named([*lifted, *names], shape))}]
+        self.uses.called.add(call.name)
         value.pop(call, None)
+        for lead_of_m, own in zip(leads, values[1:], strict=True):
+            arriving = own.get(call.name + SUFFIX)
+            wrong = arriving and fault_of_read(arriving, lead_of_m)
+            if arriving is None or wrong:
+                how = f"gets its M, and {wrong}" if wrong else "gets another M"
+                self.uses.faults.setdefault(call.name, f"{call.method} {how}")
         trail = value.pop(call.name, None)
         if trail is not None and trail.unseen:
             self.uses.unseen.setdefault(call.name, trail.unseen)
@@ -141,7 +158,7 @@ class _Walk:
         return [value]
 
     def _scan(self, eqn: Any, values: Values) -> Values:
-        body = _open(eqn.params["jaxpr"])
+        body = opened(eqn.params["jaxpr"])
         # JAX has had several names for these numbers, so shapes must tell: what is
         # stacked has one more axis outside of the body.
         carry, unstacked = (
@@ -157,7 +174,7 @@ class _Walk:
     def _while(self, eqn: Any, values: Values) -> Values:
         start = eqn.params["cond_nconsts"]
         stop = start + eqn.params["body_nconsts"]
-        body = _open(eqn.params["body_jaxpr"])
+        body = opened(eqn.params["body_jaxpr"])
         return self._loop(body, values[start:stop], values[stop:], [])[0]
 
     def _loop(
@@ -175,7 +192,7 @@ class _Walk:
             state = weaker
 
     def _cond(self, eqn: Any, values: Values) -> Values:
-        branches = [self.run(_open(b), values[1:]) for b in eqn.params["branches"]]
+        branches = [self.run(opened(b), values[1:]) for b in eqn.params["branches"]]
         outputs = zip(*branches, strict=True)
         return [functools.reduce(in_either, values) for values in outputs]
 
@@ -188,11 +205,6 @@ def _of_all_rounds(trail: Trail) -> Trail:
     # Of a product that a scan stacks, it is not known which rows it is of.
     hidden = dataclasses.replace(trail, unseen="scan")
     return hidden if trail.by else trail.passed("scan")
-
-
-def _open(jaxpr: Any) -> Any:
-    # JAX 0.12 no longer tells closed programs and others apart.
-    return getattr(jaxpr, "jaxpr", jaxpr)
 
 
 def _shapes(atoms: Sequence[Any]) -> list[Any]:

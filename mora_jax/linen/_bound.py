@@ -7,7 +7,6 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from mora_jax._common.types import Path
 from mora_jax._flax.adapted_call import LayerCall
 from mora_jax._flax.layer_rules import rules_of
 from mora_jax._plan.spec import SUFFIX, AdapterSpec
@@ -30,24 +29,14 @@ class BoundAdapter:
     spec: Any = dataclasses.field(metadata={"static": True})
 
 
-def adapters_of(module: nn.Module) -> dict[str, BoundAdapter]:
-    """The adapters in a module's scope, by the names of their kernels."""
-    params = {} if module.scope is None else module.scope.variables().get("params", {})
-    return {
-        key.removesuffix(SUFFIX): value
-        for key, value in params.items()
-        if isinstance(value, BoundAdapter)
-    }
-
-
 def layer_calls(
-    see: Callable[[nn.Module, Path, str, Mapping[str, BoundAdapter]], None],
     output_of: Callable[[LayerCall, BoundAdapter], Callable[[], Any]],
+    see: Callable[[nn.Module], Any] = lambda module: None,
 ) -> Callable[..., Any]:
     """A function for `nn.intercept_methods` that finds the adapter of each call.
 
-    `see` is told of any call: the module, the path of its scope, the method, and the
-    adapters in the scope. `output_of` a call whose kernel has one is a function.
+    `output_of` a call whose kernel has one is a function, and `see` is told of all
+    modules that are called.
     """
     running: list[nn.Module] = []
 
@@ -58,10 +47,11 @@ def layer_calls(
         # A rule covers all that its method calls of the same layer.
         if module.scope is None or any(module is caller for caller in running):
             return method(*args, **kwargs)
-        adapters = adapters_of(module)
-        see(module, module.scope.path, name, adapters)
+        see(module)
         rule = rules_of(type(module)).get(name)
-        if rule is None or (adapter := adapters.get(rule.name(module))) is None:
+        params = module.scope.variables().get("params", {})
+        adapter = rule and params.get(rule.name(module) + SUFFIX)
+        if not isinstance(adapter, BoundAdapter):
             return method(*args, **kwargs)
         running.append(module)
         try:

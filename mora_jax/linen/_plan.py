@@ -1,16 +1,19 @@
 """A plan of a model, by what its layers compute."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
+import jax
 from flax.traverse_util import flatten_dict
+from jax.extend.core import Jaxpr
 
 from mora_jax._common.types import Path
 from mora_jax._flax.adapted_call import LayerCall
+from mora_jax._flax.calls import Call, program_of
 from mora_jax._flax.planning import plan_surveyed
-from mora_jax._flax.survey import Survey
+from mora_jax._flax.survey import Survey, check_call
 from mora_jax._plan.plan import Plan
 from mora_jax._plan.settings import MoRAConfig, check_config
 from mora_jax._plan.spec import SUFFIX
@@ -24,19 +27,21 @@ def plan(
     variables: Mapping[str, Any],
     config: MoRAConfig | None = None,
     *args: Any,
+    calls: Sequence[Call] = (),
     **kwargs: Any,
 ) -> Plan:
     """`mora_jax.plan` for a Linen model, by what each of its layers computes.
 
-    A call of the model is traced. Kernels may have any number of axes, and be stacked
-    (`nn.scan`, `nn.vmap`). The default targets are the kernels of all dense layers,
-    except those whose names say head, classifier, embedding and the like.
+    A call of the model is traced, or several. Kernels may have any number of axes, and
+    be stacked (`nn.scan`, `nn.vmap`). The default targets are the kernels of all dense
+    layers, except those whose names say head, classifier, embedding and the like.
 
     Args:
       model: Any Linen module.
       variables: The model's variables, arrays or shapes.
       config: The kernels to adapt and the settings; None for the defaults.
       *args: The inputs of a call, arrays or shapes, as for `model.apply`.
+      calls: More calls to trace, such as of another method or with `train=False`.
       **kwargs: Further inputs, by name.
 
     Raises:
@@ -56,15 +61,61 @@ def plan(
     """
     check_model(model)
     config = check_config(config, "plan(model, variables, config, *inputs)")
-    params = params_of(variables)
-    leaves, modules, survey = named_leaves(params), flatten_dict(dict(params)), Survey()
+    if args or kwargs or not calls:
+        calls = (Call(*args, **kwargs), *calls)
+    survey = Survey()
+    for call in calls:
+        survey.add(*program(model, variables, call.args, call.kwargs, survey))
+    chosen = plan_surveyed(params_of(variables), config, survey)
+    for call in calls:
+        known = survey.known_part(chosen)
+        check_linen_call(model, known, variables, call.args, call.kwargs)
+    return chosen
 
-    def see(module: nn.Module, scope: Path, *_: Any) -> None:
-        survey.classes.setdefault("/".join(scope), type(module).__name__)
+
+def check_linen_call(
+    model: nn.Module, plan: Plan, variables: Any, args: Any, kwargs: Any
+) -> None:
+    """Raise unless the adapted call is the base's, with the deltas of its plan."""
+    shapes = {
+        spec.path: jax.ShapeDtypeStruct(spec.shape, spec.param_dtype)
+        for spec in plan.specs
+    }
+    programs = functools.partial(program, model, variables, args, kwargs, ms=shapes)
+    check_call(plan, programs)
+
+
+def program(
+    model: nn.Module,
+    variables: Any,
+    args: Any,
+    kwargs: Any,
+    survey: Survey | None,
+    ms: Mapping[Path, Any] | None = None,
+) -> tuple[Jaxpr, dict[str, Any]]:
+    """The program of a call, and {path: array} of its first inputs.
+
+    With a survey, which it fills in, each layer is marked: of all kernels, or of those
+    that have an M in `ms`.
+    """
+    params = params_of(variables)
+    leaves, modules = named_leaves(params), flatten_dict(dict(params))
+    if ms is None:
+        # The parts of a quantized kernel are in no module.
+        kernels = (path for path, leaf in leaves.values() if leaf.ndim > 1)
+        ms = {path: None for path in kernels if path in modules}
+    elif survey is None:
+        ms = {}
+
+    def see(module: Any) -> None:
+        if survey is not None:
+            name = "/".join(module.scope.path)
+            survey.classes.setdefault(name, type(module).__name__)
 
     def record(call: LayerCall, adapter: BoundAdapter) -> Any:
         _, name = adapter.spec
-        y = survey.record_call(name, call)
+        assert survey is not None
+        y = survey.record_call(name, call, adapter.m)
         kernel = call.module.get_variable("params", call.rule.name(call.module))
         shape, whole = tuple(nn.unbox(kernel).shape), tuple(leaves[name][1].shape)
         if whole[len(whole) - len(shape) :] != shape:
@@ -77,24 +128,29 @@ def plan(
     def recording(*call: Any) -> Callable[[], Any]:
         return functools.partial(record, *call)
 
-    # Each kernel gets a mark next to it that no earlier call had. Otherwise nn.jit
-    # would use an earlier trace again, and none of its calls would be recorded. The
-    # parts of a quantized kernel are in no module, and get none.
+    # A mark that no earlier call had. Otherwise nn.jit would use an earlier trace
+    # again, and none of its calls would be recorded.
     mark = object()
-    marks = {
-        (*path[:-1], path[-1] + SUFFIX): BoundAdapter(None, (mark, name))
-        for name, (path, leaf) in leaves.items()
-        if leaf.ndim > 1 and path in modules
-    }
 
-    def call(params: Any, variables: Any, args: Any, kwargs: Any) -> Any:
-        variables = {**variables, "params": with_ms(params, marks)}
-        with nn.intercept_methods(layer_calls(see, recording)):
-            return model.apply(variables, *args, **kwargs)
+    def run(tree: Any, variables: Any, args: Any, kwargs: Any) -> Any:
+        params, values = tree
+        bound = {
+            (*path[:-1], path[-1] + SUFFIX): BoundAdapter(m, (mark, "/".join(path)))
+            for path, m in zip(ms, values, strict=True)
+        }
+        variables = {**variables, "params": with_ms(params, bound)}
+        with nn.intercept_methods(layer_calls(recording, see)):
+            result = model.apply(variables, *args, **kwargs)
+        if not kwargs.get("mutable"):
+            return result
+        output, updated = result  # of which the params are not computed
+        return output, {k: value for k, value in updated.items() if k != "params"}
 
     others = {name: value for name, value in variables.items() if name != "params"}
-    survey.trace(call, leaves, params, others, args, kwargs)
-    return plan_surveyed(params, config, survey)
+    tree, arrays = (params, list(ms.values())), dict(leaves)
+    named = {name: leaf for name, (_, leaf) in arrays.items()}
+    named |= {f"{'/'.join(path)}{SUFFIX}": m for path, m in ms.items() if m is not None}
+    return program_of(run, tree, others, args, kwargs), named
 
 
 def check_model(model: Any) -> None:

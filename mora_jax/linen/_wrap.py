@@ -2,23 +2,22 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
 
-from mora_jax._common.types import Path
 from mora_jax._common.warnings import warn
 from mora_jax._flax.adapted_call import LayerCall, adapt_call
-from mora_jax._flax.layer_rules import changed_first, rules_of, unknown_use
+from mora_jax._flax.calls import Call, kind_of_call, proving
 from mora_jax._flax.survey import refuse_untraced
 from mora_jax._plan.plan import Plan
 from mora_jax._plan.settings import MoRAConfig, check_config
 from mora_jax._tree.adapters import adapter_items, trained_items, with_trained
 from mora_jax._tree.combined import split, with_ms
 from mora_jax._tree.paths import adapter_path, find_part, named_leaves, replace_leaves
-from mora_jax.linen._bound import BoundAdapter, adapters_of, layer_calls, params_of
-from mora_jax.linen._plan import check_model
+from mora_jax.linen._bound import BoundAdapter, layer_calls, params_of
+from mora_jax.linen._plan import check_linen_call, check_model
 from mora_jax.linen._plan import plan as plan_model
 
 
@@ -28,6 +27,7 @@ class AdaptedApply:
 
     model: nn.Module
     plan: Plan
+    proven: dict[Hashable, bool] = dataclasses.field(default_factory=dict, repr=False)
     _warned: bool = dataclasses.field(default=False, init=False, repr=False)
 
     def __call__(
@@ -52,11 +52,17 @@ class AdaptedApply:
             bound[adapter_path(spec)] = BoundAdapter(m, own)
         base = params_of(variables)
         trained = trained_items(adapters, plan) if plan.trained else []
-        params = with_ms(with_trained(base, trained), bound)
-        adapting = _Adapting(plan, bool(adapter_deterministic))
-        with nn.intercept_methods(layer_calls(adapting.see, adapting.output_of)):
-            result = self.model.apply({**variables, "params": params}, *args, **kwargs)
-        adapting.refuse_unused()
+        params = with_trained(base, trained)
+        given = {**variables, "params": params}, args, kwargs
+        kind = kind_of_call(args, kwargs, sorted(variables))
+        check = functools.partial(check_linen_call, self.model, plan, *given)
+        variables = {**variables, "params": with_ms(params, bound)}
+        adapt = functools.partial(_adapting, plan.traced, bool(adapter_deterministic))
+        with (
+            proving(self.proven, kind, check),
+            nn.intercept_methods(layer_calls(adapt)),
+        ):
+            result = self.model.apply(variables, *args, **kwargs)
         if not kwargs.get("mutable"):
             return result
         output, updated = result
@@ -83,6 +89,7 @@ def wrap(
     config_or_plan: MoRAConfig | Plan | None = None,
     variables: Mapping[str, Any] | None = None,
     *args: Any,
+    calls: Sequence[Call] = (),
     **kwargs: Any,
 ) -> AdaptedApply:
     """The `apply` of an unmodified model, with adapters.
@@ -98,6 +105,7 @@ def wrap(
       config_or_plan: A config, None for the defaults, or a plan of `linen.plan`.
       variables: With a config, as in `linen.plan`.
       *args: With a config, as in `linen.plan`.
+      calls: With a config, as in `linen.plan`.
       **kwargs: Further inputs, by name.
 
     Returns:
@@ -125,7 +133,7 @@ def wrap(
     """
     check_model(model)
     if isinstance(config_or_plan, Plan):
-        if variables is not None or args or kwargs:
+        if variables is not None or args or calls or kwargs:
             raise TypeError(
                 "variables and inputs must not be given with a plan: the call is "
                 "wrap(model, plan)"
@@ -137,49 +145,22 @@ def wrap(
             "variables must be given with a config, got None: the call is "
             "wrap(model, config, variables, *inputs), or wrap(model, plan)"
         )
-    plan = plan_model(model, variables, config_or_plan, *args, **kwargs)
-    return AdaptedApply(model, plan)
+    settings: Any = {"calls": calls, **kwargs}
+    plan = plan_model(model, variables, config_or_plan, *args, **settings)
+    planned, names = (Call(*args, **kwargs), *calls), sorted(variables)
+    kinds = (kind_of_call(call.args, call.kwargs, names) for call in planned)
+    return AdaptedApply(model, plan, dict.fromkeys(kinds, True))
 
 
-class _Adapting:
-    """Adds the delta of each adapter to the output of the layer that has it."""
-
-    def __init__(self, plan: Plan, deterministic: bool) -> None:
-        self.traced, self.deterministic = plan.traced, deterministic
-        # {path of a kernel: class and method of the first call that could use it}; None
-        # for a kernel whose delta was added.
-        self.unused: dict[Path, tuple[type, str] | None] = {}
-
-    def see(
-        self, module: Any, scope: Path, method: str, adapters: Mapping[str, Any]
-    ) -> None:
-        cls, rules = type(module), rules_of(type(module))
-        if isinstance(module, nn.WeightNorm | nn.SpectralNorm):
-            inside: Any = module.layer_instance
-            for kernel in adapters_of(inside):  # its delta would not be normalised
-                raise changed_first("/".join((*inside.scope.path, kernel)), module)
-        if method == "setup":
-            return
-        # Modules that share a scope (`nn.share_scope`) see each other's adapters. So
-        # only the whole call shows that no method used one.
-        for kernel in adapters:
-            self.unused.setdefault((*scope, kernel), (cls, method))
-        for rule in rules.values() if adapters and method not in rules else ():
-            if (kernel := rule.name(module)) in adapters:
-                raise unknown_use("/".join((*scope, kernel)), cls, method)
-
-    def output_of(self, call: LayerCall, adapter: BoundAdapter) -> Callable[[], Any]:
-        path = (*call.module.scope.path, *adapter.spec.path)
-        spec, key = dataclasses.replace(adapter.spec, path=path), None
-        self.unused[path] = None
-        if not self.traced:
-            refuse_untraced(spec.name, call.read()[0])
-        if spec.dropout > 0 and not self.deterministic:
-            key = call.module.make_rng("dropout")
-        # Not called here: that would be one more frame between a layer and M.
-        return functools.partial(adapt_call, call, spec, lambda: adapter.m, key)
-
-    def refuse_unused(self) -> None:
-        for path, use in self.unused.items():
-            if use is not None:
-                raise unknown_use("/".join(path), *use)
+def _adapting(
+    traced: bool, deterministic: bool, call: LayerCall, adapter: BoundAdapter
+) -> Callable[[], Any]:
+    """A function that makes the output of a layer's call, with its delta added."""
+    path = (*call.module.scope.path, *adapter.spec.path)
+    spec, key = dataclasses.replace(adapter.spec, path=path), None
+    if not traced:
+        refuse_untraced(spec.name, call.read()[0])
+    if spec.dropout > 0 and not deterministic:
+        key = call.module.make_rng("dropout")
+    # Not called here: that would be one more frame between a layer and M.
+    return functools.partial(adapt_call, call, spec, lambda: adapter.m, key)

@@ -51,6 +51,11 @@ def derived(cls: type, run: Callable[[nnx.Module, LayerCall], Any], read: Read) 
 
         return call
 
+    return subclass(cls, wrapped)
+
+
+def subclass(cls: type, wrapped: Callable[[str, Callable[..., Any]], Any]) -> type:
+    """A subclass of `cls` with the same name, and its methods as `wrapped` has them."""
     methods = {
         name: wrapped(name, method)
         for name, method in inspect.getmembers(cls, inspect.isfunction)

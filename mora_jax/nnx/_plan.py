@@ -1,23 +1,29 @@
 """A plan of a model, by what its layers compute."""
 
+from collections.abc import Sequence
 from typing import Any
 
+import jax.numpy as jnp
 from flax import nnx
 
-from mora_jax._flax.adapted_call import LayerCall
+from mora_jax._flax.calls import Call
 from mora_jax._flax.layer_rules import changed_first, folded_kernels, planning_rules
 from mora_jax._flax.planning import plan_surveyed
 from mora_jax._flax.survey import Survey, refuse_untraced
 from mora_jax._plan.plan import Plan
 from mora_jax._plan.settings import MoRAConfig, check_config
-from mora_jax._tree.paths import named_leaves
-from mora_jax.nnx._classes import derived, set_class
+from mora_jax.nnx._attach import attached
+from mora_jax.nnx._calls import check_nnx_call, program
 from mora_jax.nnx._param import MoRAParam
-from mora_jax.nnx._state import attributes, named_modules, parameters, traceable
+from mora_jax.nnx._state import attributes, named_modules, parameters
 
 
 def plan(
-    model: nnx.Module, config: MoRAConfig | None = None, *args: Any, **kwargs: Any
+    model: nnx.Module,
+    config: MoRAConfig | None = None,
+    *args: Any,
+    calls: Sequence[Call] = (),
+    **kwargs: Any,
 ) -> Plan:
     """`mora_jax.plan` for an NNX model, by what each of its layers computes.
 
@@ -28,6 +34,7 @@ def plan(
       config: As in `linen.plan`.
       *args: Inputs of a call to trace, arrays or shapes. It alone tells the equation
         that an `nnx.Einsum` gets in calls, and other uses of embeddings (tied heads).
+      calls: As in `linen.plan`.
       **kwargs: Further inputs, by name.
 
     Raises:
@@ -55,19 +62,19 @@ def plan(
         elif rules and not folded_kernels(type(module)):  # or methods may do anything
             survey.non_kernels.add(name)
     if args or kwargs:
-        marked = nnx.clone(model)
-        for path, layer in list(named_modules(marked)):
-            kernels = (getattr(layer, name, None) for name in planning_rules(layer))
-            if any(isinstance(kernel, nnx.Variable) for kernel in kernels):
-                prefix = "".join(f"{key}/" for key in path)
-                set_class(layer, _marked_class(type(layer), prefix, survey))
-        call, state = traceable(marked)
-        leaves = named_leaves(nnx.to_pure_dict(state))
-        survey.trace(call, leaves, state, args, kwargs)
+        calls = (Call(*args, **kwargs), *calls)
+    for call in calls:
+        survey.add(*program(model, "__call__", call.args, call.kwargs, survey))
     chosen = plan_surveyed(params, config, survey)
     refuse_unfit(model, chosen)
     for spec in () if chosen.traced else chosen.specs:
         refuse_untraced(spec.name, survey.products.get(spec.name))
+    if calls:
+        known = survey.known_part(chosen)
+        zeros = ((s, jnp.zeros(s.shape, s.param_dtype)) for s in known.specs)
+        adapted = attached(model, known, zeros)
+        for call in calls:
+            check_nnx_call(adapted, known, "__call__", call.args, call.kwargs)
     return chosen
 
 
@@ -96,16 +103,3 @@ def check_model(model: Any) -> None:
     """Raise unless `model` is an NNX module without adapters."""
     for _, path, _ in attributes(model, MoRAParam):
         raise ValueError(f"model has adapters already, the first at {'/'.join(path)!r}")
-
-
-def _marked_class(cls: type, prefix: str, survey: Survey) -> type:
-    """The class of a layer whose calls `survey` records; `prefix` is its path."""
-
-    def run(_: Any, call: LayerCall) -> Any:
-        return survey.record_call(prefix + call.rule.name(call.module), call)
-
-    def read(_: Any, name: str, kernel: Any) -> Any:
-        product = folded_kernels(cls)[name]
-        return survey.record_read(prefix + name, product, cls.__name__, kernel)
-
-    return derived(cls, run, read)

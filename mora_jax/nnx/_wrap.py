@@ -5,21 +5,19 @@ from typing import Any, TypeVar
 from flax import nnx
 from jax.typing import DTypeLike
 
-from mora_jax._flax.layer_rules import folded_kernels, planning_rules, unknown_use
-from mora_jax._flax.survey import refuse_untraced
 from mora_jax._layer.rounding import Rounding
-from mora_jax._layer.ways import check_product
 from mora_jax._plan.plan import Plan
 from mora_jax._plan.settings import MoRAConfig
-from mora_jax._plan.spec import AdapterSpec
 from mora_jax._plan.trained_arrays import refuse_trained
 from mora_jax._tree.adapters import adapter_items, init, trained_items
 from mora_jax._tree.merge import merge
+from mora_jax.nnx._attach import attached, detached
+from mora_jax.nnx._calls import checked_class
 from mora_jax.nnx._classes import adapted_class, plain_class, set_class
-from mora_jax.nnx._param import DROPOUT, MoRAParam, TrainedParam, hold_adapter
+from mora_jax.nnx._param import TrainedParam
 from mora_jax.nnx._plan import check_model, refuse_unfit
 from mora_jax.nnx._plan import plan as plan_model
-from mora_jax.nnx._state import adapters, attributes, named_modules, parameters, plan_of
+from mora_jax.nnx._state import adapters, named_modules, parameters, plan_of
 
 Model = TypeVar("Model", bound=nnx.Module)
 
@@ -86,22 +84,10 @@ def wrap(
     is_random = any(spec.init == "gaussian" for spec in plan.specs)
     key = rngs.params() if rngs and is_random else None
     new = init(plan, key, params=parameters(model) if plan.trained else None)
-    model = nnx.clone(model)
+    model = attached(model, plan, adapter_items(new, plan), seed)
     modules = dict(named_modules(model))
-    for spec, m in adapter_items(new, plan):
-        module: Any = modules.get(spec.path[:-1])
-        kernel = getattr(module, spec.path[-1], None)
-        shape = tuple(kernel.shape) if isinstance(kernel, nnx.Variable) else None
-        if shape != spec.kernel_shape:
-            raise ValueError(
-                f"the plan has a kernel of shape {spec.kernel_shape} at {spec.name!r}, "
-                f"the model has {shape}"
-            )
-        _check_layer(module, spec, plan.traced)
-        set_class(module, adapted_class(plain_class(module)))
-        hold_adapter(module, spec, m, seed)
     for trained, copy in trained_items(new, plan):
-        module = modules.get(trained.path[:-1])
+        module: Any = modules.get(trained.path[:-1])
         variable = getattr(module, trained.path[-1], None)
         if not isinstance(variable, nnx.Variable):
             raise ValueError(
@@ -112,24 +98,9 @@ def wrap(
         setattr(module, trained.path[-1], own)
         if trained.dtype != trained.base_dtype:
             set_class(module, adapted_class(plain_class(module)))
+    if plain_class(model) is type(model):  # a layer alone does what its rule says
+        set_class(model, checked_class(type(model)))
     return model
-
-
-def _check_layer(module: nnx.Module, spec: AdapterSpec, traced: bool) -> None:
-    """Raise if an adapter would change nothing in a layer, or something else."""
-    cls = plain_class(module)
-    if (rule := planning_rules(module).get(spec.path[-1])) is None:
-        raise unknown_use(spec.name, cls, "__call__")
-    product = rule.product(module)
-    if not traced:
-        refuse_untraced(spec.name, product)
-    if product is not None:
-        check_product(spec, product)
-    if folded_kernels(cls) and spec.dropout > 0:
-        raise ValueError(
-            f"{spec.name}: dropout must be 0 for a kernel that methods read "
-            f"(products.Folded), got {spec.dropout}; say so in overrides"
-        )
 
 
 def unwrap(model: Model) -> Model:
@@ -153,19 +124,6 @@ def unwrap(model: Model) -> Model:
         "nnx.merge_adapters",
     )
     return detached(model)
-
-
-def detached(model: Model) -> Model:
-    """A copy without adapters, in which the numbers of trained arrays stay."""
-    model = nnx.clone(model)
-    for module, (*_, name), value in attributes(model, MoRAParam | nnx.Dropout):
-        if isinstance(value, TrainedParam):
-            setattr(module, name, value.plain())
-        elif isinstance(value, MoRAParam) or name == DROPOUT:
-            delattr(module, name)
-    for _, module in named_modules(model):
-        set_class(module, plain_class(module))
-    return model
 
 
 def merge_adapters(

@@ -1,0 +1,77 @@
+"""Comparison of the programs of a model without and with adapters beside its kernels.
+
+At M = 0 an adapted model must compute what its base computes. While a model is traced
+with marks, its layers add no delta. So the two programs must then be the same, apart
+from marks and from what is done to the M's alone. Code that counts its own leaves, or
+that asks for the type of its layers, makes another one.
+"""
+
+import itertools
+import operator
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from jax.extend.core import Jaxpr, Literal
+from jax.interpreters import partial_eval
+
+from mora_jax._trace_check.trails import inside, mark_p, opened
+
+
+def difference(base: Jaxpr, adapted: Jaxpr, ms: Sequence[bool]) -> str:
+    """The first step in which two programs differ, or "".
+
+    `ms` says which inputs of the adapted program are M's, which the base lacks.
+    """
+    pair = zip((base, adapted), ([False] * len(base.invars), ms), strict=True)
+    steps = itertools.zip_longest(*(_Steps().of(*_needed(*one)) for one in pair))
+    for before, after in steps:
+        if before != after:
+            told = (" ".join(map(str, step or ["the end"])) for step in (after, before))
+            return " instead of ".join(told)
+    return ""
+
+
+def _needed(program: Jaxpr, ms: Sequence[bool]) -> tuple[Jaxpr, list[bool]]:
+    """A program without what no output needs, and its inputs that are M's."""
+    program, used = partial_eval.dce_jaxpr(program, [True] * len(program.outvars))
+    return program, list(itertools.compress(ms, used))
+
+
+class _Steps:
+    """Steps of a program that do not depend on M's."""
+
+    def of(self, program: Jaxpr, ms: Sequence[bool]) -> Iterator[tuple[Any, ...]]:
+        """Yield each step, and keep which outputs depend on M's in `last`."""
+        of_m = {var for var, is_m in zip(program.invars, ms, strict=True) if is_m}
+        for eqn in program.eqns:
+            flags = [not isinstance(v, Literal) and v in of_m for v in eqn.invars]
+            results = [any(flags)] * len(eqn.outvars)
+            if eqn.primitive is mark_p:
+                results = flags[:1]
+            elif programs := inside(eqn):
+                results = [False] * len(eqn.outvars)
+                for inner in programs:
+                    yield from self.of(inner, _operands(eqn, inner, flags))
+                    if len(self.last) == len(results):
+                        results = list(map(operator.or_, results, self.last))
+            elif not any(flags):
+                yield (eqn.primitive.name, *map(_shown, eqn.invars + eqn.outvars))
+            of_m |= set(itertools.compress(eqn.outvars, results))
+        self.last = [not isinstance(v, Literal) and v in of_m for v in program.outvars]
+
+
+def _operands(eqn: Any, inner: Jaxpr, flags: list[bool]) -> list[bool]:
+    """The flags of the operands of `eqn` that go to one program inside it."""
+    number = len(inner.invars)
+    if opened(eqn.params.get("cond_jaxpr")) is inner:  # those of the body go between
+        first = eqn.params["cond_nconsts"]
+        return flags[:first] + flags[len(flags) - number + first :]
+    return ([False] * number + flags)[len(flags) :]  # a `cond` has its index first
+
+
+def _shown(atom: Any) -> str:
+    """A number, or the shape and dtype of an array."""
+    if isinstance(atom, Literal) and np.ndim(atom.val) == 0:
+        return str(atom.val)
+    return getattr(atom.aval, "str_short", lambda: str(atom.aval))()

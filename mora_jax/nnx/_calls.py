@@ -1,0 +1,105 @@
+"""Programs of an NNX model's calls, which are checked when they are first traced."""
+
+import functools
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+from jax.extend.core import Jaxpr
+
+from mora_jax._flax.adapted_call import LayerCall
+from mora_jax._flax.calls import kind_of_call, program_of, proving
+from mora_jax._flax.layer_rules import folded_kernels, planning_rules
+from mora_jax._flax.survey import Survey, check_call
+from mora_jax._layer.slots import Selected
+from mora_jax._plan.plan import Plan
+from mora_jax._tree.paths import named_leaves, unboxed
+from mora_jax.nnx._attach import detached
+from mora_jax.nnx._classes import derived, plain_class, set_class, subclass
+from mora_jax.nnx._param import MoRAParam, held
+from mora_jax.nnx._state import attributes, named_modules, plan_of, traceable
+
+
+def program(
+    model: nnx.Module, method: str, args: Any, kwargs: Any, survey: Survey | None
+) -> tuple[Jaxpr, dict[str, Any]]:
+    """The program of a call, and {path: array} of its first inputs.
+
+    With a survey, which it fills in, layers are marked: those that have an M, or all of
+    a plain model. Without a survey it is the program of the base.
+    """
+    plain = not any(attributes(model, MoRAParam))
+    twin = nnx.clone(model) if survey is not None or plain else detached(model)
+    for path, layer in list(named_modules(twin)) if survey is not None else ():
+        names = planning_rules(layer)
+        is_marked = any(
+            isinstance(getattr(layer, name, None), nnx.Variable)
+            and (plain or held(layer, name) is not None)
+            for name in names
+        )
+        set_class(layer, plain_class(layer))
+        if is_marked and survey is not None:
+            prefix = "".join(f"{key}/" for key in path)
+            set_class(layer, _marked_class(type(layer), prefix, survey))
+    for _, _, m in attributes(twin, MoRAParam):
+        if isinstance(unboxed(m), Selected):  # one for each row: any will do
+            m.copy_from(m.replace(jnp.zeros(m.shape, m.dtype)))
+    call, state = traceable(twin, method)
+    leaves = named_leaves(nnx.to_pure_dict(state))
+    named = {name: leaf for name, (_, leaf) in leaves.items()}
+    return program_of(call, state, args, kwargs), named
+
+
+def _marked_class(cls: type, prefix: str, survey: Survey) -> type:
+    """The class of a layer whose calls `survey` records; `prefix` is its path."""
+
+    def m_of(layer: nnx.Module, name: str) -> Any:
+        adapter = held(layer, name)
+        return None if adapter is None else adapter[1]
+
+    def run(layer: nnx.Module, call: LayerCall) -> Any:
+        name = call.rule.name(call.module)
+        return survey.record_call(prefix + name, call, m_of(layer, name))
+
+    def read(layer: nnx.Module, name: str, kernel: Any) -> Any:
+        product = folded_kernels(cls)[name]
+        own = prefix + name, product, cls.__name__
+        return survey.record_read(*own, kernel, m_of(layer, name))
+
+    return derived(cls, run, read)
+
+
+def check_nnx_call(
+    model: nnx.Module, plan: Plan | None, method: str, args: Any, kwargs: Any
+) -> bool:
+    """Raise unless the call of an adapted model is the base's, with its deltas."""
+    programs = functools.partial(program, model, method, args, kwargs)
+    return check_call(plan or plan_of(model), programs)
+
+
+_proven: dict[Hashable, bool] = {}
+"""The calls that were checked, as `proving` has them.
+
+Not in the model, since nnx.jit makes a new one for each trace.
+"""
+
+
+@functools.cache
+def checked_class(cls: type) -> type:
+    """The class of an adapted model: the public methods of `cls`, checked."""
+
+    def checked(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+        if name[0] == "_" and name != "__call__":
+            return method
+
+        @functools.wraps(method)
+        def call(self: nnx.Module, *args: Any, **kwargs: Any) -> Any:
+            kind = nnx.graphdef(self), name, kind_of_call(args, kwargs)
+            check = functools.partial(check_nnx_call, self, None, name, args, kwargs)
+            with proving(_proven, kind, check):
+                return method(self, *args, **kwargs)
+
+        return call
+
+    return subclass(cls, checked)
