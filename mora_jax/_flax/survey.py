@@ -93,10 +93,17 @@ class Survey:
             table = name in self.products and self.products[name].takes_indices
             kind, tied = ("embedding", " (a tied head?)") if table else ("kernel", "")
             by = f", by {uses.outside[name]}" if uses.outside[name] else ""
-            raise ValueError(
+            told = (
                 f"the model also reads this {kind} outside of its layer's known methods"
                 f"{tied}{by}, where the adapter would have no effect; exclude it"
             )
+            if name not in uses.called:
+                told += (
+                    f", or teach its class{self._class_of(name)} with mora_jax."
+                    "register_layer; code that rebuilds the params, as "
+                    "nn.map_variables may, must keep the M beside it"
+                )
+            raise ValueError(told)
         if fault := uses.faults.get(name):
             raise ValueError(
                 f"{fault}, so that adapted and merged model would differ; exclude it, "
@@ -108,13 +115,6 @@ class Survey:
         assert self.uses is not None
         for spec in specs:
             try:
-                if spec.name in self.uses.outside and spec.name not in self.uses.called:
-                    raise ValueError(
-                        f"{self._class_of(spec.name).strip() or 'the model'} may use "
-                        "this adapted kernel, but no M arrives there: teach its class "
-                        "with mora_jax.register_layer, or exclude it if code rebuilds "
-                        "the params, as nn.map_variables may"
-                    )
                 self.refuse_other_uses(spec.name)
                 if (m := spec.name + SUFFIX) in self.uses.outside:
                     raise ValueError(
@@ -123,11 +123,6 @@ class Survey:
                     )
             except ValueError as error:
                 raise ValueError(f"{spec.name}: {error}") from None
-
-    def known_part(self, plan: Plan) -> Plan:
-        """The plan of the kernels whose layers are known; others are for `fold`."""
-        specs = (spec for spec in plan.specs if spec.name in self.products)
-        return dataclasses.replace(plan, specs=tuple(specs))
 
     def no_kernel(self, name: str) -> bool:
         """True if the array at `name` is known to be never multiplied."""
@@ -176,11 +171,12 @@ Programs = Callable[[Survey | None], tuple[Jaxpr, Mapping[str, Any]]]
 """The program of a call and {path: array} of its first inputs; marked for a survey."""
 
 
-def check_call(plan: Plan, programs: Programs) -> bool:
+def check_call(plan_of: Callable[[], Plan], programs: Programs, is_main: bool) -> bool:
     """Raise unless a call with M's computes what it does without, and the deltas.
 
-    `programs` traces the call, with marks and M's if it is given a survey. The result
-    is False, with a warning, if the call cannot be traced.
+    `programs` traces the call, with marks and M's if it is given a survey. If it
+    `is_main`, the call is expected to use all adapters. The result is False, with a
+    warning, if the call cannot be traced.
     """
     try:
         base, _ = programs(None)
@@ -191,7 +187,7 @@ def check_call(plan: Plan, programs: Programs) -> bool:
             "is not proven what it does with adapted kernels"
         )
         return False
-    survey = Survey()
+    plan, survey = plan_of(), Survey()
     try:
         adapted, leaves = programs(survey)
     except Exception as error:
@@ -214,19 +210,10 @@ def check_call(plan: Plan, programs: Programs) -> bool:
             f"M = 0: {found}. Code that counts the arrays of a module or asks for the "
             "type of a layer does so; exclude the kernels of such modules"
         )
-    known = dict(plan.unproven)
-    unproven = dict(survey.unproven(spec.name for spec in plan.specs))
-    new = [f"{n}: {why}" for n, why in unproven.items() if n not in known]
-    if new := [told for told in new if NOT_USED not in told]:
-        warn(f"this call of the model is not proven: {'; '.join(new)}")
+    unproven = survey.unproven(spec.name for spec in plan.specs)
+    new = {*unproven} - {*plan.unproven}  # the user knows those of the plan
+    new = {pair for pair in new if is_main or pair[1] != NOT_USED}
+    if new:
+        told = "; ".join(f"{name}: {why}" for name, why in sorted(new))
+        warn(f"a call of the model is not proven: {told}")
     return True
-
-
-def refuse_untraced(name: str, product: Product | None) -> None:
-    """Raise for an embedding in a plan that no trace has checked."""
-    if product is not None and product.needs_trace:
-        raise ValueError(
-            f"{name}: only a call shows whether the model also reads this embedding "
-            "elsewhere (a tied head); plan with mora_jax.linen.plan or "
-            "mora_jax.nnx.plan(model, config, *inputs)"
-        )

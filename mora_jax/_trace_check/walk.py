@@ -94,6 +94,7 @@ class _Walk:
             "cond": self._cond,
             **dict.fromkeys(PRODUCTS, self._product),
             **dict.fromkeys(IDENTITIES, lambda eqn, values: values),
+            "stop_gradient": self._stop,
         }
 
     def run(self, jaxpr: Jaxpr, inputs: Sequence[Value]) -> Values:
@@ -134,6 +135,17 @@ class _Walk:
                     result[kernel] = multiplied(eqn, kernel, trail, operand, is_first)
         return [result]
 
+    def _stop(self, eqn: Any, values: Values) -> Values:
+        # A kernel may be frozen, but an M behind it would not train.
+        return [
+            {
+                start: trail.passed("stop_gradient", trail.view)
+                if str(start).endswith(SUFFIX)
+                else trail
+                for start, trail in values[0].items()
+            }
+        ]
+
     def _mark(self, eqn: Any, values: Values) -> Values:
         call, (lead, *leads) = eqn.params["call"], eqn.params["leads"]
         value, product = dict(values[0]), call.product
@@ -146,10 +158,11 @@ class _Walk:
         value.pop(call, None)
         for lead_of_m, own in zip(leads, values[1:], strict=True):
             arriving = own.get(call.name + SUFFIX)
-            wrong = arriving and fault_of_read(arriving, lead_of_m)
-            if arriving is None or wrong:
-                how = f"gets its M, and {wrong}" if wrong else "gets another M"
-                self.uses.faults.setdefault(call.name, f"{call.method} {how}")
+            wrong = "gets another array for its M"
+            if arriving is not None:
+                wrong = fault_of_read(arriving, lead_of_m).replace("it", "its M", 1)
+            if wrong:
+                self.uses.faults.setdefault(call.name, f"{call.method} {wrong}")
         trail = value.pop(call.name, None)
         if trail is not None and trail.unseen:
             self.uses.unseen.setdefault(call.name, trail.unseen)

@@ -13,10 +13,10 @@ from mora_jax._common.types import Path
 from mora_jax._flax.adapted_call import LayerCall
 from mora_jax._flax.calls import Call, program_of
 from mora_jax._flax.planning import plan_surveyed
-from mora_jax._flax.survey import Survey, check_call
+from mora_jax._flax.survey import Survey
 from mora_jax._plan.plan import Plan
 from mora_jax._plan.settings import MoRAConfig, check_config
-from mora_jax._plan.spec import SUFFIX
+from mora_jax._plan.spec import SUFFIX, AdapterSpec
 from mora_jax._tree.combined import with_ms
 from mora_jax._tree.paths import named_leaves
 from mora_jax.linen._bound import BoundAdapter, layer_calls, params_of
@@ -66,23 +66,7 @@ def plan(
     survey = Survey()
     for call in calls:
         survey.add(*program(model, variables, call.args, call.kwargs, survey))
-    chosen = plan_surveyed(params_of(variables), config, survey)
-    for call in calls:
-        known = survey.known_part(chosen)
-        check_linen_call(model, known, variables, call.args, call.kwargs)
-    return chosen
-
-
-def check_linen_call(
-    model: nn.Module, plan: Plan, variables: Any, args: Any, kwargs: Any
-) -> None:
-    """Raise unless the adapted call is the base's, with the deltas of its plan."""
-    shapes = {
-        spec.path: jax.ShapeDtypeStruct(spec.shape, spec.param_dtype)
-        for spec in plan.specs
-    }
-    programs = functools.partial(program, model, variables, args, kwargs, ms=shapes)
-    check_call(plan, programs)
+    return plan_surveyed(params_of(variables), config, survey)
 
 
 def program(
@@ -91,21 +75,23 @@ def program(
     args: Any,
     kwargs: Any,
     survey: Survey | None,
-    ms: Mapping[Path, Any] | None = None,
+    specs: Sequence[AdapterSpec] | None = None,
 ) -> tuple[Jaxpr, dict[str, Any]]:
     """The program of a call, and {path: array} of its first inputs.
 
-    With a survey, which it fills in, each layer is marked: of all kernels, or of those
-    that have an M in `ms`.
+    With a survey, which it fills in, layers are marked: all, or those of the `specs`,
+    which then have an M. Without a survey it is the program of the base.
     """
     params = params_of(variables)
     leaves, modules = named_leaves(params), flatten_dict(dict(params))
-    if ms is None:
+    ms: dict[Path, Any] = {}
+    if specs is None:
         # The parts of a quantized kernel are in no module.
         kernels = (path for path, leaf in leaves.values() if leaf.ndim > 1)
         ms = {path: None for path in kernels if path in modules}
-    elif survey is None:
-        ms = {}
+    elif survey is not None:
+        shape_of = jax.ShapeDtypeStruct
+        ms = {spec.path: shape_of(spec.shape, spec.param_dtype) for spec in specs}
 
     def see(module: Any) -> None:
         if survey is not None:
@@ -147,8 +133,8 @@ def program(
         return output, {k: value for k, value in updated.items() if k != "params"}
 
     others = {name: value for name, value in variables.items() if name != "params"}
-    tree, arrays = (params, list(ms.values())), dict(leaves)
-    named = {name: leaf for name, (_, leaf) in arrays.items()}
+    tree = params, list(ms.values())
+    named = {name: leaf for name, (_, leaf) in leaves.items()}
     named |= {f"{'/'.join(path)}{SUFFIX}": m for path, m in ms.items() if m is not None}
     return program_of(run, tree, others, args, kwargs), named
 

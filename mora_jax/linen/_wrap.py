@@ -10,14 +10,14 @@ import flax.linen as nn
 from mora_jax._common.warnings import warn
 from mora_jax._flax.adapted_call import LayerCall, adapt_call
 from mora_jax._flax.calls import Call, kind_of_call, proving
-from mora_jax._flax.survey import refuse_untraced
+from mora_jax._flax.survey import check_call
 from mora_jax._plan.plan import Plan
 from mora_jax._plan.settings import MoRAConfig, check_config
 from mora_jax._tree.adapters import adapter_items, trained_items, with_trained
 from mora_jax._tree.combined import split, with_ms
 from mora_jax._tree.paths import adapter_path, find_part, named_leaves, replace_leaves
 from mora_jax.linen._bound import BoundAdapter, layer_calls, params_of
-from mora_jax.linen._plan import check_linen_call, check_model
+from mora_jax.linen._plan import check_model, program
 from mora_jax.linen._plan import plan as plan_model
 
 
@@ -54,10 +54,12 @@ class AdaptedApply:
         trained = trained_items(adapters, plan) if plan.trained else []
         params = with_trained(base, trained)
         given = {**variables, "params": params}, args, kwargs
+        programs = functools.partial(program, self.model, *given, specs=plan.specs)
+        own = (lambda: plan), programs, "method" not in kwargs
+        check = functools.partial(check_call, *own)
         kind = kind_of_call(args, kwargs, sorted(variables))
-        check = functools.partial(check_linen_call, self.model, plan, *given)
         variables = {**variables, "params": with_ms(params, bound)}
-        adapt = functools.partial(_adapting, plan.traced, bool(adapter_deterministic))
+        adapt = functools.partial(_adapting, bool(adapter_deterministic))
         with (
             proving(self.proven, kind, check),
             nn.intercept_methods(layer_calls(adapt)),
@@ -66,7 +68,16 @@ class AdaptedApply:
         if not kwargs.get("mutable"):
             return result
         output, updated = result
-        kept = sorted(updated.keys() & variables.keys() - {"params", "cache"})
+        self._warn_of_updates(sorted(updated.keys() & variables.keys()))
+        if "params" in updated:  # with the base's arrays for the trained copies
+            leaves = named_leaves(base) if trained else {}
+            new = split(updated["params"])[0]
+            old = dict(find_part(leaves, array) for array, _ in trained)
+            updated = {**updated, "params": replace_leaves(new, old)}
+        return output, updated
+
+    def _warn_of_updates(self, names: Sequence[str]) -> None:
+        kept = [name for name in names if name not in ("params", "cache")]
         if kept and not self._warned:
             self._warned = True
             warn(
@@ -76,12 +87,6 @@ class AdaptedApply:
                 "variables, or freeze it (BatchNorm: use_running_average=True, and "
                 "not in mutable)"
             )
-        if "params" in updated:  # with the base's arrays for the trained copies
-            leaves = named_leaves(base) if trained else {}
-            new = split(updated["params"])[0]
-            old = dict(find_part(leaves, array) for array, _ in trained)
-            updated = {**updated, "params": replace_leaves(new, old)}
-        return output, updated
 
 
 def wrap(
@@ -147,19 +152,15 @@ def wrap(
         )
     settings: Any = {"calls": calls, **kwargs}
     plan = plan_model(model, variables, config_or_plan, *args, **settings)
-    planned, names = (Call(*args, **kwargs), *calls), sorted(variables)
-    kinds = (kind_of_call(call.args, call.kwargs, names) for call in planned)
-    return AdaptedApply(model, plan, dict.fromkeys(kinds, True))
+    return AdaptedApply(model, plan)
 
 
 def _adapting(
-    traced: bool, deterministic: bool, call: LayerCall, adapter: BoundAdapter
+    deterministic: bool, call: LayerCall, adapter: BoundAdapter
 ) -> Callable[[], Any]:
     """A function that makes the output of a layer's call, with its delta added."""
     path = (*call.module.scope.path, *adapter.spec.path)
     spec, key = dataclasses.replace(adapter.spec, path=path), None
-    if not traced:
-        refuse_untraced(spec.name, call.read()[0])
     if spec.dropout > 0 and not deterministic:
         key = call.module.make_rng("dropout")
     # Not called here: that would be one more frame between a layer and M.

@@ -13,10 +13,8 @@ from mora_jax._flax.calls import kind_of_call, program_of, proving
 from mora_jax._flax.layer_rules import folded_kernels, planning_rules
 from mora_jax._flax.survey import Survey, check_call
 from mora_jax._layer.slots import Selected
-from mora_jax._plan.plan import Plan
 from mora_jax._tree.paths import named_leaves, unboxed
-from mora_jax.nnx._attach import detached
-from mora_jax.nnx._classes import derived, plain_class, set_class, subclass
+from mora_jax.nnx._classes import derived, detached, plain_class, set_class, subclass
 from mora_jax.nnx._param import MoRAParam, held
 from mora_jax.nnx._state import attributes, named_modules, plan_of, traceable
 
@@ -70,14 +68,6 @@ def _marked_class(cls: type, prefix: str, survey: Survey) -> type:
     return derived(cls, run, read)
 
 
-def check_nnx_call(
-    model: nnx.Module, plan: Plan | None, method: str, args: Any, kwargs: Any
-) -> bool:
-    """Raise unless the call of an adapted model is the base's, with its deltas."""
-    programs = functools.partial(program, model, method, args, kwargs)
-    return check_call(plan or plan_of(model), programs)
-
-
 _proven: dict[Hashable, bool] = {}
 """The calls that were checked, as `proving` has them.
 
@@ -96,7 +86,9 @@ def checked_class(cls: type) -> type:
         @functools.wraps(method)
         def call(self: nnx.Module, *args: Any, **kwargs: Any) -> Any:
             kind = nnx.graphdef(self), name, kind_of_call(args, kwargs)
-            check = functools.partial(check_nnx_call, self, None, name, args, kwargs)
+            programs = functools.partial(program, self, name, args, kwargs)
+            own = (lambda: plan_of(self)), programs, name == "__call__"
+            check = functools.partial(check_call, *own)
             with proving(_proven, kind, check):
                 return method(self, *args, **kwargs)
 

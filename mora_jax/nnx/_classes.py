@@ -4,7 +4,7 @@ import contextlib
 import functools
 import inspect
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 from flax import nnx
@@ -14,7 +14,10 @@ from mora_jax._flax.adapted_call import LayerCall, adapt_call
 from mora_jax._flax.layer_rules import folded_kernels, rules_of, unknown_use
 from mora_jax._layer.folded_kernel import folded_kernel
 from mora_jax._plan.spec import SUFFIX
-from mora_jax.nnx._param import TrainedParam, dropout_key, held
+from mora_jax.nnx._param import DROPOUT, MoRAParam, TrainedParam, dropout_key, held
+from mora_jax.nnx._state import attributes, named_modules
+
+Model = TypeVar("Model", bound=nnx.Module)
 
 Read = Callable[[nnx.Module, str, jax.Array], jax.Array]
 """(layer, name of its kernel, the kernel) to what its methods read."""
@@ -132,3 +135,16 @@ def _with_delta(module: nnx.Module, name: str, kernel: jax.Array) -> jax.Array:
         return kernel
     check_kernel(kernel, f"{name} of {type(module).__name__}")  # it may be quantized
     return folded_kernel(*adapter, kernel)
+
+
+def detached(model: Model) -> Model:
+    """A copy without adapters, in which the numbers of trained arrays stay."""
+    model = nnx.clone(model)
+    for module, (*_, name), value in attributes(model, MoRAParam | nnx.Dropout):
+        if isinstance(value, TrainedParam):
+            setattr(module, name, value.plain())
+        elif isinstance(value, MoRAParam) or name == DROPOUT:
+            delattr(module, name)
+    for _, module in named_modules(model):
+        set_class(module, plain_class(module))
+    return model

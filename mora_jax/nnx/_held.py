@@ -1,6 +1,6 @@
 """The door to NNX for `qwix`: adapters in modules whose classes stay as they are."""
 
-from mora_jax.nnx._attach import detached as detached
+from mora_jax.nnx._classes import detached as detached
 from mora_jax.nnx._param import MoRAParam as MoRAParam
 from mora_jax.nnx._param import dropout_key as dropout_key
 from mora_jax.nnx._param import held as held

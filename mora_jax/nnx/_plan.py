@@ -3,17 +3,15 @@
 from collections.abc import Sequence
 from typing import Any
 
-import jax.numpy as jnp
 from flax import nnx
 
 from mora_jax._flax.calls import Call
 from mora_jax._flax.layer_rules import changed_first, folded_kernels, planning_rules
 from mora_jax._flax.planning import plan_surveyed
-from mora_jax._flax.survey import Survey, refuse_untraced
+from mora_jax._flax.survey import Survey
 from mora_jax._plan.plan import Plan
 from mora_jax._plan.settings import MoRAConfig, check_config
-from mora_jax.nnx._attach import attached
-from mora_jax.nnx._calls import check_nnx_call, program
+from mora_jax.nnx._calls import program
 from mora_jax.nnx._param import MoRAParam
 from mora_jax.nnx._state import attributes, named_modules, parameters
 
@@ -38,8 +36,8 @@ def plan(
       **kwargs: Further inputs, by name.
 
     Raises:
-      TypeError, ValueError: As `linen.plan`; an embedding that might be read outside of
-        its layer; a module or kernel that the model holds twice; a model with adapters.
+      TypeError, ValueError: As `linen.plan`; a module or kernel that the model holds
+        twice; a model with adapters.
 
     Example::
 
@@ -67,14 +65,6 @@ def plan(
         survey.add(*program(model, "__call__", call.args, call.kwargs, survey))
     chosen = plan_surveyed(params, config, survey)
     refuse_unfit(model, chosen)
-    for spec in () if chosen.traced else chosen.specs:
-        refuse_untraced(spec.name, survey.products.get(spec.name))
-    if calls:
-        known = survey.known_part(chosen)
-        zeros = ((s, jnp.zeros(s.shape, s.param_dtype)) for s in known.specs)
-        adapted = attached(model, known, zeros)
-        for call in calls:
-            check_nnx_call(adapted, known, "__call__", call.args, call.kwargs)
     return chosen
 
 

@@ -1,25 +1,25 @@
 """Put adapters into unmodified models, and take them out again."""
 
-from typing import Any, TypeVar
+from typing import Any
 
 from flax import nnx
 from jax.typing import DTypeLike
 
+from mora_jax._flax.layer_rules import folded_kernels, planning_rules, unknown_use
 from mora_jax._layer.rounding import Rounding
+from mora_jax._layer.ways import check_product
 from mora_jax._plan.plan import Plan
 from mora_jax._plan.settings import MoRAConfig
+from mora_jax._plan.spec import AdapterSpec
 from mora_jax._plan.trained_arrays import refuse_trained
 from mora_jax._tree.adapters import adapter_items, init, trained_items
 from mora_jax._tree.merge import merge
-from mora_jax.nnx._attach import attached, detached
 from mora_jax.nnx._calls import checked_class
-from mora_jax.nnx._classes import adapted_class, plain_class, set_class
-from mora_jax.nnx._param import TrainedParam
+from mora_jax.nnx._classes import Model, adapted_class, detached, plain_class, set_class
+from mora_jax.nnx._param import TrainedParam, hold_adapter
 from mora_jax.nnx._plan import check_model, refuse_unfit
 from mora_jax.nnx._plan import plan as plan_model
 from mora_jax.nnx._state import adapters, named_modules, parameters, plan_of
-
-Model = TypeVar("Model", bound=nnx.Module)
 
 
 def wrap(
@@ -84,10 +84,22 @@ def wrap(
     is_random = any(spec.init == "gaussian" for spec in plan.specs)
     key = rngs.params() if rngs and is_random else None
     new = init(plan, key, params=parameters(model) if plan.trained else None)
-    model = attached(model, plan, adapter_items(new, plan), seed)
+    model = nnx.clone(model)
     modules = dict(named_modules(model))
+    for spec, m in adapter_items(new, plan):
+        module: Any = modules.get(spec.path[:-1])
+        kernel = getattr(module, spec.path[-1], None)
+        shape = tuple(kernel.shape) if isinstance(kernel, nnx.Variable) else None
+        if shape != spec.kernel_shape:
+            raise ValueError(
+                f"the plan has a kernel of shape {spec.kernel_shape} at {spec.name!r}, "
+                f"the model has {shape}"
+            )
+        _check_layer(module, spec)
+        set_class(module, adapted_class(plain_class(module)))
+        hold_adapter(module, spec, m, seed)
     for trained, copy in trained_items(new, plan):
-        module: Any = modules.get(trained.path[:-1])
+        module = modules.get(trained.path[:-1])
         variable = getattr(module, trained.path[-1], None)
         if not isinstance(variable, nnx.Variable):
             raise ValueError(
@@ -101,6 +113,20 @@ def wrap(
     if plain_class(model) is type(model):  # a layer alone does what its rule says
         set_class(model, checked_class(type(model)))
     return model
+
+
+def _check_layer(module: nnx.Module, spec: AdapterSpec) -> None:
+    """Raise if an adapter would change nothing in a layer, or something else."""
+    cls = plain_class(module)
+    if (rule := planning_rules(module).get(spec.path[-1])) is None:
+        raise unknown_use(spec.name, cls, "__call__")
+    if (product := rule.product(module)) is not None:
+        check_product(spec, product)
+    if folded_kernels(cls) and spec.dropout > 0:
+        raise ValueError(
+            f"{spec.name}: dropout must be 0 for a kernel that methods read "
+            f"(products.Folded), got {spec.dropout}; say so in overrides"
+        )
 
 
 def unwrap(model: Model) -> Model:

@@ -75,7 +75,6 @@ class Product(abc.ABC):
       primitive: The primitive by which a trace recognises the product; "" for any.
       stand_ins: Primitives that do the product instead where the kernel is small.
       takes_indices: True if the input is integers that number rows of the kernel.
-      needs_trace: True if only a trace shows that such kernels are not read elsewhere.
       reads_kernel: True if methods read the kernel itself, instead of an input.
     """
 
@@ -85,7 +84,6 @@ class Product(abc.ABC):
     primitive: ClassVar[str] = ""
     stand_ins: ClassVar[frozenset[str]] = frozenset()
     takes_indices: ClassVar[bool] = False
-    needs_trace: ClassVar[bool] = False
     reads_kernel: ClassVar[bool] = False
 
     @property

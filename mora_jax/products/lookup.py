@@ -34,7 +34,6 @@ class Lookup(Product):
     # Flax does not look up in an embedding of a single row, but copies it.
     stand_ins = frozenset({"broadcast_in_dim"})
     takes_indices = True
-    needs_trace = True  # its table is often a head as well
 
     @property
     def passes(self) -> frozenset[str]:

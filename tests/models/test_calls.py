@@ -1,0 +1,274 @@
+"""Each program that runs is checked: other calls than planned, and what meets an M."""
+
+import functools
+import warnings
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+from helpers import random
+
+import mora_jax
+from mora_jax import Call, MoRAConfig, MoRAWarning, linen
+from mora_jax import nnx as mora_nnx
+
+KEY, X = jax.random.key(0), random(0, 2, 8)
+CONFIG = MoRAConfig(rank=2)
+OUTSIDE = "fc/kernel: the model also reads this kernel outside"
+
+
+class Reads(nn.Module):
+    """Some of its calls read the kernel itself."""
+
+    def setup(self):
+        self.fc = nn.Dense(8)
+
+    def __call__(self, x, train=False):
+        y = self.fc(x)
+        kernel = self.fc.variables["params"]["kernel"]
+        self.sow("losses", "norm", jnp.sum(kernel**2))
+        return y + jnp.sum(kernel) if train else y
+
+    def read(self, x):
+        return x @ self.fc.variables["params"]["kernel"]
+
+
+class ReadsTwin(nnx.Module):
+    def __init__(self):
+        self.fc = nnx.Linear(8, 8, rngs=nnx.Rngs(0))
+        self.reads = False
+
+    def __call__(self, x, train=False):
+        return self.fc(x) + (self.fc.kernel[...].sum() if train or self.reads else 0)
+
+    def read(self, x):
+        return x @ self.fc.kernel[...]
+
+
+OTHERS = [
+    {"train": True},
+    {"method": "read"},
+    {"method": Reads.read},
+    {"mutable": ["losses"]},
+]
+
+
+def reads():
+    model = Reads()
+    variables = {"params": model.init(KEY, X)["params"]}
+    return model, variables, linen.wrap(model, CONFIG, variables, X)
+
+
+@pytest.mark.parametrize("jitted", [False, True])
+@pytest.mark.parametrize("other", OTHERS)
+def test_another_call_than_the_planned_one_is_checked(other, jitted):
+    model, variables, apply = reads()
+    adapters = mora_jax.init(apply.plan)
+    assert (apply(adapters, variables, X) == model.apply(variables, X)).all()
+    call = functools.partial(apply, **other)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=OUTSIDE):
+            (jax.jit(call) if jitted else call)(adapters, variables, X)
+    with pytest.raises(ValueError, match=OUTSIDE):
+        linen.plan(model, variables, CONFIG, X, calls=[Call(X, **other)])
+    assert linen.plan(model, variables, CONFIG, calls=[Call(X)]) == apply.plan
+
+
+@pytest.mark.parametrize("jitted", [False, True])
+def test_another_call_of_an_nnx_model_is_checked(jitted):
+    model = ReadsTwin()
+    adapted = mora_nnx.wrap(model, mora_nnx.plan(model, CONFIG, X))
+    run = nnx.jit if jitted else lambda call: call
+    assert (run(lambda model, x: model(x))(adapted, X) == model(X)).all()
+    for call in (lambda m, x: m(x, train=True), lambda m, x: m.read(x)):
+        with pytest.raises(ValueError, match=OUTSIDE):
+            run(call)(adapted, X)
+    adapted.reads = True  # an attribute is another program, too
+    with pytest.raises(ValueError, match=OUTSIDE):
+        run(lambda model, x: model(x))(adapted, X)
+    with pytest.raises(ValueError, match=OUTSIDE):
+        mora_nnx.plan(model, CONFIG, calls=[Call(X), Call(X, train=True)])
+
+
+@pytest.mark.parametrize("api", ["linen", "nnx"])
+def test_a_plan_of_names_is_proven_by_the_first_call(api):
+    if api == "linen":
+        model, variables, _ = reads()
+        plan = mora_jax.plan(variables["params"], CONFIG)
+        apply = functools.partial(
+            linen.wrap(model, plan), mora_jax.init(plan), variables
+        )
+    else:
+        apply = mora_nnx.wrap(ReadsTwin(), CONFIG)
+    apply(X)
+    with pytest.raises(ValueError, match=OUTSIDE):
+        apply(X, train=True)
+
+
+def test_a_kind_of_call_is_checked_once():
+    """For other shapes and numbers the check is not repeated."""
+    runs = []
+
+    class Counted(nn.Module):
+        @nn.compact
+        def __call__(self, x, flag=False, position=0):
+            runs.append(x.shape)
+            return nn.Dense(8)(x)
+
+    model = Counted()
+    variables = model.init(KEY, X)
+    apply = linen.wrap(model, linen.plan(model, variables, CONFIG, X))
+    adapters = mora_jax.init(apply.plan)
+
+    def counted(*args, **kwargs):
+        before = len(runs)
+        apply(adapters, variables, *args, **kwargs)
+        return len(runs) - before
+
+    assert [counted(X), counted(X), counted(X[:1])] == [3, 1, 1]
+    assert [counted(X, True), counted(X, True), counted(X, False, 1)] == [3, 1, 3]
+    assert [counted(X, False, k) for k in range(2, 5)] == [1, 1, 1]
+
+
+def test_what_cannot_be_traced_is_said():
+    class Loop(nnx.Module):
+        def __init__(self):
+            self.fc = nnx.Linear(8, 8, rngs=nnx.Rngs(0))
+
+        def __call__(self, x):
+            return self.fc(x)
+
+        def generate(self, x):
+            while jnp.abs(x).max() > 0.1:
+                x = self(x) / 2
+            return x
+
+    model = Loop()
+    adapted = mora_nnx.wrap(model, CONFIG)
+    with pytest.warns(MoRAWarning, match="generate|cannot be traced"):
+        assert (adapted.generate(X) == model.generate(X)).all()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        adapted.generate(X)
+
+
+# --- An M that does not arrive as it is ---
+
+
+def mapped(trans, module=nn.Dense):
+    """A model whose params `trans` maps before its layer reads them."""
+
+    class Mapped(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.map_variables(module, "params", trans)(8, name="fc")(x)
+
+    return Mapped(), {"params": {"fc": nn.Dense(8).init(KEY, X)["params"]}}
+
+
+def halved(tree):
+    """Walks through dicts by itself."""
+    if isinstance(tree, dict):
+        return {key: halved(value) for key, value in tree.items()}
+    return tree * 1.0
+
+
+def rebuilt(tree):
+    params = tree["params"]
+    return {"params": {"kernel": params["kernel"], "bias": params["bias"]}}
+
+
+TRANSFORMS = {
+    "stopped": (
+        functools.partial(jax.tree.map, jax.lax.stop_gradient),
+        "reads its M changed by `stop_gradient`",
+    ),
+    "by shape": (
+        functools.partial(jax.tree.map, lambda a: a * (2.0 if a.ndim == 2 else 1)),
+        "reads its M changed by `mul`",
+    ),
+    "by path": (halved, "fails with an M beside fc/kernel|changes it"),
+    "rebuilt": (rebuilt, "must keep the M beside it"),
+}
+
+
+@pytest.mark.parametrize("how", TRANSFORMS)
+def test_params_that_are_mapped_keep_their_m_or_are_refused(how):
+    trans, match = TRANSFORMS[how]
+    model, variables = mapped(trans)
+    plan = mora_jax.plan(variables["params"], CONFIG)
+    apply = linen.wrap(model, plan)
+    with pytest.raises(ValueError, match=match):
+        apply(mora_jax.init(plan), variables, X)
+
+
+def test_a_cast_of_all_params_is_right():
+    model, variables = mapped(
+        functools.partial(jax.tree.map, lambda a: a.astype(jnp.bfloat16))
+    )
+    apply = linen.wrap(model, CONFIG, variables, X)
+    adapters = mora_jax.init(apply.plan)
+    assert (apply(adapters, variables, X) == model.apply(variables, X)).all()
+
+
+# --- M = 0 is the base ---
+
+
+class CountsLeaves(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Dense(8, name="fc")(x)
+        return x / len(jax.tree.leaves(self.variables["params"]))
+
+
+class AsksType(nnx.Module):
+    def __init__(self):
+        self.fc = nnx.Linear(8, 8, rngs=nnx.Rngs(0))
+
+    def __call__(self, x):
+        return self.fc(x) * (2.0 if type(self.fc) is nnx.Linear else 1.0)
+
+
+def test_code_that_sees_an_m_is_refused():
+    model = CountsLeaves()
+    variables = model.init(KEY, X)
+    apply = linen.wrap(model, CONFIG, variables, X)
+    message = "computes something else with an M beside its kernels, even if M = 0"
+    with pytest.raises(ValueError, match=f"{message}: div .* 3.* instead of div .* 2"):
+        apply(mora_jax.init(apply.plan), variables, X)
+    adapted = mora_nnx.wrap(AsksType(), CONFIG)
+    with pytest.raises(ValueError, match=f"{message}.*instead of mul"):
+        adapted(X)
+
+
+# --- Adapters without an effect ---
+
+
+class Partial(nnx.Module):
+    """A layer that runs only through a partial, which keeps the unadapted one."""
+
+    def __init__(self):
+        self.fc = nnx.Linear(8, 8, rngs=nnx.Rngs(0))
+        self.run = functools.partial(nnx.Linear.__call__, self.fc)
+
+    def __call__(self, x):
+        return self.run(x)
+
+
+class Idle(nnx.Module):
+    def __init__(self):
+        self.fc = nnx.Linear(8, 8, rngs=nnx.Rngs(0))
+        self.idle = nnx.Linear(8, 8, rngs=nnx.Rngs(0))
+
+    def __call__(self, x):
+        return self.fc(x)
+
+
+@pytest.mark.parametrize(("model", "name"), [(Partial, "fc"), (Idle, "idle")])
+def test_an_adapter_without_effect_is_a_warning(model, name):
+    with pytest.warns(MoRAWarning, match=f"without an effect: {name}/kernel"):
+        mora_nnx.plan(model(), CONFIG, X)
+    with pytest.warns(MoRAWarning, match=f"{name}/kernel: the call .* does not use it"):
+        mora_nnx.wrap(model(), CONFIG)(X)
