@@ -25,8 +25,8 @@ class LayerRule:
     """
 
     equation: Equation
-    kernel: Name
-    method: str
+    kernel: Name = "kernel"
+    method: str = "__call__"
     argument: str | None = None
     dot_general: bool = False
     scale: Scale | None = None
@@ -69,6 +69,8 @@ class LayerRule:
 
 _RULES: dict[type, dict[str, LayerRule]] = {}
 """The rules of each class by method, or by kernel where all methods read it."""
+NAMED: dict[str, list[LayerRule]] = {}
+"""Rules of classes that nobody has imported yet, by the full names of the classes."""
 
 
 def register_layer(
@@ -122,59 +124,79 @@ def register_layer(
       ...         return x @ self.param("w", init, (self.features, x.shape[-1])).T
       >>> mora_jax.register_layer(Transposed, equation="...i,oi->...o", kernel="w")
     """
+    rule = LayerRule(equation, kernel, method, argument, dot_general, scale)
+    key, rule = check_rule(cls, rule)
+    folded = isinstance(equation, Folded)
+    if rules_of(cls) if folded else folded_kernels(cls):
+        raise ValueError(
+            f"equation must be a products.Folded for all kernels of {cls.__name__} or "
+            f"for none, got {equation!r} for {kernel!r}"
+        )
+    # All kernels of a class are folded or none, so the base class's rules stay.
+    known = _registered(cls) if folded else _own_rules(cls)
+    _RULES[cls] = {**known, key: rule}
+
+
+def check_rule(cls: type, rule: LayerRule) -> tuple[str, LayerRule]:
+    """Raise unless `rule` may be of `cls`; the rule with its method or kernel."""
+    equation, kernel, method = rule.equation, rule.kernel, rule.method
     if not isinstance(cls, type):
         raise TypeError(f"cls must be a class, got {cls!r}")
     if not callable(getattr(cls, method, None)):
         raise TypeError(f"method must name a method of {cls.__name__}, got {method!r}")
     named = "a parameter's name or a function"
-    for setting, value, types, rule in (
+    for setting, value, types, wanted in (
         ("equation", equation, str | Product, "a string, a Product or a function"),
         ("kernel", kernel, str, named),
-        ("scale", scale, str | None, named),
+        ("scale", rule.scale, str | None, named),
     ):
         if not (isinstance(value, types) or callable(value)):
-            raise TypeError(f"{setting} must be {rule}, got {value!r}")
+            raise TypeError(f"{setting} must be {wanted}, got {value!r}")
     if isinstance(equation, str):
         try:
             Contraction.parse(equation, None)
         except ValueError as error:
             raise ValueError(f"{cls.__name__}: {error}") from None
     names = list(inspect.signature(getattr(cls, method)).parameters)
-    if argument is not None and argument not in names[1:]:
+    if rule.argument is not None and rule.argument not in names[1:]:
         raise TypeError(
             f"argument must be one of {names[1:]} of {cls.__name__}.{method}, "
-            f"got {argument!r}"
+            f"got {rule.argument!r}"
         )
-    folded = isinstance(equation, Folded)
-    if folded and issubclass(cls, nn.Module):
+    if not isinstance(equation, Folded):
+        return method, rule
+    if issubclass(cls, nn.Module):
         raise TypeError(
             f"products.Folded is for classes of Flax NNX, got {cls.__name__} of Linen"
         )
-    if folded and not isinstance(kernel, str):
+    if not isinstance(kernel, str):
         raise TypeError(
             f"kernel must be a parameter's name with products.Folded, got {kernel!r}"
         )
-    if rules_of(cls) if folded else folded_kernels(cls):
-        raise ValueError(
-            f"equation must be a products.Folded for all kernels of {cls.__name__} or "
-            f"for none, got {equation!r} for {kernel!r}"
-        )
-    method = "" if folded else method
-    rule = LayerRule(equation, kernel, method, argument, dot_general, scale)
-    # All kernels of a class are folded or none, so the base class's rules stay.
-    known = _registered(cls) if folded else _RULES.get(cls, {})
-    _RULES[cls] = {**known, method or str(kernel): rule}
+    return kernel, dataclasses.replace(rule, method="")
+
+
+def _own_rules(cls: type) -> dict[str, LayerRule]:
+    """The rules that are registered for exactly this class, or for its name."""
+    if cls not in _RULES and (
+        rules := NAMED.get(f"{cls.__module__}.{cls.__qualname__}")
+    ):
+        try:
+            _RULES[cls] = dict(check_rule(cls, rule) for rule in rules)
+        except TypeError:  # another version, whose class is as one without a rule
+            _RULES[cls] = {}
+    return _RULES.get(cls, {})
 
 
 def _registered(cls: type) -> Mapping[str, LayerRule]:
     """The rules of `cls`, or of a base class for the methods that it inherits."""
     cls = vars(cls).get("plain_class", cls)  # a class that `mora_jax.nnx` adapted
-    base = next((base for base in cls.__mro__ if base in _RULES), cls)
+    base = next((base for base in cls.__mro__ if _own_rules(base)), cls)
     # Statically, since a bound method is a new object each time it is asked for.
     static = inspect.getattr_static
     return {
         key: rule
-        for key, rule in _RULES.get(base, {}).items()
+        for key, rule in _own_rules(base).items()
         if not rule.method or static(cls, rule.method) is static(base, rule.method)
     }
 

@@ -12,7 +12,7 @@ import pytest
 from flax import traverse_util
 from helpers import close, largest, random, random_like, trained
 
-from mora_jax import MoRAConfig, fold, init, linen, plan, register_layer
+from mora_jax import MoRAConfig, fold, init, linen, plan
 from mora_jax.io import load_base
 
 pytestmark = [
@@ -143,16 +143,9 @@ def test_llama():
 
 @pytest.mark.slow
 def test_gpt2():
-    """Its Conv1D is no nn.Dense, and its kernel is (out, in)."""
-    from transformers.models.gpt2.modeling_flax_gpt2 import FlaxConv1D
-
+    """Its Conv1D is no nn.Dense, its kernel is (out, in), and it is known by name."""
     model, variables, args = tiny("gpt2")
-    config = MoRAConfig(rank=2)
-    chosen = plan(variables["params"], config)
-    with pytest.raises(TypeError, match=r"FlaxConv1D.* see mora_jax.register_layer"):
-        linen.wrap(model, chosen)(init(chosen), variables, *args)
-
-    register_layer(FlaxConv1D, equation="...i,oi->...o")
+    chosen = plan(variables["params"], MoRAConfig(rank=2))
     # A plan of names and shapes takes the kernels for (in, out): exact all the same.
     apply = linen.wrap(model, chosen)
     check_zero_and_merged(model, variables, args, chosen, apply)
