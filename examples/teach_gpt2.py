@@ -1,4 +1,7 @@
-"""Teach transformers' Flax GPT-2 a sentence: it continues it before and after."""
+"""Teach transformers' Flax GPT-2 a sentence: it continues it before and after.
+
+It needs `pip install transformers==4.57.6`, the last version with Flax models.
+"""
 
 import argparse
 
@@ -35,6 +38,8 @@ state = tx.init(adapters)
 
 @jax.jit
 def step(adapters, state, variables, key):
+    """Train the adapters by one step; return them, their state and the loss."""
+
     def loss(adapters):
         settings = {"deterministic": False, "rngs": {"dropout": key}}
         logits = apply(adapters, variables, *batch, **settings).logits[:, :-1]
@@ -47,6 +52,7 @@ def step(adapters, state, variables, key):
 
 
 def continued(params):
+    """The sentence as these params continue it."""
     settings = {"max_new_tokens": ids.size - 8, "do_sample": False}
     (new,) = model.generate(ids[:, :8], params=params, **settings).sequences
     return bytes(new.tolist()).decode(errors="replace")
