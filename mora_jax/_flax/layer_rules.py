@@ -1,6 +1,7 @@
 """Rules for layer classes: the products that methods compute, to be adapted."""
 
 import dataclasses
+import functools
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -127,13 +128,14 @@ def register_layer(
     rule = LayerRule(equation, kernel, method, argument, dot_general, scale)
     key, rule = check_rule(cls, rule)
     folded = isinstance(equation, Folded)
+    own = _RULES.setdefault(cls, {})  # from here rules by the name of `cls` do not hold
     if rules_of(cls) if folded else folded_kernels(cls):
         raise ValueError(
             f"equation must be a products.Folded for all kernels of {cls.__name__} or "
             f"for none, got {equation!r} for {kernel!r}"
         )
     # All kernels of a class are folded or none, so the base class's rules stay.
-    known = _registered(cls) if folded else _own_rules(cls)
+    known = _registered(cls) if folded else own
     _RULES[cls] = {**known, key: rule}
 
 
@@ -176,16 +178,20 @@ def check_rule(cls: type, rule: LayerRule) -> tuple[str, LayerRule]:
     return kernel, dataclasses.replace(rule, method="")
 
 
-def _own_rules(cls: type) -> dict[str, LayerRule]:
-    """The rules that are registered for exactly this class, or for its name."""
-    if cls not in _RULES and (
-        rules := NAMED.get(f"{cls.__module__}.{cls.__qualname__}")
-    ):
-        try:
-            _RULES[cls] = dict(check_rule(cls, rule) for rule in rules)
-        except TypeError:  # another version, whose class is as one without a rule
-            _RULES[cls] = {}
+def _own_rules(cls: type) -> Mapping[str, LayerRule]:
+    """The rules that are registered for exactly this class, or else for its name."""
+    name = f"{cls.__module__}.{cls.__qualname__}"
+    if cls not in _RULES and name in NAMED:
+        return _named_rules(cls, name)
     return _RULES.get(cls, {})
+
+
+@functools.cache
+def _named_rules(cls: type, name: str) -> Mapping[str, LayerRule]:
+    try:
+        return dict(check_rule(cls, rule) for rule in NAMED[name])
+    except TypeError:  # another version, whose class is as one without a rule
+        return {}
 
 
 def _registered(cls: type) -> Mapping[str, LayerRule]:
