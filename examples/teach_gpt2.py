@@ -4,6 +4,7 @@ It needs `pip install transformers==4.57.6`, the last version with Flax models.
 """
 
 import argparse
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,8 +22,8 @@ options = parser.parse_args()
 
 # A small random model of bytes, for which nothing is downloaded. For a pretrained one
 # take FlaxGPT2LMHeadModel.from_pretrained(path), its tokenizer, and a rate of 1e-4.
-ends = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
-sizes = {"vocab_size": 256, "n_positions": 128, "n_embd": 128, "n_layer": 2}
+sizes: Any = {"vocab_size": 256, "n_positions": 128, "n_embd": 128, "n_layer": 2}
+ends: Any = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
 model = FlaxGPT2LMHeadModel(GPT2Config(**sizes, n_head=4, **ends))
 ids = jnp.array([[*SENTENCE]])
 batch = ids, jnp.ones_like(ids), jnp.arange(ids.size)[None]
@@ -53,9 +54,9 @@ def step(adapters, state, variables, key):
 
 def continued(params):
     """The sentence as these params continue it."""
-    settings = {"max_new_tokens": ids.size - 8, "do_sample": False}
-    (new,) = model.generate(ids[:, :8], params=params, **settings).sequences
-    return bytes(new.tolist()).decode(errors="replace")
+    settings: Any = {"max_new_tokens": ids.size - 8, "do_sample": False}
+    output: Any = model.generate(ids[:, :8], params=params, **settings)
+    return bytes(output.sequences[0].tolist()).decode(errors="replace")
 
 
 print(f"before: {continued(model.params)!r}")
