@@ -87,8 +87,8 @@ def _check_place(parent: Any, children: Tree, path: Path, new: Any) -> None:
         raise ValueError(f"params have nothing at {name!r}{near}")
     if not key.endswith(SUFFIX):
         raise ValueError(
-            f"adapters hold {name!r}, which is not an M; if their plan trains it, "
-            "write combine(params, adapters, plan)"
+            f"adapters hold {name!r}, which is not an M: give params first, and the "
+            "plan if it trains that, as in combine(params, adapters, plan)"
         )
     if key.removesuffix(SUFFIX) not in children:
         raise ValueError(f"params have no kernel for the adapter {name!r}")
