@@ -115,8 +115,8 @@ class AdapterSpec(AdapterSettings):
         # Only min(in, out) cuts q to less than half. (Nobody may have chosen rank 8.)
         if asked > 2 * q and budget != DEFAULT_RANK:
             alike = re.sub(r"\d+", "*", spec.name)  # layers of a kind have one warning
-            limit = f"{q} is the widest M that fits; overrides may ask for less"
-            warn(f"{alike}: rank={budget} asks for q = {asked}, and {limit}")
+            told = f"{alike}: rank={budget} asks for q = {asked}, and {q} is the widest"
+            warn(f"{told} that fits; say square_rank={q} in overrides if it is meant")
         return spec
 
     @property

@@ -379,12 +379,12 @@ def test_a_rank_that_a_kernel_is_too_narrow_for_is_told():
     params = {
         f"l{k}": {"thin": dense(4, 4096), "wide": dense(2048, 2048)} for k in (0, 1)
     }
-    message = r"l\*/thin/kernel: rank=800 asks for q = 1811, and 4 is the widest M that"
+    message = r"l\*/thin/kernel: rank=800 asks for q = 1811, and 4 is the widest"
     with pytest.warns(MoRAWarning, match=message) as seen:
         chosen = plan(params, MoRAConfig(rank=800))
     assert {str(warning.message) for warning in seen} == {str(seen[0].message)}
     assert "4 of 1811" in str(chosen)
-    thin = {".*/thin/kernel": {"rank": 1}}
+    thin = {".*/thin/kernel": {"square_rank": 4}}
     for quiet in (MoRAConfig(), MoRAConfig(rank=800, overrides=thin)):
         plan(params, quiet)
     config = MoRAConfig(rank=800)
