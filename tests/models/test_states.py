@@ -264,11 +264,10 @@ def test_quantized_kernels_are_refused_wherever_kernels_come_in(kind, tmp_path):
     if kind == "int8":  # a model that runs with parts has a library that knows them
         model = wrap(linear(), CONFIG)
         model.kernel = nnx.Param(kernel)
-        apply = mora_jax.linen.wrap(nn.Dense(12), plan({"kernel": jnp.ones((12, 12))}))
-        calls += [
-            lambda: model(X),
-            lambda: apply(one, {"params": {"kernel": kernel, "bias": X[0]}}, X),
-        ]
+        named = plan({"kernel": jnp.ones((12, 12))})
+        apply = mora_jax.linen.wrap(nn.Dense(12, use_bias=False), named)
+        variables = {"params": {"kernel": kernel}}
+        calls += [lambda: model(X), lambda: apply(init(named), variables, X)]
     for call in calls:
         with pytest.raises((TypeError, ValueError), match="dequantise it first"):
             call()
