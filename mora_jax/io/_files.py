@@ -135,7 +135,7 @@ def missing_files(path: Location) -> Iterator[None]:
     except FileNotFoundError:
         what = f"{path.name} in {path.parent}"
         if is_local(path) and not path.parent.exists():
-            what = f"directory {path.parent.absolute()}"
+            what = f"directory {path.parent.absolute()}, and so no {path.name}"
         raise AdapterFileError(f"there is no {what}") from None
     except NotADirectoryError:
         raise AdapterFileError(f"{path.parent} is not a directory") from None
