@@ -150,8 +150,8 @@ class Candidates:
         if names := {name for name in dense if re.fullmatch(pattern, name)}:
             return names
         why = "no array has two or more axes"
-        if self.arrays and self.survey is not None:
-            why = "; ".join(map(str, self.left_out(())))
+        if self.survey is not None and (left_out := self.left_out(())):
+            why = "; ".join(map(str, left_out))
         elif self.arrays:
             some = ", ".join(map(repr, kernels[:3]))
             some += f" and {len(kernels) - 3} more" * (len(kernels) > 3)

@@ -232,6 +232,8 @@ def test_a_kernel_that_is_no_param_is_left_out_by_name():
         config = MoRAConfig(targets=".*0/kernel")
         text = message(mora_nnx.plan, Frozen(), config, *inputs)
         assert "in NNX held by an nnx.Param" in text
+        text = message(mora_nnx.plan, Frozen().layers[0], None, *inputs)
+        assert text.endswith("kernel: held by a BatchStat, not an nnx.Param")
 
 
 def test_a_class_without_the_attribute_that_multiplies_is_told():
