@@ -36,6 +36,13 @@ class LayerRule:
         """The name of the kernel's parameter."""
         return self.kernel if isinstance(self.kernel, str) else self.kernel(module)
 
+    def kernel_of(self, module: Any) -> Any:
+        """The module's kernel; None before it is made, and for one of several parts."""
+        name, linen = self.name(module), isinstance(module, nn.Module)
+        box = module.get_variable("params", name) if linen else vars(module).get(name)
+        leaves = jax.tree.leaves(box)
+        return leaves[0] if len(leaves) == 1 else None
+
     def scale_of(self, module: Any) -> Any:
         """The factor that the module multiplies its kernel by; None for nothing."""
         if not isinstance(self.scale, str):
@@ -46,11 +53,15 @@ class LayerRule:
 
     def multiplies_by_dot_general(self, module: Any) -> bool:
         """True if the module multiplies by an attribute that is JAX's own function."""
-        if not self.dot_general or self.scale is not None:
+        other = getattr(module, "dot_general_cls", None) or self.scale
+        if not self.dot_general or other is not None:
             return False
-        if getattr(module, "dot_general_cls", None) is not None:
-            return False
-        return getattr(module, "dot_general", None) in (None, jax.lax.dot_general)
+        if not hasattr(module, "dot_general"):
+            raise TypeError(
+                f"{type(module).__name__} must have the attribute dot_general: leave "
+                "dot_general=True out of mora_jax.register_layer"
+            )
+        return module.dot_general in (None, jax.lax.dot_general)
 
     def product(self, module: Any) -> Product | None:
         """The product as the module alone tells it; None if only a call does."""
@@ -222,6 +233,7 @@ def planning_rules(module: Any) -> Mapping[str, LayerRule]:
     """{kernel: the rule that plans go by} of a module."""
     rules: dict[str, LayerRule] = {}
     for rule in _registered(type(module)).values():
+        rule.multiplies_by_dot_general(module)  # raises if it cannot say
         rules.setdefault(rule.name(module), rule)
     return rules
 

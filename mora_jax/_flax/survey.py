@@ -28,17 +28,28 @@ class Survey:
       non_kernels: The paths of other arrays of known layers, such as biases.
       classes: {path of a module: the name of its class}.
       uses: The uses of the arrays in a call of the model; None if none was traced.
+      no_params: {path of a kernel that no `nnx.Param` holds: the class that does}.
+      leaves: The arrays of that call, as `named_leaves`.
     """
 
     products: dict[str, Product] = dataclasses.field(default_factory=dict)
     non_kernels: set[str] = dataclasses.field(default_factory=set)
     classes: dict[str, str] = dataclasses.field(default_factory=dict)
     uses: Uses | None = None
+    no_params: dict[str, str] = dataclasses.field(default_factory=dict)
+    leaves: Any = dataclasses.field(default=None, init=False)
 
     def record_call(self, name: str, call: LayerCall) -> jax.Array:
         """The output of a layer's method, with marks; `name` is its kernel's path."""
         product, x = call.read()
         rule, module = call.rule, call.module
+        if (kernel := rule.kernel_of(module)) is not None:
+            shape, whole = tuple(kernel.shape), tuple(self.leaves[name][1].shape)
+            if whole[len(whole) - len(shape) :] != shape:
+                raise ValueError(
+                    f"{name} of shape {whole} is used as {shape}: stacked axes must "
+                    "come first (variable_axes={'params': 0}, nnx.StateAxes({...: 0}))"
+                )
         planning_rule = planning_rules(module)[rule.name(module)]
         planned = product if rule is planning_rule else planning_rule.product(module)
         # Of several methods with one kernel (an embedding and its tied head) the first
@@ -68,6 +79,7 @@ class Survey:
         self, function: Callable[..., Any], leaves: Any, tree: Any, *args: Any
     ) -> None:
         """Follow `leaves`, `named_leaves(tree)`, through `function(tree, *args)`."""
+        self.leaves = leaves
         # The function marks its layers. All else than arrays and shapes is static.
         arrays, join = split_static(args)
 

@@ -64,15 +64,7 @@ def plan(
 
     def record(call: LayerCall, adapter: BoundAdapter) -> Any:
         _, name = adapter.spec
-        y = survey.record_call(name, call)
-        kernel = call.module.get_variable("params", call.rule.name(call.module))
-        shape, whole = tuple(nn.unbox(kernel).shape), tuple(leaves[name][1].shape)
-        if whole[len(whole) - len(shape) :] != shape:
-            raise ValueError(
-                f"{name} of shape {whole} is used as {shape}: stacked axes must come "
-                "first (variable_axes={'params': 0})"
-            )
-        return y
+        return survey.record_call(name, call)
 
     def recording(*call: Any) -> Callable[[], Any]:
         return functools.partial(record, *call)

@@ -47,9 +47,11 @@ def plan(
     config = check_config(config, "plan(model, config, *inputs)")
     classes = {"/".join(path): type(m).__name__ for path, m in named_modules(model)}
     params, survey = parameters(model), Survey(classes=classes)
-    for module, path, _ in attributes(model, nnx.Variable):
+    for module, path, variable in attributes(model, nnx.Variable):
         rules, name = planning_rules(module), "/".join(path)
-        if (rule := rules.get(path[-1])) is not None:
+        if path[-1] in rules and not isinstance(variable, nnx.Param):
+            survey.no_params[name] = type(variable).__name__
+        elif (rule := rules.get(path[-1])) is not None:
             if (product := rule.product(module)) is not None:
                 survey.products[name] = product
         elif rules and not folded_kernels(type(module)):  # or methods may do anything

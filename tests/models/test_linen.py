@@ -361,6 +361,7 @@ def test_bad_input():
         (ValueError, lacks, lambda: apply(adapters, variables["params"], X)),
         (ValueError, lacks, lambda: linen.plan(model, {}, CONFIG, X)),
         (ValueError, "adapters lack 'kernel_mora'", lambda: apply({}, variables, X)),
+        (ValueError, "swapped", lambda: apply(variables, {"params": adapters}, X)),
         (ValueError, "must have shape", lambda: apply(small, variables, X)),
         (ValueError, "already hold 'kernel_m", lambda: apply(adapters, both, X)),
         (TypeError, "cls must be a class, got 3", no_class),
