@@ -18,7 +18,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-import mora_jax.tunix
+import mora_jax
 from models import airports, smollm2_tunix
 from models.options import positive
 from mora_jax import MoRAConfig
@@ -84,7 +84,6 @@ def main() -> None:
     mesh = jax.make_mesh((1, 1), ("fsdp", "tp"), automatic)
     everywhere = jax.NamedSharding(mesh, jax.P())
     nnx.update(base, jax.device_put(nnx.state(base), everywhere))
-    mora_jax.tunix.register()
     model = mora_jax.nnx.wrap(base, MoRAConfig(args.rank, args.operator))
     rewards: list[float] = []
 

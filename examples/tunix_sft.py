@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-import mora_jax.tunix
+import mora_jax
 from models import airports, lesson, smollm2_tunix
 from models.options import positive
 from mora_jax import MoRAConfig
@@ -69,7 +69,6 @@ def main() -> None:
     inputs = batch.ids[args.facts :], batch.at[args.facts :]
     rehearsed = nnx.jit(smollm2_tunix.next_tokens)(model, *inputs)
 
-    mora_jax.tunix.register()
     adapted = mora_jax.nnx.wrap(model, MoRAConfig(args.rank, args.operator))
     plan = mora_jax.nnx.plan_of(adapted)
     print(f"\n{plan}\n")

@@ -32,6 +32,9 @@ Layers and models::
   MoRADense             the same as a Linen module
   linen                 adapters for unmodified Linen models
   nnx                   adapters for unmodified NNX models
+  mora_jax.qwix         (import it) adapters in models that qwix quantizes
+  mora_jax.tunix        (import it) adapters in the models of Tunix
+  mora_jax.gemma        (import it) adapters in Google's gemma models
   sharding              adapters on a mesh of devices
 
 Training::

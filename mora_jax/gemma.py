@@ -2,59 +2,31 @@
 
 Public names::
 
-  register              teach `linen.plan` and `linen.wrap` the layers of these models
+  register              check that this version has the layers that `mora_jax` knows
   MoRA                  a model with its adapters, as samplers and trainers take it
 """
 
 import dataclasses
 import importlib
-import inspect
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import flax.linen as nn
-import jax
-import jax.numpy as jnp
 from flax.core.scope import subtract_filters
 
-from mora_jax._flax.layer_rules import register_layer
+from mora_jax._flax.other_layers import lacking
 from mora_jax._plan.plan import Plan, check_plan
 from mora_jax._tree.adapters import init
 from mora_jax.linen import wrap
-from mora_jax.products import ATTEND, Lookup
 
 _KNOWN = "4.0.1"
-_PACKAGES = "gemma.gm.nn", "gemma.gm.nn.gemma3n", "gemma.gm.nn.gemma4"
-_TABLE = "input_embedding"
-
-
-def _root(layer: Any) -> jax.Array:
-    """The factor of an Embedder's rows, in their dtype."""
-    return jnp.sqrt(layer.embed_dim).astype(layer.get_variable("params", _TABLE).dtype)
-
-
-# Gemma 2 and 3, 3n, and 4 each have an `Einsum` of their own, by which they multiply,
-# and an `Embedder`, whose table is also their head.
-_EINSUM = {
-    "equation": lambda layer, eqn, x: eqn,
-    "kernel": lambda layer: layer.weight_name,
-    "argument": "x",
-    "scale": lambda layer: getattr(layer, "w_scale", None),  # Gemma 3n and 4 have it
-}
-_ENCODE = {"equation": Lookup(), "kernel": _TABLE, "method": "encode", "scale": _root}
-_DECODE = {"equation": ATTEND, "kernel": _TABLE, "method": "decode"}
-_LAYERS = {
-    "_layers.Einsum": (("eqn", "x", "weight_name"), [_EINSUM]),
-    "_modules.Embedder": (("encode", "decode", "embed_dim"), [_ENCODE, _DECODE]),
-}
-"""{class: (the arguments, fields and methods that its rules read, the rules)}."""
 
 
 def register() -> None:
-    """Teach `mora_jax.linen.plan` and `mora_jax.linen.wrap` the layers of gemma.
+    """Check that this version of gemma has all the layers that `mora_jax` knows.
 
-    Call this before planning; a second call changes nothing.
+    `linen.plan` and `linen.wrap` know them by their names, without this call.
 
     Raises:
       ImportError: gemma is not installed, or its version lacks what the rules need.
@@ -68,30 +40,10 @@ def register() -> None:
             f"mora_jax.gemma needs gemma {_KNOWN}, which is not installed: "
             "pip install 'mora-jax[gemma]', on Python 3.12 or newer"
         ) from error
-    for package in _PACKAGES:
-        for path, (needed, rules) in _LAYERS.items():
-            cls = _class(f"{package}.{path}", needed, release)
-            for rule in rules:
-                register_layer(cls, **rule)
-
-
-def _class(path: str, needed: tuple[str, ...], release: str) -> type:
-    """A class of gemma, with all that its rules need."""
-    lacking = f"mora_jax.gemma needs {path} as in gemma {_KNOWN}, but {release} has "
-    module, _, name = path.rpartition(".")
-    try:
-        cls: Any = getattr(importlib.import_module(module), name)
-    except ModuleNotFoundError as error:
-        if not (error.name or "").startswith("gemma"):
-            raise  # another package is missing
-        raise ImportError(f"{lacking}no module {error.name}") from error
-    except AttributeError as error:
-        raise ImportError(f"{lacking}no such class") from error
-    known = {*dir(cls), *cls.__dataclass_fields__}
-    known |= inspect.signature(cls.__call__).parameters.keys()
-    if missing := [part for part in needed if part not in known]:
-        raise ImportError(f"{lacking}it without {', '.join(missing)}")
-    return cls
+    for path, why in lacking("gemma").items():
+        raise ImportError(
+            f"mora_jax.gemma needs {path} as in gemma {_KNOWN}, but {release} has {why}"
+        )
 
 
 class MoRA(nn.Module):

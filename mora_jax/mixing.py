@@ -89,8 +89,6 @@ def scaled(adapters: Any, factor: ArrayLike) -> Any:
       TypeError: `factor` is not a real number, or a leaf is not an array.
       ValueError: A number is not finite, a delta not linear in M, or a leaf not an M.
     """
-    if isinstance(adapters, tuple) and any(isinstance(x, Plan) for x in adapters):
-        raise TypeError("adapters must be a tree of M's, got a pair: give pair[0]")
     for path, leaf in located_leaves(adapters, "adapters").items():
         if not path[-1].endswith(SUFFIX):
             raise ValueError(f"{'/'.join(path)} is not an M, {NO_DELTA}")

@@ -13,10 +13,12 @@ from jax.typing import DTypeLike
 
 from mora_jax._common.types import Shape
 
-DEQUANTISE = (
-    "dequantise it first (mora_jax.qwix.dequantize), or leave it out with exclude"
-)
-"""Advice of messages where a kernel is not floating-point."""
+
+def remedy(dtype: DTypeLike = int, otherwise: str = "leave it out with exclude") -> str:
+    """Advice of messages where an array is not floating-point."""
+    if jnp.issubdtype(dtype, jnp.complexfloating):
+        return f"only real numbers are trained: {otherwise}"
+    return f"dequantise it first (mora_jax.qwix.dequantize), or {otherwise}"
 
 
 def positive_integer(name: str, value: Any) -> int:
@@ -114,11 +116,12 @@ def check_kernel(kernel: Any, name: str) -> None:
     if not jax.tree_util.all_leaves([kernel]):  # a structure of qwix has both as well
         raise TypeError(
             f"{name} must be an array, got the structure {type(kernel).__name__}; "
-            f"{DEQUANTISE}"
+            f"{remedy()}"
         )
     if not jnp.issubdtype(kernel.dtype, jnp.floating):
         raise TypeError(
-            f"{name} must have a floating-point dtype, got {kernel.dtype}; {DEQUANTISE}"
+            f"{name} must have a floating-point dtype, got {kernel.dtype}; "
+            f"{remedy(kernel.dtype)}"
         )
     if len(kernel.shape) < 2 or 0 in kernel.shape:
         raise ValueError(

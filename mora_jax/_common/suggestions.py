@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable, Collection, Iterable
 from typing import Any, TypeVar
 
-from mora_jax._common.checks import DEQUANTISE
+from mora_jax._common.checks import remedy
 
 T = TypeVar("T")
 
@@ -43,7 +43,7 @@ def lacking(name: str, names: Iterable[str]) -> str:
     """A reason why a model lacks the path `name`, as the end of a message."""
     parts = [path for path in names if path.startswith(f"{name}/")]
     if parts:
-        return f"; they have parts of it, such as {parts[0]!r}: {DEQUANTISE}"
+        return f"; they have parts of it, such as {parts[0]!r}: {remedy()}"
     if f"params/{name}" in names:
         return "; pass variables['params'], not all variables"
     return nearest_paths(name, names)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PRNGKeyArray
 
+from mora_jax._common.checks import check_kernel
 from mora_jax._common.types import ArrayLike
 from mora_jax._flax.layer_rules import LayerRule
 from mora_jax._jax.linear_map import static
@@ -69,6 +70,8 @@ def adapt_call(
     product, x = call.read()
     rule, module, method = call.rule, call.module, call.method
     precision = getattr(module, "precision", None)
+    if (kernel := rule.kernel_of(module)) is not None:  # of qwix it has parts
+        check_kernel(kernel, spec.name)
     replaceable = rule.multiplies_by_dot_general(module) and not intercepted()
     if replaceable and dropout_key is None:
         # The layer casts both operands to its dtype before it multiplies them. So the

@@ -1,6 +1,7 @@
 """Rules for layer classes: the products that methods compute, to be adapted."""
 
 import dataclasses
+import functools
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -25,8 +26,8 @@ class LayerRule:
     """
 
     equation: Equation
-    kernel: Name
-    method: str
+    kernel: Name = "kernel"
+    method: str = "__call__"
     argument: str | None = None
     dot_general: bool = False
     scale: Scale | None = None
@@ -34,6 +35,13 @@ class LayerRule:
     def name(self, module: Any) -> str:
         """The name of the kernel's parameter."""
         return self.kernel if isinstance(self.kernel, str) else self.kernel(module)
+
+    def kernel_of(self, module: Any) -> Any:
+        """The module's kernel; None before it is made, and for one of several parts."""
+        name, linen = self.name(module), isinstance(module, nn.Module)
+        box = module.get_variable("params", name) if linen else vars(module).get(name)
+        leaves = jax.tree.leaves(box)
+        return leaves[0] if len(leaves) == 1 else None
 
     def scale_of(self, module: Any) -> Any:
         """The factor that the module multiplies its kernel by; None for nothing."""
@@ -45,11 +53,15 @@ class LayerRule:
 
     def multiplies_by_dot_general(self, module: Any) -> bool:
         """True if the module multiplies by an attribute that is JAX's own function."""
-        if not self.dot_general or self.scale is not None:
+        other = getattr(module, "dot_general_cls", None) or self.scale
+        if not self.dot_general or other is not None:
             return False
-        if getattr(module, "dot_general_cls", None) is not None:
-            return False
-        return getattr(module, "dot_general", None) in (None, jax.lax.dot_general)
+        if not hasattr(module, "dot_general"):
+            raise TypeError(
+                f"{type(module).__name__} must have the attribute dot_general: leave "
+                "dot_general=True out of mora_jax.register_layer"
+            )
+        return module.dot_general in (None, jax.lax.dot_general)
 
     def product(self, module: Any) -> Product | None:
         """The product as the module alone tells it; None if only a call does."""
@@ -69,6 +81,8 @@ class LayerRule:
 
 _RULES: dict[type, dict[str, LayerRule]] = {}
 """The rules of each class by method, or by kernel where all methods read it."""
+NAMED: dict[str, list[LayerRule]] = {}
+"""Rules of classes that nobody has imported yet, by the full names of the classes."""
 
 
 def register_layer(
@@ -122,59 +136,84 @@ def register_layer(
       ...         return x @ self.param("w", init, (self.features, x.shape[-1])).T
       >>> mora_jax.register_layer(Transposed, equation="...i,oi->...o", kernel="w")
     """
+    rule = LayerRule(equation, kernel, method, argument, dot_general, scale)
+    key, rule = check_rule(cls, rule)
+    folded = isinstance(equation, Folded)
+    own = _RULES.setdefault(cls, {})  # from here rules by the name of `cls` do not hold
+    if rules_of(cls) if folded else folded_kernels(cls):
+        raise ValueError(
+            f"equation must be a products.Folded for all kernels of {cls.__name__} or "
+            f"for none, got {equation!r} for {kernel!r}"
+        )
+    # All kernels of a class are folded or none, so the base class's rules stay.
+    known = _registered(cls) if folded else own
+    _RULES[cls] = {**known, key: rule}
+
+
+def check_rule(cls: type, rule: LayerRule) -> tuple[str, LayerRule]:
+    """Raise unless `rule` may be of `cls`; the rule with its method or kernel."""
+    equation, kernel, method = rule.equation, rule.kernel, rule.method
     if not isinstance(cls, type):
         raise TypeError(f"cls must be a class, got {cls!r}")
     if not callable(getattr(cls, method, None)):
         raise TypeError(f"method must name a method of {cls.__name__}, got {method!r}")
     named = "a parameter's name or a function"
-    for setting, value, types, rule in (
+    for setting, value, types, wanted in (
         ("equation", equation, str | Product, "a string, a Product or a function"),
         ("kernel", kernel, str, named),
-        ("scale", scale, str | None, named),
+        ("scale", rule.scale, str | None, named),
     ):
         if not (isinstance(value, types) or callable(value)):
-            raise TypeError(f"{setting} must be {rule}, got {value!r}")
+            raise TypeError(f"{setting} must be {wanted}, got {value!r}")
     if isinstance(equation, str):
         try:
             Contraction.parse(equation, None)
         except ValueError as error:
             raise ValueError(f"{cls.__name__}: {error}") from None
     names = list(inspect.signature(getattr(cls, method)).parameters)
-    if argument is not None and argument not in names[1:]:
+    if rule.argument is not None and rule.argument not in names[1:]:
         raise TypeError(
             f"argument must be one of {names[1:]} of {cls.__name__}.{method}, "
-            f"got {argument!r}"
+            f"got {rule.argument!r}"
         )
-    folded = isinstance(equation, Folded)
-    if folded and issubclass(cls, nn.Module):
+    if not isinstance(equation, Folded):
+        return method, rule
+    if issubclass(cls, nn.Module):
         raise TypeError(
             f"products.Folded is for classes of Flax NNX, got {cls.__name__} of Linen"
         )
-    if folded and not isinstance(kernel, str):
+    if not isinstance(kernel, str):
         raise TypeError(
             f"kernel must be a parameter's name with products.Folded, got {kernel!r}"
         )
-    if rules_of(cls) if folded else folded_kernels(cls):
-        raise ValueError(
-            f"equation must be a products.Folded for all kernels of {cls.__name__} or "
-            f"for none, got {equation!r} for {kernel!r}"
-        )
-    method = "" if folded else method
-    rule = LayerRule(equation, kernel, method, argument, dot_general, scale)
-    # All kernels of a class are folded or none, so the base class's rules stay.
-    known = _registered(cls) if folded else _RULES.get(cls, {})
-    _RULES[cls] = {**known, method or str(kernel): rule}
+    return kernel, dataclasses.replace(rule, method="")
+
+
+def _own_rules(cls: type) -> Mapping[str, LayerRule]:
+    """The rules that are registered for exactly this class, or else for its name."""
+    name = f"{cls.__module__}.{cls.__qualname__}"
+    if cls not in _RULES and name in NAMED:
+        return _named_rules(cls, name)
+    return _RULES.get(cls, {})
+
+
+@functools.cache
+def _named_rules(cls: type, name: str) -> Mapping[str, LayerRule]:
+    try:
+        return dict(check_rule(cls, rule) for rule in NAMED[name])
+    except TypeError:  # another version, whose class is as one without a rule
+        return {}
 
 
 def _registered(cls: type) -> Mapping[str, LayerRule]:
     """The rules of `cls`, or of a base class for the methods that it inherits."""
     cls = vars(cls).get("plain_class", cls)  # a class that `mora_jax.nnx` adapted
-    base = next((base for base in cls.__mro__ if base in _RULES), cls)
+    base = next((base for base in cls.__mro__ if _own_rules(base)), cls)
     # Statically, since a bound method is a new object each time it is asked for.
     static = inspect.getattr_static
     return {
         key: rule
-        for key, rule in _RULES.get(base, {}).items()
+        for key, rule in _own_rules(base).items()
         if not rule.method or static(cls, rule.method) is static(base, rule.method)
     }
 
@@ -194,6 +233,7 @@ def planning_rules(module: Any) -> Mapping[str, LayerRule]:
     """{kernel: the rule that plans go by} of a module."""
     rules: dict[str, LayerRule] = {}
     for rule in _registered(type(module)).values():
+        rule.multiplies_by_dot_general(module)  # raises if it cannot say
         rules.setdefault(rule.name(module), rule)
     return rules
 

@@ -133,7 +133,7 @@ class Candidates:
             names = self._default_targets(kernels)
         else:
             kind = "path of a kernel that can be adapted (two or more axes, in a layer "
-            kind += "whose product is known)"
+            kind += "whose product is known, in NNX held by an nnx.Param)"
             patterns = self.config.targets
             names = matching("targets", patterns, kernels, kind, self.leaves)
         targets = self._in_order(names - self.excluded)
@@ -156,8 +156,8 @@ class Candidates:
         if names := {name for name in dense if re.fullmatch(pattern, name)}:
             return names
         why = "no array has two or more axes"
-        if self.arrays and self.survey is not None:
-            why = "; ".join(map(str, self.left_out(())))
+        if self.survey is not None and (left_out := self.left_out(())):
+            why = "; ".join(map(str, left_out))
         elif self.arrays:
             some = ", ".join(map(repr, kernels[:3]))
             some += f" and {len(kernels) - 3} more" * (len(kernels) > 3)
@@ -246,7 +246,13 @@ class Candidates:
     def left_out(self, taken: Collection[str]) -> tuple[LeftOut, ...]:
         """The kinds of the arrays of two or more axes that are not `taken`."""
         names = [name for name in self.arrays if name not in taken]
+        survey = self.survey or Survey()
+        # Of a layer that did not run the kernel alone is of interest.
+        ran = survey.uses.reached if survey.uses else self.arrays
+        names = [name for name in names if name in ran or not name.endswith("bias")]
         reasons = [(name, *self._why_left_out(name)) for name in names]
+        held = survey.no_params.items()
+        reasons += [(n, f"held by a {cls}, not an nnx.Param", False) for n, cls in held]
         return tuple(
             LeftOut(pattern, len(kind), *kind[0][1:])
             for pattern, kind in alike(reasons, lambda reason: reason)

@@ -32,12 +32,16 @@ class Survey:
       non_kernels: The paths of other arrays of known layers, such as biases.
       classes: {path of a module: the name of its class}.
       uses: The uses of the arrays in a call of the model; None if none was traced.
+      no_params: {path of a kernel that no `nnx.Param` holds: the class that does}.
+      leaves: The arrays of that call, as `named_leaves`.
     """
 
     products: dict[str, Product] = dataclasses.field(default_factory=dict)
     non_kernels: set[str] = dataclasses.field(default_factory=set)
     classes: dict[str, str] = dataclasses.field(default_factory=dict)
     uses: Uses | None = None
+    no_params: dict[str, str] = dataclasses.field(default_factory=dict)
+    leaves: Mapping[str, Any] = dataclasses.field(default_factory=dict, init=False)
 
     def record_call(self, name: str, call: LayerCall, m: Any = None) -> jax.Array:
         """The output of a layer's method, with marks; `name` is its kernel's path.
@@ -46,6 +50,13 @@ class Survey:
         """
         product, x = call.read()
         rule, module = call.rule, call.module
+        if (kernel := rule.kernel_of(module)) is not None:
+            shape, whole = tuple(kernel.shape), tuple(self.leaves[name].shape)
+            if whole[len(whole) - len(shape) :] != shape:
+                raise ValueError(
+                    f"{name} of shape {whole} is used as {shape}: stacked axes must "
+                    "come first (variable_axes={'params': 0}, nnx.StateAxes({...: 0}))"
+                )
         planning_rule = planning_rules(module)[rule.name(module)]
         planned = product if rule is planning_rule else planning_rule.product(module)
         # Of several methods with one kernel (an embedding and its tied head) the first
@@ -71,12 +82,12 @@ class Survey:
         self.products[name] = product
         return mark(kernel, Call(name, product, False, cls), end=True, m=m)
 
-    def add(self, program: Jaxpr, leaves: Mapping[str, Any], more: Any = ()) -> None:
+    def add(self, program: Jaxpr, more: Any = ()) -> None:
         """Follow arrays through the program of a call, in which layers are marked.
 
-        `leaves` are {path: array} of the first inputs of the program, and `more` says
-        of M's among them how many of their axes are stack axes.
+        `more` says of M's among `leaves` how many of their axes are stack axes.
         """
+        leaves = self.leaves
         stacked = {
             name: leaves[name].ndim - len(product.axes)
             for name, product in self.products.items()
@@ -108,7 +119,12 @@ class Survey:
             raise ValueError(
                 f"{fault}, so that adapted and merged model would differ; exclude it, "
                 "or teach its class by register_layer (scale= for a scaled kernel)"
+                + "; the axes of a stack must come first"
+                * self._is_stacked(name)
             )
+
+    def _is_stacked(self, name: str) -> bool:
+        return self.leaves[name].ndim > len(self.products[name].axes)
 
     def refuse_adapted(self, specs: Iterable[AdapterSpec]) -> None:
         """Raise if an adapter is not what a merge is, in a program with M's."""
@@ -167,8 +183,8 @@ class Survey:
         return ""
 
 
-Programs = Callable[[Survey | None], tuple[Jaxpr, Mapping[str, Any]]]
-"""The program of a call and {path: array} of its first inputs; marked for a survey."""
+Programs = Callable[[Survey | None], Jaxpr]
+"""The program of a call; marked for a survey, which gets the arrays of the model."""
 
 
 def check_call(plan_of: Callable[[], Plan], programs: Programs, is_main: bool) -> bool:
@@ -179,7 +195,7 @@ def check_call(plan_of: Callable[[], Plan], programs: Programs, is_main: bool) -
     warning, if the call cannot be traced.
     """
     try:
-        base, _ = programs(None)
+        base = programs(None)
     except Exception as error:
         # Python needs numbers, such as of a loop that stops at a token.
         warn(
@@ -189,7 +205,7 @@ def check_call(plan_of: Callable[[], Plan], programs: Programs, is_main: bool) -
         return False
     plan, survey = plan_of(), Survey()
     try:
-        adapted, leaves = programs(survey)
+        adapted = programs(survey)
     except Exception as error:
         *_, (frame, _) = traceback.walk_tb(error.__traceback__)
         if frame.f_globals.get("__name__", "").startswith("mora_jax."):
@@ -200,9 +216,9 @@ def check_call(plan_of: Callable[[], Plan], programs: Programs, is_main: bool) -
             "takes apart, as nn.WeightNorm and nn.map_variables do"
         ) from error
     stacked = {spec.name + SUFFIX: len(spec.stack_shape) for spec in plan.specs}
-    survey.add(adapted, leaves, stacked)
+    survey.add(adapted, stacked)
     survey.refuse_adapted(plan.specs)
-    is_m = [name in stacked for name in leaves]
+    is_m = [name in stacked for name in survey.leaves]
     rest = [False] * (len(adapted.invars) - len(is_m))
     if found := difference(base, adapted, is_m + rest):
         raise ValueError(

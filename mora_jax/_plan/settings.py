@@ -95,7 +95,6 @@ def _operator(name: str, value: Any) -> OperatorSpec:
     return FrozenMapping(value) if isinstance(value, Mapping) else value
 
 
-_not_zero = _number(bool, "not be 0, which would make all deltas and gradients 0")
 _above_zero = _number(lambda number: number > 0, "be above 0")
 _rate = _number(lambda number: 0 <= number < 1, "be in [0, 1)")
 _init = functools.partial(check_choice, choices=("zeros", "gaussian"))
@@ -150,7 +149,7 @@ class KernelConfig:
 
     rank: int = setting(DEFAULT_RANK, positive_integer)
     operator: OperatorSpec = setting("auto", _operator)
-    alpha: float = setting(1.0, _not_zero)
+    alpha: float = setting(1.0, _above_zero)
     scale: str = setting("fine-tuning", _scale)
     square_rank: int | None = setting(None, _optional(positive_integer))
     multiple_of: int | None = setting(None, _optional(positive_integer))
@@ -261,7 +260,8 @@ class MoRAConfig(KernelConfig):
         "permutation", or "auto"; or a mapping with further settings,
         {"name": "sharing", "compress_groups": "contiguous"}.
       alpha: The factor of the delta itself, lora_alpha / r of PEFT and qwix, so 1 is
-        usual; above 4 a `MoRAWarning` is given. (The reference ignores its alpha.)
+        usual; above 4 a `MoRAWarning` is given. (The reference ignores its alpha.) It
+        is above 0; `mixing.scaled` takes a negative factor.
       scale: A factor of each delta beside alpha. "fine-tuning" takes the one with which
         the learning rate of full fine-tuning suits M, whatever its operator, its width
         and the kernel's shape: see `Operator.fine_tuning_scale`. With "paper" it is 1,
@@ -295,7 +295,7 @@ class MoRAConfig(KernelConfig):
 
     Raises:
       TypeError, ValueError: A setting that no kernel could have; `rank` together with
-        `square_rank`; alpha=0, which would train nothing.
+        `square_rank`.
 
     Example::
 
@@ -327,7 +327,7 @@ class MoRAConfig(KernelConfig):
             raise ValueError("targets must hold at least one pattern, got none")
         overridden = [s["alpha"] for s in self.overrides.values() if "alpha" in s]
         for alpha in (self.alpha, *overridden):
-            if abs(alpha) > LARGEST_USUAL_ALPHA:
+            if alpha > LARGEST_USUAL_ALPHA:
                 warn(
                     f"alpha={alpha:g} multiplies the delta itself, and 1 is usual: "
                     "what LoRA calls lora_alpha is alpha=lora_alpha / r here"

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,8 +10,10 @@ from jax.typing import DTypeLike
 
 from mora_jax._common.axes import features, sizes
 from mora_jax._common.types import Shape
+from mora_jax._common.warnings import warn
 from mora_jax._mesh.layout import KernelLayout
 from mora_jax._plan.settings import (
+    DEFAULT_RANK,
     SETTINGS,
     AdapterSettings,
     KernelConfig,
@@ -107,7 +110,14 @@ class AdapterSpec(AdapterSettings):
         if config.param_dtype is None:
             settings["param_dtype"] = kernel_dtype
         budget = config.rank if config.square_rank is None else None
-        return cls(operator, kernel_shape, axes, path, rank=budget, **settings)
+        spec = cls(operator, kernel_shape, axes, path, rank=budget, **settings)
+        q, asked = operator.square_rank, spec.asked_square_rank or 0
+        # Only min(in, out) cuts q to less than half. (Nobody may have chosen rank 8.)
+        if asked > 2 * q and budget != DEFAULT_RANK:
+            alike = re.sub(r"\d+", "*", spec.name)  # layers of a kind have one warning
+            told = f"{alike}: rank={budget} asks for q = {asked}, and {q} is the widest"
+            warn(f"{told} that fits; say square_rank={q} in overrides if it is meant")
+        return spec
 
     @property
     def factor(self) -> float:

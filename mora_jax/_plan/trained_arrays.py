@@ -8,7 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from mora_jax._common.checks import DEQUANTISE, check_leaf
+from mora_jax._common.checks import check_leaf, remedy
 from mora_jax._common.types import Path, Shape
 from mora_jax._plan.settings import check_dtype, check_settings, setting
 
@@ -48,7 +48,7 @@ class TrainedArray:
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
             raise TypeError(
                 f"{'/'.join(path)} must have a floating-point dtype to be trained, got "
-                f"{leaf.dtype}; {DEQUANTISE.partition(',')[0]}, or take it out of train"
+                f"{leaf.dtype}; {remedy(leaf.dtype, 'take it out of train')}"
             )
         # A step of training is smaller than what 16 bits can tell beside the array.
         dtype = jnp.promote_types(leaf.dtype, param_dtype or leaf.dtype)

@@ -164,6 +164,9 @@ def _leaves_of(plan: Plan, adapters: Any) -> dict[Path, Any]:
     known |= {array.path: remedy for array in plan.trained}
     for path, verb in known.items():
         if path not in leaves:
+            kernels = {spec.path for spec in plan.specs}
+            swapped = any({path, path[1:]} & kernels for path in leaves)
+            verb += "; they hold kernels: were params and adapters swapped?" * swapped
             raise ValueError(f"adapters lack {'/'.join(path)!r}, which the plan {verb}")
     for path in leaves:
         if path not in known:

@@ -50,6 +50,12 @@ def combine(params: Any, adapters: Any, plan: Plan | None = None) -> Any:
         new = {find_part(leaves, array)[0]: copy for array, copy in trained}
         params = replace_leaves(params, new)
         added = {path: leaf for path, leaf in added.items() if path not in new}
+    for path in added:
+        if not path[-1].endswith(SUFFIX):
+            raise ValueError(
+                f"adapters hold {'/'.join(path)!r}, which is not an M: give params "
+                "first, and the plan if it trains that: combine(params, adapters, plan)"
+            )
     if not isinstance(params, nnx.State):
         # An NNX variable keeps its box only in a state, among other variables.
         for path, m in added.items():
@@ -85,11 +91,6 @@ def _check_place(parent: Any, children: Tree, path: Path, new: Any) -> None:
             return
         near = nearest_paths(key, list(children))
         raise ValueError(f"params have nothing at {name!r}{near}")
-    if not key.endswith(SUFFIX):
-        raise ValueError(
-            f"adapters hold {name!r}, which is not an M; if their plan trains it, "
-            "write combine(params, adapters, plan)"
-        )
     if key.removesuffix(SUFFIX) not in children:
         raise ValueError(f"params have no kernel for the adapter {name!r}")
     if key in children:

@@ -12,6 +12,7 @@ from mora_jax._common.checks import check_kernel, check_leaf
 from mora_jax._common.suggestions import lacking
 from mora_jax._common.types import Path
 from mora_jax._layer.slots import Selected, Slots
+from mora_jax._plan.plan import Plan
 from mora_jax._plan.spec import SUFFIX, AdapterSpec, check_same
 from mora_jax._plan.trained_arrays import TrainedArray
 
@@ -20,8 +21,8 @@ def located_leaves(tree: Any, what: str = "params") -> dict[Path, Any]:
     """{path: leaf} of any pytree but a model; arrays stay in their boxes."""
 
     def is_end(node: Any) -> bool:
-        # JAX would go on into these, and call a model's parts or M's in slots arrays.
-        return is_boxed(node) or isinstance(node, nnx.Module | Slots | Selected)
+        # JAX would go on into these, and take what is in them for arrays.
+        return is_boxed(node) or isinstance(node, nnx.Module | Plan | Slots | Selected)
 
     leaves: dict[Path, Any] = {}
     for keys, leaf in jax.tree.leaves_with_path(tree, is_leaf=is_end):
@@ -153,7 +154,7 @@ def adapter_of(box: Any, spec: AdapterSpec, by_row: bool = False) -> Any:
 
 
 def refuse_model(leaf: Any, what: str) -> None:
-    """Raise if `leaf` is a whole model: NNX's models are pytrees as well."""
+    """Raise if `leaf` is a model or a plan, which may be pytrees as well."""
     if isinstance(leaf, nnx.Module):
         kind = "adapters are nnx.state(model, MoRAParam)"
         kind = kind if what == "adapters" else "params are nnx.state(model, nnx.Param)"
@@ -161,11 +162,12 @@ def refuse_model(leaf: Any, what: str) -> None:
     elif isinstance(leaf, nn.Module):
         hint = "its params are model.init(...)['params']; mora_jax.linen's plan and "
         hint += "wrap take models"
+    elif isinstance(leaf, Plan):
+        hint = "adapters are init(plan), and of a pair (adapters, plan) give pair[0]"
     else:
         return
-    raise TypeError(
-        f"{what} must be a tree of arrays, got the model {type(leaf).__name__}: {hint}"
-    )
+    got = f"the {'' if isinstance(leaf, Plan) else 'model '}{type(leaf).__name__}"
+    raise TypeError(f"{what} must be a tree of arrays, got {got}: {hint}")
 
 
 def adapter_path(spec: AdapterSpec) -> Path:

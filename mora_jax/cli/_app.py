@@ -63,8 +63,8 @@ def inspect(
 @app.command()
 def merge(
     base: opt.WholeBase,
-    adapter: Annotated[str, typer.Option(metavar="DIR", help=opt.ADAPTER)],
-    to: Annotated[str, typer.Option("--out", metavar="DIR", help=opt.TARGET)],
+    adapter: opt.Adapter,
+    out: opt.Out,
     names: opt.Family = None,
     force: opt.Force = False,
     any_base: opt.AnyBase = False,
@@ -74,13 +74,13 @@ def merge(
 ) -> None:
     """Merge an adapter into a base checkpoint, tensor by tensor, keeping its dtypes."""
     pair = _, plan = read_adapter(adapter, base, names, "adapter")
-    opt.check_apart("out", to, adapter)
+    opt.check_apart(out, adapter)
     settings = {"force": force, "any_base": any_base, "rounding": rounding}
-    with progress("merging", base) as advance:
-        lost = io.merge_checkpoint(base, *pair, to, names, progress=advance, **settings)
+    with progress("merging", base) as tell:
+        lost = io.merge_checkpoint(base, *pair, out, names, progress=tell, **settings)
     also = f", {len(plan.trained)} trained arrays put in" if plan.trained else ""
     typer.echo(
-        f"{to}: {len(lost)} kernels merged{also}. Rounding lost in the mean "
+        f"{out}: {len(lost)} kernels merged{also}. Rounding lost in the mean "
         f"{_most(lost)}."
     )
 
@@ -93,8 +93,8 @@ def _most(lost: Mapping[str, float]) -> str:
 
 @app.command()
 def convert(
-    source: opt.Adapter,
-    target: opt.Target,
+    adapter: opt.Adapter,
+    out: opt.Out,
     to: Annotated[opt.Format, typer.Option(help="The format to write.")],
     base: opt.Base = None,
     names: opt.Family = None,
@@ -103,17 +103,17 @@ def convert(
     force: opt.Force = False,
 ) -> None:
     """Write an adapter in another format: mora_jax's, the reference's, or LoRA."""
-    pair = _, plan = read_adapter(source, base, names, "source")
+    pair = _, plan = read_adapter(adapter, base, names, "adapter")
     # In its own format an adapter may be written over itself: it is in memory by now.
-    path, same = as_path("target", target), format_of(source) == to
+    path, same = as_path("out", out), format_of(adapter) == to
     if not same:
-        opt.check_apart("target", target, source)
+        opt.check_apart(out, adapter)
     if path.exists() and not force:
         raise FileExistsError(
-            f"target must not exist, got {target}; force=True replaces an adapter there"
+            f"out must not exist, got {out}; force=True replaces an adapter there"
         )
     if to == "mora":
-        kept = io.read_metadata(source) if same else {}  # others have none
+        kept = io.read_metadata(adapter) if same else {}  # others have none
         replace_adapter(path, *pair, kept)
     elif to == "peft-mora":
         io.save_peft_mora(path, *pair, names, force=force)
@@ -122,18 +122,18 @@ def convert(
         lost = io.save_peft_lora(path, *pair, names, force=force, **accepted)
         if any(lost.values()):
             say_table([{"module": m, "cut off": x} for m, x in lost.items()])
-    typer.echo(f"{target}: {len(plan)} adapters as {to}")
+    typer.echo(f"{out}: {len(plan)} adapters as {to}")
 
 
 @app.command()
 def export(
     adapter: opt.Adapter,
-    target: opt.Target,
+    out: opt.Out,
     server: Annotated[Server, typer.Option("--for", help="The server to load it.")],
     base: opt.Base = None,
     names: opt.Family = None,
     base_model: Annotated[
-        str, typer.Option(help="The base that the server loads; BASE if not given.")
+        str, typer.Option(help="The base that the server loads, in its command.")
     ] = "",
     max_error: opt.MaxError = 0.1,
     force: opt.Force = False,
@@ -141,16 +141,16 @@ def export(
 ) -> None:
     """Write what a server loads: a LoRA, or the base into which it is merged."""
     pair = _, plan = read_adapter(adapter, base, names, "adapter")
-    opt.check_apart("out", target, adapter)
+    opt.check_apart(out, adapter)
     settings: dict[str, Any] = {"base": base, "base_model": base_model, "force": force}
     settings |= {"max_error": max_error, "any_base": any_base}
     with progress("writing", base) as advance:
-        done = io.export(target, *pair, server, names, progress=advance, **settings)
+        done = io.export(out, *pair, server, names, progress=advance, **settings)
     if done.rank is None:
         what, lost = f"the base with {len(plan)} adapters merged in", "rounding lost"
     else:
         what, lost = f"{len(plan)} adapters as a LoRA of rank {done.rank}", "it lacks"
-    typer.echo(f"{target}: {what}\n{lost} {_most(done.lost)}\n{done.command}")
+    typer.echo(f"{out}: {what}\n{lost} {_most(done.lost)}\n{done.command}")
 
 
 @app.command()

@@ -38,14 +38,12 @@ def _names_of(text: str | None) -> Names:
     return names
 
 
-ADAPTER = "Directory of an adapter, or its URL."
-TARGET = "Directory to make, or its URL."
 _BASE = "The base's safetensors: a file, a directory or a URL."
 _WHY = "The reference's adapters need it, since they do not say how large kernels are."
 
-Adapter = Annotated[str, typer.Argument(metavar="DIR", help=ADAPTER)]
-Target = Annotated[str, typer.Argument(help=TARGET)]
-WholeBase = Annotated[str, typer.Option(metavar="PATH", help=_BASE)]
+Adapter = Annotated[str, typer.Argument(help="Directory of an adapter, or its URL.")]
+Out = Annotated[str, typer.Argument(help="Directory to make, or its URL.")]
+WholeBase = Annotated[str, typer.Argument(help=_BASE)]
 Base = Annotated[str | None, typer.Option(metavar="PATH", help=f"{_BASE} {_WHY}")]
 Rank = Annotated[
     str | None,
@@ -80,14 +78,13 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, not a table.")
 Format = Literal["mora", "peft-mora", "peft-lora"]
 
 
-def check_apart(argument: str, target: str, adapter: str) -> None:
-    """Raise if `target` is the adapter's directory, holds it or lies in it."""
-    there, here = parts(as_path(argument, target)), parts(as_path("adapter", adapter))
+def check_apart(out: str, adapter: str) -> None:
+    """Raise if `out` is the adapter's directory, holds it or lies in it."""
+    there, here = parts(as_path("out", out)), parts(as_path("adapter", adapter))
     # One holds the other if all of the shorter path is the beginning of the longer.
     if all(a == b for a, b in zip(there, here, strict=False)):
         raise ValueError(
-            f"{argument} must not be the adapter's directory, hold it or lie in it, "
-            f"got {target}"
+            f"out must not be the adapter's directory, hold it or lie in it, got {out}"
         )
 
 

@@ -102,7 +102,7 @@ def _remote(argument: str, text: str, scheme: str) -> Location:
         ) from None
     except ImportError as error:
         has_epath = sys.modules.get("etils.epath")
-        package = PACKAGES.get(scheme) if has_epath else "mora-jax[io]"
+        package = PACKAGES.get(scheme) if has_epath else "'mora-jax[io]'"
         raise ImportError(
             f"{argument} is the URL {text!r}, which cannot be opened: {error}"
             + f"; pip install {package}" * bool(package)
@@ -133,7 +133,10 @@ def missing_files(path: Location) -> Iterator[None]:
         reason = f"{path} is a directory or a device, not a file"
         raise AdapterFileError(reason) from None
     except FileNotFoundError:
-        raise AdapterFileError(f"there is no {path.name} in {path.parent}") from None
+        what = f"{path.name} in {path.parent}"
+        if is_local(path) and not path.parent.exists():
+            what = f"directory {path.parent.absolute()}, and so no {path.name}"
+        raise AdapterFileError(f"there is no {what}") from None
     except NotADirectoryError:
         raise AdapterFileError(f"{path.parent} is not a directory") from None
 

@@ -9,6 +9,7 @@ Public names::
 """
 
 import mora_jax._flax.flax_layers as _flax_layers  # registers them
+import mora_jax._flax.other_layers as _other_layers
 from mora_jax._flax.layer_rules import register_layer as register_layer
 from mora_jax.linen._mora_dense import MoRADense as MoRADense
 from mora_jax.linen._plan import plan as plan

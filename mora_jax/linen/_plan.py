@@ -65,7 +65,7 @@ def plan(
         calls = (Call(*args, **kwargs), *calls)
     survey = Survey()
     for call in calls:
-        survey.add(*program(model, variables, call.args, call.kwargs, survey))
+        survey.add(program(model, variables, call.args, call.kwargs, survey))
     return plan_surveyed(params_of(variables), config, survey)
 
 
@@ -76,8 +76,8 @@ def program(
     kwargs: Any,
     survey: Survey | None,
     specs: Sequence[AdapterSpec] | None = None,
-) -> tuple[Jaxpr, dict[str, Any]]:
-    """The program of a call, and {path: array} of its first inputs.
+) -> Jaxpr:
+    """The program of a call, whose first inputs are the params, and M's if any.
 
     With a survey, which it fills in, layers are marked: all, or those of the `specs`,
     which then have an M. Without a survey it is the program of the base.
@@ -101,15 +101,7 @@ def program(
     def record(call: LayerCall, adapter: BoundAdapter) -> Any:
         _, name = adapter.spec
         assert survey is not None
-        y = survey.record_call(name, call, adapter.m)
-        kernel = call.module.get_variable("params", call.rule.name(call.module))
-        shape, whole = tuple(nn.unbox(kernel).shape), tuple(leaves[name][1].shape)
-        if whole[len(whole) - len(shape) :] != shape:
-            raise ValueError(
-                f"{name} of shape {whole} is used as {shape}: stacked axes must come "
-                "first (variable_axes={'params': 0})"
-            )
-        return y
+        return survey.record_call(name, call, adapter.m)
 
     def recording(*call: Any) -> Callable[[], Any]:
         return functools.partial(record, *call)
@@ -133,10 +125,11 @@ def program(
         return output, {k: value for k, value in updated.items() if k != "params"}
 
     others = {name: value for name, value in variables.items() if name != "params"}
-    tree = params, list(ms.values())
-    named = {name: leaf for name, (_, leaf) in leaves.items()}
-    named |= {f"{'/'.join(path)}{SUFFIX}": m for path, m in ms.items() if m is not None}
-    return program_of(run, tree, others, args, kwargs), named
+    if survey is not None:
+        survey.leaves = {name: leaf for name, (_, leaf) in leaves.items()} | {
+            f"{'/'.join(path)}{SUFFIX}": m for path, m in ms.items() if m is not None
+        }
+    return program_of(run, (params, list(ms.values())), others, args, kwargs)
 
 
 def check_model(model: Any) -> None:

@@ -17,6 +17,7 @@ Public names::
 """
 
 import mora_jax._flax.flax_layers as _flax_layers  # registers them
+import mora_jax._flax.other_layers as _other_layers
 from mora_jax._flax.layer_rules import register_layer as register_layer
 from mora_jax.nnx._mora_linear import MoRALinear as MoRALinear
 from mora_jax.nnx._param import MoRAParam as MoRAParam

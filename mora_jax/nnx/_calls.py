@@ -21,8 +21,8 @@ from mora_jax.nnx._state import attributes, named_modules, plan_of, traceable
 
 def program(
     model: nnx.Module, method: str, args: Any, kwargs: Any, survey: Survey | None
-) -> tuple[Jaxpr, dict[str, Any]]:
-    """The program of a call, and {path: array} of its first inputs.
+) -> Jaxpr:
+    """The program of a call, whose first inputs are the arrays of the model.
 
     With a survey, which it fills in, layers are marked: those that have an M, or all of
     a plain model. Without a survey it is the program of the base.
@@ -44,9 +44,10 @@ def program(
         if isinstance(unboxed(m), Selected):  # one for each row: any will do
             m.copy_from(m.replace(jnp.zeros(m.shape, m.dtype)))
     call, state = traceable(twin, method)
-    leaves = named_leaves(nnx.to_pure_dict(state))
-    named = {name: leaf for name, (_, leaf) in leaves.items()}
-    return program_of(call, state, args, kwargs), named
+    if survey is not None:
+        leaves = named_leaves(nnx.to_pure_dict(state))
+        survey.leaves = {name: leaf for name, (_, leaf) in leaves.items()}
+    return program_of(call, state, args, kwargs)
 
 
 def _marked_class(cls: type, prefix: str, survey: Survey) -> type:

@@ -52,9 +52,11 @@ def plan(
     config = check_config(config, "plan(model, config, *inputs)")
     classes = {"/".join(path): type(m).__name__ for path, m in named_modules(model)}
     params, survey = parameters(model), Survey(classes=classes)
-    for module, path, _ in attributes(model, nnx.Variable):
+    for module, path, variable in attributes(model, nnx.Variable):
         rules, name = planning_rules(module), "/".join(path)
-        if (rule := rules.get(path[-1])) is not None:
+        if path[-1] in rules and not isinstance(variable, nnx.Param):
+            survey.no_params[name] = type(variable).__name__
+        elif (rule := rules.get(path[-1])) is not None:
             if (product := rule.product(module)) is not None:
                 survey.products[name] = product
         elif rules and not folded_kernels(type(module)):  # or methods may do anything
@@ -62,7 +64,7 @@ def plan(
     if args or kwargs:
         calls = (Call(*args, **kwargs), *calls)
     for call in calls:
-        survey.add(*program(model, "__call__", call.args, call.kwargs, survey))
+        survey.add(program(model, "__call__", call.args, call.kwargs, survey))
     chosen = plan_surveyed(params, config, survey)
     refuse_unfit(model, chosen)
     return chosen

@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from mora_jax._layer.slots import Selected
 from mora_jax._tree.optim import check_transformation
-from mora_jax._tree.paths import unboxed
+from mora_jax._tree.paths import located_leaves, unboxed
 from mora_jax.nnx._param import MoRAParam, named_sharding
 from mora_jax.nnx._state import adapter_variables
 
@@ -75,7 +75,7 @@ def adapter_optimizer(
     """
     check_transformation(tx)
     shardings = map(named_sharding, _single_ms(model))
-    optimizer = nnx.Optimizer(model, tx, wrt=MoRAParam)
+    optimizer = _AdapterOptimizer(model, tx, wrt=MoRAParam)
     sharding = next(filter(None, shardings), None)
     if sharding is None:
         return optimizer
@@ -88,6 +88,17 @@ def adapter_optimizer(
 
     nnx.update(optimizer, jax.tree.map(put, nnx.state(optimizer)))
     return optimizer
+
+
+class _AdapterOptimizer(nnx.Optimizer[Any]):
+    def update(self, *args: Any, **kwargs: Any) -> Any:
+        if len(args) == 2:  # else Flax says what is missing
+            trees = nnx.state(args[0], MoRAParam), args[1]
+            ms, grads = (located_leaves(tree, "grads").keys() for tree in trees)
+            for path in sorted(ms ^ grads):
+                rule = "grads must be what mora_jax.nnx.value_and_grad gives"
+                raise ValueError(f"{rule}, and differ in {'/'.join(path)!r}")
+        return super().update(*args, **kwargs)
 
 
 def _single_ms(model: nnx.Module) -> list[MoRAParam]:

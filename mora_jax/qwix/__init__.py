@@ -1,4 +1,4 @@
-"""Adapters for models that qwix quantizes (QMoRA); `pip install mora-jax[qwix]`.
+"""Adapters for models that qwix quantizes (QMoRA); `pip install 'mora-jax[qwix]'`.
 
 Public names, beside `mora_jax.nnx.adapters` and `set_adapters`, or `mora_jax.split` and
 `combine`, for the M's::

@@ -30,7 +30,7 @@ except ImportError as error:
         found = "it is not installed"
     raise ImportError(
         f"mora_jax.qwix needs names of qwix 0.1.5 to 0.1.8, and {found}: "
-        "pip install mora-jax[qwix]"
+        "pip install 'mora-jax[qwix]'"
     ) from error
 
 

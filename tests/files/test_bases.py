@@ -198,8 +198,7 @@ def test_merging_pytorchs_files_refuses_another_base(tmp_path):
     write("float32")
     with pytest.raises(AdapterFileError, match="'layers/up/kernel'.*any_base=True"):
         io.merge_checkpoint(base, adapters, plan, out, names)
-    args = ["merge", "--base", base, "--adapter", tmp_path / "a"]
-    args += ["--out", out, "--names", json.dumps(names)]
+    args = ["merge", base, tmp_path / "a", out, "--names", json.dumps(names)]
     told = run(*args, code=1)
     assert "--any-base" in told and "any_base" not in told and "True" not in told
     assert not out.exists()

@@ -100,7 +100,7 @@ def test_the_command_writes_and_tells(tmp_path, base):
     assert updates(out).keys()
     again = "export", tmp_path / "a", out, "--for", "vllm"
     assert "directory must be new or empty" in run(*again, code=1)
-    assert "BASE" in run(*again, "--force")
+    assert "vllm serve '<BASE: its directory, or its name " in run(*again, "--force")
 
 
 def test_the_command_is_of_paths_that_a_server_knows(tmp_path, base, monkeypatch):

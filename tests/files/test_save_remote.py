@@ -265,6 +265,8 @@ def test_errors_name_the_users_path(tmp_path):
         (FileExistsError, "file", lambda: io.save_peft_mora(file, *ADAPTED)),
         (FileExistsError, "file", lambda: io.save_peft_lora(file, *ADAPTED)),
         (AdapterFileError, "not a directory", lambda: io.Checkpoint(file / "x")),
+        (AdapterFileError, f"no directory {tmp_path}/x,", lambda: load(tmp_path / "x")),
+        (AdapterFileError, f"no directory {Path.cwd()}/no, ", lambda: load("no")),
     ):
         with pytest.raises(error, match=told) as caught:
             call()
@@ -277,5 +279,5 @@ def test_without_etils_local_files_work(tmp_path, monkeypatch):
             monkeypatch.setitem(sys.modules, name, None)
     save(tmp_path / "a", made(PLAN), PLAN)
     assert_same(load(tmp_path / "a")[0], made(PLAN))
-    with pytest.raises(ImportError, match=r"pip install mora-jax\[io\]"):
+    with pytest.raises(ImportError, match=r"pip install 'mora-jax\[io\]'"):
         load("gs://bucket/x")

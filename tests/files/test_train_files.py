@@ -142,8 +142,8 @@ def test_a_checkpoint_of_pytorch_gets_them_by_name(tmp_path, dtype):
     made = plan(params, CONFIG)
     save_file(torch(params), tmp_path / "base.safetensors")
     save(tmp_path / "adapter", ADAPTERS, made, params=params)
-    args = "--base", tmp_path / "base.safetensors", "--adapter", tmp_path / "adapter"
-    said = run("merge", *args, "--out", tmp_path / "out")
+    args = (tmp_path / name for name in ("base.safetensors", "adapter", "out"))
+    said = run("merge", *args)
     assert "2 kernels merged, 7 trained arrays put in" in said.replace("\n", " ")
     expected = torch(merge(params, ADAPTERS, made))
     got = load_file(tmp_path / "out" / "base.safetensors")

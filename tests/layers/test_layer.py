@@ -69,6 +69,7 @@ def test_forward_is_the_merged_kernel(case, axes, shape, x_shape, equation):
     assert largest(y - base) > 1e-3
 
 
+@pytest.mark.filterwarnings("ignore:.* asks for q:mora_jax.MoRAWarning")
 @settings(max_examples=5, deadline=None, derandomize=True)
 @given(
     operator=st.sampled_from(["rotation", "sharing", "hadamard", "permutation"]),

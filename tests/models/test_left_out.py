@@ -192,6 +192,79 @@ def test_a_model_whose_kernels_are_all_heads_says_so():
     assert "classifier/kernel: a head, router or embedding by its name" in text
 
 
+def test_biases_of_layers_that_do_not_run_are_no_news():
+    """Where they have two axes, in either API."""
+
+    class Idle(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            used, idle = nn.Dense(8, name="used"), nn.DenseGeneral((2, 4), name="idle")
+            return idle(used(x)).reshape(x.shape) if self.is_initializing() else used(x)
+
+    class IdleNNX(nnx.Module):
+        def __init__(self):
+            self.used = nnx.Linear(8, 8, rngs=nnx.Rngs(0))
+            self.idle = nnx.LinearGeneral(8, (2, 4), rngs=nnx.Rngs(1))
+
+        def __call__(self, x):
+            return self.used(x)
+
+    with pytest.warns(LeftOutWarning, match="no adapter: idle/kernel: the call that"):
+        plan = linen.plan(Idle(), Idle().init(KEY, X), None, X)
+    for chosen in (plan, mora_nnx.plan(IdleNNX(), None, X)):
+        assert "idle/kernel" in str(chosen) and "idle/bias" not in str(chosen)
+
+
+def test_a_kernel_that_is_no_param_is_left_out_by_name():
+    class Frozen(nnx.Module):
+        def __init__(self):
+            self.layers = nnx.List([nnx.Linear(8, 8, rngs=nnx.Rngs(k)) for k in (0, 1)])
+            self.layers[0].kernel = nnx.BatchStat(self.layers[0].kernel[...])
+
+        def __call__(self, x):
+            return self.layers[1](self.layers[0](x))
+
+    for inputs in ((), (X,)):
+        plan = mora_nnx.plan(Frozen(), None, *inputs)
+        assert list(plan) == ["layers/1/kernel"]
+        said = "left out:\n  layers/0/kernel: held by a BatchStat, not an nnx.Param"
+        assert said in str(plan)
+        config = MoRAConfig(targets=".*0/kernel")
+        text = message(mora_nnx.plan, Frozen(), config, *inputs)
+        assert "in NNX held by an nnx.Param" in text
+        text = message(mora_nnx.plan, Frozen().layers[0], None, *inputs)
+        assert text.endswith("kernel: held by a BatchStat, not an nnx.Param")
+
+
+def test_a_class_without_the_attribute_that_multiplies_is_told():
+    class Plain(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return x @ self.param("kernel", nn.initializers.ones, (8, 8))
+
+    class PlainNNX(nnx.Module):
+        def __init__(self):
+            self.kernel = nnx.Param(jnp.ones((8, 8)))
+
+        def __call__(self, x):
+            return x @ self.kernel[...]
+
+    for cls in (Plain, PlainNNX):
+        mora_jax.register_layer(cls, equation="...i,io->...o", dot_general=True)
+    variables = Plain().init(KEY, X)
+    named = mora_jax.plan(variables["params"])
+    apply = linen.wrap(Plain(), named)
+    for call in (
+        lambda: linen.plan(Plain(), variables, None, X),
+        lambda: mora_nnx.plan(PlainNNX(), None, X),
+        lambda: mora_nnx.plan(PlainNNX()),
+        lambda: mora_nnx.wrap(PlainNNX(), named),
+        lambda: apply(mora_jax.init(named), variables, X),
+    ):
+        with pytest.raises(TypeError, match="must have the attribute dot_general: lea"):
+            call()
+
+
 def test_a_class_that_hands_its_kernel_on_cannot_be_taught():
     class Hands(nn.Module):
         @nn.compact

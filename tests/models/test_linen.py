@@ -27,6 +27,7 @@ from mora_jax import (
     register_layer,
     split,
 )
+from mora_jax._flax.layer_rules import NAMED, LayerRule
 
 KEY = jax.random.key(0)
 DROPOUT = MoRAConfig(rank=2, dropout=0.5)
@@ -282,6 +283,31 @@ def test_shared_scopes():
     assert_merged_is_adapted(model, apply, variables)
 
 
+def test_rules_by_the_name_of_a_class(monkeypatch):
+    """They wait until a model has the class; another version's class is unknown."""
+
+    def known(cls, **rule):
+        name = f"{cls.__module__}.{cls.__qualname__}"
+        monkeypatch.setitem(NAMED, name, [LayerRule("bti,io->bto", "w", **rule)])
+
+    class Later(Unknown):
+        pass
+
+    class Mine(Projection):
+        pass
+
+    for cls, rule in ((Later, {"method": "encode"}), (Mine, {"argument": "x"})):
+        known(cls, **rule)
+    with pytest.raises(ValueError, match="known how .* teach its class Later"):
+        made(Later((12, 6), "bti,io->bto"), MoRAConfig(rank=2, targets="w"))
+    model = Mine((12, 6), "bti,io->bto")
+    variables, apply, _ = made(model)
+    assert_merged_is_adapted(model, apply, variables)
+    register_layer(Mine, equation="bti,oi->bto", kernel="w")
+    with pytest.raises(ValueError, match="w: Mine.__call__ .*does not compute"):
+        made(model)
+
+
 class Tied(nn.Dense):
     def attend(self, x):
         return x @ self.get_variable("params", "kernel").T
@@ -335,6 +361,7 @@ def test_bad_input():
         (ValueError, lacks, lambda: apply(adapters, variables["params"], X)),
         (ValueError, lacks, lambda: linen.plan(model, {}, CONFIG, X)),
         (ValueError, "adapters lack 'kernel_mora'", lambda: apply({}, variables, X)),
+        (ValueError, "swapped", lambda: apply(variables, {"params": adapters}, X)),
         (ValueError, "must have shape", lambda: apply(small, variables, X)),
         (ValueError, "already hold 'kernel_m", lambda: apply(adapters, both, X)),
         (TypeError, "cls must be a class, got 3", no_class),

@@ -266,6 +266,22 @@ def test_value_and_grad_of_another_argument_with_aux():
     assert list(grads) == ["kernel_mora"]
 
 
+def test_an_optimizer_takes_gradients_of_the_adapters_alone():
+    """A gradient of the base would cost memory, and change nothing."""
+    model, loss = mora.wrap(linear(), CONFIG), lambda model: jnp.sum(model(X) ** 2)
+    optimizer = mora.adapter_optimizer(model, optax.sgd(0.1))
+    for where in (MoRAParam, nnx.LoRAParam):
+        grads = nnx.grad(loss, argnums=nnx.DiffState(0, where))(model)
+        optimizer.update(model, grads)
+    pair = mora.value_and_grad(loss)(model)
+    for wrong, path in ((nnx.grad(loss)(model), "bias"), (pair, "0"), ({}, "kernel_m")):
+        with pytest.raises(ValueError, match=f"mora_jax.nnx.value_and_grad.*'{path}"):
+            optimizer.update(model, wrong)
+    nnx.jit(lambda *args: args[0].update(*args[1:]))(optimizer, model, pair[1])
+    with pytest.raises(TypeError, match="grads"):  # as Flax has it
+        optimizer.update(model)
+
+
 def test_a_model_without_adapters_trains_nothing_and_says_so():
     """As where somebody forgets that `wrap` returns another model."""
     model = linear()
@@ -477,6 +493,27 @@ def test_equations_known_in_the_call():
     model.layer.w = nnx.Param(random(0, 3, 12, 8))
     config = MoRAConfig(targets=".*/w", overrides={".*": {"axes": "sio"}}, dropout=0.5)
     assert mora.wrap(model, config).layer.dropout_mora.rate == 0.5
+
+
+@pytest.mark.parametrize("layers", [3, 12])
+def test_other_stack_axes_are_refused(layers):
+    """Also where as many layers as features hide it from the shapes."""
+    axes = nnx.StateAxes({...: 1})
+
+    @nnx.vmap(out_axes=axes)
+    def stacked(key):
+        return nnx.Linear(12, 12, use_bias=False, rngs=nnx.Rngs(key))
+
+    class Stack(nnx.Module):
+        def __init__(self):
+            self.layers = stacked(jax.random.split(jax.random.key(0), layers))
+
+        def __call__(self, x):
+            scan = nnx.scan(in_axes=(axes, nnx.Carry), out_axes=nnx.Carry)
+            return scan(lambda layer, x: layer(x))(self.layers, x)
+
+    with pytest.raises(ValueError, match="axes .*must come first"):
+        mora.plan(Stack(), CONFIG, X)
 
 
 def test_shared_modules_and_kernels():

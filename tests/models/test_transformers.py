@@ -1,6 +1,7 @@
 """Models that nobody here wrote: transformers' Flax BERT, GPT-2 and Llama."""
 
 import importlib.util
+import re
 from pathlib import Path
 
 import chex
@@ -12,7 +13,7 @@ import pytest
 from flax import traverse_util
 from helpers import close, largest, random, random_like, trained
 
-from mora_jax import MoRAConfig, fold, init, linen, plan, register_layer
+from mora_jax import MoRAConfig, fold, init, linen, plan
 from mora_jax.io import load_base
 
 pytestmark = [
@@ -143,16 +144,9 @@ def test_llama():
 
 @pytest.mark.slow
 def test_gpt2():
-    """Its Conv1D is no nn.Dense, and its kernel is (out, in)."""
-    from transformers.models.gpt2.modeling_flax_gpt2 import FlaxConv1D
-
+    """Its Conv1D is no nn.Dense, its kernel is (out, in), and it is known by name."""
     model, variables, args = tiny("gpt2")
-    config = MoRAConfig(rank=2)
-    chosen = plan(variables["params"], config)
-    with pytest.raises(TypeError, match=r"FlaxConv1D.* see mora_jax.register_layer"):
-        linen.wrap(model, chosen)(init(chosen), variables, *args)
-
-    register_layer(FlaxConv1D, equation="...i,oi->...o")
+    chosen = plan(variables["params"], MoRAConfig(rank=2))
     # A plan of names and shapes takes the kernels for (in, out): exact all the same.
     apply = linen.wrap(model, chosen)
     check_zero_and_merged(model, variables, args, chosen, apply)
@@ -162,3 +156,52 @@ def test_gpt2():
     spec = chosen["transformer/h/0/attn/c_attn/kernel"]
     assert (spec.in_features, spec.out_features) == (24, 72)
     check_zero_and_merged(model, variables, args, chosen, apply)
+
+
+IDS, IMAGES = jnp.ones((2, 8), jnp.int32), jnp.ones((1, 16, 16, 3))
+POSITIONS = jnp.broadcast_to(jnp.arange(8), (2, 8))
+TEXT, BOTH = (IDS, IDS, POSITIONS), (IDS, IDS, IDS, IDS, POSITIONS, POSITIONS)
+ENCODER = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 32}
+ENCODER |= {"num_hidden_layers": 1, "num_attention_heads": 2}
+PATCHES = ENCODER | {"image_size": 16, "patch_size": 8}
+WIDTHS = {"vocab_size": 50, "d_model": 16, "encoder_layers": 1, "decoder_layers": 1}
+WIDTHS |= {"encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
+WIDTHS |= {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+WHISPER = WIDTHS | {"max_source_positions": 8, "num_mel_bins": 4, "pad_token_id": 0}
+SHORT = {"vocab_size": 50, "n_embd": 16, "n_layer": 1, "n_head": 2}
+OPT = {"ffn_dim": 32, "word_embed_proj_dim": 16}
+OTHERS = {
+    "GPTJForCausalLM": ("GPTJ", SHORT | {"rotary_dim": 4}, TEXT, 6),
+    "OPTForCausalLM": ("OPT", ENCODER | OPT, TEXT, 6),
+    "BloomForCausalLM": ("Bloom", ENCODER | SHORT, (IDS, IDS), 4),
+    "ElectraForMaskedLM": ("Electra", ENCODER, (IDS, IDS, IDS, POSITIONS, None), 7),
+    "BartForConditionalGeneration": ("Bart", WIDTHS, BOTH, 16),
+    "WhisperForConditionalGeneration": (
+        "Whisper",
+        WHISPER,
+        (jnp.ones((2, 4, 16)), IDS, IDS, POSITIONS),
+        16,
+    ),
+    "ViTForImageClassification": ("ViT", PATCHES, (IMAGES,), 6),
+    "CLIPModel": (
+        "CLIP",
+        {"text_config": ENCODER, "vision_config": PATCHES},
+        (IDS, IMAGES, IDS, POSITIONS),
+        14,
+    ),
+}
+"""{Flax class: its config, the settings of that, a call, the number of adapters}."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OTHERS)
+def test_projections_of_other_models_are_adapted(name):
+    """All of them, which the trace proves; only heads and convolutions are left out."""
+    config, settings, args, number = OTHERS[name]
+    config = getattr(transformers, f"{config}Config")(**settings)
+    model = getattr(transformers, f"Flax{name}")(config, _do_init=False).module
+    shapes = jax.eval_shape(lambda: model.init(KEY, *args))
+    chosen = linen.plan(model, shapes, MoRAConfig(rank=1), *args)
+    assert len(chosen) == number and not chosen.unproven
+    reasons = "embedding|convolution|by its name|never multiplied"
+    assert all(re.search(reasons, kind.why) for kind in chosen.left_out)

@@ -61,6 +61,7 @@ NEEDS = {
     "checkpoints.md": "orbax.checkpoint",
     "gemma.md": "gemma",
     "maxtext-and-keras.md": "keras",
+    "transformers.md": "transformers",
     "tunix.md": "tunix",
 }
 """The packages without which the blocks of a page do not run."""
@@ -85,7 +86,7 @@ def test_code_runs(page, tmp_path):
         pytest.skip(f"{NEEDS[page.name]} is not installed")
     if page.name == "checkpoints.md":  # and says so
         warns = pytest.warns(mora_jax.MoRAWarning, match="updates batch_stats")
-    if page.name == "gemma.md":  # what it imports uses old names
+    if page.name in ("gemma.md", "transformers.md"):  # what they import uses old names
         warns = warnings.catch_warnings(action="ignore")
     with warns:
         run(page, tmp_path)

@@ -24,6 +24,13 @@ def test_every_public_name_is_documented():
         assert text and (name in plain or ">>>" in text), name
 
 
+def test_help_names_every_module_that_is_public():
+    """Also those that are imported by their own names, since they need more."""
+    public = {path.stem for path in PACKAGE.iterdir() if path.name[0] not in "_."}
+    named = {f"mora_jax.{name}" for name in public - set(NAMES) - {"cli", "py"}}
+    assert named and all(name in mora_jax.__doc__ for name in named)
+
+
 @pytest.mark.parametrize("namespace", NAMESPACES)
 def test_what_a_namespace_has_is_documented(namespace):
     module, ours = getattr(mora_jax, namespace), {}

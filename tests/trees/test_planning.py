@@ -183,6 +183,7 @@ def test_planning_is_fast():
     assert time.process_time() - start < 1.5  # about a third of it
 
 
+COMPLEX = K.astype(jnp.complex64)
 TWICE = {"a": KERNEL, "b": KERNEL}
 SAME_PATH = {"a/b": KERNEL, "a": {"b": {"kernel": K + 1}}}
 NO_TARGET = "'.*/qproj/kernel' matches no path .* 'layers/0/self_attn/q_proj/kernel'"
@@ -208,7 +209,9 @@ BAD_PLANS = {
         (KERNEL, {"overrides": {"kernel": {"axes": "oo"}}}, "kernel: axes .* one i"),
     ],
     TypeError: [
-        ({"kernel": K.astype(int)}, {}, "kernel must have a floating-point"),
+        ({"kernel": K.astype(int)}, {}, "kernel must have .*, got int32; dequantise"),
+        ({"kernel": COMPLEX}, {}, "complex64; only real numbers .* exclude"),
+        ({**KERNEL, "a": COMPLEX}, {"train": "a"}, "complex64; only real .* of train"),
         ({"kernel": K, "name": "x"}, {}, "arrays only, got str at 'name'"),
     ],
 }
@@ -232,8 +235,10 @@ BAD_CONFIGS = {
         ({"overrides": {"a": {"rank": 0}}}, "rank must be a positive"),
         ({"overrides": {"a": {"r": 3}}}, "got .'r'.: here that is rank"),
         ({"overrides": {"a": BOTH}}, "must hold rank or square_rank, got both"),
-        ({"overrides": {"a": {"alpha": 0}}}, "alpha must not be 0"),
-        ({"alpha": 0}, "alpha must not be 0"),
+        ({"overrides": {"a": {"alpha": 0}}}, "alpha must be above 0, got 0"),
+        ({"overrides": {"a": {"alpha": -8}}}, "alpha must be above 0, got -8"),
+        ({"alpha": 0}, "alpha must be above 0, got 0"),
+        ({"alpha": -0.5}, "alpha must be above 0, got -0.5"),
         ({"scale": "best"}, r"scale must be one of \('paper', 'fine-tuning'\), got"),
         ({"alpha": float("nan")}, "alpha must be finite"),
         (BOTH, "exclude each other, got rank=4 and square_rank=16"),
@@ -360,12 +365,36 @@ def test_alphas_as_of_lora_warn_once():
         config = MoRAConfig(alpha=16.0, overrides={".*q_proj.*": {"rank": 4}})
         chosen = plan(MODEL, config)
     assert len(seen) == 1
-    with pytest.warns(MoRAWarning, match="alpha=-8") as seen:
-        MoRAConfig(overrides={"a": {"alpha": -8}})
+    with pytest.warns(MoRAWarning, match="alpha=8") as seen:
+        MoRAConfig(overrides={"a": {"alpha": 8}})
     assert [warning.filename for warning in seen] == [__file__]
     MoRAConfig(alpha=4.0)
     # A spec, which may come from a file, is what it is.
-    dataclasses.replace(chosen.specs[0], alpha=100.0)
+    for alpha in (100.0, -1.0):
+        dataclasses.replace(chosen.specs[0], alpha=alpha)
+
+
+def test_a_rank_that_a_kernel_is_too_narrow_for_is_told():
+    """Once for all kernels of a kind, if somebody has asked for it."""
+    params = {
+        f"l{k}": {"thin": dense(4, 4096), "wide": dense(2048, 2048)} for k in (0, 1)
+    }
+    message = r"l\*/thin/kernel: rank=800 asks for q = 1811, and 4 is the widest"
+    with pytest.warns(MoRAWarning, match=message) as seen:
+        chosen = plan(params, MoRAConfig(rank=800))
+    assert {str(warning.message) for warning in seen} == {str(seen[0].message)}
+    assert "4 of 1811" in str(chosen)
+    thin = {".*/thin/kernel": {"square_rank": 4}}
+    for quiet in (MoRAConfig(), MoRAConfig(rank=800, overrides=thin)):
+        plan(params, quiet)
+    config = MoRAConfig(rank=800)
+    for make in (
+        lambda: FrozenDense.from_config(K, config=config),
+        lambda: mora_jax.MoRADense(8, config=config).init(jax.random.key(0), K),
+        lambda: mora_jax.nnx.MoRALinear(8, 8, config=config, rngs=nnx.Rngs(0)),
+    ):
+        with pytest.warns(MoRAWarning, match="kernel: rank=800 asks for q = 113, and"):
+            make()
 
 
 def test_digests_stay_what_they_are():

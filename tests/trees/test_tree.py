@@ -149,7 +149,10 @@ def test_what_does_not_merge(model):
     shapes = jax.eval_shape(lambda: params)
     unknown = adapters | {"x": {"kernel_mora": m}}
     cases = [
-        ((params, {}), ValueError, "lack"),
+        ((params, {}), ValueError, "has$"),
+        ((adapters, params), ValueError, "were params and adapters swapped"),
+        ((adapters, {"params": params}), ValueError, "params and adapters swapped"),
+        ((params, layers), TypeError, r"got the Plan: adapters are init\(plan\)"),
         ((params, no_fc), ValueError, "lack 'fc/kernel_mora'"),
         ((params, unknown), ValueError, "hold 'x/kernel_mora', which the plan"),
         (fc(m[:3]), ValueError, "fc/kernel_mora must have shape"),
@@ -175,6 +178,7 @@ def test_what_does_not_combine(model):
         (params, {"x": fc}, "have nothing at 'x'"),
         (params, {"norm": fc}, "no kernel for the adapter 'norm/kernel_mora'"),
         (params, {"fc": {"bias": jnp.ones(10)}}, "which is not an M"),
+        (adapters, params, "not an M: give params first"),
         (params, {"fc": {"kernel": fc}}, "no module at 'fc/kernel'"),
     ]
     for tree, other, message in cases:

@@ -74,8 +74,7 @@ LEFT_OUT = dict.fromkeys(MODELS, set()) | {
 """{model: what gets no adapter, beside the table of embeddings}."""
 
 
-@pytest.fixture(scope="module", autouse=True)
-def registered():
+def test_this_version_has_all_layers():
     mora_jax.gemma.register()
 
 

@@ -1,4 +1,4 @@
-"""Every model of Tunix with all its layers adapted, once `register` was called."""
+"""Every model of Tunix with all its layers adapted: they are known by their names."""
 
 import re
 import sys
@@ -26,7 +26,6 @@ pytestmark = [
 
 @pytest.mark.parametrize("name", MODELS)
 def test_all_layers_are_adapted(name):
-    mora_jax.tunix.register()
     model, kernels = tiny(name)
     config = MoRAConfig(rank=2, alpha=0.5, operator="sharing")
     plan = mora.plan(model, config, *INPUTS)  # and no warning
@@ -44,7 +43,6 @@ def test_all_layers_are_adapted(name):
 @pytest.mark.parametrize("name", ["qwen2", "gemma4"])
 def test_embeddings_can_be_targets(name):
     """Gemma scales what it looks up, and 4 has further tables."""
-    mora_jax.tunix.register()
     model, _ = tiny(name)
     plan = mora.plan(model, MoRAConfig(rank=2, targets=".*_embedding"), *INPUTS)
     assert len(plan) == (2 if name == "gemma4" else 1)

@@ -90,7 +90,7 @@ def export(
     if not model and base is not None:  # servers load the directory, not one file of it
         source = as_path("base", base)
         model = str(source.parent if source.is_file() else source)
-    model = model or "BASE"
+    model = model or "<BASE: its directory, or its name on the Hub>"
     if plan.trained:
         why = f"{plan.trained[0].name} trains itself, which a LoRA cannot hold, so"
     elif base is not None and _is_tied(base, plan, names):

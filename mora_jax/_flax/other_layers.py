@@ -1,0 +1,86 @@
+"""Products of layers of transformers, Tunix and gemma; importing this registers them.
+
+The packages need not be installed: a class is known by its name once a model has it.
+"""
+
+import importlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from mora_jax._flax.layer_rules import NAMED, LayerRule, check_rule
+from mora_jax.products import ATTEND, Folded, Lookup, Product
+
+_TABLE = "input_embedding"
+
+
+def _folded(product: Product, *kernels: str) -> list[LayerRule]:
+    return [LayerRule(product, kernel) for kernel in kernels]
+
+
+def _root(layer: Any) -> jax.Array:
+    """The factor of an Embedder's rows, in their dtype."""
+    return jnp.sqrt(layer.embed_dim).astype(layer.get_variable("params", _TABLE).dtype)
+
+
+def _tunix_einsum(scale: Any = None) -> list[LayerRule]:
+    return [LayerRule(lambda layer, x: layer.einsum_str, "w", scale=scale)]
+
+
+_GM_EINSUM = LayerRule(
+    lambda layer, eqn, x: eqn,
+    lambda layer: layer.weight_name,
+    argument="x",
+    scale=lambda layer: getattr(layer, "w_scale", None),  # Gemma 3n and 4 have it
+)
+_GM_ENCODE = LayerRule(Lookup(), _TABLE, "encode", scale=_root)
+_DECODE = LayerRule(ATTEND, _TABLE, "decode")
+_EMBEDDER = [LayerRule(Lookup(), _TABLE, "encode"), _DECODE]
+# Experts are bare arrays, whose method sorts tokens and multiplies groups of them.
+_EXPERTS, _LEFT_OUT = Folded("sio"), Folded("io", adapted_by_default=False)
+# Gemma scales what it looks up, so that each call adds its whole table to its delta.
+_SCALED_TABLE = _folded(_LEFT_OUT, _TABLE)
+_PER_LAYER = Folded("ioo", adapted_by_default=False)
+_QWEN_AND_LLAMA, _GEMMA = ("qwen2", "qwen3", "llama3"), ("gemma", "gemma3")
+_TUNIX = {
+    **{f"{model}.model.Einsum": _tunix_einsum() for model in _QWEN_AND_LLAMA + _GEMMA},
+    **{f"{model}.model.Embedder": _EMBEDDER for model in _QWEN_AND_LLAMA},
+    **{f"{model}.model.Embedder": _SCALED_TABLE for model in _GEMMA},
+    "gemma4.model.Einsum": _tunix_einsum(lambda layer: layer.w_scale),
+    "gemma4.model.Embedder": _SCALED_TABLE
+    + _folded(_PER_LAYER, "per_layer_input_embedding"),
+    "qwen3.model.MoELayer": _folded(_EXPERTS, "gate_proj", "up_proj", "down_proj"),
+    "gemma4.moe.MoERagged": _folded(Folded("sooi"), "gating_einsum")
+    + _folded(_EXPERTS, "linear")
+    + _folded(_LEFT_OUT, "router_logits"),
+}
+NAMED.update({f"tunix.models.{name}": rules for name, rules in _TUNIX.items()})
+NAMED["transformers.models.gpt2.modeling_flax_gpt2.FlaxConv1D"] = [
+    LayerRule("...i,oi->...o")
+]
+# Gemma 2 and 3, 3n, and 4 each have an `Einsum` of their own, by which they multiply,
+# and an `Embedder`, whose table is also their head.
+for _package in ("gemma.gm.nn", "gemma.gm.nn.gemma3n", "gemma.gm.nn.gemma4"):
+    NAMED[f"{_package}._layers.Einsum"] = [_GM_EINSUM]
+    NAMED[f"{_package}._modules.Embedder"] = [_GM_ENCODE, _DECODE]
+
+
+def lacking(package: str) -> dict[str, str]:
+    """{class of a package that has rules here: why this version does not fit them}."""
+    reasons = {}
+    for path, rules in NAMED.items():
+        module, _, name = path.rpartition(".")
+        if not path.startswith(f"{package}."):
+            continue
+        try:
+            cls = getattr(importlib.import_module(module), name)
+            for rule in rules:
+                check_rule(cls, rule)
+        except ModuleNotFoundError as error:
+            reasons[path] = f"no module {error.name}"
+        except AttributeError:
+            reasons[path] = "no such class"
+        except TypeError as error:
+            reasons[path] = f"it otherwise: {error}"
+    return reasons
