@@ -140,10 +140,10 @@ def plan_on_mesh(
         if (safe := layout.safe_batch_axes) != batch:
             unsafe[safe] = f"{spec.name} by {kernel.spec}"
         specs.append(dataclasses.replace(spec, layout=layout))
-    for safe, kernel in unsafe.items():
+    for safe, example in unsafe.items():
         warn(
             "XLA may compute wrong outputs or gradients, with adapters or without. It "
-            f"does if rows are split by {batch}, a kernel such as {kernel}, and the "
+            f"does if rows are split by {batch}, a kernel such as {example}, and the "
             "features of both its inputs and its outputs. Split rows by PartitionSpec"
             f"({safe}), and give batch_axes={safe}: see docs/meshes.md"
         )
