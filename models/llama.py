@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from models.smollm2 import rotary
 
 RULES = (
-    ("batch", ("data", "fsdp")),
+    ("batch", ("fsdp", "data")),
     ("embed", "fsdp"),
     ("heads", "model"),
     ("mlp", "model"),
@@ -43,8 +43,8 @@ NAMES = {
 
 ROPE_BASE = 500_000.0
 
-BATCH_AXES = ("data", "fsdp")
-"""The mesh axes that split batches."""
+BATCH_AXES = ("fsdp", "data")
+"""The mesh axes that split batches; see docs/meshes.md on their order."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -28,6 +28,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from mora_jax._common.axes import sizes
 from mora_jax._common.suggestions import nearest_paths
 from mora_jax._common.types import Shape
+from mora_jax._common.warnings import warn
 from mora_jax._mesh.layout import KernelLayout, mesh_axes
 from mora_jax._plan.plan import Plan, check_plan
 from mora_jax._plan.spec import AdapterSpec
@@ -104,8 +105,9 @@ def plan_on_mesh(
     Args:
       plan: The plan of the adapters, as `plan`, `linen.plan` or `nnx.plan` makes it.
       params_or_shardings: As in `adapter_shardings`.
-      batch_axes: The mesh axes that split the rows of inputs; () for none. A kernel
-        that they split is gathered before use; what other axes split stays split.
+      batch_axes: The mesh axes that split the rows of inputs, in the order of their
+        `PartitionSpec`; () for none. A kernel that they split is gathered before use;
+        what other axes split stays split.
       mesh: The devices, if the leaves do not name them.
 
     Returns:
@@ -114,12 +116,16 @@ def plan_on_mesh(
 
     Raises:
       TypeError, ValueError: As `adapter_shardings`, or the mesh lacks a batch axis.
+
+    Warns:
+      MoRAWarning: XLA may compute wrong products of rows and kernels split like this.
     """
     if not isinstance(batch_axes, Iterable):
         rule = "batch_axes must be names of mesh axes, such as 'data' or ()"
         raise TypeError(f"{rule}, got {batch_axes!r}")
     batch = (batch_axes,) if isinstance(batch_axes, str) else tuple(batch_axes)
     place_of, specs = _places(params_or_shardings, mesh), []
+    unsafe: dict[tuple[str, ...], str] = {}
     for spec in check_plan(plan).specs:
         kernel = place_of(spec)
         for axis in batch:
@@ -131,7 +137,16 @@ def plan_on_mesh(
         # The last axis comes first, since Flax's transformations take off leading ones.
         axes = tuple(reversed(_entries(kernel, spec)))
         layout = KernelLayout(kernel.mesh, axes, batch)
+        if (safe := layout.safe_batch_axes) != batch:
+            unsafe[safe] = f"{spec.name} by {kernel.spec}"
         specs.append(dataclasses.replace(spec, layout=layout))
+    for safe, example in unsafe.items():
+        warn(
+            "XLA may compute wrong outputs or gradients, with adapters or without. It "
+            f"does if rows are split by {batch}, a kernel such as {example}, and the "
+            "features of both its inputs and its outputs. Split rows by PartitionSpec"
+            f"({safe}), and give batch_axes={safe}: see docs/meshes.md"
+        )
     return dataclasses.replace(plan, specs=tuple(specs))
 
 

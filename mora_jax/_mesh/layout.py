@@ -67,6 +67,20 @@ class KernelLayout:
         """True if the kernel is gathered before it is used."""
         return any(axis in self.batch_axes for axes in self.mesh_axes for axis in axes)
 
+    @property
+    def safe_batch_axes(self) -> MeshAxes:
+        """Batch axes in an order for which XLA multiplies rows and kernel correctly."""
+        # Let rows x (n, i) be split by (("data", "fsdp"), "model"), a kernel (i, o) by
+        # ("model", "fsdp"), and their product as x is. XLA's partitioner moves the
+        # shards of x into the order of the kernel's devices: those that split it, then
+        # others as the mesh has them. It does not move the product's rows back.
+        axes = [axis for axis, size in self.mesh.shape.items() if size > 1]
+        batch = [axis for axis in self.batch_axes if axis in axes]
+        split = {axis for entry in self.mesh_axes for axis in entry}.intersection(axes)
+        safe = sorted(batch, key=lambda axis: (axis not in split, axes.index(axis)))
+        moves = safe != batch and split.intersection(batch) and split.difference(batch)
+        return tuple(safe) if moves else self.batch_axes
+
     def gathered_sharding(self, ndim: int) -> NamedSharding:
         """Sharding of a kernel while it is used, by a layer that sees `ndim` axes."""
         kept = (

@@ -31,7 +31,7 @@ from mora_jax.operators import OPERATORS, Truncation
 
 MESH = make_mesh(data=2, fsdp=2, model=2)
 EXPLICIT = make_mesh("Explicit", data=2, fsdp=2, model=2)
-BATCH = ("data", "fsdp")
+BATCH = ("fsdp", "data")
 ALPHA = 0.75
 
 SPLITS = {
