@@ -9,9 +9,12 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 
 from mora_jax._flax.adapted_call import LayerCall
-from mora_jax._flax.layer_rules import planning_rules
+from mora_jax._flax.layer_rules import LayerRule, planning_rules
 from mora_jax._jax.traces import split_static
 from mora_jax._trace_check import Call, Uses, follow, mark
 from mora_jax.products import Product
@@ -27,12 +30,14 @@ class Survey:
       products: {path of a kernel: the product of its layer}.
       non_kernels: The paths of other arrays of known layers, such as biases.
       classes: {path of a module: the name of its class}.
+      scales: {path of a parameter that scales a kernel: the kernel's axes that it has}.
       uses: The uses of the arrays in a call of the model; None if none was traced.
     """
 
     products: dict[str, Product] = dataclasses.field(default_factory=dict)
     non_kernels: set[str] = dataclasses.field(default_factory=set)
     classes: dict[str, str] = dataclasses.field(default_factory=dict)
+    scales: dict[str, range] = dataclasses.field(default_factory=dict)
     uses: Uses | None = None
 
     def record_call(self, name: str, call: LayerCall) -> jax.Array:
@@ -44,8 +49,8 @@ class Survey:
         # Of several methods with one kernel (an embedding and its tied head) the first
         # registered decides. If it needs a call, that call may come later.
         self.products[name] = planned or self.products.get(name, product)
-        scaled = rule.scale_of(module) is not None
-        marked = Call(name, product, scaled, f"{type(module).__name__}.{rule.method}")
+        method = f"{type(module).__name__}.{rule.method}"
+        marked = Call(name, product, method, self._scale(name, rule, module), x.dtype)
         call = call.with_input(mark(x, marked, end=False))
         y = call.method(*call.args, **call.kwargs)
         if not hasattr(y, "shape"):
@@ -57,12 +62,25 @@ class Survey:
             )
         return mark(y, marked, end=True)
 
+    def _scale(self, name: str, rule: LayerRule, module: Any) -> float | str | None:
+        """The scale of the kernel at `name`, for its `Call`."""
+        with jax.ensure_compile_time_eval():  # a number is one, and no part of a trace
+            scale, ndim = rule.scale_of(module), len(self.products[name].axes)
+        if isinstance(rule.scale, str):
+            path = "/".join([*name.split("/")[:-1], rule.scale])
+            self.scales[path] = range(ndim - jnp.ndim(scale), ndim)
+            return path
+        if scale is None:
+            return None
+        numbers = () if isinstance(scale, Tracer) else np.unique(scale)
+        return float(numbers[0]) if len(numbers) == 1 else ""
+
     def record_read(
         self, name: str, product: Product, cls: str, kernel: jax.Array
     ) -> jax.Array:
         """The kernel at `name` as any methods of its layer's class read it, marked."""
         self.products[name] = product
-        return mark(kernel, Call(name, product, False, cls), end=True)
+        return mark(kernel, Call(name, product, cls), end=True)
 
     def trace(
         self, function: Callable[..., Any], leaves: Any, tree: Any, *args: Any
@@ -75,12 +93,8 @@ class Survey:
             return jax.tree.leaves(function(tree, *join(arrays)))
 
         jaxpr = jax.make_jaxpr(call)(tree, arrays).jaxpr
-        stacked = {
-            name: leaves[name][1].ndim - len(product.axes)
-            for name, product in self.products.items()
-            if name in leaves
-        }
-        self.uses = follow(jaxpr, list(leaves), stacked)
+        axes = {n: range(len(product.axes)) for n, product in self.products.items()}
+        self.uses = follow(jaxpr, list(leaves), axes | self.scales)
 
     def no_kernel(self, name: str) -> bool:
         """True if the array at `name` is known to be never multiplied."""
@@ -97,8 +111,8 @@ class Survey:
     def _why_unproven(self, name: str) -> str:
         if self.uses is None:
             return "no call was traced; nnx.plan takes the inputs of one"
-        if primitive := self.uses.unseen.get(name):
-            return f"a trace cannot look into `{primitive}`"
+        if why := self.uses.unseen.get(name):
+            return why
         if name not in self.uses.reached:
             return NOT_USED
         known = name in self.products
