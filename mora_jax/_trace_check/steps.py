@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -28,14 +28,15 @@ EVALUATED = frozenset(
 
 def after(eqn: Any, values: list[Value]) -> Value:
     """The value of the outputs of an equation whose operands have `values`."""
-    starts = {start: _step(eqn, start, values) for start in joined(values)}
-    return {start: t for start, t in starts.items() if start or t.numbers}
+    trails = joined(values).items()
+    value = {start: _step(eqn, start, trail, values) for start, trail in trails}
+    return {start: trail for start, trail in value.items() if start or trail.numbers}
 
 
-def _step(eqn: Any, start: Start, values: list[Value]) -> Trail:
-    """The trail from `start` after an equation whose operands have `values`."""
+def _step(eqn: Any, start: Start, trail: Trail, values: list[Value]) -> Trail:
+    """The `trail` from `start` after an equation whose operands have `values`."""
     at = [k for k, value in enumerate(values) if start in value]
-    trail, alone, name = joined(values)[start], len(at) == 1, eqn.primitive.name
+    name, alone = eqn.primitive.name, len(at) == 1
     before, result = ([v.aval for v in side] for side in (eqn.invars, eqn.outvars))
     if numbers := _function(eqn, start, values):
         views = {values[k][start].view for k in at}
@@ -50,8 +51,8 @@ def _step(eqn: Any, start: Start, values: list[Value]) -> Trail:
                 return trail
             name += f" to {result[0].dtype}"
         case "reduce_precision":
-            info, bits = jnp.finfo(before[0].dtype), eqn.params
-            if [*bits.values()] == [info.nexp, info.nmant]:
+            info, bits = jnp.finfo(before[0].dtype), eqn.params.values()
+            if all(np.array([*bits]) >= [info.nexp, info.nmant]):
                 return trail
         case "stop_gradient":
             # M's gradient does not go through the kernel. But the delta would send one
@@ -63,7 +64,7 @@ def _step(eqn: Any, start: Start, values: list[Value]) -> Trail:
             return trail.moved(lambda view: tuple(view[k] for k in order))
         case "reshape" | "squeeze" | "expand_dims" | "broadcast_in_dim":
             # A broadcast is a reshape too, unless it makes copies of numbers.
-            if before[0].size == result[0].size:
+            if before[0].size == result[0].size or start is None:
                 return trail.moved(lambda view: reshape(view, result[0].shape))
         case "slice" | "dynamic_slice" if at == [0] and trail.view and not trail.by:
             if layer := _layer(trail.view, result[0].shape):
@@ -85,38 +86,34 @@ def _is_small(dtype: Any) -> bool:
     return not jnp.issubdtype(dtype, jnp.floating) or dtype.itemsize < 2
 
 
-def _function(
-    eqn: Any, start: Start, values: list[Value]
-) -> Callable[[Any], Any] | None:
-    """The function that makes the numbers of the output, as `Trail.numbers`."""
+def _function(eqn: Any, start: Start, values: list[Value]) -> Any:
+    """The function of an output, as `Trail.numbers`, by the operands'."""
     trails = [value.get(start, value.get(None)) for value in values]
-    functions = [trail and trail.numbers for trail in trails]
-    if eqn.primitive.name not in EVALUATED or None in functions:
+    functions = [trail.numbers for trail in trails if trail and trail.numbers]
+    if eqn.primitive.name not in EVALUATED or len(functions) < len(trails):
         return None
 
     def numbers(indices: Any) -> Any:
-        arrays = (function(indices) for function in functions if function)
+        arrays = np.broadcast_arrays(*(function(indices) for function in functions))
         with jax.ensure_compile_time_eval():
-            return np.asarray(
-                eqn.primitive.bind(*np.broadcast_arrays(*arrays), **eqn.params)
-            )
+            return np.asarray(eqn.primitive.bind(*arrays, **eqn.params))
 
     return numbers
 
 
 def _factor(view: View | None, value: Value, divides: bool) -> float | str:
-    """The factor of an array with `view`: a number, the path of a parameter, or else."""
+    """The factor of an array with `view`: a number, a parameter's path, or a text."""
     if None in value and (constant := value[None].numbers):
         number = float(constant(()))
         return 1 / number if divides else number
     for path, trail in kernels(value).items():
         if divides or trail.by or trail.through - {"broadcast_in_dim"}:
-            return f"{path}, changed"
+            return f"{path} (changed)"
         if view is None or trail.view is None:
             return ""
         axes = zip(view, trail.view, strict=False)  # a number has none
         same = all(own in ((), axis) for axis, own in axes)
-        return path if same else f"{path} along other axes"
+        return path if same else f"{path} (along other axes)"
     return "another array"
 
 
@@ -141,7 +138,7 @@ def multiplied(
         trail = trail.passed(f"{by} to {result.dtype}")
     calls = (start for start in operand if isinstance(start, Call))
     call = next((call for call in calls if call.name == kernel), None)
-    x = operand.get(call) if call else Trail(None)
+    x = operand[call] if call else Trail(None)
     if call and (changes := x.through - call.product.passes - OWN_DERIVATIVE):
         wrong = f"{OTHER_INPUT}: it changes its input by {listed(sorted(changes))}"
     if by == "dot_general" and call and call.product.einsum_labels and trail.view:
@@ -166,9 +163,9 @@ def _fault_of_rows(eqn: Any, call: Call, function: Any) -> str:
     if function is None:
         return "looks up rows by other numbers than its input"
     size, fill = eqn.invars[0].aval.shape[0], eqn.params["fill_value"]
-    some = {k + n * size for k in (0, 1, size // 2, size - 1) for n in range(-2, 3)}
-    info = jnp.iinfo(call.dtype)
-    indices = np.array([k for k in some if info.min <= k <= info.max])
+    inside = np.array([0, 1, size // 2, size - 1])
+    indices = np.concatenate([inside + n * size for n in range(-2, 3)])
+    indices = indices[indices.astype(call.dtype) == indices]  # the others wrap around
     places = function(indices.astype(call.dtype))
     if eqn.params["mode"].name in ("CLIP", "PROMISE_IN_BOUNDS"):
         places = places.clip(0, size - 1)

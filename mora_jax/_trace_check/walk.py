@@ -129,9 +129,8 @@ class _Walk:
                 if not trail.by and trail.through <= PREPARING and name != "gather":
                     self.uses.multiplied.add(kernel)
                 if not trail.by and kernel not in operand:
-                    result[kernel] = steps.multiplied(
-                        eqn, kernel, trail, operand, is_first
-                    )
+                    others = kernel, trail, operand, is_first
+                    result[kernel] = steps.multiplied(eqn, *others)
         return [result]
 
     def _mark(self, eqn: Any, values: Values) -> Values:
@@ -142,7 +141,8 @@ class _Walk:
             rows = map(str, range(len(shape) - lead))
             names = steps.axis_names(labels, 0) if labels else rows
             lifted = [("vmap", k) for k in range(lead)]
-            trail = Trail(named([*lifted, *names], shape), numbers=lambda x: x)
+            numbers = (lambda indices: indices) if product.takes_indices else None
+            trail = Trail(named([*lifted, *names], shape), numbers=numbers)
             return [{**value, call: trail}]
         value.pop(call, None)
         value.pop(call.scale, None)
