@@ -139,7 +139,9 @@ def multiplied(
     calls = (start for start in operand if isinstance(start, Call))
     call = next((call for call in calls if call.name == kernel), None)
     x = operand[call] if call else Trail(None)
-    if call and (changes := x.through - call.product.passes - OWN_DERIVATIVE):
+    passes = call.product.passes - {"mul"} if call else ()  # which is of kernels alone
+    changes = {s for s in x.through if s.removesuffix(" by itself") not in passes}
+    if changes := changes - OWN_DERIVATIVE:
         wrong = f"{OTHER_INPUT}: it changes its input by {listed(sorted(changes))}"
     if by == "dot_general" and call and call.product.einsum_labels and trail.view:
         numbers = eqn.params["dimension_numbers"]
