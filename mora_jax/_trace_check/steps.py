@@ -17,7 +17,7 @@ from mora_jax.products.lookup import MODES, Lookup
 OTHER_INPUT = "multiplies it with another array than the input that its rule names"
 
 OWN_DERIVATIVE = frozenset({"custom_jvp_call", "custom_vjp_call"})
-"""Primitives whose derivative is not that their inside has."""
+"""Primitives whose derivatives are not what their programs have."""
 
 EVALUATED = frozenset(
     "add and clamp convert_element_type div eq ge gt le lt max min mul ne not or rem "
@@ -55,8 +55,8 @@ def _step(eqn: Any, start: Start, trail: Trail, values: list[Value]) -> Trail:
             if all(np.array([*bits]) >= [info.nexp, info.nmant]):
                 return trail
         case "stop_gradient":
-            # M's gradient does not go through the kernel. But the delta would send one
-            # to an input that gets none with a merged kernel.
+            # M's gradient does not go through the kernel. But the delta would give one
+            # to an input that has none with a merged kernel.
             kernel = isinstance(start, str) and not trail.by
             return trail if kernel else trail.passed(name, trail.view)
         case "transpose":
@@ -154,7 +154,7 @@ def multiplied(
             trail = trail.passed("gather of something other than rows")
         elif call:
             wrong = _fault_of_rows(eqn, call, x.numbers)
-            view = x.view and (*x.view[:-1], trail.view[1])
+            view = x.view and (*x.view[:-1], *named([1], shape[1:]))
     through = trail.through | (x.through & OWN_DERIVATIVE)
     settings = {"by": by, "call": call, "view": view, "wrong": wrong}
     return dataclasses.replace(trail, through=through, **settings)
@@ -242,9 +242,8 @@ def fault(call: Call, trail: Trail, lead: int) -> str:
         return f"multiplies it by `{trail.by}` and not by `{product.primitive}`"
     if (labels := product.einsum_labels) or product.takes_indices:
         axes = (trail.view or ())[lead:]
-        names = (
-            axis_names(labels, 2) if labels else [*map(str, range(len(axes) - 1)), 1]
-        )
+        rows = map(str, range(len(axes) - 1))
+        names = axis_names(labels, 2) if labels else [*rows, 1]
         sizes = tuple(map(length, axes))
         if len(axes) != len(names) or axes != named(names, sizes):
             equation = "{},{}->{}".format(*labels) if labels else "kernel[input]"
@@ -286,7 +285,7 @@ def _fault_of_read(trail: Trail, lead: int) -> str:
 
 def listed(names: Iterable[str]) -> str:
     """Names of primitives as a part of a sentence."""
-    parts = (name.partition(" to ") for name in names)  # a dtype is no primitive
+    parts = (name.partition(" to ") for name in names)  # a dtype is not a primitive
     shown = [f"`{name}`{to}{dtype}" for name, to, dtype in parts]
     if len(shown) > 3:
         shown[2:] = [f"{len(shown) - 2} more primitives"]

@@ -85,8 +85,8 @@ class Trail:
         array.
       through: The further primitives on the way that change numbers.
       factors: The factors among them, as in `Call.scale`, or what else they are.
-      numbers: The function that made these numbers of the call's indices, or that gives
-        those of a constant; None if it is not known.
+      numbers: The function from the call's indices to these numbers, or to a constant;
+        None if it is not known.
       wrong: A fault of the input that multiplies the kernel, or "".
       unseen: The reason why a trace cannot look into a primitive on the way, or "".
     """

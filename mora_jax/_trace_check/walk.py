@@ -48,8 +48,8 @@ Values = list[Value]
 def follow(jaxpr: Jaxpr, names: Sequence[str], axes: Mapping[str, range]) -> Uses:
     """Follow the arrays of a model through the program of one call, with marks.
 
-    `names` are the paths of its first inputs, the arrays of the model, and `axes` are
-    those of kernels, and of arrays that scale them, as their layers see them.
+    `names` are the paths of its first inputs, the arrays of the model, and `axes` has
+    the axes of kernels, and of parameters that scale them, as their layers see them.
     """
     jaxpr, used = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
     paths = [name for name, use in zip(names, used, strict=False) if use]

@@ -20,9 +20,9 @@ class Lookup(Product):
     are computed for the given indices alone.
 
     Attributes:
-      mode: What the layer does at indices beyond its table, as in `jnp.take`: "clip",
-        "wrap", "fill" (which adds nothing to the fill value); or None for what
-        `table[ids]` does: negative ones count from the end, then all are clipped.
+      mode: Rows at indices beyond the table, as in `jnp.take`: "clip", "wrap" or "fill"
+        (no delta there). None is for `table[ids]`, where negative indices count from
+        the end, and the rest is clipped; and for layers that return NaN.
 
     Example: an embedding class of your own, and its tied head::
 
