@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -46,19 +46,16 @@ def _step(eqn: Any, start: Start, trail: Trail, values: list[Value]) -> Trail:
         case "add" | "add_any":
             # A bias may be added to a product, since it does not depend on the kernel.
             return trail if alone and trail.by else trail.passed("add")
+        case "convert_element_type" if not _is_small(result[0].dtype):
+            return trail
         case "convert_element_type":
-            if not _is_small(result[0].dtype):
-                return trail
             name += f" to {result[0].dtype}"
-        case "reduce_precision":
-            info, bits = jnp.finfo(before[0].dtype), eqn.params.values()
-            if all(np.array([*bits]) >= [info.nexp, info.nmant]):
-                return trail
-        case "stop_gradient":
+        case "reduce_precision" if _keeps_all(eqn.params, before[0].dtype):
+            return trail
+        case "stop_gradient" if isinstance(start, str) and not trail.by:
             # M's gradient does not go through the kernel. But the delta would give one
             # to an input that has none with a merged kernel.
-            kernel = isinstance(start, str) and not trail.by
-            return trail if kernel else trail.passed(name, trail.view)
+            return trail
         case "transpose":
             order = eqn.params["permutation"]
             return trail.moved(lambda view: tuple(view[k] for k in order))
@@ -70,20 +67,26 @@ def _step(eqn: Any, start: Start, trail: Trail, values: list[Value]) -> Trail:
             if layer := _layer(trail.view, result[0].shape):
                 return dataclasses.replace(trail, view=layer)
     # All others change numbers. A factor leaves the axes where they are.
-    factor = alone and (name == "mul" or (name == "div" and at == [0]))
-    kept = factor and before[at[0]].shape == result[0].shape
-    if factor:
-        other = values[1 - at[0]]
-        name += " by its input" if any(isinstance(x, Call) for x in other) else ""
-        factors = *trail.factors, _factor(trail.view, other, name == "div")
-        trail = dataclasses.replace(trail, factors=factors)
-    step = name if alone else f"{name} by itself"
-    return trail.passed(step, trail.view if kept else None)
+    if not (alone and (name == "mul" or (name == "div" and at == [0]))):
+        return trail.passed(name if alone else f"{name} by itself")
+    kept = before[at[0]].shape == result[0].shape
+    view, other = trail.view if kept else None, values[1 - at[0]]
+    factors = *trail.factors, _factor(trail.view, other, name == "div")
+    by_input = any(isinstance(start, Call) for start in other)
+    trail = dataclasses.replace(trail, factors=factors)
+    return trail.passed(f"{name} by its input" if by_input else name, view)
 
 
 def _is_small(dtype: Any) -> bool:
     """True for all dtypes that are not real floating-point of 16 bits at least."""
     return not jnp.issubdtype(dtype, jnp.floating) or dtype.itemsize < 2
+
+
+def _keeps_all(bits: Mapping[str, int], dtype: Any) -> bool:
+    """True if a reduced precision is not below the precision of `dtype`."""
+    info = jnp.finfo(dtype)
+    exponent = bits["exponent_bits"] >= info.nexp
+    return exponent and bits["mantissa_bits"] >= info.nmant
 
 
 def _function(eqn: Any, start: Start, values: list[Value]) -> Any:
