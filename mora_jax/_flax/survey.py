@@ -10,11 +10,14 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 from jax.extend.core import Jaxpr
 
 from mora_jax._common.warnings import warn
 from mora_jax._flax.adapted_call import LayerCall
-from mora_jax._flax.layer_rules import planning_rules
+from mora_jax._flax.layer_rules import LayerRule, planning_rules
 from mora_jax._plan.plan import Plan
 from mora_jax._plan.spec import SUFFIX, AdapterSpec
 from mora_jax._trace_check import Call, Uses, difference, follow, mark
@@ -31,6 +34,7 @@ class Survey:
       products: {path of a kernel: the product of its layer}.
       non_kernels: The paths of other arrays of known layers, such as biases.
       classes: {path of a module: the name of its class}.
+      scales: {path of a parameter that scales a kernel: the kernel's axes that it has}.
       uses: The uses of the arrays in a call of the model; None if none was traced.
       no_params: {path of a kernel that no `nnx.Param` holds: the class that does}.
       leaves: The arrays of that call, as `named_leaves`.
@@ -39,6 +43,7 @@ class Survey:
     products: dict[str, Product] = dataclasses.field(default_factory=dict)
     non_kernels: set[str] = dataclasses.field(default_factory=set)
     classes: dict[str, str] = dataclasses.field(default_factory=dict)
+    scales: dict[str, range] = dataclasses.field(default_factory=dict)
     uses: Uses | None = None
     no_params: dict[str, str] = dataclasses.field(default_factory=dict)
     leaves: Mapping[str, Any] = dataclasses.field(default_factory=dict, init=False)
@@ -62,8 +67,8 @@ class Survey:
         # Of several methods with one kernel (an embedding and its tied head) the first
         # registered decides. If it needs a call, that call may come later.
         self.products[name] = planned or self.products.get(name, product)
-        scaled = rule.scale_of(module) is not None
-        marked = Call(name, product, scaled, f"{type(module).__name__}.{rule.method}")
+        method = f"{type(module).__name__}.{rule.method}"
+        marked = Call(name, product, method, self._scale(name, rule, module), x.dtype)
         call = call.with_input(mark(x, marked, end=False))
         y = call.method(*call.args, **call.kwargs)
         if not hasattr(y, "shape"):
@@ -75,26 +80,37 @@ class Survey:
             )
         return mark(y, marked, end=True, m=m)
 
+    def _scale(self, name: str, rule: LayerRule, module: Any) -> float | str | None:
+        """The scale of the kernel at `name`, for its `Call`."""
+        with jax.ensure_compile_time_eval():  # a number is one, and no part of a trace
+            scale, ndim = rule.scale_of(module), len(self.products[name].axes)
+        if isinstance(rule.scale, str):
+            path = "/".join([*name.split("/")[:-1], rule.scale])
+            self.scales[path] = range(ndim - jnp.ndim(scale), ndim)
+            return path
+        if scale is None:
+            return None
+        numbers = () if isinstance(scale, Tracer) else np.unique(scale)
+        return float(numbers[0]) if len(numbers) == 1 else ""
+
     def record_read(
         self, name: str, product: Product, cls: str, kernel: jax.Array, m: Any = None
     ) -> jax.Array:
         """The kernel at `name` as any methods of its layer's class read it, marked."""
         self.products[name] = product
-        return mark(kernel, Call(name, product, False, cls), end=True, m=m)
+        return mark(kernel, Call(name, product, cls), end=True, m=m)
 
-    def add(self, program: Jaxpr, more: Any = ()) -> None:
+    def add(self, program: Jaxpr, more: Mapping[str, int] | None = None) -> None:
         """Follow arrays through the program of a call, in which layers are marked.
 
-        `more` says of M's among `leaves` how many of their axes are stack axes.
+        `more` says of M's among `leaves` how many of their axes are no stack axes.
         """
-        leaves = self.leaves
-        stacked = {
-            name: leaves[name].ndim - len(product.axes)
-            for name, product in self.products.items()
-            if name in leaves
-        }
+        axes = {n: range(len(product.axes)) for n, product in self.products.items()}
+        axes |= {
+            name: range(number) for name, number in (more or {}).items()
+        } | self.scales
         self.uses = self.uses or Uses()
-        follow(program, list(leaves), stacked | dict(more), self.uses)
+        follow(program, list(self.leaves), axes | self.scales, self.uses)
 
     def refuse_other_uses(self, name: str) -> None:
         """Raise if an adapter of the kernel at `name` would not be what a merge is."""
@@ -116,15 +132,13 @@ class Survey:
                 )
             raise ValueError(told)
         if fault := uses.faults.get(name):
+            stacked = self.leaves[name].ndim > len(self.products[name].axes)
             raise ValueError(
                 f"{fault}, so that adapted and merged model would differ; exclude it, "
                 "or teach its class by register_layer (scale= for a scaled kernel)"
                 + "; the axes of a stack must come first"
-                * self._is_stacked(name)
+                * stacked
             )
-
-    def _is_stacked(self, name: str) -> bool:
-        return self.leaves[name].ndim > len(self.products[name].axes)
 
     def refuse_adapted(self, specs: Iterable[AdapterSpec]) -> None:
         """Raise if an adapter is not what a merge is, in a program with M's."""
@@ -155,8 +169,8 @@ class Survey:
     def _why_unproven(self, name: str) -> str:
         if self.uses is None:
             return "no call was traced; nnx.plan takes the inputs of one"
-        if primitive := self.uses.unseen.get(name):
-            return f"a trace cannot look into `{primitive}`"
+        if why := self.uses.unseen.get(name):
+            return why
         if name not in self.uses.reached:
             return NOT_USED
         known = name in self.products
@@ -215,10 +229,10 @@ def check_call(plan_of: Callable[[], Plan], programs: Programs, is_main: bool) -
             f"{type(error).__name__}: {error}; exclude kernels whose params code "
             "takes apart, as nn.WeightNorm and nn.map_variables do"
         ) from error
-    stacked = {spec.name + SUFFIX: len(spec.stack_shape) for spec in plan.specs}
-    survey.add(adapted, stacked)
+    ms = {spec.name + SUFFIX: len(spec.operator.m_shape) for spec in plan.specs}
+    survey.add(adapted, ms)
     survey.refuse_adapted(plan.specs)
-    is_m = [name in stacked for name in survey.leaves]
+    is_m = [name in ms for name in survey.leaves]
     rest = [False] * (len(adapted.invars) - len(is_m))
     if found := difference(base, adapted, is_m + rest):
         raise ValueError(

@@ -21,14 +21,17 @@ class Call:
     Attributes:
       name: The path of the kernel.
       product: The product that the method computes, according to the layer's rule.
-      scaled: True if the rule says that the layer scales its kernel.
       method: The method, such as "Dense.__call__".
+      scale: The factor of the kernel by the rule: a number, the path of a parameter, ""
+        for another array, or None.
+      dtype: The dtype of the input, for lookups.
     """
 
     name: str
     product: Product
-    scaled: bool
     method: str
+    scale: float | str | None = None
+    dtype: Any = None
 
     def __repr__(self) -> str:  # in a printed program
         return f"{self.method} of {self.name}"
@@ -112,13 +115,20 @@ class Trail:
       call: The call whose input the kernel was multiplied with; None for any other
         array.
       through: The further primitives on the way that change numbers.
-      unseen: A primitive among them that a trace cannot look into, or "".
+      factors: The factors among them, as in `Call.scale`, or what else they are.
+      numbers: The function from the call's indices to these numbers, or to a constant;
+        None if it is not known.
+      wrong: A fault of the input that multiplies the kernel, or "".
+      unseen: The reason why a trace cannot look into a primitive on the way, or "".
     """
 
     view: View | None
     by: str = ""
     call: Call | None = None
     through: frozenset[str] = frozenset()
+    factors: tuple[float | str, ...] = ()
+    numbers: Callable[[Any], Any] | None = None
+    wrong: str = ""
     unseen: str = ""
 
     def moved(self, move: Callable[[View], View | None]) -> "Trail":
@@ -128,11 +138,12 @@ class Trail:
 
     def passed(self, name: str, view: View | None = None) -> "Trail":
         """The trail after the primitive called `name`, which changes numbers."""
-        return dataclasses.replace(self, through=self.through | {name}, view=view)
+        through = self.through | {name}
+        return dataclasses.replace(self, through=through, view=view, numbers=None)
 
 
-Start = str | Call
-"""The path of a kernel; or a call, which stands for its input."""
+Start = str | Call | None
+"""The path of an array; or a call, which stands for its input; None for constants."""
 
 Value = Mapping[Start, Trail]
 """All that an array depends on."""
@@ -148,9 +159,10 @@ def joined(values: Iterable[Value]) -> Value:
     trails: dict[Start, Trail] = {}
     for start, trail in (pair for value in values for pair in value.items()):
         if (other := trails.setdefault(start, trail)) != trail:
+            other = dataclasses.replace(other, view=None, numbers=None)
             through = trail.through | other.through
             unseen = trail.unseen or other.unseen
-            trails[start] = Trail(None, other.by, other.call, through, unseen)
+            trails[start] = dataclasses.replace(other, through=through, unseen=unseen)
     return trails
 
 
@@ -178,7 +190,7 @@ class Uses:
       multiplied: The paths of the arrays that are multiplied with something.
       faults: {path of a kernel: the fault of its layer, by the rule's product}.
       outside: {path of a kernel: the primitives outside of its layer that use it}.
-      unseen: {path of a kernel: the primitive that a trace cannot look into}.
+      unseen: {path of a kernel: the reason why its use is not proven}.
       called: The paths of the kernels whose layers were called.
     """
 

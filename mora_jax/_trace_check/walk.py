@@ -5,19 +5,14 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from jax.extend.core import Jaxpr, Literal
 from jax.interpreters import partial_eval
 
 from mora_jax._plan.spec import SUFFIX
-from mora_jax._trace_check.steps import (
-    after,
-    axis_names,
-    fault,
-    fault_of_read,
-    listed,
-    multiplied,
-)
+from mora_jax._trace_check import steps
 from mora_jax._trace_check.trails import (
+    Call,
     Trail,
     Uses,
     Value,
@@ -33,10 +28,9 @@ from mora_jax._trace_check.views import named
 
 IDENTITIES = frozenset(
     "copy copy_p device_put layout_constraint mesh_cast optimization_barrier "
-    "pbroadcast pvary reduce_precision reshard sharding_constraint "
-    "stop_gradient".split()
+    "pbroadcast pvary reshard sharding_constraint".split()
 )
-"""Primitives that leave numbers as they are, apart from rounding."""
+"""Primitives that leave numbers as they are."""
 
 PRODUCTS = frozenset(
     "dot_general conv_general_dilated gather ragged_dot_general".split()
@@ -55,12 +49,12 @@ Values = list[Value]
 
 
 def follow(
-    jaxpr: Jaxpr, names: Sequence[str], stacked: Mapping[str, int], uses: Uses
+    jaxpr: Jaxpr, names: Sequence[str], axes: Mapping[str, range], uses: Uses
 ) -> None:
     """Add to `uses` those in the program of one call of a model, with marks.
 
-    `names` are the paths of its first inputs, the arrays of the model, and `stacked`
-    says how many of the leading axes of a kernel or an M are stack axes.
+    `names` are the paths of its first inputs, the arrays of the model, and `axes` has
+    the axes of kernels, M's and parameters that scale kernels, as layers see them.
     """
     jaxpr, used = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
     paths = [name for name, use in zip(names, used, strict=False) if use]
@@ -68,18 +62,19 @@ def follow(
     values: Values = [{} for _ in jaxpr.invars]
     for k, (name, var) in enumerate(zip(paths, jaxpr.invars, strict=False)):
         shape: Any = var.aval.shape  # type: ignore[attr-defined]
-        if len(shape) > 1:
+        if len(shape) > 1 or name in axes:
             # Stack axes have negative numbers, so that the others are the positions
             # of the letters in the einsum of the layer, which sees one of the stack.
-            first = -stacked.get(name, 0)
-            values[k] = {name: Trail(named(range(first, first + len(shape)), shape))}
+            own = axes.get(name, range(len(shape)))
+            numbers = [*range(len(own) - len(shape), 0), *own][: len(shape)]
+            values[k] = {name: Trail(named(numbers, shape))}
     for value in _Walk(uses).run(jaxpr, values):
         for name, trail in kernels(value).items():
             if trail.unseen:
                 uses.unseen.setdefault(name, trail.unseen)
             else:
-                steps = [trail.by, *sorted(trail.through)]
-                uses.outside.setdefault(name, listed(step for step in steps if step))
+                by = filter(None, [trail.by, *sorted(trail.through)])
+                uses.outside.setdefault(name, steps.listed(by))
 
 
 class _Walk:
@@ -94,15 +89,17 @@ class _Walk:
             "cond": self._cond,
             **dict.fromkeys(PRODUCTS, self._product),
             **dict.fromkeys(IDENTITIES, lambda eqn, values: values),
-            "stop_gradient": self._stop,
         }
 
     def run(self, jaxpr: Jaxpr, inputs: Sequence[Value]) -> Values:
         """The values of the outputs of `jaxpr`."""
-        known = dict(zip(jaxpr.invars, inputs, strict=True))
+        known: dict[Any, Value] = dict(zip(jaxpr.invars, inputs, strict=True))
 
         def read(atom: Any) -> Value:
-            return {} if isinstance(atom, Literal) else known.get(atom, {})
+            if isinstance(atom, Literal):
+                number = np.asarray(atom.val, atom.aval.dtype)  # type: ignore[attr-defined]
+                return {None: Trail(None, numbers=lambda _: number)}
+            return known.get(atom, {})
 
         for eqn in jaxpr.eqns:
             values = [read(atom) for atom in eqn.invars]
@@ -118,56 +115,56 @@ class _Walk:
             (inner,) = programs
             pairs = (inner.invars, eqn.invars), (inner.outvars, eqn.outvars)
             if all(_shapes(inside) == _shapes(outside) for inside, outside in pairs):
-                return self.run(inner, values)
+                results = self.run(inner, values)
+                own = name in steps.OWN_DERIVATIVE
+                return [_bypassed(v, name) for v in results] if own else results
         if name in OPAQUE or name.endswith("_call") or programs:
-            hide = functools.partial(dataclasses.replace, unseen=name)
+            why = f"a trace cannot look into `{name}`"
+            hide = functools.partial(dataclasses.replace, unseen=why, numbers=None)
             return [changed(joined(values), hide)] * len(eqn.outvars)
-        return [after(eqn, values)] * len(eqn.outvars)
+        return [steps.after(eqn, values)] * len(eqn.outvars)
 
     def _product(self, eqn: Any, values: Values) -> Values:
-        name, result = eqn.primitive.name, dict(after(eqn, values))
+        name, result = eqn.primitive.name, dict(steps.after(eqn, values))
         left, right, *_ = values
         for is_first, value, operand in ((True, left, right), (False, right, left)):
             for kernel, trail in kernels(value).items():
                 if not trail.by and trail.through <= PREPARING and name != "gather":
                     self.uses.multiplied.add(kernel)
                 if not trail.by and kernel not in operand:
-                    result[kernel] = multiplied(eqn, kernel, trail, operand, is_first)
+                    others = kernel, trail, operand, is_first
+                    result[kernel] = steps.multiplied(eqn, *others)
         return [result]
-
-    def _stop(self, eqn: Any, values: Values) -> Values:
-        # A kernel may be frozen, but an M behind it would not train.
-        return [
-            {
-                start: trail.passed("stop_gradient", trail.view)
-                if str(start).endswith(SUFFIX)
-                else trail
-                for start, trail in values[0].items()
-            }
-        ]
 
     def _mark(self, eqn: Any, values: Values) -> Values:
         call, (lead, *leads) = eqn.params["call"], eqn.params["leads"]
         value, product = dict(values[0]), call.product
         if not eqn.params["end"]:
             shape, labels = eqn.outvars[0].aval.shape, product.einsum_labels
-            names = axis_names(labels, 0) if labels else range(len(shape) - lead)
+            rows = map(str, range(len(shape) - lead))
+            names = steps.axis_names(labels, 0) if labels else rows
             lifted = [("vmap", k) for k in range(lead)]
-            return [{**value, call: Trail(named([*lifted, *names], shape))}]
+            numbers = (lambda indices: indices) if product.takes_indices else None
+            trail = Trail(named([*lifted, *names], shape), numbers=numbers)
+            return [{**value, call: trail}]
         self.uses.called.add(call.name)
         value.pop(call, None)
+        value.pop(call.scale, None)
         for lead_of_m, own in zip(leads, values[1:], strict=True):
             arriving = own.get(call.name + SUFFIX)
             wrong = "gets another array for its M"
             if arriving is not None:
-                wrong = fault_of_read(arriving, lead_of_m).replace("it", "its M", 1)
+                wrong = steps.fault_of_read(arriving, lead_of_m)
+                wrong = wrong.replace("it", "its M", 1)
             if wrong:
                 self.uses.faults.setdefault(call.name, f"{call.method} {wrong}")
         trail = value.pop(call.name, None)
         if trail is not None and trail.unseen:
             self.uses.unseen.setdefault(call.name, trail.unseen)
-        elif trail is not None and (wrong := fault(call, trail, lead)):
+        elif trail is not None and (wrong := steps.fault(call, trail, lead)):
             self.uses.faults.setdefault(call.name, f"{call.method} {wrong}")
+        elif trail is not None and (why := steps.doubt(call, trail)):
+            self.uses.unseen.setdefault(call.name, why)
         return [value]
 
     def _scan(self, eqn: Any, values: Values) -> Values:
@@ -210,13 +207,19 @@ class _Walk:
         return [functools.reduce(in_either, values) for values in outputs]
 
 
+def _bypassed(value: Value, name: str) -> Value:
+    # M's gradient does not go through the kernel, but through the input and the output.
+    starts = (start for start, t in value.items() if t.by or isinstance(start, Call))
+    return {**value, **{s: value[s].passed(name, value[s].view) for s in starts}}
+
+
 def _in_one_round(trail: Trail) -> Trail:
     return trail.moved(lambda view: view[1:])
 
 
 def _of_all_rounds(trail: Trail) -> Trail:
     # Of a product that a scan stacks, it is not known which rows it is of.
-    hidden = dataclasses.replace(trail, unseen="scan")
+    hidden = dataclasses.replace(trail, unseen="a trace cannot look into `scan`")
     return hidden if trail.by else trail.passed("scan")
 
 

@@ -269,7 +269,7 @@ class Operator:
     ) -> Float[jax.Array, "*batch outs"]:
         """Rows of `delta_weight(m)` by their numbers: (...) -> (..., out_features).
 
-        Negative `indices` count from the end, and rows beyond either end mean nothing.
+        Negative `indices` count from the end; beyond it and the start they are clipped.
         Indices that are not integers raise a TypeError.
         """
         if not isinstance(indices, jax.Array | np.ndarray):
@@ -299,10 +299,11 @@ def rows_product(h: jax.Array, g: jax.Array, precision: Precision = None) -> jax
 
 
 def in_range(indices: ArrayLike, size: int) -> jax.Array:
-    """Indices from 0 on, where negative ones count from the end."""
+    """Rows of an array at `indices`, from 0 on, as JAX's indexing takes them."""
     # Wide, or a vocabulary beyond the range of a small type would wrap around.
     dtype = jnp.result_type(indices.dtype, jnp.int32)
-    return jnp.asarray(indices).astype(dtype) % size
+    indices = jnp.asarray(indices).astype(dtype)
+    return jnp.where(indices < 0, indices + size, indices).clip(0, size - 1)
 
 
 # A program for each shape takes a tenth of the time that JAX's own functions take

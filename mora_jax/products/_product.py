@@ -88,7 +88,7 @@ class Product(abc.ABC):
 
     @property
     def passes(self) -> frozenset[str]:
-        """The other linear primitives that kernel, product and `delta` may pass."""
+        """Other linear primitives that input, kernel, product, `delta` may pass."""
         return frozenset()
 
     @property

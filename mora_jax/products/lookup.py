@@ -1,12 +1,15 @@
 """Embeddings: rows of the kernel by index."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from mora_jax._common.types import ArrayLike
 from mora_jax.products._product import Factors, KernelDelta, Product
+
+MODES = None, "clip", "wrap", "fill"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,6 +18,11 @@ class Lookup(Product):
 
     The kernel is (in, out), and the input features are the vocabulary. The delta's rows
     are computed for the given indices alone.
+
+    Attributes:
+      mode: Rows at indices beyond the table, as in `jnp.take`: "clip", "wrap" or "fill"
+        (no delta there). None is for `table[ids]`, where negative indices count from
+        the end, and the rest is clipped; and for layers that return NaN.
 
     Example: an embedding class of your own, and its tied head::
 
@@ -28,6 +36,8 @@ class Lookup(Product):
       >>> register_layer(Table, equation=ATTEND, kernel="table", method="decode")
     """
 
+    mode: str | None = None
+
     axes = "io"
     label = "an embedding"
     primitive = "gather"
@@ -35,12 +45,24 @@ class Lookup(Product):
     stand_ins = frozenset({"broadcast_in_dim"})
     takes_indices = True
 
-    @property
-    def passes(self) -> frozenset[str]:
-        return frozenset({"select_n"})  # it selects NaN for an index out of bounds
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise ValueError(f"mode must be one of {MODES}, got {self.mode!r}")
+
+    def places(self, indices: Any, size: int) -> Any:
+        """The rows of a table of `size` rows; beyond it for none of them."""
+        if self.mode == "wrap":
+            return indices % size
+        if self.mode != "clip":
+            indices = indices + size * (indices < 0)
+        return indices if self.mode == "fill" else indices.clip(0, size - 1)
 
     def delta(self, delta: KernelDelta, x: jax.Array) -> jax.Array:
-        return delta.lookup(x)
+        size, wide = delta.operator.in_features, jnp.result_type(x.dtype, jnp.int32)
+        places = self.places(x.astype(wide), size)
+        inside = (places >= 0) & (places < size)
+        rows = delta.lookup(places)
+        return jnp.where(inside[..., None], rows, 0) if self.mode == "fill" else rows
 
     def factors(self, scale: ArrayLike | float) -> Factors:
         if jnp.ndim(scale) > 1:  # it varies along the vocabulary

@@ -19,9 +19,10 @@ from meshes import assert_close, assert_shardings, put, sent, shardings
 
 import mora_jax
 from models import llama
-from mora_jax import MoRAConfig, linen, sharding
+from mora_jax import MoRAConfig, linen, register_layer, sharding
 from mora_jax.nnx import MoRAParam, set_adapters, wrap
 from mora_jax.operators import OPERATORS
+from mora_jax.products import Lookup
 
 MESH = llama.make_mesh(2, 2, 2)
 BATCH = NamedSharding(MESH, P(llama.BATCH_AXES))
@@ -148,6 +149,34 @@ def test_other_layers_learn_as_on_one_device(operator, names, dropout):
     rows = NamedSharding(MESH, P("data"))
     places = adapter_places, rows, shardings(specs, MESH)
     assert_close(loss_and_gradients(plan, jax.device_put(arrays, places)), expected)
+
+
+class Table(nn.Module):
+    """A lookup, by what `jnp.take` does beyond the table."""
+
+    mode: str
+
+    @nn.compact
+    def __call__(self, ids):
+        init = nn.with_partitioning(nn.initializers.normal(), (None, "model"))
+        table = self.param("table", init, (12, 16))
+        return jnp.take(table, ids, axis=0, mode=self.mode, fill_value=0)
+
+
+@pytest.mark.parametrize("mode", ["clip", "fill", slow("wrap")])
+def test_lookups_beyond_the_table_are_as_on_one_device(mode):
+    register_layer(Table, equation=Lookup(mode), kernel="table")
+    model, ids = Table(mode), np.arange(-16, 16).reshape(8, 4)
+    boxed = jax.eval_shape(model.init, KEY, ids)
+    config = MoRAConfig(square_rank=6, targets="table")
+    plan = linen.plan(model, boxed, config, ids)
+    arrays = made(plan), random_like(nn.unbox(boxed)), ids
+    expected = jax.jit(linen.wrap(model, plan))(*arrays)
+    plan = sharding.plan_on_mesh(plan, boxed["params"], batch_axes="data", mesh=MESH)
+    adapter_places = sharding.adapter_shardings(plan, boxed["params"], mesh=MESH)
+    specs = shardings(nn.get_partition_spec(boxed), MESH)
+    arrays = jax.device_put(arrays, (adapter_places, specs, NamedSharding(MESH, P())))
+    assert_close(jax.jit(linen.wrap(model, plan))(*arrays), expected)
 
 
 @pytest.mark.parametrize("operator", ["rotation", slow("sharing")])

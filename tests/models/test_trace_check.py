@@ -1,17 +1,22 @@
 """A trace shows that adapted and merged models are the same, or the plan refuses."""
 
+from collections.abc import Callable
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import random, random_like
+from helpers import close, random, random_like
 
 import mora_jax
-from mora_jax import MoRAConfig, diagnostics, linen, register_layer
+from mora_jax import MoRAConfig, diagnostics, linen, register_layer, serving
 from mora_jax import nnx as mora_nnx
+from mora_jax._flax.flax_layers import convolution
+from mora_jax._layer.equation import delta_kernel
 from mora_jax.products import ATTEND, Lookup
+from mora_jax.products.lookup import MODES
 
 WIDTH = 8
 CONFIG = MoRAConfig(square_rank=4, operator="rotation", targets=".*(kernel|w|table)")
@@ -64,7 +69,21 @@ def product(how, x, w, scale):
         "halves": halves,
         "printed": lambda: (jax.debug.callback(lambda w: None, w), x @ w)[1],
         "turned": lambda: jnp.swapaxes(w.T @ jnp.swapaxes(x, -1, -2), -1, -2),
+        "half precision": lambda: x.astype(jnp.bfloat16) @ w.astype(jnp.bfloat16),
+        "all bits": lambda: through(jax.lax.reduce_precision(x, 8, 23) @ w, "float32"),
+        "frozen": lambda: x @ jax.lax.stop_gradient(w),
         "cast": lambda: (x.astype(jnp.bfloat16) @ w.astype(jnp.bfloat16)) * 1,
+        "integers": lambda: through(x, "int32") @ w,
+        "booleans": lambda: through(x, "bool") @ w,
+        "small input": lambda: through(x, "float8_e4m3fn") @ w,
+        "small kernel": lambda: x @ through(w, "float4_e2m1fn"),
+        "small product": lambda: through(x @ w, "float8_e5m2"),
+        "small sum": lambda: summed_in(x, w, jnp.float8_e4m3fn),
+        "few bits": lambda: jax.lax.reduce_precision(x, 8, 7) @ w,
+        "few bits of a kernel": lambda: x @ jax.lax.reduce_precision(w, 5, 23),
+        "few bits after": lambda: jax.lax.reduce_precision(x @ w, 8, 22),
+        "frozen input": lambda: jax.lax.stop_gradient(x) @ w,
+        "frozen product": lambda: jax.lax.stop_gradient(x @ w) + x.mean(),
         "transposed": lambda: x @ w.T,
         "scaled": lambda: x @ (w * scale),
         "scaled after": lambda: (x @ w) / scale,
@@ -83,6 +102,16 @@ def product(how, x, w, scale):
     }[how]()
 
 
+def through(x, dtype):
+    return x.astype(dtype).astype(x.dtype)
+
+
+def summed_in(x, w, dtype):
+    numbers = (((x.ndim - 1,), (0,)), ((), ()))
+    y = jax.lax.dot_general(x, w, numbers, preferred_element_type=dtype)
+    return y.astype(x.dtype)
+
+
 def scale_of(layer):
     return 1 + layer.get_variable("params", "scale")
 
@@ -92,6 +121,8 @@ for cls in (Own, OwnTwin):
 register_layer(Scaled, equation=DENSE, kernel="w", scale=scale_of)
 
 RIGHT = ("plain", "biased", "jitted", "vmapped", "halves", "printed", "turned")
+RIGHT += ("half precision", "all bits", "frozen")
+CHANGED = "another array than the input .* changes its input by"
 WRONG = {
     "cast": "by `mul`",
     "transposed": r"Own\w*.__call__ does not compute 'abi,io->abo'",
@@ -107,6 +138,17 @@ WRONG = {
     "half": "by `concatenate`",
     "array": "without a product",
     "branch": "by `a branch or a loop`",
+    "integers": f"{CHANGED} `convert_element_type` to int32",
+    "booleans": f"{CHANGED} `convert_element_type` to bool",
+    "small input": f"{CHANGED} `convert_element_type` to float8_e4m3fn",
+    "small kernel": "product, by `convert_element_type` to float4_e2m1fn",
+    "small product": "product, by `convert_element_type` to float8_e5m2",
+    "small sum": "product, by `dot_general` to float8_e4m3fn",
+    "few bits": f"{CHANGED} `reduce_precision`",
+    "few bits of a kernel": "product, by `reduce_precision`",
+    "few bits after": "product, by `reduce_precision`",
+    "frozen input": f"{CHANGED} `stop_gradient`",
+    "frozen product": "product, by `stop_gradient`",
 }
 
 
@@ -142,6 +184,180 @@ def test_what_the_rule_says_passes(api, how):
 def test_what_it_does_not_say_is_refused(api, how):
     with pytest.raises(ValueError, match=f"^w: .*{WRONG[how]}"):
         plan_of(*own(api, how))
+
+
+def test_an_input_of_integers_is_one_of_numbers():
+    """What a layer is given may be of any type; what it makes of it may not."""
+    for x in (X > 0, jnp.arange(WIDTH, dtype=jnp.uint8)[None]):
+        model = nnx.Linear(WIDTH, WIDTH, rngs=nnx.Rngs(0))
+        plan = mora_nnx.plan(model, CONFIG, x)
+        assert not plan.unproven
+        diagnostics.check(model, None, plan, x)
+
+
+def test_a_convolution_of_a_changed_input_is_refused():
+    class Rounded(nnx.Conv):
+        def __call__(self, x):
+            return super().__call__(through(x, "int32"))
+
+    register_layer(Rounded, equation=convolution)
+    layer = Rounded(WIDTH, 4, (3,), padding="CIRCULAR", rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=f"{CHANGED} .*to int32"):
+        mora_nnx.plan(layer, CONFIG, X)
+    plain = nnx.Conv(WIDTH, 4, (3,), padding="CIRCULAR", rngs=nnx.Rngs(0))
+    assert not mora_nnx.plan(plain, CONFIG, X).unproven
+
+
+# --- Derivatives of a layer's own ---
+
+
+@jax.custom_vjp
+def times(x, w):
+    """A product that sends half of the gradient to its input."""
+    return x @ w
+
+
+@jax.custom_vjp
+def same(x):
+    return x
+
+
+@jax.custom_jvp
+def times_by_jvp(x, w):
+    return x @ w
+
+
+def transpose_of(x, w, g):
+    return jnp.einsum("...i,...o->io", x, g)
+
+
+times.defvjp(
+    lambda x, w: (x @ w, (x, w)),
+    lambda xw, g: (g @ xw[1].T / 2, transpose_of(*xw, g)),
+)
+same.defvjp(lambda x: (x, None), lambda _, g: (g / 2,))
+times_by_jvp.defjvp(lambda xw, t: (xw[0] @ xw[1], t[0] @ xw[1] / 2 + xw[0] @ t[1]))
+
+
+@pytest.mark.parametrize(
+    ("multiply", "primitive"),
+    [
+        (times, "custom_vjp_call"),
+        (jax.jit(times), "custom_vjp_call"),
+        (times_by_jvp, "custom_jvp_call"),
+        (lambda x, w: same(x) @ w, "custom_vjp_call"),
+        (lambda x, w: same(x @ w), "custom_vjp_call"),
+        (lambda x, w: x @ same(w), None),
+    ],
+)
+def test_a_derivative_of_its_own_is_said(multiply, primitive):
+    class Layer(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return multiply(x, self.param("w", nn.initializers.normal(), (8, 8)))
+
+    register_layer(Layer, equation=DENSE, kernel="w")
+
+    def dot_general(x, w, *_, **__):
+        return multiply(x, w)
+
+    for model in (Layer(), nn.Dense(WIDTH, use_bias=False, dot_general=dot_general)):
+        variables = variables_of(model)
+        plan = plan_of(model, variables)
+        why = f"`{primitive}` has a derivative of its own, which the delta bypasses"
+        assert plan.unproven == (((plan.specs[0].name, why),) if primitive else ())
+        assert primitive is None or why in str(plan)
+
+
+# --- Lookups beyond their table ---
+
+ROWS = 8
+BESIDE = jnp.array([[-20, -9, -8, -3, -1], [0, 3, 7, 8, 25]])
+LOOKUPS = {
+    "as indexed": (None, lambda t, ids: t[ids]),
+    "in another order": (None, lambda t, ids: t[ids.T].swapaxes(0, 1)),
+    "of each": (None, lambda t, ids: jax.vmap(lambda ids: t[ids])(ids)),
+    "in a row": (None, lambda t, ids: t[ids.ravel()].reshape(*ids.shape, -1)),
+    "with NaN": (None, lambda t, ids: jnp.take(t, ids, axis=0)),
+    "clipped": ("clip", lambda t, ids: jnp.take(t, ids, axis=0, mode="clip")),
+    "clipped before": ("clip", lambda t, ids: t[jnp.clip(ids, 0, ROWS - 1)]),
+    "none below": ("clip", lambda t, ids: t[jnp.where(ids < 0, 0, ids)]),
+    "wrapped": ("wrap", lambda t, ids: jnp.take(t, ids, axis=0, mode="wrap")),
+    "wrapped before": ("wrap", lambda t, ids: t[ids % ROWS]),
+    "zeros": ("fill", lambda t, ids: jnp.take(t, ids, axis=0, fill_value=0)),
+    "ones": ("fill", lambda t, ids: t.at[ids].get(mode="fill", fill_value=1)),
+}
+OTHER_ROWS = {
+    "next": ("takes other rows than Lookup", lambda t, ids: t[ids + 1]),
+    "some": ("takes other rows than Lookup", lambda t, ids: t[jnp.minimum(ids, 3)]),
+    "mirrored": ("by other numbers than its input", lambda t, ids: t[ids[::-1]]),
+    "reordered": ("does not compute 'kernel.input.'", lambda t, ids: t[ids.T]),
+    "masked": (
+        "by `select_n`",
+        lambda t, ids: jnp.where((ids == 0)[..., None], 0, t[ids]),
+    ),
+}
+
+
+class Table(nn.Module):
+    """A layer that looks up in a table."""
+
+    look_up: Callable[[jax.Array, jax.Array], jax.Array]
+
+    @nn.compact
+    def __call__(self, ids):
+        table = self.param("table", nn.initializers.normal(), (ROWS, 6))
+        return self.look_up(table, ids)
+
+
+def planned_lookup(look_up, mode):
+    register_layer(Table, equation=Lookup(mode), kernel="table")
+    model = Table(look_up)
+    variables = model.init(KEY, BESIDE)
+    return model, variables, linen.plan(model, variables, CONFIG, BESIDE)
+
+
+@pytest.mark.parametrize("how", LOOKUPS)
+def test_a_delta_beyond_the_table_is_as_in_the_layer(how):
+    mode, look_up = LOOKUPS[how]
+    for other in {*MODES} - {mode} if how != "with NaN" else ():
+        mend = rf"products\.Lookup\(mode={mode!r}\)"
+        with pytest.raises(ValueError, match=f"takes other rows than .*; say .*{mend}"):
+            planned_lookup(look_up, other)
+    model, variables, plan = planned_lookup(look_up, mode)
+    assert not plan.unproven
+    apply, spec = linen.wrap(model, plan), plan.specs[0]
+
+    def by_delta(m):
+        return apply({"table_mora": m}, variables, BESIDE)
+
+    def by_row(m):
+        slots = serving.stack([{"table_mora": m}] * 2, plan)
+        return apply(serving.select(slots, jnp.array([1, 0])), variables, BESIDE)
+
+    def merged(m):
+        return look_up(variables["params"]["table"] + delta_kernel(spec, m), BESIDE)
+
+    m, weights = random(2, 4, 4), random(3, *BESIDE.shape, 6)
+    for function in (by_delta, by_row):
+        close(function(m), merged(m), 1e-5)
+        # By two M's, since JAX's own gradient of table[ids] drops what
+        # is beyond the table, where its value is the last row.
+        gradient = jax.grad(lambda m, f=function: jnp.nansum(weights * f(m)))(m)
+        change = jnp.nansum(weights * (merged(2 * m) - merged(m)))
+        close(jnp.vdot(gradient, m), change, 1e-5)
+
+
+@pytest.mark.parametrize("how", OTHER_ROWS)
+def test_a_lookup_of_other_rows_is_refused(how):
+    message, look_up = OTHER_ROWS[how]
+    with pytest.raises(ValueError, match=f"^table: Table.__call__ .*{message}"):
+        planned_lookup(look_up, None)
+
+
+def test_the_modes_of_lookups():
+    with pytest.raises(ValueError, match="mode must be one of .*, got 'promise'"):
+        Lookup("promise")
 
 
 @pytest.mark.parametrize("how", ["transposed", "scaled", "scaled before", "beside"])
@@ -192,6 +408,88 @@ def test_a_scaled_kernel_is_merged_into_the_kernel_itself(value, scale):
     register_layer(layer, equation=DENSE, kernel="w", scale=scale)
     plan = mora_nnx.plan(layer(), CONFIG, X)
     assert diagnostics.check(layer(), None, plan, X)["w"] < 1e-5
+
+
+NAMED = {
+    "of the outputs": (True, lambda x, w, s: x @ (w * s)),
+    "of the product": (True, lambda x, w, s: (x @ w) * s),
+    "of the transpose": (True, lambda x, w, s: x @ (s[:, None] * w.T).T),
+    "of each row": (True, lambda x, w, s: jax.vmap(lambda x: x @ (w * s))(x)),
+    "of halves": (True, lambda x, w, s: in_halves(x, w, s)),
+    "in copies": (None, lambda x, w, s: x @ (w * jnp.broadcast_to(s, w.shape))),
+    "of the inputs": ("s .along other axes.", lambda x, w, s: x @ (w * s[:, None])),
+    "divided": ("s .changed.", lambda x, w, s: x @ w / s),
+    "one more": ("s .changed.", lambda x, w, s: x @ (w * (1 + s))),
+    "twice": ("s and 2.0", lambda x, w, s: x @ (w * s) * 2),
+    "another": ("another array", lambda x, w, s: x @ (w * jnp.arange(1.0, 9))),
+}
+NUMBERS = {
+    "of the kernel": (0.25, lambda x, w, s: x @ (w * 0.25)),
+    "divided": (0.25, lambda x, w, s: x @ w / 4),
+    "in two": (0.25, lambda x, w, s: (x @ (w * 0.5)) / 2),
+    "computed": (WIDTH**-0.5, lambda x, w, s: x @ (w / jnp.sqrt(w.shape[0]))),
+    "rounded": (0.1, lambda x, w, s: x @ (w * jnp.asarray(0.1, jnp.bfloat16))),
+}
+
+
+def in_halves(x, w, s):
+    halves = w.reshape(WIDTH, 2, -1) * s.reshape(2, -1)
+    return jnp.einsum("...i,iho->...ho", x, halves).reshape(x.shape)
+
+
+def planned_scale(compute, scale):
+    class Layer(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            w = self.param("w", nn.initializers.normal(), (WIDTH, WIDTH))
+            return compute(x, w, self.param("s", nn.initializers.normal(), (WIDTH,)))
+
+    register_layer(Layer, equation=DENSE, kernel="w", scale=scale)
+    model = Layer()
+    variables = variables_of(model)
+    return model, variables, plan_of(model, variables)
+
+
+@pytest.mark.parametrize("how", NAMED)
+def test_a_named_scale_is_compared(how):
+    found, compute = NAMED[how]
+    if isinstance(found, str):
+        message = f"^w: .* scales it by {found} and not by s"
+        with pytest.raises(ValueError, match=message):
+            planned_scale(compute, "s")
+        return
+    model, variables, plan = planned_scale(compute, "s")
+    assert bool(plan.unproven) is (found is None)
+    assert diagnostics.check(model, variables, plan, X)["w"] < 1e-5
+
+
+@pytest.mark.parametrize("how", NUMBERS)
+def test_a_number_that_scales_is_compared(how):
+    number, compute = NUMBERS[how]
+    model, variables, plan = planned_scale(compute, lambda _: number)
+    assert not plan.unproven
+    assert diagnostics.check(model, variables, plan, X, tolerance=0.01)
+    with pytest.raises(ValueError, match=f"scales it by .* and not by {2 * number:.4}"):
+        planned_scale(compute, lambda _: jnp.full((1, WIDTH), 2 * number))
+    with pytest.raises(ValueError, match="scales it by .* and not by s"):
+        planned_scale(compute, "s")
+
+
+def test_a_scale_that_cannot_be_compared_is_said():
+    def doubled(layer):
+        return 2 * layer.get_variable("params", "s")
+
+    def twice(x, w, s):
+        return x @ (w * (2 * s))
+
+    for compute, scale in ((twice, doubled), (twice, lambda _: 3.0)):
+        model, variables, plan = planned_scale(compute, scale)
+        why = "a trace compares scale= of its rule if it is a number or a parameter"
+        assert plan.unproven == (("w", why),) and f"w: {why}" in str(plan)
+    with pytest.raises(ValueError, match="differ by more than"):
+        diagnostics.check(model, variables, plan, X)
+    with pytest.raises(ValueError, match="^w: .* does not scale it"):
+        planned_scale(lambda x, w, s: (x @ w) * x.mean(), lambda _: 3.0)
 
 
 def test_a_scaled_embedding_is_merged_into_the_kernel_itself(unchecked):
