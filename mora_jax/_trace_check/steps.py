@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mora_jax._common.types import Shape
+from mora_jax._plan.spec import SUFFIX
 from mora_jax._trace_check.trails import Call, Start, Trail, Value, joined, kernels
 from mora_jax._trace_check.views import Axis, View, length, named, reshape
 from mora_jax.products.lookup import MODES, Lookup
@@ -53,9 +54,10 @@ def _step(eqn: Any, start: Start, trail: Trail, values: list[Value]) -> Trail:
         case "reduce_precision" if _keeps_all(eqn.params, before[0].dtype):
             return trail
         case "stop_gradient" if isinstance(start, str) and not trail.by:
-            # M's gradient does not go through the kernel. But the delta would give one
-            # to an input that has none with a merged kernel.
-            return trail
+            # M's gradient does not go through the kernel. But it goes through M, and
+            # the delta would give one to an input that has none with a merged kernel.
+            if not start.endswith(SUFFIX):
+                return trail
         case "transpose":
             order = eqn.params["permutation"]
             return trail.moved(lambda view: tuple(view[k] for k in order))
