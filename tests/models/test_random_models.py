@@ -267,8 +267,9 @@ def verdict(model):
     case = Case(model)
     try:
         return outcome(case)
-    except AssertionError as error:
-        raise AssertionError(f"{error}\n{model}\n{case}") from None
+    except Exception as error:
+        error.add_note(f"{model}\n{case}")
+        raise
 
 
 def outcome(case):

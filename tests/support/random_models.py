@@ -24,6 +24,7 @@ from mora_jax import MoRAConfig, register_layer
 from mora_jax.products import Lookup
 
 WIDTH, ROWS, POSITIONS, VOCABULARY = 8, 2, 3, 11
+TARGETS = ".*/(kernel|embedding|w)"
 normal = nn.initializers.normal(0.35)
 
 
@@ -136,7 +137,7 @@ class RandomModel:
 
     def config(self, exclude: tuple[str, ...]) -> MoRAConfig:
         """The config of a plan of all kernels but some."""
-        fixed: Any = {"square_rank": 4, "targets": ".*", "param_dtype": self.dtype}
+        fixed: Any = {"square_rank": 4, "targets": TARGETS, "param_dtype": self.dtype}
         return MoRAConfig(exclude=exclude, **fixed, **self.settings)
 
     @functools.cached_property
@@ -321,6 +322,12 @@ def linen_energy(m, x, ids, fields):
     return jax.grad(lambda x: jnp.sum(jnp.sin(inner(x, ids))))(x)
 
 
+def linen_tangent(m, x, ids, fields):
+    inner = LinenBlock(**fields)
+    inner(x, ids)
+    return jax.jvp(lambda x: inner(x, ids), (x,), (jnp.cos(x),))[1]
+
+
 def linen_custom_vjp(change):
     """The gradients of parameters and input, changed by the model on their way back."""
 
@@ -398,6 +405,7 @@ LINEN_LIFTS = {
     "one branch": linen_one_branch,
     "while": linen_while,
     "energy": linen_energy,
+    "tangent": linen_tangent,
     **OWN_GRADIENTS,
     **{name: linen_mapped(change) for name, change in MAPPED.items()},
 }
@@ -431,6 +439,10 @@ def nnx_energy(run, inner, x):
     return jax.grad(lambda x: jnp.sum(jnp.sin(run(inner, x))))(x)
 
 
+def nnx_tangent(run, inner, x):
+    return jax.jvp(lambda x: run(inner, x), (x,), (jnp.cos(x),))[1]
+
+
 NNX_LIFTS = {
     "remat": lambda run, inner, x: nnx.remat(run)(inner, x),
     "jit": lambda run, inner, x: nnx.jit(run)(inner, x),
@@ -440,6 +452,7 @@ NNX_LIFTS = {
     "one branch": nnx_one_branch,
     "while": nnx_while,
     "energy": nnx_energy,
+    "tangent": nnx_tangent,
 }
 """The transformations of any block, which are right; Linen has "vmap" as well."""
 
@@ -742,15 +755,74 @@ def mixed(draw):
     return Block(text, run, layers)
 
 
+def one_slice(table, k):
+    return jax.lax.dynamic_slice_in_dim(table, k, 1)[0]
+
+
 LOOKUPS = {
     "t[ids]": lambda ids, t, s: t[ids],
     "take clip": lambda ids, t, s: jnp.take(t, ids, axis=0, mode="clip"),
     "take wrap": lambda ids, t, s: jnp.take(t, ids, axis=0, mode="wrap"),
     "take 0": lambda i, t, s: jnp.take(t, i, axis=0, mode="fill", fill_value=0),
+    "one by one": lambda ids, t, s: jax.vmap(jax.vmap(lambda k: t[k]))(ids),
+    "slices": lambda ids, t, s: jax.vmap(jax.vmap(functools.partial(one_slice, t)))(
+        ids
+    ),
     "get clip": lambda ids, t, s: t.at[ids].get(mode="clip"),
     "get 0": lambda ids, t, s: t.at[ids].get(mode="fill", fill_value=0),
     "get 1": lambda ids, t, s: t.at[ids].get(mode="fill", fill_value=1),
 }
+
+
+VIEWS = {
+    "transposed twice": lambda x, w, s: x @ w.T.T,
+    "by heads": lambda x, w, s: jnp.einsum(
+        "...i,iho->...ho", x, w.reshape(WIDTH, 2, 4)
+    ),
+    "in halves": lambda x, w, s: jnp.einsum("...hi,hio->...o", *halves(x, w)),
+    "from the left": lambda x, w, s: jnp.swapaxes(
+        w.T @ jnp.swapaxes(x, -1, -2), -1, -2
+    ),
+    "row by row": lambda x, w, s: jax.vmap(lambda x: x @ w)(x),
+    "transposed": lambda x, w, s: x @ w.T,
+    "reversed": lambda x, w, s: x @ w[::-1],
+    "rolled": lambda x, w, s: x @ jnp.roll(w, 1, 1),
+    "regrouped": lambda x, w, s: x @ regrouped(w),
+    "of a permuted input": lambda x, w, s: x[..., jnp.arange(WIDTH)[::-1]] @ w,
+    "of a regrouped input": lambda x, w, s: regrouped(x) @ w,
+    "of a masked input": lambda x, w, s: jnp.where(x > 0, x, 0) @ w,
+    "of a moved input": lambda x, w, s: jnp.roll(x, 1, 0) @ w,
+    "with regrouped outputs": lambda x, w, s: regrouped(x @ w),
+    "with reversed outputs": lambda x, w, s: (x @ w)[..., ::-1],
+    "with moved outputs": lambda x, w, s: jnp.roll(x @ w, 1, 0),
+    "with masked outputs": lambda x, w, s: jnp.where(s > 0, x @ w, 0),
+    "in two sums": lambda x, w, s: x[..., :4] @ w[:4] + x[..., 4:] @ w[4:],
+    "with its mean": lambda x, w, s: x @ w - jnp.mean(x @ w, -1, keepdims=True),
+    "with a gate of x": lambda x, w, s: (x @ w) * x,
+    "with a bias of x": lambda x, w, s: x @ w + jnp.cos(x),
+}
+"""Functions of input, kernel and vector; the first five are "...i,io->...o"."""
+
+
+def halves(x, w):
+    return x.reshape(*x.shape[:-1], 2, 4), w.reshape(2, 4, WIDTH)
+
+
+def regrouped(x):
+    """The features in another order, by reshapes and transposes alone."""
+    x = x.reshape(*x.shape[:-1], 2, 4)
+    return jnp.swapaxes(x, -1, -2).reshape(*x.shape[:-2], WIDTH)
+
+
+def viewed(draw):
+    """A product that moves the axes of what it multiplies, rightly or not."""
+    name = draw.choice([*VIEWS])
+
+    def compute(x, w, s):
+        return VIEWS[name](x, w, s).reshape(x.shape)
+
+    right = [*VIEWS].index(name) < 5
+    return Block(f"own, {name}", of_first, {"a": own(compute)}, right)
 
 
 def lookup(draw):
@@ -841,8 +913,17 @@ def right_calls(draw):
         "one or both": lambda c: (of_both if c.mode == "train" else of_first)(c),
     }
     name, calls = draw.choice([*ways]), draw.choice([("train",), ("train", "other")])
-    layers = {"a": dense(), "b": dense()}
-    return Block(f"dense by mode: {name}", ways[name], layers, calls=calls)
+
+    def run(c):
+        if c.linen and c.m.is_initializing() and not right:
+            return of_both(c)  # makes all parameters
+        return ways[name](c)
+
+    # A kernel that the first call does not use is left out.
+    layers, right = {"a": dense(), "b": dense()}, name == "scaled"
+    if right:
+        del layers["b"]
+    return Block(f"dense by mode: {name}", run, layers, right, calls=calls)
 
 
 def statistics(draw):
@@ -951,6 +1032,7 @@ FEATURES = {
     scaled: 3,
     another_call: 3,
     mapped: 3,
+    viewed: 3,
     elsewhere: 2,
     itself: 2,
     derivative: 2,
@@ -1010,6 +1092,8 @@ def _lifted(draw: Draw, block: Block) -> Block:
     lift = draw.choice(lifts)
     if block.lift or not block.liftable or draw.random() < 0.55:
         return block
-    if block.steps and lift == "energy":  # whose derivative would be 0
+    if block.steps and lift in ("energy", "tangent"):  # the derivative would be 0
+        return block
+    if block.reverse and lift == "tangent":
         return block
     return dataclasses.replace(block, lift=lift)
