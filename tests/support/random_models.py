@@ -83,12 +83,13 @@ class Block:
       layers: Its layers, which are attributes of the module that runs it.
       right: True if a plan must adapt all of its kernels.
       fault: The fault that it would have without what mends it; "" for none.
-      lift: The transformation that it is in.
+      lifts: The transformations that it is in, from the outside.
       calls: The calls that it was made for.
       liftable: True if any transformation may be put around it.
       steps: True if its outputs change by steps, whose derivative is 0.
       reverse: True if it has a gradient and no forward derivative.
       prepare: A function of the module, once its layers are made.
+      is_lookup: True if it looks up in a table.
     """
 
     text: str
@@ -96,15 +97,16 @@ class Block:
     layers: Mapping[str, Layer]
     right: bool = True
     fault: str = ""
-    lift: str = ""
+    lifts: tuple[str, ...] = ()
     calls: tuple[str, ...] = ()
     liftable: bool = True
     steps: bool = False
     reverse: bool = False
     prepare: Callable[[Any], None] | None = None
+    is_lookup: bool = False
 
     def __repr__(self) -> str:
-        return f"{self.lift}({self.text})" if self.lift else self.text
+        return "(".join([*self.lifts, self.text]) + ")" * len(self.lifts)
 
 
 @dataclasses.dataclass
@@ -128,7 +130,7 @@ class RandomModel:
     @property
     def forward(self) -> bool:
         """True if it has only forward derivatives, as a loop of unknown length."""
-        return any(block.lift == "while" for block in self.blocks)
+        return any("while" in block.lifts for block in self.blocks)
 
     @property
     def dtype(self) -> Any:
@@ -171,20 +173,26 @@ class RandomModel:
 
 
 class LinenBlock(nn.Module):
-    """A block in Linen."""
+    """A block in Linen, inside of its transformations."""
 
     block: Block
+    lifts: tuple[str, ...]
     dtype: Any
     mode: str
 
     def setup(self):
-        for name, layer in self.block.layers.items():
+        for name, layer in ({} if self.lifts else self.block.layers).items():
             setattr(self, name, layer.linen(self.dtype))
         if self.block.prepare:
             self.block.prepare(self)
 
+    @nn.compact
     def __call__(self, x, ids):
-        return self.block.run(Context(self, x, ids, self.mode))
+        if not self.lifts:
+            return self.block.run(Context(self, x, ids, self.mode))
+        fields = {"block": self.block, "dtype": self.dtype, "mode": self.mode}
+        fields |= {"lifts": self.lifts[1:], "name": "inner"}
+        return LINEN_LIFTS[self.lifts[0]](self, x, ids, fields)
 
 
 class LinenStep(LinenBlock):
@@ -192,18 +200,6 @@ class LinenStep(LinenBlock):
 
     def __call__(self, x, ids):
         return super().__call__(x, ids), None
-
-
-class LinenLifted(LinenBlock):
-    """A block inside of its transformation."""
-
-    def setup(self):
-        pass
-
-    @nn.compact
-    def __call__(self, x, ids):
-        fields = {"block": self.block, "dtype": self.dtype, "mode": self.mode}
-        return LINEN_LIFTS[self.block.lift](self, x, ids, {**fields, "name": "inner"})
 
 
 class LinenModel(nn.Module):
@@ -215,8 +211,8 @@ class LinenModel(nn.Module):
     @nn.compact
     def run(self, x, ids, mode):
         for k, block in enumerate(self.blocks):
-            cls = LinenLifted if block.lift else LinenBlock
-            x = x + jnp.sin(cls(block, self.dtype, mode, name=f"b{k}")(x, ids))
+            fields = block, block.lifts, self.dtype, mode
+            x = x + jnp.sin(LinenBlock(*fields, name=f"b{k}")(x, ids))
         return x
 
     def __call__(self, x, ids, train=False):
@@ -227,34 +223,29 @@ class LinenModel(nn.Module):
 
 
 class NNXBlock(nnx.Module):
-    """A block in NNX."""
+    """A block in NNX, inside of its transformations."""
 
-    def __init__(self, block, dtype, rngs):
-        self.block = block
+    def __init__(self, block, lifts, dtype, rngs):
+        self.block, self.lifts = block, lifts
+        if lifts:
+            make = functools.partial(NNXBlock, block, lifts[1:], dtype)
+            if lifts[0] in ("scan", "experts"):
+                make = nnx.split_rngs(splits=2)(nnx.vmap(make))
+            self.inner = make(rngs)
+            return
         for name, layer in block.layers.items():
             setattr(self, name, layer.nnx(dtype, rngs))
         if block.prepare:
             block.prepare(self)
 
     def __call__(self, x, ids, mode):
-        return self.block.run(Context(self, x, ids, mode))
+        if not self.lifts:
+            return self.block.run(Context(self, x, ids, mode))
 
-
-class NNXLifted(nnx.Module):
-    """A block inside of its transformation."""
-
-    def __init__(self, block, dtype, rngs):
-        self.lift = block.lift
-        make = functools.partial(NNXBlock, block, dtype)
-        if self.lift in ("scan", "experts"):
-            make = nnx.split_rngs(splits=2)(nnx.vmap(make))
-        self.inner = make(rngs)
-
-    def __call__(self, x, ids, mode):
         def run(inner, x):
             return inner(x, ids, mode)
 
-        return NNX_LIFTS[self.lift](run, self.inner, x)
+        return NNX_LIFTS[self.lifts[0]](run, self.inner, x)
 
 
 class NNXModel(nnx.Module):
@@ -263,8 +254,7 @@ class NNXModel(nnx.Module):
     def __init__(self, blocks, dtype, rngs):
         self.number = len(blocks)
         for k, block in enumerate(blocks):
-            cls = NNXLifted if block.lift else NNXBlock
-            setattr(self, f"b{k}", cls(block, dtype, rngs))
+            setattr(self, f"b{k}", NNXBlock(block, block.lifts, dtype, rngs))
 
     def run(self, x, ids, mode):
         for k in range(self.number):
@@ -456,6 +446,9 @@ NNX_LIFTS = {
 }
 """The transformations of any block, which are right; Linen has "vmap" as well."""
 
+CLOSURES = {"one branch", "while", "energy", "tangent"}
+"""Those that are JAX's own, of functions that close over a module."""
+
 
 # --- Layers ---
 
@@ -608,7 +601,7 @@ SIMPLE: dict[str, tuple[Run, Mapping[str, Layer]]] = {
 def simple(draw, *names):
     """A block that anything can be done with."""
     name = draw.choice(names or [*SIMPLE])
-    return Block(name, *SIMPLE[name])
+    return Block(name, *SIMPLE[name], is_lookup="embedding" in name)
 
 
 def plain():
@@ -765,9 +758,7 @@ LOOKUPS = {
     "take wrap": lambda ids, t, s: jnp.take(t, ids, axis=0, mode="wrap"),
     "take 0": lambda i, t, s: jnp.take(t, i, axis=0, mode="fill", fill_value=0),
     "one by one": lambda ids, t, s: jax.vmap(jax.vmap(lambda k: t[k]))(ids),
-    "slices": lambda ids, t, s: jax.vmap(jax.vmap(functools.partial(one_slice, t)))(
-        ids
-    ),
+    "slices": lambda i, t, s: jax.vmap(jax.vmap(lambda k: one_slice(t, k)))(i),
     "get clip": lambda ids, t, s: t.at[ids].get(mode="clip"),
     "get 0": lambda ids, t, s: t.at[ids].get(mode="fill", fill_value=0),
     "get 1": lambda ids, t, s: t.at[ids].get(mode="fill", fill_value=1),
@@ -776,13 +767,9 @@ LOOKUPS = {
 
 VIEWS = {
     "transposed twice": lambda x, w, s: x @ w.T.T,
-    "by heads": lambda x, w, s: jnp.einsum(
-        "...i,iho->...ho", x, w.reshape(WIDTH, 2, 4)
-    ),
+    "by heads": lambda x, w, s: jnp.tensordot(x, w.reshape(WIDTH, 2, 4), 1),
     "in halves": lambda x, w, s: jnp.einsum("...hi,hio->...o", *halves(x, w)),
-    "from the left": lambda x, w, s: jnp.swapaxes(
-        w.T @ jnp.swapaxes(x, -1, -2), -1, -2
-    ),
+    "from the left": lambda x, w, s: (w.T @ x.mT).mT,
     "row by row": lambda x, w, s: jax.vmap(lambda x: x @ w)(x),
     "transposed": lambda x, w, s: x @ w.T,
     "reversed": lambda x, w, s: x @ w[::-1],
@@ -836,7 +823,7 @@ def lookup(draw):
 
     fault, where = ("lookups", " beyond the table") if beyond else ("", "")
     right = not beyond and name != "take wrap"
-    return Block(f"{name}{where}", run, layers, right, fault)
+    return Block(f"{name}{where}", run, layers, right, fault, is_lookup=True)
 
 
 SCALED = {
@@ -947,7 +934,7 @@ def mapped(draw):
     right, fault = lift == "mapped to itself", "map_variables"
     if lift in ("mapped to itself", "halved"):
         fault = ""
-    return dataclasses.replace(block, lift=lift, right=right, fault=fault)
+    return dataclasses.replace(block, lifts=(lift,), right=right, fault=fault)
 
 
 def itself(draw):
@@ -1022,7 +1009,7 @@ def lifted_derivative(draw):
     lift = draw.choice([*OWN_GRADIENTS])
     right, fault = (True, "") if lift == "half of dx" else (False, "derivatives")
     settings = {"right": right, "fault": fault, "reverse": True}
-    return dataclasses.replace(block, lift=lift, **settings)
+    return dataclasses.replace(block, lifts=(lift,), **settings)
 
 
 FEATURES = {
@@ -1068,11 +1055,7 @@ def draw_model(seed: int, without: frozenset[str] = frozenset()) -> RandomModel:
     blocks = [_lifted(draw, feature(draw)) for feature in chosen]
     blocks = [plain() if block.fault in without else block for block in blocks]
     if any(block.reverse for block in blocks):  # a loop has no gradient
-        loops = [block.lift == "while" for block in blocks]
-        blocks = [
-            dataclasses.replace(block, lift="jit") if loop else block
-            for block, loop in zip(blocks, loops, strict=True)
-        ]
+        blocks = [without_loop(block) for block in blocks]
     last = "other" if draw.api == "linen" else "eval"  # `nnx.plan` traces `__call__`
     first = draw.choice(["eval", "eval", "train", last])
     more = draw.choices(["eval", "train", "other"], k=draw.choice([0, 0, 1]))
@@ -1087,13 +1070,22 @@ def draw_model(seed: int, without: frozenset[str] = frozenset()) -> RandomModel:
     )
 
 
+def without_loop(block: Block) -> Block:
+    """The block without a loop of unknown length."""
+    lifts = tuple(lift for lift in block.lifts if lift != "while")
+    return dataclasses.replace(block, lifts=lifts)
+
+
 def _lifted(draw: Draw, block: Block) -> Block:
     lifts = [*NNX_LIFTS, "vmap"] if draw.api == "linen" else [*NNX_LIFTS]
-    lift = draw.choice(lifts)
-    if block.lift or not block.liftable or draw.random() < 0.55:
+    outer = draw.sample(lifts, draw.choice([0, 0, 0, 1, 1, 2]))
+    derived = {"energy", "tangent"} & {*outer}
+    if block.steps or block.reverse or "while" in outer or len(derived) > 1:
+        outer = [lift for lift in outer if lift not in derived]
+    if not block.liftable:
         return block
-    if block.steps and lift in ("energy", "tangent"):  # the derivative would be 0
-        return block
-    if block.reverse and lift == "tangent":
-        return block
-    return dataclasses.replace(block, lift=lift)
+    if draw.api == "nnx" and {*outer[:1]} & CLOSURES:
+        outer = outer[:1]  # NNX's own transformations do not run in JAX's
+    # A lookup in many tables, one for each expert, is none that a trace knows.
+    right = block.right and not (block.is_lookup and "experts" in outer)
+    return dataclasses.replace(block, lifts=(*outer, *block.lifts), right=right)
