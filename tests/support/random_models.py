@@ -81,7 +81,7 @@ class Block:
       text: A short description.
       run: The computation.
       layers: Its layers, which are attributes of the module that runs it.
-      right: True if a plan must adapt all of its kernels.
+      right: True if a plan must adapt all of its kernels, and prove them.
       fault: The fault that it would have without what mends it; "" for none.
       lifts: The transformations that it is in, from the outside.
       calls: The calls that it was made for.
@@ -1007,8 +1007,8 @@ def lifted_derivative(draw):
     """`nn.custom_vjp` around a block, which changes its gradients."""
     block = simple(draw, "dense", "two dense", "heads")
     lift = draw.choice([*OWN_GRADIENTS])
-    right, fault = (True, "") if lift == "half of dx" else (False, "derivatives")
-    settings = {"right": right, "fault": fault, "reverse": True}
+    fault = "" if lift == "half of dx" else "derivatives"
+    settings = {"right": False, "fault": fault, "reverse": True}
     return dataclasses.replace(block, lifts=(lift,), **settings)
 
 
@@ -1044,14 +1044,20 @@ class Draw(Random):
     precision: str
 
 
-def draw_model(seed: int, without: frozenset[str] = frozenset()) -> RandomModel:
-    """The model of a seed; blocks with a fault in `without` are dense instead."""
+def draw_model(
+    seed: int, without: frozenset[str] = frozenset(), most: int = 3
+) -> RandomModel:
+    """The model of a seed, of as many blocks as `most`.
+
+    Blocks with a fault in `without` are dense layers instead.
+    """
     draw = Draw(seed)
     draw.api = draw.choice(["linen", "nnx"])
     draw.precision = draw.choice(["float64"] * 6 + ["float32"] * 2 + ["coarse"] * 2)
     features = [f for f in FEATURES if draw.api == "linen" or f not in LINEN_ONLY]
     weights = [FEATURES[feature] for feature in features]
-    chosen = draw.choices(features, weights, k=draw.choice([1, 1, 2, 2, 3]))
+    count = min(draw.choice([1, 1, 2, 2, 3]), most)
+    chosen = draw.choices(features, weights, k=count)
     blocks = [_lifted(draw, feature(draw)) for feature in chosen]
     blocks = [plain() if block.fault in without else block for block in blocks]
     if any(block.reverse for block in blocks):  # a loop has no gradient
