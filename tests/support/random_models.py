@@ -18,7 +18,7 @@ import numpy as np
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 from helpers import random, random_like
-from jax.lax import dot_general, reduce_precision, stop_gradient
+from jax.lax import conv_general_dilated, dot_general, reduce_precision, stop_gradient
 
 from mora_jax import MoRAConfig, register_layer
 from mora_jax.products import Lookup
@@ -144,10 +144,11 @@ class RandomModel:
 
     @functools.cached_property
     def inputs(self) -> tuple[jax.Array, jax.Array]:
-        """Activations, and ids of which some are beyond the vocabulary."""
+        """Activations, and ids that are partly beyond the vocabulary."""
         numbers = np.random.default_rng(self.seed)
         ids = numbers.integers(0, VOCABULARY, (ROWS, POSITIONS))
         ids[0, :2] = VOCABULARY + 2, -3
+        ids[1, 0] = 0  # in the few rows that truncation adapts
         x = random(self.seed, ROWS, POSITIONS, WIDTH, dtype=self.dtype)
         return x, jnp.asarray(ids, jnp.int32)
 
@@ -482,8 +483,8 @@ def einsum():
     return layer(linen, nnx.Einsum, *sizes, kernel_init=normal)
 
 
-def conv():
-    settings = {"kernel_size": (3,), "kernel_init": normal}
+def conv(**settings):
+    settings = {"kernel_size": (3,), "kernel_init": normal, **settings}
     return layer(nn.Conv, nnx.Conv, (WIDTH,), (WIDTH, WIDTH), **settings)
 
 
@@ -685,20 +686,34 @@ def converted(draw):
 
 
 def promoted(draw):
-    """Flax's dense layer, whose operands a function of the user's converts."""
+    """A layer of Flax's, whose operands a function of the user's converts."""
     lossy = is_lossy(draw)
     name, change = conversion(draw, lossy)
 
-    def product(x, w, numbers, **_):
-        return dot_general(change(x), change(w), numbers)
+    def product(x, w, *settings, **more):
+        return multiply(change(x), change(w), *settings, **more)
+
+    def product_of_input(x, w, *settings, **more):
+        return multiply(change(x), w, *settings, **more)
 
     def promote(*arrays, **_):
         arrays = arrays[0] if isinstance(arrays[0], tuple) else arrays
         return [None if a is None else change(a) for a in arrays]
 
-    way = draw.choice(["dot_general", "promote_dtype"])
-    layers = {"a": dense(**{way: product if way == "dot_general" else promote})}
-    fault, text = "conversions" if lossy else "", f"dense, {way} through {name}"
+    kind, operation, multiply = draw.choice(
+        [
+            (dense, "dot_general", dot_general),
+            (conv, "conv_general_dilated", conv_general_dilated),
+        ]
+    )
+    ways = {
+        "operands": {operation: product},
+        "input": {operation: product_of_input},
+        "operands, promoted": {"promote_dtype": promote},
+    }
+    where, fault = draw.choice([*ways]), "conversions" if lossy else ""
+    text = f"{kind.__name__}, its {where} through {name}"
+    layers = {"a": kind(**ways[where])}
     return Block(text, of_first, layers, False, fault, steps=lossy)
 
 
@@ -721,7 +736,7 @@ straight.defjvps(lambda dx, y, x: dx)
 
 
 def activations(draw):
-    """What a model does with the output of a layer is nobody's concern."""
+    """A change of the output of a layer, which is nobody's concern."""
     name, change = conversion(draw, lossy := is_lossy(draw))
     own_derivatives = {"clipping": clipped} | ({"straight": straight} if lossy else {})
     if draw.random() < 0.4:
@@ -762,6 +777,9 @@ LOOKUPS = {
     "get clip": lambda ids, t, s: t.at[ids].get(mode="clip"),
     "get 0": lambda ids, t, s: t.at[ids].get(mode="fill", fill_value=0),
     "get 1": lambda ids, t, s: t.at[ids].get(mode="fill", fill_value=1),
+    "t[ids // 2]": lambda ids, t, s: t[ids // 2],
+    "t[reversed ids]": lambda ids, t, s: t[ids[::-1]],
+    "a clipped id": lambda ids, t, s: t[jnp.clip(ids, 0, VOCABULARY - 3)],
 }
 
 
@@ -821,8 +839,10 @@ def lookup(draw):
     def run(c):
         return c.x * c.a((c.ids if beyond else c.inside).astype(kind))
 
-    fault, where = ("lookups", " beyond the table") if beyond else ("", "")
-    right = not beyond and name != "take wrap"
+    other_ids = name in ("t[ids // 2]", "t[reversed ids]", "a clipped id")
+    where = " beyond the table" if beyond else ""
+    fault = "lookups" if beyond or other_ids else ""
+    right = not fault and name != "take wrap"
     return Block(f"{name}{where}", run, layers, right, fault, is_lookup=True)
 
 
@@ -997,10 +1017,11 @@ def derivative(draw):
         return product(x, w, (((x.ndim - 1,), (0,)), ((), ()))) + s
 
     kind = draw.choice(["dense", "own"])
-    layers = {"a": dense(dot_general=product) if kind == "dense" else own(compute)}
+    second = dense(dot_general=product) if kind == "dense" else own(compute)
     fault, reverse = "" if name == "both" else "derivatives", name in DERIVATIVES
     text = f"{kind} with a derivative of its own: {name}"
-    return Block(text, of_first, layers, False, fault, reverse=reverse)
+    layers = {"a": dense(), "b": second}
+    return Block(text, of_both, layers, False, fault, reverse=reverse)
 
 
 def lifted_derivative(draw):
@@ -1060,7 +1081,7 @@ def draw_model(
     chosen = draw.choices(features, weights, k=count)
     blocks = [_lifted(draw, feature(draw)) for feature in chosen]
     blocks = [plain() if block.fault in without else block for block in blocks]
-    if any(block.reverse for block in blocks):  # a loop has no gradient
+    if any(block.reverse for block in blocks):  # there is none through a loop
         blocks = [without_loop(block) for block in blocks]
     last = "other" if draw.api == "linen" else "eval"  # `nnx.plan` traces `__call__`
     first = draw.choice(["eval", "eval", "train", last])
@@ -1092,6 +1113,9 @@ def _lifted(draw: Draw, block: Block) -> Block:
         return block
     if draw.api == "nnx" and {*outer[:1]} & CLOSURES:
         outer = outer[:1]  # NNX's own transformations do not run in JAX's
-    # A lookup in many tables, one for each expert, is none that a trace knows.
-    right = block.right and not (block.is_lookup and "experts" in outer)
+    # A lookup in many tables, one for each expert, is none that a trace knows. Nor does
+    # it see that the derivative of a branch is in the same branch.
+    unknown = block.is_lookup and "experts" in outer
+    unknown = unknown or ("one branch" in outer and derived & {*outer})
+    right = block.right and not unknown
     return dataclasses.replace(block, lifts=(*outer, *block.lifts), right=right)
