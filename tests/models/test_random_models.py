@@ -239,7 +239,8 @@ def check_call(case, plan, functions, call):
         for name in plan.keys() - case.listed.keys():
             path = (*name.split("/")[:-1], f"{name.split('/')[-1]}_mora")
             moved |= {name} if np.any(flatten_dict(slopes)[path]) else set()
-            check_gradient(model, path, merged, ms, slopes, merged_slopes, at)
+            if not model.blocks[int(path[0][1:])].no_gradient:
+                check_gradient(model, path, merged, ms, slopes, merged_slopes, at)
     return moved
 
 

@@ -90,6 +90,7 @@ class Block:
       reverse: True if it has a gradient and no forward derivative.
       prepare: A function of the module, once its layers are made.
       is_lookup: True if it looks up in a table.
+      no_gradient: True if JAX itself computes a wrong gradient of its kernel.
     """
 
     text: str
@@ -104,6 +105,7 @@ class Block:
     reverse: bool = False
     prepare: Callable[[Any], None] | None = None
     is_lookup: bool = False
+    no_gradient: bool = False
 
     def __repr__(self) -> str:
         return "(".join([*self.lifts, self.text]) + ")" * len(self.lifts)
@@ -842,8 +844,11 @@ def lookup(draw):
     other_ids = name in ("t[ids // 2]", "t[reversed ids]", "a clipped id")
     where = " beyond the table" if beyond else ""
     fault = "lookups" if beyond or other_ids else ""
-    right = not fault and name != "take wrap"
-    return Block(f"{name}{where}", run, layers, right, fault, is_lookup=True)
+    # `t[ids]` clamps what is beyond the table, and its gradient drops it.
+    no_gradient = beyond and name[:2] in ("t[", "on")
+    settings = {"is_lookup": True, "no_gradient": no_gradient}
+    right = not fault and name == "t[ids]"  # others need a `Lookup` that says more
+    return Block(f"{name}{where}", run, layers, right, fault, **settings)
 
 
 SCALED = {
