@@ -287,7 +287,7 @@ def outcome(case):
         except Refused as refusal:
             new = set(refusal.kernels) - case.refused.keys()
             assert new or not refusal.kernels, f"refused twice: {refusal}"
-            case.refused |= dict.fromkeys(new, str(refusal))
+            case.refused |= dict.fromkeys(new or ["the model"], str(refusal))
             case.listed = {}
             done = not refusal.kernels
             if done and all(block.right for block in case.model.blocks):
