@@ -854,8 +854,8 @@ def lookup(draw):
 SCALED = {
     "as s says": ("s", lambda x, w, s: x @ (w * s)),
     "after the product": ("s", lambda x, w, s: (x @ w) * s),
-    "by rows": ("s of rows", lambda x, w, s: x @ (w * s[:, None])),
     "by a number": ("0.25", lambda x, w, s: x @ (w * 0.25)),
+    "by rows": ("s of rows", lambda x, w, s: x @ (w * s[:, None])),
     "by half of what is said": ("2 s", lambda x, w, s: x @ (w * s)),
     "by more than is said": ("s", lambda x, w, s: x @ (w * s * 1.5)),
     "by columns, not rows": ("s of rows", lambda x, w, s: x @ (w * s)),
@@ -869,8 +869,9 @@ def scaled(draw):
     """A layer that scales its kernel, as `register_layer(scale=)` says or not."""
     name = draw.choice([*SCALED])
     rule, compute = SCALED[name]
-    right = [*SCALED].index(name) < 4
-    fault, layers = "" if right else "scales", {"a": own(compute, rule)}
+    place = [*SCALED].index(name)
+    right = place < 3  # a trace may not know what a function returns
+    fault, layers = "" if place < 4 else "scales", {"a": own(compute, rule)}
     return Block(f"own, scaled {name}", of_first, layers, right, fault)
 
 
