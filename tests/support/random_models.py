@@ -289,6 +289,8 @@ def linen_experts(m, x, ids, fields):
 
 def linen_cond(m, x, ids, fields):
     inner = LinenBlock(**fields)
+    if m.is_initializing():
+        return inner(x, ids)
     branches = (lambda m, x: m(x, ids)), (lambda m, x: m(2 * x, ids))
     return nn.cond(jnp.sum(x) > 0, *branches, inner, x)
 
@@ -1119,9 +1121,10 @@ def _lifted(draw: Draw, block: Block) -> Block:
         return block
     if draw.api == "nnx" and {*outer[:1]} & CLOSURES:
         outer = outer[:1]  # NNX's own transformations do not run in JAX's
-    # A lookup in many tables, one for each expert, is none that a trace knows. Nor does
-    # it see that the derivative of a branch is in the same branch.
+    # These are right, and refused: a lookup in many tables, one for each expert; the
+    # derivative of a branch; and a branch under vmap, which selects its operands.
+    branches = {"cond", "one branch"} & {*outer}
     unknown = block.is_lookup and "experts" in outer
-    unknown = unknown or ("one branch" in outer and derived & {*outer})
+    unknown |= bool(branches and {"vmap", *derived} & {*outer})
     right = block.right and not unknown
     return dataclasses.replace(block, lifts=(*outer, *block.lifts), right=right)
