@@ -5,7 +5,6 @@ what one traced call does with every array (see `mora_jax._trace_check`).
 """
 
 import dataclasses
-import traceback
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -218,17 +217,7 @@ def check_call(plan_of: Callable[[], Plan], programs: Programs, is_main: bool) -
         )
         return False
     plan, survey = plan_of(), Survey()
-    try:
-        adapted = programs(survey)
-    except Exception as error:
-        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-        if frame.f_globals.get("__name__", "").startswith("mora_jax."):
-            raise
-        raise ValueError(
-            f"the model fails with an M beside {', '.join(plan)}: "
-            f"{type(error).__name__}: {error}; exclude kernels whose params code "
-            "takes apart, as nn.WeightNorm and nn.map_variables do"
-        ) from error
+    adapted = marked_program(programs, survey, ", ".join(plan))
     ms = {spec.name + SUFFIX: len(spec.operator.m_shape) for spec in plan.specs}
     survey.add(adapted, ms)
     survey.refuse_adapted(plan.specs)

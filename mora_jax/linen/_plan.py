@@ -13,7 +13,7 @@ from mora_jax._common.types import Path
 from mora_jax._flax.adapted_call import LayerCall
 from mora_jax._flax.calls import Call, program_of
 from mora_jax._flax.planning import plan_surveyed
-from mora_jax._flax.survey import Survey
+from mora_jax._flax.survey import Survey, marked_program
 from mora_jax._plan.plan import Plan
 from mora_jax._plan.settings import MoRAConfig, check_config
 from mora_jax._plan.spec import SUFFIX, AdapterSpec
@@ -65,7 +65,8 @@ def plan(
         calls = (Call(*args, **kwargs), *calls)
     survey = Survey()
     for call in calls:
-        survey.add(program(model, variables, call.args, call.kwargs, survey))
+        own = functools.partial(program, model, variables, call.args, call.kwargs)
+        survey.add(marked_program(own, survey, "its kernels"))
     return plan_surveyed(params_of(variables), config, survey)
 
 
@@ -85,11 +86,11 @@ def program(
     params = params_of(variables)
     leaves, modules = named_leaves(params), flatten_dict(dict(params))
     ms: dict[Path, Any] = {}
-    if specs is None:
+    if survey is not None and specs is None:
         # The parts of a quantized kernel are in no module.
         kernels = (path for path, leaf in leaves.values() if leaf.ndim > 1)
         ms = {path: None for path in kernels if path in modules}
-    elif survey is not None:
+    elif survey is not None and specs is not None:
         shape_of = jax.ShapeDtypeStruct
         ms = {spec.path: shape_of(spec.shape, spec.param_dtype) for spec in specs}
 

@@ -1,5 +1,6 @@
 """A plan of a model, by what its layers compute."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,7 +9,7 @@ from flax import nnx
 from mora_jax._flax.calls import Call
 from mora_jax._flax.layer_rules import changed_first, folded_kernels, planning_rules
 from mora_jax._flax.planning import plan_surveyed
-from mora_jax._flax.survey import Survey
+from mora_jax._flax.survey import Survey, marked_program
 from mora_jax._plan.plan import Plan
 from mora_jax._plan.settings import MoRAConfig, check_config
 from mora_jax.nnx._calls import program
@@ -64,7 +65,10 @@ def plan(
     if args or kwargs:
         calls = (Call(*args, **kwargs), *calls)
     for call in calls:
-        survey.add(program(model, "__call__", call.args, call.kwargs, survey))
+        own = model, "__call__", call.args, call.kwargs
+        survey.add(
+            marked_program(functools.partial(program, *own), survey, "its kernels")
+        )
     chosen = plan_surveyed(params, config, survey)
     refuse_unfit(model, chosen)
     return chosen
