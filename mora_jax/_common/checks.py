@@ -33,6 +33,7 @@ def positive_integer(name: str, value: Any) -> int:
 
 def check_seed(seed: Any) -> int:
     """Return `seed` as an int, if it is an integer that `RandomState` takes."""
+    # An int first: to ask for a protocol takes long, and plans have many seeds.
     if isinstance(seed, bool) or not isinstance(seed, int | SupportsIndex):
         raise TypeError(f"seed must be an integer, got {seed!r}")
     if not 0 <= seed.__index__() < 2**32:

@@ -15,6 +15,7 @@ from processes import ROOT, environment, python
 from examples import serve_many
 
 
+@pytest.mark.slow
 def test_options_are_checked(tmp_path):
     said = python(
         "-m", "examples.serve_many", "--adapters", tmp_path / "no", code=2, cwd=ROOT

@@ -287,6 +287,7 @@ def memory_of_a_merge(folder):
     return max(found) - before, len(found)
 
 
+@pytest.mark.slow
 def test_memory_stays_near_one_tensor(tmp_path):
     """A quarter of the kernels; allocators keep up to 30 MB more."""
     # In a process of its own: what other tests have left decides what is allocated.

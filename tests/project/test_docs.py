@@ -67,7 +67,7 @@ NEEDS = {
 """The packages without which the blocks of a page do not run."""
 
 
-SLOW = {"quantized.md"}
+SLOW = {"quantized.md", "transformers.md"}
 """Pages whose blocks take seconds."""
 
 

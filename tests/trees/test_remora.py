@@ -196,6 +196,7 @@ def test_small_deltas_add_up_in_16_bits():
     assert share_lost(change, total) > 0.9
 
 
+@pytest.mark.slow
 def test_a_saved_run_goes_on_as_it_would_have(tmp_path):
     """The plan says where in the cycle a run is."""
     params, adapters, plan = made("sharing")

@@ -25,9 +25,13 @@ pytestmark = [
 
 @pytest.fixture(autouse=True)
 def unregistered(monkeypatch):
-    """Each test registers what it needs, and no other test sees it."""
+    """Each test registers what it needs, and no other test sees it.
+
+    Nor are layers known by their names, as those of a package that is new to us.
+    """
     flax = {cls: r for cls, r in layer_rules._RULES.items() if "flax" in cls.__module__}
     monkeypatch.setattr(layer_rules, "_RULES", flax)
+    monkeypatch.setattr(layer_rules, "NAMED", {})
 
 
 def tunix_model(name, **settings):
