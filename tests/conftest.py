@@ -9,12 +9,14 @@ import jaxtyping
 import pytest
 from processes import ROOT
 
-# Most of the time goes into compiling, so XLA need not optimise. Its older emitters of
-# fused operations compile in half the time of the newer ones; JAX 0.12 has only these.
+# Most of the time goes into compiling, so neither XLA nor LLVM need optimise, nor split
+# small programs for several threads. XLA's older emitters of fused operations compile
+# in half the time of the newer ones; JAX 0.12 has only these.
 # Eigen would split a sum between threads, as the machine has them, and in another way
 # for a batch of products: at M = 0 models must be equal to the last bit on any machine.
 # An empty XLA_FLAGS tests what users run.
-FLAGS = "--xla_backend_optimization_level=0"
+FLAGS = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+FLAGS += " --xla_cpu_parallel_codegen_split_count=1"
 if jax.__version_info__ < (0, 11):
     FLAGS += " --xla_cpu_use_fusion_emitters=false --xla_cpu_multi_thread_eigen=false"
 os.environ.setdefault("XLA_FLAGS", FLAGS)

@@ -77,7 +77,9 @@ def random_like(tree: Any, scale: float, dtype: str | None = None) -> Any:
     """Normal random numbers with the shapes of `tree`, in its dtypes by default."""
     rng = np.random.default_rng(0)
     return jax.tree.map(
-        lambda s: jnp.asarray(scale * rng.standard_normal(s.shape), dtype or s.dtype),
+        lambda s: jnp.asarray(
+            scale * rng.standard_normal(s.shape, np.float32), dtype or s.dtype
+        ),
         tree,
     )
 

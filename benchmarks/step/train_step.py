@@ -3,10 +3,10 @@
 The models are our SmolLM2-135M and transformers' FlaxLlama of the same shape, with
 random weights, all seven projections of each layer adapted. The baseline, which no
 method can beat, is the frozen model alone: a forward pass, and a backward pass to its
-input embeddings. Every adapter is first checked against the merged model; then all run
-in turns. You will see a table for each model, number of tokens and rank, with times
-relative to the baseline, arithmetic, memory and compile time; and then, which claims
-hold. A JSON file and a plot are written as well.
+input embeddings. In our model every adapter is first checked against the merged model;
+then all run in turns. You will see a table for each model, number of tokens and rank,
+with times relative to the baseline, arithmetic, memory and compile time; and then,
+which claims hold. A JSON file and a plot are written as well.
 
 By default this takes five minutes on two cores, with the operators and the LoRA that
 README shows. With `--all` there are all of them, and a second table has the forward
@@ -70,14 +70,14 @@ def arguments() -> argparse.Namespace:
     add(
         "--dtype", choices=["float32", "bfloat16"], default="float32", help="base dtype"
     )
-    add("--rounds", type=positive, default=5, help="how often each step is timed")
+    add("--rounds", type=positive, default=3, help="how often each step is timed")
     add("--operators", nargs="*", choices=OPERATORS, default=OPERATORS_OF_README)
     add("--peers", nargs="*", choices=PEERS, default=["qwix"], help="other methods")
     add("--forward", action="store_true", help="forward passes as well")
     add("--add-to", type=Path, help="a file of an earlier run, copied to --out as well")
     args = parser.parse_args()
     if args.quick:
-        args.layers, args.rounds = 4, 5
+        args.layers = 4
     if args.all:
         args.operators, args.peers, args.forward = list(OPERATORS), list(PEERS), True
     return args

@@ -7,7 +7,7 @@ import re
 import sys
 import tempfile
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias, TypeGuard
 from urllib.request import url2pathname
@@ -154,6 +154,29 @@ def entries(directory: Location) -> list[Location]:
 
 
 # --- Writing ---
+
+
+def check_free(
+    argument: str, path: Location, names: Collection[str], force: bool
+) -> None:
+    """Raise unless a directory of files called `names` may be made at `path`.
+
+    With `force` it may replace one, all of whose files have those names.
+    """
+    if path.exists() and not path.is_dir():
+        raise NotADirectoryError(f"{argument} must be a directory, got the file {path}")
+    there = {entry.name for entry in entries(path)}
+    if there and not force:
+        raise FileExistsError(
+            f"{argument} must be new or empty, got {path}; force=True replaces "
+            "directories that hold nothing but what this writes"
+        )
+    tensors = [name for name in there if name.endswith(".safetensors")]
+    if there - set(names) or there and not tensors:
+        raise FileExistsError(
+            f"force=True replaces a directory that holds nothing but what this writes, "
+            f"got {path} with {sorted(there - set(names))[:3] or 'no *.safetensors'}"
+        )
 
 
 def replace_files(directory: Location, tensors: bytes, config: bytes) -> None:

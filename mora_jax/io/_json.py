@@ -6,9 +6,6 @@ import reprlib
 from collections.abc import Mapping
 from typing import Any
 
-import jax
-import numpy as np
-
 from mora_jax.io._files import AdapterFileError, Location, missing_files
 
 MAX_BYTES = 2**26
@@ -105,13 +102,9 @@ def plain(value: Any, name: str) -> Any:
         raise ValueError(f"{rule}, got {value!r}")
     if value is None or isinstance(value, bool | int | float | str):
         return value
-    kind, advice = f"an object of type {type(value).__name__}", ""
-    if isinstance(value, jax.Array | np.ndarray | np.generic):
-        is_jax, number = isinstance(value, jax.Array), value.dtype.kind
-        kind = "a jax.Array" if is_jax else f"a numpy.{type(value).__name__}"
-        scalar = {"b": "bool", "i": "int", "u": "int"}.get(number, "float")
-        advice = ": say .tolist()" if value.shape else f": say {scalar}(...)"
-    raise TypeError(f"{rule}, got {kind}{advice}")
+    # NumPy's arrays and numbers, and JAX's, give Python's.
+    advice = ": say .tolist()" * hasattr(value, "tolist")
+    raise TypeError(f"{rule}, got an object of type {type(value).__name__}{advice}")
 
 
 def short(value: object) -> str:

@@ -217,15 +217,14 @@ def _likeliest(kernel: str, modules: Collection[str]) -> str | None:
     path, index = split_index(kernel)
     path, _, _ = path.rpartition("/")
     last, numbers = path.rpartition("/")[2], re.findall(r"\d+", f"{path}{index}")
-    alike = {}
+    alike = []
     for module in modules:
         end, own = module.rpartition(".")[2], re.findall(r"\d+", module)
         same_end = end.startswith(last) or last.startswith(end)
         if same_end and sorted(own) == sorted(numbers):
-            names = module.replace(".", "/")
-            matcher = difflib.SequenceMatcher(None, path, names, autojunk=False)
-            alike[module] = matcher.ratio()
-    return max(alike, key=alike.__getitem__, default=None)
+            alike.append(module)
+    name = path.replace("/", ".")
+    return next(iter(difflib.get_close_matches(name, alike, 1, 0)), None)
 
 
 def _guess(kernel: str) -> str:

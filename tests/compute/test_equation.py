@@ -21,57 +21,8 @@ def recording(x, y, *args, **kwargs):
         frame, own = sys._getframe(1), 0
         while frame is not None:
             own += frame.f_code.co_filename.startswith(HOME)
-            if frame.f_code is mora_apply.__code__:
-                depths.append(own)
-            frame = frame.f_back
-    return original(x, y, *args, **kwargs)
-
-jax.lax.dot_general = recording  # before the library, or it would be intercepted
-import mora_jax
-from mora_jax import FrozenDense, MoRAConfig, mora_apply, plan, sharding
-
-HOME = str(pathlib.Path(mora_jax.__file__).parent)
-mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
-split, x = {"kernel": PartitionSpec("model")}, jnp.ones((4, 32))
-params, kernel = {"kernel_mora": jnp.full((8, 8), 0.5)}, jnp.ones((32, 32))
-found = {}
-for operator in ("sharing", "rotation", "orthogonal"):
-    for way in ("activation", "auto"):
-        config = MoRAConfig(operator=operator, square_rank=8, execution=way)
-        planned = plan({"kernel": kernel}, config)
-        on_mesh = sharding.plan_on_mesh(planned, split, batch_axes="data", mesh=mesh)
-        for devices, spec in (1, planned["kernel"]), (4, on_mesh["kernel"]):
-            settings = dict(execution=way, layout=spec.layout)
-            frozen = FrozenDense(kernel, None, spec.operator, **settings)
-            depths.clear(), jax.clear_caches()
-            jax.jit(mora_apply).lower(params, frozen, x)
-            found[f"{operator}, {way}, {devices}"] = max(depths)
-print(json.dumps(found))
-"""
-
-
-def test_few_frames_lie_between_mora_apply_and_the_product_with_m():
-    """Counted at the product itself: all frames of the library on the stack."""
-    found = json.loads(python("-c", RECORD))
-    assert len(found) == 12
-    for name, frames in found.items():
-        assert 0 < frames <= (9 if name.endswith("1") else 12), found
-
-
-SHELLS = """
-import json, pathlib, sys
-
-import jax
-import jax.numpy as jnp
-import numpy as np
-
-original, depths = jax.lax.dot_general, []
-
-def recording(x, y, *args, **kwargs):
-    if np.shape(y) == (8, 8):  # by M
-        frame, own = sys._getframe(1), 0
-        while frame is not None:
-            own += frame.f_code.co_filename.startswith(HOME)
+            if frame.f_code is outermost:
+                break
             frame = frame.f_back
         depths.append(own)
     return original(x, y, *args, **kwargs)
@@ -80,28 +31,44 @@ jax.lax.dot_general = recording  # before the library, or it would be intercepte
 import flax.linen as nn
 from flax import nnx
 import mora_jax
+from mora_jax import FrozenDense, MoRAConfig, mora_apply, sharding
 
 HOME = str(pathlib.Path(mora_jax.__file__).parent)
-x, model, found = jnp.ones((4, 32)), nn.Dense(32), {}
-variables = model.init(jax.random.key(0), x)
+mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+split, x = {"kernel": PartitionSpec("model")}, jnp.ones((4, 32))
+params, kernel = {"kernel_mora": jnp.full((8, 8), 0.5)}, jnp.ones((32, 32))
+dense, variables = nn.Dense(32), {"params": {"kernel": kernel, "bias": kernel[0]}}
+linear, found = nnx.Linear(32, 32, rngs=nnx.Rngs(0)), {}
+
+def deepest(jitted, *args):
+    depths.clear(), jax.clear_caches()
+    jitted.lower(*args)
+    return max(depths)
+
 for operator in ("sharing", "rotation", "orthogonal"):
     for way in ("activation", "auto"):
-        config = mora_jax.MoRAConfig(operator=operator, square_rank=8, execution=way)
-        apply = mora_jax.linen.wrap(model, config, variables, x)
+        config = MoRAConfig(operator=operator, square_rank=8, execution=way)
+        planned = mora_jax.plan({"kernel": kernel}, config)
+        on_mesh = sharding.plan_on_mesh(planned, split, batch_axes="data", mesh=mesh)
+        outermost = mora_apply.__code__
+        for where, spec in ("", planned["kernel"]), (" on a mesh", on_mesh["kernel"]):
+            settings = dict(execution=way, layout=spec.layout)
+            frozen = FrozenDense(kernel, None, spec.operator, **settings)
+            name = f"mora_apply{where}, {operator}, {way}"
+            found[name] = deepest(jax.jit(mora_apply), params, frozen, x)
+        outermost, own = None, f"{operator}, {way}"
+        apply = mora_jax.linen.wrap(dense, config, variables, x)
         adapters = mora_jax.init(apply.plan)
-        depths.clear(), jax.clear_caches()
-        jax.jit(apply).lower(adapters, variables, x)
-        found[f"linen, {operator}, {way}"] = max(depths)
-        adapted = mora_jax.nnx.wrap(nnx.Linear(32, 32, rngs=nnx.Rngs(0)), config)
-        depths.clear(), jax.clear_caches()
-        nnx.jit(lambda model, x: model(x)).lower(adapted, x)
-        found[f"nnx, {operator}, {way}"] = max(depths)
+        found[f"linen, {own}"] = deepest(jax.jit(apply), adapters, variables, x)
+        adapted = mora_jax.nnx.wrap(linear, config)
+        found[f"nnx, {own}"] = deepest(nnx.jit(lambda m, x: m(x)), adapted, x)
 print(json.dumps(found))
 """
 
 
-def test_few_frames_lie_between_a_wrapped_layer_and_the_product_with_m():
-    found = json.loads(python("-c", SHELLS))
-    assert len(found) == 12
-    for frames in found.values():
-        assert 0 < frames <= 12, found
+def test_few_frames_lie_between_what_users_call_and_the_product_with_m():
+    """Counted at the product itself: all frames of the library on the stack."""
+    found = json.loads(python("-c", RECORD))
+    assert len(found) == 24
+    for name, frames in found.items():
+        assert 0 < frames <= (9 if name.startswith("mora_apply,") else 12), found

@@ -17,6 +17,7 @@ from examples.serving import adapters as registry
 from models import bytelevel
 from mora_jax import init, save
 
+pytestmark = pytest.mark.slow  # the service takes seconds to start
 CONFIG, TENSORS = registry.FILES
 
 

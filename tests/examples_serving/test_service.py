@@ -11,6 +11,8 @@ from examples.serving.http import Call
 from examples.serving.jobs import End
 from examples.serving.protocol import Answer
 
+pytestmark = pytest.mark.slow  # the service takes seconds to start
+
 
 def test_adapters_are_models(service):
     listed = [model.id for model in service.client.models.list()]

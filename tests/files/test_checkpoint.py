@@ -174,6 +174,7 @@ def test_refuses(tmp_path, base):
     adapters, plan = kernels(base)
     half, there = sharded(tmp_path / "half", np.float16), tmp_path / "there"
     there.mkdir()
+    (there / "notes.txt").write_text("mine")
     with pytest.raises(FileExistsError, match="force"):
         merge_checkpoint(base, adapters, plan, there)
     for out in (base, tmp_path, base / "." / ".." / "base"):
@@ -196,32 +197,32 @@ def test_refuses(tmp_path, base):
         with pytest.raises(error, match=match):
             merge_checkpoint(source, *adapted, tmp_path / "out", names)
     assert sorted(os.listdir(tmp_path)) == ["base", "half", "there"]
-    assert not os.listdir(there)
+    assert os.listdir(there) == ["notes.txt"]
 
 
 def test_force_replaces_the_output_unless_the_disk_is_full(tmp_path, base):
     adapters, plan = kernels(base)
     out = tmp_path / "out"
     out.mkdir()
-    (out / "model.safetensors").write_text("")
+    (out / ONE).write_text("")
     with files_of_at_most(5000):
         merge_checkpoint(base, adapters, plan, out, force=True)
     assert sorted(os.listdir(tmp_path)) == ["base", "out"]
-    assert os.listdir(out) == ["model.safetensors"]
+    assert os.listdir(out) == [ONE]
     merge_checkpoint(base, adapters, plan, out, force=True)
     assert contents(out).keys() == contents(base).keys() - {"pytorch_model.bin"}
     assert sorted(os.listdir(tmp_path)) == ["base", "out"]
 
 
 def test_force_replaces_nothing_but_a_checkpoint(tmp_path, base):
-    """Notes, a card that was edited, an adapter and a folder are not ours to remove."""
-    (base / "README.md").write_text("of the base")
+    """Notes, a card, an adapter and a folder are not ours to remove."""
+    (base / "README.md").write_text("of the base, not of the merged model")
     (base / CONFIG).write_text("{}")  # with which the merged model is adapted twice
     args = base, *kernels(base), tmp_path / "out"
     for force in (False, True):
         merge_checkpoint(*args, force=force)
     whole = contents(args[-1])
-    assert "README.md" in whole and CONFIG not in whole
+    assert "README.md" not in whole and CONFIG not in whole
     for name in ("notes.txt", "README.md", CONFIG, "pytorch_model.bin", "my/own"):
         out = shutil.copytree(args[-1], tmp_path / name.replace("/", "-"))
         (out / name).parent.mkdir(exist_ok=True)

@@ -289,7 +289,7 @@ def test_force_replaces_nothing_but_an_adapter(tmp_path, write):
         write(*args, force=True)
     assert len(list(target.iterdir())) == 3
     (target / CONFIG).unlink()
-    with pytest.raises(FileExistsError, match="nothing but an adapter"):
+    with pytest.raises(FileExistsError, match="nothing but what this writes"):
         write(*args, force=True)
 
 

@@ -381,6 +381,7 @@ def test_patterns_match_whole_paths():
     assert text.endswith("the nearest are 'head/kernel', 'ln/scale'")  # and no M
 
 
+@pytest.mark.slow
 def test_a_warning_is_given_once_at_the_users_line(tmp_path):
     """In a process without the type checks that pytest puts around functions."""
     program = tmp_path / "program.py"

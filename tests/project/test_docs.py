@@ -67,7 +67,7 @@ NEEDS = {
 """The packages without which the blocks of a page do not run."""
 
 
-SLOW = {"quantized.md", "transformers.md"}
+SLOW = {"checkpoints.md", "many-adapters.md", "quantized.md", "transformers.md"}
 """Pages whose blocks take seconds."""
 
 
@@ -92,6 +92,7 @@ def test_code_runs(page, tmp_path):
         run(page, tmp_path)
 
 
+@pytest.mark.slow  # the next test runs it too, beside the other blocks
 def test_first_program_of_readme_runs_in_a_file_of_its_own(tmp_path):
     """It prints what README shows, except for the digits of its numbers."""
     (tmp_path / "first.py").write_text(python_blocks(README)[0])

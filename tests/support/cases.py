@@ -118,7 +118,7 @@ _KINDS = (
     "sharing-strided-strided-normalised",
     "rotation",
     "permutation",
-    "hadamard",
+    "orthogonal",
 )
 
 # The slow tests take all cases and sizes. Kinds are for what JAX's transformations do

@@ -12,8 +12,9 @@ from mora_jax.io._json import read_json, short
 from mora_jax.io._names import Names, pairs, to_kernel
 from mora_jax.io._tensors import DTYPES, Entry, TensorFile
 
-# Configs, tokenizers and templates. Never pickles, which may run anything.
-COPIED = (".json", ".txt", ".model", ".jinja", ".md")
+# Configs, tokenizers and templates. Never pickles, which may run anything, and not the
+# base's card, which is of another model.
+COPIED = (".json", ".txt", ".model", ".jinja")
 """The suffixes of the other files of a base that are copied."""
 
 INDEX = ".safetensors.index.json"

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import itertools
 import os
-import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -22,6 +21,7 @@ from mora_jax.io._files import (
     AdapterFileError,
     Location,
     as_path,
+    check_free,
     parts,
     write_directory,
 )
@@ -137,15 +137,6 @@ def replacements(source: Source, items: Items) -> dict[str, tuple[str, np.ndarra
     return replaced
 
 
-BESIDE_A_MODEL = re.compile(
-    r"(generation_|tokenizer_|(video_)?preprocessor_|processor_)?config\.json"
-    r"|(tokenizer|special_tokens_map|added_tokens|vocab|chat_template)\.json"
-    r"|(vocab|merges)\.txt|chat_template\.jinja|[\w.-]+\.model"
-    r"|model[\w.-]*\.safetensors(\.index\.json)?"
-)
-"""The names of files that tools write beside a model, and never a person."""
-
-
 def merge_checkpoint(
     base: str | os.PathLike[str],
     adapters: Any,
@@ -186,8 +177,8 @@ def merge_checkpoint(
     Raises:
       AdapterFileError: The base is damaged, the adapters do not fit it, or they were
         trained on other weights and `any_base` is False.
-      FileExistsError, NotADirectoryError: `out` exists, and `force` is False; or it is
-        a file, or holds something other than a checkpoint, such as an adapter.
+      FileExistsError, NotADirectoryError: `out` holds files, and `force` is False; or
+        one of another name than the base's; or it is a file.
       ValueError: `out` is the base or holds it, or `rounding` is unknown.
     """
     check_rounding(rounding)
@@ -196,7 +187,9 @@ def merge_checkpoint(
     home = parts(source if source.is_dir() else source.parent)
     if parts(target) == home[: len(parts(target))]:
         raise ValueError(f"out must not be the base or hold it, got {target}")
-    _check_target(target, checkpoint, force)
+    written = [file.path.name for file in checkpoint.files]
+    written += [path.name for path in checkpoint.beside]
+    check_free("out", target, written, force)
     tensors = Source(checkpoint, names, tied=False)
     sites = sites_of(tensors, adapters, plan)
     trained = replacements(tensors, trained_items(adapters, plan))
@@ -239,32 +232,3 @@ def merge_checkpoint(
     copied = ((path.name, [path.read_bytes()]) for path in beside)
     write_directory(target, itertools.chain(stored, copied))
     return lost
-
-
-def _check_target(target: Location, checkpoint: Checkpoint, force: bool) -> None:
-    """Raise if there is anything that a merged checkpoint may not replace."""
-    if not target.exists():
-        return
-    if not target.is_dir():
-        raise NotADirectoryError(f"out must be a directory, got the file {target}")
-    if not force:
-        raise FileExistsError(
-            f"out must not exist, got {target}; force=True replaces a checkpoint there"
-        )
-    tensors = {file.path.name for file in checkpoint.files}
-    copied = {path.name: path for path in checkpoint.beside}
-
-    def is_known(path: Location) -> bool:
-        if path.name in tensors or BESIDE_A_MODEL.fullmatch(path.name):
-            return path.is_file()
-        # A copy that was edited since, such as a model's card, is a person's work.
-        twin = copied.get(path.name) if path.is_file() else None
-        return twin is not None and path.read_bytes() == twin.read_bytes()
-
-    there = list(target.iterdir())
-    others = sorted(path.name for path in there if not is_known(path))
-    if others or there and not any(p.name.endswith(".safetensors") for p in there):
-        raise FileExistsError(
-            f"force=True replaces a directory that holds nothing but a checkpoint, got "
-            f"{target} with {others[:3] or 'no *.safetensors'}"
-        )

@@ -55,7 +55,8 @@ def save_peft_lora(
       {module: norm(delta - LoRA) / norm(delta)}; 0 where nothing is cut off.
 
     Raises:
-      FileExistsError: The directory holds files; with `force`, more than an adapter.
+      FileExistsError, NotADirectoryError: The directory holds files, with `force` more
+        than an adapter; or it is a file.
       ValueError: `names` lack a kernel's module, a kernel is a convolution's, the plan
         lacks adapters or trains arrays, a delta of full rank lacks a `rank`, or a
         module would lose more than `max_error`. Nothing is written.

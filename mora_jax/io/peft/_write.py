@@ -18,7 +18,7 @@ from mora_jax.io._files import (
     TENSORS,
     Location,
     as_path,
-    entries,
+    check_free,
     write_directory,
 )
 from mora_jax.io._json import dump
@@ -55,7 +55,7 @@ def save_peft_mora(
       force: As in `save_peft_lora`.
 
     Raises:
-      FileExistsError: As `save_peft_lora`.
+      FileExistsError, NotADirectoryError: As `save_peft_lora`.
       ValueError: The reference lacks an operator or a square rank, a kernel is an
         embedding's, or as `save_peft_lora`.
     """
@@ -195,16 +195,5 @@ def modules(
 def free(directory: str | os.PathLike[str], force: bool) -> Location:
     """Return the path of a directory, unless it holds something to be kept."""
     path = as_path("directory", directory)
-    rule = "directory must be new or empty, got"
-    if path.exists() and not path.is_dir():
-        raise FileExistsError(f"{rule} the file {path}")
-    there = {entry.name for entry in entries(path)}
-    if there and not force:
-        raise FileExistsError(f"{rule} {path}; force=True replaces an adapter there")
-    others = sorted(there - {CONFIG, TENSORS})
-    if there and (CONFIG not in there or others):
-        raise FileExistsError(
-            f"force=True replaces a directory that holds nothing but an adapter, got "
-            f"{path} with {others[:3]}"
-        )
+    check_free("directory", path, (CONFIG, TENSORS), force)
     return path
