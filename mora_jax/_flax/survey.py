@@ -5,6 +5,7 @@ what one traced call does with every array (see `mora_jax._trace_check`).
 """
 
 import dataclasses
+import traceback
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -200,6 +201,22 @@ Programs = Callable[[Survey | None], Jaxpr]
 """The program of a call; marked for a survey, which gets the arrays of the model."""
 
 
+def marked_program(programs: Programs, survey: Survey) -> Jaxpr:
+    """The program of a call with marks, which the `survey` records."""
+    try:
+        return programs(survey)
+    except Exception as error:
+        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+        if frame.f_globals.get("__name__", "").startswith("mora_jax."):
+            raise
+        programs(None)  # raises what is wrong with the model or its inputs
+        raise ValueError(
+            "the model fails with an M beside its kernels: "
+            f"{type(error).__name__}: {error}; exclude kernels whose params code takes "
+            "apart, as nn.WeightNorm and nn.map_variables do"
+        ) from error
+
+
 def check_call(plan_of: Callable[[], Plan], programs: Programs, is_main: bool) -> bool:
     """Raise unless a call with M's computes what it does without, and the deltas.
 
@@ -217,7 +234,7 @@ def check_call(plan_of: Callable[[], Plan], programs: Programs, is_main: bool) -
         )
         return False
     plan, survey = plan_of(), Survey()
-    adapted = marked_program(programs, survey, ", ".join(plan))
+    adapted = marked_program(programs, survey)
     ms = {spec.name + SUFFIX: len(spec.operator.m_shape) for spec in plan.specs}
     survey.add(adapted, ms)
     survey.refuse_adapted(plan.specs)

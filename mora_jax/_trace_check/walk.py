@@ -115,14 +115,23 @@ class _Walk:
             (inner,) = programs
             pairs = (inner.invars, eqn.invars), (inner.outvars, eqn.outvars)
             if all(_shapes(inside) == _shapes(outside) for inside, outside in pairs):
-                results = self.run(inner, values)
-                own = name in steps.OWN_DERIVATIVE
-                return [_bypassed(v, name) for v in results] if own else results
+                if name in steps.OWN_DERIVATIVE:
+                    return self._with_own_derivative(name, inner, values)
+                return self.run(inner, values)
         if name in OPAQUE or name.endswith("_call") or programs:
             why = f"a trace cannot look into `{name}`"
             hide = functools.partial(dataclasses.replace, unseen=why, numbers=None)
             return [changed(joined(values), hide)] * len(eqn.outvars)
         return [steps.after(eqn, values)] * len(eqn.outvars)
+
+    def _with_own_derivative(self, name: str, inner: Jaxpr, values: Values) -> Values:
+        called, self.uses.called = self.uses.called, set()
+        results = self.run(inner, values)
+        why = f"its layer is inside a `{name}`, whose derivative may be another for M"
+        for kernel in self.uses.called:
+            self.uses.unseen.setdefault(kernel, why)
+        self.uses.called |= called
+        return [_bypassed(value, name) for value in results]
 
     def _product(self, eqn: Any, values: Values) -> Values:
         name, result = eqn.primitive.name, dict(steps.after(eqn, values))

@@ -65,10 +65,8 @@ def plan(
     if args or kwargs:
         calls = (Call(*args, **kwargs), *calls)
     for call in calls:
-        own = model, "__call__", call.args, call.kwargs
-        survey.add(
-            marked_program(functools.partial(program, *own), survey, "its kernels")
-        )
+        own = functools.partial(program, model, "__call__", call.args, call.kwargs)
+        survey.add(marked_program(own, survey))
     chosen = plan_surveyed(params, config, survey)
     refuse_unfit(model, chosen)
     return chosen

@@ -94,7 +94,7 @@ class Case:
                 if not Path(where).is_relative_to(LIBRARY):
                     raise
                 whole = re.match(OF_NO_KERNEL, text)
-                if not (names := self.named_in(text)) and not whole:
+                if not (names := [] if whole else self.named_in(text)) and not whole:
                     raise
                 raise Refused(names, text) from error
             finally:
@@ -164,10 +164,10 @@ def loss(ys):
     return sum(jnp.sum(w * y) for w, y in pairs)
 
 
-def with_derivatives(function, ms, forward):
-    """Outputs of a function, with the gradients of M's or the outputs' derivatives."""
-    if forward:
-        return jax.jvp(function, (ms,), (random_like(ms, 1.0),))
+def with_derivatives(function, ms, tangents):
+    """Outputs of a function, with the outputs' derivatives or the gradients of M's."""
+    if tangents is not None:
+        return jax.jvp(function, (ms,), (tangents,))
 
     def run(ms):
         ys = function(ms)
@@ -206,9 +206,10 @@ def check_call(case, plan, functions, call):
 
     @jax.jit
     def run(ms):
-        return [with_derivatives(f, ms, model.forward) for f in (adapted, merged)]
+        return [with_derivatives(f, ms, tangents) for f in (adapted, merged)]
 
-    base, after = None, random_ms(case, plan)
+    base, after = None, random_ms(case, plan, 0.3)
+    tangents = random_ms(case, plan, 1.0) if model.forward else None
     for ms in (jax.tree.map(np.zeros_like, after), after):
         (ys, slopes), (expected, merged_slopes) = case.of_library(run, ms)
         if case.listed.keys() > known:
@@ -307,9 +308,9 @@ def adapted_as_merged(case):
     return plan
 
 
-def random_ms(case, plan):
+def random_ms(case, plan, scale):
     """M's as after training; 0 for what is listed as not proven."""
-    ms = random_like(mora_jax.init(plan), 0.3)
+    ms = random_like(mora_jax.init(plan), scale)
     flat = flatten_dict(ms)
     for path in flat:
         if "/".join(path).removesuffix("_mora") in case.listed:

@@ -771,13 +771,18 @@ def one_slice(table, k):
     return jax.lax.dynamic_slice_in_dim(table, k, 1)[0]
 
 
+def one_by_one(function, ids):
+    """Under vmap for each axis of `ids`, however many those are."""
+    return jnp.vectorize(function, signature="()->(n)")(ids)
+
+
 LOOKUPS = {
     "t[ids]": lambda ids, t, s: t[ids],
     "take clip": lambda ids, t, s: jnp.take(t, ids, axis=0, mode="clip"),
     "take wrap": lambda ids, t, s: jnp.take(t, ids, axis=0, mode="wrap"),
     "take 0": lambda i, t, s: jnp.take(t, i, axis=0, mode="fill", fill_value=0),
-    "one by one": lambda ids, t, s: jax.vmap(jax.vmap(lambda k: t[k]))(ids),
-    "slices": lambda i, t, s: jax.vmap(jax.vmap(lambda k: one_slice(t, k)))(i),
+    "one by one": lambda ids, t, s: one_by_one(lambda k: t[k], ids),
+    "slices": lambda ids, t, s: one_by_one(lambda k: one_slice(t, k), ids),
     "get clip": lambda ids, t, s: t.at[ids].get(mode="clip"),
     "get 0": lambda ids, t, s: t.at[ids].get(mode="fill", fill_value=0),
     "get 1": lambda ids, t, s: t.at[ids].get(mode="fill", fill_value=1),
