@@ -100,8 +100,8 @@ class Trail:
         return dataclasses.replace(self, through=self.through | {name}, view=view)
 
 
-Start = str | Call
-"""The path of a kernel; or a call, which stands for its input."""
+Start = str | Call | int
+"""The path of a kernel; a call, which stands for its input; or a number of `rows`."""
 
 Value = Mapping[Start, Trail]
 """All that an array depends on."""
