@@ -37,7 +37,7 @@ SETTINGS = frozenset(
 ALONG_AXES = frozenset(
     "concatenate cumlogsumexp cummax cummin cumprod cumsum dynamic_slice "
     "dynamic_update_slice fft pad reduce_window_max reduce_window_min "
-    "reduce_window_sum rev select_and_scatter_add slice sort split top_k".split()
+    "reduce_window_sum rev select_and_scatter_add slice sort split tile top_k".split()
 )
 """Primitives that work along some axes, and keep the others."""
 
@@ -60,7 +60,8 @@ def row_faults(
     kinds = [kind for kind, use in zip(is_batched, used, strict=True) if use]
     inputs: Values = []
     for shape, kind in zip(shapes(program.invars), kinds, strict=True):
-        counted = {True: shape[:1], None: shape, False: ()}[kind]
+        whole = shape if len(shape) > 1 else ()  # a vector may be of layers
+        counted = {True: shape[:1], None: whole, False: ()}[kind]
         view: Any = [int(n == rows) for n in counted] + [0] * (
             len(shape) - len(counted)
         )
@@ -147,8 +148,8 @@ class _RowWalk(Walk):
                 n in (1, m) for x in operands if x for n, m in zip(x, out, strict=True)
             )
             return alike if {*map(len, alike)} <= {0, len(out)} and all(fit) else None
-        if "axes" in p or name == "squeeze":
-            gone = p["dimensions"] if name == "squeeze" else p["axes"]
+        if "axes" in p or name in ("squeeze", "unstack"):
+            gone = np.ravel(p.get("axes", p.get("dimensions", p.get("axis"))))
             return [dict(enumerate(k for k in alike[0] if k not in gone))]
         if name == "gather" or name.startswith("scatter"):
             columns = self.columns.get(eqn.invars[1], values[1:2])
@@ -156,6 +157,8 @@ class _RowWalk(Walk):
         match name:
             case "transpose":
                 return [dict(enumerate(p["permutation"]))]
+            case "stack":
+                return [{k + (k >= p["axis"]): k for k in axes} for axes in alike]
             case "broadcast_in_dim":
                 axes = enumerate(
                     zip(p["broadcast_dimensions"], operands[0], strict=True)
