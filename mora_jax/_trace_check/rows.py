@@ -10,27 +10,27 @@ Primitives that are not known to keep the rows lose them. A sum over all rows is
 row, and may be given to all of them, as may an array that depends on none.
 """
 
+import dataclasses
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-import jax
 import numpy as np
 from jax.extend.core import Jaxpr
 from jax.interpreters import partial_eval
 
 from mora_jax._common.types import Shape
 from mora_jax._trace_check.steps import listed
-from mora_jax._trace_check.trails import Trail, Uses, Value, changed
+from mora_jax._trace_check.trails import Call, Trail, Uses, Value, changed
 from mora_jax._trace_check.walk import PRODUCTS, Values, Walk, shapes
 
 ROWS, NUMBERS = 0, 1
 """Starts of trails: the call's inputs, and the numbers of the rows along an axis."""
 
 SETTINGS = frozenset(
-    "accuracy exponent_bits mantissa_bits new_dtype out_dtype rounding_method sharding "
-    "input_dtype weak_type y".split()
+    "accuracy exponent_bits input_dtype mantissa_bits new_dtype out_dtype "
+    "rounding_method sharding weak_type y".split()
 )
 """Parameters of primitives that treat all numbers of an array alike."""
 
@@ -41,10 +41,12 @@ ALONG_AXES = frozenset(
 )
 """Primitives that work along some axes, and keep the others."""
 
-VIEWS = frozenset("broadcast_in_dim convert_element_type squeeze transpose".split())
+VIEWS = frozenset(
+    "broadcast_in_dim convert_element_type reshape squeeze transpose".split()
+)
 
-Places = dict[int, int | None]
-"""{axis of an output: the axis of an operand with the same indices, or None}."""
+Move = Callable[[Any], Any]
+"""A function from the view of an operand to that of the output."""
 
 
 def row_faults(
@@ -60,19 +62,17 @@ def row_faults(
     kinds = [kind for kind, use in zip(is_batched, used, strict=True) if use]
     inputs: Values = []
     for shape, kind in zip(shapes(program.invars), kinds, strict=True):
-        whole = shape if len(shape) > 1 else ()  # a vector may be of layers
-        counted = {True: shape[:1], None: whole, False: ()}[kind]
-        view: Any = [int(n == rows) for n in counted] + [0] * (
-            len(shape) - len(counted)
-        )
-        inputs.append({ROWS: Trail(tuple(view))} if any(view) else {})
+        # A vector in a cache may have a number for each layer.
+        last = {True: 1, None: len(shape) * (len(shape) > 1), False: 0}[kind]
+        view: Any = tuple(int(n == rows and k < last) for k, n in enumerate(shape))
+        inputs.append({ROWS: Trail(view)} if any(view) else {})
     walk = _RowWalk(rows, adapted)
     if rows > 1:  # a single row has no order
         walk.run(program, inputs)
     return walk.uses.faults
 
 
-def _moved(name: str, move: Callable[[Any], Any], trail: Trail) -> Trail:
+def _moved(name: str, move: Move, trail: Trail) -> Trail:
     """The trail after the primitive `name`, which moves axes and may lose the rows."""
     moved = trail.moved(move)
     return moved if moved.view is None or any(moved.view) else trail.passed(name)
@@ -95,112 +95,82 @@ class _RowWalk(Walk):
         return left if left == right else _joined("a branch or a loop", [left, right])
 
     def step(self, eqn: Any, values: Values) -> Values:
-        name, outs, rows = eqn.primitive.name, shapes(eqn.outvars), self.rows
-        if name == "iota" and outs[0][axis := eqn.params["dimension"]] == rows:
-            return [{NUMBERS: Trail(_only(axis, outs[0]))}]
-        if name == "reshape":
-            move = partial(_reshaped, eqn.invars[0].aval.shape, outs[0], rows)
-            return [changed(values[0], partial(_moved, name, move))]
+        name, outs = eqn.primitive.name, shapes(eqn.outvars)
+        if name == "iota" and outs[0][axis := eqn.params["dimension"]] == self.rows:
+            return [{NUMBERS: Trail(_at({axis: 0}, len(outs[0]), (1,)))}]
         if name == "concatenate" and eqn.params["dimension"] == len(outs[0]) - 1:
             if outs[0][-1] == len(values):
                 self.columns[eqn.outvars[0]] = values
         is_control = name in self.handlers and name not in PRODUCTS
-        if is_control or (places := self._places(eqn, values)) is None:
+        if is_control or not outs or (moves := self._moves(eqn, values)) is None:
             return super().step(eqn, values)
-        return [self._value(eqn, values, places, shape) for shape in outs]
+        return [self._value(eqn, values, moves, shape) for shape in outs]
+
+    def _moves(self, eqn: Any, values: Values) -> Sequence[Move] | None:
+        """For each operand what becomes of its view; None if that is not known."""
+        before, (after, *_) = shapes(eqn.invars), shapes(eqn.outvars)
+        if eqn.primitive.name == "reshape":
+            return [partial(_reshaped, before[0], after, self.rows)]
+        columns = values[1:2]
+        if eqn.primitive.name.startswith(("gather", "scatter")):
+            columns = self.columns.get(eqn.invars[1], columns)
+        places = _places(eqn, before, after, columns)
+        return places and [partial(_at, axes, len(after)) for axes in places]
 
     def _value(
-        self, eqn: Any, values: Values, places: list[Places], shape: Shape
+        self, eqn: Any, values: Values, moves: Sequence[Move], shape: Shape
     ) -> Value:
-        """The value of an output whose axes are at `places` of the operands."""
+        """The value of an output of `shape`, with the views of operands moved."""
         if math.prod(shape) < self.rows:  # too few numbers to be the rows
             return {}
         name, moved = eqn.primitive.name, []
-        sums = (
-            "axes" in eqn.params or name == "dot_general"
-        ) and self.rows not in shape
-        for value, axes in zip(values, places, strict=True):
-            at = [axes.get(k) for k in range(len(shape))]
-
-            def move(view: Any, at: Any = at) -> Any:
-                return tuple(0 if k is None else view[k] for k in at)
-
+        sums = "axes" in eqn.params or name == "dot_general"
+        for value, move in zip(values, moves, strict=True):
             kept = changed(value, partial(_moved, name, move))
             is_sum = sums and any(value[k].view and not t.view for k, t in kept.items())
-            moved.append({} if is_sum else kept)
-        # `jnp` adds the length of an axis to negative indices.
+            moved.append({} if is_sum and self.rows not in shape else kept)
+        result = _joined(name, moved)
+        for trail in (value[ROWS] for value in moved if ROWS in value):
+            if trail.call and not result[ROWS].view:
+                self._refuse(trail.call, "on no axis, though one has their number")
+        # `jnp` adds the length of an axis to indices, which may be negative.
         cases = moved[name == "select_n" :]
         wraps = name == "add" and getattr(eqn.invars[1], "val", 1) % self.rows == 0
         same = name == "select_n" and all(v == cases[0] for v in cases)
         trail = cases[0].get(NUMBERS) if name in VIEWS or wraps or same else None
-        return _joined(name, moved) | ({NUMBERS: trail} if trail and trail.view else {})
-
-    def _places(self, eqn: Any, values: Values) -> list[Places] | None:
-        """For each operand its axes that an output has; None if that is not known."""
-        name, p, (out, *more) = eqn.primitive.name, eqn.params, shapes(eqn.outvars)
-        operands = shapes(eqn.invars)
-        alike = [{k: k for k in range(len(shape or ()))} for shape in operands]
-        if name in ALONG_AXES:
-            worked = _worked_axes(p, operands, out)
-            return [{k: k for k in axes if k not in worked} for axes in alike]
-        if p.keys() <= SETTINGS and not more:
-            fit = (
-                n in (1, m) for x in operands if x for n, m in zip(x, out, strict=True)
-            )
-            return alike if {*map(len, alike)} <= {0, len(out)} and all(fit) else None
-        if "axes" in p or name in ("squeeze", "unstack"):
-            gone = np.ravel(p.get("axes", p.get("dimensions", p.get("axis"))))
-            return [dict(enumerate(k for k in alike[0] if k not in gone))]
-        if name == "gather" or name.startswith("scatter"):
-            columns = self.columns.get(eqn.invars[1], values[1:2])
-            return _indexed(p["dimension_numbers"], operands, out, columns)
-        match name:
-            case "transpose":
-                return [dict(enumerate(p["permutation"]))]
-            case "stack":
-                return [{k + (k >= p["axis"]): k for k in axes} for axes in alike]
-            case "broadcast_in_dim":
-                axes = enumerate(
-                    zip(p["broadcast_dimensions"], operands[0], strict=True)
-                )
-                return [{k: at for at, (k, n) in axes if n == out[k]}]
-            case "dot_general":
-                summed, batch = p["dimension_numbers"]
-                both = zip(alike, summed, batch, strict=True)
-                left, right = ([k for k in x if k not in (*s, *b)] for x, s, b in both)
-                right = [*batch[1], *[None] * len(left), *right]
-                return [dict(enumerate([*batch[0], *left])), dict(enumerate(right))]
-            case "conv_general_dilated" if p["batch_group_count"] == 1:
-                return [
-                    {p["dimension_numbers"][2][0]: p["dimension_numbers"][0][0]},
-                    {},
-                ]
-        return None
+        return result | ({NUMBERS: trail} if trail and trail.view else {})
 
     def _mark(self, eqn: Any, values: Values) -> Values:
         call, lead, x = eqn.params["call"], eqn.params["lead"], eqn.invars[0].aval
-        inner = jax.ShapeDtypeStruct(x.shape[lead:], x.dtype)
+        inner = np.broadcast_to(0, x.shape[lead:])  # any array of this shape
         axes = None if eqn.params["end"] else call.product.batch_axes(inner)
         axis = lead + axes[0] if axes else 0
         # Of an axis of another length the layer itself says so.
         if axes is None or x.shape[axis] != self.rows or call.name not in self.adapted:
             return values
-        own = Trail(_only(axis, x.shape))
-        trail = values[0].get(ROWS, own)
-        if trail.view and not trail.unseen:
-            if trail.view[axis]:
-                return [{ROWS: own}]
-            why = f"on axis {trail.view.index(1)} of its input and not on axis {axis}"
+        own = Trail(_at({axis: 0}, x.ndim, (1,)))
+        # An input without rows has them from here on, by its layer's adapters.
+        trail = values[0].get(ROWS, dataclasses.replace(own, call=call))
+        if trail.unseen or not trail.view:
+            by = {*trail.through, trail.unseen} - {""}
+            self._refuse(call, f"mixed or in another order, by {listed(sorted(by))}")
+        elif not trail.view[axis]:
+            at = next(k for k, stride in enumerate(trail.view) if stride)
+            self._refuse(call, f"on axis {at} of its input, and not on axis {axis}")
         else:
-            by = listed(sorted({*trail.through, trail.unseen} - {""}))
-            why = f"in another order, or mixed, by {by}"
-        self.uses.faults.setdefault(call.name, f"{call.method} gets the rows {why}")
+            return [{ROWS: dataclasses.replace(own, call=trail.call)}]
         return values
+
+    def _refuse(self, call: Call, why: str) -> None:
+        self.uses.faults.setdefault(
+            call.name, f"{call.method} gets rows of the batch {why}"
+        )
 
 
 def _joined(name: str, values: Sequence[Value]) -> dict[Any, Trail]:
     """The rows of what `name` computes from several arrays of one shape."""
     trails = [value[ROWS] for value in values if ROWS in value]
+    trails.sort(key=lambda trail: trail.call is not None)
     for trail in trails:
         if trail.view is None or trail.unseen:
             return {ROWS: trail}
@@ -209,8 +179,9 @@ def _joined(name: str, values: Sequence[Value]) -> dict[Any, Trail]:
     return {ROWS: _moved(name, lambda _: view, trails[0])} if trails else {}
 
 
-def _only(axis: int, shape: Shape) -> Any:
-    return tuple(int(k == axis) for k in range(len(shape)))
+def _at(places: Mapping[int, int | None], ndim: int, view: Any) -> Any:
+    axes = [places.get(k) for k in range(ndim)]
+    return tuple(0 if axis is None else view[axis] for axis in axes)
 
 
 def _reshaped(before: Shape, after: Shape, rows: int, view: Any) -> Any:
@@ -224,6 +195,43 @@ def _reshaped(before: Shape, after: Shape, rows: int, view: Any) -> Any:
     return tuple(strides)
 
 
+def _places(
+    eqn: Any, operands: list[Shape], out: Shape, columns: Values
+) -> list[Any] | None:
+    """For each operand {axis of an output: the axis of it with the same indices}."""
+    name, p = eqn.primitive.name, eqn.params
+    alike = [{k: k for k in range(len(shape or ()))} for shape in operands]
+    if name in ALONG_AXES:
+        worked = _worked_axes(p, operands, out)
+        return [{k: k for k in axes if k not in worked} for axes in alike]
+    if p.keys() <= SETTINGS and len(eqn.outvars) == 1:
+        # An axis of length 1 has no rows.
+        return alike if {*map(len, alike)} <= {0, len(out)} else None
+    if "axes" in p or name in ("squeeze", "unstack"):
+        gone = np.ravel(p.get("axes", p.get("dimensions", p.get("axis"))))
+        return [dict(enumerate(k for k in alike[0] if k not in gone))]
+    match name:
+        case "transpose":
+            return [dict(enumerate(p["permutation"]))]
+        case "stack":
+            return [{k + (k >= p["axis"]): k for k in axes} for axes in alike]
+        case "broadcast_in_dim":
+            pairs = enumerate(p["broadcast_dimensions"])
+            return [{k: at for at, k in pairs if operands[0][at] == out[k]}]
+        case "dot_general":
+            summed, batch = p["dimension_numbers"]
+            both = zip(alike, summed, batch, strict=True)
+            left, right = ([k for k in x if k not in (*s, *b)] for x, s, b in both)
+            right = [*batch[1], *[None] * len(left), *right]
+            return [dict(enumerate([*batch[0], *left])), dict(enumerate(right))]
+        case "conv_general_dilated" if p["batch_group_count"] == 1:
+            x, _, y = p["dimension_numbers"]
+            return [{y[0]: x[0]}, {}]
+        case _ if name.startswith(("gather", "scatter")):
+            return _indexed(p["dimension_numbers"], operands, out, columns)
+    return None
+
+
 def _worked_axes(p: Any, operands: list[Shape], out: Shape) -> set[int]:
     """The axes along which a primitive of `ALONG_AXES` does something."""
     axes = set(range(len(out) - len(p.get("fft_lengths", ())), len(out)))
@@ -235,10 +243,8 @@ def _worked_axes(p: Any, operands: list[Shape], out: Shape) -> set[int]:
     return axes | {k for x in operands for k, n in enumerate(x) if n != out[k]}
 
 
-def _indexed(
-    numbers: Any, operands: list[Shape], out: Shape, columns: Values
-) -> list[Places]:
-    """The places of the operands of a gather, or of a scatter."""
+def _indexed(numbers: Any, operands: list[Shape], out: Shape, columns: Values) -> Any:
+    """`_places` for a gather or a scatter."""
     if gathers := hasattr(numbers, "offset_dims"):
         inner, dropped = numbers.offset_dims, numbers.collapsed_slice_dims
         starts, along = numbers.start_index_map, numbers.start_indices_batching_dims
@@ -249,14 +255,14 @@ def _indexed(
     whole, part = operands[0], out if gathers else operands[2]
     # {axis of the operand: the axis of the indices that runs along it}
     pairs = dict(zip(numbers.operand_batching_dims, along, strict=True))
-    gone = (*dropped, *pairs)
+    windows = (k for k in range(len(whole)) if k not in (*dropped, *pairs))
+    same = dict(zip(inner, windows, strict=True))
+    same = {at: k for at, k in same.items() if part[at] == whole[k]}
     for start, column in zip(starts, columns, strict=False):
         trail = column.get(NUMBERS)
         if trail and trail.view and 1 in trail.view[:-1]:
             pairs[start] = trail.view.index(1)
     outer = [k for k in range(len(part)) if k not in inner]
-    windows = zip(inner, (k for k in range(len(whole)) if k not in gone), strict=True)
-    same = {at: k for at, k in windows if part[at] == whole[k]}
     same |= {outer[at]: k for k, at in pairs.items()}
     if gathers:
         return [same, {at: k for k, at in enumerate(outer)}]
