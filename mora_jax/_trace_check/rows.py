@@ -46,7 +46,7 @@ VIEWS = frozenset(
 )
 
 Move = Callable[[Any], Any]
-"""A function from the view of an operand to that of the output."""
+"""A function from the view of an operand to the view of an output."""
 
 
 def row_faults(
@@ -67,7 +67,7 @@ def row_faults(
         view: Any = tuple(int(n == rows and k < last) for k, n in enumerate(shape))
         inputs.append({ROWS: Trail(view)} if any(view) else {})
     walk = _RowWalk(rows, adapted)
-    if rows > 1:  # a single row has no order
+    if rows > 1:  # a single row is in any order
         walk.run(program, inputs)
     return walk.uses.faults
 
@@ -134,11 +134,13 @@ class _RowWalk(Walk):
             if trail.call and not result[ROWS].view:
                 self._refuse(trail.call, "on no axis, though one has their number")
         # `jnp` adds the length of an axis to indices, which may be negative.
-        cases = moved[name == "select_n" :]
-        wraps = name == "add" and getattr(eqn.invars[1], "val", 1) % self.rows == 0
-        same = name == "select_n" and all(v == cases[0] for v in cases)
-        trail = cases[0].get(NUMBERS) if name in VIEWS or wraps or same else None
-        return result | ({NUMBERS: trail} if trail and trail.view else {})
+        first, *others = moved[name == "select_n" :]
+        trail, added = first.get(NUMBERS), getattr(eqn.invars[-1], "val", 1)
+        if not trail or not trail.view:
+            return result
+        wraps = name == "add" and not np.any(added % self.rows)
+        same = name == "select_n" and all(value == first for value in others)
+        return result | ({NUMBERS: trail} if name in VIEWS or wraps or same else {})
 
     def _mark(self, eqn: Any, values: Values) -> Values:
         call, lead, x = eqn.params["call"], eqn.params["lead"], eqn.invars[0].aval
@@ -205,7 +207,7 @@ def _places(
         worked = _worked_axes(p, operands, out)
         return [{k: k for k in axes if k not in worked} for axes in alike]
     if p.keys() <= SETTINGS and len(eqn.outvars) == 1:
-        # An axis of length 1 has no rows.
+        # An axis of length 1 may be there for another length, but not for the rows.
         return alike if {*map(len, alike)} <= {0, len(out)} else None
     if "axes" in p or name in ("squeeze", "unstack"):
         gone = np.ravel(p.get("axes", p.get("dimensions", p.get("axis"))))
