@@ -102,7 +102,8 @@ class _RowWalk(Walk):
             if outs[0][-1] == len(values):
                 self.columns[eqn.outvars[0]] = values
         is_control = name in self.handlers and name not in PRODUCTS
-        if is_control or not outs or (moves := self._moves(eqn, values)) is None:
+        is_array = outs and None not in outs  # and not a token
+        if is_control or not is_array or (moves := self._moves(eqn, values)) is None:
             return super().step(eqn, values)
         return [self._value(eqn, values, moves, shape) for shape in outs]
 
@@ -125,10 +126,14 @@ class _RowWalk(Walk):
             return {}
         name, moved = eqn.primitive.name, []
         sums = "axes" in eqn.params or name == "dot_general"
-        for value, move in zip(values, moves, strict=True):
+        for atom, value, move in zip(eqn.invars, values, moves, strict=True):
             kept = changed(value, partial(_moved, name, move))
-            is_sum = sums and any(value[k].view and not t.view for k, t in kept.items())
-            moved.append({} if is_sum and self.rows not in shape else kept)
+            if sums and ROWS in value and (view := value[ROWS].view):
+                # A sum, unless a matrix may have brought them in another order.
+                sizes = {n for n, s in zip(atom.aval.shape, view, strict=True) if s}
+                is_sum = not {self.rows, *sizes} & {*shape} and not kept[ROWS].view
+                kept = {} if is_sum else kept
+            moved.append(kept)
         result = _joined(name, moved)
         for trail in (value[ROWS] for value in moved if ROWS in value):
             if trail.call and not result[ROWS].view:

@@ -138,6 +138,10 @@ LOST = {
     "rolled": (lambda x: x + jnp.roll(x, 1, 0), "slice"),
     "padded": (lambda x: jax.lax.pad(x, 0.0, [(1, -1, 0), *[(0, 0, 0)] * 2]), "pad"),
     "a product": (lambda x: jnp.einsum("ab,btd->atd", jnp.eye(4)[ORDER], x), "dot_gen"),
+    "tokens by a product": (
+        lambda x: x + (random(1, 24, 24) @ x.reshape(-1, 8)).reshape(x.shape),
+        "dot_general",
+    ),
     "a sum": (lambda x: x + (x * X[:, 0, :4, None, None]).sum(1), "broadcast|reduce"),
     "a scatter": (lambda x: jnp.zeros_like(x).at[ORDER].set(x), "scatter"),
     "sorted tokens": (
