@@ -112,10 +112,12 @@ class _RowWalk(Walk):
         before, (after, *_) = shapes(eqn.invars), shapes(eqn.outvars)
         if eqn.primitive.name == "reshape":
             return [partial(_reshaped, before[0], after, self.rows)]
-        columns = values[1:2]
         if eqn.primitive.name.startswith(("gather", "scatter")):
-            columns = self.columns.get(eqn.invars[1], columns)
-        places = _places(eqn, before, after, columns)
+            columns = self.columns.get(eqn.invars[1], values[1:2])
+            numbers = eqn.params["dimension_numbers"]
+            places = _indexed(numbers, before, after, columns)
+        else:
+            places = _places(eqn, before, after)
         return places and [partial(_at, axes, len(after)) for axes in places]
 
     def _value(
@@ -202,9 +204,7 @@ def _reshaped(before: Shape, after: Shape, rows: int, view: Any) -> Any:
     return tuple(strides)
 
 
-def _places(
-    eqn: Any, operands: list[Shape], out: Shape, columns: Values
-) -> list[Any] | None:
+def _places(eqn: Any, operands: list[Shape], out: Shape) -> list[Any] | None:
     """For each operand {axis of an output: the axis of it with the same indices}."""
     name, p = eqn.primitive.name, eqn.params
     alike = [{k: k for k in range(len(shape or ()))} for shape in operands]
@@ -216,7 +216,7 @@ def _places(
         return alike if {*map(len, alike)} <= {0, len(out)} else None
     if "axes" in p or name in ("squeeze", "unstack"):
         gone = np.ravel(p.get("axes", p.get("dimensions", p.get("axis"))))
-        return [dict(enumerate(k for k in alike[0] if k not in gone))]
+        return [dict(enumerate(k for k in axes if k not in gone)) for axes in alike]
     match name:
         case "transpose":
             return [dict(enumerate(p["permutation"]))]
@@ -234,8 +234,6 @@ def _places(
         case "conv_general_dilated" if p["batch_group_count"] == 1:
             x, _, y = p["dimension_numbers"]
             return [{y[0]: x[0]}, {}]
-        case _ if name.startswith(("gather", "scatter")):
-            return _indexed(p["dimension_numbers"], operands, out, columns)
     return None
 
 

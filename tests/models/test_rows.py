@@ -13,8 +13,7 @@ from programs import plan_of, shapes_of
 from twins import TWINS
 
 from mora_jax import MoRAConfig, linen
-from mora_jax._trace_check import follow
-from mora_jax._trace_check.rows import row_faults
+from mora_jax._trace_check import follow, row_faults
 
 ROWS, TIME, WIDTH = 4, 6, 8
 ORDER = np.array([2, 0, 3, 1])
