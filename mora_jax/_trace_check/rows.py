@@ -104,8 +104,12 @@ class _RowWalk(Walk):
         is_control = name in self.handlers and name not in PRODUCTS
         is_array = outs and None not in outs  # and not a token
         if is_control or not is_array or (moves := self._moves(eqn, values)) is None:
-            return super().step(eqn, values)
-        return [self._value(eqn, values, moves, shape) for shape in outs]
+            results = super().step(eqn, values)
+        else:
+            results = [self._value(eqn, values, moves, shape) for shape in outs]
+        # What has fewer numbers than there are rows does not hold them.
+        few = [math.prod(shape or ()) < self.rows for shape in outs]
+        return [{} if is_few else v for v, is_few in zip(results, few, strict=True)]
 
     def _moves(self, eqn: Any, values: Values) -> Sequence[Move] | None:
         """For each operand what becomes of its view; None if that is not known."""
@@ -120,12 +124,8 @@ class _RowWalk(Walk):
             places = _places(eqn, before, after)
         return places and [partial(_at, axes, len(after)) for axes in places]
 
-    def _value(
-        self, eqn: Any, values: Values, moves: Sequence[Move], shape: Shape
-    ) -> Value:
+    def _value(self, eqn: Any, values: Values, moves: Any, shape: Shape) -> Value:
         """The value of an output of `shape`, with the views of operands moved."""
-        if math.prod(shape) < self.rows:  # too few numbers to be the rows
-            return {}
         name, moved = eqn.primitive.name, []
         sums = "axes" in eqn.params or name == "dot_general"
         for atom, value, move in zip(eqn.invars, values, moves, strict=True):
@@ -171,9 +171,8 @@ class _RowWalk(Walk):
         return values
 
     def _refuse(self, call: Call, why: str) -> None:
-        self.uses.faults.setdefault(
-            call.name, f"{call.method} gets rows of the batch {why}"
-        )
+        fault = f"{call.method} gets rows of the batch {why}"
+        self.uses.faults.setdefault(call.name, fault)
 
 
 def _joined(name: str, values: Sequence[Value]) -> dict[Any, Trail]:
@@ -198,7 +197,7 @@ def _reshaped(before: Shape, after: Shape, rows: int, view: Any) -> Any:
     for axis, stride in enumerate(view):
         step = stride * math.prod(before[axis + 1 :])  # from a row to the next one
         for k, n in enumerate(after):
-            inner = math.prod(after[k + 1 :])
+            inner = math.prod(after[k + 1 :]) or 1
             if step and step % inner == 0 and inner * n % (step * rows) == 0:
                 strides[k] = step // inner
     return tuple(strides)

@@ -278,6 +278,14 @@ def test_caches_of_stacked_layers(layers, size):
     assert faults_in(model, one, None, **rest) == {}
 
 
+def test_an_old_key_is_no_row():
+    """It has two numbers, as a batch of two rows has."""
+    model, x = nn.Sequential([nn.Dropout(0.5, deterministic=False), nn.Dense(3)]), X[:2]
+    rngs = {"dropout": jax.random.PRNGKey(0)}
+    variables = jax.eval_shape(model.init, {"params": KEY, **rngs}, x)
+    assert faults_in(model, x, variables=variables, rngs=rngs) == {}
+
+
 def test_a_cache_in_another_order():
     class Model(nn.Module):
         @nn.compact
