@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import inspect
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextvars import ContextVar
 from typing import Any
 
@@ -56,14 +56,22 @@ def program_of(function: Callable[..., Any], tree: Any, *args: Any) -> Jaxpr:
     return jax.make_jaxpr(call)(tree, arrays).jaxpr
 
 
-def kind_of_call(*args: Any) -> Hashable:
+def number_of_arrays(tree: Any) -> int:
+    """The number of inputs of a program that `program_of` makes of `tree`."""
+    return len(split_static(tree)[0])
+
+
+def kind_of_call(rows: Mapping[str, int], *args: Any) -> Hashable:
     """Key of all calls that Python may take another way through a model for.
 
     Flags, texts, methods and the names of collections are in it. Shapes and numbers are
-    not, or a loop over positions would have a key for each of them.
+    not, or a loop over positions would have a key for each of them. But if `rows` have
+    adapters of their own, as in `check_call`, shapes tell which axes may have the rows.
     """
     leaves, structure = jax.tree.flatten(args)
-    return str(structure), tuple(map(_kind, leaves))
+    shapes = [getattr(leaf, "shape", ()) for leaf in leaves if rows]
+    own = tuple(rows.items()), tuple(map(tuple, shapes))
+    return str(structure), tuple(map(_kind, leaves)), own
 
 
 def _kind(leaf: Any) -> Hashable:

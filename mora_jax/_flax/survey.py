@@ -21,7 +21,7 @@ from mora_jax._flax.adapted_call import LayerCall
 from mora_jax._flax.layer_rules import LayerRule, planning_rules
 from mora_jax._plan.plan import Plan
 from mora_jax._plan.spec import SUFFIX, AdapterSpec
-from mora_jax._trace_check import Call, Uses, difference, follow, mark
+from mora_jax._trace_check import Call, Uses, difference, follow, mark, row_faults
 from mora_jax.products import Product
 
 NOT_USED = "the call that was traced does not use it"
@@ -38,7 +38,8 @@ class Survey:
       scales: {path of a parameter that scales a kernel: the kernel's axes that it has}.
       uses: The uses of the arrays in a call of the model; None if none was traced.
       no_params: {path of a kernel that no `nnx.Param` holds: the class that does}.
-      leaves: The arrays of that call, as `named_leaves`.
+      leaves: {path: array} of the first inputs of that call, those of the model.
+      batched: For each input of that call, whether it has rows, as in `row_faults`.
     """
 
     products: dict[str, Product] = dataclasses.field(default_factory=dict)
@@ -48,6 +49,7 @@ class Survey:
     uses: Uses | None = None
     no_params: dict[str, str] = dataclasses.field(default_factory=dict)
     leaves: Mapping[str, Any] = dataclasses.field(default_factory=dict, init=False)
+    batched: list[bool | None] = dataclasses.field(default_factory=list, init=False)
 
     def record_call(self, name: str, call: LayerCall, m: Any = None) -> jax.Array:
         """The output of a layer's method, with marks; `name` is its kernel's path.
@@ -218,10 +220,16 @@ def marked_program(programs: Programs, survey: Survey, kernels: str) -> Jaxpr:
         ) from error
 
 
-def check_call(plan_of: Callable[[], Plan], programs: Programs, is_main: bool) -> bool:
+def check_call(
+    plan_of: Callable[[], Plan],
+    programs: Programs,
+    rows: Mapping[str, int],
+    is_main: bool,
+) -> bool:
     """Raise unless a call with M's computes what it does without, and the deltas.
 
-    `programs` traces the call, with marks and M's if it is given a survey. If it
+    `programs` traces the call, with marks and M's if it is given a survey. `rows` are
+    {path of a kernel: the number of rows that have adapters of their own}. If it
     `is_main`, the call is expected to use all adapters. The result is False, with a
     warning, if the call cannot be traced.
     """
@@ -239,6 +247,12 @@ def check_call(plan_of: Callable[[], Plan], programs: Programs, is_main: bool) -
     ms = {spec.name + SUFFIX: len(spec.operator.m_shape) for spec in plan.specs}
     survey.add(adapted, ms)
     survey.refuse_adapted(plan.specs)
+    for number in {*rows.values()}:
+        for name, fault in row_faults(adapted, number, survey.batched, rows).items():
+            raise ValueError(
+                f"{name}: {fault}, so that a row would get another's adapter; call the "
+                "model once for each adapter"
+            )
     is_m = [name in ms for name in survey.leaves]
     rest = [False] * (len(adapted.invars) - len(is_m))
     if found := difference(base, adapted, is_m + rest):

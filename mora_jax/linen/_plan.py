@@ -11,7 +11,7 @@ from jax.extend.core import Jaxpr
 
 from mora_jax._common.types import Path
 from mora_jax._flax.adapted_call import LayerCall
-from mora_jax._flax.calls import Call, program_of
+from mora_jax._flax.calls import Call, number_of_arrays, program_of
 from mora_jax._flax.planning import plan_surveyed
 from mora_jax._flax.survey import Survey, marked_program
 from mora_jax._plan.plan import Plan
@@ -130,6 +130,12 @@ def program(
         survey.leaves = {name: leaf for name, (_, leaf) in leaves.items()} | {
             f"{'/'.join(path)}{SUFFIX}": m for path, m in ms.items() if m is not None
         }
+        counts = len(survey.leaves), number_of_arrays(others), number_of_arrays(args)
+        batched = zip((False, None, True), counts, strict=True)
+        survey.batched = [has_rows for has_rows, count in batched for _ in range(count)]
+        for name in sorted(kwargs):
+            count = number_of_arrays(kwargs[name])
+            survey.batched += [name != "rngs"] * count
     return program_of(run, (params, list(ms.values())), others, args, kwargs)
 
 

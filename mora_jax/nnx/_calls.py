@@ -9,10 +9,16 @@ from flax import nnx
 from jax.extend.core import Jaxpr
 
 from mora_jax._flax.adapted_call import LayerCall
-from mora_jax._flax.calls import kind_of_call, program_of, proving
+from mora_jax._flax.calls import (
+    kind_of_call,
+    number_of_arrays,
+    program_of,
+    proving,
+)
 from mora_jax._flax.layer_rules import folded_kernels, planning_rules
 from mora_jax._flax.survey import Survey, check_call
 from mora_jax._layer.slots import Selected
+from mora_jax._plan.spec import SUFFIX
 from mora_jax._tree.paths import named_leaves, unboxed
 from mora_jax.nnx._classes import derived, detached, plain_class, set_class, subclass
 from mora_jax.nnx._param import MoRAParam, held
@@ -47,6 +53,10 @@ def program(
     if survey is not None:
         leaves = named_leaves(nnx.to_pure_dict(state))
         survey.leaves = {name: leaf for name, (_, leaf) in leaves.items()}
+        count = number_of_arrays((args, kwargs))
+        parameters = set(named_leaves(nnx.to_pure_dict(nnx.state(twin, nnx.Param))))
+        batched = [False if name in parameters else None for name in leaves]
+        survey.batched = [*batched, *[True] * count]
     return program_of(call, state, args, kwargs)
 
 
@@ -86,9 +96,16 @@ def checked_class(cls: type) -> type:
 
         @functools.wraps(method)
         def call(self: nnx.Module, *args: Any, **kwargs: Any) -> Any:
-            kind = nnx.graphdef(self), name, kind_of_call(args, kwargs)
+            ms = attributes(self, MoRAParam)
+            selected = ((path, unboxed(m)) for _, path, m in ms)
+            rows = {
+                "/".join(path).removesuffix(SUFFIX): m.rows
+                for path, m in selected
+                if isinstance(m, Selected)
+            }
+            kind = nnx.graphdef(self), name, kind_of_call(rows, args, kwargs)
             programs = functools.partial(program, self, name, args, kwargs)
-            own = (lambda: plan_of(self)), programs, name == "__call__"
+            own = (lambda: plan_of(self)), programs, rows, name == "__call__"
             check = functools.partial(check_call, *own)
             with proving(_proven, kind, check):
                 return method(self, *args, **kwargs)
