@@ -10,6 +10,7 @@ from typing import Any
 import jax
 from jax.extend.core import Jaxpr
 
+from mora_jax._common.warnings import warn
 from mora_jax._jax.qwix_guard import intercepted
 from mora_jax._jax.traces import split_static
 
@@ -87,20 +88,22 @@ _inside: ContextVar[bool] = ContextVar("inside", default=False)
 
 @contextlib.contextmanager
 def proving(
-    proven: dict[Hashable, bool], kind: Hashable, check: Callable[[], bool]
+    proven: dict[Hashable, str], kind: Hashable, check: Callable[[], str]
 ) -> Iterator[None]:
     """Before a call that runs inside, `check` it if it is the first of its kind.
 
-    `proven` keeps the results: True if a trace has shown what the call does.
+    `proven` keeps the results: "", or why a trace does not show what the call does.
     """
     if _inside.get() or intercepted():
         yield
         return
-    if kind not in proven:
-        proven[kind] = check()
+    why = proven[kind] if kind in proven else check()
     # Methods that it calls itself are parts of the same program.
-    with unchecked(proven[kind]):
+    with unchecked(not why):
         yield
+    if why and kind not in proven:  # and not for a call that fails
+        warn(why)
+    proven[kind] = why
 
 
 @contextlib.contextmanager

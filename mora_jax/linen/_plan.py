@@ -80,8 +80,8 @@ def program(
 ) -> Jaxpr:
     """The program of a call, whose first inputs are the params, and M's if any.
 
-    With a survey, which it fills in, layers are marked: all, or those of the `specs`,
-    which then have an M. Without a survey it is the program of the base.
+    With a survey, which it fills in, layers are marked: all of them, or the ones that
+    `specs` adapt, which then have an M. Without a survey it is the program of the base.
     """
     params = params_of(variables)
     leaves, modules = named_leaves(params), flatten_dict(dict(params))
@@ -122,7 +122,7 @@ def program(
             result = model.apply(variables, *args, **kwargs)
         if not kwargs.get("mutable"):
             return result
-        output, updated = result  # of which the params are not computed
+        output, updated = result  # the params in it are not computed
         return output, {k: value for k, value in updated.items() if k != "params"}
 
     others = {name: value for name, value in variables.items() if name != "params"}

@@ -28,7 +28,7 @@ class AdaptedApply:
 
     model: nn.Module
     plan: Plan
-    proven: dict[Hashable, bool] = dataclasses.field(default_factory=dict, repr=False)
+    proven: dict[Hashable, str] = dataclasses.field(default_factory=dict, repr=False)
     _warned: bool = dataclasses.field(default=False, init=False, repr=False)
 
     def __call__(

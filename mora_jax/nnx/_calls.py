@@ -21,7 +21,7 @@ from mora_jax._layer.slots import Selected
 from mora_jax._plan.spec import SUFFIX
 from mora_jax._tree.paths import named_leaves, unboxed
 from mora_jax.nnx._classes import derived, detached, plain_class, set_class, subclass
-from mora_jax.nnx._param import MoRAParam, held
+from mora_jax.nnx._param import MoRAParam, TrainedParam, held
 from mora_jax.nnx._state import attributes, named_modules, plan_of, traceable
 
 
@@ -46,8 +46,10 @@ def program(
         if is_marked and survey is not None:
             prefix = "".join(f"{key}/" for key in path)
             set_class(layer, _marked_class(type(layer), prefix, survey))
-    for _, _, m in attributes(twin, MoRAParam):
-        if isinstance(unboxed(m), Selected):  # one for each row: any will do
+    for module, (*_, key), m in attributes(twin, MoRAParam):
+        if isinstance(m, TrainedParam):
+            setattr(module, key, m.plain())
+        elif isinstance(unboxed(m), Selected):  # one for each row: any will do
             m.copy_from(m.replace(jnp.zeros(m.shape, m.dtype)))
     call, state = traceable(twin, method)
     if survey is not None:
@@ -79,7 +81,7 @@ def _marked_class(cls: type, prefix: str, survey: Survey) -> type:
     return derived(cls, run, read)
 
 
-_proven: dict[Hashable, bool] = {}
+_proven: dict[Hashable, str] = {}
 """The calls that were checked, as `proving` has them.
 
 Not in the model, since nnx.jit makes a new one for each trace.
