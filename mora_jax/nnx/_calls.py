@@ -88,6 +88,16 @@ Not in the model, since nnx.jit makes a new one for each trace.
 """
 
 
+def _settings(model: nnx.Module) -> Hashable:
+    """Key of all that a model holds beside its arrays, such as its flags."""
+    graph = nnx.graphdef(model)
+    try:
+        hash(graph)
+    except TypeError:  # an attribute cannot be hashed, such as a config
+        return repr(graph)
+    return graph
+
+
 @functools.cache
 def checked_class(cls: type) -> type:
     """The class of an adapted model: the public methods of `cls`, checked."""
@@ -105,7 +115,7 @@ def checked_class(cls: type) -> type:
                 for path, m in selected
                 if isinstance(m, Selected)
             }
-            kind = nnx.graphdef(self), name, kind_of_call(rows, args, kwargs)
+            kind = _settings(self), name, kind_of_call(rows, args, kwargs)
             programs = functools.partial(program, self, name, args, kwargs)
             own = (lambda: plan_of(self)), programs, rows, name == "__call__"
             check = functools.partial(check_call, *own)

@@ -35,10 +35,16 @@ class Reads(nn.Module):
         return x @ self.fc.variables["params"]["kernel"]
 
 
+class Unhashable:
+    """A config as models have one."""
+
+    __hash__ = None
+
+
 class ReadsTwin(nnx.Module):
     def __init__(self):
         self.fc = nnx.Linear(8, 8, rngs=nnx.Rngs(0))
-        self.reads = False
+        self.reads, self.config = False, Unhashable()
 
     def __call__(self, x, train=False):
         return self.fc(x) + (self.fc.kernel[...].sum() if train or self.reads else 0)
