@@ -171,7 +171,7 @@ class Delta:
         # Two maps are linear in M, and differ in what the devices send each other: the
         # parts of the output, or all parts of C(x), q numbers a row. In the first M's
         # gradient needs a sum of arrays like M and nothing else.
-        if whole.keeps_input or (on_mesh and self.in_parts):
+        if whole.block or (on_mesh and self.in_parts):
             return functools.partial(self._rows_by_m, on_mesh)
         return lambda x: self._times_m(op.split(x))
 

@@ -41,13 +41,8 @@ def by_row(
 ) -> jax.Array:
     """The delta of a layer's output, where each row of a batch has an M of its own."""
     batch_axes = product.batch_axes(x)
-    if batch_axes is None:
-        raise ValueError(
-            f"{spec.name}: the layer's input must have an axis of the batch, since "
-            f"each row has an adapter of its own; got an input of shape {x.shape}"
-        )
-    ins, outs = batch_axes
-    if x.shape[ins] != m.rows:
+    ins, outs = batch_axes or (0, 0)
+    if batch_axes is None or x.shape[ins] != m.rows:
         raise ValueError(
             f"{spec.name}: axis {ins} of the layer's input must be the batch, with a "
             f"row for each of the {m.rows} numbers of index, got an input of shape "
@@ -64,8 +59,8 @@ def by_row(
     one_device = layout is None and mesh_of(x) is None
     ndim_m = len(spec.operator.m_shape) + 1
     slots = Slots(gather_m(m.slots.m, layout, x, ndim_m), m.slots.ndim_m)
-    shape_of_m = slots.shape[slots.axis :]
-    times = TimesSlots(shape_of_m, slots.dtype, precision, one_device)
+    shape_of_m = slots.m.shape[slots.axis :]
+    times = TimesSlots(shape_of_m, slots.m.dtype, precision, one_device)
     index = m.index[(0,) * slots.axis]
 
     def for_rows(x: jax.Array) -> jax.Array:

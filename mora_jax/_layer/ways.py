@@ -27,12 +27,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
-from jax.typing import DTypeLike
 from jaxtyping import PRNGKeyArray
 
 from mora_jax._common.axes import features
 from mora_jax._common.types import ArrayLike, Shape
-from mora_jax._jax.linear_map import LinearMap, Static, static
+from mora_jax._jax.linear_map import LinearMap, Static
 from mora_jax._jax.qwix_guard import intercepted, undisturbed
 from mora_jax._jax.tuning import Tuning, Work, current_tuning
 from mora_jax._jax.vma import transposed
@@ -221,7 +220,7 @@ def fused(layer: Adapted) -> LinearMap:
     x_spec, kernel_spec, y_spec = (
         PartitionSpec(*(split.get(label) or None for label in part)) for part in labels
     )
-    here = static(_forward_here, dataclasses.replace(layer, layout=None))
+    here = Static(_forward_here, dataclasses.replace(layer, layout=None))
     x, residuals = (layer.x_shape, layer.x_dtype), (REPLICATED, kernel_spec)
     return ShardMappedMap(
         on_mesh, here, *x, x_spec, y_spec, residuals, gathers_last=True
@@ -264,13 +263,11 @@ def adapted_product(
     """
     check_product(spec, product)
     x = jnp.asarray(x)
-    dtype, dropout = _floating_dtype(kernel), dropout_key is not None
-    explicit = any(explicit_sharding(array) is not None for array in (x, kernel))
     shape, axes = spec.seen_by(len(product.axes))
-    if isinstance(m, Selected) or not joins(product, axes, x, dtype, dropout, explicit):
-        return add_delta(
-            multiply(x, kernel), spec, m, x, product, dropout_key, precision
-        )
+    joined = joins(product, axes, x, dropout_key is not None) and _takes_delta(kernel)
+    if isinstance(m, Selected) or not joined:
+        y = multiply(x, kernel)
+        return add_delta(y, spec, m, x, product, dropout_key, precision)
     kernel = jnp.asarray(kernel)
     if kernel.shape != shape:
         raise ValueError(
@@ -287,25 +284,18 @@ def adapted_product(
     return layer((delta.operator, delta.m, kernel), x)
 
 
-def joins(
-    product: Product,
-    axes: str,
-    x: Any,
-    dtype: DTypeLike | None,
-    dropout: bool = False,
-    explicit: bool = False,
-) -> bool:
+def joins(product: Product, axes: str, x: Any, dropout: bool = False) -> bool:
     """True if product and delta can be one map of the layer's input `x`, or its shape.
 
-    `axes` and `dtype` are the kernel's; None for one that is not floating-point.
+    `axes` are the kernel's, as the plan has them.
     """
-    if not product.joins or product.axes != axes or dtype is None:
+    if not product.joins or product.axes != axes or explicit_sharding(x) is not None:
         return False
     # The adapter sees another input than the layer under dropout. Steps of the ways
     # lack explicit shardings. A library that computes the layer's product would be
     # given, instead of the kernel that it knows, one with a delta, and round it.
     known = all(isinstance(size, int) for size in x.shape)  # unlike some of jax.export
-    return known and not (dropout or explicit or intercepted())
+    return known and not (dropout or intercepted())
 
 
 def add_delta(
@@ -357,8 +347,8 @@ def check_product(spec: AdapterSpec, product: Product) -> None:
         )
 
 
-def _floating_dtype(kernel: Any) -> DTypeLike | None:
-    """The dtype of a kernel that a delta can be added to; None for others."""
+def _takes_delta(kernel: Any) -> bool:
+    """True if a delta can be added to a kernel: it may stand for quantized numbers."""
     is_array = isinstance(kernel, jax.Array | np.ndarray)
     floating = is_array and jnp.issubdtype(kernel.dtype, jnp.floating)
-    return kernel.dtype if floating else None
+    return floating and explicit_sharding(kernel) is None

@@ -47,7 +47,6 @@ class Decoupling(Operator):
 
     name = "decoupling"
     work = "blocks"
-    keeps_input = True
     block = True
     tiles = True
 
@@ -137,12 +136,8 @@ class Decoupling(Operator):
         """The inputs in the order in which they are cut into blocks, (..., in)."""
         return x
 
-    def order_outputs(self, y: jax.Array) -> jax.Array:
-        """The outputs in the order of the blocks that they are made of, (..., out)."""
-        return y
-
     def outputs_in_place(self, y: jax.Array) -> jax.Array:
-        """Undo `order_outputs`."""
+        """The outputs of the blocks in the layer's order, (..., out)."""
         return y
 
     def rotate_rows(self, h: jax.Array, block: jax.Array | None = None) -> jax.Array:

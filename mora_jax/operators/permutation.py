@@ -47,9 +47,6 @@ class Permutation(Decoupling):
     def order_inputs(self, x: jax.Array) -> jax.Array:
         return _Reorder()((self.in_order, self.in_inverse), x)
 
-    def order_outputs(self, y: jax.Array) -> jax.Array:
-        return _Reorder()((self.out_order, self.out_inverse), y)
-
     def outputs_in_place(self, y: jax.Array) -> jax.Array:
         return _Reorder().transpose((self.out_order, self.out_inverse), y)
 
