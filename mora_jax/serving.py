@@ -121,8 +121,8 @@ def put(stacked: Tree, slot: int | jax.Array, adapters: Any) -> Tree:
         name = "/".join(path)
         new[path] = m = as_jax_array(name, unboxed(new[path]))
         check_leaf(m, name, held.shape_of_one)
-        where = f" in {held.m.dtype}, the dtype of the slots"
-        check_finite(m.astype(held.m.dtype), name, where)
+        where = f" in {held.dtype}, the dtype of the slots"
+        check_finite(m.astype(held.dtype), name, where)
     slot = _check_indices(slot, "slot", 0, number, ndim=0)
     return _put(stacked, slot, nest(new))
 
@@ -132,7 +132,7 @@ def _put(stacked: Tree, slot: jax.Array, adapters: Tree) -> Tree:
     def changed(slots: Slots, m: jax.Array) -> Slots:
         # A traced `slot` may be one that does not exist. Then it changes nothing.
         at = (*[slice(None)] * slots.axis, beyond_if_none(slot, slots.number))
-        new = slots.m.at[at].set(m.astype(slots.m.dtype), mode="drop")
+        new = slots.m.at[at].set(m.astype(slots.dtype), mode="drop")
         return Slots(new, slots.ndim_m)
 
     return jax.tree.map(
@@ -163,7 +163,7 @@ def select(stacked: Tree, index: Any) -> Tree:
     rows = {}
     for path, held in slots.items():
         # Flax's lifted transformations take one index off the stack of all arrays.
-        shape = *held.m.shape[: held.axis], *index.shape
+        shape = *held.shape[: held.axis], *index.shape
         rows[path] = Selected(held, jnp.broadcast_to(index, shape))
     return nest(rows)
 

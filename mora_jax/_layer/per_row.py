@@ -59,8 +59,8 @@ def by_row(
     one_device = layout is None and mesh_of(x) is None
     ndim_m = len(spec.operator.m_shape) + 1
     slots = Slots(gather_m(m.slots.m, layout, x, ndim_m), m.slots.ndim_m)
-    shape_of_m = slots.m.shape[slots.axis :]
-    times = TimesSlots(shape_of_m, slots.m.dtype, precision, one_device)
+    shape_of_m = slots.shape[slots.axis :]
+    times = TimesSlots(shape_of_m, slots.dtype, precision, one_device)
     index = m.index[(0,) * slots.axis]
 
     def for_rows(x: jax.Array) -> jax.Array:

@@ -21,19 +21,29 @@ class Slots:
     ndim_m: int = dataclasses.field(metadata={"static": True})
 
     @property
+    def shape(self) -> Shape:
+        """The shape of the array."""
+        return tuple(self.m.shape)
+
+    @property
+    def dtype(self) -> Any:
+        """The dtype of the array."""
+        return self.m.dtype
+
+    @property
     def axis(self) -> int:
         """The axis of the slots."""
-        return self.m.ndim - self.ndim_m - 1
+        return len(self.shape) - self.ndim_m - 1
 
     @property
     def number(self) -> int:
         """N, how many slots there are."""
-        return self.m.shape[self.axis]
+        return self.shape[self.axis]
 
     @property
     def shape_of_one(self) -> Shape:
         """The shape of the M of one adapter, (*stack, q, q)."""
-        return self.m.shape[: self.axis] + self.m.shape[self.axis + 1 :]
+        return self.shape[: self.axis] + self.shape[self.axis + 1 :]
 
 
 @jax.tree_util.register_dataclass
@@ -55,7 +65,7 @@ class Selected:
     @property
     def dtype(self) -> Any:
         """The dtype of the M's."""
-        return self.slots.m.dtype
+        return self.slots.dtype
 
     @property
     def rows(self) -> int:
