@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from mora_jax import AdapterSpec
@@ -33,8 +34,7 @@ def choose(
     shape, axes = spec.seen_by(len(product.axes))
     if dtype is None or not joins(product, axes, x, dropout):
         return "activation"
-    of_arrays = tuple(x.shape), x.dtype, jnp.dtype(dtype)
-    chosen_by = spec.execution, spec.operator.work
-    of_kernel = shape, axes, None, spec.layout
-    layer = Adapted(product, Static(jnp.matmul), *of_kernel, *of_arrays, *chosen_by)
-    return layer.way(tuning or current_tuning())
+    settings = axes, None, spec.layout, spec.execution
+    layer = Adapted(product, Static(jnp.matmul), *settings, tuple(x.shape), x.dtype)
+    kernel = jax.ShapeDtypeStruct(shape, dtype)
+    return layer.way(kernel, spec.operator.work, tuning or current_tuning())

@@ -62,7 +62,7 @@ class LinearMap(abc.ABC):
         """
         return {}
 
-    def chosen(self) -> "LinearMap":
+    def chosen(self, residuals: Any) -> "LinearMap":
         """Map that computes the same in the way of `current_tuning()`."""
         return self
 
@@ -101,11 +101,12 @@ class _Call:
         if self.batch_axes:
             return self._batched(_Call.__call__)(*args)
         *leaves, operand = args
+        residuals = jax.tree.unflatten(self.treedef, leaves)
         with traced_for(self.platform):
-            chosen = self.map.chosen()
+            chosen = self.map.chosen(residuals)
             apply = chosen.backward if self.transposed else chosen.forward
             # What is traced here is kept: by caches, or as a compiled program.
-            return undisturbed(apply)(jax.tree.unflatten(self.treedef, leaves), operand)
+            return undisturbed(apply)(residuals, operand)
 
     def by_hand(self) -> Mapping[int, Callable[..., jax.Array]]:
         """{number of a leaf: its derivative, of all arguments and the tangent}."""
