@@ -216,15 +216,11 @@ class Delta:
 
     def added_to(self, kernel: jax.Array) -> jax.Array:
         """`kernel` plus the delta in M's dtype; 16 bits are rounded with a dither."""
-        on_mesh = self._on_mesh(KernelLayout.for_kernel)
-        if self.axes == "io" and on_mesh:
-            return on_mesh.added(self.m, kernel, chips.add_of)
-        if self.axes.lstrip("s") != "io" or on_mesh:
+        if self.axes != "io":
             return add_rounded(kernel, self.kernel(), self.axes, kernel.dtype, "dither")
-        add = chips.add_of(self.operator)
-        for _ in self._stack:
-            add = jax.vmap(add)
-        return add(self.m, kernel)
+        if on_mesh := self._on_mesh(KernelLayout.for_kernel):
+            return on_mesh.added(self.m, kernel, chips.add_of)
+        return chips.add_of(self.operator)(self.m, kernel)
 
     def _matrix(self) -> jax.Array:
         """(*stack, in_features, out_features)."""

@@ -119,8 +119,8 @@ class Decoupling(Operator):
         (n, q), outs = self.compressed_shape, self.out_features
         columns = stored(lambda m: tile_to(m, outs), m)
         group = jnp.asarray(self.in_group(np.arange(n)))
-        out_group = jnp.asarray(self.out_group(np.arange(outs) // q))
-        feeds = group[:, None, None] == out_group
+        wanted = jnp.asarray(np.arange(outs) // q % self.num_groups)
+        feeds = group[:, None, None] == wanted
         rows = jnp.where(feeds, self.rotate_m(columns), 0)
         return add_wrapped_rows(rows.reshape(n * q, outs), self.in_features)
 
@@ -167,7 +167,3 @@ class Decoupling(Operator):
         groups = np.uint32(self.num_groups)
         last = groups if self.truncate else self.compressed_shape[0]
         return block % groups + groups * (block >= last)
-
-    def out_group(self, block: Any) -> Any:
-        """The group that feeds each output block, (...)."""
-        return block % np.uint32(self.num_groups)
