@@ -165,5 +165,4 @@ class Decoupling(Operator):
     def in_group(self, block: Any) -> Any:
         """The group of each input block, (...), or one without outputs if left out."""
         groups = np.uint32(self.num_groups)
-        last = groups if self.truncate else self.compressed_shape[0]
-        return block % groups + groups * (block >= last)
+        return block % groups + groups * (block >= self.num_feeding)
