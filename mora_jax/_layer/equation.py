@@ -146,7 +146,7 @@ class Delta:
         """The delta of an adapter, in `dtype` or M's own, on the last `ndim` axes."""
         # M is replicated over the devices that the layer's input `x` is on.
         shape, axes = spec.seen_by(ndim)
-        scaled_m = scaled(spec, jnp.asarray(m))
+        scaled_m = spec.operator.scaled(jnp.asarray(m), spec.factor)
         if dtype is not None:
             scaled_m = scaled_m.astype(dtype)
         if x is not None:
@@ -249,11 +249,6 @@ class Delta:
     def _with(self, m: jax.Array) -> "Delta":
         """The delta at one index of a stack axis."""
         return dataclasses.replace(self, m=m)
-
-
-def scaled(spec: AdapterSpec, m: Any) -> Any:
-    """Alpha M, where alpha stands for alpha times the kernel's own scale."""
-    return spec.operator.scaled(m, spec.factor)
 
 
 def delta_kernel(spec: AdapterSpec, m: ArrayLike) -> jax.Array:
