@@ -200,6 +200,7 @@ class AdapterSpec(AdapterSettings):
             path=path,
             kernel_shape=(*sizes, *self.kernel_shape),
             axes="s" * len(sizes) + self.axes,
+            base_digest=None if sizes else self.base_digest,  # it is of one kernel
         )
 
 

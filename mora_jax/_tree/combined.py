@@ -71,10 +71,8 @@ def with_ms(params: Any, ms: Mapping[Path, Any]) -> Any:
 
 def _joined(node: Any, added: Tree, path: Path) -> Any:
     """The part of the params at `path`, with the M's of `added` inside it."""
-    children = _children(node)
-    if children is None and added:
-        raise ValueError(f"params have no module at {'/'.join(path)!r}")
-    if children is None:
+    children = _children(node) or {}
+    if not children and not added:
         return node
     for key, new in added.items():
         _check_place(node, children, (*path, key), new)
