@@ -162,10 +162,7 @@ def restart_schedule(
     for name, value in (("steps", steps), ("every", every), ("warmup", warmup)):
         positive_integer(name, value)
     if warmup > every:
-        raise ValueError(
-            f"warmup must be at most every={every}, got {warmup}: the rate would never "
-            "be at the cosine"
-        )
+        raise ValueError(f"warmup must be at most every={every}, got {warmup}")
     peak, floor = check_number("peak", peak), check_number("floor", floor)
     if not 0 <= floor <= 1:
         raise ValueError(f"floor must be from 0 to 1, got {floor}")

@@ -12,9 +12,6 @@ from mora_jax._common.checks import check_floating
 from mora_jax._common.types import Path, Shape
 from mora_jax._plan.settings import check_dtype, check_settings, setting
 
-DO_NOT_TRAIN = "take it out of train"
-"""Advice for an array that cannot be trained."""
-
 
 @dataclasses.dataclass(frozen=True)
 class TrainedArray:
@@ -48,7 +45,7 @@ class TrainedArray:
     @classmethod
     def of(cls, path: Path, leaf: Any, param_dtype: DTypeLike | None) -> "TrainedArray":
         """The base's array or shape `leaf`; the copy has `param_dtype`, or is wider."""
-        check_floating(leaf, "/".join(path), DO_NOT_TRAIN)
+        check_floating(leaf, "/".join(path), "take it out of train")
         # A step of training is smaller than what 16 bits can tell beside the array.
         dtype = jnp.promote_types(leaf.dtype, param_dtype or leaf.dtype)
         return cls(path, tuple(leaf.shape), dtype, leaf.dtype)

@@ -14,7 +14,7 @@ from mora_jax._common.types import Path
 from mora_jax._layer.slots import Selected, Slots
 from mora_jax._plan.plan import Plan
 from mora_jax._plan.spec import SUFFIX, AdapterSpec, check_same
-from mora_jax._plan.trained_arrays import DO_NOT_TRAIN, TrainedArray
+from mora_jax._plan.trained_arrays import TrainedArray
 
 
 def located_leaves(tree: Any, what: str = "params") -> dict[Path, Any]:
@@ -60,15 +60,15 @@ def find_part(
     leaves: Mapping[str, tuple[Path, Any]], part: AdapterSpec | TrainedArray
 ) -> tuple[Path, Any]:
     """The path and the array that a part of a plan has in the base, checked."""
-    what, shape, otherwise = f"the kernel {part.name!r}", part.shape, LEAVE_OUT
+    name = part.name
     if isinstance(part, AdapterSpec):
-        shape = part.kernel_shape
+        what, shape, otherwise = f"the kernel {name!r}", part.kernel_shape, LEAVE_OUT
     else:
-        what, otherwise = f"{part.name!r}, which the plan trains", DO_NOT_TRAIN
-    if part.name not in leaves:  # or it is quantized: several arrays, below its path
-        raise ValueError(f"params lack {what}{lacking(part.name, leaves)}")
-    path, leaf = leaves[part.name]
-    check_leaf(leaf, f"{part.name} in params", shape, otherwise)
+        what, shape, otherwise = f"{name!r}, which the plan trains", part.shape, ""
+    if name not in leaves:  # or it is quantized: several arrays, below its path
+        raise ValueError(f"params lack {what}{lacking(name, leaves)}")
+    path, leaf = leaves[name]
+    check_leaf(leaf, f"{name} in params", shape, otherwise)
     return path, leaf
 
 
