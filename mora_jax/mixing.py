@@ -161,9 +161,7 @@ def _pairs_of(adapters: Any, weights: Any) -> tuple[list[Adapter], list[Any]]:
         fits = isinstance(pair, tuple | list) and len(pair) == 2
         if not fits or not isinstance(pair[1], Plan):
             raise TypeError(f"{rule}, got {type(pair).__name__} among them")
-    if isinstance(weights, jax.Array | np.ndarray) and weights.ndim == 1:
-        weights = list(weights)
-    if not isinstance(weights, list | tuple):
+    if not isinstance(weights, list | tuple) and np.ndim(weights) != 1:
         kind = type(weights).__name__
         raise TypeError(f"weights must be a sequence of numbers, got {kind}")
     if len(weights) != len(pairs):

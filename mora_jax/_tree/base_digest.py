@@ -37,9 +37,8 @@ def check_base(specs: Iterable[AdapterSpec], kernels: Mapping[str, Any]) -> None
     """
     for spec in specs:
         kernel: Any = kernels.get(spec.name)
-        if spec.base_digest is None or not readable(kernel):
-            continue
-        if tuple(kernel.shape) == spec.kernel_shape:  # callers refuse other shapes
+        known = spec.base_digest is not None and readable(kernel)
+        if known and kernel.shape == spec.kernel_shape:  # callers refuse other shapes
             check_digests(spec, kernel_digests(spec, kernel))
 
 
