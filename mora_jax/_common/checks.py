@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 from mora_jax._common.types import Shape
 
 LEAVE_OUT = "leave it out with exclude"
-"""Advice for a kernel, the end of another one."""
+"""Advice for a kernel that cannot be adapted."""
 
 
 def remedy(dtype: DTypeLike = int, otherwise: str = LEAVE_OUT) -> str:
