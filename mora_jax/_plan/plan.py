@@ -50,10 +50,6 @@ def _counted(number: int, noun: str) -> str:
     return f"{number} {noun}{'s' * (number != 1)}"
 
 
-def _share(size: int, base_parameters: int) -> str:
-    return f"{size / base_parameters:.2%}" if base_parameters else "-"
-
-
 @dataclasses.dataclass(frozen=True)
 class LeftOut:
     """Arrays of one kind, by the pattern of their paths, that get no adapter, and why.
@@ -194,23 +190,19 @@ def check_plan(plan: Any, name: str = "plan") -> Plan:
 
 def refuse_other_plan(made_for: Plan, used_with: Plan) -> None:
     """Raise unless M's that were made for the first plan are right for the second."""
-    for path in sorted(made_for.keys() ^ used_with.keys()):
-        there, here = ("with", "lacks") if path in made_for else ("without", "has")
-        raise ValueError(
-            f"the adapters were made for a plan {there} {path!r}, "
-            f"which this plan {here}"
-        )
-    for path, spec in made_for.items():
-        check_same(spec, used_with[path])
-    plans = made_for, used_with
-    shapes = [{a.name: f"as {a.shape}" for a in plan.trained} for plan in plans]
-    for path in sorted(shapes[0].keys() | shapes[1].keys()):
-        there, here = (shape.get(path, "not at all") for shape in shapes)
+    plans, kinds = (made_for, used_with), []
+    for plan in plans:
+        trained = {a.name: f"an array {a.shape} to train" for a in plan.trained}
+        kinds.append(dict.fromkeys(plan, "an adapter") | trained)
+    for path in sorted(kinds[0].keys() | kinds[1].keys()):
+        there, here = (kind.get(path, "nothing") for kind in kinds)
         if there != here:
             raise ValueError(
-                f"the adapters were made for a plan that trains {path!r} itself "
-                f"{there}, and this plan {here}"
+                f"the adapters were made for a plan with {there} at {path!r}, where "
+                f"this plan has {here}"
             )
+    for path, spec in made_for.items():
+        check_same(spec, used_with[path])
 
 
 def summary(plan: Plan, *, collapse: bool = True) -> str:
@@ -248,7 +240,7 @@ def summary(plan: Plan, *, collapse: bool = True) -> str:
     for pattern, parts in alike((*plan.specs, *plan.trained), kind):
         size = sum(part.parameters for part in parts)
         row = {"path": shown(pattern, len(parts)), **_cells(parts[0])}
-        rows.append(row | {"parameters": f"{size:,}", "of base": _share(size, base)})
+        rows.append(row | {"parameters": f"{size:,}", "of base": f"{size / base:.2%}"})
     # A column is there if a layer departs from the default.
     departures = [
         name
@@ -263,6 +255,6 @@ def summary(plan: Plan, *, collapse: bool = True) -> str:
         [
             *_lines([*columns, "parameters", "of base"], rows),
             f"{' and '.join(counts)}: {size:,} trainable parameters, "
-            f"{_share(size, base)} of {base:,}",
+            f"{size / base:.2%} of {base:,}",
         ]
     )
