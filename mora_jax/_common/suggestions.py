@@ -33,6 +33,12 @@ def alike(
     ]
 
 
+def patterns(paths: Iterable[str]) -> str:
+    """Paths in a message, as "l*/kernel (3), head/kernel"."""
+    kinds = alike(paths, lambda path: (path,))
+    return ", ".join(shown(pattern, len(kind)) for pattern, kind in kinds)
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """The known word that is most like `word`, as the end of a message, if any is."""
     close = difflib.get_close_matches(word, list(known), n=1)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from mora_jax._common.axes import features
 from mora_jax._common.checks import check_kernel
-from mora_jax._common.suggestions import alike, matching, shown
+from mora_jax._common.suggestions import alike, matching, patterns
 from mora_jax._common.types import Path
 from mora_jax._common.warnings import LeftOutWarning, warn
 from mora_jax._flax.survey import NOT_USED, Survey
@@ -79,9 +79,7 @@ def plan_surveyed(params: Any, config: MoRAConfig, survey: Survey | None) -> Pla
     unproven = survey.unproven(targets) if survey is not None else ()
     idle = [name for name, why in unproven if why == NOT_USED]
     if idle:
-        kinds = alike([(name, NOT_USED) for name in idle], lambda pair: pair)
-        listed = ", ".join(shown(pattern, len(kind)) for pattern, kind in kinds)
-        warn(f"adapters without an effect: {listed}: {NOT_USED}; exclude them")
+        warn(f"adapters without an effect: {patterns(idle)}: {NOT_USED}; exclude them")
     return Plan(
         specs,
         base_parameters=sum(math.prod(a.shape) for _, a in model.leaves.values()),

@@ -15,6 +15,7 @@ import numpy as np
 from jax.core import Tracer
 from jax.extend.core import Jaxpr
 
+from mora_jax._common.suggestions import patterns
 from mora_jax._common.warnings import warn
 from mora_jax._flax.adapted_call import LayerCall
 from mora_jax._flax.layer_rules import LayerRule, planning_rules
@@ -201,8 +202,8 @@ Programs = Callable[[Survey | None], Jaxpr]
 """The program of a call; marked for a survey, which gets the arrays of the model."""
 
 
-def marked_program(programs: Programs, survey: Survey) -> Jaxpr:
-    """The program of a call with marks, which the `survey` records."""
+def marked_program(programs: Programs, survey: Survey, kernels: str) -> Jaxpr:
+    """The program of a call with marks; `kernels` are in the message if it fails."""
     try:
         return programs(survey)
     except Exception as error:
@@ -211,9 +212,9 @@ def marked_program(programs: Programs, survey: Survey) -> Jaxpr:
             raise
         programs(None)  # raises what is wrong with the model or its inputs
         raise ValueError(
-            "the model fails with an M beside its kernels: "
-            f"{type(error).__name__}: {error}; exclude kernels whose params code takes "
-            "apart, as nn.WeightNorm and nn.map_variables do"
+            f"the model fails with an M beside {kernels}: {type(error).__name__}: "
+            f"{error}; exclude kernels whose params code takes apart, as nn.WeightNorm "
+            "and nn.map_variables do"
         ) from error
 
 
@@ -234,7 +235,7 @@ def check_call(plan_of: Callable[[], Plan], programs: Programs, is_main: bool) -
         )
         return False
     plan, survey = plan_of(), Survey()
-    adapted = marked_program(programs, survey)
+    adapted = marked_program(programs, survey, patterns(plan))
     ms = {spec.name + SUFFIX: len(spec.operator.m_shape) for spec in plan.specs}
     survey.add(adapted, ms)
     survey.refuse_adapted(plan.specs)

@@ -66,7 +66,7 @@ def plan(
     survey = Survey()
     for call in calls:
         own = functools.partial(program, model, variables, call.args, call.kwargs)
-        survey.add(marked_program(own, survey))
+        survey.add(marked_program(own, survey, "its kernels"))
     return plan_surveyed(params_of(variables), config, survey)
 
 

@@ -66,7 +66,7 @@ def plan(
         calls = (Call(*args, **kwargs), *calls)
     for call in calls:
         own = functools.partial(program, model, "__call__", call.args, call.kwargs)
-        survey.add(marked_program(own, survey))
+        survey.add(marked_program(own, survey, "its kernels"))
     chosen = plan_surveyed(params, config, survey)
     refuse_unfit(model, chosen)
     return chosen

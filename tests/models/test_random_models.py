@@ -40,8 +40,8 @@ CALLS = {
     "mutable": {"mutable": ["losses", "batch_stats"]},
     "train mutable": {"train": True, "mutable": ["losses", "batch_stats"]},
 }
-OF_NO_KERNEL = "exclude leaves|targets: |the model .* with an M beside its kernels"
-"""Beginnings of errors that name no kernel: none is left, or all of them matter."""
+OF_NO_KERNEL = "exclude leaves|targets: |the model .* with an M beside "
+"""Beginnings of errors that name no single kernel: none is left, or it is not known."""
 
 LIBRARY = Path(mora_jax.__file__).parent
 
