@@ -146,7 +146,9 @@ def select(stacked: Tree, index: Any) -> Tree:
     They go to the function that `linen.wrap` returns, and to `nnx.set_adapters`. Call
     this inside of the compiled function: then one program serves all indices. The first
     axis of each adapted layer's input must be the batch (for an einsum the first axis
-    that the kernel lacks).
+    that the kernel lacks), with the rows as the model's inputs have them on their first
+    axes. This is proven once for each program; a model that permutes, reverses or sorts
+    the batch is refused when it is called (docs/trace-check.md).
 
     Args:
       stacked: Adapters in slots, as `stack` makes them. Gradients by them are gradients

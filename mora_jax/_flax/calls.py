@@ -3,13 +3,14 @@
 import contextlib
 import dataclasses
 import inspect
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextvars import ContextVar
 from typing import Any
 
 import jax
 from jax.extend.core import Jaxpr
 
+from mora_jax._common.warnings import warn
 from mora_jax._jax.qwix_guard import intercepted
 from mora_jax._jax.traces import split_static
 
@@ -56,14 +57,22 @@ def program_of(function: Callable[..., Any], tree: Any, *args: Any) -> Jaxpr:
     return jax.make_jaxpr(call)(tree, arrays).jaxpr
 
 
-def kind_of_call(*args: Any) -> Hashable:
+def number_of_arrays(tree: Any) -> int:
+    """The number of inputs of a program that `program_of` makes of `tree`."""
+    return len(split_static(tree)[0])
+
+
+def kind_of_call(rows: Mapping[str, int], *args: Any) -> Hashable:
     """Key of all calls that Python may take another way through a model for.
 
     Flags, texts, methods and the names of collections are in it. Shapes and numbers are
-    not, or a loop over positions would have a key for each of them.
+    not, or a loop over positions would have a key for each of them. But if `rows` have
+    adapters of their own, as in `check_call`, shapes tell which axes may have the rows.
     """
     leaves, structure = jax.tree.flatten(args)
-    return str(structure), tuple(map(_kind, leaves))
+    shapes = [getattr(leaf, "shape", ()) for leaf in leaves if rows]
+    own = tuple(rows.items()), tuple(map(tuple, shapes))
+    return str(structure), tuple(map(_kind, leaves)), own
 
 
 def _kind(leaf: Any) -> Hashable:
@@ -79,20 +88,22 @@ _inside: ContextVar[bool] = ContextVar("inside", default=False)
 
 @contextlib.contextmanager
 def proving(
-    proven: dict[Hashable, bool], kind: Hashable, check: Callable[[], bool]
+    proven: dict[Hashable, str], kind: Hashable, check: Callable[[], str]
 ) -> Iterator[None]:
     """Before a call that runs inside, `check` it if it is the first of its kind.
 
-    `proven` keeps the results: True if a trace has shown what the call does.
+    `proven` keeps the results: "", or why a trace does not show what the call does.
     """
     if _inside.get() or intercepted():
         yield
         return
-    if kind not in proven:
-        proven[kind] = check()
+    why = proven[kind] if kind in proven else check()
     # Methods that it calls itself are parts of the same program.
-    with unchecked(proven[kind]):
+    with unchecked(not why):
         yield
+    if why and kind not in proven:  # and not for a call that fails
+        warn(why)
+    proven[kind] = why
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ from mora_jax._flax.adapted_call import LayerCall
 from mora_jax._flax.layer_rules import LayerRule, planning_rules
 from mora_jax._plan.plan import Plan
 from mora_jax._plan.spec import SUFFIX, AdapterSpec
-from mora_jax._trace_check import Call, Uses, difference, follow, mark
+from mora_jax._trace_check import Call, Uses, difference, follow, mark, row_faults
 from mora_jax.products import Product
 
 NOT_USED = "the call that was traced does not use it"
@@ -38,7 +38,8 @@ class Survey:
       scales: {path of a parameter that scales a kernel: the kernel's axes that it has}.
       uses: The uses of the arrays in a call of the model; None if none was traced.
       no_params: {path of a kernel that no `nnx.Param` holds: the class that does}.
-      leaves: The arrays of that call, as `named_leaves`.
+      leaves: {path: array} of the first inputs of that call, which the model holds.
+      batched: For each input of that call, whether it has rows, as in `row_faults`.
     """
 
     products: dict[str, Product] = dataclasses.field(default_factory=dict)
@@ -48,6 +49,7 @@ class Survey:
     uses: Uses | None = None
     no_params: dict[str, str] = dataclasses.field(default_factory=dict)
     leaves: Mapping[str, Any] = dataclasses.field(default_factory=dict, init=False)
+    batched: list[bool | None] = dataclasses.field(default_factory=list, init=False)
 
     def record_call(self, name: str, call: LayerCall, m: Any = None) -> jax.Array:
         """The output of a layer's method, with marks; `name` is its kernel's path.
@@ -104,7 +106,7 @@ class Survey:
     def add(self, program: Jaxpr, more: Mapping[str, int] | None = None) -> None:
         """Follow arrays through the program of a call, in which layers are marked.
 
-        `more` says of M's among `leaves` how many of their axes are no stack axes.
+        `more` has the number of axes of one M without a stack's, for M's in `leaves`.
         """
         axes = {n: range(len(product.axes)) for n, product in self.products.items()}
         axes |= {
@@ -218,27 +220,38 @@ def marked_program(programs: Programs, survey: Survey, kernels: str) -> Jaxpr:
         ) from error
 
 
-def check_call(plan_of: Callable[[], Plan], programs: Programs, is_main: bool) -> bool:
+def check_call(
+    plan_of: Callable[[], Plan],
+    programs: Programs,
+    rows: Mapping[str, int],
+    is_main: bool,
+) -> str:
     """Raise unless a call with M's computes what it does without, and the deltas.
 
-    `programs` traces the call, with marks and M's if it is given a survey. If it
-    `is_main`, the call is expected to use all adapters. The result is False, with a
-    warning, if the call cannot be traced.
+    `programs` traces the call, with marks and M's if it is given a survey. `rows` are
+    {path of a kernel: the number of rows that have adapters of their own}. If it
+    `is_main`, the call is expected to use all adapters. The result is "", or a warning
+    that the call cannot be traced.
     """
     try:
         base = programs(None)
     except Exception as error:
         # Python needs numbers, such as of a loop that stops at a token.
-        warn(
+        return (
             f"this call of the model cannot be traced ({type(error).__name__}), so it "
             "is not proven what it does with adapted kernels"
         )
-        return False
     plan, survey = plan_of(), Survey()
     adapted = marked_program(programs, survey, patterns(plan))
     ms = {spec.name + SUFFIX: len(spec.operator.m_shape) for spec in plan.specs}
     survey.add(adapted, ms)
     survey.refuse_adapted(plan.specs)
+    for number in {*rows.values()}:
+        for name, fault in row_faults(adapted, number, survey.batched, rows).items():
+            raise ValueError(
+                f"{name}: {fault}, so that a row would get another's adapter; call the "
+                "model once for each adapter"
+            )
     is_m = [name in ms for name in survey.leaves]
     rest = [False] * (len(adapted.invars) - len(is_m))
     if found := difference(base, adapted, is_m + rest):
@@ -248,9 +261,9 @@ def check_call(plan_of: Callable[[], Plan], programs: Programs, is_main: bool) -
             "type of a layer does so; exclude the kernels of such modules"
         )
     unproven = survey.unproven(spec.name for spec in plan.specs)
-    new = {*unproven} - {*plan.unproven}  # the user knows those of the plan
+    new = {*unproven} - {*plan.unproven}  # the user knows what the plan lists
     new = {pair for pair in new if is_main or pair[1] != NOT_USED}
     if new:
         told = "; ".join(f"{name}: {why}" for name, why in sorted(new))
         warn(f"a call of the model is not proven: {told}")
-    return True
+    return ""

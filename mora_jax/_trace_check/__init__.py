@@ -14,6 +14,7 @@ those are the same in the adapted and in the merged model, then so are x_k, b_k,
 :math:`(x_k W + b_k) + x_k \Delta W = x_k (W + \Delta W) + b_k`.
 """
 
+from mora_jax._trace_check.rows import row_faults as row_faults
 from mora_jax._trace_check.same import difference as difference
 from mora_jax._trace_check.trails import Call as Call
 from mora_jax._trace_check.trails import Uses as Uses

@@ -64,7 +64,7 @@ class _Steps:
 def _operands(eqn: Any, inner: Jaxpr, flags: list[bool]) -> list[bool]:
     """The flags of the operands of `eqn` that go to one program inside it."""
     number = len(inner.invars)
-    if opened(eqn.params.get("cond_jaxpr")) is inner:  # those of the body go between
+    if opened(eqn.params.get("cond_jaxpr")) is inner:  # the body's go between
         first = eqn.params["cond_nconsts"]
         return flags[:first] + flags[len(flags) - number + first :]
     return ([False] * number + flags)[len(flags) :]  # a `cond` has its index first

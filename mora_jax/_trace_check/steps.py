@@ -31,7 +31,9 @@ def after(eqn: Any, values: list[Value]) -> Value:
     """The value of the outputs of an equation whose operands have `values`."""
     trails = joined(values).items()
     value = {start: _step(eqn, start, trail, values) for start, trail in trails}
-    return {start: trail for start, trail in value.items() if start or trail.numbers}
+    if None in value and not value[None].numbers:
+        del value[None]
+    return value
 
 
 def _step(eqn: Any, start: Start, trail: Trail, values: list[Value]) -> Trail:

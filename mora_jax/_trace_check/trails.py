@@ -142,8 +142,8 @@ class Trail:
         return dataclasses.replace(self, through=through, view=view, numbers=None)
 
 
-Start = str | Call | None
-"""The path of an array; or a call, which stands for its input; None for constants."""
+Start = str | Call | int | None
+"""The path of an array; a call, for its input; None for constants; one of `rows`."""
 
 Value = Mapping[Start, Trail]
 """All that an array depends on."""

@@ -21,7 +21,6 @@ from mora_jax._trace_check.trails import (
     inside,
     joined,
     kernels,
-    mark_p,
     opened,
 )
 from mora_jax._trace_check.views import named
@@ -68,7 +67,7 @@ def follow(
             own = axes.get(name, range(len(shape)))
             numbers = [*range(len(own) - len(shape), 0), *own][: len(shape)]
             values[k] = {name: Trail(named(numbers, shape))}
-    for value in _Walk(uses).run(jaxpr, values):
+    for value in Walk(uses).run(jaxpr, values):
         for name, trail in kernels(value).items():
             if trail.unseen:
                 uses.unseen.setdefault(name, trail.unseen)
@@ -77,8 +76,22 @@ def follow(
                 uses.outside.setdefault(name, steps.listed(by))
 
 
-class _Walk:
+def _in_one_round(trail: Trail) -> Trail:
+    return trail.moved(lambda view: view[1:])
+
+
+def _of_all_rounds(trail: Trail) -> Trail:
+    # Of a product that a scan stacks, it is not known which rows it is of.
+    hidden = dataclasses.replace(trail, unseen="a trace cannot look into `scan`")
+    return hidden if trail.by else trail.passed("scan")
+
+
+class Walk:
     """A walk through a program and the programs inside it."""
+
+    in_either = staticmethod(in_either)
+    in_one_round = staticmethod(_in_one_round)
+    of_all_rounds = staticmethod(_of_all_rounds)
 
     def __init__(self, uses: Uses) -> None:
         self.uses = uses
@@ -103,18 +116,19 @@ class _Walk:
 
         for eqn in jaxpr.eqns:
             values = [read(atom) for atom in eqn.invars]
-            if eqn.primitive is mark_p or any(values):
-                known |= zip(eqn.outvars, self._step(eqn, values), strict=True)
+            if any(values) or eqn.primitive.name in ("mora_mark", "iota"):
+                known |= zip(eqn.outvars, self.step(eqn, values), strict=True)
         return [read(atom) for atom in jaxpr.outvars]
 
-    def _step(self, eqn: Any, values: Values) -> Values:
+    def step(self, eqn: Any, values: Values) -> Values:
+        """The values of the outputs of an equation whose operands have `values`."""
         name = eqn.primitive.name
         if handler := self.handlers.get(name):
             return handler(eqn, values)
         if len(programs := inside(eqn)) == 1:
             (inner,) = programs
             pairs = (inner.invars, eqn.invars), (inner.outvars, eqn.outvars)
-            if all(_shapes(inside) == _shapes(outside) for inside, outside in pairs):
+            if all(shapes(inside) == shapes(outside) for inside, outside in pairs):
                 if name in steps.OWN_DERIVATIVE:
                     return self._with_own_derivative(name, inner, values)
                 return self.run(inner, values)
@@ -181,14 +195,15 @@ class _Walk:
         # JAX has had several names for these numbers, so shapes must tell: what is
         # stacked has one more axis outside of the body.
         carry, unstacked = (
-            sum(len(a) == len(b) for a, b in zip(*map(_shapes, pair), strict=True))
+            sum(len(a) == len(b) for a, b in zip(*map(shapes, pair), strict=True))
             for pair in ((body.outvars, eqn.outvars), (body.invars, eqn.invars))
         )
         start = unstacked - carry
         fixed, state = values[:start], values[start:unstacked]
-        layers = [changed(value, _in_one_round) for value in values[unstacked:]]
+        layers = [changed(value, self.in_one_round) for value in values[unstacked:]]
         state, results = self._loop(body, fixed, state, layers)
-        return [*state, *(changed(value, _of_all_rounds) for value in results[carry:])]
+        stacked = [changed(value, self.of_all_rounds) for value in results[carry:]]
+        return [*state, *stacked]
 
     def _while(self, eqn: Any, values: Values) -> Values:
         start = eqn.params["cond_nconsts"]
@@ -202,18 +217,18 @@ class _Walk:
         """A state that holds before and after every round, and a round's outputs."""
         while True:  # until nothing more is lost: a trail loses its view only once
             # These uses are dropped, since the state may not hold in every round.
-            walk = _Walk(Uses())
-            results = walk.run(body, [*fixed, *state, *layers])
-            weaker = list(map(in_either, state, results))
+            uses, self.uses = self.uses, Uses()
+            results = self.run(body, [*fixed, *state, *layers])
+            self.uses = uses
+            weaker = list(map(self.in_either, state, results))
             if weaker == state:
-                walk.uses = self.uses
-                return state, walk.run(body, [*fixed, *state, *layers])
+                return state, self.run(body, [*fixed, *state, *layers])
             state = weaker
 
     def _cond(self, eqn: Any, values: Values) -> Values:
         branches = [self.run(opened(b), values[1:]) for b in eqn.params["branches"]]
         outputs = zip(*branches, strict=True)
-        return [functools.reduce(in_either, values) for values in outputs]
+        return [functools.reduce(self.in_either, values) for values in outputs]
 
 
 def _bypassed(value: Value, name: str) -> Value:
@@ -222,15 +237,5 @@ def _bypassed(value: Value, name: str) -> Value:
     return {**value, **{s: value[s].passed(name, value[s].view) for s in starts}}
 
 
-def _in_one_round(trail: Trail) -> Trail:
-    return trail.moved(lambda view: view[1:])
-
-
-def _of_all_rounds(trail: Trail) -> Trail:
-    # Of a product that a scan stacks, it is not known which rows it is of.
-    hidden = dataclasses.replace(trail, unseen="a trace cannot look into `scan`")
-    return hidden if trail.by else trail.passed("scan")
-
-
-def _shapes(atoms: Sequence[Any]) -> list[Any]:
+def shapes(atoms: Sequence[Any]) -> list[Any]:
     return [getattr(atom.aval, "shape", None) for atom in atoms]

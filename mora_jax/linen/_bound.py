@@ -51,7 +51,7 @@ def layer_calls(
         rule = rules_of(type(module)).get(name)
         params = module.scope.variables().get("params", {})
         adapter = rule and params.get(rule.name(module) + SUFFIX)
-        if not isinstance(adapter, BoundAdapter):
+        if rule is None or not isinstance(adapter, BoundAdapter):
             return method(*args, **kwargs)
         running.append(module)
         try:

@@ -11,7 +11,7 @@ from jax.extend.core import Jaxpr
 
 from mora_jax._common.types import Path
 from mora_jax._flax.adapted_call import LayerCall
-from mora_jax._flax.calls import Call, program_of
+from mora_jax._flax.calls import Call, number_of_arrays, program_of
 from mora_jax._flax.planning import plan_surveyed
 from mora_jax._flax.survey import Survey, marked_program
 from mora_jax._plan.plan import Plan
@@ -80,8 +80,8 @@ def program(
 ) -> Jaxpr:
     """The program of a call, whose first inputs are the params, and M's if any.
 
-    With a survey, which it fills in, layers are marked: all, or those of the `specs`,
-    which then have an M. Without a survey it is the program of the base.
+    With a survey, which it fills in, layers are marked: all of them, or the ones that
+    `specs` adapt, which then have an M. Without a survey it is the program of the base.
     """
     params = params_of(variables)
     leaves, modules = named_leaves(params), flatten_dict(dict(params))
@@ -122,7 +122,7 @@ def program(
             result = model.apply(variables, *args, **kwargs)
         if not kwargs.get("mutable"):
             return result
-        output, updated = result  # of which the params are not computed
+        output, updated = result  # the params in it are not computed
         return output, {k: value for k, value in updated.items() if k != "params"}
 
     others = {name: value for name, value in variables.items() if name != "params"}
@@ -130,6 +130,12 @@ def program(
         survey.leaves = {name: leaf for name, (_, leaf) in leaves.items()} | {
             f"{'/'.join(path)}{SUFFIX}": m for path, m in ms.items() if m is not None
         }
+        counts = len(survey.leaves), number_of_arrays(others), number_of_arrays(args)
+        batched = zip((False, None, True), counts, strict=True)
+        survey.batched = [has_rows for has_rows, count in batched for _ in range(count)]
+        for name in sorted(kwargs):
+            count = number_of_arrays(kwargs[name])
+            survey.batched += [name != "rngs"] * count
     return program_of(run, (params, list(ms.values())), others, args, kwargs)
 
 

@@ -11,6 +11,7 @@ from mora_jax._common.warnings import warn
 from mora_jax._flax.adapted_call import LayerCall, adapt_call
 from mora_jax._flax.calls import Call, kind_of_call, proving
 from mora_jax._flax.survey import check_call
+from mora_jax._layer.slots import Selected
 from mora_jax._plan.plan import Plan
 from mora_jax._plan.settings import MoRAConfig, check_config
 from mora_jax._tree.adapters import adapter_items, trained_items, with_trained
@@ -27,7 +28,7 @@ class AdaptedApply:
 
     model: nn.Module
     plan: Plan
-    proven: dict[Hashable, bool] = dataclasses.field(default_factory=dict, repr=False)
+    proven: dict[Hashable, str] = dataclasses.field(default_factory=dict, repr=False)
     _warned: bool = dataclasses.field(default=False, init=False, repr=False)
 
     def __call__(
@@ -45,8 +46,9 @@ class AdaptedApply:
                 "the plan has dropout: adapter_deterministic must be True or False, "
                 "got None"
             )
-        bound = {}
+        bound, rows = {}, {}
         for spec, m in adapter_items(adapters, plan, by_row=True):
+            rows |= {spec.name: m.rows} if isinstance(m, Selected) else {}
             # Without their paths equal layers under nn.jit share one program.
             own = dataclasses.replace(spec, path=spec.path[-1:])
             bound[adapter_path(spec)] = BoundAdapter(m, own)
@@ -55,9 +57,9 @@ class AdaptedApply:
         params = with_trained(base, trained)
         given = {**variables, "params": params}, args, kwargs
         programs = functools.partial(program, self.model, *given, specs=plan.specs)
-        own = (lambda: plan), programs, "method" not in kwargs
+        own = (lambda: plan), programs, rows, "method" not in kwargs
         check = functools.partial(check_call, *own)
-        kind = kind_of_call(args, kwargs, sorted(variables))
+        kind = kind_of_call(rows, args, kwargs, sorted(variables))
         variables = {**variables, "params": with_ms(params, bound)}
         adapt = functools.partial(_adapting, bool(adapter_deterministic))
         with (

@@ -9,13 +9,19 @@ from flax import nnx
 from jax.extend.core import Jaxpr
 
 from mora_jax._flax.adapted_call import LayerCall
-from mora_jax._flax.calls import kind_of_call, program_of, proving
+from mora_jax._flax.calls import (
+    kind_of_call,
+    number_of_arrays,
+    program_of,
+    proving,
+)
 from mora_jax._flax.layer_rules import folded_kernels, planning_rules
 from mora_jax._flax.survey import Survey, check_call
 from mora_jax._layer.slots import Selected
+from mora_jax._plan.spec import SUFFIX
 from mora_jax._tree.paths import named_leaves, unboxed
 from mora_jax.nnx._classes import derived, detached, plain_class, set_class, subclass
-from mora_jax.nnx._param import MoRAParam, held
+from mora_jax.nnx._param import MoRAParam, TrainedParam, held
 from mora_jax.nnx._state import attributes, named_modules, plan_of, traceable
 
 
@@ -40,13 +46,19 @@ def program(
         if is_marked and survey is not None:
             prefix = "".join(f"{key}/" for key in path)
             set_class(layer, _marked_class(type(layer), prefix, survey))
-    for _, _, m in attributes(twin, MoRAParam):
-        if isinstance(unboxed(m), Selected):  # one for each row: any will do
+    for module, (*_, key), m in attributes(twin, MoRAParam):
+        if isinstance(m, TrainedParam):
+            setattr(module, key, m.plain())
+        elif isinstance(unboxed(m), Selected):  # one for each row: any will do
             m.copy_from(m.replace(jnp.zeros(m.shape, m.dtype)))
     call, state = traceable(twin, method)
     if survey is not None:
         leaves = named_leaves(nnx.to_pure_dict(state))
         survey.leaves = {name: leaf for name, (_, leaf) in leaves.items()}
+        count = number_of_arrays((args, kwargs))
+        parameters = set(named_leaves(nnx.to_pure_dict(nnx.state(twin, nnx.Param))))
+        batched = [False if name in parameters else None for name in leaves]
+        survey.batched = [*batched, *[True] * count]
     return program_of(call, state, args, kwargs)
 
 
@@ -69,7 +81,7 @@ def _marked_class(cls: type, prefix: str, survey: Survey) -> type:
     return derived(cls, run, read)
 
 
-_proven: dict[Hashable, bool] = {}
+_proven: dict[Hashable, str] = {}
 """The calls that were checked, as `proving` has them.
 
 Not in the model, since nnx.jit makes a new one for each trace.
@@ -86,9 +98,16 @@ def checked_class(cls: type) -> type:
 
         @functools.wraps(method)
         def call(self: nnx.Module, *args: Any, **kwargs: Any) -> Any:
-            kind = nnx.graphdef(self), name, kind_of_call(args, kwargs)
+            ms = attributes(self, MoRAParam)
+            selected = ((path, unboxed(m)) for _, path, m in ms)
+            rows = {
+                "/".join(path).removesuffix(SUFFIX): m.rows
+                for path, m in selected
+                if isinstance(m, Selected)
+            }
+            kind = nnx.graphdef(self), name, kind_of_call(rows, args, kwargs)
             programs = functools.partial(program, self, name, args, kwargs)
-            own = (lambda: plan_of(self)), programs, name == "__call__"
+            own = (lambda: plan_of(self)), programs, rows, name == "__call__"
             check = functools.partial(check_call, *own)
             with proving(_proven, kind, check):
                 return method(self, *args, **kwargs)

@@ -115,7 +115,7 @@ class Product(abc.ABC):
     def delta(self, delta: KernelDelta, x: jax.Array) -> jax.Array:
         """The output of the layer for its input `x`, if the delta were its kernel."""
 
-    def batch_axes(self, x: jax.Array) -> tuple[int, int] | None:
+    def batch_axes(self, x: ArrayLike) -> tuple[int, int] | None:
         """The axes of the batch in the input `x` and the output; None without one."""
         return (0, 0) if x.ndim else None
 

@@ -130,7 +130,7 @@ class Contraction(Product):
         outs = sizes(delta.kernel_shape, self.axes, "o")
         return self.from_rows(for_rows(self.to_rows(x)), outs)
 
-    def batch_axes(self, x: jax.Array) -> tuple[int, int] | None:
+    def batch_axes(self, x: ArrayLike) -> tuple[int, int] | None:
         if not self._batch:
             return None
         return self.inputs.index(self._batch[0]), self.outputs.index(self._batch[0])

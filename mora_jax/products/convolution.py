@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import jax
 
+from mora_jax._common.types import ArrayLike
 from mora_jax.products._product import KernelDelta, Product
 
 
@@ -38,7 +39,7 @@ class Convolution(Product):
         steps = {"concatenate", "pad", "reduce_sum", "rev", "slice"}
         return frozenset(steps | {"mul"} if self.masked else steps)
 
-    def batch_axes(self, x: jax.Array) -> tuple[int, int] | None:
+    def batch_axes(self, x: ArrayLike) -> tuple[int, int] | None:
         return (0, 0) if x.ndim >= len(self.axes) else None  # else a single image
 
     def delta(self, delta: KernelDelta, x: jax.Array) -> jax.Array:

@@ -205,6 +205,8 @@ def test_force_replaces_the_output_unless_the_disk_is_full(tmp_path, base):
     out = tmp_path / "out"
     out.mkdir()
     (out / ONE).write_text("")
+    merge_checkpoint(base, adapters, plan, tmp_path / "other")  # its programs are kept
+    shutil.rmtree(tmp_path / "other")
     with files_of_at_most(5000):
         merge_checkpoint(base, adapters, plan, out, force=True)
     assert sorted(os.listdir(tmp_path)) == ["base", "out"]
