@@ -94,14 +94,13 @@ class MoRAProvider(qwix.PtqProvider):
         self, model: Any, model_args: Any, model_kwargs: Any
     ) -> Any:
         """Begin a call of a model; the first one gives an NNX model its M's."""
-        first, planned = _private.first_call_of(model), traced.get()
-        if first and planned is None:
-            method, rngs = first
-            call, state = traceable(model, method)
-            _, specs = trace(call, state, model_args, model_kwargs)
-            _hold_new(model, specs, rngs)
-        if planned is None:
+        if (planned := traced.get()) is None:
             planned = self.planned.setdefault(type(model), {})
+            if first := _private.first_call_of(model):
+                method, rngs = first
+                call, state = traceable(model, method)
+                _, specs = trace(call, state, model_args, model_kwargs)
+                _hold_new(model, specs, rngs)
         self.running[threading.get_ident()] = planned
         return super().process_model_inputs(model, model_args, model_kwargs)
 
