@@ -9,7 +9,6 @@ Public names::
 import dataclasses
 import importlib
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import flax.linen as nn
@@ -19,8 +18,6 @@ from mora_jax._flax.other_layers import lacking
 from mora_jax._plan.plan import Plan, check_plan
 from mora_jax._tree.adapters import init
 from mora_jax.linen import wrap
-
-_KNOWN = "4.0.1"
 
 
 def register() -> None:
@@ -33,16 +30,10 @@ def register() -> None:
 
     Example: see docs/gemma.md, which also says what is adapted by default.
     """
-    try:
-        release = version("gemma")
-    except PackageNotFoundError as error:
-        raise ImportError(
-            f"mora_jax.gemma needs gemma {_KNOWN}, which is not installed: "
-            "pip install 'mora-jax[gemma]', on Python 3.12 or newer"
-        ) from error
     for path, why in lacking("gemma").items():
         raise ImportError(
-            f"mora_jax.gemma needs {path} as in gemma {_KNOWN}, but {release} has {why}"
+            f"mora_jax.gemma needs {path} as in gemma 4.0.1: {why}; pip install "
+            "'mora-jax[gemma]', on Python 3.12 or newer"
         )
 
 

@@ -238,14 +238,6 @@ def planning_rules(module: Any) -> Mapping[str, LayerRule]:
     return rules
 
 
-def changed_first(name: str, module: Any) -> ValueError:
-    """The error for an adapted kernel in a `WeightNorm` or a `SpectralNorm`."""
-    return ValueError(
-        f"{name}: {type(module).__name__} changes this kernel before its layer "
-        "multiplies, so that the adapted and the merged model would differ; exclude it"
-    )
-
-
 def unknown_use(name: str, cls: type, method: str) -> TypeError:
     """The error for an adapted kernel that a method uses, perhaps, without a rule."""
     rules = [f"{rule.kernel!r} in {rule.method!r}" for rule in rules_of(cls).values()]

@@ -77,10 +77,6 @@ def lacking(package: str) -> dict[str, str]:
             cls = getattr(importlib.import_module(module), name)
             for rule in rules:
                 check_rule(cls, rule)
-        except ModuleNotFoundError as error:
-            reasons[path] = f"no module {error.name}"
-        except AttributeError:
-            reasons[path] = "no such class"
-        except TypeError as error:
-            reasons[path] = f"it otherwise: {error}"
+        except (ImportError, AttributeError, TypeError) as error:
+            reasons[path] = str(error)
     return reasons

@@ -71,14 +71,12 @@ def params_of(variables: Any) -> Any:
     return variables["params"]
 
 
-def running_m(
-    module: nn.Module, spec: AdapterSpec, box: Callable[[jax.Array], Any] = lambda m: m
-) -> Any:
-    """M, or one for each row of a batch; made and boxed in the module's `init`."""
+def running_m(module: nn.Module, spec: AdapterSpec) -> Any:
+    """M, or one for each row of a batch; made in the module's `init`."""
     assert module.scope is not None
     name = spec.path[-1] + SUFFIX
     given = module.scope.get_variable("params", name)
     if given is not None:
         return adapter_of(given, spec, by_row=True)
     # Not by `module.param`, which other libraries, such as gemma, replace.
-    return module.scope.param(name, lambda key: box(init_adapter(spec, key)))
+    return module.scope.param(name, lambda key: init_adapter(spec, key))

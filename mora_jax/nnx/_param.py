@@ -70,9 +70,7 @@ class TrainedParam(MoRAParam):
 
     def _check(self, spec: Any) -> None:
         if spec != self.spec:
-            raise ValueError(
-                f"{self.spec.name} is trained as {self.spec}, got a variable of {spec}"
-            )
+            raise ValueError(f"{self.spec.name} must be {self.spec}, got {spec}")
 
 
 def held(module: nnx.Module, kernel: str) -> tuple[AdapterSpec, Any] | None:

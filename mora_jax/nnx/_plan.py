@@ -7,7 +7,7 @@ from typing import Any
 from flax import nnx
 
 from mora_jax._flax.calls import Call
-from mora_jax._flax.layer_rules import changed_first, folded_kernels, planning_rules
+from mora_jax._flax.layer_rules import folded_kernels, planning_rules
 from mora_jax._flax.planning import plan_surveyed
 from mora_jax._flax.survey import Survey, marked_program
 from mora_jax._plan.plan import Plan
@@ -73,7 +73,7 @@ def plan(
 
 
 def refuse_unfit(model: nnx.Module, plan: Plan) -> None:
-    """Raise if a kernel of `plan` is shared, or changed before it is used."""
+    """Raise if an array of `plan` is at two places of the model."""
     remedies = {spec.name: "exclude it" for spec in plan.specs}
     remedies |= {array.name: "take it out of train" for array in plan.trained}
     for paths in nnx.find_duplicates(model):
@@ -85,12 +85,6 @@ def refuse_unfit(model: nnx.Module, plan: Plan) -> None:
                     f"{array} is shared: the model holds {names[0]!r} also as "
                     f"{names[1]!r}; {remedy}, or copy it"
                 )
-    for path, module in named_modules(model):
-        if isinstance(module, nnx.WeightNorm | nnx.SpectralNorm):
-            start = "/".join((*path, "layer_instance", ""))
-            for name in plan:
-                if name.startswith(start):
-                    raise changed_first(name, module)
 
 
 def check_model(model: Any) -> None:

@@ -1,7 +1,6 @@
 """The adapters of a model as a tree, which is the same for a Linen twin."""
 
 import dataclasses
-import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -142,15 +141,10 @@ def set_adapters(
         if not any_base:
             leaves = named_leaves(parameters(model))
             check_base(plan.specs, {name: leaf for name, (_, leaf) in leaves.items()})
-    elif isinstance(plan, str) and not re.fullmatch("[0-9a-f]{64}", plan):
-        raise ValueError(
-            "plan must be a Plan or its digest of 64 hexadecimal digits; got "
-            f"{plan[:64]!r} (mora_jax.io.plan_from_json makes a plan of its JSON)"
-        )
-    elif isinstance(plan, str) and plan != model_plan.digest():
+    elif isinstance(plan, str) and plan != (digest := model_plan.digest()):
         raise ValueError(
             "the adapters were made for another plan than the model's: its digest is "
-            f"{model_plan.digest()}, got {plan}"
+            f"{digest}, got {plan[:64]!r} (io.plan_from_json makes a plan of its JSON)"
         )
     elif not isinstance(plan, str | None):
         raise TypeError(f"plan must be a Plan or its digest, got {type(plan).__name__}")

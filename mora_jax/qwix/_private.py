@@ -5,7 +5,6 @@ Versions 0.1.5 to 0.1.8 have all of it; from one to the next only places differe
 
 import functools
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import flax.linen as nn
@@ -24,13 +23,9 @@ try:
     from qwix._src.providers.ptq import WithAux as WithAux
     from qwix._src.providers.ptq import flax_util, qarray
 except ImportError as error:
-    try:
-        found = f"qwix {version('qwix')} is installed and lacks them"
-    except PackageNotFoundError:
-        found = "it is not installed"
     raise ImportError(
-        f"mora_jax.qwix needs names of qwix 0.1.5 to 0.1.8, and {found}: "
-        "pip install 'mora-jax[qwix]'"
+        "mora_jax.qwix needs names of qwix 0.1.5 to 0.1.8: pip install "
+        f"'mora-jax[qwix]' ({error})"
     ) from error
 
 
@@ -122,14 +117,6 @@ def is_quantized(parameter: Any) -> bool:
 def first_array(parameter: Any) -> Any:
     """The array in a parameter; the integers of a quantized one."""
     return jax.tree.leaves(parameter)[0]
-
-
-def boxed_as(like: Any, array: Any) -> Any:
-    """`array` with the metadata of a parameter, all of its axes replicated."""
-    box, replicated = jax.tree.leaves(like, is_leaf=is_boxed)[0], (None,) * array.ndim
-    if not is_boxed(box):
-        return array
-    return flax_util.update_boxed(box, value=array, transpose=replicated)
 
 
 def dequantized(parameter: Any) -> Any:

@@ -31,10 +31,8 @@ from mora_jax.qwix._rule import MoRARule, check_rules
 Planned = dict[tuple[str, tuple[int, ...]], tuple[MoRARule, AdapterSpec]]
 """{(path of a kernel, its shape): its rule and its adapter}."""
 
-Specs = dict[str, AdapterSpec]
-
-traced_specs: ContextVar[Specs | None] = ContextVar("traced_specs", default=None)
-"""{path of a kernel: its adapter} in a `trace`; None outside of one."""
+traced: ContextVar[Planned | None] = ContextVar("traced", default=None)
+"""The adapters of the kernels that a `trace` finds; None outside of one."""
 
 
 class MoRAProvider(qwix.PtqProvider):
@@ -96,26 +94,27 @@ class MoRAProvider(qwix.PtqProvider):
         self, model: Any, model_args: Any, model_kwargs: Any
     ) -> Any:
         """Begin a call of a model; the first one gives an NNX model its M's."""
-        first = _private.first_call_of(model)
-        if first and traced_specs.get() is None:
-            method, rngs = first
-            call, state = traceable(model, method)
-            _, specs = trace(call, state, model_args, model_kwargs)
-            _hold_new(model, specs.values(), rngs)
-        self.running[threading.get_ident()] = self.planned.setdefault(type(model), {})
+        if (planned := traced.get()) is None:
+            planned = self.planned.setdefault(type(model), {})
+            if first := _private.first_call_of(model):
+                method, rngs = first
+                call, state = traceable(model, method)
+                _, specs = trace(call, state, model_args, model_kwargs)
+                _hold_new(model, specs, rngs)
+        self.running[threading.get_ident()] = planned
         return super().process_model_inputs(model, model_args, model_kwargs)
 
     def process_model_output(self, method_name: str, model_output: Any) -> Any:
         """End a call of a model, which is checked if it shows what is adapted."""
         model = _private.module_of_call()
         is_init = isinstance(model, nn.Module) and model.is_initializing()
-        if is_init or traced_specs.get() is not None:
+        if is_init or traced.get() is not None:
             self._check_planned(model)
         return super().process_model_output(method_name, model_output)
 
     def _check_planned(self, model: Any) -> None:
         """Raise unless a rule adapts a kernel; warn of other rules, other kernels."""
-        planned = self.planned[type(model)]
+        planned = self.running[threading.get_ident()]
         used = {id(rule) for rule, _ in planned.values()}  # two may be equal
         ours = [rule for rule in self._rules if isinstance(rule, MoRARule)]
         unused = [rule.module_path for rule in ours if id(rule) not in used]
@@ -153,7 +152,7 @@ class MoRAProvider(qwix.PtqProvider):
         is_last = kernel is not None and kernel[1] == len(operands) - 1
         # qwix would quantize an input that has a parameter's shape in its place.
         mistaken = not is_last and _private.is_taken(operands[-1])
-        y = operation() if mistaken or traced_specs.get() is not None else own()
+        y = operation() if mistaken or traced.get() is not None else own()
         if kernel is None:
             return y
         name, at = kernel
@@ -180,9 +179,8 @@ class MoRAProvider(qwix.PtqProvider):
         self, module: Any, name: str, kernel: Any, product: Product, rule: MoRARule
     ) -> tuple[AdapterSpec, Any] | None:
         """The adapter of a kernel and M; None in an NNX model without M for it."""
-        path, specs = (*_private.path_of_call(), name), traced_specs.get()
-        is_nnx = isinstance(module, nnx.Module)
-        if is_nnx and specs is None:
+        path, is_nnx = (*_private.path_of_call(), name), isinstance(module, nnx.Module)
+        if is_nnx and traced.get() is None:
             adapter = held(module, name)
             return adapter and (dataclasses.replace(adapter[0], path=path), adapter[1])
         # A Linen module has adapters as the first product of each kernel had it.
@@ -194,13 +192,7 @@ class MoRAProvider(qwix.PtqProvider):
             )
             planned[key] = rule, spec
         _, spec = planned[key]
-        if specs is not None:
-            specs[spec.name] = spec
-        if is_nnx:
-            return None
-        parameter = _private.parameters_of(module)[name]
-        box = partial(_private.boxed_as, parameter)
-        return spec, running_m(module, spec, box)
+        return None if is_nnx else (spec, running_m(module, spec))
 
 
 def _hold_new(
@@ -267,15 +259,18 @@ def _find_kernel(
     raise ValueError(f"{place}: {why}; or leave it out of module_path={pattern!r}")
 
 
-def trace(function: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Any, Specs]:
+def trace(
+    function: Callable[..., Any], *args: Any, **kwargs: Any
+) -> tuple[Any, list[AdapterSpec]]:
     """The shapes that a call returns, and the adapters of the kernels it multiplies."""
     # In the trace nothing is quantized, and each operand is known by what made it.
-    specs: Specs = {}
-    token = traced_specs.set(specs)
+    planned: Planned = {}
+    token = traced.set(planned)
     try:
-        return fresh_shapes(function, *args, **kwargs), specs
+        shapes = fresh_shapes(function, *args, **kwargs)
     finally:
-        traced_specs.reset(token)
+        traced.reset(token)
+    return shapes, [spec for _, spec in planned.values()]
 
 
 def plan_of(model: Any, *args: Any, **kwargs: Any) -> Plan:
@@ -298,12 +293,13 @@ def plan_of(model: Any, *args: Any, **kwargs: Any) -> Plan:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a Flax module, got {type(model).__name__}")
     rngs = {name: jax.random.key(0) for name in ("params", "dropout")}
-    shapes, traced = trace(model.init, rngs, *args, **kwargs)
-    if not traced:
+    shapes, found = trace(model.init, rngs, *args, **kwargs)
+    if not found:
         raise ValueError("model has no adapters: give qwix a MoRAProvider")
     leaves, specs = named_leaves(shapes["params"]), []
-    for name, spec in traced.items():
-        _, m = leaves.pop(name + SUFFIX)  # nn.scan stacks M's; the trace saw one layer
+    for spec in found:
+        # The trace saw one layer, and nn.scan stacks M's.
+        _, m = leaves.pop(spec.name + SUFFIX)
         specs.append(spec.stacked(m.shape, spec.path))
     size = sum(leaf.size for _, leaf in leaves.values())
     return Plan(tuple(sorted(specs, key=lambda s: s.path)), size, traced=True)

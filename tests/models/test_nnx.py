@@ -572,7 +572,7 @@ def test_bad_input():
         ("adapters lack 'decoder/kernel_mora", lambda: set_adapters({})),
         (square, lambda: set_adapters(jax.tree.map(lambda m: m[:2], tree))),
         ("holds NaN or infinity", lambda: mora.merge_adapters(broken)),
-        ("64 hex.*; .*plan_from_json", lambda: set_adapters(tree, "{}")),
+        ("digest is .*, got '{}' .*plan_from_json", lambda: set_adapters(tree, "{}")),
         ("w: it is not known how a layer uses it", lambda: wrap(named, "w")),
         ("s/kernel: .*'iio', the layer", lambda: wrap(einsums, "heads/kernel", "iio")),
     ):

@@ -611,9 +611,7 @@ def test_another_version_of_qwix(monkeypatch):
     for name in names:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.delattr("qwix._src.providers.ptq.WithAux")
-    with pytest.raises(
-        ImportError, match=r"0\.1\.5 to 0\.1\.8.*is installed and lacks"
-    ):
+    with pytest.raises(ImportError, match=r"0\.1\.5 to 0\.1\.8: .*name 'WithAux'"):
         importlib.import_module("mora_jax.qwix")
 
 
