@@ -50,6 +50,10 @@ def _counted(number: int, noun: str) -> str:
     return f"{number} {noun}{'s' * (number != 1)}"
 
 
+def _share(size: int, base_parameters: int) -> str:
+    return f"{size / base_parameters:.2%}" if base_parameters else "-"
+
+
 @dataclasses.dataclass(frozen=True)
 class LeftOut:
     """Arrays of one kind, by the pattern of their paths, that get no adapter, and why.
@@ -240,7 +244,7 @@ def summary(plan: Plan, *, collapse: bool = True) -> str:
     for pattern, parts in alike((*plan.specs, *plan.trained), kind):
         size = sum(part.parameters for part in parts)
         row = {"path": shown(pattern, len(parts)), **_cells(parts[0])}
-        rows.append(row | {"parameters": f"{size:,}", "of base": f"{size / base:.2%}"})
+        rows.append(row | {"parameters": f"{size:,}", "of base": _share(size, base)})
     # A column is there if a layer departs from the default.
     departures = [
         name
@@ -255,6 +259,6 @@ def summary(plan: Plan, *, collapse: bool = True) -> str:
         [
             *_lines([*columns, "parameters", "of base"], rows),
             f"{' and '.join(counts)}: {size:,} trainable parameters, "
-            f"{size / base:.2%} of {base:,}",
+            f"{_share(size, base)} of {base:,}",
         ]
     )

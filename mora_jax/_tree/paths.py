@@ -33,6 +33,8 @@ def located_leaves(tree: Any, what: str = "params") -> dict[Path, Any]:
             if hasattr(leaf, "shape"):
                 kind = f"an array of shape {tuple(leaf.shape)} without a name"
             raise TypeError(f"{what} must be a tree of arrays, got {kind}")
+        if path in leaves:
+            raise ValueError(f"{what} has two leaves of the path {'/'.join(path)!r}")
         leaves[path] = leaf
     return leaves
 

@@ -41,18 +41,20 @@ def read_adapter(
 
     Only the reference's needs the `base`. Messages call the directory `argument`.
     """
+    shapes = (
+        None if base is None else io.Checkpoint(as_path("base", base)).shapes(names)
+    )
     path = as_path(argument, directory)
     kind = format_of(path)
     if kind == "mora":
         return io.load(path)
     if kind == "peft-lora":
         raise AdapterFileError(f"{path} is a plain LoRA, which no M can stand for")
-    if base is None:
+    if shapes is None:
         raise AdapterFileError(
             f"{path} is the reference's, and does not say how large kernels are: "
             "the base is needed too"
         )
-    shapes = io.Checkpoint(as_path("base", base)).shapes(names)
     return io.load_peft_mora(path, shapes, names)
 
 
