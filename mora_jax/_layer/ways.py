@@ -220,10 +220,9 @@ def fused(layer: Adapted, kernel_shape: Shape) -> LinearMap:
         PartitionSpec(*(split.get(label) or None for label in part)) for part in labels
     )
     here = Static(Adapted.forward, dataclasses.replace(layer, layout=None))
-    x, residuals = (layer.x_shape, layer.x_dtype), (REPLICATED, kernel_spec)
-    return ShardMappedMap(
-        on_mesh, here, *x, x_spec, y_spec, residuals, gathers_last=True
-    )
+    x = jax.ShapeDtypeStruct(layer.x_shape, layer.x_dtype)
+    specs = x_spec, y_spec, REPLICATED, kernel_spec
+    return ShardMappedMap(on_mesh, here, x, specs, gathers_last=True)
 
 
 @functools.lru_cache(maxsize=1024)  # a model's layers ask the same again and again
