@@ -166,16 +166,13 @@ def check_free(
     if path.exists() and not path.is_dir():
         raise NotADirectoryError(f"{argument} must be a directory, got the file {path}")
     there = {entry.name for entry in entries(path)}
-    if there and not force:
-        raise FileExistsError(
-            f"{argument} must be new or empty, got {path}; force=True replaces "
-            "directories that hold nothing but what this writes"
-        )
+    foreign = sorted(there - set(names))
     tensors = [name for name in there if name.endswith(".safetensors")]
-    if there - set(names) or there and not tensors:
+    if there and (not force or foreign or not tensors):
         raise FileExistsError(
-            f"force=True replaces a directory that holds nothing but what this writes, "
-            f"got {path} with {sorted(there - set(names))[:3] or 'no *.safetensors'}"
+            f"{argument} must be new or empty, got {path} with "
+            f"{foreign[:3] or sorted(there)[:3]}; force=True replaces a directory that "
+            "holds a *.safetensors, and nothing but what this writes"
         )
 
 

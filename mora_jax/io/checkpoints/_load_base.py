@@ -108,12 +108,7 @@ def load_base(
 def _dtype(name: str, own: Any, asked: Any, stack: Mapping[Shape, Part]) -> np.dtype:
     """Return the dtype of a leaf's result, where `own` is its dtype in `like`."""
     by_leaf = asked is None or isinstance(asked, str) and asked == "like"
-    try:
-        dtype = check_dtype("dtype", own if by_leaf else asked)
-    except TypeError as error:
-        raise TypeError(
-            f"dtype must be 'like' or a floating-point dtype for {name!r}: {error}"
-        ) from None
+    dtype = check_dtype(f"dtype of {name!r}", own if by_leaf else asked)
     for part in stack.values():
         stored = part.file.dtype(part.name)
         if stored != dtype and asked is None:
@@ -158,13 +153,12 @@ def _check_sharding(name: str, shape: Shape, sharding: Any) -> None:
         )
     if isinstance(getattr(sharding, "mesh", None), AbstractMesh):
         raise ValueError(f"sharding must name devices for {name!r}, got {sharding}")
-    spec = getattr(sharding, "spec", ())
-    if len(spec) > len(shape):
-        raise ValueError(
-            f"sharding must name no more axes than {name!r} has, of shape {shape}, got "
-            f"{spec}; a tree may have one for each leaf"
-        )
     try:
+        if len(spec := getattr(sharding, "spec", ())) > len(shape):
+            raise ValueError(f"{spec} has more axes")
         sharding.shard_shape(shape)
     except Exception as error:  # some of JAX's errors are not ValueErrors
-        raise ValueError(f"sharding must split {name!r} evenly: {error}") from error
+        raise ValueError(
+            f"sharding must split {name!r}, of shape {shape}, evenly; a tree may have "
+            f"one for each leaf: {error}"
+        ) from error

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -12,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Sharding, SingleDeviceSharding
 
-from mora_jax._common.suggestions import nearest_paths
+from mora_jax._common.suggestions import matching, nearest_paths
 from mora_jax._common.types import Path, Shape
+from mora_jax._plan.settings import patterns_of
 from mora_jax.io._families import BUFFERS, TIED
 from mora_jax.io._files import AdapterFileError
 from mora_jax.io._json import read_json, short
@@ -236,22 +236,9 @@ class Source:
 
     def check_left(self, leaves: Iterable[str], skip: str | Sequence[str]) -> None:
         """Raise if a tensor lacks a leaf, unless `skip` matches it or it is idle."""
-        one = isinstance(skip, str) or not isinstance(skip, Iterable)
-        patterns: list[Any] = [skip] if one else list(skip)
-        if not all(isinstance(pattern, str) for pattern in patterns):
-            raise TypeError(
-                f"skip must be a regular expression or several of them, got {skip!r}"
-            )
-        place, settled = self.checkpoint.place, set(self.taken)
-        for pattern in patterns:
-            rule = f"skip must match names of tensors in the base, got {pattern!r}"
-            try:
-                skipped = {name for name in place if re.fullmatch(pattern, name)}
-            except re.error as error:
-                raise ValueError(f"{rule}: {error}") from None
-            if not skipped:
-                raise ValueError(rule + nearest_paths(pattern, place))
-            settled |= skipped
+        place, patterns = self.checkpoint.place, patterns_of("skip", skip)
+        settled = matching("skip", patterns, place, "tensor in the base")
+        settled |= self.taken.keys()
         left = [name for name in place if not (name in settled or self._is_idle(name))]
         if left:
             others = f" and {len(left) - 1} more" if len(left) > 1 else ""
