@@ -34,19 +34,15 @@ def as_path(argument: str, value: object) -> Location:
 
     A local one is a `pathlib.Path`, without `~` and `file://`. Others are of epath.
     """
-    if not isinstance(value, str | os.PathLike):
-        raise TypeError(
-            f"{argument} must be a path or a URL, got {value!r:.80} "
-            f"of type {type(value).__name__}"
-        )
+    text = os.fspath(value) if isinstance(value, os.PathLike) else value
+    if not isinstance(text, str) or not text:
+        kind = ValueError if isinstance(text, str) else TypeError
+        raise kind(f"{argument} must be a path or a URL, got {value!r:.80}")
     epath = sys.modules.get("etils.epath")  # whoever has such a path imported it
     if epath and isinstance(value, epath.Path):
         # The text of a class that is registered for a scheme may have lost a slash.
         if type(value) is not type(epath.Path()):
             return value  # type: ignore[return-value]
-    text = os.fspath(value)
-    if not isinstance(text, str) or not text:
-        raise ValueError(f"{argument} must be a path or a URL, got {text!r}")
     url = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):(/+)", text)
     if url is None:
         try:
@@ -56,18 +52,12 @@ def as_path(argument: str, value: object) -> Location:
                 f"{argument} begins with '~', and there is no such home directory, "
                 f"got {text!r}; write './{text}' for a file of that name"
             ) from None
-    if url[1] == "file":
-        local = re.fullmatch("file:(?://(?:localhost)?)?(/[^/].*)", text)
-        if local is None:
-            raise ValueError(
-                f"{argument} must be like 'file:///folder/name' for a file of this "
-                f"machine, got {text!r}"
-            )
+    if local := re.fullmatch("file:(?://(?:localhost)?)?(/[^/].*)", text):
         return Path(url2pathname(local[1]))
-    if len(url[2]) == 1:
+    if url[1] == "file" or len(url[2]) == 1:
         raise ValueError(
-            f"{argument} must be a URL with '//', given as text because pathlib takes "
-            f"one '/' out of URLs, got {text!r}"
+            f"{argument} must be like 'file:///folder/name' or 'gs://bucket/name', as "
+            f"text because pathlib takes one '/' out of URLs, got {text!r}"
         )
     return _remote(argument, text, url[1])
 

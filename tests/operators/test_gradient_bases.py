@@ -280,17 +280,6 @@ def test_bad_bases():
         mora_jax.remora.next_plan(single(made()))
 
 
-def test_arrays_of_an_operator_that_has_none():
-    """Nothing that a file holds is passed over in silence."""
-    from mora_jax.io.native._records import LAYER, record_of, restore
-
-    (spec,) = single(mora_jax.make_operator("rotation", 6, 6, 2)).specs
-    layer, m = record_of(spec, LAYER), np.zeros((2, 2), np.float32)
-    assert restore(layer, m, None, {}) == spec
-    with pytest.raises(ValueError, match="'rotation' has no arrays in a file"):
-        restore(layer, m, None, {"in_basis": np.eye(6, 2)})
-
-
 def test_damaged_bases(tmp_path):
     """A file of other bases is not this adapter's."""
     from safetensors import safe_open

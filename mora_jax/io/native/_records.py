@@ -110,7 +110,7 @@ def restore_plan(
     leaves: dict[Path, np.ndarray] = {}
     parts: dict[str, dict[str, Any]] = {"layers": {}, "trained": {}}
     for key, kind, suffix, fields, undo in (
-        ("layers", "kernel", SUFFIX, LAYER, restore),
+        ("layers", "kernel", SUFFIX, LAYER, _restore_adapter),
         ("trained", "array", "", TRAINED, _restore_trained),
     ):
         for number, record in enumerate(content[key]):
@@ -119,11 +119,11 @@ def restore_plan(
             if (name := "/".join(path)) in parts[key]:
                 raise AdapterFileError(f"{here} is {name!r}, which is there twice")
             try:
-                array, given = _take(arrays, name + suffix)
+                array = _take(arrays, name + suffix)
                 if base is not None and name not in base:
                     why = lacking(name, base)
                     raise ValueError(f"the model has no such {kind}{why}")
-                parts[key][name] = undo(record, array, base and base[name], given)
+                parts[key][name] = undo(record, array, base and base[name], arrays)
             except (TypeError, ValueError, OverflowError) as error:
                 raise AdapterFileError(f"{name} of {where}: {error}") from error
             if array is not None:
@@ -142,30 +142,26 @@ def _path_of(record: Any, fields: Fields, where: str) -> list[str]:
     return path
 
 
-def _take(
-    arrays: dict[str, np.ndarray] | None, name: str
-) -> tuple[np.ndarray | None, dict[str, np.ndarray]]:
-    """Take an array out of a file's, and the operator's arrays if it is an M."""
+def _take(arrays: dict[str, np.ndarray] | None, name: str) -> np.ndarray | None:
+    """Take an array of finite numbers out of a file's; None for a plan alone."""
     if arrays is None:
-        return None, {}
+        return None
     if name not in arrays:
         raise ValueError(f"the file lacks {name}")
     check_finite(arrays[name], name, " in the file")
-    below = [key for key in arrays if key.startswith(f"{name}/")]
-    given = below if name.endswith(SUFFIX) else []
-    return arrays.pop(name), {n.removeprefix(f"{name}/"): arrays.pop(n) for n in given}
+    return arrays.pop(name)
 
 
-def restore(
+def _restore_adapter(
     record: Mapping[str, Any],
     m: np.ndarray | None,
     kernel: Any,
-    given: Mapping[str, np.ndarray],
+    arrays: dict[str, np.ndarray] | None,
 ) -> AdapterSpec:
     """Return the adapter of a record whose trained array is `m`, everything checked.
 
-    Without arrays `m` is None, and for any model `kernel` is. `given` are {name: array}
-    of an operator that no settings determine.
+    Without arrays `m` is None, and for any model `kernel` is. An operator that no
+    settings determine takes its own out of `arrays`.
     """
     shape, q = tuple(record["kernel_shape"]), record["square_rank"]
     if not all(type(size) is int and size > 0 for size in (*shape, q)):
@@ -187,7 +183,7 @@ def restore(
             f"got {short(digests)}"
         )
     spec = AdapterSpec(
-        _operator(record["operator"], (*widths, q), given),
+        _operator(record, (*widths, q), arrays),
         kernel_shape=shape,
         axes=axes,
         path=tuple(record["path"]),
@@ -235,18 +231,18 @@ def _check_size(widths: tuple[int, int], q: int, seeded: bool, has_array: bool) 
 
 
 def _operator(
-    settings: Mapping[str, Any], widths: tuple[int, int, int], given: Mapping[str, Any]
+    record: Mapping[str, Any],
+    widths: tuple[int, int, int],
+    arrays: dict[str, np.ndarray] | None,
 ) -> Operator:
     """Return the operator of (in, out, q)."""
-    chosen = dict(settings)
-    seed, name = chosen.pop("seed", 0), chosen.get("name")
-    arrays = Subspace.arrays if name == Subspace.name else ()
-    if given.keys() != set(arrays):
-        rule = f"a {name!r} has {' and '.join(arrays) or 'no arrays'} in a file"
-        raise ValueError(f"{rule}, got {' and '.join(sorted(given)) or 'none'}")
-    if given:
+    settings = dict(record["operator"])
+    if settings.get("name") == Subspace.name:
+        m = "/".join(record["path"]) + SUFFIX
+        given: Any = {key: _take(arrays, f"{m}/{key}") for key in Subspace.arrays}
         return Subspace(*widths, **given)
-    return make_operator(chosen, *widths, seed=seed)
+    seed = settings.pop("seed", 0)
+    return make_operator(settings, *widths, seed=seed)
 
 
 def fingerprint(operator: Operator) -> list[float]:
