@@ -222,10 +222,9 @@ def fused(layer: Adapted) -> LinearMap:
         PartitionSpec(*(split.get(label) or None for label in part)) for part in labels
     )
     here = static(_forward_here, dataclasses.replace(layer, layout=None))
-    x, residuals = (layer.x_shape, layer.x_dtype), (REPLICATED, kernel_spec)
-    return ShardMappedMap(
-        on_mesh, here, *x, x_spec, y_spec, residuals, gathers_last=True
-    )
+    x = jax.ShapeDtypeStruct(layer.x_shape, layer.x_dtype)
+    specs = x_spec, y_spec, REPLICATED, kernel_spec
+    return ShardMappedMap(on_mesh, here, x, specs, gathers_last=True)
 
 
 def _forward_here(layer: Adapted, residuals: Any, operand: jax.Array) -> jax.Array:

@@ -18,7 +18,6 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from mora_jax._common.types import Shape
 from mora_jax._jax.linear_map import LinearMap, Static, static
 from mora_jax._mesh.layout import FeatureSharding, MeshAxes, mesh_axes
 from mora_jax._mesh.parts import part_of
@@ -40,11 +39,9 @@ class ShardMappedMap(LinearMap):
       features: The axes that split something, or whose devices have parts of a sum.
       forward_here: The function that one device computes, of its residuals and its
         operand. Its first residual is its part of the operator.
-      shape: The shape of the whole operand.
-      dtype: The dtype of the operand.
-      operand_spec: The split of the operand.
-      result_spec: The split of the result.
-      residual_specs: The splits of the residuals behind the operator.
+      whole: The type of the whole operand: its shape and dtype.
+      specs: The splits of the operand, of the result, and of the residuals behind the
+        operator.
       gathers_last: True if other axes may split the last residual as well, so that it
         has to be gathered from them.
       by_residual: The same as a map of the residual behind the operator, if it is
@@ -53,44 +50,28 @@ class ShardMappedMap(LinearMap):
 
     features: FeatureSharding
     forward_here: Static
-    shape: Shape
-    dtype: Any
-    operand_spec: PartitionSpec
-    result_spec: PartitionSpec
-    residual_specs: tuple[PartitionSpec, ...] = ()
+    whole: Any
+    specs: tuple[PartitionSpec, ...]
     gathers_last: bool = False
     by_residual: "ShardMappedMap | None" = None
-
-    @classmethod
-    def of(
-        cls,
-        features: FeatureSharding,
-        forward_here: Static,
-        operand: jax.Array,
-        *specs: PartitionSpec,
-        **settings: Any,
-    ) -> "ShardMappedMap":
-        """The map of an array; `specs` are of it, the result and the residuals."""
-        of_operand, of_result, *of_residuals = specs
-        like = operand.shape, operand.dtype, of_operand, of_result
-        return cls(features, forward_here, *like, tuple(of_residuals), **settings)
 
     def forward(self, residuals: Any, operand: jax.Array) -> jax.Array:
         # A call of `forward_here` would be one more frame between a layer and M.
         here = self.forward_here
         apply = functools.partial(here.function, *here.settings)
-        mapped = self._mapped(apply, self.operand_spec, self.result_spec)
+        mapped = self._mapped(apply, *self.specs[:2])
         return mapped(operand, *self._gathered(residuals))
 
     def backward(self, residuals: Any, cotangent: jax.Array) -> jax.Array:
-        place = NamedSharding(self.features.mesh, self.operand_spec)
-        like = jax.ShapeDtypeStruct(place.shard_shape(self.shape), self.dtype)
+        (in_spec, out_spec), whole = self.specs[:2], self.whole
+        place = NamedSharding(self.features.mesh, in_spec)
+        like = jax.ShapeDtypeStruct(place.shard_shape(whole.shape), whole.dtype)
 
         def transposed(here: Any, y: jax.Array) -> jax.Array:
             of_x = functools.partial(self.forward_here, here)
             return jax.linear_transpose(of_x, like)(y)[0]
 
-        mapped = self._mapped(transposed, self.result_spec, self.operand_spec)
+        mapped = self._mapped(transposed, out_spec, in_spec)
         return mapped(cotangent, *self._gathered(residuals))
 
     def derivatives(self) -> Mapping[int, Callable[[Any, Any, Any], jax.Array]]:
@@ -120,7 +101,7 @@ class ShardMappedMap(LinearMap):
         mapped = jax.shard_map(
             local,
             mesh=features.mesh if context.empty else context,
-            in_specs=(in_spec, REPLICATED, *self.residual_specs),
+            in_specs=(in_spec, REPLICATED, *self.specs[2:]),
             out_specs=out_spec,
             axis_names={axis for axes in both for axis in axes},
             check_vma=False,
@@ -149,7 +130,7 @@ class ShardMappedMap(LinearMap):
         # XLA might gather the operand instead. The residual is gathered again in the
         # backward pass, so that it is not saved.
         *others, last = residuals
-        sharding = NamedSharding(self.features.mesh, self.residual_specs[-1])
+        sharding = NamedSharding(self.features.mesh, self.specs[-1])
         return *others, jax.lax.with_sharding_constraint(last, sharding)
 
 
@@ -174,15 +155,16 @@ class OperatorOnMesh:
         h, decompress = self.operator.split(x)
         if axes := self.features.in_axes:
             inputs, here = dataclasses.replace(self.features, out_axes=()), "compress"
-            spec = last_axis(axes, x.ndim)
-            of_x = ShardMappedMap.of(inputs, static(_here, here), x, spec, REPLICATED)
+            specs = last_axis(axes, x.ndim), REPLICATED
+            of_x = ShardMappedMap(inputs, static(_here, here), jax.typeof(x), specs)
             h = of_x((self.operator,), x)
         return Split(h, self._decompress if self.features.out_axes else decompress)
 
     def _decompress(self, h: jax.Array) -> jax.Array:
         here, outputs = static(_here, "decompress"), self._outputs_only
         specs = REPLICATED, last_axis(outputs.out_axes, h.ndim)
-        return ShardMappedMap.of(outputs, here, h, *specs)((self.operator,), h)
+        of_h = ShardMappedMap(outputs, here, jax.typeof(h), specs)
+        return of_h((self.operator,), h)
 
     def rows(self, x: jax.Array, m: jax.Array, precision: Any = None) -> jax.Array:
         """D(C(x) M) as a map of x: (..., in_features) -> (..., out_features)."""
@@ -194,8 +176,8 @@ class OperatorOnMesh:
         A fold takes its transpose by M alone.
         """
         of_x, here = self._rows_map(x, precision), static(_here, "rows", precision)
-        specs = REPLICATED, of_x.result_spec, of_x.operand_spec
-        of_m = ShardMappedMap.of(self.features, here, m, *specs, by_residual=of_x)
+        whole, specs = jax.typeof(m), of_x.specs[::-1]  # M and x change places
+        of_m = ShardMappedMap(self.features, here, whole, specs, by_residual=of_x)
         return of_m((self.operator, x), m)
 
     def unit_rows(
@@ -207,13 +189,14 @@ class OperatorOnMesh:
         """
         here, outputs = static(_here, "unit_rows", precision), self._outputs_only
         rows = last_axis(outputs.out_axes, indices.ndim + 1)
-        of_m = ShardMappedMap.of(outputs, here, m, REPLICATED, rows, REPLICATED)
+        specs = REPLICATED, rows, REPLICATED
+        of_m = ShardMappedMap(outputs, here, jax.typeof(m), specs)
         return self._by_m(of_m, m, indices)
 
     def matrix(self, m: jax.Array, matrix_of: PartForm) -> jax.Array:
         """The rows and columns of the delta that each device has, (in, out)."""
         here, specs = static(_here, matrix_of), (REPLICATED, self._kernel_spec)
-        of_m = ShardMappedMap.of(self.features, here, m, *specs)
+        of_m = ShardMappedMap(self.features, here, jax.typeof(m), specs)
         return self._by_m(of_m, m)
 
     def added(self, m: jax.Array, kernel: jax.Array, add_of: PartForm) -> jax.Array:
@@ -223,7 +206,8 @@ class OperatorOnMesh:
         kernel is gathered before it is used, the sum is what is gathered.
         """
         spec, here = self._kernel_spec, static(_here, add_of)
-        sums = ShardMappedMap.of(self.features, here, kernel, spec, spec, REPLICATED)
+        specs = spec, spec, REPLICATED
+        sums = ShardMappedMap(self.features, here, jax.typeof(kernel), specs)
         # Without a transpose, since it is not linear.
         return sums.forward((self.operator, m), kernel)
 
@@ -244,7 +228,7 @@ class OperatorOnMesh:
         both = self.features.in_axes, self.features.out_axes
         specs = *(last_axis(axes, x.ndim) for axes in both), REPLICATED
         here = static(_rows_of_x, precision)
-        return ShardMappedMap.of(self.features, here, x, *specs)
+        return ShardMappedMap(self.features, here, jax.typeof(x), specs)
 
 
 def last_axis(axes: MeshAxes, ndim: int) -> PartitionSpec:

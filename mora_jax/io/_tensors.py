@@ -143,13 +143,13 @@ class TensorFile:
                     raise AdapterFileError(f"{self.path.name} was cut off while read")
                 yield data
 
-    def dtype(self, name: str, advice: str = "") -> np.dtype:
-        """Return the dtype of a floating-point tensor; `advice` ends the error else."""
+    def dtype(self, name: str) -> np.dtype:
+        """Return the dtype of a tensor, which must be floating-point."""
         dtype = self.entries[name].dtype
         if dtype not in DTYPES:
             raise AdapterFileError(
                 f"{short(name)} in {self.path.name} must be one of {list(DTYPES)}, got "
-                f"{dtype}{': ' * bool(advice)}{advice}"
+                f"{dtype}: dequantise it first"
             )
         return DTYPES[dtype]
 

@@ -212,7 +212,7 @@ class Source:
             raise AdapterFileError(
                 f"{self.taken[tensor]!r} and {leaf!r} are both {tensor!r} in the base"
             )
-        self.checkpoint.place[tensor].dtype(tensor, "dequantise it first")
+        self.checkpoint.place[tensor].dtype(tensor)
         self.taken[tensor] = leaf
 
     def check_missing(self) -> None:
