@@ -2,10 +2,11 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from mora_jax import AdapterSpec
-from mora_jax._jax.linear_map import static
+from mora_jax._jax.linear_map import Static
 from mora_jax._jax.tuning import Tuning, current_tuning
 from mora_jax._layer.ways import Adapted, Way, joins
 from mora_jax.products import Product
@@ -31,10 +32,9 @@ def choose(
       tuning: The constants of the platform; None for the one JAX computes on.
     """
     shape, axes = spec.seen_by(len(product.axes))
-    if not joins(product, axes, x, dtype, dropout):
+    if dtype is None or not joins(product, axes, x, dropout):
         return "activation"
-    of_arrays = tuple(x.shape), x.dtype, jnp.dtype(dtype)
-    chosen_by = spec.execution, spec.operator.work
-    of_kernel = shape, axes, None, spec.layout
-    layer = Adapted(product, static(jnp.matmul), *of_kernel, *of_arrays, *chosen_by)
-    return layer.way(tuning or current_tuning())
+    settings = axes, None, spec.layout, spec.execution
+    layer = Adapted(product, Static(jnp.matmul), *settings, tuple(x.shape), x.dtype)
+    kernel = jax.ShapeDtypeStruct(shape, dtype)
+    return layer.way(kernel, spec.operator.work, tuning or current_tuning())

@@ -13,7 +13,7 @@ from jaxtyping import PRNGKeyArray
 from mora_jax._common.checks import check_kernel
 from mora_jax._common.types import ArrayLike
 from mora_jax._flax.layer_rules import LayerRule
-from mora_jax._jax.linear_map import static
+from mora_jax._jax.linear_map import Static
 from mora_jax._jax.qwix_guard import intercepted
 from mora_jax._layer.slots import Selected
 from mora_jax._layer.ways import adapted_product, add_delta, check_product
@@ -83,7 +83,7 @@ def adapt_call(
         ) -> jax.Array:
             contracted, batch = dimension_numbers  # maybe lists, which do not hash
             axes = tuple(map(tuple, contracted)), tuple(map(tuple, batch))
-            multiply = static(_dot_general, axes, tuple(settings.items()))
+            multiply = Static(jax.lax.dot_general, dimension_numbers=axes, **settings)
             return adapted_product(
                 spec, m(), x, kernel, product, multiply, precision=precision
             )
@@ -101,15 +101,6 @@ def adapt_call(
         if in_factor is not None:
             x = jnp.asarray(x).astype(y.dtype) * in_factor.astype(y.dtype)
     return add_delta(y, spec, m(), x, product, dropout_key, precision, out_factor)
-
-
-def _dot_general(
-    dimension_numbers: Any,
-    settings: tuple[tuple[str, Any], ...],
-    x: jax.Array,
-    kernel: jax.Array,
-) -> jax.Array:
-    return jax.lax.dot_general(x, kernel, dimension_numbers, **dict(settings))
 
 
 @contextlib.contextmanager

@@ -20,31 +20,25 @@ from jax.interpreters import ad, batching, mlir
 
 from mora_jax._common.types import ArrayLike
 from mora_jax._jax.qwix_guard import undisturbed
-from mora_jax._jax.tuning import (
-    TUNING,
-    chosen_platform,
-    default_platform,
-    traced_for,
-)
+from mora_jax._jax.tuning import TUNING, chosen_platform, default_platform, traced_for
 from mora_jax._jax.vma import alike
 
 
-@dataclasses.dataclass(frozen=True)
-class Static:
-    """A function with its settings in front, which hashes and compares by both."""
+class Static(functools.partial[Any]):
+    """A partial function that hashes and compares by its function and arguments."""
 
-    # A part of a compiled program must. `functools.partial` compares by identity, so
-    # that every call would compile again.
-    function: Callable[..., Any]
-    settings: tuple[Any, ...]
+    # A part of a compiled program must. Others compare by identity, so that every call
+    # would compile again.
 
-    def __call__(self, *args: Any) -> Any:
-        return self.function(*self.settings, *args)
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Static) and self._parts == other._parts
 
+    def __hash__(self) -> int:
+        return hash(self._parts)
 
-def static(function: Callable[..., Any], *settings: Any) -> Static:
-    """`function` with hashable `settings` for its first arguments."""
-    return Static(function, settings)
+    @property
+    def _parts(self) -> tuple[Any, ...]:
+        return self.func, self.args, frozenset(self.keywords.items())
 
 
 class LinearMap(abc.ABC):
@@ -68,7 +62,7 @@ class LinearMap(abc.ABC):
         """
         return {}
 
-    def chosen(self) -> "LinearMap":
+    def chosen(self, residuals: Any) -> "LinearMap":
         """Map that computes the same in the way of `current_tuning()`."""
         return self
 
@@ -107,20 +101,12 @@ class _Call:
         if self.batch_axes:
             return self._batched(_Call.__call__)(*args)
         *leaves, operand = args
+        residuals = jax.tree.unflatten(self.treedef, leaves)
         with traced_for(self.platform):
-            chosen = self.map.chosen()
+            chosen = self.map.chosen(residuals)
             apply = chosen.backward if self.transposed else chosen.forward
             # What is traced here is kept: by caches, or as a compiled program.
-            return undisturbed(apply)(jax.tree.unflatten(self.treedef, leaves), operand)
-
-    def on(self, platform: str) -> "_Call":
-        """The call for a platform that it is lowered for."""
-        if self.platform is not None or platform == default_platform():
-            return self  # so that what was traced already is found again
-        return dataclasses.replace(self, platform=platform)
-
-    def transpose(self) -> "_Call":
-        return dataclasses.replace(self, transposed=not self.transposed)
+            return undisturbed(apply)(residuals, operand)
 
     def by_hand(self) -> Mapping[int, Callable[..., jax.Array]]:
         """{number of a leaf: its derivative, of all arguments and the tangent}."""
@@ -209,20 +195,18 @@ def _as_function_of(
 
 
 def _transpose(cotangent: Any, *args: Any, call: _Call) -> Any:
-    back: list[Any] = [None] * len(args)
     linear = [k for k, arg in enumerate(args) if ad.is_undefined_primal(arg)]
+    avals = [args[k].aval for k in linear]
     if isinstance(cotangent, ad.Zero):
-        for k in linear:
-            back[k] = ad.Zero(args[k].aval)
+        back = map(ad.Zero, avals)
     elif linear == [len(args) - 1]:
-        back[-1] = linear_p.bind(*args[:-1], cotangent, call=call.transpose())
+        call = dataclasses.replace(call, transposed=not call.transposed)
+        back = [linear_p.bind(*args[:-1], cotangent, call=call)]
     else:  # by a residual in which the map is linear as well, as JAX would
-        avals = (args[k].aval for k in linear)
         function = _as_function_of(linear, args, call)
-        transposed = jax.linear_transpose(function, *avals)(cotangent)
-        for k, value in zip(linear, transposed, strict=True):
-            back[k] = value
-    return back
+        back = jax.linear_transpose(function, *avals)(cotangent)
+    found = dict(zip(linear, back, strict=True))
+    return [found.get(k) for k in range(len(args))]
 
 
 def _batch(args: Any, axes: Any, *, call: _Call) -> Any:
@@ -242,9 +226,12 @@ batching.primitive_batchers[linear_p] = _batch
 
 
 def _lowered_on(platform: str) -> Any:
-    # By `_run`, so that all calls of the same shapes share one function of the program.
+    # By `_run`, so that all calls of the same shapes share one function of the program,
+    # and for the default platform what was traced already.
     def run(*args: Any, call: _Call) -> jax.Array:
-        return _run(call.on(platform), *args)
+        if call.platform is None and platform != default_platform():
+            call = dataclasses.replace(call, platform=platform)
+        return _run(call, *args)
 
     return mlir.lower_fun(run, multiple_results=False)
 

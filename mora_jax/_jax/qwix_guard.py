@@ -43,9 +43,8 @@ def undisturbed(function: F) -> F:
     switch: Any = getattr(module, "disable_interceptions", None)
     if switch is None:
         raise RuntimeError(
-            "qwix intercepts jax.lax.dot_general, and mora_jax does not know how this "
-            f"version ({version('qwix')}) is told to leave the "
-            "adapter's own products alone; qwix 0.1.4 to 0.1.8 are known"
+            "how to keep qwix off the adapter's own products is not known of version "
+            f"({version('qwix')}); it is known of 0.1.4 to 0.1.8"
         )
     return switch(function)
 

@@ -56,13 +56,10 @@ class _Tile(LinearMap):
         whole_tiles = rows % _SUBLANES == self.width % _LANES == 0
         if whole_tiles and current_tuning().chip == "tpu":
             return self._broadcast(operand)
-        return self._tiled(operand)
-
-    def _tiled(self, operand: jax.Array) -> jax.Array:
-        *batch, width = operand.shape
-        n = -(-self.features // width)
         # Not by `jnp.tile`, some of whose steps older versions of JAX cannot type
         # where sharding is explicit.
+        *batch, width = operand.shape
+        n = -(-self.features // width)
         y = jnp.broadcast_to(operand[..., None, :], (*batch, n, width))
         return y.reshape(*batch, n * width)[..., : self.features]
 

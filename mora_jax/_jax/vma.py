@@ -50,15 +50,6 @@ def zeros_for(shape: Shape, dtype: DTypeLike, *arrays: Any) -> jax.Array:
     return _vary(jnp.zeros(shape, dtype), _axes_of(*arrays))
 
 
-def shape_for(shape: Shape, dtype: DTypeLike, *arrays: Any) -> Any:
-    """Stand-in for an argument that differs along the same axes as `arrays`."""
-    # A shape, or zeros that nothing reads: versions of JAX differ in what says that a
-    # shape differs.
-    if not _axes_of(*arrays):
-        return jax.ShapeDtypeStruct(shape, dtype)
-    return zeros_for(shape, dtype, *arrays)
-
-
 def transposed(
     function: Callable[[jax.Array], jax.Array],
     shape: Shape,
@@ -66,6 +57,10 @@ def transposed(
     dtype: DTypeLike | None = None,
 ) -> jax.Array:
     """The transpose of a linear function of an array of `shape`, at `cotangent`."""
-    like = shape_for(shape, dtype or cotangent.dtype, cotangent)
+    like: Any = jax.ShapeDtypeStruct(shape, dtype or cotangent.dtype)
+    if _axes_of(cotangent):
+        # Zeros that nothing reads: versions of JAX differ in what says that a shape
+        # differs.
+        like = zeros_for(like.shape, like.dtype, cotangent)
     (result,) = jax.linear_transpose(function, like)(cotangent)
     return result

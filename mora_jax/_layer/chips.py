@@ -195,7 +195,7 @@ def _batched_gradient(
 ) -> jax.Array:
     """One product with an axis of blocks, whose results are rotated back."""
     q, n = op.square_rank, op.num_feeding
-    x, g = op.order_inputs(x), op.order_outputs(g)
+    x, g = op.order_inputs(x), transposed(op.outputs_in_place, g.shape, g)
     blocks = x[..., : n * q], sum_tiles(g, n * q)
     h, back = (a.reshape(shards, -1, n, q) for a in blocks)
     return _unrotate(op, _block_products(h, back, precision)).astype(g.dtype)

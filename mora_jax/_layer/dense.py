@@ -14,7 +14,7 @@ from jaxtyping import Float, PRNGKeyArray, Shaped
 from mora_jax._common.axes import sizes
 from mora_jax._common.checks import as_jax_array, check_kernel, check_key
 from mora_jax._common.types import ArrayLike
-from mora_jax._jax.linear_map import static
+from mora_jax._jax.linear_map import Static
 from mora_jax._layer.ways import adapted_product
 from mora_jax._mesh.layout import KernelLayout
 from mora_jax._plan.settings import AdapterSettings, MoRAConfig
@@ -151,17 +151,11 @@ def mora_apply(
         x.astype(dtype),
         kernel.astype(dtype),
         contraction,
-        static(_einsum, contraction.equation, frozen.precision),
+        Static(jnp.einsum, contraction.equation, precision=frozen.precision),
         dropout_key=key if drops else None,
         precision=frozen.precision,
     )
     return y if bias is None else y + _broadcast_bias(bias, spec, y.ndim).astype(dtype)
-
-
-def _einsum(
-    equation: str, precision: jax.lax.PrecisionLike, x: jax.Array, kernel: jax.Array
-) -> jax.Array:
-    return jnp.einsum(equation, x, kernel, precision=precision)
 
 
 def params_adapter(params: Mapping[str, ArrayLike], frozen: FrozenDense) -> ArrayLike:

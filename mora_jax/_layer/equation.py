@@ -146,7 +146,7 @@ class Delta:
         """The delta of an adapter, in `dtype` or M's own, on the last `ndim` axes."""
         # M is replicated over the devices that the layer's input `x` is on.
         shape, axes = spec.seen_by(ndim)
-        scaled_m = scaled(spec, jnp.asarray(m))
+        scaled_m = spec.operator.scaled(jnp.asarray(m), spec.factor)
         if dtype is not None:
             scaled_m = scaled_m.astype(dtype)
         if x is not None:
@@ -171,7 +171,7 @@ class Delta:
         # Two maps are linear in M, and differ in what the devices send each other: the
         # parts of the output, or all parts of C(x), q numbers a row. In the first M's
         # gradient needs a sum of arrays like M and nothing else.
-        if whole.keeps_input or (on_mesh and self.in_parts):
+        if whole.block or (on_mesh and self.in_parts):
             return functools.partial(self._rows_by_m, on_mesh)
         return lambda x: self._times_m(op.split(x))
 
@@ -216,15 +216,11 @@ class Delta:
 
     def added_to(self, kernel: jax.Array) -> jax.Array:
         """`kernel` plus the delta in M's dtype; 16 bits are rounded with a dither."""
-        on_mesh = self._on_mesh(KernelLayout.for_kernel)
-        if self.axes == "io" and on_mesh:
-            return on_mesh.added(self.m, kernel, chips.add_of)
-        if self.axes.lstrip("s") != "io" or on_mesh:
+        if self.axes != "io":
             return add_rounded(kernel, self.kernel(), self.axes, kernel.dtype, "dither")
-        add = chips.add_of(self.operator)
-        for _ in self._stack:
-            add = jax.vmap(add)
-        return add(self.m, kernel)
+        if on_mesh := self._on_mesh(KernelLayout.for_kernel):
+            return on_mesh.added(self.m, kernel, chips.add_of)
+        return chips.add_of(self.operator)(self.m, kernel)
 
     def _matrix(self) -> jax.Array:
         """(*stack, in_features, out_features)."""
@@ -253,11 +249,6 @@ class Delta:
     def _with(self, m: jax.Array) -> "Delta":
         """The delta at one index of a stack axis."""
         return dataclasses.replace(self, m=m)
-
-
-def scaled(spec: AdapterSpec, m: Any) -> Any:
-    """Alpha M, where alpha stands for alpha times the kernel's own scale."""
-    return spec.operator.scaled(m, spec.factor)
 
 
 def delta_kernel(spec: AdapterSpec, m: ArrayLike) -> jax.Array:

@@ -22,9 +22,8 @@ def folded_kernel(
     """Kernel with the delta added, as `merge` adds it, for M with its stack axes."""
     if isinstance(m, Selected):
         raise ValueError(
-            f"{spec.name}: the layer reads its kernel with the delta in it "
-            "(products.Folded), so that all rows of a batch share one adapter; leave "
-            "it out of the plan to serve a different adapter for each row"
+            f"{spec.name}: the layer reads its kernel with one delta for all rows "
+            "(products.Folded); leave it out of the plan to serve one for each row"
         )
     if (sharding := explicit_sharding(kernel)) is not None:
         spec = dataclasses.replace(spec, layout=None)

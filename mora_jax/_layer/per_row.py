@@ -21,7 +21,7 @@ from mora_jax._jax.linear_map import LinearMap
 from mora_jax._jax.qwix_guard import matmul
 from mora_jax._jax.tuning import current_tuning
 from mora_jax._jax.vma import transposed, zeros_for
-from mora_jax._layer.slots import Selected, Slots, beyond_if_none
+from mora_jax._layer.slots import Selected, beyond_if_none
 from mora_jax._mesh.placement import gather_m, mesh_of
 from mora_jax._plan.spec import AdapterSpec
 from mora_jax.operators._base import rows_product
@@ -41,13 +41,8 @@ def by_row(
 ) -> jax.Array:
     """The delta of a layer's output, where each row of a batch has an M of its own."""
     batch_axes = product.batch_axes(x)
-    if batch_axes is None:
-        raise ValueError(
-            f"{spec.name}: the layer's input must have an axis of the batch, since "
-            f"each row has an adapter of its own; got an input of shape {x.shape}"
-        )
-    ins, outs = batch_axes
-    if x.shape[ins] != m.rows:
+    ins, outs = batch_axes or (0, 0)
+    if batch_axes is None or x.shape[ins] != m.rows:
         raise ValueError(
             f"{spec.name}: axis {ins} of the layer's input must be the batch, with a "
             f"row for each of the {m.rows} numbers of index, got an input of shape "
@@ -62,11 +57,9 @@ def by_row(
         return jax.vmap(added, out_axes=outs)(m.gathered(), rows).squeeze(outs + 1)
     # C and D see all rows at once: they do not depend on M, and are fast in bulk.
     one_device = layout is None and mesh_of(x) is None
-    ndim_m = len(spec.operator.m_shape) + 1
-    slots = Slots(gather_m(m.slots.m, layout, x, ndim_m), m.slots.ndim_m)
-    shape_of_m = slots.shape[slots.axis :]
-    times = TimesSlots(shape_of_m, slots.dtype, precision, one_device)
-    index = m.index[(0,) * slots.axis]
+    axis, ms = m.slots.axis, gather_m(m.slots.m, layout, x, m.slots.ndim_m + 1)
+    times = TimesSlots(ms.shape[axis:], ms.dtype, precision, one_device)
+    index = m.index[(0,) * axis]
 
     def for_rows(x: jax.Array) -> jax.Array:
         def with_slots(m: jax.Array, x: jax.Array) -> jax.Array:
@@ -75,9 +68,9 @@ def by_row(
             return decompress(spec.factor * times((h, index), m))
 
         function = with_slots
-        for _ in range(slots.axis):
+        for _ in range(axis):
             function = jax.vmap(function)
-        return function(slots.m, x)
+        return function(ms, x)
 
     x = product.to_rows(x)
     if axes == product.axes:

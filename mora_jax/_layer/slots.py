@@ -68,11 +68,6 @@ class Selected:
         return self.slots.dtype
 
     @property
-    def ndim(self) -> int:
-        """The number of axes of the M that a row has."""
-        return len(self.shape)
-
-    @property
     def rows(self) -> int:
         """B, the number of rows."""
         return self.index.shape[-1]

@@ -27,12 +27,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
-from jax.typing import DTypeLike
 from jaxtyping import PRNGKeyArray
 
 from mora_jax._common.axes import features
 from mora_jax._common.types import ArrayLike, Shape
-from mora_jax._jax.linear_map import LinearMap, Static, static
+from mora_jax._jax.linear_map import LinearMap, Static
 from mora_jax._jax.qwix_guard import intercepted, undisturbed
 from mora_jax._jax.tuning import Tuning, Work, current_tuning
 from mora_jax._jax.vma import transposed
@@ -54,33 +53,30 @@ class Adapted(LinearMap):
     """x (W + alpha C M D) as a map of x. The residuals are (operator, alpha M, W).
 
     `multiply` is the layer's own product of x and W, linear in both, and `product` says
-    which. `execution` is as asked for, `work` the operator's, and the rest of x and W.
+    which. `execution` is as asked for, and the rest describes W and x.
     """
 
     product: Product
     multiply: Static
-    kernel_shape: Shape
     axes: str
     precision: jax.lax.PrecisionLike
     layout: KernelLayout | None
+    execution: str
     x_shape: Shape
     x_dtype: Any
-    kernel_dtype: Any
-    execution: str
-    work: Work
 
-    def way(self, tuning: Tuning) -> Way:
+    def way(self, kernel: Any, work: Work, tuning: Tuning) -> Way:
         """Way to compute on a platform, by shapes and dtypes alone."""
-        pays = self.execution == "auto" and self._fold_pays(tuning)
+        pays = self.execution == "auto" and self._fold_pays(kernel, work, tuning)
         if self.execution == "fold" or pays:
             return "fold"
         if self.layout is None:
             return "activation"
-        of_rows = self.layout.for_activations(self.axes, self.kernel_shape)
+        of_rows = self.layout.for_activations(self.axes, kernel.shape)
         return "fused" if of_rows.splits else "activation"
 
-    def _fold_pays(self, tuning: Tuning) -> bool:
-        bits = jnp.finfo(self.kernel_dtype).bits
+    def _fold_pays(self, kernel: Any, work: Work, tuning: Tuning) -> bool:
+        bits = jnp.finfo(kernel.dtype).bits
         if bits < 16 or (bits == 16 and not tuning.folds_16_bits):
             return False
         gathers = self.layout is not None and self.layout.gathers
@@ -88,24 +84,26 @@ class Adapted(LinearMap):
             return False
         # A fold moves in * out numbers of the kernel, and activations move in + out for
         # each row; `fold_from` is the measured factor between the two, see `Tuning`.
-        ins, outs = features(self.kernel_shape, self.axes)
+        ins, outs = features(kernel.shape, self.axes)
         rows = math.prod(self.x_shape) / ins
-        return rows >= tuning.fold_from[self.work] * ins * outs / (ins + outs)
+        return rows >= tuning.fold_from[work] * ins * outs / (ins + outs)
 
-    def chosen(self) -> LinearMap:
-        way = self.way(current_tuning())
+    def chosen(self, residuals: Any) -> LinearMap:
+        operator, _, kernel = residuals
+        way = self.way(kernel, operator.work, current_tuning())
         if way == "fused":
-            return fused(self)
+            return fused(self, kernel.shape)
         return Folded(self) if way == "fold" else self
 
-    def delta(self, operator: Any, m: jax.Array, **settings: Any) -> Delta:
-        of_kernel = self.kernel_shape, self.axes, self.precision, self.layout
+    def delta(self, residuals: Any, m: jax.Array, **settings: Any) -> Delta:
+        operator, _, kernel = residuals
+        of_kernel = kernel.shape, self.axes, self.precision, self.layout
         return Delta(operator, m, *of_kernel, **settings)
 
     def forward(self, residuals: Any, operand: jax.Array) -> jax.Array:
-        operator, m, kernel = residuals
+        _, m, kernel = residuals
         y = self.multiply(operand, kernel)
-        delta = self.delta(operator, m.astype(y.dtype), given_m=True)
+        delta = self.delta(residuals, m.astype(y.dtype), given_m=True)
         added = functools.partial(self.product.delta, delta)
         return adapted(y, added, operand.astype(y.dtype))
 
@@ -134,7 +132,7 @@ class Adapted(LinearMap):
         x, tangent = x.astype(dtype), tangent.astype(dtype)
 
         def of_m(m: jax.Array) -> jax.Array:
-            return self.product.delta(self.delta(operator, m, in_parts=True), x)
+            return self.product.delta(self.delta(residuals, m, in_parts=True), x)
 
         if operator.linear:
             return of_m(tangent)
@@ -162,12 +160,12 @@ class Folded(LinearMap):
         if layout is not None and layout.gathers:
             # The fold does not wait for `after`: it is the same in the rematerialised
             # forward pass and in the backward pass, which can share it and its gather.
-            folded = self.layer.delta(operator, m).added_to(kernel)
+            folded = self.layer.delta(residuals, m).added_to(kernel)
             gathered = layout.gathered_sharding(kernel.ndim)
             folded = jax.lax.with_sharding_constraint(folded, gathered)
         else:
             m = schedule_after(after, m)
-            folded = self.layer.delta(operator, m).added_to(kernel)
+            folded = self.layer.delta(residuals, m).added_to(kernel)
             if chips.folds_in_place(operator):
                 return folded
         return barrier(after, folded) if chips.stores_folds() else folded
@@ -207,30 +205,24 @@ def barrier(x: jax.Array, m: jax.Array) -> jax.Array:
     return jax.lax.optimization_barrier((x, m))[1]
 
 
-def fused(layer: Adapted) -> LinearMap:
+def fused(layer: Adapted, kernel_shape: Shape) -> LinearMap:
     """The same where each device adds its parts of both terms."""
     labels = layer.product.einsum_labels
     assert layer.layout is not None and labels is not None
-    on_mesh = layer.layout.for_activations(layer.axes, layer.kernel_shape)
+    on_mesh = layer.layout.for_activations(layer.axes, kernel_shape)
     split: dict[str, MeshAxes] = {}
     for letter, axes in (("i", on_mesh.in_axes), ("o", on_mesh.out_axes)):
         # Of several axes of a kind (heads and their features) the first one is split.
-        kernel = zip(labels[1], layer.axes, layer.kernel_shape, strict=True)
+        kernel = zip(labels[1], layer.axes, kernel_shape, strict=True)
         first = next((c for c, a, n in kernel if a == letter and n > 1), "")
         split[first] = axes
     x_spec, kernel_spec, y_spec = (
         PartitionSpec(*(split.get(label) or None for label in part)) for part in labels
     )
-    here = static(_forward_here, dataclasses.replace(layer, layout=None))
+    here = Static(Adapted.forward, dataclasses.replace(layer, layout=None))
     x = jax.ShapeDtypeStruct(layer.x_shape, layer.x_dtype)
     specs = x_spec, y_spec, REPLICATED, kernel_spec
     return ShardMappedMap(on_mesh, here, x, specs, gathers_last=True)
-
-
-def _forward_here(layer: Adapted, residuals: Any, operand: jax.Array) -> jax.Array:
-    """Both terms on one device, by its part of the operator and of the kernel."""
-    here = dataclasses.replace(layer, kernel_shape=residuals[2].shape)
-    return here.forward(residuals, operand)
 
 
 @functools.lru_cache(maxsize=1024)  # a model's layers ask the same again and again
@@ -263,13 +255,11 @@ def adapted_product(
     """
     check_product(spec, product)
     x = jnp.asarray(x)
-    dtype, dropout = _floating_dtype(kernel), dropout_key is not None
-    explicit = any(explicit_sharding(array) is not None for array in (x, kernel))
     shape, axes = spec.seen_by(len(product.axes))
-    if isinstance(m, Selected) or not joins(product, axes, x, dtype, dropout, explicit):
-        return add_delta(
-            multiply(x, kernel), spec, m, x, product, dropout_key, precision
-        )
+    joined = joins(product, axes, x, dropout_key is not None) and _takes_delta(kernel)
+    if isinstance(m, Selected) or not joined:
+        y = multiply(x, kernel)
+        return add_delta(y, spec, m, x, product, dropout_key, precision)
     kernel = jnp.asarray(kernel)
     if kernel.shape != shape:
         raise ValueError(
@@ -279,32 +269,23 @@ def adapted_product(
     # The residuals are arrays, and all else is static: layers of one shape share a
     # trace.
     delta = Delta.of(spec, m, ndim=len(product.axes), precision=precision, x=x)
-    of_kernel = shape, axes, precision, spec.layout
-    of_arrays = tuple(x.shape), x.dtype, kernel.dtype
-    chosen_by = spec.execution, spec.operator.work
-    layer = Adapted(product, multiply, *of_kernel, *of_arrays, *chosen_by)
+    settings = precision, spec.layout, spec.execution
+    layer = Adapted(product, multiply, axes, *settings, tuple(x.shape), x.dtype)
     return layer((delta.operator, delta.m, kernel), x)
 
 
-def joins(
-    product: Product,
-    axes: str,
-    x: Any,
-    dtype: DTypeLike | None,
-    dropout: bool = False,
-    explicit: bool = False,
-) -> bool:
+def joins(product: Product, axes: str, x: Any, dropout: bool = False) -> bool:
     """True if product and delta can be one map of the layer's input `x`, or its shape.
 
-    `axes` and `dtype` are the kernel's; None for one that is not floating-point.
+    `axes` are the kernel's, as the plan has them.
     """
-    if not product.joins or product.axes != axes or dtype is None:
+    if not product.joins or product.axes != axes or explicit_sharding(x) is not None:
         return False
     # The adapter sees another input than the layer under dropout. Steps of the ways
     # lack explicit shardings. A library that computes the layer's product would be
     # given, instead of the kernel that it knows, one with a delta, and round it.
     known = all(isinstance(size, int) for size in x.shape)  # unlike some of jax.export
-    return known and not (dropout or explicit or intercepted())
+    return known and not (dropout or intercepted())
 
 
 def add_delta(
@@ -356,8 +337,8 @@ def check_product(spec: AdapterSpec, product: Product) -> None:
         )
 
 
-def _floating_dtype(kernel: Any) -> DTypeLike | None:
-    """The dtype of a kernel that a delta can be added to; None for others."""
+def _takes_delta(kernel: Any) -> bool:
+    """True if a delta can be added to a kernel: it may stand for quantized numbers."""
     is_array = isinstance(kernel, jax.Array | np.ndarray)
     floating = is_array and jnp.issubdtype(kernel.dtype, jnp.floating)
-    return kernel.dtype if floating else None
+    return floating and explicit_sharding(kernel) is None

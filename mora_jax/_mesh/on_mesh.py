@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from mora_jax._jax.linear_map import LinearMap, Static, static
+from mora_jax._jax.linear_map import LinearMap, Static
 from mora_jax._mesh.layout import FeatureSharding, MeshAxes, mesh_axes
 from mora_jax._mesh.parts import part_of
 from mora_jax.operators import Operator
@@ -56,10 +56,7 @@ class ShardMappedMap(LinearMap):
     by_residual: "ShardMappedMap | None" = None
 
     def forward(self, residuals: Any, operand: jax.Array) -> jax.Array:
-        # A call of `forward_here` would be one more frame between a layer and M.
-        here = self.forward_here
-        apply = functools.partial(here.function, *here.settings)
-        mapped = self._mapped(apply, *self.specs[:2])
+        mapped = self._mapped(self.forward_here, *self.specs[:2])
         return mapped(operand, *self._gathered(residuals))
 
     def backward(self, residuals: Any, cotangent: jax.Array) -> jax.Array:
@@ -164,12 +161,12 @@ class OperatorOnMesh:
         if axes := self.features.in_axes:
             inputs, here = dataclasses.replace(self.features, out_axes=()), "compress"
             specs = last_axis(axes, x.ndim), REPLICATED
-            of_x = ShardMappedMap(inputs, static(_here, here), jax.typeof(x), specs)
+            of_x = ShardMappedMap(inputs, Static(_here, here), jax.typeof(x), specs)
             h = of_x((self.operator,), x)
         return Split(h, self._decompress if self.features.out_axes else decompress)
 
     def _decompress(self, h: jax.Array) -> jax.Array:
-        here, outputs = static(_here, "decompress"), self._outputs_only
+        here, outputs = Static(_here, "decompress"), self._outputs_only
         specs = REPLICATED, last_axis(outputs.out_axes, h.ndim)
         of_h = ShardMappedMap(outputs, here, jax.typeof(h), specs)
         return of_h((self.operator,), h)
@@ -183,7 +180,7 @@ class OperatorOnMesh:
 
         A fold takes its transpose by M alone.
         """
-        of_x, here = self._rows_map(x, precision), static(_here, "rows", precision)
+        of_x, here = self._rows_map(x, precision), Static(_here, "rows", precision)
         whole, specs = jax.typeof(m), of_x.specs[::-1]  # M and x change places
         of_m = ShardMappedMap(self.features, here, whole, specs, by_residual=of_x)
         return of_m((self.operator, x), m)
@@ -195,7 +192,7 @@ class OperatorOnMesh:
 
         The inputs are not split: an index may be any, wherever the kernel's rows are.
         """
-        here, outputs = static(_here, "unit_rows", precision), self._outputs_only
+        here, outputs = Static(_here, "unit_rows", precision), self._outputs_only
         rows = last_axis(outputs.out_axes, indices.ndim + 1)
         specs = REPLICATED, rows, REPLICATED
         of_m = ShardMappedMap(outputs, here, jax.typeof(m), specs)
@@ -203,7 +200,7 @@ class OperatorOnMesh:
 
     def matrix(self, m: jax.Array, matrix_of: PartForm) -> jax.Array:
         """The rows and columns of the delta that each device has, (in, out)."""
-        here, specs = static(_here, matrix_of), (REPLICATED, self._kernel_spec)
+        here, specs = Static(_here, matrix_of), (REPLICATED, self._kernel_spec)
         of_m = ShardMappedMap(self.features, here, jax.typeof(m), specs)
         return self._by_m(of_m, m)
 
@@ -213,7 +210,7 @@ class OperatorOnMesh:
         Each device adds its part of the delta to its part of the kernel. Where the
         kernel is gathered before it is used, the sum is what is gathered.
         """
-        spec, here = self._kernel_spec, static(_here, add_of)
+        spec, here = self._kernel_spec, Static(_here, add_of)
         specs = spec, spec, REPLICATED
         sums = ShardMappedMap(self.features, here, jax.typeof(kernel), specs)
         # Without a transpose, since it is not linear.
@@ -235,7 +232,7 @@ class OperatorOnMesh:
     def _rows_map(self, x: jax.Array, precision: Any) -> ShardMappedMap:
         both = self.features.in_axes, self.features.out_axes
         specs = *(last_axis(axes, x.ndim) for axes in both), REPLICATED
-        here = static(_rows_of_x, precision)
+        here = Static(_rows_of_x, precision)
         return ShardMappedMap(self.features, here, jax.typeof(x), specs)
 
 

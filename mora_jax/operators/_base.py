@@ -76,9 +76,7 @@ class Operator:
     q_multiple_of: ClassVar[int] = 1
     """A divisor of q."""
     block: ClassVar[bool] = False
-    """True if M acts on several blocks of the input, one after another."""
-    keeps_input: ClassVar[bool] = False
-    """True if x, and not C(x), is to be kept for the gradient: C(x) is as large."""
+    """True if M acts on several blocks of the input, so that C(x) is as large as x."""
     work: ClassVar[Work] = "products"
     """The work of C and D, by which it is chosen how a layer computes."""
     linear: ClassVar[bool] = True

@@ -47,7 +47,6 @@ class Decoupling(Operator):
 
     name = "decoupling"
     work = "blocks"
-    keeps_input = True
     block = True
     tiles = True
 
@@ -120,8 +119,8 @@ class Decoupling(Operator):
         (n, q), outs = self.compressed_shape, self.out_features
         columns = stored(lambda m: tile_to(m, outs), m)
         group = jnp.asarray(self.in_group(np.arange(n)))
-        out_group = jnp.asarray(self.out_group(np.arange(outs) // q))
-        feeds = group[:, None, None] == out_group
+        wanted = jnp.asarray(np.arange(outs) // q % self.num_groups)
+        feeds = group[:, None, None] == wanted
         rows = jnp.where(feeds, self.rotate_m(columns), 0)
         return add_wrapped_rows(rows.reshape(n * q, outs), self.in_features)
 
@@ -137,12 +136,8 @@ class Decoupling(Operator):
         """The inputs in the order in which they are cut into blocks, (..., in)."""
         return x
 
-    def order_outputs(self, y: jax.Array) -> jax.Array:
-        """The outputs in the order of the blocks that they are made of, (..., out)."""
-        return y
-
     def outputs_in_place(self, y: jax.Array) -> jax.Array:
-        """Undo `order_outputs`."""
+        """The outputs of the blocks in the layer's order, (..., out)."""
         return y
 
     def rotate_rows(self, h: jax.Array, block: jax.Array | None = None) -> jax.Array:
@@ -170,9 +165,4 @@ class Decoupling(Operator):
     def in_group(self, block: Any) -> Any:
         """The group of each input block, (...), or one without outputs if left out."""
         groups = np.uint32(self.num_groups)
-        last = groups if self.truncate else self.compressed_shape[0]
-        return block % groups + groups * (block >= last)
-
-    def out_group(self, block: Any) -> Any:
-        """The group that feeds each output block, (...)."""
-        return block % np.uint32(self.num_groups)
+        return block % groups + groups * (block >= self.num_feeding)

@@ -47,9 +47,6 @@ class Permutation(Decoupling):
     def order_inputs(self, x: jax.Array) -> jax.Array:
         return _Reorder()((self.in_order, self.in_inverse), x)
 
-    def order_outputs(self, y: jax.Array) -> jax.Array:
-        return _Reorder()((self.out_order, self.out_inverse), y)
-
     def outputs_in_place(self, y: jax.Array) -> jax.Array:
         return _Reorder().transpose((self.out_order, self.out_inverse), y)
 
@@ -69,7 +66,7 @@ class Permutation(Decoupling):
         q = self.square_rank
         out_block, out_offset = divide(out_places, q)
         block, offset = block_positions(in_places, self.in_features, q)
-        group, out_group = self.in_group(block), self.out_group(out_block)
+        group, out_group = self.in_group(block), out_block % np.uint32(self.num_groups)
         columns = columns_of(m, out_offset)
         # A feature that starts over is in up to t blocks. An offset of q or more is in
         # no group, whatever row of M it is clipped to.

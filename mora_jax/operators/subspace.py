@@ -60,9 +60,6 @@ class Subspace(Projection):
             return False
         return self.m_shape == other.m_shape and self.digest == other.digest
 
-    def __hash__(self) -> int:
-        return hash((self.in_features, self.out_features, self.m_shape))
-
     @property
     def gains(self) -> tuple[float, float]:
         """Sizes c = sqrt(in / q) and d = sqrt(q / out) for numbers in the subspace."""

@@ -9,7 +9,7 @@ import pytest
 from helpers import close, random
 from jax.test_util import check_grads
 
-from mora_jax._jax.linear_map import LinearMap, static
+from mora_jax._jax.linear_map import LinearMap, Static
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +132,7 @@ def test_static_functions_compare_by_what_they_hold():
 
     jitted = jax.jit(lambda function, x: function(x), static_argnums=0)
     for factor in (2.0, 2.0, 3.0):
-        close(jitted(static(scale, factor), X), factor * X)
+        close(jitted(Static(scale, factor), X), factor * X)
     assert traces == [2.0, 3.0]
 
 

@@ -7,7 +7,6 @@ import numpy as np
 
 from mora_jax._common.checks import check_number, positive_integer
 from mora_jax._common.warnings import warn
-from mora_jax._layer.equation import scaled
 from mora_jax._plan.plan import Plan
 from mora_jax._plan.spec import AdapterSpec
 from mora_jax.io._names import Names
@@ -117,7 +116,8 @@ def _factors(
 
     Their product is what the LoRA keeps of the delta's columns `outputs`.
     """
-    op, m, basis = spec.operator, scaled(spec, m), None
+    op, basis = spec.operator, None
+    m = op.scaled(m, spec.factor)
     if op.block:
         product = np.asarray(op.delta_weight(m), np.float64)[:, outputs]
     else:

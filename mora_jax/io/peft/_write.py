@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mora_jax._layer.equation import scaled
 from mora_jax._plan.plan import Plan
 from mora_jax._plan.spec import AdapterSpec
 from mora_jax._plan.trained_arrays import refuse_trained
@@ -71,7 +70,7 @@ def save_peft_mora(
             )
         mora_type, rank, scale = _reference(spec)
         settings.add((mora_type, spec.dropout))
-        m = np.asarray(scale * scaled(spec, m), np.float32)
+        m = np.asarray(scale * spec.operator.scaled(m, spec.factor), np.float32)
         squares.append(MatrixPair(module, rank, m, m))
     if len(settings) > 1:
         raise ValueError(
