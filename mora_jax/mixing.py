@@ -36,7 +36,7 @@ import numpy as np
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from mora_jax._common.checks import as_jax_array, check_finite, check_number
+from mora_jax._common.checks import check_array, check_finite, check_number
 from mora_jax._common.types import Path
 from mora_jax._layer.equation import delta_kernel
 from mora_jax._layer.rounding import ratio
@@ -97,11 +97,9 @@ def scaled(adapters: Any, factor: ArrayLike) -> Any:
     factor = _factor(factor, "factor")
 
     def times(m: Any) -> jax.Array:
-        dtype = getattr(m, "dtype", None)
-        if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
-            raise TypeError(f"adapters must hold floating-point arrays, got {m!r}")
-        result = (wide(as_jax_array("adapters", m)) * factor).astype(dtype)
-        check_finite(result, "the result", f" in {dtype}")
+        m = check_array("each M of the adapters", m)
+        result = (wide(m) * factor).astype(m.dtype)
+        check_finite(result, "the result", f" in {m.dtype}")
         return result
 
     return jax.tree.map(times, adapters)
@@ -163,9 +161,7 @@ def _pairs_of(adapters: Any, weights: Any) -> tuple[list[Adapter], list[Any]]:
         fits = isinstance(pair, tuple | list) and len(pair) == 2
         if not fits or not isinstance(pair[1], Plan):
             raise TypeError(f"{rule}, got {type(pair).__name__} among them")
-    if isinstance(weights, jax.Array | np.ndarray) and weights.ndim == 1:
-        weights = list(weights)
-    if not isinstance(weights, list | tuple):
+    if not isinstance(weights, list | tuple) and np.ndim(weights) != 1:
         kind = type(weights).__name__
         raise TypeError(f"weights must be a sequence of numbers, got {kind}")
     if len(weights) != len(pairs):

@@ -23,7 +23,6 @@ Example::
 """
 
 import dataclasses
-from collections import defaultdict
 from typing import Any, NamedTuple
 from zlib import crc32
 
@@ -162,10 +161,7 @@ def restart_schedule(
     for name, value in (("steps", steps), ("every", every), ("warmup", warmup)):
         positive_integer(name, value)
     if warmup > every:
-        raise ValueError(
-            f"warmup must be at most every={every}, got {warmup}: the rate would never "
-            "be at the cosine"
-        )
+        raise ValueError(f"warmup must be at most every={every}, got {warmup}")
     peak, floor = check_number("peak", peak), check_number("floor", floor)
     if not 0 <= floor <= 1:
         raise ValueError(f"floor must be from 0 to 1, got {floor}")
@@ -264,17 +260,14 @@ def _bare(opt_state: Any) -> Any:
 def _renewed(old: Any, new: Any) -> list[Any]:
     """The leaves of `new` that start again, and the other leaves of `old`."""
     leaves, renewed = tree_leaves_with_path(old), []
-    owners: dict[str, set[bool | None]] = defaultdict(set)
-    for keys, _ in leaves:
-        state, of_m = _owner(keys)
-        owners[state].add(of_m)
-    for (keys, before), after in zip(leaves, jax.tree.leaves(new), strict=True):
-        state, starts = _owner(keys)
+    owners = [_owner(keys) for keys, _ in leaves]
+    rows = zip(leaves, owners, jax.tree.leaves(new), strict=True)
+    for (keys, before), (state, starts), after in rows:
         if starts is None:
             # The count of a named tuple such as Adam's starts again with its trees, if
             # these hold M's alone. Adam would otherwise correct the bias of new moments
             # as if they were old, and its first steps would be large.
-            starts = owners[state] == {True, None}
+            starts = (state, True) in owners and (state, False) not in owners
         # The steps of `optax.MultiSteps` are the steps of a schedule.
         starts &= key_name(keys[-1]) != "gradient_step"
         renewed.append(after if starts else before)

@@ -173,8 +173,6 @@ def _slots_of(stacked: Any) -> tuple[dict[Path, Slots], int]:
     rule = "stacked must be adapters in slots, as serving.stack makes them"
     slots = located_leaves(stacked, "stacked")
     for path, leaf in slots.items():
-        if isinstance(leaf, Selected):
-            raise TypeError(f"{rule}, got what serving.select returned")
         if not isinstance(leaf, Slots):
             kind = type(leaf).__name__
             raise TypeError(f"{rule}, got {kind} at {'/'.join(path)!r}")

@@ -13,8 +13,11 @@ from jax.typing import DTypeLike
 
 from mora_jax._common.types import Shape
 
+LEAVE_OUT = "leave it out with exclude"
+"""Advice for a kernel that cannot be adapted."""
 
-def remedy(dtype: DTypeLike = int, otherwise: str = "leave it out with exclude") -> str:
+
+def remedy(dtype: DTypeLike = int, otherwise: str = LEAVE_OUT) -> str:
     """Advice of messages where an array is not floating-point."""
     if jnp.issubdtype(dtype, jnp.complexfloating):
         return f"only real numbers are trained: {otherwise}"
@@ -50,13 +53,10 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> str:
 
 def check_number(name: str, value: Any) -> float:
     """Return `value` as a Python float, if it is a finite real number."""
-    if isinstance(value, jax.Array):  # it would make a config unhashable
-        raise TypeError(
-            f"{name} must be a number, got a JAX array; write float({name})"
-        )
-    # To Python, True is a number as well.
+    # To Python, True is a number as well. A JAX array would make a config unhashable.
     if isinstance(value, bool | np.bool_) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name} must be a number, got {value!r}")
+        hint = f"; write float({name})" * isinstance(value, jax.Array)
+        raise TypeError(f"{name} must be a number, got {value!r}{hint}")
     number = float(value)
     if not math.isfinite(number):
         raise ValueError(f"{name} must be finite, got {value}")
@@ -65,10 +65,14 @@ def check_number(name: str, value: Any) -> float:
 
 def check_dtype(name: str, value: DTypeLike | None) -> jnp.dtype:
     """Return `value` as a NumPy dtype, if it is a real floating-point dtype."""
+    try:
+        dtype = jnp.dtype(value)
+    except TypeError:
+        dtype = None
     # NumPy reads None as float64.
-    dtype = None if value is None else jnp.dtype(value)
-    if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
-        raise TypeError(f"{name} must be a floating-point dtype, got {dtype}")
+    if value is None or dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+        got = repr(value) if dtype is None else dtype
+        raise TypeError(f"{name} must be a floating-point dtype, got {got}")
     return dtype
 
 
@@ -83,25 +87,33 @@ def as_jax_array(name: str, value: Any) -> jax.Array:
     return jnp.asarray(value)
 
 
-def check_array(name: str, array: Any, end: Shape) -> jax.Array:
+def check_array(name: str, array: Any, end: Shape = ()) -> jax.Array:
     """Return `array` if it is floating-point and its shape ends in `end`."""
-    array = as_jax_array(name, array)
-    if not jnp.issubdtype(array.dtype, jnp.floating):
-        raise TypeError(f"{name} must be floating-point, got {array.dtype}")
-    if array.shape[-len(end) :] != end:
+    check_floating(array := as_jax_array(name, array), name)
+    if array.shape[array.ndim - len(end) :] != end:
         expected = ", ".join(map(str, end))
         raise ValueError(f"{name} must have shape (..., {expected}), got {array.shape}")
     return array
 
 
-def check_leaf(leaf: Any, name: str, shape: Shape) -> None:
-    """Raise unless `leaf` is a floating-point array of `shape`, or stands for one."""
+def check_floating(leaf: Any, name: str, otherwise: str = "") -> None:
+    """Raise unless `leaf` is a floating-point array, or stands for one.
+
+    `otherwise` says what else to do with a leaf of the base than to dequantise it.
+    """
     if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
         raise TypeError(f"{name} must be an array, got {type(leaf).__name__}")
+    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+        advice = f"; {remedy(leaf.dtype, otherwise)}" if otherwise else ""
+        rule = f"{name} must have a floating-point dtype"
+        raise TypeError(f"{rule}, got {leaf.dtype}{advice}")
+
+
+def check_leaf(leaf: Any, name: str, shape: Shape, otherwise: str = "") -> None:
+    """Raise unless `leaf` is a floating-point array of `shape`, or stands for one."""
+    check_floating(leaf, name, otherwise)
     if tuple(leaf.shape) != shape:
         raise ValueError(f"{name} must have shape {shape}, got {tuple(leaf.shape)}")
-    if not jnp.issubdtype(leaf.dtype, jnp.floating):
-        raise TypeError(f"{name} must have a floating-point dtype, got {leaf.dtype}")
 
 
 def check_finite(array: Any, name: str, where: str = "") -> None:
@@ -112,18 +124,13 @@ def check_finite(array: Any, name: str, where: str = "") -> None:
 
 def check_kernel(kernel: Any, name: str) -> None:
     """Raise unless `kernel` has a shape and a floating-point dtype that MoRA adapts."""
-    if not hasattr(kernel, "shape") or not hasattr(kernel, "dtype"):
-        raise TypeError(f"{name} must be an array, got {type(kernel).__name__}")
-    if not jax.tree_util.all_leaves([kernel]):  # a structure of qwix has both as well
+    # A structure of qwix has a shape and a dtype as well.
+    if hasattr(kernel, "dtype") and not jax.tree_util.all_leaves([kernel]):
         raise TypeError(
             f"{name} must be an array, got the structure {type(kernel).__name__}; "
             f"{remedy()}"
         )
-    if not jnp.issubdtype(kernel.dtype, jnp.floating):
-        raise TypeError(
-            f"{name} must have a floating-point dtype, got {kernel.dtype}; "
-            f"{remedy(kernel.dtype)}"
-        )
+    check_floating(kernel, name, LEAVE_OUT)
     if len(kernel.shape) < 2 or 0 in kernel.shape:
         raise ValueError(
             f"{name} must have at least two axes, none of them empty, "

@@ -194,23 +194,19 @@ def check_plan(plan: Any, name: str = "plan") -> Plan:
 
 def refuse_other_plan(made_for: Plan, used_with: Plan) -> None:
     """Raise unless M's that were made for the first plan are right for the second."""
-    for path in sorted(made_for.keys() ^ used_with.keys()):
-        there, here = ("with", "lacks") if path in made_for else ("without", "has")
-        raise ValueError(
-            f"the adapters were made for a plan {there} {path!r}, "
-            f"which this plan {here}"
-        )
-    for path, spec in made_for.items():
-        check_same(spec, used_with[path])
-    plans = made_for, used_with
-    shapes = [{a.name: f"as {a.shape}" for a in plan.trained} for plan in plans]
-    for path in sorted(shapes[0].keys() | shapes[1].keys()):
-        there, here = (shape.get(path, "not at all") for shape in shapes)
+    plans, kinds = (made_for, used_with), []
+    for plan in plans:
+        trained = {a.name: f"an array {a.shape} to train" for a in plan.trained}
+        kinds.append(dict.fromkeys(plan, "an adapter") | trained)
+    for path in sorted(kinds[0].keys() | kinds[1].keys()):
+        there, here = (kind.get(path, "nothing") for kind in kinds)
         if there != here:
             raise ValueError(
-                f"the adapters were made for a plan that trains {path!r} itself "
-                f"{there}, and this plan {here}"
+                f"the adapters were made for a plan with {there} at {path!r}, where "
+                f"this plan has {here}"
             )
+    for path, spec in made_for.items():
+        check_same(spec, used_with[path])
 
 
 def summary(plan: Plan, *, collapse: bool = True) -> str:

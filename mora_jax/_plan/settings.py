@@ -62,15 +62,11 @@ def setting(default: Any, check: Check, *, meaning: bool = False) -> Any:
 
 def check_settings(record: Any) -> None:
     """Check the fields that `setting` made, and store what their checks return."""
-    for name, check in _checks_of(type(record)):
-        # The records are frozen, also for their own `__post_init__`.
-        object.__setattr__(record, name, check(name, getattr(record, name)))
-
-
-@functools.cache  # plans make a record or two for each of thousands of kernels
-def _checks_of(cls: Any) -> list[tuple[str, Check]]:
-    found = ((f.name, f.metadata.get("check")) for f in dataclasses.fields(cls))
-    return [(name, check) for name, check in found if check is not None]
+    for field in dataclasses.fields(record):
+        if check := field.metadata.get("check"):
+            value = check(field.name, getattr(record, field.name))
+            # The records are frozen, also for their own `__post_init__`.
+            object.__setattr__(record, field.name, value)
 
 
 def _optional(check: Check) -> Check:
@@ -123,20 +119,6 @@ class AdapterSettings:
         """{name: value as JSON holds it} of all settings."""
         values = {name: getattr(self, name) for name in SETTINGS}
         return values | {"param_dtype": jnp.dtype(self.param_dtype).name}
-
-    @staticmethod
-    def from_json(values: Mapping[str, Any]) -> "AdapterSettings":
-        """The settings that `to_json` wrote, exactly so; nothing is filled in."""
-        if values.keys() != SETTINGS.keys():
-            raise ValueError(
-                f"settings must be {sorted(SETTINGS)}, got {sorted(values)}"
-            )
-        settings = AdapterSettings(**values)
-        for name, value in settings.to_json().items():
-            # True == 1 == 1.0, so types are compared as well.
-            if (type(values[name]), values[name]) != (type(value), value):
-                raise ValueError(f"{name} must be {value!r}, got {values[name]!r}")
-        return settings
 
 
 SETTINGS = {f.name: f.metadata["meaning"] for f in dataclasses.fields(AdapterSettings)}
@@ -335,19 +317,8 @@ class MoRAConfig(KernelConfig):
 
     def settings(self, path: str) -> tuple[KernelConfig, str | None]:
         """The settings of one kernel, and its axes where an override names them."""
-        patterns = tuple(p for p in self.overrides if re.fullmatch(p, path))
-        if patterns not in self._by_patterns:
-            self._by_patterns[patterns] = self._overridden(patterns)
-        return self._by_patterns[patterns]
-
-    @functools.cached_property
-    def _by_patterns(self) -> dict[tuple[str, ...], tuple[KernelConfig, str | None]]:
-        # Most kernels of a model have the same settings, and share a record of them.
-        return {}
-
-    def _overridden(self, patterns: Iterable[str]) -> tuple[KernelConfig, str | None]:
         values = {name: getattr(self, name) for name in _KERNEL_SETTINGS}
-        for settings in map(self.overrides.__getitem__, patterns):
+        for settings in (s for p, s in self.overrides.items() if re.fullmatch(p, path)):
             # rank and square_rank exclude each other, and later patterns win.
             if "rank" in settings:
                 values["square_rank"] = None

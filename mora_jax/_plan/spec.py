@@ -64,12 +64,11 @@ class AdapterSpec(AdapterSettings):
     def __post_init__(self) -> None:
         if not isinstance(self.operator, Operator):
             raise TypeError(f"operator must be an Operator, got {self.operator!r}")
-        ins, outs = features(self.kernel_shape, self.axes)
-        if (self.operator.in_features, self.operator.out_features) != (ins, outs):
+        expected = features(self.kernel_shape, self.axes)
+        if (widths := (self.in_features, self.out_features)) != expected:
+            kernel = f"a kernel of shape {self.kernel_shape} with axes {self.axes!r}"
             raise ValueError(
-                f"operator for {self.operator.in_features} -> "
-                f"{self.operator.out_features} features does not fit a kernel of shape "
-                f"{self.kernel_shape} with axes {self.axes!r}: {ins} -> {outs}"
+                f"operator must have the features {expected} of {kernel}, got {widths}"
             )
         super().__post_init__()
 
@@ -200,6 +199,7 @@ class AdapterSpec(AdapterSettings):
             path=path,
             kernel_shape=(*sizes, *self.kernel_shape),
             axes="s" * len(sizes) + self.axes,
+            base_digest=None if sizes else self.base_digest,  # it is of one kernel
         )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from mora_jax._common.checks import check_leaf, remedy
+from mora_jax._common.checks import check_floating
 from mora_jax._common.types import Path, Shape
 from mora_jax._plan.settings import check_dtype, check_settings, setting
 
@@ -45,11 +45,7 @@ class TrainedArray:
     @classmethod
     def of(cls, path: Path, leaf: Any, param_dtype: DTypeLike | None) -> "TrainedArray":
         """The base's array or shape `leaf`; the copy has `param_dtype`, or is wider."""
-        if not jnp.issubdtype(leaf.dtype, jnp.floating):
-            raise TypeError(
-                f"{'/'.join(path)} must have a floating-point dtype to be trained, got "
-                f"{leaf.dtype}; {remedy(leaf.dtype, 'take it out of train')}"
-            )
+        check_floating(leaf, "/".join(path), "take it out of train")
         # A step of training is smaller than what 16 bits can tell beside the array.
         dtype = jnp.promote_types(leaf.dtype, param_dtype or leaf.dtype)
         return cls(path, tuple(leaf.shape), dtype, leaf.dtype)
@@ -63,10 +59,6 @@ class TrainedArray:
     def parameters(self) -> int:
         """The number of its entries."""
         return math.prod(self.shape)
-
-    def check(self, array: Any, where: str = "") -> None:
-        """Raise unless `array` can be this array; `where` is for the message."""
-        check_leaf(array, f"{self.name}{where}", self.shape)
 
 
 Items = list[tuple[TrainedArray, Any]]

@@ -12,7 +12,7 @@ from jax.flatten_util import ravel_pytree
 from jax.typing import DTypeLike
 from jaxtyping import Float, PRNGKeyArray
 
-from mora_jax._common.checks import as_jax_array, check_key
+from mora_jax._common.checks import as_jax_array, check_key, check_leaf
 from mora_jax._common.types import ArrayLike, Path
 from mora_jax._layer.dense import FrozenDense
 from mora_jax._plan.plan import Plan, check_plan
@@ -87,7 +87,6 @@ def init(
 
 def init_adapter(spec: AdapterSpec, key: PRNGKeyArray | None = None) -> jax.Array:
     """M at its start, of the shape `spec.shape`."""
-    check_key(key)
     return spec.operator.start(spec.stack_shape, spec.init, key, spec.param_dtype)
 
 
@@ -149,10 +148,10 @@ def adapter_items(
 
 def trained_items(adapters: Any, plan: Plan) -> Items:
     """Each array that trains itself with its copy, checked as in `adapter_items`."""
-    leaves, items = _leaves_of(plan, adapters), []
-    for array in plan.trained:
-        items.append((array, unboxed(leaves[array.path])))
-        array.check(items[-1][1], " in the adapters")
+    leaves = _leaves_of(plan, adapters)
+    items = [(array, unboxed(leaves[array.path])) for array in plan.trained]
+    for array, copy in items:
+        check_leaf(copy, f"{array.name} in the adapters", array.shape)
     return items
 
 

@@ -71,33 +71,25 @@ def with_ms(params: Any, ms: Mapping[Path, Any]) -> Any:
 
 def _joined(node: Any, added: Tree, path: Path) -> Any:
     """The part of the params at `path`, with the M's of `added` inside it."""
-    children = _children(node)
-    if children is None and added:
-        raise ValueError(f"params have no module at {'/'.join(path)!r}")
-    if children is None:
+    children = _children(node) or {}
+    if not children and not added:
         return node
     for key, new in added.items():
-        _check_place(node, children, (*path, key), new)
+        name = "/".join((*path, key))
+        if isinstance(new, dict):
+            if key not in children:
+                near = nearest_paths(key, list(children))
+                raise ValueError(f"params have nothing at {name!r}{near}")
+        elif key.removesuffix(SUFFIX) not in children:
+            raise ValueError(f"params have no kernel for the adapter {name!r}")
+        elif key in children:
+            raise ValueError(f"params already hold {name!r}")
+        elif not isinstance(node, Mapping):
+            kind = type(node).__name__
+            raise TypeError(f"the parent of {name!r} must be a mapping, got {kind}")
     pairs = children.items()
     joined = {k: _joined(child, added.get(k, {}), (*path, k)) for k, child in pairs}
     return _rebuild(node, joined | {k: m for k, m in added.items() if k not in joined})
-
-
-def _check_place(parent: Any, children: Tree, path: Path, new: Any) -> None:
-    """Raise unless `new`, an M or a tree of M's, belongs at `path` in the params."""
-    key, name = path[-1], "/".join(path)
-    if isinstance(new, dict):
-        if key in children:
-            return
-        near = nearest_paths(key, list(children))
-        raise ValueError(f"params have nothing at {name!r}{near}")
-    if key.removesuffix(SUFFIX) not in children:
-        raise ValueError(f"params have no kernel for the adapter {name!r}")
-    if key in children:
-        raise ValueError(f"params already hold {name!r}")
-    if not isinstance(parent, Mapping):
-        kind = type(parent).__name__
-        raise TypeError(f"the parent of {name!r} must be a mapping, got {kind}")
 
 
 def split(tree: Any, plan: Plan | None = None) -> tuple[Any, Tree]:

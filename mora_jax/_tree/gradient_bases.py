@@ -11,7 +11,7 @@ import numpy as np
 from jax.core import Tracer
 
 from mora_jax._common.axes import rows_from_kernel
-from mora_jax._common.checks import check_finite
+from mora_jax._common.checks import check_finite, check_leaf
 from mora_jax._common.suggestions import lacking, nearest_paths
 from mora_jax._plan.plan import Plan, check_plan
 from mora_jax._plan.spec import AdapterSpec
@@ -89,11 +89,7 @@ def _with_bases(spec: AdapterSpec, gradient: Any) -> AdapterSpec:
     old, what = spec.operator, f"the gradient of {spec.name!r}"
     if isinstance(gradient, Tracer) or not isinstance(gradient, jax.Array | np.ndarray):
         raise TypeError(f"{what} must be a concrete array, got {type(gradient)}")
-    if not jnp.issubdtype(gradient.dtype, jnp.floating):
-        raise TypeError(f"{what} must be floating-point, got {gradient.dtype}")
-    if gradient.shape != spec.kernel_shape:
-        rule = f"{what} must have the kernel's shape {spec.kernel_shape}"
-        raise ValueError(f"{rule}, got {gradient.shape}")
+    check_leaf(gradient, what, spec.kernel_shape)
     # Squares of small numbers would be zero in float32, so the largest becomes 1.
     check_finite(largest := float(jnp.abs(gradient).max()), what)
     if largest == 0:

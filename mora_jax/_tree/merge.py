@@ -14,7 +14,7 @@ from mora_jax._layer.equation import delta_kernel
 from mora_jax._layer.rounding import Rounding, add_rounded, check_rounding
 from mora_jax._plan.plan import Plan, check_plan
 from mora_jax._plan.spec import SUFFIX, AdapterSpec
-from mora_jax._plan.trained_arrays import refuse_trained
+from mora_jax._plan.trained_arrays import Items, refuse_trained
 from mora_jax._tree.adapters import (
     Tree,
     adapter_items,
@@ -113,8 +113,8 @@ def merge(
       True
     """
     check_rounding(rounding)
-    given = params, adapters, plan, dtype
-    return _merged(*given, finite=True, any_base=any_base, rounding=rounding)
+    kernels = with_kernels(params, array_items(adapters, plan), any_base=any_base)
+    return _merged(params, kernels, trained_items(adapters, plan), dtype, rounding)
 
 
 def fold(params: Any, adapters: Any, plan: Plan, dtype: DTypeLike | None = None) -> Any:
@@ -138,7 +138,8 @@ def fold(params: Any, adapters: Any, plan: Plan, dtype: DTypeLike | None = None)
       >>> grads["kernel_mora"].shape
       (8, 8)
     """
-    return _merged(params, adapters, plan, dtype)
+    kernels = with_kernels(params, array_items(adapters, plan, finite=False))
+    return _merged(params, kernels, trained_items(adapters, plan), dtype)
 
 
 def unmerge(params: Any, adapters: Any, plan: Plan) -> Any:
@@ -205,22 +206,17 @@ def with_kernels(
 
 def _merged(
     params: Any,
-    adapters: Any,
-    plan: Plan,
+    kernels: list[tuple[AdapterSpec, jax.Array, Path, jax.Array]],
+    trained: Items,
     dtype: DTypeLike | None,
-    *,
-    finite: bool = False,
-    any_base: bool = True,
     rounding: Rounding = "nearest",
 ) -> Any:
     """The params with merged kernels and trained arrays."""
-    items = array_items(adapters, plan, finite=finite)
     sums = {
         path: merged_kernel(spec, m, kernel, dtype=dtype, rounding=rounding)
-        for spec, m, path, kernel in with_kernels(params, items, any_base=any_base)
+        for spec, m, path, kernel in kernels
     }
-    params = with_trained(params, trained_items(adapters, plan), dtype)
-    return replace_leaves(params, sums)
+    return replace_leaves(with_trained(params, trained, dtype), sums)
 
 
 def merged_kernel(

@@ -8,7 +8,7 @@ import jax
 from flax import nnx
 from flax.core.meta import AxisMetadata
 
-from mora_jax._common.checks import check_kernel, check_leaf
+from mora_jax._common.checks import LEAVE_OUT, check_leaf
 from mora_jax._common.suggestions import lacking
 from mora_jax._common.types import Path
 from mora_jax._layer.slots import Selected, Slots
@@ -61,16 +61,14 @@ def find_part(
 ) -> tuple[Path, Any]:
     """The path and the array that a part of a plan has in the base, checked."""
     name = part.name
+    if isinstance(part, AdapterSpec):
+        what, shape, otherwise = f"the kernel {name!r}", part.kernel_shape, LEAVE_OUT
+    else:
+        what, shape, otherwise = f"{name!r}, which the plan trains", part.shape, ""
     if name not in leaves:  # or it is quantized: several arrays, below its path
-        what = f"{name!r}, which the plan trains"
-        what = f"the kernel {name!r}" if isinstance(part, AdapterSpec) else what
         raise ValueError(f"params lack {what}{lacking(name, leaves)}")
     path, leaf = leaves[name]
-    if isinstance(part, AdapterSpec):
-        check_kernel(leaf, name)
-        check_leaf(leaf, name, part.kernel_shape)
-    else:
-        part.check(leaf, " in params")
+    check_leaf(leaf, f"{name} in params", shape, otherwise)
     return path, leaf
 
 
@@ -105,22 +103,15 @@ def is_boxed(leaf: Any) -> bool:
         return isinstance(leaf, AxisMetadata)
     # A variable that holds a structure, such as a quantized kernel, is not a box: the
     # parts of the structure are leaves themselves. But M's for rows count as one array.
-    held = _held(leaf)
-    return jax.tree_util.all_leaves(held) or isinstance(held[0], Selected)
-
-
-def _held(variable: nnx.Variable[Any]) -> list[Any]:
-    """The value of a variable, in a list."""
-    # The attribute that holds it had several names in Flax's versions. As a pytree a
-    # variable has had the value for its one child in all of them.
-    return jax.tree.leaves(variable, is_leaf=lambda node: node is not variable)
+    held = leaf.get_raw_value()
+    return jax.tree_util.all_leaves([held]) or isinstance(held, Selected)
 
 
 def unboxed(leaf: Any) -> Any:
     """The array in `leaf`, if that is a box; otherwise `leaf` itself."""
     if not is_boxed(leaf):
         return leaf
-    return _held(leaf)[0] if isinstance(leaf, nnx.Variable) else leaf.unbox()
+    return leaf.get_raw_value() if isinstance(leaf, nnx.Variable) else leaf.unbox()
 
 
 def reboxed(box: Any, value: Any) -> Any:

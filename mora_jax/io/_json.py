@@ -114,3 +114,4 @@ def short(value: object) -> str:
 
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 80
+_SHORT.maxdict = 12  # the settings of a layer

@@ -63,7 +63,7 @@ OTHER = {**PARAMS, "a": {"kernel": shape(16, 20)}}
         ({"b": {"seed": 3}}, "^b/kernel_mora .* 3"),
         ({"b": {"axes": "soi"}}, "^b/kernel_mora .* axes 'soi'"),
         ({"square_rank": 4, "rank": 8}, f"{MADE} square_rank 4, not"),
-        ({"exclude": "a/kernel"}, "made for a plan without 'a/kernel', which this"),
+        ({"exclude": "a/kernel"}, "with nothing at 'a/kernel', where this plan"),
         ({"params": MORE}, "c/kernel of the plan: the model has no such kernel"),
         ({"params": OTHER}, r"a/kernel of .*: the model's .* must .* \(16, 20\)"),
     ],

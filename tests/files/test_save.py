@@ -246,7 +246,10 @@ REFUSED = {
     "other-shape": (layer(kernel_shape=[24, 16]), "another operator here"),
     "axes": (layer(axes="xx"), "axes"),
     "alpha": (settings(alpha="1"), "enc/kernel.*alpha"),
-    "alpha-int": (settings(alpha=1), "alpha must be"),
+    "alpha-int": (
+        settings(alpha=1),
+        "'alpha': 1.0, .*, got .*'alpha': 1,",
+    ),
     "dropout": (settings(dropout=1.5), "dropout"),
     "init": (settings(init="ones"), "init"),
     "execution": (settings(execution="fast"), "execution"),

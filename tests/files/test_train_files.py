@@ -93,7 +93,7 @@ def test_a_plan_as_json_has_them():
     fewer = plan(PARAMS, dataclasses.replace(CONFIG, train=TRAIN[1:]))
     with pytest.raises(AdapterFileError, match="no such array"):
         io.plan_from_json(text, like=fewer)
-    with pytest.raises(AdapterFileError, match="trains 'model/layers/0/input_layer"):
+    with pytest.raises(AdapterFileError, match="at 'model/layers/0/input_layer"):
         io.plan_from_json(io.plan_to_json(fewer), like=PLAN)
 
 

@@ -137,7 +137,7 @@ def test_bad_input():
     with pytest.raises(TypeError, match="got ShapeDtypeStruct; for shapes alone"):
         diagnostics.relative_norm(shapes, adapters, PLAN)
     wrong = {**PARAMS, "enc": {"kernel": jnp.ones((24, 16))}}
-    with pytest.raises(ValueError, match="enc/kernel must have shape"):
+    with pytest.raises(ValueError, match="enc/kernel in params must have shape"):
         diagnostics.relative_norm(wrong, adapters, PLAN)
 
 

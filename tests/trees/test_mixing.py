@@ -206,7 +206,7 @@ def test_an_operator_that_is_not_linear_is_refused_by_name():
         (lambda: scaled(pair(0)[0], jnp.ones(2)), "factor must be a real number"),
         (lambda: scaled(pair(0), 2), "give pair"),
         (lambda: scaled(PLAN, 2), "adapters must be a tree of arrays, got the Plan"),
-        (lambda: scaled({"kernel_mora": 3}, 2), "floating-point arrays, got 3"),
+        (lambda: scaled({"kernel_mora": 3}, 2), "must be an array, got int"),
         (lambda: scaled(pair(0, dtype="float16")[0], 1e6), "infinity in float16"),
         (
             lambda: weighted_sum([pair(0, dtype="float16")], [1e6]),

@@ -301,7 +301,7 @@ def config(**settings):
         ({"train": "("}, "train holds '[(]', which is not a regular expression"),
         ({"train": "fc/.*"}, "'fc/kernel' also gets an adapter.*exclude='fc/kernel'"),
         ({"train": None}, "train must be regular expressions"),
-        ({"train": "step"}, "step must have a floating-point dtype to be trained"),
+        ({"train": "step"}, "step must have a floating-point dtype.* train$"),
         ({"train": "a"}, "the array at 'a' is shared with 'b'"),
         (
             {"overrides": {"head/bias": {"rank": 2}}},
@@ -339,7 +339,10 @@ def test_bad_input(params, made):
         (lambda: mora_jax.unmerge(params, adapters, made), "keep the base instead"),
         (lambda: mora_jax.trainable_mask(tree["fc"], plan=made), "params lack 'fc/b"),
         (lambda: mora_jax.nnx.set_adapters(wrapped, lacking), "adapters lack"),
-        (lambda: mora_jax.nnx.set_adapters(wrapped, adapters, other), "that trains 'h"),
+        (
+            lambda: mora_jax.nnx.set_adapters(wrapped, adapters, other),
+            "at 'head/bias'",
+        ),
         (
             lambda: mora_jax.FrozenDense.from_config(jnp.ones((8, 8)), config=CONFIG),
             "train must be empty for one layer",

@@ -161,7 +161,7 @@ def test_what_does_not_merge(model):
         (fc(m.astype(int)), TypeError, "floating-point dtype, got int32"),
         (fc(1.0), TypeError, "must be an array, got float"),
         (({"fc": params["fc"]}, adapters), ValueError, "lack the kernel 'attn/query/k"),
-        ((wrong, adapters), ValueError, r"fc/kernel must have shape \(12, 10\), got"),
+        ((wrong, adapters), ValueError, r"kernel in params must have shape \(12, 10\)"),
         ((shapes, adapters), TypeError, "got ShapeDtypeStruct; for shapes alone"),
     ]
     for trees, error, message in cases:
@@ -179,7 +179,11 @@ def test_what_does_not_combine(model):
         (params, {"norm": fc}, "no kernel for the adapter 'norm/kernel_mora'"),
         (params, {"fc": {"bias": jnp.ones(10)}}, "which is not an M"),
         (adapters, params, "not an M: give params first"),
-        (params, {"fc": {"kernel": fc}}, "no module at 'fc/kernel'"),
+        (
+            params,
+            {"fc": {"kernel": fc}},
+            "no kernel .* 'fc/kernel/kernel_mora'",
+        ),
     ]
     for tree, other, message in cases:
         with pytest.raises(ValueError, match=message):

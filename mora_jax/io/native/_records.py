@@ -13,11 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from mora_jax._common.axes import check_axes, features, sizes
-from mora_jax._common.checks import check_finite, check_kernel, check_leaf
+from mora_jax._common.checks import LEAVE_OUT, check_finite, check_leaf
 from mora_jax._common.suggestions import lacking
 from mora_jax._common.types import Path
 from mora_jax._plan.plan import Plan, check_plan, refuse_other_plan
-from mora_jax._plan.settings import AdapterSettings
+from mora_jax._plan.settings import SETTINGS
 from mora_jax._plan.spec import SUFFIX, AdapterSpec, operator_settings
 from mora_jax._plan.trained_arrays import TrainedArray
 from mora_jax.io._files import AdapterFileError
@@ -174,8 +174,7 @@ def _restore_adapter(
     if kernel is None:
         _check_size(widths, q, "seed" in record["operator"], m is not None)
     else:
-        check_kernel(kernel, "the model's kernel")
-        check_leaf(kernel, "the model's kernel", shape)
+        check_leaf(kernel, "the model's kernel", shape, LEAVE_OUT)
     listed = re.fullmatch(r'\[("[0-9a-f]{64}",? ?)*\]', json.dumps(digests))
     if digests is not None and not (listed and len(digests) == stack):
         raise ValueError(
@@ -188,7 +187,7 @@ def _restore_adapter(
         axes=axes,
         path=tuple(record["path"]),
         base_digest=digests and tuple(digests),
-        **vars(AdapterSettings.from_json(record["settings"])),
+        **{n: v for n, v in record["settings"].items() if n in SETTINGS},
     )
     if m is not None and m.shape != spec.shape:
         raise ValueError(f"M must have shape {spec.shape}, got {m.shape}")
@@ -277,9 +276,9 @@ def _restore_trained(
     if dump(record_of(trained, TRAINED)) != dump(record):
         raise ValueError(f"its dtypes must be names of dtypes, got {short(dtypes)}")
     if own is not None:
-        trained.check(own, " in the model")
+        check_leaf(own, f"{trained.name} in the model", shape)
     if array is not None:
-        trained.check(array, " in the file")
+        check_leaf(array, f"{trained.name} in the file", shape)
     return trained
 
 
