@@ -65,13 +65,12 @@ def check_number(name: str, value: Any) -> float:
 
 def check_dtype(name: str, value: DTypeLike | None) -> jnp.dtype:
     """Return `value` as a NumPy dtype, if it is a real floating-point dtype."""
-    try:
-        dtype = jnp.dtype(value)
+    try:  # NumPy reads None as float64
+        dtype = None if value is None else jnp.dtype(value)
     except TypeError:
         dtype = None
-    # NumPy reads None as float64.
-    if value is None or dtype is None or not jnp.issubdtype(dtype, jnp.floating):
-        got = repr(value) if dtype is None else dtype
+    if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+        got = dtype or repr(value)
         raise TypeError(f"{name} must be a floating-point dtype, got {got}")
     return dtype
 
