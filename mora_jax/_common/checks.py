@@ -65,10 +65,13 @@ def check_number(name: str, value: Any) -> float:
 
 def check_dtype(name: str, value: DTypeLike | None) -> jnp.dtype:
     """Return `value` as a NumPy dtype, if it is a real floating-point dtype."""
-    # NumPy reads None as float64.
-    dtype = None if value is None else jnp.dtype(value)
+    try:  # NumPy reads None as float64
+        dtype = None if value is None else jnp.dtype(value)
+    except TypeError:
+        dtype = None
     if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
-        raise TypeError(f"{name} must be a floating-point dtype, got {dtype}")
+        got = dtype or repr(value)
+        raise TypeError(f"{name} must be a floating-point dtype, got {got}")
     return dtype
 
 
