@@ -130,9 +130,7 @@ def _spectrum(spec: AdapterSpec, m: np.ndarray) -> np.ndarray:
     return abs(spec.factor) * np.pad(values, (0, missing))
 
 
-def effective_rank(
-    values: Float[np.ndarray, "*stack k"],
-) -> np.ndarray | np.floating:
+def effective_rank(values: Float[np.ndarray, "*stack k"]) -> np.ndarray | np.floating:
     r"""The number of directions that a delta spreads over, as a real number.
 
     .. math:: \exp(-\sum_i p_i \log p_i), \qquad p_i = \sigma_i / \sum_j \sigma_j

@@ -135,12 +135,7 @@ def next_plan(plan: Plan) -> Plan:
 
 
 def restart_schedule(
-    peak: float,
-    steps: int,
-    every: int,
-    *,
-    warmup: int = 50,
-    floor: float = 0.1,
+    peak: float, steps: int, every: int, *, warmup: int = 50, floor: float = 0.1
 ) -> optax.Schedule:
     r"""A cosine over all of training, with a warm-up after each restart.
 

@@ -20,13 +20,7 @@ from mora_jax._common.types import Shape
 from mora_jax._jax.qwix_guard import last_with_first, matmul
 from mora_jax._jax.tiles import pad_to, sum_tiles, tile_to
 from mora_jax._jax.vma import transposed
-from mora_jax.operators import (
-    Decoupling,
-    Operator,
-    Permutation,
-    Sharing,
-    SignedSharing,
-)
+from mora_jax.operators import Decoupling, Operator, Permutation, Sharing, SignedSharing
 from mora_jax.operators._base import Split
 from mora_jax.operators._blocks import num_blocks
 from mora_jax.operators._projection import Projection

@@ -9,12 +9,7 @@ from flax import nnx
 from jax.extend.core import Jaxpr
 
 from mora_jax._flax.adapted_call import LayerCall
-from mora_jax._flax.calls import (
-    kind_of_call,
-    number_of_arrays,
-    program_of,
-    proving,
-)
+from mora_jax._flax.calls import kind_of_call, number_of_arrays, program_of, proving
 from mora_jax._flax.layer_rules import folded_kernels, planning_rules
 from mora_jax._flax.survey import Survey, check_call
 from mora_jax._layer.slots import Selected
