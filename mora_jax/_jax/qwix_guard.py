@@ -43,8 +43,8 @@ def undisturbed(function: F) -> F:
     switch: Any = getattr(module, "disable_interceptions", None)
     if switch is None:
         raise RuntimeError(
-            "how to keep qwix off the adapter's own products is not known of version "
-            f"({version('qwix')}); it is known of 0.1.4 to 0.1.8"
+            f"mora_jax does not know how to keep qwix {version('qwix')} off the "
+            "adapter's own products: install one of qwix 0.1.4 to 0.1.8"
         )
     return switch(function)
 

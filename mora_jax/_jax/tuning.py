@@ -30,8 +30,7 @@ class Tuning:
         and gathered before they are used.
       chip: The chip whose forms `chips` and `tiles` take; None for the plain ones.
       loops_over_rows: True if rows with M's of their own are multiplied one after
-        another, and not in one product with a copy of an M for each row
-        (`make bench-many`).
+        another, and not in one product with a copy of an M for each row.
     """
 
     # A fold reads and writes the kernel, in * out numbers; the activation path reads
@@ -54,9 +53,24 @@ _CPU = Tuning(
     chip=None,
     loops_over_rows=True,
 )
-# By rooflines of programs that XLA compiles for TPUs and an H100 (`make bench-chips`):
-# benchmarks/README.md has both ways side by side, under "Constants of a platform".
-# Where a layer alone and a model disagree, the model counts.
+# Rooflines of programs that XLA compiles for TPUs, bfloat16, 8,192 rows, relative to
+# the frozen layer or model (`make bench-chips`):
+#
+#                                      activation   fold
+#   4096 -> 4096,  v5e, orthogonal        1.32      1.31
+#   4096 -> 14336, v5e, orthogonal        1.31      1.23
+#   4096 -> 4096,  v6e, orthogonal        1.34      1.46
+#   4096 -> 14336, v6e, orthogonal        1.43      1.56
+#   Llama of two layers, v5e, orthogonal  1.08      0.89
+#   Llama of two layers, v6e, orthogonal  1.07      0.96
+#   4096 -> 4096,  v5e, sharing           1.11      1.21
+#   4096 -> 4096,  v5e, rotation          1.37      1.07
+#
+# "auto" goes by the model. Kernels that are gathered, a training step of 8B on v5e:2x4
+# in ms (`--only meshes`): rotation 464 fused and 418 folded, orthogonal 493 and 454,
+# sharing 432 and 410. A device receives 13.6 to 13.7 GB fused, 14.2 to 14.6 folded, and
+# 14.1 frozen: a fold of sharing saves about the time that 1 GB more takes, the other
+# two far more.
 _TPU = Tuning(
     fold_from={"products": 2.0, "sums": math.inf, "blocks": 0.6},
     folds_16_bits=True,
@@ -64,6 +78,16 @@ _TPU = Tuning(
     chip="tpu",
     loops_over_rows=False,
 )
+# The same for an H100. In a model what the activation path reads and writes is fused
+# with what stands before and after a layer:
+#
+#                                      activation   fold
+#   Llama of 8B's width, sharing          1.00      1.03
+#   Llama of 8B's width, orthogonal       1.05      1.10
+#   Llama of 8B's width, rotation         1.05      1.03
+#   4096 -> 4096, sharing                 1.23      1.14
+#   4096 -> 4096, orthogonal              1.36      1.29
+#   4096 -> 4096, rotation                1.45      1.13
 _GPU = Tuning(
     fold_from={"products": 8.0, "sums": math.inf, "blocks": 0.6},
     folds_16_bits=True,
@@ -78,6 +102,15 @@ TUNING: Mapping[str, Tuning] = {"cpu": _CPU, "tpu": _TPU, "cuda": _GPU, "rocm": 
 # one pass over memory, a third of the time on a CPU. More of them would make programs
 # long, which XLA takes long to compile.
 MAX_UNROLLED_SLICES = 64
+
+# Rows with M's of their own (`loops_over_rows`): milliseconds on a CPU for 64 rows of
+# one token and q = 256, and the same on an H100 for 4096 -> 4096 relative to the layer
+# alone. `make bench-many` measures the first two; the third was tried.
+#
+#                                  CPU, 4 slots   64 slots   H100, 4 slots   64 slots
+#   one after another                  0.66         1.02          25            25
+#   copied, in one product            18           19              1.39          1.50
+#   sorted, `jax.lax.ragged_dot`       2.1          2.1            1.91          2.55
 
 # A program is compiled for the platform that it is lowered for, which need not be the
 # one that it is traced on: an exported program may be for several. `linear_map` traces
