@@ -102,7 +102,7 @@ def test_params_that_do_not_fit_are_refused(tmp_path):
     for params, error, match in (
         (jax.eval_shape(lambda: BASE), TypeError, "concrete arrays"),
         ({"enc": BASE["enc"]}, ValueError, "lack the kernel 'dec/kernel'"),
-        (turned, ValueError, f"enc/kernel must have shape {shape}"),
+        (turned, ValueError, f"enc/kernel in params must have shape {shape}"),
     ):
         with pytest.raises(error, match=match):
             saving(params)
