@@ -18,13 +18,16 @@ from jax.extend.core import Jaxpr
 from mora_jax._common.suggestions import patterns
 from mora_jax._common.warnings import warn
 from mora_jax._flax.adapted_call import LayerCall
-from mora_jax._flax.layer_rules import LayerRule, planning_rules
+from mora_jax._flax.layer_rules import LayerRule, planning_rules, rules_of
 from mora_jax._plan.plan import Plan
 from mora_jax._plan.spec import SUFFIX, AdapterSpec
 from mora_jax._trace_check import Call, Uses, difference, follow, mark, row_faults
 from mora_jax.products import Product
 
 NOT_USED = "the call that was traced does not use it"
+REBUILT = (
+    "code that rebuilds the params, as nn.map_variables may, must keep the M beside it"
+)
 
 
 @dataclasses.dataclass
@@ -34,7 +37,7 @@ class Survey:
     Attributes:
       products: {path of a kernel: the product of its layer}.
       non_kernels: The paths of other arrays of known layers, such as biases.
-      classes: {path of a module: the name of its class}.
+      classes: {path of a module: its class}.
       scales: {path of a parameter that scales a kernel: the kernel's axes that it has}.
       uses: The uses of the arrays in a call of the model; None if none was traced.
       no_params: {path of a kernel that no `nnx.Param` holds: the class that does}.
@@ -44,7 +47,7 @@ class Survey:
 
     products: dict[str, Product] = dataclasses.field(default_factory=dict)
     non_kernels: set[str] = dataclasses.field(default_factory=set)
-    classes: dict[str, str] = dataclasses.field(default_factory=dict)
+    classes: dict[str, type] = dataclasses.field(default_factory=dict)
     scales: dict[str, range] = dataclasses.field(default_factory=dict)
     uses: Uses | None = None
     no_params: dict[str, str] = dataclasses.field(default_factory=dict)
@@ -109,9 +112,7 @@ class Survey:
         `more` has the number of axes of one M without a stack's, for M's in `leaves`.
         """
         axes = {n: range(len(product.axes)) for n, product in self.products.items()}
-        axes |= {
-            name: range(number) for name, number in (more or {}).items()
-        } | self.scales
+        axes |= {name: range(number) for name, number in (more or {}).items()}
         self.uses = self.uses or Uses()
         follow(program, list(self.leaves), axes | self.scales, self.uses)
 
@@ -128,11 +129,10 @@ class Survey:
                 f"{tied}{by}, where the adapter would have no effect; exclude it"
             )
             if name not in uses.called:
-                told += (
-                    f", or teach its class{self._class_of(name)} with mora_jax."
-                    "register_layer; code that rebuilds the params, as "
-                    "nn.map_variables may, must keep the M beside it"
-                )
+                if not self._is_known(name):
+                    cls = self._class_name(name)
+                    told += f", or teach its class{cls} with mora_jax.register_layer"
+                told += f"; {REBUILT}"
             raise ValueError(told)
         if fault := uses.faults.get(name):
             stacked = self.leaves[name].ndim > len(self.products[name].axes)
@@ -176,28 +176,40 @@ class Survey:
             return why
         if name not in self.uses.reached:
             return NOT_USED
-        known = name in self.products
-        return "" if known else f"nothing is known of its class{self._class_of(name)}"
+        if name in self.products:
+            return ""
+        return f"nothing is known of its class{self._class_name(name)}"
 
     def why_unknown(self, name: str) -> str:
         """The reason why nothing is known of the use of the array at `name`."""
         if self.uses is not None and name not in self.uses.reached:
             runs = "plan with inputs for which its layer runs, or exclude it"
             return f"{NOT_USED}: {runs}"
+        if self.uses is not None and self._is_known(name):
+            cls = self._class_name(name)
+            return f"its layer, a{cls}, gets it alone: {REBUILT}, or exclude it"
         calls = "" if self.uses is not None else ", and plan with inputs of a call"
         return (
             "it is not known how a layer uses it: teach its class"
-            f"{self._class_of(name)} with mora_jax.register_layer{calls}"
+            f"{self._class_name(name)} with mora_jax.register_layer{calls}"
         )
 
-    def _class_of(self, name: str) -> str:
+    def _class_of(self, name: str) -> type | None:
         # Of the innermost module whose class is known: a kernel may lie deeper, such as
         # in a list.
         while name:
             name = name.rpartition("/")[0]
             if name in self.classes:
-                return f" {self.classes[name]}"
-        return ""
+                return self.classes[name]
+        return None
+
+    def _is_known(self, name: str) -> bool:
+        cls = self._class_of(name)
+        return cls is not None and bool(rules_of(cls))
+
+    def _class_name(self, name: str) -> str:
+        cls = self._class_of(name)
+        return f" {cls.__name__}" if cls else ""
 
 
 Programs = Callable[[Survey | None], Jaxpr]

@@ -1,7 +1,7 @@
 """A plan of a model, by what its layers compute."""
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -9,6 +9,7 @@ import jax
 from flax.traverse_util import flatten_dict
 from jax.extend.core import Jaxpr
 
+from mora_jax._common.suggestions import matching
 from mora_jax._common.types import Path
 from mora_jax._flax.adapted_call import LayerCall
 from mora_jax._flax.calls import Call, number_of_arrays, program_of
@@ -63,11 +64,13 @@ def plan(
     config = check_config(config, "plan(model, variables, config, *inputs)")
     if args or kwargs or not calls:
         calls = (Call(*args, **kwargs), *calls)
-    survey = Survey()
+    params, survey = params_of(variables), Survey()
+    excluded = matching("exclude", config.exclude, named_leaves(params))
     for call in calls:
-        own = functools.partial(program, model, variables, call.args, call.kwargs)
+        given = model, variables, call.args, call.kwargs
+        own = functools.partial(program, *given, excluded=excluded)
         survey.add(marked_program(own, survey, "its kernels"))
-    return plan_surveyed(params_of(variables), config, survey)
+    return plan_surveyed(params, config, survey)
 
 
 def program(
@@ -77,19 +80,21 @@ def program(
     kwargs: Any,
     survey: Survey | None,
     specs: Sequence[AdapterSpec] | None = None,
+    excluded: Collection[str] = (),
 ) -> Jaxpr:
     """The program of a call, whose first inputs are the params, and M's if any.
 
-    With a survey, which it fills in, layers are marked: all of them, or the ones that
-    `specs` adapt, which then have an M. Without a survey it is the program of the base.
+    With a survey, which it fills in, layers are marked: all that are not `excluded`, or
+    the ones that `specs` adapt, which then have an M. Without a survey it is the
+    program of the base.
     """
     params = params_of(variables)
     leaves, modules = named_leaves(params), flatten_dict(dict(params))
     ms: dict[Path, Any] = {}
     if survey is not None and specs is None:
         # The parts of a quantized kernel are in no module.
-        kernels = (path for path, leaf in leaves.values() if leaf.ndim > 1)
-        ms = {path: None for path in kernels if path in modules}
+        kernels = (leaves[n] for n in leaves if n not in excluded)
+        ms = {path: None for path, leaf in kernels if leaf.ndim > 1 and path in modules}
     elif survey is not None and specs is not None:
         shape_of = jax.ShapeDtypeStruct
         ms = {spec.path: shape_of(spec.shape, spec.param_dtype) for spec in specs}
@@ -97,7 +102,7 @@ def program(
     def see(module: Any) -> None:
         if survey is not None:
             name = "/".join(module.scope.path)
-            survey.classes.setdefault(name, type(module).__name__)
+            survey.classes.setdefault(name, type(module))
 
     def record(call: LayerCall, adapter: BoundAdapter) -> Any:
         _, name = adapter.spec

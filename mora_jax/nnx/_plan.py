@@ -51,7 +51,7 @@ def plan(
     """
     check_model(model)
     config = check_config(config, "plan(model, config, *inputs)")
-    classes = {"/".join(path): type(m).__name__ for path, m in named_modules(model)}
+    classes = {"/".join(path): type(m) for path, m in named_modules(model)}
     params, survey = parameters(model), Survey(classes=classes)
     for module, path, variable in attributes(model, nnx.Variable):
         rules, name = planning_rules(module), "/".join(path)

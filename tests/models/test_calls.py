@@ -38,7 +38,7 @@ class Reads(nn.Module):
 class Unhashable:
     """A config as models have one."""
 
-    __hash__ = None
+    __hash__ = None  # type: ignore[assignment]
 
 
 class ReadsTwin(nnx.Module):
@@ -208,6 +208,35 @@ def test_params_that_are_mapped_keep_their_m_or_are_refused(how):
     apply = linen.wrap(model, plan)
     with pytest.raises(ValueError, match=match):
         apply(mora_jax.init(plan), variables, X)
+
+
+def test_a_class_of_flax_itself_needs_no_teaching():
+    model, variables = mapped(rebuilt)
+    match = (
+        "fc/kernel: its layer, a Dense, gets it alone: code that rebuilds the params"
+    )
+    with pytest.raises(ValueError, match=f"{match}.*, or exclude it$"):
+        linen.plan(model, variables, CONFIG, X)
+    plan = mora_jax.plan(variables["params"], CONFIG)
+    with pytest.raises(ValueError, match="must keep the M beside it") as error:
+        linen.wrap(model, plan)(mora_jax.init(plan), variables, X)
+    assert "teach" not in str(error.value)
+
+
+def test_a_plan_without_mapped_params_needs_no_mapped_m():
+    class Half(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.Dense(8, name="own")(x)
+            return nn.map_variables(nn.Dense, "params", halved)(8, name="fc")(x)
+
+    model, (own, fc) = Half(), [nn.Dense(8).init(KEY, X)["params"] for _ in "ab"]
+    variables = {"params": {"own": own, "fc": fc}}
+    with pytest.raises(ValueError, match="fails with an M beside its kernels.*exclude"):
+        linen.plan(model, variables, MoRAConfig(rank=2), X)
+    config = MoRAConfig(rank=2, exclude="fc/kernel")
+    plan = linen.plan(model, variables, config, X)
+    assert list(plan) == ["own/kernel"] and not plan.unproven
 
 
 def test_a_cast_of_all_params_is_right():

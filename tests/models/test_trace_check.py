@@ -197,8 +197,8 @@ def test_an_input_of_integers_is_one_of_numbers():
 
 def test_a_convolution_of_a_changed_input_is_refused():
     class Rounded(nnx.Conv):
-        def __call__(self, x):
-            return super().__call__(through(x, "int32"))
+        def __call__(self, inputs, out_sharding=None):
+            return super().__call__(through(inputs, "int32"))
 
     register_layer(Rounded, equation=convolution)
     layer = Rounded(WIDTH, 4, (3,), padding="CIRCULAR", rngs=nnx.Rngs(0))
