@@ -36,6 +36,7 @@ from jax.tree_util import GetAttrKey, keystr, tree_leaves_with_path
 from mora_jax._common.checks import check_number, positive_integer
 from mora_jax._plan.plan import Plan, check_plan
 from mora_jax._plan.spec import SUFFIX, AdapterSpec
+from mora_jax._tree.adapters import start_key
 from mora_jax._tree.combined import combine
 from mora_jax._tree.merge import array_items, merged_kernel, with_kernels
 from mora_jax._tree.optim import check_transformation
@@ -172,8 +173,7 @@ def restart_schedule(
 def _started(spec: AdapterSpec, old: jax.Array) -> jax.Array:
     """An M whose delta is zero, in the dtype and the place of the old M."""
     # The plan determines what is random, so that a resumed run goes on as it would.
-    key = jax.random.key(crc32(repr((spec.path, spec.operator)).encode()))
-    m = spec.operator.start(spec.stack_shape, "zeros", key, old.dtype)
+    m = spec.operator.start(spec.stack_shape, "zeros", start_key(spec), old.dtype)
     if isinstance(old, Tracer) or not old.committed:
         return m
     return jax.device_put(m, old.sharding)

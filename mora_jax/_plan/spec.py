@@ -170,8 +170,7 @@ class AdapterSpec(AdapterSettings):
         """The q that the budget would buy, if less than four fifths of it are used."""
         if self.rank is None or 5 * self.lora_rank >= 4 * self.rank:
             return None
-        # q^2 = (in + out) r, rounded down.
-        asked = math.isqrt((self.in_features + self.out_features) * self.rank)
+        asked = self.operator.widest(self.rank, self.in_features, self.out_features)
         return asked if asked > self.operator.square_rank else None
 
     @property
@@ -205,17 +204,18 @@ class AdapterSpec(AdapterSettings):
 
 def _operator(config: KernelConfig, ins: int, outs: int) -> Operator:
     """The operator that `config` asks for, between `ins` and `outs` features."""
-    q, operator = config.square_rank, config.operator
+    q, name = config.square_rank, config.operator
     if q is None:
         # "auto" goes by the budget, and not by the q that is left of it.
-        operator = resolve_auto(operator, config.rank)
-        q = square_rank(config.rank, ins, outs, operator, config.multiple_of)
-    elif q > min(ins, outs):
+        name = resolve_auto(name, config.rank)
+        q = square_rank(config.rank, ins, outs, name, config.multiple_of)
+    operator = make_operator(name, ins, outs, q, seed=config.seed)
+    if operator.linear and q > min(ins, outs):
         raise ValueError(
             "square_rank must be at most min(in_features, out_features) = "
             f"{min(ins, outs)}, got {q}"
         )
-    return make_operator(operator, ins, outs, q, seed=config.seed)
+    return operator
 
 
 def operator_settings(operator: Operator) -> dict[str, Any]:

@@ -87,7 +87,16 @@ def init(
 
 def init_adapter(spec: AdapterSpec, key: PRNGKeyArray | None = None) -> jax.Array:
     """M at its start, of the shape `spec.shape`."""
+    if key is None and spec.operator.drawn:
+        key = start_key(spec)
     return spec.operator.start(spec.stack_shape, spec.init, key, spec.param_dtype)
+
+
+def start_key(spec: AdapterSpec) -> PRNGKeyArray:
+    """The key that the plan determines for what is random at the start."""
+    # The same on every platform, whatever JAX's default kind of key is.
+    seed = crc32(repr((spec.path, spec.operator)).encode())
+    return jax.random.key(seed, impl="threefry2x32")
 
 
 def trained_in_base(plan: Plan, params: Any, why: str, any_base: bool = True) -> Items:

@@ -6,6 +6,7 @@ from mora_jax.operators._registry import make_operator as make_operator
 from mora_jax.operators._registry import square_rank as square_rank
 from mora_jax.operators.decoupling import Decoupling as Decoupling
 from mora_jax.operators.hadamard import Hadamard as Hadamard
+from mora_jax.operators.low_rank import LowRank as LowRank
 from mora_jax.operators.orthogonal import Orthogonal as Orthogonal
 from mora_jax.operators.permutation import Permutation as Permutation
 from mora_jax.operators.rotation import Rotation as Rotation

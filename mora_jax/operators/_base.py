@@ -81,12 +81,14 @@ class Operator:
     """The work of C and D, by which it is chosen how a layer computes."""
     linear: ClassVar[bool] = True
     """True if the delta is linear in what is trained, and weighted sums are exact."""
+    drawn: ClassVar[bool] = False
+    """True if `start` draws numbers whatever `init` is, so that it needs a key."""
 
     def __post_init__(self) -> None:
         for field in ("in_features", "out_features", "square_rank"):
             positive_integer(field, getattr(self, field))
         q, limit = self.square_rank, min(self.in_features, self.out_features)
-        if not self.tiles and q > limit:
+        if self.linear and not self.tiles and q > limit:
             raise ValueError(
                 f"square_rank of {self.name} must be at most "
                 f"min(in_features, out_features) = {limit}, got {q}"
@@ -101,6 +103,11 @@ class Operator:
         for field in self.arrays:
             compute = type(self).__dataclass_fields__[field].metadata["compute"]
             object.__setattr__(self, field, compute(self))
+
+    @classmethod
+    def widest(cls, rank: int, in_features: int, out_features: int) -> int:
+        """The largest q with no more parameters than a LoRA of `rank`."""
+        return math.isqrt((in_features + out_features) * rank)
 
     @property
     def compressed_shape(self) -> Shape:

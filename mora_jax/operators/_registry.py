@@ -10,6 +10,7 @@ from mora_jax._common.suggestions import did_you_mean
 from mora_jax.operators._base import Operator
 from mora_jax.operators.decoupling import Decoupling
 from mora_jax.operators.hadamard import Hadamard
+from mora_jax.operators.low_rank import LowRank
 from mora_jax.operators.orthogonal import Orthogonal
 from mora_jax.operators.permutation import Permutation
 from mora_jax.operators.rotation import Rotation
@@ -30,6 +31,7 @@ OPERATORS: dict[str, type[Operator]] = {
         Orthogonal,
         Hadamard,
         Permutation,
+        LowRank,
     )
 }
 """Every operator class by its name."""
@@ -119,7 +121,9 @@ def square_rank(
     if multiple_of is not None:
         positive_integer("multiple_of", multiple_of)
     cls = OPERATORS[parse_spec(resolve_auto(operator, rank))[0]]
-    q = math.isqrt((in_features + out_features) * rank)
+    q = cls.widest(rank, in_features, out_features)
+    if not cls.linear:
+        return q
     q = min(q, in_features, out_features)
     if multiple_of is None:
         common = math.gcd(in_features, out_features) if cls.tiles else 0

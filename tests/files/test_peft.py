@@ -7,7 +7,6 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracle
 import pytest
 from adapter_files import (
     UP_PROJ,
@@ -101,10 +100,10 @@ def test_all_types_and_layouts(tmp_path, mora_type, rank):
     assert same.specs == plan.specs
 
 
-def delta_of(matrices, adapters, plan):
-    """Of the only kernel, by an operator's matrices as the oracle has them."""
+def delta_of(case, adapters, plan):
+    """Of the only kernel, by the oracle."""
     (spec,), (m,) = plan.specs, jax.tree.leaves(adapters)
-    return spec.alpha * oracle.delta(*matrices(spec.operator), m)
+    return spec.alpha * case.delta(spec.operator, m)
 
 
 @by_case
@@ -124,8 +123,8 @@ def test_export_is_exact_or_refused(tmp_path, case, size):
         return
     assert known
     back, other = io.load_peft_mora(tmp_path / "a", plan)
-    expected = delta_of(case.matrices, adapters, plan)
-    found = delta_of(case.matrices, back, other)
+    expected = delta_of(case, adapters, plan)
+    found = delta_of(case, back, other)
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -140,7 +139,7 @@ def test_lora_is_the_update(tmp_path, case, size):
     operator = case.make(*size)
     plan = single(operator, path=UP_PROJ, alpha=0.5)
     adapters = made(plan)
-    delta = delta_of(case.matrices, adapters, plan)
+    delta = delta_of(case, adapters, plan)
     if operator.block:
         with pytest.raises(ValueError, match="rank"):
             io.save_peft_lora(tmp_path / "a", adapters, plan)

@@ -9,7 +9,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracle
 import pytest
 from adapter_files import assert_same, made, single, slow
 from cases import CASES, by_kind
@@ -63,9 +62,8 @@ def layer(case, execution="activation", dtype="float32", q=12, dropout=0.0):
     arrays |= {"kernel": normal((32, 48)) / np.sqrt(32), "y": normal((8, 3, 48))}
     arrays = {name: np.asarray(array, dtype) for name, array in arrays.items()}
     m, x, kernel, y = (np.asarray(array, np.float64) for array in arrays.values())
-    c, d = case.matrices(op)
-    adapted = kernel + ALPHA * oracle.delta(c, d, m)
-    by_m = ALPHA * oracle.m_gradient(c, d, x, y)
+    adapted = kernel + ALPHA * case.delta(op, m)
+    by_m = ALPHA * case.m_gradient(op, m, x, y)
     settings = dict(alpha=ALPHA, dropout=dropout, execution=execution)
     frozen = FrozenDense(None, None, op, **settings)
     return frozen, arrays, (x @ adapted, by_m, y @ adapted.T)

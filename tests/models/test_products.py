@@ -8,7 +8,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracle
 import pytest
 from cases import CASES, by_case
 from flax import nnx
@@ -57,7 +56,7 @@ def exact(case, model):
     """The adapted kernel, as (in, out)."""
     (spec,), (m,) = model.plan.specs, jax.tree.leaves(model.adapters)
     kernel = next(leaf for leaf in jax.tree.leaves(model.params) if leaf.ndim > 1)
-    delta = oracle.delta(*case.matrices(spec.operator), m)
+    delta = case.delta(spec.operator, m)
     return wide(kernel).reshape(delta.shape) + spec.factor * delta
 
 

@@ -7,13 +7,13 @@ import pickle
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracle
 import pytest
 from cases import (
     CASES,
     by_case,
     by_few_sizes,
     by_kind,
+    by_linear_case,
 )
 from helpers import close, random
 from hypothesis import example, given, settings
@@ -33,21 +33,31 @@ def fit(case, in_features, out_features, q):
 
 
 @jax.jit
-def maps(op, m, x, h):
-    """All that an operator can do, in one program."""
-    return {
-        "compress": op.compress(x),
-        "decompress": op.decompress(h),
+def deltas(op, m, x):
+    """All that an operator does with a trained array."""
+    results = {
         "delta_weight": op.delta_weight(m),
         "apply": op.apply(m, x),
         "lookup": op.lookup(m, jnp.arange(-op.in_features, 0)),
         "general delta": Operator.matrix(op, m),
+        "general lookup": Operator.unit_rows(op, jnp.arange(op.in_features), m),
+        "start": op.apply(op.start((), "zeros", jax.random.key(0), x.dtype), x),
+    }
+    if op.linear:
+        results["gradient"] = op.gradient(x, op.apply(m, x))
+    return results
+
+
+@jax.jit
+def maps(op, m, x, h):
+    """All that an operator does by its two maps."""
+    return {
+        "compress": op.compress(x),
+        "decompress": op.decompress(h),
         "general rows": op._decompress(op._compress(x) @ m),
         "general lookup": op._decompress(
             op._compress_units(jnp.arange(op.in_features), m.dtype) @ m
         ),
-        "gradient": op.gradient(x, op.apply(m, x)),
-        "zero": op.apply(jnp.zeros_like(m), x),
         **_matrices(op, m.dtype),
     }
 
@@ -59,38 +69,41 @@ def _matrices(op, dtype):
     return {side: op.basis(side, dtype) for side in ("in", "out")}
 
 
-GENERAL = "general delta", "general lookup"
-
-
 def check_laws(case, op: Operator):
-    """All that must hold between an operator's two maps, the oracle's, and M.
+    """All that must hold between the oracle's delta and what an operator computes.
 
-    The maps are the oracle's; the forward pass, the merged kernel and single rows
-    follow from them; the faster forms give what the general ones do; and the operator
-    is an isometry where it says so.
+    The forward pass, the merged kernel, single rows and the gradient follow from the
+    delta, and the faster forms give what the general ones do.
     """
+    m, x = random(0, *op.m_shape), random(1, 3, op.in_features)
+    got = deltas(op, m, x)
+    delta = case.delta(op, m)
+    for name in ("delta_weight", "lookup", "general delta", "general lookup"):
+        close(got[name], delta)
+    close(got["apply"], np.float64(x) @ delta)
+    close(got["start"], np.zeros((3, op.out_features)))
+    if op.linear:
+        by_m = case.m_gradient(op, m, np.float64(x), np.float64(x) @ delta)
+        close(got["gradient"], by_m)
+        check_maps(case, op, m, x, delta)
+
+
+def check_maps(case, op: Operator, m, x, delta):
+    """The two maps are the oracle's, and an isometry where the operator says so."""
     ins, outs, q = op.in_features, op.out_features, op.square_rank
     c, d = case.matrices(op)
     n = c.shape[1]
     assert math.prod(op.compressed_shape) == n * q
     assert op.m_shape == (q, q)
-    m, x, h = (
-        random(k, *shape)
-        for k, shape in enumerate([op.m_shape, (3, ins), (3, *op.compressed_shape)])
-    )
+    h = random(2, 3, *op.compressed_shape)
     got = maps(op, m, x, h)
-    delta = oracle.delta(c, d, m)
     x, h = np.float64(x), np.float64(h).reshape(3, n, q)
     close(got["compress"].reshape(3, n, q), np.einsum("bi,inq->bnq", x, c))
     close(got["decompress"], np.einsum("bnq,nqo->bo", h, d))
     if isinstance(op, Projection):
         close((got["in"], got["out"]), (c[:, 0], d[0].T))
-    for name in ("delta_weight", "lookup", *GENERAL):
-        close(got[name], delta)
-    for name in ("apply", "general rows"):
-        close(got[name], x @ delta)
-    close(got["gradient"], oracle.m_gradient(c, d, x, x @ delta))
-    close(got["zero"], np.zeros((3, outs)))
+    close(got["general lookup"], delta)
+    close(got["general rows"], x @ delta)
     assert op.block == (len(op.compressed_shape) == 2)
     assert op.block or n == 1
     c, d, eye = c.reshape(ins, -1), d.reshape(-1, outs), np.eye(n * q)
@@ -129,6 +142,12 @@ def test_laws_at_very_many_sizes(case, ins, outs, q, seed):
     check_laws(case, case.make(ins, outs, fit(case, ins, outs, q), seed))
 
 
+def _products_with_c(op, x):
+    if not op.linear:
+        return {}
+    return {"C": (x @ op.compress_matrix(), op.compress(x).reshape(5, -1))}
+
+
 @by_kind
 def test_transforms(case):
     """jit = eager, vmap = loop, and one compilation serves."""
@@ -155,8 +174,7 @@ def test_transforms(case):
             ),
             "eager": (op.apply(m, x), loop),
             "transpose": (op.apply_transpose(m, np.eye(10)).T, op.delta_weight(m)),
-            "C": (x @ op.compress_matrix(), op.compress(x).reshape(5, -1)),
-        }
+        } | _products_with_c(op, x)
 
     ms = random(2, 5, *op.m_shape)
     results = transformed(op, m, ms, x)
@@ -213,7 +231,7 @@ def test_dtypes(case, dtype, float64):
 
     y, weight, rows = everything(op, m, x)
     assert y.dtype == weight.dtype == rows.dtype == x.dtype
-    exact = oracle.delta(*case.matrices(op), np.asarray(m, np.float64))
+    exact = case.delta(op, m)
     eps = float(jnp.finfo(dtype).eps)
     # The numbers of a random operator are float32 by definition.
     close(weight, exact, 8 * eps)
@@ -225,7 +243,7 @@ def delta_of(case, ins, outs, q):
     """The oracle's delta, which `test_laws` holds the operator's against."""
     op = case.make(ins, outs, fit(case, ins, outs, q))
     m = random(0, *op.m_shape)
-    return oracle.delta(*case.matrices(op), m), op
+    return case.delta(op, m), op
 
 
 @by_case
@@ -240,7 +258,7 @@ def test_every_input_has_an_effect(case):
     assert silent == expected
 
 
-@by_case
+@by_linear_case
 @pytest.mark.parametrize("size", [(16, 16, 4), (48, 8, 2), (8, 48, 2)])
 def test_gains_are_those_of_the_matrices(case, size):
     """Of the numbers of C(x), and of the outputs that M reaches."""

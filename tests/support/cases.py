@@ -15,8 +15,9 @@ from mora_jax.operators import Operator, Subspace
 class Case:
     """One operator variant.
 
-    `matrices(op)` are C (in, n, q) and D (n, q, out) in float64 by the oracle. One with
-    given bases is no operator that a config names; `spec` then names its relative.
+    `matrices(op)` are C (in, n, q) and D (n, q, out) in float64 by the oracle, for a
+    linear one. One with given bases is no operator that a config names; `spec` then
+    names its relative.
     """
 
     label: str
@@ -29,6 +30,24 @@ class Case:
     def make(self, in_features: int, out_features: int, q: int, seed: int = 0):
         op = make_operator(self.spec, in_features, out_features, q, seed=seed)
         return _with_given_bases(op, seed) if self.given else op
+
+    def delta(self, op: Operator, m) -> np.ndarray:
+        """The delta of an M, (in, out), in float64."""
+        return oracle.delta(*self.matrices(op), m)
+
+    def m_gradient(self, op: Operator, m, x, g) -> np.ndarray:
+        """The gradient of M, where g is the gradient of the output."""
+        return oracle.m_gradient(*self.matrices(op), x, g)
+
+
+class LowRankCase(Case):
+    """LoRA, whose delta is not linear in what is trained."""
+
+    def delta(self, op, m):
+        return oracle.low_rank(op, m)
+
+    def m_gradient(self, op, m, x, g):
+        return oracle.low_rank_gradient(op, m, x, g)
 
 
 def _with_given_bases(op: Operator, seed: int) -> Operator:
@@ -84,7 +103,9 @@ CASES = [
         given=True,
     ),
     Case("hadamard", {"name": "hadamard"}, oracle.hadamard, bounded=True),
+    LowRankCase("low_rank", {"name": "low_rank"}, oracle.no_matrices),
 ]
+LINEAR = [case for case in CASES if not isinstance(case, LowRankCase)]
 SIZES = [
     (16, 16, 4),
     (16, 16, 16),
@@ -119,12 +140,15 @@ _KINDS = (
     "rotation",
     "permutation",
     "orthogonal",
+    "low_rank",
 )
 
 # The slow tests take all cases and sizes. Kinds are for what JAX's transformations do
 # to an operator: one for each way to compute.
 FEW_CASES = [pytest.param(case, marks=_slow(_is_of_few(case))) for case in CASES]
 KINDS = [pytest.param(case, marks=_slow(case.label in _KINDS)) for case in CASES]
+FEW_LINEAR = [p for p in FEW_CASES if p.values[0] in LINEAR]
+LINEAR_KINDS = [p for p in KINDS if p.values[0] in LINEAR]
 FEW_SIZES = [pytest.param(size, marks=_slow(size in _FEW_SIZES)) for size in SIZES]
 
 
@@ -135,4 +159,6 @@ def _label(case: Case) -> str:
 by_case = pytest.mark.parametrize("case", FEW_CASES, ids=_label)
 by_size = pytest.mark.parametrize("size", SIZES, ids=str)
 by_kind = pytest.mark.parametrize("case", KINDS, ids=_label)
+by_linear_case = pytest.mark.parametrize("case", FEW_LINEAR, ids=_label)
+by_linear_kind = pytest.mark.parametrize("case", LINEAR_KINDS, ids=_label)
 by_few_sizes = pytest.mark.parametrize("size", FEW_SIZES, ids=str)

@@ -28,6 +28,28 @@ def m_gradient(c, d, x, g):
     return np.einsum("...i,inq,...o,nro->qr", x, c, g, d, optimize=True)
 
 
+def no_matrices(op):
+    raise ValueError(f"{op.name} has no C and D")
+
+
+def _factors(op, m):
+    m = np.asarray(m, np.float64)
+    return m[: op.in_features], m[op.in_features :].T
+
+
+def low_rank(op, m):
+    """A B, of A above the transpose of B."""
+    a, b = _factors(op, m)
+    return np.einsum("ir,ro->io", a, b)
+
+
+def low_rank_gradient(op, m, x, g):
+    """By A, above the transpose of the gradient by B."""
+    a, b = _factors(op, m)
+    by_a = np.einsum("...i,...o,ro->ir", x, g, b)
+    return np.concatenate([by_a, np.einsum("...i,ir,...o->or", x, a, g)])
+
+
 def truncation(op):
     ins, outs, q = _sizes(op)
     return _one_block(np.eye(ins, q), np.eye(q, outs))

@@ -3,10 +3,9 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracle
 import pytest
 from adapter_files import slow
-from cases import by_kind
+from cases import by_linear_kind
 from flax import nnx
 from helpers import close, random, random_like, wide
 
@@ -92,7 +91,7 @@ def test_states_of_nnx_stay_states():
     close(jax.tree.leaves(mixed), [3 * m for m in jax.tree.leaves(state)])
 
 
-@by_kind
+@by_linear_kind
 @pytest.mark.parametrize("size", [(12, 20, 6), slow((9, 9, 8))], ids=str)
 def test_a_projection_is_the_least_squares_solution(case, size):
     """Of a dense delta, as NumPy solves it from the oracle's matrices."""
@@ -107,9 +106,8 @@ def test_a_projection_is_the_least_squares_solution(case, size):
     first, second = (deltas(*each)["kernel"] for each in pairs)
     goal = first - 3 * second
     got, lost = project(pairs, [1, -3], plan)
-    c, d = case.matrices(op)
     units = np.eye(int(np.prod(op.m_shape))).reshape(-1, *op.m_shape)
-    columns = np.stack([0.5 * oracle.delta(c, d, unit).ravel() for unit in units], 1)
+    columns = np.stack([0.5 * case.delta(op, unit).ravel() for unit in units], 1)
     solution, *_ = np.linalg.lstsq(columns, goal.ravel(), rcond=None)
     best = (columns @ solution).reshape(goal.shape)
     close(deltas(got, plan)["kernel"], best, 1e-4)

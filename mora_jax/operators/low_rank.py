@@ -1,0 +1,103 @@
+"""LoRA: two trained factors instead of a square between fixed maps."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import PRNGKeyArray
+
+from mora_jax._common.types import Shape
+from mora_jax._jax.qwix_guard import matmul
+from mora_jax.operators._base import Operator, Precision
+from mora_jax.operators._pytree import operator
+
+
+@operator
+class LowRank(Operator):
+    r"""LoRA (https://arxiv.org/abs/2106.09685), in the plans and files of this library.
+
+    .. math:: y = x W + \alpha\, (x A) B, \qquad A: in \to r, \quad B: r \to out
+
+    Both factors are trained, and one array (in + out, r) holds them: A, and below it
+    the transpose of B. A starts as PEFT's does, uniform between -1/sqrt(in) and
+    1/sqrt(in), and B at zero, so that the delta is zero. The delta is not linear in
+    what is trained: what asks for that (`mixing.weighted_sum`) refuses it by name.
+
+    Attributes:
+      seed: The seed of A's start, where `init` is given no key.
+
+    Example::
+
+      >>> import jax.numpy as jnp
+      >>> from mora_jax.operators import LowRank
+      >>> op = LowRank(in_features=3, out_features=2, square_rank=1)
+      >>> a, b = jnp.array([[1.0], [2.0], [3.0]]), jnp.array([[5.0, 7.0]])
+      >>> op.delta_weight(op.joined(a, b))
+      Array([[ 5.,  7.],
+             [10., 14.],
+             [15., 21.]], dtype=float32)
+    """
+
+    seed: int = 0
+
+    name = "low_rank"
+    linear = False
+    drawn = True
+
+    @classmethod
+    def widest(cls, rank: int, in_features: int, out_features: int) -> int:
+        """The rank itself."""
+        return rank
+
+    @property
+    def m_shape(self) -> Shape:
+        """Shape of A above the transpose of B: (in + out, r)."""
+        return self.in_features + self.out_features, self.square_rank
+
+    @property
+    def fine_tuning_scale(self) -> float:
+        """1: LoRA has learning rates of its own, see docs/learning-rates.md."""
+        return 1.0
+
+    def factors(self, m: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """A, (..., in, r), and B, (..., r, out), of a trained array."""
+        a, b = jnp.split(m, [self.in_features], axis=-2)
+        return a, jnp.swapaxes(b, -2, -1)
+
+    def joined(self, a: jax.Array, b: jax.Array) -> jax.Array:
+        """The trained array of A, (..., in, r), and B, (..., r, out)."""
+        return jnp.concatenate([a, jnp.swapaxes(b, -2, -1)], axis=-2)
+
+    def start(
+        self, stack: Shape, init: str, key: PRNGKeyArray | None, dtype: DTypeLike
+    ) -> jax.Array:
+        """A as PEFT draws it, and B: zeros, or as `super().start` draws an M."""
+        assert key is not None
+        keys = jax.random.split(key)
+        bound = 1 / math.sqrt(self.in_features)
+        shape = (*stack, self.in_features, self.square_rank)
+        a = jax.random.uniform(keys[0], shape, dtype, -bound, bound)
+        b = super().start(stack, init, keys[1], dtype)[..., self.in_features :, :]
+        return jnp.concatenate([a, b], axis=-2)
+
+    def scaled(self, m: jax.Array, factor: float) -> jax.Array:
+        # B alone, or the delta would be multiplied by the square.
+        is_b = jnp.arange(m.shape[-2])[:, None] >= self.in_features
+        return m * jnp.where(is_b, factor, 1).astype(m.dtype)
+
+    def rows(
+        self, x: jax.Array, m: jax.Array, precision: Precision = None
+    ) -> jax.Array:
+        a, b = self.factors(m)
+        return matmul(matmul(x, a, precision), b, precision)
+
+    def unit_rows(
+        self, indices: jax.Array, m: jax.Array, precision: Precision = None
+    ) -> jax.Array:
+        a, b = self.factors(m)
+        return matmul(a[indices], b, precision)
+
+    def matrix(self, m: jax.Array) -> jax.Array:
+        a, b = self.factors(m)
+        return matmul(a, b)
