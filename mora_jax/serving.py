@@ -46,7 +46,7 @@ from mora_jax._common.types import Path
 from mora_jax._layer.slots import Selected, Slots, beyond_if_none
 from mora_jax._plan.plan import Plan, check_plan
 from mora_jax._plan.trained_arrays import refuse_trained
-from mora_jax._tree.adapters import Tree, nest, refuse_nonlinear
+from mora_jax._tree.adapters import Tree, nest
 from mora_jax._tree.merge import array_items
 from mora_jax._tree.paths import adapter_path, located_leaves, unboxed
 
@@ -69,11 +69,10 @@ def stack(adapters: Sequence[Any], plan: Plan, *, slots: int | None = None) -> T
     Raises:
       TypeError, ValueError: Adapters do not fit the plan or hold NaN or infinity; there
         are none, or more than slots; the plan trains arrays of the base, which all rows
-        share; or a delta is not linear in what is trained.
+        share.
     """
     why = "and all rows of a batch share it; serve it by another base"
     refuse_trained(check_plan(plan).trained, why)
-    refuse_nonlinear(plan.specs, "and a slot of zeros must add nothing")
     if isinstance(adapters, dict) or not isinstance(adapters, Iterable):
         kind = type(adapters).__name__
         raise TypeError(f"adapters must be a sequence of adapters, got {kind}")

@@ -28,7 +28,7 @@ from jax.typing import DTypeLike
 from mora_jax._common.axes import kernel_from_rows
 from mora_jax._common.types import ArrayLike, Shape
 from mora_jax._jax.linear_map import LinearMap
-from mora_jax._jax.qwix_guard import last_with_first, undisturbed
+from mora_jax._jax.qwix_guard import last_with_first, matmul, undisturbed
 from mora_jax._jax.vma import transposed
 from mora_jax._layer import chips
 from mora_jax._layer.rounding import add_rounded
@@ -200,6 +200,8 @@ class Delta:
 
     def decompress(self, h: jax.Array) -> jax.Array:
         r""":math:`\alpha\, D(h M)`: (..., q) -> (..., out_features)."""
+        if not self.operator.linear:
+            return matmul(h, self.operator.factors(self.m)[1], self.precision)
         return self._times_m(Split(h, self.operator._decompress))
 
     def compress_kernel(self) -> jax.Array:
@@ -207,7 +209,7 @@ class Delta:
         q = self.operator.square_rank
         pairs = zip(self.axes, self.kernel_shape, strict=True)
         shape = tuple(q if axis == "o" else n for axis, n in pairs)
-        matrix = self.operator.compress_matrix(self.m.dtype)
+        matrix, _ = self.operator.factors(self.m)
         return kernel_from_rows(matrix, shape, self.axes)
 
     def kernel(self) -> jax.Array:

@@ -51,21 +51,22 @@ def by_row(
     shape, axes = spec.seen_by(len(product.axes))
     layout = spec.layout
     splits = layout is not None and layout.for_activations(axes, shape).splits
-    if splits or not spec.operator.linear or not isinstance(product, Contraction):
+    if splits or not isinstance(product, Contraction):
         # A batch of one row stays in its place, so that the product is the same.
         rows = jnp.moveaxis(jnp.expand_dims(x, ins + 1), ins, 0)
         return jax.vmap(added, out_axes=outs)(m.gathered(), rows).squeeze(outs + 1)
     # C and D see all rows at once: they do not depend on M, and are fast in bulk.
     one_device = layout is None and mesh_of(x) is None
     axis, ms = m.slots.axis, gather_m(m.slots.m, layout, x, m.slots.ndim_m + 1)
-    times = TimesSlots(ms.shape[axis:], ms.dtype, precision, one_device)
     index = m.index[(0,) * axis]
+
+    def times(h: jax.Array, m: jax.Array) -> jax.Array:
+        return TimesSlots(m.shape, m.dtype, precision, one_device)((h, index), m)
 
     def for_rows(x: jax.Array) -> jax.Array:
         def with_slots(m: jax.Array, x: jax.Array) -> jax.Array:
-            h, decompress = spec.operator.split(x)
             # Alpha multiplies what is there once, instead of each M.
-            return decompress(spec.factor * times((h, index), m))
+            return spec.factor * spec.operator.rows_with(times, x, m)
 
         function = with_slots
         for _ in range(axis):
@@ -82,7 +83,7 @@ def by_row(
 
 @dataclasses.dataclass(frozen=True)
 class TimesSlots(LinearMap):
-    """The product of each row with the M in its slot, as a map of the M's, (N, q, q).
+    """The product of each row with the M in its slot, as a map of the M's, (N, q, k).
 
     The residuals are h, (B, ..., q) or blocks, and the slots of the rows, (B,), where
     those out of range stand for an M of zeros. With `one_device` one has all rows.

@@ -44,8 +44,9 @@ class ShardMappedMap(LinearMap):
         operator.
       gathers_last: True if other axes may split the last residual as well, so that it
         has to be gathered from them.
-      by_residual: The same as a map of the residual behind the operator, if it is
-        linear in that, too. Its own residual is the operand.
+      by_residual: The derivative by the residual behind the operator, as a map of that
+        residual's tangent. Its own residuals are the operand and, unless the map is
+        linear in the residual, the residual.
     """
 
     features: FeatureSharding
@@ -73,9 +74,15 @@ class ShardMappedMap(LinearMap):
 
     def derivatives(self) -> Mapping[int, Callable[[Any, Any, Any], jax.Array]]:
         # JAX would transpose the sum over devices as well, to another sum.
-        if (by_residual := self.by_residual) is None:
+        if (of_tangent := self.by_residual) is None:
             return {}
-        return {1: lambda given, x, tangent: by_residual((given[0], x), tangent)}
+
+        def derivative(residuals: Any, operand: Any, tangent: Any) -> jax.Array:
+            op, residual = residuals
+            own = (op, operand, residual)[: len(of_tangent.specs) - 1]
+            return of_tangent(own, tangent)
+
+        return {1: derivative}
 
     def _mapped(
         self,
@@ -173,7 +180,13 @@ class OperatorOnMesh:
 
     def rows(self, x: jax.Array, m: jax.Array, precision: Any = None) -> jax.Array:
         """D(C(x) M) as a map of x: (..., in_features) -> (..., out_features)."""
-        return self._rows_map(x, precision)((self.operator, m), x)
+        of_x = self._rows_map(x, precision)
+        if not self.operator.linear:
+            x_spec, y_spec, m_spec = of_x.specs
+            specs, here = (m_spec, y_spec, x_spec, m_spec), Static(_tangent, precision)
+            of_tangent = ShardMappedMap(self.features, here, jax.typeof(m), specs)
+            of_x = dataclasses.replace(of_x, by_residual=of_tangent)
+        return of_x((self.operator, m), x)
 
     def rows_by_m(self, x: jax.Array, m: jax.Array, precision: Any = None) -> jax.Array:
         """D(C(x) M) as a map of M, of an operator that is linear in it.
@@ -254,3 +267,10 @@ def _here(method: str | PartForm, *args: Any) -> jax.Array:
 def _rows_of_x(precision: Any, residuals: Any, x: jax.Array) -> jax.Array:
     part, m = residuals
     return part.rows(x, m, precision)
+
+
+def _tangent(precision: Any, residuals: Any, tangent: jax.Array) -> jax.Array:
+    """The derivative of a part's rows by M, of an operator that is not linear in it."""
+    part, x, m = residuals
+    rows = functools.partial(part.rows, x, precision=precision)
+    return jax.jvp(rows, (m,), (tangent.astype(m.dtype),))[1]

@@ -20,6 +20,7 @@ from mora_jax._jax.vma import transposed
 
 Side = Literal["in", "out"]
 Precision = jax.lax.PrecisionLike
+Times = Callable[[jax.Array, jax.Array], jax.Array]
 Trained = Float[ArrayLike, "..."]
 Inputs = Float[ArrayLike, "*batch ins"]
 Outputs = Float[ArrayLike, "*batch outs"]
@@ -201,6 +202,18 @@ class Operator:
         h, decompress = self.split(x)
         axes = last_with_first(h)
         return decompress(jax.lax.dot_general(h, m, axes, precision=precision))
+
+    def rows_with(self, times: Times, x: jax.Array, m: jax.Array) -> jax.Array:
+        """`rows` with products by `times(h, m)`, such as where rows have M's each."""
+        h, decompress = self.split(x)
+        return decompress(times(h, m))
+
+    def factors(self, m: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """C, (in_features, q), and M D, (q, out_features), of an operator of one block.
+
+        The delta is their product.
+        """
+        return self.compress_matrix(m.dtype), self._decompress(m)
 
     def unit_rows(
         self, indices: jax.Array, m: jax.Array, precision: Precision = None

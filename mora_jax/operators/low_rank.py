@@ -1,6 +1,8 @@
 """LoRA: two trained factors instead of a square between fixed maps."""
 
+import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +11,7 @@ from jaxtyping import PRNGKeyArray
 
 from mora_jax._common.types import Shape
 from mora_jax._jax.qwix_guard import matmul
-from mora_jax.operators._base import Operator, Precision
+from mora_jax.operators._base import Operator, Precision, Times
 from mora_jax.operators._pytree import operator
 
 
@@ -81,7 +83,7 @@ class LowRank(Operator):
         b = super().start(stack, init, keys[1], dtype)[..., self.in_features :, :]
         return jnp.concatenate([a, b], axis=-2)
 
-    def scaled(self, m: jax.Array, factor: float) -> jax.Array:
+    def scaled(self, m: Any, factor: float) -> jax.Array:
         # B alone, or the delta would be multiplied by the square.
         is_b = jnp.arange(m.shape[-2])[:, None] >= self.in_features
         return m * jnp.where(is_b, factor, 1).astype(m.dtype)
@@ -89,8 +91,11 @@ class LowRank(Operator):
     def rows(
         self, x: jax.Array, m: jax.Array, precision: Precision = None
     ) -> jax.Array:
+        return self.rows_with(functools.partial(matmul, precision=precision), x, m)
+
+    def rows_with(self, times: Times, x: jax.Array, m: jax.Array) -> jax.Array:
         a, b = self.factors(m)
-        return matmul(matmul(x, a, precision), b, precision)
+        return times(times(x, a), b)
 
     def unit_rows(
         self, indices: jax.Array, m: jax.Array, precision: Precision = None

@@ -15,7 +15,7 @@ from flax.linen.spmd import logical_to_mesh_sharding
 from helpers import random, random_like
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from meshes import assert_close, assert_shardings, put, sent, shardings
+from meshes import assert_close, assert_shardings, put, sent, shardings, sums_of_m
 
 import mora_jax
 from models import llama
@@ -76,7 +76,10 @@ def test_a_llama_learns_as_on_one_device(operator, execution):
     assert_shardings(got[1][0], adapter_places)
     if execution == "auto":
         base = llama_program(lambda _, *args: split.apply(*args), arrays)
-        assert set(sent(adapted) - sent(base)) == {("all-reduce", (24, 24))}
+        found = set(sent(adapted) - sent(base))
+        assert found and found <= set().union(
+            *(sums_of_m(spec.operator) for spec in plan.specs)
+        )
 
 
 def drawn(key, shape, dtype, **settings):

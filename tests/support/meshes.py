@@ -54,3 +54,11 @@ def assert_shardings(arrays, expected):
     """Each array is where its leaf of a tree of shardings says."""
     for array, one in zip(*map(jax.tree.leaves, (arrays, expected)), strict=True):
         assert array.sharding.is_equivalent_to(one, array.ndim)
+
+
+def sums_of_m(op):
+    """Sums over devices of M's gradient, which may be one for each factor."""
+    widths = (op.in_features, op.out_features) if not op.linear else ()
+    pairs = [(n, op.square_rank) for n in widths]
+    shapes = [op.m_shape, *pairs, *(pair[::-1] for pair in pairs)]
+    return {("all-reduce", shape) for shape in shapes}

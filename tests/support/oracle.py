@@ -46,8 +46,8 @@ def low_rank(op, m):
 def low_rank_gradient(op, m, x, g):
     """By A, above the transpose of the gradient by B."""
     a, b = _factors(op, m)
-    by_a = np.einsum("...i,...o,ro->ir", x, g, b)
-    return np.concatenate([by_a, np.einsum("...i,ir,...o->or", x, a, g)])
+    by_kernel = x.reshape(-1, op.in_features).T @ g.reshape(-1, op.out_features)
+    return np.concatenate([by_kernel @ b.T, by_kernel.T @ a])
 
 
 def truncation(op):

@@ -3,6 +3,7 @@
 import os
 from typing import Any, Literal
 
+import jax.numpy as jnp
 import numpy as np
 
 from mora_jax._common.checks import check_number, positive_integer
@@ -122,8 +123,8 @@ def _factors(
         product = np.asarray(op.delta_weight(m), np.float64)[:, outputs]
     else:
         # The delta is C M D, so that A = C and B = M D keep all of it.
-        a = np.asarray(op.compress_matrix(), np.float64)
-        b = np.asarray(op.decompress(m), np.float64)[:, outputs]
+        a, b = (np.asarray(f, np.float64) for f in op.factors(jnp.asarray(m)))
+        b = b[:, outputs]
         if not isinstance(rank, int) or rank >= len(b):
             return a, b, 0.0, len(b)
         # The basis is orthonormal: A B and R B, where A is Q R, have the same values.
