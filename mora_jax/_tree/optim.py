@@ -7,11 +7,20 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from mora_jax._common.checks import check_number
 from mora_jax._common.suggestions import matching
 from mora_jax._plan.plan import Plan, check_plan
 from mora_jax._plan.settings import patterns_of
-from mora_jax._plan.spec import SUFFIX
-from mora_jax._tree.paths import find_part, is_boxed, located_leaves, named_leaves
+from mora_jax._plan.spec import SUFFIX, AdapterSpec
+from mora_jax._tree.paths import (
+    adapter_path,
+    find_part,
+    is_boxed,
+    located_leaves,
+    named_leaves,
+    replace_leaves,
+    unboxed,
+)
 
 
 def trainable_mask(
@@ -79,13 +88,22 @@ def optimizer(
     base: str | Iterable[str] = (),
     *,
     plan: Plan | None = None,
+    ratio: float | int | None = None,
 ) -> optax.GradientTransformation:
     """`tx` for the M's of a combined tree; every other leaf stays bitwise the same.
 
     The state holds arrays for the trained leaves only, and what `tx` computes over the
     whole tree, such as the norm for clipping, covers those leaves alone. A separate
-    tree of adapters needs `tx` itself and not this function; no gradient of the base is
-    computed then. `params`, `base` and `plan` are as in `trainable_mask`.
+    tree of adapters needs `tx` itself and not this function, except for a `ratio`; no
+    gradient of the base is computed then.
+
+    Args:
+      tx: Any optax transformation.
+      params: As in `trainable_mask`, or a tree of adapters alone.
+      base: As in `trainable_mask`.
+      plan: As in `trainable_mask`.
+      ratio: The factor of the updates of B of a LoRA (`operator="low_rank"`); LoRA+
+        takes 16 (https://arxiv.org/abs/2402.12354). It needs the plan.
 
     Raises:
       TypeError, ValueError: As `trainable_mask`, or `tx` is not one of optax.
@@ -100,11 +118,36 @@ def optimizer(
       (False, True)
     """
     check_transformation(tx)
+    if ratio is not None:
+        if plan is None:
+            raise ValueError(f"ratio={ratio} needs plan=, the plan of the adapters")
+        tx = with_ratio(tx, ratio, plan.specs)
     labels = trainable_labels(params, base, plan=plan)
     # Updates of -0.0 leave every leaf as it is, to the bit: x + -0.0 is x for every x,
     # while -0.0 + 0.0 is 0.0.
     freeze = optax.stateless_with_tree_map(lambda g, _: -jnp.zeros_like(g))
     return optax.transforms.partition({"trainable": tx, "frozen": freeze}, labels)
+
+
+def with_ratio(
+    tx: optax.GradientTransformation, ratio: float, specs: Iterable[AdapterSpec]
+) -> optax.GradientTransformation:
+    """`tx` with updates of each B that are `ratio` times as large; see `optimizer`."""
+    if (ratio := check_number("ratio", ratio)) <= 0:
+        raise ValueError(f"ratio must be above 0, got {ratio}")
+    loras = {adapter_path(s): s.operator for s in specs if not s.operator.linear}
+    if not loras:
+        raise ValueError(
+            "ratio is for the factors of a LoRA, and no adapter is one; say "
+            "operator='low_rank', or leave it out"
+        )
+
+    def scale(updates: Any, _: Any) -> Any:
+        leaves = located_leaves(updates, "updates")
+        scaled = {p: op.scaled(unboxed(leaves[p]), ratio) for p, op in loras.items()}
+        return replace_leaves(updates, scaled)
+
+    return optax.chain(tx, optax.stateless(scale))
 
 
 def check_transformation(tx: Any) -> None:

@@ -10,7 +10,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from mora_jax._layer.slots import Selected
-from mora_jax._tree.optim import check_transformation
+from mora_jax._tree.optim import check_transformation, with_ratio
 from mora_jax._tree.paths import located_leaves, unboxed
 from mora_jax.nnx._param import MoRAParam, named_sharding
 from mora_jax.nnx._state import adapter_variables
@@ -56,13 +56,17 @@ def value_and_grad(
 
 
 def adapter_optimizer(
-    model: nnx.Module, tx: optax.GradientTransformation
+    model: nnx.Module,
+    tx: optax.GradientTransformation,
+    *,
+    ratio: float | int | None = None,
 ) -> nnx.Optimizer:
     """An `nnx.Optimizer` of the adapters alone, for gradients of `value_and_grad`.
 
     Args:
       model: An adapted model, as `wrap` makes it.
       tx: Any optax transformation. A norm that it clips by is of the adapters only.
+      ratio: As in `mora_jax.optimizer`.
 
     Returns:
       An optimizer, which keeps nothing for the base. Call its `update(model, grads)`.
@@ -75,6 +79,8 @@ def adapter_optimizer(
     """
     check_transformation(tx)
     shardings = map(named_sharding, _single_ms(model))
+    if ratio is not None:
+        tx = with_ratio(tx, ratio, [spec for spec, _ in adapter_variables(model)[0]])
     optimizer = _AdapterOptimizer(model, tx, wrt=MoRAParam)
     sharding = next(filter(None, shardings), None)
     if sharding is None:
