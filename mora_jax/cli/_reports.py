@@ -37,7 +37,7 @@ def read_adapter(
     names: io.Names = None,
     argument: str = "directory",
 ) -> tuple[Tree, Plan]:
-    """Return (adapters, plan), in this library's format or the reference's.
+    """Return (adapters, plan), in this library's format or PEFT's.
 
     Only the reference's needs the `base`. Messages call the directory `argument`.
     """
@@ -48,14 +48,12 @@ def read_adapter(
     kind = format_of(path)
     if kind == "mora":
         return io.load(path)
-    if kind == "peft-lora":
-        raise AdapterFileError(f"{path} is a plain LoRA, which no M can stand for")
-    if shapes is None:
+    if kind == "peft-mora" and shapes is None:
         raise AdapterFileError(
             f"{path} is the reference's, and does not say how large kernels are: "
             "the base is needed too"
         )
-    return io.load_peft_mora(path, shapes, names)
+    return io.load_peft(path, shapes, names)
 
 
 Row = dict[str, Any]

@@ -11,7 +11,7 @@ This library's format::
 
 PEFT's formats::
 
-  load_peft_mora        read adapters of the paper's authors' code (peft-mora)
+  load_peft             read a LoRA of PEFT, or the paper's authors' adapters
   save_peft_mora        write adapters for that code
   save_peft_lora        write adapters as a plain LoRA, for PEFT and servers
   export                the same or a merged checkpoint, with the command that serves it
@@ -39,6 +39,6 @@ from mora_jax.io.native._records import plan_to_json as plan_to_json
 from mora_jax.io.peft._export import Export as Export
 from mora_jax.io.peft._export import export as export
 from mora_jax.io.peft._lora import save_peft_lora as save_peft_lora
-from mora_jax.io.peft._read_mora import load_peft_mora as load_peft_mora
+from mora_jax.io.peft._read import load_peft as load_peft
 from mora_jax.io.peft._reference import reference_operator as reference_operator
 from mora_jax.io.peft._write import save_peft_mora as save_peft_mora

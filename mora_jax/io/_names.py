@@ -134,7 +134,8 @@ def canonical(tensor: str) -> str:
     """Return the part of a tensor's name that is the same in all files of a model."""
     # A GPT-2 was saved as "transformer.wte.weight" or as "wte.weight", and BERT's norms
     # had gammas and betas once.
-    name = re.sub(r"^((model|transformer|bert|language_model)\.)+", "", tensor)
+    roots = r"^((base_model|model|transformer|bert|language_model)\.)+"
+    name = re.sub(roots, "", tensor)
     name = re.sub(r"(?<=LayerNorm\.)gamma$", "weight", name)
     return re.sub(r"(?<=LayerNorm\.)beta$", "bias", name)
 

@@ -35,7 +35,7 @@ APPLY = jax.jit(MODEL.apply)
 @pytest.mark.parametrize("mora_type", [slow(1), slow(2), 6])
 def test_logits_and_merged_weights_are_the_references(tmp_path, mora_type):
     params, directory = base(mora_type), DATA / f"type{mora_type}"
-    adapters, plan = io.load_peft_mora(directory, params, NAMES)
+    adapters, plan = io.load_peft(directory, params, NAMES)
     assert len(plan) == 14
     expected = load_file(directory / "logits.safetensors")
     ids = expected["input_ids"].astype(np.int32)
@@ -63,7 +63,7 @@ def test_logits_and_merged_weights_are_the_references(tmp_path, mora_type):
 def test_written_as_it_was_read(tmp_path, mora_type):
     """The same tensors, and a config that says the same of each layer."""
     source = DATA / f"type{mora_type}"
-    adapters, plan = io.load_peft_mora(source, base(), NAMES)
+    adapters, plan = io.load_peft(source, base(), NAMES)
     io.save_peft_mora(tmp_path / "a", adapters, plan, NAMES)
     one, other = (load_file(d / TENSORS) for d in (source, tmp_path / "a"))
     assert_same(one, other)
@@ -71,7 +71,7 @@ def test_written_as_it_was_read(tmp_path, mora_type):
     for key in ("peft_type", "r", "mora_type", "use_mora", "bias", "fan_in_fan_out"):
         assert one[key] == other[key]
     assert not other["rank_pattern"]
-    again, same = io.load_peft_mora(tmp_path / "a", base(), NAMES)
+    again, same = io.load_peft(tmp_path / "a", base(), NAMES)
     assert_same(again, adapters)
     assert same == plan
 
@@ -95,7 +95,7 @@ def test_all_types_and_layouts(tmp_path, mora_type, rank):
     io.save_peft_mora(tmp_path / "a", adapters, plan, "qwen")
     config = config_of(tmp_path / "a")
     assert config["mora_type"] == mora_type
-    back, same = io.load_peft_mora(tmp_path / "a", plan, "llama")
+    back, same = io.load_peft(tmp_path / "a", plan, "llama")
     assert_same(back, adapters)
     assert same.specs == plan.specs
 
@@ -122,7 +122,7 @@ def test_export_is_exact_or_refused(tmp_path, case, size):
         assert not known or size != (9, 9, 8)  # the reference has this q
         return
     assert known
-    back, other = io.load_peft_mora(tmp_path / "a", plan)
+    back, other = io.load_peft(tmp_path / "a", plan)
     expected = delta_of(case, adapters, plan)
     found = delta_of(case, back, other)
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
@@ -322,7 +322,7 @@ def test_stacked_kernels(tmp_path):
     adapters = made(plan)
     io.save_peft_mora(tmp_path / "a", adapters, plan, names)
     assert len(load_file(tmp_path / "a" / TENSORS)) == 6
-    back, same = io.load_peft_mora(tmp_path / "a", plan, names)
+    back, same = io.load_peft(tmp_path / "a", plan, names)
     assert_same(back, adapters)
     assert same.specs == plan.specs
     lost = io.save_peft_lora(tmp_path / "b", adapters, plan, names)
@@ -331,12 +331,12 @@ def test_stacked_kernels(tmp_path):
     left = {name: m for name, m in tensors.items() if "layers.1" not in name}
     save_file(left, tmp_path / "a" / TENSORS)
     with pytest.raises(AdapterFileError, match="stacked"):
-        io.load_peft_mora(tmp_path / "a", plan, names)
+        io.load_peft(tmp_path / "a", plan, names)
 
 
 def test_names_that_do_not_fit():
     def read(names):
-        return io.load_peft_mora(DATA / "type1", base(), names)
+        return io.load_peft(DATA / "type1", base(), names)
 
     for names, match in (
         ("lama", "must be one of"),
@@ -380,7 +380,7 @@ def test_refuses_configs(tmp_path, changes, match):
     (tmp_path / CONFIG).write_text(json.dumps(config | changes))
     (tmp_path / TENSORS).write_bytes((DATA / "type6" / TENSORS).read_bytes())
     with pytest.raises(AdapterFileError, match=match):
-        io.load_peft_mora(tmp_path, base(), NAMES)
+        io.load_peft(tmp_path, base(), NAMES)
 
 
 def test_refuses_tensors(tmp_path):
@@ -398,4 +398,4 @@ def test_refuses_tensors(tmp_path):
     ):
         save_file({**tensors, **changes}, tmp_path / TENSORS)
         with pytest.raises(AdapterFileError, match=match):
-            io.load_peft_mora(tmp_path, base(), NAMES)
+            io.load_peft(tmp_path, base(), NAMES)

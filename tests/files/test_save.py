@@ -215,7 +215,7 @@ def operator(**entries):
 REFUSED = {
     "newer": (lambda c: c.update(format_version=2), "newer"),
     "version": (lambda c: c.update(format_version=True), "must be 1, got True"),
-    "format": (lambda c: c.update(format="other"), "load_peft_mora"),
+    "format": (lambda c: c.update(format="other"), "load_peft"),
     "lacks": (lambda c: c.pop("metadata"), "lacks .*metadata"),
     "too-much": (lambda c: c.update(more=1), "more"),
     "type": (lambda c: c.update(layers={}), "of type list"),

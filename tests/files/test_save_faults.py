@@ -322,7 +322,7 @@ def test_a_pickle_is_never_opened(tmp_path, monkeypatch):
     for name in ("adapter_model.bin", "pytorch_model.bin", "adapter_model.pkl"):
         (directory / name).write_bytes(evil)
     assert_same(load(directory)[0], made(PLAN))
-    readers = load, io.Checkpoint, lambda path: io.load_peft_mora(path, PLAN)
+    readers = load, io.Checkpoint, lambda path: io.load_peft(path, PLAN)
     for data in (evil, objects.read_bytes()):
         rewrite(directory, tensors=data)
         for read in readers:

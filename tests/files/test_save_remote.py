@@ -52,7 +52,7 @@ def test_a_url_holds_what_a_path_does(tmp_path):
         assert format_of(url) == "mora"
         assert_same(read_adapter(url)[0], adapters)
     io.save_peft_mora("mem://bucket/reference", *ADAPTED)
-    back, plan = io.load_peft_mora("mem://bucket/reference", PLAN_OF_ONE)
+    back, plan = io.load_peft("mem://bucket/reference", PLAN_OF_ONE)
     assert_same(back, ADAPTED[0])
     assert plan.specs == PLAN_OF_ONE.specs
 
@@ -211,7 +211,7 @@ CALLS = {
     "read_metadata": (io.read_metadata, "directory"),
     "format_of": (format_of, "directory"),
     "read_adapter": (read_adapter, "directory"),
-    "load_peft_mora": (lambda path: io.load_peft_mora(path, base()), "directory"),
+    "load_peft": (lambda path: io.load_peft(path, base()), "directory"),
     "save_peft_mora": (lambda p: io.save_peft_mora(p, made(PLAN), PLAN), "directory"),
     "save_peft_lora": (lambda p: io.save_peft_lora(p, made(PLAN), PLAN), "directory"),
     "Checkpoint": (io.Checkpoint, "path"),
@@ -242,7 +242,7 @@ def test_local_urls_and_the_home_directory(tmp_path, monkeypatch):
     assert {"a", "b", "c d", CONFIG} <= set(os.listdir(tmp_path))
     assert_same(load(epath.Path(tmp_path / "a"))[0], adapters)
     io.save_peft_mora("~/reference", *ADAPTED)
-    io.load_peft_mora("~/reference", ADAPTED[1])
+    io.load_peft("~/reference", ADAPTED[1])
     io.save_peft_lora(f"file://{tmp_path}/lora", *ADAPTED)
     assert format_of("~/lora") == "peft-lora"
 

@@ -74,7 +74,7 @@ class Checkpoint:
         """Return the shapes (in_features, out_features) of kernels, as a params tree.
 
         Args:
-          names: As in `load_peft_mora`. Tensors without a path are left out.
+          names: As in `load_peft`. Tensors without a path are left out.
         """
         known, leaves = pairs(names), {}
         for name in self.place:

@@ -42,7 +42,7 @@ def load_base(
         or a URL that `etils.epath` opens.
       like: The model's params as a tree of arrays or shapes: Linen's
         `jax.eval_shape(model.init, ...)["params"]`, or `nnx.state(model, nnx.Param)`.
-      names: As in `load_peft_mora`. A kernel's template also serves its bias, and one
+      names: As in `load_peft`. A kernel's template also serves its bias, and one
         may name a tensor, as `{"out.bias": "out_bias"}` does. A leaf that is named as
         its tensor needs none.
       dtype: The dtype of the result, or "like" for the dtype of each leaf of `like`.

@@ -163,7 +163,7 @@ def merge_checkpoint(
       adapters: The adapters, as `init` makes them.
       plan: The plan that they follow.
       out: The directory to make, a path or a URL.
-      names: As in `load_peft_mora`.
+      names: As in `load_peft`.
       force: True to replace a checkpoint that is in `out`; an object store's is removed
         before anything is written.
       any_base: As in `mora_jax.merge`.

@@ -146,7 +146,7 @@ def _settled(directory: Location, use: Callable[[TensorFile, dict[str, Any]], T]
 def _parse_config(file: TensorFile) -> dict[str, Any]:
     """Return the config in a file, whose format, version and digest are checked."""
     texts = file.metadata
-    hint = "io.load_peft_mora reads PEFT's"
+    hint = "io.load_peft reads PEFT's"
     if texts.keys() != {KEY} or not isinstance(texts[KEY], str):
         raise AdapterFileError(
             f"{TENSORS} is not of mora_jax: its metadata must hold {KEY!r} alone, got "

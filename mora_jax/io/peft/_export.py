@@ -98,6 +98,9 @@ def export(
     else:
         matrices, lost = make_lora(adapters, plan, names, "auto", max_error)
         worst, rank, *_ = max(matrices, key=lambda pair: pair.rank)
+        if len({pair.alpha / pair.rank for pair in matrices}) > 1:
+            # vLLM has one lora_alpha / r for all modules: 1, with the rest in B.
+            matrices = [pair.with_alpha() for pair in matrices]
         if rank <= RANKS[-1]:
             write_peft(free(path, force), matrices, base_model, "CAUSAL_LM")
             return Export(rank, lost, _command(server, model, rank, str(path)))

@@ -11,7 +11,14 @@ from mora_jax._common.warnings import warn
 from mora_jax._plan.plan import Plan
 from mora_jax._plan.spec import AdapterSpec
 from mora_jax.io._names import Names
-from mora_jax.io.peft._write import MatrixPair, free, modules, write_peft
+from mora_jax.io.peft._write import (
+    MatrixPair,
+    free,
+    modules,
+    whole_modules,
+    write_peft,
+)
+from mora_jax.operators import LowRank
 
 Rank = int | Literal["auto"] | None
 
@@ -33,7 +40,8 @@ def save_peft_lora(
     The deltas of operators without blocks (sharing, signed_sharing, truncation,
     orthogonal, subspace and hadamard) are LoRAs of rank q exactly: :math:`A = C`,
     :math:`B = \alpha M D`. Others have full rank, and only the `rank` largest of their
-    singular values are kept. An adapter of an embedding changes what is looked up, and
+    singular values are kept. A LoRA ("low_rank") keeps its matrices bit for bit, and
+    its alpha is PEFT's `lora_alpha / r`. An adapter of an embedding changes what is looked up, and
     not a head that is tied to it; a `MoRAWarning` says so.
 
     Args:
@@ -41,7 +49,7 @@ def save_peft_lora(
         there whole or not at all.
       adapters: The adapters, as `init` makes them.
       plan: The plan that they follow.
-      names: As in `load_peft_mora`.
+      names: As in `load_peft`.
       rank: The most singular values that a module keeps, PEFT's `r`. "auto" keeps of
         a delta of full rank the fewest that lose no more than `max_error`, and all of
         the others. None keeps all of them and refuses deltas of full rank.
@@ -57,13 +65,14 @@ def save_peft_lora(
     Raises:
       FileExistsError, NotADirectoryError: The directory holds files, with `force` more
         than an adapter; or it is a file.
-      ValueError: `names` lack a kernel's module, a kernel is a convolution's, the plan
-        lacks adapters or trains arrays, a delta of full rank lacks a `rank`, or a
-        module would lose more than `max_error`. Nothing is written.
+      ValueError: `names` lack a kernel's module or a trained array's, a kernel is a
+        convolution's, the plan lacks adapters, a delta of full rank lacks a `rank`, or
+        a module would lose more than `max_error`. Nothing is written.
     """
     path = free(directory, force)
     matrices, lost = make_lora(adapters, plan, names, rank, max_error)
-    write_peft(path, matrices, base_model, task_type)
+    whole = whole_modules(adapters, plan, names)
+    write_peft(path, matrices, base_model, task_type, whole)
     return lost
 
 
@@ -78,8 +87,8 @@ def make_lora(
         rank = positive_integer("rank", rank)
     matrices, lost, full, enough = [], {}, None, 1
     for module, spec, m in modules(adapters, plan, names):
-        factors = _factors(spec, m, module.outputs, rank, max_error)
-        a, b, lost[module.name], own = factors
+        args = spec, m, module.outputs, rank, max_error
+        a, b, factor, lost[module.name], own = _factors(*args)
         enough = max(enough, own)
         full = spec if rank is None and spec.operator.block else full
         if module.table:
@@ -89,9 +98,7 @@ def make_lora(
             )
             if module.axes == "oi":  # the rows of the table are its outputs
                 a, b = b.T, a.T
-        # At once in 32 bits, since the matrices of all modules are in memory together.
-        narrow = (np.asarray(matrix, np.float32) for matrix in (a, b))
-        matrices.append(MatrixPair(module, len(b), *narrow))
+        matrices.append(MatrixPair(module, len(b), a, b, factor * len(b)))
     advice = (
         f"rank={enough} keeps every module within {max_error:.1%}, and max_error=1 "
         "accepts any loss"
@@ -112,24 +119,30 @@ def make_lora(
 
 def _factors(
     spec: AdapterSpec, m: np.ndarray, outputs: slice, rank: Rank, max_error: float
-) -> tuple[np.ndarray, np.ndarray, float, int]:
-    """Return A (in, r), B (r, out), what they lose, and the least rank that would do.
+) -> tuple[np.ndarray, np.ndarray, float, float, int]:
+    """Return A (in, r), B (r, out), a factor, what is lost, and the least rank to do.
 
-    Their product is what the LoRA keeps of the delta's columns `outputs`.
+    Factor times A B is what the LoRA keeps of the delta's columns `outputs`.
     """
-    op, basis = spec.operator, None
-    m = op.scaled(m, spec.factor)
+    op, factor, basis = spec.operator, 1.0, None
+    if isinstance(op, LowRank):  # a LoRA's matrices stay as they are
+        factor = spec.factor
+    else:
+        m = op.scaled(m.astype(np.float32), spec.factor)
     if op.block:
         product = np.asarray(op.delta_weight(m), np.float64)[:, outputs]
     else:
         # The delta is C M D, so that A = C and B = M D keep all of it.
-        a, b = (np.asarray(f, np.float64) for f in op.factors(jnp.asarray(m)))
-        b = b[:, outputs]
+        a, b = map(np.asarray, op.factors(jnp.asarray(m)))
+        if (b := b[:, outputs]).shape[1] < op.out_features:
+            # Of a kernel that is several modules, each may have rows of its own.
+            own = b.any(1) if b.any() else slice(1)
+            a, b = a[:, own], b[own]
         if not isinstance(rank, int) or rank >= len(b):
-            return a, b, 0.0, len(b)
+            return a, b, factor, 0.0, len(b)
         # The basis is orthonormal: A B and R B, where A is Q R, have the same values.
-        basis, triangle = np.linalg.qr(a)
-        product = triangle @ b
+        basis, triangle = np.linalg.qr(a.astype(np.float64))
+        product = triangle @ b.astype(np.float64)
     left, values, right = np.linalg.svd(product, full_matrices=False)
     # Rank r cuts off the norm of the values from number r on, a share cut[r].
     squares = np.cumsum(np.append(values, 0)[::-1] ** 2)[::-1]
@@ -138,4 +151,6 @@ def _factors(
     rank = enough if rank == "auto" else rank
     a = left if basis is None else basis @ left
     a, b = a[:, :rank], (values[:, None] * right)[:rank]
-    return a, b, float(cut[len(b)]), enough
+    # At once in 32 bits, since the matrices of all modules are in memory together.
+    a, b = a.astype(np.float32), b.astype(np.float32)
+    return a, b, factor, float(cut[len(b)]), enough

@@ -3,7 +3,7 @@
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,7 +11,7 @@ import numpy as np
 from mora_jax._plan.plan import Plan
 from mora_jax._plan.spec import AdapterSpec
 from mora_jax._plan.trained_arrays import refuse_trained
-from mora_jax._tree.adapters import adapter_items
+from mora_jax._tree.adapters import adapter_items, trained_items
 from mora_jax.io._files import (
     CONFIG,
     TENSORS,
@@ -21,9 +21,16 @@ from mora_jax.io._files import (
     write_directory,
 )
 from mora_jax.io._json import dump
-from mora_jax.io._names import Module, Names, modules_of, pairs, suggestion
+from mora_jax.io._names import (
+    Module,
+    Names,
+    modules_of,
+    pairs,
+    suggestion,
+    to_tensors,
+)
 from mora_jax.io._tensors import encode, to_numpy
-from mora_jax.io.peft._read_mora import PREFIX
+from mora_jax.io.peft._modules import PREFIX
 from mora_jax.io.peft._reference import REFERENCE_GROUPS, reference_square_rank
 from mora_jax.operators import Rotation, Sharing
 
@@ -59,6 +66,10 @@ def save_peft_mora(
         embedding's, or as `save_peft_lora`.
     """
     path = free(directory, force)
+    refuse_trained(
+        plan.trained,
+        "which the reference cannot hold; mora_jax.save and io.save_peft_lora hold it",
+    )
     squares, settings = [], set()
     for module, spec, m in modules(adapters, plan, names):
         if module.table or module.outputs != slice(0, spec.out_features):
@@ -70,8 +81,10 @@ def save_peft_mora(
             )
         mora_type, rank, scale = _reference(spec)
         settings.add((mora_type, spec.dropout))
-        m = np.asarray(scale * spec.operator.scaled(m, spec.factor), np.float32)
-        squares.append(MatrixPair(module, rank, m, m))
+        m = spec.operator.scaled(m.astype(np.float32), spec.factor)
+        m = np.asarray(scale * m, np.float32)
+        # PEFT multiplies by lora_alpha / r, which is 1: alpha is in M.
+        squares.append(MatrixPair(module, rank, m, m, rank))
     if len(settings) > 1:
         raise ValueError(
             "the reference has one mora_type and dropout for all layers, got "
@@ -109,12 +122,18 @@ def _reference(spec: AdapterSpec) -> tuple[int, int, float]:
 
 
 class MatrixPair(NamedTuple):
-    """PEFT's two float32 matrices of a module, (in, r) and (r, out), and their rank."""
+    """PEFT's two matrices of a module, (in, r) and (r, out), `r` and `lora_alpha`."""
 
     module: Module
     rank: int
     a: np.ndarray
     b: np.ndarray
+    alpha: float
+
+    def with_alpha(self) -> "MatrixPair":
+        """The same with `lora_alpha / r` in B."""
+        factor, dtype = self.alpha / self.rank, self.b.dtype
+        return self._replace(b=(factor * self.b).astype(dtype), alpha=self.rank)
 
 
 def write_peft(
@@ -122,9 +141,13 @@ def write_peft(
     matrices: Sequence[MatrixPair],
     base_model: str,
     task_type: str | None,
+    whole: Mapping[str, np.ndarray] | None = None,
     **special: Any,
 ) -> None:
-    """Write a directory, its config last, in which `special` settings prevail."""
+    """Write a directory, its config last, in which `special` settings prevail.
+
+    `whole` are {tensor: numbers} of modules that were trained themselves.
+    """
     axes = {pair.module.axes for pair in matrices if not pair.module.table}
     if len(axes) > 1:
         raise ValueError("modules must be all Linear or all Conv1D")
@@ -133,9 +156,11 @@ def write_peft(
         kind = "lora_embedding_{}" if module.table else "lora_{}.weight"
         for letter, matrix in zip("AB", two, strict=True):
             tensors[f"{PREFIX}{module.name}.{kind.format(letter)}"] = matrix.T
+    tensors |= {f"{PREFIX}{name}": array for name, array in (whole or {}).items()}
     # Servers make room for `r`, so it is the largest rank.
-    rank = max(pair.rank for pair in matrices)
-    others = {pair.module.name: pair.rank for pair in matrices if pair.rank != rank}
+    rank, alpha = max((pair.rank, pair.alpha) for pair in matrices)
+    ranks = {pair.module.name: pair.rank for pair in matrices if pair.rank != rank}
+    alphas = {pair.module.name: pair.alpha for pair in matrices if pair.alpha != alpha}
     config = {
         "peft_type": "LORA",
         "task_type": task_type,
@@ -143,14 +168,15 @@ def write_peft(
         "inference_mode": True,
         "target_modules": sorted(pair.module.name for pair in matrices),
         "r": rank,
-        "rank_pattern": others,
-        # PEFT multiplies by lora_alpha / r, which is 1: alpha is in the matrices.
-        "lora_alpha": rank,
-        "alpha_pattern": others,
+        "rank_pattern": ranks,
+        "lora_alpha": alpha,
+        "alpha_pattern": alphas,
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": "io" in axes,
     }
+    if whole:
+        config["modules_to_save"] = sorted({n.rpartition(".")[0] for n in whole})
     content = encode(tensors, {"format": "pt"})
     write_directory(path, [(TENSORS, [content]), (CONFIG, [dump(config | special)])])
 
@@ -161,11 +187,6 @@ def modules(
     """Return PyTorch's modules, with the spec and the M of each; no convolutions."""
     if not len(plan):
         raise ValueError("plan must have an adapter to write, got none")
-    refuse_trained(
-        plan.trained,
-        "which a file of PEFT's format made here cannot hold; mora_jax.save holds it, "
-        "and io.merge_checkpoint merges it",
-    )
     known, items, unknown = pairs(names), [], []
     for spec, m in adapter_items(adapters, plan):
         # A convolution's axes are a window's, then "io" or "oi". With a window of two
@@ -180,7 +201,7 @@ def modules(
                 "mora_jax.merge merges it"
             )
         named, missing = modules_of(spec, known)
-        m = to_numpy(spec.name, m).astype(np.float32)
+        m = to_numpy(spec.name, m)
         items += [(module, spec, m[module.index]) for module in named]
         unknown += missing
     if unknown:
@@ -189,6 +210,25 @@ def modules(
             f"{suggestion(unknown, ())}"
         )
     return items
+
+
+def whole_modules(adapters: Any, plan: Plan, names: Names) -> dict[str, np.ndarray]:
+    """Return {tensor: numbers} of the arrays that the plan trains, as PyTorch has them.
+
+    PEFT calls their modules `modules_to_save`.
+    """
+    known, whole = pairs(names), {}
+    for array, copy in trained_items(adapters, plan):
+        tensor = next(to_tensors(array.name, known), None)
+        if tensor is None or len(tensor.axes) != len(array.shape) or tensor.order:
+            raise ValueError(
+                f"{array.name}: names have no tensor of the shape {array.shape} for "
+                "this trained array; io.merge_checkpoint merges it, and mora_jax.save "
+                "holds it"
+            )
+        numbers = to_numpy(array.name, copy)
+        whole[tensor.name] = numbers.T if tensor.axes == "oi" else numbers
+    return whole
 
 
 def free(directory: str | os.PathLike[str], force: bool) -> Location:
