@@ -73,5 +73,5 @@ def _operands(eqn: Any, inner: Jaxpr, flags: list[bool]) -> list[bool]:
 def _shown(atom: Any) -> str:
     """A number, or the shape and dtype of an array."""
     if isinstance(atom, Literal) and np.ndim(atom.val) == 0:
-        return str(atom.val)
+        return str(np.asarray(atom.val))  # JAX 0.8 has a type of its own
     return getattr(atom.aval, "str_short", lambda: str(atom.aval))()
