@@ -293,8 +293,16 @@ def test_convert_keeps_or_refuses_them(tmp_path):
     for name in ("a", "b"):
         assert (tmp_path / name / TENSORS).read_bytes()
     assert_same(load(tmp_path / "b")[0], ADAPTERS)
-    for export in (io.save_peft_lora, io.save_peft_mora):
-        with pytest.raises(ValueError, match="PEFT's format .*io.merge_checkpoint"):
-            export(tmp_path / "c", ADAPTERS, PLAN)
+    with pytest.raises(ValueError, match="which the reference cannot hold"):
+        io.save_peft_mora(tmp_path / "c", ADAPTERS, PLAN)
     assert not (tmp_path / "c").exists()
+    io.save_peft_lora(tmp_path / "c", ADAPTERS, PLAN)
+    whole = load_file(tmp_path / "c" / TENSORS)
+    merged = torch(merge(PARAMS, ADAPTERS, PLAN))
+    names = [name for name in merged if "q_proj.weight" not in name]
+    assert len(names) == 7
+    assert_same(
+        [whole.pop(f"base_model.model.{n}") for n in names], [merged[n] for n in names]
+    )
+    assert all(".lora_" in name for name in whole)
     assert mora_jax.TrainedArray is type(PLAN.trained[0])

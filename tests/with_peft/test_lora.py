@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 from adapter_files import made
 from base_files import DATA, NAMES, base, llama
+from safetensors.numpy import load_file as load
 
 from mora_jax import MoRAConfig, MoRAWarning, io, linen
+from mora_jax.io._files import TENSORS
 from mora_jax.operators import OPERATORS
 
 peft = pytest.importorskip("peft")
@@ -78,3 +80,68 @@ def test_logits_of_an_adapted_embedding(tmp_path):
     with pytest.warns(UserWarning, match="ensure_weight_tying"):
         model = peft.PeftModel.from_pretrained(torch_llama(), tmp_path / "a")
     np.testing.assert_allclose(logits(model), expected, atol=1e-4)
+
+
+def trained_by_peft(settings):
+    """PEFT's own LoRA on the Llama, with numbers as after training."""
+    model = peft.get_peft_model(torch_llama(), peft.LoraConfig(**settings))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.requires_grad:
+                weight += 0.1 * torch.randn_like(weight)
+    return model.eval()
+
+
+LINEAR = ["q_proj", "v_proj", "up_proj", "down_proj"]
+PEFTS = {
+    "plain": {"r": 4, "lora_alpha": 6},
+    "rslora": {"r": 4, "lora_alpha": 6, "use_rslora": True},
+    "patterns": {
+        "r": 4,
+        "lora_alpha": 6,
+        "rank_pattern": {"q_proj": 2, "layers.1.mlp.up_proj": 3},
+        "alpha_pattern": {"down_proj": 5},
+    },
+    "gaussian": {"r": 2, "init_lora_weights": "gaussian"},
+    "whole": {"r": 4, "modules_to_save": ["norm"]},
+    "some layers": {"r": 4, "layers_to_transform": [1]},
+}
+
+
+@pytest.mark.parametrize("how", PEFTS)
+def test_a_lora_of_peft_comes_in_and_goes_out(tmp_path, how):
+    """As its logits and as its merged weights are, and again the same bits."""
+    names = NAMES | {"model.norm": "norm/scale"}
+    names |= {"model.layers.{n}.{norm}": "layers_{n}/{norm}/scale"}
+    model = trained_by_peft({"target_modules": LINEAR, **PEFTS[how]})
+    model.save_pretrained(tmp_path / "peft")
+    adapters, plan = io.load_peft(tmp_path / "peft", PARAMS, names)
+    expected, variables = logits(model), {"params": PARAMS}
+    wrapped = linen.wrap(MODEL, plan)(adapters, variables, IDS)
+    np.testing.assert_allclose(wrapped, expected, atol=1e-4)
+    assert np.abs(expected - np.asarray(MODEL.apply(variables, IDS))).max() > 0.1
+    io.save_peft_lora(tmp_path / "ours", adapters, plan, names)
+    one, other = (load(tmp_path / d / TENSORS) for d in ("peft", "ours"))
+    assert one.keys() == other.keys()
+    assert all((one[name] == other[name]).all() for name in one)
+    again = peft.PeftModel.from_pretrained(torch_llama(), tmp_path / "ours")
+    np.testing.assert_allclose(logits(again), expected, atol=1e-5)
+    io.merge_checkpoint(BASE, adapters, plan, tmp_path / "merged", names)
+    merged, weights = load(tmp_path / "merged" / BASE.name), model.merge_and_unload()
+    state = weights.state_dict()
+    for name, weight in merged.items():
+        np.testing.assert_allclose(weight, state[name].numpy(), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"use_dora": True}, "use_dora"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights"),
+    ],
+)
+def test_other_methods_of_peft_are_refused(tmp_path, settings, match):
+    trained_by_peft({"target_modules": LINEAR, **settings}).save_pretrained(tmp_path)
+    with pytest.raises(io.AdapterFileError, match=match):
+        io.load_peft(tmp_path, PARAMS, NAMES)

@@ -41,8 +41,8 @@ def save_peft_lora(
     orthogonal, subspace and hadamard) are LoRAs of rank q exactly: :math:`A = C`,
     :math:`B = \alpha M D`. Others have full rank, and only the `rank` largest of their
     singular values are kept. A LoRA ("low_rank") keeps its matrices bit for bit, and
-    its alpha is PEFT's `lora_alpha / r`. An adapter of an embedding changes what is looked up, and
-    not a head that is tied to it; a `MoRAWarning` says so.
+    its alpha is PEFT's `lora_alpha / r`. An adapter of an embedding changes what is
+    looked up, and not a head that is tied to it; a `MoRAWarning` says so.
 
     Args:
       directory: A path or a URL that `etils.epath` opens, new or empty. A local one is

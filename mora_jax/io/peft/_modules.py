@@ -48,8 +48,12 @@ def _is_number(value: Any) -> bool:
 
 def _is_pattern(is_value: Callable[[Any], bool]) -> Callable[[Any], bool]:
     # PEFT takes regular expressions; a stranger's may take forever to match.
-    return lambda value: isinstance(value, dict) and all(
-        re.fullmatch(r"[\w.-]+", key) and is_value(own) for key, own in value.items()
+    return lambda value: (
+        isinstance(value, dict)
+        and all(
+            re.fullmatch(r"[\w.-]+", key) and is_value(own)
+            for key, own in value.items()
+        )
     )
 
 

@@ -152,9 +152,9 @@ def write_peft(
     if len(axes) > 1:
         raise ValueError("modules must be all Linear or all Conv1D")
     tensors = {}
-    for module, _, *two in matrices:
+    for module, _, a, b, _ in matrices:
         kind = "lora_embedding_{}" if module.table else "lora_{}.weight"
-        for letter, matrix in zip("AB", two, strict=True):
+        for letter, matrix in zip("AB", (a, b), strict=True):
             tensors[f"{PREFIX}{module.name}.{kind.format(letter)}"] = matrix.T
     tensors |= {f"{PREFIX}{name}": array for name, array in (whole or {}).items()}
     # Servers make room for `r`, so it is the largest rank.
@@ -220,7 +220,9 @@ def whole_modules(adapters: Any, plan: Plan, names: Names) -> dict[str, np.ndarr
     known, whole = pairs(names), {}
     for array, copy in trained_items(adapters, plan):
         tensor = next(to_tensors(array.name, known), None)
-        if tensor is None or len(tensor.axes) != len(array.shape) or tensor.order:
+        # A vector is the same in both, whatever its template says of axes.
+        ndim, order = len(array.shape), tensor and tensor.order
+        if tensor is None or ndim > 2 or order or ndim > len(tensor.axes):
             raise ValueError(
                 f"{array.name}: names have no tensor of the shape {array.shape} for "
                 "this trained array; io.merge_checkpoint merges it, and mora_jax.save "
