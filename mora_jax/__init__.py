@@ -51,6 +51,7 @@ After training::
   unmerge               the base again, approximately
   delta_weight          what the adapters add to the kernels
   diagnostics           spectra, norms, and what rounding loses
+  from_lora, to_lora    adapters from a LoRA of qwix, Tunix or nnx.LoRA, and back
   save                  write adapters to a directory
   load                  read them
   io                    the same and more: PEFT's files, LoRA, whole checkpoints
@@ -94,6 +95,8 @@ from mora_jax._tree.adapters import unravel_adapters as unravel_adapters
 from mora_jax._tree.combined import combine as combine
 from mora_jax._tree.combined import split as split
 from mora_jax._tree.gradient_bases import gradient_bases as gradient_bases
+from mora_jax._tree.lora_trees import from_lora as from_lora
+from mora_jax._tree.lora_trees import to_lora as to_lora
 from mora_jax._tree.merge import delta_weight as delta_weight
 from mora_jax._tree.merge import fold as fold
 from mora_jax._tree.merge import merge as merge

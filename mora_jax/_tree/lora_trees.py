@@ -1,0 +1,134 @@
+"""Trees of other libraries' LoRAs: of qwix, Tunix and Flax's `nnx.LoRA`."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from mora_jax._common.checks import check_number
+from mora_jax._common.suggestions import nearest_paths
+from mora_jax._common.types import Path
+from mora_jax._plan.plan import Plan, check_plan
+from mora_jax._plan.settings import AdapterSettings
+from mora_jax._tree.adapters import Tree, nest
+from mora_jax._tree.merge import array_items
+from mora_jax._tree.paths import adapter_path, named_leaves, replace_leaves
+from mora_jax.operators import LowRank
+
+
+def from_lora(tree: Any, plan: Plan, alpha: float | int = 1.0) -> tuple[Tree, Plan]:
+    """Adapters of the operator "low_rank" from another library's LoRA.
+
+    Factors are found by their names: `<kernel>_lora_a` and `<kernel>_lora_b` (qwix,
+    Tunix), `lora_a` and `lora_b` (`nnx.LoRA`, whose kernel is in `base_module`, and
+    `nnx.LoRALinear`). So a user moves over in the middle of a project.
+
+    Args:
+      tree: The factors, such as `nnx.state(model, nnx.LoRAParam)` or the params of a
+        Linen model; all other leaves are left alone.
+      plan: A plan of the model with these kernels, of any operators, which knows their
+        axes; by `linen.plan` or `nnx.plan` of the model without LoRA.
+      alpha: The factor of A B there: `alpha / rank` of qwix's rule, 1 of `nnx.LoRA`.
+
+    Returns:
+      (adapters, plan), with the kernels that have factors.
+
+    Raises:
+      TypeError, ValueError: The tree has no factors, the plan lacks their kernel, a
+        factor lacks its twin, or shapes do not fit.
+
+    Example::
+
+      >>> import jax, jax.numpy as jnp, mora_jax
+      >>> plan = mora_jax.plan({"fc": {"kernel": jnp.ones((8, 6))}})
+      >>> tree = {"fc": {"kernel_lora_a": jnp.ones((8, 2)),
+      ...                "kernel_lora_b": jnp.ones((2, 6))}}
+      >>> adapters, plan = mora_jax.from_lora(tree, plan, alpha=16 / 2)
+      >>> mora_jax.delta_weight(adapters, plan)["fc"]["kernel"][0, 0]
+      Array(16., dtype=float32)
+    """
+    alpha = check_number("alpha", alpha)
+    found: dict[str, dict[str, jax.Array]] = {}
+    for kernel, letter, _, leaf in _factors_in(tree, check_plan(plan)):
+        found.setdefault(kernel, {})[letter] = jnp.asarray(leaf)
+    specs, adapters = [], {}
+    for spec in (spec for spec in plan.specs if spec.name in found):
+        if len(pair := found[spec.name]) < 2:
+            raise ValueError(f"{spec.name}: tree must have lora_a and lora_b of it")
+        stack, rank = spec.stack_shape, (pair["a"].shape or (0,))[-1]
+        operator = LowRank(spec.in_features, spec.out_features, rank)
+        shapes = (*stack, spec.in_features, rank), (*stack, rank, spec.out_features)
+        factors = []
+        for letter, shape, axis in zip("ab", shapes, (-1, len(stack)), strict=True):
+            factor = pair[letter]
+            is_rank = factor.shape[axis : axis + 1 or None] == (rank,)
+            if not is_rank or factor.size != math.prod(shape):
+                raise ValueError(
+                    f"{spec.name}: lora_{letter} must have the shape {shape}, perhaps "
+                    f"with several axes of features, got {factor.shape}"
+                )
+            factors.append(factor.reshape(shape))
+        m = operator.joined(*factors)
+        settings = vars(AdapterSettings(alpha=alpha, param_dtype=m.dtype))
+        lora = dataclasses.replace(spec, operator=operator, rank=None, **settings)
+        specs.append(lora)
+        adapters[adapter_path(spec)] = m
+    return nest(adapters), Plan(tuple(specs), plan.base_parameters, plan.traced)
+
+
+def to_lora(adapters: Any, plan: Plan, like: Any, alpha: float | int = 1.0) -> Any:
+    """The other library's tree `like` with the factors of adapters in it.
+
+    Args:
+      adapters: Adapters of the operator "low_rank".
+      plan: Their plan.
+      like: A tree as for `from_lora`, with factors for the plan's kernels, and no more.
+      alpha: As in `from_lora`. Where a plan's is another, B has what is missing.
+
+    Raises:
+      TypeError, ValueError: As `from_lora`; an adapter is not a LoRA, or the rank of
+        `like` is another.
+    """
+    alpha, new, items = check_number("alpha", alpha), {}, {}
+    for spec, m in array_items(adapters, plan):
+        if not isinstance(spec.operator, LowRank):
+            name = spec.operator.name
+            raise ValueError(f"{spec.name}: {name!r} is not 'low_rank', and no LoRA")
+        a, b = spec.operator.factors(m)
+        items[spec.name] = {"a": a, "b": b * (spec.factor / alpha)}
+    for kernel, letter, path, leaf in _factors_in(like, plan):
+        factor = items[kernel][letter]
+        if factor.size != leaf.size:
+            raise ValueError(
+                f"{kernel}: lora_{letter} of like has shape {leaf.shape}, and the "
+                f"adapter's {factor.shape}: is the rank another?"
+            )
+        new[path] = factor.reshape(leaf.shape).astype(leaf.dtype)
+    if missing := items.keys() - {kernel for kernel, *_ in _factors_in(like, plan)}:
+        raise ValueError(f"like has no factors for {min(missing)!r}")
+    return replace_leaves(like, new)
+
+
+def _factors_in(tree: Any, plan: Plan) -> list[tuple[str, str, Path, Any]]:
+    """(kernel, "a" or "b", path, array) of each factor, whose kernel the plan has."""
+    factors = []
+    for path, leaf in named_leaves(tree, "tree").values():
+        *parent, last = path
+        own, mark, letter = last.rpartition("lora_")
+        if not mark or letter not in ("a", "b"):
+            continue
+        if own:  # "kernel_lora_a"
+            kernel = (*parent, own.removesuffix("_"))
+        elif parent[-1:] == ["lora"]:
+            kernel = (*parent[:-1], "kernel")
+        else:
+            kernel = (*parent, "base_module", "kernel")
+        if (name := "/".join(kernel)) not in plan:
+            hint = nearest_paths(name, plan)
+            raise ValueError(f"plan must have the kernel {name!r} of a LoRA{hint}")
+        factors.append((name, letter, path, leaf))
+    if not factors:
+        raise ValueError("tree holds no factor of a LoRA, such as kernel_lora_a")
+    return factors

@@ -1,0 +1,117 @@
+"""LoRAs of other libraries come in as trees, compute the same, and go out again."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from helpers import close, random, random_like
+
+import mora_jax
+from mora_jax import MoRAConfig, from_lora, to_lora
+
+qwix = pytest.importorskip("qwix")
+
+X, KEY = random(0, 2, 5, 16), jax.random.key(0)
+ALL = MoRAConfig(rank=1)
+
+
+class Model(nn.Module):
+    """A dense layer, and heads of features in and out."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Dense(16, name="fc")(x)
+        return nn.MultiHeadDotProductAttention(num_heads=2, name="heads")(x)
+
+
+def adapted_by_qwix(model, *args, **rngs):
+    provider = qwix.LoraProvider(module_path=".*", rank=2, alpha=6.0)
+    return qwix.apply_lora_to_model(model, provider, *args, **rngs)
+
+
+def test_a_linen_model_of_qwix():
+    model, lora = Model(), adapted_by_qwix(Model())
+    variables = model.init(KEY, X)
+    params = lora.init(KEY, X)["params"]
+    factors = random_like(
+        {path: leaf for path, leaf in flattened(params).items() if "lora" in path[-1]}
+    )
+    tree = nested({**flattened(variables["params"]), **factors})
+    plan = mora_jax.linen.plan(model, variables, ALL, X)
+    adapters, plan = from_lora(tree, plan, alpha=6 / 2)
+    assert {spec.operator.name for spec in plan.specs} == {"low_rank"}
+    assert {spec.operator.square_rank for spec in plan.specs} == {2}
+    got = mora_jax.linen.wrap(model, plan)(adapters, variables, X)
+    close(got, lora.apply({"params": tree}, X), 1e-5)
+    assert float(jnp.abs(got - model.apply(variables, X)).max()) > 0.1
+    back = to_lora(adapters, plan, nested(factors), alpha=6 / 2)
+    jax.tree.map(np.testing.assert_array_equal, back, nested(factors))
+
+
+def test_an_nnx_model_of_qwix():
+    base = nnx.Sequential(*(nnx.Linear(16, 16, rngs=nnx.Rngs(k)) for k in range(2)))
+    lora = adapted_by_qwix(base, X, rngs=nnx.Rngs(0))
+    state = random_like(nnx.state(lora, nnx.LoRAParam))
+    nnx.update(lora, state)
+    plan = mora_jax.nnx.plan(base, ALL, X)
+    adapters, plan = from_lora(state, plan, alpha=3)
+    wrapped = mora_jax.nnx.wrap(base, plan)
+    mora_jax.nnx.set_adapters(wrapped, adapters, plan)
+    close(wrapped(X), lora(X), 1e-5)
+    back = to_lora(adapters, plan, state, alpha=3)
+    assert jax.tree.structure(back) == jax.tree.structure(state)
+    close(*(jax.tree.leaves(nnx.to_pure_dict(s)) for s in (back, state)))
+
+
+def test_lora_of_flax_itself():
+    rngs = nnx.Rngs(0)
+    base = nnx.Linear(16, 8, rngs=rngs)
+    lora = nnx.LoRA(16, 2, 8, base_module=base, rngs=rngs)
+    nnx.update(lora, state := random_like(nnx.state(lora, nnx.LoRAParam)))
+    holder = nnx.Dict(base_module=base)  # as the kernel lies in the model with LoRA
+    plan = mora_jax.nnx.plan(holder, ALL)
+    adapters, plan = from_lora(state, plan)
+    (delta,) = jax.tree.leaves(mora_jax.delta_weight(adapters, plan))
+    close(X @ delta + base(X), lora(X), 1e-5)
+    linear = nnx.LoRALinear(16, 8, lora_rank=2, rngs=rngs)
+    nnx.update(linear, state := random_like(nnx.state(linear, nnx.LoRAParam)))
+    kernel = {"kernel": linear.kernel[...]}
+    adapters, plan = from_lora(state, mora_jax.plan(kernel, ALL))
+    merged = mora_jax.merge(kernel, adapters, plan)["kernel"]
+    close(X @ merged + linear.bias[...], linear(X), 1e-5)
+    close(
+        to_lora(adapters, plan, state)["lora"]["lora_b"][...], linear.lora.lora_b[...]
+    )
+
+
+def test_bad_trees():
+    plan = mora_jax.plan({"fc": {"kernel": jnp.ones((8, 6))}}, ALL)
+    a, b = jnp.ones((8, 2)), jnp.ones((2, 6))
+    for tree, match in [
+        ({}, "no array"),
+        ({"fc": {"kernel": a}}, "no factor of a LoRA"),
+        ({"fc": {"kernel_lora_a": a}}, "must have lora_a and lora_b"),
+        ({"up": {"kernel_lora_a": a, "kernel_lora_b": b}}, "must have the kernel 'up"),
+        ({"fc": {"kernel_lora_a": a, "kernel_lora_b": b.T}}, r"shape \(2, 6\)"),
+    ]:
+        with pytest.raises(ValueError, match=match):
+            from_lora(tree, plan)
+    tree = {"fc": {"kernel_lora_a": a, "kernel_lora_b": b}}
+    with pytest.raises(TypeError, match="alpha"):
+        from_lora(tree, plan, alpha="2")
+    with pytest.raises(ValueError, match="'rotation' is not 'low_rank'"):
+        to_lora(mora_jax.init(plan), plan, tree)
+    adapters, lora = from_lora(tree, plan)
+    wider = {"fc": {"kernel_lora_a": jnp.ones((8, 3)), "kernel_lora_b": b}}
+    with pytest.raises(ValueError, match="is the rank another"):
+        to_lora(adapters, lora, wider)
+
+
+def flattened(tree):
+    return nnx.traversals.flatten_mapping(tree)
+
+
+def nested(flat):
+    return nnx.traversals.unflatten_mapping(flat)
