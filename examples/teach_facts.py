@@ -8,13 +8,14 @@ questions, and says the same after the adapters are merged into its kernels. The
     python -m examples.teach_facts --facts 20 --rank 8 --operator rotation
 
 `--model DIR` teaches another Llama that talks as SmolLM2 does, from its safetensors.
-`--compare` trains a LoRA of the same rank as well, at twenty times the rate, and both
-on three sets of facts. `--base nf4` (or int8, int4) teaches a base that qwix has
-quantized.
+`--operator low_rank` teaches with a LoRA of this library, at twenty times the rate.
+`--compare` trains that LoRA and qwix's as well, all of them on three sets of facts, and
+plots what is recalled over steps and over seconds. `--base nf4` (or int8, int4) teaches
+a base that qwix has quantized.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -29,8 +30,8 @@ from models.quantized import TYPES, megabytes, quantized
 from models.spectrum import plot_spectrum
 from mora_jax import MoRAConfig, linen
 
-LORA_RATE = 20
-"""LoRA's rate in MoRA's: between 10 and 20 in docs/what-it-learns.md."""
+Method = tuple[Callable[..., jax.Array], Callable[[], Any], float]
+"""Apply, a function that starts adapters, and their rate."""
 
 
 def train(
@@ -65,6 +66,21 @@ def train(
     return adapters
 
 
+def _loras(model: Any, variables: Any, args: Any) -> Iterator[tuple[str, Method]]:
+    """LoRAs of the same rank: this library's, and qwix's."""
+    rate = args.learning_rate or lesson.RATE * lesson.LORA_RATE
+    config = MoRAConfig(rank=args.rank, operator="low_rank")
+    plan = linen.plan(model, variables, config, jnp.zeros((1, 8), jnp.int32))
+    init = functools.partial(mora_jax.init, plan)
+    yield lesson.method_of("low_rank"), (linen.wrap(model, plan), init, rate)
+    lora, start = qwix_lora(model, args.rank)
+    yield "LoRA, qwix", (lora, functools.partial(start, jax.random.key(0)), rate)
+
+
+def _size(adapters: Any) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(adapters))
+
+
 def main() -> None:
     """Ask, teach, merge, and ask again."""
     parser = lesson.options(str(__doc__), "out/teach_facts")
@@ -75,11 +91,13 @@ def main() -> None:
         const=3,
         default=0,
         metavar="SETS",
-        help="train a LoRA as well, and both on so many sets of facts (3)",
+        help="train LoRAs as well, and all on so many sets of facts (3)",
     )
     bases = ("float32", *TYPES)
     parser.add_argument("--base", choices=bases, default=bases[0], help="its kernels")
     args = parser.parse_args()
+    if args.compare and (args.operator == "low_rank" or args.base != bases[0]):
+        parser.error("--compare needs an operator of MoRA, and a base in float32")
     model, params, tokenizer = smollm2.load(args.model)
     variables = {"params": params}
     base = jax.jit(model.apply)
@@ -101,8 +119,8 @@ def main() -> None:
     untouched = functools.partial(adapted, mora_jax.init(plan), variables)
     taught = lesson.choose_lesson(untouched, tokenizer, args.facts, args.seed)
 
-    rate = args.learning_rate
-    progress = lesson.Progress(args.steps, "MoRA")
+    label, rate = lesson.method_of(args.operator), lesson.rate_of(args)
+    progress = lesson.Progress(args.steps, label)
     adapters = mora_jax.init(plan)
     adapters = train(apply, adapters, variables, taught, rate, progress)
     mora_jax.save(args.out, adapters, plan)
@@ -112,24 +130,21 @@ def main() -> None:
     else:
         merged = in_bits.merged(adapters)
 
-    trained = {"MoRA": [progress]}
+    trained = {label: [progress]}
     if args.compare:
-        lora, init = qwix_lora(model, args.rank)
-        start = init(jax.random.key(0))
-        trained["LoRA"] = []
-        for number in range(args.compare):
-            seed = args.seed + number
-            if number:
-                other = lesson.choose_lesson(untouched, tokenizer, args.facts, seed)
-                trained["MoRA"].append(again := lesson.Progress(args.steps, "MoRA"))
-                train(apply, mora_jax.init(plan), variables, other, rate, again)
-            else:
-                other = taught
-            trained["LoRA"].append(again := lesson.Progress(args.steps, "LoRA"))
-            first = jax.tree.map(jnp.copy, start)
-            train(lora, first, variables, other, LORA_RATE * rate, again)
-        size = sum(leaf.size for leaf in jax.tree.leaves(start))
-        lesson.compare(trained, {"MoRA": plan.trainable_parameters, "LoRA": size})
+        method = apply, functools.partial(mora_jax.init, plan), rate
+        others = dict(_loras(model, variables, args)) | {label: method}
+        for name, (other, init, own_rate) in others.items():
+            runs = trained.setdefault(name, [])
+            for number in range(len(runs), args.compare):
+                lessons = lesson.choose_lesson(
+                    untouched, tokenizer, args.facts, args.seed + number
+                )
+                runs.append(again := lesson.Progress(args.steps, name))
+                train(other, init(), variables, lessons, own_rate, again)
+        lesson.compare(
+            trained, {name: _size(init()) for name, (_, init, _) in others.items()}
+        )
     lesson.save_histories(trained, args.out)
     after = functools.partial(adapted, adapters, variables)
     merged_model = functools.partial(base, merged)

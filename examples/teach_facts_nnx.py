@@ -24,7 +24,7 @@ def train(
     model: nnx.Module, taught: lesson.Lesson, args: argparse.Namespace
 ) -> lesson.Progress:
     """Train the adapters in `model` alone, until all facts are recalled."""
-    tx, batch = lesson.optimizer(args.learning_rate), taught.batch
+    tx, batch = lesson.optimizer(lesson.rate_of(args)), taught.batch
     optimizer = mora_jax.nnx.adapter_optimizer(model, tx)
 
     @nnx.jit
@@ -37,7 +37,7 @@ def train(
         optimizer.update(model, grads)
         return found
 
-    progress = lesson.Progress(args.steps, "MoRA")
+    progress = lesson.Progress(args.steps, lesson.method_of(args.operator))
     for _ in progress:
         progress.note(*step(model, optimizer, taught.rehearsed))
     return progress
@@ -62,7 +62,7 @@ def main() -> None:
     plot_spectrum(adapters, plan, args.out / "spectrum.png")
     merged = mora_jax.nnx.merge_adapters(adapted)
 
-    lesson.save_histories({"MoRA": [progress]}, args.out)
+    lesson.save_histories({progress.label: [progress]}, args.out)
     ask_adapted, ask_merged = (functools.partial(forward, m) for m in (adapted, merged))
     lesson.report(taught, progress, ask_adapted, ask_merged, args.out)
 

@@ -8,7 +8,7 @@ import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -130,6 +130,21 @@ def loss_and_recall(
     right = (logits[:facts].argmax(-1) == targets) | (weights == 0)
     loss = mean(learn, weights) + HOLD * mean(drift, batch.weights[facts:])
     return loss, jnp.mean(right.all(-1))
+
+
+LORA_RATE = 20
+"""LoRA's rate in MoRA's: between 10 and 20 in docs/what-it-learns.md."""
+
+
+def method_of(operator: str) -> str:
+    """The name of a method in tables and plots."""
+    return "LoRA" if operator == "low_rank" else "MoRA"
+
+
+def rate_of(args: argparse.Namespace) -> float:
+    """The learning rate that was asked for, or the usual one of the method."""
+    usual = RATE * (LORA_RATE if args.operator == "low_rank" else 1)
+    return args.learning_rate or usual
 
 
 def optimizer(learning_rate: float) -> optax.GradientTransformation:
@@ -287,17 +302,25 @@ def save_histories(trained: Mapping[str, Sequence[Progress]], out: Path) -> None
 
     histories = {label: [p.history for p in runs] for label, runs in trained.items()}
     (out / "learning.json").write_text(json.dumps(histories))
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
-    for colour, (label, runs) in enumerate(histories.items()):
-        for number, history in enumerate(runs):
-            style = {"color": f"C{colour}", "label": None if number else label}
-            for axis, values in zip(axes, zip(*history, strict=True), strict=True):
-                axis.plot(values, marker=".", alpha=1 / (1 + 0.5 * number), **style)
-    axes[0].set(ylabel="loss", yscale="log", title="Loss on the answers")
-    axes[1].set(ylabel="facts recalled", title="Recall")
-    axes[1].yaxis.set_major_formatter(PercentFormatter(1.0))
+    figure, axes = plt.subplots(1, 3, figsize=(13, 3.4), layout="constrained")
+    for colour, (label, runs) in enumerate(trained.items()):
+        for number, progress in enumerate(runs):
+            label_once = None if number else label
+            style: Any = {"color": f"C{colour}", "label": label_once, "marker": "."}
+            style["alpha"] = 1 / (1 + 0.5 * number)
+            losses, recalls = zip(*progress.history, strict=True)
+            steps = range(1, len(losses) + 1)
+            seconds = np.multiply(steps, progress.seconds_per_step)
+            axes[0].plot(steps, losses, **style)
+            axes[1].plot(steps, recalls, **style)
+            axes[2].plot(seconds, recalls, **style)
+    axes[0].set(xlabel="step", ylabel="loss", yscale="log", title="Loss on the answers")
+    for axis, unit in zip(
+        axes[1:], ("step", "seconds, without compiling"), strict=True
+    ):
+        axis.set(xlabel=unit, ylabel="facts recalled", title="Recall")
+        axis.yaxis.set_major_formatter(PercentFormatter(1.0))
     for axis in axes:
-        axis.set_xlabel("step")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.grid(alpha=0.3)
         axis.legend()
@@ -312,9 +335,10 @@ def options(description: str, out: str) -> argparse.ArgumentParser:
     add("--model", type=Path, help="a Llama of Hugging Face, as a folder; SmolLM2-135M")
     add("--facts", type=positive, default=20, help="number of facts to learn")
     add("--rank", type=positive, default=8, help="budget, as the rank of a LoRA")
-    add("--operator", default="auto", help="rotation, sharing, ...")
+    add("--operator", default="auto", help="rotation, sharing, ...; low_rank: a LoRA")
     add("--steps", type=positive, default=30, help="largest number of steps")
-    add("--learning-rate", type=float, default=RATE)
+    usual = f"{RATE:g}, and {LORA_RATE} times that for a LoRA"
+    add("--learning-rate", type=float, help=usual)
     add("--seed", type=int, default=0, help="number that chooses the facts")
     add("--out", type=Path, default=Path(out), help="folder for adapter and plots")
     return parser

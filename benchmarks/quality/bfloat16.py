@@ -45,7 +45,7 @@ def learn(
     settings = dict(operator=args.operator, execution=execution, scale="paper")
     config = MoRAConfig(rank=args.rank, **settings)
     plan = linen.plan(model, variables, config, taught.batch.ids[:1])
-    apply, tx = linen.wrap(model, plan), lesson.optimizer(args.learning_rate)
+    apply, tx = linen.wrap(model, plan), lesson.optimizer(lesson.rate_of(args))
 
     @jax.jit
     def step(adapters: Any, state: Any, variables: Any, rehearsed: jax.Array) -> Any:
