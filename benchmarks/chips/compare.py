@@ -54,7 +54,7 @@ PARTS = "layers", "llama", "compiling", "meshes"
 SIZES = (4096, 4096), (4096, 14336), (14336, 4096), (4096, 1024)
 SMALL = {"width": 1024, "hidden": 2816, "heads": 16, "kv_heads": 4}
 TINY = {"width": 256, "hidden": 512, "heads": 4, "kv_heads": 2, "vocabulary": 1024}
-LLAMA_OPERATORS = "sharing", "rotation", "auto"
+LLAMA_OPERATORS = "sharing", "rotation", "auto", "low_rank"
 
 Case = Layer | Llama | on_meshes.MeshLlama
 
@@ -87,11 +87,10 @@ def check(operators: Sequence[str]) -> None:
         operator, _, way = method.name.partition(", ")
         frozen, args = layer.frozen(operator, way), random_like(list(method.args), 1.0)
         m, w, x, g = (np.asarray(a, np.float64) for a in args)
-        c, d = getattr(oracle, operator)(frozen.operator)
-        factor = frozen.alpha * frozen.scale
-        kernel = w + factor * oracle.delta(c, d, m)
-        by_m = oracle.m_gradient(c, d, x, g)
-        expected = x @ kernel, (factor * by_m, g @ kernel.T)
+        factor, op = frozen.alpha * frozen.scale, frozen.operator
+        kernel = w + factor * oracle.delta_of(op, m)
+        by_m = factor * oracle.m_gradient_of(op, m, x, g)
+        expected = x @ kernel, (by_m, g @ kernel.T)
         jax.tree.map(check_close, jax.jit(method.run)(*args), _as_jax(expected))
     model = Llama(2, 8, layers=1, dtype=jnp.float32, **{**TINY, "vocabulary": 64})
     module = model.module()
@@ -105,8 +104,7 @@ def check(operators: Sequence[str]) -> None:
         for spec in plan.specs:
             path, op = tuple(spec.path), spec.operator
             m = random_like(jax.ShapeDtypeStruct(spec.shape, jnp.float32), 0.05)
-            c, d = getattr(oracle, op.name)(op)
-            delta = oracle.delta(c, d, m)
+            delta = oracle.delta_of(op, m)
             adapters[*path[:-1], f"{path[-1]}_mora"] = m
             merged[path] = jnp.asarray(merged[path] + spec.factor * delta, jnp.float32)
         loss, _ = jax.jit(gradient(apply))(unflatten_dict(adapters), params, ids)

@@ -16,6 +16,7 @@ import mora_jax
 from benchmarks.common.by_hand import lora_by_hand
 from benchmarks.common.cost import WAYS
 from benchmarks.common.flax_llama import flax_llama, inputs
+from benchmarks.common.harness import method_name
 from benchmarks.common.ways import choose
 from mora_jax import FrozenDense, MoRAConfig, linen
 from mora_jax._jax.tuning import TUNING
@@ -191,7 +192,7 @@ class Llama:
         for operator in operators:
             plan, apply = self.mora(module, params, operator)
             adapters = jax.eval_shape(lambda plan=plan: mora_jax.init(plan))
-            name = f"MoRA, {operator}"
+            name = method_name(operator)
             yield Method(name, gradient(apply), (adapters, params, ids))
         lora, apply = self.lora(module, params)
         yield Method("LoRA, qwix", gradient(apply), (lora, params, ids))

@@ -187,6 +187,11 @@ def show(columns: Mapping[str, str], rows: Sequence[Row], title: str = "") -> No
         print("".join(f"| {text} " if text else "| " for text in cells) + "|")
 
 
+def method_name(operator: str) -> str:
+    """The name of an operator's method in tables and plots."""
+    return "LoRA, this library" if operator == "low_rank" else f"MoRA, {operator}"
+
+
 def claim(text: str, holds: bool, figures: str) -> None:
     """Print a claim with the figures that it rests on; "not so" where it failed."""
     print(f"{text}: {'so it is' if holds else 'not so'} ({figures})")

@@ -13,6 +13,7 @@ import mora_jax
 from benchmarks.common.harness import (
     Contender,
     check_close,
+    method_name,
     next_token_loss,
     random_like,
 )
@@ -41,7 +42,7 @@ def contenders(
         if is_ours:  # once for each operator, since a check takes as long as a round
             merged = jax.jit(merge)(base.params, adapters)
             check_close(jax.jit(apply)(*args), plain(merged, base.ids))
-        yield f"MoRA, {operator}", step(apply, *args)
+        yield method_name(operator), step(apply, *args)
     for key in peers:
         if key != "nnx" or is_ours:  # which has a twin
             name, build = PEERS[key]

@@ -57,7 +57,8 @@ def test_train_step_of_a_model_that_others_wrote(tmp_path):
     out = tmp_path / "train_step.json"
     sizes = "--layers 1 --batch 2 --tokens 8 --rounds 1"
     printed, found = report("step.train_step", out, sizes)
-    methods = ["frozen model", "MoRA, sharing", "MoRA, rotation", "LoRA, qwix"]
+    loras = ["LoRA, this library", "LoRA, qwix"]
+    methods = ["frozen model", "MoRA, sharing", "MoRA, rotation", *loras]
     rows = {name: [] for name in ("SmolLM2", "FlaxLlama")}
     for row in found["results"]:
         rows[row["model"]].append(row)
@@ -73,10 +74,13 @@ def test_train_step_of_a_model_that_others_wrote(tmp_path):
 @pytest.mark.parametrize(("time", "verdict"), [(1.12, "so it is"), (1.13, "not so")])
 def test_a_claim_that_failed_is_said(time, verdict, capsys):
     sizes = {"model": "FlaxLlama", "tokens": 512, "rank": 8}
-    times = {"frozen model": 1, "MoRA, sharing": time, "LoRA, qwix": 1.125}
+    times = {"frozen model": 1, "MoRA, sharing": time}
+    times |= {"LoRA, qwix": 1.125, "LoRA, this library": 1.0}
     train_step.claims([{**sizes, "method": k, "time": v} for k, v in times.items()])
-    less, most = capsys.readouterr().out.splitlines()
-    assert f"less time than LoRA: {verdict} (MoRA {time:.2f}, LoRA 1.12)" in less
+    less, ours, most = capsys.readouterr().out.splitlines()
+    times = f"MoRA {time:.2f} to {time:.2f}"
+    assert f"less time than LoRA, qwix: {verdict} ({times}, LoRA, qwix 1.12)" in less
+    assert f"at most 5% more time than LoRA, this library: not so ({times}," in ours
     assert most.endswith(f"at most 1.12 of the frozen model: {verdict} ({time:.2f})")
 
 

@@ -103,7 +103,7 @@ CASES = [
         given=True,
     ),
     Case("hadamard", {"name": "hadamard"}, oracle.hadamard, bounded=True),
-    LowRankCase("low_rank", {"name": "low_rank"}, oracle.no_matrices),
+    LowRankCase("low_rank", {"name": "low_rank"}, oracle.low_rank),
 ]
 LINEAR = [case for case in CASES if not isinstance(case, LowRankCase)]
 SIZES = [

@@ -28,8 +28,18 @@ def m_gradient(c, d, x, g):
     return np.einsum("...i,inq,...o,nro->qr", x, c, g, d, optimize=True)
 
 
-def no_matrices(op):
-    raise ValueError(f"{op.name} has no C and D")
+def delta_of(op, m):
+    """The delta of an operator that has no settings beside its sizes and its seed."""
+    if op.name == "low_rank":
+        return low_rank(op, m)
+    return delta(*globals()[op.name](op), m)
+
+
+def m_gradient_of(op, m, x, g):
+    """The gradient of what such an operator trains."""
+    if op.name == "low_rank":
+        return low_rank_gradient(op, m, x, g)
+    return m_gradient(*globals()[op.name](op), x, g)
 
 
 def _factors(op, m):
