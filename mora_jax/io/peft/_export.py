@@ -97,15 +97,15 @@ def export(
         why = ""  # the base is known
     else:
         matrices, lost = make_lora(adapters, plan, names, "auto", max_error)
-        worst, rank, *_ = max(matrices, key=lambda pair: pair.rank)
-        if len({pair.alpha / pair.rank for pair in matrices}) > 1:
+        worst, *_, rank, _, _ = max(matrices, key=lambda pair: pair.rank)
+        if len({pair.factor for pair in matrices}) > 1:
             # vLLM has one lora_alpha / r for all modules: 1, with the rest in B.
-            matrices = [pair.with_alpha() for pair in matrices]
+            matrices = [p._replace(b=p.factor * p.b, factor=1) for p in matrices]
         if rank <= RANKS[-1]:
             write_peft(free(path, force), matrices, base_model, "CAUSAL_LM")
             return Export(rank, lost, _command(server, model, rank, str(path)))
         why = (
-            f"{worst.name} needs rank {rank} to lose at most {max_error:.1%} of its "
+            f"{worst} needs rank {rank} to lose at most {max_error:.1%} of its "
             f"delta, and servers take {RANKS[-1]} at most; a larger max_error needs "
             "less, else"
         )
