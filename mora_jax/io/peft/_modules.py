@@ -51,52 +51,49 @@ def rows_looked_up(
 
 # --- Reading ---
 
-Rules = dict[str, tuple[str, Callable[[Any], bool]]]
-"""{setting: the rule for its values in words, and a check}."""
+Rule = tuple[str, Callable[[Any], bool]]
+"""The rule for the values of a setting, in words, and a check."""
 
 
-def _is_rank(value: Any) -> bool:
-    return type(value) is int and 0 < value < 2**31
-
-
-def _is_number(value: Any) -> bool:
-    # JSON from a file has no other numbers, but integers too large for a float.
-    return type(value) in (int, float) and abs(value) < 2**99
-
-
-def _are_by_name(values: Any, is_right: Callable[[Any], bool]) -> bool:
+def _by_name(rule: Rule) -> Rule:
+    words, is_right = rule
     # PEFT takes regular expressions; a stranger's may take forever to match.
-    return isinstance(values, dict) and all(
-        re.fullmatch(r"[\w.-]+", key) and is_right(v) for key, v in values.items()
+    return (
+        f"names of modules, each with {words}",
+        lambda values: (
+            isinstance(values, dict)
+            and all(re.fullmatch(r"[\w.-]+", key) for key in values)
+            and all(map(is_right, values.values()))
+        ),
     )
 
+
+_BOOL: Rule = "true or false", lambda v: isinstance(v, bool)
+_UNSET: Rule = "unset, since it is not known here", lambda v: not v
+_RANK: Rule = "a positive integer", lambda v: type(v) is int and 0 < v < 2**31
+# JSON may hold integers that are too large for a float.
+_NUMBER: Rule = "a number", lambda v: type(v) in (int, float) and abs(v) < 2**99
 
 # Starts that change the base, to which such an adapter belongs and not to the model's.
 _OF_ANOTHER_BASE = re.compile("pissa.*|olora|corda|loftq|lora_ga")
 
-_RULES: Rules = {
+_RULES: dict[str, Rule] = {
     "peft_type": ("'LORA'", lambda v: v == "LORA"),
     "use_dora": ("false: DoRA is another method", lambda v: not v),
-    "use_mora": ("true or false", lambda v: isinstance(v, bool)),
-    "use_rslora": ("true or false", lambda v: isinstance(v, bool)),
-    "r": ("a positive integer", _is_rank),
-    "rank_pattern": (
-        "names of modules with positive integers",
-        lambda v: _are_by_name(v, _is_rank),
-    ),
-    "lora_alpha": ("a number", _is_number),
-    "alpha_pattern": (
-        "names of modules with numbers",
-        lambda v: _are_by_name(v, _is_number),
-    ),
-    "lora_dropout": ("in [0, 1)", lambda v: _is_number(v) and 0 <= v < 1),
+    "use_mora": _BOOL,
+    "use_rslora": _BOOL,
+    "r": _RANK,
+    "rank_pattern": _by_name(_RANK),
+    "lora_alpha": _NUMBER,
+    "alpha_pattern": _by_name(_NUMBER),
+    "lora_dropout": ("in [0, 1)", lambda v: _NUMBER[1](v) and 0 <= v < 1),
     "init_lora_weights": (
         "a start that leaves the base as it is; PEFT's save_pretrained with "
         "path_initial_model_for_weight_conversion makes a plain LoRA of another",
         lambda v: not (isinstance(v, str) and _OF_ANOTHER_BASE.fullmatch(v)),
     ),
 }
-_OF_REFERENCE: Rules = {
+_REFERENCE_RULES: dict[str, Rule] = {
     "bias": ("'none'", lambda v: v == "none"),
     "mora_type": (
         "1, 2, 3, 4 or 6",
@@ -117,10 +114,9 @@ def checked(content: Any) -> dict[str, Any]:
         raise AdapterFileError(f"{CONFIG} must be an object, got {short(content)}")
     config = _DEFAULTS | {key: v for key, v in content.items() if v is not None}
     others = *_METHODS, *(key for key in config if key.startswith("use_"))
-    unset = "unset, since it is not known here", lambda v: not v
-    rules = dict.fromkeys(others, unset) | _RULES
+    rules = dict.fromkeys(others, _UNSET) | _RULES
     if config["use_mora"] is True:
-        rules |= _OF_REFERENCE
+        rules |= _REFERENCE_RULES
     for key, (rule, is_right) in rules.items():
         if not is_right(value := config.get(key)):
             raise AdapterFileError(
