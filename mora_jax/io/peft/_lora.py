@@ -9,9 +9,10 @@ import numpy as np
 from mora_jax._common.checks import check_number, positive_integer
 from mora_jax._plan.plan import Plan
 from mora_jax._plan.spec import AdapterSpec
+from mora_jax.io._files import ADAPTER, check_free
 from mora_jax.io._names import Names
 from mora_jax.io.peft._modules import MatrixPair, rows_looked_up
-from mora_jax.io.peft._write import free, modules, whole_modules, write_peft
+from mora_jax.io.peft._write import modules, whole_modules, write_peft
 from mora_jax.operators import LowRank
 
 Rank = int | Literal["auto"] | None
@@ -63,7 +64,7 @@ def save_peft_lora(
         convolution's, the plan lacks adapters, a delta of full rank lacks a `rank`, or
         a module would lose more than `max_error`. Nothing is written.
     """
-    path = free(directory, force)
+    path = check_free("directory", directory, ADAPTER, force)
     matrices, lost = make_lora(adapters, plan, names, rank, max_error)
     whole = whole_modules(adapters, plan, names)
     write_peft(path, matrices, base_model, task_type, whole)

@@ -13,10 +13,10 @@ from mora_jax._plan.spec import AdapterSpec
 from mora_jax._plan.trained_arrays import refuse_trained
 from mora_jax._tree.adapters import adapter_items, trained_items
 from mora_jax.io._files import (
+    ADAPTER,
     CONFIG,
     TENSORS,
     Location,
-    as_path,
     check_free,
     write_directory,
 )
@@ -65,7 +65,7 @@ def save_peft_mora(
       ValueError: The reference lacks an operator or a square rank, a kernel is an
         embedding's, or as `save_peft_lora`.
     """
-    path = free(directory, force)
+    path = check_free("directory", directory, ADAPTER, force)
     refuse_trained(
         plan.trained,
         "which the reference cannot hold; mora_jax.save and io.save_peft_lora hold it",
@@ -215,10 +215,3 @@ def whole_modules(adapters: Any, plan: Plan, names: Names) -> dict[str, np.ndarr
         numbers = to_numpy(array.name, copy)
         whole[tensor.name] = numbers.T if tensor.axes == "oi" else numbers
     return whole
-
-
-def free(directory: str | os.PathLike[str], force: bool) -> Location:
-    """Return the path of a directory, unless it holds something to be kept."""
-    path = as_path("directory", directory)
-    check_free("directory", path, (CONFIG, TENSORS), force)
-    return path
