@@ -123,7 +123,7 @@ def export(
 def _is_tied(base: str | os.PathLike[str], plan: Plan, names: Names) -> bool:
     """Return True if an adapted embedding is the head, too, which a LoRA would miss."""
     known = pairs(names)
-    named = [module for spec in plan.specs for module in modules_of(spec, known)[0]]
+    named = [module for spec in plan.specs for module in modules_of(spec, known)]
     tables = [f"{module.name}.weight" for module in named if module.table]
     # A base that nothing is merged into need not be of safetensors.
     source = Source(Checkpoint(base), names) if tables else None

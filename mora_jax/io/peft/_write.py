@@ -184,10 +184,9 @@ def modules(
                 f"and embeddings, got axes {spec.axes!r}, those of a convolution; "
                 "mora_jax.merge merges it"
             )
-        named, missing = modules_of(spec, known)
-        m = to_numpy(spec.name, m)
+        named, m = modules_of(spec, known), to_numpy(spec.name, m)
         items += [(module, spec, m[module.index]) for module in named]
-        unknown += missing
+        unknown += [module.place for module in named if not module.name]
     if unknown:
         raise ValueError(
             f"names have no module for the kernel {unknown[0]!r}; "
