@@ -1,5 +1,6 @@
 """Names of PyTorch's modules and tensors, and the kernels that they are here."""
 
+import dataclasses
 import difflib
 import itertools
 import json
@@ -153,7 +154,8 @@ def split_index(kernel: str) -> tuple[str, Shape]:
     return path, tuple(map(int, numbers))
 
 
-class Module(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Module:
     """A module, and its part of a kernel.
 
     Its weight has the `axes` "oi" or "io", and it may be a `table`, which looks up rows

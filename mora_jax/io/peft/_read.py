@@ -160,9 +160,8 @@ def _trained(
         source.check_missing()  # all of a stack was trained, or none
         part = next(iter(stack.values()))
         dtype = part.file.dtype(part.name)
-        array = TrainedArray(
-            path, shape, dtype, getattr(leaf, "base_dtype", leaf.dtype)
-        )
+        base_dtype = getattr(leaf, "base_dtype", leaf.dtype)
+        array = TrainedArray(path, shape, dtype, base_dtype)
         yield array, Leaf(shape, dtype, None, stack).read()
     if left := [name for name in tensors if name not in source.taken]:
         raise AdapterFileError(
