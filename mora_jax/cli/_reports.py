@@ -45,14 +45,8 @@ def read_adapter(
         None if base is None else io.Checkpoint(as_path("base", base)).shapes(names)
     )
     path = as_path(argument, directory)
-    kind = format_of(path)
-    if kind == "mora":
+    if format_of(path) == "mora":
         return io.load(path)
-    if kind == "peft-mora" and shapes is None:
-        raise AdapterFileError(
-            f"{path} is the reference's, and does not say how large kernels are: "
-            "the base is needed too"
-        )
     return io.load_peft(path, shapes, names)
 
 

@@ -99,7 +99,7 @@ def _remote(argument: str, text: str, scheme: str) -> Location:
         ) from error
 
 
-CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+ADAPTER = CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 """The files in an adapter's directory, in PEFT's format and in this library's."""
 
 TEMPORARY = ".mora-jax-"
@@ -147,12 +147,13 @@ def entries(directory: Location) -> list[Location]:
 
 
 def check_free(
-    argument: str, path: Location, names: Collection[str], force: bool
-) -> None:
-    """Raise unless a directory of files called `names` may be made at `path`.
+    argument: str, value: object, names: Collection[str], force: bool
+) -> Location:
+    """Return the path of a directory, if one of files called `names` may be made there.
 
     With `force` it may replace one, all of whose files have those names.
     """
+    path = as_path(argument, value)
     if path.exists() and not path.is_dir():
         raise NotADirectoryError(f"{argument} must be a directory, got the file {path}")
     there = {entry.name for entry in entries(path)}
@@ -164,6 +165,7 @@ def check_free(
             f"{foreign[:3] or sorted(there)[:3]}; force=True replaces a directory that "
             "holds a *.safetensors, and nothing but what this writes"
         )
+    return path
 
 
 def replace_files(directory: Location, tensors: bytes, config: bytes) -> None:

@@ -160,7 +160,7 @@ class Module:
 
     Its weight has the `axes` "oi" or "io", and it may be a `table`, which looks up rows
     of that. It belongs to the layer `index` of the kernel's stack, and has the slice
-    `outputs` of the kernel's.
+    `outputs` of the kernel's. Messages call the part `place`.
     """
 
     name: str
@@ -168,34 +168,30 @@ class Module:
     table: bool
     index: Shape
     outputs: slice
+    place: str
 
 
-def modules_of(
-    spec: AdapterSpec, known: tuple[Pair, ...]
-) -> tuple[list[Module], list[str]]:
-    """Return the modules of a kernel, and its layers that lack one."""
-    modules, missing = [], []
+def modules_of(spec: AdapterSpec, known: tuple[Pair, ...]) -> list[Module]:
+    """Return the modules of a kernel; one that the names lack is called ""."""
+    modules = []
     first, *others = sizes(spec.kernel_shape, spec.axes, "o")
     inner = spec.axes.replace("s", "")
     # PyTorch has one axis where a kernel has heads, and tables are as they are here.
     table_axes = re.sub(r"(.)\1+", r"\1", inner)
     for index in np.ndindex(spec.stack_shape):
-        kernel = join_index(spec.name, index)
-        names = [to_module(kernel, known)]
-        if names == [None] and inner.startswith("o") and others:
+        places = [join_index(spec.name, index)]
+        if others and inner.startswith("o") and not to_module(places[0], known):
             # The first axis may tell modules apart.
-            parts = (join_index(spec.name, (*index, k)) for k in range(first))
-            names = [to_module(part, known) for part in parts]
-        width = spec.out_features // len(names)
-        if None in names:
-            missing.append(kernel)
-            continue
-        for k, (name, axes) in enumerate(filter(None, names)):
-            table = is_table(name, spec.name)
-            outputs = slice(k * width, (k + 1) * width)
+            parts = [join_index(spec.name, (*index, k)) for k in range(first)]
+            places = parts if any(to_module(part, known) for part in parts) else places
+        width = spec.out_features // len(places)
+        for k, place in enumerate(places):
+            name, axes = to_module(place, known) or ("", "oi")
+            table = name != "" and is_table(name, spec.name)
             order = table_axes if table else axes
-            modules.append(Module(name, order, table, index, outputs))
-    return modules, missing
+            outputs = slice(k * width, (k + 1) * width)
+            modules.append(Module(name, order, table, index, outputs, place))
+    return modules
 
 
 def suggestion(kernels: Collection[str], modules: Collection[str]) -> str:

@@ -262,11 +262,10 @@ class Source:
         equal = (a == b for a, b in zip(*pieces, strict=True))
         return (one.dtype, one.shape) == (other.dtype, other.shape) and all(equal)
 
-    def stand_for_two(self, tensors: Iterable[str]) -> bool:
-        """Return True if a tensor is there, and not the one that may be tied to it."""
-        there = self._by_canonical.keys()
-        lone = (t for t in tensors if canonical(t) in there and _tied_to(t))
-        return self.tied and any(there.isdisjoint(_tied_to(t)) for t in lone)
+    def stands_for_two(self, tensor: str) -> bool:
+        """Return True if a tensor is there, and also for one that is tied to it."""
+        own = self.named(tensor)
+        return own != "" and own in map(self.named, _tied_to(tensor))
 
 
 def _tied_to(name: str) -> tuple[str, ...]:

@@ -102,21 +102,17 @@ def _sites(source: Source, spec: AdapterSpec, m: np.ndarray) -> Iterator[Site]:
     if own := source.own_name(spec.path):
         yield Site(spec, m, (own,))
         return
-    modules, unnamed = modules_of(spec, source.known)
-    source.missing += unnamed
-    layers = itertools.groupby(modules, lambda module: module.index)
-    # The numbers are right unless a layer is unnamed, which is an error in the end.
+    layers = itertools.groupby(modules_of(spec, source.known), lambda m: m.index)
     for layer, (index, group) in enumerate(layers):
-        first, *others = group
-        tensors = tuple(source.named(f"{one.name}.weight") for one in (first, *others))
-        for part, tensor in enumerate(tensors):
-            if not tensor:
-                at = (*index, part) if others else index
-                source.missing.append(join_index(spec.name, at))
+        modules = list(group)
+        tensors = tuple(source.named(f"{module.name}.weight") for module in modules)
+        pairs = zip(modules, tensors, strict=True)
+        source.missing += [module.place for module, tensor in pairs if not tensor]
         sizes = {"i": spec.in_features, "o": spec.out_features}
-        shape = tuple(sizes[letter] for letter in first.axes)
+        axes = modules[0].axes
+        shape = tuple(sizes[letter] for letter in axes)
         # One layer at a time: the delta of a whole stack may not fit in memory.
-        alone = {"kernel_shape": shape, "axes": first.axes, "layout": None}
+        alone = {"kernel_shape": shape, "axes": axes, "layout": None}
         yield Site(dataclasses.replace(spec, **alone), m[index], tensors, layer)
 
 

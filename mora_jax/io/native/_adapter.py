@@ -8,9 +8,9 @@ import contextlib
 import dataclasses
 import hashlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import numpy as np
@@ -33,7 +33,8 @@ FORMAT, KEY = "mora_jax adapter", "mora_jax"
 WHERE = f"the config in {TENSORS}"
 """The name of the config in messages."""
 
-T = TypeVar("T")
+Content = tuple[dict[str, Any], dict[str, np.ndarray]]
+"""The config in a file, and {name: array} of its tensors."""
 
 
 def load(
@@ -80,9 +81,7 @@ def load(
     if params_or_shapes is not None:
         leaves = named_leaves(params_or_shapes)
         kernels = {name: leaf for name, (_, leaf) in leaves.items()}
-    adapters, plan = _settled(
-        path, lambda file, config: _restored(file, config, kernels)
-    )
+    adapters, plan = _restored(*_settled(path), kernels)
     if kernels is not None and not any_base:
         try:
             check_base(plan.specs, kernels)
@@ -109,13 +108,11 @@ def read_metadata(directory: str | os.PathLike[str]) -> dict[str, Any]:
       ...     mora_jax.io.read_metadata(directory)
       {'step': 3}
     """
-    return _settled(
-        _files.as_path("directory", directory), lambda _, config: config["metadata"]
-    )
+    return _settled(_files.as_path("directory", directory))[0]["metadata"]
 
 
-def _settled(directory: Location, use: Callable[[TensorFile, dict[str, Any]], T]) -> T:
-    """Return what `use` makes of an adapter's file, and of the config in it."""
+def _settled(directory: Location) -> Content:
+    """Return the content of an adapter's file, when nobody is writing it."""
     # Another process may be saving. A local file is read whole all the same, but a
     # store may give parts of two files, and the copy of the config may be of the next
     # adapter. So an error counts only if the file is the same as at the last try.
@@ -124,16 +121,15 @@ def _settled(directory: Location, use: Callable[[TensorFile, dict[str, Any]], T]
         with lock:
             data = _files.read_bytes(directory / TENSORS)
             try:
-                file = TensorFile(Path(TENSORS), data)
-                config, copy = _parse_config(file), directory / CONFIG
-                if copy.exists() and dump(read_json(copy)) != dump(config):
+                content, copy = _parse(data), directory / CONFIG
+                if copy.exists() and dump(read_json(copy)) != dump(content[0]):
                     # Someone has edited it, or has replaced one of the two files.
                     raise AdapterFileError(
                         f"{CONFIG} in {directory} is edited, damaged or of another "
                         f"adapter: unlike {TENSORS}, which alone is read; delete it, "
                         "and the next save writes it"
                     )
-                return use(file, config)
+                return content
             except AdapterFileError:
                 if data == before:
                     raise
@@ -143,10 +139,10 @@ def _settled(directory: Location, use: Callable[[TensorFile, dict[str, Any]], T]
 # --- Content of the file ---
 
 
-def _parse_config(file: TensorFile) -> dict[str, Any]:
-    """Return the config in a file, whose format, version and digest are checked."""
+def _parse(data: bytes) -> Content:
+    """Return the content of a file, whose format, version and digests are checked."""
+    file, hint = TensorFile(Path(TENSORS), data), "io.load_peft reads PEFT's"
     texts = file.metadata
-    hint = "io.load_peft reads PEFT's"
     if texts.keys() != {KEY} or not isinstance(texts[KEY], str):
         raise AdapterFileError(
             f"{TENSORS} is not of mora_jax: its metadata must hold {KEY!r} alone, got "
@@ -156,19 +152,19 @@ def _parse_config(file: TensorFile) -> dict[str, Any]:
     content = _records.parse_plan(texts[KEY], FORMAT, more, WHERE, hint)
     if content["sha256"] != _signature(content):
         raise AdapterFileError(f"{WHERE} is damaged or edited: its SHA-256 differs")
-    return content
+    arrays = file.arrays()
+    if content["tensors_sha256"] != _digest(arrays):
+        raise AdapterFileError(f"{TENSORS} is damaged: the SHA-256 of tensors differs")
+    return content, arrays
 
 
 def _restored(
-    file: TensorFile, content: Mapping[str, Any], base: _records.Base
+    config: dict[str, Any], arrays: dict[str, np.ndarray], base: _records.Base
 ) -> tuple[Tree, Plan]:
-    """Return the adapters in a file, whose config is `content`, and their plan."""
-    arrays = file.arrays()
-    if not content["layers"]:
+    """Return the adapters that a file holds, and their plan."""
+    if not config["layers"]:
         raise AdapterFileError(f"{WHERE} must have an adapter, got none")
-    if content["tensors_sha256"] != _digest(arrays):
-        raise AdapterFileError(f"{TENSORS} is damaged: the SHA-256 of tensors differs")
-    plan, leaves = _records.restore_plan(content, WHERE, base, arrays)
+    plan, leaves = _records.restore_plan(config, WHERE, base, arrays)
     if arrays:
         raise AdapterFileError(
             f"{TENSORS} holds {short(sorted(arrays))}; its config knows nothing of it"
@@ -261,8 +257,7 @@ def replace_adapter(
         plan = _with_digests(check_plan(plan), params)
     tensors, config = _encode(adapters, plan, kept)
     # Nothing is written that cannot be read.
-    file = TensorFile(Path(TENSORS), tensors)
-    _restored(file, _parse_config(file), _records.shapes_of(plan))
+    _restored(*_parse(tensors), _records.shapes_of(plan))
     _files.replace_files(directory, tensors, config)
 
 
@@ -304,7 +299,7 @@ def _with_digests(plan: Plan, params: Any) -> Plan:
 
 def _refuse_foreign_adapter(directory: Location) -> None:
     """Raise if a directory holds an adapter that this library did not write."""
-    present = [name for name in (CONFIG, TENSORS) if (directory / name).is_file()]
+    present = [name for name in _files.ADAPTER if (directory / name).is_file()]
     for name in present:
         # A file so damaged that it says nothing leaves that to the other.
         with contextlib.suppress(AdapterFileError):

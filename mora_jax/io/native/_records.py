@@ -189,8 +189,8 @@ def _restore_adapter(
         base_digest=digests and tuple(digests),
         **{n: v for n, v in record["settings"].items() if n in SETTINGS},
     )
-    if m is not None and m.shape != spec.shape:
-        raise ValueError(f"M must have shape {spec.shape}, got {m.shape}")
+    if m is not None:
+        check_leaf(m, "M", spec.shape)
     expected = record_of(spec, LAYER)
     _check_same(record, expected if m is None else expected | {"dtype": m.dtype.name})
     return spec

@@ -8,13 +8,13 @@ from typing import Any, Literal, NamedTuple, get_args
 from mora_jax._common.checks import check_choice
 from mora_jax._layer.rounding import Rounding
 from mora_jax._plan.plan import Plan, check_plan
-from mora_jax.io._files import as_path
+from mora_jax.io._files import ADAPTER, as_path, check_free
 from mora_jax.io._names import Names, modules_of, pairs
 from mora_jax.io.checkpoints._checkpoint import Checkpoint
 from mora_jax.io.checkpoints._matching import Source
 from mora_jax.io.checkpoints._merge_files import merge_checkpoint
 from mora_jax.io.peft._lora import make_lora
-from mora_jax.io.peft._write import free, write_peft
+from mora_jax.io.peft._write import write_peft
 
 Server = Literal["vllm", "sglang"]
 
@@ -85,7 +85,7 @@ def export(
     check_plan(plan)
     path = as_path("directory", directory)
     if not force:
-        free(path, force)  # raises before minutes are spent
+        check_free("directory", path, ADAPTER, force)  # before minutes are spent
     model = os.path.expanduser(base_model)
     if not model and base is not None:  # servers load the directory, not one file of it
         source = as_path("base", base)
@@ -97,15 +97,16 @@ def export(
         why = ""  # the base is known
     else:
         matrices, lost = make_lora(adapters, plan, names, "auto", max_error)
-        worst, rank, *_ = max(matrices, key=lambda pair: pair.rank)
-        if len({pair.alpha / pair.rank for pair in matrices}) > 1:
+        worst, *_, rank, _, _ = max(matrices, key=lambda pair: pair.rank)
+        if len({pair.factor for pair in matrices}) > 1:
             # vLLM has one lora_alpha / r for all modules: 1, with the rest in B.
-            matrices = [pair.with_alpha() for pair in matrices]
+            matrices = [p._replace(b=p.factor * p.b, factor=1) for p in matrices]
         if rank <= RANKS[-1]:
-            write_peft(free(path, force), matrices, base_model, "CAUSAL_LM")
+            check_free("directory", path, ADAPTER, force)
+            write_peft(path, matrices, base_model, "CAUSAL_LM")
             return Export(rank, lost, _command(server, model, rank, str(path)))
         why = (
-            f"{worst.name} needs rank {rank} to lose at most {max_error:.1%} of its "
+            f"{worst} needs rank {rank} to lose at most {max_error:.1%} of its "
             f"delta, and servers take {RANKS[-1]} at most; a larger max_error needs "
             "less, else"
         )
@@ -122,10 +123,11 @@ def export(
 def _is_tied(base: str | os.PathLike[str], plan: Plan, names: Names) -> bool:
     """Return True if an adapted embedding is the head, too, which a LoRA would miss."""
     known = pairs(names)
-    named = [module for spec in plan.specs for module in modules_of(spec, known)[0]]
+    named = [module for spec in plan.specs for module in modules_of(spec, known)]
     tables = [f"{module.name}.weight" for module in named if module.table]
     # A base that nothing is merged into need not be of safetensors.
-    return bool(tables) and Source(Checkpoint(base), names).stand_for_two(tables)
+    source = Source(Checkpoint(base), names) if tables else None
+    return source is not None and any(map(source.stands_for_two, tables))
 
 
 def _command(server: Server, model: str, rank: int = 0, adapter: str = "") -> str:

@@ -7,17 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from mora_jax._common.checks import check_number, positive_integer
-from mora_jax._common.warnings import warn
 from mora_jax._plan.plan import Plan
 from mora_jax._plan.spec import AdapterSpec
+from mora_jax.io._files import ADAPTER, check_free
 from mora_jax.io._names import Names
-from mora_jax.io.peft._write import (
-    MatrixPair,
-    free,
-    modules,
-    whole_modules,
-    write_peft,
-)
+from mora_jax.io.peft._modules import MatrixPair, rows_looked_up
+from mora_jax.io.peft._write import modules, whole_modules, write_peft
 from mora_jax.operators import LowRank
 
 Rank = int | Literal["auto"] | None
@@ -69,7 +64,7 @@ def save_peft_lora(
         convolution's, the plan lacks adapters, a delta of full rank lacks a `rank`, or
         a module would lose more than `max_error`. Nothing is written.
     """
-    path = free(directory, force)
+    path = check_free("directory", directory, ADAPTER, force)
     matrices, lost = make_lora(adapters, plan, names, rank, max_error)
     whole = whole_modules(adapters, plan, names)
     write_peft(path, matrices, base_model, task_type, whole)
@@ -92,13 +87,10 @@ def make_lora(
         enough = max(enough, own)
         full = spec if rank is None and spec.operator.block else full
         if module.table:
-            warn(
-                f"{spec.name}: PEFT and servers adapt the lookup of {module.name}, and "
-                "not a head that is tied to it; io.merge_checkpoint changes both"
-            )
-            if module.axes == "oi":  # the rows of the table are its outputs
-                a, b = b.T, a.T
-        matrices.append(MatrixPair(module, len(b), a, b, factor * len(b)))
+            also = "io.merge_checkpoint changes both"
+            a, b = rows_looked_up(spec, module.name, a, b, also)
+        name, table, axes = module.name, module.table, module.axes
+        matrices.append(MatrixPair(name, table, a, b, len(b), factor, axes))
     advice = (
         f"rank={enough} keeps every module within {max_error:.1%}, and max_error=1 "
         "accepts any loss"

@@ -3,14 +3,13 @@
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
 from mora_jax._common.suggestions import nearest_paths
-from mora_jax._common.types import Shape
 from mora_jax._flax.planning import plan
 from mora_jax._plan.plan import Plan
 from mora_jax._plan.settings import MoRAConfig
@@ -23,10 +22,8 @@ from mora_jax.io._names import Names, pairs, split_index, suggestion, to_kernel
 from mora_jax.io._tensors import TensorFile, to_jax
 from mora_jax.io.checkpoints._checkpoint import Checkpoint
 from mora_jax.io.checkpoints._matching import Leaf, Source
-from mora_jax.io.peft._modules import PREFIX, ByIndex, Factors, LoRA, Reference
-
-READERS = {True: Reference, False: LoRA}
-"""{True if the config has `use_mora`: who reads the modules}."""
+from mora_jax.io.peft._kernels import ByIndex, adapter_of
+from mora_jax.io.peft._modules import MatrixPair, checked, modules_in
 
 
 def load_peft(
@@ -60,74 +57,47 @@ def load_peft(
         model.
     """
     path = as_path("directory", directory)
-    config = read_json(path / CONFIG)
-    if not isinstance(config, dict):
-        raise AdapterFileError(f"{CONFIG} must be an object, got {short(config)}")
-    reader = READERS[config.get("use_mora") is True](config)
+    config = checked(read_json(path / CONFIG))
+    if config["use_mora"] and model is None:
+        raise AdapterFileError(
+            f"{path} is the reference's, and does not say how large kernels are: "
+            "the base is needed too"
+        )
     arrays = TensorFile(path / TENSORS, read_bytes(path / TENSORS)).arrays()
-    modules, others = _by_module(arrays)
+    modules, others = modules_in(arrays, config)
     kernels = _by_kernel(modules, model, names)
     template, specs, adapters = _template(model, kernels), [], {}
     for spec in template.specs:
         if spec.name in kernels:
             try:
-                spec, m = reader.adapter(spec, kernels[spec.name])
+                spec, m = adapter_of(spec, kernels[spec.name], config)
             except ValueError as error:
                 raise AdapterFileError(f"{spec.name} in {TENSORS}: {error}") from error
             specs.append(spec)
             adapters[adapter_path(spec)] = to_jax(spec.name, m)
-    trained = []
+    trained: dict[TrainedArray, jax.Array] = {}
     if others:
         source = Source(Checkpoint(path / TENSORS), names, tied=False)
-        for array, leaf in _trained(source, model, others, kernels):
-            trained.append(array)
-            adapters[array.path] = leaf.read()
+        trained = dict(_trained(source, model, others, kernels))
+    adapters |= {array.path: copy for array, copy in trained.items()}
     numbers = template.base_parameters, template.traced
     return nest(adapters), Plan(tuple(specs), *numbers, trained=tuple(trained))
 
 
-def _by_module(
-    arrays: Mapping[str, np.ndarray],
-) -> tuple[dict[str, Factors], list[str]]:
-    """Return {module: its two matrices}, and the names of all other tensors."""
-    found: dict[str, dict[str, np.ndarray]] = defaultdict(dict)
-    tables, others = set(), []
-    for key, array in arrays.items():
-        form = r"(.+)\.lora_(?:([AB])\.weight|embedding_([AB]))"
-        if named := re.fullmatch(re.escape(PREFIX) + form, key):
-            found[named[1]][named[2] or named[3]] = array
-            tables |= {named[1]} if named[3] else set()
-        elif key.startswith(PREFIX) and ".lora_" not in key:
-            others.append(key)
-        else:
-            raise AdapterFileError(
-                f"tensors in {TENSORS} must be like {PREFIX}*.lora_A.weight, "
-                f"got {short(key)}"
-            )
-    modules = {}
-    for name, two in found.items():
-        if len(two) < 2 or any(array.ndim != 2 for array in two.values()):
-            raise AdapterFileError(
-                f"{TENSORS} must have lora_A and lora_B of {name}, two matrices"
-            )
-        modules[name] = Factors(name, two["A"].T, two["B"].T, name in tables)
-    return modules, others
-
-
 def _by_kernel(
-    modules: Mapping[str, Factors], model: Any, names: Names
+    modules: Iterable[MatrixPair], model: Any, names: Names
 ) -> dict[str, ByIndex]:
     """Return the matrices of each kernel, by the names of their modules."""
     known, unknown = pairs(names), []
     kernels: dict[str, ByIndex] = defaultdict(dict)
-    for module, factors in modules.items():
-        if (kernel := to_kernel(module, known)) is None:
-            unknown.append(module)
+    for pair in modules:
+        if (kernel := to_kernel(pair.module, known)) is None:
+            unknown.append(pair.module)
             continue
         path, index = split_index(kernel[0])
         if index in kernels[path]:
             raise AdapterFileError(f"{TENSORS} has two modules for {kernel[0]}")
-        kernels[path][index] = factors
+        kernels[path][index] = pair
     if unknown:
         paths = list(model) if isinstance(model, Plan) else []
         if not isinstance(model, Plan) and jax.tree.leaves(model):
@@ -165,33 +135,34 @@ def _template(model: Any, kernels: Mapping[str, ByIndex]) -> Plan:
         raise AdapterFileError(f"{TENSORS} does not fit the model: {error}") from error
 
 
-def _shape(modules: ByIndex) -> jax.ShapeDtypeStruct:
-    """Return the shape of a kernel by the matrices of its modules."""
-    factors = next(iter(modules.values()))
-    stack: Shape = tuple(max(sizes) + 1 for sizes in zip(*modules, strict=True))
-    shape = *stack, len(factors.a), factors.b.shape[-1]
-    return jax.ShapeDtypeStruct(shape, np.float32)
+def _shape(by_index: ByIndex) -> jax.ShapeDtypeStruct:
+    """Return the shape of a kernel by the matrices of its last module."""
+    last = max(by_index)
+    stack, (_, _, a, b, *_) = (number + 1 for number in last), by_index[last]
+    return jax.ShapeDtypeStruct((*stack, len(a), b.shape[1]), np.float32)
 
 
 def _trained(
-    source: Source, model: Any, tensors: list[str], kernels: Iterable[str]
-) -> Iterable[tuple[TrainedArray, Leaf]]:
+    source: Source, model: Any, tensors: list[str], kernels: Collection[str]
+) -> Iterator[tuple[TrainedArray, jax.Array]]:
     """Yield the arrays that the file has whole, which are the model's of such names."""
     leaves: dict[str, Any] = {}
     if isinstance(model, Plan):
         leaves = {a.name: (a.path, a) for a in model.trained}
     elif model is not None:
-        leaves = {n: leaf for n, leaf in named_leaves(model).items()}
+        leaves = named_leaves(model)
     misfit = "{!r} of shape {} does not fit {} in " + TENSORS
     for name, (path, leaf) in leaves.items():
-        if name not in kernels:
-            stack = source.stack(name, tuple(leaf.shape), misfit)
+        shape = tuple(leaf.shape)
+        if name in kernels or not (stack := source.stack(name, shape, misfit)):
             source.missing.clear()
-            for part in list(stack.values())[:1]:
-                dtype = part.file.dtype(part.name)
-                base = getattr(leaf, "base_dtype", leaf.dtype)
-                array = TrainedArray(path, tuple(leaf.shape), dtype, base)
-                yield array, Leaf(array.shape, dtype, None, stack)
+            continue
+        source.check_missing()  # all of a stack was trained, or none
+        part = next(iter(stack.values()))
+        dtype = part.file.dtype(part.name)
+        base_dtype = getattr(leaf, "base_dtype", leaf.dtype)
+        array = TrainedArray(path, shape, dtype, base_dtype)
+        yield array, Leaf(shape, dtype, None, stack).read()
     if left := [name for name in tensors if name not in source.taken]:
         raise AdapterFileError(
             f"{TENSORS} has {short(left[0])}, an array that was trained whole, and the "

@@ -4,7 +4,7 @@ import math
 import os
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -13,10 +13,10 @@ from mora_jax._plan.spec import AdapterSpec
 from mora_jax._plan.trained_arrays import refuse_trained
 from mora_jax._tree.adapters import adapter_items, trained_items
 from mora_jax.io._files import (
+    ADAPTER,
     CONFIG,
     TENSORS,
     Location,
-    as_path,
     check_free,
     write_directory,
 )
@@ -30,7 +30,7 @@ from mora_jax.io._names import (
     to_tensors,
 )
 from mora_jax.io._tensors import encode, to_numpy
-from mora_jax.io.peft._modules import PREFIX
+from mora_jax.io.peft._modules import PREFIX, MatrixPair
 from mora_jax.io.peft._reference import REFERENCE_GROUPS, reference_square_rank
 from mora_jax.operators import Rotation, Sharing
 
@@ -65,7 +65,7 @@ def save_peft_mora(
       ValueError: The reference lacks an operator or a square rank, a kernel is an
         embedding's, or as `save_peft_lora`.
     """
-    path = free(directory, force)
+    path = check_free("directory", directory, ADAPTER, force)
     refuse_trained(
         plan.trained,
         "which the reference cannot hold; mora_jax.save and io.save_peft_lora hold it",
@@ -84,7 +84,7 @@ def save_peft_mora(
         m = spec.operator.scaled(m.astype(np.float32), spec.factor)
         m = np.asarray(scale * m, np.float32)
         # PEFT multiplies by lora_alpha / r, which is 1: alpha is in M.
-        squares.append(MatrixPair(module, rank, m, m, rank))
+        squares.append(MatrixPair(module.name, False, m, m, rank, 1, module.axes))
     if len(settings) > 1:
         raise ValueError(
             "the reference has one mora_type and dropout for all layers, got "
@@ -121,21 +121,6 @@ def _reference(spec: AdapterSpec) -> tuple[int, int, float]:
     return mora_type, rank, scale
 
 
-class MatrixPair(NamedTuple):
-    """PEFT's two matrices of a module, (in, r) and (r, out), `r` and `lora_alpha`."""
-
-    module: Module
-    rank: int
-    a: np.ndarray
-    b: np.ndarray
-    alpha: float
-
-    def with_alpha(self) -> "MatrixPair":
-        """The same with `lora_alpha / r` in B."""
-        factor, dtype = self.alpha / self.rank, self.b.dtype
-        return self._replace(b=(factor * self.b).astype(dtype), alpha=self.rank)
-
-
 def write_peft(
     path: Location,
     matrices: Sequence[MatrixPair],
@@ -148,29 +133,28 @@ def write_peft(
 
     `whole` are {tensor: numbers} of modules that were trained themselves.
     """
-    axes = {pair.module.axes for pair in matrices if not pair.module.table}
+    axes = {pair.axes for pair in matrices if not pair.table}
     if len(axes) > 1:
         raise ValueError("modules must be all Linear or all Conv1D")
-    tensors = {}
-    for module, _, a, b, _ in matrices:
-        kind = "lora_embedding_{}" if module.table else "lora_{}.weight"
-        for letter, matrix in zip("AB", (a, b), strict=True):
-            tensors[f"{PREFIX}{module.name}.{kind.format(letter)}"] = matrix.T
+    tensors, ranks, alphas = {}, {}, {}
+    for name, table, a, b, r, factor, _ in matrices:
+        start, end = ("embedding_", "") if table else ("", ".weight")
+        for letter, matrix in ("A", a), ("B", b):
+            tensors[f"{PREFIX}{name}.lora_{start}{letter}{end}"] = matrix.T
+        ranks[name], alphas[name] = r, factor * r
     tensors |= {f"{PREFIX}{name}": array for name, array in (whole or {}).items()}
     # Servers make room for `r`, so it is the largest rank.
-    rank, alpha = max((pair.rank, pair.alpha) for pair in matrices)
-    ranks = {pair.module.name: pair.rank for pair in matrices if pair.rank != rank}
-    alphas = {pair.module.name: pair.alpha for pair in matrices if pair.alpha != alpha}
+    rank, alpha = max(zip(ranks.values(), alphas.values(), strict=True))
     config = {
         "peft_type": "LORA",
         "task_type": task_type,
         "base_model_name_or_path": base_model,
         "inference_mode": True,
-        "target_modules": sorted(pair.module.name for pair in matrices),
+        "target_modules": sorted(ranks),
         "r": rank,
-        "rank_pattern": ranks,
+        "rank_pattern": {name: r for name, r in ranks.items() if r != rank},
         "lora_alpha": alpha,
-        "alpha_pattern": alphas,
+        "alpha_pattern": {name: own for name, own in alphas.items() if own != alpha},
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": "io" in axes,
@@ -200,10 +184,9 @@ def modules(
                 f"and embeddings, got axes {spec.axes!r}, those of a convolution; "
                 "mora_jax.merge merges it"
             )
-        named, missing = modules_of(spec, known)
-        m = to_numpy(spec.name, m)
+        named, m = modules_of(spec, known), to_numpy(spec.name, m)
         items += [(module, spec, m[module.index]) for module in named]
-        unknown += missing
+        unknown += [module.place for module in named if not module.name]
     if unknown:
         raise ValueError(
             f"names have no module for the kernel {unknown[0]!r}; "
@@ -231,10 +214,3 @@ def whole_modules(adapters: Any, plan: Plan, names: Names) -> dict[str, np.ndarr
         numbers = to_numpy(array.name, copy)
         whole[tensor.name] = numbers.T if tensor.axes == "oi" else numbers
     return whole
-
-
-def free(directory: str | os.PathLike[str], force: bool) -> Location:
-    """Return the path of a directory, unless it holds something to be kept."""
-    path = as_path("directory", directory)
-    check_free("directory", path, (CONFIG, TENSORS), force)
-    return path
