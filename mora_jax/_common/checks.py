@@ -115,6 +115,13 @@ def check_leaf(leaf: Any, name: str, shape: Shape, otherwise: str = "") -> None:
         raise ValueError(f"{name} must have shape {shape}, got {tuple(leaf.shape)}")
 
 
+def check_concrete(array: Any, name: str, shape: Shape) -> None:
+    """Raise unless `array` is a floating-point array of `shape` with known numbers."""
+    if isinstance(array, Tracer) or not isinstance(array, jax.Array | np.ndarray):
+        raise TypeError(f"{name} must be a concrete array, got {type(array).__name__}")
+    check_leaf(array, name, shape)
+
+
 def check_finite(array: Any, name: str, where: str = "") -> None:
     """Raise if `array` holds NaN or infinity, unless it is being traced."""
     if not isinstance(array, Tracer) and not np.isfinite(array).all():
