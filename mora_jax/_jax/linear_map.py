@@ -66,17 +66,17 @@ class LinearMap(abc.ABC):
         """Map that computes the same in the way of `current_tuning()`."""
         return self
 
-    def __call__(self, residuals: Any, operand: ArrayLike) -> jax.Array:
-        """A(r) x, with `backward` for its transpose."""
+    def __call__(
+        self, residuals: Any, operand: ArrayLike, transposed: bool = False
+    ) -> jax.Array:
+        """A(r) x, or A(r)^T x if `transposed`; each is the other's transpose."""
         leaves, treedef = jax.tree.flatten(residuals)
-        call = _Call(self, treedef, chosen_platform())
+        call = _Call(self, treedef, chosen_platform(), transposed)
         return linear_p.bind(*alike(*leaves, operand), call=call)
 
     def transpose(self, residuals: Any, cotangent: ArrayLike) -> jax.Array:
         """A(r)^T y, with `forward` for its transpose."""
-        leaves, treedef = jax.tree.flatten(residuals)
-        call = _Call(self, treedef, chosen_platform(), transposed=True)
-        return linear_p.bind(*alike(*leaves, cotangent), call=call)
+        return self(residuals, cotangent, transposed=True)
 
 
 @dataclasses.dataclass(frozen=True)
