@@ -42,19 +42,19 @@ class ShardMappedMap(LinearMap):
       whole: The type of the whole operand: its shape and dtype.
       specs: The splits of the operand, of the result, and of the residuals behind the
         operator.
-      gathers_last: True if other axes may split the last residual as well, so that it
-        has to be gathered from them.
       by_residual: The derivative by the residual behind the operator, as a map of that
         residual's tangent. Its own residuals are the operand and, unless the map is
         linear in the residual, the residual.
+      gathers_last: True if other axes may split the last residual as well, so that it
+        has to be gathered from them.
     """
 
     features: FeatureSharding
     forward_here: Static
     whole: Any
     specs: tuple[PartitionSpec, ...]
-    gathers_last: bool = False
     by_residual: "ShardMappedMap | None" = None
+    gathers_last: bool = False
 
     def forward(self, residuals: Any, operand: jax.Array) -> jax.Array:
         mapped = self._mapped(self.forward_here, *self.specs[:2])
@@ -179,7 +179,7 @@ class OperatorOnMesh:
         return of_h((self.operator,), h)
 
     def rows(self, x: jax.Array, m: jax.Array, precision: Any = None) -> jax.Array:
-        """D(C(x) M): (..., in_features) -> (..., out_features)."""
+        """D(C(x) M) as a map of x and of M: (..., in_features) -> (..., out_features)."""
         both = self.features.in_axes, self.features.out_axes
         x_spec, y_spec = (last_axis(axes, x.ndim) for axes in both)
         specs, here = (REPLICATED, y_spec, x_spec), Static(_here, "rows", precision)
@@ -187,9 +187,7 @@ class OperatorOnMesh:
             specs, here = (*specs, REPLICATED), Static(_tangent, precision)
         by_m = ShardMappedMap(self.features, here, jax.typeof(m), specs)
         specs, here = (x_spec, y_spec, REPLICATED), Static(_rows_of_x, precision)
-        of_x = ShardMappedMap(
-            self.features, here, jax.typeof(x), specs, by_residual=by_m
-        )
+        of_x = ShardMappedMap(self.features, here, jax.typeof(x), specs, by_m)
         return of_x((self.operator, m), x)
 
     def unit_rows(
