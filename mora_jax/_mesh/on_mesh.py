@@ -179,7 +179,7 @@ class OperatorOnMesh:
         return of_h((self.operator,), h)
 
     def rows(self, x: jax.Array, m: jax.Array, precision: Any = None) -> jax.Array:
-        """D(C(x) M), (..., in_features) -> (..., out_features): a map of x, and of M."""
+        """D(C(x) M), (..., in_features) -> (..., out_features): a map of x and of M."""
         both = self.features.in_axes, self.features.out_axes
         x_spec, y_spec = (last_axis(axes, x.ndim) for axes in both)
         specs, here = (REPLICATED, y_spec, x_spec), Static(_here, "rows", precision)
