@@ -52,7 +52,7 @@ from mora_jax._layer.equation import delta_kernel
 from mora_jax._layer.rounding import Rounding, check_rounding, share_lost
 from mora_jax._plan.plan import Plan, check_plan
 from mora_jax._plan.spec import AdapterSpec
-from mora_jax._tree.adapters import init, refuse_nonlinear
+from mora_jax._tree.adapters import init
 from mora_jax._tree.merge import array_items, merged_kernel, wide, with_kernels
 from mora_jax._tree.paths import adapter_path, replace_leaves
 from mora_jax.linen._bound import params_of
@@ -213,14 +213,12 @@ def check(
     Raises:
       TypeError: `model` is not a Flax module, or `plan` is not a Plan.
       ValueError: Layers differ by more than `tolerance` (the message has each figure),
-        outputs are not finite, an argument is out of range, `variables` lack params, or
-        a delta is not linear in what is trained.
+        outputs are not finite, an argument is out of range, or `variables` lack params.
     """
     check_plan(plan)
     check_seed(seed)
     if tolerance is not None and check_number("tolerance", tolerance) < 0:
         raise ValueError(f"tolerance must be at least 0, got {tolerance}")
-    refuse_nonlinear(plan.specs, "so that no M is known whose delta has a given size")
     if isinstance(model, nnx.Module):
         params, adapted, plain = _nnx_models(model, plan, inputs, kwargs)
     elif isinstance(model, nn.Module):
@@ -311,7 +309,7 @@ def _as_large_as(kernel: jax.Array, spec: AdapterSpec, key: jax.Array) -> jax.Ar
     m = jax.random.normal(key, spec.shape, spec.param_dtype)
     arrays = wide(kernel), delta_kernel(spec, wide(m))
     size, delta_size = (float(jnp.linalg.norm(a.ravel())) for a in arrays)
-    return m * ((size or 1.0) / delta_size)
+    return spec.operator.scaled(m, (size or 1.0) / delta_size)
 
 
 def _distance(ys: list[jax.Array], references: list[jax.Array]) -> float:

@@ -43,13 +43,7 @@ from mora_jax._layer.rounding import ratio
 from mora_jax._plan.plan import Plan, check_plan, refuse_other_plan
 from mora_jax._plan.spec import SUFFIX, AdapterSpec
 from mora_jax._plan.trained_arrays import refuse_trained
-from mora_jax._tree.adapters import (
-    Tree,
-    nest,
-    refuse_nonlinear,
-    trained_in_base,
-    trained_items,
-)
+from mora_jax._tree.adapters import Tree, nest, trained_in_base, trained_items
 from mora_jax._tree.merge import array_items, wide
 from mora_jax._tree.paths import adapter_path, located_leaves
 
@@ -60,9 +54,6 @@ Adapter = tuple[Any, Plan]
 
 Weights = Sequence[ArrayLike] | jax.Array
 """A real number for each adapter, or an array of them."""
-
-NOT_LINEAR = "so that sums of adapters are not sums of deltas: merge one after another"
-"""The reason to refuse an operator, and what to do instead."""
 
 NO_DELTA = (
     "and is no delta, which this needs: mixing.weighted_sum takes such arrays with "
@@ -93,7 +84,7 @@ def scaled(adapters: Any, factor: ArrayLike) -> Any:
         if not path[-1].endswith(SUFFIX):
             raise ValueError(f"{'/'.join(path)} is not an M, {NO_DELTA}")
         if isinstance(spec := getattr(leaf, "spec", None), AdapterSpec):
-            refuse_nonlinear([spec], NOT_LINEAR)
+            _refuse_nonlinear([spec])
     factor = _factor(factor, "factor")
 
     def times(m: Any) -> jax.Array:
@@ -183,6 +174,17 @@ def _factor(value: Any, name: str) -> Any:
     return check_number(name, value)
 
 
+def _refuse_nonlinear(specs: Iterable[AdapterSpec]) -> None:
+    """Raise if a delta is not linear in what is trained."""
+    for spec in specs:
+        if not spec.operator.linear:
+            raise ValueError(
+                f"{spec.name}: the delta of {spec.operator.name!r} is not linear in "
+                "what is trained, so that sums of adapters are not sums of deltas: "
+                "merge one after another"
+            )
+
+
 def _check_one_base(plans: Sequence[Plan]) -> None:
     """Raise if two plans know that they were trained on different bases."""
     known: dict[str, tuple[str, ...]] = {}
@@ -203,7 +205,7 @@ def _common_plan(plans: Sequence[Plan]) -> Plan:
         except ValueError as error:
             raise ValueError(f"{error}; mixing.project adds different plans") from None
     _check_one_base(plans)
-    refuse_nonlinear(plans[0].specs, NOT_LINEAR)
+    _refuse_nonlinear(plans[0].specs)
     # The one that knows the base, if any does: the others compare equal to it.
     return max(plans, key=lambda plan: any(s.base_digest for s in plan.specs))
 
@@ -241,7 +243,7 @@ def project(
     plans = [*(made_for for _, made_for in pairs), check_plan(plan)]
     for other in plans:
         refuse_trained(other.trained, NO_DELTA)
-    refuse_nonlinear(plan.specs, NOT_LINEAR)
+    _refuse_nonlinear(plan.specs)
     _check_one_base(plans)
     terms = defaultdict(list)
     for pair, factor in zip(pairs, factors, strict=True):

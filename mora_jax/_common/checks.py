@@ -26,22 +26,21 @@ def remedy(dtype: DTypeLike = int, otherwise: str = LEAVE_OUT) -> str:
 
 def positive_integer(name: str, value: Any) -> int:
     """Return `value` as an int, if it is an integer (not a bool) of at least 1."""
-    # int comes first: to ask for a protocol is slow, and plans ask for every kernel.
-    if isinstance(value, bool) or not isinstance(value, int | SupportsIndex):
-        raise TypeError(f"{name} must be a positive integer, got {value!r}")
-    if value.__index__() < 1:
-        raise ValueError(f"{name} must be a positive integer, got {value!r}")
-    return index(value)
+    return _integer(f"{name} must be a positive integer", value, 1)
 
 
 def check_seed(seed: Any) -> int:
     """Return `seed` as an int, if it is an integer that `RandomState` takes."""
-    # An int first: to ask for a protocol takes long, and plans have many seeds.
-    if isinstance(seed, bool) or not isinstance(seed, int | SupportsIndex):
-        raise TypeError(f"seed must be an integer, got {seed!r}")
-    if not 0 <= seed.__index__() < 2**32:
-        raise ValueError(f"seed must be in [0, 2**32), got {seed}")
-    return index(seed)
+    return _integer("seed must be an integer in [0, 2**32)", seed, 0, 2**32)
+
+
+def _integer(rule: str, value: Any, least: int, end: float = math.inf) -> int:
+    # int comes first: to ask for a protocol is slow, and plans ask for every kernel.
+    if isinstance(value, bool) or not isinstance(value, int | SupportsIndex):
+        raise TypeError(f"{rule}, got {value!r}")
+    if not least <= value.__index__() < end:
+        raise ValueError(f"{rule}, got {value!r}")
+    return index(value)
 
 
 def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> str:
@@ -113,6 +112,13 @@ def check_leaf(leaf: Any, name: str, shape: Shape, otherwise: str = "") -> None:
     check_floating(leaf, name, otherwise)
     if tuple(leaf.shape) != shape:
         raise ValueError(f"{name} must have shape {shape}, got {tuple(leaf.shape)}")
+
+
+def check_concrete(array: Any, name: str, shape: Shape) -> None:
+    """Raise unless `array` is a floating-point array of `shape` with known numbers."""
+    if isinstance(array, Tracer) or not isinstance(array, jax.Array | np.ndarray):
+        raise TypeError(f"{name} must be a concrete array, got {type(array).__name__}")
+    check_leaf(array, name, shape)
 
 
 def check_finite(array: Any, name: str, where: str = "") -> None:

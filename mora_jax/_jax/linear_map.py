@@ -66,17 +66,17 @@ class LinearMap(abc.ABC):
         """Map that computes the same in the way of `current_tuning()`."""
         return self
 
-    def __call__(self, residuals: Any, operand: ArrayLike) -> jax.Array:
-        """A(r) x, with `backward` for its transpose."""
+    def __call__(
+        self, residuals: Any, operand: ArrayLike, transposed: bool = False
+    ) -> jax.Array:
+        """A(r) x, or A(r)^T x if `transposed`; each is the other's transpose."""
         leaves, treedef = jax.tree.flatten(residuals)
-        call = _Call(self, treedef, chosen_platform())
+        call = _Call(self, treedef, chosen_platform(), transposed)
         return linear_p.bind(*alike(*leaves, operand), call=call)
 
     def transpose(self, residuals: Any, cotangent: ArrayLike) -> jax.Array:
         """A(r)^T y, with `forward` for its transpose."""
-        leaves, treedef = jax.tree.flatten(residuals)
-        call = _Call(self, treedef, chosen_platform(), transposed=True)
-        return linear_p.bind(*alike(*leaves, cotangent), call=call)
+        return self(residuals, cotangent, transposed=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,7 +183,7 @@ def _jvp(primals: Any, tangents: Any, *, call: _Call) -> Any:
 
 
 def _as_function_of(
-    positions: list[int], args: Any, call: _Call
+    positions: list[int], args: Any, call: Callable[..., jax.Array]
 ) -> Callable[..., jax.Array]:
     """`call` as a function of its arguments at `positions` alone."""
 
@@ -202,8 +202,12 @@ def _transpose(cotangent: Any, *args: Any, call: _Call) -> Any:
     elif linear == [len(args) - 1]:
         call = dataclasses.replace(call, transposed=not call.transposed)
         back = [linear_p.bind(*args[:-1], cotangent, call=call)]
-    else:  # by a residual in which the map is linear as well, as JAX would
-        function = _as_function_of(linear, args, call)
+    else:
+        # By a residual in which the map is linear as well: as JAX would, or by hand,
+        # since the derivative then is the map itself, of the tangent.
+        by_hand = call.by_hand().get(linear[0]) if len(linear) == 1 else None
+        apply = by_hand and (lambda *args: by_hand(*args, args[linear[0]]))
+        function = _as_function_of(linear, args, apply or call)
         back = jax.linear_transpose(function, *avals)(cotangent)
     found = dict(zip(linear, back, strict=True))
     return [found.get(k) for k in range(len(args))]

@@ -163,21 +163,19 @@ class Delta:
             return lambda x: jax.vmap(lambda m, x: self._with(m).rows(x))(self.m, x)
         on_mesh = self._on_mesh(KernelLayout.for_activations)
         op, whole = on_mesh or self.operator, self.operator
+        # Devices send each other parts of the output, or parts of C(x), q numbers a
+        # row. With the first M's gradient needs a sum of arrays like M, nothing else.
+        in_parts = on_mesh is not None and (whole.block or self.in_parts)
         # With a given M the product need be fast as a map of x alone; and where it is
         # not linear in M, JAX differentiates it by M.
-        if self.given_m or not whole.linear:
+        if in_parts or self.given_m or not whole.linear:
             rows = chips.rows_of(op)
             return functools.partial(rows, m=self.m, precision=self.precision)
-        # Two maps are linear in M, and differ in what the devices send each other: the
-        # parts of the output, or all parts of C(x), q numbers a row. In the first M's
-        # gradient needs a sum of arrays like M and nothing else.
-        if whole.block or (on_mesh and self.in_parts):
-            return functools.partial(self._rows_by_m, on_mesh)
+        if whole.block:
+            return self._rows_by_m
         return lambda x: self._times_m(op.split(x))
 
-    def _rows_by_m(self, on_mesh: OperatorOnMesh | None, x: jax.Array) -> jax.Array:
-        if on_mesh is not None:
-            return on_mesh.rows_by_m(x, self.m, self.precision)
+    def _rows_by_m(self, x: jax.Array) -> jax.Array:
         by_m = ProductByM(self.precision, row_shards(self.layout, x))
         return by_m((self.operator, x), self.m)
 

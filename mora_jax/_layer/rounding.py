@@ -8,7 +8,6 @@ cancel in a sum over many inputs, which is what a layer computes.
 """
 
 import functools
-import math
 from typing import Literal, NamedTuple, get_args
 
 import jax
@@ -16,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from mora_jax._common.axes import kernel_from_rows
+from mora_jax._common.axes import features, kernel_from_rows, sizes
 from mora_jax._common.checks import check_choice
 from mora_jax._common.types import ArrayLike, Shape
 
@@ -138,9 +137,7 @@ def _random_numbers(
     # training gives the numbers of the merge; and nothing is stored. A step folds each
     # kernel twice, so the hash is a short one: a sum of two products, each bit of it
     # then mixed into all others twice.
-    pairs = list(zip(shape, axes, strict=True))
-    ins, outs = (math.prod(n for n, kind in pairs if kind == k) for k in "io")
-    stack = [n for n, kind in pairs if kind == "s"]
+    ins, outs = features(shape, axes)
     first_in, first_out = (jnp.asarray(k).astype(jnp.uint32) for k in start)
     rows, columns = (
         first + jax.lax.broadcasted_iota(jnp.uint32, (ins, outs), axis)
@@ -150,4 +147,5 @@ def _random_numbers(
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
         bits = (bits ^ (bits >> np.uint32(shift))) * np.uint32(factor)
     bits ^= bits >> np.uint32(16)
-    return kernel_from_rows(jnp.broadcast_to(bits, (*stack, ins, outs)), shape, axes)
+    rows_shape = (*sizes(shape, axes, "s"), ins, outs)
+    return kernel_from_rows(jnp.broadcast_to(bits, rows_shape), shape, axes)

@@ -110,13 +110,8 @@ class Adapted(LinearMap):
     def backward(self, residuals: Any, cotangent: jax.Array) -> jax.Array:
         # dx = g W^T + alpha g D^T M^T C^T: JAX transposes both terms of `forward`,
         # which hold nothing but the residuals, so that no activation is kept for it.
-        return self.transposed(functools.partial(self.forward, residuals), cotangent)
-
-    def transposed(
-        self, function: Callable[[jax.Array], jax.Array], cotangent: jax.Array
-    ) -> jax.Array:
-        """The transpose of a linear function of x."""
-        return transposed(function, self.x_shape, cotangent, self.x_dtype)
+        of_x = functools.partial(self.forward, residuals)
+        return transposed(of_x, self.x_shape, cotangent, self.x_dtype)
 
     def derivatives(self) -> Mapping[int, Callable[[Any, Any, Any], jax.Array]]:
         return {1: self.by_m}
@@ -150,8 +145,9 @@ class Folded(LinearMap):
 
     def backward(self, residuals: Any, cotangent: jax.Array) -> jax.Array:
         # dx = g (W + alpha C M D)^T, with the kernel folded once more.
-        multiply, kernel = self.layer.multiply, self._fold(residuals, cotangent)
-        return self.layer.transposed(lambda x: multiply(x, kernel), cotangent)
+        layer, kernel = self.layer, self._fold(residuals, cotangent)
+        like = layer.x_shape, cotangent, layer.x_dtype
+        return transposed(lambda x: layer.multiply(x, kernel), *like)
 
     def _fold(self, residuals: Any, after: jax.Array) -> jax.Array:
         """W + alpha C M D, summed in float32 at least, rounded to W's dtype."""

@@ -42,19 +42,19 @@ class ShardMappedMap(LinearMap):
       whole: The type of the whole operand: its shape and dtype.
       specs: The splits of the operand, of the result, and of the residuals behind the
         operator.
-      gathers_last: True if other axes may split the last residual as well, so that it
-        has to be gathered from them.
       by_residual: The derivative by the residual behind the operator, as a map of that
         residual's tangent. Its own residuals are the operand and, unless the map is
         linear in the residual, the residual.
+      gathers_last: True if other axes may split the last residual as well, so that it
+        has to be gathered from them.
     """
 
     features: FeatureSharding
     forward_here: Static
     whole: Any
     specs: tuple[PartitionSpec, ...]
-    gathers_last: bool = False
     by_residual: "ShardMappedMap | None" = None
+    gathers_last: bool = False
 
     def forward(self, residuals: Any, operand: jax.Array) -> jax.Array:
         mapped = self._mapped(self.forward_here, *self.specs[:2])
@@ -179,24 +179,16 @@ class OperatorOnMesh:
         return of_h((self.operator,), h)
 
     def rows(self, x: jax.Array, m: jax.Array, precision: Any = None) -> jax.Array:
-        """D(C(x) M) as a map of x: (..., in_features) -> (..., out_features)."""
-        of_x = self._rows_map(x, precision)
+        """D(C(x) M), (..., in_features) -> (..., out_features): a map of x and of M."""
+        both = self.features.in_axes, self.features.out_axes
+        x_spec, y_spec = (last_axis(axes, x.ndim) for axes in both)
+        specs, here = (REPLICATED, y_spec, x_spec), Static(_here, "rows", precision)
         if not self.operator.linear:
-            x_spec, y_spec, m_spec = of_x.specs
-            specs, here = (m_spec, y_spec, x_spec, m_spec), Static(_tangent, precision)
-            of_tangent = ShardMappedMap(self.features, here, jax.typeof(m), specs)
-            of_x = dataclasses.replace(of_x, by_residual=of_tangent)
+            specs, here = (*specs, REPLICATED), Static(_tangent, precision)
+        by_m = ShardMappedMap(self.features, here, jax.typeof(m), specs)
+        specs, here = (x_spec, y_spec, REPLICATED), Static(_rows_of_x, precision)
+        of_x = ShardMappedMap(self.features, here, jax.typeof(x), specs, by_m)
         return of_x((self.operator, m), x)
-
-    def rows_by_m(self, x: jax.Array, m: jax.Array, precision: Any = None) -> jax.Array:
-        """D(C(x) M) as a map of M, of an operator that is linear in it.
-
-        A fold takes its transpose by M alone.
-        """
-        of_x, here = self._rows_map(x, precision), Static(_here, "rows", precision)
-        whole, specs = jax.typeof(m), of_x.specs[::-1]  # M and x change places
-        of_m = ShardMappedMap(self.features, here, whole, specs, by_residual=of_x)
-        return of_m((self.operator, x), m)
 
     def unit_rows(
         self, indices: jax.Array, m: jax.Array, precision: Any = None
@@ -241,12 +233,6 @@ class OperatorOnMesh:
     @property
     def _kernel_spec(self) -> PartitionSpec:
         return PartitionSpec(self.features.in_axes, self.features.out_axes)
-
-    def _rows_map(self, x: jax.Array, precision: Any) -> ShardMappedMap:
-        both = self.features.in_axes, self.features.out_axes
-        specs = *(last_axis(axes, x.ndim) for axes in both), REPLICATED
-        here = Static(_rows_of_x, precision)
-        return ShardMappedMap(self.features, here, jax.typeof(x), specs)
 
 
 def last_axis(axes: MeshAxes, ndim: int) -> PartitionSpec:

@@ -17,9 +17,8 @@ import jax
 import jax.numpy as jnp
 
 from mora_jax._common.types import Shape
-from mora_jax._jax.qwix_guard import last_with_first, matmul
+from mora_jax._jax.qwix_guard import matmul
 from mora_jax._jax.tiles import pad_to, sum_tiles, tile_to
-from mora_jax._jax.vma import transposed
 from mora_jax.operators import Decoupling, Operator, Permutation, Sharing, SignedSharing
 from mora_jax.operators._base import Split
 from mora_jax.operators._blocks import num_blocks
@@ -93,8 +92,7 @@ class OperatorPart:
             rows = self.operator.rows(self.pad_inputs(x), m, precision)
             return self.take_outputs(rows)
         h, decompress = self.split(x)
-        axes = last_with_first(h)
-        return decompress(jax.lax.dot_general(h, m, axes, precision=precision))
+        return decompress(matmul(h, m, precision))
 
     def unit_rows(
         self, indices: jax.Array, m: jax.Array, precision: jax.lax.PrecisionLike = None
@@ -140,11 +138,6 @@ class SharingPart(OperatorPart):
         if op.decompress_groups == "strided" and not self.out_features % q:
             return Split(h, self._repeat)
         return Split(h, decompress)
-
-    def matrix(self, m: jax.Array) -> jax.Array:
-        # As `Operator.matrix`, without the features that are elsewhere.
-        transpose = functools.partial(transposed, self.compress, (self.in_features,))
-        return jax.vmap(transpose, in_axes=-1, out_axes=-1)(self.decompress(m))
 
     def _repeat(self, h: jax.Array) -> jax.Array:
         return tile_to(h * self.operator._scale("out", h.dtype), self.out_features)

@@ -95,7 +95,7 @@ def _operator(name: str, value: Any) -> OperatorSpec:
     return FrozenMapping(value) if isinstance(value, Mapping) else value
 
 
-_above_zero = _number(lambda number: number > 0, "be above 0")
+above_zero = _number(lambda number: number > 0, "be above 0")
 _rate = _number(lambda number: 0 <= number < 1, "be in [0, 1)")
 _init = functools.partial(check_choice, choices=("zeros", "gaussian"))
 _scale = functools.partial(check_choice, choices=("paper", "fine-tuning"))
@@ -110,7 +110,7 @@ class AdapterSettings:
     """
 
     alpha: float = setting(1.0, check_number, meaning=True)
-    scale: float = setting(1.0, _above_zero, meaning=True)
+    scale: float = setting(1.0, above_zero, meaning=True)
     dropout: float = setting(0.0, _rate)
     init: str = setting("zeros", _init)
     param_dtype: DTypeLike = setting(jnp.float32, check_dtype)
@@ -135,7 +135,7 @@ class KernelConfig:
 
     rank: int = setting(DEFAULT_RANK, positive_integer)
     operator: OperatorSpec = setting("auto", _operator)
-    alpha: float = setting(1.0, _above_zero)
+    alpha: float = setting(1.0, above_zero)
     scale: str = setting("fine-tuning", _scale)
     square_rank: int | None = setting(None, _optional(positive_integer))
     multiple_of: int | None = setting(None, _optional(positive_integer))
@@ -321,27 +321,24 @@ class MoRAConfig(KernelConfig):
 
     def settings(self, path: str) -> tuple[KernelConfig, str | None]:
         """The settings of one kernel, and its axes where an override names them."""
-        patterns = tuple(p for p in self.overrides if re.fullmatch(p, path))
-        if patterns not in self._by_patterns:
-            self._by_patterns[patterns] = self._overridden(patterns)
-        return self._by_patterns[patterns]
+        patterns = (p for p in self.overrides if re.fullmatch(p, path))
+        return _overridden(self, tuple(patterns))
 
-    @functools.cached_property
-    def _by_patterns(self) -> dict[tuple[str, ...], tuple[KernelConfig, str | None]]:
-        # Most kernels of a model have the same settings, and share a record of them.
-        return {}
 
-    def _overridden(self, patterns: Iterable[str]) -> tuple[KernelConfig, str | None]:
-        values = {name: getattr(self, name) for name in _KERNEL_SETTINGS}
-        for settings in map(self.overrides.__getitem__, patterns):
-            # rank and square_rank exclude each other, and later patterns win.
-            if "rank" in settings:
-                values["square_rank"] = None
-            elif settings.get("square_rank") is not None:
-                values["rank"] = DEFAULT_RANK
-            values |= settings
-        axes = values.pop("axes", None)
-        return KernelConfig(**values), axes
+@functools.lru_cache  # most kernels of a model have the same settings
+def _overridden(
+    config: MoRAConfig, patterns: tuple[str, ...]
+) -> tuple[KernelConfig, str | None]:
+    values = {name: getattr(config, name) for name in _KERNEL_SETTINGS}
+    for settings in map(config.overrides.__getitem__, patterns):
+        # rank and square_rank exclude each other, and later patterns win.
+        if "rank" in settings:
+            values["square_rank"] = None
+        elif settings.get("square_rank") is not None:
+            values["rank"] = DEFAULT_RANK
+        values |= settings
+    axes = values.pop("axes", None)
+    return KernelConfig(**values), axes
 
 
 # `__new__` takes anything, so help() is led to the signature of `__init__`.

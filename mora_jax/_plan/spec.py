@@ -21,7 +21,7 @@ from mora_jax._plan.settings import (
     check_config,
 )
 from mora_jax.operators import Operator, make_operator, square_rank
-from mora_jax.operators._registry import resolve_auto
+from mora_jax.operators._registry import OPERATORS, parse_spec, resolve_auto
 
 SUFFIX = "_mora"
 """The end of the name of an M, after the name of its kernel."""
@@ -209,13 +209,12 @@ def _operator(config: KernelConfig, ins: int, outs: int) -> Operator:
         # "auto" goes by the budget, and not by the q that is left of it.
         name = resolve_auto(name, config.rank)
         q = square_rank(config.rank, ins, outs, name, config.multiple_of)
-    operator = make_operator(name, ins, outs, q, seed=config.seed)
-    if operator.linear and q > min(ins, outs):
+    elif q > min(ins, outs) and OPERATORS.get(parse_spec(name)[0], Operator).linear:
         raise ValueError(
             "square_rank must be at most min(in_features, out_features) = "
             f"{min(ins, outs)}, got {q}"
         )
-    return operator
+    return make_operator(name, ins, outs, q, seed=config.seed)
 
 
 def operator_settings(operator: Operator) -> dict[str, Any]:

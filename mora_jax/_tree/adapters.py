@@ -132,16 +132,6 @@ def refuse_combined(leaves: Collection[str], specs: Iterable[AdapterSpec]) -> No
             raise ValueError(f"params hold the adapter {name}: {rule}")
 
 
-def refuse_nonlinear(specs: Iterable[AdapterSpec], why: str) -> None:
-    """Raise if a delta is not linear in what is trained; `why` ends the message."""
-    for spec in specs:
-        if not spec.operator.linear:
-            raise ValueError(
-                f"{spec.name}: the delta of {spec.operator.name!r} is not linear in "
-                f"what is trained, {why}"
-            )
-
-
 def nest(items: Mapping[Path, Any]) -> Tree:
     """{path: leaf} as nested dicts."""
     return unflatten_dict(items)

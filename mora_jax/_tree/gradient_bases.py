@@ -8,10 +8,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 
 from mora_jax._common.axes import rows_from_kernel
-from mora_jax._common.checks import check_finite, check_leaf
+from mora_jax._common.checks import check_concrete, check_finite
 from mora_jax._common.suggestions import lacking, nearest_paths
 from mora_jax._plan.plan import Plan, check_plan
 from mora_jax._plan.spec import AdapterSpec
@@ -87,9 +86,7 @@ def _pairs(grads: Any, plan: Plan) -> Iterator[tuple[str, Any]]:
 def _with_bases(spec: AdapterSpec, gradient: Any) -> AdapterSpec:
     """The adapter between the leading directions of its kernel's gradient."""
     old, what = spec.operator, f"the gradient of {spec.name!r}"
-    if isinstance(gradient, Tracer) or not isinstance(gradient, jax.Array | np.ndarray):
-        raise TypeError(f"{what} must be a concrete array, got {type(gradient)}")
-    check_leaf(gradient, what, spec.kernel_shape)
+    check_concrete(gradient, what, spec.kernel_shape)
     # Squares of small numbers would be zero in float32, so the largest becomes 1.
     check_finite(largest := float(jnp.abs(gradient).max()), what)
     if largest == 0:

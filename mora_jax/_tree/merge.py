@@ -182,9 +182,8 @@ def array_items(
     adapters: Any, plan: Plan, *, finite: bool = True
 ) -> list[tuple[AdapterSpec, jax.Array]]:
     """Each spec with its M, an array; with `finite` all that is trained is finite."""
-    items = []
-    for spec, m in adapter_items(adapters, plan):
-        items.append((spec, as_jax_array(f"{spec.name}{SUFFIX}", m)))
+    pairs = adapter_items(adapters, plan)
+    items = [(spec, as_jax_array(f"{spec.name}{SUFFIX}", m)) for spec, m in pairs]
     if finite:
         for spec, m in items:
             check_finite(m, f"{spec.name}{SUFFIX}")

@@ -7,10 +7,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mora_jax._common.checks import check_number
 from mora_jax._common.suggestions import matching
 from mora_jax._plan.plan import Plan, check_plan
-from mora_jax._plan.settings import patterns_of
+from mora_jax._plan.settings import above_zero, patterns_of
 from mora_jax._plan.spec import SUFFIX, AdapterSpec
 from mora_jax._tree.paths import (
     adapter_path,
@@ -133,8 +132,7 @@ def with_ratio(
     tx: optax.GradientTransformation, ratio: float, specs: Iterable[AdapterSpec]
 ) -> optax.GradientTransformation:
     """`tx` with updates of each B that are `ratio` times as large; see `optimizer`."""
-    if (ratio := check_number("ratio", ratio)) <= 0:
-        raise ValueError(f"ratio must be above 0, got {ratio}")
+    ratio = above_zero("ratio", ratio)
     loras = {adapter_path(s): s.operator for s in specs if not s.operator.linear}
     if not loras:
         raise ValueError(

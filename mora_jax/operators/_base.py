@@ -8,11 +8,15 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Float, Integer, PRNGKeyArray
 
-from mora_jax._common.checks import check_array, check_seed, positive_integer
+from mora_jax._common.checks import (
+    as_jax_array,
+    check_array,
+    check_seed,
+    positive_integer,
+)
 from mora_jax._common.types import ArrayLike, Shape
 from mora_jax._jax.qwix_guard import last_with_first, matmul, undisturbed
 from mora_jax._jax.tuning import Work
@@ -290,8 +294,7 @@ class Operator:
         Negative `indices` count from the end; beyond it and the start they are clipped.
         Indices that are not integers raise a TypeError.
         """
-        if not isinstance(indices, jax.Array | np.ndarray):
-            raise TypeError(f"indices must be an array, got {type(indices).__name__}")
+        indices = as_jax_array("indices", indices)
         if not jnp.issubdtype(indices.dtype, jnp.integer):
             raise TypeError(f"indices must be integers, got {indices.dtype}")
         rows = undisturbed(self.unit_rows)

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from mora_jax._jax.tiles import pad_to, tile_to
+from mora_jax._jax.tiles import tile_to
 
 
 def num_blocks(features: int, square_rank: int) -> int:
@@ -39,11 +39,3 @@ def divide(indices: np.ndarray | jax.Array, by: int) -> tuple[Any, Any]:
     # Unsigned, or XLA would compile a dozen more operations that look at the sign.
     indices = indices.astype(np.uint32)
     return indices // np.uint32(by), indices % np.uint32(by)
-
-
-def add_wrapped_rows(weight: jax.Array, features: int) -> jax.Array:
-    """(n * q, out) -> (features, out): rows past the end are added to the first."""
-    total = pad_to(weight[:features], features, axis=0)
-    starts = range(features, weight.shape[0], features)
-    parts = (pad_to(weight[k : k + features], features, axis=0) for k in starts)
-    return sum(parts, total)

@@ -11,12 +11,7 @@ from jax.typing import DTypeLike
 from mora_jax._common.types import Shape
 from mora_jax._jax.tiles import stored, sum_tiles, tile_to
 from mora_jax.operators._base import Operator, Split
-from mora_jax.operators._blocks import (
-    add_wrapped_rows,
-    block_positions,
-    num_blocks,
-    to_blocks,
-)
+from mora_jax.operators._blocks import block_positions, num_blocks, to_blocks
 from mora_jax.operators._pytree import operator
 
 
@@ -122,7 +117,8 @@ class Decoupling(Operator):
         wanted = jnp.asarray(np.arange(outs) // q % self.num_groups)
         feeds = group[:, None, None] == wanted
         rows = jnp.where(feeds, self.rotate_m(columns), 0)
-        return add_wrapped_rows(rows.reshape(n * q, outs), self.in_features)
+        # Rows past the end are added to the first ones.
+        return sum_tiles(rows.reshape(n * q, outs).T, self.in_features).T
 
     def block_rows(
         self, indices: jax.Array, dtype: DTypeLike

@@ -5,10 +5,9 @@ import hashlib
 import math
 from typing import Any
 
-import jax
 import numpy as np
-from jax.core import Tracer
 
+from mora_jax._common.checks import check_concrete
 from mora_jax._common.types import ArrayLike
 from mora_jax.operators._base import Side
 from mora_jax.operators._projection import Projection
@@ -74,12 +73,7 @@ def _orthonormal(op: Subspace, side: Side) -> np.ndarray:
     name = f"{side}_basis"
     basis: Any = getattr(op, name)
     shape = getattr(op, f"{side}_features"), op.square_rank
-    if isinstance(basis, Tracer) or not isinstance(basis, jax.Array | np.ndarray):
-        raise TypeError(f"{name} must be a concrete array, got {type(basis).__name__}")
-    if not np.issubdtype(np.asarray(basis).dtype, np.floating):
-        raise TypeError(f"{name} must be floating-point, got {basis.dtype}")
-    if basis.shape != shape:
-        raise ValueError(f"{name} must have shape {shape}, got {tuple(basis.shape)}")
+    check_concrete(basis, name, shape)
     basis = np.array(basis, np.float32)
     if not np.allclose(basis.T @ basis, np.eye(op.square_rank), atol=TOLERANCE):
         raise ValueError(f"the columns of {name} must be orthonormal")

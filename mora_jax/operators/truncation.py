@@ -1,7 +1,6 @@
 """Truncation: the first q features."""
 
 import jax
-from jax.typing import DTypeLike
 
 from mora_jax._jax.tiles import pad_to
 from mora_jax.operators._base import Operator
@@ -41,6 +40,3 @@ class Truncation(Operator):
 
     def _decompress(self, h: jax.Array) -> jax.Array:
         return pad_to(h, self.out_features)
-
-    def _compress_units(self, indices: jax.Array, dtype: DTypeLike) -> jax.Array:
-        return jax.nn.one_hot(indices, self.square_rank, dtype=dtype)

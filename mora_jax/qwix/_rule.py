@@ -2,13 +2,12 @@
 
 import dataclasses
 import functools
-import re
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import qwix
 
-from mora_jax._plan.settings import KernelConfig, MoRAConfig
+from mora_jax._plan.settings import KernelConfig, MoRAConfig, patterns_of
 from mora_jax.qwix import _private
 
 
@@ -67,12 +66,7 @@ def check_rule(rule: qwix.QuantizationRule) -> None:
             f"module_path must be a regular expression, got {pattern!r}; for several "
             "modules write '.*(q_proj|v_proj)'"
         )
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise ValueError(
-            f"module_path must be a regular expression, got {pattern!r}: {error}"
-        ) from error
+    patterns_of("module_path", pattern)
     for name in ("weight_qtype", "act_qtype"):
         if (qtype := getattr(rule, name)) is not None:
             try:

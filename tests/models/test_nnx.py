@@ -568,7 +568,7 @@ def test_bad_input():
         (f"has adapters already, {first}", lambda: mora.plan(both, CONFIG)),
         ("at 'layers/0/kernel', the model has N", lambda: mora.wrap(model, other)),
         ("init='gaussian' needs a key, got N", lambda: mora.wrap(model, gaussian)),
-        ("seed must be in", lambda: mora.wrap(model, DROPOUT, seed=-1)),
+        ("seed must be an", lambda: mora.wrap(model, DROPOUT, seed=-1)),
         ("adapters lack 'decoder/kernel_mora", lambda: set_adapters({})),
         (square, lambda: set_adapters(jax.tree.map(lambda m: m[:2], tree))),
         ("holds NaN or infinity", lambda: mora.merge_adapters(broken)),

@@ -137,7 +137,7 @@ def test_a_base_of_integers(adapted):
             "rules must hold .* got int",
         ),
         (lambda: MoRAProvider(".*"), TypeError, "list of rules, got str"),
-        (lambda: MoRAProvider(module_path="("), ValueError, "expression, got '.': mis"),
+        (lambda: MoRAProvider(module_path="("), ValueError, "'.', .* expression: mis"),
         (lambda: MoRAProvider(module_path=3), TypeError, "module_path must .* got 3"),
         (lambda: MoRARule(module_path=["a"]), TypeError, r"got \['a'\]; for several"),
         (lambda: MoRARule(weight_qtype="int3x"), ValueError, "weight_qtype .*'int3x'"),
@@ -145,7 +145,7 @@ def test_a_base_of_integers(adapted):
         (
             lambda: MoRAProvider([MoRARule(), qwix.QuantizationRule(module_path="*")]),
             ValueError,
-            "module_path must be a regular expression",
+            "module_path holds '.', which is not a regular expression",
         ),
     ],
 )

@@ -266,7 +266,7 @@ def test_bad_bases():
         ({"in_basis": np.eye(6, 3)}, ValueError, r"in_basis must have shape \(6, 2\)"),
         ({"out_basis": 2 * eye}, ValueError, "columns of out_basis must be orthon"),
         ({"out_basis": np.nan * eye}, ValueError, "columns of out_basis must be orth"),
-        ({"in_basis": eye.astype(int)}, TypeError, "in_basis must be floating-point"),
+        ({"in_basis": eye.astype(int)}, TypeError, "in_basis must have a floating-p"),
         ({"in_basis": eye.tolist()}, TypeError, "must be a concrete array, got list"),
     ]
     for bases, error, message in cases:

@@ -2,6 +2,7 @@
 
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -119,3 +120,14 @@ def test_on_a_mesh(settings, arrays):
 
     expected = results(*arrays, layout=None)
     close(jax.jit(results)(*put(arrays, mesh, places)), expected)
+
+
+@pytest.mark.parametrize("operator", ["low_rank", "sharing"])
+def test_numbers_show_that_the_merged_model_is_the_same(operator):
+    """Deltas of a given size are made by the operator, linear or not."""
+    model, x = nn.Dense(OUTS), random(1, 5, INS)
+    variables = model.init(jax.random.key(0), x)
+    config = mora_jax.MoRAConfig(operator=operator, rank=RANK)
+    plan = mora_jax.plan(variables["params"], config)
+    found = mora_jax.diagnostics.check(model, variables, plan, x)
+    assert found["kernel"] < 1e-5

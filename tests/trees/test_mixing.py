@@ -166,8 +166,6 @@ def test_an_operator_that_is_not_linear_is_refused_by_name():
         lambda: weighted_sum([bent], [1]),
         lambda: project([pair(0, NARROW)], [1], bent[1]),
         lambda: scaled(state, 2),
-        lambda: mora_jax.serving.stack([bent[0]], bent[1]),
-        lambda: mora_jax.diagnostics.check(nnx.List([]), None, bent[1]),
     ):
         with pytest.raises(ValueError, match="delta of 'bent' is not linear in"):
             call()
