@@ -69,12 +69,16 @@ def translate(text: str, source: str, target: str) -> str | None:
     return target.format(**match.groupdict()) if match else None
 
 
-def to_kernel(module: str, known: tuple[Pair, ...]) -> tuple[str, str] | None:
-    """Return the kernel of a module, and the axes of its weight: "io" for a table."""
+def to_kernels(module: str, known: tuple[Pair, ...]) -> Iterator[tuple[str, str]]:
+    """Yield kernels that a module may be, and the axes of its weight: "io" in tables."""
     for pair in known:
         if kernel := translate(module, pair.module, pair.kernel):
-            return kernel, "io" if is_table(module, kernel) else pair.axes
-    return None
+            yield kernel, "io" if is_table(module, kernel) else pair.axes
+
+
+def to_kernel(module: str, known: tuple[Pair, ...]) -> tuple[str, str] | None:
+    """Return the likeliest of `to_kernels`."""
+    return next(to_kernels(module, known), None)
 
 
 def to_module(kernel: str, known: tuple[Pair, ...]) -> tuple[str, str] | None:

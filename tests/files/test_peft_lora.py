@@ -271,6 +271,38 @@ def test_two_modules_that_are_one_kernel(tmp_path):
     assert_same(load_file(tmp_path / "b" / TENSORS), tensors)
 
 
+@pytest.mark.parametrize("family", ["gm", "tunix"])
+def test_of_several_kernels_it_is_the_one_of_the_model(tmp_path, family):
+    """A Gemma may have queries, keys and values in one array, or apart."""
+    modules = [f"model.layers.0.self_attn.{name}_proj" for name in "qkv"]
+    directory = write(
+        tmp_path / "a", tensors := tensors_of(dict.fromkeys(modules, (8, 12)))
+    )
+    at = "layers/0" if family == "tunix" else "layer_0"
+    joined, alone = (f"{at}/attn/{name}/w" for name in ("qkv_einsum", "q_einsum"))
+    apart = f"{at}/attn/kv_einsum/w"
+    for kernels in ({joined: (3, 3, 8, 4)}, {alone: (3, 8, 4), apart: (2, 3, 8, 4)}):
+        tree = {}
+        for path, shape in kernels.items():
+            node = tree
+            for key in path.split("/")[:-1]:
+                node = node.setdefault(key, {})
+            node["w"] = random(0, *shape)
+        overrides = {".*": {"axes": "ooio"}, ".*/q_einsum/w": {"axes": "oio"}}
+        overrides = {
+            k: v for k, v in overrides.items() if alone in kernels or k == ".*"
+        }
+        config = MoRAConfig(rank=1, targets=".*/w", overrides=overrides)
+        adapters, plan = io.load_peft(directory, mora_jax.plan(tree, config), family)
+        assert set(plan) == set(kernels)
+        deltas = jax.tree.leaves(mora_jax.delta_weight(adapters, plan))
+        rows = [np.transpose(d.reshape(-1, 3, 8, 4), (0, 2, 1, 3)) for d in deltas]
+        parts = np.concatenate(rows).reshape(3, 8, 12)
+        order = modules if joined in kernels else [*modules[1:], modules[0]]
+        for part, module in zip(parts, order, strict=True):
+            close(part, exact(tensors, module, 1.5))
+
+
 REFUSED = {
     "IA3": ({"peft_type": "IA3"}, "peft_type .* must be 'LORA', got 'IA3'"),
     "DoRA": ({"use_dora": True}, "use_dora .* must be false: DoRA is another method"),

@@ -18,7 +18,7 @@ from mora_jax._tree.adapters import Tree, nest
 from mora_jax._tree.paths import adapter_path, named_leaves
 from mora_jax.io._files import CONFIG, TENSORS, AdapterFileError, as_path, read_bytes
 from mora_jax.io._json import read_json, short
-from mora_jax.io._names import Names, pairs, split_index, suggestion, to_kernel
+from mora_jax.io._names import Names, pairs, split_index, suggestion, to_kernels
 from mora_jax.io._tensors import TensorFile, to_jax
 from mora_jax.io.checkpoints._checkpoint import Checkpoint
 from mora_jax.io.checkpoints._matching import Leaf, Source
@@ -89,20 +89,21 @@ def _by_kernel(
 ) -> dict[str, ByIndex]:
     """Return the matrices of each kernel, by the names of their modules."""
     known, unknown = pairs(names), []
+    paths = [*model] if isinstance(model, Plan) else []
+    if not isinstance(model, Plan) and jax.tree.leaves(model):
+        leaves = named_leaves(model).items()
+        paths = [name for name, (_, leaf) in leaves if len(leaf.shape) >= 2]
     kernels: dict[str, ByIndex] = defaultdict(dict)
     for pair in modules:
-        if (kernel := to_kernel(pair.module, known)) is None:
+        found = [split_index(kernel) for kernel, _ in to_kernels(pair.module, known)]
+        if not found:
             unknown.append(pair.module)
             continue
-        path, index = split_index(kernel[0])
+        path, index = next((one for one in found if one[0] in paths), found[0])
         if index in kernels[path]:
-            raise AdapterFileError(f"{TENSORS} has two modules for {kernel[0]}")
+            raise AdapterFileError(f"{TENSORS} has two modules for {path}{[*index]}")
         kernels[path][index] = pair
     if unknown:
-        paths = list(model) if isinstance(model, Plan) else []
-        if not isinstance(model, Plan) and jax.tree.leaves(model):
-            leaves = named_leaves(model).items()
-            paths = [name for name, (_, leaf) in leaves if len(leaf.shape) >= 2]
         # A checkpoint that was read by the same names lacks paths.
         paths = paths or [m.replace(".", "/") + "/kernel" for m in unknown]
         raise AdapterFileError(
