@@ -57,9 +57,9 @@ def program_of(function: Callable[..., Any], tree: Any, *args: Any) -> Jaxpr:
     return jax.make_jaxpr(call)(tree, arrays).jaxpr
 
 
-def number_of_arrays(tree: Any) -> int:
-    """The number of inputs of a program that `program_of` makes of `tree`."""
-    return len(split_static(tree)[0])
+def arrays_of(tree: Any) -> list[Any]:
+    """The inputs of a program that `program_of` makes of `tree`."""
+    return split_static(tree)[0]
 
 
 def kind_of_call(rows: Mapping[str, int], *args: Any) -> Hashable:

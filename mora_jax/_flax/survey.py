@@ -30,6 +30,10 @@ REBUILT = (
 )
 
 
+Programs = Callable[["Survey | None"], Jaxpr]
+"""The program of a call; marked for a survey, which gets the arrays of the model."""
+
+
 @dataclasses.dataclass
 class Survey:
     """Knowledge of the arrays of a model, by their paths.
@@ -106,15 +110,34 @@ class Survey:
         self.products[name] = product
         return mark(kernel, Call(name, product, cls), end=True, m=m)
 
-    def add(self, program: Jaxpr, more: Mapping[str, int] | None = None) -> None:
+    def trace(
+        self,
+        programs: Programs,
+        kernels: str = "its kernels",
+        ms: Mapping[str, int] | None = None,
+    ) -> Jaxpr:
         """Follow arrays through the program of a call, in which layers are marked.
 
-        `more` has the number of axes of one M without a stack's, for M's in `leaves`.
+        `kernels` are in the message if it fails. `ms` has the number of axes of one M
+        without a stack's, for M's in `leaves`.
         """
+        try:
+            program = programs(self)
+        except Exception as error:
+            *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+            if frame.f_globals.get("__name__", "").startswith("mora_jax."):
+                raise
+            programs(None)  # raises what is wrong with the model or its inputs
+            raise ValueError(
+                f"the model fails with an M beside {kernels}: {type(error).__name__}: "
+                f"{error}; exclude kernels whose params code takes apart, as "
+                "nn.WeightNorm and nn.map_variables do"
+            ) from error
         axes = {n: range(len(product.axes)) for n, product in self.products.items()}
-        axes |= {name: range(number) for name, number in (more or {}).items()}
+        axes |= {name: range(number) for name, number in (ms or {}).items()}
         self.uses = self.uses or Uses()
         follow(program, list(self.leaves), axes | self.scales, self.uses)
+        return program
 
     def refuse_other_uses(self, name: str) -> None:
         """Raise if an adapter of the kernel at `name` would not be what a merge is."""
@@ -212,26 +235,6 @@ class Survey:
         return f" {cls.__name__}" if cls else ""
 
 
-Programs = Callable[[Survey | None], Jaxpr]
-"""The program of a call; marked for a survey, which gets the arrays of the model."""
-
-
-def marked_program(programs: Programs, survey: Survey, kernels: str) -> Jaxpr:
-    """The program of a call with marks; `kernels` are in the message if it fails."""
-    try:
-        return programs(survey)
-    except Exception as error:
-        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-        if frame.f_globals.get("__name__", "").startswith("mora_jax."):
-            raise
-        programs(None)  # raises what is wrong with the model or its inputs
-        raise ValueError(
-            f"the model fails with an M beside {kernels}: {type(error).__name__}: "
-            f"{error}; exclude kernels whose params code takes apart, as nn.WeightNorm "
-            "and nn.map_variables do"
-        ) from error
-
-
 def check_call(
     plan_of: Callable[[], Plan],
     programs: Programs,
@@ -254,9 +257,8 @@ def check_call(
             "is not proven what it does with adapted kernels"
         )
     plan, survey = plan_of(), Survey()
-    adapted = marked_program(programs, survey, patterns(plan))
     ms = {spec.name + SUFFIX: len(spec.operator.m_shape) for spec in plan.specs}
-    survey.add(adapted, ms)
+    adapted = survey.trace(programs, patterns(plan), ms)
     survey.refuse_adapted(plan.specs)
     for number in {*rows.values()}:
         for name, fault in row_faults(adapted, number, survey.batched, rows).items():

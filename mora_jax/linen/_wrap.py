@@ -55,8 +55,8 @@ class AdaptedApply:
         base = params_of(variables)
         trained = trained_items(adapters, plan) if plan.trained else []
         params = with_trained(base, trained)
-        given = {**variables, "params": params}, args, kwargs
-        programs = functools.partial(program, self.model, *given, specs=plan.specs)
+        given = {**variables, "params": params}, args, kwargs, plan
+        programs = functools.partial(program, self.model, *given)
         own = (lambda: plan), programs, rows, "method" not in kwargs
         check = functools.partial(check_call, *own)
         kind = kind_of_call(rows, args, kwargs, sorted(variables))

@@ -9,7 +9,7 @@ from flax import nnx
 from jax.extend.core import Jaxpr
 
 from mora_jax._flax.adapted_call import LayerCall
-from mora_jax._flax.calls import kind_of_call, number_of_arrays, program_of, proving
+from mora_jax._flax.calls import arrays_of, kind_of_call, program_of, proving
 from mora_jax._flax.layer_rules import folded_kernels, planning_rules
 from mora_jax._flax.survey import Survey, check_call
 from mora_jax._layer.slots import Selected
@@ -28,17 +28,13 @@ def program(
     With a survey, which it fills in, layers are marked: those that have an M, or all of
     a plain model. Without a survey it is the program of the base.
     """
-    plain = not any(attributes(model, MoRAParam))
-    twin = nnx.clone(model) if survey is not None or plain else detached(model)
+    suffix = SUFFIX if any(attributes(model, MoRAParam)) else ""
+    twin = detached(model) if survey is None else nnx.clone(model)
     for path, layer in list(named_modules(twin)) if survey is not None else ():
-        names = planning_rules(layer)
-        is_marked = any(
-            isinstance(getattr(layer, name, None), nnx.Variable)
-            and (plain or held(layer, name) is not None)
-            for name in names
-        )
+        names = [name + suffix for name in planning_rules(layer)]
+        variables = (getattr(layer, name, None) for name in names)
         set_class(layer, plain_class(layer))
-        if is_marked and survey is not None:
+        if survey is not None and any(isinstance(v, nnx.Variable) for v in variables):
             prefix = "".join(f"{key}/" for key in path)
             set_class(layer, _marked_class(type(layer), prefix, survey))
     for module, (*_, key), m in attributes(twin, MoRAParam):
@@ -50,10 +46,9 @@ def program(
     if survey is not None:
         leaves = named_leaves(nnx.to_pure_dict(state))
         survey.leaves = {name: leaf for name, (_, leaf) in leaves.items()}
-        count = number_of_arrays((args, kwargs))
         parameters = set(named_leaves(nnx.to_pure_dict(nnx.state(twin, nnx.Param))))
         batched = [False if name in parameters else None for name in leaves]
-        survey.batched = [*batched, *[True] * count]
+        survey.batched = [*batched, *(True for _ in arrays_of((args, kwargs)))]
     return program_of(call, state, args, kwargs)
 
 

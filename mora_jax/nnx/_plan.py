@@ -9,7 +9,7 @@ from flax import nnx
 from mora_jax._flax.calls import Call
 from mora_jax._flax.layer_rules import folded_kernels, planning_rules
 from mora_jax._flax.planning import plan_surveyed
-from mora_jax._flax.survey import Survey, marked_program
+from mora_jax._flax.survey import Survey
 from mora_jax._plan.plan import Plan
 from mora_jax._plan.settings import MoRAConfig, check_config
 from mora_jax.nnx._calls import program
@@ -66,7 +66,7 @@ def plan(
         calls = (Call(*args, **kwargs), *calls)
     for call in calls:
         own = functools.partial(program, model, "__call__", call.args, call.kwargs)
-        survey.add(marked_program(own, survey, "its kernels"))
+        survey.trace(own)
     chosen = plan_surveyed(params, config, survey)
     refuse_unfit(model, chosen)
     return chosen
