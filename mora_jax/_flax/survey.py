@@ -266,9 +266,7 @@ def check_call(
                 f"{name}: {fault}, so that a row would get another's adapter; call the "
                 "model once for each adapter"
             )
-    is_m = [name in ms for name in survey.leaves]
-    rest = [False] * (len(adapted.invars) - len(is_m))
-    if found := difference(base, adapted, is_m + rest):
+    if found := difference(base, adapted, [name in ms for name in survey.leaves]):
         raise ValueError(
             "the model computes something else with an M beside its kernels, even if "
             f"M = 0: {found}. Code that counts the arrays of a module or asks for the "

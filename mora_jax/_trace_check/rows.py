@@ -18,11 +18,10 @@ from typing import Any
 
 import numpy as np
 from jax.extend.core import Jaxpr
-from jax.interpreters import partial_eval
 
 from mora_jax._common.types import Shape
 from mora_jax._trace_check.steps import listed
-from mora_jax._trace_check.trails import Call, Trail, Uses, Value, changed
+from mora_jax._trace_check.trails import Call, Trail, Uses, Value, changed, needed
 from mora_jax._trace_check.walk import PRODUCTS, Values, Walk, shapes
 
 ROWS, NUMBERS = 0, 1
@@ -58,8 +57,7 @@ def row_faults(
     True if the first axis has the rows, should it have the length `rows`; None if any
     axis of that length may, as in a cache; False for parameters.
     """
-    program, used = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
-    kinds = [kind for kind, use in zip(is_batched, used, strict=True) if use]
+    program, kinds = needed(jaxpr, is_batched)
     inputs: Values = []
     for shape, kind in zip(shapes(program.invars), kinds, strict=True):
         # A vector in a cache may have a number for each layer.

@@ -93,7 +93,8 @@ def checked_class(cls: type) -> type:
     """The class of an adapted model: the public methods of `cls`, checked."""
 
     def checked(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
-        if name[0] == "_" and name != "__call__":
+        is_main = name == "__call__"
+        if name[0] == "_" and not is_main:
             return method
 
         @functools.wraps(method)
@@ -107,9 +108,8 @@ def checked_class(cls: type) -> type:
             }
             kind = _settings(self), name, kind_of_call(rows, args, kwargs)
             programs = functools.partial(program, self, name, args, kwargs)
-            own = (lambda: plan_of(self)), programs, rows, name == "__call__"
-            check = functools.partial(check_call, *own)
-            with proving(_proven, kind, check):
+            check = check_call, lambda: plan_of(self), programs, rows, is_main
+            with proving(_proven, kind, *check):
                 return method(self, *args, **kwargs)
 
         return call
