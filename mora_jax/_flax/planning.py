@@ -83,7 +83,7 @@ def plan_surveyed(params: Any, config: MoRAConfig, survey: Survey | None) -> Pla
     return Plan(
         specs,
         base_parameters=sum(math.prod(a.shape) for _, a in model.leaves.values()),
-        traced=survey is not None and survey.uses is not None,
+        traced=survey is not None and survey.traced,
         left_out=left_out,
         unproven=unproven,
         trained=trained,
@@ -246,7 +246,7 @@ class Candidates:
         names = [name for name in self.arrays if name not in taken]
         survey = self.survey or Survey()
         # Of a layer that did not run the kernel alone is of interest.
-        ran = survey.uses.reached if survey.uses else self.arrays
+        ran = survey.uses.reached if survey.traced else self.arrays
         names = [name for name in names if name in ran or not name.endswith("bias")]
         reasons = [(name, *self._why_left_out(name)) for name in names]
         held = survey.no_params.items()
@@ -278,7 +278,7 @@ class Candidates:
         # and by name.
         matrix = sum(size > 1 for size in self.arrays[name].shape) > 1
         guess = matrix and not NO_KERNEL.fullmatch(name)
-        return survey.why_unknown(name), survey.uses is not None or guess
+        return survey.why_unknown(name), survey.traced or guess
 
     @functools.cached_property
     def _quantized(self) -> set[str]:

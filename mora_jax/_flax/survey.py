@@ -43,7 +43,8 @@ class Survey:
       non_kernels: The paths of other arrays of known layers, such as biases.
       classes: {path of a module: its class}.
       scales: {path of a parameter that scales a kernel: the kernel's axes that it has}.
-      uses: The uses of the arrays in a call of the model; None if none was traced.
+      uses: The uses of the arrays in the calls of the model that were traced.
+      traced: True if one was.
       no_params: {path of a kernel that no `nnx.Param` holds: the class that does}.
       leaves: {path: array} of the first inputs of that call, which the model holds.
       batched: For each input of that call, whether it has rows, as in `row_faults`.
@@ -53,7 +54,8 @@ class Survey:
     non_kernels: set[str] = dataclasses.field(default_factory=set)
     classes: dict[str, type] = dataclasses.field(default_factory=dict)
     scales: dict[str, range] = dataclasses.field(default_factory=dict)
-    uses: Uses | None = None
+    uses: Uses = dataclasses.field(default_factory=Uses)
+    traced: bool = False
     no_params: dict[str, str] = dataclasses.field(default_factory=dict)
     leaves: Mapping[str, Any] = dataclasses.field(default_factory=dict, init=False)
     batched: list[bool | None] = dataclasses.field(default_factory=list, init=False)
@@ -135,14 +137,12 @@ class Survey:
             ) from error
         axes = {n: range(len(product.axes)) for n, product in self.products.items()}
         axes |= {name: range(number) for name, number in (ms or {}).items()}
-        self.uses = self.uses or Uses()
+        self.traced = True
         follow(program, list(self.leaves), axes | self.scales, self.uses)
         return program
 
     def refuse_other_uses(self, name: str) -> None:
         """Raise if an adapter of the kernel at `name` would not be what a merge is."""
-        if self.uses is None:
-            return
         if name in (uses := self.uses).outside:
             table = name in self.products and self.products[name].takes_indices
             kind, tied = ("embedding", " (a tied head?)") if table else ("kernel", "")
@@ -168,7 +168,6 @@ class Survey:
 
     def refuse_adapted(self, specs: Iterable[AdapterSpec]) -> None:
         """Raise if an adapter is not what a merge is, in a program with M's."""
-        assert self.uses is not None
         for spec in specs:
             try:
                 self.refuse_other_uses(spec.name)
@@ -182,10 +181,9 @@ class Survey:
 
     def no_kernel(self, name: str) -> bool:
         """True if the array at `name` is known to be never multiplied."""
-        if name in self.non_kernels or self.uses is None:
-            return name in self.non_kernels
         kernels = self.products, self.uses.multiplied, self.uses.unseen
-        return name in self.uses.reached and not any(name in them for them in kernels)
+        is_kernel = any(name in them for them in kernels)
+        return name in self.non_kernels or (name in self.uses.reached and not is_kernel)
 
     def unproven(self, names: Iterable[str]) -> tuple[tuple[str, str], ...]:
         """(name, reason) for the kernels in `names` that the trace does not prove."""
@@ -193,7 +191,7 @@ class Survey:
         return tuple((name, why) for name, why in reasons.items() if why)
 
     def _why_unproven(self, name: str) -> str:
-        if self.uses is None:
+        if not self.traced:
             return "no call was traced; nnx.plan takes the inputs of one"
         if why := self.uses.unseen.get(name):
             return why
@@ -205,13 +203,13 @@ class Survey:
 
     def why_unknown(self, name: str) -> str:
         """The reason why nothing is known of the use of the array at `name`."""
-        if self.uses is not None and name not in self.uses.reached:
+        if self.traced and name not in self.uses.reached:
             runs = "plan with inputs for which its layer runs, or exclude it"
             return f"{NOT_USED}: {runs}"
-        if self.uses is not None and self._is_known(name):
+        if self.traced and self._is_known(name):
             cls = self._class_name(name)
             return f"its layer, a{cls}, gets it alone: {REBUILT}, or exclude it"
-        calls = "" if self.uses is not None else ", and plan with inputs of a call"
+        calls = "" if self.traced else ", and plan with inputs of a call"
         return (
             "it is not known how a layer uses it: teach its class"
             f"{self._class_name(name)} with mora_jax.register_layer{calls}"

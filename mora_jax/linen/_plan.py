@@ -107,7 +107,7 @@ def program(
     # again, and none of its calls would be recorded.
     mark = object()
 
-    def run(tree: Any, others: Any, rngs: Any, args: Any, kwargs: Any) -> Any:
+    def run(tree: Any, others: Any, args: Any, kwargs: Any) -> Any:
         params, values = tree
         bound = {}
         for name, m in zip(ms, values, strict=True):
@@ -115,21 +115,20 @@ def program(
             bound[(*parents, own + SUFFIX)] = BoundAdapter(m, (mark, name))
         variables = {**others, "params": with_ms(params, bound)}
         with nn.intercept_methods(layer_calls(record, see)):
-            result = model.apply(variables, *args, rngs=rngs, **kwargs)
+            result = model.apply(variables, *args, **kwargs)
         if not kwargs.get("mutable"):
             return result
         output, updated = result  # the params in it are not computed
         return output, {k: value for k, value in updated.items() if k != "params"}
 
     others = {name: value for name, value in variables.items() if name != "params"}
-    rngs, rest = kwargs.get("rngs"), {k: v for k, v in kwargs.items() if k != "rngs"}
     known.leaves = {name: leaf for name, (_, leaf) in leaves.items()} | {
         name + SUFFIX: m for name, m in ms.items() if m is not None
     }
-    groups = (False, known.leaves), (None, others), (False, rngs), (True, (args, rest))
+    groups = (False, known.leaves), (None, others), (True, (args, kwargs))
     known.batched = [kind for kind, group in groups for _ in arrays_of(group)]
     tree = variables["params"], list(ms.values())
-    return program_of(run, tree, others, rngs, args, rest)
+    return program_of(run, tree, others, args, kwargs)
 
 
 def check_model(model: Any) -> None:
