@@ -20,7 +20,7 @@ from mora_jax._common.warnings import warn
 from mora_jax._flax.adapted_call import LayerCall
 from mora_jax._flax.layer_rules import LayerRule, planning_rules, rules_of
 from mora_jax._plan.plan import Plan
-from mora_jax._plan.spec import SUFFIX, AdapterSpec
+from mora_jax._plan.spec import SUFFIX
 from mora_jax._trace_check import Call, Uses, difference, follow, mark, row_faults
 from mora_jax.products import Product
 
@@ -141,9 +141,10 @@ class Survey:
         follow(program, list(self.leaves), axes | self.scales, self.uses)
         return program
 
-    def refuse_other_uses(self, name: str) -> None:
-        """Raise if an adapter of the kernel at `name` would not be what a merge is."""
-        if name in (uses := self.uses).outside:
+    def fault(self, name: str) -> str:
+        """Reason why an adapter of a kernel would not be what a merge is, or ""."""
+        uses, m = self.uses, name + SUFFIX
+        if name in uses.outside:
             table = name in self.products and self.products[name].takes_indices
             kind, tied = ("embedding", " (a tied head?)") if table else ("kernel", "")
             by = f", by {uses.outside[name]}" if uses.outside[name] else ""
@@ -151,33 +152,21 @@ class Survey:
                 f"the model also reads this {kind} outside of its layer's known methods"
                 f"{tied}{by}, where the adapter would have no effect; exclude it"
             )
-            if name not in uses.called:
-                if not self._is_known(name):
-                    cls = self._class_name(name)
-                    told += f", or teach its class{cls} with mora_jax.register_layer"
-                told += f"; {REBUILT}"
-            raise ValueError(told)
+            if name in uses.called:
+                return told
+            cls, is_known = self._class(name)
+            teach = f", or teach its class{cls} with mora_jax.register_layer"
+            return f"{told}{'' if is_known else teach}; {REBUILT}"
         if fault := uses.faults.get(name):
             stacked = self.leaves[name].ndim > len(self.products[name].axes)
-            raise ValueError(
+            return (
                 f"{fault}, so that adapted and merged model would differ; exclude it, "
                 "or teach its class by register_layer (scale= for a scaled kernel)"
                 + "; the axes of a stack must come first"
                 * stacked
             )
-
-    def refuse_adapted(self, specs: Iterable[AdapterSpec]) -> None:
-        """Raise if an adapter is not what a merge is, in a program with M's."""
-        for spec in specs:
-            try:
-                self.refuse_other_uses(spec.name)
-                if (m := spec.name + SUFFIX) in self.uses.outside:
-                    raise ValueError(
-                        "the model reads the M beside this kernel, by "
-                        f"{self.uses.outside[m]}; exclude it"
-                    )
-            except ValueError as error:
-                raise ValueError(f"{spec.name}: {error}") from None
+        read = f"the model reads the M beside this kernel, by {uses.outside.get(m)}"
+        return f"{read}; exclude it" if m in uses.outside else ""
 
     def no_kernel(self, name: str) -> bool:
         """True if the array at `name` is known to be never multiplied."""
@@ -197,40 +186,32 @@ class Survey:
             return why
         if name not in self.uses.reached:
             return NOT_USED
-        if name in self.products:
-            return ""
-        return f"nothing is known of its class{self._class_name(name)}"
+        known = name in self.products
+        return "" if known else f"nothing is known of its class{self._class(name)[0]}"
 
     def why_unknown(self, name: str) -> str:
         """The reason why nothing is known of the use of the array at `name`."""
+        cls, is_known = self._class(name)
         if self.traced and name not in self.uses.reached:
             runs = "plan with inputs for which its layer runs, or exclude it"
             return f"{NOT_USED}: {runs}"
-        if self.traced and self._is_known(name):
-            cls = self._class_name(name)
+        if self.traced and is_known:
             return f"its layer, a{cls}, gets it alone: {REBUILT}, or exclude it"
         calls = "" if self.traced else ", and plan with inputs of a call"
         return (
-            "it is not known how a layer uses it: teach its class"
-            f"{self._class_name(name)} with mora_jax.register_layer{calls}"
+            f"it is not known how a layer uses it: teach its class{cls} with "
+            f"mora_jax.register_layer{calls}"
         )
 
-    def _class_of(self, name: str) -> type | None:
+    def _class(self, name: str) -> tuple[str, bool]:
+        """The class of an array's layer, for a message, and if it has rules."""
         # Of the innermost module whose class is known: a kernel may lie deeper, such as
         # in a list.
         while name:
             name = name.rpartition("/")[0]
-            if name in self.classes:
-                return self.classes[name]
-        return None
-
-    def _is_known(self, name: str) -> bool:
-        cls = self._class_of(name)
-        return cls is not None and bool(rules_of(cls))
-
-    def _class_name(self, name: str) -> str:
-        cls = self._class_of(name)
-        return f" {cls.__name__}" if cls else ""
+            if cls := self.classes.get(name):
+                return f" {cls.__name__}", bool(rules_of(cls))
+        return "", False
 
 
 def check_call(
@@ -257,7 +238,9 @@ def check_call(
     plan, survey = plan_of(), Survey()
     ms = {spec.name + SUFFIX: len(spec.operator.m_shape) for spec in plan.specs}
     adapted = survey.trace(programs, patterns(plan), ms)
-    survey.refuse_adapted(plan.specs)
+    for spec in plan.specs:
+        if fault := survey.fault(spec.name):
+            raise ValueError(f"{spec.name}: {fault}")
     for number in {*rows.values()}:
         for name, fault in row_faults(adapted, number, survey.batched, rows).items():
             raise ValueError(
