@@ -99,12 +99,10 @@ def checked_class(cls: type) -> type:
 
         @functools.wraps(method)
         def call(self: nnx.Module, *args: Any, **kwargs: Any) -> Any:
-            ms = attributes(self, MoRAParam)
-            selected = ((path, unboxed(m)) for _, path, m in ms)
             rows = {
-                "/".join(path).removesuffix(SUFFIX): m.rows
-                for path, m in selected
-                if isinstance(m, Selected)
+                "/".join(path).removesuffix(SUFFIX): unboxed(m).rows
+                for _, path, m in attributes(self, MoRAParam)
+                if isinstance(unboxed(m), Selected)
             }
             kind = _settings(self), name, kind_of_call(rows, args, kwargs)
             programs = functools.partial(program, self, name, args, kwargs)
