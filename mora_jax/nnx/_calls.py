@@ -55,18 +55,15 @@ def program(
 def _marked_class(cls: type, prefix: str, survey: Survey) -> type:
     """The class of a layer whose calls `survey` records; `prefix` is its path."""
 
-    def m_of(layer: nnx.Module, name: str) -> Any:
-        adapter = held(layer, name)
-        return None if adapter is None else adapter[1]
-
     def run(layer: nnx.Module, call: LayerCall) -> Any:
         name = call.rule.name(call.module)
-        return survey.record_call(prefix + name, call, m_of(layer, name))
+        _, m = held(layer, name) or (None, None)
+        return survey.record_call(prefix + name, call, m)
 
     def read(layer: nnx.Module, name: str, kernel: Any) -> Any:
-        product = folded_kernels(cls)[name]
-        own = prefix + name, product, cls.__name__
-        return survey.record_read(*own, kernel, m_of(layer, name))
+        _, m = held(layer, name) or (None, None)
+        own = prefix + name, folded_kernels(cls)[name], cls.__name__
+        return survey.record_read(*own, kernel, m)
 
     return derived(cls, run, read)
 
