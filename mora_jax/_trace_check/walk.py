@@ -168,13 +168,11 @@ class Walk:
                 wrong = wrong.replace("it", "its M", 1)
             if wrong:
                 self.uses.faults.setdefault(call.name, f"{call.method} {wrong}")
-        trail = value.pop(call.name, None)
-        if trail is not None and trail.unseen:
-            self.uses.unseen.setdefault(call.name, trail.unseen)
-        elif trail is not None and (wrong := steps.fault(call, trail, lead)):
-            self.uses.faults.setdefault(call.name, f"{call.method} {wrong}")
-        elif trail is not None and (why := steps.doubt(call, trail)):
-            self.uses.unseen.setdefault(call.name, why)
+        if trail := value.pop(call.name, None):
+            if wrong := "" if trail.unseen else steps.fault(call, trail, lead):
+                self.uses.faults.setdefault(call.name, f"{call.method} {wrong}")
+            elif why := trail.unseen or steps.doubt(call, trail):
+                self.uses.unseen.setdefault(call.name, why)
         return [value]
 
     def _scan(self, eqn: Any, values: Values) -> Values:
