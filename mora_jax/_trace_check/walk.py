@@ -190,10 +190,12 @@ class Walk:
         stacked = [changed(value, self.of_all_rounds) for value in results[carry:]]
         return [*state, *stacked]
 
-    def in_one_round(self, trail: Trail) -> Trail:
+    @staticmethod
+    def in_one_round(trail: Trail) -> Trail:
         return trail.moved(lambda view: view[1:])
 
-    def of_all_rounds(self, trail: Trail) -> Trail:
+    @staticmethod
+    def of_all_rounds(trail: Trail) -> Trail:
         # Of a product that a scan stacks, it is not known which rows it is of.
         hidden = dataclasses.replace(trail, unseen="a trace cannot look into `scan`")
         return hidden if trail.by else trail.passed("scan")
