@@ -1,9 +1,8 @@
 """A call of a Flax layer, without and with its adapter."""
 
-import contextlib
 import dataclasses
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -88,8 +87,13 @@ def adapt_call(
                 spec, m(), x, kernel, product, multiply, precision=precision
             )
 
-        with _multiplying_by(dot_general, module):
+        # By `object`, since both Flax APIs forbid such an assignment to a module.
+        before = module.dot_general
+        object.__setattr__(module, "dot_general", dot_general)
+        try:
             return method(*call.args, **call.kwargs)
+        finally:
+            object.__setattr__(module, "dot_general", before)
     check_product(spec, product)
     y, out_factor = method(*call.args, **call.kwargs), None
     # The adapter adds to the kernel itself, which the layer scales afterwards.
@@ -101,14 +105,3 @@ def adapt_call(
         if in_factor is not None:
             x = jnp.asarray(x).astype(y.dtype) * in_factor.astype(y.dtype)
     return add_delta(y, spec, m(), x, product, dropout_key, precision, out_factor)
-
-
-@contextlib.contextmanager
-def _multiplying_by(dot_general: Callable[..., Any], module: Any) -> Iterator[None]:
-    # By `object`, since both Flax APIs forbid such an assignment to a module.
-    before = module.dot_general
-    object.__setattr__(module, "dot_general", dot_general)
-    try:
-        yield
-    finally:
-        object.__setattr__(module, "dot_general", before)

@@ -57,9 +57,9 @@ def program_of(function: Callable[..., Any], tree: Any, *args: Any) -> Jaxpr:
     return jax.make_jaxpr(call)(tree, arrays).jaxpr
 
 
-def number_of_arrays(tree: Any) -> int:
-    """The number of inputs of a program that `program_of` makes of `tree`."""
-    return len(split_static(tree)[0])
+def arrays_of(tree: Any) -> list[Any]:
+    """The inputs of a program that `program_of` makes of `tree`."""
+    return split_static(tree)[0]
 
 
 def kind_of_call(rows: Mapping[str, int], *args: Any) -> Hashable:
@@ -88,9 +88,9 @@ _inside: ContextVar[bool] = ContextVar("inside", default=False)
 
 @contextlib.contextmanager
 def proving(
-    proven: dict[Hashable, str], kind: Hashable, check: Callable[[], str]
+    proven: dict[Hashable, str], kind: Hashable, check: Callable[..., str], *args: Any
 ) -> Iterator[None]:
-    """Before a call that runs inside, `check` it if it is the first of its kind.
+    """Before a call that runs inside, `check(*args)` if it is the first of its kind.
 
     `proven` keeps the results: "", or why a trace does not show what the call does.
     """
@@ -98,7 +98,7 @@ def proving(
         yield
         return
     with jax.transfer_guard("allow"):  # the check computes with a few numbers
-        why = proven[kind] if kind in proven else check()
+        why = proven[kind] if kind in proven else check(*args)
     # Methods that it calls itself are parts of the same program.
     with unchecked(not why):
         yield

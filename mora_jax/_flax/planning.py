@@ -66,8 +66,10 @@ def plan_surveyed(params: Any, config: MoRAConfig, survey: Survey | None) -> Pla
     targets = model.targets()
     trained = model.trained(targets)
     model.refuse_idle_overrides(targets, trained)
+    taken = {*targets, *(array.name for array in trained)}
+    model.refuse_shared(taken)
     specs = tuple(map(model.adapter, targets))
-    left_out = model.left_out({*targets, *(array.name for array in trained)})
+    left_out = model.left_out(taken)
     surprising = [str(kind) for kind in left_out if kind.multiplied]
     if surprising and model.by_default:
         # Whoever named no targets may not know of them.
@@ -83,7 +85,7 @@ def plan_surveyed(params: Any, config: MoRAConfig, survey: Survey | None) -> Pla
     return Plan(
         specs,
         base_parameters=sum(math.prod(a.shape) for _, a in model.leaves.values()),
-        traced=survey is not None and survey.uses is not None,
+        traced=survey is not None and survey.traced,
         left_out=left_out,
         unproven=unproven,
         trained=trained,
@@ -132,12 +134,11 @@ class Candidates:
         else:
             kind = "path of a kernel that can be adapted (two or more axes, in a layer "
             kind += "whose product is known, in NNX held by an nnx.Param)"
-            patterns = self.config.targets
-            names = matching("targets", patterns, kernels, kind, self.leaves)
+            named = self.config.targets
+            names = matching("targets", named, kernels, kind, self.leaves)
         targets = self._in_order(names - self.excluded)
         if not targets:
             raise ValueError("exclude leaves no kernel to adapt")
-        self._refuse_shared(targets, "exclude both")
         return targets
 
     def _default_targets(self, kernels: Sequence[str]) -> set[str]:
@@ -157,11 +158,9 @@ class Candidates:
         if self.survey is not None and (left_out := self.left_out(())):
             why = "; ".join(map(str, left_out))
         elif self.arrays:
-            some = ", ".join(map(repr, kernels[:3]))
-            some += f" and {len(kernels) - 3} more" * (len(kernels) > 3)
             why = (
                 "it is arrays that are called 'kernel' and are no head or embedding, "
-                f"got {some}; name yours, as in targets='.*/w'"
+                f"got {patterns(kernels)!r}; name yours, as in targets='.*/w'"
             )
         raise ValueError(
             "targets: the default matches no path of a kernel that can be adapted: "
@@ -185,7 +184,8 @@ class Candidates:
             )
             # An unknown layer's kernel has axes by an override, taken at its word.
             if self.survey is not None and name in self.survey.products:
-                self.survey.refuse_other_uses(name)
+                if fault := self.survey.fault(name):
+                    raise ValueError(fault)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
         return spec
@@ -220,7 +220,6 @@ class Candidates:
                 )
             if name.endswith(SUFFIX):
                 raise ValueError(f"train: {name!r} is an M, which is always trained")
-        self._refuse_shared(names, "take both out of train")
         settings = self.config.settings
         return tuple(
             TrainedArray.of(*self.leaves[name], settings(name)[0].param_dtype)
@@ -246,7 +245,7 @@ class Candidates:
         names = [name for name in self.arrays if name not in taken]
         survey = self.survey or Survey()
         # Of a layer that did not run the kernel alone is of interest.
-        ran = survey.uses.reached if survey.uses else self.arrays
+        ran = survey.uses.reached if survey.traced else self.arrays
         names = [name for name in names if name in ran or not name.endswith("bias")]
         reasons = [(name, *self._why_left_out(name)) for name in names]
         held = survey.no_params.items()
@@ -278,7 +277,7 @@ class Candidates:
         # and by name.
         matrix = sum(size > 1 for size in self.arrays[name].shape) > 1
         guess = matrix and not NO_KERNEL.fullmatch(name)
-        return survey.why_unknown(name), survey.uses is not None or guess
+        return survey.why_unknown(name), survey.traced or guess
 
     @functools.cached_property
     def _quantized(self) -> set[str]:
@@ -290,8 +289,8 @@ class Candidates:
     def _in_order(self, names: Iterable[str]) -> list[str]:
         return sorted(names, key=lambda name: self.leaves[name][0])
 
-    def _refuse_shared(self, chosen: Collection[str], remedy: str) -> None:
-        """Raise if an array of `chosen` is at two paths."""
+    def refuse_shared(self, taken: set[str]) -> None:
+        """Raise if an array that is adapted or trained is at two paths."""
         # A step trains the copy at one path, and the model would go on to use the
         # untrained one at the other.
         owners: dict[int, list[str]] = defaultdict(list)
@@ -299,8 +298,9 @@ class Candidates:
             if not isinstance(leaf, jax.ShapeDtypeStruct):  # shapes are often reused
                 owners[id(leaf)].append(name)
         for names in owners.values():
-            if len(names) > 1 and not set(names).isdisjoint(chosen):
+            if len(names) > 1 and not taken.isdisjoint(names):
                 raise ValueError(
                     f"the array at {names[0]!r} is shared with {names[1]!r}, which "
-                    f"training for the first would miss; {remedy}, or copy the array"
+                    "training for the first would miss; exclude both or take both out "
+                    "of train, or copy the array"
                 )

@@ -20,7 +20,7 @@ from mora_jax._common.warnings import warn
 from mora_jax._flax.adapted_call import LayerCall
 from mora_jax._flax.layer_rules import LayerRule, planning_rules, rules_of
 from mora_jax._plan.plan import Plan
-from mora_jax._plan.spec import SUFFIX, AdapterSpec
+from mora_jax._plan.spec import SUFFIX
 from mora_jax._trace_check import Call, Uses, difference, follow, mark, row_faults
 from mora_jax.products import Product
 
@@ -28,6 +28,10 @@ NOT_USED = "the call that was traced does not use it"
 REBUILT = (
     "code that rebuilds the params, as nn.map_variables may, must keep the M beside it"
 )
+
+
+Programs = Callable[["Survey | None"], Jaxpr]
+"""The program of a call; marked for a survey, which gets the arrays of the model."""
 
 
 @dataclasses.dataclass
@@ -39,7 +43,8 @@ class Survey:
       non_kernels: The paths of other arrays of known layers, such as biases.
       classes: {path of a module: its class}.
       scales: {path of a parameter that scales a kernel: the kernel's axes that it has}.
-      uses: The uses of the arrays in a call of the model; None if none was traced.
+      uses: The uses of the arrays in the calls of the model that were traced.
+      traced: True if one was.
       no_params: {path of a kernel that no `nnx.Param` holds: the class that does}.
       leaves: {path: array} of the first inputs of that call, which the model holds.
       batched: For each input of that call, whether it has rows, as in `row_faults`.
@@ -49,7 +54,8 @@ class Survey:
     non_kernels: set[str] = dataclasses.field(default_factory=set)
     classes: dict[str, type] = dataclasses.field(default_factory=dict)
     scales: dict[str, range] = dataclasses.field(default_factory=dict)
-    uses: Uses | None = None
+    uses: Uses = dataclasses.field(default_factory=Uses)
+    traced: bool = False
     no_params: dict[str, str] = dataclasses.field(default_factory=dict)
     leaves: Mapping[str, Any] = dataclasses.field(default_factory=dict, init=False)
     batched: list[bool | None] = dataclasses.field(default_factory=list, init=False)
@@ -106,21 +112,39 @@ class Survey:
         self.products[name] = product
         return mark(kernel, Call(name, product, cls), end=True, m=m)
 
-    def add(self, program: Jaxpr, more: Mapping[str, int] | None = None) -> None:
+    def trace(
+        self,
+        programs: Programs,
+        kernels: str = "its kernels",
+        ms: Mapping[str, int] | None = None,
+    ) -> Jaxpr:
         """Follow arrays through the program of a call, in which layers are marked.
 
-        `more` has the number of axes of one M without a stack's, for M's in `leaves`.
+        `kernels` are in the message if it fails. `ms` has the number of axes of one M
+        without a stack's, for M's in `leaves`.
         """
+        try:
+            program = programs(self)
+        except Exception as error:
+            *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+            if frame.f_globals.get("__name__", "").startswith("mora_jax."):
+                raise
+            programs(None)  # raises what is wrong with the model or its inputs
+            raise ValueError(
+                f"the model fails with an M beside {kernels}: {type(error).__name__}: "
+                f"{error}; exclude kernels whose params code takes apart, as "
+                "nn.WeightNorm and nn.map_variables do"
+            ) from error
         axes = {n: range(len(product.axes)) for n, product in self.products.items()}
-        axes |= {name: range(number) for name, number in (more or {}).items()}
-        self.uses = self.uses or Uses()
+        axes |= {name: range(number) for name, number in (ms or {}).items()}
+        self.traced = True
         follow(program, list(self.leaves), axes | self.scales, self.uses)
+        return program
 
-    def refuse_other_uses(self, name: str) -> None:
-        """Raise if an adapter of the kernel at `name` would not be what a merge is."""
-        if self.uses is None:
-            return
-        if name in (uses := self.uses).outside:
+    def fault(self, name: str) -> str:
+        """Reason why an adapter of a kernel would not be what a merge is, or ""."""
+        uses, m = self.uses, name + SUFFIX
+        if name in uses.outside:
             table = name in self.products and self.products[name].takes_indices
             kind, tied = ("embedding", " (a tied head?)") if table else ("kernel", "")
             by = f", by {uses.outside[name]}" if uses.outside[name] else ""
@@ -128,41 +152,27 @@ class Survey:
                 f"the model also reads this {kind} outside of its layer's known methods"
                 f"{tied}{by}, where the adapter would have no effect; exclude it"
             )
-            if name not in uses.called:
-                if not self._is_known(name):
-                    cls = self._class_name(name)
-                    told += f", or teach its class{cls} with mora_jax.register_layer"
-                told += f"; {REBUILT}"
-            raise ValueError(told)
+            if name in uses.called:
+                return told
+            cls, is_known = self._class(name)
+            teach = f", or teach its class{cls} with mora_jax.register_layer"
+            return f"{told}{'' if is_known else teach}; {REBUILT}"
         if fault := uses.faults.get(name):
             stacked = self.leaves[name].ndim > len(self.products[name].axes)
-            raise ValueError(
+            hint = "; the axes of a stack must come first" if stacked else ""
+            return (
                 f"{fault}, so that adapted and merged model would differ; exclude it, "
                 "or teach its class by register_layer (scale= for a scaled kernel)"
-                + "; the axes of a stack must come first"
-                * stacked
+                f"{hint}"
             )
-
-    def refuse_adapted(self, specs: Iterable[AdapterSpec]) -> None:
-        """Raise if an adapter is not what a merge is, in a program with M's."""
-        assert self.uses is not None
-        for spec in specs:
-            try:
-                self.refuse_other_uses(spec.name)
-                if (m := spec.name + SUFFIX) in self.uses.outside:
-                    raise ValueError(
-                        "the model reads the M beside this kernel, by "
-                        f"{self.uses.outside[m]}; exclude it"
-                    )
-            except ValueError as error:
-                raise ValueError(f"{spec.name}: {error}") from None
+        read = f"the model reads the M beside this kernel, by {uses.outside.get(m)}"
+        return f"{read}; exclude it" if m in uses.outside else ""
 
     def no_kernel(self, name: str) -> bool:
         """True if the array at `name` is known to be never multiplied."""
-        if name in self.non_kernels or self.uses is None:
-            return name in self.non_kernels
         kernels = self.products, self.uses.multiplied, self.uses.unseen
-        return name in self.uses.reached and not any(name in them for them in kernels)
+        is_kernel = any(name in them for them in kernels)
+        return name in self.non_kernels or (name in self.uses.reached and not is_kernel)
 
     def unproven(self, names: Iterable[str]) -> tuple[tuple[str, str], ...]:
         """(name, reason) for the kernels in `names` that the trace does not prove."""
@@ -170,66 +180,38 @@ class Survey:
         return tuple((name, why) for name, why in reasons.items() if why)
 
     def _why_unproven(self, name: str) -> str:
-        if self.uses is None:
+        if not self.traced:
             return "no call was traced; nnx.plan takes the inputs of one"
         if why := self.uses.unseen.get(name):
             return why
         if name not in self.uses.reached:
             return NOT_USED
-        if name in self.products:
-            return ""
-        return f"nothing is known of its class{self._class_name(name)}"
+        known = name in self.products
+        return "" if known else f"nothing is known of its class{self._class(name)[0]}"
 
     def why_unknown(self, name: str) -> str:
         """The reason why nothing is known of the use of the array at `name`."""
-        if self.uses is not None and name not in self.uses.reached:
+        cls, is_known = self._class(name)
+        if self.traced and name not in self.uses.reached:
             runs = "plan with inputs for which its layer runs, or exclude it"
             return f"{NOT_USED}: {runs}"
-        if self.uses is not None and self._is_known(name):
-            cls = self._class_name(name)
+        if self.traced and is_known:
             return f"its layer, a{cls}, gets it alone: {REBUILT}, or exclude it"
-        calls = "" if self.uses is not None else ", and plan with inputs of a call"
+        calls = "" if self.traced else ", and plan with inputs of a call"
         return (
-            "it is not known how a layer uses it: teach its class"
-            f"{self._class_name(name)} with mora_jax.register_layer{calls}"
+            f"it is not known how a layer uses it: teach its class{cls} with "
+            f"mora_jax.register_layer{calls}"
         )
 
-    def _class_of(self, name: str) -> type | None:
+    def _class(self, name: str) -> tuple[str, bool]:
+        """The class of an array's layer, for a message, and if it has rules."""
         # Of the innermost module whose class is known: a kernel may lie deeper, such as
         # in a list.
         while name:
             name = name.rpartition("/")[0]
-            if name in self.classes:
-                return self.classes[name]
-        return None
-
-    def _is_known(self, name: str) -> bool:
-        cls = self._class_of(name)
-        return cls is not None and bool(rules_of(cls))
-
-    def _class_name(self, name: str) -> str:
-        cls = self._class_of(name)
-        return f" {cls.__name__}" if cls else ""
-
-
-Programs = Callable[[Survey | None], Jaxpr]
-"""The program of a call; marked for a survey, which gets the arrays of the model."""
-
-
-def marked_program(programs: Programs, survey: Survey, kernels: str) -> Jaxpr:
-    """The program of a call with marks; `kernels` are in the message if it fails."""
-    try:
-        return programs(survey)
-    except Exception as error:
-        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-        if frame.f_globals.get("__name__", "").startswith("mora_jax."):
-            raise
-        programs(None)  # raises what is wrong with the model or its inputs
-        raise ValueError(
-            f"the model fails with an M beside {kernels}: {type(error).__name__}: "
-            f"{error}; exclude kernels whose params code takes apart, as nn.WeightNorm "
-            "and nn.map_variables do"
-        ) from error
+            if cls := self.classes.get(name):
+                return f" {cls.__name__}", bool(rules_of(cls))
+        return "", False
 
 
 def check_call(
@@ -254,19 +236,18 @@ def check_call(
             "is not proven what it does with adapted kernels"
         )
     plan, survey = plan_of(), Survey()
-    adapted = marked_program(programs, survey, patterns(plan))
     ms = {spec.name + SUFFIX: len(spec.operator.m_shape) for spec in plan.specs}
-    survey.add(adapted, ms)
-    survey.refuse_adapted(plan.specs)
+    adapted = survey.trace(programs, patterns(plan), ms)
+    for spec in plan.specs:
+        if fault := survey.fault(spec.name):
+            raise ValueError(f"{spec.name}: {fault}")
     for number in {*rows.values()}:
         for name, fault in row_faults(adapted, number, survey.batched, rows).items():
             raise ValueError(
                 f"{name}: {fault}, so that a row would get another's adapter; call the "
                 "model once for each adapter"
             )
-    is_m = [name in ms for name in survey.leaves]
-    rest = [False] * (len(adapted.invars) - len(is_m))
-    if found := difference(base, adapted, is_m + rest):
+    if found := difference(base, adapted, [name in ms for name in survey.leaves]):
         raise ValueError(
             "the model computes something else with an M beside its kernels, even if "
             f"M = 0: {found}. Code that counts the arrays of a module or asks for the "

@@ -18,11 +18,10 @@ from typing import Any
 
 import numpy as np
 from jax.extend.core import Jaxpr
-from jax.interpreters import partial_eval
 
 from mora_jax._common.types import Shape
 from mora_jax._trace_check.steps import listed
-from mora_jax._trace_check.trails import Call, Trail, Uses, Value, changed
+from mora_jax._trace_check.trails import Call, Trail, Uses, Value, changed, needed
 from mora_jax._trace_check.walk import PRODUCTS, Values, Walk, shapes
 
 ROWS, NUMBERS = 0, 1
@@ -58,8 +57,7 @@ def row_faults(
     True if the first axis has the rows, should it have the length `rows`; None if any
     axis of that length may, as in a cache; False for parameters.
     """
-    program, used = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
-    kinds = [kind for kind, use in zip(is_batched, used, strict=True) if use]
+    program, kinds = needed(jaxpr, is_batched)
     inputs: Values = []
     for shape, kind in zip(shapes(program.invars), kinds, strict=True):
         # A vector in a cache may have a number for each layer.
@@ -250,16 +248,11 @@ def _worked_axes(p: Any, operands: list[Shape], out: Shape) -> set[int]:
 
 def _indexed(numbers: Any, operands: list[Shape], out: Shape, columns: Values) -> Any:
     """`_places` for a gather or a scatter."""
-    if gathers := hasattr(numbers, "offset_dims"):
-        inner, dropped = numbers.offset_dims, numbers.collapsed_slice_dims
-        starts, along = numbers.start_index_map, numbers.start_indices_batching_dims
-    else:
-        inner, dropped = numbers.update_window_dims, numbers.inserted_window_dims
-        starts = numbers.scatter_dims_to_operand_dims
-        along = numbers.scatter_indices_batching_dims
-    whole, part = operands[0], out if gathers else operands[2]
+    # Both have the same five fields: a part that a scatter takes, a gather returns.
+    inner, dropped, starts, batched, along = numbers
+    whole, _, part = [*operands, out][:3]
     # {axis of the operand: the axis of the indices that runs along it}
-    pairs = dict(zip(numbers.operand_batching_dims, along, strict=True))
+    pairs = dict(zip(batched, along, strict=True))
     windows = (k for k in range(len(whole)) if k not in (*dropped, *pairs))
     same = dict(zip(inner, windows, strict=True))
     same = {at: k for at, k in same.items() if part[at] == whole[k]}
@@ -269,6 +262,6 @@ def _indexed(numbers: Any, operands: list[Shape], out: Shape, columns: Values) -
             pairs[start] = trail.view.index(1)
     outer = [k for k in range(len(part)) if k not in inner]
     same |= {outer[at]: k for k, at in pairs.items()}
-    if gathers:
+    if len(operands) == 2:  # a gather
         return [same, {at: k for k, at in enumerate(outer)}]
     return [{k: k for k in same.values()}, pairs, {k: at for at, k in same.items()}]

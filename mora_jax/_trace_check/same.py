@@ -13,18 +13,17 @@ from typing import Any
 
 import numpy as np
 from jax.extend.core import Jaxpr, Literal
-from jax.interpreters import partial_eval
 
-from mora_jax._trace_check.trails import inside, mark_p, opened
+from mora_jax._trace_check.trails import inside, mark_p, needed, opened
 
 
 def difference(base: Jaxpr, adapted: Jaxpr, ms: Sequence[bool]) -> str:
     """The first step in which two programs differ, or "".
 
-    `ms` says which inputs of the adapted program are M's, which the base lacks.
+    `ms` says which of the adapted program's first inputs are M's, which the base lacks.
     """
-    pair = zip((base, adapted), ([False] * len(base.invars), ms), strict=True)
-    steps = itertools.zip_longest(*(_Steps().of(*_needed(*one)) for one in pair))
+    pair = needed(base, []), needed(adapted, ms)
+    steps = itertools.zip_longest(*(_Steps().of(*program) for program in pair))
     for before, after in steps:
         if before != after:
             told = (" ".join(map(str, step or ["the end"])) for step in (after, before))
@@ -32,18 +31,12 @@ def difference(base: Jaxpr, adapted: Jaxpr, ms: Sequence[bool]) -> str:
     return ""
 
 
-def _needed(program: Jaxpr, ms: Sequence[bool]) -> tuple[Jaxpr, list[bool]]:
-    """A program without what no output needs, and its inputs that are M's."""
-    program, used = partial_eval.dce_jaxpr(program, [True] * len(program.outvars))
-    return program, list(itertools.compress(ms, used))
-
-
 class _Steps:
     """Steps of a program that do not depend on M's."""
 
     def of(self, program: Jaxpr, ms: Sequence[bool]) -> Iterator[tuple[Any, ...]]:
         """Yield each step, and keep which outputs depend on M's in `last`."""
-        of_m = {var for var, is_m in zip(program.invars, ms, strict=True) if is_m}
+        of_m = set(itertools.compress(program.invars, ms))
         for eqn in program.eqns:
             flags = [not isinstance(v, Literal) and v in of_m for v in eqn.invars]
             results = [any(flags)] * len(eqn.outvars)

@@ -2,16 +2,19 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax.extend.core import Jaxpr, Primitive
-from jax.interpreters import ad, batching, mlir
+from jax.interpreters import ad, batching, mlir, partial_eval
 
 from mora_jax._trace_check.views import View
 from mora_jax.products import Product
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(eq=False, repr=False)
@@ -58,6 +61,12 @@ def inside(eqn: Any) -> list[Jaxpr]:
     for value in eqn.params.values():
         values += value if isinstance(value, tuple | list) else [value]
     return [p for p in map(opened, values) if isinstance(p, Jaxpr)]
+
+
+def needed(program: Jaxpr, told: Sequence[T]) -> tuple[Jaxpr, list[T]]:
+    """A program without what no output needs; what is told of its first inputs."""
+    program, used = partial_eval.dce_jaxpr(program, [True] * len(program.outvars))
+    return program, list(itertools.compress(told, used))
 
 
 mark_p = Primitive("mora_mark")

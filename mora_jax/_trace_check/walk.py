@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 from jax.extend.core import Jaxpr, Literal
-from jax.interpreters import partial_eval
 
 from mora_jax._plan.spec import SUFFIX
 from mora_jax._trace_check import steps
@@ -21,6 +20,7 @@ from mora_jax._trace_check.trails import (
     inside,
     joined,
     kernels,
+    needed,
     opened,
 )
 from mora_jax._trace_check.views import named
@@ -55,8 +55,7 @@ def follow(
     `names` are the paths of its first inputs, the arrays of the model, and `axes` has
     the axes of kernels, M's and parameters that scale kernels, as layers see them.
     """
-    jaxpr, used = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
-    paths = [name for name, use in zip(names, used, strict=False) if use]
+    jaxpr, paths = needed(jaxpr, names)
     uses.reached.update(paths)
     values: Values = [{} for _ in jaxpr.invars]
     for k, (name, var) in enumerate(zip(paths, jaxpr.invars, strict=False)):
@@ -76,22 +75,10 @@ def follow(
                 uses.outside.setdefault(name, steps.listed(by))
 
 
-def _in_one_round(trail: Trail) -> Trail:
-    return trail.moved(lambda view: view[1:])
-
-
-def _of_all_rounds(trail: Trail) -> Trail:
-    # Of a product that a scan stacks, it is not known which rows it is of.
-    hidden = dataclasses.replace(trail, unseen="a trace cannot look into `scan`")
-    return hidden if trail.by else trail.passed("scan")
-
-
 class Walk:
     """A walk through a program and the programs inside it."""
 
     in_either = staticmethod(in_either)
-    in_one_round = staticmethod(_in_one_round)
-    of_all_rounds = staticmethod(_of_all_rounds)
 
     def __init__(self, uses: Uses) -> None:
         self.uses = uses
@@ -181,13 +168,11 @@ class Walk:
                 wrong = wrong.replace("it", "its M", 1)
             if wrong:
                 self.uses.faults.setdefault(call.name, f"{call.method} {wrong}")
-        trail = value.pop(call.name, None)
-        if trail is not None and trail.unseen:
-            self.uses.unseen.setdefault(call.name, trail.unseen)
-        elif trail is not None and (wrong := steps.fault(call, trail, lead)):
-            self.uses.faults.setdefault(call.name, f"{call.method} {wrong}")
-        elif trail is not None and (why := steps.doubt(call, trail)):
-            self.uses.unseen.setdefault(call.name, why)
+        if trail := value.pop(call.name, None):
+            if wrong := "" if trail.unseen else steps.fault(call, trail, lead):
+                self.uses.faults.setdefault(call.name, f"{call.method} {wrong}")
+            elif why := trail.unseen or steps.doubt(call, trail):
+                self.uses.unseen.setdefault(call.name, why)
         return [value]
 
     def _scan(self, eqn: Any, values: Values) -> Values:
@@ -204,6 +189,16 @@ class Walk:
         state, results = self._loop(body, fixed, state, layers)
         stacked = [changed(value, self.of_all_rounds) for value in results[carry:]]
         return [*state, *stacked]
+
+    @staticmethod
+    def in_one_round(trail: Trail) -> Trail:
+        return trail.moved(lambda view: view[1:])
+
+    @staticmethod
+    def of_all_rounds(trail: Trail) -> Trail:
+        # Of a product that a scan stacks, it is not known which rows it is of.
+        hidden = dataclasses.replace(trail, unseen="a trace cannot look into `scan`")
+        return hidden if trail.by else trail.passed("scan")
 
     def _while(self, eqn: Any, values: Values) -> Values:
         start = eqn.params["cond_nconsts"]

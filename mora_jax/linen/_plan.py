@@ -1,7 +1,7 @@
 """A plan of a model, by what its layers compute."""
 
 import functools
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -10,11 +10,10 @@ from flax.traverse_util import flatten_dict
 from jax.extend.core import Jaxpr
 
 from mora_jax._common.suggestions import matching
-from mora_jax._common.types import Path
 from mora_jax._flax.adapted_call import LayerCall
-from mora_jax._flax.calls import Call, number_of_arrays, program_of
+from mora_jax._flax.calls import Call, arrays_of, program_of
 from mora_jax._flax.planning import plan_surveyed
-from mora_jax._flax.survey import Survey, marked_program
+from mora_jax._flax.survey import Survey
 from mora_jax._plan.plan import Plan
 from mora_jax._plan.settings import MoRAConfig, check_config
 from mora_jax._plan.spec import SUFFIX, AdapterSpec
@@ -65,11 +64,17 @@ def plan(
     if args or kwargs or not calls:
         calls = (Call(*args, **kwargs), *calls)
     params, survey = params_of(variables), Survey()
-    excluded = matching("exclude", config.exclude, named_leaves(params))
+    leaves, modules = named_leaves(params), flatten_dict(dict(params))
+    excluded = matching("exclude", config.exclude, leaves)
+    # The parts of a quantized kernel are in no module.
+    kernels: dict[str, None] = {
+        name: None
+        for name, (path, leaf) in leaves.items()
+        if name not in excluded and leaf.ndim > 1 and path in modules
+    }
     for call in calls:
-        given = model, variables, call.args, call.kwargs
-        own = functools.partial(program, *given, excluded=excluded)
-        survey.add(marked_program(own, survey, "its kernels"))
+        given = model, variables, call.args, call.kwargs, kernels
+        survey.trace(functools.partial(program, *given))
     return plan_surveyed(params, config, survey)
 
 
@@ -78,52 +83,38 @@ def program(
     variables: Any,
     args: Any,
     kwargs: Any,
+    kernels: Mapping[str, AdapterSpec | None],
     survey: Survey | None,
-    specs: Sequence[AdapterSpec] | None = None,
-    excluded: Collection[str] = (),
 ) -> Jaxpr:
     """The program of a call, whose first inputs are the params, and M's if any.
 
-    With a survey, which it fills in, layers are marked: all that are not `excluded`, or
-    the ones that `specs` adapt, which then have an M. Without a survey it is the
-    program of the base.
+    With a survey, which it fills in, the layers of `kernels` are marked, and those that
+    have a spec have an M. Without a survey it is the program of the base.
     """
-    params = params_of(variables)
-    leaves, modules = named_leaves(params), flatten_dict(dict(params))
-    ms: dict[Path, Any] = {}
-    if survey is not None and specs is None:
-        # The parts of a quantized kernel are in no module.
-        kernels = (leaves[n] for n in leaves if n not in excluded)
-        ms = {path: None for path, leaf in kernels if leaf.ndim > 1 and path in modules}
-    elif survey is not None and specs is not None:
-        shape_of = jax.ShapeDtypeStruct
-        ms = {spec.path: shape_of(spec.shape, spec.param_dtype) for spec in specs}
+    leaves, shape_of = named_leaves(params_of(variables)), jax.ShapeDtypeStruct
+    ms = {} if survey is None else dict(kernels)
+    ms = {n: s and shape_of(s.shape, s.param_dtype) for n, s in ms.items()}
+    known = survey or Survey()
 
     def see(module: Any) -> None:
-        if survey is not None:
-            name = "/".join(module.scope.path)
-            survey.classes.setdefault(name, type(module))
+        known.classes.setdefault("/".join(module.scope.path), type(module))
 
-    def record(call: LayerCall, adapter: BoundAdapter) -> Any:
+    def record(call: LayerCall, adapter: BoundAdapter) -> Callable[[], Any]:
         _, name = adapter.spec
-        assert survey is not None
-        return survey.record_call(name, call, adapter.m)
-
-    def recording(*call: Any) -> Callable[[], Any]:
-        return functools.partial(record, *call)
+        return functools.partial(known.record_call, name, call, adapter.m)
 
     # A mark that no earlier call had. Otherwise nn.jit would use an earlier trace
     # again, and none of its calls would be recorded.
     mark = object()
 
-    def run(tree: Any, variables: Any, args: Any, kwargs: Any) -> Any:
+    def run(tree: Any, others: Any, args: Any, kwargs: Any) -> Any:
         params, values = tree
-        bound = {
-            (*path[:-1], path[-1] + SUFFIX): BoundAdapter(m, (mark, "/".join(path)))
-            for path, m in zip(ms, values, strict=True)
-        }
-        variables = {**variables, "params": with_ms(params, bound)}
-        with nn.intercept_methods(layer_calls(recording, see)):
+        bound = {}
+        for name, m in zip(ms, values, strict=True):
+            *parents, own = leaves[name][0]
+            bound[(*parents, own + SUFFIX)] = BoundAdapter(m, (mark, name))
+        variables = {**others, "params": with_ms(params, bound)}
+        with nn.intercept_methods(layer_calls(record, see)):
             result = model.apply(variables, *args, **kwargs)
         if not kwargs.get("mutable"):
             return result
@@ -131,17 +122,13 @@ def program(
         return output, {k: value for k, value in updated.items() if k != "params"}
 
     others = {name: value for name, value in variables.items() if name != "params"}
-    if survey is not None:
-        survey.leaves = {name: leaf for name, (_, leaf) in leaves.items()} | {
-            f"{'/'.join(path)}{SUFFIX}": m for path, m in ms.items() if m is not None
-        }
-        counts = len(survey.leaves), number_of_arrays(others), number_of_arrays(args)
-        batched = zip((False, None, True), counts, strict=True)
-        survey.batched = [has_rows for has_rows, count in batched for _ in range(count)]
-        for name in sorted(kwargs):
-            count = number_of_arrays(kwargs[name])
-            survey.batched += [name != "rngs"] * count
-    return program_of(run, (params, list(ms.values())), others, args, kwargs)
+    known.leaves = {name: leaf for name, (_, leaf) in leaves.items()} | {
+        name + SUFFIX: m for name, m in ms.items() if m is not None
+    }
+    groups = (False, known.leaves), (None, others), (True, (args, kwargs))
+    known.batched = [kind for kind, group in groups for _ in arrays_of(group)]
+    tree = variables["params"], list(ms.values())
+    return program_of(run, tree, others, args, kwargs)
 
 
 def check_model(model: Any) -> None:

@@ -55,15 +55,14 @@ class AdaptedApply:
         base = params_of(variables)
         trained = trained_items(adapters, plan) if plan.trained else []
         params = with_trained(base, trained)
-        given = {**variables, "params": params}, args, kwargs
-        programs = functools.partial(program, self.model, *given, specs=plan.specs)
-        own = (lambda: plan), programs, rows, "method" not in kwargs
-        check = functools.partial(check_call, *own)
+        given = {**variables, "params": params}, args, kwargs, plan
+        programs = functools.partial(program, self.model, *given)
+        check = check_call, lambda: plan, programs, rows, "method" not in kwargs
         kind = kind_of_call(rows, args, kwargs, sorted(variables))
         variables = {**variables, "params": with_ms(params, bound)}
         adapt = functools.partial(_adapting, bool(adapter_deterministic))
         with (
-            proving(self.proven, kind, check),
+            proving(self.proven, kind, *check),
             nn.intercept_methods(layer_calls(adapt)),
         ):
             result = self.model.apply(variables, *args, **kwargs)

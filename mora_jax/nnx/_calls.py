@@ -9,7 +9,7 @@ from flax import nnx
 from jax.extend.core import Jaxpr
 
 from mora_jax._flax.adapted_call import LayerCall
-from mora_jax._flax.calls import kind_of_call, number_of_arrays, program_of, proving
+from mora_jax._flax.calls import arrays_of, kind_of_call, program_of, proving
 from mora_jax._flax.layer_rules import folded_kernels, planning_rules
 from mora_jax._flax.survey import Survey, check_call
 from mora_jax._layer.slots import Selected
@@ -28,17 +28,13 @@ def program(
     With a survey, which it fills in, layers are marked: those that have an M, or all of
     a plain model. Without a survey it is the program of the base.
     """
-    plain = not any(attributes(model, MoRAParam))
-    twin = nnx.clone(model) if survey is not None or plain else detached(model)
+    suffix = SUFFIX if any(attributes(model, MoRAParam)) else ""
+    twin = detached(model) if survey is None else nnx.clone(model)
     for path, layer in list(named_modules(twin)) if survey is not None else ():
-        names = planning_rules(layer)
-        is_marked = any(
-            isinstance(getattr(layer, name, None), nnx.Variable)
-            and (plain or held(layer, name) is not None)
-            for name in names
-        )
+        names = [name + suffix for name in planning_rules(layer)]
+        variables = (getattr(layer, name, None) for name in names)
         set_class(layer, plain_class(layer))
-        if is_marked and survey is not None:
+        if survey is not None and any(isinstance(v, nnx.Variable) for v in variables):
             prefix = "".join(f"{key}/" for key in path)
             set_class(layer, _marked_class(type(layer), prefix, survey))
     for module, (*_, key), m in attributes(twin, MoRAParam):
@@ -50,28 +46,24 @@ def program(
     if survey is not None:
         leaves = named_leaves(nnx.to_pure_dict(state))
         survey.leaves = {name: leaf for name, (_, leaf) in leaves.items()}
-        count = number_of_arrays((args, kwargs))
         parameters = set(named_leaves(nnx.to_pure_dict(nnx.state(twin, nnx.Param))))
         batched = [False if name in parameters else None for name in leaves]
-        survey.batched = [*batched, *[True] * count]
+        survey.batched = [*batched, *(True for _ in arrays_of((args, kwargs)))]
     return program_of(call, state, args, kwargs)
 
 
 def _marked_class(cls: type, prefix: str, survey: Survey) -> type:
     """The class of a layer whose calls `survey` records; `prefix` is its path."""
 
-    def m_of(layer: nnx.Module, name: str) -> Any:
-        adapter = held(layer, name)
-        return None if adapter is None else adapter[1]
-
     def run(layer: nnx.Module, call: LayerCall) -> Any:
         name = call.rule.name(call.module)
-        return survey.record_call(prefix + name, call, m_of(layer, name))
+        _, m = held(layer, name) or (None, None)
+        return survey.record_call(prefix + name, call, m)
 
     def read(layer: nnx.Module, name: str, kernel: Any) -> Any:
-        product = folded_kernels(cls)[name]
-        own = prefix + name, product, cls.__name__
-        return survey.record_read(*own, kernel, m_of(layer, name))
+        _, m = held(layer, name) or (None, None)
+        own = prefix + name, folded_kernels(cls)[name], cls.__name__
+        return survey.record_read(*own, kernel, m)
 
     return derived(cls, run, read)
 
@@ -98,23 +90,21 @@ def checked_class(cls: type) -> type:
     """The class of an adapted model: the public methods of `cls`, checked."""
 
     def checked(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
-        if name[0] == "_" and name != "__call__":
+        is_main = name == "__call__"
+        if name[0] == "_" and not is_main:
             return method
 
         @functools.wraps(method)
         def call(self: nnx.Module, *args: Any, **kwargs: Any) -> Any:
-            ms = attributes(self, MoRAParam)
-            selected = ((path, unboxed(m)) for _, path, m in ms)
             rows = {
-                "/".join(path).removesuffix(SUFFIX): m.rows
-                for path, m in selected
-                if isinstance(m, Selected)
+                "/".join(path).removesuffix(SUFFIX): unboxed(m).rows
+                for _, path, m in attributes(self, MoRAParam)
+                if isinstance(unboxed(m), Selected)
             }
             kind = _settings(self), name, kind_of_call(rows, args, kwargs)
             programs = functools.partial(program, self, name, args, kwargs)
-            own = (lambda: plan_of(self)), programs, rows, name == "__call__"
-            check = functools.partial(check_call, *own)
-            with proving(_proven, kind, check):
+            check = check_call, lambda: plan_of(self), programs, rows, is_main
+            with proving(_proven, kind, *check):
                 return method(self, *args, **kwargs)
 
         return call

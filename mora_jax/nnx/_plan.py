@@ -9,7 +9,7 @@ from flax import nnx
 from mora_jax._flax.calls import Call
 from mora_jax._flax.layer_rules import folded_kernels, planning_rules
 from mora_jax._flax.planning import plan_surveyed
-from mora_jax._flax.survey import Survey, marked_program
+from mora_jax._flax.survey import Survey
 from mora_jax._plan.plan import Plan
 from mora_jax._plan.settings import MoRAConfig, check_config
 from mora_jax.nnx._calls import program
@@ -55,18 +55,18 @@ def plan(
     params, survey = parameters(model), Survey(classes=classes)
     for module, path, variable in attributes(model, nnx.Variable):
         rules, name = planning_rules(module), "/".join(path)
-        if path[-1] in rules and not isinstance(variable, nnx.Param):
+        if (rule := rules.get(path[-1])) is None:
+            if rules and not folded_kernels(type(module)):  # or methods may do anything
+                survey.non_kernels.add(name)
+        elif not isinstance(variable, nnx.Param):
             survey.no_params[name] = type(variable).__name__
-        elif (rule := rules.get(path[-1])) is not None:
-            if (product := rule.product(module)) is not None:
-                survey.products[name] = product
-        elif rules and not folded_kernels(type(module)):  # or methods may do anything
-            survey.non_kernels.add(name)
+        elif product := rule.product(module):
+            survey.products[name] = product
     if args or kwargs:
         calls = (Call(*args, **kwargs), *calls)
     for call in calls:
         own = functools.partial(program, model, "__call__", call.args, call.kwargs)
-        survey.add(marked_program(own, survey, "its kernels"))
+        survey.trace(own)
     chosen = plan_surveyed(params, config, survey)
     refuse_unfit(model, chosen)
     return chosen
@@ -74,16 +74,15 @@ def plan(
 
 def refuse_unfit(model: nnx.Module, plan: Plan) -> None:
     """Raise if an array of `plan` is at two places of the model."""
-    remedies = {spec.name: "exclude it" for spec in plan.specs}
-    remedies |= {array.name: "take it out of train" for array in plan.trained}
+    arrays = [*plan, *(array.name for array in plan.trained)]
     for paths in nnx.find_duplicates(model):
         names = ["/".join(map(str, path)) for path in paths]
-        for array, remedy in remedies.items():
+        for array in arrays:
             # A shared module has all of its arrays twice.
             if any(array == name or array.startswith(f"{name}/") for name in names):
                 raise ValueError(
                     f"{array} is shared: the model holds {names[0]!r} also as "
-                    f"{names[1]!r}; {remedy}, or copy it"
+                    f"{names[1]!r}; exclude it, take it out of train, or copy it"
                 )
 
 

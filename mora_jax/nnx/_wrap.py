@@ -77,10 +77,8 @@ def wrap(
     """
     check_model(model)
     plan = config_or_plan
-    if not isinstance(plan, Plan):
-        plan = plan_model(model, plan)
-    else:  # names and shapes may have made it
-        refuse_unfit(model, plan)
+    plan = plan if isinstance(plan, Plan) else plan_model(model, plan)
+    refuse_unfit(model, plan)  # names and shapes may have made it
     is_random = any(spec.init == "gaussian" for spec in plan.specs)
     key = rngs.params() if rngs and is_random else None
     new = init(plan, key, params=parameters(model) if plan.trained else None)
