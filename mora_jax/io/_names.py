@@ -70,7 +70,7 @@ def translate(text: str, source: str, target: str) -> str | None:
 
 
 def to_kernels(module: str, known: tuple[Pair, ...]) -> Iterator[tuple[str, str]]:
-    """Yield kernels that a module may be, and the axes of its weight: "io" in tables."""
+    """Yield the kernels that a module may be, and the axes of its weight."""
     for pair in known:
         if kernel := translate(module, pair.module, pair.kernel):
             yield kernel, "io" if is_table(module, kernel) else pair.axes

@@ -1,7 +1,6 @@
 """Operators: the fixed pair of linear maps around M."""
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -270,17 +269,6 @@ class Operator:
         """D(C(x) M), the paper's equation 3 without alpha: (..., out_features)."""
         x = check_array("x", x, (self.in_features,))
         return undisturbed(self.rows)(x, self._checked(m), precision)
-
-    def apply_transpose(
-        self, m: Trained, y: Outputs, *, precision: Precision = None
-    ) -> Float[jax.Array, "*batch ins"]:
-        r"""The transpose of `apply`, (..., in_features): :math:`y D^T M^T C^T`.
-
-        It is `y` times the transpose of `delta_weight(m)`, which is not formed.
-        """
-        y = check_array("y", y, (self.out_features,))
-        rows = functools.partial(self.rows, m=self._checked(m), precision=precision)
-        return transposed(undisturbed(rows), (*y.shape[:-1], self.in_features), y)
 
     def lookup(
         self,
