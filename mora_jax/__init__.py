@@ -51,7 +51,8 @@ After training::
   unmerge               the base again, approximately
   delta_weight          what the adapters add to the kernels
   diagnostics           spectra, norms, and what rounding loses
-  from_lora, to_lora    adapters from a LoRA of qwix, Tunix or nnx.LoRA, and back
+  from_lora             adapters of a LoRA of qwix, Tunix or nnx.LoRA
+  to_lora               the other way round
   save                  write adapters to a directory
   load                  read them
   io                    the same and more: PEFT's files, LoRA, whole checkpoints

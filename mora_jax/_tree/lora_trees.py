@@ -7,11 +7,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mora_jax._common.checks import check_number
 from mora_jax._common.suggestions import nearest_paths
 from mora_jax._common.types import Path
 from mora_jax._plan.plan import Plan, check_plan
-from mora_jax._plan.settings import AdapterSettings
+from mora_jax._plan.settings import AdapterSettings, above_zero
 from mora_jax._tree.adapters import Tree, nest
 from mora_jax._tree.merge import array_items
 from mora_jax._tree.paths import adapter_path, named_leaves, replace_leaves
@@ -36,7 +35,7 @@ def from_lora(tree: Any, plan: Plan, alpha: float | int = 1.0) -> tuple[Tree, Pl
       (adapters, plan), with the kernels that have factors.
 
     Raises:
-      TypeError, ValueError: The tree has no factors, the plan lacks their kernel, a
+      TypeError, ValueError: The tree lacks factors, the plan lacks their kernel, a
         factor lacks its twin, or shapes do not fit.
 
     Example::
@@ -49,7 +48,7 @@ def from_lora(tree: Any, plan: Plan, alpha: float | int = 1.0) -> tuple[Tree, Pl
       >>> mora_jax.delta_weight(adapters, plan)["fc"]["kernel"][0, 0]
       Array(16., dtype=float32)
     """
-    alpha = check_number("alpha", alpha)
+    alpha = above_zero("alpha", alpha)
     found: dict[str, dict[str, jax.Array]] = {}
     for kernel, letter, _, leaf in _factors_in(tree, check_plan(plan)):
         found.setdefault(kernel, {})[letter] = jnp.asarray(leaf)
@@ -90,15 +89,26 @@ def to_lora(adapters: Any, plan: Plan, like: Any, alpha: float | int = 1.0) -> A
     Raises:
       TypeError, ValueError: As `from_lora`; an adapter is not a LoRA, or the rank of
         `like` is another.
+
+    Example::
+
+      >>> import jax.numpy as jnp, mora_jax
+      >>> tree = {"kernel_lora_a": jnp.ones((8, 2)), "kernel_lora_b": jnp.ones((2, 6))}
+      >>> lora = mora_jax.from_lora(tree, mora_jax.plan({"kernel": jnp.ones((8, 6))}))
+      >>> bool((mora_jax.to_lora(*lora, tree)["kernel_lora_b"] == 1).all())
+      True
     """
-    alpha, new, items = check_number("alpha", alpha), {}, {}
+    alpha, new, items = above_zero("alpha", alpha), {}, {}
     for spec, m in array_items(adapters, plan):
         if not isinstance(spec.operator, LowRank):
             name = spec.operator.name
             raise ValueError(f"{spec.name}: {name!r} is not 'low_rank', and no LoRA")
         a, b = spec.operator.factors(m)
         items[spec.name] = {"a": a, "b": b * (spec.factor / alpha)}
-    for kernel, letter, path, leaf in _factors_in(like, plan):
+    found = _factors_in(like, check_plan(plan))
+    if missing := items.keys() - {kernel for kernel, *_ in found}:
+        raise ValueError(f"like has no factors for {min(missing)!r}")
+    for kernel, letter, path, leaf in found:
         factor = items[kernel][letter]
         if factor.size != leaf.size:
             raise ValueError(
@@ -106,8 +116,6 @@ def to_lora(adapters: Any, plan: Plan, like: Any, alpha: float | int = 1.0) -> A
                 f"adapter's {factor.shape}: is the rank another?"
             )
         new[path] = factor.reshape(leaf.shape).astype(leaf.dtype)
-    if missing := items.keys() - {kernel for kernel, *_ in _factors_in(like, plan)}:
-        raise ValueError(f"like has no factors for {min(missing)!r}")
     return replace_leaves(like, new)
 
 

@@ -117,10 +117,7 @@ def optimizer(
       (False, True)
     """
     check_transformation(tx)
-    if ratio is not None:
-        if plan is None:
-            raise ValueError(f"ratio={ratio} needs plan=, the plan of the adapters")
-        tx = with_ratio(tx, ratio, plan.specs)
+    tx = with_ratio(tx, ratio, plan.specs if plan is not None else ())
     labels = trainable_labels(params, base, plan=plan)
     # Updates of -0.0 leave every leaf as it is, to the bit: x + -0.0 is x for every x,
     # while -0.0 + 0.0 is 0.0.
@@ -129,16 +126,15 @@ def optimizer(
 
 
 def with_ratio(
-    tx: optax.GradientTransformation, ratio: float, specs: Iterable[AdapterSpec]
+    tx: optax.GradientTransformation, ratio: float | None, specs: Iterable[AdapterSpec]
 ) -> optax.GradientTransformation:
     """`tx` with updates of each B that are `ratio` times as large; see `optimizer`."""
+    if ratio is None:
+        return tx
     ratio = above_zero("ratio", ratio)
     loras = {adapter_path(s): s.operator for s in specs if not s.operator.linear}
     if not loras:
-        raise ValueError(
-            "ratio is for the factors of a LoRA, and no adapter is one; say "
-            "operator='low_rank', or leave it out"
-        )
+        raise ValueError("ratio needs a plan= with adapters of operator='low_rank'")
 
     def scale(updates: Any, _: Any) -> Any:
         leaves = located_leaves(updates, "updates")

@@ -79,8 +79,7 @@ def adapter_optimizer(
     """
     check_transformation(tx)
     shardings = map(named_sharding, _single_ms(model))
-    if ratio is not None:
-        tx = with_ratio(tx, ratio, [spec for spec, _ in adapter_variables(model)[0]])
+    tx = with_ratio(tx, ratio, [spec for spec, _ in adapter_variables(model)[0]])
     optimizer = _AdapterOptimizer(model, tx, wrt=MoRAParam)
     sharding = next(filter(None, shardings), None)
     if sharding is None:

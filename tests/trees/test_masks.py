@@ -108,3 +108,36 @@ def test_bad_input(both):
             call()
     with pytest.raises(TypeError, match="tx must be an optax transformation"):
         optimizer(0.1, both)  # pyright: ignore
+
+
+@pytest.mark.parametrize("combined", [False, True])
+def test_a_ratio_is_lora_plus(combined):
+    """B moves faster by it, and A as without; also with weight decay."""
+    params = {"fc": {"kernel": jnp.ones((8, 6))}}
+    config = MoRAConfig(rank=2, operator="low_rank")
+    made_plan = plan(params, config)
+    adapters = init(made_plan)
+    tree = combine(params, adapters, made_plan) if combined else adapters
+    grads = jax.tree.map(jnp.ones_like, tree)
+    moved = []
+    for ratio in (None, 16):
+        tx = optimizer(
+            optax.adamw(1e-2, weight_decay=0.1), tree, plan=plan, ratio=ratio
+        )
+        updates, _ = tx.update(grads, tx.init(tree), tree)
+        moved.append(np.asarray(updates["fc"]["kernel_mora"]))
+    np.testing.assert_allclose(moved[1][:8], moved[0][:8])
+    np.testing.assert_allclose(moved[1][8:], 16 * moved[0][8:], rtol=1e-6)
+    assert moved[0].all()
+
+
+def test_a_ratio_needs_a_lora():
+    made_plan = plan({"fc": {"kernel": jnp.ones((8, 8))}})
+    adapters = init(made_plan)
+    for given in (None, made_plan):
+        with pytest.raises(ValueError, match="ratio needs a plan= with .*low_rank"):
+            optimizer(optax.sgd(1.0), adapters, plan=given, ratio=16)
+    lora = plan({"kernel": jnp.ones((8, 8))}, MoRAConfig(operator="low_rank"))
+    for ratio, error in ((0, ValueError), (-1, ValueError), ("16", TypeError)):
+        with pytest.raises(error, match="ratio must be"):
+            optimizer(optax.sgd(1.0), init(lora), plan=lora, ratio=ratio)
