@@ -131,14 +131,14 @@ def with_ratio(
     """`tx` with updates of each B that are `ratio` times as large; see `optimizer`."""
     if ratio is None:
         return tx
-    ratio = above_zero("ratio", ratio)
+    factor: float = above_zero("ratio", ratio)
     loras = {adapter_path(s): s.operator for s in specs if not s.operator.linear}
     if not loras:
         raise ValueError("ratio needs a plan= with adapters of operator='low_rank'")
 
     def scale(updates: Any, _: Any) -> Any:
         leaves = located_leaves(updates, "updates")
-        scaled = {p: op.scaled(unboxed(leaves[p]), ratio) for p, op in loras.items()}
+        scaled = {p: op.scaled(unboxed(leaves[p]), factor) for p, op in loras.items()}
         return replace_leaves(updates, scaled)
 
     return optax.chain(tx, optax.stateless(scale))

@@ -6,13 +6,15 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from flax import nnx
 from helpers import close, random
 from jax.sharding import PartitionSpec
 from meshes import make_mesh, put
 
 import mora_jax
-from mora_jax import AdapterSpec, FrozenDense, Plan, sharding
+from mora_jax import AdapterSpec, FrozenDense, MoRAConfig, Plan, remora, sharding
 from mora_jax._layer.equation import Delta
 from mora_jax.operators import Operator
 from mora_jax.operators._pytree import operator
@@ -131,3 +133,69 @@ def test_numbers_show_that_the_merged_model_is_the_same(operator):
     plan = mora_jax.plan(variables["params"], config)
     found = mora_jax.diagnostics.check(model, variables, plan, x)
     assert found["kernel"] < 1e-5
+
+
+# --- The library's own LoRA ---
+
+
+def test_the_start_is_pefts():
+    """A uniform up to 1/sqrt(in), B zero; each kernel and each seed has its own."""
+    params = {name: {"kernel": jnp.zeros((400, 300))} for name in "ab"}
+
+    def started(seed=0, key=None, **settings):
+        config = MoRAConfig(rank=16, operator="low_rank", seed=seed, **settings)
+        return mora_jax.init(mora_jax.plan(params, config), key)
+
+    adapters = started()
+    m = np.asarray(adapters["a"]["kernel_mora"])
+    a, b = m[:400], m[400:]
+    assert not b.any()
+    bound = 1 / np.sqrt(400)
+    assert 0.99 * bound < a.max() <= bound and -bound <= a.min() < -0.99 * bound
+    assert abs(a.mean()) < 0.03 * bound
+    assert abs(a.std() - bound / np.sqrt(3)) < 0.02 * bound
+    others = adapters["b"], started(seed=1)["a"], started(key=jax.random.key(0))["a"]
+    for other in others:
+        assert not np.array_equal(other["kernel_mora"], m)
+    with jax.default_prng_impl("rbg"):  # the plan determines it, and nothing else
+        np.testing.assert_array_equal(started()["a"]["kernel_mora"], m)
+    shapes = jax.eval_shape(started)
+    assert jax.tree.map(jnp.shape, shapes) == jax.tree.map(jnp.shape, adapters)
+    changed = started(key=jax.random.key(0), init="gaussian")["a"]["kernel_mora"]
+    assert changed[400:].all()
+
+
+def test_a_rank_is_the_rank():
+    """Also beyond the layer, and where no square of such a width would be taken."""
+    params = {"kernel": jnp.zeros((24, 10))}
+    for rank in (1, 7, 10, 100):
+        config = MoRAConfig(rank=rank, operator="low_rank")
+        spec = mora_jax.plan(params, config)["kernel"]
+        assert spec.shape == (34, rank) and spec.lora_rank == rank
+        assert spec.asked_square_rank is None
+
+
+def test_a_restart_is_relora():
+    params = {"fc": {"kernel": random(0, 24, 16)}}
+    plan = mora_jax.plan(params, MoRAConfig(rank=2, operator="low_rank"))
+    adapters = jax.tree.map(lambda m: m + 0.1, mora_jax.init(plan))
+    tx = optax.adam(1e-3)
+    again = remora.restart(params, adapters, plan, tx.init(adapters), tx)
+    close(again.params, mora_jax.merge(params, adapters, plan))
+    m = again.adapters["fc"]["kernel_mora"]
+    assert m[:24].all() and not m[24:].any()
+    first = mora_jax.init(plan)["fc"]["kernel_mora"]
+    assert not np.array_equal(m[:24], first[:24])
+
+
+@pytest.mark.parametrize("init", ["zeros", "gaussian"])
+def test_a_layer_of_linen_and_of_nnx(init):
+    """They make their adapters themselves, from the keys of their own."""
+    config, x = MoRAConfig(rank=2, operator="low_rank", init=init), random(0, 3, 24)
+    layer = mora_jax.MoRADense(16, config=config)
+    variables = layer.init(jax.random.key(0), x)
+    m = variables["params"]["kernel_mora"]
+    twin = mora_jax.nnx.MoRALinear(24, 16, config=config, rngs=nnx.Rngs(0))
+    for array in (m, twin.kernel_mora[...]):
+        assert array.shape == (40, 2) and array[:24].all()
+        assert bool(array[24:].any()) == (init == "gaussian")

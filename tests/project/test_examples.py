@@ -172,7 +172,7 @@ def test_twins_learn_alike(llama, twin):
     at = np.tile(np.arange(4, 8), (3, 1))
     batch = lesson.Batch(ids, at, np.take_along_axis(ids, at + 1, 1), at / at)
     rehearsed = model.apply(variables, ids[2:], at[2:])
-    args = argparse.Namespace(steps=6, learning_rate=3e-2)
+    args = argparse.Namespace(steps=6, learning_rate=3e-2, operator="auto")
     taught = lesson.Lesson(Letters(), [], {}, batch, rehearsed)
     apply, first = linen.wrap(model, plan), init(plan)
     ours = lesson.Progress(args.steps, "test")

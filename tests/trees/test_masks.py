@@ -1,5 +1,7 @@
 """optax: only what should train moves, by a bit."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -122,10 +124,11 @@ def test_a_ratio_is_lora_plus(combined):
     moved = []
     for ratio in (None, 16):
         tx = optimizer(
-            optax.adamw(1e-2, weight_decay=0.1), tree, plan=plan, ratio=ratio
+            optax.adamw(1e-2, weight_decay=0.1), tree, plan=made_plan, ratio=ratio
         )
         updates, _ = tx.update(grads, tx.init(tree), tree)
-        moved.append(np.asarray(updates["fc"]["kernel_mora"]))
+        found: Any = updates
+        moved.append(np.asarray(found["fc"]["kernel_mora"]))
     np.testing.assert_allclose(moved[1][:8], moved[0][:8])
     np.testing.assert_allclose(moved[1][8:], 16 * moved[0][8:], rtol=1e-6)
     assert moved[0].all()
