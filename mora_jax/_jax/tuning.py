@@ -14,8 +14,9 @@ from typing import Literal
 
 import jax
 
-Work = Literal["products", "sums", "blocks"]
-"""The work of C and D: products with matrices, sums and copies, or moves of blocks."""
+Work = Literal["products", "sums", "blocks", "factors"]
+"""The work of C and D: products with matrices, sums and copies, moves of blocks; or no
+C and D, but two thin factors."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,9 +46,9 @@ class Tuning:
     loops_over_rows: bool
 
 
-# Two cores of an x86-64 server, float32, JAX 0.10, `make bench-layer`.
+# Two cores of an x86-64 server, float32, JAX 0.10: `make bench-layer`, `make bench`.
 _CPU = Tuning(
-    fold_from={"products": 2.0, "sums": 2.0, "blocks": 0.6},
+    fold_from={"products": 2.0, "sums": 2.0, "blocks": 0.6, "factors": 0.6},
     folds_16_bits=False,
     folds_gathered=False,
     chip=None,
@@ -72,7 +73,7 @@ _CPU = Tuning(
 # 14.1 frozen: a fold of sharing saves about the time that 1 GB more takes, the other
 # two far more.
 _TPU = Tuning(
-    fold_from={"products": 2.0, "sums": math.inf, "blocks": 0.6},
+    fold_from={"products": 2.0, "sums": math.inf, "blocks": 0.6, "factors": 2.0},
     folds_16_bits=True,
     folds_gathered=True,
     chip="tpu",
@@ -89,7 +90,7 @@ _TPU = Tuning(
 #   4096 -> 4096, orthogonal              1.36      1.29
 #   4096 -> 4096, rotation                1.45      1.13
 _GPU = Tuning(
-    fold_from={"products": 8.0, "sums": math.inf, "blocks": 0.6},
+    fold_from={"products": 8.0, "sums": math.inf, "blocks": 0.6, "factors": 2.0},
     folds_16_bits=True,
     folds_gathered=False,
     chip="gpu",

@@ -46,6 +46,7 @@ class LowRank(Operator):
     name = "low_rank"
     linear = False
     drawn = True
+    work = "factors"
 
     @classmethod
     def widest(cls, rank: int, in_features: int, out_features: int) -> int:
