@@ -10,7 +10,7 @@ against the merged model; then all run in turns. You will see a table for each m
 number of tokens and rank, with times relative to the baseline, arithmetic, memory and
 compile time; and then, which claims hold. A JSON file and a plot are written as well.
 
-By default this takes five minutes on two cores, with the operators and the LoRA that
+By default this takes six minutes on two cores, with the operators and the LoRA that
 README shows. With `--all` there are all of them, and a second table has the forward
 pass alone, in which a merged model should cost what the base costs.
 

@@ -15,8 +15,7 @@ from typing import Literal
 import jax
 
 Work = Literal["products", "sums", "blocks", "factors"]
-"""The work of C and D: products with matrices, sums and copies, moves of blocks; or no
-C and D, but two thin factors."""
+"""The work: products with C and D, sums and copies, moves of blocks; thin factors."""
 
 
 @dataclasses.dataclass(frozen=True)

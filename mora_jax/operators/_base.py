@@ -46,8 +46,9 @@ class Operator:
     and C and D as `_compress` and `_decompress`. All else follows: the product `rows`,
     the delta `matrix` and the `gradient` of M, which it also gives where it knows a
     faster way. If its delta is not an M between two maps, it says that it is not
-    `linear`, and gives `rows` alone. Equality and hash go by the settings. Arrays that
-    a seed determines are pytree leaves: a jitted function takes them as arguments.
+    `linear`, and gives `rows`; convolutions ask for its `factors` as well, and rows
+    with an M each for `rows_with`. Equality and hash go by the settings. Arrays that a
+    seed determines are pytree leaves: a jitted function takes them as arguments.
 
     In all methods `x` is (..., in_features), `y` and `g` are (..., out_features), `h`
     is (..., *compressed_shape), `m` is M of `m_shape`, `indices` are numbers of inputs,
