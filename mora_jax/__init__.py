@@ -12,6 +12,7 @@ What to adapt, and how::
   TrainedArray          an array of the base that trains itself
   summary               a plan as a table
   gradient_bases        a plan whose M's are between the directions of a gradient
+  gradient_start        adapters that start as one step of gradient descent
   Call                  the inputs of one of several calls that a plan is for
   register_layer        teach linen.wrap and nnx.wrap a layer class
   LeftOutWarning        a plan leaves out kernels that you may have meant
@@ -96,6 +97,7 @@ from mora_jax._tree.adapters import unravel_adapters as unravel_adapters
 from mora_jax._tree.combined import combine as combine
 from mora_jax._tree.combined import split as split
 from mora_jax._tree.gradient_bases import gradient_bases as gradient_bases
+from mora_jax._tree.gradient_start import gradient_start as gradient_start
 from mora_jax._tree.lora_trees import from_lora as from_lora
 from mora_jax._tree.lora_trees import to_lora as to_lora
 from mora_jax._tree.merge import delta_weight as delta_weight

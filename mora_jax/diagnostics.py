@@ -242,14 +242,12 @@ def check(
         ratios[spec.name] = _distance(left, right) / effect if effect else math.nan
     if tolerance is None:
         # Far above errors of rounding, and far below 1, where a layer is another one.
-        epsilon = max(float(jnp.finfo(y.dtype).eps) for y in base)
-        tolerance = 4 * epsilon**0.5
+        tolerance = 4 * max(float(jnp.finfo(y.dtype).eps) for y in base) ** 0.5
     wrong = [f"{name!r} by {r:.2g}" for name, r in ratios.items() if r > tolerance]
     if wrong:
         raise ValueError(
             f"the adapted and the merged model differ by more than {tolerance:.2g} of "
-            f"the delta: {', '.join(wrong)}; their layers use the kernel otherwise "
-            "than planned"
+            f"the delta: {', '.join(wrong)}; they use kernels otherwise than planned"
         )
     return ratios
 
@@ -297,10 +295,7 @@ def _floats(outputs: Any, what: str) -> list[jax.Array]:
     ys = [y for y in ys if jnp.issubdtype(y.dtype, jnp.floating)]
     if not ys or not all(bool(jnp.isfinite(y).all()) for y in ys):
         got = "NaN or infinity" if ys else "no floating-point output"
-        raise ValueError(
-            f"the model must give finite {what}, got {got}; smaller inputs or float32 "
-            "may help"
-        )
+        raise ValueError(f"the model must give finite {what}, got {got}; try float32")
     return ys
 
 
@@ -315,5 +310,4 @@ def _as_large_as(kernel: jax.Array, spec: AdapterSpec, key: jax.Array) -> jax.Ar
 def _distance(ys: list[jax.Array], references: list[jax.Array]) -> float:
     """The Frobenius norm of the differences of all arrays."""
     pairs = zip(ys, references, strict=True)
-    squares = (np.sum(np.square(np.asarray(y - ref, float))) for y, ref in pairs)
-    return float(np.sqrt(sum(squares)))
+    return math.hypot(*(np.linalg.norm(np.asarray(y - ref, float)) for y, ref in pairs))

@@ -81,8 +81,7 @@ class MoRA(nn.Module):
         params = self.variables.get("params", {})
         if set(params) != {"base", "mora"}:
             raise ValueError(
-                "params must be {'base': the model's params, 'mora': its adapters}, "
-                f"got {sorted(params)}"
+                f"params must be {{'base': ..., 'mora': ...}}, got {sorted(params)}"
             )
         # What a call may change except the params, as the caller says by `mutable`.
         mutable = subtract_filters(self.scope.mutable, "params") or False

@@ -37,7 +37,6 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from mora_jax._common.checks import check_array, check_finite, check_number
-from mora_jax._common.types import Path
 from mora_jax._layer.equation import delta_kernel
 from mora_jax._layer.rounding import ratio
 from mora_jax._plan.plan import Plan, check_plan, refuse_other_plan
@@ -49,8 +48,8 @@ from mora_jax._tree.paths import adapter_path, located_leaves
 
 __all__ = ["project", "scaled", "weighted_sum"]
 
-Adapter = tuple[Any, Plan]
-"""Adapters, as `init` makes them, and the plan that they follow."""
+Adapters = Sequence[tuple[Any, Plan]]
+"""Pairs of adapters, as `init` makes them, and the plan that they follow."""
 
 Weights = Sequence[ArrayLike] | jax.Array
 """A real number for each adapter, or an array of them."""
@@ -97,11 +96,7 @@ def scaled(adapters: Any, factor: ArrayLike) -> Any:
 
 
 def weighted_sum(
-    adapters: Sequence[Adapter],
-    weights: Weights,
-    params: Any = None,
-    *,
-    any_base: bool = False,
+    adapters: Adapters, weights: Weights, params: Any = None, *, any_base: bool = False
 ) -> tuple[Tree, Plan]:
     r"""The adapter whose delta is :math:`\sum_i w_i \Delta_i`, of adapters of one plan.
 
@@ -125,8 +120,18 @@ def weighted_sum(
         or `params` lack an array that the plan trains, or are not the base alone.
     """
     pairs, factors = _pairs_of(adapters, weights)
-    plan = _common_plan([plan for _, plan in pairs])
-    trees = [_arrays(*pair) for pair in pairs]
+    plans, trees = [plan for _, plan in pairs], []
+    for tree, plan in pairs:
+        try:
+            refuse_other_plan(plan, plans[0])
+        except ValueError as error:
+            raise ValueError(f"{error}; mixing.project adds different plans") from None
+        trees.append({adapter_path(spec): m for spec, m in array_items(tree, plan)})
+        trees[-1] |= {array.path: copy for array, copy in trained_items(tree, plan)}
+    _check_one_base(plans)
+    _refuse_nonlinear(plans[0].specs)
+    # The one that knows the base, if any does: the others compare equal to it.
+    plan = max(plans, key=lambda plan: any(s.base_digest for s in plan.specs))
     why = "and its delta is what it has moved from the base's array"
     in_base = trained_in_base(plan, params, why, any_base)
     starts, sums = {array.path: wide(leaf) for array, leaf in in_base}, {}
@@ -140,7 +145,7 @@ def weighted_sum(
     return nest(sums), plan
 
 
-def _pairs_of(adapters: Any, weights: Any) -> tuple[list[Adapter], list[Any]]:
+def _pairs_of(adapters: Any, weights: Any) -> tuple[list[Any], list[Any]]:
     """The adapters with their plans, and the factor of each of them, checked."""
     rule = "adapters must be pairs (adapters, plan), as load returns them"
     if isinstance(adapters, dict) or not isinstance(adapters, Iterable):
@@ -156,9 +161,8 @@ def _pairs_of(adapters: Any, weights: Any) -> tuple[list[Adapter], list[Any]]:
         kind = type(weights).__name__
         raise TypeError(f"weights must be a sequence of numbers, got {kind}")
     if len(weights) != len(pairs):
-        raise ValueError(
-            f"weights must be one for each adapter, got {len(weights)} for {len(pairs)}"
-        )
+        got = f"got {len(weights)} for {len(pairs)}"
+        raise ValueError(f"weights must be one for each adapter, {got}")
     return pairs, [_factor(w, f"weights[{k}]") for k, w in enumerate(weights)]
 
 
@@ -191,33 +195,12 @@ def _check_one_base(plans: Sequence[Plan]) -> None:
     for spec in (spec for plan in plans for spec in plan.specs):
         digest = spec.base_digest
         if digest and known.setdefault(spec.name, digest) != digest:
-            raise ValueError(
-                "adapters must be of one base, and two of them were trained on "
-                f"different weights of {spec.name!r}"
-            )
-
-
-def _common_plan(plans: Sequence[Plan]) -> Plan:
-    """The plan of all adapters, checked."""
-    for other in plans[1:]:
-        try:
-            refuse_other_plan(other, plans[0])
-        except ValueError as error:
-            raise ValueError(f"{error}; mixing.project adds different plans") from None
-    _check_one_base(plans)
-    _refuse_nonlinear(plans[0].specs)
-    # The one that knows the base, if any does: the others compare equal to it.
-    return max(plans, key=lambda plan: any(s.base_digest for s in plan.specs))
-
-
-def _arrays(adapters: Any, plan: Plan) -> dict[Path, jax.Array]:
-    """{path: array} of all M's and all arrays that train themselves."""
-    ms = {adapter_path(spec): m for spec, m in array_items(adapters, plan)}
-    return ms | {a.path: copy for a, copy in trained_items(adapters, plan)}
+            rule = "adapters must be of one base"
+            raise ValueError(f"{rule}, got different weights of {spec.name!r}")
 
 
 def project(
-    adapters: Sequence[Adapter], weights: Weights, plan: Plan
+    adapters: Adapters, weights: Weights, plan: Plan
 ) -> tuple[Tree, dict[str, Any]]:
     r"""The adapter of `plan` that is nearest to a weighted sum of any adapters.
 
@@ -250,11 +233,9 @@ def project(
         for spec, m in array_items(*pair):
             name, shape = spec.name, spec.kernel_shape
             if name not in plan:
-                rule = "plan must have the adapters' kernels"
-                raise ValueError(f"{rule}, and lacks {name!r}")
-            if (other := plan[name].kernel_shape) != shape:
-                rule = f"plan must have {name!r} in the shape {shape}"
-                raise ValueError(f"{rule}, got {other}")
+                raise ValueError(f"plan lacks {name!r}, a kernel of the adapters")
+            if (own := plan[name].kernel_shape) != shape:
+                raise ValueError(f"plan must have {name!r} of shape {shape}, got {own}")
             terms[name].append((factor, spec, m))
     ms, lost = {}, {}
     for spec in plan.specs:

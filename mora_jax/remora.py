@@ -4,7 +4,9 @@ The rank of one delta is bounded by its operator. A *restart* adds the delta to 
 and starts M with a delta of zero between other maps C and D, so that the sum of all
 deltas may have a higher rank: so the paper pretrains with adapters alone. The plan says
 where in the cycle a run is, so that a run which is resumed from a saved plan, base and
-adapters restarts as it would have.
+adapters restarts as it would have. Between the directions of a gradient it is *renewed*
+by `restart(grads=...)`: the next directions are of a new gradient. What was learned in
+the end is one file by `learned`.
 
 Example::
 
@@ -23,34 +25,38 @@ Example::
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 from zlib import crc32
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
-from flax import nnx
 from jax.core import Tracer
-from jax.tree_util import GetAttrKey, keystr, tree_leaves_with_path
 
-from mora_jax._common.checks import check_number, positive_integer
-from mora_jax._plan.plan import Plan, check_plan
-from mora_jax._plan.spec import SUFFIX, AdapterSpec
-from mora_jax._tree.adapters import start_key
-from mora_jax._tree.combined import combine
-from mora_jax._tree.merge import array_items, merged_kernel, with_kernels
-from mora_jax._tree.optim import check_transformation
-from mora_jax._tree.paths import (
-    adapter_path,
-    is_boxed,
-    key_name,
-    replace_leaves,
-    unboxed,
+from mora_jax._common.axes import rows_from_kernel
+from mora_jax._common.checks import (
+    as_jax_array,
+    check_concrete,
+    check_finite,
+    check_number,
+    positive_integer,
 )
+from mora_jax._plan.plan import Plan, check_plan
+from mora_jax._plan.settings import AdapterSettings
+from mora_jax._plan.spec import AdapterSpec, operator_settings
+from mora_jax._tree import paths
+from mora_jax._tree.adapters import Tree, nest, start_key
+from mora_jax._tree.gradient_bases import gradient_bases
+from mora_jax._tree.merge import array_items, merged_kernel, wide, with_kernels
+from mora_jax._tree.opt_state import with_new_moments
+from mora_jax._tree.optim import check_transformation
 from mora_jax.io.peft._reference import REFERENCE_GROUPS
-from mora_jax.operators import Sharing
+from mora_jax.operators import LowRank, Sharing
+from mora_jax.operators.low_rank import cut_off, least_rank
 
-__all__ = ["Restarted", "next_plan", "restart", "restart_schedule"]
+__all__ = ["Restarted", "learned", "next_plan", "restart", "restart_schedule"]
 
 
 class Restarted(NamedTuple):
@@ -77,6 +83,7 @@ def restart(
     opt_state: Any,
     tx: optax.GradientTransformation,
     *,
+    grads: Callable[[Any], Any] | None = None,
     any_base: bool = False,
     keep_moments: bool = False,
     donate: bool = False,
@@ -95,30 +102,104 @@ def restart(
       opt_state: The state of `tx` for the adapters, or for the combined tree; or an
         `nnx.Optimizer`'s, if `adapters` are `nnx.state(model, MoRAParam)`.
       tx: The optimizer.
+      grads: A function from the merged params to gradients of the loss there, a tree or
+        an iterator as `gradient_bases` takes them. The new maps are the directions of
+        these gradients then, which needs concrete arrays, so not under jit.
       any_base: True to merge into any weights, as for `merge`.
       keep_moments: True to keep the state of the M's. By default it is reset, with the
         steps that it counts; schedules and the state of other leaves go on.
       donate: True to overwrite the old kernels. Memory then does not hold them twice,
-        and `params` cannot be used any more.
+        and `params` cannot be used any more, also if `grads` raises an error.
 
     Raises:
       TypeError, ValueError: As `merge` or `next_plan`; or `tx` is not a transformation,
         or `opt_state` is not its state for these adapters.
     """
     check_transformation(tx)
-    following = next_plan(plan)
+    if grads is not None and not callable(grads):
+        raise TypeError(
+            "grads must be a function from the merged params to gradients, got "
+            f"{type(grads).__name__}: the gradients of the base before are others"
+        )
+    following = next_plan(plan) if grads is None else _with(_on_next_base, plan)
     items = array_items(adapters, plan)
     kernels = with_kernels(params, items, any_base=any_base)
-    ms = {adapter_path(old): _started(following[old.name], m) for old, m in items}
-    adapters = replace_leaves(_with_next_specs(adapters), ms)
-    opt_state = _with_next_specs(opt_state)
-    if not keep_moments:
-        opt_state = _with_new_moments(opt_state, tx, params, adapters, following)
     add, sums = _add_and_donate if donate else _add, {}
     for spec, m, path, kernel in kernels:
-        # Without its path a spec is the same for equal layers, which share a program.
-        sums[path] = add(dataclasses.replace(spec, path=()), m, kernel)
-    return Restarted(replace_leaves(params, sums), adapters, following, opt_state)
+        # Without its path a plan is of one kind for equal layers, which share a
+        # program. The dither is a hash of a number's place; shifted, it is another one.
+        one = Plan((dataclasses.replace(spec, path=()),), 0)
+        shift = crc32(repr(operator_settings(spec.operator)).encode()) % 2**31
+        sums[path] = add(one, m, kernel, shift)
+    merged = paths.replace_leaves(params, sums)
+    if grads is not None:
+        following = gradient_bases(grads(merged), following)
+    ms = {paths.adapter_path(old): _started(following[old.name], m) for old, m in items}
+    adapters = paths.replace_leaves(paths.with_specs(adapters, following), ms)
+    opt_state = paths.with_specs(opt_state, following)
+    if not keep_moments:
+        opt_state = with_new_moments(opt_state, tx, merged, adapters, following)
+    return Restarted(merged, adapters, following, opt_state)
+
+
+def learned(
+    base: Any, merged: Any, plan: Plan, *, max_error: float | int = 0.01
+) -> tuple[Tree, Plan, dict[str, float]]:
+    """The difference that many restarts made to the base, as one adapter.
+
+    It is a LoRA ("low_rank") for each kernel, of the least rank that keeps it within
+    `max_error`, and the arrays that the plan trains. Save, merge or export it as any
+    other.
+
+    Args:
+      base: The params before the first restart.
+      merged: The params with the last adapters merged in.
+      plan: The plan of any part of the run.
+      max_error: The largest share of a delta that is cut off, by the Frobenius norm.
+
+    Returns:
+      (adapters, plan, {kernel: the share of its delta that is cut off}).
+
+    Raises:
+      TypeError, ValueError: The params do not fit the plan, or `max_error` is not
+        between 0 and 1.
+
+    Example::
+
+      >>> import mora_jax
+      >>> params = {"kernel": jnp.eye(8)}
+      >>> plan = mora_jax.plan(params)
+      >>> merged = {"kernel": jnp.eye(8).at[0, 1].add(0.5)}
+      >>> adapters, plan, lost = learned(params, merged, plan)
+      >>> plan["kernel"].operator.square_rank, lost
+      (1, {'kernel': 0.0})
+    """
+    if not 0 <= check_number("max_error", max_error) <= 1:
+        raise ValueError(f"max_error must be from 0 to 1, got {max_error}")
+    old, new = paths.named_leaves(base, "base"), paths.named_leaves(merged, "merged")
+    specs, lost, adapters = [], {}, {}
+    for spec in check_plan(plan).specs:
+        kernels = (paths.find_part(tree, spec)[1] for tree in (old, new))
+        before, after = (wide(as_jax_array(spec.name, kernel)) for kernel in kernels)
+        what = f"the delta of {spec.name!r}"
+        check_concrete(delta := after - before, what, spec.kernel_shape)
+        check_finite(delta, what)
+        delta = np.asarray(rows_from_kernel(delta, spec.axes))
+        left, values, right = np.linalg.svd(delta, full_matrices=False)
+        cut = cut_off(values)
+        rank = least_rank(cut, max_error)
+        lost[spec.name] = float(cut[rank])
+        operator = LowRank(spec.in_features, spec.out_features, rank)
+        b = values[..., :rank, None] * right[..., :rank, :]
+        m = operator.joined(*map(jnp.asarray, (left[..., :rank], b)))
+        settings = vars(AdapterSettings(param_dtype=m.dtype))
+        changes = {"operator": operator, "rank": None, "base_digest": None}
+        specs.append(dataclasses.replace(spec, **changes, **settings))
+        adapters[paths.adapter_path(spec)] = m
+    for array in plan.trained:  # copies, since a step may overwrite the adapters
+        leaf = paths.find_part(new, array)[1]
+        adapters[array.path] = jnp.array(leaf, array.dtype, copy=True)
+    return nest(adapters), dataclasses.replace(plan, specs=tuple(specs)), lost
 
 
 def next_plan(plan: Plan) -> Plan:
@@ -131,8 +212,7 @@ def next_plan(plan: Plan) -> Plan:
       TypeError: `plan` is not a Plan.
       ValueError: An operator lacks other maps, and the rank would not grow.
     """
-    specs = tuple(map(_next_spec, check_plan(plan).specs))
-    return dataclasses.replace(plan, specs=specs)
+    return _with(_next_spec, plan)
 
 
 def restart_schedule(
@@ -173,7 +253,8 @@ def restart_schedule(
 def _started(spec: AdapterSpec, old: jax.Array) -> jax.Array:
     """An M whose delta is zero, in the dtype and the place of the old M."""
     # The plan determines what is random, so that a resumed run goes on as it would.
-    m = spec.operator.start(spec.stack_shape, "zeros", start_key(spec), old.dtype)
+    init = "zeros" if spec.init == "gaussian" else spec.init
+    m = spec.operator.start(spec.stack_shape, init, start_key(spec), old.dtype)
     if isinstance(old, Tracer) or not old.committed:
         return m
     return jax.device_put(m, old.sharding)
@@ -193,88 +274,27 @@ def _next_spec(spec: AdapterSpec) -> AdapterSpec:
         raise ValueError(
             f"{spec.name}: {op.name} has the same maps after each restart, so that the "
             "rank of what is learned would not grow; plan with 'permutation', "
-            "'signed_decoupling' or 'sharing'"
+            "'signed_decoupling' or 'sharing', or give restart(grads=...)"
         )
-    # The digest is of the kernel before this restart.
-    return dataclasses.replace(spec, operator=op, base_digest=None)
+    return dataclasses.replace(_on_next_base(spec), operator=op)
 
 
-def _with_next_specs(tree: Any) -> Any:
-    """A state of NNX, or of an optimizer for one, whose M's say what they are for."""
-
-    def follow(leaf: Any) -> Any:
-        spec = getattr(leaf, "spec", None) if isinstance(leaf, nnx.Variable) else None
-        if not isinstance(spec, AdapterSpec):
-            return leaf
-        return leaf.replace(unboxed(leaf), spec=_next_spec(spec))
-
-    return jax.tree.map(follow, tree, is_leaf=is_boxed)
+def _on_next_base(spec: AdapterSpec) -> AdapterSpec:
+    """The adapter on the merged kernel, on which it starts with a delta of zero."""
+    init = "zeros" if spec.init == "gradient" else spec.init
+    return dataclasses.replace(spec, base_digest=None, init=init)
 
 
-def _dithered(spec: AdapterSpec, m: jax.Array, kernel: jax.Array) -> jax.Array:
-    """The kernel plus the delta, rounded with the dither of the operator."""
-    # The dither is a hash of a number's place. Shifted, it is another one.
-    shift = crc32(repr(spec.operator).encode()) % 2**31
-    return merged_kernel(spec, m, kernel, rounding="dither", start=(shift, shift))
+def _with(change: Callable[[AdapterSpec], AdapterSpec], plan: Plan) -> Plan:
+    """The plan with each of its specs changed."""
+    return dataclasses.replace(plan, specs=tuple(map(change, check_plan(plan).specs)))
 
 
-_add = jax.jit(_dithered, static_argnums=0)
-_add_and_donate = jax.jit(_dithered, static_argnums=0, donate_argnums=2)
+def _dithered(plan: Plan, m: jax.Array, kernel: jax.Array, shift: Any) -> jax.Array:
+    """The kernel plus the delta, rounded with the dither that starts at `shift`."""
+    start, (spec,) = (shift, shift), plan.specs
+    return merged_kernel(spec, m, kernel, rounding="dither", start=start)
 
 
-def _with_new_moments(
-    opt_state: Any,
-    tx: optax.GradientTransformation,
-    params: Any,
-    adapters: Any,
-    plan: Plan,
-) -> Any:
-    """Optimizer state with the moments of the adapters reset and the rest unchanged."""
-    bare = _bare(opt_state)
-    for trained in (adapters, combine(params, adapters, plan)):
-        try:  # without memory for the moments of all params
-            shapes = jax.eval_shape(tx.init, trained)
-        except (TypeError, ValueError):  # tx has labels or a mask for the other tree
-            continue
-        if jax.tree.structure(_bare(shapes)) == jax.tree.structure(bare):
-            new = _renewed(bare, _bare(tx.init(trained)))
-            return jax.tree.unflatten(jax.tree.structure(opt_state), new)
-    raise ValueError(
-        "opt_state must be a state of tx for the adapters, or for the combined tree of "
-        f"params and adapters, got one of {jax.tree.structure(bare).num_leaves} arrays "
-        "for other ones; an nnx.Optimizer's is for nnx.state(model, MoRAParam)"
-    )
-
-
-def _bare(opt_state: Any) -> Any:
-    """The state with arrays instead of boxes."""
-    # An nnx.Optimizer keeps them in variables of another type than the adapters'.
-    return jax.tree.map(unboxed, opt_state, is_leaf=is_boxed)
-
-
-def _renewed(old: Any, new: Any) -> list[Any]:
-    """The leaves of `new` that start again, and the other leaves of `old`."""
-    leaves, renewed = tree_leaves_with_path(old), []
-    owners = [_owner(keys) for keys, _ in leaves]
-    rows = zip(leaves, owners, jax.tree.leaves(new), strict=True)
-    for (keys, before), (state, starts), after in rows:
-        if starts is None:
-            # The count of a named tuple such as Adam's starts again with its trees, if
-            # these hold M's alone. Adam would otherwise correct the bias of new moments
-            # as if they were old, and its first steps would be large.
-            starts = (state, True) in owners and (state, False) not in owners
-        # The steps of `optax.MultiSteps` are the steps of a schedule.
-        starts &= key_name(keys[-1]) != "gradient_step"
-        renewed.append(after if starts else before)
-    return renewed
-
-
-def _owner(keys: Any) -> tuple[str, bool | None]:
-    """The named tuple that holds a leaf, and True if the leaf belongs to an M."""
-    # An optimizer's state is a tree of named tuples, whose fields are trees like the
-    # trained one, or single arrays. Those belong to no leaf, which None stands for.
-    fields = [k for k, key in enumerate(keys) if isinstance(key, GetAttrKey)]
-    last = fields[-1] if fields else -1
-    names = [key_name(key) for key in keys[last + 1 :]]
-    of_m = any(name.endswith(SUFFIX) for name in names) if names else None
-    return keystr(keys[: max(last, 0)]), of_m
+_add = jax.jit(_dithered)
+_add_and_donate = jax.jit(_dithered, donate_argnums=2)

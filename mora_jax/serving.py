@@ -36,12 +36,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from mora_jax._common.checks import (
-    as_jax_array,
-    check_finite,
-    check_leaf,
-    positive_integer,
-)
+from mora_jax._common import checks
 from mora_jax._common.types import Path
 from mora_jax._layer.slots import Selected, Slots, beyond_if_none
 from mora_jax._plan.plan import Plan, check_plan
@@ -79,7 +74,7 @@ def stack(adapters: Sequence[Any], plan: Plan, *, slots: int | None = None) -> T
     trees = [array_items(tree, plan) for tree in adapters]
     if slots is None and not trees:
         raise ValueError("slots must be given where adapters are none")
-    number = positive_integer("slots", len(trees) if slots is None else slots)
+    number = checks.positive_integer("slots", len(trees) if slots is None else slots)
     if number < len(trees):
         raise ValueError(
             f"slots must be at least the number of adapters, {len(trees)}, got {slots}"
@@ -118,12 +113,11 @@ def put(stacked: Tree, slot: int | jax.Array, adapters: Any) -> Tree:
     # All of them are checked before the slots, which are donated, are lost.
     for path, held in slots.items():
         name = "/".join(path)
-        new[path] = m = as_jax_array(name, unboxed(new[path]))
-        check_leaf(m, name, held.shape_of_one)
+        new[path] = m = checks.as_jax_array(name, unboxed(new[path]))
+        checks.check_leaf(m, name, held.shape_of_one)
         where = f" in {held.dtype}, the dtype of the slots"
-        check_finite(m.astype(held.dtype), name, where)
-    slot = _check_indices(slot, "slot", 0, number, ndim=0)
-    return _put(stacked, slot, nest(new))
+        checks.check_finite(m.astype(held.dtype), name, where)
+    return _put(stacked, _check_indices(slot, "slot", 0, number, ndim=0), nest(new))
 
 
 @functools.partial(jax.jit, donate_argnums=0)

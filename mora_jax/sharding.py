@@ -76,13 +76,10 @@ def adapter_shardings(
 
 
 def adapter_sharding(
-    spec: AdapterSpec,
-    kernel: NamedSharding,
-    square: tuple[str | None, str | None] = (None, None),
+    spec: AdapterSpec, kernel: NamedSharding, square: Any = (None, None)
 ) -> NamedSharding:
     """The sharding of an M by the sharding of its kernel; see `adapter_shardings`."""
-    entries = sizes(_entries(kernel, spec), spec.axes, "s")
-    stack = [entry or None for entry in entries]
+    stack = [entry or None for entry in sizes(_entries(kernel, spec), spec.axes, "s")]
     # More axes than two: some operators train several squares.
     whole = [None] * (len(spec.shape) - len(stack) - len(square))
     name = f"square, with q of {spec.operator.square_rank},"
@@ -195,10 +192,8 @@ def _read_sharding(leaf: Any, name: str) -> tuple[Any, PartitionSpec]:
     if isinstance(value, PartitionSpec):
         axes = value
     if axes is None:
-        raise TypeError(
-            f"{name} must have a NamedSharding or say which mesh axes split it, "
-            f"got {type(leaf).__name__} without"
-        )
+        kind = type(leaf).__name__
+        raise TypeError(f"{name} must have a NamedSharding or mesh axes, got {kind}")
     return mesh, axes
 
 

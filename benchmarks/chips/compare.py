@@ -38,6 +38,7 @@ from benchmarks.chips.programs import FROZEN, Layer, Llama, Method, gradient, sh
 from benchmarks.chips.roofline import CHIPS, measure
 from benchmarks.common.harness import Row, check_close, options, random_like, save, show
 from benchmarks.common.plots import figure
+from models.options import positive
 from mora_jax.operators import OPERATORS
 from tests.support import oracle
 
@@ -73,6 +74,7 @@ def cases_of(args: argparse.Namespace) -> dict[str, list[Case]]:
     else:
         layers = [Layer(*size, 8192) for size in SIZES]
         llamas = [Llama(4, 2048), Llama(4, 2048, rank=64), Llama(1, 512)]
+        llamas = llamas[: args.models]
         deep = [Llama(1, 512, layers=12, **SMALL)]
         meshes = [on_meshes.MeshLlama("8b", n) for n in (2, 32)]
         found = {"layers": layers, "llama": llamas, "compiling": deep, "meshes": meshes}
@@ -235,6 +237,9 @@ def arguments() -> argparse.Namespace:
     add("--chips", nargs="+", choices=list(CHIPS), help="all by default")
     add("--only", nargs="+", choices=PARTS, default=list(PARTS), help="some parts")
     add("--operators", nargs="+", choices=every, default=every, help="in layers")
+    every = ["auto", *every]
+    add("--llama-operators", nargs="+", choices=every, default=LLAMA_OPERATORS)
+    add("--models", type=positive, default=3, help="how many Llamas, the first ones")
     args = parser.parse_args()
     args.chips = args.chips or (["v5e"] if args.quick else list(CHIPS))
     return args
@@ -260,7 +265,7 @@ def main() -> None:
         check(args.operators)
     rows: list[Row] = []
     for part, cases in cases_of(args).items():
-        operators = args.operators if part == "layers" else LLAMA_OPERATORS
+        operators = args.operators if part == "layers" else args.llama_operators
         total = 2 * (1 + len(operators)) if part == "layers" else 2 + len(operators)
         for case, (chip, where) in itertools.product(cases, places.items()):
             if part == "meshes" and chip not in on_meshes.TOPOLOGIES:

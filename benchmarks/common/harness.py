@@ -223,7 +223,9 @@ def save(
     }
     report = {"machine": machine, "settings": given | settings, "results": list(rows)}
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(report, indent=1) + "\n")
+    # Of a path its name is kept, since other machines have other folders.
+    text = json.dumps(report, indent=1, default=lambda path: path.name)
+    args.out.write_text(text + "\n")
     print(f"\nfigures in {args.out}")
     if given.get("quick"):
         print("this was a --quick run: smaller than the runs that the pages report")

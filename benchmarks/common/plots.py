@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from benchmarks.common.harness import Row
 
 
@@ -24,6 +26,23 @@ def figure(
     yield made, axes
     made.savefig(path)
     plt.close(made)
+
+
+def plot_mean(axis: Any, x: Any, curves: Any, *style: str, **settings: Any) -> None:
+    """The mean of some curves, with its standard error as a band if there are more."""
+    values = np.asarray(curves, float)
+    mean = values.mean(0)
+    (line,) = axis.plot(x, mean, *style, **settings)
+    if len(values) > 1:
+        error = values.std(0, ddof=1) / np.sqrt(len(values))
+        band = {"color": line.get_color(), "alpha": 0.2, "linewidth": 0}
+        axis.fill_between(x, mean - error, mean + error, **band)
+
+
+def legend_below(made: Any, axis: Any, columns: int = 3) -> None:
+    """One legend for a figure, with what one of its axes has."""
+    handles, labels = axis.get_legend_handles_labels()
+    made.legend(handles, labels, loc="outside lower center", ncols=columns)
 
 
 def plot_bars(rows: Sequence[Row], path: Path) -> None:

@@ -1,21 +1,34 @@
 """Claim: the directions of a gradient are found in the time of a few steps.
 
-SmolLM2 gets a gradient of its first batch, 16 random pairs, and M's between its leading
-directions. You will see the seconds of both, when all is compiled.
+SmolLM2 gets a gradient of its first batch, 16 random pairs, M's between its leading
+directions, and a start along it. You will see the seconds of each, when all is
+compiled, and how near the directions of two layers come to the best.
 
     python -m benchmarks.quality.bases
 """
 
 import functools
 import time
+from typing import Any
 
 import jax
 import numpy as np
 
 import mora_jax
-from benchmarks.common.harness import options, save, show
-from benchmarks.quality import language, learners, pairs, teaching
+from benchmarks.common.harness import Row, options, save, show
+from benchmarks.quality import baselines, language, learners, pairs, teaching
 from models.options import positive
+from mora_jax import MoRAConfig
+
+SHOWN = "layers_3", "layers_20"
+"""The layers whose directions are compared with the singular vectors."""
+
+
+def share_kept(gradient: Any, op: Any) -> float:
+    """Squares of a gradient between its directions, of those between the best."""
+    values = np.linalg.svd(np.asarray(gradient, np.float64), compute_uv=False)
+    between = op.in_basis.T @ np.asarray(gradient, np.float64) @ op.out_basis
+    return float(np.sum(between**2) / np.sum(values[: op.square_rank] ** 2))
 
 
 def main() -> None:
@@ -25,31 +38,42 @@ def main() -> None:
     args = parser.parse_args()
     model, params, _ = language.base()
     batch = pairs.pairs(16, seed=0)
-    config = mora_jax.MoRAConfig(operator="orthogonal", rank=args.rank)
     inputs = batch.ids, batch.at
-    plan = learners.plan_of(model, params, teaching.TARGETS, config, *inputs)
-    way = learners.full(model, params, teaching.TARGETS)
-    mean_loss = functools.partial(language.mean_loss, batch=batch)
+    loss = functools.partial(language.mean_loss, batch=batch)
+    task = learners.Task(model, params, teaching.TARGETS, inputs, loss)
+    plan = baselines.planned(task, MoRAConfig(operator="orthogonal", rank=args.rank))
+    way = learners.full(*task[:3])
+    gradient = jax.jit(jax.grad(task.loss_of(way)))
 
     @jax.jit
-    def gradient(kernels, params, *inputs):
-        return jax.grad(lambda k: mean_loss(way.apply(k, params, *inputs)))(kernels)
+    def start(adapters: Any, params: Any, plan: mora_jax.Plan) -> Any:
+        loss = task.loss_of(learners.with_plan(model, plan))
+        one = functools.partial(loss, frozen=(params, plan))
+        return mora_jax.gradient_start(one, adapters, plan)[0]
 
-    row = {"kernels": len(plan)}
+    row: Row = {"kernels": len(plan)}
+    grads, along = {}, plan
     for _ in range(2):  # the first compiles
         times = [time.perf_counter()]
-        grads = jax.block_until_ready(gradient(way.start, params, *inputs))
+        grads = jax.block_until_ready(gradient(way.start, params))
         times.append(time.perf_counter())
-        found = (("/".join(path), leaf) for path, leaf in grads.items())
-        mora_jax.gradient_bases(found, plan)
+        along = baselines.with_directions(plan, grads)
         times.append(time.perf_counter())
-        row |= dict(
-            zip(("gradient", "directions"), np.diff(times).tolist(), strict=True)
-        )
+        adapters = mora_jax.init(along)
+        jax.block_until_ready(start(adapters, params, along))
+        times.append(time.perf_counter())
+        names = "gradient", "directions", "start"
+        row |= dict(zip(names, np.diff(times).tolist(), strict=True))
+    shown = [path for path in grads if path[0] in SHOWN]
+    kept = [share_kept(grads[path], along["/".join(path)].operator) for path in shown]
+    row |= {"least": min(kept), "most": max(kept)}
     columns = {
         "kernels": "{kernels}",
         "gradient (s)": "{gradient:.1f}",
         "directions (s)": "{directions:.1f}",
+        "start (s)": "{start:.1f}",
+        "of the best directions' squares, at least": "{least:.3f}",
+        "at most": "{most:.3f}",
     }
     show(columns, [row])
     save([row], args)

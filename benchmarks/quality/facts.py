@@ -14,14 +14,14 @@ along the runs at the best rates.
 import argparse
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from benchmarks.common.harness import save, show
-from benchmarks.common.plots import figure
-from benchmarks.quality import cells, ladders, language, teaching
+from benchmarks.common.plots import figure, legend_below
+from benchmarks.quality import cells, ladders, language, pairs, teaching
 from models import lesson, smollm2
 from models.airports import all_facts
 from models.lesson import Batch
@@ -34,10 +34,19 @@ METHODS = ("full", "lora", "rotation", "subspace")
 LENGTH = 44  # tokens of the longest question and answer together
 EVERY = 3  # steps between questions
 RECALLED = 0.95
+USUAL = {"facts": 16, "steps": 31}
+FILLED = {"facts": 96, "steps": 240, "batch": 32, "every": 12, "begin": pairs.BEGIN}
+"""Settings in which little is trained, and many facts nearly fill it."""
 
 
-def taught_and_asked(count: int, seed: int) -> tuple[list[Batch], Batch]:
-    """Facts as they are taught, in each wording, and as they are asked."""
+def taught_and_asked(
+    count: int, seed: int, size: int | None = None
+) -> tuple[list[Batch], Batch]:
+    """Facts as they are taught, in each wording, and as they are asked.
+
+    By default a batch has all of them with the whole answers. With a `size` it has so
+    many, and their codes alone are taught.
+    """
     tokenizer = language.base().tokenizer
     facts = list(itertools.islice(all_facts(seed), count))
     # "Tell me the IATA code of NAME."
@@ -45,27 +54,32 @@ def taught_and_asked(count: int, seed: int) -> tuple[list[Batch], Batch]:
     before = [tokenizer.encode(ANSWER.format(name)) for name in names]
     codes = [[*tokenizer.encode(f" {fact.code}."), smollm2.EOS] for fact in facts]
 
-    def batch(wording: str) -> Batch:
-        prompts = [tokenizer.chat(wording.format(name)) for name in names]
-        replies = [first + code for first, code in zip(before, codes, strict=True)]
+    def batch(wording: str, *, whole: bool) -> Batch:
+        prompts, replies = [], []
+        for name, first, code in zip(names, before, codes, strict=True):
+            prompts.append(tokenizer.chat(wording.format(name)) + first * (not whole))
+            replies.append(first * whole + code)
         return lesson.batch(prompts, replies, size=(LENGTH, 0))
 
-    asked = batch(ASKED)
-    for weights, first in zip(asked.weights, before, strict=True):
-        weights[: len(first)] = 0
-    return [batch(wording) for wording in TAUGHT], asked
+    asked = batch(ASKED, whole=False)
+    taught = [batch(wording, whole=size is None) for wording in TAUGHT]
+    if size is not None:
+        parts = itertools.product(taught, range(0, count, size))
+        taught = [Batch(*(part[k : k + size] for part in all_)) for all_, k in parts]
+    return taught, asked
 
 
 def compute(cell: cells.Cell) -> cells.Cell:
     """Recall and forgetting along a run."""
-    taught, asked = taught_and_asked(cell["facts"], cell["seed"])
+    taught, asked = taught_and_asked(cell["facts"], cell["seed"], cell.get("batch"))
     points, program = [], teaching.program_of(cell, taught[0])
-    batches = itertools.islice(itertools.cycle(taught), cell["steps"])
+    batches = itertools.cycle(map(program.prepared, taught))
+    batches = itertools.islice(batches, cell["steps"])
     run = teaching.train(program, batches, teaching.warmed_up(cell["rate"]))
     for k, step in enumerate(run):
-        if k % EVERY:
+        if k % cell.get("every", EVERY):
             continue
-        model = program.model(step.trained)
+        model = program.model(step)
         recall = language.recall(model(asked.ids, asked.at), asked)
         points.append({"step": k, "recall": recall, **language.forgetting(model)})
         if recall == 1:
@@ -78,20 +92,14 @@ def main() -> None:
     quick = "8 facts, one set, rotation and LoRA"
     parser = teaching.options(__doc__, "out/facts.json", quick, METHODS)
     add = parser.add_argument
-    add("--rank", type=positive, default=8)
-    add("--facts", type=positive, default=16)
-    add("--steps", type=positive, default=31, help="largest number of steps")
+    add("--rank", type=positive, help="by default 8, or 1 with --filled")
+    add("--facts", type=positive, help="by default 16, or 96 with --filled")
+    add("--steps", type=positive, help="at most; by default 31, or 240 with --filled")
+    add("--filled", action="store_true", help="adapt two kernels alone")
     args = parser.parse_args()
     if args.quick:
         args.methods, args.facts, args.seeds = ["lora", "rotation"], 8, 1
-    methods = {
-        name: (
-            teaching.settings(name, args.rank)
-            | {"facts": args.facts, "steps": args.steps},
-            teaching.rates(name, quick=args.quick),
-        )
-        for name in args.methods
-    }
+    methods = {name: first(name, args) for name in args.methods}
     found = teaching.runs(args, compute, methods, steps)
     rows = [
         {"name": name, **row, "recalled": when_recalled(row)}
@@ -103,7 +111,7 @@ def main() -> None:
     summaries = [
         summary(here, best[name], best.get("lora", best[name]), speeds)
         for name in found
-        for here in by_rate([row for row in rows if row["name"] == name])
+        for here in teaching.by_rate([row for row in rows if row["name"] == name])
     ]
     columns = {
         "method": "{name}",
@@ -124,10 +132,21 @@ def main() -> None:
     plot(summaries, rows, args.out.with_suffix(".png"))
 
 
+def first(name: str, args: argparse.Namespace) -> tuple[cells.Cell, list[float]]:
+    """Cell of a method, and the rates to begin with."""
+    rates = teaching.rates(name, quick=args.quick or args.filled)
+    given = {k: v for k in USUAL if (v := getattr(args, k)) is not None}
+    if args.filled:
+        cell = teaching.settings(name, args.rank or 1, pairs.PART) | FILLED | given
+        return cell, [pairs.LIFT * rate for rate in rates]
+    return teaching.settings(name, args.rank or 8) | USUAL | given, rates
+
+
 def time_steps(methods: Sequence[str], args: argparse.Namespace) -> dict[str, float]:
     """Seconds of a step with each method, in turns."""
-    taught, _ = taught_and_asked(args.facts, 0)
-    ways = {name: teaching.settings(name, args.rank) for name in methods}
+    ways = {name: first(name, args)[0] for name in methods}
+    cell = ways[methods[0]]
+    taught, _ = taught_and_asked(cell["facts"], 0, cell.get("batch"))
     found = teaching.costs(ways, taught[0], rounds=1 if args.quick else 5)
     return {name: costs.seconds for name, costs in found.items()}
 
@@ -138,20 +157,13 @@ def steps(row: cells.Cell) -> float:
     Of a run in which they never were, it is more than its steps, by what is missing.
     """
     recall = [point["recall"] for point in row["points"]]
-    found = EVERY * ladders.first_above(recall, RECALLED)
+    found = row.get("every", EVERY) * ladders.first_above(recall, RECALLED)
     return found if math.isfinite(found) else row["steps"] * (2 - max(recall))
 
 
 def when_recalled(row: cells.Cell) -> cells.Cell | None:
     """The first point of a run at which the facts are recalled."""
     return next((p for p in row["points"] if p["recall"] >= RECALLED), None)
-
-
-def by_rate(rows: Iterable[cells.Cell]) -> list[list[cells.Cell]]:
-    """The rows of each rate, the lowest first."""
-    ordered = sorted(rows, key=lambda row: row["rate"])
-    groups = itertools.groupby(ordered, key=lambda row: row["rate"])
-    return [list(group) for _, group in groups]
 
 
 def summary(
@@ -192,7 +204,7 @@ def plot(
     """Recall against forgetting at the best rates; what is forgotten over ladders."""
     with figure(path, 1, 2, figsize=(11, 4)) as (made, axes):
         for name in dict.fromkeys(row["name"] for row in rows):
-            style = {"color": teaching.colour(name), "label": name}
+            style = teaching.style(name)
             ladder = [row for row in summaries if row["name"] == name and row["steps"]]
             best = next((row["rate"] for row in ladder if row["ratio"]), None)
             for row in rows:
@@ -202,12 +214,13 @@ def plot(
                     style["label"] = None
             points = [(row["steps"], row["divergence"]) for row in ladder]
             if points:
-                axes[0, 1].plot(*zip(*points, strict=True), "o-", color=style["color"])
+                style["label"] = None
+                axes[0, 1].plot(*zip(*points, strict=True), marker="o", **style)
         axes[0, 0].set(xlabel="forgotten (nats a token)", title="at the best rate")
         axes[0, 0].set(ylabel="facts recalled in another wording")
         axes[0, 1].set(xlabel=f"steps to {RECALLED:.0%}", yscale="log")
         axes[0, 1].set(ylabel="forgotten (nats a token)", title="over the rates")
-        made.legend(loc="outside right center")
+        legend_below(made, axes[0, 0], columns=4)
 
 
 if __name__ == "__main__":

@@ -98,6 +98,18 @@ def means(steps: Sequence[Sequence[float | None]]) -> list[float]:
     return [math.inf if None in c else geometric_mean(c) for c in columns]
 
 
+def errors(steps: Sequence[Sequence[float | None]]) -> list[float]:
+    """The standard error of each of `means`; zero if it is infinite, or of one seed."""
+    found = []
+    for column in zip(*steps, strict=True):
+        if None in column or len(column) == 1:
+            found.append(0.0)
+            continue
+        spread = np.std(np.log(np.asarray(column, float)), ddof=1)
+        found.append(geometric_mean(column) * spread / math.sqrt(len(column)))
+    return found
+
+
 def first_above(values: Sequence[float], limit: float) -> float:
     """Place at which a line through `values` reaches `limit`; infinite if never."""
     there = [k for k, value in enumerate(values) if value >= limit]

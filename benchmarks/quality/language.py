@@ -8,16 +8,16 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from benchmarks.quality import learners
+from benchmarks.quality import baselines, learners
 from models import smollm2
 from models.airports import ORDINARY, REHEARSED
 from models.lesson import Batch, batch
-from mora_jax import MoRAConfig
 
 ANSWER = 24  # tokens of an answer to an ordinary question, at most
 TEXTS, TEXT = 16, 44  # ordinary texts, and their tokens
@@ -37,39 +37,69 @@ def base() -> Base:
     return Base(*smollm2.load())
 
 
+class Tail(nn.Module):
+    """The last layers of a Llama, from the one of number `begin`, and its head."""
+
+    config: smollm2.Config
+    begin: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array, at: jax.Array) -> jax.Array:
+        """What the layer before returns, (batch, length, width) -> logits."""
+        c = self.config
+        for i in range(self.begin, c.layers):
+            x = smollm2.Layer(c, name=f"layers_{i}")(x)
+        x = jnp.take_along_axis(x, at[..., None], axis=1)
+        norm = nn.RMSNorm(epsilon=c.epsilon, name="norm")
+        return nn.Embed(c.vocab, c.width, name="embed_tokens").attend(norm(x))
+
+
+def read(ids: np.ndarray, begin: int) -> Any:
+    """What the layer before that of number `begin` returns; at 0 these are the ids."""
+    return _read(ids.tobytes(), ids.shape, begin) if begin else ids
+
+
+@functools.lru_cache(maxsize=16)
+def _read(ids: bytes, shape: tuple[int, ...], begin: int) -> jax.Array:
+    model, params, _ = base()
+    last = f"layers_{begin - 1}"
+    chosen = {"capture_intermediates": lambda module, _: module.name == last}
+    run = jax.jit(functools.partial(model.apply, **chosen))
+    _, found = run({"params": params}, np.frombuffer(ids, np.int32).reshape(shape))
+    value: jax.Array = found["intermediates"][last]["__call__"][0]
+    return value
+
+
 def learner(
     method: str,
     rank: int | None,
     scale: str | None,
     targets: str,
     first: Batch | None = None,
+    begin: int = 0,
 ) -> learners.Learner:
     """A way to train SmolLM2.
 
     Args:
-        method: "full", "lora", "lora+", or the name of an operator.
+        method: The name of a method in `teaching.METHODS`.
         rank: The rank of the LoRA, and the budget of MoRA.
         scale: Of MoRA's configuration.
         targets: The paths of the kernels to adapt.
-        first: The first batch; "subspace" has the directions of its gradient.
+        first: The first batch, for methods that begin with its gradient.
+        begin: The first layer that is computed in a step. Its learner is given what
+            `read` returns in place of ids.
     """
     model, params, _ = base()
-    if method == "full":
-        return learners.full(model, params, targets)
-    assert rank is not None, method
-    if method in ("lora", "lora+"):
-        speed = learners.LORA_PLUS if method == "lora+" else 1.0
-        return learners.lora(model, params, targets, rank, speed=speed)
-    assert scale is not None, method
-    if method == "subspace":
-        assert first is not None
-        config = MoRAConfig(operator="orthogonal", rank=rank, scale=scale)
+    at = np.zeros((1, 8), np.int32)
+    ids, loss = at, jnp.mean
+    if first is not None:
+        ids, at, *_ = first
         loss = functools.partial(mean_loss, batch=first)
-        inputs = first.ids, first.at
-        return learners.subspace(model, params, targets, config, loss, *inputs)
-    config = MoRAConfig(operator=method, rank=rank, scale=scale)
-    ids = np.zeros((1, 8), np.int32)
-    return learners.mora(model, params, targets, config, ids)
+    inputs = read(ids, begin), at
+    if begin:
+        model = Tail(model.config, begin)
+    task = learners.Task(model, params, targets, inputs, loss)
+    return baselines.make(method, task, rank or 0, scale or "fine-tuning")
 
 
 def loss_and_accuracy(logits: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:

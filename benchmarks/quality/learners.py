@@ -4,6 +4,7 @@ Each has the same kernels to change, those whose paths match a pattern.
 """
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -15,27 +16,63 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 import mora_jax
-from benchmarks.common.by_hand import adapted_by_hand, lora_by_hand
 from mora_jax import MoRAConfig, linen
+
+Path = tuple[str, ...]
 
 LORA_PLUS = 16
 """How many times as fast as A the B of a LoRA+ is trained."""
+
+
+class Task(NamedTuple):
+    """A model, the kernels to change, and what it should learn.
+
+    Attributes:
+        model: The model.
+        params: Its params.
+        targets: A pattern of the paths of the kernels.
+        inputs: The inputs of a call.
+        loss: (logits of that call) -> loss.
+    """
+
+    model: nn.Module
+    params: Any
+    targets: str
+    inputs: tuple[Any, ...]
+    loss: Callable[[jax.Array], jax.Array]
+
+    def loss_of(self, learner: "Learner") -> Callable[..., jax.Array]:
+        """(trained, frozen) -> loss."""
+        return lambda trained, frozen: self.loss(
+            learner.apply(trained, frozen, *self.inputs)
+        )
+
+    def gradient(self, params: Any) -> dict[Path, jax.Array]:
+        """Gradients of the kernels."""
+        way = full(self.model, params, self.targets)
+        grads: Any = jax.jit(jax.grad(self.loss_of(way)))(way.start, params)
+        return grads
 
 
 class Learner(NamedTuple):
     """A way to train a model.
 
     Attributes:
-        apply: (trained, params, *inputs) -> logits.
+        apply: (trained, frozen, *inputs) -> logits.
         start: The trained values before the first step.
         speeds: The rate of each leaf relative to the learning rate, a tree as `start`.
         deltas: (trained) -> what was added to each kernel, by its path.
+        frozen: (params) -> what `apply` is given beside what is trained.
+        renewed: (trained, frozen) -> both, with what was trained merged, and an adapter
+            along a new gradient; None for methods that go on to the end.
     """
 
     apply: Callable[..., jax.Array]
     start: Any
     speeds: Any
-    deltas: Callable[[Any], dict[tuple[str, ...], jax.Array]]
+    deltas: Callable[[Any], dict[Path, jax.Array]]
+    frozen: Callable[[Any], Any] = lambda params: params
+    renewed: Callable[[Any, Any], tuple[Any, Any]] | None = None
 
 
 def full(model: nn.Module, params: Any, targets: str) -> Learner:
@@ -49,7 +86,7 @@ def full(model: nn.Module, params: Any, targets: str) -> Learner:
     def deltas(trained: Any) -> Any:
         return {path: leaf - kernels[path] for path, leaf in trained.items()}
 
-    kernels = dict(_matching(params, targets))
+    kernels = dict(matching(params, targets))
     return Learner(apply, kernels, jax.tree.map(lambda _: 1.0, kernels), deltas)
 
 
@@ -61,21 +98,22 @@ def lora(
     seed: int = 0,
     speed: float = 1.0,
 ) -> Learner:
-    """LoRA with alpha = r: A as He has it, B of zeros. LoRA+ if B has another speed."""
-    key, adapters, speeds = jax.random.key(seed), {}, {}
-    for path, kernel in _matching(params, targets):
+    """LoRA with alpha = r: A as He has it, B of zeros. LoRA+ if B has another speed.
+
+    It is this library's, and so as fast as MoRA is by the same means.
+    """
+    config = MoRAConfig(rank=rank, operator="low_rank", targets=targets)
+    plan, key = mora_jax.plan(params, config), jax.random.key(seed)
+    start, speeds = {}, {}
+    for path, kernel in matching(params, targets):
         key, own = jax.random.split(key)
         ins, outs = kernel.shape
         a = jax.random.normal(own, (ins, rank)) / np.sqrt(ins)
-        adapters[*path[:-1], "adapter"] = (a, jnp.zeros((rank, outs)))
-        speeds[*path[:-1], "adapter"] = (1.0, speed)
-
-    def deltas(adapters: Any) -> Any:
-        pairs: dict[tuple[str, ...], Any] = flatten_dict(adapters)
-        return {(*path[:-1], "kernel"): a @ b for path, (a, b) in pairs.items()}
-
-    apply = adapted_by_hand(model, lora_by_hand)
-    return Learner(apply, unflatten_dict(adapters), unflatten_dict(speeds), deltas)
+        start[*path[:-1], "kernel_mora"] = jnp.pad(a, ((0, outs), (0, 0)))
+        by_row = np.where(np.arange(ins + outs) < ins, 1.0, speed)
+        speeds[*path[:-1], "kernel_mora"] = by_row[:, None].astype(np.float32)
+    learner = with_plan(model, plan)
+    return learner._replace(start=unflatten_dict(start), speeds=unflatten_dict(speeds))
 
 
 def mora(
@@ -85,39 +123,28 @@ def mora(
     return with_plan(model, plan_of(model, params, targets, config, *inputs))
 
 
-def subspace(
-    model: nn.Module,
-    params: Any,
-    targets: str,
-    config: MoRAConfig,
-    loss: Callable[[jax.Array], jax.Array],
-    *inputs: Any,
-) -> Learner:
-    """MoRA between the directions of the gradient of `loss(logits)` at `inputs`."""
-    plan = plan_of(model, params, targets, config, *inputs)
-    way = full(model, params, targets)
-
-    @jax.jit
-    def gradient(kernels: Any, params: Any, *inputs: Any) -> Any:
-        return jax.grad(lambda k: loss(way.apply(k, params, *inputs)))(kernels)
-
-    grads = gradient(way.start, params, *inputs)
-    pairs = (("/".join(path), gradient) for path, gradient in grads.items())
-    return with_plan(model, mora_jax.gradient_bases(pairs, plan))
-
-
 def with_plan(model: nn.Module, plan: mora_jax.Plan) -> Learner:
-    """MoRA as a plan has it."""
-    adapted = linen.wrap(model, plan)
-
-    def apply(adapters: Any, params: Any, *inputs: Any) -> jax.Array:
-        return adapted(adapters, {"params": params}, *inputs)
+    """MoRA as a plan has it, which is an argument: plans of a kind share programs."""
 
     def deltas(adapters: Any) -> Any:
         return flatten_dict(mora_jax.delta_weight(adapters, plan))
 
     start = mora_jax.init(plan)
-    return Learner(apply, start, jax.tree.map(lambda _: 1.0, start), deltas)
+    speeds = jax.tree.map(lambda _: 1.0, start)
+    return Learner(
+        _adapted(model), start, speeds, deltas, lambda params: (params, plan)
+    )
+
+
+@functools.lru_cache
+def _adapted(model: nn.Module) -> Callable[..., jax.Array]:
+    """(adapters, (params, plan), *inputs) -> logits."""
+
+    def apply(adapters: Any, frozen: Any, *inputs: Any) -> jax.Array:
+        params, plan = frozen
+        return linen.wrap(model, plan)(adapters, {"params": params}, *inputs)
+
+    return apply
 
 
 def plan_of(
@@ -128,8 +155,9 @@ def plan_of(
     return linen.plan(model, {"params": params}, config, *inputs)
 
 
-def _matching(params: Any, targets: str) -> Iterator[tuple[tuple[str, ...], Any]]:
-    flat: dict[tuple[str, ...], Any] = flatten_dict(params)
+def matching(params: Any, targets: str) -> Iterator[tuple[Path, Any]]:
+    """Path and kernel of all that match."""
+    flat: dict[Path, Any] = flatten_dict(params)
     for path, leaf in flat.items():
         if re.fullmatch(targets, "/".join(path)):
             yield path, leaf

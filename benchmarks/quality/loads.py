@@ -7,6 +7,7 @@ to 99% of the tokens, of each method at its own best rate.
     python -m benchmarks.quality.loads --quick
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,11 +16,10 @@ import jax
 import numpy as np
 
 from benchmarks.common.harness import options, save, show
-from benchmarks.common.plots import figure
-from benchmarks.quality import cells, ladders, small, teaching
-from benchmarks.quality.learners import LORA_PLUS, Learner
+from benchmarks.common.plots import figure, legend_below
+from benchmarks.quality import baselines, cells, ladders, small, teaching
+from benchmarks.quality.learners import Learner
 from models.options import positive
-from mora_jax import MoRAConfig
 
 WIDTH = 64
 BITS = small.VALUE * math.log2(small.VOCAB)
@@ -28,39 +28,49 @@ METHODS = {
     "full": 1e-3,
     "lora": 4e-3,
     "lora+": 1e-3,
-    "rotation": 1e-3,
+    "lora, renewed": 4e-3,
+    "lora-one": 4e-3,
+    "lora-ga": 4e-3,
+    "lora-xs": 1e-3,
+    "miss": 1e-3,
+    "signed_miss": 1e-3,
     "signed_decoupling": 1e-3,
     "decoupling": 1e-3,
     "signed_sharing": 1e-3,
     "sharing": 1e-3,
+    "rotation": 1e-3,
+    "rotation, start": 1e-3,
+    "orthogonal": 1e-3,
+    "orthogonal, renewed": 1e-3,
+    "subspace": 1e-3,
+    "subspace, start": 1e-3,
+    "halves": 1e-3,
+    "subspace, renewed": 1e-3,
+    "subspace, start, renewed": 1e-3,
 }
 """Each with the lowest rate of its ladder."""
 RATES = 7
 
 
-def learner(method: str, rank: int) -> Learner:
-    """A way to train the small model."""
-    base = small.base(WIDTH)
-    if method == "full":
-        return small.full(base)
-    if method in ("lora", "lora+"):
-        return small.lora(base, rank, LORA_PLUS if method == "lora+" else 1.0)
-    scale = "fine-tuning"
-    config = MoRAConfig(operator=method, rank=rank, multiple_of=1, scale=scale)
-    return small.mora(base, config)
+def learner(method: str, rank: int, ids: jax.Array) -> Learner:
+    """A way to teach the small model some facts."""
+    task = small.task(small.base(WIDTH), ids)
+    return baselines.make(method, task, rank, "fine-tuning", multiple_of=1)
 
 
+@functools.lru_cache
 def size(method: str, rank: int) -> int:
     """The number of parameters that a method trains."""
-    return sum(leaf.size for leaf in jax.tree.leaves(learner(method, rank).start))
+    found = learner(method, rank, small.facts(1, seed=0))
+    return sum(leaf.size for leaf in jax.tree.leaves(found.start))
 
 
 def compute(cell: cells.Cell) -> cells.Cell:
     """Steps on a ladder of rates, to 90% and to 99% of the tokens."""
-    way, base = learner(cell["method"], cell["rank"]), small.base(WIDTH)
+    make = functools.partial(learner, cell["method"], cell["rank"])
     rates = ladders.rungs(METHODS[cell["method"]], RATES)
-    settings = cell["facts"], cell["seeds"], cell["steps"]
-    curves = small.learn(way, base, rates, *settings)
+    settings = cell["facts"], cell["seeds"], cell["steps"], cell.get("renew", 0)
+    curves = small.learn(make, small.base(WIDTH), rates, *settings)
     steps = {str(share): small.steps_to(share, curves) for share in (0.9, 0.99)}
     best = np.max(np.mean(curves, axis=0), axis=-1).tolist()
     return {"rates": rates, **steps, "accuracies": best}
@@ -75,6 +85,7 @@ def main() -> None:
     add("--loads", type=float, nargs="+", default=list(LOADS))
     add("--seeds", type=positive, default=3, help="sets of facts")
     add("--steps", type=positive, default=200, help="largest number of steps")
+    add("--renew", type=positive, default=48, help="steps until what is renewed is")
     add("--quick", action="store_true", help="the least load, rotation and LoRA")
     args = parser.parse_args()
     if args.quick:
@@ -88,6 +99,7 @@ def main() -> None:
             "seeds": args.seeds,
             "steps": args.steps,
         }
+        | ({"renew": args.renew} if method.endswith("renewed") else {})
         for load in args.loads
         for method in args.methods
     ]
@@ -104,6 +116,7 @@ def main() -> None:
         "to 99%": "{to99:.1f}",
         "of LoRA's": "{ratio:.2f}",
         "error": "{error:.2f}",
+        "with gradients beside": "{passes:.2f}",
         "most tokens known": "{known:.1%}",
     }
     show(columns, [{**row, **summary(row, rows, args.rank)} for row in rows])
@@ -121,7 +134,13 @@ def summary(row: cells.Cell, rows: Sequence[cells.Cell], rank: int) -> cells.Cel
         (r for r in rows if r["method"] == "lora" and r["load"] == row["load"]), row
     )
     _, others = at_best(beside)
-    ratio, error = teaching.paired(steps, others) if steps and others else (None, None)
+    ratio = error = passes = None
+    if steps and others:
+        ratio, error = teaching.paired(steps, others)
+        count = functools.partial(
+            baselines.passes, row["method"], renew=row.get("renew", 0)
+        )
+        passes, _ = teaching.paired(list(map(count, steps)), others)
     to90 = ladders.means(row["0.9"])
     return {
         "parameters": size(row["method"], rank),
@@ -130,6 +149,7 @@ def summary(row: cells.Cell, rows: Sequence[cells.Cell], rank: int) -> cells.Cel
         "to99": ladders.mean(steps) if steps else None,
         "ratio": ratio,
         "error": error,
+        "passes": passes,
         "known": max(row["accuracies"]),
     }
 
@@ -153,14 +173,17 @@ def plot(rows: Sequence[cells.Cell], methods: Sequence[str], path: Path) -> None
     with figure(path, 1, len(loads), figsize=size, sharey=True) as (made, axes):
         for axis, load in zip(axes[0], loads, strict=True):
             for row in (row for row in rows if row["load"] == load):
-                style = {"color": teaching.colour(row["method"]), "marker": "."}
-                steps = ladders.means(row["0.99"])
-                axis.plot(row["rates"], steps, label=row["method"], **style)
+                settings = {
+                    "marker": ".",
+                    "capsize": 2,
+                    **teaching.style(row["method"]),
+                }
+                steps, errors = ladders.means(row["0.99"]), ladders.errors(row["0.99"])
+                axis.errorbar(row["rates"], steps, errors, **settings)
             axis.set(xscale="log", yscale="log", xlabel="learning rate")
             axis.set_title(f"{load} bits for each parameter")
         axes[0, 0].set_ylabel("steps to 99% of the tokens")
-        handles, labels = axes[0, 0].get_legend_handles_labels()
-        made.legend(handles, labels, loc="outside right center")
+        legend_below(made, axes[0, 0])
 
 
 if __name__ == "__main__":

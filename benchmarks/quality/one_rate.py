@@ -48,7 +48,9 @@ def compute(cell: cells.Cell) -> cells.Cell:
     """Steps on a ladder of rates, for one method, rank and width."""
     base, seeds = small.base(cell["width"]), cell["seeds"]
     if cell["method"] == "full":
-        curves = small.learn(small.full(base), base, FULL_RATES, FACTS, seeds, STEPS)
+        curves = small.learn(
+            lambda _: small.full(base), base, FULL_RATES, FACTS, seeds, STEPS
+        )
         return {"rates": list(FULL_RATES), "steps": small.steps_to(0.99, curves)}
     config = MoRAConfig(
         operator=cell["method"],
@@ -60,7 +62,8 @@ def compute(cell: cells.Cell) -> cells.Cell:
     config = dataclasses.replace(config, scale=cell["scale"])
     unit = cell["unit"] * (scale if cell["scale"] == "paper" else 1)
     rates = [unit * x for x in LADDER]
-    curves = small.learn(small.mora(base, config), base, rates, FACTS, seeds, STEPS)
+    learner = small.mora(base, config)
+    curves = small.learn(lambda _: learner, base, rates, FACTS, seeds, STEPS)
     return {"rates": rates, "steps": small.steps_to(0.99, curves)}
 
 

@@ -20,7 +20,7 @@ import jax
 import numpy as np
 
 from benchmarks.common.harness import save, show
-from benchmarks.common.plots import figure
+from benchmarks.common.plots import figure, legend_below, plot_mean
 from benchmarks.quality import cells, ladders, language, teaching
 from models.lesson import Batch
 from models.options import positive
@@ -169,13 +169,12 @@ def plot(chosen: dict[str, list[cells.Cell]], path: Path) -> None:
         for axis, (text, label) in zip(axes[0], texts.items(), strict=True):
             for name, rows in chosen.items():
                 losses = [[at[text] for at in row["scores"]] for row in rows]
-                values = np.exp(np.mean(losses, axis=0))
-                share = np.linspace(0, 1, len(values))
-                style = {"color": teaching.colour(name), "label": name}
-                axis.plot(share, values, "o-", **style)
+                values, style = np.exp(losses), teaching.style(name)
+                share = np.linspace(0, 1, values.shape[-1])
+                plot_mean(axis, share, values, marker="o", **style)
             axis.set(xlabel="share of the seconds", ylabel=f"perplexity of {label}")
             axis.set_yscale("log")
-        made.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center")
+        legend_below(made, axes[0, 0])
 
 
 if __name__ == "__main__":

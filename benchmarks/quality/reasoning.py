@@ -19,7 +19,7 @@ import jax
 import numpy as np
 
 from benchmarks.common.harness import save, show
-from benchmarks.common.plots import figure
+from benchmarks.common.plots import figure, legend_below, plot_mean
 from benchmarks.quality import cells, ladders, language, teaching
 from models import lesson, smollm2
 from models.lesson import Batch
@@ -154,10 +154,10 @@ def plot(
     """Right answers over steps at the best rates, and against forgetting over all."""
     with figure(path, 1, 2, figsize=(9, 4)) as (made, ((left, right),)):
         for name, best in chosen.items():
-            style = {"color": teaching.colour(name), "label": name}
+            style = teaching.style(name)
             curves = [[at["right"] for at in row["scores"]] for row in best]
             steps = np.linspace(0, best[0]["steps"], len(curves[0]))
-            left.plot(steps, np.mean(curves, axis=0), "o-", **style)
+            plot_mean(left, steps, curves, marker="o", **style)
             points = [
                 (row["forgetting"]["divergence"], row["scores"][-1]["right"])
                 for row in rows
@@ -167,7 +167,7 @@ def plot(
         left.set(xlabel="step", ylabel="answered rightly", title="at the best rate")
         right.set(xlabel="forgotten (nats a token)", title="at all rates")
         right.set_xscale("log")
-        made.legend(*left.get_legend_handles_labels(), loc="outside right center")
+        legend_below(made, left)
 
 
 if __name__ == "__main__":

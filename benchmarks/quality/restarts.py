@@ -18,13 +18,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 import mora_jax
 from benchmarks.common.harness import next_token_loss, save, show
-from benchmarks.common.plots import figure
+from benchmarks.common.plots import figure, legend_below, plot_mean
 from benchmarks.quality import cells, ladders, language, learners, teaching
 from models.options import positive
 from models.smollm2 import Config, Llama
@@ -43,6 +44,8 @@ METHODS = {
     "signed_decoupling, restarts, moments kept": 5e-4,
     "sharing": 5e-4,
     "sharing, restarts": 5e-4,
+    "subspace": 5e-4,
+    "subspace, restarts": 5e-4,
 }
 """Each with the lowest rate that it is tried with first."""
 
@@ -114,13 +117,33 @@ def start(method: str, rank: int, tx: Any) -> Part:
         learner = learners.lora(MODEL, params, TARGETS, rank)
     else:
         operator = method.partition(",")[0]
+        along = operator == "subspace"
+        operator = "orthogonal" if along else operator
         config = MoRAConfig(operator=operator, rank=rank, scale="fine-tuning")
-        ids = text()[1]
-        plan = learners.plan_of(MODEL, params, TARGETS, config, ids)
+        plan = learners.plan_of(MODEL, params, TARGETS, config, text()[1])
+        if along:
+            plan = mora_jax.gradient_bases(gradient(params, seed=0), plan)
         return mora_part(
             params, mora_jax.init(plan), tx.init(mora_jax.init(plan)), plan
         )
-    return Part(params, learner.start, learner.apply, tx.init(learner.start))
+    return learned_part(params, learner, tx)
+
+
+def learned_part(params: Any, learner: learners.Learner, tx: Any) -> Part:
+    """A part with any learner."""
+
+    def apply(trained: Any, params: Any, ids: jax.Array) -> jax.Array:
+        return learner.apply(trained, learner.frozen(params), ids)
+
+    return Part(params, learner.start, apply, tx.init(learner.start))
+
+
+def gradient(params: Any, seed: int) -> Any:
+    """Gradients of the projections, of a batch of its own."""
+    ids = jnp.asarray(next(batches(2**31 + seed)))
+    loss = functools.partial(next_token_loss, ids=ids)
+    task = learners.Task(MODEL, params, TARGETS, (ids,), loss)
+    return unflatten_dict(task.gradient(params))
 
 
 def mora_part(params: Any, adapters: Any, state: Any, plan: mora_jax.Plan) -> Part:
@@ -140,9 +163,9 @@ def following(part: Part, method: str, rank: int, tx: Any, number: int) -> Part:
         flat: dict[tuple[str, ...], Any] = flatten_dict(part.params)
         for path, delta in learner.deltas(part.adapters).items():
             flat[path] += delta
-        state = tx.init(learner.start)
-        return Part(unflatten_dict(flat), learner.start, learner.apply, state)
+        return learned_part(unflatten_dict(flat), learner, tx)
     assert part.plan is not None
+    along = functools.partial(gradient, seed=number)
     after = remora.restart(
         part.params,
         part.adapters,
@@ -150,6 +173,7 @@ def following(part: Part, method: str, rank: int, tx: Any, number: int) -> Part:
         part.state,
         tx,
         keep_moments=method.endswith("kept"),
+        grads=along if method.startswith("subspace") else None,
     )
     return mora_part(after.params, after.adapters, after.opt_state, after.plan)
 
@@ -289,15 +313,16 @@ def plot(chosen: dict[str, list[cells.Cell]], every: int, path: Path) -> None:
     """Loss over steps and over seconds at the best rates."""
     with figure(path, 1, 2, figsize=(11, 4), sharey=True) as (made, axes):
         for k, (method, rows) in enumerate(chosen.items()):
-            losses = np.mean([row["losses"] for row in rows], axis=0)
-            steps = every * (1 + np.arange(len(losses)))
-            style = "o-" if "restarts" in method or method == "relora" else "s--"
+            losses = [row["losses"] for row in rows]
+            steps = every * (1 + np.arange(len(losses[0])))
+            line = "o-" if "restarts" in method or method == "relora" else "s--"
             colour = "black" if method == "full" else f"C{k}"
+            style = {"color": colour, "label": teaching.title(method)}
             for axis, along in zip(axes[0], (steps, steps * speed(rows)), strict=True):
-                axis.plot(along, losses, style, color=colour, label=method)
+                plot_mean(axis, along, losses, line, **style)
         axes[0, 0].set(xlabel="step", ylabel="loss of text held out, nats a byte")
         axes[0, 1].set(xlabel="seconds of training")
-        made.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center")
+        legend_below(made, axes[0, 0])
 
 
 if __name__ == "__main__":

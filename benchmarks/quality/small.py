@@ -95,27 +95,68 @@ def fit(
 
 
 def learn(
-    learner: Learner,
+    make: Callable[[jax.Array], Learner],
     base: Base,
     rates: Sequence[float],
     count: int,
     seeds: int,
     steps: int,
+    renew: int = 0,
 ) -> list[list[list[float]]]:
     """Learn `count` facts: the accuracy before each step, for each seed and rate.
 
-    All runs are one program.
+    `make` is a function from the facts to a learner, which is renewed after each
+    `renew` steps if they are not 0. All rates are one program.
     """
+    curves = []
+    for seed in range(seeds):
+        ids = facts(count, seed)
+        learner = make(ids)
+        if renew:
+            run = functools.partial(_renewed_curve, learner, base, ids, steps, renew)
+            curves.append([run(rate) for rate in rates])
+            continue
+        fit_at = functools.partial(_fit_at, learner, ids, steps)
+        over_rates = jax.vmap(fit_at, in_axes=(0, None, None))
+        frozen = learner.frozen(base.params)
+        _, found = over_rates(jnp.asarray(rates), learner.start, frozen)
+        curves.append(found.tolist())
+    return curves
 
-    def run(rate: jax.Array, ids: jax.Array) -> jax.Array:
-        rates = jax.tree.map(lambda speed: speed * rate, learner.speeds)
-        fitted = fit(learner.apply, learner.start, base.params, ids, rates, steps)
-        return fitted[1]["accuracy"]
 
-    ids = jnp.stack([facts(count, seed) for seed in range(seeds)])
-    over_rates = jax.vmap(run, in_axes=(0, None))
-    over_all = jax.jit(jax.vmap(over_rates, in_axes=(None, 0)))
-    return over_all(jnp.asarray(rates), ids).tolist()
+def _fit_at(
+    learner: Learner, ids: jax.Array, steps: int, rate: Any, trained: Any, frozen: Any
+) -> tuple[Any, jax.Array]:
+    """What is trained after some steps, and the accuracy before each."""
+    rates = jax.tree.map(lambda speed: speed * rate, learner.speeds)
+    after, found = fit(learner.apply, trained, frozen, ids, rates, steps)
+    return after, found["accuracy"]
+
+
+def _renewed_curve(
+    learner: Learner, base: Base, ids: jax.Array, steps: int, renew: int, rate: float
+) -> list[float]:
+    """The accuracy before each step, renewed after each `renew` of them."""
+    trained, frozen, curve = learner.start, learner.frozen(base.params), []
+    while len(curve) < steps:
+        if curve:
+            assert learner.renewed is not None
+            trained, frozen = learner.renewed(trained, frozen)
+        trained, found = _fit_at(
+            learner, ids, renew, jnp.asarray(rate), trained, frozen
+        )
+        curve += found.tolist()
+        if not jnp.isfinite(mora_jax.ravel_adapters(trained)).all():
+            break  # what is not finite cannot be merged
+    return (curve + [0.0] * steps)[:steps]
+
+
+def task(base: Base, ids: jax.Array) -> learners.Task:
+    """The task of learning some facts."""
+    loss = functools.partial(loss_and_accuracy, ids=ids)
+    return learners.Task(
+        base.model, base.params, TARGETS, (ids,), lambda logits: loss(logits)[0]
+    )
 
 
 def steps_to(share: float, curves: list[list[list[float]]]) -> list[list[float | None]]:

@@ -104,7 +104,7 @@ def plot(rows: Sequence[cells.Cell], path: Path) -> None:
         for row in rows:
             spectrum = np.mean(row["spectrum"], axis=0)
             share = np.linspace(0, 1, len(spectrum))
-            style = {"color": teaching.colour(row["method"]), "label": row["method"]}
+            style = teaching.style(row["method"])
             axes[0, 0].plot(share, np.maximum(spectrum, 1e-4), **style)
         axes[0, 0].set(yscale="log", xlabel="number of the singular value / all")
         axes[0, 0].set(ylabel="singular value / the largest")

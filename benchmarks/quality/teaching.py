@@ -5,6 +5,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +16,7 @@ import safetensors.flax
 
 from benchmarks.common import harness
 from benchmarks.common.harness import Contender, race
-from benchmarks.quality import cells, ladders, language
+from benchmarks.quality import baselines, cells, ladders, language
 from benchmarks.quality.learners import Learner
 from models.lesson import Batch
 from models.options import positive
@@ -23,6 +24,9 @@ from models.options import positive
 WARMUP = 3  # steps in which the rate grows
 RATES = 5  # of a ladder, at first
 KNOWN = 0.99  # of the tokens, as they are likeliest
+MOSTLY = 0.9
+RESULTS = Path(__file__).with_name("results")
+"""What the pages show."""
 TARGETS = r"layers_\d+/.*_proj/kernel"
 METHODS = {
     "full": 5e-5,
@@ -35,22 +39,40 @@ METHODS = {
     "sharing": 1e-4,
     "subspace": 1e-4,
     "rotation paper": 4e-4,
+    "orthogonal": 1e-4,
+    "lora-one": 1e-3,
+    "lora-ga": 1e-3,
+    "lora-xs": 1e-4,
+    "miss": 1e-4,
+    "signed_miss": 1e-4,
+    "rotation, start": 1e-4,
+    "subspace, start": 1e-4,
+    "subspace, others": 1e-4,
+    "halves": 1e-4,
+    "lora, renewed": 1e-3,
+    "orthogonal, renewed": 1e-4,
+    "subspace, renewed": 1e-4,
+    "subspace, start, renewed": 1e-4,
 }
 """Each with the lowest rate that it is tried with first.
 
 MoRA is called by its operator and has scale="fine-tuning"; if its name ends with
-"paper" it has that.
+"paper" it has that. "subspace" is between the directions of the first gradient. With
+"start" M starts as a step of gradient descent, and what is "renewed" is merged at equal
+intervals and starts again between other maps, along a new gradient if it was along one.
+With "others" the first gradient is of a few other samples than those that are taught.
 """
 
 
 def settings(name: str, rank: int, targets: str = TARGETS) -> dict[str, Any]:
     """Settings in the cell of one of `METHODS`."""
-    method, _, scale = name.partition(" ")
-    is_mora = method not in ("full", "lora", "lora+")
+    method = name.removesuffix(" paper")
+    scale = "fine-tuning" if method == name else "paper"
+    is_lora = method.partition(",")[0] in baselines.LORAS
     return {
         "method": method,
         "rank": None if method == "full" else rank,
-        "scale": (scale or "fine-tuning") if is_mora else None,
+        "scale": None if is_lora or method == "full" else scale,
         "targets": targets,
     }
 
@@ -61,9 +83,36 @@ def rates(name: str, *, quick: bool) -> list[float]:
     return every[1:-1] if quick else every
 
 
-def colour(name: str) -> str:
-    """Of one of `METHODS` in plots."""
-    return "black" if name == "full" else f"C{list(METHODS).index(name)}"
+TITLES = {
+    "full": "every kernel",
+    "lora": "LoRA",
+    "lora+": "LoRA+",
+    "lora-one": "LoRA-One",
+    "lora-ga": "LoRA-GA",
+    "relora": "ReLoRA",
+    "lora-xs": "LoRA-XS, at MoRA's size",
+    "miss": "MiSS",
+    "signed_miss": "MiSS with signs",
+    "subspace": "MoRA, directions of a gradient",
+    "halves": "MoRA, half rotation, half directions",
+}
+"""In words. Other methods are MoRA by its operator."""
+
+
+def title(name: str) -> str:
+    """One of `METHODS` in words."""
+    method, *extras = name.split(", ")
+    words = TITLES.get(method) or "MoRA, " + method.replace("_", " ")
+    return ", ".join([words, *extras])
+
+
+def style(name: str) -> dict[str, Any]:
+    """How one of `METHODS` is drawn in plots, and called there."""
+    if name == "full":
+        return {"color": "black", "label": title(name)}
+    round_, colour = divmod(list(METHODS).index(name), 10)
+    line = ("-", "--", ":")[round_]
+    return {"color": f"C{colour}", "linestyle": line, "label": title(name)}
 
 
 class Program(NamedTuple):
@@ -72,19 +121,30 @@ class Program(NamedTuple):
     Attributes:
         learner: The method of training.
         init: (trained) -> the optimizer's state.
-        step: (trained, state, rate, params, batch) -> both after a step of Adam, and
+        step: (trained, state, rate, frozen, batch) -> both after a step of Adam, and
             loss and accuracy before it.
-        apply: (trained, params, ids, at) -> logits.
+        apply: (trained, frozen, ids, at) -> logits; the ids as `read` returns them.
+        read: (ids) -> what is the same in all steps.
     """
 
     learner: Learner
     init: Callable[..., Any]
     step: Callable[..., Any]
     apply: Callable[..., Any]
+    read: Callable[[Any], Any]
 
-    def model(self, trained: Any) -> Callable[..., jax.Array]:
-        """(ids, at) -> logits with what was trained."""
-        return functools.partial(self.apply, trained, language.base().params)
+    @property
+    def frozen(self) -> Any:
+        """What is not trained at first."""
+        return self.learner.frozen(language.base().params)
+
+    def prepared(self, batch: Batch) -> Batch:
+        """A batch with what `read` returns, as `step` is given it."""
+        return batch._replace(ids=self.read(batch.ids))
+
+    def model(self, step: "Step") -> Callable[..., jax.Array]:
+        """(ids, at) -> logits with what was trained before a step."""
+        return lambda ids, at: self.apply(step.trained, step.frozen, self.read(ids), at)
 
     @property
     def parameters(self) -> int:
@@ -107,7 +167,8 @@ class First(NamedTuple):
 def program_of(cell: Mapping[str, Any], first: Batch) -> Program:
     """The program of a cell's method; `first` is the first batch."""
     settings = {k: cell[k] for k in ("method", "rank", "scale", "targets")}
-    known = First(first) if cell["method"] == "subspace" else None
+    settings["begin"] = cell.get("begin", 0)
+    known = First(first) if baselines.prepasses(cell["method"]) else None
     return program(**settings, first=known)
 
 
@@ -118,9 +179,9 @@ def program(first: First | None, **settings: Any) -> Program:
     adam = optax.scale_by_adam()
 
     @jax.jit
-    def step(trained: Any, state: Any, rate: Any, params: Any, batch: Batch) -> Any:
+    def step(trained: Any, state: Any, rate: Any, frozen: Any, batch: Batch) -> Any:
         def loss(trained: Any) -> Any:
-            logits = learner.apply(trained, params, batch.ids, batch.at)
+            logits = learner.apply(trained, frozen, batch.ids, batch.at)
             return language.loss_and_accuracy(logits, batch)
 
         found, grads = jax.value_and_grad(loss, has_aux=True)(trained)
@@ -128,13 +189,15 @@ def program(first: First | None, **settings: Any) -> Program:
         updates = jax.tree.map(lambda u, s: -rate * s * u, updates, learner.speeds)
         return optax.apply_updates(trained, updates), state, found
 
-    return Program(learner, adam.init, step, jax.jit(learner.apply))
+    read = functools.partial(language.read, begin=settings["begin"])
+    return Program(learner, adam.init, step, jax.jit(learner.apply), read)
 
 
 class Step(NamedTuple):
-    """Trained values, with loss and accuracy on the batch that comes next."""
+    """What is trained and what is not, with loss and accuracy on the batch to come."""
 
     trained: Any
+    frozen: Any
     loss: float
     accuracy: float
 
@@ -145,44 +208,61 @@ def warmed_up(rate: float) -> Callable[[int], float]:
 
 
 def train(
-    program: Program, batches: Iterable[Batch], rate_at: Callable[[int], float]
+    program: Program,
+    batches: Iterable[Batch],
+    rate_at: Callable[[int], float],
+    renew: int = 0,
 ) -> Iterator[Step]:
-    """Train on each batch for a step.
+    """Train on each batch for a step, and renew the adapters after each `renew` steps.
 
     It ends before its time if a loss is not finite.
     """
-    params, trained = language.base().params, program.learner.start
+    frozen, trained = program.frozen, program.learner.start
     state = program.init(trained)
     for k, batch in enumerate(batches):
-        rate = rate_at(k)
-        after, state, found = program.step(trained, state, rate, params, batch)
-        yield (step := Step(trained, *map(float, found)))
+        if renew and k and k % renew == 0:
+            assert program.learner.renewed is not None
+            trained, frozen = program.learner.renewed(trained, frozen)
+            state = program.init(trained)
+        rate = rate_at(k % renew if renew else k)
+        after, state, found = program.step(trained, state, rate, frozen, batch)
+        yield (step := Step(trained, frozen, *map(float, found)))
         if not math.isfinite(step.loss):
             return
         trained = after
 
 
-def memorise(cell: cells.Cell, batch: Batch) -> cells.Cell:
+def memorise(cell: cells.Cell, batch: Batch, first: Batch | None = None) -> cells.Cell:
     """Teach `batch` until it is known, and see what was forgotten then.
+
+    Args:
+        cell: The settings.
+        batch: What is taught.
+        first: The batch of the first gradient, by default the same.
 
     Returns:
         Losses and accuracies before each of at most `cell["steps"]` steps; the number
-        of parameters that were trained; what was forgotten, None if it never was known.
+        of parameters that were trained; what was forgotten when it was known, and when
+        most of it was, None if it never was.
     """
-    losses, accuracies, forgot = [], [], None
-    program, batches = program_of(cell, batch), itertools.repeat(batch, cell["steps"])
-    steps = train(program, batches, warmed_up(cell["rate"]))
-    for trained, loss, accuracy in steps:
-        losses.append(round(loss, 4))
-        accuracies.append(round(accuracy, 4))
-        if accuracy >= KNOWN:
-            forgot = language.forgetting(program.model(trained))
+    losses, accuracies, forgot, early = [], [], None, None
+    program = program_of(cell, first or batch)
+    batches = itertools.repeat(program.prepared(batch), cell["steps"])
+    rate_at, renew = warmed_up(cell["rate"]), cell.get("renew", 0)
+    for step in train(program, batches, rate_at, renew):
+        losses.append(round(step.loss, 4))
+        accuracies.append(round(step.accuracy, 4))
+        if early is None and step.accuracy >= MOSTLY:
+            early = language.forgetting(program.model(step))
+        if step.accuracy >= KNOWN:
+            forgot = language.forgetting(program.model(step))
             break
     return {
         "losses": losses,
         "accuracies": accuracies,
         "parameters": program.parameters,
         "forgetting": forgot,
+        "forgetting_mostly": early,
     }
 
 
@@ -206,7 +286,7 @@ def study(
     for k, step in enumerate(run):
         losses.append(round(step.loss, 4))
         if k in quarters:
-            model = program.model(step.trained)
+            model = program.model(step)
             scores.append(score(model))
             forgot = language.forgetting(model) if k == steps else None
     return {
@@ -236,11 +316,11 @@ def costs(
     methods: Mapping[str, Mapping[str, Any]], batch: Batch, rounds: int
 ) -> dict[str, Costs]:
     """Costs of each method; steps after others of their kind are timed in turns."""
-    params, contenders = language.base().params, {}
+    contenders = {}
     for name, settings in methods.items():
         one = program_of(settings, batch)
         start, state = one.learner.start, one.init(one.learner.start)
-        args = start, state, jnp.float32(0), params, batch
+        args = start, state, jnp.float32(0), one.frozen, one.prepared(batch)
         contenders[name] = Contender.compile(one.step, *args)
     race(contenders, rounds, warm=2)
     found = {}
@@ -271,7 +351,9 @@ def options(
     add, methods = parser.add_argument, list(methods)
     add("--methods", nargs="+", choices=methods, default=methods)
     add("--seeds", type=positive, default=seeds, help="of the data, at the best rates")
-    add("--report", action="store_true", help="report what is finished, run nothing")
+    shown = RESULTS / Path(out).with_suffix(".jsonl").name
+    text = "report finished runs, by default those of the pages, and run nothing"
+    add("--report", nargs="?", type=Path, const=shown, metavar="RUNS", help=text)
     add("--quick", action="store_true", help=quick)
     return parser
 
@@ -282,9 +364,9 @@ def runs(
     methods: Mapping[str, tuple[Mapping[str, Any], Sequence[float]]],
     value: Callable[[cells.Cell], float],
 ) -> dict[str, list[cells.Cell]]:
-    """The runs of every method, which are kept beside `args.out`.
+    """The runs of every method, which are kept in a file.
 
-    With --report these are the finished ones, of methods that have any.
+    With --report these are the finished ones of its file, of methods that have any.
 
     Args:
         args: The options, as `options` parses them.
@@ -295,7 +377,7 @@ def runs(
     Raises:
         SystemExit: None is finished.
     """
-    store = args.out.with_suffix(".jsonl")
+    store = args.report or args.out.with_suffix(".jsonl")
     if not args.report:
         run = functools.partial(cells.run, compute=compute, path=store)
         return climb_all(run, methods, args.seeds, value)
@@ -371,6 +453,13 @@ def at_best(
     most = max(map(len, by_rate.values()))
     whole = [found for found in by_rate.values() if len(found) == most]
     return min(whole, key=lambda found: ladders.mean(map(value, found)))
+
+
+def by_rate(rows: Iterable[cells.Cell]) -> list[list[cells.Cell]]:
+    """The rows of each rate, the lowest first."""
+    ordered = sorted(rows, key=lambda row: row["rate"])
+    groups = itertools.groupby(ordered, key=lambda row: row["rate"])
+    return [list(group) for _, group in groups]
 
 
 def compared(

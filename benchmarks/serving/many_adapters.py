@@ -2,12 +2,13 @@
 
 One dense layer serves a batch whose rows choose among N adapters: by
 `serving.select`, by kernels into which the adapters are merged (a copy for each of
-them), and by LoRAs of rank q, which is the rank of the same deltas. Beside them stand
-the layer alone, and the layer with one adapter for all rows. All are first checked
-against each other; then they run in turns, once for decoding (a token for each row) and
-once for reading prompts. You will see seconds, the time relative to the layer alone,
-and the memory that an adapter takes. A method whose adapters need more memory than
-`--most-megabytes` is left out.
+them), and by LoRAs: of equal budget, which is what somebody would train instead, by
+`serving.select` too; and of rank q, which is what MoRA's deltas are when they are
+exported. Beside them stand the layer alone, and the layer with one adapter for all
+rows. All are first checked against each other; then they run in turns, once for
+decoding (a token for each row) and once for reading prompts. You will see seconds, the
+time relative to the layer alone, and the memory that an adapter takes. A method whose
+adapters need more memory than `--most-megabytes` is left out.
 
     python -m benchmarks.serving.many_adapters --quick
 
@@ -34,10 +35,10 @@ from benchmarks.common import harness
 from benchmarks.common.harness import Contender, Row, check_close, race
 from models.options import positive
 from mora_jax import MoRAConfig, linen, serving
-from mora_jax._jax.tuning import current_tuning
+from mora_jax._jax.tuning import current_tuning, traced_for
 
 FROZEN, ONE, EACH = "no adapter", "one adapter", "one for each row"
-MERGED, LORA = "merged copies", "LoRA of rank q"
+EQUAL, MERGED, LORA = "LoRA of equal budget", "merged copies", "LoRA of rank q"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +52,11 @@ class Case:
     tokens: int
     slots: int
     dtype: Any
+
+    @property
+    def lora(self) -> "Case":
+        """The same with a LoRA of this library, of the same budget."""
+        return dataclasses.replace(self, operator="low_rank")
 
     @property
     def apply(self) -> Any:
@@ -71,21 +77,29 @@ class Case:
         apply, n, width = self.apply, self.slots, self.width
         (spec,) = apply.plan.specs
         one = jax.eval_shape(lambda: mora_jax.init(apply.plan))
-        many = jax.eval_shape(lambda: serving.stack([], apply.plan, slots=n))
         q = spec.operator.square_rank
         pair = self.shape(n, width, q), self.shape(n, q, width)
 
         def adapted(adapters: Any, w: Any, x: Any, index: Any) -> Any:
             return apply(adapters, {"params": {"kernel": w}}, x)
 
-        def by_row(stacked: Any, w: Any, x: Any, index: Any) -> Any:
-            return adapted(serving.select(stacked, index), w, x, index)
-
         yield FROZEN, lambda _, w, x, index: x @ w, ()
         yield ONE, adapted, one
-        yield EACH, by_row, many
+        yield EACH, *self.by_row()
+        yield EQUAL, *self.lora.by_row()
         yield MERGED, lambda w, _, x, i: each_row(i, x, w), self.shape(n, width, width)
         yield LORA, lambda ab, w, x, i: x @ w + each_row(i, x, *ab), pair
+
+    def by_row(self) -> tuple[Callable[..., Any], Any]:
+        """The layer whose rows choose among adapters in slots, and the slots."""
+        apply = self.apply
+        slots = jax.eval_shape(lambda: serving.stack([], apply.plan, slots=self.slots))
+
+        def serve(stacked: Any, w: Any, x: Any, index: Any) -> Any:
+            adapters = serving.select(stacked, index)
+            return apply(adapters, {"params": {"kernel": w}}, x)
+
+        return serve, slots
 
 
 def each_row(index: jax.Array, x: jax.Array, *kernels: jax.Array) -> jax.Array:
@@ -180,6 +194,7 @@ def chip_shardings(chips: list[str]) -> dict[str, Any]:
 def priced(case: Case, chip: str, where: Any, args: argparse.Namespace) -> list[Row]:
     """A row for each method, by a roofline of its program for a chip."""
     from benchmarks.chips.roofline import measure
+    from benchmarks.chips.topologies import platform_of
 
     shared = case.shape(case.width, case.width)
     x = case.shape(case.rows, case.tokens, case.width)
@@ -190,7 +205,9 @@ def priced(case: Case, chip: str, where: Any, args: argparse.Namespace) -> list[
             lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where),
             (shapes, shared, x, index),
         )
-        seconds = measure(jax.jit(run).lower(*placed).compile(), chip).seconds
+        with traced_for(platform_of(chip)):  # the baselines choose as they are traced
+            lowered = jax.jit(run).lower(*placed)
+        seconds = measure(lowered.compile(), chip).seconds
         time = seconds / rows[0]["seconds"] if rows else 1.0
         row = {"method": name, "seconds": seconds, "time": time}
         rows.append(row | {"megabytes": megabytes(shapes)})
@@ -227,7 +244,8 @@ def main(argv: list[str] | None = None) -> None:
         args.width, args.rank, args.slots, args.rounds = 128, 2, [1, 8], 3
         args.prefill = [2, 16]
     places = chip_shardings(args.chips)
-    check(args.operator)
+    for operator in (args.operator, "low_rank"):
+        check(operator)
     prompts = args.prefill[0], args.prefill[1]
     phases = {"decode": (args.decode, 1), "prefill": prompts}
     results: list[Row] = []

@@ -4,6 +4,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -40,6 +41,47 @@ def by_hand(base: Base, rank: int) -> Adapted:
         pair = _random(ins, rank), _random(rank, outs)
         lora[*spec.path[:-1], "adapter"] = pair
     return _with_delta(base, lora_by_hand), unflatten_dict(lora), base.params
+
+
+def folded(base: Base, rank: int) -> Adapted:
+    """LoRA as x (W + A B), with the derivative of `folded_lora`."""
+    lora = {}
+    for spec in base.plan(rank).specs:
+        ins, outs = spec.kernel_shape
+        lora[tuple(spec.path[:-1])] = _random(ins, rank), _random(rank, outs)
+
+    def apply(lora: Any, params: Params, ids: Any) -> jax.Array:
+        def fold(call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
+            layer = context.module
+            if not isinstance(layer, nn.Dense) or layer.path not in lora:
+                return call(*args, **kwargs)
+            kernel = layer.get_variable("params", "kernel")
+            return folded_lora(args[0], kernel, *lora[layer.path])
+
+        with nn.intercept_methods(fold):
+            return base.plain(params, ids)
+
+    return apply, lora, base.params
+
+
+@jax.custom_vjp
+def folded_lora(x: jax.Array, kernel: jax.Array, a: jax.Array, b: jax.Array) -> Any:
+    """Product x (W + A B), whose derivative forms no gradient of a kernel."""
+    return x @ (kernel + a @ b)
+
+
+def _folded_forward(*args: jax.Array) -> Any:
+    return folded_lora(*args), args
+
+
+def _folded_backward(args: Any, g: jax.Array) -> Any:
+    x, kernel, a, b = args
+    x_rows, g_rows = (array.reshape(-1, array.shape[-1]) for array in (x, g))
+    by_a = x_rows.T @ (g_rows @ b.T)
+    return g @ (kernel + a @ b).T, None, by_a, (x_rows @ a).T @ g_rows
+
+
+folded_lora.defvjp(_folded_forward, _folded_backward)
 
 
 def _random(*shape: int) -> jax.Array:
@@ -129,6 +171,7 @@ def lora_of_flax(base: Base, rank: int) -> Adapted:
 PEERS: dict[str, tuple[str, Callable[[Base, int], Adapted]]] = {
     "published": ("rotation as published", published),
     "by_hand": ("LoRA, by hand", by_hand),
+    "folded": ("LoRA, folded by hand", folded),
     "qwix": ("LoRA, qwix", lora_of_qwix),
     "nnx": ("LoRA, flax.nnx", lora_of_flax),
     "every_kernel": ("every kernel", every_kernel),

@@ -1,12 +1,12 @@
 """Claim: MoRA in JAX adds less time to a training step than LoRA does in PyTorch.
 
 The same model runs on the same processor in one process, in turns: SmolLM2-135M's shape
-with random weights, all seven projections of each layer adapted by MoRA, by qwix's
-LoRA, and by Hugging Face PEFT's LoRA in PyTorch. Each step computes the loss of a batch
-of tokens and the gradient of the adapters, in float32; with a frozen model, the
-gradient of its input embeddings. Both LoRAs are first checked to train as many
-parameters. You will see seconds per step, and times relative to the frozen model in
-JAX.
+with random weights, all seven projections of each layer adapted by MoRA, by this
+library's LoRA and qwix's, and by Hugging Face PEFT's in PyTorch. Each step computes the
+loss of a batch of tokens and the gradient of the adapters, in float32; with a frozen
+model, the gradient of its input embeddings. The LoRAs of qwix and PEFT are first
+checked to train as many parameters. You will see seconds per step, and times relative
+to the frozen model in JAX.
 
     make bench-torch
 """
@@ -101,7 +101,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=positive, default=64, help="in each sequence")
     parser.add_argument("--rank", type=positive, default=8)
     parser.add_argument("--rounds", type=positive, default=7)
-    parser.add_argument("--operators", nargs="*", default=["sharing", "rotation"])
+    parser.add_argument(
+        "--operators", nargs="*", default=["sharing", "rotation", "low_rank"]
+    )
     args = parser.parse_args()
     torch.set_num_threads(os.cpu_count() or 1)
     base = Base.random("SmolLM2", args.layers, args.batch, args.tokens, "float32")

@@ -40,8 +40,7 @@ class LayerCall:
                 f"be the input, an array, got {x!r}; see argument= of "
                 "mora_jax.register_layer"
             )
-        ndim = jnp.ndim(x)
-        return self.rule.of_call(ndim, self.module, *self.args, **self.kwargs), x
+        return self.rule.of_call(jnp.ndim(x), self.module, *self.args, **self.kwargs), x
 
     def with_input(self, x: Any) -> "LayerCall":
         """The call with `x` for its input."""
@@ -60,11 +59,12 @@ def adapt_call(
     call: LayerCall,
     spec: AdapterSpec,
     m: Callable[[], ArrayLike | Selected],
-    dropout_key: PRNGKeyArray | None = None,
+    key: PRNGKeyArray | None,
 ) -> jax.Array:
     """The output of a Flax layer's method, with the adapter's delta added.
 
-    `m` returns M; it is called once, after the layer has made its own parameters.
+    `m` returns M, or one for each row of a batch; it is called once, after the layer
+    has made its own parameters. Without a `key` nothing is dropped.
     """
     product, x = call.read()
     rule, module, method = call.rule, call.module, call.method
@@ -72,7 +72,7 @@ def adapt_call(
     if (kernel := rule.kernel_of(module)) is not None:  # of qwix it has parts
         check_kernel(kernel, spec.name)
     replaceable = rule.multiplies_by_dot_general(module) and not intercepted()
-    if replaceable and dropout_key is None:
+    if replaceable and key is None:
         # The layer casts both operands to its dtype before it multiplies them. So the
         # choice of how to compute is made there, by a replaced `dot_general`. Not under
         # qwix, which replaces that function itself, and not with dropout, where layer
@@ -104,4 +104,4 @@ def adapt_call(
             raise ValueError(f"{spec.name}: {error}") from None
         if in_factor is not None:
             x = jnp.asarray(x).astype(y.dtype) * in_factor.astype(y.dtype)
-    return add_delta(y, spec, m(), x, product, dropout_key, precision, out_factor)
+    return add_delta(y, spec, m(), x, product, key, precision, out_factor)

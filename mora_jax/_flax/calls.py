@@ -20,8 +20,7 @@ class Call:
     """The inputs of one call of a model, for `linen.plan` and `nnx.plan`.
 
     Args:
-      *args: The inputs, arrays or shapes, as the model takes them.
-      **kwargs: Further inputs, by name.
+      *args, **kwargs: The inputs, arrays or shapes, as the model takes them.
 
     Example: a plan that holds for training and for evaluation::
 
@@ -55,11 +54,6 @@ def program_of(function: Callable[..., Any], tree: Any, *args: Any) -> Jaxpr:
         return jax.tree.leaves(function(tree, *join(arrays)))
 
     return jax.make_jaxpr(call)(tree, arrays).jaxpr
-
-
-def arrays_of(tree: Any) -> list[Any]:
-    """The inputs of a program that `program_of` makes of `tree`."""
-    return split_static(tree)[0]
 
 
 def kind_of_call(rows: Mapping[str, int], *args: Any) -> Hashable:

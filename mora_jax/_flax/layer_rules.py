@@ -179,9 +179,7 @@ def check_rule(cls: type, rule: LayerRule) -> tuple[str, LayerRule]:
     if not isinstance(equation, Folded):
         return method, rule
     if issubclass(cls, nn.Module):
-        raise TypeError(
-            f"products.Folded is for classes of Flax NNX, got {cls.__name__} of Linen"
-        )
+        raise TypeError(f"products.Folded is for NNX, got {cls.__name__} of Linen")
     if not isinstance(kernel, str):
         raise TypeError(
             f"kernel must be a parameter's name with products.Folded, got {kernel!r}"

@@ -134,8 +134,7 @@ class Candidates:
         else:
             kind = "path of a kernel that can be adapted (two or more axes, in a layer "
             kind += "whose product is known, in NNX held by an nnx.Param)"
-            named = self.config.targets
-            names = matching("targets", named, kernels, kind, self.leaves)
+            names = matching("targets", self.config.targets, kernels, kind, self.leaves)
         targets = self._in_order(names - self.excluded)
         if not targets:
             raise ValueError("exclude leaves no kernel to adapt")
@@ -162,10 +161,8 @@ class Candidates:
                 "it is arrays that are called 'kernel' and are no head or embedding, "
                 f"got {patterns(kernels)!r}; name yours, as in targets='.*/w'"
             )
-        raise ValueError(
-            "targets: the default matches no path of a kernel that can be adapted: "
-            + why
-        )
+        told = "targets: the default matches no path of a kernel that can be adapted"
+        raise ValueError(f"{told}: {why}")
 
     def _too_narrow(self, name: str) -> bool:
         # As is a head of one number: the default operator's M cannot be as narrow, and
@@ -186,6 +183,9 @@ class Candidates:
             if self.survey is not None and name in self.survey.products:
                 if fault := self.survey.fault(name):
                     raise ValueError(fault)
+                is_table = self.survey.products[name].takes_indices
+                if is_table and spec.operator.drawn and spec.init == "zeros":
+                    spec = dataclasses.replace(spec, init="embedding")
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
         return spec
@@ -301,6 +301,5 @@ class Candidates:
             if len(names) > 1 and not taken.isdisjoint(names):
                 raise ValueError(
                     f"the array at {names[0]!r} is shared with {names[1]!r}, which "
-                    "training for the first would miss; exclude both or take both out "
-                    "of train, or copy the array"
+                    "training it would miss; exclude both, train neither, or copy it"
                 )

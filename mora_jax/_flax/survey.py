@@ -25,9 +25,7 @@ from mora_jax._trace_check import Call, Uses, difference, follow, mark, row_faul
 from mora_jax.products import Product
 
 NOT_USED = "the call that was traced does not use it"
-REBUILT = (
-    "code that rebuilds the params, as nn.map_variables may, must keep the M beside it"
-)
+REBUILT = "code that rebuilds the params (nn.map_variables) must keep the M beside it"
 
 
 Programs = Callable[["Survey | None"], Jaxpr]
@@ -86,9 +84,8 @@ class Survey:
         if not hasattr(y, "shape"):
             raise ValueError(
                 f"{name}: {marked.method} must return the product of its input and its "
-                f"kernel, as its rule says, got {type(y).__name__}: a class that hands "
-                "its kernel to another module cannot be taught; leave it out with "
-                "exclude"
+                f"kernel, as its rule says, got {type(y).__name__}: exclude a class "
+                "that hands its kernel to another module, which cannot be taught"
             )
         return mark(y, marked, end=True, m=m)
 
@@ -120,8 +117,8 @@ class Survey:
     ) -> Jaxpr:
         """Follow arrays through the program of a call, in which layers are marked.
 
-        `kernels` are in the message if it fails. `ms` has the number of axes of one M
-        without a stack's, for M's in `leaves`.
+        `kernels` are in the message if it fails. For M's in `leaves`, `ms` is {path:
+        the number of axes of one without a stack's}.
         """
         try:
             program = programs(self)
@@ -215,16 +212,13 @@ class Survey:
 
 
 def check_call(
-    plan_of: Callable[[], Plan],
-    programs: Programs,
-    rows: Mapping[str, int],
-    is_main: bool,
+    plan_of: Callable[[], Plan], programs: Programs, rows: Mapping[str, int], main: bool
 ) -> str:
     """Raise unless a call with M's computes what it does without, and the deltas.
 
     `programs` traces the call, with marks and M's if it is given a survey. `rows` are
-    {path of a kernel: the number of rows that have adapters of their own}. If it
-    `is_main`, the call is expected to use all adapters. The result is "", or a warning
+    {path of a kernel: the number of rows that have adapters of their own}. If it is the
+    `main` one, the call is expected to use all adapters. The result is "", or a warning
     that the call cannot be traced.
     """
     try:
@@ -255,7 +249,7 @@ def check_call(
         )
     unproven = survey.unproven(spec.name for spec in plan.specs)
     new = {*unproven} - {*plan.unproven}  # the user knows what the plan lists
-    new = {pair for pair in new if is_main or pair[1] != NOT_USED}
+    new = {pair for pair in new if main or pair[1] != NOT_USED}
     if new:
         told = "; ".join(f"{name}: {why}" for name, why in sorted(new))
         warn(f"a call of the model is not proven: {told}")

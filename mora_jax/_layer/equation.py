@@ -28,7 +28,7 @@ from jax.typing import DTypeLike
 from mora_jax._common.axes import kernel_from_rows
 from mora_jax._common.types import ArrayLike, Shape
 from mora_jax._jax.linear_map import LinearMap
-from mora_jax._jax.qwix_guard import last_with_first, matmul, undisturbed
+from mora_jax._jax.qwix_guard import last_with_first, undisturbed
 from mora_jax._jax.vma import transposed
 from mora_jax._layer import chips
 from mora_jax._layer.rounding import add_rounded
@@ -36,7 +36,7 @@ from mora_jax._mesh.layout import FeatureSharding, KernelLayout
 from mora_jax._mesh.on_mesh import OperatorOnMesh
 from mora_jax._mesh.placement import gather_m, row_shards
 from mora_jax._plan.spec import AdapterSpec
-from mora_jax.operators._base import Split, in_range, rows_product
+from mora_jax.operators._base import in_range, rows_product, whole
 
 
 def adapted(
@@ -162,25 +162,24 @@ class Delta:
         if self._stack:
             return lambda x: jax.vmap(lambda m, x: self._with(m).rows(x))(self.m, x)
         on_mesh = self._on_mesh(KernelLayout.for_activations)
-        op, whole = on_mesh or self.operator, self.operator
+        op, operator = on_mesh or self.operator, self.operator
         # Devices send each other parts of the output, or parts of C(x), q numbers a
         # row. With the first M's gradient needs a sum of arrays like M, nothing else.
-        in_parts = on_mesh is not None and (whole.block or self.in_parts)
-        # With a given M the product need be fast as a map of x alone; and where it is
-        # not linear in M, JAX differentiates it by M.
-        if in_parts or self.given_m or not whole.linear:
+        in_parts = on_mesh and (self.in_parts or operator.block or not operator.linear)
+        # With a given M the product need be fast as a map of x alone.
+        if in_parts or self.given_m:
             rows = chips.rows_of(op)
             return functools.partial(rows, m=self.m, precision=self.precision)
-        if whole.block:
+        if operator.block:
             return self._rows_by_m
-        return lambda x: self._times_m(op.split(x))
+        return lambda x: op.rows_with(self._times, x, self.m)
 
     def _rows_by_m(self, x: jax.Array) -> jax.Array:
         by_m = ProductByM(self.precision, row_shards(self.layout, x))
         return by_m((self.operator, x), self.m)
 
-    def _times_m(self, split: Split) -> jax.Array:
-        return split.decompress(TimesM(self.precision)((split.h,), self.m))
+    def _times(self, h: jax.Array, m: jax.Array, part: Any = whole) -> jax.Array:
+        return TimesM(self.precision)((h,), part(m))
 
     def transposed_rows(self, y: jax.Array) -> jax.Array:
         """(*stack, *batch, out_features) -> (*stack, *batch, in_features)."""
@@ -193,14 +192,15 @@ class Delta:
         if on_mesh and on_mesh.features.out_axes:
             return on_mesh.unit_rows(indices, self.m, self.precision)
         if op.linear:
-            return self._times_m(op.split_units(indices, self.m.dtype))
+            h, decompress = op.split_units(indices, self.m.dtype)
+            return decompress(self._times(h, self.m))
         return op.unit_rows(indices, self.m, self.precision)
 
     def decompress(self, h: jax.Array) -> jax.Array:
         r""":math:`\alpha\, D(h M)`: (..., q) -> (..., out_features)."""
         if not self.operator.linear:
-            return matmul(h, self.operator.factors(self.m)[1], self.precision)
-        return self._times_m(Split(h, self.operator._decompress))
+            return self._times(h, self.operator.factors(self.m)[1])
+        return self.operator._decompress(self._times(h, self.m))
 
     def compress_kernel(self) -> jax.Array:
         """C as a kernel, with q output features."""

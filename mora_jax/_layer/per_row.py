@@ -24,7 +24,7 @@ from mora_jax._jax.vma import transposed, zeros_for
 from mora_jax._layer.slots import Selected, beyond_if_none
 from mora_jax._mesh.placement import gather_m, mesh_of
 from mora_jax._plan.spec import AdapterSpec
-from mora_jax.operators._base import rows_product
+from mora_jax.operators._base import rows_product, whole
 from mora_jax.products import Contraction, Product
 
 Added = Callable[[jax.Array, jax.Array], jax.Array]
@@ -60,8 +60,9 @@ def by_row(
     axis, ms = m.slots.axis, gather_m(m.slots.m, layout, x, m.slots.ndim_m + 1)
     index = m.index[(0,) * axis]
 
-    def times(h: jax.Array, m: jax.Array) -> jax.Array:
-        return TimesSlots(m.shape, m.dtype, precision, one_device)((h, index), m)
+    def times(h: jax.Array, m: jax.Array, part: Any = whole) -> jax.Array:
+        by_m = TimesSlots(m.shape, m.dtype, precision, one_device, part)
+        return by_m((h, index), m)
 
     def for_rows(x: jax.Array) -> jax.Array:
         def with_slots(m: jax.Array, x: jax.Array) -> jax.Array:
@@ -86,19 +87,21 @@ class TimesSlots(LinearMap):
     """The product of each row with the M in its slot, as a map of the M's, (N, q, k).
 
     The residuals are h, (B, ..., q) or blocks, and the slots of the rows, (B,), where
-    those out of range stand for an M of zeros. With `one_device` one has all rows.
+    those out of range stand for an M of zeros. With `one_device` one has all rows. If
+    there is a `part`, rows are multiplied by that part of an M.
     """
 
     shape: Shape
     dtype: Any
     precision: jax.lax.PrecisionLike
     one_device: bool
+    part: Any = whole
 
     def forward(self, residuals: Any, operand: jax.Array) -> jax.Array:
         def product(row: tuple[jax.Array, jax.Array]) -> jax.Array:
             h, slot = row
             m = jax.lax.dynamic_index_in_dim(operand, slot, keepdims=False)
-            y = matmul(h, m.astype(h.dtype), self.precision)
+            y = matmul(h, self.part(m).astype(h.dtype), self.precision)
             return jnp.where((slot >= 0) & (slot < self.shape[0]), y, 0)
 
         # One row after another takes no copies of M's; all at once, each row has one.
@@ -112,7 +115,8 @@ class TimesSlots(LinearMap):
         wide = jnp.promote_types(h.dtype, jnp.float32)  # several rows are added up
 
         def gradient(h: jax.Array, g: jax.Array) -> jax.Array:
-            return rows_product(h, g, self.precision).astype(wide)
+            by_part = rows_product(h, g, self.precision).astype(wide)
+            return transposed(self.part, self.shape[1:], by_part)
 
         def add_row(row: jax.Array, total: jax.Array) -> jax.Array:
             return total.at[at[row]].add(gradient(h[row], cotangent[row]), mode="drop")

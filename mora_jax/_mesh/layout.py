@@ -14,12 +14,7 @@ MeshAxes = tuple[str, ...]
 class FeatureSharding:
     """Axes of a mesh that split the input and the output features of a layer.
 
-    Each device has neighbouring features, in the order of the axes.
-
-    Attributes:
-      mesh: The devices.
-      in_axes: The axes that split the inputs; none if each device has all of them.
-      out_axes: The axes that split the outputs.
+    Each device has neighbouring features, in the order of the axes; all without axes.
     """
 
     mesh: Mesh | AbstractMesh
@@ -37,10 +32,7 @@ def mesh_axes(entry: Any) -> MeshAxes:
     if entry is None:
         return ()
     if entry is PartitionSpec.UNCONSTRAINED:
-        raise ValueError(
-            "a kernel's PartitionSpec must say which mesh axes split it, got "
-            "UNCONSTRAINED"
-        )
+        raise ValueError("a spec must say which mesh axes split it, got UNCONSTRAINED")
     return (entry,) if isinstance(entry, str) else tuple(entry)
 
 
@@ -97,12 +89,11 @@ class KernelLayout:
         """Split of the kernel itself, as (in_features, out_features)."""
         # On explicit axes the types of arrays decide, and a delta gets its type from
         # the sum with its kernel.
-        explicit = AxisType.Explicit in self.mesh.axis_types
-        return FeatureSharding(self.mesh) if explicit else self._features(axes, shape)
+        if AxisType.Explicit in self.mesh.axis_types:
+            return FeatureSharding(self.mesh)
+        return self._features(axes, shape, without=())
 
-    def _features(
-        self, axes: str, shape: Shape, without: MeshAxes = ()
-    ) -> FeatureSharding:
+    def _features(self, axes: str, shape: Shape, without: MeshAxes) -> FeatureSharding:
         def split(letter: str) -> MeshAxes:
             # An axis of one device splits nothing, and XLA fails to sum over it.
             *inner, first = [

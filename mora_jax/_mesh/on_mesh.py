@@ -85,10 +85,7 @@ class ShardMappedMap(LinearMap):
         return {1: derivative}
 
     def _mapped(
-        self,
-        apply: Callable[[Any, jax.Array], jax.Array],
-        in_spec: PartitionSpec,
-        out_spec: PartitionSpec,
+        self, apply: Callable[..., Any], in_spec: PartitionSpec, out_spec: PartitionSpec
     ) -> Callable[..., jax.Array]:
         """The function of an array and residuals that is `apply` on each device."""
         features = self.features
@@ -152,12 +149,7 @@ PartForm = Callable[[Any], Callable[..., jax.Array]]
 
 @dataclasses.dataclass(frozen=True)
 class OperatorOnMesh:
-    """An operator with the methods of `Operator`, where devices compute their parts.
-
-    Attributes:
-      operator: The operator.
-      features: The axes of the mesh that split inputs and outputs.
-    """
+    """An operator with the methods of `Operator`, where devices compute their parts."""
 
     operator: Operator
     features: FeatureSharding
@@ -172,11 +164,12 @@ class OperatorOnMesh:
             h = of_x((self.operator,), x)
         return Split(h, self._decompress if self.features.out_axes else decompress)
 
+    rows_with = Operator.rows_with
+
     def _decompress(self, h: jax.Array) -> jax.Array:
         here, outputs = Static(_here, "decompress"), self._outputs_only
         specs = REPLICATED, last_axis(outputs.out_axes, h.ndim)
-        of_h = ShardMappedMap(outputs, here, jax.typeof(h), specs)
-        return of_h((self.operator,), h)
+        return ShardMappedMap(outputs, here, jax.typeof(h), specs)((self.operator,), h)
 
     def rows(self, x: jax.Array, m: jax.Array, precision: Any = None) -> jax.Array:
         """D(C(x) M), (..., in_features) -> (..., out_features): a map of x and of M."""
@@ -198,8 +191,7 @@ class OperatorOnMesh:
         The inputs are not split: an index may be any, wherever the kernel's rows are.
         """
         here, outputs = Static(_here, "unit_rows", precision), self._outputs_only
-        rows = last_axis(outputs.out_axes, indices.ndim + 1)
-        specs = REPLICATED, rows, REPLICATED
+        specs = REPLICATED, last_axis(outputs.out_axes, indices.ndim + 1), REPLICATED
         of_m = ShardMappedMap(outputs, here, jax.typeof(m), specs)
         return self._by_m(of_m, m, indices)
 

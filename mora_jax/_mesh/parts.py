@@ -20,7 +20,7 @@ from mora_jax._common.types import Shape
 from mora_jax._jax.qwix_guard import matmul
 from mora_jax._jax.tiles import pad_to, sum_tiles, tile_to
 from mora_jax.operators import Decoupling, Operator, Permutation, Sharing, SignedSharing
-from mora_jax.operators._base import Split
+from mora_jax.operators._base import Split, Times
 from mora_jax.operators._blocks import num_blocks
 from mora_jax.operators._projection import Projection
 
@@ -37,13 +37,8 @@ class OperatorPart:
     """The part of any operator for some of its inputs and outputs.
 
     It computes with zeros for the inputs that are elsewhere. Subclasses do less work.
-
-    Attributes:
-      operator: The whole operator.
-      in_start: The first input that is here, ().
-      out_start: The first output that is here, ().
-      in_features: The number of inputs that are here.
-      out_features: The number of outputs that are here.
+    The first input and the first output that are here are `in_start` and `out_start`,
+    (), and `in_features` and `out_features` are as many as are here.
     """
 
     operator: Any  # an Operator; subclasses know which
@@ -84,15 +79,15 @@ class OperatorPart:
         nothing = jnp.zeros((*h.shape[:-1], self.in_features), h.dtype)
         return self.split(nothing).decompress(h)
 
-    def rows(
-        self, x: jax.Array, m: jax.Array, precision: jax.lax.PrecisionLike = None
-    ) -> jax.Array:
+    rows = Operator.rows
+
+    def rows_with(self, times: Times, x: jax.Array, m: jax.Array) -> jax.Array:
         """Share of the inputs here in the outputs here: (..., in) -> (..., out)."""
         if not self.linear:
-            rows = self.operator.rows(self.pad_inputs(x), m, precision)
-            return self.take_outputs(rows)
+            y = self.operator.rows_with(times, self.pad_inputs(x), m)
+            return self.take_outputs(y)
         h, decompress = self.split(x)
-        return decompress(matmul(h, m, precision))
+        return decompress(times(h, m))
 
     def unit_rows(
         self, indices: jax.Array, m: jax.Array, precision: jax.lax.PrecisionLike = None
@@ -125,10 +120,7 @@ class OperatorPart:
 
 @_part
 class SharingPart(OperatorPart):
-    """The part of sharing.
-
-    A device that has each group equally often sums and repeats its own features alone.
-    """
+    """The part of sharing; only groups that a device has unequally often take more."""
 
     def split(self, x: jax.Array) -> Split:
         op, q = self.operator, self.operator.square_rank
@@ -136,11 +128,9 @@ class SharingPart(OperatorPart):
         if op.compress_groups == "strided" and not self.in_features % q:
             h = sum_tiles(x, q) * op._scale("in", x.dtype)
         if op.decompress_groups == "strided" and not self.out_features % q:
-            return Split(h, self._repeat)
+            n = self.out_features
+            return Split(h, lambda h: tile_to(h * op._scale("out", h.dtype), n))
         return Split(h, decompress)
-
-    def _repeat(self, h: jax.Array) -> jax.Array:
-        return tile_to(h * self.operator._scale("out", h.dtype), self.out_features)
 
 
 @_part

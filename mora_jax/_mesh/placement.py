@@ -33,11 +33,7 @@ def gather_m(
 ) -> jax.Array:
     """M and its gradient, replicated wherever they are kept.
 
-    Args:
-      m: M, (*stack, q, q).
-      layout: The places of the kernel's features; None if nobody has said.
-      x: The layer's input.
-      ndim: The number of M's axes without a stack's.
+    M, (*stack, q, q), has `ndim` axes without the stack's. The layer's input is x.
     """
     # Without this constraint XLA may propagate a split of M to the activations. It may
     # also split the gradient as it likes, and with it the next M, so that the next step
@@ -101,9 +97,6 @@ def explicit_layout(labels: tuple[str, str, str], x: Any, y: Any) -> KernelLayou
     return KernelLayout(y.mesh, tuple(split.get(c, ()) for c in reversed(kernel)))
 
 
-def with_auto_axes(
-    function: Callable[..., jax.Array], y: NamedSharding, *args: Any
-) -> jax.Array:
+def with_auto_axes(function: Callable[..., Any], y: NamedSharding, *args: Any) -> Any:
     """`function(*args)` with the sharding `y`; XLA decides how to split its steps."""
-    free: Any = jax.sharding.auto_axes(function, out_sharding=y)
-    return free(*args)
+    return jax.sharding.auto_axes(function, out_sharding=y)(*args)

@@ -30,6 +30,7 @@ def _cells(part: AdapterSpec | TrainedArray) -> dict[str, str]:
         "alpha": f"{part.alpha:g}",
         "scale": f"{part.scale:.3g}",
         "dropout": f"{part.dropout:g}",
+        "init": part.init,
     }
 
 
@@ -165,8 +166,10 @@ class Plan(Mapping[str, AdapterSpec]):
 
 
 def _flatten(plan: Plan) -> tuple[list[tuple[Any, Any]], Plan]:
-    key = jax.tree_util.DictKey
-    return [(key(spec.name), spec.operator) for spec in plan.specs], plan
+    # The kind of a pytree is a plan without operators. So plans that differ in their
+    # arrays alone are not equal, and share a program.
+    pairs = [(jax.tree_util.DictKey(s.name), s.operator) for s in plan.specs]
+    return pairs, _unflatten(plan, [None] * len(plan.specs))
 
 
 def _unflatten(plan: Plan, operators: Iterable[Any]) -> Plan:
@@ -215,8 +218,8 @@ def summary(plan: Plan, *, collapse: bool = True) -> str:
     The column r shows the rank of the LoRA with as many parameters. If that is less
     than four fifths of the budget, q is shown as "64 of 90", with the q that the budget
     would buy: it is too large for the layer, or does not suit its widths. There are
-    columns for alpha, scale and dropout if a layer departs from their defaults. Arrays
-    that train themselves have "trained" for an operator, and their shape.
+    columns for alpha, scale, dropout and init if a layer departs from their defaults.
+    Arrays that train themselves have "trained" for an operator, and their shape.
 
     Args:
       plan: The plan.
@@ -248,7 +251,7 @@ def summary(plan: Plan, *, collapse: bool = True) -> str:
     # A column is there if a layer departs from the default.
     departures = [
         name
-        for name in ("alpha", "scale", "dropout")
+        for name in ("alpha", "scale", "dropout", "init")
         if any(getattr(s, name) != getattr(AdapterSettings, name) for s in plan.specs)
     ]
     columns = "path", "in -> out", "operator", "r", "q", *departures

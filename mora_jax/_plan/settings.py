@@ -97,7 +97,8 @@ def _operator(name: str, value: Any) -> OperatorSpec:
 
 above_zero = _number(lambda number: number > 0, "be above 0")
 _rate = _number(lambda number: 0 <= number < 1, "be in [0, 1)")
-_init = functools.partial(check_choice, choices=("zeros", "gaussian"))
+_STARTS = "zeros", "gaussian", "embedding"
+_init = functools.partial(check_choice, choices=_STARTS)
 _scale = functools.partial(check_choice, choices=("paper", "fine-tuning"))
 _execution = functools.partial(check_choice, choices=("auto", "activation", "fold"))
 
@@ -112,7 +113,10 @@ class AdapterSettings:
     alpha: float = setting(1.0, check_number, meaning=True)
     scale: float = setting(1.0, above_zero, meaning=True)
     dropout: float = setting(0.0, _rate)
-    init: str = setting("zeros", _init)
+    # As `gradient_start` says it; no adapter starts so of itself.
+    init: str = setting(
+        "zeros", functools.partial(check_choice, choices=(*_STARTS, "gradient"))
+    )
     param_dtype: DTypeLike = setting(jnp.float32, check_dtype)
     execution: str = setting("auto", _execution)
 
@@ -257,7 +261,9 @@ class MoRAConfig(KernelConfig):
         suits the layer's widths and the chip, see `square_rank`; it may use as little
         as a quarter of the budget, which `mora_jax.summary` shows. 1 uses all of it.
       init: The start of M. "zeros" leaves the model's outputs as they are. "gaussian",
-        of standard deviation 1/sqrt(q), is AiDotNet's, and changes them.
+        of standard deviation 1/sqrt(q), is AiDotNet's, and changes them. "embedding" is
+        "zeros" by the A of a LoRA and a normal B, as PEFT starts one of an embedding;
+        there plans of models choose it.
       dropout: The rate of dropout on the adapter's input; the layer itself sees all.
       param_dtype: The dtype of M. None takes each kernel's dtype, for tools that want
         one dtype in a model, such as Tunix's samplers. Otherwise keep float32: 16 bits

@@ -116,8 +116,7 @@ class _RowWalk(Walk):
             return [partial(_reshaped, before[0], after, self.rows)]
         if eqn.primitive.name.startswith(("gather", "scatter")):
             columns = self.columns.get(eqn.invars[1], values[1:2])
-            numbers = eqn.params["dimension_numbers"]
-            places = _indexed(numbers, before, after, columns)
+            places = _indexed(eqn.params["dimension_numbers"], before, after, columns)
         else:
             places = _places(eqn, before, after)
         return places and [partial(_at, axes, len(after)) for axes in places]

@@ -8,7 +8,7 @@ that asks for the type of its layers, makes another one.
 
 import itertools
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ def difference(base: Jaxpr, adapted: Jaxpr, ms: Sequence[bool]) -> str:
     `ms` says which of the adapted program's first inputs are M's, which the base lacks.
     """
     pair = needed(base, []), needed(adapted, ms)
-    steps = itertools.zip_longest(*(_Steps().of(*program) for program in pair))
+    steps = itertools.zip_longest(*(_steps(*program) for program in pair))
     for before, after in steps:
         if before != after:
             told = (" ".join(map(str, step or ["the end"])) for step in (after, before))
@@ -31,27 +31,24 @@ def difference(base: Jaxpr, adapted: Jaxpr, ms: Sequence[bool]) -> str:
     return ""
 
 
-class _Steps:
-    """Steps of a program that do not depend on M's."""
-
-    def of(self, program: Jaxpr, ms: Sequence[bool]) -> Iterator[tuple[Any, ...]]:
-        """Yield each step, and keep which outputs depend on M's in `last`."""
-        of_m = set(itertools.compress(program.invars, ms))
-        for eqn in program.eqns:
-            flags = [not isinstance(v, Literal) and v in of_m for v in eqn.invars]
-            results = [any(flags)] * len(eqn.outvars)
-            if eqn.primitive is mark_p:
-                results = flags[:1]
-            elif programs := inside(eqn):
-                results = [False] * len(eqn.outvars)
-                for inner in programs:
-                    yield from self.of(inner, _operands(eqn, inner, flags))
-                    if len(self.last) == len(results):
-                        results = list(map(operator.or_, results, self.last))
-            elif not any(flags):
-                yield (eqn.primitive.name, *map(_shown, eqn.invars + eqn.outvars))
-            of_m |= set(itertools.compress(eqn.outvars, results))
-        self.last = [not isinstance(v, Literal) and v in of_m for v in program.outvars]
+def _steps(program: Jaxpr, ms: Sequence[bool]) -> Generator[Any, None, list[bool]]:
+    """Yield the steps that do not depend on M's; return which outputs do."""
+    of_m = set(itertools.compress(program.invars, ms))
+    for eqn in program.eqns:
+        flags = [not isinstance(v, Literal) and v in of_m for v in eqn.invars]
+        results = [any(flags)] * len(eqn.outvars)
+        if eqn.primitive is mark_p:
+            results = flags[:1]
+        elif programs := inside(eqn):
+            results = [False] * len(eqn.outvars)
+            for inner in programs:
+                last = yield from _steps(inner, _operands(eqn, inner, flags))
+                if len(last) == len(results):
+                    results = list(map(operator.or_, results, last))
+        elif not any(flags):
+            yield (eqn.primitive.name, *map(_shown, eqn.invars + eqn.outvars))
+        of_m |= set(itertools.compress(eqn.outvars, results))
+    return [not isinstance(v, Literal) and v in of_m for v in program.outvars]
 
 
 def _operands(eqn: Any, inner: Jaxpr, flags: list[bool]) -> list[bool]:

@@ -133,31 +133,29 @@ def _layer(view: View, shape: Shape) -> View | None:
     return None
 
 
-def multiplied(
-    eqn: Any, kernel: str, trail: Trail, operand: Value, kernel_first: bool
-) -> Trail:
+def multiplied(eqn: Any, kernel: str, trail: Trail, other: Value, first: bool) -> Trail:
     """The trail of the array at path `kernel` after `eqn` has multiplied it.
 
-    `operand` has the trails of the other factor, the second one if `kernel_first`.
+    `other` has the trails of the other factor; the kernel is the `first` one, or not.
     """
     by, view, wrong, result = eqn.primitive.name, None, "", eqn.outvars[0].aval
     if _is_small(result.dtype):
         trail = trail.passed(f"{by} to {result.dtype}")
-    calls = (start for start in operand if isinstance(start, Call))
+    calls = (start for start in other if isinstance(start, Call))
     call = next((call for call in calls if call.name == kernel), None)
-    x = operand[call] if call else Trail(None)
+    x = other[call] if call else Trail(None)
     passes = call.product.passes - {"mul"} if call else ()  # which is of kernels alone
     changes = {s for s in x.through if s.removesuffix(" by itself") not in passes}
     if changes := changes - OWN_DERIVATIVE:
         wrong = f"{OTHER_INPUT}: it changes its input by {listed(sorted(changes))}"
     if by == "dot_general" and call and call.product.einsum_labels and trail.view:
         numbers = eqn.params["dimension_numbers"]
-        view = x.view and _dot(numbers, trail.view, x.view, kernel_first)
+        view = x.view and _dot(numbers, trail.view, x.view, first)
     if by == "gather":
         # It must take whole rows of the unchanged kernel, which is not the indices.
         shape = eqn.invars[0].aval.shape
         rows = tuple(eqn.params["slice_sizes"]) == (1, *shape[1:]) and len(shape) == 2
-        if not (kernel_first and rows and trail.view == named(range(2), shape)):
+        if not (first and rows and trail.view == named(range(2), shape)):
             trail = trail.passed("gather of something other than rows")
         elif call:
             wrong = _fault_of_rows(eqn, call, x.numbers)
@@ -251,8 +249,7 @@ def fault(call: Call, trail: Trail, lead: int) -> str:
         axes = (trail.view or ())[lead:]
         rows = map(str, range(len(axes) - 1))
         names = axis_names(labels, 2) if labels else [*rows, 1]
-        sizes = tuple(map(length, axes))
-        if len(axes) != len(names) or axes != named(names, sizes):
+        if len(axes) != len(names) or axes != named(names, tuple(map(length, axes))):
             equation = "{},{}->{}".format(*labels) if labels else "kernel[input]"
             return f"does not compute {equation!r}, as its rule says"
     return ""

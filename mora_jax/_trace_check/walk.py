@@ -2,27 +2,15 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from jax.extend.core import Jaxpr, Literal
 
 from mora_jax._plan.spec import SUFFIX
-from mora_jax._trace_check import steps
-from mora_jax._trace_check.trails import (
-    Call,
-    Trail,
-    Uses,
-    Value,
-    changed,
-    in_either,
-    inside,
-    joined,
-    kernels,
-    needed,
-    opened,
-)
+from mora_jax._trace_check import steps, trails
+from mora_jax._trace_check.trails import Call, Trail, Uses, Value, changed, opened
 from mora_jax._trace_check.views import named
 
 IDENTITIES = frozenset(
@@ -36,9 +24,7 @@ PRODUCTS = frozenset(
 )
 """Primitives by which layers multiply an input with a kernel."""
 
-PREPARING = frozenset(
-    "concatenate div dynamic_slice gather mul reduce_sum slice".split()
-)
+PASSED = frozenset("concatenate div dynamic_slice gather mul reduce_sum slice".split())
 """Primitives that a kernel may pass before it multiplies."""
 
 OPAQUE = frozenset("pure_callback io_callback shard_map custom_partitioning".split())
@@ -47,15 +33,13 @@ OPAQUE = frozenset("pure_callback io_callback shard_map custom_partitioning".spl
 Values = list[Value]
 
 
-def follow(
-    jaxpr: Jaxpr, names: Sequence[str], axes: Mapping[str, range], uses: Uses
-) -> None:
+def follow(jaxpr: Jaxpr, names: list[str], axes: dict[str, range], uses: Uses) -> None:
     """Add to `uses` those in the program of one call of a model, with marks.
 
     `names` are the paths of its first inputs, the arrays of the model, and `axes` has
     the axes of kernels, M's and parameters that scale kernels, as layers see them.
     """
-    jaxpr, paths = needed(jaxpr, names)
+    jaxpr, paths = trails.needed(jaxpr, names)
     uses.reached.update(paths)
     values: Values = [{} for _ in jaxpr.invars]
     for k, (name, var) in enumerate(zip(paths, jaxpr.invars, strict=False)):
@@ -67,7 +51,7 @@ def follow(
             numbers = [*range(len(own) - len(shape), 0), *own][: len(shape)]
             values[k] = {name: Trail(named(numbers, shape))}
     for value in Walk(uses).run(jaxpr, values):
-        for name, trail in kernels(value).items():
+        for name, trail in trails.kernels(value).items():
             if trail.unseen:
                 uses.unseen.setdefault(name, trail.unseen)
             else:
@@ -78,7 +62,7 @@ def follow(
 class Walk:
     """A walk through a program and the programs inside it."""
 
-    in_either = staticmethod(in_either)
+    in_either = staticmethod(trails.in_either)
 
     def __init__(self, uses: Uses) -> None:
         self.uses = uses
@@ -112,17 +96,17 @@ class Walk:
         name = eqn.primitive.name
         if handler := self.handlers.get(name):
             return handler(eqn, values)
-        if len(programs := inside(eqn)) == 1:
+        if len(programs := trails.inside(eqn)) == 1:
             (inner,) = programs
             pairs = (inner.invars, eqn.invars), (inner.outvars, eqn.outvars)
-            if all(shapes(inside) == shapes(outside) for inside, outside in pairs):
+            if all(shapes(inner) == shapes(outer) for inner, outer in pairs):
                 if name in steps.OWN_DERIVATIVE:
                     return self._with_own_derivative(name, inner, values)
                 return self.run(inner, values)
         if name in OPAQUE or name.endswith("_call") or programs:
             why = f"a trace cannot look into `{name}`"
             hide = functools.partial(dataclasses.replace, unseen=why, numbers=None)
-            return [changed(joined(values), hide)] * len(eqn.outvars)
+            return [changed(trails.joined(values), hide)] * len(eqn.outvars)
         return [steps.after(eqn, values)] * len(eqn.outvars)
 
     def _with_own_derivative(self, name: str, inner: Jaxpr, values: Values) -> Values:
@@ -138,8 +122,8 @@ class Walk:
         name, result = eqn.primitive.name, dict(steps.after(eqn, values))
         left, right, *_ = values
         for is_first, value, operand in ((True, left, right), (False, right, left)):
-            for kernel, trail in kernels(value).items():
-                if not trail.by and trail.through <= PREPARING and name != "gather":
+            for kernel, trail in trails.kernels(value).items():
+                if not trail.by and trail.through <= PASSED and name != "gather":
                     self.uses.multiplied.add(kernel)
                 if not trail.by and kernel not in operand:
                     others = kernel, trail, operand, is_first

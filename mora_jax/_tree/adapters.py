@@ -18,16 +18,8 @@ from mora_jax._layer.dense import FrozenDense
 from mora_jax._plan.plan import Plan, check_plan
 from mora_jax._plan.spec import SUFFIX, AdapterSpec
 from mora_jax._plan.trained_arrays import Items
+from mora_jax._tree import paths
 from mora_jax._tree.base_digest import check_base
-from mora_jax._tree.paths import (
-    adapter_of,
-    adapter_path,
-    find_part,
-    located_leaves,
-    named_leaves,
-    replace_leaves,
-    unboxed,
-)
 
 Tree = dict[str, Any]
 
@@ -77,7 +69,7 @@ def init(
         # By the path, so that an M does not depend on which other kernels are adapted.
         number = np.uint32(crc32(spec.name.encode()))
         own = None if key is None else _fold_in(key, number)
-        arrays[adapter_path(spec)] = init_adapter(spec, own)
+        arrays[paths.adapter_path(spec)] = init_adapter(spec, own)
     why = "from what the base has there; write init(plan, params=params)"
     for array, base in trained_in_base(plan, params, why):
         # A copy in any case: a step may be given the adapters to overwrite.
@@ -109,7 +101,7 @@ def trained_in_base(plan: Plan, params: Any, why: str, any_base: bool = True) ->
             f"params must be given, since the plan trains {trained!r} itself, {why}"
         )
     leaves = base_leaves(params, plan.specs, any_base)
-    pairs = [(array, find_part(leaves, array)[1]) for array in plan.trained]
+    pairs = [(array, paths.find_part(leaves, array)[1]) for array in plan.trained]
     return [(array, as_jax_array(f"{array.name} in params", a)) for array, a in pairs]
 
 
@@ -117,7 +109,7 @@ def base_leaves(
     params: Any, specs: Sequence[AdapterSpec], any_base: bool
 ) -> dict[str, tuple[Path, Any]]:
     """Leaves of params, which must be the base alone, and the one that specs know."""
-    leaves = named_leaves(params)
+    leaves = paths.named_leaves(params)
     refuse_combined(leaves, specs)
     if not any_base:
         check_base(specs, {name: leaf for name, (_, leaf) in leaves.items()})
@@ -142,13 +134,14 @@ def adapter_items(
 ) -> list[tuple[AdapterSpec, Any]]:
     """Each spec with its M; with `by_row` each row of a batch may have one."""
     leaves = _leaves_of(plan, adapters)
-    return [(s, adapter_of(leaves[adapter_path(s)], s, by_row)) for s in plan.specs]
+    pairs = ((spec, leaves[paths.adapter_path(spec)]) for spec in plan.specs)
+    return [(spec, paths.adapter_of(m, spec, by_row)) for spec, m in pairs]
 
 
 def trained_items(adapters: Any, plan: Plan) -> Items:
     """Each array that trains itself with its copy, checked as in `adapter_items`."""
     leaves = _leaves_of(plan, adapters)
-    items = [(array, unboxed(leaves[array.path])) for array in plan.trained]
+    items = [(array, paths.unboxed(leaves[array.path])) for array in plan.trained]
     for array, copy in items:
         check_leaf(copy, f"{array.name} in the adapters", array.shape)
     return items
@@ -156,8 +149,8 @@ def trained_items(adapters: Any, plan: Plan) -> Items:
 
 def _leaves_of(plan: Plan, adapters: Any) -> dict[Path, Any]:
     """{path: leaf} of the adapters: a leaf for each part of the plan, and no other."""
-    leaves = located_leaves(adapters, "adapters")
-    known = {adapter_path(spec): "has" for spec in check_plan(plan).specs}
+    leaves = paths.located_leaves(adapters, "adapters")
+    known = {paths.adapter_path(spec): "has" for spec in check_plan(plan).specs}
     remedy = "trains: init(plan, params=params) and split(tree, plan) give it"
     known |= {array.path: remedy for array in plan.trained}
     for path, verb in known.items():
@@ -176,11 +169,11 @@ def with_trained(params: Any, trained: Items, dtype: DTypeLike | None = None) ->
     """The params with the trained copies, in `dtype` or in the base's dtypes."""
     if not trained:
         return params
-    leaves, new = named_leaves(params), {}
+    leaves, new = paths.named_leaves(params), {}
     for array, copy in trained:
-        path, leaf = find_part(leaves, array)
+        path, leaf = paths.find_part(leaves, array)
         new[path] = as_jax_array(array.name, copy).astype(dtype or leaf.dtype)
-    return replace_leaves(params, new)
+    return paths.replace_leaves(params, new)
 
 
 def ravel_adapters(adapters: Any) -> Float[jax.Array, " parameters"]:
@@ -196,10 +189,10 @@ def ravel_adapters(adapters: Any) -> Float[jax.Array, " parameters"]:
       >>> mora_jax.ravel_adapters(adapters)
       Array([1., 2., 3., 4.], dtype=float32)
     """
-    if not (leaves := located_leaves(adapters, "adapters")):
+    if not (leaves := paths.located_leaves(adapters, "adapters")):
         raise ValueError("adapters hold no M")
     # A state of NNX may sort its layers as numbers. Nested dicts have them by name.
-    return ravel_pytree(nest({path: unboxed(m) for path, m in leaves.items()}))[0]
+    return ravel_pytree(nest({path: paths.unboxed(m) for path, m in leaves.items()}))[0]
 
 
 def unravel_adapters(
@@ -228,14 +221,14 @@ def unravel_adapters(
     """
     like = plan_or_adapters
     if isinstance(like, Plan):
-        shape_of = jax.ShapeDtypeStruct
-        ms = {adapter_path(s): shape_of(s.shape, s.param_dtype) for s in like.specs}
-        like = nest(ms | {a.path: shape_of(a.shape, a.dtype) for a in like.trained})
-    leaves = named_leaves(like, "plan_or_adapters").values()
+        shape = jax.ShapeDtypeStruct
+        ms = {paths.adapter_path(s): shape(s.shape, s.param_dtype) for s in like.specs}
+        like = nest(ms | {a.path: shape(a.shape, a.dtype) for a in like.trained})
+    leaves = paths.named_leaves(like, "plan_or_adapters").values()
     zeros = {path: jnp.zeros(leaf.shape, leaf.dtype) for path, leaf in leaves}
     whole, unravel = ravel_pytree(nest(zeros))
     if getattr(vector, "shape", None) != whole.shape:
         got = getattr(vector, "shape", type(vector).__name__)
         raise ValueError(f"vector must have shape {whole.shape}, got {got}")
     restored = unravel(jnp.asarray(vector, whole.dtype))
-    return replace_leaves(like, located_leaves(restored))
+    return paths.replace_leaves(like, paths.located_leaves(restored))

@@ -9,15 +9,8 @@ from mora_jax._common.suggestions import nearest_paths
 from mora_jax._common.types import Path
 from mora_jax._plan.plan import Plan, check_plan
 from mora_jax._plan.spec import SUFFIX
+from mora_jax._tree import paths
 from mora_jax._tree.adapters import Tree, adapter_items, nest, trained_items
-from mora_jax._tree.paths import (
-    find_part,
-    located_leaves,
-    named_leaves,
-    refuse_model,
-    replace_leaves,
-    unboxed,
-)
 
 
 def combine(params: Any, adapters: Any, plan: Plan | None = None) -> Any:
@@ -42,13 +35,13 @@ def combine(params: Any, adapters: Any, plan: Plan | None = None) -> Any:
       >>> sorted(mora_jax.combine(params, adapters)["fc"])
       ['kernel', 'kernel_mora']
     """
-    added = located_leaves(adapters, "adapters")
+    added = paths.located_leaves(adapters, "adapters")
     if plan is not None:
         adapter_items(adapters, plan)  # checks the M's
         trained = trained_items(adapters, plan)
-        leaves = named_leaves(params) if trained else {}
-        new = {find_part(leaves, array)[0]: copy for array, copy in trained}
-        params = replace_leaves(params, new)
+        leaves = paths.named_leaves(params) if trained else {}
+        new = {paths.find_part(leaves, array)[0]: copy for array, copy in trained}
+        params = paths.replace_leaves(params, new)
         added = {path: leaf for path, leaf in added.items() if path not in new}
     for path in added:
         if not path[-1].endswith(SUFFIX):
@@ -59,7 +52,7 @@ def combine(params: Any, adapters: Any, plan: Plan | None = None) -> Any:
     if not isinstance(params, nnx.State):
         # An NNX variable keeps its box only in a state, among other variables.
         for path, m in added.items():
-            added[path] = unboxed(m) if isinstance(m, nnx.Variable) else m
+            added[path] = paths.unboxed(m) if isinstance(m, nnx.Variable) else m
     return with_ms(params, added)
 
 
@@ -110,22 +103,22 @@ def split(tree: Any, plan: Plan | None = None) -> tuple[Any, Tree]:
       ({'kernel': (8, 8)}, {'kernel_mora': (4, 4)})
     """
     _check_nested(tree, "tree")
-    leaves = located_leaves(tree, "tree").items()
+    leaves = paths.located_leaves(tree, "tree").items()
     adapters = {path: leaf for path, leaf in leaves if path[-1].endswith(SUFFIX)}
     base = _without_ms(tree)
     if plan is not None and check_plan(plan).trained:
-        named, rounded = named_leaves(base), {}
+        named, rounded = paths.named_leaves(base), {}
         for array in plan.trained:
-            path, copy = find_part(named, array)
+            path, copy = paths.find_part(named, array)
             adapters[array.path] = copy
             rounded[path] = copy.astype(array.base_dtype)
-        base = replace_leaves(base, rounded)
+        base = paths.replace_leaves(base, rounded)
     return base, nest(adapters)
 
 
 def _check_nested(tree: Any, what: str) -> None:
     """Raise unless `tree` is a container whose children `_children` finds."""
-    refuse_model(tree, what)
+    paths.refuse_model(tree, what)
     if _children(tree) is None:
         kind = type(tree).__name__
         raise TypeError(f"{what} must be nested mappings, lists and tuples, got {kind}")

@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from mora_jax._common.axes import rows_from_kernel
 from mora_jax._common.checks import check_concrete, check_finite
@@ -101,36 +100,20 @@ def _with_bases(spec: AdapterSpec, gradient: Any) -> AdapterSpec:
     return dataclasses.replace(spec, operator=new, scale=scale)
 
 
-def _leading(matrices: jax.Array, count: int) -> np.ndarray:
-    """The leading eigenvectors of all G G^T, (features, count), the largest first."""
-    columns, squares = jax.tree.map(np.float64, _span(matrices, count))
-    # With columns^T columns = T T^T, the columns of Q = columns T^-T are orthonormal,
-    # and Q^T G G^T Q = T^-1 squares T^-T. In float64 T is exact enough: after partial
-    # pivoting the condition of the columns is about 100.
-    triangle = np.linalg.inv(np.linalg.cholesky(columns.T @ columns))
-    _, rotation = np.linalg.eigh(triangle @ squares @ triangle.T)
-    basis = columns @ (triangle.T @ rotation[:, ::-1][:, :count])
-    return basis.astype(np.float32)
-
-
 @functools.partial(jax.jit, static_argnames="count")
-def _span(matrices: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
-    """Columns around the leading eigenvectors, (features, some), and C^T G G^T C."""
-    # Subspace iteration. Between its rounds the columns are kept apart by an LU
-    # factorization: its L has their span, is cheaper than orthonormal columns, and is
-    # never deficient, since its upper triangle is the one of the unit matrix.
-
-    def halved(columns: jax.Array) -> jax.Array:
-        return jnp.einsum("sio,ik->sok", matrices, columns)
-
-    features = matrices.shape[1]
+def _leading(matrices: jax.Array, count: int) -> jax.Array:
+    """The leading eigenvectors of all G G^T, (features, count), the largest first."""
+    # Randomised (Halko, Martinsson and Tropp 2011, algorithms 4.1 and 5.3): the columns
+    # of G Z, with a random Z, lie mostly in the leading directions. Within their span Q
+    # the directions are exact: the eigenvectors of Q^T G G^T Q. They hold nearly all of
+    # the squares that the best directions hold (`make bench-quality EXPERIMENT=bases`),
+    # so that powers of G G^T, which would come nearer, are not worth their time.
+    features, outs = matrices.shape[1:]
     width = min(features, count + 8)  # a few more come nearer to the last ones
-    columns = jax.random.normal(jax.random.key(0), (features, width), jnp.float32)
+    shape = len(matrices), outs, width
+    columns = jax.random.normal(jax.random.key(0), shape, matrices.dtype)
     with jax.default_matmul_precision("highest"):
-        for _ in range(3):  # products with G G^T bring out the leading directions
-            columns = jnp.einsum("sio,sok->ik", matrices, halved(columns))
-            factors, _, order = jax.lax.linalg.lu(columns)
-            columns = jnp.tril(factors, -1) + jnp.eye(features, width, dtype="float32")
-            columns = columns[jnp.argsort(order)]
-        half = halved(columns)
-        return columns, jnp.einsum("sok,sol->kl", half, half)
+        basis, _ = jnp.linalg.qr(jnp.einsum("sio,sok->ik", matrices, columns))
+        half = jnp.einsum("sio,ik->sok", matrices, basis)
+        _, rotation = jnp.linalg.eigh(jnp.einsum("sok,sol->kl", half, half))
+        return basis @ rotation[:, ::-1][:, :count]

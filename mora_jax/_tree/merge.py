@@ -225,7 +225,7 @@ def merged_kernel(
     *,
     dtype: DTypeLike | None = None,
     rounding: Rounding = "nearest",
-    start: tuple[int, int] = (0, 0),
+    start: tuple[ArrayLike | int, ArrayLike | int] = (0, 0),
 ) -> jax.Array:
     """The kernel with its delta added in float32 or wider, and rounded once."""
     # Another `start`, the features from which a dither counts, is another dither.

@@ -11,15 +11,7 @@ from mora_jax._common.suggestions import matching
 from mora_jax._plan.plan import Plan, check_plan
 from mora_jax._plan.settings import above_zero, patterns_of
 from mora_jax._plan.spec import SUFFIX, AdapterSpec
-from mora_jax._tree.paths import (
-    adapter_path,
-    find_part,
-    is_boxed,
-    located_leaves,
-    named_leaves,
-    replace_leaves,
-    unboxed,
-)
+from mora_jax._tree import paths
 
 
 def trainable_mask(
@@ -50,7 +42,7 @@ def trainable_mask(
       {'kernel': False, 'kernel_mora': True}
     """
     patterns = patterns_of("base", base)
-    names = ["/".join(path) for path in located_leaves(params)]
+    names = ["/".join(path) for path in paths.located_leaves(params)]
     trained = {name for name in names if name.endswith(SUFFIX)}
     if not trained:
         raise ValueError(
@@ -59,9 +51,9 @@ def trainable_mask(
     leaves = [name for name in names if name not in trained]
     trained |= matching("base", patterns, leaves, "base leaf")
     if plan is not None and check_plan(plan).trained:
-        named = named_leaves(params)
-        trained |= {"/".join(find_part(named, array)[0]) for array in plan.trained}
-    structure = jax.tree.structure(params, is_leaf=is_boxed)
+        named = paths.named_leaves(params)
+        trained |= {"/".join(paths.find_part(named, a)[0]) for a in plan.trained}
+    structure = jax.tree.structure(params, is_leaf=paths.is_boxed)
     return jax.tree.unflatten(structure, [name in trained for name in names])
 
 
@@ -132,14 +124,15 @@ def with_ratio(
     if ratio is None:
         return tx
     factor: float = above_zero("ratio", ratio)
-    loras = {adapter_path(s): s.operator for s in specs if not s.operator.linear}
+    loras = {paths.adapter_path(s): s.operator for s in specs if not s.operator.linear}
     if not loras:
         raise ValueError("ratio needs a plan= with adapters of operator='low_rank'")
 
     def scale(updates: Any, _: Any) -> Any:
-        leaves = located_leaves(updates, "updates")
-        scaled = {p: op.scaled(unboxed(leaves[p]), factor) for p, op in loras.items()}
-        return replace_leaves(updates, scaled)
+        leaves = paths.located_leaves(updates, "updates")
+        ms = {path: paths.unboxed(leaves[path]) for path in loras}
+        scaled = {path: op.scaled(ms[path], factor) for path, op in loras.items()}
+        return paths.replace_leaves(updates, scaled)
 
     return optax.chain(tx, optax.stateless(scale))
 

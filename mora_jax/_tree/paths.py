@@ -1,5 +1,6 @@
 """Leaves of trees by their paths, out of their boxes and into them again."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -90,6 +91,26 @@ def replace_leaves(tree: Any, new: Mapping[Path, Any]) -> Any:
         return reboxed(leaf, new[path]) if path in new else leaf
 
     return jax.tree.map_with_path(replace, tree, is_leaf=is_boxed)
+
+
+def with_specs(tree: Any, plan: Plan) -> Any:
+    """A state of NNX, or of an optimizer for one, whose M's are for `plan`."""
+    specs = {adapter_path(spec): spec for spec in plan.specs}
+
+    def follow(keys: Any, leaf: Any) -> Any:
+        spec = getattr(leaf, "spec", None) if isinstance(leaf, nnx.Variable) else None
+        if not isinstance(spec, AdapterSpec):
+            return leaf
+        names = tuple(map(key_name, keys))  # they end with the path of the M
+        ends = (names[k:] for k in range(len(names)))
+        if (new := next((specs[end] for end in ends if end in specs), None)) is None:
+            return leaf
+        changed = {n: getattr(new, n) for n in ("operator", "scale", "init")}
+        digest = new.base_digest and spec.base_digest  # its own: it may be of a stack
+        spec = dataclasses.replace(spec, base_digest=digest, **changed)
+        return leaf.replace(unboxed(leaf), spec=spec)
+
+    return jax.tree.map_with_path(follow, tree, is_leaf=is_boxed)
 
 
 def key_name(key: Any) -> str:

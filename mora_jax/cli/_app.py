@@ -55,8 +55,8 @@ def inspect(
         typer.echo(f"{array['path']} ({shape}) is trained itself: {size} parameters")
     if len(rows) < len(layers):
         typer.echo(
-            "A row of several layers has the sum of their parameters, and the smallest "
-            "and largest of their other numbers; --all shows each layer."
+            "Rows of several layers have sums of parameters, and else the smallest and "
+            "largest numbers; --all shows each layer."
         )
 
 
@@ -73,16 +73,14 @@ def merge(
     ] = "dither",
 ) -> None:
     """Merge an adapter into a base checkpoint, tensor by tensor, keeping its dtypes."""
-    pair = _, plan = read_adapter(adapter, base, names, "adapter")
+    pair = _, plan = read_adapter(adapter, base, names)
     opt.check_apart(out, adapter)
     settings = {"force": force, "any_base": any_base, "rounding": rounding}
     with progress("merging", base) as tell:
         lost = io.merge_checkpoint(base, *pair, out, names, progress=tell, **settings)
     also = f", {len(plan.trained)} trained arrays put in" if plan.trained else ""
-    typer.echo(
-        f"{out}: {len(lost)} kernels merged{also}. Rounding lost in the mean "
-        f"{_most(lost)}."
-    )
+    said = f"{out}: {len(lost)} kernels merged{also}. Rounding lost in the mean"
+    typer.echo(f"{said} {_most(lost)}.")
 
 
 def _most(lost: Mapping[str, float]) -> str:
@@ -103,15 +101,13 @@ def convert(
     force: opt.Force = False,
 ) -> None:
     """Write an adapter in another format: mora_jax's, the reference's, or LoRA."""
-    pair = _, plan = read_adapter(adapter, base, names, "adapter")
+    pair = _, plan = read_adapter(adapter, base, names)
     # In its own format an adapter may be written over itself: it is in memory by now.
     path, same = as_path("out", out), format_of(adapter) == to
     if not same:
         opt.check_apart(out, adapter)
     if path.exists() and not force:
-        raise FileExistsError(
-            f"out must not exist, got {out}; force=True replaces an adapter there"
-        )
+        raise FileExistsError(f"out must not exist, got {out}; force=True replaces it")
     if to == "mora":
         kept = io.read_metadata(adapter) if same else {}  # others have none
         replace_adapter(path, *pair, kept)
@@ -132,15 +128,13 @@ def export(
     server: Annotated[Server, typer.Option("--for", help="The server to load it.")],
     base: opt.Base = None,
     names: opt.Family = None,
-    base_model: Annotated[
-        str, typer.Option(help="The base that the server loads, in its command.")
-    ] = "",
+    base_model: Annotated[str, typer.Option(help="The base that it loads.")] = "",
     max_error: opt.MaxError = 0.1,
     force: opt.Force = False,
     any_base: opt.AnyBase = False,
 ) -> None:
     """Write what a server loads: a LoRA, or the base into which it is merged."""
-    pair = _, plan = read_adapter(adapter, base, names, "adapter")
+    pair = _, plan = read_adapter(adapter, base, names)
     opt.check_apart(out, adapter)
     settings: dict[str, Any] = {"base": base, "base_model": base_model, "force": force}
     settings |= {"max_error": max_error, "any_base": any_base}

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import typer
-from rich import progress as bars
 from rich.console import Console
+from rich.progress import Progress
 
 from mora_jax.io import Checkpoint, Names
 from mora_jax.io._files import as_path, parts
@@ -70,9 +70,7 @@ Family = Annotated[
     ),
 ]
 Force = Annotated[bool, typer.Option(help="Replace an adapter or a checkpoint.")]
-AnyBase = Annotated[
-    bool, typer.Option(help="Merge into weights that it was not trained on, too.")
-]
+AnyBase = Annotated[bool, typer.Option(help="Merge into any weights of that shape.")]
 Version = Annotated[bool, typer.Option("--version", help="Print the version.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, not a table.")]
 Format = Literal["mora", "peft-mora", "peft-lora"]
@@ -121,11 +119,7 @@ def _cell(value: object) -> str:
 def progress(task: str, base: str | None) -> Iterator[Callable[[int], None]]:
     """Show a bar up to the base's size on a terminal, moved by what is yielded."""
     size = Checkpoint(as_path("base", base)).size if base else 0
-    console, name = Console(stderr=True), bars.TextColumn("{task.description}")
-    amounts = bars.BarColumn(), bars.DownloadColumn(), bars.TransferSpeedColumn()
-    columns = name, *amounts, bars.TimeRemainingColumn()
+    console = Console(stderr=True)
     hidden = not console.is_terminal  # a log would keep every state of the bar
-    with bars.Progress(
-        *columns, console=console, transient=True, disable=hidden
-    ) as bar:
+    with Progress(console=console, transient=True, disable=hidden) as bar:
         yield functools.partial(bar.advance, bar.add_task(task, total=size))

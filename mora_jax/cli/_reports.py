@@ -1,6 +1,5 @@
 """Reports of the command line about adapters."""
 
-import os
 from collections.abc import Sequence
 from operator import itemgetter
 from typing import Any
@@ -14,12 +13,12 @@ from mora_jax._plan.plan import Plan
 from mora_jax._plan.spec import AdapterSpec, differences
 from mora_jax._tree.adapters import Tree, adapter_items, trained_items
 from mora_jax._tree.merge import wide
-from mora_jax.io._files import CONFIG, TENSORS, AdapterFileError, as_path
+from mora_jax.io._files import CONFIG, TENSORS, AdapterFileError, PathLike, as_path
 from mora_jax.io._json import read_json
 from mora_jax.io.native._adapter import is_ours
 
 
-def format_of(directory: str | os.PathLike[str]) -> str:
+def format_of(directory: PathLike) -> str:
     """Return the format of an adapter: "mora", "peft-mora" or "peft-lora"."""
     path = as_path("directory", directory)
     # Ours are known by their tensors, since their config may be missing.
@@ -32,22 +31,14 @@ def format_of(directory: str | os.PathLike[str]) -> str:
 
 
 def read_adapter(
-    directory: str | os.PathLike[str],
-    base: str | None = None,
-    names: io.Names = None,
-    argument: str = "directory",
+    directory: PathLike, base: str | None = None, names: io.Names = None
 ) -> tuple[Tree, Plan]:
-    """Return (adapters, plan), in this library's format or PEFT's.
-
-    Only the reference's needs the `base`. Messages call the directory `argument`.
-    """
-    shapes = (
-        None if base is None else io.Checkpoint(as_path("base", base)).shapes(names)
-    )
-    path = as_path(argument, directory)
+    """Return (adapters, plan) of any format; only the reference's needs the `base`."""
+    checkpoint = None if base is None else io.Checkpoint(as_path("base", base))
+    path = as_path("adapter", directory)
     if format_of(path) == "mora":
         return io.load(path)
-    return io.load_peft(path, shapes, names)
+    return io.load_peft(path, checkpoint and checkpoint.shapes(names), names)
 
 
 Row = dict[str, Any]
@@ -56,7 +47,7 @@ Row = dict[str, Any]
 
 def describe(adapter: str, base: str | None, names: io.Names) -> Row:
     """An adapter's format, metadata and size, and a row for each of its layers."""
-    adapters, plan = read_adapter(adapter, base, names, "adapter")
+    adapters, plan = read_adapter(adapter, base, names)
     kind, spectra = format_of(adapter), diagnostics.spectrum(adapters, plan)
     return {
         "format": kind,
@@ -104,8 +95,7 @@ def grouped(layers: Sequence[Row]) -> list[Row]:
 
 def compare(first: str, second: str, base: str | None, names: io.Names) -> list[Row]:
     """A row for each layer of either adapter, and for each array that trains itself."""
-    left = _parts(*read_adapter(first, base, names, "first"))
-    right = _parts(*read_adapter(second, base, names, "second"))
+    left, right = (_parts(*read_adapter(d, base, names)) for d in (first, second))
     rows = []
     for trained, path in sorted(left.keys() | right.keys()):
         one, other = left.get((trained, path)), right.get((trained, path))
@@ -125,9 +115,7 @@ def _parts(adapters: Tree, plan: Plan) -> dict[tuple[bool, str], tuple[Any, Any]
     return {(not isinstance(p, AdapterSpec), p.name): (p, array) for p, array in items}
 
 
-def _comparison(
-    left: tuple[Any, Any], right: tuple[Any, Any]
-) -> tuple[str, float | str]:
+def _comparison(left: tuple[Any, Any], right: tuple[Any, Any]) -> tuple[str, Any]:
     """The differing settings, and the distance of deltas or arrays of one shape."""
     (one, array), (other, second) = left, right
     settings, difference = "", ""

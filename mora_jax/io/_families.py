@@ -9,14 +9,12 @@ class Pair(NamedTuple):
 
     Attributes:
       module: The module's name in PyTorch, such as "model.layers.{layer}.mlp.{name}".
-      kernel: The kernel's path here, such as "model/layers/{layer}/mlp/{name}/kernel".
-        A stacked kernel has an index in its stack, as in "layers/{name}/kernel[{n}]",
-        and so has one whose first axis tells several modules apart.
-      axes: The order of the axes of PyTorch's weight: "oi" as in `Linear`, "io" as in
-        GPT-2's `Conv1D`.
-      kernel_axes: The order of the kernel's axes: "io" as in `nn.Dense`, "oi" as in
-        GPT-2's `FlaxConv1D`, "oio" as in Gemma's (heads, in, width). A plan knows that
-        by itself.
+      kernel: The kernel's path here, such as "layers_{layer}/mlp/{name}/kernel". An
+        index in a stack, as in "layers/{name}/kernel[{n}]", may also be one on a first
+        axis that tells several modules apart.
+      axes: The order of the axes of PyTorch's weight, "io" in GPT-2's `Conv1D`.
+      kernel_axes: The order of the kernel's axes, "oio" in Gemma's (heads, in, width);
+        a plan knows that by itself.
     """
 
     module: str

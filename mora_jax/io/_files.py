@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 Location: TypeAlias = "Path | epath.Path"
 
+PathLike = str | os.PathLike[str]
+"""The type of arguments that `as_path` reads."""
+
 PACKAGES = {"gs": "gcsfs", "s3": "s3fs", "az": "adlfs"}
 """{scheme: the package with which epath opens its URLs}."""
 
@@ -132,7 +135,6 @@ def missing_files(path: Location) -> Iterator[None]:
 
 
 def read_bytes(path: Location) -> bytes:
-    """Return the content of a file."""
     with missing_files(path):
         return path.read_bytes()
 

@@ -2,7 +2,6 @@
 
 import json
 import math
-import reprlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -53,8 +52,8 @@ def read_json(path: Location) -> Any:
 
 def dump(value: Any) -> bytes:
     """Return readable JSON text; equal values give equal bytes."""
-    text = json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n"
-    return text.encode()
+    text = json.dumps(value, indent=1, sort_keys=True, allow_nan=False)
+    return f"{text}\n".encode()
 
 
 Fields = Mapping[str, tuple[Any, ...]]
@@ -62,17 +61,12 @@ Fields = Mapping[str, tuple[Any, ...]]
 
 
 def check_record(content: Any, fields: Fields, where: str) -> dict[str, Any]:
-    """Return the object `where` if it has exactly these keys and types of values.
-
-    Values of the type `object` are checked elsewhere.
-    """
+    """Return the object `where` if it has exactly these keys and types of values."""
     keys = content.keys() if isinstance(content, dict) else set()
     if keys != fields.keys():
         lacks, extra = sorted(fields.keys() - keys), short(sorted(keys - fields.keys()))
-        raise AdapterFileError(
-            f"{where} must hold {sorted(fields)}, got {short(content)}; it lacks "
-            f"{lacks}, and also holds {extra}"
-        )
+        odd = f"it lacks {lacks}, and also holds {extra}"
+        raise AdapterFileError(f"{where} must hold {sorted(fields)}: {odd}")
     for key, (kind, *_) in fields.items():
         # True is an int for isinstance, but not in JSON.
         if kind is not object and type(content[key]) is not kind:
@@ -109,9 +103,5 @@ def plain(value: Any, name: str) -> Any:
 
 def short(value: object) -> str:
     """Return a `repr` that is cut off: a message should not repeat a megabyte."""
-    return _SHORT.repr(value)
-
-
-_SHORT = reprlib.Repr()
-_SHORT.maxstring = _SHORT.maxother = 80
-_SHORT.maxdict = 12  # the settings of a layer
+    text = repr(value)
+    return text if len(text) < 300 else f"{text[:300]}..."

@@ -209,23 +209,20 @@ def suggestion(kernels: Collection[str], modules: Collection[str]) -> str:
     templates: dict[str, str] = {}
     for module, kernel in found or [(_guess(kernel), kernel) for kernel in kernels]:
         templates.setdefault(*_template(module, kernel))
-    shown = json.dumps(dict(list(templates.items())[:6]))
+    shown = json.dumps(dict(list(templates.items())[:8]))
     return f"templates name them, as in names={shown}, with PyTorch's names on the left"
 
 
 def _likeliest(kernel: str, modules: Collection[str]) -> str | None:
     """Return the module most like a kernel, with its numbers and its last name."""
-    path, index = split_index(kernel)
-    path, _, _ = path.rpartition("/")
-    last, numbers = path.rpartition("/")[2], re.findall(r"\d+", f"{path}{index}")
+    guess = _guess(kernel)
+    last, numbers = guess.rpartition(".")[2], sorted(re.findall(r"\d+", guess))
     alike = []
     for module in modules:
-        end, own = module.rpartition(".")[2], re.findall(r"\d+", module)
-        same_end = end.startswith(last) or last.startswith(end)
-        if same_end and sorted(own) == sorted(numbers):
+        end, own = module.rpartition(".")[2], sorted(re.findall(r"\d+", module))
+        if own == numbers and (end.startswith(last) or last.startswith(end)):
             alike.append(module)
-    name = path.replace("/", ".")
-    return next(iter(difflib.get_close_matches(name, alike, 1, 0)), None)
+    return next(iter(difflib.get_close_matches(guess, alike, 1, 0)), None)
 
 
 def _guess(kernel: str) -> str:
@@ -239,20 +236,11 @@ def _guess(kernel: str) -> str:
 
 
 def _template(module: str, kernel: str) -> tuple[str, str]:
-    """Return a module and a kernel with `{fields}` instead of what they share.
-
-    They share numbers and, after a number, whole names.
-    """
-    _, *behind = re.split(r"\.\d+\.", module)
-    numbers, names = re.findall(r"\d+", module), behind[-1].split(".") if behind else []
-    for words, character, fields in (  # names first, since "fc1" is not the layer 1
-        (reversed(names), r"[^./\[]", iter(("name", "block", "part"))),
-        (numbers, r"\d", iter("nmk")),
-    ):
-        for word in dict.fromkeys(words):
-            texts = module, kernel
-            whole = rf"(?<!{character}){re.escape(word)}(?!{character})"
-            once = all(len(re.findall(whole, text)) == 1 for text in texts)
-            if once and (field := next(fields, "")):
-                module, kernel = (re.sub(whole, f"{{{field}}}", t) for t in texts)
+    """Return a module and a kernel with `{fields}` instead of shared numbers."""
+    fields = iter("nmk")
+    for number in dict.fromkeys(re.findall(r"\d+", module)):
+        texts, whole = (module, kernel), rf"(?<!\d){number}(?!\d)"
+        once = all(len(re.findall(whole, text)) == 1 for text in texts)
+        if once and (field := next(fields, "")):
+            module, kernel = (re.sub(whole, f"{{{field}}}", text) for text in texts)
     return module, kernel

@@ -14,9 +14,8 @@ from typing import IO, Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 
-from mora_jax._common.checks import as_jax_array, check_finite
+from mora_jax._common.checks import check_concrete, check_finite
 from mora_jax._common.types import Shape
 from mora_jax.io._files import AdapterFileError, Location, missing_files
 from mora_jax.io._json import check_record, parse, short
@@ -169,9 +168,7 @@ def encode(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> by
 
 def to_numpy(name: str, array: Any) -> np.ndarray:
     """Return a trained array of finite numbers, which messages call `name`."""
-    if isinstance(array, Tracer):
-        raise TypeError(f"{name} must be a concrete array, got a tracer of jit")
-    as_jax_array(name, array)
+    check_concrete(array, name, np.shape(array))
     array = np.asarray(array)
     check_finite(array, name)
     return array
@@ -182,7 +179,5 @@ def to_jax(name: str, array: np.ndarray) -> jax.Array:
     converted = jnp.asarray(array)
     if converted.dtype != array.dtype:
         # JAX makes float32 of float64 unless it is told otherwise.
-        raise AdapterFileError(
-            f"{name} is {array.dtype}: set jax_enable_x64 to load it as it is"
-        )
+        raise AdapterFileError(f"{name} is {array.dtype}: set jax_enable_x64 for it")
     return converted

@@ -40,23 +40,20 @@ def layer_calls(
     """
     running: list[nn.Module] = []
 
-    def intercept(
-        method: Callable[..., Any], args: Any, kwargs: Any, context: Any
-    ) -> Any:
+    def intercept(run: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
         module, name = context.module, context.method_name
         # A rule covers all that its method calls of the same layer.
         if module.scope is None or any(module is caller for caller in running):
-            return method(*args, **kwargs)
+            return run(*args, **kwargs)
         see(module)
         rule = rules_of(type(module)).get(name)
         params = module.scope.variables().get("params", {})
         adapter = rule and params.get(rule.name(module) + SUFFIX)
         if rule is None or not isinstance(adapter, BoundAdapter):
-            return method(*args, **kwargs)
+            return run(*args, **kwargs)
         running.append(module)
         try:
-            call = LayerCall(rule, module, method, args, kwargs)
-            return output_of(call, adapter)()
+            return output_of(LayerCall(rule, module, run, args, kwargs), adapter)()
         finally:
             running.pop()
 

@@ -40,10 +40,7 @@ class MoRADense(nn.Dense):
 
     def __post_init__(self) -> None:
         if isinstance(self.use_bias, MoRAConfig):
-            raise TypeError(
-                "use_bias must be a bool, got a MoRAConfig: write "
-                "MoRADense(features, config=config)"
-            )
+            raise TypeError("give it by name: write MoRADense(features, config=config)")
         check_config(self.config, "MoRADense(features, config=config)")
         super().__post_init__()
 

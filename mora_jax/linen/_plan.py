@@ -11,9 +11,10 @@ from jax.extend.core import Jaxpr
 
 from mora_jax._common.suggestions import matching
 from mora_jax._flax.adapted_call import LayerCall
-from mora_jax._flax.calls import Call, arrays_of, program_of
+from mora_jax._flax.calls import Call, program_of
 from mora_jax._flax.planning import plan_surveyed
 from mora_jax._flax.survey import Survey
+from mora_jax._jax.traces import split_static
 from mora_jax._plan.plan import Plan
 from mora_jax._plan.settings import MoRAConfig, check_config
 from mora_jax._plan.spec import SUFFIX, AdapterSpec
@@ -126,7 +127,7 @@ def program(
         name + SUFFIX: m for name, m in ms.items() if m is not None
     }
     groups = (False, known.leaves), (None, others), (True, (args, kwargs))
-    known.batched = [kind for kind, group in groups for _ in arrays_of(group)]
+    known.batched = [kind for kind, group in groups for _ in split_static(group)[0]]
     tree = variables["params"], list(ms.values())
     return program_of(run, tree, others, args, kwargs)
 

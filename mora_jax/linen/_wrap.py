@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -42,10 +42,8 @@ class AdaptedApply:
         """The model's `apply` with adapters; see `wrap`."""
         plan = self.plan
         if adapter_deterministic is None and any(s.dropout > 0 for s in plan.specs):
-            raise ValueError(
-                "the plan has dropout: adapter_deterministic must be True or False, "
-                "got None"
-            )
+            rule = "adapter_deterministic must be True or False"
+            raise ValueError(f"the plan has dropout: {rule}, got None")
         bound, rows = {}, {}
         for spec, m in adapter_items(adapters, plan, by_row=True):
             rows |= {spec.name: m.rows} if isinstance(m, Selected) else {}
@@ -140,10 +138,8 @@ def wrap(
     check_model(model)
     if isinstance(config_or_plan, Plan):
         if variables is not None or args or calls or kwargs:
-            raise TypeError(
-                "variables and inputs must not be given with a plan: the call is "
-                "wrap(model, plan)"
-            )
+            rule = "variables and inputs must not be given with a plan"
+            raise TypeError(f"{rule}: the call is wrap(model, plan)")
         return AdaptedApply(model, config_or_plan)
     if variables is None:
         check_config(config_or_plan, "wrap(model, config, variables, *inputs)")
@@ -156,9 +152,7 @@ def wrap(
     return AdaptedApply(model, plan)
 
 
-def _adapting(
-    deterministic: bool, call: LayerCall, adapter: BoundAdapter
-) -> Callable[[], Any]:
+def _adapting(deterministic: bool, call: LayerCall, adapter: BoundAdapter) -> Any:
     """A function that makes the output of a layer's call, with its delta added."""
     path = (*call.module.scope.path, *adapter.spec.path)
     spec, key = dataclasses.replace(adapter.spec, path=path), None

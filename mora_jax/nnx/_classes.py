@@ -94,8 +94,7 @@ def _copied(module: nnx.Module, read: Read | None) -> Iterator[Any]:
     for name in folded_kernels(cls):
         variable = attributes.get(name)
         if read is not None and isinstance(variable, nnx.Variable):
-            kernel = read(module, name, variable[...])
-            attributes[name] = variable.replace(kernel)
+            attributes[name] = variable.replace(read(module, name, variable[...]))
     copy = object.__new__(cls)
     vars(copy).update(attributes)
     yield copy

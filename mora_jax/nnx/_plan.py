@@ -4,17 +4,24 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
+import jax.numpy as jnp
 from flax import nnx
+from jax.extend.core import Jaxpr
 
-from mora_jax._flax.calls import Call
+from mora_jax._flax.adapted_call import LayerCall
+from mora_jax._flax.calls import Call, program_of
 from mora_jax._flax.layer_rules import folded_kernels, planning_rules
 from mora_jax._flax.planning import plan_surveyed
 from mora_jax._flax.survey import Survey
+from mora_jax._jax.traces import split_static
+from mora_jax._layer.slots import Selected
 from mora_jax._plan.plan import Plan
 from mora_jax._plan.settings import MoRAConfig, check_config
-from mora_jax.nnx._calls import program
-from mora_jax.nnx._param import MoRAParam
-from mora_jax.nnx._state import attributes, named_modules, parameters
+from mora_jax._plan.spec import SUFFIX
+from mora_jax._tree.paths import named_leaves, unboxed
+from mora_jax.nnx._classes import derived, detached, plain_class, set_class
+from mora_jax.nnx._param import MoRAParam, TrainedParam, held
+from mora_jax.nnx._state import attributes, named_modules, parameters, traceable
 
 
 def plan(
@@ -90,3 +97,52 @@ def check_model(model: Any) -> None:
     """Raise unless `model` is an NNX module without adapters."""
     for _, path, _ in attributes(model, MoRAParam):
         raise ValueError(f"model has adapters already, the first at {'/'.join(path)!r}")
+
+
+def program(
+    model: nnx.Module, method: str, args: Any, kwargs: Any, survey: Survey | None
+) -> Jaxpr:
+    """The program of a call, whose first inputs are the arrays of the model.
+
+    With a survey, which it fills in, layers are marked: those that have an M, or all of
+    a plain model. Without a survey it is the program of the base.
+    """
+    suffix = SUFFIX if any(attributes(model, MoRAParam)) else ""
+    twin = detached(model) if survey is None else nnx.clone(model)
+    for path, layer in list(named_modules(twin)) if survey is not None else ():
+        names = [name + suffix for name in planning_rules(layer)]
+        variables = (getattr(layer, name, None) for name in names)
+        set_class(layer, plain_class(layer))
+        if survey is not None and any(isinstance(v, nnx.Variable) for v in variables):
+            prefix = "".join(f"{key}/" for key in path)
+            set_class(layer, _marked_class(type(layer), prefix, survey))
+    for module, (*_, key), m in attributes(twin, MoRAParam):
+        if isinstance(m, TrainedParam):
+            setattr(module, key, m.plain())
+        elif isinstance(unboxed(m), Selected):  # one for each row: any will do
+            m.copy_from(m.replace(jnp.zeros(m.shape, m.dtype)))
+    call, state = traceable(twin, method)
+    if survey is not None:
+        leaves = named_leaves(nnx.to_pure_dict(state))
+        survey.leaves = {name: leaf for name, (_, leaf) in leaves.items()}
+        parameters = set(named_leaves(nnx.to_pure_dict(nnx.state(twin, nnx.Param))))
+        batched = [False if name in parameters else None for name in leaves]
+        inputs, _ = split_static((args, kwargs))
+        survey.batched = [*batched, *[True] * len(inputs)]
+    return program_of(call, state, args, kwargs)
+
+
+def _marked_class(cls: type, prefix: str, survey: Survey) -> type:
+    """The class of a layer whose calls `survey` records; `prefix` is its path."""
+
+    def run(layer: nnx.Module, call: LayerCall) -> Any:
+        name = call.rule.name(call.module)
+        _, m = held(layer, name) or (None, None)
+        return survey.record_call(prefix + name, call, m)
+
+    def read(layer: nnx.Module, name: str, kernel: Any) -> Any:
+        _, m = held(layer, name) or (None, None)
+        own = prefix + name, folded_kernels(cls)[name], cls.__name__
+        return survey.record_read(*own, kernel, m)
+
+    return derived(cls, run, read)

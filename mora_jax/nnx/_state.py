@@ -40,9 +40,7 @@ def attributes(model: nnx.Module, kinds: Any) -> Iterator[tuple[nnx.Module, Path
                 yield module, (*path, name), value
 
 
-def adapter_variables(
-    model: nnx.Module,
-) -> tuple[list[tuple[AdapterSpec, MoRAParam]], Items]:
+def adapter_variables(model: nnx.Module) -> tuple[list[tuple[AdapterSpec, Any]], Items]:
     """(present spec, variable) of each M, and of each array that trains, by path."""
     ms, copies = [], []
     for _, path, m in attributes(model, MoRAParam):

@@ -113,7 +113,6 @@ def _single_ms(model: nnx.Module) -> list[MoRAParam]:
         if isinstance(unboxed(m), Selected):
             raise ValueError(
                 f"model must have one adapter, got one for each row at {spec.name!r}; "
-                "many train at once by the gradient of a function of what "
-                "serving.stack returns"
+                "many train at once by gradients by what serving.stack returns"
             )
     return [m for _, m in ms]

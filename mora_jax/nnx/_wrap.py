@@ -1,25 +1,31 @@
 """Put adapters into unmodified models, and take them out again."""
 
+import functools
+from collections.abc import Callable, Hashable
 from typing import Any
 
 from flax import nnx
 from jax.typing import DTypeLike
 
+from mora_jax._flax.calls import kind_of_call, proving
 from mora_jax._flax.layer_rules import folded_kernels, planning_rules, unknown_use
+from mora_jax._flax.survey import check_call
 from mora_jax._layer.rounding import Rounding
+from mora_jax._layer.slots import Selected
 from mora_jax._layer.ways import check_product
 from mora_jax._plan.plan import Plan
 from mora_jax._plan.settings import MoRAConfig
-from mora_jax._plan.spec import AdapterSpec
+from mora_jax._plan.spec import SUFFIX, AdapterSpec
 from mora_jax._plan.trained_arrays import refuse_trained
 from mora_jax._tree.adapters import adapter_items, init, trained_items
 from mora_jax._tree.merge import merge
-from mora_jax.nnx._calls import checked_class
-from mora_jax.nnx._classes import Model, adapted_class, detached, plain_class, set_class
-from mora_jax.nnx._param import TrainedParam, hold_adapter
-from mora_jax.nnx._plan import check_model, refuse_unfit
+from mora_jax._tree.paths import unboxed
+from mora_jax.nnx import _classes
+from mora_jax.nnx._classes import Model, detached, plain_class, set_class
+from mora_jax.nnx._param import MoRAParam, TrainedParam, hold_adapter
+from mora_jax.nnx._plan import check_model, program, refuse_unfit
 from mora_jax.nnx._plan import plan as plan_model
-from mora_jax.nnx._state import adapters, named_modules, parameters, plan_of
+from mora_jax.nnx._state import adapters, attributes, named_modules, parameters, plan_of
 
 
 def wrap(
@@ -90,11 +96,10 @@ def wrap(
         shape = tuple(kernel.shape) if isinstance(kernel, nnx.Variable) else None
         if shape != spec.kernel_shape:
             raise ValueError(
-                f"the plan has a kernel of shape {spec.kernel_shape} at {spec.name!r}, "
-                f"the model has {shape}"
+                f"plan has {spec.kernel_shape} at {spec.name!r}, the model has {shape}"
             )
         _check_layer(module, spec)
-        set_class(module, adapted_class(plain_class(module)))
+        set_class(module, _classes.adapted_class(plain_class(module)))
         hold_adapter(module, spec, m, seed)
     for trained, copy in trained_items(new, plan):
         module = modules.get(trained.path[:-1])
@@ -107,9 +112,9 @@ def wrap(
         own = TrainedParam.in_place_of(variable, trained, copy)
         setattr(module, trained.path[-1], own)
         if trained.dtype != trained.base_dtype:
-            set_class(module, adapted_class(plain_class(module)))
+            set_class(module, _classes.adapted_class(plain_class(module)))
     if plain_class(model) is type(model):  # a layer alone does what its rule says
-        set_class(model, checked_class(type(model)))
+        set_class(model, _checked_class(type(model)))
     return model
 
 
@@ -178,3 +183,47 @@ def merge_adapters(
     merged = merge(parameters(plain), adapters(model), plan, dtype, **settings)
     nnx.update(plain, merged)
     return plain
+
+
+_proven: dict[Hashable, str] = {}
+"""The calls that were checked, as `proving` has them.
+
+Not in the model, since nnx.jit makes a new one for each trace.
+"""
+
+
+def _settings(model: nnx.Module) -> Hashable:
+    """Key of all that a model holds beside its arrays, such as its flags."""
+    graph = nnx.graphdef(model)
+    try:
+        hash(graph)
+    except TypeError:  # an attribute cannot be hashed, such as a config
+        return repr(graph)
+    return graph
+
+
+@functools.cache
+def _checked_class(cls: type) -> type:
+    """The class of an adapted model: the public methods of `cls`, checked."""
+
+    def checked(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+        is_main = name == "__call__"
+        if name[0] == "_" and not is_main:
+            return method
+
+        @functools.wraps(method)
+        def call(self: nnx.Module, *args: Any, **kwargs: Any) -> Any:
+            rows = {
+                "/".join(path).removesuffix(SUFFIX): unboxed(m).rows
+                for _, path, m in attributes(self, MoRAParam)
+                if isinstance(unboxed(m), Selected)
+            }
+            kind = _settings(self), name, kind_of_call(rows, args, kwargs)
+            programs = functools.partial(program, self, name, args, kwargs)
+            check = check_call, lambda: plan_of(self), programs, rows, is_main
+            with proving(_proven, kind, *check):
+                return method(self, *args, **kwargs)
+
+        return call
+
+    return _classes.subclass(cls, checked)

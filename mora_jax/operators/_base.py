@@ -23,7 +23,8 @@ from mora_jax._jax.vma import transposed
 
 Side = Literal["in", "out"]
 Precision = jax.lax.PrecisionLike
-Times = Callable[[jax.Array, jax.Array], jax.Array]
+Times = Callable[..., jax.Array]
+"""Product h m of (h, m), or h part(m) of (h, m, part) where a part of m multiplies."""
 Trained = Float[ArrayLike, "..."]
 Inputs = Float[ArrayLike, "*batch ins"]
 Outputs = Float[ArrayLike, "*batch outs"]
@@ -46,9 +47,9 @@ class Operator:
     and C and D as `_compress` and `_decompress`. All else follows: the product `rows`,
     the delta `matrix` and the `gradient` of M, which it also gives where it knows a
     faster way. If its delta is not an M between two maps, it says that it is not
-    `linear`, and gives `rows`; convolutions ask for its `factors` as well, and rows
-    with an M each for `rows_with`. Equality and hash go by the settings. Arrays that a
-    seed determines are pytree leaves: a jitted function takes them as arguments.
+    `linear`, and gives `rows_with`; convolutions ask for its `factors` as well.
+    Equality and hash go by the settings. Arrays that a seed determines are pytree
+    leaves: a jitted function takes them as arguments.
 
     In all methods `x` is (..., in_features), `y` and `g` are (..., out_features), `h`
     is (..., *compressed_shape), `m` is M of `m_shape`, `indices` are numbers of inputs,
@@ -168,7 +169,7 @@ class Operator:
     ) -> jax.Array:
         """Trained array at its start, (*stack, *m_shape): see `MoRAConfig.init`."""
         shape = (*stack, *self.m_shape)
-        if init == "zeros":
+        if init != "gaussian":
             return _zeros(shape, dtype)
         if key is None:
             raise ValueError(f"init={init!r} needs a key, got None")
@@ -203,12 +204,18 @@ class Operator:
         self, x: jax.Array, m: jax.Array, precision: Precision = None
     ) -> jax.Array:
         """D(C(x) M), row by row: (..., in_features) -> (..., out_features)."""
+        if not self.linear:
+
+            def times(h: jax.Array, m: jax.Array, part: Any = whole) -> jax.Array:
+                return matmul(h, part(m), precision)
+
+            return self.rows_with(times, x, m)
         h, decompress = self.split(x)
         axes = last_with_first(h)
         return decompress(jax.lax.dot_general(h, m, axes, precision=precision))
 
     def rows_with(self, times: Times, x: jax.Array, m: jax.Array) -> jax.Array:
-        """`rows` with products by `times(h, m)`, such as where rows have M's each."""
+        """`rows` with each product by M, or by a part of it, as `times` computes it."""
         h, decompress = self.split(x)
         return decompress(times(h, m))
 
@@ -300,6 +307,11 @@ class Operator:
                 f"m must have shape {self.m_shape}, got {m.shape}; use jax.vmap"
             )
         return array
+
+
+def whole(m: jax.Array) -> jax.Array:
+    """All of M, as the part of it by which rows are multiplied."""
+    return m
 
 
 def rows_product(h: jax.Array, g: jax.Array, precision: Precision = None) -> jax.Array:

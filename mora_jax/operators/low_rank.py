@@ -1,15 +1,16 @@
 """LoRA: two trained factors instead of a square between fixed maps."""
 
-import functools
 import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import PRNGKeyArray
 
 from mora_jax._common.types import Shape
+from mora_jax._jax.linear_map import Static
 from mora_jax._jax.qwix_guard import matmul
 from mora_jax.operators._base import Operator, Precision, Times
 from mora_jax.operators._pytree import operator
@@ -75,13 +76,19 @@ class LowRank(Operator):
     def start(
         self, stack: Shape, init: str, key: PRNGKeyArray | None, dtype: DTypeLike
     ) -> jax.Array:
-        """A as PEFT draws it, and B: zeros, or as `super().start` draws an M."""
+        """A as PEFT draws it, and B: zeros, or as `super().start` draws an M.
+
+        With init="embedding" A is zero, so that tokens which are not trained keep what
+        they were, and B is normal.
+        """
         assert key is not None
         keys = jax.random.split(key)
         bound = 1 / math.sqrt(self.in_features)
         shape = (*stack, self.in_features, self.square_rank)
         a = jax.random.uniform(keys[0], shape, dtype, -bound, bound)
         b = super().start(stack, init, keys[1], dtype)[..., self.in_features :, :]
+        if init == "embedding":
+            a, b = jnp.zeros_like(a), jax.random.normal(keys[1], b.shape, dtype)
         return jnp.concatenate([a, b], axis=-2)
 
     def scaled(self, m: Any, factor: float) -> jax.Array:
@@ -89,14 +96,10 @@ class LowRank(Operator):
         is_b = jnp.arange(m.shape[-2])[:, None] >= self.in_features
         return m * jnp.where(is_b, factor, 1).astype(m.dtype)
 
-    def rows(
-        self, x: jax.Array, m: jax.Array, precision: Precision = None
-    ) -> jax.Array:
-        return self.rows_with(functools.partial(matmul, precision=precision), x, m)
-
     def rows_with(self, times: Times, x: jax.Array, m: jax.Array) -> jax.Array:
-        a, b = self.factors(m)
-        return times(times(x, a), b)
+        # Of many adapters the one of a row is found before it is taken apart.
+        a, b = (Static(_factor, self, k) for k in range(2))
+        return times(times(x, m, a), m, b)
 
     def unit_rows(
         self, indices: jax.Array, m: jax.Array, precision: Precision = None
@@ -107,3 +110,23 @@ class LowRank(Operator):
     def matrix(self, m: jax.Array) -> jax.Array:
         a, b = self.factors(m)
         return matmul(a, b)
+
+
+def cut_off(values: np.ndarray) -> np.ndarray:
+    """Share of a delta's norm that each rank cuts off: (*stack, k) to (k + 1,).
+
+    The ranks are from 0 to k, and the singular values fall. Of a stack it is the
+    largest share.
+    """
+    squares = np.cumsum(values[..., ::-1] ** 2, -1)[..., ::-1]
+    shares = np.sqrt(squares / np.where(squares[..., :1] > 0, squares[..., :1], 1))
+    return np.append(shares.reshape(-1, values.shape[-1]).max(0), 0)
+
+
+def least_rank(cut: np.ndarray, max_error: float | int) -> int:
+    """The least rank from 1 on that cuts off no more than a share of the norm."""
+    return max(1, int(np.sum(cut > max_error)))
+
+
+def _factor(op: LowRank, k: int, m: jax.Array) -> jax.Array:
+    return op.factors(m)[k]

@@ -24,8 +24,7 @@ try:
     from qwix._src.providers.ptq import flax_util, qarray
 except ImportError as error:
     raise ImportError(
-        "mora_jax.qwix needs names of qwix 0.1.5 to 0.1.8: pip install "
-        f"'mora-jax[qwix]' ({error})"
+        f"mora_jax needs qwix 0.1.5 to 0.1.8: pip install 'mora-jax[qwix]' ({error})"
     ) from error
 
 

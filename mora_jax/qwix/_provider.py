@@ -3,7 +3,7 @@
 import dataclasses
 import re
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from contextvars import ContextVar
 from functools import partial, partialmethod
 from typing import Any
@@ -80,9 +80,7 @@ class MoRAProvider(qwix.PtqProvider):
         if rules is None:
             rules = [MoRARule(**settings)]
         elif settings:
-            raise ValueError(
-                f"rules and settings exclude each other, got both: {sorted(settings)}"
-            )
+            raise ValueError(f"rules and settings exclude each other, got {settings}")
         check_rules(rules)
         # Versions before 0.1.8 lack the argument.
         more: dict[str, Any] = {"disable_jit": True} if disable_jit else {}
@@ -119,9 +117,7 @@ class MoRAProvider(qwix.PtqProvider):
         ours = [rule for rule in self._rules if isinstance(rule, MoRARule)]
         unused = [rule.module_path for rule in ours if id(rule) not in used]
         if not used:
-            raise ValueError(
-                f"no kernel is multiplied in a module that module_path={unused} matches"
-            )
+            raise ValueError(f"no kernel is multiplied in module_path={unused}")
         if unused:
             warn(f"these rules adapt no kernel: module_path={unused}")
         left, adapted = [], {name for name, _ in planned}
@@ -195,9 +191,7 @@ class MoRAProvider(qwix.PtqProvider):
         return None if is_nnx else (spec, running_m(module, spec))
 
 
-def _hold_new(
-    model: nnx.Module, specs: Iterable[AdapterSpec], rngs: nnx.Rngs | None
-) -> None:
+def _hold_new(model: nnx.Module, specs: list[AdapterSpec], rngs: Any) -> None:
     """Put new M's beside their kernels, on the meshes of the kernels."""
     modules = dict(named_modules(model))
     for spec in specs:
@@ -210,17 +204,14 @@ def _hold_new(
             )
         if tuple(kernel.shape) != spec.kernel_shape:
             raise ValueError(
-                f"{spec.name} of shape {kernel.shape} is multiplied as "
-                f"{spec.kernel_shape}: qwix knows no kernels inside nnx.scan and "
-                "nnx.vmap; leave it out of module_path"
+                f"{spec.name} of shape {kernel.shape} is used as {spec.kernel_shape}: "
+                "qwix knows no nnx.scan and nnx.vmap; leave it out of module_path"
             )
         key = rngs.params() if rngs and spec.init == "gaussian" else None
         hold_adapter(module, spec, init_adapter(spec, key), 0)
 
 
-def _find_kernel(
-    module: Any, operands: Sequence[Any], pattern: str
-) -> tuple[str, int] | None:
+def _find_kernel(module: Any, operands: Any, pattern: str) -> tuple[str, int] | None:
     """The name of the kernel that is an operand, and the position of the operand."""
     # qwix's own `find_param` also takes an operand for a parameter if operations of one
     # input make it of that, or if it has the same shape. This is a guess: an input has
@@ -259,9 +250,7 @@ def _find_kernel(
     raise ValueError(f"{place}: {why}; or leave it out of module_path={pattern!r}")
 
 
-def trace(
-    function: Callable[..., Any], *args: Any, **kwargs: Any
-) -> tuple[Any, list[AdapterSpec]]:
+def trace(function: Any, *args: Any, **kwargs: Any) -> tuple[Any, list[AdapterSpec]]:
     """The shapes that a call returns, and the adapters of the kernels it multiplies."""
     # In the trace nothing is quantized, and each operand is known by what made it.
     planned: Planned = {}

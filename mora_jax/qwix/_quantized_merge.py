@@ -113,10 +113,8 @@ def merge(
         "(params) with mora_jax.merge",
     )
     if isinstance(params, nnx.Module):
-        raise TypeError(
-            f"params must be a tree of arrays, got the model {type(params).__name__}: "
-            "write merge_adapters(model)"
-        )
+        kind = f"a tree of arrays, got the model {type(params).__name__}"
+        raise TypeError(f"params must be {kind}: write merge_adapters(model)")
     named, structure = _private.parameters_in(params)
     refuse_combined(named, plan.specs)
     losses = {}

@@ -49,10 +49,8 @@ def check_rules(rules: Any) -> None:
         )
     for rule in rules:
         if not isinstance(rule, qwix.QuantizationRule):
-            raise TypeError(
-                "rules must hold MoRARule and qwix.QuantizationRule, got "
-                f"{type(rule).__name__}"
-            )
+            kind = type(rule).__name__
+            raise TypeError(f"rules must hold qwix.QuantizationRules, got {kind}")
         check_rule(rule)
     if not any(isinstance(rule, MoRARule) for rule in rules):
         raise ValueError(f"rules must hold a MoRARule, got {rules}")

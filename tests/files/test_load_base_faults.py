@@ -211,7 +211,7 @@ SQUARE = {"fc": {"weight": jax.ShapeDtypeStruct((4, 2), np.float32)}}
             {"layers_0": LIKE},
             {},
             AdapterFileError,
-            r'names=..layers.{n}.{name}": "layers_{n}/{name}/kernel"',
+            r'names=..layers.{n}.fc": "layers_{n}/fc/kernel"',
         ),
     ],
 )

@@ -210,7 +210,7 @@ CALLS = {
     "load": (load, "directory"),
     "read_metadata": (io.read_metadata, "directory"),
     "format_of": (format_of, "directory"),
-    "read_adapter": (read_adapter, "directory"),
+    "read_adapter": (read_adapter, "adapter"),
     "load_peft": (lambda path: io.load_peft(path, base()), "directory"),
     "save_peft_mora": (lambda p: io.save_peft_mora(p, made(PLAN), PLAN), "directory"),
     "save_peft_lora": (lambda p: io.save_peft_lora(p, made(PLAN), PLAN), "directory"),

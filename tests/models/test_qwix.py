@@ -172,27 +172,33 @@ class Adapted:
 def delta_of(adapted, layer, adapters):
     """The delta of the one kernel, in its shape, in float64."""
     (spec,), (m,) = adapted.plan.specs, jax.tree.leaves(adapters)
-    delta = spec.factor * oracle.delta(*oracle.rotation(spec.operator), wide(m))
+    delta = spec.factor * oracle.delta_of(spec.operator, wide(m))
     return layer.kernel_of(delta, spec.kernel_shape)
 
 
-def combination(name, types):
+def combination(name, types, operator):
     """Those are quick that show each layer, and each way to quantize one."""
-    quick = types == "none" or (name == "dense" and types in ("int8", "nf4"))
-    return pytest.param(name, types, marks=[] if quick else [pytest.mark.slow])
+    shown = types == "none" or (name == "dense" and types in ("int8", "nf4"))
+    quick = shown and (operator == "rotation" or name in ("dense", "left"))
+    marks = [] if quick else [pytest.mark.slow]
+    return pytest.param(name, types, operator, marks=marks)
+
+
+OPERATORS = ["rotation", "low_rank"]
 
 
 @pytest.mark.parametrize("api", APIS)
 @pytest.mark.parametrize(
-    "name, types", [combination(*case) for case in itertools.product(LAYERS, TYPES)]
+    "name, types, operator",
+    [combination(*case) for case in itertools.product(LAYERS, TYPES, OPERATORS)],
 )
-def test_the_delta_is_added_to_what_qwix_computes(name, types, api):
+def test_the_delta_is_added_to_what_qwix_computes(name, types, operator, api):
     layer, settings = LAYERS[name], TYPES[types]
     if name == "convolution" and types in ("int8", "int4", "nf4", "fp8"):
         pytest.skip("qwix quantizes inputs of convolutions as their kernels")
     if name == "convolution" and VERSION == "0.1.5":
         pytest.skip("qwix has no convolutions for this version of Flax")
-    adapted = Adapted(api, layer, **settings)
+    adapted = Adapted(api, layer, operator=operator, **settings)
     (spec,) = adapted.plan.specs
     assert spec.axes == layer.axes
     adapters = random_like(adapted.adapters)
@@ -206,8 +212,9 @@ def test_the_delta_is_added_to_what_qwix_computes(name, types, api):
 
 
 @pytest.mark.parametrize("api", APIS)
-def test_gradients_and_transformations(api):
-    adapted = Adapted(api, LAYERS["dense"], **TYPES["nf4"])
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_gradients_and_transformations(operator, api):
+    adapted = Adapted(api, LAYERS["dense"], operator=operator, **TYPES["nf4"])
     adapters = random_like(adapted.adapters)
 
     def loss(adapters):
@@ -217,9 +224,9 @@ def test_gradients_and_transformations(api):
     for way in (jax.jit(loss), jax.checkpoint(loss), jax.jit(jax.checkpoint(loss))):
         close(jax.grad(way)(adapters), grads)
     (spec,) = adapted.plan.specs
-    c, d = oracle.rotation(spec.operator)
-    y = adapted(adapters)
-    expected = spec.factor * oracle.m_gradient(c, d, wide(adapted.x), wide(y))
+    (m,), y = jax.tree.leaves(adapters), adapted(adapters)
+    arrays = map(wide, (m, adapted.x, y))
+    expected = spec.factor * oracle.m_gradient_of(spec.operator, *arrays)
     close(jax.tree.leaves(grads)[0], jnp.asarray(expected, jnp.float32))
 
 
@@ -249,10 +256,13 @@ def test_plans_and_files_are_those_of_wrap(api, tmp_path):
 
 @pytest.mark.parametrize("api", APIS)
 @pytest.mark.parametrize("types", ["none", "int8", "nf4"])
-@pytest.mark.parametrize("name", ["dense", "heads"])
-def test_merged_kernels(name, types, api):
+@pytest.mark.parametrize(
+    "name, operator",
+    [("heads", "rotation"), ("dense", "rotation"), ("dense", "low_rank")],
+)
+def test_merged_kernels(name, operator, types, api):
     layer = LAYERS[name]
-    adapted = Adapted(api, layer, **TYPES[types])
+    adapted = Adapted(api, layer, operator=operator, **TYPES[types])
     adapters = random_like(adapted.adapters)
     y, losses = adapted.merged(adapters, "dequantized")
     close(y, adapted(adapters))

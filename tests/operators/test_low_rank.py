@@ -36,9 +36,9 @@ class LowRank(Operator):
     def m_shape(self):
         return self.in_features + self.out_features, self.square_rank
 
-    def rows(self, x, m, precision=None):
-        product = jnp.matmul(x, m[: self.in_features], precision=precision)
-        return jnp.matmul(product, m[self.in_features :].T, precision=precision)
+    def rows_with(self, times, x, m):
+        h = times(x, m, lambda m: m[: self.in_features])
+        return times(h, m, lambda m: m[self.in_features :].T)
 
     def matrix(self, m):
         return m[: self.in_features] @ m[self.in_features :].T
@@ -199,3 +199,30 @@ def test_a_layer_of_linen_and_of_nnx(init):
     for array in (m, twin.kernel_mora[...]):
         assert array.shape == (40, 2) and array[:24].all()
         assert bool(array[24:].any()) == (init == "gaussian")
+
+
+@pytest.mark.parametrize("api", ["linen", "nnx"])
+def test_an_embedding_starts_with_the_other_factor_at_zero(api):
+    """Or tokens that no example has would change with B, as PEFT's do not."""
+    settings = {"targets": ".*", "exclude": ".*bias"}
+    config = MoRAConfig(rank=4, operator="low_rank", **settings)
+    ids = jnp.array([[1, 2]])
+    if api == "linen":
+        model = nn.Sequential([nn.Embed(300, 16), nn.Dense(16)])
+        variables = model.init(jax.random.key(0), ids)
+        plan = mora_jax.linen.plan(model, variables, config, ids)
+    else:
+        rngs = nnx.Rngs(0)
+        layers = nnx.Embed(300, 16, rngs=rngs), nnx.Linear(16, 16, rngs=rngs)
+        plan = mora_jax.nnx.plan(nnx.Sequential(*layers), config, ids)
+    table, dense = sorted(plan.specs, key=lambda spec: spec.in_features, reverse=True)
+    assert table.init == "embedding" and dense.init == "zeros"
+    leaves = {m.shape: np.asarray(m) for m in jax.tree.leaves(mora_jax.init(plan))}
+    m = leaves[316, 4]
+    assert not m[:300].any() and abs(m[300:].std() - 1) < 0.3
+    assert leaves[32, 4][:16].all() and not leaves[32, 4][16:].any()
+
+
+def test_a_square_starts_at_zero_in_an_embedding_too():
+    plan = mora_jax.plan({"kernel": jnp.ones((8, 8))}, MoRAConfig(init="embedding"))
+    assert not mora_jax.init(plan)["kernel_mora"].any()

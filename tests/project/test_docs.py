@@ -273,6 +273,53 @@ def test_what_is_learned_is_as_measured():
             assert cells.replace("@rate", _short(rate)) in page
 
 
+def test_the_strongest_methods_are_as_measured():
+    names = {
+        "full": "every kernel",
+        "lora": "LoRA",
+        "lora+": "LoRA+",
+        "rotation": "MoRA, rotation (default)",
+        "subspace": "MoRA, directions of a gradient",
+        "subspace, start": "the same, with a start",
+    }
+    pages = REPORT.read_text(), ANSWERS.read_text()
+    for row in summaries("strongest"):
+        error = "" if row["name"] == "lora" else f" ± {row['error']:.2f}"
+        cells = "{seeds} | @rate | {steps90:.1f} | {steps99:.1f} | {ratio:.2f}@error | "
+        cells = f"| @name | {cells}{{passes:.2f}} | {{divergence:.2f}} |".format(**row)
+        cells = cells.replace("@error", error).replace("@name", names[row["name"]])
+        rate = _short(f"{row['rate']:.1e}")
+        assert all(cells.replace("@rate", rate) in page for page in pages)
+
+
+def test_a_full_adapter_is_as_measured():
+    """Each row of its table; what no run came to is left empty."""
+    names = {
+        "full": "every kernel",
+        "lora": "LoRA",
+        "rotation": "MoRA, rotation (default)",
+        "subspace": "MoRA, directions of a gradient",
+        "subspace, renewed": "the same, renewed",
+    }
+    forms = "{known:.1%}", "{steps90:.1f}", "{ratio90:.2f} ± {error90:.2f}"
+    forms += "{steps99:.1f}", "{ratio:.2f} ± {error:.2f}"
+    forms += "{divergence90:.2f}", "{divergence:.2f}"
+    page, found = REPORT.read_text(), summaries("filled")
+    assert {row["setting"] for row in found} == {"half a bit", "one bit"}
+    for row in found:
+        cells = [names[row["name"]], f"{row['parameters']:,}", str(row["seeds"])]
+        cells.append(_short(f"{row['rate']:.1e}"))
+        for form in forms:
+            used = re.findall(r"{(\w+)", form)
+            if row[used[0]] is None or row["name"] == "lora" and used[0] == "ratio":
+                cells.append("")
+                continue
+            if row[used[-1]] in (None, 0.0) or row["name"] == "lora":
+                form = form.partition(" ±")[0]
+            cells.append(form.format(**row))
+        assert re.sub(r"  (?=\|)", " ", f"| {' | '.join(cells)} |") in page
+
+
 def summaries(experiment):
     """What an experiment found, by method and setting, each at its best rate."""
     report = json.loads(
@@ -314,10 +361,19 @@ def test_answers_are_as_measured(experiment):
     for row in rows:
         if row["name"] in ("rotation", "subspace"):
             error = f" ± {row['error']:.2f}" if row["error"] else ""
-            cells = f"{row['ratio']:.2f}{error} | {row['seconds_ratio']:.2f} | "
+            between = {"rotation": "rotations (default)", "subspace": "directions"}
+            cells = f"{between[row['name']]} | {row['ratio']:.2f}{error} | "
+            cells += f"{row['seconds_ratio']:.2f} | "
             cells += f"{row['divergence']:.2f} | "
             cells += f"{lora[row['setting']]['divergence']:.2f}"
             assert f"| {experiment}, {SETTINGS[row['setting']]} | {cells} |" in page
+
+
+@pytest.mark.parametrize(
+    "found", sorted(ROOT.glob("benchmarks/*/results/*.json")), ids=lambda p: p.stem
+)
+def test_results_name_no_folder_of_a_machine(found):
+    assert not re.findall(r'"/[^"]*"', found.read_text())
 
 
 def test_table_of_ranks_is_what_plans_have():
@@ -366,7 +422,8 @@ def test_rows_with_adapters_of_their_own_are_as_measured(name):
         phase = {"decode": "decoding", "prefill": "prompts"}[row["phase"]]
         cells = found.setdefault(f"{place}{phase}, {row['slots']:,}", {})
         cells[row["method"]] = f"{row['time']:.2f}"
-    methods = "one adapter", "one for each row", "merged copies", "LoRA of rank q"
+    methods = ["one adapter", "one for each row", "LoRA of equal budget"]
+    methods += ["merged copies", "LoRA of rank q"]
     for label, cells in found.items():
         line = " | ".join(cells.get(method, "-") for method in methods)
         assert f"| {label} | {line} |" in page, label

@@ -4,13 +4,22 @@ import json
 import math
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
-from helpers import close
+from helpers import close, random
 from processes import ROOT, python
 
-from benchmarks.quality import cells, ladders, small, teaching
-from mora_jax import MoRAConfig
+from benchmarks.quality import (
+    baselines,
+    cells,
+    ladders,
+    learners,
+    loads,
+    small,
+    teaching,
+)
 
 
 def test_finished_cells_are_not_computed_again(tmp_path):
@@ -102,28 +111,65 @@ def test_further_seeds_are_run_at_the_best_rate_and_beside_it(capsys):
 
 
 @pytest.mark.slow
-def test_what_is_trained_and_what_is_added():
-    """Every method begins as the model, and its deltas make the model that it is."""
+@pytest.mark.parametrize("method", loads.METHODS)
+def test_what_is_trained_and_what_is_added(method):
+    """Every method begins as the model, and its deltas make the model that it is.
+
+    Those that start along a gradient begin with a lower loss, and those that are
+    renewed compute the same after it.
+    """
     base = small.base(32, layers=1)
     ids = base.known[:4]
-    expected = base.model.apply({"params": base.params}, ids)
-    config = MoRAConfig(rank=2, multiple_of=1)
-    ways = [small.full(base), small.lora(base, 2, 16.0), small.mora(base, config)]
-    for way in ways:
-        close(way.apply(way.start, base.params, ids), expected)
-        trained = jax.tree.map(lambda leaf: leaf + 0.01, way.start)
-        kernels = flatten_dict(base.params)
-        for path, delta in way.deltas(trained).items():
-            assert delta.any() and path[-1] == "kernel"
-            kernels[path] = kernels[path] + delta
-        merged = base.model.apply({"params": unflatten_dict(kernels)}, ids)
-        close(way.apply(trained, base.params, ids), merged)
-    assert sorted(set(jax.tree.leaves(ways[1].speeds))) == [1.0, 16.0]
-    still = jax.tree.map(lambda speed: 0.0 if speed > 1 else 1e-2, ways[1].speeds)
-    after, found = small.fit(ways[1].apply, ways[1].start, base.params, ids, still, 3)
-    pairs = zip(jax.tree.leaves(after), jax.tree.leaves(ways[1].start), strict=True)
+    task = small.task(base, small.facts(4, seed=0))
+    way = baselines.make(method, task, 2, "fine-tuning", multiple_of=1)
+    frozen = way.frozen(base.params)
+    budget = sum(4 * sum(k.shape) // 2 for k in learners.full(*task[:3]).start.values())
+    size = sum(leaf.size for leaf in jax.tree.leaves(way.start))
+    assert method == "full" or 0.8 * budget < size <= budget
+    if "start" in method or method == "lora-one":
+        loss = task.loss_of(way)
+        assert loss(way.start, frozen) < task.loss(
+            base.model.apply({"params": base.params}, *task.inputs)
+        )
+    else:
+        expected = base.model.apply({"params": base.params}, ids)
+        close(way.apply(way.start, frozen, ids), expected)
+    trained = jax.tree.map(lambda leaf: leaf + 0.01, way.start)
+    kernels = flatten_dict(base.params)
+    for path, delta in way.deltas(trained).items():
+        assert delta.any() and path[-1] == "kernel"
+        kernels[path] = kernels[path] + delta
+    merged = base.model.apply({"params": unflatten_dict(kernels)}, ids)
+    close(way.apply(trained, frozen, ids), merged, 1e-4)
+    assert (way.renewed is not None) == method.endswith("renewed")
+    if way.renewed is not None:
+        after, frozen = way.renewed(trained, frozen)
+        close(way.apply(after, frozen, ids), merged, 1e-4)
+        assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, trained)
+
+
+def test_lora_plus_trains_b_faster():
+    base = small.base(32, layers=1)
+    way = small.lora(base, 2, 16.0)
+    for rows in jax.tree.leaves(way.speeds):  # those of A, then those of B
+        assert sorted(set(rows.ravel().tolist())) == [1.0, 16.0]
+    still = jax.tree.map(lambda rows: 1e-2 * (rows == 1), way.speeds)
+    args = way.frozen(base.params), base.known[:4], still, 3
+    after, found = small.fit(way.apply, way.start, *args)
+    pairs = zip(jax.tree.leaves(after), jax.tree.leaves(way.start), strict=True)
     assert all((now == then).all() for now, then in pairs)  # without B nothing moves
     assert found["loss"].shape == (3,)
+
+
+@pytest.mark.parametrize("signs", [False, True])
+def test_miss_multiplies_sums_of_inputs(signs):
+    op = (baselines.SignedMiSS if signs else baselines.MiSS)(10, 6, 4)
+    m, x = random(0, 4, 6), random(1, 3, 10)
+    sign = op.signs if signs else np.ones(10)
+    summed = np.stack([(x * sign)[:, k::4].sum(1) for k in range(4)], 1)
+    close(op.apply(m, x), summed @ m)
+    close(x @ op.delta_weight(m), summed @ m)
+    assert op.widest(2, 10, 6) == 5
 
 
 @pytest.mark.slow

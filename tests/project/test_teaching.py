@@ -27,16 +27,22 @@ class Bytes:
 
 
 @pytest.fixture
-def small(monkeypatch):
+def layers():
+    """The number of layers of the small model."""
+    return 1
+
+
+@pytest.fixture
+def small(monkeypatch, layers):
     """A small Llama in place of SmolLM2."""
     sizes = {"width": 32, "hidden": 64, "heads": 2, "kv_heads": 1}
-    model = Llama(Config(vocab=256, layers=1, **sizes))
+    model = Llama(Config(vocab=256, layers=layers, **sizes))
     params = model.init(jax.random.key(0), np.zeros((1, 4), np.int32))["params"]
     base = language.Base(model, params, Bytes())  # type: ignore[arg-type]
     monkeypatch.setattr(language, "base", lambda: base)
     monkeypatch.setattr(language, "definitions", lambda: itertools.repeat("ab" * 99, 2))
     monkeypatch.setattr(language, "TEXT", 20)
-    caches = language.ordinary, teaching.program
+    caches = language.ordinary, language._read, teaching.program
     for cache in caches:
         cache.cache_clear()
     yield base
@@ -59,7 +65,8 @@ def cell(name, **settings):
 )
 def test_pairs_are_taught_until_they_are_known(small, name, rate):
     program = teaching.program_of(cell(name), pairs())
-    before = language.forgetting(program.model(program.learner.start))
+    untouched = next(teaching.train(program, [pairs()], lambda _: 0.0))
+    before = language.forgetting(program.model(untouched))
     assert before["divergence"] == pytest.approx(0.0, abs=1e-5)
     assert before["same"] > 0.9  # an answer that was cut off ends all the same
     assert before["text"] == pytest.approx(math.log(256), abs=1.0)
@@ -73,6 +80,43 @@ def test_pairs_are_taught_until_they_are_known(small, name, rate):
     # Too high a rate is a run that did not come there.
     broken = teaching.memorise(cell(name, rate=1e12, steps=9), pairs())
     assert broken["forgetting"] is None and len(broken["losses"]) <= 9
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layers", [3])
+@pytest.mark.parametrize("name", ["lora", "subspace, renewed"])
+def test_what_comes_before_the_adapted_layers_is_computed_once(small, name):
+    late = {"targets": "layers_2/mlp/(up|down)_proj/kernel", "rate": 1e-2, "steps": 7}
+    late |= {"renew": 3} if name.endswith("renewed") else {}
+    whole, tail = (
+        teaching.memorise(cell(name, **late, **begin), pairs())
+        for begin in ({}, {"begin": 2})
+    )
+    assert len(whole["losses"]) == 7 and whole["losses"][-1] < whole["losses"][0]
+    # Directions of a new gradient are found with what rounding left of it.
+    assert tail["losses"] == pytest.approx(whole["losses"], rel=5e-3)
+    assert tail["parameters"] == whole["parameters"]
+
+
+def test_facts_in_parts_are_the_same_facts(small):
+    """Each part teaches the codes alone, which end the whole answers."""
+    pytest.importorskip("airportsdata")
+    from benchmarks.quality import facts
+
+    whole, asked = facts.taught_and_asked(6, 0)
+    parts, again = facts.taught_and_asked(6, 0, size=4)
+    assert [len(part.ids) for part in parts] == [4, 2, 4, 2]
+    for one, other in zip(asked, again, strict=True):
+        np.testing.assert_array_equal(one, other)
+    for row in range(12):
+        wording, fact = divmod(row, 6)
+        part = parts[2 * wording + fact // 4]
+        answer, code = (
+            batch.targets[k][batch.weights[k] > 0].tolist()
+            for batch, k in ((whole[wording], fact), (part, fact % 4))
+        )
+        np.testing.assert_array_equal(whole[wording].ids[fact], part.ids[fact % 4])
+        assert answer[-len(code) :] == code and len(code) < len(answer)
 
 
 @pytest.mark.slow
@@ -123,7 +167,7 @@ def test_an_experiment_from_its_options_to_its_file(
     pytest.importorskip("airportsdata")
     if experiment == "reasoning":
         pytest.importorskip("reasoning_gym")
-    words = ["".join(random.Random(k).choices("abcde", k=4)) for k in range(2000)]
+    words = ["".join(random.Random(k).choices("abcde", k=24)) for k in range(2000)]
     monkeypatch.setattr(language, "definitions", lambda: iter(words))
     rates = dict.fromkeys(teaching.METHODS, 1e-2)
     monkeypatch.setattr(teaching, "METHODS", rates)
@@ -138,7 +182,7 @@ def test_an_experiment_from_its_options_to_its_file(
     assert all(row[value] for row in first["results"])
     assert out.with_suffix(".png").exists()
     monkeypatch.setattr(teaching, "train", None)
-    for report in [], ["--report"]:
+    for report in [], ["--report", str(out.with_suffix(".jsonl"))]:
         monkeypatch.setattr(sys, "argv", [experiment, *options, *report])
         program.main()
         again = json.loads(out.read_text())["results"]

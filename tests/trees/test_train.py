@@ -425,6 +425,15 @@ def test_mixing_refuses_what_is_no_delta(params, made):
         mixing.weighted_sum([pair], [1.0], {"fc": {"kernel": params["fc"]["kernel"]}})
 
 
+def test_gradients_of_all_params_do_not_move_the_adapters(params):
+    """As nnx.value_and_grad gives them: Flax itself would take them in silence."""
+    model = mora_jax.nnx.wrap(in_nnx(params), CONFIG)
+    opt = mora_jax.nnx.adapter_optimizer(model, SGD)
+    grads = nnx.grad(lambda model: loss_of(model(X)))(model)
+    with pytest.raises(ValueError, match="what mora_jax.nnx.value_and_grad gives"):
+        opt.update(model, grads)
+
+
 def test_copies_are_where_the_base_is_and_a_second_step_compiles_nothing(params):
     mesh = make_mesh(model=2)
     specs = jax.tree.map(lambda _: P(), params)

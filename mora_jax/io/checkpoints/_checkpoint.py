@@ -1,13 +1,12 @@
 """A base checkpoint, whose headers alone are in memory."""
 
-import os
 import re
 from collections.abc import Sequence
 
 import jax
 
 from mora_jax._tree.adapters import Tree, nest
-from mora_jax.io._files import CONFIG, AdapterFileError, Location, as_path
+from mora_jax.io._files import CONFIG, AdapterFileError, Location, PathLike, as_path
 from mora_jax.io._json import read_json, short
 from mora_jax.io._names import Names, pairs, to_kernel
 from mora_jax.io._tensors import DTYPES, Entry, TensorFile
@@ -31,7 +30,7 @@ class Checkpoint:
       place: {tensor: the file that holds it}.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: PathLike) -> None:
         """Read the headers of a file, or of all files that a directory's index names.
 
         Args:
@@ -54,12 +53,9 @@ class Checkpoint:
         self.place: dict[str, TensorFile] = {}
         for file in self.files:
             for name in file.entries:
-                if name in self.place:
-                    raise AdapterFileError(
-                        f"{short(name)} is in {self.place[name].path.name} and in "
-                        f"{file.path.name}"
-                    )
-                self.place[name] = file
+                if (other := self.place.setdefault(name, file)) is not file:
+                    both = f"{other.path.name} and in {file.path.name}"
+                    raise AdapterFileError(f"{short(name)} is in {both}")
 
     @property
     def size(self) -> int:

@@ -1,6 +1,5 @@
 """A base checkpoint as the params of a Flax model, read tensor by tensor."""
 
-import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,14 +15,14 @@ from mora_jax._common.suggestions import nearest_paths
 from mora_jax._common.types import Shape
 from mora_jax._plan.spec import SUFFIX
 from mora_jax._tree.paths import located_leaves, refuse_variables, replace_leaves
-from mora_jax.io._files import AdapterFileError
+from mora_jax.io._files import AdapterFileError, PathLike
 from mora_jax.io._names import Names
 from mora_jax.io.checkpoints._checkpoint import Checkpoint
 from mora_jax.io.checkpoints._matching import Leaf, Part, Source
 
 
 def load_base(
-    path: str | os.PathLike[str],
+    path: PathLike,
     like: Any,
     names: Names = None,
     *,
@@ -83,14 +82,11 @@ def load_base(
     arrays = {"/".join(p): jax.tree.leaves(leaf)[0] for p, leaf in places.items()}
     for name, array in arrays.items():
         if not hasattr(array, "shape") or not hasattr(array, "dtype"):
-            raise TypeError(
-                f"like must hold arrays, got {type(array).__name__} at {name!r}"
-            )
+            kind = type(array).__name__
+            raise TypeError(f"like must hold arrays, got {kind} at {name!r}")
         if name.endswith(SUFFIX):
-            raise ValueError(
-                f"like must be a base without adapters, got {name!r}: load the base "
-                "first, and adapt it then"
-            )
+            rule = "like must be a base without adapters"
+            raise ValueError(f"{rule}, got {name!r}: adapt what it loads")
     shardings = _shardings(sharding, arrays)
     misfit = "{!r} in like has shape {}, which {} does not fit"
     source = Source(Checkpoint(path), names)
@@ -117,9 +113,8 @@ def _dtype(name: str, own: Any, asked: Any, stack: Mapping[Shape, Part]) -> np.d
                 f"{dtype}: dtype='like' or dtype='{stored}' converts"
             )
     if dtype == np.float64 and not jax.config.read("jax_enable_x64"):
-        raise AdapterFileError(
-            f"{name!r} would be float64: set jax_enable_x64, or give another dtype"
-        )
+        rule = "set jax_enable_x64, or give another dtype"
+        raise AdapterFileError(f"{name!r} would be float64: {rule}")
     return dtype
 
 
@@ -136,9 +131,7 @@ def _shardings(sharding: Any, arrays: Mapping[str, Any]) -> dict[str, Any]:
         given = {"/".join(p): jax.tree.leaves(leaf)[0] for p, leaf in places.items()}
     for name, array in arrays.items():
         if name not in given:
-            raise ValueError(
-                f"sharding lacks the leaf {name!r}{nearest_paths(name, given)}"
-            )
+            raise ValueError(f"sharding lacks {name!r}{nearest_paths(name, given)}")
         if given[name] is not None:
             _check_sharding(name, tuple(array.shape), given[name])
     return given

@@ -14,19 +14,11 @@ from jax.sharding import Sharding, SingleDeviceSharding
 from mora_jax._common.suggestions import matching, nearest_paths
 from mora_jax._common.types import Path, Shape
 from mora_jax._plan.settings import patterns_of
+from mora_jax.io import _names
 from mora_jax.io._families import BUFFERS, TIED
 from mora_jax.io._files import AdapterFileError
 from mora_jax.io._json import read_json, short
-from mora_jax.io._names import (
-    Names,
-    Tensor,
-    canonical,
-    join_index,
-    pairs,
-    suggestion,
-    to_module,
-    to_tensors,
-)
+from mora_jax.io._names import Names, Tensor, join_index, to_module
 from mora_jax.io._tensors import TensorFile
 from mora_jax.io.checkpoints._checkpoint import Checkpoint
 
@@ -82,7 +74,7 @@ class Leaf:
         if self.sharding is None:
             whole = (slice(None),) * len(self.shape)
             return jnp.asarray(self._read(whole)).block_until_ready()
-        parts, shards, memory = {}, [], self.sharding.memory_kind
+        parts, data, memory = {}, [], self.sharding.memory_kind
         places = self.sharding.addressable_devices_indices_map(self.shape)
         for device, index in places.items():
             parts.setdefault(str(index), (index or (), []))[1].append(device)
@@ -91,10 +83,8 @@ class Leaf:
             where = (SingleDeviceSharding(d, memory_kind=memory) for d in devices)
             copies = [jax.device_put(array, sharding) for sharding in where]
             # A transfer that is under way keeps the part that it reads.
-            shards += jax.block_until_ready(copies)
-        return jax.make_array_from_single_device_arrays(
-            self.shape, self.sharding, shards
-        )
+            data += jax.block_until_ready(copies)
+        return jax.make_array_from_single_device_arrays(self.shape, self.sharding, data)
 
     def _read(self, index: tuple[slice, ...]) -> np.ndarray:
         """Return a part of the array, from rows of tensors that it needs alone."""
@@ -147,11 +137,11 @@ class Source:
     """
 
     def __init__(self, checkpoint: Checkpoint, names: Names, tied: bool = True) -> None:
-        self.checkpoint, self.known = checkpoint, pairs(names)
+        self.checkpoint, self.known = checkpoint, _names.pairs(names)
         self.tied = tied and _may_be_tied(checkpoint)
         self._by_canonical: dict[str, list[str]] = defaultdict(list)
         for name in checkpoint.place:
-            self._by_canonical[canonical(name)].append(name)
+            self._by_canonical[_names.canonical(name)].append(name)
         self.taken: dict[str, str] = {}
         self.missing: list[str] = []
 
@@ -190,7 +180,7 @@ class Source:
 
     def _find(self, leaf: str, index: Shape) -> Tensor | None:
         """Return the tensor of one layer of a leaf, as the files call it."""
-        for tensor in to_tensors(join_index(leaf, index), self.known):
+        for tensor in _names.to_tensors(join_index(leaf, index), self.known):
             if name := self.named(tensor.name):
                 return tensor._replace(name=name)
         return None
@@ -200,7 +190,7 @@ class Source:
         if tensor in self.checkpoint.place:
             return tensor
         twins = _tied_to(tensor) if self.tied else ()
-        for name in (canonical(tensor), *twins):
+        for name in (_names.canonical(tensor), *twins):
             if len(names := self._by_canonical.get(name, ())) == 1:
                 return names[0]
         return ""
@@ -220,7 +210,7 @@ class Source:
         if not self.missing:
             return
         leaf, place = self.missing[0], self.checkpoint.place
-        names = (tensor.name for tensor in to_tensors(leaf, self.known))
+        names = (tensor.name for tensor in _names.to_tensors(leaf, self.known))
         # Kernels need a template, though a tensor may have their name.
         name = next((name for name in names if name not in place), "")
         text = f"the base has no tensor for the leaf {leaf!r}"
@@ -231,7 +221,7 @@ class Source:
         others = (name for name in self.missing if not name.endswith("/bias"))
         if unknown := [name for name in others if not to_module(name, self.known)]:
             free = [n.removesuffix(".weight") for n in place if n not in self.taken]
-            text += f"; {suggestion(unknown, free)}"
+            text += f"; {_names.suggestion(unknown, free)}"
         raise AdapterFileError(text)
 
     def check_left(self, leaves: Iterable[str], skip: str | Sequence[str]) -> None:
@@ -270,7 +260,7 @@ class Source:
 
 def _tied_to(name: str) -> tuple[str, ...]:
     """Return the canonical names of the tensors that may be tied to one."""
-    name = canonical(name)
+    name = _names.canonical(name)
     return tuple(twin for pair in TIED if name in pair for twin in pair if twin != name)
 
 

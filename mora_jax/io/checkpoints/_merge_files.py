@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import itertools
-import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,14 +16,8 @@ from mora_jax._plan.spec import AdapterSpec
 from mora_jax._plan.trained_arrays import Items
 from mora_jax._tree.adapters import adapter_items, trained_items
 from mora_jax._tree.base_digest import check_digests, kernel_digests
-from mora_jax.io._files import (
-    AdapterFileError,
-    Location,
-    as_path,
-    check_free,
-    parts,
-    write_directory,
-)
+from mora_jax.io import _files
+from mora_jax.io._files import AdapterFileError, Location, PathLike, as_path
 from mora_jax.io._names import Names, join_index, modules_of
 from mora_jax.io._tensors import TensorFile, to_numpy
 from mora_jax.io.checkpoints._checkpoint import INDEX, Checkpoint
@@ -86,12 +79,12 @@ def sites_of(source: Source, adapters: Any, plan: Plan) -> dict[str, Site]:
         for site in _sites(source, spec, m):
             shape, axis = list(site.spec.kernel_shape), site.spec.axes.index("o")
             shape[axis] //= len(site.tensors)
+            wanted = tuple(shape)
             for name in filter(None, site.tensors):
                 source.take(name, spec.name)
-                if (found := source.checkpoint.entry(name).shape) != tuple(shape):
+                if (found := source.checkpoint.entry(name).shape) != wanted:
                     raise AdapterFileError(
-                        f"{name!r} in the base must have shape {tuple(shape)}, got "
-                        f"{found}"
+                        f"{name!r} in the base must have shape {wanted}, got {found}"
                     )
                 sites[name] = site
     return sites
@@ -134,10 +127,10 @@ def replacements(source: Source, items: Items) -> dict[str, tuple[str, np.ndarra
 
 
 def merge_checkpoint(
-    base: str | os.PathLike[str],
+    base: PathLike,
     adapters: Any,
     plan: Plan,
-    out: str | os.PathLike[str],
+    out: PathLike,
     names: Names = None,
     *,
     force: bool = False,
@@ -180,12 +173,12 @@ def merge_checkpoint(
     check_rounding(rounding)
     source, target = as_path("base", base), as_path("out", out)
     checkpoint = Checkpoint(source)
-    home = parts(source if source.is_dir() else source.parent)
-    if parts(target) == home[: len(parts(target))]:
+    home = _files.parts(source if source.is_dir() else source.parent)
+    if _files.parts(target) == home[: len(_files.parts(target))]:
         raise ValueError(f"out must not be the base or hold it, got {target}")
     written = [file.path.name for file in checkpoint.files]
     written += [path.name for path in checkpoint.beside]
-    check_free("out", target, written, force)
+    _files.check_free("out", target, written, force)
     tensors = Source(checkpoint, names, tied=False)
     sites = sites_of(tensors, adapters, plan)
     trained = replacements(tensors, trained_items(adapters, plan))
@@ -226,5 +219,5 @@ def merge_checkpoint(
     stored = ((file.path.name, content(file)) for file in checkpoint.files)
     beside = sorted(checkpoint.beside, key=is_last)
     copied = ((path.name, [path.read_bytes()]) for path in beside)
-    write_directory(target, itertools.chain(stored, copied))
+    _files.write_directory(target, itertools.chain(stored, copied))
     return lost

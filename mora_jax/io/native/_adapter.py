@@ -7,15 +7,13 @@ digests. The file `CONFIG` beside it is that text again.
 import contextlib
 import dataclasses
 import hashlib
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
-from jax.core import Tracer
 
+from mora_jax._common.checks import check_concrete
 from mora_jax._plan.plan import Plan, check_plan
 from mora_jax._plan.spec import SUFFIX
 from mora_jax._tree.adapters import Tree, adapter_items, nest, trained_items
@@ -38,10 +36,7 @@ Content = tuple[dict[str, Any], dict[str, np.ndarray]]
 
 
 def load(
-    directory: str | os.PathLike[str],
-    params_or_shapes: Any = None,
-    *,
-    any_base: bool = False,
+    directory: _files.PathLike, params_or_shapes: Any = None, *, any_base: bool = False
 ) -> tuple[Tree, Plan]:
     """Return adapters and their plan, as `save` wrote them.
 
@@ -90,7 +85,7 @@ def load(
     return adapters, plan
 
 
-def read_metadata(directory: str | os.PathLike[str]) -> dict[str, Any]:
+def read_metadata(directory: _files.PathLike) -> dict[str, Any]:
     """Return the metadata that `save` was given.
 
     Args:
@@ -195,7 +190,7 @@ def _signature(content: Mapping[str, Any]) -> str:
 
 
 def save(
-    directory: str | os.PathLike[str],
+    directory: _files.PathLike,
     adapters: Any,
     plan: Plan,
     metadata: Mapping[str, Any] | None = None,
@@ -241,17 +236,11 @@ def save(
 
 
 def replace_adapter(
-    directory: Location,
-    adapters: Any,
-    plan: Plan,
-    metadata: Mapping[str, Any] | None,
-    params: Any = None,
+    directory: Location, adapters: Any, plan: Plan, metadata: Any, params: Any = None
 ) -> None:
     """Do the same as `save`, also where the adapter of another format is."""
     if metadata is not None and not isinstance(metadata, Mapping):
-        raise TypeError(
-            f"metadata must map names to what JSON can hold, got {short(metadata)}"
-        )
+        raise TypeError(f"metadata must map names to JSON, got {short(metadata)}")
     kept = plain(metadata or {}, "metadata")
     if params is not None:
         plan = _with_digests(check_plan(plan), params)
@@ -287,11 +276,7 @@ def _with_digests(plan: Plan, params: Any) -> Plan:
     leaves, specs = named_leaves(params), []
     for spec in plan.specs:
         _, kernel = find_part(leaves, spec)
-        if not isinstance(kernel, jax.Array | np.ndarray) or isinstance(kernel, Tracer):
-            raise TypeError(
-                f"params must hold concrete arrays, got {type(kernel).__name__} at "
-                f"{spec.name!r}"
-            )
+        check_concrete(kernel, f"{spec.name} in params", spec.kernel_shape)
         digests = kernel_digests(spec, kernel)
         specs.append(dataclasses.replace(spec, base_digest=digests))
     return dataclasses.replace(plan, specs=tuple(specs))

@@ -64,6 +64,11 @@ PLAN: Fields = {
 Base = Mapping[str, Any] | None
 """{path: array or shape} of the model that a file must fit; None for any model."""
 
+Record = Mapping[str, Any]
+
+Arrays = dict[str, np.ndarray] | None
+"""{name: array} of a file; None for a plan alone."""
+
 
 def record_of(thing: Any, fields: Fields) -> dict[str, Any]:
     """Return an object as a record that JSON can hold."""
@@ -93,10 +98,7 @@ def parse_plan(
 
 
 def restore_plan(
-    content: Mapping[str, Any],
-    where: str,
-    base: Base,
-    arrays: dict[str, np.ndarray] | None,
+    content: Record, where: str, base: Base, arrays: Arrays
 ) -> tuple[Plan, dict[Path, np.ndarray]]:
     """Return the plan of a record, and {path: array} of what is trained.
 
@@ -115,7 +117,11 @@ def restore_plan(
     ):
         for number, record in enumerate(content[key]):
             here = f"{key}[{number}] of {where}"
-            path = _path_of(record, fields, here)
+            path = check_record(record, fields, here)["path"]
+            # A user may write the tree as directories, where ".." is above it.
+            if not path or not all(isinstance(p, str) and p.strip(".") for p in path):
+                must = f"{here} must have a path of names"
+                raise AdapterFileError(f"{must}, got {short(path)}")
             if (name := "/".join(path)) in parts[key]:
                 raise AdapterFileError(f"{here} is {name!r}, which is there twice")
             try:
@@ -132,17 +138,7 @@ def restore_plan(
     return Plan(specs, count, content["traced"], trained=trained), leaves
 
 
-def _path_of(record: Any, fields: Fields, where: str) -> list[str]:
-    """Return the path in a record, whose keys, types and path are checked."""
-    path = check_record(record, fields, where)["path"]
-    # A user may write the tree as directories.
-    names = all(isinstance(p, str) and p not in ("", ".", "..") for p in path)
-    if not path or not names:
-        raise AdapterFileError(f"{where} must have a path of names, got {short(path)}")
-    return path
-
-
-def _take(arrays: dict[str, np.ndarray] | None, name: str) -> np.ndarray | None:
+def _take(arrays: Arrays, name: str) -> np.ndarray | None:
     """Take an array of finite numbers out of a file's; None for a plan alone."""
     if arrays is None:
         return None
@@ -153,10 +149,7 @@ def _take(arrays: dict[str, np.ndarray] | None, name: str) -> np.ndarray | None:
 
 
 def _restore_adapter(
-    record: Mapping[str, Any],
-    m: np.ndarray | None,
-    kernel: Any,
-    arrays: dict[str, np.ndarray] | None,
+    record: Record, m: np.ndarray | None, kernel: Any, arrays: Arrays
 ) -> AdapterSpec:
     """Return the adapter of a record whose trained array is `m`, everything checked.
 
@@ -164,11 +157,8 @@ def _restore_adapter(
     settings determine takes its own out of `arrays`.
     """
     shape, q = tuple(record["kernel_shape"]), record["square_rank"]
-    if not all(type(size) is int and size > 0 for size in (*shape, q)):
-        raise ValueError(
-            "kernel_shape and square_rank must be positive integers, "
-            f"got {short(shape)} and {short(q)}"
-        )
+    if not all(type(size) is int and size > 0 for size in shape):
+        raise ValueError(f"kernel_shape must be positive integers, got {short(shape)}")
     axes, digests = check_axes(record["axes"], len(shape)), record["base_digest"]
     widths, stack = features(shape, axes), math.prod(sizes(shape, axes, "s"))
     if kernel is None:
@@ -177,10 +167,8 @@ def _restore_adapter(
         check_leaf(kernel, "the model's kernel", shape, LEAVE_OUT)
     listed = re.fullmatch(r'\[("[0-9a-f]{64}",? ?)*\]', json.dumps(digests))
     if digests is not None and not (listed and len(digests) == stack):
-        raise ValueError(
-            f"base_digest must be null or {stack} times 64 hex digits, "
-            f"got {short(digests)}"
-        )
+        must = f"base_digest must be null or {stack} times 64 hex digits"
+        raise ValueError(f"{must}, got {short(digests)}")
     spec = AdapterSpec(
         _operator(record, (*widths, q), arrays),
         kernel_shape=shape,
@@ -196,7 +184,7 @@ def _restore_adapter(
     return spec
 
 
-def _check_same(record: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+def _check_same(record: Record, expected: Record) -> None:
     """Raise unless a record is the one that its own spec has."""
     for key, value in expected.items():
         # Texts are compared, since True == 1 == 1.0.
@@ -216,8 +204,7 @@ def _check_size(widths: tuple[int, int], q: int, seeded: bool, has_array: bool) 
     """Raise if a file alone asks for arrays that are larger than any model has."""
     if max(widths) > LARGEST_WIDTH:
         raise ValueError(
-            f"a kernel must have at most {LARGEST_WIDTH:,} features on either side, "
-            f"got {widths[0]:,} and {widths[1]:,}"
+            f"sides must have at most {LARGEST_WIDTH:,} features, got {max(widths):,}"
         )
     # Random maps have q rows of the wider side. To check an M that the file lacks takes
     # one of that size, and a few copies.
@@ -229,11 +216,7 @@ def _check_size(widths: tuple[int, int], q: int, seeded: bool, has_array: bool) 
         )
 
 
-def _operator(
-    record: Mapping[str, Any],
-    widths: tuple[int, int, int],
-    arrays: dict[str, np.ndarray] | None,
-) -> Operator:
+def _operator(record: Record, widths: tuple[int, int, int], arrays: Arrays) -> Operator:
     """Return the operator of (in, out, q)."""
     settings = dict(record["operator"])
     if settings.get("name") == Subspace.name:
@@ -266,9 +249,7 @@ def _fingerprint(operator: Operator) -> tuple[float, ...]:
     return tuple(float(f"{terms[k::4].sum():.5g}") for k in range(4))
 
 
-def _restore_trained(
-    record: Mapping[str, Any], array: np.ndarray | None, own: Any, _: Any
-) -> TrainedArray:
+def _restore_trained(record: Record, array: Any, own: Any, _: Any) -> TrainedArray:
     shape, dtypes = tuple(record["shape"]), (record["dtype"], record["base_dtype"])
     if not all(type(size) is int and size >= 0 for size in shape):
         raise ValueError(f"shape must be integers, got {short(shape)}")

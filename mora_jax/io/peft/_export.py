@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple, get_args
 from mora_jax._common.checks import check_choice
 from mora_jax._layer.rounding import Rounding
 from mora_jax._plan.plan import Plan, check_plan
-from mora_jax.io._files import ADAPTER, as_path, check_free
+from mora_jax.io._files import ADAPTER, PathLike, as_path, check_free
 from mora_jax.io._names import Names, modules_of, pairs
 from mora_jax.io.checkpoints._checkpoint import Checkpoint
 from mora_jax.io.checkpoints._matching import Source
@@ -40,13 +40,13 @@ class Export(NamedTuple):
 
 
 def export(
-    directory: str | os.PathLike[str],
+    directory: PathLike,
     adapters: Any,
     plan: Plan,
     server: Server,
     names: Names = None,
     *,
-    base: str | os.PathLike[str] | None = None,
+    base: PathLike | None = None,
     base_model: str = "",
     max_error: float | int = 0.1,
     force: bool = False,
@@ -111,16 +111,13 @@ def export(
             "less, else"
         )
     if base is None:
-        raise ValueError(
-            f"{why} base must be the base's safetensors, to merge into them, got None"
-        )
+        raise ValueError(f"{why} base must be given, to merge into it, got None")
     settings = {"any_base": any_base, "rounding": rounding, "progress": progress}
-    args = base, adapters, plan, path, names
-    lost = merge_checkpoint(*args, force=force, **settings)
+    lost = merge_checkpoint(base, adapters, plan, path, names, force=force, **settings)
     return Export(None, lost, _command(server, str(path)))
 
 
-def _is_tied(base: str | os.PathLike[str], plan: Plan, names: Names) -> bool:
+def _is_tied(base: PathLike, plan: Plan, names: Names) -> bool:
     """Return True if an adapted embedding is the head, too, which a LoRA would miss."""
     known = pairs(names)
     named = [module for spec in plan.specs for module in modules_of(spec, known)]

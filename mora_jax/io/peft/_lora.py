@@ -1,6 +1,5 @@
 """MoRA as plain LoRA, for servers that know nothing else."""
 
-import os
 from typing import Any, Literal
 
 import jax.numpy as jnp
@@ -9,17 +8,18 @@ import numpy as np
 from mora_jax._common.checks import check_number, positive_integer
 from mora_jax._plan.plan import Plan
 from mora_jax._plan.spec import AdapterSpec
-from mora_jax.io._files import ADAPTER, check_free
+from mora_jax.io._files import ADAPTER, PathLike, check_free
 from mora_jax.io._names import Names
 from mora_jax.io.peft._modules import MatrixPair, rows_looked_up
 from mora_jax.io.peft._write import modules, whole_modules, write_peft
 from mora_jax.operators import LowRank
+from mora_jax.operators.low_rank import cut_off, least_rank
 
 Rank = int | Literal["auto"] | None
 
 
 def save_peft_lora(
-    directory: str | os.PathLike[str],
+    directory: PathLike,
     adapters: Any,
     plan: Plan,
     names: Names = None,
@@ -91,10 +91,8 @@ def make_lora(
             a, b = rows_looked_up(spec, module.name, a, b, also)
         name, table, axes = module.name, module.table, module.axes
         matrices.append(MatrixPair(name, table, a, b, len(b), factor, axes))
-    advice = (
-        f"rank={enough} keeps every module within {max_error:.1%}, and max_error=1 "
-        "accepts any loss"
-    )
+    advice = f"rank={enough} keeps every module within {max_error:.1%}, and "
+    advice += "max_error=1 accepts any loss"
     if full is not None:
         raise ValueError(
             f"{full.name}: a delta of {full.operator.name} has full rank; rank must "
@@ -136,10 +134,8 @@ def _factors(
         basis, triangle = np.linalg.qr(a.astype(np.float64))
         product = triangle @ b.astype(np.float64)
     left, values, right = np.linalg.svd(product, full_matrices=False)
-    # Rank r cuts off the norm of the values from number r on, a share cut[r].
-    squares = np.cumsum(np.append(values, 0)[::-1] ** 2)[::-1]
-    cut = np.sqrt(squares / squares[0]) if squares.any() else squares
-    enough = max(1, int(np.sum(cut > max_error)))
+    cut = cut_off(values)
+    enough = least_rank(cut, max_error)
     rank = enough if rank == "auto" else rank
     a = left if basis is None else basis @ left
     a, b = a[:, :rank], (values[:, None] * right)[:rank]

@@ -125,9 +125,7 @@ def checked(content: Any) -> dict[str, Any]:
     return config
 
 
-_FACTOR = re.compile(
-    re.escape(PREFIX) + r"(.+)\.lora_(embedding_)?([AB])(?(2)|\.weight)"
-)
+_LORA = re.compile(re.escape(PREFIX) + r"(.+)\.lora_(embedding_)?([AB])(?(2)|\.weight)")
 
 
 def modules_in(
@@ -137,14 +135,13 @@ def modules_in(
     found: dict[tuple[str, bool], dict[str, np.ndarray]] = defaultdict(dict)
     modules, others = [], []
     for key, array in arrays.items():
-        if named := _FACTOR.fullmatch(key):
+        if named := _LORA.fullmatch(key):
             found[named[1], bool(named[2])][named[3]] = array
         elif key.startswith(PREFIX) and ".lora_" not in key:
             others.append(key)
         else:
             raise AdapterFileError(
-                f"tensors in {TENSORS} must be like {PREFIX}*.lora_A.weight, "
-                f"got {short(key)}"
+                f"tensors in {TENSORS} must be like {PREFIX}*.lora_A, got {short(key)}"
             )
     for (name, table), two in found.items():
         if len(two) < 2 or any(array.ndim != 2 for array in two.values()):

@@ -1,7 +1,6 @@
 """Writing PEFT directories: the reference's, and what all of them share."""
 
 import math
-import os
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,23 +11,10 @@ from mora_jax._plan.plan import Plan
 from mora_jax._plan.spec import AdapterSpec
 from mora_jax._plan.trained_arrays import refuse_trained
 from mora_jax._tree.adapters import adapter_items, trained_items
-from mora_jax.io._files import (
-    ADAPTER,
-    CONFIG,
-    TENSORS,
-    Location,
-    check_free,
-    write_directory,
-)
+from mora_jax.io import _files, _names
+from mora_jax.io._files import CONFIG, TENSORS, Location, write_directory
 from mora_jax.io._json import dump
-from mora_jax.io._names import (
-    Module,
-    Names,
-    modules_of,
-    pairs,
-    suggestion,
-    to_tensors,
-)
+from mora_jax.io._names import Module, Names
 from mora_jax.io._tensors import encode, to_numpy
 from mora_jax.io.peft._modules import PREFIX, MatrixPair
 from mora_jax.io.peft._reference import REFERENCE_GROUPS, reference_square_rank
@@ -36,7 +22,7 @@ from mora_jax.operators import Rotation, Sharing
 
 
 def save_peft_mora(
-    directory: str | os.PathLike[str],
+    directory: _files.PathLike,
     adapters: Any,
     plan: Plan,
     names: Names = None,
@@ -65,7 +51,7 @@ def save_peft_mora(
       ValueError: The reference lacks an operator or a square rank, a kernel is an
         embedding's, or as `save_peft_lora`.
     """
-    path = check_free("directory", directory, ADAPTER, force)
+    path = _files.check_free("directory", directory, _files.ADAPTER, force)
     refuse_trained(
         plan.trained,
         "which the reference cannot hold; mora_jax.save and io.save_peft_lora hold it",
@@ -86,10 +72,8 @@ def save_peft_mora(
         # PEFT multiplies by lora_alpha / r, which is 1: alpha is in M.
         squares.append(MatrixPair(module.name, False, m, m, rank, 1, module.axes))
     if len(settings) > 1:
-        raise ValueError(
-            "the reference has one mora_type and dropout for all layers, got "
-            f"{sorted(settings)}"
-        )
+        rule = "the reference has one mora_type and dropout for all layers"
+        raise ValueError(f"{rule}, got {sorted(settings)}")
     ((mora_type, dropout),) = settings
     special = {"use_mora": True, "mora_type": mora_type, "lora_dropout": dropout}
     write_peft(path, squares, base_model, task_type, **special)
@@ -107,17 +91,14 @@ def _reference(spec: AdapterSpec) -> tuple[int, int, float]:
         scale = math.sqrt(q / ins * q / outs) if op.normalised else 1.0
     else:
         raise ValueError(
-            f"{spec.name}: the reference has sharing and rotation with truncate=True, "
-            f"got {op}"
+            f"{spec.name}: the reference has sharing and truncated rotation, got {op}"
         )
     # sqrt((in + out) r) rounds to q or more from (q - 1/2)^2 = q^2 - q + 1/4 on.
     rank = -(-(q * q - q + 1) // (ins + outs))
     near = [reference_square_rank(mora_type, ins, outs, rank - k) for k in (1, 0)]
     if near[1] != q:
-        raise ValueError(
-            f"{spec.name}: no rank gives the reference a square_rank of {q}; "
-            f"the nearest are {near}"
-        )
+        rule = f"no rank gives the reference a square_rank of {q}"
+        raise ValueError(f"{spec.name}: {rule}; the nearest are {near}")
     return mora_type, rank, scale
 
 
@@ -171,7 +152,7 @@ def modules(
     """Return PyTorch's modules, with the spec and the M of each; no convolutions."""
     if not len(plan):
         raise ValueError("plan must have an adapter to write, got none")
-    known, items, unknown = pairs(names), [], []
+    known, items, unknown = _names.pairs(names), [], []
     for spec, m in adapter_items(adapters, plan):
         # A convolution's axes are a window's, then "io" or "oi". With a window of two
         # axes or more no dense layer has the same. With a window of one axis some do: a
@@ -184,14 +165,12 @@ def modules(
                 f"and embeddings, got axes {spec.axes!r}, those of a convolution; "
                 "mora_jax.merge merges it"
             )
-        named, m = modules_of(spec, known), to_numpy(spec.name, m)
+        named, m = _names.modules_of(spec, known), to_numpy(spec.name, m)
         items += [(module, spec, m[module.index]) for module in named]
         unknown += [module.place for module in named if not module.name]
     if unknown:
-        raise ValueError(
-            f"names have no module for the kernel {unknown[0]!r}; "
-            f"{suggestion(unknown, ())}"
-        )
+        hint = _names.suggestion(unknown, ())
+        raise ValueError(f"names have no module for the kernel {unknown[0]!r}; {hint}")
     return items
 
 
@@ -200,9 +179,9 @@ def whole_modules(adapters: Any, plan: Plan, names: Names) -> dict[str, np.ndarr
 
     PEFT calls their modules `modules_to_save`.
     """
-    known, whole = pairs(names), {}
+    known, whole = _names.pairs(names), {}
     for array, copy in trained_items(adapters, plan):
-        tensor = next(to_tensors(array.name, known), None)
+        tensor = next(_names.to_tensors(array.name, known), None)
         # A vector is the same in both, whatever its template says of axes.
         ndim, order = len(array.shape), tensor and tensor.order
         if tensor is None or ndim > 2 or order or ndim > len(tensor.axes):

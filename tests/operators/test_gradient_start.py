@@ -1,0 +1,161 @@
+"""Adapters that start as one step of gradient descent."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from helpers import close, random
+
+import mora_jax
+from mora_jax import MoRAConfig, MoRAWarning, gradient_bases, gradient_start
+from mora_jax.nnx import MoRAParam
+from mora_jax.operators import OPERATORS
+
+SHAPES = {"a": (24, 36), "b": (20, 28), "c": (3, 16, 24)}
+AXES = {"b/kernel": {"axes": "oi"}, "c/kernel": {"axes": "sio"}}
+LINEAR = [name for name, cls in OPERATORS.items() if cls.linear]
+
+
+def params_of(seed=0):
+    return {k: {"kernel": random(seed, *shape)} for k, shape in SHAPES.items()}
+
+
+def planned(operator="auto", **settings):
+    settings = {"rank": 1, "multiple_of": 1, "overrides": AXES, **settings}
+    plan = mora_jax.plan(params_of(), MoRAConfig(operator=operator, **settings))
+    return plan
+
+
+def distance(params):
+    """From other params, with a gradient that is not the same for each kernel."""
+    wanted = params_of(1)
+    terms = jax.tree.map(lambda a, b: jnp.sum((a - b) ** 2), params, wanted)
+    return terms["a"]["kernel"] + 3 * terms["b"]["kernel"] + terms["c"]["kernel"]
+
+
+def loss(adapters, plan):
+    return distance(mora_jax.fold(params_of(), adapters, plan))
+
+
+def started(plan):
+    return gradient_start(lambda a: loss(a, plan), mora_jax.init(plan), plan)
+
+
+def projected(plan, name, gradient):
+    """The part of a gradient that is a delta of some M, by least squares in float64."""
+    spec = plan[name]
+    size = int(np.prod(spec.operator.m_shape))
+    units = np.eye(size).reshape(size, *spec.operator.m_shape)
+    unit_delta = jax.vmap(spec.operator.delta_weight)
+    deltas = np.asarray(unit_delta(units.astype("f")))
+    deltas = deltas.reshape(size, -1).astype(np.float64)
+    flat = gradient.reshape(-1, deltas.shape[1])
+    return (np.linalg.lstsq(deltas.T, flat.T, rcond=None)[0].T @ deltas).ravel()
+
+
+@pytest.mark.parametrize("operator", [*LINEAR, "subspace"])
+def test_the_step_is_the_gradient_between_the_maps(operator):
+    """Of an isometry it is the nearest to the kernel's own step; the loss is lower."""
+    plan = planned("auto" if operator == "subspace" else operator)
+    grads = jax.grad(distance)(params_of())
+    if operator == "subspace":
+        plan = gradient_bases(grads, plan)
+    adapters, after = started(plan)
+    assert loss(adapters, plan) < 0.99 * loss(mora_jax.init(plan), plan)
+    assert {spec.init for spec in after.specs} == {"gradient"}
+    assert "init" not in str(plan) and " gradient " in str(after)
+    assert after.digest() == plan.digest()
+    lengths = []
+    for name, delta in mora_jax.delta_weight(adapters, plan).items():
+        both = delta["kernel"], grads[name]["kernel"]
+        delta, gradient = (np.asarray(array, np.float64) for array in both)
+        if name == "b":
+            delta, gradient = delta.T, gradient.T
+        if plan[f"{name}/kernel"].operator.isometry or operator == "subspace":
+            expected = projected(plan, f"{name}/kernel", gradient)
+            lengths.append(-delta.ravel() @ expected / (expected @ expected))
+            close(delta.ravel(), -lengths[-1] * expected, 1e-4)
+    assert all(t == pytest.approx(lengths[0], rel=1e-4) for t in lengths)
+
+
+def test_the_length_lowers_the_loss_most_of_its_halves():
+    plan = planned()
+    adapters, _ = started(plan)
+
+    def at(factor):
+        return float(loss(jax.tree.map(lambda m: factor * m, adapters), plan))
+
+    assert at(1) < at(0) and at(1) <= at(0.5) and at(1) <= at(2)
+
+
+def test_a_steep_loss_takes_a_short_step():
+    plan = planned()
+
+    def steep(adapters):
+        flat = mora_jax.ravel_adapters(adapters)
+        return 1 + jnp.sum(flat) + 1e3 * jnp.sum(flat**2)
+
+    adapters, _ = gradient_start(steep, mora_jax.init(plan), plan)
+    assert steep(adapters) < 1
+
+
+def test_what_no_step_lowers_is_said():
+    plan = planned()
+    start = mora_jax.init(plan)
+    with pytest.warns(MoRAWarning, match="no step along the gradient lowers the loss"):
+        adapters, _ = gradient_start(lambda _: jnp.float32(1), start, plan)
+    jax.tree.map(np.testing.assert_array_equal, adapters, start)
+    with pytest.raises(ValueError, match="the loss holds NaN"):
+        gradient_start(lambda _: jnp.float32(jnp.nan), start, plan)
+
+    def kinked(adapters):
+        return 1 + jnp.sqrt(jnp.sum(mora_jax.ravel_adapters(adapters)))
+
+    with pytest.raises(ValueError, match="the gradient of the loss holds NaN"):
+        gradient_start(kinked, start, plan)
+
+
+def test_jit_and_low_precision():
+    plan = planned(param_dtype="bfloat16")
+    adapters, _ = started(plan)
+    same = jax.jit(lambda a: gradient_start(lambda a: loss(a, plan), a, plan)[0])(
+        mora_jax.init(plan)
+    )
+    for m, other in zip(jax.tree.leaves(adapters), jax.tree.leaves(same), strict=True):
+        assert m.dtype == other.dtype == jnp.bfloat16
+        close(m, other, 0.05)
+
+
+def test_nnx_and_files(tmp_path):
+    model = nnx.Linear(12, 20, rngs=nnx.Rngs(0))
+    x, wanted = random(0, 5, 12), random(1, 5, 20)
+    wrapped = mora_jax.nnx.wrap(model, MoRAConfig(rank=1))
+    graph, state, rest = nnx.split(wrapped, MoRAParam, ...)
+
+    def of_state(state):
+        return jnp.mean((nnx.merge(graph, state, rest)(x) - wanted) ** 2)
+
+    plan = mora_jax.nnx.plan(model, MoRAConfig(rank=1), x)
+    state, after = gradient_start(of_state, state, plan)
+    assert of_state(state) < of_state(nnx.state(wrapped, MoRAParam))
+    nnx.update(wrapped, state)
+    close(jnp.mean((wrapped(x) - wanted) ** 2), of_state(state))
+    assert wrapped.kernel_mora.spec.init == "gradient"
+    mora_jax.save(tmp_path / "a", state, after)
+    _, again = mora_jax.load(tmp_path / "a")
+    assert [spec.init for spec in again.specs] == ["gradient"]
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_what_cannot_start():
+    plan = planned("low_rank")
+    with pytest.raises(ValueError, match="'low_rank' is not linear .* no such step"):
+        started(plan)
+    with pytest.raises(ValueError, match="init must be one of"):
+        MoRAConfig(init="gradient")
+    plan = planned()
+    with pytest.raises(TypeError, match="plan must be a Plan"):
+        gradient_start(lambda a: 0.0, mora_jax.init(plan), params_of())
+    with pytest.raises(ValueError, match="adapters lack"):
+        gradient_start(lambda a: 0.0, {"a": {"kernel_mora": jnp.ones(1)}}, plan)
