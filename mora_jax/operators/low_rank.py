@@ -66,7 +66,7 @@ class LowRank(Operator):
 
     def factors(self, m: jax.Array) -> tuple[jax.Array, jax.Array]:
         """A, (..., in, r), and B, (..., r, out), of a trained array."""
-        a, b = jnp.split(m, [self.in_features], axis=-2)
+        a, b = m[..., : self.in_features, :], m[..., self.in_features :, :]
         return a, jnp.swapaxes(b, -2, -1)
 
     def joined(self, a: jax.Array, b: jax.Array) -> jax.Array:
