@@ -130,6 +130,7 @@ def main() -> None:
     add = parser.add_argument
     add("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
     add("--pairs", type=positive, default=16)
+    add("--renew", type=positive, help="steps between renewals; by default 24")
     add("--untimed", action="store_true", help="leave out the seconds of steps")
     add("--ladders", action="store_true", help="a row for each rate")
     args = parser.parse_args()
@@ -188,7 +189,8 @@ def first(setting: str, name: str, args: argparse.Namespace) -> Any:
     cell |= {"pairs": words or args.pairs, "steps": limit}
     cell |= {"words": True} if words else {}
     cell |= {"begin": begin} if begin else {}
-    cell |= {"renew": renew} if name.endswith("renewed") else {}
+    if name.endswith("renewed"):
+        cell["renew"] = args.renew or renew
     rates = teaching.rates(name, quick=args.quick or lift != 1)
     return cell, [lift * rate for rate in rates]
 

@@ -119,6 +119,26 @@ def test_facts_in_parts_are_the_same_facts(small):
         assert answer[-len(code) :] == code and len(code) < len(answer)
 
 
+def test_the_least_that_was_forgotten_at_equal_recall():
+    """Over all rates and steps of a set; of none if one set never came there."""
+    pytest.importorskip("airportsdata")
+    from benchmarks.quality import facts
+
+    def run(seed, rate, *points):
+        keys = "step", "recall", "divergence", "text"
+        points = [dict(zip(keys, (*point, 4.0), strict=True)) for point in points]
+        return {"seed": seed, "rate": rate, "points": points, "parameters": 7}
+
+    fast = run(0, 2e-3, (0, 0.0, 0.0), (3, 0.6, 0.9), (6, 1.0, 2.0))
+    slow = run(0, 1e-3, (0, 0.0, 0.0), (6, 0.5, 0.3), (9, 0.8, 0.7))
+    other = run(1, 1e-3, (0, 0.0, 0.0), (6, 0.9, 0.5))
+    half, most = facts.least_forgotten("lora", [fast, slow, other])
+    assert (half["recall"], most["recall"]) == (0.5, 0.75)
+    assert half["divergence"] == pytest.approx((0.3 + 0.5) / 2)
+    assert most["divergence"] == pytest.approx((0.7 + 0.5) / 2)
+    assert (half["step"], most["step"], most["seeds"]) == (6, 7.5, 2)
+
+
 @pytest.mark.slow
 def test_scores_along_a_run(small):
     """Of the untouched model, and after each quarter; nothing after a breakdown."""
