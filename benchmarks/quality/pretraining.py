@@ -140,7 +140,7 @@ def measured(args: argparse.Namespace) -> dict[str, float]:
 
     cell = {"measured": "seconds of a step", "rank": args.rank}
     cell["rounds"] = 1 if args.quick else 5
-    return cells.run([cell], seconds, args.out.with_suffix(".jsonl"))[0]["seconds"]
+    return cells.run([cell], seconds, teaching.store_of(args))[0]["seconds"]
 
 
 def summary(name: str, chosen: dict[str, list[cells.Cell]]) -> cells.Cell:

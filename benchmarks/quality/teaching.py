@@ -358,6 +358,11 @@ def options(
     return parser
 
 
+def store_of(args: argparse.Namespace) -> Path:
+    """The file of the runs, a line each."""
+    return args.report or args.out.with_suffix(".jsonl")
+
+
 def runs(
     args: argparse.Namespace,
     compute: Callable[[cells.Cell], cells.Cell],
@@ -377,7 +382,7 @@ def runs(
     Raises:
         SystemExit: None is finished.
     """
-    store = args.report or args.out.with_suffix(".jsonl")
+    store = store_of(args)
     if not args.report:
         run = functools.partial(cells.run, compute=compute, path=store)
         return climb_all(run, methods, args.seeds, value)

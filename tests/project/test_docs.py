@@ -320,6 +320,26 @@ def test_a_full_adapter_is_as_measured():
         assert re.sub(r"  (?=\|)", " ", f"| {' | '.join(cells)} |") in page
 
 
+@pytest.mark.parametrize("experiment", ["facts", "facts_filled"])
+def test_what_is_forgotten_at_equal_recall_is_as_measured(experiment):
+    """Each method's row; a recall that was never reached is left empty."""
+    names = {
+        "full": "every kernel",
+        "lora": "LoRA",
+        "rotation": "MoRA, rotation (default)",
+        "subspace": "MoRA, directions of a gradient",
+        "subspace, renewed": "the same, renewed",
+    }
+    found = ROOT / f"benchmarks/quality/results/{experiment}.json"
+    rows = json.loads(found.read_text())["settings"]["least_forgotten"]
+    for name in {row["name"] for row in rows}:
+        at = {row["recall"]: row for row in rows if row["name"] == name}
+        form = "| {divergence:.2f} | {text:.2f} "
+        cells = [form.format(**at[k]) if k in at else "| | " for k in (0.5, 0.75, 0.95)]
+        start = f"| {names[name]} | {at[0.5]['parameters']:,} | {at[0.5]['seeds']} "
+        assert f"{start}{''.join(cells)}|\n" in REPORT.read_text()
+
+
 def summaries(experiment):
     """What an experiment found, by method and setting, each at its best rate."""
     report = json.loads(
