@@ -13,8 +13,7 @@ from mora_jax.io._names import Names, modules_of, pairs
 from mora_jax.io.checkpoints._checkpoint import Checkpoint
 from mora_jax.io.checkpoints._matching import Source
 from mora_jax.io.checkpoints._merge_files import merge_checkpoint
-from mora_jax.io.peft._lora import make_lora
-from mora_jax.io.peft._write import write_peft
+from mora_jax.io.peft._write import make_lora, write_peft
 
 Server = Literal["vllm", "sglang"]
 
