@@ -34,9 +34,6 @@ from mora_jax.operators import LowRank, Operator
 ByIndex = dict[Shape, MatrixPair]
 """{index in a kernel's stack, or in its first output axis: the module there}."""
 
-Joined = tuple[Operator, float, list[np.ndarray]]
-"""A kernel's operator, its alpha, and the trained array of each layer of its stack."""
-
 
 def load_peft(
     directory: _files.PathLike, model: Plan | Any = None, names: Names = None
@@ -132,7 +129,12 @@ def _template(model: Any, kernels: Mapping[str, ByIndex]) -> Plan:
                 )
         return model
     if model is None:
-        model = nest({tuple(n.split("/")): _shape(k) for n, k in kernels.items()})
+        shapes = {}
+        for name, by_index in kernels.items():
+            last, pair = max(by_index.items(), key=lambda item: item[0])
+            shape = *(k + 1 for k in last), len(pair.a), pair.b.shape[1]
+            shapes[tuple(name.split("/"))] = jax.ShapeDtypeStruct(shape, np.float32)
+        model = nest(shapes)
     # The smallest operator fits every kernel.
     targets = [re.escape(name) for name in kernels]
     config = MoRAConfig(operator="truncation", square_rank=1, targets=targets)
@@ -140,13 +142,6 @@ def _template(model: Any, kernels: Mapping[str, ByIndex]) -> Plan:
         return plan(model, config)
     except ValueError as error:
         raise AdapterFileError(f"{TENSORS} does not fit the model: {error}") from error
-
-
-def _shape(by_index: ByIndex) -> jax.ShapeDtypeStruct:
-    """Return the shape of a kernel by the matrices of its last module."""
-    last = max(by_index)
-    stack, (_, _, a, b, *_) = (number + 1 for number in last), by_index[last]
-    return jax.ShapeDtypeStruct((*stack, len(a), b.shape[1]), np.float32)
 
 
 def _adapter_of(
@@ -175,42 +170,36 @@ def _adapter_of(
             )
         check_finite(a, module)
         check_finite(b, module)
+        if mora_type and not np.array_equal(a, b):
+            raise ValueError(f"lora_A and lora_B of {module} must be the same M")
         modules.append(pair._replace(a=a, b=b))
-    if mora_type:
-        operator, alpha, ms = _reference(spec, modules, mora_type)
-    else:
-        operator, alpha, ms = _low_rank(spec, modules, parts)
+    features = spec.in_features, spec.out_features
+    if not mora_type:
+        alpha, ms = modules[0].factor, _low_rank(modules, parts)
+        operator: Operator = LowRank(*features, ms[0].shape[1])
+    elif len({pair.a.shape for pair in modules}) == 1:
+        alpha, ms = 1.0, [pair.a for pair in modules]
+        operator = reference_operator(mora_type, *features, modules[0].rank)
+    else:  # the M's are to be one array
+        raise ValueError("a stacked kernel must have one rank in all its layers")
     m = np.stack(ms).reshape(*stack, *ms[0].shape)
     dropout = config["lora_dropout"]
     settings = AdapterSettings(alpha=alpha, dropout=dropout, param_dtype=m.dtype)
     return dataclasses.replace(spec, operator=operator, **vars(settings)), m
 
 
-def _reference(spec: AdapterSpec, modules: list[MatrixPair], mora_type: int) -> Joined:
-    for pair in modules:
-        if not np.array_equal(pair.a, pair.b):
-            raise ValueError(f"lora_A and lora_B of {pair.module} must be the same M")
-    widths = spec.in_features, spec.out_features
-    operators = {reference_operator(mora_type, *widths, p.rank) for p in modules}
-    if len(operators) > 1:  # the M's are to be one array
-        raise ValueError("a stacked kernel must have one rank in all its layers")
-    return operators.pop(), 1.0, [pair.a for pair in modules]
-
-
-def _low_rank(spec: AdapterSpec, modules: list[MatrixPair], parts: int) -> Joined:
-    """Return a LoRA, whose trained array is A above the transpose of B."""
-    alpha, width, blocks = modules[0].factor, spec.out_features // parts, []
+def _low_rank(modules: list[MatrixPair], parts: int) -> list[np.ndarray]:
+    """Return the trained array of each layer of a LoRA: A above the transpose of B."""
+    alpha, blocks = modules[0].factor, []
     for k, (_, _, a, b, _, factor, _) in enumerate(modules):
         # All layers and parts have one alpha here, and columns of their own.
         b = b if factor == alpha else b * (factor / alpha)
-        before = k % parts * width
-        rows = before, spec.out_features - width - before
+        rows = [n * b.shape[1] for n in (k % parts, parts - 1 - k % parts)]
         blocks.append(np.concatenate([a, np.pad(b.T, (rows, (0, 0)))]))
     starts = range(0, len(blocks), parts)
     layers = [np.concatenate(blocks[k : k + parts], axis=1) for k in starts]
     rank = max(layer.shape[1] for layer in layers)
-    ms = [np.pad(layer, ((0, 0), (0, rank - layer.shape[1]))) for layer in layers]
-    return LowRank(spec.in_features, spec.out_features, rank), alpha, ms
+    return [np.pad(layer, ((0, 0), (0, rank - layer.shape[1]))) for layer in layers]
 
 
 def _trained(
