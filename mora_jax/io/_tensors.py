@@ -28,8 +28,10 @@ DTYPES = {
 }
 """The dtypes of tensors that can be an M or a kernel."""
 
-KNOWN = re.compile(r"BOOL|[UI](8|16|32|64)|B?F16|F(32|64)|C64|F4|F[68]_[A-Z0-9]+")
-"""All dtypes of the format. The first number in a name is the number of bits."""
+KNOWN = re.compile(
+    r"BOOL|[UI](8|16|32|64)|B?F(16)|F(32|64)|C(64)|F(4)|F([68])_[A-Z0-9]+"
+)
+"""All dtypes of the format. A group has the number of bits; a BOOL is a byte."""
 
 ENTRY = {"dtype": (str,), "shape": (list,), "data_offsets": (list,)}
 """The record of a tensor in a header."""
@@ -44,14 +46,6 @@ class Entry(NamedTuple):
     shape: Shape
     start: int
     stop: int
-
-    @property
-    def fits(self) -> bool:
-        """True if the tensor has as many bytes as its dtype and shape say."""
-        digits = re.findall(r"\d+", self.dtype) or ["8"]  # a BOOL is a byte
-        bits = math.prod(self.shape) * int(digits[0])
-        known = KNOWN.fullmatch(self.dtype) is not None
-        return known and 8 * (self.stop - self.start) == bits
 
 
 class TensorFile:
@@ -92,7 +86,9 @@ class TensorFile:
             self.entries[name] = Entry(record["dtype"], tuple(shape), start, stop)
         # Tensors lie one after the other, so that no byte is of two or of none.
         for name, entry in sorted(self.entries.items(), key=lambda item: item[1][2:]):
-            if entry.start != end or not entry.fits:
+            found, bits = KNOWN.fullmatch(entry.dtype), 8 * (entry.stop - entry.start)
+            size = found and int(next(filter(None, found.groups()), 8))
+            if entry.start != end or not size or bits != size * math.prod(entry.shape):
                 raise self._damaged(f"{short(name)} begins or ends elsewhere")
             end = entry.stop
         if end != self.size:

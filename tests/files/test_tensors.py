@@ -42,6 +42,13 @@ def test_every_dtype_has_its_size(dtype):
             safetensors.deserialize(file_of(header, other))
 
 
+@pytest.mark.parametrize("dtype", ["F8", "X16", "F" + "9" * 5000])
+def test_a_dtype_that_the_format_lacks_is_refused(dtype):
+    header = {"a": {"dtype": dtype, "shape": [1], "data_offsets": [0, 1]}}
+    with pytest.raises(AdapterFileError, match="not a safetensors file"):
+        ours(file_of(header, 1))
+
+
 def mutants(chance, data):
     """The file with a changed byte, a changed number, or an end that is cut off."""
     size = int.from_bytes(data[:8], "little")
