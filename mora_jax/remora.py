@@ -54,7 +54,7 @@ from mora_jax._tree.opt_state import with_new_moments
 from mora_jax._tree.optim import check_transformation
 from mora_jax.io.peft._reference import REFERENCE_GROUPS
 from mora_jax.operators import LowRank, Sharing
-from mora_jax.operators.low_rank import cut_off, least_rank
+from mora_jax.operators.low_rank import nearest_factors
 
 __all__ = ["Restarted", "learned", "next_plan", "restart", "restart_schedule"]
 
@@ -185,13 +185,9 @@ def learned(
         check_concrete(delta := after - before, what, spec.kernel_shape)
         check_finite(delta, what)
         delta = np.asarray(rows_from_kernel(delta, spec.axes))
-        left, values, right = np.linalg.svd(delta, full_matrices=False)
-        cut = cut_off(values)
-        rank = least_rank(cut, max_error)
-        lost[spec.name] = float(cut[rank])
+        a, b, lost[spec.name], rank = nearest_factors(delta, max_error)
         operator = LowRank(spec.in_features, spec.out_features, rank)
-        b = values[..., :rank, None] * right[..., :rank, :]
-        m = operator.joined(*map(jnp.asarray, (left[..., :rank], b)))
+        m = operator.joined(jnp.asarray(a), jnp.asarray(b))
         settings = vars(AdapterSettings(param_dtype=m.dtype))
         changes = {"operator": operator, "rank": None, "base_digest": None}
         specs.append(dataclasses.replace(spec, **changes, **settings))

@@ -112,20 +112,24 @@ class LowRank(Operator):
         return matmul(a, b)
 
 
-def cut_off(values: np.ndarray) -> np.ndarray:
-    """Share of a delta's norm that each rank cuts off: (*stack, k) to (k + 1,).
+def nearest_factors(
+    delta: np.ndarray, max_error: float | int, rank: int | None = None
+) -> tuple[np.ndarray, np.ndarray, float, int]:
+    """A and B that are nearest to a delta, (*stack, in, out), and what they lack.
 
-    The ranks are from 0 to k, and the singular values fall. Of a stack it is the
-    largest share.
+    Then come the share of the delta's norm that is cut off, the largest of a stack, and
+    the least rank from 1 on that cuts off no more than `max_error`. A and B have that,
+    or a given one.
     """
+    left, values, right = np.linalg.svd(delta, full_matrices=False)
     squares = np.cumsum(values[..., ::-1] ** 2, -1)[..., ::-1]
     shares = np.sqrt(squares / np.where(squares[..., :1] > 0, squares[..., :1], 1))
-    return np.append(shares.reshape(-1, values.shape[-1]).max(0), 0)
-
-
-def least_rank(cut: np.ndarray, max_error: float | int) -> int:
-    """The least rank from 1 on that cuts off no more than a share of the norm."""
-    return max(1, int(np.sum(cut > max_error)))
+    # What the ranks from 0 to min(in, out) cut off, since singular values fall.
+    cut = np.append(shares.reshape(-1, values.shape[-1]).max(0), 0)
+    least = max(1, int(np.sum(cut > max_error)))
+    rank = min(rank or least, values.shape[-1])
+    b = values[..., :rank, None] * right[..., :rank, :]
+    return left[..., :rank], b, float(cut[rank]), least
 
 
 def _factor(op: LowRank, k: int, m: jax.Array) -> jax.Array:

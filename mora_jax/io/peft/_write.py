@@ -21,7 +21,7 @@ from mora_jax.io._tensors import encode, to_numpy
 from mora_jax.io.peft._modules import PREFIX, MatrixPair, rows_looked_up
 from mora_jax.io.peft._reference import REFERENCE_GROUPS, reference_square_rank
 from mora_jax.operators import LowRank, Rotation, Sharing
-from mora_jax.operators.low_rank import cut_off, least_rank
+from mora_jax.operators.low_rank import nearest_factors
 
 Rank = int | Literal["auto"] | None
 
@@ -141,15 +141,11 @@ def _factors(
         # The basis is orthonormal: A B and R B, where A is Q R, have the same values.
         basis, triangle = np.linalg.qr(a.astype(np.float64))
         product = triangle @ b.astype(np.float64)
-    left, values, right = np.linalg.svd(product, full_matrices=False)
-    cut = cut_off(values)
-    enough = least_rank(cut, max_error)
-    rank = enough if rank == "auto" else rank
-    a = left if basis is None else basis @ left
-    a, b = a[:, :rank], (values[:, None] * right)[:rank]
+    given = rank if isinstance(rank, int) else None
+    a, b, lost, enough = nearest_factors(product, max_error, given)
+    a = a if basis is None else basis @ a
     # At once in 32 bits, since the matrices of all modules are in memory together.
-    a, b = a.astype(np.float32), b.astype(np.float32)
-    return a, b, factor, float(cut[len(b)]), enough
+    return a.astype(np.float32), b.astype(np.float32), factor, lost, enough
 
 
 def save_peft_mora(
