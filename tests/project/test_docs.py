@@ -226,6 +226,11 @@ def test_costs_in_readme_are_as_measured():
             "{other:.1f} | {divergence:.2f}",
         ),
         (
+            "pretraining_long",
+            "{seeds} | @rate | {steps} | {after:.1f} | {ratio:.2f}{error:.2f} | "
+            "{other:.1f} | {divergence:.2f}",
+        ),
+        (
             "reasoning",
             "{seeds} | @rate | {after:.1%}{error:.1%} | {training:.2f} | {loss:.2f} | "
             "{divergence:.2f} | {memory:,.0f} | {seconds:.2f} | {file:.1f}",
