@@ -90,7 +90,7 @@ from mora_jax._plan.plan import Plan as Plan
 from mora_jax._plan.plan import summary as summary
 from mora_jax._plan.settings import MoRAConfig as MoRAConfig
 from mora_jax._plan.spec import AdapterSpec as AdapterSpec
-from mora_jax._plan.trained_arrays import TrainedArray as TrainedArray
+from mora_jax._plan.spec import TrainedArray as TrainedArray
 from mora_jax._tree.adapters import init as init
 from mora_jax._tree.adapters import ravel_adapters as ravel_adapters
 from mora_jax._tree.adapters import unravel_adapters as unravel_adapters

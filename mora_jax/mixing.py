@@ -40,8 +40,7 @@ from mora_jax._common.checks import check_array, check_finite, check_number
 from mora_jax._layer.equation import delta_kernel
 from mora_jax._layer.rounding import ratio
 from mora_jax._plan.plan import Plan, check_plan, refuse_other_plan
-from mora_jax._plan.spec import SUFFIX, AdapterSpec
-from mora_jax._plan.trained_arrays import refuse_trained
+from mora_jax._plan.spec import SUFFIX, AdapterSpec, refuse_trained
 from mora_jax._tree.adapters import Tree, nest, trained_in_base, trained_items
 from mora_jax._tree.merge import array_items, wide
 from mora_jax._tree.paths import adapter_path, located_leaves

@@ -40,7 +40,7 @@ from mora_jax._common import checks
 from mora_jax._common.types import Path
 from mora_jax._layer.slots import Selected, Slots, beyond_if_none
 from mora_jax._plan.plan import Plan, check_plan
-from mora_jax._plan.trained_arrays import refuse_trained
+from mora_jax._plan.spec import refuse_trained
 from mora_jax._tree.adapters import Tree, nest
 from mora_jax._tree.merge import array_items
 from mora_jax._tree.paths import adapter_path, located_leaves, unboxed

@@ -31,8 +31,7 @@ from mora_jax._common.types import Shape
 from mora_jax._common.warnings import warn
 from mora_jax._mesh.layout import KernelLayout, mesh_axes
 from mora_jax._plan.plan import Plan, check_plan
-from mora_jax._plan.spec import AdapterSpec
-from mora_jax._plan.trained_arrays import TrainedArray
+from mora_jax._plan.spec import AdapterSpec, Part
 from mora_jax._tree.adapters import Tree, nest
 from mora_jax._tree.paths import adapter_path, located_leaves, unboxed
 
@@ -155,12 +154,12 @@ def _entries(kernel: NamedSharding, spec: AdapterSpec) -> list[tuple[str, ...]]:
 
 def _places(
     params_or_shardings: Any, mesh: Mesh | None
-) -> Callable[[AdapterSpec | TrainedArray], NamedSharding]:
+) -> Callable[[Part], NamedSharding]:
     """A function of a part of a plan to the sharding of the base's array for it."""
     tree = located_leaves(params_or_shardings, "params_or_shardings")
     leaves = {"/".join(path): leaf for path, leaf in tree.items()}
 
-    def place_of(part: AdapterSpec | TrainedArray) -> NamedSharding:
+    def place_of(part: Part) -> NamedSharding:
         kind, name, shape = "array", part.name, part.shape
         if isinstance(part, AdapterSpec):
             kind, shape = "kernel", part.kernel_shape

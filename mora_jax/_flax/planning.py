@@ -24,8 +24,7 @@ from mora_jax._plan.settings import (
     check_config,
     default_targets,
 )
-from mora_jax._plan.spec import SUFFIX, AdapterSpec
-from mora_jax._plan.trained_arrays import TrainedArray
+from mora_jax._plan.spec import SUFFIX, AdapterSpec, TrainedArray
 from mora_jax._tree.paths import named_leaves, refuse_variables
 
 

@@ -12,11 +12,10 @@ import jax
 
 from mora_jax._common.suggestions import alike, nearest_paths, shown
 from mora_jax._plan.settings import AdapterSettings
-from mora_jax._plan.spec import AdapterSpec, check_same
-from mora_jax._plan.trained_arrays import TrainedArray
+from mora_jax._plan.spec import AdapterSpec, Part, TrainedArray, check_same
 
 
-def _cells(part: AdapterSpec | TrainedArray) -> dict[str, str]:
+def _cells(part: Part) -> dict[str, str]:
     """The cells of a part of the plan that say what it is."""
     if isinstance(part, TrainedArray):
         shape = " x ".join(map(str, part.shape)) or "1"
@@ -238,7 +237,7 @@ def summary(plan: Plan, *, collapse: bool = True) -> str:
       3 adapters: 3,072 trainable parameters, 25.00% of 12,288
     """
 
-    def kind(part: AdapterSpec | TrainedArray) -> tuple[object, ...]:
+    def kind(part: Part) -> tuple[object, ...]:
         operator = getattr(part, "operator", None)
         cells = _cells(part).values()
         return part.name, collapse or part.name, part.shape, operator, *cells

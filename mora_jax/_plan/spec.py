@@ -1,15 +1,17 @@
-"""The adapter of one kernel: everything except its arrays."""
+"""The parts of a plan: adapters of kernels, and arrays that train themselves."""
 
 import dataclasses
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from mora_jax._common.axes import features, sizes
-from mora_jax._common.types import Shape
+from mora_jax._common.checks import check_dtype, check_floating
+from mora_jax._common.types import Path, Shape
 from mora_jax._common.warnings import warn
 from mora_jax._mesh.layout import KernelLayout
 from mora_jax._plan.settings import (
@@ -19,6 +21,8 @@ from mora_jax._plan.settings import (
     KernelConfig,
     MoRAConfig,
     check_config,
+    check_settings,
+    setting,
 )
 from mora_jax.operators import Operator, make_operator, square_rank
 from mora_jax.operators._registry import OPERATORS, parse_spec, resolve_auto
@@ -243,3 +247,63 @@ def check_same(made_for: AdapterSpec, used_with: AdapterSpec) -> None:
             f"{name} {made!r}, not {used!r}" for name, (made, used) in differing.items()
         )
         raise ValueError(f"{used_with.name}{SUFFIX} was made for {settings}")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainedArray:
+    """An array of the base that is trained itself: a norm's scale, a bias, a head.
+
+    The adapters hold a copy of it, under its own path, which training changes. The
+    model computes with the copy, rounded to the dtype of the base's array, and `merge`
+    puts that into the base.
+
+    Attributes:
+      path, shape: The array's place in the params tree, and its shape.
+      dtype, base_dtype: The dtypes of the copy and of the base's array.
+
+    Example::
+
+      >>> import jax.numpy as jnp, mora_jax
+      >>> params = {"fc": {"kernel": jnp.ones((8, 8)), "bias": jnp.ones(8)}}
+      >>> plan = mora_jax.plan(params, mora_jax.MoRAConfig(train="fc/bias"))
+      >>> plan.trained[0].name, plan.trained[0].shape
+      ('fc/bias', (8,))
+    """
+
+    path: Path
+    shape: Shape
+    dtype: DTypeLike = setting(jnp.float32, check_dtype)
+    base_dtype: DTypeLike = setting(jnp.float32, check_dtype)
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+
+    @classmethod
+    def of(cls, path: Path, leaf: Any, param_dtype: DTypeLike | None) -> "TrainedArray":
+        """The base's array or shape `leaf`; the copy has `param_dtype`, or is wider."""
+        check_floating(leaf, "/".join(path), "take it out of train")
+        # A step of training is smaller than what 16 bits can tell beside the array.
+        dtype = jnp.promote_types(leaf.dtype, param_dtype or leaf.dtype)
+        return cls(path, tuple(leaf.shape), dtype, leaf.dtype)
+
+    @property
+    def name(self) -> str:
+        """The array's path, slash-joined."""
+        return "/".join(self.path)
+
+    @property
+    def parameters(self) -> int:
+        """The number of its entries."""
+        return math.prod(self.shape)
+
+
+Part = AdapterSpec | TrainedArray
+
+Items = list[tuple[TrainedArray, Any]]
+"""Each trained array of a plan with its copy."""
+
+
+def refuse_trained(trained: Iterable[TrainedArray], why: str) -> None:
+    """Raise if there are trained arrays; `why` says what cannot be done with them."""
+    for array in trained:
+        raise ValueError(f"{array.name}: the plan trains this array itself, {why}")

@@ -16,8 +16,7 @@ from mora_jax._common.checks import as_jax_array, check_key, check_leaf
 from mora_jax._common.types import ArrayLike, Path
 from mora_jax._layer.dense import FrozenDense
 from mora_jax._plan.plan import Plan, check_plan
-from mora_jax._plan.spec import SUFFIX, AdapterSpec
-from mora_jax._plan.trained_arrays import Items
+from mora_jax._plan.spec import SUFFIX, AdapterSpec, Items
 from mora_jax._tree import paths
 from mora_jax._tree.base_digest import check_base
 

@@ -13,8 +13,7 @@ from mora_jax._layer.dense import FrozenDense, params_adapter
 from mora_jax._layer.equation import delta_kernel
 from mora_jax._layer.rounding import Rounding, add_rounded, check_rounding
 from mora_jax._plan.plan import Plan, check_plan
-from mora_jax._plan.spec import SUFFIX, AdapterSpec
-from mora_jax._plan.trained_arrays import Items, refuse_trained
+from mora_jax._plan.spec import SUFFIX, AdapterSpec, Items, refuse_trained
 from mora_jax._tree.adapters import (
     Tree,
     adapter_items,

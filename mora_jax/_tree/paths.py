@@ -14,8 +14,7 @@ from mora_jax._common.suggestions import lacking
 from mora_jax._common.types import Path
 from mora_jax._layer.slots import Selected, Slots
 from mora_jax._plan.plan import Plan
-from mora_jax._plan.spec import SUFFIX, AdapterSpec, check_same
-from mora_jax._plan.trained_arrays import TrainedArray
+from mora_jax._plan.spec import SUFFIX, AdapterSpec, Part, check_same
 
 
 def located_leaves(tree: Any, what: str = "params") -> dict[Path, Any]:
@@ -57,9 +56,7 @@ def named_leaves(tree: Any, what: str = "params") -> dict[str, tuple[Path, Any]]
     return leaves
 
 
-def find_part(
-    leaves: Mapping[str, tuple[Path, Any]], part: AdapterSpec | TrainedArray
-) -> tuple[Path, Any]:
+def find_part(leaves: Mapping[str, tuple[Path, Any]], part: Part) -> tuple[Path, Any]:
     """The path and the array that a part of a plan has in the base, checked."""
     name = part.name
     if isinstance(part, AdapterSpec):

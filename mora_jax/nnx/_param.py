@@ -14,8 +14,7 @@ from jaxtyping import PRNGKeyArray
 from mora_jax._common.checks import check_seed
 from mora_jax._layer.slots import Selected
 from mora_jax._mesh.placement import explicit_sharding, with_auto_axes
-from mora_jax._plan.spec import SUFFIX, AdapterSpec, check_same
-from mora_jax._plan.trained_arrays import TrainedArray
+from mora_jax._plan.spec import SUFFIX, AdapterSpec, TrainedArray, check_same
 from mora_jax._tree.paths import unboxed
 from mora_jax.sharding import adapter_sharding
 

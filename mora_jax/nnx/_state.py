@@ -12,8 +12,7 @@ from mora_jax._common.checks import as_jax_array
 from mora_jax._common.types import Path
 from mora_jax._layer.slots import Selected
 from mora_jax._plan.plan import Plan, refuse_other_plan
-from mora_jax._plan.spec import SUFFIX, AdapterSpec
-from mora_jax._plan.trained_arrays import Items
+from mora_jax._plan.spec import SUFFIX, AdapterSpec, Items
 from mora_jax._tree.adapters import Tree, adapter_items, nest, trained_items
 from mora_jax._tree.base_digest import check_base
 from mora_jax._tree.paths import adapter_path, named_leaves, unboxed

@@ -15,8 +15,7 @@ from mora_jax._layer.slots import Selected
 from mora_jax._layer.ways import check_product
 from mora_jax._plan.plan import Plan
 from mora_jax._plan.settings import MoRAConfig
-from mora_jax._plan.spec import SUFFIX, AdapterSpec
-from mora_jax._plan.trained_arrays import refuse_trained
+from mora_jax._plan.spec import SUFFIX, AdapterSpec, refuse_trained
 from mora_jax._tree.adapters import adapter_items, init, trained_items
 from mora_jax._tree.merge import merge
 from mora_jax._tree.paths import unboxed

@@ -11,7 +11,7 @@ from mora_jax._common.suggestions import lacking
 from mora_jax._layer.equation import delta_kernel
 from mora_jax._layer.rounding import MergeLoss
 from mora_jax._plan.plan import Plan, check_plan
-from mora_jax._plan.trained_arrays import refuse_trained
+from mora_jax._plan.spec import refuse_trained
 from mora_jax._tree.adapters import refuse_combined
 from mora_jax._tree.merge import array_items, merged_kernel, wide, with_kernels
 from mora_jax._tree.paths import located_leaves, reboxed, unboxed

@@ -12,8 +12,7 @@ import numpy as np
 from mora_jax._layer.equation import delta_kernel
 from mora_jax._layer.rounding import Rounding, add_rounded, check_rounding, share_lost
 from mora_jax._plan.plan import Plan
-from mora_jax._plan.spec import AdapterSpec
-from mora_jax._plan.trained_arrays import Items
+from mora_jax._plan.spec import AdapterSpec, Items
 from mora_jax._tree.adapters import adapter_items, trained_items
 from mora_jax._tree.base_digest import check_digests, kernel_digests
 from mora_jax.io import _files

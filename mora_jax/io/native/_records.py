@@ -18,8 +18,7 @@ from mora_jax._common.suggestions import lacking
 from mora_jax._common.types import Path
 from mora_jax._plan.plan import Plan, check_plan, refuse_other_plan
 from mora_jax._plan.settings import SETTINGS
-from mora_jax._plan.spec import SUFFIX, AdapterSpec, operator_settings
-from mora_jax._plan.trained_arrays import TrainedArray
+from mora_jax._plan.spec import SUFFIX, AdapterSpec, TrainedArray, operator_settings
 from mora_jax.io._files import AdapterFileError
 from mora_jax.io._json import Fields, check_record, dump, parse, short
 from mora_jax.operators import Operator, Subspace, make_operator

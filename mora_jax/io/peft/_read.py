@@ -16,8 +16,7 @@ from mora_jax._common.types import Shape
 from mora_jax._flax.planning import plan
 from mora_jax._plan.plan import Plan
 from mora_jax._plan.settings import AdapterSettings, MoRAConfig
-from mora_jax._plan.spec import AdapterSpec
-from mora_jax._plan.trained_arrays import TrainedArray
+from mora_jax._plan.spec import AdapterSpec, TrainedArray
 from mora_jax._tree.adapters import Tree, nest
 from mora_jax._tree.paths import adapter_path, named_leaves
 from mora_jax.io import _files

@@ -10,8 +10,7 @@ import numpy as np
 
 from mora_jax._common.checks import check_number, positive_integer
 from mora_jax._plan.plan import Plan
-from mora_jax._plan.spec import AdapterSpec
-from mora_jax._plan.trained_arrays import refuse_trained
+from mora_jax._plan.spec import AdapterSpec, refuse_trained
 from mora_jax._tree.adapters import adapter_items, trained_items
 from mora_jax.io import _files, _names
 from mora_jax.io._files import ADAPTER, CONFIG, TENSORS, PathLike, check_free
