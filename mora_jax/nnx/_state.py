@@ -25,9 +25,8 @@ def named_modules(model: nnx.Module) -> Iterator[tuple[Path, nnx.Module]]:
         is_class = isinstance(model, type)
         got = f"the class {model.__name__}" if is_class else type(model).__name__
         raise TypeError(f"model must be a flax.nnx.Module, got {got}")
-    for path, node in nnx.iter_graph(model):
-        if isinstance(node, nnx.Module):
-            yield tuple(map(str, path)), node
+    for path, module in nnx.iter_modules(model):
+        yield tuple(map(str, path)), module
 
 
 def attributes(model: nnx.Module, kinds: Any) -> Iterator[tuple[nnx.Module, Path, Any]]:
