@@ -96,8 +96,8 @@ from mora_jax._tree.adapters import ravel_adapters as ravel_adapters
 from mora_jax._tree.adapters import unravel_adapters as unravel_adapters
 from mora_jax._tree.combined import combine as combine
 from mora_jax._tree.combined import split as split
-from mora_jax._tree.gradient_bases import gradient_bases as gradient_bases
-from mora_jax._tree.gradient_start import gradient_start as gradient_start
+from mora_jax._tree.gradients import gradient_bases as gradient_bases
+from mora_jax._tree.gradients import gradient_start as gradient_start
 from mora_jax._tree.lora_trees import from_lora as from_lora
 from mora_jax._tree.lora_trees import to_lora as to_lora
 from mora_jax._tree.merge import delta_weight as delta_weight

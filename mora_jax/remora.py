@@ -48,7 +48,7 @@ from mora_jax._plan.settings import AdapterSettings
 from mora_jax._plan.spec import AdapterSpec, operator_settings
 from mora_jax._tree import paths
 from mora_jax._tree.adapters import Tree, nest, start_key
-from mora_jax._tree.gradient_bases import gradient_bases
+from mora_jax._tree.gradients import gradient_bases
 from mora_jax._tree.merge import array_items, merged_kernel, wide, with_kernels
 from mora_jax._tree.opt_state import with_new_moments
 from mora_jax._tree.optim import check_transformation
