@@ -135,6 +135,7 @@ def main() -> None:
         "parameters": "{parameters:,}",
         "rate": "{rate:.1e}",
         "recalled": "{recalled} of {seeds}",
+        "at most": "{most:.0%}",
         "steps": "{steps:.1f}",
         "best, of LoRA's": "{ratio:.2f}",
         "error": "{error:.2f}",
@@ -214,6 +215,8 @@ def summary(
     """
     name, there = rows[0]["name"], [row for row in rows if row["recalled"]]
     found: cells.Cell = {"recalled": len(there), "seeds": len(rows)}
+    most = [max(point["recall"] for point in row["points"]) for row in rows]
+    found["most"] = float(np.mean(most))
     found |= dict.fromkeys(("steps", "divergence", "same", "text"))
     found |= dict.fromkeys(("ratio", "error", "seconds_ratio"))
     if there:

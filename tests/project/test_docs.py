@@ -28,6 +28,16 @@ README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
 REPORT = ROOT / "benchmarks/quality/REPORT.md"
 ANSWERS = ROOT / "docs/what-it-learns.md"
+TITLES = {
+    "full": "every kernel",
+    "lora": "LoRA",
+    "lora+": "LoRA+",
+    "rotation": "MoRA, rotation (default)",
+    "subspace": "MoRA, directions of a gradient",
+    "subspace, start": "the same, with a start",
+    "subspace, renewed": "the same, renewed",
+}
+"""How tables of what is learned call a method."""
 LINKED = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "benchmarks/README.md", REPORT]
 
 NOT_INSTALLED = re.compile(r"^(import|from) (peft|tunix)\b", re.MULTILINE)
@@ -279,40 +289,25 @@ def test_what_is_learned_is_as_measured():
 
 
 def test_the_strongest_methods_are_as_measured():
-    names = {
-        "full": "every kernel",
-        "lora": "LoRA",
-        "lora+": "LoRA+",
-        "rotation": "MoRA, rotation (default)",
-        "subspace": "MoRA, directions of a gradient",
-        "subspace, start": "the same, with a start",
-    }
     pages = REPORT.read_text(), ANSWERS.read_text()
     for row in summaries("strongest"):
         error = "" if row["name"] == "lora" else f" ± {row['error']:.2f}"
         cells = "{seeds} | @rate | {steps90:.1f} | {steps99:.1f} | {ratio:.2f}@error | "
         cells = f"| @name | {cells}{{passes:.2f}} | {{divergence:.2f}} |".format(**row)
-        cells = cells.replace("@error", error).replace("@name", names[row["name"]])
+        cells = cells.replace("@error", error).replace("@name", TITLES[row["name"]])
         rate = _short(f"{row['rate']:.1e}")
         assert all(cells.replace("@rate", rate) in page for page in pages)
 
 
 def test_a_full_adapter_is_as_measured():
     """Each row of its table; what no run came to is left empty."""
-    names = {
-        "full": "every kernel",
-        "lora": "LoRA",
-        "rotation": "MoRA, rotation (default)",
-        "subspace": "MoRA, directions of a gradient",
-        "subspace, renewed": "the same, renewed",
-    }
     forms = "{known:.1%}", "{steps90:.1f}", "{ratio90:.2f} ± {error90:.2f}"
     forms += "{steps99:.1f}", "{ratio:.2f} ± {error:.2f}"
     forms += "{divergence90:.2f}", "{divergence:.2f}"
     page, found = REPORT.read_text(), summaries("filled")
     assert {row["setting"] for row in found} == {"half a bit", "one bit"}
     for row in found:
-        cells = [names[row["name"]], f"{row['parameters']:,}", str(row["seeds"])]
+        cells = [TITLES[row["name"]], f"{row['parameters']:,}", str(row["seeds"])]
         cells.append(_short(f"{row['rate']:.1e}"))
         for form in forms:
             used = re.findall(r"{(\w+)", form)
@@ -328,20 +323,13 @@ def test_a_full_adapter_is_as_measured():
 @pytest.mark.parametrize("experiment", ["facts", "facts_filled"])
 def test_what_is_forgotten_at_equal_recall_is_as_measured(experiment):
     """Each method's row; a recall that was never reached is left empty."""
-    names = {
-        "full": "every kernel",
-        "lora": "LoRA",
-        "rotation": "MoRA, rotation (default)",
-        "subspace": "MoRA, directions of a gradient",
-        "subspace, renewed": "the same, renewed",
-    }
     found = ROOT / f"benchmarks/quality/results/{experiment}.json"
     rows = json.loads(found.read_text())["settings"]["least_forgotten"]
     for name in {row["name"] for row in rows}:
         at = {row["recall"]: row for row in rows if row["name"] == name}
         form = "| {divergence:.2f} | {text:.2f} "
         cells = [form.format(**at[k]) if k in at else "| | " for k in (0.5, 0.75, 0.95)]
-        start = f"| {names[name]} | {at[0.5]['parameters']:,} | {at[0.5]['seeds']} "
+        start = f"| {TITLES[name]} | {at[0.5]['parameters']:,} | {at[0.5]['seeds']} "
         assert f"{start}{''.join(cells)}|\n" in REPORT.read_text()
 
 
