@@ -110,7 +110,7 @@ test-vllm: VENV = .venv-vllm
 test-vllm: export XLA_FLAGS =
 test-vllm: ## vLLM serves adapters that are trained for it, in an environment with vLLM
 	$(setup) vllm
-	$(run) -m pytest tests/with_vllm
+	$(run) -m pytest tests/with_vllm --timeout 3600
 
 test-chips: VENV = .venv-chips
 test-chips: export XLA_FLAGS =

@@ -213,20 +213,23 @@ def test_many_faults_at_once_touch_nobody_else(service, oracle, place):
         try:
             return name, service.text(name)
         except openai.InternalServerError as error:
-            return name, error
+            return name, error.code
+        except openai.NotFoundError as error:  # saving where there are no tensors
+            return name, error.code
 
     with ThreadPoolExecutor(9) as clients:
         spoiler = clients.submit(spoil)
-        said = list(clients.map(ask, range(60)))
-        stop.set()
+        try:
+            said = list(clients.map(ask, range(60)))
+        finally:
+            stop.set()
         spoiler.result()
+    told = {"adapter_unusable", "model_not_found"}
     for name, answer in said:
         if name != "changing":
             assert answer == oracle.says(NAMES.index(name))["Hi"]
-        elif isinstance(answer, str):
-            assert answer in (oracle.says(7)["Hi"], oracle.says(8)["Hi"])
         else:
-            assert answer.code == "adapter_unusable"
+            assert answer in told | {oracle.says(7)["Hi"], oracle.says(8)["Hi"]}
 
 
 @pytest.mark.parametrize("streams", [True, False])

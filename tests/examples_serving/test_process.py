@@ -1,5 +1,6 @@
 """The program as it is started, and as it is stopped."""
 
+import contextlib
 import re
 import signal
 import socket
@@ -70,9 +71,13 @@ def test_sigterm_finishes_streams(tmp_path):
     """Also of those who wait for a row; nobody else is taken."""
     given = "--model tiny --port 0 --rows 2 --slots 2 --context 256 --adapters"
     command = [sys.executable, "-m", "examples.serve_many", *given.split(), tmp_path]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment()
-    ) as process:
+    with (
+        subprocess.Popen(
+            command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment()
+        ) as process,
+        contextlib.ExitStack() as end,
+    ):
+        end.callback(process.kill)  # whatever fails: the outer context waits
         assert process.stdout is not None
         address = None
         while address is None and (line := process.stdout.readline()):
