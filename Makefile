@@ -19,7 +19,7 @@ run = $(VENV)/bin/python
 .PHONY: help demo demo-nnx demo-sharded serve quickstart bench bench-layer \
   bench-growth bench-many bench-scale bench-torch bench-chips bench-serving \
   bench-quality test test-slow test-exhaustive test-all test-tunix test-gemma \
-  test-peft test-vllm test-chips lint wheel clean env tools
+  test-peft test-vllm test-chips docs lint wheel clean env tools
 
 help: ## list the targets
 	@echo 'Targets:'
@@ -117,6 +117,13 @@ test-chips: export XLA_FLAGS =
 test-chips: ## adapters compile well for TPUs, in an environment of its own
 	$(setup) chips
 	$(run) -m pytest tests/on_chips $(PYTEST_ARGS)
+
+docs: VENV = .venv-docs
+docs: ## the site, in build/site, in an environment of its own; it runs the notebooks
+	$(setup) docs
+	JAX_PLATFORMS=cpu $(run) -m sphinx --fail-on-warning --keep-going --quiet \
+	  -c docs -d build/doctrees $(ARGS) . build/site
+	@echo "open build/site/index.html"
 
 lint: tools ## what must be clean: ruff and pyright
 	$(VENV)/bin/ruff check

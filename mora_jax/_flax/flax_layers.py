@@ -28,9 +28,7 @@ def _general(module: Any, inputs: ArrayLike, *_: Any, **__: Any) -> str:
     return dot_general_equation(inputs.ndim, ndim, numbers)
 
 
-def _einsum(
-    module: Any, inputs: Any, einsum_str: str | None = None, *_: Any, **__: Any
-) -> str:
+def _einsum(module: Any, x: Any, einsum_str: Any = None, *_: Any, **__: Any) -> str:
     return einsum_str or module.einsum_str
 
 

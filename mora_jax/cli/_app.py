@@ -54,10 +54,8 @@ def inspect(
         shape, size = " x ".join(map(str, array["shape"])), array["parameters"]
         typer.echo(f"{array['path']} ({shape}) is trained itself: {size} parameters")
     if len(rows) < len(layers):
-        typer.echo(
-            "Rows of several layers have sums of parameters, and else the smallest and "
-            "largest numbers; --all shows each layer."
-        )
+        told = "sums of parameters, and else the smallest and largest numbers"
+        typer.echo(f"Rows of several layers have {told}; --all shows each layer.")
 
 
 @app.command()

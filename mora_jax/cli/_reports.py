@@ -73,7 +73,6 @@ def _layer(spec: AdapterSpec, values: np.ndarray) -> Row:
         "parameters": spec.parameters,
         "norm": float(np.linalg.norm(values)),
         "effective_rank": float(np.mean(diagnostics.effective_rank(values))),
-        "above_0.1": int(np.sum(values > 0.1)),
     }
 
 
@@ -86,7 +85,7 @@ def grouped(layers: Sequence[Row]) -> list[Row]:
     for pattern, group in alike(layers, kind):
         row = group[0] | {"path": shown(pattern, len(group))}
         row["parameters"] = sum(layer["parameters"] for layer in group)
-        for key in ("norm", "effective_rank", "above_0.1"):
+        for key in ("norm", "effective_rank"):
             values = [layer[key] for layer in group]
             row[key] = min(values), max(values)
         rows.append(row)

@@ -1,35 +1,4 @@
-"""Measures of what adapters do to a model, and of what a merge loses.
-
-Deltas as numbers::
-
-  merge_loss            the share of each delta that rounding loses in a merge
-  spectrum              the singular values of each delta
-  effective_rank        the number of directions that a spectrum spreads over
-  relative_norm         the norm of each delta, relative to its kernel
-
-Models::
-
-  check                 compare the adapted and the merged model on real inputs
-
-Example::
-
-  >>> import flax.linen as nn, jax.numpy as jnp, mora_jax
-  >>> from mora_jax import diagnostics
-  >>> params = {"kernel": jnp.ones((4, 4), jnp.bfloat16)}
-  >>> config = mora_jax.MoRAConfig(operator="truncation", square_rank=4, scale="paper")
-  >>> plan = mora_jax.plan(params, config)
-  >>> adapters = {"kernel_mora": jnp.full((4, 4), 2.0**-10)}
-  >>> diagnostics.merge_loss(params, adapters, plan, rounding="nearest")
-  {'kernel': 1.0}
-  >>> diagnostics.relative_norm(params, adapters, plan)
-  {'kernel': 0.0009765625}
-  >>> values = diagnostics.spectrum(adapters, plan)["kernel"]
-  >>> values.shape, float(diagnostics.effective_rank(values).round(3))
-  ((4,), 1.0)
-  >>> model, variables, x = nn.Dense(4, use_bias=False), {"params": params}, jnp.eye(4)
-  >>> diagnostics.check(model, variables, plan, x, tolerance=0.01)["kernel"] < 0.01
-  True
-"""
+"""Deltas as numbers, what rounding loses of them, and models compared by numbers."""
 
 import functools
 import math

@@ -1,0 +1,133 @@
+"""The site: `make docs` builds it from the checkout, and warnings are errors.
+
+The sources are the whole checkout, so that a link from a page to a report or a program
+is the same here and in an editor.
+"""
+
+import os
+import re
+
+import latex2mathml.converter
+from docutils.nodes import SkipNode
+
+import mora_jax
+
+project = "mora_jax"
+author = "The founders of mora_jax"
+version = release = mora_jax.__version__
+copyright = f"2026, {author}"
+
+extensions = [
+    "myst_nb",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+    "sphinx_copybutton",
+    "sphinx_design",
+]
+root_doc = "docs/index"
+include_patterns = ["docs/**", "benchmarks/**.md", "*.md"]
+exclude_patterns = [".*", "build", "out", "docs/notebooks/*.ipynb", "**/README.txt"]
+
+# Pages
+myst_enable_extensions = ["colon_fence", "dollarmath"]
+myst_heading_anchors = 4
+suppress_warnings = ["myst.header"]  # reports may begin deeper
+nb_execution_mode = "cache"
+nb_execution_cache_path = os.environ.get("MORA_JAX_NOTEBOOKS", "build/notebooks")
+nb_execution_timeout = 600
+nb_execution_raise_on_error = True
+nb_merge_streams = True
+nb_output_stderr = "remove"  # progress bars, and what XLA says of itself
+
+# API
+autodoc_default_options = {"members": True}
+autodoc_member_order = "bysource"
+autodoc_typehints = "signature"
+autodoc_typehints_format = "short"
+autodoc_preserve_defaults = True
+napoleon_google_docstring = True
+napoleon_use_rtype = False
+napoleon_custom_sections = [("Attributes", "params_style"), ("Warns", "params_style")]
+python_maximum_signature_line_length = 80
+viewcode_line_numbers = False
+
+# Look
+html_theme = "sphinx_book_theme"
+html_math_renderer = "mathml"
+html_title = "mora_jax"
+html_static_path = ["static"]
+html_css_files = ["site.css"]
+html_additional_pages = {"index": "forward.html"}
+templates_path = ["templates"]
+html_copy_source = False
+html_show_sourcelink = False
+html_theme_options = {
+    "show_toc_level": 2,
+    "navigation_with_keys": False,
+    "use_download_button": False,
+    "home_page_in_toc": True,
+    "path_to_docs": "docs",
+}
+repository = os.environ.get("GITHUB_REPOSITORY")
+if repository:  # where the site is built in a workflow of its repository
+    html_theme_options |= {
+        "repository_url": f"https://github.com/{repository}",
+        "use_repository_button": True,
+        "launch_buttons": {"colab_url": "https://colab.research.google.com"},
+    }
+copybutton_prompt_text = r">>> |\.\.\. |\$ "
+copybutton_prompt_is_regexp = True
+
+
+MARKUP = re.compile(r":math:`[^`]+`|`[^`]+`|[*|]|_(?!\w)")
+
+
+def as_rst(match):
+    """Code as reStructuredText has it; and what is no markup to us none to it."""
+    text = match[0]
+    if text[0] == "`":
+        return f"`{text}`\\ "  # which lets a letter follow
+    return text if text[0] == ":" else f"\\{text}"
+
+
+def docstring_to_rst(app, what, name, obj, options, lines):
+    """Our docstrings are plain text with `code`, formulas, examples and tables."""
+    table = None  # the indentation of a line that ends in "::", before its block
+    for k, line in enumerate(lines):
+        indent = len(line) - len(line.lstrip())
+        if table is not None and line.strip() and indent <= table:
+            table = None
+        if table is None and not line.lstrip().startswith((">>>", "...", "..")):
+            lines[k] = MARKUP.sub(as_rst, line)
+        if table is None and line.endswith("::"):
+            table = indent
+
+
+def readable_signature(app, what, name, obj, options, signature, returns):
+    """Defaults as one would write them, and not the pages of a pattern."""
+    if signature:
+        signature = re.sub(r"<class '([\w.]+)'>", r"\1", signature)
+        signature = re.sub(r"\('\(\?i\).*?',\)|<\w[^<>]* at 0x\w+>", "...", signature)
+    return signature, returns
+
+
+def math_inline(self, node):
+    """MathML, which browsers draw without a script from elsewhere."""
+    self.body.append(latex2mathml.converter.convert(node.astext()))
+    raise SkipNode
+
+
+def math_block(self, node):
+    """An equation of its own lines."""
+    equation = latex2mathml.converter.convert(node.astext(), display="block")
+    self.body.append(f'<div class="math">{equation}</div>')
+    raise SkipNode
+
+
+def setup(app):
+    """Called by Sphinx."""
+    app.add_html_math_renderer("mathml", (math_inline, None), (math_block, None))
+    # Before napoleon, which connects at 500.
+    app.connect("autodoc-process-docstring", docstring_to_rst, priority=400)
+    app.connect("autodoc-process-signature", readable_signature)

@@ -1,0 +1,109 @@
+"""Pictures show the numbers: of the delta, and of what a loop recorded."""
+
+import jax
+import jax.numpy as jnp
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+from cases import by_case
+from helpers import random
+
+import mora_jax
+from mora_jax import AdapterSpec
+from mora_jax.diagnostics import plot_delta, plot_training
+
+
+@pytest.fixture(autouse=True)
+def figures_are_closed():
+    matplotlib.use("Agg")
+    yield
+    plt.close("all")
+
+
+def shown(ax):
+    (image,) = ax.images
+    return np.asarray(image.get_array())
+
+
+@by_case
+def test_the_picture_is_the_delta(case):
+    op = case.make(13, 7, 4)
+    m = random(0, *op.m_shape)
+    expected = case.delta(op, m)
+    np.testing.assert_allclose(shown(plot_delta(op, m)), expected, 1e-5, 1e-5)
+    spec = AdapterSpec(op, (13, 7), alpha=-0.5)
+    ax = plot_delta(spec, m)
+    np.testing.assert_allclose(shown(ax), spec.factor * expected, 1e-5, 1e-5)
+    assert ax.get_title() == op.name
+
+
+@by_case
+def test_a_pattern_reaches_the_kernel(case):
+    """Without an M, and in the colours around zero."""
+    _, given = plt.subplots()
+    ax = plot_delta(case.make(24, 36, 10), ax=given)
+    assert ax is given and shown(ax).shape == (24, 36) and shown(ax).any()
+    low, high = ax.images[0].get_clim()
+    assert low == -high < 0
+
+
+def test_an_m_of_16_bits_and_one_of_zeros():
+    op = mora_jax.make_operator("rotation", 8, 8, 4)
+    assert shown(plot_delta(op, jnp.ones((4, 4), jnp.bfloat16))).dtype == np.float32
+    assert not shown(plot_delta(op, jnp.zeros((4, 4)))).any()
+
+
+def test_training_is_drawn_as_recorded():
+    norms = {"a": 0.1, "b": jnp.float32(0.2)}
+    records = [
+        {"step": 0, "loss": jnp.bfloat16(2)},
+        {"step": 5, "loss": float("nan"), "norms": norms},
+        {"step": 10, "loss": np.float32(1), "norms": norms},
+    ]
+    losses, by_path = plot_training(iter(records))
+    assert [ax.get_ylabel() for ax in (losses, by_path)] == ["loss", "norms"]
+    (line,) = losses.lines
+    np.testing.assert_array_equal(line.get_xydata(), [[0, 2], [5, np.nan], [10, 1]])
+    first, last = by_path.lines
+    np.testing.assert_allclose(last.get_xydata(), [[5, 0.2], [10, 0.2]])
+    assert sum(first.get_color()) < sum(last.get_color())
+    again = plot_training(records, axes=(losses, by_path))
+    assert again == [losses, by_path] and len(losses.lines) == 2
+
+
+def test_bad_input_is_refused():
+    op = mora_jax.make_operator("sharing", 8, 6, 4)
+    for operator, m, kind, message in (
+        (
+            "rotation",
+            None,
+            TypeError,
+            "operator must be .* AdapterSpec, got 'rotation'",
+        ),
+        (op, jnp.ones((2, 4, 4)), ValueError, r"m must have shape \(4, 4\)"),
+        (op, jnp.ones((4, 4), int), TypeError, "m must have a floating-point dtype"),
+        (op, [[1.0]], TypeError, "m must be a concrete array, got list"),
+        (op, jax.ShapeDtypeStruct((4, 4), "float32"), TypeError, "concrete array"),
+        (op, jnp.full((4, 4), jnp.nan), ValueError, "m holds NaN"),
+    ):
+        with pytest.raises(kind, match=message):
+            plot_delta(operator, m)
+    for records, message in (
+        ([], "records must each have"),
+        ([{"step": 1}], "records must each have"),
+        ([{"loss": 1.0}], "records must each have"),
+        ([{"step": 1, "loss": "low"}], "loss must be numbers, got 'low'"),
+        ([{"step": 1, "loss": np.ones(2)}], "loss must be numbers"),
+        ([{"step": 1, "norms": {"a": None}}], "norms must be numbers, got None"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            plot_training(records)
+    with pytest.raises(ValueError, match="zip"):
+        plot_training([{"step": 1, "loss": 1.0}], axes=[])
+
+
+def test_without_matplotlib_it_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
+    with pytest.raises(ImportError, match="pip install matplotlib"):
+        plot_delta(mora_jax.make_operator("sharing", 8, 6, 4))
