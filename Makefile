@@ -19,7 +19,7 @@ run = $(VENV)/bin/python
 .PHONY: help demo demo-nnx demo-sharded serve quickstart bench bench-layer \
   bench-growth bench-many bench-scale bench-torch bench-chips bench-serving \
   bench-quality test test-slow test-exhaustive test-all test-tunix test-gemma \
-  test-peft test-vllm test-chips docs lint wheel clean env tools
+  test-peft test-vllm test-chips docs lint wheel release clean env tools
 
 help: ## list the targets
 	@echo 'Targets:'
@@ -133,6 +133,9 @@ lint: tools ## what must be clean: ruff and pyright
 wheel: tools ## wheel and source distribution, in dist/
 	rm -rf dist
 	$(run) -m build
+
+release: tools ## all of a release but the upload, with each Python here and each extra
+	bash .ci/release $(run)
 
 clean: ## remove all that make made, the environments too
 	rm -rf .venv* build dist out .hypothesis .pytest_cache .ruff_cache

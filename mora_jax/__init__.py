@@ -114,7 +114,7 @@ from mora_jax.operators import Operator as Operator
 from mora_jax.operators import make_operator as make_operator
 from mora_jax.operators import square_rank as square_rank
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 _NAMES = sorted(["__version__", *(n for n in globals() if not n.startswith("_"))])
 
 
