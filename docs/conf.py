@@ -32,7 +32,8 @@ exclude_patterns = [".*", "build", "out", "docs/notebooks/*.ipynb", "**/README.t
 # Pages
 myst_enable_extensions = ["colon_fence", "dollarmath"]
 myst_heading_anchors = 4
-suppress_warnings = ["myst.header"]  # reports may begin deeper
+# Reports may begin deeper. Without a run of the notebooks their language is not known.
+suppress_warnings = ["myst.header", "myst-nb.lexer", "misc.highlighting_failure"]
 nb_execution_mode = "cache"
 nb_execution_cache_path = os.environ.get("MORA_JAX_NOTEBOOKS", "build/notebooks")
 nb_execution_timeout = 600

@@ -3,9 +3,9 @@
 You will see which kernels are adapted, a progress bar with loss and recall, and what
 the model answers before and after: it knows the facts, still answers ordinary
 questions, and says the same after the adapters are merged into its kernels. The folder
-`out/teach_facts` gets the adapter and plots. It takes a few minutes on 2 cores:
+`out/teach_facts` gets the adapter and plots. It takes about two minutes on 2 cores:
 
-    python -m examples.teach_facts --facts 20 --rank 8 --operator rotation
+    python -m examples.teach_facts --facts 8 --rank 8 --operator rotation
 
 `--model DIR` teaches another Llama that talks as SmolLM2 does, from its safetensors.
 `--operator low_rank` teaches with a LoRA of this library, at twenty times the rate.
@@ -98,6 +98,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.compare and (args.operator == "low_rank" or args.base != bases[0]):
         parser.error("--compare needs an operator of MoRA, and a base in float32")
+    lesson.announce(args)
     model, params, tokenizer = smollm2.load(args.model)
     variables = {"params": params}
     base = jax.jit(model.apply)

@@ -4,7 +4,7 @@ You will see what teach_facts.py shows, with the same losses, because the model 
 twin of that in Linen. The folder `out/teach_facts_nnx` gets the adapter and plots. It
 takes a few minutes on 2 cores:
 
-    python -m examples.teach_facts_nnx --facts 20 --rank 8 --operator rotation
+    python -m examples.teach_facts_nnx --facts 8 --rank 8 --operator rotation
 """
 
 import argparse
@@ -46,6 +46,7 @@ def train(
 def main() -> None:
     """Ask, teach, merge, and ask again."""
     args = lesson.options(str(__doc__), "out/teach_facts_nnx").parse_args()
+    lesson.announce(args)
     model, tokenizer = smollm2_nnx.load(args.model)
     forward: Any = nnx.jit(lambda model, ids, at: model(ids, at))
     untouched = functools.partial(forward, model)

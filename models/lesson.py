@@ -328,12 +328,23 @@ def save_histories(trained: Mapping[str, Sequence[Progress]], out: Path) -> None
     plt.close(figure)
 
 
+def announce(args: argparse.Namespace) -> None:
+    """Print what a program will show, how long it takes, and where pictures will be."""
+    print(
+        f"This teaches a language model {args.facts} facts that it does not know, in at "
+        f"most {args.steps} steps, and\nasks before and after. Eight facts take about two "
+        f"minutes on two cores. Pictures come to\n{args.out}/learning.png (loss and "
+        f"recall) and {args.out}/spectrum.png (what was learned).\n",
+        flush=True,
+    )
+
+
 def options(description: str, out: str) -> argparse.ArgumentParser:
     """The options of a program that teaches facts and writes to the folder `out`."""
     parser = argparse.ArgumentParser(description=description.partition("\n")[0])
     add = parser.add_argument
     add("--model", type=Path, help="a Llama of Hugging Face, as a folder; SmolLM2-135M")
-    add("--facts", type=positive, default=20, help="number of facts to learn")
+    add("--facts", type=positive, default=8, help="number of facts to learn")
     add("--rank", type=positive, default=8, help="budget, as the rank of a LoRA")
     add("--operator", default="auto", help="rotation, sharing, ...; low_rank: a LoRA")
     add("--steps", type=positive, default=30, help="largest number of steps")
