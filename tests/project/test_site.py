@@ -4,7 +4,9 @@ import importlib
 import inspect
 import json
 import re
+import tomllib
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 from processes import ROOT
@@ -81,6 +83,22 @@ def test_a_notebook_is_the_same_for_colab(page):
     assert ["".join(cell["source"]) for cell in code] == cells(page.read_text()) != []
     assert not any(cell["outputs"] for cell in code)
     assert "pip install" in "".join(code[0]["source"])
+
+
+def test_badges_are_true():
+    """As pyproject.toml says, and on no server of others."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    (jax,) = (d for d in project["dependencies"] if d.startswith("jax>="))
+    kinds = [kind.rpartition(" ")[2] for kind in project["classifiers"]]
+    pythons = [kind for kind in kinds if re.fullmatch(r"3\.\d+", kind)]
+    for name, value in (
+        ("python", f"{pythons[0]} to {pythons[-1]}"),
+        ("jax", jax.replace("jax>=", ">= ")),
+        ("licence", project["license"]),
+    ):
+        badge = ElementTree.parse(DOCS / f"static/{name}.svg").getroot()
+        assert badge.findall(".//{*}text")[1].text == value
+        assert f"(docs/static/{name}.svg)" in (ROOT / "README.md").read_text()
 
 
 def test_pictures_say_what_they_show():
