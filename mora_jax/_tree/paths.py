@@ -25,6 +25,7 @@ def located_leaves(tree: Any, what: str = "params") -> dict[Path, Any]:
         return is_boxed(node) or isinstance(node, nnx.Module | Plan | Slots | Selected)
 
     leaves: dict[Path, Any] = {}
+    names: set[str] = set()  # a key may hold a slash, and plans go by joined paths
     for keys, leaf in jax.tree.leaves_with_path(tree, is_leaf=is_end):
         path = tuple(map(key_name, keys))
         refuse_model(leaf, what)
@@ -33,8 +34,9 @@ def located_leaves(tree: Any, what: str = "params") -> dict[Path, Any]:
             if hasattr(leaf, "shape"):
                 kind = f"an array of shape {tuple(leaf.shape)} without a name"
             raise TypeError(f"{what} must be a tree of arrays, got {kind}")
-        if path in leaves:
-            raise ValueError(f"{what} has two leaves of the path {'/'.join(path)!r}")
+        if (name := "/".join(path)) in names:
+            raise ValueError(f"{what} must not have two leaves of the path {name!r}")
+        names.add(name)
         leaves[path] = leaf
     return leaves
 
@@ -48,8 +50,6 @@ def named_leaves(tree: Any, what: str = "params") -> dict[str, tuple[Path, Any]]
             raise TypeError(
                 f"{what} must hold arrays only, got {type(leaf).__name__} at {name!r}"
             )
-        if name in leaves:
-            raise ValueError(f"{what} has two leaves of the path {name!r}")
         leaves[name] = path, leaf
     if not leaves:
         raise ValueError(f"{what} holds no array")

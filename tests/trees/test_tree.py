@@ -148,6 +148,7 @@ def test_what_does_not_merge(model):
     wrong = params | {"fc": {"kernel": random(0, 10, 12)}}
     shapes = jax.eval_shape(lambda: params)
     unknown = adapters | {"x": {"kernel_mora": m}}
+    twice = adapters | {"attn/query": adapters["attn"]["query"]}
     cases = [
         ((params, {}), ValueError, "has$"),
         ((adapters, params), ValueError, "were params and adapters swapped"),
@@ -155,6 +156,7 @@ def test_what_does_not_merge(model):
         ((params, layers), TypeError, r"got the Plan: adapters are init\(plan\)"),
         ((params, no_fc), ValueError, "lack 'fc/kernel_mora'"),
         ((params, unknown), ValueError, "hold 'x/kernel_mora', which the plan"),
+        ((params, twice), ValueError, "two leaves of the path 'attn/query/kernel_m"),
         (fc(m[:3]), ValueError, "fc/kernel_mora must have shape"),
         (fc(m * jnp.nan), ValueError, "fc/kernel_mora holds NaN"),
         (fc(m / 0), ValueError, "fc/kernel_mora holds NaN or inf"),
