@@ -332,8 +332,8 @@ def announce(args: argparse.Namespace) -> None:
     """Print what a program will show, how long it takes, and where pictures will be."""
     print(
         f"This teaches a language model {args.facts} facts that it does not know, in\n"
-        f"at most {args.steps} steps, and asks before and after. Eight facts take about\n"
-        "two minutes on two cores. Pictures of loss and recall, and of what was\n"
+        f"at most {args.steps} steps, and asks before and after. Eight facts take\n"
+        "about two minutes on two cores. Pictures of loss and recall, and of what was\n"
         f"learned: {args.out}/learning.png and {args.out}/spectrum.png\n",
         flush=True,
     )
