@@ -95,11 +95,13 @@ def as_rst(match):
 def docstring_to_rst(app, what, name, obj, options, lines):
     """Our docstrings are plain text with `code`, formulas, examples and tables."""
     table = None  # the indentation of a line that ends in "::", before its block
+    doctest = False  # until the next empty line
     for k, line in enumerate(lines):
+        doctest = bool(line.strip()) and (doctest or line.lstrip().startswith(">>>"))
         indent = len(line) - len(line.lstrip())
         if table is not None and line.strip() and indent <= table:
             table = None
-        if table is None and not line.lstrip().startswith((">>>", "...", "..")):
+        if table is None and not doctest and not line.lstrip().startswith(".."):
             lines[k] = MARKUP.sub(as_rst, line)
         if table is None and line.endswith("::"):
             table = indent
