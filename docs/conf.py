@@ -27,10 +27,10 @@ extensions = [
 ]
 root_doc = "docs/index"
 include_patterns = ["docs/**", "benchmarks/**.md", "*.md"]
-exclude_patterns = [".*", "build", "out", "docs/notebooks/*.ipynb", "**/README.txt"]
+exclude_patterns = [".*", "build", "out", "docs/notebooks/*.ipynb"]
 
 # Pages
-myst_enable_extensions = ["colon_fence", "dollarmath"]
+myst_enable_extensions = ["colon_fence"]
 myst_heading_anchors = 4
 # Reports may begin deeper. Without a run of the notebooks their language is not known.
 suppress_warnings = ["myst.header", "myst-nb.lexer", "misc.highlighting_failure"]

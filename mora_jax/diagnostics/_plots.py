@@ -38,12 +38,11 @@ def plot_delta(
       >>> ax.images[0].get_array().shape
       (8, 6)
     """
-    factor, op = (
-        getattr(operator, "factor", 1.0),
-        getattr(operator, "operator", operator),
-    )
+    factor = getattr(operator, "factor", 1.0)
+    op = getattr(operator, "operator", operator)
     if not isinstance(op, Operator):
-        raise TypeError(f"operator must be one or an AdapterSpec, got {operator!r}")
+        rule = "operator must be an operator or an AdapterSpec"
+        raise TypeError(f"{rule}, got {operator!r}")
     if m is None:  # neither its rows nor its columns are alike, nor is it symmetric
         y, x = (jnp.linspace(0, 1, size) for size in op.m_shape)
         m = jnp.cos(5 * y[:, None] + 9 * x) * (0.3 + 0.7 * x)
@@ -85,6 +84,8 @@ def plot_training(
     if not names or not all("step" in record for record in records):
         raise ValueError(f'records must each have "step" and a value, got {records!r}')
     axes = _axes(len(names)) if axes is None else list(axes)
+    if len(axes) != len(names):
+        raise ValueError(f"axes must be one for each of {names}, got {len(axes)}")
     for name, ax in zip(names, axes, strict=True):
         lines: dict[str, list[tuple[float, float]]] = {}
         for record in records:
