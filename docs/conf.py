@@ -20,6 +20,7 @@ copyright = f"2026, {author}"
 extensions = [
     "myst_nb",
     "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
     "sphinx_copybutton",
@@ -65,15 +66,16 @@ html_copy_source = False
 html_show_sourcelink = False
 html_theme_options = {
     "show_toc_level": 2,
+    "navbar_persistent": [],  # the menu has a search
     "navigation_with_keys": False,
     "use_download_button": False,
     "home_page_in_toc": True,
-    "path_to_docs": "docs",
 }
 repository = os.environ.get("GITHUB_REPOSITORY")
 if repository:  # where the site is built in a workflow of its repository
     html_theme_options |= {
         "repository_url": f"https://github.com/{repository}",
+        "repository_branch": os.environ.get("GITHUB_REF_NAME", "main"),
         "use_repository_button": True,
         "launch_buttons": {"colab_url": "https://colab.research.google.com"},
     }
@@ -81,7 +83,7 @@ copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True
 
 
-MARKUP = re.compile(r":math:`[^`]+`|`[^`]+`|[*|]|_(?!\w)")
+MARKUP = re.compile(r":math:`[^`]+`|`[^`]+`|(?<!\w)\*\w+\*|[*|]|_(?!\w)")
 
 
 def as_rst(match):
@@ -89,11 +91,13 @@ def as_rst(match):
     text = match[0]
     if text[0] == "`":
         return f"`{text}`\\ "  # which lets a letter follow
-    return text if text[0] == ":" else f"\\{text}"
+    return text if len(text) > 1 else f"\\{text}"
 
 
 def docstring_to_rst(app, what, name, obj, options, lines):
     """Our docstrings are plain text with `code`, formulas, examples and tables."""
+    if what in ("attribute", "property") and lines:
+        lines[0] = f":{lines[0]}"  # or napoleon takes what precedes a colon for a type
     table = None  # the indentation of a line that ends in "::", before its block
     doctest = False  # until the next empty line
     for k, line in enumerate(lines):
@@ -105,6 +109,11 @@ def docstring_to_rst(app, what, name, obj, options, lines):
             lines[k] = MARKUP.sub(as_rst, line)
         if table is None and line.endswith("::"):
             table = indent
+
+
+def titles_of_pages(app, page, source):
+    """A link that has the name of a file has the title of its page here."""
+    source[0] = re.sub(r"\[[\w/-]+\.md\]\((?!http)", "[](", source[0])
 
 
 def readable_signature(app, what, name, obj, options, signature, returns):
@@ -131,6 +140,7 @@ def math_block(self, node):
 def setup(app):
     """Called by Sphinx."""
     app.add_html_math_renderer("mathml", (math_inline, None), (math_block, None))
+    app.connect("source-read", titles_of_pages)
     # Before napoleon, which connects at 500.
     app.connect("autodoc-process-docstring", docstring_to_rst, priority=400)
     app.connect("autodoc-process-signature", readable_signature)

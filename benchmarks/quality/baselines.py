@@ -237,10 +237,10 @@ def prepasses(method: str) -> int:
     return int(along) + int("start" in extras)
 
 
-def passes(method: str, steps: float, renew: int) -> float:
+def passes(method: str, steps: float, renewals: float) -> float:
     """Steps, and all gradients beside them: before the first, and of renewals."""
-    renewals = steps // renew if renew and "subspace" in method else 0
-    return steps + prepasses(method) + renewals
+    along = "subspace" in method
+    return steps + prepasses(method) + (renewals if along else 0)
 
 
 def make_lora(name: str, task: Task, rank: int) -> Learner:

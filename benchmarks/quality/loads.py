@@ -137,10 +137,9 @@ def summary(row: cells.Cell, rows: Sequence[cells.Cell], rank: int) -> cells.Cel
     ratio = error = passes = None
     if steps and others:
         ratio, error = teaching.paired(steps, others)
-        count = functools.partial(
-            baselines.passes, row["method"], renew=row.get("renew", 0)
-        )
-        passes, _ = teaching.paired(list(map(count, steps)), others)
+        renew = row.get("renew") or math.inf
+        counts = [baselines.passes(row["method"], s, s // renew) for s in steps]
+        passes, _ = teaching.paired(counts, others)
     to90 = ladders.means(row["0.9"])
     return {
         "parameters": size(row["method"], rank),

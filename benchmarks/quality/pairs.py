@@ -131,6 +131,7 @@ def main() -> None:
     add("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
     add("--pairs", type=positive, default=16)
     add("--renew", type=positive, help="steps between renewals; by default 24")
+    add("--stalled", type=float, help="renew if the loss fell by less, a share of it")
     add("--untimed", action="store_true", help="leave out the seconds of steps")
     add("--ladders", action="store_true", help="a row for each rate")
     args = parser.parse_args()
@@ -191,6 +192,7 @@ def first(setting: str, name: str, args: argparse.Namespace) -> Any:
     cell |= {"begin": begin} if begin else {}
     if name.endswith("renewed"):
         cell["renew"] = args.renew or renew
+        cell |= {} if args.stalled is None else {"stalled": args.stalled}
     rates = teaching.rates(name, quick=args.quick or lift != 1)
     return cell, [lift * rate for rate in rates]
 
@@ -228,7 +230,9 @@ def mostly(row: cells.Cell) -> float:
 
 def passes(row: cells.Cell) -> float:
     """Steps to 99%, with the gradients before them and between."""
-    return baselines.passes(row["method"], steps(row), row.get("renew", 0))
+    taken, renew = steps(row), row.get("renew")
+    renewals = row["renewals"] if "stalled" in row else taken // renew if renew else 0
+    return baselines.passes(row["method"], taken, renewals)
 
 
 def summary(

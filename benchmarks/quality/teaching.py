@@ -198,6 +198,7 @@ class Step(NamedTuple):
 
     trained: Any
     frozen: Any
+    renewals: int
     loss: float
     accuracy: float
 
@@ -212,23 +213,28 @@ def train(
     batches: Iterable[Batch],
     rate_at: Callable[[int], float],
     renew: int = 0,
+    stalled: float = 1.0,
 ) -> Iterator[Step]:
     """Train on each batch for a step, and renew the adapters after each `renew` steps.
 
-    It ends before its time if a loss is not finite.
+    That is if the loss fell in these steps by less than `stalled`, a share of it. It
+    ends before its time if a loss is not finite.
     """
     frozen, trained = program.frozen, program.learner.start
-    state = program.init(trained)
-    for k, batch in enumerate(batches):
-        if renew and k and k % renew == 0:
-            assert program.learner.renewed is not None
-            trained, frozen = program.learner.renewed(trained, frozen)
-            state = program.init(trained)
-        rate = rate_at(k % renew if renew else k)
+    state, renewals = program.init(trained), 0
+    losses: list[float] = []  # since it was renewed
+    for batch in batches:
+        if renew and len(losses) >= renew:
+            if losses[-1] >= (1 - stalled) * losses[-renew]:
+                assert program.learner.renewed is not None
+                trained, frozen = program.learner.renewed(trained, frozen)
+                state, renewals, losses = program.init(trained), renewals + 1, []
+        rate = rate_at(len(losses))
         after, state, found = program.step(trained, state, rate, frozen, batch)
-        yield (step := Step(trained, frozen, *map(float, found)))
+        yield (step := Step(trained, frozen, renewals, *map(float, found)))
         if not math.isfinite(step.loss):
             return
+        losses.append(step.loss)
         trained = after
 
 
@@ -242,14 +248,15 @@ def memorise(cell: cells.Cell, batch: Batch, first: Batch | None = None) -> cell
 
     Returns:
         Losses and accuracies before each of at most `cell["steps"]` steps; the number
-        of parameters that were trained; what was forgotten when it was known, and when
-        most of it was, None if it never was.
+        of parameters that were trained, and of renewals; what was forgotten when it was
+        known, and when most of it was, None if it never was.
     """
-    losses, accuracies, forgot, early = [], [], None, None
+    losses, accuracies, forgot, early, renewals = [], [], None, None, 0
     program = program_of(cell, first or batch)
     batches = itertools.repeat(program.prepared(batch), cell["steps"])
-    rate_at, renew = warmed_up(cell["rate"]), cell.get("renew", 0)
-    for step in train(program, batches, rate_at, renew):
+    renewal = cell.get("renew", 0), cell.get("stalled", 1.0)
+    for step in train(program, batches, warmed_up(cell["rate"]), *renewal):
+        renewals = step.renewals
         losses.append(round(step.loss, 4))
         accuracies.append(round(step.accuracy, 4))
         if early is None and step.accuracy >= MOSTLY:
@@ -261,6 +268,7 @@ def memorise(cell: cells.Cell, batch: Batch, first: Batch | None = None) -> cell
         "losses": losses,
         "accuracies": accuracies,
         "parameters": program.parameters,
+        "renewals": renewals,
         "forgetting": forgot,
         "forgetting_mostly": early,
     }

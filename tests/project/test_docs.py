@@ -388,9 +388,21 @@ def test_answers_are_as_measured(experiment):
             assert f"| {experiment}, {SETTINGS[row['setting']]} | {cells} |" in page
 
 
-@pytest.mark.parametrize(
-    "found", sorted(ROOT.glob("benchmarks/*/results/*.json")), ids=lambda p: p.stem
-)
+RESULTS = sorted(ROOT.glob("benchmarks/*/results/*.json"))
+
+
+def test_all_figures_are_listed_with_their_machine_and_day():
+    page = (ROOT / "docs/results.md").read_text()
+    machines = {p.stem: json.loads(p.read_text())["machine"] for p in RESULTS}
+    listed = re.findall(r"^\| \[(\w+)\]\(.*\| ([\d-]+) \|$", page, re.MULTILINE)
+    assert dict(listed) == {k: found.pop("date") for k, found in machines.items()}
+    assert len(listed) == len(RESULTS)
+    for found in machines.values():
+        assert "{cores} CPU cores ({architecture})".format(**found) in page
+        assert "Python {python},\njax {jax}, flax {flax}.".format(**found) in page
+
+
+@pytest.mark.parametrize("found", RESULTS, ids=lambda p: p.stem)
 def test_results_name_no_folder_of_a_machine(found):
     assert not re.findall(r'"/[^"]*"', found.read_text())
 
