@@ -6,13 +6,16 @@ goes on where it was; one with more cells computes only those that are missing.
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 Cell = dict[str, Any]
+
+VARIED = ("rate", "seed")
+"""What a ladder of rates and several sets of data vary."""
 
 
 def run(
@@ -42,9 +45,13 @@ def run(
     return [{**cell, **finished[_key(cell)]} for cell in cells]
 
 
-def finished(path: Path) -> list[Cell]:
-    """All finished cells of a file, each with what was found."""
-    return [{**row["cell"], **row["found"]} for row in _rows(path)]
+def finished(path: Path, settings: Mapping[str, Any]) -> list[Cell]:
+    """The finished cells of a file with these settings, of any rate and seed."""
+    return [
+        {**row["cell"], **row["found"]}
+        for row in _rows(path)
+        if settings == {k: v for k, v in row["cell"].items() if k not in VARIED}
+    ]
 
 
 def _key(cell: Cell) -> str:

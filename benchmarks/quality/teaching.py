@@ -394,10 +394,8 @@ def runs(
     if not args.report:
         run = functools.partial(cells.run, compute=compute, path=store)
         return climb_all(run, methods, args.seeds, value)
-    rows, found = cells.finished(store), {}
-    for name, (cell, _) in methods.items():
-        if of_cell := [row for row in rows if cell.items() <= row.items()]:
-            found[name] = of_cell
+    rows = {name: cells.finished(store, cell) for name, (cell, _) in methods.items()}
+    found = {name: of_cell for name, of_cell in rows.items() if of_cell}
     if not found:
         raise SystemExit(f"{store} holds no finished run: leave out --report")
     return found

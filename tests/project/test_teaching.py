@@ -6,6 +6,7 @@ import json
 import math
 import random
 import sys
+import types
 
 import jax
 import numpy as np
@@ -96,6 +97,29 @@ def test_what_comes_before_the_adapted_layers_is_computed_once(small, name):
     # Directions of a new gradient are found with what rounding left of it.
     assert tail["losses"] == pytest.approx(whole["losses"], rel=5e-3)
     assert tail["parameters"] == whole["parameters"]
+
+
+@pytest.mark.parametrize(
+    ("stalled", "renewed_before"), [(1.0, [3, 6, 9]), (0.5, [3, 9]), (0.0, [])]
+)
+def test_a_loss_that_stalls_is_a_reason_to_renew(stalled, renewed_before):
+    """Each 3 steps at the earliest, if it fell by less than a share in them."""
+    losses = iter([9.0, 8.0, 7.0, 6.0, 5.0, 2.0, 1.0, 0.9, 0.8, 0.3, 0.2])
+    learner = types.SimpleNamespace(
+        start=0, renewed=lambda trained, base: (0, base + 1)
+    )
+
+    def step(trained, state, rate, base, batch):
+        return trained + 1, state, (next(losses), 0.0)
+
+    program = types.SimpleNamespace(
+        learner=learner, frozen=0, init=lambda trained: 0, step=step
+    )
+    run = list(teaching.train(program, [()] * 11, lambda _: 1.0, 3, stalled))
+    renewals = [one.renewals for one in run]
+    after = [k for k in range(1, 11) if renewals[k] > renewals[k - 1]]
+    assert after == renewed_before
+    assert [one.frozen for one in run] == renewals
 
 
 def test_facts_in_parts_are_the_same_facts(small):
