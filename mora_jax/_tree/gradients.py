@@ -38,8 +38,8 @@ def gradient_bases(grads: Any, plan: Plan) -> Plan:
     docs/what-it-learns.md says what it gains, and docs/operators.md what it costs.
 
     Args:
-      grads: Gradients of the loss, in a tree as the base's params are, or in an
-        iterator of (slash-joined path, gradient): then memory holds one at a time.
+      grads: Gradients of the loss, in a tree as the base's params are, or as pairs of
+        (slash-joined path, gradient); of an iterator memory holds one at a time.
       plan: The plan.
 
     Raises:
@@ -74,18 +74,12 @@ def gradient_bases(grads: Any, plan: Plan) -> Plan:
 
 def _pairs(grads: Any, plan: Plan) -> Iterator[tuple[str, Any]]:
     """(path, gradient) of each kernel."""
-    if isinstance(grads, Iterator):
+    if isinstance(grads, Iterator | list | tuple):
         for pair in grads:
             if not (isinstance(pair, tuple) and len(pair) == 2):
                 raise TypeError(f"grads must give (path, gradient) pairs, got {pair!r}")
             yield pair
         return
-    if grads is None or isinstance(grads, list | tuple):
-        hint = "; write iter(grads)" if grads else ""
-        raise TypeError(
-            "grads must be a tree as the base's params are, or an iterator of (path, "
-            f"gradient) pairs, got {type(grads).__name__}{hint}"
-        )
     for name, (_, gradient) in paths.named_leaves(grads).items():
         if name in plan:
             yield name, gradient

@@ -27,7 +27,6 @@ Times = Callable[..., jax.Array]
 """Product h m of (h, m), or h part(m) of (h, m, part) where a part of m multiplies."""
 Trained = Float[ArrayLike, "..."]
 Inputs = Float[ArrayLike, "*batch ins"]
-Outputs = Float[ArrayLike, "*batch outs"]
 
 
 class Split(NamedTuple):

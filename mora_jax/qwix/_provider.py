@@ -48,7 +48,6 @@ class MoRAProvider(qwix.PtqProvider):
 
     Args:
       rules: Rules in the order of precedence. `MoRARule`s adapt, others only quantize.
-      disable_jit: As for other providers of qwix.
       **settings: The settings of a single `MoRARule`, instead of `rules`.
 
     Raises:
@@ -71,20 +70,14 @@ class MoRAProvider(qwix.PtqProvider):
     """
 
     def __init__(
-        self,
-        rules: Sequence[qwix.QuantizationRule] | None = None,
-        *,
-        disable_jit: bool = False,
-        **settings: Any,
+        self, rules: Sequence[qwix.QuantizationRule] | None = None, **settings: Any
     ):
         if rules is None:
             rules = [MoRARule(**settings)]
         elif settings:
             raise ValueError(f"rules and settings exclude each other, got {settings}")
         check_rules(rules)
-        # Versions before 0.1.8 lack the argument.
-        more: dict[str, Any] = {"disable_jit": True} if disable_jit else {}
-        super().__init__(rules=rules, **more)
+        super().__init__(rules=rules)
         self.planned: dict[type, Planned] = {}  # qwix makes a class for each model
         self.running: dict[int, Planned] = {}  # by thread
 

@@ -184,7 +184,8 @@ def _adapter_of(
     m = np.stack(ms).reshape(*stack, *ms[0].shape)
     dropout = config["lora_dropout"]
     settings = AdapterSettings(alpha=alpha, dropout=dropout, param_dtype=m.dtype)
-    return dataclasses.replace(spec, operator=operator, **vars(settings)), m
+    given = {"operator": operator, "rank": None, **vars(settings)}
+    return dataclasses.replace(spec, **given), m
 
 
 def _low_rank(modules: list[MatrixPair], parts: int) -> list[np.ndarray]:
