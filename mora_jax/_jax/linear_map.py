@@ -54,13 +54,14 @@ class LinearMap(abc.ABC):
     def backward(self, residuals: Any, cotangent: jax.Array) -> jax.Array:
         """A(r)^T y, with the shape and dtype of x."""
 
-    def derivatives(self) -> Mapping[int, Callable[[Any, Any, Any], jax.Array]]:
-        """The derivatives by some residuals, where JAX would do more than it must.
+    @property
+    def derivative(self) -> Callable[[Any, Any, Any], jax.Array] | None:
+        """The derivative by the second residual, where JAX would do more than it must.
 
-        They are {position in the tuple of residuals: a function of the residuals, the
-        operand and the array's tangent, linear in the last}.
+        It is a function of the residuals, the operand and that array's tangent, linear
+        in the last. None leaves it to JAX.
         """
-        return {}
+        return None
 
     def chosen(self, residuals: Any) -> "LinearMap":
         """Map that computes the same in the way of `current_tuning()`."""
@@ -110,21 +111,15 @@ class _Call:
 
     def by_hand(self) -> Mapping[int, Callable[..., jax.Array]]:
         """{number of a leaf: its derivative, of all arguments and the tangent}."""
-        if self.transposed:
+        if self.transposed or self.map.derivative is None:
             return {}
-        # A position in the tuple of residuals differs from a leaf: the operator before
-        # M may have several arrays.
-        sizes = [child.num_leaves for child in self.treedef.children()]
-        found = {}
-        for position in self.map.derivatives():
-            leaf = sum(sizes[:position])
-            derivative = functools.partial(_Call._derivative, position=position)
-            found[leaf] = self._batched(derivative, (leaf,))
-        return found
+        leaf = self.treedef.children()[0].num_leaves  # an operator may have arrays
+        return {leaf: self._batched(_Call._derivative, (leaf,))}
 
-    def _derivative(self, *args: Any, position: int) -> jax.Array:
+    def _derivative(self, *args: Any) -> jax.Array:
         *leaves, operand, tangent = args
-        derivative = undisturbed(self.map.derivatives()[position])
+        assert self.map.derivative is not None
+        derivative = undisturbed(self.map.derivative)
         return derivative(jax.tree.unflatten(self.treedef, leaves), operand, tangent)
 
     def _batched(
@@ -165,7 +160,7 @@ def _jvp(primals: Any, tangents: Any, *, call: _Call) -> Any:
     *residuals, operand = primals
     *residual_tangents, tangent = tangents
     # y = A(r) x has two kinds of derivatives, A(r) dx and dA(r) x. The first is the map
-    # again; the second is given by hand for some residuals, and JAX's for the others.
+    # again; the second may be given by hand for one residual, and is JAX's for others.
     parts = []
     if not isinstance(tangent, ad.Zero):
         parts.append(linear_p.bind(*residuals, tangent, call=call))

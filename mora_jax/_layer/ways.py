@@ -20,7 +20,7 @@ the work, and the gather that the layer needs anyway brings the folded kernel.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -113,8 +113,9 @@ class Adapted(LinearMap):
         of_x = functools.partial(self.forward, residuals)
         return transposed(of_x, self.x_shape, cotangent, self.x_dtype)
 
-    def derivatives(self) -> Mapping[int, Callable[[Any, Any, Any], jax.Array]]:
-        return {1: self.by_m}
+    @property
+    def derivative(self) -> Callable[[Any, Any, Any], jax.Array]:
+        return self.by_m
 
     def by_m(self, residuals: Any, x: jax.Array, tangent: jax.Array) -> jax.Array:
         """The derivative by M, of M's tangent."""

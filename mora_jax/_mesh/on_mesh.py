@@ -11,7 +11,7 @@ anything.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -72,17 +72,16 @@ class ShardMappedMap(LinearMap):
         mapped = self._mapped(transposed, out_spec, in_spec)
         return mapped(cotangent, *self._gathered(residuals))
 
-    def derivatives(self) -> Mapping[int, Callable[[Any, Any, Any], jax.Array]]:
+    @property
+    def derivative(self) -> Callable[[Any, Any, Any], jax.Array] | None:
         # JAX would transpose the sum over devices as well, to another sum.
-        if (of_tangent := self.by_residual) is None:
-            return {}
+        return None if self.by_residual is None else self._by_tangent
 
-        def derivative(residuals: Any, operand: Any, tangent: Any) -> jax.Array:
-            op, residual = residuals
-            own = (op, operand, residual)[: len(of_tangent.specs) - 1]
-            return of_tangent(own, tangent)
-
-        return {1: derivative}
+    def _by_tangent(self, residuals: Any, operand: Any, tangent: Any) -> jax.Array:
+        assert self.by_residual is not None
+        op, residual = residuals
+        own = (op, operand, residual)[: len(self.by_residual.specs) - 1]
+        return self.by_residual(own, tangent)
 
     def _mapped(
         self, apply: Callable[..., Any], in_spec: PartitionSpec, out_spec: PartitionSpec

@@ -95,8 +95,9 @@ class Affine(LinearMap):
     def backward(self, residuals, cotangent):
         return cotangent @ residuals[1].T
 
-    def derivatives(self):
-        return {1: lambda residuals, x, tangent: self.mark * (x @ tangent)}
+    @property
+    def derivative(self):
+        return lambda residuals, x, tangent: self.mark * (x @ tangent)
 
 
 @pytest.mark.parametrize("batched", [False, True])
