@@ -176,7 +176,9 @@ def main() -> None:
         "divergence": "{divergence:.3f}",
     }
     show(columns, summaries)
-    save(rows, args, summaries=summaries)
+    # The curves are with the finished runs.
+    short = [{k: v for k, v in r.items() if not isinstance(v, list)} for r in rows]
+    save(short, args, summaries=summaries)
     for setting in args.settings:
         name = re.sub(r"\W", "", f"{args.out.stem}_{setting}")
         here = [row for row in rows if row["setting"] == setting]
