@@ -31,7 +31,7 @@ include_patterns = ["docs/**", "benchmarks/**.md", "*.md"]
 exclude_patterns = [".*", "build", "out", "docs/notebooks/*.ipynb"]
 
 # Pages
-myst_enable_extensions = ["colon_fence"]
+myst_enable_extensions = ["colon_fence", "dollarmath"]
 myst_heading_anchors = 4
 # Reports may begin deeper. Without a run of the notebooks their language is not known.
 suppress_warnings = ["myst.header", "myst-nb.lexer", "misc.highlighting_failure"]
@@ -96,13 +96,16 @@ def as_rst(match):
 
 def docstring_to_rst(app, what, name, obj, options, lines):
     """Our docstrings are plain text with `code`, formulas, examples and tables."""
+    # Napoleon takes what precedes a colon for a type, here and after "Returns:".
     if what in ("attribute", "property") and lines:
-        lines[0] = f":{lines[0]}"  # or napoleon takes what precedes a colon for a type
+        lines[0] = f":{lines[0]}"
     table = None  # the indentation of a line that ends in "::", before its block
     doctest = False  # until the next empty line
     for k, line in enumerate(lines):
         doctest = bool(line.strip()) and (doctest or line.lstrip().startswith(">>>"))
         indent = len(line) - len(line.lstrip())
+        if lines[k - 1].strip() == "Returns:":
+            line = lines[k] = f"{line[:indent]}:{line[indent:]}"
         if table is not None and line.strip() and indent <= table:
             table = None
         if table is None and not doctest and not line.lstrip().startswith(".."):
@@ -114,6 +117,11 @@ def docstring_to_rst(app, what, name, obj, options, lines):
 def titles_of_pages(app, page, source):
     """A link that has the name of a file has the title of its page here."""
     source[0] = re.sub(r"\[[\w/-]+\.md\]\((?!http)", "[](", source[0])
+
+
+def skip_aliases(app, what, name, obj, skip, options):
+    """The fields of a named tuple are among its attributes."""
+    return skip or type(obj).__name__ == "_tuplegetter"
 
 
 def readable_signature(app, what, name, obj, options, signature, returns):
@@ -144,3 +152,4 @@ def setup(app):
     # Before napoleon, which connects at 500.
     app.connect("autodoc-process-docstring", docstring_to_rst, priority=400)
     app.connect("autodoc-process-signature", readable_signature)
+    app.connect("autodoc-skip-member", skip_aliases)
