@@ -131,7 +131,7 @@ def main() -> None:
     add("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
     add("--pairs", type=positive, default=16)
     add("--renew", type=positive, help="steps between renewals; by default 24")
-    add("--stalled", type=float, help="renew if the loss fell by less, a share of it")
+    add("--stalled", type=float, help="renew if the loss fell by less than this share")
     add("--untimed", action="store_true", help="leave out the seconds of steps")
     add("--ladders", action="store_true", help="a row for each rate")
     args = parser.parse_args()
@@ -232,8 +232,8 @@ def mostly(row: cells.Cell) -> float:
 
 def passes(row: cells.Cell) -> float:
     """Steps to 99%, with the gradients before them and between."""
-    taken, renew = steps(row), row.get("renew")
-    renewals = row["renewals"] if "stalled" in row else taken // renew if renew else 0
+    taken, renew = steps(row), row.get("renew") or math.inf
+    renewals = row["renewals"] if "stalled" in row else taken // renew
     return baselines.passes(row["method"], taken, renewals)
 
 

@@ -217,18 +217,18 @@ def train(
 ) -> Iterator[Step]:
     """Train on each batch for a step, and renew the adapters after each `renew` steps.
 
-    That is if the loss fell in these steps by less than `stalled`, a share of it. It
-    ends before its time if a loss is not finite.
+    With `stalled` below 1 only if the loss fell by less than this share from the first
+    of these steps to the last. It ends before its time if a loss is not finite.
     """
     frozen, trained = program.frozen, program.learner.start
     state, renewals = program.init(trained), 0
     losses: list[float] = []  # since it was renewed
     for batch in batches:
-        if renew and len(losses) >= renew:
-            if losses[-1] >= (1 - stalled) * losses[-renew]:
-                assert program.learner.renewed is not None
-                trained, frozen = program.learner.renewed(trained, frozen)
-                state, renewals, losses = program.init(trained), renewals + 1, []
+        due = renew and len(losses) >= renew
+        if due and losses[-1] >= (1 - stalled) * losses[-renew]:
+            assert program.learner.renewed is not None
+            trained, frozen = program.learner.renewed(trained, frozen)
+            state, renewals, losses = program.init(trained), renewals + 1, []
         rate = rate_at(len(losses))
         after, state, found = program.step(trained, state, rate, frozen, batch)
         yield (step := Step(trained, frozen, renewals, *map(float, found)))

@@ -80,7 +80,7 @@ def _pairs(grads: Any, plan: Plan) -> Iterator[tuple[str, Any]]:
                 raise TypeError(f"grads must give (path, gradient) pairs, got {pair!r}")
             yield pair
         return
-    for name, (_, gradient) in paths.named_leaves(grads).items():
+    for name, (_, gradient) in paths.named_leaves(grads, "grads").items():
         if name in plan:
             yield name, gradient
 

@@ -201,7 +201,7 @@ def test_what_was_trained_whole(tmp_path):
 
 
 def test_a_plan_has_the_rank_of_the_file(tmp_path):
-    """That of the plan which says where the kernels are was for other adapters."""
+    """The budget of the plan that says where its kernels are was for other adapters."""
     wide = mora_jax.plan(params_of(), MoRAConfig(rank=8, operator="low_rank"))
     _, plan = io.load_peft(write(tmp_path / "a", tensors_of()), wide)
     assert [spec.asked_square_rank for spec in plan.values()] == [None] * len(plan)

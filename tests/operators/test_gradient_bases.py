@@ -240,13 +240,14 @@ def test_bad_gradients():
         (with_a(0 * one), ValueError, "'a/kernel' is zero, and has no directions"),
         (with_a(one.astype(int)), TypeError, "floating-point dtype, got int32"),
         (jax.eval_shape(gradients), TypeError, "must be a concrete array"),
-        ({}, ValueError, "holds no array"),
+        ({}, ValueError, "^grads holds no array"),
         (iter([("a/kernel", one)] * 2), ValueError, "grads have 'a/kernel' twice"),
         (iter([("a/kernal", one)]), ValueError, "the plan lacks.*a/kernel"),
         (iter([one]), TypeError, r"must give \(path, gradient\) pairs"),
         ([one], TypeError, r"must give \(path, gradient\) pairs"),
         ([], ValueError, "grads lack the kernel"),
-        (None, ValueError, "holds no array"),
+        (None, ValueError, "^grads holds no array"),
+        (one, TypeError, "^grads must be a tree of arrays"),
     ]
     for given, error, message in cases:
         with pytest.raises(error, match=message):

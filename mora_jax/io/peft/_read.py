@@ -184,8 +184,9 @@ def _adapter_of(
     m = np.stack(ms).reshape(*stack, *ms[0].shape)
     dropout = config["lora_dropout"]
     settings = AdapterSettings(alpha=alpha, dropout=dropout, param_dtype=m.dtype)
-    given = {"operator": operator, "rank": None, **vars(settings)}
-    return dataclasses.replace(spec, **given), m
+    # The budget of the given plan was for other adapters.
+    own = {"operator": operator, "rank": None, **vars(settings)}
+    return dataclasses.replace(spec, **own), m
 
 
 def _low_rank(modules: list[MatrixPair], parts: int) -> list[np.ndarray]:
