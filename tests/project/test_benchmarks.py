@@ -200,12 +200,12 @@ def test_bad_options(script, options, message):
 
 
 def test_planning_takes_time_in_proportion_to_the_kernels():
-    """By processor time, against the least of some smaller plans."""
+    """By processor time, the least of some, since other programs slow single ones."""
 
     def seconds(count):
-        return planning.plan_seconds(planning.kernels(count))[2]
+        return min(planning.plan_seconds(planning.kernels(count))[2] for _ in range(3))
 
-    assert seconds(3000) < 25 * min(seconds(300) for _ in range(3))
+    assert seconds(3000) < 25 * seconds(300)
 
 
 def test_a_kernel_takes_few_calls():
