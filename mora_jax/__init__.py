@@ -10,7 +10,7 @@ What to adapt, and how::
   Plan                  the plan: a mapping of paths to AdapterSpecs
   AdapterSpec           how one kernel is adapted
   TrainedArray          an array of the base that trains itself
-  summary               a plan as a table
+  summary               a plan, or adapters, as a table
   gradient_bases        a plan whose M's are between the directions of a gradient
   gradient_start        adapters that start as one step of gradient descent
   Call                  the inputs of one of several calls that a plan is for
@@ -18,8 +18,9 @@ What to adapt, and how::
   LeftOutWarning        a plan leaves out kernels that you may have meant
   MoRAWarning           any warning of this library
 
-Adapters, a tree of M's beside the params::
+Adapters, a tree beside the params::
 
+  Adapter               what is trained beside a kernel, and what it means
   init                  the adapters of a plan
   combine               one tree of params and adapters
   split                 the combined tree as params and adapters again
@@ -84,10 +85,9 @@ from mora_jax._common.warnings import MoRAWarning as MoRAWarning
 from mora_jax._flax.calls import Call as Call
 from mora_jax._flax.layer_rules import register_layer as register_layer
 from mora_jax._flax.planning import plan as plan
+from mora_jax._layer.adapter import Adapter as Adapter
 from mora_jax._layer.dense import FrozenDense as FrozenDense
 from mora_jax._layer.dense import mora_apply as mora_apply
-from mora_jax._plan.plan import Plan as Plan
-from mora_jax._plan.plan import summary as summary
 from mora_jax._plan.settings import MoRAConfig as MoRAConfig
 from mora_jax._plan.spec import AdapterSpec as AdapterSpec
 from mora_jax._plan.spec import TrainedArray as TrainedArray
@@ -107,6 +107,8 @@ from mora_jax._tree.merge import unmerge as unmerge
 from mora_jax._tree.optim import optimizer as optimizer
 from mora_jax._tree.optim import trainable_labels as trainable_labels
 from mora_jax._tree.optim import trainable_mask as trainable_mask
+from mora_jax._tree.plan import Plan as Plan
+from mora_jax._tree.plan import summary as summary
 from mora_jax.io import load as load
 from mora_jax.io import save as save
 from mora_jax.linen import MoRADense as MoRADense

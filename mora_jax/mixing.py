@@ -1,13 +1,12 @@
 """Adapters of one base mixed: scaled, added, cut back to a plan.
 
-A delta is linear in its M (paper equation 3), so a sum of M's of one plan is the sum of
-their deltas, exactly. Here an adapter is a pair (adapters, plan), as `load` returns it
-and `save(directory, *pair)` takes it: only a plan says what an M means.
+A delta is linear in its M (paper equation 3), so a sum of M's with one meaning is the
+sum of their deltas, exactly.
 
 Adapters as numbers::
 
   scaled                adapters whose deltas are some factor as large
-  weighted_sum          the sum of adapters of one plan, exactly
+  weighted_sum          the sum of adapters with one meaning, exactly
   project               the adapter of a plan that is nearest to a sum of any adapters
 
 Example::
@@ -17,17 +16,17 @@ Example::
   >>> small, large = (mora_jax.plan({"kernel": jnp.ones((4, 4))}, mora_jax.MoRAConfig(
   ...     operator="truncation", square_rank=q)) for q in (2, 4))
   >>> ones = jax.tree.map(jnp.ones_like, mora_jax.init(small))
-  >>> mixing.scaled(ones, -0.5)["kernel_mora"][0]
+  >>> mixing.scaled(ones, -0.5)["kernel_mora"].m[0]
   Array([-0.5, -0.5], dtype=float32)
-  >>> mixing.weighted_sum([(ones, small)] * 2, [0.5, 0.25])[0]["kernel_mora"][0]
+  >>> mixing.weighted_sum([ones] * 2, [0.5, 0.25])["kernel_mora"].m[0]
   Array([0.75, 0.75], dtype=float32)
-  >>> mixing.project([(ones, small)], [1.0], large)[1]
+  >>> mixing.project([ones], [1.0], large)[1]
   {'kernel': 0.0}
 """
 
 import functools
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -36,22 +35,28 @@ import numpy as np
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from mora_jax._common.checks import check_array, check_finite, check_number
+from mora_jax._common.checks import check_finite, check_number
+from mora_jax._common.types import Path
+from mora_jax._layer.adapter import Adapter, delta_of, wide
 from mora_jax._layer.equation import delta_kernel
 from mora_jax._layer.rounding import ratio
-from mora_jax._plan.plan import Plan, check_plan, refuse_other_plan
-from mora_jax._plan.spec import SUFFIX, AdapterSpec, refuse_trained
-from mora_jax._tree.adapters import Tree, nest, trained_in_base, trained_items
-from mora_jax._tree.merge import array_items, wide
-from mora_jax._tree.paths import adapter_path, located_leaves
+from mora_jax._plan.spec import AdapterSpec, check_same
+from mora_jax._tree.adapters import (
+    base_array,
+    base_leaves,
+    checked_adapters,
+    kernels_of,
+    refuse_trained,
+)
+from mora_jax._tree.paths import Tree, nest, place_of, replace_adapters
+from mora_jax._tree.plan import Plan, check_plan
 
 __all__ = ["project", "scaled", "weighted_sum"]
 
-Adapters = Sequence[tuple[Any, Plan]]
-"""Pairs of adapters, as `init` makes them, and the plan that they follow."""
-
 Weights = Sequence[ArrayLike] | jax.Array
 """A real number for each adapter, or an array of them."""
+
+Found = dict[Path, Adapter]
 
 NO_DELTA = (
     "and is no delta, which this needs: mixing.weighted_sum takes such arrays with "
@@ -68,101 +73,98 @@ def scaled(adapters: Any, factor: ArrayLike) -> Any:
 
     Args:
       adapters: The adapters, as `init` makes them, or `nnx.state(model, MoRAParam)`.
-        Deltas must be linear in M (`Operator.linear`), which only the latter can check.
       factor: A real number, or an array of one.
 
     Returns:
       A tree like `adapters`, with its dtypes.
 
     Raises:
-      TypeError: `factor` is not a real number, or a leaf is not an array.
-      ValueError: A number is not finite, a delta not linear in M, or a leaf not an M.
+      TypeError: `factor` is not a real number, or a leaf is not an adapter.
+      ValueError: A number is not finite, or an array is trained itself.
     """
-    for path, leaf in located_leaves(adapters, "adapters").items():
-        if not path[-1].endswith(SUFFIX):
-            raise ValueError(f"{'/'.join(path)} is not an M, {NO_DELTA}")
-        if isinstance(spec := getattr(leaf, "spec", None), AdapterSpec):
-            _refuse_nonlinear([spec])
-    factor = _factor(factor, "factor")
-
-    def times(m: Any) -> jax.Array:
-        m = check_array("each M of the adapters", m)
-        result = (wide(m) * factor).astype(m.dtype)
-        check_finite(result, "the result", f" in {m.dtype}")
-        return result
-
-    return jax.tree.map(times, adapters)
+    found, factor = checked_adapters(adapters), _factor(factor, "factor")
+    refuse_trained(found, NO_DELTA)
+    new = {}
+    for path, adapter in found.items():
+        m = adapter.m
+        scaled_m = adapter.operator.scaled(wide(m), factor).astype(m.dtype)
+        check_finite(scaled_m, "the result", f" in {m.dtype}")
+        new[path] = adapter.replace(m=scaled_m)
+    return replace_adapters(adapters, new)
 
 
 def weighted_sum(
-    adapters: Adapters, weights: Weights, params: Any = None, *, any_base: bool = False
-) -> tuple[Tree, Plan]:
-    r"""The adapter whose delta is :math:`\sum_i w_i \Delta_i`, of adapters of one plan.
+    adapters: Sequence[Any],
+    weights: Weights,
+    params: Any = None,
+    *,
+    any_base: bool = False,
+) -> Tree:
+    r"""The adapters whose deltas are :math:`\sum_i w_i \Delta_i`, of one meaning.
 
-    This is exact, since deltas are linear in M. `project` adds adapters of different
-    plans. Of an array that trains itself the delta is what it has moved from the
-    base's :math:`b`, so that the sum is :math:`b + \sum_i w_i (a_i - b)`.
+    This is exact, since deltas are linear in M. `project` adds adapters between
+    different maps. Of an array that trains itself the delta is what it has moved from
+    the base's :math:`b`, so that the sum is :math:`b + \sum_i w_i (a_i - b)`.
 
     Args:
-      adapters: Pairs (adapters, plan), as `load` returns them.
+      adapters: Adapters of the same kernels, operators and factors.
       weights: A real number for each, or an array of them.
-      params: The base's params, which are needed if the plan trains arrays of them.
+      params: The base's params, which are needed if arrays of them are trained.
       any_base: As in `merge`.
 
     Returns:
-      (adapters, plan). Each M, and each array that trains itself, is summed in float32
-      or wider and has the dtype that it has in the adapters.
+      Adapters. Each M, and each array that trains itself, is summed in float32 or wider
+      and has the dtype that it has in the adapters.
 
     Raises:
-      TypeError, ValueError: Plans, bases or numbers of adapters and weights differ; an
-        M, a weight or the sum is not finite; deltas are not linear in what is trained;
-        or `params` lack an array that the plan trains, or are not the base alone.
+      TypeError, ValueError: Meanings, bases or numbers of adapters and weights differ;
+        an M, a weight or the sum is not finite; deltas are not linear in what is
+        trained; or `params` lack an array that is trained, or are not the base alone.
     """
-    pairs, factors = _pairs_of(adapters, weights)
-    plans, trees = [plan for _, plan in pairs], []
-    for tree, plan in pairs:
-        try:
-            refuse_other_plan(plan, plans[0])
-        except ValueError as error:
-            raise ValueError(f"{error}; mixing.project adds different plans") from None
-        trees.append({adapter_path(spec): m for spec, m in array_items(tree, plan)})
-        trees[-1] |= {array.path: copy for array, copy in trained_items(tree, plan)}
-    _check_one_base(plans)
-    _refuse_nonlinear(plans[0].specs)
-    # The one that knows the base, if any does: the others compare equal to it.
-    plan = max(plans, key=lambda plan: any(s.base_digest for s in plan.specs))
-    why = "and its delta is what it has moved from the base's array"
-    in_base = trained_in_base(plan, params, why, any_base)
-    starts, sums = {array.path: wide(leaf) for array, leaf in in_base}, {}
-    for path in trees[0]:
-        arrays, start = [tree[path] for tree in trees], starts.get(path, 0.0)
+    found, factors = _checked(adapters, weights)
+    for other in found[1:]:
+        _check_one_meaning(other, found[0])
+    known = _check_one_base(found)
+    _refuse_nonlinear({p: a.spec for p, a in found[0].items()})
+    trained = [p for p, a in found[0].items() if not isinstance(a.spec, AdapterSpec)]
+    starts, sums = {}, {}
+    if trained:
+        if params is None:
+            raise ValueError(
+                f"params must be given, since {'/'.join(trained[0])!r} is trained "
+                "itself, and its delta is what it has moved from the base's array"
+            )
+        of_base = {p: a.replace(spec=known.get(p, a.spec)) for p, a in found[0].items()}
+        leaves = base_leaves(params, of_base, any_base)
+        for path in trained:
+            base = base_array(leaves, path, found[0][path].spec)
+            starts[path] = wide(base)
+    for path, adapter in found[0].items():
+        arrays, start = [one[path].m for one in found], starts.get(path, 0.0)
         # An M starts at zero, and an array that trains itself where the base has it.
         moves = (f * (wide(a) - start) for f, a in zip(factors, arrays, strict=True))
         total = jnp.asarray(sum(moves, start)).astype(jnp.result_type(*arrays))
-        check_finite(total, f"the mixture's {'/'.join(path)}", f" in {total.dtype}")
-        sums[path] = total
-    return nest(sums), plan
+        place = place_of(path, adapter.spec)
+        check_finite(total, f"the mixture's {'/'.join(place)}", f" in {total.dtype}")
+        sums[place] = Adapter(total, known.get(path, adapter.spec))
+    return nest(sums)
 
 
-def _pairs_of(adapters: Any, weights: Any) -> tuple[list[Any], list[Any]]:
-    """The adapters with their plans, and the factor of each of them, checked."""
-    rule = "adapters must be pairs (adapters, plan), as load returns them"
-    if isinstance(adapters, dict) or not isinstance(adapters, Iterable):
+def _checked(adapters: Any, weights: Any) -> tuple[list[Found], list[Any]]:
+    """The adapters by path, and the factor of each of them, checked."""
+    rule = "adapters must be a sequence of adapters, as init makes them"
+    if isinstance(adapters, Mapping) or not isinstance(adapters, Iterable):
         raise TypeError(f"{rule}, got {type(adapters).__name__}")
-    pairs = list(adapters)
-    if not pairs:
+    if not (trees := list(adapters)):
         raise ValueError(f"{rule}, got none")
-    for pair in pairs:
-        fits = isinstance(pair, tuple | list) and len(pair) == 2
-        if not fits or not isinstance(pair[1], Plan):
-            raise TypeError(f"{rule}, got {type(pair).__name__} among them")
     if not isinstance(weights, list | tuple) and np.ndim(weights) != 1:
         kind = type(weights).__name__
         raise TypeError(f"weights must be a sequence of numbers, got {kind}")
-    if len(weights) != len(pairs):
-        got = f"got {len(weights)} for {len(pairs)}"
+    if len(weights) != len(trees):
+        got = f"got {len(weights)} for {len(trees)}"
         raise ValueError(f"weights must be one for each adapter, {got}")
-    return pairs, [_factor(w, f"weights[{k}]") for k, w in enumerate(weights)]
+    factors = [_factor(w, f"weights[{k}]") for k, w in enumerate(weights)]
+    return [checked_adapters(tree) for tree in trees], factors
 
 
 def _factor(value: Any, name: str) -> Any:
@@ -177,39 +179,59 @@ def _factor(value: Any, name: str) -> Any:
     return check_number(name, value)
 
 
-def _refuse_nonlinear(specs: Iterable[AdapterSpec]) -> None:
+def _refuse_nonlinear(specs: Mapping[Path, Any]) -> None:
     """Raise if a delta is not linear in what is trained."""
-    for spec in specs:
-        if not spec.operator.linear:
+    for path, spec in specs.items():
+        if isinstance(spec, AdapterSpec) and not spec.operator.linear:
             raise ValueError(
-                f"{spec.name}: the delta of {spec.operator.name!r} is not linear in "
-                "what is trained, so that sums of adapters are not sums of deltas: "
+                f"{'/'.join(path)}: the delta of {spec.operator.name!r} is not linear "
+                "in what is trained, so that sums of adapters are not sums of deltas: "
                 "merge one after another"
             )
 
 
-def _check_one_base(plans: Sequence[Plan]) -> None:
-    """Raise if two plans know that they were trained on different bases."""
-    known: dict[str, tuple[str, ...]] = {}
-    for spec in (spec for plan in plans for spec in plan.specs):
-        digest = spec.base_digest
-        if digest and known.setdefault(spec.name, digest) != digest:
+def _check_one_meaning(found: Found, first: Found) -> None:
+    """Raise unless sums of these M's are sums of their deltas."""
+    for path in {**found, **first}:
+        name, pair = "/".join(path), (found.get(path), first.get(path))
+        if None in pair:
+            raise ValueError(
+                f"adapters must be of the same kernels, and {name!r} is not"
+            )
+        one, other = (adapter.spec for adapter in pair if adapter)
+        if type(one) is not type(other):
+            raise ValueError(f"adapters must mean the same, and {name!r} does not")
+        if isinstance(one, AdapterSpec):
+            try:
+                check_same(name, one, other)
+            except ValueError as error:
+                hint = "mixing.project adds adapters between different maps"
+                raise ValueError(f"{error}; {hint}") from None
+
+
+def _check_one_base(found: Sequence[Found]) -> dict[Path, AdapterSpec]:
+    """{path: spec} of those that know their base; raise if two know different ones."""
+    known: dict[Path, AdapterSpec] = {}
+    for path, adapter in (item for one in found for item in one.items()):
+        digest = getattr(adapter.spec, "base_digest", None)
+        if digest and known.setdefault(path, adapter.spec).base_digest != digest:
             rule = "adapters must be of one base"
-            raise ValueError(f"{rule}, got different weights of {spec.name!r}")
+            raise ValueError(f"{rule}, got different weights of {'/'.join(path)!r}")
+    return known
 
 
 def project(
-    adapters: Adapters, weights: Weights, plan: Plan
+    adapters: Sequence[Any], weights: Weights, plan: Plan
 ) -> tuple[Tree, dict[str, Any]]:
     r"""The adapter of `plan` that is nearest to a weighted sum of any adapters.
 
-    Their plans may have other operators, square ranks and kernels. Each M minimises
+    These may have other operators, square ranks and kernels. Each M minimises
     :math:`\lVert \sum_i w_i \Delta_i - \alpha s\, C M D \rVert` in the Frobenius norm,
     by conjugate gradients on the normal equations, one kernel at a time. Most of it may
     be lost: a delta between other maps has little in common with `plan`'s deltas.
 
     Args:
-      adapters: Pairs (adapters, plan), of one base.
+      adapters: Adapters of one base.
       weights: A real number for each, or an array of them.
       plan: The plan of the result. It has all kernels of the others.
 
@@ -221,29 +243,31 @@ def project(
       TypeError, ValueError: `plan` lacks a kernel or has it in another shape, or its
         deltas are not linear in what is trained; bases differ; or as `weighted_sum`.
     """
-    pairs, factors = _pairs_of(adapters, weights)
-    plans = [*(made_for for _, made_for in pairs), check_plan(plan)]
-    for other in plans:
-        refuse_trained(other.trained, NO_DELTA)
+    found, factors = _checked(adapters, weights)
+    for parts in (*found, check_plan(plan).parts):
+        refuse_trained(parts, NO_DELTA)
     _refuse_nonlinear(plan.specs)
-    _check_one_base(plans)
+    goal = {path: Adapter(None, spec) for path, spec in plan.specs.items()}
+    _check_one_base([*found, goal])
     terms = defaultdict(list)
-    for pair, factor in zip(pairs, factors, strict=True):
-        for spec, m in array_items(*pair):
-            name, shape = spec.name, spec.kernel_shape
+    for one, factor in zip(found, factors, strict=True):
+        for path, adapter in kernels_of(one).items():
+            name, shape = "/".join(path), adapter.spec.kernel_shape
             if name not in plan:
                 raise ValueError(f"plan lacks {name!r}, a kernel of the adapters")
             if (own := plan[name].kernel_shape) != shape:
                 raise ValueError(f"plan must have {name!r} of shape {shape}, got {own}")
-            terms[name].append((factor, spec, m))
-    ms, lost = {}, {}
-    for spec in plan.specs:
-        deltas = (f * delta_kernel(s, wide(m)) for f, s, m in terms[spec.name])
+            terms[path].append((factor, adapter))
+    made, lost = {}, {}
+    for path, spec in plan.specs.items():
+        name = "/".join(path)
+        deltas = (factor * delta_of(adapter) for factor, adapter in terms[path])
         goal = sum(deltas, jnp.zeros(spec.kernel_shape, jnp.float32))
-        m, lost[spec.name] = _nearest(spec, goal)
-        ms[adapter_path(spec)] = m = m.astype(spec.param_dtype)
-        check_finite(m, f"the M of {spec.name}", f" in {m.dtype}")
-    return nest(ms), lost
+        m, lost[name] = _nearest(spec, goal)
+        m = m.astype(spec.param_dtype)
+        check_finite(m, f"the M of {name}", f" in {m.dtype}")
+        made[place_of(path, spec)] = Adapter(m, spec)
+    return nest(made), lost
 
 
 def _nearest(spec: AdapterSpec, goal: jax.Array) -> tuple[jax.Array, Any]:

@@ -2,8 +2,8 @@ r"""ReMoRA: merge the adapters into the base, start them again, and train on.
 
 The rank of one delta is bounded by its operator. A *restart* adds the delta to the base
 and starts M with a delta of zero between other maps C and D, so that the sum of all
-deltas may have a higher rank: so the paper pretrains with adapters alone. The plan says
-where in the cycle a run is, so that a run which is resumed from a saved plan, base and
+deltas may have a higher rank: so the paper pretrains with adapters alone. The adapters
+say where in the cycle a run is, so that a run which is resumed from a saved base and
 adapters restarts as it would have. Between the directions of a gradient it is *renewed*
 by `restart(grads=...)`: the next directions are of a new gradient. What was learned in
 the end is one file by `learned`.
@@ -19,8 +19,8 @@ Example::
   >>> [round(float(rate(step)), 3) for step in (0, 9, 99, 100, 1000)]
   [0.1, 1.0, 0.978, 0.098, 0.01]
   >>> adapters, tx = mora_jax.init(plan), optax.adam(rate)
-  >>> after = remora.restart(params, adapters, plan, tx.init(adapters), tx)
-  >>> after.plan["fc/kernel"].operator.seed
+  >>> after = remora.restart(params, adapters, tx.init(adapters), tx)
+  >>> after.adapters["fc"]["kernel_mora"].operator.seed
   4
 """
 
@@ -43,43 +43,42 @@ from mora_jax._common.checks import (
     check_number,
     positive_integer,
 )
-from mora_jax._plan.plan import Plan, check_plan
+from mora_jax._common.types import Path
+from mora_jax._layer.adapter import Adapter, wide
 from mora_jax._plan.settings import AdapterSettings
 from mora_jax._plan.spec import AdapterSpec, operator_settings
 from mora_jax._tree import paths
-from mora_jax._tree.adapters import Tree, nest, start_key
-from mora_jax._tree.gradients import gradient_bases
-from mora_jax._tree.merge import array_items, merged_kernel, wide, with_kernels
-from mora_jax._tree.opt_state import with_new_moments
+from mora_jax._tree.adapters import checked_adapters, kernels_of, start_key
+from mora_jax._tree.gradients import specs_along
+from mora_jax._tree.merge import merged_kernel, with_kernels
+from mora_jax._tree.opt_state import with_new_moments, with_specs
 from mora_jax._tree.optim import check_transformation
+from mora_jax._tree.paths import Tree, nest, place_of
 from mora_jax.io.peft._reference import REFERENCE_GROUPS
 from mora_jax.operators import LowRank, Sharing
 from mora_jax.operators.low_rank import nearest_factors
 
-__all__ = ["Restarted", "learned", "next_plan", "restart", "restart_schedule"]
+__all__ = ["Restarted", "learned", "restart", "restart_schedule"]
 
 
 class Restarted(NamedTuple):
-    """Arrays and plan with which training goes on after a restart.
+    """Arrays with which training goes on after a restart.
 
     Attributes:
       params: The base with the deltas merged in.
-      adapters: New adapters, whose deltas are zero. Arrays that the plan trains go on
-        as they are, in the adapters alone.
-      plan: Their plan, which has other operators.
+      adapters: New adapters, between other maps, whose deltas are zero. Arrays that are
+        trained themselves go on as they are, in the adapters alone.
       opt_state: The optimizer's state.
     """
 
     params: Any
     adapters: Any
-    plan: Plan
     opt_state: Any
 
 
 def restart(
     params: Any,
     adapters: Any,
-    plan: Plan,
     opt_state: Any,
     tx: optax.GradientTransformation,
     *,
@@ -92,13 +91,16 @@ def restart(
 
     The model computes the same as before. In kernels of 16 bits the deltas are rounded
     with a dither that differs from restart to restart, so that small ones add up. All
-    other leaves are the same arrays. Call it between two training steps; it works under
-    jit as well, but each plan is a program of its own.
+    other leaves are the same arrays. A wrapped model takes the new adapters as they
+    are. Call it between two training steps; it works under jit as well, but each set of
+    operators is a program of its own.
+
+    `sharing` goes through the groupings of the reference's types 1, 2, 3 and 4, in a
+    circle. An operator with a seed takes the next: other signs, features or directions.
 
     Args:
       params: The base's params.
       adapters: The adapters, as `init` makes them.
-      plan: Their plan.
       opt_state: The state of `tx` for the adapters, or for the combined tree; or an
         `nnx.Optimizer`'s, if `adapters` are `nnx.state(model, MoRAParam)`.
       tx: The optimizer.
@@ -112,8 +114,9 @@ def restart(
         and `params` cannot be used any more, also if `grads` raises an error.
 
     Raises:
-      TypeError, ValueError: As `merge` or `next_plan`; or `tx` is not a transformation,
-        or `opt_state` is not its state for these adapters.
+      TypeError, ValueError: As `merge`; an operator lacks other maps, so that the rank
+        would not grow; `tx` is not a transformation, or `opt_state` is not its state
+        for these adapters.
     """
     check_transformation(tx)
     if grads is not None and not callable(grads):
@@ -121,94 +124,92 @@ def restart(
             "grads must be a function from the merged params to gradients, got "
             f"{type(grads).__name__}: the gradients of the base before are others"
         )
-    following = next_plan(plan) if grads is None else _with(_on_next_base, plan)
-    items = array_items(adapters, plan)
-    kernels = with_kernels(params, items, any_base=any_base)
+    found = checked_adapters(adapters)
+    old = kernels_of(found)
+    following = {
+        path: _next_spec(path, a.spec) if grads is None else _on_next_base(a.spec)
+        for path, a in old.items()
+    }
     add, sums = _add_and_donate if donate else _add, {}
-    for spec, m, path, kernel in kernels:
-        # Without its path a plan is of one kind for equal layers, which share a
-        # program. The dither is a hash of a number's place; shifted, it is another one.
-        one = Plan((dataclasses.replace(spec, path=()),), 0)
-        shift = crc32(repr(operator_settings(spec.operator)).encode()) % 2**31
-        sums[path] = add(one, m, kernel, shift)
+    for _, adapter, place, kernel in with_kernels(params, found, any_base=any_base):
+        # A spec is an argument, so that equal layers share a program whatever arrays
+        # their operators have. The dither is a hash of a number's place; shifted, it is
+        # another one.
+        settings = repr(operator_settings(adapter.operator))
+        shift = crc32(settings.encode()) % 2**31
+        spec = dataclasses.replace(adapter.spec, base_digest=None)
+        sums[place] = add(spec, adapter.m, kernel, shift)
     merged = paths.replace_leaves(params, sums)
     if grads is not None:
-        following = gradient_bases(grads(merged), following)
-    ms = {paths.adapter_path(old): _started(following[old.name], m) for old, m in items}
-    adapters = paths.replace_leaves(paths.with_specs(adapters, following), ms)
-    opt_state = paths.with_specs(opt_state, following)
+        named = {"/".join(path): spec for path, spec in following.items()}
+        along = specs_along(grads(merged), named, "tree of adapters")
+        following = {path: along["/".join(path)] for path in following}
+    new = {
+        path: Adapter(_started(path, spec, old[path].m), spec)
+        for path, spec in following.items()
+    }
+    adapters = paths.replace_adapters(adapters, new)
+    opt_state = with_specs(opt_state, new)
     if not keep_moments:
-        opt_state = with_new_moments(opt_state, tx, merged, adapters, following)
-    return Restarted(merged, adapters, following, opt_state)
+        opt_state = with_new_moments(opt_state, tx, merged, adapters)
+    return Restarted(merged, adapters, opt_state)
 
 
 def learned(
-    base: Any, merged: Any, plan: Plan, *, max_error: float | int = 0.01
-) -> tuple[Tree, Plan, dict[str, float]]:
-    """The difference that many restarts made to the base, as one adapter.
+    base: Any, merged: Any, adapters: Any, *, max_error: float | int = 0.01
+) -> tuple[Tree, dict[str, float]]:
+    """The difference that many restarts made to the base, as one tree of adapters.
 
     It is a LoRA ("low_rank") for each kernel, of the least rank that keeps it within
-    `max_error`, and the arrays that the plan trains. Save, merge or export it as any
-    other.
+    `max_error`, and the arrays that are trained themselves. Save, merge or export it as
+    any other.
 
     Args:
       base: The params before the first restart.
       merged: The params with the last adapters merged in.
-      plan: The plan of any part of the run.
+      adapters: The adapters of any part of the run, which say what is trained.
       max_error: The largest share of a delta that is cut off, by the Frobenius norm.
 
     Returns:
-      (adapters, plan, {kernel: the share of its delta that is cut off}).
+      (adapters, {kernel: the share of its delta that is cut off}).
 
     Raises:
-      TypeError, ValueError: The params do not fit the plan, or `max_error` is not
+      TypeError, ValueError: The params do not fit the adapters, or `max_error` is not
         between 0 and 1.
 
     Example::
 
       >>> import mora_jax
       >>> params = {"kernel": jnp.eye(8)}
-      >>> plan = mora_jax.plan(params)
+      >>> adapters = mora_jax.init(mora_jax.plan(params))
       >>> merged = {"kernel": jnp.eye(8).at[0, 1].add(0.5)}
-      >>> adapters, plan, lost = learned(params, merged, plan)
-      >>> plan["kernel"].operator.square_rank, lost
-      (1, {'kernel': 0.0})
+      >>> learned(params, merged, adapters)
+      ({'kernel_mora': Adapter(low_rank, float32[16, 1])}, {'kernel': 0.0})
     """
     if not 0 <= check_number("max_error", max_error) <= 1:
         raise ValueError(f"max_error must be from 0 to 1, got {max_error}")
     old, new = paths.named_leaves(base, "base"), paths.named_leaves(merged, "merged")
-    specs, lost, adapters = [], {}, {}
-    for spec in check_plan(plan).specs:
-        kernels = (paths.find_part(tree, spec)[1] for tree in (old, new))
-        before, after = (wide(as_jax_array(spec.name, kernel)) for kernel in kernels)
-        what = f"the delta of {spec.name!r}"
+    made, lost = {}, {}
+    for path, adapter in paths.adapters_in(adapters).items():
+        name, spec = "/".join(path), adapter.spec
+        if not isinstance(spec, AdapterSpec):  # a copy: a step may overwrite adapters
+            leaf = paths.find_array(new, path, spec)[1]
+            made[path] = Adapter(jnp.array(leaf, spec.dtype, copy=True), spec)
+            continue
+        kernels = (paths.find_array(tree, path, spec)[1] for tree in (old, new))
+        before, after = (wide(as_jax_array(name, kernel)) for kernel in kernels)
+        what = f"the delta of {name!r}"
         check_concrete(delta := after - before, what, spec.kernel_shape)
         check_finite(delta, what)
         delta = np.asarray(rows_from_kernel(delta, spec.axes))
-        a, b, lost[spec.name], rank = nearest_factors(delta, max_error)
+        a, b, lost[name], rank = nearest_factors(delta, max_error)
         operator = LowRank(spec.in_features, spec.out_features, rank)
         m = operator.joined(jnp.asarray(a), jnp.asarray(b))
         settings = vars(AdapterSettings(param_dtype=m.dtype))
         changes = {"operator": operator, "rank": None, "base_digest": None}
-        specs.append(dataclasses.replace(spec, **changes, **settings))
-        adapters[paths.adapter_path(spec)] = m
-    for array in plan.trained:  # copies, since a step may overwrite the adapters
-        leaf = paths.find_part(new, array)[1]
-        adapters[array.path] = jnp.array(leaf, array.dtype, copy=True)
-    return nest(adapters), dataclasses.replace(plan, specs=tuple(specs)), lost
-
-
-def next_plan(plan: Plan) -> Plan:
-    """The plan after a restart: the same kernels and widths, between other maps.
-
-    `sharing` goes through the groupings of the reference's types 1, 2, 3 and 4, in a
-    circle. An operator with a seed takes the next: other signs, features or directions.
-
-    Raises:
-      TypeError: `plan` is not a Plan.
-      ValueError: An operator lacks other maps, and the rank would not grow.
-    """
-    return _with(_next_spec, plan)
+        spec = dataclasses.replace(spec, **changes, **settings)
+        made[place_of(path, spec)] = Adapter(m, spec)
+    return nest(made), lost
 
 
 def restart_schedule(
@@ -246,17 +247,20 @@ def restart_schedule(
     return schedule
 
 
-def _started(spec: AdapterSpec, old: jax.Array) -> jax.Array:
+def _started(path: Path, spec: AdapterSpec, old: jax.Array) -> jax.Array:
     """An M whose delta is zero, in the dtype and the place of the old M."""
-    # The plan determines what is random, so that a resumed run goes on as it would.
+    # Path and operator determine what is random, so that a resumed run goes on as it
+    # would.
     init = "zeros" if spec.init == "gaussian" else spec.init
-    m = spec.operator.start(spec.stack_shape, init, start_key(spec), old.dtype)
+    key = start_key(path, spec.operator)
+    m = spec.operator.start(spec.stack_shape, init, key, old.dtype)
     if isinstance(old, Tracer) or not old.committed:
         return m
     return jax.device_put(m, old.sharding)
 
 
-def _next_spec(spec: AdapterSpec) -> AdapterSpec:
+def _next_spec(path: Path, spec: AdapterSpec) -> AdapterSpec:
+    """The adapter of the same kernel and size between other maps."""
     op = spec.operator
     if hasattr(op, "seed"):
         op = dataclasses.replace(op, seed=op.seed + 1)  # type: ignore[call-arg]
@@ -268,8 +272,8 @@ def _next_spec(spec: AdapterSpec) -> AdapterSpec:
         op = dataclasses.replace(op, **groups)
     else:
         raise ValueError(
-            f"{spec.name}: {op.name} has the same maps after each restart, so that the "
-            "rank of what is learned would not grow; plan with 'permutation', "
+            f"{'/'.join(path)}: {op.name} has the same maps after each restart, so "
+            "that the rank of what is learned would not grow; plan with 'permutation', "
             "'signed_decoupling' or 'sharing', or give restart(grads=...)"
         )
     return dataclasses.replace(_on_next_base(spec), operator=op)
@@ -281,15 +285,12 @@ def _on_next_base(spec: AdapterSpec) -> AdapterSpec:
     return dataclasses.replace(spec, base_digest=None, init=init)
 
 
-def _with(change: Callable[[AdapterSpec], AdapterSpec], plan: Plan) -> Plan:
-    """The plan with each of its specs changed."""
-    return dataclasses.replace(plan, specs=tuple(map(change, check_plan(plan).specs)))
-
-
-def _dithered(plan: Plan, m: jax.Array, kernel: jax.Array, shift: Any) -> jax.Array:
+def _dithered(
+    spec: AdapterSpec, m: jax.Array, kernel: jax.Array, shift: Any
+) -> jax.Array:
     """The kernel plus the delta, rounded with the dither that starts at `shift`."""
-    start, (spec,) = (shift, shift), plan.specs
-    return merged_kernel(spec, m, kernel, rounding="dither", start=start)
+    start = shift, shift
+    return merged_kernel(Adapter(m, spec), kernel, rounding="dither", start=start)
 
 
 _add = jax.jit(_dithered)

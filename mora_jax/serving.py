@@ -1,10 +1,10 @@
 """Many adapters at once: a different one for each row of a batch.
 
-The M's of N adapters of one plan are one tree, and the rows of a batch say by an array
-of integers which of them they want. All of it is data: one compiled program serves any
-mixture of adapters, also after one of them was replaced by another.
+The M's of N adapters of one meaning are one tree, and the rows of a batch say by an
+array of integers which of them they want. All of it is data: one compiled program
+serves any mixture of adapters, also after one of them was replaced by another.
 
-  stack                 the adapters of one plan in one tree, in slots
+  stack                 adapters of one meaning in one tree, in slots
   put                   the same tree with another adapter in one slot
   select                the adapters for the rows of a batch
 
@@ -20,7 +20,7 @@ Example::
   ...     y = adapted(serving.select(stacked, index), variables, x)
   ...     return (y != model.apply(variables, x)).any(axis=1)
   >>> ones = jax.tree.map(jnp.ones_like, mora_jax.init(adapted.plan))
-  >>> stacked = serving.stack([ones], adapted.plan, slots=2)
+  >>> stacked = serving.stack([ones], slots=2)
   >>> is_adapted(stacked, jnp.array([0, -1, 1, 0]))
   Array([ True, False, False,  True], dtype=bool)
   >>> is_adapted(serving.put(stacked, 1, ones), jnp.array([0, -1, 1, 0]))
@@ -38,22 +38,21 @@ from jax.core import Tracer
 
 from mora_jax._common import checks
 from mora_jax._common.types import Path
+from mora_jax._layer.adapter import Adapter, is_adapter
 from mora_jax._layer.slots import Selected, Slots, beyond_if_none
-from mora_jax._plan.plan import Plan, check_plan
-from mora_jax._plan.spec import refuse_trained
-from mora_jax._tree.adapters import Tree, nest
-from mora_jax._tree.merge import array_items
-from mora_jax._tree.paths import adapter_path, located_leaves, unboxed
+from mora_jax._plan.spec import SUFFIX, check_same
+from mora_jax._tree.adapters import checked_adapters, refuse_trained
+from mora_jax._tree.paths import Tree, located_leaves, nest, place_of
 
 __all__ = ["put", "select", "stack"]
 
 
-def stack(adapters: Sequence[Any], plan: Plan, *, slots: int | None = None) -> Tree:
-    """The adapters of one plan in one tree, a slot for each of them.
+def stack(adapters: Sequence[Any], *, slots: int | None = None) -> Tree:
+    """Adapters of one meaning in one tree, a slot for each of them.
 
     Args:
-      adapters: Adapters of `plan`, as `init` makes them; with `slots` perhaps none.
-      plan: Their plan, by which `linen.wrap` or `nnx.wrap` has made the model.
+      adapters: Adapters of the same kernels, operators and factors. New ones add
+        nothing, so that `[mora_jax.init(plan)]` makes a tree of empty slots.
       slots: The number of slots, N, which all take memory; None for one for each
         adapter. Others hold zeros, which add nothing, until `put` fills them.
 
@@ -62,31 +61,45 @@ def stack(adapters: Sequence[Any], plan: Plan, *, slots: int | None = None) -> T
       instead of each M. Axes of a stack stay in front: (layers, N, q, q).
 
     Raises:
-      TypeError, ValueError: Adapters do not fit the plan or hold NaN or infinity; there
-        are none, or more than slots; the plan trains arrays of the base, which all rows
-        share.
+      TypeError, ValueError: Adapters have different meanings or hold NaN or infinity;
+        there are none, or more than slots; arrays of the base are trained, which all
+        rows share.
     """
-    why = "and all rows of a batch share it; serve it by another base"
-    refuse_trained(check_plan(plan).trained, why)
     if isinstance(adapters, dict) or not isinstance(adapters, Iterable):
         kind = type(adapters).__name__
         raise TypeError(f"adapters must be a sequence of adapters, got {kind}")
-    trees = [array_items(tree, plan) for tree in adapters]
-    if slots is None and not trees:
-        raise ValueError("slots must be given where adapters are none")
-    number = checks.positive_integer("slots", len(trees) if slots is None else slots)
-    if number < len(trees):
+    found = [checked_adapters(tree) for tree in adapters]
+    if not found:
+        raise ValueError("adapters must be one at least, such as init(plan), got none")
+    why = "and all rows of a batch share it; serve it by another base"
+    for one in found:
+        refuse_trained(one, why)
+        _check_same(one, found[0])
+    number = checks.positive_integer("slots", len(found) if slots is None else slots)
+    if number < len(found):
         raise ValueError(
-            f"slots must be at least the number of adapters, {len(trees)}, got {slots}"
+            f"slots must be at least the number of adapters, {len(found)}, got {slots}"
         )
     stacked = {}
-    for position, spec in enumerate(plan.specs):
-        ms = [items[position][1] for items in trees]
-        dtype = jnp.result_type(*ms) if ms else spec.param_dtype
+    for path, adapter in found[0].items():
+        spec, ms = adapter.spec, [one[path].m for one in found]
+        dtype = jnp.result_type(*ms)
         ms += [jnp.zeros(spec.shape, dtype)] * (number - len(ms))
         joined = jnp.stack([m.astype(dtype) for m in ms], len(spec.stack_shape))
-        stacked[adapter_path(spec)] = Slots(joined, len(spec.operator.m_shape))
+        held = Slots(joined, len(spec.operator.m_shape))
+        stacked[place_of(path, spec)] = Adapter(held, spec)
     return nest(stacked)
+
+
+def _check_same(found: dict[Path, Adapter], like: dict[Path, Adapter]) -> None:
+    """Raise unless adapters have the kernels and the meaning of others."""
+    for path in {**found, **like}:
+        name = "/".join(path)
+        if path not in found or path not in like:
+            raise ValueError(
+                f"adapters must be of the same kernels, and {name!r} is not"
+            )
+        check_same(name, found[path].spec, like[path].spec)
 
 
 def put(stacked: Tree, slot: int | jax.Array, adapters: Any) -> Tree:
@@ -99,38 +112,35 @@ def put(stacked: Tree, slot: int | jax.Array, adapters: Any) -> Tree:
       stacked: Adapters in slots, as `stack` makes them.
       slot: The number of the slot, from 0 to N - 1. In a compiled function, where it is
         not known, another number changes nothing.
-      adapters: Adapters of the same plan, which are rounded to the slots' dtypes.
+      adapters: Adapters of the same meaning, rounded to the slots' dtypes.
 
     Raises:
       TypeError, ValueError: The slot does not exist; or the adapters have other M's
         than the slots, or hold numbers that are not finite in the slots' dtype.
     """
     slots, number = _slots_of(stacked)
-    new = located_leaves(adapters, "adapters")
-    for path in sorted(slots.keys() ^ new.keys()):
-        has, lacks = ("stacked", "adapters")[:: 1 if path in slots else -1]
-        raise ValueError(f"{has} hold {'/'.join(path)!r}, which {lacks} lack")
+    new = checked_adapters(adapters)
+    _check_same(new, slots)
     # All of them are checked before the slots, which are donated, are lost.
-    for path, held in slots.items():
-        name = "/".join(path)
-        new[path] = m = checks.as_jax_array(name, unboxed(new[path]))
-        checks.check_leaf(m, name, held.shape_of_one)
+    for path, adapter in slots.items():
+        held, place = adapter.m, place_of(path, adapter.spec)
         where = f" in {held.dtype}, the dtype of the slots"
-        checks.check_finite(m.astype(held.dtype), name, where)
-    return _put(stacked, _check_indices(slot, "slot", 0, number, ndim=0), nest(new))
+        checks.check_finite(new[path].m.astype(held.dtype), "/".join(place), where)
+    at = _check_indices(slot, "slot", 0, number, ndim=0)
+    ms = {place_of(path, a.spec): a.m for path, a in new.items()}
+    return _put(stacked, at, nest(ms))
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _put(stacked: Tree, slot: jax.Array, adapters: Tree) -> Tree:
-    def changed(slots: Slots, m: jax.Array) -> Slots:
+def _put(stacked: Tree, slot: jax.Array, ms: Tree) -> Tree:
+    def changed(adapter: Adapter, m: jax.Array) -> Adapter:
         # A traced `slot` may be one that does not exist. Then it changes nothing.
+        slots = adapter.m
         at = (*[slice(None)] * slots.axis, beyond_if_none(slot, slots.number))
         new = slots.m.at[at].set(m.astype(slots.dtype), mode="drop")
-        return Slots(new, slots.ndim_m)
+        return adapter.replace(m=Slots(new, slots.ndim_m))
 
-    return jax.tree.map(
-        changed, stacked, adapters, is_leaf=lambda node: isinstance(node, Slots)
-    )
+    return jax.tree.map(changed, stacked, ms, is_leaf=is_adapter)
 
 
 def select(stacked: Tree, index: Any) -> Tree:
@@ -156,22 +166,25 @@ def select(stacked: Tree, index: Any) -> Tree:
     slots, number = _slots_of(stacked)
     index = _check_indices(index, "index", -1, number, ndim=1)
     rows = {}
-    for path, held in slots.items():
+    for path, adapter in slots.items():
         # Flax's lifted transformations take one index off the stack of all arrays.
+        held = adapter.m
         shape = *held.shape[: held.axis], *index.shape
-        rows[path] = Selected(held, jnp.broadcast_to(index, shape))
+        chosen = Selected(held, jnp.broadcast_to(index, shape))
+        rows[place_of(path, adapter.spec)] = adapter.replace(m=chosen)
     return nest(rows)
 
 
-def _slots_of(stacked: Any) -> tuple[dict[Path, Slots], int]:
-    """{path of an M: its slots}, and the one number that all of them have."""
+def _slots_of(stacked: Any) -> tuple[dict[Path, Adapter], int]:
+    """{path of a kernel: its adapter in slots}, and the one number that all have."""
     rule = "stacked must be adapters in slots, as serving.stack makes them"
-    slots = located_leaves(stacked, "stacked")
-    for path, leaf in slots.items():
-        if not isinstance(leaf, Slots):
+    slots: dict[Path, Adapter] = {}
+    for path, leaf in located_leaves(stacked, "stacked").items():
+        if not isinstance(leaf, Adapter) or not isinstance(leaf.m, Slots):
             kind = type(leaf).__name__
             raise TypeError(f"{rule}, got {kind} at {'/'.join(path)!r}")
-    if len(numbers := {held.number for held in slots.values()}) != 1:
+        slots[(*path[:-1], path[-1].removesuffix(SUFFIX))] = leaf
+    if len(numbers := {adapter.m.number for adapter in slots.values()}) != 1:
         raise ValueError(f"{rule} of one number, got {sorted(numbers) or 'none'}")
     return slots, numbers.pop()
 

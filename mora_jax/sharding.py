@@ -6,19 +6,20 @@ Example::
   >>> from jax.sharding import AxisType, PartitionSpec
   >>> mesh = jax.make_mesh((1, 1), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
   >>> where = {"fc": {"kernel": PartitionSpec("data", "model")}}
-  >>> plan = mora_jax.plan({"fc": {"kernel": jnp.ones((8, 8))}})
-  >>> shardings = mora_jax.sharding.adapter_shardings(plan, where, mesh=mesh)
-  >>> adapters = jax.device_put(mora_jax.init(plan), shardings)
-  >>> adapters["fc"]["kernel_mora"].is_fully_replicated
+  >>> adapters = mora_jax.init(mora_jax.plan({"fc": {"kernel": jnp.ones((8, 8))}}))
+  >>> shardings = mora_jax.sharding.adapter_shardings(adapters, where, mesh=mesh)
+  >>> adapters = jax.device_put(adapters, shardings)
+  >>> adapters["fc"]["kernel_mora"].m.is_fully_replicated
   True
-  >>> plan = mora_jax.sharding.plan_on_mesh(plan, where, batch_axes="data", mesh=mesh)
-  >>> plan["fc/kernel"].layout.mesh_axes
+  >>> adapters = mora_jax.sharding.on_mesh(
+  ...     adapters, where, batch_axes="data", mesh=mesh)
+  >>> adapters["fc"]["kernel_mora"].spec.layout.mesh_axes
   (('model',), ('data',))
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar
 
 import flax.linen as nn
 from flax import nnx
@@ -27,17 +28,27 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mora_jax._common.axes import sizes
 from mora_jax._common.suggestions import nearest_paths
-from mora_jax._common.types import Shape
+from mora_jax._common.types import Path, Shape
 from mora_jax._common.warnings import warn
 from mora_jax._mesh.layout import KernelLayout, mesh_axes
-from mora_jax._plan.plan import Plan, check_plan
-from mora_jax._plan.spec import AdapterSpec, Part
-from mora_jax._tree.adapters import Tree, nest
-from mora_jax._tree.paths import adapter_path, located_leaves, unboxed
+from mora_jax._plan.spec import AdapterSpec, Spec
+from mora_jax._tree.adapters import shapes_of
+from mora_jax._tree.paths import (
+    Tree,
+    adapters_in,
+    located_leaves,
+    nest,
+    place_of,
+    replace_adapters,
+    unboxed,
+)
+from mora_jax._tree.plan import Plan
+
+PlanOrTree = TypeVar("PlanOrTree")
 
 
 def adapter_shardings(
-    plan: Plan,
+    adapters: Any,
     params_or_shardings: Any,
     *,
     mesh: Mesh | None = None,
@@ -49,7 +60,7 @@ def adapter_shardings(
     layer or expert is, and a copy of an array that trains itself where that is.
 
     Args:
-      plan: The plan of the adapters.
+      adapters: The adapters, or their plan.
       params_or_shardings: The base's params, or a tree of their shardings. Its leaves
         may be arrays or shapes with a `NamedSharding`, or a `NamedSharding`, or a
         `PartitionSpec`. They may also have Flax's metadata: Linen's boxes with mesh
@@ -59,19 +70,22 @@ def adapter_shardings(
         each step. There are none by default, since M is small.
 
     Returns:
-      A `NamedSharding` for each M, in a tree as `init` makes it.
+      A tree like the adapters, with a `NamedSharding` instead of each array.
 
     Raises:
       TypeError: A leaf does not say how it is sharded.
       ValueError: A kernel lacks a leaf, metadata lack a mesh, or `square` names axes
         that do not divide q.
     """
-    place_of = _places(params_or_shardings, mesh)
-    shardings = {
-        adapter_path(spec): adapter_sharding(spec, place_of(spec), square)
-        for spec in check_plan(plan).specs
-    }
-    return nest(shardings | {array.path: place_of(array) for array in plan.trained})
+    sharding_of, shardings = _shardings(params_or_shardings, mesh), {}
+    if isinstance(adapters, Plan):
+        adapters = shapes_of(adapters)
+    for path, adapter in adapters_in(adapters).items():
+        spec, sharding = adapter.spec, sharding_of(path, adapter.spec)
+        if isinstance(spec, AdapterSpec):
+            sharding = adapter_sharding(spec, sharding, square)
+        shardings[place_of(path, spec)] = adapter.replace(m=sharding)
+    return nest(shardings)
 
 
 def adapter_sharding(
@@ -85,21 +99,21 @@ def adapter_sharding(
     return _named_sharding(kernel.mesh, [*stack, *whole, *square], spec.shape, name)
 
 
-def plan_on_mesh(
-    plan: Plan,
+def on_mesh(
+    adapters: PlanOrTree,
     params_or_shardings: Any,
     *,
     batch_axes: str | Iterable[str],
     mesh: Mesh | None = None,
-) -> Plan:
-    """A plan that knows where the features of each kernel are.
+) -> PlanOrTree:
+    """Adapters that know where the features of their kernels are.
 
     Results do not depend on this. Without it, XLA may move activations or kernels where
     devices share features (tensor parallelism) or kernels (FSDP). With it, the adapter
     of a dense layer adds a sum of (q, q) for M's gradient, and nothing else.
 
     Args:
-      plan: The plan of the adapters, as `plan`, `linen.plan` or `nnx.plan` makes it.
+      adapters: The adapters; or a plan, whose adapters then know it from the start.
       params_or_shardings: As in `adapter_shardings`.
       batch_axes: The mesh axes that split the rows of inputs, in the order of their
         `PartitionSpec`; () for none. A kernel that they split is gathered before use;
@@ -107,8 +121,8 @@ def plan_on_mesh(
       mesh: The devices, if the leaves do not name them.
 
     Returns:
-      A plan for `linen.wrap`, `nnx.wrap` and `merge`. `save` does not store the layout,
-      so a plan that `load` returns needs this function again.
+      Adapters, or a plan. `save` does not store the layout, so what `load` returns
+      needs this function again.
 
     Raises:
       TypeError, ValueError: As `adapter_shardings`, or the mesh lacks a batch axis.
@@ -120,10 +134,26 @@ def plan_on_mesh(
         rule = "batch_axes must be names of mesh axes, such as 'data' or ()"
         raise TypeError(f"{rule}, got {batch_axes!r}")
     batch = (batch_axes,) if isinstance(batch_axes, str) else tuple(batch_axes)
-    place_of, specs = _places(params_or_shardings, mesh), []
+    sharding_of = _shardings(params_or_shardings, mesh)
+    if isinstance(adapters, Plan):
+        parts = {**adapters.parts, **_laid_out(adapters.specs, sharding_of, batch)}
+        return dataclasses.replace(adapters, parts=parts)
+    found = adapters_in(adapters)
+    specs = {p: a.spec for p, a in found.items() if isinstance(a.spec, AdapterSpec)}
+    new = _laid_out(specs, sharding_of, batch).items()
+    return replace_adapters(adapters, {p: found[p].replace(spec=s) for p, s in new})
+
+
+def _laid_out(
+    specs: Mapping[Path, AdapterSpec],
+    sharding_of: Callable[[Path, Spec], NamedSharding],
+    batch: tuple[str, ...],
+) -> dict[Path, AdapterSpec]:
+    """The specs with the layouts of their kernels."""
     unsafe: dict[tuple[str, ...], str] = {}
-    for spec in check_plan(plan).specs:
-        kernel = place_of(spec)
+    placed = {}
+    for path, spec in specs.items():
+        kernel = sharding_of(path, spec)
         for axis in batch:
             if axis not in kernel.mesh.shape:
                 raise ValueError(
@@ -134,8 +164,8 @@ def plan_on_mesh(
         axes = tuple(reversed(_entries(kernel, spec)))
         layout = KernelLayout(kernel.mesh, axes, batch)
         if (safe := layout.safe_batch_axes) != batch:
-            unsafe[safe] = f"{spec.name} by {kernel.spec}"
-        specs.append(dataclasses.replace(spec, layout=layout))
+            unsafe[safe] = f"{'/'.join(path)} by {kernel.spec}"
+        placed[path] = dataclasses.replace(spec, layout=layout)
     for safe, example in unsafe.items():
         warn(
             "XLA may compute wrong outputs or gradients, with adapters or without. It "
@@ -143,7 +173,7 @@ def plan_on_mesh(
             "features of both its inputs and its outputs. Split rows by PartitionSpec"
             f"({safe}), and give batch_axes={safe}: see docs/meshes.md"
         )
-    return dataclasses.replace(plan, specs=tuple(specs))
+    return placed
 
 
 def _entries(kernel: NamedSharding, spec: AdapterSpec) -> list[tuple[str, ...]]:
@@ -152,17 +182,17 @@ def _entries(kernel: NamedSharding, spec: AdapterSpec) -> list[tuple[str, ...]]:
     return [*entries, *[()] * (len(spec.axes) - len(entries))]
 
 
-def _places(
+def _shardings(
     params_or_shardings: Any, mesh: Mesh | None
-) -> Callable[[Part], NamedSharding]:
-    """A function of a part of a plan to the sharding of the base's array for it."""
+) -> Callable[[Path, Spec], NamedSharding]:
+    """A function of what is trained to the sharding of the base's array for it."""
     tree = located_leaves(params_or_shardings, "params_or_shardings")
     leaves = {"/".join(path): leaf for path, leaf in tree.items()}
 
-    def place_of(part: Part) -> NamedSharding:
-        kind, name, shape = "array", part.name, part.shape
-        if isinstance(part, AdapterSpec):
-            kind, shape = "kernel", part.kernel_shape
+    def sharding_of(path: Path, spec: Spec) -> NamedSharding:
+        name, kind, shape = "/".join(path), "array", spec.shape
+        if isinstance(spec, AdapterSpec):
+            kind, shape = "kernel", spec.kernel_shape
         if name not in leaves:
             near = nearest_paths(name, leaves)
             raise ValueError(f"params_or_shardings lack the {kind} {name!r}{near}")
@@ -171,7 +201,7 @@ def _places(
             raise ValueError(f"mesh must be given: {name} has names of axes alone")
         return _named_sharding(devices, axes, shape, name)
 
-    return place_of
+    return sharding_of
 
 
 def _read_sharding(leaf: Any, name: str) -> tuple[Any, PartitionSpec]:

@@ -10,3 +10,6 @@ Shape = tuple[int, ...]
 
 Path = tuple[str, ...]
 """The keys that lead to a leaf of a tree; joined by slashes they are its name."""
+
+FIRST = "0.2.0"
+"""The first version of this library whose files all later ones read."""

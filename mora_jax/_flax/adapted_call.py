@@ -14,9 +14,8 @@ from mora_jax._common.types import ArrayLike
 from mora_jax._flax.layer_rules import LayerRule
 from mora_jax._jax.linear_map import Static
 from mora_jax._jax.qwix_guard import intercepted
-from mora_jax._layer.slots import Selected
+from mora_jax._layer.adapter import Adapter
 from mora_jax._layer.ways import adapted_product, add_delta, check_product
-from mora_jax._plan.spec import AdapterSpec
 from mora_jax.products import Product
 
 
@@ -57,20 +56,20 @@ class LayerCall:
 
 def adapt_call(
     call: LayerCall,
-    spec: AdapterSpec,
-    m: Callable[[], ArrayLike | Selected],
+    name: str,
+    adapter: Callable[[], Adapter],
     key: PRNGKeyArray | None,
 ) -> jax.Array:
     """The output of a Flax layer's method, with the adapter's delta added.
 
-    `m` returns M, or one for each row of a batch; it is called once, after the layer
-    has made its own parameters. Without a `key` nothing is dropped.
+    `adapter` returns the one of the kernel `name`, a path; it is called once, after the
+    layer has made its own parameters. Without a `key` nothing is dropped.
     """
     product, x = call.read()
     rule, module, method = call.rule, call.module, call.method
     precision = getattr(module, "precision", None)
     if (kernel := rule.kernel_of(module)) is not None:  # of qwix it has parts
-        check_kernel(kernel, spec.name)
+        check_kernel(kernel, name)
     replaceable = rule.multiplies_by_dot_general(module) and not intercepted()
     if replaceable and key is None:
         # The layer casts both operands to its dtype before it multiplies them. So the
@@ -83,9 +82,13 @@ def adapt_call(
             contracted, batch = dimension_numbers  # maybe lists, which do not hash
             axes = tuple(map(tuple, contracted)), tuple(map(tuple, batch))
             multiply = Static(jax.lax.dot_general, dimension_numbers=axes, **settings)
-            return adapted_product(
-                spec, m(), x, kernel, product, multiply, precision=precision
-            )
+            own = adapter()
+            try:
+                return adapted_product(
+                    own.spec, own.m, x, kernel, product, multiply, precision=precision
+                )
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from error
 
         # By `object`, since both Flax APIs forbid such an assignment to a module.
         before = module.dot_general
@@ -94,14 +97,15 @@ def adapt_call(
             return method(*call.args, **call.kwargs)
         finally:
             object.__setattr__(module, "dot_general", before)
-    check_product(spec, product)
     y, out_factor = method(*call.args, **call.kwargs), None
-    # The adapter adds to the kernel itself, which the layer scales afterwards.
-    if (scale := rule.scale_of(module)) is not None:
-        try:
+    own = adapter()
+    try:
+        check_product(own.spec, product)
+        # The adapter adds to the kernel itself, which the layer scales afterwards.
+        if (scale := rule.scale_of(module)) is not None:
             in_factor, out_factor = product.factors(scale)
-        except ValueError as error:
-            raise ValueError(f"{spec.name}: {error}") from None
-        if in_factor is not None:
-            x = jnp.asarray(x).astype(y.dtype) * in_factor.astype(y.dtype)
-    return add_delta(y, spec, m(), x, product, key, precision, out_factor)
+            if in_factor is not None:
+                x = jnp.asarray(x).astype(y.dtype) * in_factor.astype(y.dtype)
+        return add_delta(y, own.spec, own.m, x, product, key, precision, out_factor)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error

@@ -17,7 +17,6 @@ from mora_jax._common.suggestions import alike, matching, patterns
 from mora_jax._common.types import Path
 from mora_jax._common.warnings import LeftOutWarning, warn
 from mora_jax._flax.survey import NOT_USED, Survey
-from mora_jax._plan.plan import LeftOut, Plan
 from mora_jax._plan.settings import (
     DEFAULT_TARGETS,
     MoRAConfig,
@@ -26,6 +25,7 @@ from mora_jax._plan.settings import (
 )
 from mora_jax._plan.spec import SUFFIX, AdapterSpec, TrainedArray
 from mora_jax._tree.paths import named_leaves, refuse_variables
+from mora_jax._tree.plan import LeftOut, Plan
 
 
 def plan(params_or_shapes: Any, config: MoRAConfig | None = None) -> Plan:
@@ -65,9 +65,9 @@ def plan_surveyed(params: Any, config: MoRAConfig, survey: Survey | None) -> Pla
     targets = model.targets()
     trained = model.trained(targets)
     model.refuse_idle_overrides(targets, trained)
-    taken = {*targets, *(array.name for array in trained)}
+    taken = {*targets, *trained}
     model.refuse_shared(taken)
-    specs = tuple(map(model.adapter, targets))
+    parts = {name: model.adapter(name) for name in targets} | trained
     left_out = model.left_out(taken)
     surprising = [str(kind) for kind in left_out if kind.multiplied]
     if surprising and model.by_default:
@@ -82,12 +82,11 @@ def plan_surveyed(params: Any, config: MoRAConfig, survey: Survey | None) -> Pla
     if idle:
         warn(f"adapters without an effect: {patterns(idle)}: {NOT_USED}; exclude them")
     return Plan(
-        specs,
+        {model.leaves[name][0]: spec for name, spec in parts.items()},
         base_parameters=sum(math.prod(a.shape) for _, a in model.leaves.values()),
         traced=survey is not None and survey.traced,
         left_out=left_out,
         unproven=unproven,
-        trained=trained,
     )
 
 
@@ -170,13 +169,13 @@ class Candidates:
 
     def adapter(self, name: str) -> AdapterSpec:
         """The adapter of the kernel at `name`, if the model needs nothing beside it."""
-        path, leaf = self.leaves[name]
+        _, leaf = self.leaves[name]
         check_kernel(leaf, name)
         config, axes = self.config.settings(name)
         try:
             axes = axes or self._axes(name)
             spec = AdapterSpec.from_config(
-                config, tuple(leaf.shape), axes, path, kernel_dtype=leaf.dtype
+                config, tuple(leaf.shape), axes, kernel_dtype=leaf.dtype, name=name
             )
             # An unknown layer's kernel has axes by an override, taken at its word.
             if self.survey is not None and name in self.survey.products:
@@ -208,7 +207,7 @@ class Candidates:
             f"overrides={{{name!r}: {{'axes': ...}}}}"
         )
 
-    def trained(self, targets: Sequence[str]) -> tuple[TrainedArray, ...]:
+    def trained(self, targets: Sequence[str]) -> dict[str, TrainedArray]:
         """The arrays that `config.train` names, in the order of their paths."""
         names = matching("train", self.config.train, self.leaves)
         for name in sorted(names):
@@ -219,17 +218,18 @@ class Candidates:
                 )
             if name.endswith(SUFFIX):
                 raise ValueError(f"train: {name!r} is an M, which is always trained")
-        settings = self.config.settings
-        return tuple(
-            TrainedArray.of(*self.leaves[name], settings(name)[0].param_dtype)
+        return {
+            name: TrainedArray.of(
+                name, self.leaves[name][1], self.config.settings(name)[0].param_dtype
+            )
             for name in self._in_order(names)
-        )
+        }
 
     def refuse_idle_overrides(
-        self, targets: Sequence[str], trained: Sequence[TrainedArray]
+        self, targets: Sequence[str], trained: Iterable[str]
     ) -> None:
         """Raise if an override matches nothing, or has settings without an effect."""
-        names = [*targets, *(array.name for array in trained)]
+        names = [*targets, *trained]
         matching("overrides", self.config.overrides, names, "path that is adapted")
         for pattern, settings in self.config.overrides.items():
             idle = sorted(settings.keys() - {"param_dtype"})

@@ -19,9 +19,9 @@ from mora_jax._common.suggestions import patterns
 from mora_jax._common.warnings import warn
 from mora_jax._flax.adapted_call import LayerCall
 from mora_jax._flax.layer_rules import LayerRule, planning_rules, rules_of
-from mora_jax._plan.plan import Plan
 from mora_jax._plan.spec import SUFFIX
 from mora_jax._trace_check import Call, Uses, difference, follow, mark, row_faults
+from mora_jax._tree.plan import Plan
 from mora_jax.products import Product
 
 NOT_USED = "the call that was traced does not use it"
@@ -230,11 +230,11 @@ def check_call(
             "is not proven what it does with adapted kernels"
         )
     plan, survey = plan_of(), Survey()
-    ms = {spec.name + SUFFIX: len(spec.operator.m_shape) for spec in plan.specs}
+    ms = {name + SUFFIX: len(spec.operator.m_shape) for name, spec in plan.items()}
     adapted = survey.trace(programs, patterns(plan), ms)
-    for spec in plan.specs:
-        if fault := survey.fault(spec.name):
-            raise ValueError(f"{spec.name}: {fault}")
+    for name in plan:
+        if fault := survey.fault(name):
+            raise ValueError(f"{name}: {fault}")
     for number in {*rows.values()}:
         for name, fault in row_faults(adapted, number, survey.batched, rows).items():
             raise ValueError(
@@ -247,7 +247,7 @@ def check_call(
             f"M = 0: {found}. Code that counts the arrays of a module or asks for the "
             "type of a layer does so; exclude the kernels of such modules"
         )
-    unproven = survey.unproven(spec.name for spec in plan.specs)
+    unproven = survey.unproven(plan)
     new = {*unproven} - {*plan.unproven}  # the user knows what the plan lists
     new = {pair for pair in new if main or pair[1] != NOT_USED}
     if new:

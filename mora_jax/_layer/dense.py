@@ -12,14 +12,14 @@ import jax.numpy as jnp
 from jaxtyping import Float, PRNGKeyArray, Shaped
 
 from mora_jax._common.axes import sizes
-from mora_jax._common.checks import as_jax_array, check_kernel, check_key
+from mora_jax._common.checks import as_jax_array, check_kernel, check_key, check_leaf
 from mora_jax._common.types import ArrayLike
 from mora_jax._jax.linear_map import Static
+from mora_jax._layer.adapter import Adapter, check_adapter
 from mora_jax._layer.ways import adapted_product
 from mora_jax._mesh.layout import KernelLayout
 from mora_jax._plan.settings import AdapterSettings, MoRAConfig
-from mora_jax._plan.spec import SUFFIX, AdapterSpec
-from mora_jax._tree.paths import adapter_of
+from mora_jax._plan.spec import SUFFIX, AdapterSpec, check_same
 from mora_jax.operators import Operator
 from mora_jax.products import Contraction
 
@@ -99,7 +99,7 @@ jax.tree_util.register_dataclass(FrozenDense, _ARRAYS, sorted(_FIELDS - {*_ARRAY
 
 
 def mora_apply(
-    params: Mapping[str, ArrayLike],
+    params: Mapping[str, Any],
     frozen: FrozenDense,
     x: Shaped[ArrayLike, "..."],
     *,
@@ -109,7 +109,8 @@ def mora_apply(
     r"""One adapted dense layer, :math:`y = x W + b + \alpha\, D(C(x) M)`.
 
     Args:
-      params: The trained part, `{"kernel_mora": M}`, with M of shape (*stack, q, q).
+      params: The trained part, `{"kernel_mora": M}`: an adapter, as `init` makes it, or
+        a plain array (*stack, *m_shape).
       frozen: Kernel, bias and operator.
       x: The layer's input, (*stack, *batch, *in).
       key: The key for dropout, which is needed where `frozen.dropout` is above zero.
@@ -131,7 +132,8 @@ def mora_apply(
       >>> mora_jax.mora_apply(params, frozen, jnp.ones((1, 3)))
       Array([[1.5, 1. , 1. ]], dtype=float32)
     """
-    m, spec = params_adapter(params, frozen), frozen.spec
+    adapter = params_adapter(params, frozen)
+    m, spec = adapter.m, adapter.spec
     check_key(key)
     drops = spec.dropout > 0 and not deterministic
     if drops and key is None:
@@ -158,15 +160,21 @@ def mora_apply(
     return y if bias is None else y + _broadcast_bias(bias, spec, y.ndim).astype(dtype)
 
 
-def params_adapter(params: Mapping[str, ArrayLike], frozen: FrozenDense) -> ArrayLike:
-    """The M in `{"kernel_mora": M}`, checked."""
+def params_adapter(params: Mapping[str, Any], frozen: FrozenDense) -> Adapter:
+    """The adapter in `{"kernel_mora": M}`, checked; a plain M is for the layer."""
     expected = f"kernel{SUFFIX}"
     if not isinstance(frozen, FrozenDense):
         raise TypeError(f"frozen must be a FrozenDense, got {type(frozen).__name__}")
     if not isinstance(params, Mapping) or set(params) != {expected}:
         got = sorted(params) if isinstance(params, Mapping) else type(params).__name__
         raise ValueError(f"params must hold {expected!r} and nothing else, got {got}")
-    return adapter_of(params[expected], frozen.spec)
+    m, spec = params[expected], frozen.spec
+    if isinstance(m, Adapter):
+        m, made_for = m.m, check_adapter(expected, m).spec
+        check_same("kernel", made_for, spec)
+    adapter = check_adapter(expected, Adapter(m, spec))
+    check_leaf(m, expected, spec.shape)  # and not of a stack of such layers
+    return adapter
 
 
 def _broadcast_bias(bias: jax.Array, spec: AdapterSpec, ndim: int) -> jax.Array:

@@ -22,7 +22,7 @@ def folded_kernel(
     """Kernel with the delta added, as `merge` adds it, for M with its stack axes."""
     if isinstance(m, Selected):
         raise ValueError(
-            f"{spec.name}: the layer reads its kernel with one delta for all rows "
+            "the layer reads its kernel with one delta for all rows "
             "(products.Folded); leave it out of the plan to serve one for each row"
         )
     if (sharding := explicit_sharding(kernel)) is not None:

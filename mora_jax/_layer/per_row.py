@@ -44,7 +44,7 @@ def by_row(
     ins, outs = batch_axes or (0, 0)
     if batch_axes is None or x.shape[ins] != m.rows:
         raise ValueError(
-            f"{spec.name}: axis {ins} of the layer's input must be the batch, with a "
+            f"axis {ins} of the layer's input must be the batch, with a "
             f"row for each of the {m.rows} numbers of index, got an input of shape "
             f"{x.shape}; a model must not join the batch with another axis"
         )

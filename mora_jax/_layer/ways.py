@@ -260,8 +260,8 @@ def adapted_product(
     kernel = jnp.asarray(kernel)
     if kernel.shape != shape:
         raise ValueError(
-            f"{spec.name}: the layer multiplies by a kernel of shape {kernel.shape}, "
-            f"the plan's has {shape}; say execution='activation' in overrides for it"
+            f"the layer multiplies by a kernel of shape {kernel.shape}, the adapter's "
+            f"has {shape}; say execution='activation' in overrides for it"
         )
     # The residuals are arrays, and all else is static: layers of one shape share a
     # trace.
@@ -327,10 +327,9 @@ def check_product(spec: AdapterSpec, product: Product) -> None:
     lead = len(spec.axes) - len(product.axes)
     if set(spec.axes[:lead]) - {"s"} or not product.fits(spec.axes[lead:]):
         raise ValueError(
-            f"{spec.name}: the plan reads its axes as {spec.axes!r}, the layer "
-            f"computes {product.axes!r}; plan with mora_jax.linen.plan or "
-            f"mora_jax.nnx.plan, or say overrides={{{spec.name!r}: "
-            f"{{'axes': {product.axes!r}}}}}"
+            f"the adapter reads the kernel's axes as {spec.axes!r}, the layer computes "
+            f"{product.axes!r}; plan with mora_jax.linen.plan or mora_jax.nnx.plan, or "
+            f"say 'axes': {product.axes!r} in overrides for it"
         )
 
 

@@ -17,25 +17,26 @@ from mora_jax._common.checks import (
     positive_integer,
 )
 from mora_jax._common.suggestions import did_you_mean
+from mora_jax._common.types import FIRST
 from mora_jax._common.warnings import warn
 from mora_jax.operators._registry import OperatorSpec, parse_spec
 
 
-class FrozenMapping(Mapping[str, Any]):
+class FrozenMapping(Mapping[Any, Any]):
     """Frozen mapping, as are the mappings in it; equal content has an equal hash."""
 
     # A class of our own: Python's `MappingProxyType` cannot be pickled, and plans know
     # nothing of Flax and its FrozenDict.
-    def __init__(self, content: Mapping[str, Any]):
+    def __init__(self, content: Mapping[Any, Any]):
         self._content = {
             key: FrozenMapping(value) if isinstance(value, Mapping) else value
             for key, value in content.items()
         }
 
-    def __getitem__(self, key: str) -> Any:
+    def __getitem__(self, key: Any) -> Any:
         return self._content[key]
 
-    def __iter__(self) -> Iterator[str]:
+    def __iter__(self) -> Iterator[Any]:
         return iter(self._content)
 
     def __len__(self) -> int:
@@ -54,9 +55,14 @@ Check = Callable[[str, Any], Any]
 """Function of a setting's name and value that raises, or returns what is stored."""
 
 
-def setting(default: Any, check: Check, *, meaning: bool = False) -> Any:
-    """Field of a record; one with a `meaning` decides which delta an M stands for."""
-    metadata = {"check": check, "meaning": meaning}
+def setting(
+    default: Any, check: Check, *, meaning: bool = False, since: str = FIRST
+) -> Any:
+    """Field of a record; one with a `meaning` decides which delta an M stands for.
+
+    Files have it `since` a version; where one lacks it, it has the default.
+    """
+    metadata = {"check": check, "meaning": meaning, "since": since}
     return dataclasses.field(default=default, metadata=metadata)
 
 

@@ -1,9 +1,9 @@
-"""The parts of a plan: adapters of kernels, and arrays that train themselves."""
+"""Meanings of trained arrays: adapters of kernels, and arrays that train themselves."""
 
 import dataclasses
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 
 from mora_jax._common.axes import features, sizes
 from mora_jax._common.checks import check_dtype, check_floating
-from mora_jax._common.types import Path, Shape
+from mora_jax._common.types import Shape
 from mora_jax._common.warnings import warn
 from mora_jax._mesh.layout import KernelLayout
 from mora_jax._plan.settings import (
@@ -25,6 +25,7 @@ from mora_jax._plan.settings import (
     setting,
 )
 from mora_jax.operators import Operator, make_operator, square_rank
+from mora_jax.operators._pytree import register_pytree
 from mora_jax.operators._registry import OPERATORS, parse_spec, resolve_auto
 
 SUFFIX = "_mora"
@@ -33,37 +34,39 @@ SUFFIX = "_mora"
 
 @dataclasses.dataclass(frozen=True)
 class AdapterSpec(AdapterSettings):
-    """The adapter of one kernel: everything except its arrays; hashable.
+    """The meaning of an M: everything of a kernel's adapter but M; hashable.
+
+    It lacks the kernel's path, so that equal layers have equal specs, and share
+    programs.
 
     Attributes:
       operator: The maps C and D.
       kernel_shape: The kernel's shape, stack axes included.
       axes: The meaning of the kernel's axes, a letter each: "i", "o" or "s".
       alpha, scale, dropout, init, param_dtype, execution: As in `MoRAConfig`.
-      path: The kernel's place in its params tree, a tuple of keys.
-      layout: The places of the kernel's features on a mesh, as
-        `sharding.plan_on_mesh` finds them; None for one device.
+      layout: The places of the kernel's features on a mesh, as `sharding.on_mesh` finds
+        them; None for one device.
       base_digest: Digests of the kernel that the adapter was trained on, one for each
         index of its stack axes; None if no file holds them.
-      rank: The budget that q was chosen by; None if q itself was given, or was read
-        from a file. Specs that differ in this or in `base_digest` alone are equal.
+      rank: The budget that q was chosen by; None if q itself was given.
 
     Example::
 
       >>> import jax.numpy as jnp, mora_jax
       >>> params = {"fc": {"kernel": jnp.ones((64, 64))}}
       >>> spec = mora_jax.plan(params, mora_jax.MoRAConfig(rank=2))["fc/kernel"]
-      >>> spec.name, spec.shape, spec.parameters
-      ('fc/kernel', (16, 16), 256)
+      >>> spec.operator.name, spec.shape, spec.parameters
+      ('rotation', (16, 16), 256)
     """
 
+    # All of it is compared. A jitted function returns adapters with the specs that it
+    # was traced with, so that two specs must not share a program if they differ.
     operator: Operator
     kernel_shape: Shape
     axes: str = "io"
-    path: tuple[str, ...] = ("kernel",)
     layout: KernelLayout | None = None
-    base_digest: tuple[str, ...] | None = dataclasses.field(default=None, compare=False)
-    rank: int | None = dataclasses.field(default=None, compare=False)
+    base_digest: tuple[str, ...] | None = None
+    rank: int | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.operator, Operator):
@@ -82,9 +85,9 @@ class AdapterSpec(AdapterSettings):
         config: KernelConfig | None,
         kernel_shape: Shape,
         axes: str = "io",
-        path: tuple[str, ...] = ("kernel",),
         *,
         kernel_dtype: DTypeLike | None = None,
+        name: str = "kernel",
     ) -> "AdapterSpec":
         """The adapter that `config` asks for on a kernel.
 
@@ -92,8 +95,8 @@ class AdapterSpec(AdapterSettings):
           config: The settings; None for the default ones.
           kernel_shape: The kernel's shape.
           axes: The meaning of the kernel's axes, a letter each.
-          path: The kernel's place in its params tree.
           kernel_dtype: The kernel's dtype, for a `config.param_dtype` of None.
+          name: The kernel's path, for a warning.
 
         Raises:
           ValueError: The axes do not fit the shape, or the kernel is too small.
@@ -113,11 +116,11 @@ class AdapterSpec(AdapterSettings):
         if config.param_dtype is None:
             settings["param_dtype"] = kernel_dtype
         budget = config.rank if config.square_rank is None else None
-        spec = cls(operator, kernel_shape, axes, path, rank=budget, **settings)
+        spec = cls(operator, kernel_shape, axes, rank=budget, **settings)
         q, asked = operator.square_rank, spec.asked_square_rank or 0
         # Only min(in, out) cuts q to less than half. (Nobody may have chosen rank 8.)
         if asked > 2 * q and budget != DEFAULT_RANK:
-            alike = re.sub(r"\d+", "*", spec.name)  # layers of a kind have one warning
+            alike = re.sub(r"\d+", "*", name)  # layers of a kind have one warning
             told = f"{alike}: rank={budget} asks for q = {asked}, and {q} is the widest"
             warn(f"{told} that fits; say square_rank={q} in overrides if it is meant")
         return spec
@@ -126,11 +129,6 @@ class AdapterSpec(AdapterSettings):
     def factor(self) -> float:
         """The factor of the delta: alpha times scale."""
         return self.alpha * self.scale
-
-    @property
-    def name(self) -> str:
-        """The kernel's path, slash-joined."""
-        return "/".join(self.path)
 
     @property
     def in_features(self) -> int:
@@ -179,7 +177,7 @@ class AdapterSpec(AdapterSettings):
 
     @property
     def meaning(self) -> dict[str, Any]:
-        """The settings, without the path, that decide an M's delta, as JSON values."""
+        """The settings that decide an M's delta, as JSON values."""
         settings = operator_settings(self.operator).items()
         return {
             **{f"operator.{name}": value for name, value in settings},
@@ -194,16 +192,24 @@ class AdapterSpec(AdapterSettings):
         """The meaning, and the settings that decide how M is trained and computed."""
         return self.meaning | self.to_json()
 
-    def stacked(self, m_shape: Shape, path: tuple[str, ...]) -> "AdapterSpec":
-        """The same adapter for a stack of such kernels, whose M's have `m_shape`."""
-        sizes = m_shape[: len(m_shape) - len(self.shape)]
-        return dataclasses.replace(
-            self,
-            path=path,
-            kernel_shape=(*sizes, *self.kernel_shape),
-            axes="s" * len(sizes) + self.axes,
-            base_digest=None if sizes else self.base_digest,  # it is of one kernel
-        )
+    def with_stack(self, stack: Shape) -> "AdapterSpec":
+        """The same adapter for a stack of such kernels, or for one of this stack."""
+        # Flax's lifted transformations add leading axes to arrays, or take them off,
+        # and know nothing of what the arrays mean.
+        own = self.stack_shape
+        if stack == own:
+            return self
+        more = len(stack) - len(own)
+        kept, axes = self.kernel_shape[max(-more, 0) :], self.axes[max(-more, 0) :]
+        shape, axes = (*stack[: max(more, 0)], *kept), "s" * max(more, 0) + axes
+        if sizes(shape, axes, "s") != stack or set(self.axes[: max(-more, 0)]) - {"s"}:
+            raise ValueError(f"the stack of M must be {own} or within it, got {stack}")
+        # Digests are of the whole stack.
+        changes: Any = {"kernel_shape": shape, "axes": axes, "base_digest": None}
+        return dataclasses.replace(self, **changes)
+
+
+register_pytree(AdapterSpec, ["operator"])
 
 
 def _operator(config: KernelConfig, ins: int, outs: int) -> Operator:
@@ -240,25 +246,25 @@ def differences(
     return {n: (first[n], second[n]) for n in shared if first[n] != second[n]}
 
 
-def check_same(made_for: AdapterSpec, used_with: AdapterSpec) -> None:
-    """Raise unless an M that was made for the first adapter is right for the second."""
+def check_same(name: str, made_for: AdapterSpec, used_with: AdapterSpec) -> None:
+    """Raise unless an M of the kernel `name` that is right for one is for the other."""
     if differing := differences(made_for.meaning, used_with.meaning):
         settings = " and ".join(
             f"{name} {made!r}, not {used!r}" for name, (made, used) in differing.items()
         )
-        raise ValueError(f"{used_with.name}{SUFFIX} was made for {settings}")
+        raise ValueError(f"{name}{SUFFIX} was made for {settings}")
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainedArray:
-    """An array of the base that is trained itself: a norm's scale, a bias, a head.
+    """The meaning of a copy of an array of the base: a norm's scale, a bias, a head.
 
-    The adapters hold a copy of it, under its own path, which training changes. The
+    The adapters hold the copy under the array's own path, and training changes it. The
     model computes with the copy, rounded to the dtype of the base's array, and `merge`
     puts that into the base.
 
     Attributes:
-      path, shape: The array's place in the params tree, and its shape.
+      shape: The array's shape.
       dtype, base_dtype: The dtypes of the copy and of the base's array.
 
     Example::
@@ -266,11 +272,10 @@ class TrainedArray:
       >>> import jax.numpy as jnp, mora_jax
       >>> params = {"fc": {"kernel": jnp.ones((8, 8)), "bias": jnp.ones(8)}}
       >>> plan = mora_jax.plan(params, mora_jax.MoRAConfig(train="fc/bias"))
-      >>> plan.trained[0].name, plan.trained[0].shape
-      ('fc/bias', (8,))
+      >>> plan.trained["fc/bias"].shape
+      (8,)
     """
 
-    path: Path
     shape: Shape
     dtype: DTypeLike = setting(jnp.float32, check_dtype)
     base_dtype: DTypeLike = setting(jnp.float32, check_dtype)
@@ -279,17 +284,12 @@ class TrainedArray:
         check_settings(self)
 
     @classmethod
-    def of(cls, path: Path, leaf: Any, param_dtype: DTypeLike | None) -> "TrainedArray":
+    def of(cls, name: str, leaf: Any, param_dtype: DTypeLike | None) -> "TrainedArray":
         """The base's array or shape `leaf`; the copy has `param_dtype`, or is wider."""
-        check_floating(leaf, "/".join(path), "take it out of train")
+        check_floating(leaf, name, "take it out of train")
         # A step of training is smaller than what 16 bits can tell beside the array.
         dtype = jnp.promote_types(leaf.dtype, param_dtype or leaf.dtype)
-        return cls(path, tuple(leaf.shape), dtype, leaf.dtype)
-
-    @property
-    def name(self) -> str:
-        """The array's path, slash-joined."""
-        return "/".join(self.path)
+        return cls(tuple(leaf.shape), dtype, leaf.dtype)
 
     @property
     def parameters(self) -> int:
@@ -297,13 +297,7 @@ class TrainedArray:
         return math.prod(self.shape)
 
 
-Part = AdapterSpec | TrainedArray
+register_pytree(TrainedArray, [])
 
-Items = list[tuple[TrainedArray, Any]]
-"""Each trained array of a plan with its copy."""
-
-
-def refuse_trained(trained: Iterable[TrainedArray], why: str) -> None:
-    """Raise if there are trained arrays; `why` says what cannot be done with them."""
-    for array in trained:
-        raise ValueError(f"{array.name}: the plan trains this array itself, {why}")
+Spec = AdapterSpec | TrainedArray
+"""The meaning of a trained array."""

@@ -1,26 +1,27 @@
-"""The tree of adapters: made for a plan, and read by one."""
+"""The tree of adapters: made for a plan, checked, and as one vector."""
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 from zlib import crc32
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import unflatten_dict
+from flax import serialization
 from jax.flatten_util import ravel_pytree
 from jax.typing import DTypeLike
 from jaxtyping import Float, PRNGKeyArray
 
-from mora_jax._common.checks import as_jax_array, check_key, check_leaf
+from mora_jax._common.checks import as_jax_array, check_finite, check_key
 from mora_jax._common.types import ArrayLike, Path
+from mora_jax._layer.adapter import Adapter
 from mora_jax._layer.dense import FrozenDense
-from mora_jax._plan.plan import Plan, check_plan
-from mora_jax._plan.spec import SUFFIX, AdapterSpec, Items
+from mora_jax._plan.spec import SUFFIX, AdapterSpec
 from mora_jax._tree import paths
 from mora_jax._tree.base_digest import check_base
-
-Tree = dict[str, Any]
+from mora_jax._tree.paths import Tree, adapters_in, nest
+from mora_jax._tree.plan import Plan, check_plan
+from mora_jax.operators import Operator
 
 # Compiled, since a plan has hundreds of kernels, and each key is several operations.
 _fold_in = jax.jit(jax.random.fold_in)
@@ -32,7 +33,7 @@ def init(
     *,
     params: Any = None,
 ) -> Tree:
-    """New adapters: a tree that holds the M's, and the arrays that train themselves.
+    """New adapters: a tree of an `Adapter` for each kernel, and for each trained array.
 
     Args:
       plan_or_frozen: The plan of a model, or one layer.
@@ -40,8 +41,8 @@ def init(
       params: The base's params, needed where `MoRAConfig(train=...)` copies arrays.
 
     Returns:
-      Nested dicts as in the base's params, with each M at `<kernel>_mora`, and each
-      copy at its own path; for one layer `{"kernel_mora": M}`.
+      Nested dicts as in the base's params, with the adapter of each kernel at
+      `<kernel>_mora`, and each copy at its own path; for one layer at "kernel_mora".
 
     Raises:
       TypeError: An argument, or a leaf of `params`, is of another kind.
@@ -52,8 +53,9 @@ def init(
       >>> import jax, jax.numpy as jnp, mora_jax
       >>> params = {"fc": {"kernel": jnp.ones((8, 8)), "bias": jnp.ones(8)}}
       >>> plan = mora_jax.plan(params, mora_jax.MoRAConfig(train="fc/bias"))
-      >>> jax.tree.map(jnp.shape, mora_jax.init(plan, params=params))
-      {'fc': {'bias': (8,), 'kernel_mora': (8, 8)}}
+      >>> mora_jax.init(plan, params=params)["fc"]
+      {'kernel_mora': Adapter(rotation, float32[8, 8]),
+       'bias': Adapter(trained, float32[8])}
     """
     if isinstance(key, Mapping):
         raise TypeError(
@@ -62,117 +64,105 @@ def init(
         )
     check_key(key)
     if isinstance(plan_or_frozen, FrozenDense):
-        return {f"kernel{SUFFIX}": init_adapter(plan_or_frozen.spec, key)}
-    plan, arrays = check_plan(plan_or_frozen, "plan_or_frozen"), {}
-    for spec in plan.specs:
+        spec = plan_or_frozen.spec
+        return {f"kernel{SUFFIX}": Adapter(init_m(spec, ("kernel",), key), spec)}
+    plan, made = check_plan(plan_or_frozen, "plan_or_frozen"), {}
+    for path, spec in plan.specs.items():
         # By the path, so that an M does not depend on which other kernels are adapted.
-        number = np.uint32(crc32(spec.name.encode()))
+        number = np.uint32(crc32("/".join(path).encode()))
         own = None if key is None else _fold_in(key, number)
-        arrays[paths.adapter_path(spec)] = init_adapter(spec, own)
-    why = "from what the base has there; write init(plan, params=params)"
-    for array, base in trained_in_base(plan, params, why):
-        # A copy in any case: a step may be given the adapters to overwrite.
-        arrays[array.path] = jnp.array(base, dtype=array.dtype, copy=True)
-    return nest(arrays)
+        made[paths.place_of(path, spec)] = Adapter(init_m(spec, path, own), spec)
+    if plan.trained and params is None:
+        raise ValueError(
+            f"params must be given, since the plan trains {[*plan.trained][0]!r} "
+            "itself, from what the base has there; write init(plan, params=params)"
+        )
+    leaves = base_leaves(params) if plan.trained else {}
+    for path, spec in plan.parts.items():
+        if not isinstance(spec, AdapterSpec):
+            # A copy in any case: a step may be given the adapters to overwrite.
+            base = base_array(leaves, path, spec)
+            made[path] = Adapter(jnp.array(base, dtype=spec.dtype, copy=True), spec)
+    return nest(made)
 
 
-def init_adapter(spec: AdapterSpec, key: PRNGKeyArray | None = None) -> jax.Array:
-    """M at its start, of the shape `spec.shape`."""
+def init_m(spec: AdapterSpec, path: Path, key: PRNGKeyArray | None = None) -> jax.Array:
+    """The M of the kernel at `path` at its start, of the shape `spec.shape`."""
     if key is None and spec.operator.drawn:
-        key = start_key(spec)
+        key = start_key(path, spec.operator)
     return spec.operator.start(spec.stack_shape, spec.init, key, spec.param_dtype)
 
 
-def start_key(spec: AdapterSpec) -> PRNGKeyArray:
-    """The key that the plan determines for what is random at the start."""
+def start_key(path: Path, operator: Operator) -> PRNGKeyArray:
+    """The key that a plan determines for what is random at the start."""
     # The same on every platform, whatever JAX's default kind of key is.
-    seed = crc32(repr((spec.path, spec.operator)).encode())
+    seed = crc32(repr((path, operator)).encode())
     return jax.random.key(seed, impl="threefry2x32")
 
 
-def trained_in_base(plan: Plan, params: Any, why: str, any_base: bool = True) -> Items:
-    """Each array that trains itself with the base's; `why` says what that is for."""
-    if not plan.trained:
-        return []
-    if params is None:
-        trained = plan.trained[0].name
-        raise ValueError(
-            f"params must be given, since the plan trains {trained!r} itself, {why}"
-        )
-    leaves = base_leaves(params, plan.specs, any_base)
-    pairs = [(array, paths.find_part(leaves, array)[1]) for array in plan.trained]
-    return [(array, as_jax_array(f"{array.name} in params", a)) for array, a in pairs]
-
-
 def base_leaves(
-    params: Any, specs: Sequence[AdapterSpec], any_base: bool
+    params: Any,
+    adapters: Mapping[Path, Adapter] | None = None,
+    any_base: bool = True,
 ) -> dict[str, tuple[Path, Any]]:
-    """Leaves of params, which must be the base alone, and the one that specs know."""
+    """Leaves of params, which must be the base alone, and the one of the adapters."""
     leaves = paths.named_leaves(params)
-    refuse_combined(leaves, specs)
+    for name in leaves:
+        if name.endswith(SUFFIX):
+            rule = "give the base alone, as split(params)[0]"
+            raise ValueError(f"params hold the adapter {name}: {rule}")
     if not any_base:
+        specs = {"/".join(path): a.spec for path, a in (adapters or {}).items()}
         check_base(specs, {name: leaf for name, (_, leaf) in leaves.items()})
     return leaves
 
 
-def refuse_combined(leaves: Collection[str], specs: Iterable[AdapterSpec]) -> None:
-    """Raise if the paths of params include adapters: they are not the base alone."""
-    for name in (f"{spec.name}{SUFFIX}" for spec in specs):
-        if name in leaves:
-            rule = "give the base alone, as split(params)[0]"
-            raise ValueError(f"params hold the adapter {name}: {rule}")
+def base_array(leaves: Mapping[str, tuple[Path, Any]], path: Path, spec: Any) -> Any:
+    """The array of the base at `path`, checked."""
+    name = f"{'/'.join(path)} in params"
+    return as_jax_array(name, paths.find_array(leaves, path, spec)[1])
 
 
-def nest(items: Mapping[Path, Any]) -> Tree:
-    """{path: leaf} as nested dicts."""
-    return unflatten_dict(items)
+def checked_adapters(adapters: Any, *, finite: bool = True) -> dict[Path, Adapter]:
+    """`adapters_in`, all of them JAX arrays; with `finite` of finite numbers."""
+    found: dict[Path, Adapter] = {}
+    for path, adapter in adapters_in(adapters).items():
+        name = "/".join(paths.place_of(path, adapter.spec))
+        if not isinstance(adapter.spec, AdapterSpec):
+            name += " in the adapters"
+        m = as_jax_array(name, adapter.m)
+        if finite:
+            check_finite(m, name)
+        found[path] = adapter.replace(m=m)
+    return found
 
 
-def adapter_items(
-    adapters: Any, plan: Plan, *, by_row: bool = False
-) -> list[tuple[AdapterSpec, Any]]:
-    """Each spec with its M; with `by_row` each row of a batch may have one."""
-    leaves = _leaves_of(plan, adapters)
-    pairs = ((spec, leaves[paths.adapter_path(spec)]) for spec in plan.specs)
-    return [(spec, paths.adapter_of(m, spec, by_row)) for spec, m in pairs]
+def kernels_of(found: Mapping[Path, Adapter]) -> dict[Path, Adapter]:
+    """Those of `checked_adapters` that belong to kernels."""
+    return {p: a for p, a in found.items() if isinstance(a.spec, AdapterSpec)}
 
 
-def trained_items(adapters: Any, plan: Plan) -> Items:
-    """Each array that trains itself with its copy, checked as in `adapter_items`."""
-    leaves = _leaves_of(plan, adapters)
-    items = [(array, paths.unboxed(leaves[array.path])) for array in plan.trained]
-    for array, copy in items:
-        check_leaf(copy, f"{array.name} in the adapters", array.shape)
-    return items
-
-
-def _leaves_of(plan: Plan, adapters: Any) -> dict[Path, Any]:
-    """{path: leaf} of the adapters: a leaf for each part of the plan, and no other."""
-    leaves = paths.located_leaves(adapters, "adapters")
-    known = {paths.adapter_path(spec): "has" for spec in check_plan(plan).specs}
-    remedy = "trains: init(plan, params=params) and split(tree, plan) give it"
-    known |= {array.path: remedy for array in plan.trained}
-    for path, verb in known.items():
-        if path not in leaves:
-            kernels = {spec.path for spec in plan.specs}
-            swapped = any({path, path[1:]} & kernels for path in leaves)
-            verb += "; they hold kernels: were params and adapters swapped?" * swapped
-            raise ValueError(f"adapters lack {'/'.join(path)!r}, which the plan {verb}")
-    for path in leaves:
-        if path not in known:
-            raise ValueError(f"adapters hold {'/'.join(path)!r}, which the plan lacks")
-    return leaves
-
-
-def with_trained(params: Any, trained: Items, dtype: DTypeLike | None = None) -> Any:
+def with_trained(
+    params: Any, found: Mapping[Path, Adapter], dtype: DTypeLike | None = None
+) -> Any:
     """The params with the trained copies, in `dtype` or in the base's dtypes."""
+    trained = {p: a for p, a in found.items() if not isinstance(a.spec, AdapterSpec)}
     if not trained:
         return params
     leaves, new = paths.named_leaves(params), {}
-    for array, copy in trained:
-        path, leaf = paths.find_part(leaves, array)
-        new[path] = as_jax_array(array.name, copy).astype(dtype or leaf.dtype)
+    for path, adapter in trained.items():
+        place, leaf = paths.find_array(leaves, path, adapter.spec)
+        copy = as_jax_array("/".join(path), adapter.m)
+        new[place] = copy.astype(dtype or leaf.dtype)
     return paths.replace_leaves(params, new)
+
+
+def refuse_trained(parts: Mapping[Path, Any], why: str) -> None:
+    """Raise if there are trained arrays; `why` says what cannot be done with them."""
+    for path, part in parts.items():
+        if not isinstance(getattr(part, "spec", part), AdapterSpec):
+            name = "/".join(path)
+            raise ValueError(f"{name}: this array is trained itself, {why}")
 
 
 def ravel_adapters(adapters: Any) -> Float[jax.Array, " parameters"]:
@@ -204,7 +194,7 @@ def unravel_adapters(
       plan_or_adapters: The plan, or adapters of the wanted shapes and dtypes.
 
     Returns:
-      Nested dicts for a plan, otherwise a tree like the given adapters.
+      Adapters: nested dicts for a plan, otherwise a tree like the given one.
 
     Raises:
       TypeError: The second argument is neither a plan nor a tree of arrays or shapes.
@@ -215,19 +205,48 @@ def unravel_adapters(
       >>> import jax.numpy as jnp, mora_jax
       >>> plan = mora_jax.plan({"fc": {"kernel": jnp.ones((8, 8))}})
       >>> vector = mora_jax.ravel_adapters(mora_jax.init(plan))
-      >>> mora_jax.unravel_adapters(vector, plan)["fc"]["kernel_mora"].shape
-      (8, 8)
+      >>> mora_jax.unravel_adapters(vector, plan)["fc"]["kernel_mora"]
+      Adapter(rotation, float32[8, 8])
     """
     like = plan_or_adapters
     if isinstance(like, Plan):
-        shape = jax.ShapeDtypeStruct
-        ms = {paths.adapter_path(s): shape(s.shape, s.param_dtype) for s in like.specs}
-        like = nest(ms | {a.path: shape(a.shape, a.dtype) for a in like.trained})
-    leaves = paths.named_leaves(like, "plan_or_adapters").values()
-    zeros = {path: jnp.zeros(leaf.shape, leaf.dtype) for path, leaf in leaves}
-    whole, unravel = ravel_pytree(nest(zeros))
+        like = shapes_of(like)
+    leaves = paths.located_leaves(like, "plan_or_adapters")
+    if not leaves:
+        raise ValueError("plan_or_adapters holds no array")
+    for path, leaf in leaves.items():
+        if not all(hasattr(array, "shape") for array in jax.tree.leaves(leaf)):
+            kind = f"{type(leaf).__name__} at {'/'.join(path)!r}"
+            raise TypeError(f"plan_or_adapters must hold arrays only, got {kind}")
+    arrays = nest({path: paths.unboxed(leaf) for path, leaf in leaves.items()})
+    zeros = jax.tree.map(lambda array: jnp.zeros(array.shape, array.dtype), arrays)
+    whole, unravel = ravel_pytree(zeros)
     if getattr(vector, "shape", None) != whole.shape:
         got = getattr(vector, "shape", type(vector).__name__)
         raise ValueError(f"vector must have shape {whole.shape}, got {got}")
     restored = unravel(jnp.asarray(vector, whole.dtype))
     return paths.replace_leaves(like, paths.located_leaves(restored))
+
+
+def shapes_of(plan: Plan) -> Tree:
+    """The adapters of a plan with shapes instead of arrays."""
+    shape = jax.ShapeDtypeStruct
+    made = {}
+    for path, spec in plan.parts.items():
+        dtype = spec.param_dtype if isinstance(spec, AdapterSpec) else spec.dtype
+        made[paths.place_of(path, spec)] = Adapter(shape(spec.shape, dtype), spec)
+    return nest(made)
+
+
+def _restored(adapter: Adapter, state: Any) -> Adapter:
+    m: Any = serialization.from_state_dict(adapter.m, state)
+    shapes = [getattr(array, "shape", None) for array in (m, adapter.m)]
+    if shapes[0] != shapes[1]:
+        raise ValueError(f"the state of {adapter} must have its shape, got {shapes[0]}")
+    return adapter.replace(m=m)
+
+
+# A state is the array alone, and what it means comes from the target.
+serialization.register_serialization_state(
+    Adapter, lambda adapter: serialization.to_state_dict(adapter.m), _restored
+)

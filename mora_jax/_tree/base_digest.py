@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -12,7 +12,7 @@ from jax.core import Tracer
 
 from mora_jax._common.axes import sizes
 from mora_jax._common.types import Shape
-from mora_jax._plan.spec import AdapterSpec
+from mora_jax._plan.spec import AdapterSpec, Spec
 
 
 def kernel_digests(spec: AdapterSpec, kernel: Any) -> tuple[str, ...]:
@@ -30,24 +30,27 @@ def readable(kernel: Any) -> bool:
     return isinstance(kernel, np.ndarray)
 
 
-def check_base(specs: Iterable[AdapterSpec], kernels: Mapping[str, Any]) -> None:
+def check_base(specs: Mapping[str, Spec], kernels: Mapping[str, Any]) -> None:
     """Raise if a kernel, by its path, is not the one that its adapter was trained on.
 
     Nothing is known without a digest, or where this process lacks some of the values.
     """
-    for spec in specs:
-        kernel: Any = kernels.get(spec.name)
-        known = spec.base_digest is not None and readable(kernel)
-        if known and kernel.shape == spec.kernel_shape:  # callers refuse other shapes
-            check_digests(spec, kernel_digests(spec, kernel))
+    for name, spec in specs.items():
+        kernel: Any = kernels.get(name)
+        if not isinstance(spec, AdapterSpec) or spec.base_digest is None:
+            continue
+        if readable(kernel) and kernel.shape == spec.kernel_shape:  # others are refused
+            check_digests(name, spec, kernel_digests(spec, kernel))
 
 
-def check_digests(spec: AdapterSpec, digests: tuple[str, ...], at: int = 0) -> None:
+def check_digests(
+    name: str, spec: AdapterSpec, digests: tuple[str, ...], at: int = 0
+) -> None:
     """Raise unless `spec` has `digests` from the stack index `at` on."""
     known = spec.base_digest
     if known is not None and known[at : at + len(digests)] != digests:
         raise ValueError(
-            f"the kernel {spec.name!r} holds other weights than the base that the "
+            f"the kernel {name!r} holds other weights than the base that the "
             "adapter was trained on: give that base, or set any_base=True"
         )
 

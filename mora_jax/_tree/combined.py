@@ -7,25 +7,23 @@ from flax import nnx
 
 from mora_jax._common.suggestions import nearest_paths
 from mora_jax._common.types import Path
-from mora_jax._plan.plan import Plan, check_plan
-from mora_jax._plan.spec import SUFFIX
+from mora_jax._plan.spec import SUFFIX, AdapterSpec
 from mora_jax._tree import paths
-from mora_jax._tree.adapters import Tree, adapter_items, nest, trained_items
+from mora_jax._tree.paths import Tree, adapters_in, nest, place_of
 
 
-def combine(params: Any, adapters: Any, plan: Plan | None = None) -> Any:
-    """One tree of params, with each M next to its kernel as `<kernel>_mora`.
+def combine(params: Any, adapters: Any) -> Any:
+    """One tree of params, with each adapter next to its kernel as `<kernel>_mora`.
 
-    Arrays that train themselves take the place of the base's, in their own dtype.
+    Arrays that train themselves take the place of the base's, as adapters too.
 
     Args:
       params: The base's params: nested mappings, lists and tuples.
       adapters: The adapters, as `init` makes them.
-      plan: Their plan, which is needed if it trains arrays of the base.
 
     Raises:
-      TypeError, ValueError: An argument is not such a tree, `params` hold adapters, an
-        adapter lacks its kernel, or the adapters do not fit the plan.
+      TypeError, ValueError: An argument is not such a tree, `params` hold adapters, or
+        an adapter lacks its kernel.
 
     Example::
 
@@ -35,29 +33,25 @@ def combine(params: Any, adapters: Any, plan: Plan | None = None) -> Any:
       >>> sorted(mora_jax.combine(params, adapters)["fc"])
       ['kernel', 'kernel_mora']
     """
-    added = paths.located_leaves(adapters, "adapters")
-    if plan is not None:
-        adapter_items(adapters, plan)  # checks the M's
-        trained = trained_items(adapters, plan)
-        leaves = paths.named_leaves(params) if trained else {}
-        new = {paths.find_part(leaves, array)[0]: copy for array, copy in trained}
-        params = paths.replace_leaves(params, new)
-        added = {path: leaf for path, leaf in added.items() if path not in new}
-    for path in added:
-        if not path[-1].endswith(SUFFIX):
-            raise ValueError(
-                f"adapters hold {'/'.join(path)!r}, which is not an M: give params "
-                "first, and the plan if it trains that: combine(params, adapters, plan)"
-            )
-    if not isinstance(params, nnx.State):
-        # An NNX variable keeps its box only in a state, among other variables.
-        for path, m in added.items():
-            added[path] = paths.unboxed(m) if isinstance(m, nnx.Variable) else m
+    found = adapters_in(adapters)
+    trained = {p: a for p, a in found.items() if not isinstance(a.spec, AdapterSpec)}
+    if trained:
+        leaves = paths.named_leaves(params)
+        places = (
+            (paths.find_array(leaves, p, a.spec)[0], a) for p, a in trained.items()
+        )
+        params = paths.replace_leaves(params, dict(places))
+    added: dict[Path, Any] = {
+        place_of(p, a.spec): a for p, a in found.items() if p not in trained
+    }
+    if isinstance(params, nnx.State):  # an NNX variable keeps its box among others
+        boxes = paths.located_leaves(adapters, "adapters")
+        added = {place: boxes[place] for place in added}
     return with_ms(params, added)
 
 
 def with_ms(params: Any, ms: Mapping[Path, Any]) -> Any:
-    """The params with each M, or what stands for it, at its path beside its kernel."""
+    """The params with each adapter, or what stands for it, at its path."""
     _check_nested(params, "params")
     return _joined(params, nest(ms), ())
 
@@ -85,35 +79,34 @@ def _joined(node: Any, added: Tree, path: Path) -> Any:
     return _rebuild(node, joined | {k: m for k, m in added.items() if k not in joined})
 
 
-def split(tree: Any, plan: Plan | None = None) -> tuple[Any, Tree]:
-    """Undo `combine`, with the plan if it trains arrays of the base.
+def split(tree: Any) -> tuple[Any, Tree]:
+    """Undo `combine`; also of the params of a model of `MoRADense` layers.
 
     Returns:
       The base's params, and the adapters. An array that trains itself is in both, since
       the tree holds it once. To have the base as it was, keep what `combine` was given.
 
     Raises:
-      TypeError, ValueError: As `combine`, or `tree` lacks an array to train.
+      TypeError, ValueError: As `combine`.
 
     Example::
 
       >>> import jax, jax.numpy as jnp, mora_jax
-      >>> tree = {"kernel": jnp.ones((8, 8)), "kernel_mora": jnp.ones((4, 4))}
-      >>> jax.tree.map(jnp.shape, mora_jax.split(tree))
-      ({'kernel': (8, 8)}, {'kernel_mora': (4, 4)})
+      >>> layer = mora_jax.MoRADense(8, config=mora_jax.MoRAConfig(rank=1))
+      >>> params = layer.init(jax.random.key(0), jnp.ones((1, 8)))["params"]
+      >>> base, adapters = mora_jax.split(params)
+      >>> sorted(base), adapters
+      (['bias', 'kernel'], {'kernel_mora': Adapter(rotation, float32[4, 4])})
     """
     _check_nested(tree, "tree")
-    leaves = paths.located_leaves(tree, "tree").items()
-    adapters = {path: leaf for path, leaf in leaves if path[-1].endswith(SUFFIX)}
-    base = _without_ms(tree)
-    if plan is not None and check_plan(plan).trained:
-        named, rounded = paths.named_leaves(base), {}
-        for array in plan.trained:
-            path, copy = paths.find_part(named, array)
-            adapters[array.path] = copy
-            rounded[path] = copy.astype(array.base_dtype)
-        base = paths.replace_leaves(base, rounded)
-    return base, nest(adapters)
+    adapters, rounded = {}, {}
+    for path, leaf in paths.located_leaves(tree, "tree").items():
+        if path[-1].endswith(SUFFIX):
+            adapters[path] = leaf
+        elif (copy := paths.adapter_of(leaf)) is not None:
+            adapters[path] = copy
+            rounded[path] = copy.m.astype(copy.spec.base_dtype)
+    return paths.replace_leaves(_without_ms(tree), rounded), nest(adapters)
 
 
 def _check_nested(tree: Any, what: str) -> None:

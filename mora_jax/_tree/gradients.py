@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -14,12 +14,11 @@ from mora_jax._common.axes import rows_from_kernel
 from mora_jax._common.checks import check_concrete, check_finite
 from mora_jax._common.suggestions import lacking, nearest_paths
 from mora_jax._common.warnings import warn
-from mora_jax._layer.equation import delta_kernel
-from mora_jax._plan.plan import Plan, check_plan
+from mora_jax._layer.adapter import delta_of, wide
 from mora_jax._plan.spec import AdapterSpec
 from mora_jax._tree import paths
-from mora_jax._tree.adapters import adapter_items
-from mora_jax._tree.merge import array_items, wide
+from mora_jax._tree.adapters import checked_adapters, kernels_of
+from mora_jax._tree.plan import Plan, check_plan
 from mora_jax.operators import Subspace
 
 HALVINGS = 20
@@ -57,22 +56,30 @@ def gradient_bases(grads: Any, plan: Plan) -> Plan:
       >>> plan["fc/kernel"].operator.name, plan["fc/kernel"].shape
       ('subspace', (4, 4))
     """
-    specs: dict[str, AdapterSpec] = {}
-    for name, gradient in _pairs(grads, check_plan(plan)):
-        if name not in plan:
-            raise ValueError(
-                f"grads have {name!r}, which the plan lacks{nearest_paths(name, plan)}"
-            )
-        if name in specs:
-            raise ValueError(f"grads have {name!r} twice")
-        specs[name] = _with_bases(plan[name], gradient)
-    for name in plan:
+    specs = specs_along(grads, check_plan(plan))
+    parts = {path: specs.get("/".join(path), spec) for path, spec in plan.parts.items()}
+    return dataclasses.replace(plan, parts=parts)
+
+
+def specs_along(
+    grads: Any, specs: Mapping[str, AdapterSpec], what: str = "plan"
+) -> dict[str, AdapterSpec]:
+    """{path: spec} with a `Subspace` along the gradient of each kernel."""
+    found: dict[str, AdapterSpec] = {}
+    for name, gradient in _pairs(grads, specs):
         if name not in specs:
-            raise ValueError(f"grads lack the kernel {name!r}{lacking(name, specs)}")
-    return dataclasses.replace(plan, specs=tuple(specs[name] for name in plan))
+            hint = nearest_paths(name, specs)
+            raise ValueError(f"grads have {name!r}, which the {what} lacks{hint}")
+        if name in found:
+            raise ValueError(f"grads have {name!r} twice")
+        found[name] = _with_bases(name, specs[name], gradient)
+    for name in specs:
+        if name not in found:
+            raise ValueError(f"grads lack the kernel {name!r}{lacking(name, found)}")
+    return found
 
 
-def _pairs(grads: Any, plan: Plan) -> Iterator[tuple[str, Any]]:
+def _pairs(grads: Any, specs: Mapping[str, AdapterSpec]) -> Iterator[tuple[str, Any]]:
     """(path, gradient) of each kernel."""
     if isinstance(grads, Iterator | list | tuple):
         for pair in grads:
@@ -81,13 +88,13 @@ def _pairs(grads: Any, plan: Plan) -> Iterator[tuple[str, Any]]:
             yield pair
         return
     for name, (_, gradient) in paths.named_leaves(grads, "grads").items():
-        if name in plan:
+        if name in specs:
             yield name, gradient
 
 
-def _with_bases(spec: AdapterSpec, gradient: Any) -> AdapterSpec:
+def _with_bases(name: str, spec: AdapterSpec, gradient: Any) -> AdapterSpec:
     """The adapter between the leading directions of its kernel's gradient."""
-    old, what = spec.operator, f"the gradient of {spec.name!r}"
+    old, what = spec.operator, f"the gradient of {name!r}"
     check_concrete(gradient, what, spec.kernel_shape)
     # Squares of small numbers would be zero in float32, so the largest becomes 1.
     check_finite(largest := float(jnp.abs(gradient).max()), what)
@@ -122,10 +129,8 @@ def _leading(matrices: jax.Array, count: int) -> jax.Array:
         return basis @ rotation[:, ::-1][:, :count]
 
 
-def gradient_start(
-    loss: Callable[[Any], Float[jax.Array, ""]], adapters: Any, plan: Plan
-) -> tuple[Any, Plan]:
-    r"""Adapters moved by one step of gradient descent, and a plan that says so.
+def gradient_start(loss: Callable[[Any], Float[jax.Array, ""]], adapters: Any) -> Any:
+    r"""Adapters moved by one step of gradient descent, which say so.
 
     .. math:: M_0 = -t\, \frac{\|\partial M\|^2}{\|\alpha s\, C\, \partial M\, D\|^2}\,
         \partial M, \qquad \partial M = \alpha s\, C^T G D^T
@@ -142,16 +147,15 @@ def gradient_start(
       loss: A function from adapters to the loss of a first batch. Give it compiled, or
         compile the whole call.
       adapters: New adapters, as `init` makes them, or `nnx.state(model, MoRAParam)`.
-        Arrays that the plan trains itself stay.
-      plan: Their plan.
+        Arrays that are trained themselves stay.
 
     Returns:
-      The adapters, and the plan with `init="gradient"`, since the model does not
+      The adapters, with `init="gradient"` in their specs, since the model does not
       compute what its base does any more.
 
     Raises:
-      TypeError, ValueError: The adapters do not fit the plan, their delta is not linear
-        in what is trained, or the loss or its gradient is not finite.
+      TypeError, ValueError: A delta is not linear in what is trained, or the loss or
+        its gradient is not finite.
 
     Example::
 
@@ -159,33 +163,37 @@ def gradient_start(
       >>> params = {"fc": {"kernel": jnp.ones((8, 8))}}
       >>> plan = mora_jax.plan(params, mora_jax.MoRAConfig(rank=1))
       >>> def loss(adapters):
-      ...     folded = mora_jax.fold(params, adapters, plan)
+      ...     folded = mora_jax.fold(params, adapters)
       ...     return jnp.mean(folded["fc"]["kernel"] ** 2)
-      >>> adapters, plan = mora_jax.gradient_start(loss, mora_jax.init(plan), plan)
-      >>> bool(loss(adapters) < 0.6), plan["fc/kernel"].init
+      >>> adapters = mora_jax.gradient_start(loss, mora_jax.init(plan))
+      >>> bool(loss(adapters) < 0.6), adapters["fc"]["kernel_mora"].spec.init
       (True, 'gradient')
     """
-    items, moves, slope = array_items(adapters, plan), {}, jnp.float32(0)
-    for spec, _ in items:
-        if not spec.operator.linear:
+    found, moves = kernels_of(checked_adapters(adapters)), {}
+    slope = jnp.float32(0)
+    for path, adapter in found.items():
+        if not adapter.operator.linear:
             raise ValueError(
-                f"{spec.name}: the delta of {spec.operator.name!r} is not linear in "
-                "what is trained, and has no such step"
+                f"{'/'.join(path)}: the delta of {adapter.operator.name!r} is not "
+                "linear in what is trained, and has no such step"
             )
     value, grads = jax.value_and_grad(loss)(adapters)
-    for (spec, m), (_, grad) in zip(items, adapter_items(grads, plan), strict=True):
-        grad = wide(grad)
-        delta = delta_kernel(spec, grad)
+    for path, gradient in kernels_of(paths.adapters_in(grads)).items():
+        grad = wide(gradient.m)
+        delta = delta_of(gradient)
         squares, across = jnp.sum(grad**2), jnp.sum(delta**2)
         step = grad * jnp.where(across > 0, squares / across, 0)
-        moves[paths.adapter_path(spec)] = m, step
+        moves[path] = found[path], step
         slope += jnp.sum(step * grad)
     check_finite(value, "the loss")
     check_finite(slope, "the gradient of the loss")
 
     def moved(length: jax.Array) -> Any:
-        ms = {p: (m - length * step).astype(m.dtype) for p, (m, step) in moves.items()}
-        return paths.replace_leaves(adapters, ms)
+        new = {
+            path: adapter.replace(m=(adapter.m - length * step).astype(adapter.m.dtype))
+            for path, (adapter, step) in moves.items()
+        }
+        return paths.replace_adapters(adapters, new)
 
     def is_best(state: Any) -> jax.Array:
         _, before, now = state
@@ -205,6 +213,9 @@ def gradient_start(
     length = jnp.where(is_best(state), longest / 2.0 ** (state[0] - 2), 0)
     if not isinstance(length, Tracer) and length == 0:
         warn("no step along the gradient lowers the loss, so that no adapter is moved")
-    specs = tuple(dataclasses.replace(spec, init="gradient") for spec in plan.specs)
-    plan = dataclasses.replace(plan, specs=specs)
-    return paths.with_specs(moved(length), plan), plan
+    start = moved(length)
+    started = {
+        path: adapter.replace(spec=dataclasses.replace(adapter.spec, init="gradient"))
+        for path, adapter in kernels_of(paths.adapters_in(start)).items()
+    }
+    return paths.replace_adapters(start, started)

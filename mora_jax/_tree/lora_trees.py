@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -9,15 +10,15 @@ import jax.numpy as jnp
 
 from mora_jax._common.suggestions import nearest_paths
 from mora_jax._common.types import Path
-from mora_jax._plan.plan import Plan, check_plan
+from mora_jax._layer.adapter import Adapter
 from mora_jax._plan.settings import AdapterSettings, above_zero
-from mora_jax._tree.adapters import Tree, nest
-from mora_jax._tree.merge import array_items
-from mora_jax._tree.paths import adapter_path, named_leaves, replace_leaves
+from mora_jax._tree.adapters import checked_adapters, kernels_of
+from mora_jax._tree.paths import Tree, named_leaves, nest, place_of, replace_leaves
+from mora_jax._tree.plan import Plan, check_plan
 from mora_jax.operators import LowRank
 
 
-def from_lora(tree: Any, plan: Plan, alpha: float | int = 1.0) -> tuple[Tree, Plan]:
+def from_lora(tree: Any, plan: Plan, alpha: float | int = 1.0) -> Tree:
     """Adapters of the operator "low_rank" from another library's LoRA.
 
     Factors are found by their names: `<kernel>_lora_a` and `<kernel>_lora_b` (qwix,
@@ -32,7 +33,7 @@ def from_lora(tree: Any, plan: Plan, alpha: float | int = 1.0) -> tuple[Tree, Pl
       alpha: The factor of A B there: `alpha / rank` of qwix's rule, 1 of `nnx.LoRA`.
 
     Returns:
-      (adapters, plan), with the kernels that have factors.
+      The adapters of the kernels that have factors.
 
     Raises:
       TypeError, ValueError: The tree lacks factors, the plan lacks their kernel, a
@@ -44,18 +45,20 @@ def from_lora(tree: Any, plan: Plan, alpha: float | int = 1.0) -> tuple[Tree, Pl
       >>> plan = mora_jax.plan({"fc": {"kernel": jnp.ones((8, 6))}})
       >>> tree = {"fc": {"kernel_lora_a": jnp.ones((8, 2)),
       ...                "kernel_lora_b": jnp.ones((2, 6))}}
-      >>> adapters, plan = mora_jax.from_lora(tree, plan, alpha=16 / 2)
-      >>> mora_jax.delta_weight(adapters, plan)["fc"]["kernel"][0, 0]
+      >>> adapters = mora_jax.from_lora(tree, plan, alpha=16 / 2)
+      >>> mora_jax.delta_weight(adapters)["fc"]["kernel"][0, 0]
       Array(16., dtype=float32)
     """
     alpha = above_zero("alpha", alpha)
     found: dict[str, dict[str, jax.Array]] = {}
-    for kernel, letter, _, leaf in _factors_in(tree, check_plan(plan)):
+    for kernel, letter, _, leaf in _factors_in(tree, check_plan(plan), "plan"):
         found.setdefault(kernel, {})[letter] = jnp.asarray(leaf)
-    specs, adapters = [], {}
-    for spec in (spec for spec in plan.specs if spec.name in found):
-        if len(pair := found[spec.name]) < 2:
-            raise ValueError(f"{spec.name}: tree must have lora_a and lora_b of it")
+    adapters = {}
+    for path, spec in plan.specs.items():
+        if (name := "/".join(path)) not in found:
+            continue
+        if len(pair := found[name]) < 2:
+            raise ValueError(f"{name}: tree must have lora_a and lora_b of it")
         stack, rank = spec.stack_shape, (pair["a"].shape or (0,))[-1]
         operator = LowRank(spec.in_features, spec.out_features, rank)
         shapes = (*stack, spec.in_features, rank), (*stack, rank, spec.out_features)
@@ -65,26 +68,24 @@ def from_lora(tree: Any, plan: Plan, alpha: float | int = 1.0) -> tuple[Tree, Pl
             is_rank = factor.shape[axis : axis + 1 or None] == (rank,)
             if not is_rank or factor.size != math.prod(shape):
                 raise ValueError(
-                    f"{spec.name}: lora_{letter} must have the shape {shape}, perhaps "
+                    f"{name}: lora_{letter} must have the shape {shape}, perhaps "
                     f"with several axes of features, got {factor.shape}"
                 )
             factors.append(factor.reshape(shape))
         m = operator.joined(*factors)
         settings = vars(AdapterSettings(alpha=alpha, param_dtype=m.dtype))
         lora = dataclasses.replace(spec, operator=operator, rank=None, **settings)
-        specs.append(lora)
-        adapters[adapter_path(spec)] = m
-    return nest(adapters), Plan(tuple(specs), plan.base_parameters, plan.traced)
+        adapters[place_of(path, lora)] = Adapter(m, lora)
+    return nest(adapters)
 
 
-def to_lora(adapters: Any, plan: Plan, like: Any, alpha: float | int = 1.0) -> Any:
+def to_lora(adapters: Any, like: Any, alpha: float | int = 1.0) -> Any:
     """The other library's tree `like` with the factors of adapters in it.
 
     Args:
       adapters: Adapters of the operator "low_rank".
-      plan: Their plan.
-      like: A tree as for `from_lora`, with factors for the plan's kernels, and no more.
-      alpha: As in `from_lora`. Where a plan's is another, B has what is missing.
+      like: A tree as for `from_lora`, with factors for their kernels, and no more.
+      alpha: As in `from_lora`. Where an adapter's is another, B has what is missing.
 
     Raises:
       TypeError, ValueError: As `from_lora`; an adapter is not a LoRA, or the rank of
@@ -95,17 +96,18 @@ def to_lora(adapters: Any, plan: Plan, like: Any, alpha: float | int = 1.0) -> A
       >>> import jax.numpy as jnp, mora_jax
       >>> tree = {"kernel_lora_a": jnp.ones((8, 2)), "kernel_lora_b": jnp.ones((2, 6))}
       >>> lora = mora_jax.from_lora(tree, mora_jax.plan({"kernel": jnp.ones((8, 6))}))
-      >>> bool((mora_jax.to_lora(*lora, tree)["kernel_lora_b"] == 1).all())
+      >>> bool((mora_jax.to_lora(lora, tree)["kernel_lora_b"] == 1).all())
       True
     """
     alpha, new, items = above_zero("alpha", alpha), {}, {}
-    for spec, m in array_items(adapters, plan):
-        if not isinstance(spec.operator, LowRank):
-            name = spec.operator.name
-            raise ValueError(f"{spec.name}: {name!r} is not 'low_rank', and no LoRA")
-        a, b = spec.operator.factors(m)
-        items[spec.name] = {"a": a, "b": b * (spec.factor / alpha)}
-    found = _factors_in(like, check_plan(plan))
+    for path, adapter in kernels_of(checked_adapters(adapters)).items():
+        name, operator = "/".join(path), adapter.operator
+        if not isinstance(operator, LowRank):
+            kind = operator.name
+            raise ValueError(f"{name}: {kind!r} is not 'low_rank', and no LoRA")
+        a, b = operator.factors(adapter.m)
+        items[name] = {"a": a, "b": b * (adapter.spec.factor / alpha)}
+    found = _factors_in(like, items, "adapters")
     if missing := items.keys() - {kernel for kernel, *_ in found}:
         raise ValueError(f"like has no factors for {min(missing)!r}")
     for kernel, letter, path, leaf in found:
@@ -119,8 +121,10 @@ def to_lora(adapters: Any, plan: Plan, like: Any, alpha: float | int = 1.0) -> A
     return replace_leaves(like, new)
 
 
-def _factors_in(tree: Any, plan: Plan) -> list[tuple[str, str, Path, Any]]:
-    """(kernel, "a" or "b", path, array) of each factor, whose kernel the plan has."""
+def _factors_in(
+    tree: Any, kernels: Mapping[str, Any], what: str
+) -> list[tuple[str, str, Path, Any]]:
+    """(kernel, "a" or "b", path, array) of each factor, whose kernel is known."""
     factors = []
     for path, leaf in named_leaves(tree, "tree").values():
         *parent, last = path
@@ -133,9 +137,9 @@ def _factors_in(tree: Any, plan: Plan) -> list[tuple[str, str, Path, Any]]:
             kernel = (*parent[:-1], "kernel")
         else:
             kernel = (*parent, "base_module", "kernel")
-        if (name := "/".join(kernel)) not in plan:
-            hint = nearest_paths(name, plan)
-            raise ValueError(f"plan must have the kernel {name!r} of a LoRA{hint}")
+        if (name := "/".join(kernel)) not in kernels:
+            hint = nearest_paths(name, kernels)
+            raise ValueError(f"{what} must have the kernel {name!r} of a LoRA{hint}")
         factors.append((name, letter, path, leaf))
     if not factors:
         raise ValueError("tree holds no factor of a LoRA, such as kernel_lora_a")

@@ -1,15 +1,35 @@
 """An optimizer's state, in which the adapters start again."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import optax
 from jax.tree_util import GetAttrKey, keystr, tree_leaves_with_path
 
-from mora_jax._plan.plan import Plan
+from mora_jax._common.types import Path
+from mora_jax._layer.adapter import Adapter
 from mora_jax._plan.spec import SUFFIX
 from mora_jax._tree import paths
 from mora_jax._tree.combined import combine
+
+
+def with_specs(opt_state: Any, found: Mapping[Path, Adapter]) -> Any:
+    """An optimizer's state whose moments mean what the adapters do, by their paths."""
+    specs = {paths.place_of(path, a.spec): a.spec for path, a in found.items()}
+
+    def follow(keys: Any, leaf: Any) -> Any:
+        if (adapter := paths.adapter_of(leaf)) is None:
+            return leaf
+        names = tuple(map(paths.key_name, keys))  # they end with the path of the M
+        ends = (names[k:] for k in range(len(names)))
+        spec = next((specs[end] for end in ends if end in specs), adapter.spec)
+        # A variable of a model knows one layer of a stack.
+        own = getattr(adapter.spec, "stack_shape", None)
+        spec = spec if own is None else spec.with_stack(own)
+        return paths.reboxed(leaf, adapter.replace(spec=spec))
+
+    return jax.tree.map_with_path(follow, opt_state, is_leaf=paths.is_end)
 
 
 def with_new_moments(
@@ -17,11 +37,10 @@ def with_new_moments(
     tx: optax.GradientTransformation,
     params: Any,
     adapters: Any,
-    plan: Plan,
 ) -> Any:
     """Optimizer state with the moments of the adapters reset and the rest unchanged."""
     bare = _bare(opt_state)
-    for trained in (adapters, combine(params, adapters, plan)):
+    for trained in (adapters, combine(params, adapters)):
         try:  # without memory for the moments of all params
             shapes = jax.eval_shape(tx.init, trained)
         except (TypeError, ValueError):  # tx has labels or a mask for the other tree
@@ -39,7 +58,11 @@ def with_new_moments(
 def _bare(opt_state: Any) -> Any:
     """The state with arrays instead of boxes."""
     # An nnx.Optimizer keeps them in variables of another type than the adapters'.
-    return jax.tree.map(paths.unboxed, opt_state, is_leaf=paths.is_boxed)
+
+    def bare(leaf: Any) -> Any:
+        return leaf.m if isinstance(leaf, Adapter) else paths.unboxed(leaf)
+
+    return jax.tree.map(bare, opt_state, is_leaf=paths.is_end)
 
 
 def _renewed(old: Any, new: Any) -> list[Any]:

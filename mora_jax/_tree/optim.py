@@ -8,16 +8,14 @@ import jax.numpy as jnp
 import optax
 
 from mora_jax._common.suggestions import matching
-from mora_jax._plan.plan import Plan, check_plan
+from mora_jax._layer.adapter import Adapter
 from mora_jax._plan.settings import above_zero, patterns_of
 from mora_jax._plan.spec import SUFFIX, AdapterSpec
 from mora_jax._tree import paths
 
 
-def trainable_mask(
-    params: Any, base: str | Iterable[str] = (), *, plan: Plan | None = None
-) -> Any:
-    """True for each M of a combined tree, False for the frozen leaves.
+def trainable_mask(params: Any, base: str | Iterable[str] = ()) -> Any:
+    """True for each adapter of a combined tree, False for the frozen leaves.
 
     Freeze by `optimizer`: `optax.masked` lets the gradients of masked leaves *through*.
 
@@ -25,14 +23,14 @@ def trainable_mask(
       params: A tree as `combine` makes it, or the state of a model with adapters.
       base: Patterns of base leaves to train as well, such as `.*/norm/scale`; ".*" for
         all of them, which AiDotNet calls freezeBaseLayer=false.
-      plan: The plan of the adapters, if it trains arrays of the base: they train too.
 
     Returns:
-      A tree of bools, one for each array, also for an array in a box of metadata.
+      A tree of bools, one for each array, also for an array in a box of metadata; a
+      prefix of `params`, as optax takes it.
 
     Raises:
       TypeError: A model is given instead of its params.
-      ValueError: The tree lacks M's or an array to train, or a pattern matches nothing.
+      ValueError: The tree lacks adapters, or a pattern matches nothing.
 
     Example::
 
@@ -41,25 +39,22 @@ def trainable_mask(
       >>> mora_jax.trainable_mask(params)
       {'kernel': False, 'kernel_mora': True}
     """
-    patterns = patterns_of("base", base)
-    names = ["/".join(path) for path in paths.located_leaves(params)]
-    trained = {name for name in names if name.endswith(SUFFIX)}
+    patterns, trained = patterns_of("base", base), set()
+    for path, leaf in (located := paths.located_leaves(params)).items():
+        if path[-1].endswith(SUFFIX) or paths.adapter_of(leaf) is not None:
+            trained.add("/".join(path))
     if not trained:
         raise ValueError(
             f"params hold no '*{SUFFIX}' leaf: pass combine(params, adapters)"
         )
+    names = list(map("/".join, located))
     leaves = [name for name in names if name not in trained]
     trained |= matching("base", patterns, leaves, "base leaf")
-    if plan is not None and check_plan(plan).trained:
-        named = paths.named_leaves(params)
-        trained |= {"/".join(paths.find_part(named, a)[0]) for a in plan.trained}
-    structure = jax.tree.structure(params, is_leaf=paths.is_boxed)
+    structure = jax.tree.structure(params, is_leaf=paths.is_end)
     return jax.tree.unflatten(structure, [name in trained for name in names])
 
 
-def trainable_labels(
-    params: Any, base: str | Iterable[str] = (), *, plan: Plan | None = None
-) -> Any:
+def trainable_labels(params: Any, base: str | Iterable[str] = ()) -> Any:
     """`trainable_mask` as labels for `optax.transforms.partition`.
 
     Example::
@@ -69,7 +64,7 @@ def trainable_labels(
       >>> mora_jax.trainable_labels(params)
       {'kernel': 'frozen', 'kernel_mora': 'trainable'}
     """
-    mask = trainable_mask(params, base, plan=plan)
+    mask = trainable_mask(params, base)
     return jax.tree.map(lambda train: "trainable" if train else "frozen", mask)
 
 
@@ -78,7 +73,6 @@ def optimizer(
     params: Any,
     base: str | Iterable[str] = (),
     *,
-    plan: Plan | None = None,
     ratio: float | int | None = None,
 ) -> optax.GradientTransformation:
     """`tx` for the M's of a combined tree; every other leaf stays bitwise the same.
@@ -92,9 +86,8 @@ def optimizer(
       tx: Any optax transformation.
       params: As in `trainable_mask`, or a tree of adapters alone.
       base: As in `trainable_mask`.
-      plan: As in `trainable_mask`.
       ratio: The factor of the updates of B of a LoRA (`operator="low_rank"`); LoRA+
-        takes 16 (https://arxiv.org/abs/2402.12354). It needs the plan.
+        takes 16 (https://arxiv.org/abs/2402.12354).
 
     Raises:
       TypeError, ValueError: As `trainable_mask`, or `tx` is not one of optax.
@@ -109,8 +102,9 @@ def optimizer(
       (False, True)
     """
     check_transformation(tx)
-    tx = with_ratio(tx, ratio, plan.specs if plan is not None else ())
-    labels = trainable_labels(params, base, plan=plan)
+    if ratio is not None:
+        tx = with_ratio(tx, params, ratio)
+    labels = trainable_labels(params, base)
     # Updates of -0.0 leave every leaf as it is, to the bit: x + -0.0 is x for every x,
     # while -0.0 + 0.0 is 0.0.
     freeze = optax.stateless_with_tree_map(lambda g, _: -jnp.zeros_like(g))
@@ -118,23 +112,31 @@ def optimizer(
 
 
 def with_ratio(
-    tx: optax.GradientTransformation, ratio: float | None, specs: Iterable[AdapterSpec]
+    tx: optax.GradientTransformation, params: Any, ratio: float
 ) -> optax.GradientTransformation:
     """`tx` with updates of each B that are `ratio` times as large; see `optimizer`."""
-    if ratio is None:
-        return tx
     factor: float = above_zero("ratio", ratio)
-    loras = {paths.adapter_path(s): s.operator for s in specs if not s.operator.linear}
-    if not loras:
-        raise ValueError("ratio needs a plan= with adapters of operator='low_rank'")
+    leaves = paths.located_leaves(params).values()
+    if not any(map(_lora_of, leaves)):
+        raise ValueError("ratio needs adapters of operator='low_rank'")
+
+    def scaled(leaf: Any) -> Any:
+        if (lora := _lora_of(leaf)) is None:
+            return leaf
+        return paths.reboxed(leaf, lora.operator.scaled(lora.m, factor))
 
     def scale(updates: Any, _: Any) -> Any:
-        leaves = paths.located_leaves(updates, "updates")
-        ms = {path: paths.unboxed(leaves[path]) for path in loras}
-        scaled = {path: op.scaled(ms[path], factor) for path, op in loras.items()}
-        return paths.replace_leaves(updates, scaled)
+        return jax.tree.map(scaled, updates, is_leaf=paths.is_end)
 
     return optax.chain(tx, optax.stateless(scale))
+
+
+def _lora_of(leaf: Any) -> Adapter | None:
+    """The adapter at a leaf, if a factor of its array is not one of its delta."""
+    adapter = paths.adapter_of(leaf)
+    if adapter is None or not isinstance(adapter.spec, AdapterSpec):
+        return None
+    return None if adapter.operator.linear else adapter
 
 
 def check_transformation(tx: Any) -> None:

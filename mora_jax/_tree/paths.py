@@ -1,32 +1,45 @@
 """Leaves of trees by their paths, out of their boxes and into them again."""
 
-import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
 from flax import nnx
 from flax.core.meta import AxisMetadata
+from flax.traverse_util import unflatten_dict
 
 from mora_jax._common.checks import LEAVE_OUT, check_leaf
 from mora_jax._common.suggestions import lacking
 from mora_jax._common.types import Path
-from mora_jax._layer.slots import Selected, Slots
-from mora_jax._plan.plan import Plan
-from mora_jax._plan.spec import SUFFIX, AdapterSpec, Part, check_same
+from mora_jax._layer.adapter import Adapter, check_adapter
+from mora_jax._layer.slots import Selected
+from mora_jax._plan.spec import SUFFIX, AdapterSpec, Spec
+
+Tree = dict[str, Any]
+
+
+class NoTree:
+    """A pytree that is no tree of arrays of a model; `instead` says which is."""
+
+    instead: ClassVar[str]
+
+
+def nest(items: Mapping[Path, Any]) -> Tree:
+    """{path: leaf} as nested dicts."""
+    return unflatten_dict(items)
 
 
 def located_leaves(tree: Any, what: str = "params") -> dict[Path, Any]:
-    """{path: leaf} of any pytree but a model; arrays stay in their boxes."""
+    """{path: leaf} of any pytree but a model; arrays stay in boxes and adapters."""
 
-    def is_end(node: Any) -> bool:
+    def is_leaf(node: Any) -> bool:
         # JAX would go on into these, and take what is in them for arrays.
-        return is_boxed(node) or isinstance(node, nnx.Module | Plan | Slots | Selected)
+        return is_end(node) or isinstance(node, nnx.Module | NoTree)
 
     leaves: dict[Path, Any] = {}
     names: set[str] = set()  # a key may hold a slash, and plans go by joined paths
-    for keys, leaf in jax.tree.leaves_with_path(tree, is_leaf=is_end):
+    for keys, leaf in jax.tree.leaves_with_path(tree, is_leaf=is_leaf):
         path = tuple(map(key_name, keys))
         refuse_model(leaf, what)
         if not path:
@@ -46,6 +59,9 @@ def named_leaves(tree: Any, what: str = "params") -> dict[str, tuple[Path, Any]]
     leaves: dict[str, tuple[Path, Any]] = {}
     for path, leaf in located_leaves(tree, what).items():
         name, leaf = "/".join(path), unboxed(leaf)
+        if isinstance(leaf, Adapter):
+            rule = "give the base alone, as split(params)[0]"
+            raise ValueError(f"{what} hold the adapter {name}: {rule}")
         if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
             raise TypeError(
                 f"{what} must hold arrays only, got {type(leaf).__name__} at {name!r}"
@@ -56,13 +72,68 @@ def named_leaves(tree: Any, what: str = "params") -> dict[str, tuple[Path, Any]]
     return leaves
 
 
-def find_part(leaves: Mapping[str, tuple[Path, Any]], part: Part) -> tuple[Path, Any]:
-    """The path and the array that a part of a plan has in the base, checked."""
-    name = part.name
-    if isinstance(part, AdapterSpec):
-        what, shape, otherwise = f"the kernel {name!r}", part.kernel_shape, LEAVE_OUT
+def adapters_in(tree: Any, *, by_row: bool = False) -> dict[Path, Adapter]:
+    """{path of its array in the base: adapter} of a tree of adapters, checked.
+
+    These may be variables of NNX that hold M's. With `by_row` each row of a batch may
+    have an M.
+    """
+    found: dict[Path, Adapter] = {}
+    for place, leaf in located_leaves(tree, "adapters").items():
+        name, adapter = "/".join(place), adapter_of(leaf)
+        if adapter is None:
+            raise TypeError(
+                f"adapters must hold adapters, got {type(leaf).__name__} at {name!r}: "
+                "plan.adapters(tree) makes them of plain arrays, and params come first"
+            )
+        adapter = check_adapter(name, adapter, by_row)
+        path = (*place[:-1], place[-1].removesuffix(SUFFIX))
+        if place != place_of(path, adapter.spec):
+            raise ValueError(
+                f"adapters hold one of a kernel at {name!r}: its name must end with "
+                f"{SUFFIX!r}"
+            )
+        found[path] = adapter
+    if not found:
+        raise ValueError("adapters hold no adapter")
+    return found
+
+
+def adapter_of(leaf: Any) -> Adapter | None:
+    """The adapter that a leaf is, or that a variable of NNX holds; None for others."""
+    if isinstance(leaf, Adapter):
+        return leaf
+    spec = getattr(leaf, "spec", None) if isinstance(leaf, nnx.Variable) else None
+    return None if spec is None else Adapter(unboxed(leaf), spec)
+
+
+def kernels_in(adapters: Any, *, by_row: bool = False) -> dict[Path, Adapter]:
+    """The adapters of kernels among `adapters_in`."""
+    found = adapters_in(adapters, by_row=by_row).items()
+    return {p: a for p, a in found if isinstance(a.spec, AdapterSpec)}
+
+
+def trained_in(adapters: Any) -> dict[Path, Adapter]:
+    """The arrays that train themselves among `adapters_in`."""
+    found = adapters_in(adapters, by_row=True).items()
+    return {p: a for p, a in found if not isinstance(a.spec, AdapterSpec)}
+
+
+def place_of(path: Path, spec: Spec) -> Path:
+    """The path in a tree of adapters of what belongs to the base's array at `path`."""
+    is_kernel = isinstance(spec, AdapterSpec)
+    return (*path[:-1], path[-1] + SUFFIX) if is_kernel else path
+
+
+def find_array(
+    leaves: Mapping[str, tuple[Path, Any]], path: Path, spec: Spec
+) -> tuple[Path, Any]:
+    """The path and the array of the base that a trained array belongs to, checked."""
+    name = "/".join(path)
+    if isinstance(spec, AdapterSpec):
+        what, shape, otherwise = f"the kernel {name!r}", spec.kernel_shape, LEAVE_OUT
     else:
-        what, shape, otherwise = f"{name!r}, which the plan trains", part.shape, ""
+        what, shape, otherwise = f"{name!r}, which is trained itself", spec.shape, ""
     if name not in leaves:  # or it is quantized: several arrays, below its path
         raise ValueError(f"params lack {what}{lacking(name, leaves)}")
     path, leaf = leaves[name]
@@ -87,27 +158,17 @@ def replace_leaves(tree: Any, new: Mapping[Path, Any]) -> Any:
         path = tuple(map(key_name, keys))
         return reboxed(leaf, new[path]) if path in new else leaf
 
-    return jax.tree.map_with_path(replace, tree, is_leaf=is_boxed)
+    return jax.tree.map_with_path(replace, tree, is_leaf=is_end)
 
 
-def with_specs(tree: Any, plan: Plan) -> Any:
-    """A state of NNX, or of an optimizer for one, whose M's are for `plan`."""
-    specs = {adapter_path(spec): spec for spec in plan.specs}
+def replace_adapters(tree: Any, new: Mapping[Path, Adapter]) -> Any:
+    """A tree of adapters with others, by the paths of their arrays in the base."""
+    return replace_leaves(tree, {place_of(p, a.spec): a for p, a in new.items()})
 
-    def follow(keys: Any, leaf: Any) -> Any:
-        spec = getattr(leaf, "spec", None) if isinstance(leaf, nnx.Variable) else None
-        if not isinstance(spec, AdapterSpec):
-            return leaf
-        names = tuple(map(key_name, keys))  # they end with the path of the M
-        ends = (names[k:] for k in range(len(names)))
-        if (new := next((specs[end] for end in ends if end in specs), None)) is None:
-            return leaf
-        changed = {n: getattr(new, n) for n in ("operator", "scale", "init")}
-        digest = new.base_digest and spec.base_digest  # its own: it may be of a stack
-        spec = dataclasses.replace(spec, base_digest=digest, **changed)
-        return leaf.replace(unboxed(leaf), spec=spec)
 
-    return jax.tree.map_with_path(follow, tree, is_leaf=is_boxed)
+def is_end(node: Any) -> bool:
+    """True where a tree is replaced as a whole: at a box, and at an adapter."""
+    return isinstance(node, Adapter) or is_boxed(node)
 
 
 def key_name(key: Any) -> str:
@@ -133,33 +194,16 @@ def unboxed(leaf: Any) -> Any:
 
 
 def reboxed(box: Any, value: Any) -> Any:
-    """`value` in a box like `box`, if that is a box; otherwise `value` itself."""
+    """`value` in a box like `box`, if that is one, or an adapter; otherwise `value`."""
+    if isinstance(box, Adapter) and not isinstance(value, Adapter):
+        return box.replace(m=value)
     if not is_boxed(box):
         return value
-    is_variable = isinstance(box, nnx.Variable)
-    return box.replace(value) if is_variable else box.replace_boxed(value)
-
-
-def adapter_of(box: Any, spec: AdapterSpec, by_row: bool = False) -> Any:
-    """The M that `box` holds or is; with `by_row`, each row of a batch may have one."""
-    m, name = unboxed(box), f"{spec.name}{SUFFIX}"
-    if isinstance(m, Slots):
-        raise TypeError(
-            f"{name} must be an M, got those of {m.number} slots: say which row of the "
-            "batch has which, by serving.select(stacked, index)"
-        )
-    if isinstance(m, Selected) and not by_row:
-        raise TypeError(
-            f"{name} must be an M, got one for each row of a batch, which only "
-            "linen.wrap and nnx.set_adapters take"
-        )
-    check_leaf(m, name, spec.shape)
-    # A variable of an NNX model knows the adapter that its M was made for, whose delta
-    # must be the delta of `spec`.
-    made_for = getattr(box, "spec", None)
-    if isinstance(made_for, AdapterSpec):
-        check_same(made_for.stacked(m.shape, spec.path), spec)
-    return m
+    if not isinstance(box, nnx.Variable):  # metadata are of arrays
+        return value if isinstance(value, Adapter) else box.replace_boxed(value)  # type: ignore[union-attr]
+    if isinstance(value, Adapter):
+        return box.replace(value.m, spec=value.spec)
+    return box.replace(value)
 
 
 def refuse_model(leaf: Any, what: str) -> None:
@@ -171,14 +215,9 @@ def refuse_model(leaf: Any, what: str) -> None:
     elif isinstance(leaf, nn.Module):
         hint = "its params are model.init(...)['params']; mora_jax.linen's plan and "
         hint += "wrap take models"
-    elif isinstance(leaf, Plan):
-        hint = "adapters are init(plan), and of a pair (adapters, plan) give pair[0]"
+    elif isinstance(leaf, NoTree):
+        hint = leaf.instead
     else:
         return
-    got = f"the {'' if isinstance(leaf, Plan) else 'model '}{type(leaf).__name__}"
+    got = f"the {'' if isinstance(leaf, NoTree) else 'model '}{type(leaf).__name__}"
     raise TypeError(f"{what} must be a tree of arrays, got {got}: {hint}")
-
-
-def adapter_path(spec: AdapterSpec) -> Path:
-    """The path of M, in the adapters and in a combined tree."""
-    return (*spec.path[:-1], spec.path[-1] + SUFFIX)

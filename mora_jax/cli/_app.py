@@ -9,9 +9,10 @@ import typer
 
 from mora_jax import io
 from mora_jax._layer.rounding import Rounding
+from mora_jax._tree.paths import kernels_in, trained_in
 from mora_jax.cli import _output as opt
 from mora_jax.cli._output import as_options, progress, say_table
-from mora_jax.cli._reports import compare, describe, format_of, grouped, read_adapter
+from mora_jax.cli._reports import describe, format_of, grouped, read_adapter
 from mora_jax.io._files import as_path
 from mora_jax.io.native._adapter import replace_adapter
 from mora_jax.io.peft._export import Server
@@ -26,7 +27,7 @@ app = typer.Typer(
 
 @app.callback(invoke_without_command=True)
 def options(version: opt.Version = False) -> None:
-    """Look at MoRA adapters, merge them into a base, convert and compare them."""
+    """Look at MoRA adapters, merge them into a base, and convert them."""
     if version:  # also where no command follows
         typer.echo(f"mora-jax {importlib.metadata.version('mora-jax')}")
         raise typer.Exit()
@@ -71,12 +72,15 @@ def merge(
     ] = "dither",
 ) -> None:
     """Merge an adapter into a base checkpoint, tensor by tensor, keeping its dtypes."""
-    pair = _, plan = read_adapter(adapter, base, names)
+    adapters = read_adapter(adapter, base, names)
     opt.check_apart(out, adapter)
     settings = {"force": force, "any_base": any_base, "rounding": rounding}
     with progress("merging", base) as tell:
-        lost = io.merge_checkpoint(base, *pair, out, names, progress=tell, **settings)
-    also = f", {len(plan.trained)} trained arrays put in" if plan.trained else ""
+        lost = io.merge_checkpoint(
+            base, adapters, out, names, progress=tell, **settings
+        )
+    trained = len(trained_in(adapters))
+    also = f", {trained} trained arrays put in" if trained else ""
     said = f"{out}: {len(lost)} kernels merged{also}. Rounding lost in the mean"
     typer.echo(f"{said} {_most(lost)}.")
 
@@ -99,7 +103,7 @@ def convert(
     force: opt.Force = False,
 ) -> None:
     """Write an adapter in another format: mora_jax's, the reference's, or LoRA."""
-    pair = _, plan = read_adapter(adapter, base, names)
+    adapters = read_adapter(adapter, base, names)
     # In its own format an adapter may be written over itself: it is in memory by now.
     path, same = as_path("out", out), format_of(adapter) == to
     if not same:
@@ -108,15 +112,15 @@ def convert(
         raise FileExistsError(f"out must not exist, got {out}; force=True replaces it")
     if to == "mora":
         kept = io.read_metadata(adapter) if same else {}  # others have none
-        replace_adapter(path, *pair, kept)
+        replace_adapter(path, adapters, kept)
     elif to == "peft-mora":
-        io.save_peft_mora(path, *pair, names, force=force)
+        io.save_peft_mora(path, adapters, names, force=force)
     else:
         accepted = {"rank": rank, "max_error": max_error}
-        lost = io.save_peft_lora(path, *pair, names, force=force, **accepted)
+        lost = io.save_peft_lora(path, adapters, names, force=force, **accepted)
         if any(lost.values()):
             say_table([{"module": m, "cut off": x} for m, x in lost.items()])
-    typer.echo(f"{out}: {len(plan)} adapters as {to}")
+    typer.echo(f"{out}: {len(kernels_in(adapters))} adapters as {to}")
 
 
 @app.command()
@@ -132,33 +136,18 @@ def export(
     any_base: opt.AnyBase = False,
 ) -> None:
     """Write what a server loads: a LoRA, or the base into which it is merged."""
-    pair = _, plan = read_adapter(adapter, base, names)
+    adapters = read_adapter(adapter, base, names)
     opt.check_apart(out, adapter)
     settings: dict[str, Any] = {"base": base, "base_model": base_model, "force": force}
     settings |= {"max_error": max_error, "any_base": any_base}
     with progress("writing", base) as advance:
-        done = io.export(out, *pair, server, names, progress=advance, **settings)
+        done = io.export(out, adapters, server, names, progress=advance, **settings)
+    number = len(kernels_in(adapters))
     if done.rank is None:
-        what, lost = f"the base with {len(plan)} adapters merged in", "rounding lost"
+        what, lost = f"the base with {number} adapters merged in", "rounding lost"
     else:
-        what, lost = f"{len(plan)} adapters as a LoRA of rank {done.rank}", "it lacks"
+        what, lost = f"{number} adapters as a LoRA of rank {done.rank}", "it lacks"
     typer.echo(f"{out}: {what}\n{lost} {_most(done.lost)}\n{done.command}")
-
-
-@app.command()
-def diff(
-    first: opt.Adapter,
-    second: opt.Adapter,
-    base: opt.Base = None,
-    names: opt.Family = None,
-    as_json: opt.AsJson = False,
-) -> None:
-    """Compare two adapters layer by layer: settings, and the norms of deltas."""
-    rows = compare(first, second, base, names)
-    if as_json:
-        typer.echo(json.dumps(rows, indent=1))
-    else:
-        say_table(rows)
 
 
 def run() -> None:

@@ -23,12 +23,12 @@ Example::
   >>> params = {"kernel": jnp.ones((4, 4), jnp.bfloat16)}
   >>> config = mora_jax.MoRAConfig(operator="truncation", square_rank=4, scale="paper")
   >>> plan = mora_jax.plan(params, config)
-  >>> adapters = {"kernel_mora": jnp.full((4, 4), 2.0**-10)}
-  >>> diagnostics.merge_loss(params, adapters, plan, rounding="nearest")
+  >>> adapters = plan.adapters({"kernel_mora": jnp.full((4, 4), 2.0**-10)})
+  >>> diagnostics.merge_loss(params, adapters, rounding="nearest")
   {'kernel': 1.0}
-  >>> diagnostics.relative_norm(params, adapters, plan)
+  >>> diagnostics.relative_norm(params, adapters)
   {'kernel': 0.0009765625}
-  >>> values = diagnostics.spectrum(adapters, plan)["kernel"]
+  >>> values = diagnostics.spectrum(adapters)["kernel"]
   >>> values.shape, float(diagnostics.effective_rank(values).round(3))
   ((4,), 1.0)
   >>> model, variables, x = nn.Dense(4, use_bias=False), {"params": params}, jnp.eye(4)

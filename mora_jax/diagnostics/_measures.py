@@ -17,20 +17,19 @@ from mora_jax import linen
 from mora_jax import nnx as shell
 from mora_jax._common.checks import check_number, check_seed
 from mora_jax._flax.calls import unchecked
-from mora_jax._layer.equation import delta_kernel
+from mora_jax._layer.adapter import Adapter, delta_of, wide
 from mora_jax._layer.rounding import Rounding, check_rounding, share_lost
-from mora_jax._plan.plan import Plan, check_plan
 from mora_jax._plan.spec import AdapterSpec
-from mora_jax._tree.adapters import init
-from mora_jax._tree.merge import array_items, merged_kernel, wide, with_kernels
-from mora_jax._tree.paths import adapter_path, replace_leaves
+from mora_jax._tree.adapters import checked_adapters, init, kernels_of
+from mora_jax._tree.merge import merged_kernel, with_kernels
+from mora_jax._tree.paths import replace_adapters, replace_leaves
+from mora_jax._tree.plan import Plan, check_plan
 from mora_jax.linen._bound import params_of
 
 
 def merge_loss(
     params: Any,
     adapters: Any,
-    plan: Plan,
     dtype: DTypeLike | None = None,
     *,
     rounding: Rounding = "dither",
@@ -47,33 +46,33 @@ def merge_loss(
       TypeError, ValueError: As `merge`.
     """
     check_rounding(rounding)
-    loss = {}
-    for spec, m, _, kernel in with_kernels(params, array_items(adapters, plan)):
-        merged = merged_kernel(spec, m, kernel, dtype=dtype, rounding=rounding)
-        delta = delta_kernel(spec, wide(m))
+    found, loss = checked_adapters(adapters), {}
+    for path, adapter, _, kernel in with_kernels(params, found):
+        merged = merged_kernel(adapter, kernel, dtype=dtype, rounding=rounding)
+        delta = delta_of(adapter)
         change = merged.astype(delta.dtype) - kernel.astype(delta.dtype)
-        loss[spec.name] = float(share_lost(change, delta))
+        loss["/".join(path)] = float(share_lost(change, delta))
     return loss
 
 
-def spectrum(adapters: Any, plan: Plan) -> dict[str, np.ndarray]:
+def spectrum(adapters: Any) -> dict[str, np.ndarray]:
     """The singular values of every delta, the largest first.
 
     Args:
       adapters: The adapters, as `init` makes them.
-      plan: The plan of the adapters.
 
     Returns:
       {path: (*stack, min(in, out))}, in float64.
 
     Raises:
-      TypeError, ValueError: Adapters do not fit the plan, or an M is not finite.
+      TypeError, ValueError: They are not adapters, or an M is not finite.
     """
     values = {}
-    for spec, m in array_items(adapters, plan):
-        stack = np.asarray(m, np.float64).reshape(-1, *spec.operator.m_shape)
+    for path, adapter in kernels_of(checked_adapters(adapters)).items():
+        spec = adapter.spec
+        stack = np.asarray(adapter.m, np.float64).reshape(-1, *spec.operator.m_shape)
         spectra = [_spectrum(spec, m) for m in stack]
-        values[spec.name] = np.reshape(spectra, (*spec.stack_shape, -1))
+        values["/".join(path)] = np.reshape(spectra, (*spec.stack_shape, -1))
     return values
 
 
@@ -131,7 +130,7 @@ def effective_rank(values: Float[np.ndarray, "*stack k"]) -> np.ndarray | np.flo
     return np.where(total[..., 0] > 0, np.exp(entropy), 0.0)[()]
 
 
-def relative_norm(params: Any, adapters: Any, plan: Plan) -> dict[str, float]:
+def relative_norm(params: Any, adapters: Any) -> dict[str, float]:
     """The Frobenius norm of each delta over its kernel's; arguments as in `merge`.
 
     Returns:
@@ -140,12 +139,13 @@ def relative_norm(params: Any, adapters: Any, plan: Plan) -> dict[str, float]:
     Raises:
       TypeError, ValueError: As `merge`.
     """
-    norms, shares = spectrum(adapters, plan), {}
-    for spec, _, _, kernel in with_kernels(params, array_items(adapters, plan)):
-        delta_norm = float(np.linalg.norm(norms[spec.name]))
+    norms, shares = spectrum(adapters), {}
+    for path, _, _, kernel in with_kernels(params, checked_adapters(adapters)):
+        name = "/".join(path)
+        delta_norm = float(np.linalg.norm(norms[name]))
         # In float32, since squares of a float16 kernel overflow.
         kernel_norm = float(jnp.linalg.norm(wide(kernel).ravel()))
-        shares[spec.name] = delta_norm / kernel_norm if kernel_norm else math.inf
+        shares[name] = delta_norm / kernel_norm if kernel_norm else math.inf
     return shares
 
 
@@ -196,19 +196,26 @@ def check(
         raise TypeError(f"model must be a Flax module, got {type(model).__name__}")
     key, ratios = jax.random.key(seed), {}
     # An adapter may start at random, and each layer is to be the only one adapted.
-    items = [(spec, jnp.zeros(spec.shape, spec.param_dtype)) for spec in plan.specs]
-    ms = {adapter_path(spec): m for spec, m in items}
-    zeros = replace_leaves(init(plan, key, params=params), ms)
+    start = init(plan, key, params=params)
+    zeros = replace_adapters(
+        start,
+        {
+            path: Adapter(jnp.zeros(spec.shape, spec.param_dtype), spec)
+            for path, spec in plan.specs.items()
+        },
+    )
     base = _floats(adapted(zeros), "floating-point outputs for these inputs")
-    for number, (spec, _, path, kernel) in enumerate(with_kernels(params, items)):
-        m = _as_large_as(kernel, spec, jax.random.fold_in(key, number))
-        merged = merged_kernel(spec, m, kernel, rounding="dither")
-        what = f"outputs with a delta of {spec.name!r} that is as large as its kernel"
-        left = _floats(adapted(replace_leaves(zeros, {adapter_path(spec): m})), what)
-        right = _floats(plain(replace_leaves(params, {path: merged})), what)
+    items = enumerate(with_kernels(params, checked_adapters(zeros)))
+    for number, (path, adapter, place, kernel) in items:
+        name = "/".join(path)
+        own = _as_large_as(kernel, adapter.spec, jax.random.fold_in(key, number))
+        merged = merged_kernel(own, kernel, rounding="dither")
+        what = f"outputs with a delta of {name!r} that is as large as its kernel"
+        left = _floats(adapted(replace_adapters(zeros, {path: own})), what)
+        right = _floats(plain(replace_leaves(params, {place: merged})), what)
         # If the merged model alone has an effect, all of it is a difference: 1.
         effect = _distance(left, base) or _distance(right, base)
-        ratios[spec.name] = _distance(left, right) / effect if effect else math.nan
+        ratios[name] = _distance(left, right) / effect if effect else math.nan
     if tolerance is None:
         # Far above errors of rounding, and far below 1, where a layer is another one.
         tolerance = 4 * max(float(jnp.finfo(y.dtype).eps) for y in base) ** 0.5
@@ -268,12 +275,12 @@ def _floats(outputs: Any, what: str) -> list[jax.Array]:
     return ys
 
 
-def _as_large_as(kernel: jax.Array, spec: AdapterSpec, key: jax.Array) -> jax.Array:
+def _as_large_as(kernel: jax.Array, spec: AdapterSpec, key: jax.Array) -> Adapter:
     """A random M with a delta of the norm of `kernel`; of norm 1 for a kernel of 0."""
     m = jax.random.normal(key, spec.shape, spec.param_dtype)
-    arrays = wide(kernel), delta_kernel(spec, wide(m))
+    arrays = wide(kernel), delta_of(Adapter(m, spec))
     size, delta_size = (float(jnp.linalg.norm(a.ravel())) for a in arrays)
-    return spec.operator.scaled(m, (size or 1.0) / delta_size)
+    return Adapter(spec.operator.scaled(m, (size or 1.0) / delta_size), spec)
 
 
 def _distance(ys: list[jax.Array], references: list[jax.Array]) -> float:

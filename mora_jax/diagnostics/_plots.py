@@ -8,19 +8,23 @@ import jax.numpy as jnp
 import numpy as np
 
 from mora_jax._common.checks import check_concrete, check_finite
+from mora_jax._layer.adapter import Adapter
 from mora_jax._plan.spec import AdapterSpec
 from mora_jax.operators import Operator
 
 
 def plot_delta(
-    operator: Operator | AdapterSpec, m: jax.Array | None = None, *, ax: Any = None
+    operator: Operator | AdapterSpec | Adapter,
+    m: jax.Array | None = None,
+    *,
+    ax: Any = None,
 ) -> Any:
     """Draw a delta: red is positive, blue is negative, white is zero.
 
     Args:
-      operator: An operator, or the adapter of a kernel, `plan[path]`, with its factor.
-      m: One M, of the operator's `m_shape`; None for waves, which show where each part
-        of M comes to lie.
+      operator: An operator; or with its factor `plan[path]`, or an adapter.
+      m: One M, of the operator's `m_shape`; None for the adapter's own, or for waves,
+        which show where each part of M comes to lie.
       ax: The matplotlib Axes to draw in; None for a new figure.
 
     Returns:
@@ -38,6 +42,8 @@ def plot_delta(
       >>> ax.images[0].get_array().shape
       (8, 6)
     """
+    if isinstance(operator, Adapter):
+        operator, m = operator.spec, operator.m if m is None else m
     factor = getattr(operator, "factor", 1.0)
     op = getattr(operator, "operator", operator)
     if not isinstance(op, Operator):

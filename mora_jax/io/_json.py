@@ -2,9 +2,10 @@
 
 import json
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
+from mora_jax._common.types import FIRST
 from mora_jax.io._files import AdapterFileError, Location, missing_files
 
 MAX_BYTES = 2**26
@@ -56,25 +57,72 @@ def dump(value: Any) -> bytes:
     return f"{text}\n".encode()
 
 
-Fields = Mapping[str, tuple[Any, ...]]
-"""{key of a record: the type of its value, and how to get it, if from an object}."""
+REQUIRED: Any = object()
+"""The default of a field that no record may lack."""
 
 
-def check_record(content: Any, fields: Fields, where: str) -> dict[str, Any]:
-    """Return the object `where` if it has exactly these keys and types of values."""
-    keys = content.keys() if isinstance(content, dict) else set()
-    if keys != fields.keys():
-        lacks, extra = sorted(fields.keys() - keys), short(sorted(keys - fields.keys()))
-        odd = f"it lacks {lacks}, and also holds {extra}"
-        raise AdapterFileError(f"{where} must hold {sorted(fields)}: {odd}")
-    for key, (kind, *_) in fields.items():
+class Field(NamedTuple):
+    """A field of a record in a file.
+
+    Attributes:
+      kind: The type of its value; `object` for any.
+      get: The function from what is recorded to the value.
+      default: The value where a record lacks the field.
+      since: The version that added it. Later than the first, it is not written at its
+        default, so that earlier versions read what does without it.
+    """
+
+    kind: type
+    get: Callable[[Any], Any] = lambda thing: thing
+    default: Any = REQUIRED
+    since: str = FIRST
+
+
+Fields = Mapping[str, Field]
+"""{key of a record: its field}."""
+
+
+def record_of(thing: Any, fields: Fields) -> dict[str, Any]:
+    """An object as a record that JSON can hold."""
+    values = {key: field.get(thing) for key, field in fields.items()}
+    return {
+        key: value
+        for key, value in values.items()
+        if fields[key].since == FIRST or value != fields[key].default
+    }
+
+
+def read_record(
+    content: Any, fields: Fields, where: str, writer: object = None
+) -> dict[str, Any]:
+    """The object `where` with a value for each field, its own or the default.
+
+    What is not known here is an error, which names the version that is the `writer`.
+    """
+    if not isinstance(content, dict):
+        raise AdapterFileError(f"{where} must be an object, got {short(content)}")
+    if unknown := sorted(content.keys() - fields.keys()):
+        by = f"mora_jax {short(writer)}, which wrote it, or " if writer else ""
+        raise AdapterFileError(
+            f"{where} holds {short(unknown)}, which this version does not know: {by}"
+            "a newer version is needed, or the file is damaged"
+        )
+    values = {}
+    for key, field in fields.items():
+        value = values[key] = content.get(key, field.default)
+        if value is REQUIRED:
+            raise AdapterFileError(f"{where} lacks {key!r}")
         # True is an int for isinstance, but not in JSON.
-        if kind is not object and type(content[key]) is not kind:
+        if (
+            key in content
+            and field.kind is not object
+            and type(value) is not field.kind
+        ):
             raise AdapterFileError(
-                f"{key} of {where} must be of type {kind.__name__}, "
-                f"got {short(content[key])}"
+                f"{key} of {where} must be of type {field.kind.__name__}, "
+                f"got {short(value)}"
             )
-    return content
+    return values
 
 
 def plain(value: Any, name: str) -> Any:

@@ -175,7 +175,7 @@ class Module:
     place: str
 
 
-def modules_of(spec: AdapterSpec, known: tuple[Pair, ...]) -> list[Module]:
+def modules_of(path: str, spec: AdapterSpec, known: tuple[Pair, ...]) -> list[Module]:
     """Return the modules of a kernel; one that the names lack is called ""."""
     modules = []
     first, *others = sizes(spec.kernel_shape, spec.axes, "o")
@@ -183,15 +183,15 @@ def modules_of(spec: AdapterSpec, known: tuple[Pair, ...]) -> list[Module]:
     # PyTorch has one axis where a kernel has heads, and tables are as they are here.
     table_axes = re.sub(r"(.)\1+", r"\1", inner)
     for index in np.ndindex(spec.stack_shape):
-        places = [join_index(spec.name, index)]
+        places = [join_index(path, index)]
         if others and inner.startswith("o") and not to_module(places[0], known):
             # The first axis may tell modules apart.
-            parts = [join_index(spec.name, (*index, k)) for k in range(first)]
+            parts = [join_index(path, (*index, k)) for k in range(first)]
             places = parts if any(to_module(part, known) for part in parts) else places
         width = spec.out_features // len(places)
         for k, place in enumerate(places):
             name, axes = to_module(place, known) or ("", "oi")
-            table = name != "" and is_table(name, spec.name)
+            table = name != "" and is_table(name, path)
             order = table_axes if table else axes
             outputs = slice(k * width, (k + 1) * width)
             modules.append(Module(name, order, table, index, outputs, place))

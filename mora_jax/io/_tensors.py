@@ -18,7 +18,7 @@ import numpy as np
 from mora_jax._common.checks import check_concrete, check_finite
 from mora_jax._common.types import Shape
 from mora_jax.io._files import AdapterFileError, Location, missing_files
-from mora_jax.io._json import check_record, parse, short
+from mora_jax.io._json import Field, parse, read_record, short
 
 DTYPES = {
     "F64": np.dtype(np.float64),
@@ -33,7 +33,7 @@ KNOWN = re.compile(
 )
 """All dtypes of the format. A group has the number of bits; a BOOL is a byte."""
 
-ENTRY = {"dtype": (str,), "shape": (list,), "data_offsets": (list,)}
+ENTRY = {"dtype": Field(str), "shape": Field(list), "data_offsets": Field(list)}
 """The record of a tensor in a header."""
 
 MAX_HEADER, CHUNK = 2**25, 2**24
@@ -77,7 +77,7 @@ class TensorFile:
             raise self._damaged("its __metadata__ must be a JSON object")
         self.entries: dict[str, Entry] = {}
         for name, record in content.items():
-            check_record(record, ENTRY, f"{short(name)} of {path.name}")
+            read_record(record, ENTRY, f"{short(name)} of {path.name}")
             shape, ends = record["shape"], record["data_offsets"]
             counts = all(type(n) is int and n >= 0 for n in shape + ends)
             if not counts or len(ends) != 2:

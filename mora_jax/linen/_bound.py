@@ -1,36 +1,23 @@
 """Adapters inside the params of a running model, and the calls that meet them."""
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
-import jax
 
 from mora_jax._flax.adapted_call import LayerCall
 from mora_jax._flax.layer_rules import rules_of
+from mora_jax._layer.adapter import Adapter, check_adapter
 from mora_jax._plan.spec import SUFFIX, AdapterSpec
-from mora_jax._tree.adapters import init_adapter
-from mora_jax._tree.paths import adapter_of
+from mora_jax._tree.adapters import init_m
 
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class BoundAdapter:
-    """M in the params of a running model, with its spec as static metadata.
-
-    While a plan is made, M is None, and the spec is a mark with the path of the kernel.
-    """
-
-    # As metadata the spec travels wherever Flax carries the parameters: into scanned
-    # and vmapped layers, and into the cache keys of `nn.jit`, which would otherwise
-    # serve a program that was traced for another plan.
-    m: Any
-    spec: Any = dataclasses.field(metadata={"static": True})
+# An adapter in the params of a running model travels wherever Flax carries parameters:
+# into scanned and vmapped layers, and, by its static part, into the cache keys of
+# `nn.jit`, which would otherwise serve a program that was traced for another operator.
 
 
 def layer_calls(
-    output_of: Callable[[LayerCall, BoundAdapter], Callable[[], Any]],
+    output_of: Callable[[LayerCall, Adapter], Callable[[], Any]],
     see: Callable[[nn.Module], Any] = lambda module: None,
 ) -> Callable[..., Any]:
     """A function for `nn.intercept_methods` that finds the adapter of each call.
@@ -49,7 +36,7 @@ def layer_calls(
         rule = rules_of(type(module)).get(name)
         params = module.scope.variables().get("params", {})
         adapter = rule and params.get(rule.name(module) + SUFFIX)
-        if rule is None or not isinstance(adapter, BoundAdapter):
+        if rule is None or not isinstance(adapter, Adapter):
             return run(*args, **kwargs)
         running.append(module)
         try:
@@ -68,12 +55,19 @@ def params_of(variables: Any) -> Any:
     return variables["params"]
 
 
-def running_m(module: nn.Module, spec: AdapterSpec) -> Any:
-    """M, or one for each row of a batch; made in the module's `init`."""
+def running_adapter(module: nn.Module, kernel: str, spec: AdapterSpec) -> Adapter:
+    """The adapter of a module's own kernel, perhaps one for each row of a batch.
+
+    It is made by `spec` in the module's `init`, which plain arrays of params have, too.
+    """
     assert module.scope is not None
-    name = spec.path[-1] + SUFFIX
+    name = kernel + SUFFIX
     given = module.scope.get_variable("params", name)
-    if given is not None:
-        return adapter_of(given, spec, by_row=True)
-    # Not by `module.param`, which other libraries, such as gemma, replace.
-    return module.scope.param(name, lambda key: init_adapter(spec, key))
+    if given is None:
+        # Not by `module.param`, which other libraries, such as gemma, replace.
+        def made(key: Any) -> Adapter:
+            return Adapter(init_m(spec, (*module.path, kernel), key), spec)
+
+        return module.scope.param(name, made)
+    adapter = given if isinstance(given, Adapter) else Adapter(given, spec)
+    return check_adapter("/".join((*module.path, name)), adapter, by_row=True)

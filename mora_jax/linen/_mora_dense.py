@@ -11,7 +11,7 @@ from mora_jax._flax.adapted_call import LayerCall, adapt_call
 from mora_jax._flax.layer_rules import rules_of
 from mora_jax._plan.settings import MoRAConfig, check_config
 from mora_jax._plan.spec import AdapterSpec
-from mora_jax.linen._bound import running_m
+from mora_jax.linen._bound import running_adapter
 
 
 class MoRADense(nn.Dense):
@@ -31,8 +31,8 @@ class MoRADense(nn.Dense):
       >>> import jax, jax.numpy as jnp, mora_jax
       >>> layer = mora_jax.MoRADense(features=16, config=mora_jax.MoRAConfig(rank=2))
       >>> variables = layer.init(jax.random.key(0), jnp.ones((1, 16)))
-      >>> jax.tree.map(jnp.shape, variables["params"])
-      {'bias': (16,), 'kernel': (16, 16), 'kernel_mora': (8, 8)}
+      >>> variables["params"]["kernel_mora"]
+      Adapter(rotation, float32[8, 8])
     """
 
     config: MoRAConfig = MoRAConfig()
@@ -56,13 +56,17 @@ class MoRADense(nn.Dense):
           inputs: (..., in_features).
           deterministic: As the attribute.
         """
-        shape, path = (inputs.shape[-1], self.features), (*self.path, "kernel")
+        shape, name = (
+            (inputs.shape[-1], self.features),
+            "/".join((*self.path, "kernel")),
+        )
         spec = AdapterSpec.from_config(
-            self.config, shape, path=path, kernel_dtype=self.param_dtype
+            self.config, shape, name=name, kernel_dtype=self.param_dtype
         )
         key, given = None, (self.deterministic, deterministic)
         if spec.dropout > 0 and not nn.merge_param("deterministic", *given):
             key = self.make_rng("dropout")
         rule, method = rules_of(nn.Dense)["__call__"], super().__call__
         call = LayerCall(rule, self, method, (inputs,), {})
-        return adapt_call(call, spec, functools.partial(running_m, self, spec), key)
+        adapter = functools.partial(running_adapter, self, "kernel", spec)
+        return adapt_call(call, name, adapter, key)

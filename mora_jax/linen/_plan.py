@@ -15,12 +15,13 @@ from mora_jax._flax.calls import Call, program_of
 from mora_jax._flax.planning import plan_surveyed
 from mora_jax._flax.survey import Survey
 from mora_jax._jax.traces import split_static
-from mora_jax._plan.plan import Plan
+from mora_jax._layer.adapter import Adapter
 from mora_jax._plan.settings import MoRAConfig, check_config
 from mora_jax._plan.spec import SUFFIX, AdapterSpec
 from mora_jax._tree.combined import with_ms
 from mora_jax._tree.paths import named_leaves
-from mora_jax.linen._bound import BoundAdapter, layer_calls, params_of
+from mora_jax._tree.plan import Plan
+from mora_jax.linen._bound import layer_calls, params_of
 
 
 def plan(
@@ -100,7 +101,7 @@ def program(
     def see(module: Any) -> None:
         known.classes.setdefault("/".join(module.scope.path), type(module))
 
-    def record(call: LayerCall, adapter: BoundAdapter) -> Callable[[], Any]:
+    def record(call: LayerCall, adapter: Adapter) -> Callable[[], Any]:
         _, name = adapter.spec
         return functools.partial(known.record_call, name, call, adapter.m)
 
@@ -113,7 +114,7 @@ def program(
         bound = {}
         for name, m in zip(ms, values, strict=True):
             *parents, own = leaves[name][0]
-            bound[(*parents, own + SUFFIX)] = BoundAdapter(m, (mark, name))
+            bound[(*parents, own + SUFFIX)] = Adapter(m, (mark, name))
         variables = {**others, "params": with_ms(params, bound)}
         with nn.intercept_methods(layer_calls(record, see)):
             result = model.apply(variables, *args, **kwargs)

@@ -11,13 +11,14 @@ from mora_jax._common.warnings import warn
 from mora_jax._flax.adapted_call import LayerCall, adapt_call
 from mora_jax._flax.calls import Call, kind_of_call, proving
 from mora_jax._flax.survey import check_call
+from mora_jax._layer.adapter import Adapter
 from mora_jax._layer.slots import Selected
-from mora_jax._plan.plan import Plan
 from mora_jax._plan.settings import MoRAConfig, check_config
-from mora_jax._tree.adapters import adapter_items, trained_items, with_trained
+from mora_jax._tree.adapters import kernels_of, with_trained
 from mora_jax._tree.combined import split, with_ms
-from mora_jax._tree.paths import adapter_path, find_part, named_leaves, replace_leaves
-from mora_jax.linen._bound import BoundAdapter, layer_calls, params_of
+from mora_jax._tree.paths import adapters_in, named_leaves, place_of, replace_leaves
+from mora_jax._tree.plan import Plan, refuse_other_kernels
+from mora_jax.linen._bound import layer_calls, params_of
 from mora_jax.linen._plan import check_model, program
 from mora_jax.linen._plan import plan as plan_model
 
@@ -40,22 +41,25 @@ class AdaptedApply:
         **kwargs: Any,
     ) -> Any:
         """The model's `apply` with adapters; see `wrap`."""
-        plan = self.plan
-        if adapter_deterministic is None and any(s.dropout > 0 for s in plan.specs):
+        found = adapters_in(adapters, by_row=True)
+        refuse_other_kernels({p: a.spec for p, a in found.items()}, self.plan)
+        bound, rows, drops = {}, {}, False
+        for path, adapter in kernels_of(found).items():
+            spec, m = adapter.spec, adapter.m
+            drops |= spec.dropout > 0
+            if isinstance(m, Selected):
+                rows["/".join(path)] = m.rows
+            if spec.base_digest is not None:  # or equal layers would be told apart
+                adapter = Adapter(m, dataclasses.replace(spec, base_digest=None))
+            bound[place_of(path, spec)] = adapter
+        if drops and adapter_deterministic is None:
             rule = "adapter_deterministic must be True or False"
-            raise ValueError(f"the plan has dropout: {rule}, got None")
-        bound, rows = {}, {}
-        for spec, m in adapter_items(adapters, plan, by_row=True):
-            rows |= {spec.name: m.rows} if isinstance(m, Selected) else {}
-            # Without their paths equal layers under nn.jit share one program.
-            own = dataclasses.replace(spec, path=spec.path[-1:])
-            bound[adapter_path(spec)] = BoundAdapter(m, own)
+            raise ValueError(f"the adapters have dropout: {rule}, got None")
         base = params_of(variables)
-        trained = trained_items(adapters, plan) if plan.trained else []
-        params = with_trained(base, trained)
-        given = {**variables, "params": params}, args, kwargs, plan
+        params = with_trained(base, found)
+        given = {**variables, "params": params}, args, kwargs, self.plan
         programs = functools.partial(program, self.model, *given)
-        check = check_call, lambda: plan, programs, rows, "method" not in kwargs
+        check = check_call, lambda: self.plan, programs, rows, "method" not in kwargs
         kind = kind_of_call(rows, args, kwargs, sorted(variables))
         variables = {**variables, "params": with_ms(params, bound)}
         adapt = functools.partial(_adapting, bool(adapter_deterministic))
@@ -69,9 +73,9 @@ class AdaptedApply:
         output, updated = result
         self._warn_of_updates(sorted(updated.keys() & variables.keys()))
         if "params" in updated:  # with the base's arrays for the trained copies
+            new, trained = split(updated["params"])[0], self.plan.trained
             leaves = named_leaves(base) if trained else {}
-            new = split(updated["params"])[0]
-            old = dict(find_part(leaves, array) for array, _ in trained)
+            old = dict(leaves[name] for name in trained)
             updated = {**updated, "params": replace_leaves(new, old)}
         return output, updated
 
@@ -114,16 +118,17 @@ def wrap(
 
     Returns:
       A function `apply(adapters, variables, *args, **kwargs)`: `model.apply` with the
-      adapters first, so that `jax.grad` differentiates by them alone. Arrays that the
-      plan trains are read from the adapters, and not from `variables`. Its attribute
-      `plan` is for `mora_jax.init`, and a checkpoint should hold `io.plan_to_json` of
-      it. Collections that a call updates, such as BatchNorm's statistics, are not among
+      adapters first, so that `jax.grad` differentiates by them alone. It computes what
+      the given adapters say: others of the same kernels, with another operator or
+      rank, need no other wrap. Arrays that are trained themselves are read from the
+      adapters, and not from `variables`. Its attribute `plan` is for `mora_jax.init`.
+      Collections that a call updates, such as BatchNorm's statistics, are not among
       the adapters; a `MoRAWarning` says so.
 
     Raises:
       TypeError, ValueError: As `linen.plan`; a config without variables, or variables
-        with a plan. In a call: adapters or a model that do not fit the plan; an adapter
-        on a layer class that is not known (see `register_layer`).
+        with a plan. In a call: adapters of other kernels than the plan's; an adapter on
+        a layer class that is not known (see `register_layer`).
 
     Example::
 
@@ -152,11 +157,10 @@ def wrap(
     return AdaptedApply(model, plan)
 
 
-def _adapting(deterministic: bool, call: LayerCall, adapter: BoundAdapter) -> Any:
+def _adapting(deterministic: bool, call: LayerCall, adapter: Adapter) -> Any:
     """A function that makes the output of a layer's call, with its delta added."""
-    path = (*call.module.scope.path, *adapter.spec.path)
-    spec, key = dataclasses.replace(adapter.spec, path=path), None
-    if spec.dropout > 0 and not deterministic:
+    path, key = (*call.module.scope.path, call.rule.name(call.module)), None
+    if adapter.spec.dropout > 0 and not deterministic:
         key = call.module.make_rng("dropout")
     # Not called here: that would be one more frame between a layer and M.
-    return functools.partial(adapt_call, call, spec, lambda: adapter.m, key)
+    return functools.partial(adapt_call, call, "/".join(path), lambda: adapter, key)

@@ -120,11 +120,12 @@ def _adapted_class(cls: type, *rules: Any) -> type:
 
 def _with_adapter(module: Any, call: LayerCall) -> Any:
     """The output of a method that has a rule, with the adapter's delta added."""
-    adapter = held(module, call.rule.name(module))
+    kernel = call.rule.name(module)
+    adapter = held(module, kernel)
     if adapter is None:  # another kernel of the layer is adapted
         return call.method(*call.args, **call.kwargs)
-    spec, m = adapter
-    return adapt_call(call, spec, lambda: m, dropout_key(module, spec, m))
+    key = dropout_key(module, kernel, adapter)
+    return adapt_call(call, kernel, lambda: adapter, key)
 
 
 def _with_delta(module: nnx.Module, name: str, kernel: jax.Array) -> jax.Array:
@@ -133,7 +134,10 @@ def _with_delta(module: nnx.Module, name: str, kernel: jax.Array) -> jax.Array:
     if adapter is None:
         return kernel
     check_kernel(kernel, f"{name} of {type(module).__name__}")  # it may be quantized
-    return folded_kernel(*adapter, kernel)
+    try:
+        return folded_kernel(adapter.spec, adapter.m, kernel)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
 
 
 def detached(model: Model) -> Model:

@@ -4,9 +4,10 @@ from typing import Any
 
 from flax import nnx
 
+from mora_jax._layer.adapter import Adapter
 from mora_jax._plan.settings import MoRAConfig
 from mora_jax._plan.spec import AdapterSpec
-from mora_jax._tree.adapters import init_adapter
+from mora_jax._tree.adapters import init_m
 from mora_jax.nnx._classes import adapted_class
 from mora_jax.nnx._param import hold_adapter
 
@@ -48,4 +49,5 @@ class MoRALinear(nnx.Linear):
         shape = (in_features, out_features)
         spec = AdapterSpec.from_config(config, shape, kernel_dtype=self.kernel.dtype)
         key = rngs.params() if spec.init == "gaussian" else None
-        hold_adapter(self, spec, init_adapter(spec, key), seed)
+        m = init_m(spec, ("kernel",), key)
+        hold_adapter(self, "kernel", Adapter(m, spec), seed)

@@ -1,6 +1,5 @@
 """Variables and the dropout of an adapted module."""
 
-import dataclasses
 from typing import Any
 
 import jax
@@ -12,6 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import PRNGKeyArray
 
 from mora_jax._common.checks import check_seed
+from mora_jax._layer.adapter import Adapter
 from mora_jax._layer.slots import Selected
 from mora_jax._mesh.placement import explicit_sharding, with_auto_axes
 from mora_jax._plan.spec import SUFFIX, AdapterSpec, TrainedArray, check_same
@@ -22,7 +22,7 @@ DROPOUT = "dropout_mora"
 
 
 class MoRAParam(nnx.LoRAParam[Any]):
-    """The square matrix M of one kernel; its metadata `spec` says how it is adapted.
+    """The trained array of one kernel; its metadata `spec` says what it means.
 
     Code that filters adapters by the type `nnx.LoRAParam` finds it. Where Flax copies a
     whole variable (`nnx.update`, `nnx.merge`, `copy_from`), it copies the spec with the
@@ -31,18 +31,13 @@ class MoRAParam(nnx.LoRAParam[Any]):
 
     spec: AdapterSpec
 
-    @classmethod
-    def of(cls, spec: AdapterSpec, m: Any) -> "MoRAParam":
-        """M with its spec, without the path, so that equal layers can be stacked."""
-        return cls(m, spec=dataclasses.replace(spec, path=spec.path[-1:]))
-
     def set_value(self, value: Any, **kwargs: Any) -> None:
         if isinstance(value, MoRAParam):
             self._check(value.spec)
         super().set_value(value, **kwargs)
 
     def _check(self, spec: AdapterSpec) -> None:
-        check_same(spec, self.spec)
+        check_same("kernel", spec, self.spec)
 
 
 class TrainedParam(MoRAParam):
@@ -57,7 +52,6 @@ class TrainedParam(MoRAParam):
         cls, variable: nnx.Variable[Any], spec: TrainedArray, copy: Any
     ) -> "TrainedParam":
         """The trained copy of what `variable` holds."""
-        spec = dataclasses.replace(spec, path=spec.path[-1:])
         own = {"spec": spec, "base_type": type(variable)}
         return cls.from_metadata(copy, {**variable.get_metadata(), **own})  # type: ignore[return-value]
 
@@ -69,16 +63,16 @@ class TrainedParam(MoRAParam):
 
     def _check(self, spec: Any) -> None:
         if spec != self.spec:
-            raise ValueError(f"{self.spec.name} must be {self.spec}, got {spec}")
+            raise ValueError(f"the trained array must be {self.spec}, got {spec}")
 
 
-def held(module: nnx.Module, kernel: str) -> tuple[AdapterSpec, Any] | None:
-    """A kernel's adapter, and its M or the slots of many; None without an adapter."""
+def held(module: nnx.Module, kernel: str) -> Adapter | None:
+    """A kernel's adapter, or the slots of many; None without an adapter."""
     m: Any = getattr(module, kernel + SUFFIX, None)
     if m is None:
         return None
     value = unboxed(m)
-    return m.spec, value if isinstance(value, Selected) else m[...]
+    return Adapter(value if isinstance(value, Selected) else m[...], m.spec)
 
 
 def named_sharding(variable: nnx.Variable[Any]) -> NamedSharding | None:
@@ -89,40 +83,47 @@ def named_sharding(variable: nnx.Variable[Any]) -> NamedSharding | None:
     return value.sharding if isinstance(value.sharding, NamedSharding) else None
 
 
-def hold_adapter(module: nnx.Module, spec: AdapterSpec, m: Any, seed: int) -> None:
+def hold_adapter(module: nnx.Module, kernel: str, adapter: Adapter, seed: int) -> None:
     """Put M beside its kernel, on the same mesh, and the switch of its dropout."""
-    name = spec.path[-1]
-    if sharding := named_sharding(getattr(module, name)):
+    m, spec = adapter.m, adapter.spec
+    if sharding := named_sharding(getattr(module, kernel)):
         m = jax.device_put(m, adapter_sharding(spec, sharding))
-    setattr(module, name + SUFFIX, MoRAParam.of(spec, m))
+    setattr(module, kernel + SUFFIX, MoRAParam(m, spec=spec))
     if spec.dropout > 0:
-        check_seed(seed)
-        dropout: Any = nnx.Dropout(spec.dropout)
-        dropout.seed = seed
-        setattr(module, DROPOUT, dropout)
+        hold_dropout(module, spec, seed)
 
 
-def dropout_key(module: nnx.Module, spec: AdapterSpec, m: Any) -> PRNGKeyArray | None:
+def hold_dropout(module: nnx.Module, spec: AdapterSpec, seed: int) -> None:
+    """Put the switch of an adapter's dropout into its module."""
+    check_seed(seed)
+    dropout: Any = nnx.Dropout(spec.dropout)
+    dropout.seed = seed
+    setattr(module, DROPOUT, dropout)
+
+
+def dropout_key(
+    module: nnx.Module, kernel: str, adapter: Adapter
+) -> PRNGKeyArray | None:
     """The key of a call's dropout; None where nothing is dropped."""
     # It depends on the seed, on M, which each step of an optimizer changes, and on the
     # kernel, which differs between layers. All of these are inputs of the layer. So
     # lifted transformations, rematerialization and resumed runs draw the same masks,
     # and the model's state holds nothing except its parameters.
     dropout: Any = getattr(module, DROPOUT, None)
-    if dropout is None or dropout.deterministic:
+    if dropout is None or dropout.deterministic or not adapter.spec.dropout:
         return None
-    kernel = jax.tree.leaves(getattr(module, spec.path[-1]))[0]  # it may be quantized
-    m = jax.tree.leaves(m)[0]  # or one for each row
+    own = jax.tree.leaves(getattr(module, kernel))[0]  # it may be quantized
+    m = jax.tree.leaves(adapter.m)[0]  # or one for each row
 
     def make_key(m: jax.Array, kernel: jax.Array) -> PRNGKeyArray:
         first = kernel[(0,) * (kernel.ndim - 1)][:16]  # to read all would take long
         key = jax.random.fold_in(jax.random.key(np.uint32(dropout.seed)), _hash(m))
         return jax.random.fold_in(key, _hash(first))
 
-    for sharding in filter(None, map(explicit_sharding, (m, kernel))):
+    for sharding in filter(None, map(explicit_sharding, (m, own))):
         replicated = NamedSharding(sharding.mesh, PartitionSpec())
-        return with_auto_axes(make_key, replicated, m, kernel)
-    return make_key(m, kernel)
+        return with_auto_axes(make_key, replicated, m, own)
+    return make_key(m, own)
 
 
 def _hash(x: jax.Array) -> jax.Array:

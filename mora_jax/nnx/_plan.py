@@ -15,10 +15,10 @@ from mora_jax._flax.planning import plan_surveyed
 from mora_jax._flax.survey import Survey
 from mora_jax._jax.traces import split_static
 from mora_jax._layer.slots import Selected
-from mora_jax._plan.plan import Plan
 from mora_jax._plan.settings import MoRAConfig, check_config
 from mora_jax._plan.spec import SUFFIX
 from mora_jax._tree.paths import named_leaves, unboxed
+from mora_jax._tree.plan import Plan
 from mora_jax.nnx._classes import derived, detached, plain_class, set_class
 from mora_jax.nnx._param import MoRAParam, TrainedParam, held
 from mora_jax.nnx._state import attributes, named_modules, parameters, traceable
@@ -81,7 +81,7 @@ def plan(
 
 def refuse_unfit(model: nnx.Module, plan: Plan) -> None:
     """Raise if an array of `plan` is at two places of the model."""
-    arrays = [*plan, *(array.name for array in plan.trained)]
+    arrays = [*plan, *plan.trained]
     for paths in nnx.find_duplicates(model):
         names = ["/".join(map(str, path)) for path in paths]
         for array in arrays:
@@ -137,12 +137,12 @@ def _marked_class(cls: type, prefix: str, survey: Survey) -> type:
 
     def run(layer: nnx.Module, call: LayerCall) -> Any:
         name = call.rule.name(call.module)
-        _, m = held(layer, name) or (None, None)
-        return survey.record_call(prefix + name, call, m)
+        adapter = held(layer, name)
+        return survey.record_call(prefix + name, call, adapter and adapter.m)
 
     def read(layer: nnx.Module, name: str, kernel: Any) -> Any:
-        _, m = held(layer, name) or (None, None)
+        adapter = held(layer, name)
         own = prefix + name, folded_kernels(cls)[name], cls.__name__
-        return survey.record_read(*own, kernel, m)
+        return survey.record_read(*own, kernel, adapter and adapter.m)
 
     return derived(cls, run, read)

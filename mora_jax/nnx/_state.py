@@ -1,6 +1,5 @@
 """The adapters of a model as a tree, which is the same for a Linen twin."""
 
-import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,13 +9,25 @@ from jax.core import Tracer
 
 from mora_jax._common.checks import as_jax_array
 from mora_jax._common.types import Path
+from mora_jax._layer.adapter import Adapter, check_adapter
 from mora_jax._layer.slots import Selected
-from mora_jax._plan.plan import Plan, refuse_other_plan
-from mora_jax._plan.spec import SUFFIX, AdapterSpec, Items
-from mora_jax._tree.adapters import Tree, adapter_items, nest, trained_items
+from mora_jax._plan.spec import SUFFIX, AdapterSpec
 from mora_jax._tree.base_digest import check_base
-from mora_jax._tree.paths import adapter_path, named_leaves, unboxed
-from mora_jax.nnx._param import MoRAParam, TrainedParam, named_sharding
+from mora_jax._tree.paths import (
+    Tree,
+    adapters_in,
+    named_leaves,
+    nest,
+    place_of,
+    unboxed,
+)
+from mora_jax._tree.plan import Plan, refuse_other_kernels
+from mora_jax.nnx._param import (
+    DROPOUT,
+    MoRAParam,
+    hold_dropout,
+    named_sharding,
+)
 
 
 def named_modules(model: nnx.Module) -> Iterator[tuple[Path, nnx.Module]]:
@@ -38,22 +49,22 @@ def attributes(model: nnx.Module, kinds: Any) -> Iterator[tuple[nnx.Module, Path
                 yield module, (*path, name), value
 
 
-def adapter_variables(model: nnx.Module) -> tuple[list[tuple[AdapterSpec, Any]], Items]:
-    """(present spec, variable) of each M, and of each array that trains, by path."""
-    ms, copies = [], []
-    for _, path, m in attributes(model, MoRAParam):
-        if isinstance(m, TrainedParam):
-            spec = dataclasses.replace(m.spec, path=path, shape=tuple(m.shape))
-            copies.append((spec, m))
-        else:
-            # The stack is M's and not the kernel's, which may be quantized by now.
-            kernel = (*path[:-1], path[-1].removesuffix(SUFFIX))
-            ms.append((m.spec.stacked(m.shape, kernel), m))
-    if not ms:
+Held = dict[Path, tuple[nnx.Module, MoRAParam, Adapter]]
+"""{path of an array of the base: the module, its variable, and the adapter there}."""
+
+
+def held_adapters(model: nnx.Module) -> Held:
+    """The adapters in a model, in the order of their paths."""
+    found: Held = {}
+    for module, path, m in attributes(model, MoRAParam):
+        adapter = check_adapter(
+            "/".join(path), Adapter(unboxed(m), m.spec), by_row=True
+        )
+        kernel = (*path[:-1], path[-1].removesuffix(SUFFIX))
+        found[kernel] = module, m, adapter
+    if not any(isinstance(a.spec, AdapterSpec) for *_, a in found.values()):
         raise ValueError("model has no adapters; see mora_jax.nnx.wrap")
-    for pairs in (ms, copies):
-        pairs.sort(key=lambda pair: pair[0].path)
-    return ms, copies
+    return dict(sorted(found.items(), key=lambda item: item[0]))
 
 
 def traceable(
@@ -81,15 +92,15 @@ def plan_of(model: nnx.Module) -> Plan:
 
     Example: see `wrap`.
     """
-    ms, copies = adapter_variables(model)
-    specs, trained = tuple(s for s, _ in ms), tuple(array for array, _ in copies)
+    parts = {path: adapter.spec for path, (*_, adapter) in held_adapters(model).items()}
     size = sum(leaf.size for leaf in jax.tree.leaves(parameters(model)))
-    size += sum(array.parameters for array in trained)
-    return Plan(specs, size, traced=True, trained=trained)  # `wrap` refused the rest
+    others = (s for s in parts.values() if not isinstance(s, AdapterSpec))
+    size += sum(spec.parameters for spec in others)
+    return Plan(parts, size, traced=True)  # `wrap` refused the rest
 
 
 def adapters(model: nnx.Module) -> Tree:
-    """The M's of a model, and the arrays that train themselves, under their own names.
+    """The adapters of a model, also those of arrays that train themselves.
 
     Returns:
       Nested dicts, as `mora_jax.init` makes them and as `linen.wrap` takes them.
@@ -99,62 +110,60 @@ def adapters(model: nnx.Module) -> Tree:
 
     Example: see `wrap`.
     """
-    ms, copies = adapter_variables(model)
-    arrays = {adapter_path(spec): unboxed(m) for spec, m in ms}
-    return nest(arrays | {array.path: unboxed(copy) for array, copy in copies})
+    found = held_adapters(model).items()
+    return nest({place_of(path, a.spec): a for path, (*_, a) in found})
 
 
 def set_adapters(
-    model: nnx.Module,
-    adapters: Any,
-    plan: Plan | str | None = None,
-    *,
-    any_base: bool = False,
+    model: nnx.Module, adapters: Any, *, any_base: bool = False, seed: int = 0
 ) -> None:
-    """Put M's into an adapted model: of a file, a Linen twin or another model.
+    """Put adapters into an adapted model: of a file, a Linen twin or another model.
+
+    The model computes what they say, also with another operator or rank than before.
 
     Args:
       model: An adapted model, as `wrap` makes it. It is changed in place.
       adapters: Nested dicts, as `mora_jax.init` and `nnx.adapters` make them; or
-        `nnx.state(another_model, MoRAParam)`, whose M's say what they were made for; or
-        what `serving.select` returns, an adapter for each row of later batches. An M
-        that is not committed to a device goes where the model has its M.
-      plan: The plan that the adapters were made for, or its `digest()`. Nested dicts
-        hold numbers alone, so without it nothing shows whether they are for the
-        operators, seeds and alphas of this model. A plan of `load` also knows the base.
+        `nnx.state(another_model, MoRAParam)`; or what `serving.select` returns, an
+        adapter for each row of later batches. An M that is not committed to a device
+        goes where the model has its M.
       any_base: True to take adapters that were trained on other kernels as well.
+      seed: As in `wrap`, where the new adapters have dropout and the old had none.
 
     Raises:
-      TypeError: The adapters are not arrays, or `plan` is neither a plan nor a digest.
-      ValueError: The model lacks adapters; or the new ones do not fit its plan, were
-        made for another plan, or were trained on another base and `any_base` is False.
+      TypeError: The adapters are not adapters of arrays.
+      ValueError: The model lacks adapters; or the new ones are of other kernels, or
+        were trained on another base and `any_base` is False.
 
     Example: see `wrap`.
     """
-    model_plan = plan_of(model)
-    if isinstance(plan, Plan):
-        refuse_other_plan(plan, model_plan)
-        if not any_base:
-            leaves = named_leaves(parameters(model))
-            check_base(plan.specs, {name: leaf for name, (_, leaf) in leaves.items()})
-    elif isinstance(plan, str) and plan != (digest := model_plan.digest()):
-        raise ValueError(
-            "the adapters were made for another plan than the model's: its digest is "
-            f"{digest}, got {plan[:64]!r} (io.plan_from_json makes a plan of its JSON)"
-        )
-    elif not isinstance(plan, str | None):
-        raise TypeError(f"plan must be a Plan or its digest, got {type(plan).__name__}")
-    items = adapter_items(adapters, model_plan, by_row=True)
-    named = [(spec.name + SUFFIX, m) for spec, m in items]
-    named += [(a.name, copy) for a, copy in trained_items(adapters, model_plan)]
+    there, found = held_adapters(model), adapters_in(adapters, by_row=True)
+    refuse_other_kernels({p: a.spec for p, a in found.items()}, plan_of(model))
+    if not any_base:
+        leaves = named_leaves(parameters(model)).items()
+        specs = {"/".join(path): a.spec for path, a in found.items()}
+        check_base(specs, {name: leaf for name, (_, leaf) in leaves})
     # All of them are checked before the first is set.
-    new = [m if isinstance(m, Selected) else as_jax_array(name, m) for name, m in named]
-    ms, copies = adapter_variables(model)
-    for (_, variable), m in zip([*ms, *copies], new, strict=True):
-        if isinstance(m, Selected) or isinstance(unboxed(variable), Selected):
-            variable.copy_from(variable.replace(m))  # `[...]` sets arrays alone
-            continue
+    for path, adapter in found.items():
+        if not isinstance(adapter.m, Selected):
+            name = "/".join(place_of(path, adapter.spec))
+            found[path] = adapter.replace(m=as_jax_array(name, adapter.m))
+    for path, (module, variable, old) in there.items():
+        m, spec = found[path].m, found[path].spec
         sharding = named_sharding(variable)
-        if sharding is not None and not isinstance(m, Tracer) and not m.committed:
-            m = jax.device_put(m, sharding)
-        variable[...] = m
+        if isinstance(m, jax.Array) and not isinstance(m, Tracer):
+            if sharding is not None and not m.committed:
+                m = jax.device_put(m, sharding)
+        if isinstance(m, jax.Array) and spec == old.spec and not _by_row(variable):
+            variable[...] = m  # which keeps the variable of a trace
+            continue
+        # Of one layer where the model has the variable for one.
+        if isinstance(spec, AdapterSpec):
+            spec = spec.with_stack(variable.spec.stack_shape)
+            if spec.dropout > 0 and not hasattr(module, DROPOUT):
+                hold_dropout(module, spec, seed)
+        variable.copy_from(variable.replace(m, spec=spec))  # `[...]` sets arrays alone
+
+
+def _by_row(variable: MoRAParam) -> bool:
+    return isinstance(unboxed(variable), Selected)

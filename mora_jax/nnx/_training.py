@@ -13,7 +13,7 @@ from mora_jax._layer.slots import Selected
 from mora_jax._tree.optim import check_transformation, with_ratio
 from mora_jax._tree.paths import located_leaves, unboxed
 from mora_jax.nnx._param import MoRAParam, named_sharding
-from mora_jax.nnx._state import adapter_variables
+from mora_jax.nnx._state import held_adapters
 
 
 def value_and_grad(
@@ -79,7 +79,8 @@ def adapter_optimizer(
     """
     check_transformation(tx)
     shardings = map(named_sharding, _single_ms(model))
-    tx = with_ratio(tx, ratio, [spec for spec, _ in adapter_variables(model)[0]])
+    if ratio is not None:
+        tx = with_ratio(tx, nnx.state(model, MoRAParam), ratio)
     optimizer = _AdapterOptimizer(model, tx, wrt=MoRAParam)
     sharding = next(filter(None, shardings), None)
     if sharding is None:
@@ -108,11 +109,12 @@ class _AdapterOptimizer(nnx.Optimizer[Any]):
 
 def _single_ms(model: nnx.Module) -> list[MoRAParam]:
     """The M's of a model, which must not have one for each row: an index."""
-    ms = adapter_variables(model)[0]
-    for spec, m in ms:
-        if isinstance(unboxed(m), Selected):
+    found = held_adapters(model)
+    for path, (_, variable, _) in found.items():
+        if isinstance(unboxed(variable), Selected):
+            name = "/".join(path)
             raise ValueError(
-                f"model must have one adapter, got one for each row at {spec.name!r}; "
-                "many train at once by gradients by what serving.stack returns"
+                f"model must have one adapter, got one for each row at {name!r}; many "
+                "train at once by gradients by what serving.stack returns"
             )
-    return [m for _, m in ms]
+    return [variable for _, variable, _ in found.values()]

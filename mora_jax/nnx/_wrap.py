@@ -10,15 +10,16 @@ from jax.typing import DTypeLike
 from mora_jax._flax.calls import kind_of_call, proving
 from mora_jax._flax.layer_rules import folded_kernels, planning_rules, unknown_use
 from mora_jax._flax.survey import check_call
+from mora_jax._layer.adapter import Adapter
 from mora_jax._layer.rounding import Rounding
 from mora_jax._layer.slots import Selected
 from mora_jax._layer.ways import check_product
-from mora_jax._plan.plan import Plan
 from mora_jax._plan.settings import MoRAConfig
-from mora_jax._plan.spec import SUFFIX, AdapterSpec, refuse_trained
-from mora_jax._tree.adapters import adapter_items, init, trained_items
+from mora_jax._plan.spec import SUFFIX, AdapterSpec
+from mora_jax._tree.adapters import init, refuse_trained
 from mora_jax._tree.merge import merge
-from mora_jax._tree.paths import unboxed
+from mora_jax._tree.paths import adapters_in, unboxed
+from mora_jax._tree.plan import Plan
 from mora_jax.nnx import _classes
 from mora_jax.nnx._classes import Model, detached, plain_class, set_class
 from mora_jax.nnx._param import MoRAParam, TrainedParam, hold_adapter
@@ -70,10 +71,10 @@ def wrap(
       >>> adapted = mora_jax.nnx.wrap(model, mora_jax.MoRAConfig(rank=2))
       >>> bool((adapted(x) == model(x)).all())
       True
-      >>> plan, ms = mora_jax.nnx.plan_of(adapted), mora_jax.nnx.adapters(adapted)
-      >>> jax.tree.map(jnp.shape, ms)
-      {'kernel_mora': (8, 8)}
-      >>> mora_jax.nnx.set_adapters(adapted, jax.tree.map(jnp.ones_like, ms), plan)
+      >>> adapters = mora_jax.nnx.adapters(adapted)
+      >>> adapters
+      {'kernel_mora': Adapter(rotation, float32[8, 8])}
+      >>> mora_jax.nnx.set_adapters(adapted, jax.tree.map(jnp.ones_like, adapters))
       >>> merged = mora_jax.nnx.merge_adapters(adapted)
       >>> bool(jnp.allclose(merged(x), adapted(x), atol=1e-4))
       True
@@ -84,49 +85,59 @@ def wrap(
     plan = config_or_plan
     plan = plan if isinstance(plan, Plan) else plan_model(model, plan)
     refuse_unfit(model, plan)  # names and shapes may have made it
-    is_random = any(spec.init == "gaussian" for spec in plan.specs)
+    is_random = any(spec.init == "gaussian" for spec in plan.values())
     key = rngs.params() if rngs and is_random else None
     new = init(plan, key, params=parameters(model) if plan.trained else None)
     model = nnx.clone(model)
-    modules = dict(named_modules(model))
-    for spec, m in adapter_items(new, plan):
-        module: Any = modules.get(spec.path[:-1])
-        kernel = getattr(module, spec.path[-1], None)
-        shape = tuple(kernel.shape) if isinstance(kernel, nnx.Variable) else None
-        if shape != spec.kernel_shape:
+    modules: dict[Any, Any] = dict(named_modules(model))
+    for path, adapter in adapters_in(new).items():
+        name, module, own = "/".join(path), modules.get(path[:-1]), path[-1]
+        variable = getattr(module, own, None)
+        if not isinstance(adapter.spec, AdapterSpec):
+            _train(module, name, variable, adapter)
+            continue
+        spec, shape = adapter.spec, None
+        if isinstance(variable, nnx.Variable):
+            shape = tuple(variable.shape)
+        if module is None or shape != spec.kernel_shape:
             raise ValueError(
-                f"plan has {spec.kernel_shape} at {spec.name!r}, the model has {shape}"
+                f"plan has {spec.kernel_shape} at {name!r}, the model has {shape}"
             )
-        _check_layer(module, spec)
+        _check_layer(module, name, spec)
         set_class(module, _classes.adapted_class(plain_class(module)))
-        hold_adapter(module, spec, m, seed)
-    for trained, copy in trained_items(new, plan):
-        module = modules.get(trained.path[:-1])
-        variable = getattr(module, trained.path[-1], None)
-        if not isinstance(variable, nnx.Variable):
-            raise ValueError(
-                f"{trained.name}: nnx.wrap trains variables that are attributes of a "
-                "module, and this one is in a container; take it out of train"
-            )
-        own = TrainedParam.in_place_of(variable, trained, copy)
-        setattr(module, trained.path[-1], own)
-        if trained.dtype != trained.base_dtype:
-            set_class(module, _classes.adapted_class(plain_class(module)))
+        hold_adapter(module, own, adapter, seed)
     if plain_class(model) is type(model):  # a layer alone does what its rule says
         set_class(model, _checked_class(type(model)))
     return model
 
 
-def _check_layer(module: nnx.Module, spec: AdapterSpec) -> None:
+def _train(module: Any, name: str, variable: Any, adapter: Adapter) -> None:
+    """Put a trained copy in the place of the base's variable."""
+    if not isinstance(variable, nnx.Variable):
+        raise ValueError(
+            f"{name}: nnx.wrap trains variables that are attributes of a module, and "
+            "this one is in a container; take it out of train"
+        )
+    spec = adapter.spec
+    copy = TrainedParam.in_place_of(variable, spec, adapter.m)
+    setattr(module, name.rpartition("/")[2], copy)
+    if spec.dtype != spec.base_dtype:
+        set_class(module, _classes.adapted_class(plain_class(module)))
+
+
+def _check_layer(module: nnx.Module, name: str, spec: AdapterSpec) -> None:
     """Raise if an adapter would change nothing in a layer, or something else."""
-    cls = plain_class(module)
-    if (rule := planning_rules(module).get(spec.path[-1])) is None:
-        raise unknown_use(spec.name, cls, "__call__")
+    cls, kernel = plain_class(module), name.rpartition("/")[2]
+    if (rule := planning_rules(module).get(kernel)) is None:
+        raise unknown_use(name, cls, "__call__")
     if (product := rule.product(module)) is not None:
-        check_product(spec, product)
+        try:
+            check_product(spec, product)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
     if folded_kernels(cls) and spec.dropout > 0:
         raise ValueError(
-            f"{spec.name}: dropout must be 0 for a kernel that methods read "
+            f"{name}: dropout must be 0 for a kernel that methods read "
             f"(products.Folded), got {spec.dropout}; say so in overrides"
         )
 
@@ -147,7 +158,7 @@ def unwrap(model: Model) -> Model:
     Example: see `wrap`.
     """
     refuse_trained(
-        plan_of(model).trained,
+        plan_of(model).parts,
         "in place of the base's: use the model that nnx.wrap was given, or "
         "nnx.merge_adapters",
     )
@@ -177,9 +188,8 @@ def merge_adapters(
 
     Example: see `wrap`.
     """
-    plan, plain = plan_of(model), detached(model)
-    settings: Any = {"any_base": any_base, "rounding": rounding}
-    merged = merge(parameters(plain), adapters(model), plan, dtype, **settings)
+    plain, settings = detached(model), {"any_base": any_base, "rounding": rounding}
+    merged = merge(parameters(plain), adapters(model), dtype, **settings)
     nnx.update(plain, merged)
     return plain
 

@@ -174,7 +174,7 @@ class Operator:
             raise ValueError(f"init={init!r} needs a key, got None")
         return _normal(key, shape, dtype) / math.sqrt(self.square_rank)
 
-    def scaled(self, m: Any, factor: float) -> Any:
+    def scaled(self, m: Any, factor: Any) -> Any:
         """Trained array that stands for `factor` times the delta of `m`."""
         return factor * m
 

@@ -1,7 +1,7 @@
 """Operators as dataclasses and pytrees."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeVar, dataclass_transform
 
 import jax
@@ -36,18 +36,23 @@ def operator(cls: ClassT) -> ClassT:
     fields = dataclasses.fields(cls)
     cls.arrays = tuple(f.name for f in fields if f.metadata)
     cls.given = any(f.init for f in fields if f.metadata)
-    static = [f.name for f in fields if not f.metadata]
+    register_pytree(cls, cls.arrays)
+    return cls
 
-    def flatten_with_keys(op: Any) -> tuple[list[Any], tuple[Any, ...]]:
-        children = [(jax.tree_util.GetAttrKey(n), getattr(op, n)) for n in cls.arrays]
-        return children, tuple(getattr(op, name) for name in static)
 
-    def unflatten(aux: tuple[Any, ...], children: Any) -> Any:
+def register_pytree(cls: type, children: Sequence[str]) -> None:
+    """Make a dataclass a pytree whose children are these fields; the rest is static."""
+    static = [f.name for f in dataclasses.fields(cls) if f.name not in children]
+
+    def flatten_with_keys(record: Any) -> tuple[list[Any], tuple[Any, ...]]:
+        pairs = [(jax.tree_util.GetAttrKey(n), getattr(record, n)) for n in children]
+        return pairs, tuple(getattr(record, name) for name in static)
+
+    def unflatten(aux: tuple[Any, ...], values: Any) -> Any:
         # Not through __init__: the leaves of a tree_map may be anything.
-        op = object.__new__(cls)
-        for name, value in zip([*static, *cls.arrays], [*aux, *children], strict=True):
-            object.__setattr__(op, name, value)
-        return op
+        record = object.__new__(cls)
+        for name, value in zip([*static, *children], [*aux, *values], strict=True):
+            object.__setattr__(record, name, value)
+        return record
 
     jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten)
-    return cls

@@ -91,7 +91,7 @@ class LowRank(Operator):
             a, b = jnp.zeros_like(a), jax.random.normal(keys[1], b.shape, dtype)
         return jnp.concatenate([a, b], axis=-2)
 
-    def scaled(self, m: Any, factor: float) -> jax.Array:
+    def scaled(self, m: Any, factor: Any) -> jax.Array:
         # B alone, or the delta would be multiplied by the square.
         is_b = jnp.arange(m.shape[-2])[:, None] >= self.in_features
         return m * jnp.where(is_b, factor, 1).astype(m.dtype)

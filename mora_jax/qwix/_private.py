@@ -14,7 +14,7 @@ from flax import nnx
 
 from mora_jax._common.types import Path
 from mora_jax._plan.spec import SUFFIX
-from mora_jax._tree.paths import is_boxed, key_name, reboxed, unboxed
+from mora_jax._tree.paths import is_boxed, is_end, key_name, reboxed, unboxed
 from mora_jax.nnx._held import named_modules
 
 try:
@@ -95,7 +95,7 @@ def set_parameters(model: nnx.Module, params: Mapping[str, Any]) -> None:
 def parameters_in(params: Any) -> tuple[dict[str, Any], Any]:
     """{slash-joined path: parameter} of a tree, and its structure."""
     pairs, structure = jax.tree_util.tree_flatten_with_path(
-        params, is_leaf=lambda node: isinstance(node, WithAux) or is_boxed(node)
+        params, is_leaf=lambda node: isinstance(node, WithAux) or is_end(node)
     )
     return {"/".join(map(key_name, keys)): leaf for keys, leaf in pairs}, structure
 

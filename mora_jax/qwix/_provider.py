@@ -1,6 +1,5 @@
 """Adapters in models that qwix intercepts."""
 
-import dataclasses
 import re
 import threading
 from collections.abc import Sequence
@@ -13,14 +12,17 @@ import jax
 import qwix
 from flax import nnx
 
+from mora_jax._common.types import Path
 from mora_jax._common.warnings import LeftOutWarning, warn
 from mora_jax._jax.traces import ALIKE, DERIVED, ITSELF, fresh_shapes, relation_of
+from mora_jax._layer.adapter import Adapter
 from mora_jax._layer.ways import add_delta, check_product
-from mora_jax._plan.plan import Plan
 from mora_jax._plan.spec import SUFFIX, AdapterSpec
-from mora_jax._tree.adapters import init_adapter
-from mora_jax._tree.paths import named_leaves
-from mora_jax.linen._bound import running_m
+from mora_jax._tree.adapters import init_m
+from mora_jax._tree.combined import split
+from mora_jax._tree.paths import kernels_in, named_leaves
+from mora_jax._tree.plan import Plan
+from mora_jax.linen._bound import running_adapter
 from mora_jax.nnx._held import dropout_key, held, hold_adapter, named_modules, traceable
 from mora_jax.nnx._held import plan_of as nnx_plan_of
 from mora_jax.products import Product
@@ -28,8 +30,8 @@ from mora_jax.products._operations import Operation
 from mora_jax.qwix import _private
 from mora_jax.qwix._rule import MoRARule, check_rules
 
-Planned = dict[tuple[str, tuple[int, ...]], tuple[MoRARule, AdapterSpec]]
-"""{(path of a kernel, its shape): its rule and its adapter}."""
+Planned = dict[tuple[str, tuple[int, ...]], tuple[MoRARule, Path, AdapterSpec]]
+"""{(name of a kernel, its shape): its rule, its path and its adapter}."""
 
 traced: ContextVar[Planned | None] = ContextVar("traced", default=None)
 """The adapters of the kernels that a `trace` finds; None outside of one."""
@@ -62,8 +64,8 @@ class MoRAProvider(qwix.PtqProvider):
       >>> base, x = nnx.Linear(16, 16, rngs=nnx.Rngs(0)), jnp.ones((1, 16))
       >>> provider = mora_jax.qwix.MoRAProvider(rank=2, weight_qtype="nf4", tile_size=8)
       >>> model = qwix.apply_lora_to_model(base, provider, x, rngs=nnx.Rngs(0))
-      >>> jax.tree.map(jnp.shape, mora_jax.nnx.adapters(model))
-      {'kernel_mora': (8, 8)}
+      >>> mora_jax.nnx.adapters(model)
+      {'kernel_mora': Adapter(rotation, float32[8, 8])}
       >>> merged, losses = mora_jax.qwix.merge_adapters(model)
       >>> type(merged) is nnx.Linear, losses
       (True, {'kernel': MergeLoss(share=0.0, error=0.0)})
@@ -106,7 +108,7 @@ class MoRAProvider(qwix.PtqProvider):
     def _check_planned(self, model: Any) -> None:
         """Raise unless a rule adapts a kernel; warn of other rules, other kernels."""
         planned = self.running[threading.get_ident()]
-        used = {id(rule) for rule, _ in planned.values()}  # two may be equal
+        used = {id(rule) for rule, *_ in planned.values()}  # two may be equal
         ours = [rule for rule in self._rules if isinstance(rule, MoRARule)]
         unused = [rule.module_path for rule in ours if id(rule) not in used]
         if not used:
@@ -149,15 +151,18 @@ class MoRAProvider(qwix.PtqProvider):
         adapter = self._adapter(module, name, operands[at], product, rule)
         if adapter is None:
             return y
-        spec, m = adapter
-        check_product(spec, product)
-        key = None
+        spec, key = adapter.spec, None
         if isinstance(module, nnx.Module):
-            key = dropout_key(module, spec, m)
+            key = dropout_key(module, name, adapter)
         elif spec.dropout > 0 and module.has_rng("dropout"):
             key = module.make_rng("dropout")
         precision = operation.arguments.get("precision")
-        return add_delta(y, spec, m, x, product, key, precision)
+        try:
+            check_product(spec, product)
+            return add_delta(y, spec, adapter.m, x, product, key, precision)
+        except ValueError as error:
+            place = "/".join((*_private.path_of_call(), name))
+            raise ValueError(f"{place}: {error}") from error
 
     # The operations that qwix hands to its provider.
     dot_general: Any = partialmethod(_adapted, "dot_general")
@@ -166,42 +171,44 @@ class MoRAProvider(qwix.PtqProvider):
 
     def _adapter(
         self, module: Any, name: str, kernel: Any, product: Product, rule: MoRARule
-    ) -> tuple[AdapterSpec, Any] | None:
-        """The adapter of a kernel and M; None in an NNX model without M for it."""
+    ) -> Adapter | None:
+        """The adapter of a kernel; None in an NNX model without one for it."""
         path, is_nnx = (*_private.path_of_call(), name), isinstance(module, nnx.Module)
         if is_nnx and traced.get() is None:
-            adapter = held(module, name)
-            return adapter and (dataclasses.replace(adapter[0], path=path), adapter[1])
+            return held(module, name)
         # A Linen module has adapters as the first product of each kernel had it.
         planned = self.running[threading.get_ident()]
         key = "/".join(path), tuple(kernel.shape)
         if key not in planned:
             spec = AdapterSpec.from_config(
-                rule.config, key[1], product.axes, path, kernel_dtype=kernel.dtype
+                rule.config,
+                *(key[1], product.axes),
+                kernel_dtype=kernel.dtype,
+                name="/".join(path),
             )
-            planned[key] = rule, spec
-        _, spec = planned[key]
-        return None if is_nnx else (spec, running_m(module, spec))
+            planned[key] = rule, path, spec
+        *_, spec = planned[key]
+        return None if is_nnx else running_adapter(module, name, spec)
 
 
-def _hold_new(model: nnx.Module, specs: list[AdapterSpec], rngs: Any) -> None:
+def _hold_new(model: nnx.Module, specs: dict[Path, AdapterSpec], rngs: Any) -> None:
     """Put new M's beside their kernels, on the meshes of the kernels."""
     modules = dict(named_modules(model))
-    for spec in specs:
-        module, name = modules[spec.path[:-1]], spec.path[-1]
+    for path, spec in specs.items():
+        module, name, place = modules[path[:-1]], path[-1], "/".join(path)
         kernel = getattr(module, name)
         if hasattr(module, name + SUFFIX):
             raise ValueError(
-                f"{spec.name}: model has an M there already: give qwix a model without "
+                f"{place}: model has an M there already: give qwix a model without "
                 "adapters, such as the base or what mora_jax.qwix.merge_adapters makes"
             )
         if tuple(kernel.shape) != spec.kernel_shape:
             raise ValueError(
-                f"{spec.name} of shape {kernel.shape} is used as {spec.kernel_shape}: "
+                f"{place} of shape {kernel.shape} is used as {spec.kernel_shape}: "
                 "qwix knows no nnx.scan and nnx.vmap; leave it out of module_path"
             )
         key = rngs.params() if rngs and spec.init == "gaussian" else None
-        hold_adapter(module, spec, init_adapter(spec, key), 0)
+        hold_adapter(module, name, Adapter(init_m(spec, path, key), spec), 0)
 
 
 def _find_kernel(module: Any, operands: Any, pattern: str) -> tuple[str, int] | None:
@@ -243,7 +250,9 @@ def _find_kernel(module: Any, operands: Any, pattern: str) -> tuple[str, int] | 
     raise ValueError(f"{place}: {why}; or leave it out of module_path={pattern!r}")
 
 
-def trace(function: Any, *args: Any, **kwargs: Any) -> tuple[Any, list[AdapterSpec]]:
+def trace(
+    function: Any, *args: Any, **kwargs: Any
+) -> tuple[Any, dict[Path, AdapterSpec]]:
     """The shapes that a call returns, and the adapters of the kernels it multiplies."""
     # In the trace nothing is quantized, and each operand is known by what made it.
     planned: Planned = {}
@@ -252,11 +261,11 @@ def trace(function: Any, *args: Any, **kwargs: Any) -> tuple[Any, list[AdapterSp
         shapes = fresh_shapes(function, *args, **kwargs)
     finally:
         traced.reset(token)
-    return shapes, [spec for _, spec in planned.values()]
+    return shapes, {path: spec for _, path, spec in planned.values()}
 
 
 def plan_of(model: Any, *args: Any, **kwargs: Any) -> Plan:
-    """The plan that a model with a `MoRAProvider` follows, for `merge` and `save`.
+    """The plan that a model with a `MoRAProvider` follows.
 
     Args:
       model: A model of `qwix.apply_lora_to_model`, of either Flax API.
@@ -278,10 +287,8 @@ def plan_of(model: Any, *args: Any, **kwargs: Any) -> Plan:
     shapes, found = trace(model.init, rngs, *args, **kwargs)
     if not found:
         raise ValueError("model has no adapters: give qwix a MoRAProvider")
-    leaves, specs = named_leaves(shapes["params"]), []
-    for spec in found:
-        # The trace saw one layer, and nn.scan stacks M's.
-        _, m = leaves.pop(spec.name + SUFFIX)
-        specs.append(spec.stacked(m.shape, spec.path))
-    size = sum(leaf.size for _, leaf in leaves.values())
-    return Plan(tuple(sorted(specs, key=lambda s: s.path)), size, traced=True)
+    # The trace saw one layer, and nn.scan stacks M's: their shapes tell.
+    base, adapters = split(shapes["params"])
+    specs = {path: adapter.spec for path, adapter in kernels_in(adapters).items()}
+    size = sum(leaf.size for _, leaf in named_leaves(base).values())
+    return Plan(dict(sorted(specs.items())), size, traced=True)

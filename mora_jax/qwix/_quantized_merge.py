@@ -8,14 +8,13 @@ from flax import nnx
 
 from mora_jax._common.checks import check_choice
 from mora_jax._common.suggestions import lacking
-from mora_jax._layer.equation import delta_kernel
+from mora_jax._layer.adapter import delta_of
 from mora_jax._layer.rounding import MergeLoss
-from mora_jax._plan.plan import Plan, check_plan
-from mora_jax._plan.spec import refuse_trained
-from mora_jax._tree.adapters import refuse_combined
-from mora_jax._tree.merge import array_items, merged_kernel, wide, with_kernels
+from mora_jax._plan.spec import SUFFIX
+from mora_jax._tree.adapters import checked_adapters, refuse_trained
+from mora_jax._tree.merge import merged_kernel, with_kernels
 from mora_jax._tree.paths import located_leaves, reboxed, unboxed
-from mora_jax.nnx._held import MoRAParam, detached, plan_of
+from mora_jax.nnx._held import MoRAParam, detached
 from mora_jax.nnx._held import adapters as nnx_adapters
 from mora_jax.qwix import _private
 
@@ -70,7 +69,6 @@ def dequantize(params: Any) -> Any:
 def merge(
     params: Any,
     adapters: Any,
-    plan: Plan,
     *,
     onto: Onto = "dequantized",
     any_base: bool = False,
@@ -80,7 +78,6 @@ def merge(
     Args:
       params: Params that qwix quantized, without adapters: nested dicts.
       adapters: The adapters, as `mora_jax.split` takes them out of params.
-      plan: Their plan, as `plan_of` gives it.
       onto: "dequantized" gives floating-point arrays, also instead of quantized kernels
         without adapters: params for the model that qwix never saw. "requantized"
         quantizes each sum again as its kernel was, for a model of `qwix.quantize_model`
@@ -100,15 +97,15 @@ def merge(
       >>> model = qwix.apply_lora_to_model(nn.Dense(16), provider)
       >>> variables = model.init(jax.random.key(0), x := jnp.ones((1, 16)))
       >>> base, adapters = mora_jax.split(variables["params"])
-      >>> plan = mora_jax.qwix.plan_of(model, x)
-      >>> merged, losses = mora_jax.qwix.merge(base, adapters, plan)
+      >>> merged, losses = mora_jax.qwix.merge(base, adapters)
       >>> y = nn.Dense(16).apply({"params": merged}, x)
       >>> bool(jnp.allclose(y, model.apply(variables, x), atol=1e-5)), losses
       (True, {'kernel': MergeLoss(share=0.0, error=0.0)})
     """
     check_choice("onto", onto, get_args(Onto))
+    found = checked_adapters(adapters)
     refuse_trained(
-        check_plan(plan).trained,
+        found,
         "which is not merged into quantized models; merge into mora_jax.qwix.dequantize"
         "(params) with mora_jax.merge",
     )
@@ -116,18 +113,22 @@ def merge(
         kind = f"a tree of arrays, got the model {type(params).__name__}"
         raise TypeError(f"params must be {kind}: write merge_adapters(model)")
     named, structure = _private.parameters_in(params)
-    refuse_combined(named, plan.specs)
+    for name in named:
+        if name.endswith(SUFFIX):
+            rule = "give the base alone, as split(params)[0]"
+            raise ValueError(f"params hold the adapter {name}: {rule}")
     losses = {}
-    for spec, m in array_items(adapters, plan):
-        name = spec.name
+    for path, adapter in found.items():
+        name = "/".join(path)
         if name not in named:
             raise ValueError(f"params lack the kernel {name!r}{lacking(name, named)}")
         base = _private.dequantized(named[name])
-        kernel = with_kernels({name: base}, [(spec, m)], any_base=any_base)[0][-1]
-        total = reboxed(base, merged_kernel(spec, m, kernel, rounding="dither"))
+        one = {path: adapter}
+        kernel = with_kernels({name: base}, one, any_base=any_base)[0][-1]
+        total = reboxed(base, merged_kernel(adapter, kernel, rounding="dither"))
         if onto == "requantized":
             total = _private.requantized(named[name], total)
-        named[name], delta = total, delta_kernel(spec, wide(m, kernel.dtype))
+        named[name], delta = total, delta_of(adapter, kernel.dtype)
         stored = jnp.asarray(unboxed(_private.dequantized(total)), delta.dtype)
         losses[name] = MergeLoss.of(stored - kernel.astype(delta.dtype), delta)
     merged = structure.unflatten(named.values())
@@ -153,9 +154,9 @@ def merge_adapters(
 
     Example: see `MoRAProvider`.
     """
-    plan, adapters = plan_of(model), nnx_adapters(model)
     params = _private.named_parameters(model)
-    params, losses = merge(params, adapters, plan, onto=onto, any_base=any_base)
+    settings: Any = {"onto": onto, "any_base": any_base}
+    params, losses = merge(params, nnx_adapters(model), **settings)
     model = detached(model)
     _private.set_parameters(model, params)
     if onto == "dequantized":

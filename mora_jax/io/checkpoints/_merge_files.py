@@ -9,12 +9,13 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from mora_jax._common.types import Path
+from mora_jax._layer.adapter import Adapter
 from mora_jax._layer.equation import delta_kernel
 from mora_jax._layer.rounding import Rounding, add_rounded, check_rounding, share_lost
-from mora_jax._plan.plan import Plan
-from mora_jax._plan.spec import AdapterSpec, Items
-from mora_jax._tree.adapters import adapter_items, trained_items
+from mora_jax._plan.spec import AdapterSpec
 from mora_jax._tree.base_digest import check_digests, kernel_digests
+from mora_jax._tree.paths import kernels_in, trained_in
 from mora_jax.io import _files
 from mora_jax.io._files import AdapterFileError, Location, PathLike, as_path
 from mora_jax.io._names import Names, join_index, modules_of
@@ -27,8 +28,9 @@ from mora_jax.io.checkpoints._matching import Source, converted
 class Site:
     """Tensors of the base that are a kernel together, and the adapter of that."""
 
-    # The tensors have as many outputs each. The kernel is number `layer` in the stack
-    # that the adapter was made for.
+    # The tensors have as many outputs each. The kernel `name` is number `layer` in the
+    # stack that the adapter was made for.
+    name: str
     spec: AdapterSpec
     m: np.ndarray
     tensors: tuple[str, ...]
@@ -64,23 +66,25 @@ class Site:
         axis = self.spec.axes.index("o")
         kernel = np.concatenate([read(name) for name in self.tensors], axis)
         try:
-            check_digests(self.spec, kernel_digests(self.spec, kernel), self.layer)
+            digests = kernel_digests(self.spec, kernel)
+            check_digests(self.name, self.spec, digests, self.layer)
         except ValueError as error:
             raise AdapterFileError(str(error)) from None
 
 
-def sites_of(source: Source, adapters: Any, plan: Plan) -> dict[str, Site]:
+def sites_of(source: Source, adapters: Any) -> dict[str, Site]:
     """Return {tensor: its site} for all tensors that adapters change, checked."""
     sites = {}
-    for spec, m in adapter_items(adapters, plan):
-        m = to_numpy(spec.name, m)
+    for path, adapter in kernels_in(adapters).items():
+        kernel = "/".join(path)
+        m = to_numpy(kernel, adapter.m)
         m = m.astype(jnp.promote_types(m.dtype, jnp.float32))
-        for site in _sites(source, spec, m):
+        for site in _sites(source, path, adapter.spec, m):
             shape, axis = list(site.spec.kernel_shape), site.spec.axes.index("o")
             shape[axis] //= len(site.tensors)
             wanted = tuple(shape)
             for name in filter(None, site.tensors):
-                source.take(name, spec.name)
+                source.take(name, kernel)
                 if (found := source.checkpoint.entry(name).shape) != wanted:
                     raise AdapterFileError(
                         f"{name!r} in the base must have shape {wanted}, got {found}"
@@ -89,12 +93,16 @@ def sites_of(source: Source, adapters: Any, plan: Plan) -> dict[str, Site]:
     return sites
 
 
-def _sites(source: Source, spec: AdapterSpec, m: np.ndarray) -> Iterator[Site]:
+def _sites(
+    source: Source, path: Path, spec: AdapterSpec, m: np.ndarray
+) -> Iterator[Site]:
     """Yield the sites of a kernel. What the base lacks is "", and noted as missing."""
-    if own := source.own_name(spec.path):
-        yield Site(spec, m, (own,))
+    kernel = "/".join(path)
+    if own := source.own_name(path):
+        yield Site(kernel, spec, m, (own,))
         return
-    layers = itertools.groupby(modules_of(spec, source.known), lambda m: m.index)
+    modules_here = modules_of(kernel, spec, source.known)
+    layers = itertools.groupby(modules_here, lambda module: module.index)
     for layer, (index, group) in enumerate(layers):
         modules = list(group)
         tensors = tuple(source.named(f"{module.name}.weight") for module in modules)
@@ -105,30 +113,33 @@ def _sites(source: Source, spec: AdapterSpec, m: np.ndarray) -> Iterator[Site]:
         shape = tuple(sizes[letter] for letter in axes)
         # One layer at a time: the delta of a whole stack may not fit in memory.
         alone = {"kernel_shape": shape, "axes": axes, "layout": None}
-        yield Site(dataclasses.replace(spec, **alone), m[index], tensors, layer)
+        one = dataclasses.replace(spec, **alone)
+        yield Site(kernel, one, m[index], tensors, layer)
 
 
-def replacements(source: Source, items: Items) -> dict[str, tuple[str, np.ndarray]]:
-    """Return {tensor: name and numbers of the trained array for it}."""
+def replacements(
+    source: Source, trained: dict[Path, Adapter]
+) -> dict[str, tuple[str, np.ndarray]]:
+    """{tensor: name and numbers of the trained array for it}."""
     misfit = "the trained array {!r} of shape {} does not fit {} in the base"
     replaced = {}
-    for array, copy in items:
-        numbers, own = to_numpy(array.name, copy), source.own_name(array.path)
+    for path, adapter in trained.items():
+        name, shape = "/".join(path), adapter.spec.shape
+        numbers, own = to_numpy(name, adapter.m), source.own_name(path)
         # A bias with axes for heads may have the name of its tensor by chance.
-        if own and source.checkpoint.entry(own).shape == array.shape:
-            source.take(own, array.name)
-            replaced[own] = array.name, numbers
+        if own and source.checkpoint.entry(own).shape == shape:
+            source.take(own, name)
+            replaced[own] = name, numbers
             continue
-        for index, part in source.stack(array.name, array.shape, misfit).items():
+        for index, part in source.stack(name, shape, misfit).items():
             layer = part.in_rows(numbers[index])
-            replaced[part.name] = join_index(array.name, index), layer
+            replaced[part.name] = join_index(name, index), layer
     return replaced
 
 
 def merge_checkpoint(
     base: PathLike,
     adapters: Any,
-    plan: Plan,
     out: PathLike,
     names: Names = None,
     *,
@@ -140,16 +151,15 @@ def merge_checkpoint(
     """Merge adapters into a checkpoint that need not fit in memory.
 
     Tensors go from file to file, and memory holds one kernel and its delta. Names,
-    dtypes and tensors without an adapter stay bit for bit the same. Arrays that the
-    plan trains replace their tensors, rounded to nearest. The config, tokenizer and
-    templates beside the base are copied; pickles are not. A local `out` is there whole
-    or not at all.
+    dtypes and tensors without an adapter stay bit for bit the same. Arrays that are
+    trained themselves replace their tensors, rounded to nearest. The config, tokenizer
+    and templates beside the base are copied; pickles are not. A local `out` is there
+    whole or not at all.
 
     Args:
       base: As the path in `load_base`. A kernel is found by its path, joined by "/" or
         ".", or as `<module>.weight` by `names`.
       adapters: The adapters, as `init` makes them.
-      plan: The plan that they follow.
       out: The directory to make, a path or a URL.
       names: As in `load_peft`.
       force: True to replace a checkpoint that is in `out`; an object store's is removed
@@ -179,8 +189,8 @@ def merge_checkpoint(
     written += [path.name for path in checkpoint.beside]
     _files.check_free("out", target, written, force)
     tensors = Source(checkpoint, names, tied=False)
-    sites = sites_of(tensors, adapters, plan)
-    trained = replacements(tensors, trained_items(adapters, plan))
+    sites = sites_of(tensors, adapters)
+    trained = replacements(tensors, trained_in(adapters))
     tensors.check_missing()
 
     @functools.lru_cache(maxsize=1)  # a kernel is compared and then merged

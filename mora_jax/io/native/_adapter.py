@@ -1,7 +1,7 @@
 """Adapters in this library's format, one safetensors file that holds all.
 
-Its metadata hold a text, the config: the plan, what the user wants to keep, and
-digests. The file `CONFIG` beside it is that text again.
+Its metadata hold a text, the config: what the arrays mean, what the user wants to keep,
+and digests. The file `CONFIG` beside it is that text again.
 """
 
 import contextlib
@@ -14,14 +14,21 @@ from typing import Any
 import numpy as np
 
 from mora_jax._common.checks import check_concrete
-from mora_jax._plan.plan import Plan, check_plan
-from mora_jax._plan.spec import SUFFIX
-from mora_jax._tree.adapters import Tree, adapter_items, nest, trained_items
+from mora_jax._common.types import Path as TreePath
+from mora_jax._layer.adapter import Adapter
+from mora_jax._plan.spec import AdapterSpec
 from mora_jax._tree.base_digest import check_base, kernel_digests
-from mora_jax._tree.paths import find_part, named_leaves
+from mora_jax._tree.paths import (
+    Tree,
+    adapters_in,
+    find_array,
+    named_leaves,
+    nest,
+    place_of,
+)
 from mora_jax.io import _files
 from mora_jax.io._files import CONFIG, TENSORS, AdapterFileError, Location, locked
-from mora_jax.io._json import dump, plain, read_json, short
+from mora_jax.io._json import Field, dump, plain, read_json, record_of, short
 from mora_jax.io._tensors import TensorFile, encode, to_jax, to_numpy
 from mora_jax.io.native import _records
 
@@ -31,14 +38,17 @@ FORMAT, KEY = "mora_jax adapter", "mora_jax"
 WHERE = f"the config in {TENSORS}"
 """The name of the config in messages."""
 
+MORE = {"metadata": Field(dict), "tensors_sha256": Field(str)}
+"""What a file holds beside the record of its adapters."""
+
 Content = tuple[dict[str, Any], dict[str, np.ndarray]]
 """The config in a file, and {name: array} of its tensors."""
 
 
 def load(
     directory: _files.PathLike, params_or_shapes: Any = None, *, any_base: bool = False
-) -> tuple[Tree, Plan]:
-    """Return adapters and their plan, as `save` wrote them.
+) -> Tree:
+    """Adapters as `save` wrote them.
 
     PEFT calls this `from_pretrained`. Everything is checked before anything is
     returned, and nothing is filled in.
@@ -50,9 +60,6 @@ def load(
         weights, in float32 or bfloat16.
       any_base: True to accept also other weights than those that the adapter was
         trained on.
-
-    Returns:
-      (adapters, plan). Only the plan says which operators the M's belong to.
 
     Raises:
       io.AdapterFileError: Something is missing, unknown, damaged, of a wrong shape, not
@@ -67,26 +74,26 @@ def load(
       >>> params = {"fc": {"kernel": jnp.ones((8, 8))}}
       >>> plan = mora_jax.plan(params)
       >>> with tempfile.TemporaryDirectory() as directory:
-      ...     mora_jax.save(directory, mora_jax.init(plan), plan)
-      ...     adapters, same = mora_jax.load(directory, params)
-      >>> float(adapters["fc"]["kernel_mora"].sum())
-      0.0
+      ...     mora_jax.save(directory, mora_jax.init(plan))
+      ...     mora_jax.load(directory, params)
+      {'fc': {'kernel_mora': Adapter(rotation, float32[8, 8])}}
     """
     path, kernels = _files.as_path("directory", directory), None
     if params_or_shapes is not None:
         leaves = named_leaves(params_or_shapes)
         kernels = {name: leaf for name, (_, leaf) in leaves.items()}
-    adapters, plan = _restored(*_settled(path), kernels)
+    found = _restored(*_settled(path), kernels)
     if kernels is not None and not any_base:
+        specs = {"/".join(place): adapter.spec for place, adapter in found.items()}
         try:
-            check_base(plan.specs, kernels)
+            check_base(specs, kernels)
         except ValueError as error:
             raise AdapterFileError(f"{TENSORS} in {path}: {error}") from None
-    return adapters, plan
+    return nest({place_of(p, adapter.spec): adapter for p, adapter in found.items()})
 
 
 def read_metadata(directory: _files.PathLike) -> dict[str, Any]:
-    """Return the metadata that `save` was given.
+    """The metadata that `save` was given.
 
     Args:
       directory: As in `load`.
@@ -99,7 +106,7 @@ def read_metadata(directory: _files.PathLike) -> dict[str, Any]:
       >>> import tempfile, jax.numpy as jnp, mora_jax
       >>> plan = mora_jax.plan({"fc": {"kernel": jnp.ones((8, 8))}})
       >>> with tempfile.TemporaryDirectory() as directory:
-      ...     mora_jax.save(directory, mora_jax.init(plan), plan, metadata={"step": 3})
+      ...     mora_jax.save(directory, mora_jax.init(plan), metadata={"step": 3})
       ...     mora_jax.io.read_metadata(directory)
       {'step': 3}
     """
@@ -143,10 +150,7 @@ def _parse(data: bytes) -> Content:
             f"{TENSORS} is not of mora_jax: its metadata must hold {KEY!r} alone, got "
             f"{short(sorted(texts))}; {hint}"
         )
-    more = {"metadata": (dict,), "tensors_sha256": (str,), "sha256": (str,)}
-    content = _records.parse_plan(texts[KEY], FORMAT, more, WHERE, hint)
-    if content["sha256"] != _signature(content):
-        raise AdapterFileError(f"{WHERE} is damaged or edited: its SHA-256 differs")
+    content = _records.parse_record(texts[KEY], FORMAT, MORE, WHERE, hint)
     arrays = file.arrays()
     if content["tensors_sha256"] != _digest(arrays):
         raise AdapterFileError(f"{TENSORS} is damaged: the SHA-256 of tensors differs")
@@ -155,16 +159,20 @@ def _parse(data: bytes) -> Content:
 
 def _restored(
     config: dict[str, Any], arrays: dict[str, np.ndarray], base: _records.Base
-) -> tuple[Tree, Plan]:
-    """Return the adapters that a file holds, and their plan."""
+) -> dict[TreePath, Adapter]:
+    """The adapters that a file holds, by the paths of the base's arrays."""
     if not config["layers"]:
         raise AdapterFileError(f"{WHERE} must have an adapter, got none")
-    plan, leaves = _records.restore_plan(config, WHERE, base, arrays)
+    parts, leaves = _records.restore_parts(config, WHERE, base, arrays)
     if arrays:
         raise AdapterFileError(
             f"{TENSORS} holds {short(sorted(arrays))}; its config knows nothing of it"
         )
-    return nest({path: to_jax("/".join(path), a) for path, a in leaves.items()}), plan
+    found = {}
+    for path, spec in parts.items():
+        place = place_of(path, spec)
+        found[path] = Adapter(to_jax("/".join(place), leaves[place]), spec)
+    return found
 
 
 def is_ours(directory: Location, name: str) -> bool:
@@ -183,16 +191,9 @@ def _digest(arrays: Mapping[str, np.ndarray]) -> str:
     return digest.hexdigest()
 
 
-def _signature(content: Mapping[str, Any]) -> str:
-    """Return the SHA-256 of a config without itself."""
-    signed = {key: value for key, value in content.items() if key != "sha256"}
-    return hashlib.sha256(dump(signed)).hexdigest()
-
-
 def save(
     directory: _files.PathLike,
     adapters: Any,
-    plan: Plan,
     metadata: Mapping[str, Any] | None = None,
     *,
     params: Any = None,
@@ -207,15 +208,14 @@ def save(
     Args:
       directory: As in `load`; made if it does not exist.
       adapters: The adapters, as `init` makes them.
-      plan: The plan that they follow.
       metadata: Values that JSON can hold, for `io.read_metadata`.
       params: The base's params. The file then holds digests of them, and `load` and
-        `merge` refuse another base. By default it keeps the digests in the plan.
+        `merge` refuse another base. By default it keeps the digests of the adapters.
 
     Raises:
       TypeError: JSON cannot hold the metadata, or params are not arrays.
-      ValueError: Adapters or params do not fit the plan, adapters hold NaN or infinity,
-        the plan lacks adapters, or the scheme of a URL is not known.
+      ValueError: Params do not fit the adapters, these hold NaN or infinity, or the
+        scheme of a URL is not known.
       FileExistsError: The directory holds an adapter of another format, such as PEFT's.
       OSError: The file system refuses. The directory is as it was.
       ImportError: As in `load`.
@@ -225,61 +225,71 @@ def save(
       >>> import tempfile, jax.numpy as jnp, mora_jax
       >>> plan = mora_jax.plan({"fc": {"kernel": jnp.ones((8, 8))}})
       >>> with tempfile.TemporaryDirectory() as directory:
-      ...     mora_jax.save(directory, mora_jax.init(plan), plan, metadata={"step": 3})
-      ...     adapters, same = mora_jax.load(directory)
-      >>> adapters["fc"]["kernel_mora"].shape, same == plan
-      ((8, 8), True)
+      ...     mora_jax.save(directory, mora_jax.init(plan), metadata={"step": 3})
+      ...     adapters = mora_jax.load(directory)
+      >>> adapters["fc"]["kernel_mora"].spec == plan["fc/kernel"]
+      True
     """
     path = _files.as_path("directory", directory)
     _refuse_foreign_adapter(path)
-    replace_adapter(path, adapters, plan, metadata, params)
+    replace_adapter(path, adapters, metadata, params)
 
 
 def replace_adapter(
-    directory: Location, adapters: Any, plan: Plan, metadata: Any, params: Any = None
+    directory: Location, adapters: Any, metadata: Any, params: Any = None
 ) -> None:
     """Do the same as `save`, also where the adapter of another format is."""
     if metadata is not None and not isinstance(metadata, Mapping):
         raise TypeError(f"metadata must map names to JSON, got {short(metadata)}")
-    kept = plain(metadata or {}, "metadata")
+    kept, found = plain(metadata or {}, "metadata"), adapters_in(adapters)
     if params is not None:
-        plan = _with_digests(check_plan(plan), params)
-    tensors, config = _encode(adapters, plan, kept)
+        found |= _with_digests(found, params)
+    tensors, config = _encode(found, kept)
     # Nothing is written that cannot be read.
-    _restored(*_parse(tensors), _records.shapes_of(plan))
+    parts = {path: adapter.spec for path, adapter in found.items()}
+    _restored(*_parse(tensors), _records.arrays_of(parts))
     _files.replace_files(directory, tensors, config)
 
 
-def _encode(adapters: Any, plan: Plan, metadata: dict[str, Any]) -> tuple[bytes, bytes]:
-    """Return the content of the file, and its config with the user's `metadata`."""
+def _encode(
+    found: Mapping[TreePath, Adapter], metadata: dict[str, Any]
+) -> tuple[bytes, bytes]:
+    """The content of the file, and its config with the user's `metadata`."""
     arrays: dict[str, np.ndarray] = {}
-    items = adapter_items(adapters, plan)
-    content = _records.record_of(plan, _records.PLAN)
-    for (spec, m), layer in zip(items, content["layers"], strict=True):
-        name = f"{spec.name}{SUFFIX}"
-        arrays[name] = to_numpy(name, m)
-        layer["dtype"] = arrays[name].dtype.name
-        if spec.operator.given:
-            fields = spec.operator.arrays
+    # An M is stored as it is, whatever dtype its spec would give a new one.
+    parts: dict[TreePath, Any] = {}
+    dtypes = []
+    for path, adapter in sorted(found.items()):
+        spec, name = adapter.spec, "/".join(place_of(path, adapter.spec))
+        arrays[name], parts[path] = to_numpy(name, adapter.m), spec
+        if isinstance(spec, AdapterSpec):
+            dtypes.append(arrays[name].dtype.name)
+            fields = spec.operator.arrays if spec.operator.given else ()
             arrays |= {f"{name}/{f}": getattr(spec.operator, f) for f in fields}
-    for array, copy in trained_items(adapters, plan):
-        arrays[array.name] = to_numpy(array.name, copy)
+    content = record_of(parts, _records.PARTS)
+    for layer, dtype in zip(content["layers"], dtypes, strict=True):
+        layer["dtype"] = dtype
     content |= {"format": FORMAT, "metadata": metadata}
     content["tensors_sha256"] = _digest(arrays)
-    content["sha256"] = _signature(content)
+    content["sha256"] = _records.signature(content)
     config = dump(content)
     return encode(arrays, {KEY: config.decode()}), config
 
 
-def _with_digests(plan: Plan, params: Any) -> Plan:
-    """Return the plan with digests of the base's kernels."""
-    leaves, specs = named_leaves(params), []
-    for spec in plan.specs:
-        _, kernel = find_part(leaves, spec)
-        check_concrete(kernel, f"{spec.name} in params", spec.kernel_shape)
-        digests = kernel_digests(spec, kernel)
-        specs.append(dataclasses.replace(spec, base_digest=digests))
-    return dataclasses.replace(plan, specs=tuple(specs))
+def _with_digests(
+    found: Mapping[TreePath, Adapter], params: Any
+) -> dict[TreePath, Adapter]:
+    """The adapters of kernels with digests of these."""
+    leaves, known = named_leaves(params), {}
+    for path, adapter in found.items():
+        spec = adapter.spec
+        if isinstance(spec, AdapterSpec):
+            _, kernel = find_array(leaves, path, spec)
+            check_concrete(kernel, f"{'/'.join(path)} in params", spec.kernel_shape)
+            digest = kernel_digests(spec, kernel)
+            spec = dataclasses.replace(spec, base_digest=digest)
+            known[path] = adapter.replace(spec=spec)
+    return known
 
 
 def _refuse_foreign_adapter(directory: Location) -> None:

@@ -1,6 +1,12 @@
-"""A plan and its adapters as records in JSON, and back."""
+"""Adapters and plans as records in JSON, and back.
 
+The tables of fields say what files hold. A field that a later version adds has a
+default, for the files that lack it, and the version that added it (see `Field`).
+"""
+
+import dataclasses
 import functools
+import hashlib
 import json
 import math
 import re
@@ -16,11 +22,19 @@ from mora_jax._common.axes import check_axes, features, sizes
 from mora_jax._common.checks import LEAVE_OUT, check_finite, check_leaf
 from mora_jax._common.suggestions import lacking
 from mora_jax._common.types import Path
-from mora_jax._plan.plan import Plan, check_plan, refuse_other_plan
-from mora_jax._plan.settings import SETTINGS
-from mora_jax._plan.spec import SUFFIX, AdapterSpec, TrainedArray, operator_settings
+from mora_jax._plan.settings import AdapterSettings
+from mora_jax._plan.spec import (
+    SUFFIX,
+    AdapterSpec,
+    Spec,
+    TrainedArray,
+    check_same,
+    operator_settings,
+)
+from mora_jax._tree.paths import place_of
+from mora_jax._tree.plan import Parts, Plan, check_plan, refuse_other_kernels
 from mora_jax.io._files import AdapterFileError
-from mora_jax.io._json import Fields, check_record, dump, parse, short
+from mora_jax.io._json import Field, Fields, dump, parse, read_record, record_of, short
 from mora_jax.operators import Operator, Subspace, make_operator
 
 FORMAT, VERSION = "mora_jax plan", 1
@@ -29,36 +43,54 @@ FORMAT, VERSION = "mora_jax plan", 1
 LARGEST_WIDTH, LARGEST_ARRAY = 2**22, 2**28
 """The most features on a side of a kernel, and numbers in an array, of a file alone."""
 
+Part = tuple[Path, Any]
+"""The path of an array of the base, and the meaning of what is trained for it."""
+
+SETTINGS: Fields = {
+    field.name: Field(
+        object, lambda s, n=field.name: s[n], field.default, field.metadata["since"]
+    )
+    for field in dataclasses.fields(AdapterSettings)
+}
+"""The settings of an adapter, whose values are checked by `AdapterSettings`."""
+
 LAYER: Fields = {
-    "path": (list, lambda spec: list(spec.path)),
-    "kernel_shape": (list, lambda spec: list(spec.kernel_shape)),
-    "axes": (str, lambda spec: spec.axes),
-    "operator": (dict, lambda spec: operator_settings(spec.operator)),
-    "operator_check": (list, lambda spec: fingerprint(spec.operator)),
-    "square_rank": (int, lambda spec: spec.operator.square_rank),
-    "settings": (dict, lambda spec: spec.to_json()),
-    "dtype": (str, lambda spec: jnp.dtype(spec.param_dtype).name),
-    "base_digest": (object, lambda spec: spec.base_digest and list(spec.base_digest)),
+    "path": Field(list, lambda part: list(part[0])),
+    "kernel_shape": Field(list, lambda part: list(part[1].kernel_shape)),
+    "axes": Field(str, lambda part: part[1].axes),
+    "operator": Field(dict, lambda part: operator_settings(part[1].operator)),
+    "operator_check": Field(list, lambda part: fingerprint(part[1].operator)),
+    "square_rank": Field(int, lambda part: part[1].operator.square_rank),
+    "settings": Field(dict, lambda part: record_of(part[1].to_json(), SETTINGS)),
+    "dtype": Field(str, lambda part: jnp.dtype(part[1].param_dtype).name),
+    "base_digest": Field(
+        object, lambda part: part[1].base_digest and list(part[1].base_digest), None
+    ),
+    "rank": Field(object, lambda part: part[1].rank, None),
 }
 """The record of an adapter; its `dtype` is the one that M has in the file."""
 
 TRAINED: Fields = {
-    "path": (list, lambda array: list(array.path)),
-    "shape": (list, lambda array: list(array.shape)),
-    "dtype": (str, lambda array: jnp.dtype(array.dtype).name),
-    "base_dtype": (str, lambda array: jnp.dtype(array.base_dtype).name),
+    "path": Field(list, lambda part: list(part[0])),
+    "shape": Field(list, lambda part: list(part[1].shape)),
+    "dtype": Field(str, lambda part: jnp.dtype(part[1].dtype).name),
+    "base_dtype": Field(str, lambda part: jnp.dtype(part[1].base_dtype).name),
 }
 """The record of an array that trains itself."""
 
-PLAN: Fields = {
-    "format_version": (int, lambda plan: VERSION),
-    "library_version": (str, lambda plan: version("mora-jax")),
-    "base_parameters": (int, lambda plan: plan.base_parameters),
-    "traced": (bool, lambda plan: plan.traced),
-    "layers": (list, lambda plan: [record_of(s, LAYER) for s in plan.specs]),
-    "trained": (list, lambda plan: [record_of(a, TRAINED) for a in plan.trained]),
+PARTS: Fields = {
+    "format_version": Field(int, lambda parts: VERSION),
+    "library_version": Field(str, lambda parts: version("mora-jax")),
+    "layers": Field(list, lambda parts: _records_of(parts, AdapterSpec, LAYER)),
+    "trained": Field(list, lambda parts: _records_of(parts, TrainedArray, TRAINED)),
 }
-"""The record of a plan, beside its `format`."""
+"""The record of adapters, beside its `format`."""
+
+PLAN: Fields = {
+    "base_parameters": Field(int, lambda plan: plan.base_parameters),
+    "traced": Field(bool, lambda plan: plan.traced),
+}
+"""What the record of a plan has beside that of its adapters."""
 
 Base = Mapping[str, Any] | None
 """{path: array or shape} of the model that a file must fit; None for any model."""
@@ -69,15 +101,21 @@ Arrays = dict[str, np.ndarray] | None
 """{name: array} of a file; None for a plan alone."""
 
 
-def record_of(thing: Any, fields: Fields) -> dict[str, Any]:
-    """Return an object as a record that JSON can hold."""
-    return {key: get(thing) for key, (_, get) in fields.items()}
+def _records_of(parts: Parts, kind: type, fields: Fields) -> list[dict[str, Any]]:
+    of_kind = (part for part in parts.items() if isinstance(part[1], kind))
+    return [record_of(part, fields) for part in of_kind]
 
 
-def parse_plan(
+def signature(content: Record) -> str:
+    """The SHA-256 of a record without itself, in hexadecimal."""
+    signed = {key: value for key, value in content.items() if key != "sha256"}
+    return hashlib.sha256(dump(signed)).hexdigest()
+
+
+def parse_record(
     text: str, name: str, more: Fields, where: str, hint: str
 ) -> dict[str, Any]:
-    """Return the record of a plan in the format `name`, which also holds `more`.
+    """The record of parts in the format `name`, which also holds `more` fields.
 
     Messages call the text `where`, and `hint` says what else to do with others.
     """
@@ -93,48 +131,63 @@ def parse_plan(
             f"format_version of {where} must be {VERSION}, got {short(written)}: "
             "another mora_jax is needed for other versions, such as a newer one"
         )
-    return check_record(content, {"format": (str,), **PLAN, **more}, where)
+    fields = {"format": Field(str), **PARTS, **more, "sha256": Field(str)}
+    record = read_record(content, fields, where, content.get("library_version"))
+    if record["sha256"] != signature(content):
+        raise AdapterFileError(f"{where} is damaged or edited: its SHA-256 differs")
+    return record
 
 
-def restore_plan(
+def restore_parts(
     content: Record, where: str, base: Base, arrays: Arrays
-) -> tuple[Plan, dict[Path, np.ndarray]]:
-    """Return the plan of a record, and {path: array} of what is trained.
+) -> tuple[dict[Path, Spec], dict[Path, np.ndarray]]:
+    """What a record says of each trained array, and {path: array} of the arrays.
 
-    Messages call the record `where`, and name the layer. What belongs to the plan is
-    taken out of `arrays`, the file's; None stands for a plan alone.
+    Messages call the record `where`, and name the layer. What belongs to it is taken
+    out of `arrays`, the file's; None stands for a plan alone.
     """
-    if (count := content["base_parameters"]) < 1:
-        raise AdapterFileError(
-            f"base_parameters of {where} must be a positive integer, got {short(count)}"
-        )
+    parts: dict[Path, Spec] = {}
     leaves: dict[Path, np.ndarray] = {}
-    parts: dict[str, dict[str, Any]] = {"layers": {}, "trained": {}}
-    for key, kind, suffix, fields, undo in (
-        ("layers", "kernel", SUFFIX, LAYER, _restore_adapter),
-        ("trained", "array", "", TRAINED, _restore_trained),
+    writer = content["library_version"]
+    for key, kind, fields, undo in (
+        ("layers", AdapterSpec, LAYER, _restore_adapter),
+        ("trained", TrainedArray, TRAINED, _restore_trained),
     ):
-        for number, record in enumerate(content[key]):
+        names = set()
+        for number, written in enumerate(content[key]):
             here = f"{key}[{number}] of {where}"
-            path = check_record(record, fields, here)["path"]
+            record = read_record(written, fields, here, writer)
             # A user may write the tree as directories, where ".." is above it.
-            if not path or not all(isinstance(p, str) and p.strip(".") for p in path):
+            names_of_path = record["path"]
+            if not names_of_path or not all(
+                isinstance(p, str) and p.strip(".") for p in names_of_path
+            ):
                 must = f"{here} must have a path of names"
-                raise AdapterFileError(f"{must}, got {short(path)}")
-            if (name := "/".join(path)) in parts[key]:
+                raise AdapterFileError(f"{must}, got {short(names_of_path)}")
+            path, name = tuple(names_of_path), "/".join(names_of_path)
+            if name in names:
                 raise AdapterFileError(f"{here} is {name!r}, which is there twice")
+            names.add(name)
+            place = "/".join(_place(path, kind))
             try:
-                array = _take(arrays, name + suffix)
+                array = _take(arrays, place)
                 if base is not None and name not in base:
+                    what = "kernel" if kind is AdapterSpec else "array"
                     why = lacking(name, base)
-                    raise ValueError(f"the model has no such {kind}{why}")
-                parts[key][name] = undo(record, array, base and base[name], arrays)
+                    raise ValueError(f"the model has no such {what}{why}")
+                given = {"written": written, "writer": writer, "arrays": arrays}
+                spec = undo(record, place, array, base and base[name], **given)
             except (TypeError, ValueError, OverflowError) as error:
                 raise AdapterFileError(f"{name} of {where}: {error}") from error
+            parts[path] = spec
             if array is not None:
-                leaves[*path[:-1], path[-1] + suffix] = array
-    specs, trained = (tuple(named.values()) for named in parts.values())
-    return Plan(specs, count, content["traced"], trained=trained), leaves
+                leaves[place_of(path, spec)] = array
+    return parts, leaves
+
+
+def _place(path: Path, kind: type) -> Path:
+    """The path of what is trained for the base's array at `path`."""
+    return (*path[:-1], path[-1] + SUFFIX) if kind is AdapterSpec else path
 
 
 def _take(arrays: Arrays, name: str) -> np.ndarray | None:
@@ -148,12 +201,19 @@ def _take(arrays: Arrays, name: str) -> np.ndarray | None:
 
 
 def _restore_adapter(
-    record: Record, m: np.ndarray | None, kernel: Any, arrays: Arrays
+    record: Record,
+    place: str,
+    m: np.ndarray | None,
+    kernel: Any,
+    *,
+    written: Record,
+    writer: str,
+    arrays: Arrays,
 ) -> AdapterSpec:
-    """Return the adapter of a record whose trained array is `m`, everything checked.
+    """The adapter of a record whose trained array is `m`, everything checked.
 
     Without arrays `m` is None, and for any model `kernel` is. An operator that no
-    settings determine takes its own out of `arrays`.
+    settings determine takes its own out of `arrays`, behind its `place`.
     """
     shape, q = tuple(record["kernel_shape"]), record["square_rank"]
     if not all(type(size) is int and size > 0 for size in shape):
@@ -168,27 +228,34 @@ def _restore_adapter(
     if digests is not None and not (listed and len(digests) == stack):
         must = f"base_digest must be null or {stack} times 64 hex digits"
         raise ValueError(f"{must}, got {short(digests)}")
+    if (rank := record["rank"]) is not None and not (type(rank) is int and rank > 0):
+        raise ValueError(f"rank must be null or a positive integer, got {short(rank)}")
+    settings = read_record(record["settings"], SETTINGS, "settings", writer)
     spec = AdapterSpec(
-        _operator(record, (*widths, q), arrays),
+        _operator(record, (*widths, q), place, writer, arrays),
         kernel_shape=shape,
         axes=axes,
-        path=tuple(record["path"]),
         base_digest=digests and tuple(digests),
-        **{n: v for n, v in record["settings"].items() if n in SETTINGS},
+        rank=rank,
+        **settings,
     )
     if m is not None:
         check_leaf(m, "M", spec.shape)
-    expected = record_of(spec, LAYER)
-    _check_same(record, expected if m is None else expected | {"dtype": m.dtype.name})
+    path = tuple(record["path"])
+    expected = {key: field.get((path, spec)) for key, field in LAYER.items()}
+    _check_same(written, expected if m is None else expected | {"dtype": m.dtype.name})
     return spec
 
 
 def _check_same(record: Record, expected: Record) -> None:
-    """Raise unless a record is the one that its own spec has."""
-    for key, value in expected.items():
+    """Raise unless what a record says is what the record of its own spec would say."""
+    for key, value in record.items():
+        own = expected[key]
+        if isinstance(value, dict):  # of settings, each of which may be absent
+            own = {name: own[name] for name in value if name in own}
         # Texts are compared, since True == 1 == 1.0.
-        if key != "operator_check" and dump(value) != dump(record[key]):
-            raise ValueError(f"{key} must be {value!r}, got {short(record[key])}")
+        if key != "operator_check" and dump(own) != dump(value):
+            raise ValueError(f"{key} must be {own!r}, got {short(value)}")
     stored, here = record["operator_check"], expected["operator_check"]
     # Chips round differently; other random numbers differ by more.
     there = np.array(stored, np.float64)
@@ -215,15 +282,24 @@ def _check_size(widths: tuple[int, int], q: int, seeded: bool, has_array: bool) 
         )
 
 
-def _operator(record: Record, widths: tuple[int, int, int], arrays: Arrays) -> Operator:
-    """Return the operator of (in, out, q)."""
+def _operator(
+    record: Record,
+    widths: tuple[int, int, int],
+    place: str,
+    writer: str,
+    arrays: Arrays,
+) -> Operator:
+    """The operator of (in, out, q)."""
     settings = dict(record["operator"])
     if settings.get("name") == Subspace.name:
-        m = "/".join(record["path"]) + SUFFIX
-        given: Any = {key: _take(arrays, f"{m}/{key}") for key in Subspace.arrays}
+        given: Any = {key: _take(arrays, f"{place}/{key}") for key in Subspace.arrays}
         return Subspace(*widths, **given)
     seed = settings.pop("seed", 0)
-    return make_operator(settings, *widths, seed=seed)
+    try:
+        return make_operator(settings, *widths, seed=seed)
+    except ValueError as error:
+        hint = f"the file is of mora_jax {short(writer)}, which may know more"
+        raise ValueError(f"{error} ({hint})") from None
 
 
 def fingerprint(operator: Operator) -> list[float]:
@@ -248,33 +324,39 @@ def _fingerprint(operator: Operator) -> tuple[float, ...]:
     return tuple(float(f"{terms[k::4].sum():.5g}") for k in range(4))
 
 
-def _restore_trained(record: Record, array: Any, own: Any, _: Any) -> TrainedArray:
+def _restore_trained(
+    record: Record, place: str, array: Any, own: Any, *, written: Record, **_: Any
+) -> TrainedArray:
     shape, dtypes = tuple(record["shape"]), (record["dtype"], record["base_dtype"])
     if not all(type(size) is int and size >= 0 for size in shape):
         raise ValueError(f"shape must be integers, got {short(shape)}")
-    trained = TrainedArray(tuple(record["path"]), shape, *dtypes)
-    if dump(record_of(trained, TRAINED)) != dump(record):
+    trained = TrainedArray(shape, *dtypes)
+    expected = record_of((tuple(record["path"]), trained), TRAINED)
+    if dump({key: expected.get(key) for key in written}) != dump(written):
         raise ValueError(f"its dtypes must be names of dtypes, got {short(dtypes)}")
     if own is not None:
-        check_leaf(own, f"{trained.name} in the model", shape)
+        check_leaf(own, f"{place} in the model", shape)
     if array is not None:
-        check_leaf(array, f"{trained.name} in the file", shape)
+        check_leaf(array, f"{place} in the file", shape)
     return trained
 
 
-def shapes_of(plan: Plan) -> dict[str, jax.ShapeDtypeStruct]:
-    """Return the base that a plan was made for, as far as the plan knows it."""
-    shape = jax.ShapeDtypeStruct
-    kernels = {spec.name: shape(spec.kernel_shape, jnp.float32) for spec in plan.specs}
-    return kernels | {a.name: shape(a.shape, a.dtype) for a in plan.trained}
+def arrays_of(parts: Parts) -> dict[str, jax.ShapeDtypeStruct]:
+    """{path: shape} of the base's arrays that belong to what is trained."""
+    shape, found = jax.ShapeDtypeStruct, {}
+    for path, spec in parts.items():
+        is_kernel = isinstance(spec, AdapterSpec)
+        size = spec.kernel_shape if is_kernel else spec.shape
+        found["/".join(path)] = shape(size, jnp.float32 if is_kernel else spec.dtype)
+    return found
 
 
 def plan_to_json(plan: Plan) -> str:
-    """Return a plan as JSON, for `plan_from_json`.
+    """A plan as JSON, for `plan_from_json`.
 
-    Adapters are only numbers, which mean another delta with another operator, seed or
-    alpha. `save` stores the plan with them. If another library stores them (Orbax,
-    Tunix), keep this text in the checkpoint's metadata.
+    Files of `save` hold what their adapters mean. Where another library stores the
+    arrays alone (Orbax, Tunix), keep this text in the checkpoint's metadata: with the
+    plan of it `plan.adapters(tree)` makes adapters of them again.
 
     Raises:
       TypeError: `plan` is not a plan.
@@ -288,24 +370,24 @@ def plan_to_json(plan: Plan) -> str:
       >>> mora_jax.io.plan_from_json(text) == plan
       True
     """
-    for spec in check_plan(plan).specs:
+    for name, spec in check_plan(plan).items():
         if spec.operator.given:
             raise ValueError(
-                f"{spec.name}: JSON cannot hold the directions of a "
-                f"{spec.operator.name}; keep the plan with mora_jax.save"
+                f"{name}: JSON cannot hold the directions of a {spec.operator.name}; "
+                "keep its adapters with mora_jax.save"
             )
-    content = {"format": FORMAT} | record_of(plan, PLAN)
-    return dump(content | {"digest": plan.digest()}).decode()
+    content = {"format": FORMAT} | record_of(plan.parts, PARTS) | record_of(plan, PLAN)
+    return dump(content | {"sha256": signature(content)}).decode()
 
 
 def plan_from_json(text: str, like: Plan | None = None) -> Plan:
-    """Return the plan that `plan_to_json` wrote.
+    """The plan that `plan_to_json` wrote.
 
-    The plan lacks a layout on a mesh: see `sharding.plan_on_mesh`.
+    It lacks a layout on a mesh: see `sharding.on_mesh`.
 
     Args:
       text: The text that `plan_to_json` returned.
-      like: The plan of the model that the adapters are for; None for any model.
+      like: The plan of the model that the arrays are for; None for any model.
 
     Raises:
       TypeError: `text` is not a string, or `like` is not a plan.
@@ -325,15 +407,20 @@ def plan_from_json(text: str, like: Plan | None = None) -> Plan:
     if not isinstance(text, str):
         raise TypeError(f"text must be a str, got {type(text).__name__}")
     where, hint = "the plan", "io.plan_to_json writes it"
-    content = parse_plan(text, FORMAT, {"digest": (str,)}, where, hint)
+    content = parse_record(text, FORMAT, PLAN, where, hint)
+    if (count := content["base_parameters"]) < 0:
+        raise AdapterFileError(
+            f"base_parameters of {where} must be an integer from 0 on, got {count}"
+        )
     # With a model, operators are made only for its shapes.
-    base = None if like is None else shapes_of(check_plan(like, "like"))
-    plan, _ = restore_plan(content, where, base, None)
-    if plan.digest() != content["digest"]:
-        raise AdapterFileError("the plan is damaged or edited: its digest differs")
+    base = None if like is None else arrays_of(check_plan(like, "like").parts)
+    parts, _ = restore_parts(content, where, base, None)
     if like is not None:
         try:
-            refuse_other_plan(plan, like)
+            refuse_other_kernels(parts, like)
+            for path, spec in parts.items():
+                if isinstance(spec, AdapterSpec):
+                    check_same("/".join(path), spec, like.specs[path])
         except ValueError as error:
             raise AdapterFileError(str(error)) from error
-    return plan
+    return Plan(parts, count, content["traced"])

@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 from mora_jax._common.checks import check_choice
 from mora_jax._layer.rounding import Rounding
-from mora_jax._plan.plan import Plan, check_plan
+from mora_jax._tree.paths import kernels_in, trained_in
 from mora_jax.io._files import ADAPTER, PathLike, as_path, check_free
 from mora_jax.io._names import Names, modules_of, pairs
 from mora_jax.io.checkpoints._checkpoint import Checkpoint
@@ -41,7 +41,6 @@ class Export(NamedTuple):
 def export(
     directory: PathLike,
     adapters: Any,
-    plan: Plan,
     server: Server,
     names: Names = None,
     *,
@@ -56,13 +55,12 @@ def export(
     """Write adapters as what vLLM or SGLang serves best, and say how.
 
     That is a LoRA as `save_peft_lora` writes it with `rank="auto"`. Where that takes
-    more than rank 512, the plan trains arrays of the base, or `base` shows that an
-    adapted embedding is also the head, it is the base with the adapters merged in.
+    more than rank 512, arrays of the base are trained themselves, or `base` shows that
+    an adapted embedding is also the head, it is the base with the adapters merged in.
 
     Args:
       directory: The directory to make, a path or a URL.
       adapters: As in `save_peft_lora`.
-      plan: As in `save_peft_lora`.
       server: "vllm" or "sglang".
       names: As in `save_peft_lora`.
       base: The base's safetensors, for adapters that have to be merged. A base that has
@@ -81,7 +79,7 @@ def export(
       AdapterFileError, OSError: As `merge_checkpoint`.
     """
     check_choice("server", server, get_args(Server))
-    check_plan(plan)
+    trained = [*map("/".join, trained_in(adapters))]
     path = as_path("directory", directory)
     if not force:
         check_free("directory", path, ADAPTER, force)  # before minutes are spent
@@ -90,12 +88,12 @@ def export(
         source = as_path("base", base)
         model = str(source.parent if source.is_file() else source)
     model = model or "<BASE: its directory, or its name on the Hub>"
-    if plan.trained:
-        why = f"{plan.trained[0].name} trains itself, which a LoRA cannot hold, so"
-    elif base is not None and _is_tied(base, plan, names):
+    if trained:
+        why = f"{trained[0]} trains itself, which a LoRA cannot hold, so"
+    elif base is not None and _is_tied(base, adapters, names):
         why = ""  # the base is known
     else:
-        matrices, lost = make_lora(adapters, plan, names, "auto", max_error)
+        matrices, lost = make_lora(adapters, names, "auto", max_error)
         worst, *_, rank, _, _ = max(matrices, key=lambda pair: pair.rank)
         if len({pair.factor for pair in matrices}) > 1:
             # vLLM has one lora_alpha / r for all modules: 1, with the rest in B.
@@ -112,14 +110,15 @@ def export(
     if base is None:
         raise ValueError(f"{why} base must be given, to merge into it, got None")
     settings = {"any_base": any_base, "rounding": rounding, "progress": progress}
-    lost = merge_checkpoint(base, adapters, plan, path, names, force=force, **settings)
+    lost = merge_checkpoint(base, adapters, path, names, force=force, **settings)
     return Export(None, lost, _command(server, str(path)))
 
 
-def _is_tied(base: PathLike, plan: Plan, names: Names) -> bool:
+def _is_tied(base: PathLike, adapters: Any, names: Names) -> bool:
     """Return True if an adapted embedding is the head, too, which a LoRA would miss."""
     known = pairs(names)
-    named = [module for spec in plan.specs for module in modules_of(spec, known)]
+    kernels = (("/".join(p), a.spec) for p, a in kernels_in(adapters).items())
+    named = [module for kernel in kernels for module in modules_of(*kernel, known)]
     tables = [f"{module.name}.weight" for module in named if module.table]
     # A base that nothing is merged into need not be of safetensors.
     source = Source(Checkpoint(base), names) if tables else None

@@ -35,14 +35,14 @@ class MatrixPair(NamedTuple):
 
 
 def rows_looked_up(
-    spec: AdapterSpec, module: str, a: np.ndarray, b: np.ndarray, here: str
+    name: str, spec: AdapterSpec, module: str, a: np.ndarray, b: np.ndarray, here: str
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return A and B of an embedding for its kernel, or the other way round.
 
     A warning of heads that are tied to it ends with what happens to them `here`.
     """
     warn(
-        f"{spec.name}: PEFT and servers adapt the lookup of {module}, and not a head "
+        f"{name}: PEFT and servers adapt the lookup of {module}, and not a head "
         f"that is tied to it; {here}"
     )
     outputs_first = spec.axes.strip("s").startswith("o")

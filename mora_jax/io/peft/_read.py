@@ -12,13 +12,13 @@ import numpy as np
 
 from mora_jax._common.checks import check_finite
 from mora_jax._common.suggestions import nearest_paths
-from mora_jax._common.types import Shape
+from mora_jax._common.types import Path, Shape
 from mora_jax._flax.planning import plan
-from mora_jax._plan.plan import Plan
+from mora_jax._layer.adapter import Adapter
 from mora_jax._plan.settings import AdapterSettings, MoRAConfig
 from mora_jax._plan.spec import AdapterSpec, TrainedArray
-from mora_jax._tree.adapters import Tree, nest
-from mora_jax._tree.paths import adapter_path, named_leaves
+from mora_jax._tree.paths import Tree, named_leaves, nest, place_of
+from mora_jax._tree.plan import Plan
 from mora_jax.io import _files
 from mora_jax.io._files import CONFIG, TENSORS, AdapterFileError, read_bytes
 from mora_jax.io._json import read_json, short
@@ -36,12 +36,12 @@ ByIndex = dict[Shape, MatrixPair]
 
 def load_peft(
     directory: _files.PathLike, model: Plan | Any = None, names: Names = None
-) -> tuple[Tree, Plan]:
+) -> Tree:
     """Read a LoRA of Hugging Face PEFT, or what the paper's authors' code saved.
 
     A LoRA has the operator "low_rank" at its own rank, and an alpha of `lora_alpha / r`
-    (with rsLoRA, `lora_alpha / sqrt(r)`). `modules_to_save` are trained arrays of the
-    plan. The reference's adapters (peft-mora) have the operators of
+    (with rsLoRA, `lora_alpha / sqrt(r)`). `modules_to_save` are arrays that are trained
+    themselves. The reference's adapters (peft-mora) have the operators of
     `reference_operator`, and an alpha of 1. DoRA and other types are refused.
 
     Args:
@@ -58,35 +58,32 @@ def load_peft(
         `"mlp/{name}/kernel[{layer}]"` for a stacked kernel. None tries all families.
 
     Returns:
-      (adapters, plan).
+      Adapters, which have the factor and the rank of their modules.
 
     Raises:
       AdapterFileError: The files are damaged or of another type, or do not fit the
         model.
     """
-    path = _files.as_path("directory", directory)
-    config = checked(read_json(path / CONFIG))
+    path_of = _files.as_path("directory", directory)
+    config, file = checked(read_json(path_of / CONFIG)), path_of / TENSORS
     if config["use_mora"] and model is None:
-        raise AdapterFileError(f"the base is needed: {path} lacks the sizes of kernels")
-    arrays = TensorFile(path / TENSORS, read_bytes(path / TENSORS)).arrays()
+        why = f"{path_of} lacks the sizes of kernels"
+        raise AdapterFileError(f"the base is needed: {why}")
+    arrays = TensorFile(file, read_bytes(file)).arrays()
     modules, others = modules_in(arrays, config)
     kernels = _kernels(modules, model, names)
-    template, specs, adapters = _template(model, kernels), [], {}
-    for spec in template.specs:
-        if spec.name in kernels:
+    adapters: dict[Path, Adapter] = {}
+    for path, spec in _template(model, kernels).specs.items():
+        if (name := "/".join(path)) in kernels:
             try:
-                spec, m = _adapter_of(spec, kernels[spec.name], config)
+                spec, m = _adapter_of(name, spec, kernels[name], config)
             except ValueError as error:
-                raise AdapterFileError(f"{spec.name} in {TENSORS}: {error}") from error
-            specs.append(spec)
-            adapters[adapter_path(spec)] = to_jax(spec.name, m)
-    trained: dict[TrainedArray, jax.Array] = {}
+                raise AdapterFileError(f"{name} in {TENSORS}: {error}") from error
+            adapters[place_of(path, spec)] = Adapter(to_jax(name, m), spec)
     if others:
-        source = Source(Checkpoint(path / TENSORS), names, tied=False)
-        trained = dict(_trained(source, model, others, kernels))
-    adapters |= {array.path: copy for array, copy in trained.items()}
-    numbers = template.base_parameters, template.traced
-    return nest(adapters), Plan(tuple(specs), *numbers, trained=tuple(trained))
+        source = Source(Checkpoint(file), names, tied=False)
+        adapters |= dict(_trained(source, model, others, kernels))
+    return nest(adapters)
 
 
 def _kernels(modules: list[MatrixPair], model: Any, names: Names) -> dict[str, ByIndex]:
@@ -144,7 +141,7 @@ def _template(model: Any, kernels: Mapping[str, ByIndex]) -> Plan:
 
 
 def _adapter_of(
-    spec: AdapterSpec, by_index: ByIndex, config: Mapping[str, Any]
+    name: str, spec: AdapterSpec, by_index: ByIndex, config: Mapping[str, Any]
 ) -> tuple[AdapterSpec, np.ndarray]:
     """Return the spec of a kernel's adapter, and the array that it trains."""
     # A layer of a LoRA's kernel may be several modules, each with some of the outputs.
@@ -157,7 +154,7 @@ def _adapter_of(
     for pair in (by_index[place] for place in np.ndindex(places)):
         module, table, a, b, rank, *_ = pair
         if table:
-            a, b = rows_looked_up(spec, module, a, b, "here both change")
+            a, b = rows_looked_up(name, spec, module, a, b, "here both change")
         left, right = (widths[0], rank), (rank, widths[1])
         if mora_type:
             left = right = (reference_square_rank(mora_type, *widths, rank),) * 2
@@ -205,11 +202,13 @@ def _low_rank(modules: list[MatrixPair], parts: int) -> list[np.ndarray]:
 
 def _trained(
     source: Source, model: Any, tensors: list[str], kernels: Collection[str]
-) -> Iterator[tuple[TrainedArray, jax.Array]]:
+) -> Iterator[tuple[Path, Adapter]]:
     """Yield the arrays that the file has whole, which are the model's of such names."""
     leaves: dict[str, Any] = {}
     if isinstance(model, Plan):
-        leaves = {a.name: (a.path, a) for a in model.trained}
+        parts = model.parts.items()
+        trained = {p: a for p, a in parts if isinstance(a, TrainedArray)}
+        leaves = {"/".join(path): (path, a) for path, a in trained.items()}
     elif model is not None:
         leaves = named_leaves(model)
     misfit = "{!r} of shape {} does not fit {} in " + TENSORS
@@ -222,8 +221,8 @@ def _trained(
         part = next(iter(stack.values()))
         dtype = part.file.dtype(part.name)
         base_dtype = getattr(leaf, "base_dtype", leaf.dtype)
-        array = TrainedArray(path, shape, dtype, base_dtype)
-        yield array, Leaf(shape, dtype, None, stack).read()
+        spec = TrainedArray(shape, dtype, base_dtype)
+        yield path, Adapter(Leaf(shape, dtype, None, stack).read(), spec)
     if left := [name for name in tensors if name not in source.taken]:
         raise AdapterFileError(
             f"{TENSORS} has {short(left[0])}, an array that was trained whole, and the "

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from mora_jax._common.checks import check_number, positive_integer
-from mora_jax._plan.plan import Plan
-from mora_jax._plan.spec import AdapterSpec, refuse_trained
-from mora_jax._tree.adapters import adapter_items, trained_items
+from mora_jax._layer.adapter import Adapter
+from mora_jax._plan.spec import AdapterSpec
+from mora_jax._tree.adapters import refuse_trained
+from mora_jax._tree.paths import adapters_in, kernels_in, trained_in
 from mora_jax.io import _files, _names
 from mora_jax.io._files import ADAPTER, CONFIG, TENSORS, PathLike, check_free
 from mora_jax.io._json import dump
@@ -28,7 +29,6 @@ Rank = int | Literal["auto"] | None
 def save_peft_lora(
     directory: PathLike,
     adapters: Any,
-    plan: Plan,
     names: Names = None,
     *,
     rank: Rank = None,
@@ -50,7 +50,6 @@ def save_peft_lora(
       directory: A path or a URL that `etils.epath` opens, new or empty. A local one is
         there whole or not at all.
       adapters: The adapters, as `init` makes them.
-      plan: The plan that they follow.
       names: As in `load_peft`.
       rank: The most singular values that a module keeps, PEFT's `r`. "auto" keeps of
         a delta of full rank the fewest that lose no more than `max_error`, and all of
@@ -68,18 +67,18 @@ def save_peft_lora(
       FileExistsError, NotADirectoryError: The directory holds files, with `force` more
         than an adapter; or it is a file.
       ValueError: `names` lack a kernel's module or a trained array's, a kernel is a
-        convolution's, the plan lacks adapters, a delta of full rank lacks a `rank`, or
+        convolution's, no kernel is adapted, a delta of full rank lacks a `rank`, or
         a module would lose more than `max_error`. Nothing is written.
     """
     path = check_free("directory", directory, ADAPTER, force)
-    matrices, lost = make_lora(adapters, plan, names, rank, max_error)
-    whole = whole_modules(adapters, plan, names)
+    matrices, lost = make_lora(adapters, names, rank, max_error)
+    whole = whole_modules(adapters, names)
     write_peft(path, matrices, base_model, task_type, whole)
     return lost
 
 
 def make_lora(
-    adapters: Any, plan: Plan, names: Names, rank: Rank, max_error: float | int
+    adapters: Any, names: Names, rank: Rank, max_error: float | int
 ) -> tuple[list[MatrixPair], dict[str, float]]:
     """Return what `save_peft_lora` writes, and what it returns."""
     check_number("max_error", max_error)
@@ -88,21 +87,22 @@ def make_lora(
     if rank is not None and rank != "auto":
         rank = positive_integer("rank", rank)
     matrices, lost, full, enough = [], {}, None, 1
-    for module, spec, m in modules(adapters, plan, names):
-        args = spec, m, module.outputs, rank, max_error
+    for module, kernel, adapter in modules(adapters, names):
+        spec = adapter.spec
+        args = spec, adapter.m, module.outputs, rank, max_error
         a, b, factor, lost[module.name], own = _factors(*args)
         enough = max(enough, own)
-        full = spec if rank is None and spec.operator.block else full
+        full = (kernel, spec) if rank is None and spec.operator.block else full
         if module.table:
             also = "io.merge_checkpoint changes both"
-            a, b = rows_looked_up(spec, module.name, a, b, also)
+            a, b = rows_looked_up(kernel, spec, module.name, a, b, also)
         name, table, axes = module.name, module.table, module.axes
         matrices.append(MatrixPair(name, table, a, b, len(b), factor, axes))
     advice = f"rank={enough} keeps every module within {max_error:.1%}, and "
     advice += "max_error=1 accepts any loss"
     if full is not None:
         raise ValueError(
-            f"{full.name}: a delta of {full.operator.name} has full rank; rank must "
+            f"{full[0]}: a delta of {full[1].operator.name} has full rank; rank must "
             f"say how much of it to keep, got None; {advice}"
         )
     worst = max(lost, key=lost.__getitem__)
@@ -150,7 +150,6 @@ def _factors(
 def save_peft_mora(
     directory: PathLike,
     adapters: Any,
-    plan: Plan,
     names: Names = None,
     *,
     base_model: str = "",
@@ -166,7 +165,6 @@ def save_peft_mora(
     Args:
       directory: As in `save_peft_lora`.
       adapters: As in `save_peft_lora`.
-      plan: As in `save_peft_lora`.
       names: As in `save_peft_lora`.
       base_model: As in `save_peft_lora`.
       task_type: As in `save_peft_lora`.
@@ -179,19 +177,20 @@ def save_peft_mora(
     """
     path = check_free("directory", directory, ADAPTER, force)
     refuse_trained(
-        plan.trained,
+        adapters_in(adapters),
         "which the reference cannot hold; mora_jax.save and io.save_peft_lora hold it",
     )
     squares, settings = [], set()
-    for module, spec, m in modules(adapters, plan, names):
+    for module, kernel, adapter in modules(adapters, names):
+        m, spec = adapter.m, adapter.spec
         if module.table or module.outputs != slice(0, spec.out_features):
             kind = "an embedding" if module.table else "a part of this kernel"
             raise ValueError(
-                f"{spec.name}: the reference has no squares for embeddings or parts of "
+                f"{kernel}: the reference has no squares for embeddings or parts of "
                 f"kernels, and {module.name} is {kind}; io.save_peft_lora writes it as "
                 "a LoRA, and io.merge_checkpoint merges it"
             )
-        mora_type, rank, scale = _reference(spec)
+        mora_type, rank, scale = _reference(kernel, spec)
         settings.add((mora_type, spec.dropout))
         m = spec.operator.scaled(m.astype(np.float32), spec.factor)
         m = np.asarray(scale * m, np.float32)
@@ -205,7 +204,7 @@ def save_peft_mora(
     write_peft(path, squares, base_model, task_type, **special)
 
 
-def _reference(spec: AdapterSpec) -> tuple[int, int, float]:
+def _reference(kernel: str, spec: AdapterSpec) -> tuple[int, int, float]:
     """Return the reference's type and rank, and a factor of alpha M."""
     op, scale = spec.operator, 1.0
     ins, outs, q = op.in_features, op.out_features, op.square_rank
@@ -217,14 +216,14 @@ def _reference(spec: AdapterSpec) -> tuple[int, int, float]:
         scale = math.sqrt(q / ins * q / outs) if op.normalised else 1.0
     else:
         raise ValueError(
-            f"{spec.name}: the reference has sharing and truncated rotation, got {op}"
+            f"{kernel}: the reference has sharing and truncated rotation, got {op}"
         )
     # sqrt((in + out) r) rounds to q or more from (q - 1/2)^2 = q^2 - q + 1/4 on.
     rank = -(-(q * q - q + 1) // (ins + outs))
     near = [reference_square_rank(mora_type, ins, outs, rank - k) for k in (1, 0)]
     if near[1] != q:
         rule = f"no rank gives the reference a square_rank of {q}"
-        raise ValueError(f"{spec.name}: {rule}; the nearest are {near}")
+        raise ValueError(f"{kernel}: {rule}; the nearest are {near}")
     return mora_type, rank, scale
 
 
@@ -273,50 +272,51 @@ def write_peft(
     _files.write_directory(path, files)
 
 
-def modules(
-    adapters: Any, plan: Plan, names: Names
-) -> list[tuple[Module, AdapterSpec, np.ndarray]]:
-    """Return PyTorch's modules, with the spec and the M of each; no convolutions."""
-    if not len(plan):
-        raise ValueError("plan must have an adapter to write, got none")
+def modules(adapters: Any, names: Names) -> list[tuple[Module, str, Adapter]]:
+    """PyTorch's modules with their kernels' paths and adapters; no convolutions."""
     known, items, unknown = _names.pairs(names), [], []
-    for spec, m in adapter_items(adapters, plan):
+    for path, adapter in kernels_in(adapters).items():
         # A convolution's axes are a window's, then "io" or "oi". With a window of two
         # axes or more no dense layer has the same. With a window of one axis some do: a
         # layer from heads to a width has "iio". Only names tell these apart.
+        spec, kernel = adapter.spec, "/".join(path)
         axes = spec.axes.replace("s", "")
-        called = re.search("conv", spec.name, re.IGNORECASE)
+        called = re.search("conv", kernel, re.IGNORECASE)
         if re.fullmatch("ii+(io|oi)", axes) or called and axes in ("iio", "ioi"):
             raise ValueError(
-                f"{spec.name}: what is written here for PEFT must be of dense layers "
+                f"{kernel}: what is written here for PEFT must be of dense layers "
                 f"and embeddings, got axes {spec.axes!r}, those of a convolution; "
                 "mora_jax.merge merges it"
             )
-        named, m = _names.modules_of(spec, known), to_numpy(spec.name, m)
-        items += [(module, spec, m[module.index]) for module in named]
+        named, m = _names.modules_of(kernel, spec, known), to_numpy(kernel, adapter.m)
+        own = ((module, adapter.replace(m=m[module.index])) for module in named)
+        items += [(module, kernel, layer) for module, layer in own]
         unknown += [module.place for module in named if not module.name]
+    if not items:
+        raise ValueError("adapters must hold one of a kernel to write, got none")
     if unknown:
         hint = _names.suggestion(unknown, ())
         raise ValueError(f"names have no module for the kernel {unknown[0]!r}; {hint}")
     return items
 
 
-def whole_modules(adapters: Any, plan: Plan, names: Names) -> dict[str, np.ndarray]:
-    """Return {tensor: numbers} of the arrays that the plan trains, as PyTorch has them.
+def whole_modules(adapters: Any, names: Names) -> dict[str, np.ndarray]:
+    """{tensor: numbers} of the arrays that train themselves, as PyTorch has them.
 
     PEFT calls their modules `modules_to_save`.
     """
     known, whole = _names.pairs(names), {}
-    for array, copy in trained_items(adapters, plan):
-        tensor = next(_names.to_tensors(array.name, known), None)
+    for path, adapter in trained_in(adapters).items():
+        name, shape = "/".join(path), adapter.spec.shape
+        tensor = next(_names.to_tensors(name, known), None)
         # A vector is the same in both, whatever its template says of axes.
-        ndim, order = len(array.shape), tensor and tensor.order
+        ndim, order = len(shape), tensor and tensor.order
         if tensor is None or ndim > 2 or order or ndim > len(tensor.axes):
             raise ValueError(
-                f"{array.name}: names have no tensor of the shape {array.shape} for "
+                f"{name}: names have no tensor of the shape {shape} for "
                 "this trained array; io.merge_checkpoint merges it, and mora_jax.save "
                 "holds it"
             )
-        numbers = to_numpy(array.name, copy)
+        numbers = to_numpy(name, adapter.m)
         whole[tensor.name] = numbers.T if tensor.axes == "oi" else numbers
     return whole

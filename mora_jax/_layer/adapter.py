@@ -1,0 +1,190 @@
+r"""An adapter: what is trained beside a kernel, together with what it means."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Float, Shaped
+
+from mora_jax._common.checks import as_jax_array, check_leaf
+from mora_jax._common.types import ArrayLike
+from mora_jax._jax.qwix_guard import undisturbed
+from mora_jax._layer.equation import Delta, delta_kernel
+from mora_jax._layer.slots import Selected, Slots
+from mora_jax._plan.spec import SUFFIX, AdapterSpec, TrainedArray
+from mora_jax.operators import Operator
+from mora_jax.products import Contraction
+
+
+class Adapter:
+    r"""The trained array of one kernel, and its meaning, which is static.
+
+    A pytree whose one leaf is `m`, so that gradients, optimizer states and what any
+    function of trees makes of adapters know what they are, too. It stands beside its
+    kernel, as `<kernel>_mora`. A trained copy of an array of the base is one as well,
+    with a `TrainedArray` for its spec, at the path of that array.
+
+    Attributes:
+      m: M, (*stack, *operator.m_shape); or what a function of trees puts there.
+      spec: The meaning of M: operator, kernel's shape and axes, alpha, ...
+
+    Example::
+
+      >>> import jax, jax.numpy as jnp, mora_jax
+      >>> params, config = {"kernel": jnp.ones((16, 8))}, mora_jax.MoRAConfig(rank=2)
+      >>> adapter = mora_jax.init(mora_jax.plan(params, config))["kernel_mora"]
+      >>> adapter
+      Adapter(rotation, float32[6, 6])
+      >>> jax.tree.map(jnp.shape, adapter)
+      Adapter(rotation, (6, 6))
+      >>> adapter(jnp.ones((3, 16))).shape, adapter.delta().shape
+      ((3, 8), (16, 8))
+    """
+
+    # Not a dataclass: a step takes and returns hundreds of them, and to make one of a
+    # class with slots takes half the time.
+    __slots__ = ("m", "spec")
+    m: Any
+    spec: Any
+
+    def __init__(self, m: Any, spec: Any) -> None:
+        _set_m(self, m)
+        _set_spec(self, spec)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise AttributeError(f"an Adapter is frozen: write adapter.replace({name}=...)")
+
+    __delattr__ = __setattr__  # type: ignore[assignment]
+
+    def __reduce__(self) -> Any:
+        return Adapter, (self.m, self.spec)
+
+    def replace(self, **changes: Any) -> "Adapter":
+        """The adapter with another `m`, `spec`, or both."""
+        return Adapter(**{"m": self.m, "spec": self.spec, **changes})
+
+    def __repr__(self) -> str:
+        kind = getattr(self.spec, "operator", None)
+        name = getattr(kind, "name", "trained") if self.spec is not None else "None"
+        m, shape = self.m, getattr(self.m, "shape", None)
+        is_array = shape is not None and hasattr(m, "dtype")
+        return f"Adapter({name}, {f'{m.dtype}{list(shape)}' if is_array else repr(m)})"
+
+    @property
+    def operator(self) -> Operator:
+        """C and D."""
+        return self._of_kernel("an operator").operator
+
+    def __call__(self, x: Shaped[ArrayLike, "..."]) -> Float[jax.Array, "..."]:
+        r"""The delta's product with an input, :math:`\alpha s\, D(C(x) M)`.
+
+        Args:
+          x: (*stack, *batch, *in), with the input axes of the kernel.
+
+        Raises:
+          TypeError, ValueError: `x` is not an array or does not fit, or the adapter is
+            a trained array.
+        """
+        spec, x = self._of_kernel("a product"), as_jax_array("x", x)
+        spec = check_adapter(f"kernel{SUFFIX}", self).spec
+        contraction = Contraction.from_axes(spec.axes, x.ndim)
+        contraction.check_input(tuple(x.shape), spec.kernel_shape)
+        dtype = jnp.result_type(x, self.m)
+        delta = Delta.of(spec, self.m, dtype=dtype, x=x)
+        return undisturbed(contraction.delta)(delta, x.astype(dtype))
+
+    def delta(self) -> Float[jax.Array, "..."]:
+        r"""The kernel's delta, :math:`\alpha s\, C M D`, with the kernel's shape.
+
+        It is in float32, or in float64 where M is.
+
+        Raises:
+          TypeError, ValueError: M does not fit, or the adapter is a trained array.
+        """
+        self._of_kernel("a delta")
+        return delta_of(check_adapter(f"kernel{SUFFIX}", self))
+
+    def _of_kernel(self, what: str) -> AdapterSpec:
+        if not isinstance(self.spec, AdapterSpec):
+            kind = type(self.spec).__name__
+            raise TypeError(f"an adapter of a kernel has {what}, got one of a {kind}")
+        return self.spec
+
+
+# Of the slots themselves, since the class forbids assignments.
+_set_m, _set_spec = vars(Adapter)["m"].__set__, vars(Adapter)["spec"].__set__
+
+
+def _flatten(adapter: Adapter) -> tuple[tuple[Any], tuple[Any]]:
+    # In a tuple, whose comparison begins with identity: specs are compared for each
+    # adapter whenever a compiled function is called.
+    return (adapter.m,), (adapter.spec,)
+
+
+def _flatten_with_keys(adapter: Adapter) -> Any:
+    return ((_KEY, adapter.m),), (adapter.spec,)
+
+
+def _unflatten(aux: Any, children: Any) -> Adapter:
+    adapter = _new(Adapter)
+    _set_m(adapter, children[0])
+    _set_spec(adapter, aux[0])
+    return adapter
+
+
+_KEY, _new = jax.tree_util.GetAttrKey("m"), object.__new__
+jax.tree_util.register_pytree_with_keys(
+    Adapter, _flatten_with_keys, _unflatten, _flatten
+)
+
+
+def is_adapter(node: Any) -> bool:
+    """True for an adapter, where trees of adapters are mapped as a whole."""
+    return isinstance(node, Adapter)
+
+
+def check_adapter(name: str, adapter: Adapter, by_row: bool = False) -> Adapter:
+    """The adapter `name` with a spec that fits M, which must be an array, or its shape.
+
+    With `by_row` each row of a batch may have an M.
+    """
+    m, spec = adapter.m, adapter.spec
+    if isinstance(spec, TrainedArray):
+        check_leaf(m, f"{name} in the adapters", spec.shape)
+        return adapter
+    if not isinstance(spec, AdapterSpec):
+        kind = type(spec).__name__
+        raise TypeError(f"{name} must have an AdapterSpec for its spec, got {kind}")
+    if isinstance(m, Slots):
+        raise TypeError(
+            f"{name} must be an M, got those of {m.number} slots: say which row of the "
+            "batch has which, by serving.select(stacked, index)"
+        )
+    if isinstance(m, Selected):
+        if not by_row:
+            raise TypeError(
+                f"{name} must be an M, got one for each row of a batch, which only "
+                "linen.wrap and nnx.set_adapters take"
+            )
+        return adapter
+    shape = getattr(m, "shape", None)
+    if shape is not None and len(shape) != len(spec.shape):
+        stack = tuple(shape[: len(shape) - len(spec.operator.m_shape)])
+        try:
+            spec = spec.with_stack(stack)
+        except ValueError:
+            pass  # the shape is named below
+    check_leaf(m, name, spec.shape)
+    return adapter if spec is adapter.spec else adapter.replace(spec=spec)
+
+
+def delta_of(adapter: Adapter, *dtypes: DTypeLike) -> jax.Array:
+    """The delta of a checked adapter in float32, or in float64 where any dtype is."""
+    return delta_kernel(adapter.spec, wide(adapter.m, *dtypes))
+
+
+def wide(array: ArrayLike, *dtypes: DTypeLike) -> jax.Array:
+    """`array` in float32, or in float64 where it or any of `dtypes` is."""
+    array = jnp.asarray(array)
+    return array.astype(jnp.result_type(jnp.float32, array.dtype, *dtypes))

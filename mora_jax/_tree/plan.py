@@ -1,0 +1,304 @@
+"""A plan: the adapters of a model by the paths of their kernels."""
+
+import dataclasses
+import functools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+
+from mora_jax._common.suggestions import alike, nearest_paths, shown
+from mora_jax._common.types import Path
+from mora_jax._layer.adapter import Adapter, check_adapter
+from mora_jax._plan.settings import AdapterSettings, FrozenMapping
+from mora_jax._plan.spec import AdapterSpec, Spec, TrainedArray, check_same
+from mora_jax._tree import paths
+from mora_jax._tree.paths import Tree, adapters_in
+
+
+def _cells(part: Spec) -> dict[str, str]:
+    """The cells of a part of a plan that say what it is."""
+    if isinstance(part, TrainedArray):
+        shape = " x ".join(map(str, part.shape)) or "1"
+        return {"in -> out": shape, "operator": "trained"}
+    q, asked = part.operator.square_rank, part.asked_square_rank
+    return {
+        "in -> out": f"{part.in_features} -> {part.out_features}",
+        "operator": part.operator.name,
+        "r": f"{part.lora_rank:.1f}",
+        "q": f"{q} of {asked}" if asked else f"{q}",
+        "alpha": f"{part.alpha:g}",
+        "scale": f"{part.scale:.3g}",
+        "dropout": f"{part.dropout:g}",
+        "init": part.init,
+    }
+
+
+def _lines(columns: Sequence[str], rows: Sequence[Mapping[str, str]]) -> list[str]:
+    """The rows under the names of their columns, with "-" for what a row lacks."""
+    cells = [columns, *([row.get(name, "-") for name in columns] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return [
+        "  ".join(
+            cell.ljust(width) if name in ("path", "operator") else cell.rjust(width)
+            for name, cell, width in zip(columns, line, widths, strict=True)
+        ).rstrip()
+        for line in cells
+    ]
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' * (number != 1)}"
+
+
+def _share(size: int, base_parameters: int) -> str:
+    return f"{size / base_parameters:.2%}" if base_parameters else ""
+
+
+@dataclasses.dataclass(frozen=True)
+class LeftOut:
+    """Arrays of one kind, by the pattern of their paths, that get no adapter, and why.
+
+    They are `multiplied` if they multiply inputs, as far as is known.
+    """
+
+    pattern: str
+    count: int
+    why: str
+    multiplied: bool
+
+    def __str__(self) -> str:
+        return f"{shown(self.pattern, self.count)}: {self.why}"
+
+
+Parts = Mapping[Path, Spec]
+"""What is trained, by the paths of the arrays of the base that it belongs to."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan(Mapping[str, AdapterSpec], paths.NoTree):
+    """The kernels of a model that get an adapter, and which one; static and hashable.
+
+    A mapping of slash-joined paths to `AdapterSpec`s, in the order of the paths.
+    `print(plan)` shows it as a table, and `init(plan)` makes its adapters, which know
+    what they are: nothing else needs the plan.
+
+    As a pytree its leaves are the arrays of its operators. A function under jit may
+    take a plan and bare arrays, and make adapters of them by `plan.adapters`: then the
+    directions of a `Subspace` are no constants of the program.
+
+    Attributes:
+      parts: {path: spec} of kernels, and of arrays that train themselves.
+      base_parameters: The number of parameters of the model without adapters; 0 if
+        nobody has said it.
+      traced: True if a trace has shown that each kernel reaches the model's output only
+        through the product of its layer; embeddings need it. Equality ignores this,
+        `left_out` and `unproven`.
+      left_out: The other arrays of two or more axes, and why they are left out.
+      unproven: (path, reason) for each adapted kernel that no trace has proven.
+
+    Example::
+
+      >>> import jax.numpy as jnp, mora_jax
+      >>> params = {"fc": {"kernel": jnp.ones((64, 64))}}
+      >>> plan = mora_jax.plan(params, mora_jax.MoRAConfig(rank=2))
+      >>> plan.trainable_parameters, plan.total_parameters
+      (256, 4352)
+      >>> "fc/kernel" in plan, list(plan), plan["fc/kernel"].lora_rank
+      (True, ['fc/kernel'], 2.0)
+      >>> plan.adapters({"fc": {"kernel_mora": jnp.ones((16, 16))}})
+      {'fc': {'kernel_mora': Adapter(rotation, float32[16, 16])}}
+    """
+
+    instead = "adapters are init(plan)"
+
+    parts: Parts
+    base_parameters: int = 0
+    traced: bool = dataclasses.field(default=False, compare=False)
+    left_out: tuple[LeftOut, ...] = dataclasses.field(default=(), compare=False)
+    unproven: tuple[tuple[str, str], ...] = dataclasses.field(default=(), compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "parts", FrozenMapping(self.parts))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._by_name)
+
+    def __len__(self) -> int:
+        return len(self._by_name)
+
+    def __contains__(self, path: object) -> bool:
+        # Else Mapping would ask `__getitem__`, whose error looks for similar paths.
+        return path in self._by_name
+
+    def __getitem__(self, path: str) -> AdapterSpec:
+        if path not in self._by_name:
+            raise KeyError(f"no adapter at {path!r}{nearest_paths(str(path), self)}")
+        return self._by_name[path]
+
+    @functools.cached_property
+    def _by_name(self) -> Mapping[str, AdapterSpec]:
+        return {"/".join(path): spec for path, spec in self.specs.items()}
+
+    @functools.cached_property
+    def specs(self) -> Mapping[Path, AdapterSpec]:
+        """{path: spec} of the kernels."""
+        return {p: s for p, s in self.parts.items() if isinstance(s, AdapterSpec)}
+
+    @functools.cached_property
+    def trained(self) -> Mapping[str, TrainedArray]:
+        """{slash-joined path: meaning} of the arrays that train themselves."""
+        parts = self.parts.items()
+        return {"/".join(p): s for p, s in parts if isinstance(s, TrainedArray)}
+
+    def __str__(self) -> str:
+        lines = [summary(self)]
+        if self.left_out:
+            lines += ["left out:", *(f"  {kind}" for kind in self.left_out)]
+        if self.unproven:
+            lines.append(
+                "not proven (mora_jax.diagnostics.check compares numbers instead):"
+            )
+        for pattern, kind in alike(self.unproven, lambda pair: pair):
+            lines.append(f"  {shown(pattern, len(kind))}: {kind[0][1]}")
+        return "\n".join(lines)
+
+    @property
+    def trainable_parameters(self) -> int:
+        """The number of parameters of all M's and all trained arrays."""
+        return sum(spec.parameters for spec in self.parts.values())
+
+    @property
+    def total_parameters(self) -> int:
+        """The number of parameters of the base and the adapters."""
+        return self.base_parameters + self.trainable_parameters
+
+    def adapters(self, tree: Any) -> Tree:
+        """Adapters of this plan from a tree of plain arrays, as another library has it.
+
+        Args:
+          tree: Nested mappings of arrays or shapes, an M at `<kernel>_mora`, and each
+            array that trains itself at its own path. Adapters are taken if they mean
+            what the plan says.
+
+        Raises:
+          TypeError, ValueError: The tree lacks an array, has others, or one does not
+            fit; or an adapter in it was made for another delta.
+        """
+        leaves, made = paths.located_leaves(tree, "tree"), {}
+        for path, spec in self.parts.items():
+            place = paths.place_of(path, spec)
+            name = "/".join(place)
+            if place not in leaves:
+                raise ValueError(f"tree lacks {name!r}, which the plan has")
+            adapter = leaves.pop(place)
+            if not isinstance(adapter, Adapter):
+                adapter = Adapter(paths.unboxed(adapter), spec)
+            elif isinstance(spec, AdapterSpec):
+                known = check_adapter(name, adapter).spec
+                check_same("/".join(path), known, spec)
+            made[place] = check_adapter(name, adapter.replace(spec=spec))
+        for path in leaves:
+            raise ValueError(f"tree holds {'/'.join(path)!r}, which the plan lacks")
+        return paths.nest(made)
+
+
+def _flatten(plan: Plan) -> Any:
+    static = tuple(plan.parts), plan.base_parameters, plan.traced
+    pairs = plan.parts.items()
+    return [(jax.tree_util.DictKey("/".join(p)), s) for p, s in pairs], static
+
+
+def _unflatten(static: Any, specs: Iterable[Any]) -> Plan:
+    parts, *others = static
+    return Plan(dict(zip(parts, specs, strict=True)), *others)
+
+
+jax.tree_util.register_pytree_with_keys(Plan, _flatten, _unflatten)
+
+
+def check_plan(plan: Any, name: str = "plan") -> Plan:
+    """Return `plan`, if it is a plan; `name` stands for it in the error message."""
+    if not isinstance(plan, Plan):
+        raise TypeError(
+            f"{name} must be a Plan, got {type(plan).__name__}: make one with "
+            "mora_jax.plan, mora_jax.linen.plan or mora_jax.nnx.plan"
+        )
+    return plan
+
+
+def refuse_other_kernels(parts: Parts, plan: Plan) -> None:
+    """Raise unless `parts` are of the plan's kernels and arrays, read as it does."""
+    for path in {**parts, **plan.parts}:
+        name, pair = "/".join(path), (parts.get(path), plan.parts.get(path))
+        own, planned = map(_array_of, pair)
+        if own != planned:
+            raise ValueError(f"adapters have {own} at {name!r}, the plan {planned}")
+
+
+def _array_of(spec: Spec | None) -> str:
+    """The array of the base that a spec is for, in a message."""
+    if isinstance(spec, AdapterSpec):
+        return f"a kernel {spec.kernel_shape} with axes {spec.axes!r}"
+    return "nothing" if spec is None else f"an array {spec.shape} to train"
+
+
+def summary(plan_or_adapters: Any, *, collapse: bool = True) -> str:
+    """A table: in, out, operator, r, q, parameters, share of the base.
+
+    The column r shows the rank of the LoRA with as many parameters. If that is less
+    than four fifths of the budget, q is shown as "64 of 90", with the q that the budget
+    would buy: it is too large for the layer, or does not suit its widths. There are
+    columns for alpha, scale, dropout and init if a layer departs from their defaults.
+    Arrays that train themselves have "trained" for an operator, and their shape.
+
+    Args:
+      plan_or_adapters: A plan, which knows how large the base is, or adapters.
+      collapse: True for one row of layers that differ only in numbers of their paths.
+
+    Raises:
+      TypeError, ValueError: Neither a plan nor adapters.
+
+    Example::
+
+      >>> import jax.numpy as jnp, mora_jax
+      >>> params = {f"l{k}": {"kernel": jnp.ones((64, 64)) + k} for k in range(3)}
+      >>> print(mora_jax.summary(mora_jax.plan(params)))
+      path           in -> out  operator    r   q  scale  parameters  of base
+      l*/kernel (3)   64 -> 64  rotation  8.0  32      2       3,072   25.00%
+      3 adapters: 3,072 trainable parameters, 25.00% of 12,288
+    """
+    plan = plan_or_adapters
+    if not isinstance(plan, Plan):
+        plan = Plan({path: a.spec for path, a in adapters_in(plan).items()})
+
+    def kind(part: tuple[str, Spec]) -> tuple[object, ...]:
+        name, spec = part
+        operator = getattr(spec, "operator", None)
+        cells = _cells(spec).values()
+        return name, collapse or name, spec.shape, operator, *cells
+
+    rows, base = [], plan.base_parameters
+    for pattern, parts in alike((*plan.items(), *plan.trained.items()), kind):
+        size = sum(spec.parameters for _, spec in parts)
+        row = {"path": shown(pattern, len(parts)), **_cells(parts[0][1])}
+        rows.append(row | {"parameters": f"{size:,}", "of base": _share(size, base)})
+    # A column is there if a layer departs from the default.
+    departures = [
+        name
+        for name in ("alpha", "scale", "dropout", "init")
+        if any(
+            getattr(s, name) != getattr(AdapterSettings, name) for s in plan.values()
+        )
+    ]
+    columns = "path", "in -> out", "operator", "r", "q", *departures, "parameters"
+    size = plan.trainable_parameters
+    counts = [_counted(len(plan), "adapter")]
+    counts += [_counted(len(plan.trained), "trained array")] * bool(plan.trained)
+    of_base = f", {_share(size, base)} of {base:,}" if base else ""
+    return "\n".join(
+        [
+            *_lines([*columns, *["of base"] * bool(base)], rows),
+            f"{' and '.join(counts)}: {size:,} trainable parameters{of_base}",
+        ]
+    )
