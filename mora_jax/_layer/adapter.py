@@ -27,7 +27,8 @@ class Adapter:
 
     Attributes:
       m: M, (*stack, *operator.m_shape); or what a function of trees puts there.
-      spec: The meaning of M: operator, kernel's shape and axes, alpha, ...
+      spec: An `AdapterSpec` (operator, kernel's shape and axes, alpha, ...), or a
+        `TrainedArray`.
 
     Example::
 
@@ -42,34 +43,30 @@ class Adapter:
       ((3, 8), (16, 8))
     """
 
-    # Not a dataclass: a step takes and returns hundreds of them, and to make one of a
-    # class with slots takes half the time.
-    __slots__ = ("m", "spec")
+    # Not a frozen dataclass: a step takes and returns hundreds of adapters, and those
+    # would take twice the time of a class with slots. The spec is in a tuple, since the
+    # comparison of tuples begins with identity: whenever a compiled function is called,
+    # JAX compares the spec of each adapter.
+    __slots__ = ("m", "_static")
     m: Any
-    spec: Any
 
     def __init__(self, m: Any, spec: Any) -> None:
-        _set_m(self, m)
-        _set_spec(self, spec)
+        self.m, self._static = m, (spec,)
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        raise AttributeError(f"an Adapter is frozen: write adapter.replace({name}=...)")
-
-    __delattr__ = __setattr__  # type: ignore[assignment]
-
-    def __reduce__(self) -> Any:
-        return Adapter, (self.m, self.spec)
+    @property
+    def spec(self) -> Any:
+        """The meaning of M."""
+        return self._static[0]
 
     def replace(self, **changes: Any) -> "Adapter":
         """The adapter with another `m`, `spec`, or both."""
         return Adapter(**{"m": self.m, "spec": self.spec, **changes})
 
     def __repr__(self) -> str:
-        kind = getattr(self.spec, "operator", None)
-        name = getattr(kind, "name", "trained") if self.spec is not None else "None"
-        m, shape = self.m, getattr(self.m, "shape", None)
-        is_array = shape is not None and hasattr(m, "dtype")
-        return f"Adapter({name}, {f'{m.dtype}{list(shape)}' if is_array else repr(m)})"
+        operator = getattr(self.spec, "operator", None)
+        name, m = getattr(operator, "name", "trained"), self.m
+        is_array = hasattr(m, "shape") and hasattr(m, "dtype")
+        return f"Adapter({name}, {f'{m.dtype}{[*m.shape]}' if is_array else repr(m)})"
 
     @property
     def operator(self) -> Operator:
@@ -112,28 +109,21 @@ class Adapter:
         return self.spec
 
 
-# Of the slots themselves, since the class forbids assignments.
-_set_m, _set_spec = vars(Adapter)["m"].__set__, vars(Adapter)["spec"].__set__
-
-
-def _flatten(adapter: Adapter) -> tuple[tuple[Any], tuple[Any]]:
-    # In a tuple, whose comparison begins with identity: specs are compared for each
-    # adapter whenever a compiled function is called.
-    return (adapter.m,), (adapter.spec,)
+def _flatten(adapter: Adapter) -> Any:
+    return (adapter.m,), adapter._static
 
 
 def _flatten_with_keys(adapter: Adapter) -> Any:
-    return ((_KEY, adapter.m),), (adapter.spec,)
+    return ((jax.tree_util.GetAttrKey("m"), adapter.m),), adapter._static
 
 
-def _unflatten(aux: Any, children: Any) -> Adapter:
+def _unflatten(static: Any, children: Any) -> Adapter:
     adapter = _new(Adapter)
-    _set_m(adapter, children[0])
-    _set_spec(adapter, aux[0])
+    (adapter.m,), adapter._static = children, static
     return adapter
 
 
-_KEY, _new = jax.tree_util.GetAttrKey("m"), object.__new__
+_new = object.__new__
 jax.tree_util.register_pytree_with_keys(
     Adapter, _flatten_with_keys, _unflatten, _flatten
 )
