@@ -14,7 +14,7 @@ from rich.progress import Progress
 from mora_jax.io import Checkpoint, Names
 from mora_jax.io._files import as_path, parts
 from mora_jax.io._json import parse, read_json
-from mora_jax.io._names import pairs
+from mora_jax.io._names import bijection
 
 
 def _rank_of(text: str | None) -> int | str | None:
@@ -34,7 +34,7 @@ def _names_of(text: str | None) -> Names:
         names = parse(text.encode(), "--names")
     elif text is not None and text.endswith(".json"):
         names = read_json(as_path("--names", text))
-    pairs(names)  # refuses them now, also for commands that come to need none
+    bijection(names)  # refuses them now, also for commands that come to need none
     return names
 
 

@@ -17,7 +17,7 @@ from mora_jax._tree.adapters import adapter_items, trained_items
 from mora_jax._tree.base_digest import check_digests, kernel_digests
 from mora_jax.io import _files
 from mora_jax.io._files import AdapterFileError, Location, PathLike, as_path
-from mora_jax.io._names import Names, join_index, modules_of
+from mora_jax.io._names import Names, join_index
 from mora_jax.io._tensors import TensorFile, to_numpy
 from mora_jax.io.checkpoints._checkpoint import INDEX, Checkpoint
 from mora_jax.io.checkpoints._matching import Source, converted
@@ -94,7 +94,8 @@ def _sites(source: Source, spec: AdapterSpec, m: np.ndarray) -> Iterator[Site]:
     if own := source.own_name(spec.path):
         yield Site(spec, m, (own,))
         return
-    layers = itertools.groupby(modules_of(spec, source.known), lambda m: m.index)
+    known = source.known.modules(spec.name, spec.kernel_shape, spec.axes)
+    layers = itertools.groupby(known, lambda module: module.index)
     for layer, (index, group) in enumerate(layers):
         modules = list(group)
         tensors = tuple(source.named(f"{module.name}.weight") for module in modules)

@@ -9,7 +9,7 @@ from mora_jax._common.checks import check_choice
 from mora_jax._layer.rounding import Rounding
 from mora_jax._plan.plan import Plan, check_plan
 from mora_jax.io._files import ADAPTER, PathLike, as_path, check_free
-from mora_jax.io._names import Names, modules_of, pairs
+from mora_jax.io._names import Names, bijection
 from mora_jax.io.checkpoints._checkpoint import Checkpoint
 from mora_jax.io.checkpoints._matching import Source
 from mora_jax.io.checkpoints._merge_files import merge_checkpoint
@@ -118,9 +118,10 @@ def export(
 
 def _is_tied(base: PathLike, plan: Plan, names: Names) -> bool:
     """Return True if an adapted embedding is the head, too, which a LoRA would miss."""
-    known = pairs(names)
-    named = [module for spec in plan.specs for module in modules_of(spec, known)]
-    tables = [f"{module.name}.weight" for module in named if module.table]
+    known, tables = bijection(names), []
+    for spec in plan.specs:
+        modules = known.modules(spec.name, spec.kernel_shape, spec.axes)
+        tables += [f"{module.name}.weight" for module in modules if module.table]
     # A base that nothing is merged into need not be of safetensors.
     source = Source(Checkpoint(base), names) if tables else None
     return source is not None and any(map(source.stands_for_two, tables))

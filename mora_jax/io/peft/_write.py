@@ -279,7 +279,7 @@ def modules(
     """Return PyTorch's modules, with the spec and the M of each; no convolutions."""
     if not len(plan):
         raise ValueError("plan must have an adapter to write, got none")
-    known, items, unknown = _names.pairs(names), [], []
+    known, items, unknown = _names.bijection(names), [], []
     for spec, m in adapter_items(adapters, plan):
         # A convolution's axes are a window's, then "io" or "oi". With a window of two
         # axes or more no dense layer has the same. With a window of one axis some do: a
@@ -292,7 +292,8 @@ def modules(
                 f"and embeddings, got axes {spec.axes!r}, those of a convolution; "
                 "mora_jax.merge merges it"
             )
-        named, m = _names.modules_of(spec, known), to_numpy(spec.name, m)
+        named = known.modules(spec.name, spec.kernel_shape, spec.axes)
+        m = to_numpy(spec.name, m)
         items += [(module, spec, m[module.index]) for module in named]
         unknown += [module.place for module in named if not module.name]
     if unknown:
@@ -306,17 +307,17 @@ def whole_modules(adapters: Any, plan: Plan, names: Names) -> dict[str, np.ndarr
 
     PEFT calls their modules `modules_to_save`.
     """
-    known, whole = _names.pairs(names), {}
+    known, whole = _names.bijection(names), {}
     for array, copy in trained_items(adapters, plan):
-        tensor = next(_names.to_tensors(array.name, known), None)
+        pair = next(known.of_leaf(array.name), None)
         # A vector is the same in both, whatever its template says of axes.
-        ndim, order = len(array.shape), tensor and tensor.order
-        if tensor is None or ndim > 2 or order or ndim > len(tensor.axes):
+        axes = pair.kernel_axes if pair else ""
+        if pair is None or len(axes) > 2 or len(array.shape) > len(axes):
             raise ValueError(
                 f"{array.name}: names have no tensor of the shape {array.shape} for "
                 "this trained array; io.merge_checkpoint merges it, and mora_jax.save "
                 "holds it"
             )
         numbers = to_numpy(array.name, copy)
-        whole[tensor.name] = numbers.T if tensor.axes == "oi" else numbers
+        whole[pair.tensor] = numbers.T if pair.transposed else numbers
     return whole
