@@ -11,7 +11,7 @@ from mora_jax import io
 from mora_jax._layer.rounding import Rounding
 from mora_jax.cli import _output as opt
 from mora_jax.cli._output import as_options, progress, say_table
-from mora_jax.cli._reports import compare, describe, format_of, grouped, read_adapter
+from mora_jax.cli._reports import describe, format_of, grouped, read_adapter
 from mora_jax.io._files import as_path
 from mora_jax.io.native._adapter import replace_adapter
 from mora_jax.io.peft._export import Server
@@ -26,7 +26,7 @@ app = typer.Typer(
 
 @app.callback(invoke_without_command=True)
 def options(version: opt.Version = False) -> None:
-    """Look at MoRA adapters, merge them into a base, convert and compare them."""
+    """Look at MoRA adapters, merge them into a base, and convert them."""
     if version:  # also where no command follows
         typer.echo(f"mora-jax {importlib.metadata.version('mora-jax')}")
         raise typer.Exit()
@@ -143,22 +143,6 @@ def export(
     else:
         what, lost = f"{len(plan)} adapters as a LoRA of rank {done.rank}", "it lacks"
     typer.echo(f"{out}: {what}\n{lost} {_most(done.lost)}\n{done.command}")
-
-
-@app.command()
-def diff(
-    first: opt.Adapter,
-    second: opt.Adapter,
-    base: opt.Base = None,
-    names: opt.Family = None,
-    as_json: opt.AsJson = False,
-) -> None:
-    """Compare two adapters layer by layer: settings, and the norms of deltas."""
-    rows = compare(first, second, base, names)
-    if as_json:
-        typer.echo(json.dumps(rows, indent=1))
-    else:
-        say_table(rows)
 
 
 def run() -> None:

@@ -8,11 +8,9 @@ import numpy as np
 
 from mora_jax import diagnostics, io
 from mora_jax._common.suggestions import alike, shown
-from mora_jax._layer.equation import delta_kernel
 from mora_jax._plan.plan import Plan
-from mora_jax._plan.spec import AdapterSpec, differences
-from mora_jax._tree.adapters import Tree, adapter_items, trained_items
-from mora_jax._tree.merge import wide
+from mora_jax._plan.spec import AdapterSpec
+from mora_jax._tree.adapters import Tree
 from mora_jax.io._files import CONFIG, TENSORS, AdapterFileError, PathLike, as_path
 from mora_jax.io._json import read_json
 from mora_jax.io.native._adapter import is_ours
@@ -90,45 +88,3 @@ def grouped(layers: Sequence[Row]) -> list[Row]:
             row[key] = min(values), max(values)
         rows.append(row)
     return rows
-
-
-def compare(first: str, second: str, base: str | None, names: io.Names) -> list[Row]:
-    """A row for each layer of either adapter, and for each array that trains itself."""
-    left, right = (_parts(*read_adapter(d, base, names)) for d in (first, second))
-    rows = []
-    for trained, path in sorted(left.keys() | right.keys()):
-        one, other = left.get((trained, path)), right.get((trained, path))
-        if one and other:
-            settings, difference = _comparison(one, other)
-        else:
-            settings, difference = f"only in {first if one else second}", ""
-        settings = f"{'trained itself ' * trained}{settings}".rstrip()
-        rows.append({"path": path, "settings": settings, "difference": difference})
-    return rows
-
-
-def _parts(adapters: Tree, plan: Plan) -> dict[tuple[bool, str], tuple[Any, Any]]:
-    """{(True for an array that trains itself, path): its spec and the array}."""
-    # Two plans may have the same path, one for an adapter and one for such an array.
-    items = *adapter_items(adapters, plan), *trained_items(adapters, plan)
-    return {(not isinstance(p, AdapterSpec), p.name): (p, array) for p, array in items}
-
-
-def _comparison(left: tuple[Any, Any], right: tuple[Any, Any]) -> tuple[str, Any]:
-    """The differing settings, and the distance of deltas or arrays of one shape."""
-    (one, array), (other, second) = left, right
-    settings, difference = "", ""
-    if isinstance(one, AdapterSpec):
-        changes = differences(one.settings, other.settings).items()
-        differing = [f"{name}: {a} -> {b}" for name, (a, b) in changes]
-        digests = one.base_digest, other.base_digest
-        if None not in digests and digests[0] != digests[1]:
-            differing.append("other weights of the base")
-        settings = ", ".join(differing) or "same"
-        # For this layer only: the deltas of a model are as large as the model.
-        array, second = (delta_kernel(s, wide(m)) for s, m in (left, right))
-    if array.shape == second.shape:
-        array, second = (np.asarray(a).astype(np.float64) for a in (array, second))
-        norm, distance = np.linalg.norm(array), np.linalg.norm(array - second)
-        difference = float(distance / norm if norm else distance > 0)
-    return settings, difference

@@ -44,8 +44,8 @@ class Pair(NamedTuple):
 
     def filled(self, fields: dict[str, str]) -> "Pair":
         """The module and the kernel with texts instead of `{fields}`."""
-        names = (template.format(**fields) for template in self[:2])
-        pair = Pair(*names, self.axes, self.kernel_axes)
+        module, kernel = (template.format(**fields) for template in self[:2])
+        pair = self._replace(module=module, kernel=kernel)
         # Embeddings have the same axes everywhere, whatever a template says.
         return pair._replace(axes="io", kernel_axes="io") if pair.is_table else pair
 

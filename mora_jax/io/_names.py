@@ -68,8 +68,7 @@ def _fields(template: str) -> list[str]:
 class Bijection:
     """PyTorch's modules and kernels here, each found by the other's name.
 
-    A name may fit several templates: all of their pairs are found, those of the first
-    template first.
+    A name may fit several templates. The pairs are in the order of the templates.
     """
 
     def __init__(self, templates: Iterable[Pair]) -> None:

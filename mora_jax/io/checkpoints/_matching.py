@@ -12,9 +12,9 @@ import numpy as np
 from jax.sharding import Sharding, SingleDeviceSharding
 
 from mora_jax._common.axes import sizes
+from mora_jax._common.checks import patterns_of
 from mora_jax._common.suggestions import matching, nearest_paths
 from mora_jax._common.types import Path, Shape
-from mora_jax._plan.settings import patterns_of
 from mora_jax.io._families import BUFFERS, TIED, Pair, canonical
 from mora_jax.io._files import AdapterFileError
 from mora_jax.io._json import read_json, short

@@ -9,10 +9,10 @@ from mora_jax._common.checks import check_choice
 from mora_jax._layer.rounding import Rounding
 from mora_jax._plan.plan import Plan, check_plan
 from mora_jax.io._files import ADAPTER, PathLike, as_path, check_free
+from mora_jax.io._merge_files import merge_checkpoint
 from mora_jax.io._names import Names, bijection
 from mora_jax.io.checkpoints._checkpoint import Checkpoint
 from mora_jax.io.checkpoints._matching import Source
-from mora_jax.io.checkpoints._merge_files import merge_checkpoint
 from mora_jax.io.peft._write import make_lora, write_peft
 
 Server = Literal["vllm", "sglang"]
