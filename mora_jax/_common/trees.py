@@ -47,13 +47,9 @@ def located_leaves(
 
     `refuse(leaf, what)` raises for a leaf that does not belong in such a tree.
     """
-
-    def is_end(node: Any) -> bool:
-        return is_boxed(node) or isinstance(node, tuple(_WHOLE))
-
     leaves: dict[Path, Any] = {}
     names: set[str] = set()  # a key may hold a slash, and leaves go by joined paths
-    for keys, leaf in jax.tree.leaves_with_path(tree, is_leaf=is_end):
+    for keys, leaf in jax.tree.leaves_with_path(tree, is_leaf=_is_end):
         path = tuple(map(key_name, keys))
         refuse(leaf, what)
         if not path:
@@ -75,7 +71,11 @@ def replace_leaves(tree: Any, new: Mapping[Path, Any]) -> Any:
         path = tuple(map(key_name, keys))
         return reboxed(leaf, new[path]) if path in new else leaf
 
-    return jax.tree.map_with_path(replace, tree, is_leaf=is_boxed)
+    return jax.tree.map_with_path(replace, tree, is_leaf=_is_end)
+
+
+def _is_end(node: Any) -> bool:
+    return is_boxed(node) or isinstance(node, tuple(_WHOLE))
 
 
 def key_name(key: Any) -> str:

@@ -17,7 +17,7 @@ from mora_jax.io.native._adapter import is_ours
 
 
 def format_of(directory: PathLike) -> str:
-    """Return the format of an adapter: "mora", "peft-mora" or "peft-lora"."""
+    """The format of an adapter: "mora", "peft-mora" or "peft-lora"."""
     path = as_path("directory", directory)
     # Ours are known by their tensors, since their config may be missing.
     if (path / TENSORS).is_file() and is_ours(path, TENSORS):
@@ -31,7 +31,7 @@ def format_of(directory: PathLike) -> str:
 def read_adapter(
     directory: PathLike, base: str | None = None, names: io.Names = None
 ) -> tuple[Tree, Plan]:
-    """Return (adapters, plan) of any format; only the reference's needs the `base`."""
+    """(adapters, plan) of any format; only the reference's needs the `base`."""
     checkpoint = None if base is None else io.Checkpoint(as_path("base", base))
     path = as_path("adapter", directory)
     if format_of(path) == "mora":

@@ -11,7 +11,7 @@ MAX_BYTES = 2**26
 
 
 def parse(data: bytes, name: str) -> Any:
-    """Return the value that a JSON text holds, if it is all that JSON demands.
+    """The value that a JSON text holds, if it is all that JSON demands.
 
     So keys occur once, and numbers are finite. Messages call the text `name`.
     """
@@ -45,13 +45,13 @@ def _finite(text: str) -> float:
 
 
 def read_json(path: Location) -> Any:
-    """Return the value that a JSON file holds; longer files are not read whole."""
+    """The value that a JSON file holds; longer files are not read whole."""
     with missing_files(path), path.open("rb") as file:
         return parse(file.read(MAX_BYTES + 1), path.name)
 
 
 def dump(value: Any) -> bytes:
-    """Return readable JSON text; equal values give equal bytes."""
+    """Readable JSON text; equal values give equal bytes."""
     text = json.dumps(value, indent=1, sort_keys=True, allow_nan=False)
     return f"{text}\n".encode()
 
@@ -61,7 +61,7 @@ Fields = Mapping[str, tuple[Any, ...]]
 
 
 def check_record(content: Any, fields: Fields, where: str) -> dict[str, Any]:
-    """Return the object `where` if it has exactly these keys and types of values."""
+    """The object `where` if it has exactly these keys and types of values."""
     keys = content.keys() if isinstance(content, dict) else set()
     if keys != fields.keys():
         lacks, extra = sorted(fields.keys() - keys), short(sorted(keys - fields.keys()))
@@ -78,7 +78,7 @@ def check_record(content: Any, fields: Fields, where: str) -> dict[str, Any]:
 
 
 def plain(value: Any, name: str) -> Any:
-    """Return what a user wants to keep in the types that JSON gives back.
+    """A value that a user wants to keep, in the types that JSON gives back.
 
     An error calls the value `name`, followed by the keys that lead to the faulty part.
     """
@@ -102,6 +102,6 @@ def plain(value: Any, name: str) -> Any:
 
 
 def short(value: object) -> str:
-    """Return a `repr` that is cut off: a message should not repeat a megabyte."""
+    """A `repr` that is cut off: a message should not repeat a megabyte."""
     text = repr(value)
     return text if len(text) < 300 else f"{text[:300]}..."

@@ -37,7 +37,7 @@ class Site:
     def add(
         self, name: str, tensor: np.ndarray, rounding: Rounding
     ) -> tuple[np.ndarray, float]:
-        """Return a merged tensor, and the share of its delta that is lost."""
+        """A merged tensor, and the share of its delta that is lost."""
         part = self.tensors.index(name)
         dtype = jnp.promote_types(tensor.dtype, jnp.float32)
         # JAX's transpose has the memory order of the tensor. NumPy's would not, and it
@@ -70,7 +70,7 @@ class Site:
 
 
 def sites_of(source: Source, adapters: Any, plan: Plan) -> dict[str, Site]:
-    """Return {tensor: its site} for all tensors that adapters change, checked."""
+    """{tensor: its site} for all tensors that adapters change, checked."""
     sites = {}
     for spec, m in adapter_items(adapters, plan):
         m = to_numpy(spec.name, m)
@@ -90,7 +90,7 @@ def sites_of(source: Source, adapters: Any, plan: Plan) -> dict[str, Site]:
 
 
 def _sites(source: Source, spec: AdapterSpec, m: np.ndarray) -> Iterator[Site]:
-    """Yield the sites of a kernel. What the base lacks is "", and noted as missing."""
+    """The sites of a kernel. What the base lacks is "", and noted as missing."""
     if own := source.own_name(spec.path):
         yield Site(spec, m, (own,))
         return
@@ -110,7 +110,7 @@ def _sites(source: Source, spec: AdapterSpec, m: np.ndarray) -> Iterator[Site]:
 
 
 def replacements(source: Source, items: Items) -> dict[str, tuple[str, np.ndarray]]:
-    """Return {tensor: name and numbers of the trained array for it}."""
+    """{tensor: name and numbers of the trained array for it}."""
     misfit = "the trained array {!r} of shape {} does not fit {} in the base"
     replaced = {}
     for array, copy in items:
@@ -193,7 +193,7 @@ def merge_checkpoint(
     lost: dict[str, float] = {}
 
     def merged(name: str) -> Iterator[bytes]:
-        """Yield the bytes of a tensor with its delta, whose loss is noted."""
+        """The bytes of a tensor with its delta, whose loss is noted."""
         file = checkpoint.place[name]
         if name in sites:
             if not any_base:

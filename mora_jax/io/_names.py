@@ -27,7 +27,7 @@ def bijection(names: Names) -> "Bijection":
     if not all(isinstance(text, str) for text in texts):
         raise TypeError(f"names must be a family or map texts to texts, got {names!r}")
     for module, kernel in names.items():
-        fields, others = sorted(_fields(module)), sorted(_fields(kernel))
+        fields, others = (sorted(_parts(t)[1::2]) for t in (module, kernel))
         if fields != others or len(set(fields)) < len(fields):
             raise ValueError(
                 f"names must have the same {{fields}} on both sides, once each, "
@@ -51,24 +51,22 @@ def _known(names: str | None) -> "Bijection":
     return Bijection(known[family])
 
 
-_FIELD = re.compile(r"\{(\w+)\}")
-
-
-def _fields(template: str) -> list[str]:
-    """The names of a template's fields."""
-    fields, text = _FIELD.findall(template), _FIELD.sub("", template)
-    if not all(map(str.isidentifier, fields)) or re.search("[{}]", text):
+def _parts(template: str) -> list[str]:
+    """The parts of a template; every second one is the name of a field."""
+    parts = re.split(r"\{(\w+)\}", template)
+    if not all(map(str.isidentifier, parts[1::2])) or set("{}") & set("".join(parts)):
         raise ValueError(
             "names must have braces around the names of fields alone, as in {n}, "
             f"got {template!r}"
         )
-    return fields
+    return parts
 
 
 class Bijection:
     """PyTorch's modules and kernels here, each found by the other's name.
 
-    A name may fit several templates. The pairs are in the order of the templates.
+    A template has the same fields on both sides, so that either name gives the other.
+    A name that fits several templates has a pair for each, in their order.
     """
 
     def __init__(self, templates: Iterable[Pair]) -> None:
@@ -149,8 +147,8 @@ def _with_bias(pair: Pair) -> Iterator[Pair]:
 
 def _pattern(template: str) -> re.Pattern[str]:
     """A regular expression for texts that a template becomes, with its fields."""
-    # Every second part of the escaped template is the name of a field.
-    parts = re.split(r"\\\{(\w+)\\\}", re.escape(template))
+    parts = _parts(template)
+    parts[::2] = map(re.escape, parts[::2])
     parts[1::2] = [rf"(?P<{field}>[^./\[\],]+)" for field in parts[1::2]]
     return re.compile("".join(parts))
 
@@ -210,13 +208,15 @@ def _guess(kernel: str) -> str:
 
 def _likeliest(guess: str, modules: Collection[str]) -> str:
     """The module with most words of a guess, its numbers and its last name; or ""."""
-    words, numbers = set(guess.split(".")), sorted(re.findall(r"\d+", guess))
-    last, alike = guess.rpartition(".")[2], []
-    for module in modules:
-        end, own = module.rpartition(".")[2], sorted(re.findall(r"\d+", module))
-        if own == numbers and (end.startswith(last) or last.startswith(end)):
-            alike.append(module)
-    return min(alike, key=lambda module: len(words ^ {*module.split(".")}), default="")
+    words = guess.split(".")
+
+    def is_alike(module: str) -> bool:
+        numbers, other = (sorted(re.findall(r"\d+", name)) for name in (guess, module))
+        ends = sorted([words[-1], module.rpartition(".")[2]])
+        return numbers == other and ends[1].startswith(ends[0])
+
+    alike = filter(is_alike, modules)
+    return min(alike, key=lambda m: len({*words} ^ {*m.split(".")}), default="")
 
 
 def _template(module: str, kernel: str) -> tuple[str, str]:

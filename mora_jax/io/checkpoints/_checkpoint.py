@@ -64,11 +64,11 @@ class Checkpoint:
         return sum(file.size for file in self.files)
 
     def entry(self, name: str) -> Entry:
-        """Return what the headers say of a tensor."""
+        """The entry of a tensor in its header."""
         return self.place[name].entries[name]
 
     def shapes(self, names: Names = None) -> dict[str, Any]:
-        """Return the shapes (in_features, out_features) of kernels, as a params tree.
+        """The shapes (in_features, out_features) of kernels, as a params tree.
 
         Args:
           names: As in `load_peft`. Tensors without a path are left out.
@@ -88,7 +88,7 @@ class Checkpoint:
 
 
 def _tensor_files(folder: Location, listed: Sequence[Location]) -> list[Location]:
-    """Return the files that a directory's index names, or else all safetensors."""
+    """The files that a directory's index names, or else all safetensors."""
     indices = [entry for entry in listed if entry.name.endswith(INDEX)]
     if not indices:
         files = [entry for entry in listed if entry.name.endswith(".safetensors")]

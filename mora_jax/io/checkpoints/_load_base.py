@@ -98,7 +98,7 @@ def load_base(
 
 
 def _dtype(name: str, own: Any, asked: Any, stack: Mapping[Shape, Part]) -> np.dtype:
-    """Return the dtype of a leaf's result, where `own` is its dtype in `like`."""
+    """The dtype of a leaf's result, where `own` is its dtype in `like`."""
     by_leaf = asked is None or isinstance(asked, str) and asked == "like"
     dtype = check_dtype(f"dtype of {name!r}", own if by_leaf else asked)
     for part in stack.values():
@@ -115,7 +115,7 @@ def _dtype(name: str, own: Any, asked: Any, stack: Mapping[Shape, Part]) -> np.d
 
 
 def _shardings(sharding: Any, arrays: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the sharding of each leaf, or None, checked."""
+    """The sharding of each leaf, or None, checked."""
     if sharding is None:
         # JAX has chosen the sharding of an array that is not committed.
         own = {n: a for n, a in arrays.items() if getattr(a, "committed", True)}

@@ -52,7 +52,7 @@ class Part(NamedTuple):
         return None
 
     def in_rows(self, array: np.ndarray) -> np.ndarray:
-        """Return an array in the layout of the tensor."""
+        """An array in the layout of the tensor."""
         array = array.transpose(self.rows + self.columns)
         return array.reshape(self.file.entries[self.name].shape)
 
@@ -70,7 +70,7 @@ class Leaf:
     tensors: Mapping[Shape, Part]
 
     def read(self) -> jax.Array:
-        """Return the array, while the host holds one device's part beside the last."""
+        """The array, while the host holds one device's part beside the last."""
         if self.sharding is None:
             whole = (slice(None),) * len(self.shape)
             return jnp.asarray(self._read(whole)).block_until_ready()
@@ -87,7 +87,7 @@ class Leaf:
         return jax.make_array_from_single_device_arrays(self.shape, self.sharding, data)
 
     def _read(self, index: tuple[slice, ...]) -> np.ndarray:
-        """Return a part of the array, from rows of tensors that it needs alone."""
+        """A part of the array, from rows of tensors that it needs alone."""
         ends = [part.indices(n)[:2] for part, n in zip(index, self.shape, strict=True)]
         depth, part = next((len(at), part) for at, part in self.tensors.items())
         order = [*range(depth), *(depth + k for k in part.rows + part.columns)]
@@ -114,7 +114,7 @@ class Leaf:
 
 
 def converted(array: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
-    """Return `array` in `dtype`, unless numbers are too large for that."""
+    """`array` in `dtype`, unless numbers are too large for that."""
     if array.dtype == dtype:
         return array
     with np.errstate(over="ignore", invalid="ignore"):
@@ -146,7 +146,7 @@ class Source:
         self.missing: list[str] = []
 
     def stack(self, leaf: str, shape: Shape, misfit: str) -> dict[Shape, Part]:
-        """Return {index in a leaf's stack: its tensor}; others are noted as missing.
+        """{index in a leaf's stack: its tensor}; others are noted as missing.
 
         `misfit` is a message, as a template of the leaf, its shape and the tensor.
         """
@@ -176,7 +176,7 @@ class Source:
         return stack
 
     def own_name(self, path: Path) -> str | None:
-        """Return the tensor that is named as an array's path is, if there is one."""
+        """The tensor that is named as an array's path is, if there is one."""
         names = (separator.join(path) for separator in "/.")
         return next((name for name in names if name in self.checkpoint.place), None)
 
@@ -187,7 +187,7 @@ class Source:
         return next(found, None)
 
     def named(self, tensor: str) -> str:
-        """Return the name that the files have for a tensor; "" if they lack it."""
+        """The name that the files have for a tensor; "" if they lack it."""
         if tensor in self.checkpoint.place:
             return tensor
         twins = _tied_to(tensor) if self.tied else ()
@@ -240,7 +240,7 @@ class Source:
             )
 
     def _is_idle(self, name: str) -> bool:
-        """Return True for a buffer, and if a taken tensor that is tied is the same."""
+        """True for a buffer, and if a taken tensor that is tied is the same."""
         twins = (n for twin in _tied_to(name) for n in self._by_canonical.get(twin, ()))
         return BUFFERS.fullmatch(name) is not None or any(
             twin in self.taken and self._are_equal(name, twin) for twin in twins
@@ -254,19 +254,19 @@ class Source:
         return (one.dtype, one.shape) == (other.dtype, other.shape) and all(equal)
 
     def stands_for_two(self, tensor: str) -> bool:
-        """Return True if a tensor is there, and also for one that is tied to it."""
+        """True if a tensor is there, and also for one that is tied to it."""
         own = self.named(tensor)
         return own != "" and own in map(self.named, _tied_to(tensor))
 
 
 def _tied_to(name: str) -> tuple[str, ...]:
-    """Return the canonical names of the tensors that may be tied to one."""
+    """The canonical names of the tensors that may be tied to one."""
     name = canonical(name)
     return tuple(twin for pair in TIED if name in pair for twin in pair if twin != name)
 
 
 def _may_be_tied(checkpoint: Checkpoint) -> bool:
-    """Return True if the model's config, if there is one, allows tied tensors."""
+    """True if the model's config, if there is one, allows tied tensors."""
     config = None if checkpoint.config is None else read_json(checkpoint.config)
     # A model of more than texts has another config in it, for its language model.
     configs = [config, config.get("text_config")] if isinstance(config, dict) else []
