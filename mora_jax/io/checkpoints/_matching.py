@@ -46,9 +46,9 @@ class Part(NamedTuple):
         else:
             splits = [letters] * (len(letters) == n > 1)
         for split in splits:
-            rows, columns = (sizes(range(n), split, letter) for letter in pair.axes)
-            if shape == (*(math.prod(array[k] for k in g) for g in (rows, columns)),):
-                return cls(file, name, rows, columns)
+            groups = tuple(sizes(range(n), split, letter) for letter in pair.axes)
+            if tuple(math.prod(array[k] for k in group) for group in groups) == shape:
+                return cls(file, name, *groups)
         return None
 
     def in_rows(self, array: np.ndarray) -> np.ndarray:
@@ -167,10 +167,8 @@ class Source:
             part = Part.of(file, tensor, pair, shape[depth:])
             # All layers have one order of axes, since they are one array.
             if part is None or part[2:] != next(iter(stack.values()), part)[2:]:
-                stored = (
-                    f"{file.entries[tensor].shape}{' transposed' * pair.transposed}"
-                )
-                text = f"{tensor!r} of shape {stored}"
+                text = f"{tensor!r} of shape {file.entries[tensor].shape}"
+                text += " transposed" * pair.transposed
                 raise AdapterFileError(misfit.format(leaf, shape, text))
             stack[index] = part
         return stack

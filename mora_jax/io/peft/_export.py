@@ -128,7 +128,7 @@ def _is_tied(base: PathLike, plan: Plan, names: Names) -> bool:
 
 
 def _command(server: Server, model: str, rank: int = 0, adapter: str = "") -> str:
-    """Return the line that serves `model`, with the LoRA in `adapter` if any."""
+    """The line that serves `model`, with the LoRA in `adapter` if any."""
     if server == "vllm":
         words = ["vllm", "serve", model]
         limit, option = next(n for n in RANKS if n >= rank), "--lora-modules"
