@@ -70,11 +70,16 @@ def is_local(path: Location) -> TypeGuard[Path]:
     return type(path) is type(Path())
 
 
-def parts(path: Location) -> tuple[str, ...]:
-    """The names that lead to a path, by which two paths can be compared."""
-    if is_local(path):
-        return path.resolve().parts
-    return tuple(name for name in os.fspath(path).split("/") if name)
+def holds(directory: Location, path: Location) -> bool:
+    """True if `path` is `directory` or lies in it, by the names that lead to both."""
+
+    def names(place: Location) -> tuple[str, ...]:
+        if is_local(place):
+            return place.resolve().parts
+        return tuple(filter(None, os.fspath(place).split("/")))
+
+    outer = names(directory)
+    return names(path)[: len(outer)] == outer
 
 
 def _remote(argument: str, text: str, scheme: str) -> Location:

@@ -173,8 +173,7 @@ def merge_checkpoint(
     check_rounding(rounding)
     source, target = as_path("base", base), as_path("out", out)
     checkpoint = Checkpoint(source)
-    home = _files.parts(source if source.is_dir() else source.parent)
-    if _files.parts(target) == home[: len(_files.parts(target))]:
+    if _files.holds(target, source if source.is_dir() else source.parent):
         raise ValueError(f"out must not be the base or hold it, got {target}")
     written = [file.path.name for file in checkpoint.files]
     written += [path.name for path in checkpoint.beside]
