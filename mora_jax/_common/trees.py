@@ -14,7 +14,7 @@ _WHOLE: list[type] = [nnx.Module]
 
 
 def count_whole(*classes: type) -> None:
-    """Count instances of pytrees as leaves from now on, as arrays are."""
+    """Count instances of these pytrees as leaves, as arrays are."""
     # JAX would go on into them, and take what is in them for arrays of the tree.
     _WHOLE.extend(classes)
 

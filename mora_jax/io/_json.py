@@ -61,7 +61,7 @@ Fields = Mapping[str, tuple[Any, ...]]
 
 
 def check_record(content: Any, fields: Fields, where: str) -> dict[str, Any]:
-    """The object `where` if it has exactly these keys and types of values."""
+    """Return the object `where` if it has exactly these keys and types of values."""
     keys = content.keys() if isinstance(content, dict) else set()
     if keys != fields.keys():
         lacks, extra = sorted(fields.keys() - keys), short(sorted(keys - fields.keys()))

@@ -19,47 +19,21 @@ Names = str | Mapping[str, str] | None
 """A family, a library, {module: kernel} as templates, or None for all families."""
 
 
-def bijection(names: Names) -> "Bijection":
-    """Modules and kernels by the pairs that `names` stands for, if well-formed."""
-    if names is None or isinstance(names, str):
-        return _known(names)
-    texts = [*names, *names.values()] if isinstance(names, Mapping) else [None]
-    if not all(isinstance(text, str) for text in texts):
-        raise TypeError(f"names must be a family or map texts to texts, got {names!r}")
-    for module, kernel in names.items():
-        fields, others = (sorted(_parts(t)[1::2]) for t in (module, kernel))
-        if fields != others or len(set(fields)) < len(fields):
-            raise ValueError(
-                f"names must have the same {{fields}} on both sides, once each, "
-                f"got {module!r} and {kernel!r}"
-            )
-    return Bijection(Pair(*pair) for pair in names.items())
+@dataclasses.dataclass(frozen=True)
+class Module:
+    """A module, and its part of a kernel.
 
+    Its weight has the `axes` "oi" or "io", and it may be a `table`, which looks up rows
+    of that. It belongs to the layer `index` of the kernel's stack, and has the slice
+    `outputs` of the kernel's. Messages call the part `place`.
+    """
 
-@functools.cache
-def _known(names: str | None) -> "Bijection":
-    """The bijection of a family or a library, or of all families."""
-    if names is None:
-        return Bijection(itertools.chain(*FAMILIES.values()))
-    known = FAMILIES | LIBRARIES
-    family = names if names in known else names.rstrip("0123456789")  # qwen3
-    if family not in known:
-        raise ValueError(
-            f"names must be one of {list(known)} or a mapping, got {names!r}"
-            + did_you_mean(names, known)
-        )
-    return Bijection(known[family])
-
-
-def _parts(template: str) -> list[str]:
-    """The parts of a template; every second one is the name of a field."""
-    parts = re.split(r"\{(\w+)\}", template)
-    if not all(map(str.isidentifier, parts[1::2])) or set("{}") & set("".join(parts)):
-        raise ValueError(
-            "names must have braces around the names of fields alone, as in {n}, "
-            f"got {template!r}"
-        )
-    return parts
+    name: str
+    axes: str
+    table: bool
+    index: Shape
+    outputs: slice
+    place: str
 
 
 class Bijection:
@@ -90,7 +64,7 @@ class Bijection:
             module = parent.replace("/", ".") + ".bias" * (last == "bias")
             yield Pair(module, path, *_LEAVES[last])
 
-    def modules(self, path: str, shape: Shape, axes: str) -> list["Module"]:
+    def modules(self, path: str, shape: Shape, axes: str) -> list[Module]:
         """The modules of a kernel; one that the templates lack is called ""."""
         modules, outs = [], sizes(shape, axes, "o")
         inner = axes.replace("s", "")
@@ -115,23 +89,6 @@ class Bijection:
         return any(pair for path in paths for pair in self.of_kernel(path))
 
 
-@dataclasses.dataclass(frozen=True)
-class Module:
-    """A module, and its part of a kernel.
-
-    Its weight has the `axes` "oi" or "io", and it may be a `table`, which looks up rows
-    of that. It belongs to the layer `index` of the kernel's stack, and has the slice
-    `outputs` of the kernel's. Messages call the part `place`.
-    """
-
-    name: str
-    axes: str
-    table: bool
-    index: Shape
-    outputs: slice
-    place: str
-
-
 _LEAVES = {"kernel": ("oi", "io"), "embedding": ("io", "io")}
 _LEAVES |= dict.fromkeys(("scale", "weight", "bias"), ("o", "o"))
 """{Flax's name of a leaf: the axes of its tensor in PyTorch, and those here}."""
@@ -153,6 +110,17 @@ def _pattern(template: str) -> re.Pattern[str]:
     return re.compile("".join(parts))
 
 
+def _parts(template: str) -> list[str]:
+    """The parts of a template; every second one is the name of a field."""
+    parts = re.split(r"\{(\w+)\}", template)
+    if not all(map(str.isidentifier, parts[1::2])) or set("{}") & set("".join(parts)):
+        raise ValueError(
+            "names must have braces around the names of fields alone, as in {n}, "
+            f"got {template!r}"
+        )
+    return parts
+
+
 def _fitting(
     text: str, templates: Iterable[tuple[re.Pattern[str], Pair]]
 ) -> Iterator[Pair]:
@@ -160,6 +128,38 @@ def _fitting(
     for pattern, pair in templates:
         if match := pattern.fullmatch(text):
             yield pair.filled(match.groupdict())
+
+
+def bijection(names: Names) -> Bijection:
+    """Modules and kernels by the pairs that `names` stands for, if well-formed."""
+    if names is None or isinstance(names, str):
+        return _known(names)
+    texts = [*names, *names.values()] if isinstance(names, Mapping) else [None]
+    if not all(isinstance(text, str) for text in texts):
+        raise TypeError(f"names must be a family or map texts to texts, got {names!r}")
+    for module, kernel in names.items():
+        fields, others = (sorted(_parts(t)[1::2]) for t in (module, kernel))
+        if fields != others or len(set(fields)) < len(fields):
+            raise ValueError(
+                f"names must have the same {{fields}} on both sides, once each, "
+                f"got {module!r} and {kernel!r}"
+            )
+    return Bijection(Pair(*pair) for pair in names.items())
+
+
+@functools.cache
+def _known(names: str | None) -> Bijection:
+    """The bijection of a family or a library, or of all families."""
+    if names is None:
+        return Bijection(itertools.chain(*FAMILIES.values()))
+    known = FAMILIES | LIBRARIES
+    family = names if names in known else names.rstrip("0123456789")  # qwen3
+    if family not in known:
+        raise ValueError(
+            f"names must be one of {list(known)} or a mapping, got {names!r}"
+            + did_you_mean(names, known)
+        )
+    return Bijection(known[family])
 
 
 def join_index(path: str, index: Shape) -> str:
