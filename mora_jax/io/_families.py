@@ -62,11 +62,10 @@ def _same(root: str, *names: str, axes: str = "oi") -> tuple[Pair, ...]:
     """
     pairs = []
     for module in (*(f"{root}.{name}" for name in names), *names):
-        leaf = "embedding" if module.rpartition(".")[2] in TABLES else "kernel"
+        leaf = ".embedding" if module.rpartition(".")[2] in TABLES else ".kernel"
+        kernel = (module + leaf).replace(".", "/")
         # Each kernel in Flax is the transpose of PyTorch's weight.
-        pairs.append(
-            Pair(module, f"{module}/{leaf}".replace(".", "/"), axes, axes[::-1])
-        )
+        pairs.append(Pair(module, kernel, axes, axes[::-1]))
     return tuple(pairs)
 
 

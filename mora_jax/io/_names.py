@@ -64,10 +64,9 @@ class Bijection:
             module = parent.replace("/", ".") + ".bias" * (last == "bias")
             yield Pair(module, path, *_LEAVES[last])
 
-    def modules(self, path: str, shape: Shape, axes: str) -> list[Module]:
+    def modules(self, path: str, shape: Shape, axes: str) -> Iterator[Module]:
         """The modules of a kernel; one that the templates lack is called ""."""
-        modules, outs = [], sizes(shape, axes, "o")
-        inner = axes.replace("s", "")
+        outs, inner = sizes(shape, axes, "o"), axes.replace("s", "")
         # Tables are as they are here, but with one axis where a kernel has heads.
         table_axes = re.sub(r"(.)\1+", r"\1", inner)
         for index in np.ndindex(sizes(shape, axes, "s")):
@@ -81,9 +80,7 @@ class Bijection:
                 pair = next(self.of_kernel(place), Pair("", ""))
                 order = table_axes if pair.is_table else pair.axes
                 outputs = slice(k * width, (k + 1) * width)
-                part = pair.module, order, pair.is_table, index, outputs, place
-                modules.append(Module(*part))
-        return modules
+                yield Module(pair.module, order, pair.is_table, index, outputs, place)
 
     def _has(self, paths: Iterable[str]) -> bool:
         return any(pair for path in paths for pair in self.of_kernel(path))

@@ -292,7 +292,7 @@ def modules(
                 f"and embeddings, got axes {spec.axes!r}, those of a convolution; "
                 "mora_jax.merge merges it"
             )
-        named = known.modules(spec.name, spec.kernel_shape, spec.axes)
+        named = [*known.modules(spec.name, spec.kernel_shape, spec.axes)]
         m = to_numpy(spec.name, m)
         items += [(module, spec, m[module.index]) for module in named]
         unknown += [module.place for module in named if not module.name]
