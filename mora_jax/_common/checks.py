@@ -2,6 +2,8 @@
 
 import math
 import numbers
+import re
+from collections.abc import Iterable
 from operator import index
 from typing import Any, SupportsIndex
 
@@ -48,6 +50,26 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> str:
     if value not in choices:
         raise ValueError(f"{name} must be one of {choices}, got {value!r}")
     return value
+
+
+def patterns_of(field: str, patterns: Any) -> tuple[str, ...]:
+    """A regular expression, or several of them, as a tuple."""
+    if isinstance(patterns, str):
+        patterns = (patterns,)
+    if not isinstance(patterns, Iterable):
+        hint = "; leave it out for the default" if patterns is None else ""
+        raise TypeError(f"{field} must be regular expressions, got {patterns!r}{hint}")
+    patterns = tuple(patterns)
+    for pattern in patterns:
+        if not isinstance(pattern, str):
+            raise TypeError(f"{field} must hold regular expressions, got {pattern!r}")
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(
+                f"{field} holds {pattern!r}, which is not a regular expression: {error}"
+            ) from error
+    return patterns
 
 
 def check_number(name: str, value: Any) -> float:

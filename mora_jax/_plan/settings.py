@@ -14,6 +14,7 @@ from mora_jax._common.checks import (
     check_dtype,
     check_number,
     check_seed,
+    patterns_of,
     positive_integer,
 )
 from mora_jax._common.suggestions import did_you_mean
@@ -203,26 +204,6 @@ def setting_hint(name: str, known: Iterable[str]) -> str:
     if name in NAMES_ELSEWHERE:
         return f": here that is {NAMES_ELSEWHERE[name]}"
     return did_you_mean(name, known)
-
-
-def patterns_of(field: str, patterns: Any) -> tuple[str, ...]:
-    """A regular expression, or several of them, as a tuple."""
-    if isinstance(patterns, str):
-        patterns = (patterns,)
-    if not isinstance(patterns, Iterable):
-        hint = "; leave it out for the default" if patterns is None else ""
-        raise TypeError(f"{field} must be regular expressions, got {patterns!r}{hint}")
-    patterns = tuple(patterns)
-    for pattern in patterns:
-        if not isinstance(pattern, str):
-            raise TypeError(f"{field} must hold regular expressions, got {pattern!r}")
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise ValueError(
-                f"{field} holds {pattern!r}, which is not a regular expression: {error}"
-            ) from error
-    return patterns
 
 
 def _check_overrides(name: str, overrides: Any) -> FrozenMapping:

@@ -40,7 +40,7 @@ def combine(params: Any, adapters: Any) -> Any:
         places = (
             (paths.find_array(leaves, p, a.spec)[0], a) for p, a in trained.items()
         )
-        params = paths.replace_leaves(params, dict(places))
+        params = paths.put_adapters(params, dict(places))
     added: dict[Path, Any] = {
         place_of(p, a.spec): a for p, a in found.items() if p not in trained
     }

@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from mora_jax._common.checks import patterns_of
 from mora_jax._common.suggestions import matching
 from mora_jax._layer.adapter import Adapter
-from mora_jax._plan.settings import above_zero, patterns_of
+from mora_jax._plan.settings import above_zero
 from mora_jax._plan.spec import SUFFIX, AdapterSpec
 from mora_jax._tree import paths
 

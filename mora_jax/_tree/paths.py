@@ -1,16 +1,21 @@
-"""Leaves of trees by their paths, out of their boxes and into them again."""
+"""Leaves of trees by their paths: arrays of a base, and adapters."""
 
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-import flax.linen as nn
 import jax
 from flax import nnx
-from flax.core.meta import AxisMetadata
 from flax.traverse_util import unflatten_dict
 
+from mora_jax._common import trees
 from mora_jax._common.checks import LEAVE_OUT, check_leaf
 from mora_jax._common.suggestions import lacking
+from mora_jax._common.trees import is_boxed as is_boxed
+from mora_jax._common.trees import is_end as is_end
+from mora_jax._common.trees import key_name as key_name
+from mora_jax._common.trees import refuse_variables as refuse_variables
+from mora_jax._common.trees import replace_leaves as replace_leaves
+from mora_jax._common.trees import unboxed as unboxed
 from mora_jax._common.types import Path
 from mora_jax._layer.adapter import Adapter, check_adapter
 from mora_jax._layer.slots import Selected
@@ -25,6 +30,9 @@ class NoTree:
     instead: ClassVar[str]
 
 
+trees.count_whole(Adapter, NoTree, Selected)
+
+
 def nest(items: Mapping[Path, Any]) -> Tree:
     """{path: leaf} as nested dicts."""
     return unflatten_dict(items)
@@ -32,26 +40,7 @@ def nest(items: Mapping[Path, Any]) -> Tree:
 
 def located_leaves(tree: Any, what: str = "params") -> dict[Path, Any]:
     """{path: leaf} of any pytree but a model; arrays stay in boxes and adapters."""
-
-    def is_leaf(node: Any) -> bool:
-        # JAX would go on into these, and take what is in them for arrays.
-        return is_end(node) or isinstance(node, nnx.Module | NoTree)
-
-    leaves: dict[Path, Any] = {}
-    names: set[str] = set()  # a key may hold a slash, and plans go by joined paths
-    for keys, leaf in jax.tree.leaves_with_path(tree, is_leaf=is_leaf):
-        path = tuple(map(key_name, keys))
-        refuse_model(leaf, what)
-        if not path:
-            kind = type(leaf).__name__
-            if hasattr(leaf, "shape"):
-                kind = f"an array of shape {tuple(leaf.shape)} without a name"
-            raise TypeError(f"{what} must be a tree of arrays, got {kind}")
-        if (name := "/".join(path)) in names:
-            raise ValueError(f"{what} must not have two leaves of the path {name!r}")
-        names.add(name)
-        leaves[path] = leaf
-    return leaves
+    return trees.located_leaves(tree, what, refuse_model)
 
 
 def named_leaves(tree: Any, what: str = "params") -> dict[str, tuple[Path, Any]]:
@@ -141,83 +130,40 @@ def find_array(
     return path, leaf
 
 
-def refuse_variables(params: Any, what: str = "params") -> None:
-    """Raise if `params`, the argument `what`, are all variables of a Linen model."""
-    if isinstance(params, Mapping) and isinstance(params.get("params"), Mapping):
-        if not isinstance(params, nnx.State):  # a model may have an attribute `params`
-            raise ValueError(
-                f"{what} must not hold 'params' at its top, got {sorted(params)}: "
-                "pass variables['params'], not all variables"
-            )
+def replace_adapters(tree: Any, new: Mapping[Path, Adapter]) -> Any:
+    """A tree of adapters with others, by the paths of their arrays in the base."""
+    return put_adapters(tree, {place_of(p, a.spec): a for p, a in new.items()})
 
 
-def replace_leaves(tree: Any, new: Mapping[Path, Any]) -> Any:
-    """`tree` with the values of `new` at their paths, in the boxes that are there."""
+def put_adapters(tree: Any, new: Mapping[Path, Adapter]) -> Any:
+    """A tree with adapters at some paths of leaves."""
 
-    def replace(keys: Any, leaf: Any) -> Any:
+    def put(keys: Any, leaf: Any) -> Any:
         path = tuple(map(key_name, keys))
         return reboxed(leaf, new[path]) if path in new else leaf
 
-    return jax.tree.map_with_path(replace, tree, is_leaf=is_end)
-
-
-def replace_adapters(tree: Any, new: Mapping[Path, Adapter]) -> Any:
-    """A tree of adapters with others, by the paths of their arrays in the base."""
-    return replace_leaves(tree, {place_of(p, a.spec): a for p, a in new.items()})
-
-
-def is_end(node: Any) -> bool:
-    """True where a tree is replaced as a whole: at a box, and at an adapter."""
-    return isinstance(node, Adapter) or is_boxed(node)
-
-
-def key_name(key: Any) -> str:
-    """The name of a pytree key in a path."""
-    return jax.tree_util.keystr((key,), simple=True)
-
-
-def is_boxed(leaf: Any) -> bool:
-    """True for an array in a box: Linen's metadata, or an NNX variable."""
-    if not isinstance(leaf, nnx.Variable):
-        return isinstance(leaf, AxisMetadata)
-    # A variable that holds a structure, such as a quantized kernel, is not a box: the
-    # parts of the structure are leaves themselves. But M's for rows count as one array.
-    held = leaf.get_raw_value()
-    return jax.tree_util.all_leaves([held]) or isinstance(held, Selected)
-
-
-def unboxed(leaf: Any) -> Any:
-    """The array in `leaf`, if that is a box; otherwise `leaf` itself."""
-    if not is_boxed(leaf):
-        return leaf
-    return leaf.get_raw_value() if isinstance(leaf, nnx.Variable) else leaf.unbox()
+    return jax.tree.map_with_path(put, tree, is_leaf=is_end)
 
 
 def reboxed(box: Any, value: Any) -> Any:
-    """`value` in a box like `box`, if that is one, or an adapter; otherwise `value`."""
+    """`value`, an array or an adapter, where `box` is: in a variable, or as a node."""
     if isinstance(box, Adapter) and not isinstance(value, Adapter):
         return box.replace(m=value)
-    if not is_boxed(box):
-        return value
-    if not isinstance(box, nnx.Variable):  # metadata are of arrays
-        return value if isinstance(value, Adapter) else box.replace_boxed(value)  # type: ignore[union-attr]
-    if isinstance(value, Adapter):
+    if not isinstance(value, Adapter):
+        return trees.reboxed(box, value)
+    if isinstance(box, nnx.Variable):
         return box.replace(value.m, spec=value.spec)
-    return box.replace(value)
+    return value  # Linen's metadata are of arrays
 
 
 def refuse_model(leaf: Any, what: str) -> None:
     """Raise if `leaf` is a model or a plan, which may be pytrees as well."""
+    if isinstance(leaf, NoTree):
+        kind = type(leaf).__name__
+        told = f"{what} must be a tree of arrays, got the {kind}"
+        raise TypeError(f"{told}: {leaf.instead}")
+    hint = "; mora_jax.linen's plan and wrap take models"
     if isinstance(leaf, nnx.Module):
-        kind = "adapters are nnx.state(model, MoRAParam)"
-        kind = kind if what == "adapters" else "params are nnx.state(model, nnx.Param)"
-        hint = f"its {kind}; mora_jax.nnx's plan, wrap and merge_adapters take models"
-    elif isinstance(leaf, nn.Module):
-        hint = "its params are model.init(...)['params']; mora_jax.linen's plan and "
-        hint += "wrap take models"
-    elif isinstance(leaf, NoTree):
-        hint = leaf.instead
-    else:
-        return
-    got = f"the {'' if isinstance(leaf, NoTree) else 'model '}{type(leaf).__name__}"
-    raise TypeError(f"{what} must be a tree of arrays, got {got}: {hint}")
+        hint = ", and its adapters nnx.state(model, MoRAParam); mora_jax.nnx's plan, "
+        hint += "wrap and merge_adapters take models"
+    trees.refuse_model(leaf, what, hint)

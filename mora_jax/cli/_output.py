@@ -12,9 +12,9 @@ from rich.console import Console
 from rich.progress import Progress
 
 from mora_jax.io import Checkpoint, Names
-from mora_jax.io._files import as_path, parts
+from mora_jax.io._files import as_path, holds
 from mora_jax.io._json import parse, read_json
-from mora_jax.io._names import pairs
+from mora_jax.io._names import bijection
 
 
 def _rank_of(text: str | None) -> int | str | None:
@@ -34,7 +34,7 @@ def _names_of(text: str | None) -> Names:
         names = parse(text.encode(), "--names")
     elif text is not None and text.endswith(".json"):
         names = read_json(as_path("--names", text))
-    pairs(names)  # refuses them now, also for commands that come to need none
+    bijection(names)  # refuses them now, also for commands that come to need none
     return names
 
 
@@ -78,9 +78,8 @@ Format = Literal["mora", "peft-mora", "peft-lora"]
 
 def check_apart(out: str, adapter: str) -> None:
     """Raise if `out` is the adapter's directory, holds it or lies in it."""
-    there, here = parts(as_path("out", out)), parts(as_path("adapter", adapter))
-    # One holds the other if all of the shorter path is the beginning of the longer.
-    if all(a == b for a, b in zip(there, here, strict=False)):
+    there, here = as_path("out", out), as_path("adapter", adapter)
+    if holds(there, here) or holds(here, there):
         raise ValueError(
             f"out must not be the adapter's directory, hold it or lie in it, got {out}"
         )

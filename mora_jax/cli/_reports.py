@@ -16,7 +16,7 @@ from mora_jax.io.native._adapter import is_ours
 
 
 def format_of(directory: PathLike) -> str:
-    """Return the format of an adapter: "mora", "peft-mora" or "peft-lora"."""
+    """The format of an adapter: "mora", "peft-mora" or "peft-lora"."""
     path = as_path("directory", directory)
     # Ours are known by their tensors, since their config may be missing.
     if (path / TENSORS).is_file() and is_ours(path, TENSORS):

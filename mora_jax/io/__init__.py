@@ -27,10 +27,10 @@ Whole checkpoints::
 """
 
 from mora_jax.io._files import AdapterFileError as AdapterFileError
+from mora_jax.io._merge_files import merge_checkpoint as merge_checkpoint
 from mora_jax.io._names import Names as Names
 from mora_jax.io.checkpoints._checkpoint import Checkpoint as Checkpoint
 from mora_jax.io.checkpoints._load_base import load_base as load_base
-from mora_jax.io.checkpoints._merge_files import merge_checkpoint as merge_checkpoint
 from mora_jax.io.native._adapter import load as load
 from mora_jax.io.native._adapter import read_metadata as read_metadata
 from mora_jax.io.native._adapter import save as save

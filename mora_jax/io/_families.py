@@ -5,22 +5,49 @@ from typing import NamedTuple
 
 
 class Pair(NamedTuple):
-    """Two templates for a kernel, whose `{fields}` stand for the same texts.
+    """A module in PyTorch and its kernel here.
+
+    A family has templates of both, whose `{fields}` stand for the same texts.
 
     Attributes:
       module: The module's name in PyTorch, such as "model.layers.{layer}.mlp.{name}".
       kernel: The kernel's path here, such as "layers_{layer}/mlp/{name}/kernel". An
         index in a stack, as in "layers/{name}/kernel[{n}]", may also be one on a first
         axis that tells several modules apart.
-      axes: The order of the axes of PyTorch's weight, "io" in GPT-2's `Conv1D`.
-      kernel_axes: The order of the kernel's axes, "oio" in Gemma's (heads, in, width);
-        a plan knows that by itself.
+      axes: The order of the axes of PyTorch's weight, "io" in GPT-2's `Conv1D`, and "o"
+        of what is a vector.
+      kernel_axes: The order of the kernel's axes. If it is "io" or "oi", each letter
+        may stand for several axes; Gemma's "oio" is (heads, in, width).
     """
 
     module: str
     kernel: str
     axes: str = "oi"
     kernel_axes: str = "io"
+
+    @property
+    def tensor(self) -> str:
+        """The tensor that is the kernel: the module's weight, unless it names one."""
+        named = self.module.endswith((".weight", ".bias"))
+        return self.module if named else f"{self.module}.weight"
+
+    @property
+    def is_table(self) -> bool:
+        """True if the module looks up rows of its weight."""
+        path, _, _ = self.kernel.partition("[")
+        return self.module.rpartition(".")[2] in TABLES or path.endswith("embedding")
+
+    @property
+    def transposed(self) -> bool:
+        """True if the weight has the axes of its outputs elsewhere than the kernel."""
+        return self.axes != self.kernel_axes
+
+    def filled(self, fields: dict[str, str]) -> "Pair":
+        """The module and the kernel with texts instead of `{fields}`."""
+        module, kernel = (template.format(**fields) for template in self[:2])
+        pair = self._replace(module=module, kernel=kernel)
+        # Embeddings have the same axes everywhere, whatever a template says.
+        return pair._replace(axes="io", kernel_axes="io") if pair.is_table else pair
 
 
 _BERTS = "word_embeddings", "position_embeddings", "token_type_embeddings"
@@ -29,22 +56,21 @@ TABLES = {"embed_tokens", "embed_positions", "wte", "wpe", *_BERTS}
 
 
 def _same(root: str, *names: str, axes: str = "oi") -> tuple[Pair, ...]:
-    """Return pairs for transformers, which has the same names in both libraries.
+    """Pairs for transformers, which has the same names in both libraries.
 
     Modules may have the root before their names or not.
     """
     pairs = []
     for module in (*(f"{root}.{name}" for name in names), *names):
-        path, is_table = module.replace(".", "/"), module.rpartition(".")[2] in TABLES
-        # Each kernel in Flax is the transpose of PyTorch's weight, and embeddings have
-        # the same axes everywhere.
-        layer = Pair(module, f"{path}/kernel", axes, axes[::-1])
-        pairs.append(Pair(module, f"{path}/embedding", "io") if is_table else layer)
+        leaf = ".embedding" if module.rpartition(".")[2] in TABLES else ".kernel"
+        kernel = (module + leaf).replace(".", "/")
+        # Each kernel in Flax is the transpose of PyTorch's weight.
+        pairs.append(Pair(module, kernel, axes, axes[::-1]))
     return tuple(pairs)
 
 
 def _layers(root: str, table: str) -> tuple[Pair, ...]:
-    """Return the pairs of a table: module, the axes of both if unusual, kernels.
+    """Pairs of a table: module, the axes of both if unusual, kernels.
 
     Kernels' paths begin with `root`, and modules' names always with the same.
     """
@@ -129,3 +155,13 @@ BUFFERS = re.compile(
     r"|embeddings\.(position|token_type)_ids)"
 )
 """Tensors that PyTorch stores though they can be computed."""
+
+
+def canonical(tensor: str) -> str:
+    """The part of a tensor's name that is the same in all files of a model."""
+    # A GPT-2 was saved as "transformer.wte.weight" or as "wte.weight", and BERT's norms
+    # had gammas and betas once.
+    roots = r"^((base_model|model|transformer|bert|language_model)\.)+"
+    name = re.sub(roots, "", tensor)
+    name = re.sub(r"(?<=LayerNorm\.)gamma$", "weight", name)
+    return re.sub(r"(?<=LayerNorm\.)beta$", "bias", name)

@@ -33,7 +33,7 @@ PACKAGES = {"gs": "gcsfs", "s3": "s3fs", "az": "adlfs"}
 
 
 def as_path(argument: str, value: object) -> Location:
-    """Return the path that a user's argument names, a `str` or a path object.
+    """The path that a user's argument names, a `str` or a path object.
 
     A local one is a `pathlib.Path`, without `~` and `file://`. Others are of epath.
     """
@@ -66,15 +66,20 @@ def as_path(argument: str, value: object) -> Location:
 
 
 def is_local(path: Location) -> TypeGuard[Path]:
-    """Return True if `path` is local, so that it can be locked and renamed."""
+    """True if `path` is local, so that it can be locked and renamed."""
     return type(path) is type(Path())
 
 
-def parts(path: Location) -> tuple[str, ...]:
-    """Return the names that lead to a path, by which two paths can be compared."""
-    if is_local(path):
-        return path.resolve().parts
-    return tuple(name for name in os.fspath(path).split("/") if name)
+def holds(directory: Location, path: Location) -> bool:
+    """True if `path` is `directory` or lies in it, by the names that lead to both."""
+
+    def names(place: Location) -> tuple[str, ...]:
+        if is_local(place):
+            return place.resolve().parts
+        return tuple(filter(None, os.fspath(place).split("/")))
+
+    outer = names(directory)
+    return names(path)[: len(outer)] == outer
 
 
 def _remote(argument: str, text: str, scheme: str) -> Location:
@@ -140,7 +145,7 @@ def read_bytes(path: Location) -> bytes:
 
 
 def entries(directory: Location) -> list[Location]:
-    """Return the entries of a directory, none if it does not exist."""
+    """The entries of a directory, none if it does not exist."""
     # In an object store a directory without objects does not exist.
     return list(directory.iterdir()) if directory.exists() else []
 
@@ -151,7 +156,7 @@ def entries(directory: Location) -> list[Location]:
 def check_free(
     argument: str, value: object, names: Collection[str], force: bool
 ) -> Location:
-    """Return the path of a directory, if one of files called `names` may be made there.
+    """The path of a directory, if one of files called `names` may be made there.
 
     With `force` it may replace one, all of whose files have those names.
     """

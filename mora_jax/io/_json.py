@@ -12,7 +12,7 @@ MAX_BYTES = 2**26
 
 
 def parse(data: bytes, name: str) -> Any:
-    """Return the value that a JSON text holds, if it is all that JSON demands.
+    """The value that a JSON text holds, if it is all that JSON demands.
 
     So keys occur once, and numbers are finite. Messages call the text `name`.
     """
@@ -46,13 +46,13 @@ def _finite(text: str) -> float:
 
 
 def read_json(path: Location) -> Any:
-    """Return the value that a JSON file holds; longer files are not read whole."""
+    """The value that a JSON file holds; longer files are not read whole."""
     with missing_files(path), path.open("rb") as file:
         return parse(file.read(MAX_BYTES + 1), path.name)
 
 
 def dump(value: Any) -> bytes:
-    """Return readable JSON text; equal values give equal bytes."""
+    """Readable JSON text; equal values give equal bytes."""
     text = json.dumps(value, indent=1, sort_keys=True, allow_nan=False)
     return f"{text}\n".encode()
 
@@ -126,7 +126,7 @@ def read_record(
 
 
 def plain(value: Any, name: str) -> Any:
-    """Return what a user wants to keep in the types that JSON gives back.
+    """A value that a user wants to keep, in the types that JSON gives back.
 
     An error calls the value `name`, followed by the keys that lead to the faulty part.
     """
@@ -150,6 +150,6 @@ def plain(value: Any, name: str) -> Any:
 
 
 def short(value: object) -> str:
-    """Return a `repr` that is cut off: a message should not repeat a megabyte."""
+    """A `repr` that is cut off: a message should not repeat a megabyte."""
     text = repr(value)
     return text if len(text) < 300 else f"{text[:300]}..."

@@ -107,16 +107,16 @@ class TensorFile:
                 yield file
 
     def __getitem__(self, name: str) -> np.ndarray:
-        """Return a floating-point tensor, which is read now."""
+        """A floating-point tensor, which is read now."""
         data = b"".join(self.chunks(name))
         return np.frombuffer(data, self.dtype(name)).reshape(self.entries[name].shape)
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """Return all tensors, which must be floating-point."""
+        """All tensors, which must be floating-point."""
         return {name: self[name] for name in self.entries}
 
     def rows(self, name: str, start: int, stop: int) -> Iterator[np.ndarray]:
-        """Yield rows of a floating-point tensor, in pieces of about `CHUNK` bytes."""
+        """Rows of a floating-point tensor, in pieces of about `CHUNK` bytes."""
         entry, dtype = self.entries[name], self.dtype(name)
         row = dtype.itemsize * math.prod(entry.shape[1:])
         step = max(1, CHUNK // max(1, row)) * row  # rows are not cut, and may be empty
@@ -125,11 +125,11 @@ class TensorFile:
             yield np.frombuffer(data, dtype).reshape(-1, *entry.shape[1:])
 
     def chunks(self, name: str) -> Iterator[bytes]:
-        """Yield the bytes of a tensor in pieces."""
+        """The bytes of a tensor in pieces."""
         return self._pieces(*self.entries[name][2:], CHUNK)
 
     def _pieces(self, start: int, stop: int, step: int) -> Iterator[bytes]:
-        """Yield the bytes from `start` to `stop`, `step` at a time."""
+        """The bytes from `start` to `stop`, `step` at a time."""
         with self._open() as file:
             file.seek(start)
             for place in range(start, stop, step or 1):
@@ -139,7 +139,7 @@ class TensorFile:
                 yield data
 
     def dtype(self, name: str) -> np.dtype:
-        """Return the dtype of a tensor, which must be floating-point."""
+        """The dtype of a tensor, which must be floating-point."""
         dtype = self.entries[name].dtype
         if dtype not in DTYPES:
             raise AdapterFileError(
@@ -150,7 +150,7 @@ class TensorFile:
 
 
 def encode(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> bytes:
-    """Return the content of a safetensors file."""
+    """The content of a safetensors file."""
     try:
         from safetensors.numpy import save
     except ImportError as error:
@@ -163,7 +163,7 @@ def encode(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> by
 
 
 def to_numpy(name: str, array: Any) -> np.ndarray:
-    """Return a trained array of finite numbers, which messages call `name`."""
+    """A trained array of finite numbers, which messages call `name`."""
     check_concrete(array, name, np.shape(array))
     array = np.asarray(array)
     check_finite(array, name)
@@ -171,7 +171,7 @@ def to_numpy(name: str, array: Any) -> np.ndarray:
 
 
 def to_jax(name: str, array: np.ndarray) -> jax.Array:
-    """Return an array from a file as a JAX array of the same dtype."""
+    """An array from a file as a JAX array of the same dtype."""
     converted = jnp.asarray(array)
     if converted.dtype != array.dtype:
         # JAX makes float32 of float64 unless it is told otherwise.

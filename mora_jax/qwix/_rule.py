@@ -7,7 +7,8 @@ from typing import Any, ClassVar
 
 import qwix
 
-from mora_jax._plan.settings import KernelConfig, MoRAConfig, patterns_of
+from mora_jax._common.checks import patterns_of
+from mora_jax._plan.settings import KernelConfig, MoRAConfig
 from mora_jax.qwix import _private
 
 

@@ -37,7 +37,7 @@ BASE = TYPE6 / "base_model.safetensors"
 
 def test_help_and_version():
     overview = run("--help")
-    for command in ("inspect", "merge", "convert", "diff"):
+    for command in ("inspect", "merge", "convert", "export"):
         assert command in overview
         assert "--names" in run(command, "--help")
     assert run("--version") == f"mora-jax {version('mora-jax')}\n"
@@ -144,22 +144,6 @@ def test_a_lora_of_as_many_singular_values_as_needed(tmp_path):
 def test_help_says_what_a_base_is_for():
     for command, told in (("inspect", "do not say how large"), ("export", "is merged")):
         assert told in " ".join(re.sub("[│\n]", " ", run(command, "--help")).split())
-
-
-def test_diff(tmp_path):
-    a, b, adapters = tmp_path / "a", tmp_path / "b", made(PLAN)
-    save(a, adapters, PLAN)
-    double = jax.tree.map(lambda m: 2 * m, adapters)
-    half = jax.tree.map(lambda m: m.astype("bfloat16"), adapters)
-    for other, least, most in (adapters, 0, 0), (double, 0.99, 1.01), (half, 0, 0.01):
-        save(b, other, PLAN)
-        rows = json.loads(run("diff", a, b, "--json"))
-        assert [row["path"] for row in rows] == sorted(PLAN)
-        assert all(row["settings"] == "same" for row in rows)
-        assert all(least <= row["difference"] <= most for row in rows)
-        assert any(row["difference"] for row in rows) == (other is not adapters)
-    run("convert", TYPE6, tmp_path / "c", "--to", "mora", "--base", BASE)
-    assert "only in" in run("diff", a, tmp_path / "c")
 
 
 @pytest.mark.parametrize(
@@ -294,10 +278,10 @@ def test_paths_stay_in_one_piece(demo, monkeypatch):
     monkeypatch.setenv("COLUMNS", "30")
     directory, plan = demo
     lora = ["convert", directory, f"{directory}-lora", "--to", "peft-lora"]
-    for told in (run("inspect", directory, "--all"), run("diff", directory, directory)):
-        rows = [line for line in told.splitlines() if line.startswith("layers_")]
-        assert len(rows) == len(plan) and "--all" not in told
-        assert all(any(path in row for row in rows) for path in plan)
+    told = run("inspect", directory, "--all")
+    rows = [line for line in told.splitlines() if line.startswith("layers_")]
+    assert len(rows) == len(plan) and "--all" not in told
+    assert all(any(path in row for row in rows) for path in plan)
     assert len(run(*lora, code=1).splitlines()) == 1
     assert f"{directory}-lora" in run(*lora, "--names", TEMPLATES)
 
@@ -312,7 +296,6 @@ def test_urls_are_no_folders(tmp_path, monkeypatch, demo):
     run("inspect", a)
     run("convert", a, b, "--to", "mora")
     assert contents(a) == contents(b)
-    run("diff", a, b)
     lora = "mem://bucket/lora", "--to", "peft-lora"
     run("convert", a, *lora, "--names", TEMPLATES)
     assert not list(here.iterdir())

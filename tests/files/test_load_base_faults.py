@@ -164,7 +164,7 @@ SQUARE = {"fc": {"weight": jax.ShapeDtypeStruct((4, 2), np.float32)}}
             TypeError,
             "must hold arrays, got float",
         ),
-        (TENSORS, ADAPTED, {}, ValueError, "without adapters, got 'fc/kernel_mora'"),
+        (TENSORS, ADAPTED, {}, AdapterFileError, "for the leaf 'fc/kernel_mora'"),
         (TENSORS, SQUARE, {}, AdapterFileError, "'fc.weight' of shape .* does not fit"),
         (INTEGERS, LIKE, {}, AdapterFileError, "got I8: dequantise"),
         (TWICE, LIKE, {}, AdapterFileError, "no leaf for 'model.fc.weight'"),

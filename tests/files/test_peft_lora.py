@@ -5,7 +5,6 @@ The files are made by hand, as PEFT writes them; `tests/with_peft` has PEFT's ow
 
 import json
 import math
-import re
 
 import jax
 import jax.numpy as jnp
@@ -384,8 +383,6 @@ def test_the_command_line(tmp_path):
     run("convert", tmp_path / "ours", tmp_path / "back", "--to", "peft-lora")
     assert_same(load_file(tmp_path / "back" / TENSORS), tensors)
     assert "full" not in run("export", directory, tmp_path / "e", "--for", "sglang")
-    told = run("diff", directory, tmp_path / "ours")
-    assert re.search(r"q_proj/kernel +\S+", told)
     modules = enumerate(SIZES.items())
     weights = {
         f"{m}.weight": np.asarray(random(k, *shape[::-1])) for k, (m, shape) in modules

@@ -147,6 +147,19 @@ def test_a_plan_is_a_record():
     assert not [name for name in found if name.startswith(above)]
 
 
+def test_checkpoints_know_nothing_of_mora():
+    """They could be a package of their own, for any model of Flax."""
+    room = {m for m in imports() if m.startswith("mora_jax.io.checkpoints.")}
+    files = "checkpoints", "_families", "_files", "_json", "_names", "_tensors"
+    general = "_common", "_jax", *(f"io.{name}" for name in files)
+    general = tuple(f"mora_jax.{name}." for name in general)
+    assert "mora_jax.io.checkpoints._load_base" in room
+    for module in room:
+        assert "_mora" not in modules()[module].read_text().replace("mora_jax", "")
+        below = reached(module) & imports().keys()
+        assert not [name for name in below if not f"{name}.".startswith(general)]
+
+
 def test_qwix_has_one_door_to_each_api():
     doors = {"mora_jax.nnx._held", "mora_jax.linen._bound"}
     for module in (m for m in imports() if m.startswith("mora_jax.qwix")):

@@ -10,7 +10,7 @@ from pytorch_states import in_flax, shapes
 import mora_jax
 from mora_jax import MoRAConfig, io
 from mora_jax.io._families import FAMILIES
-from mora_jax.io._names import pairs, to_kernel, to_module
+from mora_jax.io._names import bijection
 from mora_jax.operators import OPERATORS
 
 peft = pytest.importorskip("peft")
@@ -60,13 +60,14 @@ def weights(model):
 def test_names_are_those_of_the_flax_model(family):
     """Each matrix inside the layers has a kernel, and each kernel a matrix."""
     modules, layout = weights(model_of(family)), "io" if family == "gpt2" else "oi"
-    for names in (pairs(family), pairs(None)):
+    for names in (bijection(family), bijection(None)):
         for module in modules:
             for name in (module, module.partition(".")[2]):  # with a head and without
                 kernel = name.replace(".", "/") + "/kernel"
-                assert to_kernel(name, names) == (kernel, layout)
-                assert to_module(kernel, names) == (name, layout)
-        assert to_kernel("lm_head", names) is None
+                pair = next(names.of_module(name))
+                assert pair[:3] == (name, kernel, layout)
+                assert pair == next(names.of_kernel(kernel))
+        assert not any(names.of_module("lm_head"))
     if family == "qwen":
         return  # transformers has no such model in Flax
     tree = flatten(model_of(family, "Flax", _do_init=False).params_shape_tree)

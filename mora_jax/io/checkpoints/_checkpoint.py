@@ -2,13 +2,14 @@
 
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import jax
+from flax.traverse_util import unflatten_dict
 
-from mora_jax._tree.adapters import Tree, nest
 from mora_jax.io._files import CONFIG, AdapterFileError, Location, PathLike, as_path
 from mora_jax.io._json import read_json, short
-from mora_jax.io._names import Names, pairs, to_kernel
+from mora_jax.io._names import Names, bijection
 from mora_jax.io._tensors import DTYPES, Entry, TensorFile
 
 # Configs, tokenizers and templates. Never pickles, which may run anything, and not the
@@ -63,31 +64,31 @@ class Checkpoint:
         return sum(file.size for file in self.files)
 
     def entry(self, name: str) -> Entry:
-        """Return what the headers say of a tensor."""
+        """The entry of a tensor in its header."""
         return self.place[name].entries[name]
 
-    def shapes(self, names: Names = None) -> Tree:
-        """Return the shapes (in_features, out_features) of kernels, as a params tree.
+    def shapes(self, names: Names = None) -> dict[str, Any]:
+        """The shapes (in_features, out_features) of kernels, as a params tree.
 
         Args:
           names: As in `load_peft`. Tensors without a path are left out.
         """
-        known, leaves = pairs(names), {}
+        known, leaves = bijection(names), {}
         for name in self.place:
-            entry = self.entry(name)
-            kernel = to_kernel(name.removesuffix(".weight"), known)
-            if name.endswith(".weight") and kernel and len(entry.shape) == 2:
-                path, axes = kernel
-                # One layer does not tell how large its stack is.
-                if entry.dtype in DTYPES and "[" not in path:
-                    shape = entry.shape if axes == "io" else entry.shape[::-1]
-                    dtype = DTYPES[entry.dtype]
-                    leaves[tuple(path.split("/"))] = jax.ShapeDtypeStruct(shape, dtype)
-        return nest(leaves)
+            entry, module = self.entry(name), name.removesuffix(".weight")
+            pair = next(known.of_module(module), None) if module != name else None
+            # One layer does not tell how large its stack is.
+            if pair is None or "[" in pair.kernel:
+                continue
+            if len(entry.shape) == 2 and entry.dtype in DTYPES:
+                shape = entry.shape if pair.axes == "io" else entry.shape[::-1]
+                struct = jax.ShapeDtypeStruct(shape, DTYPES[entry.dtype])
+                leaves[pair.kernel] = struct
+        return unflatten_dict(leaves, sep="/")
 
 
 def _tensor_files(folder: Location, listed: Sequence[Location]) -> list[Location]:
-    """Return the files that a directory's index names, or else all safetensors."""
+    """The files that a directory's index names, or else all safetensors."""
     indices = [entry for entry in listed if entry.name.endswith(INDEX)]
     if not indices:
         files = [entry for entry in listed if entry.name.endswith(".safetensors")]

@@ -12,9 +12,8 @@ from jax.typing import DTypeLike
 
 from mora_jax._common.checks import check_dtype
 from mora_jax._common.suggestions import nearest_paths
+from mora_jax._common.trees import located_leaves, refuse_variables, replace_leaves
 from mora_jax._common.types import Shape
-from mora_jax._plan.spec import SUFFIX
-from mora_jax._tree.paths import located_leaves, refuse_variables, replace_leaves
 from mora_jax.io._files import AdapterFileError, PathLike
 from mora_jax.io._names import Names
 from mora_jax.io.checkpoints._checkpoint import Checkpoint
@@ -58,8 +57,8 @@ def load_base(
         leaf, or a shape or a dtype does not fit. No tensor is read before.
       TypeError: `like` is a model or holds tracers, `sharding` or `skip` is of a wrong
         type, or a transformation of JAX is under way.
-      ValueError: `like` has adapters, `names` are unknown, `skip` matches nothing, or a
-        leaf cannot be split as its sharding says.
+      ValueError: `names` are unknown, `skip` matches nothing, or a leaf cannot be split
+        as its sharding says.
 
     Example::
 
@@ -84,9 +83,6 @@ def load_base(
         if not hasattr(array, "shape") or not hasattr(array, "dtype"):
             kind = type(array).__name__
             raise TypeError(f"like must hold arrays, got {kind} at {name!r}")
-        if name.endswith(SUFFIX):
-            rule = "like must be a base without adapters"
-            raise ValueError(f"{rule}, got {name!r}: adapt what it loads")
     shardings = _shardings(sharding, arrays)
     misfit = "{!r} in like has shape {}, which {} does not fit"
     source = Source(Checkpoint(path), names)
@@ -102,7 +98,7 @@ def load_base(
 
 
 def _dtype(name: str, own: Any, asked: Any, stack: Mapping[Shape, Part]) -> np.dtype:
-    """Return the dtype of a leaf's result, where `own` is its dtype in `like`."""
+    """The dtype of a leaf's result, where `own` is its dtype in `like`."""
     by_leaf = asked is None or isinstance(asked, str) and asked == "like"
     dtype = check_dtype(f"dtype of {name!r}", own if by_leaf else asked)
     for part in stack.values():
@@ -119,7 +115,7 @@ def _dtype(name: str, own: Any, asked: Any, stack: Mapping[Shape, Part]) -> np.d
 
 
 def _shardings(sharding: Any, arrays: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the sharding of each leaf, or None, checked."""
+    """The sharding of each leaf, or None, checked."""
     if sharding is None:
         # JAX has chosen the sharding of an array that is not committed.
         own = {n: a for n, a in arrays.items() if getattr(a, "committed", True)}

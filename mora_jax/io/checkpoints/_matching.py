@@ -11,14 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Sharding, SingleDeviceSharding
 
+from mora_jax._common.axes import sizes
+from mora_jax._common.checks import patterns_of
 from mora_jax._common.suggestions import matching, nearest_paths
 from mora_jax._common.types import Path, Shape
-from mora_jax._plan.settings import patterns_of
-from mora_jax.io import _names
-from mora_jax.io._families import BUFFERS, TIED
+from mora_jax.io._families import BUFFERS, TIED, Pair, canonical
 from mora_jax.io._files import AdapterFileError
 from mora_jax.io._json import read_json, short
-from mora_jax.io._names import Names, Tensor, join_index, to_module
+from mora_jax.io._names import Names, bijection, join_index, suggestion
 from mora_jax.io._tensors import TensorFile
 from mora_jax.io.checkpoints._checkpoint import Checkpoint
 
@@ -36,23 +36,23 @@ class Part(NamedTuple):
     columns: Shape
 
     @classmethod
-    def of(cls, file: TensorFile, tensor: Tensor, array: Shape) -> "Part | None":
-        """Return the part for an array of a shape; None if the tensor does not fit."""
-        name, shape = tensor.name, file.entries[tensor.name].shape
-        order = tensor.order or tuple(range(len(array)))
-        if len(order) != len(array):
-            return None
+    def of(cls, file: TensorFile, name: str, pair: Pair, array: Shape) -> "Part | None":
+        """The part for an array of a shape; None if the tensor does not fit."""
+        shape, letters, n = file.entries[name].shape, pair.kernel_axes, len(array)
         if len(shape) < 2 and math.prod(array) == math.prod(shape):
-            return cls(file, name, order, ())
-        for k in range(1, len(order) if tensor.axes != "o" else 1):
-            axes = order[:k], order[k:]
-            axes = axes[::-1] if tensor.axes == "oi" else axes
-            if tuple(math.prod(array[k] for k in group) for group in axes) == shape:
-                return cls(file, name, *axes)
+            return cls(file, name, tuple(range(n)), ())
+        if len(letters) == 2:  # each may be several axes here, such as heads and width
+            splits = [letters[0] * k + letters[1] * (n - k) for k in range(1, n)]
+        else:
+            splits = [letters] * (len(letters) == n > 1)
+        for split in splits:
+            groups = tuple(sizes(range(n), split, letter) for letter in pair.axes)
+            if tuple(math.prod(array[k] for k in group) for group in groups) == shape:
+                return cls(file, name, *groups)
         return None
 
     def in_rows(self, array: np.ndarray) -> np.ndarray:
-        """Return an array in the layout of the tensor."""
+        """An array in the layout of the tensor."""
         array = array.transpose(self.rows + self.columns)
         return array.reshape(self.file.entries[self.name].shape)
 
@@ -70,7 +70,7 @@ class Leaf:
     tensors: Mapping[Shape, Part]
 
     def read(self) -> jax.Array:
-        """Return the array, while the host holds one device's part beside the last."""
+        """The array, while the host holds one device's part beside the last."""
         if self.sharding is None:
             whole = (slice(None),) * len(self.shape)
             return jnp.asarray(self._read(whole)).block_until_ready()
@@ -87,7 +87,7 @@ class Leaf:
         return jax.make_array_from_single_device_arrays(self.shape, self.sharding, data)
 
     def _read(self, index: tuple[slice, ...]) -> np.ndarray:
-        """Return a part of the array, from rows of tensors that it needs alone."""
+        """A part of the array, from rows of tensors that it needs alone."""
         ends = [part.indices(n)[:2] for part, n in zip(index, self.shape, strict=True)]
         depth, part = next((len(at), part) for at, part in self.tensors.items())
         order = [*range(depth), *(depth + k for k in part.rows + part.columns)]
@@ -114,7 +114,7 @@ class Leaf:
 
 
 def converted(array: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
-    """Return `array` in `dtype`, unless numbers are too large for that."""
+    """`array` in `dtype`, unless numbers are too large for that."""
     if array.dtype == dtype:
         return array
     with np.errstate(over="ignore", invalid="ignore"):
@@ -137,16 +137,16 @@ class Source:
     """
 
     def __init__(self, checkpoint: Checkpoint, names: Names, tied: bool = True) -> None:
-        self.checkpoint, self.known = checkpoint, _names.pairs(names)
+        self.checkpoint, self.known = checkpoint, bijection(names)
         self.tied = tied and _may_be_tied(checkpoint)
         self._by_canonical: dict[str, list[str]] = defaultdict(list)
         for name in checkpoint.place:
-            self._by_canonical[_names.canonical(name)].append(name)
+            self._by_canonical[canonical(name)].append(name)
         self.taken: dict[str, str] = {}
         self.missing: list[str] = []
 
     def stack(self, leaf: str, shape: Shape, misfit: str) -> dict[Shape, Part]:
-        """Return {index in a leaf's stack: its tensor}; others are noted as missing.
+        """{index in a leaf's stack: its tensor}; others are noted as missing.
 
         `misfit` is a message, as a template of the leaf, its shape and the tensor.
         """
@@ -157,40 +157,39 @@ class Source:
         if 0 in shape[:depth]:
             self.missing.append(leaf)
         for index in np.ndindex(shape[:depth]):
-            tensor, name = self._find(leaf, index), join_index(leaf, index)
-            if tensor is None:
+            name, found = join_index(leaf, index), self._find(leaf, index)
+            if found is None:
                 self.missing.append(name)
                 continue
-            self.take(tensor.name, name)
-            file = self.checkpoint.place[tensor.name]
-            part = Part.of(file, tensor, shape[depth:])
+            tensor, pair = found
+            self.take(tensor, name)
+            file = self.checkpoint.place[tensor]
+            part = Part.of(file, tensor, pair, shape[depth:])
             # All layers have one order of axes, since they are one array.
             if part is None or part[2:] != next(iter(stack.values()), part)[2:]:
-                transposed = " transposed" * (tensor.axes == "oi")
-                stored = file.entries[tensor.name].shape
-                text = f"{tensor.name!r} of shape {stored}{transposed}"
+                text = f"{tensor!r} of shape {file.entries[tensor].shape}"
+                text += " transposed" * pair.transposed
                 raise AdapterFileError(misfit.format(leaf, shape, text))
             stack[index] = part
         return stack
 
     def own_name(self, path: Path) -> str | None:
-        """Return the tensor that is named as an array's path is, if there is one."""
+        """The tensor that is named as an array's path is, if there is one."""
         names = (separator.join(path) for separator in "/.")
         return next((name for name in names if name in self.checkpoint.place), None)
 
-    def _find(self, leaf: str, index: Shape) -> Tensor | None:
-        """Return the tensor of one layer of a leaf, as the files call it."""
-        for tensor in _names.to_tensors(join_index(leaf, index), self.known):
-            if name := self.named(tensor.name):
-                return tensor._replace(name=name)
-        return None
+    def _find(self, leaf: str, index: Shape) -> tuple[str, Pair] | None:
+        """The tensor of one layer of a leaf, as the files call it, and its pair."""
+        pairs = self.known.of_leaf(join_index(leaf, index))
+        found = ((name, pair) for pair in pairs if (name := self.named(pair.tensor)))
+        return next(found, None)
 
     def named(self, tensor: str) -> str:
-        """Return the name that the files have for a tensor; "" if they lack it."""
+        """The name that the files have for a tensor; "" if they lack it."""
         if tensor in self.checkpoint.place:
             return tensor
         twins = _tied_to(tensor) if self.tied else ()
-        for name in (_names.canonical(tensor), *twins):
+        for name in (canonical(tensor), *twins):
             if len(names := self._by_canonical.get(name, ())) == 1:
                 return names[0]
         return ""
@@ -210,7 +209,7 @@ class Source:
         if not self.missing:
             return
         leaf, place = self.missing[0], self.checkpoint.place
-        names = (tensor.name for tensor in _names.to_tensors(leaf, self.known))
+        names = (pair.tensor for pair in self.known.of_leaf(leaf))
         # Kernels need a template, though a tensor may have their name.
         name = next((name for name in names if name not in place), "")
         text = f"the base has no tensor for the leaf {leaf!r}"
@@ -219,9 +218,9 @@ class Source:
         text += f", which would be {name!r}" if name else ""
         text += nearest_paths(name or leaf, place)
         others = (name for name in self.missing if not name.endswith("/bias"))
-        if unknown := [name for name in others if not to_module(name, self.known)]:
+        if unknown := [name for name in others if not any(self.known.of_kernel(name))]:
             free = [n.removesuffix(".weight") for n in place if n not in self.taken]
-            text += f"; {_names.suggestion(unknown, free)}"
+            text += f"; {suggestion(unknown, free)}"
         raise AdapterFileError(text)
 
     def check_left(self, leaves: Iterable[str], skip: str | Sequence[str]) -> None:
@@ -239,7 +238,7 @@ class Source:
             )
 
     def _is_idle(self, name: str) -> bool:
-        """Return True for a buffer, and if a taken tensor that is tied is the same."""
+        """True for a buffer, and if a taken tensor that is tied is the same."""
         twins = (n for twin in _tied_to(name) for n in self._by_canonical.get(twin, ()))
         return BUFFERS.fullmatch(name) is not None or any(
             twin in self.taken and self._are_equal(name, twin) for twin in twins
@@ -253,19 +252,19 @@ class Source:
         return (one.dtype, one.shape) == (other.dtype, other.shape) and all(equal)
 
     def stands_for_two(self, tensor: str) -> bool:
-        """Return True if a tensor is there, and also for one that is tied to it."""
+        """True if a tensor is there, and also for one that is tied to it."""
         own = self.named(tensor)
         return own != "" and own in map(self.named, _tied_to(tensor))
 
 
 def _tied_to(name: str) -> tuple[str, ...]:
-    """Return the canonical names of the tensors that may be tied to one."""
-    name = _names.canonical(name)
+    """The canonical names of the tensors that may be tied to one."""
+    name = canonical(name)
     return tuple(twin for pair in TIED if name in pair for twin in pair if twin != name)
 
 
 def _may_be_tied(checkpoint: Checkpoint) -> bool:
-    """Return True if the model's config, if there is one, allows tied tensors."""
+    """True if the model's config, if there is one, allows tied tensors."""
     config = None if checkpoint.config is None else read_json(checkpoint.config)
     # A model of more than texts has another config in it, for its language model.
     configs = [config, config.get("text_config")] if isinstance(config, dict) else []

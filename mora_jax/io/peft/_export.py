@@ -9,10 +9,10 @@ from mora_jax._common.checks import check_choice
 from mora_jax._layer.rounding import Rounding
 from mora_jax._tree.paths import kernels_in, trained_in
 from mora_jax.io._files import ADAPTER, PathLike, as_path, check_free
-from mora_jax.io._names import Names, modules_of, pairs
+from mora_jax.io._merge_files import merge_checkpoint
+from mora_jax.io._names import Names, bijection
 from mora_jax.io.checkpoints._checkpoint import Checkpoint
 from mora_jax.io.checkpoints._matching import Source
-from mora_jax.io.checkpoints._merge_files import merge_checkpoint
 from mora_jax.io.peft._write import make_lora, write_peft
 
 Server = Literal["vllm", "sglang"]
@@ -116,17 +116,18 @@ def export(
 
 def _is_tied(base: PathLike, adapters: Any, names: Names) -> bool:
     """Return True if an adapted embedding is the head, too, which a LoRA would miss."""
-    known = pairs(names)
-    kernels = (("/".join(p), a.spec) for p, a in kernels_in(adapters).items())
-    named = [module for kernel in kernels for module in modules_of(*kernel, known)]
-    tables = [f"{module.name}.weight" for module in named if module.table]
+    known, tables = bijection(names), []
+    for path, adapter in kernels_in(adapters).items():
+        kernel = "/".join(path), adapter.spec.kernel_shape, adapter.spec.axes
+        modules = known.modules(*kernel)
+        tables += [f"{module.name}.weight" for module in modules if module.table]
     # A base that nothing is merged into need not be of safetensors.
     source = Source(Checkpoint(base), names) if tables else None
     return source is not None and any(map(source.stands_for_two, tables))
 
 
 def _command(server: Server, model: str, rank: int = 0, adapter: str = "") -> str:
-    """Return the line that serves `model`, with the LoRA in `adapter` if any."""
+    """The line that serves `model`, with the LoRA in `adapter` if any."""
     if server == "vllm":
         words = ["vllm", "serve", model]
         limit, option = next(n for n in RANKS if n >= rank), "--lora-modules"

@@ -109,7 +109,7 @@ _DEFAULTS |= {"lora_dropout": 0.0, "rank_pattern": {}, "alpha_pattern": {}}
 
 
 def checked(content: Any) -> dict[str, Any]:
-    """Return a config with PEFT's defaults, if it is the reference's or a LoRA's."""
+    """A config with PEFT's defaults, if it is the reference's or a LoRA's."""
     if not isinstance(content, dict):
         raise AdapterFileError(f"{CONFIG} must be an object, got {short(content)}")
     config = _DEFAULTS | {key: v for key, v in content.items() if v is not None}
@@ -131,7 +131,7 @@ _LORA = re.compile(re.escape(PREFIX) + r"(.+)\.lora_(embedding_)?([AB])(?(2)|\.w
 def modules_in(
     arrays: Mapping[str, np.ndarray], config: Mapping[str, Any]
 ) -> tuple[list[MatrixPair], list[str]]:
-    """Return the modules that a file adapts, and the names of all other tensors."""
+    """The modules that a file adapts, and the names of all other tensors."""
     found: dict[tuple[str, bool], dict[str, np.ndarray]] = defaultdict(dict)
     modules, others = [], []
     for key, array in arrays.items():
@@ -157,7 +157,7 @@ def modules_in(
 
 
 def _own(config: Mapping[str, Any], setting: str, pattern: str, module: str) -> Any:
-    """Return what a module has: by names or, as in PEFT, by ends of names."""
+    """The setting of a module: by its name or, as in PEFT, by an end of that."""
     own = config[pattern]
     ends = (key for key in own if f".{module}".endswith(f".{key}"))
     return own.get(next(ends, ""), config[setting])

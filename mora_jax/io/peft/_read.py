@@ -22,7 +22,7 @@ from mora_jax._tree.plan import Plan
 from mora_jax.io import _files
 from mora_jax.io._files import CONFIG, TENSORS, AdapterFileError, read_bytes
 from mora_jax.io._json import read_json, short
-from mora_jax.io._names import Names, pairs, split_index, suggestion, to_kernels
+from mora_jax.io._names import Names, bijection, split_index, suggestion
 from mora_jax.io._tensors import TensorFile, to_jax
 from mora_jax.io.checkpoints._checkpoint import Checkpoint
 from mora_jax.io.checkpoints._matching import Leaf, Source
@@ -88,14 +88,14 @@ def load_peft(
 
 def _kernels(modules: list[MatrixPair], model: Any, names: Names) -> dict[str, ByIndex]:
     """Return the matrices of each kernel, by the names of their modules."""
-    known, unknown = pairs(names), []
+    known, unknown = bijection(names), []
     paths = [*model] if isinstance(model, Plan) else []
     if not isinstance(model, Plan) and jax.tree.leaves(model):
         leaves = named_leaves(model).items()
         paths = [name for name, (_, leaf) in leaves if len(leaf.shape) >= 2]
     kernels: dict[str, ByIndex] = defaultdict(dict)
     for pair in modules:
-        found = [split_index(kernel) for kernel, _ in to_kernels(pair.module, known)]
+        found = [split_index(p.kernel) for p in known.of_module(pair.module)]
         if not found:
             unknown.append(pair.module)
             continue

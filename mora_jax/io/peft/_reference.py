@@ -25,7 +25,7 @@ def reference_square_rank(
 def reference_operator(
     mora_type: int, in_features: int, out_features: int, rank: int
 ) -> Operator:
-    """Return the operator that the authors' code (peft-mora) computes with.
+    """The operator that the authors' code (peft-mora) computes with.
 
     Types 1 to 4 are sharing. Type 6 is rotation that leaves out inputs if a layer has
     fewer outputs than inputs. The code rounds q to the nearest number, so M may have

@@ -274,7 +274,7 @@ def write_peft(
 
 def modules(adapters: Any, names: Names) -> list[tuple[Module, str, Adapter]]:
     """PyTorch's modules with their kernels' paths and adapters; no convolutions."""
-    known, items, unknown = _names.pairs(names), [], []
+    known, items, unknown = _names.bijection(names), [], []
     for path, adapter in kernels_in(adapters).items():
         # A convolution's axes are a window's, then "io" or "oi". With a window of two
         # axes or more no dense layer has the same. With a window of one axis some do: a
@@ -288,7 +288,8 @@ def modules(adapters: Any, names: Names) -> list[tuple[Module, str, Adapter]]:
                 f"and embeddings, got axes {spec.axes!r}, those of a convolution; "
                 "mora_jax.merge merges it"
             )
-        named, m = _names.modules_of(kernel, spec, known), to_numpy(kernel, adapter.m)
+        named = [*known.modules(kernel, spec.kernel_shape, spec.axes)]
+        m = to_numpy(kernel, adapter.m)
         own = ((module, adapter.replace(m=m[module.index])) for module in named)
         items += [(module, kernel, layer) for module, layer in own]
         unknown += [module.place for module in named if not module.name]
@@ -305,18 +306,18 @@ def whole_modules(adapters: Any, names: Names) -> dict[str, np.ndarray]:
 
     PEFT calls their modules `modules_to_save`.
     """
-    known, whole = _names.pairs(names), {}
+    known, whole = _names.bijection(names), {}
     for path, adapter in trained_in(adapters).items():
         name, shape = "/".join(path), adapter.spec.shape
-        tensor = next(_names.to_tensors(name, known), None)
+        pair = next(known.of_leaf(name), None)
         # A vector is the same in both, whatever its template says of axes.
-        ndim, order = len(shape), tensor and tensor.order
-        if tensor is None or ndim > 2 or order or ndim > len(tensor.axes):
+        axes = pair.kernel_axes if pair else ""
+        if pair is None or len(axes) > 2 or len(shape) > len(axes):
             raise ValueError(
                 f"{name}: names have no tensor of the shape {shape} for "
                 "this trained array; io.merge_checkpoint merges it, and mora_jax.save "
                 "holds it"
             )
         numbers = to_numpy(name, adapter.m)
-        whole[tensor.name] = numbers.T if tensor.axes == "oi" else numbers
+        whole[pair.tensor] = numbers.T if pair.transposed else numbers
     return whole

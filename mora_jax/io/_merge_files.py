@@ -18,7 +18,7 @@ from mora_jax._tree.base_digest import check_digests, kernel_digests
 from mora_jax._tree.paths import kernels_in, trained_in
 from mora_jax.io import _files
 from mora_jax.io._files import AdapterFileError, Location, PathLike, as_path
-from mora_jax.io._names import Names, join_index, modules_of
+from mora_jax.io._names import Names, join_index
 from mora_jax.io._tensors import TensorFile, to_numpy
 from mora_jax.io.checkpoints._checkpoint import INDEX, Checkpoint
 from mora_jax.io.checkpoints._matching import Source, converted
@@ -39,7 +39,7 @@ class Site:
     def add(
         self, name: str, tensor: np.ndarray, rounding: Rounding
     ) -> tuple[np.ndarray, float]:
-        """Return a merged tensor, and the share of its delta that is lost."""
+        """A merged tensor, and the share of its delta that is lost."""
         part = self.tensors.index(name)
         dtype = jnp.promote_types(tensor.dtype, jnp.float32)
         # JAX's transpose has the memory order of the tensor. NumPy's would not, and it
@@ -73,7 +73,7 @@ class Site:
 
 
 def sites_of(source: Source, adapters: Any) -> dict[str, Site]:
-    """Return {tensor: its site} for all tensors that adapters change, checked."""
+    """{tensor: its site} for all tensors that adapters change, checked."""
     sites = {}
     for path, adapter in kernels_in(adapters).items():
         kernel = "/".join(path)
@@ -96,13 +96,13 @@ def sites_of(source: Source, adapters: Any) -> dict[str, Site]:
 def _sites(
     source: Source, path: Path, spec: AdapterSpec, m: np.ndarray
 ) -> Iterator[Site]:
-    """Yield the sites of a kernel. What the base lacks is "", and noted as missing."""
+    """The sites of a kernel. What the base lacks is "", and noted as missing."""
     kernel = "/".join(path)
     if own := source.own_name(path):
         yield Site(kernel, spec, m, (own,))
         return
-    modules_here = modules_of(kernel, spec, source.known)
-    layers = itertools.groupby(modules_here, lambda module: module.index)
+    known = source.known.modules(kernel, spec.kernel_shape, spec.axes)
+    layers = itertools.groupby(known, lambda module: module.index)
     for layer, (index, group) in enumerate(layers):
         modules = list(group)
         tensors = tuple(source.named(f"{module.name}.weight") for module in modules)
@@ -182,8 +182,7 @@ def merge_checkpoint(
     check_rounding(rounding)
     source, target = as_path("base", base), as_path("out", out)
     checkpoint = Checkpoint(source)
-    home = _files.parts(source if source.is_dir() else source.parent)
-    if _files.parts(target) == home[: len(_files.parts(target))]:
+    if _files.holds(target, source if source.is_dir() else source.parent):
         raise ValueError(f"out must not be the base or hold it, got {target}")
     written = [file.path.name for file in checkpoint.files]
     written += [path.name for path in checkpoint.beside]
@@ -202,7 +201,7 @@ def merge_checkpoint(
     lost: dict[str, float] = {}
 
     def merged(name: str) -> Iterator[bytes]:
-        """Yield the bytes of a tensor with its delta, whose loss is noted."""
+        """The bytes of a tensor with its delta, whose loss is noted."""
         file = checkpoint.place[name]
         if name in sites:
             if not any_base:
