@@ -54,8 +54,8 @@ unflatten = functools.partial(flax.traverse_util.unflatten_dict, sep="/")
 def single(operator, shape=None, path=("a", "kernel"), **settings):
     """A plan of one kernel, which has the operator's own shape by default."""
     shape = shape or (operator.in_features, operator.out_features)
-    spec = AdapterSpec(operator, shape, path=path, **settings)
-    return Plan((spec,), math.prod(shape))
+    spec = AdapterSpec(operator, shape, **settings)
+    return Plan({path: spec}, math.prod(shape))
 
 
 @functools.cache

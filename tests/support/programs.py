@@ -42,7 +42,7 @@ def linen_functions(model, twin, plan):
         return apply(adapters, {"params": params}, x)
 
     def merged(params, adapters, x):
-        return base(fold(params, adapters, plan), x)
+        return base(fold(params, adapters), x)
 
     return base, adapted, merged
 

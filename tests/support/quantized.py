@@ -63,7 +63,7 @@ class Case:
         return jax.tree.map(lambda _: m, init(self.plan))
 
     def delta(self, m: Any) -> Any:
-        (delta,) = jax.tree.leaves(delta_weight(self.adapters(m), self.plan))
+        (delta,) = jax.tree.leaves(delta_weight(self.adapters(m)))
         return delta
 
     def plain(self) -> None:

@@ -84,9 +84,9 @@ def adapted(operator, execution, devices, rows=ROWS, rank=16):
     params, x = arrays(devices, rows)
     config = MoRAConfig(rank=rank, operator=operator, execution=execution)
     plan = linen.plan(MODEL, {"params": params}, config, x)
-    adapters = jax.eval_shape(lambda: mora_jax.init(plan))
     if len(devices) == 4:
-        plan = sharding.plan_on_mesh(plan, params, batch_axes="data")
+        plan = sharding.on_mesh(plan, params, batch_axes="data")
+    adapters = jax.eval_shape(lambda: mora_jax.init(plan))
     places = sharding.adapter_shardings(plan, params)
     adapters = jax.tree.map(
         lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place),

@@ -65,7 +65,7 @@ class Oracle:
 
     def save(self, directory: Path, seed: int, **settings: Any) -> None:
         """Write the adapters of a seed."""
-        mora_jax.save(directory, self.adapters(seed), self.plan, **settings)
+        mora_jax.save(directory, self.adapters(seed), **settings)
 
     @functools.cache  # noqa: B019
     def says(self, seed: int | None) -> dict[str, str]:
