@@ -34,11 +34,11 @@ FEW_SIZES = {(13, 7, 4), (7, 13, 4)}
 def test_spectrum(case, size):
     ins, outs, q = size
     spec = AdapterSpec(case.make(ins, outs, q), (2, ins, outs), "sio", alpha=-0.5)
-    plan = Plan((spec,), 0)
+    plan = Plan({("kernel",): spec})
     adapters = trained(plan)
-    delta = mora_jax.delta_weight(adapters, plan)["kernel"]
+    delta = mora_jax.delta_weight(adapters)["kernel"]
     expected = np.linalg.svd(wide(delta), compute_uv=False)
-    (values,) = diagnostics.spectrum(adapters, plan).values()
+    (values,) = diagnostics.spectrum(adapters).values()
     assert values.shape == (2, min(ins, outs))
     np.testing.assert_allclose(values, expected, rtol=1e-4, atol=2e-5)
 
@@ -50,11 +50,11 @@ def test_spectrum_forms_no_kernel(name):
     """Of isometric blocks and of operators without blocks."""
     size, q = 2048, 32
     operator = mora_jax.make_operator(name, size, size, q)
-    plan = Plan((AdapterSpec(operator, (size, size)),), 0)
+    plan = Plan({("kernel",): AdapterSpec(operator, (size, size))})
     adapters = trained(plan)
     tracemalloc.start()
     try:
-        values = diagnostics.spectrum(adapters, plan)["kernel"]
+        values = diagnostics.spectrum(adapters)["kernel"]
         _, most = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
@@ -84,11 +84,11 @@ class Narrow(Truncation):
 
 
 def test_the_spectrum_of_an_array_that_is_no_square():
-    plan = Plan((AdapterSpec(Narrow(12, 16, 4), (12, 16), alpha=2.0),), 0)
+    plan = Plan({("kernel",): AdapterSpec(Narrow(12, 16, 4), (12, 16), alpha=2.0)})
     adapters = trained(plan)
-    delta = wide(mora_jax.delta_weight(adapters, plan)["kernel"])
+    delta = wide(mora_jax.delta_weight(adapters)["kernel"])
     expected = np.linalg.svd(delta, compute_uv=False)
-    values = diagnostics.spectrum(adapters, plan)["kernel"]
+    values = diagnostics.spectrum(adapters)["kernel"]
     np.testing.assert_allclose(values, expected, atol=1e-5)
     assert (values > 1e-3).sum() == 2
 
@@ -109,22 +109,22 @@ def test_the_norm_of_a_kernel_of_float16_does_not_overflow():
     params = {"kernel": jnp.ones((512, 512), jnp.float16)}
     config = MoRAConfig(operator="truncation", square_rank=8, scale="paper")
     plan = mora_jax.plan(params, config)
-    adapters = {"kernel_mora": 512 * jnp.eye(8)}
-    found = diagnostics.relative_norm(params, adapters, plan)
+    adapters = plan.adapters({"kernel_mora": 512 * jnp.eye(8)})
+    found = diagnostics.relative_norm(params, adapters)
     assert found["kernel"] == pytest.approx(8**0.5, rel=1e-5)
 
 
 def test_relative_norm():
     adapters = trained(PLAN)
-    deltas = mora_jax.delta_weight(adapters, PLAN)
+    deltas = mora_jax.delta_weight(adapters)
     expected = {
         f"{name}/kernel": np.linalg.norm(delta["kernel"])
         / np.linalg.norm(PARAMS[name]["kernel"])
         for name, delta in deltas.items()
     }
-    close(diagnostics.relative_norm(PARAMS, adapters, PLAN), expected)
+    close(diagnostics.relative_norm(PARAMS, adapters), expected)
     zeros = jax.tree.map(jnp.zeros_like, PARAMS)
-    assert set(diagnostics.relative_norm(zeros, adapters, PLAN).values()) == {np.inf}
+    assert set(diagnostics.relative_norm(zeros, adapters).values()) == {np.inf}
 
 
 @pytest.mark.usefixtures("unchecked")
@@ -132,17 +132,17 @@ def test_bad_input():
     adapters = trained(PLAN)
     broken = jax.tree.map(lambda m: m * np.nan, adapters)
     with pytest.raises(ValueError, match="kernel_mora holds NaN or infinity"):
-        diagnostics.spectrum(broken, PLAN)
+        diagnostics.spectrum(broken)
     shapes = jax.eval_shape(lambda: PARAMS)
     with pytest.raises(TypeError, match="got ShapeDtypeStruct; for shapes alone"):
-        diagnostics.relative_norm(shapes, adapters, PLAN)
+        diagnostics.relative_norm(shapes, adapters)
     wrong = {**PARAMS, "enc": {"kernel": jnp.ones((24, 16))}}
     with pytest.raises(ValueError, match="enc/kernel in params must have shape"):
-        diagnostics.relative_norm(wrong, adapters, PLAN)
+        diagnostics.relative_norm(wrong, adapters)
 
 
 def test_plot(tmp_path):
-    figure = plot_spectrum(trained(PLAN), PLAN, tmp_path / "spectrum.png")
+    figure = plot_spectrum(trained(PLAN), tmp_path / "spectrum.png")
     lines, bars = figure.axes
     assert len(lines.lines) == 1 + 3 + 1  # each layer of the stacked kernel too
     assert {line.get_label() for line in bars.lines} == set(PLAN)

@@ -48,15 +48,15 @@ def test_small_deltas_stay_in_what_a_layer_computes(dtype):
     params = {"kernel": jnp.asarray(random(0, 512, 64), dtype)}
     config = MoRAConfig(operator="sharing", square_rank=32, scale="paper")
     plan = mora_jax.plan(params, config)
-    adapters = {"kernel_mora": jnp.full((32, 32), 1e-4)}
+    adapters = plan.adapters({"kernel_mora": jnp.full((32, 32), 1e-4)})
     x = 1 + random(1, 8, 512)
-    delta = wide(mora_jax.delta_weight(adapters, plan)["kernel"])
+    delta = wide(mora_jax.delta_weight(adapters)["kernel"])
     change = {}
     for rounding in ("dither", "nearest"):
-        merged = mora_jax.merge(params, adapters, plan, rounding=rounding)["kernel"]
+        merged = mora_jax.merge(params, adapters, rounding=rounding)["kernel"]
         change[rounding] = wide(x) @ (wide(merged) - wide(params["kernel"]))
         settings = {"rounding": rounding}
-        lost = diagnostics.merge_loss(params, adapters, plan, **settings)["kernel"]
+        lost = diagnostics.merge_loss(params, adapters, **settings)["kernel"]
         assert lost < 0.1 if rounding == "dither" else lost > 0.5
     expected = wide(x) @ delta
     error = {k: abs(y.mean() / expected.mean() - 1) for k, y in change.items()}
@@ -114,4 +114,4 @@ def test_bad_input():
     plan = mora_jax.plan(params)
     for wrong in ("stochastic", None, 3):
         with pytest.raises(ValueError, match=r"rounding must be one of \('dither', "):
-            mora_jax.merge(params, mora_jax.init(plan), plan, rounding=wrong)
+            mora_jax.merge(params, mora_jax.init(plan), rounding=wrong)
