@@ -35,5 +35,5 @@ for k in range(200):
     if k % 50 == 0:
         print(f"step {k}: loss {value:.4f}")
 print(f"adapted: loss {loss(adapters, variables):.4f}")
-merged = {"params": mora_jax.merge(variables["params"], adapters, plan)}
+merged = {"params": mora_jax.merge(variables["params"], adapters)}
 print(f"merged:  loss {jnp.mean((model.apply(merged, x) - target) ** 2):.4f}")

@@ -88,8 +88,9 @@ def make_engine(
     args: argparse.Namespace, model: smollm2.Llama, params: Any, plan: Plan
 ) -> Engine:
     """The engine, with empty slots."""
-    stacked = serving.stack([], plan, slots=args.slots)
-    stacked = serving.put(stacked, 0, mora_jax.init(plan))  # which compiles it
+    new = mora_jax.init(plan)
+    stacked = serving.stack([new], slots=args.slots)
+    stacked = serving.put(stacked, 0, new)  # which compiles it
     held = sum(leaf.nbytes for leaf in jax.tree.leaves(stacked))
     print(f"{args.slots} slots for adapters: {held / 2**20:,.0f} MiB", flush=True)
     return Engine(

@@ -124,10 +124,10 @@ def main() -> None:
     progress = lesson.Progress(args.steps, label)
     adapters = mora_jax.init(plan)
     adapters = train(apply, adapters, variables, taught, rate, progress)
-    mora_jax.save(args.out, adapters, plan)
-    plot_spectrum(adapters, plan, args.out / "spectrum.png")
+    mora_jax.save(args.out, adapters)
+    plot_spectrum(adapters, args.out / "spectrum.png")
     if in_bits is None:
-        merged = {"params": mora_jax.merge(params, adapters, plan)}
+        merged = {"params": mora_jax.merge(params, adapters)}
     else:
         merged = in_bits.merged(adapters)
 

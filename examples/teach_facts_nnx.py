@@ -56,11 +56,11 @@ def main() -> None:
 
     config = MoRAConfig(rank=args.rank, operator=args.operator, seed=args.seed)
     adapted = mora_jax.nnx.wrap(model, config)
-    print(f"\n{(plan := mora_jax.nnx.plan_of(adapted))}\n")
+    print(f"\n{mora_jax.nnx.plan_of(adapted)}\n")
     progress = train(adapted, taught, args)
     adapters = mora_jax.nnx.adapters(adapted)
-    mora_jax.save(args.out, adapters, plan)
-    plot_spectrum(adapters, plan, args.out / "spectrum.png")
+    mora_jax.save(args.out, adapters)
+    plot_spectrum(adapters, args.out / "spectrum.png")
     merged = mora_jax.nnx.merge_adapters(adapted)
 
     lesson.save_histories({progress.label: [progress]}, args.out)

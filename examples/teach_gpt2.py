@@ -64,4 +64,4 @@ for k, key in enumerate(jax.random.split(jax.random.key(1), options.steps)):
     adapters, state, value = step(adapters, state, variables, key)
     if k % 50 == 0 or k == options.steps - 1:
         print(f"step {k:3}: loss {value:.4f}")
-print(f"after: {continued(mora_jax.merge(model.params, adapters, plan))!r}")
+print(f"after: {continued(mora_jax.merge(model.params, adapters))!r}")

@@ -314,7 +314,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         rank=args.rank, operator=args.operator, dropout=args.dropout, seed=args.seed
     )
     plan = linen.plan(model, boxed, config, tokens)
-    plan = sharding.plan_on_mesh(plan, places["params"], batch_axes=llama.BATCH_AXES)
+    plan = sharding.on_mesh(plan, places["params"], batch_axes=llama.BATCH_AXES)
     adapter_places = sharding.adapter_shardings(plan, places["params"])
     chief, whole = jax.process_index() == 0, NamedSharding(mesh, PartitionSpec())
     if chief:
@@ -353,7 +353,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"SIGTERM: saved after batch {batches.position}, to continue from there")
     elif chief:
         directory = args.checkpoint / "adapter"
-        mora_jax.save(directory, adapters, plan, metadata=checkpoints.settings)
+        mora_jax.save(directory, adapters, metadata=checkpoints.settings)
         print(f"the adapters are in {directory}")
     if args.coordinator:
         jax.distributed.shutdown()

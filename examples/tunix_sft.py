@@ -70,11 +70,10 @@ def main() -> None:
     rehearsed = nnx.jit(smollm2_tunix.next_tokens)(model, *inputs)
 
     adapted = mora_jax.nnx.wrap(model, MoRAConfig(args.rank, args.operator))
-    plan = mora_jax.nnx.plan_of(adapted)
-    print(f"\n{plan}\n")
+    print(f"\n{mora_jax.nnx.plan_of(adapted)}\n")
     given = batch._asdict() | {"rehearsed": rehearsed}
     train(adapted, given, args.steps, args.learning_rate)
-    mora_jax.save(args.out, mora_jax.nnx.adapters(adapted), plan)
+    mora_jax.save(args.out, mora_jax.nnx.adapters(adapted))
 
     merged = mora_jax.nnx.merge_adapters(adapted)
     asked = [*questions, *ordinary]

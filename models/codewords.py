@@ -135,5 +135,4 @@ def teach_all(
         adapters = teacher.teach(word)
         if (said := set(teacher.answers(adapters))) != {word}:
             raise ValueError(f"the adapter must say {word!r}, it says {sorted(said)}")
-        plan = teacher.apply.plan  # type: ignore[attr-defined]
-        mora_jax.save(directory / word, adapters, plan, params=params)
+        mora_jax.save(directory / word, adapters, params=params)

@@ -4,16 +4,14 @@ import re
 from pathlib import Path
 from typing import Any
 
-from mora_jax import Plan
 from mora_jax.diagnostics import spectrum
 
 
-def plot_spectrum(adapters: Any, plan: Plan, path: Path) -> Any:
+def plot_spectrum(adapters: Any, path: Path) -> Any:
     """Plot the singular values of every delta, and the number of those above 0.1.
 
     Args:
       adapters: The adapters, as `mora_jax.init` makes them.
-      plan: The plan of the adapters.
       path: The file to write.
 
     Returns:
@@ -21,7 +19,7 @@ def plot_spectrum(adapters: Any, plan: Plan, path: Path) -> Any:
     """
     from matplotlib.figure import Figure
 
-    spectra = sorted(spectrum(adapters, plan).items(), key=_numerically)
+    spectra = sorted(spectrum(adapters).items(), key=_numerically)
     layers = [
         (name, values)
         for name, stack in spectra

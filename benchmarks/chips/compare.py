@@ -39,6 +39,7 @@ from benchmarks.chips.roofline import CHIPS, measure
 from benchmarks.common.harness import Row, check_close, options, random_like, save, show
 from benchmarks.common.plots import figure
 from models.options import positive
+from mora_jax import Adapter
 from mora_jax.operators import OPERATORS
 from tests.support import oracle
 
@@ -103,11 +104,10 @@ def check(operators: Sequence[str]) -> None:
         plan, apply = model.mora(module, params, operator)
         merged: dict[Any, Any] = dict(flatten_dict(params))
         adapters: dict[Any, Any] = {}
-        for spec in plan.specs:
-            path, op = tuple(spec.path), spec.operator
+        for path, spec in plan.specs.items():
             m = random_like(jax.ShapeDtypeStruct(spec.shape, jnp.float32), 0.05)
-            delta = oracle.delta_of(op, m)
-            adapters[*path[:-1], f"{path[-1]}_mora"] = m
+            delta = oracle.delta_of(spec.operator, m)
+            adapters[*path[:-1], f"{path[-1]}_mora"] = Adapter(m, spec)
             merged[path] = jnp.asarray(merged[path] + spec.factor * delta, jnp.float32)
         loss, _ = jax.jit(gradient(apply))(unflatten_dict(adapters), params, ids)
         expected, _ = base(jnp.zeros(model.width), unflatten_dict(merged), ids)

@@ -110,7 +110,7 @@ class Layer:
         if way not in WAYS:
             return False
         kernel = shape(self.ins, self.outs, dtype=self.dtype)
-        spec = mora_jax.plan({"kernel": kernel}, self.config(operator)).specs[0]
+        spec = mora_jax.plan({"kernel": kernel}, self.config(operator))["kernel"]
         x = shape(self.rows, self.ins, dtype=self.dtype)
         product = Contraction.from_axes("io", 2)
         return choose(spec, product, x, x.dtype, tuning=TUNING[platform]) == way

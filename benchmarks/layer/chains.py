@@ -89,7 +89,7 @@ def contenders(made: Mapping[str, Step]) -> dict[str, Contender]:
     for method, step in made.items():
         if step.plan:
             adapters, variables, x = step.args
-            merged = mora_jax.merge(variables["params"], adapters, step.plan)
+            merged = mora_jax.merge(variables["params"], adapters)
             _, expected = found[FLOOR].run({"params": merged}, x)
             check_close(found[method]()[1][1], expected)
     return found

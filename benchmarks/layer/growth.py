@@ -69,7 +69,7 @@ def arithmetic(size: Size, plan: Plan | None) -> dict[str, list[float]]:
         times, kept = size.layers, rows * width
         cost = Cost.dense(width, width, rows, ITEM)
     else:
-        spec = plan.specs[0]
+        spec = next(iter(plan.values()))
         way = way_of_auto(spec, rows, "float32")
         features = width if spec.operator.block else spec.operator.square_rank
         folded = width**2 if way == "fold" else 0

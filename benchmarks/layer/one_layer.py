@@ -116,7 +116,7 @@ def contenders(case: Case, operators: list[str]) -> Iterator[tuple[str, Contende
     for operator in operators:
         config = MoRAConfig(rank=case.rank, operator=operator)
         layers = [FrozenDense.from_config(kernel, config=config) for kernel in kernels]
-        ms = [mora_jax.init(layer)["kernel_mora"] + 0.01 for layer in layers]
+        ms = [mora_jax.init(layer)["kernel_mora"].m + 0.01 for layer in layers]
         for way in WAYS:
             chosen = dataclasses.replace(config, execution=way)
             product = functools.partial(mora, chosen)
@@ -141,7 +141,7 @@ def added_costs(case: Case, method: str) -> tuple[list[Cost], bool]:
     if way:
         config = MoRAConfig(rank=case.rank, operator=operator)
         shapes = [jax.ShapeDtypeStruct(size, case.dtype) for size in case.sizes]
-        specs = [mora_jax.plan({"kernel": s}, config).specs[0] for s in shapes]
+        specs = [mora_jax.plan({"kernel": s}, config)["kernel"] for s in shapes]
         costs = [Cost.adapter(spec, case.rows, way, itemsize) for spec in specs]
         return costs, way_of_auto(specs[-1], case.rows, case.dtype) == way
     if method.startswith("LoRA"):

@@ -154,7 +154,7 @@ def mora(
     config = MoRAConfig(rank=RANK, operator=operator)
     plan = linen.plan(model, {"params": boxed}, config, ids)
     mesh, square = model.mesh, ("model" if split else None, None)
-    plan = sharding.plan_on_mesh(plan, boxed, batch_axes=llama.BATCH_AXES, mesh=mesh)
+    plan = sharding.on_mesh(plan, boxed, batch_axes=llama.BATCH_AXES, mesh=mesh)
     places = sharding.adapter_shardings(plan, boxed, mesh=mesh, square=square)
     wrapped = linen.wrap(model, plan)
 

@@ -19,7 +19,14 @@ from jax.typing import DTypeLike
 
 import mora_jax
 from benchmarks.quality import learners
-from benchmarks.quality.learners import Learner, Path, Task, with_plan
+from benchmarks.quality.learners import (
+    Learner,
+    Path,
+    Task,
+    bare,
+    plan_like,
+    with_plan,
+)
 from mora_jax import MoRAConfig, remora
 from mora_jax.operators import Operator
 from mora_jax.operators._pytree import operator
@@ -84,14 +91,16 @@ def halves(task: Task, first: mora_jax.Plan, second: mora_jax.Plan) -> Learner:
     other = with_plan(task.model, second)
 
     def apply(trained: Any, params: Any, *inputs: Any) -> jax.Array:
-        folded = mora_jax.fold(params, trained["first"], first)
+        folded = mora_jax.fold(params, first.adapters(trained["first"]))
         return other.apply(trained["second"], (folded, second), *inputs)
 
     def deltas(trained: Any) -> dict[Path, jax.Array]:
-        found = flatten_dict(mora_jax.delta_weight(trained["first"], first))
+        adapters = first.adapters(trained["first"])
+        found = flatten_dict(mora_jax.delta_weight(adapters))
         return jax.tree.map(jnp.add, found, other.deltas(trained["second"]))
 
-    start = {"first": mora_jax.init(first), "second": mora_jax.init(second)}
+    plans = {"first": first, "second": second}
+    start = {name: bare(mora_jax.init(plan)) for name, plan in plans.items()}
     speeds = jax.tree.map(lambda _: 1.0, start)
     return Learner(apply, start, speeds, deltas)
 
@@ -100,9 +109,10 @@ def started(task: Task, learner: Learner, plan: mora_jax.Plan) -> Learner:
     """The adapters start as one step of gradient descent."""
 
     @jax.jit
-    def start(adapters: Any, params: Any) -> Any:
+    def start(ms: Any, params: Any) -> Any:
         loss, frozen = task.loss_of(learner), learner.frozen(params)
-        return mora_jax.gradient_start(lambda a: loss(a, frozen), adapters, plan)[0]
+        adapters = plan.adapters(ms)
+        return bare(mora_jax.gradient_start(lambda a: loss(bare(a), frozen), adapters))
 
     moved = start(learner.start, task.params)
     return learner._replace(start=moved)
@@ -115,15 +125,14 @@ def renewed(task: Task, learner: Learner, *, along: bool) -> Learner:
     seed; a LoRA has new factors.
     """
 
-    def following(adapters: Any, frozen: Any) -> Any:
+    def following(ms: Any, frozen: Any) -> Any:
         (params, plan), tx = frozen, optax.identity()
         grads = (
             (lambda params: unflatten_dict(task.gradient(params))) if along else None
         )
-        after = remora.restart(
-            params, adapters, plan, tx.init(adapters), tx, grads=grads
-        )
-        return after.adapters, (after.params, after.plan)
+        adapters = plan.adapters(ms)
+        after = remora.restart(params, adapters, tx.init(adapters), tx, grads=grads)
+        return bare(after.adapters), (after.params, plan_like(plan, after.adapters))
 
     return learner._replace(renewed=following)
 
@@ -184,13 +193,13 @@ MISS: dict[str, type[MiSS]] = {cls.name: cls for cls in (MiSS, SignedMiSS)}
 
 def with_miss(plan: mora_jax.Plan, cls: type[MiSS], rank: int) -> mora_jax.Plan:
     """The plan with MiSS on its kernels."""
-    specs = []
-    for spec in plan.specs:
+    specs = {}
+    for path, spec in plan.specs.items():
         features = spec.in_features, spec.out_features
         new = cls(*features, cls.widest(rank, *features))
         scale = new.fine_tuning_scale
-        specs.append(dataclasses.replace(spec, operator=new, scale=scale))
-    return dataclasses.replace(plan, specs=tuple(specs))
+        specs[path] = dataclasses.replace(spec, operator=new, scale=scale)
+    return dataclasses.replace(plan, parts=specs)
 
 
 LORAS = "lora", "lora+", "lora-one", "lora-ga"

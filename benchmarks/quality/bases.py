@@ -46,10 +46,14 @@ def main() -> None:
     gradient = jax.jit(jax.grad(task.loss_of(way)))
 
     @jax.jit
-    def start(adapters: Any, params: Any, plan: mora_jax.Plan) -> Any:
+    def start(ms: Any, params: Any, plan: mora_jax.Plan) -> Any:
         loss = task.loss_of(learners.with_plan(model, plan))
-        one = functools.partial(loss, frozen=(params, plan))
-        return mora_jax.gradient_start(one, adapters, plan)[0]
+
+        def one(adapters: Any) -> jax.Array:
+            return loss(learners.bare(adapters), (params, plan))
+
+        moved = mora_jax.gradient_start(one, plan.adapters(ms))
+        return learners.bare(moved)
 
     row: Row = {"kernels": len(plan)}
     grads, along = {}, plan
@@ -59,8 +63,8 @@ def main() -> None:
         times.append(time.perf_counter())
         along = baselines.with_directions(plan, grads)
         times.append(time.perf_counter())
-        adapters = mora_jax.init(along)
-        jax.block_until_ready(start(adapters, params, along))
+        ms = learners.bare(mora_jax.init(along))
+        jax.block_until_ready(start(ms, params, along))
         times.append(time.perf_counter())
         names = "gradient", "directions", "start"
         row |= dict(zip(names, np.diff(times).tolist(), strict=True))

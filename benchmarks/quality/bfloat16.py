@@ -24,7 +24,7 @@ from benchmarks.common.harness import Row, options, save, show
 from benchmarks.common.plots import figure
 from models import lesson, smollm2
 from models.options import positive
-from mora_jax import MoRAConfig, Plan, linen
+from mora_jax import MoRAConfig, linen
 
 RUNS = (("float32", "activation"), ("bfloat16", "activation"), ("bfloat16", "fold"))
 
@@ -36,11 +36,11 @@ def learn(
     args: argparse.Namespace,
     execution: str,
     label: str,
-    watch: Callable[[int, Plan, Any], object] = lambda step, plan, adapters: None,
+    watch: Callable[[int, Any], object] = lambda step, adapters: None,
 ) -> list[Row]:
     """Loss and recall before each step of training adapters for `variables`.
 
-    `watch` is called after each step, with its number, the plan and the adapters.
+    `watch` is called after each step, with its number and the adapters.
     """
     settings = dict(operator=args.operator, execution=execution, scale="paper")
     config = MoRAConfig(rank=args.rank, **settings)
@@ -62,7 +62,7 @@ def learn(
     for _ in progress:
         adapters, state, found = step(adapters, state, variables, taught.rehearsed)
         progress.note(*found)
-        watch(len(progress.history), plan, adapters)
+        watch(len(progress.history), adapters)
     return [
         {"run": label, "step": number, "loss": loss, "recall": recall}
         for number, (loss, recall) in enumerate(progress.history)

@@ -59,7 +59,7 @@ class Learner(NamedTuple):
 
     Attributes:
         apply: (trained, frozen, *inputs) -> logits.
-        start: The trained values before the first step.
+        start: The trained values before the first step, as plain arrays.
         speeds: The rate of each leaf relative to the learning rate, a tree as `start`.
         deltas: (trained) -> what was added to each kernel, by its path.
         frozen: (params) -> what `apply` is given beside what is trained.
@@ -126,10 +126,10 @@ def mora(
 def with_plan(model: nn.Module, plan: mora_jax.Plan) -> Learner:
     """MoRA as a plan has it, which is an argument: plans of a kind share programs."""
 
-    def deltas(adapters: Any) -> Any:
-        return flatten_dict(mora_jax.delta_weight(adapters, plan))
+    def deltas(ms: Any) -> Any:
+        return flatten_dict(mora_jax.delta_weight(plan.adapters(ms)))
 
-    start = mora_jax.init(plan)
+    start = bare(mora_jax.init(plan))
     speeds = jax.tree.map(lambda _: 1.0, start)
     return Learner(
         _adapted(model), start, speeds, deltas, lambda params: (params, plan)
@@ -138,13 +138,30 @@ def with_plan(model: nn.Module, plan: mora_jax.Plan) -> Learner:
 
 @functools.lru_cache
 def _adapted(model: nn.Module) -> Callable[..., jax.Array]:
-    """(adapters, (params, plan), *inputs) -> logits."""
+    """(ms, (params, plan), *inputs) -> logits."""
 
-    def apply(adapters: Any, frozen: Any, *inputs: Any) -> jax.Array:
+    def apply(ms: Any, frozen: Any, *inputs: Any) -> jax.Array:
         params, plan = frozen
-        return linen.wrap(model, plan)(adapters, {"params": params}, *inputs)
+        adapted = linen.wrap(model, plan)
+        return adapted(plan.adapters(ms), {"params": params}, *inputs)
 
     return apply
+
+
+def bare(adapters: Any) -> Any:
+    """The arrays of adapters, whose meaning their plan has."""
+    return jax.tree.map(lambda a: a.m, adapters, is_leaf=_is_adapter)
+
+
+def plan_like(plan: mora_jax.Plan, adapters: Any) -> mora_jax.Plan:
+    """The plan with the meanings of adapters of the same kernels."""
+    flat: dict[Path, Any] = flatten_dict(adapters)
+    specs = {path: flat[*path[:-1], f"{path[-1]}_mora"].spec for path in plan.specs}
+    return dataclasses.replace(plan, parts=specs)
+
+
+def _is_adapter(node: Any) -> bool:
+    return isinstance(node, mora_jax.Adapter)
 
 
 def plan_of(

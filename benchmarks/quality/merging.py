@@ -22,7 +22,7 @@ from benchmarks.common.harness import Row, options, save, show
 from benchmarks.quality import bfloat16
 from models import lesson, smollm2
 from models.options import positive
-from mora_jax import Plan, diagnostics
+from mora_jax import diagnostics
 from mora_jax._layer.rounding import Rounding
 
 COLUMNS = {
@@ -59,15 +59,15 @@ def main() -> None:
 
     before, rows = np.asarray(logits(params)), []
 
-    def compare(step: int, plan: Plan, adapters: Any) -> None:
+    def compare(step: int, adapters: Any) -> None:
         if step not in args.at:
             return
-        adapted = mora_jax.merge(params, adapters, plan, jnp.float32)  # rounds nothing
+        adapted = mora_jax.merge(params, adapters, jnp.float32)  # rounds nothing
         expected = np.asarray(logits(adapted))
         for rounding in get_args(Rounding):
-            merged = mora_jax.merge(params, adapters, plan, rounding=rounding)
+            merged = mora_jax.merge(params, adapters, rounding=rounding)
             off = np.linalg.norm(np.asarray(logits(merged)) - expected)
-            found = diagnostics.merge_loss(params, adapters, plan, rounding=rounding)
+            found = diagnostics.merge_loss(params, adapters, rounding=rounding)
             row: Row = {"operator": args.operator, "step": step, "rounding": rounding}
             row["error"] = float(off / np.linalg.norm(expected - before))
             row["lost"] = float(np.mean(list(found.values())))

@@ -58,7 +58,7 @@ def compute(cell: cells.Cell) -> cells.Cell:
         multiple_of=1,
         scale="fine-tuning",
     )
-    scale = geometric_mean(spec.scale for spec in small.plan(base, config).specs)
+    scale = geometric_mean(spec.scale for spec in small.plan(base, config).values())
     config = dataclasses.replace(config, scale=cell["scale"])
     unit = cell["unit"] * (scale if cell["scale"] == "paper" else 1)
     rates = [unit * x for x in LADDER]

@@ -98,14 +98,12 @@ class Part(NamedTuple):
         adapters: The trained part of the projections.
         apply: (adapters, params, ids) -> logits.
         state: The optimizer's state for the adapters.
-        plan: MoRA's plan.
     """
 
     params: Any
     adapters: Any
     apply: Callable[..., Any]
     state: Any
-    plan: mora_jax.Plan | None = None
 
 
 def start(method: str, rank: int, tx: Any) -> Part:
@@ -123,9 +121,12 @@ def start(method: str, rank: int, tx: Any) -> Part:
         plan = learners.plan_of(MODEL, params, TARGETS, config, text()[1])
         if along:
             plan = mora_jax.gradient_bases(gradient(params, seed=0), plan)
-        return mora_part(
-            params, mora_jax.init(plan), tx.init(mora_jax.init(plan)), plan
-        )
+        adapted, adapters = linen.wrap(MODEL, plan), mora_jax.init(plan)
+
+        def apply(adapters: Any, params: Any, ids: jax.Array) -> jax.Array:
+            return adapted(adapters, {"params": params}, ids)
+
+        return Part(params, adapters, apply, tx.init(adapters))
     return learned_part(params, learner, tx)
 
 
@@ -146,16 +147,6 @@ def gradient(params: Any, seed: int) -> Any:
     return unflatten_dict(task.gradient(params))
 
 
-def mora_part(params: Any, adapters: Any, state: Any, plan: mora_jax.Plan) -> Part:
-    """A part with MoRA."""
-    adapted = linen.wrap(MODEL, plan)
-
-    def apply(adapters: Any, params: Any, ids: jax.Array) -> jax.Array:
-        return adapted(adapters, {"params": params}, ids)
-
-    return Part(params, adapters, apply, state, plan)
-
-
 def following(part: Part, method: str, rank: int, tx: Any, number: int) -> Part:
     """The part after a restart."""
     if method == "relora":
@@ -164,18 +155,16 @@ def following(part: Part, method: str, rank: int, tx: Any, number: int) -> Part:
         for path, delta in learner.deltas(part.adapters).items():
             flat[path] += delta
         return learned_part(unflatten_dict(flat), learner, tx)
-    assert part.plan is not None
     along = functools.partial(gradient, seed=number)
     after = remora.restart(
         part.params,
         part.adapters,
-        part.plan,
         part.state,
         tx,
         keep_moments=method.endswith("kept"),
         grads=along if method.startswith("subspace") else None,
     )
-    return mora_part(after.params, after.adapters, after.opt_state, after.plan)
+    return Part(after.params, after.adapters, part.apply, after.opt_state)
 
 
 def compute(cell: cells.Cell) -> cells.Cell:

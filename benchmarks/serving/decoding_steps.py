@@ -54,7 +54,7 @@ def compare(
     after another, each with its rows.
     """
     count = len(adapters)
-    stacked = serving.stack(adapters, plan)
+    stacked = serving.stack(adapters)
     mixed, one = np.arange(rows, dtype=np.int32) % count, np.zeros(rows, np.int32)
     none = one - 1
     apply = linen.wrap(model, plan)
@@ -62,7 +62,7 @@ def compare(
     many = decoding.Programs(apply, serving.select).step
     alone = decoding.Programs(apply, lambda adapters, _: adapters).step
     base = decoding.Programs(unadapted(model), lambda *_: None).step
-    copies = [mora_jax.merge(params, each, plan) for each in adapters]
+    copies = [mora_jax.merge(params, each) for each in adapters]
     each, share = rows // count, none[: rows // count]
     contenders: dict[str, Any] = {
         "the base": _Turns(base, cache(rows, size), rows, [(None, params, none)]),

@@ -75,7 +75,7 @@ class Case:
     def programs(self) -> Iterator[tuple[str, Callable[..., Any], Any]]:
         """Each method, its function of (adapters, w, x, index), and the adapters."""
         apply, n, width = self.apply, self.slots, self.width
-        (spec,) = apply.plan.specs
+        (spec,) = apply.plan.values()
         one = jax.eval_shape(lambda: mora_jax.init(apply.plan))
         q = spec.operator.square_rank
         pair = self.shape(n, width, q), self.shape(n, q, width)
@@ -93,7 +93,8 @@ class Case:
     def by_row(self) -> tuple[Callable[..., Any], Any]:
         """The layer whose rows choose among adapters in slots, and the slots."""
         apply = self.apply
-        slots = jax.eval_shape(lambda: serving.stack([], apply.plan, slots=self.slots))
+        new = [mora_jax.init(apply.plan)]
+        slots = jax.eval_shape(lambda: serving.stack(new, slots=self.slots))
 
         def serve(stacked: Any, w: Any, x: Any, index: Any) -> Any:
             adapters = serving.select(stacked, index)
@@ -142,23 +143,22 @@ def check(operator: str) -> None:
     """Raise SystemExit unless all methods give the same for the same deltas."""
     case = Case(48, 2, operator, 3, 2, 4, jnp.float32)
     programs = {name: run for name, run, _ in case.programs()}
-    (spec,) = case.apply.plan.specs
-    shapes = jax.eval_shape(lambda: mora_jax.init(case.apply.plan))
+    new = mora_jax.init(case.apply.plan)
     random = np.random.default_rng(0)
     w, x = (random.normal(size=s).astype("f4") for s in ((48, 48), (3, 2, 48)))
-    ms = [
-        {"kernel_mora": jnp.asarray(random.normal(size=s.shape), s.dtype)}
-        for s in [shapes["kernel_mora"]] * case.slots
+    adapters = [
+        jax.tree.map(lambda m: jnp.asarray(random.normal(size=m.shape), m.dtype), new)
+        for _ in range(case.slots)
     ]
-    deltas = [mora_jax.delta_weight(m, case.apply.plan)["kernel"] for m in ms]
+    deltas = [mora_jax.delta_weight(one)["kernel"] for one in adapters]
     index = np.array([3, 0, 3])
-    got = programs[EACH](serving.stack(ms, case.apply.plan), w, x, index)
+    got = programs[EACH](serving.stack(adapters), w, x, index)
     expected = programs[MERGED](w + jnp.stack(deltas), w, x, index)
     check_close(got, expected)
     pairs = jnp.stack([jnp.eye(48)] * case.slots), jnp.stack(deltas)
     check_close(programs[LORA](pairs, w, x, index), expected)
     for row, k in enumerate(index):
-        check_close(programs[ONE](ms[k], w, x, index)[row], expected[row])
+        check_close(programs[ONE](adapters[k], w, x, index)[row], expected[row])
 
 
 def measured(case: Case, args: argparse.Namespace) -> list[Row]:

@@ -77,7 +77,7 @@ def make_engine(
     """An engine of copies."""
 
     def put(copies: Any, slot: int, adapters: Any) -> Any:
-        return copies | {slot: mora_jax.merge(params, adapters, plan)}
+        return copies | {slot: mora_jax.merge(params, adapters)}
 
     return Engine(
         programs=Copies(model),

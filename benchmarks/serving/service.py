@@ -249,7 +249,7 @@ def main() -> None:
         own = {word: [word] for word in some}
         with service(args, directory, merged) as (port, pid):
             rows.append(asyncio.run(healthy(args, port, pid, own, "merged copies")))
-        adapters = [mora_jax.load(taught / word)[0] for word in some]
+        adapters = [mora_jax.load(taught / word) for word in some]
     show(COLUMNS, rows, f"{args.clients} clients, {args.model}")
     print(f"\nfaults: {dict(sorted(counts.items()))}")
     count = max(args.rows, args.copies) // args.copies * args.copies

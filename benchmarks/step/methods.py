@@ -84,4 +84,4 @@ def mora(
         model = functools.partial(wrapped, adapters, {"params": params})
         return base.logits(model, ids)
 
-    return apply, functools.partial(mora_jax.merge, plan=plan), adapters
+    return apply, mora_jax.merge, adapters

@@ -25,8 +25,8 @@ def published(base: Base, rank: int) -> Adapted:
     """Rotation as the paper's authors compute it; it must be our operator."""
     plan = base.plan(rank, {"name": "rotation", "truncate": True})
     ms = {}
-    for spec in plan.specs:
-        (ins, outs), path = spec.kernel_shape, (*spec.path[:-1], "adapter")
+    for path, spec in plan.specs.items():
+        (ins, outs), path = spec.kernel_shape, (*path[:-1], "adapter")
         ms[path], x = _random(*spec.shape), _random(4, ins)
         value = rotation_as_published(ms[path], x, outs)
         np.testing.assert_allclose(value, spec.operator.apply(ms[path], x), atol=1e-5)
@@ -36,19 +36,19 @@ def published(base: Base, rank: int) -> Adapted:
 def by_hand(base: Base, rank: int) -> Adapted:
     """LoRA, added to each layer's output."""
     lora = {}
-    for spec in base.plan(rank).specs:
+    for path, spec in base.plan(rank).specs.items():
         ins, outs = spec.kernel_shape
         pair = _random(ins, rank), _random(rank, outs)
-        lora[*spec.path[:-1], "adapter"] = pair
+        lora[*path[:-1], "adapter"] = pair
     return _with_delta(base, lora_by_hand), unflatten_dict(lora), base.params
 
 
 def folded(base: Base, rank: int) -> Adapted:
     """LoRA as x (W + A B), with the derivative of `folded_lora`."""
     lora = {}
-    for spec in base.plan(rank).specs:
+    for path, spec in base.plan(rank).specs.items():
         ins, outs = spec.kernel_shape
-        lora[tuple(spec.path[:-1])] = _random(ins, rank), _random(rank, outs)
+        lora[path[:-1]] = _random(ins, rank), _random(rank, outs)
 
     def apply(lora: Any, params: Params, ids: Any) -> jax.Array:
         def fold(call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
@@ -115,7 +115,7 @@ def lora_of_qwix(base: Base, rank: int) -> Adapted:
 def every_kernel(base: Base, rank: int) -> Adapted:
     """Full fine-tuning of the kernels that the other methods adapt."""
     rest: Params = flatten_dict(base.params, sep="/")
-    kernels = {spec.name: rest.pop(spec.name) for spec in base.plan(rank).specs}
+    kernels = {name: rest.pop(name) for name in base.plan(rank)}
 
     def apply(kernels: Params, rest: Params, ids: Any) -> jax.Array:
         return base.plain(unflatten_dict(kernels | rest, sep="/"), ids)

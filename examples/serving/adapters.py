@@ -71,7 +71,7 @@ class Adapters:
 
     Args:
         directory: The directory with a directory for each adapter.
-        plan: The plan that every adapter must have.
+        plan: The plan that every adapter must follow.
         params: The base, which every adapter must have been trained on.
         slots: The number of adapters in memory.
         change: (slot, adapters): puts adapters into a slot.
@@ -230,13 +230,12 @@ class Adapters:
             raise UnusableAdapter(
                 f"{FILES[1]} must have at most {self._largest:,} bytes, got {size:,}"
             )
-        adapters, plan = mora_jax.load(path, self.params)
-        if plan.digest() != self.plan.digest():
-            raise UnusableAdapter(
-                f"its plan must be that of the service ({_told(self.plan)}), got "
-                f"{_told(plan)}"
-            )
-        return adapters
+        adapters = mora_jax.load(path, self.params)
+        try:
+            return self.plan.adapters(adapters)
+        except ValueError as error:
+            told = f"it must follow the plan of the service: {error}"
+            raise UnusableAdapter(told) from error
 
     def _refuse(self, name: str, version: Version, why: str) -> None:
         self._refused.pop(name, None)
@@ -262,12 +261,3 @@ class Adapters:
             for slot, held in enumerate(self._slots)
             if held is None or (held.load.done() and not held.users)
         ]
-
-
-def _told(plan: mora_jax.Plan) -> str:
-    """A plan in a few words."""
-    operators = sorted({spec.operator.name for spec in plan.specs})
-    return (
-        f"{len(plan)} kernels, {plan.trainable_parameters:,} parameters, "
-        f"{' and '.join(operators)}, {plan.digest()[:12]}"
-    )
