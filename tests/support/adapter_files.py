@@ -18,6 +18,7 @@ from etils import epath
 
 import mora_jax
 from mora_jax import AdapterSpec, MoRAConfig, Plan, cli
+from mora_jax._tree.paths import adapters_in
 from mora_jax.io._files import CONFIG, TENSORS
 
 PARAMS = {
@@ -58,6 +59,11 @@ def single(operator, shape=None, path=("a", "kernel"), **settings):
     return Plan({path: spec}, math.prod(shape))
 
 
+def specs_of(adapters):
+    """{slash-joined path of its array in the base: meaning} of adapters."""
+    return {"/".join(path): a.spec for path, a in adapters_in(adapters).items()}
+
+
 @functools.cache
 def _shapes(plan):
     return jax.eval_shape(lambda: mora_jax.init(plan, jax.random.key(0)))
@@ -74,7 +80,7 @@ def made(plan, seed=0, dtype=None, scale=1.0):
 
 
 def assert_same(left, right):
-    """Equal trees of equal dtypes, bit for bit."""
+    """Equal trees of equal dtypes, bit for bit; of adapters, of the same meaning."""
     assert jax.tree.structure(left) == jax.tree.structure(right)
     for one, other in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True):
         assert (one.shape, one.dtype) == (other.shape, other.dtype)

@@ -12,7 +12,7 @@ import chex
 import jax
 import numpy as np
 
-from mora_jax import Plan, init
+from mora_jax import Adapter, Plan, init
 
 
 def random(seed: int, *shape: int, dtype: Any = np.float32) -> jax.Array:
@@ -35,6 +35,16 @@ def random_like(tree: Any, scale: float = 0.3) -> Any:
 def trained(plan: Plan, scale: float = 0.3) -> Any:
     """Adapters as after training: far from zero."""
     return random_like(jax.eval_shape(lambda: init(plan)), scale)
+
+
+def bare(adapters: Any) -> Any:
+    """The arrays of a tree of adapters, without what they mean."""
+
+    def array(leaf: Any) -> Any:
+        return leaf.m if isinstance(leaf, Adapter) else leaf
+
+    is_adapter = {"is_leaf": lambda leaf: isinstance(leaf, Adapter)}
+    return jax.tree.map(array, adapters, **is_adapter)
 
 
 def largest(tree: Any) -> float:

@@ -10,6 +10,7 @@ from helpers import close, random, random_like
 
 import mora_jax
 from mora_jax import MoRAConfig, from_lora, to_lora
+from mora_jax._tree.paths import kernels_in
 
 qwix = pytest.importorskip("qwix")
 
@@ -48,13 +49,15 @@ def test_a_linen_model_of_qwix(heads):
     )
     tree = nested({**flattened(variables["params"]), **factors})
     plan = mora_jax.linen.plan(model, variables, ALL, X)
-    adapters, plan = from_lora(tree, plan, alpha=6 / 2)
-    assert {spec.operator.name for spec in plan.specs} == {"low_rank"}
-    assert {spec.operator.square_rank for spec in plan.specs} == {2}
+    adapters = from_lora(tree, plan, alpha=6 / 2)
+    found = kernels_in(adapters)
+    assert found.keys() == plan.specs.keys()
+    assert {adapter.operator.name for adapter in found.values()} == {"low_rank"}
+    assert {adapter.operator.square_rank for adapter in found.values()} == {2}
     got = mora_jax.linen.wrap(model, plan)(adapters, variables, X)
     close(got, lora.apply({"params": tree}, X), 1e-5)
     assert float(jnp.abs(got - model.apply(variables, X)).max()) > 0.1
-    back = to_lora(adapters, plan, nested(factors), alpha=6 / 2)
+    back = to_lora(adapters, nested(factors), alpha=6 / 2)
     jax.tree.map(np.testing.assert_array_equal, back, nested(factors))
 
 
@@ -64,11 +67,11 @@ def test_an_nnx_model_of_qwix():
     state = random_like(nnx.state(lora, nnx.LoRAParam))
     nnx.update(lora, state)
     plan = mora_jax.nnx.plan(base, ALL, X)
-    adapters, plan = from_lora(state, plan, alpha=3)
+    adapters = from_lora(state, plan, alpha=3)
     wrapped = mora_jax.nnx.wrap(base, plan)
-    mora_jax.nnx.set_adapters(wrapped, adapters, plan)
+    mora_jax.nnx.set_adapters(wrapped, adapters)
     close(wrapped(X), lora(X), 1e-5)
-    back = to_lora(adapters, plan, state, alpha=3)
+    back = to_lora(adapters, state, alpha=3)
     assert jax.tree.structure(back) == jax.tree.structure(state)
     close(*(jax.tree.leaves(nnx.to_pure_dict(s)) for s in (back, state)))
 
@@ -80,18 +83,16 @@ def test_lora_of_flax_itself():
     nnx.update(lora, state := random_like(nnx.state(lora, nnx.LoRAParam)))
     holder = nnx.Dict(base_module=base)  # as the kernel lies in the model with LoRA
     plan = mora_jax.nnx.plan(holder, ALL)
-    adapters, plan = from_lora(state, plan)
-    (delta,) = jax.tree.leaves(mora_jax.delta_weight(adapters, plan))
+    adapters = from_lora(state, plan)
+    (delta,) = jax.tree.leaves(mora_jax.delta_weight(adapters))
     close(X @ delta + base(X), lora(X), 1e-5)
     linear = nnx.LoRALinear(16, 8, lora_rank=2, rngs=rngs)
     nnx.update(linear, state := random_like(nnx.state(linear, nnx.LoRAParam)))
     kernel = {"kernel": linear.kernel[...]}
-    adapters, plan = from_lora(state, mora_jax.plan(kernel, ALL))
-    merged = mora_jax.merge(kernel, adapters, plan)["kernel"]
+    adapters = from_lora(state, mora_jax.plan(kernel, ALL))
+    merged = mora_jax.merge(kernel, adapters)["kernel"]
     close(X @ merged + linear.bias[...], linear(X), 1e-5)
-    close(
-        to_lora(adapters, plan, state)["lora"]["lora_b"][...], linear.lora.lora_b[...]
-    )
+    close(to_lora(adapters, state)["lora"]["lora_b"][...], linear.lora.lora_b[...])
 
 
 def test_bad_trees():
@@ -110,11 +111,11 @@ def test_bad_trees():
     with pytest.raises(TypeError, match="alpha"):
         from_lora(tree, plan, alpha="2")
     with pytest.raises(ValueError, match="'rotation' is not 'low_rank'"):
-        to_lora(mora_jax.init(plan), plan, tree)
-    adapters, lora = from_lora(tree, plan)
+        to_lora(mora_jax.init(plan), tree)
+    adapters = from_lora(tree, plan)
     wider = {"fc": {"kernel_lora_a": jnp.ones((8, 3)), "kernel_lora_b": b}}
     with pytest.raises(ValueError, match="is the rank another"):
-        to_lora(adapters, lora, wider)
+        to_lora(adapters, wider)
 
 
 def flattened(tree):
