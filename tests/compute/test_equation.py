@@ -49,7 +49,7 @@ for operator in ("sharing", "rotation", "orthogonal"):
     for way in ("activation", "auto"):
         config = MoRAConfig(operator=operator, square_rank=8, execution=way)
         planned = mora_jax.plan({"kernel": kernel}, config)
-        on_mesh = sharding.plan_on_mesh(planned, split, batch_axes="data", mesh=mesh)
+        on_mesh = sharding.on_mesh(planned, split, batch_axes="data", mesh=mesh)
         outermost = mora_apply.__code__
         for where, spec in ("", planned["kernel"]), (" on a mesh", on_mesh["kernel"]):
             settings = dict(execution=way, layout=spec.layout)

@@ -13,7 +13,7 @@ from jax.test_util import check_grads
 from platforms import as_if_on
 
 import mora_jax
-from mora_jax import FrozenDense, Plan, mora_apply
+from mora_jax import Adapter, FrozenDense, mora_apply
 from mora_jax._layer.chips import ORDERED_ROWS
 
 ALPHA = 0.7
@@ -101,9 +101,8 @@ def test_the_merged_kernel_is_the_one_that_was_trained(platform, case, dtype):
         frozen = made(case, ins, outs, q, "fold", "float32")
         frozen = dataclasses.replace(frozen, kernel=jnp.asarray(frozen.kernel, dtype))
         m = 1e-2 * random(1, *frozen.operator.m_shape)
-        plan = Plan((frozen.spec,), base_parameters=ins * outs)
-        params, adapters = {"kernel": frozen.kernel}, {"kernel_mora": m}
-        merged = mora_jax.merge(params, adapters, plan)["kernel"]
+        adapters = {"kernel_mora": Adapter(m, frozen.spec)}
+        merged = mora_jax.merge({"kernel": frozen.kernel}, adapters)["kernel"]
         trained = apply(m, frozen, jnp.eye(ins, dtype=dtype))
         np.testing.assert_array_equal(trained, merged)
         assert not (merged == frozen.kernel).all()

@@ -293,7 +293,9 @@ def test_a_kernel_of_another_shape_is_refused():
 
     mora_jax.register_layer(Transposed, equation=DENSE, dot_general=True)
     apply, args = wrapped(Transposed(), "fold", X)
-    with pytest.raises(ValueError, match=r"shape \(8, 12\), the plan's has \(12, 8\)"):
+    with pytest.raises(
+        ValueError, match=r"shape \(8, 12\), the adapter's has \(12, 8\)"
+    ):
         apply(*args)
 
 

@@ -108,8 +108,8 @@ def test_dtypes(dtype, m_dtype, execution, float64):
     y = mora_apply(params, frozen, x)
     assert y.dtype == dtype
     gradient = jax.grad(lambda params: mora_apply(params, frozen, x).sum())
-    for m in (params["kernel_mora"], jax.eval_shape(gradient, params)["kernel_mora"]):
-        assert m.dtype == m_dtype
+    for tree in (params, jax.eval_shape(gradient, params)):
+        assert tree["kernel_mora"].m.dtype == m_dtype
     exact = wide(kernel) + wide(delta_weight(params, frozen))
     assert largest(wide(y) - wide(x) @ exact) < 100 * float(jnp.finfo(dtype).eps)
 
@@ -138,7 +138,7 @@ def test_abstract_shapes():
     y = jax.eval_shape(mora_apply, params, frozen, x)
     assert (y.shape, y.dtype) == ((4, 5, 32), jnp.bfloat16)
     assert jax.eval_shape(delta_weight, params, frozen).shape == kernel.shape
-    assert init(frozen)["kernel_mora"].shape == params["kernel_mora"].shape
+    assert init(frozen)["kernel_mora"].m.shape == params["kernel_mora"].m.shape
 
 
 def test_dropout():
@@ -160,7 +160,7 @@ def test_dropout():
 
 def test_gaussian_init():
     frozen = frozen_of(np.zeros((64, 64), np.float32), square_rank=64, init="gaussian")
-    m = init(frozen, jax.random.key(0))["kernel_mora"]
+    m = init(frozen, jax.random.key(0))["kernel_mora"].m
     assert m.shape == (64, 64)
     np.testing.assert_allclose(m.std(), 1 / 8, rtol=0.1)
 
@@ -184,6 +184,9 @@ def changed(**settings):
 
 SHAPE = jax.ShapeDtypeStruct((8,), "float32")
 OTHER = mora_jax.make_operator("rotation", 6, 8, 4)
+
+OTHER_M = init(frozen_of(alpha=2.0, scale="paper"))
+OTHER_M = {"m": OTHER_M["kernel_mora"], "scale": "paper"}
 
 BAD_INPUT = {
     TypeError: [
@@ -210,6 +213,8 @@ BAD_INPUT = {
         (lambda: mora_apply({}, frozen_of(), K.T), "must hold 'kernel_mora'"),
         (lambda: call(more={"bias": K}), "nothing else, got .*bias"),
         (lambda: call(K), r"kernel_mora must have shape \(4, 4\), got \(8, 6\)"),
+        (lambda: call(M[None]), r"kernel_mora must have shape \(4, 4\), got \(1, 4"),
+        (lambda: call(**OTHER_M), "kernel_mora was made for alpha 2.0, not 1.0"),
         (lambda: call(x=K), r"expected \(8, 8\)"),
         (lambda: call(x=np.float32(1)), "at least 1 axes, got 0"),
         (lambda: call(bias=K[:, 0]), r"bias must have shape \(6,\), got \(8,\)"),

@@ -72,13 +72,13 @@ def test_attention_is_right_if_rows_are_split_by_fsdp_first(name):
     assert_close(of_base(params, x), of_base(PARAMS, X))
     adapters = made(PLAN, scale=1 / 8)
     expected = gradients(linen.wrap(MODEL, PLAN), adapters, X, PARAMS)
-    plan = sharding.plan_on_mesh(PLAN, params, batch_axes=SAFE)
-    adapters = jax.device_put(adapters, sharding.adapter_shardings(plan, params))
-    assert_close(gradients(linen.wrap(MODEL, plan), adapters, x, params), expected)
+    adapters = jax.device_put(adapters, sharding.adapter_shardings(PLAN, params))
+    adapters = sharding.on_mesh(adapters, params, batch_axes=SAFE)
+    assert_close(gradients(linen.wrap(MODEL, PLAN), adapters, x, params), expected)
 
 
 @pytest.mark.parametrize("name", PLACEMENTS)
-def test_xla_is_wrong_only_where_the_plan_warns(name):
+def test_xla_is_wrong_only_where_a_plan_warns(name):
     """If this fails since gradients are right, XLA is mended: see docs/meshes.md."""
     (value, got), (expected, right) = (
         of_base(*arrays) for arrays in (placed(name, OTHER), (PARAMS, X))
@@ -89,7 +89,7 @@ def test_xla_is_wrong_only_where_the_plan_warns(name):
     assert (max(errors) > 0.1) == (name in WRONG)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        sharding.plan_on_mesh(PLAN, placed(name, OTHER)[0], batch_axes=OTHER)
+        sharding.on_mesh(PLAN, placed(name, OTHER)[0], batch_axes=OTHER)
     assert len(caught) == (name not in RIGHT)
     for warning in caught:
         assert warning.category is mora_jax.MoRAWarning
@@ -119,6 +119,6 @@ def test_the_order_that_is_advised(kernel, batch, safe):
     place = {"kernel": kernel}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        sharding.plan_on_mesh(plan, place, batch_axes=tuple(batch), mesh=mesh)
+        sharding.on_mesh(plan, place, batch_axes=tuple(batch), mesh=mesh)
     advised = [f"batch_axes={tuple(safe)}:" in str(w.message) for w in caught]
     assert advised == ([] if safe is None else [True])

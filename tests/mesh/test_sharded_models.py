@@ -67,9 +67,10 @@ def test_a_llama_learns_as_on_one_device(operator, execution):
     expected = llama_program(linen.wrap(alone, plan), arrays)(*arrays)
     names = nn.get_partition_spec(boxed)["params"]
     places = logical_to_mesh_sharding(names, MESH, llama.RULES)
-    plan = sharding.plan_on_mesh(plan, places, batch_axes=llama.BATCH_AXES)
     adapter_places = sharding.adapter_shardings(plan, places)
     arrays = jax.device_put(arrays, (adapter_places, *without_table(places), BATCH))
+    on_mesh = sharding.on_mesh(arrays[0], places, batch_axes=llama.BATCH_AXES)
+    arrays = on_mesh, *arrays[1:]
     adapted = llama_program(linen.wrap(split, plan), arrays)
     got = adapted(*arrays)
     assert_close(got, expected)
@@ -78,8 +79,15 @@ def test_a_llama_learns_as_on_one_device(operator, execution):
         base = llama_program(lambda _, *args: split.apply(*args), arrays)
         found = set(sent(adapted) - sent(base))
         assert found and found <= set().union(
-            *(sums_of_m(spec.operator) for spec in plan.specs)
+            *(sums_of_m(spec.operator) for spec in plan.values())
         )
+
+
+def on_mesh(arrays, params, batch_axes="data"):
+    """Arguments of a program, whose first one are adapters that know the mesh."""
+    adapters, *others = arrays
+    where = {"batch_axes": batch_axes, "mesh": MESH}
+    return sharding.on_mesh(adapters, params, **where), *others
 
 
 def drawn(key, shape, dtype, **settings):
@@ -131,10 +139,11 @@ def test_other_layers_learn_as_on_one_device(operator, names, dropout):
         square_rank=6, operator=operator, dropout=dropout, targets=targets
     )
     plan = linen.plan(model, boxed, config, ids)
-    assert [spec.axes for spec in plan.specs] == ["iio", "sio", "io", "ioo"]
+    assert [spec.axes for spec in plan.values()] == ["iio", "sio", "io", "ioo"]
 
-    def loss_and_gradients(plan, arrays):
-        apply = linen.wrap(model, plan)
+    apply = linen.wrap(model, plan)
+
+    def loss_and_gradients(arrays):
         drops = {"adapter_deterministic": False, "rngs": {"dropout": KEY}}
 
         @jax.jit
@@ -145,13 +154,13 @@ def test_other_layers_learn_as_on_one_device(operator, names, dropout):
         return run(*arrays)
 
     arrays = made(plan, scale=1 / 8), ids, random_like(nn.unbox(boxed))
-    expected = loss_and_gradients(plan, arrays)
-    plan = sharding.plan_on_mesh(plan, boxed["params"], batch_axes="data", mesh=MESH)
+    expected = loss_and_gradients(arrays)
     adapter_places = sharding.adapter_shardings(plan, boxed["params"], mesh=MESH)
     specs = nn.get_partition_spec(boxed)
     rows = NamedSharding(MESH, P("data"))
     places = adapter_places, rows, shardings(specs, MESH)
-    assert_close(loss_and_gradients(plan, jax.device_put(arrays, places)), expected)
+    arrays = on_mesh(jax.device_put(arrays, places), boxed["params"])
+    assert_close(loss_and_gradients(arrays), expected)
 
 
 class Table(nn.Module):
@@ -175,10 +184,10 @@ def test_lookups_beyond_the_table_are_as_on_one_device(mode):
     plan = linen.plan(model, boxed, config, ids)
     arrays = made(plan), random_like(nn.unbox(boxed)), ids
     expected = jax.jit(linen.wrap(model, plan))(*arrays)
-    plan = sharding.plan_on_mesh(plan, boxed["params"], batch_axes="data", mesh=MESH)
     adapter_places = sharding.adapter_shardings(plan, boxed["params"], mesh=MESH)
     specs = shardings(nn.get_partition_spec(boxed), MESH)
     arrays = jax.device_put(arrays, (adapter_places, specs, NamedSharding(MESH, P())))
+    arrays = on_mesh(arrays, boxed["params"])
     assert_close(jax.jit(linen.wrap(model, plan))(*arrays), expected)
 
 
@@ -202,12 +211,10 @@ def test_attention_is_as_on_one_device_without_hidden_traffic(operator):
 
     arrays = made(plan, scale=1 / 8), X, random_like(nn.unbox(boxed))
     expected = program(linen.wrap(model, plan), arrays)(*arrays)
-    plan = sharding.plan_on_mesh(
-        plan, boxed["params"], batch_axes=llama.BATCH_AXES, mesh=MESH
-    )
     places = sharding.adapter_shardings(plan, boxed["params"], mesh=MESH)
     specs = nn.get_partition_spec(boxed)
     arrays = jax.device_put(arrays, (places, BATCH, shardings(specs, MESH)))
+    arrays = on_mesh(arrays, boxed["params"], llama.BATCH_AXES)
     adapted = program(linen.wrap(model, plan), arrays)
     assert_close(adapted(*arrays), expected)
     base = program(lambda _, *args: model.apply(*args), arrays)
@@ -250,15 +257,13 @@ def test_nnx_learns_as_on_one_device(operator):
         state = nnx.state(model, nnx.Param)
         places = sharding.adapter_shardings(plan, state, mesh=MESH)
         named = nnx.get_named_sharding(state, MESH)
-        assert sharding.adapter_shardings(plan, named) == places
         specs = nnx.get_partition_spec(state)
-        assert sharding.adapter_shardings(plan, specs, mesh=MESH) == places
-        plan = sharding.plan_on_mesh(
-            plan, state, batch_axes=llama.BATCH_AXES, mesh=MESH
-        )
-        adapters = made(plan, scale=1 / 8)
-        model = wrap(model, plan)
-        set_adapters(model, jax.device_put(adapters, places))
+        for where in (named, specs):
+            again = sharding.adapter_shardings(plan, where, mesh=MESH)
+            assert jax.tree.leaves(again) == jax.tree.leaves(places)
+        adapters, model = made(plan, scale=1 / 8), wrap(model, plan)
+        (laid,) = on_mesh([adapters], state, llama.BATCH_AXES)
+        set_adapters(model, jax.device_put(laid, jax.tree.leaves(places)[0]))
         got = loss(model, jax.device_put(X, BATCH))
     alone = wrap(two_linears(), config)  # whose kernels are equal
     set_adapters(alone, adapters)
@@ -299,7 +304,7 @@ def test_an_nnx_step_is_compiled_once(operator, execution, caplog):
     assert sum(bool(re.match(r"Compiling (jit\()?nnx_step\b", m)) for m in log) == 1
 
 
-def test_a_gradient_is_where_its_m_is_without_plan_on_mesh():
+def test_a_gradient_is_where_its_m_is_without_on_mesh():
     """So that no step of a Linen model is compiled again."""
     model = nn.Sequential([nn.Dense(48), nn.relu, nn.Dense(16)])
     params = random_like(jax.eval_shape(model.init, KEY, X))["params"]

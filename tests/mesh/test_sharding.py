@@ -47,10 +47,10 @@ SPLITS = {
 
 
 def on(mesh, frozen, kernel, batch=BATCH):
-    """The layer with what `plan_on_mesh` makes of the kernel's specification."""
+    """The layer with what `on_mesh` makes of the kernel's specification."""
     plan = single(Truncation(32, 48, 1), path=("kernel",))
-    plan = sharding.plan_on_mesh(plan, {"kernel": kernel}, batch_axes=batch, mesh=mesh)
-    return dataclasses.replace(frozen, layout=plan.specs[0].layout)
+    plan = sharding.on_mesh(plan, {"kernel": kernel}, batch_axes=batch, mesh=mesh)
+    return dataclasses.replace(frozen, layout=plan["kernel"].layout)
 
 
 def layer(case, execution="activation", dtype="float32", q=12, dropout=0.0):
@@ -212,7 +212,7 @@ def test_traffic_of_a_split_m(label):
 
 
 def test_traffic_is_noticed():
-    """Without a layout there is some, which is what `sharding.plan_on_mesh` is for."""
+    """Without a layout there is some, which is what `sharding.on_mesh` is for."""
     frozen, arrays, _ = layer(LABELLED["rotation"])
     compiled = program(frozen, on_mesh(arrays, "rows"), "rows")
     extra = sent(compiled) - base_collectives("rows")
@@ -311,19 +311,32 @@ def test_shardings_of_adapters():
     boxes = boxed(nn.Partitioned), boxed(nn.LogicallyPartitioned, RULES)
     with nn.logical_axis_rules(RULES):
         for tree in (*said, *boxes):
-            assert sharding.adapter_shardings(PLAN, tree, mesh=MESH) == EXPECTED
+            found = sharding.adapter_shardings(PLAN, tree, mesh=MESH)
+            assert leaves(found) == jax.tree.leaves(EXPECTED)
+            adapters = mora_jax.init(PLAN)
+            again = sharding.adapter_shardings(adapters, tree, mesh=MESH)
+            assert leaves(again) == leaves(found)
+            assert jax.tree.structure(again) == jax.tree.structure(adapters)
             plan, again = (
-                sharding.plan_on_mesh(PLAN, tree, batch_axes=BATCH, mesh=MESH)
+                sharding.on_mesh(PLAN, tree, batch_axes=BATCH, mesh=MESH)
                 for _ in range(2)
             )
-            layouts = [s.layout.mesh_axes for s in plan.specs if s.layout is not None]
+            layouts = [
+                s.layout.mesh_axes for s in plan.values() if s.layout is not None
+            ]
             assert layouts == [(("model",), (), ("fsdp",)), ((), BATCH)]
             assert hash(plan) == hash(again)
+            laid = sharding.on_mesh(adapters, tree, batch_axes=BATCH, mesh=MESH)
+            assert jax.tree.structure(laid) == jax.tree.structure(mora_jax.init(plan))
     adapters = jax.jit(lambda: mora_jax.init(PLAN), out_shardings=EXPECTED)()
-    assert jax.tree.map(lambda m: m.sharding, adapters) == EXPECTED
+    assert [m.sharding for m in jax.tree.leaves(adapters)] == leaves(EXPECTED)
     square = sharding.adapter_shardings(PLAN, NAMED, square=(None, "model"))
-    specs = jax.tree.map(lambda place: place.spec, jax.tree.leaves(square))
+    specs = [place.spec for place in leaves(square)]
     assert specs == [P("fsdp", None, "model"), P(None, "model")]
+
+
+def leaves(tree):
+    return jax.tree.leaves(tree)
 
 
 ALL = ("data", "fsdp", "model")
@@ -350,21 +363,21 @@ def test_refused(tree, mesh, error, match, unchecked):
     with pytest.raises(error, match=match):
         sharding.adapter_shardings(PLAN, tree, mesh=mesh)
     with pytest.raises(error, match=match):
-        sharding.plan_on_mesh(PLAN, tree, batch_axes=BATCH, mesh=mesh)
+        sharding.on_mesh(PLAN, tree, batch_axes=BATCH, mesh=mesh)
 
 
 def test_refused_settings(unchecked):
     with pytest.raises(TypeError, match="batch_axes must be names .* got None"):
-        sharding.plan_on_mesh(PLAN, NAMED, batch_axes=None)
+        sharding.on_mesh(PLAN, NAMED, batch_axes=None)
     free = mlp(P(P.UNCONSTRAINED, "model"))
     with pytest.raises(ValueError, match="must say which mesh axes split it"):
         sharding.adapter_shardings(PLAN, free, mesh=MESH)
     with pytest.raises(ValueError, match="batch_axes must be of the mesh's .*'rows'"):
-        sharding.plan_on_mesh(PLAN, NAMED, batch_axes="rows")
+        sharding.on_mesh(PLAN, NAMED, batch_axes="rows")
     for square in ((ALL, None), ("fsdp", None), ("x", None)):
         with pytest.raises(ValueError, match="square, with q of 4, must be"):
             sharding.adapter_shardings(PLAN, NAMED, square=square)
-    with pytest.raises(TypeError, match="plan must be a Plan"):
+    with pytest.raises(TypeError, match="adapters must hold adapters, got ndarray"):
         sharding.adapter_shardings(PARAMS, NAMED)
 
 
@@ -391,31 +404,30 @@ def test_axes_of_one_device_split_nothing():
 def test_merges_where_the_kernel_is(mesh, dtype):
     """As on one device, and nothing is gathered."""
     whole = jax.tree.map(lambda kernel: jnp.asarray(kernel, dtype), PARAMS)
-    expected = mora_jax.merge(whole, made(PLAN), PLAN)
+    expected = mora_jax.merge(whole, made(PLAN))
     tolerance = 1e-6 if dtype == "float32" else 1e-2  # a number may round otherwise
     places = shardings(SPECS, mesh)
     with jax.set_mesh(mesh):
         params = jax.device_put(whole, places)
-        plan = sharding.plan_on_mesh(PLAN, params, batch_axes=BATCH)
+        plan = sharding.on_mesh(PLAN, params, batch_axes=BATCH)
         adapter_places = sharding.adapter_shardings(PLAN, params)
         adapters = jax.device_put(made(PLAN), adapter_places)
-        plans = (PLAN, plan), (adapters, made(PLAN))
-        for known, ms in itertools.product(*plans):
-            merged = mora_jax.merge(params, ms, known)
+        laid = sharding.on_mesh(adapters, params, batch_axes=BATCH)
+        for given in (adapters, laid, made(PLAN), made(plan)):
+            merged = mora_jax.merge(params, given)
             chex.assert_trees_all_close(merged, expected, rtol=tolerance)
             assert_shardings(merged, places)
-        merge = jax.jit(lambda p, a: mora_jax.fold(p, a, plan), out_shardings=places)
-        assert not sent(merge.lower(params, adapters).compile())
+        merge = jax.jit(mora_jax.fold, out_shardings=places)
+        assert not sent(merge.lower(params, laid).compile())
 
 
 def test_saved_from_a_mesh(tmp_path):
     """Files know nothing of meshes."""
-    plan = sharding.plan_on_mesh(PLAN, NAMED, batch_axes=BATCH)
-    mora_jax.save(tmp_path, jax.device_put(made(plan), EXPECTED), plan)
-    back, loaded = mora_jax.load(tmp_path)
-    assert_same(back, made(plan))
-    assert loaded == PLAN
-    assert sharding.plan_on_mesh(loaded, NAMED, batch_axes=BATCH) == plan
+    plan = sharding.on_mesh(PLAN, NAMED, batch_axes=BATCH)
+    mora_jax.save(tmp_path, jax.device_put(made(plan), EXPECTED))
+    back = mora_jax.load(tmp_path)
+    assert_same(back, made(PLAN))
+    assert_same(sharding.on_mesh(back, NAMED, batch_axes=BATCH), made(plan))
 
 
 def test_other_devices_are_refused():
