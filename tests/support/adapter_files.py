@@ -1,6 +1,7 @@
 """What the tests of adapters in files share: plans, adapters, and their files."""
 
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import io
@@ -17,7 +18,7 @@ import safetensors
 from etils import epath
 
 import mora_jax
-from mora_jax import AdapterSpec, MoRAConfig, Plan, cli
+from mora_jax import Adapter, AdapterSpec, MoRAConfig, Plan, cli
 from mora_jax._tree.paths import adapters_in
 from mora_jax.io._files import CONFIG, TENSORS
 
@@ -77,6 +78,16 @@ def made(plan, seed=0, dtype=None, scale=1.0):
         return np.asarray(scale * rng.standard_normal(m.shape), dtype or m.dtype)
 
     return jax.tree.map(lambda m: jax.device_put(numbers(m)), _shapes(plan))
+
+
+def without_digests(adapters):
+    """The same without digests of a base, as a plan makes them."""
+
+    def known(adapter):
+        changes = {"base_digest": None} if hasattr(adapter.spec, "base_digest") else {}
+        return adapter.replace(spec=dataclasses.replace(adapter.spec, **changes))
+
+    return jax.tree.map(known, adapters, is_leaf=lambda a: isinstance(a, Adapter))
 
 
 def assert_same(left, right):

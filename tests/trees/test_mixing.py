@@ -5,12 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from adapter_files import slow
-from cases import by_linear_kind
+from cases import LINEAR, by_case, by_linear_kind
 from flax import nnx
-from helpers import close, random, random_like, wide
+from helpers import bare, close, random, random_like, wide
 
 import mora_jax
-from mora_jax import AdapterSpec, MoRAConfig, Plan, delta_weight
+from mora_jax import Adapter, AdapterSpec, MoRAConfig, Plan, delta_weight
 from mora_jax.mixing import project, scaled, weighted_sum
 from mora_jax.operators import Truncation
 from mora_jax.operators._pytree import operator
@@ -21,37 +21,72 @@ PLAN = mora_jax.plan(PARAMS, MoRAConfig(operator="rotation", alpha=0.5, **SETTIN
 SEEDS = range(3)
 
 
-def pair(seed, plan=PLAN, dtype=None):
-    """Adapters that are far from zero, as `load` returns them."""
-    made = jax.tree.map(lambda m: random(seed, *m.shape), mora_jax.init(plan))
-    return jax.tree.map(lambda m: m.astype(dtype or m.dtype), made), plan
+def made(seed, plan=PLAN, dtype=None):
+    """Adapters that are far from zero."""
+    adapters = jax.tree.map(lambda m: random(seed, *m.shape), mora_jax.init(plan))
+    return jax.tree.map(lambda m: m.astype(dtype or m.dtype), adapters)
 
 
-def deltas(adapters, plan):
-    return jax.tree.map(wide, delta_weight(adapters, plan))
+def deltas(adapters):
+    return jax.tree.map(wide, delta_weight(adapters))
+
+
+def of_a_stack(case, seed=0):
+    """Adapters of a stack of two kernels, and their deltas by the oracle."""
+    op = case.make(13, 7, 4)
+    spec = AdapterSpec(op, (2, 13, 7), "sio", alpha=0.5)
+    ms = random(seed, *spec.shape)
+    expected = np.stack([0.5 * case.delta(op, m) for m in ms])
+    return {"kernel_mora": Adapter(ms, spec)}, expected
+
+
+@by_case
+@pytest.mark.parametrize("factor", [0.5, -1.0, 0.0])
+def test_scaled_adapters_have_so_many_times_the_delta(case, factor):
+    """Of every operator, also of LoRA, whose delta is a product of what is trained."""
+    adapters, delta = of_a_stack(case)
+    got = scaled(adapters, factor)
+    assert got["kernel_mora"].spec == adapters["kernel_mora"].spec
+    close(deltas(got)["kernel"], factor * delta)
+    compiled = jax.jit(scaled)(adapters, factor)
+    close(deltas(compiled)["kernel"], factor * delta)
+
+
+@by_case
+def test_a_sum_is_that_of_the_deltas_where_they_are_linear(case):
+    """And is refused by name where they are not, as LoRA's."""
+    (one, delta), (other, its) = (of_a_stack(case, seed) for seed in (0, 1))
+    if case not in LINEAR:
+        with pytest.raises(ValueError, match="kernel: the delta of 'low_rank' is not"):
+            weighted_sum([one, other], [0.5, -2])
+        return
+    got = weighted_sum([one, other], [0.5, -2])
+    assert got["kernel_mora"].spec == one["kernel_mora"].spec
+    close(deltas(got)["kernel"], 0.5 * delta - 2 * its)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_weighted_sum_is_that_of_the_deltas(dtype):
-    pairs, weights = [pair(seed, dtype=dtype) for seed in SEEDS], [0.5, -2, 0.25]
-    mixed, plan = weighted_sum(pairs, weights)
-    assert plan == PLAN and {m.dtype.name for m in jax.tree.leaves(mixed)} == {dtype}
-    every = zip(weights, map(lambda each: deltas(*each), pairs), strict=True)
+    trees, weights = [made(seed, dtype=dtype) for seed in SEEDS], [0.5, -2, 0.25]
+    mixed = weighted_sum(trees, weights)
+    assert jax.tree.structure(mixed) == jax.tree.structure(trees[0])
+    assert {m.dtype.name for m in jax.tree.leaves(mixed)} == {dtype}
+    every = zip(weights, map(deltas, trees), strict=True)
     terms = [jax.tree.map(lambda d, w=w: w * d, delta) for w, delta in every]
     expected = jax.tree.map(lambda *each: sum(each), *terms)
-    close(deltas(mixed, plan), expected, 1e-6 if dtype == "float32" else 2e-2)
-    one, _ = weighted_sum(pairs[:1], [1])
-    assert all(map(np.array_equal, *map(jax.tree.leaves, (one, pairs[0][0]))))
+    close(deltas(mixed), expected, 1e-6 if dtype == "float32" else 2e-2)
+    one = weighted_sum(trees[:1], [1])
+    assert all(map(np.array_equal, *map(jax.tree.leaves, (one, trees[0]))))
 
 
 def test_a_factor_is_an_argument_of_one_program():
     """It scales the delta, 0 turns it off and -1 negates it."""
-    adapters, traces, x = pair(0)[0], [], random(5, 2, 12)
+    adapters, traces, x = made(0), [], random(5, 2, 12)
 
     @jax.jit
     def apply(adapters, factor):
         traces.append(None)
-        return x @ mora_jax.fold(PARAMS, scaled(adapters, factor), PLAN)["a"]["kernel"]
+        return x @ mora_jax.fold(PARAMS, scaled(adapters, factor))["a"]["kernel"]
 
     base = x @ PARAMS["a"]["kernel"]
     change = apply(adapters, 1.0) - base
@@ -59,19 +94,19 @@ def test_a_factor_is_an_argument_of_one_program():
         close(apply(adapters, factor) - base, factor * change)
     assert len(traces) == 1
     weights = jnp.array([1.0, -1.0])
-    pairs = [pair(0), pair(0)]
-    assert not any(m.any() for m in jax.tree.leaves(weighted_sum(pairs, weights)[0]))
+    trees = [made(0), made(0)]
+    assert not any(m.any() for m in jax.tree.leaves(weighted_sum(trees, weights)))
 
 
-@pytest.mark.parametrize("mix", [weighted_sum, lambda *given: project(*given, PLAN)])
+@pytest.mark.parametrize("mix", [weighted_sum, lambda *given: project(*given, PLAN)[0]])
 def test_weights_are_arguments_of_a_program(mix):
-    pairs = [pair(0), pair(1)]
-    compiled = jax.jit(lambda weights: mix(pairs, weights)[0])(jnp.array([1.0, -0.5]))
-    close(compiled, weighted_sum(pairs, [1.0, -0.5])[0], 1e-4)
+    trees = [made(0), made(1)]
+    compiled = jax.jit(lambda weights: mix(trees, weights))(jnp.array([1.0, -0.5]))
+    close(compiled, weighted_sum(trees, [1.0, -0.5]), 1e-4)
 
 
 def test_what_a_program_loses_is_an_array():
-    lost = jax.jit(lambda w: project([pair(0)], [w], PLAN)[1])
+    lost = jax.jit(lambda w: project([made(0)], [w], PLAN)[1])
     assert max(lost(1.0).values()) < 1e-5 and max(lost(0.0).values()) == 0
 
 
@@ -86,8 +121,7 @@ def test_states_of_nnx_stay_states():
     doubled = scaled(state, 2)
     assert isinstance(doubled, nnx.State)
     close(jax.tree.leaves(doubled), [2 * m for m in jax.tree.leaves(state)])
-    plan = mora_jax.nnx.plan_of(model)
-    mixed, _ = weighted_sum([(state, plan), (doubled, plan)], [1, 1])
+    mixed = weighted_sum([state, doubled], [1, 1])
     close(jax.tree.leaves(mixed), [3 * m for m in jax.tree.leaves(state)])
 
 
@@ -98,19 +132,19 @@ def test_a_projection_is_the_least_squares_solution(case, size):
     ins, outs, q = size
     q = min(q, ins, outs) if case.bounded else q
     op = case.make(ins, outs, q)
-    spec = AdapterSpec(op, (ins, outs), path=("kernel",), alpha=0.5)
-    plan = Plan((spec,), base_parameters=ins * outs)
+    spec = AdapterSpec(op, (ins, outs), alpha=0.5)
+    plan = Plan({("kernel",): spec}, base_parameters=ins * outs)
     dense = MoRAConfig(operator="truncation", square_rank=min(ins, outs), scale="paper")
     source = mora_jax.plan({"kernel": jnp.zeros((ins, outs))}, dense)
-    pairs = [pair(0, source), pair(1, source)]
-    first, second = (deltas(*each)["kernel"] for each in pairs)
+    trees = [made(0, source), made(1, source)]
+    first, second = (deltas(each)["kernel"] for each in trees)
     goal = first - 3 * second
-    got, lost = project(pairs, [1, -3], plan)
+    got, lost = project(trees, [1, -3], plan)
     units = np.eye(int(np.prod(op.m_shape))).reshape(-1, *op.m_shape)
     columns = np.stack([0.5 * case.delta(op, unit).ravel() for unit in units], 1)
     solution, *_ = np.linalg.lstsq(columns, goal.ravel(), rcond=None)
     best = (columns @ solution).reshape(goal.shape)
-    close(deltas(got, plan)["kernel"], best, 1e-4)
+    close(deltas(got)["kernel"], best, 1e-4)
     share = np.linalg.norm(goal - best) / np.linalg.norm(goal)
     assert abs(lost["kernel"] - share) < 1e-4 and 0 < share < 1
 
@@ -118,32 +152,33 @@ def test_a_projection_is_the_least_squares_solution(case, size):
 @pytest.mark.slow
 def test_projections_of_what_a_plan_has_lose_nothing():
     """Sums of its own adapters, and those of a narrower plan of fewer kernels."""
-    pairs = [pair(0), pair(1)]
-    got, lost = project(pairs, [1, 2], PLAN)
-    close(got, weighted_sum(pairs, [1, 2])[0], 1e-4)
+    trees = [made(0), made(1)]
+    got, lost = project(trees, [1, 2], PLAN)
+    close(got, weighted_sum(trees, [1, 2]), 1e-4)
     assert lost.keys() == PLAN.keys() and max(lost.values()) < 1e-5
     first = {"a": PARAMS["a"]}
     config = MoRAConfig(operator="truncation", square_rank=2)
     small = mora_jax.plan(first, config)
     wider = MoRAConfig(operator="truncation", **(SETTINGS | {"square_rank": 6}))
     large = mora_jax.plan(PARAMS, wider)
-    got, lost = project([pair(3, small)], [1], large)
-    close(deltas(got, large)["a"], deltas(*pair(3, small))["a"])
-    assert lost["s/kernel"] == 0 and not got["s"]["kernel_mora"].any()
+    got, lost = project([made(3, small)], [1], large)
+    close(deltas(got)["a"], deltas(made(3, small))["a"])
+    assert lost["s/kernel"] == 0 and not got["s"]["kernel_mora"].m.any()
 
 
 def other_base(seed):
     import tempfile
 
-    adapters, plan = pair(seed)
     params = jax.tree.map(lambda leaf: leaf + seed, PARAMS)
     with tempfile.TemporaryDirectory() as directory:
-        mora_jax.save(directory, adapters, plan, params=params)
+        mora_jax.save(directory, made(seed), params=params)
         return mora_jax.load(directory)
 
 
 SEEDED = mora_jax.plan(PARAMS, MoRAConfig(operator="permutation", seed=1, **SETTINGS))
-NARROW = mora_jax.plan({"a": PARAMS["a"]}, MoRAConfig(square_rank=4))
+NARROW = mora_jax.plan(
+    {"a": PARAMS["a"]}, MoRAConfig(operator="rotation", alpha=0.5, square_rank=4)
+)
 SHAPES = mora_jax.plan({"a": {"kernel": jnp.zeros((16, 12))}}, MoRAConfig(rank=1))
 
 
@@ -157,23 +192,20 @@ class Bent(Truncation):
 
 def test_an_operator_that_is_not_linear_is_refused_by_name():
     """Where sums of M's would not be sums of deltas, and zeros might add something."""
-    spec = AdapterSpec(Bent(12, 16, 4), (12, 16), path=("a", "kernel"))
-    bent = pair(0, Plan((spec,), base_parameters=192))
-    state = {
-        "kernel_mora": mora_jax.nnx.MoRAParam.of(spec, bent[0]["a"]["kernel_mora"])
-    }
+    spec = AdapterSpec(Bent(12, 16, 4), (12, 16))
+    plan = Plan({("a", "kernel"): spec}, base_parameters=192)
+    bent = made(0, plan)
     for call in (
         lambda: weighted_sum([bent], [1]),
-        lambda: project([pair(0, NARROW)], [1], bent[1]),
-        lambda: scaled(state, 2),
+        lambda: project([made(0, NARROW)], [1], plan),
     ):
         with pytest.raises(ValueError, match="delta of 'bent' is not linear in"):
             call()
     dense = MoRAConfig(operator="truncation", square_rank=12, scale="paper")
     whole = mora_jax.plan({"a": PARAMS["a"]}, dense)
     assert project([bent], [2], whole)[1]["a/kernel"] < 1e-5
-    (values,) = mora_jax.diagnostics.spectrum(*bent).values()
-    delta = deltas(*bent)["a"]["kernel"]
+    (values,) = mora_jax.diagnostics.spectrum(bent).values()
+    delta = deltas(bent)["a"]["kernel"]
     close(values, np.linalg.svd(delta, compute_uv=False), 1e-5)
 
 
@@ -181,34 +213,35 @@ def test_an_operator_that_is_not_linear_is_refused_by_name():
 @pytest.mark.parametrize(
     ("call", "match"),
     [
-        (lambda: weighted_sum([], []), "pairs .* got none"),
-        (lambda: weighted_sum({"a": pair(0)}, [1]), "pairs .* got dict"),
-        (lambda: weighted_sum([pair(0)[0]], [1]), "got dict among them"),
-        (lambda: weighted_sum(pair(0), [1, 1]), "got dict among them"),
-        (lambda: weighted_sum([pair(0)], 1), "weights must be a sequence"),
-        (lambda: weighted_sum([pair(0)], [1, 2]), "got 2 for 1"),
-        (lambda: weighted_sum([pair(0)], ["1"]), r"weights\[0\] must be a number"),
-        (lambda: weighted_sum([pair(0)], [np.nan]), r"weights\[0\] must be finite"),
-        (lambda: weighted_sum([pair(0)], [jnp.inf]), r"must be finite"),
-        (lambda: weighted_sum([pair(0), pair(0, SEEDED)], [1, 1]), "mixing.project"),
-        (lambda: weighted_sum([pair(0), pair(0, NARROW)], [1, 1]), "s/kernel"),
-        (lambda: weighted_sum([({}, PLAN)], [1]), "adapters lack 'a/kernel_mora'"),
+        (lambda: weighted_sum([], []), "adapters must be .* got none"),
+        (lambda: weighted_sum(made(0), [1, 1]), "sequence of adapters.* got dict"),
+        (lambda: weighted_sum([bare(made(0))], [1]), "'a/kernel_mora': plan.adapters"),
+        (lambda: weighted_sum([(made(0), PLAN)], [1]), "must be a tree of arrays, got"),
+        (lambda: weighted_sum([made(0)], 1), "weights must be a sequence"),
+        (lambda: weighted_sum([made(0)], [1, 2]), "got 2 for 1"),
+        (lambda: weighted_sum([made(0)], ["1"]), r"weights\[0\] must be a number"),
+        (lambda: weighted_sum([made(0)], [np.nan]), r"weights\[0\] must be finite"),
+        (lambda: weighted_sum([made(0)], [jnp.inf]), r"must be finite"),
+        (lambda: weighted_sum([made(0), made(0, SEEDED)], [1, 1]), "mixing.project"),
+        (lambda: weighted_sum([made(0), made(0, NARROW)], [1, 1]), "s/kernel"),
+        (lambda: weighted_sum([{}], [1]), "adapters hold no adapter"),
         (lambda: weighted_sum([other_base(1), other_base(2)], [1, 1]), "of one base"),
-        (lambda: project([pair(0)], [1], NARROW), "lacks 's/kernel'"),
-        (lambda: project([pair(0, NARROW)], [1], SHAPES), r"shape \(12, 16\)"),
-        (lambda: project([pair(0)], [1], "plan"), "plan must be a Plan"),
-        (lambda: scaled(pair(0)[0], "2"), "factor must be a number"),
-        (lambda: scaled(pair(0)[0], 1j), "factor must be a number"),
-        (lambda: scaled(pair(0)[0], jnp.ones(2)), "factor must be a real number"),
-        (lambda: scaled(pair(0), 2), "give pair"),
+        (lambda: project([made(0)], [1], NARROW), "lacks 's/kernel'"),
+        (lambda: project([made(0, NARROW)], [1], SHAPES), r"shape \(12, 16\)"),
+        (lambda: project([made(0)], [1], "plan"), "plan must be a Plan"),
+        (lambda: scaled(made(0), "2"), "factor must be a number"),
+        (lambda: scaled(made(0), 1j), "factor must be a number"),
+        (lambda: scaled(made(0), jnp.ones(2)), "factor must be a real number"),
+        (lambda: scaled((made(0), PLAN), 2), "must be a tree of arrays, got the Plan"),
         (lambda: scaled(PLAN, 2), "adapters must be a tree of arrays, got the Plan"),
-        (lambda: scaled({"kernel_mora": 3}, 2), "must be an array, got int"),
-        (lambda: scaled(pair(0, dtype="float16")[0], 1e6), "infinity in float16"),
+        (lambda: scaled({"kernel_mora": 3}, 2), "must hold adapters, got int at"),
+        (lambda: scaled(bare(made(0)), 2), "'a/kernel_mora': plan.adapters"),
+        (lambda: scaled(made(0, dtype="float16"), 1e6), "infinity in float16"),
         (
-            lambda: weighted_sum([pair(0, dtype="float16")], [1e6]),
+            lambda: weighted_sum([made(0, dtype="float16")], [1e6]),
             "a/kernel_mora holds",
         ),
-        (lambda: scaled(jax.eval_shape(lambda: pair(0)[0]), 2), "must be an array"),
+        (lambda: scaled(jax.eval_shape(lambda: made(0)), 2), "must be an array"),
     ],
 )
 def test_bad_input(call, match):

@@ -1,15 +1,20 @@
 """Adapters and base: made, joined, taken apart, merged, counted."""
 
+import dataclasses
+
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import oracle
 import pytest
 from flax.core import FrozenDict
-from helpers import close, random, trained
+from helpers import bare, close, random, trained
 
 import mora_jax
-from mora_jax import MoRAConfig, combine, diagnostics, init, merge, plan, split
+from mora_jax import Adapter, MoRAConfig, combine, diagnostics, init, merge, plan, split
+
+OTHERS = {"sharing": oracle.sharing, "permutation": oracle.permutation}
 
 
 @pytest.fixture
@@ -30,7 +35,7 @@ def model():
 def test_init_holds_only_m(model):
     _, _, layers = model
     adapters = init(layers)
-    assert jax.tree.map(jnp.shape, adapters) == {
+    assert jax.tree.map(jnp.shape, bare(adapters)) == {
         "fc": {"kernel_mora": (6, 6)},
         "attn": {"query": {"kernel_mora": (6, 6)}},
         "scan": {"kernel_mora": (3, 6, 6)},
@@ -45,7 +50,8 @@ def test_gaussian_init_depends_on_path_only():
     config = MoRAConfig(init="gaussian")
     key = jax.random.key(0)
     both = init(plan(params, config), key)
-    assert not np.array_equal(both["a"]["kernel_mora"], both["b"]["kernel_mora"])
+    one, other = (both[name]["kernel_mora"] for name in "ab")
+    assert not np.array_equal(one.m, other.m)
     alone = init(plan({"b": params["b"]}, config), key)
     chex.assert_trees_all_equal(alone["b"], both["b"])
     with pytest.raises(ValueError, match="needs a key"):
@@ -66,25 +72,48 @@ def test_combine_and_split(model):
 
 def test_merge(model):
     params, adapters, layers = model
-    merged = merge(params, adapters, layers, rounding="nearest")
+    merged = merge(params, adapters, rounding="nearest")
     chex.assert_trees_all_equal_shapes_and_dtypes(merged, params)
     assert merged["norm"]["scale"] is params["norm"]["scale"]
-    deltas = mora_jax.delta_weight(adapters, layers)
-    for spec in layers.specs:
+    deltas = mora_jax.delta_weight(adapters)
+    for path in layers.specs:
         kernel, delta, after = params, deltas, merged
-        for key in spec.path:
+        for key in path:
             kernel, delta, after = kernel[key], delta[key], after[key]
         assert delta.shape == kernel.shape and delta.dtype == jnp.float32
         exact = kernel.astype(jnp.float32) + delta
         chex.assert_trees_all_equal(after, exact.astype(kernel.dtype))
-    wide = merge(params, adapters, layers, dtype=jnp.float32)
+    wide = merge(params, adapters, dtype=jnp.float32)
     assert {leaf.dtype for leaf in jax.tree.leaves(wide)} == {jnp.dtype("float32")}
-    compiled = jax.jit(merge, static_argnums=2, static_argnames="rounding")
-    close(compiled(params, adapters, layers, rounding="nearest"), merged)
-    shapes = jax.eval_shape(lambda p, a: merge(p, a, layers), params, adapters)
+    compiled = jax.jit(merge, static_argnames="rounding")
+    close(compiled(params, adapters, rounding="nearest"), merged)
+    shapes = jax.eval_shape(merge, params, adapters)
     chex.assert_trees_all_equal_shapes_and_dtypes(shapes, params)
     # Zeros give the base, bit for bit.
-    chex.assert_trees_all_equal(merge(params, init(layers), layers), params)
+    chex.assert_trees_all_equal(merge(params, init(layers)), params)
+
+
+def test_adapters_of_some_kernels_are_merged_and_combined_there_alone(model):
+    params, adapters, _ = model
+    some = {"fc": adapters["fc"]}
+    merged, whole = (merge(params, trees) for trees in (some, adapters))
+    chex.assert_trees_all_equal(merged.pop("fc"), whole["fc"])
+    for name, leaves in merged.items():
+        assert jax.tree.map(lambda a, b: a is b, leaves, params[name])
+    chex.assert_trees_all_equal(split(combine(params, some)), (params, some))
+
+
+def test_what_the_given_adapters_say_is_merged(model):
+    """Of equal shapes, with another operator and another factor."""
+    params, adapters, _ = model
+    m, spec = adapters["fc"]["kernel_mora"].m, adapters["fc"]["kernel_mora"].spec
+    for operator, matrices in OTHERS.items():
+        op = mora_jax.make_operator(operator, 12, 10, 6)
+        other = Adapter(m, dataclasses.replace(spec, operator=op, alpha=3.0))
+        assert other.spec.shape == spec.shape
+        merged = merge({"fc": params["fc"]}, {"fc": {"kernel_mora": other}})
+        delta = other.spec.factor * oracle.delta(*matrices(op), m)
+        close(merged["fc"]["kernel"], params["fc"]["kernel"] + delta)
 
 
 def test_merge_in_float64_is_exact(float64):
@@ -92,7 +121,7 @@ def test_merge_in_float64_is_exact(float64):
     settings = dict(rank=2, operator="decoupling", alpha=1 / 3, scale="paper")
     layers = plan(params, MoRAConfig(**settings))
     m = np.asarray(random(0, 6, 6))
-    merged = merge(params, {"kernel_mora": m}, layers)["kernel"]
+    merged = merge(params, layers.adapters({"kernel_mora": m}))["kernel"]
     exact = params["kernel"] + np.kron(np.eye(2), m.astype(np.float64)) / 3
     np.testing.assert_allclose(merged, exact, rtol=1e-14)
 
@@ -100,21 +129,20 @@ def test_merge_in_float64_is_exact(float64):
 def test_unmerge(model):
     params, adapters, layers = model
     with pytest.raises(ValueError, match="float32 kernels, got bfloat16 at 'half/ker"):
-        mora_jax.unmerge(params, adapters, layers)
+        mora_jax.unmerge(params, adapters)
     del params["half"], params["scan"], adapters["half"], adapters["scan"]
-    layers = plan(params, MoRAConfig(rank=2))
-    merged = merge(params, adapters, layers)
-    close(mora_jax.unmerge(merged, adapters, layers), params)
+    merged = merge(params, adapters)
+    close(mora_jax.unmerge(merged, adapters), params)
 
 
 def test_merge_loss(model):
     params, adapters, layers = model
-    loss = diagnostics.merge_loss(params, adapters, layers)
-    assert set(loss) == {spec.name for spec in layers.specs}
+    loss = diagnostics.merge_loss(params, adapters)
+    assert set(loss) == set(layers)
     assert loss["fc/kernel"] < 1e-6 < 1e-5 < loss["half/kernel"] < 0.01
-    wide = diagnostics.merge_loss(params, adapters, layers, dtype=jnp.float32)
+    wide = diagnostics.merge_loss(params, adapters, dtype=jnp.float32)
     assert wide["half/kernel"] < 1e-6
-    zero = diagnostics.merge_loss(params, init(layers), layers)
+    zero = diagnostics.merge_loss(params, init(layers))
     assert set(zero.values()) == {0.0}
 
 
@@ -124,7 +152,7 @@ def test_ravel(model):
     vector = ravel(adapters)
     assert vector.shape == (layers.trainable_parameters,)
     # Sorted by path; each M row by row.
-    m = adapters["attn"]["query"]["kernel_mora"]
+    m = adapters["attn"]["query"]["kernel_mora"].m
     np.testing.assert_array_equal(vector[: m.size], np.asarray(m).reshape(-1))
     for like in (layers, adapters):
         chex.assert_trees_all_equal(unravel(vector, like), adapters)
@@ -139,23 +167,28 @@ def test_ravel(model):
 @pytest.mark.usefixtures("unchecked")
 def test_what_does_not_merge(model):
     params, adapters, layers = model
-    m = adapters["fc"]["kernel_mora"]
-    no_fc = {name: adapter for name, adapter in adapters.items() if name != "fc"}
+    adapter = adapters["fc"]["kernel_mora"]
+    m = adapter.m
 
     def fc(m):
-        return params, adapters | {"fc": {"kernel_mora": m}}
+        return params, adapters | {"fc": {"kernel_mora": adapter.replace(m=m)}}
 
     wrong = params | {"fc": {"kernel": random(0, 10, 12)}}
     shapes = jax.eval_shape(lambda: params)
-    unknown = adapters | {"x": {"kernel_mora": m}}
+    unknown = adapters | {"x": adapters["fc"]}
+    unnamed = adapters | {"fc": {"kernel": adapter}}
+    plain, plan_there = bare(adapters), adapters | {"fc": {"kernel_mora": layers}}
     twice = adapters | {"attn/query": adapters["attn"]["query"]}
     cases = [
-        ((params, {}), ValueError, "has$"),
-        ((adapters, params), ValueError, "were params and adapters swapped"),
-        ((adapters, {"params": params}), ValueError, "params and adapters swapped"),
+        ((params, {}), ValueError, "adapters hold no adapter"),
+        ((adapters, params), TypeError, "must hold adapters, .*, and params come fir"),
+        ((adapters, {"params": params}), TypeError, "'params/.*and params come first"),
+        ((adapters, adapters), ValueError, "params hold the adapter .*give the base"),
+        ((params, plain), TypeError, r"at 'attn/.*': plan.adapters\(tree\) makes them"),
         ((params, layers), TypeError, r"got the Plan: adapters are init\(plan\)"),
-        ((params, no_fc), ValueError, "lack 'fc/kernel_mora'"),
-        ((params, unknown), ValueError, "hold 'x/kernel_mora', which the plan"),
+        ((params, plan_there), TypeError, r"got the Plan: adapters are init\(plan\)"),
+        ((params, unknown), ValueError, "params lack the kernel 'x/kernel'"),
+        ((params, unnamed), ValueError, "a kernel at 'fc/kernel': its name must end"),
         ((params, twice), ValueError, "two leaves of the path 'attn/query/kernel_m"),
         (fc(m[:3]), ValueError, "fc/kernel_mora must have shape"),
         (fc(m * jnp.nan), ValueError, "fc/kernel_mora holds NaN"),
@@ -168,30 +201,25 @@ def test_what_does_not_merge(model):
     ]
     for trees, error, message in cases:
         with pytest.raises(error, match=message):
-            merge(*trees, layers)
+            merge(*trees)
 
 
 @pytest.mark.usefixtures("unchecked")
 def test_what_does_not_combine(model):
-    params, adapters, plan = model
+    params, adapters, _ = model
     fc = adapters["fc"]
+    plain = {"fc": {"bias": jnp.ones(10)}}
+    rule = "must hold adapters, .* and params come first"
     cases = [
         (combine(params, adapters), adapters, "already hold '.*kernel_mora'"),
         (params, {"x": fc}, "have nothing at 'x'"),
         (params, {"norm": fc}, "no kernel for the adapter 'norm/kernel_mora'"),
-        (params, {"fc": {"bias": jnp.ones(10)}}, "which is not an M"),
-        (adapters, params, "not an M: give params first"),
-        (
-            params,
-            {"fc": {"kernel": fc}},
-            "no kernel .* 'fc/kernel/kernel_mora'",
-        ),
+        (params, plain, rule),
+        (params, bare(adapters), rule),
+        (adapters, params, rule),
+        (params, {"fc": {"kernel": fc}}, "no kernel .* 'fc/kernel/kernel_mora'"),
+        (params, jax.tree.map(lambda m: m[..., :2, :2], adapters), "must have shape"),
     ]
     for tree, other, message in cases:
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises((TypeError, ValueError), match=message):
             combine(tree, other)
-    narrow = jax.tree.map(lambda m: m[..., :2, :2], adapters)
-    with pytest.raises(ValueError, match="must have shape"):
-        combine(params, narrow, plan)
-    with pytest.raises(ValueError, match="adapters lack"):
-        combine(params, {"fc": fc}, plan)
