@@ -14,9 +14,10 @@ those are the same in the adapted and in the merged model, then so are x_k, b_k,
 :math:`(x_k W + b_k) + x_k \Delta W = x_k (W + \Delta W) + b_k`.
 """
 
+from mora_jax._trace_check.kernels import Uses as Uses
+from mora_jax._trace_check.kernels import follow as follow
+from mora_jax._trace_check.marks import Call as Call
+from mora_jax._trace_check.marks import Claim as Claim
+from mora_jax._trace_check.marks import mark as mark
 from mora_jax._trace_check.rows import row_faults as row_faults
 from mora_jax._trace_check.same import difference as difference
-from mora_jax._trace_check.trails import Call as Call
-from mora_jax._trace_check.trails import Uses as Uses
-from mora_jax._trace_check.trails import mark as mark
-from mora_jax._trace_check.walk import follow as follow

@@ -10,15 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from mora_jax._common.types import Shape
-from mora_jax._plan.spec import SUFFIX
-from mora_jax._trace_check.trails import Call, Start, Trail, Value, joined, kernels
+from mora_jax._trace_check.marks import Call
+from mora_jax._trace_check.trails import Start, Trail, Value, joined, kernels
 from mora_jax._trace_check.views import Axis, View, length, named, reshape
-from mora_jax.products.lookup import MODES, Lookup
+from mora_jax._trace_check.walk import OWN_DERIVATIVE
 
 OTHER_INPUT = "multiplies it with another array than the input that its rule names"
-
-OWN_DERIVATIVE = frozenset({"custom_jvp_call", "custom_vjp_call"})
-"""Primitives whose derivatives are not what their programs have."""
 
 EVALUATED = frozenset(
     "add and clamp convert_element_type div eq ge gt le lt max min mul ne not or rem "
@@ -56,9 +53,9 @@ def _step(eqn: Any, start: Start, trail: Trail, values: list[Value]) -> Trail:
         case "reduce_precision" if _keeps_all(eqn.params, before[0].dtype):
             return trail
         case "stop_gradient" if isinstance(start, str) and not trail.by:
-            # M's gradient does not go through the kernel. But it goes through M, and
-            # the delta would give one to an input that has none with a merged kernel.
-            if not start.endswith(SUFFIX):
+            # A kernel that is trained by its companion alone needs no gradient. But its
+            # companion does, and an input must have the one that it has by the kernel.
+            if not trail.is_companion:
                 return trail
         case "transpose":
             order = eqn.params["permutation"]
@@ -144,11 +141,11 @@ def multiplied(eqn: Any, kernel: str, trail: Trail, other: Value, first: bool) -
     calls = (start for start in other if isinstance(start, Call))
     call = next((call for call in calls if call.name == kernel), None)
     x = other[call] if call else Trail(None)
-    passes = call.product.passes - {"mul"} if call else ()  # which is of kernels alone
+    passes = call.claim.passes - {"mul"} if call else ()  # which is of kernels alone
     changes = {s for s in x.through if s.removesuffix(" by itself") not in passes}
     if changes := changes - OWN_DERIVATIVE:
         wrong = f"{OTHER_INPUT}: it changes its input by {listed(sorted(changes))}"
-    if by == "dot_general" and call and call.product.einsum_labels and trail.view:
+    if by == "dot_general" and call and call.claim.equation and trail.view:
         numbers = eqn.params["dimension_numbers"]
         view = x.view and _dot(numbers, trail.view, x.view, first)
     if by == "gather":
@@ -178,15 +175,12 @@ def _fault_of_rows(eqn: Any, call: Call, function: Any) -> str:
         places = places.clip(0, size - 1)
     # A row that is filled with NaN stays so, whatever is added to it.
     seen = (places >= 0) & (places < size) | (fill is not None and fill == fill)
-
-    def fits(product: Any) -> bool:
-        return (places == product.places(indices, size))[seen].all()
-
-    product = call.product if isinstance(call.product, Lookup) else Lookup()
-    if fits(product):
+    rows = call.claim.rows
+    fits = [rule for rule in rows if (places == rows[rule](indices, size))[seen].all()]
+    if (claimed := next(iter(rows))) in fits:
         return ""
-    mends = [f"; say equation=products.{Lookup(k)}" for k in MODES if fits(Lookup(k))]
-    return f"takes other rows than {product}" + "".join(mends[:1])
+    mends = [f"; say equation={rule}" for rule in fits]
+    return f"takes other rows than {claimed}" + "".join(mends[:1])
 
 
 def _dot(numbers: Any, w: View, x: View, kernel_first: bool) -> View | None:
@@ -214,20 +208,13 @@ def _is_of_stack(axis: Axis) -> bool:
     return bool(axis) and all(isinstance(p.axis, int) and p.axis < 0 for p in axis)
 
 
-def axis_names(labels: tuple[str, str, str], k: int) -> list[str | int]:
-    """The names of the axes of the k-th array of an einsum, in a view."""
-    # A kernel's axes are numbered, since it may be read by several einsums.
-    kernel = labels[1]
-    return [kernel.index(c) if c in kernel else c for c in labels[k]]
-
-
 def fault(call: Call, trail: Trail, lead: int) -> str:
     """Reason why an output of `call` is not the product of its rule, or ""."""
-    product = call.product
-    if product.reads_kernel:
-        return fault_of_read(trail, lead)
-    steps = trail.through - product.passes - OWN_DERIVATIVE
-    if not trail.by and steps and steps <= product.stand_ins:
+    claim = call.claim
+    if claim.reads:
+        return _fault_of_read(trail, lead)
+    steps = trail.through - claim.passes - OWN_DERIVATIVE
+    if not trail.by and steps and steps <= claim.stand_ins:
         return ""
     if not trail.by:
         return "returns it without a product"
@@ -243,15 +230,16 @@ def fault(call: Call, trail: Trail, lead: int) -> str:
             return wrong
     if steps:
         return f"changes it, or its product, by {listed(sorted(steps))}"
-    if product.primitive and trail.by != product.primitive:
-        return f"multiplies it by `{trail.by}` and not by `{product.primitive}`"
-    if (labels := product.einsum_labels) or product.takes_indices:
-        axes = (trail.view or ())[lead:]
-        rows = map(str, range(len(axes) - 1))
-        names = axis_names(labels, 2) if labels else [*rows, 1]
-        if len(axes) != len(names) or axes != named(names, tuple(map(length, axes))):
-            equation = "{},{}->{}".format(*labels) if labels else "kernel[input]"
-            return f"does not compute {equation!r}, as its rule says"
+    if claim.primitive and trail.by != claim.primitive:
+        return f"multiplies it by `{trail.by}` and not by `{claim.primitive}`"
+    axes = (trail.view or ())[lead:]
+    names = claim.output_axes(len(axes))
+    if names is None:
+        return ""
+    if len(axes) != len(names) or axes != named(names, tuple(map(length, axes))):
+        return (
+            f"does not compute {claim.equation or 'kernel[input]'!r}, as its rule says"
+        )
     return ""
 
 
@@ -276,14 +264,21 @@ def doubt(call: Call, trail: Trail) -> str:
     return own and f"{own} has a derivative of its own, which the delta bypasses"
 
 
-def fault_of_read(trail: Trail, lead: int) -> str:
-    """Reason why the array that a layer reads is not the kernel itself, or ""."""
+def fault_of_companion(call: Call, array: Value, lead: int) -> str:
+    """Reason why an array that arrives beside a kernel is not its companion, or ""."""
+    if trail := array.get(call.companion):
+        return _fault_of_read(trail, lead, call.companion)
+    return f"gets another array for {call.companion}"
+
+
+def _fault_of_read(trail: Trail, lead: int, name: str = "it") -> str:
+    """Reason why the array that a layer reads is not the model's own, or ""."""
     if steps := {trail.by, *trail.through} - {""}:
-        return f"reads it changed by {listed(sorted(steps))}"
+        return f"reads {name} changed by {listed(sorted(steps))}"
     axes = [axis for axis in trail.view[lead:] if axis] if trail.view else []
     order: list[Any] = [piece.axis for axis in axes for piece in axis]
     if trail.view is None or len(order) > len(axes) or order != sorted(order):
-        return "reads it with other axes"
+        return f"reads {name} with other axes"
     return ""
 
 

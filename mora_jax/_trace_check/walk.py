@@ -1,17 +1,19 @@
-"""Walk through the program of a model's call, from its kernels to its outputs."""
+"""Walk through a program by an abstract interpretation, over any domain.
 
-import dataclasses
+A walk goes through the steps of a program once, in order, and keeps a value for each
+array. What values are, and what primitives make of them, a `Domain` says. The walk knows
+what holds for all of them: which primitives have programs inside, and how those run.
+"""
+
 import functools
+import itertools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
-import numpy as np
 from jax.extend.core import Jaxpr, Literal
+from jax.interpreters import partial_eval
 
-from mora_jax._plan.spec import SUFFIX
-from mora_jax._trace_check import steps, trails
-from mora_jax._trace_check.trails import Call, Trail, Uses, Value, changed, opened
-from mora_jax._trace_check.views import named
+T = TypeVar("T")
 
 IDENTITIES = frozenset(
     "copy copy_p device_put layout_constraint mesh_cast optimization_barrier "
@@ -19,202 +21,161 @@ IDENTITIES = frozenset(
 )
 """Primitives that leave numbers as they are."""
 
-PRODUCTS = frozenset(
-    "dot_general conv_general_dilated gather ragged_dot_general".split()
-)
-"""Primitives by which layers multiply an input with a kernel."""
-
-PASSED = frozenset("concatenate div dynamic_slice gather mul reduce_sum slice".split())
-"""Primitives that a kernel may pass before it multiplies."""
-
 OPAQUE = frozenset("pure_callback io_callback shard_map custom_partitioning".split())
 """Primitives whose inside says nothing about whole arrays, as do all `*_call`."""
 
-Values = list[Value]
+OWN_DERIVATIVE = frozenset({"custom_jvp_call", "custom_vjp_call"})
+"""Primitives whose derivatives are not what their programs have."""
 
 
-def follow(jaxpr: Jaxpr, names: list[str], axes: dict[str, range], uses: Uses) -> None:
-    """Add to `uses` those in the program of one call of a model, with marks.
+class Domain(Protocol[T]):
+    """Values of a walk, the least that holds for two of them, and transfer functions.
 
-    `names` are the paths of its first inputs, the arrays of the model, and `axes` has
-    the axes of kernels, M's and parameters that scale kernels, as layers see them.
+    Values are compared by ==. By joins a value may change a few times, or no walk
+    through a loop would end.
+
+    Attributes:
+      nothing: The value of an array of which there is nothing to tell.
+      sources: The primitives after which there may be, whatever their operands are.
     """
-    jaxpr, paths = trails.needed(jaxpr, names)
-    uses.reached.update(paths)
-    values: Values = [{} for _ in jaxpr.invars]
-    for k, (name, var) in enumerate(zip(paths, jaxpr.invars, strict=False)):
-        shape: Any = var.aval.shape  # type: ignore[attr-defined]
-        if len(shape) > 1 or name in axes:
-            # Stack axes have negative numbers, so that the others are the positions
-            # of the letters in the einsum of the layer, which sees one of the stack.
-            own = axes.get(name, range(len(shape)))
-            numbers = [*range(len(own) - len(shape), 0), *own][: len(shape)]
-            values[k] = {name: Trail(named(numbers, shape))}
-    for value in Walk(uses).run(jaxpr, values):
-        for name, trail in trails.kernels(value).items():
-            if trail.unseen:
-                uses.unseen.setdefault(name, trail.unseen)
-            else:
-                by = filter(None, [trail.by, *sorted(trail.through)])
-                uses.outside.setdefault(name, steps.listed(by))
 
+    nothing: T
+    sources: frozenset[str]
 
-class Walk:
-    """A walk through a program and the programs inside it."""
+    def constant(self, literal: Literal) -> T:
+        """The value of a number in the program."""
+        ...
 
-    in_either = staticmethod(trails.in_either)
-
-    def __init__(self, uses: Uses) -> None:
-        self.uses = uses
-        self.handlers = {
-            "mora_mark": self._mark,
-            "scan": self._scan,
-            "while": self._while,
-            "cond": self._cond,
-            **dict.fromkeys(PRODUCTS, self._product),
-            **dict.fromkeys(IDENTITIES, lambda eqn, values: values),
-        }
-
-    def run(self, jaxpr: Jaxpr, inputs: Sequence[Value]) -> Values:
-        """The values of the outputs of `jaxpr`."""
-        known: dict[Any, Value] = dict(zip(jaxpr.invars, inputs, strict=True))
-
-        def read(atom: Any) -> Value:
-            if isinstance(atom, Literal):
-                number = np.asarray(atom.val, atom.aval.dtype)  # type: ignore[attr-defined]
-                return {None: Trail(None, numbers=lambda _: number)}
-            return known.get(atom, {})
-
-        for eqn in jaxpr.eqns:
-            values = [read(atom) for atom in eqn.invars]
-            if any(values) or eqn.primitive.name in ("mora_mark", "iota"):
-                known |= zip(eqn.outvars, self.step(eqn, values), strict=True)
-        return [read(atom) for atom in jaxpr.outvars]
-
-    def step(self, eqn: Any, values: Values) -> Values:
+    def step(self, eqn: Any, values: list[T]) -> list[T]:
         """The values of the outputs of an equation whose operands have `values`."""
-        name = eqn.primitive.name
-        if handler := self.handlers.get(name):
-            return handler(eqn, values)
-        if len(programs := trails.inside(eqn)) == 1:
-            (inner,) = programs
-            pairs = (inner.invars, eqn.invars), (inner.outvars, eqn.outvars)
-            if all(shapes(inner) == shapes(outer) for inner, outer in pairs):
-                if name in steps.OWN_DERIVATIVE:
-                    return self._with_own_derivative(name, inner, values)
-                return self.run(inner, values)
-        if name in OPAQUE or name.endswith("_call") or programs:
-            why = f"a trace cannot look into `{name}`"
-            hide = functools.partial(dataclasses.replace, unseen=why, numbers=None)
-            return [changed(trails.joined(values), hide)] * len(eqn.outvars)
-        return [steps.after(eqn, values)] * len(eqn.outvars)
+        ...
 
-    def _with_own_derivative(self, name: str, inner: Jaxpr, values: Values) -> Values:
-        called, self.uses.called = self.uses.called, set()
-        results = self.run(inner, values)
-        why = f"its layer is inside a `{name}`, whose derivative may be another for M"
-        for kernel in self.uses.called:
-            self.uses.unseen.setdefault(kernel, why)
-        self.uses.called |= called
-        return [_bypassed(value, name) for value in results]
+    def join(self, left: T, right: T) -> T:
+        """A value that holds after either of two branches, and in each round."""
+        ...
 
-    def _product(self, eqn: Any, values: Values) -> Values:
-        name, result = eqn.primitive.name, dict(steps.after(eqn, values))
-        left, right, *_ = values
-        for is_first, value, operand in ((True, left, right), (False, right, left)):
-            for kernel, trail in trails.kernels(value).items():
-                if not trail.by and trail.through <= PASSED and name != "gather":
-                    self.uses.multiplied.add(kernel)
-                if not trail.by and kernel not in operand:
-                    others = kernel, trail, operand, is_first
-                    result[kernel] = steps.multiplied(eqn, *others)
-        return [result]
+    def sliced(self, value: T) -> T:
+        """The value in one round of an array along which a scan runs."""
+        ...
 
-    def _mark(self, eqn: Any, values: Values) -> Values:
-        call, (lead, *leads) = eqn.params["call"], eqn.params["leads"]
-        value, product = dict(values[0]), call.product
-        if not eqn.params["end"]:
-            shape, labels = eqn.outvars[0].aval.shape, product.einsum_labels
-            rows = map(str, range(len(shape) - lead))
-            names = steps.axis_names(labels, 0) if labels else rows
-            lifted = [("vmap", k) for k in range(lead)]
-            numbers = (lambda indices: indices) if product.takes_indices else None
-            trail = Trail(named([*lifted, *names], shape), numbers=numbers)
-            return [{**value, call: trail}]
-        self.uses.called.add(call.name)
-        value.pop(call, None)
-        value.pop(call.scale, None)
-        for lead_of_m, own in zip(leads, values[1:], strict=True):
-            arriving = own.get(call.name + SUFFIX)
-            wrong = "gets another array for its M"
-            if arriving is not None:
-                wrong = steps.fault_of_read(arriving, lead_of_m)
-                wrong = wrong.replace("it", "its M", 1)
-            if wrong:
-                self.uses.faults.setdefault(call.name, f"{call.method} {wrong}")
-        if trail := value.pop(call.name, None):
-            if wrong := "" if trail.unseen else steps.fault(call, trail, lead):
-                self.uses.faults.setdefault(call.name, f"{call.method} {wrong}")
-            elif why := trail.unseen or steps.doubt(call, trail):
-                self.uses.unseen.setdefault(call.name, why)
-        return [value]
+    def stacked(self, value: T) -> T:
+        """The value of an array that a scan makes of one in each round."""
+        ...
 
-    def _scan(self, eqn: Any, values: Values) -> Values:
-        body = opened(eqn.params["jaxpr"])
-        # JAX has had several names for these numbers, so shapes must tell: what is
-        # stacked has one more axis outside of the body.
-        carry, unstacked = (
-            sum(len(a) == len(b) for a, b in zip(*map(shapes, pair), strict=True))
-            for pair in ((body.outvars, eqn.outvars), (body.invars, eqn.invars))
-        )
-        start = unstacked - carry
-        fixed, state = values[:start], values[start:unstacked]
-        layers = [changed(value, self.in_one_round) for value in values[unstacked:]]
-        state, results = self._loop(body, fixed, state, layers)
-        stacked = [changed(value, self.of_all_rounds) for value in results[carry:]]
-        return [*state, *stacked]
-
-    @staticmethod
-    def in_one_round(trail: Trail) -> Trail:
-        return trail.moved(lambda view: view[1:])
-
-    @staticmethod
-    def of_all_rounds(trail: Trail) -> Trail:
-        # Of a product that a scan stacks, it is not known which rows it is of.
-        hidden = dataclasses.replace(trail, unseen="a trace cannot look into `scan`")
-        return hidden if trail.by else trail.passed("scan")
-
-    def _while(self, eqn: Any, values: Values) -> Values:
-        start = eqn.params["cond_nconsts"]
-        stop = start + eqn.params["body_nconsts"]
-        body = opened(eqn.params["body_jaxpr"])
-        return self._loop(body, values[start:stop], values[stop:], [])[0]
-
-    def _loop(
-        self, body: Jaxpr, fixed: Values, state: Values, layers: Values
-    ) -> tuple[Values, Values]:
-        """A state that holds before and after every round, and a round's outputs."""
-        while True:  # until nothing more is lost: a trail loses its view only once
-            # These uses are dropped, since the state may not hold in every round.
-            uses, self.uses = self.uses, Uses()
-            results = self.run(body, [*fixed, *state, *layers])
-            self.uses = uses
-            weaker = list(map(self.in_either, state, results))
-            if weaker == state:
-                return state, self.run(body, [*fixed, *state, *layers])
-            state = weaker
-
-    def _cond(self, eqn: Any, values: Values) -> Values:
-        branches = [self.run(opened(b), values[1:]) for b in eqn.params["branches"]]
-        outputs = zip(*branches, strict=True)
-        return [functools.reduce(self.in_either, values) for values in outputs]
+    def bypassed(self, eqn: Any, values: list[T]) -> list[T]:
+        """The `values` of outputs of an equation with a derivative of its own."""
+        ...
 
 
-def _bypassed(value: Value, name: str) -> Value:
-    # M's gradient does not go through the kernel, but through the input and the output.
-    starts = (start for start, t in value.items() if t.by or isinstance(start, Call))
-    return {**value, **{s: value[s].passed(name, value[s].view) for s in starts}}
+def walk(domain: Domain[T], program: Jaxpr, inputs: Sequence[T]) -> list[T]:
+    """The values of the outputs of `program`."""
+    known: dict[Any, T] = dict(zip(program.invars, inputs, strict=True))
+
+    def read(atom: Any) -> T:
+        if isinstance(atom, Literal):
+            return domain.constant(atom)
+        return known.get(atom, domain.nothing)
+
+    for eqn in program.eqns:
+        values = [read(atom) for atom in eqn.invars]
+        known |= zip(eqn.outvars, _outputs(domain, eqn, values), strict=True)
+    return [read(atom) for atom in program.outvars]
+
+
+def _outputs(domain: Domain[T], eqn: Any, values: list[T]) -> list[T]:
+    name = eqn.primitive.name
+    if name in IDENTITIES:
+        return values
+    if control := _CONTROL.get(name):
+        return control(domain, eqn, values)
+    if inner := _called(eqn):
+        results = walk(domain, inner, values)
+        return domain.bypassed(eqn, results) if name in OWN_DERIVATIVE else results
+    if name in domain.sources or any(value != domain.nothing for value in values):
+        return domain.step(eqn, values)
+    return [domain.nothing] * len(eqn.outvars)
+
+
+def _scan(domain: Domain[T], eqn: Any, values: list[T]) -> list[T]:
+    body = opened(eqn.params["jaxpr"])
+    # JAX has had several names for these numbers, so shapes must tell: what is stacked
+    # has one more axis outside of the body.
+    carry, unstacked = (
+        sum(len(a) == len(b) for a, b in zip(*map(shapes, pair), strict=True))
+        for pair in ((body.outvars, eqn.outvars), (body.invars, eqn.invars))
+    )
+    start = unstacked - carry
+    layers = [domain.sliced(value) for value in values[unstacked:]]
+    state = values[start:unstacked]
+    state, results = _loop(domain, body, values[:start], state, layers)
+    return [*state, *(domain.stacked(value) for value in results[carry:])]
+
+
+def _while(domain: Domain[T], eqn: Any, values: list[T]) -> list[T]:
+    start = eqn.params["cond_nconsts"]
+    stop = start + eqn.params["body_nconsts"]
+    body = opened(eqn.params["body_jaxpr"])
+    return _loop(domain, body, values[start:stop], values[stop:], [])[0]
+
+
+def _loop(
+    domain: Domain[T], body: Jaxpr, fixed: list[T], state: list[T], layers: list[T]
+) -> tuple[list[T], list[T]]:
+    """A state that holds before and after every round, and a round's outputs."""
+    while True:  # until nothing more is lost
+        results = walk(domain, body, [*fixed, *state, *layers])
+        weaker = list(map(domain.join, state, results))
+        if weaker == state:
+            return state, results
+        state = weaker
+
+
+def _cond(domain: Domain[T], eqn: Any, values: list[T]) -> list[T]:
+    programs = map(opened, eqn.params["branches"])
+    branches = [walk(domain, program, values[1:]) for program in programs]
+    outputs = zip(*branches, strict=True)
+    return [functools.reduce(domain.join, values) for values in outputs]
+
+
+_CONTROL = {"scan": _scan, "while": _while, "cond": _cond}
+
+
+def opened(program: Any) -> Any:
+    """A program, which may be closed."""
+    # JAX 0.12 no longer tells closed programs and others apart.
+    return getattr(program, "jaxpr", program)
+
+
+def inside(eqn: Any) -> list[Jaxpr]:
+    """The programs inside a step of a program."""
+    values: list[Any] = []
+    for value in eqn.params.values():
+        values += value if isinstance(value, tuple | list) else [value]
+    return [p for p in map(opened, values) if isinstance(p, Jaxpr)]
+
+
+def _called(eqn: Any) -> Jaxpr | None:
+    """The program that a step calls with its operands, if it does."""
+    if len(programs := inside(eqn)) != 1:
+        return None
+    (inner,) = programs
+    pairs = (inner.invars, eqn.invars), (inner.outvars, eqn.outvars)
+    return inner if all(shapes(a) == shapes(b) for a, b in pairs) else None
+
+
+def unseen(eqn: Any) -> str:
+    """The reason why nobody knows what a step does with whole arrays, or ""."""
+    name = eqn.primitive.name
+    is_opaque = name in OPAQUE or name.endswith("_call") or inside(eqn)
+    return f"a trace cannot look into `{name}`" if is_opaque else ""
+
+
+def needed(program: Jaxpr, told: Sequence[Any]) -> tuple[Jaxpr, list[Any]]:
+    """A program without what no output needs; what is told of its first inputs."""
+    program, used = partial_eval.dce_jaxpr(program, [True] * len(program.outvars))
+    return program, list(itertools.compress(told, used))
 
 
 def shapes(atoms: Sequence[Any]) -> list[Any]:
+    """The shapes of arrays; None for others, such as tokens."""
     return [getattr(atom.aval, "shape", None) for atom in atoms]

@@ -288,8 +288,11 @@ LOOKUPS = {
     "ones": ("fill", lambda t, ids: t.at[ids].get(mode="fill", fill_value=1)),
 }
 OTHER_ROWS = {
-    "next": ("takes other rows than Lookup", lambda t, ids: t[ids + 1]),
-    "some": ("takes other rows than Lookup", lambda t, ids: t[jnp.minimum(ids, 3)]),
+    "next": ("takes other rows than products.Lookup", lambda t, ids: t[ids + 1]),
+    "some": (
+        "takes other rows than products.Lookup",
+        lambda t, ids: t[jnp.minimum(ids, 3)],
+    ),
     "mirrored": ("by other numbers than its input", lambda t, ids: t[ids[::-1]]),
     "reordered": ("does not compute 'kernel.input.'", lambda t, ids: t[ids.T]),
     "masked": (

@@ -103,6 +103,7 @@ def test_imports_run_one_way():
 FLOORS = [
     "_common",
     "_jax",
+    "_trace_check",
     "operators",
     "products _mesh",
     "_plan",
@@ -110,7 +111,6 @@ FLOORS = [
     "_tree.paths",
     "_layer.dense",
     "_tree",
-    "_trace_check",
     "_flax",
     "linen sharding",
     "nnx",

@@ -1,0 +1,175 @@
+"""Kernels: the trails of a model's arrays, and what a call makes of them."""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+from jax.extend.core import Jaxpr, Literal
+
+from mora_jax._trace_check import steps
+from mora_jax._trace_check.marks import Call, calls_in
+from mora_jax._trace_check.trails import Trail, Value, changed, joined, kernels
+from mora_jax._trace_check.views import named
+from mora_jax._trace_check.walk import Domain, inside, needed, unseen, walk
+
+PRODUCTS = frozenset(
+    "dot_general conv_general_dilated gather ragged_dot_general".split()
+)
+"""Primitives by which layers multiply an input with a kernel."""
+
+PASSED = frozenset("concatenate div dynamic_slice gather mul reduce_sum slice".split())
+"""Primitives that a kernel may pass before it multiplies."""
+
+
+@dataclasses.dataclass
+class Uses:
+    """Uses of a model's arrays in one call.
+
+    Attributes:
+      reached: The paths of the arrays that the outputs depend on.
+      multiplied: The paths of the arrays that are multiplied with something.
+      faults: {path of a kernel: the fault of its layer, by the rule's product}.
+      outside: {path of a kernel: the primitives outside of its layer that use it}.
+      unseen: {path of a kernel: the reason why its use is not proven}.
+      called: The paths of the kernels whose layers were called.
+    """
+
+    reached: set[str] = dataclasses.field(default_factory=set)
+    multiplied: set[str] = dataclasses.field(default_factory=set)
+    faults: dict[str, str] = dataclasses.field(default_factory=dict)
+    outside: dict[str, str] = dataclasses.field(default_factory=dict)
+    unseen: dict[str, str] = dataclasses.field(default_factory=dict)
+    called: set[str] = dataclasses.field(default_factory=set)
+
+
+def follow(
+    program: Jaxpr, names: list[str], axes: dict[str, range], uses: Uses
+) -> None:
+    """Add to `uses` those in the program of one call of a model, with marks.
+
+    `names` are the paths of its first inputs, the arrays of the model, and `axes` has
+    the axes of kernels, companions and parameters that scale kernels, as layers see
+    them.
+    """
+    program, paths = needed(program, names)
+    companions = {call.companion for call in calls_in(program)}
+    uses.reached.update(paths)
+    values: list[Value] = [{} for _ in program.invars]
+    for k, (name, var) in enumerate(zip(paths, program.invars, strict=False)):
+        shape: Any = var.aval.shape  # type: ignore[attr-defined]
+        if len(shape) > 1 or name in axes:
+            # Stack axes have negative numbers, so that the others are the positions
+            # of the letters in the einsum of the layer, which sees one of the stack.
+            own = axes.get(name, range(len(shape)))
+            numbers = [*range(len(own) - len(shape), 0), *own][: len(shape)]
+            view = named(numbers, shape)
+            values[k] = {name: Trail(view, is_companion=name in companions)}
+    for value in walk(Kernels(uses), program, values):
+        for name, trail in kernels(value).items():
+            if trail.unseen:
+                uses.unseen.setdefault(name, trail.unseen)
+            else:
+                by = filter(None, [trail.by, *sorted(trail.through)])
+                uses.outside.setdefault(name, steps.listed(by))
+
+
+class Kernels(Domain[Value]):
+    """The domain of trails; what is found goes into `uses`.
+
+    A loop's first rounds find what is so in them: each state holds in the rounds so far.
+    """
+
+    def __init__(self, uses: Uses) -> None:
+        self.uses, self.nothing = uses, {}
+        self.sources = frozenset({"mark"})
+
+    def constant(self, literal: Literal) -> Value:
+        number = np.asarray(literal.val, literal.aval.dtype)  # type: ignore[attr-defined]
+        return {None: Trail(None, numbers=lambda _: number)}
+
+    def step(self, eqn: Any, values: list[Value]) -> list[Value]:
+        if eqn.primitive.name == "mark":
+            return [
+                self._end(eqn, *values) if eqn.params["end"] else _begin(eqn, *values)
+            ]
+        if eqn.primitive.name in PRODUCTS:
+            return [self._product(eqn, values)]
+        if why := unseen(eqn):
+            value = changed(joined(values), lambda trail: trail.hidden(why))
+        else:
+            value = steps.after(eqn, values)
+        return [value] * len(eqn.outvars)
+
+    def join(self, left: Value, right: Value) -> Value:
+        return {
+            start: trail
+            if left.get(start) == right.get(start)
+            else trail.passed("a branch or a loop")
+            for start, trail in joined([left, right]).items()
+        }
+
+    def sliced(self, value: Value) -> Value:
+        return changed(value, lambda trail: trail.moved(lambda view: view[1:]))
+
+    def stacked(self, value: Value) -> Value:
+        # Of a product that a scan stacks, it is not known which rows it is of.
+        why = "a trace cannot look into `scan`"
+        return changed(value, lambda t: t.hidden(why) if t.by else t.passed("scan"))
+
+    def bypassed(self, eqn: Any, values: list[Value]) -> list[Value]:
+        name, (inner,) = eqn.primitive.name, inside(eqn)
+        why = f"its layer is inside a `{name}`, whose derivative may be another for the delta"
+        for call in calls_in(inner):
+            self.uses.unseen.setdefault(call.name, why)
+        # A companion's gradient does not go through the kernel, but through the input
+        # and the output.
+        return [
+            {
+                start: trail.passed(name, trail.view)
+                if trail.by or isinstance(start, Call)
+                else trail
+                for start, trail in value.items()
+            }
+            for value in values
+        ]
+
+    def _product(self, eqn: Any, values: list[Value]) -> Value:
+        name, result = eqn.primitive.name, dict(steps.after(eqn, values))
+        left, right, *_ = values
+        for is_first, value, operand in ((True, left, right), (False, right, left)):
+            for kernel, trail in kernels(value).items():
+                if not trail.by and trail.through <= PASSED and name != "gather":
+                    self.uses.multiplied.add(kernel)
+                if not trail.by and kernel not in operand:
+                    others = kernel, trail, operand, is_first
+                    result[kernel] = steps.multiplied(eqn, *others)
+        return result
+
+    def _end(self, eqn: Any, output: Value, *arrived: Value) -> Value:
+        """The value of a call's output, in which the trails of its kernel end."""
+        call, (lead, *leads) = eqn.params["call"], eqn.params["leads"]
+        self.uses.called.add(call.name)
+        for array, lead_of_own in zip(arrived, leads, strict=True):
+            if wrong := steps.fault_of_companion(call, array, lead_of_own):
+                self.uses.faults.setdefault(call.name, f"{call.method} {wrong}")
+        if trail := output.get(call.name):
+            if wrong := "" if trail.unseen else steps.fault(call, trail, lead):
+                self.uses.faults.setdefault(call.name, f"{call.method} {wrong}")
+            elif why := trail.unseen or steps.doubt(call, trail):
+                self.uses.unseen.setdefault(call.name, why)
+        ended = call, call.scale, call.name
+        return {start: t for start, t in output.items() if start not in ended}
+
+
+def _begin(eqn: Any, x: Value) -> Value:
+    """The value of a call's input, where the trail of the input begins."""
+    call, (lead, *_), shape = (
+        *(eqn.params[k] for k in ("call", "leads")),
+        eqn.outvars[0].aval.shape,
+    )
+    axes = [
+        *(("vmap", k) for k in range(lead)),
+        *call.claim.input_axes(len(shape) - lead),
+    ]
+    numbers = (lambda indices: indices) if call.claim.rows else None
+    return {**x, call: Trail(named(axes, shape), numbers=numbers)}
