@@ -7,10 +7,10 @@ import numpy as np
 from jax.extend.core import Jaxpr, Literal
 
 from mora_jax._trace_check import steps
-from mora_jax._trace_check.marks import Call, calls_in
-from mora_jax._trace_check.trails import Trail, Value, changed, joined, kernels
+from mora_jax._trace_check.marks import Call, calls_in, mark_p
+from mora_jax._trace_check.trails import Start, Trail, Value, changed, joined, kernels
 from mora_jax._trace_check.views import named
-from mora_jax._trace_check.walk import Domain, inside, needed, unseen, walk
+from mora_jax._trace_check.walk import Domain, inside, needed, shapes, unseen, walk
 
 PRODUCTS = frozenset(
     "dot_general conv_general_dilated gather ragged_dot_general".split()
@@ -74,24 +74,24 @@ def follow(
 
 
 class Kernels(Domain[Value]):
-    """The domain of trails; what is found goes into `uses`.
+    """The domain of trails. It adds to `uses` what it finds.
 
-    A loop's first rounds find what is so in them: each state holds in the rounds so far.
+    What is found in the first rounds of a loop is so: each state holds until then.
     """
 
+    nothing = {}
+
     def __init__(self, uses: Uses) -> None:
-        self.uses, self.nothing = uses, {}
-        self.sources = frozenset({"mark"})
+        self.uses = uses
 
     def constant(self, literal: Literal) -> Value:
         number = np.asarray(literal.val, literal.aval.dtype)  # type: ignore[attr-defined]
         return {None: Trail(None, numbers=lambda _: number)}
 
     def step(self, eqn: Any, values: list[Value]) -> list[Value]:
-        if eqn.primitive.name == "mark":
-            return [
-                self._end(eqn, *values) if eqn.params["end"] else _begin(eqn, *values)
-            ]
+        if eqn.primitive is mark_p:
+            ends = eqn.params["end"]
+            return [self._end(eqn, *values) if ends else _begin(eqn, *values)]
         if eqn.primitive.name in PRODUCTS:
             return [self._product(eqn, values)]
         if why := unseen(eqn):
@@ -116,22 +116,18 @@ class Kernels(Domain[Value]):
         why = "a trace cannot look into `scan`"
         return changed(value, lambda t: t.hidden(why) if t.by else t.passed("scan"))
 
-    def bypassed(self, eqn: Any, values: list[Value]) -> list[Value]:
+    def bypassed(self, eqn: Any, outputs: list[Value]) -> list[Value]:
         name, (inner,) = eqn.primitive.name, inside(eqn)
-        why = f"its layer is inside a `{name}`, whose derivative may be another for the delta"
+        why = f"its layer is inside a `{name}`, whose derivative the delta may not have"
         for call in calls_in(inner):
             self.uses.unseen.setdefault(call.name, why)
-        # A companion's gradient does not go through the kernel, but through the input
-        # and the output.
-        return [
-            {
-                start: trail.passed(name, trail.view)
-                if trail.by or isinstance(start, Call)
-                else trail
-                for start, trail in value.items()
-            }
-            for value in values
-        ]
+
+        def passed(start: Start, trail: Trail) -> Trail:
+            # A companion has its gradient by the input and the output of its layer.
+            is_delta = trail.by or isinstance(start, Call)
+            return trail.passed(name, trail.view) if is_delta else trail
+
+        return [{s: passed(s, t) for s, t in value.items()} for value in outputs]
 
     def _product(self, eqn: Any, values: list[Value]) -> Value:
         name, result = eqn.primitive.name, dict(steps.after(eqn, values))
@@ -163,13 +159,8 @@ class Kernels(Domain[Value]):
 
 def _begin(eqn: Any, x: Value) -> Value:
     """The value of a call's input, where the trail of the input begins."""
-    call, (lead, *_), shape = (
-        *(eqn.params[k] for k in ("call", "leads")),
-        eqn.outvars[0].aval.shape,
-    )
-    axes = [
-        *(("vmap", k) for k in range(lead)),
-        *call.claim.input_axes(len(shape) - lead),
-    ]
+    call, lead, (shape,) = eqn.params["call"], *eqn.params["leads"], shapes(eqn.outvars)
+    lifted = [("vmap", k) for k in range(lead)]
+    axes = *lifted, *call.claim.input_axes(len(shape) - lead)
     numbers = (lambda indices: indices) if call.claim.rows else None
     return {**x, call: Trail(named(axes, shape), numbers=numbers)}

@@ -1,8 +1,10 @@
-"""Marks: where calls of known layers begin and end, and what each is said to compute."""
+"""Marks: where calls of known layers begin and end, and what they are said to compute.
+
+Marks are steps of a program that compute nothing.
+"""
 
 import dataclasses
 import functools
-import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -19,8 +21,8 @@ class Claim:
     """A product of an input with a kernel, as a trace recognises it.
 
     Attributes:
-      equation: The einsum of input, kernel and output, with a letter for each axis; ""
-        for any other product.
+      einsum: The letters of the axes of input, kernel and output; () for a product
+        that is no einsum.
       primitive: The primitive that multiplies; "" for any.
       passes: Other linear primitives that input, kernel and product may pass.
       stand_ins: Primitives that do the product instead where the kernel is small.
@@ -30,39 +32,32 @@ class Claim:
       reads: True if any use is made of the kernel, and the mark is on what is read.
     """
 
-    equation: str = ""
+    einsum: tuple[str, str, str] | tuple[()] = ()
     primitive: str = ""
     passes: frozenset[str] = frozenset()
     stand_ins: frozenset[str] = frozenset()
-    rows: Mapping[str, Callable[[Any, int], Any]] = dataclasses.field(
-        default_factory=dict
-    )
+    rows: Mapping[str, Callable[[Any, int], Any]] | None = None
     reads: bool = False
 
     @property
     def transposed(self) -> "Claim":
         """The product of a cotangent of the output with the same kernel."""
-        x, kernel, y = self._terms
-        return dataclasses.replace(self, equation=x and f"{y},{kernel}->{x}")
+        return dataclasses.replace(self, einsum=self.einsum[::-1])
 
     def input_axes(self, ndim: int) -> list[str | int]:
         """The names of the axes of an input in views."""
-        return self._named(0) if self.equation else [*map(str, range(ndim))]
+        return self._named(0) if self.einsum else [*map(str, range(ndim))]
 
     def output_axes(self, ndim: int) -> list[str | int] | None:
         """The names of the axes of an output in views; None if they may be any."""
         if self.rows:
             return [*map(str, range(ndim - 1)), 1]
-        return self._named(2) if self.equation else None
-
-    @property
-    def _terms(self) -> list[str]:
-        return re.split(",|->", self.equation) if self.equation else [""] * 3
+        return self._named(2) if self.einsum else None
 
     def _named(self, k: int) -> list[str | int]:
         # A kernel's axes are numbered, since it may be read by several einsums.
-        kernel = self._terms[1]
-        return [kernel.index(c) if c in kernel else c for c in self._terms[k]]
+        kernel = self.einsum[1]
+        return [kernel.index(c) if c in kernel else c for c in self.einsum[k]]
 
 
 @dataclasses.dataclass(eq=False, repr=False)

@@ -18,7 +18,7 @@ import numpy as np
 from jax.extend.core import Jaxpr, Literal
 
 from mora_jax._common.types import Shape
-from mora_jax._trace_check.marks import Call
+from mora_jax._trace_check.marks import Call, mark_p
 from mora_jax._trace_check.steps import listed
 from mora_jax._trace_check.walk import Domain, needed, shapes, unseen, walk
 
@@ -40,8 +40,8 @@ VIEWS = frozenset(
 )
 
 Strides = tuple[int, ...]
-"""A stride for each axis, or 0. At index i of an axis of stride s is row i // s, modulo
-their number, as where heads are joined to the batch. () is for an array without rows."""
+"""A stride for each axis, or 0; () for an array without rows. At index i of an axis of
+stride s is row i // s, modulo their number, as where heads are joined to the batch."""
 
 Move = Callable[[Strides], Strides]
 """A function from the strides of an operand to the strides of an output."""
@@ -104,10 +104,11 @@ def row_faults(
 class RowsOfCall(Domain[Rows]):
     """The domain of so many `rows`, which may have companions of the `kernels`."""
 
+    nothing = NOTHING
+
     def __init__(self, rows: int, kernels: Collection[str]) -> None:
         self.rows, self.kernels = rows, kernels
         self.faults: dict[str, str] = {}
-        self.nothing, self.sources = NOTHING, frozenset({"mark", "iota"})
 
     def constant(self, literal: Literal) -> Rows:
         return NOTHING
@@ -125,23 +126,22 @@ class RowsOfCall(Domain[Rows]):
         return values
 
     def step(self, eqn: Any, values: list[Rows]) -> list[Rows]:
-        outs = shapes(eqn.outvars)
-        match eqn.primitive.name:
-            case "mark":
-                return [self._mark(eqn, values[0])]
-            case "iota":
-                axis, shape = eqn.params["dimension"], outs[0]
-                numbers = _at({axis: 0}, len(shape), (1,))
-                return [Rows(numbers=numbers) if shape[axis] == self.rows else NOTHING]
-        moves = self._moves(eqn, values) if outs and None not in outs else None
-        if moves is None:
-            results = [_lost(eqn, values)] * len(outs)
-        else:
-            results = [self._value(eqn, values, moves, shape) for shape in outs]
-        # What has fewer numbers than there are rows does not hold them.
-        few = [math.prod(shape or ()) < self.rows for shape in outs]
+        outs, p = shapes(eqn.outvars), eqn.params
+        if eqn.primitive is mark_p:
+            return [self._mark(eqn, values[0])]
+        if eqn.primitive.name == "iota" and outs[0][p["dimension"]] == self.rows:
+            return [Rows(numbers=_at({p["dimension"]: 0}, len(outs[0]), (1,)))]
+        if all(value == NOTHING for value in values):
+            return [NOTHING] * len(outs)
+        is_array = outs and None not in outs  # and no token
+        moves = self._moves(eqn, values) if is_array else None
         return [
-            NOTHING if is_few else v for v, is_few in zip(results, few, strict=True)
+            NOTHING  # with fewer numbers than there are rows
+            if math.prod(shape or ()) < self.rows
+            else self._value(eqn, values, moves, shape)
+            if moves
+            else _lost(eqn, values)
+            for shape in outs
         ]
 
     def _moves(self, eqn: Any, values: list[Rows]) -> Sequence[Move] | None:

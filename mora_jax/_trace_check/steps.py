@@ -145,7 +145,7 @@ def multiplied(eqn: Any, kernel: str, trail: Trail, other: Value, first: bool) -
     changes = {s for s in x.through if s.removesuffix(" by itself") not in passes}
     if changes := changes - OWN_DERIVATIVE:
         wrong = f"{OTHER_INPUT}: it changes its input by {listed(sorted(changes))}"
-    if by == "dot_general" and call and call.claim.equation and trail.view:
+    if by == "dot_general" and call and call.claim.einsum and trail.view:
         numbers = eqn.params["dimension_numbers"]
         view = x.view and _dot(numbers, trail.view, x.view, first)
     if by == "gather":
@@ -233,13 +233,11 @@ def fault(call: Call, trail: Trail, lead: int) -> str:
     if claim.primitive and trail.by != claim.primitive:
         return f"multiplies it by `{trail.by}` and not by `{claim.primitive}`"
     axes = (trail.view or ())[lead:]
-    names = claim.output_axes(len(axes))
-    if names is None:
+    if (names := claim.output_axes(len(axes))) is None:
         return ""
     if len(axes) != len(names) or axes != named(names, tuple(map(length, axes))):
-        return (
-            f"does not compute {claim.equation or 'kernel[input]'!r}, as its rule says"
-        )
+        product = "{},{}->{}".format(*claim.einsum) if claim.einsum else "kernel[input]"
+        return f"does not compute {product!r}, as its rule says"
     return ""
 
 

@@ -1,8 +1,8 @@
 """Walk through a program by an abstract interpretation, over any domain.
 
-A walk goes through the steps of a program once, in order, and keeps a value for each
-array. What values are, and what primitives make of them, a `Domain` says. The walk knows
-what holds for all of them: which primitives have programs inside, and how those run.
+A walk goes through a program in order and keeps a value for each array. A `Domain` says
+what values are and what primitives make of them. The walk knows the rest: the programs
+inside of primitives, and how often they run.
 """
 
 import functools
@@ -29,41 +29,36 @@ OWN_DERIVATIVE = frozenset({"custom_jvp_call", "custom_vjp_call"})
 
 
 class Domain(Protocol[T]):
-    """Values of a walk, the least that holds for two of them, and transfer functions.
+    """The values of a walk, which are compared by ==, and the functions between them.
 
-    Values are compared by ==. By joins a value may change a few times, or no walk
-    through a loop would end.
-
-    Attributes:
-      nothing: The value of an array of which there is nothing to tell.
-      sources: The primitives after which there may be, whatever their operands are.
+    A join may change a value a few times at most, or no walk through a loop would end.
     """
 
     nothing: T
-    sources: frozenset[str]
+    """The value of an array of which there is nothing to tell."""
 
     def constant(self, literal: Literal) -> T:
         """The value of a number in the program."""
         ...
 
     def step(self, eqn: Any, values: list[T]) -> list[T]:
-        """The values of the outputs of an equation whose operands have `values`."""
+        """The outputs of an equation whose operands have `values`."""
         ...
 
     def join(self, left: T, right: T) -> T:
-        """A value that holds after either of two branches, and in each round."""
+        """A value that holds after either of two branches, and in every round."""
         ...
 
     def sliced(self, value: T) -> T:
-        """The value in one round of an array along which a scan runs."""
+        """A round's part of an array along which a scan runs."""
         ...
 
     def stacked(self, value: T) -> T:
-        """The value of an array that a scan makes of one in each round."""
+        """The array that a scan makes of one in each round."""
         ...
 
-    def bypassed(self, eqn: Any, values: list[T]) -> list[T]:
-        """The `values` of outputs of an equation with a derivative of its own."""
+    def bypassed(self, eqn: Any, outputs: list[T]) -> list[T]:
+        """The outputs of an equation whose program has a derivative of its own."""
         ...
 
 
@@ -86,14 +81,12 @@ def _outputs(domain: Domain[T], eqn: Any, values: list[T]) -> list[T]:
     name = eqn.primitive.name
     if name in IDENTITIES:
         return values
-    if control := _CONTROL.get(name):
-        return control(domain, eqn, values)
+    if name in _CONTROL:
+        return _CONTROL[name](domain, eqn, values)
     if inner := _called(eqn):
-        results = walk(domain, inner, values)
-        return domain.bypassed(eqn, results) if name in OWN_DERIVATIVE else results
-    if name in domain.sources or any(value != domain.nothing for value in values):
-        return domain.step(eqn, values)
-    return [domain.nothing] * len(eqn.outvars)
+        outputs = walk(domain, inner, values)
+        return domain.bypassed(eqn, outputs) if name in OWN_DERIVATIVE else outputs
+    return domain.step(eqn, values)
 
 
 def _scan(domain: Domain[T], eqn: Any, values: list[T]) -> list[T]:

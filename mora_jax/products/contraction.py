@@ -111,7 +111,7 @@ class Contraction(Product):
 
     @property
     def claim(self) -> Claim:
-        return Claim(self.equation, "dot_general")
+        return Claim(self.einsum_labels, "dot_general")
 
     @property
     def einsum_labels(self) -> tuple[str, str, str]:
