@@ -1,16 +1,17 @@
-"""Kernels: the trails of a model's arrays, and what a call makes of them."""
+"""Kernels: what a call of a model makes of them, and if it is right."""
 
 import dataclasses
+import math
 from typing import Any
 
 import numpy as np
 from jax.extend.core import Jaxpr, Literal
 
-from mora_jax._trace_check import steps
+from mora_jax._jax.walk import OWN_DERIVATIVE, Domain, inside, needed, shapes, walk
+from mora_jax._trace_check import trails
 from mora_jax._trace_check.marks import Call, calls_in, mark_p
-from mora_jax._trace_check.trails import Start, Trail, Value, changed, joined, kernels
-from mora_jax._trace_check.views import named
-from mora_jax._trace_check.walk import Domain, inside, needed, shapes, unseen, walk
+from mora_jax._trace_check.trails import Start, Trail, Value, changed, kernels, listed
+from mora_jax._trace_check.views import length, named
 
 PRODUCTS = frozenset(
     "dot_general conv_general_dilated gather ragged_dot_general".split()
@@ -70,7 +71,7 @@ def follow(
                 uses.unseen.setdefault(name, trail.unseen)
             else:
                 by = filter(None, [trail.by, *sorted(trail.through)])
-                uses.outside.setdefault(name, steps.listed(by))
+                uses.outside.setdefault(name, listed(by))
 
 
 class Kernels(Domain[Value]):
@@ -94,18 +95,14 @@ class Kernels(Domain[Value]):
             return [self._end(eqn, *values) if ends else _begin(eqn, *values)]
         if eqn.primitive.name in PRODUCTS:
             return [self._product(eqn, values)]
-        if why := unseen(eqn):
-            value = changed(joined(values), lambda trail: trail.hidden(why))
-        else:
-            value = steps.after(eqn, values)
-        return [value] * len(eqn.outvars)
+        return [trails.after(eqn, values)] * len(eqn.outvars)
 
     def join(self, left: Value, right: Value) -> Value:
         return {
             start: trail
             if left.get(start) == right.get(start)
             else trail.passed("a branch or a loop")
-            for start, trail in joined([left, right]).items()
+            for start, trail in trails.joined([left, right]).items()
         }
 
     def sliced(self, value: Value) -> Value:
@@ -113,8 +110,7 @@ class Kernels(Domain[Value]):
 
     def stacked(self, value: Value) -> Value:
         # Of a product that a scan stacks, it is not known which rows it is of.
-        why = "a trace cannot look into `scan`"
-        return changed(value, lambda t: t.hidden(why) if t.by else t.passed("scan"))
+        return changed(value, lambda t: (t.hidden if t.by else t.passed)("scan"))
 
     def bypassed(self, eqn: Any, outputs: list[Value]) -> list[Value]:
         name, (inner,) = eqn.primitive.name, inside(eqn)
@@ -130,7 +126,7 @@ class Kernels(Domain[Value]):
         return [{s: passed(s, t) for s, t in value.items()} for value in outputs]
 
     def _product(self, eqn: Any, values: list[Value]) -> Value:
-        name, result = eqn.primitive.name, dict(steps.after(eqn, values))
+        name, result = eqn.primitive.name, dict(trails.after(eqn, values))
         left, right, *_ = values
         for is_first, value, operand in ((True, left, right), (False, right, left)):
             for kernel, trail in kernels(value).items():
@@ -138,7 +134,7 @@ class Kernels(Domain[Value]):
                     self.uses.multiplied.add(kernel)
                 if not trail.by and kernel not in operand:
                     others = kernel, trail, operand, is_first
-                    result[kernel] = steps.multiplied(eqn, *others)
+                    result[kernel] = trails.multiplied(eqn, *others)
         return result
 
     def _end(self, eqn: Any, output: Value, *arrived: Value) -> Value:
@@ -146,12 +142,12 @@ class Kernels(Domain[Value]):
         call, (lead, *leads) = eqn.params["call"], eqn.params["leads"]
         self.uses.called.add(call.name)
         for array, lead_of_own in zip(arrived, leads, strict=True):
-            if wrong := steps.fault_of_companion(call, array, lead_of_own):
+            if wrong := _fault_of_companion(call, array, lead_of_own):
                 self.uses.faults.setdefault(call.name, f"{call.method} {wrong}")
         if trail := output.get(call.name):
-            if wrong := "" if trail.unseen else steps.fault(call, trail, lead):
+            if wrong := "" if trail.unseen else _fault(call, trail, lead):
                 self.uses.faults.setdefault(call.name, f"{call.method} {wrong}")
-            elif why := trail.unseen or steps.doubt(call, trail):
+            elif why := trail.unseen or _doubt(call, trail):
                 self.uses.unseen.setdefault(call.name, why)
         ended = call, call.scale, call.name
         return {start: t for start, t in output.items() if start not in ended}
@@ -164,3 +160,75 @@ def _begin(eqn: Any, x: Value) -> Value:
     axes = *lifted, *call.claim.input_axes(len(shape) - lead)
     numbers = (lambda indices: indices) if call.claim.rows else None
     return {**x, call: Trail(named(axes, shape), numbers=numbers)}
+
+
+def _fault(call: Call, trail: Trail, lead: int) -> str:
+    """Reason why an output of `call` is not the product of its rule, or ""."""
+    claim = call.claim
+    if claim.reads:
+        return _fault_of_read(trail, lead)
+    steps = trail.through - claim.passes - OWN_DERIVATIVE
+    if not trail.by and steps and steps <= claim.stand_ins:
+        return ""
+    if not trail.by:
+        return "returns it without a product"
+    if trail.call is not call:
+        return trails.OTHER_INPUT
+    if trail.wrong:
+        return trail.wrong
+    if call.scale is not None and not steps & {"mul", "div"}:
+        return "does not scale it, though its rule says so"
+    if call.scale is not None:
+        steps -= {"mul", "div"}
+        if wrong := _fault_of_scale(call.scale, trail.factors):
+            return wrong
+    if steps:
+        return f"changes it, or its product, by {listed(sorted(steps))}"
+    if claim.primitive and trail.by != claim.primitive:
+        return f"multiplies it by `{trail.by}` and not by `{claim.primitive}`"
+    axes = (trail.view or ())[lead:]
+    if (names := claim.output_axes(len(axes))) is None:
+        return ""
+    if len(axes) != len(names) or axes != named(names, tuple(map(length, axes))):
+        product = "{},{}->{}".format(*claim.einsum) if claim.einsum else "kernel[input]"
+        return f"does not compute {product!r}, as its rule says"
+    return ""
+
+
+def _fault_of_scale(scale: float | str, factors: tuple[float | str, ...]) -> str:
+    """Reason why `factors` are not the scale of a rule, or ""."""
+    arrays = [factor for factor in factors if isinstance(factor, str)]
+    number = math.prod(factor for factor in factors if not isinstance(factor, str))
+    if isinstance(scale, str):
+        wrong = scale and "" not in arrays and (arrays != [scale] or number != 1)
+    else:  # either may have been rounded to bfloat16
+        wrong = not arrays and abs(number - scale) > 2**-8 * abs(scale)
+    shown = " and ".join(map(str, factors))
+    return f"scales it by {shown} and not by {scale}, as its rule says" if wrong else ""
+
+
+def _doubt(call: Call, trail: Trail) -> str:
+    """Reason why an output of `call` without a fault is not proven, or ""."""
+    arrays = [factor for factor in trail.factors if isinstance(factor, str)]
+    if "" in (call.scale, *arrays) or (arrays and isinstance(call.scale, float)):
+        return "a trace compares scale= of its rule if it is a number or a parameter"
+    own = listed(sorted(trail.through & OWN_DERIVATIVE))
+    return own and f"{own} has a derivative of its own, which the delta bypasses"
+
+
+def _fault_of_companion(call: Call, array: Value, lead: int) -> str:
+    """Reason why an array that arrives beside a kernel is not its companion, or ""."""
+    if trail := array.get(call.companion):
+        return _fault_of_read(trail, lead, call.companion)
+    return f"gets another array for {call.companion}"
+
+
+def _fault_of_read(trail: Trail, lead: int, name: str = "it") -> str:
+    """Reason why the array that a layer reads is not the model's own, or ""."""
+    if steps := {trail.by, *trail.through} - {""}:
+        return f"reads {name} changed by {listed(sorted(steps))}"
+    axes = [axis for axis in trail.view[lead:] if axis] if trail.view else []
+    order: list[Any] = [piece.axis for axis in axes for piece in axis]
+    if trail.view is None or len(order) > len(axes) or order != sorted(order):
+        return f"reads {name} with other axes"
+    return ""

@@ -5,7 +5,7 @@ Marks are steps of a program that compute nothing.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.extend.core import Jaxpr, Primitive
 from jax.interpreters import ad, batching, mlir
 
-from mora_jax._trace_check.walk import inside
+from mora_jax._jax.walk import inside
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,17 +26,17 @@ class Claim:
       primitive: The primitive that multiplies; "" for any.
       passes: Other linear primitives that input, kernel and product may pass.
       stand_ins: Primitives that do the product instead where the kernel is small.
-      rows: Of a lookup {words of a rule: the function from indices and the number of
-        rows to the rows that are taken}. The first is claimed; an error names another
+      rows: Of a lookup (words of a rule, the function from indices and the number of
+        rows to the rows that are taken). The first is claimed; an error names another
         one that fits.
       reads: True if any use is made of the kernel, and the mark is on what is read.
     """
 
-    einsum: tuple[str, str, str] | tuple[()] = ()
+    einsum: tuple[str, ...] = ()
     primitive: str = ""
     passes: frozenset[str] = frozenset()
     stand_ins: frozenset[str] = frozenset()
-    rows: Mapping[str, Callable[[Any, int], Any]] | None = None
+    rows: tuple[tuple[str, Callable[[Any, int], Any]], ...] = ()
     reads: bool = False
 
     @property

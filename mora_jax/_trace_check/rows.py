@@ -18,9 +18,9 @@ import numpy as np
 from jax.extend.core import Jaxpr, Literal
 
 from mora_jax._common.types import Shape
+from mora_jax._jax.walk import Domain, is_opaque, needed, shapes, walk
 from mora_jax._trace_check.marks import Call, mark_p
-from mora_jax._trace_check.steps import listed
-from mora_jax._trace_check.walk import Domain, needed, shapes, unseen, walk
+from mora_jax._trace_check.trails import listed, unseen
 
 SETTINGS = frozenset(
     "accuracy exponent_bits input_dtype mantissa_bits new_dtype out_dtype "
@@ -44,7 +44,6 @@ Strides = tuple[int, ...]
 stride s is row i // s, modulo their number, as where heads are joined to the batch."""
 
 Move = Callable[[Strides], Strides]
-"""A function from the strides of an operand to the strides of an output."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,18 +76,15 @@ NOTHING = Rows()
 
 
 def row_faults(
-    program: Jaxpr,
-    rows: int,
-    is_batched: Sequence[bool | None],
-    kernels: Collection[str],
+    program: Jaxpr, rows: int, batched: Sequence[bool | None], kernels: Collection[str]
 ) -> dict[str, str]:
     """{path of a kernel in `kernels`: the fault of its layer, if rows differ in it}.
 
-    `program` is one call of a model, with marks. `is_batched` says of each of its
+    `program` is one call of a model, with marks. `batched` says of each of its
     inputs: True if the first axis has the rows, should it have the length `rows`; None
     if any axis of that length may, as in a cache; False for parameters.
     """
-    program, kinds = needed(program, is_batched)
+    program, kinds = needed(program, batched)
     inputs = []
     for shape, kind in zip(shapes(program.invars), kinds, strict=True):
         # A vector in a cache may have a number for each layer.
@@ -122,8 +118,8 @@ class RowsOfCall(Domain[Rows]):
     def stacked(self, value: Rows) -> Rows:
         return value.moved("scan", lambda strides: (0, *strides))
 
-    def bypassed(self, eqn: Any, values: list[Rows]) -> list[Rows]:
-        return values
+    def bypassed(self, eqn: Any, outputs: list[Rows]) -> list[Rows]:
+        return outputs
 
     def step(self, eqn: Any, values: list[Rows]) -> list[Rows]:
         outs, p = shapes(eqn.outvars), eqn.params
@@ -135,13 +131,12 @@ class RowsOfCall(Domain[Rows]):
             return [NOTHING] * len(outs)
         is_array = outs and None not in outs  # and no token
         moves = self._moves(eqn, values) if is_array else None
+        lost = _lost(eqn, values)
+        results = [self._value(eqn, values, moves, n) if moves else lost for n in outs]
+        # What has fewer numbers than there are rows does not hold them.
+        few = [math.prod(shape or ()) < self.rows for shape in outs]
         return [
-            NOTHING  # with fewer numbers than there are rows
-            if math.prod(shape or ()) < self.rows
-            else self._value(eqn, values, moves, shape)
-            if moves
-            else _lost(eqn, values)
-            for shape in outs
+            NOTHING if is_few else v for v, is_few in zip(results, few, strict=True)
         ]
 
     def _moves(self, eqn: Any, values: list[Rows]) -> Sequence[Move] | None:
@@ -191,18 +186,16 @@ class RowsOfCall(Domain[Rows]):
         axis, shape = lead + call.batch[0], eqn.invars[0].aval.shape
         if shape[axis] != self.rows:  # the layer itself says so
             return value
-        own = Rows(_at({axis: 0}, len(shape), (1,)), call=value.call)
         if value.lost:
             self._refuse(call, f"mixed or in another order, {value.lost}")
-        elif not value.strides:
-            # An input without rows has them from here on, by its layer's companions.
-            return dataclasses.replace(own, call=call)
-        elif not value.strides[axis]:
+            return value
+        if value.strides and not value.strides[axis]:
             at = next(k for k, stride in enumerate(value.strides) if stride)
             self._refuse(call, f"on axis {at} of its input, and not on axis {axis}")
-        else:
-            return own
-        return value
+            return value
+        # An input without rows has them from here on, by its layer's companions.
+        own = _at({axis: 0}, len(shape), (1,))
+        return Rows(own, call=value.call if value.strides else call)
 
     def _refuse(self, call: Call, why: str) -> None:
         fault = f"{call.method} gets rows of the batch {why}"
@@ -223,9 +216,10 @@ def _joined(name: str, values: Sequence[Rows]) -> Rows:
 
 def _lost(eqn: Any, values: Sequence[Rows]) -> Rows:
     """The rows after a primitive that is not known to keep them."""
-    result = _joined("", values)
-    why = result.lost or unseen(eqn) or f"by {listed([eqn.primitive.name])}"
-    return Rows((), why, result.call) if result != NOTHING else NOTHING
+    name = eqn.primitive.name
+    why = unseen(name) if is_opaque(eqn) else f"by {listed([name])}"
+    found = [value for value in values if value.strides or value.lost]
+    return _joined(name, [Rows((), v.lost or why, v.call) for v in found])
 
 
 def _at(places: Mapping[int, int | None], ndim: int, strides: Strides) -> Strides:

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from jax.extend.core import Jaxpr, Literal
 
+from mora_jax._jax.walk import inside, needed, opened
 from mora_jax._trace_check.marks import mark_p
-from mora_jax._trace_check.walk import inside, needed, opened
 
 
 def difference(base: Jaxpr, adapted: Jaxpr, ms: Sequence[bool]) -> str:

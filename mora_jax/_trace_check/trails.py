@@ -1,11 +1,25 @@
-"""Trails: the ways of a program from kernels and inputs of layers to an array."""
+"""Trails: the ways of a program to an array, and what primitives make of them."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mora_jax._common.types import Shape
+from mora_jax._jax.walk import OWN_DERIVATIVE, is_opaque
 from mora_jax._trace_check.marks import Call
-from mora_jax._trace_check.views import View
+from mora_jax._trace_check.views import Axis, View, length, named, reshape
+
+OTHER_INPUT = "multiplies it with another array than the input that its rule names"
+
+EVALUATED = frozenset(
+    "add and clamp convert_element_type div eq ge gt le lt max min mul ne not or rem "
+    "rsqrt select_n sqrt sub".split()
+)
+"""Primitives that are computed where the check knows all numbers."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,9 +62,14 @@ class Trail:
         through = self.through | {name}
         return dataclasses.replace(self, through=through, view=view, numbers=None)
 
-    def hidden(self, why: str) -> "Trail":
-        """The trail after a primitive that a trace cannot look into."""
-        return dataclasses.replace(self, unseen=why, numbers=None)
+    def hidden(self, name: str) -> "Trail":
+        """The trail after the primitive called `name`, which may do anything."""
+        return dataclasses.replace(self, unseen=unseen(name), numbers=None)
+
+
+def unseen(name: str) -> str:
+    """Reason why nothing is known after the primitive called `name`."""
+    return f"a trace cannot look into `{name}`"
 
 
 Start = str | Call | None
@@ -80,3 +99,198 @@ def joined(values: Iterable[Value]) -> Value:
 def kernels(value: Value) -> dict[str, Trail]:
     """The trails of a value that begin at arrays of the model."""
     return {start: t for start, t in value.items() if isinstance(start, str)}
+
+
+def after(eqn: Any, values: list[Value]) -> Value:
+    """The value of the outputs of an equation whose operands have `values`."""
+    if is_opaque(eqn):
+        name = eqn.primitive.name
+        return changed(joined(values), lambda trail: trail.hidden(name))
+    trails = joined(values).items()
+    value = {start: _step(eqn, start, trail, values) for start, trail in trails}
+    if None in value and not value[None].numbers:
+        del value[None]
+    return value
+
+
+def _step(eqn: Any, start: Start, trail: Trail, values: list[Value]) -> Trail:
+    """The `trail` from `start` after an equation whose operands have `values`."""
+    at = [k for k, value in enumerate(values) if start in value]
+    name, alone = eqn.primitive.name, len(at) == 1
+    before, result = ([v.aval for v in side] for side in (eqn.invars, eqn.outvars))
+    if numbers := _function(eqn, start, values):
+        views = {values[k][start].view for k in at}
+        view = views.pop() if len(views) == 1 else None
+        return dataclasses.replace(trail, view=view, numbers=numbers)
+    match name:
+        case "add" | "add_any":
+            # A bias may be added to a product, since it does not depend on the kernel.
+            return trail if alone and trail.by else trail.passed("add")
+        case "convert_element_type" if not _is_small(result[0].dtype):
+            return trail
+        case "convert_element_type":
+            name += f" to {result[0].dtype}"
+        case "reduce_precision" if _keeps_all(eqn.params, before[0].dtype):
+            return trail
+        case "stop_gradient" if isinstance(start, str) and not trail.by:
+            # A kernel that is trained by its companion alone needs no gradient. But its
+            # companion does, and an input must have the one that it has by the kernel.
+            if not trail.is_companion:
+                return trail
+        case "transpose":
+            order = eqn.params["permutation"]
+            return trail.moved(lambda view: tuple(view[k] for k in order))
+        case "reshape" | "squeeze" | "expand_dims" | "broadcast_in_dim":
+            # A broadcast is a reshape too, unless it makes copies of numbers.
+            if before[0].size == result[0].size or start is None:
+                return trail.moved(lambda view: reshape(view, result[0].shape))
+        case "slice" | "dynamic_slice" if at == [0] and trail.view and not trail.by:
+            if layer := _layer(trail.view, result[0].shape):
+                return dataclasses.replace(trail, view=layer)
+    # All others change numbers. A factor leaves the axes where they are.
+    if not (alone and (name == "mul" or (name == "div" and at == [0]))):
+        return trail.passed(name if alone else f"{name} by itself")
+    kept = before[at[0]].shape == result[0].shape
+    view, other = trail.view if kept else None, values[1 - at[0]]
+    factors = *trail.factors, _factor(trail.view, other, name == "div")
+    by_input = any(isinstance(start, Call) for start in other)
+    trail = dataclasses.replace(trail, factors=factors)
+    return trail.passed(f"{name} by its input" if by_input else name, view)
+
+
+def _is_small(dtype: Any) -> bool:
+    """True for all dtypes that are not real floating-point of 16 bits at least."""
+    return not jnp.issubdtype(dtype, jnp.floating) or dtype.itemsize < 2
+
+
+def _keeps_all(bits: Mapping[str, int], dtype: Any) -> bool:
+    """True if a reduced precision is not below the precision of `dtype`."""
+    info = jnp.finfo(dtype)
+    return bits["exponent_bits"] >= info.nexp and bits["mantissa_bits"] >= info.nmant
+
+
+def _function(eqn: Any, start: Start, values: list[Value]) -> Any:
+    """The function of an output, as `Trail.numbers`, by the operands'."""
+    trails = [value.get(start, value.get(None)) for value in values]
+    functions = [trail.numbers for trail in trails if trail and trail.numbers]
+    if eqn.primitive.name not in EVALUATED or len(functions) < len(trails):
+        return None
+
+    def numbers(indices: Any) -> Any:
+        arrays = np.broadcast_arrays(*(function(indices) for function in functions))
+        with jax.ensure_compile_time_eval():
+            return np.asarray(eqn.primitive.bind(*arrays, **eqn.params))
+
+    return numbers
+
+
+def _factor(view: View | None, value: Value, divides: bool) -> float | str:
+    """The factor of an array with `view`: a number, a parameter's path, or a text."""
+    if None in value and (constant := value[None].numbers):
+        number = float(constant(()))
+        return 1 / number if divides else number
+    for path, trail in kernels(value).items():
+        if divides or trail.by or trail.through - {"broadcast_in_dim"}:
+            return f"{path} (changed)"
+        if view is None or trail.view is None:
+            return ""
+        axes = zip(view, trail.view, strict=False)  # a number has none
+        same = all(own in ((), axis) for axis, own in axes)
+        return path if same else f"{path} (along other axes)"
+    return "another array"
+
+
+def _layer(view: View, shape: Shape) -> View | None:
+    """The view of one layer of a stacked kernel; None for any other slice."""
+    # One layer is a kernel, since it has a companion of its own.
+    pairs = list(zip(view, shape, strict=True))
+    if all(length(a) == size or (size == 1 and _is_of_stack(a)) for a, size in pairs):
+        return tuple(axis if length(axis) == size else () for axis, size in pairs)
+    return None
+
+
+def multiplied(eqn: Any, kernel: str, trail: Trail, other: Value, first: bool) -> Trail:
+    """The trail of the array at path `kernel` after `eqn` has multiplied it.
+
+    `other` has the trails of the other factor; the kernel is the `first` one, or not.
+    """
+    by, view, wrong, result = eqn.primitive.name, None, "", eqn.outvars[0].aval
+    if _is_small(result.dtype):
+        trail = trail.passed(f"{by} to {result.dtype}")
+    calls = (start for start in other if isinstance(start, Call))
+    call = next((call for call in calls if call.name == kernel), None)
+    x = other[call] if call else Trail(None)
+    passes = call.claim.passes - {"mul"} if call else ()  # which is of kernels alone
+    changes = {s for s in x.through if s.removesuffix(" by itself") not in passes}
+    if changes := changes - OWN_DERIVATIVE:
+        wrong = f"{OTHER_INPUT}: it changes its input by {listed(sorted(changes))}"
+    if by == "dot_general" and call and call.claim.einsum and trail.view:
+        numbers = eqn.params["dimension_numbers"]
+        view = x.view and _dot(numbers, trail.view, x.view, first)
+    if by == "gather":
+        # It must take whole rows of the unchanged kernel, which is not the indices.
+        shape = eqn.invars[0].aval.shape
+        rows = tuple(eqn.params["slice_sizes"]) == (1, *shape[1:]) and len(shape) == 2
+        if not (first and rows and trail.view == named(range(2), shape)):
+            trail = trail.passed("gather of something other than rows")
+        elif call:
+            wrong = _fault_of_rows(eqn, call, x.numbers)
+            view = x.view and (*x.view[:-1], *named([1], shape[1:]))
+    through = trail.through | (x.through & OWN_DERIVATIVE)
+    settings = {"by": by, "call": call, "view": view, "wrong": wrong}
+    return dataclasses.replace(trail, through=through, **settings)
+
+
+def _fault_of_rows(eqn: Any, call: Call, function: Any) -> str:
+    """Reason why a gather at a function of the input is not as the rule says, or ""."""
+    if function is None:
+        return "looks up rows by other numbers than its input"
+    size, fill = eqn.invars[0].aval.shape[0], eqn.params["fill_value"]
+    inside = np.array([0, 1, size // 2, size - 1])
+    indices = np.concatenate([inside + n * size for n in range(-2, 3)])
+    indices = indices[indices.astype(call.dtype) == indices]  # the others wrap around
+    places = function(indices.astype(call.dtype))
+    if eqn.params["mode"].name in ("CLIP", "PROMISE_IN_BOUNDS"):
+        places = places.clip(0, size - 1)
+    # A row that is filled with NaN stays so, whatever is added to it.
+    seen = (places >= 0) & (places < size) | (fill is not None and fill == fill)
+    fits = [
+        rule
+        for rule, rows in call.claim.rows
+        if (places == rows(indices, size))[seen].all()
+    ]
+    if (claimed := call.claim.rows[0][0]) in fits:
+        return ""
+    mends = [f"; say equation={rule}" for rule in fits]
+    return f"takes other rows than {claimed}" + "".join(mends[:1])
+
+
+def _dot(numbers: Any, w: View, x: View, kernel_first: bool) -> View | None:
+    """The view of the product of kernel `w` and `x`, if they sum over the same axes."""
+    views = (w, x) if kernel_first else (x, w)
+    contracted, batch = (
+        [(views[0][k], views[1][n]) for k, n in zip(*axes, strict=True)]
+        for axes in numbers
+    )
+    # Under vmap, each of many inputs has its layer of a stack.
+    lifted = [pair for pair in batch if _is_of_stack(pair[not kernel_first])]
+    if any(a != b and (a, b) not in lifted for a, b in (*contracted, *batch)):
+        return None
+    sides = zip(views, *numbers, strict=True)
+    taken = [(view, {*summed, *shared}) for view, summed, shared in sides]
+    free = [a for view, gone in taken for k, a in enumerate(view) if k not in gone]
+    return (*(pair[kernel_first] for pair in batch), *free)
+
+
+def _is_of_stack(axis: Axis) -> bool:
+    """True if the axis is of one or more stack axes, whose names are negative."""
+    return bool(axis) and all(isinstance(p.axis, int) and p.axis < 0 for p in axis)
+
+
+def listed(names: Iterable[str]) -> str:
+    """Names of primitives as a part of a sentence."""
+    parts = (name.partition(" to ") for name in names)  # a dtype is not a primitive
+    shown = [f"`{name}`{to}{dtype}" for name, to, dtype in parts]
+    if len(shown) > 3:
+        shown[2:] = [f"{len(shown) - 2} more primitives"]
+    return " and ".join(shown)

@@ -54,7 +54,7 @@ class Lookup(Product):
             primitive="gather",
             # Flax does not look up in an embedding of a single row, but copies it.
             stand_ins=frozenset({"broadcast_in_dim"}),
-            rows={f"products.{lookup}": lookup.places for lookup in lookups},
+            rows=tuple((f"products.{lookup}", lookup.places) for lookup in lookups),
         )
 
     def places(self, indices: Any, size: int) -> Any:

@@ -156,11 +156,10 @@ def _called(eqn: Any) -> Jaxpr | None:
     return inner if all(shapes(a) == shapes(b) for a, b in pairs) else None
 
 
-def unseen(eqn: Any) -> str:
-    """The reason why nobody knows what a step does with whole arrays, or ""."""
+def is_opaque(eqn: Any) -> bool:
+    """True if nothing is known of what a step does with whole arrays."""
     name = eqn.primitive.name
-    is_opaque = name in OPAQUE or name.endswith("_call") or inside(eqn)
-    return f"a trace cannot look into `{name}`" if is_opaque else ""
+    return name in OPAQUE or name.endswith("_call") or bool(inside(eqn))
 
 
 def needed(program: Jaxpr, told: Sequence[Any]) -> tuple[Jaxpr, list[Any]]:
