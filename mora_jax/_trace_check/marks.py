@@ -72,7 +72,7 @@ class Call:
         for another array, or None.
       dtype: The dtype of the input, for lookups.
       batch: The axis of the batch in the input and in the output; None without one.
-      companion: The path of the array beside the kernel that makes its delta, if any.
+      companion: The path of the array that is trained beside the kernel, or "".
     """
 
     name: str
@@ -103,7 +103,7 @@ mark_p = Primitive("mark")
 def mark(x: Any, call: Call, *, end: bool, companion: Any = None) -> jax.Array:
     """`x`, with a mark that it is the input or (`end`) the output of `call`.
 
-    `companion` is the array that arrives there in the place of `call.companion`.
+    `companion` is the array that arrives there as `call.companion`, if one does.
     """
     arrays = [x] if companion is None else [x, companion]
     arrays = [jnp.asarray(array) for array in arrays]

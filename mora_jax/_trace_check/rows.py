@@ -8,11 +8,10 @@ Primitives that are not known to keep the rows lose them. A sum over all rows is
 row, and may be given to all of them, as may an array that depends on none.
 """
 
-import dataclasses
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jax.extend.core import Jaxpr, Literal
@@ -46,8 +45,7 @@ stride s is row i // s, modulo their number, as where heads are joined to the ba
 Move = Callable[[Strides], Strides]
 
 
-@dataclasses.dataclass(frozen=True)
-class Rows:
+class Rows(NamedTuple):
     """Where an array has the rows.
 
     Attributes:
@@ -55,14 +53,14 @@ class Rows:
       lost: The reason why no axis has them, though the array depends on them, or "".
       call: The call whose companions the rows have first; None for the model's inputs.
       numbers: The axes along which the array numbers the rows.
-      columns: The arrays that were joined to this one of indices, a column each.
+      columns: For each column of an array of indices, the `numbers` of it.
     """
 
     strides: Strides = ()
     lost: str = ""
     call: Call | None = None
     numbers: Strides = ()
-    columns: tuple["Rows", ...] = ()
+    columns: tuple[Strides, ...] = ()
 
     def moved(self, name: str, move: Move) -> "Rows":
         """The rows after the primitive `name`, which moves axes and may lose them."""
@@ -145,7 +143,7 @@ class RowsOfCall(Domain[Rows]):
         if eqn.primitive.name == "reshape":
             return [partial(_reshaped, before[0], after, self.rows)]
         if eqn.primitive.name.startswith(("gather", "scatter")):
-            columns = values[1].columns or values[1:2]
+            columns = values[1].columns or (values[1].numbers,)
             places = _indexed(eqn.params["dimension_numbers"], before, after, columns)
         else:
             places = _places(eqn, before, after)
@@ -169,14 +167,15 @@ class RowsOfCall(Domain[Rows]):
                 self._refuse(value.call, "on no axis, though one has their number")
         if name == "concatenate" and eqn.params["dimension"] == len(shape) - 1:
             if shape[-1] == len(values):
-                result = dataclasses.replace(result, columns=tuple(values))
+                columns = tuple(value.numbers for value in values)
+                result = result._replace(columns=columns)
         # `jnp` adds the length of an axis to indices, which may be negative.
         first, *others = moved[name == "select_n" :]
         added = getattr(eqn.invars[-1], "val", 1)
         wraps = name == "add" and not np.any(added % self.rows)
         same = name == "select_n" and all(value == first for value in others)
         if first.numbers and (name in VIEWS or wraps or same):
-            result = dataclasses.replace(result, numbers=first.numbers)
+            result = result._replace(numbers=first.numbers)
         return result
 
     def _mark(self, eqn: Any, value: Rows) -> Rows:
@@ -283,9 +282,7 @@ def _worked_axes(p: Any, operands: list[Shape], out: Shape) -> set[int]:
     return axes | {k for x in operands for k, n in enumerate(x) if n != out[k]}
 
 
-def _indexed(
-    numbers: Any, operands: list[Shape], out: Shape, columns: Sequence[Rows]
-) -> Any:
+def _indexed(numbers: Any, operands: list[Shape], out: Shape, columns: Any) -> Any:
     """`_places` for a gather or a scatter."""
     # Both have the same five fields: a part that a scatter takes, a gather returns.
     inner, dropped, starts, batched, along = numbers
@@ -296,8 +293,8 @@ def _indexed(
     same = dict(zip(inner, windows, strict=True))
     same = {at: k for at, k in same.items() if part[at] == whole[k]}
     for start, column in zip(starts, columns, strict=False):
-        if 1 in column.numbers[:-1]:
-            pairs[start] = column.numbers.index(1)
+        if 1 in column[:-1]:
+            pairs[start] = column.index(1)
     outer = [k for k in range(len(part)) if k not in inner]
     same |= {outer[at]: k for k, at in pairs.items()}
     if len(operands) == 2:  # a gather

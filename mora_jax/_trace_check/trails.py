@@ -1,8 +1,7 @@
 """Trails: the ways of a program to an array, and what primitives make of them."""
 
-import dataclasses
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,8 +21,7 @@ EVALUATED = frozenset(
 """Primitives that are computed where the check knows all numbers."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Trail:
+class Trail(NamedTuple):
     """Way from one array of a model, or from the input of one call, to an array.
 
     Attributes:
@@ -55,16 +53,16 @@ class Trail:
     def moved(self, move: Callable[[View], View | None]) -> "Trail":
         """The trail with its axes moved."""
         view = None if self.view is None else move(self.view)
-        return dataclasses.replace(self, view=view)
+        return self._replace(view=view)
 
     def passed(self, name: str, view: View | None = None) -> "Trail":
         """The trail after the primitive called `name`, which changes numbers."""
         through = self.through | {name}
-        return dataclasses.replace(self, through=through, view=view, numbers=None)
+        return self._replace(through=through, view=view, numbers=None)
 
     def hidden(self, name: str) -> "Trail":
         """The trail after the primitive called `name`, which may do anything."""
-        return dataclasses.replace(self, unseen=unseen(name), numbers=None)
+        return self._replace(unseen=unseen(name), numbers=None)
 
 
 def unseen(name: str) -> str:
@@ -89,10 +87,10 @@ def joined(values: Iterable[Value]) -> Value:
     trails: dict[Start, Trail] = {}
     for start, trail in (pair for value in values for pair in value.items()):
         if (other := trails.setdefault(start, trail)) != trail:
-            other = dataclasses.replace(other, view=None, numbers=None)
+            other = other._replace(view=None, numbers=None)
             through = trail.through | other.through
             unseen = trail.unseen or other.unseen
-            trails[start] = dataclasses.replace(other, through=through, unseen=unseen)
+            trails[start] = other._replace(through=through, unseen=unseen)
     return trails
 
 
@@ -121,7 +119,7 @@ def _step(eqn: Any, start: Start, trail: Trail, values: list[Value]) -> Trail:
     if numbers := _function(eqn, start, values):
         views = {values[k][start].view for k in at}
         view = views.pop() if len(views) == 1 else None
-        return dataclasses.replace(trail, view=view, numbers=numbers)
+        return trail._replace(view=view, numbers=numbers)
     match name:
         case "add" | "add_any":
             # A bias may be added to a product, since it does not depend on the kernel.
@@ -146,7 +144,7 @@ def _step(eqn: Any, start: Start, trail: Trail, values: list[Value]) -> Trail:
                 return trail.moved(lambda view: reshape(view, result[0].shape))
         case "slice" | "dynamic_slice" if at == [0] and trail.view and not trail.by:
             if layer := _layer(trail.view, result[0].shape):
-                return dataclasses.replace(trail, view=layer)
+                return trail._replace(view=layer)
     # All others change numbers. A factor leaves the axes where they are.
     if not (alone and (name == "mul" or (name == "div" and at == [0]))):
         return trail.passed(name if alone else f"{name} by itself")
@@ -154,7 +152,7 @@ def _step(eqn: Any, start: Start, trail: Trail, values: list[Value]) -> Trail:
     view, other = trail.view if kept else None, values[1 - at[0]]
     factors = *trail.factors, _factor(trail.view, other, name == "div")
     by_input = any(isinstance(start, Call) for start in other)
-    trail = dataclasses.replace(trail, factors=factors)
+    trail = trail._replace(factors=factors)
     return trail.passed(f"{name} by its input" if by_input else name, view)
 
 
@@ -238,7 +236,7 @@ def multiplied(eqn: Any, kernel: str, trail: Trail, other: Value, first: bool) -
             view = x.view and (*x.view[:-1], *named([1], shape[1:]))
     through = trail.through | (x.through & OWN_DERIVATIVE)
     settings = {"by": by, "call": call, "view": view, "wrong": wrong}
-    return dataclasses.replace(trail, through=through, **settings)
+    return trail._replace(through=through, **settings)
 
 
 def _fault_of_rows(eqn: Any, call: Call, function: Any) -> str:
