@@ -35,7 +35,7 @@ class Domain(Protocol[T]):
     """
 
     nothing: T
-    """The value of an array of which there is nothing to tell."""
+    """The value of an array that nothing is known of."""
 
     def constant(self, literal: Literal) -> T:
         """The value of a number in the program."""

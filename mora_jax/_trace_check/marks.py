@@ -21,8 +21,8 @@ class Claim:
     """A product of an input with a kernel, as a trace recognises it.
 
     Attributes:
-      einsum: The letters of the axes of input, kernel and output; () for a product
-        that is no einsum.
+      einsum: The letters of the axes of input, kernel and output; () for a product of
+        another kind.
       primitive: The primitive that multiplies; "" for any.
       passes: Other linear primitives that input, kernel and product may pass.
       stand_ins: Primitives that do the product instead where the kernel is small.

@@ -46,10 +46,10 @@ Move = Callable[[Strides], Strides]
 
 
 class Rows(NamedTuple):
-    """Where an array has the rows.
+    """The rows in an array: the axes that have them.
 
     Attributes:
-      strides: The axes that have them.
+      strides: A stride for each axis that has them.
       lost: The reason why no axis has them, though the array depends on them, or "".
       call: The call whose companions the rows have first; None for the model's inputs.
       numbers: The axes along which the array numbers the rows.

@@ -147,6 +147,17 @@ def test_a_plan_is_a_record():
     assert not [name for name in found if name.startswith(above)]
 
 
+def test_the_trace_check_knows_no_mora():
+    """It could be a package of its own, for any LoRA."""
+    found = {name for name in reached("mora_jax._trace_check") if name in imports()}
+    rooms = {name.split(".")[1] for name in found if "." in name}
+    assert rooms == {"_trace_check", "_common", "_jax"}, found
+    texts = [path.read_text() for path in (PACKAGE / "_trace_check").glob("*.py")]
+    words = {word for text in texts for word in re.findall(r"[A-Za-z_]+", text)}
+    assert not words & {"M", "MoRA", "adapter", "adapters", "adapted", "SUFFIX"}
+    assert not any(word.endswith("_mora") for word in words)
+
+
 def test_qwix_has_one_door_to_each_api():
     doors = {"mora_jax.nnx._held", "mora_jax.linen._bound"}
     for module in (m for m in imports() if m.startswith("mora_jax.qwix")):
