@@ -10,7 +10,7 @@ from jax.extend.core import Jaxpr, Literal
 from mora_jax._jax.walk import OWN_DERIVATIVE, Domain, inside, needed, shapes, walk
 from mora_jax._trace_check import trails
 from mora_jax._trace_check.marks import Call, calls_in, mark_p
-from mora_jax._trace_check.trails import Start, Trail, Value, changed, kernels, listed
+from mora_jax._trace_check.trails import Start, Trail, Value, changed, listed, of_arrays
 from mora_jax._trace_check.views import length, named
 
 PRODUCTS = frozenset(
@@ -66,7 +66,7 @@ def follow(
             view = named(numbers, shape)
             values[k] = {name: Trail(view, is_companion=name in companions)}
     for value in walk(Kernels(uses), program, values):
-        for name, trail in kernels(value).items():
+        for name, trail in of_arrays(value).items():
             if trail.unseen:
                 uses.unseen.setdefault(name, trail.unseen)
             else:
@@ -129,7 +129,7 @@ class Kernels(Domain[Value]):
         name, result = eqn.primitive.name, dict(trails.after(eqn, values))
         left, right, *_ = values
         for is_first, value, operand in ((True, left, right), (False, right, left)):
-            for kernel, trail in kernels(value).items():
+            for kernel, trail in of_arrays(value).items():
                 if not trail.by and trail.through <= PASSED and name != "gather":
                     self.uses.multiplied.add(kernel)
                 if not trail.by and kernel not in operand:

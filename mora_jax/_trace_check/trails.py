@@ -94,7 +94,7 @@ def joined(values: Iterable[Value]) -> Value:
     return trails
 
 
-def kernels(value: Value) -> dict[str, Trail]:
+def of_arrays(value: Value) -> dict[str, Trail]:
     """The trails of a value that begin at arrays of the model."""
     return {start: t for start, t in value.items() if isinstance(start, str)}
 
@@ -187,7 +187,7 @@ def _factor(view: View | None, value: Value, divides: bool) -> float | str:
     if None in value and (constant := value[None].numbers):
         number = float(constant(()))
         return 1 / number if divides else number
-    for path, trail in kernels(value).items():
+    for path, trail in of_arrays(value).items():
         if divides or trail.by or trail.through - {"broadcast_in_dim"}:
             return f"{path} (changed)"
         if view is None or trail.view is None:
