@@ -155,7 +155,8 @@ class Kernels(Domain[Value]):
 
 def _begin(eqn: Any, x: Value) -> Value:
     """The value of a call's input, where the trail of the input begins."""
-    call, lead, (shape,) = eqn.params["call"], *eqn.params["leads"], shapes(eqn.outvars)
+    (shape,), (lead,) = shapes(eqn.outvars), eqn.params["leads"]
+    call = eqn.params["call"]
     lifted = [("vmap", k) for k in range(lead)]
     axes = *lifted, *call.claim.input_axes(len(shape) - lead)
     numbers = (lambda indices: indices) if call.claim.rows else None

@@ -19,7 +19,7 @@ from jax.extend.core import Jaxpr, Literal
 from mora_jax._common.types import Shape
 from mora_jax._jax.walk import Domain, is_opaque, needed, shapes, walk
 from mora_jax._trace_check.marks import Call, mark_p
-from mora_jax._trace_check.trails import listed, unseen
+from mora_jax._trace_check.trails import cannot_see, listed
 
 SETTINGS = frozenset(
     "accuracy exponent_bits input_dtype mantissa_bits new_dtype out_dtype "
@@ -216,7 +216,7 @@ def _joined(name: str, values: Sequence[Rows]) -> Rows:
 def _lost(eqn: Any, values: Sequence[Rows]) -> Rows:
     """The rows after a primitive that is not known to keep them."""
     name = eqn.primitive.name
-    why = unseen(name) if is_opaque(eqn) else f"by {listed([name])}"
+    why = cannot_see(name) if is_opaque(eqn) else f"by {listed([name])}"
     found = [value for value in values if value.strides or value.lost]
     return _joined(name, [Rows((), v.lost or why, v.call) for v in found])
 

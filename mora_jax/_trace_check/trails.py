@@ -62,10 +62,10 @@ class Trail(NamedTuple):
 
     def hidden(self, name: str) -> "Trail":
         """The trail after the primitive called `name`, which may do anything."""
-        return self._replace(unseen=unseen(name), numbers=None)
+        return self._replace(unseen=cannot_see(name), numbers=None)
 
 
-def unseen(name: str) -> str:
+def cannot_see(name: str) -> str:
     """Reason why nothing is known after the primitive called `name`."""
     return f"a trace cannot look into `{name}`"
 
